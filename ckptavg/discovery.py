@@ -1,0 +1,261 @@
+"""What below a path is a checkpoint, in which order, and what repeats what."""
+
+from __future__ import annotations
+
+import filecmp
+import fnmatch
+import os
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ckptavg.errors import NoWeightsError, RunError, first_few
+from ckptavg.formats import Checkpoint, is_checkpoint_directory, open_checkpoint, torch_zip
+
+SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".pt.tar", ".pth.tar", ".ckpt.tar")
+_OTHER_STATE = re.compile(
+    r"(optimizer|optim|lr_scheduler|scheduler|rng_state|rng|random_states?|training_args|scaler|"
+    r"sampler|trainer_state|zero_pp_rank_.*|.*optim_states)([-_.]?\d+)*"
+)
+_ALIAS_WORD = re.compile(r"(?<![a-z])(last|latest|best|final|newest|current)(?![a-z])")
+LeftOut = tuple[Path, str]
+
+
+@dataclass
+class Found:
+    """Paths of the checkpoints of each training, before any is opened."""
+
+    groups: list[list[Path]]
+    left_out: list[LeftOut]
+    notes: list[str]
+
+
+@dataclass
+class Opened:
+    """The checkpoints of one training, ordered and without repeats."""
+
+    checkpoints: tuple[Checkpoint, ...]
+    left_out: list[LeftOut]
+    notes: list[str]
+
+
+def find(paths: Sequence[Path], glob: str | None) -> Found:
+    """Find the checkpoints at or directly below each path, grouped by training.
+
+    Raises:
+        RunError: A path does not exist, or holds no run or several.
+    """
+    groups: dict[Path, list[Path]] = {}
+    found = Found([], [], [])
+    for path in paths:
+        if not path.exists():
+            raise RunError(f"{path} does not exist", _nearest(path))
+        members = _members(path, found) if path.is_dir() else [path]
+        home = path.parent if members == [path] else path
+        groups.setdefault(Path(os.path.abspath(home)), []).extend(members)
+    for members in groups.values():
+        kept = [m for m in members if glob is None or fnmatch.fnmatchcase(m.name, glob)]
+        found.left_out += [(m, f"does not match {glob}") for m in members if m not in kept]
+        found.groups.append(list(dict.fromkeys(kept)))
+    if not any(found.groups):
+        raise RunError(f"no checkpoint matches {glob!r}", "Quote the pattern, or loosen it.")
+    return found
+
+
+def open_members(paths: Sequence[Path], key: str | None) -> Opened:
+    """Open the checkpoints of one training, order them and drop what repeats another.
+
+    Raises:
+        CheckpointError: One cannot be opened.
+    """
+    opened: list[Checkpoint] = []
+    left_out: list[LeftOut] = []
+    for path in paths:
+        try:
+            opened.append(open_checkpoint(path, key))
+        except NoWeightsError as error:
+            if len(paths) == 1:
+                raise
+            left_out.append((path, error.message.removeprefix(f"{path} ")))
+    made = [c for c in opened if c.provenance is not None]
+    if len(made) < len(opened):
+        left_out += [(c.path, "an average that ckptavg wrote") for c in made]
+        opened = [c for c in opened if c.provenance is None]
+    kept, repeats = _without_repeats(opened)
+    left_out += [(alias.path, f"repeats {original.path.name}") for alias, original in repeats]
+    notes = [f"{a.path} repeats {b.path.name} and counts once" for a, b in repeats]
+    ordered, order_notes = _ordered(kept)
+    return Opened(ordered, left_out, notes + order_notes)
+
+
+def _members(directory: Path, found: Found) -> list[Path]:
+    """The checkpoints of a directory: itself, or those directly below."""
+    below = sorted((p for p in directory.iterdir() if not p.name.startswith(".")), key=_natural)
+    nested = [p for p in below if is_checkpoint_directory(p)]
+    if is_checkpoint_directory(directory):
+        numbered = [p for p in nested if re.search(r"\d", p.name)]
+        return [*numbered, directory] if numbered else [directory]
+    members = list(nested)
+    for path in below:
+        if path.is_dir() or not path.name.endswith(SUFFIXES):
+            continue
+        if _OTHER_STATE.fullmatch(_stem(path)):
+            found.left_out.append((path, "not a model's weights"))
+        else:
+            members.append(path)
+    if not members:
+        raise _no_run(directory, below)
+    return sorted(members, key=_natural)
+
+
+def _no_run(directory: Path, below: list[Path]) -> RunError:
+    runs = [str(path) for path in below if path.is_dir() and _holds_checkpoints(path)]
+    if len(runs) > 1:
+        return RunError(
+            f"{directory} holds {len(runs)} runs: {first_few(runs, 8)}",
+            "Name one, or name each of them to average across runs.",
+        )
+    if runs:
+        return RunError(
+            f"{directory} holds no checkpoint itself, but {runs[0]} does", "Name that directory."
+        )
+    return RunError(
+        f"{directory} holds no checkpoint",
+        "Expected .safetensors, .pt, .pth, .ckpt or .bin files, or Hugging Face directories.",
+    )
+
+
+def _holds_checkpoints(directory: Path) -> bool:
+    return any(
+        is_checkpoint_directory(path)
+        or (path.is_file() and path.name.endswith(SUFFIXES))
+        and not _OTHER_STATE.fullmatch(_stem(path))
+        for path in directory.iterdir()
+        if not path.name.startswith(".")
+    )
+
+
+def _nearest(path: Path) -> str:
+    parent = next(p for p in (*path.parents, Path(".")) if p.is_dir())
+    names = [str(parent / p.name) for p in sorted(parent.iterdir()) if not p.name.startswith(".")]
+    return f"{parent} holds {first_few(names, 5)}." if names else f"{parent} is empty."
+
+
+def _stem(path: Path) -> str:
+    """The name without a checkpoint's suffix."""
+    if path.is_dir():
+        return path.name
+    suffix = max((s for s in SUFFIXES if path.name.endswith(s)), key=len, default="")
+    return path.name[: len(path.name) - len(suffix)]
+
+
+def _tokens(name: str) -> list[str]:
+    """Text and numbers by turns: text at even places, numbers at odd ones."""
+    return re.split(r"(\d+)", name.lower())
+
+
+def _natural(path: Path) -> tuple[object, ...]:
+    """Sort key under which 2 comes before 10, and a name without a number after all that have."""
+    tokens = _tokens(_stem(path))
+    parts = [int(t) if i % 2 else t for i, t in enumerate(tokens)]
+    return (_is_alias_name(path), *parts)
+
+
+def _is_alias_name(path: Path) -> bool:
+    """Whether a name says nothing of when: no number, or a word like last or best."""
+    stem = _stem(path).lower()
+    return not re.search(r"\d", stem) or bool(_ALIAS_WORD.search(stem))
+
+
+def _without_repeats(
+    checkpoints: Sequence[Checkpoint],
+) -> tuple[list[Checkpoint], list[tuple[Checkpoint, Checkpoint]]]:
+    """Split into checkpoints, and repeats with what each one repeats."""
+    kept: list[Checkpoint] = []
+    repeats: list[tuple[Checkpoint, Checkpoint]] = []
+    for checkpoint in sorted(checkpoints, key=lambda c: (_is_alias(c, checkpoints), _natural(c.path))):
+        original = next((k for k in kept if _repeats(checkpoint, k, checkpoints)), None)
+        if original is None:
+            kept.append(checkpoint)
+        else:
+            repeats.append((checkpoint, original))
+    return kept, repeats
+
+
+def _is_alias(checkpoint: Checkpoint, all_of_them: Sequence[Checkpoint]) -> bool:
+    """Whether a checkpoint may stand for another one: by its name, or as the parent of the rest."""
+    parent = any(c.path.parent == checkpoint.path for c in all_of_them)
+    return parent or checkpoint.path.is_symlink() or _is_alias_name(checkpoint.path)
+
+
+def _repeats(one: Checkpoint, other: Checkpoint, all_of_them: Sequence[Checkpoint]) -> bool:
+    if _same_files(one, other):
+        return True
+    recorded = (one.record.step, one.record.epoch)
+    same_place = recorded != (None, None) and recorded == (other.record.step, other.record.epoch)
+    return (same_place or _is_alias(one, all_of_them)) and _same_contents(one, other)
+
+
+def _same_files(one: Checkpoint, other: Checkpoint) -> bool:
+    pairs = list(zip(one.files, other.files, strict=False))
+    return len(one.files) == len(other.files) and all(
+        os.path.samefile(a.path, b.path) for a, b in pairs
+    )
+
+
+def _same_contents(one: Checkpoint, other: Checkpoint) -> bool:
+    """By checksums where both are zip files that hold them, else by every byte."""
+    if len(one.files) != len(other.files):
+        return False
+    for a, b in zip(one.files, other.files, strict=True):
+        sums = torch_zip.checksums(a.path) if one.layout == "torch" else None
+        if sums is not None and (theirs := torch_zip.checksums(b.path)) is not None:
+            if sums != theirs:
+                return False
+        elif a.size != b.size or not filecmp.cmp(a.path, b.path, shallow=False):
+            return False
+    return True
+
+
+def _ordered(checkpoints: Sequence[Checkpoint]) -> tuple[tuple[Checkpoint, ...], list[str]]:
+    """Sort by step, then epoch, then name, and give each its position."""
+    steps = [c.record.step for c in checkpoints]
+    epochs = [c.record.epoch for c in checkpoints]
+    notes: list[str] = []
+    positions: Sequence[float | None]
+    if None not in steps and not _restarts(checkpoints):
+        positions = steps
+    elif None not in epochs:
+        positions = epochs
+    else:
+        if any(steps) or any(epochs):
+            notes.append("not every checkpoint records a step or an epoch: ordered by name")
+            steps = epochs = [None] * len(checkpoints)
+        positions = _numbers_in_names(checkpoints)
+    keys = [
+        tuple(-1 if v is None else v for v in (p, s, e)) if p in (s, e) and p is not None else ()
+        for p, s, e in zip(positions, steps, epochs, strict=True)
+    ]
+    ranked = sorted(
+        range(len(checkpoints)), key=lambda i: (keys[i], _natural(checkpoints[i].path))
+    )
+    return tuple(replace(checkpoints[i], step=positions[i]) for i in ranked), notes
+
+
+def _restarts(checkpoints: Sequence[Checkpoint]) -> bool:
+    """Whether steps count anew in each epoch: the same step stands in several epochs."""
+    epochs: dict[int | None, set[float | None]] = defaultdict(set)
+    for checkpoint in checkpoints:
+        epochs[checkpoint.record.step].add(checkpoint.record.epoch)
+    return any(len(found - {None}) > 1 for found in epochs.values())
+
+
+def _numbers_in_names(checkpoints: Sequence[Checkpoint]) -> list[float | None]:
+    """The first number that tells the names apart; of a single name, its last number."""
+    names = [_tokens(_stem(c.path)) for c in checkpoints]
+    numbered = [name for name in names if len(name) > 1]
+    places = range(1, min(map(len, numbered), default=0), 2)
+    place = next((i for i in places if len({name[i] for name in numbered}) > 1), -2)
+    return [float(int(n[place])) if len(n) > 1 else None for n in names]

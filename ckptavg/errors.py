@@ -1,0 +1,82 @@
+"""One tree of errors: each says what happened, knows its exit code and its remedy."""
+
+from __future__ import annotations
+
+
+class CkptavgError(Exception):
+    """The work could not be done.
+
+    Args:
+        message: What happened and where, without a final full stop.
+        remedy: What the user can do about it.
+
+    Attributes:
+        exit_code: The exit status of the command line for this error.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, remedy: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        text = f"{self.message}. {self.remedy}" if self.remedy else self.message
+        return " ".join(text.split())
+
+
+class UsageError(CkptavgError, ValueError):
+    """An argument that is wrong by itself, whatever the files hold."""
+
+    exit_code = 2
+
+
+class CheckpointError(CkptavgError):
+    """A checkpoint that cannot be opened, or holds no weights that can be found."""
+
+
+class NoWeightsError(CheckpointError):
+    """A file that opens but is no checkpoint: an optimizer's state, a history."""
+
+
+class RunError(CkptavgError):
+    """No run, more than one, or a selection that it cannot fulfil."""
+
+
+class MismatchError(CkptavgError):
+    """Checkpoints that do not hold the same tensors."""
+
+
+class UnsupportedTensorError(CkptavgError):
+    """Tensors that have no meaningful average: float8, quantized, sparse."""
+
+
+class NonFiniteError(CkptavgError):
+    """An average that is not finite."""
+
+
+class OutputError(CkptavgError):
+    """An output that may not or could not be written."""
+
+
+class SpecError(CkptavgError):
+    """A model or data specification that leads to nothing usable."""
+
+
+class ModelError(CkptavgError):
+    """Weights that do not fit the model."""
+
+
+class BatchNormError(CkptavgError):
+    """Statistics that cannot be recomputed."""
+
+
+class EvaluationError(CkptavgError):
+    """Candidates that cannot be scored on the data."""
+
+
+def first_few(names: list[str], count: int = 3) -> str:
+    """The first names of a list and how many more there are, for a one-line message."""
+    shown = ", ".join(names[:count])
+    return shown if len(names) <= count else f"{shown} and {len(names) - count} more"

@@ -1,0 +1,154 @@
+"""The safetensors format: its header read into a table, and a header laid out for writing."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ckptavg.errors import CheckpointError, UnsupportedTensorError, first_few
+from ckptavg.formats.table import DTYPES, DType, Tensor, whole
+
+MAX_HEADER = 100_000_000  # the limit of the reference implementation
+MAX_DIMENSIONS = 64  # torch's own limit
+BY_CODE = {dtype.code: dtype for dtype in DTYPES.values() if dtype.code}
+
+
+def read_header(path: str, size: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read the table of a safetensors file.
+
+    Args:
+        path: The file.
+        size: Its size in bytes, which every range is checked against.
+
+    Returns:
+        The tensors in the order of their bytes, and the file's metadata.
+
+    Raises:
+        CheckpointError: The file is no well-formed safetensors file.
+    """
+    with open(path, "rb") as file:
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > size - 8:
+            raise damaged(path, "its header runs past the end of the file")
+        if length > MAX_HEADER:
+            raise damaged(path, f"its header claims {length} bytes")
+        header = _parse_json(path, file.read(length))
+    metadata = header.pop("__metadata__", {})
+    if not _is_text_map(metadata):
+        raise damaged(path, "its metadata is not a map of strings")
+    begin = 8 + length
+    entries = [_entry(path, name, value) for name, value in header.items()]
+    entries.sort(key=lambda entry: (entry[3], entry[4]))
+    _check_ranges(path, entries, size - begin)
+    tensors = {
+        name: whole(path, begin + start, dtype, shape) for name, dtype, shape, start, _ in entries
+    }
+    return tensors, metadata
+
+
+def build_header(
+    tensors: Iterable[tuple[str, DType, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """Lay a safetensors file out.
+
+    Widest types come first, as the reference implementation orders them, so that every tensor is
+    aligned to its element size.
+
+    Args:
+        tensors: Name, element type and shape of each.
+        metadata: Goes under ``__metadata__``.
+
+    Returns:
+        The file's first bytes (length and padded header), and each tensor's byte offset in the file.
+
+    Raises:
+        UnsupportedTensorError: The format has no such element type.
+    """
+    tensors = list(tensors)
+    unknown = [f"{name} ({dtype.name})" for name, dtype, _ in tensors if dtype.code is None]
+    if unknown:
+        raise UnsupportedTensorError(
+            f"safetensors cannot store {first_few(unknown)}", "Write a .pt file instead (-o OUT.pt)."
+        )
+    ordered = sorted(tensors, key=lambda t: -t[1].bits)
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    starts: dict[str, int] = {}
+    position = 0
+    for name, dtype, shape in ordered:
+        starts[name] = position
+        end = position + dtype.nbytes(math.prod(shape))
+        header[name] = {
+            "dtype": dtype.code,
+            "shape": list(shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    first = len(text).to_bytes(8, "little") + text
+    return first, {name: len(first) + start for name, start in starts.items()}
+
+
+def damaged(path: str, why: str) -> CheckpointError:
+    """The error for a file that is not well-formed."""
+    return CheckpointError(
+        f"{path} is not a readable safetensors file: {why}",
+        "It may be truncated or still being written; copy it again or leave it out.",
+    )
+
+
+def _parse_json(path: str, raw: bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, f"its header is not valid JSON ({error})"[:200]) from error
+    if not isinstance(header, dict):
+        raise damaged(path, "its header is not a JSON object")
+    return header
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        raise ValueError("a name appears twice")
+    return result
+
+
+def _is_text_map(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
+
+
+def _is_natural(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _entry(path: str, name: str, value: Any) -> tuple[str, DType, tuple[int, ...], int, int]:
+    if not isinstance(value, dict):
+        raise damaged(path, f"the entry of {name!r} is not an object")
+    code, shape, offsets = (value.get(k) for k in ("dtype", "shape", "data_offsets"))
+    dtype = BY_CODE.get(code) if isinstance(code, str) else None
+    if dtype is None:
+        raise damaged(path, f"{name!r} has the unknown dtype {str(code)[:40]!r}")
+    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(map(_is_natural, shape)):
+        raise damaged(path, f"{name!r} has a malformed shape")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_natural, offsets)):
+        raise damaged(path, f"{name!r} has malformed offsets")
+    start, end = offsets
+    if end - start != dtype.nbytes(math.prod(shape)):
+        raise damaged(path, f"the bytes of {name!r} do not fit its shape and dtype")
+    return name, dtype, tuple(shape), start, end
+
+
+def _check_ranges(
+    path: str, entries: list[tuple[str, DType, tuple[int, ...], int, int]], available: int
+) -> None:
+    position = 0
+    for name, _, _, start, end in entries:
+        if start != position:
+            raise damaged(path, f"the bytes of {name!r} overlap another tensor's or leave a hole")
+        position = end
+    if position != available:
+        raise damaged(path, f"its tensors take {position} bytes where the file holds {available}")

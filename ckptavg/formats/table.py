@@ -1,0 +1,241 @@
+"""A checkpoint once opened: tensor name → dtype, shape, and where its bytes lie."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ckptavg.errors import CheckpointError
+
+
+@dataclass(frozen=True, slots=True)
+class DType:
+    """An element type.
+
+    Attributes:
+        name: As torch spells it, without ``torch.``.
+        bits: Size of one element in bits.
+        kind: ``float``, ``complex``, ``int`` (bool included) or ``packed`` (float8 and smaller:
+            meaningless without their scales).
+        code: As a safetensors header spells it; None where that format has no such type.
+    """
+
+    name: str
+    bits: int
+    kind: str
+    code: str | None
+
+    @property
+    def size(self) -> int:
+        """Size of one element in bytes; 0 for types smaller than a byte."""
+        return self.bits // 8
+
+    def nbytes(self, count: int) -> int:
+        """Bytes that ``count`` elements take."""
+        return (count * self.bits + 7) // 8
+
+
+DTYPES: dict[str, DType] = {
+    dtype.name: dtype
+    for dtype in (
+        DType("float64", 64, "float", "F64"),
+        DType("float32", 32, "float", "F32"),
+        DType("float16", 16, "float", "F16"),
+        DType("bfloat16", 16, "float", "BF16"),
+        DType("complex128", 128, "complex", None),
+        DType("complex64", 64, "complex", "C64"),
+        DType("complex32", 32, "complex", None),
+        DType("int64", 64, "int", "I64"),
+        DType("int32", 32, "int", "I32"),
+        DType("int16", 16, "int", "I16"),
+        DType("int8", 8, "int", "I8"),
+        DType("uint64", 64, "int", "U64"),
+        DType("uint32", 32, "int", "U32"),
+        DType("uint16", 16, "int", "U16"),
+        DType("uint8", 8, "int", "U8"),
+        DType("bool", 8, "int", "BOOL"),
+        DType("float8_e5m2", 8, "packed", "F8_E5M2"),
+        DType("float8_e4m3fn", 8, "packed", "F8_E4M3"),
+        DType("float8_e5m2fnuz", 8, "packed", "F8_E5M2FNUZ"),
+        DType("float8_e4m3fnuz", 8, "packed", "F8_E4M3FNUZ"),
+        DType("float8_e8m0fnu", 8, "packed", "F8_E8M0"),
+        DType("float6_e2m3", 6, "packed", "F6_E2M3"),
+        DType("float6_e3m2", 6, "packed", "F6_E3M2"),
+        DType("float4_e2m1", 4, "packed", "F4"),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A box of a tensor and where its elements lie in one file.
+
+    Attributes:
+        file: Path of the file.
+        offset: Byte offset of the box's first element.
+        shape: Extent of the box.
+        stride: Step between neighbours along each dimension, in elements.
+        start: Index in the tensor of the box's first element.
+    """
+
+    file: str
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    start: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One tensor of a checkpoint: its type, its shape and its bytes' whereabouts.
+
+    Attributes:
+        dtype: Element type.
+        shape: Extent along each dimension; ``()`` for a 0-d tensor.
+        pieces: Boxes that cover the tensor without overlap. Two names with equal pieces are tied.
+    """
+
+    dtype: DType
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the elements, each counted once."""
+        return self.dtype.nbytes(self.numel)
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether the bytes lie in one row-major range."""
+        return len(self.pieces) == 1 and is_row_major(self.shape, self.pieces[0].stride)
+
+
+def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides, in elements, of a contiguous tensor of this shape."""
+    strides = [1] * len(shape)
+    for i in range(len(shape) - 2, -1, -1):
+        strides[i] = strides[i + 1] * max(shape[i + 1], 1)
+    return tuple(strides)
+
+
+def is_row_major(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """Whether the strides are those of a contiguous tensor, dimensions of extent 1 aside."""
+    if 0 in shape:
+        return True
+    return all(n == 1 or s == r for n, s, r in zip(shape, stride, row_major(shape), strict=True))
+
+
+def whole(file: str, offset: int, dtype: DType, shape: tuple[int, ...]) -> Tensor:
+    """A tensor whose bytes lie in one row-major range."""
+    return Tensor(dtype, shape, (Piece(file, offset, shape, row_major(shape), (0,) * len(shape)),))
+
+
+@dataclass(frozen=True, slots=True)
+class FileStamp:
+    """What tells a file from a changed one: looked at on opening and again after reading."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: str | Path) -> FileStamp:
+        """Stamp of a file as it is now.
+
+        Raises:
+            CheckpointError: It is not there or may not be read.
+        """
+        try:
+            info = os.stat(path)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        return cls(str(path), info.st_size, info.st_mtime_ns, info.st_ino)
+
+    def verify(self) -> None:
+        """Make sure that the file is still the one that was opened.
+
+        Raises:
+            CheckpointError: It changed or went away.
+        """
+        if FileStamp.of(self.path) != self:
+            raise CheckpointError(
+                f"{self.path} changed while it was being read",
+                "Wait until the training run has finished writing it, then try again.",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What training wrote beside the weights.
+
+    Attributes:
+        step: Optimizer steps taken, where recorded.
+        epoch: Epochs done, where recorded.
+        lr: Learning rate of the first parameter group.
+        metrics: Every other number that was recorded, by dotted name.
+    """
+
+    step: int | None = None
+    epoch: float | None = None
+    lr: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One state dict on disk, opened: headers read, no tensor data moved.
+
+    Attributes:
+        path: The file or directory.
+        layout: ``safetensors``, ``torch`` (torch.save) or ``huggingface`` (a directory).
+        key: Dotted path of the entry that holds the weights; empty if the file itself does.
+        tensors: The table, under bare names, in the file's order.
+        stored_names: Bare name → the name in the file, where wrappers were dropped.
+        refused: Name → why the tensor cannot be averaged, for tensors without plain bytes.
+        files: Stamps of the files that hold the bytes.
+        record: What training wrote beside the weights.
+        provenance: How ckptavg made it, if it did.
+        notes: What a person should know about how it was read.
+        step: Position in its run: the recorded step, else the epoch, else the number in the name.
+            None outside a run, or where there is none of these.
+    """
+
+    path: Path
+    layout: str
+    key: str
+    tensors: Mapping[str, Tensor]
+    stored_names: Mapping[str, str]
+    refused: Mapping[str, str]
+    files: tuple[FileStamp, ...]
+    record: Record = field(default_factory=Record)
+    provenance: Mapping[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+    step: float | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, tied ones counted once."""
+        return sum({t.pieces: t.nbytes for t in self.tensors.values()}.values())
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return sum(stamp.size for stamp in self.files)
+
+    def ties(self) -> list[list[str]]:
+        """Groups of names that share the very same bytes."""
+        groups: dict[object, list[str]] = {}
+        for name, tensor in self.tensors.items():
+            if tensor.numel:
+                groups.setdefault((tensor.dtype.name, tensor.pieces), []).append(name)
+        return [names for names in groups.values() if len(names) > 1]

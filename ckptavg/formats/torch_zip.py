@@ -1,0 +1,166 @@
+"""The zip files of ``torch.save``: the pickle read inertly, the storages as byte ranges."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ckptavg.errors import CheckpointError
+from ckptavg.formats import inert_pickle
+from ckptavg.formats.inert_pickle import MalformedPickle, TensorView
+from ckptavg.formats.table import Piece, Tensor
+
+_LOCAL_HEADER = 30
+_LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number, pickled
+
+
+@dataclass
+class TorchZip:
+    """An opened ``torch.save`` file.
+
+    Attributes:
+        path: The file.
+        tree: What was saved, as plain values; tensors as ``TensorView`` or ``Refused``.
+    """
+
+    path: str
+    tree: Any
+    _entries: Mapping[str, zipfile.ZipInfo] = field(repr=False)
+    _offsets: dict[str, int] = field(default_factory=dict, repr=False)
+
+    def tensor(self, view: TensorView) -> Tensor:
+        """The table entry of a tensor in the tree.
+
+        Raises:
+            CheckpointError: Its storage is missing from the file, compressed or too short.
+        """
+        key = view.storage.key
+        if key not in self._offsets:
+            self._offsets[key] = self._locate(view)
+        start = self._offsets[key] + view.offset * view.dtype.size
+        piece = Piece(self.path, start, view.shape, view.stride, (0,) * len(view.shape))
+        return Tensor(view.dtype, view.shape, (piece,))
+
+    def _locate(self, view: TensorView) -> int:
+        """Byte offset of a storage, after its zip entry has been checked."""
+        info = self._entries.get(f"data/{view.storage.key}")
+        if info is None:
+            raise damaged(self.path, f"the storage {view.storage.key!r} is missing")
+        if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+            raise damaged(self.path, "its tensors are compressed, which torch.save never does")
+        element = view.storage.dtype.size if view.storage.dtype else 1
+        if view.storage.numel * element > info.file_size:
+            raise damaged(self.path, f"the storage {view.storage.key!r} is shorter than it claims")
+        with open(self.path, "rb") as file:
+            return data_offset(file, info, self.path)
+
+
+def read(path: str) -> TorchZip:
+    """Open a ``torch.save`` file: its directory and its pickle, no tensor data.
+
+    Raises:
+        CheckpointError: The file is damaged, or of another kind.
+    """
+    try:
+        with open(path, "rb") as file:
+            entries = _entries(path, zipfile.ZipFile(file).infolist())
+            _check_entries(path, entries)
+            if "byteorder" in entries and _content(file, entries["byteorder"], path) == b"big":
+                raise CheckpointError(
+                    f"{path} was saved on a big-endian machine", "Load and save it on this one."
+                )
+            tree = inert_pickle.loads(_content(file, entries["data.pkl"], path))
+    except MalformedPickle as error:
+        raise damaged(path, f"its pickle is malformed: {error}") from error
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError, RuntimeError) as error:
+        raise damaged(path, _why(path, error)) from error
+    return TorchZip(path, tree, entries)
+
+
+def checksums(path: str | Path) -> list[tuple[str, int, int]] | None:
+    """Name, size and CRC of every storage; None for other files and where CRCs were left out."""
+    if not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as archive:
+        found = [(i.filename, i.file_size, i.CRC) for i in archive.infolist()]
+    storages = sorted((n.split("/", 1)[-1], s, c) for n, s, c in found if "/data/" in n)
+    return storages if any(crc for _, _, crc in storages) else None
+
+
+def looks_like(start: bytes) -> bool:
+    """Whether a file that begins so was written by ``torch.save``."""
+    return start.startswith((b"PK\x03\x04", _LEGACY_START[:8]))
+
+
+def damaged(path: str | Path, why: str) -> CheckpointError:
+    """The error for a file that cannot be read as a checkpoint."""
+    return CheckpointError(
+        f"{path} is not a readable checkpoint: {why}",
+        "It may be truncated or still being written; copy it again or leave it out.",
+    )
+
+
+def data_offset(file: Any, info: zipfile.ZipInfo, path: str) -> int:
+    """Where the bytes of a stored zip entry begin, by its local header.
+
+    Raises:
+        CheckpointError: The local header contradicts the directory.
+    """
+    file.seek(info.header_offset)
+    header = file.read(_LOCAL_HEADER)
+    if len(header) < _LOCAL_HEADER or not header.startswith(b"PK\x03\x04"):
+        raise damaged(path, f"the zip entry {info.filename!r} has no header")
+    name_length = int.from_bytes(header[26:28], "little")
+    extra_length = int.from_bytes(header[28:30], "little")
+    start = info.header_offset + _LOCAL_HEADER + name_length + extra_length
+    end = file.seek(0, 2)
+    if start + info.file_size > end:
+        raise damaged(path, f"the zip entry {info.filename!r} runs past the end of the file")
+    return start
+
+
+def _content(file: Any, info: zipfile.ZipInfo, path: str) -> bytes:
+    """The bytes of a stored entry. Checksums are not looked at: torch can be told to omit them."""
+    file.seek(data_offset(file, info, path))
+    content: bytes = file.read(info.file_size)
+    return content
+
+
+def _entries(path: str, infos: list[zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:
+    """The archive's entries without the folder inside it that holds them all."""
+    names = [info.filename for info in infos]
+    pickles = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
+    if not pickles:
+        raise damaged(path, "it is a zip file, but not one of torch.save")
+    prefix = pickles[0][: -len("data.pkl")]
+    if prefix + "constants.pkl" in names:
+        raise CheckpointError(
+            f"{path} is a TorchScript archive, not a checkpoint",
+            "Save the module's state_dict() with torch.save and average that.",
+        )
+    return {i.filename[len(prefix) :]: i for i in infos if i.filename.startswith(prefix)}
+
+
+def _check_entries(path: str, entries: Mapping[str, zipfile.ZipInfo]) -> None:
+    """Refuse what could mislead: a huge or compressed pickle, entries that share bytes."""
+    pickle = entries["data.pkl"]
+    if pickle.file_size > inert_pickle.MAX_PICKLE:
+        raise damaged(path, f"its pickle claims {pickle.file_size} bytes")
+    if pickle.compress_type != zipfile.ZIP_STORED:
+        raise damaged(path, "its pickle is compressed, which torch.save never does")
+    ordered = sorted(entries.values(), key=lambda info: info.header_offset)
+    for before, after in zip(ordered, ordered[1:], strict=False):
+        least = before.header_offset + _LOCAL_HEADER + before.compress_size
+        if least > after.header_offset:
+            raise damaged(path, f"the zip entries {before.filename!r} and its neighbour overlap")
+
+
+def _why(path: str, error: Exception) -> str:
+    with open(path, "rb") as file:
+        start = file.read(16)
+    if start.startswith(b"PK\x03\x04"):
+        return f"a zip file cut short or damaged ({error})"
+    return f"{error}"

@@ -1,0 +1,174 @@
+"""Which entry of a saved object holds the weights, and under which bare names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ckptavg.errors import CheckpointError, NoWeightsError, first_few
+from ckptavg.formats.inert_pickle import Opaque, Refused, TensorView
+
+KNOWN_ENTRIES = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "module",
+    "net",
+    "weights",
+    "model_state",
+    "network",
+    "params",
+)
+LEADING_WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+INNER_WRAPPERS = LEADING_WRAPPERS[1:]
+COUNTER = "n_averaged"  # torch's AveragedModel counts its updates beside `module.`
+
+Entry = Mapping[Any, Any]
+
+
+def find_entry(path: str, tree: Any, key: str | None) -> tuple[str, Entry, list[str]]:
+    """Find the state dict in what a file holds.
+
+    Args:
+        path: The file, for messages.
+        tree: What was saved.
+        key: Dotted path of the entry, if the user named one.
+
+    Returns:
+        The entry's dotted path (empty for the file itself), the entry, and notes.
+
+    Raises:
+        CheckpointError: There is no such entry, or none that can be told to hold the weights.
+    """
+    if key is not None:
+        return key, _named_entry(path, tree, key), []
+    if count_tensors(tree) == 0:
+        raise NoWeightsError(f"{path} holds no tensors ({_describe(tree)})", _suggest(tree))
+    if isinstance(tree, dict):
+        if {"state", "param_groups"} <= tree.keys():
+            raise NoWeightsError(f"{path} is an optimizer's state", "Name the model's checkpoint.")
+        if _holds_tensors(tree) and not any(map(_holds_tensors, tree.values())):
+            return "", tree, []
+        for name in KNOWN_ENTRIES:
+            if _holds_tensors(tree.get(name)):
+                return name, tree[name], _note_other_weights(tree, name)
+    raise CheckpointError(
+        f"{path}: no entry is known to hold the weights ({_describe(tree)})", _suggest(tree)
+    )
+
+
+def bare_names(names: list[str]) -> dict[str, str]:
+    """Names as a wrapper-free model has them: stored name → bare name.
+
+    The wrappers that DDP, torch.compile, FSDP and activation checkpointing add are dropped in front
+    where every name bears them, repeatedly, and the latter three inside a name too. AveragedModel's
+    counter goes with its wrapper. Names that would collide are left as they are.
+    """
+    counted = [name for name in names if name != COUNTER]
+    bare = dict(zip(counted, counted, strict=True))
+    while bare and (wrapper := _common_wrapper(list(bare.values()))):
+        bare = {name: rest[len(wrapper) :] for name, rest in bare.items()}
+    unwrapped = bare != dict(zip(counted, counted, strict=True))
+    bare = {name: _without_inner(rest) for name, rest in bare.items()}
+    if not unwrapped and len(counted) < len(names):
+        bare[COUNTER] = COUNTER
+    if len(set(bare.values())) < len(bare) or "" in bare.values():
+        return dict(zip(names, names, strict=True))
+    return {name: bare[name] for name in names if name in bare}
+
+
+def count_tensors(value: Any, depth: int = 4) -> int:
+    """How many tensors a saved value holds, down to a few levels."""
+    if isinstance(value, (TensorView, Refused)):
+        return 1
+    if depth == 0:
+        return 0
+    if isinstance(value, Opaque):
+        return count_tensors(value.state, depth - 1)
+    parts = value.values() if isinstance(value, dict) else value
+    if isinstance(value, (dict, list, tuple)):
+        return sum(count_tensors(part, depth - 1) for part in parts)
+    return 0
+
+
+def _common_wrapper(names: list[str]) -> str | None:
+    return next((w for w in LEADING_WRAPPERS if all(n.startswith(w) for n in names)), None)
+
+
+def _without_inner(name: str) -> str:
+    parts = [part for part in name.split(".") if part + "." not in INNER_WRAPPERS]
+    return ".".join(parts)
+
+
+def _holds_tensors(value: Any) -> bool:
+    return isinstance(value, dict) and any(
+        isinstance(part, (TensorView, Refused)) for part in value.values()
+    )
+
+
+def _named_entry(path: str, tree: Any, key: str) -> Entry:
+    entry, rest = tree, key
+    while rest:
+        if isinstance(entry, Opaque):
+            entry = entry.state
+        match = next((k for k in _prefixes(rest) if isinstance(entry, dict) and k in entry), None)
+        if match is None:
+            raise CheckpointError(
+                f"{path} has no entry {key!r} ({_describe(tree)})", "Choose one with --key."
+            )
+        entry, rest = entry[match], rest[len(match) + 1 :]
+    if not _holds_tensors(entry):
+        raise CheckpointError(
+            f"{path}: the entry {key!r} holds no tensors by name ({_describe(tree)})",
+            "Choose another one with --key.",
+        )
+    found: Entry = entry
+    return found
+
+
+def _prefixes(dotted: str) -> list[str]:
+    """``a.b.c``, ``a.b``, ``a``: keys may themselves contain dots."""
+    parts = dotted.split(".")
+    return [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+
+
+def _note_other_weights(tree: Mapping[Any, Any], chosen: str) -> list[str]:
+    others = [
+        str(name)
+        for name, value in tree.items()
+        if name != chosen and isinstance(name, str) and _holds_tensors(value)
+        and ("ema" in name.lower() or name in KNOWN_ENTRIES or "avg" in name.lower())
+    ]
+    if not others:
+        return []
+    return [f"weights are taken from {chosen!r}; {first_few(others)} also holds some (--key)"]
+
+
+def _describe(tree: Any) -> str:
+    if not isinstance(tree, dict):
+        kind = f"a {tree.type}" if isinstance(tree, Opaque) else f"a {type(tree).__name__}"
+        return f"it holds {kind}, not a dict"
+    if not tree:
+        return "it is an empty dict"
+    counts = [f"{name}: {count_tensors(value)} tensors" for name, value in tree.items()]
+    return "its entries are " + first_few(counts, 12)
+
+
+def _suggest(tree: Any) -> str:
+    paths = _entry_paths(tree, "", 3) if isinstance(tree, dict) else []
+    if paths:
+        return f"Name the entry with --key, for instance --key {paths[0]}."
+    return "Save model.state_dict() with torch.save, or name another file."
+
+
+def _entry_paths(tree: Mapping[Any, Any], prefix: str, depth: int) -> list[str]:
+    """Dotted paths of the entries that hold tensors by name, most tensors first."""
+    found: list[tuple[int, str]] = []
+    for name, value in tree.items():
+        if not isinstance(name, str) or not isinstance(value, dict):
+            continue
+        if _holds_tensors(value):
+            found.append((-count_tensors(value, 1), prefix + name))
+        elif depth > 1:
+            found += [(-1, path) for path in _entry_paths(value, f"{prefix}{name}.", depth - 1)]
+    return [path for _, path in sorted(found)]

@@ -1,0 +1,223 @@
+"""A directory → an ordered, de-duplicated run of checkpoints, and selections of it."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ckptavg import discovery
+from ckptavg.errors import RunError, UsageError, first_few
+from ckptavg.formats import Checkpoint
+
+Picked = Sequence[Checkpoint]
+
+
+@dataclass(frozen=True)
+class Run:
+    """The checkpoints of one training in order, or of several trainings one after another.
+
+    Selections return a new run and apply to each training by itself, so ``open_run(a, b).last(1)``
+    holds the final checkpoints of both. Iterating gives the checkpoints.
+
+    Attributes:
+        trainings: The checkpoints of each training, ordered by step.
+        left_out: Files that were found and not taken, and why.
+        notes: What a person should know about the order and the duplicates.
+    """
+
+    trainings: tuple[tuple[Checkpoint, ...], ...]
+    left_out: tuple[tuple[Path, str], ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __iter__(self) -> Iterator[Checkpoint]:
+        return (checkpoint for training in self.trainings for checkpoint in training)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.trainings))
+
+    @property
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
+        """All checkpoints, one training after another."""
+        return tuple(self)
+
+    def last(self, count: int) -> Run:
+        """The last ``count`` checkpoints."""
+        _check_positive("last", count)
+        return self._each(lambda c: c[-count:], f"last {count}")
+
+    def every(self, stride: int) -> Run:
+        """Every ``stride``-th checkpoint, counted back from the last, which is kept."""
+        _check_positive("every", stride)
+        return self._each(lambda c: c[::-1][::stride][::-1], f"every {stride}")
+
+    def cycle(self, length: int, offset: int | None = None) -> Run:
+        """The checkpoints at positions offset, offset + length, ... of the run, counted from 1.
+
+        Args:
+            length: Checkpoints a cycle.
+            offset: Position of the first one; the cycle's end, ``length``, where None.
+        """
+        offset = length if offset is None else offset
+        _check_positive("cycle", length)
+        _check_positive("the cycle's offset", offset)
+        return self._each(lambda c: c[offset - 1 :: length], f"cycle {length}:{offset}")
+
+    def steps(self, first: float | None = None, last: float | None = None) -> Run:
+        """The checkpoints from step ``first`` to step ``last``, both included.
+
+        Raises:
+            RunError: A checkpoint has no step, or none lies between the two.
+        """
+        low, high = -math.inf if first is None else first, math.inf if last is None else last
+        return self._each(
+            lambda c: [x for x in c if low <= _step(x) <= high], f"steps {low:g} to {high:g}"
+        )
+
+    def at_lr_min(self) -> Run:
+        """The checkpoints at the minima of the recorded learning rate, the ends included.
+
+        On a constant learning rate that is all of them, on a cyclical one the end of each cycle.
+
+        Raises:
+            RunError: A checkpoint records no learning rate.
+        """
+        return self._each(_at_lr_min, "minima of the learning rate")
+
+    def best(self, count: int, metric: str, mode: str) -> Run:
+        """The ``count`` checkpoints that do best on a recorded metric, in the run's order.
+
+        Args:
+            count: How many.
+            metric: Name of the metric as ``inspect`` shows it.
+            mode: ``max`` or ``min``: which is better.
+
+        Raises:
+            RunError: A checkpoint does not record the metric.
+        """
+        _check_positive("best", count)
+        if mode not in ("max", "min"):
+            raise UsageError(f"mode is expected to be one of max, min but got {mode!r}")
+        return self._each(lambda c: _best(c, count, metric, mode), f"best {count}")
+
+    def sample(self, count: int, seed: int = 0) -> Run:
+        """``count`` checkpoints drawn at random without replacement, in the run's order.
+
+        Raises:
+            RunError: There are fewer.
+        """
+        _check_positive("sample", count)
+        return self._each(lambda c: _sample(c, count, seed), f"sample {count}")
+
+    def _each(self, pick: Callable[[Picked], Picked], what: str) -> Run:
+        picked = tuple(tuple(pick(training)) for training in self.trainings)
+        if not any(picked):
+            raise RunError(
+                f"the selection ({what}) leaves none of {len(self)} checkpoints",
+                "`ckptavg inspect` shows the run's steps.",
+            )
+        return replace(self, trainings=tuple(training for training in picked if training))
+
+
+def open_run(
+    *paths: str | os.PathLike[str], glob: str | None = None, key: str | None = None
+) -> Run:
+    """Open the checkpoints below some directories, or named one by one.
+
+    Checkpoints that are named themselves form a run with their neighbours from the same directory,
+    so that ``runs/swa/*.pt`` is one run and ``runs/*/final.pt`` several. Each run is ordered by
+    recorded step, then epoch, then the numbers in the names.
+
+    Args:
+        paths: Run directories and checkpoints, mixed.
+        glob: Shell pattern that the checkpoints' file names must match.
+        key: Dotted path of the entry that holds the weights; found by itself where None.
+
+    Raises:
+        RunError: A path holds no run, or several.
+        CheckpointError: A checkpoint cannot be opened.
+    """
+    if not paths:
+        raise UsageError("no path is given")
+    found = discovery.find([Path(path) for path in paths], glob)
+    trainings: list[tuple[Checkpoint, ...]] = []
+    left_out, notes = list(found.left_out), list(found.notes)
+    for members in found.groups:
+        opened = discovery.open_members(members, key)
+        left_out += opened.left_out
+        notes += opened.notes
+        if opened.checkpoints:
+            trainings.append(opened.checkpoints)
+    if not trainings:
+        raise RunError(
+            f"no checkpoint is left in {first_few([str(path) for path in paths])}", _why(left_out)
+        )
+    return Run(tuple(trainings), tuple(left_out), tuple(dict.fromkeys(notes)))
+
+
+def as_run(run: Run | Iterable[Checkpoint]) -> Run:
+    """The run itself, or a run of these checkpoints in this order."""
+    return run if isinstance(run, Run) else Run((tuple(run),))
+
+
+def _why(left_out: list[tuple[Path, str]]) -> str:
+    return "Left out: " + first_few([f"{path.name} ({why})" for path, why in left_out]) + "."
+
+
+def _check_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise UsageError(f"{name} is expected to be at least 1 but got {value}")
+
+
+def _step(checkpoint: Checkpoint) -> float:
+    if checkpoint.step is None:
+        raise RunError(
+            f"{checkpoint.path} records no step or epoch and has no number in its name",
+            "Select by --last, --every or --glob instead.",
+        )
+    return checkpoint.step
+
+
+def _at_lr_min(checkpoints: Picked) -> Picked:
+    missing = [str(c.path) for c in checkpoints if c.record.lr is None]
+    if missing:
+        raise RunError(
+            f"no learning rate is recorded in {first_few(missing)}",
+            "Select the cycle's ends by position with --cycle C.",
+        )
+    rates = [c.record.lr or 0.0 for c in checkpoints]
+    ends = [math.inf, *rates, math.inf]
+    return [
+        checkpoint
+        for checkpoint, before, rate, after in zip(checkpoints, ends, rates, ends[2:], strict=False)
+        if _at_most(rate, before) and _at_most(rate, after)
+    ]
+
+
+def _at_most(rate: float, other: float) -> bool:
+    return rate <= other or math.isclose(rate, other, rel_tol=1e-6)
+
+
+def _best(checkpoints: Picked, count: int, metric: str, mode: str) -> Picked:
+    for checkpoint in checkpoints:
+        if metric not in checkpoint.record.metrics:
+            known = sorted(checkpoint.record.metrics)
+            raise RunError(
+                f"{checkpoint.path} records no metric {metric!r}",
+                f"It records {first_few(known, 8)}." if known else "It records none at all.",
+            )
+    sign = -1.0 if mode == "max" else 1.0
+    finite = [c for c in checkpoints if math.isfinite(c.record.metrics[metric])]
+    ranked = sorted(finite, key=lambda c: sign * c.record.metrics[metric])
+    chosen = {id(checkpoint) for checkpoint in ranked[:count]}
+    return [checkpoint for checkpoint in checkpoints if id(checkpoint) in chosen]
+
+
+def _sample(checkpoints: Picked, count: int, seed: int) -> Picked:
+    if count > len(checkpoints):
+        raise RunError(f"cannot draw {count} of {len(checkpoints)} checkpoints", "Ask for fewer.")
+    picked = random.Random(seed).sample(range(len(checkpoints)), count)
+    return [checkpoints[i] for i in sorted(picked)]
