@@ -1,0 +1,176 @@
+"""Elements of a table's tensors, read into a buffer of the caller's."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import OrderedDict
+from types import TracebackType
+from typing import BinaryIO
+
+import torch
+
+from ckptavg.errors import CheckpointError
+from ckptavg.formats.table import Piece, Tensor
+
+_MOST_OPEN_FILES = 128
+_SMALL_SPAN = 1 << 16  # bytes; below this, reading the gaps along costs less than skipping them
+
+
+class Reader:
+    """Reads ranges of tensors. One thread each: a reader keeps its own files open.
+
+    Use as a context manager, which closes the files.
+    """
+
+    def __init__(self) -> None:
+        self._files: OrderedDict[str, BinaryIO] = OrderedDict()
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        while self._files:
+            self._files.popitem()[1].close()
+
+    def read(self, tensor: Tensor, start: int, count: int, out: memoryview) -> None:
+        """Read ``count`` elements, in row-major order from element ``start``.
+
+        Args:
+            tensor: A contiguous tensor; or any other, if the range is a box of it, as ``boxes``
+                cuts them.
+            start: The first element's index in the flattened tensor.
+            count: How many.
+            out: At least ``count`` elements long; filled from its beginning.
+
+        Raises:
+            CheckpointError: The file is shorter than when it was opened, or cannot be read.
+        """
+        size = tensor.dtype.size
+        if tensor.contiguous:
+            piece = tensor.pieces[0]
+            self._read_bytes(piece.file, piece.offset + start * size, out[: count * size])
+            return
+        low, extent = box_of(tensor.shape, start, count)
+        target = torch.frombuffer(out, dtype=torch.uint8)[: count * size].view(*extent, size)
+        for piece in tensor.pieces:
+            self._read_overlap(piece, low, extent, target)
+
+    def _read_overlap(
+        self, piece: Piece, low: tuple[int, ...], extent: tuple[int, ...], target: torch.Tensor
+    ) -> None:
+        """Read the part of a piece that lies in a box of the tensor."""
+        size = target.shape[-1]
+        begin = [max(a, b) for a, b in zip(low, piece.start, strict=True)]
+        end = [
+            min(a + n, b + m)
+            for a, n, b, m in zip(low, extent, piece.start, piece.shape, strict=True)
+        ]
+        if any(a >= b for a, b in zip(begin, end, strict=True)):
+            return
+        skipped = sum((a - b) * s for a, b, s in zip(begin, piece.start, piece.stride, strict=True))
+        for dimension, (a, b, origin) in enumerate(zip(begin, end, low, strict=True)):
+            target = target.narrow(dimension, a - origin, b - a)
+        self._read_strided(piece.file, piece.offset + skipped * size, piece.stride, target)
+
+    def _read_strided(
+        self, path: str, offset: int, stride: tuple[int, ...], target: torch.Tensor
+    ) -> None:
+        """Read a strided box: in one go where it is dense, else split along its longest stride."""
+        *shape, size = target.shape
+        steps = [s if n > 1 else 0 for n, s in zip(shape, stride, strict=True)]
+        span = 1 + sum((n - 1) * s for n, s in zip(shape, steps, strict=True))
+        distinct = math.prod(n for n, s in zip(shape, steps, strict=True) if s)
+        if span <= distinct or span * size <= _SMALL_SPAN:
+            raw = bytearray(span * size)
+            self._read_bytes(path, offset, memoryview(raw))
+            flat = torch.frombuffer(raw, dtype=torch.uint8)
+            target.copy_(flat.as_strided(target.shape, (*(s * size for s in steps), 1)))
+            return
+        widest = max(range(len(shape)), key=steps.__getitem__)
+        for i in range(shape[widest]):
+            at = offset + i * stride[widest] * size
+            self._read_strided(path, at, stride, target.narrow(widest, i, 1))
+
+    def _read_bytes(self, path: str, offset: int, out: memoryview) -> None:
+        file = self._open(path)
+        done = 0
+        try:
+            while done < len(out):
+                got = _read_at(file, out[done:], offset + done)
+                if not got:
+                    raise CheckpointError(
+                        f"{path} ends before byte {offset + len(out)}: it changed while being read",
+                        "Wait until the training run has finished writing it, then try again.",
+                    )
+                done += got
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+
+    def _open(self, path: str) -> BinaryIO:
+        file = self._files.pop(path, None)
+        if file is None:
+            if len(self._files) >= _MOST_OPEN_FILES:
+                self._files.popitem(last=False)[1].close()
+            try:
+                file = open(path, "rb", buffering=0)  # noqa: SIM115, PTH123 - closed by the reader
+            except OSError as error:
+                raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        self._files[path] = file
+        return file
+
+
+def boxes(shape: tuple[int, ...], limit: int) -> list[tuple[int, int]]:
+    """Cut a tensor into (start, count) ranges of its flattened order that are boxes of it.
+
+    Args:
+        shape: The tensor's extent.
+        limit: Most elements a box.
+    """
+    total = math.prod(shape)
+    if not total:
+        return []
+    row = total
+    for extent in shape:
+        whole, row = row, row // extent
+        if row <= limit:
+            step = min(limit // row, extent) * row
+            return [
+                (base + i, min(step, whole - i))
+                for base in range(0, total, whole)
+                for i in range(0, whole, step)
+            ]
+    return [(0, total)]
+
+
+def box_of(
+    shape: tuple[int, ...], start: int, count: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """First index and extent of the box that a flat range covers."""
+    low: list[int] = []
+    extent: list[int] = []
+    row = math.prod(shape)
+    for n in shape:
+        row //= n
+        low.append(start // row)
+        start %= row
+        if count >= row:
+            extent.append(count // row)
+            count = row
+        else:
+            extent.append(1)
+    return tuple(low), tuple(extent)
+
+
+if hasattr(os, "preadv"):
+
+    def _read_at(file: BinaryIO, out: memoryview, offset: int) -> int:
+        return os.preadv(file.fileno(), [out], offset)
+
+else:
+
+    def _read_at(file: BinaryIO, out: memoryview, offset: int) -> int:
+        file.seek(offset)
+        return int(file.readinto(out) or 0)  # type: ignore[attr-defined]

@@ -1,0 +1,163 @@
+"""What ``torch.save`` would write, laid out without holding the tensors."""
+
+from __future__ import annotations
+
+import binascii
+import io
+import math
+import pickle
+import struct
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from ckptavg.formats.table import DType, row_major
+
+_ALIGNMENT = 64
+_PREFIX = "archive/"
+_TYPED_STORAGES = {
+    "float64": "DoubleStorage",
+    "float32": "FloatStorage",
+    "float16": "HalfStorage",
+    "bfloat16": "BFloat16Storage",
+    "complex128": "ComplexDoubleStorage",
+    "complex64": "ComplexFloatStorage",
+    "int64": "LongStorage",
+    "int32": "IntStorage",
+    "int16": "ShortStorage",
+    "int8": "CharStorage",
+    "uint8": "ByteStorage",
+    "bool": "BoolStorage",
+}
+
+
+def dumps(
+    tensors: Iterable[tuple[str, DType, tuple[int, ...], str]], others: Mapping[str, Any]
+) -> bytes:
+    """The ``data.pkl`` of a file that holds a state dict and some plain values.
+
+    Args:
+        tensors: Name, element type, shape and storage key of each; tied ones share a key.
+        others: Entries beside ``state_dict``.
+    """
+    storages: dict[str, _StorageStub] = {}
+    state_dict: OrderedDict[str, Any] = OrderedDict()
+    for name, dtype, shape, key in tensors:
+        storage = storages.setdefault(key, _StorageStub(key, dtype, math.prod(shape)))
+        state_dict[name] = _TensorStub(storage, dtype, shape)
+    buffer = io.BytesIO()
+    _Pickler(buffer, protocol=2).dump({"state_dict": state_dict, **others})
+    return buffer.getvalue()
+
+
+class Archive:
+    """A zip file being laid out: small entries by value, large ones as reserved ranges.
+
+    Attributes:
+        size: Bytes so far.
+        offsets: Tensor name → where its reserved bytes begin.
+        checksums: Tensor name → where the CRC-32 of its bytes belongs.
+    """
+
+    def __init__(self) -> None:
+        self.size = 0
+        self.offsets: dict[str, int] = {}
+        self.checksums: dict[str, list[int]] = {}
+        self._parts: list[tuple[int, bytes]] = []
+        self._directory: list[tuple[bytes, int, int, int, str | None]] = []
+
+    def add(self, name: str, content: bytes) -> None:
+        """Append an entry by value."""
+        start = self._begin(name, len(content), binascii.crc32(content), None)
+        self._parts.append((start, content))
+
+    def reserve(self, name: str, size: int, tensor: str) -> None:
+        """Append an entry whose bytes will be those of a tensor."""
+        self.offsets[tensor] = self._begin(name, size, 0, tensor)
+
+    def close(self) -> list[tuple[int, bytes]]:
+        """Append the directory.
+
+        Returns:
+            Offset and contents of everything but the reserved ranges.
+        """
+        start = self.size
+        for name, size, crc, at, tensor in self._directory:
+            large = struct.pack("<HHQQQ", 1, 24, size, size, at)
+            header = struct.pack(
+                "<IHHHHHHIIIHHHHHII",
+                0x02014B50, 45, 45, 0x800, zipfile.ZIP_STORED, 0, 0x21, crc,
+                0xFFFFFFFF, 0xFFFFFFFF, len(name), len(large), 0, 0, 0, 0, 0xFFFFFFFF,
+            )  # fmt: skip
+            if tensor is not None:
+                self.checksums[tensor].append(self.size + 16)
+            self._append(header + name + large)
+        self._append(_end_of_directory(start, self.size - start, len(self._directory)))
+        return self._parts
+
+    def _begin(self, name: str, size: int, crc: int, tensor: str | None) -> int:
+        """Append an entry's local header, padded so that its bytes are aligned."""
+        at, raw = self.size, (_PREFIX + name).encode()
+        large = struct.pack("<HHQQ", 1, 16, size, size)
+        unpadded = at + 30 + len(raw) + len(large) + 4
+        padding = -unpadded % _ALIGNMENT
+        extra = large + struct.pack("<2sH", b"FB", padding) + b"Z" * padding
+        header = struct.pack(
+            "<IHHHHHIIIHH",
+            0x04034B50, 45, 0x800, zipfile.ZIP_STORED, 0, 0x21, crc,
+            0xFFFFFFFF, 0xFFFFFFFF, len(raw), len(extra),
+        )  # fmt: skip
+        self._append(header + raw + extra)
+        self._directory.append((raw, size, crc, at, tensor))
+        if tensor is not None:
+            self.checksums[tensor] = [at + 14]
+        start = self.size
+        self.size += size
+        return start
+
+    def _append(self, content: bytes) -> None:
+        self._parts.append((self.size, content))
+        self.size += len(content)
+
+
+def _end_of_directory(start: int, size: int, count: int) -> bytes:
+    end = start + size
+    return (
+        struct.pack("<IQHHIIQQQQ", 0x06064B50, 44, 45, 45, 0, 0, count, count, size, start)
+        + struct.pack("<IIQI", 0x07064B50, 0, end, 1)
+        + struct.pack("<IHHHHIIH", 0x06054B50, 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
+    )
+
+
+class _StorageStub:
+    def __init__(self, key: str, dtype: DType, numel: int) -> None:
+        self.key, self.dtype, self.numel = key, dtype, numel
+
+
+class _TensorStub:
+    def __init__(self, storage: _StorageStub, dtype: DType, shape: tuple[int, ...]) -> None:
+        self.storage, self.dtype, self.shape = storage, dtype, shape
+
+
+class _Pickler(pickle.Pickler):
+    """Writes the stubs as torch writes tensors and storages."""
+
+    def persistent_id(self, obj: Any) -> Any:
+        if not isinstance(obj, _StorageStub):
+            return None
+        name = _TYPED_STORAGES.get(obj.dtype.name)
+        kind = getattr(torch, name) if name else torch.UntypedStorage
+        numel = obj.numel if name else obj.dtype.nbytes(obj.numel)
+        return ("storage", kind, obj.key, "cpu", numel)
+
+    def reducer_override(self, obj: Any) -> Any:
+        if not isinstance(obj, _TensorStub):
+            return NotImplemented
+        view = (obj.storage, 0, obj.shape, row_major(obj.shape), False, OrderedDict())
+        if obj.dtype.name in _TYPED_STORAGES:
+            return torch._utils._rebuild_tensor_v2, view
+        dtype = getattr(torch, obj.dtype.name)
+        return torch._utils._rebuild_tensor_v3, (*view, dtype)

@@ -1,0 +1,177 @@
+"""Where a stream's blocks go: into memory, or into the files of an output."""
+
+from __future__ import annotations
+
+import os
+import struct
+import threading
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+import torch
+
+from ckptavg.formats.layout import FileLayout, Layout, OutputTensor
+
+
+class Sink(Protocol):
+    """Takes the blocks of an average, from several threads and in any order."""
+
+    def write(self, name: str, offset: int, data: memoryview) -> None:
+        """Take bytes of a tensor.
+
+        Args:
+            name: The tensor.
+            offset: Of the first byte in the tensor.
+            data: The bytes, valid only during the call.
+        """
+
+
+class MemorySink:
+    """Collects a state dict.
+
+    Attributes:
+        state_dict: Name → tensor, filled as blocks arrive; tied names share their tensor.
+    """
+
+    def __init__(self, tensors: Iterable[OutputTensor]) -> None:
+        self.state_dict: dict[str, torch.Tensor] = {}
+        self._bytes: dict[str, torch.Tensor] = {}
+        for t in tensors:
+            if t.tied_to is not None:
+                self.state_dict[t.name] = self.state_dict[t.tied_to].view(t.shape)
+                continue
+            tensor = torch.empty(t.shape, dtype=getattr(torch, t.dtype.name))
+            self.state_dict[t.name] = tensor
+            if tensor.numel():
+                self._bytes[t.name] = tensor.view(-1).view(torch.uint8)
+
+    def write(self, name: str, offset: int, data: memoryview) -> None:
+        """Copy the bytes into the tensor."""
+        source = torch.frombuffer(data, dtype=torch.uint8)
+        self._bytes[name][offset : offset + len(data)].copy_(source)
+
+
+class FileSink:
+    """Writes the files of a layout into place, at once preallocated to their full size.
+
+    Use as a context manager, which closes the files.
+
+    Args:
+        layout: What lies where.
+        root: The output file, or the directory of the layout's files.
+        tensors: What will come; tied names are written wherever the layout has them.
+    """
+
+    def __init__(self, layout: Layout, root: Path, tensors: Iterable[OutputTensor]) -> None:
+        self._layout = layout
+        self._root = root
+        self._tied: dict[str, list[str]] = {}
+        for tensor in tensors:
+            self._tied.setdefault(tensor.tied_to or tensor.name, []).append(tensor.name)
+        self._handles: list[int] = []
+        self._targets: dict[str, list[tuple[int, int]]] = {}
+        self._crcs: dict[str, list[tuple[int, int, int]]] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> FileSink:
+        for file in self._layout.files:
+            path = self._root / file.name if file.name else self._root
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+            self._handles.append(handle)
+            _preallocate(handle, file.size)
+            for offset, content in file.parts:
+                self._write_at(handle, memoryview(content), offset)
+            for name, offset in file.offsets.items():
+                self._targets.setdefault(name, []).append((handle, offset))
+            self._crcs |= {name: [] for name in file.checksums}
+        for name, content in self._layout.companions.items():
+            (self._root / name).write_bytes(content)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        while self._handles:
+            os.close(self._handles.pop())
+
+    def write(self, name: str, offset: int, data: memoryview) -> None:
+        """Write the bytes wherever the tensor, or one tied to it, lies."""
+        for tied in self._tied[name]:
+            for handle, start in self._targets.get(tied, ()):
+                self._write_at(handle, data, start + offset)
+        if name in self._crcs:
+            self._crcs[name].append((offset, len(data), zlib.crc32(data)))
+
+    def finish(self) -> None:
+        """Store the checksums, once every byte has been written."""
+        for handle, file in zip(self._handles, self._layout.files, strict=True):
+            self._store_checksums(handle, file)
+
+    def _store_checksums(self, handle: int, file: FileLayout) -> None:
+        for name, places in file.checksums.items():
+            crc = 0
+            for _, length, part in sorted(self._crcs[name]):
+                crc = crc32_combine(crc, part, length)
+            for place in places:
+                self._write_at(handle, memoryview(struct.pack("<I", crc)), place)
+
+    def _write_at(self, handle: int, data: memoryview, offset: int) -> None:
+        done = 0
+        while done < len(data):
+            if hasattr(os, "pwrite"):
+                done += os.pwrite(handle, data[done:], offset + done)
+            else:
+                with self._lock:
+                    os.lseek(handle, offset + done, os.SEEK_SET)
+                    done += os.write(handle, data[done:])
+
+
+def _preallocate(handle: int, size: int) -> None:
+    """Reserve the bytes, so that a full disk shows now and not after the work."""
+    if size and hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(handle, 0, size)
+    else:
+        os.truncate(handle, size)
+
+
+def crc32_combine(first: int, second: int, length: int) -> int:
+    """CRC-32 of two byte strings one after another, from theirs and the second's length.
+
+    Appending n bytes multiplies the first checksum by x^(8n) modulo the CRC's polynomial over
+    GF(2); bits are reflected, so the top bit stands for x^0.
+    """
+    return _multiply(_power_of_x(8 * length), first) ^ second
+
+
+_POLYNOMIAL = 0xEDB88320
+
+
+def _multiply(a: int, b: int) -> int:
+    product = 0
+    bit = 1 << 31
+    while a:
+        if a & bit:
+            product ^= b
+            a ^= bit
+        bit >>= 1
+        b = (b >> 1) ^ (_POLYNOMIAL if b & 1 else 0)
+    return product
+
+
+def _power_of_x(exponent: int) -> int:
+    if exponent not in _CACHE:
+        result, square = 1 << 31, 1 << 30  # x^0, x^1
+        rest = exponent
+        while rest:
+            if rest & 1:
+                result = _multiply(square, result)
+            square = _multiply(square, square)
+            rest >>= 1
+        _CACHE[exponent] = result
+    return _CACHE[exponent]
+
+
+_CACHE: dict[int, int] = {}
