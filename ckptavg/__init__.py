@@ -1,0 +1,49 @@
+"""Average the checkpoints of a training run, after the fact.
+
+Importing this package does not import torch; using what it offers does.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ckptavg.averaging import average as average
+    from ckptavg.batchnorm import update_bn as update_bn
+    from ckptavg.errors import CkptavgError as CkptavgError
+    from ckptavg.evaluation import Candidate as Candidate
+    from ckptavg.evaluation import evaluate as evaluate
+    from ckptavg.formats import Checkpoint as Checkpoint
+    from ckptavg.formats import open_checkpoint as open_checkpoint
+    from ckptavg.run import Run as Run
+    from ckptavg.run import open_run as open_run
+    from ckptavg.version import __version__ as __version__
+
+_HOMES = {
+    "average": "averaging",
+    "update_bn": "batchnorm",
+    "CkptavgError": "errors",
+    "Candidate": "evaluation",
+    "evaluate": "evaluation",
+    "Checkpoint": "formats",
+    "open_checkpoint": "formats",
+    "Run": "run",
+    "open_run": "run",
+    "__version__": "version",
+}
+
+__all__ = sorted(_HOMES)
+
+logging.getLogger("ckptavg").addHandler(logging.NullHandler())
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"ckptavg.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections import OrderedDict
-from types import TracebackType
 from typing import BinaryIO
 
 import torch
@@ -18,20 +17,13 @@ _SMALL_SPAN = 1 << 16  # bytes; below this, reading the gaps along costs less th
 
 
 class Reader:
-    """Reads ranges of tensors. One thread each: a reader keeps its own files open.
-
-    Use as a context manager, which closes the files.
-    """
+    """Reads ranges of tensors. One thread each: a reader keeps its own files open."""
 
     def __init__(self) -> None:
         self._files: OrderedDict[str, BinaryIO] = OrderedDict()
 
-    def __enter__(self) -> Reader:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Close the files."""
         while self._files:
             self._files.popitem()[1].close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import threading
@@ -132,9 +133,14 @@ class FileSink:
 def _preallocate(handle: int, size: int) -> None:
     """Reserve the bytes, so that a full disk shows now and not after the work."""
     if size and hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(handle, 0, size)
-    else:
-        os.truncate(handle, size)
+        try:
+            os.posix_fallocate(handle, 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+        else:
+            return
+    os.truncate(handle, size)
 
 
 def crc32_combine(first: int, second: int, length: int) -> int:

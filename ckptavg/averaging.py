@@ -1,0 +1,319 @@
+"""Averages of a run: planned, streamed, and written with an account of how they were made."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from ckptavg import schemes
+from ckptavg.errors import UsageError, first_few
+from ckptavg.formats import Checkpoint, open_checkpoint
+from ckptavg.formats.layout import Layout, OutputTensor, lay_out
+from ckptavg.formats.publish import Publication, check_room, check_target
+from ckptavg.formats.table import DTYPES, FileStamp
+from ckptavg.formats.writing import FileSink, MemorySink
+from ckptavg.plan import Plan, Rules, copy_plan, make_plan
+from ckptavg.run import Run, as_run
+from ckptavg.schemes import Scheme
+from ckptavg.stream import Progress, StreamResult, stream
+from ckptavg.version import __version__
+
+log = logging.getLogger("ckptavg")
+StateDict = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Average:
+    """An average that is planned and not yet computed.
+
+    Attributes:
+        plan: What becomes of each tensor.
+        scheme: How the coefficients came about.
+    """
+
+    plan: Plan
+    scheme: Scheme
+
+    @property
+    def batchnorm(self) -> str:
+        """State of the running statistics: ``none``, ``own`` (one checkpoint's) or ``stale``."""
+        if self.plan.batchnorm:
+            return "stale"
+        names = [tensor.name for tensor in self.plan.tensors]
+        return "own" if any(name.endswith("running_mean") for name in names) else "none"
+
+    def provenance(self, batchnorm: str | None = None) -> dict[str, Any]:
+        """How the average is made, as plain values for JSON."""
+        return provenance(
+            self.scheme.text,
+            self.plan.checkpoints,
+            self.plan.coefficients,
+            batchnorm or self.batchnorm,
+            self.plan.ties,
+        )
+
+
+def average(
+    run: Run | Iterable[Checkpoint],
+    scheme: str = "uniform",
+    *,
+    weights: Sequence[float] | None = None,
+    out: str | os.PathLike[str] | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    base: str | os.PathLike[str] | Checkpoint | None = None,
+    dtype: str = "keep",
+    overwrite: bool = False,
+    on_nonfinite: str = "error",
+    progress: Progress | None = None,
+) -> StateDict | Path:
+    """Average the checkpoints of a run.
+
+    Floats are averaged in float64 and rounded once to the output type; integers and bools come from
+    the last checkpoint. Memory stays flat in the number of checkpoints and, with ``out``, in their
+    size. BatchNorm statistics are averaged too and thereby stale: see ``update_bn``.
+
+    Args:
+        run: What ``open_run`` returned, or a selection of it.
+        scheme: ``NAME[:key=value,...]``, see ``ckptavg.schemes.parse``.
+        weights: One a checkpoint instead of a scheme; normalized.
+        out: ``.safetensors``, a ``torch.save`` suffix, or a directory (Hugging Face). None returns
+            the state dict instead.
+        include: Shell patterns of tensor names to average; all where empty.
+        exclude: Shell patterns of those not to.
+        base: The checkpoint that the rest comes from; the last one where None.
+        dtype: Of the output's floats: ``keep``, ``float32``, ``bfloat16``, ``float16``, ``float64``.
+        overwrite: Replace an existing output.
+        on_nonfinite: ``error``, or ``keep`` to write an average that is not finite.
+        progress: Called with the bytes read and their total.
+
+    Returns:
+        The state dict under bare names, or the path of the output.
+
+    Raises:
+        MismatchError: The checkpoints do not hold the same tensors.
+        NonFiniteError: An average is not finite.
+        OutputError: The output may not or could not be written.
+        CkptavgError: Anything else that is wrong; nothing is written then.
+    """
+    planned = plan_average(
+        run, scheme, weights=weights, include=include, exclude=exclude, base=base, dtype=dtype
+    )
+    if on_nonfinite not in ("error", "keep"):
+        raise UsageError(f"on_nonfinite is expected to be error or keep but got {on_nonfinite!r}")
+    keep = on_nonfinite == "keep"
+    if out is None:
+        return in_memory(planned, keep_nonfinite=keep, progress=progress)
+    return write(planned, out, overwrite=overwrite, keep_nonfinite=keep, progress=progress)
+
+
+def plan_average(
+    run: Run | Iterable[Checkpoint],
+    scheme: str = "uniform",
+    *,
+    weights: Sequence[float] | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    base: str | os.PathLike[str] | Checkpoint | None = None,
+    dtype: str = "keep",
+) -> Average:
+    """Check that a run can be averaged, without reading a tensor. Arguments as for ``average``."""
+    checkpoints = as_run(run).checkpoints
+    chosen = schemes.parse(scheme) if weights is None else schemes.explicit(weights)
+    coefficients = chosen.coefficients([c.step for c in checkpoints])
+    if base is not None and not isinstance(base, Checkpoint):
+        base = open_checkpoint(base)
+    rules = Rules(tuple(include), tuple(exclude), base, dtype)
+    return Average(make_plan(checkpoints, coefficients, rules), chosen)
+
+
+def in_memory(
+    planned: Average, *, keep_nonfinite: bool = False, progress: Progress | None = None
+) -> StateDict:
+    """Compute an average as a state dict."""
+    sink = MemorySink(planned.plan.outputs)
+    result = stream(
+        planned.plan.tensors, sink, keep_nonfinite=keep_nonfinite, progress=progress
+    )
+    _verify(planned.plan)
+    _log(planned, result)
+    return sink.state_dict
+
+
+def write(
+    planned: Average,
+    out: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    keep_nonfinite: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Compute an average straight into its output."""
+    tensors = planned.plan.outputs
+    layout = prepare(out, tensors, planned.provenance(), planned.plan.files, overwrite=overwrite)
+
+    def fill(sink: FileSink) -> None:
+        result = stream(
+            planned.plan.tensors, sink, keep_nonfinite=keep_nonfinite, progress=progress
+        )
+        _verify(planned.plan)
+        _log(planned, result)
+
+    return _publish(layout, Path(out), tensors, overwrite, fill)
+
+
+def prepare(
+    out: str | os.PathLike[str],
+    tensors: Sequence[OutputTensor],
+    made: Mapping[str, Any],
+    inputs: Sequence[Checkpoint],
+    *,
+    overwrite: bool,
+) -> Layout:
+    """Lay an output out and make sure that it may and can be written.
+
+    Args:
+        out: The output.
+        tensors: What it will hold.
+        made: Its provenance.
+        inputs: Checkpoints that are read; the last selected one's configuration is copied.
+        overwrite: Replace an existing output.
+
+    Raises:
+        OutputError: It may not be written, or there is too little room.
+    """
+    names = [path for c in inputs for path in (c.path, *(Path(f.path) for f in c.files))]
+    check_target(Path(out), overwrite=overwrite, inputs=names)
+    layout = lay_out(os.fspath(out), tensors, made, inputs[len(made["checkpoints"]) - 1])
+    check_room(Path(out), layout.size)
+    return layout
+
+
+class _Fill(Protocol):
+    def __call__(self, sink: FileSink, /) -> None: ...
+
+
+def _publish(
+    layout: Layout, out: Path, tensors: Sequence[OutputTensor], overwrite: bool, fill: _Fill
+) -> Path:
+    with Publication(out, directory=layout.directory, overwrite=overwrite) as publication:
+        with FileSink(layout, publication.temporary, tensors) as sink:
+            fill(sink)
+            sink.finish()
+        publication.publish()
+    return out
+
+
+def save(
+    state_dict: Mapping[str, torch.Tensor],
+    out: str | os.PathLike[str],
+    made: Mapping[str, Any],
+    inputs: Sequence[Checkpoint],
+    *,
+    overwrite: bool = False,
+) -> Path:
+    """Write tensors that are in memory, with the same care as an average.
+
+    Args:
+        state_dict: What to write, under bare names.
+        out: As for ``average``.
+        made: Its provenance.
+        inputs: The checkpoints that it was made of; none of them may be the output.
+        overwrite: Replace an existing output.
+    """
+    tensors = output_tensors(state_dict)
+    layout = prepare(out, tensors, made, inputs, overwrite=overwrite)
+
+    def fill(sink: FileSink) -> None:
+        for tensor in tensors:
+            if tensor.tied_to is None and state_dict[tensor.name].numel():
+                values = state_dict[tensor.name].detach().cpu().contiguous()
+                raw = (ctypes.c_uint8 * values.nbytes).from_address(values.data_ptr())
+                sink.write(tensor.name, 0, memoryview(raw).cast("B"))
+
+    return _publish(layout, Path(out), tensors, overwrite, fill)
+
+
+def output_tensors(state_dict: Mapping[str, torch.Tensor]) -> list[OutputTensor]:
+    """What writing a state dict needs to know of it; names of one tensor are tied."""
+    seen: dict[object, str] = {}
+    found: list[OutputTensor] = []
+    for name, tensor in state_dict.items():
+        place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
+        first = seen.setdefault(place, name) if tensor.numel() else name
+        dtype = DTYPES[str(tensor.dtype).removeprefix("torch.")]
+        tied = None if first == name else first
+        found.append(OutputTensor(name, dtype, tuple(tensor.shape), tied))
+    return found
+
+
+def provenance(
+    scheme: str,
+    checkpoints: Sequence[Checkpoint],
+    coefficients: Sequence[float],
+    batchnorm: str,
+    ties: Sequence[Sequence[str]] = (),
+) -> dict[str, Any]:
+    """How an output was made, as plain values for JSON.
+
+    Returns:
+        ``version``, ``scheme``, ``checkpoints`` (each with ``path``, ``step``, ``coefficient``,
+        ``size`` in bytes and ``mtime`` in seconds), ``bn`` and, where there are any, ``tied`` names.
+    """
+    made: dict[str, Any] = {
+        "version": __version__,
+        "scheme": scheme,
+        "checkpoints": [
+            {
+                "path": str(c.path),
+                "step": c.step,
+                "coefficient": coefficient,
+                "size": c.size,
+                "mtime": max(stamp.mtime_ns for stamp in c.files) / 1e9,
+            }
+            for c, coefficient in zip(checkpoints, coefficients, strict=True)
+        ],
+        "bn": batchnorm,
+    }
+    return made | ({"tied": [list(group) for group in ties]} if ties else {})
+
+
+def load(checkpoint: Checkpoint) -> StateDict:
+    """Read one checkpoint's tensors as they are, under bare names."""
+    plan = copy_plan(checkpoint)
+    sink = MemorySink(plan.outputs)
+    stream(plan.tensors, sink)
+    _verify(plan)
+    return sink.state_dict
+
+
+def _verify(plan: Plan) -> None:
+    stamps: dict[str, FileStamp] = {s.path: s for c in plan.files for s in c.files}
+    for stamp in stamps.values():
+        stamp.verify()
+
+
+def _log(planned: Average, result: StreamResult) -> None:
+    for note in planned.plan.notes:
+        log.info(note)
+    if result.differing:
+        names = first_few(sorted(result.differing))
+        log.info(
+            "%d integer tensors differ and are the last checkpoint's: %s",
+            len(result.differing), names,
+        )  # fmt: skip
+    if result.nonfinite:
+        log.warning("not finite and kept: %s", first_few(sorted(result.nonfinite)))
+    if planned.plan.batchnorm:
+        log.info(
+            "BatchNorm statistics of %d layers are averaged and stale: recompute them with "
+            "`ckptavg update-bn`, or --model and --train-data",
+            len(planned.plan.batchnorm),
+        )
