@@ -1,0 +1,329 @@
+"""Running statistics recomputed for fixed weights.
+
+Averaged weights need statistics of their own (Izmailov et al. 2018, 3.2). What is computed here are
+the population statistics of Wu & Johnson 2021 ("Rethinking 'Batch' in BatchNorm", 3): each layer's
+mean and variance over all samples, given the layer's inputs, by merging count, mean and sum of
+squared deviations batch by batch in float64 (Chan et al. 1979). ``torch.optim.swa_utils.update_bn``
+averages the batches' variances instead, which leaves out how the batches' means differ.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.utils.data import Dataset
+
+from ckptavg.batches import Batches, Forward, Runtime, call, length_of, size_of, to_device
+from ckptavg.errors import BatchNormError, first_few
+
+log = logging.getLogger("ckptavg")
+Progress = Callable[[int, int], None]
+"""Called as ``progress(done, total)`` in batches; total is 0 where the loader has no length."""
+
+
+@dataclass(frozen=True)
+class BatchNormResult:
+    """What a pass over the data did.
+
+    Attributes:
+        layers: Layers whose statistics were recomputed.
+        batches: Batches seen, by this process.
+        samples: Samples seen, by this process.
+        unreached: Layers that no batch went through; they keep their statistics.
+    """
+
+    layers: int
+    batches: int
+    samples: int
+    unreached: tuple[str, ...] = ()
+
+
+def update_bn(
+    model: nn.Module,
+    data: Batches | Dataset[Any],
+    *,
+    device: str | torch.device | None = None,
+    forward: Forward | None = None,
+    exclude: Sequence[str] = (),
+    amp: str = "off",
+    batch_size: int = 128,
+    workers: int = 0,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> BatchNormResult:
+    """Recompute a model's BatchNorm statistics in one pass over data.
+
+    Weights stay as they are; only the BatchNorm layers (and InstanceNorm layers that track
+    statistics) are in training mode during the pass. At a layer whose inputs do not depend on the
+    batch, the first above all, the result is exact and the same for any split into batches. Deeper
+    layers see activations that were normalized batch by batch, as in training, so there one pass is
+    not invariant to the batch size. If anything fails, the model is as it was before.
+
+    Under an initialized ``torch.distributed`` process group, each process passes its own part of
+    the data, and all end with the statistics of the whole.
+
+    Args:
+        model: Any module. With ``device`` it is moved there.
+        data: A Dataset, read in seeded random order; or a loader, used as it is.
+        device: ``auto``, ``cpu``, ``cuda[:N]``, ``mps``; the model's own where None.
+        forward: ``forward(model, batch)``, for batches that are neither a tensor, nor a tuple with
+            the input first, nor a dict of keywords.
+        exclude: Shell patterns of layers to leave alone (frozen ones).
+        amp: ``off``, ``bf16`` or ``fp16``: autocast of the forward pass. Statistics are in float64.
+        batch_size: Of a Dataset.
+        workers: Processes that load a Dataset.
+        seed: Of a Dataset's order.
+        progress: Called with the batches done and their total.
+
+    Raises:
+        BatchNormError: There are no data, no such layers, or a layer saw a single value or one that
+            is not finite.
+    """
+    runtime = Runtime.on(
+        device, model, amp=amp, batch_size=batch_size, workers=workers, seed=seed
+    )
+    return recompute([model], data, runtime, forward, exclude, progress)[0]
+
+
+def recompute(
+    models: Sequence[nn.Module],
+    data: Batches | Dataset[Any],
+    runtime: Runtime,
+    forward: Forward | None = None,
+    exclude: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> list[BatchNormResult]:
+    """``update_bn`` for several models that share one pass over the data."""
+    loader = runtime.loader(data, shuffle=True)
+    run = forward or call
+    total, batches, samples = length_of(loader), 0, 0
+    with ExitStack() as stack, torch.no_grad():
+        passes = [stack.enter_context(_collecting(m, exclude, runtime.device)) for m in models]
+        for batch in loader:
+            moved = to_device(batch, runtime.device)
+            with runtime.autocast():
+                for one in passes:
+                    run(one.model, moved)
+            batches += 1
+            samples += size_of(batch)
+            if progress is not None:
+                progress(batches, total)
+        return [one.finish(batches, samples) for one in passes]
+
+
+def tracked_layers(model: nn.Module) -> dict[str, _NormBase]:
+    """The layers that keep running statistics, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (_BatchNorm, _InstanceNorm)) and module.track_running_stats
+    }
+
+
+@dataclass
+class _Moments:
+    """Count, mean and sum of squared deviations a channel, in float64.
+
+    For InstanceNorm, whose running statistics are means over instances, ``spread`` is the sum of
+    the instances' variances instead, and one instance counts one.
+    """
+
+    count: int
+    mean: torch.Tensor
+    spread: torch.Tensor
+    instances: bool = False
+
+    def merge(self, other: _Moments) -> None:
+        """Take in another set of values (Chan et al.)."""
+        total = self.count + other.count
+        delta = other.mean - self.mean
+        if not self.instances:
+            self.spread += delta.square() * (self.count * other.count / total)
+        self.spread += other.spread
+        self.mean += delta * (other.count / total)
+        self.count = total
+
+    @property
+    def variance(self) -> torch.Tensor:
+        """What goes into ``running_var``: unbiased, as torch stores it."""
+        return self.spread / (self.count if self.instances else self.count - 1)
+
+
+def _batch_moments(values: torch.Tensor) -> _Moments:
+    """Of a batch of shape (N, C, ...), over all but the channels."""
+    axes = [axis for axis in range(values.dim()) if axis != 1]
+    variance, mean = torch.var_mean(values, axes, correction=0)
+    count = values.numel() // values.shape[1]
+    return _Moments(count, mean, variance * count)
+
+
+def _instance_moments(values: torch.Tensor) -> _Moments:
+    """Of a batch of shape (N, C, ...), over each instance by itself."""
+    variance, mean = torch.var_mean(values.flatten(2), 2, correction=1)
+    return _Moments(values.shape[0], mean.mean(0), variance.sum(0), instances=True)
+
+
+class _Pass:
+    """The layers of one model while data goes through it."""
+
+    def __init__(self, model: nn.Module, exclude: Sequence[str], device: torch.device) -> None:
+        self.model = getattr(model, "_orig_mod", model)  # hooks do not reach into compiled code
+        found = tracked_layers(self.model)
+        if not found:
+            raise BatchNormError(
+                "the model has no BatchNorm layers with running statistics",
+                "There is nothing to recompute; use the average as it is.",
+            )
+        self.layers = {
+            name: layer
+            for name, layer in found.items()
+            if not any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude)
+        }
+        self.moments: dict[str, _Moments] = {}
+        # Apple's mps has no float64
+        self.where = torch.device("cpu") if device.type == "mps" else device
+
+    def observe(self, name: str) -> Callable[..., None]:
+        """A pre-forward hook that takes in a layer's input."""
+
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = args[0] if args else kwargs["input"]
+            values = given.detach().to(self.where, torch.float64)
+            if isinstance(layer, _InstanceNorm):
+                if values.dim() == layer._get_no_batch_dim():
+                    values = values.unsqueeze(0)
+                moments = _instance_moments(values)
+            else:
+                moments = _batch_moments(values)
+                if moments.count == 1:
+                    _normalize_single(layer, given)
+            if name in self.moments:
+                self.moments[name].merge(moments)
+            else:
+                self.moments[name] = moments
+
+        return hook
+
+    def finish(self, batches: int, samples: int) -> BatchNormResult:
+        """Merge what the processes saw, check it, and write it into the layers."""
+        batches_of_all = self._merge_processes(batches)
+        if not batches_of_all:
+            raise BatchNormError("the training data is empty", "Check --train-data.")
+        reached = {name: m for name, m in self.moments.items() if name in self.layers}
+        for name, moments in reached.items():
+            _check(name, moments)
+        for name, moments in reached.items():
+            layer = self.layers[name]
+            if layer.running_mean is not None and layer.running_var is not None:
+                layer.running_mean.copy_(moments.mean)
+                layer.running_var.copy_(moments.variance)
+            if layer.num_batches_tracked is not None:
+                layer.num_batches_tracked.fill_(batches_of_all)
+        unreached = tuple(name for name in self.layers if name not in reached)
+        if unreached:
+            log.warning("no data went through %s: statistics left as they were", first_few([*unreached]))
+        return BatchNormResult(len(reached), batches, samples, unreached)
+
+    def _merge_processes(self, batches: int) -> int:
+        """Merge the moments of all processes in the order of their ranks."""
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return batches
+        mine = {
+            name: (m.count, m.mean.cpu(), m.spread.cpu(), m.instances)
+            for name, m in self.moments.items()
+        }
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, (batches, mine))
+        self.moments = {}
+        for _, moments in gathered:
+            for name, parts in moments.items():
+                other = _Moments(*parts)
+                if name in self.moments:
+                    self.moments[name].merge(other)
+                else:
+                    self.moments[name] = other
+        return int(sum(count for count, _ in gathered))
+
+
+@contextmanager
+def _collecting(
+    model: nn.Module, exclude: Sequence[str], device: torch.device
+) -> Iterator[_Pass]:
+    """Prepare a model for the pass; leave it as it was, new statistics aside, afterwards."""
+    one = _Pass(model, exclude, device)
+    model.to(device)
+    modes = [(module, module.training) for module in model.modules()]
+    before = {name: _statistics(layer) for name, layer in one.layers.items()}
+    hooks = []
+    try:
+        model.eval()
+        for name, layer in one.layers.items():
+            layer.train()
+            hooks.append(layer.register_forward_pre_hook(one.observe(name), with_kwargs=True))
+            hooks.append(layer.register_forward_hook(_back_to_training, always_call=True))
+        yield one
+    except BaseException:
+        for name, tensors in before.items():
+            _restore(one.layers[name], tensors)
+        raise
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes:
+            module.training = mode
+    for name in one.layers.keys() - one.moments.keys():
+        _restore(one.layers[name], before[name])
+
+
+def _statistics(layer: _NormBase) -> list[torch.Tensor | None]:
+    tensors = (layer.running_mean, layer.running_var, layer.num_batches_tracked)
+    uninitialized = nn.parameter.UninitializedTensorMixin
+    return [None if t is None or isinstance(t, uninitialized) else t.clone() for t in tensors]
+
+
+def _restore(layer: _NormBase, tensors: list[torch.Tensor | None]) -> None:
+    now = (layer.running_mean, layer.running_var, layer.num_batches_tracked)
+    for tensor, before in zip(now, tensors, strict=True):
+        if tensor is not None and before is not None:
+            tensor.copy_(before)
+
+
+def _normalize_single(layer: nn.Module, values: torch.Tensor) -> None:
+    """Let a layer take a batch of one value a channel, which torch refuses in training mode.
+
+    Its mean is the value and its variance 0, so it is normalized with just these, in evaluation
+    mode, for this one call.
+    """
+    if isinstance(layer, _NormBase) and layer.running_mean is not None:
+        layer.running_mean.copy_(values.detach().reshape(-1))
+        layer.running_var.zero_()  # type: ignore[union-attr]
+        layer.training = False
+
+
+def _back_to_training(layer: nn.Module, *_: Any) -> None:
+    layer.training = True
+
+
+def _check(name: str, moments: _Moments) -> None:
+    if moments.count < 2 and not moments.instances:
+        raise BatchNormError(
+            f"the layer {name} saw a single value a channel, which has no variance",
+            "Pass more training data.",
+        )
+    if not bool(torch.isfinite(moments.mean).all() and torch.isfinite(moments.spread).all()):
+        raise BatchNormError(
+            f"the inputs of the layer {name} are not finite",
+            "Look at the data and the weights; --amp off may help.",
+        )
+
+

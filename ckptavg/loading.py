@@ -1,0 +1,67 @@
+"""Weights into a module, by the names they have in common."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from ckptavg.errors import ModelError, first_few
+from ckptavg.formats.weights import bare_names
+
+_SHARE = 0.6  # of the memory that is free; activations need the rest
+
+
+def load_into(model: nn.Module, state_dict: Mapping[str, torch.Tensor], origin: str) -> None:
+    """Copy weights into a module. Wrappers' prefixes are of no account on either side.
+
+    Args:
+        model: Takes them, converted to its own types.
+        state_dict: The weights, under bare names.
+        origin: Where they come from, for messages.
+
+    Raises:
+        ModelError: Names or shapes do not fit.
+    """
+    own = model.state_dict(keep_vars=True)
+    bare = bare_names(list(own))
+    places = {bare[name]: name for name in own if name in bare}
+    given = {places[name]: tensor for name, tensor in state_dict.items() if name in places}
+    extra = [name for name in state_dict if name not in places]
+    lost = [name for name in places.values() if name not in given]
+    reached = {own[name].data_ptr() for name in given if own[name].numel()}
+    lost = [
+        name
+        for name in lost
+        if not name.endswith("num_batches_tracked") and own[name].data_ptr() not in reached
+    ]
+    if lost or extra:
+        parts = [f"the model needs {first_few(lost)}"] if lost else []
+        parts += [f"the checkpoint has {first_few(extra)}"] if extra else []
+        raise ModelError(
+            f"{origin} does not fit the model: {'; '.join(parts)}",
+            "Check --model and its --model-arg.",
+        )
+    for name, tensor in given.items():
+        if own[name].shape != tensor.shape:
+            raise ModelError(
+                f"{origin} does not fit the model: {name} has the shape {tuple(tensor.shape)} "
+                f"where the model has {tuple(own[name].shape)}",
+                "Check --model and its --model-arg (num_classes, for instance).",
+            )
+    model.load_state_dict(given, strict=False)
+
+
+def fit(model: nn.Module, device: torch.device) -> int:
+    """How many copies of a model the free memory of a device holds beside the work on them."""
+    tensors = (*model.parameters(), *model.buffers())
+    size = sum(t.numel() * t.element_size() for t in tensors)
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    elif hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        free = 4 << 30
+    return int(_SHARE * free / max(size, 1))
