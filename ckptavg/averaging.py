@@ -135,15 +135,19 @@ def plan_average(
 
 
 def in_memory(
-    planned: Average, *, keep_nonfinite: bool = False, progress: Progress | None = None
+    planned: Average,
+    *,
+    keep_nonfinite: bool = False,
+    progress: Progress | None = None,
+    stale: bool = True,
 ) -> StateDict:
-    """Compute an average as a state dict."""
+    """Compute an average as a state dict; ``stale=False`` if its statistics will be recomputed."""
     sink = MemorySink(planned.plan.outputs)
     result = stream(
         planned.plan.tensors, sink, keep_nonfinite=keep_nonfinite, progress=progress
     )
     _verify(planned.plan)
-    _log(planned, result)
+    _log(planned, result, stale=stale)
     return sink.state_dict
 
 
@@ -157,7 +161,7 @@ def write(
 ) -> Path:
     """Compute an average straight into its output."""
     tensors = planned.plan.outputs
-    layout = prepare(out, tensors, planned.provenance(), planned.plan.files, overwrite=overwrite)
+    layout = prepare(planned, out, overwrite=overwrite)
 
     def fill(sink: FileSink) -> None:
         result = stream(
@@ -170,28 +174,40 @@ def write(
 
 
 def prepare(
-    out: str | os.PathLike[str],
-    tensors: Sequence[OutputTensor],
-    made: Mapping[str, Any],
-    inputs: Sequence[Checkpoint],
-    *,
-    overwrite: bool,
+    planned: Average, out: str | os.PathLike[str], *, overwrite: bool, batchnorm: str | None = None
 ) -> Layout:
-    """Lay an output out and make sure that it may and can be written.
-
-    Args:
-        out: The output.
-        tensors: What it will hold.
-        made: Its provenance.
-        inputs: Checkpoints that are read; the last selected one's configuration is copied.
-        overwrite: Replace an existing output.
+    """Lay the output of an average out and make sure that it may and can be written.
 
     Raises:
         OutputError: It may not be written, or there is too little room.
     """
+    plan, made = planned.plan, planned.provenance(batchnorm)
+    return _prepare(out, plan.outputs, made, plan.files, plan.checkpoints[-1], overwrite)
+
+
+def prepare_copy(
+    checkpoint: Checkpoint,
+    out: str | os.PathLike[str],
+    made: Mapping[str, Any],
+    *,
+    overwrite: bool,
+) -> Layout:
+    """As ``prepare``, for a checkpoint whose tensors are all taken."""
+    outputs = copy_plan(checkpoint).outputs
+    return _prepare(out, outputs, made, [checkpoint], checkpoint, overwrite)
+
+
+def _prepare(
+    out: str | os.PathLike[str],
+    tensors: Sequence[OutputTensor],
+    made: Mapping[str, Any],
+    inputs: Sequence[Checkpoint],
+    template: Checkpoint,
+    overwrite: bool,
+) -> Layout:
     names = [path for c in inputs for path in (c.path, *(Path(f.path) for f in c.files))]
     check_target(Path(out), overwrite=overwrite, inputs=names)
-    layout = lay_out(os.fspath(out), tensors, made, inputs[len(made["checkpoints"]) - 1])
+    layout = lay_out(os.fspath(out), tensors, made, template)
     check_room(Path(out), layout.size)
     return layout
 
@@ -225,11 +241,12 @@ def save(
         state_dict: What to write, under bare names.
         out: As for ``average``.
         made: Its provenance.
-        inputs: The checkpoints that it was made of; none of them may be the output.
+        inputs: The checkpoints that it was made of; none of them may be the output, and a
+            directory follows the last one's layout and copies its configuration.
         overwrite: Replace an existing output.
     """
     tensors = output_tensors(state_dict)
-    layout = prepare(out, tensors, made, inputs, overwrite=overwrite)
+    layout = _prepare(out, tensors, made, inputs, inputs[-1], overwrite)
 
     def fill(sink: FileSink) -> None:
         for tensor in tensors:
@@ -300,7 +317,7 @@ def _verify(plan: Plan) -> None:
         stamp.verify()
 
 
-def _log(planned: Average, result: StreamResult) -> None:
+def _log(planned: Average, result: StreamResult, *, stale: bool = True) -> None:
     for note in planned.plan.notes:
         log.info(note)
     if result.differing:
@@ -311,7 +328,7 @@ def _log(planned: Average, result: StreamResult) -> None:
         )  # fmt: skip
     if result.nonfinite:
         log.warning("not finite and kept: %s", first_few(sorted(result.nonfinite)))
-    if planned.plan.batchnorm:
+    if stale and planned.plan.batchnorm:
         log.info(
             "BatchNorm statistics of %d layers are averaged and stale: recompute them with "
             "`ckptavg update-bn`, or --model and --train-data",

@@ -44,10 +44,7 @@ def parse_arguments(pairs: Iterable[str]) -> dict[str, Any]:
         key, separator, text = pair.partition("=")
         if not separator or not key.isidentifier():
             raise UsageError(f"an argument is expected to be key=value but got {pair!r}")
-        try:
-            found[key] = {"true": True, "false": False}.get(text) or ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            found[key] = False if text == "false" else text
+        found[key] = _literal(text)
     return found
 
 
@@ -119,6 +116,13 @@ def make_data(
             f"but returned a {type(data).__name__}"
         )
     return data
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+    except (ValueError, SyntaxError):
+        return text
 
 
 def _split(spec: str, expected: str) -> tuple[str, str]:

@@ -1,0 +1,5 @@
+"""``python -m ckptavg``."""
+
+from ckptavg.cli import main
+
+main(prog_name="ckptavg")

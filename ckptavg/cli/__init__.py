@@ -1,0 +1,30 @@
+"""The command line: parse, call the API, print; no logic, and no torch before a command runs."""
+
+from __future__ import annotations
+
+import click
+
+from ckptavg.cli.average import average
+from ckptavg.cli.evaluate import evaluate
+from ckptavg.cli.inspect import inspect
+from ckptavg.cli.update_bn import update_bn
+from ckptavg.version import __version__
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="ckptavg", message="%(prog)s %(version)s")
+def main() -> None:
+    """Average the checkpoints of a training run, after the fact.
+
+    \b
+      ckptavg inspect RUN                 what is there, in order
+      ckptavg average RUN -o OUT          one model from a run directory
+      ckptavg update-bn CKPT -o OUT ...   BatchNorm statistics for its weights
+      ckptavg eval --run RUN ...          did it help? last, average and ensemble
+    """
+
+
+main.add_command(inspect)
+main.add_command(average)
+main.add_command(update_bn)
+main.add_command(evaluate)

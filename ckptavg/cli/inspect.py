@@ -1,0 +1,114 @@
+"""``ckptavg inspect``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ckptavg.cli import options
+from ckptavg.formats import Checkpoint, open_checkpoint
+from ckptavg.plan import batchnorm_layers
+from ckptavg.report import Report, number_text, size_text
+from ckptavg.run import Run, open_run
+
+_MOST_METRICS = 3
+
+
+@click.command(cls=options.Grouped)
+@click.argument("path", metavar="PATH")
+@options.option("What", "--glob", metavar="PATTERN", help="File names that match the pattern.")
+@options.option("What", "--key", metavar="KEY", help="Entry that holds the weights.")
+@options.everywhere
+def inspect(report: Report, path: str, glob: str | None, key: str | None) -> None:
+    """Show what a run or a checkpoint holds, without reading its tensors.
+
+    A run: its checkpoints in order, what was recorded, what is left out and why. A checkpoint: its
+    tensors, its BatchNorm layers, and how it was made if ckptavg made it.
+    """
+    run = open_run(path, glob=glob, key=key)
+    if len(run) == 1 and run.checkpoints[0].path == Path(path):
+        _show_checkpoint(report, open_checkpoint(path, key))
+    else:
+        _show_run(report, run)
+
+
+def _show_run(report: Report, run: Run) -> None:
+    metrics = sorted({name for c in run for name in c.record.metrics})
+    rows = [
+        (
+            checkpoint.path.name,
+            number_text(checkpoint.step),
+            number_text(checkpoint.record.epoch),
+            number_text(checkpoint.record.lr),
+            *(number_text(checkpoint.record.metrics.get(m)) for m in metrics[:_MOST_METRICS]),
+            checkpoint.key or "(the file)",
+            size_text(checkpoint.size),
+        )
+        for checkpoint in run
+    ]
+    columns = ("checkpoint", "step", "epoch", "LR", *metrics[:_MOST_METRICS], "weights", "size")
+    report.table(columns, rows, title=f"{len(run)} checkpoints in order")
+    if metrics[_MOST_METRICS:]:
+        report.line(f"more metrics: {', '.join(metrics[_MOST_METRICS:])}")
+    if run.left_out:
+        report.table(
+            ("left out", "why"), [(path.name, why) for path, why in run.left_out]
+        )
+    notes = dict.fromkeys((*run.notes, *(note for c in run for note in c.notes)))
+    for note in notes:
+        report.line(f"note: {note}")
+    report.result(
+        {
+            "checkpoints": [_summary(c) for c in run],
+            "left_out": [{"path": str(p), "why": why} for p, why in run.left_out],
+            "notes": list(notes),
+        }
+    )
+
+
+def _show_checkpoint(report: Report, checkpoint: Checkpoint) -> None:
+    layers = batchnorm_layers(checkpoint.tensors)
+    values = sum(tensor.numel for tensor in checkpoint.tensors.values())
+    ties = checkpoint.ties()
+    rows = [
+        (name, tensor.dtype.name, "×".join(map(str, tensor.shape)) or "scalar")
+        for name, tensor in checkpoint.tensors.items()
+    ] + [(name, why, "") for name, why in checkpoint.refused.items()]
+    report.table(("tensor", "dtype", "shape"), rows)
+    report.line(
+        f"{checkpoint.path}: {len(rows)} tensors, {values:,} values, {size_text(checkpoint.size)}, "
+        f"weights under {checkpoint.key or 'the file itself'}"
+    )
+    report.line(f"BatchNorm layers: {', '.join(layers) or 'none'}")
+    for group in ties:
+        report.line(f"tied: {' = '.join(group)}")
+    for note in checkpoint.notes:
+        report.line(f"note: {note}")
+    if checkpoint.provenance is not None:
+        report.line("made by ckptavg: " + json.dumps(dict(checkpoint.provenance), indent=2))
+    tensors = {
+        name: {"dtype": t.dtype.name, "shape": list(t.shape)}
+        for name, t in checkpoint.tensors.items()
+    }
+    made = None if checkpoint.provenance is None else dict(checkpoint.provenance)
+    report.result(
+        _summary(checkpoint)
+        | {"tensors": tensors, "batchnorm": list(layers), "tied": ties, "ckptavg": made}
+    )
+
+
+def _summary(checkpoint: Checkpoint) -> dict[str, Any]:
+    record = checkpoint.record
+    return {
+        "path": str(checkpoint.path),
+        "layout": checkpoint.layout,
+        "key": checkpoint.key,
+        "step": checkpoint.step,
+        "epoch": record.epoch,
+        "lr": record.lr,
+        "metrics": dict(record.metrics),
+        "size": checkpoint.size,
+    }

@@ -1,0 +1,306 @@
+"""Options that several commands share, in named groups."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from ckptavg.errors import CkptavgError, UsageError
+from ckptavg.report import Report
+
+if TYPE_CHECKING:
+    from ckptavg.run import Run
+
+F = TypeVar("F", bound=Callable[..., Any])
+log = logging.getLogger("ckptavg")
+_EVERYWHERE = "Everywhere"
+
+
+class Grouped(click.Command):
+    """A command whose help lists its options in groups."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None and isinstance(parameter, click.Option):
+                group = getattr(parameter, "group", _EVERYWHERE)
+                groups.setdefault(group, []).append(record)
+        groups[_EVERYWHERE] = groups.pop(_EVERYWHERE)
+        for group, records in groups.items():
+            with formatter.section(group):
+                formatter.write_dl(records)
+
+
+class GroupedOption(click.Option):
+    """An option that knows its group in the help."""
+
+    def __init__(self, *args: Any, group: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.group = group
+
+
+def option(group: str, *names: str, **settings: Any) -> Callable[[F], F]:
+    """``click.option`` in a group."""
+    return click.option(*names, cls=GroupedOption, group=group, **settings)
+
+
+def together(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+    """Several decorators as one, the first outermost, so that help keeps their order."""
+
+    def decorate(function: F) -> F:
+        return functools.reduce(lambda f, d: d(f), reversed(decorators), function)
+
+    return decorate
+
+
+class Pair(click.ParamType):
+    """``N`` or ``N:M``, two whole numbers."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int | None]:
+        first, separator, second = str(value).partition(":")
+        try:
+            return int(first), int(second) if separator else None
+        except ValueError:
+            self.fail(f"expected {self.name} but got {value!r}", param, ctx)
+
+
+class Numbers(click.ParamType):
+    """Numbers with commas between."""
+
+    name = "A,B,..."
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> list[float]:
+        try:
+            return [float(part) for part in str(value).split(",")]
+        except ValueError:
+            self.fail(f"expected numbers like 2,3,5 but got {value!r}", param, ctx)
+
+
+class AtLeast(click.ParamType):
+    """A whole number from a least one on."""
+
+    name = "N"
+
+    def __init__(self, least: int) -> None:
+        self.least = least
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        try:
+            number = int(value)
+        except ValueError:
+            number = self.least - 1
+        if number < self.least:
+            self.fail(f"expected a whole number from {self.least} on but got {value!r}", param, ctx)
+        return number
+
+
+POSITIVE, WHOLE = AtLeast(1), AtLeast(0)
+
+_WHICH = "Which checkpoints (applied to each run, in this order)"
+selection_options = together(
+    option(_WHICH, "--glob", metavar="PATTERN", help="File names that match the pattern."),
+    option(_WHICH, "--from", "first", type=float, metavar="STEP", help="From this step on."),
+    option(_WHICH, "--to", "final", type=float, metavar="STEP", help="Up to this step, included."),
+    option(_WHICH, "--every", type=POSITIVE, metavar="N", help="Every Nth, the last kept."),
+    option(
+        _WHICH, "--cycle", type=Pair("C[:OFFSET]"), metavar="C[:OFFSET]",
+        help="Positions OFFSET, OFFSET+C, ...; OFFSET is C if not given.",
+    ),
+    option(_WHICH, "--at-lr-min", is_flag=True, help="Minima of the recorded learning rate."),
+    option(_WHICH, "--best", type=POSITIVE, metavar="N", help="Best N, with:"),
+    option(_WHICH, "--metric", metavar="NAME", help="the recorded metric, and"),
+    option(_WHICH, "--mode", type=click.Choice(["max", "min"]), help="which is better."),
+    option(
+        _WHICH, "--sample", type=Pair("N[:SEED]"), metavar="N[:SEED]", help="N drawn at random."
+    ),
+    option(_WHICH, "--last", type=POSITIVE, metavar="N", help="The last N."),
+)  # fmt: skip
+
+_HOW = "How they are weighted"
+scheme_options = together(
+    option(
+        _HOW, "--scheme", metavar="NAME[:k=v,...]", default="uniform", show_default=True,
+        help="uniform · ema:decay=0.9[,debias=true][,per=step] · linear · lawa:k=5.",
+    ),
+    option(_HOW, "--weights", type=Numbers(), metavar="A,B,...", help="One each, normalized."),
+)  # fmt: skip
+
+_WHAT = "What is averaged"
+tensor_options = together(
+    option(_WHAT, "--key", metavar="KEY", help="Entry that holds the weights, e.g. state.model."),
+    option(_WHAT, "--include", multiple=True, metavar="PATTERN", help="Only these tensor names."),
+    option(_WHAT, "--exclude", multiple=True, metavar="PATTERN", help="All but these."),
+    option(_WHAT, "--base", metavar="CKPT", help="Gives the rest.  [default: the last checkpoint]"),
+    option(
+        _WHAT, "--dtype", default="keep", show_default=True,
+        type=click.Choice(["keep", "float32", "bfloat16", "float16", "float64"]),
+        help="Of the floats written.",
+    ),
+    option(
+        _WHAT, "--on-nonfinite", type=click.Choice(["error", "keep"]), default="error",
+        show_default=True, help="If an average is not finite.",
+    ),
+)  # fmt: skip
+
+_RUN = "Running the model"
+_MODEL_TEXT = "torchvision:NAME · timm:NAME · hf:DIR · pkg.module:factory · path/file.py:factory."
+_DATA_TEXT = "imagefolder:DIR · cifar10:DIR · cifar100:DIR · pkg.module:factory · file.py:factory."
+
+
+def model_options(*, required: bool) -> Callable[[F], F]:
+    """The model."""
+    return together(
+        option(_RUN, "--model", "model_spec", required=required, metavar="SPEC", help=_MODEL_TEXT),
+        option(
+            _RUN, "--model-arg", multiple=True, metavar="K=V", help="Argument of the model's factory."
+        ),
+    )
+
+
+def data_options(name: str, text: str, *, required: bool) -> Callable[[F], F]:
+    """A source of data."""
+    return together(
+        option(
+            _RUN, f"--{name}", required=required, metavar="SPEC", help=f"{text}: {_DATA_TEXT}"
+        ),
+        option(
+            _RUN, f"--{name}-arg", multiple=True, metavar="K=V", help="Argument of its factory."
+        ),
+    )
+
+
+loader_options = together(
+    option(
+        _RUN, "--device", default="auto", show_default=True, metavar="NAME",
+        help="auto · cpu · cuda[:N] · mps.",
+    ),
+    option(
+        _RUN, "--amp", type=click.Choice(["off", "bf16", "fp16"]), default="off",
+        show_default=True, help="Reduced precision of the forward pass.",
+    ),
+    option(
+        _RUN, "-b", "--batch-size", type=POSITIVE, default=128, show_default=True,
+        metavar="N", help="Where the data is no DataLoader yet.",
+    ),
+    option(
+        _RUN, "-j", "--workers", type=WHOLE, default=0, show_default=True,
+        metavar="N", help="Processes that load data.",
+    ),
+    option(
+        _RUN, "--seed", type=int, default=0, show_default=True, metavar="N",
+        help="Order of the training data.",
+    ),
+)  # fmt: skip
+
+
+def everywhere(function: F) -> F:
+    """The options of every command; gives it a ``report`` and turns errors into one line."""
+    options = together(
+        option(_EVERYWHERE, "--json", "as_json", is_flag=True, help="Result as JSON on stdout."),
+        option(_EVERYWHERE, "-q", "--quiet", is_flag=True, help="No notes, no progress."),
+        option(_EVERYWHERE, "-v", "--verbose", count=True, help="More notes."),
+        option(_EVERYWHERE, "--debug", is_flag=True, help="Tracebacks of errors."),
+    )
+
+    @functools.wraps(function)
+    def run(*, as_json: bool, quiet: bool, verbose: int, debug: bool, **values: Any) -> Any:
+        report = Report(as_json=as_json, verbosity=-1 if quiet else verbose)
+        with _errors_in_one_line(debug), report.notes():
+            return function(report=report, **values)
+
+    return options(run)  # type: ignore[return-value]
+
+
+@contextmanager
+def _errors_in_one_line(debug: bool) -> Iterator[None]:
+    try:
+        yield
+    except UsageError as error:
+        if debug:
+            raise
+        raise click.UsageError(str(error)) from error
+    except CkptavgError as error:
+        if debug:
+            raise
+        failure = click.ClickException(str(error))
+        failure.exit_code = error.exit_code
+        raise failure from error
+    except KeyboardInterrupt:
+        click.echo("Interrupted: nothing was written.", err=True)
+        raise click.exceptions.Exit(130) from None
+
+
+def selected(
+    run: Run,
+    *,
+    first: float | None,
+    final: float | None,
+    every: int | None,
+    cycle: tuple[int, int | None] | None,
+    at_lr_min: bool,
+    best: int | None,
+    metric: str | None,
+    mode: str | None,
+    sample: tuple[int, int | None] | None,
+    last: int | None,
+) -> Run:
+    """Apply the selection options to a run."""
+    if (best is not None) != (metric is not None) or (best is not None) != (mode is not None):
+        raise UsageError("--best, --metric and --mode go together")
+    if first is not None or final is not None:
+        run = run.steps(first, final)
+    if every is not None:
+        run = run.every(every)
+    if cycle is not None:
+        run = run.cycle(*cycle)
+    if at_lr_min:
+        run = run.at_lr_min()
+    if best is not None:
+        run = run.best(best, metric or "", mode or "")
+    if sample is not None:
+        run = run.sample(sample[0], sample[1] or 0)
+    if last is not None:
+        run = run.last(last)
+    if len(run) == 1:
+        log.info("one checkpoint is selected: its average is itself")
+    return run
+
+
+SELECTION = (
+    "first", "final", "every", "cycle", "at_lr_min", "best", "metric", "mode", "sample", "last",
+)  # fmt: skip
+
+
+def open_selected(
+    paths: Sequence[str], glob: str | None, key: str | None, options: dict[str, Any]
+) -> tuple[Run, Run]:
+    """Open a run and apply the selection options, which are taken out of ``options``."""
+    from ckptavg.run import open_run  # noqa: PLC0415 - help is shown without it
+
+    picks = {name: options.pop(name) for name in SELECTION}
+    run = open_run(*paths, glob=glob, key=key)
+    for note in run.notes:
+        log.info(note)
+    for path, why in run.left_out:
+        log.debug("left out: %s: %s", path, why)
+    for checkpoint in run:
+        for note in checkpoint.notes:
+            log.debug("%s: %s", checkpoint.path, note)
+    for note in dict.fromkeys(note for checkpoint in run for note in checkpoint.notes):
+        log.info(note)
+    return run, selected(run, **picks)

@@ -1,0 +1,52 @@
+"""``ckptavg update-bn``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from ckptavg.cli import options
+from ckptavg.report import Report
+
+
+@click.command("update-bn", cls=options.Grouped)
+@click.argument("checkpoint", metavar="CKPT")
+@options.option("Output", "-o", "--out", required=True, metavar="OUT", help="Where the copy goes.")
+@options.option("Output", "--overwrite", is_flag=True, help="Replace an existing output.")
+@options.option("Output", "--key", metavar="KEY", help="Entry that holds the weights.")
+@options.model_options(required=True)
+@options.data_options("train-data", "What the statistics are of", required=True)
+@options.loader_options
+@options.everywhere
+def update_bn(
+    report: Report, checkpoint: str, out: str, overwrite: bool, key: str | None, **settings: Any
+) -> None:
+    """Recompute a checkpoint's BatchNorm statistics with a pass over training data.
+
+    \b
+      ckptavg update-bn swa.safetensors --model torchvision:resnet50 \\
+          --train-data imagefolder:train -o swa_bn.safetensors
+    """
+    from ckptavg import refresh  # noqa: PLC0415 - help is shown without torch
+    from ckptavg.cli.sources import model_and_runtime, training_data  # noqa: PLC0415
+    from ckptavg.formats import open_checkpoint  # noqa: PLC0415
+
+    opened = open_checkpoint(checkpoint, key)
+    model, runtime = model_and_runtime(settings)
+    data = training_data(settings)
+    with report.batch_progress() as progress:
+        result = refresh.update_checkpoint(
+            opened, out, model, data, runtime, overwrite=overwrite,
+            batch_progress=lambda done, total: progress("BatchNorm", done, total),
+        )  # fmt: skip
+    report.line(f"wrote {out} (statistics of {result.layers} layers from {result.samples} samples)")
+    report.result(
+        {
+            "output": out,
+            "layers": result.layers,
+            "samples": result.samples,
+            "batches": result.batches,
+            "unreached": list(result.unreached),
+        }
+    )

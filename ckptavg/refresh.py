@@ -1,0 +1,117 @@
+"""Checkpoints written with BatchNorm statistics recomputed for their weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from ckptavg import averaging
+from ckptavg.averaging import Average, StateDict
+from ckptavg.batches import Batches, Forward, Runtime
+from ckptavg.batchnorm import BatchNormResult, recompute, tracked_layers
+from ckptavg.batchnorm import Progress as BatchProgress
+from ckptavg.formats import Checkpoint
+from ckptavg.formats.weights import bare_names
+from ckptavg.loading import load_into
+from ckptavg.stream import Progress
+
+RECOMPUTED = "recomputed"
+
+
+def write_average(
+    planned: Average,
+    out: str | os.PathLike[str],
+    model: nn.Module,
+    data: Batches | Dataset[Any],
+    runtime: Runtime,
+    *,
+    forward: Forward | None = None,
+    overwrite: bool = False,
+    keep_nonfinite: bool = False,
+    progress: Progress | None = None,
+    batch_progress: BatchProgress | None = None,
+) -> BatchNormResult:
+    """Compute an average, recompute its statistics, then write it.
+
+    Args:
+        planned: The average.
+        out: The output, as for ``averaging.write``.
+        model: Takes the weights.
+        data: Training data, a Dataset or a loader.
+        runtime: Where and how the model runs.
+        forward: ``forward(model, batch)`` for unusual batches.
+        overwrite: Replace an existing output.
+        keep_nonfinite: Write an average that is not finite as it is.
+        progress: Told about the bytes read.
+        batch_progress: Told about the batches passed.
+
+    Raises:
+        CkptavgError: Whatever is wrong; nothing is written then.
+    """
+    averaging.prepare(planned, out, overwrite=overwrite, batchnorm=RECOMPUTED)
+    weights = averaging.in_memory(
+        planned, keep_nonfinite=keep_nonfinite, progress=progress, stale=False
+    )
+    result = refresh(weights, model, data, runtime, str(out), forward, batch_progress)
+    made, inputs = planned.provenance(RECOMPUTED), [*planned.plan.files]
+    inputs.append(planned.plan.checkpoints[-1])
+    averaging.save(weights, out, made, inputs, overwrite=overwrite)
+    return result
+
+
+def update_checkpoint(
+    checkpoint: Checkpoint,
+    out: str | os.PathLike[str],
+    model: nn.Module,
+    data: Batches | Dataset[Any],
+    runtime: Runtime,
+    *,
+    forward: Forward | None = None,
+    overwrite: bool = False,
+    batch_progress: BatchProgress | None = None,
+) -> BatchNormResult:
+    """Write a copy of a checkpoint with recomputed statistics. Arguments as for ``write_average``."""
+    made = dict(checkpoint.provenance or averaging.provenance("none", [checkpoint], [1.0], ""))
+    made["bn"] = RECOMPUTED
+    averaging.prepare_copy(checkpoint, out, made, overwrite=overwrite)
+    weights = averaging.load(checkpoint)
+    result = refresh(
+        weights, model, data, runtime, str(checkpoint.path), forward, batch_progress
+    )
+    averaging.save(weights, out, made, [checkpoint], overwrite=overwrite)
+    return result
+
+
+def refresh(
+    weights: StateDict,
+    model: nn.Module,
+    data: Batches | Dataset[Any],
+    runtime: Runtime,
+    origin: str,
+    forward: Forward | None = None,
+    progress: BatchProgress | None = None,
+) -> BatchNormResult:
+    """Replace the running statistics in a state dict by ones recomputed for its weights."""
+    load_into(model, weights, origin)
+    result = recompute([model], data, runtime, forward, progress=progress)[0]
+    for name, value in _statistics(model).items():
+        if name in weights:
+            weights[name] = value.to(weights[name].dtype).reshape(weights[name].shape)
+    return result
+
+
+def _statistics(model: nn.Module) -> Mapping[str, torch.Tensor]:
+    """The running statistics of a model under bare names."""
+    bare = bare_names(list(model.state_dict()))
+    found: StateDict = {}
+    for name, layer in tracked_layers(model).items():
+        for key, value in layer.named_buffers(recurse=False):
+            full = f"{name}.{key}".lstrip(".")
+            found[bare.get(full, full)] = value.detach().cpu()
+    return found
+

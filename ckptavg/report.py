@@ -1,0 +1,200 @@
+"""Tables, JSON and progress: the only room that draws."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+_WIDE = 240  # columns where nothing is a terminal, so that no cell is folded
+_COUNT = 1e3
+
+
+class Report:
+    """What a command says: the result on stdout, notes and progress on stderr.
+
+    Args:
+        as_json: Print the result as JSON instead of tables.
+        verbosity: Below 0 for no notes and no progress, above 0 for details.
+        stdout: Where results go.
+        stderr: Where notes and progress go.
+    """
+
+    def __init__(
+        self,
+        *,
+        as_json: bool = False,
+        verbosity: int = 0,
+        stdout: Console | None = None,
+        stderr: Console | None = None,
+    ) -> None:
+        self.as_json = as_json
+        self.verbosity = verbosity
+        self._out = stdout or _console(sys.stdout)
+        self._err = stderr or _console(sys.stderr)
+
+    @contextmanager
+    def notes(self) -> Iterator[None]:
+        """Show what the library logs for as long as the command runs."""
+        logger, handler = logging.getLogger("ckptavg"), _NoteHandler(self._err)
+        level, propagate = logger.level, logger.propagate
+        logger.addHandler(handler)
+        logger.propagate = False
+        names = {-1: logging.ERROR, 0: logging.INFO}
+        logger.setLevel(names.get(max(min(self.verbosity, 1), -1), logging.DEBUG))
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            logger.propagate = propagate
+            logger.setLevel(level)
+
+    def table(
+        self, columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = ""
+    ) -> None:
+        """A table on stdout; columns of numbers are set flush right. Nothing with ``as_json``."""
+        if self.as_json:
+            return
+        drawn = Table(
+            box=box.SIMPLE_HEAD, title=Text(title) if title else None, title_justify="left",
+            title_style="bold", show_edge=False, pad_edge=False,
+        )  # fmt: skip
+        for i, name in enumerate(columns):
+            right = bool(rows) and all(_is_number(row[i]) for row in rows)
+            drawn.add_column(name, justify="right" if right else "left", overflow="fold")
+        for row in rows:
+            drawn.add_row(*(Text(cell) for cell in row))
+        self._out.print(drawn)
+        self._out.print()
+
+    def line(self, text: str) -> None:
+        """A line on stdout. Nothing with ``as_json``."""
+        if not self.as_json:
+            self._out.print(Text(text), soft_wrap=True)
+
+    def result(self, value: Any) -> None:
+        """The result as JSON on stdout, with ``as_json``."""
+        if self.as_json:
+            text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=True)
+            self._out.file.write(text + "\n")
+
+    @contextmanager
+    def bytes_progress(self, what: str) -> Iterator[Any]:
+        """A bar of bytes, rate and time left; gives the callback that moves it."""
+        columns = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        with self._bar(what, *columns) as move:
+            yield lambda done, total: move(what, done, total)
+
+    @contextmanager
+    def batch_progress(self) -> Iterator[Any]:
+        """A bar of batches, rate and time left for each phase; gives the callback."""
+        with self._bar("", MofNCompleteColumn(), _Rate(), TimeRemainingColumn()) as move:
+            yield move
+
+    @contextmanager
+    def _bar(self, what: str, *columns: ProgressColumn) -> Iterator[Any]:
+        shown = self._err.is_terminal and self.verbosity >= 0
+        bar = Progress(
+            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), *columns,
+            console=self._err, disable=not shown, transient=True,
+        )  # fmt: skip
+        tasks: dict[str, Any] = {}
+
+        def move(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = bar.add_task(escape(phase), total=total or None)
+            bar.update(tasks[phase], completed=done, total=total or None)
+
+        with bar:
+            yield move
+
+
+def write_results(path: Path, results: Mapping[str, Any]) -> None:
+    """Write an evaluation's results as JSON or CSV, by the suffix."""
+    if path.suffix == ".json":
+        text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
+    else:
+        buffer = io.StringIO()
+        rows = [_flat(candidate) for candidate in results["candidates"]]
+        writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        text = buffer.getvalue()
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def size_text(count: float) -> str:
+    """Bytes with a decimal unit."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < _COUNT:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= _COUNT
+    return f"{count:.3g} TB"
+
+
+def number_text(value: float | None) -> str:
+    """A recorded number, short; a dash where there is none."""
+    return "–" if value is None else f"{value:.6g}"
+
+
+def _flat(candidate: Mapping[str, Any]) -> dict[str, Any]:
+    row = {k: v for k, v in candidate.items() if k != "metrics"} | dict(candidate["metrics"])
+    return {k: ";".join(map(str, v)) if isinstance(v, list) else v for k, v in row.items()}
+
+
+def _is_number(cell: str) -> bool:
+    return cell in ("–", "") or cell.replace(" ", "")[:1].isdigit() or cell[:1] == "-"
+
+
+def _console(stream: Any) -> Console:
+    console = Console(file=stream, highlight=False)
+    if not console.is_terminal:
+        console.width = _WIDE
+    return console
+
+
+class _NoteHandler(logging.Handler):
+    """Prints the library's notes, one line each."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        serious = record.levelno >= logging.WARNING
+        word, style = ("warning", "yellow") if serious else ("note", "cyan")
+        text = Text.assemble((f"{word}: ", style), record.getMessage())
+        self._console.print(text, soft_wrap=True)
+
+
+class _Rate(ProgressColumn):
+    """Batches a second."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.1f} batches/s" if task.speed else "")
