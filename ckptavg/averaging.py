@@ -15,9 +15,9 @@ import torch
 from ckptavg import schemes
 from ckptavg.errors import UsageError, first_few
 from ckptavg.formats import Checkpoint, open_checkpoint
-from ckptavg.formats.layout import Layout, OutputTensor, lay_out
+from ckptavg.formats.layout import Layout, lay_out
 from ckptavg.formats.publish import Publication, check_room, check_target
-from ckptavg.formats.table import DTYPES, FileStamp
+from ckptavg.formats.table import DTYPES, FileStamp, OutputTensor
 from ckptavg.formats.writing import FileSink, MemorySink
 from ckptavg.plan import Plan, Rules, copy_plan, make_plan
 from ckptavg.run import Run, as_run
@@ -323,14 +323,13 @@ def _log(planned: Average, result: StreamResult, *, stale: bool = True) -> None:
     if result.differing:
         names = first_few(sorted(result.differing))
         log.info(
-            "%d integer tensors differ and are the last checkpoint's: %s",
-            len(result.differing), names,
-        )  # fmt: skip
+            "integers are not averaged; these differ and are the last checkpoint's: %s", names
+        )
     if result.nonfinite:
         log.warning("not finite and kept: %s", first_few(sorted(result.nonfinite)))
     if stale and planned.plan.batchnorm:
         log.info(
-            "BatchNorm statistics of %d layers are averaged and stale: recompute them with "
-            "`ckptavg update-bn`, or --model and --train-data",
+            "BatchNorm statistics (layers: %d) are averaged and thereby stale: recompute them with "
+            "`ckptavg update-bn`, or by --model and --train-data",
             len(planned.plan.batchnorm),
         )

@@ -7,6 +7,7 @@ outputs, is computed once and shared with the members that are candidates themse
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -138,8 +139,8 @@ def candidates_of(
     """
     last = run.checkpoints[-1]
     singles = [c for c in selection if each and c.path != last.path]
-    found = [Candidate.of_checkpoint(c, _label(c)) for c in singles]
-    found.append(Candidate.of_checkpoint(last, f"{_label(last)} (last)"))
+    found = [Candidate.of_checkpoint(c, c.path.name) for c in singles]
+    found.append(Candidate.of_checkpoint(last, f"{last.path.name} (last)"))
     text = f"average of {len(selection)} ({planned.scheme.text})"
     found.append(Candidate.of_average(planned, text, recompute=False))
     if recompute and planned.batchnorm != "none":
@@ -246,6 +247,7 @@ class _Session:
         self.forward = forward
         self.progress = progress
         self.networks: dict[object, _Network] = {}
+        self.averages: dict[int, Callable[[], StateDict]] = {}
         self.members = [self._networks_of(candidate) for candidate in candidates]
 
     def recompute_statistics(self, data: Batches | Dataset[Any]) -> None:
@@ -309,18 +311,17 @@ class _Session:
     def _networks_of(self, candidate: Candidate) -> list[_Network]:
         if candidate.average is not None:
             planned = candidate.average
-            key: object = (id(planned), candidate.recompute)
-            return [self._network(key, candidate.name, lambda: averaging.in_memory(planned), candidate)]
+            once = functools.cache(lambda: averaging.in_memory(planned, stale=False))
+            weights = self.averages.setdefault(id(planned), once)
+            made = _Network(candidate.name, weights, candidate.recompute)
+            return [self.networks.setdefault((id(planned), candidate.recompute), made)]
         return [
-            self._network(c.path.resolve(), str(c.path), lambda c=c: averaging.load(c), candidate)
+            self.networks.setdefault(
+                (c.path.resolve(), c.key),
+                _Network(str(c.path), functools.partial(averaging.load, c), recompute=False),
+            )
             for c in candidate.checkpoints
         ]
-
-    def _network(
-        self, key: object, name: str, weights: Callable[[], StateDict], candidate: Candidate
-    ) -> _Network:
-        made = _Network(name, weights, candidate.recompute)
-        return self.networks.setdefault(key, made)
 
     def _load(self, network: _Network) -> nn.Module:
         """A copy of the model with the network's weights, on the device, in evaluation mode."""

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from ckptavg.errors import MismatchError, UnsupportedTensorError, UsageError, first_few
 from ckptavg.formats import Checkpoint, Tensor
-from ckptavg.formats.layout import OutputTensor
-from ckptavg.formats.table import DTYPES, DType
+from ckptavg.formats.table import DTYPES, DType, OutputTensor
 
 OUTPUT_DTYPES = ("keep", "float32", "bfloat16", "float16", "float64")
 

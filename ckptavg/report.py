@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import logging
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ from rich.text import Text
 
 _WIDE = 240  # columns where nothing is a terminal, so that no cell is folded
 _COUNT = 1e3
+_NUMBER = re.compile(r"–||-?\d[\d.,e+-]*( [kMGT]?B)?|-?inf|nan")
 
 
 class Report:
@@ -79,10 +81,9 @@ class Report:
         """A table on stdout; columns of numbers are set flush right. Nothing with ``as_json``."""
         if self.as_json:
             return
-        drawn = Table(
-            box=box.SIMPLE_HEAD, title=Text(title) if title else None, title_justify="left",
-            title_style="bold", show_edge=False, pad_edge=False,
-        )  # fmt: skip
+        if title:
+            self._out.print(Text(title, "bold"), soft_wrap=True)
+        drawn = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
         for i, name in enumerate(columns):
             right = bool(rows) and all(_is_number(row[i]) for row in rows)
             drawn.add_column(name, justify="right" if right else "left", overflow="fold")
@@ -169,7 +170,7 @@ def _flat(candidate: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_number(cell: str) -> bool:
-    return cell in ("–", "") or cell.replace(" ", "")[:1].isdigit() or cell[:1] == "-"
+    return bool(_NUMBER.fullmatch(cell))
 
 
 def _console(stream: Any) -> Console:

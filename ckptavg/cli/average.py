@@ -68,6 +68,8 @@ def average(
         base=settings["base"],
         dtype=settings["dtype"],
     )
+    if out is not None:
+        averaging.prepare(planned, out, overwrite=overwrite)
     _show_plan(report, planned)
     if out is None or dry_run:
         report.result(planned.provenance() | {"output": None})
@@ -92,7 +94,6 @@ def _write(
     from ckptavg import refresh  # noqa: PLC0415
     from ckptavg.cli.sources import model_and_runtime, training_data  # noqa: PLC0415
 
-    averaging.prepare(planned, out, overwrite=overwrite)
     model, runtime = model_and_runtime(settings)
     data = training_data(settings)
     with report.batch_progress() as progress:

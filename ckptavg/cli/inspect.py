@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ def _show_checkpoint(report: Report, checkpoint: Checkpoint) -> None:
     for note in checkpoint.notes:
         report.line(f"note: {note}")
     if checkpoint.provenance is not None:
-        report.line("made by ckptavg: " + json.dumps(dict(checkpoint.provenance), indent=2))
+        _show_provenance(report, checkpoint.provenance)
     tensors = {
         name: {"dtype": t.dtype.name, "shape": list(t.shape)}
         for name, t in checkpoint.tensors.items()
@@ -98,6 +98,18 @@ def _show_checkpoint(report: Report, checkpoint: Checkpoint) -> None:
         _summary(checkpoint)
         | {"tensors": tensors, "batchnorm": list(layers), "tied": ties, "ckptavg": made}
     )
+
+
+def _show_provenance(report: Report, made: Mapping[str, Any]) -> None:
+    rows = [
+        (str(c.get("path")), number_text(c.get("step")), number_text(c.get("coefficient")))
+        for c in made["checkpoints"]
+    ]
+    title = (
+        f"made by ckptavg {made.get('version')}: {made.get('scheme')}, "
+        f"BatchNorm statistics {made.get('bn')}"
+    )
+    report.table(("checkpoint", "step", "coefficient"), rows, title=title)
 
 
 def _summary(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -10,27 +10,10 @@ from typing import Any
 
 from ckptavg.errors import UsageError
 from ckptavg.formats import Checkpoint, huggingface, safetensors, torch_pickle
-from ckptavg.formats.table import DType
+from ckptavg.formats.table import OutputTensor
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".tar")
 _SHARD_BYTES = 5_000_000_000  # what Hugging Face splits at, where the input was not split already
-
-
-@dataclass(frozen=True, slots=True)
-class OutputTensor:
-    """A tensor to be written.
-
-    Attributes:
-        name: Under which it is stored.
-        dtype: Element type.
-        shape: Extent.
-        tied_to: Name of an earlier tensor with the very same contents, if it shares them.
-    """
-
-    name: str
-    dtype: DType
-    shape: tuple[int, ...]
-    tied_to: str | None = None
 
 
 @dataclass
@@ -108,7 +91,7 @@ def _safetensors(
     header, offsets = safetensors.build_header(
         ((t.name, t.dtype, t.shape) for t in tensors), metadata
     )
-    end = max((offsets[t.name] + _nbytes(t) for t in tensors), default=len(header))
+    end = max((offsets[t.name] + t.nbytes for t in tensors), default=len(header))
     return FileLayout(name, end, [(0, header)], offsets)
 
 
@@ -120,7 +103,7 @@ def _torch_zip(tensors: Sequence[OutputTensor], provenance: str) -> FileLayout:
     archive.add("data.pkl", torch_pickle.dumps(views, {"ckptavg": provenance}))
     archive.add("byteorder", b"little")
     for tensor in stored:
-        archive.reserve(f"data/{keys[tensor.name]}", _nbytes(tensor), tensor.name)
+        archive.reserve(f"data/{keys[tensor.name]}", tensor.nbytes, tensor.name)
     archive.add("version", b"3\n")
     parts = archive.close()
     return FileLayout("", archive.size, parts, archive.offsets, archive.checksums)
@@ -139,7 +122,7 @@ def _directory(tensors: Sequence[OutputTensor], provenance: str, template: Check
     companions = _companions(template, tensors)
     if len(files) > 1:
         index = {
-            "metadata": {"total_size": sum(map(_nbytes, renamed))},
+            "metadata": {"total_size": sum(t.nbytes for t in renamed)},
             "weight_map": {t.name: name for name, shard in shards.items() for t in shard},
         }
         stem = files[0].name.split("-0")[0]
@@ -164,10 +147,10 @@ def _shards(
     else:
         filled, number = 0, 0
         for tensor in tensors:
-            if filled and filled + _nbytes(tensor) > _SHARD_BYTES:
+            if filled and filled + tensor.nbytes > _SHARD_BYTES:
                 filled, number = 0, number + 1
             groups.setdefault(number, []).append(tensor)
-            filled += _nbytes(tensor)
+            filled += tensor.nbytes
     stem = _stem(template)
     if len(groups) == 1:
         return {f"{stem}.safetensors": list(tensors)}
@@ -198,10 +181,3 @@ def _companions(template: Checkpoint, tensors: Sequence[OutputTensor]) -> dict[s
                 config[field_name] = next(iter(after))
         found["config.json"] = json.dumps(config, indent=2).encode()
     return found
-
-
-def _nbytes(tensor: OutputTensor) -> int:
-    count = 1
-    for extent in tensor.shape:
-        count *= extent
-    return tensor.dtype.nbytes(count)

@@ -119,6 +119,28 @@ class Tensor:
         return len(self.pieces) == 1 and is_row_major(self.shape, self.pieces[0].stride)
 
 
+@dataclass(frozen=True, slots=True)
+class OutputTensor:
+    """A tensor to be written.
+
+    Attributes:
+        name: Under which it is stored.
+        dtype: Element type.
+        shape: Extent.
+        tied_to: Name of an earlier tensor with the very same contents, if it shares them.
+    """
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    tied_to: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the elements."""
+        return self.dtype.nbytes(math.prod(self.shape))
+
+
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Strides, in elements, of a contiguous tensor of this shape."""
     strides = [1] * len(shape)

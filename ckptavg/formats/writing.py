@@ -14,7 +14,8 @@ from typing import Protocol
 
 import torch
 
-from ckptavg.formats.layout import FileLayout, Layout, OutputTensor
+from ckptavg.formats.layout import FileLayout, Layout
+from ckptavg.formats.table import OutputTensor
 
 
 class Sink(Protocol):
