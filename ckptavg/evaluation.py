@@ -306,7 +306,7 @@ class _Session:
             here = labels.to(found.device, torch.int64)
             for board, members in zip(boards, self.members, strict=True):
                 if network in members:
-                    board.add(number, found, here, last=network is members[-1])
+                    board.add(number, found, here, members=len(members))
 
     def _networks_of(self, candidate: Candidate) -> list[_Network]:
         if candidate.average is not None:
@@ -354,14 +354,14 @@ class _Scoreboard:
         self.metrics = ClassificationMetrics()
         self._waiting: dict[int, LogMean] = {}
 
-    def add(self, number: int, found: torch.Tensor, labels: torch.Tensor, *, last: bool) -> None:
-        """Take in a member's log-probabilities of a batch; ``last`` if it is the last member."""
+    def add(self, number: int, found: torch.Tensor, labels: torch.Tensor, *, members: int) -> None:
+        """Take in the log-probabilities of one of so many members on a batch."""
         if self.candidate.kind != "ensemble":
             self.metrics.update(found, labels)
             return
         mean = self._waiting.setdefault(number, LogMean())
         mean.add(found)
-        if last:
+        if mean.members == members:
             self.metrics.update(self._waiting.pop(number).value(), labels)
 
 

@@ -71,15 +71,19 @@ def log_softmax(outputs: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 class LogMean:
-    """Mean of probabilities, kept as a logarithm, added up in the order of the members."""
+    """Mean of probabilities, kept as a logarithm.
+
+    Attributes:
+        members: How many have been taken in.
+    """
 
     def __init__(self) -> None:
-        self._members = 0
+        self.members = 0
         self._sum: torch.Tensor | None = None
 
     def add(self, log_probabilities: torch.Tensor) -> None:
         """Take in a member's log-probabilities."""
-        self._members += 1
+        self.members += 1
         if self._sum is None:
             self._sum = log_probabilities
         else:
@@ -89,4 +93,4 @@ class LogMean:
         """Log of the mean of the members' probabilities."""
         if self._sum is None:
             raise EvaluationError("an ensemble has no members")
-        return self._sum - math.log(self._members)
+        return self._sum - math.log(self.members)
