@@ -89,7 +89,8 @@ def average(
         include: Shell patterns of tensor names to average; all where empty.
         exclude: Shell patterns of those not to.
         base: The checkpoint that the rest comes from; the last one where None.
-        dtype: Of the output's floats: ``keep``, ``float32``, ``bfloat16``, ``float16``, ``float64``.
+        dtype: Of the output's floats: ``keep``, ``float32``, ``bfloat16``, ``float16`` or
+            ``float64``.
         overwrite: Replace an existing output.
         on_nonfinite: ``error``, or ``keep`` to write an average that is not finite.
         progress: Called with the bytes read and their total.
@@ -143,9 +144,7 @@ def in_memory(
 ) -> StateDict:
     """Compute an average as a state dict; ``stale=False`` if its statistics will be recomputed."""
     sink = MemorySink(planned.plan.outputs)
-    result = stream(
-        planned.plan.tensors, sink, keep_nonfinite=keep_nonfinite, progress=progress
-    )
+    result = stream(planned.plan.tensors, sink, keep_nonfinite=keep_nonfinite, progress=progress)
     _verify(planned.plan)
     _log(planned, result, stale=stale)
     return sink.state_dict
@@ -322,9 +321,7 @@ def _log(planned: Average, result: StreamResult, *, stale: bool = True) -> None:
         log.info(note)
     if result.differing:
         names = first_few(sorted(result.differing))
-        log.info(
-            "integers are not averaged; these differ and are the last checkpoint's: %s", names
-        )
+        log.info("integers are not averaged; those that differ are the last one's: %s", names)
     if result.nonfinite:
         log.warning("not finite and kept: %s", first_few(sorted(result.nonfinite)))
     if stale and planned.plan.batchnorm:

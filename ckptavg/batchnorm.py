@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.parameter import is_lazy
 from torch.utils.data import Dataset
 
 from ckptavg.batches import Batches, Forward, Runtime, call, length_of, size_of, to_device
@@ -89,9 +90,7 @@ def update_bn(
         BatchNormError: There are no data, no such layers, or a layer saw a single value or one that
             is not finite.
     """
-    runtime = Runtime.on(
-        device, model, amp=amp, batch_size=batch_size, workers=workers, seed=seed
-    )
+    runtime = Runtime.on(device, model, amp=amp, batch_size=batch_size, workers=workers, seed=seed)
     return recompute([model], data, runtime, forward, exclude, progress)[0]
 
 
@@ -200,7 +199,7 @@ class _Pass:
             given = args[0] if args else kwargs["input"]
             values = given.detach().to(self.where, torch.float64)
             if isinstance(layer, _InstanceNorm):
-                if values.dim() == layer._get_no_batch_dim():
+                if values.dim() == layer._get_no_batch_dim():  # type: ignore[no-untyped-call]
                     values = values.unsqueeze(0)
                 moments = _instance_moments(values)
             else:
@@ -231,7 +230,9 @@ class _Pass:
                 layer.num_batches_tracked.fill_(batches_of_all)
         unreached = tuple(name for name in self.layers if name not in reached)
         if unreached:
-            log.warning("no data went through %s: statistics left as they were", first_few([*unreached]))
+            log.warning(
+                "no data went through %s: statistics left as they were", first_few([*unreached])
+            )
         return BatchNormResult(len(reached), batches, samples, unreached)
 
     def _merge_processes(self, batches: int) -> int:
@@ -256,9 +257,7 @@ class _Pass:
 
 
 @contextmanager
-def _collecting(
-    model: nn.Module, exclude: Sequence[str], device: torch.device
-) -> Iterator[_Pass]:
+def _collecting(model: nn.Module, exclude: Sequence[str], device: torch.device) -> Iterator[_Pass]:
     """Prepare a model for the pass; leave it as it was, new statistics aside, afterwards."""
     one = _Pass(model, exclude, device)
     model.to(device)
@@ -287,8 +286,7 @@ def _collecting(
 
 def _statistics(layer: _NormBase) -> list[torch.Tensor | None]:
     tensors = (layer.running_mean, layer.running_var, layer.num_batches_tracked)
-    uninitialized = nn.parameter.UninitializedTensorMixin
-    return [None if t is None or isinstance(t, uninitialized) else t.clone() for t in tensors]
+    return [None if t is None or is_lazy(t) else t.clone() for t in tensors]
 
 
 def _restore(layer: _NormBase, tensors: list[torch.Tensor | None]) -> None:
@@ -325,5 +323,3 @@ def _check(name: str, moments: _Moments) -> None:
             f"the inputs of the layer {name} are not finite",
             "Look at the data and the weights; --amp off may help.",
         )
-
-

@@ -130,15 +130,17 @@ def _no_run(directory: Path, below: list[Path]) -> RunError:
 def _holds_checkpoints(directory: Path) -> bool:
     return any(
         is_checkpoint_directory(path)
-        or (path.is_file() and path.name.endswith(SUFFIXES))
-        and not _OTHER_STATE.fullmatch(_stem(path))
+        or (
+            (path.is_file() and path.name.endswith(SUFFIXES))
+            and not _OTHER_STATE.fullmatch(_stem(path))
+        )
         for path in directory.iterdir()
         if not path.name.startswith(".")
     )
 
 
 def _nearest(path: Path) -> str:
-    parent = next(p for p in (*path.parents, Path(".")) if p.is_dir())
+    parent = next(p for p in (*path.parents, Path()) if p.is_dir())
     names = [str(parent / p.name) for p in sorted(parent.iterdir()) if not p.name.startswith(".")]
     return f"{parent} holds {first_few(names, 5)}." if names else f"{parent} is empty."
 
@@ -175,7 +177,9 @@ def _without_repeats(
     """Split into checkpoints, and repeats with what each one repeats."""
     kept: list[Checkpoint] = []
     repeats: list[tuple[Checkpoint, Checkpoint]] = []
-    for checkpoint in sorted(checkpoints, key=lambda c: (_is_alias(c, checkpoints), _natural(c.path))):
+    for checkpoint in sorted(
+        checkpoints, key=lambda c: (_is_alias(c, checkpoints), _natural(c.path))
+    ):
         original = next((k for k in kept if _repeats(checkpoint, k, checkpoints)), None)
         if original is None:
             kept.append(checkpoint)
@@ -201,7 +205,7 @@ def _repeats(one: Checkpoint, other: Checkpoint, all_of_them: Sequence[Checkpoin
 def _same_files(one: Checkpoint, other: Checkpoint) -> bool:
     pairs = list(zip(one.files, other.files, strict=False))
     return len(one.files) == len(other.files) and all(
-        os.path.samefile(a.path, b.path) for a, b in pairs
+        Path(a.path).samefile(b.path) for a, b in pairs
     )
 
 
@@ -232,15 +236,13 @@ def _ordered(checkpoints: Sequence[Checkpoint]) -> tuple[tuple[Checkpoint, ...],
     else:
         if any(steps) or any(epochs):
             notes.append("not every checkpoint records a step or an epoch: ordered by name")
-            steps = epochs = [None] * len(checkpoints)
+            steps, epochs = [None] * len(checkpoints), [None] * len(checkpoints)
         positions = _numbers_in_names(checkpoints)
     keys = [
         tuple(-1 if v is None else v for v in (p, s, e)) if p in (s, e) and p is not None else ()
         for p, s, e in zip(positions, steps, epochs, strict=True)
     ]
-    ranked = sorted(
-        range(len(checkpoints)), key=lambda i: (keys[i], _natural(checkpoints[i].path))
-    )
+    ranked = sorted(range(len(checkpoints)), key=lambda i: (keys[i], _natural(checkpoints[i].path)))
     return tuple(replace(checkpoints[i], step=positions[i]) for i in ranked), notes
 
 

@@ -192,9 +192,7 @@ def evaluate(
     wanted = [c if isinstance(c, Candidate) else Candidate.of_checkpoint(c) for c in candidates]
     if not wanted:
         raise UsageError("there is nothing to evaluate")
-    runtime = Runtime.on(
-        device, model, amp=amp, batch_size=batch_size, workers=workers, seed=seed
-    )
+    runtime = Runtime.on(device, model, amp=amp, batch_size=batch_size, workers=workers, seed=seed)
     session = _Session(wanted, model, runtime, forward or call, progress or (lambda *_: None))
     if any(c.recompute for c in wanted):
         if train_loader is None:
@@ -257,9 +255,10 @@ class _Session:
         for i, group in enumerate(groups, 1):
             phase = _phase("BatchNorm", i, len(groups))
             models = [self._load(network) for network in group]
+            report = functools.partial(self.progress, phase)
             recompute(
                 models, data, self.runtime,
-                progress=lambda done, total, phase=phase: self.progress(phase, done, total),
+                progress=report,
             )  # fmt: skip
             for network, model in zip(group, models, strict=True):
                 layers = tracked_layers(model)
@@ -283,7 +282,9 @@ class _Session:
             for number, batch in enumerate(loader):
                 inputs, labels = split_labels(batch)
                 _check_order(labels_seen, number, labels)
-                self._score_batch(models, boards, number, to_device(inputs, self.runtime.device), labels)
+                self._score_batch(
+                    models, boards, number, to_device(inputs, self.runtime.device), labels
+                )
                 self.progress(phase, number + 1, total)
         return [
             Result(board.candidate, board.metrics.compute(), self._bn(board.candidate))

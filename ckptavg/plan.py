@@ -164,7 +164,9 @@ def make_plan(
         checkpoints=tuple(checkpoints),
         coefficients=tuple(c / total for c in coefficients),
         tensors=tuple(_with_ties(tensors)),
-        batchnorm=batchnorm_layers(t.name for t in tensors if t.averaged) if contributing > 1 else (),
+        batchnorm=batchnorm_layers(t.name for t in tensors if t.averaged)
+        if contributing > 1
+        else (),
         notes=tuple(builder.notes()),
     )
 

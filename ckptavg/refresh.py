@@ -75,14 +75,12 @@ def update_checkpoint(
     overwrite: bool = False,
     batch_progress: BatchProgress | None = None,
 ) -> BatchNormResult:
-    """Write a copy of a checkpoint with recomputed statistics. Arguments as for ``write_average``."""
+    """Write a copy of a checkpoint with recomputed statistics; see ``write_average``."""
     made = dict(checkpoint.provenance or averaging.provenance("none", [checkpoint], [1.0], ""))
     made["bn"] = RECOMPUTED
     averaging.prepare_copy(checkpoint, out, made, overwrite=overwrite)
     weights = averaging.load(checkpoint)
-    result = refresh(
-        weights, model, data, runtime, str(checkpoint.path), forward, batch_progress
-    )
+    result = refresh(weights, model, data, runtime, str(checkpoint.path), forward, batch_progress)
     averaging.save(weights, out, made, [checkpoint], overwrite=overwrite)
     return result
 
@@ -114,4 +112,3 @@ def _statistics(model: nn.Module) -> Mapping[str, torch.Tensor]:
             full = f"{name}.{key}".lstrip(".")
             found[bare.get(full, full)] = value.detach().cpu()
     return found
-

@@ -107,17 +107,17 @@ class Report:
     def bytes_progress(self, what: str) -> Iterator[Any]:
         """A bar of bytes, rate and time left; gives the callback that moves it."""
         columns = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        with self._bar(what, *columns) as move:
+        with self._bar(*columns) as move:
             yield lambda done, total: move(what, done, total)
 
     @contextmanager
     def batch_progress(self) -> Iterator[Any]:
         """A bar of batches, rate and time left for each phase; gives the callback."""
-        with self._bar("", MofNCompleteColumn(), _Rate(), TimeRemainingColumn()) as move:
+        with self._bar(MofNCompleteColumn(), _Rate(), TimeRemainingColumn()) as move:
             yield move
 
     @contextmanager
-    def _bar(self, what: str, *columns: ProgressColumn) -> Iterator[Any]:
+    def _bar(self, *columns: ProgressColumn) -> Iterator[Any]:
         shown = self._err.is_terminal and self.verbosity >= 0
         bar = Progress(
             SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), *columns,

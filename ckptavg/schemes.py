@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from ckptavg.errors import RunError, UsageError
 
@@ -46,10 +47,13 @@ def parse(text: str) -> Scheme:
 
     ``uniform`` (SWA, Izmailov et al. 2018): every checkpoint alike. Algorithm 1 there counts the
     start of the averaging phase as the first model; here that is a matter of what is selected.
-    ``ema:decay=D`` (Polyak averaging; also Lookahead's slow weights with α = 1 − D): seeded with the
-    first checkpoint. ``debias=true`` drops the seed's extra weight, ``per=step`` lets the decay act
-    per training step, so that uneven gaps count as they are.
+
+    ``ema:decay=D`` (Polyak averaging; also Lookahead's slow weights with α = 1 − D): seeded with
+    the first checkpoint. ``debias=true`` drops the seed's extra weight, ``per=step`` lets the decay
+    act per training step, so that uneven gaps count as they are.
+
     ``linear`` (WMA): growing with the position.
+
     ``lawa:k=K`` (Kaddour 2022): the last K alike.
 
     Raises:
@@ -100,7 +104,9 @@ def _options(name: str, text: str) -> dict[str, str]:
         key, separator, value = part.partition("=")
         if key not in known or not separator or key in options:
             expected = ", ".join(f"{k}=..." for k in known) or "none"
-            raise UsageError(f"the options of {name} are expected to be {expected} but got {part!r}")
+            raise UsageError(
+                f"the options of {name} are expected to be {expected} but got {part!r}"
+            )
         options[key] = value
     return options
 
@@ -131,10 +137,8 @@ def _ema(options: Mapping[str, str]) -> Callable[[Steps], list[float]]:
         ages = [decay ** (times[-1] - t) for t in times]
         if debias:
             return ages
-        gaps = [b - a for a, b in zip(times, times[1:], strict=False)]
-        return [ages[0]] + [
-            age * (1 - decay**gap) for age, gap in zip(ages[1:], gaps, strict=True)
-        ]
+        gaps = [b - a for a, b in pairwise(times)]
+        return [ages[0]] + [age * (1 - decay**gap) for age, gap in zip(ages[1:], gaps, strict=True)]
 
     return apply
 
@@ -157,7 +161,7 @@ def _choice(name: str, value: str, choices: tuple[str, ...]) -> str:
 
 def _increasing(steps: Steps) -> list[float]:
     known = [step for step in steps if step is not None]
-    if len(known) < len(steps) or any(b <= a for a, b in zip(known, known[1:], strict=False)):
+    if len(known) < len(steps) or any(b <= a for a, b in pairwise(known)):
         raise RunError(
             "per=step needs a step for every checkpoint, each greater than the one before",
             "`ckptavg inspect` shows the steps; leave per=step out to decay per checkpoint.",

@@ -63,7 +63,9 @@ def make_model(spec: str, arguments: Arguments | None = None) -> nn.Module:
     if kind == "torchvision":
         models = _torchvision("models")
         if name not in models.list_models():
-            raise SpecError(f"torchvision has no model {name!r}", _similar(name, models.list_models()))
+            raise SpecError(
+                f"torchvision has no model {name!r}", _similar(name, models.list_models())
+            )
         model = _call(spec, models.get_model, name, **keywords)
     elif kind == "timm":
         timm = _extra("timm", "timm")

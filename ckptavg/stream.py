@@ -1,11 +1,11 @@
 """The stream: byte ranges × coefficients → tensors, block by block.
 
 For every block of an output tensor the same range is read from each checkpoint in turn, widened to
-float64, multiplied by its coefficient and added up; each product and each sum is rounded on its own.
-One division by the sum of the coefficients and one conversion to the output's type follow. Nothing
-depends on where blocks begin or which thread does them, so the bits do not either. A block is small
-enough for its accumulator to stay in the processor's second-level cache, and for torch not to split
-it over threads of its own.
+float64, multiplied by its coefficient and added up; each product and each sum is rounded on its
+own. One division by the sum of the coefficients and one conversion to the output's type follow.
+Nothing depends on where blocks begin or which thread does them, so the bits do not either. A block
+is small enough for its accumulator to stay in the processor's second-level cache, and for torch not
+to split it over threads of its own.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from ckptavg.formats.writing import Sink
 from ckptavg.plan import TensorPlan
 
 BLOCK = 1 << 15  # elements; torch runs an operation on as many in the calling thread
-STRIDED_BLOCK = 1 << 20  # elements of a tensor that is not one contiguous range: fewer, longer reads
+STRIDED_BLOCK = (
+    1 << 20
+)  # elements of a tensor that is not one contiguous range: fewer, longer reads
 TASK = 1 << 21  # elements that a thread takes at a time
 
 Progress = Callable[[int, int], None]
@@ -70,11 +72,11 @@ def stream(
         NonFiniteError: An average is not finite, and ``keep_nonfinite`` is false.
         CheckpointError: A file cannot be read, or changed.
     """
-    own = [tensor for tensor in tensors if tensor.tied_to is None and math.prod(tensor.shape)]
+    own = [tensor for tensor in tensors if tensor.tied_to is None and tensor.output.numel]
     total = sum(tensor.input_bytes for tensor in own)
     workers = threads or min(4, os.cpu_count() or 1)
     shared = _Shared(sink, keep_nonfinite)
-    report = progress or (lambda done, of: None)
+    report = progress or (lambda *_: None)
     done = 0
     report(done, total)
     with closing(shared), ThreadPoolExecutor(workers, "ckptavg") as pool:
@@ -116,7 +118,7 @@ def _tasks(tensors: Sequence[TensorPlan], block: int) -> Iterator[list[Range]]:
 
 
 def _blocks(tensor: TensorPlan, block: int) -> Iterator[tuple[int, int]]:
-    numel = math.prod(tensor.shape)
+    numel = tensor.output.numel
     if all(source.contiguous for source in (*tensor.sources, *tensor.compared)):
         yield from ((start, min(block, numel - start)) for start in range(0, numel, block))
     else:
@@ -209,7 +211,7 @@ class _Worker:
     def _handle_nonfinite(
         self, tensor: TensorPlan, start: int, count: int, out: torch.Tensor
     ) -> None:
-        """Accept what is not finite and the same in every checkpoint; say where the rest is from."""
+        """Accept what is not finite and the same everywhere; say where the rest is from."""
         suspect = ~torch.isfinite(out)
         agreed = suspect.clone()
         first: torch.Tensor | None = None

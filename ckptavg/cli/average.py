@@ -42,10 +42,10 @@ def average(
     key: str | None,
     **settings: Any,
 ) -> None:
-    """Average the checkpoints of a run into one model.
+    r"""Average the checkpoints of a run into one model.
 
     PATH is a run directory or a checkpoint; several of either are fine. Checkpoints are ordered by
-    recorded step, then epoch, then the numbers in their names; repeats such as last.ckpt count once.
+    recorded step, then epoch, then the numbers in their names; what repeats one counts once.
 
     \b
       ckptavg average runs/swa -o swa.safetensors
@@ -55,7 +55,7 @@ def average(
     if out is None and not dry_run:
         raise UsageError("Missing option '-o': where the average goes (or pass --dry-run)")
     if bool(settings["model_spec"]) != bool(settings["train_data"]):
-        raise UsageError("--model and --train-data go together: they recompute BatchNorm statistics")
+        raise UsageError("--model and --train-data go together: they recompute BatchNorm")
     _, selection = options.open_selected(paths, glob, key, settings)
     from ckptavg import averaging  # noqa: PLC0415 - help is shown without torch
 

@@ -45,19 +45,17 @@ _WORSE = 3  # exit code of --fail-if-worse
 @options.scheme_options
 @options.tensor_options
 @options.everywhere
-@click.pass_context
 def evaluate(
-    ctx: click.Context,
     report: Report,
     paths: tuple[str, ...],
     results: Path | None,
     fail_if_worse: bool,
     **settings: Any,
 ) -> None:
-    """Score checkpoints, an average and the FGE ensemble side by side on the same data.
+    r"""Score checkpoints, an average and the FGE ensemble side by side on the same data.
 
     \b
-      ckptavg eval --run runs/swa --model torchvision:resnet50 \\
+      ckptavg eval --run runs/swa --model torchvision:resnet50 \
           --data imagefolder:val --train-data imagefolder:train --each --compare fge
     """
     _check(paths, results, fail_if_worse, settings)
@@ -85,7 +83,7 @@ def evaluate(
     report.result(outcome)
     if fail_if_worse and evaluation.is_worse(scored):
         click.echo("The average does worse than the last checkpoint.", err=True)
-        ctx.exit(_WORSE)
+        raise click.exceptions.Exit(_WORSE)
 
 
 def _check(

@@ -54,9 +54,7 @@ def _show_run(report: Report, run: Run) -> None:
     if metrics[_MOST_METRICS:]:
         report.line(f"more metrics: {', '.join(metrics[_MOST_METRICS:])}")
     if run.left_out:
-        report.table(
-            ("left out", "why"), [(path.name, why) for path, why in run.left_out]
-        )
+        report.table(("left out", "why"), [(path.name, why) for path, why in run.left_out])
     notes = dict.fromkeys((*run.notes, *(note for c in run for note in c.notes)))
     for note in notes:
         report.line(f"note: {note}")

@@ -25,6 +25,7 @@ class Grouped(click.Command):
     """A command whose help lists its options in groups."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the groups in the order of their first options, the common one last."""
         groups: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
@@ -50,6 +51,14 @@ def option(group: str, *names: str, **settings: Any) -> Callable[[F], F]:
     return click.option(*names, cls=GroupedOption, group=group, **settings)
 
 
+class Failure(click.ClickException):
+    """One of our errors, shown by click in one line with its own exit code."""
+
+    def __init__(self, error: CkptavgError) -> None:
+        super().__init__(str(error))
+        self.exit_code = error.exit_code  # type: ignore[misc]
+
+
 def together(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     """Several decorators as one, the first outermost, so that help keeps their order."""
 
@@ -59,76 +68,55 @@ def together(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
-class Pair(click.ParamType):
+def pair(text: str) -> tuple[int, int | None]:
     """``N`` or ``N:M``, two whole numbers."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, int | None]:
-        first, separator, second = str(value).partition(":")
-        try:
-            return int(first), int(second) if separator else None
-        except ValueError:
-            self.fail(f"expected {self.name} but got {value!r}", param, ctx)
+    first, separator, second = text.partition(":")
+    try:
+        return int(first), int(second) if separator else None
+    except ValueError:
+        raise click.BadParameter(f"expected N or N:M but got {text!r}") from None
 
 
-class Numbers(click.ParamType):
+def numbers(text: str) -> list[float]:
     """Numbers with commas between."""
-
-    name = "A,B,..."
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> list[float]:
-        try:
-            return [float(part) for part in str(value).split(",")]
-        except ValueError:
-            self.fail(f"expected numbers like 2,3,5 but got {value!r}", param, ctx)
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"expected numbers like 2,3,5 but got {text!r}") from None
 
 
-class AtLeast(click.ParamType):
-    """A whole number from a least one on."""
-
-    name = "N"
-
-    def __init__(self, least: int) -> None:
-        self.least = least
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int:
-        try:
-            number = int(value)
-        except ValueError:
-            number = self.least - 1
-        if number < self.least:
-            self.fail(f"expected a whole number from {self.least} on but got {value!r}", param, ctx)
-        return number
+def whole(text: str) -> int:
+    """A whole number, 0 or more."""
+    if not text.isdigit():
+        raise click.BadParameter(f"expected a whole number but got {text!r}")
+    return int(text)
 
 
-POSITIVE, WHOLE = AtLeast(1), AtLeast(0)
+def positive(text: str) -> int:
+    """A whole number, 1 or more."""
+    if not text.isdigit() or not int(text):
+        raise click.BadParameter(f"expected a whole number from 1 on but got {text!r}")
+    return int(text)
+
 
 _WHICH = "Which checkpoints (applied to each run, in this order)"
 selection_options = together(
     option(_WHICH, "--glob", metavar="PATTERN", help="File names that match the pattern."),
     option(_WHICH, "--from", "first", type=float, metavar="STEP", help="From this step on."),
     option(_WHICH, "--to", "final", type=float, metavar="STEP", help="Up to this step, included."),
-    option(_WHICH, "--every", type=POSITIVE, metavar="N", help="Every Nth, the last kept."),
+    option(_WHICH, "--every", type=positive, metavar="N", help="Every Nth, the last kept."),
     option(
-        _WHICH, "--cycle", type=Pair("C[:OFFSET]"), metavar="C[:OFFSET]",
+        _WHICH, "--cycle", type=pair, metavar="C[:OFFSET]",
         help="Positions OFFSET, OFFSET+C, ...; OFFSET is C if not given.",
     ),
     option(_WHICH, "--at-lr-min", is_flag=True, help="Minima of the recorded learning rate."),
-    option(_WHICH, "--best", type=POSITIVE, metavar="N", help="Best N, with:"),
+    option(_WHICH, "--best", type=positive, metavar="N", help="Best N, with:"),
     option(_WHICH, "--metric", metavar="NAME", help="the recorded metric, and"),
     option(_WHICH, "--mode", type=click.Choice(["max", "min"]), help="which is better."),
     option(
-        _WHICH, "--sample", type=Pair("N[:SEED]"), metavar="N[:SEED]", help="N drawn at random."
+        _WHICH, "--sample", type=pair, metavar="N[:SEED]", help="N drawn at random."
     ),
-    option(_WHICH, "--last", type=POSITIVE, metavar="N", help="The last N."),
+    option(_WHICH, "--last", type=positive, metavar="N", help="The last N."),
 )  # fmt: skip
 
 _HOW = "How they are weighted"
@@ -137,7 +125,7 @@ scheme_options = together(
         _HOW, "--scheme", metavar="NAME[:k=v,...]", default="uniform", show_default=True,
         help="uniform · ema:decay=0.9[,debias=true][,per=step] · linear · lawa:k=5.",
     ),
-    option(_HOW, "--weights", type=Numbers(), metavar="A,B,...", help="One each, normalized."),
+    option(_HOW, "--weights", type=numbers, metavar="A,B,...", help="One each, normalized."),
 )  # fmt: skip
 
 _WHAT = "What is averaged"
@@ -167,7 +155,11 @@ def model_options(*, required: bool) -> Callable[[F], F]:
     return together(
         option(_RUN, "--model", "model_spec", required=required, metavar="SPEC", help=_MODEL_TEXT),
         option(
-            _RUN, "--model-arg", multiple=True, metavar="K=V", help="Argument of the model's factory."
+            _RUN,
+            "--model-arg",
+            multiple=True,
+            metavar="K=V",
+            help="Argument of the model's factory.",
         ),
     )
 
@@ -175,9 +167,7 @@ def model_options(*, required: bool) -> Callable[[F], F]:
 def data_options(name: str, text: str, *, required: bool) -> Callable[[F], F]:
     """A source of data."""
     return together(
-        option(
-            _RUN, f"--{name}", required=required, metavar="SPEC", help=f"{text}: {_DATA_TEXT}"
-        ),
+        option(_RUN, f"--{name}", required=required, metavar="SPEC", help=f"{text}: {_DATA_TEXT}"),
         option(
             _RUN, f"--{name}-arg", multiple=True, metavar="K=V", help="Argument of its factory."
         ),
@@ -194,11 +184,11 @@ loader_options = together(
         show_default=True, help="Reduced precision of the forward pass.",
     ),
     option(
-        _RUN, "-b", "--batch-size", type=POSITIVE, default=128, show_default=True,
+        _RUN, "-b", "--batch-size", type=positive, default="128", show_default=True,
         metavar="N", help="Where the data is no DataLoader yet.",
     ),
     option(
-        _RUN, "-j", "--workers", type=WHOLE, default=0, show_default=True,
+        _RUN, "-j", "--workers", type=whole, default=0, show_default=True,
         metavar="N", help="Processes that load data.",
     ),
     option(
@@ -237,9 +227,7 @@ def _errors_in_one_line(debug: bool) -> Iterator[None]:
     except CkptavgError as error:
         if debug:
             raise
-        failure = click.ClickException(str(error))
-        failure.exit_code = error.exit_code
-        raise failure from error
+        raise Failure(error) from error
     except KeyboardInterrupt:
         click.echo("Interrupted: nothing was written.", err=True)
         raise click.exceptions.Exit(130) from None

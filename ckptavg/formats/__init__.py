@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping
 from itertools import chain
@@ -14,12 +15,19 @@ from ckptavg.formats import huggingface, record, safetensors, torch_zip, weights
 from ckptavg.formats.inert_pickle import Refused, TensorView
 from ckptavg.formats.table import Checkpoint, FileStamp, Record, Tensor
 
-__all__ = ["Checkpoint", "FileStamp", "Record", "Tensor", "is_checkpoint_directory", "open_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "FileStamp",
+    "Record",
+    "Tensor",
+    "is_checkpoint_directory",
+    "open_checkpoint",
+]
 
 PROVENANCE = "ckptavg"
 
 
-def open_checkpoint(path: str | Path, key: str | None = None) -> Checkpoint:
+def open_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Checkpoint:
     """Open a checkpoint: read its headers, move no tensor data, run no code.
 
     Args:
@@ -134,7 +142,9 @@ def _open_shards(main: Path, key: str | None) -> tuple[list[Checkpoint], Mapping
         opened = open_checkpoint(main, key)
         return [opened], opened.provenance
     mapping = huggingface.weight_map(main)
-    shards = {name: open_checkpoint(main.parent / name, key) for name in sorted(set(mapping.values()))}
+    shards = {
+        name: open_checkpoint(main.parent / name, key) for name in sorted(set(mapping.values()))
+    }
     held = {name: set(shard.stored_names.values()) for name, shard in shards.items()}
     lost = [name for name, shard in mapping.items() if name not in held[shard]]
     if lost:
@@ -145,8 +155,9 @@ def _open_shards(main: Path, key: str | None) -> tuple[list[Checkpoint], Mapping
     twice = [name for name, n in Counter(chain(*held.values())).items() if n > 1]
     if twice:
         raise CheckpointError(f"{main.parent} holds tensors in two shards: {first_few(twice)}")
-    opened = list(shards.values())
-    return opened, next((s.provenance for s in opened if s.provenance), None)
+    return list(shards.values()), next(
+        (s.provenance for s in shards.values() if s.provenance), None
+    )
 
 
 def _names(stored: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -121,6 +121,8 @@ class _Machine:
             self.stack.append(arg)
             return
         handler = _OPCODES.get(name)
+        if name in _IGNORED:
+            return
         if handler is None:
             raise MalformedPickle(f"it uses the opcode {name}")
         handler(self, arg)
@@ -138,6 +140,9 @@ class _Machine:
                 del self.stack[i:]
                 return items
         raise MalformedPickle("a mark is missing")
+
+    def drop_to_mark(self) -> None:
+        self.pop_mark()
 
     def top(self) -> Any:
         value = self.stack[-1]
@@ -230,15 +235,33 @@ def _simple(push: Callable[[], Any]) -> Callable[[_Machine, Any], None]:
     return lambda m, _: m.stack.append(push())
 
 
+_IGNORED = ("PROTO", "FRAME")  # they only frame the stream
 _PUSH_ARGUMENT = frozenset(
-    "INT BININT BININT1 BININT2 LONG LONG1 LONG4 STRING BINSTRING SHORT_BINSTRING BINBYTES "
-    "SHORT_BINBYTES BINBYTES8 BYTEARRAY8 UNICODE SHORT_BINUNICODE BINUNICODE BINUNICODE8 FLOAT "
-    "BINFLOAT".split()
+    [
+        "INT",
+        "BININT",
+        "BININT1",
+        "BININT2",
+        "LONG",
+        "LONG1",
+        "LONG4",
+        "STRING",
+        "BINSTRING",
+        "SHORT_BINSTRING",
+        "BINBYTES",
+        "SHORT_BINBYTES",
+        "BINBYTES8",
+        "BYTEARRAY8",
+        "UNICODE",
+        "SHORT_BINUNICODE",
+        "BINUNICODE",
+        "BINUNICODE8",
+        "FLOAT",
+        "BINFLOAT",
+    ]
 )
 
 _OPCODES: dict[str, Callable[[_Machine, Any], None]] = {
-    "PROTO": lambda m, _: None,
-    "FRAME": lambda m, _: None,
     "MARK": _simple(lambda: _MARK),
     "NONE": _simple(lambda: None),
     "NEWTRUE": _simple(lambda: True),
@@ -249,7 +272,7 @@ _OPCODES: dict[str, Callable[[_Machine, Any], None]] = {
     "EMPTY_SET": _simple(set),
     "STOP": lambda m, _: m.stop(),
     "POP": lambda m, _: m.pop_one(),
-    "POP_MARK": lambda m, _: m.pop_mark() and None,
+    "POP_MARK": lambda m, _: m.drop_to_mark(),
     "DUP": lambda m, _: m.stack.append(m.top()),
     "LIST": lambda m, _: m.stack.append(m.pop_mark()),
     "TUPLE": lambda m, _: m.stack.append(tuple(m.pop_mark())),
@@ -275,9 +298,7 @@ _OPCODES: dict[str, Callable[[_Machine, Any], None]] = {
     "REDUCE": lambda m, _: m.reduce(),
     "NEWOBJ": lambda m, _: m.new_object(with_keywords=False),
     "NEWOBJ_EX": lambda m, _: m.new_object(with_keywords=True),
-    "INST": lambda m, arg: m.stack.append(
-        _call(Global(*arg.split(" ", 1)), tuple(m.pop_mark()))
-    ),
+    "INST": lambda m, arg: m.stack.append(_call(Global(*arg.split(" ", 1)), tuple(m.pop_mark()))),
     "OBJ": lambda m, _: m.object_from_mark(),
     "BUILD": lambda m, _: m.build(),
     "PERSID": lambda m, arg: m.persistent(arg),
@@ -297,7 +318,7 @@ def _key(value: Any) -> Any:
 
     Nested tuples can share their parts, which makes hashing them exponential in the input.
     """
-    if isinstance(value, _SCALARS + (Global, Opaque)):
+    if isinstance(value, (*_SCALARS, Global, Opaque)):
         return value
     if isinstance(value, tuple) and all(isinstance(v, _SCALARS) for v in value):
         return value
@@ -419,7 +440,8 @@ def _from_type(function: Any, _type: Any, args: Any, _state: Any) -> Any:
 def _numpy_scalar(dtype: Any, raw: Any = None) -> Any:
     """A NumPy number as a Python one: metrics are often recorded so."""
     code = dtype.args[0] if isinstance(dtype, Opaque) and dtype.args else None
-    layout = {"f8": "<d", "f4": "<f", "f2": "<e", "i8": "<q", "i4": "<i", "b1": "<?"}.get(code)
+    layouts = {"f8": "<d", "f4": "<f", "f2": "<e", "i8": "<q", "i4": "<i", "b1": "<?"}
+    layout = layouts.get(code) if isinstance(code, str) else None
     big = isinstance(dtype, Opaque) and isinstance(dtype.state, tuple) and ">" in dtype.state
     if layout is None or not isinstance(raw, bytes):
         return Opaque(Global("numpy", "generic"), (dtype, raw))

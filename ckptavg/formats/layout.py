@@ -134,9 +134,7 @@ def _bare(template: Checkpoint, stored: str) -> str:
     return next((b for b, s in template.stored_names.items() if s == stored), stored)
 
 
-def _shards(
-    tensors: Sequence[OutputTensor], template: Checkpoint
-) -> dict[str, list[OutputTensor]]:
+def _shards(tensors: Sequence[OutputTensor], template: Checkpoint) -> dict[str, list[OutputTensor]]:
     """File name → tensors: as the template splits them, or by size where it does not."""
     groups: dict[object, list[OutputTensor]] = {}
     if template.layout == "huggingface" and len(template.files) > 1:
@@ -168,7 +166,7 @@ def _stem(template: Checkpoint) -> str:
 
 
 def _companions(template: Checkpoint, tensors: Sequence[OutputTensor]) -> dict[str, bytes]:
-    """The template's configuration and tokenizer files, the element type in it brought up to date."""
+    """The template's configuration and tokenizer files, with the element type as written."""
     if template.layout != "huggingface":
         return {}
     found = {path.name: path.read_bytes() for path in huggingface.companions(template.path)}

@@ -107,7 +107,7 @@ class Reader:
             if len(self._files) >= _MOST_OPEN_FILES:
                 self._files.popitem(last=False)[1].close()
             try:
-                file = open(path, "rb", buffering=0)  # noqa: SIM115, PTH123 - closed by the reader
+                file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by the reader
             except OSError as error:
                 raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
         self._files[path] = file

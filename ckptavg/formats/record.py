@@ -18,9 +18,27 @@ EPOCH_NAMES = ("epoch", "epochs", "current_epoch")
 LR_NAMES = ("lr", "learning_rate")
 OPTIMIZER_NAMES = ("optimizer", "optimizer_state_dict", "optimizer_states", "optim", "optimizers")
 _NOT_METRICS = frozenset(
-    "args config cfg hparams hyper_parameters opt rng rng_state scaler grad_scaler loops callbacks "
-    "scheduler lr_scheduler lr_schedulers scheduler_state_dict lr_scheduler_state_dict version "
-    "seed".split()
+    [
+        "args",
+        "config",
+        "cfg",
+        "hparams",
+        "hyper_parameters",
+        "opt",
+        "rng",
+        "rng_state",
+        "scaler",
+        "grad_scaler",
+        "loops",
+        "callbacks",
+        "scheduler",
+        "lr_scheduler",
+        "lr_schedulers",
+        "scheduler_state_dict",
+        "lr_scheduler_state_dict",
+        "version",
+        "seed",
+    ]
 ) | frozenset(STEP_NAMES + EPOCH_NAMES + LR_NAMES + OPTIMIZER_NAMES)
 _MOST_METRICS = 200
 
@@ -30,7 +48,9 @@ def from_tree(tree: Any, weights_key: str) -> Record:
     if not isinstance(tree, dict) or weights_key == "":
         top = tree if isinstance(tree, dict) else {}
         return _from_mapping({k: v for k, v in top.items() if number(v) is not None})
-    return _from_mapping({k: v for k, v in tree.items() if k != weights_key.split(".")[0]})
+    return _from_mapping(
+        {k: v for k, v in tree.items() if k != weights_key.split(".", maxsplit=1)[0]}
+    )
 
 
 def from_metadata(metadata: Mapping[str, str]) -> Record:

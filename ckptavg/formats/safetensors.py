@@ -62,7 +62,7 @@ def build_header(
         metadata: Goes under ``__metadata__``.
 
     Returns:
-        The file's first bytes (length and padded header), and each tensor's byte offset in the file.
+        The file's first bytes (length and padded header), and each tensor's offset in the file.
 
     Raises:
         UnsupportedTensorError: The format has no such element type.
@@ -71,7 +71,8 @@ def build_header(
     unknown = [f"{name} ({dtype.name})" for name, dtype, _ in tensors if dtype.code is None]
     if unknown:
         raise UnsupportedTensorError(
-            f"safetensors cannot store {first_few(unknown)}", "Write a .pt file instead (-o OUT.pt)."
+            f"safetensors cannot store {first_few(unknown)}",
+            "Write a .pt file instead (-o OUT.pt).",
         )
     ordered = sorted(tensors, key=lambda t: -t[1].bits)
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -132,7 +133,11 @@ def _entry(path: str, name: str, value: Any) -> tuple[str, DType, tuple[int, ...
     dtype = BY_CODE.get(code) if isinstance(code, str) else None
     if dtype is None:
         raise damaged(path, f"{name!r} has the unknown dtype {str(code)[:40]!r}")
-    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(map(_is_natural, shape)):
+    if (
+        not isinstance(shape, list)
+        or len(shape) > MAX_DIMENSIONS
+        or not all(map(_is_natural, shape))
+    ):
         raise damaged(path, f"{name!r} has a malformed shape")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_natural, offsets)):
         raise damaged(path, f"{name!r} has malformed offsets")

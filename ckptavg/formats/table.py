@@ -136,9 +136,14 @@ class OutputTensor:
     tied_to: str | None = None
 
     @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the elements."""
-        return self.dtype.nbytes(math.prod(self.shape))
+        return self.dtype.nbytes(self.numel)
 
 
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:

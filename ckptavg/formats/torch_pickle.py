@@ -156,7 +156,14 @@ class _Pickler(pickle.Pickler):
     def reducer_override(self, obj: Any) -> Any:
         if not isinstance(obj, _TensorStub):
             return NotImplemented
-        view = (obj.storage, 0, obj.shape, row_major(obj.shape), False, OrderedDict())
+        view: tuple[Any, ...] = (
+            obj.storage,
+            0,
+            obj.shape,
+            row_major(obj.shape),
+            False,
+            OrderedDict(),
+        )
         if obj.dtype.name in _TYPED_STORAGES:
             return torch._utils._rebuild_tensor_v2, view
         dtype = getattr(torch, obj.dtype.name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,7 @@ def _check_entries(path: str, entries: Mapping[str, zipfile.ZipInfo]) -> None:
     if pickle.compress_type != zipfile.ZIP_STORED:
         raise damaged(path, "its pickle is compressed, which torch.save never does")
     ordered = sorted(entries.values(), key=lambda info: info.header_offset)
-    for before, after in zip(ordered, ordered[1:], strict=False):
+    for before, after in pairwise(ordered):
         least = before.header_offset + _LOCAL_HEADER + before.compress_size
         if least > after.header_offset:
             raise damaged(path, f"the zip entries {before.filename!r} and its neighbour overlap")

@@ -136,7 +136,9 @@ def _note_other_weights(tree: Mapping[Any, Any], chosen: str) -> list[str]:
     others = [
         str(name)
         for name, value in tree.items()
-        if name != chosen and isinstance(name, str) and _holds_tensors(value)
+        if name != chosen
+        and isinstance(name, str)
+        and _holds_tensors(value)
         and ("ema" in name.lower() or name in KNOWN_ENTRIES or "avg" in name.lower())
     ]
     if not others:
