@@ -34,7 +34,7 @@ _HOMES = {
     "__version__": "version",
 }
 
-__all__ = [*sorted(_HOMES)]
+__all__ = list(_HOMES)
 
 logging.getLogger("ckptavg").addHandler(logging.NullHandler())
 

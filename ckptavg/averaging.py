@@ -321,7 +321,7 @@ def _log(planned: Average, result: StreamResult, *, stale: bool = True) -> None:
         log.info(note)
     if result.differing:
         names = first_few(sorted(result.differing))
-        log.info("integers are not averaged; those that differ are the last one's: %s", names)
+        log.info("integers are not averaged; where they differ, the last: %s", names)
     if result.nonfinite:
         log.warning("not finite and kept: %s", first_few(sorted(result.nonfinite)))
     if stale and planned.plan.batchnorm:

@@ -188,7 +188,7 @@ loader_options = together(
         metavar="N", help="Where the data is no DataLoader yet.",
     ),
     option(
-        _RUN, "-j", "--workers", type=whole, default=0, show_default=True,
+        _RUN, "-j", "--workers", type=whole, default="0", show_default=True,
         metavar="N", help="Processes that load data.",
     ),
     option(

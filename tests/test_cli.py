@@ -1,0 +1,359 @@
+"""The command line: what a person types, sees, and finds on the disk afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file
+from torch import nn
+
+from ckptavg.cli import main
+
+FACTORIES = """
+import torch
+from torch import nn
+
+def model(classes=3):
+    return nn.Sequential(nn.Flatten(), nn.Linear(8, 4), nn.BatchNorm1d(4), nn.Linear(4, classes))
+
+def data(n=40, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.utils.data.TensorDataset(
+        torch.randn(n, 8, generator=g), torch.randint(0, 3, (n,), generator=g))
+
+def slow():
+    import pathlib, time
+    pathlib.Path("started").touch()
+    for batch in torch.utils.data.DataLoader(data(), 4):
+        time.sleep(0.5)
+        yield batch
+"""
+
+
+def network() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(8, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with a run of four checkpoints under run/, and factories in net.py."""
+    (tmp_path / "net.py").write_text(FACTORIES)
+    (tmp_path / "run").mkdir()
+    for epoch in range(1, 5):
+        torch.manual_seed(epoch)
+        saved = {"state_dict": network().state_dict(), "epoch": epoch, "lr": 0.1 / epoch}
+        torch.save(saved | {"val_acc": 90.0 - epoch}, tmp_path / "run" / f"epoch_{epoch}.pt")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def ckptavg(*args: object) -> Result:
+    return CliRunner().invoke(main, [str(arg) for arg in args])
+
+
+def one_line_error(result: Result, code: int = 1) -> str:
+    """The error of a failed command, which must be a single line."""
+    assert result.exit_code == code, result.output
+    line = result.stderr.strip().splitlines()[-1]
+    assert line.startswith("Error: ")
+    assert "Traceback" not in result.output
+    return line
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path)["state_dict"]
+
+
+def test_average_writes_the_mean_and_shows_the_plan(home: Path) -> None:
+    result = ckptavg("average", "run", "-o", "out.safetensors")
+    assert result.exit_code == 0, result.output
+    out = load_file(home / "out.safetensors")
+    inputs = [weights(home / "run" / f"epoch_{i}.pt") for i in range(1, 5)]
+    expected = sum(w["1.weight"].double() for w in inputs) / 4
+    assert torch.equal(out["1.weight"], expected.float())
+    for text in ("epoch_1.pt", "0.25", "0.025", "stale", "out.safetensors"):
+        assert text in result.stdout
+    assert "note: BatchNorm statistics" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "kept"),
+    [
+        (["--last", 2], [3, 4]),
+        (["--every", 2], [2, 4]),
+        (["--from", 2, "--to", 3], [2, 3]),
+        (["--cycle", 2], [2, 4]),
+        (["--cycle", "2:1"], [1, 3]),
+        (["--at-lr-min"], [4]),
+        (["--best", 2, "--metric", "val_acc", "--mode", "max"], [1, 2]),
+        (["--best", 1, "--metric", "val_acc", "--mode", "min"], [4]),
+        (["--glob", "*_[13].pt"], [1, 3]),
+        (["--from", 2, "--every", 2, "--last", 1], [4]),
+    ],
+)
+def test_selection_flags(home: Path, flags: list[object], kept: list[int]) -> None:
+    result = ckptavg("average", "run", "--dry-run", "--json", *flags)
+    assert result.exit_code == 0, result.output
+    assert [c["step"] for c in json.loads(result.stdout)["checkpoints"]] == kept
+
+
+def test_selection_applies_to_each_run(home: Path) -> None:
+    (home / "other").mkdir()
+    for epoch in (7, 8):
+        torch.save({"state_dict": network().state_dict(), "epoch": epoch}, f"other/e{epoch}.pt")
+    result = ckptavg("average", "run", "other", "--last", 1, "--dry-run", "--json")
+    assert [c["step"] for c in json.loads(result.stdout)["checkpoints"]] == [4, 8]
+
+
+def test_sample_is_seeded(home: Path) -> None:
+    picks = [
+        [c["step"] for c in json.loads(ckptavg(
+            "average", "run", "--sample", f"2:{seed}", "--dry-run", "--json").stdout)["checkpoints"]]
+        for seed in (1, 1, 2, 3, 4, 5)
+    ]  # fmt: skip
+    assert picks[0] == picks[1]
+    assert len({tuple(p) for p in picks}) > 1
+
+
+def test_weights_are_normalized_and_shown(home: Path) -> None:
+    result = ckptavg("average", "run", "--last", 3, "--weights", "2,3,5", "--dry-run", "--json")
+    assert [c["coefficient"] for c in json.loads(result.stdout)["checkpoints"]] == [0.2, 0.3, 0.5]
+
+
+def test_dry_run_writes_nothing(home: Path) -> None:
+    before = sorted(home.rglob("*"))
+    assert ckptavg("average", "run", "-o", "out.pt", "--dry-run").exit_code == 0
+    assert sorted(home.rglob("*")) == before
+
+
+def test_json_is_all_there_is_on_stdout(home: Path) -> None:
+    result = ckptavg("average", "run", "-o", "out.pt", "--json")
+    made = json.loads(result.stdout)
+    assert made["output"] == "out.pt"
+    assert made["bytes"] == (home / "out.pt").stat().st_size
+    assert made["bn"] == "stale"
+    assert len(made["checkpoints"]) == 4
+
+
+def test_quiet_leaves_stderr_empty(home: Path) -> None:
+    result = ckptavg("average", "run", "-o", "out.pt", "-q")
+    assert result.exit_code == 0
+    assert result.stderr == ""
+
+
+def test_average_with_a_model_writes_recomputed_statistics(home: Path) -> None:
+    flags = ["--model", "net.py:model", "--train-data", "net.py:data"]
+    result = ckptavg("average", "run", "-o", "out.pt", *flags)
+    assert result.exit_code == 0, result.output
+    assert "recomputed" in result.stdout
+    out = weights(home / "out.pt")
+    inputs = torch.utils.data.default_collate([x for x, _ in _data(home)]).double()
+    hidden = inputs @ out["1.weight"].double().T + out["1.bias"].double()
+    torch.testing.assert_close(out["2.running_mean"], hidden.mean(0).float())
+    torch.testing.assert_close(out["2.running_var"], hidden.var(0).float())
+
+
+def test_update_bn_changes_only_the_statistics(home: Path) -> None:
+    flags = ["--model", "net.py:model", "--train-data", "net.py:data", "-o", "out.pt"]
+    result = ckptavg("update-bn", "run/epoch_4.pt", *flags)
+    assert result.exit_code == 0, result.output
+    before, after = weights(home / "run" / "epoch_4.pt"), weights(home / "out.pt")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"2.running_mean", "2.running_var", "2.num_batches_tracked"}
+
+
+EVAL = ["--model", "net.py:model", "--data", "net.py:data", "--data-arg", "seed=1"]
+TRAIN = ["--train-data", "net.py:data"]
+
+
+def test_eval_sets_the_candidates_side_by_side(home: Path) -> None:
+    flags = [*EVAL, *TRAIN, "--each", "--compare", "fge", "--json"]
+    result = ckptavg("eval", "run/epoch_1.pt", "--run", "run", *flags)
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)["candidates"]
+    kinds = [(c["kind"], c["bn"]) for c in found]
+    assert kinds == [("checkpoint", "own")] * 5 + [
+        ("average", "stale"),
+        ("average", "recomputed"),
+        ("ensemble", "own"),
+    ]
+    assert [c["forwards"] for c in found] == [1] * 7 + [4]
+    for candidate in found:
+        assert set(candidate["metrics"]) == {"top1", "top5", "nll", "ece", "n"}
+        assert candidate["metrics"]["n"] == 40
+        assert sum(candidate["coefficients"]) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("suffix", [".json", ".csv"])
+def test_eval_results_file(home: Path, suffix: str) -> None:
+    result = ckptavg("eval", "--run", "run", *EVAL, "--results", f"r{suffix}")
+    assert result.exit_code == 0, result.output
+    text = (home / f"r{suffix}").read_text()
+    if suffix == ".json":
+        assert len(json.loads(text)["candidates"]) == 2
+    else:
+        assert len(text.splitlines()) == 3
+        assert text.startswith("name,kind,checkpoints,coefficients,bn,forwards,top1")
+
+
+def test_fail_if_worse(home: Path) -> None:
+    labels = "def fitted():\n    import torch, net\n    torch.manual_seed(0)\n    x = 30 * torch.randn(64, 8)\n    m = net.model()\n"
+    labels += '    m.load_state_dict(torch.load("run/epoch_4.pt")["state_dict"])\n    m.eval()\n'
+    labels += "    return torch.utils.data.TensorDataset(x, m(x).argmax(1).detach())\n"
+    (home / "labels.py").write_text(labels)
+    flags = ["--model", "net.py:model", "--data", "labels.py:fitted", "--fail-if-worse"]
+    result = ckptavg("eval", "--run", "run", *flags)
+    assert result.exit_code == 3, result.output
+    assert "does worse than the last checkpoint" in result.stderr
+    assert ckptavg("eval", "--run", "run", "--last", 1, *flags).exit_code == 0
+
+
+def test_inspect_a_run(home: Path) -> None:
+    torch.save({"state": {}, "param_groups": []}, home / "run" / "optimizer.pt")
+    os.link(home / "run" / "epoch_4.pt", home / "run" / "last.pt")
+    result = ckptavg("inspect", "run")
+    assert result.exit_code == 0, result.output
+    for text in ("4 checkpoints", "val_acc", "state_dict", "not a model's weights", "repeats"):
+        assert text in result.stdout
+    listed = json.loads(ckptavg("inspect", "run", "--json").stdout)
+    assert [c["step"] for c in listed["checkpoints"]] == [1, 2, 3, 4]
+    assert {Path(x["path"]).name for x in listed["left_out"]} == {"optimizer.pt", "last.pt"}
+
+
+def test_inspect_a_checkpoint_and_how_it_was_made(home: Path) -> None:
+    ckptavg("average", "run", "-o", "out.pt", "--scheme", "ema:decay=0.9")
+    result = ckptavg("inspect", "out.pt")
+    assert result.exit_code == 0, result.output
+    for text in ("1.weight", "float32", "4×8", "BatchNorm layers: 2", "ema:decay=0.9", "stale"):
+        assert text in result.stdout
+    assert json.loads(ckptavg("inspect", "out.pt", "--json").stdout)["ckptavg"]["bn"] == "stale"
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["average", "nowhere", "-o", "o.pt"], ["nowhere", "does not exist"]),
+        (["average", "empty", "-o", "o.pt"], ["empty", "no checkpoint"]),
+        (["average", "run", "-o", "run/epoch_1.pt", "--overwrite"], ["is an input"]),
+        (["average", "run", "-o", "net.py.pt", "--key", "nope"], ["nope", "state_dict", "--key"]),
+        (["average", "run", "--weights", "1,2", "-o", "o.pt"], ["2 weights", "4 checkpoints"]),
+        (["average", "run", "-o", "no/such/dir/o.pt"], ["does not exist"]),
+        (["eval", "--run", "run", *EVAL[:1], "nomodule:f", *EVAL[2:]], ["nomodule", "no module"]),
+        (["eval", "--run", "run", *EVAL[:1], "net.py:modle", *EVAL[2:]], ["modle", "model?"]),
+        (["eval", "--run", "run", *EVAL, "--model-arg", "classes=7"], ["shape", "--model-arg"]),
+        (["eval", "--run", "run", *EVAL, "--model-arg", "depth=7"], ["depth", "It takes classes"]),
+        (["eval", "--run", "run", *EVAL, "--device", "cuda:99"], ["cuda:99", "not available"]),
+    ],
+)
+def test_mistakes_get_one_line_with_a_remedy(home: Path, args: list[str], words: list[str]) -> None:
+    (home / "empty").mkdir()
+    line = one_line_error(ckptavg(*args))
+    for word in words:
+        assert word in line
+    assert not list(home.glob("o.pt")) + list(home.glob(".*tmp*"))
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["average", "run"],
+        ["average", "run", "-o", "o.pt", "--scheme", "swa2"],
+        ["average", "run", "-o", "o.pt", "--weights", "1,nan,1,1"],
+        ["average", "run", "-o", "o.pt", "--weights", "a,b"],
+        ["average", "run", "-o", "o.pt", "--cycle", "x"],
+        ["average", "run", "-o", "o.pt", "--best", "2"],
+        ["average", "run", "-o", "o.pt", "--model", "net.py:model"],
+        ["average", "run", "-o", "o.xyz"],
+        ["average", "run", "-o", "o.pt", "--dtype", "int8"],
+        ["eval", *EVAL],
+        ["eval", "run/epoch_1.pt", *EVAL, "--each"],
+        ["eval", "--run", "run", *EVAL, "--results", "r.txt"],
+        ["eval", "--run", "run", "--model", "net", "--data", "net.py:data"],
+    ],
+)  # fmt: skip
+def test_wrong_usage_is_exit_2(home: Path, args: list[str]) -> None:
+    one_line_error(ckptavg(*args), code=2)
+
+
+def test_an_existing_output_is_kept_without_overwrite(home: Path) -> None:
+    (home / "o.pt").write_text("precious")
+    assert "--overwrite" in one_line_error(ckptavg("average", "run", "-o", "o.pt"))
+    assert (home / "o.pt").read_text() == "precious"
+    assert ckptavg("average", "run", "-o", "o.pt", "--overwrite").exit_code == 0
+    assert weights(home / "o.pt")
+
+
+def test_one_selected_checkpoint_is_a_note(home: Path) -> None:
+    result = ckptavg("average", "run", "--last", 1, "-o", "o.pt")
+    assert result.exit_code == 0
+    assert "note: one checkpoint is selected" in result.stderr
+
+
+def test_debug_shows_the_traceback(home: Path) -> None:
+    result = ckptavg("average", "nowhere", "-o", "o.pt", "--debug")
+    assert result.exception is not None
+    assert "nowhere" in str(result.exception)
+
+
+def run_python(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *args], capture_output=True, text=True, check=False, cwd=cwd
+    )
+
+
+@pytest.mark.parametrize("args", [["--help"], ["average", "-h"], ["inspect", "run"], ["--version"]])
+def test_what_needs_no_torch_does_not_import_it(home: Path, args: list[str]) -> None:
+    done = run_python("-X", "importtime", "-m", "ckptavg", *args, cwd=home)
+    assert done.returncode == 0, done.stderr
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert "click" in imported
+    assert "torch" not in imported
+
+
+def test_importing_the_package_does_not_import_torch() -> None:
+    code = "import sys, ckptavg; dir(ckptavg); assert 'torch' not in sys.modules"
+    assert run_python("-c", code).returncode == 0
+
+
+def test_every_public_name_is_there() -> None:
+    import ckptavg as package
+
+    for name in package.__all__:
+        assert getattr(package, name) is not None
+    with pytest.raises(AttributeError, match="nonsense"):
+        package.nonsense  # noqa: B018
+
+
+def test_the_first_screen_of_the_help_is_enough_to_use_it() -> None:
+    first_screen = "\n".join(ckptavg("average", "--help").stdout.splitlines()[:24])
+    for text in ("PATH", "-o, --out", ".safetensors", "--dry-run", "ckptavg average runs/swa -o"):
+        assert text in first_screen
+
+
+def test_interrupt_leaves_nothing_and_exits_130(home: Path) -> None:
+    command = [sys.executable, "-m", "ckptavg", "average", "run", "-o", "o.pt"]
+    command += ["--model", "net.py:model", "--train-data", "net.py:slow"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=home) as process:
+        deadline = time.monotonic() + 60
+        while not (home / "started").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "Interrupted" in stderr
+    assert not list(home.glob("*o.pt*"))
+
+
+def _data(home: Path) -> torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]:
+    scope: dict[str, object] = {}
+    exec((home / "net.py").read_text(), scope)
+    return scope["data"]()  # type: ignore[operator]

@@ -1,0 +1,115 @@
+"""Tables, JSON and progress, drawn on consoles that the tests own."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+
+import pytest
+from rich.console import Console
+
+from ckptavg.report import Report, number_text, size_text
+
+
+def report(*, terminal: bool = False, **options: object) -> tuple[Report, io.StringIO, io.StringIO]:
+    out, err = io.StringIO(), io.StringIO()
+    consoles = [
+        Console(file=file, force_terminal=terminal, width=100, highlight=False, _environ={})
+        for file in (out, err)
+    ]
+    return Report(stdout=consoles[0], stderr=consoles[1], **options), out, err  # type: ignore[arg-type]
+
+
+def test_a_table_keeps_brackets_and_sets_numbers_flush_right() -> None:
+    drawn, out, _ = report()
+    drawn.table(("name", "value"), [("[red]a[/red]", "5"), ("b", "10")], title="two [rows]")
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "two [rows]"
+    assert lines[3] == "[red]a[/red]       5"
+    assert lines[4] == "b                 10"
+
+
+def test_json_replaces_tables() -> None:
+    drawn, out, _ = report(as_json=True)
+    drawn.table(("a",), [("1",)])
+    drawn.line("text")
+    drawn.result({"x": [1, "ü"]})
+    assert json.loads(out.getvalue()) == {"x": [1, "ü"]}
+
+
+def test_result_is_silent_without_json() -> None:
+    drawn, out, _ = report()
+    drawn.result({"x": 1})
+    assert out.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("verbosity", "shown"),
+    [(-1, []), (0, ["note: n", "warning: w"]), (1, ["note: d", "note: n", "warning: w"])],
+)
+def test_notes_follow_the_verbosity(verbosity: int, shown: list[str]) -> None:
+    drawn, out, err = report(verbosity=verbosity)
+    log = logging.getLogger("ckptavg")
+    with drawn.notes():
+        log.debug("d")
+        log.info("n")
+        log.warning("w")
+    log.warning("after the command")
+    assert err.getvalue().splitlines() == shown
+    assert out.getvalue() == ""
+
+
+def test_progress_shows_bytes_and_rate_on_a_terminal_only() -> None:
+    for terminal in (True, False):
+        drawn, out, err = report(terminal=terminal)
+        with drawn.bytes_progress("averaging") as progress:
+            progress(0, 2_000_000)
+            progress(1_000_000, 2_000_000)
+        assert ("averaging" in err.getvalue()) is terminal
+        assert ("2.0 MB" in err.getvalue()) is terminal
+        assert out.getvalue() == ""
+
+
+def test_quiet_has_no_progress_on_a_terminal() -> None:
+    drawn, _, err = report(terminal=True, verbosity=-1)
+    with drawn.batch_progress() as progress:
+        progress("BatchNorm", 1, 2)
+    assert err.getvalue() == ""
+
+
+def test_phases_have_a_bar_each_and_may_have_no_total() -> None:
+    drawn, _, err = report(terminal=True)
+    with drawn.batch_progress() as progress:
+        progress("BatchNorm", 1, 0)
+        progress("evaluation", 3, 4)
+    assert "BatchNorm" in err.getvalue()
+    assert "3/4" in err.getvalue()
+
+
+def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=80, _environ={"NO_COLOR": "1"})
+    with Report(stdout=console, stderr=console).notes():
+        logging.getLogger("ckptavg").warning("careful")
+    assert "\x1b[33m" not in out.getvalue()
+    assert "warning: careful" in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1 kB"),
+        (4798, "4.8 kB"),
+        (3.7e9, "3.7 GB"),
+        (2e12, "2 TB"),
+    ],
+)
+def test_sizes_have_decimal_units(count: float, text: str) -> None:
+    assert size_text(count) == text
+
+
+def test_numbers_are_short_and_missing_ones_a_dash() -> None:
+    assert [number_text(x) for x in (None, 3, 0.05, 1e-7)] == ["–", "3", "0.05", "1e-07"]
