@@ -281,7 +281,7 @@ def provenance(
 
     Returns:
         ``version``, ``scheme``, ``checkpoints`` (each with ``path``, ``step``, ``coefficient``,
-        ``size`` in bytes and ``mtime`` in seconds), ``bn`` and, where there are any, ``tied`` names.
+        ``size`` in bytes and ``mtime`` in seconds), ``bn`` and ``tied`` names, if there are any.
     """
     made: dict[str, Any] = {
         "version": __version__,

@@ -54,14 +54,25 @@ def find(paths: Sequence[Path], glob: str | None) -> Found:
             raise RunError(f"{path} does not exist", _nearest(path))
         members = _members(path, found) if path.is_dir() else [path]
         home = path.parent if members == [path] else path
-        groups.setdefault(Path(os.path.abspath(home)), []).extend(members)
+        groups.setdefault(Path(os.path.realpath(home)), []).extend(members)
     for members in groups.values():
-        kept = [m for m in members if glob is None or fnmatch.fnmatchcase(m.name, glob)]
-        found.left_out += [(m, f"does not match {glob}") for m in members if m not in kept]
-        found.groups.append(list(dict.fromkeys(kept)))
+        found.groups.append(_kept(members, glob, found))
     if not any(found.groups):
         raise RunError(f"no checkpoint matches {glob!r}", "Quote the pattern, or loosen it.")
     return found
+
+
+def _kept(members: list[Path], glob: str | None, found: Found) -> list[Path]:
+    """The members that a run is made of, each once."""
+    kept: dict[tuple[str, str], Path] = {}
+    for path in members:
+        if glob is not None and not fnmatch.fnmatchcase(path.name, glob):
+            found.left_out.append((path, f"does not match {glob}"))
+        elif len(members) > 1 and path.is_file() and _OTHER_STATE.fullmatch(_stem(path)):
+            found.left_out.append((path, "not a model's weights"))
+        else:
+            kept.setdefault((os.path.realpath(path.parent), path.name), path)
+    return list(kept.values())
 
 
 def open_members(paths: Sequence[Path], key: str | None) -> Opened:
@@ -91,12 +102,24 @@ def open_members(paths: Sequence[Path], key: str | None) -> Opened:
 
 
 def _members(directory: Path, found: Found) -> list[Path]:
-    """The checkpoints of a directory: itself, or those directly below."""
+    """The checkpoints of a directory: itself, or those directly below.
+
+    Raises:
+        RunError: There are none, or several runs below, or one was left half-written.
+    """
     below = sorted((p for p in directory.iterdir() if not p.name.startswith(".")), key=_natural)
-    nested = [p for p in below if is_checkpoint_directory(p)]
+    nested = [path for path in below if is_checkpoint_directory(path)]
+    for path in below:
+        if path.is_dir() and path not in nested and _lost_its_weights(path):
+            raise RunError(
+                f"{path} looks like a checkpoint but holds no weights",
+                "It may have been interrupted while being saved; delete it or copy it again.",
+            )
+    numbered = [path for path in nested if re.search(r"\d", path.name)]
     if is_checkpoint_directory(directory):
-        numbered = [p for p in nested if re.search(r"\d", p.name)]
         return [*numbered, directory] if numbered else [directory]
+    if any(_numbered_below(path) for path in nested):
+        raise _no_run(directory, below)
     members = list(nested)
     for path in below:
         if path.is_dir() or not path.name.endswith(SUFFIXES):
@@ -108,6 +131,17 @@ def _members(directory: Path, found: Found) -> list[Path]:
     if not members:
         raise _no_run(directory, below)
     return sorted(members, key=_natural)
+
+
+def _numbered_below(directory: Path) -> bool:
+    """Whether a directory holds a run of checkpoint directories."""
+    return any(re.search(r"\d", p.name) and is_checkpoint_directory(p) for p in directory.iterdir())
+
+
+def _lost_its_weights(directory: Path) -> bool:
+    """Whether a directory is what a crash while saving leaves of a checkpoint."""
+    named = re.fullmatch(r"checkpoint[-_]\d+", directory.name)
+    return bool(named) and (directory / "trainer_state.json").is_file()
 
 
 def _no_run(directory: Path, below: list[Path]) -> RunError:
@@ -234,7 +268,7 @@ def _ordered(checkpoints: Sequence[Checkpoint]) -> tuple[tuple[Checkpoint, ...],
     elif None not in epochs:
         positions = epochs
     else:
-        if any(steps) or any(epochs):
+        if any(v is not None for v in (*steps, *epochs)):
             notes.append("not every checkpoint records a step or an epoch: ordered by name")
             steps, epochs = [None] * len(checkpoints), [None] * len(checkpoints)
         positions = _numbers_in_names(checkpoints)
@@ -256,7 +290,10 @@ def _restarts(checkpoints: Sequence[Checkpoint]) -> bool:
 
 def _numbers_in_names(checkpoints: Sequence[Checkpoint]) -> list[float | None]:
     """The first number that tells the names apart; of a single name, its last number."""
-    names = [_tokens(_stem(c.path)) for c in checkpoints]
+    names = [
+        [] if any(o.path.parent == c.path for o in checkpoints) else _tokens(_stem(c.path))
+        for c in checkpoints
+    ]
     numbered = [name for name in names if len(name) > 1]
     places = range(1, min(map(len, numbered), default=0), 2)
     place = next((i for i in places if len({name[i] for name in numbered}) > 1), -2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+_LONGEST = 1200  # characters of a message
+
 
 class CkptavgError(Exception):
     """The work could not be done.
@@ -18,12 +20,11 @@ class CkptavgError(Exception):
 
     def __init__(self, message: str, remedy: str = "") -> None:
         super().__init__(message)
-        self.message = message
-        self.remedy = remedy
+        self.message = printable(message)
+        self.remedy = printable(remedy)
 
     def __str__(self) -> str:
-        text = f"{self.message}. {self.remedy}" if self.remedy else self.message
-        return " ".join(text.split())
+        return f"{self.message}. {self.remedy}" if self.remedy else self.message
 
 
 class UsageError(CkptavgError, ValueError):
@@ -74,6 +75,17 @@ class BatchNormError(CkptavgError):
 
 class EvaluationError(CkptavgError):
     """Candidates that cannot be scored on the data."""
+
+
+def printable(text: str) -> str:
+    """A text on one line of bounded length, without what could move a terminal's cursor.
+
+    Names come out of files, and files out of strange hands.
+    """
+    line = " ".join(text.split())
+    if len(line) > _LONGEST:
+        line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
 
 
 def first_few(names: list[str], count: int = 3) -> str:

@@ -159,14 +159,11 @@ def make_plan(
     ]
     tensors.sort(key=lambda t: order.get(t.name, len(order)))
     total = math.fsum(coefficients)
-    contributing = sum(c != 0 for c in coefficients)
     return Plan(
         checkpoints=tuple(checkpoints),
         coefficients=tuple(c / total for c in coefficients),
         tensors=tuple(_with_ties(tensors)),
-        batchnorm=batchnorm_layers(t.name for t in tensors if t.averaged)
-        if contributing > 1
-        else (),
+        batchnorm=batchnorm_layers(t.name for t in tensors if len(t.sources) > 1),
         notes=tuple(builder.notes()),
     )
 
@@ -182,10 +179,8 @@ class _Builder:
         tensors = [c.tensors[name] for c in self.checkpoints]
         last = tensors[-1]
         if last.dtype.kind == "int":
-            others = tuple(t for t in tensors[:-1] if t.dtype == last.dtype)
-            return TensorPlan(
-                name, last.shape, last.dtype, (last,), self.checkpoints[-1:], (1.0,), False, others
-            )
+            owner, others = self.checkpoints[-1:], tuple(tensors[:-1])
+            return TensorPlan(name, last.shape, last.dtype, (last,), owner, (1.0,), False, others)
         used = [i for i, c in enumerate(self.coefficients) if c != 0]
         dtype = self._output_dtype(name, [tensors[i].dtype for i in used])
         return TensorPlan(

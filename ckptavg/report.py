@@ -31,6 +31,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from ckptavg.errors import printable
+
 _WIDE = 240  # columns where nothing is a terminal, so that no cell is folded
 _COUNT = 1e3
 _NUMBER = re.compile(r"–||-?\d[\d.,e+-]*( [kMGT]?B)?|-?inf|nan")
@@ -88,14 +90,14 @@ class Report:
             right = bool(rows) and all(_is_number(row[i]) for row in rows)
             drawn.add_column(name, justify="right" if right else "left", overflow="fold")
         for row in rows:
-            drawn.add_row(*(Text(cell) for cell in row))
+            drawn.add_row(*(Text(printable(cell)) for cell in row))
         self._out.print(drawn)
         self._out.print()
 
     def line(self, text: str) -> None:
         """A line on stdout. Nothing with ``as_json``."""
         if not self.as_json:
-            self._out.print(Text(text), soft_wrap=True)
+            self._out.print(Text(printable(text)), soft_wrap=True)
 
     def result(self, value: Any) -> None:
         """The result as JSON on stdout, with ``as_json``."""
@@ -190,7 +192,7 @@ class _NoteHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         serious = record.levelno >= logging.WARNING
         word, style = ("warning", "yellow") if serious else ("note", "cyan")
-        text = Text.assemble((f"{word}: ", style), record.getMessage())
+        text = Text.assemble((f"{word}: ", style), printable(record.getMessage()))
         self._console.print(text, soft_wrap=True)
 
 

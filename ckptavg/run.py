@@ -188,17 +188,24 @@ def _at_lr_min(checkpoints: Picked) -> Picked:
             f"no learning rate is recorded in {first_few(missing)}",
             "Select the cycle's ends by position with --cycle C.",
         )
-    rates = [c.record.lr or 0.0 for c in checkpoints]
-    ends = [math.inf, *rates, math.inf]
+    levels: list[list[Checkpoint]] = []
+    for checkpoint in checkpoints:
+        if levels and math.isclose(_rate(levels[-1]), _rate([checkpoint]), rel_tol=1e-6):
+            levels[-1].append(checkpoint)
+        else:
+            levels.append([checkpoint])
+    rates = [math.inf, *map(_rate, levels), math.inf]
     return [
         checkpoint
-        for checkpoint, before, rate, after in zip(checkpoints, ends, rates, ends[2:], strict=False)
-        if _at_most(rate, before) and _at_most(rate, after)
+        for level, before, after in zip(levels, rates, rates[2:], strict=False)
+        if before > _rate(level) < after
+        for checkpoint in level
     ]
 
 
-def _at_most(rate: float, other: float) -> bool:
-    return rate <= other or math.isclose(rate, other, rel_tol=1e-6)
+def _rate(level: Picked) -> float:
+    """The recorded learning rate of checkpoints that share it."""
+    return level[0].record.lr or 0.0
 
 
 def _best(checkpoints: Picked, count: int, metric: str, mode: str) -> Picked:

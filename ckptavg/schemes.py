@@ -73,8 +73,10 @@ def explicit(weights: Sequence[float]) -> Scheme:
     """
     if not weights or not all(math.isfinite(w) for w in weights):
         raise UsageError(f"weights are expected to be finite but got {_listed(weights)}")
-    if not math.fsum(weights) > 0:
-        raise UsageError(f"weights are expected to sum to more than 0 but got {_listed(weights)}")
+    if not 0 < sum(map(float, weights)) < math.inf:
+        raise UsageError(
+            f"weights are expected to have a finite sum above 0 but got {_listed(weights)}"
+        )
 
     def apply(steps: Steps) -> list[float]:
         if len(steps) != len(weights):
@@ -121,7 +123,7 @@ def _linear(_: Mapping[str, str]) -> Callable[[Steps], list[float]]:
 
 def _lawa(options: Mapping[str, str]) -> Callable[[Steps], list[float]]:
     text = options.get("k", "")
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise UsageError(f"lawa:k=K is expected to have a positive integer K but got {text!r}")
     k = int(text)
     return lambda steps: [float(i >= len(steps) - k) for i in range(len(steps))]

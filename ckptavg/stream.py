@@ -199,13 +199,12 @@ class _Worker:
         nbytes = count * tensor.dtype.size
         raw = self._bytes("in", nbytes)
         self.reader.read(tensor.sources[0], start, count, raw)
-        if tensor.compared:
-            other = self._bytes("other", nbytes)
-            mine, theirs = (torch.frombuffer(b, dtype=torch.uint8) for b in (raw, other))
-            for source in tensor.compared:
-                self.reader.read(source, start, count, other)
-                if not torch.equal(mine, theirs):
-                    self.shared.result.differing.add(tensor.name)
+        for source in tensor.compared:
+            other = self._bytes("other", count * source.dtype.size)
+            self.reader.read(source, start, count, other)
+            mine, theirs = _view(raw, tensor.dtype), _view(other, source.dtype)
+            if not torch.equal(mine.to(torch.int64), theirs.to(torch.int64)):
+                self.shared.result.differing.add(tensor.name)
         return raw
 
     def _handle_nonfinite(
@@ -216,7 +215,7 @@ class _Worker:
         agreed = suspect.clone()
         first: torch.Tensor | None = None
         for source in tensor.sources:
-            values = self._read_values(source, start, count).to(torch.float64)
+            values = self._read_values(source, start, count).to(torch.float64, copy=True)
             first = values if first is None else first
             agreed &= ~torch.isfinite(values)
             agreed &= (values == first) | (values.isnan() & first.isnan())

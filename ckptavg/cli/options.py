@@ -87,14 +87,14 @@ def numbers(text: str) -> list[float]:
 
 def whole(text: str) -> int:
     """A whole number, 0 or more."""
-    if not text.isdigit():
+    if not text.isdecimal():
         raise click.BadParameter(f"expected a whole number but got {text!r}")
     return int(text)
 
 
 def positive(text: str) -> int:
     """A whole number, 1 or more."""
-    if not text.isdigit() or not int(text):
+    if not text.isdecimal() or not int(text):
         raise click.BadParameter(f"expected a whole number from 1 on but got {text!r}")
     return int(text)
 

@@ -6,6 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,8 @@ def open_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
     path = Path(path)
     if path.is_dir():
         return _open_directory(path, key)
-    if _is_safetensors(path):
-        return _open_safetensors(path)
-    return _open_torch(path, key)
+    file = _read_file(path, key)
+    return _checkpoint(path, file.layout, [file], file.record)
 
 
 def is_checkpoint_directory(path: Path) -> bool:
@@ -72,42 +72,48 @@ def _is_safetensors(path: Path) -> bool:
     raise torch_zip.damaged(path, kind)
 
 
-def _open_safetensors(path: Path) -> Checkpoint:
+@dataclass(frozen=True)
+class _File:
+    """One file of weights, under the names that it has for them."""
+
+    layout: str
+    stamp: FileStamp
+    tensors: Mapping[str, Tensor]
+    refused: Mapping[str, str]
+    record: Record
+    provenance: Mapping[str, Any] | None
+    key: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def _read_file(path: Path, key: str | None) -> _File:
+    return _read_safetensors(path) if _is_safetensors(path) else _read_torch(path, key)
+
+
+def _read_safetensors(path: Path) -> _File:
     stamp = FileStamp.of(path)
     tensors, metadata = safetensors.read_header(str(path), stamp.size)
-    if not tensors:
-        raise CheckpointError(f"{path} holds no tensors")
-    return Checkpoint(
-        path=path,
-        layout="safetensors",
-        key="",
-        **_names(tensors),
-        refused={},
-        files=(stamp,),
-        record=record.from_metadata(metadata),
-        provenance=_provenance(metadata.get(PROVENANCE)),
-    )
+    made = _provenance(metadata.get(PROVENANCE))
+    return _File("safetensors", stamp, tensors, {}, record.from_metadata(metadata), made)
 
 
-def _open_torch(path: Path, key: str | None) -> Checkpoint:
+def _read_torch(path: Path, key: str | None) -> _File:
     stamp = FileStamp.of(path)
     opened = torch_zip.read(str(path))
-    provenance = _provenance(opened.tree.get(PROVENANCE)) if isinstance(opened.tree, dict) else None
     found, entry, notes = weights.find_entry(str(path), opened.tree, key)
     views = {k: v for k, v in entry.items() if isinstance(k, str) and isinstance(v, TensorView)}
     refused = {k: v.why for k, v in entry.items() if isinstance(k, str) and isinstance(v, Refused)}
     others = [str(k) for k in entry if k not in views and k not in refused]
     if others:
         notes.append(f"{len(others)} values beside the tensors are not taken: {first_few(others)}")
-    return Checkpoint(
-        path=path,
+    return _File(
         layout="torch",
-        key=found,
-        **_names({name: opened.tensor(view) for name, view in views.items()}),
+        stamp=stamp,
+        tensors={name: opened.tensor(view) for name, view in views.items()},
         refused=refused,
-        files=(stamp,),
         record=record.from_tree(opened.tree, found),
-        provenance=provenance,
+        provenance=_provenance(opened.tree.get(PROVENANCE)),
+        key=found,
         notes=tuple(notes),
     )
 
@@ -116,57 +122,54 @@ def _open_directory(path: Path, key: str | None) -> Checkpoint:
     main = huggingface.main_file(path)
     if main is None:
         raise CheckpointError(f"{path} holds no checkpoint", "Name a file or another directory.")
-    parts, provenance = _open_shards(main, key)
-    tensors = {n: part.tensors[bare] for part in parts for bare, n in part.stored_names.items()}
+    if main.name.endswith(".index.json"):
+        files = _read_shards(main, key)
+    else:
+        files = [_read_file(main, key)]
     trainer = record.from_trainer_state(path / huggingface.TRAINER_STATE)
-    return Checkpoint(
-        path=path,
-        layout="huggingface",
-        key=parts[0].key,
-        **_names(tensors),
-        refused={name: why for part in parts for name, why in part.refused.items()},
-        files=tuple(stamp for part in parts for stamp in part.files),
-        record=trainer or parts[0].record,
-        provenance=provenance,
-        notes=tuple(note for part in parts for note in part.notes),
-    )
+    return _checkpoint(path, "huggingface", files, trainer or files[0].record)
 
 
-def _open_shards(main: Path, key: str | None) -> tuple[list[Checkpoint], Mapping[str, Any] | None]:
-    """Open a directory's weights file, or each shard that its index names.
+def _read_shards(index: Path, key: str | None) -> list[_File]:
+    """Read each shard that an index names.
 
     Raises:
         CheckpointError: A shard is damaged, or the index and the shards disagree.
     """
-    if not main.name.endswith(".index.json"):
-        opened = open_checkpoint(main, key)
-        return [opened], opened.provenance
-    mapping = huggingface.weight_map(main)
-    shards = {
-        name: open_checkpoint(main.parent / name, key) for name in sorted(set(mapping.values()))
-    }
-    held = {name: set(shard.stored_names.values()) for name, shard in shards.items()}
+    mapping = huggingface.weight_map(index)
+    shards = {name: _read_file(index.parent / name, key) for name in sorted(set(mapping.values()))}
+    held = {name: {*shard.tensors, *shard.refused} for name, shard in shards.items()}
     lost = [name for name, shard in mapping.items() if name not in held[shard]]
     if lost:
         raise CheckpointError(
-            f"{main} lists tensors that are not in their shards: {first_few(lost)}",
+            f"{index} lists tensors that are not in their shards: {first_few(lost)}",
             "Copy the directory again, or leave it out.",
         )
     twice = [name for name, n in Counter(chain(*held.values())).items() if n > 1]
     if twice:
-        raise CheckpointError(f"{main.parent} holds tensors in two shards: {first_few(twice)}")
-    return list(shards.values()), next(
-        (s.provenance for s in shards.values() if s.provenance), None
+        raise CheckpointError(f"{index.parent} holds tensors in two shards: {first_few(twice)}")
+    return list(shards.values())
+
+
+def _checkpoint(path: Path, layout: str, files: list[_File], recorded: Record) -> Checkpoint:
+    """The files' tensors in one table, under bare names."""
+    tensors = {name: tensor for file in files for name, tensor in file.tensors.items()}
+    refused = {name: why for file in files for name, why in file.refused.items()}
+    if not tensors and not refused:
+        raise CheckpointError(f"{path} holds no tensors")
+    bare = weights.bare_names([*tensors, *refused])
+    return Checkpoint(
+        path=path,
+        layout=layout,
+        key=files[0].key,
+        tensors={bare[name]: tensor for name, tensor in tensors.items() if name in bare},
+        stored_names={bare[name]: name for name in tensors if name in bare},
+        refused={bare[name]: why for name, why in refused.items() if name in bare},
+        files=tuple(file.stamp for file in files),
+        record=recorded,
+        provenance=next((file.provenance for file in files if file.provenance), None),
+        notes=tuple(note for file in files for note in file.notes),
     )
-
-
-def _names(stored: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The table under bare names, and the names as they are stored."""
-    bare = weights.bare_names(list(stored))
-    return {
-        "tensors": {bare[name]: tensor for name, tensor in stored.items() if name in bare},
-        "stored_names": {bare[name]: name for name in stored if name in bare},
-    }
 
 
 def _provenance(text: Any) -> Mapping[str, Any] | None:

@@ -47,19 +47,30 @@ def weight_map(index: Path) -> dict[str, str]:
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{index} cannot be read: {error}"[:300]) from error
     names = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(names, dict) or not all(isinstance(v, str) for v in names.values()):
+    if (
+        not isinstance(names, dict)
+        or not names
+        or not all(isinstance(v, str) for v in names.values())
+    ):
         raise CheckpointError(f"{index} has no weight_map of tensor name → file")
     home = index.parent.resolve()
     for name in sorted(set(names.values())):
         if Path(name).name != name or name in ("", ".", ".."):
             raise CheckpointError(f"{index} names a file outside its directory: {name!r}")
-    missing = sorted({n for n in names.values() if not (home / n).is_file()})
+    missing = sorted({n for n in names.values() if not _is_file(home / n)})
     if missing:
         raise CheckpointError(
             f"{index} names shards that are not there: {first_few(missing)}",
             "Copy the directory again, or leave it out.",
         )
     return names
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # no name that a file can have
+        return False
 
 
 def companions(directory: Path) -> list[Path]:

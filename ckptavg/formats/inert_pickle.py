@@ -8,6 +8,7 @@ code of the file's choosing is called, so a hostile pickle is only data.
 
 from __future__ import annotations
 
+import math
 import pickletools
 import struct
 from collections.abc import Callable
@@ -17,6 +18,9 @@ from typing import Any
 from ckptavg.formats.table import DTYPES, DType
 
 MAX_PICKLE = 256 * 2**20
+_SPARE_BUDGET = 1_000_000
+_LARGE_INTEGER = 2**60  # beyond, different integers can be made to have one hash
+_LARGE_INTEGER_COST = 1000
 _MARK = object()
 
 
@@ -35,7 +39,7 @@ class Global:
         return f"{self.module}.{self.name}"
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, repr=False, slots=True)
 class Opaque:
     """What stands for an object that was not built.
 
@@ -50,6 +54,10 @@ class Opaque:
     args: tuple[Any, ...] = ()
     state: Any = None
     items: list[Any] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        """The type alone: contents can share their parts so often that spelling them never ends."""
+        return f"<{self.type if isinstance(self.type, Global) else 'object'}>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +99,7 @@ def loads(data: bytes) -> Any:
     """
     if len(data) > MAX_PICKLE:
         raise MalformedPickle(f"it is larger than {MAX_PICKLE >> 20} MiB")
-    machine = _Machine(budget=len(data))
+    machine = _Machine(budget=len(data) + _SPARE_BUDGET)
     try:
         for opcode, arg, _ in pickletools.genops(data):
             machine.step(opcode.name, arg)
@@ -106,8 +114,8 @@ class _Machine:
     """The pickle virtual machine: a stack, the marks on it and the memo.
 
     Args:
-        budget: Elements that calls may copy in all. An honest pickle holds every element that it
-            has copied; one that copies the same list again and again would exhaust the memory.
+        budget: Elements that may be copied or hashed in all. An honest pickle spells nearly every
+            element out; one that copies the same list again and again would exhaust the memory.
     """
 
     def __init__(self, budget: int) -> None:
@@ -151,6 +159,8 @@ class _Machine:
         return value
 
     def remember(self, index: int | None = None) -> None:
+        if index is not None and not 0 <= index < 2**32:
+            raise MalformedPickle("a memo index is out of range")
         self.memo[len(self.memo) if index is None else index] = self.top()
 
     def recall(self, index: int) -> None:
@@ -176,11 +186,10 @@ class _Machine:
 
     def set_items(self, values: list[Any]) -> None:
         target = self.top()
-        pairs = list(zip(values[::2], values[1::2], strict=True))
         if isinstance(target, dict):
-            target.update((_key(k), v) for k, v in pairs)
+            target.update(self.pairs(values))
         elif isinstance(target, Opaque):
-            target.items.extend(pairs)
+            target.items.extend(zip(values[::2], values[1::2], strict=True))
         else:
             raise MalformedPickle(f"it stores items in a {type(target).__name__}")
 
@@ -188,7 +197,7 @@ class _Machine:
         target = self.top()
         if not isinstance(target, set):
             raise MalformedPickle(f"it adds items to a {type(target).__name__}")
-        target.update(map(_key, values))
+        target.update(map(self.key, values))
 
     def stack_global(self) -> None:
         name, module = self.pop(), self.pop()
@@ -196,36 +205,77 @@ class _Machine:
             raise MalformedPickle("a global is not named by strings")
         self.stack.append(Global(module, name))
 
-    def spend(self, values: Any) -> None:
-        parts = values if isinstance(values, tuple) else (values,)
-        self.budget -= sum(len(part) for part in parts if hasattr(part, "__len__"))
+    def spend(self, count: int) -> None:
+        self.budget -= count
         if self.budget < 0:
             raise MalformedPickle("it copies its contents over and over")
 
+    def key(self, value: Any) -> Any:
+        """The value where it hashes in bounded time, a placeholder where it does not.
+
+        Nested tuples can share their parts, which makes hashing them exponential in the input.
+        """
+        flat = isinstance(value, tuple)
+        parts = value if flat else (value,)
+        self.spend(len(parts))
+        large = (isinstance(part, int) and abs(part) >= _LARGE_INTEGER for part in parts)
+        self.spend(_LARGE_INTEGER_COST * sum(large))
+        if flat and all(isinstance(part, _SCALARS) for part in value):
+            return value
+        if isinstance(value, (*_SCALARS, Global, Opaque)):
+            return value
+        return Opaque(type(value).__name__, (value,))
+
+    def pairs(self, values: list[Any]) -> dict[Any, Any]:
+        return {self.key(k): v for k, v in zip(values[::2], values[1::2], strict=True)}
+
+    def call(self, function: Any, args: Any) -> Any:
+        """What a call stands for: a plain value if the function is known, else a placeholder."""
+        if not isinstance(args, tuple):
+            raise MalformedPickle("a call has no argument tuple")
+        name = _name(function)
+        if name == ("torch._tensor", "_rebuild_from_type_v2") and len(args) == 4:
+            return self.call(args[0], args[2])
+        handler = _KNOWN.get(name)
+        if handler is None:
+            return Opaque(function, args)
+        self.spend(len(args) + sum(len(a) for a in args[:1] if isinstance(a, _SIZED)))
+        try:
+            return handler(self, *args)
+        except MalformedPickle:
+            raise
+        except Exception as error:
+            raise MalformedPickle(f"{function} is called with unfit arguments") from error
+
     def reduce(self) -> None:
         args, function = self.pop(), self.pop()
-        self.spend(args)
-        self.stack.append(_call(function, args))
+        self.stack.append(self.call(function, args))
 
     def new_object(self, with_keywords: bool) -> None:
         keywords = self.pop() if with_keywords else None
         args, cls = self.pop(), self.pop()
-        self.spend(args)
-        made = _call(cls, args)
+        made = self.call(cls, args)
         if keywords and isinstance(made, Opaque):
             made.state = keywords
         self.stack.append(made)
 
     def build(self) -> None:
         state = self.pop()
-        self.spend(state)
         target = self.top()
         if isinstance(target, Opaque):
-            target.state = _merged_state(state)
+            target.state = self._merged(state)
+
+    def _merged(self, state: Any) -> Any:
+        """Object state as one value: a pair of attributes and slots becomes one dict."""
+        if isinstance(state, tuple) and len(state) == 2 and isinstance(state[1], dict):
+            attributes = state[0] if isinstance(state[0], dict) else {}
+            self.spend(len(attributes) + len(state[1]))
+            return {**attributes, **state[1]}
+        return state
 
     def object_from_mark(self) -> None:
         cls, *args = self.pop_mark()
-        self.stack.append(_call(cls, tuple(args)))
+        self.stack.append(self.call(cls, tuple(args)))
 
     def persistent(self, pid: Any) -> None:
         self.stack.append(_storage(pid))
@@ -279,8 +329,8 @@ _OPCODES: dict[str, Callable[[_Machine, Any], None]] = {
     "TUPLE1": lambda m, _: m.tuple_of(1),
     "TUPLE2": lambda m, _: m.tuple_of(2),
     "TUPLE3": lambda m, _: m.tuple_of(3),
-    "FROZENSET": lambda m, _: m.stack.append(frozenset(map(_key, m.pop_mark()))),
-    "DICT": lambda m, _: m.stack.append(_pairs(m.pop_mark())),
+    "FROZENSET": lambda m, _: m.stack.append(frozenset(map(m.key, m.pop_mark()))),
+    "DICT": lambda m, _: m.stack.append(m.pairs(m.pop_mark())),
     "APPEND": lambda m, _: m.append([m.pop()]),
     "APPENDS": lambda m, _: m.append(m.pop_mark()),
     "SETITEM": lambda m, _: m.set_items([m.pop(), m.pop()][::-1]),
@@ -298,7 +348,7 @@ _OPCODES: dict[str, Callable[[_Machine, Any], None]] = {
     "REDUCE": lambda m, _: m.reduce(),
     "NEWOBJ": lambda m, _: m.new_object(with_keywords=False),
     "NEWOBJ_EX": lambda m, _: m.new_object(with_keywords=True),
-    "INST": lambda m, arg: m.stack.append(_call(Global(*arg.split(" ", 1)), tuple(m.pop_mark()))),
+    "INST": lambda m, arg: m.stack.append(m.call(Global(*arg.split(" ", 1)), tuple(m.pop_mark()))),
     "OBJ": lambda m, _: m.object_from_mark(),
     "BUILD": lambda m, _: m.build(),
     "PERSID": lambda m, arg: m.persistent(arg),
@@ -306,45 +356,15 @@ _OPCODES: dict[str, Callable[[_Machine, Any], None]] = {
 }
 
 
-def _pairs(values: list[Any]) -> dict[Any, Any]:
-    return {_key(k): v for k, v in zip(values[::2], values[1::2], strict=True)}
-
-
 _SCALARS = (str, int, float, bool, bytes, type(None))
+_SIZED = (str, bytes, list, tuple, dict, set, frozenset)
 
 
-def _key(value: Any) -> Any:
-    """The value where it hashes in bounded time, a placeholder where it does not.
-
-    Nested tuples can share their parts, which makes hashing them exponential in the input.
-    """
-    if isinstance(value, (*_SCALARS, Global, Opaque)):
-        return value
-    if isinstance(value, tuple) and all(isinstance(v, _SCALARS) for v in value):
-        return value
-    return Opaque(type(value).__name__, (value,))
-
-
-def _merged_state(state: Any) -> Any:
-    """Object state as one value: (attributes, slots) pairs become one dict."""
-    if isinstance(state, tuple) and len(state) == 2 and isinstance(state[1], dict):
-        return {**(state[0] if isinstance(state[0], dict) else {}), **state[1]}
-    return state
-
-
-def _call(function: Any, args: Any) -> Any:
-    """What a call stands for: a plain value for the functions known here, else a placeholder."""
-    if not isinstance(args, tuple):
-        raise MalformedPickle("a call has no argument tuple")
-    handler = _KNOWN.get((function.module, function.name)) if isinstance(function, Global) else None
-    if handler is None:
-        return Opaque(function, args)
-    try:
-        return handler(*args)
-    except MalformedPickle:
-        raise
-    except Exception as error:
-        raise MalformedPickle(f"{function} is called with unfit arguments") from error
+def _name(function: Any) -> tuple[str, str]:
+    """Module and name of a global; Python 2's name of the builtins counts as ours."""
+    if not isinstance(function, Global):
+        return "", ""
+    return {"__builtin__": "builtins"}.get(function.module, function.module), function.name
 
 
 def _storage(pid: Any) -> Storage:
@@ -353,13 +373,17 @@ def _storage(pid: Any) -> Storage:
     _, kind, key, _, numel = pid[:5]
     if not isinstance(kind, Global) or not isinstance(key, str) or not _natural(numel):
         raise MalformedPickle("a tensor storage is malformed")
-    if kind.name in ("UntypedStorage", "_UntypedStorage"):
+    if kind.name in _UNTYPED:
         return Storage(key, None, numel)
     if kind.name not in _STORAGE_DTYPES:
         raise MalformedPickle(f"a tensor has the unknown storage type {kind}")
     return Storage(key, _STORAGE_DTYPES[kind.name], numel)
 
 
+_UNTYPED = (  # the quantized ones never reach a plain tensor
+    "UntypedStorage", "_UntypedStorage", "QInt8Storage", "QUInt8Storage", "QInt32Storage",
+    "QUInt4x2Storage", "QUInt2x4Storage",
+)  # fmt: skip
 _STORAGE_DTYPES = {
     f"{prefix}Storage": DTYPES[name]
     for prefix, name in {
@@ -394,18 +418,22 @@ def _view(
         raise MalformedPickle("a tensor's shape, strides or offset are out of range")
     if isinstance(metadata, dict) and (metadata.get("conj") or metadata.get("neg")):
         return Refused("a lazily conjugated or negated view; save it after .resolve_conj()")
-    capacity = storage.numel // (dtype.size if storage.dtype is None else 1)
+    if math.prod(shape) >= 2**62:
+        raise MalformedPickle("a tensor has more elements than can be counted")
+    element = 1 if storage.dtype is None else storage.dtype.size
+    capacity = storage.numel * element // dtype.size
     last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
     if 0 not in shape and last >= capacity:
         raise MalformedPickle("a tensor runs past the end of its storage")
     return TensorView(storage, dtype, offset, shape, stride)
 
 
-def _tensor_v1(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> Any:
+def _tensor_v1(_: _Machine, storage: Any, offset: Any, shape: Any, stride: Any, *_rest: Any) -> Any:
     return _view(storage, getattr(storage, "dtype", None), offset, shape, stride)
 
 
 def _tensor_v2(
+    _: _Machine,
     storage: Any,
     offset: Any,
     shape: Any,
@@ -418,6 +446,7 @@ def _tensor_v2(
 
 
 def _tensor_v3(
+    _: _Machine,
     storage: Any,
     offset: Any,
     shape: Any,
@@ -427,28 +456,29 @@ def _tensor_v3(
     dtype: Any,
     metadata: Any = None,
 ) -> Any:
-    name = dtype.name if isinstance(dtype, Global) else ""
+    name = dtype.name if isinstance(dtype, Global) else "?"
     if name not in DTYPES:
-        return Refused(f"its element type {name or dtype!r} has no arithmetic")
+        return Refused(f"its element type {name} has no arithmetic")
     return _view(storage, DTYPES[name], offset, shape, stride, metadata)
 
 
-def _from_type(function: Any, _type: Any, args: Any, _state: Any) -> Any:
-    return _call(function, args)
-
-
-def _numpy_scalar(dtype: Any, raw: Any = None) -> Any:
+def _numpy_scalar(_: _Machine, dtype: Any, raw: Any = None) -> Any:
     """A NumPy number as a Python one: metrics are often recorded so."""
     code = dtype.args[0] if isinstance(dtype, Opaque) and dtype.args else None
-    layouts = {"f8": "<d", "f4": "<f", "f2": "<e", "i8": "<q", "i4": "<i", "b1": "<?"}
-    layout = layouts.get(code) if isinstance(code, str) else None
-    big = isinstance(dtype, Opaque) and isinstance(dtype.state, tuple) and ">" in dtype.state
+    layout = _NUMPY_LAYOUTS.get(code) if isinstance(code, str) else None
+    big = isinstance(dtype, Opaque) and isinstance(dtype.state, tuple) and ">" in dtype.state[:2]
     if layout is None or not isinstance(raw, bytes):
         return Opaque(Global("numpy", "generic"), (dtype, raw))
-    return struct.unpack(layout.replace("<", ">") if big else layout, raw)[0]
+    return struct.unpack((">" if big else "<") + layout, raw)[0]
 
 
-def _encode(text: str, encoding: str) -> bytes:
+_NUMPY_LAYOUTS = {
+    "f8": "d", "f4": "f", "f2": "e", "i8": "q", "i4": "i", "i2": "h", "i1": "b",
+    "u8": "Q", "u4": "I", "u2": "H", "u1": "B", "b1": "?",
+}  # fmt: skip
+
+
+def _encode(_: _Machine, text: str, encoding: str) -> bytes:
     return text.encode("latin-1" if encoding == "latin1" else "utf-8")
 
 
@@ -456,27 +486,35 @@ def _refuse(why: str) -> Callable[..., Refused]:
     return lambda *_: Refused(why)
 
 
-def _mapping(*args: Any) -> dict[Any, Any]:
+def _first(_: _Machine, data: Any, *_others: Any) -> Any:
+    return data
+
+
+def _mapping(machine: _Machine, pairs: Any = ()) -> dict[Any, Any]:
     """A dict, from nothing or from a list of pairs, as OrderedDict is pickled."""
-    return _pairs([part for pair in args[0] for part in pair]) if args else {}
+    return {machine.key(key): value for key, value in pairs}
+
+
+def _set(machine: _Machine, values: Any = ()) -> set[Any]:
+    return set(map(machine.key, values))
 
 
 _KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
     ("collections", "OrderedDict"): _mapping,
     ("collections", "defaultdict"): lambda *_: {},
     ("builtins", "dict"): _mapping,
-    ("builtins", "list"): lambda values=(): list(values),
-    ("builtins", "tuple"): lambda values=(): tuple(values),
-    ("builtins", "set"): lambda values=(): set(map(_key, values)),
-    ("__builtin__", "set"): lambda values=(): set(map(_key, values)),
+    ("builtins", "list"): lambda _, values=(): list(values),
+    ("builtins", "tuple"): lambda _, values=(): tuple(values),
+    ("builtins", "set"): _set,
+    ("builtins", "frozenset"): lambda machine, values=(): frozenset(_set(machine, values)),
+    ("builtins", "bytes"): lambda _, value=b"": bytes(memoryview(value)),
     ("_codecs", "encode"): _encode,
-    ("torch", "Size"): lambda values=(): tuple(values),
+    ("torch", "Size"): lambda _, values=(): tuple(values),
     ("torch._utils", "_rebuild_tensor"): _tensor_v1,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor_v2,
     ("torch._utils", "_rebuild_tensor_v3"): _tensor_v3,
-    ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
-    ("torch._utils", "_rebuild_parameter_with_state"): lambda data, *_: data,
-    ("torch._tensor", "_rebuild_from_type_v2"): _from_type,
+    ("torch._utils", "_rebuild_parameter"): _first,
+    ("torch._utils", "_rebuild_parameter_with_state"): _first,
     ("torch._utils", "_rebuild_qtensor"): _refuse("a quantized tensor"),
     ("torch._utils", "_rebuild_sparse_tensor"): _refuse("a sparse tensor"),
     ("torch._utils", "_rebuild_sparse_csr_tensor"): _refuse("a sparse tensor"),

@@ -72,7 +72,7 @@ def from_trainer_state(path: Path) -> Record | None:
         return None
     if not isinstance(state, dict):
         return None
-    step, epoch = whole_number(state.get("global_step")), number(state.get("epoch"))
+    step, epoch = whole_number(state.get("global_step")), _finite(state.get("epoch"))
     lr: float | None = None
     metrics: dict[str, float] = {}
     history = state.get("log_history")
@@ -89,8 +89,15 @@ def from_trainer_state(path: Path) -> Record | None:
 
 
 def number(value: Any) -> float | None:
-    """The value if it is a number (a bool is none)."""
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    """The value if it is a number that a float can hold (a bool is none)."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return None
+    return value if isinstance(value, float) or abs(value) < 2**1000 else None
+
+
+def _finite(value: Any) -> float | None:
+    found = number(value)
+    return found if found is not None and math.isfinite(found) else None
 
 
 def whole_number(value: Any) -> int | None:
@@ -103,7 +110,7 @@ def whole_number(value: Any) -> int | None:
 
 def _from_mapping(values: Mapping[Any, Any]) -> Record:
     step = next((s for n in STEP_NAMES if (s := whole_number(values.get(n))) is not None), None)
-    epoch = next((e for n in EPOCH_NAMES if (e := number(values.get(n))) is not None), None)
+    epoch = next((e for n in EPOCH_NAMES if (e := _finite(values.get(n))) is not None), None)
     return Record(step, epoch, _learning_rate(values), _metrics(values))
 
 
@@ -111,27 +118,31 @@ def _learning_rate(values: Mapping[Any, Any]) -> float | None:
     for name in LR_NAMES:
         value = values.get(name)
         value = value[0] if isinstance(value, (list, tuple)) and value else value
-        if number(value) is not None:
-            return number(value)
+        if _finite(value) is not None:
+            return _finite(value)
     for name in OPTIMIZER_NAMES:
         optimizer = values.get(name)
         if isinstance(optimizer, (list, tuple)) and optimizer:
             optimizer = optimizer[0]
         groups = optimizer.get("param_groups") if isinstance(optimizer, dict) else None
         if isinstance(groups, (list, tuple)) and groups and isinstance(groups[0], dict):
-            return number(groups[0].get("lr"))
+            return _finite(groups[0].get("lr"))
     return None
 
 
-def _metrics(values: Mapping[Any, Any], prefix: str = "", depth: int = 3) -> dict[str, float]:
+def _metrics(values: Mapping[Any, Any]) -> dict[str, float]:
+    """Every other number by dotted name, down to a few levels; each dict is looked into once."""
     found: dict[str, float] = {}
-    for name, value in values.items():
-        if not isinstance(name, str) or (not prefix and name in _NOT_METRICS):
-            continue
-        if number(value) is not None:
-            found[prefix + name] = float(value)
-        elif isinstance(value, dict) and depth > 1:
-            found |= _metrics(value, f"{prefix}{name}.", depth - 1)
-        if len(found) > _MOST_METRICS:
-            break
+    seen: set[int] = set()
+    waiting: list[tuple[str, Mapping[Any, Any]]] = [("", values)]
+    while waiting and len(found) < _MOST_METRICS:
+        prefix, entries = waiting.pop()
+        for name, value in entries.items():
+            if not isinstance(name, str) or (not prefix and name in _NOT_METRICS):
+                continue
+            if number(value) is not None:
+                found[prefix + name] = float(value)
+            elif isinstance(value, dict) and prefix.count(".") < 2 and id(value) not in seen:
+                seen.add(id(value))
+                waiting.append((f"{prefix}{name}.", value))
     return found

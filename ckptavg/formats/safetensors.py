@@ -68,6 +68,12 @@ def build_header(
         UnsupportedTensorError: The format has no such element type.
     """
     tensors = list(tensors)
+    odd = [name for name, _, _ in tensors if name == "__metadata__" or not _is_text(name)]
+    if odd:
+        raise UnsupportedTensorError(
+            f"safetensors cannot store tensors named {first_few([repr(n) for n in odd])}",
+            "Write a .pt file instead (-o OUT.pt).",
+        )
     unknown = [f"{name} ({dtype.name})" for name, dtype, _ in tensors if dtype.code is None]
     if unknown:
         raise UnsupportedTensorError(
@@ -122,11 +128,22 @@ def _is_text_map(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
 
 
+def _is_text(name: str) -> bool:
+    """Whether a name can be written as UTF-8: JSON's escapes let halves of characters through."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _is_natural(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
 def _entry(path: str, name: str, value: Any) -> tuple[str, DType, tuple[int, ...], int, int]:
+    if not _is_text(name):
+        raise damaged(path, "a name is not valid Unicode")
     if not isinstance(value, dict):
         raise damaged(path, f"the entry of {name!r} is not an object")
     code, shape, offsets = (value.get(k) for k in ("dtype", "shape", "data_offsets"))

@@ -11,7 +11,7 @@ from typing import Any
 
 from ckptavg.errors import CheckpointError
 from ckptavg.formats import inert_pickle
-from ckptavg.formats.inert_pickle import MalformedPickle, TensorView
+from ckptavg.formats.inert_pickle import MalformedPickle, Storage, TensorView
 from ckptavg.formats.table import Piece, Tensor
 
 _LOCAL_HEADER = 30
@@ -30,7 +30,7 @@ class TorchZip:
     path: str
     tree: Any
     _entries: Mapping[str, zipfile.ZipInfo] = field(repr=False)
-    _offsets: dict[str, int] = field(default_factory=dict, repr=False)
+    _storages: dict[str, tuple[Storage, int]] = field(default_factory=dict, repr=False)
 
     def tensor(self, view: TensorView) -> Tensor:
         """The table entry of a tensor in the tree.
@@ -39,9 +39,13 @@ class TorchZip:
             CheckpointError: Its storage is missing from the file, compressed or too short.
         """
         key = view.storage.key
-        if key not in self._offsets:
-            self._offsets[key] = self._locate(view)
-        start = self._offsets[key] + view.offset * view.dtype.size
+        known = self._storages.get(key)
+        if known is None:
+            known = self._storages[key] = (view.storage, self._locate(view))
+        storage, offset = known
+        if storage != view.storage:
+            raise damaged(self.path, f"the storage {key!r} is described in two ways")
+        start = offset + view.offset * view.dtype.size
         piece = Piece(self.path, start, view.shape, view.stride, (0,) * len(view.shape))
         return Tensor(view.dtype, view.shape, (piece,))
 
@@ -67,9 +71,15 @@ def read(path: str) -> TorchZip:
     """
     try:
         with open(path, "rb") as file:
+            if file.read(len(_LEGACY_START)) == _LEGACY_START:
+                raise CheckpointError(
+                    f"{path} is in the format that torch.save wrote before version 1.6",
+                    "Load it with torch.load and save it again.",
+                )
             entries = _entries(path, zipfile.ZipFile(file).infolist())
             _check_entries(path, entries)
-            if "byteorder" in entries and _content(file, entries["byteorder"], path) == b"big":
+            order = entries.get("byteorder")
+            if order and order.file_size == 3 and _content(file, order, path) == b"big":
                 raise CheckpointError(
                     f"{path} was saved on a big-endian machine", "Load and save it on this one."
                 )
@@ -110,6 +120,9 @@ def data_offset(file: Any, info: zipfile.ZipInfo, path: str) -> int:
     Raises:
         CheckpointError: The local header contradicts the directory.
     """
+    end = file.seek(0, 2)
+    if not 0 <= info.header_offset <= end - _LOCAL_HEADER:
+        raise damaged(path, f"the zip entry {info.filename!r} lies outside the file")
     file.seek(info.header_offset)
     header = file.read(_LOCAL_HEADER)
     if len(header) < _LOCAL_HEADER or not header.startswith(b"PK\x03\x04"):
@@ -117,7 +130,6 @@ def data_offset(file: Any, info: zipfile.ZipInfo, path: str) -> int:
     name_length = int.from_bytes(header[26:28], "little")
     extra_length = int.from_bytes(header[28:30], "little")
     start = info.header_offset + _LOCAL_HEADER + name_length + extra_length
-    end = file.seek(0, 2)
     if start + info.file_size > end:
         raise damaged(path, f"the zip entry {info.filename!r} runs past the end of the file")
     return start

@@ -24,6 +24,7 @@ INNER_WRAPPERS = LEADING_WRAPPERS[1:]
 COUNTER = "n_averaged"  # torch's AveragedModel counts its updates beside `module.`
 
 Entry = Mapping[Any, Any]
+_DEEPEST_ENTRY = 3
 
 
 def find_entry(path: str, tree: Any, key: str | None) -> tuple[str, Entry, list[str]]:
@@ -64,35 +65,35 @@ def bare_names(names: list[str]) -> dict[str, str]:
     where every name bears them, repeatedly, and the latter three inside a name too. AveragedModel's
     counter goes with its wrapper. Names that would collide are left as they are.
     """
-    counted = [name for name in names if name != COUNTER]
-    bare = dict(zip(counted, counted, strict=True))
-    while bare and (wrapper := _common_wrapper(list(bare.values()))):
-        bare = {name: rest[len(wrapper) :] for name, rest in bare.items()}
-    unwrapped = bare != dict(zip(counted, counted, strict=True))
-    bare = {name: _without_inner(rest) for name, rest in bare.items()}
-    if not unwrapped and len(counted) < len(names):
-        bare[COUNTER] = COUNTER
+    bare = dict(zip(names, names, strict=True))
+    while wrapper := _common_wrapper([b for b in bare.values() if b != COUNTER]):
+        bare = {name: b[len(wrapper) :] for name, b in bare.items() if b != COUNTER}
+    bare = {name: _without_inner(b) for name, b in bare.items()}
     if len(set(bare.values())) < len(bare) or "" in bare.values():
         return dict(zip(names, names, strict=True))
-    return {name: bare[name] for name in names if name in bare}
+    return bare
 
 
-def count_tensors(value: Any, depth: int = 4) -> int:
-    """How many tensors a saved value holds, down to a few levels."""
-    if isinstance(value, (TensorView, Refused)):
-        return 1
-    if depth == 0:
-        return 0
-    if isinstance(value, Opaque):
-        return count_tensors(value.state, depth - 1)
-    parts = value.values() if isinstance(value, dict) else value
-    if isinstance(value, (dict, list, tuple)):
-        return sum(count_tensors(part, depth - 1) for part in parts)
-    return 0
+def count_tensors(tree: Any) -> int:
+    """How many tensors a saved value holds. What it holds many times is looked into once."""
+    seen: set[int] = set()
+    waiting, count = [tree], 0
+    while waiting:
+        value = waiting.pop()
+        count += isinstance(value, (TensorView, Refused))
+        if id(value) in seen or not isinstance(value, (dict, list, tuple, Opaque)):
+            continue
+        seen.add(id(value))
+        if isinstance(value, Opaque):
+            waiting.append(value.state)
+        else:
+            waiting.extend(value.values() if isinstance(value, dict) else value)
+    return count
 
 
 def _common_wrapper(names: list[str]) -> str | None:
-    return next((w for w in LEADING_WRAPPERS if all(n.startswith(w) for n in names)), None)
+    wrappers = (w for w in LEADING_WRAPPERS if all(n.startswith(w) for n in names))
+    return next(wrappers, None) if names else None
 
 
 def _without_inner(name: str) -> str:
@@ -102,7 +103,8 @@ def _without_inner(name: str) -> str:
 
 def _holds_tensors(value: Any) -> bool:
     return isinstance(value, dict) and any(
-        isinstance(part, (TensorView, Refused)) for part in value.values()
+        isinstance(name, str) and isinstance(part, (TensorView, Refused))
+        for name, part in value.items()
     )
 
 
@@ -134,21 +136,23 @@ def _prefixes(dotted: str) -> list[str]:
 
 def _note_other_weights(tree: Mapping[Any, Any], chosen: str) -> list[str]:
     others = [
-        str(name)
+        name
         for name, value in tree.items()
-        if name != chosen
-        and isinstance(name, str)
-        and _holds_tensors(value)
-        and ("ema" in name.lower() or name in KNOWN_ENTRIES or "avg" in name.lower())
+        if isinstance(name, str) and name != chosen and _may_be_weights(name, value)
     ]
     if not others:
         return []
     return [f"weights are taken from {chosen!r}; {first_few(others)} also holds some (--key)"]
 
 
+def _may_be_weights(name: str, value: Any) -> bool:
+    averaged = any(word in name.lower() for word in ("ema", "avg", "average", "swa"))
+    return _holds_tensors(value) if name in KNOWN_ENTRIES else averaged and count_tensors(value) > 0
+
+
 def _describe(tree: Any) -> str:
     if not isinstance(tree, dict):
-        kind = f"a {tree.type}" if isinstance(tree, Opaque) else f"a {type(tree).__name__}"
+        kind = repr(tree) if isinstance(tree, Opaque) else f"a {type(tree).__name__}"
         return f"it holds {kind}, not a dict"
     if not tree:
         return "it is an empty dict"
@@ -157,20 +161,25 @@ def _describe(tree: Any) -> str:
 
 
 def _suggest(tree: Any) -> str:
-    paths = _entry_paths(tree, "", 3) if isinstance(tree, dict) else []
+    paths = _entry_paths(tree) if isinstance(tree, dict) else []
     if paths:
         return f"Name the entry with --key, for instance --key {paths[0]}."
     return "Save model.state_dict() with torch.save, or name another file."
 
 
-def _entry_paths(tree: Mapping[Any, Any], prefix: str, depth: int) -> list[str]:
+def _entry_paths(tree: Mapping[Any, Any]) -> list[str]:
     """Dotted paths of the entries that hold tensors by name, most tensors first."""
+    seen: set[int] = set()
+    waiting: list[tuple[str, Mapping[Any, Any]]] = [("", tree)]
     found: list[tuple[int, str]] = []
-    for name, value in tree.items():
-        if not isinstance(name, str) or not isinstance(value, dict):
-            continue
-        if _holds_tensors(value):
-            found.append((-count_tensors(value, 1), prefix + name))
-        elif depth > 1:
-            found += [(-1, path) for path in _entry_paths(value, f"{prefix}{name}.", depth - 1)]
+    while waiting:
+        prefix, entries = waiting.pop()
+        for name, value in entries.items():
+            if not isinstance(name, str) or not isinstance(value, dict) or id(value) in seen:
+                continue
+            seen.add(id(value))
+            if _holds_tensors(value):
+                found.append((-count_tensors(value), prefix + name))
+            elif prefix.count(".") < _DEEPEST_ENTRY:
+                waiting.append((f"{prefix}{name}.", value))
     return [path for _, path in sorted(found)]

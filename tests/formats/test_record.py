@@ -1,0 +1,176 @@
+"""Step, epoch, learning rate and metrics as trainers write them beside the weights."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ckptavg.formats import Record, open_checkpoint, record
+
+
+def weights() -> dict[str, torch.Tensor]:
+    return torch.nn.Linear(2, 2).state_dict()
+
+
+def optimizer(lr: float) -> dict:
+    parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    groups = [{"params": parameters[:1]}, {"params": parameters[1:], "lr": 100.0}]
+    return torch.optim.SGD(groups, lr=lr, momentum=0.9).state_dict()
+
+
+@pytest.fixture
+def recorded(tmp_path):
+    """What is read back of the record in a file that torch.save wrote."""
+
+    def save_and_open(value, key=None) -> Record:
+        torch.save(value, tmp_path / "checkpoint.pt")
+        return open_checkpoint(tmp_path / "checkpoint.pt", key).record
+
+    return save_and_open
+
+
+TRAINERS = {
+    "ImageNet example": (
+        lambda: {"epoch": 5, "arch": "resnet18", "state_dict": weights(), "best_acc1": 71.5,
+                 "optimizer": optimizer(0.1), "scheduler": {"last_epoch": 5, "_step_count": 6}},
+        Record(None, 5, 0.1, {"best_acc1": 71.5}),
+    ),
+    "Lightning": (
+        lambda: {"epoch": 4, "global_step": 5000, "pytorch-lightning_version": "2.5.0",
+                 "state_dict": weights(), "loops": {"fit_loop": {"epoch_progress": {"done": 5}}},
+                 "callbacks": {"ModelCheckpoint": {"best_model_score": 0.5}},
+                 "optimizer_states": [optimizer(0.02)], "lr_schedulers": [{"last_epoch": 5}],
+                 "hyper_parameters": {"lr": 0.3, "width": 8}},
+        Record(5000, 4, 0.02, {}),
+    ),
+    "nanoGPT": (
+        lambda: {"model": weights(), "optimizer": optimizer(6e-4), "iter_num": 2000,
+                 "best_val_loss": 2.75, "config": {"batch_size": 12}},
+        Record(2000, None, 6e-4, {"best_val_loss": 2.75}),
+    ),
+    "timm": (
+        lambda: {"epoch": 9, "arch": "vit", "state_dict": weights(), "optimizer": optimizer(1e-3),
+                 "version": 2, "args": argparse.Namespace(lr=0.5, epochs=300), "metric": 80.25},
+        Record(None, 9, 1e-3, {"metric": 80.25}),
+    ),
+    "detectron": (
+        lambda: {"model": weights(), "iteration": 89999, "optimizer": optimizer(2e-3)},
+        Record(89999, None, 2e-3, {}),
+    ),
+    "tutorial": (
+        lambda: {"epoch": 2, "model_state_dict": weights(),
+                 "optimizer_state_dict": optimizer(0.5), "loss": 0.25, "lr": 0.125},
+        Record(None, 2, 0.125, {"loss": 0.25}),
+    ),
+    "nested metrics and NumPy numbers": (
+        lambda: {"step": np.int64(7), "epoch": np.float32(1.5), "lr": np.float64(0.25),
+                 "model": weights(), "metrics": {"val": {"acc": np.float32(0.5), "n": 10}},
+                 "loss": np.float16(2.0), "done": True, "note": "x", "curve": [1.0, 2.0]},
+        Record(7, 1.5, 0.25, {"metrics.val.acc": 0.5, "metrics.val.n": 10, "loss": 2.0}),
+    ),
+    "rates by group": (
+        lambda: {"model": weights(), "lr": [0.1, 0.01], "steps": 3.0},
+        Record(3, None, 0.1, {}),
+    ),
+    "numbers among the tensors": (
+        lambda: weights() | {"epoch": 3, "val_loss": 0.5}, Record(None, 3, None, {"val_loss": 0.5})
+    ),
+    "nothing but weights": (weights, Record()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("state", "expected"), TRAINERS.values(), ids=TRAINERS)
+def test_what_a_trainer_writes_is_recorded(state, expected, recorded):
+    assert recorded(state()) == expected
+
+
+def test_the_first_name_known_for_a_step_wins(recorded):
+    assert recorded({"model": weights(), "iteration": 3, "global_step": 10}).step == 10
+    assert recorded({"model": weights(), "step": "ten", "iteration": 3}).step == 3
+
+
+@pytest.mark.parametrize("step", [1.5, True, "7", None, float("nan"), float("inf"), [3]])
+def test_what_is_no_whole_number_is_no_step(recorded, step):
+    assert recorded({"model": weights(), "step": step}).step is None
+
+
+@pytest.mark.parametrize("epoch", [True, "7", None, float("nan"), float("inf")])
+def test_what_is_no_finite_number_is_no_epoch(recorded, epoch):
+    assert recorded({"model": weights(), "epoch": epoch}).epoch is None
+
+
+def test_what_stands_beside_a_nested_entry_is_recorded(recorded):
+    tree = {"state": {"model": weights()}, "epoch": 3, "acc": 0.5}
+    assert recorded(tree, "state.model") == Record(None, 3, None, {"acc": 0.5})
+
+
+@pytest.mark.parametrize("name", ["step", "epoch", "lr", "loss"])
+def test_numbers_beyond_a_float_do_no_harm(recorded, name):
+    found = recorded({"model": weights(), name: 10**400, "acc": 0.5})
+    assert found.metrics["acc"] == 0.5
+    for value in (found.step, found.epoch, found.lr, *found.metrics.values()):
+        assert value is None or float(value) == value
+
+
+def test_the_metadata_of_safetensors_is_recorded(tmp_path):
+    metadata = {"format": "pt", "step": "120", "epoch": "1.5", "lr": "1e-3", "loss": "-0.5"}
+    save_file(weights(), tmp_path / "x.safetensors", metadata | {"run": "a", "odd": "²"})
+    found = open_checkpoint(tmp_path / "x.safetensors").record
+    assert found == Record(120, 1.5, 1e-3, {"loss": -0.5})
+
+
+@pytest.mark.parametrize("digits", [400, 5000])
+def test_metadata_beyond_a_float_does_no_harm(tmp_path, digits):
+    save_file(weights(), tmp_path / "x.safetensors", {"step": "7", "hash": "1" * digits})
+    assert open_checkpoint(tmp_path / "x.safetensors").record.step == 7
+
+
+HISTORY = [
+    {"epoch": 0.5, "learning_rate": 5e-5, "loss": 2.0, "step": 50},
+    {"epoch": 0.5, "eval_loss": 1.5, "eval_accuracy": 0.5, "step": 50},
+    {"epoch": 1.0, "learning_rate": 2.5e-5, "loss": 1.0, "step": 100},
+    {"epoch": 1.0, "eval_loss": 1.25, "step": 100},
+    {"epoch": 2.0, "learning_rate": 0.0, "loss": 0.5, "step": 200},
+]
+
+
+def trainer_state(tmp_path, content) -> Record | None:
+    path = tmp_path / "trainer_state.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return record.from_trainer_state(path)
+
+
+def test_the_state_of_the_hugging_face_trainer_is_read_up_to_its_step(tmp_path):
+    state = {"global_step": 100, "epoch": 1.0, "best_metric": 1.25, "log_history": HISTORY}
+    assert trainer_state(tmp_path, state) == Record(
+        100, 1.0, 2.5e-5, {"loss": 1.0, "eval_loss": 1.25, "eval_accuracy": 0.5}
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("", None),
+        ("[]", None),
+        ("[" * 200_000, None),
+        ('{"global_step": 3}', Record(3)),
+        ('{"global_step": 3, "log_history": 7}', Record(3)),
+        ('{"global_step": 3, "log_history": [1, null, {"step": "x", "loss": 2}]}',
+         Record(3, metrics={"loss": 2})),
+        ('{"global_step": "3", "epoch": true}', Record()),
+        ('{"global_step": ' + "9" * 400 + "}", Record()),
+        ('{"global_step": 3, "log_history": [{"loss": ' + "9" * 400 + "}]}", Record(3)),
+    ],
+    ids=lambda v: str(v)[:50],
+)  # fmt: skip
+def test_an_odd_trainer_state_does_no_harm(tmp_path, content, expected):
+    assert trainer_state(tmp_path, content) == expected
+
+
+def test_a_directory_without_a_trainer_state_has_none(tmp_path):
+    assert record.from_trainer_state(tmp_path / "trainer_state.json") is None

@@ -1,0 +1,252 @@
+"""Which entry of a file holds the weights, and what its tensors are called without wrappers."""
+
+from __future__ import annotations
+
+import argparse
+from collections import OrderedDict
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from ckptavg.errors import CheckpointError, NoWeightsError
+from ckptavg.formats import open_checkpoint
+from ckptavg.formats.weights import KNOWN_ENTRIES, bare_names
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """Save something and open it."""
+
+    def save_and_open(value, key=None):
+        torch.save(value, tmp_path / "checkpoint.pt")
+        return open_checkpoint(tmp_path / "checkpoint.pt", key)
+
+    return save_and_open
+
+
+@pytest.fixture
+def refused(tmp_path, refusal):
+    """Save something that cannot be opened; the line that says why."""
+
+    def save_and_refuse(value, key=None):
+        torch.save(value, tmp_path / "checkpoint.pt")
+        return refusal(tmp_path / "checkpoint.pt", key)
+
+    return save_and_refuse
+
+
+def weights(*names: str) -> dict[str, torch.Tensor]:
+    return {name: torch.zeros(2) for name in names or ("layer.weight", "layer.bias")}
+
+
+def trained() -> tuple[nn.Module, torch.optim.Optimizer]:
+    module = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    optimizer = torch.optim.AdamW(module.parameters())
+    module(torch.rand(4, 2)).sum().backward()
+    optimizer.step()
+    return module, optimizer
+
+
+# ------------------------------------------------------------------------------------------- the entry
+
+
+@pytest.mark.parametrize(
+    "name", ["state_dict", "model_state_dict", "model", "module", "net", "weights"]
+)
+def test_a_known_entry_is_found_beside_optimizer_and_numbers(opened, name):
+    module, optimizer = trained()
+    state = {"epoch": 3, name: module.state_dict(), "optimizer": optimizer.state_dict()}
+    checkpoint = opened(state)
+    assert checkpoint.key == name
+    assert set(checkpoint.tensors) == set(module.state_dict())
+    assert checkpoint.notes == ()
+
+
+@pytest.mark.parametrize("first", range(len(KNOWN_ENTRIES) - 1))
+def test_the_first_known_entry_that_holds_tensors_wins(opened, first):
+    name, other = KNOWN_ENTRIES[first : first + 2]
+    assert opened({other: weights("b"), name: weights("a")}).key == name
+    assert opened({other: weights("b"), name: {"lr": 0.1}}).key == other
+
+
+def test_a_file_that_is_a_state_dict_needs_no_entry(opened):
+    module, _ = trained()
+    checkpoint = opened(module.state_dict())
+    assert checkpoint.key == ""
+    assert list(checkpoint.tensors) == list(module.state_dict())
+
+
+def test_values_beside_the_tensors_of_a_state_dict_are_noted(opened):
+    checkpoint = opened(weights("a") | {"epoch": 3, "class_names": ["x"]})
+    assert list(checkpoint.tensors) == ["a"]
+    assert any("2 values" in note and "class_names" in note for note in checkpoint.notes)
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("state.model", "a"),
+        ("state.ema", "b"),
+        ("dotted.name", "c"),
+        ("dotted.name.inner", "d"),
+        ("args.model", "e"),
+        ("", "f"),
+    ],
+)
+def test_a_key_names_an_entry_by_its_dotted_path(opened, key, expected):
+    tree = {
+        "state": {"model": weights("a"), "ema": weights("b")},
+        "dotted.name": weights("c") | {"inner": weights("d")},
+        "args": argparse.Namespace(model=weights("e")),
+        "f": torch.zeros(1),
+    }
+    checkpoint = opened(tree, key)
+    assert checkpoint.key == key
+    assert list(checkpoint.tensors) == [expected]
+
+
+@pytest.mark.parametrize("key", ["model.missing", "modell", "model.a", "epoch", "."])
+def test_a_key_that_leads_nowhere_is_an_error_that_says_what_there_is(refused, key):
+    text = refused({"model": weights("a"), "epoch": 3}, key)
+    assert repr(key) in text
+    assert "model: 1 tensors" in text
+
+
+def test_an_unknown_entry_is_an_error_that_counts_tensors_and_suggests_a_key(refused):
+    text = refused(
+        {"epoch": 1, "teacher": weights("a"), "student": {"core": weights("a", "b", "c")}}
+    )
+    assert "teacher: 1 tensors" in text
+    assert "student: 3 tensors" in text
+    assert "epoch: 0 tensors" in text
+    assert "--key teacher" in text or "--key student.core" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "copy"),
+    [
+        ("ema", weights()),
+        ("model_ema", OrderedDict(weights())),
+        ("state_dict_ema", weights()),
+        ("ema", {"decay": 0.99, "shadow": weights()}),
+        ("ema_state", {"shadow_params": [torch.zeros(2), torch.zeros(3)]}),
+    ],
+    ids=["ema", "model_ema", "state_dict_ema", "shadow", "shadow_params"],
+)
+def test_an_ema_copy_is_named_in_a_note_and_not_taken(opened, name, copy):
+    checkpoint = opened({"model": weights("a"), name: copy})
+    assert (checkpoint.key, list(checkpoint.tensors)) == ("model", ["a"])
+    assert len(checkpoint.notes) == 1
+    assert name in checkpoint.notes[0]
+
+
+def test_an_optimizer_is_no_checkpoint(opened):
+    with pytest.raises(NoWeightsError, match="optimizer"):
+        opened(trained()[1].state_dict())
+
+
+@pytest.mark.parametrize(
+    "value",
+    [{}, {"epoch": 1}, [1, 2], "text", None, argparse.Namespace(lr=0.1), {"model": {}}],
+    ids=repr,
+)
+def test_what_holds_no_tensors_is_no_checkpoint(opened, value):
+    with pytest.raises(NoWeightsError):
+        opened(value)
+
+
+@pytest.mark.parametrize(
+    "value", [[torch.zeros(2)], torch.zeros(2), {1: torch.zeros(2)}], ids=["list", "one", "numbered"]
+)
+def test_tensors_without_names_are_an_error(refused, value):
+    refused(value)
+
+
+def test_a_pickled_module_is_readable_and_its_entries_can_be_named(opened, refused):
+    tree = {"model": nn.Linear(2, 3), "epoch": 2}
+    assert "--key" in refused(tree) or "state_dict" in refused(tree)
+    assert set(opened(tree, "model._parameters").tensors) == {"weight", "bias"}
+
+
+def test_refused_tensors_are_listed_under_bare_names(opened):
+    sparse = torch.eye(3).to_sparse()
+    checkpoint = opened({"module.a": torch.zeros(2), "module.mask": sparse})
+    assert list(checkpoint.tensors) == ["a"]
+    assert list(checkpoint.refused) == ["mask"]
+
+
+def test_a_refused_tensor_without_the_wrapper_keeps_the_wrapper_on_the_rest(opened):
+    sparse = torch.eye(3).to_sparse()
+    checkpoint = opened({"module.a": torch.zeros(2), "mask": sparse})
+    assert list(checkpoint.tensors) == ["module.a"]
+
+
+# -------------------------------------------------------------------------------------------- the names
+
+WRAPPED = {
+    "none": ({"a.weight": "a.weight"}),
+    "DDP": {"module.a.weight": "a.weight", "module.b": "b"},
+    "compile": {"_orig_mod.a.weight": "a.weight"},
+    "FSDP": {"_fsdp_wrapped_module.a": "a"},
+    "activation checkpointing": {"_checkpoint_wrapped_module.a": "a"},
+    "DDP of compile": {"module._orig_mod.a": "a", "module._orig_mod.b": "b"},
+    "compile of DDP": {"_orig_mod.module.a": "a"},
+    "twice": {"module.module.a": "a"},
+    "inside": {
+        "layers.0._checkpoint_wrapped_module.w": "layers.0.w",
+        "layers.1._fsdp_wrapped_module._orig_mod.w": "layers.1.w",
+        "head.weight": "head.weight",
+    },
+    "module inside a name is the model's own": {"encoder.module.w": "encoder.module.w"},
+    "not every name bears it": {"module.a": "module.a", "b": "b"},
+    "not every name bears it below": {"module.module.a": "module.a", "module.b": "b"},
+    "compile in front of some is inside a name": {"_orig_mod.a": "a", "b": "b"},
+    "a name that only begins like it": {"modules.a": "modules.a"},
+    "names that would collide": {"x.a": "x.a", "x._orig_mod.a": "x._orig_mod.a"},
+    "nothing would be left": {"module.": "module."},
+    "AveragedModel": {"n_averaged": None, "module.a": "a", "module.b": "b"},
+    "AveragedModel of DDP": {"n_averaged": None, "module.module.a": "a"},
+    "AveragedModel of compile": {"n_averaged": None, "module._orig_mod.a": "a"},
+    "DDP of AveragedModel": {"module.n_averaged": None, "module.module.a": "a"},
+    "compile of AveragedModel": {"_orig_mod.n_averaged": None, "_orig_mod.module.a": "a"},
+    "a counter without a wrapper is the model's own": {"n_averaged": "n_averaged", "a": "a"},
+    "a counter of a layer": {"module.swa.n_averaged": "swa.n_averaged", "module.a": "a"},
+}
+
+
+@pytest.mark.parametrize("names", WRAPPED.values(), ids=WRAPPED)
+def test_wrappers_are_dropped_where_every_tensor_bears_them(names):
+    assert bare_names(list(names)) == {k: v for k, v in names.items() if v is not None}
+
+
+def small() -> nn.Module:
+    return nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+
+
+WRAPPERS = {
+    "AveragedModel": lambda: AveragedModel(small()),
+    "DataParallel": lambda: nn.DataParallel(small()),
+    "compile": lambda: torch.compile(small()),
+    "AveragedModel of compile": lambda: AveragedModel(torch.compile(small())),
+    "compile of AveragedModel": lambda: torch.compile(AveragedModel(small())),
+    "DataParallel of AveragedModel": lambda: nn.DataParallel(AveragedModel(small())),
+}
+
+
+@pytest.mark.parametrize("wrapped", WRAPPERS.values(), ids=WRAPPERS)
+def test_what_a_wrapper_of_torch_saves_loads_into_the_bare_model(opened, wrapped):
+    state = wrapped().state_dict()
+    checkpoint = opened(state)
+    assert list(checkpoint.tensors) == list(small().state_dict())
+    assert {checkpoint.stored_names[n] for n in checkpoint.tensors} <= set(state)
+
+
+def test_stored_names_lead_back_to_the_file(opened):
+    checkpoint = opened({"module.a": torch.zeros(2), "module.b": torch.zeros(3)})
+    assert checkpoint.stored_names == {"a": "module.a", "b": "module.b"}
+
+
+def test_every_way_not_to_find_weights_is_a_checkpoint_error():
+    assert issubclass(NoWeightsError, CheckpointError)

@@ -1,0 +1,40 @@
+"""Errors: one line each, with an exit code and a remedy."""
+
+import pytest
+
+from ckptavg import errors
+
+
+def every_error(kind=errors.CkptavgError):
+    return [kind] + [e for child in kind.__subclasses__() for e in every_error(child)]
+
+
+@pytest.mark.parametrize("kind", every_error())
+def test_exit_code_is_2_for_wrong_usage_and_1_for_the_rest(kind):
+    assert kind("it failed").exit_code == (2 if issubclass(kind, errors.UsageError) else 1)
+
+
+def test_usage_errors_are_value_errors():
+    assert issubclass(errors.UsageError, ValueError)
+
+
+def test_a_file_without_weights_is_a_checkpoint_error():
+    assert issubclass(errors.NoWeightsError, errors.CheckpointError)
+
+
+def test_message_and_remedy_make_one_line():
+    error = errors.CkptavgError("a file\nwith a\tbad   name", "Rename\nit.")
+    assert str(error) == "a file with a bad name. Rename it."
+    assert (error.message, error.remedy) == ("a file\nwith a\tbad   name", "Rename\nit.")
+
+
+def test_message_stands_alone_without_a_remedy():
+    assert str(errors.CkptavgError("it failed")) == "it failed"
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [(1, "n0"), (3, "n0, n1, n2"), (4, "n0, n1, n2 and 1 more"), (90, "n0, n1, n2 and 87 more")],
+)
+def test_first_few_says_how_many_more(count, expected):
+    assert errors.first_few([f"n{i}" for i in range(count)]) == expected

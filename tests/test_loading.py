@@ -1,0 +1,187 @@
+"""Weights into a module: names, wrappers, ties, and errors that say what does not fit."""
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from ckptavg.errors import ModelError
+from ckptavg.formats.weights import bare_names
+from ckptavg.loading import fit, load_into
+
+
+class Net(nn.Module):
+    def __init__(self, classes=2):
+        super().__init__()
+        self.body = nn.Linear(3, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.head = nn.Linear(4, classes)
+
+    def forward(self, x):
+        return self.head(self.norm(self.body(x)))
+
+
+class Tied(nn.Module):
+    """A language model's embedding, which is its output layer too."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(5, 3)
+        self.head = nn.Linear(3, 5, bias=False)
+        self.head.weight = self.embedding.weight
+
+
+class Remembering(nn.Linear):
+    """Keeps something beside its tensors in its state dict."""
+
+    def get_extra_state(self):
+        return {"version": 1}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def bare_states(model):
+    """A model's state as an opened checkpoint has it, under bare names."""
+    bare = bare_names(list(model.state_dict()))
+    return {bare[k]: v.clone() for k, v in model.state_dict().items() if k in bare}
+
+
+def checkpoint_of(model, seed=1):
+    """Other values for a model's weights."""
+    torch.manual_seed(seed)
+    states = bare_states(model)
+    return {
+        k: torch.rand_like(v) if v.is_floating_point() else v + seed for k, v in states.items()
+    }
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+WRAPPERS = {
+    "bare": lambda model: model,
+    "DataParallel": nn.DataParallel,
+    "AveragedModel": AveragedModel,
+    "compiled": compiled,
+    "compiled, then parallel": lambda model: nn.DataParallel(compiled(model)),
+    "compiled inside": lambda model: nn.Sequential(compiled(model), nn.ReLU()),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_a_wrapper_around_the_model_is_of_no_account(wrap):
+    model = wrap(Net())
+    states = checkpoint_of(model)
+    load_into(model, states, "a.pt")
+    assert all(torch.equal(v, states[k]) for k, v in bare_states(model).items())
+    assert not any("_orig_mod" in name or name.startswith("module") for name in states)
+
+
+def test_the_counter_of_an_averaged_model_is_left_alone():
+    model = AveragedModel(Net())
+    model.n_averaged.fill_(7)
+    load_into(model, checkpoint_of(Net()), "a.pt")
+    assert model.n_averaged.item() == 7
+
+
+def test_weights_are_copied_and_converted_to_the_models_types():
+    model, states = Net().to(torch.bfloat16), checkpoint_of(Net())
+    weight = model.body.weight
+    load_into(model, states, "a.pt")
+    assert model.body.weight is weight
+    assert torch.equal(weight, states["body.weight"].to(torch.bfloat16))
+    states["body.weight"].zero_()
+    assert weight.any()
+
+
+def test_gradients_and_modes_stay_as_they_are():
+    model = Net().train()
+    model.body.weight.requires_grad_(False)
+    load_into(model, checkpoint_of(Net()), "a.pt")
+    assert model.training
+    assert [p.requires_grad for p in model.body.parameters()] == [False, True]
+
+
+def test_a_tied_weight_may_be_missing():
+    model, values = Tied(), torch.rand(5, 3)
+    for name in ("embedding.weight", "head.weight"):
+        values = values + 1
+        load_into(model, {name: values}, "a.pt")
+        assert torch.equal(model.embedding.weight, values)
+        assert model.head.weight is model.embedding.weight
+
+
+def test_num_batches_tracked_may_be_missing():
+    model, states = Net(), checkpoint_of(Net())
+    del states["norm.num_batches_tracked"]
+    load_into(model, states, "a.pt")
+    assert torch.equal(model.norm.running_mean, states["norm.running_mean"])
+
+
+@pytest.mark.parametrize("name", ["norm.running_mean", "norm.running_var", "body.bias"])
+def test_any_other_tensor_that_is_missing_is_an_error(name):
+    states = checkpoint_of(Net())
+    del states[name]
+    with pytest.raises(ModelError, match=f"a.pt does not fit.*the model needs {name}.*--model"):
+        load_into(Net(), states, "a.pt")
+
+
+def test_a_tensor_that_the_model_has_no_place_for_is_an_error():
+    states = checkpoint_of(Net()) | {"aux.weight": torch.ones(1)}
+    with pytest.raises(ModelError, match=r"a\.pt does not fit.*the checkpoint has aux\.weight"):
+        load_into(Net(), states, "a.pt")
+
+
+def test_the_first_few_of_many_names_are_listed():
+    with pytest.raises(ModelError) as caught:
+        load_into(Net(), {f"layer{i}": torch.ones(1) for i in range(9)}, "a.pt")
+    assert "the model needs body.weight, body.bias, norm.weight and 5 more" in str(caught.value)
+    assert "the checkpoint has layer0, layer1, layer2 and 6 more" in str(caught.value)
+
+
+def test_another_shape_is_an_error_that_names_both_and_the_remedy():
+    with pytest.raises(ModelError) as caught:
+        load_into(Net(classes=2), checkpoint_of(Net(classes=7)), "a.pt")
+    for part in ("a.pt", "head.weight", "(7, 4)", "(2, 4)", "--model-arg", "num_classes"):
+        assert part in str(caught.value)
+
+
+def test_nothing_is_broadcast():
+    states = checkpoint_of(Net()) | {"body.bias": torch.tensor([1.0])}
+    with pytest.raises(ModelError, match=r"body\.bias has the shape \(1,\)"):
+        load_into(Net(), states, "a.pt")
+
+
+@pytest.mark.parametrize("spoil", ["missing", "extra", "shape"])
+def test_the_model_is_unchanged_after_an_error(spoil):
+    model, states = Net(), checkpoint_of(Net())
+    if spoil == "missing":
+        del states["head.bias"]
+    else:
+        states["head.bias" if spoil == "shape" else "other"] = torch.ones(9)
+    before = bare_states(model)
+    with pytest.raises(ModelError):
+        load_into(model, states, "a.pt")
+    assert all(torch.equal(v, before[k]) for k, v in bare_states(model).items())
+
+
+def test_extra_state_of_a_module_may_be_missing():
+    model = nn.Sequential(Remembering(2, 2))
+    load_into(model, {"0.weight": torch.ones(2, 2), "0.bias": torch.ones(2)}, "a.pt")
+    assert torch.equal(model[0].weight, torch.ones(2, 2))
+
+
+def test_a_lazy_model_takes_the_checkpoints_shapes():
+    model = nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d())
+    states = checkpoint_of(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)))
+    load_into(model, states, "a.pt")
+    assert torch.equal(model[0].weight, states["0.weight"])
+
+
+def test_fit_counts_the_copies_that_free_memory_holds():
+    small, large = nn.Linear(1000, 100), nn.Linear(1000, 1000)
+    cpu = torch.device("cpu")
+    assert fit(small, cpu) > fit(large, cpu) > 10
+    assert fit(nn.ReLU(), cpu) > 1

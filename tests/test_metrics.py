@@ -1,0 +1,192 @@
+"""Metrics against torchmetrics, scikit-learn, and values by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import log_loss, top_k_accuracy_score
+from torchmetrics.functional.classification import (
+    multiclass_accuracy,
+    multiclass_calibration_error,
+)
+
+from ckptavg.errors import EvaluationError
+from ckptavg.metrics import ClassificationMetrics, LogMean, log_softmax
+
+CPU = torch.device("cpu")
+
+
+def predictions(samples=300, classes=10, seed=0, scale=2.0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = scale * torch.randn(samples, classes, generator=generator, dtype=torch.float64)
+    return logits, torch.randint(classes, (samples,), generator=generator)
+
+
+def scores(logits, labels, sizes=None):
+    metrics = ClassificationMetrics()
+    sizes = sizes or [len(labels)]
+    for some, theirs in zip(logits.split(sizes), labels.split(sizes), strict=True):
+        metrics.update(log_softmax(some, CPU), theirs)
+    return metrics.compute()
+
+
+def scores_of(probabilities, labels):
+    """Scores of probabilities that are given as they are."""
+    metrics = ClassificationMetrics()
+    logs = torch.tensor(probabilities, dtype=torch.float64).log()
+    metrics.update(logs, torch.tensor(labels))
+    return metrics.compute()
+
+
+def ece_by_hand(confidences, correct):
+    """Guo et al. 2017, eq. 3, over the bins (i/15, (i + 1)/15]."""
+    bins = {}
+    for confidence, right in zip(confidences, correct, strict=True):
+        bins.setdefault(max(math.ceil(confidence * 15), 1), []).append((confidence, right))
+    gaps = [abs(sum(r for _, r in b) - sum(c for c, _ in b)) for b in bins.values()]
+    return sum(gaps) / len(confidences)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4, 5, 6, 10, 100])
+def test_accuracies_match_torchmetrics(classes):
+    logits, labels = predictions(classes=classes)
+    found = scores(logits, labels)
+    for name, k in {"top1": 1, "top5": min(5, classes)}.items():
+        expected = multiclass_accuracy(logits, labels, classes, average="micro", top_k=k)
+        assert found[name] == pytest.approx(100 * float(expected), abs=1e-4)
+    assert found["n"] == 300
+
+
+def test_top5_matches_scikit_learn():
+    logits, labels = predictions(classes=12)
+    expected = top_k_accuracy_score(labels, logits, k=5, labels=range(12))
+    assert scores(logits, labels)["top5"] == pytest.approx(100 * expected)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 4, 5])
+def test_top5_of_up_to_five_classes_is_always_right(classes):
+    assert scores(*predictions(classes=classes))["top5"] == 100
+
+
+@pytest.mark.parametrize("classes", [2, 10])
+def test_nll_matches_scikit_learn(classes):
+    logits, labels = predictions(classes=classes)
+    expected = log_loss(labels, logits.softmax(1).numpy(), labels=range(classes))
+    assert scores(logits, labels)["nll"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_nll_is_exact_where_the_probability_underflows():
+    assert scores(torch.tensor([[2000.0, 0.0]]), torch.tensor([1]))["nll"] == pytest.approx(2000)
+
+
+@pytest.mark.parametrize("classes", [2, 4, 10])
+@pytest.mark.parametrize("scale", [0.1, 2.0, 20.0])
+def test_calibration_error_matches_torchmetrics(classes, scale):
+    logits, labels = predictions(classes=classes, scale=scale)
+    expected = multiclass_calibration_error(logits.softmax(1), labels, classes, 15, "l1")
+    assert scores(logits, labels)["ece"] == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_calibration_error_matches_the_definition():
+    logits, labels = predictions(samples=1000, seed=3)
+    confidences, best = logits.softmax(1).max(1)
+    expected = ece_by_hand(confidences.tolist(), (best == labels).tolist())
+    assert scores(logits, labels)["ece"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_certainty_is_in_the_last_bin():
+    found = scores_of([[1.0, 0.0], [0.96, 0.04]], [0, 1])
+    assert found["ece"] == pytest.approx((1.96 - 1) / 2)
+
+
+@pytest.mark.parametrize("edge", [9, 10, 12])
+def test_a_bin_is_closed_at_its_upper_end(edge):
+    confidence, below = edge / 15, edge / 15 - 0.01
+    found = scores_of([[confidence, 1 - confidence], [below, 1 - below]], [0, 1])
+    assert found["ece"] == pytest.approx(abs(confidence + below - 1) / 2)
+
+
+@pytest.mark.parametrize("edge", [9, 10, 12])
+def test_a_bin_is_open_at_its_lower_end(edge):
+    confidence, above = edge / 15, edge / 15 + 0.01
+    found = scores_of([[confidence, 1 - confidence], [above, 1 - above]], [0, 1])
+    assert found["ece"] == pytest.approx(((1 - confidence) + above) / 2)
+
+
+@settings(max_examples=30, deadline=None)
+@given(sizes=st.lists(st.integers(0, 40), min_size=1, max_size=12))
+def test_metrics_are_the_same_for_any_split_into_batches(sizes):
+    logits, labels = predictions(samples=sum(sizes) + 1)
+    assert scores(logits, labels, [*sizes, 1]) == pytest.approx(scores(logits, labels), rel=1e-12)
+
+
+def test_metrics_are_computed_in_float64_from_low_precision_outputs():
+    logits, labels = predictions()
+    low = logits.to(torch.bfloat16)
+    assert scores(low, labels) == scores(low.double(), labels)
+
+
+def test_metrics_do_not_end_with_compute():
+    logits, labels = predictions(samples=20)
+    metrics = ClassificationMetrics()
+    for half in (slice(0, 10), slice(10, 20)):
+        metrics.update(log_softmax(logits[half], CPU), labels[half])
+        found = metrics.compute()
+    assert found == pytest.approx(scores(logits, labels))
+
+
+def test_no_samples_are_an_error():
+    with pytest.raises(EvaluationError, match="data is empty"):
+        ClassificationMetrics().compute()
+
+
+# The mean of an ensemble's outputs
+
+
+def ensemble(*members):
+    mean = LogMean()
+    for logits in members:
+        mean.add(log_softmax(torch.as_tensor(logits, dtype=torch.float64), CPU))
+    return mean
+
+
+def test_an_ensemble_is_the_mean_of_softmax_and_not_of_logits():
+    found = ensemble([[2.0, 0.0]], [[0.0, 1.0]]).value().exp()[0].tolist()
+    assert found == pytest.approx([0.5748692, 0.4251308], abs=5e-8)
+    assert found != pytest.approx([0.6224593, 0.3775407], abs=1e-2)
+
+
+def test_an_ensemble_matches_numpy():
+    members = [predictions(seed=i)[0] for i in range(5)]
+    expected = np.mean([m.softmax(1).numpy() for m in members], axis=0)
+    mean = ensemble(*members)
+    assert mean.members == 5
+    np.testing.assert_allclose(mean.value().exp().numpy(), expected, rtol=1e-12)
+
+
+def test_an_ensemble_of_one_is_its_member():
+    logits, _ = predictions()
+    torch.testing.assert_close(ensemble(logits).value(), logits.log_softmax(1))
+
+
+def test_an_ensemble_keeps_probabilities_that_underflow():
+    mean = ensemble([[2000.0, 0.0]], [[1000.0, 0.0]])
+    assert mean.value()[0, 1].item() == pytest.approx(-1000 - math.log(2))
+
+
+def test_adding_a_member_leaves_the_ones_before_alone():
+    first = log_softmax(torch.tensor([[1.0, 2.0]]), CPU)
+    kept = first.clone()
+    mean = LogMean()
+    mean.add(first)
+    mean.add(log_softmax(torch.tensor([[3.0, 0.0]]), CPU))
+    mean.value()
+    assert torch.equal(first, kept)
+
+
+def test_an_ensemble_without_members_is_an_error():
+    with pytest.raises(EvaluationError, match="no members"):
+        LogMean().value()

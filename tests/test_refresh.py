@@ -1,0 +1,391 @@
+"""Checkpoints that are written with recomputed statistics."""
+
+import pytest
+import torch
+from helpers import average_by_hand, listing, opened, same_bits, save
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from ckptavg import open_checkpoint
+from ckptavg.averaging import load, plan_average
+from ckptavg.batches import Runtime
+from ckptavg.errors import BatchNormError, CkptavgError, ModelError, OutputError
+from ckptavg.refresh import update_checkpoint, write_average
+
+RUNTIME = Runtime(torch.device("cpu"), batch_size=16)
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(4, 3)
+        self.norm = nn.BatchNorm1d(3)
+        self.head = nn.Linear(3, 2)
+        self.register_buffer("table", torch.arange(3))
+
+    def forward(self, x):
+        return self.head(self.norm(self.body(x)))
+
+
+class TwoNames(nn.Module):
+    """One BatchNorm layer under two names, as detection heads share theirs."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(4, 3)
+        self.norm = nn.BatchNorm1d(3)
+        self.again = self.norm
+
+    def forward(self, x):
+        return self.again(self.body(x))
+
+
+class Untouchable:
+    """Training data that must not be read."""
+
+    def __iter__(self):
+        raise AssertionError("the data were read")
+
+
+def state_of(seed, model=Net, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.rand(value.shape, generator=generator).to(dtype)
+        if value.is_floating_point()
+        else value + seed
+        for name, value in model().state_dict().items()
+    }
+
+
+def data(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return 5 + 3 * torch.randn(50, 4, generator=generator)
+
+
+X = data()
+BATCHES = X.split(16)
+
+
+def statistics_by_hand(state, x=X):
+    """Moments of the norm's inputs over all of x, in float64."""
+    inputs = x.double() @ state["body.weight"].double().T + state["body.bias"].double()
+    return {
+        "norm.running_mean": inputs.mean(0),
+        "norm.running_var": inputs.var(0, correction=1),
+    }
+
+
+def is_statistic(name):
+    return name.endswith(STATISTICS)
+
+
+def assert_refreshed(path, state, **tolerance):
+    """The file has the weights of the state, to the last bit, and its statistics for X."""
+    found = load(open_checkpoint(path))
+    assert list(found) == list(state)
+    for name in state:
+        if not is_statistic(name):
+            assert same_bits(found[name], state[name]), name
+    for name, expected in statistics_by_hand(state).items():
+        assert found[name].dtype == state[name].dtype
+        tolerance = {"rtol": 1e-5, "atol": 1e-5} | tolerance
+        torch.testing.assert_close(found[name].double(), expected, **tolerance)
+    return found
+
+
+def average_of(states, dtype=None):
+    return {
+        name: average_by_hand([s[name] for s in states], [1] * len(states), dtype or tensor.dtype)
+        for name, tensor in states[-1].items()
+    }
+
+
+@pytest.fixture
+def states():
+    return [state_of(seed) for seed in (1, 2, 3)]
+
+
+@pytest.fixture
+def checkpoints(tmp_path, states):
+    return opened(tmp_path / "run", states)
+
+
+@pytest.fixture
+def planned(checkpoints):
+    return plan_average(checkpoints)
+
+
+OUTPUTS = ("out.safetensors", "out.pt")
+
+
+# A checkpoint
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+@pytest.mark.parametrize("source", [".pt", ".safetensors"])
+def test_a_checkpoint_is_copied_with_its_statistics_recomputed(tmp_path, name, source):
+    state = state_of(1)
+    checkpoint = open_checkpoint(save(tmp_path / f"in{source}", state))
+    result = update_checkpoint(checkpoint, tmp_path / name, Net(), BATCHES, RUNTIME)
+    found = assert_refreshed(tmp_path / name, dict.fromkeys(load(checkpoint)) | state)
+    assert found["norm.num_batches_tracked"] == 4
+    assert (result.layers, result.batches, result.samples) == (1, 4, 50)
+
+
+def test_the_input_is_left_as_it_is(tmp_path):
+    path = save(tmp_path / "in.pt", state_of(1))
+    before = path.read_bytes()
+    update_checkpoint(open_checkpoint(path), tmp_path / "out.pt", Net(), BATCHES, RUNTIME)
+    assert path.read_bytes() == before
+    assert listing(tmp_path) == ["in.pt", "out.pt"]
+
+
+def test_the_output_loads_where_the_input_loaded(tmp_path):
+    checkpoint = open_checkpoint(save(tmp_path / "in.pt", state_of(1)))
+    update_checkpoint(checkpoint, tmp_path / "out.pt", Net(), BATCHES, RUNTIME)
+    model = Net()
+    model.load_state_dict(torch.load(tmp_path / "out.pt", weights_only=True)["state_dict"])
+    expected = statistics_by_hand(state_of(1))["norm.running_mean"]
+    torch.testing.assert_close(model.norm.running_mean.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_types_of_the_checkpoint_are_kept(tmp_path, dtype):
+    state = state_of(1, dtype=dtype)
+    checkpoint = open_checkpoint(save(tmp_path / "in.pt", state))
+    update_checkpoint(checkpoint, tmp_path / "out.pt", Net(), BATCHES, RUNTIME)
+    precision = max(torch.finfo(dtype).eps, 1e-5)
+    assert_refreshed(tmp_path / "out.pt", state, rtol=precision, atol=precision)
+
+
+def test_a_checkpoint_without_num_batches_tracked_stays_without_it(tmp_path):
+    state = state_of(1)
+    del state["norm.num_batches_tracked"]
+    checkpoint = open_checkpoint(save(tmp_path / "in.pt", state))
+    update_checkpoint(checkpoint, tmp_path / "out.pt", Net(), BATCHES, RUNTIME)
+    assert_refreshed(tmp_path / "out.pt", state)
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_a_wrapped_checkpoint_is_written_under_bare_names(tmp_path, wrapper):
+    wrapped = {wrapper + name: value for name, value in state_of(1).items()}
+    checkpoint = open_checkpoint(save(tmp_path / "in.pt", wrapped))
+    update_checkpoint(checkpoint, tmp_path / "out.pt", Net(), BATCHES, RUNTIME)
+    assert_refreshed(tmp_path / "out.pt", state_of(1))
+
+
+def test_a_wrapped_model_refreshes_a_bare_checkpoint(tmp_path):
+    checkpoint = open_checkpoint(save(tmp_path / "in.pt", state_of(1)))
+    model = nn.DataParallel(Net())
+    update_checkpoint(checkpoint, tmp_path / "out.pt", model, BATCHES, RUNTIME)
+    assert_refreshed(tmp_path / "out.pt", state_of(1))
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_a_layer_under_two_names_is_refreshed_under_both(tmp_path, name):
+    original = TwoNames()
+    checkpoint = open_checkpoint(save(tmp_path / "in.pt", original.state_dict()))
+    update_checkpoint(checkpoint, tmp_path / name, TwoNames(), BATCHES, RUNTIME)
+    found = load(open_checkpoint(tmp_path / name))
+    expected = statistics_by_hand(original.state_dict())
+    for layer in ("norm", "again"):
+        for statistic in ("running_mean", "running_var"):
+            torch.testing.assert_close(
+                found[f"{layer}.{statistic}"].double(),
+                expected[f"norm.{statistic}"],
+                rtol=1e-5,
+                atol=1e-5,
+                check_dtype=False,
+            )
+
+
+def test_a_dataset_is_read_in_the_runtimes_order(tmp_path):
+    checkpoint = open_checkpoint(save(tmp_path / "in.pt", state_of(1)))
+    told = []
+    update_checkpoint(
+        checkpoint,
+        tmp_path / "out.pt",
+        Net(),
+        TensorDataset(X),
+        RUNTIME,
+        batch_progress=lambda *at: told.append(at),
+    )
+    assert_refreshed(tmp_path / "out.pt", state_of(1))
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_a_forward_of_the_users_runs_the_batches(tmp_path):
+    checkpoint = open_checkpoint(save(tmp_path / "in.pt", state_of(1)))
+    batches = [{"image": x} for x in BATCHES]
+    update_checkpoint(
+        checkpoint,
+        tmp_path / "out.pt",
+        Net(),
+        batches,
+        RUNTIME,
+        forward=lambda model, batch: model(batch["image"]),
+    )
+    assert_refreshed(tmp_path / "out.pt", state_of(1))
+
+
+# An average
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_an_average_is_written_with_its_statistics_recomputed(tmp_path, planned, states, name):
+    result = write_average(planned, tmp_path / name, Net(), BATCHES, RUNTIME)
+    assert_refreshed(tmp_path / name, average_of(states))
+    assert result.layers == 1
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_an_average_keeps_the_type_that_was_asked_for(tmp_path, checkpoints, states, dtype):
+    planned = plan_average(checkpoints, dtype=dtype)
+    write_average(planned, tmp_path / "out.pt", Net(), BATCHES, RUNTIME)
+    kind = getattr(torch, dtype)
+    precision = max(torch.finfo(kind).eps, 1e-5)
+    assert_refreshed(
+        tmp_path / "out.pt", average_of(states, kind), rtol=precision, atol=precision
+    )
+
+
+def test_the_progress_of_both_phases_is_told(tmp_path, planned):
+    read, passed = [], []
+    write_average(
+        planned,
+        tmp_path / "out.pt",
+        Net(),
+        BATCHES,
+        RUNTIME,
+        progress=lambda *at: read.append(at),
+        batch_progress=lambda *at: passed.append(at),
+    )
+    assert read[-1][0] == read[-1][1] > 0
+    assert passed[-1] == (4, 4)
+
+
+# How it was made
+
+
+def test_an_average_says_that_its_statistics_are_recomputed(tmp_path, planned, checkpoints):
+    write_average(planned, tmp_path / "out.pt", Net(), BATCHES, RUNTIME)
+    made = open_checkpoint(tmp_path / "out.pt").provenance
+    assert made["bn"] == "recomputed"
+    assert made["scheme"] == "uniform"
+    assert [c["path"] for c in made["checkpoints"]] == [str(c.path) for c in checkpoints]
+    assert [c["coefficient"] for c in made["checkpoints"]] == pytest.approx([1 / 3] * 3)
+
+
+def test_a_checkpoint_says_what_it_was_made_of(tmp_path):
+    checkpoint = open_checkpoint(save(tmp_path / "in.pt", state_of(1)))
+    update_checkpoint(checkpoint, tmp_path / "out.safetensors", Net(), BATCHES, RUNTIME)
+    made = open_checkpoint(tmp_path / "out.safetensors").provenance
+    assert made["bn"] == "recomputed"
+    assert [c["path"] for c in made["checkpoints"]] == [str(tmp_path / "in.pt")]
+
+
+def test_an_average_that_is_refreshed_later_keeps_its_history(tmp_path, planned, states):
+    from ckptavg import averaging
+
+    averaging.write(planned, tmp_path / "stale.pt")
+    stale = open_checkpoint(tmp_path / "stale.pt")
+    update_checkpoint(stale, tmp_path / "fresh.pt", Net(), BATCHES, RUNTIME)
+    assert_refreshed(tmp_path / "fresh.pt", average_of(states))
+    made = open_checkpoint(tmp_path / "fresh.pt").provenance
+    assert (stale.provenance["bn"], made["bn"]) == ("stale", "recomputed")
+    assert made["checkpoints"] == stale.provenance["checkpoints"]
+
+
+def test_nothing_is_said_of_stale_statistics(tmp_path, planned, caplog):
+    caplog.set_level("INFO", "ckptavg")
+    write_average(planned, tmp_path / "out.pt", Net(), BATCHES, RUNTIME)
+    assert "stale" not in caplog.text
+
+
+# Care
+
+
+def refresh(kind, planned, checkpoint, *args, **keywords):
+    write, what = {"average": (write_average, planned), "copy": (update_checkpoint, checkpoint)}[kind]
+    return write(what, *args, RUNTIME, **keywords)
+
+
+@pytest.fixture(params=["average", "copy"])
+def run(request, planned, checkpoints):
+    """``write_average`` or ``update_checkpoint``, but for what is theirs."""
+
+    def run(*args, **keywords):
+        return refresh(request.param, planned, checkpoints[0], *args, **keywords)
+
+    return run
+
+
+def test_an_existing_output_is_refused_before_the_data_are_read(tmp_path, run):
+    (tmp_path / "out.pt").write_text("mine")
+    with pytest.raises(OutputError, match="exists already"):
+        run(tmp_path / "out.pt", Net(), Untouchable())
+    assert (tmp_path / "out.pt").read_text() == "mine"
+
+
+def test_an_existing_output_is_replaced_if_that_was_asked_for(tmp_path, run):
+    (tmp_path / "out.pt").write_text("mine")
+    run(tmp_path / "out.pt", Net(), BATCHES, overwrite=True)
+    assert open_checkpoint(tmp_path / "out.pt").provenance["bn"] == "recomputed"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_input_is_never_the_output(tmp_path, run, overwrite):
+    path = tmp_path / "run" / "epoch_1.pt"
+    before = path.read_bytes()
+    with pytest.raises(OutputError, match="is an input"):
+        run(path, Net(), Untouchable(), overwrite=overwrite)
+    assert path.read_bytes() == before
+
+
+def test_an_output_in_a_directory_that_is_missing_is_refused_first(tmp_path, run):
+    with pytest.raises(OutputError, match="does not exist"):
+        run(tmp_path / "none" / "out.pt", Net(), Untouchable())
+
+
+def test_weights_that_do_not_fit_are_refused_before_the_data_are_read(tmp_path, run):
+    with pytest.raises(ModelError, match="does not fit the model"):
+        run(tmp_path / "out.pt", nn.BatchNorm1d(3), Untouchable())
+
+
+def interrupted():
+    yield BATCHES[0]
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("batches", "error"),
+    [
+        (list, BatchNormError),
+        (interrupted, KeyboardInterrupt),
+        (lambda: [X * torch.nan], BatchNormError),
+        (lambda: [X[:1]], BatchNormError),
+    ],
+    ids=["empty", "Ctrl-C", "nan", "single"],
+)
+def test_nothing_is_written_if_the_pass_fails(tmp_path, run, batches, error):
+    with pytest.raises(error):
+        run(tmp_path / "out.pt", Net(), batches())
+    assert listing(tmp_path) == ["run", "run/epoch_1.pt", "run/epoch_2.pt", "run/epoch_3.pt"]
+
+
+def test_a_model_without_batchnorm_has_nothing_to_recompute(tmp_path):
+    state = nn.Linear(4, 3).state_dict()
+    checkpoint = open_checkpoint(save(tmp_path / "in.pt", state))
+    with pytest.raises(CkptavgError, match="no BatchNorm layers"):
+        update_checkpoint(checkpoint, tmp_path / "out.pt", nn.Linear(4, 3), BATCHES, RUNTIME)
+    assert listing(tmp_path) == ["in.pt"]
+
+
+def test_an_input_that_changes_while_the_data_are_read_is_an_error(tmp_path, run):
+    def batches():
+        yield from BATCHES
+        save(tmp_path / "run" / "epoch_1.pt", {"w": torch.zeros(1)})
+
+    with pytest.raises(CkptavgError, match=r"epoch_1\.pt"):
+        run(tmp_path / "out.pt", Net(), batches())

@@ -1,0 +1,522 @@
+"""``--model`` and ``--data`` specifications: what they build, and what is said if they do not."""
+
+import importlib
+import pickle
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import datasets
+
+from ckptavg.errors import SpecError, UsageError
+from ckptavg.sources import make_data, make_model, parse_arguments
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+CIFAR100 = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
+COLOUR = (255, 51, 0)
+
+FACTORIES = """
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+WIDTH = 3
+
+class Family:
+    @staticmethod
+    def small():
+        return nn.Linear(1, 1)
+
+def make_net(width=WIDTH, bias=True):
+    return nn.Linear(width, 2, bias=bias)
+
+def make_data(samples=4):
+    return TensorDataset(torch.ones(samples, 3), torch.zeros(samples))
+
+def make_loader():
+    return DataLoader(make_data(), 2)
+
+def make_number():
+    return 3
+
+def make_nothing():
+    return None
+
+def broken():
+    raise ValueError("no such width")
+
+def named(spec, factory):
+    return nn.Linear(spec, factory)
+
+def invert(image):
+    return 255 - torch.tensor(image.getpixel((0, 0)))
+"""
+
+
+@pytest.fixture(autouse=True)
+def imports_of_its_own(tmp_path, monkeypatch):
+    """Undo what a test imports from its directory, and run it there."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    before = dict(sys.modules)
+    yield
+    for name in sys.modules.keys() - before.keys():
+        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+    for name, module in before.items():
+        sys.modules[name] = module
+
+
+def write(path, text=FACTORIES):
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    importlib.invalidate_caches()
+    return path
+
+
+def error_of(build, *args, kind=SpecError, **keywords):
+    with pytest.raises(kind) as caught:
+        build(*args, **keywords)
+    return str(caught.value)
+
+
+def normalized(colour, mean, std):
+    return [(c / 255 - m) / s for c, m, s in zip(colour, mean, std, strict=True)]
+
+
+def assert_uniform(image, size, expected):
+    """An image of one colour after its transform."""
+    assert image.shape == (3, *size)
+    torch.testing.assert_close(
+        image, torch.tensor(expected)[:, None, None].expand_as(image), atol=1e-4, rtol=1e-4
+    )
+
+
+# Arguments
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("3", 3),
+        ("1e-3", 1e-3),
+        ("true", True),
+        ("False", False),
+        ("None", None),
+        ("[1,2]", [1, 2]),
+        ("'3'", "3"),
+        ("resnet", "resnet"),
+        ("a=b", "a=b"),
+        ("", ""),
+        ("/data/x.py:fn", "/data/x.py:fn"),
+        ("__import__('os')", "__import__('os')"),
+    ],
+)
+def test_an_argument_is_a_literal_else_text(text, expected):
+    found = parse_arguments([f"key={text}"])
+    assert found == {"key": expected}
+    assert type(found["key"]) is type(expected)
+
+
+def test_several_arguments():
+    assert parse_arguments(["a=1", "b=x"]) == {"a": 1, "b": "x"}
+    assert parse_arguments([]) == {}
+
+
+@pytest.mark.parametrize("pair", ["key", "=3", "a b=3", "", "--x=1"])
+def test_an_argument_that_is_no_pair_is_wrong_usage(pair):
+    with pytest.raises(UsageError, match="key=value but got"):
+        parse_arguments([pair])
+
+
+@pytest.mark.parametrize("spec", ["resnet18", "", "torchvision:", ":make", "a/b.py"])
+@pytest.mark.parametrize("build", [make_model, lambda spec: make_data(spec, train=True)])
+def test_a_specification_of_no_known_form_is_wrong_usage(build, spec):
+    message = error_of(build, spec, kind=UsageError)
+    assert "package.module:factory or path/file.py:factory" in message
+    assert repr(spec) in message
+
+
+# Factories of the user's
+
+
+def test_a_factory_in_a_file():
+    path = write("deep/nets.py")
+    for spec in (f"{path}:make_net", f"{path.resolve()}:make_net"):
+        assert make_model(spec).in_features == 3
+    model = make_model(f"{path}:make_net", {"width": 5, "bias": False})
+    assert (model.in_features, model.bias) == (5, None)
+
+
+def test_a_factory_in_a_file_imports_its_siblings():
+    write("deep/widths_of_nets.py", "WIDTH = 7")
+    path = write("deep/nets.py", "import widths_of_nets as w\nfrom torch import nn\n"
+                 "def make(): return nn.Linear(w.WIDTH, 1)")  # fmt: skip
+    assert make_model(f"{path}:make").in_features == 7
+
+
+def test_a_factory_in_a_module_of_the_working_directory():
+    write("nets_package/__init__.py", "")
+    write("nets_package/small.py")
+    assert make_model("nets_package.small:make_net").in_features == 3
+    assert make_model("nets_package.small:Family.small").in_features == 1
+
+
+def test_a_class_is_a_factory():
+    assert isinstance(make_model("torch.nn:Linear", {"in_features": 2, "out_features": 1}), nn.Linear)
+
+
+def test_files_of_the_same_name_are_told_apart():
+    for width in (3, 4):
+        text = f"from torch import nn\ndef make(): return nn.Linear({width}, 1)"
+        path = write(f"run{width}/model_of_the_run.py", text)
+        assert make_model(f"{path}:make").in_features == width
+
+
+def test_a_file_may_bear_the_name_of_a_module_that_is_in_use():
+    import json
+
+    path = write("json.py")
+    assert make_model(f"{path}:make_net").in_features == 3
+    assert importlib.import_module("json") is json
+
+
+def test_arguments_may_have_any_name():
+    model = make_model(f"{write('nets.py')}:named", {"spec": 2, "factory": 4})
+    assert (model.in_features, model.out_features) == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("make_data", Dataset), ("make_loader", DataLoader)]
+)
+@pytest.mark.parametrize("train", [True, False])
+def test_a_factory_of_data(name, kind, train):
+    data = make_data(f"{write('data_of_mine.py')}:{name}", train=train)
+    assert isinstance(data, kind)
+
+
+def test_a_factory_of_data_takes_arguments():
+    path = write("data_of_mine.py")
+    assert len(make_data(f"{path}:make_data", {"samples": 9}, train=True)) == 9
+
+
+def test_a_module_that_is_not_found():
+    message = error_of(make_model, "no_such_module.nets:make")
+    assert "no module named 'no_such_module.nets' is found" in message
+    assert "PYTHONPATH" in message
+
+
+def test_a_file_that_is_not_found():
+    assert "the file nets/none.py does not exist" in error_of(make_model, "nets/none.py:make")
+
+
+@pytest.mark.parametrize("home", ["nets_of_mine", "nets_of_mine.py"])
+def test_an_attribute_that_is_not_found(home):
+    write("nets_of_mine.py")
+    message = error_of(make_model, f"{home}:make_nett")
+    assert f"{home} has no attribute 'make_nett'" in message
+    assert "Did you mean make_net" in message
+
+
+@pytest.mark.parametrize("home", ["nets_of_mine", "nets_of_mine.py"])
+def test_a_factory_that_fails(home):
+    write("nets_of_mine.py")
+    message = error_of(make_model, f"{home}:broken")
+    assert f"{home}:broken failed: ValueError: no such width" in message
+
+
+def test_an_argument_that_the_factory_does_not_take():
+    message = error_of(make_model, f"{write('nets.py')}:make_net", {"widht": 3})
+    assert "widht" in message
+    assert "It takes width, bias." in message
+
+
+def test_an_attribute_that_cannot_be_called():
+    message = error_of(make_model, f"{write('nets.py')}:WIDTH")
+    assert "callable but is a int" in message
+
+
+BROKEN_IMPORTS = {
+    "raises": ("raise OSError('no disk')", "OSError: no disk"),
+    "is no Python": ("def make(:", "SyntaxError"),
+    "lacks a dependency": ("import not_installed", "No module named 'not_installed'"),
+}
+
+
+@pytest.mark.parametrize(("text", "cause"), BROKEN_IMPORTS.values(), ids=BROKEN_IMPORTS)
+@pytest.mark.parametrize("home", ["nets_of_mine", "nets_of_mine.py"])
+def test_a_module_that_fails_on_import(home, text, cause):
+    write("nets_of_mine.py", text)
+    for _ in range(2):  # a half-imported module is not kept
+        message = error_of(make_model, f"{home}:make")
+        assert f"importing {home} failed" in message
+        assert cause in message
+
+
+@pytest.mark.parametrize(("text", "cause"), BROKEN_IMPORTS.values(), ids=BROKEN_IMPORTS)
+def test_a_package_that_fails_on_import(text, cause):
+    write("package_of_mine/__init__.py", text)
+    write("package_of_mine/nets.py")
+    message = error_of(make_model, "package_of_mine.nets:make_net")
+    assert "importing package_of_mine" in message
+    assert cause in message
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("make_number", "int"), ("make_nothing", "NoneType"), ("make_data", "Tensor")]
+)
+def test_a_model_factory_that_returns_something_else(name, kind):
+    message = error_of(make_model, f"{write('nets.py')}:{name}")
+    assert f"expected to return a torch.nn.Module but returned a {kind}" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("make_number", "int"), ("make_nothing", "None"), ("make_net", "Linear")]
+)
+def test_a_data_factory_that_returns_something_else(name, kind):
+    message = error_of(make_data, f"{write('nets.py')}:{name}", train=True)
+    assert f"expected to return a Dataset or a DataLoader but returned a {kind}" in message
+
+
+def test_an_error_is_one_line():
+    path = write("nets.py", "def make(): raise ValueError('first\\nsecond')")
+    assert "\n" not in error_of(make_model, f"{path}:make")
+
+
+# Libraries of models
+
+
+def test_a_torchvision_model():
+    model = make_model("torchvision:resnet18", {"num_classes": 7})
+    assert type(model).__name__ == "ResNet"
+    assert model.fc.out_features == 7
+
+
+def test_a_torchvision_model_that_does_not_exist():
+    message = error_of(make_model, "torchvision:resnet19")
+    assert "torchvision has no model 'resnet19'" in message
+    assert "resnet18" in message
+
+
+def test_an_argument_that_a_torchvision_model_does_not_take():
+    message = error_of(make_model, "torchvision:resnet18", {"numclasses": 7})
+    assert "torchvision:resnet18 failed" in message
+    assert "numclasses" in message
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ModuleNotFoundError("No module named 'torchvision'"), "torchvision is not installed"),
+        (RuntimeError("operator torchvision::nms does not exist"), "does not fit the installed torch"),
+        (ImportError("undefined symbol"), "does not fit the installed torch"),
+        (OSError("libcudart.so"), "does not fit the installed torch"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+@pytest.mark.parametrize(
+    "build", [lambda: make_model("torchvision:resnet18"), lambda: make_data("cifar10:x", train=True)]
+)
+def test_torchvision_that_cannot_be_imported_is_explained(monkeypatch, build, error, said):
+    def fail(name):
+        raise error
+
+    monkeypatch.setattr(importlib, "import_module", fail)
+    message = error_of(build)
+    assert said in message
+    assert "pip install" in message
+    assert ("nms" in message) == ("nms" in str(error))
+
+
+def test_a_library_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert "pip install timm" in error_of(make_model, "timm:resnet18")
+
+
+def test_a_timm_model_is_built_without_its_pretrained_weights(monkeypatch):
+    calls = []
+
+    class Timm:
+        @staticmethod
+        def create_model(name, **keywords):
+            calls.append((name, keywords))
+            return nn.Linear(1, 1)
+
+    monkeypatch.setitem(sys.modules, "timm", Timm)
+    make_model("timm:resnet18.a1", {"num_classes": 7})
+    assert calls == [("resnet18.a1", {"pretrained": False, "num_classes": 7})]
+
+
+@pytest.fixture
+def hugging_face(tmp_path):
+    from transformers import ResNetConfig
+
+    def write(**settings):
+        config = ResNetConfig(
+            embedding_size=4,
+            hidden_sizes=[4, 8],
+            depths=[1, 1],
+            layer_type="basic",
+            num_labels=3,
+            **settings,
+        )
+        config.save_pretrained(tmp_path / "hf")
+        return f"hf:{tmp_path / 'hf'}"
+
+    return write
+
+
+def test_a_hugging_face_model_by_its_config(hugging_face):
+    spec = hugging_face(architectures=["ResNetForImageClassification"])
+    model = make_model(spec)
+    assert type(model).__name__ == "ResNetForImageClassification"
+    assert model.eval()(pixel_values=torch.zeros(2, 3, 8, 8)).logits.shape == (2, 3)
+    assert make_model(spec, {"num_labels": 5}).config.num_labels == 5
+
+
+@pytest.mark.parametrize("settings", [{}, {"architectures": ["MyOwnNet"]}])
+def test_a_hugging_face_config_without_a_known_architecture(hugging_face, settings):
+    assert "names no architecture" in error_of(make_model, hugging_face(**settings))
+
+
+def test_a_directory_without_a_hugging_face_config(tmp_path):
+    assert f"hf:{tmp_path} failed" in error_of(make_model, f"hf:{tmp_path}")
+
+
+# Image folders
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes of small images of one colour."""
+    for name, kind in {"cats/a": "png", "cats/b": "png", "dogs/a": "bmp"}.items():
+        path = tmp_path / "images" / f"{name}.{kind}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 30), COLOUR).save(path)
+    return f"imagefolder:{tmp_path / 'images'}"
+
+
+def test_an_image_folder_is_prepared_as_usual_and_the_log_says_so(folder, caplog):
+    caplog.set_level("INFO", "ckptavg")
+    data = make_data(folder, train=False)
+    assert [label for _, label in data] == [0, 0, 1]
+    assert_uniform(data[0][0], (224, 224), normalized(COLOUR, *IMAGENET))
+    assert "resized to 256, cropped to 224 and normalized as ImageNet's" in caplog.text
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_an_image_folder_is_prepared_by_the_models_own_preset(folder, caplog, train):
+    caplog.set_level("INFO", "ckptavg")
+    data = make_data(folder, train=train, model_spec="torchvision:inception_v3")
+    assert_uniform(data[0][0], (299, 299), normalized(COLOUR, *IMAGENET))
+    assert "preset of Inception_V3_Weights" in caplog.text
+
+
+@pytest.mark.parametrize("model_spec", ["timm:resnet18", "nets.py:make", "hf:dir"])
+def test_a_model_without_a_preset_gets_the_usual_preparation(folder, caplog, model_spec):
+    caplog.set_level("INFO", "ckptavg")
+    assert make_data(folder, train=False, model_spec=model_spec)[0][0].shape == (3, 224, 224)
+    assert "resized to 256" in caplog.text
+
+
+@pytest.mark.parametrize("home", ["prepare_images.py", "prepare_images"])
+def test_the_users_transform_comes_first(folder, home):
+    write("prepare_images.py")
+    arguments = {"transform": f"{home}:invert"}
+    data = make_data(folder, arguments, train=False, model_spec="torchvision:resnet18")
+    assert data[0][0].tolist() == [0, 204, 255]
+    assert arguments == {"transform": f"{home}:invert"}
+
+
+def test_the_log_says_that_the_users_transform_is_taken(folder, caplog):
+    caplog.set_level("INFO", "ckptavg")
+    make_data(folder, {"transform": f"{write('prepare.py')}:invert"}, train=False)
+    assert "invert" in caplog.text
+
+
+def test_a_transform_that_does_not_exist(folder):
+    write("prepare.py")
+    message = error_of(make_data, folder, {"transform": "prepare.py:inverse"}, train=False)
+    assert "prepare.py has no attribute 'inverse'" in message
+    assert "Did you mean invert" in message
+
+
+@pytest.mark.parametrize("name", ["nowhere", "images/cats"])
+def test_a_directory_that_is_no_image_folder(folder, tmp_path, name):
+    message = error_of(make_data, f"imagefolder:{tmp_path / name}", train=False)
+    assert str(tmp_path / name) in message
+
+
+# CIFAR
+
+
+@pytest.fixture
+def cifar(tmp_path, monkeypatch):
+    """Small CIFAR directories; torchvision takes them although their checksums differ."""
+    monkeypatch.setattr(datasets.cifar, "check_integrity", lambda *_: True)
+    pixels = np.repeat(np.uint8(COLOUR), 32 * 32)[None]
+
+    def store(path, content):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(pickle.dumps(content))
+
+    ten, hundred = tmp_path / "cifar-10-batches-py", tmp_path / "cifar-100-python"
+    for i in range(1, 6):
+        store(ten / f"data_batch_{i}", {"data": pixels, "labels": [i]})
+    store(ten / "test_batch", {"data": pixels, "labels": [9]})
+    store(ten / "batches.meta", {"label_names": list("abcdefghij")})
+    for split, label in {"train": 42, "test": 99}.items():
+        store(hundred / split, {"data": pixels, "fine_labels": [label]})
+    store(hundred / "meta", {"fine_label_names": [str(i) for i in range(100)]})
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("kind", "train", "labels", "moments"),
+    [
+        ("cifar10", True, [1, 2, 3, 4, 5], CIFAR10),
+        ("cifar10", False, [9], CIFAR10),
+        ("cifar100", True, [42], CIFAR100),
+        ("cifar100", False, [99], CIFAR100),
+    ],
+)
+def test_a_cifar_directory(cifar, caplog, kind, train, labels, moments):
+    caplog.set_level("INFO", "ckptavg")
+    data = make_data(f"{kind}:{cifar}", train=train, model_spec="torchvision:resnet18")
+    assert [label for _, label in data] == labels
+    assert_uniform(data[0][0], (32, 32), normalized(COLOUR, *moments))
+    assert f"normalized as {kind.upper()}'s" in caplog.text
+
+
+def test_a_cifar_directory_takes_a_transform(cifar):
+    write("prepare_images.py")
+    arguments = {"transform": "prepare_images.py:invert"}
+    assert make_data(f"cifar10:{cifar}", arguments, train=True)[0][0].tolist() == [0, 204, 255]
+
+
+def test_the_split_of_a_cifar_directory_can_be_chosen(cifar):
+    """To recompute statistics on, or score, the other split."""
+    data = make_data(f"cifar10:{cifar}", {"train": False}, train=True)
+    assert [label for _, label in data] == [9]
+
+
+@pytest.mark.parametrize("kind", ["cifar10", "cifar100"])
+def test_a_directory_that_holds_no_cifar(tmp_path, kind):
+    message = error_of(make_data, f"{kind}:{tmp_path}", train=False)
+    assert f"{kind}:{tmp_path} failed" in message
+    assert "not found or corrupted" in message
+
+
+def test_models_and_data_of_the_users_need_no_torchvision(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    path = write("nets.py")
+    make_model(f"{path}:make_net")
+    make_data(f"{path}:make_data", train=True)
+    assert "torchvision is not installed" in error_of(make_model, "torchvision:resnet18")

@@ -1,0 +1,382 @@
+"""The engine against sums by hand: the same bits whatever the blocks, threads and layouts."""
+
+import math
+import tempfile
+import threading
+from contextlib import ExitStack
+from fractions import Fraction
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from helpers import average_by_hand, opened, same_bits
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ckptavg import stream as stream_module
+from ckptavg.errors import CheckpointError, NonFiniteError
+from ckptavg.formats.writing import MemorySink
+from ckptavg.plan import Rules, make_plan
+from ckptavg.stream import stream
+
+FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+COMPLEX = [torch.complex64, torch.complex128]
+INTEGERS = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]
+
+
+def widest(dtypes):
+    """The narrowest type that holds the values of all."""
+    kinds = set(dtypes)
+    if kinds == {torch.float16, torch.bfloat16}:
+        return torch.float32
+    return max(kinds, key=lambda dtype: dtype.itemsize)
+
+
+def compute(checkpoints, coefficients, rules=None, **options):
+    """A plan's state dict and what the stream noticed."""
+    plan = make_plan(checkpoints, coefficients, rules or Rules())
+    sink = MemorySink(plan.outputs)
+    result = stream(plan.tensors, sink, **options)
+    return sink.state_dict, result
+
+
+def values(rng, dtype, shape):
+    """Random values, zeros of both signs, denormals and huge ones among them."""
+    if dtype == torch.bool:
+        return torch.from_numpy(rng.integers(0, 2, shape).astype(bool))
+    if not dtype.is_floating_point and not dtype.is_complex:
+        info = torch.iinfo(dtype)
+        drawn = rng.integers(info.min, info.max, shape, dtype=np.int64, endpoint=True)
+        return torch.from_numpy(np.asarray(drawn)).to(dtype)
+    if dtype.is_complex:
+        return torch.complex(*(values(rng, dtype.to_real(), shape) for _ in range(2)))
+    info = torch.finfo(dtype)
+    scales = np.array([1.0, 0.0, -0.0, info.smallest_normal, info.max])
+    scale = rng.choice(scales, shape, p=[0.6, 0.1, 0.1, 0.1, 0.1])
+    return torch.from_numpy(np.asarray(rng.uniform(-1, 1, shape) * scale)).to(dtype)
+
+
+def laid_out(tensor, layout):
+    """The same values with other strides and offsets in their storage."""
+    if layout == "transposed" and tensor.ndim > 1:
+        return tensor.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "sliced" and tensor.ndim and tensor.numel():
+        room = torch.zeros((*tensor.shape[:-1], 2 * tensor.shape[-1] + 3), dtype=tensor.dtype)
+        view = room[..., 2 : 2 + 2 * tensor.shape[-1] : 2]
+        return view.copy_(tensor)
+    if layout == "expanded" and tensor.ndim and tensor.shape[0]:
+        return tensor[:1].expand(tensor.shape)
+    return tensor
+
+
+@st.composite
+def coefficient_vectors(draw, count):
+    """All alike; or any numbers, zero and negative ones too, with a positive sum."""
+    kind = draw(st.sampled_from(["uniform", "positive", "signed"]))
+    if kind == "uniform":
+        return [1.0] * count
+    low = 0.0 if kind == "positive" else -2.0
+    found = [draw(st.floats(low, 3, allow_subnormal=False)) for _ in range(count)]
+    if math.fsum(found) < 1e-3:
+        found[draw(st.integers(0, count - 1))] += 10.0
+    return found
+
+
+@st.composite
+def runs(draw):
+    """The states of a run, and coefficients for it."""
+    count = draw(st.integers(1, 5))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    layouts = st.sampled_from(["plain", "plain", "transposed", "sliced", "expanded"])
+    kinds = st.sampled_from([FLOATS, FLOATS, COMPLEX, INTEGERS])
+    states = [{} for _ in range(count)]
+    for i in range(draw(st.integers(1, 3))):
+        shape = tuple(draw(st.lists(st.integers(0, 5), max_size=3)))
+        dtypes = draw(kinds)
+        mixed = dtypes is not INTEGERS and draw(st.booleans())
+        one = draw(st.sampled_from(dtypes))
+        for state in states:
+            dtype = draw(st.sampled_from(dtypes)) if mixed else one
+            tensor = values(rng, dtype, shape)
+            state[f"t{i}"] = laid_out(tensor, draw(layouts))
+            if draw(st.integers(0, 3)):
+                state[f"t{i}.tied"] = state[f"t{i}"]
+            else:
+                state[f"t{i}.tied"] = values(rng, dtype, shape)
+    return states, draw(coefficient_vectors(count))
+
+
+@settings(derandomize=True, deadline=None, max_examples=250)
+@given(
+    run=runs(),
+    block=st.integers(1, 40),
+    strided_block=st.integers(1, 40),
+    task=st.integers(1, 100),
+    threads=st.integers(1, 4),
+)
+def test_every_bit_is_that_of_the_sums_by_hand(run, block, strided_block, task, threads):
+    states, coefficients = run
+    with ExitStack() as stack:
+        directory = stack.enter_context(tempfile.TemporaryDirectory())
+        stack.enter_context(mock.patch.object(stream_module, "STRIDED_BLOCK", strided_block))
+        stack.enter_context(mock.patch.object(stream_module, "TASK", task))
+        checkpoints = opened(Path(directory), states)
+        found, _ = compute(
+            checkpoints, coefficients, keep_nonfinite=True, block=block, threads=threads
+        )
+    assert list(found) == list(states[-1])
+    for name, tensor in found.items():
+        tensors = [state[name] for state in states]
+        used = [t.dtype for a, t in zip(coefficients, tensors, strict=True) if a != 0]
+        expected = average_by_hand(tensors, coefficients, widest(used))
+        assert same_bits(tensor, expected), f"{name}: {tensor} is not {expected}"
+
+
+def big_run(directory):
+    generator = torch.Generator().manual_seed(0)
+    states = [
+        {
+            "long": torch.randn(300_001, generator=generator),
+            "rows": torch.randn(300, 400, generator=generator).t(),
+            "short": torch.randn(7, generator=generator).bfloat16(),
+        }
+        for _ in range(3)
+    ]
+    return states, opened(directory, states)
+
+
+@pytest.mark.parametrize("threads", [None, 1, 4])
+@pytest.mark.parametrize("block", [999, stream_module.BLOCK, 10**7])
+def test_blocks_and_threads_leave_no_trace_in_large_tensors(tmp_path, monkeypatch, block, threads):
+    monkeypatch.setattr(stream_module, "TASK", 50_000)
+    monkeypatch.setattr(stream_module, "STRIDED_BLOCK", 7_777)
+    states, checkpoints = big_run(tmp_path)
+    found, _ = compute(checkpoints, [0.3, 0.5, 0.1], block=block, threads=threads)
+    for name, tensor in found.items():
+        terms = [a * s[name].double().numpy() for a, s in zip([0.3, 0.5, 0.1], states, strict=True)]
+        mean = ((terms[0] + terms[1]) + terms[2]) / math.fsum([0.3, 0.5, 0.1])
+        assert same_bits(tensor, torch.from_numpy(mean).to(tensor.dtype)), name
+
+
+@settings(derandomize=True, deadline=None, max_examples=40)
+@given(st.integers(1, 12), st.integers(0, 2**32))
+def test_the_uniform_average_of_float32_is_the_mean_rounded_once(count, seed):
+    """In [1, 2) sums are exact in float64: the float32 nearest to the true mean must come out."""
+    rng = np.random.default_rng(seed)
+    states = [{"w": torch.from_numpy(rng.uniform(1, 2, 20).astype("f4"))} for _ in range(count)]
+    with tempfile.TemporaryDirectory() as directory:
+        found, _ = compute(opened(Path(directory), states), [1.0] * count)
+    for i, value in enumerate(found["w"].tolist()):
+        exact = sum(Fraction(s["w"][i].item()) for s in states) / count
+        neighbours = [float(np.nextafter(np.float32(value), np.float32(end))) for end in (0, 4)]
+        error = abs(Fraction(value) - exact)
+        assert all(error <= abs(Fraction(neighbour) - exact) for neighbour in neighbours)
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, *COMPLEX])
+def test_one_checkpoint_comes_out_as_it_went_in(tmp_path, dtype):
+    tensor = torch.randn(40, dtype=dtype)
+    for coefficient in (1.0, 2.0, 0.25):
+        found, _ = compute(opened(tmp_path, [{"w": tensor}]), [coefficient])
+        assert same_bits(found["w"], tensor)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_equal_zeros_keep_their_sign_and_denormals_their_value(tmp_path, dtype):
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    tensor = torch.tensor([-0.0, 0.0, smallest, -smallest], dtype=torch.float64).to(dtype)
+    assert tensor[2] > 0
+    found, _ = compute(opened(tmp_path, [{"w": tensor}] * 3), [1.0] * 3)
+    assert same_bits(found["w"], tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_sums_of_huge_values_do_not_overflow_on_the_way(tmp_path, dtype):
+    largest = torch.finfo(dtype).max
+    tensor = torch.tensor([largest, -largest]).to(dtype)
+    found, _ = compute(opened(tmp_path, [{"w": tensor}] * 16), [1.0] * 16)
+    assert same_bits(found["w"], tensor)
+
+
+def test_small_terms_are_not_lost_beside_large_ones(tmp_path):
+    states = [{"w": torch.tensor([x])} for x in (1e8, 1.0, -1e8, 1.0)]
+    found, _ = compute(opened(tmp_path, states), [1.0] * 4)
+    assert found["w"].item() == 0.5
+
+
+def test_a_checkpoint_with_coefficient_0_is_not_read(tmp_path):
+    states = [{"w": torch.tensor([x])} for x in (math.nan, 1.0, math.inf, 2.0)]
+    checkpoints = opened(tmp_path, states)
+    (tmp_path / "epoch_1.pt").unlink()
+    found, _ = compute(checkpoints, [0.0, 1.0, 0.0, 1.0])
+    assert found["w"].item() == 1.5
+
+
+# What is not finite
+
+
+def one_weight(directory, *columns, dtype=torch.float32):
+    return opened(directory, [{"w": torch.tensor(c, dtype=dtype)} for c in columns])
+
+
+NAN, INF = math.nan, math.inf
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    ("columns", "culprit", "kind"),
+    [
+        ([[1, 2], [1, NAN], [1, 2]], 2, "NaN"),
+        ([[1, 2], [1, 2], [1, INF]], 3, "infinite"),
+        ([[1, -INF], [1, 2], [1, -INF]], 1, "infinite"),
+        ([[1, INF], [1, INF], [1, -INF]], 1, "infinite"),
+        ([[1, -INF], [1, INF], [1, -INF]], 1, "infinite"),
+        ([[1, INF], [1, NAN], [1, INF]], 1, "infinite"),
+        ([[1, NAN], [1, 2], [1, 3]], 1, "NaN"),
+    ],
+)
+def test_a_nonfinite_average_names_the_tensor_and_its_checkpoint(
+    tmp_path, dtype, columns, culprit, kind
+):
+    checkpoints = one_weight(tmp_path, *columns, dtype=dtype)
+    with pytest.raises(NonFiniteError, match=rf"w is {kind} in .*epoch_{culprit}\.pt.*keep"):
+        compute(checkpoints, [1.0] * 3)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("coefficients", [[1.0, 1.0, 1.0], [-1.0, 2.0, 1.0], [0.2, 0.0, 0.8]])
+def test_masks_that_are_the_same_in_every_checkpoint_stay(tmp_path, dtype, coefficients):
+    mask = [1.0, -INF, INF, NAN]
+    found, result = compute(one_weight(tmp_path, *[mask] * 3, dtype=dtype), coefficients)
+    assert same_bits(found["w"], torch.tensor(mask, dtype=dtype))
+    assert result.nonfinite == set()
+
+
+@pytest.mark.parametrize("dtype", COMPLEX)
+def test_complex_masks_are_compared_part_by_part(tmp_path, dtype):
+    checkpoints = one_weight(tmp_path, [complex(1, -INF)], [complex(3, -INF)], dtype=dtype)
+    found, _ = compute(checkpoints, [1.0, 1.0])
+    assert (found["w"].real.item(), found["w"].imag.item()) == (2.0, -INF)
+    with pytest.raises(NonFiniteError, match=r"w is infinite in .*epoch_1\.pt"):
+        compute(one_weight(tmp_path, [complex(1, -INF)], [complex(1, 2)], dtype=dtype), [1.0, 1.0])
+
+
+def test_a_mask_beside_a_difference_is_still_an_error(tmp_path):
+    with pytest.raises(NonFiniteError, match=r"w is NaN in .*epoch_2\.pt"):
+        compute(one_weight(tmp_path, [-INF, 1.0], [-INF, NAN]), [1.0, 1.0])
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_nonfinite_values_are_kept_on_request_and_noticed(tmp_path, dtype):
+    columns = [[1, 2, INF, INF, -INF], [3, NAN, 1, -INF, -INF]]
+    found, result = compute(
+        one_weight(tmp_path, *columns, dtype=dtype), [1.0, 1.0], keep_nonfinite=True
+    )
+    assert same_bits(found["w"], torch.tensor([2, NAN, INF, NAN, -INF], dtype=dtype))
+    assert result.nonfinite == {"w"}
+
+
+def test_an_overflow_of_the_output_type_is_an_error_with_a_wider_one_as_remedy(tmp_path):
+    checkpoints = one_weight(tmp_path, [1.0, 7e4], [1.0, 7e4])
+    with pytest.raises(NonFiniteError, match=r"w is too large for float16.*--dtype float32"):
+        compute(checkpoints, [1.0, 1.0], Rules(dtype="float16"))
+    found, result = compute(checkpoints, [1.0, 1.0], Rules(dtype="float16"), keep_nonfinite=True)
+    assert found["w"].tolist() == [1.0, INF]
+    assert result.nonfinite == {"w"}
+
+
+def test_a_mask_survives_a_narrower_type(tmp_path):
+    found, _ = compute(
+        one_weight(tmp_path, [-INF, 1], [-INF, 3]), [1.0, 1.0], Rules(dtype="float16")
+    )
+    assert same_bits(found["w"], torch.tensor([-INF, 2], dtype=torch.float16))
+
+
+def test_a_sum_too_large_for_float64_is_an_error(tmp_path):
+    with pytest.raises(NonFiniteError, match="w is too large for float64"):
+        compute(one_weight(tmp_path, [1.7e308], [1.7e308], dtype=torch.float64), [1.0, 1.0])
+
+
+# Integers
+
+
+def test_integers_that_differ_anywhere_are_noticed_by_name(tmp_path):
+    states = [
+        {
+            "same": torch.arange(100),
+            "one": torch.arange(100) + (torch.arange(100) == 77) * (i == 1),
+            "flag": torch.tensor(i == 0),
+            "w": torch.tensor([float(i)]),
+        }
+        for i in range(3)
+    ]
+    found, result = compute(opened(tmp_path, states), [1.0] * 3, block=10)
+    assert result.differing == {"one", "flag"}
+    assert all(same_bits(found[name], states[-1][name]) for name in ("same", "one", "flag"))
+
+
+def test_integers_of_another_width_are_compared_by_value(tmp_path):
+    states = [
+        {"same": torch.tensor([5], dtype=dtype), "other": torch.tensor([value], dtype=dtype)}
+        for dtype, value in ((torch.int32, 5), (torch.int64, 6))
+    ]
+    found, result = compute(opened(tmp_path, states), [1.0, 1.0])
+    assert same_bits(found["other"], torch.tensor([6]))
+    assert result.differing == {"other"}
+
+
+# Progress and failure
+
+
+def test_progress_ends_at_the_bytes_of_the_inputs_and_never_falls(tmp_path, monkeypatch):
+    monkeypatch.setattr(stream_module, "TASK", 1)
+    _, checkpoints = big_run(tmp_path)
+    calls = []
+    compute(checkpoints, [1.0] * 3, progress=lambda *call: calls.append(call))
+    total = 3 * (4 * 300_001 + 4 * 300 * 400 + 2 * 7)
+    done = [d for d, _ in calls]
+    assert {of for _, of in calls} == {total}
+    assert done[0] == 0
+    assert done[-1] == total
+    assert done == sorted(done)
+    assert len(done) > 3
+
+
+def test_progress_is_told_from_the_calling_thread(tmp_path):
+    _, checkpoints = big_run(tmp_path)
+    callers = set()
+    compute(checkpoints, [1.0] * 3, progress=lambda *_: callers.add(threading.current_thread()))
+    assert callers == {threading.current_thread()}
+
+
+def test_tied_tensors_are_read_once(tmp_path):
+    weight = torch.ones(10)
+    checkpoints = opened(tmp_path, [{"a": weight, "b": weight}] * 2)
+    calls = []
+    compute(checkpoints, [1.0, 1.0], progress=lambda *call: calls.append(call))
+    assert calls[-1] == (80, 80)
+
+
+def test_no_thread_outlives_a_failure(tmp_path):
+    checkpoints = one_weight(tmp_path, [1.0], [NAN])
+    before = threading.active_count()
+    with pytest.raises(NonFiniteError):
+        compute(checkpoints, [1.0, 1.0], threads=3)
+    assert threading.active_count() == before
+
+
+def test_a_file_that_lost_its_end_is_an_error_that_names_it(tmp_path):
+    checkpoints = opened(tmp_path, [{"w": torch.ones(1000)}] * 2)
+    with open(tmp_path / "epoch_2.pt", "r+b") as file:
+        file.truncate(2000)
+    with pytest.raises(CheckpointError, match=r"epoch_2\.pt ends before"):
+        compute(checkpoints, [1.0, 1.0])
+
+
+def test_a_file_that_went_away_is_an_error_that_names_it(tmp_path):
+    checkpoints = opened(tmp_path, [{"w": torch.ones(10)}] * 2)
+    (tmp_path / "epoch_1.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"epoch_1\.pt cannot be read"):
+        compute(checkpoints, [1.0, 1.0])
