@@ -66,8 +66,8 @@ def average(
     *,
     weights: Sequence[float] | None = None,
     out: str | os.PathLike[str] | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     base: str | os.PathLike[str] | Checkpoint | None = None,
     dtype: str = "keep",
     overwrite: bool = False,
@@ -120,8 +120,8 @@ def plan_average(
     scheme: str = "uniform",
     *,
     weights: Sequence[float] | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     base: str | os.PathLike[str] | Checkpoint | None = None,
     dtype: str = "keep",
 ) -> Average:
@@ -130,9 +130,13 @@ def plan_average(
     chosen = schemes.parse(scheme) if weights is None else schemes.explicit(weights)
     coefficients = chosen.coefficients([c.step for c in checkpoints])
     if base is not None and not isinstance(base, Checkpoint):
-        base = open_checkpoint(base)
-    rules = Rules(tuple(include), tuple(exclude), base, dtype)
+        base = open_checkpoint(base, checkpoints[-1].key or None)
+    rules = Rules(_patterns(include), _patterns(exclude), base, dtype)
     return Average(make_plan(checkpoints, coefficients, rules), chosen)
+
+
+def _patterns(given: str | Sequence[str]) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given)
 
 
 def in_memory(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler
 
 from ckptavg.errors import EvaluationError, UsageError
 
@@ -70,12 +70,19 @@ class Runtime:
                 pin_memory=self.device.type == "cuda",
                 generator=torch.Generator().manual_seed(self.seed),
             )
-        if shuffle and isinstance(data, DataLoader) and isinstance(data.sampler, SequentialSampler):
+        if shuffle and isinstance(data, DataLoader) and _is_sequential(data):
             log.info(
                 "the training data loader does not shuffle: if its samples are sorted by class, "
                 "batches of one class distort the statistics below the first layer"
             )
         return data
+
+
+def _is_sequential(loader: DataLoader[Any]) -> bool:
+    """Whether a loader reads its samples in their own order; one with its own batches may not."""
+    if type(loader.batch_sampler) not in (BatchSampler, type(None)):
+        return False
+    return isinstance(loader.sampler, SequentialSampler)
 
 
 def find_device(name: str | torch.device) -> torch.device:
@@ -140,7 +147,7 @@ def split_labels(batch: Any) -> tuple[Any, torch.Tensor]:
         EvaluationError: There are no labels.
     """
     if isinstance(batch, Mapping):
-        key = next((k for k in _LABELS if k in batch), None)
+        key = next((k for k in _LABELS if isinstance(batch.get(k), torch.Tensor)), None)
         if key is not None:
             return {k: v for k, v in batch.items() if k != key}, batch[key]
     elif isinstance(batch, Sequence) and len(batch) >= 2 and isinstance(batch[1], torch.Tensor):
@@ -149,6 +156,14 @@ def split_labels(batch: Any) -> tuple[Any, torch.Tensor]:
         "a batch is expected to be (inputs, labels), or a dict with 'labels', "
         f"but is a {type(batch).__name__}"
     )
+
+
+def inputs_of(batch: Any) -> Any:
+    """A batch without its labels, if it has any."""
+    try:
+        return split_labels(batch)[0]
+    except EvaluationError:
+        return batch
 
 
 def size_of(batch: Any) -> int:

@@ -129,6 +129,11 @@ def tracked_layers(model: nn.Module) -> dict[str, _NormBase]:
     }
 
 
+def _keeps_nothing(module: nn.Module) -> bool:
+    """Whether a module is a BatchNorm layer that normalizes each batch by itself."""
+    return isinstance(module, _BatchNorm) and not module.track_running_stats
+
+
 @dataclass
 class _Moments:
     """Count, mean and sum of squared deviations a channel, in float64.
@@ -183,6 +188,9 @@ class _Pass:
                 "the model has no BatchNorm layers with running statistics",
                 "There is nothing to recompute; use the average as it is.",
             )
+        plain = [n for n, m in self.model.named_modules() if _keeps_nothing(m)]
+        if plain:
+            log.info("layers without running statistics are skipped: %s", first_few(plain))
         self.layers = {
             name: layer
             for name, layer in found.items()
@@ -197,6 +205,8 @@ class _Pass:
 
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given = args[0] if args else kwargs["input"]
+            if not given.numel():
+                return
             values = given.detach().to(self.where, torch.float64)
             if isinstance(layer, _InstanceNorm):
                 if values.dim() == layer._get_no_batch_dim():  # type: ignore[no-untyped-call]
@@ -267,7 +277,7 @@ def _collecting(model: nn.Module, exclude: Sequence[str], device: torch.device) 
     try:
         model.eval()
         for name, layer in one.layers.items():
-            layer.train()
+            layer.training = True  # not .train(): what a subclass holds, dropout say, stays off
             hooks.append(layer.register_forward_pre_hook(one.observe(name), with_kwargs=True))
             hooks.append(layer.register_forward_hook(_back_to_training, always_call=True))
         yield one

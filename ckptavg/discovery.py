@@ -276,7 +276,10 @@ def _ordered(checkpoints: Sequence[Checkpoint]) -> tuple[tuple[Checkpoint, ...],
         tuple(-1 if v is None else v for v in (p, s, e)) if p in (s, e) and p is not None else ()
         for p, s, e in zip(positions, steps, epochs, strict=True)
     ]
-    ranked = sorted(range(len(checkpoints)), key=lambda i: (keys[i], _natural(checkpoints[i].path)))
+    aliases = [_is_alias(c, checkpoints) for c in checkpoints]
+    ranked = sorted(
+        range(len(checkpoints)), key=lambda i: (keys[i], aliases[i], _natural(checkpoints[i].path))
+    )
     return tuple(replace(checkpoints[i], step=positions[i]) for i in ranked), notes
 
 

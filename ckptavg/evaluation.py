@@ -25,6 +25,7 @@ from ckptavg.batches import (
     Forward,
     Runtime,
     call,
+    inputs_of,
     length_of,
     split_labels,
     to_device,
@@ -257,7 +258,7 @@ class _Session:
             models = [self._load(network) for network in group]
             report = functools.partial(self.progress, phase)
             recompute(
-                models, data, self.runtime,
+                models, data, self.runtime, self._forward_on_batch,
                 progress=report,
             )  # fmt: skip
             for network, model in zip(group, models, strict=True):
@@ -267,6 +268,9 @@ class _Session:
                     for name, layer in layers.items()
                     for key, value in layer.named_buffers(recurse=False)
                 }
+
+    def _forward_on_batch(self, model: nn.Module, batch: Any) -> Any:
+        return self.forward(model, inputs_of(batch))
 
     def score(self, loader: Batches) -> list[Result]:
         """Run every network over the data and score every candidate."""
@@ -278,14 +282,17 @@ class _Session:
         for i, group in enumerate(groups, 1):
             phase = _phase("evaluation", i, len(groups))
             models = [(network, self._load(network)) for network in group]
-            total = length_of(loader)
+            total, count = length_of(loader), 0
             for number, batch in enumerate(loader):
                 inputs, labels = split_labels(batch)
-                _check_order(labels_seen, number, labels)
+                _check_order(labels_seen, number, labels, first=i == 1)
+                count += 1
                 self._score_batch(
                     models, boards, number, to_device(inputs, self.runtime.device), labels
                 )
-                self.progress(phase, number + 1, total)
+                self.progress(phase, count, total)
+            if count != len(labels_seen):
+                raise _another_order()
         return [
             Result(board.candidate, board.metrics.compute(), self._bn(board.candidate))
             for board in boards
@@ -306,7 +313,7 @@ class _Session:
             found = log_softmax(outputs, self.runtime.device)
             here = labels.to(found.device, torch.int64)
             for board, members in zip(boards, self.members, strict=True):
-                if network in members:
+                for _ in range(members.count(network)):
                     board.add(number, found, here, members=len(members))
 
     def _networks_of(self, candidate: Candidate) -> list[_Network]:
@@ -406,14 +413,21 @@ def _check_outputs(name: str, outputs: torch.Tensor, labels: torch.Tensor) -> No
         )
 
 
-def _check_order(seen: list[torch.Tensor], number: int, labels: torch.Tensor) -> None:
+def _check_order(
+    seen: list[torch.Tensor], number: int, labels: torch.Tensor, *, first: bool
+) -> None:
     """Make sure that every pass sees the same samples in the same order."""
-    if number == len(seen):
+    if first:
         seen.append(labels.clone())
-    elif not torch.equal(seen[number], labels):
-        raise EvaluationError(
-            "the data loader gives another order in each pass", "Use shuffle=False to evaluate."
-        )
+    elif number >= len(seen) or not torch.equal(seen[number], labels):
+        raise _another_order()
+
+
+def _another_order() -> EvaluationError:
+    return EvaluationError(
+        "the data loader gives other samples, or another order, in each pass",
+        "Use shuffle=False to evaluate.",
+    )
 
 
 def _phase(name: str, number: int, of: int) -> str:

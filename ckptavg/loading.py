@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ckptavg.errors import ModelError, first_few
 from ckptavg.formats.weights import bare_names
@@ -25,17 +26,19 @@ def load_into(model: nn.Module, state_dict: Mapping[str, torch.Tensor], origin: 
     Raises:
         ModelError: Names or shapes do not fit.
     """
-    own = model.state_dict(keep_vars=True)
+    states = model.state_dict(keep_vars=True)
+    own = {name: value for name, value in states.items() if isinstance(value, torch.Tensor)}
     bare = bare_names(list(own))
     places = {bare[name]: name for name in own if name in bare}
     given = {places[name]: tensor for name, tensor in state_dict.items() if name in places}
     extra = [name for name in state_dict if name not in places]
     lost = [name for name in places.values() if name not in given]
-    reached = {own[name].data_ptr() for name in given if own[name].numel()}
+    reached = {own[name].data_ptr() for name in given if _is_real(own[name])}
     lost = [
         name
         for name in lost
-        if not name.endswith("num_batches_tracked") and own[name].data_ptr() not in reached
+        if not name.endswith("num_batches_tracked")
+        and not (_is_real(own[name]) and own[name].data_ptr() in reached)
     ]
     if lost or extra:
         parts = [f"the model needs {first_few(lost)}"] if lost else []
@@ -45,7 +48,7 @@ def load_into(model: nn.Module, state_dict: Mapping[str, torch.Tensor], origin: 
             "Check --model and its --model-arg.",
         )
     for name, tensor in given.items():
-        if own[name].shape != tensor.shape:
+        if not is_lazy(own[name]) and own[name].shape != tensor.shape:
             raise ModelError(
                 f"{origin} does not fit the model: {name} has the shape {tuple(tensor.shape)} "
                 f"where the model has {tuple(own[name].shape)}",
@@ -54,10 +57,15 @@ def load_into(model: nn.Module, state_dict: Mapping[str, torch.Tensor], origin: 
     model.load_state_dict(given, strict=False)
 
 
+def _is_real(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has elements yet; a lazy module's gets them with its first batch."""
+    return not is_lazy(tensor) and tensor.numel() > 0
+
+
 def fit(model: nn.Module, device: torch.device) -> int:
     """How many copies of a model the free memory of a device holds beside the work on them."""
     tensors = (*model.parameters(), *model.buffers())
-    size = sum(t.numel() * t.element_size() for t in tensors)
+    size = sum(t.numel() * t.element_size() for t in tensors if _is_real(t))
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     elif hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:

@@ -333,7 +333,7 @@ def _with_ties(tensors: Sequence[TensorPlan]) -> list[TensorPlan]:
     seen: dict[object, str] = {}
     tied: list[TensorPlan] = []
     for plan in tensors:
-        places = tuple(source.pieces for source in plan.sources)
+        places = tuple(source.pieces for source in (*plan.sources, *plan.compared))
         identity = (places, plan.dtype.name, plan.coefficients, plan.averaged)
         first = seen.setdefault(identity, plan.name) if math.prod(plan.shape) else plan.name
         tied.append(plan if first == plan.name else replace(plan, tied_to=first))

@@ -107,7 +107,10 @@ def _statistics(model: nn.Module) -> Mapping[str, torch.Tensor]:
     """The running statistics of a model under bare names."""
     bare = bare_names(list(model.state_dict()))
     found: StateDict = {}
-    for name, layer in tracked_layers(model).items():
+    tracked = set(tracked_layers(model).values())
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if layer not in tracked:
+            continue
         for key, value in layer.named_buffers(recurse=False):
             full = f"{name}.{key}".lstrip(".")
             found[bare.get(full, full)] = value.detach().cpu()

@@ -66,14 +66,14 @@ def make_model(spec: str, arguments: Arguments | None = None) -> nn.Module:
             raise SpecError(
                 f"torchvision has no model {name!r}", _similar(name, models.list_models())
             )
-        model = _call(spec, models.get_model, name, **keywords)
+        model = _call(spec, models.get_model, (name,), keywords)
     elif kind == "timm":
         timm = _extra("timm", "timm")
-        model = _call(spec, timm.create_model, name, pretrained=False, **keywords)
+        model = _call(spec, timm.create_model, (name,), {"pretrained": False, **keywords})
     elif kind == "hf":
-        model = _call(spec, _hugging_face_model, name, **keywords)
+        model = _call(spec, _hugging_face_model, (name,), keywords)
     else:
-        model = _call(spec, _factory(kind, name), **keywords)
+        model = _call(spec, _factory(kind, name), (), keywords)
     if not isinstance(model, nn.Module):
         raise SpecError(
             f"{spec} is expected to return a torch.nn.Module but returned a {type(model).__name__}"
@@ -104,14 +104,14 @@ def make_data(
     if kind == "imagefolder":
         datasets = _torchvision("datasets")
         transform = _transform(keywords) or _image_transform(model_spec)
-        data = _call(spec, datasets.ImageFolder, name, transform=transform, **keywords)
+        data = _call(spec, datasets.ImageFolder, (name,), {"transform": transform, **keywords})
     elif kind in _CIFAR:
         class_name, mean, std = _CIFAR[kind]
         factory = getattr(_torchvision("datasets"), class_name)
         transform = _transform(keywords) or _cifar_transform(class_name, mean, std)
-        data = _call(spec, factory, name, train=train, transform=transform, **keywords)
+        data = _call(spec, factory, (name,), {"train": train, "transform": transform, **keywords})
     else:
-        data = _call(spec, _factory(kind, name), **keywords)
+        data = _call(spec, _factory(kind, name), (), keywords)
     if not isinstance(data, (Dataset, DataLoader)) and not hasattr(data, "__iter__"):
         raise SpecError(
             f"{spec} is expected to return a Dataset or a DataLoader "
@@ -157,14 +157,16 @@ def _module(name: str) -> ModuleType:
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
     try:
-        if importlib.util.find_spec(name) is None:
-            raise ModuleNotFoundError(name=name)
-    except (ModuleNotFoundError, ValueError) as error:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise _failed_import(name, error) from error
         raise SpecError(
-            f"no module named {name!r} is found",
+            f"no module named {error.name!r} is found",
             f"Run from the directory that holds it, set PYTHONPATH, or name {MODEL_HELP}.",
         ) from error
-    return _imported(name, lambda: importlib.import_module(name))
+    except Exception as error:
+        raise _failed_import(name, error) from error
 
 
 def _module_from_file(path: Path) -> ModuleType:
@@ -173,32 +175,35 @@ def _module_from_file(path: Path) -> ModuleType:
     home = str(path.resolve().parent)
     if home not in sys.path:
         sys.path.insert(0, home)  # for its own imports, and for workers that import it again
-    loaded = sys.modules.get(path.stem)
-    if loaded is not None and getattr(loaded, "__file__", None) == str(path.resolve()):
-        return loaded
-    spec = importlib.util.spec_from_file_location(path.stem, path.resolve())
+    names = (path.stem, f"ckptavg_user_{path.stem}")  # the latter where the former is in use
+    for name in names:
+        loaded = sys.modules.get(name)
+        if getattr(loaded, "__file__", None) == str(path.resolve()) and loaded is not None:
+            return loaded
+    name = next((n for n in names if n not in sys.modules), names[-1])
+    spec = importlib.util.spec_from_file_location(name, path.resolve())
     if spec is None or spec.loader is None:
         raise SpecError(f"{path} cannot be imported")
     module, loader = importlib.util.module_from_spec(spec), spec.loader
-    sys.modules[path.stem] = module
+    sys.modules[name] = module
 
-    def run() -> ModuleType:
-        loader.exec_module(module)
-        return module
-
-    return _imported(str(path), run)
-
-
-def _imported(name: str, run: Callable[[], ModuleType]) -> ModuleType:
     try:
-        return run()
+        loader.exec_module(module)
     except Exception as error:
-        raise SpecError(
-            f"importing {name} failed: {type(error).__name__}: {error}", "--debug shows where."
-        ) from error
+        del sys.modules[name]
+        raise _failed_import(str(path), error) from error
+    return module
 
 
-def _call(spec: str, factory: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
+def _failed_import(name: str, error: Exception) -> SpecError:
+    return SpecError(
+        f"importing {name} failed: {type(error).__name__}: {error}", "--debug shows where."
+    )
+
+
+def _call(
+    spec: str, factory: Callable[..., Any], args: tuple[Any, ...], keywords: Arguments
+) -> Any:
     try:
         return factory(*args, **keywords)
     except SpecError:
@@ -261,6 +266,7 @@ def _transform(keywords: dict[str, Any]) -> Transform | None:
     if spec is None:
         return None
     kind, name = _split(str(spec), "transform=path/file.py:fn")
+    log.info("images are prepared by %s", spec)
     return _factory(kind, name)
 
 

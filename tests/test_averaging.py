@@ -215,6 +215,15 @@ def test_a_base_by_its_path_gives_the_entry_that_the_run_was_opened_with(tmp_pat
     assert (found["body"].item(), found["head"].item()) == (20.0, 10.0)
 
 
+def test_a_base_may_keep_its_weights_under_another_entry_than_the_run(tmp_path):
+    for i in (1.0, 3.0):
+        weights = {"body": torch.tensor([i]), "head": torch.tensor([i])}
+        save(tmp_path / "run" / f"epoch_{i:g}.pt", weights, epoch=i)
+    base = save(tmp_path / "pretrained.pt", {"body": torch.zeros(1), "head": torch.zeros(5)})
+    found = average(open_run(tmp_path / "run"), base=base, exclude=["head"])
+    assert (found["body"].tolist(), found["head"].tolist()) == ([2.0], [0.0] * 5)
+
+
 def test_one_pattern_may_stand_alone(tmp_path):
     both = [{"body": torch.tensor([x]), "head": torch.tensor([x])} for x in (0.0, 1.0)]
     save_states(tmp_path, both)

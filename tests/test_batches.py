@@ -81,7 +81,7 @@ def test_a_cuda_device_beyond_the_last_is_absent(monkeypatch):
 
 
 def test_an_unknown_kind_of_device_is_wrong_usage():
-    with pytest.raises(UsageError, match="auto, cpu, cuda.*'gpu'"):
+    with pytest.raises(UsageError, match=r"auto, cpu, cuda.*'gpu'"):
         find_device("gpu")
 
 

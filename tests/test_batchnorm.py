@@ -3,7 +3,7 @@
 import copy
 from collections import OrderedDict
 from datetime import timedelta
-from itertools import count
+from itertools import count, pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -140,7 +140,7 @@ def splits(draw):
     cuts = draw(st.lists(st.integers(1, shape[0]), max_size=6, unique=True).map(sorted))
     offset = draw(st.sampled_from([0, 1e4]))
     ends = [0, *cuts, shape[0]]
-    sizes = [b - a for a, b in zip(ends, ends[1:], strict=False) if b > a]
+    sizes = [b - a for a, b in pairwise(ends) if b > a]
     return torch.from_numpy(values) + offset, sizes
 
 

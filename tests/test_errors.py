@@ -25,7 +25,13 @@ def test_a_file_without_weights_is_a_checkpoint_error():
 def test_message_and_remedy_make_one_line():
     error = errors.CkptavgError("a file\nwith a\tbad   name", "Rename\nit.")
     assert str(error) == "a file with a bad name. Rename it."
-    assert (error.message, error.remedy) == ("a file\nwith a\tbad   name", "Rename\nit.")
+    assert (error.message, error.remedy) == ("a file with a bad name", "Rename it.")
+
+
+@pytest.mark.parametrize("control", ["\x1b[31m", "\r", "\x07", "\x9b2J", "\u202e"])
+def test_names_from_files_cannot_steer_the_terminal(control):
+    error = errors.CkptavgError(f"tensor {control}x differs", f"Leave {control}x out.")
+    assert str(error).isprintable()
 
 
 def test_message_stands_alone_without_a_remedy():

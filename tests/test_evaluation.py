@@ -409,6 +409,18 @@ def test_kinds_of_batches(checkpoints, states, batch_of):
         assert_scores(result, probabilities(state))
 
 
+def test_training_batches_may_have_labels_as_the_evaluation_batches_do(checkpoints, states):
+    for batch_of in (tuple, by_keywords):
+        data, train = (
+            [batch_of((x, torch.zeros(len(x), dtype=torch.int64))) for x in values.split(16)]
+            for values in (X, TRAIN)
+        )
+        candidate = average_of(checkpoints, recompute=True)
+        (result,) = evaluate([candidate], Net(), data, train_loader=train)
+        expected = probabilities(with_statistics_of(mean_of(states), TRAIN))
+        assert_scores(result, expected, torch.zeros(40, dtype=torch.int64))
+
+
 def test_unusual_inputs_go_through_a_forward_of_the_users(checkpoints, states):
     def wrapped(x):
         return [(SimpleNamespace(image=some), y) for some, y in batches(x=x)]
@@ -476,6 +488,20 @@ def test_a_label_that_the_model_has_no_class_for_is_an_error(checkpoints, label)
     y[30] = label
     with pytest.raises(EvaluationError, match=f"the label {label}, but the model has 3 classes"):
         evaluate(checkpoints, Net(), batches(y=y))
+
+
+@pytest.mark.parametrize("value", [0.5, torch.nan])
+def test_labels_that_are_no_classes_are_an_error(checkpoints, value):
+    y = Y.float()
+    y[30] = value
+    with pytest.raises(EvaluationError, match="label"):
+        evaluate(checkpoints, Net(), batches(y=y))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.float32])
+def test_labels_may_have_any_type(checkpoints, states, dtype):
+    (result,) = evaluate(checkpoints[:1], Net(), batches(y=Y.to(dtype)))
+    assert_scores(result, probabilities(states[0]))
 
 
 @pytest.mark.parametrize(

@@ -51,9 +51,7 @@ def checkpoint_of(model, seed=1):
     """Other values for a model's weights."""
     torch.manual_seed(seed)
     states = bare_states(model)
-    return {
-        k: torch.rand_like(v) if v.is_floating_point() else v + seed for k, v in states.items()
-    }
+    return {k: torch.rand_like(v) if v.is_floating_point() else v + seed for k, v in states.items()}
 
 
 def compiled(model):

@@ -180,6 +180,13 @@ def test_an_alias_of_safetensors_is_compared_by_its_bytes(tmp_path):
     ]  # fmt: skip
 
 
+def test_a_numbered_link_to_a_checkpoint_elsewhere_keeps_its_place(tmp_path):
+    numbered(tmp_path / "run", 3)
+    (tmp_path / "run" / "epoch_2.pt").rename(tmp_path / "archived.pt")
+    (tmp_path / "run" / "epoch_2.pt").symlink_to(tmp_path / "archived.pt")
+    assert numbers(open_run(tmp_path / "run")) == [1, 2, 3]
+
+
 def test_several_aliases_of_one_checkpoint_count_once(tmp_path):
     numbered(tmp_path, 2)
     for alias in ("last.pt", "best.pt"):
@@ -270,6 +277,12 @@ def test_other_state_is_left_out_when_the_shell_names_every_file(tmp_path, name)
     run = open_run(*sorted(tmp_path.glob("*.pt*")))
     assert names(run) == ["epoch_1.pt", "epoch_2.pt"]
     assert [path.name for path, _ in run.left_out] == [name]
+
+
+def test_nothing_but_other_state_is_an_error_that_says_so(tmp_path):
+    paths = [save_weight(tmp_path / name) for name in ("optimizer.pt", "scheduler.pt")]
+    with pytest.raises(RunError, match=r"optimizer\.pt \(not a model's weights\)"):
+        open_run(*paths)
 
 
 def test_an_optimizer_under_any_name_is_left_out(tmp_path):

@@ -1,5 +1,6 @@
 """``--model`` and ``--data`` specifications: what they build, and what is said if they do not."""
 
+import contextlib
 import importlib
 import pickle
 import sys
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from torchvision import datasets
+from torchvision import datasets, models
 
 from ckptavg.errors import SpecError, UsageError
 from ckptavg.sources import make_data, make_model, parse_arguments
@@ -170,7 +171,9 @@ def test_a_factory_in_a_module_of_the_working_directory():
 
 
 def test_a_class_is_a_factory():
-    assert isinstance(make_model("torch.nn:Linear", {"in_features": 2, "out_features": 1}), nn.Linear)
+    assert isinstance(
+        make_model("torch.nn:Linear", {"in_features": 2, "out_features": 1}), nn.Linear
+    )
 
 
 def test_files_of_the_same_name_are_told_apart():
@@ -193,9 +196,7 @@ def test_arguments_may_have_any_name():
     assert (model.in_features, model.out_features) == (2, 4)
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"), [("make_data", Dataset), ("make_loader", DataLoader)]
-)
+@pytest.mark.parametrize(("name", "kind"), [("make_data", Dataset), ("make_loader", DataLoader)])
 @pytest.mark.parametrize("train", [True, False])
 def test_a_factory_of_data(name, kind, train):
     data = make_data(f"{write('data_of_mine.py')}:{name}", train=train)
@@ -207,9 +208,11 @@ def test_a_factory_of_data_takes_arguments():
     assert len(make_data(f"{path}:make_data", {"samples": 9}, train=True)) == 9
 
 
-def test_a_module_that_is_not_found():
-    message = error_of(make_model, "no_such_module.nets:make")
-    assert "no module named 'no_such_module.nets' is found" in message
+@pytest.mark.parametrize("home", ["no_such_module", "no_such_module.nets", "torch.no_such_module"])
+def test_a_module_that_is_not_found(home):
+    message = error_of(make_model, f"{home}:make")
+    assert "no module named" in message
+    assert "no_such_module" in message
     assert "PYTHONPATH" in message
 
 
@@ -270,7 +273,8 @@ def test_a_package_that_fails_on_import(text, cause):
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("make_number", "int"), ("make_nothing", "NoneType"), ("make_data", "Tensor")]
+    ("name", "kind"),
+    [("make_number", "int"), ("make_nothing", "NoneType"), ("make_data", "Tensor")],
 )
 def test_a_model_factory_that_returns_something_else(name, kind):
     message = error_of(make_model, f"{write('nets.py')}:{name}")
@@ -299,6 +303,16 @@ def test_a_torchvision_model():
     assert model.fc.out_features == 7
 
 
+@pytest.mark.parametrize("name", ["resnet18", "lraspp_mobilenet_v3_large"])
+def test_a_torchvision_model_is_built_without_downloading_weights(monkeypatch, name):
+    """A segmentation model's backbone has pretrained weights by default."""
+    downloads = []
+    monkeypatch.setattr(models._api, "load_state_dict_from_url", lambda *a, **k: downloads.append(a))
+    with contextlib.suppress(SpecError):
+        make_model(f"torchvision:{name}")
+    assert downloads == []
+
+
 def test_a_torchvision_model_that_does_not_exist():
     message = error_of(make_model, "torchvision:resnet19")
     assert "torchvision has no model 'resnet19'" in message
@@ -315,14 +329,18 @@ def test_an_argument_that_a_torchvision_model_does_not_take():
     ("error", "said"),
     [
         (ModuleNotFoundError("No module named 'torchvision'"), "torchvision is not installed"),
-        (RuntimeError("operator torchvision::nms does not exist"), "does not fit the installed torch"),
+        (
+            RuntimeError("operator torchvision::nms does not exist"),
+            "does not fit the installed torch",
+        ),
         (ImportError("undefined symbol"), "does not fit the installed torch"),
         (OSError("libcudart.so"), "does not fit the installed torch"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
 @pytest.mark.parametrize(
-    "build", [lambda: make_model("torchvision:resnet18"), lambda: make_data("cifar10:x", train=True)]
+    "build",
+    [lambda: make_model("torchvision:resnet18"), lambda: make_data("cifar10:x", train=True)],
 )
 def test_torchvision_that_cannot_be_imported_is_explained(monkeypatch, build, error, said):
     def fail(name):
@@ -515,7 +533,8 @@ def test_a_directory_that_holds_no_cifar(tmp_path, kind):
 
 
 def test_models_and_data_of_the_users_need_no_torchvision(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchvision", None)
+    for part in ("torchvision", "torchvision.models", "torchvision.datasets"):
+        monkeypatch.setitem(sys.modules, part, None)
     path = write("nets.py")
     make_model(f"{path}:make_net")
     make_data(f"{path}:make_data", train=True)

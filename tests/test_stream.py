@@ -327,6 +327,28 @@ def test_integers_of_another_width_are_compared_by_value(tmp_path):
     assert result.differing == {"other"}
 
 
+@pytest.mark.parametrize("dtype", ["uint16", "uint32", "uint64", "int8", "bool"])
+def test_integers_of_any_width_are_compared(tmp_path, dtype):
+    states = [
+        {
+            "same": torch.ones(3, dtype=getattr(torch, dtype)),
+            "other": torch.full((3,), i, dtype=getattr(torch, dtype)),
+        }
+        for i in (0, 1)
+    ]
+    found, result = compute(opened(tmp_path, states), [1.0, 1.0])
+    assert found["other"].tolist() == [1, 1, 1]
+    assert result.differing == {"other"}
+
+
+def test_integers_that_only_the_last_checkpoint_ties_are_compared_each_by_itself(tmp_path):
+    shared = torch.ones(3, dtype=torch.int64)
+    loose = {"same": torch.ones(3, dtype=torch.int64), "other": torch.zeros(3, dtype=torch.int64)}
+    states = [loose, {"same": shared, "other": shared}]
+    _, result = compute(opened(tmp_path, states), [1.0, 1.0])
+    assert result.differing == {"other"}
+
+
 # Progress and failure
 
 

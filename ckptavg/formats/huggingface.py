@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 from pathlib import Path
 
@@ -64,6 +65,12 @@ def weight_map(index: Path) -> dict[str, str]:
             "Copy the directory again, or leave it out.",
         )
     return names
+
+
+def belongs(name: str) -> bool:
+    """Whether a file's name is one that a model's own directory has."""
+    own = (*WEIGHT_FILES, "*.safetensors", "pytorch_model-*.bin", *COMPANIONS)
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in own)
 
 
 def _is_file(path: Path) -> bool:

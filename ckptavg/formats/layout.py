@@ -71,7 +71,7 @@ def lay_out(
         UnsupportedTensorError: The format cannot store one of the element types.
     """
     suffix = Path(path).suffix
-    text = json.dumps(dict(provenance), ensure_ascii=False)
+    text = json.dumps(dict(provenance))
     if suffix == ".safetensors":
         return Layout(False, [_safetensors("", tensors, {"format": "pt", "ckptavg": text})])
     if suffix in TORCH_SUFFIXES:
@@ -111,14 +111,14 @@ def _torch_zip(tensors: Sequence[OutputTensor], provenance: str) -> FileLayout:
 
 def _directory(tensors: Sequence[OutputTensor], provenance: str, template: Checkpoint) -> Layout:
     """A Hugging Face directory, split into shards as its input was."""
-    renamed = [
-        OutputTensor(template.stored_names.get(t.name, t.name), t.dtype, t.shape) for t in tensors
-    ]
+    as_stored = template.stored_names if template.layout == "huggingface" else {}
+    bare = {as_stored.get(t.name, t.name): t.name for t in tensors}
+    renamed = [OutputTensor(name, t.dtype, t.shape) for name, t in zip(bare, tensors, strict=True)]
     metadata = {"format": "pt", "ckptavg": provenance}
     shards = _shards(renamed, template)
     files = [_safetensors(name, shard, metadata) for name, shard in shards.items()]
     for file in files:
-        file.offsets = {_bare(template, name): at for name, at in file.offsets.items()}
+        file.offsets = {bare[name]: at for name, at in file.offsets.items()}
     companions = _companions(template, tensors)
     if len(files) > 1:
         index = {
@@ -128,10 +128,6 @@ def _directory(tensors: Sequence[OutputTensor], provenance: str, template: Check
         stem = files[0].name.split("-0")[0]
         companions[f"{stem}.safetensors.index.json"] = json.dumps(index, indent=2).encode()
     return Layout(True, files, companions)
-
-
-def _bare(template: Checkpoint, stored: str) -> str:
-    return next((b for b, s in template.stored_names.items() if s == stored), stored)
 
 
 def _shards(tensors: Sequence[OutputTensor], template: Checkpoint) -> dict[str, list[OutputTensor]]:
@@ -173,9 +169,17 @@ def _companions(template: Checkpoint, tensors: Sequence[OutputTensor]) -> dict[s
     before = {t.dtype.name for t in template.tensors.values() if t.dtype.kind == "float"}
     after = {t.dtype.name for t in tensors if t.dtype.kind == "float"}
     if "config.json" in found and before != after and len(after) == 1:
-        config = json.loads(found["config.json"])
-        for field_name in ("dtype", "torch_dtype"):
-            if field_name in config:
-                config[field_name] = next(iter(after))
-        found["config.json"] = json.dumps(config, indent=2).encode()
+        found["config.json"] = _with_dtype(found["config.json"], next(iter(after)))
     return found
+
+
+def _with_dtype(config: bytes, dtype: str) -> bytes:
+    """A model's configuration with the element type in it changed; as it is if it is no such."""
+    try:
+        values = json.loads(config)
+    except (ValueError, RecursionError):
+        return config
+    if not isinstance(values, dict):
+        return config
+    known = {name: dtype for name in ("dtype", "torch_dtype") if name in values}
+    return json.dumps(values | known, indent=2).encode() if known else config

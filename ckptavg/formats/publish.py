@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -17,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 
 from ckptavg.errors import OutputError
-from ckptavg.formats.huggingface import main_file
+from ckptavg.formats.huggingface import belongs, main_file
 
 try:
     import fcntl
@@ -97,8 +98,8 @@ class Publication:
         self._lock = -1
 
     def __enter__(self) -> Publication:
-        _clear_leftovers(self.path)
         try:
+            _clear_leftovers(self.path)
             if self.directory:
                 self.temporary.mkdir()
                 flags = os.O_RDONLY
@@ -161,23 +162,21 @@ def _is_within(path: Path, directory: Path) -> bool:
 
 
 def _is_only_a_model(directory: Path) -> bool:
-    suffixes = {".safetensors", ".json", ".txt", ".model", ".jinja", ".py", ".bin", ".md"}
-    return main_file(directory) is not None and all(
-        child.is_file() and (child.suffix in suffixes or child.name.startswith("."))
-        for child in directory.iterdir()
-    )
+    """Whether a directory is empty, or a model's with nothing else in it."""
+    children = list(directory.iterdir())
+    own = all(child.is_file() and belongs(child.name) for child in children)
+    return not children or (own and main_file(directory) is not None)
 
 
 def _clear_leftovers(path: Path) -> None:
     """Remove what a dead run left beside an output; put back what it had set aside."""
-    for left in path.parent.glob(f".{path.name}.*{_TEMPORARY}"):
-        if not _is_locked(left):
+    ours = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}({_TEMPORARY}|{_REPLACED})")
+    found = [(p, m[1]) for p in path.parent.iterdir() if (m := ours.fullmatch(p.name))]
+    for left, kind in found:
+        if kind == _REPLACED and not path.exists():
+            left.rename(path)
+        elif kind == _REPLACED or not _is_locked(left):
             _remove(left)
-    for old in path.parent.glob(f".{path.name}.*{_REPLACED}"):
-        if path.exists():
-            _remove(old)
-        else:
-            old.rename(path)
 
 
 def _is_locked(path: Path) -> bool:

@@ -79,18 +79,14 @@ class FileSink:
         self._lock = threading.Lock()
 
     def __enter__(self) -> FileSink:
-        for file in self._layout.files:
-            path = self._root / file.name if file.name else self._root
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
-            self._handles.append(handle)
-            _preallocate(handle, file.size)
-            for offset, content in file.parts:
-                self._write_at(handle, memoryview(content), offset)
-            for name, offset in file.offsets.items():
-                self._targets.setdefault(name, []).append((handle, offset))
-            self._crcs |= {name: [] for name in file.checksums}
-        for name, content in self._layout.companions.items():
-            (self._root / name).write_bytes(content)
+        try:
+            for file in self._layout.files:
+                self._prepare(file)
+            for name, content in self._layout.companions.items():
+                (self._root / name).write_bytes(content)
+        except BaseException:
+            self._close()
+            raise
         return self
 
     def __exit__(
@@ -99,8 +95,7 @@ class FileSink:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
-        while self._handles:
-            os.close(self._handles.pop())
+        self._close()
 
     def write(self, name: str, offset: int, data: memoryview) -> None:
         """Write the bytes wherever the tensor, or one tied to it, lies."""
@@ -114,6 +109,21 @@ class FileSink:
         """Store the checksums, once every byte has been written."""
         for handle, file in zip(self._handles, self._layout.files, strict=True):
             self._store_checksums(handle, file)
+
+    def _prepare(self, file: FileLayout) -> None:
+        path = self._root / file.name if file.name else self._root
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+        self._handles.append(handle)
+        _preallocate(handle, file.size)
+        for offset, content in file.parts:
+            self._write_at(handle, memoryview(content), offset)
+        for name, offset in file.offsets.items():
+            self._targets.setdefault(name, []).append((handle, offset))
+        self._crcs |= {name: [] for name in file.checksums}
+
+    def _close(self) -> None:
+        while self._handles:
+            os.close(self._handles.pop())
 
     def _store_checksums(self, handle: int, file: FileLayout) -> None:
         for name, places in file.checksums.items():

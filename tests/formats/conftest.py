@@ -94,6 +94,12 @@ def language_model():
     transformers = pytest.importorskip("transformers")
     transformers.utils.logging.disable_progress_bar()
     config = transformers.GPT2Config(
-        n_layer=2, n_embd=16, n_head=2, vocab_size=50, n_positions=16, bos_token_id=0, eos_token_id=1
+        n_layer=2,
+        n_embd=16,
+        n_head=2,
+        vocab_size=50,
+        n_positions=16,
+        bos_token_id=0,
+        eos_token_id=1,
     )
     return transformers.GPT2LMHeadModel(config).eval()

@@ -14,10 +14,12 @@ import pickle
 import pickletools
 import struct
 import zipfile
-from pickle import (
+
+from pickle import (  # isort: skip
     ADDITEMS, APPEND, APPENDS, BINPERSID, BINUNICODE, BUILD, DUP, EMPTY_DICT, EMPTY_LIST, EMPTY_SET,
     EMPTY_TUPLE, GLOBAL, INST, LONG1, LONG_BINGET, LONG_BINPUT, MARK, MEMOIZE, NEWOBJ, NEWOBJ_EX,
-    NONE, OBJ, POP, PROTO, PUT, REDUCE, SETITEM, SETITEMS, STACK_GLOBAL, STOP, TUPLE, TUPLE1, TUPLE2,
+    NONE, OBJ, POP, PROTO, PUT, REDUCE, SETITEM, SETITEMS, STACK_GLOBAL, STOP, TUPLE, TUPLE1,
+    TUPLE2,
 )  # fmt: skip
 
 import numpy as np
@@ -76,7 +78,7 @@ def get(index: int) -> bytes:
     return LONG_BINGET + struct.pack("<I", index)
 
 
-# ------------------------------------------------------------------------------- what torch.save writes
+# --------------------------------------------------------------------------- what torch.save writes
 
 PLAIN = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex128,
          torch.complex64, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8,
@@ -232,6 +234,7 @@ HONEST = {
     "devices": [torch.device("cuda", i % 8) for i in range(1000)],
     "ordered": collections.OrderedDict((str(i), [i]) for i in range(1000)),
     "set": set(range(5000)),
+    "set of 64-bit hashes": set(np.random.RandomState(0).randint(2**62, 2**63 - 1, 5000).tolist()),
 }
 
 
@@ -287,7 +290,7 @@ def test_shared_and_cyclic_structure_is_kept():
     assert found["a"][1] is found["a"]
 
 
-# --------------------------------------------------------------------------------------- hostile pickles
+# ---------------------------------------------------------------------------------- hostile pickles
 
 
 class Trap:
@@ -469,10 +472,10 @@ def test_the_same_tensor_within_its_storage_is_read(data):
     assert (found.shape, found.stride, found.dtype.name) == ((4,), (1,), "float32")
 
 
-# ------------------------------------------------------------------------- bombs: small files, huge work
+# -------------------------------------------------------------------- bombs: small files, huge work
 
-BIG = EMPTY_LIST + put(0) + MARK + NONE * 100_000 + APPENDS + POP
-WIDE = MARK + NONE * 100_000 + TUPLE + put(0) + POP
+BIG = EMPTY_LIST + put(0) + MARK + NONE * 50_000 + APPENDS + POP
+WIDE = MARK + NONE * 30_000 + TUPLE + put(0) + POP
 DOUBLED = EMPTY_TUPLE + (DUP + TUPLE2) * 80  # 2^80 leaves
 LIST = glob("builtins", "list") + put(1) + POP
 FROM_TYPE = glob("torch._tensor", "_rebuild_from_type_v2") + put(2) + POP
@@ -501,7 +504,23 @@ def beside_weights(entry: bytes, key="model") -> bytes:
 
 def bombs() -> dict[str, bytes]:
     collisions = [number(i * (2**61 - 1)) for i in range(1, 40_000)]
-    dictionary = b"".join(number(i) + NONE for i in range(30_000))
+    dictionary = b"".join(number(i) + NONE for i in range(20_000))
+    many = b"".join(text(f"ema{i}") + get(0) for i in range(10_000))
+    wrapped = b"".join(text(f"ema{i}") + EMPTY_LIST + get(0) + APPEND for i in range(10_000))
+    wide_dict = EMPTY_DICT + put(0) + MARK + dictionary + SETITEMS + POP
+    name = text("x" * 500_000) + put(0)
+    long_keys = (
+        name
+        + NONE
+        + b"".join(
+            get(0) + text(f"k{i}") + TUPLE2 + NONE + get(0) + text(f"k{i}") + STACK_GLOBAL + NONE
+            for i in range(2500)
+        )
+    )
+    long_metrics = name + EMPTY_DICT + MARK
+    long_metrics += b"".join(text(f"k{i}") + number(i) for i in range(5000)) + SETITEMS
+    long_paths = name + EMPTY_DICT + MARK
+    long_paths += b"".join(text(f"k{i}") + in_weights() for i in range(5000)) + SETITEMS
     fanned_lists = fan(EMPTY_LIST, NONE, lambda inner: inner * 400 + APPENDS) + get(14)
     fanned_dicts = fan(EMPTY_DICT, EMPTY_LIST, named) + get(14)
     before = {
@@ -512,14 +531,14 @@ def bombs() -> dict[str, bytes]:
         "copies inside a subclass": BIG + LIST + FROM_TYPE
         + (get(2) + MARK + get(1) + NONE + get(0) + TUPLE1 + NONE + TUPLE + REDUCE) * 20_000,
         "pairs of great length": BIG + glob("collections", "OrderedDict") + EMPTY_LIST + MARK
-        + get(0) * 100_000 + APPENDS + TUPLE1 + REDUCE,
+        + get(0) * 50_000 + APPENDS + TUPLE1 + REDUCE,
         "attributes merged": EMPTY_DICT + put(0) + MARK + dictionary + SETITEMS
         + (glob("x", "y") + EMPTY_TUPLE + REDUCE + get(0) + get(0) + TUPLE2 + BUILD) * 10_000,
-        "wide keys": WIDE + EMPTY_DICT + (get(0) + NONE + SETITEM) * 50_000,
-        "wide members": WIDE + EMPTY_SET + MARK + get(0) * 50_000 + ADDITEMS,
+        "wide keys": WIDE + EMPTY_DICT + (get(0) + NONE + SETITEM) * 20_000,
+        "wide members": WIDE + EMPTY_SET + MARK + get(0) * 20_000 + ADDITEMS,
         "wide arguments": WIDE + glob("x", "y") + put(1)
-        + (get(1) + get(0) + REDUCE + POP) * 50_000,
-        "wide state": WIDE + EMPTY_LIST + (get(0) + BUILD) * 50_000,
+        + (get(1) + get(0) + REDUCE + POP) * 20_000,
+        "wide state": WIDE + EMPTY_LIST + (get(0) + BUILD) * 20_000,
         "colliding keys": EMPTY_DICT + MARK + b"".join(c + NONE for c in collisions) + SETITEMS,
         "colliding tuples": EMPTY_SET + MARK + b"".join(c + TUPLE1 for c in collisions) + ADDITEMS,
         "colliding memo indices": EMPTY_LIST
@@ -535,17 +554,33 @@ def bombs() -> dict[str, bytes]:
         + NONE * 6 + DOUBLED + TUPLE + REDUCE,
         "fanned lists": text("x") + fanned_lists,
         "fanned dicts": text("x") + fanned_dicts,
+        "long keys": long_keys,
+        "numbers below a long name": long_metrics,
+        "weights below a long name": long_paths,
     }  # fmt: skip
     return (
         {name: in_weights(before=data) for name, data in before.items()}
         | {f"{name}, in the weights": in_weights(data) for name, data in entries.items()}
         | {f"{name}, beside the weights": beside_weights(data) for name, data in entries.items()}
         | {f"{name}, no weights": beside_weights(data, "?") for name, data in entries.items()}
-        | {"a doubled type alone": DOUBLED + EMPTY_TUPLE + REDUCE}
+        | {
+            "a doubled type alone": DOUBLED + EMPTY_TUPLE + REDUCE,
+            "one dict many times, in the weights": wide_dict + in_weights(many),
+            "one dict many times, beside the weights": wide_dict + beside_weights(many),
+            "one list many times, beside the weights": BIG + beside_weights(many),
+            "one list many times, no weights": BIG + beside_weights(many, "?"),
+            "lists of one list, beside the weights": BIG + beside_weights(wrapped),
+            "lists of one list, no weights": BIG + beside_weights(wrapped, "?"),
+        }
     )
 
 
 BOMBS = bombs()
+
+
+def test_the_limits_leave_room_for_an_honest_file(forge, open_within_limits):
+    path = forge(PROTO + b"\2" + in_weights(before=BIG) + STOP, {"0": bytes(16)})
+    assert open_within_limits(path).startswith("opened")
 
 
 @pytest.mark.parametrize("bomb", BOMBS)
@@ -553,7 +588,7 @@ def test_a_small_file_takes_little_time_and_memory(bomb, forge, open_within_limi
     open_within_limits(forge(PROTO + b"\2" + BOMBS[bomb] + STOP, {"0": bytes(16)}))
 
 
-# --------------------------------------------------------------------------------------- random pickles
+# ----------------------------------------------------------------------------------- random pickles
 
 SEEDS = [
     saved_pickle({"state_dict": torch.nn.Linear(2, 2).state_dict(), "epoch": 3}),

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import time
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ckptavg.errors import CkptavgError, UnsupportedTensorError, UsageError
+from ckptavg.errors import UnsupportedTensorError, UsageError
 from ckptavg.formats import layout, open_checkpoint, torch_pickle
 from ckptavg.formats.layout import TORCH_SUFFIXES, OutputTensor, lay_out
 from ckptavg.formats.table import DTYPES
@@ -108,7 +109,7 @@ def plain(tmp_path):
     return open_checkpoint(tmp_path / "template.pt")
 
 
-# ------------------------------------------------------------------------------------------ single files
+# ------------------------------------------------------------------------------------- single files
 
 
 @pytest.mark.parametrize("suffix", TORCH_SUFFIXES)
@@ -202,7 +203,7 @@ def test_every_byte_is_planned_once(tmp_path, plain, name):
 
 def test_many_entries_and_far_ones_need_the_64_bit_fields(tmp_path):
     """More than 65535 entries, and one that begins beyond 4 GiB; the file is mostly a hole."""
-    count, large = 70_000, 5 << 30
+    count, large = 66_000, 5 << 30
     archive = torch_pickle.Archive()
     archive.reserve("data/large", large, "large")
     for i in range(count):
@@ -256,7 +257,7 @@ def test_the_suffix_decides_between_file_and_directory(plain, path, directory):
     assert lay_out(path, outputs({"a": torch.rand(1)}), MADE, plain).directory == directory
 
 
-# -------------------------------------------------------------------------------------------- directories
+# -------------------------------------------------------------------------------------- directories
 
 
 def pretrained(model, path: Path, **options):
@@ -322,18 +323,13 @@ def test_the_older_name_of_a_config_s_dtype_is_known(tmp_path):
     assert config == {"torch_dtype": "float16", "x": 1}
 
 
-@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b'"dtype"', b"[" * 100_000])
-def test_a_config_that_cannot_be_read_does_not_crash(tmp_path, content):
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b'"dtype"', b"[" * 100_000], ids=len)
+def test_a_config_that_cannot_be_read_is_copied_as_it_is(tmp_path, content):
     (tmp_path / "in").mkdir()
     save_file({"a": torch.rand(2)}, tmp_path / "in" / "model.safetensors")
     (tmp_path / "in" / "config.json").write_bytes(content)
-    template = open_checkpoint(tmp_path / "in")
-    try:
-        write(tmp_path / "out", {"a": torch.rand(2).half()}, template)
-    except CkptavgError as error:
-        assert "config.json" in str(error)
-    else:
-        assert (tmp_path / "out" / "config.json").read_bytes() == content
+    write(tmp_path / "out", {"a": torch.rand(2).half()}, open_checkpoint(tmp_path / "in"))
+    assert (tmp_path / "out" / "config.json").read_bytes() == content
 
 
 def test_a_directory_of_bin_files_becomes_one_of_safetensors(language_model, tmp_path):
@@ -386,24 +382,17 @@ def test_a_diffusion_model_keeps_its_file_name(tmp_path):
 
 
 def test_laying_out_many_tensors_takes_little_time(tmp_path):
-    """A model of 20 000 tensors (experts); anything quadratic takes minutes."""
+    """A model of 8000 tensors (experts): a tenth of a second, or two if that is quadratic."""
     (tmp_path / "in").mkdir()
-    tensors = {f"layers.{i}.weight": torch.zeros(1) for i in range(20_000)}
+    tensors = {f"layers.{i}.weight": torch.zeros(1) for i in range(8000)}
     save_file(tensors, tmp_path / "in" / "model.safetensors")
     template = open_checkpoint(tmp_path / "in")
-    looked_up = []
-
-    class Counting(dict):
-        def items(self):
-            looked_up.append(1)
-            return super().items()
-
-    object.__setattr__(template, "stored_names", Counting(template.stored_names))
+    begun = time.process_time()
     lay_out(str(tmp_path / "out"), outputs(tensors), MADE, template)
-    assert len(looked_up) < 10
+    assert time.process_time() - begun < 1
 
 
-# ---------------------------------------------------------------------------------------------- the sinks
+# ---------------------------------------------------------------------------------------- the sinks
 
 
 def test_a_full_disk_shows_before_the_work_and_leaves_no_file_open(tmp_path, plain, monkeypatch):
@@ -465,17 +454,11 @@ def test_checksums_combine_as_if_the_parts_were_one(parts):
 
 
 def test_checksums_combine_over_lengths_that_no_buffer_has():
-    """Appending 2^40 zeros at once is appending half of them twice, and so down to a real buffer."""
-    crc, length = zlib.crc32(bytes(1 << 16)), 1 << 16
+    """Appending 2^40 zeros at once is appending half of them twice."""
+    zeros, length = zlib.crc32(bytes(1 << 16)), 1 << 16
     while length < 1 << 40:
-        crc, length = crc32_combine(crc, crc, length), length * 2
-    zeros, expected = crc, zlib.crc32(b"x")
-    half = crc32_combine(expected, _zeros(1 << 39), 1 << 39)
-    assert crc32_combine(expected, zeros, 1 << 40) == crc32_combine(half, _zeros(1 << 39), 1 << 39)
-
-
-def _zeros(length: int) -> int:
-    if length <= 1 << 16:
-        return zlib.crc32(bytes(length))
-    half = _zeros(length // 2)
-    return crc32_combine(half, half, length // 2)
+        twice = crc32_combine(zeros, zeros, length)
+        once = crc32_combine(zlib.crc32(b"x"), twice, 2 * length)
+        half = crc32_combine(zlib.crc32(b"x"), zeros, length)
+        assert once == crc32_combine(half, zeros, length)
+        zeros, length = twice, 2 * length

@@ -71,7 +71,7 @@ def views(draw):
     return storage, view
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(views(), st.integers(1, 300), st.integers(0, 9), st.sampled_from([0, 8, 64, 1 << 16]))
 def test_blocks_of_a_view_are_what_torch_indexes(
     tmp_path_factory, storage_and_view, limit, skipped, span
@@ -99,9 +99,7 @@ def test_a_tensor_in_pieces_is_put_together(tmp_path_factory, data):
         part = value[tuple(slice(a, b) for a, b in corner)].contiguous()
         path = stored(tmp_path_factory.getbasetemp() / f"piece{number}", part, number)
         extent = tuple(part.shape)
-        pieces.append(
-            Piece(path, number, extent, row_major(extent), tuple(a for a, _ in corner))
-        )
+        pieces.append(Piece(path, number, extent, row_major(extent), tuple(a for a, _ in corner)))
     tensor = Tensor(DTYPES["float32"], tuple(shape), tuple(pieces))
     limit = data.draw(st.integers(1, value.numel()))
     blocks = [read(tensor, start, count) for start, count in boxes(tensor.shape, limit)]

@@ -34,6 +34,7 @@ def recorded(tmp_path):
     return save_and_open
 
 
+BEST = {"acc": 0.5}
 TRAINERS = {
     "ImageNet example": (
         lambda: {"epoch": 5, "arch": "resnet18", "state_dict": weights(), "best_acc1": 71.5,
@@ -72,6 +73,10 @@ TRAINERS = {
                  "model": weights(), "metrics": {"val": {"acc": np.float32(0.5), "n": 10}},
                  "loss": np.float16(2.0), "done": True, "note": "x", "curve": [1.0, 2.0]},
         Record(7, 1.5, 0.25, {"metrics.val.acc": 0.5, "metrics.val.n": 10, "loss": 2.0}),
+    ),
+    "the best so far is the last": (
+        lambda: {"model": weights(), "metrics": BEST, "best": BEST},
+        Record(metrics={"metrics.acc": 0.5, "best.acc": 0.5}),
     ),
     "rates by group": (
         lambda: {"model": weights(), "lr": [0.1, 0.01], "steps": 3.0},

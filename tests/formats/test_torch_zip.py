@@ -121,7 +121,7 @@ def test_checksums_tell_contents_and_not_file_names(tmp_path):
     assert one == two != three
 
 
-# ------------------------------------------------------------------------------------------ damaged files
+# ------------------------------------------------------------------------------------ damaged files
 
 
 def saved(**options) -> bytes:
@@ -272,7 +272,6 @@ def test_the_legacy_format_is_named_as_such_and_not_called_truncated(tmp_path, r
     assert "torch.save" in text
 
 
-
 def view(key: str, numel: int, kind="FloatStorage") -> bytes:
     """``{"<kind><numel>": a flat tensor}``, without the braces."""
     return (
@@ -299,7 +298,10 @@ def test_a_storage_that_changes_its_type_between_tensors_is_refused(forge, refus
 def test_small_entries_are_not_read_at_any_size(tmp_path):
     path = tmp_path / "model.pt"
     with zipfile.ZipFile(path, "w") as archive:
-        for name, content in (("data.pkl", b"\x80\x02}(" + view("0", 4) + b"u."), ("data/0", bytes(16))):
+        for name, content in (
+            ("data.pkl", b"\x80\x02}(" + view("0", 4) + b"u."),
+            ("data/0", bytes(16)),
+        ):
             archive.writestr(f"archive/{name}", content)
         archive.writestr("archive/byteorder", bytes(64 << 20))
     tracemalloc.start()
@@ -314,7 +316,7 @@ def test_small_entries_are_not_read_at_any_size(tmp_path):
 SEEDS = [saved(), STORED, saved(pickle_protocol=4)]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_no_damage_raises_anything_but_checkpoint_error(tmp_path_factory, data):
     content = bytearray(data.draw(st.sampled_from(SEEDS)))

@@ -49,7 +49,7 @@ def trained() -> tuple[nn.Module, torch.optim.Optimizer]:
     return module, optimizer
 
 
-# ------------------------------------------------------------------------------------------- the entry
+# ---------------------------------------------------------------------------------------- the entry
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,9 @@ def test_what_holds_no_tensors_is_no_checkpoint(opened, value):
 
 
 @pytest.mark.parametrize(
-    "value", [[torch.zeros(2)], torch.zeros(2), {1: torch.zeros(2)}], ids=["list", "one", "numbered"]
+    "value",
+    [[torch.zeros(2)], torch.zeros(2), {1: torch.zeros(2)}],
+    ids=["list", "one", "numbered"],
 )
 def test_tensors_without_names_are_an_error(refused, value):
     refused(value)
@@ -168,6 +170,7 @@ def test_a_pickled_module_is_readable_and_its_entries_can_be_named(opened, refus
     tree = {"model": nn.Linear(2, 3), "epoch": 2}
     assert "--key" in refused(tree) or "state_dict" in refused(tree)
     assert set(opened(tree, "model._parameters").tensors) == {"weight", "bias"}
+    assert set(opened(nn.Linear(2, 3), "_parameters").tensors) == {"weight", "bias"}
 
 
 def test_refused_tensors_are_listed_under_bare_names(opened):
@@ -183,7 +186,7 @@ def test_a_refused_tensor_without_the_wrapper_keeps_the_wrapper_on_the_rest(open
     assert list(checkpoint.tensors) == ["module.a"]
 
 
-# -------------------------------------------------------------------------------------------- the names
+# ---------------------------------------------------------------------------------------- the names
 
 WRAPPED = {
     "none": ({"a.weight": "a.weight"}),

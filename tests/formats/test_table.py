@@ -1,0 +1,125 @@
+"""What every format is opened into."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from ckptavg.errors import CheckpointError
+from ckptavg.formats import FileStamp, open_checkpoint
+from ckptavg.formats.table import DTYPES, is_row_major, row_major
+
+shapes = st.lists(st.integers(0, 4), max_size=4).map(tuple)
+
+
+@pytest.mark.parametrize("dtype", [d for d in DTYPES.values() if hasattr(torch, d.name)], ids=str)
+def test_element_types_are_those_of_torch(dtype):
+    theirs = getattr(torch, dtype.name)
+    assert dtype.size == theirs.itemsize
+    assert (dtype.kind == "complex") == theirs.is_complex
+    assert (dtype.kind in ("float", "packed")) == theirs.is_floating_point
+    assert (dtype.kind == "packed") == (theirs.is_floating_point and theirs.itemsize == 1)
+
+
+@pytest.mark.parametrize(("name", "count", "nbytes"), [
+    ("float32", 3, 12), ("bool", 3, 3), ("float4_e2m1", 3, 2), ("float6_e2m3", 4, 3),
+])  # fmt: skip
+def test_bytes_are_counted_for_types_of_part_of_a_byte(name, count, nbytes):
+    assert DTYPES[name].nbytes(count) == nbytes
+
+
+@given(shapes)
+def test_row_major_strides_are_those_of_torch(shape):
+    assert row_major(shape) == torch.empty(shape).stride()
+
+
+@given(shapes, st.lists(st.integers(0, 20), min_size=4, max_size=4))
+def test_row_major_is_what_torch_calls_contiguous(shape, strides):
+    stride = tuple(strides[: len(shape)])
+    assert (
+        is_row_major(shape, stride) == torch.empty(2000).as_strided(shape, stride).is_contiguous()
+    )
+    assert is_row_major(shape, row_major(shape))
+
+
+def replace_by_a_copy(path):
+    info, copy = path.stat(), path.with_name("copy")
+    copy.write_bytes(path.read_bytes())
+    os.utime(copy, ns=(info.st_atime_ns, info.st_mtime_ns))
+    copy.replace(path)
+
+
+CHANGES = {
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"x"),
+    "shorter": lambda path: os.truncate(path, 10),
+    "touched": lambda path: os.utime(path, ns=(1, 1)),
+    "replaced by a copy of the same time": replace_by_a_copy,
+    "gone": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_file_that_changed_since_it_was_opened_is_an_error(tmp_path, change):
+    path = tmp_path / "model.pt"
+    torch.save({"a": torch.rand(3)}, path)
+    (stamp,) = open_checkpoint(path).files
+    assert stamp == FileStamp.of(path)
+    stamp.verify()
+    change(path)
+    with pytest.raises(CheckpointError, match=str(path)):
+        stamp.verify()
+
+
+def test_sizes_of_a_checkpoint_count_tied_bytes_once(tmp_path):
+    path = tmp_path / "model.pt"
+    tied = torch.rand(10)
+    torch.save(
+        {"a": tied, "b": tied, "c": torch.rand(2), "e": torch.rand(0), "f": torch.rand(0)}, path
+    )
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.nbytes == 48
+    assert checkpoint.size == path.stat().st_size
+    assert checkpoint.ties() == [["a", "b"]]
+
+
+def test_two_views_of_one_storage_are_no_tie_unless_they_are_the_same(tmp_path):
+    storage = torch.rand(8)
+    views = {
+        "all": storage,
+        "half": storage[:4],
+        "other": storage[4:],
+        "folded": storage.view(2, 4),
+    }
+    torch.save(views, tmp_path / "model.pt")
+    assert open_checkpoint(tmp_path / "model.pt").ties() == []
+
+
+@pytest.mark.parametrize("name", ["missing.pt", "missing.safetensors", "missing"])
+def test_a_path_that_is_not_there_is_refused(tmp_path, refusal, name):
+    assert str(tmp_path / name) in refusal(tmp_path / name)
+
+
+def test_a_file_that_may_not_be_read_is_refused(tmp_path, refusal):
+    path = tmp_path / "model.pt"
+    torch.save({"a": torch.rand(3)}, path)
+    if os.geteuid() == 0:
+        pytest.skip("root may read all")
+    path.chmod(0)
+    assert "cannot be read" in refusal(path)
+
+
+@pytest.mark.parametrize("name", ["model", "model.pt", "model.safetensors", "model.ckpt"])
+@pytest.mark.parametrize("kind", ["torch", "safetensors"])
+def test_content_is_read_for_what_it_is_where_the_suffix_does_not_say(
+    tmp_path, refusal, name, kind
+):
+    (torch.save if kind == "torch" else save_file)({"a": torch.rand(3)}, tmp_path / name)
+    if kind == "torch" and name.endswith(".safetensors"):
+        refusal(tmp_path / name)
+    else:
+        assert open_checkpoint(tmp_path / name).layout == kind
