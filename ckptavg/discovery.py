@@ -57,8 +57,9 @@ def find(paths: Sequence[Path], glob: str | None) -> Found:
         groups.setdefault(Path(os.path.realpath(home)), []).extend(members)
     for members in groups.values():
         found.groups.append(_kept(members, glob, found))
-    if not any(found.groups):
+    if not any(found.groups) and glob is not None:
         raise RunError(f"no checkpoint matches {glob!r}", "Quote the pattern, or loosen it.")
+    found.groups = [members for members in found.groups if members]
     return found
 
 
@@ -211,9 +212,11 @@ def _without_repeats(
     """Split into checkpoints, and repeats with what each one repeats."""
     kept: list[Checkpoint] = []
     repeats: list[tuple[Checkpoint, Checkpoint]] = []
-    for checkpoint in sorted(
-        checkpoints, key=lambda c: (_is_alias(c, checkpoints), _natural(c.path))
-    ):
+    likely_first = sorted(
+        checkpoints,
+        key=lambda c: (_is_alias(c, checkpoints), c.path.is_symlink(), _natural(c.path)),
+    )
+    for checkpoint in likely_first:
         original = next((k for k in kept if _repeats(checkpoint, k, checkpoints)), None)
         if original is None:
             kept.append(checkpoint)
@@ -225,7 +228,7 @@ def _without_repeats(
 def _is_alias(checkpoint: Checkpoint, all_of_them: Sequence[Checkpoint]) -> bool:
     """Whether a checkpoint may stand for another one: by its name, or as the parent of the rest."""
     parent = any(c.path.parent == checkpoint.path for c in all_of_them)
-    return parent or checkpoint.path.is_symlink() or _is_alias_name(checkpoint.path)
+    return parent or _is_alias_name(checkpoint.path)
 
 
 def _repeats(one: Checkpoint, other: Checkpoint, all_of_them: Sequence[Checkpoint]) -> bool:

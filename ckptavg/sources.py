@@ -66,6 +66,8 @@ def make_model(spec: str, arguments: Arguments | None = None) -> nn.Module:
             raise SpecError(
                 f"torchvision has no model {name!r}", _similar(name, models.list_models())
             )
+        if "weights_backbone" in _parameters(models.get_model_builder(name)):
+            keywords.setdefault("weights_backbone", None)  # else it would be downloaded
         model = _call(spec, models.get_model, (name,), keywords)
     elif kind == "timm":
         timm = _extra("timm", "timm")

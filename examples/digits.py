@@ -18,6 +18,7 @@ statistics lag behind the weights; their average is good, once its statistics ar
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import shlex
 import subprocess
@@ -151,27 +152,19 @@ class Training:
         }
         torch.save(checkpoint, path)
 
-    def load(self, path: Path) -> None:
-        """Go on from a checkpoint."""
-        checkpoint = torch.load(path, weights_only=True)
-        self.model.load_state_dict(checkpoint["state_dict"])
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.epoch = checkpoint["epoch"]
-
 
 def train(out: Path, seed: int) -> None:
     """Leave sgd.pt and the checkpoints of both trajectories in ``out``."""
     torch.set_num_threads(1)  # a network this small has nothing to share out
     sgd = Training(seed)
     sgd.run(START, conventional)
-    sgd.save(out / "start.pt")
+    start = copy.deepcopy(sgd)
     sgd.run(EPOCHS, conventional)
     sgd.save(out / "sgd.pt")
     for schedule in (constant, cyclical):
         directory = out / schedule.__name__
         directory.mkdir(exist_ok=True)
-        trajectory = Training(seed)
-        trajectory.load(out / "start.pt")
+        trajectory = copy.deepcopy(start)
         for epoch in range(START + CYCLE, EPOCHS + 1, CYCLE):
             trajectory.run(epoch, schedule)
             trajectory.save(directory / f"epoch_{epoch:03d}.pt")
