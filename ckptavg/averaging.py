@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from ckptavg import schemes
-from ckptavg.errors import UsageError, first_few
+from ckptavg.errors import CheckpointError, UsageError, first_few
 from ckptavg.formats import Checkpoint, open_checkpoint
 from ckptavg.formats.layout import Layout, lay_out
 from ckptavg.formats.publish import Publication, check_room, check_target
@@ -130,9 +130,19 @@ def plan_average(
     chosen = schemes.parse(scheme) if weights is None else schemes.explicit(weights)
     coefficients = chosen.coefficients([c.step for c in checkpoints])
     if base is not None and not isinstance(base, Checkpoint):
-        base = open_checkpoint(base, checkpoints[-1].key or None)
+        base = _open_base(base, checkpoints[-1].key)
     rules = Rules(_patterns(include), _patterns(exclude), base, dtype)
     return Average(make_plan(checkpoints, coefficients, rules), chosen)
+
+
+def _open_base(path: str | os.PathLike[str], key: str) -> Checkpoint:
+    """Open a base under the run's weights entry, or its own if it has no such entry."""
+    try:
+        return open_checkpoint(path, key or None)
+    except CheckpointError:
+        if not key:
+            raise
+        return open_checkpoint(path)
 
 
 def _patterns(given: str | Sequence[str]) -> tuple[str, ...]:

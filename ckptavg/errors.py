@@ -88,6 +88,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
 
 
+def short(name: object) -> str:
+    """A name for a message, whatever a file has as one and however long."""
+    return printable(name[:200]) if isinstance(name, str) else f"a {type(name).__name__}"
+
+
 def first_few(names: list[str], count: int = 3) -> str:
     """The first names of a list and how many more there are, for a one-line message."""
     shown = ", ".join(names[:count])

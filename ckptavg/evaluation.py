@@ -399,6 +399,8 @@ def _check_outputs(name: str, outputs: torch.Tensor, labels: torch.Tensor) -> No
             f"outputs of shape (N, classes) and labels of shape (N,) are expected, but got "
             f"{tuple(outputs.shape)} and {tuple(labels.shape)}"
         )
+    if labels.is_floating_point() and not torch.equal(labels, labels.round()):
+        raise EvaluationError("the data has labels that are no whole numbers", "Check --data.")
     low, high = (int(labels.min()), int(labels.max())) if len(labels) else (0, 0)
     if low < 0 or high >= outputs.shape[1]:
         raise EvaluationError(

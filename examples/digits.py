@@ -12,7 +12,10 @@ epochs, so what the average gains over SGD does not come from a longer training.
 Then come the commands that turn such a run into one better model, as one would type them. Each
 table sets side by side SGD, the checkpoints of the trajectory, their average and their ensemble.
 At a constant learning rate the checkpoints are poor, not least because their running BatchNorm
-statistics lag behind the weights; their average is good, once its statistics are recomputed.
+statistics lag behind the weights; their average is good, and mostly better with its statistics
+recomputed. The cyclical checkpoints lie so close that recomputing hardly matters. One seed proves
+little: over twelve, the recomputed average had a lower NLL than the last checkpoint in all, than
+SGD in eight (constant) and eleven (cyclical).
 """
 
 from __future__ import annotations
@@ -42,8 +45,6 @@ EPOCHS = 160  # of every training, its shared first half included
 START = 80  # the epoch where the trajectories leave conventional SGD
 CYCLE = 8  # epochs between two checkpoints
 SHIFT = 2  # pixels, in each direction
-
-Schedule = Callable[[int], float]
 
 
 @cache
@@ -126,7 +127,7 @@ class Training:
         )
         self.epoch = 0
 
-    def run(self, epochs: int, schedule: Schedule) -> None:
+    def run(self, epochs: int, schedule: Callable[[int], float]) -> None:
         """Train up to the epoch ``epochs``, at the learning rate of each step."""
         images, labels, _, _ = split()
         views = shifted(images)

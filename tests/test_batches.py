@@ -217,6 +217,11 @@ def test_any_other_batch_is_an_error_that_names_forward(batch):
         call(Doubled(), batch)
 
 
+def test_the_second_of_two_inputs_is_not_dropped_in_silence():
+    with pytest.raises(EvaluationError, match="forward="):
+        call(Doubled(), ((X, X), Y))
+
+
 @pytest.mark.parametrize("batch", [(X, Y), [X, Y], Pair(X, Y), (X, Y, "path")], ids=str)
 def test_labels_stand_second_in_a_tuple(batch):
     inputs, labels = split_labels(batch)

@@ -312,11 +312,19 @@ def test_a_layer_that_is_called_twice_counts_both_inputs():
     assert_statistics(model.norm, torch.cat([values, 2 * values + 1]))
 
 
-def test_a_layer_that_no_data_goes_through_keeps_its_statistics(caplog):
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda model, batch: model["used"](batch),
+        lambda model, batch: (model["used"](batch), model["spare"](batch[:0])),
+    ],
+    ids=["not called", "called on nothing"],
+)
+def test_a_layer_that_no_data_goes_through_keeps_its_statistics(caplog, forward):
     model = nn.ModuleDict({"used": nn.BatchNorm1d(1), "spare": nn.BatchNorm1d(1)})
     model["spare"].running_mean.fill_(5)
     before = state_of(model["spare"])
-    result = update_bn(model, [WORKED], forward=lambda m, batch: m["used"](batch))
+    result = update_bn(model, [WORKED], forward=forward)
     assert (result.layers, result.unreached) == (1, ("spare",))
     assert_same_state(model["spare"], before)
     assert "spare" in caplog.text

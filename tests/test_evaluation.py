@@ -455,6 +455,12 @@ def test_the_forward_of_the_users_runs_the_training_data_too(checkpoints, states
     assert_scores(result, probabilities(with_statistics_of(mean_of(states), TRAIN)))
 
 
+def test_the_second_of_two_inputs_is_not_dropped_in_silence(checkpoints):
+    data = [((x, x), y) for x, y in batches()]
+    with pytest.raises(EvaluationError, match="forward="):
+        evaluate(checkpoints, Net(), data)
+
+
 LOGITS = torch.tensor([[1.0, 2.0]])
 
 

@@ -307,7 +307,9 @@ def test_a_torchvision_model():
 def test_a_torchvision_model_is_built_without_downloading_weights(monkeypatch, name):
     """A segmentation model's backbone has pretrained weights by default."""
     downloads = []
-    monkeypatch.setattr(models._api, "load_state_dict_from_url", lambda *a, **k: downloads.append(a))
+    monkeypatch.setattr(
+        models._api, "load_state_dict_from_url", lambda *a, **k: downloads.append(a)
+    )
     with contextlib.suppress(SpecError):
         make_model(f"torchvision:{name}")
     assert downloads == []

@@ -11,7 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from ckptavg.errors import CheckpointError, first_few
+from ckptavg.errors import CheckpointError, first_few, short
 from ckptavg.formats import huggingface, record, safetensors, torch_zip, weights
 from ckptavg.formats.inert_pickle import Refused, TensorView
 from ckptavg.formats.table import Checkpoint, FileStamp, Record, Tensor
@@ -93,7 +93,7 @@ def _read_file(path: Path, key: str | None) -> _File:
 def _read_safetensors(path: Path) -> _File:
     stamp = FileStamp.of(path)
     tensors, metadata = safetensors.read_header(str(path), stamp.size)
-    made = _provenance(metadata.get(PROVENANCE))
+    made = _provenance(metadata)
     return _File("safetensors", stamp, tensors, {}, record.from_metadata(metadata), made)
 
 
@@ -103,16 +103,17 @@ def _read_torch(path: Path, key: str | None) -> _File:
     found, entry, notes = weights.find_entry(str(path), opened.tree, key)
     views = {k: v for k, v in entry.items() if isinstance(k, str) and isinstance(v, TensorView)}
     refused = {k: v.why for k, v in entry.items() if isinstance(k, str) and isinstance(v, Refused)}
-    others = [str(k) for k in entry if k not in views and k not in refused]
+    others = [k for k in entry if k not in views and k not in refused]
     if others:
-        notes.append(f"{len(others)} values beside the tensors are not taken: {first_few(others)}")
+        shown = first_few([short(k) for k in others[:4]])
+        notes.append(f"{len(others)} values beside the tensors are not taken: {shown}")
     return _File(
         layout="torch",
         stamp=stamp,
         tensors={name: opened.tensor(view) for name, view in views.items()},
         refused=refused,
         record=record.from_tree(opened.tree, found),
-        provenance=_provenance(opened.tree.get(PROVENANCE)),
+        provenance=_provenance(opened.tree),
         key=found,
         notes=tuple(notes),
     )
@@ -172,8 +173,9 @@ def _checkpoint(path: Path, layout: str, files: list[_File], recorded: Record) -
     )
 
 
-def _provenance(text: Any) -> Mapping[str, Any] | None:
+def _provenance(beside: Any) -> Mapping[str, Any] | None:
     """What ckptavg wrote about how it made a file; None where it did not."""
+    text = beside.get(PROVENANCE) if isinstance(beside, Mapping) else None
     if not isinstance(text, str):
         return None
     try:

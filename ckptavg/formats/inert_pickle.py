@@ -20,7 +20,7 @@ from ckptavg.formats.table import DTYPES, DType
 MAX_PICKLE = 256 * 2**20
 _SPARE_BUDGET = 1_000_000
 _LARGE_INTEGER = 2**60  # beyond, different integers can be made to have one hash
-_LARGE_INTEGER_COST = 1000
+_MOST_COLLISIONS = 1000
 _MARK = object()
 
 
@@ -120,6 +120,8 @@ class _Machine:
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
+        self.large: dict[int, int] = {}
+        self.collisions = 0
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
         self.result: Any = None
@@ -218,13 +220,21 @@ class _Machine:
         flat = isinstance(value, tuple)
         parts = value if flat else (value,)
         self.spend(len(parts))
-        large = (isinstance(part, int) and abs(part) >= _LARGE_INTEGER for part in parts)
-        self.spend(_LARGE_INTEGER_COST * sum(large))
+        for part in parts:
+            if isinstance(part, int) and abs(part) >= _LARGE_INTEGER:
+                self.check_collision(part)
         if flat and all(isinstance(part, _SCALARS) for part in value):
             return value
         if isinstance(value, (*_SCALARS, Global, Opaque)):
             return value
         return Opaque(type(value).__name__, (value,))
+
+    def check_collision(self, value: int) -> None:
+        """Refuse integers made to have one hash, which turns a dict into a slow list."""
+        if self.large.setdefault(hash(value), value) != value:
+            self.collisions += 1
+        if self.collisions > _MOST_COLLISIONS:
+            raise MalformedPickle("its keys are made to collide")
 
     def pairs(self, values: list[Any]) -> dict[Any, Any]:
         return {self.key(k): v for k, v in zip(values[::2], values[1::2], strict=True)}

@@ -41,6 +41,8 @@ _NOT_METRICS = frozenset(
     ]
 ) | frozenset(STEP_NAMES + EPOCH_NAMES + LR_NAMES + OPTIMIZER_NAMES)
 _MOST_METRICS = 200
+_MOST_LOOKED_AT = 100_000  # entries: a file can hold one dict under very many names
+_LONGEST_NAME = 200
 
 
 def from_tree(tree: Any, weights_key: str) -> Record:
@@ -131,18 +133,20 @@ def _learning_rate(values: Mapping[Any, Any]) -> float | None:
 
 
 def _metrics(values: Mapping[Any, Any]) -> dict[str, float]:
-    """Every other number by dotted name, down to a few levels; each dict is looked into once."""
+    """Every other number by dotted name, down to a few levels."""
     found: dict[str, float] = {}
-    seen: set[int] = set()
+    looked_at = 0
     waiting: list[tuple[str, Mapping[Any, Any]]] = [("", values)]
-    while waiting and len(found) < _MOST_METRICS:
+    while waiting and len(found) < _MOST_METRICS and looked_at < _MOST_LOOKED_AT:
         prefix, entries = waiting.pop()
+        looked_at += len(entries)
         for name, value in entries.items():
-            if not isinstance(name, str) or (not prefix and name in _NOT_METRICS):
+            if not isinstance(name, str) or len(name) > _LONGEST_NAME:
+                continue
+            if not prefix and name in _NOT_METRICS:
                 continue
             if number(value) is not None:
                 found[prefix + name] = float(value)
-            elif isinstance(value, dict) and prefix.count(".") < 2 and id(value) not in seen:
-                seen.add(id(value))
+            elif isinstance(value, dict) and prefix.count(".") < 2:
                 waiting.append((f"{prefix}{name}.", value))
     return found

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
-from ckptavg.errors import CheckpointError, NoWeightsError, first_few
+from ckptavg.errors import CheckpointError, NoWeightsError, first_few, short
 from ckptavg.formats.inert_pickle import Opaque, Refused, TensorView
 
 KNOWN_ENTRIES = (
@@ -25,6 +26,8 @@ COUNTER = "n_averaged"  # torch's AveragedModel counts its updates beside `modul
 
 Entry = Mapping[Any, Any]
 _DEEPEST_ENTRY = 3
+_MOST_ENTRIES = 12  # that a message lists
+_LONGEST_NAME = 500  # characters of a name that could be typed after --key
 
 
 def find_entry(path: str, tree: Any, key: str | None) -> tuple[str, Entry, list[str]]:
@@ -48,7 +51,8 @@ def find_entry(path: str, tree: Any, key: str | None) -> tuple[str, Entry, list[
     if isinstance(tree, dict):
         if {"state", "param_groups"} <= tree.keys():
             raise NoWeightsError(f"{path} is an optimizer's state", "Name the model's checkpoint.")
-        if _holds_tensors(tree) and not any(map(_holds_tensors, tree.values())):
+        distinct = {id(value): value for value in tree.values()}
+        if _holds_tensors(tree) and not any(map(_holds_tensors, distinct.values())):
             return "", tree, []
         for name in KNOWN_ENTRIES:
             if _holds_tensors(tree.get(name)):
@@ -135,19 +139,16 @@ def _prefixes(dotted: str) -> list[str]:
 
 
 def _note_other_weights(tree: Mapping[Any, Any], chosen: str) -> list[str]:
-    others = [
-        name
-        for name, value in tree.items()
-        if isinstance(name, str) and name != chosen and _may_be_weights(name, value)
-    ]
+    likely = [n for n in tree if isinstance(n, str) and n != chosen and _sounds_like_weights(n)]
+    others = [name for name in likely[:_MOST_ENTRIES] if count_tensors(tree[name])]
     if not others:
         return []
     return [f"weights are taken from {chosen!r}; {first_few(others)} also holds some (--key)"]
 
 
-def _may_be_weights(name: str, value: Any) -> bool:
+def _sounds_like_weights(name: str) -> bool:
     averaged = any(word in name.lower() for word in ("ema", "avg", "average", "swa"))
-    return _holds_tensors(value) if name in KNOWN_ENTRIES else averaged and count_tensors(value) > 0
+    return name in KNOWN_ENTRIES or averaged
 
 
 def _describe(tree: Any) -> str:
@@ -156,8 +157,12 @@ def _describe(tree: Any) -> str:
         return f"it holds {kind}, not a dict"
     if not tree:
         return "it is an empty dict"
-    counts = [f"{name}: {count_tensors(value)} tensors" for name, value in tree.items()]
-    return "its entries are " + first_few(counts, 12)
+    shown = [
+        f"{short(name)}: {count_tensors(value)} tensors"
+        for name, value in islice(tree.items(), _MOST_ENTRIES)
+    ]
+    more = len(tree) - len(shown)
+    return "its entries are " + ", ".join(shown) + (f" and {more} more" if more else "")
 
 
 def _suggest(tree: Any) -> str:
@@ -175,7 +180,8 @@ def _entry_paths(tree: Mapping[Any, Any]) -> list[str]:
     while waiting:
         prefix, entries = waiting.pop()
         for name, value in entries.items():
-            if not isinstance(name, str) or not isinstance(value, dict) or id(value) in seen:
+            typed = isinstance(name, str) and len(name) <= _LONGEST_NAME
+            if not typed or not isinstance(value, dict) or id(value) in seen:
                 continue
             seen.add(id(value))
             if _holds_tensors(value):

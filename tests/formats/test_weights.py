@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections import OrderedDict
 
 import pytest
@@ -12,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from ckptavg.errors import CheckpointError, NoWeightsError
 from ckptavg.formats import open_checkpoint
-from ckptavg.formats.weights import KNOWN_ENTRIES, bare_names
+from ckptavg.formats.weights import bare_names
 
 
 @pytest.fixture
@@ -52,9 +53,10 @@ def trained() -> tuple[nn.Module, torch.optim.Optimizer]:
 # ---------------------------------------------------------------------------------------- the entry
 
 
-@pytest.mark.parametrize(
-    "name", ["state_dict", "model_state_dict", "model", "module", "net", "weights"]
-)
+IN_ORDER = ["state_dict", "model_state_dict", "model", "module", "net", "weights"]
+
+
+@pytest.mark.parametrize("name", IN_ORDER)
 def test_a_known_entry_is_found_beside_optimizer_and_numbers(opened, name):
     module, optimizer = trained()
     state = {"epoch": 3, name: module.state_dict(), "optimizer": optimizer.state_dict()}
@@ -64,9 +66,8 @@ def test_a_known_entry_is_found_beside_optimizer_and_numbers(opened, name):
     assert checkpoint.notes == ()
 
 
-@pytest.mark.parametrize("first", range(len(KNOWN_ENTRIES) - 1))
-def test_the_first_known_entry_that_holds_tensors_wins(opened, first):
-    name, other = KNOWN_ENTRIES[first : first + 2]
+@pytest.mark.parametrize(("name", "other"), [*itertools.pairwise(IN_ORDER)])
+def test_the_first_known_entry_that_holds_tensors_wins(opened, name, other):
     assert opened({other: weights("b"), name: weights("a")}).key == name
     assert opened({other: weights("b"), name: {"lr": 0.1}}).key == other
 
