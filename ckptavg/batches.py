@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -125,17 +126,36 @@ def to_device(value: Any, device: torch.device) -> Any:
 def call(model: nn.Module, batch: Any) -> Any:
     """Run a model on a batch: a tensor, a tuple (its first is the input), a dict (as keywords).
 
+    Labels in a dict are left out where the model does not take them.
+
     Raises:
         EvaluationError: The batch is something else.
     """
-    if isinstance(batch, torch.Tensor):
-        return model(batch)
-    if isinstance(batch, Mapping):
-        return model(**batch)
     if isinstance(batch, (list, tuple)) and batch:
-        return call(model, batch[0])
+        return call_on_inputs(model, batch[0])
+    if isinstance(batch, Mapping):
+        taken = inspect.signature(model.forward).parameters.values()
+        names = {parameter.name for parameter in taken}
+        if not any(parameter.kind == parameter.VAR_KEYWORD for parameter in taken):
+            batch = {k: v for k, v in batch.items() if k in names or k not in _LABELS}
+    return call_on_inputs(model, batch)
+
+
+def call_on_inputs(model: nn.Module, inputs: Any) -> Any:
+    """Run a model on inputs without labels: a tensor, or a dict of keywords.
+
+    Raises:
+        EvaluationError: They are something else, several tensors for instance.
+    """
+    if isinstance(inputs, torch.Tensor):
+        return model(inputs)
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, (list, tuple)) and len(inputs) == 1:
+        return call_on_inputs(model, inputs[0])
     raise EvaluationError(
-        f"a batch is expected to be a tensor, a tuple or a dict but is a {type(batch).__name__}",
+        "what the model gets is expected to be a tensor or a dict of keywords "
+        f"but is a {type(inputs).__name__}",
         "Pass forward=function(model, batch).",
     )
 

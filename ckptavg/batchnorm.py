@@ -129,6 +129,20 @@ def tracked_layers(model: nn.Module) -> dict[str, _NormBase]:
     }
 
 
+def _bare(model: nn.Module) -> nn.Module:
+    """The module inside torch.compile and DataParallel.
+
+    Hooks do not reach into compiled code, and replicas would call them from several threads.
+    """
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if isinstance(model, nn.DataParallel):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
 def _keeps_nothing(module: nn.Module) -> bool:
     """Whether a module is a BatchNorm layer that normalizes each batch by itself."""
     return isinstance(module, _BatchNorm) and not module.track_running_stats
@@ -181,7 +195,7 @@ class _Pass:
     """The layers of one model while data goes through it."""
 
     def __init__(self, model: nn.Module, exclude: Sequence[str], device: torch.device) -> None:
-        self.model = getattr(model, "_orig_mod", model)  # hooks do not reach into compiled code
+        self.model = _bare(model)
         found = tracked_layers(self.model)
         if not found:
             raise BatchNormError(
@@ -229,6 +243,11 @@ class _Pass:
         if not batches_of_all:
             raise BatchNormError("the training data is empty", "Check --train-data.")
         reached = {name: m for name, m in self.moments.items() if name in self.layers}
+        if self.layers and not reached:
+            raise BatchNormError(
+                f"no data went through any of {first_few([*self.layers])}",
+                "Check that the model's forward uses its BatchNorm layers.",
+            )
         for name, moments in reached.items():
             _check(name, moments)
         for name, moments in reached.items():

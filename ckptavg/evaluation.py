@@ -24,7 +24,7 @@ from ckptavg.batches import (
     Batches,
     Forward,
     Runtime,
-    call,
+    call_on_inputs,
     inputs_of,
     length_of,
     split_labels,
@@ -84,6 +84,8 @@ class Candidate:
     ) -> Candidate:
         """The mean of the checkpoints' softmax outputs, each with its own statistics."""
         members = tuple(checkpoints)
+        if not members:
+            raise UsageError("an ensemble needs at least one checkpoint")
         return cls(name, "ensemble", members, tuple(1 / len(members) for _ in members))
 
 
@@ -194,7 +196,9 @@ def evaluate(
     if not wanted:
         raise UsageError("there is nothing to evaluate")
     runtime = Runtime.on(device, model, amp=amp, batch_size=batch_size, workers=workers, seed=seed)
-    session = _Session(wanted, model, runtime, forward or call, progress or (lambda *_: None))
+    session = _Session(
+        wanted, model, runtime, forward or call_on_inputs, progress or (lambda *_: None)
+    )
     if any(c.recompute for c in wanted):
         if train_loader is None:
             raise UsageError("recomputing statistics needs training data (train_loader)")

@@ -110,6 +110,7 @@ def make_data(
     elif kind in _CIFAR:
         class_name, mean, std = _CIFAR[kind]
         factory = getattr(_torchvision("datasets"), class_name)
+        _check_cifar(kind, Path(name))
         transform = _transform(keywords) or _cifar_transform(class_name, mean, std)
         data = _call(spec, factory, (name,), {"train": train, "transform": transform, **keywords})
     else:
@@ -127,6 +128,14 @@ def _literal(text: str) -> Any:
         return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
     except (ValueError, SyntaxError):
         return text
+
+
+def _check_cifar(kind: str, directory: Path) -> None:
+    folder = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}[kind]
+    if not (directory / folder).is_dir():
+        raise SpecError(
+            f"{directory} does not hold {folder}", "Name the directory that the archive unpacks in."
+        )
 
 
 def _split(spec: str, expected: str) -> tuple[str, str]:
@@ -254,6 +263,8 @@ def _extra(module: str, package: str) -> Any:
 
 def _hugging_face_model(directory: str, **keywords: Any) -> Any:
     """A transformers model of the class that a directory's config names, freshly initialized."""
+    if not (Path(directory) / "config.json").is_file():
+        raise SpecError(f"{directory} is no directory with a config.json", "Expected hf:DIR.")
     transformers = _extra("transformers", "transformers")
     config = transformers.AutoConfig.from_pretrained(directory, **keywords)
     names = config.architectures or []

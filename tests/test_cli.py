@@ -30,12 +30,27 @@ def data(n=40, seed=0):
     return torch.utils.data.TensorDataset(
         torch.randn(n, 8, generator=g), torch.randint(0, 3, (n,), generator=g))
 
+def broken():
+    return [(torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64))]
+
 def slow():
     import pathlib, time
     pathlib.Path("started").touch()
     for batch in torch.utils.data.DataLoader(data(), 4):
         time.sleep(0.5)
         yield batch
+"""
+
+
+LABELS_OF_THE_LAST = """
+import torch, net
+
+def fitted():
+    torch.manual_seed(0)
+    x, last = 30 * torch.randn(64, 8), net.model()
+    last.load_state_dict(torch.load("run/epoch_4.pt")["state_dict"])
+    last.eval()
+    return torch.utils.data.TensorDataset(x, last(x).argmax(1).detach())
 """
 
 
@@ -115,13 +130,12 @@ def test_selection_applies_to_each_run(home: Path) -> None:
 
 
 def test_sample_is_seeded(home: Path) -> None:
-    picks = [
-        [c["step"] for c in json.loads(ckptavg(
-            "average", "run", "--sample", f"2:{seed}", "--dry-run", "--json").stdout)["checkpoints"]]
-        for seed in (1, 1, 2, 3, 4, 5)
-    ]  # fmt: skip
+    picks = []
+    for seed in (1, 1, 2, 3, 4, 5):
+        result = ckptavg("average", "run", "--sample", f"2:{seed}", "--dry-run", "--json")
+        picks.append(tuple(c["step"] for c in json.loads(result.stdout)["checkpoints"]))
     assert picks[0] == picks[1]
-    assert len({tuple(p) for p in picks}) > 1
+    assert len(set(picks)) > 1
 
 
 def test_weights_are_normalized_and_shown(home: Path) -> None:
@@ -206,10 +220,7 @@ def test_eval_results_file(home: Path, suffix: str) -> None:
 
 
 def test_fail_if_worse(home: Path) -> None:
-    labels = "def fitted():\n    import torch, net\n    torch.manual_seed(0)\n    x = 30 * torch.randn(64, 8)\n    m = net.model()\n"
-    labels += '    m.load_state_dict(torch.load("run/epoch_4.pt")["state_dict"])\n    m.eval()\n'
-    labels += "    return torch.utils.data.TensorDataset(x, m(x).argmax(1).detach())\n"
-    (home / "labels.py").write_text(labels)
+    (home / "labels.py").write_text(LABELS_OF_THE_LAST)
     flags = ["--model", "net.py:model", "--data", "labels.py:fitted", "--fail-if-worse"]
     result = ckptavg("eval", "--run", "run", *flags)
     assert result.exit_code == 3, result.output
@@ -251,6 +262,7 @@ def test_inspect_a_checkpoint_and_how_it_was_made(home: Path) -> None:
         (["eval", "--run", "run", *EVAL[:1], "net.py:modle", *EVAL[2:]], ["modle", "model?"]),
         (["eval", "--run", "run", *EVAL, "--model-arg", "classes=7"], ["shape", "--model-arg"]),
         (["eval", "--run", "run", *EVAL, "--model-arg", "depth=7"], ["depth", "It takes classes"]),
+        (["eval", "--run", "run", *EVAL[:3], "net.py:broken"], ["RuntimeError", "--debug"]),
         (["eval", "--run", "run", *EVAL, "--device", "cuda:99"], ["cuda:99", "not available"]),
     ],
 )

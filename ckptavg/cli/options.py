@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 log = logging.getLogger("ckptavg")
 _EVERYWHERE = "Everywhere"
+_WHERE = "--debug shows where."
 
 
 class Grouped(click.Command):
@@ -228,6 +229,12 @@ def _errors_in_one_line(debug: bool) -> Iterator[None]:
         if debug:
             raise
         raise Failure(error) from error
+    except (click.ClickException, click.exceptions.Exit):
+        raise
+    except Exception as error:  # out of the user's model or data, or a mistake of ours
+        if debug:
+            raise
+        raise Failure(CkptavgError(f"{type(error).__name__}: {error}", _WHERE)) from error
     except KeyboardInterrupt:
         click.echo("Interrupted: nothing was written.", err=True)
         raise click.exceptions.Exit(130) from None
