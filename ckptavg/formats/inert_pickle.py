@@ -17,9 +17,10 @@ from typing import Any
 
 from ckptavg.formats.table import DTYPES, DType
 
-MAX_PICKLE = 256 * 2**20
+MAX_PICKLE = 64 * 2**20
+_MOST_CONTAINERS = 5_000_000  # a byte of pickle can make one of 200 bytes
 _SPARE_BUDGET = 1_000_000
-_LARGE_INTEGER = 2**60  # beyond, different integers can be made to have one hash
+_LARGE_INTEGER = 60  # bits; beyond, different integers can be made to have one hash
 _MOST_COLLISIONS = 1000
 _MARK = object()
 
@@ -120,6 +121,7 @@ class _Machine:
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
+        self.containers = 0
         self.large: dict[int, int] = {}
         self.collisions = 0
         self.stack: list[Any] = []
@@ -130,6 +132,10 @@ class _Machine:
         if name in _PUSH_ARGUMENT:
             self.stack.append(arg)
             return
+        if name in _CONTAINERS:
+            self.containers += 1
+            if self.containers > _MOST_CONTAINERS:
+                raise MalformedPickle(f"it holds more than {_MOST_CONTAINERS} containers")
         handler = _OPCODES.get(name)
         if name in _IGNORED:
             return
@@ -221,7 +227,8 @@ class _Machine:
         parts = value if flat else (value,)
         self.spend(len(parts))
         for part in parts:
-            if isinstance(part, int) and abs(part) >= _LARGE_INTEGER:
+            if isinstance(part, int) and part.bit_length() > _LARGE_INTEGER:
+                self.spend(part.bit_length() // 64)  # what hashing it takes
                 self.check_collision(part)
         if flat and all(isinstance(part, _SCALARS) for part in value):
             return value
@@ -295,6 +302,10 @@ def _simple(push: Callable[[], Any]) -> Callable[[_Machine, Any], None]:
     return lambda m, _: m.stack.append(push())
 
 
+_CONTAINERS = frozenset(
+    "EMPTY_LIST EMPTY_DICT EMPTY_SET LIST DICT FROZENSET TUPLE TUPLE1 TUPLE2 TUPLE3 REDUCE NEWOBJ "
+    "NEWOBJ_EX OBJ INST GLOBAL STACK_GLOBAL".split()
+)
 _IGNORED = ("PROTO", "FRAME")  # they only frame the stream
 _PUSH_ARGUMENT = frozenset(
     [

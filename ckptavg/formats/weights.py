@@ -185,7 +185,8 @@ def _entry_paths(tree: Mapping[Any, Any]) -> list[str]:
                 continue
             seen.add(id(value))
             if _holds_tensors(value):
-                found.append((-count_tensors(value), prefix + name))
+                held = sum(isinstance(v, (TensorView, Refused)) for v in value.values())
+                found.append((-held, prefix + name))
             elif prefix.count(".") < _DEEPEST_ENTRY:
                 waiting.append((f"{prefix}{name}.", value))
     return [path for _, path in sorted(found)]
