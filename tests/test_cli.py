@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -274,6 +276,60 @@ def test_mistakes_get_one_line_with_a_remedy(home: Path, args: list[str], words:
     assert not list(home.glob("o.pt")) + list(home.glob(".*tmp*"))
 
 
+def resave(path: Path, **changes: torch.Tensor | None) -> None:
+    """Change, add or (None) drop tensors of a checkpoint."""
+    saved = torch.load(path)
+    state = dict(saved["state_dict"]) | changes
+    torch.save(saved | {"state_dict": {k: v for k, v in state.items() if v is not None}}, path)
+
+
+BREAKAGES = {
+    "missing tensor": (lambda run: resave(run / "epoch_2.pt", **{"1.bias": None}), "lacks 1"),
+    "extra tensor": (lambda run: resave(run / "epoch_2.pt", extra=torch.ones(1)), "1 more (extra)"),
+    "other shape": (
+        lambda run: resave(run / "epoch_2.pt", **{"1.bias": torch.ones(9)}),
+        "1.bias has the shape (9,)",
+    ),
+    "NaN": (
+        lambda run: resave(run / "epoch_2.pt", **{"1.bias": torch.full((4,), torch.nan)}),
+        "1.bias is NaN",
+    ),
+    "truncated file": (lambda run: os.truncate(run / "epoch_2.pt", 900), "epoch_2.pt"),
+    "unknown entry": (
+        lambda run: torch.save({"mine": network().state_dict()}, run / "epoch_2.pt"),
+        "mine: 9 tensors). Name the entry with --key, for instance --key mine",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "words"), BREAKAGES.values(), ids=BREAKAGES)
+def test_what_cannot_be_averaged_leaves_no_output(
+    home: Path, damage: Callable[[Path], None], words: str
+) -> None:
+    damage(home / "run")
+    before = sorted(home.rglob("*"))
+    line = one_line_error(ckptavg("average", "run", "-o", "o.pt"))
+    assert words in line
+    assert "epoch_2.pt" in line
+    assert sorted(home.rglob("*")) == before
+
+
+def test_too_little_room_is_known_before_the_work(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))  # type: ignore[attr-defined]
+    assert "GB are free" in one_line_error(ckptavg("average", "run", "-o", "o.pt"))
+    assert not list(home.glob("*o.pt*"))
+
+
+def test_weights_in_another_order_than_the_runs_get_a_note(home: Path) -> None:
+    paths = ["run/epoch_3.pt", "run/epoch_1.pt"]
+    result = ckptavg("average", *paths, "--weights", "3,1", "--dry-run")
+    assert "in the run's order, not in the order given" in result.stderr
+    result = ckptavg("average", *reversed(paths), "--weights", "3,1", "--dry-run")
+    assert "order given" not in result.stderr
+
+
 @pytest.mark.parametrize(
     "args",
     [
@@ -287,6 +343,7 @@ def test_mistakes_get_one_line_with_a_remedy(home: Path, args: list[str], words:
         ["average", "run", "-o", "o.xyz"],
         ["average", "run", "-o", "o.pt", "--dtype", "int8"],
         ["eval", *EVAL],
+        ["eval", "run", *EVAL],
         ["eval", "run/epoch_1.pt", *EVAL, "--each"],
         ["eval", "--run", "run", *EVAL, "--results", "r.txt"],
         ["eval", "--run", "run", "--model", "net", "--data", "net.py:data"],

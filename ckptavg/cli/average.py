@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from ckptavg.averaging import Average
 
 _OUT = "Output"
+log = logging.getLogger("ckptavg")
 
 
 @click.command(cls=options.Grouped)
@@ -57,6 +59,8 @@ def average(
     if bool(settings["model_spec"]) != bool(settings["train_data"]):
         raise UsageError("--model and --train-data go together: they recompute BatchNorm")
     _, selection = options.open_selected(paths, glob, key, settings)
+    if settings["weights"]:
+        _note_order(paths, [str(c.path) for c in selection])
     from ckptavg import averaging  # noqa: PLC0415 - help is shown without torch
 
     planned = averaging.plan_average(
@@ -103,6 +107,13 @@ def _write(
             batch_progress=lambda done, total: progress("BatchNorm", done, total),
         )  # fmt: skip
     return refresh.RECOMPUTED
+
+
+def _note_order(given: tuple[str, ...], ordered: list[str]) -> None:
+    """Say so if weights would go to other checkpoints than the order of the paths suggests."""
+    named = [path for path in given if path in ordered]
+    if len(named) > 1 and named != [path for path in ordered if path in named]:
+        log.info("the weights go to the checkpoints in the run's order, not in the order given")
 
 
 def _show_plan(report: Report, planned: Average) -> None:

@@ -109,8 +109,11 @@ def _check(
 
 def _candidates(paths: tuple[str, ...], settings: dict[str, Any]) -> list[Candidate]:
     from ckptavg import averaging, evaluation  # noqa: PLC0415
-    from ckptavg.formats import open_checkpoint  # noqa: PLC0415
+    from ckptavg.formats import is_checkpoint_directory, open_checkpoint  # noqa: PLC0415
 
+    for path in paths:
+        if Path(path).is_dir() and not is_checkpoint_directory(Path(path)):
+            raise UsageError(f"{path} is no checkpoint: a run goes after --run")
     found = [
         evaluation.Candidate.of_checkpoint(open_checkpoint(path, settings["key"]), path)
         for path in paths

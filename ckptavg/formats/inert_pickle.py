@@ -303,8 +303,25 @@ def _simple(push: Callable[[], Any]) -> Callable[[_Machine, Any], None]:
 
 
 _CONTAINERS = frozenset(
-    "EMPTY_LIST EMPTY_DICT EMPTY_SET LIST DICT FROZENSET TUPLE TUPLE1 TUPLE2 TUPLE3 REDUCE NEWOBJ "
-    "NEWOBJ_EX OBJ INST GLOBAL STACK_GLOBAL".split()
+    [
+        "EMPTY_LIST",
+        "EMPTY_DICT",
+        "EMPTY_SET",
+        "LIST",
+        "DICT",
+        "FROZENSET",
+        "TUPLE",
+        "TUPLE1",
+        "TUPLE2",
+        "TUPLE3",
+        "REDUCE",
+        "NEWOBJ",
+        "NEWOBJ_EX",
+        "OBJ",
+        "INST",
+        "GLOBAL",
+        "STACK_GLOBAL",
+    ]
 )
 _IGNORED = ("PROTO", "FRAME")  # they only frame the stream
 _PUSH_ARGUMENT = frozenset(
