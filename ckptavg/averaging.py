@@ -19,7 +19,7 @@ from ckptavg.formats.layout import Layout, lay_out
 from ckptavg.formats.publish import Publication, check_room, check_target
 from ckptavg.formats.table import DTYPES, FileStamp, OutputTensor
 from ckptavg.formats.writing import FileSink, MemorySink
-from ckptavg.plan import Plan, Rules, copy_plan, make_plan
+from ckptavg.plan import Plan, Rules, batchnorm_layers, copy_plan, make_plan
 from ckptavg.run import Run, as_run
 from ckptavg.schemes import Scheme
 from ckptavg.stream import Progress, StreamResult, stream
@@ -46,8 +46,7 @@ class Average:
         """State of the running statistics: ``none``, ``own`` (one checkpoint's) or ``stale``."""
         if self.plan.batchnorm:
             return "stale"
-        names = [tensor.name for tensor in self.plan.tensors]
-        return "own" if any(name.endswith("running_mean") for name in names) else "none"
+        return "own" if batchnorm_layers(t.name for t in self.plan.tensors) else "none"
 
     def provenance(self, batchnorm: str | None = None) -> dict[str, Any]:
         """How the average is made, as plain values for JSON."""
@@ -127,6 +126,8 @@ def plan_average(
 ) -> Average:
     """Check that a run can be averaged, without reading a tensor. Arguments as for ``average``."""
     checkpoints = as_run(run).checkpoints
+    if weights is not None and scheme != "uniform":
+        raise UsageError("a scheme and weights exclude each other: give one of them")
     chosen = schemes.parse(scheme) if weights is None else schemes.explicit(weights)
     coefficients = chosen.coefficients([c.step for c in checkpoints])
     if base is not None and not isinstance(base, Checkpoint):

@@ -9,6 +9,7 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 from ckptavg.errors import NoWeightsError, RunError, first_few
@@ -20,6 +21,10 @@ _OTHER_STATE = re.compile(
     r"sampler|trainer_state|zero_pp_rank_.*|.*optim_states)([-_.]?\d+)*"
 )
 _ALIAS_WORD = re.compile(r"(?<![a-z])(last|latest|best|final|newest|current)(?![a-z])")
+_STEP_WORDS = tuple(
+    re.compile(rf"(?<![a-z])(?:{words})[-_= ]?(\d+)")
+    for words in ("global_?steps?|steps?|iter|iteration|iters", "epochs?|ep")
+)
 LeftOut = tuple[Path, str]
 
 
@@ -141,8 +146,15 @@ def _numbered_below(directory: Path) -> bool:
 
 def _lost_its_weights(directory: Path) -> bool:
     """Whether a directory is what a crash while saving leaves of a checkpoint."""
-    named = re.fullmatch(r"checkpoint[-_]\d+", directory.name)
-    return bool(named) and (directory / "trainer_state.json").is_file()
+    if not re.fullmatch(r"checkpoint[-_]\d+", directory.name):
+        return False
+    if any(directory.glob("adapter_model.*")):
+        raise RunError(
+            f"{directory} holds a LoRA adapter: the mean of A and the mean of B do not make the "
+            "mean of BA",
+            "Merge the adapters into their base models first.",
+        )
+    return (directory / "trainer_state.json").is_file()
 
 
 def _no_run(directory: Path, below: list[Path]) -> RunError:
@@ -261,29 +273,48 @@ def _same_contents(one: Checkpoint, other: Checkpoint) -> bool:
 
 
 def _ordered(checkpoints: Sequence[Checkpoint]) -> tuple[tuple[Checkpoint, ...], list[str]]:
-    """Sort by step, then epoch, then name, and give each its position."""
-    steps = [c.record.step for c in checkpoints]
+    """Sort by step, then epoch, then the numbers in the names, and give each its position."""
+    steps: list[float | None] = [c.record.step for c in checkpoints]
     epochs = [c.record.epoch for c in checkpoints]
     notes: list[str] = []
-    positions: Sequence[float | None]
     if None not in steps and not _restarts(checkpoints):
-        positions = steps
+        first, second = steps, epochs
     elif None not in epochs:
-        positions = epochs
+        first, second = epochs, steps
     else:
         if any(v is not None for v in (*steps, *epochs)):
             notes.append("not every checkpoint records a step or an epoch: ordered by name")
-            steps, epochs = [None] * len(checkpoints), [None] * len(checkpoints)
-        positions = _numbers_in_names(checkpoints)
-    keys = [
-        tuple(-1 if v is None else v for v in (p, s, e)) if p in (s, e) and p is not None else ()
-        for p, s, e in zip(positions, steps, epochs, strict=True)
-    ]
+        first = second = _numbers_in_names(checkpoints)
     aliases = [_is_alias(c, checkpoints) for c in checkpoints]
     ranked = sorted(
-        range(len(checkpoints)), key=lambda i: (keys[i], aliases[i], _natural(checkpoints[i].path))
+        range(len(checkpoints)),
+        key=lambda i: (
+            *(() if None in first else (first[i], -1.0 if second[i] is None else second[i])),
+            aliases[i],
+            _natural(checkpoints[i].path),
+        ),
     )
-    return tuple(replace(checkpoints[i], step=positions[i]) for i in ranked), notes
+    ordered = tuple(replace(checkpoints[i], step=first[i]) for i in ranked)
+    return ordered, notes + _doubts(ordered)
+
+
+def _doubts(ordered: Sequence[Checkpoint]) -> list[str]:
+    """Notes about an order that may not be what the user thinks."""
+    notes = []
+    for one, other in pairwise(ordered):
+        if one.step is not None and one.step == other.step and one.record == other.record:
+            notes.append(
+                f"{one.path.name} and {other.path.name} share the step {one.step:g}: "
+                "if they are of different runs, tell them apart with --glob"
+            )
+            break
+    unplaced = [c.path.name for c in ordered if c.step is None]
+    if unplaced and len(unplaced) < len(ordered):
+        notes.append(f"no step is known of {first_few(unplaced)}: placed last")
+    epochs = [c.record.epoch for c in ordered if c.record.epoch is not None]
+    if any(a > b for a, b in pairwise(epochs)):
+        notes.append("recorded steps and epochs disagree on the order: the steps decide")
+    return notes
 
 
 def _restarts(checkpoints: Sequence[Checkpoint]) -> bool:
@@ -295,7 +326,14 @@ def _restarts(checkpoints: Sequence[Checkpoint]) -> bool:
 
 
 def _numbers_in_names(checkpoints: Sequence[Checkpoint]) -> list[float | None]:
-    """The first number that tells the names apart; of a single name, its last number."""
+    """The number after a word like step or epoch, else the first that tells the names apart.
+
+    Of a single name without such a word it is the last number.
+    """
+    for word in _STEP_WORDS:
+        found = [word.search(_stem(c.path).lower()) for c in checkpoints]
+        if all(found):
+            return [float(match[1]) for match in found if match]
     names = [
         [] if any(o.path.parent == c.path for o in checkpoints) else _tokens(_stem(c.path))
         for c in checkpoints

@@ -238,7 +238,7 @@ class _Worker:
                 )
         raise NonFiniteError(
             f"the average of {tensor.name} is too large for {tensor.dtype.name}",
-            "Write a wider type with --dtype float32.",
+            "Write a wider type with --dtype float32 or float64.",
         )
 
     def _read_values(self, source: Tensor, start: int, count: int) -> torch.Tensor:

@@ -678,3 +678,36 @@ def test_checkpoints_given_by_hand_are_a_run_in_their_order(tmp_path):
     by_hand = as_run([run.checkpoints[2], run.checkpoints[0]])
     assert numbers(by_hand) == [3, 1]
     assert as_run(run) is run
+
+
+@pytest.mark.parametrize(
+    ("names_given", "expected", "words"),
+    [
+        (["loss=0.5-epoch=2", "loss=0.1-epoch=3", "loss=0.3-epoch=1"], [1, 2, 3], ""),
+        (["seed0_epoch1", "seed1_epoch1"], [1, 1], "share the step 1"),
+        (["epoch_1", "epoch_2", "model_best"], [1, 2, None], "no step is known of model_best"),
+    ],
+)
+def test_names_are_read_for_their_steps_and_doubts_are_noted(
+    tmp_path, names_given, expected, words
+):
+    for i, name in enumerate(names_given):
+        save_weight(tmp_path / f"{name}.pt", float(i))
+    run = open_run(tmp_path)
+    assert [c.step for c in run] == expected
+    assert any(words in note for note in run.notes) if words else not run.notes
+
+
+def test_a_note_says_that_steps_and_epochs_disagree(tmp_path):
+    for step, epoch in ((50, 1), (100, 0), (150, 1)):
+        save_weight(tmp_path / f"s{step}.pt", step, epoch=epoch, step=step)
+    run = open_run(tmp_path)
+    assert [c.step for c in run] == [50, 100, 150]
+    assert any("disagree" in note for note in run.notes)
+
+
+def test_a_lora_adapter_is_told_from_a_checkpoint_that_lost_its_weights(tmp_path):
+    (tmp_path / "checkpoint-10").mkdir()
+    save_weight(tmp_path / "checkpoint-10" / "adapter_model.safetensors", 1.0)
+    with pytest.raises(RunError, match="LoRA adapter.*Merge"):
+        open_run(tmp_path)
