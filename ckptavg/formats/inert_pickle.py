@@ -8,12 +8,13 @@ code of the file's choosing is called, so a hostile pickle is only data.
 
 from __future__ import annotations
 
+import io
 import math
 import pickletools
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, BinaryIO
 
 from ckptavg.formats.table import DTYPES, DType
 
@@ -98,29 +99,71 @@ def loads(data: bytes) -> Any:
     Raises:
         MalformedPickle: The data is not a pickle, or a damaged one.
     """
-    if len(data) > MAX_PICKLE:
-        raise MalformedPickle(f"it is larger than {MAX_PICKLE >> 20} MiB")
-    machine = _Machine(budget=len(data) + _SPARE_BUDGET)
+    return load(io.BytesIO(data))[0]
+
+
+def load(file: BinaryIO) -> tuple[Any, dict[str, Storage]]:
+    """Read one pickle from where a file stands, and leave it right behind the pickle.
+
+    Returns:
+        What ``loads`` returns, and the storages that it mentions, by key.
+
+    Raises:
+        MalformedPickle: There is no pickle, or a damaged one.
+    """
+    source = _Bounded(file)
+    machine = _Machine(source)
     try:
-        for opcode, arg, _ in pickletools.genops(data):
+        for opcode, arg, _ in pickletools.genops(source):  # type: ignore[arg-type]
             machine.step(opcode.name, arg)
     except MalformedPickle:
         raise
     except Exception as error:  # anything a hostile stream provokes: it is damage all the same
         raise MalformedPickle(str(error)[:200] or type(error).__name__) from error
-    return machine.result
+    return machine.result, machine.storages
+
+
+class _Bounded:
+    """A file of which no more is read than a pickle may be long.
+
+    Attributes:
+        done: Bytes read so far.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.done = 0
+
+    def read(self, size: int) -> bytes:
+        """At most ``size`` bytes."""
+        if size > MAX_PICKLE - self.done:
+            raise MalformedPickle(f"it is larger than {MAX_PICKLE >> 20} MiB, or cut short")
+        return self._count(self._file.read(size))
+
+    def readline(self) -> bytes:
+        """A line."""
+        return self._count(self._file.readline(MAX_PICKLE - self.done + 1))
+
+    def _count(self, data: bytes) -> bytes:
+        self.done += len(data)
+        if self.done > MAX_PICKLE:
+            raise MalformedPickle(f"it is larger than {MAX_PICKLE >> 20} MiB")
+        return data
 
 
 class _Machine:
     """The pickle virtual machine: a stack, the marks on it and the memo.
 
     Args:
-        budget: Elements that may be copied or hashed in all. An honest pickle spells nearly every
-            element out; one that copies the same list again and again would exhaust the memory.
+        source: What the pickle is read from. The elements that may be copied or hashed in all are
+            as many as it has bytes, and some: an honest pickle spells nearly every element out; one
+            that copies the same list again and again would exhaust the memory.
     """
 
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
+    def __init__(self, source: _Bounded) -> None:
+        self.source = source
+        self.spent = 0
+        self.storages: dict[str, Storage] = {}
         self.containers = 0
         self.large: dict[int, int] = {}
         self.collisions = 0
@@ -214,8 +257,8 @@ class _Machine:
         self.stack.append(Global(module, name))
 
     def spend(self, count: int) -> None:
-        self.budget -= count
-        if self.budget < 0:
+        self.spent += count
+        if self.spent > self.source.done + _SPARE_BUDGET:
             raise MalformedPickle("it copies its contents over and over")
 
     def key(self, value: Any) -> Any:
@@ -295,7 +338,10 @@ class _Machine:
         self.stack.append(self.call(cls, tuple(args)))
 
     def persistent(self, pid: Any) -> None:
-        self.stack.append(_storage(pid))
+        storage = _storage(pid)
+        if self.storages.setdefault(storage.key, storage) != storage:
+            raise MalformedPickle(f"the storage {storage.key!r} is described in two ways")
+        self.stack.append(storage)
 
 
 def _simple(push: Callable[[], Any]) -> Callable[[_Machine, Any], None]:
@@ -408,7 +454,9 @@ def _name(function: Any) -> tuple[str, str]:
 def _storage(pid: Any) -> Storage:
     if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
         raise MalformedPickle("a persistent id is not a tensor storage")
-    _, kind, key, _, numel = pid[:5]
+    _, kind, key, _, numel, *view = pid
+    if any(part is not None for part in view):
+        raise MalformedPickle("it holds views of storages, as torch 0.3 wrote them")
     if not isinstance(kind, Global) or not isinstance(key, str) or not _natural(numel):
         raise MalformedPickle("a tensor storage is malformed")
     if kind.name in _UNTYPED:

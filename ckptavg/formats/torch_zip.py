@@ -1,25 +1,24 @@
-"""The zip files of ``torch.save``: the pickle read inertly, the storages as byte ranges."""
+"""The files of ``torch.save``: the pickle read inertly, the storages as byte ranges."""
 
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from ckptavg.errors import CheckpointError
-from ckptavg.formats import inert_pickle
+from ckptavg.formats import inert_pickle, torch_legacy
 from ckptavg.formats.inert_pickle import MalformedPickle, Storage, TensorView
 from ckptavg.formats.table import Piece, Tensor
 
 _LOCAL_HEADER = 30
-_LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number, pickled
 
 
 @dataclass
-class TorchZip:
+class TorchFile:
     """An opened ``torch.save`` file.
 
     Attributes:
@@ -29,8 +28,8 @@ class TorchZip:
 
     path: str
     tree: Any
-    _entries: Mapping[str, zipfile.ZipInfo] = field(repr=False)
-    _storages: dict[str, tuple[Storage, int]] = field(default_factory=dict, repr=False)
+    _locate: Callable[[Storage], int] = field(repr=False)
+    _offsets: dict[str, int] = field(default_factory=dict, repr=False)
 
     def tensor(self, view: TensorView) -> Tensor:
         """The table entry of a tensor in the tree.
@@ -39,31 +38,14 @@ class TorchZip:
             CheckpointError: Its storage is missing from the file, compressed or too short.
         """
         key = view.storage.key
-        known = self._storages.get(key)
-        if known is None:
-            known = self._storages[key] = (view.storage, self._locate(view))
-        storage, offset = known
-        if storage != view.storage:
-            raise damaged(self.path, f"the storage {key!r} is described in two ways")
-        start = offset + view.offset * view.dtype.size
+        if key not in self._offsets:
+            self._offsets[key] = self._locate(view.storage)
+        start = self._offsets[key] + view.offset * view.dtype.size
         piece = Piece(self.path, start, view.shape, view.stride, (0,) * len(view.shape))
         return Tensor(view.dtype, view.shape, (piece,))
 
-    def _locate(self, view: TensorView) -> int:
-        """Byte offset of a storage, after its zip entry has been checked."""
-        info = self._entries.get(f"data/{view.storage.key}")
-        if info is None:
-            raise damaged(self.path, f"the storage {view.storage.key!r} is missing")
-        if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
-            raise damaged(self.path, "its tensors are compressed, which torch.save never does")
-        element = view.storage.dtype.size if view.storage.dtype else 1
-        if view.storage.numel * element > info.file_size:
-            raise damaged(self.path, f"the storage {view.storage.key!r} is shorter than it claims")
-        with open(self.path, "rb") as file:
-            return data_offset(file, info, self.path)
 
-
-def read(path: str) -> TorchZip:
+def read(path: str) -> TorchFile:
     """Open a ``torch.save`` file: its directory and its pickle, no tensor data.
 
     Raises:
@@ -71,11 +53,9 @@ def read(path: str) -> TorchZip:
     """
     try:
         with open(path, "rb") as file:
-            if file.read(len(_LEGACY_START)) == _LEGACY_START:
-                raise CheckpointError(
-                    f"{path} is in the format that torch.save wrote before version 1.6",
-                    "Load it with torch.load and save it again.",
-                )
+            if file.read(len(torch_legacy.START)) == torch_legacy.START:
+                tree, offsets = torch_legacy.read(path, file.seek(0, 2))
+                return TorchFile(path, tree, lambda storage: offsets[storage.key])
             entries = _entries(path, zipfile.ZipFile(file).infolist())
             _check_entries(path, entries)
             order = entries.get("byteorder")
@@ -88,7 +68,21 @@ def read(path: str) -> TorchZip:
         raise damaged(path, f"its pickle is malformed: {error}") from error
     except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError, RuntimeError) as error:
         raise damaged(path, _why(path, error)) from error
-    return TorchZip(path, tree, entries)
+    return TorchFile(path, tree, lambda storage: _locate(path, entries, storage))
+
+
+def _locate(path: str, entries: Mapping[str, zipfile.ZipInfo], storage: Storage) -> int:
+    """Byte offset of a storage, after its zip entry has been checked."""
+    info = entries.get(f"data/{storage.key}")
+    if info is None:
+        raise damaged(path, f"the storage {storage.key!r} is missing")
+    if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+        raise damaged(path, "its tensors are compressed, which torch.save never does")
+    element = storage.dtype.size if storage.dtype else 1
+    if storage.numel * element > info.file_size:
+        raise damaged(path, f"the storage {storage.key!r} is shorter than it claims")
+    with open(path, "rb") as file:
+        return data_offset(file, info, path)
 
 
 def checksums(path: str | Path) -> list[tuple[str, int, int]] | None:
@@ -103,7 +97,7 @@ def checksums(path: str | Path) -> list[tuple[str, int, int]] | None:
 
 def looks_like(start: bytes) -> bool:
     """Whether a file that begins so was written by ``torch.save``."""
-    return start.startswith((b"PK\x03\x04", _LEGACY_START[:8]))
+    return start.startswith((b"PK\x03\x04", torch_legacy.START[:8]))
 
 
 def damaged(path: str | Path, why: str) -> CheckpointError:

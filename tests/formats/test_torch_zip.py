@@ -239,7 +239,6 @@ DAMAGED = {
                        "malformed"),
     "a zip of other things": (plain_zip(), "not one of torch.save"),
     "a zip of nothing": (b"PK\x05\x06" + bytes(18), ""),
-    "the legacy format": (saved(_use_new_zipfile_serialization=False), ""),
 }  # fmt: skip
 
 
@@ -262,14 +261,6 @@ def test_the_unchanged_copy_of_those_files_is_read(tmp_path):
 def test_a_torchscript_archive_is_named_as_such(tmp_path, refusal):
     (tmp_path / "model.pt").write_bytes(script_module())
     assert "TorchScript" in refusal(tmp_path / "model.pt")
-
-
-def test_the_legacy_format_is_named_as_such_and_not_called_truncated(tmp_path, refusal):
-    path = tmp_path / "old.pt"
-    torch.save({"a": torch.zeros(2)}, path, _use_new_zipfile_serialization=False)
-    text = refusal(path)
-    assert "truncated" not in text
-    assert "torch.save" in text
 
 
 def view(key: str, numel: int, kind="FloatStorage") -> bytes:

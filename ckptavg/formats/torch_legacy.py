@@ -1,0 +1,64 @@
+"""What ``torch.save`` wrote before version 1.6: several pickles, then the storages in a row."""
+
+from __future__ import annotations
+
+from typing import Any, BinaryIO
+
+from ckptavg.errors import CheckpointError
+from ckptavg.formats import inert_pickle
+from ckptavg.formats.inert_pickle import MalformedPickle, Storage
+
+START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number, pickled
+_PROTOCOL = 1001
+
+
+def read(path: str, size: int) -> tuple[Any, dict[str, int]]:
+    """Read the pickles and find the storages; no tensor data is moved.
+
+    Args:
+        path: The file.
+        size: Its size in bytes.
+
+    Returns:
+        What was saved, and the byte offset of each storage by its key.
+
+    Raises:
+        MalformedPickle: A pickle or the row of storages is damaged.
+        CheckpointError: The file was saved on a machine of the other byte order.
+    """
+    with open(path, "rb") as file:
+        file.seek(len(START))
+        protocol, system = (inert_pickle.load(file)[0] for _ in range(2))
+        if protocol != _PROTOCOL or not isinstance(system, dict):
+            raise MalformedPickle("its protocol is unknown")
+        if system.get("little_endian") is not True:
+            raise CheckpointError(
+                f"{path} was saved on a big-endian machine", "Load and save it on this one."
+            )
+        tree, storages = inert_pickle.load(file)
+        keys, _ = inert_pickle.load(file)
+        if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+            raise MalformedPickle("its list of storages is malformed")
+        return tree, _locate(file, size, keys, storages)
+
+
+def _locate(
+    file: BinaryIO, size: int, keys: list[str], storages: dict[str, Storage]
+) -> dict[str, int]:
+    """Walk the row of storages: each is its number of elements, then their bytes."""
+    found: dict[str, int] = {}
+    position = file.tell()
+    for key in keys:
+        storage = storages.get(key)
+        if storage is None or key in found:
+            raise MalformedPickle("its list of storages does not fit its tensors")
+        file.seek(position)
+        count = int.from_bytes(file.read(8), "little", signed=True)
+        nbytes = storage.numel * (storage.dtype.size if storage.dtype else 1)
+        if count != storage.numel or position + 8 + nbytes > size:
+            raise MalformedPickle(f"the storage {key!r} runs past the end of the file")
+        found[key] = position + 8
+        position += 8 + nbytes
+    if found.keys() != storages.keys() or position != size:
+        raise MalformedPickle("its storages do not end where the file does")
+    return found
