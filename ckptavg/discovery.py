@@ -34,7 +34,6 @@ class Found:
 
     groups: list[list[Path]]
     left_out: list[LeftOut]
-    notes: list[str]
 
 
 @dataclass
@@ -53,7 +52,7 @@ def find(paths: Sequence[Path], glob: str | None) -> Found:
         RunError: A path does not exist, or holds no run or several.
     """
     groups: dict[Path, list[Path]] = {}
-    found = Found([], [], [])
+    found = Found([], [])
     for path in paths:
         if not path.exists():
             raise RunError(f"{path} does not exist", _nearest(path))
@@ -96,10 +95,10 @@ def open_members(paths: Sequence[Path], key: str | None) -> Opened:
             if len(paths) == 1:
                 raise
             left_out.append((path, error.message.removeprefix(f"{path} ")))
-    made = [c for c in opened if c.provenance is not None]
+    made = [c for c in opened if c.is_average]
     if len(made) < len(opened):
         left_out += [(c.path, "an average that ckptavg wrote") for c in made]
-        opened = [c for c in opened if c.provenance is None]
+        opened = [c for c in opened if not c.is_average]
     kept, repeats = _without_repeats(opened)
     left_out += [(alias.path, f"repeats {original.path.name}") for alias, original in repeats]
     notes = [f"{a.path} repeats {b.path.name} and counts once" for a, b in repeats]
@@ -134,8 +133,10 @@ def _members(directory: Path, found: Found) -> list[Path]:
             found.left_out.append((path, "not a model's weights"))
         else:
             members.append(path)
-    if not members:
+    runs = [p for p in below if p.is_dir() and p not in nested and _holds_checkpoints(p)]
+    if not members or (len(members) == 1 and runs):
         raise _no_run(directory, below)
+    found.left_out += [(path, "a run of its own") for path in runs]
     return sorted(members, key=_natural)
 
 
@@ -221,41 +222,39 @@ def _is_alias_name(path: Path) -> bool:
 def _without_repeats(
     checkpoints: Sequence[Checkpoint],
 ) -> tuple[list[Checkpoint], list[tuple[Checkpoint, Checkpoint]]]:
-    """Split into checkpoints, and repeats with what each one repeats."""
+    """Split into checkpoints, and repeats with what each one repeats.
+
+    The same files repeat each other. Contents are compared where a name says nothing of when, or
+    where two record the same step and epoch.
+    """
+    aliases = _aliases(checkpoints)
     kept: list[Checkpoint] = []
     repeats: list[tuple[Checkpoint, Checkpoint]] = []
-    likely_first = sorted(
-        checkpoints,
-        key=lambda c: (_is_alias(c, checkpoints), c.path.is_symlink(), _natural(c.path)),
-    )
-    for checkpoint in likely_first:
-        original = next((k for k in kept if _repeats(checkpoint, k, checkpoints)), None)
-        if original is None:
-            kept.append(checkpoint)
-        else:
+    by_files: dict[object, Checkpoint] = {}
+    by_place: dict[object, list[Checkpoint]] = defaultdict(list)
+    for checkpoint in sorted(
+        checkpoints, key=lambda c: (c.path in aliases, c.path.is_symlink(), _natural(c.path))
+    ):
+        identity = tuple((stamp.device, stamp.inode) for stamp in checkpoint.files)
+        place = (checkpoint.record.step, checkpoint.record.epoch)
+        likely = kept if checkpoint.path in aliases else by_place[place]
+        original = by_files.get(identity) or next(
+            (k for k in likely if _same_contents(checkpoint, k)), None
+        )
+        if original is not None:
             repeats.append((checkpoint, original))
+            continue
+        kept.append(checkpoint)
+        by_files[identity] = checkpoint
+        if place != (None, None):
+            by_place[place].append(checkpoint)
     return kept, repeats
 
 
-def _is_alias(checkpoint: Checkpoint, all_of_them: Sequence[Checkpoint]) -> bool:
-    """Whether a checkpoint may stand for another one: by its name, or as the parent of the rest."""
-    parent = any(c.path.parent == checkpoint.path for c in all_of_them)
-    return parent or _is_alias_name(checkpoint.path)
-
-
-def _repeats(one: Checkpoint, other: Checkpoint, all_of_them: Sequence[Checkpoint]) -> bool:
-    if _same_files(one, other):
-        return True
-    recorded = (one.record.step, one.record.epoch)
-    same_place = recorded != (None, None) and recorded == (other.record.step, other.record.epoch)
-    return (same_place or _is_alias(one, all_of_them)) and _same_contents(one, other)
-
-
-def _same_files(one: Checkpoint, other: Checkpoint) -> bool:
-    pairs = list(zip(one.files, other.files, strict=False))
-    return len(one.files) == len(other.files) and all(
-        Path(a.path).samefile(b.path) for a, b in pairs
-    )
+def _aliases(checkpoints: Sequence[Checkpoint]) -> set[Path]:
+    """Checkpoints that may stand for another one: by their name, or as the parent of the rest."""
+    parents = {c.path.parent for c in checkpoints}
+    return {c.path for c in checkpoints if c.path in parents or _is_alias_name(c.path)}
 
 
 def _same_contents(one: Checkpoint, other: Checkpoint) -> bool:
@@ -285,12 +284,12 @@ def _ordered(checkpoints: Sequence[Checkpoint]) -> tuple[tuple[Checkpoint, ...],
         if any(v is not None for v in (*steps, *epochs)):
             notes.append("not every checkpoint records a step or an epoch: ordered by name")
         first = second = _numbers_in_names(checkpoints)
-    aliases = [_is_alias(c, checkpoints) for c in checkpoints]
+    aliases = _aliases(checkpoints)
     ranked = sorted(
         range(len(checkpoints)),
         key=lambda i: (
             *(() if None in first else (first[i], -1.0 if second[i] is None else second[i])),
-            aliases[i],
+            checkpoints[i].path in aliases,
             _natural(checkpoints[i].path),
         ),
     )
@@ -334,10 +333,8 @@ def _numbers_in_names(checkpoints: Sequence[Checkpoint]) -> list[float | None]:
         found = [word.search(_stem(c.path).lower()) for c in checkpoints]
         if all(found):
             return [float(match[1]) for match in found if match]
-    names = [
-        [] if any(o.path.parent == c.path for o in checkpoints) else _tokens(_stem(c.path))
-        for c in checkpoints
-    ]
+    parents = {c.path.parent for c in checkpoints}
+    names = [[] if c.path in parents else _tokens(_stem(c.path)) for c in checkpoints]
     numbered = [name for name in names if len(name) > 1]
     places = range(1, min(map(len, numbered), default=0), 2)
     place = next((i for i in places if len({name[i] for name in numbered}) > 1), -2)

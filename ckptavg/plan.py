@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from ckptavg.errors import MismatchError, UnsupportedTensorError, UsageError, first_few
 from ckptavg.formats import Checkpoint, Tensor
 from ckptavg.formats.table import DTYPES, DType, OutputTensor
+from ckptavg.schemes import normalized
 
 OUTPUT_DTYPES = ("keep", "float32", "bfloat16", "float16", "float64")
 
@@ -151,17 +152,17 @@ def make_plan(
     for name in names:
         _check_alike(name, checkpoints)
     builder = _Builder(tuple(checkpoints), tuple(coefficients), rules)
-    rest = [name for name in base.tensors if not rules.averages(name)]
-    _check_copied(base, rules)
+    averaged = set(names)
+    rest = [name for name in base.tensors if name not in averaged]
+    _check_copied(base, averaged)
     order = {name: i for i, name in enumerate(base.tensors)}
     tensors = [builder.averaged(name) for name in names] + [
         builder.copied(name, base) for name in rest
     ]
     tensors.sort(key=lambda t: order.get(t.name, len(order)))
-    total = math.fsum(coefficients)
     return Plan(
         checkpoints=tuple(checkpoints),
-        coefficients=tuple(c / total for c in coefficients),
+        coefficients=tuple(normalized(coefficients)),
         tensors=tuple(_with_ties(tensors)),
         batchnorm=batchnorm_layers(t.name for t in tensors if len(t.sources) > 1),
         notes=tuple(builder.notes()),
@@ -238,7 +239,7 @@ def _check_names(checkpoints: Sequence[Checkpoint], names: Sequence[str], rules:
         lost, extra = sorted(expected - held), sorted(held - expected)
         if not lost and not extra:
             continue
-        if not held & expected:
+        if held and not held & expected:
             raise MismatchError(
                 f"{checkpoint.path} and {last.path} hold different networks: no tensor name in "
                 f"common ({extra[0]!r} against {lost[0]!r})",
@@ -314,12 +315,12 @@ def _check_alike(name: str, checkpoints: Sequence[Checkpoint]) -> None:
             )
 
 
-def _check_copied(base: Checkpoint, rules: Rules) -> None:
-    lost = [f"{n} ({why})" for n, why in base.refused.items() if not rules.averages(n)]
+def _check_copied(base: Checkpoint, averaged: set[str]) -> None:
+    lost = [f"{n} ({why})" for n, why in base.refused.items() if n not in averaged]
     lost += [
         f"{n} ({t.dtype.name})"
         for n, t in base.tensors.items()
-        if t.dtype.size == 0 and not rules.averages(n)
+        if t.dtype.size == 0 and n not in averaged
     ]
     if lost:
         raise UnsupportedTensorError(
@@ -346,7 +347,7 @@ def copy_plan(checkpoint: Checkpoint) -> Plan:
     Raises:
         UnsupportedTensorError: A tensor has no plain bytes.
     """
-    _check_copied(checkpoint, Rules(include=("",)))
+    _check_copied(checkpoint, set())
     tensors = [
         TensorPlan(name, t.shape, t.dtype, (t,), (checkpoint,), (1.0,), averaged=False)
         for name, t in checkpoint.tensors.items()

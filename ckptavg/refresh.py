@@ -16,6 +16,7 @@ from ckptavg.batches import Batches, Forward, Runtime
 from ckptavg.batchnorm import BatchNormResult, recompute, tracked_layers
 from ckptavg.batchnorm import Progress as BatchProgress
 from ckptavg.formats import Checkpoint
+from ckptavg.formats.table import REFRESHED
 from ckptavg.formats.weights import bare_names
 from ckptavg.loading import load_into
 from ckptavg.stream import Progress
@@ -76,7 +77,7 @@ def update_checkpoint(
     batch_progress: BatchProgress | None = None,
 ) -> BatchNormResult:
     """Write a copy of a checkpoint with recomputed statistics; see ``write_average``."""
-    made = dict(checkpoint.provenance or averaging.provenance("none", [checkpoint], [1.0], ""))
+    made = dict(checkpoint.provenance or averaging.provenance(REFRESHED, [checkpoint], [1.0], ""))
     made["bn"] = RECOMPUTED
     averaging.prepare_copy(checkpoint, out, made, overwrite=overwrite)
     weights = averaging.load(checkpoint)

@@ -144,7 +144,7 @@ def open_run(
         raise UsageError("no path is given")
     found = discovery.find([Path(path) for path in paths], glob)
     trainings: list[tuple[Checkpoint, ...]] = []
-    left_out, notes = list(found.left_out), list(found.notes)
+    left_out, notes = list(found.left_out), list[str]()
     for members in found.groups:
         opened = discovery.open_members(members, key)
         left_out += opened.left_out

@@ -84,8 +84,10 @@ def explicit(weights: Sequence[float]) -> Scheme:
                 f"{len(weights)} weights are given for {len(steps)} checkpoints",
                 "Give one a checkpoint, in the run's order; --dry-run shows it.",
             )
-        return [float(w) for w in weights]
+        return [math.ldexp(w, -scale) for w in weights]
 
+    # scaled by a power of two, which changes no ratio, where products could overflow
+    scale = max(0, math.frexp(max(map(abs, weights)))[1] - 100)
     return Scheme("weights", f"weights:{_listed(weights)}", apply)
 
 

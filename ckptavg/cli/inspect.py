@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ckptavg.cli import options
-from ckptavg.formats import Checkpoint, open_checkpoint
+from ckptavg.formats import Checkpoint
 from ckptavg.plan import batchnorm_layers
 from ckptavg.report import Report, number_text, size_text
 from ckptavg.run import Run, open_run
@@ -30,7 +30,7 @@ def inspect(report: Report, path: str, glob: str | None, key: str | None) -> Non
     """
     run = open_run(path, glob=glob, key=key)
     if len(run) == 1 and run.checkpoints[0].path == Path(path):
-        _show_checkpoint(report, open_checkpoint(path, key))
+        _show_checkpoint(report, run.checkpoints[0])
     else:
         _show_run(report, run)
 

@@ -6,7 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from ckptavg.errors import CheckpointError, first_few, short
 from ckptavg.formats import huggingface, record, safetensors, torch_zip, weights
 from ckptavg.formats.inert_pickle import Refused, TensorView
-from ckptavg.formats.table import Checkpoint, FileStamp, Record, Tensor
+from ckptavg.formats.table import REFRESHED, Checkpoint, FileStamp, Record, Tensor
 
 __all__ = [
     "Checkpoint",
@@ -159,6 +159,9 @@ def _checkpoint(path: Path, layout: str, files: list[_File], recorded: Record) -
     if not tensors and not refused:
         raise CheckpointError(f"{path} holds no tensors")
     bare = weights.bare_names([*tensors, *refused])
+    made = next((file.provenance for file in files if file.provenance), None)
+    if made is not None and made.get("scheme") == REFRESHED and made["checkpoints"]:
+        recorded = replace(recorded, step=record.whole_number(made["checkpoints"][0].get("step")))
     return Checkpoint(
         path=path,
         layout=layout,
@@ -168,7 +171,8 @@ def _checkpoint(path: Path, layout: str, files: list[_File], recorded: Record) -
         refused={bare[name]: why for name, why in refused.items() if name in bare},
         files=tuple(file.stamp for file in files),
         record=recorded,
-        provenance=next((file.provenance for file in files if file.provenance), None),
+        provenance=made,
+        step=recorded.epoch if recorded.step is None else recorded.step,
         notes=tuple(note for file in files for note in file.notes),
     )
 
@@ -182,4 +186,15 @@ def _provenance(beside: Any) -> Mapping[str, Any] | None:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) and "checkpoints" in value else None
+    made = value.get("checkpoints") if isinstance(value, dict) else None
+    if not isinstance(made, list) or not all(map(_is_account, made)):
+        return None
+    return dict(value)
+
+
+def _is_account(entry: Any) -> bool:
+    """Whether this is what ckptavg writes of one checkpoint."""
+    return isinstance(entry, dict) and all(
+        entry.get(key) is None or record.number(entry[key]) is not None
+        for key in ("step", "coefficient")
+    )

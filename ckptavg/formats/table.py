@@ -11,6 +11,8 @@ from typing import Any
 
 from ckptavg.errors import CheckpointError
 
+REFRESHED = "none"  # the scheme in the provenance of one checkpoint with new statistics
+
 
 @dataclass(frozen=True, slots=True)
 class DType:
@@ -174,6 +176,7 @@ class FileStamp:
     size: int
     mtime_ns: int
     inode: int
+    device: int = 0
 
     @classmethod
     def of(cls, path: str | Path) -> FileStamp:
@@ -186,7 +189,7 @@ class FileStamp:
             info = os.stat(path)
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-        return cls(str(path), info.st_size, info.st_mtime_ns, info.st_ino)
+        return cls(str(path), info.st_size, info.st_mtime_ns, info.st_ino, info.st_dev)
 
     def verify(self) -> None:
         """Make sure that the file is still the one that was opened.
@@ -233,8 +236,8 @@ class Checkpoint:
         record: What training wrote beside the weights.
         provenance: How ckptavg made it, if it did.
         notes: What a person should know about how it was read.
-        step: Position in its run: the recorded step, else the epoch, else the number in the name.
-            None outside a run, or where there is none of these.
+        step: Position in training: the recorded step, else the epoch; in a run that records
+            neither, the number in the name. None where there is none of these.
     """
 
     path: Path
@@ -253,6 +256,11 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of all tensors, tied ones counted once."""
         return sum({t.pieces: t.nbytes for t in self.tensors.values()}.values())
+
+    @property
+    def is_average(self) -> bool:
+        """Whether ckptavg wrote it, and not only refreshed the statistics of one checkpoint."""
+        return self.provenance is not None and self.provenance.get("scheme") != REFRESHED
 
     @property
     def size(self) -> int:
