@@ -43,10 +43,12 @@ class Average:
 
     @property
     def batchnorm(self) -> str:
-        """State of the running statistics: ``none``, ``own`` (one checkpoint's) or ``stale``."""
-        if self.plan.batchnorm:
-            return "stale"
-        return "own" if batchnorm_layers(t.name for t in self.plan.tensors) else "none"
+        """State of the running statistics: ``none``, ``stale``, or ``own``: all weights theirs."""
+        if not batchnorm_layers(tensor.name for tensor in self.plan.tensors):
+            return "none"
+        floats = [t for t in self.plan.tensors if t.dtype.kind != "int"]
+        owners = {owner.path for tensor in floats for owner in tensor.owners}
+        return "own" if len(owners) == 1 else "stale"
 
     def provenance(self, batchnorm: str | None = None) -> dict[str, Any]:
         """How the average is made, as plain values for JSON."""
@@ -223,6 +225,8 @@ def _prepare(
     check_target(Path(out), overwrite=overwrite, inputs=names)
     layout = lay_out(os.fspath(out), tensors, made, template)
     check_room(Path(out), layout.size)
+    if layout.directory and "config.json" not in layout.companions:
+        log.info("%s will be a directory without a config.json, which the input lacks", out)
     return layout
 
 
@@ -336,12 +340,11 @@ def _log(planned: Average, result: StreamResult, *, stale: bool = True) -> None:
         log.info(note)
     if result.differing:
         names = first_few(sorted(result.differing))
-        log.info("integers are not averaged; where they differ, the last: %s", names)
+        log.info("integers are not averaged but taken from the last checkpoint: %s", names)
     if result.nonfinite:
         log.warning("not finite and kept: %s", first_few(sorted(result.nonfinite)))
-    if stale and planned.plan.batchnorm:
+    if stale and planned.batchnorm == "stale":
         log.info(
-            "BatchNorm statistics (layers: %d) are averaged and thereby stale: recompute them with "
-            "`ckptavg update-bn`, or by --model and --train-data",
-            len(planned.plan.batchnorm),
+            "BatchNorm statistics are not those of the averaged weights (stale): recompute them "
+            "with `ckptavg update-bn`, or by --model and --train-data"
         )

@@ -55,22 +55,28 @@ class Candidate:
         coefficients: One a checkpoint.
         recompute: Whether its BatchNorm statistics are recomputed before it is scored.
         average: How it comes about, for an average.
+        last: Whether it is the last checkpoint of the run, which an average is measured against.
     """
 
     name: str
     kind: str
-    checkpoints: tuple[Checkpoint, ...]
+    checkpoints: tuple[Checkpoint, ...] = field(repr=False)
     coefficients: tuple[float, ...]
     recompute: bool = False
     average: Average | None = field(default=None, repr=False)
+    last: bool = False
 
     @classmethod
     def of_checkpoint(
-        cls, checkpoint: Checkpoint | str | os.PathLike[str], name: str | None = None
+        cls,
+        checkpoint: Checkpoint | str | os.PathLike[str],
+        name: str | None = None,
+        *,
+        last: bool = False,
     ) -> Candidate:
-        """A checkpoint as it is."""
+        """A checkpoint as it is; ``last`` if it is what an average is measured against."""
         opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
-        return cls(name or opened.path.name, "checkpoint", (opened,), (1.0,))
+        return cls(name or opened.path.name, "checkpoint", (opened,), (1.0,), last=last)
 
     @classmethod
     def of_average(cls, planned: Average, name: str, *, recompute: bool) -> Candidate:
@@ -143,7 +149,7 @@ def candidates_of(
     last = run.checkpoints[-1]
     singles = [c for c in selection if each and c.path != last.path]
     found = [Candidate.of_checkpoint(c, c.path.name) for c in singles]
-    found.append(Candidate.of_checkpoint(last, f"{last.path.name} (last)"))
+    found.append(Candidate.of_checkpoint(last, f"{last.path.name} (last)", last=True))
     text = f"average of {len(selection)} ({planned.scheme.text})"
     found.append(Candidate.of_average(planned, text, recompute=False))
     if recompute and planned.batchnorm != "none":
@@ -165,6 +171,7 @@ def evaluate(
     batch_size: int = 128,
     workers: int = 0,
     seed: int = 0,
+    keep_nonfinite: bool = False,
     progress: Progress | None = None,
 ) -> list[Result]:
     """Score candidates on the same data, as many as fit in memory in one pass.
@@ -183,6 +190,7 @@ def evaluate(
         batch_size: Of a Dataset.
         workers: Processes that load a Dataset.
         seed: Of the training data's order.
+        keep_nonfinite: Let averages that are not finite reach the model.
         progress: Told about each phase.
 
     Returns:
@@ -196,9 +204,9 @@ def evaluate(
     if not wanted:
         raise UsageError("there is nothing to evaluate")
     runtime = Runtime.on(device, model, amp=amp, batch_size=batch_size, workers=workers, seed=seed)
-    session = _Session(
-        wanted, model, runtime, forward or call_on_inputs, progress or (lambda *_: None)
-    )
+    quiet = progress or (lambda *_: None)
+    run = forward or call_on_inputs
+    session = _Session(wanted, model, runtime, run, quiet, keep_nonfinite)
     if any(c.recompute for c in wanted):
         if train_loader is None:
             raise UsageError("recomputing statistics needs training data (train_loader)")
@@ -213,7 +221,7 @@ def is_worse(results: Sequence[Result]) -> bool:
     """
     averages = [r for r in results if r.candidate.kind == "average"]
     best_kept = next((r for r in averages if r.bn == "recomputed"), averages[0])
-    last = next(r for r in results if r.candidate.name.endswith("(last)"))
+    last = next(r for r in results if r.candidate.last)
     return best_kept.metrics[FIRST_METRIC] < last.metrics[FIRST_METRIC]
 
 
@@ -243,12 +251,14 @@ class _Session:
         runtime: Runtime,
         forward: Forward,
         progress: Progress,
+        keep_nonfinite: bool,
     ) -> None:
         self.candidates = candidates
         self.model = model
         self.runtime = runtime
         self.forward = forward
         self.progress = progress
+        self.keep_nonfinite = keep_nonfinite
         self.networks: dict[object, _Network] = {}
         self.averages: dict[int, Callable[[], StateDict]] = {}
         self.members = [self._networks_of(candidate) for candidate in candidates]
@@ -258,20 +268,21 @@ class _Session:
         wanting = [n for n in self.networks.values() if n.recompute]
         groups = self._groups(wanting)
         for i, group in enumerate(groups, 1):
-            phase = _phase("BatchNorm", i, len(groups))
-            models = [self._load(network) for network in group]
-            report = functools.partial(self.progress, phase)
-            recompute(
-                models, data, self.runtime, self._forward_on_batch,
-                progress=report,
-            )  # fmt: skip
-            for network, model in zip(group, models, strict=True):
-                layers = tracked_layers(model)
-                network.statistics = {
-                    f"{name}.{key}".lstrip("."): value.detach().cpu().clone()
-                    for name, layer in layers.items()
-                    for key, value in layer.named_buffers(recurse=False)
-                }
+            self._recompute_group(group, data, _phase("BatchNorm", i, len(groups)))
+
+    def _recompute_group(
+        self, group: Sequence[_Network], data: Batches | Dataset[Any], phase: str
+    ) -> None:
+        """One pass over the training data; its models are gone before the next one's come."""
+        models = [self._load(network) for network in group]
+        report = functools.partial(self.progress, phase)
+        recompute(models, data, self.runtime, self._forward_on_batch, progress=report)
+        for network, model in zip(group, models, strict=True):
+            network.statistics = {
+                f"{name}.{key}".lstrip("."): value.detach().cpu().clone()
+                for name, layer in tracked_layers(model).items()
+                for key, value in layer.named_buffers(recurse=False)
+            }
 
     def _forward_on_batch(self, model: nn.Module, batch: Any) -> Any:
         return self.forward(model, inputs_of(batch))
@@ -285,22 +296,32 @@ class _Session:
         labels_seen: list[torch.Tensor] = []
         for i, group in enumerate(groups, 1):
             phase = _phase("evaluation", i, len(groups))
-            models = [(network, self._load(network)) for network in group]
-            total, count = length_of(loader), 0
-            for number, batch in enumerate(loader):
-                inputs, labels = split_labels(batch)
-                _check_order(labels_seen, number, labels, first=i == 1)
-                count += 1
-                self._score_batch(
-                    models, boards, number, to_device(inputs, self.runtime.device), labels
-                )
-                self.progress(phase, count, total)
-            if count != len(labels_seen):
-                raise _another_order()
+            self._score_group(group, boards, loader, labels_seen, phase)
         return [
             Result(board.candidate, board.metrics.compute(), self._bn(board.candidate))
             for board in boards
         ]
+
+    def _score_group(
+        self,
+        group: Sequence[_Network],
+        boards: Sequence[_Scoreboard],
+        loader: Batches,
+        labels_seen: list[torch.Tensor],
+        phase: str,
+    ) -> None:
+        """One pass over the data, which must be the same in every pass."""
+        models = [(network, self._load(network)) for network in group]
+        first, total, count = not labels_seen, length_of(loader), 0
+        for batch in loader:
+            inputs, labels = split_labels(batch)
+            _check_order(labels_seen, count, labels, first=first)
+            moved = to_device(inputs, self.runtime.device)
+            self._score_batch(models, boards, count, moved, labels)
+            count += 1
+            self.progress(phase, count, total)
+        if count != len(labels_seen):
+            raise _another_order()
 
     def _score_batch(
         self,
@@ -323,7 +344,7 @@ class _Session:
     def _networks_of(self, candidate: Candidate) -> list[_Network]:
         if candidate.average is not None:
             planned = candidate.average
-            once = functools.cache(lambda: averaging.in_memory(planned, stale=False))
+            once = functools.cache(lambda: self._average(planned))
             weights = self.averages.setdefault(id(planned), once)
             made = _Network(candidate.name, weights, candidate.recompute)
             return [self.networks.setdefault((id(planned), candidate.recompute), made)]
@@ -334,6 +355,10 @@ class _Session:
             )
             for c in candidate.checkpoints
         ]
+
+    def _average(self, planned: Average) -> StateDict:
+        keep = self.keep_nonfinite
+        return averaging.in_memory(planned, keep_nonfinite=keep, stale=False)
 
     def _load(self, network: _Network) -> nn.Module:
         """A copy of the model with the network's weights, on the device, in evaluation mode."""

@@ -15,6 +15,7 @@ from ckptavg.averaging import Average, StateDict
 from ckptavg.batches import Batches, Forward, Runtime
 from ckptavg.batchnorm import BatchNormResult, recompute, tracked_layers
 from ckptavg.batchnorm import Progress as BatchProgress
+from ckptavg.errors import NonFiniteError
 from ckptavg.formats import Checkpoint
 from ckptavg.formats.table import REFRESHED
 from ckptavg.formats.weights import bare_names
@@ -100,8 +101,23 @@ def refresh(
     result = recompute([model], data, runtime, forward, progress=progress)[0]
     for name, value in _statistics(model).items():
         if name in weights:
-            weights[name] = value.to(weights[name].dtype).reshape(weights[name].shape)
+            weights[name] = _narrowed(name, value, weights[name])
     return result
+
+
+def _narrowed(name: str, value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A statistic in the type that the checkpoint stores it in.
+
+    Raises:
+        NonFiniteError: It is too large for that type.
+    """
+    narrowed = value.to(like.dtype).reshape(like.shape)
+    if not bool(torch.isfinite(narrowed).all()):
+        raise NonFiniteError(
+            f"{name} is too large for {str(like.dtype).removeprefix('torch.')}",
+            "Write a wider type with --dtype float32.",
+        )
+    return narrowed
 
 
 def _statistics(model: nn.Module) -> Mapping[str, torch.Tensor]:

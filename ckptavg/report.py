@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import logging
+import math
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -102,8 +103,7 @@ class Report:
     def result(self, value: Any) -> None:
         """The result as JSON on stdout, with ``as_json``."""
         if self.as_json:
-            text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=True)
-            self._out.file.write(text + "\n")
+            self._out.file.write(_json(value) + "\n")
 
     @contextmanager
     def bytes_progress(self, what: str) -> Iterator[Any]:
@@ -139,7 +139,7 @@ class Report:
 def write_results(path: Path, results: Mapping[str, Any]) -> None:
     """Write an evaluation's results as JSON or CSV, by the suffix."""
     if path.suffix == ".json":
-        text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
+        text = _json(results) + "\n"
     else:
         buffer = io.StringIO()
         rows = [_flat(candidate) for candidate in results["candidates"]]
@@ -164,6 +164,21 @@ def size_text(count: float) -> str:
 def number_text(value: float | None) -> str:
     """A recorded number, short; a dash where there is none."""
     return "–" if value is None else f"{value:.6g}"
+
+
+def _json(value: Any) -> str:
+    return json.dumps(_strict(value), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def _strict(value: Any) -> Any:
+    """Plain values as JSON has them: what is not finite is null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _strict(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(part) for part in value]
+    return value
 
 
 def _flat(candidate: Mapping[str, Any]) -> dict[str, Any]:

@@ -132,7 +132,9 @@ def _lawa(options: Mapping[str, str]) -> Callable[[Steps], list[float]]:
 
 
 def _ema(options: Mapping[str, str]) -> Callable[[Steps], list[float]]:
-    decay = _decay(options.get("decay", ""))
+    if "decay" not in options:
+        raise UsageError("ema needs its decay, as in ema:decay=0.9")
+    decay = _decay(options["decay"])
     debias = _choice("debias", options.get("debias", "false"), ("true", "false")) == "true"
     per_step = _choice("per", options.get("per", "checkpoint"), ("checkpoint", "step")) == "step"
 

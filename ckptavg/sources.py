@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import difflib
 import importlib
 import importlib.util
 import inspect
@@ -30,6 +31,7 @@ _CIFAR = {
     "cifar10": ("CIFAR10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ("CIFAR100", (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
+_PREFIXES = ("torchvision", "timm", "hf", "imagefolder", "cifar10", "cifar100")
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -66,9 +68,10 @@ def make_model(spec: str, arguments: Arguments | None = None) -> nn.Module:
             raise SpecError(
                 f"torchvision has no model {name!r}", _similar(name, models.list_models())
             )
-        if "weights_backbone" in _parameters(models.get_model_builder(name)):
+        builder = models.get_model_builder(name)
+        if "weights_backbone" in _parameters(builder):
             keywords.setdefault("weights_backbone", None)  # else it would be downloaded
-        model = _call(spec, models.get_model, (name,), keywords)
+        model = _call(spec, builder, (), keywords)
     elif kind == "timm":
         timm = _extra("timm", "timm")
         model = _call(spec, timm.create_model, (name,), {"pretrained": False, **keywords})
@@ -105,6 +108,7 @@ def make_data(
     keywords = dict(arguments or {})
     if kind == "imagefolder":
         datasets = _torchvision("datasets")
+        _check_image_folder(Path(name))
         transform = _transform(keywords) or _image_transform(model_spec)
         data = _call(spec, datasets.ImageFolder, (name,), {"transform": transform, **keywords})
     elif kind in _CIFAR:
@@ -128,6 +132,12 @@ def _literal(text: str) -> Any:
         return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
     except (ValueError, SyntaxError):
         return text
+
+
+def _check_image_folder(directory: Path) -> None:
+    if not directory.is_dir() or not any(child.is_dir() for child in directory.iterdir()):
+        state = "has no folder a class" if directory.is_dir() else "does not exist"
+        raise SpecError(f"{directory} {state}", "Expected imagefolder:DIR with DIR/CLASS/*.png.")
 
 
 def _check_cifar(kind: str, directory: Path) -> None:
@@ -174,7 +184,8 @@ def _module(name: str) -> ModuleType:
             raise _failed_import(name, error) from error
         raise SpecError(
             f"no module named {error.name!r} is found",
-            f"Run from the directory that holds it, set PYTHONPATH, or name {MODEL_HELP}.",
+            _meant(name)
+            or f"Run from the directory that holds it, set PYTHONPATH, or name {MODEL_HELP}.",
         ) from error
     except Exception as error:
         raise _failed_import(name, error) from error
@@ -222,7 +233,8 @@ def _call(
     except Exception as error:
         accepted = _parameters(factory)
         unknown = isinstance(error, TypeError) and accepted and set(keywords) - set(accepted)
-        remedy = f"It takes {', '.join(accepted)}." if unknown else "--debug shows where."
+        closed = unknown and "kwargs" not in accepted
+        remedy = f"It takes {', '.join(accepted)}." if closed else "--debug shows where."
         raise SpecError(f"{spec} failed: {type(error).__name__}: {error}", remedy) from error
 
 
@@ -310,8 +322,12 @@ def _normalizing(steps: list[Any], mean: tuple[float, ...], std: tuple[float, ..
     return composed
 
 
-def _similar(name: str, names: Iterable[str]) -> str:
-    import difflib  # noqa: PLC0415 - only needed for a message
+def _meant(module: str) -> str:
+    """The prefix that a mistyped one was meant to be, if it is like one."""
+    close = difflib.get_close_matches(module, _PREFIXES, 1, 0.7)
+    return f"Did you mean {close[0]}:?" if close else ""
 
+
+def _similar(name: str, names: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(names), 3, 0.4)
     return f"Did you mean {', '.join(close)}?" if close else "Check the name."

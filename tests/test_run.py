@@ -709,5 +709,5 @@ def test_a_note_says_that_steps_and_epochs_disagree(tmp_path):
 def test_a_lora_adapter_is_told_from_a_checkpoint_that_lost_its_weights(tmp_path):
     (tmp_path / "checkpoint-10").mkdir()
     save_weight(tmp_path / "checkpoint-10" / "adapter_model.safetensors", 1.0)
-    with pytest.raises(RunError, match="LoRA adapter.*Merge"):
+    with pytest.raises(RunError, match=r"LoRA adapter.*Merge"):
         open_run(tmp_path)

@@ -14,7 +14,7 @@ from ckptavg.version import __version__
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="ckptavg", message="%(prog)s %(version)s")
 def main() -> None:
-    r"""Average the checkpoints of a training run, after the fact.
+    """Average the checkpoints of a training run, after the fact.
 
     \b
       ckptavg inspect RUN                 what is there, in order

@@ -44,7 +44,7 @@ def average(
     key: str | None,
     **settings: Any,
 ) -> None:
-    r"""Average the checkpoints of a run into one model.
+    """Average the checkpoints of a run into one model.
 
     PATH is a run directory or a checkpoint; several of either are fine. Checkpoints are ordered by
     recorded step, then epoch, then the numbers in their names; what repeats one counts once.
@@ -63,15 +63,7 @@ def average(
         _note_order(paths, [str(c.path) for c in selection])
     from ckptavg import averaging  # noqa: PLC0415 - help is shown without torch
 
-    planned = averaging.plan_average(
-        selection,
-        settings["scheme"],
-        weights=settings["weights"],
-        include=settings["include"],
-        exclude=settings["exclude"],
-        base=settings["base"],
-        dtype=settings["dtype"],
-    )
+    planned = options.planned(selection, settings)
     if out is not None:
         averaging.prepare(planned, out, overwrite=overwrite)
     _show_plan(report, planned)

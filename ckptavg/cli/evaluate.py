@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from ckptavg.cli import options
 from ckptavg.errors import OutputError, UsageError
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
 
 _CANDIDATES = "Candidates"
 _RESULTS = "Results"
+_OF_A_RUN = (
+    "each", "compare", "fail_if_worse", "glob", "every", "cycle", "at_lr_min", "best", "sample",
+    "last", "scheme", "weights", "include", "exclude", "base", "dtype", "train_data",
+)  # fmt: skip
 _WORSE = 3  # exit code of --fail-if-worse
 
 
@@ -52,13 +57,13 @@ def evaluate(
     fail_if_worse: bool,
     **settings: Any,
 ) -> None:
-    r"""Score checkpoints, an average and the FGE ensemble side by side on the same data.
+    """Score checkpoints, an average and the FGE ensemble side by side on the same data.
 
     \b
-      ckptavg eval --run runs/swa --model torchvision:resnet50 \
+      ckptavg eval --run runs/swa --model torchvision:resnet50 \\
           --data imagefolder:val --train-data imagefolder:train --each --compare fge
     """
-    _check(paths, results, fail_if_worse, settings)
+    _check(paths, results, settings)
     candidates = _candidates(paths, settings)
     from ckptavg import evaluation, sources  # noqa: PLC0415 - help is shown without torch
     from ckptavg.cli.sources import (  # noqa: PLC0415
@@ -74,7 +79,8 @@ def evaluate(
     with report.batch_progress() as progress:
         scored = evaluation.evaluate(
             candidates, model, evaluation_data(settings), train_loader=train,
-            device=settings["device"], progress=progress, **runtime_options(settings),
+            device=settings["device"], progress=progress,
+            keep_nonfinite=settings["on_nonfinite"] == "keep", **runtime_options(settings),
         )  # fmt: skip
     _show(report, scored)
     outcome = {"candidates": [result.as_json() for result in scored]}
@@ -86,21 +92,15 @@ def evaluate(
         raise click.exceptions.Exit(_WORSE)
 
 
-def _check(
-    paths: tuple[str, ...], results: Path | None, fail_if_worse: bool, settings: dict[str, Any]
-) -> None:
+def _check(paths: tuple[str, ...], results: Path | None, settings: dict[str, Any]) -> None:
     """Refuse what cannot work before any file is opened."""
     run = settings["run_path"]
     if not paths and run is None:
         raise UsageError("Nothing to evaluate: name checkpoints, or a run with --run")
-    needs_run = {
-        "--each": settings["each"],
-        "--compare": settings["compare"],
-        "--fail-if-worse": fail_if_worse,
-    }
-    for name, value in needs_run.items():
-        if value and run is None:
-            raise UsageError(f"{name} needs --run")
+    given = click.get_current_context().get_parameter_source
+    for name in _OF_A_RUN:
+        if run is None and given(name) is ParameterSource.COMMANDLINE:
+            raise UsageError(f"--{name.replace('_', '-')} needs --run")
     if results is not None and results.suffix not in (".json", ".csv"):
         raise UsageError(f"--results is expected to end in .json or .csv but got {results}")
     if results is not None and not results.absolute().parent.is_dir():
@@ -108,7 +108,7 @@ def _check(
 
 
 def _candidates(paths: tuple[str, ...], settings: dict[str, Any]) -> list[Candidate]:
-    from ckptavg import averaging, evaluation  # noqa: PLC0415
+    from ckptavg import evaluation  # noqa: PLC0415
     from ckptavg.formats import is_checkpoint_directory, open_checkpoint  # noqa: PLC0415
 
     for path in paths:
@@ -123,15 +123,7 @@ def _candidates(paths: tuple[str, ...], settings: dict[str, Any]) -> list[Candid
     run, selection = options.open_selected(
         [settings["run_path"]], settings["glob"], settings["key"], settings
     )
-    planned = averaging.plan_average(
-        selection,
-        settings["scheme"],
-        weights=settings["weights"],
-        include=settings["include"],
-        exclude=settings["exclude"],
-        base=settings["base"],
-        dtype=settings["dtype"],
-    )
+    planned = options.planned(selection, settings)
     return found + evaluation.candidates_of(
         run, selection, planned, each=settings["each"],
         ensemble=settings["compare"] == "fge", recompute=bool(settings["train_data"]),
@@ -151,5 +143,5 @@ def _show(report: Report, scored: list[Result]) -> None:
         )
         for result in scored
     ]
-    columns = ("candidate", "BatchNorm", "top-1 %", "top-5 %", "NLL", "ECE", "forward passes")
+    columns = ("candidate", "BatchNorm", "top-1 %", "top-5 %", "NLL", "ECE", "passes")
     report.table(columns, rows, title=f"{scored[0].metrics['n']} samples")

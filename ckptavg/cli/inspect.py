@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from ckptavg.cli import options
+from ckptavg.errors import first_few
 from ckptavg.formats import Checkpoint
 from ckptavg.plan import batchnorm_layers
 from ckptavg.report import Report, number_text, size_text
@@ -55,7 +56,9 @@ def _show_run(report: Report, run: Run) -> None:
         report.line(f"more metrics: {', '.join(metrics[_MOST_METRICS:])}")
     if run.left_out:
         report.table(("left out", "why"), [(path.name, why) for path, why in run.left_out])
-    notes = dict.fromkeys((*run.notes, *(note for c in run for note in c.notes)))
+    known = {f"{path} repeats" for path, _ in run.left_out}
+    told = (note for note in run.notes if not note.startswith(tuple(known)))
+    notes = dict.fromkeys((*told, *(note for c in run for note in c.notes)))
     for note in notes:
         report.line(f"note: {note}")
     report.result(
@@ -75,18 +78,25 @@ def _show_checkpoint(report: Report, checkpoint: Checkpoint) -> None:
         (name, tensor.dtype.name, "×".join(map(str, tensor.shape)) or "scalar")
         for name, tensor in checkpoint.tensors.items()
     ] + [(name, why, "") for name, why in checkpoint.refused.items()]
-    report.table(("tensor", "dtype", "shape"), rows)
+    record = checkpoint.record
     report.line(
         f"{checkpoint.path}: {len(rows)} tensors, {values:,} values, {size_text(checkpoint.size)}, "
-        f"weights under {checkpoint.key or 'the file itself'}"
+        f"{f'weights under {checkpoint.key}' if checkpoint.key else 'a state dict itself'}"
     )
-    report.line(f"BatchNorm layers: {', '.join(layers) or 'none'}")
+    report.line(
+        f"step {number_text(record.step)}, epoch {number_text(record.epoch)}, "
+        f"LR {number_text(record.lr)}"
+    )
+    report.line(
+        f"BatchNorm layers: {len(layers)}" + (f" ({first_few([*layers])})" if layers else "")
+    )
     for group in ties:
         report.line(f"tied: {' = '.join(group)}")
     for note in checkpoint.notes:
         report.line(f"note: {note}")
     if checkpoint.provenance is not None:
         _show_provenance(report, checkpoint.provenance)
+    report.table(("tensor", "dtype", "shape"), rows)
     tensors = {
         name: {"dtype": t.dtype.name, "shape": list(t.shape)}
         for name, t in checkpoint.tensors.items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,6 +14,7 @@ from ckptavg.errors import CkptavgError, UsageError
 from ckptavg.report import Report
 
 if TYPE_CHECKING:
+    from ckptavg.averaging import Average
     from ckptavg.run import Run
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -111,9 +112,9 @@ selection_options = together(
         help="Positions OFFSET, OFFSET+C, ...; OFFSET is C if not given.",
     ),
     option(_WHICH, "--at-lr-min", is_flag=True, help="Minima of the recorded learning rate."),
-    option(_WHICH, "--best", type=positive, metavar="N", help="Best N, with:"),
-    option(_WHICH, "--metric", metavar="NAME", help="the recorded metric, and"),
-    option(_WHICH, "--mode", type=click.Choice(["max", "min"]), help="which is better."),
+    option(_WHICH, "--best", type=positive, metavar="N", help="Best N by --metric and --mode."),
+    option(_WHICH, "--metric", metavar="NAME", help="A recorded metric."),
+    option(_WHICH, "--mode", type=click.Choice(["max", "min"]), help="Which is better."),
     option(
         _WHICH, "--sample", type=pair, metavar="N[:SEED]", help="N drawn at random."
     ),
@@ -229,8 +230,8 @@ def _errors_in_one_line(debug: bool) -> Iterator[None]:
         if debug:
             raise
         raise Failure(error) from error
-    except (click.ClickException, click.exceptions.Exit):
-        raise
+    except (click.ClickException, click.exceptions.Exit, BrokenPipeError):
+        raise  # click's own, and a reader such as `head` that has seen enough
     except Exception as error:  # out of the user's model or data, or a mistake of ours
         if debug:
             raise
@@ -255,8 +256,6 @@ def selected(
     last: int | None,
 ) -> Run:
     """Apply the selection options to a run."""
-    if (best is not None) != (metric is not None) or (best is not None) != (mode is not None):
-        raise UsageError("--best, --metric and --mode go together")
     if first is not None or final is not None:
         run = run.steps(first, final)
     if every is not None:
@@ -288,6 +287,10 @@ def open_selected(
     from ckptavg.run import open_run  # noqa: PLC0415 - help is shown without it
 
     picks = {name: options.pop(name) for name in SELECTION}
+    given = {name: picks[name] is not None for name in ("best", "metric", "mode")}
+    if any(given.values()) and not all(given.values()):
+        lacking = " and ".join(f"--{name}" for name, there in given.items() if not there)
+        raise UsageError(f"--best, --metric and --mode go together: {lacking} is missing")
     run = open_run(*paths, glob=glob, key=key)
     for note in run.notes:
         log.info(note)
@@ -299,3 +302,18 @@ def open_selected(
     for note in dict.fromkeys(note for checkpoint in run for note in checkpoint.notes):
         log.info(note)
     return run, selected(run, **picks)
+
+
+def planned(selection: Run, settings: Mapping[str, Any]) -> Average:
+    """Plan the average of a selection by the scheme and tensor options."""
+    from ckptavg.averaging import plan_average  # noqa: PLC0415 - help is shown without torch
+
+    return plan_average(
+        selection,
+        settings["scheme"],
+        weights=settings["weights"],
+        include=settings["include"],
+        exclude=settings["exclude"],
+        base=settings["base"],
+        dtype=settings["dtype"],
+    )

@@ -22,10 +22,10 @@ from ckptavg.report import Report
 def update_bn(
     report: Report, checkpoint: str, out: str, overwrite: bool, key: str | None, **settings: Any
 ) -> None:
-    r"""Recompute a checkpoint's BatchNorm statistics with a pass over training data.
+    """Recompute a checkpoint's BatchNorm statistics with a pass over training data.
 
     \b
-      ckptavg update-bn swa.safetensors --model torchvision:resnet50 \
+      ckptavg update-bn swa.safetensors --model torchvision:resnet50 \\
           --train-data imagefolder:train -o swa_bn.safetensors
     """
     from ckptavg import refresh  # noqa: PLC0415 - help is shown without torch

@@ -122,7 +122,9 @@ def _read_torch(path: Path, key: str | None) -> _File:
 def _open_directory(path: Path, key: str | None) -> Checkpoint:
     main = huggingface.main_file(path)
     if main is None:
-        raise CheckpointError(f"{path} holds no checkpoint", "Name a file or another directory.")
+        raise CheckpointError(
+            f"{path} is not itself a checkpoint", "Name one checkpoint; average a run first."
+        )
     if main.name.endswith(".index.json"):
         files = _read_shards(main, key)
     else:

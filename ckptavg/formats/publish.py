@@ -27,6 +27,7 @@ except ImportError:  # Windows, where an open file cannot be deleted anyway
 
 _TEMPORARY = ".ckptavg-tmp"
 _REPLACED = ".ckptavg-old"
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF)
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
@@ -107,7 +108,7 @@ class Publication:
                 flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
             if fcntl is not None:
                 self._lock = os.open(self.temporary, flags, 0o666)
-                fcntl.flock(self._lock, fcntl.LOCK_EX)
+                _lock(self._lock)
             elif not self.directory:
                 self.temporary.touch()
         except OSError as error:
@@ -177,6 +178,15 @@ def _clear_leftovers(path: Path) -> None:
             left.rename(path)
         elif kind == _REPLACED or not _is_locked(left):
             _remove(left)
+
+
+def _lock(handle: int) -> None:
+    """Hold a lock, where the file system has any; without, a leftover is never cleared."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
 
 
 def _is_locked(path: Path) -> bool:

@@ -221,7 +221,7 @@ class Record:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Checkpoint:
     """One state dict on disk, opened: headers read, no tensor data moved.
 
@@ -251,6 +251,9 @@ class Checkpoint:
     provenance: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
     step: float | None = None
+
+    def __repr__(self) -> str:
+        return f"<Checkpoint {self.path}: {len(self.tensors)} tensors, step {self.step}>"
 
     @property
     def nbytes(self) -> int:

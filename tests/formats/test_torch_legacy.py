@@ -83,6 +83,7 @@ def test_big_endian_files_are_named_as_such(tmp_path):
         open_checkpoint(path)
 
 
+@pytest.mark.filterwarnings("ignore:TypedStorage")
 def test_nothing_in_it_is_executed(tmp_path):
     class Trap:
         def __reduce__(self):
