@@ -220,9 +220,11 @@ def is_worse(results: Sequence[Result]) -> bool:
     The average is the recomputed one where there is one. Expects what ``candidates_of`` made.
     """
     averages = [r for r in results if r.candidate.kind == "average"]
-    best_kept = next((r for r in averages if r.bn == "recomputed"), averages[0])
-    last = next(r for r in results if r.candidate.last)
-    return best_kept.metrics[FIRST_METRIC] < last.metrics[FIRST_METRIC]
+    last = [r for r in results if r.candidate.last]
+    if not averages or not last:
+        raise UsageError("an average and a last checkpoint are needed, as candidates_of gives")
+    chosen = next((r for r in averages if r.bn == "recomputed"), averages[0])
+    return chosen.metrics[FIRST_METRIC] < last[0].metrics[FIRST_METRIC]
 
 
 @dataclass(eq=False)

@@ -133,7 +133,7 @@ def _lawa(options: Mapping[str, str]) -> Callable[[Steps], list[float]]:
 
 def _ema(options: Mapping[str, str]) -> Callable[[Steps], list[float]]:
     if "decay" not in options:
-        raise UsageError("ema needs its decay, as in ema:decay=0.9")
+        raise UsageError("ema is expected to have its decay, as in ema:decay=0.9")
     decay = _decay(options["decay"])
     debias = _choice("debias", options.get("debias", "false"), ("true", "false")) == "true"
     per_step = _choice("per", options.get("per", "checkpoint"), ("checkpoint", "step")) == "step"

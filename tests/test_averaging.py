@@ -404,18 +404,39 @@ def test_averaged_running_statistics_are_marked_stale(tmp_path, notes, name):
 
 
 @pytest.mark.parametrize(
-    "choice",
+    ("choice", "expected"),
     [
-        {"exclude": ["*running_*"]},
-        {"exclude": ["*running_*"], "dtype": "float64"},
-        {"weights": [0, 1]},
+        ({"weights": [0, 1]}, "own"),
+        ({"weights": [0, 1], "dtype": "float64"}, "own"),
+        ({"exclude": ["*running_*"]}, "stale"),  # one checkpoint's, under averaged weights
+        ({"exclude": ["*running_*"], "dtype": "float64"}, "stale"),
     ],
 )
-def test_statistics_of_a_single_checkpoint_are_its_own(tmp_path, notes, choice):
+def test_statistics_are_the_weights_own_only_if_all_come_from_one(
+    tmp_path, notes, choice, expected
+):
     run = open_run(normalized_net(tmp_path))
-    assert plan_average(run, **choice).batchnorm == "own"
+    assert plan_average(run, **choice).batchnorm == expected
     average(run, **choice)
-    assert not any("stale" in note for note in notes())
+    assert any("stale" in note for note in notes()) is (expected == "stale")
+
+
+def test_a_base_adds_what_the_run_lacks(tmp_path):
+    save_states(tmp_path / "run", [{"a": torch.tensor([x])} for x in (0.0, 2.0)])
+    base = save(tmp_path / "base.pt", {"a": torch.tensor([9.0]), "extra": torch.tensor([5.0])})
+    found = average(open_run(tmp_path / "run"), base=base)
+    assert {name: tensor.item() for name, tensor in found.items()} == {"a": 1.0, "extra": 5.0}
+
+
+def test_a_checkpoint_without_any_of_the_chosen_tensors_is_named(tmp_path):
+    save_states(tmp_path, [{"b": torch.ones(1)}, {"a": torch.ones(1), "b": torch.ones(1)}])
+    with pytest.raises(MismatchError, match=r"epoch_1\.pt lacks 1 tensors \(a\)"):
+        average(open_run(tmp_path), include="a")
+
+
+def test_huge_weights_do_not_overflow(tmp_path):
+    save_states(tmp_path, [{"a": torch.tensor([x])} for x in (100.0, 300.0)])
+    assert average(open_run(tmp_path), weights=[5e307, 5e307])["a"].item() == 200.0
 
 
 def test_what_was_kept_though_not_finite_is_a_warning(tmp_path, caplog):

@@ -246,7 +246,7 @@ def test_inspect_a_checkpoint_and_how_it_was_made(home: Path) -> None:
     ckptavg("average", "run", "-o", "out.pt", "--scheme", "ema:decay=0.9")
     result = ckptavg("inspect", "out.pt")
     assert result.exit_code == 0, result.output
-    for text in ("1.weight", "float32", "4×8", "BatchNorm layers: 2", "ema:decay=0.9", "stale"):
+    for text in ("1.weight", "float32", "4×8", "BatchNorm layers: 1 (2)", "ema:decay=0.9", "stale"):
         assert text in result.stdout
     assert json.loads(ckptavg("inspect", "out.pt", "--json").stdout)["ckptavg"]["bn"] == "stale"
 
@@ -426,3 +426,40 @@ def _data(home: Path) -> torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tens
     scope: dict[str, object] = {}
     exec((home / "net.py").read_text(), scope)
     return scope["data"]()  # type: ignore[operator]
+
+
+def test_json_is_strict_where_a_metric_is_not_finite(home: Path) -> None:
+    saved = torch.load(home / "run" / "epoch_1.pt")
+    torch.save(saved | {"val_acc": float("nan")}, home / "run" / "epoch_1.pt")
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    listed = json.loads(ckptavg("inspect", "run", "--json").stdout, parse_constant=refuse)
+    assert listed["checkpoints"][0]["metrics"]["val_acc"] is None
+
+
+@pytest.mark.parametrize("command", [[], ["average"], ["eval"], ["update-bn"], ["inspect"]])
+def test_the_examples_in_the_help_keep_their_lines(command: list[str]) -> None:
+    text = ckptavg(*command, "-h").stdout
+    assert "\\b" not in text
+    assert "\b" not in text
+    if command not in ([], ["inspect"]):
+        assert any(line.startswith("    ckptavg ") for line in text.splitlines())
+
+
+def test_damaged_accounts_do_not_stop_inspect(home: Path) -> None:
+    saved = torch.load(home / "run" / "epoch_1.pt")
+    torch.save(saved | {"ckptavg": '{"checkpoints": 5}'}, home / "odd.pt")
+    assert ckptavg("inspect", "odd.pt").exit_code == 0
+
+
+@pytest.mark.parametrize("flags", [["--last", "2"], ["--scheme", "linear"], TRAIN])
+def test_flags_of_a_run_need_one(home: Path, flags: list[str]) -> None:
+    line = one_line_error(ckptavg("eval", "run/epoch_1.pt", *EVAL, *flags), code=2)
+    assert f"{flags[0]} needs --run" in line
+
+
+def test_a_missing_companion_of_best_is_named(home: Path) -> None:
+    line = one_line_error(ckptavg("average", "run", "-o", "o.pt", "--best", "2"), code=2)
+    assert "--metric and --mode is missing" in line

@@ -1,6 +1,7 @@
 """Candidates scored side by side, against float64 by hand and scikit-learn."""
 
 import json
+import weakref
 from collections import Counter
 from types import SimpleNamespace
 
@@ -622,11 +623,11 @@ def test_coefficients_are_the_schemes(checkpoints):
     assert candidate.coefficients == pytest.approx([1 / 6, 2 / 6, 3 / 6])
 
 
-def scored(kind, top1, bn="own", name="x"):
-    return Result(Candidate(name, kind, (), ()), {"top1": top1, "nll": -top1}, bn)
+def scored(kind, top1, bn="own", name="x", last=False):
+    return Result(Candidate(name, kind, (), (), last=last), {"top1": top1, "nll": -top1}, bn)
 
 
-LAST = scored("checkpoint", 90.0, name="e.pt (last)")
+LAST = scored("checkpoint", 90.0, last=True)
 
 
 @pytest.mark.parametrize(
@@ -637,12 +638,36 @@ LAST = scored("checkpoint", 90.0, name="e.pt (last)")
         ([scored("average", 91.0, "stale"), scored("average", 89.0, "recomputed")], True),
         ([scored("average", 10.0, "stale"), scored("average", 91.0, "recomputed")], False),
         ([scored("average", 91.0, "none"), scored("ensemble", 10.0)], False),
-        ([scored("average", 91.0, "none"), scored("checkpoint", 95.0, name="e.pt")], False),
+        ([scored("average", 91.0, "none"), scored("checkpoint", 95.0, name="e (last)")], False),
     ],
 )
 def test_is_worse_looks_at_the_recomputed_average_and_the_last_checkpoint(others, expected):
     assert is_worse([LAST, *others]) is expected
     assert is_worse([*others, LAST]) is expected
+
+
+def test_is_worse_needs_an_average_and_a_last_checkpoint():
+    with pytest.raises(UsageError, match="candidates_of"):
+        is_worse([scored("checkpoint", 1.0)])
+
+
+def test_no_more_copies_of_the_model_live_than_fit(monkeypatch, checkpoints):
+    alive = set()
+
+    class Counted(Net):
+        def __deepcopy__(self, memo):
+            made = Net()
+            made.load_state_dict(self.state_dict())
+            alive.add(id(made))
+            weakref.finalize(made, alive.discard, id(made))
+            most.append(len(alive))
+            return made
+
+    most: list[int] = []
+    monkeypatch.setattr(evaluation, "fit", lambda *_: 1)
+    train = TensorDataset(TRAIN)
+    evaluate(every_kind(checkpoints), Counted(), batches(), train_loader=train)
+    assert max(most) == 1
 
 
 # Devices

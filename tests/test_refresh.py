@@ -9,7 +9,13 @@ from torch.utils.data import TensorDataset
 from ckptavg import open_checkpoint
 from ckptavg.averaging import load, plan_average
 from ckptavg.batches import Runtime
-from ckptavg.errors import BatchNormError, CkptavgError, ModelError, OutputError
+from ckptavg.errors import (
+    BatchNormError,
+    CkptavgError,
+    ModelError,
+    NonFiniteError,
+    OutputError,
+)
 from ckptavg.refresh import update_checkpoint, write_average
 
 RUNTIME = Runtime(torch.device("cpu"), batch_size=16)
@@ -387,3 +393,18 @@ def test_a_model_without_batchnorm_has_nothing_to_recompute(tmp_path):
     with pytest.raises(CkptavgError, match="no BatchNorm layers"):
         update_checkpoint(checkpoint, tmp_path / "out.pt", nn.Linear(4, 3), BATCHES, RUNTIME)
     assert listing(tmp_path) == ["in.pt"]
+
+
+def test_statistics_too_large_for_their_type_are_an_error(tmp_path):
+    model = nn.Sequential(nn.BatchNorm1d(2))
+    half = {
+        name: t.half() if t.is_floating_point() else t for name, t in model.state_dict().items()
+    }
+    torch.save(half, tmp_path / "half.pt")
+    data = [1e4 * torch.randn(50, 2)]
+    with pytest.raises(NonFiniteError, match=r"0\.running_var is too large for float16"):
+        update_checkpoint(
+            open_checkpoint(tmp_path / "half.pt"), tmp_path / "out.pt", model, data,
+            Runtime(torch.device("cpu")),
+        )  # fmt: skip
+    assert not (tmp_path / "out.pt").exists()

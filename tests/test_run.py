@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import names, save, save_weight
 
-from ckptavg import average, open_run
+from ckptavg import average, discovery, open_run
 from ckptavg.errors import CheckpointError, CkptavgError, RunError, UsageError
 from ckptavg.run import as_run
 
@@ -711,3 +711,40 @@ def test_a_lora_adapter_is_told_from_a_checkpoint_that_lost_its_weights(tmp_path
     save_weight(tmp_path / "checkpoint-10" / "adapter_model.safetensors", 1.0)
     with pytest.raises(RunError, match=r"LoRA adapter.*Merge"):
         open_run(tmp_path)
+
+
+def test_a_run_below_a_single_loose_file_is_named(tmp_path):
+    save_weight(tmp_path / "sgd_160.pt", 1.0)
+    numbered(tmp_path / "constant", 2)
+    numbered(tmp_path / "cyclical", 2)
+    with pytest.raises(RunError, match=r"2 runs: .*constant, .*cyclical"):
+        open_run(tmp_path)
+
+
+def test_a_run_below_another_is_left_out_and_said(tmp_path):
+    numbered(tmp_path, 2)
+    numbered(tmp_path / "old", 2)
+    run = open_run(tmp_path)
+    assert numbers(run) == [1, 2]
+    assert (tmp_path / "old", "a run of its own") in run.left_out
+
+
+def test_a_refreshed_checkpoint_keeps_its_place_in_a_run(tmp_path):
+    from ckptavg.averaging import load, provenance
+    from ckptavg.averaging import save as write
+
+    numbered(tmp_path / "run", 2)
+    for checkpoint in open_run(tmp_path / "run"):
+        made = provenance("none", [checkpoint], [1.0], "recomputed")
+        write(
+            load(checkpoint), tmp_path / f"{'ba'[int(checkpoint.step) - 1]}.pt", made, [checkpoint]
+        )
+    assert names(open_run(tmp_path / "a.pt", tmp_path / "b.pt")) == ["b.pt", "a.pt"]
+
+
+def test_many_checkpoints_are_compared_in_linear_time(tmp_path, monkeypatch):
+    numbered(tmp_path, 60)
+    calls = []
+    monkeypatch.setattr(discovery, "_same_contents", lambda *_: calls.append(1) is not None)
+    open_run(tmp_path)
+    assert len(calls) < 60

@@ -200,7 +200,7 @@ def test_a_malformed_index_is_refused(sharded, refusal, content):
 def test_a_directory_without_weights_is_no_checkpoint(tmp_path, refusal):
     (tmp_path / "config.json").write_text("{}")
     assert not is_checkpoint_directory(tmp_path)
-    assert "no checkpoint" in refusal(tmp_path)
+    assert "not itself a checkpoint" in refusal(tmp_path)
 
 
 def test_companions_are_what_from_pretrained_reads(tmp_path):

@@ -499,3 +499,19 @@ def test_a_replacement_in_two_steps_that_crashed_loses_nothing(tmp_path, steps):
         assert content_of(out) == ("new" if steps == 2 else "old")
         assert names(tmp_path) == {"out", publication.temporary.name}
     assert content_of(out) == ("new" if steps == 2 else "old")
+
+
+@pytest.mark.parametrize("directory", [False, True])
+def test_a_file_system_without_locks_still_takes_outputs(tmp_path, monkeypatch, directory):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "no locks here")
+
+    left = tmp_path / ".out.1234abcd.ckptavg-tmp"
+    left.write_text("whose is it?")
+    monkeypatch.setattr("fcntl.flock", flock)
+    with Publication(tmp_path / "out", directory=directory, overwrite=False) as publication:
+        target = publication.temporary / "x" if directory else publication.temporary
+        target.write_text("new")
+        publication.publish()
+    assert (tmp_path / "out").exists()
+    assert left.exists()
