@@ -13,7 +13,7 @@ from typing import Any
 
 from ckptavg.errors import CheckpointError, first_few, short
 from ckptavg.formats import huggingface, record, safetensors, torch_zip, weights
-from ckptavg.formats.inert_pickle import Refused, TensorView
+from ckptavg.formats.inert_pickle import MalformedPickle, Refused, TensorView
 from ckptavg.formats.table import REFRESHED, Checkpoint, FileStamp, Record, Tensor
 
 __all__ = [
@@ -100,7 +100,10 @@ def _read_safetensors(path: Path) -> _File:
 def _read_torch(path: Path, key: str | None) -> _File:
     stamp = FileStamp.of(path)
     opened = torch_zip.read(str(path))
-    found, entry, notes = weights.find_entry(str(path), opened.tree, key)
+    try:
+        found, entry, notes = weights.find_entry(str(path), opened.tree, key)
+    except MalformedPickle as error:
+        raise torch_zip.damaged(path, str(error)) from error
     views = {k: v for k, v in entry.items() if isinstance(k, str) and isinstance(v, TensorView)}
     refused = {k: v.why for k, v in entry.items() if isinstance(k, str) and isinstance(v, Refused)}
     others = [k for k in entry if k not in views and k not in refused]

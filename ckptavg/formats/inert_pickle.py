@@ -338,6 +338,9 @@ class _Machine:
         self.stack.append(self.call(cls, tuple(args)))
 
     def persistent(self, pid: Any) -> None:
+        if isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module":
+            self.stack.append(pid[1])  # a module's class, with its source, before torch 1.6
+            return
         storage = _storage(pid)
         if self.storages.setdefault(storage.key, storage) != storage:
             raise MalformedPickle(f"the storage {storage.key!r} is described in two ways")

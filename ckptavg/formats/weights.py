@@ -7,6 +7,7 @@ from itertools import islice
 from typing import Any
 
 from ckptavg.errors import CheckpointError, NoWeightsError, first_few, short
+from ckptavg.formats import pickled_module
 from ckptavg.formats.inert_pickle import Opaque, Refused, TensorView
 
 KNOWN_ENTRIES = (
@@ -25,6 +26,7 @@ INNER_WRAPPERS = LEADING_WRAPPERS[1:]
 COUNTER = "n_averaged"  # torch's AveragedModel counts its updates beside `module.`
 
 Entry = Mapping[Any, Any]
+_PICKLED = "the weights are read from a pickled module, without its class"
 _DEEPEST_ENTRY = 3
 _MOST_ENTRIES = 12  # that a message lists
 _LONGEST_NAME = 500  # characters of a name that could be typed after --key
@@ -48,6 +50,8 @@ def find_entry(path: str, tree: Any, key: str | None) -> tuple[str, Entry, list[
         return key, _named_entry(path, tree, key), []
     if count_tensors(tree) == 0:
         raise NoWeightsError(f"{path} holds no tensors ({_describe(tree)})", _suggest(tree))
+    if pickled_module.is_module(tree):
+        return "", pickled_module.state_dict(tree), [_PICKLED]
     if isinstance(tree, dict):
         if {"state", "param_groups"} <= tree.keys():
             raise NoWeightsError(f"{path} is an optimizer's state", "Name the model's checkpoint.")
@@ -57,9 +61,21 @@ def find_entry(path: str, tree: Any, key: str | None) -> tuple[str, Entry, list[
         for name in KNOWN_ENTRIES:
             if _holds_tensors(tree.get(name)):
                 return name, tree[name], _note_other_weights(tree, name)
+        for name in (*KNOWN_ENTRIES, "ema"):  # where only the EMA was kept, it is the model
+            if pickled_module.is_module(tree.get(name)):
+                notes = [_PICKLED, *_note_other_weights(tree, name)]
+                return name, pickled_module.state_dict(tree[name]), notes
+        if _holds_tensors(state := _entry_below(tree, "state")):
+            return "state.model", state, []
     raise CheckpointError(
         f"{path}: no entry is known to hold the weights ({_describe(tree)})", _suggest(tree)
     )
+
+
+def _entry_below(tree: Mapping[Any, Any], name: str) -> Any:
+    """The model below an entry that holds all of a trainer's state."""
+    below = tree.get(name)
+    return below.get("model") if isinstance(below, dict) else None
 
 
 def bare_names(names: list[str]) -> dict[str, str]:
@@ -123,6 +139,8 @@ def _named_entry(path: str, tree: Any, key: str) -> Entry:
                 f"{path} has no entry {key!r} ({_describe(tree)})", "Choose one with --key."
             )
         entry, rest = entry[match], rest[len(match) + 1 :]
+    if pickled_module.is_module(entry):
+        return pickled_module.state_dict(entry)
     if not _holds_tensors(entry):
         raise CheckpointError(
             f"{path}: the entry {key!r} holds no tensors by name ({_describe(tree)})",

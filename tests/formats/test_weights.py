@@ -167,9 +167,9 @@ def test_tensors_without_names_are_an_error(refused, value):
     refused(value)
 
 
-def test_a_pickled_module_is_readable_and_its_entries_can_be_named(opened, refused):
+def test_a_pickled_module_is_readable_and_its_entries_can_be_named(opened):
     tree = {"model": nn.Linear(2, 3), "epoch": 2}
-    assert "--key" in refused(tree) or "state_dict" in refused(tree)
+    assert set(opened(tree).tensors) == {"weight", "bias"}
     assert set(opened(tree, "model._parameters").tensors) == {"weight", "bias"}
     assert set(opened(nn.Linear(2, 3), "_parameters").tensors) == {"weight", "bias"}
 

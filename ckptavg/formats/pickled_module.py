@@ -1,0 +1,49 @@
+"""The state dict of a module that was pickled whole, without its class."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ckptavg.formats.inert_pickle import MalformedPickle, Opaque
+
+_MOST_MODULES = 100_000
+_LONGEST_NAME = 1000
+
+
+def is_module(value: Any) -> bool:
+    """Whether a placeholder stands for a ``torch.nn.Module``, by the state that it was given."""
+    if not isinstance(value, Opaque) or not isinstance(value.state, dict):
+        return False
+    parts = (value.state.get(key) for key in ("_parameters", "_buffers", "_modules"))
+    return all(isinstance(part, dict) for part in parts)
+
+
+def state_dict(module: Opaque) -> dict[str, Any]:
+    """What the module's ``state_dict()`` would hold, by dotted name, in the same order.
+
+    Raises:
+        MalformedPickle: It holds more modules than any network does, or itself.
+    """
+    found: dict[str, Any] = {}
+    waiting: list[tuple[str, Opaque]] = [("", module)]
+    visited = 0
+    while waiting:
+        prefix, one = waiting.pop()
+        visited += 1
+        if visited > _MOST_MODULES or len(prefix) > _LONGEST_NAME:
+            raise MalformedPickle("a module holds more others than any network does")
+        hidden = one.state.get("_non_persistent_buffers_set")
+        hidden = hidden if isinstance(hidden, (set, frozenset)) else ()
+        own = {**one.state["_parameters"], **one.state["_buffers"]}
+        found |= {
+            prefix + name: value
+            for name, value in own.items()
+            if isinstance(name, str) and value is not None and name not in hidden
+        }
+        children = [
+            (f"{prefix}{name}.", child)
+            for name, child in one.state["_modules"].items()
+            if isinstance(name, str) and is_module(child)
+        ]
+        waiting.extend(reversed(children))
+    return found
