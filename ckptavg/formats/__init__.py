@@ -13,7 +13,7 @@ from typing import Any
 
 from ckptavg.errors import CheckpointError, first_few, short
 from ckptavg.formats import huggingface, record, safetensors, torch_zip, weights
-from ckptavg.formats.inert_pickle import MalformedPickle, Refused, TensorView
+from ckptavg.formats.inert_values import MalformedPickle, Refused, TensorView
 from ckptavg.formats.table import REFRESHED, Checkpoint, FileStamp, Record, Tensor
 
 __all__ = [

@@ -6,7 +6,7 @@ from typing import Any, BinaryIO
 
 from ckptavg.errors import CheckpointError
 from ckptavg.formats import inert_pickle
-from ckptavg.formats.inert_pickle import MalformedPickle, Storage
+from ckptavg.formats.inert_values import MalformedPickle, Storage
 
 START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number, pickled
 _PROTOCOL = 1001

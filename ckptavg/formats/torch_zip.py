@@ -11,7 +11,7 @@ from typing import Any
 
 from ckptavg.errors import CheckpointError
 from ckptavg.formats import inert_pickle, torch_legacy
-from ckptavg.formats.inert_pickle import MalformedPickle, Storage, TensorView
+from ckptavg.formats.inert_values import MalformedPickle, Storage, TensorView
 from ckptavg.formats.table import Piece, Tensor
 
 _LOCAL_HEADER = 30

@@ -8,7 +8,7 @@ from typing import Any
 
 from ckptavg.errors import CheckpointError, NoWeightsError, first_few, short
 from ckptavg.formats import pickled_module
-from ckptavg.formats.inert_pickle import Opaque, Refused, TensorView
+from ckptavg.formats.inert_values import Opaque, Refused, TensorView
 
 KNOWN_ENTRIES = (
     "state_dict",

@@ -29,7 +29,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptavg.formats import inert_pickle
-from ckptavg.formats.inert_pickle import Global, MalformedPickle, Opaque, Refused, TensorView
+from ckptavg.formats.inert_values import Global, MalformedPickle, Opaque, Refused, TensorView
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from ckptavg.averaging import average, load
 from ckptavg.formats import open_checkpoint, pickled_module
-from ckptavg.formats.inert_pickle import Global, Opaque
+from ckptavg.formats.inert_values import Global, Opaque
 from ckptavg.run import open_run
 
 
