@@ -161,6 +161,11 @@ def size_text(count: float) -> str:
     return f"{count:.3g} TB"
 
 
+def counted(count: int, thing: str) -> str:
+    """A count and its noun."""
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
+
+
 def number_text(value: float | None) -> str:
     """A recorded number, short; a dash where there is none."""
     return "–" if value is None else f"{value:.6g}"

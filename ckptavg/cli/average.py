@@ -10,7 +10,7 @@ import click
 
 from ckptavg.cli import options
 from ckptavg.errors import UsageError
-from ckptavg.report import Report, number_text, size_text
+from ckptavg.report import Report, counted, number_text, size_text
 
 if TYPE_CHECKING:
     from ckptavg.averaging import Average
@@ -72,7 +72,8 @@ def average(
         return
     batchnorm = _write(report, planned, out, overwrite, settings)
     written = sum(f.stat().st_size for f in _files(Path(out)))
-    report.line(f"wrote {out} ({size_text(written)}, BatchNorm statistics: {batchnorm})")
+    state = "" if batchnorm == "none" else f", BatchNorm statistics: {batchnorm}"
+    report.line(f"wrote {out} ({size_text(written)}{state})")
     report.result(planned.provenance(batchnorm) | {"output": out, "bytes": written})
 
 
@@ -120,7 +121,7 @@ def _show_plan(report: Report, planned: Average) -> None:
             planned.plan.checkpoints, planned.plan.coefficients, strict=True
         )
     ]
-    title = f"{len(rows)} checkpoints, {planned.scheme.text}"
+    title = f"{counted(len(rows), 'checkpoint')}, {planned.scheme.text}"
     report.table(("checkpoint", "step", "LR", "coefficient"), rows, title=title)
 
 

@@ -12,7 +12,7 @@ from ckptavg.cli import options
 from ckptavg.errors import first_few
 from ckptavg.formats import Checkpoint
 from ckptavg.plan import batchnorm_layers
-from ckptavg.report import Report, number_text, size_text
+from ckptavg.report import Report, counted, number_text, size_text
 from ckptavg.run import Run, open_run
 
 _MOST_METRICS = 3
@@ -51,7 +51,7 @@ def _show_run(report: Report, run: Run) -> None:
         for checkpoint in run
     ]
     columns = ("checkpoint", "step", "epoch", "LR", *metrics[:_MOST_METRICS], "weights", "size")
-    report.table(columns, rows, title=f"{len(run)} checkpoints in order")
+    report.table(columns, rows, title=f"{counted(len(run), 'checkpoint')} in order")
     if metrics[_MOST_METRICS:]:
         report.line(f"more metrics: {', '.join(metrics[_MOST_METRICS:])}")
     if run.left_out:
