@@ -5,10 +5,10 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -230,12 +230,12 @@ def _prepare(
     return layout
 
 
-class _Fill(Protocol):
-    def __call__(self, sink: FileSink, /) -> None: ...
-
-
 def _publish(
-    layout: Layout, out: Path, tensors: Sequence[OutputTensor], overwrite: bool, fill: _Fill
+    layout: Layout,
+    out: Path,
+    tensors: Sequence[OutputTensor],
+    overwrite: bool,
+    fill: Callable[[FileSink], None],
 ) -> Path:
     with Publication(out, directory=layout.directory, overwrite=overwrite) as publication:
         with FileSink(layout, publication.temporary, tensors) as sink:

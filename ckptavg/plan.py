@@ -71,14 +71,12 @@ class Plan:
         checkpoints: What was selected, in order.
         coefficients: One a checkpoint, normalized.
         tensors: How each output tensor comes about.
-        batchnorm: Layers whose running statistics are averaged.
         notes: What a person should know.
     """
 
     checkpoints: tuple[Checkpoint, ...]
     coefficients: tuple[float, ...]
     tensors: tuple[TensorPlan, ...]
-    batchnorm: tuple[str, ...]
     notes: tuple[str, ...] = ()
 
     @property
@@ -164,7 +162,6 @@ def make_plan(
         checkpoints=tuple(checkpoints),
         coefficients=tuple(normalized(coefficients)),
         tensors=tuple(_with_ties(tensors)),
-        batchnorm=batchnorm_layers(t.name for t in tensors if len(t.sources) > 1),
         notes=tuple(builder.notes()),
     )
 
@@ -352,7 +349,7 @@ def copy_plan(checkpoint: Checkpoint) -> Plan:
         TensorPlan(name, t.shape, t.dtype, (t,), (checkpoint,), (1.0,), averaged=False)
         for name, t in checkpoint.tensors.items()
     ]
-    return Plan((checkpoint,), (1.0,), tuple(_with_ties(tensors)), ())
+    return Plan((checkpoint,), (1.0,), tuple(_with_ties(tensors)))
 
 
 def batchnorm_layers(names: Iterable[str]) -> tuple[str, ...]:

@@ -387,29 +387,15 @@ def test_empty_tensors_are_not_tied(tmp_path):
 # BatchNorm
 
 
-def test_layers_with_running_statistics_are_found_by_name(tmp_path):
+def test_layers_with_running_statistics_are_found_by_name():
     network = torch.nn.Sequential(
         torch.nn.BatchNorm2d(3),
         torch.nn.BatchNorm1d(3, track_running_stats=False),
         torch.nn.Sequential(torch.nn.InstanceNorm2d(3, track_running_stats=True)),
         torch.nn.LayerNorm(3),
     )
-    plan = plan_of(tmp_path, network.state_dict(), network.state_dict())
-    assert plan.batchnorm == ("0", "2.0")
+    assert batchnorm_layers(network.state_dict()) == ("0", "2.0")
     assert batchnorm_layers(["running_mean", "running_var", "a.running_mean"]) == ("",)
-
-
-def test_statistics_of_one_checkpoint_are_not_averaged(tmp_path):
-    state = torch.nn.BatchNorm1d(3).state_dict()
-    assert plan_of(tmp_path, state).batchnorm == ()
-    assert plan_of(tmp_path, state, state, coefficients=[0.0, 1.0]).batchnorm == ()
-
-
-@pytest.mark.parametrize("dtype", ["keep", "float64"])
-def test_statistics_that_are_copied_are_not_averaged(tmp_path, dtype):
-    state = torch.nn.BatchNorm1d(3).state_dict()
-    plan = plan_of(tmp_path, state, state, exclude=("running_*",), dtype=dtype)
-    assert plan.batchnorm == ()
 
 
 # One checkpoint as it is
