@@ -15,9 +15,10 @@ import torch
 from ckptavg import schemes
 from ckptavg.errors import CheckpointError, UsageError, first_few
 from ckptavg.formats import Checkpoint, open_checkpoint
-from ckptavg.formats.layout import Layout, lay_out
+from ckptavg.formats.layout import lay_out
+from ckptavg.formats.output import Layout, OutputTensor
 from ckptavg.formats.publish import Publication, check_room, check_target
-from ckptavg.formats.table import DTYPES, FileStamp, OutputTensor
+from ckptavg.formats.table import DTYPES, FileStamp
 from ckptavg.formats.writing import FileSink, MemorySink
 from ckptavg.plan import Plan, Rules, batchnorm_layers, copy_plan, make_plan
 from ckptavg.run import Run, as_run
@@ -242,6 +243,8 @@ def _publish(
             fill(sink)
             sink.finish()
         publication.publish()
+    for note in layout.notes:
+        log.info(note)
     return out
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 
 from ckptavg.errors import MismatchError, UnsupportedTensorError, UsageError, first_few
 from ckptavg.formats import Checkpoint, Tensor
-from ckptavg.formats.table import DTYPES, DType, OutputTensor
+from ckptavg.formats.output import OutputTensor
+from ckptavg.formats.table import DTYPES, DType
 from ckptavg.schemes import normalized
 
 OUTPUT_DTYPES = ("keep", "float32", "bfloat16", "float16", "float64")

@@ -14,7 +14,7 @@ from typing import Any
 from ckptavg.errors import CheckpointError, first_few, short
 from ckptavg.formats import huggingface, record, safetensors, torch_zip, weights
 from ckptavg.formats.inert_values import MalformedPickle, Refused, TensorView
-from ckptavg.formats.table import REFRESHED, Checkpoint, FileStamp, Record, Tensor
+from ckptavg.formats.table import PROVENANCE, REFRESHED, Checkpoint, FileStamp, Record, Tensor
 
 __all__ = [
     "Checkpoint",
@@ -24,8 +24,6 @@ __all__ = [
     "is_checkpoint_directory",
     "open_checkpoint",
 ]
-
-PROVENANCE = "ckptavg"
 
 
 def open_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Checkpoint:
@@ -116,7 +114,9 @@ def _read_torch(path: Path, key: str | None) -> _File:
         tensors={name: opened.tensor(view) for name, view in views.items()},
         refused=refused,
         record=record.from_tree(opened.tree, found),
-        provenance=_provenance(opened.tree),
+        provenance=_provenance(
+            {PROVENANCE: opened.provenance} if opened.provenance else opened.tree
+        ),
         key=found,
         notes=tuple(notes),
     )

@@ -4,55 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ckptavg.errors import UsageError
-from ckptavg.formats import Checkpoint, huggingface, safetensors, torch_pickle
-from ckptavg.formats.table import OutputTensor
+from ckptavg.formats import Checkpoint, huggingface, safetensors, torch_layout
+from ckptavg.formats.output import FileLayout, Layout, OutputTensor
+from ckptavg.formats.table import PROVENANCE
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".tar")
 _SHARD_BYTES = 5_000_000_000  # what Hugging Face splits at, where the input was not split already
-
-
-@dataclass
-class FileLayout:
-    """One file of an output.
-
-    Attributes:
-        name: Its name in the output directory; empty if the output is this file.
-        size: Bytes in all.
-        parts: Offset and contents of everything that is no tensor.
-        offsets: Byte offset of each tensor.
-        checksums: Tensor name → offsets at which the CRC-32 of its bytes is stored, little-endian.
-    """
-
-    name: str
-    size: int
-    parts: list[tuple[int, bytes]]
-    offsets: dict[str, int]
-    checksums: dict[str, list[int]] = field(default_factory=dict)
-
-
-@dataclass
-class Layout:
-    """A whole output.
-
-    Attributes:
-        directory: Whether it is a directory.
-        files: Its files with tensors.
-        companions: Contents of the other files, by name.
-    """
-
-    directory: bool
-    files: list[FileLayout]
-    companions: dict[str, bytes] = field(default_factory=dict)
-
-    @property
-    def size(self) -> int:
-        """Bytes on disk."""
-        return sum(f.size for f in self.files) + sum(map(len, self.companions.values()))
 
 
 def lay_out(
@@ -64,7 +25,7 @@ def lay_out(
         path: ``.safetensors``, one of ``TORCH_SUFFIXES``, or no suffix for a directory.
         tensors: What it will hold, under bare names.
         provenance: How it was made.
-        template: The checkpoint whose configuration, shards and names a directory follows.
+        template: The last checkpoint, whose layout, configuration and shards are followed.
 
     Raises:
         UsageError: The suffix is unknown.
@@ -73,9 +34,10 @@ def lay_out(
     suffix = Path(path).suffix
     text = json.dumps(dict(provenance))
     if suffix == ".safetensors":
-        return Layout(False, [_safetensors("", tensors, {"format": "pt", "ckptavg": text})])
+        return Layout(False, [_safetensors("", tensors, {"format": "pt", PROVENANCE: text})])
     if suffix in TORCH_SUFFIXES:
-        return Layout(False, [_torch_zip(tensors, text)])
+        file, notes = torch_layout.lay_out(path, tensors, text, template)
+        return Layout(False, [file], notes=tuple(notes))
     if suffix and not path.endswith("/") and not suffix[1:].isdigit():
         expected = ", ".join((".safetensors", *TORCH_SUFFIXES))
         raise UsageError(
@@ -95,26 +57,12 @@ def _safetensors(
     return FileLayout(name, end, [(0, header)], offsets)
 
 
-def _torch_zip(tensors: Sequence[OutputTensor], provenance: str) -> FileLayout:
-    stored = [t for t in tensors if t.tied_to is None]
-    keys = {t.name: str(i) for i, t in enumerate(stored)}
-    views = [(t.name, t.dtype, t.shape, keys[t.tied_to or t.name]) for t in tensors]
-    archive = torch_pickle.Archive()
-    archive.add("data.pkl", torch_pickle.dumps(views, {"ckptavg": provenance}))
-    archive.add("byteorder", b"little")
-    for tensor in stored:
-        archive.reserve(f"data/{keys[tensor.name]}", tensor.nbytes, tensor.name)
-    archive.add("version", b"3\n")
-    parts = archive.close()
-    return FileLayout("", archive.size, parts, archive.offsets, archive.checksums)
-
-
 def _directory(tensors: Sequence[OutputTensor], provenance: str, template: Checkpoint) -> Layout:
     """A Hugging Face directory, split into shards as its input was."""
     as_stored = template.stored_names if template.layout == "huggingface" else {}
     bare = {as_stored.get(t.name, t.name): t.name for t in tensors}
     renamed = [OutputTensor(name, t.dtype, t.shape) for name, t in zip(bare, tensors, strict=True)]
-    metadata = {"format": "pt", "ckptavg": provenance}
+    metadata = {"format": "pt", PROVENANCE: provenance}
     shards = _shards(renamed, template)
     files = [_safetensors(name, shard, metadata) for name, shard in shards.items()]
     for file in files:

@@ -11,6 +11,7 @@ from typing import Any
 
 from ckptavg.errors import CheckpointError
 
+PROVENANCE = "ckptavg"  # the entry or the metadata that says how an output was made
 REFRESHED = "none"  # the scheme in the provenance of one checkpoint with new statistics
 
 
@@ -119,33 +120,6 @@ class Tensor:
     def contiguous(self) -> bool:
         """Whether the bytes lie in one row-major range."""
         return len(self.pieces) == 1 and is_row_major(self.shape, self.pieces[0].stride)
-
-
-@dataclass(frozen=True, slots=True)
-class OutputTensor:
-    """A tensor to be written.
-
-    Attributes:
-        name: Under which it is stored.
-        dtype: Element type.
-        shape: Extent.
-        tied_to: Name of an earlier tensor with the very same contents, if it shares them.
-    """
-
-    name: str
-    dtype: DType
-    shape: tuple[int, ...]
-    tied_to: str | None = None
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the elements."""
-        return self.dtype.nbytes(self.numel)
 
 
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import binascii
 import io
-import math
 import pickle
 import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -34,22 +32,30 @@ _TYPED_STORAGES = {
 }
 
 
-def dumps(
-    tensors: Iterable[tuple[str, DType, tuple[int, ...], str]], others: Mapping[str, Any]
-) -> bytes:
-    """The ``data.pkl`` of a file that holds a state dict and some plain values.
+class StorageStub:
+    """Stands for a storage in a tree to be pickled.
 
     Args:
-        tensors: Name, element type, shape and storage key of each; tied ones share a key.
-        others: Entries beside ``state_dict``.
+        key: Its name in the archive.
+        dtype: Element type.
+        numel: Number of elements.
     """
-    storages: dict[str, _StorageStub] = {}
-    state_dict: OrderedDict[str, Any] = OrderedDict()
-    for name, dtype, shape, key in tensors:
-        storage = storages.setdefault(key, _StorageStub(key, dtype, math.prod(shape)))
-        state_dict[name] = _TensorStub(storage, dtype, shape)
+
+    def __init__(self, key: str, dtype: DType, numel: int) -> None:
+        self.key, self.dtype, self.numel = key, dtype, numel
+
+
+class TensorStub:
+    """Stands for a contiguous tensor that begins where its storage does."""
+
+    def __init__(self, storage: StorageStub, dtype: DType, shape: tuple[int, ...]) -> None:
+        self.storage, self.dtype, self.shape = storage, dtype, shape
+
+
+def dumps(tree: Any) -> bytes:
+    """The ``data.pkl`` of a file that holds a tree of plain values and stubs."""
     buffer = io.BytesIO()
-    _Pickler(buffer, protocol=2).dump({"state_dict": state_dict, **others})
+    _Pickler(buffer, protocol=2).dump(tree)
     return buffer.getvalue()
 
 
@@ -132,21 +138,11 @@ def _end_of_directory(start: int, size: int, count: int) -> bytes:
     )
 
 
-class _StorageStub:
-    def __init__(self, key: str, dtype: DType, numel: int) -> None:
-        self.key, self.dtype, self.numel = key, dtype, numel
-
-
-class _TensorStub:
-    def __init__(self, storage: _StorageStub, dtype: DType, shape: tuple[int, ...]) -> None:
-        self.storage, self.dtype, self.shape = storage, dtype, shape
-
-
 class _Pickler(pickle.Pickler):
     """Writes the stubs as torch writes tensors and storages."""
 
     def persistent_id(self, obj: Any) -> Any:
-        if not isinstance(obj, _StorageStub):
+        if not isinstance(obj, StorageStub):
             return None
         name = _TYPED_STORAGES.get(obj.dtype.name)
         kind = getattr(torch, name) if name else torch.UntypedStorage
@@ -154,7 +150,7 @@ class _Pickler(pickle.Pickler):
         return ("storage", kind, obj.key, "cpu", numel)
 
     def reducer_override(self, obj: Any) -> Any:
-        if not isinstance(obj, _TensorStub):
+        if not isinstance(obj, TensorStub):
             return NotImplemented
         view: tuple[Any, ...] = (
             obj.storage,

@@ -14,6 +14,7 @@ from ckptavg.formats import inert_pickle, torch_legacy
 from ckptavg.formats.inert_values import MalformedPickle, Storage, TensorView
 from ckptavg.formats.table import Piece, Tensor
 
+PROVENANCE_RECORD = "ckptavg.json"  # where a bare state dict has no room for an entry
 _LOCAL_HEADER = 30
 
 
@@ -24,11 +25,13 @@ class TorchFile:
     Attributes:
         path: The file.
         tree: What was saved, as plain values; tensors as ``TensorView`` or ``Refused``.
+        provenance: How ckptavg made it, as JSON, if that stands beside the object.
     """
 
     path: str
     tree: Any
     _locate: Callable[[Storage], int] = field(repr=False)
+    provenance: str | None = None
     _offsets: dict[str, int] = field(default_factory=dict, repr=False)
 
     def tensor(self, view: TensorView) -> Tensor:
@@ -64,11 +67,13 @@ def read(path: str) -> TorchFile:
                     f"{path} was saved on a big-endian machine", "Load and save it on this one."
                 )
             tree = inert_pickle.loads(_content(file, entries["data.pkl"], path))
+            made = entries.get(PROVENANCE_RECORD)
+            text = _content(file, made, path).decode() if made else None
     except MalformedPickle as error:
         raise damaged(path, f"its pickle is malformed: {error}") from error
     except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError, RuntimeError) as error:
         raise damaged(path, _why(path, error)) from error
-    return TorchFile(path, tree, lambda storage: _locate(path, entries, storage))
+    return TorchFile(path, tree, lambda storage: _locate(path, entries, storage), text)
 
 
 def _locate(path: str, entries: Mapping[str, zipfile.ZipInfo], storage: Storage) -> int:
@@ -153,11 +158,11 @@ def _entries(path: str, infos: list[zipfile.ZipInfo]) -> dict[str, zipfile.ZipIn
 
 def _check_entries(path: str, entries: Mapping[str, zipfile.ZipInfo]) -> None:
     """Refuse what could mislead: a huge or compressed pickle, entries that share bytes."""
-    pickle = entries["data.pkl"]
-    if pickle.file_size > inert_pickle.MAX_PICKLE:
-        raise damaged(path, f"its pickle claims {pickle.file_size} bytes")
-    if pickle.compress_type != zipfile.ZIP_STORED:
-        raise damaged(path, "its pickle is compressed, which torch.save never does")
+    for read in filter(None, (entries["data.pkl"], entries.get(PROVENANCE_RECORD))):
+        if read.file_size > inert_pickle.MAX_PICKLE:
+            raise damaged(path, f"{read.filename!r} claims {read.file_size} bytes")
+        if read.compress_type != zipfile.ZIP_STORED:
+            raise damaged(path, f"{read.filename!r} is compressed, which torch.save never does")
     ordered = sorted(entries.values(), key=lambda info: info.header_offset)
     for before, after in pairwise(ordered):
         least = before.header_offset + _LOCAL_HEADER + before.compress_size

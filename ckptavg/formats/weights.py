@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -78,6 +79,50 @@ def _entry_below(tree: Mapping[Any, Any], name: str) -> Any:
     return below.get("model") if isinstance(below, dict) else None
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where in a saved object the weights lie.
+
+    Attributes:
+        value: The object that holds them.
+        entry: The same as a state dict.
+        within_dicts: Whether all that it lies in are dicts.
+    """
+
+    value: Any
+    entry: Entry
+    within_dicts: bool
+
+    @property
+    def pickled(self) -> bool:
+        """Whether the weights are those of a module that was pickled whole."""
+        return self.entry is not self.value
+
+
+def locate(tree: Any, key: str) -> Place | None:
+    """Find an entry by its dotted path, whose parts may have dots themselves; None if it is not.
+
+    Raises:
+        MalformedPickle: A module at that place holds itself.
+    """
+    value, rest, within_dicts = tree, key, True
+    while rest:
+        if isinstance(value, Opaque):
+            value, within_dicts = value.state, False
+        match = next((k for k in _prefixes(rest) if isinstance(value, dict) and k in value), None)
+        if match is None:
+            return None
+        value, rest = value[match], rest[len(match) + 1 :]
+    if pickled_module.is_module(value):
+        return Place(value, pickled_module.state_dict(value), within_dicts)
+    return Place(value, value, within_dicts)
+
+
+def identity(view: TensorView) -> object:
+    """Equal for views of the very same elements."""
+    return view.storage.key, view.dtype.name, view.offset, view.shape, view.stride
+
+
 def bare_names(names: list[str]) -> dict[str, str]:
     """Names as a wrapper-free model has them: stored name → bare name.
 
@@ -129,25 +174,17 @@ def _holds_tensors(value: Any) -> bool:
 
 
 def _named_entry(path: str, tree: Any, key: str) -> Entry:
-    entry, rest = tree, key
-    while rest:
-        if isinstance(entry, Opaque):
-            entry = entry.state
-        match = next((k for k in _prefixes(rest) if isinstance(entry, dict) and k in entry), None)
-        if match is None:
-            raise CheckpointError(
-                f"{path} has no entry {key!r} ({_describe(tree)})", "Choose one with --key."
-            )
-        entry, rest = entry[match], rest[len(match) + 1 :]
-    if pickled_module.is_module(entry):
-        return pickled_module.state_dict(entry)
-    if not _holds_tensors(entry):
+    place = locate(tree, key)
+    if place is None:
+        raise CheckpointError(
+            f"{path} has no entry {key!r} ({_describe(tree)})", "Choose one with --key."
+        )
+    if not place.pickled and not _holds_tensors(place.entry):
         raise CheckpointError(
             f"{path}: the entry {key!r} holds no tensors by name ({_describe(tree)})",
             "Choose another one with --key.",
         )
-    found: Entry = entry
-    return found
+    return place.entry
 
 
 def _prefixes(dotted: str) -> list[str]:
@@ -158,10 +195,24 @@ def _prefixes(dotted: str) -> list[str]:
 
 def _note_other_weights(tree: Mapping[Any, Any], chosen: str) -> list[str]:
     likely = [n for n in tree if isinstance(n, str) and n != chosen and _sounds_like_weights(n)]
-    others = [name for name in likely[:_MOST_ENTRIES] if count_tensors(tree[name])]
+    others = [
+        name
+        for name in likely[:_MOST_ENTRIES]
+        if count_tensors(tree[name]) and not _is_same(tree[name], tree[chosen])
+    ]
     if not others:
         return []
     return [f"weights are taken from {chosen!r}; {first_few(others)} also holds some (--key)"]
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Whether two state dicts hold the very same tensors, under whatever names."""
+    if not isinstance(one, dict) or not isinstance(other, dict):
+        return False
+    held = [
+        {identity(v) for v in entry.values() if isinstance(v, TensorView)} for entry in (one, other)
+    ]
+    return held[0] == held[1]
 
 
 def _sounds_like_weights(name: str) -> bool:

@@ -14,8 +14,7 @@ from typing import Protocol
 
 import torch
 
-from ckptavg.formats.layout import FileLayout, Layout
-from ckptavg.formats.table import OutputTensor
+from ckptavg.formats.output import FileLayout, Layout, OutputTensor
 
 
 class Sink(Protocol):

@@ -1,0 +1,173 @@
+"""What of an input's other contents goes out again: plain values and a few known harmless types.
+
+A checkpoint holds more than weights, and what loads it wants some of that back: hyperparameters,
+arguments, the epoch. Nothing else of an input may leave under our name: not its other tensors,
+which are not those of the average, and no object whose class is not on the list below.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import pathlib
+import re
+import types
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ckptavg.errors import short
+from ckptavg.formats.inert_values import Global, Opaque, Refused, TensorView, name_of
+from ckptavg.formats.table import DTYPES
+
+_DEEPEST = 100  # levels; a pickler goes down by recursion
+_SCALARS = (str, bytes, int, float, bool, type(None))
+_DROPPED = object()
+
+# Entries that say where an optimization stood. They do not fit averaged weights.
+TRAINING_STATE = re.compile(
+    r"(last_)?optim(izer)?s?(_states?)?(_dict)?s?|(lr_)?schedulers?(_states?)?(_dict)?s?|"
+    r"(grad_|loss_)?scalers?(_states?)?(_dict)?s?"
+)
+
+
+def _namespace(cls: Callable[..., Any]) -> Callable[[Any, Any], Any]:
+    return lambda _, state: cls(**{k: v for k, v in state.items() if isinstance(k, str)})
+
+
+def _path(args: Any, _: Any) -> Any:
+    """A path of this system's own kind, which one of the other's is not."""
+    return pathlib.PurePath(*args) if os.name == "nt" else pathlib.PosixPath(*args)
+
+
+def _built(cls: Callable[..., Any]) -> Callable[[Any, Any], Any]:
+    return lambda args, _: cls(*args)
+
+
+def _uuid(_: Any, state: Any) -> Any:
+    return uuid.UUID(int=state["int"])
+
+
+# Every type that goes out besides plain values: how one is made of its pickled parts.
+HARMLESS: dict[tuple[str, str], Callable[[Any, Any], Any]] = {
+    ("argparse", "Namespace"): _namespace(argparse.Namespace),
+    ("types", "SimpleNamespace"): _namespace(types.SimpleNamespace),
+    ("pathlib", "PosixPath"): _path,
+    ("pathlib", "PurePosixPath"): _built(pathlib.PurePosixPath),
+    ("pathlib", "WindowsPath"): _built(pathlib.PureWindowsPath),
+    ("pathlib", "PureWindowsPath"): _built(pathlib.PureWindowsPath),
+    ("datetime", "datetime"): _built(datetime.datetime),
+    ("datetime", "date"): _built(datetime.date),
+    ("datetime", "time"): _built(datetime.time),
+    ("datetime", "timedelta"): _built(datetime.timedelta),
+    ("datetime", "timezone"): _built(datetime.timezone),
+    ("uuid", "UUID"): _uuid,
+    ("torch", "device"): _built(torch.device),
+}
+HARMLESS |= {
+    ("pathlib._local", name): HARMLESS["pathlib", name]
+    for _, name in [*HARMLESS]
+    if ("pathlib", name) in HARMLESS
+}  # where Python 3.13 keeps them
+_PLAIN = {("torch", "device")}  # of these, what torch.load's safe default reads
+
+
+@dataclass
+class Keeper:
+    """Goes through a saved object and keeps what may go out again.
+
+    Args:
+        plain: Keep only what ``torch.load`` reads by its safe default.
+        tensor: What stands for a tensor in the output; None if it may not go out.
+        replaced: What to put in the place of an object, by the object's identity.
+
+    Attributes:
+        dropped: Dotted names of what was not kept.
+    """
+
+    plain: bool
+    tensor: Callable[[TensorView], Any]
+    replaced: Mapping[int, Any]
+    dropped: list[str] = field(default_factory=list)
+    _done: dict[int, Any] = field(default_factory=dict)
+
+    def entries(
+        self, values: Mapping[Any, Any], prefix: str = "", depth: int = 0
+    ) -> dict[Any, Any]:
+        """The entries of a dict that may go out, as far as they may."""
+        kept: dict[Any, Any] = {}
+        for name, value in values.items():
+            where = f"{prefix}{short(name)}"
+            training = depth < 2 and isinstance(name, str) and TRAINING_STATE.fullmatch(name)
+            part = _DROPPED if training else self._keep(value, where + ".", depth + 1)
+            if part is _DROPPED or not isinstance(name, (str, int, float, tuple, type(None))):
+                self.dropped.append(where)
+            else:
+                kept[name] = part
+        return kept
+
+    def _keep(self, value: Any, prefix: str, depth: int) -> Any:
+        if id(value) in self.replaced:
+            return self.replaced[id(value)]
+        if isinstance(value, _SCALARS):
+            return value
+        if depth > _DEEPEST:
+            return _DROPPED
+        if id(value) not in self._done:
+            self._done[id(value)] = _DROPPED  # what holds itself
+            self._done[id(value)] = self._convert(value, prefix, depth)
+        return self._done[id(value)]
+
+    def _convert(self, value: Any, prefix: str, depth: int) -> Any:
+        if isinstance(value, dict):
+            return self._mapping(value, prefix, depth)
+        if isinstance(value, (list, tuple)):
+            parts = [self._keep(part, f"{prefix}{i}.", depth + 1) for i, part in enumerate(value)]
+            return _DROPPED if any(part is _DROPPED for part in parts) else type(value)(parts)
+        if isinstance(value, Opaque):
+            return self._object(value, prefix, depth)
+        return self._leaf(value)
+
+    def _leaf(self, value: Any) -> Any:
+        if isinstance(value, TensorView):
+            return _or_dropped(self.tensor(value))
+        if isinstance(value, Global) and value.module == "torch" and value.name in DTYPES:
+            return getattr(torch, value.name)
+        plain = isinstance(value, set) and all(isinstance(part, _SCALARS) for part in value)
+        return value if plain else _DROPPED
+
+    def _mapping(self, value: dict[Any, Any], prefix: str, depth: int) -> Any:
+        """A dict without what may not go out; none at all if nothing is left, or if it is weights.
+
+        Of weights only the 0-d ones would be left, and pass for a whole.
+        """
+        weights = any(
+            isinstance(v, Refused) or (isinstance(v, TensorView) and self.tensor(v) is None)
+            for v in value.values()
+        )
+        before = len(self.dropped)
+        kept = {} if weights else self.entries(value, prefix, depth)
+        if value and not kept:
+            del self.dropped[before:]  # the parent names the whole
+            return _DROPPED
+        return kept
+
+    def _object(self, value: Opaque, prefix: str, depth: int) -> Any:
+        name = name_of(value.type)
+        make = HARMLESS.get(name)
+        if make is None or value.items or (self.plain and name not in _PLAIN):
+            return _DROPPED
+        args = self._keep(value.args, prefix, depth + 1)
+        state = self._keep(value.state, prefix, depth + 1)
+        try:
+            return make(args, state)
+        except Exception:  # not the parts that this type is made of
+            return _DROPPED
+
+
+def _or_dropped(value: Any) -> Any:
+    return _DROPPED if value is None else value

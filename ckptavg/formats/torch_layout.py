@@ -1,0 +1,176 @@
+"""What a ``torch.save`` output holds.
+
+With the suffix of its inputs, all that the last of them held, but for the weights: what loads the
+inputs then loads the output. With another suffix the weights alone.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckptavg.errors import first_few
+from ckptavg.formats import torch_zip, weights
+from ckptavg.formats.harmless import Keeper
+from ckptavg.formats.inert_values import TensorView
+from ckptavg.formats.output import FileLayout, OutputTensor
+from ckptavg.formats.reading import Reader
+from ckptavg.formats.table import PROVENANCE, Checkpoint
+from ckptavg.formats.torch_pickle import Archive, StorageStub, TensorStub, dumps
+from ckptavg.formats.torch_zip import PROVENANCE_RECORD, TorchFile
+
+PLAIN_SUFFIX = ".pt"
+STATE_DICT = "state_dict"
+_MODULE = "a pickled module is written as its state dict: its class is not known here"
+
+
+@dataclass
+class Contents:
+    """What goes into a file.
+
+    Attributes:
+        tree: The object, with stubs for tensors.
+        records: Further entries of the zip, where the object has no room for them.
+        notes: What of the input is not in it.
+    """
+
+    tree: Any
+    records: Mapping[str, bytes]
+    notes: Sequence[str] = ()
+
+
+def lay_out(
+    path: str, tensors: Sequence[OutputTensor], provenance: str, template: Checkpoint
+) -> tuple[FileLayout, Sequence[str]]:
+    """Plan a ``torch.save`` file.
+
+    An output with the last input's suffix is like it: weights replaced in the entry and under the
+    names that they had, the rest kept as far as it may go out (``harmless``). Any other holds the
+    weights under ``state_dict`` with bare names. A ``.pt`` holds them there in either case, and
+    loads by the safe default of ``torch.load``.
+
+    Args:
+        path: Decides by its suffix.
+        tensors: What it will hold, under bare names.
+        provenance: How it was made, as JSON.
+        template: The last input.
+
+    Returns:
+        The layout, and notes about what is left out.
+    """
+    book = _Storages(tensors)
+    contents = _contents(Path(path).suffix, provenance, template, book)
+    archive = Archive()
+    archive.add("data.pkl", dumps(contents.tree))
+    archive.add("byteorder", b"little")
+    for tensor in tensors:
+        if tensor.tied_to is None:
+            archive.reserve(
+                f"data/{book.stubs[tensor.name].storage.key}", tensor.nbytes, tensor.name
+            )
+    for key, value in book.values.items():
+        archive.add(f"data/{key}", value)
+    archive.add("version", b"3\n")
+    for name, content in contents.records.items():
+        archive.add(name, content)
+    parts = archive.close()
+    file = FileLayout("", archive.size, parts, archive.offsets, archive.checksums)
+    return file, contents.notes
+
+
+class _Storages:
+    """The tensors of an output by their bare names, and the few that are kept by value.
+
+    Attributes:
+        stubs: Bare name → what stands for the tensor; tied ones share their storage.
+        values: Storage key → bytes of a tensor beside the weights.
+    """
+
+    def __init__(self, tensors: Sequence[OutputTensor]) -> None:
+        self.stubs: dict[str, TensorStub] = {}
+        self.values: dict[str, bytes] = {}
+        for tensor in tensors:
+            if tensor.tied_to is not None:
+                storage = self.stubs[tensor.tied_to].storage
+            else:
+                storage = StorageStub(str(len(self.stubs)), tensor.dtype, tensor.numel)
+            self.stubs[tensor.name] = TensorStub(storage, tensor.dtype, tensor.shape)
+
+    def keep(self, view: TensorView, file: TorchFile) -> TensorStub:
+        """A 0-d tensor with its value."""
+        value = bytearray(view.dtype.size)
+        reader = Reader()
+        try:
+            reader.read(file.tensor(view), 0, 1, memoryview(value))
+        finally:
+            reader.close()
+        key = str(len(self.stubs) + len(self.values))
+        self.values[key] = bytes(value)
+        return TensorStub(StorageStub(key, view.dtype, 1), view.dtype, ())
+
+
+def _contents(suffix: str, provenance: str, template: Checkpoint, book: _Storages) -> Contents:
+    bare, plain = OrderedDict(book.stubs), suffix == PLAIN_SUFFIX
+    alone = {STATE_DICT: bare, PROVENANCE: provenance}
+    if template.layout != "torch" or template.path.suffix != suffix:
+        return Contents(alone, {})
+    file = torch_zip.read(template.files[0].path)
+    place = weights.locate(file.tree, template.key)
+    notes = [_MODULE] if place is None or place.pickled else []
+    if place is None or not place.within_dicts:
+        return Contents(alone, {}, notes)
+    whole = place.value is file.tree
+    if whole and (plain or place.pickled):
+        return Contents(alone, {}, notes)
+    keeper = _keeper(plain, template, book, file, place)
+    own = _own_entry(template, book, keeper, place)
+    if whole:
+        records = {PROVENANCE_RECORD: provenance.encode()}
+        return Contents(own, records, _told(keeper))
+    keeper.replaced = {id(place.value): own}
+    tree = keeper.entries(file.tree) | {PROVENANCE: provenance}
+    if plain:
+        tree[STATE_DICT] = bare
+    return Contents(tree, {}, notes + _told(keeper))
+
+
+def _keeper(
+    plain: bool, template: Checkpoint, book: _Storages, file: TorchFile, place: weights.Place
+) -> Keeper:
+    """Keeps, of tensors, those that are the weights under another name, and single values."""
+    bare = {stored: name for name, stored in template.stored_names.items()}
+    same = {
+        weights.identity(view): book.stubs[bare[name]]
+        for name, view in place.entry.items()
+        if isinstance(view, TensorView) and bare.get(name) in book.stubs
+    }
+
+    def tensor(view: TensorView) -> TensorStub | None:
+        if found := same.get(weights.identity(view)):
+            return found
+        return None if view.shape or not view.dtype.size else book.keep(view, file)
+
+    return Keeper(plain, tensor, {})
+
+
+def _own_entry(
+    template: Checkpoint, book: _Storages, keeper: Keeper, place: weights.Place
+) -> OrderedDict[str, Any]:
+    """The weights under the names that they had, in their order, and what stood among them."""
+    names = template.stored_names
+    taken = set(names.values())
+    others = {name: value for name, value in place.entry.items() if name not in taken}
+    kept = keeper.entries(others, f"{template.key}." if template.key else "", depth=2)
+    new = {names.get(name, name): stub for name, stub in book.stubs.items()} | kept
+    own = OrderedDict((name, new.pop(name)) for name in place.entry if name in new)
+    own.update(new)  # what another base brings
+    return own
+
+
+def _told(keeper: Keeper) -> list[str]:
+    if not keeper.dropped:
+        return []
+    return [f"not taken over from the last checkpoint: {first_few(keeper.dropped, 6)}"]

@@ -1,0 +1,327 @@
+"""A torch.save output in its input's own layout: what loads the one loads the other."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import pathlib
+import types
+import uuid
+from collections import OrderedDict, defaultdict
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+import ckptavg
+from ckptavg.batches import Runtime
+from ckptavg.formats import harmless, open_checkpoint
+from ckptavg.refresh import update_checkpoint
+
+
+def model() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+
+
+def run_of(directory, make, suffix=".ckpt", count=3):
+    """Checkpoints that ``make(model, epoch)`` gives."""
+    directory.mkdir(exist_ok=True)
+    torch.manual_seed(0)
+    models = [model() for _ in range(count)]
+    for epoch, one in enumerate(models):
+        torch.save(make(one, epoch), directory / f"epoch_{epoch}{suffix}")
+    return models
+
+
+def averaged(directory, name, **options):
+    out = directory.parent / name
+    ckptavg.average(ckptavg.open_run(directory, **options), out=out)
+    return torch.load(out, weights_only=False)
+
+
+def mean(models, name):
+    return sum(m.state_dict()[name].double() for m in models) / len(models)
+
+
+def holds_the_mean(state, models, prefix="") -> bool:
+    """Whether a state dict is the mean of the models', to float32's last bit."""
+    floats = [n for n, t in models[0].state_dict().items() if t.is_floating_point()]
+    return all(torch.equal(state[prefix + n], mean(models, n).float()) for n in floats)
+
+
+def test_the_rest_of_the_last_checkpoint_stays_beside_the_weights(tmp_path):
+    optimizer = torch.optim.SGD(model().parameters(), lr=0.1, momentum=0.9)
+    models = run_of(
+        tmp_path / "run",
+        lambda m, epoch: {
+            "model": m.state_dict(),
+            "epoch": epoch,
+            "args": argparse.Namespace(lr=0.1, path=pathlib.Path("a/b"), names=["x", ("y", None)]),
+            "optimizer": optimizer.state_dict(),
+            "lr_scheduler": {"last_epoch": epoch},
+            "scaler": {"scale": 1.0},
+            "best": {"acc": torch.tensor(0.75), "at": 2},
+        },
+        suffix=".pth",
+    )
+    found = averaged(tmp_path / "run", "out.pth")
+    assert list(found) == ["model", "epoch", "args", "best", "ckptavg"]
+    assert found["epoch"] == 2
+    assert found["args"] == argparse.Namespace(
+        lr=0.1, path=pathlib.Path("a/b"), names=["x", ("y", None)]
+    )
+    assert found["best"] == {"acc": torch.tensor(0.75), "at": 2}
+    assert list(found["model"]) == list(models[0].state_dict())
+    assert holds_the_mean(found["model"], models)
+    model().load_state_dict(found["model"])
+
+
+def test_a_pt_file_has_its_own_layout_and_state_dict_at_once_and_loads_safely(tmp_path):
+    models = run_of(
+        tmp_path / "run",
+        lambda m, epoch: {
+            "model": {f"_orig_mod.{k}": v for k, v in m.state_dict().items()},
+            "model_args": {"n_layer": 2, "bias": False},
+            "iter_num": epoch,
+            "args": argparse.Namespace(lr=0.1),
+        },
+        suffix=".pt",
+    )
+    averaged(tmp_path / "run", "out.pt")
+    found = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert list(found) == ["model", "model_args", "iter_num", "ckptavg", "state_dict"]
+    assert holds_the_mean(found["state_dict"], models)
+    assert holds_the_mean(found["model"], models, prefix="_orig_mod.")
+    for name, tensor in found["state_dict"].items():
+        assert found["model"][f"_orig_mod.{name}"].data_ptr() == tensor.data_ptr()
+    once = sum(t.nbytes for t in found["state_dict"].values())
+    assert (tmp_path / "out.pt").stat().st_size < once + 20_000
+
+
+def test_another_suffix_gives_the_weights_alone(tmp_path):
+    models = run_of(tmp_path / "run", lambda m, e: {"model": m.state_dict(), "epoch": e})
+    found = averaged(tmp_path / "run", "out.pth")
+    assert list(found) == ["state_dict", "ckptavg"]
+    assert holds_the_mean(found["state_dict"], models)
+
+
+def test_a_bare_state_dict_stays_bare_and_yet_says_how_it_was_made(tmp_path):
+    models = run_of(tmp_path / "run", lambda m, _: m.state_dict(), suffix=".pth")
+    found = averaged(tmp_path / "run", "out.pth")
+    assert list(found) == list(models[0].state_dict())
+    assert holds_the_mean(found, models)
+    reopened = open_checkpoint(tmp_path / "out.pth")
+    assert reopened.is_average
+    assert len(reopened.provenance["checkpoints"]) == 3
+
+
+def test_an_average_in_a_run_is_left_out_whatever_its_layout(tmp_path):
+    for suffix, make in (
+        (".ckpt", lambda m, e: {"state_dict": m.state_dict(), "epoch": e}),
+        (".pth", lambda m, e: m.state_dict()),
+        (".pt", lambda m, e: {"model": m.state_dict(), "epoch": e}),
+    ):
+        directory = tmp_path / suffix[1:]
+        run_of(directory, make, suffix)
+        ckptavg.average(ckptavg.open_run(directory), out=directory / f"epoch_9{suffix}")
+        run = ckptavg.open_run(directory)
+        assert [c.path.name for c in run] == [f"epoch_{i}{suffix}" for i in range(3)]
+        assert (directory / f"epoch_9{suffix}", "an average that ckptavg wrote") in run.left_out
+
+
+def test_names_are_kept_as_they_were_stored_with_the_counter_of_an_averaged_model(tmp_path):
+    def make(one, epoch):
+        return {"model": one.state_dict(), "model_ema": AveragedModel(one).state_dict()}
+
+    models = run_of(tmp_path / "run", make, suffix=".pth")
+    found = averaged(tmp_path / "run", "out.pth", key="model_ema")
+    assert "model" not in found  # the last checkpoint's, not the average's
+    AveragedModel(model()).load_state_dict(found["model_ema"])
+    assert holds_the_mean(found["model_ema"], models, prefix="module.")
+    assert found["model_ema"]["n_averaged"] == 0
+
+
+def test_weights_of_another_kind_are_not_passed_off_as_averaged(tmp_path):
+    """timm would load the EMA of the last checkpoint instead of the average."""
+    run_of(
+        tmp_path / "run",
+        lambda m, e: {"state_dict": m.state_dict(), "state_dict_ema": model().state_dict()},
+    )
+    assert "state_dict_ema" not in averaged(tmp_path / "run", "out.ckpt")
+
+
+def test_an_entry_below_others_is_replaced_where_it_stands(tmp_path):
+    models = run_of(
+        tmp_path / "run",
+        lambda m, e: {
+            "state": {
+                "model": m.state_dict(),
+                "timestamp": {"batch": e},
+                "optimizers": {"SGD": {"state": {}}},
+            },
+            "rng": [torch.get_rng_state()],
+        },
+        suffix=".pt",
+    )
+    found = averaged(tmp_path / "run", "out.pt")
+    assert list(found) == ["state", "ckptavg", "state_dict"]
+    assert list(found["state"]) == ["model", "timestamp"]
+    assert holds_the_mean(found["state"]["model"], models)
+
+
+def test_what_is_dropped_is_named(tmp_path, caplog):
+    caplog.set_level("INFO", "ckptavg")
+    run_of(
+        tmp_path / "run",
+        lambda m, e: {
+            "state_dict": m.state_dict(),
+            "hyper_parameters": {"width": 3, "net": nn.ReLU()},
+            "optimizer_states": [],
+            "callbacks": {"ema": {"weights": model().state_dict()}},
+        },
+    )
+    found = averaged(tmp_path / "run", "out.ckpt")
+    assert found["hyper_parameters"] == {"width": 3}
+    note = next(r.getMessage() for r in caplog.records if "not taken over" in r.getMessage())
+    assert note.endswith("hyper_parameters.net, optimizer_states, callbacks")
+
+
+def test_a_pickled_module_is_written_as_its_state_dict(tmp_path, caplog):
+    caplog.set_level("INFO", "ckptavg")
+    models = run_of(tmp_path / "run", lambda m, e: {"model": m, "epoch": e}, suffix=".pt")
+    found = averaged(tmp_path / "run", "out.pt")
+    assert holds_the_mean(found["model"], models)
+    assert holds_the_mean(found["state_dict"], models)
+    assert any("pickled module" in record.getMessage() for record in caplog.records)
+
+
+def test_tied_tensors_stay_tied_under_their_own_names(tmp_path):
+    def make(one, _):
+        state = {f"module.{k}": v for k, v in one.state_dict().items()}
+        return {"net": state | {"module.tied": state["module.0.weight"]}}
+
+    run_of(tmp_path / "run", make)
+    found = averaged(tmp_path / "run", "out.ckpt")["net"]
+    assert found["module.tied"].data_ptr() == found["module.0.weight"].data_ptr()
+
+
+def test_what_a_base_brings_goes_into_the_entry_too(tmp_path):
+    models = run_of(tmp_path / "run", lambda m, e: {"model": m.state_dict()})
+    torch.save({"model": {"head": torch.ones(2), **models[0].state_dict()}}, tmp_path / "base.pt")
+    run, base = ckptavg.open_run(tmp_path / "run"), open_checkpoint(tmp_path / "base.pt")
+    ckptavg.average(run, out=tmp_path / "out.ckpt", include="0.*", base=base)
+    found = torch.load(tmp_path / "out.ckpt")["model"]
+    assert torch.equal(found["head"], torch.ones(2))
+    assert torch.equal(found["0.weight"], mean(models, "0.weight").float())
+    assert torch.equal(found["1.weight"], models[0].state_dict()["1.weight"])
+
+
+def test_values_among_the_weights_are_kept(tmp_path):
+    run_of(tmp_path / "run", lambda m, e: {"net": {**m.state_dict(), "_extra_state": {"a": e}}})
+    assert averaged(tmp_path / "run", "out.ckpt")["net"]["_extra_state"] == {"a": 2}
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".pt"])
+def test_new_statistics_keep_the_layout_too(tmp_path, suffix):
+    run_of(tmp_path / "run", lambda m, e: {"model": m.state_dict(), "epoch": e}, suffix)
+    ckptavg.average(ckptavg.open_run(tmp_path / "run"), out=tmp_path / f"swa{suffix}")
+    swa = open_checkpoint(tmp_path / f"swa{suffix}")
+    assert not swa.notes
+    update_checkpoint(
+        swa, tmp_path / f"bn{suffix}", model(), [torch.randn(8, 3)], Runtime(torch.device("cpu"))
+    )
+    found, before = (torch.load(tmp_path / f"{n}{suffix}") for n in ("bn", "swa"))
+    assert found["epoch"] == 2
+    assert set(found) == set(before)
+    for entry in {"model", "state_dict"} & set(found):
+        assert torch.equal(found[entry]["0.weight"], before[entry]["0.weight"])
+        assert not torch.equal(found[entry]["1.running_mean"], before[entry]["1.running_mean"])
+
+
+HARMLESS = [
+    None, True, 3, -(2**70), 0.5, float("inf"), "text", "\ud800", b"bytes", [1, [2]], (1, (2,)),
+    {"a": {1: 2}, 3: 4, (1, "b"): None}, {1, 2}, OrderedDict(a=1), defaultdict(list, a=[1]),
+    torch.Size([1, 2]), torch.float16, torch.device("cuda", 1), argparse.Namespace(a=1, b=[2]),
+    types.SimpleNamespace(x=1.5), pathlib.PurePosixPath("a/b"), pathlib.Path("c"),
+    pathlib.PureWindowsPath("c:/d"), datetime.datetime(2020, 1, 2, 3, 4, 5, 6),
+    datetime.datetime(2020, 1, 2, tzinfo=datetime.timezone(datetime.timedelta(hours=2))),
+    datetime.date(2021, 2, 3), datetime.time(4, 5), datetime.timedelta(days=1, seconds=2),
+    uuid.UUID(int=5), torch.tensor(3), torch.tensor(True), torch.tensor(1 + 2j),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", HARMLESS, ids=lambda v: type(v).__name__)
+def test_harmless_values_come_back_as_they_were(tmp_path, value):
+    run_of(tmp_path / "run", lambda m, e: {"model": m.state_dict(), "it": value, "l": [value]})
+    found = averaged(tmp_path / "run", "out.ckpt")
+    assert found["it"] == value
+    assert found["l"] == [value]
+    assert isinstance(found["it"], type(value)) or isinstance(value, (dict, torch.Size))
+
+
+class Unknown:
+    def __init__(self, **state):
+        self.__dict__ |= state
+
+
+class Executed:
+    """Runs a command if it is ever unpickled as pickle means it."""
+
+    def __reduce__(self):
+        return os.system, ("touch /tmp/should-never-be-there",)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [Unknown(a=1), Executed(), torch.zeros(3), os.system, Unknown, [1, Unknown()], (Executed(),),
+     {"only": Executed()}, argparse.Namespace(a=Unknown()), nn.ReLU(), frozenset([1]),
+     types.SimpleNamespace(a=Executed())],
+    ids=str,
+)  # fmt: skip
+def test_nothing_else_goes_out(tmp_path, value):
+    run_of(tmp_path / "run", lambda m, e: {"model": m.state_dict(), "it": value, "n": 1})
+    found = averaged(tmp_path / "run", "out.ckpt")
+    assert set(found) == {"model", "n", "ckptavg"}
+    assert b"Unknown" not in (tmp_path / "out.ckpt").read_bytes()
+    assert b"system" not in (tmp_path / "out.ckpt").read_bytes()
+
+
+def test_what_holds_itself_is_dropped_and_what_is_shared_is_not_multiplied(tmp_path):
+    circle: list = []
+    circle.append(circle)
+    wide: list = [0]
+    for _ in range(60):
+        wide = [wide, wide]
+    run_of(tmp_path / "run", lambda m, e: {"model": m.state_dict(), "c": circle, "w": wide})
+    found = averaged(tmp_path / "run", "out.ckpt")
+    assert "c" not in found
+    assert found["w"][0] is found["w"][1]
+
+
+def keys():
+    return st.one_of(st.text(max_size=3), st.integers(), st.booleans(), st.none(), st.floats())
+
+
+def values():
+    scalars = keys() | st.binary(max_size=4)
+    return st.recursive(
+        scalars,
+        lambda inner: st.one_of(
+            st.lists(inner, max_size=3),
+            st.lists(inner, max_size=3).map(tuple),
+            st.dictionaries(keys(), inner, min_size=1, max_size=3),
+        ),
+        max_leaves=12,
+    )
+
+
+@given(values())
+def test_plain_values_are_all_kept(value):
+    keeper = harmless.Keeper(plain=True, tensor=lambda _: None, replaced={})
+    kept = keeper.entries({"it": value})
+    assert repr(kept) == repr({"it": value})
+    assert not keeper.dropped
