@@ -226,8 +226,6 @@ def _prepare(
     check_target(Path(out), overwrite=overwrite, inputs=names)
     layout = lay_out(os.fspath(out), tensors, made, template)
     check_room(Path(out), layout.size)
-    if layout.directory and "config.json" not in layout.companions:
-        log.info("%s will be a directory without a config.json, which the input lacks", out)
     return layout
 
 

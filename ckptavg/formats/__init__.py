@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ckptavg.errors import CheckpointError, first_few, short
-from ckptavg.formats import huggingface, record, safetensors, torch_zip, weights
-from ckptavg.formats.inert_values import MalformedPickle, Refused, TensorView
+from ckptavg.formats import dcp, huggingface, record, safetensors, torch_zip, weights
+from ckptavg.formats.inert_values import MalformedPickle, Refused, Sharded, TensorView
 from ckptavg.formats.table import PROVENANCE, REFRESHED, Checkpoint, FileStamp, Record, Tensor
 
 __all__ = [
@@ -30,8 +30,8 @@ def open_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
     """Open a checkpoint: read its headers, move no tensor data, run no code.
 
     Args:
-        path: A ``.safetensors`` file, a ``torch.save`` file under any suffix, or a Hugging Face
-            directory.
+        path: A ``.safetensors`` file, a ``torch.save`` file under any suffix, a Hugging Face
+            directory, or one of ``torch.distributed.checkpoint``.
         key: Dotted path of the entry that holds the weights; found by itself where None.
 
     Raises:
@@ -46,7 +46,7 @@ def open_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
 
 def is_checkpoint_directory(path: Path) -> bool:
     """Whether a directory is itself a checkpoint, not a collection of them."""
-    return path.is_dir() and huggingface.main_file(path) is not None
+    return path.is_dir() and (huggingface.main_file(path) is not None or dcp.is_distributed(path))
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -75,7 +75,7 @@ class _File:
     """One file of weights, under the names that it has for them."""
 
     layout: str
-    stamp: FileStamp
+    stamps: tuple[FileStamp, ...]
     tensors: Mapping[str, Tensor]
     refused: Mapping[str, str]
     record: Record
@@ -92,7 +92,7 @@ def _read_safetensors(path: Path) -> _File:
     stamp = FileStamp.of(path)
     tensors, metadata = safetensors.read_header(str(path), stamp.size)
     made = _provenance(metadata)
-    return _File("safetensors", stamp, tensors, {}, record.from_metadata(metadata), made)
+    return _File("safetensors", (stamp,), tensors, {}, record.from_metadata(metadata), made)
 
 
 def _read_torch(path: Path, key: str | None) -> _File:
@@ -102,28 +102,62 @@ def _read_torch(path: Path, key: str | None) -> _File:
         found, entry, notes = weights.find_entry(str(path), opened.tree, key)
     except MalformedPickle as error:
         raise torch_zip.damaged(path, str(error)) from error
-    views = {k: v for k, v in entry.items() if isinstance(k, str) and isinstance(v, TensorView)}
-    refused = {k: v.why for k, v in entry.items() if isinstance(k, str) and isinstance(v, Refused)}
-    others = [k for k in entry if k not in views and k not in refused]
-    if others:
-        shown = first_few([short(k) for k in others[:4]])
-        notes.append(f"{len(others)} values beside the tensors are not taken: {shown}")
+    views = _of_kind(entry, TensorView)
     return _File(
         layout="torch",
-        stamp=stamp,
+        stamps=(stamp,),
         tensors={name: opened.tensor(view) for name, view in views.items()},
-        refused=refused,
+        refused={name: value.why for name, value in _of_kind(entry, Refused).items()},
         record=record.from_tree(opened.tree, found),
         provenance=_provenance(
             {PROVENANCE: opened.provenance} if opened.provenance else opened.tree
         ),
         key=found,
-        notes=tuple(notes),
+        notes=(*notes, *_note_others(entry)),
+    )
+
+
+Kind = TypeVar("Kind")
+
+
+def _of_kind(entry: Mapping[Any, Any], kind: type[Kind]) -> dict[str, Kind]:
+    return {n: v for n, v in entry.items() if isinstance(n, str) and isinstance(v, kind)}
+
+
+def _note_others(entry: Mapping[Any, Any]) -> list[str]:
+    """A note about what an entry holds besides tensors."""
+    others = [
+        name
+        for name, value in entry.items()
+        if not isinstance(name, str) or not isinstance(value, weights.TENSORS)
+    ]
+    if not others:
+        return []
+    shown = first_few([short(name) for name in others[:4]])
+    return [f"{len(others)} values beside the tensors are not taken: {shown}"]
+
+
+def _read_distributed(path: Path, key: str | None) -> _File:
+    opened = dcp.read(path)
+    found, entry, notes = weights.find_entry(str(path), opened.tree, key)
+    tensors = {n: opened.tensor(t) for n, t in _of_kind(entry, Sharded).items()}
+    return _File(
+        layout="distributed",
+        stamps=tuple(map(FileStamp.of, opened.files(tensors))),
+        tensors=tensors,
+        refused={},
+        record=record.from_tree(opened.tree, found),
+        provenance=_provenance(opened.tree),
+        key=found,
+        notes=(*notes, *_note_others(entry)),
     )
 
 
 def _open_directory(path: Path, key: str | None) -> Checkpoint:
     main = huggingface.main_file(path)
+    if main is None and dcp.is_distributed(path):
+        file = _read_distributed(path, key)
+        return _checkpoint(path, file.layout, [file], file.record)
     if main is None:
         raise CheckpointError(
             f"{path} is not itself a checkpoint", "Name one checkpoint; average a run first."
@@ -174,7 +208,7 @@ def _checkpoint(path: Path, layout: str, files: list[_File], recorded: Record) -
         tensors={bare[name]: tensor for name, tensor in tensors.items() if name in bare},
         stored_names={bare[name]: name for name in tensors if name in bare},
         refused={bare[name]: why for name, why in refused.items() if name in bare},
-        files=tuple(file.stamp for file in files),
+        files=tuple(stamp for file in files for stamp in file.stamps),
         record=recorded,
         provenance=made,
         step=recorded.epoch if recorded.step is None else recorded.step,

@@ -68,6 +68,15 @@ class TensorView:
 
 
 @dataclass(frozen=True, slots=True)
+class Sharded:
+    """A tensor whose pieces lie in several files, by its full name in the checkpoint."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Refused:
     """A tensor that is not a plain strided one, and why it cannot be averaged."""
 

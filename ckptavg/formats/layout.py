@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptavg.errors import UsageError
-from ckptavg.formats import Checkpoint, huggingface, safetensors, torch_layout
+from ckptavg.formats import Checkpoint, dcp_layout, huggingface, safetensors, torch_layout
 from ckptavg.formats.output import FileLayout, Layout, OutputTensor
 from ckptavg.formats.table import PROVENANCE
 
@@ -44,6 +44,8 @@ def lay_out(
             f"the output's suffix is expected to be one of {expected}, or none for a directory, "
             f"but got {suffix!r}"
         )
+    if template.layout == "distributed":
+        return dcp_layout.lay_out(tensors, text, template)
     return _directory(tensors, text, template)
 
 
@@ -75,7 +77,9 @@ def _directory(tensors: Sequence[OutputTensor], provenance: str, template: Check
         }
         stem = files[0].name.split("-0")[0]
         companions[f"{stem}.safetensors.index.json"] = json.dumps(index, indent=2).encode()
-    return Layout(True, files, companions)
+    lacking = "config.json" not in companions
+    notes = ("the output has no config.json, which the input lacks too",) if lacking else ()
+    return Layout(True, files, companions, notes)
 
 
 def _shards(tensors: Sequence[OutputTensor], template: Checkpoint) -> dict[str, list[OutputTensor]]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 
 from ckptavg.errors import OutputError
-from ckptavg.formats.huggingface import belongs, main_file
+from ckptavg.formats import dcp, huggingface, is_checkpoint_directory
 
 try:
     import fcntl
@@ -165,8 +165,9 @@ def _is_within(path: Path, directory: Path) -> bool:
 def _is_only_a_model(directory: Path) -> bool:
     """Whether a directory is empty, or a model's with nothing else in it."""
     children = list(directory.iterdir())
+    belongs = dcp.belongs if dcp.is_distributed(directory) else huggingface.belongs
     own = all(child.is_file() and belongs(child.name) for child in children)
-    return not children or (own and main_file(directory) is not None)
+    return not children or (own and is_checkpoint_directory(directory))
 
 
 def _clear_leftovers(path: Path) -> None:

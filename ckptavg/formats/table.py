@@ -201,7 +201,8 @@ class Checkpoint:
 
     Attributes:
         path: The file or directory.
-        layout: ``safetensors``, ``torch`` (torch.save) or ``huggingface`` (a directory).
+        layout: ``safetensors``, ``torch`` (torch.save), or of directories ``huggingface`` and
+            ``distributed`` (torch.distributed.checkpoint).
         key: Dotted path of the entry that holds the weights; empty if the file itself does.
         tensors: The table, under bare names, in the file's order.
         stored_names: Bare name → the name in the file, where wrappers were dropped.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from ckptavg.errors import CheckpointError
 from ckptavg.formats import inert_pickle, torch_legacy
@@ -48,15 +49,19 @@ class TorchFile:
         return Tensor(view.dtype, view.shape, (piece,))
 
 
-def read(path: str) -> TorchFile:
+def read(path: str, within: tuple[int, int] | None = None) -> TorchFile:
     """Open a ``torch.save`` file: its directory and its pickle, no tensor data.
+
+    Args:
+        path: The file.
+        within: Offset and length of the part of it that is the ``torch.save`` file, if not all.
 
     Raises:
         CheckpointError: The file is damaged, or of another kind.
     """
     try:
-        with open(path, "rb") as file:
-            if file.read(len(torch_legacy.START)) == torch_legacy.START:
+        with _open(path, within) as file:
+            if within is None and file.read(len(torch_legacy.START)) == torch_legacy.START:
                 tree, offsets = torch_legacy.read(path, file.seek(0, 2))
                 return TorchFile(path, tree, lambda storage: offsets[storage.key])
             entries = _entries(path, zipfile.ZipFile(file).infolist())
@@ -73,10 +78,58 @@ def read(path: str) -> TorchFile:
         raise damaged(path, f"its pickle is malformed: {error}") from error
     except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError, RuntimeError) as error:
         raise damaged(path, _why(path, error)) from error
-    return TorchFile(path, tree, lambda storage: _locate(path, entries, storage), text)
+    start = within[0] if within else 0
+
+    def locate(storage: Storage) -> int:
+        with _open(path, within) as file:
+            return start + _locate(path, file, entries, storage)
+
+    return TorchFile(path, tree, locate, text)
 
 
-def _locate(path: str, entries: Mapping[str, zipfile.ZipInfo], storage: Storage) -> int:
+def _open(path: str, within: tuple[int, int] | None) -> BinaryIO:
+    file = open(path, "rb")  # noqa: SIM115 - the caller closes it
+    return file if within is None else cast(BinaryIO, _Part(file, *within))
+
+
+class _Part(io.RawIOBase):
+    """A part of a file as if it were a file."""
+
+    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
+        self._file, self._start, self._length = file, start, length
+        self._at = 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        if base + offset < 0:
+            raise ValueError("it begins before its beginning")
+        self._at = base + offset
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(self._length - self._at, 0)
+        self._file.seek(self._start + self._at)
+        data = self._file.read(left if size < 0 else min(size, left))
+        self._at += len(data)
+        return data
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _locate(
+    path: str, file: BinaryIO, entries: Mapping[str, zipfile.ZipInfo], storage: Storage
+) -> int:
     """Byte offset of a storage, after its zip entry has been checked."""
     info = entries.get(f"data/{storage.key}")
     if info is None:
@@ -86,8 +139,7 @@ def _locate(path: str, entries: Mapping[str, zipfile.ZipInfo], storage: Storage)
     element = storage.dtype.size if storage.dtype else 1
     if storage.numel * element > info.file_size:
         raise damaged(path, f"the storage {storage.key!r} is shorter than it claims")
-    with open(path, "rb") as file:
-        return data_offset(file, info, path)
+    return data_offset(file, info, path)
 
 
 def checksums(path: str | Path) -> list[tuple[str, int, int]] | None:

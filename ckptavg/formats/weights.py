@@ -9,7 +9,7 @@ from typing import Any
 
 from ckptavg.errors import CheckpointError, NoWeightsError, first_few, short
 from ckptavg.formats import pickled_module
-from ckptavg.formats.inert_values import Opaque, Refused, TensorView
+from ckptavg.formats.inert_values import Opaque, Refused, Sharded, TensorView
 
 KNOWN_ENTRIES = (
     "state_dict",
@@ -26,6 +26,7 @@ LEADING_WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoi
 INNER_WRAPPERS = LEADING_WRAPPERS[1:]
 COUNTER = "n_averaged"  # torch's AveragedModel counts its updates beside `module.`
 
+TENSORS = (TensorView, Sharded, Refused)
 Entry = Mapping[Any, Any]
 _PICKLED = "the weights are read from a pickled module, without its class"
 _DEEPEST_ENTRY = 3
@@ -66,17 +67,17 @@ def find_entry(path: str, tree: Any, key: str | None) -> tuple[str, Entry, list[
             if pickled_module.is_module(tree.get(name)):
                 notes = [_PICKLED, *_note_other_weights(tree, name)]
                 return name, pickled_module.state_dict(tree[name]), notes
-        if _holds_tensors(state := _entry_below(tree, "state")):
-            return "state.model", state, []
+        for name, below in tree.items():
+            if isinstance(name, str) and _holds_tensors(model := _model_in(below)):
+                return f"{name}.model", model, []
     raise CheckpointError(
         f"{path}: no entry is known to hold the weights ({_describe(tree)})", _suggest(tree)
     )
 
 
-def _entry_below(tree: Mapping[Any, Any], name: str) -> Any:
-    """The model below an entry that holds all of a trainer's state."""
-    below = tree.get(name)
-    return below.get("model") if isinstance(below, dict) else None
+def _model_in(entry: Any) -> Any:
+    """The model in an entry that holds all of a trainer's or an application's state."""
+    return entry.get("model") if isinstance(entry, dict) else None
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def count_tensors(tree: Any) -> int:
     waiting, count = [tree], 0
     while waiting:
         value = waiting.pop()
-        count += isinstance(value, (TensorView, Refused))
+        count += isinstance(value, TENSORS)
         if id(value) in seen or not isinstance(value, (dict, list, tuple, Opaque)):
             continue
         seen.add(id(value))
@@ -168,8 +169,7 @@ def _without_inner(name: str) -> str:
 
 def _holds_tensors(value: Any) -> bool:
     return isinstance(value, dict) and any(
-        isinstance(name, str) and isinstance(part, (TensorView, Refused))
-        for name, part in value.items()
+        isinstance(name, str) and isinstance(part, TENSORS) for name, part in value.items()
     )
 
 
@@ -254,7 +254,7 @@ def _entry_paths(tree: Mapping[Any, Any]) -> list[str]:
                 continue
             seen.add(id(value))
             if _holds_tensors(value):
-                held = sum(isinstance(v, (TensorView, Refused)) for v in value.values())
+                held = sum(isinstance(v, TENSORS) for v in value.values())
                 found.append((-held, prefix + name))
             elif prefix.count(".") < _DEEPEST_ENTRY:
                 waiting.append((f"{prefix}{name}.", value))

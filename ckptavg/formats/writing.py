@@ -101,8 +101,11 @@ class FileSink:
         for tied in self._tied[name]:
             for handle, start in self._targets.get(tied, ()):
                 self._write_at(handle, data, start + offset)
-        if name in self._crcs:
-            self._crcs[name].append((offset, len(data), zlib.crc32(data)))
+        checked = [tied for tied in self._tied[name] if tied in self._crcs]
+        if checked:
+            part = (offset, len(data), zlib.crc32(data))
+            for tied in checked:
+                self._crcs[tied].append(part)
 
     def finish(self) -> None:
         """Store the checksums, once every byte has been written."""

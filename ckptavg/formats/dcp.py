@@ -1,0 +1,342 @@
+"""Directories of ``torch.distributed.checkpoint``: shards, and a pickle that places them.
+
+``.metadata`` says which box of each tensor lies where in which file. A box is a ``torch.save`` file
+inside that file, so that all of it comes down to byte ranges, read by one process however many
+wrote them. The pickle is read inertly like any other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from ckptavg.errors import CheckpointError, short
+from ckptavg.formats import inert_pickle, torch_zip
+from ckptavg.formats.harmless import TRAINING_STATE
+from ckptavg.formats.inert_values import Global, MalformedPickle, Opaque, Sharded, TensorView
+from ckptavg.formats.table import DTYPES, DType, Piece, Tensor
+from ckptavg.formats.weights import KNOWN_ENTRIES
+
+METADATA = ".metadata"
+MODULE = "torch.distributed.checkpoint.metadata"
+_MOST_VALUES = 2000  # small pickles beside the tensors that are looked into
+_MOST_DIMENSIONS = 64
+_PAIRS = 512  # boxes that are compared each with each
+
+ItemPath = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Box:
+    """One box of a tensor.
+
+    Attributes:
+        start: Index in the tensor of its first element.
+        shape: Its extent.
+        file: Name of the file that holds it.
+        offset: Of the ``torch.save`` file in that one, in bytes.
+        length: Of the same.
+    """
+
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+    file: str
+    offset: int
+    length: int
+
+
+@dataclass
+class Distributed:
+    """An opened directory.
+
+    Attributes:
+        path: The directory.
+        tree: What was saved, nested as it was; tensors as ``Sharded``, other objects inertly.
+        items: Full name of each item → what the tree holds of it; an optimizer's values are not
+            read.
+        paths: Full name of each item → the keys that led to it in what was saved.
+        boxes: Full name of a tensor → where it lies.
+        version: Of the format.
+    """
+
+    path: Path
+    tree: Mapping[Any, Any]
+    items: Mapping[str, Any]
+    paths: Mapping[str, ItemPath]
+    boxes: Mapping[str, Sequence[Box]]
+    version: str | None
+
+    def tensor(self, sharded: Sharded) -> Tensor:
+        """The table entry of a tensor in the tree.
+
+        Raises:
+            CheckpointError: A box of it is damaged, or is not what the metadata says.
+        """
+        pieces = [
+            self._piece(sharded.name, box, sharded.dtype)
+            for box in self.boxes[sharded.name]
+            if math.prod(box.shape)
+        ]
+        return Tensor(sharded.dtype, sharded.shape, tuple(pieces))
+
+    def files(self, tensors: Mapping[str, Tensor]) -> list[Path]:
+        """The files that tensors lie in, and the metadata."""
+        names = {piece.file for tensor in tensors.values() for piece in tensor.pieces}
+        return [self.path / METADATA, *map(Path, sorted(names))]
+
+    def _piece(self, name: str, box: Box, dtype: DType) -> Piece:
+        file = self.path / box.file
+        opened = torch_zip.read(str(file), (box.offset, box.length))
+        view = opened.tree
+        if not isinstance(view, TensorView) or (view.dtype, view.shape) != (dtype, box.shape):
+            raise torch_zip.damaged(file, f"what it holds of {name!r} is not what {METADATA} says")
+        piece = opened.tensor(view).pieces[0]
+        return Piece(piece.file, piece.offset, piece.shape, piece.stride, box.start)
+
+
+def is_distributed(directory: Path) -> bool:
+    """Whether a directory is such a checkpoint."""
+    return (directory / METADATA).is_file()
+
+
+def read(directory: Path) -> Distributed:
+    """Open a directory: its metadata and the values beside the tensors.
+
+    Raises:
+        CheckpointError: It is damaged, or names files outside.
+    """
+    metadata = directory / METADATA
+    try:
+        if metadata.stat().st_size > inert_pickle.MAX_PICKLE:
+            raise MalformedPickle(f"it is larger than {inert_pickle.MAX_PICKLE >> 20} MiB")
+        opened = _parse(directory, inert_pickle.loads(metadata.read_bytes()))
+    except OSError as error:
+        raise CheckpointError(f"{metadata} cannot be read: {error.strerror}") from error
+    except MalformedPickle as error:
+        raise torch_zip.damaged(metadata, str(error)) from error
+    return opened
+
+
+def _parse(directory: Path, saved: Any) -> Distributed:
+    state = _attributes(saved, "Metadata")
+    items, places = state.get("state_dict_metadata"), state.get("storage_data")
+    if not isinstance(items, dict) or not isinstance(places, dict):
+        raise MalformedPickle("it lists no items")
+    stored = _stored(directory, places)
+    mapping = state.get("planner_data")
+    paths = {
+        name: _item_path(name, mapping.get(name) if isinstance(mapping, dict) else None)
+        for name in items
+        if isinstance(name, str)
+    }
+    tensors = {
+        name: _tensor(name, items[name], stored)
+        for name in paths
+        if getattr(items[name], "type", None) == Global(MODULE, "TensorStorageMetadata")
+    }
+    values = {name: tensor for name, (tensor, _) in tensors.items()} | _other_values(
+        directory, [name for name in paths if name not in tensors], paths, stored
+    )
+    boxes = {name: parts for name, (_, parts) in tensors.items()}
+    found = {name: values[name] for name in paths if name in values}
+    version = state.get("version")
+    known = version if isinstance(version, str) else None
+    return Distributed(directory, _nested(found, paths), found, paths, boxes, known)
+
+
+def _attributes(value: Any, name: str) -> dict[str, Any]:
+    """The attributes of an object of one of torch's metadata classes."""
+    known = isinstance(value, Opaque) and isinstance(value.type, Global) and value.type.name == name
+    if not known or not isinstance(value.state, dict):
+        raise MalformedPickle(f"it holds something else where a {name} belongs")
+    attributes: dict[str, Any] = value.state
+    return attributes
+
+
+def _item_path(name: str, path: Any) -> ItemPath:
+    usable = isinstance(path, tuple) and path and all(isinstance(p, (str, int)) for p in path)
+    return path if usable else (name,)
+
+
+Stored = Mapping[str, Mapping[tuple[int, ...] | None, tuple[str, int, int]]]
+
+
+def belongs(name: str) -> bool:
+    """Whether a file's name is one that such a directory has."""
+    return name == METADATA or name.endswith(".distcp")
+
+
+def _stored(directory: Path, places: Mapping[Any, Any]) -> Stored:
+    """Item → index of its first element → file, offset and length."""
+    found: dict[str, dict[tuple[int, ...] | None, tuple[str, int, int]]] = defaultdict(dict)
+    sizes: dict[str, int] = {}
+    for key, value in places.items():
+        index, info = _attributes(key, "MetadataIndex"), _attributes(value, "_StorageInfo")
+        name, at = index.get("fqn"), index.get("offset")
+        file, span = info.get("relative_path"), (info.get("offset"), info.get("length"))
+        if not isinstance(name, str) or not (at is None or _is_extent(at)):
+            raise MalformedPickle("an item is not named as it ought to be")
+        if info.get("transform_descriptors"):
+            raise CheckpointError(
+                f"{directory} is compressed by an extension of the storage", "Save it without."
+            )
+        if not isinstance(file, str) or not _is_span(span):
+            raise MalformedPickle(f"the place of {short(name)!r} is malformed")
+        if file not in sizes:
+            sizes[file] = _size(directory, file)
+        if sum(span) > sizes[file]:
+            raise torch_zip.damaged(directory / file, f"{short(name)!r} runs past its end")
+        found[name][at] = (file, *span)
+    return found
+
+
+def _size(directory: Path, name: str) -> int:
+    """Size of a file that the metadata names, which lies in its directory.
+
+    Raises:
+        CheckpointError: It is not there, or lies elsewhere.
+    """
+    path = directory / name
+    try:
+        inside = Path(name).name == name and path.resolve().parent == directory.resolve()
+        if not inside:
+            raise CheckpointError(
+                f"{directory / METADATA} names a file outside its directory: {short(name)!r}"
+            )
+        if not path.is_file():
+            raise CheckpointError(
+                f"{directory / METADATA} names a file that is not there: {short(name)!r}",
+                "Copy the directory again, or leave it out.",
+            )
+        return path.stat().st_size
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{short(str(path))} cannot be read: {error}") from error
+
+
+def _is_extent(value: Any) -> TypeGuard[tuple[int, ...]]:
+    return (
+        isinstance(value, tuple)
+        and len(value) <= _MOST_DIMENSIONS
+        and all(type(n) is int and 0 <= n < 2**62 for n in value)
+    )
+
+
+def _is_span(value: tuple[Any, Any]) -> TypeGuard[tuple[int, int]]:
+    return _is_extent(value)
+
+
+def _tensor(name: str, item: Opaque, stored: Stored) -> tuple[Sharded, list[Box]]:
+    state = _attributes(item, "TensorStorageMetadata")
+    properties, shape, chunks = (state.get(k) for k in ("properties", "size", "chunks"))
+    dtype = DTYPES.get(_dtype_name(properties))
+    if dtype is None or not _is_extent(shape) or not isinstance(chunks, list):
+        raise MalformedPickle(f"the tensor {short(name)!r} is malformed")
+    boxes: list[Box] = []
+    for chunk in chunks:
+        attributes = _attributes(chunk, "ChunkStorageMetadata")
+        start, extent = attributes.get("offsets"), attributes.get("sizes")
+        if not _is_extent(start) or not _is_extent(extent):
+            raise MalformedPickle(f"a piece of {short(name)!r} is malformed")
+        place = stored.get(name, {}).get(start)
+        if place is None:
+            raise MalformedPickle(f"a piece of {short(name)!r} is nowhere")
+        boxes.append(Box(start, extent, *place))
+    if not _tiles(shape, [box for box in boxes if math.prod(box.shape)]):
+        raise MalformedPickle(f"the pieces of {short(name)!r} overlap or leave holes")
+    return Sharded(name, dtype, shape), boxes
+
+
+def _dtype_name(properties: Any) -> str:
+    """The element type, the first of what a TensorProperties pickles."""
+    state = properties.state if isinstance(properties, Opaque) else None
+    first = state[0] if isinstance(state, tuple) and state else None
+    return first.name if isinstance(first, Global) else ""
+
+
+def _tiles(shape: tuple[int, ...], boxes: Sequence[Box]) -> bool:
+    """Whether boxes cover a tensor, each element once."""
+    if any(len(box.start) != len(shape) or len(box.shape) != len(shape) for box in boxes):
+        return False
+    if not math.prod(shape):
+        return not boxes
+    if sum(math.prod(box.shape) for box in boxes) != math.prod(shape):
+        return False
+    return _is_grid(shape, boxes, 0) or (len(boxes) <= _PAIRS and _are_apart(shape, boxes))
+
+
+def _is_grid(shape: tuple[int, ...], boxes: Sequence[Box], dimension: int) -> bool:
+    """Whether boxes are slabs along a dimension, each slab cut along the next one likewise."""
+    if dimension == len(shape):
+        return len(boxes) == 1
+    slabs: dict[tuple[int, int], list[Box]] = defaultdict(list)
+    for box in boxes:
+        slabs[box.start[dimension], box.shape[dimension]].append(box)
+    position = 0
+    for start, extent in sorted(slabs):
+        if start != position:
+            return False
+        position += extent
+    return position == shape[dimension] and all(
+        _is_grid(shape, slab, dimension + 1) for slab in slabs.values()
+    )
+
+
+def _are_apart(shape: tuple[int, ...], boxes: Sequence[Box]) -> bool:
+    """Whether boxes lie inside a tensor and no two share an element."""
+    inside = all(
+        a + n <= m for box in boxes for a, n, m in zip(box.start, box.shape, shape, strict=True)
+    )
+    return inside and not any(
+        all(
+            a < b + m and b < a + n
+            for a, n, b, m in zip(one.start, one.shape, other.start, other.shape, strict=True)
+        )
+        for i, one in enumerate(boxes)
+        for other in boxes[:i]
+    )
+
+
+def _other_values(
+    directory: Path, names: Sequence[str], paths: Mapping[str, ItemPath], stored: Stored
+) -> dict[str, Any]:
+    """The objects beside the tensors, an optimizer's aside."""
+    wanted = [name for name in names if not is_training_state(paths[name])]
+    found: dict[str, Any] = {}
+    for name in wanted[:_MOST_VALUES]:
+        place = stored.get(name, {}).get(None)
+        if place is None:
+            raise MalformedPickle(f"the value {short(name)!r} is nowhere")
+        file, offset, length = place
+        found[name] = torch_zip.read(str(directory / file), (offset, length)).tree
+    return found
+
+
+def is_training_state(path: ItemPath) -> bool:
+    """Whether an item belongs to an optimizer or a scheduler."""
+    return any(isinstance(p, str) and TRAINING_STATE.fullmatch(p) for p in path[:2])
+
+
+def _nested(values: Mapping[str, Any], paths: Mapping[str, ItemPath]) -> dict[Any, Any]:
+    """What was saved, with the state dict of a model in one dict, whatever it is nested in."""
+    tree: dict[Any, Any] = {}
+    for name, value in values.items():
+        branch = tree
+        path = _flattened(paths[name])
+        for part in path[:-1]:
+            branch = branch.setdefault(part, {})
+            if not isinstance(branch, dict):
+                raise MalformedPickle(f"{short(name)!r} lies below something that is no dict")
+        branch[path[-1]] = value
+    return tree
+
+
+def _flattened(path: ItemPath) -> ItemPath:
+    """An item's place in the tree: what lies below a model's entry bears one dotted name."""
+    for depth, part in enumerate(path[:2]):
+        if part in KNOWN_ENTRIES and len(path) > depth + 1:
+            return (*path[: depth + 1], ".".join(map(str, path[depth + 1 :])))
+    return path

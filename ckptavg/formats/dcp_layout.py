@@ -1,0 +1,146 @@
+"""An output for ``dcp.load``: one file of tensors, each a ``torch.save`` file, and its metadata."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import filesystem, metadata
+
+from ckptavg.errors import first_few
+from ckptavg.formats import dcp, weights
+from ckptavg.formats.harmless import Keeper
+from ckptavg.formats.inert_values import Sharded
+from ckptavg.formats.output import FileLayout, Layout, OutputTensor
+from ckptavg.formats.table import PROVENANCE, Checkpoint
+from ckptavg.formats.torch_pickle import Archive, StorageStub, TensorStub, dumps
+
+_FILE = "__0_0.distcp"
+
+
+def lay_out(tensors: Sequence[OutputTensor], provenance: str, template: Checkpoint) -> Layout:
+    """Plan a directory like the last input.
+
+    Weights keep their full names and their place; of the rest, what may go out is kept.
+
+    Args:
+        tensors: What it will hold, under bare names.
+        provenance: How it was made, as JSON.
+        template: The last input, a directory of the same kind.
+    """
+    source = dcp.read(template.path)
+    file = _Builder()
+    names = _full_names(source, template)
+    for tensor in tensors:
+        path = names.get(tensor.name) or (*_entry_path(template), tensor.name)
+        file.tensor(path, tensor)
+    values, dropped = _other_values(source, names.values())
+    for path, value in values.items():
+        file.value(path, value)
+    file.value((PROVENANCE,), provenance)
+    notes = [f"not taken over from the last checkpoint: {first_few(dropped, 6)}"] if dropped else []
+    companions = {dcp.METADATA: file.metadata(source.version)}
+    return Layout(True, [file.layout], companions, tuple(notes))
+
+
+class _Builder:
+    """A file of items being laid out, and the metadata of what is in it."""
+
+    def __init__(self) -> None:
+        self.layout = FileLayout(_FILE, 0, [], {})
+        self._items: dict[str, metadata.STORAGE_TYPES] = {}
+        self._places: dict[metadata.MetadataIndex, filesystem._StorageInfo] = {}
+        self._paths: dict[str, dcp.ItemPath] = {}
+
+    def tensor(self, path: dcp.ItemPath, tensor: OutputTensor) -> None:
+        """Add a tensor, whose bytes will come."""
+        storage = StorageStub("0", tensor.dtype, tensor.numel)
+        archive = Archive()
+        archive.add("data.pkl", dumps(TensorStub(storage, tensor.dtype, tensor.shape)))
+        archive.add("byteorder", b"little")
+        archive.reserve("data/0", tensor.nbytes, tensor.name)
+        start = self._append(path, archive, (0,) * len(tensor.shape))
+        self.layout.offsets[tensor.name] = start + archive.offsets[tensor.name]
+        self.layout.checksums[tensor.name] = [
+            start + place for place in archive.checksums[tensor.name]
+        ]
+        shape = torch.Size(tensor.shape)
+        chunk = metadata.ChunkStorageMetadata(torch.Size([0] * len(shape)), shape)
+        properties = metadata.TensorProperties(getattr(torch, tensor.dtype.name))
+        self._items[_name(path)] = metadata.TensorStorageMetadata(properties, shape, [chunk])
+
+    def value(self, path: dcp.ItemPath, value: Any) -> None:
+        """Add a value that is no tensor."""
+        archive = Archive()
+        archive.add("data.pkl", dumps(value))
+        archive.add("byteorder", b"little")
+        self._append(path, archive, None)
+        self._items[_name(path)] = metadata.BytesStorageMetadata()
+
+    def metadata(self, version: str | None) -> bytes:
+        """The contents of the metadata file."""
+        made = metadata.Metadata(self._items, self._paths, self._places)
+        if version is not None:
+            made.version = version
+        return pickle.dumps(made)
+
+    def _append(self, path: dcp.ItemPath, archive: Archive, first: tuple[int, ...] | None) -> int:
+        archive.add("version", b"3\n")
+        start = self.layout.size
+        self.layout.parts += [(start + at, content) for at, content in archive.close()]
+        self.layout.size += archive.size
+        name = _name(path)
+        index = metadata.MetadataIndex(name, first)
+        self._places[index] = filesystem._StorageInfo(_FILE, start, archive.size)
+        self._paths[name] = path
+        return start
+
+
+def _name(path: dcp.ItemPath) -> str:
+    return ".".join(map(str, path))
+
+
+def _entry_path(template: Checkpoint) -> dcp.ItemPath:
+    return tuple(template.key.split(".")) if template.key else ()
+
+
+def _full_names(source: dcp.Distributed, template: Checkpoint) -> dict[str, dcp.ItemPath]:
+    """Bare name of a weight → the keys that led to it in what was saved."""
+    place = weights.locate(source.tree, template.key)
+    held = {} if place is None else place.entry
+    full = {name: v.name for name, v in held.items() if isinstance(v, Sharded)}
+    return {
+        bare: source.paths[full[stored]]
+        for bare, stored in template.stored_names.items()
+        if stored in full
+    }
+
+
+def _other_values(
+    source: dcp.Distributed, taken: Collection[dcp.ItemPath]
+) -> tuple[Mapping[dcp.ItemPath, Any], list[str]]:
+    """What is kept beside the weights, and the names of what is not."""
+    keeper = Keeper(plain=False, tensor=lambda _: None, replaced={})
+    kept: dict[dcp.ItemPath, Any] = {}
+    lost: list[dcp.ItemPath] = []
+    for name, path in source.paths.items():
+        if path in taken or path == (PROVENANCE,):
+            continue
+        found = keeper.entries({name: source.items[name]}) if name in source.items else {}
+        if found:
+            kept[path] = found[name]
+        else:
+            lost.append(path[:1] if dcp.is_training_state(path) else path)
+    for path in [path for path in lost if _list_of(path)]:
+        for other in [p for p in kept if p[: len(_list_of(path))] == _list_of(path)]:
+            del kept[other]
+    lost = [_list_of(path) or path for path in lost]
+    return kept, list(dict.fromkeys(map(_name, lost)))
+
+
+def _list_of(path: dcp.ItemPath) -> dcp.ItemPath:
+    """The list that an item is an element of, which has to be whole; empty if of none."""
+    indices = [i for i, part in enumerate(path) if isinstance(part, int)]
+    return path[: indices[0]] if indices else ()

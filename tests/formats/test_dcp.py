@@ -1,0 +1,397 @@
+"""Directories of torch.distributed.checkpoint, written by torch in one process and in several."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+import ckptavg
+from ckptavg.errors import CheckpointError
+from ckptavg.formats import dcp as our_dcp
+from ckptavg.formats import is_checkpoint_directory, open_checkpoint
+from ckptavg.formats.dcp import Box
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:torch.distributed is disabled, unavailable or uninitialized"
+)
+Tensors = Mapping[str, torch.Tensor]
+
+
+def model() -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3), nn.Embedding(7, 2))
+
+
+def trained(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(seed)
+    one = model()
+    optimizer = torch.optim.AdamW(one[0].parameters())
+    one[1](one[0](torch.randn(4, 5))).sum().backward()
+    optimizer.step()
+    return one, optimizer
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Three checkpoints with an optimizer's state and plain values, and their state dicts."""
+    states = []
+    for step in (8, 9, 10):
+        one, optimizer = trained(step)
+        dcp.save(
+            {
+                "model": one.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "progress": {"step": step, "names": ["a", "b"], "best": torch.tensor([0.5])},
+                "epoch": step // 4,
+                "mixed": [1, torch.ones(2)],
+                "object": range(3),
+            },
+            checkpoint_id=tmp_path / "run" / f"step_{step}",
+        )
+        states.append({name: t.clone() for name, t in one.state_dict().items()})
+    return tmp_path / "run", states
+
+
+def mean(states, name: str) -> torch.Tensor:
+    return (sum(s[name].double() for s in states) / len(states)).to(states[0][name].dtype)
+
+
+def test_a_directory_opens_as_a_table_of_ranges(run):
+    directory, states = run
+    found = open_checkpoint(directory / "step_9")
+    assert (found.layout, found.key, found.record.epoch) == ("distributed", "model", 2)
+    assert set(found.tensors) == set(states[1])
+    for name, tensor in found.tensors.items():
+        piece = tensor.pieces[0]
+        with open(piece.file, "rb") as file:
+            file.seek(piece.offset)
+            raw = bytearray(file.read(tensor.nbytes))
+        values = torch.frombuffer(raw, dtype=states[1][name].dtype).view(tensor.shape)
+        assert torch.equal(values, states[1][name])
+
+
+def test_the_average_is_exact_and_in_the_order_of_the_numbers(run):
+    directory, states = run
+    opened = ckptavg.open_run(directory)
+    assert [c.path.name for c in opened] == ["step_8", "step_9", "step_10"]
+    average = ckptavg.average(opened)
+    for name, tensor in average.items():
+        expected = mean(states, name) if tensor.is_floating_point() else states[-1][name]
+        assert torch.equal(tensor, expected), name
+
+
+def test_the_output_is_what_dcp_loads(run, tmp_path, caplog):
+    caplog.set_level("INFO", "ckptavg")
+    directory, states = run
+    out = ckptavg.average(ckptavg.open_run(directory), out=tmp_path / "average")
+    loaded: dict[str, Any] = {
+        "model": model().state_dict(),
+        "epoch": None,
+        "progress": {"step": None, "names": None},
+        "ckptavg": None,
+    }
+    dcp.load(loaded, checkpoint_id=out)
+    assert (loaded["epoch"], loaded["progress"]) == (2, {"step": 10, "names": ["a", "b"]})
+    for name, tensor in loaded["model"].items():
+        if tensor.is_floating_point():
+            assert torch.equal(tensor, mean(states, name))
+    again = open_checkpoint(out)
+    assert again.is_average
+    told = next(r.getMessage() for r in caplog.records if "not taken over" in r.getMessage())
+    assert told.endswith("optimizer, progress.best, mixed, object")
+
+
+def test_torch_s_own_converter_reads_the_output(run, tmp_path):
+    directory, states = run
+    out = ckptavg.average(ckptavg.open_run(directory), out=tmp_path / "average")
+    dcp_to_torch_save(out, tmp_path / "plain.pt")
+    plain = torch.load(tmp_path / "plain.pt", weights_only=True)
+    assert set(plain) == {"model", "epoch", "progress", "ckptavg"}
+    assert torch.equal(plain["model"]["0.weight"], mean(states, "0.weight"))
+
+
+def test_an_average_among_its_inputs_is_left_out(run):
+    directory, _ = run
+    ckptavg.average(ckptavg.open_run(directory), out=directory / "step_11")
+    opened = ckptavg.open_run(directory)
+    assert len(opened) == 3
+    assert opened.left_out == ((directory / "step_11", "an average that ckptavg wrote"),)
+
+
+def test_an_output_replaces_only_a_directory_of_its_kind(run, tmp_path):
+    directory, _ = run
+    out = ckptavg.average(ckptavg.open_run(directory), out=tmp_path / "average")
+    ckptavg.average(ckptavg.open_run(directory).last(1), out=out, overwrite=True)
+    assert len(open_checkpoint(out).provenance["checkpoints"]) == 1
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(ckptavg.CkptavgError, match="more than a model's own files"):
+        ckptavg.average(ckptavg.open_run(directory), out=out, overwrite=True)
+
+
+def test_other_outputs_have_the_bare_names(run, tmp_path):
+    directory, states = run
+    out = ckptavg.average(ckptavg.open_run(directory), out=tmp_path / "average.pt")
+    found = torch.load(out)
+    assert torch.equal(found["state_dict"]["0.bias"], mean(states, "0.bias"))
+
+
+@pytest.mark.parametrize(
+    ("saved", "key"),
+    [
+        (lambda state: state, ""),
+        (lambda state: {"state_dict": state}, "state_dict"),
+        (lambda state: {"app": {"model": state, "optim": {"state": {}}}}, "app.model"),
+        (lambda state: {"state": {"model": state, "timestamp": {"batch": 3}}}, "state.model"),
+        (lambda state: {"model": {"encoder": state}}, "model"),
+        (lambda state: {"net_g": state}, "net_g"),
+    ],
+    ids=["bare", "state_dict", "app", "state", "nested", "named"],
+)
+def test_weights_are_found_wherever_they_are_nested(tmp_path, saved, key):
+    state = dict(model().state_dict())
+    for step in (1, 2):
+        dcp.save(saved(state), checkpoint_id=tmp_path / "run" / f"step_{step}")
+    given = key if key == "net_g" else None
+    opened = ckptavg.open_run(tmp_path / "run", key=given)
+    assert opened.checkpoints[0].key == key
+    out = ckptavg.average(opened, out=tmp_path / "average")
+    loaded = saved({name: torch.zeros_like(t) for name, t in state.items()})
+    dcp.load(loaded, checkpoint_id=out)
+    assert str(loaded) == str(saved(state))
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+def save_from_rank(rank: int, size: int, port: int, directory: Path) -> None:
+    """One process of a training that shards its model by FSDP, over two dimensions if it can."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=size)
+    torch.manual_seed(0)
+    sharded = model()
+    fully_shard(sharded, mesh=init_device_mesh("cpu", (size,)))
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    whole = torch.arange(35.0).view(5, 7)
+    state = {
+        "model": sharded.state_dict()
+        | {
+            "grid": distribute_tensor(whole, grid, [Shard(0), Shard(1)]),
+            "columns": distribute_tensor(whole, grid, [Replicate(), Shard(1)]),
+            "one": distribute_tensor(torch.ones(1), grid, [Shard(0), Replicate()]),
+        }
+    }
+    dcp.save(state, checkpoint_id=directory)
+    torch.distributed.destroy_process_group()
+
+
+def test_shards_of_four_processes_are_read_by_one(tmp_path):
+    port = free_port()
+    torch.multiprocessing.spawn(save_from_rank, (4, port, tmp_path / "step_1"), 4)
+    assert len(list((tmp_path / "step_1").glob("*.distcp"))) == 4
+    opened = open_checkpoint(tmp_path / "step_1")
+    assert len(opened.tensors["grid"].pieces) == 4
+    found = ckptavg.average([opened])
+    torch.manual_seed(0)
+    expected = model().state_dict()
+    whole = torch.arange(35.0).view(5, 7)
+    expected |= {"grid": whole, "columns": whole, "one": torch.ones(1)}
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+    out = ckptavg.average([opened], out=tmp_path / "average")
+    loaded = {"model": {name: torch.zeros_like(t) for name, t in expected.items()}}
+    dcp.load(loaded, checkpoint_id=out)
+    for name, tensor in expected.items():
+        assert torch.equal(loaded["model"][name], tensor), name
+
+
+# What a directory can be damaged by, or made to mislead with.
+
+
+def damage(directory: Path, change) -> Path:
+    """The directory with its metadata changed, by torch's own classes."""
+    path = directory / "step_9" / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    changed = change(metadata)
+    path.write_bytes(pickle.dumps(metadata if changed is None else changed))
+    return directory / "step_9"
+
+
+def place(metadata, name="model.0.weight"):
+    return next(v for k, v in metadata.storage_data.items() if k.fqn == name)
+
+
+def outside(name):
+    def change(metadata):
+        place(metadata).relative_path = name
+
+    return change
+
+
+def longer(metadata):
+    place(metadata).length = 10**9
+
+
+def shifted(metadata):
+    place(metadata).offset += 1
+
+
+def swapped(metadata):
+    a, b = place(metadata), place(metadata, "model.2.weight")
+    a.offset, b.offset, a.length, b.length = b.offset, a.offset, b.length, a.length
+
+
+def holes(metadata):
+    metadata.state_dict_metadata["model.0.weight"].size = torch.Size([4, 5])
+
+
+def overlap(metadata):
+    item = metadata.state_dict_metadata["model.0.weight"]
+    item.chunks.append(item.chunks[0])
+
+
+def huge(metadata):
+    item = metadata.state_dict_metadata["model.0.weight"]
+    item.size = item.chunks[0].sizes = torch.Size([2**40, 2**20])
+
+
+def nowhere(metadata):
+    index = next(k for k in metadata.storage_data if k.fqn == "model.0.weight")
+    del metadata.storage_data[index]
+
+
+def compressed(metadata):
+    place(metadata).transform_descriptors = ["zstd"]
+
+
+def negative(metadata):
+    place(metadata).offset = -5
+
+
+class Executed:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/should-never-be-there",)
+
+
+DAMAGE = {
+    "a file above": (outside("../step_8/__0_0.distcp"), "outside its directory"),
+    "an absolute path": (outside("/etc/passwd"), "outside its directory"),
+    "no file": (outside("__9_0.distcp"), "not there"),
+    "a name with a NUL": (outside("a\0b"), "cannot be read|outside"),
+    "itself": (outside("."), "outside its directory|not there"),
+    "past the end": (longer, "runs past"),
+    "shifted": (shifted, "not a readable"),
+    "another tensor": (swapped, "is not what"),
+    "holes": (holes, "overlap or leave holes"),
+    "overlap": (overlap, "overlap or leave holes"),
+    "huge": (huge, "malformed|is not what"),
+    "nowhere": (nowhere, "is nowhere"),
+    "compressed": (compressed, "compressed"),
+    "negative": (negative, "malformed"),
+    "a gadget": (lambda _: Executed(), "something else"),
+    "a list": (lambda _: [1, 2], "something else"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), DAMAGE.values(), ids=DAMAGE)
+def test_damaged_metadata_is_one_clear_error(run, change, message):
+    path = damage(run[0], change)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        open_checkpoint(path)
+    assert str(path) in caught.value.message
+    assert not Path("/tmp/should-never-be-there").exists()
+
+
+def test_a_gadget_beside_the_weights_does_nothing_and_does_not_go_out(tmp_path):
+    for step in (1, 2):
+        state = {"model": {"w": torch.ones(step)[:1]}, "extra": Executed(), "n": 1}
+        dcp.save(state, checkpoint_id=tmp_path / "hostile" / f"step_{step}")
+    out = ckptavg.average(ckptavg.open_run(tmp_path / "hostile"), out=tmp_path / "average")
+    content = b"".join(p.read_bytes() for p in out.iterdir())
+    assert b"should-never" not in content
+    assert not Path("/tmp/should-never-be-there").exists()
+
+
+def test_a_symbolic_link_out_of_the_directory_is_refused(run, tmp_path):
+    path = run[0] / "step_9" / "__0_0.distcp"
+    shutil.move(path, tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="outside its directory"):
+        open_checkpoint(run[0] / "step_9")
+
+
+def test_metadata_cut_short_is_an_error(run):
+    path = run[0] / "step_9" / ".metadata"
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(CheckpointError, match=r"\.metadata is not a readable"):
+        open_checkpoint(run[0] / "step_9")
+    assert is_checkpoint_directory(run[0] / "step_9")
+
+
+def test_metadata_without_paths_names_the_items_themselves(run):
+    def change(metadata):
+        metadata.planner_data = None
+
+    path = damage(run[0], change)
+    assert "model.0.weight" in open_checkpoint(path, key="").tensors
+
+
+@st.composite
+def cuts(draw):
+    """A shape, and boxes that tile it: cut in two again and again at random places."""
+    shape = tuple(draw(st.lists(st.integers(1, 5), min_size=0, max_size=3)))
+    boxes = [((0,) * len(shape), shape)]
+    for _ in range(draw(st.integers(0, 6))):
+        start, extent = boxes.pop(draw(st.integers(0, len(boxes) - 1)))
+        places = [d for d in range(len(shape)) if extent[d] > 1]
+        if not places:
+            boxes.append((start, extent))
+            continue
+        d = draw(st.sampled_from(places))
+        at = draw(st.integers(1, extent[d] - 1))
+        first = (*extent[:d], at, *extent[d + 1 :])
+        second = (*extent[:d], extent[d] - at, *extent[d + 1 :])
+        boxes += [(start, first), ((*start[:d], start[d] + at, *start[d + 1 :]), second)]
+    return shape, boxes
+
+
+def covers(shape, boxes) -> bool:
+    """Whether each element is covered once, by counting them."""
+    count = torch.zeros(shape, dtype=torch.int64)
+    for start, extent in boxes:
+        part = tuple(slice(a, a + n) for a, n in zip(start, extent, strict=True))
+        if any(a + n > m for a, n, m in zip(start, extent, shape, strict=True)):
+            return False
+        count[part] += 1
+    return bool((count == 1).all())
+
+
+@given(cuts(), st.data())
+def test_tilings_are_told_from_holes_and_overlaps(case, data):
+    shape, boxes = case
+    as_boxes = lambda boxes: [Box(a, n, "f", 0, 0) for a, n in boxes]  # noqa: E731
+    assert our_dcp._tiles(shape, as_boxes(boxes))
+    i = data.draw(st.integers(0, len(boxes) - 1))
+    start, extent = boxes[i]
+    moved = tuple(data.draw(st.integers(0, 5)) for _ in start)
+    other = [*boxes[:i], (moved, extent), *boxes[i + 1 :]]
+    assert our_dcp._tiles(shape, as_boxes(other)) == covers(shape, other)
