@@ -23,7 +23,7 @@ log = logging.getLogger("ckptavg")
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @options.option(
     _OUT, "-o", "--out", metavar="OUT",
-    help="FILE.safetensors, FILE.pt (.pth .ckpt .bin), or a directory (Hugging Face).",
+    help="FILE.safetensors, FILE.pt, a file with the inputs' suffix, or a directory.",
 )  # fmt: skip
 @options.option(_OUT, "--dry-run", is_flag=True, help="Show the plan, write nothing.")
 @options.option(_OUT, "--overwrite", is_flag=True, help="Replace an existing output.")
@@ -65,7 +65,9 @@ def average(
 
     planned = options.planned(selection, settings)
     if out is not None:
-        averaging.prepare(planned, out, overwrite=overwrite)
+        layout = averaging.prepare(planned, out, overwrite=overwrite)
+        for note in layout.notes if dry_run else ():
+            log.info(note)
     _show_plan(report, planned)
     if out is None or dry_run:
         report.result(planned.provenance() | {"output": None})

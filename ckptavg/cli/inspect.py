@@ -16,6 +16,12 @@ from ckptavg.report import Report, counted, number_text, size_text
 from ckptavg.run import Run, open_run
 
 _MOST_METRICS = 3
+_LAYOUTS = {
+    "safetensors": "safetensors",
+    "torch": "torch.save",
+    "huggingface": "Hugging Face directories",
+    "distributed": "torch.distributed.checkpoint directories",
+}
 
 
 @click.command(cls=options.Grouped)
@@ -51,7 +57,8 @@ def _show_run(report: Report, run: Run) -> None:
         for checkpoint in run
     ]
     columns = ("checkpoint", "step", "epoch", "LR", *metrics[:_MOST_METRICS], "weights", "size")
-    report.table(columns, rows, title=f"{counted(len(run), 'checkpoint')} in order")
+    kinds = ", ".join(dict.fromkeys(_LAYOUTS[checkpoint.layout] for checkpoint in run))
+    report.table(columns, rows, title=f"{counted(len(run), 'checkpoint')} in order ({kinds})")
     if metrics[_MOST_METRICS:]:
         report.line(f"more metrics: {', '.join(metrics[_MOST_METRICS:])}")
     if run.left_out:
@@ -59,6 +66,8 @@ def _show_run(report: Report, run: Run) -> None:
     known = {f"{path} repeats" for path, _ in run.left_out}
     told = (note for note in run.notes if not note.startswith(tuple(known)))
     notes = dict.fromkeys((*told, *(note for c in run for note in c.notes)))
+    for beside in dict.fromkeys(c.beside for c in run if c.beside):
+        report.line(f"beside the weights, not averaged: {', '.join(beside)}")
     for note in notes:
         report.line(f"note: {note}")
     report.result(
@@ -90,6 +99,8 @@ def _show_checkpoint(report: Report, checkpoint: Checkpoint) -> None:
     report.line(
         f"BatchNorm layers: {len(layers)}" + (f" ({first_few([*layers])})" if layers else "")
     )
+    if checkpoint.beside:
+        report.line(f"beside the weights: {', '.join(checkpoint.beside)}")
     for group in ties:
         report.line(f"tied: {' = '.join(group)}")
     for note in checkpoint.notes:
@@ -131,4 +142,5 @@ def _summary(checkpoint: Checkpoint) -> dict[str, Any]:
         "lr": record.lr,
         "metrics": dict(record.metrics),
         "size": checkpoint.size,
+        "beside": list(checkpoint.beside),
     }

@@ -82,6 +82,7 @@ class _File:
     provenance: Mapping[str, Any] | None
     key: str = ""
     notes: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
 
 
 def _read_file(path: Path, key: str | None) -> _File:
@@ -114,6 +115,7 @@ def _read_torch(path: Path, key: str | None) -> _File:
         ),
         key=found,
         notes=(*notes, *_note_others(entry)),
+        beside=weights.beside(opened.tree, found),
     )
 
 
@@ -150,6 +152,7 @@ def _read_distributed(path: Path, key: str | None) -> _File:
         provenance=_provenance(opened.tree),
         key=found,
         notes=(*notes, *_note_others(entry)),
+        beside=weights.beside(opened.tree, found),
     )
 
 
@@ -213,6 +216,7 @@ def _checkpoint(path: Path, layout: str, files: list[_File], recorded: Record) -
         provenance=made,
         step=recorded.epoch if recorded.step is None else recorded.step,
         notes=tuple(note for file in files for note in file.notes),
+        beside=files[0].beside,
     )
 
 

@@ -16,8 +16,8 @@ from typing import Any, TypeGuard
 
 from ckptavg.errors import CheckpointError, short
 from ckptavg.formats import inert_pickle, torch_zip
-from ckptavg.formats.harmless import TRAINING_STATE
 from ckptavg.formats.inert_values import Global, MalformedPickle, Opaque, Sharded, TensorView
+from ckptavg.formats.record import TRAINING_STATE
 from ckptavg.formats.table import DTYPES, DType, Piece, Tensor
 from ckptavg.formats.weights import KNOWN_ENTRIES
 

@@ -11,7 +11,6 @@ import argparse
 import datetime
 import os
 import pathlib
-import re
 import types
 import uuid
 from collections.abc import Callable, Mapping
@@ -22,17 +21,12 @@ import torch
 
 from ckptavg.errors import short
 from ckptavg.formats.inert_values import Global, Opaque, Refused, TensorView, name_of
+from ckptavg.formats.record import TRAINING_STATE
 from ckptavg.formats.table import DTYPES
 
 _DEEPEST = 100  # levels; a pickler goes down by recursion
 _SCALARS = (str, bytes, int, float, bool, type(None))
 _DROPPED = object()
-
-# Entries that say where an optimization stood. They do not fit averaged weights.
-TRAINING_STATE = re.compile(
-    r"(last_)?optim(izer)?s?(_states?)?(_dict)?s?|(lr_)?schedulers?(_states?)?(_dict)?s?|"
-    r"(grad_|loss_)?scalers?(_states?)?(_dict)?s?"
-)
 
 
 def _namespace(cls: Callable[..., Any]) -> Callable[[Any, Any], Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,11 @@ STEP_NAMES = (
     "current_step", "total_steps",
 )  # fmt: skip
 EPOCH_NAMES = ("epoch", "epochs", "current_epoch")
+# Entries that say where an optimization stood, which does not fit averaged weights.
+TRAINING_STATE = re.compile(
+    r"(last_)?optim(izer)?s?(_states?)?(_dict)?s?|(lr_)?schedulers?(_states?)?(_dict)?s?|"
+    r"(grad_|loss_)?scalers?(_states?)?(_dict)?s?"
+)
 LR_NAMES = ("lr", "learning_rate")
 OPTIMIZER_NAMES = ("optimizer", "optimizer_state_dict", "optimizer_states", "optim", "optimizers")
 _NOT_METRICS = frozenset(

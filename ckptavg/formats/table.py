@@ -211,6 +211,7 @@ class Checkpoint:
         record: What training wrote beside the weights.
         provenance: How ckptavg made it, if it did.
         notes: What a person should know about how it was read.
+        beside: What else it holds, which is left out of an average.
         step: Position in training: the recorded step, else the epoch; in a run that records
             neither, the number in the name. None where there is none of these.
     """
@@ -225,6 +226,7 @@ class Checkpoint:
     record: Record = field(default_factory=Record)
     provenance: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
     step: float | None = None
 
     def __repr__(self) -> str:

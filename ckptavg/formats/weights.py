@@ -119,6 +119,21 @@ def locate(tree: Any, key: str) -> Place | None:
     return Place(value, value, within_dicts)
 
 
+def beside(tree: Any, key: str) -> tuple[str, ...]:
+    """What a saved object holds besides the weights, entry by entry, and in how many tensors."""
+    found: list[str] = []
+    prefix, rest = "", key
+    while rest and isinstance(tree, dict):
+        match = next((k for k in _prefixes(rest) if k in tree), "")
+        others = islice((n for n in tree if isinstance(n, str) and n != match), _MOST_ENTRIES)
+        for name in others:
+            count = count_tensors(tree[name])
+            held = f" ({count} tensor{'s' * (count != 1)})" if count else ""
+            found.append(f"{prefix}{short(name)}{held}")
+        prefix, rest, tree = f"{prefix}{match}.", rest[len(match) + 1 :], tree.get(match)
+    return tuple(found)
+
+
 def identity(view: TensorView) -> object:
     """Equal for views of the very same elements."""
     return view.storage.key, view.dtype.name, view.offset, view.shape, view.stride
