@@ -1,0 +1,94 @@
+"""One call over checkpoints of every layout at once: what counts is that the names agree."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+import ckptavg
+from ckptavg.cli import main
+
+SHAPES = {"body.weight": (4, 3), "body.bias": (4,), "head.weight": (2, 4)}
+
+
+def state(seed: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(seed)
+    return {name: torch.randn(shape) for name, shape in SHAPES.items()}
+
+
+def legacy(values, path):
+    torch.save(values, path, _use_new_zipfile_serialization=False)
+
+
+def lightning(values, path):
+    wrapped = {f"_orig_mod.{name}": tensor for name, tensor in values.items()}
+    torch.save({"state_dict": wrapped, "global_step": 3, "hyper_parameters": {"a": 1}}, path)
+
+
+def pickled_module(values, path):
+    module = torch.nn.Module()
+    module.body, module.head = torch.nn.Linear(3, 4), torch.nn.Linear(4, 2, bias=False)
+    module.load_state_dict(values)
+    torch.save({"model": module}, path)
+
+
+def shards(values, path):
+    path.mkdir()
+    index = {}
+    for i, (name, tensor) in enumerate(values.items()):
+        index[name] = f"model-{i}.safetensors"
+        save_file({name: tensor}, path / index[name])
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+
+
+def hub_bin(values, path):
+    path.mkdir()
+    torch.save(values, path / "pytorch_model.bin")
+
+
+def distributed(values, path):
+    dcp.save({"model": values}, checkpoint_id=path)
+
+
+WRITERS = {
+    "a.safetensors": save_file,
+    "b.pt": torch.save,
+    "c.pt": legacy,
+    "d.ckpt": lightning,
+    "e.pt": pickled_module,
+    "f": shards,
+    "g": hub_bin,
+    "h": distributed,
+}
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable")
+def test_checkpoints_of_every_layout_are_averaged_together(tmp_path):
+    states = [state(i) for i in range(len(WRITERS))]
+    paths = []
+    for (name, write), values in zip(WRITERS.items(), states, strict=True):
+        folder = tmp_path / name.split(".")[0]
+        folder.mkdir()
+        write(values, folder / name)
+        paths.append(str(folder / name))
+    out = tmp_path / "out.safetensors"
+    result = CliRunner().invoke(main, ["average", *paths, "-o", str(out)])
+    assert result.exit_code == 0, result.output
+    found = load_file(out)
+    assert set(found) == set(SHAPES)
+    for name, tensor in found.items():
+        assert torch.equal(tensor, (sum(s[name].double() for s in states) / 8).float())
+
+
+def test_checkpoints_that_wrap_their_names_differently_agree(tmp_path):
+    values = state(0)
+    torch.save({f"module.{n}": t for n, t in values.items()}, tmp_path / "step_1.pt")
+    torch.save({f"module._orig_mod.{n}": t for n, t in values.items()}, tmp_path / "step_2.pt")
+    save_file(values, tmp_path / "step_3.safetensors")
+    average = ckptavg.average(ckptavg.open_run(tmp_path))
+    assert set(average) == set(SHAPES)
