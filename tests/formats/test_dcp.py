@@ -19,10 +19,12 @@ from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import ckptavg
+from ckptavg.batches import Runtime
 from ckptavg.errors import CheckpointError
 from ckptavg.formats import dcp as our_dcp
 from ckptavg.formats import is_checkpoint_directory, open_checkpoint
 from ckptavg.formats.dcp import Box
+from ckptavg.refresh import update_checkpoint
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:torch.distributed is disabled, unavailable or uninitialized"
@@ -395,3 +397,34 @@ def test_tilings_are_told_from_holes_and_overlaps(case, data):
     moved = tuple(data.draw(st.integers(0, 5)) for _ in start)
     other = [*boxes[:i], (moved, extent), *boxes[i + 1 :]]
     assert our_dcp._tiles(shape, as_boxes(other)) == covers(shape, other)
+
+
+def test_tensors_in_any_memory_order_are_read_as_they_are(tmp_path):
+    values = {
+        "transposed": torch.arange(12.0).view(3, 4).t(),
+        "channels_last": torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last),
+        "part": torch.arange(20.0)[3:9],
+        "empty": torch.zeros(0, 3),
+        "scalar": torch.tensor(2.5),
+        "half": torch.randn(3).bfloat16(),
+    }
+    dcp.save({"model": values}, checkpoint_id=tmp_path / "step_1")
+    opened = open_checkpoint(tmp_path / "step_1")
+    found = ckptavg.average([opened])
+    loaded = {"model": {name: torch.full_like(t, 9) for name, t in values.items()}}
+    dcp.load(loaded, checkpoint_id=ckptavg.average([opened], out=tmp_path / "average"))
+    for name, tensor in values.items():
+        assert torch.equal(found[name], tensor), name
+        assert torch.equal(loaded["model"][name], tensor), name
+
+
+def test_new_statistics_keep_the_layout(tmp_path):
+    net = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3))
+    dcp.save({"model": net.state_dict(), "epoch": 4}, checkpoint_id=tmp_path / "one")
+    out, cpu = tmp_path / "refreshed", Runtime(torch.device("cpu"))
+    update_checkpoint(open_checkpoint(tmp_path / "one"), out, net, [torch.randn(8, 5)], cpu)
+    loaded = {"model": nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)).state_dict(), "epoch": 0}
+    dcp.load(loaded, checkpoint_id=out)
+    assert loaded["epoch"] == 4
+    assert torch.equal(loaded["model"]["1.running_mean"], net[1].running_mean)
+    assert net[1].running_mean.abs().sum() > 0
