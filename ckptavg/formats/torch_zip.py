@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import struct
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +17,9 @@ from ckptavg.formats.inert_values import MalformedPickle, Storage, TensorView
 from ckptavg.formats.table import Piece, Tensor
 
 _LOCAL_HEADER = 30
+_MAX_DIRECTORY = 64 * 2**20
+_ENCRYPTED, _SIZES_FOLLOW, _UTF8 = 0x1, 0x8, 0x800  # flags of an entry
+_ELSEWHERE = 0xFFFFFFFF  # a size that a zip64 field holds
 
 
 @dataclass
@@ -41,7 +46,11 @@ class TorchFile:
         if key not in self._offsets:
             self._offsets[key] = self._locate(view.storage)
         start = self._offsets[key] + view.offset * view.dtype.size
-        piece = Piece(self.path, start, view.shape, view.stride, (0,) * len(view.shape))
+        empty = 0 in view.shape  # strides that say nothing are made alike
+        stride = tuple(
+            0 if empty or n == 1 else s for n, s in zip(view.shape, view.stride, strict=True)
+        )
+        piece = Piece(self.path, start, view.shape, stride, (0,) * len(view.shape))
         return Tensor(view.dtype, view.shape, (piece,))
 
 
@@ -52,7 +61,7 @@ def read(path: str) -> TorchFile:
         CheckpointError: The file is damaged, or of another kind.
     """
     try:
-        with open(path, "rb") as file:
+        with _Sips(path) as file:
             if file.read(len(torch_legacy.START)) == torch_legacy.START:
                 tree, offsets = torch_legacy.read(path, file.seek(0, 2))
                 return TorchFile(path, tree, lambda storage: offsets[storage.key])
@@ -66,9 +75,25 @@ def read(path: str) -> TorchFile:
             tree = inert_pickle.loads(_content(file, entries["data.pkl"], path))
     except MalformedPickle as error:
         raise damaged(path, f"its pickle is malformed: {error}") from error
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError, RuntimeError) as error:
+    except (*_DAMAGE, OSError) as error:
         raise damaged(path, _why(path, error)) from error
     return TorchFile(path, tree, lambda storage: _locate(path, entries, storage))
+
+
+class _Sips(io.FileIO):
+    """A file of which no more is read at once than a zip directory may be long."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """At most ``size`` bytes."""
+        if size is not None and size > _MAX_DIRECTORY:
+            raise zipfile.BadZipFile(f"its directory claims {size} bytes")
+        return super().read(size)
+
+
+_DAMAGE = (  # what zipfile raises
+    zipfile.BadZipFile, EOFError, NotImplementedError, OverflowError, RuntimeError, ValueError,
+    struct.error,
+)  # fmt: skip
 
 
 def _locate(path: str, entries: Mapping[str, zipfile.ZipInfo], storage: Storage) -> int:
@@ -126,7 +151,18 @@ def data_offset(file: Any, info: zipfile.ZipInfo, path: str) -> int:
     start = info.header_offset + _LOCAL_HEADER + name_length + extra_length
     if start + info.file_size > end:
         raise damaged(path, f"the zip entry {info.filename!r} runs past the end of the file")
+    if not _agrees(info, header, file.read(name_length)):
+        raise damaged(path, f"the zip entry {info.filename!r} contradicts the zip's directory")
     return start
+
+
+def _agrees(info: zipfile.ZipInfo, header: bytes, name: bytes) -> bool:
+    """Whether a local header says the same as the directory: readers differ in which they trust."""
+    flags = int.from_bytes(header[6:8], "little")
+    size = int.from_bytes(header[18:22], "little")
+    encoding = "utf-8" if info.flag_bits & _UTF8 else "cp437"
+    same_size = flags & _SIZES_FOLLOW or size in (info.compress_size, _ELSEWHERE)
+    return bool(same_size) and name == info.orig_filename.encode(encoding)
 
 
 def _content(file: Any, info: zipfile.ZipInfo, path: str) -> bytes:
@@ -148,6 +184,8 @@ def _entries(path: str, infos: list[zipfile.ZipInfo]) -> dict[str, zipfile.ZipIn
             f"{path} is a TorchScript archive, not a checkpoint",
             "Save the module's state_dict() with torch.save and average that.",
         )
+    if len(set(names)) < len(names):
+        raise damaged(path, "two of its zip entries have one name")
     return {i.filename[len(prefix) :]: i for i in infos if i.filename.startswith(prefix)}
 
 
@@ -158,6 +196,8 @@ def _check_entries(path: str, entries: Mapping[str, zipfile.ZipInfo]) -> None:
         raise damaged(path, f"its pickle claims {pickle.file_size} bytes")
     if pickle.compress_type != zipfile.ZIP_STORED:
         raise damaged(path, "its pickle is compressed, which torch.save never does")
+    if any(info.flag_bits & _ENCRYPTED for info in entries.values()):
+        raise damaged(path, "it is encrypted, which torch.save never does")
     ordered = sorted(entries.values(), key=lambda info: info.header_offset)
     for before, after in pairwise(ordered):
         least = before.header_offset + _LOCAL_HEADER + before.compress_size
