@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ckptavg.errors import CheckpointError, first_few, short
-from ckptavg.formats import dcp, huggingface, record, safetensors, torch_zip, weights
+from ckptavg.formats import bounded_json, dcp, huggingface, record, safetensors, torch_zip, weights
 from ckptavg.formats.inert_values import MalformedPickle, Refused, Sharded, TensorView
 from ckptavg.formats.table import PROVENANCE, REFRESHED, Checkpoint, FileStamp, Record, Tensor
 
@@ -24,6 +23,9 @@ __all__ = [
     "is_checkpoint_directory",
     "open_checkpoint",
 ]
+
+_LONGEST_NAME = 2000  # characters
+_MOST_REPEATED, _SPARE = 8, 256 * 2**20  # times a file's size, and bytes: what its views may take
 
 
 def open_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Checkpoint:
@@ -86,6 +88,7 @@ class _File:
 
 
 def _read_file(path: Path, key: str | None) -> _File:
+    FileStamp.of(path)  # which refuses what can be opened but not read to an end
     return _read_safetensors(path) if _is_safetensors(path) else _read_torch(path, key)
 
 
@@ -200,11 +203,13 @@ def _checkpoint(path: Path, layout: str, files: list[_File], recorded: Record) -
     refused = {name: why for file in files for name, why in file.refused.items()}
     if not tensors and not refused:
         raise CheckpointError(f"{path} holds no tensors")
+    if max(map(len, (*tensors, *refused))) > _LONGEST_NAME:
+        raise CheckpointError(f"{path} holds a tensor whose name is over {_LONGEST_NAME} long")
     bare = weights.bare_names([*tensors, *refused])
     made = next((file.provenance for file in files if file.provenance), None)
     if made is not None and made.get("scheme") == REFRESHED and made["checkpoints"]:
         recorded = replace(recorded, step=record.whole_number(made["checkpoints"][0].get("step")))
-    return Checkpoint(
+    checkpoint = Checkpoint(
         path=path,
         layout=layout,
         key=files[0].key,
@@ -218,6 +223,12 @@ def _checkpoint(path: Path, layout: str, files: list[_File], recorded: Record) -
         notes=tuple(note for file in files for note in file.notes),
         beside=files[0].beside,
     )
+    if checkpoint.nbytes > _MOST_REPEATED * checkpoint.size + _SPARE:
+        raise CheckpointError(
+            f"{path} would unfold to {checkpoint.nbytes} bytes: its tensors repeat their elements",
+            "Save clones of them instead of expanded or overlapping views.",
+        )
+    return checkpoint
 
 
 def _provenance(beside: Any) -> Mapping[str, Any] | None:
@@ -226,8 +237,8 @@ def _provenance(beside: Any) -> Mapping[str, Any] | None:
     if not isinstance(text, str):
         return None
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
+        value = bounded_json.loads(text.encode())
+    except ValueError:
         return None
     made = value.get("checkpoints") if isinstance(value, dict) else None
     if not isinstance(made, list) or not all(map(_is_account, made)):

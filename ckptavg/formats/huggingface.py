@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
-import json
+import os
 from pathlib import Path
 
 from ckptavg.errors import CheckpointError, first_few
+from ckptavg.formats import bounded_json
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -17,7 +18,6 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 TRAINER_STATE = "trainer_state.json"
-_MAX_INDEX = 100_000_000
 
 # What from_pretrained reads beside the weights. Nothing else of an input directory is copied.
 COMPANIONS = (
@@ -42,10 +42,8 @@ def weight_map(index: Path) -> dict[str, str]:
             missing one.
     """
     try:
-        if index.stat().st_size > _MAX_INDEX:
-            raise ValueError(f"it is larger than {_MAX_INDEX} bytes")
-        content = json.loads(index.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = bounded_json.read(index)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{index} cannot be read: {error}"[:300]) from error
     names = content.get("weight_map") if isinstance(content, dict) else None
     if (
@@ -54,17 +52,32 @@ def weight_map(index: Path) -> dict[str, str]:
         or not all(isinstance(v, str) for v in names.values())
     ):
         raise CheckpointError(f"{index} has no weight_map of tensor name → file")
-    home = index.parent.resolve()
-    for name in sorted(set(names.values())):
+    home, wanted = index.parent.resolve(), set(names.values())
+    for name in sorted(wanted):
         if Path(name).name != name or name in ("", ".", ".."):
             raise CheckpointError(f"{index} names a file outside its directory: {name!r}")
-    missing = sorted({n for n in names.values() if not _is_file(home / n)})
+    missing = sorted(name for name in wanted if not _is_file(home / name))
     if missing:
         raise CheckpointError(
             f"{index} names shards that are not there: {first_few(missing)}",
             "Copy the directory again, or leave it out.",
         )
+    for name in sorted(wanted):
+        if not _stays(home, target := Path(os.path.realpath(home / name))):
+            raise CheckpointError(
+                f"{index} names a file outside its directory: {name!r} is a link to {target}",
+                "Put the file itself in the link's place.",
+            )
     return names
+
+
+def _stays(home: Path, target: Path) -> bool:
+    """Whether a file lies in a directory, or among the blobs of the hub cache that it is part of.
+
+    The cache has ``snapshots/REVISION/...``, full of links, beside the ``blobs`` that they lead to.
+    """
+    caches = (path.parent / "blobs" for path in home.parents if path.name == "snapshots")
+    return any(root in target.parents for root in (home, *caches))
 
 
 def belongs(name: str) -> bool:

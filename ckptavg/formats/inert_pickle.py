@@ -109,7 +109,7 @@ class _Machine:
         self.spent = 0
         self.storages: dict[str, Storage] = {}
         self.containers = 0
-        self.large: dict[int, int] = {}
+        self.hashes: dict[int, Any] = {}
         self.collisions = 0
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
@@ -156,6 +156,8 @@ class _Machine:
     def remember(self, index: int | None = None) -> None:
         if index is not None and not 0 <= index < 2**32:
             raise MalformedPickle("a memo index is out of range")
+        if len(self.memo) >= _MOST_CONTAINERS:
+            raise MalformedPickle(f"it remembers more than {_MOST_CONTAINERS} values")
         self.memo[len(self.memo) if index is None else index] = self.top()
 
     def recall(self, index: int) -> None:
@@ -218,14 +220,15 @@ class _Machine:
                 self.spend(part.bit_length() // 64)  # what hashing it takes
                 self.check_collision(part)
         if flat and all(isinstance(part, _SCALARS) for part in value):
+            self.check_collision(value)  # small numbers suffice to give tuples one hash
             return value
         if isinstance(value, (*_SCALARS, Global, Opaque)):
             return value
         return Opaque(type(value).__name__, (value,))
 
-    def check_collision(self, value: int) -> None:
-        """Refuse integers made to have one hash, which turns a dict into a slow list."""
-        if self.large.setdefault(hash(value), value) != value:
+    def check_collision(self, value: Any) -> None:
+        """Refuse keys made to have one hash, which turns a dict into a slow list."""
+        if self.hashes.setdefault(hash(value), value) != value:
             self.collisions += 1
         if self.collisions > _MOST_COLLISIONS:
             raise MalformedPickle("its keys are made to collide")
@@ -314,6 +317,8 @@ _CONTAINERS = frozenset(
         "INST",
         "GLOBAL",
         "STACK_GLOBAL",
+        "PERSID",
+        "BINPERSID",
     ]
 )
 _IGNORED = ("PROTO", "FRAME")  # they only frame the stream

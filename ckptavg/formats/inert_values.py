@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from ckptavg.formats.table import DTYPES, DType
+from ckptavg.formats.table import DTYPES, MOST_ELEMENTS, DType
 
 
 class MalformedPickle(ValueError):
@@ -155,7 +155,7 @@ def _view(
         raise MalformedPickle("a tensor's shape, strides or offset are out of range")
     if isinstance(metadata, dict) and (metadata.get("conj") or metadata.get("neg")):
         return Refused("a lazily conjugated or negated view; save it after .resolve_conj()")
-    if math.prod(shape) >= 2**62:
+    if math.prod(n or 1 for n in shape) >= MOST_ELEMENTS:
         raise MalformedPickle("a tensor has more elements than can be counted")
     element = 1 if storage.dtype is None else storage.dtype.size
     capacity = storage.numel * element // dtype.size

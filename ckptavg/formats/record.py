@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ckptavg.formats import bounded_json
 from ckptavg.formats.table import Record
 
 STEP_NAMES = (
@@ -75,8 +75,8 @@ def from_metadata(metadata: Mapping[str, str]) -> Record:
 def from_trainer_state(path: Path) -> Record | None:
     """Record of a directory written by the Hugging Face Trainer; None where there is none."""
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        state = bounded_json.read(path)
+    except (OSError, ValueError):
         return None
     if not isinstance(state, dict):
         return None

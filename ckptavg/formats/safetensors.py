@@ -8,9 +8,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ckptavg.errors import CheckpointError, UnsupportedTensorError, first_few
-from ckptavg.formats.table import DTYPES, DType, Tensor, whole
+from ckptavg.formats import bounded_json
+from ckptavg.formats.table import DTYPES, MOST_ELEMENTS, DType, Tensor, whole
 
-MAX_HEADER = 100_000_000  # the limit of the reference implementation
+MAX_HEADER = bounded_json.MAX_TEXT
 MAX_DIMENSIONS = 64  # torch's own limit
 BY_CODE = {dtype.code: dtype for dtype in DTYPES.values() if dtype.code}
 
@@ -109,19 +110,12 @@ def damaged(path: str, why: str) -> CheckpointError:
 
 def _parse_json(path: str, raw: bytes) -> dict[str, Any]:
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
+        header = bounded_json.loads(raw)
+    except ValueError as error:
         raise damaged(path, f"its header is not valid JSON ({error})"[:200]) from error
     if not isinstance(header, dict):
         raise damaged(path, "its header is not a JSON object")
     return header
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        raise ValueError("a name appears twice")
-    return result
 
 
 def _is_text_map(value: Any) -> bool:
@@ -154,6 +148,7 @@ def _entry(path: str, name: str, value: Any) -> tuple[str, DType, tuple[int, ...
         not isinstance(shape, list)
         or len(shape) > MAX_DIMENSIONS
         or not all(map(_is_natural, shape))
+        or math.prod(n or 1 for n in shape) >= MOST_ELEMENTS
     ):
         raise damaged(path, f"{name!r} has a malformed shape")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_natural, offsets)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from ckptavg.errors import CheckpointError
 
 PROVENANCE = "ckptavg"  # the entry or the metadata that says how an output was made
+MOST_ELEMENTS = 2**58  # along all dimensions but empty ones: what torch can compute sizes of
 REFRESHED = "none"  # the scheme in the provenance of one checkpoint with new statistics
 
 
@@ -157,12 +159,15 @@ class FileStamp:
         """Stamp of a file as it is now.
 
         Raises:
-            CheckpointError: It is not there or may not be read.
+            CheckpointError: It is not there, may not be read, or is no regular file: a pipe may
+                never end.
         """
         try:
             info = os.stat(path)
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        if not stat.S_ISREG(info.st_mode):
+            raise CheckpointError(f"{path} is not a regular file", "Name a file or a directory.")
         return cls(str(path), info.st_size, info.st_mtime_ns, info.st_ino, info.st_dev)
 
     def verify(self) -> None:

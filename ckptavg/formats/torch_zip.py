@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,9 @@ from ckptavg.formats.table import Piece, Tensor
 
 PROVENANCE_RECORD = "ckptavg.json"  # where a bare state dict has no room for an entry
 _LOCAL_HEADER = 30
+_MAX_DIRECTORY = 64 * 2**20
+_ENCRYPTED, _SIZES_FOLLOW, _UTF8 = 0x1, 0x8, 0x800  # flags of an entry
+_ELSEWHERE = 0xFFFFFFFF  # a size that a zip64 field holds
 
 
 @dataclass
@@ -45,7 +49,11 @@ class TorchFile:
         if key not in self._offsets:
             self._offsets[key] = self._locate(view.storage)
         start = self._offsets[key] + view.offset * view.dtype.size
-        piece = Piece(self.path, start, view.shape, view.stride, (0,) * len(view.shape))
+        empty = 0 in view.shape  # strides that say nothing are made alike
+        stride = tuple(
+            0 if empty or n == 1 else s for n, s in zip(view.shape, view.stride, strict=True)
+        )
+        piece = Piece(self.path, start, view.shape, stride, (0,) * len(view.shape))
         return Tensor(view.dtype, view.shape, (piece,))
 
 
@@ -76,7 +84,7 @@ def read(path: str, within: tuple[int, int] | None = None) -> TorchFile:
             text = _content(file, made, path).decode() if made else None
     except MalformedPickle as error:
         raise damaged(path, f"its pickle is malformed: {error}") from error
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError, RuntimeError) as error:
+    except (*_DAMAGE, OSError) as error:
         raise damaged(path, _why(path, error)) from error
     start = within[0] if within else 0
 
@@ -88,12 +96,12 @@ def read(path: str, within: tuple[int, int] | None = None) -> TorchFile:
 
 
 def _open(path: str, within: tuple[int, int] | None) -> BinaryIO:
-    file = open(path, "rb")  # noqa: SIM115 - the caller closes it
-    return file if within is None else cast(BinaryIO, _Part(file, *within))
+    file = open(path, "rb")  # noqa: SIM115 - the part closes it
+    return cast(BinaryIO, _Part(file, *(within or (0, file.seek(0, io.SEEK_END)))))
 
 
 class _Part(io.RawIOBase):
-    """A part of a file as if it were a file."""
+    """A part of a file as if it were a file, read in sips no longer than a zip directory may be."""
 
     def __init__(self, file: BinaryIO, start: int, length: int) -> None:
         self._file, self._start, self._length = file, start, length
@@ -117,14 +125,23 @@ class _Part(io.RawIOBase):
 
     def read(self, size: int = -1) -> bytes:
         left = max(self._length - self._at, 0)
+        size = left if size < 0 else size
+        if size > _MAX_DIRECTORY:
+            raise zipfile.BadZipFile(f"its directory claims {size} bytes")
         self._file.seek(self._start + self._at)
-        data = self._file.read(left if size < 0 else min(size, left))
+        data = self._file.read(min(size, left))
         self._at += len(data)
         return data
 
     def close(self) -> None:
         self._file.close()
         super().close()
+
+
+_DAMAGE = (  # what zipfile raises
+    zipfile.BadZipFile, EOFError, NotImplementedError, OverflowError, RuntimeError, ValueError,
+    struct.error,
+)  # fmt: skip
 
 
 def _locate(
@@ -183,7 +200,18 @@ def data_offset(file: Any, info: zipfile.ZipInfo, path: str) -> int:
     start = info.header_offset + _LOCAL_HEADER + name_length + extra_length
     if start + info.file_size > end:
         raise damaged(path, f"the zip entry {info.filename!r} runs past the end of the file")
+    if not _agrees(info, header, file.read(name_length)):
+        raise damaged(path, f"the zip entry {info.filename!r} contradicts the zip's directory")
     return start
+
+
+def _agrees(info: zipfile.ZipInfo, header: bytes, name: bytes) -> bool:
+    """Whether a local header says the same as the directory: readers differ in which they trust."""
+    flags = int.from_bytes(header[6:8], "little")
+    size = int.from_bytes(header[18:22], "little")
+    encoding = "utf-8" if info.flag_bits & _UTF8 else "cp437"
+    same_size = flags & _SIZES_FOLLOW or size in (info.compress_size, _ELSEWHERE)
+    return bool(same_size) and name == info.orig_filename.encode(encoding)
 
 
 def _content(file: Any, info: zipfile.ZipInfo, path: str) -> bytes:
@@ -205,6 +233,8 @@ def _entries(path: str, infos: list[zipfile.ZipInfo]) -> dict[str, zipfile.ZipIn
             f"{path} is a TorchScript archive, not a checkpoint",
             "Save the module's state_dict() with torch.save and average that.",
         )
+    if len(set(names)) < len(names):
+        raise damaged(path, "two of its zip entries have one name")
     return {i.filename[len(prefix) :]: i for i in infos if i.filename.startswith(prefix)}
 
 
@@ -215,6 +245,8 @@ def _check_entries(path: str, entries: Mapping[str, zipfile.ZipInfo]) -> None:
             raise damaged(path, f"{read.filename!r} claims {read.file_size} bytes")
         if read.compress_type != zipfile.ZIP_STORED:
             raise damaged(path, f"{read.filename!r} is compressed, which torch.save never does")
+    if any(info.flag_bits & _ENCRYPTED for info in entries.values()):
+        raise damaged(path, "it is encrypted, which torch.save never does")
     ordered = sorted(entries.values(), key=lambda info: info.header_offset)
     for before, after in pairwise(ordered):
         least = before.header_offset + _LOCAL_HEADER + before.compress_size

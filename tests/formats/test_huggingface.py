@@ -98,13 +98,50 @@ def test_the_single_file_wins_over_shards_and_safetensors_over_bin(sharded):
     assert set(open_checkpoint(sharded).tensors) == {"whole"}
 
 
-def test_shards_that_are_links_are_read_as_the_hub_s_cache_has_them(sharded, tmp_path):
-    snapshot = tmp_path / "snapshots" / "abc"
+def linked(sharded: Path, blobs: Path, snapshot: Path) -> Path:
+    """Move files to a folder of blobs, named by numbers, and link to them from a snapshot."""
+    files = sorted(path for path in sharded.iterdir() if path.is_file())
+    blobs.mkdir()
     snapshot.mkdir(parents=True)
-    for number, path in enumerate(sorted(p for p in sharded.iterdir() if p.is_file())):
-        path.rename(tmp_path / f"blob{number}")
-        (snapshot / path.name).symlink_to(f"../../blob{number}")
+    for number, path in enumerate(files):
+        path.rename(blobs / f"{number}")
+        (snapshot / path.name).symlink_to(os.path.relpath(blobs / f"{number}", snapshot))
+    return snapshot
+
+
+@pytest.mark.parametrize("below", ["snapshots/abc", "snapshots/abc/transformer"])
+def test_shards_that_are_links_are_read_as_the_hub_s_cache_has_them(sharded, tmp_path, below):
+    snapshot = linked(sharded, tmp_path / "blobs", tmp_path / below)
     assert set(open_checkpoint(snapshot).tensors) == {"a", "b", "c"}
+
+
+def test_links_within_the_directory_are_followed(sharded):
+    shard = sharded / next(iter(SHARDS))
+    shard.rename(sharded / "first")
+    shard.symlink_to("first")
+    assert set(open_checkpoint(sharded).tensors) == {"a", "b", "c"}
+
+
+@pytest.mark.parametrize(
+    ("blobs", "below"),
+    [("other", "snapshots/abc"), ("blobs", "model"), ("a/blobs", "b/snapshots/abc")],
+    ids=["beside the blobs", "in no cache", "in another repository's cache"],
+)
+def test_links_that_lead_elsewhere_are_refused(sharded, tmp_path, refusal, blobs, below):
+    (tmp_path / blobs).parent.mkdir(exist_ok=True)
+    text = refusal(linked(sharded, tmp_path / blobs, tmp_path / below))
+    assert "outside its directory" in text
+    assert str(tmp_path / blobs / "0") in text
+
+
+def test_blobs_that_are_a_link_themselves_lead_elsewhere(sharded, tmp_path, refusal):
+    snapshot = linked(sharded, tmp_path / "elsewhere", tmp_path / "snapshots" / "abc")
+    (tmp_path / "blobs").symlink_to("elsewhere")
+    for path in snapshot.glob("*.safetensors"):
+        name = path.readlink().name
+        path.unlink()
+        path.symlink_to(f"../../blobs/{name}")
+    assert "outside its directory" in refusal(snapshot)
 
 
 def test_wrappers_are_dropped_across_shards(tmp_path):
