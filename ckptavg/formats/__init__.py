@@ -113,7 +113,7 @@ def _read_torch(path: Path, key: str | None) -> _File:
         stamp=stamp,
         tensors={name: opened.tensor(view) for name, view in views.items()},
         refused=refused,
-        record=record.from_tree(opened.tree, found),
+        record=record.from_tree(opened.tree, found, path.name, opened.number),
         provenance=_provenance(
             {PROVENANCE: opened.provenance} if opened.provenance else opened.tree
         ),

@@ -28,6 +28,10 @@ COUNTER = "n_averaged"  # torch's AveragedModel counts its updates beside `modul
 
 Entry = Mapping[Any, Any]
 _PICKLED = "the weights are read from a pickled module, without its class"
+_AVERAGED_IN_PLACE = (
+    "'state_dict' holds a running average, as Lightning's WeightAveraging keeps it; "
+    "the weights as trained are under --key current_model_state"
+)
 _DEEPEST_ENTRY = 3
 _MOST_ENTRIES = 12  # that a message lists
 _LONGEST_NAME = 500  # characters of a name that could be typed after --key
@@ -66,17 +70,17 @@ def find_entry(path: str, tree: Any, key: str | None) -> tuple[str, Entry, list[
             if pickled_module.is_module(tree.get(name)):
                 notes = [_PICKLED, *_note_other_weights(tree, name)]
                 return name, pickled_module.state_dict(tree[name]), notes
-        if _holds_tensors(state := _entry_below(tree, "state")):
+        if _holds_tensors(state := _entry(tree, "state", "model")):
             return "state.model", state, []
     raise CheckpointError(
         f"{path}: no entry is known to hold the weights ({_describe(tree)})", _suggest(tree)
     )
 
 
-def _entry_below(tree: Mapping[Any, Any], name: str) -> Any:
-    """The model below an entry that holds all of a trainer's state."""
+def _entry(tree: Mapping[Any, Any], name: str, inner: str) -> Any:
+    """What stands under a name in an entry, where there is such."""
     below = tree.get(name)
-    return below.get("model") if isinstance(below, dict) else None
+    return below.get(inner) if isinstance(below, dict) else None
 
 
 @dataclass(frozen=True)
