@@ -259,7 +259,9 @@ def _one_network(one: Checkpoint, other: Checkpoint) -> str:
     """How to select one of two networks, where the files' names tell them apart."""
     if one.pattern == other.pattern:
         return ""
-    patterns = " or ".join(f"--glob '{pattern}'" for pattern in sorted({one.pattern, other.pattern}))
+    patterns = " or ".join(
+        f"--glob '{pattern}'" for pattern in sorted({one.pattern, other.pattern})
+    )
     return f"If these are different networks, select one with {patterns}."
 
 

@@ -37,7 +37,8 @@ def inspect(report: Report, path: str, glob: str | None, key: str | None) -> Non
 
 
 def _show_run(report: Report, run: Run) -> None:
-    metrics = sorted({name for c in run for name in c.record.metrics})
+    recorded = {name for checkpoint in run for name in checkpoint.record.metrics}
+    metrics = sorted(recorded, key=lambda name: (name.count("."), name))
     rows = [
         (
             checkpoint.path.name,

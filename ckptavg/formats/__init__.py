@@ -163,7 +163,8 @@ def _checkpoint(path: Path, layout: str, files: list[_File], recorded: Record) -
     refused = {name: why for file in files for name, why in file.refused.items()}
     if not tensors and not refused:
         raise CheckpointError(f"{path} holds no tensors")
-    bare = weights.bare_names([*tensors, *refused])
+    names = [*tensors, *refused]
+    bare = weights.bare_names(names)
     made = next((file.provenance for file in files if file.provenance), None)
     if made is not None and made.get("scheme") == REFRESHED and made["checkpoints"]:
         recorded = replace(recorded, step=record.whole_number(made["checkpoints"][0].get("step")))
@@ -178,7 +179,7 @@ def _checkpoint(path: Path, layout: str, files: list[_File], recorded: Record) -
         record=recorded,
         provenance=made,
         step=recorded.epoch if recorded.step is None else recorded.step,
-        notes=tuple(note for file in files for note in file.notes),
+        notes=(*chain(*(file.notes for file in files)), *weights.note_wrapper(bare, names)),
     )
 
 

@@ -46,6 +46,9 @@ _NOT_METRICS = frozenset(
         "saver",
         "timestamp",
         "optimizer_history",
+        "train_iterator",
+        "previous_training_time",
+        "model_args",
     ]
 ) | frozenset(STEP_NAMES + EPOCH_NAMES + LR_NAMES + OPTIMIZER_NAMES)
 _MOST_METRICS = 200
@@ -230,7 +233,7 @@ def _metrics(values: Mapping[Any, Any], numbers: _Numbers | None) -> dict[str, f
         for name, value in entries.items():
             if not isinstance(name, str) or len(name) > _LONGEST_NAME:
                 continue
-            if not prefix and name in _NOT_METRICS:
+            if name in _NOT_METRICS:
                 continue
             plain = numbers.plain(value) if numbers else value
             if number(plain) is not None:

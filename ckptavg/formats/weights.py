@@ -28,6 +28,10 @@ COUNTER = "n_averaged"  # torch's AveragedModel counts its updates beside `modul
 
 Entry = Mapping[Any, Any]
 _PICKLED = "the weights are read from a pickled module, without its class"
+_MODULE_DROPPED = (
+    "'module.' in front of every name is taken for DDP's wrapper and dropped; where it is the "
+    "model's own, give the output the inputs' suffix: the names are kept in their layout"
+)
 _AVERAGED_IN_PLACE = (
     "'state_dict' holds a running average, as Lightning's WeightAveraging keeps it; "
     "the weights as trained are under --key current_model_state"
@@ -143,6 +147,17 @@ def bare_names(names: list[str]) -> dict[str, str]:
     return bare
 
 
+def note_wrapper(bare: Mapping[str, str], names: list[str]) -> list[str]:
+    """What to say of a prefix that was dropped but may be the model's own.
+
+    A wrapper is called ``module`` by DDP, and so is the network in some people's models.
+    """
+    dropped = {stored[: len(stored) - len(name)] for stored, name in bare.items()}
+    if len(bare) < len(names) or dropped in (set(), {""}):
+        return []
+    return [_MODULE_DROPPED] if not {d.replace("module.", "") for d in dropped} - {""} else []
+
+
 def count_tensors(tree: Any) -> int:
     """How many tensors a saved value holds. What it holds many times is looked into once."""
     seen: set[int] = set()
@@ -204,9 +219,13 @@ def _note_other_weights(tree: Mapping[Any, Any], chosen: str) -> list[str]:
         for name in likely[:_MOST_ENTRIES]
         if count_tensors(tree[name]) and not _is_same(tree[name], tree[chosen])
     ]
-    if not others:
-        return []
-    return [f"weights are taken from {chosen!r}; {first_few(others)} also holds some (--key)"]
+    if count_tensors(_entry(tree, "extra_state", "ema")):  # fairseq's
+        others.append("extra_state.ema")
+    notes = [_AVERAGED_IN_PLACE] if chosen == "state_dict" and "current_model_state" in tree else []
+    if others:
+        shown = first_few(others)
+        notes.append(f"weights are taken from {chosen!r}; {shown} also holds some (--key)")
+    return notes
 
 
 def _is_same(one: Any, other: Any) -> bool:
