@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import filecmp
 import fnmatch
 import os
 import re
@@ -13,12 +12,18 @@ from itertools import pairwise
 from pathlib import Path
 
 from ckptavg.errors import NoWeightsError, RunError, first_few
-from ckptavg.formats import Checkpoint, is_checkpoint_directory, open_checkpoint, torch_zip
+from ckptavg.formats import Checkpoint, is_checkpoint_directory, open_checkpoint
+from ckptavg.formats.comparing import same_weights
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".pt.tar", ".pth.tar", ".ckpt.tar")
 _OTHER_STATE = re.compile(
     r"(optimizer|optim|lr_scheduler|scheduler|rng_state|rng|random_states?|training_args|scaler|"
     r"sampler|trainer_state|zero_pp_rank_.*|.*optim_states)([-_.]?\d+)*"
+)
+_STRANGERS = (
+    (re.compile(r"(?<![a-z])(ave|avg|averaged?)(?![a-z])"), "an average already, by its name"),
+    (re.compile(r"(?<![a-z])ema(?![a-z])"), "an EMA copy, by its name"),
+    (re.compile(r"(?<![a-z])init(ial)?(?![a-z])"), "from before training, by its name"),
 )
 _ALIAS_WORD = re.compile(r"(?<![a-z])(last|latest|best|final|newest|current)(?![a-z])")
 _STEP_WORDS = tuple(
@@ -102,6 +107,9 @@ def open_members(paths: Sequence[Path], key: str | None) -> Opened:
     kept, repeats = _without_repeats(opened)
     left_out += [(alias.path, f"repeats {original.path.name}") for alias, original in repeats]
     notes = [f"{a.path} repeats {b.path.name} and counts once" for a, b in repeats]
+    kept, strangers = _without_strangers(kept)
+    left_out += strangers
+    notes += [f"{path} is left out: {why}" for path, why in strangers]
     ordered, order_notes = _ordered(kept)
     return Opened(ordered, left_out, notes + order_notes)
 
@@ -224,7 +232,7 @@ def _without_repeats(
 ) -> tuple[list[Checkpoint], list[tuple[Checkpoint, Checkpoint]]]:
     """Split into checkpoints, and repeats with what each one repeats.
 
-    The same files repeat each other. Contents are compared where a name says nothing of when, or
+    The same files repeat each other. Weights are compared where a name says nothing of when, or
     where two record the same step and epoch.
     """
     aliases = _aliases(checkpoints)
@@ -239,7 +247,7 @@ def _without_repeats(
         place = (checkpoint.record.step, checkpoint.record.epoch)
         likely = kept if checkpoint.path in aliases else by_place[place]
         original = by_files.get(identity) or next(
-            (k for k in likely if _same_contents(checkpoint, k)), None
+            (k for k in likely if same_weights(checkpoint, k)), None
         )
         if original is not None:
             repeats.append((checkpoint, original))
@@ -251,24 +259,25 @@ def _without_repeats(
     return kept, repeats
 
 
+def _without_strangers(
+    checkpoints: Sequence[Checkpoint],
+) -> tuple[list[Checkpoint], list[LeftOut]]:
+    """Split off what is no point of the training by its name, if that leaves a run."""
+    kept, strangers = [], []
+    for checkpoint in checkpoints:
+        stem = _stem(checkpoint.path).lower()
+        why = next((why for word, why in _STRANGERS if word.search(stem)), None)
+        if why is None:
+            kept.append(checkpoint)
+        else:
+            strangers.append((checkpoint.path, why))
+    return (kept, strangers) if len(kept) > 1 else (list(checkpoints), [])
+
+
 def _aliases(checkpoints: Sequence[Checkpoint]) -> set[Path]:
     """Checkpoints that may stand for another one: by their name, or as the parent of the rest."""
     parents = {c.path.parent for c in checkpoints}
     return {c.path for c in checkpoints if c.path in parents or _is_alias_name(c.path)}
-
-
-def _same_contents(one: Checkpoint, other: Checkpoint) -> bool:
-    """By checksums where both are zip files that hold them, else by every byte."""
-    if len(one.files) != len(other.files):
-        return False
-    for a, b in zip(one.files, other.files, strict=True):
-        sums = torch_zip.checksums(a.path) if one.layout == "torch" else None
-        if sums is not None and (theirs := torch_zip.checksums(b.path)) is not None:
-            if sums != theirs:
-                return False
-        elif a.size != b.size or not filecmp.cmp(a.path, b.path, shallow=False):
-            return False
-    return True
 
 
 def _ordered(checkpoints: Sequence[Checkpoint]) -> tuple[tuple[Checkpoint, ...], list[str]]:
@@ -305,6 +314,13 @@ def _doubts(ordered: Sequence[Checkpoint]) -> list[str]:
             notes.append(
                 f"{one.path.name} and {other.path.name} share the step {one.step:g}: "
                 "if they are of different runs, tell them apart with --glob"
+            )
+            break
+    for one, other in pairwise(ordered):
+        if not one.tensors.keys() & other.tensors.keys() and one.pattern != other.pattern:
+            notes.append(
+                f"{one.path.name} and {other.path.name} hold different networks: "
+                f"tell them apart with --glob '{one.pattern}' or '{other.pattern}'"
             )
             break
     unplaced = [c.path.name for c in ordered if c.step is None]

@@ -241,7 +241,7 @@ def _check_names(checkpoints: Sequence[Checkpoint], names: Sequence[str], rules:
             raise MismatchError(
                 f"{checkpoint.path} and {last.path} hold different networks: no tensor name in "
                 f"common ({extra[0]!r} against {lost[0]!r})",
-                "Select one network's checkpoints with --glob.",
+                _one_network(checkpoint, last) or "Select one network's checkpoints with --glob.",
             )
         parts = []
         if lost:
@@ -250,8 +250,19 @@ def _check_names(checkpoints: Sequence[Checkpoint], names: Sequence[str], rules:
             parts.append(f"has {len(extra)} more ({first_few(extra)})")
         raise MismatchError(
             f"{checkpoint.path} {' and '.join(parts)}, compared with {last.path}",
-            "Leave the checkpoint out, or the tensors with --exclude.",
+            _one_network(checkpoint, last)
+            or "Leave the checkpoint out, or the tensors with --exclude.",
         )
+
+
+def _one_network(one: Checkpoint, other: Checkpoint) -> str:
+    """How to select one of two networks, where the files' names tell them apart."""
+    if one.pattern == other.pattern:
+        return ""
+    patterns = " or ".join(
+        f"--glob '{pattern}'" for pattern in sorted({one.pattern, other.pattern})
+    )
+    return f"If these are different networks, select one with {patterns}."
 
 
 def _check_supported(checkpoints: Sequence[Checkpoint], names: Sequence[str]) -> None:
@@ -303,7 +314,8 @@ def _check_alike(name: str, checkpoints: Sequence[Checkpoint]) -> None:
             raise MismatchError(
                 f"{name} has the shape {tensor.shape} in {checkpoint.path} "
                 f"but {model.shape} in {last.path}",
-                f"Leave the checkpoint out, or the tensor with --exclude '{name}'.",
+                _one_network(checkpoint, last)
+                or f"Leave the checkpoint out, or the tensor with --exclude '{name}'.",
             )
         if tensor.dtype.kind != model.dtype.kind:
             raise MismatchError(

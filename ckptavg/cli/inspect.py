@@ -43,7 +43,8 @@ def inspect(report: Report, path: str, glob: str | None, key: str | None) -> Non
 
 
 def _show_run(report: Report, run: Run) -> None:
-    metrics = sorted({name for c in run for name in c.record.metrics})
+    recorded = {name for checkpoint in run for name in checkpoint.record.metrics}
+    metrics = sorted(recorded, key=lambda name: (name.count("."), name))
     rows = [
         (
             checkpoint.path.name,
@@ -63,7 +64,7 @@ def _show_run(report: Report, run: Run) -> None:
         report.line(f"more metrics: {', '.join(metrics[_MOST_METRICS:])}")
     if run.left_out:
         report.table(("left out", "why"), [(path.name, why) for path, why in run.left_out])
-    known = {f"{path} repeats" for path, _ in run.left_out}
+    known = {f"{path} {is_so}" for path, _ in run.left_out for is_so in ("repeats", "is left out")}
     told = (note for note in run.notes if not note.startswith(tuple(known)))
     notes = dict.fromkeys((*told, *(note for c in run for note in c.notes)))
     for beside in dict.fromkeys(c.beside for c in run if c.beside):

@@ -112,7 +112,7 @@ def _read_torch(path: Path, key: str | None) -> _File:
         stamps=(stamp,),
         tensors={name: opened.tensor(view) for name, view in views.items()},
         refused={name: value.why for name, value in _of_kind(entry, Refused).items()},
-        record=record.from_tree(opened.tree, found),
+        record=record.from_tree(opened.tree, found, path.name, opened.number),
         provenance=_provenance(
             {PROVENANCE: opened.provenance} if opened.provenance else opened.tree
         ),
@@ -203,9 +203,10 @@ def _checkpoint(path: Path, layout: str, files: list[_File], recorded: Record) -
     refused = {name: why for file in files for name, why in file.refused.items()}
     if not tensors and not refused:
         raise CheckpointError(f"{path} holds no tensors")
-    if max(map(len, (*tensors, *refused))) > _LONGEST_NAME:
+    names = [*tensors, *refused]
+    if max(map(len, names)) > _LONGEST_NAME:
         raise CheckpointError(f"{path} holds a tensor whose name is over {_LONGEST_NAME} long")
-    bare = weights.bare_names([*tensors, *refused])
+    bare = weights.bare_names(names)
     made = next((file.provenance for file in files if file.provenance), None)
     if made is not None and made.get("scheme") == REFRESHED and made["checkpoints"]:
         recorded = replace(recorded, step=record.whole_number(made["checkpoints"][0].get("step")))
@@ -220,7 +221,7 @@ def _checkpoint(path: Path, layout: str, files: list[_File], recorded: Record) -
         record=recorded,
         provenance=made,
         step=recorded.epoch if recorded.step is None else recorded.step,
-        notes=tuple(note for file in files for note in file.notes),
+        notes=(*chain(*(file.notes for file in files)), *weights.note_wrapper(bare, names)),
         beside=files[0].beside,
     )
     if checkpoint.nbytes > _MOST_REPEATED * checkpoint.size + _SPARE:

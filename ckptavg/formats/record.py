@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path, PurePath
 from typing import Any
 
 from ckptavg.formats import bounded_json
+from ckptavg.formats.inert_values import TensorView
 from ckptavg.formats.table import Record
 
 STEP_NAMES = (
@@ -22,7 +24,10 @@ TRAINING_STATE = re.compile(
     r"(grad_|loss_)?scalers?(_states?)?(_dict)?s?"
 )
 LR_NAMES = ("lr", "learning_rate")
-OPTIMIZER_NAMES = ("optimizer", "optimizer_state_dict", "optimizer_states", "optim", "optimizers")
+OPTIMIZER_NAMES = (
+    "optimizer", "optimizer_state_dict", "optimizer_states", "optim", "optimizers",
+    "last_optimizer_state",
+)  # fmt: skip
 _NOT_METRICS = frozenset(
     [
         "args",
@@ -44,6 +49,12 @@ _NOT_METRICS = frozenset(
         "lr_scheduler_state_dict",
         "version",
         "seed",
+        "saver",
+        "timestamp",
+        "optimizer_history",
+        "train_iterator",
+        "previous_training_time",
+        "model_args",
     ]
 ) | frozenset(STEP_NAMES + EPOCH_NAMES + LR_NAMES + OPTIMIZER_NAMES)
 _MOST_METRICS = 200
@@ -51,14 +62,74 @@ _MOST_LOOKED_AT = 100_000  # entries: a file can hold one dict under very many n
 _LONGEST_NAME = 200
 
 
-def from_tree(tree: Any, weights_key: str) -> Record:
-    """Record of a ``torch.save`` file whose weights lie under ``weights_key``."""
+def from_tree(
+    tree: Any,
+    weights_key: str,
+    file_name: str = "",
+    read: Callable[[TensorView], float | None] = lambda _: None,
+) -> Record:
+    """Record of a ``torch.save`` file.
+
+    Args:
+        tree: What was saved.
+        weights_key: Dotted path of the entry that holds the weights.
+        file_name: Under which some trainers list the file's score.
+        read: Gives the value of a 0-d tensor: some trainers record their numbers so.
+    """
     if not isinstance(tree, dict) or weights_key == "":
         top = tree if isinstance(tree, dict) else {}
         return _from_mapping({k: v for k, v in top.items() if number(v) is not None})
-    return _from_mapping(
-        {k: v for k, v in tree.items() if k != weights_key.split(".", maxsplit=1)[0]}
-    )
+    beside = _beside(tree, weights_key)
+    numbers = _Numbers(read)
+    found = _from_mapping({k: numbers.plain(v) for k, v in beside.items()}, numbers)
+    monitored = _monitored(beside.get("callbacks"), file_name, numbers)
+    return replace(found, metrics={**found.metrics, **monitored})
+
+
+class _Numbers:
+    """Numbers among recorded values; tensors of one are read, but not without end."""
+
+    def __init__(self, read: Callable[[TensorView], float | None]) -> None:
+        self._read, self._left = read, _MOST_METRICS
+
+    def plain(self, value: Any) -> Any:
+        """The value, or the number in it if it is a 0-d tensor."""
+        if not isinstance(value, TensorView) or value.shape or not self._left:
+            return value
+        self._left -= 1
+        return self._read(value)
+
+
+def _beside(tree: Mapping[Any, Any], weights_key: str) -> dict[Any, Any]:
+    """What stands beside the weights, and beside each entry that they lie in."""
+    beside: dict[Any, Any] = {}
+    entries: Any = tree
+    for part in weights_key.split("."):
+        if not isinstance(entries, dict):
+            break
+        beside.update((name, value) for name, value in entries.items() if name != part)
+        entries = entries.get(part)
+    return beside
+
+
+def _monitored(callbacks: Any, file_name: str, numbers: _Numbers) -> dict[str, float]:
+    """The scores that Lightning's ModelCheckpoint keeps, by the metric's name.
+
+    Each instance lists the files that it keeps. The current score of one that did not write this
+    file can be that of an earlier one.
+    """
+    found: dict[str, float] = {}
+    states = callbacks.values() if isinstance(callbacks, dict) else ()
+    for state in states if len(states) < _MOST_METRICS else ():
+        name = state.get("monitor") if isinstance(state, dict) else None
+        kept = state.get("best_k_models") if isinstance(name, str) else None
+        if not isinstance(kept, dict) or len(kept) > _MOST_LOOKED_AT:
+            continue
+        for path, score in kept.items():
+            if isinstance(path, str) and PurePath(path).name == file_name:
+                value = number(numbers.plain(score))
+                found |= {} if value is None else {str(name): float(value)}
+    return found
 
 
 def from_metadata(metadata: Mapping[str, str]) -> Record:
@@ -116,10 +187,25 @@ def whole_number(value: Any) -> int | None:
     return int(found)
 
 
-def _from_mapping(values: Mapping[Any, Any]) -> Record:
+def _from_mapping(values: Mapping[Any, Any], numbers: _Numbers | None = None) -> Record:
+    values = {**_clock(values), **values}
     step = next((s for n in STEP_NAMES if (s := whole_number(values.get(n))) is not None), None)
     epoch = next((e for n in EPOCH_NAMES if (e := _finite(values.get(n))) is not None), None)
-    return Record(step, epoch, _learning_rate(values), _metrics(values))
+    if epoch is not None and epoch < 0:  # what a finished training leaves in the place of one
+        epoch = None
+    return Record(step, epoch, _learning_rate(values), _metrics(values, numbers))
+
+
+def _clock(values: Mapping[Any, Any]) -> dict[str, Any]:
+    """Step and epoch where they stand deeper: Composer's timestamp, fairseq's history."""
+    timestamp, history = values.get("timestamp"), values.get("optimizer_history")
+    if isinstance(timestamp, dict):
+        timestamp = timestamp.get("Timestamp", timestamp)
+    if isinstance(timestamp, dict):
+        return {"step": timestamp.get("batch"), "epoch": timestamp.get("epoch")}
+    if isinstance(history, list) and history and isinstance(history[-1], dict):
+        return {"num_updates": history[-1].get("num_updates")}
+    return {}
 
 
 def _learning_rate(values: Mapping[Any, Any]) -> float | None:
@@ -132,13 +218,15 @@ def _learning_rate(values: Mapping[Any, Any]) -> float | None:
         optimizer = values.get(name)
         if isinstance(optimizer, (list, tuple)) and optimizer:
             optimizer = optimizer[0]
+        if isinstance(optimizer, dict) and "param_groups" not in optimizer:
+            optimizer = next(iter(optimizer.values()), None)  # several, by name
         groups = optimizer.get("param_groups") if isinstance(optimizer, dict) else None
         if isinstance(groups, (list, tuple)) and groups and isinstance(groups[0], dict):
             return _finite(groups[0].get("lr"))
     return None
 
 
-def _metrics(values: Mapping[Any, Any]) -> dict[str, float]:
+def _metrics(values: Mapping[Any, Any], numbers: _Numbers | None) -> dict[str, float]:
     """Every other number by dotted name, down to a few levels."""
     found: dict[str, float] = {}
     looked_at = 0
@@ -146,13 +234,20 @@ def _metrics(values: Mapping[Any, Any]) -> dict[str, float]:
     while waiting and len(found) < _MOST_METRICS and looked_at < _MOST_LOOKED_AT:
         prefix, entries = waiting.pop()
         looked_at += len(entries)
+        if prefix and _holds_weights(entries):
+            continue
         for name, value in entries.items():
             if not isinstance(name, str) or len(name) > _LONGEST_NAME:
                 continue
-            if not prefix and name in _NOT_METRICS:
+            if name in _NOT_METRICS:
                 continue
-            if number(value) is not None:
-                found[prefix + name] = float(value)
+            plain = numbers.plain(value) if numbers else value
+            if number(plain) is not None:
+                found[prefix + name] = float(plain)
             elif isinstance(value, dict) and prefix.count(".") < 2:
                 waiting.append((f"{prefix}{name}.", value))
     return found
+
+
+def _holds_weights(entries: Mapping[Any, Any]) -> bool:
+    return any(isinstance(value, TensorView) and value.shape for value in entries.values())

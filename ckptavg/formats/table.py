@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import math
 import os
+import re
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -251,6 +253,11 @@ class Checkpoint:
     def size(self) -> int:
         """Bytes on disk."""
         return sum(stamp.size for stamp in self.files)
+
+    @property
+    def pattern(self) -> str:
+        """Shell pattern of the names that differ from its own in their numbers only."""
+        return re.sub(r"\d+", "*", glob.escape(self.path.name))
 
     def ties(self) -> list[list[str]]:
         """Groups of names that share the very same bytes."""

@@ -6,6 +6,7 @@ import io
 import struct
 import zipfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +22,10 @@ _LOCAL_HEADER = 30
 _MAX_DIRECTORY = 64 * 2**20
 _ENCRYPTED, _SIZES_FOLLOW, _UTF8 = 0x1, 0x8, 0x800  # flags of an entry
 _ELSEWHERE = 0xFFFFFFFF  # a size that a zip64 field holds
+_NUMBERS = {
+    "float64": "d", "float32": "f", "float16": "e", "bfloat16": "f", "int64": "q", "int32": "i",
+    "int16": "h", "int8": "b", "uint8": "B",
+}  # fmt: skip
 
 
 @dataclass
@@ -55,6 +60,23 @@ class TorchFile:
         )
         piece = Piece(self.path, start, view.shape, stride, (0,) * len(view.shape))
         return Tensor(view.dtype, view.shape, (piece,))
+
+    def number(self, view: TensorView) -> float | None:
+        """The value of a 0-d tensor; None where it is no number, or not there."""
+        code = _NUMBERS.get(view.dtype.name)
+        try:
+            offset = self.tensor(view).pieces[0].offset
+        except CheckpointError:
+            return None
+        if code is None:
+            return None
+        with open(self.path, "rb") as file:
+            file.seek(offset)
+            raw = file.read(view.dtype.size)
+        if view.dtype.name == "bfloat16":  # the upper half of a float32
+            raw = bytes(2) + raw
+        value: float = struct.unpack("<" + code, raw)[0]
+        return value
 
 
 def read(path: str, within: tuple[int, int] | None = None) -> TorchFile:
@@ -159,14 +181,17 @@ def _locate(
     return data_offset(file, info, path)
 
 
-def checksums(path: str | Path) -> list[tuple[str, int, int]] | None:
-    """Name, size and CRC of every storage; None for other files and where CRCs were left out."""
+def checksums(path: str) -> dict[int, tuple[int, int]] | None:
+    """Where each storage begins → its size and CRC; None without CRCs, and for other files."""
     if not zipfile.is_zipfile(path):
         return None
-    with zipfile.ZipFile(path) as archive:
-        found = [(i.filename, i.file_size, i.CRC) for i in archive.infolist()]
-    storages = sorted((n.split("/", 1)[-1], s, c) for n, s, c in found if "/data/" in n)
-    return storages if any(crc for _, _, crc in storages) else None
+    found: dict[int, tuple[int, int]] = {}
+    with open(path, "rb") as file:
+        for info in zipfile.ZipFile(file).infolist():
+            if "/data/" in info.filename:
+                with suppress(CheckpointError):  # one that no tensor needs may be damaged
+                    found[data_offset(file, info, path)] = info.file_size, info.CRC
+    return found if any(crc for _, crc in found.values()) else None
 
 
 def looks_like(start: bytes) -> bool:

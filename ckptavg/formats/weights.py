@@ -29,6 +29,14 @@ COUNTER = "n_averaged"  # torch's AveragedModel counts its updates beside `modul
 TENSORS = (TensorView, Sharded, Refused)
 Entry = Mapping[Any, Any]
 _PICKLED = "the weights are read from a pickled module, without its class"
+_MODULE_DROPPED = (
+    "'module.' in front of every name is taken for DDP's wrapper and dropped; where it is the "
+    "model's own, give the output the inputs' suffix: the names are kept in their layout"
+)
+_AVERAGED_IN_PLACE = (
+    "'state_dict' holds a running average, as Lightning's WeightAveraging keeps it; "
+    "the weights as trained are under --key current_model_state"
+)
 _DEEPEST_ENTRY = 3
 _MOST_ENTRIES = 12  # that a message lists
 _LONGEST_NAME = 500  # characters of a name that could be typed after --key
@@ -67,17 +75,18 @@ def find_entry(path: str, tree: Any, key: str | None) -> tuple[str, Entry, list[
             if pickled_module.is_module(tree.get(name)):
                 notes = [_PICKLED, *_note_other_weights(tree, name)]
                 return name, pickled_module.state_dict(tree[name]), notes
-        for name, below in tree.items():
-            if isinstance(name, str) and _holds_tensors(model := _model_in(below)):
+        for name in tree:
+            if isinstance(name, str) and _holds_tensors(model := _entry(tree, name, "model")):
                 return f"{name}.model", model, []
     raise CheckpointError(
         f"{path}: no entry is known to hold the weights ({_describe(tree)})", _suggest(tree)
     )
 
 
-def _model_in(entry: Any) -> Any:
-    """The model in an entry that holds all of a trainer's or an application's state."""
-    return entry.get("model") if isinstance(entry, dict) else None
+def _entry(tree: Mapping[Any, Any], name: str, inner: str) -> Any:
+    """What stands under a name in an entry, where there is such."""
+    below = tree.get(name)
+    return below.get(inner) if isinstance(below, dict) else None
 
 
 @dataclass(frozen=True)
@@ -155,6 +164,17 @@ def bare_names(names: list[str]) -> dict[str, str]:
     return bare
 
 
+def note_wrapper(bare: Mapping[str, str], names: list[str]) -> list[str]:
+    """What to say of a prefix that was dropped but may be the model's own.
+
+    A wrapper is called ``module`` by DDP, and so is the network in some people's models.
+    """
+    dropped = {stored[: len(stored) - len(name)] for stored, name in bare.items()}
+    if len(bare) < len(names) or dropped in (set(), {""}):
+        return []
+    return [_MODULE_DROPPED] if not {d.replace("module.", "") for d in dropped} - {""} else []
+
+
 def count_tensors(tree: Any) -> int:
     """How many tensors a saved value holds. What it holds many times is looked into once."""
     seen: set[int] = set()
@@ -215,9 +235,13 @@ def _note_other_weights(tree: Mapping[Any, Any], chosen: str) -> list[str]:
         for name in likely[:_MOST_ENTRIES]
         if count_tensors(tree[name]) and not _is_same(tree[name], tree[chosen])
     ]
-    if not others:
-        return []
-    return [f"weights are taken from {chosen!r}; {first_few(others)} also holds some (--key)"]
+    if count_tensors(_entry(tree, "extra_state", "ema")):  # fairseq's
+        others.append("extra_state.ema")
+    notes = [_AVERAGED_IN_PLACE] if chosen == "state_dict" and "current_model_state" in tree else []
+    if others:
+        shown = first_few(others)
+        notes.append(f"weights are taken from {chosen!r}; {shown} also holds some (--key)")
+    return notes
 
 
 def _is_same(one: Any, other: Any) -> bool:

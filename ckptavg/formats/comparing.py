@@ -1,0 +1,124 @@
+"""Whether two checkpoints hold the same weights, found out by reading as little as possible."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from ckptavg.errors import CheckpointError
+from ckptavg.formats import torch_zip
+from ckptavg.formats.table import Checkpoint, Piece, Tensor
+
+_HEAD = 4096  # bytes of each tensor that are looked at first: most differ there already
+_BLOCK = 1 << 20
+
+
+def same_weights(one: Checkpoint, other: Checkpoint) -> bool:
+    """Whether two checkpoints hold the same tensors, whatever else their files hold.
+
+    By the checksums that zip files keep where those tell, else by every byte.
+
+    Raises:
+        CheckpointError: A file cannot be read.
+    """
+    if one.tensors.keys() != other.tensors.keys() or one.refused != other.refused:
+        return False
+    pairs: dict[tuple[_Range, _Range], None] = {}
+    for name, tensor in one.tensors.items():
+        ranges = _ranges(tensor, other.tensors[name])
+        if ranges is None:
+            return False
+        pairs.update(dict.fromkeys(ranges))
+    sums = _Checksums()
+    undecided: list[tuple[_Range, _Range]] = []
+    for pair in pairs:
+        equal = sums.tell(*pair)
+        if equal is False:
+            return False
+        undecided += [pair] if equal is None else []
+    return _same_bytes(undecided, _HEAD) and _same_bytes(undecided, None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Range:
+    """The bytes that a piece of a tensor spans in its file."""
+
+    file: str
+    start: int
+    size: int
+
+
+def _ranges(one: Tensor, other: Tensor) -> list[tuple[_Range, _Range]] | None:
+    """What has to be equal for two tensors to be; None where they are not laid out alike."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return None
+    if [_form(piece) for piece in one.pieces] != [_form(piece) for piece in other.pieces]:
+        return None
+    size = one.dtype.size
+    return [
+        (_Range(a.file, a.offset, _span(a) * size), _Range(b.file, b.offset, _span(b) * size))
+        for a, b in zip(one.pieces, other.pieces, strict=True)
+    ]
+
+
+def _form(piece: Piece) -> object:
+    return piece.shape, piece.stride, piece.start
+
+
+def _span(piece: Piece) -> int:
+    """Elements from a piece's first to its last, in the file."""
+    if 0 in piece.shape:
+        return 0
+    return 1 + sum((n - 1) * s for n, s in zip(piece.shape, piece.stride, strict=True))
+
+
+class _Checksums:
+    """The checksums in zip files, each file looked into once."""
+
+    def __init__(self) -> None:
+        self._storages: dict[str, dict[int, tuple[int, int]]] = {}
+        self._starts: dict[str, list[int]] = {}
+
+    def tell(self, one: _Range, other: _Range) -> bool | None:
+        """Whether two ranges are equal; None where the checksums do not tell."""
+        a, b = self._storage(one), self._storage(other)
+        if a is None or b is None:
+            return None
+        if a == b:
+            return True
+        whole = a[:2] == (0, one.size) and b[:2] == (0, other.size)
+        return False if whole else None
+
+    def _storage(self, part: _Range) -> tuple[int, int, int] | None:
+        """Where in its storage a range begins, and the storage's size and checksum."""
+        if part.file not in self._storages:
+            self._storages[part.file] = torch_zip.checksums(part.file) or {}
+            self._starts[part.file] = sorted(self._storages[part.file])
+        starts = self._starts[part.file]
+        i = bisect.bisect_right(starts, part.start) - 1
+        if i < 0:
+            return None
+        size, checksum = self._storages[part.file][starts[i]]
+        within = part.start - starts[i]
+        return (within, size, checksum) if within + part.size <= size else None
+
+
+def _same_bytes(pairs: Iterable[tuple[_Range, _Range]], limit: int | None) -> bool:
+    """Whether the ranges of each pair are equal, or begin with equal bytes."""
+    for one, other in pairs:
+        blocks = zip(_blocks(one, limit), _blocks(other, limit), strict=True)
+        if any(a != b for a, b in blocks):
+            return False
+    return True
+
+
+def _blocks(part: _Range, limit: int | None) -> Iterator[bytes]:
+    size = part.size if limit is None else min(part.size, limit)
+    try:
+        with open(part.file, "rb") as file:
+            file.seek(part.start)
+            for done in range(0, size, _BLOCK):
+                yield file.read(min(_BLOCK, size - done))
+    except OSError as error:
+        raise CheckpointError(f"{part.file} cannot be read: {error.strerror}") from error

@@ -1,0 +1,102 @@
+"""Every layout opens, is put in order, is averaged exactly, and goes back into its own tool."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from layouts import LAYOUTS, others_at_work
+
+from ckptavg import average, open_run
+
+README = Path(__file__).parents[2] / "README.md"
+BEGIN, END = "<!-- layouts -->\n", "<!-- /layouts -->"
+COLUMNS = ("opens", "ordered and de-duplicated", "exact average", "output loads back")
+
+every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+
+
+@contextmanager
+def cell(cells, layout, column, well="✓"):
+    """A cell of the table says how the block ends."""
+    cells[layout.name, column] = "no"
+    try:
+        yield
+    except pytest.skip.Exception:
+        del cells[layout.name, column]
+        raise
+    cells[layout.name, column] = well
+
+
+def average_by_hand(states):
+    """Summed in float64 in order, divided once, rounded once; integers from the last."""
+    return {
+        name: (sum(state[name].double() for state in states) / len(states)).to(last.dtype)
+        if last.is_floating_point()
+        else last
+        for name, last in states[-1].items()
+    }
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype
+        assert torch.equal(found[name], value), name
+
+
+@every_layout
+def test_it_opens(layout, written, cells):
+    with cell(cells, layout, COLUMNS[0]):
+        run = written(layout)
+        for name, state in zip(layout.checkpoints, run.states, strict=True):
+            (checkpoint,) = open_run(run.path / name)
+            assert checkpoint.key == layout.key
+            assert {n: t.shape for n, t in checkpoint.tensors.items()} == {
+                n.removeprefix("module."): tuple(v.shape) for n, v in state.items()
+            }
+
+
+@every_layout
+def test_it_is_ordered_and_what_repeats_counts_once(layout, written, cells):
+    with cell(cells, layout, COLUMNS[1]):
+        run = open_run(written(layout).path)
+        assert {c.path.name: c.step for c in run} == layout.checkpoints
+        assert [c.path.name for c in run] == list(layout.checkpoints)
+        assert sorted(path.name for path, _ in run.left_out) == sorted(layout.left_out)
+
+
+@every_layout
+def test_its_average_is_exact(layout, written, cells):
+    with cell(cells, layout, COLUMNS[2]):
+        run = written(layout)
+        expected = average_by_hand(run.states)
+        bare = {name.removeprefix("module."): value for name, value in expected.items()}
+        assert_same(average(open_run(run.path)), bare)
+
+
+@every_layout
+def test_its_tool_loads_the_output(layout, written, cells, tmp_path):
+    with cell(cells, layout, COLUMNS[3], layout.loads_back):
+        run = written(layout)
+        out = average(open_run(run.path), out=tmp_path / layout.output)
+        with others_at_work():
+            assert_same(layout.load_back(out), average_by_hand(run.states))
+
+
+def test_the_readme_says_what_these_checks_found(cells, request):
+    missing = [x.name for x in LAYOUTS if any((x.name, c) not in cells for c in COLUMNS)]
+    if missing:
+        pytest.skip(f"not checked in this session: {', '.join(missing)}")
+    rows = [("", *COLUMNS), ("---",) * (1 + len(COLUMNS))]
+    rows += [(x.name, *(cells[x.name, column] for column in COLUMNS)) for x in LAYOUTS]
+    table = "".join(f"| {' | '.join(row)} |\n".replace("|  |", "| |") for row in rows)
+    text = README.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    shown, after = rest.split(END)
+    if request.config.getoption("--write-readme", default=False):
+        README.write_text(before + BEGIN + table + END + after, encoding="utf-8")
+    else:
+        assert shown == table, "pytest tests/interop --write-readme writes it anew"

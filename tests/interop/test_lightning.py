@@ -1,0 +1,112 @@
+"""Lightning: hyperparameters of any class, links, averages kept by callbacks, monitored metrics."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import names
+from layouts import Lightning, lightning_module, lightning_trainer, others_at_work, train_lightning
+
+from ckptavg import average, open_run
+
+pytest.importorskip("lightning")
+
+
+@pytest.fixture(scope="module")
+def run(written):
+    return written(next(x for x in [Lightning()]))
+
+
+@pytest.fixture(scope="module")
+def averaged(run, tmp_path_factory):
+    return average(open_run(run.path), out=tmp_path_factory.mktemp("out") / "average.ckpt")
+
+
+def test_the_output_has_the_hyperparameters_but_those_of_the_users_own_classes(averaged):
+    with others_at_work():
+        module = lightning_module().load_from_checkpoint(averaged, weights_only=False)
+    assert module.hparams.width == 5
+    assert module.hparams.args == argparse.Namespace(lr=0.01)
+    assert module.hparams.root == Path("data")
+    assert module.hparams.schedule is None
+
+
+def test_a_trainer_validates_with_the_output(averaged):
+    loader = torch.utils.data.DataLoader(torch.rand(4, 3, 8, 8), batch_size=4)
+    with others_at_work():
+        module = lightning_module()(width=5)
+        trainer = lightning_trainer()
+        (measured,) = trainer.validate(
+            module, loader, ckpt_path=averaged, verbose=False, weights_only=False
+        )
+        expected = lightning_module().load_from_checkpoint(averaged, weights_only=False)
+        (direct,) = trainer.validate(expected, loader, verbose=False)
+    assert measured == direct
+    assert measured["val_loss"] > 0
+
+
+def test_the_output_holds_no_state_of_an_optimizer(averaged):
+    checkpoint = torch.load(averaged, weights_only=False)
+    assert "optimizer_states" not in checkpoint
+    assert (checkpoint["epoch"], checkpoint["global_step"]) == (2, 6)
+
+
+def test_a_last_checkpoint_that_is_a_link_counts_once(tmp_path):
+    with others_at_work():
+        train_lightning(tmp_path, save_last="link")
+    assert (tmp_path / "last.ckpt").is_symlink()
+    run = open_run(tmp_path)
+    assert names(run) == list(Lightning.checkpoints)
+    assert run.left_out == ((tmp_path / "last.ckpt", "repeats epoch=2-step=6.ckpt"),)
+
+
+def test_the_monitored_metric_is_recorded_for_each_checkpoint(run):
+    last = torch.load(run.path / "last.ckpt", weights_only=False)
+    (state,) = last["callbacks"].values()
+    scores = {Path(path).name: float(score) for path, score in state["best_k_models"].items()}
+    opened = open_run(run.path)
+    assert {c.path.name: c.record.metrics["val_loss"] for c in opened} == scores
+    best = min(scores, key=scores.__getitem__)
+    assert names(opened.best(1, "val_loss", "min")) == [best]
+
+
+def test_the_score_of_another_callback_may_be_of_another_epoch(tmp_path):
+    kept = {"/elsewhere/epoch=1.ckpt": torch.tensor(0.25)}
+    stale = {"/elsewhere/other.ckpt": torch.tensor(0.5)}
+    callbacks = {
+        "one": {"monitor": "val_loss", "best_k_models": kept, "current_score": torch.tensor(0.25)},
+        "two": {"monitor": "val_acc", "best_k_models": stale, "current_score": torch.tensor(0.5)},
+    }
+    state = {"state_dict": {"w": torch.zeros(2)}, "callbacks": callbacks, "epoch": 1}
+    torch.save(state, tmp_path / "epoch=1.ckpt")
+    (checkpoint,) = open_run(tmp_path)
+    assert checkpoint.record.metrics == {"val_loss": 0.25}
+
+
+@pytest.fixture(scope="module")
+def weight_averaging(tmp_path_factory):
+    callbacks = pytest.importorskip("lightning.pytorch.callbacks.weight_averaging")
+    directory = tmp_path_factory.mktemp("ema")
+    with others_at_work():
+        train_lightning(directory, callbacks.EMAWeightAveraging(decay=0.5))
+    return directory
+
+
+def test_an_average_that_a_callback_keeps_in_the_weights_place_is_noted(weight_averaging):
+    run = open_run(weight_averaging)
+    assert {c.key for c in run} == {"state_dict"}
+    for checkpoint in run:
+        (note,) = checkpoint.notes
+        assert "running average" in note
+        assert "--key current_model_state" in note
+
+
+def test_the_weights_as_trained_are_under_a_key_of_their_own(weight_averaging):
+    path = weight_averaging / "epoch=2-step=6.ckpt"
+    saved = torch.load(path, weights_only=False)
+    raw = average(open_run(path, key="current_model_state"))
+    assert torch.equal(raw["net.head.weight"], saved["current_model_state"]["net.head.weight"])
+    assert not torch.equal(raw["net.head.weight"], saved["state_dict"]["net.head.weight"])

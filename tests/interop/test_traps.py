@@ -1,0 +1,249 @@
+"""What lies in run directories besides the run, and what names and numbers can mislead into."""
+
+from __future__ import annotations
+
+import importlib
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from helpers import names, save, save_weight
+from layouts import (
+    LAYOUTS,
+    BeforeZip,
+    Classifier,
+    Composer,
+    Lightning,
+    Net,
+    Timm,
+    TorchvisionReferences,
+    Ultralytics,
+    copied,
+    loaded,
+)
+from torch import nn
+
+from ckptavg import average, open_run
+from ckptavg.cli import main
+from ckptavg.errors import MismatchError
+
+
+def command(*args) -> str:
+    """What a command says, notes included."""
+    done = CliRunner().invoke(main, [str(a) for a in args])
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_inspect_tells_what_is_averaged_and_what_is_left_out_and_why(layout, written):
+    path = written(layout).path
+    shown = command("inspect", path)
+    assert f"{len(layout.checkpoints)} checkpoints in order" in shown
+    places = [shown.index(f"\n{name} ") for name in layout.checkpoints]
+    assert places == sorted(places)
+    assert layout.key or "(the file)" in shown
+    result = json.loads(command("inspect", path, "--json", "-q"))
+    for left_out in result["left_out"]:
+        assert left_out["why"] in shown
+        assert shown.count(left_out["path"].rpartition("/")[2]) >= 1
+    assert {c["key"] for c in result["checkpoints"]} == {layout.key}
+
+
+# Outputs of ours among the inputs
+
+
+@pytest.mark.parametrize("name", ["average.safetensors", "average.pt", "average.ckpt"])
+def test_an_earlier_output_in_the_run_directory_is_left_out(name, written, tmp_path):
+    before = written(Lightning())
+    for checkpoint in before.path.iterdir():
+        (tmp_path / checkpoint.name).write_bytes(checkpoint.read_bytes())
+    average(open_run(tmp_path), out=tmp_path / name)
+    run = open_run(tmp_path)
+    assert names(run) == list(Lightning.checkpoints)
+    assert (tmp_path / name, "an average that ckptavg wrote") in run.left_out
+
+
+def test_an_earlier_output_of_bare_weights_is_left_out(tmp_path):
+    for i in (1, 2):
+        save_weight(tmp_path / f"{i}.pth", i)
+    average(open_run(tmp_path), out=tmp_path / "3.pth")
+    run = open_run(tmp_path)
+    assert names(run) == ["1.pth", "2.pth"]
+    assert run.left_out == ((tmp_path / "3.pth", "an average that ckptavg wrote"),)
+
+
+# A model that calls its network `module`, as DDP does
+
+
+@pytest.fixture
+def classifiers(tmp_path):
+    """Two checkpoints of such a model, as bare state dicts."""
+    states = []
+    for i in (1, 2):
+        model = Classifier()
+        states.append(copied(model.state_dict()))
+        save(tmp_path / f"{i}.pth", states[-1])
+    return tmp_path, states
+
+
+def test_a_models_own_module_is_kept_in_the_inputs_layout(classifiers):
+    path, states = classifiers
+    out = average(open_run(path), out=path / "average.pth")
+    back = loaded(Classifier(), torch.load(out))
+    mean = (states[0]["module.head.bias"].double() + states[1]["module.head.bias"]) / 2
+    assert torch.equal(back["module.head.bias"], mean.float())
+
+
+def test_without_the_prefix_the_inner_network_loads(classifiers):
+    path, _ = classifiers
+    Net().load_state_dict(average(open_run(path)))
+
+
+def test_a_dropped_prefix_that_may_be_the_models_own_is_noted(classifiers):
+    path, _ = classifiers
+    said = command("average", path, "-o", path / "average.safetensors")
+    assert "'module.' in front of every name" in said
+
+
+@pytest.mark.parametrize("wrapped", [Net(), torch.compile(Net()), nn.DataParallel(Net())])
+def test_no_more_is_said_of_prefixes_than_there_is_doubt(wrapped, tmp_path):
+    save(tmp_path / "1.pth", wrapped.state_dict())
+    (checkpoint,) = open_run(tmp_path)
+    assert len(checkpoint.notes) == isinstance(wrapped, nn.DataParallel)
+
+
+def test_composers_classifier_gets_its_names_back(written, tmp_path):
+    layout = Composer()
+    out = average(open_run(written(layout).path), out=tmp_path / layout.output)
+    assert all(name.startswith("module.") for name in torch.load(out)["state"]["model"])
+
+
+# Several networks in one directory
+
+
+@pytest.fixture
+def gan(tmp_path):
+    for i in (1, 2, 10):
+        save(tmp_path / f"G_{i}.pth", {"decoder.weight": torch.full((2,), float(i))})
+        save(tmp_path / f"D_{i}.pth", {"critic.weight": torch.full((3,), float(i))})
+    return tmp_path
+
+
+def test_two_networks_in_one_directory_are_an_error_that_says_how_to_select_one(gan):
+    with pytest.raises(MismatchError) as caught:
+        average(open_run(gan))
+    assert "--glob 'D_*.pth' or --glob 'G_*.pth'" in str(caught.value)
+
+
+@pytest.mark.parametrize("pattern", ["D_*.pth", "G_*.pth"])
+def test_the_suggested_pattern_selects_one_of_the_networks(gan, pattern):
+    assert len(open_run(gan, glob=pattern)) == 3
+    average(open_run(gan, glob=pattern))
+
+
+def test_inspect_says_that_there_are_two_networks(gan):
+    said = command("inspect", gan)
+    assert "different networks" in said
+    assert "D_*.pth" in said
+    assert "G_*.pth" in said
+
+
+def test_two_networks_with_equal_names_are_told_apart_too(tmp_path):
+    for i in (1, 2):
+        save(tmp_path / f"netG_{i}.pth", nn.Sequential(nn.Linear(2, 3)).state_dict())
+        save(tmp_path / f"netD_{i}.pth", nn.Sequential(nn.Linear(2, 1)).state_dict())
+    with pytest.raises(MismatchError, match=r"--glob 'netD_\*\.pth' or --glob 'netG_\*\.pth'"):
+        average(open_run(tmp_path))
+
+
+# Copies of another kind beside the run
+
+
+def diffusion_run(directory):
+    """As diffusion trainers write it: raw weights, EMA and optimizer, each in files of its own."""
+    for i in (10000, 20000):
+        save_weight(directory / f"model{i:06d}.pt", i)
+        save_weight(directory / f"ema_0.9999_{i:06d}.pt", i + 1)
+        state = {"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 0.1}]}
+        torch.save(state, directory / f"opt{i:06d}.pt")
+    return directory
+
+
+def test_an_ema_in_files_of_its_own_is_left_out(tmp_path):
+    run = open_run(diffusion_run(tmp_path))
+    assert names(run) == ["model010000.pt", "model020000.pt"]
+    assert any("ema_0.9999_010000.pt" in note and "EMA" in note for note in run.notes)
+
+
+def test_an_ema_in_files_of_its_own_can_be_selected(tmp_path):
+    run = open_run(diffusion_run(tmp_path), glob="ema_*")
+    assert [c.step for c in run] == [10000, 20000]
+
+
+@pytest.mark.parametrize("name", ["averaged.pt", "avg_5.pt", "model_ema.pt", "init.pt"])
+def test_a_name_is_no_reason_where_nothing_else_is_a_run(name, tmp_path):
+    save_weight(tmp_path / name, 1)
+    save_weight(tmp_path / "other.pt", 2)
+    assert len(open_run(tmp_path)) == 2
+    assert len(open_run(tmp_path / name)) == 1
+
+
+def test_a_file_with_everything_repeats_the_one_with_its_weights_alone(tmp_path):
+    for i in (1, 2):
+        save_weight(tmp_path / f"{i}epoch.pth", float(i))
+    state = {"model": {"w": torch.tensor([2.0])}, "optimizer": {"state": torch.rand(5)}}
+    torch.save(state, tmp_path / "checkpoint.pth")
+    run = open_run(tmp_path)
+    assert run.left_out == ((tmp_path / "checkpoint.pth", "repeats 2epoch.pth"),)
+
+
+# Numbers
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("form", ["epoch_{}.pt", "epoch_{:04d}.pt", "{}.pt", "model-{:02d}.pt"])
+def test_epochs_are_in_order_from_0_and_from_1_padded_or_not(first, form, tmp_path):
+    for i in range(first, first + 11):
+        save_weight(tmp_path / form.format(i), i)
+    assert [c.step for c in open_run(tmp_path)] == list(range(first, first + 11))
+
+
+def test_padded_and_unpadded_numbers_are_the_same_numbers(tmp_path):
+    for name in ("epoch_08", "epoch_9", "epoch_10", "epoch_0011"):
+        save_weight(tmp_path / f"{name}.pt", len(name))
+    assert [c.step for c in open_run(tmp_path)] == [8, 9, 10, 11]
+
+
+# One tool each
+
+
+def test_the_average_of_an_ema_is_a_key_away(written):
+    layout = TorchvisionReferences()
+    run = written(layout)
+    saved = [torch.load(run.path / n, weights_only=False)["model_ema"] for n in layout.checkpoints]
+    mean = sum(state["module.head.bias"].double() for state in saved) / 3
+    opened = open_run(run.path, key="model_ema")
+    assert names(opened) == list(layout.checkpoints)
+    assert torch.equal(average(opened)["head.bias"], mean.float())
+
+
+def test_timms_best_are_the_users_to_say(written):
+    run = open_run(written(Timm()).path)
+    assert names(run.best(1, "metric", "max")) == ["checkpoint-2.pth.tar"]
+    assert names(run.best(1, "metric", "min")) == ["checkpoint-1.pth.tar"]
+
+
+def test_a_pickled_module_is_read_without_its_class(written):
+    run = open_run(written(Ultralytics()).path)
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("their_tasks")
+    assert {t.dtype.name for c in run for t in c.tensors.values()} == {"float16", "int64"}
+    assert "model.1.running_mean" in next(iter(run)).tensors
+
+
+def test_files_of_before_the_zip_format_are_compared_by_their_bytes(written):
+    run = open_run(written(BeforeZip()).path)
+    ((path, why),) = run.left_out
+    assert (path.name, why) == ("latest.pth", "repeats epoch_11.pth")
