@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from pathlib import Path
 
+import directory_layouts  # noqa: F401 - registers more
 import pytest
 import torch
 from layouts import LAYOUTS, others_at_work
