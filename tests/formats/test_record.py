@@ -179,3 +179,80 @@ def test_an_odd_trainer_state_does_no_harm(tmp_path, content, expected):
 
 def test_a_directory_without_a_trainer_state_has_none(tmp_path):
     assert record.from_trainer_state(tmp_path / "trainer_state.json") is None
+
+
+# ------------------------------------------------------------------------- tensors for numbers
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32,
+     torch.int16, torch.int8, torch.uint8],
+    ids=str,
+)  # fmt: skip
+def test_a_tensor_of_one_is_recorded_as_its_number(recorded, dtype):
+    value = torch.tensor(3, dtype=dtype)
+    tree = {"model": weights(), "global_step": value, "epoch": value, "metrics": {"acc": value}}
+    assert recorded(tree) == Record(3, 3, None, {"metrics.acc": 3})
+
+
+def test_a_tensor_in_a_larger_storage_is_read_at_its_place(recorded):
+    losses = torch.tensor([0.5, 0.25, 0.125])
+    assert recorded({"model": weights(), "loss": losses[1]}).metrics == {"loss": 0.25}
+
+
+@pytest.mark.parametrize(
+    "value", [torch.tensor(True), torch.tensor(1j), torch.zeros(1), torch.zeros(0)], ids=str
+)
+def test_what_is_no_number_of_its_own_is_none(recorded, value):
+    assert recorded({"model": weights(), "x": value}).metrics == {}
+
+
+def test_counters_among_an_emas_weights_are_no_metrics(recorded):
+    ema = {"bn.running_mean": torch.zeros(3), "bn.num_batches_tracked": torch.tensor(7)}
+    assert recorded({"model": weights(), "ema": ema}).metrics == {}
+
+
+def test_only_so_many_tensors_are_read(recorded):
+    tree = {"model": weights()} | {f"m{i}": torch.tensor(1.0) for i in range(1000)}
+    assert 0 < len(recorded(tree).metrics) < 1000
+
+
+# ----------------------------------------------------------------------------- one level down
+
+
+def test_composers_timestamp_is_the_clock(recorded):
+    clock = {"Timestamp": {"epoch": 2, "batch": 300, "sample": 9600}}
+    state = {"model": weights(), "timestamp": clock, "optimizers": {"SGD": optimizer(0.25)}}
+    assert recorded({"state": state, "rng": []}) == Record(300, 2, 0.25, {})
+
+
+def test_fairseqs_history_counts_the_updates(recorded):
+    tree = {
+        "model": weights(),
+        "optimizer_history": [{"num_updates": 100}, {"num_updates": 500}],
+        "last_optimizer_state": optimizer(0.5),
+        "extra_state": {"val_loss": 2.0, "train_iterator": {"epoch": 3}},
+    }
+    assert recorded(tree) == Record(500, None, 0.5, {"extra_state.val_loss": 2.0})
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"timestamp": "2026-01-01"},
+        {"timestamp": {"Timestamp": 3}},
+        {"optimizer_history": []},
+        {"optimizer_history": [None]},
+        {"optimizers": {}},
+        {"callbacks": [1]},
+        {"callbacks": {"a": None, "b": {"monitor": 3}, "c": {"monitor": "x"}}},
+    ],
+    ids=str,
+)
+def test_what_only_looks_like_a_clock_does_no_harm(recorded, odd):
+    assert recorded({"model": weights(), "epoch": 3, **odd}).epoch == 3
+
+
+def test_a_negative_epoch_is_none(recorded):
+    assert recorded({"model": weights(), "epoch": -1}) == Record()

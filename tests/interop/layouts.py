@@ -285,6 +285,7 @@ class Fairseq(Layout):
     left_out = ("checkpoint_best.pt", "checkpoint_last.pt")
     key = "model"
     output = "checkpoint_average.pt"
+    loads_back = "✓, without a Namespace in `cfg`"
 
     def write(self, directory):
         model = Net()

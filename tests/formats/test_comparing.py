@@ -1,0 +1,125 @@
+"""Whether two checkpoints hold the same weights, whatever their files are."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ckptavg.formats import comparing, open_checkpoint
+from ckptavg.formats.comparing import same_weights
+
+LONG = 20_000  # elements, so that a difference can lie behind what is looked at first
+
+
+def state(change: int | None = None) -> dict[str, torch.Tensor]:
+    """A state dict; with one element of the second tensor changed, if asked for."""
+    torch.manual_seed(0)
+    made = {
+        "a": torch.rand(3, 4),
+        "b": torch.rand(LONG),
+        "scalar": torch.tensor(1.5),
+        "empty": torch.empty(0, 3),
+        "count": torch.tensor([3, 4]),
+    }
+    if change is not None:
+        made["b"][change] += 1
+    return made
+
+
+def zipped(path, values):
+    torch.save(values, path)
+
+
+def beside_others(path, values):
+    torch.save({"optimizer": torch.rand(7), "epoch": 3, "model": values}, path)
+
+
+def legacy(path, values):
+    torch.save(values, path, _use_new_zipfile_serialization=False)
+
+
+def without_checksums(path, values):
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(values, path)
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
+def flat_buffer(path, values):
+    """The floats as views of one storage, behind one another."""
+    floats = {n: v for n, v in values.items() if v.is_floating_point()}
+    flat = torch.cat([v.flatten() for v in floats.values()])
+    parts = flat.split([v.numel() for v in floats.values()])
+    views = {n: p.view(v.shape) for (n, v), p in zip(floats.items(), parts, strict=True)}
+    torch.save({n: views.get(n, v) for n, v in values.items()}, path)
+
+
+def safetensors(path, values):
+    save_file(values, path)
+
+
+WRITERS = [zipped, beside_others, legacy, without_checksums, flat_buffer, safetensors]
+PAIRS = list(itertools.product(WRITERS, repeat=2))
+
+
+@pytest.fixture
+def compared(tmp_path):
+    def compare(write_one, one, write_other, other) -> bool:
+        paths = []
+        for name, write, values in (("one", write_one, one), ("other", write_other, other)):
+            suffix = ".safetensors" if write is safetensors else ".pt"
+            paths.append(tmp_path / (name + suffix))
+            write(paths[-1], values)
+        return same_weights(*map(open_checkpoint, paths))
+
+    return compare
+
+
+@pytest.mark.parametrize(("one", "other"), PAIRS, ids=lambda w: w.__name__)
+def test_the_same_weights_are_the_same_in_files_of_any_kind(compared, one, other):
+    assert compared(one, state(), other, state())
+
+
+@pytest.mark.parametrize("change", [0, LONG // 2, LONG - 1])
+@pytest.mark.parametrize(("one", "other"), PAIRS, ids=lambda w: w.__name__)
+def test_one_element_makes_a_difference(compared, one, other, change):
+    assert not compared(one, state(), other, state(change))
+
+
+def test_ranges_longer_than_a_block_are_compared_to_their_ends(compared, monkeypatch):
+    monkeypatch.setattr(comparing, "_BLOCK", 1000)
+    assert compared(safetensors, state(), safetensors, state())
+    assert not compared(safetensors, state(), safetensors, state(LONG - 1))
+
+
+OTHERS = {
+    "a name more": state() | {"more": torch.zeros(1)},
+    "a name less": {n: v for n, v in state().items() if n != "count"},
+    "another shape": state() | {"a": state()["a"].view(4, 3)},
+    "another type of the same bytes": state() | {"count": state()["count"].view(torch.float64)},
+    "another order in memory": state() | {"a": state()["a"].t().contiguous().t()},
+}
+
+
+@pytest.mark.parametrize("values", OTHERS.values(), ids=OTHERS)
+def test_what_is_laid_out_differently_is_not_the_same(compared, values):
+    assert not compared(zipped, state(), zipped, values)
+
+
+def test_names_that_share_their_bytes_are_compared(compared):
+    tied = state()
+    tied["tied"] = tied["b"]
+    assert compared(zipped, tied, zipped, state() | {"tied": state()["b"]})
+    assert not compared(zipped, tied, zipped, state() | {"tied": state()["b"] + 1})
+
+
+def test_strided_views_are_compared(compared):
+    base = torch.rand(40, 40)
+    one, same, other = ({"a": x[3:17:2, 5:]} for x in (base, base.clone(), base + 1))
+    assert compared(without_checksums, one, without_checksums, same)
+    assert not compared(without_checksums, one, without_checksums, other)
