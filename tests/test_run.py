@@ -706,10 +706,10 @@ def test_a_note_says_that_steps_and_epochs_disagree(tmp_path):
     assert any("disagree" in note for note in run.notes)
 
 
-def test_a_lora_adapter_is_told_from_a_checkpoint_that_lost_its_weights(tmp_path):
+def test_an_adapter_that_lost_its_configuration_is_said(tmp_path):
     (tmp_path / "checkpoint-10").mkdir()
     save_weight(tmp_path / "checkpoint-10" / "adapter_model.safetensors", 1.0)
-    with pytest.raises(RunError, match=r"LoRA adapter.*Merge"):
+    with pytest.raises(RunError, match=r"an adapter without its adapter_config.json"):
         open_run(tmp_path)
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from ckptavg.errors import CheckpointError, first_few, short
-from ckptavg.formats import huggingface, record, safetensors, torch_zip, weights
+from ckptavg.formats import adapter, deepspeed, huggingface, record, safetensors, torch_zip, weights
 from ckptavg.formats.inert_values import MalformedPickle, Refused, TensorView
 from ckptavg.formats.table import REFRESHED, Checkpoint, FileStamp, Record, Tensor
 
@@ -23,6 +23,7 @@ __all__ = [
     "Tensor",
     "is_checkpoint_directory",
     "open_checkpoint",
+    "refuse_partitioned",
 ]
 
 PROVENANCE = "ckptavg"
@@ -48,7 +49,19 @@ def open_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
 
 def is_checkpoint_directory(path: Path) -> bool:
     """Whether a directory is itself a checkpoint, not a collection of them."""
-    return path.is_dir() and huggingface.main_file(path) is not None
+    if not path.is_dir():
+        return False
+    return huggingface.main_file(path) is not None or deepspeed.tag_of(path) is not None
+
+
+def refuse_partitioned(paths: Iterable[Path]) -> None:
+    """Make sure that the weights of some checkpoints are not spread over ranks.
+
+    Raises:
+        CheckpointError: Those of one are; with the commands that convert all of which they are.
+    """
+    directories = (path for path in paths if path.is_dir())
+    deepspeed.refuse_partitioned(p for p in directories if huggingface.main_file(p) is None)
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -110,10 +123,12 @@ def _read_torch(path: Path, key: str | None) -> _File:
     if others:
         shown = first_few([short(k) for k in others[:4]])
         notes.append(f"{len(others)} values beside the tensors are not taken: {shown}")
+    tensors = {name: opened.tensor(view) for name, view in views.items()}
+    deepspeed.refuse_placeholders(path, opened.tree, tensors)
     return _File(
         layout="torch",
         stamp=stamp,
-        tensors={name: opened.tensor(view) for name, view in views.items()},
+        tensors=tensors,
         refused=refused,
         record=record.from_tree(opened.tree, found),
         provenance=_provenance(opened.tree),
@@ -125,15 +140,35 @@ def _read_torch(path: Path, key: str | None) -> _File:
 def _open_directory(path: Path, key: str | None) -> Checkpoint:
     main = huggingface.main_file(path)
     if main is None:
-        raise CheckpointError(
-            f"{path} is not itself a checkpoint", "Name one checkpoint; average a run first."
-        )
+        return _open_deepspeed(path, key)
     if main.name.endswith(".index.json"):
         files = _read_shards(main, key)
     else:
         files = [_read_file(main, key)]
     trainer = record.from_trainer_state(path / huggingface.TRAINER_STATE)
-    return _checkpoint(path, "huggingface", files, trainer or files[0].record)
+    layout, notes = "huggingface", list[str]()
+    if main.name in adapter.FILES:
+        layout, notes = adapter.LAYOUT, [adapter.description(adapter.configuration(path))]
+    if others := huggingface.other_models(main):
+        notes.append(
+            f"weights are taken from {main.name}; {first_few(others)} beside it is another model's "
+            f"(name the files to average those: .../*/{others[0]})"
+        )
+    opened = _checkpoint(path, layout, files, trainer or files[0].record)
+    return replace(opened, notes=(*opened.notes, *notes))
+
+
+def _open_deepspeed(path: Path, key: str | None) -> Checkpoint:
+    tag = deepspeed.tag_of(path)
+    if tag is None:
+        raise CheckpointError(
+            f"{path} is not itself a checkpoint", "Name one checkpoint; average a run first."
+        )
+    file = _read_file(deepspeed.model_file(tag), key)
+    trainer = record.from_trainer_state(path / huggingface.TRAINER_STATE)
+    opened = _checkpoint(path, deepspeed.LAYOUT, [file], trainer or file.record)
+    narrow = any(t.dtype.kind == "float" and t.dtype.bits == 16 for t in opened.tensors.values())
+    return replace(opened, notes=(*opened.notes, *[deepspeed.SIXTEEN_BIT] * narrow))
 
 
 def _read_shards(index: Path, key: str | None) -> list[_File]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptavg.errors import UsageError
-from ckptavg.formats import Checkpoint, huggingface, safetensors, torch_pickle
+from ckptavg.formats import Checkpoint, adapter, huggingface, safetensors, torch_pickle
 from ckptavg.formats.table import OutputTensor
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".tar")
@@ -111,7 +111,8 @@ def _torch_zip(tensors: Sequence[OutputTensor], provenance: str) -> FileLayout:
 
 def _directory(tensors: Sequence[OutputTensor], provenance: str, template: Checkpoint) -> Layout:
     """A Hugging Face directory, split into shards as its input was."""
-    as_stored = template.stored_names if template.layout == "huggingface" else {}
+    own = template.layout in ("huggingface", adapter.LAYOUT)
+    as_stored = template.stored_names if own else {}
     bare = {as_stored.get(t.name, t.name): t.name for t in tensors}
     renamed = [OutputTensor(name, t.dtype, t.shape) for name, t in zip(bare, tensors, strict=True)]
     metadata = {"format": "pt", "ckptavg": provenance}
@@ -145,6 +146,8 @@ def _shards(tensors: Sequence[OutputTensor], template: Checkpoint) -> dict[str, 
                 filled, number = 0, number + 1
             groups.setdefault(number, []).append(tensor)
             filled += tensor.nbytes
+    if template.layout == adapter.LAYOUT:  # which PEFT has in one file
+        return {adapter.WEIGHTS: list(tensors)}
     stem = _stem(template)
     if len(groups) == 1:
         return {f"{stem}.safetensors": list(tensors)}
@@ -163,7 +166,7 @@ def _stem(template: Checkpoint) -> str:
 
 def _companions(template: Checkpoint, tensors: Sequence[OutputTensor]) -> dict[str, bytes]:
     """The template's configuration and tokenizer files, with the element type as written."""
-    if template.layout != "huggingface":
+    if template.layout not in ("huggingface", adapter.LAYOUT):
         return {}
     found = {path.name: path.read_bytes() for path in huggingface.companions(template.path)}
     before = {t.dtype.name for t in template.tensors.values() if t.dtype.kind == "float"}

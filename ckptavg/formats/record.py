@@ -11,8 +11,8 @@ from typing import Any
 from ckptavg.formats.table import Record
 
 STEP_NAMES = (
-    "global_step", "step", "steps", "iter_num", "iteration", "iter", "num_updates", "train_step",
-    "current_step", "total_steps",
+    "global_step", "global_steps", "step", "steps", "iter_num", "iteration", "iter", "num_updates",
+    "train_step", "current_step", "total_steps",
 )  # fmt: skip
 EPOCH_NAMES = ("epoch", "epochs", "current_epoch")
 LR_NAMES = ("lr", "learning_rate")
@@ -38,6 +38,11 @@ _NOT_METRICS = frozenset(
         "lr_scheduler_state_dict",
         "version",
         "seed",
+        "ds_config",
+        "checkpoint_parallel_dimensions",
+        "dp_world_size",
+        "mp_world_size",
+        "skipped_steps",
     ]
 ) | frozenset(STEP_NAMES + EPOCH_NAMES + LR_NAMES + OPTIMIZER_NAMES)
 _MOST_METRICS = 200
