@@ -167,8 +167,7 @@ def _open_deepspeed(path: Path, key: str | None) -> Checkpoint:
     file = _read_file(deepspeed.model_file(tag), key)
     trainer = record.from_trainer_state(path / huggingface.TRAINER_STATE)
     opened = _checkpoint(path, deepspeed.LAYOUT, [file], trainer or file.record)
-    narrow = any(t.dtype.kind == "float" and t.dtype.bits == 16 for t in opened.tensors.values())
-    return replace(opened, notes=(*opened.notes, *[deepspeed.SIXTEEN_BIT] * narrow))
+    return replace(opened, notes=(*opened.notes, *deepspeed.notes(tag, opened.tensors)))
 
 
 def _read_shards(index: Path, key: str | None) -> list[_File]:

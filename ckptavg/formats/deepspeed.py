@@ -28,8 +28,8 @@ _SPLIT = (
     ),
 )
 _CONVERTER = "zero_to_fp32.py"
-_MOST_COMMANDS = 4
-SIXTEEN_BIT = (
+_ROOM = 800  # characters of a message
+_SIXTEEN_BIT = (
     f"DeepSpeed's 16-bit weights are taken; its {_CONVERTER} gives the float32 ones "
     "(average its outputs instead)"
 )
@@ -72,6 +72,12 @@ def model_file(tag: Path) -> Path:
     return tag / WHOLE
 
 
+def notes(tag: Path, tensors: Mapping[str, Tensor]) -> list[str]:
+    """What a person should know about a tag's weights."""
+    narrow = any(t.dtype.kind == "float" and t.dtype.bits == 16 for t in tensors.values())
+    return [_SIXTEEN_BIT] if narrow and any(tag.glob("*optim_states.pt")) else []
+
+
 def refuse_partitioned(directories: Iterable[Path]) -> None:
     """Make sure that none of some checkpoints is of ZeRO stage 3.
 
@@ -100,7 +106,8 @@ def _target(tag: Path) -> Path:
     within = alone or (tag.parent / "trainer_state.json").is_file()
     checkpoint = tag.parent if within else tag
     run = checkpoint.parent
-    return run.with_name(f"{run.name}-fp32" if run.name else "fp32") / checkpoint.name
+    named = run.name not in ("", "..")
+    return (run.with_name(f"{run.name}-fp32") if named else run / "fp32") / checkpoint.name
 
 
 def _outputs(tags: Sequence[Path]) -> str:
@@ -108,15 +115,16 @@ def _outputs(tags: Sequence[Path]) -> str:
 
 
 def _commands(tags: Sequence[Path]) -> str:
-    """One command a tag, as a shell takes them."""
-    commands = [
-        shlex.join(
-            ["python", str(t.parent / _CONVERTER), str(t.parent), str(_target(t)), "-t", t.name]
-        )
-        for t in tags[:_MOST_COMMANDS]
-    ]
-    more = len(tags) - len(commands)
-    return " && ".join(commands) + (f" (and likewise for {more} more)" if more else "")
+    """One command a tag, as a shell takes them, as many as a message has room for."""
+    shown: list[str] = []
+    for tag in tags:
+        home = tag.parent
+        words = ("python", home / _CONVERTER, home, _target(tag), "-t", tag.name)
+        command = shlex.join(map(str, words))
+        if shown and sum(map(len, shown)) + len(command) > _ROOM:
+            return f"{' && '.join(shown)} (and likewise for {len(tags) - len(shown)} more)"
+        shown.append(command)
+    return " && ".join(shown)
 
 
 def refuse_placeholders(path: Path, tree: Any, tensors: Mapping[str, Tensor]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptavg.errors import UsageError
-from ckptavg.formats import Checkpoint, adapter, huggingface, safetensors, torch_pickle
+from ckptavg.formats import Checkpoint, adapter, deepspeed, huggingface, safetensors, torch_pickle
 from ckptavg.formats.table import OutputTensor
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".tar")
@@ -166,7 +166,7 @@ def _stem(template: Checkpoint) -> str:
 
 def _companions(template: Checkpoint, tensors: Sequence[OutputTensor]) -> dict[str, bytes]:
     """The template's configuration and tokenizer files, with the element type as written."""
-    if template.layout not in ("huggingface", adapter.LAYOUT):
+    if template.layout not in ("huggingface", adapter.LAYOUT, deepspeed.LAYOUT):
         return {}
     found = {path.name: path.read_bytes() for path in huggingface.companions(template.path)}
     before = {t.dtype.name for t in template.tensors.values() if t.dtype.kind == "float"}
