@@ -136,7 +136,7 @@ def plan_average(
         base = _open_base(base, checkpoints[-1].key)
     rules = Rules(_patterns(include), _patterns(exclude), base, dtype)
     plan = lora.plan_merge if lora.are_adapters(checkpoints) else make_plan
-    return Average(plan(checkpoints, coefficients, rules), chosen)
+    return Average(lora.noted(plan(checkpoints, coefficients, rules)), chosen)
 
 
 def _open_base(path: str | os.PathLike[str], key: str) -> Checkpoint:

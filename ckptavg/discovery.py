@@ -33,8 +33,9 @@ _STEP_WORDS = tuple(
     re.compile(rf"(?<![a-z])(?:{words})[-_= ]?(\d+)")
     for words in ("global_?steps?|steps?|iter|iteration|iters", "epochs?|ep")
 )
-_STEP_DIRECTORY = re.compile(
-    r"(.*?(?:checkpoint|ckpt|steps?|iter|iteration|epoch))[-_=]?\d+", re.IGNORECASE
+_STEP_NUMBER = re.compile(
+    r"(?<![a-z])(checkpoint|ckpt|(?:global_?)?steps?|iters?|iterations?|epochs?|ep)[-_= ]?\d+",
+    re.IGNORECASE,
 )
 LeftOut = tuple[Path, str]
 
@@ -93,9 +94,9 @@ def _joined(groups: Mapping[Path, list[Path]]) -> list[list[Path]]:
     """
     joined: dict[object, list[Path]] = defaultdict(list)
     for home, members in groups.items():
-        numbered = _STEP_DIRECTORY.fullmatch(home.name)
+        series, numbers = _STEP_NUMBER.subn(r"\1", home.name)
         lone = len(members) == 1 and members[0].is_file()
-        together = (home.parent, numbered[1], members[0].name) if lone and numbered else home
+        together = (home.parent, series, members[0].name) if lone and numbers else home
         joined[together] += members
     return list(joined.values())
 

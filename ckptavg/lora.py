@@ -40,6 +40,11 @@ _ALIKE = (
     "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "bias",
     "target_parameters",
 )  # fmt: skip
+_INNER = re.compile(r"\.lora_(embedding_)?A(\.|$)")
+_INEXACT = (
+    "LoRA layers inside the checkpoints: the mean of A and the mean of B is not the mean of BA; "
+    "average adapters that were saved by save_pretrained, or merged models, for that"
+)
 _MERGE = "Merge the adapters into their base models first (PeftModel.merge_and_unload)."
 
 
@@ -101,6 +106,14 @@ def plan_merge(
         companions={adapter.CONFIG: json.dumps(stack.configuration(), indent=2).encode()},
         notes=(*plan.notes, *_notes(stack, configs)),
     )
+
+
+def noted(plan: Plan) -> Plan:
+    """A plan that says so if it takes the mean of A and the mean of B, inside a whole model."""
+    factors = [t for t in plan.tensors if _INNER.search(t.name) and len(t.sources) > 1]
+    if plan.companions or not factors:
+        return plan
+    return replace(plan, notes=(*plan.notes, _INEXACT))
 
 
 @dataclass(frozen=True)

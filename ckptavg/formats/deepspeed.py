@@ -27,6 +27,7 @@ _SPLIT = (
         "expert-parallel ranks hold parts of",
     ),
 )
+_LATEST = "latest"  # a file that names the last tag
 _CONVERTER = "zero_to_fp32.py"
 _ROOM = 800  # characters of a message
 _SIXTEEN_BIT = (
@@ -48,6 +49,8 @@ def tag_of(directory: Path) -> Path | None:
     """
     if is_tag(directory):
         return directory
+    if not (directory / _LATEST).is_file():
+        return None
     tags = [p for p in directory.iterdir() if p.is_dir() and is_tag(p)]
     if len(tags) != 1:
         return None
