@@ -14,9 +14,15 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 
 _HERE = Path(__file__).parent
 sys.path += [str(_HERE.parents[1]), str(_HERE.parent / "formats")]
+
+FLAGS = {  # libFuzzer's: seconds and MiB a case, bytes of an input
+    "timeout": 10, "rss_limit_mb": 2500, "malloc_limit_mb": 700, "max_len": 20_000,
+    "print_final_stats": 1,
+}  # fmt: skip
 
 
 def mutations(seeds: Sequence[bytes], seed: int) -> Iterator[bytes]:
@@ -47,7 +53,7 @@ def _damage(data: bytearray, other: bytes, chance: random.Random) -> None:
 
 
 def main() -> None:
-    """Parse the command line and fuzz."""
+    """Parse the command line, import what is fuzzed, and fuzz or replay."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("target")
     parser.add_argument("--runs", type=int, default=100_000)
@@ -55,42 +61,47 @@ def main() -> None:
     parser.add_argument("--replay", type=Path, help="feed this one file")
     parser.add_argument("--corpus", type=Path, help="where inputs that reach new code are kept")
     options = parser.parse_args()
-    import torch  # noqa: F401 - what is not fuzzed is loaded before anything is instrumented
-
-    try:
-        import atheris
-    except ImportError:
-        atheris = None
-    if atheris is not None and options.replay is None:
-        with atheris.instrument_imports(include=["ckptavg.formats", "pickletools", "zipfile"]):
-            import ckptavg.formats.layout  # noqa: F401
+    atheris = None if options.replay else _instrumented()
     from targets import CORPUS, TARGETS
 
     target = TARGETS[options.target]
     room = Path(tempfile.mkdtemp(prefix="ckptavg-fuzz-")) / "room"
-    saved = [path.read_bytes() for path in sorted((CORPUS / options.target).glob("*"))]
-    seeds = [*target.seeds(), *saved]
-    if options.replay is not None:
-        seeds = [options.replay.read_bytes()]
-    for data in seeds:
+    files = sorted((CORPUS / options.target).glob("*"))
+    if options.replay:
+        files = [options.replay]
+    seeds = [*target.seeds(), *(path.read_bytes() for path in files)]
+    for data in seeds:  # which also loads whatever modules they need
         target.run(data, room)
-    if options.replay is not None:
+    if options.replay:
         return
-    if atheris is None:
-        for data in itertools.islice(mutations(seeds, options.seed), options.runs):
-            target.run(data, room)
-        return
-    corpus = options.corpus or room.with_name("corpus")
+    if atheris is not None:
+        corpus = _filled(options.corpus or room.with_name("corpus"), seeds)
+        flags = FLAGS | {"runs": options.runs, "seed": options.seed}
+        arguments = [sys.argv[0], *(f"-{k}={v}" for k, v in flags.items()), str(corpus)]
+        atheris.Setup(arguments, lambda data: target.run(data, room))
+        atheris.Fuzz()
+    for data in itertools.islice(mutations(seeds, options.seed), options.runs):
+        target.run(data, room)
+
+
+def _instrumented() -> ModuleType | None:
+    """Import the parsers so that coverage is seen; atheris, or None where it is not installed."""
+    import torch  # noqa: F401 - before anything is instrumented
+
+    try:
+        import atheris
+    except ImportError:
+        return None
+    with atheris.instrument_imports(include=["ckptavg.formats", "pickletools", "zipfile"]):
+        import ckptavg.formats.layout  # noqa: F401
+    return atheris
+
+
+def _filled(corpus: Path, seeds: Sequence[bytes]) -> Path:
     corpus.mkdir(parents=True, exist_ok=True)
     for number, data in enumerate(seeds):
         (corpus / f"seed-{number}").write_bytes(data)
-    flags = {
-        "runs": options.runs, "seed": options.seed, "timeout": 10, "rss_limit_mb": 2500,
-        "malloc_limit_mb": 700, "max_len": 20_000, "print_final_stats": 1,
-    }  # fmt: skip
-    arguments = [sys.argv[0], *(f"-{k}={v}" for k, v in flags.items()), str(corpus)]
-    atheris.Setup(arguments, lambda data: target.run(data, room))
-    atheris.Fuzz()
+    return corpus
 
 
 if __name__ == "__main__":

@@ -25,13 +25,17 @@ def saved(name: str) -> list[bytes]:
     return [path.read_bytes() for path in sorted((CORPUS / name).iterdir())]
 
 
+def replay(name: str, tmp_path: Path) -> None:
+    for data in saved(name):
+        TARGETS[name].run(data, tmp_path / "room")
+
+
 @pytest.mark.parametrize("name", TARGETS)
 def test_the_corpus_is_small_and_tells_nothing_new(name, tmp_path):
     inputs = saved(name)
     assert 5 < len(inputs) < 60
     assert max(map(len, inputs)) <= 20_000
-    for data in inputs:
-        TARGETS[name].run(data, tmp_path / "room")
+    replay(name, tmp_path)
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -64,5 +68,4 @@ def test_a_broken_parser_is_found(name, place, breakage, tmp_path, monkeypatch):
     """What is fuzzed is really run, and what goes wrong in it is seen."""
     monkeypatch.setattr(*place, breakage)
     with pytest.raises(BaseException):  # noqa: B017 - whatever it is
-        for data in saved(name):
-            TARGETS[name].run(data, tmp_path / "room")
+        replay(name, tmp_path)
