@@ -69,7 +69,7 @@ def _show_run(report: Report, run: Run) -> None:
     known = {f"{path} {is_so}" for path, _ in run.left_out for is_so in ("repeats", "is left out")}
     told = (note for note in run.notes if not note.startswith(tuple(known)))
     notes = dict.fromkeys((*told, *(note for c in run for note in c.notes)))
-    for beside in dict.fromkeys(c.beside for c in run if c.beside):
+    if beside := run.checkpoints[-1].beside:
         report.line(f"beside the weights, not averaged: {', '.join(beside)}")
     for note in notes:
         report.line(f"note: {note}")

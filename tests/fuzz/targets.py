@@ -8,10 +8,13 @@ and enter it in ``TARGETS`` with a few honest inputs.
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import json
 import shutil
 import struct
+import tempfile
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -27,6 +30,7 @@ from pickle import (  # isort: skip
 )  # fmt: skip
 
 import torch
+import torch.distributed.checkpoint as dcp
 from assembler import get, glob, number, numbers, put, storage, tensor, text
 from watch import watched
 
@@ -153,14 +157,26 @@ def _average(data: bytes, room: Path) -> None:
         with suppress(CkptavgError):
             found = average(open_run(run), scheme, on_nonfinite="keep")
             assert sum(t.nbytes for t in found.values()) < _MOST_MEMORY
-    out = room / "out.safetensors"
-    try:
-        average(open_run(run), out=out)
-    except CkptavgError as error:
-        _check_message(error)
-        _check_empty(room, run)
-    else:
-        open_checkpoint(out)
+    for name in ("out.safetensors", "out.pt"):
+        try:
+            out = average(open_run(run), out=room / name)
+        except CkptavgError as error:
+            _check_message(error)
+            _check_empty(room, run)
+            continue
+        if name.endswith(".pt"):
+            torch.load(out, weights_only=True)  # nothing of the input's that it would refuse
+        assert open_checkpoint(out).is_average
+        out.unlink()
+
+
+def _metadata(data: bytes, room: Path) -> None:
+    """The metadata of a distributed checkpoint, beside the honest file that it places things in."""
+    directory = room / "step_1"
+    directory.mkdir()
+    (directory / ".metadata").write_bytes(data)
+    (directory / "__0_0.distcp").write_bytes(_distributed()[1])
+    _open(directory)
 
 
 def _open(path: Path) -> None:
@@ -323,6 +339,20 @@ def _states() -> list[bytes]:
     return [json.dumps({"global_step": 20, "epoch": 1.0, "log_history": history}).encode()]
 
 
+@functools.cache
+def _distributed() -> tuple[bytes, bytes]:
+    """The metadata and the tensors of a distributed checkpoint of one process."""
+    state = {"model": {"a": torch.ones(2, 3), "b": torch.ones(4)}, "epoch": 3, "app": {"x": [1]}}
+    with tempfile.TemporaryDirectory() as room, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(state, checkpoint_id=room)
+        return (Path(room) / ".metadata").read_bytes(), (Path(room) / "__0_0.distcp").read_bytes()
+
+
+def _metadatas() -> list[bytes]:
+    return [_distributed()[0]]
+
+
 def _seeds_of_trees() -> list[bytes]:
     return [bytes((7 * i + n) % 256 for i in range(60)) for n in range(12)]
 
@@ -338,4 +368,5 @@ TARGETS = {
     "hf_index": Target(_index, _indices),
     "trainer_state": Target(_trainer_state, _states),
     "average": Target(_average, _pickles),
+    "distributed": Target(_metadata, _metadatas),
 }
