@@ -136,7 +136,8 @@ def plan_average(
     if base is not None and not isinstance(base, Checkpoint):
         base = _open_base(base, checkpoints[-1].key)
     rules = Rules(_patterns(include), _patterns(exclude), base, dtype)
-    plan = lora.plan_merge if lora.are_adapters(checkpoints) else make_plan
+    involved = checkpoints if base is None else (*checkpoints, base)
+    plan = lora.plan_merge if lora.are_adapters(involved) else make_plan
     return Average(lora.noted(plan(checkpoints, coefficients, rules)), chosen)
 
 

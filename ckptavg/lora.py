@@ -31,11 +31,6 @@ from ckptavg.plan import Plan, Rules, TensorPlan, make_plan
 _FACTOR = re.compile(r"(.*\.lora_(?:embedding_)?)([AB])((?:\.weight)?)")
 _FACTOR_BIAS = re.compile(r".*\.lora_B\.bias")
 _OTHER_PART = re.compile(r".*\.lora_\w+(\..*)?")
-_VARIANTS = (
-    "use_dora", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config",
-    "velora_config",
-)  # fmt: skip
-_PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # leave the base as it is
 _ALIKE = (
     "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "bias",
     "target_parameters",
@@ -212,19 +207,9 @@ def _partner(match: re.Match[str]) -> str:
 
 
 def _check_kind(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
-    variants = [name for name in _VARIANTS if config.get(name)]
-    start = config.get("init_lora_weights")
-    if config.get("peft_type") != "LORA":
-        why = f"is of type {short(config.get('peft_type'))}, of which no exact mean is known"
-    elif variants:
-        why = f"has {', '.join(variants)}, under which the weights are not linear in BA"
-    elif start not in _PLAIN_STARTS:
-        why = f"was started by {short(start)}, which changes the base model by its rank"
-    elif config.get("target_parameters") and config.get("rank_pattern"):
-        why = "has target_parameters and a rank_pattern, whose ranks cannot be told apart"
-    else:
-        return _check_numbers(checkpoint, config)
-    raise UnsupportedTensorError(f"the adapter {checkpoint.path} {why}", _MERGE)
+    if why := adapter.without_mean(config):
+        raise UnsupportedTensorError(f"the adapter {checkpoint.path} {why}", _MERGE)
+    _check_numbers(checkpoint, config)
 
 
 def _check_numbers(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,11 @@ LAYOUT = "peft"
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 FILES = (WEIGHTS, "adapter_model.bin")
+_VARIANTS = (
+    "use_dora", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config",
+    "velora_config",
+)  # fmt: skip
+_PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # leave the base as it is
 _MAX_CONFIG = 10_000_000
 
 
@@ -40,9 +46,24 @@ def configuration(directory: Path) -> dict[str, Any]:
     return config
 
 
-def description(config: dict[str, Any]) -> str:
-    """What kind of adapter it is, for a note."""
-    kind = config.get("peft_type")
-    if kind == "LORA" and isinstance(config.get("r"), int):
-        return f"a LoRA adapter of rank {config['r']}, which is averaged with its ranks stacked"
-    return f"an adapter of type {short(kind)}"
+def description(config: Mapping[str, Any]) -> str:
+    """What an adapter is and whether it can be averaged, for a note."""
+    kind, rank = short(str(config.get("peft_type"))), short(str(config.get("r")))
+    if why := without_mean(config):
+        return f"an adapter of type {kind} that cannot be averaged: it {why}"
+    return f"a LoRA adapter of rank {rank}: an average stacks the ranks, which is exact"
+
+
+def without_mean(config: Mapping[str, Any]) -> str:
+    """Why the mean of such adapters' merged weights is no adapter of their kind; empty if it is."""
+    variants = [name for name in _VARIANTS if config.get(name)]
+    start = config.get("init_lora_weights")
+    if config.get("peft_type") != "LORA":
+        return f"is of type {short(config.get('peft_type'))}, of which no exact mean is known"
+    if variants:
+        return f"has {', '.join(variants)}, under which the weights are not linear in BA"
+    if start not in _PLAIN_STARTS:
+        return f"was started by {short(start)}, which changes the base model by its rank"
+    if config.get("target_parameters") and config.get("rank_pattern"):
+        return "has target_parameters and a rank_pattern, whose ranks cannot be told apart"
+    return ""

@@ -1,7 +1,6 @@
 """LoRA adapters that PEFT saved: averaged to an adapter whose merged weights are the mean."""
 
 import copy
-import itertools
 import json
 import math
 import shutil
@@ -217,10 +216,9 @@ def test_a_wide_factor_is_exact_across_blocks(tmp_path):
 
 def test_an_average_of_adapters_can_be_averaged_again(tmp_path):
     run = write_run(tmp_path / "run", count=4)
-    first, second = (
-        average(open_run(*pair), out=tmp_path / f"{i}")
-        for i, pair in enumerate(itertools.batched(sorted(run.iterdir()), 2))
-    )
+    saved = sorted(run.iterdir())
+    first = average(open_run(*saved[:2]), out=tmp_path / "first")
+    second = average(open_run(*saved[2:]), out=tmp_path / "second")
     out = average(open_run(first, second), out=tmp_path / "out")
     assert_is_mean_of_merged(out, run, [1.0] * 4)
 
@@ -340,6 +338,7 @@ REFUSED = {
 @pytest.mark.parametrize(("settings", "why"), REFUSED.values(), ids=REFUSED)
 def test_kinds_without_an_exact_mean_are_refused(tmp_path, settings, why):
     run = write_run(tmp_path / "run", **settings)
+    assert "cannot be averaged" in open_run(run).checkpoints[0].notes[0]
     with pytest.raises(UnsupportedTensorError, match=f"{why}.*Merge the adapters"):
         average(open_run(run), out=tmp_path / "out")
 
@@ -381,6 +380,8 @@ def test_adapters_and_models_do_not_mix(tmp_path):
     torch.save(base().state_dict(), model / "pytorch_model.bin")
     with pytest.raises(MismatchError, match="holds an adapter and"):
         average(open_run(run), out=tmp_path / "out")
+    with pytest.raises(MismatchError, match="holds an adapter and"):
+        average(open_run(run / "checkpoint-1"), base=model, out=tmp_path / "out")
 
 
 def test_patterns_may_leave_out_what_is_no_factor(tmp_path):
