@@ -51,7 +51,9 @@ def description(config: Mapping[str, Any]) -> str:
     kind, rank = short(str(config.get("peft_type"))), short(str(config.get("r")))
     if why := without_mean(config):
         return f"an adapter of type {kind} that cannot be averaged: it {why}"
-    return f"a LoRA adapter of rank {rank}: an average stacks the ranks, which is exact"
+    return (
+        f"a LoRA adapter of rank {rank}; an average of several is exact, with their ranks stacked"
+    )
 
 
 def without_mean(config: Mapping[str, Any]) -> str:
