@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ckptavg.errors import NoWeightsError, RunError, first_few
 from ckptavg.formats import Checkpoint, is_checkpoint_directory, open_checkpoint
-from ckptavg.formats.comparing import same_weights
+from ckptavg.formats.comparing import Checksums, same_weights
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".pt.tar", ".pth.tar", ".ckpt.tar")
 _OTHER_STATE = re.compile(
@@ -236,6 +236,7 @@ def _without_repeats(
     where two record the same step and epoch.
     """
     aliases = _aliases(checkpoints)
+    sums = Checksums()
     kept: list[Checkpoint] = []
     repeats: list[tuple[Checkpoint, Checkpoint]] = []
     by_files: dict[object, Checkpoint] = {}
@@ -247,7 +248,7 @@ def _without_repeats(
         place = (checkpoint.record.step, checkpoint.record.epoch)
         likely = kept if checkpoint.path in aliases else by_place[place]
         original = by_files.get(identity) or next(
-            (k for k in likely if same_weights(checkpoint, k)), None
+            (k for k in likely if same_weights(checkpoint, k, sums)), None
         )
         if original is not None:
             repeats.append((checkpoint, original))
