@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ckptavg import schemes
+from ckptavg import lora, schemes
 from ckptavg.errors import CheckpointError, UsageError, first_few
 from ckptavg.formats import Checkpoint, open_checkpoint
 from ckptavg.formats.layout import lay_out
@@ -136,7 +136,8 @@ def plan_average(
     if base is not None and not isinstance(base, Checkpoint):
         base = _open_base(base, checkpoints[-1].key)
     rules = Rules(_patterns(include), _patterns(exclude), base, dtype)
-    return Average(make_plan(checkpoints, coefficients, rules), chosen)
+    plan = lora.plan_merge if lora.are_adapters(checkpoints) else make_plan
+    return Average(lora.noted(plan(checkpoints, coefficients, rules)), chosen)
 
 
 def _open_base(path: str | os.PathLike[str], key: str) -> Checkpoint:
@@ -199,7 +200,16 @@ def prepare(
         OutputError: It may not be written, or there is too little room.
     """
     plan, made = planned.plan, planned.provenance(batchnorm)
-    return _prepare(out, plan.outputs, made, plan.files, plan.checkpoints[-1], overwrite)
+    template = plan.checkpoints[-1]
+    layout = _prepare(out, plan.outputs, made, plan.files, template, overwrite)
+    if plan.companions and not layout.directory:
+        beside = first_few(list(plan.companions))
+        raise UsageError(
+            f"{out} would be a file, but {beside} has to stand beside the weights",
+            "Name a directory: -o with no suffix.",
+        )
+    layout.companions.update(plan.companions)
+    return layout
 
 
 def prepare_copy(

@@ -6,13 +6,20 @@ import fnmatch
 import os
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 from ckptavg.errors import NoWeightsError, RunError, first_few
-from ckptavg.formats import Checkpoint, is_checkpoint_directory, open_checkpoint
+from ckptavg.formats import (
+    Checkpoint,
+    adapter,
+    deepspeed,
+    is_checkpoint_directory,
+    open_checkpoint,
+    refuse_partitioned,
+)
 from ckptavg.formats.comparing import Checksums, same_weights
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".pt.tar", ".pth.tar", ".ckpt.tar")
@@ -29,6 +36,10 @@ _ALIAS_WORD = re.compile(r"(?<![a-z])(last|latest|best|final|newest|current)(?![
 _STEP_WORDS = tuple(
     re.compile(rf"(?<![a-z])(?:{words})[-_= ]?(\d+)")
     for words in ("global_?steps?|steps?|iter|iteration|iters", "epochs?|ep")
+)
+_STEP_NUMBER = re.compile(
+    r"(?<![a-z])(checkpoint|ckpt|(?:global_?)?steps?|iters?|iterations?|epochs?|ep)[-_= ]?\d+",
+    re.IGNORECASE,
 )
 LeftOut = tuple[Path, str]
 
@@ -58,18 +69,46 @@ def find(paths: Sequence[Path], glob: str | None) -> Found:
     """
     groups: dict[Path, list[Path]] = {}
     found = Found([], [])
-    for path in paths:
+    for path in map(_adapter_of, paths):
         if not path.exists():
             raise RunError(f"{path} does not exist", _nearest(path))
         members = _members(path, found) if path.is_dir() else [path]
         home = path.parent if members == [path] else path
         groups.setdefault(Path(os.path.realpath(home)), []).extend(members)
-    for members in groups.values():
+    for members in _joined(groups):
         found.groups.append(_kept(members, glob, found))
     if not any(found.groups) and glob is not None:
         raise RunError(f"no checkpoint matches {glob!r}", "Quote the pattern, or loosen it.")
     found.groups = [members for members in found.groups if members]
+    refuse_partitioned(chain(*found.groups))
     return found
+
+
+def _adapter_of(path: Path) -> Path:
+    """The directory of an adapter whose file of weights is named, which is nothing alone."""
+    named = path.name in adapter.FILES and adapter.weights_file(path.parent) is not None
+    return path.parent if named else path
+
+
+def _joined(groups: Mapping[Path, list[Path]]) -> list[list[Path]]:
+    """The members of each training, by their directories.
+
+    A file of the same name in sibling directories that are called after a step
+    (``checkpoint_*/model_1.safetensors``) is that training's weights at each of the steps.
+    """
+    joined: dict[object, list[Path]] = defaultdict(list)
+    for home, members in groups.items():
+        series, numbers = _STEP_NUMBER.subn(r"\1", home.name)
+        lone = len(members) == 1 and members[0].is_file()
+        together = (home.parent, series, members[0].name) if lone and numbers else home
+        joined[together] += members
+    return list(joined.values())
+
+
+def _labels(paths: Sequence[Path]) -> dict[Path, Path]:
+    """For each path the one whose name says when: the directory's where the files' are the same."""
+    alike = len(paths) > 1 and len({path.name for path in paths}) == 1
+    return {path: path.parent if alike else path for path in paths}
 
 
 def _kept(members: list[Path], glob: str | None, found: Found) -> list[Path]:
@@ -121,7 +160,10 @@ def _members(directory: Path, found: Found) -> list[Path]:
         RunError: There are none, or several runs below, or one was left half-written.
     """
     below = sorted((p for p in directory.iterdir() if not p.name.startswith(".")), key=_natural)
+    itself = is_checkpoint_directory(directory)
     nested = [path for path in below if is_checkpoint_directory(path)]
+    if itself:  # and the states that DeepSpeed resumes from are part of it
+        nested = [path for path in nested if not deepspeed.is_tag(path)]
     for path in below:
         if path.is_dir() and path not in nested and _lost_its_weights(path):
             raise RunError(
@@ -129,7 +171,7 @@ def _members(directory: Path, found: Found) -> list[Path]:
                 "It may have been interrupted while being saved; delete it or copy it again.",
             )
     numbered = [path for path in nested if re.search(r"\d", path.name)]
-    if is_checkpoint_directory(directory):
+    if itself:
         return [*numbered, directory] if numbered else [directory]
     if any(_numbered_below(path) for path in nested):
         raise _no_run(directory, below)
@@ -150,7 +192,10 @@ def _members(directory: Path, found: Found) -> list[Path]:
 
 def _numbered_below(directory: Path) -> bool:
     """Whether a directory holds a run of checkpoint directories."""
-    return any(re.search(r"\d", p.name) and is_checkpoint_directory(p) for p in directory.iterdir())
+    return any(
+        re.search(r"\d", p.name) and is_checkpoint_directory(p) and not deepspeed.is_tag(p)
+        for p in directory.iterdir()
+    )
 
 
 def _lost_its_weights(directory: Path) -> bool:
@@ -159,9 +204,8 @@ def _lost_its_weights(directory: Path) -> bool:
         return False
     if any(directory.glob("adapter_model.*")):
         raise RunError(
-            f"{directory} holds a LoRA adapter: the mean of A and the mean of B do not make the "
-            "mean of BA",
-            "Merge the adapters into their base models first.",
+            f"{directory} holds an adapter without its {adapter.CONFIG}",
+            "Copy that file beside it: it holds the rank and the scale.",
         )
     return (directory / "trainer_state.json").is_file()
 
@@ -235,14 +279,15 @@ def _without_repeats(
     The same files repeat each other. Weights are compared where a name says nothing of when, or
     where two record the same step and epoch.
     """
-    aliases = _aliases(checkpoints)
+    aliases, labels = _aliases(checkpoints), _labels([c.path for c in checkpoints])
     sums = Checksums()
     kept: list[Checkpoint] = []
     repeats: list[tuple[Checkpoint, Checkpoint]] = []
     by_files: dict[object, Checkpoint] = {}
     by_place: dict[object, list[Checkpoint]] = defaultdict(list)
     for checkpoint in sorted(
-        checkpoints, key=lambda c: (c.path in aliases, c.path.is_symlink(), _natural(c.path))
+        checkpoints,
+        key=lambda c: (c.path in aliases, c.path.is_symlink(), _natural(labels[c.path])),
     ):
         identity = tuple((stamp.device, stamp.inode) for stamp in checkpoint.files)
         place = (checkpoint.record.step, checkpoint.record.epoch)
@@ -277,8 +322,8 @@ def _without_strangers(
 
 def _aliases(checkpoints: Sequence[Checkpoint]) -> set[Path]:
     """Checkpoints that may stand for another one: by their name, or as the parent of the rest."""
-    parents = {c.path.parent for c in checkpoints}
-    return {c.path for c in checkpoints if c.path in parents or _is_alias_name(c.path)}
+    parents, labels = {c.path.parent for c in checkpoints}, _labels([c.path for c in checkpoints])
+    return {path for path, label in labels.items() if path in parents or _is_alias_name(label)}
 
 
 def _ordered(checkpoints: Sequence[Checkpoint]) -> tuple[tuple[Checkpoint, ...], list[str]]:
@@ -294,13 +339,13 @@ def _ordered(checkpoints: Sequence[Checkpoint]) -> tuple[tuple[Checkpoint, ...],
         if any(v is not None for v in (*steps, *epochs)):
             notes.append("not every checkpoint records a step or an epoch: ordered by name")
         first = second = _numbers_in_names(checkpoints)
-    aliases = _aliases(checkpoints)
+    aliases, labels = _aliases(checkpoints), _labels([c.path for c in checkpoints])
     ranked = sorted(
         range(len(checkpoints)),
         key=lambda i: (
             *(() if None in first else (first[i], -1.0 if second[i] is None else second[i])),
             checkpoints[i].path in aliases,
-            _natural(checkpoints[i].path),
+            _natural(labels[checkpoints[i].path]),
         ),
     )
     ordered = tuple(replace(checkpoints[i], step=first[i]) for i in ranked)
@@ -346,12 +391,16 @@ def _numbers_in_names(checkpoints: Sequence[Checkpoint]) -> list[float | None]:
 
     Of a single name without such a word it is the last number.
     """
+    labels = _labels([c.path for c in checkpoints])
+    stems = [_stem(label) for label in labels.values()]
     for word in _STEP_WORDS:
-        found = [word.search(_stem(c.path).lower()) for c in checkpoints]
+        found = [word.search(stem.lower()) for stem in stems]
         if all(found):
             return [float(match[1]) for match in found if match]
     parents = {c.path.parent for c in checkpoints}
-    names = [[] if c.path in parents else _tokens(_stem(c.path)) for c in checkpoints]
+    names = [
+        [] if path in parents else _tokens(stem) for path, stem in zip(labels, stems, strict=True)
+    ]
     numbered = [name for name in names if len(name) > 1]
     places = range(1, min(map(len, numbered), default=0), 2)
     place = next((i for i in places if len({name[i] for name in numbered}) > 1), -2)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from ckptavg import averaging
+from ckptavg import averaging, lora
 from ckptavg.averaging import Average, StateDict
 from ckptavg.batches import (
     Batches,
@@ -203,6 +203,7 @@ def evaluate(
     wanted = [c if isinstance(c, Candidate) else Candidate.of_checkpoint(c) for c in candidates]
     if not wanted:
         raise UsageError("there is nothing to evaluate")
+    lora.require_models(checkpoint for candidate in wanted for checkpoint in candidate.checkpoints)
     runtime = Runtime.on(device, model, amp=amp, batch_size=batch_size, workers=workers, seed=seed)
     quiet = progress or (lambda *_: None)
     run = forward or call_on_inputs

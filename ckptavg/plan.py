@@ -39,6 +39,7 @@ class TensorPlan:
         averaged: False where the bytes of the only source are taken as they are.
         compared: Integer tensors of the other checkpoints, which should be equal to the source.
         tied_to: Name of an earlier tensor that has the same bytes in every checkpoint.
+        divisor: What the weighted sum is divided by; the sum of the coefficients where None.
     """
 
     name: str
@@ -50,6 +51,7 @@ class TensorPlan:
     averaged: bool
     compared: tuple[Tensor, ...] = ()
     tied_to: str | None = None
+    divisor: float | None = None
 
     @property
     def output(self) -> OutputTensor:
@@ -61,7 +63,7 @@ class TensorPlan:
         """Bytes that are read for it."""
         if self.tied_to is not None:
             return 0
-        return sum(t.nbytes for t in (*self.sources, *self.compared))
+        return sum(t.stored_bytes for t in (*self.sources, *self.compared))
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,15 @@ class Plan:
         coefficients: One a checkpoint, normalized.
         tensors: How each output tensor comes about.
         notes: What a person should know.
+        companions: Contents of the files that must stand beside the weights, by name; where there
+            are any, the output has to be a directory.
     """
 
     checkpoints: tuple[Checkpoint, ...]
     coefficients: tuple[float, ...]
     tensors: tuple[TensorPlan, ...]
     notes: tuple[str, ...] = ()
+    companions: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def outputs(self) -> list[OutputTensor]:

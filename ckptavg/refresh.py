@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from ckptavg import averaging
+from ckptavg import averaging, lora
 from ckptavg.averaging import Average, StateDict
 from ckptavg.batches import Batches, Forward, Runtime
 from ckptavg.batchnorm import BatchNormResult, recompute, tracked_layers
@@ -55,6 +55,7 @@ def write_average(
     Raises:
         CkptavgError: Whatever is wrong; nothing is written then.
     """
+    lora.require_models(planned.plan.checkpoints)
     averaging.prepare(planned, out, overwrite=overwrite, batchnorm=RECOMPUTED)
     weights = averaging.in_memory(
         planned, keep_nonfinite=keep_nonfinite, progress=progress, stale=False
@@ -78,6 +79,7 @@ def update_checkpoint(
     batch_progress: BatchProgress | None = None,
 ) -> BatchNormResult:
     """Write a copy of a checkpoint with recomputed statistics; see ``write_average``."""
+    lora.require_models([checkpoint])
     made = dict(checkpoint.provenance or averaging.provenance(REFRESHED, [checkpoint], [1.0], ""))
     made["bn"] = RECOMPUTED
     averaging.prepare_copy(checkpoint, out, made, overwrite=overwrite)

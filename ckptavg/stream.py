@@ -168,8 +168,7 @@ class _Worker:
         compute = self._average if tensor.averaged else self._copy
         out = compute(tensor, start, count)
         self.shared.sink.write(tensor.name, start * tensor.dtype.size, out)
-        sources = (*tensor.sources, *tensor.compared)
-        return sum(source.dtype.size for source in sources) * count
+        return tensor.input_bytes * count // tensor.output.numel
 
     def _average(self, tensor: TensorPlan, start: int, count: int) -> memoryview:
         floats = count * (2 if tensor.dtype.kind == "complex" else 1)
@@ -184,7 +183,7 @@ class _Worker:
                 target.mul_(coefficient)
             if i:
                 total.add_(term)
-        divisor = math.fsum(tensor.coefficients)
+        divisor = math.fsum(tensor.coefficients) if tensor.divisor is None else tensor.divisor
         if divisor != 1.0:
             total.div_(divisor)
         raw = self._bytes("out", count * tensor.dtype.size)

@@ -706,10 +706,10 @@ def test_a_note_says_that_steps_and_epochs_disagree(tmp_path):
     assert any("disagree" in note for note in run.notes)
 
 
-def test_a_lora_adapter_is_told_from_a_checkpoint_that_lost_its_weights(tmp_path):
+def test_an_adapter_that_lost_its_configuration_is_said(tmp_path):
     (tmp_path / "checkpoint-10").mkdir()
     save_weight(tmp_path / "checkpoint-10" / "adapter_model.safetensors", 1.0)
-    with pytest.raises(RunError, match=r"LoRA adapter.*Merge"):
+    with pytest.raises(RunError, match=r"an adapter without its adapter_config.json"):
         open_run(tmp_path)
 
 
@@ -748,3 +748,30 @@ def test_many_checkpoints_are_compared_in_linear_time(tmp_path, monkeypatch):
     monkeypatch.setattr(discovery, "same_weights", lambda *_: calls.append(1) is not None)
     open_run(tmp_path)
     assert len(calls) < 60
+
+
+# Files of one name in several directories
+
+
+def test_files_of_one_name_in_directories_called_after_steps_are_one_run(tmp_path):
+    for i in (9, 10, 100):
+        save_weight(tmp_path / f"epoch=1-step={i}" / "ema_2.pt", i)
+    run = open_run(*tmp_path.glob("*/ema_2.pt"))
+    assert [c.step for c in run.last(2)] == [10, 100]
+    assert [c.path.parent.name for c in run] == [f"epoch=1-step={i}" for i in (9, 10, 100)]
+    assert len(open_run(*tmp_path.iterdir()).trainings) == 1
+
+
+def test_files_of_one_name_in_other_directories_are_runs_of_their_own(tmp_path):
+    paths = [save_weight(tmp_path / f"seed{i}" / "final.pt", i) for i in (1, 2)]
+    paths += [save_weight(tmp_path / f"{run}_step_{i}" / "f.pt", i) for run in "ab" for i in (1, 2)]
+    paths += [save_weight(tmp_path / place / "step_1" / "f.pt") for place in "cd"]
+    trainings = open_run(*paths).trainings
+    assert sorted(len(training) for training in trainings) == [1, 1, 1, 1, 2, 2]
+
+
+def test_neighbours_in_a_directory_called_after_a_step_stay_together(tmp_path):
+    for step in (1, 2):
+        numbered(tmp_path / f"step_{step}", 2)
+    trainings = open_run(*tmp_path.glob("*/*.pt")).trainings
+    assert [[c.path.name for c in t] for t in trainings] == [["epoch_1.pt", "epoch_2.pt"]] * 2

@@ -21,6 +21,8 @@ _LAYOUTS = {
     "torch": "torch.save",
     "huggingface": "Hugging Face directories",
     "distributed": "torch.distributed.checkpoint directories",
+    "peft": "PEFT adapters",
+    "deepspeed": "DeepSpeed directories",
 }
 
 

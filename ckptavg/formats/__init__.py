@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ckptavg.errors import CheckpointError, first_few, short
-from ckptavg.formats import bounded_json, dcp, huggingface, record, safetensors, torch_zip, weights
+from ckptavg.formats import (
+    adapter,
+    bounded_json,
+    dcp,
+    deepspeed,
+    huggingface,
+    record,
+    safetensors,
+    torch_zip,
+    weights,
+)
 from ckptavg.formats.inert_values import MalformedPickle, Refused, Sharded, TensorView
 from ckptavg.formats.table import PROVENANCE, REFRESHED, Checkpoint, FileStamp, Record, Tensor
 
@@ -22,6 +32,7 @@ __all__ = [
     "Tensor",
     "is_checkpoint_directory",
     "open_checkpoint",
+    "refuse_partitioned",
 ]
 
 _LONGEST_NAME = 2000  # characters
@@ -48,7 +59,20 @@ def open_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
 
 def is_checkpoint_directory(path: Path) -> bool:
     """Whether a directory is itself a checkpoint, not a collection of them."""
-    return path.is_dir() and (huggingface.main_file(path) is not None or dcp.is_distributed(path))
+    if not path.is_dir():
+        return False
+    own = huggingface.main_file(path) is not None or dcp.is_distributed(path)
+    return own or deepspeed.tag_of(path) is not None
+
+
+def refuse_partitioned(paths: Iterable[Path]) -> None:
+    """Make sure that the weights of some checkpoints are not spread over ranks.
+
+    Raises:
+        CheckpointError: Those of one are; with the commands that convert all of which they are.
+    """
+    directories = (path for path in paths if path.is_dir())
+    deepspeed.refuse_partitioned(p for p in directories if huggingface.main_file(p) is None)
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -107,10 +131,12 @@ def _read_torch(path: Path, key: str | None) -> _File:
     except MalformedPickle as error:
         raise torch_zip.damaged(path, str(error)) from error
     views = _of_kind(entry, TensorView)
+    tensors = {name: opened.tensor(view) for name, view in views.items()}
+    deepspeed.refuse_placeholders(path, opened.tree, tensors)
     return _File(
         layout="torch",
         stamps=(stamp,),
-        tensors={name: opened.tensor(view) for name, view in views.items()},
+        tensors=tensors,
         refused={name: value.why for name, value in _of_kind(entry, Refused).items()},
         record=record.from_tree(opened.tree, found, path.name, opened.number),
         provenance=_provenance(
@@ -165,15 +191,34 @@ def _open_directory(path: Path, key: str | None) -> Checkpoint:
         file = _read_distributed(path, key)
         return _checkpoint(path, file.layout, [file], file.record)
     if main is None:
-        raise CheckpointError(
-            f"{path} is not itself a checkpoint", "Name one checkpoint; average a run first."
-        )
+        return _open_deepspeed(path, key)
     if main.name.endswith(".index.json"):
         files = _read_shards(main, key)
     else:
         files = [_read_file(main, key)]
     trainer = record.from_trainer_state(path / huggingface.TRAINER_STATE)
-    return _checkpoint(path, "huggingface", files, trainer or files[0].record)
+    layout, notes = "huggingface", list[str]()
+    if main.name in adapter.FILES:
+        layout, notes = adapter.LAYOUT, [adapter.description(adapter.configuration(path))]
+    if others := huggingface.other_models(main):
+        notes.append(
+            f"weights are taken from {main.name}; {first_few(others)} beside it is another model's "
+            f"(name the files to average those: .../*/{others[0]})"
+        )
+    opened = _checkpoint(path, layout, files, trainer or files[0].record)
+    return replace(opened, notes=(*opened.notes, *notes))
+
+
+def _open_deepspeed(path: Path, key: str | None) -> Checkpoint:
+    tag = deepspeed.tag_of(path)
+    if tag is None:
+        raise CheckpointError(
+            f"{path} is not itself a checkpoint", "Name one checkpoint; average a run first."
+        )
+    file = _read_file(deepspeed.model_file(tag), key)
+    trainer = record.from_trainer_state(path / huggingface.TRAINER_STATE)
+    opened = _checkpoint(path, deepspeed.LAYOUT, [file], trainer or file.record)
+    return replace(opened, notes=(*opened.notes, *deepspeed.notes(tag, opened.tensors)))
 
 
 def _read_shards(index: Path, key: str | None) -> list[_File]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import re
 from pathlib import Path
 
 from ckptavg.errors import CheckpointError, first_few
-from ckptavg.formats import bounded_json
+from ckptavg.formats import adapter, bounded_json
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -29,9 +30,16 @@ COMPANIONS = (
 
 
 def main_file(directory: Path) -> Path | None:
-    """The weights file or index of a directory; None if it is no checkpoint."""
+    """The weights file or index of a directory, of an adapter too; None if it is no checkpoint."""
     found = (directory / name for name in WEIGHT_FILES)
-    return next((path for path in found if path.is_file()), None)
+    whole = next((path for path in found if path.is_file()), None)
+    return whole or adapter.weights_file(directory)
+
+
+def other_models(main: Path) -> list[str]:
+    """Names of the further models' weights that Accelerate saves beside the first one's."""
+    numbered = re.compile(rf"{re.escape(main.stem)}_\d+{re.escape(main.suffix)}")
+    return sorted(path.name for path in main.parent.iterdir() if numbered.fullmatch(path.name))
 
 
 def weight_map(index: Path) -> dict[str, str]:
@@ -82,7 +90,8 @@ def _stays(home: Path, target: Path) -> bool:
 
 def belongs(name: str) -> bool:
     """Whether a file's name is one that a model's own directory has."""
-    own = (*WEIGHT_FILES, "*.safetensors", "pytorch_model-*.bin", *COMPANIONS)
+    whole = (*WEIGHT_FILES, "*.safetensors", "pytorch_model-*.bin", *COMPANIONS)
+    own = (*whole, *adapter.FILES, adapter.CONFIG)
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in own)
 
 

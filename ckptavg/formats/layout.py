@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from ckptavg.errors import UsageError
-from ckptavg.formats import Checkpoint, dcp_layout, huggingface, safetensors, torch_layout
+from ckptavg.formats import (
+    Checkpoint,
+    adapter,
+    dcp_layout,
+    deepspeed,
+    huggingface,
+    safetensors,
+    torch_layout,
+)
 from ckptavg.formats.output import FileLayout, Layout, OutputTensor
 from ckptavg.formats.table import PROVENANCE
 
@@ -61,7 +69,8 @@ def _safetensors(
 
 def _directory(tensors: Sequence[OutputTensor], provenance: str, template: Checkpoint) -> Layout:
     """A Hugging Face directory, split into shards as its input was."""
-    as_stored = template.stored_names if template.layout == "huggingface" else {}
+    own = template.layout in ("huggingface", adapter.LAYOUT)
+    as_stored = template.stored_names if own else {}
     bare = {as_stored.get(t.name, t.name): t.name for t in tensors}
     renamed = [OutputTensor(name, t.dtype, t.shape) for name, t in zip(bare, tensors, strict=True)]
     metadata = {"format": "pt", PROVENANCE: provenance}
@@ -77,7 +86,7 @@ def _directory(tensors: Sequence[OutputTensor], provenance: str, template: Check
         }
         stem = files[0].name.split("-0")[0]
         companions[f"{stem}.safetensors.index.json"] = json.dumps(index, indent=2).encode()
-    lacking = "config.json" not in companions
+    lacking = template.layout != adapter.LAYOUT and "config.json" not in companions
     notes = ("the output has no config.json, which the input lacks too",) if lacking else ()
     return Layout(True, files, companions, notes)
 
@@ -97,6 +106,8 @@ def _shards(tensors: Sequence[OutputTensor], template: Checkpoint) -> dict[str, 
                 filled, number = 0, number + 1
             groups.setdefault(number, []).append(tensor)
             filled += tensor.nbytes
+    if template.layout == adapter.LAYOUT:  # which PEFT has in one file
+        return {adapter.WEIGHTS: list(tensors)}
     stem = _stem(template)
     if len(groups) == 1:
         return {f"{stem}.safetensors": list(tensors)}
@@ -115,7 +126,7 @@ def _stem(template: Checkpoint) -> str:
 
 def _companions(template: Checkpoint, tensors: Sequence[OutputTensor]) -> dict[str, bytes]:
     """The template's configuration and tokenizer files, with the element type as written."""
-    if template.layout != "huggingface":
+    if template.layout not in ("huggingface", adapter.LAYOUT, deepspeed.LAYOUT):
         return {}
     found = {path.name: path.read_bytes() for path in huggingface.companions(template.path)}
     before = {t.dtype.name for t in template.tensors.values() if t.dtype.kind == "float"}

@@ -47,6 +47,8 @@ class Reader:
             return
         low, extent = box_of(tensor.shape, start, count)
         target = torch.frombuffer(out, dtype=torch.uint8)[: count * size].view(*extent, size)
+        if tensor.stored_bytes < tensor.nbytes:
+            target.zero_()
         for piece in tensor.pieces:
             self._read_overlap(piece, low, extent, target)
 

@@ -14,8 +14,8 @@ from ckptavg.formats.inert_values import TensorView
 from ckptavg.formats.table import Record
 
 STEP_NAMES = (
-    "global_step", "step", "steps", "iter_num", "iteration", "iter", "num_updates", "train_step",
-    "current_step", "total_steps",
+    "global_step", "global_steps", "step", "steps", "iter_num", "iteration", "iter", "num_updates",
+    "train_step", "current_step", "total_steps",
 )  # fmt: skip
 EPOCH_NAMES = ("epoch", "epochs", "current_epoch")
 # Entries that say where an optimization stood, which does not fit averaged weights.
@@ -55,6 +55,11 @@ _NOT_METRICS = frozenset(
         "train_iterator",
         "previous_training_time",
         "model_args",
+        "ds_config",
+        "checkpoint_parallel_dimensions",
+        "dp_world_size",
+        "mp_world_size",
+        "skipped_steps",
     ]
 ) | frozenset(STEP_NAMES + EPOCH_NAMES + LR_NAMES + OPTIMIZER_NAMES)
 _MOST_METRICS = 200

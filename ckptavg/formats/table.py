@@ -103,7 +103,8 @@ class Tensor:
     Attributes:
         dtype: Element type.
         shape: Extent along each dimension; ``()`` for a 0-d tensor.
-        pieces: Boxes that cover the tensor without overlap. Two names with equal pieces are tied.
+        pieces: Boxes of the tensor, without overlap; what none covers is zero. Two names with
+            equal pieces are tied.
     """
 
     dtype: DType
@@ -121,9 +122,16 @@ class Tensor:
         return self.dtype.nbytes(self.numel)
 
     @property
+    def stored_bytes(self) -> int:
+        """Bytes of the elements that pieces cover."""
+        return self.dtype.nbytes(sum(math.prod(piece.shape) for piece in self.pieces))
+
+    @property
     def contiguous(self) -> bool:
         """Whether the bytes lie in one row-major range."""
-        return len(self.pieces) == 1 and is_row_major(self.shape, self.pieces[0].stride)
+        if len(self.pieces) != 1 or self.pieces[0].shape != self.shape:
+            return False
+        return is_row_major(self.shape, self.pieces[0].stride)
 
 
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -208,8 +216,8 @@ class Checkpoint:
 
     Attributes:
         path: The file or directory.
-        layout: ``safetensors``, ``torch`` (torch.save), or of directories ``huggingface`` and
-            ``distributed`` (torch.distributed.checkpoint).
+        layout: ``safetensors``, ``torch`` (torch.save), or of directories ``huggingface``,
+            ``peft`` (an adapter), ``deepspeed`` and ``distributed`` (torch.distributed.checkpoint).
         key: Dotted path of the entry that holds the weights; empty if the file itself does.
         tensors: The table, under bare names, in the file's order.
         stored_names: Bare name → the name in the file, where wrappers were dropped.

@@ -24,7 +24,7 @@ from pickle import (  # isort: skip
 import numpy as np
 import pytest
 import torch
-from assembler import get, glob, put, tensor, text
+from assembler import get, glob, put, storage, tensor, text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -283,6 +283,23 @@ def test_shared_and_cyclic_structure_is_kept():
     found = inert_pickle.loads(pickle.dumps({"a": shared, "b": shared}))
     assert found["a"] is found["b"]
     assert found["a"][1] is found["a"]
+
+
+REPEATS = {
+    "lists": EMPTY_LIST,
+    "calls": glob("x", "y"),
+    "storages": storage(),
+    "memo entries": NONE + MEMOIZE,
+}
+
+
+@pytest.mark.parametrize("part", REPEATS.values(), ids=REPEATS)
+def test_what_takes_memory_is_counted(part, monkeypatch):
+    monkeypatch.setattr(inert_pickle, "_MOST_CONTAINERS", 100)
+    few, many = (MARK + part * n + TUPLE + STOP for n in (30, 101))
+    assert len(inert_pickle.loads(few)) == 30
+    with pytest.raises(MalformedPickle, match="more than 100"):
+        inert_pickle.loads(many)
 
 
 # ---------------------------------------------------------------------------------- hostile pickles

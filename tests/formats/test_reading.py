@@ -202,3 +202,25 @@ def test_a_sparse_view_of_a_large_storage_is_not_read_whole(tmp_path, monkeypatc
     )
     assert read(tensor, 0, 2000) == as_bytes(view)
     assert sum(asked) < storage.nbytes / 10
+
+
+@given(shape=st.lists(st.integers(1, 6), min_size=1, max_size=3).map(tuple), data=st.data())
+@settings(deadline=None)
+def test_what_no_piece_covers_is_zero(tmp_path_factory, shape, data):
+    """Boxes of a tensor that lies in a larger one, in whatever block it is read."""
+    low = tuple(data.draw(st.integers(0, n - 1)) for n in shape)
+    inner = tuple(data.draw(st.integers(1, n - a)) for n, a in zip(shape, low, strict=True))
+    values = torch.arange(1, math.prod(inner) + 1, dtype=torch.float32).view(inner)
+    path = stored(tmp_path_factory.getbasetemp() / "inner.bin", values)
+    piece = Piece(path, 0, inner, row_major(inner), low)
+    tensor = Tensor(DTYPES["float32"], shape, (piece,))
+    expected = torch.zeros(shape)
+    expected[tuple(slice(a, a + n) for a, n in zip(low, inner, strict=True))] = values
+    got = b""
+    for start, count in boxes(shape, data.draw(st.integers(1, 20))):
+        out = bytearray(b"\xff" * count * 4)  # as a buffer that is used again
+        with contextlib.closing(Reader()) as reader:
+            reader.read(tensor, start, count, memoryview(out))
+        got += out
+    assert got == as_bytes(expected)
+    assert tensor.stored_bytes == 4 * values.numel()

@@ -1,0 +1,149 @@
+"""DeepSpeed checkpoints: a tag's directory (global_step500) with the state of each rank.
+
+With ZeRO stages 1 and 2 the weights lie whole in ``mp_rank_00_model_states.pt``, in the type that
+they were trained in; the float32 ones are spread over the optimizer's files. With stage 3 the
+model's files hold placeholders. What converts either, zero_to_fp32.py, lies beside the tags.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ckptavg.errors import CheckpointError, first_few
+from ckptavg.formats.table import Tensor
+
+LAYOUT = "deepspeed"
+WHOLE = "mp_rank_00_model_states.pt"
+_PARTITION = re.compile(r"zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt")
+_SPLIT = (
+    (re.compile(r"mp_rank_(?!00_)\d+_model_states\.pt"), "tensor-parallel ranks hold slices of"),
+    (re.compile(r"layer_\d+-model_\d+-model_states\.pt"), "pipeline stages hold parts of"),
+    (
+        re.compile(r".*expert_\d+_mp_rank_\d+_model_states\.pt"),
+        "expert-parallel ranks hold parts of",
+    ),
+)
+_LATEST = "latest"  # a file that names the last tag
+_CONVERTER = "zero_to_fp32.py"
+_ROOM = 800  # characters of a message
+_SIXTEEN_BIT = (
+    f"DeepSpeed's 16-bit weights are taken; its {_CONVERTER} gives the float32 ones "
+    "(average its outputs instead)"
+)
+
+
+def is_tag(directory: Path) -> bool:
+    """Whether a directory holds the ranks' states of one checkpoint."""
+    return any(path.is_file() for path in directory.glob("*model_states.pt"))
+
+
+def tag_of(directory: Path) -> Path | None:
+    """Where a checkpoint's states are: the directory itself, or the only one below it.
+
+    The Trainer keeps ``global_step500`` inside its ``checkpoint-500``, Lightning ``checkpoint`` in
+    its ``x.ckpt``. A directory of ``global_step`` tags alone is a run.
+    """
+    if is_tag(directory):
+        return directory
+    if not (directory / _LATEST).is_file():
+        return None
+    tags = [p for p in directory.iterdir() if p.is_dir() and is_tag(p)]
+    if len(tags) != 1:
+        return None
+    within = (directory / "trainer_state.json").is_file()
+    return tags[0] if within or not tags[0].name.startswith("global_step") else None
+
+
+def model_file(tag: Path) -> Path:
+    """The file that holds a tag's whole weights.
+
+    Raises:
+        CheckpointError: They are spread over files.
+    """
+    names = sorted(path.name for path in tag.glob("*model_states.pt"))
+    for pattern, holder in _SPLIT:
+        if split := [name for name in names if pattern.fullmatch(name)]:
+            raise CheckpointError(
+                f"{tag} is split: {holder} the model ({first_few(split)})",
+                "Save whole models from DeepSpeed (engine.save_16bit_model) and average those.",
+            )
+    refuse_partitioned([tag])
+    return tag / WHOLE
+
+
+def notes(tag: Path, tensors: Mapping[str, Tensor]) -> list[str]:
+    """What a person should know about a tag's weights."""
+    narrow = any(t.dtype.kind == "float" and t.dtype.bits == 16 for t in tensors.values())
+    return [_SIXTEEN_BIT] if narrow and any(tag.glob("*optim_states.pt")) else []
+
+
+def refuse_partitioned(directories: Iterable[Path]) -> None:
+    """Make sure that none of some checkpoints is of ZeRO stage 3.
+
+    Raises:
+        CheckpointError: One is; with the commands that convert all that are.
+    """
+    tags = [tag for path in directories if (tag := tag_of(path)) is not None]
+    parted = [t for t in tags if any(_PARTITION.fullmatch(p.name) for p in t.iterdir())]
+    parted = [t if t.name not in ("", "..") else t.resolve() for t in parted]
+    if not parted:
+        return
+    files = (
+        "the model's files hold placeholders, and the weights are spread over the optimizer's "
+        "files, a part a rank"
+    )
+    raise CheckpointError(
+        f"{first_few([str(tag) for tag in parted])}: saved with DeepSpeed ZeRO stage 3, where "
+        f"{files}",
+        f"Convert, then average {_outputs(parted)}: {_commands(parted)}",
+    )
+
+
+def _target(tag: Path) -> Path:
+    """Where a converted checkpoint should go: beside its run, under a name that keeps the step."""
+    alone = not tag.name.startswith("global_step")
+    within = alone or (tag.parent / "trainer_state.json").is_file()
+    checkpoint = tag.parent if within else tag
+    run = checkpoint.parent
+    named = run.name not in ("", "..")
+    return (run.with_name(f"{run.name}-fp32") if named else run / "fp32") / checkpoint.name
+
+
+def _outputs(tags: Sequence[Path]) -> str:
+    return " and ".join(dict.fromkeys(shlex.quote(str(_target(tag).parent)) for tag in tags))
+
+
+def _commands(tags: Sequence[Path]) -> str:
+    """One command a tag, as a shell takes them, as many as a message has room for."""
+    shown: list[str] = []
+    for tag in tags:
+        home = tag.parent
+        words = ("python", home / _CONVERTER, home, _target(tag), "-t", tag.name)
+        command = shlex.join(map(str, words))
+        if shown and sum(map(len, shown)) + len(command) > _ROOM:
+            return f"{' && '.join(shown)} (and likewise for {len(tags) - len(shown)} more)"
+        shown.append(command)
+    return " && ".join(shown)
+
+
+def refuse_placeholders(path: Path, tree: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Make sure that a file by itself is no model's file of ZeRO stage 3.
+
+    Raises:
+        CheckpointError: Parameters are empty whose shapes are recorded beside them.
+    """
+    groups = tree.get("param_shapes") if isinstance(tree, dict) else None
+    shapes = groups if isinstance(groups, list) else []
+    names = {name for group in shapes if isinstance(group, dict) for name in group}
+    empty = [name for name, tensor in tensors.items() if name in names and not tensor.numel]
+    if empty:
+        refuse_partitioned([path.parent])
+        raise CheckpointError(
+            f"{path} holds placeholders and no weights, as DeepSpeed ZeRO stage 3 writes them: "
+            f"{first_few(empty)}",
+            f"Convert the whole checkpoint with the {_CONVERTER} that lies above it.",
+        )

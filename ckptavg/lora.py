@@ -1,0 +1,291 @@
+"""The exact mean of LoRA adapters, by stacking their ranks.
+
+The mean of A and the mean of B do not make the mean of BA. Stacked, they do: with the Aᵢ one below
+the other and the n·cᵢ·Bᵢ side by side, B'A' = n·Σ cᵢ·BᵢAᵢ, and PEFT scales it by alpha / (n·r). So
+the merged weights are Σ cᵢ·s·BᵢAᵢ, at n times the rank. A stacked factor is planned as a sum over
+checkpoints each of which is zero outside its own place; with equal coefficients no value changes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ckptavg.errors import (
+    CheckpointError,
+    MismatchError,
+    ModelError,
+    UnsupportedTensorError,
+    UsageError,
+    first_few,
+    short,
+)
+from ckptavg.formats import Checkpoint, Tensor, adapter
+from ckptavg.formats.table import Piece
+from ckptavg.plan import Plan, Rules, TensorPlan, make_plan
+
+_FACTOR = re.compile(r"(.*\.lora_(?:embedding_)?)([AB])((?:\.weight)?)")
+_FACTOR_BIAS = re.compile(r".*\.lora_B\.bias")
+_OTHER_PART = re.compile(r".*\.lora_\w+(\..*)?")
+_VARIANTS = (
+    "use_dora", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config",
+    "velora_config",
+)  # fmt: skip
+_PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # leave the base as it is
+_ALIKE = (
+    "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "bias",
+    "target_parameters",
+)  # fmt: skip
+_INNER = re.compile(r"\.lora_(embedding_)?A(\.|$)")
+_INEXACT = (
+    "LoRA layers inside the checkpoints: the mean of A and the mean of B is not the mean of BA; "
+    "average adapters that were saved by save_pretrained, or merged models, for that"
+)
+_MERGE = "Merge the adapters into their base models first (PeftModel.merge_and_unload)."
+
+
+def are_adapters(checkpoints: Sequence[Checkpoint]) -> bool:
+    """Whether checkpoints are adapters.
+
+    Raises:
+        MismatchError: Some are and some are not.
+    """
+    kinds = {c.layout == adapter.LAYOUT: c for c in checkpoints}
+    if len(kinds) > 1:
+        raise MismatchError(
+            f"{kinds[True].path} holds an adapter and {kinds[False].path} does not",
+            "Select one kind with --glob.",
+        )
+    return True in kinds
+
+
+def require_models(checkpoints: Iterable[Checkpoint]) -> None:
+    """Make sure that checkpoints hold what a model can be run with.
+
+    Raises:
+        ModelError: One is an adapter, which is nothing without its base model.
+    """
+    for checkpoint in checkpoints:
+        if checkpoint.layout == adapter.LAYOUT:
+            raise ModelError(f"{checkpoint.path} holds an adapter and no model", _MERGE)
+
+
+def plan_merge(
+    checkpoints: Sequence[Checkpoint], coefficients: Sequence[float], rules: Rules
+) -> Plan:
+    """Plan the adapter whose merged weights are the mean of the adapters' merged weights.
+
+    Arguments as for ``make_plan``. What is no factor of a product is averaged as everywhere.
+
+    Raises:
+        UnsupportedTensorError: The adapters are of a kind whose mean is no such adapter.
+        MismatchError: They differ in their ranks or scales.
+        UsageError: The patterns leave factors out.
+    """
+    configs = [adapter.configuration(checkpoint.path) for checkpoint in checkpoints]
+    for checkpoint, config in zip(checkpoints, configs, strict=True):
+        _check_kind(checkpoint, config)
+        _check_alike(checkpoint, config, configs[-1])
+        _check_factors(checkpoint, rules)
+    stack = _Stack(tuple(c for c in coefficients if c != 0), configs[-1])
+    if stack.config.get("ensure_weight_tying") and len(set(stack.coefficients)) > 1:
+        raise UnsupportedTensorError(
+            f"{checkpoints[-1].path} ties its factors, which unequal coefficients would untie",
+            _MERGE,
+        )
+    places = [sum(c != 0 for c in coefficients[:i]) for i in range(len(coefficients))]
+    stacked = [stack.of(c, place) for c, place in zip(checkpoints, places, strict=True)]
+    plan = make_plan(stacked, coefficients, rules)
+    return replace(
+        plan,
+        tensors=tuple(map(stack.scaled, plan.tensors)),
+        companions={adapter.CONFIG: json.dumps(stack.configuration(), indent=2).encode()},
+        notes=(*plan.notes, *_notes(stack, configs)),
+    )
+
+
+def noted(plan: Plan) -> Plan:
+    """A plan that says so if it takes the mean of A and the mean of B, inside a whole model."""
+    factors = [t for t in plan.tensors if _INNER.search(t.name) and len(t.sources) > 1]
+    if plan.companions or not factors:
+        return plan
+    return replace(plan, notes=(*plan.notes, _INEXACT))
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """How the factors of several adapters lie in one.
+
+    Attributes:
+        coefficients: One an adapter that contributes.
+        config: The adapters' configuration.
+    """
+
+    coefficients: tuple[float, ...]
+    config: Mapping[str, Any]
+
+    def of(self, checkpoint: Checkpoint, place: int) -> Checkpoint:
+        """An adapter whose factors have the shape of the stack and are zero but in their place."""
+        tensors = dict(checkpoint.tensors)
+        for name, match in _factors(checkpoint).items():
+            dim = 0 if match[2] == "A" else 1
+            groups = 1 if dim else self._groups(checkpoint, match)
+            tensors[name] = _placed(tensors[name], dim, groups, place, len(self.coefficients))
+        return replace(checkpoint, tensors=tensors)
+
+    def scaled(self, plan: TensorPlan) -> TensorPlan:
+        """A tensor's plan: of the A's plain values, of the B's n times the mean."""
+        match = _FACTOR.fullmatch(plan.name)
+        if match and match[2] == "A":
+            return replace(plan, coefficients=(1.0,) * len(plan.sources), divisor=1.0)
+        if match or _FACTOR_BIAS.fullmatch(plan.name):
+            return replace(plan, divisor=math.fsum(self.coefficients) / len(self.coefficients))
+        return plan
+
+    def configuration(self) -> dict[str, Any]:
+        """The configuration with the rank of the stack, under which the scale is an n-th."""
+        count = len(self.coefficients)
+
+        def alpha(value: float) -> float:
+            return value / math.sqrt(count) if self.config.get("use_rslora") else value
+
+        ranks, alphas = (self.config.get(k) or {} for k in ("rank_pattern", "alpha_pattern"))
+        return dict(self.config) | {
+            "r": self.config["r"] * count,
+            "lora_alpha": alpha(self.config["lora_alpha"]),
+            "rank_pattern": {name: rank * count for name, rank in ranks.items()},
+            "alpha_pattern": {name: alpha(value) for name, value in alphas.items()},
+        }
+
+    def _groups(self, checkpoint: Checkpoint, match: re.Match[str]) -> int:
+        """How many stacks the rows of an A form: one a group of a convolution, or an expert.
+
+        A grouped convolution has the rank over its groups as columns of B; experts in one
+        parameter have as many rows and columns as there are pairs of an expert and a rank.
+        """
+        rows = checkpoint.tensors[match[0]].shape[0]
+        columns = checkpoint.tensors[_partner(match)].shape[1]
+        rank = self.config["r"] if self.config.get("target_parameters") else columns
+        return rows // min(rank, columns)
+
+
+def _placed(tensor: Tensor, dim: int, groups: int, place: int, count: int) -> Tensor:
+    """A tensor at one of ``count`` places along a dimension, in each of its groups."""
+    extent = tensor.shape[dim] // groups
+    pieces = [
+        moved
+        for group in range(groups)
+        for piece in tensor.pieces
+        for moved in _moved(
+            piece, dim, group * extent, extent, (group * count + place) * extent, tensor.dtype.size
+        )
+    ]
+    shape = (*tensor.shape[:dim], tensor.shape[dim] * count, *tensor.shape[dim + 1 :])
+    return Tensor(tensor.dtype, shape, tuple(pieces))
+
+
+def _moved(piece: Piece, dim: int, low: int, extent: int, to: int, size: int) -> list[Piece]:
+    """The part of a piece from ``low`` on along a dimension, at ``to`` instead."""
+    begin = max(low, piece.start[dim])
+    end = min(low + extent, piece.start[dim] + piece.shape[dim])
+    if begin >= end:
+        return []
+    skipped = (begin - piece.start[dim]) * piece.stride[dim] * size
+    shape, start = list(piece.shape), list(piece.start)
+    shape[dim], start[dim] = end - begin, to + begin - low
+    return [Piece(piece.file, piece.offset + skipped, tuple(shape), piece.stride, tuple(start))]
+
+
+def _factors(checkpoint: Checkpoint) -> dict[str, re.Match[str]]:
+    """The names of an adapter's factors."""
+    found = ((name, _FACTOR.fullmatch(name)) for name in checkpoint.tensors)
+    return {name: match for name, match in found if match}
+
+
+def _partner(match: re.Match[str]) -> str:
+    """The name of the other factor of a product."""
+    return f"{match[1]}{'B' if match[2] == 'A' else 'A'}{match[3]}"
+
+
+def _check_kind(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
+    variants = [name for name in _VARIANTS if config.get(name)]
+    start = config.get("init_lora_weights")
+    if config.get("peft_type") != "LORA":
+        why = f"is of type {short(config.get('peft_type'))}, of which no exact mean is known"
+    elif variants:
+        why = f"has {', '.join(variants)}, under which the weights are not linear in BA"
+    elif start not in _PLAIN_STARTS:
+        why = f"was started by {short(start)}, which changes the base model by its rank"
+    elif config.get("target_parameters") and config.get("rank_pattern"):
+        why = "has target_parameters and a rank_pattern, whose ranks cannot be told apart"
+    else:
+        return _check_numbers(checkpoint, config)
+    raise UnsupportedTensorError(f"the adapter {checkpoint.path} {why}", _MERGE)
+
+
+def _check_numbers(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
+    ranks, alphas = (config.get(k) or {} for k in ("rank_pattern", "alpha_pattern"))
+    if isinstance(ranks, dict) and isinstance(alphas, dict):
+        whole = all(type(r) is int and r > 0 for r in (config.get("r"), *ranks.values()))
+        scales = (config.get("lora_alpha"), *alphas.values())
+        if whole and all(type(a) in (int, float) for a in scales):
+            return
+    raise CheckpointError(
+        f"{checkpoint.path / adapter.CONFIG} has no whole ranks and numeric alphas"
+    )
+
+
+def _check_alike(
+    checkpoint: Checkpoint, config: Mapping[str, Any], expected: Mapping[str, Any]
+) -> None:
+    for name in _ALIKE:
+        if (config.get(name) or None) != (expected.get(name) or None):
+            raise MismatchError(
+                f"{checkpoint.path} has {name} {short(str(config.get(name)))} where the last "
+                f"adapter has {short(str(expected.get(name)))}",
+                _MERGE,
+            )
+
+
+def _check_factors(checkpoint: Checkpoint, rules: Rules) -> None:
+    """Make sure that every product is whole, plain and to be averaged."""
+    factors = _factors(checkpoint)
+    others = [
+        name
+        for name in (*checkpoint.tensors, *checkpoint.refused)
+        if _OTHER_PART.fullmatch(name) and name not in factors and not _FACTOR_BIAS.fullmatch(name)
+    ]
+    if others or not factors:
+        why = f"has parts other than A and B: {first_few(others)}" if others else "has no A and B"
+        raise UnsupportedTensorError(f"the adapter {checkpoint.path} {why}", _MERGE)
+    for name, match in factors.items():
+        tensor, partner = checkpoint.tensors[name], checkpoint.tensors.get(_partner(match))
+        plain = tensor.dtype.kind == "float" and len(tensor.shape) > 1 and tensor.numel
+        if not plain or partner is None:
+            raise UnsupportedTensorError(
+                f"{name} in {checkpoint.path} is expected to be one of two matrices of floats",
+                "It may have been saved without gathering its shards; save it again, or leave the "
+                "checkpoint out.",
+            )
+    left = [name for name in factors if not rules.averages(name)]
+    if left:
+        raise UsageError(
+            f"the patterns leave out {first_few(left)}: the rank of all factors grows together",
+            "Leave out only tensors that are averaged as they are (modules_to_save, biases).",
+        )
+
+
+def _notes(stack: _Stack, configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    count, rank = len(stack.coefficients), stack.config["r"]
+    notes = [
+        f"LoRA adapters: merged exactly by stacking their ranks, {count} × {rank} = {count * rank} "
+        "(the mean of A and the mean of B is not the mean of BA)"
+    ]
+    bases = sorted({short(str(c.get("base_model_name_or_path"))) for c in configs})
+    if len(bases) > 1:
+        notes.append(f"the adapters name different base models: {first_few(bases)}")
+    return notes
