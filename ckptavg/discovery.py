@@ -27,6 +27,7 @@ _OTHER_STATE = re.compile(
     r"(optimizer|optim|lr_scheduler|scheduler|rng_state|rng|random_states?|training_args|scaler|"
     r"sampler|trainer_state|zero_pp_rank_.*|.*optim_states)([-_.]?\d+)*"
 )
+_TEMPORARY = re.compile(r"(.*[-_.])?te?mp")  # what a crash while saving leaves
 _STRANGERS = (
     (re.compile(r"(?<![a-z])(ave|avg|averaged?)(?![a-z])"), "an average already, by its name"),
     (re.compile(r"(?<![a-z])ema(?![a-z])"), "an EMA copy, by its name"),
@@ -181,6 +182,8 @@ def _members(directory: Path, found: Found) -> list[Path]:
             continue
         if _OTHER_STATE.fullmatch(_stem(path)):
             found.left_out.append((path, "not a model's weights"))
+        elif _TEMPORARY.fullmatch(_stem(path)):
+            found.left_out.append((path, "a temporary file, by its name"))
         else:
             members.append(path)
     runs = [p for p in below if p.is_dir() and p not in nested and _holds_checkpoints(p)]
