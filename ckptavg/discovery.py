@@ -20,13 +20,14 @@ from ckptavg.formats import (
     open_checkpoint,
     refuse_partitioned,
 )
-from ckptavg.formats.comparing import same_weights
+from ckptavg.formats.comparing import Checksums, same_weights
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".pt.tar", ".pth.tar", ".ckpt.tar")
 _OTHER_STATE = re.compile(
     r"(optimizer|optim|lr_scheduler|scheduler|rng_state|rng|random_states?|training_args|scaler|"
     r"sampler|trainer_state|zero_pp_rank_.*|.*optim_states)([-_.]?\d+)*"
 )
+_TEMPORARY = re.compile(r"(.*[-_.])?te?mp")  # what a crash while saving leaves
 _STRANGERS = (
     (re.compile(r"(?<![a-z])(ave|avg|averaged?)(?![a-z])"), "an average already, by its name"),
     (re.compile(r"(?<![a-z])ema(?![a-z])"), "an EMA copy, by its name"),
@@ -181,6 +182,8 @@ def _members(directory: Path, found: Found) -> list[Path]:
             continue
         if _OTHER_STATE.fullmatch(_stem(path)):
             found.left_out.append((path, "not a model's weights"))
+        elif _TEMPORARY.fullmatch(_stem(path)):
+            found.left_out.append((path, "a temporary file, by its name"))
         else:
             members.append(path)
     runs = [p for p in below if p.is_dir() and p not in nested and _holds_checkpoints(p)]
@@ -280,6 +283,7 @@ def _without_repeats(
     where two record the same step and epoch.
     """
     aliases, labels = _aliases(checkpoints), _labels([c.path for c in checkpoints])
+    sums = Checksums()
     kept: list[Checkpoint] = []
     repeats: list[tuple[Checkpoint, Checkpoint]] = []
     by_files: dict[object, Checkpoint] = {}
@@ -292,7 +296,7 @@ def _without_repeats(
         place = (checkpoint.record.step, checkpoint.record.epoch)
         likely = kept if checkpoint.path in aliases else by_place[place]
         original = by_files.get(identity) or next(
-            (k for k in likely if same_weights(checkpoint, k)), None
+            (k for k in likely if same_weights(checkpoint, k, sums)), None
         )
         if original is not None:
             repeats.append((checkpoint, original))

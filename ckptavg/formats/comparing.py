@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -14,10 +15,13 @@ _HEAD = 4096  # bytes of each tensor that are looked at first: most differ there
 _BLOCK = 1 << 20
 
 
-def same_weights(one: Checkpoint, other: Checkpoint) -> bool:
+def same_weights(one: Checkpoint, other: Checkpoint, sums: Checksums) -> bool:
     """Whether two checkpoints hold the same tensors, whatever else their files hold.
 
-    By the checksums that zip files keep where those tell, else by every byte.
+    Args:
+        one: A checkpoint.
+        other: Another one.
+        sums: The checksums that zip files keep; where they do not tell, every byte is compared.
 
     Raises:
         CheckpointError: A file cannot be read.
@@ -30,7 +34,6 @@ def same_weights(one: Checkpoint, other: Checkpoint) -> bool:
         if ranges is None:
             return False
         pairs.update(dict.fromkeys(ranges))
-    sums = _Checksums()
     undecided: list[tuple[_Range, _Range]] = []
     for pair in pairs:
         equal = sums.tell(*pair)
@@ -59,6 +62,7 @@ def _ranges(one: Tensor, other: Tensor) -> list[tuple[_Range, _Range]] | None:
     return [
         (_Range(a.file, a.offset, _span(a) * size), _Range(b.file, b.offset, _span(b) * size))
         for a, b in zip(one.pieces, other.pieces, strict=True)
+        if 0 not in a.shape
     ]
 
 
@@ -70,17 +74,15 @@ def _form(piece: Piece) -> object:
 
 def _span(piece: Piece) -> int:
     """Elements from a piece's first to its last, in the file."""
-    if 0 in piece.shape:
-        return 0
     return 1 + sum((n - 1) * s for n, s in zip(piece.shape, piece.stride, strict=True))
 
 
-class _Checksums:
-    """The checksums in zip files, each file looked into once."""
+class Checksums:
+    """The checksums in zip files. Of each file the directory is read once."""
 
     def __init__(self) -> None:
-        self._storages: dict[str, dict[int, tuple[int, int]]] = {}
-        self._starts: dict[str, list[int]] = {}
+        self._entries: dict[str, tuple[list[int], list[zipfile.ZipInfo]]] = {}
+        self._starts: dict[tuple[str, int], int] = {}
 
     def tell(self, one: _Range, other: _Range) -> bool | None:
         """Whether two ranges are equal; None where the checksums do not tell."""
@@ -94,16 +96,20 @@ class _Checksums:
 
     def _storage(self, part: _Range) -> tuple[int, int, int] | None:
         """Where in its storage a range begins, and the storage's size and checksum."""
-        if part.file not in self._storages:
-            self._storages[part.file] = torch_zip.checksums(part.file) or {}
-            self._starts[part.file] = sorted(self._storages[part.file])
-        starts = self._starts[part.file]
-        i = bisect.bisect_right(starts, part.start) - 1
+        if part.file not in self._entries:
+            found = torch_zip.storages(part.file)
+            self._entries[part.file] = [info.header_offset for info in found], found
+        offsets, entries = self._entries[part.file]
+        i = bisect.bisect_right(offsets, part.start) - 1
         if i < 0:
             return None
-        size, checksum = self._storages[part.file][starts[i]]
-        within = part.start - starts[i]
-        return (within, size, checksum) if within + part.size <= size else None
+        key, info = (part.file, i), entries[i]
+        if key not in self._starts:
+            with open(part.file, "rb") as file:
+                self._starts[key] = torch_zip.data_offset(file, info, part.file)
+        within = part.start - self._starts[key]
+        fits = within >= 0 and within + part.size <= info.file_size
+        return (within, info.file_size, info.CRC) if fits else None
 
 
 def _same_bytes(pairs: Iterable[tuple[_Range, _Range]], limit: int | None) -> bool:

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -125,11 +126,13 @@ def _monitored(callbacks: Any, file_name: str, numbers: _Numbers) -> dict[str, f
     """
     found: dict[str, float] = {}
     states = callbacks.values() if isinstance(callbacks, dict) else ()
-    for state in states if len(states) < _MOST_METRICS else ():
+    left = _MOST_LOOKED_AT
+    for state in islice(states, _MOST_METRICS):
         name = state.get("monitor") if isinstance(state, dict) else None
         kept = state.get("best_k_models") if isinstance(name, str) else None
-        if not isinstance(kept, dict) or len(kept) > _MOST_LOOKED_AT:
+        if not isinstance(kept, dict) or len(kept) > left:
             continue
+        left -= len(kept)
         for path, score in kept.items():
             if isinstance(path, str) and PurePath(path).name == file_name:
                 value = number(numbers.plain(score))

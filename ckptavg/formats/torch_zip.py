@@ -6,7 +6,6 @@ import io
 import struct
 import zipfile
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -181,17 +180,14 @@ def _locate(
     return data_offset(file, info, path)
 
 
-def checksums(path: str) -> dict[int, tuple[int, int]] | None:
-    """Where each storage begins → its size and CRC; None without CRCs, and for other files."""
+def storages(path: str) -> list[zipfile.ZipInfo]:
+    """The entries that hold storages, as they lie; none in other files and where CRCs lack."""
     if not zipfile.is_zipfile(path):
-        return None
-    found: dict[int, tuple[int, int]] = {}
-    with open(path, "rb") as file:
-        for info in zipfile.ZipFile(file).infolist():
-            if "/data/" in info.filename:
-                with suppress(CheckpointError):  # one that no tensor needs may be damaged
-                    found[data_offset(file, info, path)] = info.file_size, info.CRC
-    return found if any(crc for _, crc in found.values()) else None
+        return []
+    with zipfile.ZipFile(path) as archive:
+        found = [info for info in archive.infolist() if "/data/" in info.filename]
+    found.sort(key=lambda info: info.header_offset)
+    return found if any(info.CRC for info in found) else []
 
 
 def looks_like(start: bytes) -> bool:

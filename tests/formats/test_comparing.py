@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from ckptavg.formats import comparing, open_checkpoint
-from ckptavg.formats.comparing import same_weights
+from ckptavg.formats.comparing import Checksums, same_weights
 
 LONG = 20_000  # elements, so that a difference can lie behind what is looked at first
 
@@ -76,7 +76,7 @@ def compared(tmp_path):
             suffix = ".safetensors" if write is safetensors else ".pt"
             paths.append(tmp_path / (name + suffix))
             write(paths[-1], values)
-        return same_weights(*map(open_checkpoint, paths))
+        return same_weights(*map(open_checkpoint, paths), Checksums())
 
     return compare
 

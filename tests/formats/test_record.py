@@ -256,3 +256,12 @@ def test_what_only_looks_like_a_clock_does_no_harm(recorded, odd):
 
 def test_a_negative_epoch_is_none(recorded):
     assert recorded({"model": weights(), "epoch": -1}) == Record()
+
+
+def test_a_list_of_files_under_very_many_callbacks_costs_no_more_than_one(
+    tmp_path, open_within_limits
+):
+    state = {"monitor": "loss", "best_k_models": {f"/a/{i}.ckpt": 1.0 for i in range(50_000)}}
+    callbacks = {f"callback {i}": dict(state, monitor=f"loss{i}") for i in range(200)}
+    torch.save({"model": weights(), "callbacks": callbacks}, tmp_path / "7.ckpt")
+    assert open_within_limits(tmp_path / "7.ckpt") == "opened\n"

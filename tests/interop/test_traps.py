@@ -182,6 +182,17 @@ def test_an_ema_in_files_of_its_own_can_be_selected(tmp_path):
     assert [c.step for c in run] == [10000, 20000]
 
 
+@pytest.mark.parametrize("name", ["tmp.pth.tar", "recovery_tmp.pth.tar"])
+def test_what_a_crash_while_saving_leaves_is_left_out(name, tmp_path):
+    for i in (1, 2):
+        save_weight(tmp_path / f"checkpoint-{i}.pth.tar", i)
+    whole = (tmp_path / "checkpoint-2.pth.tar").read_bytes()
+    (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+    run = open_run(tmp_path)
+    assert names(run) == ["checkpoint-1.pth.tar", "checkpoint-2.pth.tar"]
+    assert run.left_out == ((tmp_path / name, "a temporary file, by its name"),)
+
+
 @pytest.mark.parametrize("name", ["averaged.pt", "avg_5.pt", "model_ema.pt", "init.pt"])
 def test_a_name_is_no_reason_where_nothing_else_is_a_run(name, tmp_path):
     save_weight(tmp_path / name, 1)
