@@ -61,7 +61,7 @@ def read(path: str) -> TorchFile:
         CheckpointError: The file is damaged, or of another kind.
     """
     try:
-        with _Sips(path) as file:
+        with _Sips(io.FileIO(path)) as file:
             if file.read(len(torch_legacy.START)) == torch_legacy.START:
                 tree, offsets = torch_legacy.read(path, file.seek(0, 2))
                 return TorchFile(path, tree, lambda storage: offsets[storage.key])
@@ -80,7 +80,7 @@ def read(path: str) -> TorchFile:
     return TorchFile(path, tree, lambda storage: _locate(path, entries, storage))
 
 
-class _Sips(io.FileIO):
+class _Sips(io.BufferedReader):
     """A file of which no more is read at once than a zip directory may be long."""
 
     def read(self, size: int | None = -1, /) -> bytes:
