@@ -112,19 +112,19 @@ class _File:
 
 
 def _read_file(path: Path, key: str | None) -> _File:
-    FileStamp.of(path)  # which refuses what can be opened but not read to an end
-    return _read_safetensors(path) if _is_safetensors(path) else _read_torch(path, key)
+    stamp = FileStamp.of(path)  # before it is opened: a pipe may wait for ever
+    if _is_safetensors(path):
+        return _read_safetensors(path, stamp)
+    return _read_torch(path, stamp, key)
 
 
-def _read_safetensors(path: Path) -> _File:
-    stamp = FileStamp.of(path)
+def _read_safetensors(path: Path, stamp: FileStamp) -> _File:
     tensors, metadata = safetensors.read_header(str(path), stamp.size)
     made = _provenance(metadata)
     return _File("safetensors", (stamp,), tensors, {}, record.from_metadata(metadata), made)
 
 
-def _read_torch(path: Path, key: str | None) -> _File:
-    stamp = FileStamp.of(path)
+def _read_torch(path: Path, stamp: FileStamp, key: str | None) -> _File:
     opened = torch_zip.read(str(path))
     try:
         found, entry, notes = weights.find_entry(str(path), opened.tree, key)
@@ -250,7 +250,7 @@ def _checkpoint(path: Path, layout: str, files: list[_File], recorded: Record) -
         raise CheckpointError(f"{path} holds no tensors")
     names = [*tensors, *refused]
     if max(map(len, names)) > _LONGEST_NAME:
-        raise CheckpointError(f"{path} holds a tensor whose name is over {_LONGEST_NAME} long")
+        raise CheckpointError(f"{path}: a tensor's name is over {_LONGEST_NAME} characters long")
     bare = weights.bare_names(names)
     made = next((file.provenance for file in files if file.provenance), None)
     if made is not None and made.get("scheme") == REFRESHED and made["checkpoints"]:
@@ -269,12 +269,18 @@ def _checkpoint(path: Path, layout: str, files: list[_File], recorded: Record) -
         notes=(*chain(*(file.notes for file in files)), *weights.note_wrapper(bare, names)),
         beside=files[0].beside,
     )
+    _check_repeats(checkpoint)
+    return checkpoint
+
+
+def _check_repeats(checkpoint: Checkpoint) -> None:
+    """Refuse views that blow a small file up: expanded ones, or many of one storage."""
     if checkpoint.nbytes > _MOST_REPEATED * checkpoint.size + _SPARE:
         raise CheckpointError(
-            f"{path} would unfold to {checkpoint.nbytes} bytes: its tensors repeat their elements",
+            f"{checkpoint.path} would unfold to {checkpoint.nbytes} bytes: its tensors repeat "
+            "their elements",
             "Save clones of them instead of expanded or overlapping views.",
         )
-    return checkpoint
 
 
 def _provenance(beside: Any) -> Mapping[str, Any] | None:
