@@ -180,10 +180,8 @@ def _members(directory: Path, found: Found) -> list[Path]:
     for path in below:
         if path.is_dir() or not path.name.endswith(SUFFIXES):
             continue
-        if _OTHER_STATE.fullmatch(_stem(path)):
-            found.left_out.append((path, "not a model's weights"))
-        elif _TEMPORARY.fullmatch(_stem(path)):
-            found.left_out.append((path, "a temporary file, by its name"))
+        if why := _why_not(_stem(path)):
+            found.left_out.append((path, why))
         else:
             members.append(path)
     runs = [p for p in below if p.is_dir() and p not in nested and _holds_checkpoints(p)]
@@ -191,6 +189,13 @@ def _members(directory: Path, found: Found) -> list[Path]:
         raise _no_run(directory, below)
     found.left_out += [(path, "a run of its own") for path in runs]
     return sorted(members, key=_natural)
+
+
+def _why_not(stem: str) -> str:
+    """Why a file that is called so is not opened; empty if it is."""
+    if _OTHER_STATE.fullmatch(stem):
+        return "not a model's weights"
+    return "a temporary file, by its name" if _TEMPORARY.fullmatch(stem) else ""
 
 
 def _numbered_below(directory: Path) -> bool:
