@@ -46,6 +46,7 @@ class Layout(abc.ABC):
         key: The entry that holds the weights.
         output: What to call the average so that the tool loads it.
         loads_back: What the table's last cell says where all is well.
+        refused: What its first cell says if the layout cannot be averaged, in words of the error.
     """
 
     name: str
@@ -55,10 +56,20 @@ class Layout(abc.ABC):
     key: str
     output: str
     loads_back: str = "✓"
+    refused: str = ""
 
     @abc.abstractmethod
     def write(self, directory: Path) -> Written:
         """Train for three checkpoints, with the traps that the tool lays."""
+
+    def averaged(self, states: list[State]) -> State:
+        """By hand: summed in float64 in order, divided and rounded once; integers from the last."""
+        return {
+            name: (sum(state[name].double() for state in states) / len(states)).to(last.dtype)
+            if last.is_floating_point()
+            else last
+            for name, last in states[-1].items()
+        }
 
     @abc.abstractmethod
     def load_back(self, path: Path) -> State:

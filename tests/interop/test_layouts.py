@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,12 +12,16 @@ import torch
 from layouts import LAYOUTS, others_at_work
 
 from ckptavg import average, open_run
+from ckptavg.errors import CheckpointError
 
 README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- layouts -->\n", "<!-- /layouts -->"
 COLUMNS = ("opens", "ordered and de-duplicated", "exact average", "output loads back")
 
-every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+AVERAGED = [layout for layout in LAYOUTS if not layout.refused]
+REFUSED = [layout for layout in LAYOUTS if layout.refused]
+
+every_layout = pytest.mark.parametrize("layout", AVERAGED, ids=lambda layout: layout.name)
 
 
 @contextmanager
@@ -29,16 +34,6 @@ def cell(cells, layout, column, well="✓"):
         del cells[layout.name, column]
         raise
     cells[layout.name, column] = well
-
-
-def average_by_hand(states):
-    """Summed in float64 in order, divided once, rounded once; integers from the last."""
-    return {
-        name: (sum(state[name].double() for state in states) / len(states)).to(last.dtype)
-        if last.is_floating_point()
-        else last
-        for name, last in states[-1].items()
-    }
 
 
 def assert_same(found, expected):
@@ -73,7 +68,7 @@ def test_it_is_ordered_and_what_repeats_counts_once(layout, written, cells):
 def test_its_average_is_exact(layout, written, cells):
     with cell(cells, layout, COLUMNS[2]):
         run = written(layout)
-        expected = average_by_hand(run.states)
+        expected = layout.averaged(run.states)
         bare = {name.removeprefix("module."): value for name, value in expected.items()}
         assert_same(average(open_run(run.path)), bare)
 
@@ -84,7 +79,16 @@ def test_its_tool_loads_the_output(layout, written, cells, tmp_path):
         run = written(layout)
         out = average(open_run(run.path), out=tmp_path / layout.output)
         with others_at_work():
-            assert_same(layout.load_back(out), average_by_hand(run.states))
+            assert_same(layout.load_back(out), layout.averaged(run.states))
+
+
+@pytest.mark.parametrize("layout", REFUSED, ids=lambda layout: layout.name)
+def test_what_cannot_be_averaged_says_what_to_do(layout, written, cells):
+    with cell(cells, layout, COLUMNS[0], layout.refused):
+        remedy = re.search("`(.*)`", layout.refused)[1]
+        with pytest.raises(CheckpointError, match=re.escape(remedy)):
+            open_run(written(layout).path)
+    cells.update(((layout.name, column), "–") for column in COLUMNS[1:])
 
 
 def test_the_readme_says_what_these_checks_found(cells, request):
