@@ -1,7 +1,7 @@
 """What a ``torch.save`` output holds.
 
-With the suffix of its inputs, all that the last of them held, but for the weights: what loads the
-inputs then loads the output. With another suffix the weights alone.
+As a rule all that the last of its inputs held, but for the weights: what loads the inputs then
+loads the output. A ``.pt`` is for everybody else as well.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from ckptavg.formats.torch_zip import PROVENANCE_RECORD, TorchFile
 
 PLAIN_SUFFIX = ".pt"
 STATE_DICT = "state_dict"
+_BARE = "the weights stand under 'state_dict'; -o OUT.pth gives a bare state dict like the inputs"
 _MODULE = "a pickled module is written as its state dict: its class is not known here"
 
 
@@ -47,10 +48,11 @@ def lay_out(
 ) -> tuple[FileLayout, Sequence[str]]:
     """Plan a ``torch.save`` file.
 
-    An output with the last input's suffix is like it: weights replaced in the entry and under the
-    names that they had, the rest kept as far as it may go out (``harmless``). Any other holds the
-    weights under ``state_dict`` with bare names. A ``.pt`` holds them there in either case, and
-    loads by the safe default of ``torch.load``.
+    Inputs from ``torch.save`` give an output like the last of them: weights replaced in the entry
+    and under the names that they had, the rest kept as far as it may go out (``harmless``). A
+    ``.pt`` has the weights under ``state_dict`` with bare names besides, or only there if the
+    input was a bare state dict, and loads by the safe default of ``torch.load``. So has an output
+    of other inputs, whatever its suffix.
 
     Args:
         path: Decides by its suffix.
@@ -115,7 +117,7 @@ class _Storages:
 def _contents(suffix: str, provenance: str, template: Checkpoint, book: _Storages) -> Contents:
     bare, plain = OrderedDict(book.stubs), suffix == PLAIN_SUFFIX
     alone = {STATE_DICT: bare, PROVENANCE: provenance}
-    if template.layout != "torch" or template.path.suffix != suffix:
+    if template.layout != "torch":
         return Contents(alone, {})
     file = torch_zip.read(template.files[0].path)
     place = weights.locate(file.tree, template.key)
@@ -124,7 +126,7 @@ def _contents(suffix: str, provenance: str, template: Checkpoint, book: _Storage
         return Contents(alone, {}, notes)
     whole = place.value is file.tree
     if whole and (plain or place.pickled):
-        return Contents(alone, {}, notes)
+        return Contents(alone, {}, notes or [_BARE])
     keeper = _keeper(plain, template, book, file, place)
     own = _own_entry(template, book, keeper, place)
     if whole:

@@ -31,7 +31,7 @@ Entry = Mapping[Any, Any]
 _PICKLED = "the weights are read from a pickled module, without its class"
 _MODULE_DROPPED = (
     "'module.' in front of every name is taken for DDP's wrapper and dropped; where it is the "
-    "model's own, give the output the inputs' suffix: the names are kept in their layout"
+    "model's own, write a .pth or .ckpt, which keeps the names as they are"
 )
 _AVERAGED_IN_PLACE = (
     "'state_dict' holds a running average, as Lightning's WeightAveraging keeps it; "

@@ -105,8 +105,8 @@ TIED = {"tied": "float32", "tied.too": "b é"}
 @pytest.fixture
 def plain(tmp_path):
     """A checkpoint that is no directory, for outputs that follow none."""
-    torch.save({"module.a": torch.rand(2)}, tmp_path / "template.pt")
-    return open_checkpoint(tmp_path / "template.pt")
+    save_file({"module.a": torch.rand(2)}, tmp_path / "template.safetensors")
+    return open_checkpoint(tmp_path / "template.safetensors")
 
 
 # ------------------------------------------------------------------------------------- single files

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -102,11 +103,29 @@ def test_a_pt_file_has_its_own_layout_and_state_dict_at_once_and_loads_safely(tm
     assert (tmp_path / "out.pt").stat().st_size < once + 20_000
 
 
-def test_another_suffix_gives_the_weights_alone(tmp_path):
+@pytest.mark.parametrize("suffix", [".pth", ".bin", ".pth.tar"])
+def test_a_file_of_another_suffix_is_like_its_inputs_too(tmp_path, suffix):
     models = run_of(tmp_path / "run", lambda m, e: {"model": m.state_dict(), "epoch": e})
-    found = averaged(tmp_path / "run", "out.pth")
+    found = averaged(tmp_path / "run", f"out{suffix}")
+    assert list(found) == ["model", "epoch", "ckptavg"]
+    assert holds_the_mean(found["model"], models)
+
+
+def test_a_pt_file_of_bare_state_dicts_says_where_the_weights_are(tmp_path, caplog):
+    caplog.set_level("INFO", "ckptavg")
+    models = run_of(tmp_path / "run", lambda m, _: m.state_dict(), suffix=".pt")
+    assert holds_the_mean(averaged(tmp_path / "run", "out.pt")["state_dict"], models)
+    assert any("-o OUT.pth" in record.getMessage() for record in caplog.records)
+
+
+def test_a_file_of_other_inputs_holds_the_weights_under_state_dict(tmp_path):
+    torch.manual_seed(0)
+    (tmp_path / "run").mkdir()
+    state = model().state_dict()
+    save_file(state, tmp_path / "run" / "epoch_1.safetensors")
+    found = averaged(tmp_path / "run", "out.ckpt")
     assert list(found) == ["state_dict", "ckptavg"]
-    assert holds_the_mean(found["state_dict"], models)
+    assert torch.equal(found["state_dict"]["0.weight"], state["0.weight"])
 
 
 def test_a_bare_state_dict_stays_bare_and_yet_says_how_it_was_made(tmp_path):

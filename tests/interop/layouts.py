@@ -295,8 +295,7 @@ class Fairseq(Layout):
     checkpoints = {"checkpoint_1_500.pt": 500, "checkpoint1.pt": 1000, "checkpoint2.pt": 2000}
     left_out = ("checkpoint_best.pt", "checkpoint_last.pt")
     key = "model"
-    output = "checkpoint_average.pt"
-    loads_back = "✓, without a Namespace in `cfg`"
+    output = "checkpoint_average.pth"
 
     def write(self, directory):
         model = Net()
@@ -335,7 +334,8 @@ class Fairseq(Layout):
         return Written(directory, states)
 
     def load_back(self, path):
-        state = torch.load(path, map_location="cpu")
+        state = torch.load(path, map_location="cpu", weights_only=False)
+        assert state["cfg"]["model"] == argparse.Namespace(arch="net")
         assert state["optimizer_history"][-1]["num_updates"] == 2000
         assert state["extra_state"]["train_iterator"]["epoch"] == 2
         return loaded(Net(), state["model"])
@@ -387,8 +387,7 @@ class WeNet(Layout):
     checkpoints = {"epoch_0.pt": 0, "epoch_1.pt": 1, "epoch_2.pt": 2}
     left_out = ("final.pt", "init.pt", "avg_2.pt")
     key = ""
-    output = "avg_3.pt"
-    loads_back = "under `state_dict`"
+    output = "avg_3.pth"
 
     def write(self, directory):
         model = Net()
@@ -410,7 +409,7 @@ class WeNet(Layout):
         (directory / f"{name}.yaml").write_text(f"epoch: {epoch}\ncv_loss: 0.5\nlr: 0.001\n")
 
     def load_back(self, path):
-        return loaded(Net(), torch.load(path, map_location="cpu")["state_dict"])
+        return loaded(Net(), torch.load(path, map_location="cpu"))
 
 
 class TinyGPT(nn.Module):
