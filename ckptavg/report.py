@@ -85,11 +85,13 @@ class Report:
         if self.as_json:
             return
         if title:
-            self._out.print(Text(title, "bold"), soft_wrap=True)
+            self._out.print(Text(printable(title), "bold"), soft_wrap=True)
         drawn = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
         for i, name in enumerate(columns):
             right = bool(rows) and all(_is_number(row[i]) for row in rows)
-            drawn.add_column(name, justify="right" if right else "left", overflow="fold")
+            drawn.add_column(
+                Text(printable(name)), justify="right" if right else "left", overflow="fold"
+            )
         for row in rows:
             drawn.add_row(*(Text(printable(cell)) for cell in row))
         self._out.print(drawn)

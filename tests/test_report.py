@@ -7,8 +7,12 @@ import json
 import logging
 
 import pytest
+import torch
+from click.testing import CliRunner
+from helpers import save
 from rich.console import Console
 
+from ckptavg.cli import main
 from ckptavg.report import Report, number_text, size_text
 
 
@@ -113,3 +117,13 @@ def test_sizes_have_decimal_units(count: float, text: str) -> None:
 
 def test_numbers_are_short_and_missing_ones_a_dash() -> None:
     assert [number_text(x) for x in (None, 3, 0.05, 1e-7)] == ["–", "3", "0.05", "1e-07"]
+
+
+def test_names_out_of_files_are_neither_markup_nor_commands_to_the_terminal(tmp_path):
+    metrics = {"[/red]": 1.5, "\x1b[2J": 2.5}
+    for epoch in (1, 2):
+        save(tmp_path / f"epoch_{epoch}.pt", {"w": torch.zeros(1)}, epoch=epoch, **metrics)
+    result = CliRunner().invoke(main, ["inspect", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "[/red]" in result.output
+    assert "\x1b" not in result.output

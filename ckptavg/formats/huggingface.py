@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from ckptavg.errors import CheckpointError, first_few
@@ -19,6 +20,7 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 TRAINER_STATE = "trainer_state.json"
+_MAX_COMPANION = 256 * 2**20  # bytes
 
 # What from_pretrained reads beside the weights. Nothing else of an input directory is copied.
 COMPANIONS = (
@@ -60,32 +62,34 @@ def weight_map(index: Path) -> dict[str, str]:
         or not all(isinstance(v, str) for v in names.values())
     ):
         raise CheckpointError(f"{index} has no weight_map of tensor name → file")
-    home, wanted = index.parent.resolve(), set(names.values())
+    wanted = set(names.values())
     for name in sorted(wanted):
         if Path(name).name != name or name in ("", ".", ".."):
             raise CheckpointError(f"{index} names a file outside its directory: {name!r}")
-    missing = sorted(name for name in wanted if not _is_file(home / name))
+    missing = sorted(name for name in wanted if not _is_file(index.parent / name))
     if missing:
         raise CheckpointError(
             f"{index} names shards that are not there: {first_few(missing)}",
             "Copy the directory again, or leave it out.",
         )
-    for name in sorted(wanted):
-        if not _stays(home, target := Path(os.path.realpath(home / name))):
-            raise CheckpointError(
-                f"{index} names a file outside its directory: {name!r} is a link to {target}",
-                "Put the file itself in the link's place.",
-            )
+    _check_links(index.parent, wanted)
     return names
 
 
-def _stays(home: Path, target: Path) -> bool:
-    """Whether a file lies in a directory, or among the blobs of the hub cache that it is part of.
+def _check_links(directory: Path, names: Iterable[str]) -> None:
+    """Refuse links out of a directory, but for those into the blobs of the hub's cache.
 
     The cache has ``snapshots/REVISION/...``, full of links, beside the ``blobs`` that they lead to.
     """
-    caches = (path.parent / "blobs" for path in home.parents if path.name == "snapshots")
-    return any(root in target.parents for root in (home, *caches))
+    home = directory.resolve()
+    caches = [path.parent / "blobs" for path in home.parents if path.name == "snapshots"]
+    for name in sorted(names):
+        target = Path(os.path.realpath(home / name))
+        if not any(root in target.parents for root in (home, *caches)):
+            raise CheckpointError(
+                f"{directory / name} leads outside its directory: it is a link to {target}",
+                "Put the file itself in the link's place.",
+            )
 
 
 def belongs(name: str) -> bool:
@@ -103,6 +107,18 @@ def _is_file(path: Path) -> bool:
 
 
 def companions(directory: Path) -> list[Path]:
-    """The configuration, tokenizer and code files that belong to a directory's model."""
+    """The configuration, tokenizer and code files that belong to a directory's model.
+
+    Raises:
+        CheckpointError: One is a link to a file elsewhere, which would be copied with them, or
+            far larger than such files are.
+    """
     found = {path for pattern in COMPANIONS for path in directory.glob(pattern) if path.is_file()}
+    _check_links(directory, [path.name for path in found])
+    large = sorted(path.name for path in found if path.stat().st_size > _MAX_COMPANION)
+    if large:
+        raise CheckpointError(
+            f"{directory} holds files too large to be a configuration: {first_few(large)}",
+            "Move them out of the directory, or write a single file (-o OUT.safetensors).",
+        )
     return sorted(found)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from ckptavg.errors import CheckpointError
 from ckptavg.formats import huggingface, is_checkpoint_directory, open_checkpoint
 from ckptavg.formats.reading import Reader
 
@@ -130,7 +131,7 @@ def test_links_within_the_directory_are_followed(sharded):
 def test_links_that_lead_elsewhere_are_refused(sharded, tmp_path, refusal, blobs, below):
     (tmp_path / blobs).parent.mkdir(exist_ok=True)
     text = refusal(linked(sharded, tmp_path / blobs, tmp_path / below))
-    assert "outside its directory" in text
+    assert "leads outside its directory" in text
     assert str(tmp_path / blobs / "0") in text
 
 
@@ -141,7 +142,7 @@ def test_blobs_that_are_a_link_themselves_lead_elsewhere(sharded, tmp_path, refu
         name = path.readlink().name
         path.unlink()
         path.symlink_to(f"../../blobs/{name}")
-    assert "outside its directory" in refusal(snapshot)
+    assert "leads outside its directory" in refusal(snapshot)
 
 
 def test_wrappers_are_dropped_across_shards(tmp_path):
@@ -247,3 +248,16 @@ def test_companions_are_what_from_pretrained_reads(tmp_path):
         (tmp_path / name).write_text("{}")
     (tmp_path / "folder.py").mkdir()
     assert {path.name for path in huggingface.companions(tmp_path)} == wanted
+
+
+def test_a_companion_that_is_a_link_elsewhere_is_not_copied(tmp_path):
+    (tmp_path / "private.txt").write_text("a key")
+    directory = tmp_path / "model"
+    directory.mkdir()
+    (directory / "vocab.txt").symlink_to("../private.txt")
+    with pytest.raises(CheckpointError, match="leads outside its directory"):
+        huggingface.companions(directory)
+    (directory / "vocab.txt").unlink()
+    (directory / "vocab.txt").symlink_to("config.json")
+    (directory / "config.json").write_text("{}")
+    assert len(huggingface.companions(directory)) == 2
