@@ -8,7 +8,6 @@ and enter it in ``TARGETS`` with a few honest inputs.
 from __future__ import annotations
 
 import argparse
-import functools
 import io
 import json
 import shutil
@@ -175,7 +174,7 @@ def _metadata(data: bytes, room: Path) -> None:
     directory = room / "step_1"
     directory.mkdir()
     (directory / ".metadata").write_bytes(data)
-    (directory / "__0_0.distcp").write_bytes(_distributed()[1])
+    (directory / "__0_0.distcp").write_bytes(_PLACES)
     _open(directory)
 
 
@@ -339,7 +338,6 @@ def _states() -> list[bytes]:
     return [json.dumps({"global_step": 20, "epoch": 1.0, "log_history": history}).encode()]
 
 
-@functools.cache
 def _distributed() -> tuple[bytes, bytes]:
     """The metadata and the tensors of a distributed checkpoint of one process."""
     state = {"model": {"a": torch.ones(2, 3), "b": torch.ones(4)}, "epoch": 3, "app": {"x": [1]}}
@@ -349,8 +347,11 @@ def _distributed() -> tuple[bytes, bytes]:
         return (Path(room) / ".metadata").read_bytes(), (Path(room) / "__0_0.distcp").read_bytes()
 
 
+_PLACED, _PLACES = _distributed()
+
+
 def _metadatas() -> list[bytes]:
-    return [_distributed()[0]]
+    return [_PLACED]
 
 
 def _seeds_of_trees() -> list[bytes]:
