@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import filecmp
 import fnmatch
-import os
 import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 
 from ckptavg.errors import NoWeightsError, RunError, first_few
-from ckptavg.formats import Checkpoint, is_checkpoint_directory, open_checkpoint, torch_zip
+from ckptavg.formats import (
+    Checkpoint,
+    is_checkpoint_directory,
+    open_checkpoint,
+    storage,
+    torch_zip,
+)
+from ckptavg.formats.storage import Location
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".pt.tar", ".pth.tar", ".ckpt.tar")
 _OTHER_STATE = re.compile(
@@ -25,14 +29,14 @@ _STEP_WORDS = tuple(
     re.compile(rf"(?<![a-z])(?:{words})[-_= ]?(\d+)")
     for words in ("global_?steps?|steps?|iter|iteration|iters", "epochs?|ep")
 )
-LeftOut = tuple[Path, str]
+LeftOut = tuple[Location, str]
 
 
 @dataclass
 class Found:
     """Paths of the checkpoints of each training, before any is opened."""
 
-    groups: list[list[Path]]
+    groups: list[list[Location]]
     left_out: list[LeftOut]
 
 
@@ -45,20 +49,20 @@ class Opened:
     notes: list[str]
 
 
-def find(paths: Sequence[Path], glob: str | None) -> Found:
+def find(paths: Sequence[Location], glob: str | None) -> Found:
     """Find the checkpoints at or directly below each path, grouped by training.
 
     Raises:
         RunError: A path does not exist, or holds no run or several.
     """
-    groups: dict[Path, list[Path]] = {}
+    groups: dict[Location, list[Location]] = {}
     found = Found([], [])
     for path in paths:
         if not path.exists():
             raise RunError(f"{path} does not exist", _nearest(path))
         members = _members(path, found) if path.is_dir() else [path]
         home = path.parent if members == [path] else path
-        groups.setdefault(Path(os.path.realpath(home)), []).extend(members)
+        groups.setdefault(home.resolve(), []).extend(members)
     for members in groups.values():
         found.groups.append(_kept(members, glob, found))
     if not any(found.groups) and glob is not None:
@@ -67,20 +71,20 @@ def find(paths: Sequence[Path], glob: str | None) -> Found:
     return found
 
 
-def _kept(members: list[Path], glob: str | None, found: Found) -> list[Path]:
+def _kept(members: list[Location], glob: str | None, found: Found) -> list[Location]:
     """The members that a run is made of, each once."""
-    kept: dict[tuple[str, str], Path] = {}
+    kept: dict[tuple[Location, str], Location] = {}
     for path in members:
         if glob is not None and not fnmatch.fnmatchcase(path.name, glob):
             found.left_out.append((path, f"does not match {glob}"))
         elif len(members) > 1 and path.is_file() and _OTHER_STATE.fullmatch(_stem(path)):
             found.left_out.append((path, "not a model's weights"))
         else:
-            kept.setdefault((os.path.realpath(path.parent), path.name), path)
+            kept.setdefault((path.parent.resolve(), path.name), path)
     return list(kept.values())
 
 
-def open_members(paths: Sequence[Path], key: str | None) -> Opened:
+def open_members(paths: Sequence[Location], key: str | None) -> Opened:
     """Open the checkpoints of one training, order them and drop what repeats another.
 
     Raises:
@@ -106,7 +110,7 @@ def open_members(paths: Sequence[Path], key: str | None) -> Opened:
     return Opened(ordered, left_out, notes + order_notes)
 
 
-def _members(directory: Path, found: Found) -> list[Path]:
+def _members(directory: Location, found: Found) -> list[Location]:
     """The checkpoints of a directory: itself, or those directly below.
 
     Raises:
@@ -140,12 +144,12 @@ def _members(directory: Path, found: Found) -> list[Path]:
     return sorted(members, key=_natural)
 
 
-def _numbered_below(directory: Path) -> bool:
+def _numbered_below(directory: Location) -> bool:
     """Whether a directory holds a run of checkpoint directories."""
     return any(re.search(r"\d", p.name) and is_checkpoint_directory(p) for p in directory.iterdir())
 
 
-def _lost_its_weights(directory: Path) -> bool:
+def _lost_its_weights(directory: Location) -> bool:
     """Whether a directory is what a crash while saving leaves of a checkpoint."""
     if not re.fullmatch(r"checkpoint[-_]\d+", directory.name):
         return False
@@ -158,7 +162,7 @@ def _lost_its_weights(directory: Path) -> bool:
     return (directory / "trainer_state.json").is_file()
 
 
-def _no_run(directory: Path, below: list[Path]) -> RunError:
+def _no_run(directory: Location, below: list[Location]) -> RunError:
     runs = [str(path) for path in below if path.is_dir() and _holds_checkpoints(path)]
     if len(runs) > 1:
         return RunError(
@@ -175,7 +179,7 @@ def _no_run(directory: Path, below: list[Path]) -> RunError:
     )
 
 
-def _holds_checkpoints(directory: Path) -> bool:
+def _holds_checkpoints(directory: Location) -> bool:
     return any(
         is_checkpoint_directory(path)
         or (
@@ -187,13 +191,16 @@ def _holds_checkpoints(directory: Path) -> bool:
     )
 
 
-def _nearest(path: Path) -> str:
-    parent = next(p for p in (*path.parents, Path()) if p.is_dir())
-    names = [str(parent / p.name) for p in sorted(parent.iterdir()) if not p.name.startswith(".")]
+def _nearest(path: Location) -> str:
+    parent = next((p for p in path.parents if p.is_dir()), None)
+    if parent is None:
+        return "Check its first part, and what your credentials let you see."
+    below = sorted(p.name for p in parent.iterdir() if not p.name.startswith("."))
+    names = [str(parent / name) for name in below]
     return f"{parent} holds {first_few(names, 5)}." if names else f"{parent} is empty."
 
 
-def _stem(path: Path) -> str:
+def _stem(path: Location) -> str:
     """The name without a checkpoint's suffix."""
     if path.is_dir():
         return path.name
@@ -206,14 +213,14 @@ def _tokens(name: str) -> list[str]:
     return re.split(r"(\d+)", name.lower())
 
 
-def _natural(path: Path) -> tuple[object, ...]:
+def _natural(path: Location) -> tuple[object, ...]:
     """Sort key under which 2 comes before 10, and a name without a number after all that have."""
     tokens = _tokens(_stem(path))
     parts = [int(t) if i % 2 else t for i, t in enumerate(tokens)]
     return (_is_alias_name(path), *parts)
 
 
-def _is_alias_name(path: Path) -> bool:
+def _is_alias_name(path: Location) -> bool:
     """Whether a name says nothing of when: no number, or a word like last or best."""
     stem = _stem(path).lower()
     return not re.search(r"\d", stem) or bool(_ALIAS_WORD.search(stem))
@@ -235,7 +242,7 @@ def _without_repeats(
     for checkpoint in sorted(
         checkpoints, key=lambda c: (c.path in aliases, c.path.is_symlink(), _natural(c.path))
     ):
-        identity = tuple((stamp.device, stamp.inode) for stamp in checkpoint.files)
+        identity = tuple(stamp.identity for stamp in checkpoint.files)
         place = (checkpoint.record.step, checkpoint.record.epoch)
         likely = kept if checkpoint.path in aliases else by_place[place]
         original = by_files.get(identity) or next(
@@ -251,22 +258,25 @@ def _without_repeats(
     return kept, repeats
 
 
-def _aliases(checkpoints: Sequence[Checkpoint]) -> set[Path]:
+def _aliases(checkpoints: Sequence[Checkpoint]) -> set[Location]:
     """Checkpoints that may stand for another one: by their name, or as the parent of the rest."""
     parents = {c.path.parent for c in checkpoints}
     return {c.path for c in checkpoints if c.path in parents or _is_alias_name(c.path)}
 
 
 def _same_contents(one: Checkpoint, other: Checkpoint) -> bool:
-    """By checksums where both are zip files that hold them, else by every byte."""
+    """By what their store says, by checksums where both are zip files with them, else by bytes."""
     if len(one.files) != len(other.files):
         return False
     for a, b in zip(one.files, other.files, strict=True):
+        content = storage.content_of(a.token)
+        if content and content == storage.content_of(b.token):
+            continue
         sums = torch_zip.checksums(a.path) if one.layout == "torch" else None
         if sums is not None and (theirs := torch_zip.checksums(b.path)) is not None:
             if sums != theirs:
                 return False
-        elif a.size != b.size or not filecmp.cmp(a.path, b.path, shallow=False):
+        elif a.size != b.size or not storage.same_bytes(a.path, b.path, a.size):
             return False
     return True
 

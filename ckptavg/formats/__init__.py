@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 from ckptavg.errors import CheckpointError, first_few, short
-from ckptavg.formats import huggingface, record, safetensors, torch_zip, weights
+from ckptavg.formats import huggingface, record, safetensors, storage, torch_zip, weights
 from ckptavg.formats.inert_values import MalformedPickle, Refused, TensorView
+from ckptavg.formats.storage import Location, Named
 from ckptavg.formats.table import REFRESHED, Checkpoint, FileStamp, Record, Tensor
 
 __all__ = [
@@ -28,37 +27,37 @@ __all__ = [
 PROVENANCE = "ckptavg"
 
 
-def open_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Checkpoint:
+def open_checkpoint(path: Named, key: str | None = None) -> Checkpoint:
     """Open a checkpoint: read its headers, move no tensor data, run no code.
 
     Args:
         path: A ``.safetensors`` file, a ``torch.save`` file under any suffix, or a Hugging Face
-            directory.
+            directory; or the URL of one.
         key: Dotted path of the entry that holds the weights; found by itself where None.
 
     Raises:
         CheckpointError: It cannot be read, is damaged, or holds no weights that can be found.
     """
-    path = Path(path)
-    if path.is_dir():
-        return _open_directory(path, key)
-    file = _read_file(path, key)
-    return _checkpoint(path, file.layout, [file], file.record)
+    place = storage.locate(path)
+    if place.is_dir():
+        return _open_directory(place, key)
+    file = _read_file(place, key)
+    return _checkpoint(place, file.layout, [file], file.record)
 
 
-def is_checkpoint_directory(path: Path) -> bool:
+def is_checkpoint_directory(path: Location) -> bool:
     """Whether a directory is itself a checkpoint, not a collection of them."""
     return path.is_dir() and huggingface.main_file(path) is not None
 
 
-def _is_safetensors(path: Path) -> bool:
+def _is_safetensors(path: Location) -> bool:
     """By suffix, else by content.
 
     Raises:
         CheckpointError: The file cannot be read, or is of no known kind.
     """
     try:
-        with path.open("rb") as file:
+        with storage.open_binary(path) as file:
             start = file.read(16)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
@@ -86,20 +85,20 @@ class _File:
     notes: tuple[str, ...] = ()
 
 
-def _read_file(path: Path, key: str | None) -> _File:
+def _read_file(path: Location, key: str | None) -> _File:
     return _read_safetensors(path) if _is_safetensors(path) else _read_torch(path, key)
 
 
-def _read_safetensors(path: Path) -> _File:
+def _read_safetensors(path: Location) -> _File:
     stamp = FileStamp.of(path)
-    tensors, metadata = safetensors.read_header(str(path), stamp.size)
+    tensors, metadata = safetensors.read_header(path, stamp.size)
     made = _provenance(metadata)
     return _File("safetensors", stamp, tensors, {}, record.from_metadata(metadata), made)
 
 
-def _read_torch(path: Path, key: str | None) -> _File:
+def _read_torch(path: Location, key: str | None) -> _File:
     stamp = FileStamp.of(path)
-    opened = torch_zip.read(str(path))
+    opened = torch_zip.read(path)
     try:
         found, entry, notes = weights.find_entry(str(path), opened.tree, key)
     except MalformedPickle as error:
@@ -122,7 +121,7 @@ def _read_torch(path: Path, key: str | None) -> _File:
     )
 
 
-def _open_directory(path: Path, key: str | None) -> Checkpoint:
+def _open_directory(path: Location, key: str | None) -> Checkpoint:
     main = huggingface.main_file(path)
     if main is None:
         raise CheckpointError(
@@ -136,7 +135,7 @@ def _open_directory(path: Path, key: str | None) -> Checkpoint:
     return _checkpoint(path, "huggingface", files, trainer or files[0].record)
 
 
-def _read_shards(index: Path, key: str | None) -> list[_File]:
+def _read_shards(index: Location, key: str | None) -> list[_File]:
     """Read each shard that an index names.
 
     Raises:
@@ -157,7 +156,7 @@ def _read_shards(index: Path, key: str | None) -> list[_File]:
     return list(shards.values())
 
 
-def _checkpoint(path: Path, layout: str, files: list[_File], recorded: Record) -> Checkpoint:
+def _checkpoint(path: Location, layout: str, files: list[_File], recorded: Record) -> Checkpoint:
     """The files' tensors in one table, under bare names."""
     tensors = {name: tensor for file in files for name, tensor in file.tensors.items()}
     refused = {name: why for file in files for name, why in file.refused.items()}

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from ckptavg.errors import CheckpointError, first_few
+from ckptavg.formats.storage import Location
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -28,13 +29,13 @@ COMPANIONS = (
 )  # fmt: skip
 
 
-def main_file(directory: Path) -> Path | None:
+def main_file(directory: Location) -> Location | None:
     """The weights file or index of a directory; None if it is no checkpoint."""
     found = (directory / name for name in WEIGHT_FILES)
     return next((path for path in found if path.is_file()), None)
 
 
-def weight_map(index: Path) -> dict[str, str]:
+def weight_map(index: Location) -> dict[str, str]:
     """Tensor name → file name, as an index lists them.
 
     Raises:
@@ -73,14 +74,14 @@ def belongs(name: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in own)
 
 
-def _is_file(path: Path) -> bool:
+def _is_file(path: Location) -> bool:
     try:
         return path.is_file()
     except (OSError, ValueError):  # no name that a file can have
         return False
 
 
-def companions(directory: Path) -> list[Path]:
+def companions(directory: Location) -> list[Location]:
     """The configuration, tokenizer and code files that belong to a directory's model."""
     found = {path for pattern in COMPANIONS for path in directory.glob(pattern) if path.is_file()}
-    return sorted(found)
+    return sorted(found, key=str)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from ckptavg.formats.storage import Location
 from ckptavg.formats.table import Record
 
 STEP_NAMES = (
@@ -66,7 +66,7 @@ def from_metadata(metadata: Mapping[str, str]) -> Record:
     return _from_mapping(values)
 
 
-def from_trainer_state(path: Path) -> Record | None:
+def from_trainer_state(path: Location) -> Record | None:
     """Record of a directory written by the Hugging Face Trainer; None where there is none."""
     try:
         state = json.loads(path.read_text(encoding="utf-8"))

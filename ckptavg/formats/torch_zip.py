@@ -6,15 +6,16 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ckptavg.errors import CheckpointError
-from ckptavg.formats import inert_pickle, torch_legacy
+from ckptavg.formats import inert_pickle, storage, torch_legacy
 from ckptavg.formats.inert_values import MalformedPickle, Storage, TensorView
+from ckptavg.formats.storage import Location
 from ckptavg.formats.table import Piece, Tensor
 
 _LOCAL_HEADER = 30
+_ALIGNMENT = 64  # of what torch.save stores
 
 
 @dataclass
@@ -45,19 +46,22 @@ class TorchFile:
         return Tensor(view.dtype, view.shape, (piece,))
 
 
-def read(path: str) -> TorchFile:
+def read(place: str | Location) -> TorchFile:
     """Open a ``torch.save`` file: its directory and its pickle, no tensor data.
 
     Raises:
         CheckpointError: The file is damaged, or of another kind.
     """
+    path = str(place)
     try:
-        with open(path, "rb") as file:
+        with storage.open_binary(place) as file:
             if file.read(len(torch_legacy.START)) == torch_legacy.START:
-                tree, offsets = torch_legacy.read(path, file.seek(0, 2))
-                return TorchFile(path, tree, lambda storage: offsets[storage.key])
-            entries = _entries(path, zipfile.ZipFile(file).infolist())
+                tree, offsets = torch_legacy.read(place, file.seek(0, 2))
+                return TorchFile(path, tree, lambda stored: offsets[stored.key])
+            archive = zipfile.ZipFile(file)
+            entries = _entries(path, archive.infolist())
             _check_entries(path, entries)
+            starts = _packed(file, archive, entries, path) if storage.is_url(path) else {}
             order = entries.get("byteorder")
             if order and order.file_size == 3 and _content(file, order, path) == b"big":
                 raise CheckpointError(
@@ -68,29 +72,58 @@ def read(path: str) -> TorchFile:
         raise damaged(path, f"its pickle is malformed: {error}") from error
     except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError, RuntimeError) as error:
         raise damaged(path, _why(path, error)) from error
-    return TorchFile(path, tree, lambda storage: _locate(path, entries, storage))
+    return TorchFile(path, tree, lambda stored: _locate(path, entries, stored, starts))
 
 
-def _locate(path: str, entries: Mapping[str, zipfile.ZipInfo], storage: Storage) -> int:
+def _packed(
+    file: BinaryIO, archive: zipfile.ZipFile, entries: Mapping[str, zipfile.ZipInfo], path: str
+) -> dict[str, int]:
+    """Where entries begin, as far as their neighbours tell: each local header is a request.
+
+    ``torch.save`` leaves no room between entries and begins each at a multiple of 64 bytes; a file
+    counts as its own if that holds of its pickle, whose local header is read.
+    """
+    ordered = sorted(archive.infolist(), key=lambda info: info.header_offset)
+    ends = [*(info.header_offset for info in ordered[1:]), archive.start_dir]
+    found: dict[str, int] = {}
+    for info, end in zip(ordered, ends, strict=True):
+        least = info.header_offset + _LOCAL_HEADER + len(info.orig_filename.encode())
+        descriptor = (24 if info.file_size >> 32 else 16) if info.flag_bits & 8 else 0
+        start = end - descriptor - info.file_size
+        if start % _ALIGNMENT == 0 and least <= start < least + 2 * _ALIGNMENT:
+            found[info.filename] = start
+    pickle = entries["data.pkl"]
+    return found if found.get(pickle.filename) == data_offset(file, pickle, path) else {}
+
+
+def _locate(
+    path: str,
+    entries: Mapping[str, zipfile.ZipInfo],
+    stored: Storage,
+    starts: Mapping[str, int],
+) -> int:
     """Byte offset of a storage, after its zip entry has been checked."""
-    info = entries.get(f"data/{storage.key}")
+    info = entries.get(f"data/{stored.key}")
     if info is None:
-        raise damaged(path, f"the storage {storage.key!r} is missing")
+        raise damaged(path, f"the storage {stored.key!r} is missing")
     if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
         raise damaged(path, "its tensors are compressed, which torch.save never does")
-    element = storage.dtype.size if storage.dtype else 1
-    if storage.numel * element > info.file_size:
-        raise damaged(path, f"the storage {storage.key!r} is shorter than it claims")
-    with open(path, "rb") as file:
+    element = stored.dtype.size if stored.dtype else 1
+    if stored.numel * element > info.file_size:
+        raise damaged(path, f"the storage {stored.key!r} is shorter than it claims")
+    if info.filename in starts:
+        return starts[info.filename]
+    with storage.open_binary(path) as file:
         return data_offset(file, info, path)
 
 
-def checksums(path: str | Path) -> list[tuple[str, int, int]] | None:
+def checksums(path: str | Location) -> list[tuple[str, int, int]] | None:
     """Name, size and CRC of every storage; None for other files and where CRCs were left out."""
-    if not zipfile.is_zipfile(path):
-        return None
-    with zipfile.ZipFile(path) as archive:
-        found = [(i.filename, i.file_size, i.CRC) for i in archive.infolist()]
+    with storage.open_binary(path) as file:
+        if not zipfile.is_zipfile(file):
+            return None
+        with zipfile.ZipFile(file) as archive:
+            found = [(i.filename, i.file_size, i.CRC) for i in archive.infolist()]
     storages = sorted((n.split("/", 1)[-1], s, c) for n, s, c in found if "/data/" in n)
     return storages if any(crc for _, _, crc in storages) else None
 
@@ -100,7 +133,7 @@ def looks_like(start: bytes) -> bool:
     return start.startswith((b"PK\x03\x04", torch_legacy.START[:8]))
 
 
-def damaged(path: str | Path, why: str) -> CheckpointError:
+def damaged(path: str | Location, why: str) -> CheckpointError:
     """The error for a file that cannot be read as a checkpoint."""
     return CheckpointError(
         f"{path} is not a readable checkpoint: {why}",
@@ -166,7 +199,7 @@ def _check_entries(path: str, entries: Mapping[str, zipfile.ZipInfo]) -> None:
 
 
 def _why(path: str, error: Exception) -> str:
-    with open(path, "rb") as file:
+    with storage.open_binary(path) as file:
         start = file.read(16)
     if start.startswith(b"PK\x03\x04"):
         return f"a zip file cut short or damaged ({error})"
