@@ -34,12 +34,12 @@ class S3Server(AbstractContextManager["S3Server"]):
     Attributes:
         url: Its endpoint.
         requests: Every request since the server started or they were cleared.
-        before: Called with the path of a request before it is answered.
+        before: Called with the method and the path of a request; a status it returns is the answer.
     """
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
-        self.before: Callable[[str], None] = lambda path: None
+        self.before: Callable[[str, str], str | None] = lambda method, path: None
         self._app = DomainDispatcherApplication(create_backend_app)
         self._server = make_server(
             "127.0.0.1", 0, self._counting, threaded=True, request_handler=_Quiet
@@ -78,8 +78,12 @@ class S3Server(AbstractContextManager["S3Server"]):
 
     def _counting(self, environ: dict[str, Any], respond: Callable[..., Any]) -> Iterable[bytes]:
         path = environ["PATH_INFO"]
-        self.before(path)
-        body = b"".join(self._app(environ, respond))
+        status = self.before(environ["REQUEST_METHOD"], path)
+        if status is not None:
+            respond(status, [("Content-Length", "0")])
+            body = b""
+        else:
+            body = b"".join(self._app(environ, respond))
         ranges = environ.get("HTTP_RANGE", "")
         self.requests.append(Request(environ["REQUEST_METHOD"], path, ranges, len(body)))
         return [body]

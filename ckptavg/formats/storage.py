@@ -31,7 +31,7 @@ _VERSIONS = (
     "modified", "created",
 )  # fmt: skip
 _TIMES = ("LastModified", "last_modified", "mtime", "updated", "modified", "created")
-_MD5 = re.compile(r'"?[0-9a-f]{32}(-\d+)?"?')
+_MD5 = re.compile(r"[0-9a-f]{32}(-\d+)?")
 
 Range = tuple[str, int, int]
 """A file and the first byte and the end of a range of it."""
@@ -95,6 +95,11 @@ class RemotePath:
         """No URL is."""
         return False
 
+    @property
+    def alone(self) -> RemotePath:
+        """The same, asked for by itself: some list a directory in other words."""
+        return RemotePath(self.url) if self._home is not None else self
+
     def exists(self) -> bool:
         """Whether there is a file or a directory."""
         return self.info is not None
@@ -145,9 +150,8 @@ class RemotePath:
         try:
             return dict(system.info(path))
         except FileNotFoundError as error:
-            cause = error.__cause__  # a web server that answers otherwise, or not at all
-            if isinstance(cause, ConnectionError) or getattr(cause, "status", 404) != 404:
-                raise unreadable(self.url, cast("Exception", cause)) from error
+            if _is_disguised(error):
+                raise unreadable(self.url, cast("Exception", error.__cause__)) from error
             return None
         except Exception as error:
             raise unreadable(self.url, error) from error
@@ -239,13 +243,13 @@ def stat(place: Named) -> Stat:
     if not isinstance(place, RemotePath):
         info = os.stat(place)
         return Stat(info.st_size, info.st_mtime_ns, info.st_ino, info.st_dev, "")
-    known = place.info
+    known = place.alone.info
     if known is None:
         raise CheckpointError(f"{place} is not there")
     size = known.get("size")
     if not isinstance(size, int):
         raise CheckpointError(f"{place} cannot be read by ranges: its server tells no size")
-    token = next((f"{name} {known[name]}" for name in _VERSIONS if known.get(name)), "")
+    token = next((f"{name} {_plain(known[name])}" for name in _VERSIONS if known.get(name)), "")
     return Stat(size, _time(known), 0, 0, token)
 
 
@@ -255,7 +259,7 @@ def content_of(token: str) -> str:
     An ETag is so where it is what S3 makes of MD5 sums; web servers make theirs of dates.
     """
     kind, _, value = token.partition(" ")
-    return value.strip('"') if kind == "ETag" and _MD5.fullmatch(value) else ""
+    return value if kind == "ETag" and _MD5.fullmatch(value) else ""
 
 
 def open_binary(place: Named) -> BinaryIO:
@@ -406,6 +410,14 @@ def _is_passing(answer: Any) -> bool:
     return not isinstance(answer, (bytes, FileNotFoundError, PermissionError))
 
 
+def _is_disguised(error: FileNotFoundError) -> bool:
+    """Whether a web server did not answer, or otherwise than that there is nothing."""
+    cause = error.__cause__
+    if isinstance(cause, OSError):
+        return not isinstance(cause, FileNotFoundError)
+    return getattr(cause, "status", 404) != 404
+
+
 def _file_system(url: str) -> tuple[Any, str]:
     """The file system of a URL, and the URL's path in it.
 
@@ -437,6 +449,11 @@ def _local(url: str) -> Path:
     if host not in ("", "localhost") or not slash:
         raise UsageError(f"{url} names the host {host!r}", "Expected file:///absolute/path.")
     return Path(url2pathname(slash + path))
+
+
+def _plain(value: object) -> str:
+    """A version in one spelling: there are servers that quote it now and then."""
+    return str(value).strip('"')
 
 
 def _time(known: Mapping[str, Any]) -> int:
