@@ -386,6 +386,13 @@ def test_a_file_url_is_a_local_path(tmp_path, monkeypatch):
         storage.locate("file://server/a.pt")
 
 
+@pytest.mark.parametrize("name", ["exp::3", "s3:", "a:b"])
+def test_odd_names_are_local_paths(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    save_weight(tmp_path / name / "epoch_1.pt")
+    assert ckptavg.average(ckptavg.open_run(name), out=f"{name}/out.pt").exists()
+
+
 def test_what_is_missing_is_named(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "fsspec.core", None)

@@ -25,7 +25,7 @@ from ckptavg.errors import CheckpointError, CkptavgError, UsageError
 _HEAD = 1 << 18  # bytes; headers are small and requests slow, so they are read in pieces like this
 _COMPARED = 1 << 22  # bytes that are compared at a time
 _TRIES = 3  # of a request, where the file system makes none of its own
-_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)(::|://)")
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)(::.*)?://")
 _VERSIONS = (
     "ETag", "etag", "generation", "md5Hash", "blob_id", "mtime", "LastModified", "last_modified",
     "modified", "created",
@@ -194,7 +194,7 @@ def locate(name: Named) -> Location:
     found = _URL.match(text)
     if found is None:
         return Path(text)
-    if found[2] == "::":
+    if found[2]:
         raise UsageError(f"{text} is a chain of URLs: a plain one is expected")
     if found[1].lower() == "file":
         return _local(text)
