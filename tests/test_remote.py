@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import ckptavg
 from ckptavg import stream
 from ckptavg.errors import CheckpointError, CkptavgError, RunError, UsageError
-from ckptavg.formats import open_checkpoint, storage
+from ckptavg.formats import open_checkpoint, ranges, storage
 from ckptavg.formats.fetching import merged
 from ckptavg.formats.table import FileStamp
 
@@ -67,8 +67,8 @@ def store(monkeypatch):
     for name, value in (("store", {}), ("ranges", []), ("batches", []), ("failures", [])):
         monkeypatch.setattr(Store, name, value)
     monkeypatch.setattr(Store, "pseudo_dirs", [""])
-    monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
-    storage._held.cache_clear()
+    monkeypatch.setattr(ranges.time, "sleep", lambda seconds: None)
+    ranges._held.cache_clear()
     return Store()
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from ckptavg import average, open_run
 from ckptavg.cli import main
 from ckptavg.errors import CheckpointError, RunError
-from ckptavg.formats import storage
+from ckptavg.formats import ranges
 
 s3fs = pytest.importorskip("s3fs")
 pytest.importorskip("moto.server")
@@ -66,7 +66,7 @@ def s3(server):
     """The server with an empty bucket."""
     for key in server.client.list_objects_v2(Bucket="bucket").get("Contents", ()):
         server.client.delete_object(Bucket="bucket", Key=key["Key"])
-    storage._held.cache_clear()
+    ranges._held.cache_clear()
     s3fs.S3FileSystem.clear_instance_cache()
     server.requests.clear()
     yield server

@@ -12,7 +12,8 @@ import torch
 
 from ckptavg.errors import CheckpointError
 from ckptavg.formats.fetching import Fetched
-from ckptavg.formats.storage import Range, is_url
+from ckptavg.formats.ranges import Range
+from ckptavg.formats.storage import is_url
 from ckptavg.formats.table import Piece, Tensor
 
 _MOST_OPEN_FILES = 128

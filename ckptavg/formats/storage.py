@@ -1,30 +1,27 @@
 """Where inputs lie: local paths as ever, and URLs that are listed and read by ranges.
 
-fsspec knows the protocols (``s3://``, ``gs://``, ``https://``, ``hf://``, ...) and is imported only
-when a URL is given. Nothing is copied to the disk, and no file is asked for as a whole.
+Any URL will do that fsspec knows (``s3://``, ``gs://``, ``https://``, ``hf://``, ...). Nothing is
+copied to the disk, and no file is asked for as a whole.
 """
 
 from __future__ import annotations
 
 import filecmp
 import fnmatch
-import io
 import os
 import re
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeAlias, cast
 from urllib.request import url2pathname
 
-from ckptavg.errors import CheckpointError, CkptavgError, UsageError
+from ckptavg.errors import CheckpointError, UsageError
+from ckptavg.formats.ranges import HEAD, file_system, open_ranges, read_ranges, unreadable
 
-_HEAD = 1 << 18  # bytes; headers are small and requests slow, so they are read in pieces like this
 _COMPARED = 1 << 22  # bytes that are compared at a time
-_TRIES = 3  # of a request, where the file system makes none of its own
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)(::.*)?://")
 _VERSIONS = (
     "ETag", "etag", "generation", "md5Hash", "blob_id", "mtime", "LastModified", "last_modified",
@@ -32,9 +29,6 @@ _VERSIONS = (
 )  # fmt: skip
 _TIMES = ("LastModified", "last_modified", "mtime", "updated", "modified", "created")
 _MD5 = re.compile(r"[0-9a-f]{32}(-\d+)?")
-
-Range = tuple[str, int, int]
-"""A file and the first byte and the end of a range of it."""
 
 
 class Stat(NamedTuple):
@@ -146,7 +140,7 @@ class RemotePath:
         """What the file system says about it; None where there is nothing."""
         if self._home is not None:
             return self._home._listing.get(self.url.rpartition("/")[2])
-        system, path = _file_system(self.url)
+        system, path = file_system(self.url)
         try:
             return dict(system.info(path))
         except FileNotFoundError as error:
@@ -158,7 +152,7 @@ class RemotePath:
 
     @cached_property
     def _listing(self) -> dict[str, Mapping[str, Any]]:
-        system, path = _file_system(self.url)
+        system, path = file_system(self.url)
         try:
             entries = system.ls(path, detail=True)
         except FileNotFoundError:
@@ -200,7 +194,7 @@ def locate(name: Named) -> Location:
         return _local(text)
     url = text if text.startswith("http") else text.rstrip("/")
     if is_url(url):
-        system, _ = _file_system(url)
+        system, _ = file_system(url)
         system.invalidate_cache()
         return RemotePath(url)
     raise UsageError(f"{text} names no file or directory")
@@ -274,44 +268,14 @@ def open_binary(place: Named) -> BinaryIO:
     if not isinstance(place, RemotePath):
         return open(place, "rb")
     found = stat(place)
-    held = _held(place.url, found.size, found.token) if found.token else {}
-    return cast("BinaryIO", io.BufferedReader(_RangeFile(place.url, found.size, held)))
-
-
-def read_ranges(ranges: Sequence[Range]) -> list[bytes]:
-    """Read ranges of remote files, those of one file system at once.
-
-    A range that ends beyond its file comes shortened.
-
-    Raises:
-        CheckpointError: One cannot be read.
-    """
-    found: list[Any] = [None] * len(ranges)
-    systems: dict[int, tuple[Any, list[tuple[int, str]]]] = {}
-    for i, (url, _, _) in enumerate(ranges):
-        system, path = _file_system(url)
-        systems.setdefault(id(system), (system, []))[1].append((i, path))
-    for system, members in systems.values():
-        waiting = members
-        for attempt in range(1 if hasattr(system, "retries") else _TRIES):
-            time.sleep(attempt)
-            _fetch(system, waiting, ranges, found)
-            waiting = [(i, path) for i, path in waiting if _is_passing(found[i])]
-            if not waiting:
-                break
-    for (url, start, end), content in zip(ranges, found, strict=True):
-        if not isinstance(content, bytes):
-            raise unreadable(url, content) from content
-        if len(content) > end - start:
-            raise CheckpointError(f"{url} cannot be read by ranges: its server sends all of it")
-    return found
+    return open_ranges(place.url, found.size, found.token)
 
 
 def same_bytes(one: str, other: str, size: int) -> bool:
     """Whether two files of the same size hold the same; remote ones are read block by block."""
     if not is_url(one) and not is_url(other):
         return filecmp.cmp(one, other, shallow=False)
-    start, count = 0, _HEAD  # what differs mostly does so early
+    start, count = 0, HEAD  # what differs mostly does so early
     while start < size:
         end = min(start + count, size)
         if _read_range(one, start, end) != _read_range(other, start, end):
@@ -328,119 +292,12 @@ def _read_range(path: str, start: int, end: int) -> bytes:
         return file.read(end - start)
 
 
-def unreadable(url: str, error: Exception) -> CkptavgError:
-    """The error for what a file system says of a URL."""
-    if isinstance(error, CkptavgError):
-        return error
-    told = " ".join(str(getattr(error, "strerror", None) or error).split())
-    if isinstance(error, FileNotFoundError):
-        return CheckpointError(f"{url} is not there")
-    if isinstance(error, PermissionError) or "redential" in type(error).__name__:
-        return CheckpointError(
-            f"{url} may not be read: {told or 'access is denied'}",
-            "Give credentials where the store's own tools look for them, in the environment or "
-            "their files (FSSPEC_S3_ANON=true for a public bucket).",
-        )
-    return CheckpointError(
-        f"{url} cannot be read: {told or type(error).__name__}",
-        "Check the URL and the connection, then try again.",
-    )
-
-
-class _RangeFile(io.RawIOBase):
-    """A remote file read by ranges; those that were read are held, and shared by its readers."""
-
-    def __init__(self, url: str, size: int, held: dict[int, bytes]) -> None:
-        self._url = url
-        self._size = size
-        self._held = held
-        self._at = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        if base + offset < 0:
-            raise OSError("a negative position")
-        self._at = base + offset
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        count = min(len(buffer), self._size - self._at)
-        if count <= 0:
-            return 0
-        known = (s for s, raw in self._held.items() if s <= self._at < s + len(raw))
-        start = next(known, None)
-        if start is None:
-            start = min(self._at, max(self._size - _HEAD, 0))
-            end = min(max(self._at + count, start + _HEAD), self._size)
-            self._held[start] = read_ranges([(self._url, start, end)])[0]
-        part = self._held[start][self._at - start :][:count]
-        buffer[: len(part)] = part
-        self._at += len(part)
-        return len(part)
-
-
-@lru_cache(maxsize=4)
-def _held(url: str, size: int, token: str) -> dict[int, bytes]:  # noqa: ARG001 - they are the key
-    """What was read of a version of a file: it is opened several times in a row."""
-    return {}
-
-
-def _fetch(
-    system: Any, members: list[tuple[int, str]], ranges: Sequence[Range], found: list[Any]
-) -> None:
-    """Ask once; an exception stands where an answer would."""
-    paths = [path for _, path in members]
-    starts, ends = ([ranges[i][k] for i, _ in members] for k in (1, 2))
-    try:
-        answers = system.cat_ranges(paths, starts, ends, on_error="return")
-    except Exception as error:
-        answers = [error] * len(members)
-    for (i, _), answer in zip(members, answers, strict=True):
-        found[i] = answer
-
-
-def _is_passing(answer: Any) -> bool:
-    """Whether a request failed in a way that another try may not."""
-    return not isinstance(answer, (bytes, FileNotFoundError, PermissionError))
-
-
 def _is_disguised(error: FileNotFoundError) -> bool:
     """Whether a web server did not answer, or otherwise than that there is nothing."""
     cause = error.__cause__
     if isinstance(cause, OSError):
         return not isinstance(cause, FileNotFoundError)
     return getattr(cause, "status", 404) != 404
-
-
-def _file_system(url: str) -> tuple[Any, str]:
-    """The file system of a URL, and the URL's path in it.
-
-    Raises:
-        UsageError: No file system is known for it.
-        CkptavgError: A package is missing.
-    """
-    s3 = url.startswith(("s3://", "s3a://"))
-    try:
-        from fsspec.core import url_to_fs  # noqa: PLC0415 - only URLs need it
-    except ImportError as error:
-        install = 'pip install "ckptavg[s3]"' if s3 else "pip install fsspec"
-        raise CkptavgError(f"reading {url} needs fsspec", f"Install it with {install}.") from error
-    try:
-        system, path = url_to_fs(url)
-    except ImportError as error:
-        install = 'Install it with pip install "ckptavg[s3]".' if s3 else f"{error}."
-        raise CkptavgError(f"reading {url} needs one more package", install) from error
-    except ValueError as error:
-        raise UsageError(f"{url} cannot be read: {error}") from error
-    except Exception as error:
-        raise unreadable(url, error) from error
-    return system, path
 
 
 def _local(url: str) -> Path:
