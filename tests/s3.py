@@ -64,7 +64,8 @@ class S3Server(AbstractContextManager["S3Server"]):
         files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
         for file in files:
             below = f"{key}/{file.relative_to(path).as_posix()}" if path.is_dir() else key
-            self.client.put_object(Bucket="bucket", Key=below, Body=file.read_bytes())
+            content = file.read_bytes()
+            self.client.put_object(Bucket="bucket", Key=below, Body=content, ACL="public-read")
         return f"s3://bucket/{key}"
 
     def read(self, key: str) -> list[tuple[int, int]]:

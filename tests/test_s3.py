@@ -157,7 +157,6 @@ def test_the_command_line_from_one_end_to_the_other(s3, tmp_path, monkeypatch):
     "settings",
     [
         {"AWS_ENDPOINT_URL": "{url}"},
-        {"AWS_ENDPOINT_URL_S3": "{url}"},
         {"FSSPEC_S3_ENDPOINT_URL": "{url}"},
     ],
 )
@@ -301,3 +300,22 @@ def test_a_network_that_is_down_is_one_line(s3, monkeypatch):
     assert done.exit_code == 1
     assert len(done.stderr.splitlines()) == 1
     assert "s3://bucket/run cannot be read: Could not connect" in done.stderr
+
+
+def test_files_behind_a_web_server(s3, tmp_path):
+    s3.put(write_run(tmp_path / "run", ".pt"), "run")
+    urls = [f"{s3.url}/bucket/run/step_{i}.pt?signature=secret" for i in (27, 9, 18)]
+    run = open_run(*urls)
+    assert names(run) == ["step_9.pt", "step_18.pt", "step_27.pt"]
+    out = average(run, out=tmp_path / "out.safetensors")
+    found, by_hand = load_file(out), average(open_run(tmp_path / "run"))
+    assert all(same_bits(found[name], by_hand[name]) for name in by_hand)
+    assert b"/bucket/run/step_9.pt" in out.read_bytes()
+    assert b"secret" not in out.read_bytes()
+    with pytest.raises(RunError, match="does not exist"):
+        open_run(f"{s3.url}/bucket/run/step_7.pt")
+    s3.before = lambda method, path: "403 Forbidden"
+    with pytest.raises(CheckpointError, match=r"may not be read.*403.*Give credentials"):
+        open_run(f"{s3.url}/bucket/run/step_9.pt")
+    with pytest.raises(CheckpointError, match=r"cannot be read.*Connect call failed"):
+        open_run("http://127.0.0.1:9/step_9.pt")

@@ -87,7 +87,8 @@ def unreadable(url: str, error: Exception) -> CkptavgError:
     told = " ".join(str(getattr(error, "strerror", None) or error).split())
     if isinstance(error, FileNotFoundError):
         return CheckpointError(f"{url} is not there")
-    if isinstance(error, PermissionError) or "redential" in type(error).__name__:
+    denied = isinstance(error, PermissionError) or getattr(error, "status", 0) in (401, 403)
+    if denied or "redential" in type(error).__name__:
         return CheckpointError(
             f"{url} may not be read: {told or 'access is denied'}",
             "Give credentials where the store's own tools look for them, in the environment or "
