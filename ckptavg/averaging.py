@@ -14,7 +14,7 @@ import torch
 
 from ckptavg import lora, schemes
 from ckptavg.errors import CheckpointError, UsageError, first_few
-from ckptavg.formats import Checkpoint, open_checkpoint
+from ckptavg.formats import Checkpoint, open_checkpoint, storage
 from ckptavg.formats.layout import lay_out
 from ckptavg.formats.output import Layout, OutputTensor
 from ckptavg.formats.publish import Publication, check_room, check_target
@@ -233,7 +233,9 @@ def _prepare(
     template: Checkpoint,
     overwrite: bool,
 ) -> Layout:
-    names = [path for c in inputs for path in (c.path, *(Path(f.path) for f in c.files))]
+    storage.check_output(out)
+    places = [str(name) for c in inputs for name in (c.path, *(f.path for f in c.files))]
+    names = [Path(place) for place in places if not storage.is_url(place)]
     check_target(Path(out), overwrite=overwrite, inputs=names)
     layout = lay_out(os.fspath(out), tensors, made, template)
     check_room(Path(out), layout.size)
@@ -319,7 +321,7 @@ def provenance(
         "scheme": scheme,
         "checkpoints": [
             {
-                "path": str(c.path),
+                "path": storage.without_secrets(str(c.path)),
                 "step": c.step,
                 "coefficient": coefficient,
                 "size": c.size,

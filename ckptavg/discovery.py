@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
-import os
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, pairwise
-from pathlib import Path
 
 from ckptavg.errors import NoWeightsError, RunError, first_few
 from ckptavg.formats import (
@@ -21,6 +19,7 @@ from ckptavg.formats import (
     refuse_partitioned,
 )
 from ckptavg.formats.comparing import Checksums, same_weights
+from ckptavg.formats.storage import Location
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".pt.tar", ".pth.tar", ".ckpt.tar")
 _OTHER_STATE = re.compile(
@@ -42,14 +41,14 @@ _STEP_NUMBER = re.compile(
     r"(?<![a-z])(checkpoint|ckpt|(?:global_?)?steps?|iters?|iterations?|epochs?|ep)[-_= ]?\d+",
     re.IGNORECASE,
 )
-LeftOut = tuple[Path, str]
+LeftOut = tuple[Location, str]
 
 
 @dataclass
 class Found:
     """Paths of the checkpoints of each training, before any is opened."""
 
-    groups: list[list[Path]]
+    groups: list[list[Location]]
     left_out: list[LeftOut]
 
 
@@ -62,20 +61,20 @@ class Opened:
     notes: list[str]
 
 
-def find(paths: Sequence[Path], glob: str | None) -> Found:
+def find(paths: Sequence[Location], glob: str | None) -> Found:
     """Find the checkpoints at or directly below each path, grouped by training.
 
     Raises:
         RunError: A path does not exist, or holds no run or several.
     """
-    groups: dict[Path, list[Path]] = {}
+    groups: dict[Location, list[Location]] = {}
     found = Found([], [])
     for path in map(_adapter_of, paths):
         if not path.exists():
             raise RunError(f"{path} does not exist", _nearest(path))
         members = _members(path, found) if path.is_dir() else [path]
         home = path.parent if members == [path] else path
-        groups.setdefault(Path(os.path.realpath(home)), []).extend(members)
+        groups.setdefault(home.resolve(), []).extend(members)
     for members in _joined(groups):
         found.groups.append(_kept(members, glob, found))
     if not any(found.groups) and glob is not None:
@@ -85,19 +84,19 @@ def find(paths: Sequence[Path], glob: str | None) -> Found:
     return found
 
 
-def _adapter_of(path: Path) -> Path:
+def _adapter_of(path: Location) -> Location:
     """The directory of an adapter whose file of weights is named, which is nothing alone."""
     named = path.name in adapter.FILES and adapter.weights_file(path.parent) is not None
     return path.parent if named else path
 
 
-def _joined(groups: Mapping[Path, list[Path]]) -> list[list[Path]]:
+def _joined(groups: Mapping[Location, list[Location]]) -> list[list[Location]]:
     """The members of each training, by their directories.
 
     A file of the same name in sibling directories that are called after a step
     (``checkpoint_*/model_1.safetensors``) is that training's weights at each of the steps.
     """
-    joined: dict[object, list[Path]] = defaultdict(list)
+    joined: dict[object, list[Location]] = defaultdict(list)
     for home, members in groups.items():
         series, numbers = _STEP_NUMBER.subn(r"\1", home.name)
         lone = len(members) == 1 and members[0].is_file()
@@ -106,26 +105,26 @@ def _joined(groups: Mapping[Path, list[Path]]) -> list[list[Path]]:
     return list(joined.values())
 
 
-def _labels(paths: Sequence[Path]) -> dict[Path, Path]:
+def _labels(paths: Sequence[Location]) -> dict[Location, Location]:
     """For each path the one whose name says when: the directory's where the files' are the same."""
     alike = len(paths) > 1 and len({path.name for path in paths}) == 1
     return {path: path.parent if alike else path for path in paths}
 
 
-def _kept(members: list[Path], glob: str | None, found: Found) -> list[Path]:
+def _kept(members: list[Location], glob: str | None, found: Found) -> list[Location]:
     """The members that a run is made of, each once."""
-    kept: dict[tuple[str, str], Path] = {}
+    kept: dict[tuple[Location, str], Location] = {}
     for path in members:
         if glob is not None and not fnmatch.fnmatchcase(path.name, glob):
             found.left_out.append((path, f"does not match {glob}"))
         elif len(members) > 1 and path.is_file() and _OTHER_STATE.fullmatch(_stem(path)):
             found.left_out.append((path, "not a model's weights"))
         else:
-            kept.setdefault((os.path.realpath(path.parent), path.name), path)
+            kept.setdefault((path.parent.resolve(), path.name), path)
     return list(kept.values())
 
 
-def open_members(paths: Sequence[Path], key: str | None) -> Opened:
+def open_members(paths: Sequence[Location], key: str | None) -> Opened:
     """Open the checkpoints of one training, order them and drop what repeats another.
 
     Raises:
@@ -154,7 +153,7 @@ def open_members(paths: Sequence[Path], key: str | None) -> Opened:
     return Opened(ordered, left_out, notes + order_notes)
 
 
-def _members(directory: Path, found: Found) -> list[Path]:
+def _members(directory: Location, found: Found) -> list[Location]:
     """The checkpoints of a directory: itself, or those directly below.
 
     Raises:
@@ -198,7 +197,7 @@ def _why_not(stem: str) -> str:
     return "a temporary file, by its name" if _TEMPORARY.fullmatch(stem) else ""
 
 
-def _numbered_below(directory: Path) -> bool:
+def _numbered_below(directory: Location) -> bool:
     """Whether a directory holds a run of checkpoint directories."""
     return any(
         re.search(r"\d", p.name) and is_checkpoint_directory(p) and not deepspeed.is_tag(p)
@@ -206,7 +205,7 @@ def _numbered_below(directory: Path) -> bool:
     )
 
 
-def _lost_its_weights(directory: Path) -> bool:
+def _lost_its_weights(directory: Location) -> bool:
     """Whether a directory is what a crash while saving leaves of a checkpoint."""
     if not re.fullmatch(r"checkpoint[-_]\d+", directory.name):
         return False
@@ -218,7 +217,7 @@ def _lost_its_weights(directory: Path) -> bool:
     return (directory / "trainer_state.json").is_file()
 
 
-def _no_run(directory: Path, below: list[Path]) -> RunError:
+def _no_run(directory: Location, below: list[Location]) -> RunError:
     runs = [str(path) for path in below if path.is_dir() and _holds_checkpoints(path)]
     if len(runs) > 1:
         return RunError(
@@ -235,7 +234,7 @@ def _no_run(directory: Path, below: list[Path]) -> RunError:
     )
 
 
-def _holds_checkpoints(directory: Path) -> bool:
+def _holds_checkpoints(directory: Location) -> bool:
     return any(
         is_checkpoint_directory(path)
         or (
@@ -247,13 +246,16 @@ def _holds_checkpoints(directory: Path) -> bool:
     )
 
 
-def _nearest(path: Path) -> str:
-    parent = next(p for p in (*path.parents, Path()) if p.is_dir())
-    names = [str(parent / p.name) for p in sorted(parent.iterdir()) if not p.name.startswith(".")]
+def _nearest(path: Location) -> str:
+    parent = next((p for p in path.parents if p.is_dir()), None)
+    if parent is None:
+        return "Check its first part, and what your credentials let you see."
+    below = sorted(p.name for p in parent.iterdir() if not p.name.startswith("."))
+    names = [str(parent / name) for name in below]
     return f"{parent} holds {first_few(names, 5)}." if names else f"{parent} is empty."
 
 
-def _stem(path: Path) -> str:
+def _stem(path: Location) -> str:
     """The name without a checkpoint's suffix."""
     if path.is_dir():
         return path.name
@@ -266,14 +268,14 @@ def _tokens(name: str) -> list[str]:
     return re.split(r"(\d+)", name.lower())
 
 
-def _natural(path: Path) -> tuple[object, ...]:
+def _natural(path: Location) -> tuple[object, ...]:
     """Sort key under which 2 comes before 10, and a name without a number after all that have."""
     tokens = _tokens(_stem(path))
     parts = [int(t) if i % 2 else t for i, t in enumerate(tokens)]
     return (_is_alias_name(path), *parts)
 
 
-def _is_alias_name(path: Path) -> bool:
+def _is_alias_name(path: Location) -> bool:
     """Whether a name says nothing of when: no number, or a word like last or best."""
     stem = _stem(path).lower()
     return not re.search(r"\d", stem) or bool(_ALIAS_WORD.search(stem))
@@ -297,7 +299,7 @@ def _without_repeats(
         checkpoints,
         key=lambda c: (c.path in aliases, c.path.is_symlink(), _natural(labels[c.path])),
     ):
-        identity = tuple((stamp.device, stamp.inode) for stamp in checkpoint.files)
+        identity = tuple(stamp.identity for stamp in checkpoint.files)
         place = (checkpoint.record.step, checkpoint.record.epoch)
         likely = kept if checkpoint.path in aliases else by_place[place]
         original = by_files.get(identity) or next(
@@ -328,7 +330,7 @@ def _without_strangers(
     return (kept, strangers) if len(kept) > 1 else (list(checkpoints), [])
 
 
-def _aliases(checkpoints: Sequence[Checkpoint]) -> set[Path]:
+def _aliases(checkpoints: Sequence[Checkpoint]) -> set[Location]:
     """Checkpoints that may stand for another one: by their name, or as the parent of the rest."""
     parents, labels = {c.path.parent for c in checkpoints}, _labels([c.path for c in checkpoints])
     return {path for path, label in labels.items() if path in parents or _is_alias_name(label)}

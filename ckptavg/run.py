@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from ckptavg import discovery
 from ckptavg.errors import RunError, UsageError, first_few
 from ckptavg.formats import Checkpoint
+from ckptavg.formats.storage import Location, Named, locate
 
 Picked = Sequence[Checkpoint]
 
@@ -30,7 +29,7 @@ class Run:
     """
 
     trainings: tuple[tuple[Checkpoint, ...], ...]
-    left_out: tuple[tuple[Path, str], ...] = ()
+    left_out: tuple[tuple[Location, str], ...] = ()
     notes: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Checkpoint]:
@@ -122,9 +121,7 @@ class Run:
         return replace(self, trainings=tuple(training for training in picked if training))
 
 
-def open_run(
-    *paths: str | os.PathLike[str], glob: str | None = None, key: str | None = None
-) -> Run:
+def open_run(*paths: Named, glob: str | None = None, key: str | None = None) -> Run:
     """Open the checkpoints below some directories, or named one by one.
 
     Checkpoints that are named themselves form a run with their neighbours from the same directory,
@@ -132,7 +129,7 @@ def open_run(
     recorded step, then epoch, then the numbers in the names.
 
     Args:
-        paths: Run directories and checkpoints, mixed.
+        paths: Run directories and checkpoints, mixed; paths or URLs (``s3://bucket/run``).
         glob: Shell pattern that the checkpoints' file names must match.
         key: Dotted path of the entry that holds the weights; found by itself where None.
 
@@ -142,7 +139,7 @@ def open_run(
     """
     if not paths:
         raise UsageError("no path is given")
-    found = discovery.find([Path(path) for path in paths], glob)
+    found = discovery.find([locate(path) for path in paths], glob)
     trainings: list[tuple[Checkpoint, ...]] = []
     left_out, notes = list(found.left_out), list[str]()
     for members in found.groups:
@@ -163,7 +160,7 @@ def as_run(run: Run | Iterable[Checkpoint]) -> Run:
     return run if isinstance(run, Run) else Run((tuple(run),))
 
 
-def _why(left_out: list[tuple[Path, str]]) -> str:
+def _why(left_out: list[tuple[Location, str]]) -> str:
     return "Left out: " + first_few([f"{path.name} ({why})" for path, why in left_out]) + "."
 
 

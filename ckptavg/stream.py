@@ -22,7 +22,8 @@ import torch
 
 from ckptavg.errors import NonFiniteError
 from ckptavg.formats.reading import Reader, boxes
-from ckptavg.formats.table import DType, Tensor
+from ckptavg.formats.storage import is_url
+from ckptavg.formats.table import DType, Piece, Tensor
 from ckptavg.formats.writing import Sink
 from ckptavg.plan import TensorPlan
 
@@ -31,6 +32,7 @@ STRIDED_BLOCK = (
     1 << 20
 )  # elements of a tensor that is not one contiguous range: fewer, longer reads
 TASK = 1 << 21  # elements that a thread takes at a time
+READ_AHEAD = 64 << 20  # bytes of remote files that all threads together hold
 
 Progress = Callable[[int, int], None]
 """Called as ``progress(done, total)`` in bytes of input, from the calling thread."""
@@ -75,7 +77,8 @@ def stream(
     own = [tensor for tensor in tensors if tensor.tied_to is None and tensor.output.numel]
     total = sum(tensor.input_bytes for tensor in own)
     workers = threads or min(4, os.cpu_count() or 1)
-    shared = _Shared(sink, keep_nonfinite)
+    remote = any(is_url(piece.file) for piece in _pieces(own))
+    shared = _Shared(sink, keep_nonfinite, READ_AHEAD // workers if remote else 0)
     report = progress or (lambda *_: None)
     done = 0
     report(done, total)
@@ -117,6 +120,12 @@ def _tasks(tensors: Sequence[TensorPlan], block: int) -> Iterator[list[Range]]:
         yield task
 
 
+def _pieces(tensors: Sequence[TensorPlan]) -> Iterator[Piece]:
+    for tensor in tensors:
+        for source in (*tensor.sources, *tensor.compared):
+            yield from source.pieces
+
+
 def _blocks(tensor: TensorPlan, block: int) -> Iterator[tuple[int, int]]:
     numel = tensor.output.numel
     if all(source.contiguous for source in (*tensor.sources, *tensor.compared)):
@@ -125,11 +134,31 @@ def _blocks(tensor: TensorPlan, block: int) -> Iterator[tuple[int, int]]:
         yield from boxes(tensor.shape, max(block, STRIDED_BLOCK))
 
 
+def _bundles(task: list[Range], limit: int) -> Iterator[list[Range]]:
+    """Blocks that are fetched together: as many as the limit allows, in bytes of all sources."""
+    bundle: list[Range] = []
+    filled = 0
+    for block in task:
+        nbytes = _block_bytes(block)
+        if bundle and filled + nbytes > limit:
+            yield bundle
+            bundle, filled = [], 0
+        bundle.append(block)
+        filled += nbytes
+    yield bundle
+
+
+def _block_bytes(block: Range) -> int:
+    tensor, _, count = block
+    return tensor.input_bytes * count // tensor.output.numel
+
+
 class _Shared:
     """What the threads of one stream have in common; each has a worker of its own."""
 
-    def __init__(self, sink: Sink, keep_nonfinite: bool) -> None:
+    def __init__(self, sink: Sink, keep_nonfinite: bool, ahead: int) -> None:
         self.sink = sink
+        self.ahead = ahead  # bytes that a thread may fetch before it uses them
         self.keep_nonfinite = keep_nonfinite
         self.result = StreamResult()
         self.stopped = threading.Event()
@@ -148,10 +177,13 @@ class _Shared:
             worker = self._local.worker = _Worker(self)
             self.workers.append(worker)
         done = 0
-        for tensor, start, count in task:
-            if self.stopped.is_set():
-                break
-            done += worker.block(tensor, start, count)
+        for bundle in _bundles(task, self.ahead) if self.ahead else [task]:
+            if self.ahead and not self.stopped.is_set():
+                worker.fetch(bundle)
+            for tensor, start, count in bundle:
+                if self.stopped.is_set():
+                    break
+                done += worker.block(tensor, start, count)
         return done
 
 
@@ -168,7 +200,16 @@ class _Worker:
         compute = self._average if tensor.averaged else self._copy
         out = compute(tensor, start, count)
         self.shared.sink.write(tensor.name, start * tensor.dtype.size, out)
-        return tensor.input_bytes * count // tensor.output.numel
+        return _block_bytes((tensor, start, count))
+
+    def fetch(self, bundle: list[Range]) -> None:
+        """Ask for some blocks of remote files at once; one that is too large is read by parts."""
+        if sum(map(_block_bytes, bundle)) <= self.shared.ahead:
+            self.reader.fetch(
+                (source, start, count)
+                for tensor, start, count in bundle
+                for source in (*tensor.sources, *tensor.compared)
+            )
 
     def _average(self, tensor: TensorPlan, start: int, count: int) -> memoryview:
         floats = count * (2 if tensor.dtype.kind == "complex" else 1)

@@ -46,7 +46,8 @@ def average(
 ) -> None:
     """Average the checkpoints of a run into one model.
 
-    PATH is a run directory or a checkpoint; several of either are fine. Checkpoints are ordered by
+    PATH is a run directory or a checkpoint, or the URL of one (s3://bucket/run, https://...);
+    several of each are fine. Checkpoints are ordered by
     recorded step, then epoch, then the numbers in their names; what repeats one counts once.
 
     \b

@@ -110,9 +110,11 @@ def _check(paths: tuple[str, ...], results: Path | None, settings: dict[str, Any
 def _candidates(paths: tuple[str, ...], settings: dict[str, Any]) -> list[Candidate]:
     from ckptavg import evaluation  # noqa: PLC0415
     from ckptavg.formats import is_checkpoint_directory, open_checkpoint  # noqa: PLC0415
+    from ckptavg.formats.storage import locate  # noqa: PLC0415
 
     for path in paths:
-        if Path(path).is_dir() and not is_checkpoint_directory(Path(path)):
+        place = locate(path)
+        if place.is_dir() and not is_checkpoint_directory(place):
             raise UsageError(f"{path} is no checkpoint: a run goes after --run")
     found = [
         evaluation.Candidate.of_checkpoint(open_checkpoint(path, settings["key"]), path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import click
@@ -11,6 +10,7 @@ import click
 from ckptavg.cli import options
 from ckptavg.errors import first_few
 from ckptavg.formats import Checkpoint
+from ckptavg.formats.storage import locate
 from ckptavg.plan import batchnorm_layers
 from ckptavg.report import Report, counted, number_text, size_text
 from ckptavg.run import Run, open_run
@@ -38,7 +38,7 @@ def inspect(report: Report, path: str, glob: str | None, key: str | None) -> Non
     tensors, its BatchNorm layers, and how it was made if ckptavg made it.
     """
     run = open_run(path, glob=glob, key=key)
-    if len(run) == 1 and run.checkpoints[0].path == Path(path):
+    if len(run) == 1 and run.checkpoints[0].path == locate(path):
         _show_checkpoint(report, run.checkpoints[0])
     else:
         _show_run(report, run)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
-from pathlib import Path
 from typing import Any, TypeVar
 
 from ckptavg.errors import CheckpointError, first_few, short
@@ -19,10 +17,12 @@ from ckptavg.formats import (
     huggingface,
     record,
     safetensors,
+    storage,
     torch_zip,
     weights,
 )
 from ckptavg.formats.inert_values import MalformedPickle, Refused, Sharded, TensorView
+from ckptavg.formats.storage import Location, Named
 from ckptavg.formats.table import PROVENANCE, REFRESHED, Checkpoint, FileStamp, Record, Tensor
 
 __all__ = [
@@ -39,25 +39,25 @@ _LONGEST_NAME = 2000  # characters
 _MOST_REPEATED, _SPARE = 8, 256 * 2**20  # times a file's size, and bytes: what its views may take
 
 
-def open_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Checkpoint:
+def open_checkpoint(path: Named, key: str | None = None) -> Checkpoint:
     """Open a checkpoint: read its headers, move no tensor data, run no code.
 
     Args:
         path: A ``.safetensors`` file, a ``torch.save`` file under any suffix, a Hugging Face
-            directory, or one of ``torch.distributed.checkpoint``.
+            directory, or one of ``torch.distributed.checkpoint``; or the URL of one.
         key: Dotted path of the entry that holds the weights; found by itself where None.
 
     Raises:
         CheckpointError: It cannot be read, is damaged, or holds no weights that can be found.
     """
-    path = Path(path)
-    if path.is_dir():
-        return _open_directory(path, key)
-    file = _read_file(path, key)
-    return _checkpoint(path, file.layout, [file], file.record)
+    place = storage.locate(path)
+    if place.is_dir():
+        return _open_directory(place, key)
+    file = _read_file(place, key)
+    return _checkpoint(place, file.layout, [file], file.record)
 
 
-def is_checkpoint_directory(path: Path) -> bool:
+def is_checkpoint_directory(path: Location) -> bool:
     """Whether a directory is itself a checkpoint, not a collection of them."""
     if not path.is_dir():
         return False
@@ -65,7 +65,7 @@ def is_checkpoint_directory(path: Path) -> bool:
     return own or deepspeed.tag_of(path) is not None
 
 
-def refuse_partitioned(paths: Iterable[Path]) -> None:
+def refuse_partitioned(paths: Iterable[Location]) -> None:
     """Make sure that the weights of some checkpoints are not spread over ranks.
 
     Raises:
@@ -75,14 +75,14 @@ def refuse_partitioned(paths: Iterable[Path]) -> None:
     deepspeed.refuse_partitioned(p for p in directories if huggingface.main_file(p) is None)
 
 
-def _is_safetensors(path: Path) -> bool:
+def _is_safetensors(path: Location) -> bool:
     """By suffix, else by content.
 
     Raises:
         CheckpointError: The file cannot be read, or is of no known kind.
     """
     try:
-        with path.open("rb") as file:
+        with storage.open_binary(path) as file:
             start = file.read(16)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
@@ -111,21 +111,21 @@ class _File:
     beside: tuple[str, ...] = ()
 
 
-def _read_file(path: Path, key: str | None) -> _File:
+def _read_file(path: Location, key: str | None) -> _File:
     stamp = FileStamp.of(path)  # before it is opened: a pipe may wait for ever
     if _is_safetensors(path):
         return _read_safetensors(path, stamp)
     return _read_torch(path, stamp, key)
 
 
-def _read_safetensors(path: Path, stamp: FileStamp) -> _File:
-    tensors, metadata = safetensors.read_header(str(path), stamp.size)
+def _read_safetensors(path: Location, stamp: FileStamp) -> _File:
+    tensors, metadata = safetensors.read_header(path, stamp.size)
     made = _provenance(metadata)
     return _File("safetensors", (stamp,), tensors, {}, record.from_metadata(metadata), made)
 
 
-def _read_torch(path: Path, stamp: FileStamp, key: str | None) -> _File:
-    opened = torch_zip.read(str(path))
+def _read_torch(path: Location, stamp: FileStamp, key: str | None) -> _File:
+    opened = torch_zip.read(path)
     try:
         found, entry, notes = weights.find_entry(str(path), opened.tree, key)
     except MalformedPickle as error:
@@ -168,7 +168,7 @@ def _note_others(entry: Mapping[Any, Any]) -> list[str]:
     return [f"{len(others)} values beside the tensors are not taken: {shown}"]
 
 
-def _read_distributed(path: Path, key: str | None) -> _File:
+def _read_distributed(path: Location, key: str | None) -> _File:
     opened = dcp.read(path)
     found, entry, notes = weights.find_entry(str(path), opened.tree, key)
     tensors = {n: opened.tensor(t) for n, t in _of_kind(entry, Sharded).items()}
@@ -185,7 +185,7 @@ def _read_distributed(path: Path, key: str | None) -> _File:
     )
 
 
-def _open_directory(path: Path, key: str | None) -> Checkpoint:
+def _open_directory(path: Location, key: str | None) -> Checkpoint:
     main = huggingface.main_file(path)
     if main is None and dcp.is_distributed(path):
         file = _read_distributed(path, key)
@@ -209,7 +209,7 @@ def _open_directory(path: Path, key: str | None) -> Checkpoint:
     return replace(opened, notes=(*opened.notes, *notes))
 
 
-def _open_deepspeed(path: Path, key: str | None) -> Checkpoint:
+def _open_deepspeed(path: Location, key: str | None) -> Checkpoint:
     tag = deepspeed.tag_of(path)
     if tag is None:
         raise CheckpointError(
@@ -221,7 +221,7 @@ def _open_deepspeed(path: Path, key: str | None) -> Checkpoint:
     return replace(opened, notes=(*opened.notes, *deepspeed.notes(tag, opened.tensors)))
 
 
-def _read_shards(index: Path, key: str | None) -> list[_File]:
+def _read_shards(index: Location, key: str | None) -> list[_File]:
     """Read each shard that an index names.
 
     Raises:
@@ -242,7 +242,7 @@ def _read_shards(index: Path, key: str | None) -> list[_File]:
     return list(shards.values())
 
 
-def _checkpoint(path: Path, layout: str, files: list[_File], recorded: Record) -> Checkpoint:
+def _checkpoint(path: Location, layout: str, files: list[_File], recorded: Record) -> Checkpoint:
     """The files' tensors in one table, under bare names."""
     tensors = {name: tensor for file in files for name, tensor in file.tensors.items()}
     refused = {name: why for file in files for name, why in file.refused.items()}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ckptavg.errors import CheckpointError, short
+from ckptavg.formats.storage import Location
 
 LAYOUT = "peft"
 CONFIG = "adapter_config.json"
@@ -21,14 +21,14 @@ _PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # leave th
 _MAX_CONFIG = 10_000_000
 
 
-def weights_file(directory: Path) -> Path | None:
+def weights_file(directory: Location) -> Location | None:
     """The weights of an adapter's directory; None if it is none."""
     if not (directory / CONFIG).is_file():
         return None
     return next((directory / name for name in FILES if (directory / name).is_file()), None)
 
 
-def configuration(directory: Path) -> dict[str, Any]:
+def configuration(directory: Location) -> dict[str, Any]:
     """What adapter_config.json says.
 
     Raises:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
+
+from ckptavg.formats import storage
+from ckptavg.formats.storage import Location
 
 MAX_TEXT = 100_000_000  # bytes: the limit of the safetensors reference implementation on a header
 _MOST_VALUES = 5_000_000  # two bytes of text can make a value of 70
@@ -24,7 +26,7 @@ def loads(text: bytes) -> Any:
         raise ValueError("it is nested too deeply") from error
 
 
-def read(path: Path) -> Any:
+def read(path: Location) -> Any:
     """Read a JSON file.
 
     Raises:
@@ -33,7 +35,7 @@ def read(path: Path) -> Any:
     """
     if not path.is_file():  # a pipe may never end
         raise ValueError("it is not a regular file")
-    with path.open("rb") as file:
+    with storage.open_binary(path) as file:
         text = file.read(MAX_TEXT + 1)
     if len(text) > MAX_TEXT:
         raise ValueError(f"it is larger than {MAX_TEXT} bytes")

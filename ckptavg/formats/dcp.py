@@ -11,13 +11,13 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeGuard
 
 from ckptavg.errors import CheckpointError, short
 from ckptavg.formats import inert_pickle, torch_zip
 from ckptavg.formats.inert_values import Global, MalformedPickle, Opaque, Sharded, TensorView
 from ckptavg.formats.record import TRAINING_STATE
+from ckptavg.formats.storage import Location
 from ckptavg.formats.table import DTYPES, DType, Piece, Tensor
 from ckptavg.formats.weights import KNOWN_ENTRIES
 
@@ -63,7 +63,7 @@ class Distributed:
         version: Of the format.
     """
 
-    path: Path
+    path: Location
     tree: Mapping[Any, Any]
     items: Mapping[str, Any]
     paths: Mapping[str, ItemPath]
@@ -83,14 +83,14 @@ class Distributed:
         ]
         return Tensor(sharded.dtype, sharded.shape, tuple(pieces))
 
-    def files(self, tensors: Mapping[str, Tensor]) -> list[Path]:
+    def files(self, tensors: Mapping[str, Tensor]) -> list[str]:
         """The files that tensors lie in, and the metadata."""
         names = {piece.file for tensor in tensors.values() for piece in tensor.pieces}
-        return [self.path / METADATA, *map(Path, sorted(names))]
+        return [str(self.path / METADATA), *sorted(names)]
 
     def _piece(self, name: str, box: Box, dtype: DType) -> Piece:
         file = self.path / box.file
-        opened = torch_zip.read(str(file), (box.offset, box.length))
+        opened = torch_zip.read(file, (box.offset, box.length))
         view = opened.tree
         if not isinstance(view, TensorView) or (view.dtype, view.shape) != (dtype, box.shape):
             raise torch_zip.damaged(file, f"what it holds of {name!r} is not what {METADATA} says")
@@ -98,12 +98,12 @@ class Distributed:
         return Piece(piece.file, piece.offset, piece.shape, piece.stride, box.start)
 
 
-def is_distributed(directory: Path) -> bool:
+def is_distributed(directory: Location) -> bool:
     """Whether a directory is such a checkpoint."""
     return (directory / METADATA).is_file()
 
 
-def read(directory: Path) -> Distributed:
+def read(directory: Location) -> Distributed:
     """Open a directory: its metadata and the values beside the tensors.
 
     Raises:
@@ -121,7 +121,7 @@ def read(directory: Path) -> Distributed:
     return opened
 
 
-def _parse(directory: Path, saved: Any) -> Distributed:
+def _parse(directory: Location, saved: Any) -> Distributed:
     state = _attributes(saved, "Metadata")
     items, places = state.get("state_dict_metadata"), state.get("storage_data")
     if not isinstance(items, dict) or not isinstance(places, dict):
@@ -170,7 +170,7 @@ def belongs(name: str) -> bool:
     return name == METADATA or name.endswith(".distcp")
 
 
-def _stored(directory: Path, places: Mapping[Any, Any]) -> Stored:
+def _stored(directory: Location, places: Mapping[Any, Any]) -> Stored:
     """Item → index of its first element → file, offset and length."""
     found: dict[str, dict[tuple[int, ...] | None, tuple[str, int, int]]] = defaultdict(dict)
     sizes: dict[str, int] = {}
@@ -194,7 +194,7 @@ def _stored(directory: Path, places: Mapping[Any, Any]) -> Stored:
     return found
 
 
-def _size(directory: Path, name: str) -> int:
+def _size(directory: Location, name: str) -> int:
     """Size of a file that the metadata names, which lies in its directory.
 
     Raises:
@@ -202,7 +202,7 @@ def _size(directory: Path, name: str) -> int:
     """
     path = directory / name
     try:
-        inside = Path(name).name == name and path.resolve().parent == directory.resolve()
+        inside = name == name.rpartition("/")[2] and path.resolve().parent == directory.resolve()
         if not inside:
             raise CheckpointError(
                 f"{directory / METADATA} names a file outside its directory: {short(name)!r}"
@@ -301,7 +301,7 @@ def _are_apart(shape: tuple[int, ...], boxes: Sequence[Box]) -> bool:
 
 
 def _other_values(
-    directory: Path, names: Sequence[str], paths: Mapping[str, ItemPath], stored: Stored
+    directory: Location, names: Sequence[str], paths: Mapping[str, ItemPath], stored: Stored
 ) -> dict[str, Any]:
     """The objects beside the tensors, an optimizer's aside."""
     wanted = [name for name in names if not is_training_state(paths[name])]
@@ -311,7 +311,7 @@ def _other_values(
         if place is None:
             raise MalformedPickle(f"the value {short(name)!r} is nowhere")
         file, offset, length = place
-        found[name] = torch_zip.read(str(directory / file), (offset, length)).tree
+        found[name] = torch_zip.read(directory / file, (offset, length)).tree
     return found
 
 

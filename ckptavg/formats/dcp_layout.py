@@ -30,6 +30,7 @@ def lay_out(tensors: Sequence[OutputTensor], provenance: str, template: Checkpoi
         provenance: How it was made, as JSON.
         template: The last input, a directory of the same kind.
     """
+    template.files[0].verify()
     source = dcp.read(template.path)
     file = _Builder()
     names = _full_names(source, template)

@@ -10,10 +10,10 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ckptavg.errors import CheckpointError, first_few
+from ckptavg.formats.storage import Location
 from ckptavg.formats.table import Tensor
 
 LAYOUT = "deepspeed"
@@ -36,12 +36,12 @@ _SIXTEEN_BIT = (
 )
 
 
-def is_tag(directory: Path) -> bool:
+def is_tag(directory: Location) -> bool:
     """Whether a directory holds the ranks' states of one checkpoint."""
     return any(path.is_file() for path in directory.glob("*model_states.pt"))
 
 
-def tag_of(directory: Path) -> Path | None:
+def tag_of(directory: Location) -> Location | None:
     """Where a checkpoint's states are: the directory itself, or the only one below it.
 
     The Trainer keeps ``global_step500`` inside its ``checkpoint-500``, Lightning ``checkpoint`` in
@@ -58,7 +58,7 @@ def tag_of(directory: Path) -> Path | None:
     return tags[0] if within or not tags[0].name.startswith("global_step") else None
 
 
-def model_file(tag: Path) -> Path:
+def model_file(tag: Location) -> Location:
     """The file that holds a tag's whole weights.
 
     Raises:
@@ -75,13 +75,13 @@ def model_file(tag: Path) -> Path:
     return tag / WHOLE
 
 
-def notes(tag: Path, tensors: Mapping[str, Tensor]) -> list[str]:
+def notes(tag: Location, tensors: Mapping[str, Tensor]) -> list[str]:
     """What a person should know about a tag's weights."""
     narrow = any(t.dtype.kind == "float" and t.dtype.bits == 16 for t in tensors.values())
     return [_SIXTEEN_BIT] if narrow and any(tag.glob("*optim_states.pt")) else []
 
 
-def refuse_partitioned(directories: Iterable[Path]) -> None:
+def refuse_partitioned(directories: Iterable[Location]) -> None:
     """Make sure that none of some checkpoints is of ZeRO stage 3.
 
     Raises:
@@ -103,21 +103,21 @@ def refuse_partitioned(directories: Iterable[Path]) -> None:
     )
 
 
-def _target(tag: Path) -> Path:
+def _target(tag: Location) -> Location:
     """Where a converted checkpoint should go: beside its run, under a name that keeps the step."""
     alone = not tag.name.startswith("global_step")
     within = alone or (tag.parent / "trainer_state.json").is_file()
     checkpoint = tag.parent if within else tag
     run = checkpoint.parent
     named = run.name not in ("", "..")
-    return (run.with_name(f"{run.name}-fp32") if named else run / "fp32") / checkpoint.name
+    return (run.parent / f"{run.name}-fp32" if named else run / "fp32") / checkpoint.name
 
 
-def _outputs(tags: Sequence[Path]) -> str:
+def _outputs(tags: Sequence[Location]) -> str:
     return " and ".join(dict.fromkeys(shlex.quote(str(_target(tag).parent)) for tag in tags))
 
 
-def _commands(tags: Sequence[Path]) -> str:
+def _commands(tags: Sequence[Location]) -> str:
     """One command a tag, as a shell takes them, as many as a message has room for."""
     shown: list[str] = []
     for tag in tags:
@@ -130,7 +130,7 @@ def _commands(tags: Sequence[Path]) -> str:
     return " && ".join(shown)
 
 
-def refuse_placeholders(path: Path, tree: Any, tensors: Mapping[str, Tensor]) -> None:
+def refuse_placeholders(path: Location, tree: Any, tensors: Mapping[str, Tensor]) -> None:
     """Make sure that a file by itself is no model's file of ZeRO stage 3.
 
     Raises:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from ckptavg.errors import CheckpointError, first_few
 from ckptavg.formats import adapter, bounded_json
+from ckptavg.formats.storage import Location
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -31,20 +31,20 @@ COMPANIONS = (
 )  # fmt: skip
 
 
-def main_file(directory: Path) -> Path | None:
+def main_file(directory: Location) -> Location | None:
     """The weights file or index of a directory, of an adapter too; None if it is no checkpoint."""
     found = (directory / name for name in WEIGHT_FILES)
     whole = next((path for path in found if path.is_file()), None)
     return whole or adapter.weights_file(directory)
 
 
-def other_models(main: Path) -> list[str]:
+def other_models(main: Location) -> list[str]:
     """Names of the further models' weights that Accelerate saves beside the first one's."""
     numbered = re.compile(rf"{re.escape(main.stem)}_\d+{re.escape(main.suffix)}")
     return sorted(path.name for path in main.parent.iterdir() if numbered.fullmatch(path.name))
 
 
-def weight_map(index: Path) -> dict[str, str]:
+def weight_map(index: Location) -> dict[str, str]:
     """Tensor name → file name, as an index lists them.
 
     Raises:
@@ -76,7 +76,7 @@ def weight_map(index: Path) -> dict[str, str]:
     return names
 
 
-def _check_links(directory: Path, names: Iterable[str]) -> None:
+def _check_links(directory: Location, names: Iterable[str]) -> None:
     """Refuse links out of a directory, but for those into the blobs of the hub's cache.
 
     The cache has ``snapshots/REVISION/...``, full of links, beside the ``blobs`` that they lead to.
@@ -84,7 +84,7 @@ def _check_links(directory: Path, names: Iterable[str]) -> None:
     home = directory.resolve()
     caches = [path.parent / "blobs" for path in home.parents if path.name == "snapshots"]
     for name in sorted(names):
-        target = Path(os.path.realpath(home / name))
+        target = (home / name).resolve()
         if not any(root in target.parents for root in (home, *caches)):
             raise CheckpointError(
                 f"{directory / name} leads outside its directory: it is a link to {target}",
@@ -99,14 +99,14 @@ def belongs(name: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in own)
 
 
-def _is_file(path: Path) -> bool:
+def _is_file(path: Location) -> bool:
     try:
         return path.is_file()
     except (OSError, ValueError):  # no name that a file can have
         return False
 
 
-def companions(directory: Path) -> list[Path]:
+def companions(directory: Location) -> list[Location]:
     """The configuration, tokenizer and code files that belong to a directory's model.
 
     Raises:
@@ -121,4 +121,4 @@ def companions(directory: Path) -> list[Path]:
             f"{directory} holds files too large to be a configuration: {first_few(large)}",
             "Move them out of the directory, or write a single file (-o OUT.safetensors).",
         )
-    return sorted(found)
+    return sorted(found, key=str)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 import os
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import BinaryIO
 
 import torch
 
 from ckptavg.errors import CheckpointError
+from ckptavg.formats.fetching import Fetched
+from ckptavg.formats.ranges import Range
+from ckptavg.formats.storage import is_url
 from ckptavg.formats.table import Piece, Tensor
 
 _MOST_OPEN_FILES = 128
@@ -17,15 +21,34 @@ _SMALL_SPAN = 1 << 16  # bytes; below this, reading the gaps along costs less th
 
 
 class Reader:
-    """Reads ranges of tensors. One thread each: a reader keeps its own files open."""
+    """Reads ranges of tensors. One thread each: a reader keeps its own files open.
+
+    Of remote files it reads best what ``fetch`` was told of before.
+    """
 
     def __init__(self) -> None:
         self._files: OrderedDict[str, BinaryIO] = OrderedDict()
+        self._fetched = Fetched()
 
     def close(self) -> None:
         """Close the files."""
         while self._files:
             self._files.popitem()[1].close()
+        self._fetched.clear()
+
+    def fetch(self, wanted: Iterable[tuple[Tensor, int, int]]) -> None:
+        """Ask for what is going to be read of remote files, all at once.
+
+        Args:
+            wanted: Tensor, start and count, as ``read`` will be given them. What was fetched before
+                is let go.
+
+        Raises:
+            CheckpointError: A file cannot be read.
+        """
+        self._fetched.fetch(
+            part for tensor, start, count in wanted for part in _ranges(tensor, start, count)
+        )
 
     def read(self, tensor: Tensor, start: int, count: int, out: memoryview) -> None:
         """Read ``count`` elements, in row-major order from element ``start``.
@@ -45,6 +68,7 @@ class Reader:
             piece = tensor.pieces[0]
             self._read_bytes(piece.file, piece.offset + start * size, out[: count * size])
             return
+        self._fetched.hold(_ranges(tensor, start, count))
         low, extent = box_of(tensor.shape, start, count)
         target = torch.frombuffer(out, dtype=torch.uint8)[: count * size].view(*extent, size)
         if tensor.stored_bytes < tensor.nbytes:
@@ -57,14 +81,9 @@ class Reader:
     ) -> None:
         """Read the part of a piece that lies in a box of the tensor."""
         size = target.shape[-1]
-        begin = [max(a, b) for a, b in zip(low, piece.start, strict=True)]
-        end = [
-            min(a + n, b + m)
-            for a, n, b, m in zip(low, extent, piece.start, piece.shape, strict=True)
-        ]
+        begin, end, skipped = overlap(piece, low, extent)
         if any(a >= b for a, b in zip(begin, end, strict=True)):
             return
-        skipped = sum((a - b) * s for a, b, s in zip(begin, piece.start, piece.stride, strict=True))
         for dimension, (a, b, origin) in enumerate(zip(begin, end, low, strict=True)):
             target = target.narrow(dimension, a - origin, b - a)
         self._read_strided(piece.file, piece.offset + skipped * size, piece.stride, target)
@@ -89,16 +108,19 @@ class Reader:
             self._read_strided(path, at, stride, target.narrow(widest, i, 1))
 
     def _read_bytes(self, path: str, offset: int, out: memoryview) -> None:
+        if is_url(path):
+            content = self._fetched.read(path, offset, offset + len(out))
+            if len(content) < len(out):
+                raise _cut_short(path, offset + len(out))
+            out[:] = content
+            return
         file = self._open(path)
         done = 0
         try:
             while done < len(out):
                 got = _read_at(file, out[done:], offset + done)
                 if not got:
-                    raise CheckpointError(
-                        f"{path} ends before byte {offset + len(out)}: it changed while being read",
-                        "Wait until the training run has finished writing it, then try again.",
-                    )
+                    raise _cut_short(path, offset + len(out))
                 done += got
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
@@ -114,6 +136,43 @@ class Reader:
                 raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
         self._files[path] = file
         return file
+
+
+def _cut_short(path: str, end: int) -> CheckpointError:
+    return CheckpointError(
+        f"{path} ends before byte {end}: it changed while being read",
+        "Wait until the training run has finished writing it, then try again.",
+    )
+
+
+def _ranges(tensor: Tensor, start: int, count: int) -> list[Range]:
+    """The ranges of remote files that elements of a tensor lie in."""
+    remote = [piece for piece in tensor.pieces if is_url(piece.file)]
+    size = tensor.dtype.size
+    if remote and tensor.contiguous:
+        at = remote[0].offset + start * size
+        return [(remote[0].file, at, at + count * size)]
+    found: list[Range] = []
+    for piece in remote:
+        begin, end, skipped = overlap(piece, *box_of(tensor.shape, start, count))
+        extent = [b - a for a, b in zip(begin, end, strict=True)]
+        if min(extent, default=1) > 0:
+            span = 1 + sum((n - 1) * s for n, s in zip(extent, piece.stride, strict=True))
+            at = piece.offset + skipped * size
+            found.append((piece.file, at, at + span * size))
+    return found
+
+
+def overlap(
+    piece: Piece, low: tuple[int, ...], extent: tuple[int, ...]
+) -> tuple[list[int], list[int], int]:
+    """The part of a piece in a box of its tensor: first index, end, and elements before it."""
+    begin = [max(a, b) for a, b in zip(low, piece.start, strict=True)]
+    end = [
+        min(a + n, b + m) for a, n, b, m in zip(low, extent, piece.start, piece.shape, strict=True)
+    ]
+    skipped = sum((a - b) * s for a, b, s in zip(begin, piece.start, piece.stride, strict=True))
+    return begin, end, skipped
 
 
 def boxes(shape: tuple[int, ...], limit: int) -> list[tuple[int, int]]:

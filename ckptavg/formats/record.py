@@ -7,11 +7,12 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any
 
 from ckptavg.formats import bounded_json
 from ckptavg.formats.inert_values import TensorView
+from ckptavg.formats.storage import Location
 from ckptavg.formats.table import Record
 
 STEP_NAMES = (
@@ -151,7 +152,7 @@ def from_metadata(metadata: Mapping[str, str]) -> Record:
     return _from_mapping(values)
 
 
-def from_trainer_state(path: Path) -> Record | None:
+def from_trainer_state(path: Location) -> Record | None:
     """Record of a directory written by the Hugging Face Trainer; None where there is none."""
     try:
         state = bounded_json.read(path)

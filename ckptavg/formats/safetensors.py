@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ckptavg.errors import CheckpointError, UnsupportedTensorError, first_few
-from ckptavg.formats import bounded_json
+from ckptavg.formats import bounded_json, storage
+from ckptavg.formats.storage import Location
 from ckptavg.formats.table import DTYPES, MOST_ELEMENTS, DType, Tensor, whole
 
 MAX_HEADER = bounded_json.MAX_TEXT
@@ -16,11 +17,11 @@ MAX_DIMENSIONS = 64  # torch's own limit
 BY_CODE = {dtype.code: dtype for dtype in DTYPES.values() if dtype.code}
 
 
-def read_header(path: str, size: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_header(place: str | Location, size: int) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read the table of a safetensors file.
 
     Args:
-        path: The file.
+        place: The file.
         size: Its size in bytes, which every range is checked against.
 
     Returns:
@@ -29,7 +30,8 @@ def read_header(path: str, size: int) -> tuple[dict[str, Tensor], dict[str, str]
     Raises:
         CheckpointError: The file is no well-formed safetensors file.
     """
-    with open(path, "rb") as file:
+    path = str(place)
+    with storage.open_binary(place) as file:
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > size - 8:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import glob
 import math
-import os
 import re
-import stat
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ckptavg.errors import CheckpointError
+from ckptavg.formats import storage
+from ckptavg.formats.storage import Location
 
 PROVENANCE = "ckptavg"  # the entry or the metadata that says how an output was made
 MOST_ELEMENTS = 2**58  # along all dimensions but empty ones: what torch can compute sizes of
@@ -156,16 +155,20 @@ def whole(file: str, offset: int, dtype: DType, shape: tuple[int, ...]) -> Tenso
 
 @dataclass(frozen=True, slots=True)
 class FileStamp:
-    """What tells a file from a changed one: looked at on opening and again after reading."""
+    """What tells a file from a changed one: looked at on opening and again after reading.
+
+    A remote file has a ``token`` of its store instead of an inode and a device.
+    """
 
     path: str
     size: int
     mtime_ns: int
     inode: int
     device: int = 0
+    token: str = ""
 
     @classmethod
-    def of(cls, path: str | Path) -> FileStamp:
+    def of(cls, path: str | Location) -> FileStamp:
         """Stamp of a file as it is now.
 
         Raises:
@@ -173,12 +176,14 @@ class FileStamp:
                 never end.
         """
         try:
-            info = os.stat(path)
+            return cls(str(path), *storage.stat(path))
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-        if not stat.S_ISREG(info.st_mode):
-            raise CheckpointError(f"{path} is not a regular file", "Name a file or a directory.")
-        return cls(str(path), info.st_size, info.st_mtime_ns, info.st_ino, info.st_dev)
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """Equal for two paths of the same file."""
+        return (self.path,) if storage.is_url(self.path) else (self.device, self.inode)
 
     def verify(self) -> None:
         """Make sure that the file is still the one that was opened.
@@ -186,7 +191,10 @@ class FileStamp:
         Raises:
             CheckpointError: It changed or went away.
         """
-        if FileStamp.of(self.path) != self:
+        now = FileStamp.of(self.path)
+        if self.token:  # says more than the time, which stores round as they like
+            now = replace(now, mtime_ns=self.mtime_ns)
+        if now != self:
             raise CheckpointError(
                 f"{self.path} changed while it was being read",
                 "Wait until the training run has finished writing it, then try again.",
@@ -231,7 +239,7 @@ class Checkpoint:
             neither, the number in the name. None where there is none of these.
     """
 
-    path: Path
+    path: Location
     layout: str
     key: str
     tensors: Mapping[str, Tensor]

@@ -119,6 +119,7 @@ def _contents(suffix: str, provenance: str, template: Checkpoint, book: _Storage
     alone = {STATE_DICT: bare, PROVENANCE: provenance}
     if template.layout != "torch":
         return Contents(alone, {})
+    template.files[0].verify()
     file = torch_zip.read(template.files[0].path)
     place = weights.locate(file.tree, template.key)
     notes = [_MODULE] if place is None or place.pickled else []

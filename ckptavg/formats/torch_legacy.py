@@ -5,18 +5,19 @@ from __future__ import annotations
 from typing import Any, BinaryIO
 
 from ckptavg.errors import CheckpointError
-from ckptavg.formats import inert_pickle
+from ckptavg.formats import inert_pickle, storage
 from ckptavg.formats.inert_values import MalformedPickle, Storage
+from ckptavg.formats.storage import Location
 
 START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number, pickled
 _PROTOCOL = 1001
 
 
-def read(path: str, size: int) -> tuple[Any, dict[str, int]]:
+def read(place: str | Location, size: int) -> tuple[Any, dict[str, int]]:
     """Read the pickles and find the storages; no tensor data is moved.
 
     Args:
-        path: The file.
+        place: The file.
         size: Its size in bytes.
 
     Returns:
@@ -26,34 +27,41 @@ def read(path: str, size: int) -> tuple[Any, dict[str, int]]:
         MalformedPickle: A pickle or the row of storages is damaged.
         CheckpointError: The file was saved on a machine of the other byte order.
     """
-    with open(path, "rb") as file:
+    with storage.open_binary(place) as file:
         file.seek(len(START))
         protocol, system = (inert_pickle.load(file)[0] for _ in range(2))
         if protocol != _PROTOCOL or not isinstance(system, dict):
             raise MalformedPickle("its protocol is unknown")
         if system.get("little_endian") is not True:
             raise CheckpointError(
-                f"{path} was saved on a big-endian machine", "Load and save it on this one."
+                f"{place} was saved on a big-endian machine", "Load and save it on this one."
             )
         tree, storages = inert_pickle.load(file)
         keys, _ = inert_pickle.load(file)
         if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
             raise MalformedPickle("its list of storages is malformed")
-        return tree, _locate(file, size, keys, storages)
+        counted = not storage.is_url(str(place))
+        return tree, _locate(file, size, keys, storages, counted=counted)
 
 
 def _locate(
-    file: BinaryIO, size: int, keys: list[str], storages: dict[str, Storage]
+    file: BinaryIO, size: int, keys: list[str], storages: dict[str, Storage], *, counted: bool
 ) -> dict[str, int]:
-    """Walk the row of storages: each is its number of elements, then their bytes."""
+    """Walk the row of storages: each is its number of elements, then their bytes.
+
+    Where every number would be a request of its own, they are not ``counted``: it has to do that
+    the storages end where the file does.
+    """
     found: dict[str, int] = {}
     position = file.tell()
     for key in keys:
         storage = storages.get(key)
         if storage is None or key in found:
             raise MalformedPickle("its list of storages does not fit its tensors")
-        file.seek(position)
-        count = int.from_bytes(file.read(8), "little", signed=True)
+        count = storage.numel
+        if counted:
+            file.seek(position)
+            count = int.from_bytes(file.read(8), "little", signed=True)
         nbytes = storage.numel * (storage.dtype.size if storage.dtype else 1)
         if count != storage.numel or position + 8 + nbytes > size:
             raise MalformedPickle(f"the storage {key!r} runs past the end of the file")

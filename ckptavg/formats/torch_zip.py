@@ -8,12 +8,12 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from ckptavg.errors import CheckpointError
-from ckptavg.formats import inert_pickle, torch_legacy
+from ckptavg.formats import inert_pickle, storage, torch_legacy
 from ckptavg.formats.inert_values import MalformedPickle, Storage, TensorView
+from ckptavg.formats.storage import Location
 from ckptavg.formats.table import Piece, Tensor
 
 PROVENANCE_RECORD = "ckptavg.json"  # where a bare state dict has no room for an entry
@@ -25,6 +25,7 @@ _NUMBERS = {
     "float64": "d", "float32": "f", "float16": "e", "bfloat16": "f", "int64": "q", "int32": "i",
     "int16": "h", "int8": "b", "uint8": "B",
 }  # fmt: skip
+_ALIGNMENT = 64  # of what torch.save stores
 
 
 @dataclass
@@ -69,7 +70,7 @@ class TorchFile:
             return None
         if code is None:
             return None
-        with open(self.path, "rb") as file:
+        with storage.open_binary(self.path) as file:
             file.seek(offset)
             raw = file.read(view.dtype.size)
         if view.dtype.name == "bfloat16":  # the upper half of a float32
@@ -78,23 +79,26 @@ class TorchFile:
         return value
 
 
-def read(path: str, within: tuple[int, int] | None = None) -> TorchFile:
+def read(place: str | Location, within: tuple[int, int] | None = None) -> TorchFile:
     """Open a ``torch.save`` file: its directory and its pickle, no tensor data.
 
     Args:
-        path: The file.
+        place: The file.
         within: Offset and length of the part of it that is the ``torch.save`` file, if not all.
 
     Raises:
         CheckpointError: The file is damaged, or of another kind.
     """
+    path = str(place)
     try:
-        with _open(path, within) as file:
+        with _open(place, within) as file:
             if within is None and file.read(len(torch_legacy.START)) == torch_legacy.START:
-                tree, offsets = torch_legacy.read(path, file.seek(0, 2))
-                return TorchFile(path, tree, lambda storage: offsets[storage.key])
-            entries = _entries(path, zipfile.ZipFile(file).infolist())
+                tree, offsets = torch_legacy.read(place, file.seek(0, 2))
+                return TorchFile(path, tree, lambda stored: offsets[stored.key])
+            archive = zipfile.ZipFile(file)
+            entries = _entries(path, archive.infolist())
             _check_entries(path, entries)
+            starts = _packed(file, archive, entries, path) if storage.is_url(path) else {}
             order = entries.get("byteorder")
             if order and order.file_size == 3 and _content(file, order, path) == b"big":
                 raise CheckpointError(
@@ -107,17 +111,20 @@ def read(path: str, within: tuple[int, int] | None = None) -> TorchFile:
         raise damaged(path, f"its pickle is malformed: {error}") from error
     except (*_DAMAGE, OSError) as error:
         raise damaged(path, _why(path, error)) from error
-    start = within[0] if within else 0
+    base = within[0] if within else 0
 
-    def locate(storage: Storage) -> int:
+    def locate(stored: Storage) -> int:
+        info = _entry_of(path, entries, stored)
+        if info.filename in starts:
+            return base + starts[info.filename]
         with _open(path, within) as file:
-            return start + _locate(path, file, entries, storage)
+            return base + data_offset(file, info, path)
 
     return TorchFile(path, tree, locate, text)
 
 
-def _open(path: str, within: tuple[int, int] | None) -> BinaryIO:
-    file = open(path, "rb")  # noqa: SIM115 - the part closes it
+def _open(place: str | Location, within: tuple[int, int] | None) -> BinaryIO:
+    file = storage.open_binary(place)
     return cast(BinaryIO, _Part(file, *(within or (0, file.seek(0, io.SEEK_END)))))
 
 
@@ -165,27 +172,49 @@ _DAMAGE = (  # what zipfile raises
 )  # fmt: skip
 
 
-def _locate(
-    path: str, file: BinaryIO, entries: Mapping[str, zipfile.ZipInfo], storage: Storage
-) -> int:
-    """Byte offset of a storage, after its zip entry has been checked."""
-    info = entries.get(f"data/{storage.key}")
+def _packed(
+    file: BinaryIO, archive: zipfile.ZipFile, entries: Mapping[str, zipfile.ZipInfo], path: str
+) -> dict[str, int]:
+    """Where entries begin, as far as their neighbours tell: each local header is a request.
+
+    ``torch.save`` leaves no room between entries and begins each at a multiple of 64 bytes; a file
+    counts as its own if that holds of its pickle, whose local header is read.
+    """
+    ordered = sorted(archive.infolist(), key=lambda info: info.header_offset)
+    ends = [*(info.header_offset for info in ordered[1:]), archive.start_dir]
+    found: dict[str, int] = {}
+    for info, end in zip(ordered, ends, strict=True):
+        least = info.header_offset + _LOCAL_HEADER + len(info.orig_filename.encode())
+        descriptor = (24 if info.file_size >> 32 else 16) if info.flag_bits & 8 else 0
+        start = end - descriptor - info.file_size
+        if start % _ALIGNMENT == 0 and least <= start < least + 2 * _ALIGNMENT:
+            found[info.filename] = start
+    pickle = entries["data.pkl"]
+    return found if found.get(pickle.filename) == data_offset(file, pickle, path) else {}
+
+
+def _entry_of(
+    path: str, entries: Mapping[str, zipfile.ZipInfo], stored: Storage
+) -> zipfile.ZipInfo:
+    """The entry of a storage, checked."""
+    info = entries.get(f"data/{stored.key}")
     if info is None:
-        raise damaged(path, f"the storage {storage.key!r} is missing")
+        raise damaged(path, f"the storage {stored.key!r} is missing")
     if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
         raise damaged(path, "its tensors are compressed, which torch.save never does")
-    element = storage.dtype.size if storage.dtype else 1
-    if storage.numel * element > info.file_size:
-        raise damaged(path, f"the storage {storage.key!r} is shorter than it claims")
-    return data_offset(file, info, path)
+    element = stored.dtype.size if stored.dtype else 1
+    if stored.numel * element > info.file_size:
+        raise damaged(path, f"the storage {stored.key!r} is shorter than it claims")
+    return info
 
 
 def storages(path: str) -> list[zipfile.ZipInfo]:
     """The entries that hold storages, as they lie; none in other files and where CRCs lack."""
-    if not zipfile.is_zipfile(path):
-        return []
-    with zipfile.ZipFile(path) as archive:
-        found = [info for info in archive.infolist() if "/data/" in info.filename]
+    with _open(path, None) as file:
+        if not zipfile.is_zipfile(file):
+            return []
+        with zipfile.ZipFile(file) as archive:
+            found = [info for info in archive.infolist() if "/data/" in info.filename]
     found.sort(key=lambda info: info.header_offset)
     return found if any(info.CRC for info in found) else []
 
@@ -195,7 +224,7 @@ def looks_like(start: bytes) -> bool:
     return start.startswith((b"PK\x03\x04", torch_legacy.START[:8]))
 
 
-def damaged(path: str | Path, why: str) -> CheckpointError:
+def damaged(path: str | Location, why: str) -> CheckpointError:
     """The error for a file that cannot be read as a checkpoint."""
     return CheckpointError(
         f"{path} is not a readable checkpoint: {why}",
@@ -276,7 +305,7 @@ def _check_entries(path: str, entries: Mapping[str, zipfile.ZipInfo]) -> None:
 
 
 def _why(path: str, error: Exception) -> str:
-    with open(path, "rb") as file:
+    with storage.open_binary(path) as file:
         start = file.read(16)
     if start.startswith(b"PK\x03\x04"):
         return f"a zip file cut short or damaged ({error})"

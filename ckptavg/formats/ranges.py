@@ -1,0 +1,163 @@
+"""Requests to remote file systems, which fsspec knows: ranges of files, and plain errors.
+
+fsspec is imported only when a URL is given.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, BinaryIO, cast
+
+from ckptavg.errors import CheckpointError, CkptavgError, UsageError
+
+HEAD = 1 << 18  # bytes; headers are small and requests slow, so they are read in pieces like this
+_TRIES = 3  # of a request, where the file system makes none of its own
+
+Range = tuple[str, int, int]
+"""A file and the first byte and the end of a range of it."""
+
+
+def file_system(url: str) -> tuple[Any, str]:
+    """The file system of a URL, and the URL's path in it.
+
+    Raises:
+        UsageError: No file system is known for it.
+        CkptavgError: A package is missing.
+    """
+    s3 = url.startswith(("s3://", "s3a://"))
+    try:
+        from fsspec.core import url_to_fs  # noqa: PLC0415 - only URLs need it
+    except ImportError as error:
+        install = 'pip install "ckptavg[s3]"' if s3 else "pip install fsspec"
+        raise CkptavgError(f"reading {url} needs fsspec", f"Install it with {install}.") from error
+    try:
+        system, path = url_to_fs(url)
+    except ImportError as error:
+        install = 'Install it with pip install "ckptavg[s3]".' if s3 else f"{error}."
+        raise CkptavgError(f"reading {url} needs one more package", install) from error
+    except ValueError as error:
+        raise UsageError(f"{url} cannot be read: {error}") from error
+    except Exception as error:
+        raise unreadable(url, error) from error
+    return system, path
+
+
+def read_ranges(ranges: Sequence[Range]) -> list[bytes]:
+    """Read ranges of remote files, those of one file system at once.
+
+    A range that ends beyond its file comes shortened.
+
+    Raises:
+        CheckpointError: One cannot be read.
+    """
+    found: list[Any] = [None] * len(ranges)
+    systems: dict[int, tuple[Any, list[tuple[int, str]]]] = {}
+    for i, (url, _, _) in enumerate(ranges):
+        system, path = file_system(url)
+        systems.setdefault(id(system), (system, []))[1].append((i, path))
+    for system, members in systems.values():
+        waiting = members
+        for attempt in range(1 if hasattr(system, "retries") else _TRIES):
+            time.sleep(attempt)
+            _fetch(system, waiting, ranges, found)
+            waiting = [(i, path) for i, path in waiting if _is_passing(found[i])]
+            if not waiting:
+                break
+    for (url, start, end), content in zip(ranges, found, strict=True):
+        if not isinstance(content, bytes):
+            raise unreadable(url, content) from content
+        if len(content) > end - start:
+            raise CheckpointError(f"{url} cannot be read by ranges: its server sends all of it")
+    return found
+
+
+def open_ranges(url: str, size: int, token: str) -> BinaryIO:
+    """A file to read headers from; what was read of it is kept for a while if a token tells it."""
+    held = _held(url, size, token) if token else {}
+    return cast("BinaryIO", io.BufferedReader(_RangeFile(url, size, held)))
+
+
+def unreadable(url: str, error: Exception) -> CkptavgError:
+    """The error for what a file system says of a URL."""
+    if isinstance(error, CkptavgError):
+        return error
+    told = " ".join(str(getattr(error, "strerror", None) or error).split())
+    if isinstance(error, FileNotFoundError):
+        return CheckpointError(f"{url} is not there")
+    denied = isinstance(error, PermissionError) or getattr(error, "status", 0) in (401, 403)
+    if denied or "redential" in type(error).__name__:
+        return CheckpointError(
+            f"{url} may not be read: {told or 'access is denied'}",
+            "Give credentials where the store's own tools look for them, in the environment or "
+            "their files (FSSPEC_S3_ANON=true for a public bucket).",
+        )
+    return CheckpointError(
+        f"{url} cannot be read: {told or type(error).__name__}",
+        "Check the URL and the connection, then try again.",
+    )
+
+
+class _RangeFile(io.RawIOBase):
+    """A remote file read by ranges; those that were read are held, and shared by its readers."""
+
+    def __init__(self, url: str, size: int, held: dict[int, bytes]) -> None:
+        self._url = url
+        self._size = size
+        self._held = held
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        if base + offset < 0:
+            raise OSError("a negative position")
+        self._at = base + offset
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        count = min(len(buffer), self._size - self._at)
+        if count <= 0:
+            return 0
+        known = (s for s, raw in self._held.items() if s <= self._at < s + len(raw))
+        start = next(known, None)
+        if start is None:
+            start = min(self._at, max(self._size - HEAD, 0))
+            end = min(max(self._at + count, start + HEAD), self._size)
+            self._held[start] = read_ranges([(self._url, start, end)])[0]
+        part = self._held[start][self._at - start :][:count]
+        buffer[: len(part)] = part
+        self._at += len(part)
+        return len(part)
+
+
+@lru_cache(maxsize=4)
+def _held(url: str, size: int, token: str) -> dict[int, bytes]:  # noqa: ARG001 - they are the key
+    """What was read of a version of a file: it is opened several times in a row."""
+    return {}
+
+
+def _fetch(
+    system: Any, members: list[tuple[int, str]], ranges: Sequence[Range], found: list[Any]
+) -> None:
+    """Ask once; an exception stands where an answer would."""
+    paths = [path for _, path in members]
+    starts, ends = ([ranges[i][k] for i, _ in members] for k in (1, 2))
+    try:
+        answers = system.cat_ranges(paths, starts, ends, on_error="return")
+    except Exception as error:
+        answers = [error] * len(members)
+    for (i, _), answer in zip(members, answers, strict=True):
+        found[i] = answer
+
+
+def _is_passing(answer: Any) -> bool:
+    """Whether a request failed in a way that another try may not."""
+    return not isinstance(answer, (bytes, FileNotFoundError, PermissionError))

@@ -1,0 +1,465 @@
+"""Inputs at URLs, on a file system in memory: found, ordered, opened and averaged as local ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import shutil
+import sys
+import zipfile
+from datetime import datetime, timedelta, timezone
+from itertools import pairwise
+
+import pytest
+import torch
+from helpers import average_by_hand, names, same_bits, save, save_states, save_weight
+from hypothesis import given
+from hypothesis import strategies as st
+
+import ckptavg
+from ckptavg import stream
+from ckptavg.errors import CheckpointError, CkptavgError, RunError, UsageError
+from ckptavg.formats import open_checkpoint, ranges, storage
+from ckptavg.formats.fetching import merged
+from ckptavg.formats.table import FileStamp
+
+fsspec = pytest.importorskip("fsspec")
+known_implementations = pytest.importorskip("fsspec.registry").known_implementations
+MemoryFileSystem = pytest.importorskip("fsspec.implementations.memory").MemoryFileSystem
+
+
+class Store(MemoryFileSystem):
+    """A file system in memory that remembers what it was asked for, and fails as it is told.
+
+    Attributes:
+        ranges: (path, start, end) of every read.
+        batches: Bytes of what was asked for at once.
+        failures: Errors that the next reads end in.
+    """
+
+    protocol = "store"
+    store = {}
+    pseudo_dirs = [""]
+    ranges = []
+    batches = []
+    failures = []
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return "/" + str(path).removeprefix("store://").strip("/")
+
+    def cat_ranges(self, paths, starts, ends, **options):
+        self.batches.append(sum(b - a for a, b in zip(starts, ends, strict=True)))
+        return super().cat_ranges(paths, starts, ends, **options)
+
+    def cat_file(self, path, start=None, end=None, **options):
+        self.ranges.append((self._strip_protocol(path), start, end))
+        if self.failures:
+            raise self.failures.pop(0)
+        return super().cat_file(path, start, end, **options)
+
+
+@pytest.fixture
+def store(monkeypatch):
+    """An empty store under ``store://``."""
+    fsspec.register_implementation("store", Store, clobber=True)
+    for name, value in (("store", {}), ("ranges", []), ("batches", []), ("failures", [])):
+        monkeypatch.setattr(Store, name, value)
+    monkeypatch.setattr(Store, "pseudo_dirs", [""])
+    monkeypatch.setattr(ranges.time, "sleep", lambda seconds: None)
+    ranges._held.cache_clear()
+    return Store()
+
+
+def upload(path: pathlib.Path, name: str = "run") -> str:
+    """Put a file or a directory in the store."""
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file():
+            below = f"{name}/{file.relative_to(path).as_posix()}" if path.is_dir() else name
+            Store().pipe_file(f"/{below}", file.read_bytes())
+    return f"store://{name}"
+
+
+def states(count: int = 3) -> list[dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    return [
+        {
+            "conv.weight": torch.randn(7, 3, 3, 3).to(memory_format=torch.channels_last),
+            "half": torch.randn(11, 13).bfloat16(),
+            "turned": torch.randn(40, 30).t(),
+            "scalar": torch.randn(()),
+            "empty": torch.randn(0, 4),
+            "large": torch.randn(300, 400),
+            "count": torch.tensor(i),
+        }
+        for i in range(count)
+    ]
+
+
+def sharded(directory: pathlib.Path, state: dict[str, torch.Tensor], step: int) -> None:
+    """A Hugging Face directory of two shards, as the Trainer leaves it."""
+    directory.mkdir(parents=True)
+    state = {name: tensor.contiguous() for name, tensor in state.items()}
+    half = len(state) // 2
+    shards = {"model-00001-of-00002.safetensors": dict(list(state.items())[:half])}
+    shards["model-00002-of-00002.safetensors"] = dict(list(state.items())[half:])
+    for name, part in shards.items():
+        save(directory / name, part)
+    index = {"weight_map": {k: name for name, part in shards.items() for k in part}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    (directory / "config.json").write_text(json.dumps({"torch_dtype": "float32", "step": step}))
+    (directory / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    (directory / "generation_config.json").write_text("")
+
+
+def write_run(directory: pathlib.Path, kind: str) -> pathlib.Path:
+    for i, state in enumerate(states(), 1):
+        if kind == "shards":
+            sharded(directory / f"checkpoint-{i}", state, i)
+        elif kind == "legacy":
+            directory.mkdir(exist_ok=True)
+            path = directory / f"epoch_{i}.pt"
+            torch.save(state, path, _use_new_zipfile_serialization=False)
+        elif kind == ".safetensors":
+            save(directory / f"epoch_{i}{kind}", {k: v.contiguous() for k, v in state.items()})
+        else:
+            save(directory / f"epoch_{i}{kind}", state, epoch=i)
+    return directory
+
+
+def refusal(url: str) -> str:
+    """Open something that must not open; the one line that says why."""
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(url)
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(same_bits(one[k], other[k]) for k in one)
+
+
+@pytest.mark.parametrize("kind", [".pt", ".safetensors", "legacy", "shards"])
+def test_an_average_of_urls_has_the_bits_of_the_local_one(store, tmp_path, kind):
+    local = write_run(tmp_path / "run", kind)
+    url = upload(local)
+    here, there = ckptavg.open_run(local), ckptavg.open_run(url)
+    assert names(there) == names(here)
+    assert [c.step for c in there] == [c.step for c in here] == [1, 2, 3]
+    assert [c.record for c in there] == [c.record for c in here]
+    assert [str(c.path) for c in there] == [f"{url}/{name}" for name in names(here)]
+    average = ckptavg.average(there)
+    assert same(average, ckptavg.average(here))
+    large = [state["large"] for state in states()]
+    assert same_bits(average["large"], average_by_hand(large, [1, 1, 1], torch.float32))
+
+
+def test_a_directory_follows_its_remote_template(store, tmp_path):
+    local = write_run(tmp_path / "run", "shards")
+    written = [
+        ckptavg.average(ckptavg.open_run(place), out=tmp_path / name)
+        for place, name in ((local, "here"), (upload(local), "there"))
+    ]
+    here, there = ({p.name: p.read_bytes() for p in out.iterdir()} for out in written)
+    assert here.keys() == there.keys() >= {"config.json", "generation_config.json"}
+    for name in here:
+        if not name.startswith("model-"):  # which tell where the inputs were
+            assert there[name] == here[name]
+    assert same(
+        ckptavg.average(ckptavg.open_run(written[1])), ckptavg.average(ckptavg.open_run(local))
+    )
+
+
+def test_remote_and_local_checkpoints_mix(store, tmp_path):
+    paths = save_states(tmp_path / "run", states())
+    remote = upload(paths[1], "elsewhere/epoch_2.pt")
+    mixed = ckptavg.open_run(paths[0], remote, paths[2])
+    assert sorted(str(c.path) for c in mixed) == sorted([str(paths[0]), remote, str(paths[2])])
+    one = ckptavg.average(sorted(mixed, key=lambda c: c.path.name))
+    assert same(one, ckptavg.average(ckptavg.open_run(tmp_path / "run")))
+
+
+def test_repeats_count_once_and_numbered_checkpoints_each(store, tmp_path):
+    run = tmp_path / "run"
+    for suffix in (".pt", ".safetensors"):
+        for i in (2, 10):
+            save_weight(run / f"epoch_{i}{suffix}", float(i))
+    save_weight(run / "epoch_11.safetensors", 10.0)
+    shutil.copy(run / "epoch_10.pt", run / "last.pt")
+    shutil.copy(run / "epoch_10.safetensors", run / "best.safetensors")
+    save_weight(run / "optimizer.pt", 0.0)
+    url = upload(run)
+    torches = ckptavg.open_run(url, glob="*.pt")
+    assert names(torches) == ["epoch_2.pt", "epoch_10.pt"]
+    assert torches.notes == (f"{url}/last.pt repeats epoch_10.pt and counts once",)
+    plain = ckptavg.open_run(url, glob="*.safetensors")
+    assert names(plain) == [f"epoch_{i}.safetensors" for i in (2, 10, 11)]
+    assert {path.name for path, _ in torches.left_out} >= {"last.pt", "optimizer.pt"}
+    again = ckptavg.open_run(url, f"{url}/", f"{url}/epoch_2.pt", glob="*.pt")
+    assert names(again) == names(torches)
+
+
+def test_a_run_that_grows_is_seen_to(store, tmp_path):
+    url = upload(save_weight(tmp_path / "epoch_1.pt"), "run/epoch_1.pt").rpartition("/")[0]
+    assert len(ckptavg.open_run(url)) == 1
+    upload(save_weight(tmp_path / "epoch_2.pt"), "run/epoch_2.pt")
+    assert len(ckptavg.open_run(url)) == 2
+
+
+def test_two_runs_below_one_url_are_an_error(store, tmp_path):
+    for name in ("a", "b"):
+        upload(save_weight(tmp_path / "epoch_1.pt"), f"runs/{name}/epoch_1.pt")
+    with pytest.raises(RunError, match=r"holds 2 runs: store://runs/a, store://runs/b"):
+        ckptavg.open_run("store://runs")
+    with pytest.raises(RunError, match=r"store://runs/c does not exist.*store://runs/a"):
+        ckptavg.open_run("store://runs/c")
+
+
+def change_contents(path: pathlib.Path) -> None:
+    upload(save_weight(path, 5.0), "run/epoch_2.pt")
+
+
+def cut_short(path: pathlib.Path) -> None:
+    Store().pipe_file("/run/epoch_2.pt", Store().cat_file("/run/epoch_2.pt")[:700])
+
+
+def delete(path: pathlib.Path) -> None:
+    Store().rm("/run/epoch_2.pt")
+
+
+@pytest.mark.parametrize(
+    ("happens", "words"),
+    [(change_contents, "changed"), (cut_short, "changed"), (delete, "is not there")],
+)
+def test_what_changes_while_it_is_read_is_an_error(store, tmp_path, monkeypatch, happens, words):
+    for i in (1, 2):
+        upload(save_weight(tmp_path / "run" / f"epoch_{i}.pt"), f"run/epoch_{i}.pt")
+    run = ckptavg.open_run("store://run")
+    happens(tmp_path / "other.pt")
+    for file in Store.store.values():
+        file.created = datetime.now(tz=timezone.utc) + timedelta(seconds=1)
+    with pytest.raises(CheckpointError, match=rf"store://run/epoch_[12]\.pt.*{words}"):
+        ckptavg.average(run, out=tmp_path / "out.pt")
+    assert not (tmp_path / "out.pt").exists()
+
+
+def test_a_stamp_goes_by_what_the_store_says(store, tmp_path):
+    upload(save_weight(tmp_path / "a.pt"), "a.pt")
+    stamp = FileStamp.of("store://a.pt")
+    assert stamp.size == (tmp_path / "a.pt").stat().st_size
+    assert stamp.identity != FileStamp.of(tmp_path / "a.pt").identity
+    stamp.verify()
+    Store.store["/a.pt"].created += timedelta(microseconds=1)
+    with pytest.raises(CheckpointError, match="changed"):
+        stamp.verify()
+
+
+@pytest.mark.parametrize(
+    ("token", "content"),
+    [
+        ("ETag 0123456789abcdef0123456789abcdef", "0123456789abcdef0123456789abcdef"),
+        ("ETag 0123456789abcdef0123456789abcdef-12", "0123456789abcdef0123456789abcdef-12"),
+        ("ETag 5f3a1b2c-1000", ""),  # of a web server: the date and the size
+        ("ETag 0x8D4BCC2E4835CD0", ""),
+        ("created 0123456789abcdef0123456789abcdef", ""),
+        ("", ""),
+    ],
+)
+def test_only_sums_of_contents_stand_for_them(token, content):
+    assert storage.content_of(token) == content
+
+
+def test_every_byte_is_read_once_in_few_requests_that_stay_in_the_budget(
+    store, tmp_path, monkeypatch
+):
+    state = {f"layer{i}.weight": torch.randn(250, 1000) for i in range(4)}
+    state |= {f"layer{i}.bias": torch.randn(7) for i in range(200)}
+    save_states(tmp_path / "run", [state] * 3, ".safetensors")
+    url = upload(tmp_path / "run")
+    run = ckptavg.open_run(url)
+    header = 1 << 18
+    size = (tmp_path / "run" / "epoch_1.safetensors").stat().st_size
+    assert sum(b - a for _, a, b in Store.ranges) <= 3 * header
+    for budget, most in ((64 << 20, 3), (2 << 20, 15)):
+        Store.ranges.clear()
+        Store.batches.clear()
+        monkeypatch.setattr(stream, "READ_AHEAD", budget)
+        ckptavg.average(run, out=tmp_path / f"{budget}.safetensors")
+        for i in (1, 2, 3):
+            read = sorted((a, b) for p, a, b in Store.ranges if p == f"/run/epoch_{i}.safetensors")
+            assert len(read) <= most
+            assert all(a[1] <= b[0] for a, b in pairwise(read))
+            assert 0.95 * size < sum(b - a for a, b in read) <= size
+        workers = min(4, os.cpu_count() or 1)
+        assert max(Store.batches) <= max(budget // workers, 3 * 4 * stream.BLOCK) + (3 << 16)
+
+
+def test_a_block_beyond_the_budget_is_read_source_by_source(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(stream, "READ_AHEAD", 1)
+    local = write_run(tmp_path / "run", ".pt")
+    assert same(
+        ckptavg.average(ckptavg.open_run(upload(local))), ckptavg.average(ckptavg.open_run(local))
+    )
+
+
+def test_the_table_of_a_torch_file_takes_two_requests(store, tmp_path):
+    state = {f"layer{i}": torch.randn(100 + i, 100) for i in range(30)}
+    path = save(tmp_path / "a.pt", state, epoch=1)
+    url = upload(path, "a.pt")
+    here, there = open_checkpoint(path), open_checkpoint(url)
+    assert len(Store.ranges) == 2
+    assert [[p.offset for p in t.pieces] for t in there.tensors.values()] == [
+        [p.offset for p in t.pieces] for t in here.tensors.values()
+    ]
+
+
+def repacked(path: pathlib.Path, comment: bytes) -> None:
+    """Rewrite an archive as another tool would: unaligned, and with something in between."""
+    with zipfile.ZipFile(path) as archive:
+        entries = [(name, archive.read(name)) for name in archive.namelist()]
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in entries:
+            info = zipfile.ZipInfo(name)
+            info.extra = comment if name.endswith("1") else b""
+            archive.writestr(info, content)
+
+
+@pytest.mark.parametrize("length", [0, 1, 60, 64, 300])
+def test_an_archive_of_another_tool_is_read_by_its_headers(store, tmp_path, length):
+    path = save(tmp_path / "a.pt", states(1)[0], epoch=1)
+    extra = b"\xff\xff" + length.to_bytes(2, "little") + bytes(length)
+    repacked(path, extra)
+    url = upload(path, "a.pt")
+    here, there = (ckptavg.average(ckptavg.open_run(place)) for place in (path, url))
+    assert same(here, there)
+
+
+def test_a_header_longer_than_one_read(store, tmp_path):
+    state = {f"a.rather.long.name.of.layer.number.{i}": torch.randn(3) for i in range(4000)}
+    for suffix in (".pt", ".safetensors"):
+        path = save(tmp_path / f"a{suffix}", state)
+        url = upload(path, path.name)
+        assert same(ckptavg.average(ckptavg.open_run(url)), ckptavg.average(ckptavg.open_run(path)))
+
+
+def test_a_request_that_fails_is_made_again(store, tmp_path):
+    save_states(tmp_path / "run", states())
+    run = ckptavg.open_run(upload(tmp_path / "run"))
+    Store.failures += [ConnectionResetError("reset by peer"), TimeoutError()]
+    assert same(ckptavg.average(run), ckptavg.average(ckptavg.open_run(tmp_path / "run")))
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ConnectionResetError(104, "reset by\npeer"), "reset by peer. Check the URL"),
+        (TimeoutError(), "TimeoutError. Check the URL"),
+        (PermissionError("Forbidden"), "may not be read: Forbidden. Give credentials"),
+        (type("NoCredentialsError", (Exception,), {})("none"), "may not be read: none. Give"),
+        (FileNotFoundError(), "is not there"),
+    ],
+)
+def test_a_request_that_fails_for_good_is_one_line(store, tmp_path, error, words):
+    url = upload(save_weight(tmp_path / "a.pt"), "a.pt")
+    Store.failures += [error] * 9
+    message = refusal(url)
+    assert message.startswith(url)
+    assert words in message
+
+
+def test_a_server_without_ranges_is_told_of(store, tmp_path, monkeypatch):
+    url = upload(save(tmp_path / "a.pt", {"w": torch.randn(1000, 1000)}), "a.pt")
+    monkeypatch.setattr(Store, "cat_file", lambda self, path, *_, **__: bytes(9 << 20))
+    assert "sends all of it" in refusal(url)
+
+
+def test_a_file_url_is_a_local_path(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fsspec.core", None)
+    path = save_weight(tmp_path / "a dir" / "epoch_1.pt")
+    assert " " not in path.as_uri()
+    run = ckptavg.open_run(path.parent.as_uri())
+    assert [c.path for c in run] == [path]
+    assert open_checkpoint(path.as_uri()).path == path
+    assert storage.locate(f"file://localhost{path}") == path
+    with pytest.raises(UsageError, match=r"names the host 'server'.*file:///absolute/path"):
+        storage.locate("file://server/a.pt")
+
+
+@pytest.mark.parametrize("name", ["exp::3", "s3:", "a:b"])
+def test_odd_names_are_local_paths(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    save_weight(tmp_path / name / "epoch_1.pt")
+    assert ckptavg.average(ckptavg.open_run(name), out=f"{name}/out.pt").exists()
+
+
+def test_what_is_missing_is_named(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "fsspec.core", None)
+        with pytest.raises(CkptavgError, match=r'pip install "ckptavg\[s3\]"'):
+            ckptavg.open_run("s3://bucket/run")
+        with pytest.raises(CkptavgError, match="pip install fsspec"):
+            ckptavg.open_run("gs://bucket/run")
+    needs = {"class": "no_such_package.FileSystem", "err": "Please install no_such_package"}
+    monkeypatch.setitem(known_implementations, "needs", needs)
+    with pytest.raises(CkptavgError, match=r"needs://a needs one more package.*no_such_package"):
+        ckptavg.open_run("needs://a")
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("nosuch://a/b", "Protocol not known: nosuch"),
+        ("simplecache::store://a", "a chain of URLs"),
+        ("store://", "names no file"),
+    ],
+)
+def test_urls_that_are_wrong_by_themselves(store, url, words):
+    with pytest.raises(UsageError, match=words):
+        ckptavg.open_run(url)
+
+
+@pytest.mark.parametrize("out", ["store://out.pt", "s3://bucket/out", "file:///tmp/out.pt"])
+def test_an_output_is_local(store, tmp_path, out):
+    save_weight(tmp_path / "epoch_1.pt")
+    with pytest.raises(UsageError, match=rf"local paths but got {out}"):
+        ckptavg.average(ckptavg.open_run(tmp_path), out=out)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("https://host/a/b.pt?X-Amz-Signature=secret", "https://host/a/b.pt"),
+        ("sftp://me:secret@host:22/a.pt", "sftp://host:22/a.pt"),
+        ("abfs://container@account.dfs.core.windows.net/a.pt", None),
+        ("s3://bucket/what?/a@b:c.pt", None),
+        ("/a/path?of@mine", None),
+    ],
+)
+def test_what_is_written_down_holds_no_secrets(url, shown):
+    assert storage.without_secrets(url) == (shown or url)
+
+
+def test_provenance_names_the_urls(store, tmp_path):
+    save_states(tmp_path / "run", states())
+    url = upload(tmp_path / "run")
+    out = ckptavg.average(ckptavg.open_run(url), out=tmp_path / "out.pt")
+    made = open_checkpoint(out).provenance
+    assert [c["path"] for c in made["checkpoints"]] == [f"{url}/epoch_{i}.pt" for i in (1, 2, 3)]
+
+
+intervals = st.tuples(st.sampled_from("ab"), st.integers(0, 10**6), st.integers(0, 10**5)).map(
+    lambda r: (r[0], r[1], r[1] + r[2])
+)
+
+
+@given(st.lists(intervals, max_size=12))
+def test_neighbours_are_read_as_one(wanted):
+    found = merged(wanted)
+    for one, other in pairwise(found):
+        assert one[0] < other[0] or other[1] - one[2] > 1 << 16
+    for url, start, end in wanted:
+        if start < end:
+            assert any(u == url and a <= start and end <= b for u, a, b in found)
+    for url, start, end in found:  # nothing but what was asked for, and short gaps
+        assert {start, end} <= {x for u, a, b in wanted if u == url for x in (a, b)}
