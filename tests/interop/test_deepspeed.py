@@ -49,7 +49,8 @@ def inspect(path):
 
 def commands(error):
     """The commands that an error prints, as a shell would take them apart."""
-    found = re.search(r"fp32'?: (python .*)", str(error))[1].split(" && ")
+    text = str(error).partition(" (and likewise")[0]  # where long paths leave no room for all
+    found = re.search(r"fp32'?: (python .*)", text)[1].split(" && ")
     return [[sys.executable, *shlex.split(command)[1:]] for command in found]
 
 
