@@ -11,7 +11,6 @@ from ckptavg.errors import UsageError
 from ckptavg.formats import (
     Checkpoint,
     adapter,
-    dcp_layout,
     deepspeed,
     huggingface,
     safetensors,
@@ -53,6 +52,8 @@ def lay_out(
             f"but got {suffix!r}"
         )
     if template.layout == "distributed":
+        from ckptavg.formats import dcp_layout  # noqa: PLC0415 - loads torch's, which is large
+
         return dcp_layout.lay_out(tensors, text, template)
     return _directory(tensors, text, template)
 
