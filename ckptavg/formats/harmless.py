@@ -21,7 +21,7 @@ import torch
 
 from ckptavg.errors import short
 from ckptavg.formats.inert_values import Global, Opaque, Refused, TensorView, name_of
-from ckptavg.formats.record import TRAINING_STATE
+from ckptavg.formats.record import OPTIMIZER_KEYS, TRAINING_STATE
 from ckptavg.formats.table import DTYPES
 
 _DEEPEST = 100  # levels; a pickler goes down by recursion
@@ -30,7 +30,12 @@ _DROPPED = object()
 
 
 def _namespace(cls: Callable[..., Any]) -> Callable[[Any, Any], Any]:
-    return lambda _, state: cls(**{k: v for k, v in state.items() if isinstance(k, str)})
+    def make(_: Any, state: Any) -> Any:
+        if any(isinstance(name, str) and name.startswith("__") for name in state):
+            raise ValueError("names that a pickler looks up would be called by it")
+        return cls(**{name: value for name, value in state.items() if isinstance(name, str)})
+
+    return make
 
 
 def _path(args: Any, _: Any) -> Any:
@@ -87,7 +92,8 @@ class Keeper:
     tensor: Callable[[TensorView], Any]
     replaced: Mapping[int, Any]
     dropped: list[str] = field(default_factory=list)
-    _done: dict[int, Any] = field(default_factory=dict)
+    _done: dict[int, tuple[Any, int]] = field(default_factory=dict)
+    _reached: int = 0
 
     def entries(
         self, values: Mapping[Any, Any], prefix: str = "", depth: int = 0
@@ -112,9 +118,16 @@ class Keeper:
         if depth > _DEEPEST:
             return _DROPPED
         if id(value) not in self._done:
-            self._done[id(value)] = _DROPPED  # what holds itself
-            self._done[id(value)] = self._convert(value, prefix, depth)
-        return self._done[id(value)]
+            self._done[id(value)] = _DROPPED, 0  # what holds itself
+            above, self._reached = self._reached, depth
+            part = self._convert(value, prefix, depth)
+            self._done[id(value)] = part, self._reached - depth
+            self._reached = max(self._reached, above)
+        part, levels = self._done[id(value)]
+        if depth + levels > _DEEPEST:  # shared with a place that is less deep
+            return _DROPPED
+        self._reached = max(self._reached, depth + levels)
+        return part
 
     def _convert(self, value: Any, prefix: str, depth: int) -> Any:
         if isinstance(value, dict):
@@ -135,10 +148,13 @@ class Keeper:
         return value if plain else _DROPPED
 
     def _mapping(self, value: dict[Any, Any], prefix: str, depth: int) -> Any:
-        """A dict without what may not go out; none at all if nothing is left, or if it is weights.
+        """A dict without what may not go out; none at all if nothing is left.
 
-        Of weights only the 0-d ones would be left, and pass for a whole.
+        None either if it is weights, of which only the 0-d ones would be left and pass for a whole,
+        or an optimizer's state, whatever it is called.
         """
+        if value.keys() >= OPTIMIZER_KEYS:
+            return _DROPPED
         weights = any(
             isinstance(v, Refused) or (isinstance(v, TensorView) and self.tensor(v) is None)
             for v in value.values()

@@ -25,6 +25,7 @@ TRAINING_STATE = re.compile(
     r"(last_)?optim(izer)?s?(_states?)?(_dict)?s?|(lr_)?schedulers?(_states?)?(_dict)?s?|"
     r"(grad_|loss_)?scalers?(_states?)?(_dict)?s?"
 )
+OPTIMIZER_KEYS = frozenset(["state", "param_groups"])  # of its state, whatever that is called
 LR_NAMES = ("lr", "learning_rate")
 OPTIMIZER_NAMES = (
     "optimizer", "optimizer_state_dict", "optimizer_states", "optim", "optimizers",

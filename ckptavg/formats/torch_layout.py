@@ -24,6 +24,7 @@ from ckptavg.formats.torch_zip import PROVENANCE_RECORD, TorchFile
 
 PLAIN_SUFFIX = ".pt"
 STATE_DICT = "state_dict"
+_MOST_VALUES = 10_000  # 0-d tensors that are kept: a small file can hold them by the million
 _BARE = "the weights stand under 'state_dict'; -o OUT.pth gives a bare state dict like the inputs"
 _MODULE = "a pickled module is written as its state dict: its class is not known here"
 
@@ -94,6 +95,7 @@ class _Storages:
     def __init__(self, tensors: Sequence[OutputTensor]) -> None:
         self.stubs: dict[str, TensorStub] = {}
         self.values: dict[str, bytes] = {}
+        self._kept: dict[object, TensorStub] = {}
         for tensor in tensors:
             if tensor.tied_to is not None:
                 storage = self.stubs[tensor.tied_to].storage
@@ -101,8 +103,14 @@ class _Storages:
                 storage = StorageStub(str(len(self.stubs)), tensor.dtype, tensor.numel)
             self.stubs[tensor.name] = TensorStub(storage, tensor.dtype, tensor.shape)
 
-    def keep(self, view: TensorView, file: TorchFile) -> TensorStub:
-        """A 0-d tensor with its value."""
+    def keep(self, view: TensorView, file: TorchFile) -> TensorStub | None:
+        """A 0-d tensor with its value; None if there are too many."""
+        same = weights.identity(view)
+        if same not in self._kept and len(self._kept) < _MOST_VALUES:
+            self._kept[same] = self._read(view, file)
+        return self._kept.get(same)
+
+    def _read(self, view: TensorView, file: TorchFile) -> TensorStub:
         value = bytearray(view.dtype.size)
         reader = Reader()
         try:

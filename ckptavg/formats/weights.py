@@ -10,6 +10,7 @@ from typing import Any
 from ckptavg.errors import CheckpointError, NoWeightsError, first_few, short
 from ckptavg.formats import pickled_module
 from ckptavg.formats.inert_values import Opaque, Refused, Sharded, TensorView
+from ckptavg.formats.record import OPTIMIZER_KEYS
 
 KNOWN_ENTRIES = (
     "state_dict",
@@ -63,7 +64,7 @@ def find_entry(path: str, tree: Any, key: str | None) -> tuple[str, Entry, list[
     if pickled_module.is_module(tree):
         return "", pickled_module.state_dict(tree), [_PICKLED]
     if isinstance(tree, dict):
-        if {"state", "param_groups"} <= tree.keys():
+        if tree.keys() >= OPTIMIZER_KEYS:
             raise NoWeightsError(f"{path} is an optimizer's state", "Name the model's checkpoint.")
         distinct = {id(value): value for value in tree.values()}
         if _holds_tensors(tree) and not any(map(_holds_tensors, distinct.values())):

@@ -8,6 +8,7 @@ import os
 import pathlib
 import types
 import uuid
+import zipfile
 from collections import OrderedDict, defaultdict
 
 import pytest
@@ -20,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import ckptavg
 from ckptavg.batches import Runtime
-from ckptavg.formats import harmless, open_checkpoint
+from ckptavg.formats import harmless, open_checkpoint, torch_layout
 from ckptavg.refresh import update_checkpoint
 
 
@@ -319,6 +320,52 @@ def test_what_holds_itself_is_dropped_and_what_is_shared_is_not_multiplied(tmp_p
     found = averaged(tmp_path / "run", "out.ckpt")
     assert "c" not in found
     assert found["w"][0] is found["w"][1]
+
+
+@pytest.mark.parametrize("name", ["__reduce_ex__", "__getstate__", "__dict__", "__class__"])
+def test_attributes_that_a_pickler_would_call_do_not_go_out(tmp_path, name):
+    class Pickled:
+        def __reduce__(self):
+            return argparse.Namespace, (), {name: {"a": 1}}
+
+    run_of(tmp_path / "run", lambda m, e: {"model": m.state_dict(), "it": Pickled(), "n": 1})
+    assert set(averaged(tmp_path / "run", "out.ckpt")) == {"model", "n", "ckptavg"}
+
+
+def test_a_chain_that_is_shared_at_each_of_its_links_is_too_deep_all_the_same(tmp_path):
+    links: list = [{"end": 1}]
+    for _ in range(400):
+        links.append({"next": links[-1]})
+
+    def make(one, _):
+        return {"links": [*links[40::40], Unknown()], "model": one.state_dict(), "x": links[-1]}
+
+    run_of(tmp_path / "run", make)
+    found = averaged(tmp_path / "run", "out.ckpt")
+    assert set(found) == {"model", "ckptavg"}
+
+
+def test_numbers_are_stored_once_and_not_by_the_million(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch_layout, "_MOST_VALUES", 3)
+    loss = torch.arange(5.0)
+
+    def make(one, _):
+        few = {"a": loss[0], "b": loss[0], "c": loss[1]}
+        return {"net": {"w": one[0].weight.detach()}, "few": few, "many": dict(enumerate(loss))}
+
+    run_of(tmp_path / "run", make)
+    found = averaged(tmp_path / "run", "out.ckpt")
+    assert found["few"] == {"a": torch.tensor(0.0), "b": torch.tensor(0.0), "c": torch.tensor(1.0)}
+    assert "many" not in found
+    with zipfile.ZipFile(tmp_path / "out.ckpt") as archive:
+        assert sum("/data/" in name for name in archive.namelist()) == 1 + 3
+
+
+def test_the_state_of_an_optimizer_does_not_go_out_whatever_it_is_called(tmp_path):
+    optimizers = [torch.optim.SGD(model().parameters(), lr=0.1) for _ in range(2)]
+    state = {"opt_g": optimizers[0].state_dict(), "both": [o.state_dict() for o in optimizers]}
+    run_of(tmp_path / "run", lambda m, e: {"model": m.state_dict(), "n": 1, **state})
+    assert set(averaged(tmp_path / "run", "out.ckpt")) == {"model", "n", "ckptavg"}
 
 
 def keys():
