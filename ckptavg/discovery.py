@@ -207,6 +207,8 @@ def _numbered_below(directory: Location) -> bool:
 
 def _lost_its_weights(directory: Location) -> bool:
     """Whether a directory is what a crash while saving leaves of a checkpoint."""
+    if any(directory.glob("*.distcp")):  # whose metadata is written last
+        return True
     if not re.fullmatch(r"checkpoint[-_]\d+", directory.name):
         return False
     if any(directory.glob("adapter_model.*")):

@@ -11,6 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, TypeGuard
 
 from ckptavg.errors import CheckpointError, short
@@ -24,6 +25,7 @@ from ckptavg.formats.weights import KNOWN_ENTRIES
 METADATA = ".metadata"
 MODULE = "torch.distributed.checkpoint.metadata"
 _MOST_VALUES = 2000  # small pickles beside the tensors that are looked into
+_MOST_BYTES = inert_pickle.MAX_PICKLE  # of them together
 _MOST_DIMENSIONS = 64
 _PAIRS = 512  # boxes that are compared each with each
 
@@ -191,7 +193,16 @@ def _stored(directory: Location, places: Mapping[Any, Any]) -> Stored:
         if sum(span) > sizes[file]:
             raise torch_zip.damaged(directory / file, f"{short(name)!r} runs past its end")
         found[name][at] = (file, *span)
+    _check_apart(directory, found)
     return found
+
+
+def _check_apart(directory: Location, stored: Stored) -> None:
+    """Refuse items that share bytes: a small directory could hold one pickle ever so often."""
+    places = sorted(place for boxes in stored.values() for place in boxes.values())
+    for (file, start, length), (other, after, _) in pairwise(places):
+        if file == other and start + length > after:
+            raise torch_zip.damaged(directory / file, "two items share bytes of it")
 
 
 def _size(directory: Location, name: str) -> int:
@@ -303,14 +314,18 @@ def _are_apart(shape: tuple[int, ...], boxes: Sequence[Box]) -> bool:
 def _other_values(
     directory: Location, names: Sequence[str], paths: Mapping[str, ItemPath], stored: Stored
 ) -> dict[str, Any]:
-    """The objects beside the tensors, an optimizer's aside."""
+    """The objects beside the tensors, as far as they are small, an optimizer's aside."""
     wanted = [name for name in names if not is_training_state(paths[name])]
     found: dict[str, Any] = {}
+    left = _MOST_BYTES
     for name in wanted[:_MOST_VALUES]:
         place = stored.get(name, {}).get(None)
         if place is None:
             raise MalformedPickle(f"the value {short(name)!r} is nowhere")
         file, offset, length = place
+        if length > left:
+            continue
+        left -= length
         found[name] = torch_zip.read(directory / file, (offset, length)).tree
     return found
 
@@ -330,6 +345,8 @@ def _nested(values: Mapping[str, Any], paths: Mapping[str, ItemPath]) -> dict[An
             branch = branch.setdefault(part, {})
             if not isinstance(branch, dict):
                 raise MalformedPickle(f"{short(name)!r} lies below something that is no dict")
+        if path[-1] in branch:
+            raise MalformedPickle(f"two items have the place of {short(name)!r}")
         branch[path[-1]] = value
     return tree
 

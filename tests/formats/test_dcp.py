@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import ckptavg
 from ckptavg.batches import Runtime
-from ckptavg.errors import CheckpointError
+from ckptavg.errors import CheckpointError, RunError
 from ckptavg.formats import dcp as our_dcp
 from ckptavg.formats import is_checkpoint_directory, open_checkpoint
 from ckptavg.formats.dcp import Box
@@ -285,6 +285,14 @@ def compressed(metadata):
     place(metadata).transform_descriptors = ["zstd"]
 
 
+def shared(metadata):
+    place(metadata, "epoch").offset = place(metadata, "progress.step").offset
+
+
+def one_place(metadata):
+    metadata.planner_data["epoch"] = metadata.planner_data["progress.step"]
+
+
 def negative(metadata):
     place(metadata).offset = -5
 
@@ -302,6 +310,8 @@ DAMAGE = {
     "itself": (outside("."), "outside its directory|not there"),
     "past the end": (longer, "runs past"),
     "shifted": (shifted, "not a readable"),
+    "shared": (shared, "share bytes"),
+    "one place": (one_place, "two items have the place"),
     "another tensor": (swapped, "is not what"),
     "holes": (holes, "overlap or leave holes"),
     "overlap": (overlap, "overlap or leave holes"),
@@ -339,6 +349,31 @@ def test_a_symbolic_link_out_of_the_directory_is_refused(run, tmp_path):
     path.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(CheckpointError, match="outside its directory"):
         open_checkpoint(run[0] / "step_9")
+
+
+def test_a_directory_without_its_metadata_is_an_error_and_not_left_out(run):
+    (run[0] / "step_9" / ".metadata").unlink()
+    with pytest.raises(RunError, match="step_9 looks like a checkpoint but holds no weights"):
+        ckptavg.open_run(run[0])
+
+
+def test_values_beyond_a_bound_are_not_read(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(our_dcp, "_MOST_BYTES", 1)
+    out = ckptavg.average(ckptavg.open_run(run[0]), out=tmp_path / "average")
+    names = set(pickle.loads((out / ".metadata").read_bytes()).state_dict_metadata)
+    assert names == {*(f"model.{name}" for name in run[1][0]), "ckptavg"}
+
+
+def test_the_state_of_an_optimizer_does_not_go_out_whatever_it_is_called(tmp_path, caplog):
+    caplog.set_level("INFO", "ckptavg")
+    for step in (1, 2):
+        one, optimizer = trained(step)
+        saved = {"model": one.state_dict(), "nets": {"opt_g": optimizer.state_dict()}, "n": step}
+        dcp.save(saved, checkpoint_id=tmp_path / "run" / f"step_{step}")
+    out = ckptavg.average(ckptavg.open_run(tmp_path / "run"), out=tmp_path / "average")
+    names = pickle.loads((out / ".metadata").read_bytes()).state_dict_metadata
+    assert not [name for name in names if name.startswith("nets")]
+    assert any(r.getMessage().endswith("checkpoint: nets.opt_g") for r in caplog.records)
 
 
 def test_metadata_cut_short_is_an_error(run):
