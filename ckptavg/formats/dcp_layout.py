@@ -35,7 +35,8 @@ def lay_out(tensors: Sequence[OutputTensor], provenance: str, template: Checkpoi
     file = _Builder()
     names = _full_names(source, template)
     for tensor in tensors:
-        path = names.get(tensor.name) or (*_entry_path(template), tensor.name)
+        added = (*_entry_path(template), template.stored_name(tensor.name))
+        path = names.get(tensor.name, added)
         file.tensor(path, tensor)
     values, dropped = _other_values(source, names.values())
     for path, value in values.items():

@@ -71,8 +71,7 @@ def _safetensors(
 def _directory(tensors: Sequence[OutputTensor], provenance: str, template: Checkpoint) -> Layout:
     """A Hugging Face directory, split into shards as its input was."""
     own = template.layout in ("huggingface", adapter.LAYOUT)
-    as_stored = template.stored_names if own else {}
-    bare = {as_stored.get(t.name, t.name): t.name for t in tensors}
+    bare = {template.stored_name(t.name) if own else t.name: t.name for t in tensors}
     renamed = [OutputTensor(name, t.dtype, t.shape) for name, t in zip(bare, tensors, strict=True)]
     metadata = {"format": "pt", PROVENANCE: provenance}
     shards = _shards(renamed, template)

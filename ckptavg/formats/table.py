@@ -275,6 +275,13 @@ class Checkpoint:
         """Shell pattern of the names that differ from its own in their numbers only."""
         return re.sub(r"\d+", "*", glob.escape(self.path.name))
 
+    def stored_name(self, name: str) -> str:
+        """The name that it has for a weight, or would have: with the wrapper of all others."""
+        if name in self.stored_names:
+            return self.stored_names[name]
+        wrappers = {s.removesuffix(bare) for bare, s in self.stored_names.items()}
+        return (wrappers.pop() if len(wrappers) == 1 else "") + name
+
     def ties(self) -> list[list[str]]:
         """Groups of names that share the very same bytes."""
         groups: dict[object, list[str]] = {}

@@ -171,11 +171,10 @@ def _own_entry(
     template: Checkpoint, book: _Storages, keeper: Keeper, place: weights.Place
 ) -> OrderedDict[str, Any]:
     """The weights under the names that they had, in their order, and what stood among them."""
-    names = template.stored_names
-    taken = set(names.values())
+    taken = set(template.stored_names.values())
     others = {name: value for name, value in place.entry.items() if name not in taken}
     kept = keeper.entries(others, f"{template.key}." if template.key else "", depth=2)
-    new = {names.get(name, name): stub for name, stub in book.stubs.items()} | kept
+    new = {template.stored_name(name): stub for name, stub in book.stubs.items()} | kept
     own = OrderedDict((name, new.pop(name)) for name in place.entry if name in new)
     own.update(new)  # what another base brings
     return own

@@ -240,6 +240,19 @@ def test_what_a_base_brings_goes_into_the_entry_too(tmp_path):
     assert torch.equal(found["1.weight"], models[0].state_dict()["1.weight"])
 
 
+def test_what_a_base_brings_bears_the_wrapper_that_all_others_bear(tmp_path):
+    def make(one, _):
+        return {"net": {f"module._orig_mod.{k}": v for k, v in one.state_dict().items()}}
+
+    run_of(tmp_path / "run", make)
+    torch.save({"head": torch.ones(2), **model().state_dict()}, tmp_path / "base.pt")
+    run, base = ckptavg.open_run(tmp_path / "run"), open_checkpoint(tmp_path / "base.pt")
+    ckptavg.average(run, out=tmp_path / "out.ckpt", include="0.*", base=base)
+    found = torch.load(tmp_path / "out.ckpt")["net"]
+    assert {name.removeprefix("module._orig_mod.") for name in found} == {"head", *base.tensors}
+    assert all(name.startswith("module._orig_mod.") for name in found)
+
+
 def test_values_among_the_weights_are_kept(tmp_path):
     run_of(tmp_path / "run", lambda m, e: {"net": {**m.state_dict(), "_extra_state": {"a": e}}})
     assert averaged(tmp_path / "run", "out.ckpt")["net"]["_extra_state"] == {"a": 2}
