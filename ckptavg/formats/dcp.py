@@ -18,7 +18,7 @@ from ckptavg.formats import inert_pickle, torch_zip
 from ckptavg.formats.inert_values import Global, MalformedPickle, Opaque, Sharded, TensorView
 from ckptavg.formats.record import TRAINING_STATE
 from ckptavg.formats.storage import Location
-from ckptavg.formats.table import DTYPES, DType, Piece, Tensor
+from ckptavg.formats.table import DTYPES, DType, FileStamp, Piece, Tensor
 from ckptavg.formats.weights import KNOWN_ENTRIES
 
 METADATA = ".metadata"
@@ -60,6 +60,7 @@ class Distributed:
             read.
         paths: Full name of each item → the keys that led to it in what was saved.
         boxes: Full name of a tensor → where it lies.
+        stamps: Of the metadata and of the files that it names, by path.
         version: Of the format.
     """
 
@@ -68,6 +69,7 @@ class Distributed:
     items: Mapping[str, Any]
     paths: Mapping[str, ItemPath]
     boxes: Mapping[str, Sequence[Box]]
+    stamps: Mapping[str, FileStamp]
     version: str | None
 
     def tensor(self, sharded: Sharded) -> Tensor:
@@ -83,10 +85,10 @@ class Distributed:
         ]
         return Tensor(sharded.dtype, sharded.shape, tuple(pieces))
 
-    def files(self, tensors: Mapping[str, Tensor]) -> list[str]:
-        """The files that tensors lie in, and the metadata."""
+    def stamps_of(self, tensors: Mapping[str, Tensor]) -> tuple[FileStamp, ...]:
+        """Stamps of the metadata and of the files that tensors lie in."""
         names = {piece.file for tensor in tensors.values() for piece in tensor.pieces}
-        return [str(self.path / METADATA), *sorted(names)]
+        return tuple(self.stamps[name] for name in (str(self.path / METADATA), *sorted(names)))
 
     def _piece(self, name: str, box: Box, dtype: DType) -> Piece:
         file = self.path / box.file
@@ -110,10 +112,11 @@ def read(directory: Location) -> Distributed:
         CheckpointError: It is damaged, or names files outside.
     """
     metadata = directory / METADATA
+    stamp = FileStamp.of(metadata)
     try:
-        if metadata.stat().st_size > inert_pickle.MAX_PICKLE:
+        if stamp.size > inert_pickle.MAX_PICKLE:
             raise MalformedPickle(f"it is larger than {inert_pickle.MAX_PICKLE >> 20} MiB")
-        opened = _parse(directory, inert_pickle.loads(metadata.read_bytes()))
+        opened = _parse(directory, inert_pickle.loads(metadata.read_bytes()), stamp)
     except OSError as error:
         raise CheckpointError(f"{metadata} cannot be read: {error.strerror}") from error
     except MalformedPickle as error:
@@ -121,12 +124,13 @@ def read(directory: Location) -> Distributed:
     return opened
 
 
-def _parse(directory: Location, saved: Any) -> Distributed:
+def _parse(directory: Location, saved: Any, stamp: FileStamp) -> Distributed:
     state = _attributes(saved, "Metadata")
     items, places = state.get("state_dict_metadata"), state.get("storage_data")
     if not isinstance(items, dict) or not isinstance(places, dict):
         raise MalformedPickle("it lists no items")
-    stored = _stored(directory, places)
+    stamps = {stamp.path: stamp}
+    stored = _stored(directory, places, stamps)
     mapping = state.get("planner_data")
     paths = {
         name: _item_path(name, mapping.get(name) if isinstance(mapping, dict) else None)
@@ -145,7 +149,7 @@ def _parse(directory: Location, saved: Any) -> Distributed:
     found = {name: values[name] for name in paths if name in values}
     version = state.get("version")
     known = version if isinstance(version, str) else None
-    return Distributed(directory, _nested(found, paths), found, paths, boxes, known)
+    return Distributed(directory, _nested(found, paths), found, paths, boxes, stamps, known)
 
 
 def _attributes(value: Any, name: str) -> dict[str, Any]:
@@ -170,10 +174,9 @@ def belongs(name: str) -> bool:
     return name == METADATA or name.endswith(".distcp")
 
 
-def _stored(directory: Location, places: Mapping[Any, Any]) -> Stored:
-    """Item → index of its first element → file, offset and length."""
+def _stored(directory: Location, places: Mapping[Any, Any], stamps: dict[str, FileStamp]) -> Stored:
+    """Item → index of its first element → file, offset and length; and the stamps of the files."""
     found: dict[str, dict[tuple[int, ...] | None, tuple[str, int, int]]] = defaultdict(dict)
-    sizes: dict[str, int] = {}
     for key, value in places.items():
         index, info = _attributes(key, "MetadataIndex"), _attributes(value, "_StorageInfo")
         name, at = index.get("fqn"), index.get("offset")
@@ -186,16 +189,17 @@ def _stored(directory: Location, places: Mapping[Any, Any]) -> Stored:
             )
         if not isinstance(file, str) or not _is_span(span):
             raise MalformedPickle(f"the place of {short(name)!r} is malformed")
-        if file not in sizes:
-            sizes[file] = _size(directory, file)
-        if sum(span) > sizes[file]:
+        path = str(directory / file)
+        if path not in stamps:
+            stamps[path] = _stamp(directory, file)
+        if sum(span) > stamps[path].size:
             raise torch_zip.damaged(directory / file, f"{short(name)!r} runs past its end")
         found[name][at] = (file, *span)
     return found
 
 
-def _size(directory: Location, name: str) -> int:
-    """Size of a file that the metadata names, which lies in its directory.
+def _stamp(directory: Location, name: str) -> FileStamp:
+    """Stamp of a file that the metadata names, which lies in its directory.
 
     Raises:
         CheckpointError: It is not there, or lies elsewhere.
@@ -212,7 +216,7 @@ def _size(directory: Location, name: str) -> int:
                 f"{directory / METADATA} names a file that is not there: {short(name)!r}",
                 "Copy the directory again, or leave it out.",
             )
-        return path.stat().st_size
+        return FileStamp.of(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{short(str(path))} cannot be read: {error}") from error
 
