@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeGuard
 
 from ckptavg.errors import CheckpointError, short
@@ -89,6 +90,14 @@ class Distributed:
         """Stamps of the metadata and of the files that tensors lie in."""
         names = {piece.file for tensor in tensors.values() for piece in tensor.pieces}
         return tuple(self.stamps[name] for name in (str(self.path / METADATA), *sorted(names)))
+
+    def training_state(self, path: ItemPath) -> ItemPath:
+        """The optimizer or scheduler that an item belongs to, by its path; empty if to none."""
+        return _training_state(path, self._entries_with_models)
+
+    @cached_property
+    def _entries_with_models(self) -> set[str | int]:
+        return _applications(self.paths)
 
     def _piece(self, name: str, box: Box, dtype: DType) -> Piece:
         file = self.path / box.file
@@ -308,7 +317,8 @@ def _other_values(
     directory: Location, names: Sequence[str], paths: Mapping[str, ItemPath], stored: Stored
 ) -> dict[str, Any]:
     """The objects beside the tensors, an optimizer's aside."""
-    wanted = [name for name in names if not is_training_state(paths[name])]
+    applications = _applications(paths)
+    wanted = [name for name in names if not _training_state(paths[name], applications)]
     found: dict[str, Any] = {}
     for name in wanted[:_MOST_VALUES]:
         place = stored.get(name, {}).get(None)
@@ -319,9 +329,22 @@ def _other_values(
     return found
 
 
-def is_training_state(path: ItemPath) -> bool:
-    """Whether an item belongs to an optimizer or a scheduler."""
-    return any(isinstance(p, str) and TRAINING_STATE.fullmatch(p) for p in path[:2])
+def _training_state(path: ItemPath, applications: Collection[str | int]) -> ItemPath:
+    """The optimizer or scheduler that an item belongs to; empty if to none.
+
+    Args:
+        path: The item's.
+        applications: Entries that hold a model beside its optimizer, not only one of them.
+    """
+    depth = 2 if path[0] in applications else 1
+    part = path[depth - 1 : depth]
+    known = part and isinstance(part[0], str) and TRAINING_STATE.fullmatch(part[0])
+    return path[:depth] if known else ()
+
+
+def _applications(paths: Mapping[str, ItemPath]) -> set[str | int]:
+    """The entries that hold a model beside other things."""
+    return {path[0] for path in paths.values() if len(path) > 2 and path[1] in KNOWN_ENTRIES}
 
 
 def _nested(values: Mapping[str, Any], paths: Mapping[str, ItemPath]) -> dict[Any, Any]:

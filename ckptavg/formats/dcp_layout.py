@@ -123,7 +123,7 @@ def _other_values(
     source: dcp.Distributed, taken: Collection[dcp.ItemPath]
 ) -> tuple[Mapping[dcp.ItemPath, Any], list[str]]:
     """What is kept beside the weights, and the names of what is not."""
-    keeper = Keeper(plain=False, tensor=lambda _: None, replaced={})
+    keeper = Keeper(key="", plain=False, tensor=lambda _: None, replaced={})
     kept: dict[dcp.ItemPath, Any] = {}
     lost: list[dcp.ItemPath] = []
     for name, path in source.paths.items():
@@ -133,12 +133,11 @@ def _other_values(
         if found:
             kept[path] = found[name]
         else:
-            lost.append(path[:1] if dcp.is_training_state(path) else path)
-    for path in [path for path in lost if _list_of(path)]:
-        for other in [p for p in kept if p[: len(_list_of(path))] == _list_of(path)]:
-            del kept[other]
+            lost.append(source.training_state(path) or path)
+    broken = {_list_of(path) for path in lost} - {()}
     lost = [_list_of(path) or path for path in lost]
-    return kept, list(dict.fromkeys(map(_name, lost)))
+    whole = {path: value for path, value in kept.items() if _list_of(path) not in broken}
+    return whole, list(dict.fromkeys(map(_name, lost)))
 
 
 def _list_of(path: dcp.ItemPath) -> dcp.ItemPath:
