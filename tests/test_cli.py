@@ -411,7 +411,17 @@ def test_the_first_screen_of_the_help_is_enough_to_use_it() -> None:
 def test_interrupt_leaves_nothing_and_exits_130(home: Path) -> None:
     command = [sys.executable, "-m", "ckptavg", "average", "run", "-o", "o.pt"]
     command += ["--model", "net.py:model", "--train-data", "net.py:slow"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=home) as process:
+
+    def heed_interrupts() -> None:  # which a process started in the background does not
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=home,
+        preexec_fn=heed_interrupts,  # noqa: PLW1509 - a call that takes no lock
+    ) as process:
         deadline = time.monotonic() + 60
         while not (home / "started").exists() and time.monotonic() < deadline:
             time.sleep(0.05)

@@ -13,6 +13,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from helpers import average_by_hand, names, same_bits, save, save_states, save_weight
 from hypothesis import given
 from hypothesis import strategies as st
@@ -169,6 +170,31 @@ def test_a_directory_follows_its_remote_template(store, tmp_path):
     assert same(
         ckptavg.average(ckptavg.open_run(written[1])), ckptavg.average(ckptavg.open_run(local))
     )
+
+
+def test_an_output_follows_the_layout_of_a_remote_file(store, tmp_path):
+    for epoch in (1, 2):
+        values = {"model": {"w": torch.full((3,), float(epoch))}, "best": torch.tensor(0.5)}
+        (tmp_path / "run").mkdir(exist_ok=True)
+        torch.save(values | {"epoch": epoch}, tmp_path / "run" / f"epoch_{epoch}.ckpt")
+    run = ckptavg.open_run(upload(tmp_path / "run"))
+    found = torch.load(ckptavg.average(run, out=tmp_path / "out.ckpt"))
+    assert torch.equal(found["model"]["w"], torch.full((3,), 1.5))
+    assert (found["epoch"], found["best"]) == (2, torch.tensor(0.5))
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable")
+def test_remote_distributed_checkpoints_are_averaged_and_followed(store, tmp_path):
+    written = [{name: t.contiguous() for name, t in state.items()} for state in states()]
+    for step, state in enumerate(written):
+        dcp.save({"model": state, "step": step}, checkpoint_id=tmp_path / "run" / f"step_{step}")
+    run = ckptavg.open_run(upload(tmp_path / "run"))
+    local = ckptavg.open_run(tmp_path / "run")
+    assert same(ckptavg.average(run), ckptavg.average(local))
+    loaded = {"model": {name: torch.zeros_like(t) for name, t in written[0].items()}, "step": -1}
+    dcp.load(loaded, checkpoint_id=ckptavg.average(run, out=tmp_path / "out"))
+    assert loaded["step"] == 2
+    assert same(loaded["model"], ckptavg.average(local))
 
 
 def test_remote_and_local_checkpoints_mix(store, tmp_path):

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, TypeGuard
 
@@ -19,7 +20,7 @@ from ckptavg.formats import inert_pickle, torch_zip
 from ckptavg.formats.inert_values import Global, MalformedPickle, Opaque, Sharded, TensorView
 from ckptavg.formats.record import TRAINING_STATE
 from ckptavg.formats.storage import Location
-from ckptavg.formats.table import DTYPES, DType, Piece, Tensor
+from ckptavg.formats.table import DTYPES, DType, FileStamp, Piece, Tensor
 from ckptavg.formats.weights import KNOWN_ENTRIES
 
 METADATA = ".metadata"
@@ -62,6 +63,7 @@ class Distributed:
             read.
         paths: Full name of each item → the keys that led to it in what was saved.
         boxes: Full name of a tensor → where it lies.
+        stamps: Of the metadata and of the files that it names, by path.
         version: Of the format.
     """
 
@@ -70,6 +72,7 @@ class Distributed:
     items: Mapping[str, Any]
     paths: Mapping[str, ItemPath]
     boxes: Mapping[str, Sequence[Box]]
+    stamps: Mapping[str, FileStamp]
     version: str | None
 
     def tensor(self, sharded: Sharded) -> Tensor:
@@ -85,10 +88,18 @@ class Distributed:
         ]
         return Tensor(sharded.dtype, sharded.shape, tuple(pieces))
 
-    def files(self, tensors: Mapping[str, Tensor]) -> list[str]:
-        """The files that tensors lie in, and the metadata."""
+    def stamps_of(self, tensors: Mapping[str, Tensor]) -> tuple[FileStamp, ...]:
+        """Stamps of the metadata and of the files that tensors lie in."""
         names = {piece.file for tensor in tensors.values() for piece in tensor.pieces}
-        return [str(self.path / METADATA), *sorted(names)]
+        return tuple(self.stamps[name] for name in (str(self.path / METADATA), *sorted(names)))
+
+    def training_state(self, path: ItemPath) -> ItemPath:
+        """The optimizer or scheduler that an item belongs to, by its path; empty if to none."""
+        return _training_state(path, self._entries_with_models)
+
+    @cached_property
+    def _entries_with_models(self) -> set[str | int]:
+        return _applications(self.paths)
 
     def _piece(self, name: str, box: Box, dtype: DType) -> Piece:
         file = self.path / box.file
@@ -112,10 +123,11 @@ def read(directory: Location) -> Distributed:
         CheckpointError: It is damaged, or names files outside.
     """
     metadata = directory / METADATA
+    stamp = FileStamp.of(metadata)
     try:
-        if metadata.stat().st_size > inert_pickle.MAX_PICKLE:
+        if stamp.size > inert_pickle.MAX_PICKLE:
             raise MalformedPickle(f"it is larger than {inert_pickle.MAX_PICKLE >> 20} MiB")
-        opened = _parse(directory, inert_pickle.loads(metadata.read_bytes()))
+        opened = _parse(directory, inert_pickle.loads(metadata.read_bytes()), stamp)
     except OSError as error:
         raise CheckpointError(f"{metadata} cannot be read: {error.strerror}") from error
     except MalformedPickle as error:
@@ -123,12 +135,13 @@ def read(directory: Location) -> Distributed:
     return opened
 
 
-def _parse(directory: Location, saved: Any) -> Distributed:
+def _parse(directory: Location, saved: Any, stamp: FileStamp) -> Distributed:
     state = _attributes(saved, "Metadata")
     items, places = state.get("state_dict_metadata"), state.get("storage_data")
     if not isinstance(items, dict) or not isinstance(places, dict):
         raise MalformedPickle("it lists no items")
-    stored = _stored(directory, places)
+    stamps = {stamp.path: stamp}
+    stored = _stored(directory, places, stamps)
     mapping = state.get("planner_data")
     paths = {
         name: _item_path(name, mapping.get(name) if isinstance(mapping, dict) else None)
@@ -147,7 +160,7 @@ def _parse(directory: Location, saved: Any) -> Distributed:
     found = {name: values[name] for name in paths if name in values}
     version = state.get("version")
     known = version if isinstance(version, str) else None
-    return Distributed(directory, _nested(found, paths), found, paths, boxes, known)
+    return Distributed(directory, _nested(found, paths), found, paths, boxes, stamps, known)
 
 
 def _attributes(value: Any, name: str) -> dict[str, Any]:
@@ -172,10 +185,9 @@ def belongs(name: str) -> bool:
     return name == METADATA or name.endswith(".distcp")
 
 
-def _stored(directory: Location, places: Mapping[Any, Any]) -> Stored:
-    """Item → index of its first element → file, offset and length."""
+def _stored(directory: Location, places: Mapping[Any, Any], stamps: dict[str, FileStamp]) -> Stored:
+    """Item → index of its first element → file, offset and length; and the stamps of the files."""
     found: dict[str, dict[tuple[int, ...] | None, tuple[str, int, int]]] = defaultdict(dict)
-    sizes: dict[str, int] = {}
     for key, value in places.items():
         index, info = _attributes(key, "MetadataIndex"), _attributes(value, "_StorageInfo")
         name, at = index.get("fqn"), index.get("offset")
@@ -188,9 +200,10 @@ def _stored(directory: Location, places: Mapping[Any, Any]) -> Stored:
             )
         if not isinstance(file, str) or not _is_span(span):
             raise MalformedPickle(f"the place of {short(name)!r} is malformed")
-        if file not in sizes:
-            sizes[file] = _size(directory, file)
-        if sum(span) > sizes[file]:
+        path = str(directory / file)
+        if path not in stamps:
+            stamps[path] = _stamp(directory, file)
+        if sum(span) > stamps[path].size:
             raise torch_zip.damaged(directory / file, f"{short(name)!r} runs past its end")
         found[name][at] = (file, *span)
     _check_apart(directory, found)
@@ -205,8 +218,8 @@ def _check_apart(directory: Location, stored: Stored) -> None:
             raise torch_zip.damaged(directory / file, "two items share bytes of it")
 
 
-def _size(directory: Location, name: str) -> int:
-    """Size of a file that the metadata names, which lies in its directory.
+def _stamp(directory: Location, name: str) -> FileStamp:
+    """Stamp of a file that the metadata names, which lies in its directory.
 
     Raises:
         CheckpointError: It is not there, or lies elsewhere.
@@ -223,7 +236,7 @@ def _size(directory: Location, name: str) -> int:
                 f"{directory / METADATA} names a file that is not there: {short(name)!r}",
                 "Copy the directory again, or leave it out.",
             )
-        return path.stat().st_size
+        return FileStamp.of(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{short(str(path))} cannot be read: {error}") from error
 
@@ -315,7 +328,8 @@ def _other_values(
     directory: Location, names: Sequence[str], paths: Mapping[str, ItemPath], stored: Stored
 ) -> dict[str, Any]:
     """The objects beside the tensors, as far as they are small, an optimizer's aside."""
-    wanted = [name for name in names if not is_training_state(paths[name])]
+    applications = _applications(paths)
+    wanted = [name for name in names if not _training_state(paths[name], applications)]
     found: dict[str, Any] = {}
     left = _MOST_BYTES
     for name in wanted[:_MOST_VALUES]:
@@ -330,9 +344,22 @@ def _other_values(
     return found
 
 
-def is_training_state(path: ItemPath) -> bool:
-    """Whether an item belongs to an optimizer or a scheduler."""
-    return any(isinstance(p, str) and TRAINING_STATE.fullmatch(p) for p in path[:2])
+def _training_state(path: ItemPath, applications: Collection[str | int]) -> ItemPath:
+    """The optimizer or scheduler that an item belongs to; empty if to none.
+
+    Args:
+        path: The item's.
+        applications: Entries that hold a model beside its optimizer, not only one of them.
+    """
+    depth = 2 if path[0] in applications else 1
+    part = path[depth - 1 : depth]
+    known = part and isinstance(part[0], str) and TRAINING_STATE.fullmatch(part[0])
+    return path[:depth] if known else ()
+
+
+def _applications(paths: Mapping[str, ItemPath]) -> set[str | int]:
+    """The entries that hold a model beside other things."""
+    return {path[0] for path in paths.values() if len(path) > 2 and path[1] in KNOWN_ENTRIES}
 
 
 def _nested(values: Mapping[str, Any], paths: Mapping[str, ItemPath]) -> dict[Any, Any]:

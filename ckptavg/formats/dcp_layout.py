@@ -124,14 +124,14 @@ def _other_values(
     source: dcp.Distributed, taken: Collection[dcp.ItemPath]
 ) -> tuple[Mapping[dcp.ItemPath, Any], list[str]]:
     """What is kept beside the weights, and the names of what is not."""
-    keeper = Keeper(plain=False, tensor=lambda _: None, replaced={})
+    keeper = Keeper(key="", plain=False, tensor=lambda _: None, replaced={})
     optimizers = {_above(path, "param_groups") for path in source.paths.values()}
     kept: dict[dcp.ItemPath, Any] = {}
     lost: list[dcp.ItemPath] = []
     for name, path in source.paths.items():
         if path in taken or path == (PROVENANCE,):
             continue
-        if state := _training_state(path, optimizers):
+        if state := _training_state(source, path, optimizers):
             lost.append(state)
             continue
         found = keeper.entries({name: source.items[name]}) if name in source.items else {}
@@ -139,11 +139,10 @@ def _other_values(
             kept[path] = found[name]
         else:
             lost.append(path)
-    for path in [path for path in lost if _list_of(path)]:
-        for other in [p for p in kept if p[: len(_list_of(path))] == _list_of(path)]:
-            del kept[other]
+    broken = {_list_of(path) for path in lost} - {()}
     lost = [_list_of(path) or path for path in lost]
-    return kept, list(dict.fromkeys(map(_name, lost)))
+    whole = {path: value for path, value in kept.items() if _list_of(path) not in broken}
+    return whole, list(dict.fromkeys(map(_name, lost)))
 
 
 def _above(path: dcp.ItemPath, part: str) -> dcp.ItemPath:
@@ -151,12 +150,12 @@ def _above(path: dcp.ItemPath, part: str) -> dcp.ItemPath:
     return path[: path.index(part)] if part in path else ()
 
 
-def _training_state(path: dcp.ItemPath, optimizers: Collection[dcp.ItemPath]) -> dcp.ItemPath:
+def _training_state(
+    source: dcp.Distributed, path: dcp.ItemPath, optimizers: Collection[dcp.ItemPath]
+) -> dcp.ItemPath:
     """The optimizer or scheduler that an item belongs to, whatever it is called; empty if none."""
-    if dcp.is_training_state(path):
-        return path[:1]
     above = (path[:depth] for depth in range(1, len(path)))
-    return next((part for part in above if part in optimizers), ())
+    return source.training_state(path) or next((part for part in above if part in optimizers), ())
 
 
 def _list_of(path: dcp.ItemPath) -> dcp.ItemPath:

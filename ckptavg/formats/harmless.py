@@ -80,6 +80,7 @@ class Keeper:
     """Goes through a saved object and keeps what may go out again.
 
     Args:
+        key: Dotted path of the entry that holds the weights.
         plain: Keep only what ``torch.load`` reads by its safe default.
         tensor: What stands for a tensor in the output; None if it may not go out.
         replaced: What to put in the place of an object, by the object's identity.
@@ -88,6 +89,7 @@ class Keeper:
         dropped: Dotted names of what was not kept.
     """
 
+    key: str
     plain: bool
     tensor: Callable[[TensorView], Any]
     replaced: Mapping[int, Any]
@@ -102,13 +104,24 @@ class Keeper:
         kept: dict[Any, Any] = {}
         for name, value in values.items():
             where = f"{prefix}{short(name)}"
-            training = depth < 2 and isinstance(name, str) and TRAINING_STATE.fullmatch(name)
-            part = _DROPPED if training else self._keep(value, where + ".", depth + 1)
+            part = (
+                _DROPPED
+                if self._is_training(prefix, name, value)
+                else self._keep(value, where + ".", depth + 1)
+            )
             if part is _DROPPED or not isinstance(name, (str, int, float, tuple, type(None))):
                 self.dropped.append(where)
             else:
                 kept[name] = part
         return kept
+
+    def _is_training(self, prefix: str, name: Any, value: Any) -> bool:
+        """Whether an entry beside the weights is an optimizer's or a scheduler's state.
+
+        Only there: a hyperparameter may be called ``optimizer`` too, and so may a name.
+        """
+        beside = self.key.startswith(prefix) and not isinstance(value, _SCALARS)
+        return beside and isinstance(name, str) and bool(TRAINING_STATE.fullmatch(name))
 
     def _keep(self, value: Any, prefix: str, depth: int) -> Any:
         if id(value) in self.replaced:

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, cast
 from ckptavg.errors import CheckpointError, CkptavgError, UsageError
 
 HEAD = 1 << 18  # bytes; headers are small and requests slow, so they are read in pieces like this
+_MOST_HELD = 64  # pieces of a file
 _TRIES = 3  # of a request, where the file system makes none of its own
 
 Range = tuple[str, int, int]
@@ -129,9 +130,11 @@ class _RangeFile(io.RawIOBase):
         known = (s for s, raw in self._held.items() if s <= self._at < s + len(raw))
         start = next(known, None)
         if start is None:
-            start = min(self._at, max(self._size - HEAD, 0))
+            start = min(self._at - self._at % HEAD, max(self._size - HEAD, 0))
             end = min(max(self._at + count, start + HEAD), self._size)
             self._held[start] = read_ranges([(self._url, start, end)])[0]
+            if len(self._held) > _MOST_HELD:
+                del self._held[next(iter(self._held))]
         part = self._held[start][self._at - start :][:count]
         buffer[: len(part)] = part
         self._at += len(part)

@@ -164,7 +164,7 @@ def _keeper(
             return found
         return None if view.shape or not view.dtype.size else book.keep(view, file)
 
-    return Keeper(plain, tensor, {})
+    return Keeper(template.key, plain, tensor, {})
 
 
 def _own_entry(

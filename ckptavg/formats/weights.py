@@ -11,6 +11,7 @@ from ckptavg.errors import CheckpointError, NoWeightsError, first_few, short
 from ckptavg.formats import pickled_module
 from ckptavg.formats.inert_values import Opaque, Refused, Sharded, TensorView
 from ckptavg.formats.record import OPTIMIZER_KEYS
+from ckptavg.formats.table import PROVENANCE
 
 KNOWN_ENTRIES = (
     "state_dict",
@@ -135,7 +136,9 @@ def beside(tree: Any, key: str) -> tuple[str, ...]:
     prefix, rest = "", key
     while rest and isinstance(tree, dict):
         match = next((k for k in _prefixes(rest) if k in tree), "")
-        others = islice((n for n in tree if isinstance(n, str) and n != match), _MOST_ENTRIES)
+        others = islice(
+            (n for n in tree if isinstance(n, str) and n not in (match, PROVENANCE)), _MOST_ENTRIES
+        )
         for name in others:
             count = count_tensors(tree[name])
             held = f" ({count} tensor{'s' * (count != 1)})" if count else ""

@@ -124,6 +124,24 @@ def test_torch_s_own_converter_reads_the_output(run, tmp_path):
     assert torch.equal(plain["model"]["0.weight"], mean(states, "0.weight"))
 
 
+def test_an_optimizer_below_another_entry_is_named_and_its_neighbours_kept(tmp_path, caplog):
+    caplog.set_level("INFO", "ckptavg")
+    for step in (1, 2):
+        one, optimizer = trained(step)
+        app = {"model": one.state_dict(), "optim": optimizer.state_dict(), "step": step}
+        dcp.save(
+            {"app": app, "hparams": {"optimizer": "adam"}},
+            checkpoint_id=tmp_path / "run" / f"step_{step}",
+        )
+    out = ckptavg.average(ckptavg.open_run(tmp_path / "run"), out=tmp_path / "average")
+    loaded = {"app": {"step": 0}, "hparams": {"optimizer": ""}}
+    dcp.load(loaded, checkpoint_id=out)
+    assert loaded == {"app": {"step": 2}, "hparams": {"optimizer": "adam"}}
+    told = next(r.getMessage() for r in caplog.records if "not taken over" in r.getMessage())
+    assert told.endswith(": app.optim")
+    assert open_checkpoint(out).beside == ("hparams", "app.step")
+
+
 def test_an_average_among_its_inputs_is_left_out(run):
     directory, _ = run
     ckptavg.average(ckptavg.open_run(directory), out=directory / "step_11")

@@ -210,6 +210,24 @@ def test_what_is_dropped_is_named(tmp_path, caplog):
     assert note.endswith("hyper_parameters.net, optimizer_states, callbacks")
 
 
+def test_hyperparameters_may_be_called_as_training_state_is(tmp_path):
+    given = {"optimizer": {"name": "adam"}, "scheduler": "cosine", "optim": [1]}
+    run_of(
+        tmp_path / "run",
+        lambda m, e: {
+            "state": {"model": m.state_dict(), "optimizers": {"a": 1}, "hparams": given},
+            "hyper_parameters": given,
+            "optimizer": "sgd",
+            "lr_scheduler": {"last_epoch": e},
+        },
+    )
+    found = averaged(tmp_path / "run", "out.ckpt")
+    assert found["hyper_parameters"] == found["state"]["hparams"] == given
+    assert found["optimizer"] == "sgd"
+    assert set(found) == {"state", "hyper_parameters", "optimizer", "ckptavg"}
+    assert set(found["state"]) == {"model", "hparams"}
+
+
 def test_a_pickled_module_is_written_as_its_state_dict(tmp_path, caplog):
     caplog.set_level("INFO", "ckptavg")
     models = run_of(tmp_path / "run", lambda m, e: {"model": m, "epoch": e}, suffix=".pt")
@@ -400,7 +418,7 @@ def values():
 
 @given(values())
 def test_plain_values_are_all_kept(value):
-    keeper = harmless.Keeper(plain=True, tensor=lambda _: None, replaced={})
+    keeper = harmless.Keeper(key="model", plain=True, tensor=lambda _: None, replaced={})
     kept = keeper.entries({"it": value})
     assert repr(kept) == repr({"it": value})
     assert not keeper.dropped

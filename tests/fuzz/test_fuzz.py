@@ -14,8 +14,7 @@ sys.path[:0] = [str(Path(__file__).parents[1] / "formats"), str(Path(__file__).p
 from run import mutations  # noqa: E402
 from targets import CORPUS, TARGETS  # noqa: E402
 
-from ckptavg import formats  # noqa: E402
-from ckptavg.formats import inert_pickle, safetensors, torch_zip  # noqa: E402
+from ckptavg.formats import inert_pickle, opening, safetensors, torch_zip  # noqa: E402
 
 RUNS = {"average": 20}
 _MOST_RUNS = 200
@@ -59,7 +58,7 @@ def unpickled(_data):
     ("name", "place", "breakage"),
     [
         ("torch_pickle", (inert_pickle, "loads"), unpickled),
-        ("torch_pickle", (formats, "_MOST_REPEATED"), 2**60),
+        ("torch_pickle", (opening, "_MOST_REPEATED"), 2**60),
         ("torch_zip", (torch_zip, "_DAMAGE"), ()),
         ("safetensors", (safetensors, "_check_ranges"), lambda *_: None),
     ],

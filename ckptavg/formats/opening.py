@@ -1,0 +1,151 @@
+"""Checkpoints opened: a file or a directory of whatever layout → its table, under bare names."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import chain
+
+from ckptavg.errors import CheckpointError, first_few
+from ckptavg.formats import adapter, dcp, deepspeed, huggingface, record, storage, weights
+from ckptavg.formats.parts import Part, read_distributed, read_file
+from ckptavg.formats.storage import Location, Named
+from ckptavg.formats.table import REFRESHED, Checkpoint, Record
+
+_LONGEST_NAME = 2000  # characters
+_MOST_REPEATED, _SPARE = 8, 256 * 2**20  # times a file's size, and bytes: what its views may take
+
+
+def open_checkpoint(path: Named, key: str | None = None) -> Checkpoint:
+    """Open a checkpoint: read its headers, move no tensor data, run no code.
+
+    Args:
+        path: A ``.safetensors`` file, a ``torch.save`` file under any suffix, a Hugging Face
+            directory, or one of ``torch.distributed.checkpoint``; or the URL of one.
+        key: Dotted path of the entry that holds the weights; found by itself where None.
+
+    Raises:
+        CheckpointError: It cannot be read, is damaged, or holds no weights that can be found.
+    """
+    place = storage.locate(path)
+    if place.is_dir():
+        return _open_directory(place, key)
+    return _checkpoint_of(place, read_file(place, key))
+
+
+def is_checkpoint_directory(path: Location) -> bool:
+    """Whether a directory is itself a checkpoint, not a collection of them."""
+    if not path.is_dir():
+        return False
+    own = huggingface.main_file(path) is not None or dcp.is_distributed(path)
+    return own or deepspeed.tag_of(path) is not None
+
+
+def refuse_partitioned(paths: Iterable[Location]) -> None:
+    """Make sure that the weights of some checkpoints are not spread over ranks.
+
+    Raises:
+        CheckpointError: Those of one are; with the commands that convert all of which they are.
+    """
+    directories = (path for path in paths if path.is_dir())
+    deepspeed.refuse_partitioned(p for p in directories if huggingface.main_file(p) is None)
+
+
+def _open_directory(path: Location, key: str | None) -> Checkpoint:
+    main = huggingface.main_file(path)
+    if main is None and dcp.is_distributed(path):
+        return _checkpoint_of(path, read_distributed(path, key))
+    if main is None:
+        return _open_deepspeed(path, key)
+    sharded = main.name.endswith(".index.json")
+    parts = _read_shards(main, key) if sharded else [read_file(main, key)]
+    trainer = record.from_trainer_state(path / huggingface.TRAINER_STATE)
+    layout, notes = "huggingface", list[str]()
+    if main.name in adapter.FILES:
+        layout, notes = adapter.LAYOUT, [adapter.description(adapter.configuration(path))]
+    if others := huggingface.other_models(main):
+        notes.append(
+            f"weights are taken from {main.name}; {first_few(others)} beside it is another model's "
+            f"(name the files to average those: .../*/{others[0]})"
+        )
+    opened = _checkpoint(path, layout, parts, trainer or parts[0].record)
+    return replace(opened, notes=(*opened.notes, *notes))
+
+
+def _open_deepspeed(path: Location, key: str | None) -> Checkpoint:
+    tag = deepspeed.tag_of(path)
+    if tag is None:
+        raise CheckpointError(
+            f"{path} is not itself a checkpoint", "Name one checkpoint; average a run first."
+        )
+    file = read_file(deepspeed.model_file(tag), key)
+    trainer = record.from_trainer_state(path / huggingface.TRAINER_STATE)
+    opened = _checkpoint(path, deepspeed.LAYOUT, [file], trainer or file.record)
+    return replace(opened, notes=(*opened.notes, *deepspeed.notes(tag, opened.tensors)))
+
+
+def _read_shards(index: Location, key: str | None) -> list[Part]:
+    """Read each shard that an index names.
+
+    Raises:
+        CheckpointError: A shard is damaged, or the index and the shards disagree.
+    """
+    mapping = huggingface.weight_map(index)
+    shards = {name: read_file(index.parent / name, key) for name in sorted(set(mapping.values()))}
+    held = {name: {*shard.tensors, *shard.refused} for name, shard in shards.items()}
+    lost = [name for name, shard in mapping.items() if name not in held[shard]]
+    if lost:
+        raise CheckpointError(
+            f"{index} lists tensors that are not in their shards: {first_few(lost)}",
+            "Copy the directory again, or leave it out.",
+        )
+    twice = [name for name, n in Counter(chain(*held.values())).items() if n > 1]
+    if twice:
+        raise CheckpointError(f"{index.parent} holds tensors in two shards: {first_few(twice)}")
+    return list(shards.values())
+
+
+def _checkpoint_of(path: Location, part: Part) -> Checkpoint:
+    return _checkpoint(path, part.layout, [part], part.record)
+
+
+def _checkpoint(path: Location, layout: str, parts: list[Part], recorded: Record) -> Checkpoint:
+    """The files' tensors in one table, under bare names."""
+    tensors = {name: tensor for part in parts for name, tensor in part.tensors.items()}
+    refused = {name: why for part in parts for name, why in part.refused.items()}
+    if not tensors and not refused:
+        raise CheckpointError(f"{path} holds no tensors")
+    names = [*tensors, *refused]
+    if max(map(len, names)) > _LONGEST_NAME:
+        raise CheckpointError(f"{path}: a tensor's name is over {_LONGEST_NAME} characters long")
+    bare = weights.bare_names(names)
+    made = next((part.provenance for part in parts if part.provenance), None)
+    if made is not None and made.get("scheme") == REFRESHED and made["checkpoints"]:
+        recorded = replace(recorded, step=record.whole_number(made["checkpoints"][0].get("step")))
+    checkpoint = Checkpoint(
+        path=path,
+        layout=layout,
+        key=parts[0].key,
+        tensors={bare[name]: tensor for name, tensor in tensors.items() if name in bare},
+        stored_names={bare[name]: name for name in tensors if name in bare},
+        refused={bare[name]: why for name, why in refused.items() if name in bare},
+        files=tuple(stamp for part in parts for stamp in part.stamps),
+        record=recorded,
+        provenance=made,
+        step=recorded.epoch if recorded.step is None else recorded.step,
+        notes=(*chain(*(part.notes for part in parts)), *weights.note_wrapper(bare, names)),
+        beside=parts[0].beside,
+    )
+    _check_repeats(checkpoint)
+    return checkpoint
+
+
+def _check_repeats(checkpoint: Checkpoint) -> None:
+    """Refuse views that blow a small file up: expanded ones, or many of one storage."""
+    if checkpoint.nbytes > _MOST_REPEATED * checkpoint.size + _SPARE:
+        raise CheckpointError(
+            f"{checkpoint.path} would unfold to {checkpoint.nbytes} bytes: its tensors repeat "
+            "their elements",
+            "Save clones of them instead of expanded or overlapping views.",
+        )

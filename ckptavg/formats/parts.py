@@ -1,0 +1,172 @@
+"""The files that a checkpoint is made of, each read into the names and ranges of its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from ckptavg.errors import CheckpointError, first_few, short
+from ckptavg.formats import (
+    bounded_json,
+    dcp,
+    deepspeed,
+    record,
+    safetensors,
+    storage,
+    torch_zip,
+    weights,
+)
+from ckptavg.formats.inert_values import MalformedPickle, Refused, Sharded, TensorView
+from ckptavg.formats.storage import Location
+from ckptavg.formats.table import PROVENANCE, FileStamp, Record, Tensor
+
+Kind = TypeVar("Kind")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file of weights, or one set of shards, under the names that it has for them.
+
+    Attributes:
+        layout: What kind of file it is.
+        stamps: Of the files that the bytes lie in.
+        tensors: The table.
+        refused: Name → why a tensor cannot be averaged.
+        record: What training wrote beside the weights.
+        provenance: How ckptavg made it, if it did.
+        key: Dotted path of the entry that holds the weights.
+        notes: What a person should know about how it was read.
+        beside: What else it holds.
+    """
+
+    layout: str
+    stamps: tuple[FileStamp, ...]
+    tensors: Mapping[str, Tensor]
+    refused: Mapping[str, str]
+    record: Record
+    provenance: Mapping[str, Any] | None
+    key: str = ""
+    notes: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+
+
+def read_file(path: Location, key: str | None) -> Part:
+    """Read the header of a file of weights of whatever kind.
+
+    Raises:
+        CheckpointError: It cannot be read, is damaged, or holds no weights that can be found.
+    """
+    stamp = FileStamp.of(path)  # before it is opened: a pipe may wait for ever
+    if _is_safetensors(path):
+        return _read_safetensors(path, stamp)
+    return _read_torch(path, stamp, key)
+
+
+def _read_safetensors(path: Location, stamp: FileStamp) -> Part:
+    tensors, metadata = safetensors.read_header(path, stamp.size)
+    made = _provenance(metadata)
+    return Part("safetensors", (stamp,), tensors, {}, record.from_metadata(metadata), made)
+
+
+def _read_torch(path: Location, stamp: FileStamp, key: str | None) -> Part:
+    opened = torch_zip.read(path)
+    try:
+        found, entry, notes = weights.find_entry(str(path), opened.tree, key)
+    except MalformedPickle as error:
+        raise torch_zip.damaged(path, str(error)) from error
+    views = _of_kind(entry, TensorView)
+    tensors = {name: opened.tensor(view) for name, view in views.items()}
+    deepspeed.refuse_placeholders(path, opened.tree, tensors)
+    return Part(
+        layout="torch",
+        stamps=(stamp,),
+        tensors=tensors,
+        refused={name: value.why for name, value in _of_kind(entry, Refused).items()},
+        record=record.from_tree(opened.tree, found, path.name, opened.number),
+        provenance=_provenance(
+            {PROVENANCE: opened.provenance} if opened.provenance else opened.tree
+        ),
+        key=found,
+        notes=(*notes, *_note_others(entry)),
+        beside=weights.beside(opened.tree, found),
+    )
+
+
+def _of_kind(entry: Mapping[Any, Any], kind: type[Kind]) -> dict[str, Kind]:
+    return {n: v for n, v in entry.items() if isinstance(n, str) and isinstance(v, kind)}
+
+
+def _note_others(entry: Mapping[Any, Any]) -> list[str]:
+    """A note about what an entry holds besides tensors."""
+    others = [
+        name
+        for name, value in entry.items()
+        if not isinstance(name, str) or not isinstance(value, weights.TENSORS)
+    ]
+    if not others:
+        return []
+    shown = first_few([short(name) for name in others[:4]])
+    return [f"{len(others)} values beside the tensors are not taken: {shown}"]
+
+
+def read_distributed(path: Location, key: str | None) -> Part:
+    """Read the metadata of a directory of ``torch.distributed.checkpoint``; as ``read_file``."""
+    opened = dcp.read(path)
+    found, entry, notes = weights.find_entry(str(path), opened.tree, key)
+    tensors = {n: opened.tensor(t) for n, t in _of_kind(entry, Sharded).items()}
+    return Part(
+        layout="distributed",
+        stamps=opened.stamps_of(tensors),
+        tensors=tensors,
+        refused={},
+        record=record.from_tree(opened.tree, found),
+        provenance=_provenance(opened.tree),
+        key=found,
+        notes=(*notes, *_note_others(entry)),
+        beside=weights.beside(opened.tree, found),
+    )
+
+
+def _is_safetensors(path: Location) -> bool:
+    """By suffix, else by content.
+
+    Raises:
+        CheckpointError: The file cannot be read, or is of no known kind.
+    """
+    try:
+        with storage.open_binary(path) as file:
+            start = file.read(16)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    if path.suffix == ".safetensors":
+        return True
+    if torch_zip.looks_like(start):
+        return False
+    if start[8:9] == b"{":
+        return True
+    kind = "an empty file" if not start else "neither a torch.save file nor safetensors"
+    raise torch_zip.damaged(path, kind)
+
+
+def _provenance(beside: Any) -> Mapping[str, Any] | None:
+    """What ckptavg wrote about how it made a file; None where it did not."""
+    text = beside.get(PROVENANCE) if isinstance(beside, Mapping) else None
+    if not isinstance(text, str):
+        return None
+    try:
+        value = bounded_json.loads(text.encode())
+    except ValueError:
+        return None
+    made = value.get("checkpoints") if isinstance(value, dict) else None
+    if not isinstance(made, list) or not all(map(_is_account, made)):
+        return None
+    return dict(value)
+
+
+def _is_account(entry: Any) -> bool:
+    """Whether this is what ckptavg writes of one checkpoint."""
+    return isinstance(entry, dict) and all(
+        entry.get(key) is None or record.number(entry[key]) is not None
+        for key in ("step", "coefficient")
+    )
