@@ -42,6 +42,7 @@ _STEP_NUMBER = re.compile(
     re.IGNORECASE,
 )
 LeftOut = tuple[Location, str]
+NOT_WEIGHTS = "not a model's weights"
 
 
 @dataclass
@@ -118,7 +119,7 @@ def _kept(members: list[Location], glob: str | None, found: Found) -> list[Locat
         if glob is not None and not fnmatch.fnmatchcase(path.name, glob):
             found.left_out.append((path, f"does not match {glob}"))
         elif len(members) > 1 and path.is_file() and _OTHER_STATE.fullmatch(_stem(path)):
-            found.left_out.append((path, "not a model's weights"))
+            found.left_out.append((path, NOT_WEIGHTS))
         else:
             kept.setdefault((path.parent.resolve(), path.name), path)
     return list(kept.values())
@@ -145,12 +146,21 @@ def open_members(paths: Sequence[Location], key: str | None) -> Opened:
         opened = [c for c in opened if not c.is_average]
     kept, repeats = _without_repeats(opened)
     left_out += [(alias.path, f"repeats {original.path.name}") for alias, original in repeats]
-    notes = [f"{a.path} repeats {b.path.name} and counts once" for a, b in repeats]
     kept, strangers = _without_strangers(kept)
     left_out += strangers
-    notes += [f"{path} is left out: {why}" for path, why in strangers]
-    ordered, order_notes = _ordered(kept)
-    return Opened(ordered, left_out, notes + order_notes)
+    ordered, notes = _ordered(kept)
+    return Opened(ordered, left_out, notes)
+
+
+def tell(left_out: Sequence[LeftOut]) -> list[str]:
+    """Notes about what was left out, but for what nobody would expect in a run."""
+    notes: list[str] = []
+    for path, why in left_out:
+        if why.startswith("repeats "):
+            notes.append(f"{path} {why} and counts once")
+        elif why != NOT_WEIGHTS and not why.startswith("does not match "):
+            notes.append(f"{path} is left out: {why}")
+    return notes
 
 
 def _members(directory: Location, found: Found) -> list[Location]:
@@ -193,7 +203,7 @@ def _members(directory: Location, found: Found) -> list[Location]:
 def _why_not(stem: str) -> str:
     """Why a file that is called so is not opened; empty if it is."""
     if _OTHER_STATE.fullmatch(stem):
-        return "not a model's weights"
+        return NOT_WEIGHTS
     return "a temporary file, by its name" if _TEMPORARY.fullmatch(stem) else ""
 
 

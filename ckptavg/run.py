@@ -152,6 +152,7 @@ def open_run(*paths: Named, glob: str | None = None, key: str | None = None) -> 
         raise RunError(
             f"no checkpoint is left in {first_few([str(path) for path in paths])}", _why(left_out)
         )
+    notes = [*discovery.tell(left_out), *notes]
     return Run(tuple(trainings), tuple(left_out), tuple(dict.fromkeys(notes)))
 
 

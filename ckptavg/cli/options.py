@@ -295,7 +295,7 @@ def open_selected(
     for note in run.notes:
         log.info(note)
     for path, why in run.left_out:
-        log.debug("left out: %s: %s", path, why)
+        log.debug("%s is left out: %s", path, why)
     for checkpoint in run:
         for note in checkpoint.notes:
             log.debug("%s: %s", checkpoint.path, note)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from ckptavg.errors import CheckpointError, short
+from ckptavg.formats import bounded_json
 from ckptavg.formats.storage import Location
 
 LAYOUT = "peft"
@@ -18,7 +18,6 @@ _VARIANTS = (
     "velora_config",
 )  # fmt: skip
 _PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # leave the base as it is
-_MAX_CONFIG = 10_000_000
 
 
 def weights_file(directory: Location) -> Location | None:
@@ -36,10 +35,8 @@ def configuration(directory: Location) -> dict[str, Any]:
     """
     path = directory / CONFIG
     try:
-        if path.stat().st_size > _MAX_CONFIG:
-            raise ValueError(f"it is larger than {_MAX_CONFIG} bytes")
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        config = bounded_json.read(path)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}"[:300]) from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} is not a JSON object")

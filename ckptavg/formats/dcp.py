@@ -123,7 +123,7 @@ def read(directory: Location) -> Distributed:
         CheckpointError: It is damaged, or names files outside.
     """
     metadata = directory / METADATA
-    stamp = FileStamp.of(metadata)
+    stamp = _stamp(directory, METADATA)
     try:
         if stamp.size > inert_pickle.MAX_PICKLE:
             raise MalformedPickle(f"it is larger than {inert_pickle.MAX_PICKLE >> 20} MiB")

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckptavg.errors import first_few
+from ckptavg.errors import CheckpointError, first_few
 from ckptavg.formats import torch_zip, weights
 from ckptavg.formats.harmless import Keeper
-from ckptavg.formats.inert_values import TensorView
+from ckptavg.formats.inert_values import MalformedPickle, TensorView
 from ckptavg.formats.output import FileLayout, OutputTensor
 from ckptavg.formats.reading import Reader
 from ckptavg.formats.table import PROVENANCE, Checkpoint
@@ -50,7 +50,8 @@ def lay_out(
     """Plan a ``torch.save`` file.
 
     Inputs from ``torch.save`` give an output like the last of them: weights replaced in the entry
-    and under the names that they had, the rest kept as far as it may go out (``harmless``). A
+    and under the names that they had (and in the one that loaders look into, if it has the same
+    names and another was averaged), the rest kept as far as it may go out (``harmless``). A
     ``.pt`` has the weights under ``state_dict`` with bare names besides, or only there if the
     input was a bare state dict, and loads by the safe default of ``torch.load``. So has an output
     of other inputs, whatever its suffix.
@@ -142,10 +143,22 @@ def _contents(suffix: str, provenance: str, template: Checkpoint, book: _Storage
         records = {PROVENANCE_RECORD: provenance.encode()}
         return Contents(own, records, _told(keeper))
     keeper.replaced = {id(place.value): own}
+    if (usual := _usual_place(file, place)) is not None:
+        keeper.replaced |= {id(usual.value): own}
     tree = keeper.entries(file.tree) | {PROVENANCE: provenance}
     if plain:
         tree[STATE_DICT] = bare
     return Contents(tree, {}, notes + _told(keeper))
+
+
+def _usual_place(file: TorchFile, place: weights.Place) -> weights.Place | None:
+    """Where loaders look for the weights, if another entry of the same names was averaged."""
+    try:
+        key, entry, _ = weights.find_entry(file.path, file.tree, None)
+    except (CheckpointError, MalformedPickle):
+        return None
+    usual = weights.locate(file.tree, key) if entry.keys() == place.entry.keys() else None
+    return usual if usual and usual.within_dicts and usual.value is not file.tree else None
 
 
 def _keeper(

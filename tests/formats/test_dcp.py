@@ -361,8 +361,9 @@ def test_a_gadget_beside_the_weights_does_nothing_and_does_not_go_out(tmp_path):
     assert not Path("/tmp/should-never-be-there").exists()
 
 
-def test_a_symbolic_link_out_of_the_directory_is_refused(run, tmp_path):
-    path = run[0] / "step_9" / "__0_0.distcp"
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata"])
+def test_a_symbolic_link_out_of_the_directory_is_refused(run, tmp_path, name):
+    path = run[0] / "step_9" / name
     shutil.move(path, tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(CheckpointError, match="outside its directory"):

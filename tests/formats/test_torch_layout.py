@@ -165,6 +165,22 @@ def test_names_are_kept_as_they_were_stored_with_the_counter_of_an_averaged_mode
     assert found["model_ema"]["n_averaged"] == 0
 
 
+def test_an_average_of_another_entry_stands_where_loaders_look_too(tmp_path):
+    """Lightning's WeightAveraging keeps the weights as trained beside those that it loads."""
+    models = [model() for _ in range(3)]
+    states = iter(models)
+    run_of(
+        tmp_path / "run",
+        lambda m, e: {
+            "state_dict": m.state_dict(),
+            "current_model_state": next(states).state_dict(),
+        },
+    )
+    found = averaged(tmp_path / "run", "out.ckpt", key="current_model_state")
+    assert holds_the_mean(found["current_model_state"], models)
+    assert holds_the_mean(found["state_dict"], models)
+
+
 def test_weights_of_another_kind_are_not_passed_off_as_averaged(tmp_path):
     """timm would load the EMA of the last checkpoint instead of the average."""
     run_of(
