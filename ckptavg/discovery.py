@@ -13,7 +13,9 @@ from ckptavg.errors import NoWeightsError, RunError, first_few
 from ckptavg.formats import (
     Checkpoint,
     adapter,
+    dcp,
     deepspeed,
+    huggingface,
     is_checkpoint_directory,
     open_checkpoint,
     refuse_partitioned,
@@ -175,14 +177,12 @@ def _members(directory: Location, found: Found) -> list[Location]:
     if itself:  # and the states that DeepSpeed resumes from are part of it
         nested = [path for path in nested if not deepspeed.is_tag(path)]
     for path in below:
-        if path.is_dir() and path not in nested and _lost_its_weights(path):
-            raise RunError(
-                f"{path} looks like a checkpoint but holds no weights",
-                "It may have been interrupted while being saved; delete it or copy it again.",
-            )
-    numbered = [path for path in nested if re.search(r"\d", path.name)]
+        if path.is_dir() and path not in nested:
+            _refuse_unfinished(path)
     if itself:
+        numbered = [path for path in nested if re.search(r"\d", path.name)]
         return [*numbered, directory] if numbered else [directory]
+    _refuse_unfinished(directory)
     if any(_numbered_below(path) for path in nested):
         raise _no_run(directory, below)
     members = list(nested)
@@ -215,18 +215,28 @@ def _numbered_below(directory: Location) -> bool:
     )
 
 
-def _lost_its_weights(directory: Location) -> bool:
-    """Whether a directory is what a crash while saving leaves of a checkpoint."""
-    if any(directory.glob("*.distcp")):  # whose metadata is written last
-        return True
-    if not re.fullmatch(r"checkpoint[-_]\d+", directory.name):
-        return False
-    if any(directory.glob("adapter_model.*")):
+def _refuse_unfinished(directory: Location) -> None:
+    """Make sure that a directory is not what a crash while saving leaves of a checkpoint.
+
+    Raises:
+        RunError: It is.
+    """
+    numbered = re.fullmatch(r"checkpoint[-_]\d+", directory.name)
+    if numbered and any(directory.glob("adapter_model.*")):
         raise RunError(
             f"{directory} holds an adapter without its {adapter.CONFIG}",
             "Copy that file beside it: it holds the rank and the scale.",
         )
-    return (directory / "trainer_state.json").is_file()
+    why = ""
+    if any(directory.glob("*.distcp")):
+        why = f"holds shards but no {dcp.METADATA}, which is written last"
+    elif numbered and (directory / huggingface.TRAINER_STATE).is_file():
+        why = "looks like a checkpoint but holds no weights"
+    if why:
+        raise RunError(
+            f"{directory} {why}",
+            "It may have been interrupted while being saved; delete it or copy it again.",
+        )
 
 
 def _no_run(directory: Location, below: list[Location]) -> RunError:
