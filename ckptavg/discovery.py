@@ -44,6 +44,7 @@ _STEP_NUMBER = re.compile(
     re.IGNORECASE,
 )
 LeftOut = tuple[Location, str]
+_DEEPEST_RUN, _MOST_LOOKED_INTO = 4, 200  # levels and directories below a path without a run
 NOT_WEIGHTS = "not a model's weights"
 
 
@@ -184,7 +185,7 @@ def _members(directory: Location, found: Found) -> list[Location]:
         return [*numbered, directory] if numbered else [directory]
     _refuse_unfinished(directory)
     if any(_numbered_below(path) for path in nested):
-        raise _no_run(directory, below)
+        raise _no_run(directory)
     members = list(nested)
     for path in below:
         if path.is_dir() or not path.name.endswith(SUFFIXES):
@@ -195,7 +196,7 @@ def _members(directory: Location, found: Found) -> list[Location]:
             members.append(path)
     runs = [p for p in below if p.is_dir() and p not in nested and _holds_checkpoints(p)]
     if not members or (len(members) == 1 and runs):
-        raise _no_run(directory, below)
+        raise _no_run(directory)
     found.left_out += [(path, "a run of its own") for path in runs]
     return sorted(members, key=_natural)
 
@@ -239,8 +240,8 @@ def _refuse_unfinished(directory: Location) -> None:
         )
 
 
-def _no_run(directory: Location, below: list[Location]) -> RunError:
-    runs = [str(path) for path in below if path.is_dir() and _holds_checkpoints(path)]
+def _no_run(directory: Location) -> RunError:
+    runs = _runs_below(directory)
     if len(runs) > 1:
         return RunError(
             f"{directory} holds {len(runs)} runs: {first_few(runs, 8)}",
@@ -254,6 +255,21 @@ def _no_run(directory: Location, below: list[Location]) -> RunError:
         f"{directory} holds no checkpoint",
         "Expected .safetensors, .pt, .pth, .ckpt or .bin files, or Hugging Face directories.",
     )
+
+
+def _runs_below(directory: Location) -> list[str]:
+    """Directories that hold checkpoints, on the uppermost level that has some, if not too deep."""
+    level = [directory]
+    for _ in range(_DEEPEST_RUN):
+        level = [p for d in level for p in _folders(d)][:_MOST_LOOKED_INTO]
+        if runs := [str(path) for path in level if _holds_checkpoints(path)]:
+            return runs
+    return []
+
+
+def _folders(directory: Location) -> list[Location]:
+    shown = (p for p in directory.iterdir() if p.is_dir() and not p.name.startswith("."))
+    return sorted(shown, key=_natural)
 
 
 def _holds_checkpoints(directory: Location) -> bool:

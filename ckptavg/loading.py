@@ -45,7 +45,7 @@ def load_into(model: nn.Module, state_dict: Mapping[str, torch.Tensor], origin: 
         parts += [f"the checkpoint has {first_few(extra)}"] if extra else []
         raise ModelError(
             f"{origin} does not fit the model: {'; '.join(parts)}",
-            "Check --model and its --model-arg.",
+            _remedy(set(places), set(state_dict)),
         )
     for name, tensor in given.items():
         if not is_lazy(own[name]) and own[name].shape != tensor.shape:
@@ -55,6 +55,22 @@ def load_into(model: nn.Module, state_dict: Mapping[str, torch.Tensor], origin: 
                 "Check --model and its --model-arg (num_classes, for instance).",
             )
     model.load_state_dict(given, strict=False)
+
+
+def _remedy(model: set[str], checkpoint: set[str]) -> str:
+    """What to do about names that do not fit."""
+    for larger, smaller, is_so in (
+        (checkpoint, model, "The checkpoint's names begin"),
+        (model, checkpoint, "The model's names begin"),
+    ):
+        prefix = next((n[: -len(m)] for m in sorted(smaller) for n in larger if _ends(n, m)), "")
+        if prefix and larger == {prefix + name for name in smaller}:
+            return f"{is_so} with {prefix!r}: name a model whose modules are called as in training."
+    return "Check --model and its --model-arg."
+
+
+def _ends(name: str, tail: str) -> bool:
+    return name.endswith(f".{tail}")
 
 
 def _is_real(tensor: torch.Tensor) -> bool:

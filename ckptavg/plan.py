@@ -168,8 +168,15 @@ def make_plan(
         checkpoints=tuple(checkpoints),
         coefficients=tuple(normalized(coefficients)),
         tensors=tuple(_with_ties(tensors)),
-        notes=tuple(builder.notes()),
+        notes=(*builder.notes(), *_unmatched(rules, {*last.tensors, *last.refused})),
     )
+
+
+def _unmatched(rules: Rules, names: set[str]) -> list[str]:
+    """Notes about patterns that do nothing: a word mistyped, or one meant for files."""
+    patterns = (*rules.include, *rules.exclude)
+    idle = [p for p in patterns if not any(fnmatch.fnmatchcase(name, p) for name in names)]
+    return [f"the pattern {p!r} matches no tensor (--glob selects files)" for p in idle]
 
 
 @dataclass

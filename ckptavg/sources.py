@@ -255,7 +255,7 @@ def _torchvision(part: str) -> Any:
         return importlib.import_module(f"torchvision.{part}")
     except ModuleNotFoundError as error:
         raise SpecError(
-            "torchvision is not installed", 'Install it with pip install "ckptavg[vision]".'
+            "torchvision is not installed", "Install it with pip install torchvision pillow."
         ) from error
     except (RuntimeError, ImportError, AttributeError, OSError) as error:
         raise SpecError(

@@ -1,5 +1,7 @@
 """Weights into a module: names, wrappers, ties, and errors that say what does not fit."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from torch import nn
@@ -183,3 +185,15 @@ def test_fit_counts_the_copies_that_free_memory_holds():
     cpu = torch.device("cpu")
     assert fit(small, cpu) > fit(large, cpu) > 10
     assert fit(nn.ReLU(), cpu) > 1
+
+
+@pytest.mark.parametrize(
+    ("prefix_of", "said"),
+    [("checkpoint", "The checkpoint's names begin with 'net.'"), ("model", "The model's names")],
+)
+def test_names_that_differ_by_what_is_in_front_of_all_say_so(prefix_of, said):
+    inner = nn.Linear(2, 2)
+    outer = nn.Sequential(OrderedDict(net=nn.Linear(2, 2)))
+    model, other = (inner, outer) if prefix_of == "checkpoint" else (outer, inner)
+    with pytest.raises(ModelError, match=said):
+        load_into(model, other.state_dict(), "swa.pt")

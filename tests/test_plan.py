@@ -418,3 +418,9 @@ def test_a_copy_of_what_has_no_plain_bytes_is_refused(tmp_path):
     checkpoint = open_checkpoint(save(tmp_path / "a.pt", {**ONE, "s": torch.ones(2).to_sparse()}))
     with pytest.raises(CkptavgError, match="without plain bytes: s"):
         copy_plan(checkpoint)
+
+
+def test_a_pattern_that_matches_nothing_is_said(tmp_path):
+    checkpoints = opened(tmp_path, [{"a": torch.zeros(1)}, {"a": torch.ones(1)}])
+    notes = make_plan(checkpoints, [1, 1], Rules(exclude=("epoch_2*",))).notes
+    assert notes == ("the pattern 'epoch_2*' matches no tensor (--glob selects files)",)

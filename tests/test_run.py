@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -775,3 +776,14 @@ def test_neighbours_in_a_directory_called_after_a_step_stay_together(tmp_path):
         numbered(tmp_path / f"step_{step}", 2)
     trainings = open_run(*tmp_path.glob("*/*.pt")).trainings
     assert [[c.path.name for c in t] for t in trainings] == [["epoch_1.pt", "epoch_2.pt"]] * 2
+
+
+def test_a_run_further_down_is_found_for_the_remedy(tmp_path):
+    below = tmp_path / "lightning_logs" / "version_0" / "checkpoints"
+    save_weight(below / "epoch=0-step=2.ckpt")
+    save_weight(below / "epoch=1-step=4.ckpt")
+    with pytest.raises(RunError, match=re.escape(f"{below} does. Name that directory")):
+        open_run(tmp_path)
+    save_weight(tmp_path / "lightning_logs" / "version_1" / "checkpoints" / "epoch=0-step=2.ckpt")
+    with pytest.raises(RunError, match=r"holds 2 runs: .*version_0.*version_1"):
+        open_run(tmp_path)

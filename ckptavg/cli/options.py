@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -212,6 +213,7 @@ def everywhere(function: F) -> F:
     @functools.wraps(function)
     def run(*, as_json: bool, quiet: bool, verbose: int, debug: bool, **values: Any) -> Any:
         report = Report(as_json=as_json, verbosity=-1 if quiet else verbose)
+        warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # which nobody needs here
         with _errors_in_one_line(debug), report.notes():
             return function(report=report, **values)
 

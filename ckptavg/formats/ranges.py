@@ -32,12 +32,12 @@ def file_system(url: str) -> tuple[Any, str]:
     try:
         from fsspec.core import url_to_fs  # noqa: PLC0415 - only URLs need it
     except ImportError as error:
-        install = 'pip install "ckptavg[s3]"' if s3 else "pip install fsspec"
+        install = "pip install s3fs" if s3 else "pip install fsspec"
         raise CkptavgError(f"reading {url} needs fsspec", f"Install it with {install}.") from error
     try:
         system, path = url_to_fs(url)
     except ImportError as error:
-        install = 'Install it with pip install "ckptavg[s3]".' if s3 else f"{error}."
+        install = "Install it with pip install s3fs." if s3 else f"{error}."
         raise CkptavgError(f"reading {url} needs one more package", install) from error
     except ValueError as error:
         raise UsageError(f"{url} cannot be read: {error}") from error
