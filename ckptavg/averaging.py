@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ckptavg import lora, schemes
+from ckptavg import discovery, lora, schemes
 from ckptavg.errors import CheckpointError, UsageError, first_few
 from ckptavg.formats import Checkpoint, open_checkpoint, storage
 from ckptavg.formats.layout import lay_out
@@ -128,7 +128,10 @@ def plan_average(
     dtype: str = "keep",
 ) -> Average:
     """Check that a run can be averaged, without reading a tensor. Arguments as for ``average``."""
-    checkpoints = as_run(run).checkpoints
+    run = as_run(run)
+    for training in () if run.named else run.trainings:
+        discovery.refuse_two_series(training)
+    checkpoints = run.checkpoints
     if weights is not None and scheme != "uniform":
         raise UsageError("a scheme and weights exclude each other: give one of them")
     chosen = schemes.parse(scheme) if weights is None else schemes.explicit(weights)

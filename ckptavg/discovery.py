@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import glob
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -50,10 +51,17 @@ NOT_WEIGHTS = "not a model's weights"
 
 @dataclass
 class Found:
-    """Paths of the checkpoints of each training, before any is opened."""
+    """Paths of the checkpoints of each training, before any is opened.
+
+    Attributes:
+        groups: The paths, training by training.
+        left_out: What is not opened, and why.
+        named: Whether the user gave each of the paths one by one.
+    """
 
     groups: list[list[Location]]
     left_out: list[LeftOut]
+    named: bool = True
 
 
 @dataclass
@@ -77,6 +85,7 @@ def find(paths: Sequence[Location], glob: str | None) -> Found:
         if not path.exists():
             raise RunError(f"{path} does not exist", _nearest(path))
         members = _members(path, found) if path.is_dir() else [path]
+        found.named &= members == [path]
         home = path.parent if members == [path] else path
         groups.setdefault(home.resolve(), []).extend(members)
     for members in _joined(groups):
@@ -182,6 +191,8 @@ def _members(directory: Location, found: Found) -> list[Location]:
             _refuse_unfinished(path)
     if itself:
         numbered = [path for path in nested if re.search(r"\d", path.name)]
+        others = [path for path in nested if numbered and path not in numbered]
+        found.left_out += [(path, "without a number, unlike its neighbours") for path in others]
         return [*numbered, directory] if numbered else [directory]
     _refuse_unfinished(directory)
     if any(_numbered_below(path) for path in nested):
@@ -398,6 +409,36 @@ def _ordered(checkpoints: Sequence[Checkpoint]) -> tuple[tuple[Checkpoint, ...],
     )
     ordered = tuple(replace(checkpoints[i], step=first[i]) for i in ranked)
     return ordered, notes + _doubts(ordered)
+
+
+def refuse_two_series(ordered: Sequence[Checkpoint]) -> None:
+    """Make sure that a directory does not hold two networks or runs, step by step.
+
+    Raises:
+        RunError: It does: under two kinds of names there is a checkpoint for each step.
+    """
+    steps: dict[str, list[float | None]] = defaultdict(list)
+    for checkpoint in ordered:
+        steps[_series(checkpoint)].append(checkpoint.step)
+    first, *others = steps.values()
+    if not others or len(first) < 2 or None in first or any(first != other for other in others):
+        return
+    patterns = [f"'{pattern}'" for pattern in sorted(steps)]
+    raise RunError(
+        f"{ordered[0].path.parent} holds {len(steps)} checkpoints of each step, as of different "
+        f"networks or runs: {first_few(patterns)}",
+        f"Select one with --glob {patterns[0]}.",
+    )
+
+
+def _series(checkpoint: Checkpoint) -> str:
+    """A shell pattern of the name without its step, or without numbers if the step is not in it."""
+    name = checkpoint.path.name
+    places = [m for m in re.finditer(r"\d+", name) if int(m[0]) == checkpoint.step]
+    if not places:
+        return checkpoint.pattern
+    begin, end = places[-1].span()
+    return f"{glob.escape(name[:begin])}*{glob.escape(name[end:])}"
 
 
 def _doubts(ordered: Sequence[Checkpoint]) -> list[str]:

@@ -26,11 +26,13 @@ class Run:
         trainings: The checkpoints of each training, ordered by step.
         left_out: Files that were found and not taken, and why.
         notes: What a person should know about the order and the duplicates.
+        named: Whether each checkpoint was named by itself, not found in a directory.
     """
 
     trainings: tuple[tuple[Checkpoint, ...], ...]
     left_out: tuple[tuple[Location, str], ...] = ()
     notes: tuple[str, ...] = ()
+    named: bool = True
 
     def __iter__(self) -> Iterator[Checkpoint]:
         return (checkpoint for training in self.trainings for checkpoint in training)
@@ -153,7 +155,7 @@ def open_run(*paths: Named, glob: str | None = None, key: str | None = None) -> 
             f"no checkpoint is left in {first_few([str(path) for path in paths])}", _why(left_out)
         )
     notes = [*discovery.tell(left_out), *notes]
-    return Run(tuple(trainings), tuple(left_out), tuple(dict.fromkeys(notes)))
+    return Run(tuple(trainings), tuple(left_out), tuple(dict.fromkeys(notes)), found.named)
 
 
 def as_run(run: Run | Iterable[Checkpoint]) -> Run:

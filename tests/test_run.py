@@ -787,3 +787,32 @@ def test_a_run_further_down_is_found_for_the_remedy(tmp_path):
     save_weight(tmp_path / "lightning_logs" / "version_1" / "checkpoints" / "epoch=0-step=2.ckpt")
     with pytest.raises(RunError, match=r"holds 2 runs: .*version_0.*version_1"):
         open_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("series", "patterns"),
+    [
+        (("{}_net_G_A.pth", "{}_net_G_B.pth"), ("*_net_G_A.pth", "*_net_G_B.pth")),
+        (("netD_epoch_{}.pt", "netG_epoch_{}.pt"), ("netD_epoch_*.pt", "netG_epoch_*.pt")),
+        (("seed0_epoch_{}.pt", "seed1_epoch_{}.pt"), ("seed0_epoch_*.pt", "seed1_epoch_*.pt")),
+        (("actor_{}.pt", "critic_{}.pt", "target_{}.pt"), ("actor_*.pt",)),
+    ],
+)
+def test_two_series_of_the_same_steps_in_one_directory_are_an_error(tmp_path, series, patterns):
+    for step in (5, 10):
+        for i, name in enumerate(series):
+            save_weight(tmp_path / name.format(step), float(i))
+    with pytest.raises(
+        RunError, match=re.escape(f"Select one with --glob '{patterns[0]}'")
+    ) as error:
+        average(open_run(tmp_path))
+    assert all(pattern in str(error.value) for pattern in patterns)
+    average(open_run(tmp_path, glob=patterns[0]))
+    average(open_run(*sorted(tmp_path.iterdir())))  # who names each one means it
+
+
+def test_what_lies_among_numbered_checkpoints_of_a_root_model_is_listed(tmp_path):
+    for name in ("checkpoint-1", "checkpoint-2", "best", "."):
+        save_weight(tmp_path / "run" / name / "model.safetensors", float(len(name)))
+    run = open_run(tmp_path / "run")
+    assert (tmp_path / "run" / "best", "without a number, unlike its neighbours") in run.left_out

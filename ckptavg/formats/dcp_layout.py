@@ -42,7 +42,9 @@ def lay_out(tensors: Sequence[OutputTensor], provenance: str, template: Checkpoi
     for path, value in values.items():
         file.value(path, value)
     file.value((PROVENANCE,), provenance)
-    notes = [f"not taken over from the last checkpoint: {first_few(dropped, 6)}"] if dropped else []
+    notes = (
+        [f"not taken over from the last checkpoint: {first_few(dropped, 30)}"] if dropped else []
+    )
     companions = {dcp.METADATA: file.metadata(source.version)}
     return Layout(True, [file.layout], companions, tuple(notes))
 
@@ -124,7 +126,7 @@ def _other_values(
     source: dcp.Distributed, taken: Collection[dcp.ItemPath]
 ) -> tuple[Mapping[dcp.ItemPath, Any], list[str]]:
     """What is kept beside the weights, and the names of what is not."""
-    keeper = Keeper(key="", plain=False, tensor=lambda _: None, replaced={})
+    keeper = Keeper(key="", plain=False, tensor=lambda *_: None, replaced={})
     optimizers = {_above(path, "param_groups") for path in source.paths.values()}
     kept: dict[dcp.ItemPath, Any] = {}
     lost: list[dcp.ItemPath] = []

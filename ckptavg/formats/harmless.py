@@ -82,7 +82,8 @@ class Keeper:
     Args:
         key: Dotted path of the entry that holds the weights.
         plain: Keep only what ``torch.load`` reads by its safe default.
-        tensor: What stands for a tensor in the output; None if it may not go out.
+        tensor: What stands for a tensor in the output, given the tensor and whether it stands
+            among other values; None if it may not go out.
         replaced: What to put in the place of an object, by the object's identity.
 
     Attributes:
@@ -91,7 +92,7 @@ class Keeper:
 
     key: str
     plain: bool
-    tensor: Callable[[TensorView], Any]
+    tensor: Callable[[TensorView, bool], Any]
     replaced: Mapping[int, Any]
     dropped: list[str] = field(default_factory=list)
     _done: dict[int, tuple[Any, int]] = field(default_factory=dict)
@@ -104,11 +105,12 @@ class Keeper:
         kept: dict[Any, Any] = {}
         for name, value in values.items():
             where = f"{prefix}{short(name)}"
-            part = (
-                _DROPPED
-                if self._is_training(prefix, name, value)
-                else self._keep(value, where + ".", depth + 1)
-            )
+            if isinstance(value, TensorView):
+                part = _or_dropped(self.tensor(value, True))
+            elif self._is_training(prefix, name, value):
+                part = _DROPPED
+            else:
+                part = self._keep(value, where + ".", depth + 1)
             if part is _DROPPED or not isinstance(name, (str, int, float, tuple, type(None))):
                 self.dropped.append(where)
             else:
@@ -154,7 +156,7 @@ class Keeper:
 
     def _leaf(self, value: Any) -> Any:
         if isinstance(value, TensorView):
-            return _or_dropped(self.tensor(value))
+            return _or_dropped(self.tensor(value, False))
         if isinstance(value, Global) and value.module == "torch" and value.name in DTYPES:
             return getattr(torch, value.name)
         plain = isinstance(value, set) and all(isinstance(part, _SCALARS) for part in value)
@@ -163,15 +165,14 @@ class Keeper:
     def _mapping(self, value: dict[Any, Any], prefix: str, depth: int) -> Any:
         """A dict without what may not go out; none at all if nothing is left.
 
-        None either if it is weights, of which only the 0-d ones would be left and pass for a whole,
-        or an optimizer's state, whatever it is called.
+        None either if it is weights (mostly tensors), of which only small ones would be left and
+        pass for a whole, or an optimizer's state, whatever it is called.
         """
         if value.keys() >= OPTIMIZER_KEYS:
             return _DROPPED
-        weights = any(
-            isinstance(v, Refused) or (isinstance(v, TensorView) and self.tensor(v) is None)
-            for v in value.values()
-        )
+        tensors = [v for v in value.values() if isinstance(v, (TensorView, Refused))]
+        others = [t for t in tensors if isinstance(t, Refused) or self.tensor(t, False) is None]
+        weights = others and 2 * len(tensors) > len(value)
         before = len(self.dropped)
         kept = {} if weights else self.entries(value, prefix, depth)
         if value and not kept:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ckptavg.errors import UsageError
+from ckptavg.errors import UsageError, first_few
 from ckptavg.formats import (
     Checkpoint,
     adapter,
@@ -87,8 +87,10 @@ def _directory(tensors: Sequence[OutputTensor], provenance: str, template: Check
         stem = files[0].name.split("-0")[0]
         companions[f"{stem}.safetensors.index.json"] = json.dumps(index, indent=2).encode()
     lacking = template.layout != adapter.LAYOUT and "config.json" not in companions
-    notes = ("the output has no config.json, which the input lacks too",) if lacking else ()
-    return Layout(True, files, companions, notes)
+    notes = ["the output has no config.json, which the input lacks too"] if lacking else []
+    if code := [name for name in companions if name.endswith(".py")]:
+        notes.append(f"code of the input's is copied along: {first_few(code)}")
+    return Layout(True, files, companions, tuple(notes))
 
 
 def _shards(tensors: Sequence[OutputTensor], template: Checkpoint) -> dict[str, list[OutputTensor]]:

@@ -21,9 +21,9 @@ STEP_NAMES = (
 )  # fmt: skip
 EPOCH_NAMES = ("epoch", "epochs", "current_epoch")
 # Entries that say where an optimization stood, which does not fit averaged weights.
+# What was chosen of an optimizer, and fairseq's account of it, say nothing of that.
 TRAINING_STATE = re.compile(
-    r"(last_)?optim(izer)?s?(_states?)?(_dict)?s?|(lr_)?schedulers?(_states?)?(_dict)?s?|"
-    r"(grad_|loss_)?scalers?(_states?)?(_dict)?s?"
+    r"(?i).*(optim|sched|scaler).*(?<!config)(?<!cfg)(?<!args)(?<!params)(?<!history)(?<!name)"
 )
 OPTIMIZER_KEYS = frozenset(["state", "param_groups"])  # of its state, whatever that is called
 LR_NAMES = ("lr", "learning_rate")

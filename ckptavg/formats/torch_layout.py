@@ -6,6 +6,7 @@ loads the output. A ``.pt`` is for everybody else as well.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,9 @@ from ckptavg.formats.torch_zip import PROVENANCE_RECORD, TorchFile
 
 PLAIN_SUFFIX = ".pt"
 STATE_DICT = "state_dict"
-_MOST_VALUES = 10_000  # 0-d tensors that are kept: a small file can hold them by the million
+_SMALL = 1 << 14  # elements of a tensor that counts as a value where it stands among others
+_MOST_VALUES, _MOST_BYTES = 10_000, 1 << 24  # of those: a small file can hold them by the million
+_MOST_NAMES = 30  # in a note
 _BARE = "the weights stand under 'state_dict'; -o OUT.pth gives a bare state dict like the inputs"
 _MODULE = "a pickled module is written as its state dict: its class is not known here"
 
@@ -97,6 +100,7 @@ class _Storages:
         self.stubs: dict[str, TensorStub] = {}
         self.values: dict[str, bytes] = {}
         self._kept: dict[object, TensorStub] = {}
+        self._bytes = 0
         for tensor in tensors:
             if tensor.tied_to is not None:
                 storage = self.stubs[tensor.tied_to].storage
@@ -105,22 +109,26 @@ class _Storages:
             self.stubs[tensor.name] = TensorStub(storage, tensor.dtype, tensor.shape)
 
     def keep(self, view: TensorView, file: TorchFile) -> TensorStub | None:
-        """A 0-d tensor with its value; None if there are too many."""
+        """A small tensor with its values; None if there are too many."""
         same = weights.identity(view)
-        if same not in self._kept and len(self._kept) < _MOST_VALUES:
+        room = len(self._kept) < _MOST_VALUES and self._bytes < _MOST_BYTES
+        if same not in self._kept and room:
             self._kept[same] = self._read(view, file)
         return self._kept.get(same)
 
     def _read(self, view: TensorView, file: TorchFile) -> TensorStub:
-        value = bytearray(view.dtype.size)
+        numel = math.prod(view.shape)
+        value = bytearray(numel * view.dtype.size)
         reader = Reader()
         try:
-            reader.read(file.tensor(view), 0, 1, memoryview(value))
+            if numel:
+                reader.read(file.tensor(view), 0, numel, memoryview(value))
         finally:
             reader.close()
         key = str(len(self.stubs) + len(self.values))
         self.values[key] = bytes(value)
-        return TensorStub(StorageStub(key, view.dtype, 1), view.dtype, ())
+        self._bytes += len(value)
+        return TensorStub(StorageStub(key, view.dtype, numel), view.dtype, view.shape)
 
 
 def _contents(suffix: str, provenance: str, template: Checkpoint, book: _Storages) -> Contents:
@@ -164,7 +172,7 @@ def _usual_place(file: TorchFile, place: weights.Place) -> weights.Place | None:
 def _keeper(
     plain: bool, template: Checkpoint, book: _Storages, file: TorchFile, place: weights.Place
 ) -> Keeper:
-    """Keeps, of tensors, those that are the weights under another name, and single values."""
+    """Keeps, of tensors, those that are the weights under another name, and small ones."""
     bare = {stored: name for name, stored in template.stored_names.items()}
     same = {
         weights.identity(view): book.stubs[bare[name]]
@@ -172,10 +180,11 @@ def _keeper(
         if isinstance(view, TensorView) and bare.get(name) in book.stubs
     }
 
-    def tensor(view: TensorView) -> TensorStub | None:
+    def tensor(view: TensorView, among_values: bool) -> TensorStub | None:
         if found := same.get(weights.identity(view)):
             return found
-        return None if view.shape or not view.dtype.size else book.keep(view, file)
+        small = not view.shape or (among_values and math.prod(view.shape) <= _SMALL)
+        return book.keep(view, file) if small and view.dtype.size else None
 
     return Keeper(template.key, plain, tensor, {})
 
@@ -196,4 +205,4 @@ def _own_entry(
 def _told(keeper: Keeper) -> list[str]:
     if not keeper.dropped:
         return []
-    return [f"not taken over from the last checkpoint: {first_few(keeper.dropped, 6)}"]
+    return [f"not taken over from the last checkpoint: {first_few(keeper.dropped, _MOST_NAMES)}"]

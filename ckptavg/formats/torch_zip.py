@@ -98,6 +98,7 @@ def read(place: str | Location, within: tuple[int, int] | None = None) -> TorchF
             archive = zipfile.ZipFile(file)
             entries = _entries(path, archive.infolist())
             _check_entries(path, entries)
+            ends = _ends(archive)
             starts = _packed(file, archive, entries, path) if storage.is_url(path) else {}
             order = entries.get("byteorder")
             if order and order.file_size == 3 and _content(file, order, path) == b"big":
@@ -118,7 +119,7 @@ def read(place: str | Location, within: tuple[int, int] | None = None) -> TorchF
         if info.filename in starts:
             return base + starts[info.filename]
         with _open(path, within) as file:
-            return base + data_offset(file, info, path)
+            return base + data_offset(file, info, path, ends)
 
     return TorchFile(path, tree, locate, text)
 
@@ -180,13 +181,12 @@ def _packed(
     ``torch.save`` leaves no room between entries and begins each at a multiple of 64 bytes; a file
     counts as its own if that holds of its pickle, whose local header is read.
     """
-    ordered = sorted(archive.infolist(), key=lambda info: info.header_offset)
-    ends = [*(info.header_offset for info in ordered[1:]), archive.start_dir]
+    ends = _ends(archive)
     found: dict[str, int] = {}
-    for info, end in zip(ordered, ends, strict=True):
+    for info in archive.infolist():
         least = info.header_offset + _LOCAL_HEADER + len(info.orig_filename.encode())
         descriptor = (24 if info.file_size >> 32 else 16) if info.flag_bits & 8 else 0
-        start = end - descriptor - info.file_size
+        start = ends[info.filename] - descriptor - info.file_size
         if start % _ALIGNMENT == 0 and least <= start < least + 2 * _ALIGNMENT:
             found[info.filename] = start
     pickle = entries["data.pkl"]
@@ -232,8 +232,16 @@ def damaged(path: str | Location, why: str) -> CheckpointError:
     )
 
 
-def data_offset(file: Any, info: zipfile.ZipInfo, path: str) -> int:
+def data_offset(
+    file: Any, info: zipfile.ZipInfo, path: str, ends: Mapping[str, int] | None = None
+) -> int:
     """Where the bytes of a stored zip entry begin, by its local header.
+
+    Args:
+        file: The archive.
+        info: The entry, as the directory has it.
+        path: Of the file, for messages.
+        ends: Where each entry has to end, by its name; where the file does if None.
 
     Raises:
         CheckpointError: The local header contradicts the directory.
@@ -250,6 +258,8 @@ def data_offset(file: Any, info: zipfile.ZipInfo, path: str) -> int:
     start = info.header_offset + _LOCAL_HEADER + name_length + extra_length
     if start + info.file_size > end:
         raise damaged(path, f"the zip entry {info.filename!r} runs past the end of the file")
+    if ends is not None and start + info.file_size > ends[info.filename]:
+        raise damaged(path, f"the zip entry {info.filename!r} runs into the next one")
     if not _agrees(info, header, file.read(name_length)):
         raise damaged(path, f"the zip entry {info.filename!r} contradicts the zip's directory")
     return start
@@ -262,6 +272,13 @@ def _agrees(info: zipfile.ZipInfo, header: bytes, name: bytes) -> bool:
     encoding = "utf-8" if info.flag_bits & _UTF8 else "cp437"
     same_size = flags & _SIZES_FOLLOW or size in (info.compress_size, _ELSEWHERE)
     return bool(same_size) and name == info.orig_filename.encode(encoding)
+
+
+def _ends(archive: zipfile.ZipFile) -> dict[str, int]:
+    """Where each entry has to end: where the next one begins, or the directory."""
+    ordered = sorted(archive.infolist(), key=lambda info: info.header_offset)
+    begins = [*(info.header_offset for info in ordered[1:]), archive.start_dir]
+    return {info.filename: end for info, end in zip(ordered, begins, strict=True)}
 
 
 def _content(file: Any, info: zipfile.ZipInfo, path: str) -> bytes:

@@ -244,6 +244,46 @@ def test_hyperparameters_may_be_called_as_training_state_is(tmp_path):
     assert set(found["state"]) == {"model", "hparams"}
 
 
+def test_small_tensors_among_values_are_values_and_many_tensors_are_weights(tmp_path):
+    given = {"width": 6, "class_weights": torch.tensor([1.0, 2.0, 3.0]), "turned": torch.eye(3).t()}
+    run_of(
+        tmp_path / "run",
+        lambda m, e: {
+            "model": m.state_dict(),
+            "hyper_parameters": given | {"table": torch.zeros(1 << 15), "b": 1, "c": 2},
+            "ema": {"decay": 0.9} | model().state_dict(),
+            "shadow": [torch.zeros(2)],
+            "prior": torch.tensor([0.5, 0.5]),
+        },
+    )
+    found = averaged(tmp_path / "run", "out.ckpt")
+    assert set(found) == {"model", "hyper_parameters", "prior", "ckptavg"}
+    assert set(found["hyper_parameters"]) == {*given, "b", "c"}
+    assert torch.equal(found["hyper_parameters"]["class_weights"], given["class_weights"])
+    assert torch.equal(found["hyper_parameters"]["turned"], torch.eye(3))
+    assert torch.equal(found["prior"], torch.tensor([0.5, 0.5]))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["optimizer_G", "optimizerG_state_dict", "g_optimizer", "optim_g", "lr_sched", "sched",
+     "warmup_scheduler", "schedulerG", "lr_schedule", "amp_scaler", "last_optimizer_state"],
+)  # fmt: skip
+def test_training_state_goes_by_whatever_name(tmp_path, name):
+    kept = {"optimizer_config": {"lr": 1}, "scheduler_args": {"a": 1}, "optimizer_history": [1]}
+    run_of(tmp_path / "run", lambda m, e: {"model": m.state_dict(), name: {"last": e}, **kept})
+    assert set(averaged(tmp_path / "run", "out.ckpt")) == {"model", "ckptavg", *kept}
+
+
+def test_everything_that_is_dropped_is_named(tmp_path, caplog):
+    caplog.set_level("INFO", "ckptavg")
+    others = {f"object_{i}": Unknown() for i in range(12)}
+    run_of(tmp_path / "run", lambda m, e: {"model": m.state_dict(), **others})
+    averaged(tmp_path / "run", "out.ckpt")
+    note = next(r.getMessage() for r in caplog.records if "not taken over" in r.getMessage())
+    assert all(name in note for name in others)
+
+
 def test_a_pickled_module_is_written_as_its_state_dict(tmp_path, caplog):
     caplog.set_level("INFO", "ckptavg")
     models = run_of(tmp_path / "run", lambda m, e: {"model": m, "epoch": e}, suffix=".pt")
@@ -344,7 +384,8 @@ class Executed:
 
 @pytest.mark.parametrize(
     "value",
-    [Unknown(a=1), Executed(), torch.zeros(3), os.system, Unknown, [1, Unknown()], (Executed(),),
+    [Unknown(a=1), Executed(), torch.zeros(1 << 15), [torch.zeros(2)],
+     os.system, Unknown, [1, Unknown()], (Executed(),),
      {"only": Executed()}, argparse.Namespace(a=Unknown()), nn.ReLU(), frozenset([1]),
      types.SimpleNamespace(a=Executed())],
     ids=str,
@@ -434,7 +475,7 @@ def values():
 
 @given(values())
 def test_plain_values_are_all_kept(value):
-    keeper = harmless.Keeper(key="model", plain=True, tensor=lambda _: None, replaced={})
+    keeper = harmless.Keeper(key="model", plain=True, tensor=lambda *_: None, replaced={})
     kept = keeper.entries({"it": value})
     assert repr(kept) == repr({"it": value})
     assert not keeper.dropped

@@ -234,6 +234,7 @@ DAMAGED = {
     "an entry that begins at 1 TiB": (far_away(1 << 40), ""),
     "an entry that begins at 8 EiB": (far_away((1 << 63) + 1), ""),
     "an entry that begins at 16 EiB": (far_away((1 << 64) - 1), ""),
+    "an extra field up to the next one": (patched(STORED, FIRST, LOCAL, 28, 60, "<H"), "runs into"),
     "no local header": (patched(STORED, FIRST, LOCAL, 0, 0, "<I"), "no header"),
     "a local name past the end": (patched(STORED, SECOND, LOCAL, 26, 65_535, "<H"), "end"),
     "a pickle whose name is long": (patched(STORED, "archive/data.pkl", LOCAL, 28, 60_000, "<H"),
