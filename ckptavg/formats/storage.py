@@ -123,16 +123,6 @@ class RemotePath:
         size = stat(self).size
         return read_ranges([(self.url, 0, size)])[0] if size else b""
 
-    def read_text(self, encoding: str) -> str:
-        """All of a small file of text.
-
-        Raises:
-            FileNotFoundError: There is none.
-        """
-        if not self.is_file():
-            raise FileNotFoundError(f"{self} does not exist")
-        return self.read_bytes().decode(encoding)
-
     def stat(self) -> os.stat_result:
         """Size and time, for those who expect no more."""
         found = stat(self)

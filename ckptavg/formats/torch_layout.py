@@ -195,7 +195,7 @@ def _own_entry(
     """The weights under the names that they had, in their order, and what stood among them."""
     taken = set(template.stored_names.values())
     others = {name: value for name, value in place.entry.items() if name not in taken}
-    kept = keeper.entries(others, f"{template.key}." if template.key else "", depth=2)
+    kept = keeper.entries(others, f"{template.key}." if template.key else "")
     new = {template.stored_name(name): stub for name, stub in book.stubs.items()} | kept
     own = OrderedDict((name, new.pop(name)) for name in place.entry if name in new)
     own.update(new)  # what another base brings
