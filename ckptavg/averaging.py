@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ckptavg import discovery, lora, schemes
+from ckptavg.blocks import StreamResult
 from ckptavg.errors import CheckpointError, UsageError, first_few
 from ckptavg.formats import Checkpoint, open_checkpoint, storage
 from ckptavg.formats.layout import lay_out
@@ -20,10 +21,11 @@ from ckptavg.formats.output import Layout, OutputTensor
 from ckptavg.formats.publish import Publication, check_room, check_target
 from ckptavg.formats.table import DTYPES, FileStamp
 from ckptavg.formats.writing import FileSink, MemorySink
+from ckptavg.groups import Job
 from ckptavg.plan import Plan, Rules, batchnorm_layers, copy_plan, make_plan
 from ckptavg.run import Run, as_run
 from ckptavg.schemes import Scheme
-from ckptavg.stream import Progress, StreamResult, stream
+from ckptavg.stream import Progress, stream
 from ckptavg.version import __version__
 
 log = logging.getLogger("ckptavg")
@@ -167,7 +169,8 @@ def in_memory(
 ) -> StateDict:
     """Compute an average as a state dict; ``stale=False`` if its statistics will be recomputed."""
     sink = MemorySink(planned.plan.outputs)
-    result = stream(planned.plan.tensors, sink, keep_nonfinite=keep_nonfinite, progress=progress)
+    jobs = [Job(planned.plan.tensors, sink, keep_nonfinite)]
+    (result,) = stream(jobs, progress=progress).results
     _verify(planned.plan)
     _log(planned, result, stale=stale)
     return sink.state_dict
@@ -186,9 +189,8 @@ def write(
     layout = prepare(planned, out, overwrite=overwrite)
 
     def fill(sink: FileSink) -> None:
-        result = stream(
-            planned.plan.tensors, sink, keep_nonfinite=keep_nonfinite, progress=progress
-        )
+        jobs = [Job(planned.plan.tensors, sink, keep_nonfinite)]
+        (result,) = stream(jobs, progress=progress).results
         _verify(planned.plan)
         _log(planned, result)
 
@@ -341,7 +343,7 @@ def load(checkpoint: Checkpoint) -> StateDict:
     """Read one checkpoint's tensors as they are, under bare names."""
     plan = copy_plan(checkpoint)
     sink = MemorySink(plan.outputs)
-    stream(plan.tensors, sink)
+    stream([Job(plan.tensors, sink)])
     _verify(plan)
     return sink.state_dict
 

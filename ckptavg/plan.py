@@ -59,11 +59,9 @@ class TensorPlan:
         return OutputTensor(self.name, self.dtype, self.shape, self.tied_to)
 
     @property
-    def input_bytes(self) -> int:
-        """Bytes that are read for it."""
-        if self.tied_to is not None:
-            return 0
-        return sum(t.stored_bytes for t in (*self.sources, *self.compared))
+    def inputs(self) -> tuple[Tensor, ...]:
+        """What is read for it, in the run's order: what is compared comes before what is taken."""
+        return (*self.compared, *self.sources)
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,7 @@ def test_bytes_are_counted_once(tmp_path, weights):
 def test_bits_do_not_depend_on_blocks_or_threads(tmp_path):
     from ckptavg.averaging import plan_average
     from ckptavg.formats.writing import MemorySink
+    from ckptavg.groups import Job
 
     generator = torch.Generator().manual_seed(0)
     states = [
@@ -97,7 +98,7 @@ def test_bits_do_not_depend_on_blocks_or_threads(tmp_path):
     results = []
     for block, threads in [(1 << 15, 1), (1 << 21, 4)]:
         sink = MemorySink(plan.outputs)
-        stream(plan.tensors, sink, block=block, threads=threads)
+        stream([Job(plan.tensors, sink)], block=block, threads=threads)
         results.append(sink.state_dict)
     assert all(same_bits(results[0][name], results[1][name]) for name in (A, B))
     blocks = [w * s[B].double() / 2.5 for w, s in zip([1, 2, 3, 4], states, strict=True)]

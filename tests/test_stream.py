@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from ckptavg import stream as stream_module
 from ckptavg.errors import CheckpointError, NonFiniteError
 from ckptavg.formats.writing import MemorySink
+from ckptavg.groups import Job
 from ckptavg.plan import Rules, make_plan
 from ckptavg.stream import stream
 
@@ -38,7 +39,8 @@ def compute(checkpoints, coefficients, rules=None, **options):
     """A plan's state dict and what the stream noticed."""
     plan = make_plan(checkpoints, coefficients, rules or Rules())
     sink = MemorySink(plan.outputs)
-    result = stream(plan.tensors, sink, **options)
+    keep = options.pop("keep_nonfinite", False)
+    (result,) = stream([Job(plan.tensors, sink, keep)], **options).results
     return sink.state_dict, result
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
 import torch
@@ -175,27 +175,28 @@ def overlap(
     return begin, end, skipped
 
 
-def boxes(shape: tuple[int, ...], limit: int) -> list[tuple[int, int]]:
-    """Cut a tensor into (start, count) ranges of its flattened order that are boxes of it.
+def boxes(shape: tuple[int, ...], start: int, end: int, limit: int) -> Iterator[tuple[int, int]]:
+    """Cut a range of a tensor's flattened order into (start, count) ranges that are boxes of it.
 
     Args:
         shape: The tensor's extent.
-        limit: Most elements a box.
+        start: The range's first element.
+        end: One past its last.
+        limit: Most elements a box, where a row of the last dimension is not longer.
     """
-    total = math.prod(shape)
-    if not total:
-        return []
-    row = total
-    for extent in shape:
-        whole, row = row, row // extent
-        if row <= limit:
-            step = min(limit // row, extent) * row
-            return [
-                (base + i, min(step, whole - i))
-                for base in range(0, total, whole)
-                for i in range(0, whole, step)
-            ]
-    return [(0, total)]
+    rows = [math.prod(shape[i:]) for i in range(len(shape) + 1)]
+    while start < end:
+        whole, row = next(
+            (
+                (whole, row)
+                for whole, row in zip([math.inf, *rows], rows, strict=False)
+                if start % row == 0 and row <= max(1, min(limit, end - start))
+            )
+        )
+        stop = min(end, start + limit, start - start % whole + whole)
+        count = int(stop - start) // row * row
+        yield start, count
+        start += count
 
 
 def box_of(

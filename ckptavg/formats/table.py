@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from ckptavg.errors import CheckpointError
@@ -95,7 +96,7 @@ class Piece:
     start: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Tensor:
     """One tensor of a checkpoint: its type, its shape and its bytes' whereabouts.
 
@@ -125,7 +126,7 @@ class Tensor:
         """Bytes of the elements that pieces cover."""
         return self.dtype.nbytes(sum(math.prod(piece.shape) for piece in self.pieces))
 
-    @property
+    @cached_property
     def contiguous(self) -> bool:
         """Whether the bytes lie in one row-major range."""
         if len(self.pieces) != 1 or self.pieces[0].shape != self.shape:
