@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from ckptavg.evaluation import evaluate as evaluate
     from ckptavg.formats import Checkpoint as Checkpoint
     from ckptavg.formats import open_checkpoint as open_checkpoint
+    from ckptavg.many import average_many as average_many
     from ckptavg.run import Run as Run
     from ckptavg.run import open_run as open_run
     from ckptavg.version import __version__ as __version__
 
 _HOMES = {
     "average": "averaging",
+    "average_many": "many",
     "update_bn": "batchnorm",
     "CkptavgError": "errors",
     "Candidate": "evaluation",

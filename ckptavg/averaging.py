@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ckptavg import discovery, lora, schemes
+from ckptavg import discovery, lora, outputs, schemes
 from ckptavg.blocks import StreamResult
 from ckptavg.errors import CheckpointError, UsageError, first_few
-from ckptavg.formats import Checkpoint, open_checkpoint, storage
-from ckptavg.formats.layout import lay_out
-from ckptavg.formats.output import Layout, OutputTensor
-from ckptavg.formats.publish import Publication, check_room, check_target
-from ckptavg.formats.table import DTYPES, FileStamp
-from ckptavg.formats.writing import FileSink, MemorySink
+from ckptavg.formats import Checkpoint, open_checkpoint
+from ckptavg.formats.table import FileStamp
+from ckptavg.formats.writing import MemorySink, Sink
 from ckptavg.groups import Job
+from ckptavg.outputs import StateDict, Target
 from ckptavg.plan import Plan, Rules, batchnorm_layers, copy_plan, make_plan
 from ckptavg.run import Run, as_run
 from ckptavg.schemes import Scheme
-from ckptavg.stream import Progress, stream
-from ckptavg.version import __version__
+from ckptavg.stream import Extras, Progress, stream
 
 log = logging.getLogger("ckptavg")
-StateDict = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -55,13 +48,17 @@ class Average:
 
     def provenance(self, batchnorm: str | None = None) -> dict[str, Any]:
         """How the average is made, as plain values for JSON."""
-        return provenance(
+        return outputs.provenance(
             self.scheme.text,
             self.plan.checkpoints,
             self.plan.coefficients,
             batchnorm or self.batchnorm,
             self.plan.ties,
         )
+
+
+Planned = tuple[Average, str | os.PathLike[str]]
+"""An average and the path of its output."""
 
 
 def average(
@@ -111,9 +108,7 @@ def average(
     planned = plan_average(
         run, scheme, weights=weights, include=include, exclude=exclude, base=base, dtype=dtype
     )
-    if on_nonfinite not in ("error", "keep"):
-        raise UsageError(f"on_nonfinite is expected to be error or keep but got {on_nonfinite!r}")
-    keep = on_nonfinite == "keep"
+    keep = keeps_nonfinite(on_nonfinite)
     if out is None:
         return in_memory(planned, keep_nonfinite=keep, progress=progress)
     return write(planned, out, overwrite=overwrite, keep_nonfinite=keep, progress=progress)
@@ -156,24 +151,15 @@ def _open_base(path: str | os.PathLike[str], key: str) -> Checkpoint:
         return open_checkpoint(path)
 
 
+def keeps_nonfinite(choice: str) -> bool:
+    """Whether averages that are not finite are written, by the option's name for it."""
+    if choice not in ("error", "keep"):
+        raise UsageError(f"on_nonfinite is expected to be error or keep but got {choice!r}")
+    return choice == "keep"
+
+
 def _patterns(given: str | Sequence[str]) -> tuple[str, ...]:
     return (given,) if isinstance(given, str) else tuple(given)
-
-
-def in_memory(
-    planned: Average,
-    *,
-    keep_nonfinite: bool = False,
-    progress: Progress | None = None,
-    stale: bool = True,
-) -> StateDict:
-    """Compute an average as a state dict; ``stale=False`` if its statistics will be recomputed."""
-    sink = MemorySink(planned.plan.outputs)
-    jobs = [Job(planned.plan.tensors, sink, keep_nonfinite)]
-    (result,) = stream(jobs, progress=progress).results
-    _verify(planned.plan)
-    _log(planned, result, stale=stale)
-    return sink.state_dict
 
 
 def write(
@@ -185,158 +171,90 @@ def write(
     progress: Progress | None = None,
 ) -> Path:
     """Compute an average straight into its output."""
-    tensors = planned.plan.outputs
-    layout = prepare(planned, out, overwrite=overwrite)
+    return write_many(
+        [(planned, out)], overwrite=overwrite, keep_nonfinite=keep_nonfinite, progress=progress
+    )[0]
 
-    def fill(sink: FileSink) -> None:
-        jobs = [Job(planned.plan.tensors, sink, keep_nonfinite)]
-        (result,) = stream(jobs, progress=progress).results
-        _verify(planned.plan)
-        _log(planned, result)
 
-    return _publish(layout, Path(out), tensors, overwrite, fill)
+def write_many(
+    averages: Sequence[Planned],
+    *,
+    order: Sequence[Checkpoint] = (),
+    overwrite: bool = False,
+    keep_nonfinite: bool = False,
+    progress: Progress | None = None,
+) -> list[Path]:
+    """Compute several averages straight into their outputs, from one read of the inputs.
+
+    Args:
+        averages: What to compute and where it goes.
+        order: The run that all of them are selections of.
+        overwrite: Replace existing outputs.
+        keep_nonfinite: Write averages that are not finite as they are.
+        progress: Called with the bytes read and their total.
+
+    Raises:
+        OutputError: An output may not or could not be written.
+    """
+    targets = prepare_many(averages, overwrite=overwrite)
+    plans = [planned for planned, _ in averages]
+    with outputs.opened(targets) as sinks:
+        _compute(plans, sinks, order, keep_nonfinite=keep_nonfinite, progress=progress)
+    return [target.path for target in targets]
+
+
+def in_memory(
+    planned: Average,
+    *,
+    keep_nonfinite: bool = False,
+    progress: Progress | None = None,
+    stale: bool = True,
+) -> StateDict:
+    """Compute an average as a state dict; ``stale=False`` if its statistics will be recomputed."""
+    (state_dict,) = in_memory_many(
+        [planned], keep_nonfinite=keep_nonfinite, progress=progress, stale=stale
+    )
+    return state_dict
+
+
+def in_memory_many(
+    averages: Sequence[Average],
+    *,
+    order: Sequence[Checkpoint] = (),
+    keep_nonfinite: bool = False,
+    progress: Progress | None = None,
+    stale: bool = True,
+) -> list[StateDict]:
+    """Compute several averages as state dicts, from one read; arguments as for ``write_many``."""
+    sinks = [MemorySink(planned.plan.outputs) for planned in averages]
+    _compute(averages, sinks, order, keep_nonfinite=keep_nonfinite, progress=progress, stale=stale)
+    return [sink.state_dict for sink in sinks]
 
 
 def prepare(
     planned: Average, out: str | os.PathLike[str], *, overwrite: bool, batchnorm: str | None = None
-) -> Layout:
+) -> Target:
     """Lay the output of an average out and make sure that it may and can be written.
 
     Raises:
         OutputError: It may not be written, or there is too little room.
     """
-    plan, made = planned.plan, planned.provenance(batchnorm)
-    template = plan.checkpoints[-1]
-    layout = _prepare(out, plan.outputs, made, plan.files, template, overwrite)
-    if plan.companions and not layout.directory:
-        beside = first_few(list(plan.companions))
-        raise UsageError(
-            f"{out} would be a file, but {beside} has to stand beside the weights",
-            "Name a directory: -o with no suffix.",
-        )
-    layout.companions.update(plan.companions)
-    return layout
+    plan = planned.plan
+    return outputs.prepare(
+        out,
+        plan.outputs,
+        planned.provenance(batchnorm),
+        [*plan.files, plan.checkpoints[-1]],
+        companions=plan.companions,
+        overwrite=overwrite,
+    )
 
 
-def prepare_copy(
-    checkpoint: Checkpoint,
-    out: str | os.PathLike[str],
-    made: Mapping[str, Any],
-    *,
-    overwrite: bool,
-) -> Layout:
-    """As ``prepare``, for a checkpoint whose tensors are all taken."""
-    outputs = copy_plan(checkpoint).outputs
-    return _prepare(out, outputs, made, [checkpoint], checkpoint, overwrite)
-
-
-def _prepare(
-    out: str | os.PathLike[str],
-    tensors: Sequence[OutputTensor],
-    made: Mapping[str, Any],
-    inputs: Sequence[Checkpoint],
-    template: Checkpoint,
-    overwrite: bool,
-) -> Layout:
-    storage.check_output(out)
-    places = [str(name) for c in inputs for name in (c.path, *(f.path for f in c.files))]
-    names = [Path(place) for place in places if not storage.is_url(place)]
-    check_target(Path(out), overwrite=overwrite, inputs=names)
-    layout = lay_out(os.fspath(out), tensors, made, template)
-    check_room(Path(out), layout.size)
-    return layout
-
-
-def _publish(
-    layout: Layout,
-    out: Path,
-    tensors: Sequence[OutputTensor],
-    overwrite: bool,
-    fill: Callable[[FileSink], None],
-) -> Path:
-    with Publication(out, directory=layout.directory, overwrite=overwrite) as publication:
-        with FileSink(layout, publication.temporary, tensors) as sink:
-            fill(sink)
-            sink.finish()
-        publication.publish()
-    for note in layout.notes:
-        log.info(note)
-    return out
-
-
-def save(
-    state_dict: Mapping[str, torch.Tensor],
-    out: str | os.PathLike[str],
-    made: Mapping[str, Any],
-    inputs: Sequence[Checkpoint],
-    *,
-    overwrite: bool = False,
-) -> Path:
-    """Write tensors that are in memory, with the same care as an average.
-
-    Args:
-        state_dict: What to write, under bare names.
-        out: As for ``average``.
-        made: Its provenance.
-        inputs: The checkpoints that it was made of; none of them may be the output, and a
-            directory follows the last one's layout and copies its configuration.
-        overwrite: Replace an existing output.
-    """
-    tensors = output_tensors(state_dict)
-    layout = _prepare(out, tensors, made, inputs, inputs[-1], overwrite)
-
-    def fill(sink: FileSink) -> None:
-        for tensor in tensors:
-            if tensor.tied_to is None and state_dict[tensor.name].numel():
-                values = state_dict[tensor.name].detach().cpu().contiguous()
-                raw = (ctypes.c_uint8 * values.nbytes).from_address(values.data_ptr())
-                sink.write(tensor.name, 0, memoryview(raw).cast("B"))
-
-    return _publish(layout, Path(out), tensors, overwrite, fill)
-
-
-def output_tensors(state_dict: Mapping[str, torch.Tensor]) -> list[OutputTensor]:
-    """What writing a state dict needs to know of it; names of one tensor are tied."""
-    seen: dict[object, str] = {}
-    found: list[OutputTensor] = []
-    for name, tensor in state_dict.items():
-        place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
-        first = seen.setdefault(place, name) if tensor.numel() else name
-        dtype = DTYPES[str(tensor.dtype).removeprefix("torch.")]
-        tied = None if first == name else first
-        found.append(OutputTensor(name, dtype, tuple(tensor.shape), tied))
-    return found
-
-
-def provenance(
-    scheme: str,
-    checkpoints: Sequence[Checkpoint],
-    coefficients: Sequence[float],
-    batchnorm: str,
-    ties: Sequence[Sequence[str]] = (),
-) -> dict[str, Any]:
-    """How an output was made, as plain values for JSON.
-
-    Returns:
-        ``version``, ``scheme``, ``checkpoints`` (each with ``path``, ``step``, ``coefficient``,
-        ``size`` in bytes and ``mtime`` in seconds), ``bn`` and ``tied`` names, if there are any.
-    """
-    made: dict[str, Any] = {
-        "version": __version__,
-        "scheme": scheme,
-        "checkpoints": [
-            {
-                "path": storage.without_secrets(str(c.path)),
-                "step": c.step,
-                "coefficient": coefficient,
-                "size": c.size,
-                "mtime": max(stamp.mtime_ns for stamp in c.files) / 1e9,
-            }
-            for c, coefficient in zip(checkpoints, coefficients, strict=True)
-        ],
-        "bn": batchnorm,
-    }
-    return made | ({"tied": [list(group) for group in ties]} if ties else {})
+def prepare_many(averages: Sequence[Planned], *, overwrite: bool) -> list[Target]:
+    """As ``prepare``, for several averages at once."""
+    targets = [prepare(planned, out, overwrite=overwrite) for planned, out in averages]
+    outputs.check_together(targets)
+    return targets
 
 
 def load(checkpoint: Checkpoint) -> StateDict:
@@ -344,25 +262,43 @@ def load(checkpoint: Checkpoint) -> StateDict:
     plan = copy_plan(checkpoint)
     sink = MemorySink(plan.outputs)
     stream([Job(plan.tensors, sink)])
-    _verify(plan)
+    _verify([plan])
     return sink.state_dict
 
 
-def _verify(plan: Plan) -> None:
-    stamps: dict[str, FileStamp] = {s.path: s for c in plan.files for s in c.files}
+def _compute(
+    averages: Sequence[Average],
+    sinks: Sequence[Sink],
+    order: Sequence[Checkpoint],
+    *,
+    keep_nonfinite: bool,
+    progress: Progress | None,
+    stale: bool = True,
+) -> None:
+    plans = [planned.plan for planned in averages]
+    jobs = [
+        Job(plan.tensors, sink, keep_nonfinite) for plan, sink in zip(plans, sinks, strict=True)
+    ]
+    streamed = stream(jobs, Extras(order), progress=progress)
+    _verify(plans)
+    _log(averages, streamed.results, stale=stale)
+
+
+def _verify(plans: Iterable[Plan]) -> None:
+    stamps: dict[str, FileStamp] = {s.path: s for p in plans for c in p.files for s in c.files}
     for stamp in stamps.values():
         stamp.verify()
 
 
-def _log(planned: Average, result: StreamResult, *, stale: bool = True) -> None:
-    for note in planned.plan.notes:
+def _log(averages: Sequence[Average], results: Sequence[StreamResult], *, stale: bool) -> None:
+    for note in dict.fromkeys(note for planned in averages for note in planned.plan.notes):
         log.info(note)
-    if result.differing:
-        names = first_few(sorted(result.differing))
+    if differing := {name for result in results for name in result.differing}:
+        names = first_few(sorted(differing))
         log.info("integers are not averaged but taken from the last checkpoint: %s", names)
-    if result.nonfinite:
-        log.warning("not finite and kept: %s", first_few(sorted(result.nonfinite)))
-    if stale and planned.batchnorm == "stale":
+    if nonfinite := {name for result in results for name in result.nonfinite}:
+        log.warning("not finite and kept: %s", first_few(sorted(nonfinite)))
+    if stale and any(planned.batchnorm == "stale" for planned in averages):
         log.info(
             "BatchNorm statistics are not those of the averaged weights (stale): recompute them "
             "with `ckptavg update-bn`, or by --model and --train-data"

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from ckptavg import averaging, lora
-from ckptavg.averaging import Average, StateDict
+from ckptavg.averaging import Average
 from ckptavg.batches import (
     Batches,
     Forward,
@@ -35,6 +35,7 @@ from ckptavg.errors import EvaluationError, UsageError
 from ckptavg.formats import Checkpoint, open_checkpoint
 from ckptavg.loading import fit, load_into
 from ckptavg.metrics import ClassificationMetrics, LogMean, log_softmax
+from ckptavg.outputs import StateDict
 from ckptavg.run import Run
 
 log = logging.getLogger("ckptavg")

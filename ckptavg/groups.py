@@ -139,7 +139,7 @@ def grouped(
     alike: dict[object, list[tuple[int, TensorPlan]]] = {}
     for number, plans in enumerate([*(job.tensors for job in jobs), gram]):
         for plan in plans:
-            if plan.tied_to is None and math.prod(plan.shape):
+            if plan.tied_to is None and plan.output.numel:
                 key = (plan.name, plan.shape, plan.averaged)
                 alike.setdefault(key, []).append((number, plan))
     found: list[Group] = []

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from ckptavg import averaging, lora
-from ckptavg.averaging import Average, StateDict
+from ckptavg import averaging, lora, outputs
+from ckptavg.averaging import Average
 from ckptavg.batches import Batches, Forward, Runtime
 from ckptavg.batchnorm import BatchNormResult, recompute, tracked_layers
 from ckptavg.batchnorm import Progress as BatchProgress
@@ -20,6 +20,7 @@ from ckptavg.formats import Checkpoint
 from ckptavg.formats.table import REFRESHED
 from ckptavg.formats.weights import bare_names
 from ckptavg.loading import load_into
+from ckptavg.outputs import StateDict
 from ckptavg.stream import Progress
 
 RECOMPUTED = "recomputed"
@@ -63,7 +64,7 @@ def write_average(
     result = refresh(weights, model, data, runtime, str(out), forward, batch_progress)
     made, inputs = planned.provenance(RECOMPUTED), [*planned.plan.files]
     inputs.append(planned.plan.checkpoints[-1])
-    averaging.save(weights, out, made, inputs, overwrite=overwrite)
+    outputs.save(weights, out, made, inputs, overwrite=overwrite)
     return result
 
 
@@ -80,12 +81,12 @@ def update_checkpoint(
 ) -> BatchNormResult:
     """Write a copy of a checkpoint with recomputed statistics; see ``write_average``."""
     lora.require_models([checkpoint])
-    made = dict(checkpoint.provenance or averaging.provenance(REFRESHED, [checkpoint], [1.0], ""))
+    made = dict(checkpoint.provenance or outputs.provenance(REFRESHED, [checkpoint], [1.0], ""))
     made["bn"] = RECOMPUTED
-    averaging.prepare_copy(checkpoint, out, made, overwrite=overwrite)
+    outputs.prepare_copy(checkpoint, out, made, overwrite=overwrite)
     weights = averaging.load(checkpoint)
     result = refresh(weights, model, data, runtime, str(checkpoint.path), forward, batch_progress)
-    averaging.save(weights, out, made, [checkpoint], overwrite=overwrite)
+    outputs.save(weights, out, made, [checkpoint], overwrite=overwrite)
     return result
 
 

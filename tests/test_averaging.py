@@ -20,7 +20,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import ckptavg
 from ckptavg import average, open_run
 from ckptavg.averaging import load, plan_average
-from ckptavg.averaging import save as save_state
 from ckptavg.errors import (
     CheckpointError,
     CkptavgError,
@@ -32,6 +31,7 @@ from ckptavg.errors import (
     UsageError,
 )
 from ckptavg.formats import open_checkpoint
+from ckptavg.outputs import save as save_state
 
 OUTPUTS = ["swa.safetensors", "swa.pt", "swa"]
 

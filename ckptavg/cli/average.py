@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptavg.cli import options
+from ckptavg.cli.also import Also, also
 from ckptavg.errors import UsageError
 from ckptavg.report import Report, counted, number_text, size_text
 
 if TYPE_CHECKING:
     from ckptavg.averaging import Average
+    from ckptavg.run import Run
 
 _OUT = "Output"
 log = logging.getLogger("ckptavg")
@@ -24,6 +26,10 @@ log = logging.getLogger("ckptavg")
 @options.option(
     _OUT, "-o", "--out", metavar="OUT",
     help="FILE.safetensors, FILE.pt, a file with the inputs' suffix, or a directory.",
+)  # fmt: skip
+@options.option(
+    _OUT, "--also", "further", multiple=True, type=also, metavar="NAME=SCHEME[@SELECTION]",
+    help="One more average beside OUT, from the same read: last5=uniform@last=5.",
 )  # fmt: skip
 @options.option(_OUT, "--dry-run", is_flag=True, help="Show the plan, write nothing.")
 @options.option(_OUT, "--overwrite", is_flag=True, help="Replace an existing output.")
@@ -38,6 +44,7 @@ def average(
     report: Report,
     paths: tuple[str, ...],
     out: str | None,
+    further: tuple[Also, ...],
     dry_run: bool,
     overwrite: bool,
     glob: str | None,
@@ -53,44 +60,72 @@ def average(
     \b
       ckptavg average runs/swa -o swa.safetensors
       ckptavg average runs/swa --last 10 --scheme ema:decay=0.9 -o ema.pt
+      ckptavg average runs/swa -o all.pt --also last5=uniform@last=5 --also ema=ema:decay=0.9
       ckptavg average runs/swa -o swa.pt --model torchvision:resnet50 --train-data imagefolder:train
     """
-    if out is None and not dry_run:
-        raise UsageError("Missing option '-o': where the average goes (or pass --dry-run)")
-    if bool(settings["model_spec"]) != bool(settings["train_data"]):
-        raise UsageError("--model and --train-data go together: they recompute BatchNorm")
-    _, selection = options.open_selected(paths, glob, key, settings)
+    _check_usage(out, further, dry_run, settings)
+    run, selection = options.open_selected(paths, glob, key, settings)
     if settings["weights"]:
         _note_order(paths, [str(c.path) for c in selection])
     from ckptavg import averaging  # noqa: PLC0415 - help is shown without torch
 
-    planned = options.planned(selection, settings)
+    planned = [options.planned(selection, settings)]
+    planned += [_planned_also(one, run, selection, settings) for one in further]
+    outs = [] if out is None else [out, *(one.path(out) for one in further)]
     if out is not None:
-        layout = averaging.prepare(planned, out, overwrite=overwrite)
-        for note in layout.notes if dry_run else ():
+        targets = averaging.prepare_many(list(zip(planned, outs, strict=True)), overwrite=overwrite)
+        notes = [note for target in targets for note in target.layout.notes]
+        for note in dict.fromkeys(notes) if dry_run else ():
             log.info(note)
-    _show_plan(report, planned)
+    for one, name in zip(planned, ["", *(one.name for one in further)], strict=True):
+        _show_plan(report, one, name)
     if out is None or dry_run:
-        report.result(planned.provenance() | {"output": None})
+        _result(report, [one.provenance() | {"output": None} for one in planned], further)
         return
-    batchnorm = _write(report, planned, out, overwrite, settings)
-    written = sum(f.stat().st_size for f in _files(Path(out)))
-    state = "" if batchnorm == "none" else f", BatchNorm statistics: {batchnorm}"
-    report.line(f"wrote {out} ({size_text(written)}{state})")
-    report.result(planned.provenance(batchnorm) | {"output": out, "bytes": written})
+    batchnorm = _write(report, planned, outs, run, overwrite, settings)
+    made = [_written(report, one, path, batchnorm) for one, path in zip(planned, outs, strict=True)]
+    _result(report, made, further)
+
+
+def _check_usage(
+    out: str | None, further: tuple[Also, ...], dry_run: bool, settings: dict[str, Any]
+) -> None:
+    if out is None and not dry_run:
+        raise UsageError("Missing option '-o': where the average goes (or pass --dry-run)")
+    if bool(settings["model_spec"]) != bool(settings["train_data"]):
+        raise UsageError("--model and --train-data go together: they recompute BatchNorm")
+    if further and settings["model_spec"]:
+        raise UsageError(
+            "--also and --model exclude each other: write the averages first, then recompute their "
+            "statistics with `ckptavg update-bn`"
+        )
+
+
+def _planned_also(one: Also, run: Run, selection: Run, settings: dict[str, Any]) -> Average:
+    """Plan a further average: of its own selection of the whole run, or of the command's."""
+    if one.picks is not None:
+        options.check_picks(one.picks)
+        selection = options.selected(run, **one.picks)
+    return options.planned(selection, settings, scheme=one.scheme)
 
 
 def _write(
-    report: Report, planned: Average, out: str, overwrite: bool, settings: dict[str, Any]
-) -> str:
-    """Write the average, with recomputed statistics if a model is given; returns their state."""
+    report: Report,
+    planned: list[Average],
+    outs: list[str],
+    run: Run,
+    overwrite: bool,
+    settings: dict[str, Any],
+) -> str | None:
+    """Write the averages; returns the state of recomputed statistics, if they were."""
     from ckptavg import averaging  # noqa: PLC0415
 
     care = {"overwrite": overwrite, "keep_nonfinite": settings["on_nonfinite"] == "keep"}
     if not settings["model_spec"]:
+        outputs = list(zip(planned, outs, strict=True))
         with report.bytes_progress("averaging") as progress:
-            averaging.write(planned, out, **care, progress=progress)
-        return planned.batchnorm
+            averaging.write_many(outputs, order=run.checkpoints, **care, progress=progress)
+        return None
     from ckptavg import refresh  # noqa: PLC0415
     from ckptavg.cli.sources import model_and_runtime, training_data  # noqa: PLC0415
 
@@ -98,11 +133,26 @@ def _write(
     data = training_data(settings)
     with report.batch_progress() as progress:
         refresh.write_average(
-            planned, out, model, data, runtime, **care,
+            planned[0], outs[0], model, data, runtime, **care,
             progress=lambda done, total: progress("averaging (bytes)", done, total),
             batch_progress=lambda done, total: progress("BatchNorm", done, total),
         )  # fmt: skip
     return refresh.RECOMPUTED
+
+
+def _written(report: Report, planned: Average, out: str, batchnorm: str | None) -> dict[str, Any]:
+    """Say what was written; returns it as plain values."""
+    size = sum(f.stat().st_size for f in _files(Path(out)))
+    state = batchnorm or planned.batchnorm
+    statistics = "" if state == "none" else f", BatchNorm statistics: {state}"
+    report.line(f"wrote {out} ({size_text(size)}{statistics})")
+    return planned.provenance(batchnorm) | {"output": out, "bytes": size}
+
+
+def _result(report: Report, made: list[dict[str, Any]], further: tuple[Also, ...]) -> None:
+    """The command's average as JSON, with the further ones under ``also`` if there are any."""
+    others = [{"name": one.name} | m for one, m in zip(further, made[1:], strict=True)]
+    report.result(made[0] | ({"also": others} if others else {}))
 
 
 def _note_order(given: tuple[str, ...], ordered: list[str]) -> None:
@@ -112,7 +162,7 @@ def _note_order(given: tuple[str, ...], ordered: list[str]) -> None:
         log.info("the weights go to the checkpoints in the run's order, not in the order given")
 
 
-def _show_plan(report: Report, planned: Average) -> None:
+def _show_plan(report: Report, planned: Average, name: str) -> None:
     rows = [
         (
             str(checkpoint.path),
@@ -124,7 +174,8 @@ def _show_plan(report: Report, planned: Average) -> None:
             planned.plan.checkpoints, planned.plan.coefficients, strict=True
         )
     ]
-    title = f"{counted(len(rows), 'checkpoint')}, {planned.scheme.text}"
+    of = f"{name}: " if name else ""
+    title = f"{of}{counted(len(rows), 'checkpoint')}, {planned.scheme.text}"
     report.table(("checkpoint", "step", "LR", "coefficient"), rows, title=title)
 
 

@@ -289,10 +289,7 @@ def open_selected(
     from ckptavg.run import open_run  # noqa: PLC0415 - help is shown without it
 
     picks = {name: options.pop(name) for name in SELECTION}
-    given = {name: picks[name] is not None for name in ("best", "metric", "mode")}
-    if any(given.values()) and not all(given.values()):
-        lacking = " and ".join(f"--{name}" for name, there in given.items() if not there)
-        raise UsageError(f"--best, --metric and --mode go together: {lacking} is missing")
+    check_picks(picks)
     run = open_run(*paths, glob=glob, key=key)
     for note in run.notes:
         log.info(note)
@@ -306,14 +303,26 @@ def open_selected(
     return run, selected(run, **picks)
 
 
-def planned(selection: Run, settings: Mapping[str, Any]) -> Average:
-    """Plan the average of a selection by the scheme and tensor options."""
+def check_picks(picks: Mapping[str, Any]) -> None:
+    """Make sure that what selects by a metric is whole.
+
+    Raises:
+        UsageError: A part is missing.
+    """
+    given = {name: picks[name] is not None for name in ("best", "metric", "mode")}
+    if any(given.values()) and not all(given.values()):
+        lacking = " and ".join(f"--{name}" for name, there in given.items() if not there)
+        raise UsageError(f"--best, --metric and --mode go together: {lacking} is missing")
+
+
+def planned(selection: Run, settings: Mapping[str, Any], *, scheme: str | None = None) -> Average:
+    """Plan the average of a selection by the tensor options, and those of the scheme or another."""
     from ckptavg.averaging import plan_average  # noqa: PLC0415 - help is shown without torch
 
     return plan_average(
         selection,
-        settings["scheme"],
-        weights=settings["weights"],
+        scheme or settings["scheme"],
+        weights=None if scheme else settings["weights"],
         include=settings["include"],
         exclude=settings["exclude"],
         base=settings["base"],

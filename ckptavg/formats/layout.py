@@ -20,6 +20,7 @@ from ckptavg.formats.output import FileLayout, Layout, OutputTensor
 from ckptavg.formats.table import PROVENANCE
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".tar")
+FILE_LAYOUTS = ("safetensors", "torch")  # of checkpoints that are one file
 _SHARD_BYTES = 5_000_000_000  # what Hugging Face splits at, where the input was not split already
 
 
@@ -56,6 +57,11 @@ def lay_out(
 
         return dcp_layout.lay_out(tensors, text, template)
     return _directory(tensors, text, template)
+
+
+def has_suffix(name: str) -> bool:
+    """Whether a name says that an output is a file, and of which kind."""
+    return Path(name).suffix in (".safetensors", *TORCH_SUFFIXES)
 
 
 def _safetensors(

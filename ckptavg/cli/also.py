@@ -1,0 +1,86 @@
+"""``--also NAME=SCHEME[@SELECTION]``: further averages from the same read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ckptavg.cli.options import SELECTION, pair, positive
+
+_UNIFORM = "uniform"
+_VALUES: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "from": ("first", float),
+    "to": ("final", float),
+    "every": ("every", positive),
+    "cycle": ("cycle", pair),
+    "best": ("best", positive),
+    "metric": ("metric", str),
+    "mode": ("mode", str),
+    "sample": ("sample", pair),
+    "last": ("last", positive),
+}
+_FLAGS = {"at-lr-min": "at_lr_min"}
+
+
+@dataclass(frozen=True)
+class Also:
+    """A further average.
+
+    Attributes:
+        name: Of its output.
+        scheme: How it is weighted.
+        picks: Its own selection, by the names in ``SELECTION``; None for the command's.
+    """
+
+    name: str
+    scheme: str
+    picks: dict[str, Any] | None
+
+    def path(self, out: str) -> str:
+        """Where it goes: beside the command's output, in the same format unless it says another."""
+        from ckptavg.formats.layout import has_suffix  # noqa: PLC0415 - help is shown without torch
+
+        beside = Path(out)
+        suffix = "" if has_suffix(self.name) or not has_suffix(out) else beside.suffix
+        return str(beside.with_name(self.name + suffix))
+
+
+def also(text: str) -> Also:
+    """Read ``NAME=SCHEME[@SELECTION]``; an empty scheme is uniform.
+
+    Raises:
+        click.BadParameter: It is otherwise.
+    """
+    name, separator, rest = text.partition("=")
+    scheme, at, selection = rest.partition("@")
+    if not name or not separator or Path(name).name != name:
+        raise click.BadParameter(
+            f"expected NAME=SCHEME[@SELECTION], as in last5=uniform@last=5, but got {text!r}"
+        )
+    return Also(name, scheme or _UNIFORM, _picks(selection) if at else None)
+
+
+def _picks(text: str) -> dict[str, Any]:
+    found: dict[str, Any] = dict.fromkeys(SELECTION) | {"at_lr_min": False}
+    for part in text.split(","):
+        key, separator, value = part.strip().partition("=")
+        if key in _FLAGS and not separator:
+            found[_FLAGS[key]] = True
+        elif key in _VALUES and value:
+            name, convert = _VALUES[key]
+            found[name] = _converted(part, value, convert)
+        else:
+            expected = ", ".join([*(f"{name}=..." for name in _VALUES), *_FLAGS])
+            raise click.BadParameter(f"expected one of {expected} after @ but got {part!r}")
+    return found
+
+
+def _converted(part: str, value: str, convert: Callable[[str], Any]) -> Any:
+    try:
+        return convert(value)
+    except ValueError:
+        raise click.BadParameter(f"expected a number in {part!r}") from None

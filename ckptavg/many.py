@@ -1,0 +1,144 @@
+"""Many averages of one run from one read of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ckptavg.averaging import (
+    Average,
+    in_memory_many,
+    keeps_nonfinite,
+    plan_average,
+    write_many,
+)
+from ckptavg.errors import UsageError
+from ckptavg.formats import Checkpoint, storage
+from ckptavg.formats.layout import FILE_LAYOUTS, has_suffix
+from ckptavg.formats.publish import unwritable
+from ckptavg.outputs import StateDict
+from ckptavg.run import Run, as_run
+from ckptavg.stream import Progress
+
+
+def average_many(
+    run: Run | Iterable[Checkpoint],
+    averages: Mapping[str, str | Run | tuple[Run, str | Sequence[float]]],
+    *,
+    out_dir: str | os.PathLike[str] | None = None,
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
+    base: str | os.PathLike[str] | Checkpoint | None = None,
+    dtype: str = "keep",
+    overwrite: bool = False,
+    on_nonfinite: str = "error",
+    progress: Progress | None = None,
+) -> dict[str, StateDict] | dict[str, Path]:
+    """Compute several averages of a run while each input byte is read once.
+
+    Each has the bits that ``average`` alone would give it::
+
+        run = ckptavg.open_run("runs/swa")
+        windows = {f"last{k}": run.last(k) for k in (5, 10, 20)}
+        ckptavg.average_many(run, windows | {"ema.pt": "ema:decay=0.9"}, out_dir="averages")
+
+    Args:
+        run: What ``open_run`` returned, or a selection of it.
+        averages: Name → a scheme for the run, a selection of it (averaged uniformly), or both; in
+            place of a scheme then also weights, one a checkpoint.
+        out_dir: Directory for the outputs, made if need be. A name's suffix decides the format as
+            for ``average``; without one it is a directory where the inputs are directories, else
+            ``.safetensors``. None returns state dicts instead.
+        include: Shell patterns of tensor names to average; all where empty.
+        exclude: Shell patterns of those not to.
+        base: The checkpoint that the rest comes from; the last of each selection where None.
+        dtype: Of the outputs' floats, as for ``average``.
+        overwrite: Replace existing outputs.
+        on_nonfinite: ``error``, or ``keep`` to write averages that are not finite.
+        progress: Called with the bytes read and their total.
+
+    Returns:
+        The state dict under bare names or the path of each output, by name.
+
+    Raises:
+        UsageError: A selection is none of the run, or a name is no file name.
+        OutputError: An output may not or could not be written; no output appears then, unless
+            publishing some that were whole failed after others.
+        CkptavgError: As for ``average``.
+    """
+    run = as_run(run)
+    keep = keeps_nonfinite(on_nonfinite)
+    planned: dict[str, Average] = {}
+    for name, asked in averages.items():
+        selection, scheme = _asked(name, run, asked)
+        chosen: dict[str, Any] = (
+            {"scheme": scheme} if isinstance(scheme, str) else {"weights": scheme}
+        )
+        planned[name] = plan_average(
+            selection, **chosen, include=include, exclude=exclude, base=base, dtype=dtype
+        )
+    if not planned:
+        raise UsageError("no average is asked for")
+    settings: dict[str, Any] = {
+        "order": run.checkpoints,
+        "keep_nonfinite": keep,
+        "progress": progress,
+    }
+    if out_dir is None:
+        computed = in_memory_many(list(planned.values()), **settings)
+        return dict(zip(planned, computed, strict=True))
+    paths = {name: Path(out_dir) / _file_name(name, run) for name in planned}
+    storage.check_output(out_dir)
+    with _directory(Path(out_dir)):
+        outputs = [(planned[name], path) for name, path in paths.items()]
+        write_many(outputs, overwrite=overwrite, **settings)
+    return paths
+
+
+@contextmanager
+def _directory(path: Path) -> Iterator[None]:
+    """A directory that is there, and no longer so if it was not and nothing came of it."""
+    made = not path.exists()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    try:
+        yield
+    except BaseException:
+        if made and not any(path.iterdir()):
+            path.rmdir()
+        raise
+
+
+def _asked(
+    name: str, run: Run, asked: str | Run | tuple[Run, str | Sequence[float]]
+) -> tuple[Run, str | Sequence[float]]:
+    """The selection and the scheme of one of many averages."""
+    selection: Run
+    scheme: str | Sequence[float]
+    if isinstance(asked, str):
+        selection, scheme = run, asked
+    elif isinstance(asked, Run):
+        selection, scheme = asked, "uniform"
+    else:
+        selection, scheme = asked
+    places = {id(checkpoint): i for i, checkpoint in enumerate(run)}
+    order = [places.get(id(checkpoint), -1) for checkpoint in selection]
+    if -1 in order or order != sorted(order):
+        raise UsageError(
+            f"the checkpoints of {name!r} are no selection of the run",
+            "Select them from the run itself: run.last(5).",
+        )
+    return selection, scheme
+
+
+def _file_name(name: str, run: Run) -> str:
+    if Path(name).name != name:
+        raise UsageError(f"the name of an average is expected to be a file name but got {name!r}")
+    if has_suffix(name) or run.checkpoints[-1].layout not in FILE_LAYOUTS:
+        return name
+    return f"{name}.safetensors"
