@@ -7,6 +7,7 @@ conversion to the output's type follow.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -68,6 +69,15 @@ class Worker:
         self._reader.fetch(
             (source, start, count) for group, start, count in blocks for source in group.sources
         )
+
+    def advise(self, blocks: Sequence[tuple[Group, int, int]]) -> None:
+        """Tell the system which blocks of local files are going to be read soon."""
+        for _, parts in itertools.groupby(blocks, key=lambda block: id(block[0])):
+            run = list(parts)
+            (group, first, _), (_, last, count) = run[0], run[-1]
+            for source in group.sources:
+                if source.contiguous:
+                    self._reader.advise(source, first, last + count - first)
 
     def block(self, group: Group, start: int, count: int) -> None:
         """Compute one block of every tensor of a group and hand it to its output."""

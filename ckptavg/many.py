@@ -137,7 +137,7 @@ def _asked(
 
 
 def _file_name(name: str, run: Run) -> str:
-    if Path(name).name != name:
+    if Path(name).name != name or name == "..":
         raise UsageError(f"the name of an average is expected to be a file name but got {name!r}")
     if has_suffix(name) or run.checkpoints[-1].layout not in FILE_LAYOUTS:
         return name

@@ -32,7 +32,7 @@ STRIDED_BLOCK = (
     1 << 20
 )  # elements of a tensor that is not one contiguous range: fewer, longer reads
 TASK = 1 << 21  # elements that a thread takes at a time; tasks end at its multiples in a tensor
-READ_AHEAD = 64 << 20  # bytes of remote files that all threads together hold
+READ_AHEAD = 64 << 20  # bytes that are on their way; of remote files, held
 _CACHED = 1 << 17  # float64 that stay in a second-level cache
 _MOST_HELD = 1 << 20  # float64 that a thread holds at a time
 _SMALLEST = 1 << 11  # elements a block, below which calls cost more than what they compute
@@ -105,7 +105,7 @@ def stream(
     ranges = [(group, *extras.parts.get(group.name, (0, group.numel))) for group in groups]
     workers = threads or min(4, os.cpu_count() or 1)
     remote = any(is_url(piece.file) for g in groups for t in g.sources for piece in t.pieces)
-    shared = _Shared(jobs, extras.watcher, READ_AHEAD // workers if remote else 0)
+    shared = _Shared(jobs, extras.watcher, READ_AHEAD // workers, remote=remote)
     report = progress or (lambda *_: None)
     total, done = sum(map(_input_bytes, ranges)), 0
     report(done, total)
@@ -158,7 +158,7 @@ def _blocks(group: Group, start: int, end: int, block: int) -> Iterator[tuple[in
 
 
 def _bundles(task: list[Range], limit: int) -> Iterator[list[Range]]:
-    """Blocks that are fetched together: as many as the limit allows, in bytes of all sources."""
+    """Blocks that are asked for together: as many as the limit allows, in bytes of all sources."""
     bundle: list[Range] = []
     filled = 0
     for block in task:
@@ -179,10 +179,13 @@ def _block_bytes(block: Range) -> int:
 class _Shared:
     """What the threads of one stream have in common; each has a worker of its own."""
 
-    def __init__(self, jobs: Sequence[Job], watcher: Watcher | None, ahead: int) -> None:
+    def __init__(
+        self, jobs: Sequence[Job], watcher: Watcher | None, ahead: int, *, remote: bool
+    ) -> None:
         self.jobs = jobs
         self.watcher = watcher
-        self.ahead = ahead  # bytes of remote files that a thread may fetch before it uses them
+        self.ahead = ahead  # bytes that are on their way to a thread before it uses them
+        self.remote = remote
         self.streamed = Streamed([StreamResult() for _ in jobs])
         self.stopped = threading.Event()
         self.workers: list[Worker] = []
@@ -201,7 +204,7 @@ class _Shared:
             self.workers.append(worker)
         done = 0
         try:
-            for block in self._fetched(worker, task) if self.ahead else task:
+            for block in self._prepared(worker, task):
                 if self.stopped.is_set():
                     break
                 worker.block(*block)
@@ -218,10 +221,16 @@ class _Shared:
             self.streamed.gram = done.gram if before is None else before + done.gram
         return done.nbytes
 
-    def _fetched(self, worker: Worker, task: list[Range]) -> Iterator[Range]:
-        """Blocks of remote files, asked for some at a time; one too large is read by parts."""
-        for bundle in _bundles(task, self.ahead):
-            if not self.stopped.is_set() and sum(map(_block_bytes, bundle)) <= self.ahead:
+    def _prepared(self, worker: Worker, task: list[Range]) -> Iterator[Range]:
+        """Blocks in turn, with the next ones on their way while some are computed."""
+        bundles = list(_bundles(task, self.ahead))
+        for i, bundle in enumerate(bundles):
+            if self.stopped.is_set():
+                return
+            if not self.remote:
+                for soon in bundles[i and i + 1 : i + 2]:
+                    worker.advise(soon)
+            elif sum(map(_block_bytes, bundle)) <= self.ahead:  # else it is read by parts
                 worker.fetch(bundle)
             yield from bundle
 

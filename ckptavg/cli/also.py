@@ -57,7 +57,7 @@ def also(text: str) -> Also:
     """
     name, separator, rest = text.partition("=")
     scheme, at, selection = rest.partition("@")
-    if not name or not separator or Path(name).name != name:
+    if not name or not separator or Path(name).name != name or name == "..":
         raise click.BadParameter(
             f"expected NAME=SCHEME[@SELECTION], as in last5=uniform@last=5, but got {text!r}"
         )

@@ -50,6 +50,14 @@ class Reader:
             part for tensor, start, count in wanted for part in _ranges(tensor, start, count)
         )
 
+    def advise(self, tensor: Tensor, start: int, count: int) -> None:
+        """Tell the system that elements of a contiguous tensor are going to be read soon."""
+        piece, size = tensor.pieces[0], tensor.dtype.size
+        if hasattr(os, "posix_fadvise") and not is_url(piece.file):
+            handle = self._open(piece.file).fileno()
+            offset = piece.offset + start * size
+            os.posix_fadvise(handle, offset, count * size, os.POSIX_FADV_WILLNEED)
+
     def read(self, tensor: Tensor, start: int, count: int, out: memoryview) -> None:
         """Read ``count`` elements, in row-major order from element ``start``.
 

@@ -1,0 +1,311 @@
+"""Many averages from one read: each has the bits that it would have alone."""
+
+import collections
+import json
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from click.testing import CliRunner
+from helpers import listing, same_bits, save_states
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from test_stream import runs
+
+import ckptavg
+from ckptavg import average, average_many, open_run
+from ckptavg import stream as stream_module
+from ckptavg.cli import main
+from ckptavg.errors import MismatchError, NonFiniteError, OutputError, UsageError
+from ckptavg.formats import reading
+
+
+def states(count, numel=5000):
+    generator = torch.Generator().manual_seed(count)
+    return [
+        {
+            "weight": torch.randn(numel, generator=generator),
+            "strided": torch.randn(40, 30, generator=generator).t(),
+            "half": torch.randn(33, generator=generator).half(),
+            "steps": torch.tensor(i),
+        }
+        for i in range(count)
+    ]
+
+
+@pytest.fixture
+def run(tmp_path):
+    save_states(tmp_path / "run", states(6))
+    return open_run(tmp_path / "run")
+
+
+def the_same(one, other):
+    return one.keys() == other.keys() and all(same_bits(one[name], other[name]) for name in other)
+
+
+@st.composite
+def requests(draw, run):
+    """Names of averages and what is asked for: windows, strides, schemes, weights."""
+    asked = {}
+    for i in range(draw(st.integers(1, 5))):
+        selection = run
+        if draw(st.booleans()):
+            selection = selection.last(draw(st.integers(1, len(run))))
+        if draw(st.booleans()):
+            selection = selection.every(draw(st.integers(1, 3)))
+        count = len(selection)
+        weights = st.lists(st.sampled_from([0.0, 0.5, 1.0, 3.0]), min_size=count, max_size=count)
+        asked[f"a{i}"] = draw(
+            st.sampled_from([selection, (selection, "ema:decay=0.7"), (selection, "linear")])
+            | weights.filter(any).map(lambda w, s=selection: (s, w))
+        )
+    return asked
+
+
+def alone(run, asked, **options):
+    """The same average by itself."""
+    if isinstance(asked, str):
+        return average(run, asked, **options)
+    selection, how = asked if isinstance(asked, tuple) else (asked, "uniform")
+    given_as = {"scheme": how} if isinstance(how, str) else {"weights": how}
+    return average(selection, **given_as, on_nonfinite="keep", **options)
+
+
+@settings(derandomize=True, deadline=None, max_examples=80)
+@given(runs(), st.data())
+def test_every_bit_is_that_of_the_average_alone(drawn, data):
+    with ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        save_states(directory, drawn[0])
+        run = open_run(directory)
+        asked = data.draw(requests(run))
+        expected = {name: alone(run, value) for name, value in asked.items()}
+        for name in ("TASK", "STRIDED_BLOCK", "_CACHED", "_SMALLEST"):
+            size = data.draw(st.integers(1, 100))
+            stack.enter_context(mock.patch.object(stream_module, name, size))
+        found = average_many(run, asked, on_nonfinite="keep")
+    assert list(found) == list(asked)
+    for name, state in found.items():
+        assert list(state) == list(expected[name])
+        assert the_same(state, expected[name]), name
+
+
+def test_each_byte_is_read_once(run, tmp_path, monkeypatch):
+    """Of each file as many bytes as its tensors have, whatever number of averages they go into."""
+    read = collections.Counter()
+    read_at = reading._read_at
+
+    def counted(file, out, offset):
+        got = read_at(file, out, offset)
+        read.update({file.name: got})
+        return got
+
+    monkeypatch.setattr(reading, "_read_at", counted)
+    windows = {f"last{k}": run.last(k) for k in range(1, 7)}
+    average_many(run, windows | {"ema": "ema:decay=0.9"}, out_dir=tmp_path / "out")
+    assert read == {str(checkpoint.path): checkpoint.nbytes for checkpoint in run}
+
+
+def test_outputs_are_those_of_average_alone(run, tmp_path):
+    asked = {"last2": run.last(2), "ema.pt": "ema:decay=0.5", "mix.pth": (run.every(2), [1, 2, 3])}
+    paths = average_many(run, asked, out_dir=tmp_path / "out")
+    assert {name: path.name for name, path in paths.items()} == {
+        "last2": "last2.safetensors", "ema.pt": "ema.pt", "mix.pth": "mix.pth",
+    }  # fmt: skip
+    for name, path in paths.items():
+        by_itself = alone(run, asked[name], out=tmp_path / path.name)
+        assert path.read_bytes() == by_itself.read_bytes()
+    assert listing(tmp_path / "out") == ["ema.pt", "last2.safetensors", "mix.pth"]
+
+
+def test_integers_are_those_of_the_last_of_each_selection(run):
+    asked = {"early": run.steps(1, 3), "late": run.last(2)}
+    found = average_many(run, asked)
+    assert (int(found["early"]["steps"]), int(found["late"]["steps"])) == (2, 5)
+
+
+def test_patterns_types_and_a_base_hold_for_all(run, tmp_path):
+    base = save_states(tmp_path / "base", states(1))[0]
+    options = {"exclude": "half", "base": base, "dtype": "float64"}
+    found = average_many(run, {"a": run.last(2), "b": "linear"}, **options)
+    assert the_same(found["a"], average(run.last(2), **options))
+    assert the_same(found["b"], average(run, "linear", **options))
+
+
+def test_hugging_face_runs_give_directories(tmp_path):
+    for step in (1, 2, 3):
+        directory = tmp_path / "run" / f"checkpoint-{step}"
+        save_states(directory, [{"w": torch.full((4,), float(step))}], ".safetensors")
+        (directory / "epoch_1.safetensors").rename(directory / "model.safetensors")
+        (directory / "config.json").write_text("{}")
+    run = open_run(tmp_path / "run")
+    paths = average_many(run, {"last2": run.last(2), "all.pt": run}, out_dir=tmp_path / "out")
+    assert load_file(paths["last2"] / "model.safetensors")["w"].tolist() == [2.5] * 4
+    assert paths["all.pt"].is_file()
+
+
+def test_an_adapter_is_merged_in_each(tmp_path):
+    """Adapters are read through stand-ins of their tensors, which no other average shares."""
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "base_model_name_or_path": "x"}
+    for step in (1, 2, 3):
+        directory = tmp_path / "run" / f"checkpoint-{step}"
+        factors = {f"m.lora_{x}.weight": torch.randn(s) for x, s in (("A", (1, 3)), ("B", (2, 1)))}
+        save_states(directory, [factors], ".safetensors")
+        (directory / "epoch_1.safetensors").rename(directory / "adapter_model.safetensors")
+        (directory / "adapter_config.json").write_text(json.dumps(config))
+    run = open_run(tmp_path / "run")
+    found = average_many(run, {"two": run.last(2), "all": "linear"})
+    assert the_same(found["two"], average(run.last(2)))
+    assert the_same(found["all"], average(run, "linear"))
+
+
+def test_what_is_not_finite_is_refused_for_all_and_kept_where_it_is(run, tmp_path):
+    bad = states(6)
+    bad[1]["weight"][77] = float("nan")
+    save_states(tmp_path / "run", bad)
+    run = open_run(tmp_path / "run")
+    asked = {"all": run, "last4": run.last(4)}
+    with pytest.raises(NonFiniteError, match=r"weight is NaN in .*epoch_2"):
+        average_many(run, asked, out_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    found = average_many(run, asked, on_nonfinite="keep")
+    assert found["all"]["weight"].isnan().sum() == 1
+    assert not found["last4"]["weight"].isnan().any()
+
+
+@pytest.mark.parametrize(
+    ("asked", "error", "message"),
+    [
+        ({}, UsageError, "no average is asked for"),
+        ({"a/b": "uniform"}, UsageError, "file name but got 'a/b'"),
+        ({"..": "uniform"}, UsageError, "file name"),
+        ({"x": "nonsense"}, UsageError, "scheme is expected"),
+        ({"x": "uniform", "x.safetensors": "linear"}, UsageError, "two averages would be written"),
+        ({"x": "uniform", "taken": "linear"}, OutputError, "taken.safetensors exists already"),
+        ({"x": "lawa:k=2", "y": "ema:decay=2"}, UsageError, "decay"),
+    ],
+)
+def test_a_mistake_is_found_before_anything_is_written(run, tmp_path, asked, error, message):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "taken.safetensors").touch()
+    with pytest.raises(error, match=message):
+        average_many(run, asked, out_dir=out)
+    assert listing(out) == ["taken.safetensors"]
+
+
+def test_selections_of_another_run_are_refused(run, tmp_path):
+    other = open_run(tmp_path / "run")
+    for asked in (other.last(2), ckptavg.Run((run.checkpoints[::-1],))):
+        with pytest.raises(UsageError, match="no selection of the run"):
+            average_many(run, {"x": asked})
+
+
+def test_one_that_does_not_fit_stops_all(tmp_path):
+    wrong = states(3)
+    del wrong[0]["half"]
+    save_states(tmp_path / "run", wrong)
+    run = open_run(tmp_path / "run")
+    assert set(average_many(run, {"late": run.last(2)})) == {"late"}
+    with pytest.raises(MismatchError, match="half"):
+        average_many(run, {"late": run.last(2), "all": run}, out_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_room_is_that_of_all_outputs_together(run, tmp_path, monkeypatch):
+    size = average(run, out=tmp_path / "one.safetensors").stat().st_size
+    usage = collections.namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(0, 0, int(2.5 * size)))
+    asked = dict.fromkeys("abc", "uniform")
+    with pytest.raises(OutputError, match="free"):
+        average_many(run, asked, out_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    del asked["c"]
+    assert len(average_many(run, asked, out_dir=tmp_path / "out")) == 2
+
+
+def test_a_failure_while_writing_leaves_nothing(run, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.pwrite", full)
+    with pytest.raises(OutputError, match="disk ran full"):
+        average_many(run, {"a": "uniform", "b": "linear"}, out_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_output_says_how_it_was_made(run, tmp_path):
+    paths = average_many(
+        run, {"last2": run.last(2), "ema": "ema:decay=0.9"}, out_dir=tmp_path / "out"
+    )
+    made = {name: ckptavg.open_checkpoint(path).provenance for name, path in paths.items()}
+    assert [len(made[name]["checkpoints"]) for name in ("last2", "ema")] == [2, 6]
+    assert made["ema"]["scheme"] == "ema:decay=0.9"
+
+
+def command(*arguments):
+    return CliRunner().invoke(main, ["average", *map(str, arguments)])
+
+
+def test_the_command_writes_further_averages_beside_its_own(run, tmp_path):
+    result = command(
+        tmp_path / "run", "-o", tmp_path / "all.pt", "--last", 5, "--json",
+        "--also", "last2=@last=2", "--also", "ema.safetensors=ema:decay=0.9,debias=true",
+        "--also", "some=linear@from=2,to=6,every=2",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    made = json.loads(result.stdout)
+    assert [one["name"] for one in made["also"]] == ["last2", "ema.safetensors", "some"]
+    assert [Path(one["output"]).name for one in made["also"]] == [
+        "last2.pt", "ema.safetensors", "some.pt",
+    ]  # fmt: skip
+    expected = {
+        "last2.pt": average(run.last(2)),
+        "ema.safetensors": average(run.last(5), "ema:decay=0.9,debias=true"),
+        "some.pt": average(run.steps(2, 6).every(2), "linear"),
+        "all.pt": average(run.last(5)),
+    }
+    for name, state in expected.items():
+        found = ckptavg.open_checkpoint(tmp_path / name)
+        assert the_same(ckptavg.average([found]), state), name
+
+
+def test_the_command_shows_each_plan_and_writes_none_in_a_dry_run(run, tmp_path):
+    result = command(tmp_path / "run", "--dry-run", "--also", "last2=linear@last=2")
+    assert result.exit_code == 0, result.output
+    assert "6 checkpoints, uniform" in result.stdout
+    assert "last2: 2 checkpoints, linear" in result.stdout
+    assert listing(tmp_path) == ["run", *(f"run/epoch_{i}.pt" for i in range(1, 7))]
+
+
+@pytest.mark.parametrize(
+    ("further", "message"),
+    [
+        ("last2", "expected NAME=SCHEME[@SELECTION]"),
+        ("=uniform", "expected NAME=SCHEME[@SELECTION]"),
+        ("../x=uniform", "expected NAME=SCHEME[@SELECTION]"),
+        ("x=uniform@lest=2", "expected one of from=..., to=..."),
+        ("x=uniform@last=no", "expected a whole number from 1 on but got 'no'"),
+        ("x=uniform@from=no", "expected a number in 'from=no'"),
+        ("x=uniform@best=2", "--metric and --mode is missing"),
+        ("x=nonsense", "scheme is expected to be one of"),
+    ],
+)
+def test_a_mistyped_further_average_is_told(run, tmp_path, further, message):
+    result = command(tmp_path / "run", "-o", tmp_path / "x.pt", "--also", further)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert listing(tmp_path) == ["run", *(f"run/epoch_{i}.pt" for i in range(1, 7))]
+
+
+def test_further_averages_and_a_model_exclude_each_other(run, tmp_path):
+    result = command(
+        tmp_path / "run", "-o", tmp_path / "x.pt", "--also", "y=linear", "--model", "torchvision:x",
+        "--train-data", "cifar10:x",
+    )  # fmt: skip
+    assert result.exit_code == 2
+    assert "ckptavg update-bn" in result.stderr
