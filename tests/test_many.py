@@ -158,8 +158,9 @@ def test_an_adapter_is_merged_in_each(tmp_path):
         (directory / "epoch_1.safetensors").rename(directory / "adapter_model.safetensors")
         (directory / "adapter_config.json").write_text(json.dumps(config))
     run = open_run(tmp_path / "run")
-    found = average_many(run, {"two": run.last(2), "all": "linear"})
-    assert the_same(found["two"], average(run.last(2)))
+    found = average_many(run, {"late": run.last(2), "early": run.steps(1, 2), "all": "linear"})
+    assert the_same(found["late"], average(run.last(2)))
+    assert the_same(found["early"], average(run.steps(1, 2)))
     assert the_same(found["all"], average(run, "linear"))
 
 
