@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import pairwise
 from typing import NamedTuple
 
 from ckptavg.formats import Checkpoint, Tensor
@@ -129,7 +128,7 @@ def grouped(
     Args:
         jobs: The outputs.
         order: The checkpoints in the order in which every output takes those that it takes; only
-            needed for several outputs.
+            needed for several outputs. Tensors of none of them are read for one output each.
         gram: Tensors of which the products between all sources are wanted.
 
     Returns:
@@ -142,15 +141,7 @@ def grouped(
             if plan.tied_to is None and plan.output.numel:
                 key = (plan.name, plan.shape, plan.averaged)
                 alike.setdefault(key, []).append((number, plan))
-    found: list[Group] = []
-    for numbered in alike.values():
-        ordered, others = numbered, list[tuple[int, TensorPlan]]()
-        if len(numbered) > 1:
-            ordered = [(n, p) for n, p in numbered if _in_order(p, ranks)]
-            others = [(n, p) for n, p in numbered if not _in_order(p, ranks)]
-        parts = (ordered, *([other] for other in others))
-        found += [_group(part, ranks, len(jobs)) for part in parts if part]
-    return found
+    return [_group(plans, ranks, len(jobs)) for plans in alike.values()]
 
 
 def watching(groups: Iterable[Group], tensors: Iterable[Tensor]) -> list[Group]:
@@ -173,7 +164,7 @@ def watching(groups: Iterable[Group], tensors: Iterable[Tensor]) -> list[Group]:
 
 def _group(plans: list[tuple[int, TensorPlan]], ranks: Mapping[int, int], jobs: int) -> Group:
     inputs = {id(t): t for _, plan in plans for t in plan.inputs}
-    if len(plans) > 1:
+    if len(plans) > 1:  # stable, so that tensors of no rank stay in their output's order
         inputs = dict(sorted(inputs.items(), key=lambda item: ranks.get(item[0], -1)))
     place = {key: i for i, key in enumerate(inputs)}
     members = tuple(
@@ -186,9 +177,3 @@ def _group(plans: list[tuple[int, TensorPlan]], ranks: Mapping[int, int], jobs: 
     return Group(
         first.name, first.shape, tuple(inputs.values()), members, products[0] if products else ()
     )
-
-
-def _in_order(plan: TensorPlan, ranks: Mapping[int, int]) -> bool:
-    """Whether a tensor's sources stand in the order that all outputs share."""
-    inputs = [ranks.get(id(tensor), -1) for tensor in plan.inputs]
-    return len(inputs) == 1 or all(-1 < a < b for a, b in pairwise(inputs))
