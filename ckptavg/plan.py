@@ -188,7 +188,8 @@ class _Builder:
         tensors = [c.tensors[name] for c in self.checkpoints]
         last = tensors[-1]
         if last.dtype.kind == "int":
-            owner, others = self.checkpoints[-1:], tuple(tensors[:-1])
+            owner = self.checkpoints[-1:]
+            others = tuple(t for t in tensors[:-1] if t is not last)
             return TensorPlan(name, last.shape, last.dtype, (last,), owner, (1.0,), False, others)
         used = [i for i, c in enumerate(self.coefficients) if c != 0]
         dtype = self._output_dtype(name, [tensors[i].dtype for i in used])
