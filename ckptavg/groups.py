@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -163,17 +164,23 @@ def watching(groups: Iterable[Group], tensors: Iterable[Tensor]) -> list[Group]:
 
 
 def _group(plans: list[tuple[int, TensorPlan]], ranks: Mapping[int, int], jobs: int) -> Group:
-    inputs = {id(t): t for _, plan in plans for t in plan.inputs}
+    keyed = [(number, plan, _keys(plan)) for number, plan in plans]
+    inputs = {key: t for _, plan, keys in keyed for key, t in zip(keys, plan.inputs, strict=True)}
     if len(plans) > 1:  # stable, so that tensors of no rank stay in their output's order
-        inputs = dict(sorted(inputs.items(), key=lambda item: ranks.get(item[0], -1)))
+        inputs = dict(sorted(inputs.items(), key=lambda item: ranks.get(item[0][0], -1)))
     place = {key: i for i, key in enumerate(inputs)}
-    members = tuple(
-        Member(number, plan, tuple(place[id(t)] for t in plan.inputs))
-        for number, plan in plans
-        if number < jobs
-    )
-    products = [tuple(place[id(t)] for t in plan.inputs) for n, plan in plans if n == jobs]
+    placed = [(number, plan, tuple(place[key] for key in keys)) for number, plan, keys in keyed]
+    members = tuple(Member(*one) for one in placed if one[0] < jobs)
+    products = next((places for number, _, places in placed if number == jobs), ())
     first = plans[0][1]
-    return Group(
-        first.name, first.shape, tuple(inputs.values()), members, products[0] if products else ()
-    )
+    return Group(first.name, first.shape, tuple(inputs.values()), members, products)
+
+
+def _keys(plan: TensorPlan) -> list[tuple[int, int]]:
+    """What tells the inputs of a plan apart: one that comes again is read again, in its turn."""
+    seen: Counter[int] = Counter()
+    keys = []
+    for tensor in plan.inputs:
+        keys.append((id(tensor), seen[id(tensor)]))
+        seen[id(tensor)] += 1
+    return keys

@@ -128,6 +128,15 @@ def test_integers_are_those_of_the_last_of_each_selection(run):
     assert (int(found["early"]["steps"]), int(found["late"]["steps"])) == (2, 5)
 
 
+def test_a_checkpoint_that_comes_again_is_added_in_its_turn(tmp_path):
+    values = (1e16, 1.0, -1e16)  # whose sum depends on the order
+    made = [{"w": torch.tensor([v], dtype=torch.float64), "n": torch.tensor(0)} for v in values]
+    save_states(tmp_path, made)
+    one, two, three = open_run(tmp_path)
+    assert average([one, two, three, one, three])["w"].item() == 0.0
+    assert average([one, three, two, one, three])["w"].item() == 0.2
+
+
 def test_patterns_types_and_a_base_hold_for_all(run, tmp_path):
     base = save_states(tmp_path / "base", states(1))[0]
     options = {"exclude": "half", "base": base, "dtype": "float64"}
