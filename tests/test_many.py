@@ -133,8 +133,8 @@ def test_a_checkpoint_that_comes_again_is_added_in_its_turn(tmp_path):
     made = [{"w": torch.tensor([v], dtype=torch.float64), "n": torch.tensor(0)} for v in values]
     save_states(tmp_path, made)
     one, two, three = open_run(tmp_path)
-    assert average([one, two, three, one, three])["w"].item() == 0.0
-    assert average([one, three, two, one, three])["w"].item() == 0.2
+    assert average([two, one, three, two])["w"].item() == 0.25
+    assert average([two, two, one, three])["w"].item() == 0.5
 
 
 def test_patterns_types_and_a_base_hold_for_all(run, tmp_path):
