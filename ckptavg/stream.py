@@ -33,9 +33,7 @@ STRIDED_BLOCK = (
 )  # elements of a tensor that is not one contiguous range: fewer, longer reads
 TASK = 1 << 21  # elements that a thread takes at a time; tasks end at its multiples in a tensor
 READ_AHEAD = 64 << 20  # bytes that are on their way; of remote files, held
-_CACHED = 1 << 17  # float64 that stay in a second-level cache
-_MOST_HELD = 1 << 20  # float64 that a thread holds at a time
-_SMALLEST = 1 << 11  # elements a block, below which calls cost more than what they compute
+_HELD = 1 << 20  # float64 that a thread holds at a time, at most
 
 Progress = Callable[[int, int], None]
 """Called as ``progress(done, total)`` in bytes of input, from the calling thread."""
@@ -152,8 +150,7 @@ def _blocks(group: Group, start: int, end: int, block: int) -> Iterator[tuple[in
     held = len(group.members) + len(group.products) + 1  # float64 at a time for an element
     if not group.contiguous:
         return boxes(group.shape, start, end, max(block, 2 * STRIDED_BLOCK // held))
-    least = min(_SMALLEST, _MOST_HELD // held)
-    size = max(1, least, min(block, _CACHED // held))
+    size = max(1, min(block, _HELD // held))
     return ((at, min(size, end - at)) for at in range(start, end, size))
 
 

@@ -84,7 +84,7 @@ def test_every_bit_is_that_of_the_average_alone(drawn, data):
         run = open_run(directory)
         asked = data.draw(requests(run))
         expected = {name: alone(run, value) for name, value in asked.items()}
-        for name in ("TASK", "STRIDED_BLOCK", "_CACHED", "_SMALLEST"):
+        for name in ("TASK", "STRIDED_BLOCK", "_HELD"):
             size = data.draw(st.integers(1, 100))
             stack.enter_context(mock.patch.object(stream_module, name, size))
         found = average_many(run, asked, on_nonfinite="keep")
