@@ -85,13 +85,12 @@ def _base(name: str) -> str:
 
 def _runner(command: commands.Command) -> Callable[[], measuring.Usage]:
     foreign = Path(command[0]).parent != Path(commands.IMPORT_TORCH[0]).parent
-    hidden = ("PYTHONPATH",) if foreign else ()  # another environment has packages of its own
-    return lambda: measuring.run(command, hidden)
+    return lambda: measuring.run(command, foreign)
 
 
 @dataclass
 class _Agreement:
-    """How far the first output of each is from the first one's."""
+    """How far the first output of each is from ckptavg's, which runs before them."""
 
     reference: Path
     found: dict[str, float] = field(default_factory=dict)
@@ -100,9 +99,10 @@ class _Agreement:
         """What to call when the output is there."""
 
         def finish() -> None:
-            if not self.reference.exists():
-                out.rename(self.reference)
-            elif name != OURS and name not in self.found:
+            if name == OURS:
+                if not self.reference.exists():
+                    out.rename(self.reference)
+            elif self.reference.exists() and name not in self.found:
                 self.found[name] = difference(self.reference, out)
 
         return finish

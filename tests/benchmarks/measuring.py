@@ -1,6 +1,6 @@
 """Processes measured from outside, in alternation, and the floor that they are measured against.
 
-Nothing here imports torch: a child inherits its parent's peak memory, so the parent stays small.
+Nothing here imports torch, so that a fork is cheap and the page cache is left to the files.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 
 BLOCK = 1 << 20
 _SAMPLES = 32
+_PEAK = Path(__file__).parent / "peak"
 
 
 class BenchmarkError(Exception):
@@ -29,7 +30,8 @@ class Usage:
 
     Attributes:
         seconds: Wall clock, from its start to its end.
-        peak: Bytes that it, or the largest process that it waited for, held in memory at most.
+        peak: Bytes that it, or the largest Python below it, held in memory at most until its work
+            was done.
     """
 
     seconds: float
@@ -53,36 +55,42 @@ class Trial:
     finish: Callable[[], None] | None = None
 
 
-def run(command: Sequence[str | Path], hidden: Sequence[str] = ()) -> Usage:
-    """Run a program to its end.
+def run(command: Sequence[str | Path], foreign: bool = False) -> Usage:
+    """Run a Python program to its end.
 
     Args:
         command: The program and its arguments.
-        hidden: Variables of the environment that it must not see.
+        foreign: It belongs to another environment, so PYTHONPATH is not for it.
 
     Raises:
         BenchmarkError: It failed; with the end of what it wrote to stderr.
     """
-    environment = {name: value for name, value in os.environ.items() if name not in hidden}
-    with tempfile.TemporaryFile() as errors:
+    with tempfile.TemporaryFile() as errors, tempfile.NamedTemporaryFile() as peaks:
         start = time.perf_counter()
         process = subprocess.Popen(
             list(map(str, command)), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=errors, env=environment,
+            stderr=errors, env=_environment(peaks.name, foreign),
         )  # fmt: skip
         try:
-            _, status, usage = os.wait4(process.pid, 0)
+            process.wait()
         except BaseException:
             process.kill()
             process.wait()
             raise
         seconds = time.perf_counter() - start
-        process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             errors.seek(0)
             said = errors.read()[-2000:].decode(errors="replace")
             raise BenchmarkError(f"{' '.join(map(str, command))[:300]}\nfailed:\n{said}")
-    return Usage(seconds, usage.ru_maxrss * 1024)
+        return Usage(seconds, 1024 * max(map(int, Path(peaks.name).read_text().split())))
+
+
+def _environment(peaks: str, foreign: bool) -> dict[str, str]:
+    """Variables that make a Python tell its peak memory."""
+    paths = [str(_PEAK), *([] if foreign else os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return {
+        **os.environ, "BENCHMARK_PEAKS": peaks, "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+    }  # fmt: skip
 
 
 def chain(*usages: Usage) -> Usage:
@@ -133,14 +141,15 @@ def alternate(
         progress: Told what was measured.
     """
     found: dict[str, list[Usage]] = {trial.name: [] for trial in trials}
-    for number in range(0 if rounds == 1 else -1, rounds):
+    uncounted = 0 if rounds == 1 else 1
+    for number in range(uncounted + rounds):
         for trial in trials[:: -1 if number % 2 else 1]:
             os.sync()  # so that nothing is left to be written for what ran before
             prepare(trial.inputs)
             usage = trial.run()
-            if number >= 0:
+            if number >= uncounted:
                 found[trial.name].append(usage)
-            progress(f"round {number + 1}: {trial.name}: {usage.seconds:.3f} s")
+            progress(f"round {number - uncounted + 1}: {trial.name}: {usage.seconds:.3f} s")
             if trial.finish is not None:
                 trial.finish()
             empty(room)

@@ -99,8 +99,12 @@ def markdown(tables: Sequence[Table]) -> str:
     for table in tables:
         header, *rows = table.texts()
         lines = [header, ["---"] * len(header), *rows]
-        parts.append("\n".join(f"| {' | '.join(line)} |".replace("|  |", "| |") for line in lines))
+        parts.append("\n".join(map(_markdown_row, lines)))
     return "\n\n".join(parts)
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return "|" + "".join(f" {cell} |" if cell else " |" for cell in cells)
 
 
 def plain(tables: Sequence[Table]) -> str:

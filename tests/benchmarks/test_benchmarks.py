@@ -69,7 +69,7 @@ def written(monkeypatch):
     """Runs ckptavg here, as a process each would take long; returns what every run wrote."""
     outputs = []
 
-    def run(command, hidden=()):
+    def run(command, foreign=False):
         arguments = list(map(str, command))
         if arguments[1] == str(bench.DATA):
             monkeypatch.setattr(sys, "argv", arguments[1:])
@@ -165,25 +165,23 @@ def test_each_other_round_goes_backwards_and_one_does_not_count(tmp_path):
     found = measuring.alternate(
         [trial("a"), trial("b")], 2, tmp_path, lambda _: None, lambda _: None
     )
-    assert "".join(order) == "ba" + "ab" + "ba"
-    assert found == {"a": [Usage(3), Usage(6)], "b": [Usage(4), Usage(5)]}
+    assert "".join(order) == "ab" + "ba" + "ab"
+    assert found == {"a": [Usage(4), Usage(5)], "b": [Usage(3), Usage(6)]}
     assert not list(tmp_path.iterdir())
 
 
-def test_the_peak_is_the_childs_own(tmp_path):
-    """Measured from a small process, as the benchmark is: a child begins with its parent's."""
-    program = (
-        "import measuring, sys\n"
-        "for code in ('', 'bytearray(200_000_000)'):\n"
-        "    print(measuring.run([sys.executable, '-c', code]).peak)\n"
-    )
-    printed = subprocess.run(
-        [sys.executable, "-c", program], check=True, capture_output=True, text=True,
-        cwd=Path(__file__).parent,
-    ).stdout  # fmt: skip
-    small, large = map(int, printed.split())
+def test_the_peak_is_that_of_the_work_alone():
+    """Neither the parent's, which a child begins with, nor that of the end of the process."""
+    at_the_end = "class End:\n    def __del__(self): bytearray(10**9)\nend = End()"
+    small = measuring.run([sys.executable, "-c", at_the_end]).peak
+    large = measuring.run([sys.executable, "-c", "bytearray(2 * 10**8)"]).peak
     assert small < 100e6
     assert 195e6 < large - small < 205e6
+
+
+def test_the_peak_of_the_largest_process_below_counts():
+    below = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'bytearray(10**8)'])"
+    assert measuring.run([sys.executable, "-c", below]).peak > 100e6
 
 
 def test_a_command_that_fails_says_why():
@@ -222,11 +220,12 @@ def test_a_figure_is_the_median_with_its_spread_and_its_goal():
 
 
 def test_tables_hold_every_cell_and_its_goal():
-    table = Table("size", {"a": {"time": Figure([2.0], "s", 1.0)}, "b": {"peak": "none"}})
+    table = Table("size", {"a": {"time": Figure([2.0], "s", 1.0)}, "b": {"peak": "none"}, "c": {}})
     assert markdown([table]) == (
         "| size | time | peak | goal |\n"
         "| --- | --- | --- | --- |\n"
         "| a | 2.00 s | | ≤ 1.00 s, missed |\n"
-        "| b | | none | |"
+        "| b | | none | |\n"
+        "| c | | | |"
     )
-    assert plain([table]).splitlines()[-1].split() == ["b", "none"]
+    assert plain([table]).splitlines()[-2].split() == ["b", "none"]
