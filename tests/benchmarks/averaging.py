@@ -1,0 +1,168 @@
+"""Measure averaging against the disk, the usual script, torch and mergekit.
+
+``python tests/benchmarks/averaging.py`` makes its own checkpoints, runs every program as a process
+of its own, in alternation, and prints the medians with their spread; seconds are those of the whole
+process without those of ``import torch``, which is measured among them. The floor is ``cat`` of the
+inputs to /dev/null, and one output of the same size, written and fsynced. Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import Bench
+from measuring import BenchmarkError
+from parts import PARTS
+from tables import Table, markdown, plain
+
+_VERSIONS = """
+import importlib.metadata as m, json, sys
+names = sys.argv[1:]
+print(json.dumps({name: m.version(name) for name in names}))
+"""
+_SPARE = 1.05
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line, measure, print; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the data is removed
+    names = options.only or [name for name, part in PARTS.items() if part.default]
+    options.dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="ckptavg-benchmark-", dir=options.dir) as room:
+        bench = _bench(options, Path(room))
+        try:
+            check_room(bench, names)
+            about = machine(options.dir, bench.mergekit)
+            bench.progress(", ".join(f"{name} {value}" for name, value in about.items()))
+            tables = [table for name in names for table in PARTS[name].run(bench)]
+        except BenchmarkError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+    show(tables, about, options)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--checkpoints", type=int, default=8, help="how many are averaged (default: 8)")
+    add("--gigabytes", type=float, default=0.94, help="of each (default: 0.94)")
+    add("--rounds", type=int, default=5, help="how often each is run (default: 5)")
+    add("--dir", type=Path, default=Path(), help="where the data goes (default: here)")
+    add("--only", action="append", choices=PARTS, help="a part; may be repeated")
+    add("--large", action="store_true", help="memory with (sparse) checkpoints of 10 GB, too")
+    add("--mergekit", default=shutil.which("mergekit-pytorch"), metavar="PROGRAM",
+        help="mergekit-pytorch (default: the one on PATH)")  # fmt: skip
+    add("--markdown", action="store_true", help="print Markdown")
+    add("--json", type=Path, metavar="FILE", help="store every round of every figure")
+    return parser
+
+
+def _bench(options: argparse.Namespace, room: Path) -> Bench:
+    bench = Bench(
+        checkpoints=options.checkpoints, nbytes=int(options.gigabytes * 1e9),
+        rounds=options.rounds, large=options.large, mergekit=options.mergekit,
+        room=room.resolve(), progress=lambda line: print(line, file=sys.stderr, flush=True),
+    )  # fmt: skip
+    bench.outputs.mkdir()
+    return bench
+
+
+def check_room(bench: Bench, names: Sequence[str]) -> None:
+    """Refuse to start what cannot end, or would not measure what it says.
+
+    Raises:
+        BenchmarkError: The disk is too small, or the inputs would not stay in memory.
+    """
+    disk = max(PARTS[name].disk(bench) for name in names) * _SPARE
+    free = shutil.disk_usage(bench.room).free
+    if disk > free:
+        raise BenchmarkError(
+            f"{bench.room.parent} has {free / 1e9:.1f} GB free, of {disk / 1e9:.1f} GB needed: "
+            "choose another --dir, or less with --checkpoints, --gigabytes or --only"
+        )
+    memory = max(PARTS[name].cached(bench) for name in names) * _SPARE
+    available = _memory("MemAvailable")
+    if memory > available:
+        raise BenchmarkError(
+            f"{available / 1e9:.1f} GB of memory are available, and {memory / 1e9:.1f} GB are "
+            "needed for files to stay warm: take less with --checkpoints, --gigabytes or --only"
+        )
+
+
+def machine(directory: Path, mergekit: str | None) -> dict[str, str]:
+    """What this ran on."""
+    about = {
+        "CPU": _cpu(),
+        "cores": str(len(os.sched_getaffinity(0))),
+        "memory": f"{_memory('MemTotal') / 1e9:.0f} GB",
+        "file system": _file_system(directory.resolve()),
+        "Linux": platform.release(),
+        "Python": platform.python_version(),
+    }
+    about |= _versions(sys.executable, "ckptavg", "torch", "safetensors")
+    if mergekit is not None:
+        python = Path(mergekit).with_name("python")
+        about |= _versions(str(python), "mergekit") if python.exists() else {}
+    return about
+
+
+def _versions(python: str, *names: str) -> dict[str, str]:
+    found = subprocess.run(
+        [python, "-c", _VERSIONS, *names], check=True, capture_output=True, text=True
+    )
+    versions: dict[str, str] = json.loads(found.stdout)
+    return versions
+
+
+def _cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.machine()
+
+
+def _memory(name: str) -> int:
+    """Bytes, as the system counts them."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise BenchmarkError(f"/proc/meminfo does not tell {name}")
+
+
+def _file_system(directory: Path) -> str:
+    """The type of the file system that holds a directory."""
+    kinds = {}
+    for line in Path("/proc/self/mounts").read_text().splitlines():
+        _, where, kind, *_ = line.split()
+        if directory.is_relative_to(where):
+            kinds[where] = kind
+    return kinds[max(kinds, key=len)]
+
+
+def show(tables: Sequence[Table], about: dict[str, str], options: argparse.Namespace) -> None:
+    """Print the tables and store the figures."""
+    ran_on = ", ".join(f"{name} {value}" for name, value in about.items())
+    note = f"medians of {options.rounds} (least–most); {ran_on}"
+    print((markdown if options.markdown else plain)(tables), note, sep="\n\n")
+    if options.json:
+        stored: dict[str, Any] = {"machine": about, "rounds": options.rounds}
+        stored["tables"] = [table.as_json() for table in tables]
+        options.json.write_text(json.dumps(stored, indent=1))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,235 @@
+"""The benchmark at sizes that take no time: it compares like with like, and its tables come out.
+
+Nothing here depends on how long anything takes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the benchmark is for Linux")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import averaging  # noqa: E402
+import bench  # noqa: E402
+import checkpoints  # noqa: E402
+import measuring  # noqa: E402
+import parts  # noqa: E402
+from measuring import Trial, Usage  # noqa: E402
+from tables import Figure, Table, markdown, plain  # noqa: E402
+
+from ckptavg.cli import main as ckptavg  # noqa: E402
+
+TINY = ["--checkpoints", "3", "--gigabytes", "0.004", "--rounds", "1"]
+SCRIPT = str(Path(averaging.__file__))
+
+
+def test_all_contenders_come_to_the_same_average(tmp_path):
+    stored = tmp_path / "figures.json"
+    where = ["--dir", tmp_path / "room", "--json", stored]
+    command = [sys.executable, SCRIPT, *TINY, "--only", "contenders", "--markdown", *where]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    (table,) = json.loads(stored.read_text())["tables"]
+    rows = table["rows"]
+    for name in ("load and add", "AveragedModel", "mergekit"):
+        if rows[name]["seconds"] == "not installed":
+            assert name == "mergekit"
+            continue
+        assert 0 < float(rows[name]["apart"]) < 1e-6  # of float32, added in other orders
+        assert rows[name]["peak"]["unit"] == "MB"
+    assert rows["ckptavg"]["apart"] == ""
+    assert printed.startswith("| contenders, 3 × 0.004 GB float32, warm | seconds |")
+    assert all(f"\n| {name} |" in printed for name in rows)
+    assert not list((tmp_path / "room").iterdir())
+
+
+def test_averages_that_are_not_the_same_are_found(tmp_path):
+    names = checkpoints.shapes(10_000)
+    for name in ("one", "other", "less"):
+        checkpoints.sparse(tmp_path / name, names)
+    with (tmp_path / "one").open("r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(b"\0\0\x80\x3f")  # 1.0
+    assert bench.difference(tmp_path / "one", tmp_path / "other") == 1.0
+    checkpoints.sparse(tmp_path / "less", dict(list(names.items())[1:]))
+    with pytest.raises(measuring.BenchmarkError, match=r"not the same tensors: \['wte"):
+        bench.difference(tmp_path / "one", tmp_path / "less")
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """Runs ckptavg here, as a process each would take long; returns what every run wrote."""
+    outputs = []
+
+    def run(command, foreign=False):
+        arguments = list(map(str, command))
+        if arguments[1] == str(bench.DATA):
+            monkeypatch.setattr(sys, "argv", arguments[1:])
+            checkpoints.main()
+        elif "ckptavg" in arguments:
+            arguments = arguments[arguments.index("ckptavg") + 1 :]
+            result = CliRunner().invoke(ckptavg, arguments)
+            assert result.exit_code == 0, result.output
+            out = Path(arguments[arguments.index("-o") + 1])
+            outputs.append((out.name, measuring.size(measuring.files([out]))))
+            return Usage(2.0, 300_000_000)
+        return Usage(1.0, 200_000_000)
+
+    monkeypatch.setattr(measuring, "run", run)
+    monkeypatch.setattr(measuring, "floor", lambda inputs, outputs: Usage(0.5))
+    monkeypatch.setattr(parts, "check_cold", lambda inputs: None)
+    return outputs
+
+
+def measured(name, tmp_path):
+    stored = tmp_path / "figures.json"
+    room = tmp_path / "room"
+    assert averaging.main([*TINY, "--only", name, "--dir", str(room), "--json", str(stored)]) == 0
+    assert not list(room.iterdir())
+    (table,) = json.loads(stored.read_text())["tables"]
+    return table["rows"]
+
+
+def test_speed_is_that_without_the_import(written, tmp_path):
+    rows = measured("speed", tmp_path)
+    assert len(rows) == 3 * len(parts.SPEED_GOALS)
+    row = rows["float32, against the floor"]
+    assert row["time"]["median"] == 2.0  # (2.0 s - 1.0 s) / 0.5 s
+    assert (row["time"]["goal"], row["time"]["met"]) == (1.5, False)
+    assert rows["bfloat16, against the floor"]["time"]["met"]
+    assert rows["float16, from .pt, against safetensors"]["time"]["median"] == 1.0
+    assert {name for name, _ in written} == {"average.safetensors", "average.pt"}
+    assert all(size == pytest.approx(4e6, rel=0.05) for _, size in written)
+
+
+def test_cold_inputs_are_put_out_of_memory_before_each_run(written, tmp_path, monkeypatch):
+    evicted = []
+    monkeypatch.setattr(measuring, "cold", lambda inputs: evicted.append(len(inputs)))
+    rows = measured("cold", tmp_path)
+    assert len(rows) == 4
+    assert evicted == [0, 3, 3] * 4  # import torch, the floor, ckptavg
+
+
+def test_memory_is_that_above_the_import(written, tmp_path):
+    rows = measured("memory", tmp_path)
+    assert {row["peak"]["median"] for row in rows.values()} == {100.0}
+    assert all(row["peak"]["met"] for row in rows.values())
+    assert [name for name, _ in written].count("average") == 2  # directories of shards
+    assert all(size == pytest.approx(4e6, rel=0.05) for _, size in written)
+
+
+def test_growth_doubles_from_run_to_run(written, tmp_path):
+    rows = measured("growth", tmp_path)
+    sizes = [size for _, size in written]
+    assert len(sizes) == 5
+    assert sizes[-1] == pytest.approx(8e6, rel=0.05)
+    for less, more in itertools.pairwise(sizes):
+        assert more / less == pytest.approx(2, rel=0.15)
+    *_, last = rows.values()
+    assert last["seconds a GB"]["median"] == pytest.approx(16, rel=0.15)  # 1 s each, here
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_made(tmp_path, capsys):
+    assert averaging.main(["--gigabytes", "1e6", "--dir", str(tmp_path)]) == 1
+    said = capsys.readouterr()
+    assert "GB needed: choose another --dir" in said.err
+    assert not said.out
+    assert not list(tmp_path.iterdir())
+
+
+def test_inputs_that_memory_cannot_hold_are_no_warm_ones(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(averaging, "_memory", lambda _: 10**6)
+    assert averaging.main([*TINY, "--only", "speed", "--dir", str(tmp_path)]) == 1
+    assert "needed for files to stay warm" in capsys.readouterr().err
+
+
+def test_each_other_round_goes_backwards_and_one_does_not_count(tmp_path):
+    order = []
+
+    def trial(name):
+        def run():
+            order.append(name)
+            (tmp_path / name).touch()
+            return Usage(len(order))
+
+        return Trial(name, run)
+
+    found = measuring.alternate(
+        [trial("a"), trial("b")], 2, tmp_path, lambda _: None, lambda _: None
+    )
+    assert "".join(order) == "ab" + "ba" + "ab"
+    assert found == {"a": [Usage(4), Usage(5)], "b": [Usage(3), Usage(6)]}
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_peak_is_that_of_the_work_alone():
+    """Neither the parent's, which a child begins with, nor that of the end of the process."""
+    at_the_end = "class End:\n    def __del__(self): bytearray(10**9)\nend = End()"
+    small = measuring.run([sys.executable, "-c", at_the_end]).peak
+    large = measuring.run([sys.executable, "-c", "bytearray(2 * 10**8)"]).peak
+    assert small < 100e6
+    assert 195e6 < large - small < 205e6
+
+
+def test_the_peak_of_the_largest_process_below_counts():
+    below = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'bytearray(10**8)'])"
+    assert measuring.run([sys.executable, "-c", below]).peak > 100e6
+
+
+def test_a_command_that_fails_says_why():
+    code = "import sys; sys.exit('no such thing')"
+    with pytest.raises(measuring.BenchmarkError, match="no such thing"):
+        measuring.run([sys.executable, "-c", code])
+
+
+def test_the_floor_reads_and_writes_what_it_should(tmp_path):
+    written = [(tmp_path / "small", 10), (tmp_path / "large", measuring.BLOCK * 2 + 1)]
+    measuring.floor([Path(__file__)], written)
+    assert [path.stat().st_size for path, _ in written] == [size for _, size in written]
+
+
+def test_files_go_out_of_the_page_cache(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(1 << 24))
+    os.sync()
+    measuring.warm([path])
+    assert measuring.cached([path]) == 1
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if measuring.cached([path]) > 0.05:
+        pytest.skip("this file system has no disk below it")
+    measuring.warm([path])
+    measuring.cold([path])
+    assert measuring.cached([path]) < 0.05
+    monkeypatch.setattr(measuring, "cold", measuring.warm)
+    with pytest.raises(measuring.BenchmarkError, match="stay in memory"):
+        parts.check_cold([path])
+
+
+def test_a_figure_is_the_median_with_its_spread_and_its_goal():
+    figure = Figure([1.2, 3.0, 1.6], "×", 1.5)
+    assert (figure.median, figure.met) == (1.6, False)
+    assert figure.text() == "1.60 × (1.20–3.00)"
+    assert figure.goal_text() == "≤ 1.50 ×, missed"
+    assert Figure([1.5], "×", 1.5).goal_text() == "≤ 1.50 ×"
+    assert Figure([123.4], "MB").goal_text() == ""
+
+
+def test_tables_hold_every_cell_and_its_goal():
+    table = Table("size", {"a": {"time": Figure([2.0], "s", 1.0)}, "b": {"peak": "none"}, "c": {}})
+    assert markdown([table]) == (
+        "| size | time | peak | goal |\n"
+        "| --- | --- | --- | --- |\n"
+        "| a | 2.00 s | | ≤ 1.00 s, missed |\n"
+        "| b | | none | |\n"
+        "| c | | | |"
+    )
+    assert plain([table]).splitlines()[-2].split() == ["b", "none"]
