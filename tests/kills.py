@@ -1,12 +1,13 @@
 """Kill averages at random moments, look at what is on the disk, and let the next run clear it.
 
-    python tests/kills.py --kills 200
+    python tests/kills.py --kills 200 [--signal INT|TERM]
 
 Each run is a child of this process, which has imported torch and started no thread. The moments are
 drawn evenly over the time that a run takes, which varies with the disk: a kill that comes too late
 makes it shorter by a tenth, any other longer by a fiftieth. Prints, for each kind of output, how
 many kills came before the temporary was there, while it was written, and after the output was in
-its place; ends with an error as soon as anything is found that should not be.
+its place; ends with an error as soon as anything is found that should not be. After another signal
+than KILL, nothing may be left for the next run.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ckptavg import average, open_run
+from ckptavg.cli.ending import by_signals
 from ckptavg.formats.publish import Publication
 
 BEFORE, WRITING, AFTER = "before the temporary", "during the write", "after publication"
@@ -84,12 +86,12 @@ class Scenario:
         elif old.exists():
             shutil.copy(old, self.out)
 
-    def kill(self, delay: float) -> None:
+    def kill(self, delay: float, number: signal.Signals) -> None:
         """Run once, kill it after so many seconds, and look at what there is."""
         self.reset()
         child = start_child(self.average)
         time.sleep(delay)
-        os.kill(child, signal.SIGKILL)
+        os.kill(child, number)
         os.waitpid(child, 0)
         state, left = self.state(), self.left()
         require(state != "torn", f"{self.text}: the output is torn after {delay:.4f} s")
@@ -99,6 +101,8 @@ class Scenario:
         self.found[moment] += 1
         self.span *= 0.9 if moment == AFTER else 1.02
         self.found["leftovers"] += bool(left)
+        clean = number == signal.SIGKILL or not left
+        require(clean, f"{self.text}: {left} after {number.name}")
 
     def follow(self, *, whole: bool) -> None:
         """The next run, or its beginning and no more, which must clear what is left."""
@@ -152,7 +156,10 @@ def start_child(work: Callable[[], None]) -> int:
     if child:
         return child
     try:
-        work()
+        with by_signals():
+            work()
+    except KeyboardInterrupt:
+        os._exit(130)
     except BaseException as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         os._exit(1)
@@ -241,7 +248,9 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=16, help="of each checkpoint")
     parser.add_argument("--whole", type=int, default=5, help="every Nth next run goes to its end")
     parser.add_argument("--dir", type=Path, help="where to work; on the disk that matters")
+    parser.add_argument("--signal", choices=["KILL", "INT", "TERM"], default="KILL")
     given = parser.parse_args()
+    number = signal.Signals[f"SIG{given.signal}"]
     with tempfile.TemporaryDirectory(dir=given.dir) as directory:
         kinds = scenarios(Path(directory), given.megabytes)
         for scenario in kinds:
@@ -249,7 +258,7 @@ def main() -> None:
         moments = random.Random(given.seed)
         for i in range(given.kills):
             scenario = kinds[i % len(kinds)]
-            scenario.kill(moments.uniform(0, scenario.span))
+            scenario.kill(moments.uniform(0, scenario.span), number)
             scenario.follow(whole=(i // len(kinds)) % given.whole == 0)
         report(kinds)
 
