@@ -109,11 +109,17 @@ def test_of_two_that_overwrite_one_output_both_succeed_and_the_last_stays(writer
 
 
 SIX_AT_ONCE = """
-import os, sys
+import os, random, sys, time
+from pathlib import Path
 from ckptavg import average, open_run
 from ckptavg.formats import renaming
+rename = Path.rename
+def slow(self, target):
+    rename(self, target)
+    time.sleep(random.random() / 100)
 if sys.argv[3] == "steps":
     renaming._renameat2 = lambda one, other, flag: 38  # a system that swaps nothing in one step
+    Path.rename = slow
 children = []
 for _ in range(6):
     child = os.fork()
@@ -122,7 +128,7 @@ for _ in range(6):
             average(open_run(sys.argv[1]), out=sys.argv[2], overwrite=True)
         os._exit(0)
     children.append(child)
-sys.exit(max(os.waitpid(child, 0)[1] for child in children))
+sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
 """
 
 

@@ -202,11 +202,26 @@ def _is_within(path: Path, directory: Path) -> bool:
 
 def _refuse_more_than_a_model(path: Path) -> None:
     """Make sure that nothing is replaced but links, files, and directories of a model alone."""
-    if path.is_dir() and not _is_only_a_model(path):
-        raise OutputError(
-            f"{path} holds more than a model's own files and is not replaced",
-            "Choose another -o, or empty it yourself.",
-        )
+    for _ in range(_TRIES):
+        looked_at = _identity(path)
+        with suppress(FileNotFoundError):
+            if not path.is_dir() or _is_only_a_model(path):
+                return
+        if looked_at == _identity(path):  # else another run has replaced it meanwhile
+            break
+    raise OutputError(
+        f"{path} holds more than a model's own files and is not replaced",
+        "Choose another -o, or empty it yourself.",
+    )
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What tells a path's directory from another that takes its place."""
+    try:
+        info = path.stat()
+    except OSError:
+        return None
+    return info.st_dev, info.st_ino
 
 
 def _is_only_a_model(directory: Path) -> bool:
