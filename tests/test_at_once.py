@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 TESTS = Path(__file__).parent
 ROUNDS = 10
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="locks and signals of POSIX")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="forks a process that has torch")
 OUTPUTS = ["swa.safetensors", "swa.pt", "swa"]
 
 # Averages its run onto what a line on stdin names, again and again, and tells how that went
@@ -132,6 +133,7 @@ sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
 """
 
 
+@linux
 @pytest.mark.parametrize("system", ["one step", "steps"])
 def test_a_crowd_that_overwrites_one_directory_leaves_it_whole(runs, tmp_path, system):
     """A reader may find it missing for a moment where it is swapped in steps, and no run fails."""
@@ -144,7 +146,7 @@ def test_a_crowd_that_overwrites_one_directory_leaves_it_whole(runs, tmp_path, s
     assert sorted(os.listdir(tmp_path)) == ["run", "swa"]
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills children that were forked")
+@linux
 @pytest.mark.parametrize(("number", "kills"), [("KILL", 60), ("TERM", 20)])
 def test_runs_that_are_killed_at_random_moments_leave_nothing_torn(tmp_path, number, kills):
     command = [sys.executable, TESTS / "kills.py", "--dir", tmp_path, "--signal", number]
