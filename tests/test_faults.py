@@ -106,7 +106,7 @@ def small_disks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str,
     return json.loads(done.stdout)
 
 
-FULL = "OutputError: the disk, or a quota on it, ran full while "
+FULL = "OutputError: the disk ran full while "
 SMALL_DISKS = {
     "looked_at_first": ("GB where", []),
     "reserving": (FULL, []),

@@ -177,8 +177,8 @@ def unwritable(path: Path, error: OSError) -> OutputError:
     """The error for an output that the system would not let us write."""
     if error.errno in _FULL:
         return OutputError(
-            f"the disk, or a quota on it, ran full while {path} was written",
-            "Make room or choose another disk with -o.",
+            f"the disk ran full while {path} was written",
+            "Make room (there may be a quota, too) or choose another disk with -o.",
         )
     if error.errno == errno.EFBIG:
         return OutputError(

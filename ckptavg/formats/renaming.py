@@ -10,6 +10,7 @@ import errno
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
@@ -59,11 +60,16 @@ def _link_new(one: Path, other: Path) -> bool:
 
 def _renameat2(one: Path, other: Path, flag: int) -> int:
     """The system call's error number, 0 if it did its work."""
-    if sys.platform != "linux":
+    if _SYSTEM is None:
         return errno.ENOSYS
-    try:
-        rename = ctypes.CDLL(None, use_errno=True).renameat2
-    except AttributeError:
-        return errno.ENOSYS
-    result: int = rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), flag)
+    result: int = _SYSTEM(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), flag)
     return ctypes.get_errno() if result else 0
+
+
+def _system_call() -> Any:
+    if sys.platform != "linux":
+        return None
+    return getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+
+
+_SYSTEM = _system_call()
