@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from ckptavg.cli import ending
 from ckptavg.errors import CkptavgError, UsageError
 from ckptavg.report import Report
 
@@ -214,7 +215,9 @@ def everywhere(function: F) -> F:
     def run(*, as_json: bool, quiet: bool, verbose: int, debug: bool, **values: Any) -> Any:
         report = Report(as_json=as_json, verbosity=-1 if quiet else verbose)
         warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # which nobody needs here
-        with _errors_in_one_line(debug), report.notes():
+        outputs = [str(values[name]) for name in ("out", "results") if values.get(name)]
+        interrupts = ending.by_interrupts(outputs)
+        with ending.by_signals(), interrupts, _errors_in_one_line(debug), report.notes():
             return function(report=report, **values)
 
     return options(run)  # type: ignore[return-value]
@@ -238,9 +241,6 @@ def _errors_in_one_line(debug: bool) -> Iterator[None]:
         if debug:
             raise
         raise Failure(CkptavgError(f"{type(error).__name__}: {error}", _WHERE)) from error
-    except KeyboardInterrupt:
-        click.echo("Interrupted: nothing was written.", err=True)
-        raise click.exceptions.Exit(130) from None
 
 
 def selected(

@@ -1,39 +1,33 @@
 """Outputs that appear whole or not at all.
 
-A temporary beside the output is written, flushed to the disk and renamed. While its writer lives it
-holds a lock on it, so that the next run can tell a dead run's leftover from a living one's work.
+A temporary beside the output is written, flushed to the disk and renamed; ``leftovers`` is about
+what becomes of it if the run dies.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
+import logging
 import os
-import re
-import secrets
 import shutil
-import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 from ckptavg.errors import OutputError
-from ckptavg.formats import dcp, huggingface, is_checkpoint_directory
+from ckptavg.formats import dcp, huggingface, is_checkpoint_directory, leftovers, renaming
 
-try:
-    import fcntl
-except ImportError:  # Windows, where an open file cannot be deleted anyway
-    fcntl = None  # type: ignore[assignment]
-
-_TEMPORARY = ".ckptavg-tmp"
-_REPLACED = ".ckptavg-old"
-_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF)
-_AT_FDCWD = -100
-_RENAME_EXCHANGE = 2
+log = logging.getLogger("ckptavg")
+_TRIES = 100  # of a step that only other runs at the same moment can spoil
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)  # of directories, on some file systems
 
 
 def check_target(path: Path, *, overwrite: bool, inputs: Iterable[Path]) -> None:
     """Make sure that an output may be written, before any work begins.
+
+    What dead runs have left of it is cleared first: it takes room, or is the output itself.
 
     Args:
         path: The output.
@@ -51,15 +45,13 @@ def check_target(path: Path, *, overwrite: bool, inputs: Iterable[Path]) -> None
         raise OutputError(f"the directory {parent} does not exist", "Create it first.")
     if not os.access(parent, os.W_OK):
         raise OutputError(f"the directory {parent} may not be written to", "Choose another -o.")
-    if not os.path.lexists(path):
-        return
-    if not overwrite:
-        raise OutputError(f"{path} exists already", "Pass --overwrite to replace it.")
-    if path.is_dir() and not _is_only_a_model(path):
-        raise OutputError(
-            f"{path} holds more than a model's own files and is not replaced",
-            "Choose another -o, or empty it yourself.",
-        )
+    try:
+        leftovers.clear(path.absolute())
+        if os.path.lexists(path) and not overwrite:
+            raise OutputError(f"{path} exists already", "Pass --overwrite to replace it.")
+        _refuse_more_than_a_model(path)
+    except OSError as error:
+        raise unwritable(path, error) from error
 
 
 def check_room(path: Path, needed: int) -> None:
@@ -68,7 +60,10 @@ def check_room(path: Path, needed: int) -> None:
     Raises:
         OutputError: They do not.
     """
-    free = shutil.disk_usage(path.absolute().parent).free
+    try:
+        free = shutil.disk_usage(path.absolute().parent).free
+    except OSError as error:
+        raise unwritable(path, error) from error
     if needed > free:
         raise OutputError(
             f"{path} needs {needed / 1e9:.3f} GB where {free / 1e9:.3f} GB are free",
@@ -87,33 +82,26 @@ class Publication:
         overwrite: Whether an existing output is replaced.
 
     Attributes:
-        temporary: Where to write until then; it exists already.
+        temporary: Where to write until then; it exists inside the context.
     """
 
     def __init__(self, path: Path, *, directory: bool, overwrite: bool) -> None:
         self.path = path.absolute()
         self.overwrite = overwrite
         self.directory = directory
-        name = f".{self.path.name}.{secrets.token_hex(4)}{_TEMPORARY}"
-        self.temporary = self.path.with_name(name)
+        self.temporary = leftovers.new_temporary(self.path)
         self._lock = -1
 
     def __enter__(self) -> Publication:
         try:
-            _clear_leftovers(self.path)
-            if self.directory:
-                self.temporary.mkdir()
-                flags = os.O_RDONLY
-            else:
-                flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
-            if fcntl is not None:
-                self._lock = os.open(self.temporary, flags, 0o666)
-                _lock(self._lock)
-            elif not self.directory:
-                self.temporary.touch()
+            leftovers.clear(self.path)
+            self._create()
         except OSError as error:
             self._discard()
             raise unwritable(self.path, error) from error
+        except BaseException:
+            self._discard()
+            raise
         return self
 
     def __exit__(
@@ -138,10 +126,48 @@ class Publication:
             _replace(self.temporary, self.path)
         else:
             _place(self.temporary, self.path)
-        _fsync(self.path.parent)
+        try:
+            _fsync(self.path.parent)
+        except OSError as error:  # the output is there: it would be wrong to deny that
+            log.warning("%s is in its place, but may not survive a power cut: %s", self.path, error)
+
+    def _create(self) -> None:
+        for _ in range(_TRIES):
+            if self._create_and_lock():
+                return
+            self.temporary = leftovers.new_temporary(self.path)
+        raise OSError(errno.EBUSY, "other runs remove its temporary again and again")
+
+    def _create_and_lock(self) -> bool:
+        """Whether the temporary is ours, and not taken or removed as a dead run's meanwhile."""
+        flags = os.O_RDONLY if self.directory else os.O_RDWR | os.O_CREAT | os.O_EXCL
+        try:
+            if self.directory:
+                self.temporary.mkdir()
+                if os.name == "nt":  # where a directory cannot be opened
+                    return True
+            self._lock = os.open(self.temporary, flags, 0o666)
+        except FileExistsError:
+            return False
+        except FileNotFoundError:
+            if self.path.parent.is_dir():
+                return False
+            raise
+        held = leftovers.lock(self._lock, self.temporary)
+        if not held:  # Windows has no lock either, and renames no file that is open
+            self._unlock()
+        return held is not False
 
     def _discard(self) -> None:
-        _remove(self.temporary)
+        try:
+            leftovers.remove(self.temporary)
+        except KeyboardInterrupt:  # a second one; the first may have brought us here
+            leftovers.remove(self.temporary)
+            raise
+        finally:
+            self._unlock()
+
+    def _unlock(self) -> None:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
@@ -149,17 +175,53 @@ class Publication:
 
 def unwritable(path: Path, error: OSError) -> OutputError:
     """The error for an output that the system would not let us write."""
-    if error.errno == errno.ENOSPC:
+    if error.errno in _FULL:
         return OutputError(
-            f"the disk ran full while {path} was written", "Make room or choose another with -o."
+            f"the disk ran full while {path} was written",
+            "Make room (there may be a quota, too) or choose another disk with -o.",
         )
-    return OutputError(f"{path} cannot be written: {error.strerror or error}")
+    if error.errno == errno.EFBIG:
+        return OutputError(
+            f"{path} is larger than its file system, or ulimit -f, lets a file be",
+            "Choose another disk with -o, or raise the limit.",
+        )
+    if error.errno == errno.ENOENT:
+        return OutputError(
+            f"{path} cannot be written: its directory or its temporary was removed meanwhile",
+            "Start again once nothing removes them.",
+        )
+    reason = error.strerror or error
+    return OutputError(f"{path} cannot be written: {reason}", "Choose another -o, or try again.")
 
 
 def _is_within(path: Path, directory: Path) -> bool:
     """Whether a path is another one or lies below it, links resolved."""
     resolved, other = path.resolve(), directory.resolve()
     return resolved == other or other in resolved.parents
+
+
+def _refuse_more_than_a_model(path: Path) -> None:
+    """Make sure that nothing is replaced but links, files, and directories of a model alone."""
+    for _ in range(_TRIES):
+        looked_at = _identity(path)
+        with suppress(FileNotFoundError):
+            if not path.is_dir() or _is_only_a_model(path):
+                return
+        if looked_at == _identity(path):  # else another run has replaced it meanwhile
+            break
+    raise OutputError(
+        f"{path} holds more than a model's own files and is not replaced",
+        "Choose another -o, or empty it yourself.",
+    )
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What tells a path's directory from another that takes its place."""
+    try:
+        info = path.stat()
+    except OSError:
+        return None
+    return info.st_dev, info.st_ino
 
 
 def _is_only_a_model(directory: Path) -> bool:
@@ -170,68 +232,10 @@ def _is_only_a_model(directory: Path) -> bool:
     return not children or (own and is_checkpoint_directory(directory))
 
 
-def _clear_leftovers(path: Path) -> None:
-    """Remove what a dead run left beside an output; put back what it had set aside."""
-    ours = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}({_TEMPORARY}|{_REPLACED})")
-    found = [(p, m[1]) for p in path.parent.iterdir() if (m := ours.fullmatch(p.name))]
-    for left, kind in found:
-        if kind == _REPLACED and not path.exists():
-            left.rename(path)
-        elif kind == _REPLACED or not _is_locked(left):
-            _remove(left)
-
-
-def _lock(handle: int) -> None:
-    """Hold a lock, where the file system has any; without, a leftover is never cleared."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-
-
-def _is_locked(path: Path) -> bool:
-    if fcntl is None:
-        return False
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except OSError:
-        return True
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(handle)
-    return False
-
-
-def _remove(path: Path) -> None:
-    try:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-    except OSError:
-        return  # another run's cleaning got there first, or will have to
-
-
 def _place(temporary: Path, path: Path) -> None:
     """Rename without replacing anything."""
     try:
-        if temporary.is_dir():
-            if os.path.lexists(path):
-                raise FileExistsError
-            temporary.rename(path)
-            return
-        try:
-            path.hardlink_to(temporary)
-        except FileExistsError:
-            raise
-        except OSError:  # a file system without hard links
-            if os.path.lexists(path):
-                raise FileExistsError from None
-            temporary.rename(path)
+        renaming.rename_new(temporary, path)
     except FileExistsError as error:
         raise OutputError(
             f"{path} has appeared while it was being made", "Pass --overwrite to replace it."
@@ -242,36 +246,46 @@ def _replace(temporary: Path, path: Path) -> None:
     """Rename over what is there, in one step as far as the system can."""
     if not path.is_dir() and not temporary.is_dir():
         temporary.replace(path)
-    elif not os.path.lexists(path):
-        temporary.rename(path)
-    elif _exchange(temporary, path):
-        _remove(temporary)
-    else:
-        old = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_REPLACED}")
-        path.rename(old)
-        temporary.rename(path)
-        _remove(old)
+        return
+    for _ in range(_TRIES):
+        if _replaced(temporary, path):
+            return
+    raise OSError(errno.EBUSY, "other runs write it at the same time")
 
 
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two paths in one step; False where the system has no such call."""
-    if sys.platform != "linux":
-        return False
+def _replaced(temporary: Path, path: Path) -> bool:
+    """Whether a directory took a path's place, or a path that of one; another run may hinder it.
+
+    What was there stands under the temporary's name then, or is gone.
+    """
+    with suppress(FileExistsError):
+        renaming.rename_new(temporary, path)
+        return True
+    _refuse_more_than_a_model(path)
+    if renaming.exchange(temporary, path):
+        return True
+    aside = leftovers.set_aside_name(temporary)
     try:
-        rename = ctypes.CDLL(None, use_errno=True).renameat2
-    except AttributeError:
+        path.rename(aside)
+        renaming.rename_new(temporary, path)
+    except (FileExistsError, FileNotFoundError):
+        if not os.path.lexists(temporary):
+            raise
         return False
-    result: int = rename(
-        _AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE
-    )
-    return result == 0
+    finally:
+        leftovers.settle(aside, path)
+    return True
 
 
 def _fsync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
+    directory = path.is_dir()
+    if os.name == "nt" and directory:
         return
-    handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY if directory else os.O_RDWR)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if not directory or error.errno not in _NO_FSYNC:
+            raise
     finally:
         os.close(handle)

@@ -14,7 +14,7 @@ from ckptavg.errors import CheckpointError
 from ckptavg.formats.fetching import Fetched
 from ckptavg.formats.ranges import Range
 from ckptavg.formats.storage import is_url
-from ckptavg.formats.table import Piece, Tensor
+from ckptavg.formats.table import CHECK_IT, Piece, Tensor
 
 _MOST_OPEN_FILES = 128
 _SMALL_SPAN = 1 << 16  # bytes; below this, reading the gaps along costs less than skipping them
@@ -131,7 +131,7 @@ class Reader:
                     raise _cut_short(path, offset + len(out))
                 done += got
         except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}", CHECK_IT) from error
 
     def _open(self, path: str) -> BinaryIO:
         file = self._files.pop(path, None)
@@ -141,7 +141,9 @@ class Reader:
             try:
                 file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by the reader
             except OSError as error:
-                raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+                raise CheckpointError(
+                    f"{path} cannot be read: {error.strerror}", CHECK_IT
+                ) from error
         self._files[path] = file
         return file
 

@@ -5,45 +5,19 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import subprocess
 import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from outputs import content_of, fill, names, write
 
 from ckptavg.errors import OutputError
-from ckptavg.formats import publish
+from ckptavg.formats import publish, renaming
 from ckptavg.formats.publish import Publication, check_room, check_target
 
 posix = pytest.mark.skipif(os.name == "nt", reason="locks and renames of POSIX")
-
-
-def fill(directory: Path, *names: str, content="old") -> Path:
-    """A directory with a model's weights and other files; a name that ends in / is a directory."""
-    directory.mkdir(parents=True, exist_ok=True)
-    for name in ("model.safetensors", *names):
-        if name.endswith("/"):
-            (directory / name).mkdir()
-        else:
-            (directory / name).write_text(content)
-    return directory
-
-
-def write(publication: Publication, content="new") -> None:
-    if publication.directory:
-        fill(publication.temporary, content=content)
-    else:
-        publication.temporary.write_text(content)
-
-
-def content_of(path: Path) -> str:
-    return (path / "model.safetensors" if path.is_dir() else path).read_text()
-
-
-def names(directory: Path) -> set[str]:
-    return {path.name for path in directory.iterdir()}
 
 
 def refused(path: Path, overwrite=True, inputs=()) -> str:
@@ -180,12 +154,29 @@ def test_the_room_on_the_disk_is_looked_at_where_the_output_goes(
 
 # --------------------------------------------------------------------------------------- publishing
 
+
+def lacks(monkeypatch, system: str) -> None:
+    """Take from the system what it can do at best."""
+
+    def unsupported(self, target):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if system != "one step":
+        monkeypatch.setattr(renaming, "_renameat2", lambda *_: errno.ENOSYS)
+    if system == "no hard links":
+        monkeypatch.setattr(Path, "hardlink_to", unsupported)
+
+
 kinds = pytest.mark.parametrize("directory", [False, True], ids=["file", "directory"])
 
 
 @kinds
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_an_output_appears_when_published_and_leaves_nothing_else(tmp_path, directory, overwrite):
+@pytest.mark.parametrize("system", ["one step", "hard links", "no hard links"])
+def test_an_output_appears_when_published_and_leaves_nothing_else(
+    tmp_path, monkeypatch, directory, overwrite, system
+):
+    lacks(monkeypatch, system)
     out = tmp_path / "out"
     with Publication(out, directory=directory, overwrite=overwrite) as publication:
         assert publication.temporary.parent == tmp_path
@@ -202,7 +193,7 @@ def test_an_output_appears_when_published_and_leaves_nothing_else(tmp_path, dire
 @pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two steps"])
 def test_an_existing_output_is_replaced(tmp_path, monkeypatch, directory, old, exchange):
     if not exchange:
-        monkeypatch.setattr(publish, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(renaming, "exchange", lambda one, other: False)
     out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
     made = out if "link" not in old else elsewhere
     if "directory" in old:
@@ -274,13 +265,9 @@ def test_leaving_without_publishing_leaves_nothing(tmp_path, directory):
 
 @kinds
 @pytest.mark.parametrize("appeared", ["file", "directory", "broken link"])
-@pytest.mark.parametrize("links", [True, False], ids=["hard links", "no hard links"])
-def test_what_appears_meanwhile_is_not_replaced(tmp_path, monkeypatch, directory, appeared, links):
-    def unsupported(self, target):
-        raise OSError(errno.EPERM, "Operation not permitted")
-
-    if not links:
-        monkeypatch.setattr(Path, "hardlink_to", unsupported)
+@pytest.mark.parametrize("system", ["one step", "hard links", "no hard links"])
+def test_what_appears_meanwhile_is_not_replaced(tmp_path, monkeypatch, directory, appeared, system):
+    lacks(monkeypatch, system)
     out = tmp_path / "out"
 
     def work():
@@ -347,171 +334,3 @@ def test_a_directory_is_never_missing_while_it_is_replaced(tmp_path):
     assert "missing" not in seen
     assert "" not in seen
     assert content_of(out) == "49"
-
-
-# ---------------------------------------------------------------------- what dead runs leave behind
-
-PROCESS = """
-import os, sys
-from pathlib import Path
-from ckptavg.formats import publish
-out, directory = Path(sys.argv[1]), sys.argv[2] == "directory"
-with publish.Publication(out, directory=directory, overwrite=True) as publication:
-    file = publication.temporary / "model.safetensors" if directory else publication.temporary
-    file.write_text("theirs")
-    print("ready", flush=True)
-    if sys.stdin.readline() == "publish\\n":
-        publication.publish()
-"""
-
-
-@pytest.fixture
-def other_process():
-    """Another process that is in the middle of writing an output."""
-    started = []
-
-    def start(out: Path, kind: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, "-c", PROCESS, os.fspath(out), kind],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        started.append(process)
-        assert process.stdout.readline() == "ready\n"
-        return process
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
-
-
-@posix
-@pytest.mark.parametrize("kind", ["file", "directory"])
-def test_a_living_run_s_temporary_is_left_and_a_dead_one_s_is_cleared(
-    tmp_path, other_process, kind
-):
-    out = tmp_path / "out"
-    process = other_process(out, kind)
-    (theirs,) = names(tmp_path)
-    with Publication(out, directory=kind == "directory", overwrite=True) as publication:
-        assert theirs in names(tmp_path)
-        write(publication)
-        publication.publish()
-    assert names(tmp_path) == {"out", theirs}
-    process.kill()
-    process.wait()
-    assert names(tmp_path) == {"out", theirs}
-    with Publication(out, directory=kind == "directory", overwrite=True) as publication:
-        assert names(tmp_path) == {"out", publication.temporary.name}
-    assert content_of(out) == "new"
-
-
-@posix
-@pytest.mark.parametrize("kind", ["file", "directory"])
-def test_a_living_run_can_still_publish(tmp_path, other_process, kind):
-    out = tmp_path / "out"
-    process = other_process(out, kind)
-    with Publication(out, directory=kind == "directory", overwrite=True) as publication:
-        write(publication)
-        publication.publish()
-    process.communicate("publish\n")
-    assert process.returncode == 0
-    assert content_of(out) == "theirs"
-    assert names(tmp_path) == {"out"}
-
-
-@kinds
-def test_two_publications_of_one_process_do_not_clear_each_other(tmp_path, directory):
-    out = tmp_path / "out"
-    with Publication(out, directory=directory, overwrite=True) as one:
-        with Publication(out, directory=directory, overwrite=True) as two:
-            write(one, "one")
-            write(two, "two")
-            two.publish()
-        one.publish()
-    assert content_of(out) == "one"
-    assert names(tmp_path) == {"out"}
-
-
-NEIGHBOURS = [".out.pt.1234abcd.ckptavg-tmp", ".out.v2.1234abcd.ckptavg-tmp", ".other.12345678.tmp",
-              "out.1234abcd.ckptavg-tmp", ".outer.1234abcd.ckptavg-tmp"]  # fmt: skip
-
-
-@pytest.mark.parametrize("neighbour", NEIGHBOURS)
-def test_other_outputs_leftovers_are_not_touched(tmp_path, neighbour):
-    (tmp_path / neighbour).write_text("theirs")
-    with Publication(tmp_path / "out", directory=False, overwrite=True):
-        pass
-    assert names(tmp_path) == {neighbour}
-
-
-@pytest.mark.parametrize("exists", [True, False])
-def test_what_another_output_has_set_aside_is_not_touched(tmp_path, exists):
-    aside = fill(tmp_path / ".out.v2.1234abcd.ckptavg-old")
-    if exists:
-        (tmp_path / "out").write_text("old")
-    with Publication(tmp_path / "out", directory=False, overwrite=False):
-        pass
-    assert content_of(aside) == "old"
-    assert names(tmp_path) == {aside.name} | ({"out"} if exists else set())
-
-
-@pytest.mark.parametrize("name", ["out[1].pt", "o*t.pt", "out?.pt", "out 1.pt"])
-def test_leftovers_of_an_output_with_an_odd_name_are_cleared(tmp_path, name):
-    left, other = f".{name}.1234abcd.ckptavg-tmp", ".out1.pt.1234abcd.ckptavg-tmp"
-    (tmp_path / left).write_text("dead")
-    (tmp_path / other).write_text("another's")
-    with Publication(tmp_path / name, directory=False, overwrite=True):
-        assert left not in names(tmp_path)
-    assert names(tmp_path) == {other}
-
-
-CRASH = """
-import os, sys
-from pathlib import Path
-from ckptavg.formats import publish
-out, steps = Path(sys.argv[1]), int(sys.argv[2])
-publish._exchange = lambda one, other: False
-rename, done = Path.rename, []
-def crash(self, target):
-    if len(done) == steps:
-        os._exit(9)
-    done.append(target)
-    return rename(self, target)
-Path.rename = crash
-with publish.Publication(out, directory=True, overwrite=True) as publication:
-    (publication.temporary / "model.safetensors").write_text("new")
-    publication.publish()
-    os._exit(0)
-"""
-
-
-@posix
-@pytest.mark.parametrize("steps", [0, 1, 2])
-def test_a_replacement_in_two_steps_that_crashed_loses_nothing(tmp_path, steps):
-    out = fill(tmp_path / "out", "config.json")
-    done = subprocess.run([sys.executable, "-c", CRASH, out, str(steps)], check=False)
-    assert done.returncode == (0 if steps == 2 else 9)
-    assert out.exists() == (steps != 1)
-    with Publication(out, directory=True, overwrite=True) as publication:
-        assert content_of(out) == ("new" if steps == 2 else "old")
-        assert names(tmp_path) == {"out", publication.temporary.name}
-    assert content_of(out) == ("new" if steps == 2 else "old")
-
-
-@pytest.mark.parametrize("directory", [False, True])
-def test_a_file_system_without_locks_still_takes_outputs(tmp_path, monkeypatch, directory):
-    def flock(*_):
-        raise OSError(errno.ENOSYS, "no locks here")
-
-    left = tmp_path / ".out.1234abcd.ckptavg-tmp"
-    left.write_text("whose is it?")
-    monkeypatch.setattr("fcntl.flock", flock)
-    with Publication(tmp_path / "out", directory=directory, overwrite=False) as publication:
-        target = publication.temporary / "x" if directory else publication.temporary
-        target.write_text("new")
-        publication.publish()
-    assert (tmp_path / "out").exists()
-    assert left.exists()

@@ -1,0 +1,466 @@
+"""What a run that died leaves beside its output: cleared by the next, unless it is not dead."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from outputs import content_of, fill, names, write
+
+from ckptavg.errors import OutputError
+from ckptavg.formats import leftovers, publish, renaming
+from ckptavg.formats.publish import Publication, check_target
+
+posix = pytest.mark.skipif(os.name == "nt", reason="locks of POSIX")
+kinds = pytest.mark.parametrize("directory", [False, True], ids=["file", "directory"])
+
+PROCESS = """
+import os, sys
+from pathlib import Path
+from ckptavg.formats import publish
+out, directory = Path(sys.argv[1]), sys.argv[2] == "directory"
+with publish.Publication(out, directory=directory, overwrite=True) as publication:
+    file = publication.temporary / "model.safetensors" if directory else publication.temporary
+    file.write_text("theirs")
+    print("ready", flush=True)
+    if sys.stdin.readline() == "publish\\n":
+        publication.publish()
+"""
+
+
+@pytest.fixture
+def other_process():
+    """Another process that is in the middle of writing an output."""
+    started = []
+
+    def start(out: Path, kind: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", PROCESS, os.fspath(out), kind],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        assert process.stdout.readline() == "ready\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@posix
+@pytest.mark.parametrize("kind", ["file", "directory"])
+def test_a_living_run_s_temporary_is_left_and_a_dead_one_s_is_cleared(
+    tmp_path, other_process, kind
+):
+    out = tmp_path / "out"
+    process = other_process(out, kind)
+    (theirs,) = names(tmp_path)
+    with Publication(out, directory=kind == "directory", overwrite=True) as publication:
+        assert theirs in names(tmp_path)
+        write(publication)
+        publication.publish()
+    assert names(tmp_path) == {"out", theirs}
+    process.kill()
+    process.wait()
+    assert names(tmp_path) == {"out", theirs}
+    with Publication(out, directory=kind == "directory", overwrite=True) as publication:
+        assert names(tmp_path) == {"out", publication.temporary.name}
+    assert content_of(out) == "new"
+
+
+@posix
+@pytest.mark.parametrize("kind", ["file", "directory"])
+def test_a_living_run_can_still_publish(tmp_path, other_process, kind):
+    out = tmp_path / "out"
+    process = other_process(out, kind)
+    with Publication(out, directory=kind == "directory", overwrite=True) as publication:
+        write(publication)
+        publication.publish()
+    process.communicate("publish\n")
+    assert process.returncode == 0
+    assert content_of(out) == "theirs"
+    assert names(tmp_path) == {"out"}
+
+
+@kinds
+def test_two_publications_of_one_process_do_not_clear_each_other(tmp_path, directory):
+    out = tmp_path / "out"
+    with Publication(out, directory=directory, overwrite=True) as one:
+        with Publication(out, directory=directory, overwrite=True) as two:
+            write(one, "one")
+            write(two, "two")
+            two.publish()
+        one.publish()
+    assert content_of(out) == "one"
+    assert names(tmp_path) == {"out"}
+
+
+NEIGHBOURS = [".out.pt.1234abcd.ckptavg-tmp", ".out.v2.1234abcd.ckptavg-tmp", ".other.12345678.tmp",
+              "out.1234abcd.ckptavg-tmp", ".outer.1234abcd.ckptavg-tmp"]  # fmt: skip
+
+
+@pytest.mark.parametrize("neighbour", NEIGHBOURS)
+def test_other_outputs_leftovers_are_not_touched(tmp_path, neighbour):
+    (tmp_path / neighbour).write_text("theirs")
+    with Publication(tmp_path / "out", directory=False, overwrite=True):
+        pass
+    assert names(tmp_path) == {neighbour}
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_what_another_output_has_set_aside_is_not_touched(tmp_path, exists):
+    aside = fill(tmp_path / ".out.v2.1234abcd.ckptavg-old")
+    if exists:
+        (tmp_path / "out").write_text("old")
+    with Publication(tmp_path / "out", directory=False, overwrite=False):
+        pass
+    assert content_of(aside) == "old"
+    assert names(tmp_path) == {aside.name} | ({"out"} if exists else set())
+
+
+@pytest.mark.parametrize("name", ["out[1].pt", "o*t.pt", "out?.pt", "out 1.pt"])
+def test_leftovers_of_an_output_with_an_odd_name_are_cleared(tmp_path, name):
+    left, other = f".{name}.1234abcd.ckptavg-tmp", ".out1.pt.1234abcd.ckptavg-tmp"
+    (tmp_path / left).write_text("dead")
+    (tmp_path / other).write_text("another's")
+    with Publication(tmp_path / name, directory=False, overwrite=True):
+        assert left not in names(tmp_path)
+    assert names(tmp_path) == {other}
+
+
+CRASH = """
+import os, sys
+from pathlib import Path
+from ckptavg.formats import publish, renaming
+out, steps = Path(sys.argv[1]), int(sys.argv[2])
+renaming._renameat2 = lambda one, other, flag: 38
+rename, done = Path.rename, []
+def crash(self, target):
+    if len(done) == steps:
+        os._exit(9)
+    done.append(target)
+    return rename(self, target)
+Path.rename = crash
+with publish.Publication(out, directory=True, overwrite=True) as publication:
+    (publication.temporary / "model.safetensors").write_text("new")
+    publication.publish()
+    os._exit(0)
+"""
+
+
+@posix
+@pytest.mark.parametrize("steps", [0, 1, 2, 3])
+def test_a_replacement_in_two_steps_that_crashed_loses_nothing(tmp_path, steps):
+    out = fill(tmp_path / "out", "config.json")
+    done = subprocess.run([sys.executable, "-c", CRASH, out, str(steps)], check=False)
+    assert done.returncode == (0 if steps == 3 else 9)
+    assert out.exists() == (steps != 1)
+    with Publication(out, directory=True, overwrite=True) as publication:
+        assert content_of(out) == ("new" if steps >= 2 else "old")
+        assert names(tmp_path) == {"out", publication.temporary.name}
+    assert content_of(out) == ("new" if steps >= 2 else "old")
+
+
+@pytest.mark.parametrize("directory", [False, True])
+def test_a_file_system_without_locks_still_takes_outputs(tmp_path, monkeypatch, directory):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "no locks here")
+
+    left = tmp_path / ".out.1234abcd.ckptavg-tmp"
+    left.write_text("whose is it?")
+    monkeypatch.setattr("fcntl.flock", flock)
+    with Publication(tmp_path / "out", directory=directory, overwrite=False) as publication:
+        target = publication.temporary / "x" if directory else publication.temporary
+        target.write_text("new")
+        publication.publish()
+    assert (tmp_path / "out").exists()
+    assert left.exists()
+
+
+# ------------------------------------------------------------- two runs at the same moment, or none
+
+
+@posix
+@kinds
+@pytest.mark.parametrize("moment", ["before the lock", "while it is locked for removal"])
+def test_a_temporary_that_is_cleared_before_it_is_locked_is_made_anew(
+    tmp_path, monkeypatch, directory, moment
+):
+    """Another run's cleaning comes between making a temporary and locking it."""
+    out, taken, lock = tmp_path / "out", [], leftovers.lock
+
+    def disturbed(handle, path):
+        if not taken:
+            taken.append(path)
+            monkeypatch.setattr(leftovers, "lock", lock)
+            if moment == "before the lock":
+                leftovers.clear(out)
+            else:
+                claim = leftovers._claim(path)
+                assert claim.__enter__()
+                taken.append(claim)  # and goes on to hold it
+        return lock(handle, path)
+
+    monkeypatch.setattr(leftovers, "lock", disturbed)
+    with Publication(out, directory=directory, overwrite=False) as publication:
+        assert publication.temporary != taken[0]
+        leftovers.clear(out)
+        write(publication)
+        publication.publish()
+    if len(taken) > 1:
+        taken.pop().__exit__(None, None, None)
+        leftovers.clear(out)
+    assert content_of(out) == "new"
+    assert names(tmp_path) == {"out"}
+
+
+CLEANER = """
+import sys
+from pathlib import Path
+from ckptavg.formats import leftovers
+print("ready", flush=True)
+while True:
+    leftovers.clear(Path(sys.argv[1]))
+"""
+
+
+@posix
+@kinds
+def test_runs_and_a_tireless_cleaner_at_the_same_time_lose_nothing(tmp_path, directory):
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", CLEANER, os.fspath(out)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as cleaner:
+        assert cleaner.stdout.readline() == "ready\n"
+        for i in range(150):
+            with Publication(out, directory=directory, overwrite=True) as publication:
+                write(publication, str(i))
+                publication.publish()
+            assert content_of(out) == str(i)
+        assert cleaner.poll() is None
+        cleaner.kill()
+    leftovers.clear(out)
+    assert names(tmp_path) == {"out"}
+
+
+@posix
+def test_what_a_living_run_has_set_aside_stays(tmp_path, other_process):
+    """Between its two renames, the output is absent; another run must not put the old one back."""
+    out = fill(tmp_path / "out")
+    process = other_process(out, "directory")
+    (temporary,) = (path for path in tmp_path.iterdir() if path != out)
+    aside = leftovers.set_aside_name(temporary)
+    out.rename(aside)
+    leftovers.clear(out)
+    assert names(tmp_path) == {temporary.name, aside.name}
+    process.kill()
+    process.wait()
+    leftovers.clear(out)
+    assert names(tmp_path) == {"out"}
+    assert content_of(out) == "old"
+
+
+@posix
+def test_a_replacement_in_two_steps_that_is_interrupted_puts_the_old_one_back(
+    tmp_path, monkeypatch
+):
+    out, rename, done = fill(tmp_path / "out"), Path.rename, []
+
+    def interrupted(self, target):
+        if len(done) == 1:
+            done.append(self)
+            raise KeyboardInterrupt
+        done.append(self)
+        return rename(self, target)
+
+    def work():
+        with Publication(out, directory=True, overwrite=True) as publication:
+            write(publication)
+            publication.publish()
+
+    monkeypatch.setattr(renaming, "_renameat2", lambda *_: errno.ENOSYS)
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert names(tmp_path) == {"out"}
+    assert content_of(out) == "old"
+
+
+@posix
+@pytest.mark.parametrize("steps", [True, False], ids=["two steps", "one step"])
+def test_an_output_that_another_run_places_while_a_directory_is_replaced(
+    tmp_path, monkeypatch, steps
+):
+    """It comes between the look at the place and the rename; the later run wins, all is whole."""
+    out, theirs = tmp_path / "out", fill(tmp_path / "theirs", content="theirs")
+    rename_new, calls = renaming.rename_new, []
+
+    def raced(one, other):
+        calls.append(one)
+        if len(calls) == 2 - (not steps):
+            theirs.rename(out)
+        return rename_new(one, other)
+
+    if steps:
+        fill(out)
+        monkeypatch.setattr(renaming, "_renameat2", lambda *_: errno.ENOSYS)
+    monkeypatch.setattr(renaming, "rename_new", raced)
+    with Publication(out, directory=True, overwrite=True) as publication:
+        write(publication)
+        publication.publish()
+    assert content_of(out) == "new"
+    assert names(tmp_path) == {"out"}
+
+
+def test_a_directory_of_other_things_that_appears_meanwhile_is_not_replaced(tmp_path):
+    out = tmp_path / "out"
+
+    def work():
+        with Publication(out, directory=True, overwrite=True) as publication:
+            write(publication)
+            fill(out, "thesis.tex", content="theirs")
+            publication.publish()
+
+    with pytest.raises(OutputError, match="not replaced"):
+        work()
+    assert names(tmp_path) == {"out"}
+    assert names(out) == {"model.safetensors", "thesis.tex"}
+
+
+# ------------------------------------------------------------------------- before any work is begun
+
+
+@posix
+def test_what_a_dead_run_left_is_cleared_even_where_the_output_is_refused(tmp_path):
+    out, left = tmp_path / "out.pt", tmp_path / ".out.pt.1234abcd.ckptavg-tmp"
+    out.write_text("whole")
+    left.hardlink_to(out)  # a run that died between giving it the new name and taking the old
+    with pytest.raises(OutputError, match="exists already"):
+        check_target(out, overwrite=False, inputs=[])
+    assert names(tmp_path) == {"out.pt"}
+    assert content_of(out) == "whole"
+
+
+@posix
+def test_an_output_that_a_dead_run_had_set_aside_is_no_free_place(tmp_path):
+    fill(tmp_path / ".out.1234abcd.ckptavg-old")
+    with pytest.raises(OutputError, match="exists already"):
+        check_target(tmp_path / "out", overwrite=False, inputs=[])
+    assert content_of(tmp_path / "out") == "old"
+
+
+@posix
+def test_what_was_set_aside_is_never_half_removed_under_that_name(tmp_path, monkeypatch):
+    """Else it would be put back once somebody has taken the new one away."""
+    out, aside = tmp_path / "out", fill(tmp_path / ".out.1234abcd.ckptavg-old")
+    fill(out, content="new")
+    monkeypatch.setattr(
+        leftovers, "remove", lambda path: (path / "model.safetensors").unlink(missing_ok=True)
+    )
+    leftovers.clear(out)
+    assert not aside.exists()
+    monkeypatch.undo()
+    leftovers.clear(out)
+    assert names(tmp_path) == {"out"}
+    assert content_of(out) == "new"
+
+
+@kinds
+def test_a_second_interrupt_during_the_cleaning_leaves_nothing(tmp_path, monkeypatch, directory):
+    remove, calls = leftovers.remove, []
+
+    def interrupted(path):
+        calls.append(path)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        remove(path)
+
+    def work():
+        with Publication(tmp_path / "out", directory=directory, overwrite=False) as publication:
+            write(publication)
+            monkeypatch.setattr(leftovers, "remove", interrupted)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert names(tmp_path) == set()
+
+
+@posix
+@kinds
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_an_interrupt_as_soon_as_the_temporary_is_there_leaves_nothing(
+    tmp_path, monkeypatch, directory, error
+):
+    def interrupted(handle, path):
+        raise error
+
+    monkeypatch.setattr(leftovers, "lock", interrupted)
+    with (
+        pytest.raises(error),
+        Publication(tmp_path / "out", directory=directory, overwrite=False),
+    ):
+        pytest.fail("it was opened")
+    assert names(tmp_path) == set()
+
+
+# ----------------------------------------------------------------------------- systems that lack it
+
+
+@kinds
+def test_without_locks_nothing_is_removed_and_a_note_says_so(
+    tmp_path, monkeypatch, caplog, directory
+):
+    left = tmp_path / ".out.1234abcd.ckptavg-tmp"
+    fill(left) if directory else left.write_text("whose is it?")
+    monkeypatch.setattr(leftovers, "fcntl", None)  # as on Windows
+    caplog.set_level("INFO", "ckptavg")
+    with Publication(tmp_path / "out", directory=directory, overwrite=False) as publication:
+        write(publication)
+        publication.publish()
+    assert names(tmp_path) == {"out", left.name}
+    assert any(f"{left} may be of a run that died" in line for line in caplog.messages)
+
+
+@posix
+def test_directories_that_cannot_be_flushed_are_no_failure(tmp_path, monkeypatch, caplog):
+    fsync = os.fsync
+
+    def refuse(handle):
+        if os.path.isdir(f"/proc/self/fd/{handle}"):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(handle)
+
+    if not os.path.isdir("/proc/self/fd"):
+        pytest.skip("needs /proc")
+    monkeypatch.setattr(os, "fsync", refuse)
+    with Publication(tmp_path / "out", directory=True, overwrite=False) as publication:
+        write(publication)
+        publication.publish()
+    assert content_of(tmp_path / "out") == "new"
+    assert not caplog.messages
+
+
+@posix
+def test_an_output_in_its_place_is_not_denied_when_the_disk_does_not_confirm_it(
+    tmp_path, monkeypatch, caplog
+):
+    flush = publish._fsync
+
+    def refuse(path):
+        if path == tmp_path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        flush(path)
+
+    monkeypatch.setattr(publish, "_fsync", refuse)
+    with Publication(tmp_path / "out", directory=False, overwrite=False) as publication:
+        write(publication)
+        publication.publish()
+    assert content_of(tmp_path / "out") == "new"
+    assert any("may not survive a power cut" in line for line in caplog.messages)

@@ -1,0 +1,208 @@
+"""Ctrl-C and SIGTERM: nothing is left behind, and the last line says what was written."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from helpers import listing, save, save_states
+
+from ckptavg import averaging, run
+from ckptavg.cli import main
+from ckptavg.cli.ending import Terminated, by_signals
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+numbers = pytest.mark.parametrize(
+    ("number", "word", "code"),
+    [(signal.SIGINT, "Interrupted", 130), (signal.SIGTERM, "Terminated", 143)],
+)
+
+# Threads that keep the interpreter busy with every block, for seconds in all
+BUSY = """
+import os, signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # even if started in the background
+preadv = os.preadv
+def slow(*arguments):
+    end = time.monotonic() + 0.05
+    while time.monotonic() < end:
+        pass
+    return preadv(*arguments)
+os.preadv = slow
+from ckptavg.cli import main
+main()
+"""
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A directory with a run."""
+    save_states(tmp_path / "run", [{"w": torch.full((50,), float(i))} for i in range(3)])
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 40 MB."""
+    home = tmp_path_factory.mktemp("large")
+    return save(home / "run" / "epoch_1.pt", {"w": torch.zeros(10_000_000)}).parent
+
+
+def average(home: Path, *options: str) -> Result:
+    return CliRunner().invoke(main, ["average", str(home / "run"), *options])
+
+
+# ----------------------------------------------------------------------------------- real processes
+
+BURSTS = {
+    "SIGINT": [signal.SIGINT],
+    "SIGTERM": [signal.SIGTERM],
+    "SIGINT twice": [signal.SIGINT] * 2,
+    "SIGTERM twice": [signal.SIGTERM] * 2,
+    "both": [signal.SIGINT, signal.SIGTERM],
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "preadv"), reason="slows reads through preadv")
+@pytest.mark.parametrize("burst", BURSTS)
+def test_a_signal_while_the_threads_are_busy_leaves_nothing(large, tmp_path, burst):
+    name = "swa" if burst == "both" else "swa.pt"
+    command = [sys.executable, "-c", BUSY, "average", large]
+    command += ["-o", tmp_path / name]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        assert len(list(tmp_path.iterdir())) == 1  # the temporary
+        for number in BURSTS[burst]:
+            process.send_signal(number)
+            time.sleep(0.01)
+        _, stderr = process.communicate(timeout=60)
+    first = BURSTS[burst][0]
+    assert process.returncode == 128 + first
+    word = "Interrupted" if first == signal.SIGINT else "Terminated"
+    assert stderr.splitlines()[-1] == f"{word}: nothing was written."
+    assert "Traceback" not in stderr
+    assert listing(tmp_path) == []
+
+
+CHILD = """
+import os, signal, sys
+from ckptavg.cli.ending import by_signals
+with by_signals():
+    child = os.fork()
+    if child == 0:
+        signal.raise_signal(getattr(signal, sys.argv[1]))
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_child_process_dies_of_sigterm_as_ever():
+    """A loader's worker is a copy of the command and must not end as the command does."""
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, "SIGTERM"], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) == -signal.SIGTERM
+
+
+# ----------------------------------------------------------------------------- in this very process
+
+
+def raised(number: signal.Signals, work: Callable[..., object]) -> Callable[..., object]:
+    """Some work and, once it is done, a signal."""
+
+    def disturbed(*arguments: object, **keywords: object) -> object:
+        answer = work(*arguments, **keywords)
+        signal.raise_signal(number)
+        return answer
+
+    return disturbed
+
+
+@numbers
+@pytest.mark.parametrize("existing", [False, True])
+def test_what_had_been_written_is_not_denied(home, monkeypatch, number, word, code, existing):
+    out = home / "swa.pt"
+    if existing:
+        save(out, {"w": torch.zeros(1)})
+    monkeypatch.setattr(averaging, "write", raised(number, averaging.write))
+    result = average(home, "-o", str(out), "--overwrite")
+    assert result.exit_code == code
+    assert result.stderr.splitlines()[-1] == f"{word}: {out} had been written."
+    assert torch.load(out, weights_only=True)["state_dict"]["w"].tolist() == [1.0] * 50
+    assert listing(home) == ["run", *(f"run/epoch_{i}.pt" for i in (1, 2, 3)), "swa.pt"]
+
+
+@numbers
+@pytest.mark.parametrize("existing", [False, True])
+def test_an_output_that_was_there_before_is_not_claimed(
+    home, monkeypatch, number, word, code, existing
+):
+    out = home / "swa.pt"
+    if existing:
+        save(out, {"w": torch.zeros(1)})
+    before = listing(home)
+    monkeypatch.setattr(run, "open_run", raised(number, run.open_run))
+    result = average(home, "-o", str(out), "--overwrite")
+    assert result.exit_code == code
+    assert result.stderr.splitlines()[-1] == f"{word}: nothing was written."
+    assert listing(home) == before
+
+
+def test_commands_put_the_handlers_back(home):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert average(home, "-o", str(home / "swa.pt")).exit_code == 0
+    assert average(home, "-o", str(home / "swa.pt")).exit_code == 1
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+@pytest.mark.parametrize("theirs", [signal.SIG_IGN, lambda *_: None], ids=["ignored", "handled"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_handlers_of_others_stay(number, theirs):
+    before = signal.signal(number, theirs)
+    try:
+        with by_signals():
+            assert signal.getsignal(number) == theirs
+            signal.raise_signal(number)
+    finally:
+        signal.signal(number, before)
+
+
+def test_commands_work_outside_the_main_thread(home):
+    results: list[Result] = []
+    thread = threading.Thread(
+        target=lambda: results.append(average(home, "-o", str(home / "swa.pt")))
+    )
+    thread.start()
+    thread.join()
+    assert results[0].exit_code == 0
+
+
+def test_the_second_signal_waits_and_the_third_is_not_waited_for():
+    after: list[str] = []
+
+    def work() -> None:
+        with by_signals():
+            try:
+                signal.raise_signal(signal.SIGTERM)
+            finally:
+                signal.raise_signal(signal.SIGINT)
+                after.append("second")
+                signal.raise_signal(signal.SIGINT)
+                after.append("third")
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        work()
+    assert after == ["second"]
+    assert not isinstance(caught.value, Terminated)
+    assert isinstance(caught.value.__context__, Terminated)
