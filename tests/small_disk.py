@@ -25,7 +25,7 @@ from ckptavg.errors import CkptavgError
 HOME = Path(sys.argv[1])
 DISK = HOME / "disk"
 OUT = DISK / "swa.safetensors"
-no_look = mock.patch("ckptavg.averaging.check_room")
+no_look = mock.patch("ckptavg.outputs.check_room")
 no_reserve = mock.patch(
     "os.posix_fallocate", side_effect=OSError(errno.EOPNOTSUPP, "Operation not supported")
 )

@@ -17,6 +17,7 @@ from ckptavg.report import Report
 
 if TYPE_CHECKING:
     from ckptavg.averaging import Average
+    from ckptavg.cli.also import Also
     from ckptavg.run import Run
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -215,12 +216,22 @@ def everywhere(function: F) -> F:
     def run(*, as_json: bool, quiet: bool, verbose: int, debug: bool, **values: Any) -> Any:
         report = Report(as_json=as_json, verbosity=-1 if quiet else verbose)
         warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # which nobody needs here
-        outputs = [str(values[name]) for name in ("out", "results") if values.get(name)]
-        interrupts = ending.by_interrupts(outputs)
+        interrupts = ending.by_interrupts(_outputs(**values))
         with ending.by_signals(), interrupts, _errors_in_one_line(debug), report.notes():
             return function(report=report, **values)
 
     return options(run)  # type: ignore[return-value]
+
+
+def _outputs(
+    out: str | None = None,
+    results: object = None,
+    further: Sequence[Also] = (),
+    **_: Any,
+) -> list[str]:
+    """What a command is to write, by its options."""
+    beside = [one.path(out) for one in further] if out else []
+    return [str(path) for path in (out, results) if path] + beside
 
 
 @contextmanager
