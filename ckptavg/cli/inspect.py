@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ckptavg.cli import options
+from ckptavg.cli import options, verification
 from ckptavg.errors import first_few
 from ckptavg.formats import Checkpoint
 from ckptavg.formats.storage import locate
@@ -30,14 +30,23 @@ _LAYOUTS = {
 @click.argument("path", metavar="PATH")
 @options.option("What", "--glob", metavar="PATTERN", help="File names that match the pattern.")
 @options.option("What", "--key", metavar="KEY", help="Entry that holds the weights.")
+@options.option(
+    "What",
+    "--verify",
+    is_flag=True,
+    help="Read everything and compare it with the digests that `average --hash` recorded.",
+)
 @options.everywhere
-def inspect(report: Report, path: str, glob: str | None, key: str | None) -> None:
+def inspect(report: Report, path: str, glob: str | None, key: str | None, verify: bool) -> None:
     """Show what a run or a checkpoint holds, without reading its tensors.
 
     A run: its checkpoints in order, what was recorded, what is left out and why. A checkpoint: its
     tensors, its BatchNorm layers, and how it was made if ckptavg made it.
     """
     run = open_run(path, glob=glob, key=key)
+    if verify:
+        verification.show(report, path, run, key)
+        return
     if len(run) == 1 and run.checkpoints[0].path == locate(path):
         _show_checkpoint(report, run.checkpoints[0])
     else:
