@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ckptavg.cli import options, verification
+from ckptavg.cli import options
 from ckptavg.errors import first_few
 from ckptavg.formats import Checkpoint
 from ckptavg.formats.storage import locate
@@ -45,6 +45,8 @@ def inspect(report: Report, path: str, glob: str | None, key: str | None, verify
     """
     run = open_run(path, glob=glob, key=key)
     if verify:
+        from ckptavg.cli import verification  # noqa: PLC0415 - needs torch, the rest does not
+
         verification.show(report, path, run, key)
         return
     if len(run) == 1 and run.checkpoints[0].path == locate(path):
