@@ -134,7 +134,8 @@ def _check_archives(checkpoint: Checkpoint) -> list[Finding]:
             continue
         if damaged is not None:
             state = CHANGED if damaged else SAME
-            found.append(Finding(stamp.path, "archive", state, first_few(damaged)))
+            why = f"not what their CRC-32 tells: {first_few(damaged)}" if damaged else ""
+            found.append(Finding(stamp.path, "archive", state, why))
     return found
 
 

@@ -40,9 +40,10 @@ def test_digests_are_recorded_shown_and_verified(run):
         ("archive", "same"), ("record", "same"), ("weights", "same"), *[("input", "same")] * 3,
     ]  # fmt: skip
     result = ckptavg("inspect", "o.pt", "--verify")
-    assert "6 of 6 are as recorded" in result.stdout
+    assert result.stdout.endswith("\n6 same\n")
     result = ckptavg("average", "run", "-o", "o.safetensors", "--hash")
-    assert f"digest of its weights: {recorded['digest']}" in result.stdout
+    for shown in (result.stdout, ckptavg("inspect", "o.safetensors").stdout):
+        assert f"digest of its weights: {recorded['digest']}" in shown
 
 
 def test_without_hash_nothing_is_recorded(run):
@@ -80,7 +81,7 @@ def test_an_input_that_is_gone_is_shown_and_no_error(run):
     (run / "epoch_1.pt").unlink()
     assert ("input", "not there") in verified("o.safetensors")
     result = ckptavg("inspect", "o.safetensors", "--verify")
-    assert "4 of 5 are as recorded, 1 input not there any more" in result.stdout
+    assert result.stdout.endswith("\n4 same, 1 not there\n")
 
 
 def test_a_run_is_verified_by_checksums_and_the_averages_in_it_by_digests(run):
@@ -93,6 +94,18 @@ def test_a_run_is_verified_by_checksums_and_the_averages_in_it_by_digests(run):
     flip(run / "epoch_1.pt", weight.pieces[0].offset)
     line = one_line_error(ckptavg("inspect", "run", "--verify"))
     assert "archive run/epoch_1.pt (changed)" in line
+
+
+def test_what_has_no_record_is_said_beside_what_has(run):
+    ckptavg("average", "run", "-o", "run/a.safetensors", "--hash", "--last", 1)
+    for path in run.glob("*.pt"):
+        state = torch.load(path)["state_dict"]
+        save(path.with_suffix(".safetensors"), state, epoch=path.stem[-1])
+        path.unlink()
+    assert verified("run") == [
+        *[("weights", "nothing recorded")] * 3, ("record", "same"), ("weights", "same"),
+        ("input", "not there"),
+    ]  # fmt: skip
 
 
 def test_every_further_average_has_its_digests(run):

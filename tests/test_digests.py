@@ -159,6 +159,9 @@ def test_the_same_weights_have_the_same_digest_in_every_layout(tmp_path):
         write(state, tmp_path / name)
         found[name] = digest(open_checkpoint(tmp_path / name))
     assert found == dict.fromkeys(WRITERS, by_rule(state))
+    run = [open_checkpoint(tmp_path / name) for name in WRITERS]
+    ckptavg.average(run, out=tmp_path / "o.safetensors", digests=True)
+    assert {state for _, _, state in outcome(tmp_path / "o.safetensors")} == {"same"}
 
 
 @pytest.mark.parametrize(

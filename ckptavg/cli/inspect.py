@@ -143,6 +143,8 @@ def _show_provenance(report: Report, made: Mapping[str, Any]) -> None:
         f"BatchNorm statistics {made.get('bn')}"
     )
     report.table(("checkpoint", "step", "coefficient"), rows, title=title)
+    if "digest" in made:
+        report.line(f"digest of its weights: {made['digest']} (--verify compares)")
 
 
 def _summary(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 
 from ckptavg.digests import is_recorded
 from ckptavg.errors import CkptavgError, IntegrityError, first_few
 from ckptavg.formats import Checkpoint, open_checkpoint
-from ckptavg.report import Report, counted
+from ckptavg.report import Report
 from ckptavg.run import Run
-from ckptavg.verifying import CHANGED, MISSING, Finding, Verifier
+from ckptavg.verifying import CHANGED, Finding, Verifier
+
+UNKNOWN = "nothing recorded"
 
 
 def show(report: Report, path: str, run: Run, key: str | None) -> None:
@@ -21,8 +24,12 @@ def show(report: Report, path: str, run: Run, key: str | None) -> None:
     """
     with report.bytes_progress("verifying") as progress:
         verifier = Verifier(progress)
-        found = [f for c in (*run, *_averages(run, key)) for f in verifier.verify(c)]
-    if not found:
+        found = [
+            finding
+            for checkpoint in (*run, *_averages(run, key))
+            for finding in verifier.verify(checkpoint) or [_unknown(checkpoint)]
+        ]
+    if all(f.state == UNKNOWN for f in found):
         raise IntegrityError(
             f"nothing was recorded that {path} could be verified by",
             "`ckptavg average --hash` records digests.",
@@ -36,11 +43,12 @@ def show(report: Report, path: str, run: Run, key: str | None) -> None:
     wrong = [f for f in found if f.wrong]
     if wrong:
         raise _failure(wrong)
-    lost = sum(f.state == MISSING for f in found)
-    report.line(
-        f"{len(found) - lost} of {len(found)} are as recorded"
-        + (f", {counted(lost, 'input')} not there any more" if lost else "")
-    )
+    states = Counter(f.state for f in found)
+    report.line(", ".join(f"{count} {state}" for state, count in states.items()))
+
+
+def _unknown(checkpoint: Checkpoint) -> Finding:
+    return Finding(str(checkpoint.path), "weights", UNKNOWN)
 
 
 def _averages(run: Run, key: str | None) -> Iterator[Checkpoint]:
