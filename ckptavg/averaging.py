@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ckptavg import discovery, lora, outputs, schemes
 from ckptavg.blocks import StreamResult
+from ckptavg.digests import InputDigests, OutputDigest, recorded
 from ckptavg.errors import CheckpointError, UsageError, first_few
 from ckptavg.formats import Checkpoint, open_checkpoint
 from ckptavg.formats.table import FileStamp
-from ckptavg.formats.writing import MemorySink, Sink
+from ckptavg.formats.writing import FileSink, MemorySink, Sink
 from ckptavg.groups import Job
 from ckptavg.outputs import StateDict, Target
 from ckptavg.plan import Plan, Rules, batchnorm_layers, copy_plan, make_plan
@@ -54,6 +55,7 @@ class Average:
             self.plan.coefficients,
             batchnorm or self.batchnorm,
             self.plan.ties,
+            self.plan.base,
         )
 
 
@@ -73,6 +75,7 @@ def average(
     dtype: str = "keep",
     overwrite: bool = False,
     on_nonfinite: str = "error",
+    digests: bool = False,
     progress: Progress | None = None,
 ) -> StateDict | Path:
     """Average the checkpoints of a run.
@@ -94,6 +97,8 @@ def average(
             ``float64``.
         overwrite: Replace an existing output.
         on_nonfinite: ``error``, or ``keep`` to write an average that is not finite.
+        digests: Record digests of the inputs and the output in it, see ``ckptavg.digests``; all of
+            the inputs' weights are read then.
         progress: Called with the bytes read and their total.
 
     Returns:
@@ -110,8 +115,11 @@ def average(
     )
     keep = keeps_nonfinite(on_nonfinite)
     if out is None:
+        require_output(digests=digests)
         return in_memory(planned, keep_nonfinite=keep, progress=progress)
-    return write(planned, out, overwrite=overwrite, keep_nonfinite=keep, progress=progress)
+    return write(
+        planned, out, overwrite=overwrite, keep_nonfinite=keep, digests=digests, progress=progress
+    )
 
 
 def plan_average(
@@ -158,6 +166,16 @@ def keeps_nonfinite(choice: str) -> bool:
     return choice == "keep"
 
 
+def require_output(*, digests: bool) -> None:
+    """Make sure that there is an output where digests are to be recorded.
+
+    Raises:
+        UsageError: There is none.
+    """
+    if digests:
+        raise UsageError("digests are recorded in an output, and none is named", "Name one.")
+
+
 def _patterns(given: str | Sequence[str]) -> tuple[str, ...]:
     return (given,) if isinstance(given, str) else tuple(given)
 
@@ -168,12 +186,17 @@ def write(
     *,
     overwrite: bool = False,
     keep_nonfinite: bool = False,
+    digests: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Compute an average straight into its output."""
-    return write_many(
-        [(planned, out)], overwrite=overwrite, keep_nonfinite=keep_nonfinite, progress=progress
-    )[0]
+    settings: dict[str, Any] = {
+        "overwrite": overwrite,
+        "keep_nonfinite": keep_nonfinite,
+        "digests": digests,
+    }
+    write_many([(planned, out)], **settings, progress=progress)
+    return Path(out)
 
 
 def write_many(
@@ -182,8 +205,9 @@ def write_many(
     order: Sequence[Checkpoint] = (),
     overwrite: bool = False,
     keep_nonfinite: bool = False,
+    digests: bool = False,
     progress: Progress | None = None,
-) -> list[Path]:
+) -> list[Mapping[str, Any]]:
     """Compute several averages straight into their outputs, from one read of the inputs.
 
     Args:
@@ -191,28 +215,55 @@ def write_many(
         order: The run that all of them are selections of.
         overwrite: Replace existing outputs.
         keep_nonfinite: Write averages that are not finite as they are.
+        digests: Record digests in the outputs.
         progress: Called with the bytes read and their total.
+
+    Returns:
+        The provenance of each output, as written.
 
     Raises:
         OutputError: An output may not or could not be written.
     """
-    targets = prepare_many(averages, overwrite=overwrite)
+    targets = prepare_many(averages, overwrite=overwrite, digests=digests)
     plans = [planned for planned, _ in averages]
-    with outputs.opened(targets) as sinks:
-        _compute(plans, sinks, order, keep_nonfinite=keep_nonfinite, progress=progress)
-    return [target.path for target in targets]
+    settings: dict[str, Any] = {"keep_nonfinite": keep_nonfinite, "progress": progress}
+    with outputs.opened(targets) as files:
+        if digests:
+            return _compute_hashed(plans, targets, files, order, settings)
+        _compute(plans, files, order, **settings)
+    return [target.made for target in targets]
+
+
+def _compute_hashed(
+    averages: Sequence[Average],
+    targets: Sequence[Target],
+    files: Sequence[FileSink],
+    order: Sequence[Checkpoint],
+    settings: Mapping[str, Any],
+) -> list[Mapping[str, Any]]:
+    """As ``_compute``, with the digests of all that goes by put into the outputs."""
+    inputs = InputDigests(c for planned in averages for c in planned.plan.inputs)
+    sinks = [OutputDigest(f, t.tensors) for f, t in zip(files, targets, strict=True)]
+    _compute(averages, sinks, order, inputs=inputs, **settings)
+    told: list[Mapping[str, Any]] = []
+    for planned, target, file, sink in zip(averages, targets, files, sinks, strict=True):
+        made = recorded(target.made, planned.plan.inputs, inputs.of, sink.digest)
+        outputs.rewrite_provenance(target, file, made)
+        told.append(made)
+    return told
 
 
 def in_memory(
     planned: Average,
     *,
     keep_nonfinite: bool = False,
+    inputs: InputDigests | None = None,
     progress: Progress | None = None,
     stale: bool = True,
 ) -> StateDict:
     """Compute an average as a state dict; ``stale=False`` if its statistics will be recomputed."""
     (state_dict,) = in_memory_many(
-        [planned], keep_nonfinite=keep_nonfinite, progress=progress, stale=stale
+        [planned], keep_nonfinite=keep_nonfinite, inputs=inputs, progress=progress, stale=stale
     )
     return state_dict
 
@@ -222,37 +273,46 @@ def in_memory_many(
     *,
     order: Sequence[Checkpoint] = (),
     keep_nonfinite: bool = False,
+    inputs: InputDigests | None = None,
     progress: Progress | None = None,
     stale: bool = True,
 ) -> list[StateDict]:
     """Compute several averages as state dicts, from one read; arguments as for ``write_many``."""
     sinks = [MemorySink(planned.plan.outputs) for planned in averages]
-    _compute(averages, sinks, order, keep_nonfinite=keep_nonfinite, progress=progress, stale=stale)
+    settings: dict[str, Any] = {"keep_nonfinite": keep_nonfinite, "progress": progress}
+    _compute(averages, sinks, order, **settings, inputs=inputs, stale=stale)
     return [sink.state_dict for sink in sinks]
 
 
 def prepare(
-    planned: Average, out: str | os.PathLike[str], *, overwrite: bool, batchnorm: str | None = None
+    planned: Average,
+    out: str | os.PathLike[str],
+    *,
+    overwrite: bool,
+    batchnorm: str | None = None,
+    digests: bool = False,
 ) -> Target:
     """Lay the output of an average out and make sure that it may and can be written.
 
     Raises:
         OutputError: It may not be written, or there is too little room.
     """
-    plan = planned.plan
+    plan, made = planned.plan, planned.provenance(batchnorm)
     return outputs.prepare(
         out,
         plan.outputs,
-        planned.provenance(batchnorm),
+        recorded(made, plan.inputs) if digests else made,
         [*plan.files, plan.checkpoints[-1]],
         companions=plan.companions,
         overwrite=overwrite,
     )
 
 
-def prepare_many(averages: Sequence[Planned], *, overwrite: bool) -> list[Target]:
+def prepare_many(
+    averages: Sequence[Planned], *, overwrite: bool, digests: bool = False
+) -> list[Target]:
     """As ``prepare``, for several averages at once."""
-    targets = [prepare(planned, out, overwrite=overwrite) for planned, out in averages]
+    targets = [prepare(one, out, overwrite=overwrite, digests=digests) for one, out in averages]
     outputs.check_together(targets)
     return targets
 
@@ -273,13 +333,17 @@ def _compute(
     *,
     keep_nonfinite: bool,
     progress: Progress | None,
+    inputs: InputDigests | None = None,
     stale: bool = True,
 ) -> None:
     plans = [planned.plan for planned in averages]
     jobs = [
         Job(plan.tensors, sink, keep_nonfinite) for plan, sink in zip(plans, sinks, strict=True)
     ]
-    streamed = stream(jobs, Extras(order), progress=progress)
+    extras = Extras(order)
+    if inputs is not None:
+        extras = Extras(order, watched=inputs.tensors, watcher=inputs.watch)
+    streamed = stream(jobs, extras, progress=progress)
     _verify(plans)
     _log(averages, streamed.results, stale=stale)
 

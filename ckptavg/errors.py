@@ -61,6 +61,10 @@ class OutputError(CkptavgError):
     """An output that may not or could not be written."""
 
 
+class IntegrityError(CkptavgError):
+    """Contents that are not those that were recorded."""
+
+
 class SpecError(CkptavgError):
     """A model or data specification that leads to nothing usable."""
 

@@ -97,6 +97,7 @@ def plan_merge(
     plan = make_plan(stacked, coefficients, rules)
     return replace(
         plan,
+        checkpoints=tuple(checkpoints),
         tensors=tuple(map(stack.scaled, plan.tensors)),
         companions={adapter.CONFIG: json.dumps(stack.configuration(), indent=2).encode()},
         notes=(*plan.notes, *_notes(stack, configs)),

@@ -13,6 +13,7 @@ from ckptavg.averaging import (
     in_memory_many,
     keeps_nonfinite,
     plan_average,
+    require_output,
     write_many,
 )
 from ckptavg.errors import UsageError
@@ -35,6 +36,7 @@ def average_many(
     dtype: str = "keep",
     overwrite: bool = False,
     on_nonfinite: str = "error",
+    digests: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, StateDict] | dict[str, Path]:
     """Compute several averages of a run while each input byte is read once.
@@ -58,6 +60,7 @@ def average_many(
         dtype: Of the outputs' floats, as for ``average``.
         overwrite: Replace existing outputs.
         on_nonfinite: ``error``, or ``keep`` to write averages that are not finite.
+        digests: Record digests in the outputs, as for ``average``.
         progress: Called with the bytes read and their total.
 
     Returns:
@@ -88,13 +91,14 @@ def average_many(
         "progress": progress,
     }
     if out_dir is None:
+        require_output(digests=digests)
         computed = in_memory_many(list(planned.values()), **settings)
         return dict(zip(planned, computed, strict=True))
     paths = {name: Path(out_dir) / _file_name(name, run) for name in planned}
     storage.check_output(out_dir)
     with _directory(Path(out_dir)):
         outputs = [(planned[name], path) for name, path in paths.items()]
-        write_many(outputs, overwrite=overwrite, **settings)
+        write_many(outputs, overwrite=overwrite, digests=digests, **settings)
     return paths
 
 

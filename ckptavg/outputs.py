@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from ckptavg.errors import UsageError, first_few
+from ckptavg import digests
+from ckptavg.errors import CheckpointError, UsageError, first_few
 from ckptavg.formats import Checkpoint, storage
 from ckptavg.formats.layout import lay_out
 from ckptavg.formats.output import Layout, OutputTensor
@@ -36,12 +37,16 @@ class Target:
         tensors: What it will hold.
         layout: What lies where.
         overwrite: Whether an existing one is replaced.
+        made: Its provenance.
+        template: The checkpoint that it is laid out like.
     """
 
     path: Path
     tensors: Sequence[OutputTensor]
     layout: Layout
     overwrite: bool
+    made: Mapping[str, Any]
+    template: Checkpoint
 
 
 def prepare(
@@ -81,7 +86,7 @@ def prepare(
         )
     layout.companions.update(companions or {})
     check_room(Path(out), layout.size)
-    return Target(Path(out), tensors, layout, overwrite)
+    return Target(Path(out), tensors, layout, overwrite, made, inputs[-1])
 
 
 def prepare_copy(
@@ -150,24 +155,46 @@ def save(
     inputs: Sequence[Checkpoint],
     *,
     overwrite: bool = False,
-) -> Path:
+) -> Mapping[str, Any]:
     """Write tensors that are in memory, with the same care as an average.
 
     Args:
         state_dict: What to write, under bare names.
         out: As for ``average``.
-        made: Its provenance.
+        made: Its provenance. A digest in it stands for that of what is written.
         inputs: As for ``prepare``.
         overwrite: Replace an existing output.
+
+    Returns:
+        The provenance as written.
     """
     target = prepare(out, output_tensors(state_dict), made, inputs, overwrite=overwrite)
-    with opened([target]) as (sink,):
+    with opened([target]) as (file,):
+        sink = digests.OutputDigest(file, target.tensors) if digests.is_recorded(made) else file
         for tensor in target.tensors:
             if tensor.tied_to is None and state_dict[tensor.name].numel():
                 values = state_dict[tensor.name].detach().cpu().contiguous()
                 raw = (ctypes.c_uint8 * values.nbytes).from_address(values.data_ptr())
                 sink.write(tensor.name, 0, memoryview(raw).cast("B"))
-    return target.path
+        if isinstance(sink, digests.OutputDigest):
+            made = digests.sealed({**made, digests.DIGEST: sink.digest})
+            rewrite_provenance(target, file, made)
+    return made
+
+
+def rewrite_provenance(target: Target, sink: FileSink, made: Mapping[str, Any]) -> None:
+    """Put another provenance of the same length into an output that is being written.
+
+    Raises:
+        CheckpointError: It would be laid out otherwise now: what it follows has changed.
+    """
+    layout = lay_out(os.fspath(target.path), target.tensors, made, target.template)
+    if not target.layout.fits(layout):
+        raise CheckpointError(
+            f"{target.template.path} changed while it was being read",
+            "Wait until the training run has finished writing it, then try again.",
+        )
+    sink.replace(layout)
 
 
 def output_tensors(state_dict: Mapping[str, torch.Tensor]) -> list[OutputTensor]:
@@ -189,26 +216,33 @@ def provenance(
     coefficients: Sequence[float],
     batchnorm: str,
     ties: Sequence[Sequence[str]] = (),
+    base: Checkpoint | None = None,
 ) -> dict[str, Any]:
     """How an output was made, as plain values for JSON.
 
     Returns:
         ``version``, ``scheme``, ``checkpoints`` (each with ``path``, ``step``, ``coefficient``,
-        ``size`` in bytes and ``mtime`` in seconds), ``bn`` and ``tied`` names, if there are any.
+        ``size`` in bytes and ``mtime`` in seconds), ``bn``, and where there are any, ``base`` (the
+        checkpoint that gave the rest, if it is none of them) and ``tied`` names.
     """
     made: dict[str, Any] = {
         "version": __version__,
         "scheme": scheme,
         "checkpoints": [
-            {
-                "path": storage.without_secrets(str(c.path)),
-                "step": c.step,
-                "coefficient": coefficient,
-                "size": c.size,
-                "mtime": max(stamp.mtime_ns for stamp in c.files) / 1e9,
-            }
+            _account(c, step=c.step, coefficient=coefficient)
             for c, coefficient in zip(checkpoints, coefficients, strict=True)
         ],
         "bn": batchnorm,
     }
+    made |= {} if base is None else {"base": _account(base)}
     return made | ({"tied": [list(group) for group in ties]} if ties else {})
+
+
+def _account(checkpoint: Checkpoint, **part: float | None) -> dict[str, Any]:
+    """What provenance says of a checkpoint, and of its part in the output."""
+    return {
+        "path": storage.without_secrets(str(checkpoint.path)),
+        **part,
+        "size": checkpoint.size,
+        "mtime": max(stamp.mtime_ns for stamp in checkpoint.files) / 1e9,
+    }

@@ -102,6 +102,17 @@ class Plan:
         owners = (owner for tensor in self.tensors for owner in tensor.owners)
         return list({id(c): c for c in (*self.checkpoints, *owners)}.values())
 
+    @property
+    def base(self) -> Checkpoint | None:
+        """The checkpoint that gives the rest, if it is none of those selected."""
+        selected = {(c.path, c.key) for c in self.checkpoints}
+        return next((c for c in self.files if (c.path, c.key) not in selected), None)
+
+    @property
+    def inputs(self) -> list[Checkpoint]:
+        """The checkpoints as the provenance lists them: the selected ones, and the base."""
+        return [*self.checkpoints, *([] if self.base is None else [self.base])]
+
 
 @dataclass(frozen=True)
 class Rules:

@@ -15,6 +15,7 @@ from ckptavg.averaging import Average
 from ckptavg.batches import Batches, Forward, Runtime
 from ckptavg.batchnorm import BatchNormResult, recompute, tracked_layers
 from ckptavg.batchnorm import Progress as BatchProgress
+from ckptavg.digests import DIGEST, PENDING, InputDigests, is_recorded, recorded, sealed
 from ckptavg.errors import NonFiniteError
 from ckptavg.formats import Checkpoint
 from ckptavg.formats.table import REFRESHED
@@ -36,9 +37,10 @@ def write_average(
     forward: Forward | None = None,
     overwrite: bool = False,
     keep_nonfinite: bool = False,
+    digests: bool = False,
     progress: Progress | None = None,
     batch_progress: BatchProgress | None = None,
-) -> BatchNormResult:
+) -> tuple[BatchNormResult, Mapping[str, Any]]:
     """Compute an average, recompute its statistics, then write it.
 
     Args:
@@ -50,22 +52,28 @@ def write_average(
         forward: ``forward(model, batch)`` for unusual batches.
         overwrite: Replace an existing output.
         keep_nonfinite: Write an average that is not finite as it is.
+        digests: Record digests in the output, as for ``averaging.write``.
         progress: Told about the bytes read.
         batch_progress: Told about the batches passed.
+
+    Returns:
+        What was recomputed, and the provenance as written.
 
     Raises:
         CkptavgError: Whatever is wrong; nothing is written then.
     """
     lora.require_models(planned.plan.checkpoints)
     averaging.prepare(planned, out, overwrite=overwrite, batchnorm=RECOMPUTED)
+    hashed = InputDigests(planned.plan.inputs) if digests else None
     weights = averaging.in_memory(
-        planned, keep_nonfinite=keep_nonfinite, progress=progress, stale=False
+        planned, keep_nonfinite=keep_nonfinite, inputs=hashed, progress=progress, stale=False
     )
     result = refresh(weights, model, data, runtime, str(out), forward, batch_progress)
     made, inputs = planned.provenance(RECOMPUTED), [*planned.plan.files]
     inputs.append(planned.plan.checkpoints[-1])
-    outputs.save(weights, out, made, inputs, overwrite=overwrite)
-    return result
+    if hashed is not None:
+        made = recorded(made, planned.plan.inputs, hashed.of)
+    return result, outputs.save(weights, out, made, inputs, overwrite=overwrite)
 
 
 def update_checkpoint(
@@ -79,10 +87,15 @@ def update_checkpoint(
     overwrite: bool = False,
     batch_progress: BatchProgress | None = None,
 ) -> BatchNormResult:
-    """Write a copy of a checkpoint with recomputed statistics; see ``write_average``."""
+    """Write a copy of a checkpoint with recomputed statistics; see ``write_average``.
+
+    The copy of an output with digests has them too, with its own in place of the output's.
+    """
     lora.require_models([checkpoint])
     made = dict(checkpoint.provenance or outputs.provenance(REFRESHED, [checkpoint], [1.0], ""))
     made["bn"] = RECOMPUTED
+    if is_recorded(made):
+        made = sealed(made | {DIGEST: PENDING})
     outputs.prepare_copy(checkpoint, out, made, overwrite=overwrite)
     weights = averaging.load(checkpoint)
     result = refresh(weights, model, data, runtime, str(checkpoint.path), forward, batch_progress)

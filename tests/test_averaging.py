@@ -339,8 +339,8 @@ def test_state_in_memory_is_written_with_its_ties(run_dir, tmp_path):
     run = open_run(run_dir)
     weight = torch.randn(3, 3)
     state = {"a": weight, "b": weight, "t": torch.randn(3, 2).t(), "e": torch.ones(0)}
-    out = save_state(state, tmp_path / "out.pt", {"checkpoints": []}, run.checkpoints)
-    found = read(out)
+    save_state(state, tmp_path / "out.pt", {"checkpoints": []}, run.checkpoints)
+    found = read(tmp_path / "out.pt")
     assert all(same_bits(found[name], t) for name, t in state.items())
     assert found["a"].data_ptr() == found["b"].data_ptr()
 

@@ -247,7 +247,7 @@ def test_a_forward_of_the_users_runs_the_batches(tmp_path):
 
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_an_average_is_written_with_its_statistics_recomputed(tmp_path, planned, states, name):
-    result = write_average(planned, tmp_path / name, Net(), BATCHES, RUNTIME)
+    result, _ = write_average(planned, tmp_path / name, Net(), BATCHES, RUNTIME)
     assert_refreshed(tmp_path / name, average_of(states))
     assert result.layers == 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,10 @@ log = logging.getLogger("ckptavg")
 )  # fmt: skip
 @options.option(_OUT, "--dry-run", is_flag=True, help="Show the plan, write nothing.")
 @options.option(_OUT, "--overwrite", is_flag=True, help="Replace an existing output.")
+@options.option(
+    _OUT, "--hash", "digests", is_flag=True,
+    help="Record digests of inputs and output (inspect --verify).",
+)  # fmt: skip
 @options.selection_options
 @options.scheme_options
 @options.tensor_options
@@ -47,6 +52,7 @@ def average(
     further: tuple[Also, ...],
     dry_run: bool,
     overwrite: bool,
+    digests: bool,
     glob: str | None,
     key: str | None,
     **settings: Any,
@@ -82,9 +88,9 @@ def average(
     if out is None or dry_run:
         _result(report, [one.provenance() | {"output": None} for one in planned], further)
         return
-    batchnorm = _write(report, planned, outs, run, overwrite, settings)
-    made = [_written(report, one, path, batchnorm) for one, path in zip(planned, outs, strict=True)]
-    _result(report, made, further)
+    care = {"overwrite": overwrite, "digests": digests}
+    made = _write(report, planned, outs, run, care, settings)
+    _result(report, [_written(report, *one) for one in zip(made, outs, strict=True)], further)
 
 
 def _check_usage(
@@ -114,39 +120,39 @@ def _write(
     planned: list[Average],
     outs: list[str],
     run: Run,
-    overwrite: bool,
+    care: dict[str, Any],
     settings: dict[str, Any],
-) -> str | None:
-    """Write the averages; returns the state of recomputed statistics, if they were."""
+) -> Sequence[Mapping[str, Any]]:
+    """Write the averages; returns their provenance."""
     from ckptavg import averaging  # noqa: PLC0415
 
-    care = {"overwrite": overwrite, "keep_nonfinite": settings["on_nonfinite"] == "keep"}
+    care = care | {"keep_nonfinite": settings["on_nonfinite"] == "keep"}
     if not settings["model_spec"]:
         outputs = list(zip(planned, outs, strict=True))
         with report.bytes_progress("averaging") as progress:
-            averaging.write_many(outputs, order=run.checkpoints, **care, progress=progress)
-        return None
+            return averaging.write_many(outputs, order=run.checkpoints, **care, progress=progress)
     from ckptavg import refresh  # noqa: PLC0415
     from ckptavg.cli.sources import model_and_runtime, training_data  # noqa: PLC0415
 
     model, runtime = model_and_runtime(settings)
     data = training_data(settings)
     with report.batch_progress() as progress:
-        refresh.write_average(
+        _, made = refresh.write_average(
             planned[0], outs[0], model, data, runtime, **care,
             progress=lambda done, total: progress("averaging (bytes)", done, total),
             batch_progress=lambda done, total: progress("BatchNorm", done, total),
         )  # fmt: skip
-    return refresh.RECOMPUTED
+    return [made]
 
 
-def _written(report: Report, planned: Average, out: str, batchnorm: str | None) -> dict[str, Any]:
+def _written(report: Report, made: Mapping[str, Any], out: str) -> dict[str, Any]:
     """Say what was written; returns it as plain values."""
     size = sum(f.stat().st_size for f in _files(Path(out)))
-    state = batchnorm or planned.batchnorm
-    statistics = "" if state == "none" else f", BatchNorm statistics: {state}"
+    statistics = "" if made["bn"] == "none" else f", BatchNorm statistics: {made['bn']}"
     report.line(f"wrote {out} ({size_text(size)}{statistics})")
-    return planned.provenance(batchnorm) | {"output": out, "bytes": size}
+    if "digest" in made:
+        report.line(f"digest of its weights: {made['digest']}")
+    return {**made, "output": out, "bytes": size}
 
 
 def _result(report: Report, made: list[dict[str, Any]], further: tuple[Also, ...]) -> None:

@@ -30,14 +30,25 @@ _LAYOUTS = {
 @click.argument("path", metavar="PATH")
 @options.option("What", "--glob", metavar="PATTERN", help="File names that match the pattern.")
 @options.option("What", "--key", metavar="KEY", help="Entry that holds the weights.")
+@options.option(
+    "What",
+    "--verify",
+    is_flag=True,
+    help="Read everything and compare it with the digests that `average --hash` recorded.",
+)
 @options.everywhere
-def inspect(report: Report, path: str, glob: str | None, key: str | None) -> None:
+def inspect(report: Report, path: str, glob: str | None, key: str | None, verify: bool) -> None:
     """Show what a run or a checkpoint holds, without reading its tensors.
 
     A run: its checkpoints in order, what was recorded, what is left out and why. A checkpoint: its
     tensors, its BatchNorm layers, and how it was made if ckptavg made it.
     """
     run = open_run(path, glob=glob, key=key)
+    if verify:
+        from ckptavg.cli import verification  # noqa: PLC0415 - needs torch, the rest does not
+
+        verification.show(report, path, run, key)
+        return
     if len(run) == 1 and run.checkpoints[0].path == locate(path):
         _show_checkpoint(report, run.checkpoints[0])
     else:
@@ -132,6 +143,8 @@ def _show_provenance(report: Report, made: Mapping[str, Any]) -> None:
         f"BatchNorm statistics {made.get('bn')}"
     )
     report.table(("checkpoint", "step", "coefficient"), rows, title=title)
+    if "digest" in made:
+        report.line(f"digest of its weights: {made['digest']} (--verify compares)")
 
 
 def _summary(checkpoint: Checkpoint) -> dict[str, Any]:

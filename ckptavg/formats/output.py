@@ -53,6 +53,12 @@ class FileLayout:
     offsets: dict[str, int]
     checksums: dict[str, list[int]] = field(default_factory=dict)
 
+    @property
+    def places(self) -> object:
+        """Equal for files that differ in the contents of their parts alone."""
+        parts = [(offset, len(content)) for offset, content in self.parts]
+        return self.name, self.size, parts, self.offsets, self.checksums
+
 
 @dataclass
 class Layout:
@@ -69,6 +75,10 @@ class Layout:
     files: list[FileLayout]
     companions: dict[str, bytes] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def fits(self, other: Layout) -> bool:
+        """Whether everything lies at the same place in another one."""
+        return [file.places for file in self.files] == [file.places for file in other.files]
 
     @property
     def size(self) -> int:

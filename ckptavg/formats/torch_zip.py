@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -19,6 +20,7 @@ from ckptavg.formats.table import Piece, Tensor
 PROVENANCE_RECORD = "ckptavg.json"  # where a bare state dict has no room for an entry
 _LOCAL_HEADER = 30
 _MAX_DIRECTORY = 64 * 2**20
+_CHUNK = 2**20  # bytes of an entry that are read at a time
 _ENCRYPTED, _SIZES_FOLLOW, _UTF8 = 0x1, 0x8, 0x800  # flags of an entry
 _ELSEWHERE = 0xFFFFFFFF  # a size that a zip64 field holds
 _NUMBERS = {
@@ -217,6 +219,41 @@ def storages(path: str) -> list[zipfile.ZipInfo]:
             found = [info for info in archive.infolist() if "/data/" in info.filename]
     found.sort(key=lambda info: info.header_offset)
     return found if any(info.CRC for info in found) else []
+
+
+def damaged_entries(path: str) -> list[str] | None:
+    """The entries of a file that do not have the CRC-32 that its directory tells.
+
+    Returns:
+        Their names; None where there is nothing to compare: in other files, and where torch was
+        told to omit the checksums.
+
+    Raises:
+        CheckpointError: The file cannot be read.
+    """
+    try:
+        with _open(path, None) as file:
+            if not file.read(4).startswith(b"PK\x03\x04"):
+                return None
+            archive = zipfile.ZipFile(file)
+            infos = [i for i in archive.infolist() if i.compress_type == zipfile.ZIP_STORED]
+            if not any(info.CRC for info in infos):
+                return None
+            return [info.filename for info in infos if _crc(file, info, path) != info.CRC]
+    except (*_DAMAGE, OSError) as error:
+        raise damaged(path, _why(path, error)) from error
+
+
+def _crc(file: BinaryIO, info: zipfile.ZipInfo, path: str) -> int:
+    """The CRC-32 of a stored entry."""
+    file.seek(data_offset(file, info, path))
+    crc, left = 0, info.file_size
+    while left:
+        content = file.read(min(left, _CHUNK))
+        if not content:
+            raise EOFError(f"{info.filename!r} is cut short")
+        crc, left = zlib.crc32(content, crc), left - len(content)
+    return crc
 
 
 def looks_like(start: bytes) -> bool:

@@ -107,6 +107,15 @@ class FileSink:
             for tied in checked:
                 self._crcs[tied].append(part)
 
+    def replace(self, layout: Layout) -> None:
+        """Write what is no tensor anew, before ``finish``, by a layout that fits the first."""
+        for handle, before, now in zip(
+            self._handles, self._layout.files, layout.files, strict=True
+        ):
+            for old, (offset, content) in zip(before.parts, now.parts, strict=True):
+                if old != (offset, content):
+                    self._write_at(handle, memoryview(content), offset)
+
     def finish(self) -> None:
         """Store the checksums, once every byte has been written."""
         for handle, file in zip(self._handles, self._layout.files, strict=True):

@@ -1,0 +1,70 @@
+"""``ckptavg inspect --verify``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+
+from ckptavg.digests import is_recorded
+from ckptavg.errors import CkptavgError, IntegrityError, first_few
+from ckptavg.formats import Checkpoint, open_checkpoint
+from ckptavg.report import Report
+from ckptavg.run import Run
+from ckptavg.verifying import CHANGED, Finding, Verifier
+
+UNKNOWN = "nothing recorded"
+
+
+def show(report: Report, path: str, run: Run, key: str | None) -> None:
+    """Verify the checkpoints of a run, and the averages beside them that record digests.
+
+    Raises:
+        IntegrityError: Something is not what it was, or nothing was recorded.
+    """
+    with report.bytes_progress("verifying") as progress:
+        verifier = Verifier(progress)
+        found = [
+            finding
+            for checkpoint in (*run, *_averages(run, key))
+            for finding in verifier.verify(checkpoint) or [_unknown(checkpoint)]
+        ]
+    if all(f.state == UNKNOWN for f in found):
+        raise IntegrityError(
+            f"nothing was recorded that {path} could be verified by",
+            "`ckptavg average --hash` records digests.",
+        )
+    rows = [(f.path, f.part, f.state.upper() if f.state == CHANGED else f.state) for f in found]
+    report.table(("file", "part", "result"), rows)
+    for finding in found:
+        if finding.why:
+            report.line(f"{finding.path}: {finding.why}")
+    report.result({"path": path, "verified": [asdict(finding) for finding in found]})
+    wrong = [f for f in found if f.wrong]
+    if wrong:
+        raise _failure(wrong)
+    states = Counter(f.state for f in found)
+    report.line(", ".join(f"{count} {state}" for state, count in states.items()))
+
+
+def _unknown(checkpoint: Checkpoint) -> Finding:
+    return Finding(str(checkpoint.path), "weights", UNKNOWN)
+
+
+def _averages(run: Run, key: str | None) -> Iterator[Checkpoint]:
+    """What was left out of a run and records digests."""
+    for path, _ in run.left_out:
+        try:
+            checkpoint = open_checkpoint(path, key)
+        except CkptavgError:
+            continue
+        if is_recorded(checkpoint.provenance):
+            yield checkpoint
+
+
+def _failure(wrong: list[Finding]) -> IntegrityError:
+    told = [f"{f.part} {f.path} ({f.state})" for f in wrong]
+    return IntegrityError(
+        f"not what was recorded: {first_few(told)}",
+        "Restore the file from a copy, or average again from intact checkpoints.",
+    )

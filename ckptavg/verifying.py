@@ -1,0 +1,165 @@
+"""Checkpoints held against what was recorded of them: digests, and the checksums of zip files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckptavg.digests import (
+    DIGEST,
+    KEY,
+    InputDigests,
+    accounts_of,
+    is_recorded,
+    is_sealed,
+)
+from ckptavg.errors import CkptavgError, first_few, short
+from ckptavg.formats import Checkpoint, open_checkpoint, torch_zip
+from ckptavg.formats.storage import Location, is_url, locate
+from ckptavg.stream import Extras, Progress, stream
+
+SAME, CHANGED, MISSING, UNREADABLE = "same", "changed", "not there", "unreadable"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What came of one comparison.
+
+    Attributes:
+        path: Of what was compared, as it was named.
+        part: Its ``weights``; the ``record`` of how it was made; the ``archive``, whose entries
+            have checksums; the weights of an ``input`` or of the ``base``.
+        state: ``same``, ``changed``, ``not there`` or ``unreadable``.
+        why: More about it.
+    """
+
+    path: str
+    part: str
+    state: str
+    why: str = ""
+
+    @property
+    def wrong(self) -> bool:
+        """Whether something is not what it was; an input may have been deleted since."""
+        return self.state in (CHANGED, UNREADABLE)
+
+
+class Verifier:
+    """Compares checkpoints with what was recorded, reading none of them twice for it.
+
+    Args:
+        progress: Told about the bytes of each checkpoint in turn.
+    """
+
+    def __init__(self, progress: Progress | None = None) -> None:
+        self._progress = progress
+        self._known: dict[tuple[str, str], str] = {}
+
+    def verify(self, checkpoint: Checkpoint) -> list[Finding]:
+        """Compare a checkpoint, and what it was made of if it records digests.
+
+        Inputs are looked for where they were; if that was a relative path, below the checkpoint's
+        directory and those above it too.
+
+        Returns:
+            Findings; none where nothing was recorded.
+        """
+        found = _check_archives(checkpoint)
+        made = checkpoint.provenance
+        if made is None or not is_recorded(made):
+            return found
+        path = str(checkpoint.path)
+        found.append(Finding(path, "record", SAME if is_sealed(made) else CHANGED))
+        found.append(self._compare(checkpoint, "weights", path, made[DIGEST]))
+        home = checkpoint.path.parent
+        return found + [self._input(part, told, home) for part, told in accounts_of(made)]
+
+    def _input(self, part: str, told: Mapping[str, Any], home: Location) -> Finding:
+        """Compare an input, wherever it is: one that is the same goes before others."""
+        name, expected, key = told.get("path"), told.get(DIGEST), told.get(KEY, "")
+        if not all(isinstance(value, str) for value in (name, expected, key)):
+            return Finding(short(name), part, UNREADABLE, "the record of it is malformed")
+        finding = Finding(str(name), part, MISSING)
+        try:
+            for place in _places(str(name), home):
+                now = self._opened(place, part, str(key), str(expected))
+                if now.state == SAME:
+                    return now
+                finding = now if finding.state == MISSING else finding
+        except CkptavgError as error:  # a store that does not answer, or is unknown here
+            return Finding(str(name), part, MISSING, error.message)
+        return finding
+
+    def _opened(self, place: Location, part: str, key: str, expected: str) -> Finding:
+        try:
+            checkpoint = open_checkpoint(place, key)
+        except CkptavgError as error:
+            return Finding(str(place), part, UNREADABLE, error.message)
+        return self._compare(checkpoint, part, str(place), expected)
+
+    def _compare(self, checkpoint: Checkpoint, part: str, path: str, expected: str) -> Finding:
+        known = (path, checkpoint.key)
+        try:
+            if known not in self._known:
+                self._known[known] = digest(checkpoint, self._progress)
+        except CkptavgError as error:
+            return Finding(path, part, UNREADABLE, error.message)
+        return Finding(path, part, SAME if self._known[known] == expected else CHANGED)
+
+
+def digest(checkpoint: Checkpoint, progress: Progress | None = None) -> str:
+    """The digest of a checkpoint's weights, see ``digests``.
+
+    Raises:
+        CheckpointError: It cannot be read, or changes meanwhile.
+    """
+    inputs = InputDigests([checkpoint])
+    stream([], Extras(watched=inputs.tensors, watcher=inputs.watch), progress=progress)
+    for stamp in checkpoint.files:
+        stamp.verify()
+    return inputs.of(checkpoint)
+
+
+def _check_archives(checkpoint: Checkpoint) -> list[Finding]:
+    """Compare the entries of a checkpoint's zip files with their checksums, which torch ignores."""
+    found: list[Finding] = []
+    for stamp in checkpoint.files:
+        try:
+            damaged = torch_zip.damaged_entries(stamp.path)
+        except CkptavgError as error:
+            found.append(Finding(stamp.path, "archive", UNREADABLE, error.message))
+            continue
+        if damaged is not None:
+            state = CHANGED if damaged else SAME
+            why = f"not what their CRC-32 tells: {first_few(damaged)}" if damaged else ""
+            found.append(Finding(stamp.path, "archive", state, why))
+    return found
+
+
+def _places(name: str, home: Location) -> Iterator[Location]:
+    """Where an input may be that was recorded under this name, as far as there is something.
+
+    Raises:
+        CkptavgError: It is a URL that cannot be asked.
+    """
+    if is_url(name):
+        places: list[Location] = [locate(name)]
+    elif Path(name).is_absolute():
+        places = [Path(name)]
+    elif isinstance(home, Path):
+        above = home.absolute()
+        places = [Path(name), *(place / name for place in (above, *above.parents))]
+    else:
+        places = [Path(name), locate(f"{home}/{name}")]
+    for place in dict.fromkeys(places):
+        if _is_there(place):
+            yield place
+
+
+def _is_there(place: Location) -> bool:
+    if isinstance(place, Path):
+        return os.path.exists(place)  # noqa: PTH110 - no error for names that no file can have
+    return place.exists()
