@@ -36,6 +36,7 @@ READ_AHEAD = 64 << 20  # bytes of remote files that all threads together hold
 _CACHED = 1 << 17  # float64 that stay in a second-level cache
 _MOST_HELD = 1 << 20  # float64 that a thread holds at a time
 _SMALLEST = 1 << 11  # elements a block, below which calls cost more than what they compute
+_SETTING = threading.Lock()  # of torch's number of threads
 
 Progress = Callable[[int, int], None]
 """Called as ``progress(done, total)`` in bytes of input, from the calling thread."""
@@ -49,7 +50,7 @@ class Extras:
 
     Attributes:
         order: The checkpoints in the order that all outputs share; needed where there are several.
-        gram: Tensors whose sources are multiplied with each other.
+        gram: Tensors whose sources are multiplied with each other: all of the same checkpoints.
         watched: Tensors that are shown to the watcher, each once.
         watcher: Sees their bytes.
         parts: First and last element, exclusive, of what is done of each tensor here, by name; all
@@ -109,7 +110,7 @@ def stream(
     report = progress or (lambda *_: None)
     total, done = sum(map(_input_bytes, ranges)), 0
     report(done, total)
-    with closing(shared), ThreadPoolExecutor(workers, "ckptavg") as pool:
+    with closing(shared), ThreadPoolExecutor(workers, "ckptavg", _stay_alone) as pool:
         running: deque[Future[_Done]] = deque()
         try:
             for task in _tasks(ranges, block):
@@ -125,6 +126,20 @@ def stream(
             for future in running:
                 future.cancel()
     return shared.streamed
+
+
+def _stay_alone() -> None:
+    """Keep torch from splitting the calling thread's operations over threads of its own.
+
+    torch takes the number of threads for the one that sets it and for those that begin later; the
+    latter is put back by another, so that nobody else is concerned.
+    """
+    with _SETTING:
+        usual = torch.get_num_threads()
+        torch.set_num_threads(1)
+        other = threading.Thread(target=torch.set_num_threads, args=(usual,))
+        other.start()
+        other.join()
 
 
 def _input_bytes(part: Range) -> int:
@@ -150,9 +165,9 @@ def _tasks(ranges: Sequence[Range], block: int) -> Iterator[list[Range]]:
 
 def _blocks(group: Group, start: int, end: int, block: int) -> Iterator[tuple[int, int]]:
     held = len(group.members) + len(group.products) + 1  # float64 at a time for an element
-    if not group.contiguous:
-        return boxes(group.shape, start, end, max(block, 2 * STRIDED_BLOCK // held))
     least = min(_SMALLEST, _MOST_HELD // held)
+    if not group.contiguous:
+        return boxes(group.shape, start, end, max(1, min(block, least), 2 * STRIDED_BLOCK // held))
     size = max(1, least, min(block, _CACHED // held))
     return ((at, min(size, end - at)) for at in range(start, end, size))
 
