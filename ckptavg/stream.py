@@ -165,9 +165,10 @@ def _tasks(ranges: Sequence[Range], block: int) -> Iterator[list[Range]]:
 
 def _blocks(group: Group, start: int, end: int, block: int) -> Iterator[tuple[int, int]]:
     held = len(group.members) + len(group.products) + 1  # float64 at a time for an element
-    least = min(_SMALLEST, _MOST_HELD // held)
     if not group.contiguous:
-        return boxes(group.shape, start, end, max(1, min(block, least), 2 * STRIDED_BLOCK // held))
+        fair = 2 * STRIDED_BLOCK // held  # and twice that where reads would be very short
+        return boxes(group.shape, start, end, max(1, fair, min(block, 2 * fair)))
+    least = min(_SMALLEST, _MOST_HELD // held)
     size = max(1, least, min(block, _CACHED // held))
     return ((at, min(size, end - at)) for at in range(start, end, size))
 

@@ -1,5 +1,6 @@
 """A run's geometry against the weights laid side by side in memory, and the odd one out."""
 
+import json
 import math
 import tempfile
 import threading
@@ -274,6 +275,17 @@ def test_what_is_not_averaged_does_not_count(tmp_path):
     checkpoints = opened(tmp_path, states)
     found = stream([], Extras(gram=weights(checkpoints, Rules(exclude=("b",))))).gram
     assert geometry_of(checkpoints, found).distances[0, 1] == 3
+
+
+def test_adapters_are_measured_as_they_were_trained(tmp_path):
+    a, b = "base_model.model.l.lora_A.weight", "base_model.model.l.lora_B.weight"
+    for i in range(3):
+        state = {a: torch.full((2, 4), 1.0 + i), b: torch.full((3, 2), 2.0 * i)}
+        save(tmp_path / f"step_{i}" / "adapter_model.safetensors", state)
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+        (tmp_path / f"step_{i}" / "adapter_config.json").write_text(json.dumps(config))
+    found = geometry(ckptavg.open_run(tmp_path))
+    np.testing.assert_allclose(found.steps.numpy(), math.sqrt(8 + 6 * 4))
 
 
 def test_the_name_in_the_package_reads_a_run_and_reports_its_bytes(tmp_path):
