@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ckptavg.run import Run as Run
     from ckptavg.run import open_run as open_run
     from ckptavg.version import __version__ as __version__
+    from ckptavg.weight_space import geometry as geometry
 
 _HOMES = {
     "average": "averaging",
@@ -31,6 +32,7 @@ _HOMES = {
     "evaluate": "evaluation",
     "Checkpoint": "formats",
     "open_checkpoint": "formats",
+    "geometry": "weight_space",
     "Run": "run",
     "open_run": "run",
     "__version__": "version",

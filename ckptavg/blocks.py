@@ -58,6 +58,7 @@ class Worker:
         self._watcher = watcher
         self._reader = Reader()
         self._buffers = _Buffers()
+        self._rows = _NOTHING
         self._gram: torch.Tensor | None = None
 
     def close(self) -> None:
@@ -97,11 +98,11 @@ class Worker:
 
     def _average(self, group: Group, start: int, count: int) -> Iterator[tuple[Member, memoryview]]:
         floats = count * (2 if group.sources[0].dtype.kind == "complex" else 1)
-        rows = self._buffers.doubles("rows", len(group.products) * floats).view(-1, floats)
+        rows = self._empty_rows(len(group.products), floats)
         for place, source in enumerate(group.sources):
             values = _view(self._read(group, place, start, count), source.dtype)
-            row = rows[group.rows[place]] if place in group.rows else None
-            self._add(group.shares[place], values, row)
+            own = [rows[i] for i in group.rows.get(place, ())]
+            self._add(group.shares[place], values, own)
         if group.products:
             self._multiply(rows)
         for number, member in enumerate(group.members):
@@ -115,18 +116,22 @@ class Worker:
                 self._handle_nonfinite(member, start, count, out)
             yield member, raw
 
-    def _add(self, shares: Sequence[Share], values: torch.Tensor, row: torch.Tensor | None) -> None:
-        """Add a block of one source to every sum that it goes into."""
+    def _add(
+        self, shares: Sequence[Share], values: torch.Tensor, rows: Sequence[torch.Tensor]
+    ) -> None:
+        """Add a block of one source to every sum that it goes into, and keep it in its rows."""
         floats = values.numel()
-        alone = len(shares) == 1 and shares[0].first and row is None
-        wide = self._buffers.doubles(shares[0].member if alone else "wide", floats)
+        alone = len(shares) == 1 and shares[0].first and not rows
+        name = shares[0].member if alone else "wide"
+        wide = rows[0] if rows else self._buffers.doubles(name, floats)
         self._widen(values, wide)
-        if row is not None:
+        for row in rows[1:]:
             row.copy_(wide)
+        last = len(shares) == 1 and not rows  # to need the values
         for member, coefficient, first in shares:
             product = wide
             if coefficient != 1.0:
-                product = wide if len(shares) == 1 else self._buffers.doubles("product", floats)
+                product = wide if last else self._buffers.doubles("product", floats)
                 torch.mul(wide, coefficient, out=product)
             total = self._buffers.doubles(member, floats)
             if not first:
@@ -141,8 +146,19 @@ class Worker:
             values = middle.copy_(values)
         wide.copy_(values)
 
+    def _empty_rows(self, count: int, floats: int) -> torch.Tensor:
+        """Room for the sources that are multiplied.
+
+        Torch's memory is aligned the same way in every process; a product's bits may depend on it.
+        """
+        if self._rows.numel() < count * floats:
+            self._rows = torch.empty(count * floats, dtype=torch.float64)
+        return self._rows[: count * floats].view(count, floats)
+
     def _multiply(self, rows: torch.Tensor) -> None:
         """Add up the products of the first source and the others' differences from it."""
+        if not _is_finite(rows[0]):
+            _drop_masks(rows)
         rows[1:].sub_(rows[0])
         product = rows @ rows.T
         self._gram = product if self._gram is None else self._gram.add_(product)
@@ -255,6 +271,13 @@ _REAL = {"complex128": "float64", "complex64": "float32", "complex32": "float16"
 def _view(raw: memoryview, dtype: DType) -> torch.Tensor:
     """Bytes as values, a complex number as two."""
     return torch.frombuffer(raw, dtype=getattr(torch, _REAL.get(dtype.name, dtype.name)))
+
+
+def _drop_masks(rows: torch.Tensor) -> None:
+    """Put zeros where what is not finite is the same in every row."""
+    first = rows[0]
+    same = ((rows == first) | (rows.isnan() & first.isnan())).all(0)
+    rows[:, same & ~first.isfinite()] = 0
 
 
 def _is_finite(values: torch.Tensor) -> bool:

@@ -105,9 +105,12 @@ class Group:
         return bool(self.products) or any(member.plan.averaged for member in self.members)
 
     @cached_property
-    def rows(self) -> dict[int, int]:
-        """For each source that is multiplied, its row among them."""
-        return {place: row for row, place in enumerate(self.products)}
+    def rows(self) -> dict[int, list[int]]:
+        """For each source that is multiplied, its rows among them: several if it is named twice."""
+        found: dict[int, list[int]] = {}
+        for row, place in enumerate(self.products):
+            found.setdefault(place, []).append(row)
+        return found
 
     @cached_property
     def shares(self) -> tuple[tuple[Share, ...], ...]:

@@ -34,6 +34,7 @@ STRIDED_BLOCK = (
 TASK = 1 << 21  # elements that a thread takes at a time; tasks end at its multiples in a tensor
 READ_AHEAD = 64 << 20  # bytes that are on their way; of remote files, held
 _HELD = 1 << 20  # float64 that a thread holds at a time, at most
+_SETTING = threading.Lock()  # of torch's number of threads
 
 Progress = Callable[[int, int], None]
 """Called as ``progress(done, total)`` in bytes of input, from the calling thread."""
@@ -47,7 +48,7 @@ class Extras:
 
     Attributes:
         order: The checkpoints in the order that all outputs share; needed where there are several.
-        gram: Tensors whose sources are multiplied with each other.
+        gram: Tensors whose sources are multiplied with each other: all of the same checkpoints.
         watched: Tensors that are shown to the watcher, each once.
         watcher: Sees their bytes.
         parts: First and last element, exclusive, of what is done of each tensor here, by name; all
@@ -107,7 +108,7 @@ def stream(
     report = progress or (lambda *_: None)
     total, done = sum(map(_input_bytes, ranges)), 0
     report(done, total)
-    with closing(shared), ThreadPoolExecutor(workers, "ckptavg") as pool:
+    with closing(shared), ThreadPoolExecutor(workers, "ckptavg", _stay_alone) as pool:
         running: deque[Future[_Done]] = deque()
         try:
             for task in _tasks(ranges, block):
@@ -123,6 +124,20 @@ def stream(
             for future in running:
                 future.cancel()
     return shared.streamed
+
+
+def _stay_alone() -> None:
+    """Keep torch from splitting the calling thread's operations over threads of its own.
+
+    torch takes the number of threads for the one that sets it and for those that begin later; the
+    latter is put back by another, so that nobody else is concerned.
+    """
+    with _SETTING:
+        usual = torch.get_num_threads()
+        torch.set_num_threads(1)
+        other = threading.Thread(target=torch.set_num_threads, args=(usual,))
+        other.start()
+        other.join()
 
 
 def _input_bytes(part: Range) -> int:
@@ -149,7 +164,8 @@ def _tasks(ranges: Sequence[Range], block: int) -> Iterator[list[Range]]:
 def _blocks(group: Group, start: int, end: int, block: int) -> Iterator[tuple[int, int]]:
     held = len(group.members) + len(group.products) + 1  # float64 at a time for an element
     if not group.contiguous:
-        return boxes(group.shape, start, end, max(block, 2 * STRIDED_BLOCK // held))
+        fair = 2 * STRIDED_BLOCK // held  # and twice that where reads would be very short
+        return boxes(group.shape, start, end, max(1, fair, min(block, 2 * fair)))
     size = max(1, min(block, _HELD // held))
     return ((at, min(size, end - at)) for at in range(start, end, size))
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ckptavg.cli import options
-from ckptavg.errors import first_few
+from ckptavg.errors import UsageError, first_few
 from ckptavg.formats import Checkpoint
 from ckptavg.formats.storage import locate
 from ckptavg.plan import batchnorm_layers
 from ckptavg.report import Report, counted, number_text, size_text
 from ckptavg.run import Run, open_run
+
+if TYPE_CHECKING:
+    from ckptavg.weight_space import Geometry
 
 _MOST_METRICS = 3
 _LAYOUTS = {
@@ -31,31 +34,45 @@ _LAYOUTS = {
 @options.option("What", "--glob", metavar="PATTERN", help="File names that match the pattern.")
 @options.option("What", "--key", metavar="KEY", help="Entry that holds the weights.")
 @options.option(
-    "What",
-    "--verify",
-    is_flag=True,
+    "What", "--geometry", "measured", is_flag=True,
+    help="Read a run's weights too: norms, steps, distances, the odd one out.",
+)  # fmt: skip
+@options.option(
+    "What", "--verify", is_flag=True,
     help="Read everything and compare it with the digests that `average --hash` recorded.",
-)
+)  # fmt: skip
 @options.everywhere
-def inspect(report: Report, path: str, glob: str | None, key: str | None, verify: bool) -> None:
+def inspect(
+    report: Report, path: str, glob: str | None, key: str | None, *, measured: bool, verify: bool
+) -> None:
     """Show what a run or a checkpoint holds, without reading its tensors.
 
     A run: its checkpoints in order, what was recorded, what is left out and why. A checkpoint: its
     tensors, its BatchNorm layers, and how it was made if ckptavg made it.
     """
+    if measured and verify:
+        raise UsageError("--geometry and --verify exclude each other: ask for one at a time")
     run = open_run(path, glob=glob, key=key)
     if verify:
         from ckptavg.cli import verification  # noqa: PLC0415 - needs torch, the rest does not
 
         verification.show(report, path, run, key)
-        return
-    if len(run) == 1 and run.checkpoints[0].path == locate(path):
+    elif measured:
+        _show_run(report, run, _measured(report, run))
+    elif len(run) == 1 and run.checkpoints[0].path == locate(path):
         _show_checkpoint(report, run.checkpoints[0])
     else:
         _show_run(report, run)
 
 
-def _show_run(report: Report, run: Run) -> None:
+def _measured(report: Report, run: Run) -> Geometry:
+    from ckptavg.weight_space import geometry  # noqa: PLC0415 - all else is shown without torch
+
+    with report.bytes_progress("measuring") as progress:
+        return geometry(run, progress=progress)
+
+
+def _show_run(report: Report, run: Run, geometry: Geometry | None = None) -> None:
     recorded = {name for checkpoint in run for name in checkpoint.record.metrics}
     metrics = sorted(recorded, key=lambda name: (name.count("."), name))
     rows = [
@@ -84,13 +101,66 @@ def _show_run(report: Report, run: Run) -> None:
         report.line(f"beside the weights, not averaged: {', '.join(beside)}")
     for note in notes:
         report.line(f"note: {note}")
+    if geometry is not None:
+        _show_geometry(report, geometry)
     report.result(
         {
             "checkpoints": [_summary(c) for c in run],
             "left_out": [{"path": str(p), "why": why} for p, why in run.left_out],
             "notes": list(notes),
         }
+        | ({} if geometry is None else {"geometry": _geometry_values(geometry)})
     )
+
+
+def _show_geometry(report: Report, geometry: Geometry) -> None:
+    ordered = geometry.distances.sort(1).values
+    columns = {
+        "norm": geometry.norms.tolist(),
+        "step": [None, *geometry.steps.tolist()],
+        "to mean": geometry.to_mean.tolist(),
+        "to nearest": ordered[:, 1].tolist(),
+        "to farthest": ordered[:, -1].tolist(),
+    }
+    texts = [list(map(_length_text, values)) for values in columns.values()]
+    names = (checkpoint.path.name for checkpoint in geometry.checkpoints)
+    title = "geometry of the weights (Euclidean; step: from the one before)"
+    report.table(("checkpoint", *columns), list(zip(names, *texts, strict=True)), title=title)
+    if geometry.turns.isfinite().any():
+        cosine = geometry.turns.nanmean()
+        report.line(
+            f"successive steps: mean cosine {cosine:.2f} (1 straight, 0 random walk, -0.5 scatter)"
+        )
+    report.line(_odd_text(geometry))
+
+
+def _length_text(value: float | None) -> str:
+    return "–" if value is None else f"{value:#.4g}".rstrip(".")
+
+
+def _odd_text(geometry: Geometry) -> str:
+    odd = geometry.odd
+    if odd is None:
+        few = len(geometry.checkpoints) < 4
+        return f"{'too few to tell whether one' if few else 'no checkpoint'} stands apart"
+    names = [checkpoint.path.name for checkpoint in odd.checkpoints]
+    return (
+        f"{first_few(names)} {'stands' if len(names) == 1 else 'stand'} apart: {odd.distance:.4g} "
+        f"to the nearest of the others, which all have one within {odd.usual:.4g}"
+    )
+
+
+def _geometry_values(geometry: Geometry) -> dict[str, Any]:
+    names = ("gram", "distances", "cosines", "norms", "steps", "turns", "to_mean")
+    odd = geometry.odd
+    return {name: getattr(geometry, name).tolist() for name in names} | {
+        "odd": odd
+        and {
+            "checkpoints": [str(c.path) for c in odd.checkpoints],
+            "distance": odd.distance,
+            "usual": odd.usual,
+        }
+    }
 
 
 def _show_checkpoint(report: Report, checkpoint: Checkpoint) -> None:

@@ -1,0 +1,105 @@
+"""``ckptavg inspect --geometry``: what a person sees and what a program gets."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from helpers import save_states
+
+from ckptavg.cli import main
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Five checkpoints along a line, a unit apart."""
+    monkeypatch.chdir(tmp_path)
+    save_states(tmp_path / "run", [{"w": torch.tensor([3.0, float(i)])} for i in range(5)])
+    return tmp_path / "run"
+
+
+def inspect(*args: object) -> Result:
+    return CliRunner().invoke(main, ["inspect", *map(str, args)])
+
+
+def test_the_table_has_a_row_a_checkpoint_and_fits_a_terminal(run: Path) -> None:
+    result = inspect("run", "--geometry")
+    assert result.exit_code == 0, result.output
+    title = "geometry of the weights"
+    listing, _, measured = result.stdout.partition(title)
+    assert "epoch_1.pt" in listing
+    cells = [line.split() for line in measured.splitlines() if line.startswith("epoch_")]
+    assert cells[0] == ["epoch_1.pt", "3.000", "–", "2.000", "1.000", "4.000"]
+    assert cells[4] == ["epoch_5.pt", "5.000", "1.000", "2.000", "1.000", "4.000"]
+    assert "mean cosine 1.00" in measured
+    assert "no checkpoint stands apart" in measured
+    assert max(map(len, measured.splitlines())) <= 80
+
+
+def test_the_odd_one_is_pointed_at_with_the_reason(run: Path) -> None:
+    torch.save({"w": torch.tensor([203.0, 1.0])}, run / "epoch_2.pt")
+    line = inspect("run", "--geometry").stdout.splitlines()[-1]
+    assert line == (
+        "epoch_2.pt stands apart: 200 to the nearest of the others, which all have one within 2"
+    )
+
+
+def test_two_odd_ones_are_both_named(run: Path) -> None:
+    more = [{"w": torch.tensor([3.0, float(i)])} for i in range(8)]
+    odd = [{"w": torch.tensor([303.0, float(i)])} for i in range(2)]
+    save_states(run, [*more, *odd])
+    line = inspect("run", "--geometry").stdout.splitlines()[-1]
+    assert line.startswith("epoch_9.pt, epoch_10.pt stand apart: 300 to")
+
+
+def test_json_has_all_of_it_beside_what_inspect_says_anyhow(run: Path) -> None:
+    listed = json.loads(inspect("run", "--json").stdout)
+    both = json.loads(inspect("run", "--json", "--geometry").stdout)
+    geometry = both.pop("geometry")
+    assert both == listed
+    assert geometry["gram"][1] == [9, 10, 11, 12, 13]
+    assert geometry["distances"][1] == [1, 0, 1, 2, 3]
+    assert geometry["norms"][4] == 5
+    assert geometry["steps"] == [1, 1, 1, 1]
+    assert geometry["turns"] == [1, 1, 1]
+    assert geometry["to_mean"] == [2, 1, 0, 1, 2]
+    assert math.isclose(geometry["cosines"][0][4], 3 / 5)
+    assert geometry["odd"] is None
+    torch.save({"w": torch.tensor([3.0, 201.0])}, run / "epoch_2.pt")
+    odd = json.loads(inspect("run", "--json", "--geometry").stdout)["geometry"]["odd"]
+    assert odd == {"checkpoints": ["run/epoch_2.pt"], "distance": 197, "usual": 2}
+
+
+def test_few_checkpoints_are_too_few_to_tell(run: Path) -> None:
+    result = inspect("run", "--geometry", "--glob", "*_[135].pt")
+    assert result.stdout.splitlines()[-1] == "too few to tell whether one stands apart"
+
+
+def test_checkpoints_that_are_the_same_have_no_direction(run: Path) -> None:
+    save_states(run, [{"w": torch.zeros(2)}] * 5)
+    result = inspect("run", "--geometry")
+    assert result.exit_code == 0, result.output
+    assert "successive steps" not in result.stdout
+    cosines = json.loads(inspect("run", "--geometry", "--json").stdout)["geometry"]["cosines"]
+    assert cosines == [[None] * 5] * 5
+
+
+@pytest.mark.parametrize("args", [["run/epoch_1.pt"], ["run", "--glob", "epoch_1.pt"]])
+def test_one_checkpoint_is_a_usage_error(run: Path, args: list[str]) -> None:
+    result = inspect(*args, "--geometry")
+    assert result.exit_code == 2
+    assert "is one" in result.stderr.splitlines()[-1]
+
+
+def test_weights_that_are_not_finite_are_an_error_and_no_table(run: Path) -> None:
+    torch.save({"w": torch.tensor([math.nan, 1.0])}, run / "epoch_2.pt")
+    result = inspect("run", "--geometry")
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.splitlines()[-1].startswith(
+        "Error: NaN, infinite or huge weights in run/epoch_2.pt."
+    )
