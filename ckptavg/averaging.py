@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ckptavg import discovery, lora, outputs, schemes
 from ckptavg.blocks import StreamResult
@@ -18,7 +20,7 @@ from ckptavg.formats.table import FileStamp
 from ckptavg.formats.writing import FileSink, MemorySink, Sink
 from ckptavg.groups import Job
 from ckptavg.outputs import StateDict, Target
-from ckptavg.plan import Plan, Rules, batchnorm_layers, copy_plan, make_plan
+from ckptavg.plan import Plan, Rules, TensorPlan, batchnorm_layers, copy_plan, make_plan
 from ckptavg.run import Run, as_run
 from ckptavg.schemes import Scheme
 from ckptavg.stream import Extras, Progress, stream
@@ -199,6 +201,19 @@ def write(
     return Path(out)
 
 
+@dataclass(frozen=True)
+class Written:
+    """Outputs that are written.
+
+    Attributes:
+        made: The provenance of each.
+        gram: The products that were asked for: float64, (sources, sources).
+    """
+
+    made: Sequence[Mapping[str, Any]]
+    gram: torch.Tensor | None
+
+
 def write_many(
     averages: Sequence[Planned],
     *,
@@ -206,8 +221,9 @@ def write_many(
     overwrite: bool = False,
     keep_nonfinite: bool = False,
     digests: bool = False,
+    gram: Sequence[TensorPlan] = (),
     progress: Progress | None = None,
-) -> list[Mapping[str, Any]]:
+) -> Written:
     """Compute several averages straight into their outputs, from one read of the inputs.
 
     Args:
@@ -216,10 +232,8 @@ def write_many(
         overwrite: Replace existing outputs.
         keep_nonfinite: Write averages that are not finite as they are.
         digests: Record digests in the outputs.
+        gram: Tensors whose sources are multiplied with each other as they go by.
         progress: Called with the bytes read and their total.
-
-    Returns:
-        The provenance of each output, as written.
 
     Raises:
         OutputError: An output may not or could not be written.
@@ -229,28 +243,28 @@ def write_many(
     settings: dict[str, Any] = {"keep_nonfinite": keep_nonfinite, "progress": progress}
     with outputs.opened(targets) as files:
         if digests:
-            return _compute_hashed(plans, targets, files, order, settings)
-        _compute(plans, files, order, **settings)
-    return [target.made for target in targets]
+            return _compute_hashed(plans, targets, files, Extras(order, gram), settings)
+        products = _compute(plans, files, Extras(order, gram), **settings)
+    return Written([target.made for target in targets], products)
 
 
 def _compute_hashed(
     averages: Sequence[Average],
     targets: Sequence[Target],
     files: Sequence[FileSink],
-    order: Sequence[Checkpoint],
+    extras: Extras,
     settings: Mapping[str, Any],
-) -> list[Mapping[str, Any]]:
+) -> Written:
     """As ``_compute``, with the digests of all that goes by put into the outputs."""
     inputs = InputDigests(c for planned in averages for c in planned.plan.inputs)
     sinks = [OutputDigest(f, t.tensors) for f, t in zip(files, targets, strict=True)]
-    _compute(averages, sinks, order, inputs=inputs, **settings)
+    products = _compute(averages, sinks, extras, inputs=inputs, **settings)
     told: list[Mapping[str, Any]] = []
     for planned, target, file, sink in zip(averages, targets, files, sinks, strict=True):
         made = recorded(target.made, planned.plan.inputs, inputs.of, sink.digest)
         outputs.rewrite_provenance(target, file, made)
         told.append(made)
-    return told
+    return Written(told, products)
 
 
 def in_memory(
@@ -280,7 +294,7 @@ def in_memory_many(
     """Compute several averages as state dicts, from one read; arguments as for ``write_many``."""
     sinks = [MemorySink(planned.plan.outputs) for planned in averages]
     settings: dict[str, Any] = {"keep_nonfinite": keep_nonfinite, "progress": progress}
-    _compute(averages, sinks, order, **settings, inputs=inputs, stale=stale)
+    _compute(averages, sinks, Extras(order), **settings, inputs=inputs, stale=stale)
     return [sink.state_dict for sink in sinks]
 
 
@@ -329,23 +343,24 @@ def load(checkpoint: Checkpoint) -> StateDict:
 def _compute(
     averages: Sequence[Average],
     sinks: Sequence[Sink],
-    order: Sequence[Checkpoint],
+    extras: Extras,
     *,
     keep_nonfinite: bool,
     progress: Progress | None,
     inputs: InputDigests | None = None,
     stale: bool = True,
-) -> None:
+) -> torch.Tensor | None:
+    """Stream some averages into sinks; returns the products that the extras ask for."""
     plans = [planned.plan for planned in averages]
     jobs = [
         Job(plan.tensors, sink, keep_nonfinite) for plan, sink in zip(plans, sinks, strict=True)
     ]
-    extras = Extras(order)
     if inputs is not None:
-        extras = Extras(order, watched=inputs.tensors, watcher=inputs.watch)
+        extras = replace(extras, watched=inputs.tensors, watcher=inputs.watch)
     streamed = stream(jobs, extras, progress=progress)
     _verify(plans)
     _log(averages, streamed.results, stale=stale)
+    return streamed.gram
 
 
 def _verify(plans: Iterable[Plan]) -> None:

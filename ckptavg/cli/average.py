@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptavg.cli import options
+from ckptavg.cli import geometry, options
 from ckptavg.cli.also import Also, also
-from ckptavg.errors import UsageError
+from ckptavg.errors import NonFiniteError, UsageError
+from ckptavg.plan import Rules, TensorPlan
 from ckptavg.report import Report, counted, number_text, size_text
 
 if TYPE_CHECKING:
+    import torch
+
+    from ckptavg import averaging
     from ckptavg.averaging import Average
     from ckptavg.run import Run
 
@@ -31,6 +35,10 @@ log = logging.getLogger("ckptavg")
 @options.option(
     _OUT, "--also", "further", multiple=True, type=also, metavar="NAME=SCHEME[@SELECTION]",
     help="One more average beside OUT, from the same read: last5=uniform@last=5.",
+)  # fmt: skip
+@options.option(
+    _OUT, "--geometry", "measured", is_flag=True,
+    help="Show norms and distances of the checkpoints too, from the same read.",
 )  # fmt: skip
 @options.option(_OUT, "--dry-run", is_flag=True, help="Show the plan, write nothing.")
 @options.option(_OUT, "--overwrite", is_flag=True, help="Replace an existing output.")
@@ -53,6 +61,7 @@ def average(
     dry_run: bool,
     overwrite: bool,
     digests: bool,
+    measured: bool,
     glob: str | None,
     key: str | None,
     **settings: Any,
@@ -69,7 +78,7 @@ def average(
       ckptavg average runs/swa -o all.pt --also last5=uniform@last=5 --also ema=ema:decay=0.9
       ckptavg average runs/swa -o swa.pt --model torchvision:resnet50 --train-data imagefolder:train
     """
-    _check_usage(out, further, dry_run, settings)
+    _check_usage(out, further, dry_run, measured, settings)
     run, selection = options.open_selected(paths, glob, key, settings)
     if settings["weights"]:
         _note_order(paths, [str(c.path) for c in selection])
@@ -88,18 +97,32 @@ def average(
     if out is None or dry_run:
         _result(report, [one.provenance() | {"output": None} for one in planned], further)
         return
-    care = {"overwrite": overwrite, "digests": digests}
-    made = _write(report, planned, outs, run, care, settings)
-    _result(report, [_written(report, *one) for one in zip(made, outs, strict=True)], further)
+    care: dict[str, Any] = {"overwrite": overwrite, "digests": digests}
+    if measured:
+        care["gram"] = _measured_weights(selection, settings)
+    done = _write(report, planned, outs, run, care, settings)
+    made = [_written(report, *one) for one in zip(done.made, outs, strict=True)]
+    if measured:
+        made[0] |= _geometry(report, selection, done.gram)
+    _result(report, made, further)
 
 
 def _check_usage(
-    out: str | None, further: tuple[Also, ...], dry_run: bool, settings: dict[str, Any]
+    out: str | None,
+    further: tuple[Also, ...],
+    dry_run: bool,
+    measured: bool,
+    settings: dict[str, Any],
 ) -> None:
     if out is None and not dry_run:
         raise UsageError("Missing option '-o': where the average goes (or pass --dry-run)")
     if bool(settings["model_spec"]) != bool(settings["train_data"]):
         raise UsageError("--model and --train-data go together: they recompute BatchNorm")
+    if measured and (dry_run or settings["model_spec"]):
+        raise UsageError(
+            f"--geometry and {'--dry-run' if dry_run else '--model'} exclude each other: "
+            "`ckptavg inspect --geometry` shows it by itself"
+        )
     if further and settings["model_spec"]:
         raise UsageError(
             "--also and --model exclude each other: write the averages first, then recompute their "
@@ -122,8 +145,8 @@ def _write(
     run: Run,
     care: dict[str, Any],
     settings: dict[str, Any],
-) -> Sequence[Mapping[str, Any]]:
-    """Write the averages; returns their provenance."""
+) -> averaging.Written:
+    """Write the averages."""
     from ckptavg import averaging  # noqa: PLC0415
 
     care = care | {"keep_nonfinite": settings["on_nonfinite"] == "keep"}
@@ -142,7 +165,27 @@ def _write(
             progress=lambda done, total: progress("averaging (bytes)", done, total),
             batch_progress=lambda done, total: progress("BatchNorm", done, total),
         )  # fmt: skip
-    return [made]
+    return averaging.Written([made], None)
+
+
+def _measured_weights(selection: Run, settings: dict[str, Any]) -> list[TensorPlan]:
+    from ckptavg import weight_space  # noqa: PLC0415
+
+    rules = Rules(tuple(settings["include"]), tuple(settings["exclude"]))
+    return weight_space.weights(selection, rules)
+
+
+def _geometry(report: Report, selection: Run, gram: torch.Tensor | None) -> dict[str, Any]:
+    """Show the geometry of what was averaged; the outputs are written, so nothing fails here."""
+    from ckptavg import weight_space  # noqa: PLC0415
+
+    try:
+        found = weight_space.geometry_of(selection, gram)
+    except NonFiniteError as error:
+        log.warning("no geometry: %s", error.message)
+        return {"geometry": None}
+    geometry.show(report, found)
+    return {"geometry": geometry.values(found)}
 
 
 def _written(report: Report, made: Mapping[str, Any], out: str) -> dict[str, Any]:

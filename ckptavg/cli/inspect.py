@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ckptavg.cli import geometry as shown
 from ckptavg.cli import options
 from ckptavg.errors import UsageError, first_few
 from ckptavg.formats import Checkpoint
@@ -102,65 +103,15 @@ def _show_run(report: Report, run: Run, geometry: Geometry | None = None) -> Non
     for note in notes:
         report.line(f"note: {note}")
     if geometry is not None:
-        _show_geometry(report, geometry)
+        shown.show(report, geometry)
     report.result(
         {
             "checkpoints": [_summary(c) for c in run],
             "left_out": [{"path": str(p), "why": why} for p, why in run.left_out],
             "notes": list(notes),
         }
-        | ({} if geometry is None else {"geometry": _geometry_values(geometry)})
+        | ({} if geometry is None else {"geometry": shown.values(geometry)})
     )
-
-
-def _show_geometry(report: Report, geometry: Geometry) -> None:
-    ordered = geometry.distances.sort(1).values
-    columns = {
-        "norm": geometry.norms.tolist(),
-        "step": [None, *geometry.steps.tolist()],
-        "to mean": geometry.to_mean.tolist(),
-        "to nearest": ordered[:, 1].tolist(),
-        "to farthest": ordered[:, -1].tolist(),
-    }
-    texts = [list(map(_length_text, values)) for values in columns.values()]
-    names = (checkpoint.path.name for checkpoint in geometry.checkpoints)
-    title = "geometry of the weights (Euclidean; step: from the one before)"
-    report.table(("checkpoint", *columns), list(zip(names, *texts, strict=True)), title=title)
-    if geometry.turns.isfinite().any():
-        cosine = geometry.turns.nanmean()
-        report.line(
-            f"successive steps: mean cosine {cosine:.2f} (1 straight, 0 random walk, -0.5 scatter)"
-        )
-    report.line(_odd_text(geometry))
-
-
-def _length_text(value: float | None) -> str:
-    return "–" if value is None else f"{value:#.4g}".rstrip(".")
-
-
-def _odd_text(geometry: Geometry) -> str:
-    odd = geometry.odd
-    if odd is None:
-        few = len(geometry.checkpoints) < 4
-        return f"{'too few to tell whether one' if few else 'no checkpoint'} stands apart"
-    names = [checkpoint.path.name for checkpoint in odd.checkpoints]
-    return (
-        f"{first_few(names)} {'stands' if len(names) == 1 else 'stand'} apart: {odd.distance:.4g} "
-        f"to the nearest of the others, which all have one within {odd.usual:.4g}"
-    )
-
-
-def _geometry_values(geometry: Geometry) -> dict[str, Any]:
-    names = ("gram", "distances", "cosines", "norms", "steps", "turns", "to_mean")
-    odd = geometry.odd
-    return {name: getattr(geometry, name).tolist() for name in names} | {
-        "odd": odd
-        and {
-            "checkpoints": [str(c.path) for c in odd.checkpoints],
-            "distance": odd.distance,
-            "usual": odd.usual,
-        }
-    }
 
 
 def _show_checkpoint(report: Report, checkpoint: Checkpoint) -> None:

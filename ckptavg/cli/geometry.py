@@ -1,0 +1,73 @@
+"""What ``--geometry`` shows, of a run that is inspected or averaged."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ckptavg.errors import first_few
+from ckptavg.report import Report
+
+if TYPE_CHECKING:
+    from ckptavg.weight_space import Geometry
+
+
+def show(report: Report, geometry: Geometry) -> None:
+    """A table of lengths, and a word on what stands apart."""
+    ordered = geometry.distances.sort(1).values
+    columns = {
+        "norm": geometry.norms.tolist(),
+        "step": _by_checkpoint(geometry),
+        "to mean": geometry.to_mean.tolist(),
+        "to nearest": ordered[:, 1].tolist(),
+        "to farthest": ordered[:, -1].tolist(),
+    }
+    texts = [list(map(_length_text, values)) for values in columns.values()]
+    names = (checkpoint.path.name for checkpoint in geometry.checkpoints)
+    title = "geometry of the weights (Euclidean; step: from the one before)"
+    report.table(("checkpoint", *columns), list(zip(names, *texts, strict=True)), title=title)
+    if geometry.turns.isfinite().any():
+        cosine = geometry.turns.nanmean()
+        report.line(
+            f"successive steps: mean cosine {cosine:.2f} (1 straight, 0 random walk, -0.5 scatter)"
+        )
+    report.line(_odd_text(geometry))
+
+
+def _by_checkpoint(geometry: Geometry) -> list[float | None]:
+    """For each checkpoint the step that led to it; None for the first of a training."""
+    steps = iter(geometry.steps.tolist())
+    return [
+        next(steps) if i else None
+        for training in geometry.run.trainings
+        for i in range(len(training))
+    ]
+
+
+def _length_text(value: float | None) -> str:
+    return "–" if value is None else f"{value:#.4g}".rstrip(".")
+
+
+def _odd_text(geometry: Geometry) -> str:
+    odd = geometry.odd
+    if odd is None:
+        few = len(geometry.checkpoints) < 4
+        return f"{'too few to tell whether one' if few else 'no checkpoint'} stands apart"
+    names = [checkpoint.path.name for checkpoint in odd.checkpoints]
+    return (
+        f"{first_few(names)} {'stands' if len(names) == 1 else 'stand'} apart: {odd.distance:.4g} "
+        f"to the nearest of the others, which all have one within {odd.usual:.4g}"
+    )
+
+
+def values(geometry: Geometry) -> dict[str, Any]:
+    """All that is known of it, for JSON."""
+    names = ("gram", "distances", "cosines", "norms", "steps", "turns", "to_mean")
+    odd = geometry.odd
+    return {name: getattr(geometry, name).tolist() for name in names} | {
+        "odd": odd
+        and {
+            "checkpoints": [str(c.path) for c in odd.checkpoints],
+            "distance": odd.distance,
+            "usual": odd.usual,
+        }
+    }

@@ -1,0 +1,102 @@
+"""``ckptavg average --geometry``: the geometry of what is averaged, from the same read."""
+
+import collections
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from helpers import listing, save_states
+
+import ckptavg
+from ckptavg.cli import main
+from ckptavg.formats import reading
+
+
+def states(count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        {"w": torch.randn(3000, generator=generator), "n": torch.tensor(i)} for i in range(count)
+    ]
+
+
+@pytest.fixture
+def home(tmp_path):
+    save_states(tmp_path / "run", states(5))
+    return tmp_path
+
+
+def command(*arguments):
+    return CliRunner().invoke(main, ["average", *map(str, arguments)])
+
+
+@pytest.mark.parametrize("further", [(), ("--also", "ema=ema:decay=0.9", "--hash")])
+def test_it_is_that_of_the_selection_and_costs_no_second_read(home, monkeypatch, further):
+    read = collections.Counter()
+    read_at = reading._read_at
+
+    def counted(file, out, offset):
+        got = read_at(file, out, offset)
+        read.update({file.name: got})
+        return got
+
+    monkeypatch.setattr(reading, "_read_at", counted)
+    out = home / "swa.pt"
+    result = command(home / "run", "--last", 4, "-o", out, "--geometry", "--json", *further)
+    assert result.exit_code == 0, result.output
+    run = ckptavg.open_run(home / "run").last(4)
+    assert read == {str(checkpoint.path): checkpoint.nbytes for checkpoint in run}
+    shown = json.loads(result.stdout)["geometry"]
+    expected = ckptavg.geometry(run)
+    for name in ("gram", "distances", "steps", "to_mean"):
+        torch.testing.assert_close(
+            torch.tensor(shown[name], dtype=torch.float64), getattr(expected, name)
+        )
+    alone = ckptavg.average(run, out=home / "alone.pt", digests="--hash" in further)
+    assert out.read_bytes() == alone.read_bytes()
+
+
+def test_what_is_left_out_of_the_average_does_not_count(home):
+    made = [state | {"head": torch.full((2,), 1e6 * i)} for i, state in enumerate(states(5), 1)]
+    save_states(home / "run", made)
+    result = command(
+        home / "run", "-o", home / "swa.pt", "--exclude", "head", "--geometry", "--json"
+    )
+    assert max(json.loads(result.stdout)["geometry"]["norms"]) < 100
+
+
+def test_each_training_begins_without_a_step(home):
+    save_states(home / "other", states(3, seed=1))
+    result = command(home / "run", home / "other", "-o", home / "swa.pt", "--geometry")
+    assert result.exit_code == 0, result.output
+    rows = [line.split() for line in result.stdout.splitlines() if line.startswith("epoch_")]
+    assert [row[2] == "–" for row in rows] == [True, *[False] * 4, True, *[False] * 2]
+
+
+def test_weights_that_are_not_finite_have_none_and_the_average_is_kept(home):
+    made = states(3)
+    made[1]["w"][7] = float("inf")
+    save_states(home / "bad", made)
+    options = ("--on-nonfinite", "keep", "--geometry", "--json")
+    result = command(home / "bad", "-o", home / "swa.pt", *options)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["geometry"] is None
+    assert "no geometry: NaN, infinite or huge weights in" in result.stderr
+    assert "epoch_2.pt" in result.stderr
+    assert (home / "swa.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--last", "1"], "the geometry is that of several checkpoints"),
+        (["--dry-run"], "--geometry and --dry-run exclude each other"),
+        (["--model", "x:y", "--train-data", "x:y"], "--geometry and --model exclude each other"),
+    ],
+)
+def test_where_there_is_none_it_is_a_usage_error(home, options, message):
+    before = listing(home)
+    result = command(home / "run", "-o", home / "swa.pt", "--geometry", *options)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert listing(home) == before
