@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, measure, print; returns the exit code."""
     options = _parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the data is removed
-    names = options.only or [name for name, part in PARTS.items() if part.default]
+    names = options.only or list(PARTS)
     options.dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="ckptavg-benchmark-", dir=options.dir) as room:
         bench = _bench(options, Path(room))

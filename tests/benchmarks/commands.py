@@ -21,8 +21,9 @@ def average(run: Path, out: Path, *options: str) -> Command:
 
 def average_many(run: Path, out: Path, windows: Sequence[int]) -> Command:
     """The uniform averages of the last few, for each of the windows, in one pass."""
-    also = [part for n in windows for part in ("--also", f"last{n}=uniform@last={n}")]
-    return average(run, out, *also)
+    *others, most = windows
+    also = [part for n in others for part in ("--also", f"last{n}=uniform@last={n}")]
+    return average(run, out / f"last{most}.safetensors", "--last", str(most), *also)
 
 
 def across(processes: int, command: Command) -> Command:

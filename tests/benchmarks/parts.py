@@ -24,6 +24,7 @@ MEMORY_GOAL = 128  # MB
 GROWTH_GOAL = 1.15
 WINDOWS = 16
 PROCESSES = (1, 2, 4)
+_START, _TINY = "start-up", 10**6
 _SMALL, _LARGE = 10**8, 10**10  # bytes of a checkpoint, where memory is measured
 _KINDS = ((".safetensors", 0), (".pt", 0), ("", 8))  # of outputs: suffix, shards
 
@@ -36,13 +37,11 @@ class Part:
         run: Measures it.
         disk: Bytes that it takes on the disk.
         cached: Bytes that must fit into memory for its inputs to stay warm.
-        default: Whether it is measured if nothing is asked for.
     """
 
     run: Callable[[Bench], list[Table]]
     disk: Callable[[Bench], int]
     cached: Callable[[Bench], int]
-    default: bool = True
 
 
 def speed(bench: Bench) -> list[Table]:
@@ -145,19 +144,23 @@ def _memory_of_torch_files(bench: Bench, nbytes: int) -> dict[str, Cells]:
 
 
 def growth(bench: Bench) -> list[Table]:
-    """Seconds a GB of input for totals that double; all of them lie in the largest one's shards."""
+    """Seconds a GB of input for totals that double; all of them lie in the largest one's shards.
+
+    What the command takes for next to nothing is not counted: it does not grow.
+    """
     with bench.run_of(bench.checkpoints, 2 * bench.nbytes, ("sharded",)) as directory:
         runs = {n: _partial(directory, n) for n in (1, 2, 4, 8, 16)}
-        trials = []
+        checkpoints.sparse_run(directory / "tiny", bench.checkpoints, _TINY, 1)
+        trials = [bench.ours(directory / "tiny", "", _START)]
         for n, run in runs.items():
             trials += [bench.floor(run, f"{FLOOR} {n}"), bench.ours(run, "", str(n))]
         found = bench.measure(trials)
         gigabytes = {n: measuring.size(files_of(run)) / 1e9 for n, run in runs.items()}
     rows: dict[str, Cells] = {}
     medians: list[float] = []
-    largest = _seconds_a_gigabyte(net(found, "16"), gigabytes[16])
+    largest = _seconds_a_gigabyte(net(found, "16", _START), gigabytes[16])
     for n in runs:
-        ours = _seconds_a_gigabyte(net(found, str(n)), gigabytes[n])
+        ours = _seconds_a_gigabyte(net(found, str(n), _START), gigabytes[n])
         floor = _seconds_a_gigabyte(gross(found, f"{FLOOR} {n}"), gigabytes[n])
         rows[f"{gigabytes[n]:.3g} GB in all, against the most"] = {
             "seconds a GB": ratio(ours, largest),
@@ -167,6 +170,8 @@ def growth(bench: Bench) -> list[Table]:
         medians.append(statistics.median(ours))
     extremes = Figure([max(medians) / min(medians)], "×", GROWTH_GOAL)
     rows["the dearest against the cheapest, medians"] = {"seconds a GB": extremes}
+    start = {OURS: Figure(net(found, _START), "s")}
+    rows["start-up, beside the import of torch, which is not counted above"] = start
     return [Table(f"growth, {bench.checkpoints} checkpoints, float32, warm", rows)]
 
 
@@ -203,7 +208,7 @@ def many(bench: Bench) -> list[Table]:
 def _many_rows(bench: Bench, run: Path) -> dict[str, Cells]:
     inputs = files_of(run)
     windows = range(1, WINDOWS + 1)
-    command = commands.average_many(run, bench.outputs / "many", windows)
+    command = commands.average_many(run, bench.outputs, windows)
     together = Trial("together", lambda: measuring.run(command), inputs)
     single = [
         commands.average(run, bench.outputs / f"last{n}.safetensors", "--last", str(n))
@@ -268,8 +273,6 @@ PARTS = {
     ),
     "memory": Part(memory, _memory_disk, lambda b: 0),
     "growth": Part(growth, lambda b: 2 * (b.total + b.nbytes), lambda b: 2 * (b.total + b.nbytes)),
-    "many": Part(many, lambda b: 2 * b.total, lambda b: 2 * b.total, default=False),
-    "processes": Part(
-        processes, lambda b: b.total + b.nbytes, lambda b: b.total + b.nbytes, default=False
-    ),
+    "many": Part(many, lambda b: 2 * b.total, lambda b: 2 * b.total),
+    "processes": Part(processes, lambda b: b.total + b.nbytes, lambda b: b.total + b.nbytes),
 }

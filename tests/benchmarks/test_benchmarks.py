@@ -80,7 +80,8 @@ def written(monkeypatch):
             assert result.exit_code == 0, result.output
             out = Path(arguments[arguments.index("-o") + 1])
             outputs.append((out.name, measuring.size(measuring.files([out]))))
-            return Usage(2.0, 300_000_000)
+            tiny = arguments[1].endswith("tiny")
+            return Usage(1.25 if tiny else 2.0, 300_000_000)
         return Usage(1.0, 200_000_000)
 
     monkeypatch.setattr(measuring, "run", run)
@@ -128,13 +129,22 @@ def test_memory_is_that_above_the_import(written, tmp_path):
 
 def test_growth_doubles_from_run_to_run(written, tmp_path):
     rows = measured("growth", tmp_path)
-    sizes = [size for _, size in written]
+    tiny, *sizes = [size for _, size in written]
     assert len(sizes) == 5
+    assert tiny == pytest.approx(1e6, rel=0.05)
     assert sizes[-1] == pytest.approx(8e6, rel=0.05)
     for less, more in itertools.pairwise(sizes):
         assert more / less == pytest.approx(2, rel=0.15)
-    *_, last = rows.values()
-    assert last["seconds a GB"]["median"] == pytest.approx(16, rel=0.15)  # 1 s each, here
+    *_, last, start = rows.values()
+    assert last["seconds a GB"]["median"] == pytest.approx(16, rel=0.15)  # 0.75 s each, here
+    assert start["ckptavg"]["median"] == 0.25
+
+
+def test_many_are_held_against_as_many_runs_and_against_one(written, tmp_path):
+    rows = measured("many", tmp_path)
+    assert rows["warm, against 16 runs"]["time"]["median"] == pytest.approx(1 / 16)
+    assert rows["cold less its further writes, against one run"]["time"]["median"] == 0.5
+    assert {name for name, _ in written} > {"last1.safetensors", "last16.safetensors"}
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_made(tmp_path, capsys):
