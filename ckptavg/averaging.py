@@ -18,8 +18,10 @@ from ckptavg.formats.writing import MemorySink, Sink
 from ckptavg.groups import Job
 from ckptavg.outputs import StateDict, Target
 from ckptavg.plan import Plan, Rules, batchnorm_layers, copy_plan, make_plan
+from ckptavg.processes import Processes
 from ckptavg.run import Run, as_run
 from ckptavg.schemes import Scheme
+from ckptavg.split import Split
 from ckptavg.stream import Extras, Progress, stream
 
 log = logging.getLogger("ckptavg")
@@ -183,6 +185,7 @@ def write_many(
     overwrite: bool = False,
     keep_nonfinite: bool = False,
     progress: Progress | None = None,
+    processes: Processes | None = None,
 ) -> list[Path]:
     """Compute several averages straight into their outputs, from one read of the inputs.
 
@@ -192,14 +195,19 @@ def write_many(
         overwrite: Replace existing outputs.
         keep_nonfinite: Write averages that are not finite as they are.
         progress: Called with the bytes read and their total.
+        processes: Those that make the outputs together; each of them calls this alike.
 
     Raises:
         OutputError: An output may not or could not be written.
+        ProcessesError: Another process has failed, or is about to do something else.
     """
     targets = prepare_many(averages, overwrite=overwrite)
     plans = [planned for planned, _ in averages]
-    with outputs.opened(targets) as sinks:
-        _compute(plans, sinks, order, keep_nonfinite=keep_nonfinite, progress=progress)
+    split = None
+    if processes is not None:
+        split = Split(processes, targets, [planned.plan for planned in plans])
+    with outputs.opened(targets) if split is None else split.opened() as sinks:
+        _compute(plans, sinks, order, keep_nonfinite=keep_nonfinite, progress=progress, split=split)
     return [target.path for target in targets]
 
 
@@ -274,14 +282,17 @@ def _compute(
     keep_nonfinite: bool,
     progress: Progress | None,
     stale: bool = True,
+    split: Split | None = None,
 ) -> None:
     plans = [planned.plan for planned in averages]
-    jobs = [
-        Job(plan.tensors, sink, keep_nonfinite) for plan, sink in zip(plans, sinks, strict=True)
-    ]
-    streamed = stream(jobs, Extras(order), progress=progress)
+    tensors = [plan.tensors for plan in plans] if split is None else split.tensors
+    jobs = [Job(each, sink, keep_nonfinite) for each, sink in zip(tensors, sinks, strict=True)]
+    if split is None:
+        results = stream(jobs, Extras(order), progress=progress).results
+    else:
+        results = split.stream(jobs, order, progress)
     _verify(plans)
-    _log(averages, streamed.results, stale=stale)
+    _log(averages, results, stale=stale)
 
 
 def _verify(plans: Iterable[Plan]) -> None:

@@ -61,6 +61,14 @@ class OutputError(CkptavgError):
     """An output that may not or could not be written."""
 
 
+class ProcessesError(CkptavgError):
+    """Processes that cannot make one output together."""
+
+
+class PeerError(ProcessesError):
+    """Another of several processes has failed or died."""
+
+
 class SpecError(CkptavgError):
     """A model or data specification that leads to nothing usable."""
 

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptavg.cli import options
+from ckptavg.cli import options, ranks
 from ckptavg.cli.also import Also, also
 from ckptavg.errors import UsageError
 from ckptavg.report import Report, counted, number_text, size_text
 
 if TYPE_CHECKING:
     from ckptavg.averaging import Average
+    from ckptavg.processes import Processes
     from ckptavg.run import Run
 
 _OUT = "Output"
@@ -39,9 +40,10 @@ log = logging.getLogger("ckptavg")
 @options.model_options(required=False)
 @options.data_options("train-data", "Recomputes BatchNorm statistics", required=False)
 @options.loader_options
-@options.everywhere
+@options.everywhere_by_several
 def average(
     report: Report,
+    processes: Processes | None,
     paths: tuple[str, ...],
     out: str | None,
     further: tuple[Also, ...],
@@ -63,7 +65,7 @@ def average(
       ckptavg average runs/swa -o all.pt --also last5=uniform@last=5 --also ema=ema:decay=0.9
       ckptavg average runs/swa -o swa.pt --model torchvision:resnet50 --train-data imagefolder:train
     """
-    _check_usage(out, further, dry_run, settings)
+    _check_usage(processes, out, further, dry_run, settings)
     run, selection = options.open_selected(paths, glob, key, settings)
     if settings["weights"]:
         _note_order(paths, [str(c.path) for c in selection])
@@ -82,14 +84,22 @@ def average(
     if out is None or dry_run:
         _result(report, [one.provenance() | {"output": None} for one in planned], further)
         return
-    batchnorm = _write(report, planned, outs, run, overwrite, settings)
+    batchnorm = _write(report, processes, planned, outs, run, overwrite, settings)
+    if processes is not None and processes.rank:  # the first has looked at the output for all
+        return
     made = [_written(report, one, path, batchnorm) for one, path in zip(planned, outs, strict=True)]
     _result(report, made, further)
 
 
 def _check_usage(
-    out: str | None, further: tuple[Also, ...], dry_run: bool, settings: dict[str, Any]
+    processes: Processes | None,
+    out: str | None,
+    further: tuple[Also, ...],
+    dry_run: bool,
+    settings: dict[str, Any],
 ) -> None:
+    if processes is not None and settings["model_spec"]:
+        ranks.refuse("recomputing BatchNorm statistics (--model)")
     if out is None and not dry_run:
         raise UsageError("Missing option '-o': where the average goes (or pass --dry-run)")
     if bool(settings["model_spec"]) != bool(settings["train_data"]):
@@ -111,6 +121,7 @@ def _planned_also(one: Also, run: Run, selection: Run, settings: dict[str, Any])
 
 def _write(
     report: Report,
+    processes: Processes | None,
     planned: list[Average],
     outs: list[str],
     run: Run,
@@ -124,7 +135,9 @@ def _write(
     if not settings["model_spec"]:
         outputs = list(zip(planned, outs, strict=True))
         with report.bytes_progress("averaging") as progress:
-            averaging.write_many(outputs, order=run.checkpoints, **care, progress=progress)
+            averaging.write_many(
+                outputs, order=run.checkpoints, **care, progress=progress, processes=processes
+            )
         return None
     from ckptavg import refresh  # noqa: PLC0415
     from ckptavg.cli.sources import model_and_runtime, training_data  # noqa: PLC0415
