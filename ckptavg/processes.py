@@ -27,6 +27,7 @@ _WORKING = timedelta(days=7)  # by which one may end before another
 _LOOK = 0.5  # seconds between looks at the store
 _WAIT = 0.01  # between looks at a message that is under way
 _GRACE = 2.0  # in which a failure comes to be known by more than a closed connection
+_LAUNCHERS_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # what torchrun says so by
 _WORD = "failed"  # the store's entry for the first failure
 _INTERRUPTED = "interrupted"  # told, not failed
 _JOINED = counted_from()
@@ -107,7 +108,7 @@ class Processes:
         """
         own = self._name(self.rank)
         if isinstance(error, KeyboardInterrupt):
-            if cause := self._failed_peer():
+            if cause := self._failed_peer(interrupts=False):
                 raise PeerError(cause) from None
             self._leave_word(_INTERRUPTED, f"{own} was interrupted")
         elif isinstance(error, PeerError):
@@ -117,6 +118,8 @@ class Processes:
             message = str(error) if known else f"{type(error).__name__}: {error}"
             word = self._leave_word(message, f"{own} has failed: {message}")
             self.repeated = word["rank"] != self.rank and word["message"] == message
+        if self.rank == 0 and os.environ.get(_LAUNCHERS_STORE) != "True":
+            time.sleep(2 * _LOOK)  # the store ends with this process: let the others look
 
     def _exchange(self, mine: bytearray) -> list[bytearray]:
         """Everyone's bytes, of which all have as many."""
@@ -148,11 +151,20 @@ class Processes:
             cause or "another process has died, or its host cannot be reached"
         ) from error
 
-    def _failed_peer(self) -> str | None:
-        """Who has failed, if that can be told: by its own word, or because it is gone."""
+    def _failed_peer(self, *, interrupts: bool = True) -> str | None:
+        """Who has failed, if that can be told: by its own word, or because it is gone.
+
+        Args:
+            interrupts: Whether one that was interrupted counts.
+        """
         with suppress(PeerError):
             if (word := self._word()) is not None:
-                return None if word["message"] == _INTERRUPTED else str(word["others"])
+                counts = interrupts or word["message"] != _INTERRUPTED
+                return str(word["others"]) if counts else None
+        return self._gone()
+
+    def _gone(self) -> str | None:
+        """The first process of this host that is no more."""
         host = socket.gethostname()
         gone = [r for r, (at, pid) in enumerate(self._peers) if at == host and not _is_alive(pid)]
         return f"{self._name(gone[0])} has died without a word" if gone else None
@@ -166,7 +178,8 @@ class Processes:
         try:
             found = self._store.check([_WORD]) and json.loads(self._store.get(_WORD))
         except RuntimeError as error:
-            raise PeerError("the launcher's store is gone, and with it the launcher") from error
+            gone = self._gone() or "the launcher, or its host, has gone"
+            raise PeerError(gone) from error
         return found or None
 
     def _leave_word(self, message: str, others: str) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """An output that several processes make: whose part is which, and how the parts become one.
 
 The bytes of all files of an output, one after another, are cut into parts of equal size at page
-borders, so that no two hosts write one page. The bits do not depend on the cuts.
+borders, so that no two hosts write one page (an element across a border aside, which only
+distributed checkpoints have). The bits do not depend on the cuts.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -15,7 +17,7 @@ from typing import TypeVar
 
 from ckptavg import outputs
 from ckptavg.blocks import StreamResult
-from ckptavg.errors import OutputError, ProcessesError
+from ckptavg.errors import OutputError, PeerError, ProcessesError
 from ckptavg.formats import Checkpoint
 from ckptavg.formats.output import Layout, OutputTensor
 from ckptavg.formats.publish import unwritable
@@ -27,6 +29,7 @@ from ckptavg.processes import Processes
 from ckptavg.stream import Extras, Parts, Progress, default_threads, stream
 from ckptavg.version import __version__
 
+log = logging.getLogger("ckptavg")
 PAGE = 4096  # bytes, or a divisor of what a page has
 T = TypeVar("T", TensorPlan, OutputTensor)
 
@@ -135,7 +138,12 @@ class Split:
         ]
         with self._first(targets) if self.processes.rank == 0 else self._other(targets) as sinks:
             yield sinks
-        self.processes.gather("published")
+        try:
+            self.processes.gather("published")
+        except PeerError as error:
+            if self.processes.rank:
+                raise
+            log.warning("%s, but only after the output was whole", error)
 
     def stream(
         self, jobs: Sequence[Job], order: Sequence[Checkpoint], progress: Progress | None
