@@ -19,8 +19,10 @@ import ckptavg.averaging  # noqa: F401 - loaded once for all that are forked
 from ckptavg.cli import main
 from ckptavg.errors import CheckpointError
 from ckptavg.formats import reading
+from ckptavg.formats.writing import FileSink
 
 _read_at = reading._read_at
+_write_at = FileSink._write_at
 READS = 2  # before harm is done
 
 
@@ -38,8 +40,8 @@ HARMS = {
 
 
 def run(command, rank):
-    """One command in this process; its exit code and what it wrote."""
-    read = [0, 0]
+    """One command in this process: exit code, bytes read, first and last written, what it said."""
+    read, ends = [0, 0], []
     harm = HARMS.get(command.get("harm", {}).get(str(rank)))
 
     def counted(file, out, offset):
@@ -49,7 +51,11 @@ def run(command, rank):
             harm(command)
         return got
 
-    reading._read_at = counted
+    def noted(sink, handle, data, offset):
+        ends.extend((offset, offset + len(data)))
+        _write_at(sink, handle, data, offset)
+
+    reading._read_at, FileSink._write_at = counted, noted
     out, err = io.StringIO(), io.StringIO()
     args = command["other"] if rank == 1 and "other" in command else command["args"]
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -57,7 +63,9 @@ def run(command, rank):
             main(args)
         except SystemExit as error:
             code = error.code or 0
-    return {"code": code, "out": out.getvalue(), "err": err.getvalue(), "read": read[0]}
+    wrote = [min(ends, default=0), max(ends, default=0)]
+    said = {"out": out.getvalue(), "err": err.getvalue()}
+    return {"code": code, "read": read[0], "wrote": wrote, **said}
 
 
 def work(plan, numbers):
