@@ -30,7 +30,7 @@ from ckptavg.stream import Extras, Parts, Progress, default_threads, stream
 from ckptavg.version import __version__
 
 log = logging.getLogger("ckptavg")
-PAGE = 4096  # bytes, or a divisor of what a page has
+PAGE = 4096  # bytes
 T = TypeVar("T", TensorPlan, OutputTensor)
 
 

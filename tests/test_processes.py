@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from click.testing import CliRunner
-from helpers import listing
+from helpers import listing, save_states
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -70,8 +70,12 @@ def shards(state: dict[str, torch.Tensor], path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same training in three layouts: run/ (torch.save), hub/ (sharded) and dcp/."""
+    """The same training in three layouts: run/ (torch.save), hub/ (sharded) and dcp/; and small/.
+
+    What small/ holds fits into one page.
+    """
     home = tmp_path_factory.mktemp("runs")
+    save_states(home / "small", [{"w": torch.ones(3)}, {"w": torch.zeros(3)}])
     (home / "run").mkdir()
     (home / "dcp").mkdir()
     for seed in (1, 2, 3):
@@ -185,6 +189,7 @@ COMMANDS = {
     "hub": ["hub"],
     "hub.pt": ["hub", "--also", "last.pt=uniform@last=2", "--also", "e=ema:decay=0.5"],
     "dcp": ["dcp"],
+    "small.safetensors": ["small"],
 }
 
 
