@@ -13,7 +13,7 @@ import torch
 
 from ckptavg import discovery, lora, outputs, schemes
 from ckptavg.blocks import StreamResult
-from ckptavg.digests import InputDigests, OutputDigest, recorded
+from ckptavg.digests import LEAF, InputDigests, OutputDigest, recorded
 from ckptavg.errors import CheckpointError, UsageError, first_few
 from ckptavg.formats import Checkpoint, open_checkpoint
 from ckptavg.formats.table import FileStamp
@@ -21,8 +21,10 @@ from ckptavg.formats.writing import FileSink, MemorySink, Sink
 from ckptavg.groups import Job
 from ckptavg.outputs import StateDict, Target
 from ckptavg.plan import Plan, Rules, TensorPlan, batchnorm_layers, copy_plan, make_plan
+from ckptavg.processes import Processes
 from ckptavg.run import Run, as_run
 from ckptavg.schemes import Scheme
+from ckptavg.split import Split
 from ckptavg.stream import Extras, Progress, stream
 
 log = logging.getLogger("ckptavg")
@@ -223,6 +225,7 @@ def write_many(
     digests: bool = False,
     gram: Sequence[TensorPlan] = (),
     progress: Progress | None = None,
+    processes: Processes | None = None,
 ) -> Written:
     """Compute several averages straight into their outputs, from one read of the inputs.
 
@@ -234,17 +237,23 @@ def write_many(
         digests: Record digests in the outputs.
         gram: Tensors whose sources are multiplied with each other as they go by.
         progress: Called with the bytes read and their total.
+        processes: Those that make the outputs together; each of them calls this alike.
 
     Raises:
         OutputError: An output may not or could not be written.
+        ProcessesError: Another process has failed, or is about to do something else.
     """
     targets = prepare_many(averages, overwrite=overwrite, digests=digests)
     plans = [planned for planned, _ in averages]
     settings: dict[str, Any] = {"keep_nonfinite": keep_nonfinite, "progress": progress}
-    with outputs.opened(targets) as files:
+    split = None
+    if processes is not None:
+        grain = LEAF if digests else 1
+        split = Split(processes, targets, [planned.plan for planned in plans], grain)
+    with outputs.opened(targets) if split is None else split.opened() as files:
         if digests:
-            return _compute_hashed(plans, targets, files, Extras(order, gram), settings)
-        products = _compute(plans, files, Extras(order, gram), **settings)
+            return _compute_hashed(plans, targets, files, Extras(order, gram), split, settings)
+        products = _compute(plans, files, Extras(order, gram), split=split, **settings)
     return Written([target.made for target in targets], products)
 
 
@@ -253,16 +262,20 @@ def _compute_hashed(
     targets: Sequence[Target],
     files: Sequence[FileSink],
     extras: Extras,
+    split: Split | None,
     settings: Mapping[str, Any],
 ) -> Written:
     """As ``_compute``, with the digests of all that goes by put into the outputs."""
     inputs = InputDigests(c for planned in averages for c in planned.plan.inputs)
     sinks = [OutputDigest(f, t.tensors) for f, t in zip(files, targets, strict=True)]
-    products = _compute(averages, sinks, extras, inputs=inputs, **settings)
+    products = _compute(averages, sinks, extras, inputs=inputs, split=split, **settings)
+    if split is not None:
+        split.unite([inputs.leaves, *(sink.leaves for sink in sinks)])
     told: list[Mapping[str, Any]] = []
     for planned, target, file, sink in zip(averages, targets, files, sinks, strict=True):
         made = recorded(target.made, planned.plan.inputs, inputs.of, sink.digest)
-        outputs.rewrite_provenance(target, file, made)
+        if split is None or split.processes.rank == 0:
+            outputs.rewrite_provenance(target, file, made)
         told.append(made)
     return Written(told, products)
 
@@ -349,15 +362,16 @@ def _compute(
     progress: Progress | None,
     inputs: InputDigests | None = None,
     stale: bool = True,
+    split: Split | None = None,
 ) -> torch.Tensor | None:
     """Stream some averages into sinks; returns the products that the extras ask for."""
     plans = [planned.plan for planned in averages]
-    jobs = [
-        Job(plan.tensors, sink, keep_nonfinite) for plan, sink in zip(plans, sinks, strict=True)
-    ]
+    tensors = [plan.tensors for plan in plans] if split is None else split.tensors
+    jobs = [Job(each, sink, keep_nonfinite) for each, sink in zip(tensors, sinks, strict=True)]
     if inputs is not None:
         extras = replace(extras, watched=inputs.tensors, watcher=inputs.watch)
-    streamed = stream(jobs, extras, progress=progress)
+    compute = stream if split is None else split.stream
+    streamed = compute(jobs, extras, progress=progress)
     _verify(plans)
     _log(averages, streamed.results, stale=stale)
     return streamed.gram

@@ -65,6 +65,14 @@ class IntegrityError(CkptavgError):
     """Contents that are not those that were recorded."""
 
 
+class ProcessesError(CkptavgError):
+    """Processes that cannot make one output together."""
+
+
+class PeerError(ProcessesError):
+    """Another of several processes has failed or died."""
+
+
 class SpecError(CkptavgError):
     """A model or data specification that leads to nothing usable."""
 

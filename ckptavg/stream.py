@@ -40,6 +40,8 @@ Progress = Callable[[int, int], None]
 """Called as ``progress(done, total)`` in bytes of input, from the calling thread."""
 
 Range = tuple[Group, int, int]
+Parts = Mapping[tuple[str, int], tuple[int, int]]
+"""First and last element, exclusive, of tensors, by name and number of elements."""
 
 
 @dataclass
@@ -51,15 +53,14 @@ class Extras:
         gram: Tensors whose sources are multiplied with each other: all of the same checkpoints.
         watched: Tensors that are shown to the watcher, each once.
         watcher: Sees their bytes.
-        parts: First and last element, exclusive, of what is done of each tensor here, by name; all
-            of it where a name is missing.
+        parts: What of each tensor is done here; all of it where one is missing.
     """
 
     order: Sequence[Checkpoint] = ()
     gram: Sequence[TensorPlan] = ()
     watched: Sequence[Tensor] = ()
     watcher: Watcher | None = None
-    parts: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    parts: Parts = field(default_factory=dict)
 
 
 @dataclass
@@ -90,7 +91,7 @@ def stream(
         jobs: The outputs.
         extras: What else is wanted of what is read.
         block: Elements a block, at most. The result does not depend on it.
-        threads: How many; as many as processors, 4 at most, where None. Nor on this.
+        threads: How many; ``default_threads()`` where None. Nor on this.
         progress: Told about the bytes read.
 
     Raises:
@@ -101,8 +102,8 @@ def stream(
     groups = grouped(jobs, extras.order, extras.gram)
     if extras.watcher is not None:
         groups = watching(groups, extras.watched)
-    ranges = [(group, *extras.parts.get(group.name, (0, group.numel))) for group in groups]
-    workers = threads or min(4, os.cpu_count() or 1)
+    ranges = [(g, *extras.parts.get((g.name, g.numel), (0, g.numel))) for g in groups]
+    workers = threads or default_threads()
     remote = any(is_url(piece.file) for g in groups for t in g.sources for piece in t.pieces)
     shared = _Shared(jobs, extras.watcher, READ_AHEAD // workers, remote=remote)
     report = progress or (lambda *_: None)
@@ -138,6 +139,15 @@ def _stay_alone() -> None:
         other = threading.Thread(target=torch.set_num_threads, args=(usual,))
         other.start()
         other.join()
+
+
+def default_threads(sharing: int = 1) -> int:
+    """As many as processors, 4 at most.
+
+    Args:
+        sharing: Processes that share the processors.
+    """
+    return max(1, min(4, (os.cpu_count() or 1) // sharing))
 
 
 def _input_bytes(part: Range) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptavg.cli import geometry, options
+from ckptavg.cli import geometry, options, ranks
 from ckptavg.cli.also import Also, also
 from ckptavg.errors import NonFiniteError, UsageError
 from ckptavg.plan import Rules, TensorPlan
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from ckptavg import averaging
     from ckptavg.averaging import Average
+    from ckptavg.processes import Processes
     from ckptavg.run import Run
 
 _OUT = "Output"
@@ -52,9 +53,10 @@ log = logging.getLogger("ckptavg")
 @options.model_options(required=False)
 @options.data_options("train-data", "Recomputes BatchNorm statistics", required=False)
 @options.loader_options
-@options.everywhere
+@options.everywhere_by_several
 def average(
     report: Report,
+    processes: Processes | None,
     paths: tuple[str, ...],
     out: str | None,
     further: tuple[Also, ...],
@@ -78,7 +80,7 @@ def average(
       ckptavg average runs/swa -o all.pt --also last5=uniform@last=5 --also ema=ema:decay=0.9
       ckptavg average runs/swa -o swa.pt --model torchvision:resnet50 --train-data imagefolder:train
     """
-    _check_usage(out, further, dry_run, measured, settings)
+    _check_usage(processes, out, further, dry_run, measured, settings)
     run, selection = options.open_selected(paths, glob, key, settings)
     if settings["weights"]:
         _note_order(paths, [str(c.path) for c in selection])
@@ -100,7 +102,9 @@ def average(
     care: dict[str, Any] = {"overwrite": overwrite, "digests": digests}
     if measured:
         care["gram"] = _measured_weights(selection, settings)
-    done = _write(report, planned, outs, run, care, settings)
+    done = _write(report, processes, planned, outs, run, care, settings)
+    if processes is not None and processes.rank:  # the first has looked at the output for all
+        return
     made = [_written(report, *one) for one in zip(done.made, outs, strict=True)]
     if measured:
         made[0] |= _geometry(report, selection, done.gram)
@@ -108,12 +112,15 @@ def average(
 
 
 def _check_usage(
+    processes: Processes | None,
     out: str | None,
     further: tuple[Also, ...],
     dry_run: bool,
     measured: bool,
     settings: dict[str, Any],
 ) -> None:
+    if processes is not None and settings["model_spec"]:
+        ranks.refuse("recomputing BatchNorm statistics (--model)")
     if out is None and not dry_run:
         raise UsageError("Missing option '-o': where the average goes (or pass --dry-run)")
     if bool(settings["model_spec"]) != bool(settings["train_data"]):
@@ -140,6 +147,7 @@ def _planned_also(one: Also, run: Run, selection: Run, settings: dict[str, Any])
 
 def _write(
     report: Report,
+    processes: Processes | None,
     planned: list[Average],
     outs: list[str],
     run: Run,
@@ -153,7 +161,9 @@ def _write(
     if not settings["model_spec"]:
         outputs = list(zip(planned, outs, strict=True))
         with report.bytes_progress("averaging") as progress:
-            return averaging.write_many(outputs, order=run.checkpoints, **care, progress=progress)
+            return averaging.write_many(
+                outputs, order=run.checkpoints, **care, progress=progress, processes=processes
+            )
     from ckptavg import refresh  # noqa: PLC0415
     from ckptavg.cli.sources import model_and_runtime, training_data  # noqa: PLC0415
 

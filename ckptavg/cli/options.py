@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ckptavg.cli import ending
+from ckptavg.cli import ending, ranks
 from ckptavg.errors import CkptavgError, UsageError
-from ckptavg.report import Report
 
 if TYPE_CHECKING:
     from ckptavg.averaging import Average
@@ -204,7 +203,31 @@ loader_options = together(
 
 
 def everywhere(function: F) -> F:
-    """The options of every command; gives it a ``report`` and turns errors into one line."""
+    """The options of every command; gives it a ``report`` and turns errors into one line.
+
+    The command is one process's work: a launcher of several gets an error.
+    """
+
+    @functools.wraps(function)
+    def run(**values: Any) -> Any:
+        ranks.refuse(f"ckptavg {click.get_current_context().info_name}")
+        return function(**values)
+
+    return _everywhere(run)  # type: ignore[return-value]
+
+
+def everywhere_by_several(function: F) -> F:
+    """As ``everywhere``, and gives it the ``processes`` that work on it; None for one alone."""
+
+    @functools.wraps(function)
+    def run(**values: Any) -> Any:
+        with ranks.joined() as processes:
+            return function(processes=processes, **values)
+
+    return _everywhere(run)  # type: ignore[return-value]
+
+
+def _everywhere(function: F) -> F:
     options = together(
         option(_EVERYWHERE, "--json", "as_json", is_flag=True, help="Result as JSON on stdout."),
         option(_EVERYWHERE, "-q", "--quiet", is_flag=True, help="No notes, no progress."),
@@ -214,7 +237,7 @@ def everywhere(function: F) -> F:
 
     @functools.wraps(function)
     def run(*, as_json: bool, quiet: bool, verbose: int, debug: bool, **values: Any) -> Any:
-        report = Report(as_json=as_json, verbosity=-1 if quiet else verbose)
+        report = ranks.report(as_json=as_json, verbosity=-1 if quiet else verbose)
         warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # which nobody needs here
         interrupts = ending.by_interrupts(_outputs(**values))
         with ending.by_signals(), interrupts, _errors_in_one_line(debug), report.notes():

@@ -7,7 +7,7 @@ import os
 import struct
 import threading
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -64,11 +64,23 @@ class FileSink:
         layout: What lies where.
         root: The output file, or the directory of the layout's files.
         tensors: What will come; tied names are written wherever the layout has them.
+        made: Whether another process has made the files, and this one only fills its part in.
+
+    Attributes:
+        root: The output file, or the directory of the layout's files.
     """
 
-    def __init__(self, layout: Layout, root: Path, tensors: Iterable[OutputTensor]) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        root: Path,
+        tensors: Iterable[OutputTensor],
+        *,
+        made: bool = False,
+    ) -> None:
+        self.root = root
         self._layout = layout
-        self._root = root
+        self._made = made
         self._tied: dict[str, list[str]] = {}
         for tensor in tensors:
             self._tied.setdefault(tensor.tied_to or tensor.name, []).append(tensor.name)
@@ -81,8 +93,8 @@ class FileSink:
         try:
             for file in self._layout.files:
                 self._prepare(file)
-            for name, content in self._layout.companions.items():
-                (self._root / name).write_bytes(content)
+            for name, content in () if self._made else self._layout.companions.items():
+                (self.root / name).write_bytes(content)
         except BaseException:
             self._close()
             raise
@@ -116,17 +128,33 @@ class FileSink:
                 if old != (offset, content):
                     self._write_at(handle, memoryview(content), offset)
 
+    def flush(self) -> None:
+        """Bring what was written here to the disk, where other hosts see it too."""
+        for handle in self._handles:
+            os.fsync(handle)
+
+    def checksums(self) -> dict[str, list[tuple[int, int, int]]]:
+        """Checksums of what was written here: offset, length and CRC-32 of stretches, by tensor."""
+        return {name: _joined(parts) for name, parts in self._crcs.items() if parts}
+
+    def take_checksums(self, checksums: Mapping[str, Iterable[tuple[int, int, int]]]) -> None:
+        """Take those of what another process has written."""
+        for name, parts in checksums.items():
+            self._crcs[name] += parts
+
     def finish(self) -> None:
         """Store the checksums, once every byte has been written."""
         for handle, file in zip(self._handles, self._layout.files, strict=True):
             self._store_checksums(handle, file)
 
     def _prepare(self, file: FileLayout) -> None:
-        path = self._root / file.name if file.name else self._root
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+        path = self.root / file.name if file.name else self.root
+        create = 0 if self._made else os.O_CREAT
+        handle = os.open(path, os.O_RDWR | create | getattr(os, "O_BINARY", 0), 0o666)
         self._handles.append(handle)
-        _preallocate(handle, file.size)
-        for offset, content in file.parts:
+        if not self._made:
+            _preallocate(handle, file.size)
+        for offset, content in () if self._made else file.parts:
             self._write_at(handle, memoryview(content), offset)
         for name, offset in file.offsets.items():
             self._targets.setdefault(name, []).append((handle, offset))
@@ -138,9 +166,7 @@ class FileSink:
 
     def _store_checksums(self, handle: int, file: FileLayout) -> None:
         for name, places in file.checksums.items():
-            crc = 0
-            for _, length, part in sorted(self._crcs[name]):
-                crc = crc32_combine(crc, part, length)
+            crc = next((crc for _, _, crc in _joined(self._crcs[name])), 0)
             for place in places:
                 self._write_at(handle, memoryview(struct.pack("<I", crc)), place)
 
@@ -153,6 +179,18 @@ class FileSink:
                 with self._lock:
                     os.lseek(handle, offset + done, os.SEEK_SET)
                     done += os.write(handle, data[done:])
+
+
+def _joined(parts: Iterable[Iterable[int]]) -> list[tuple[int, int, int]]:
+    """Checksums of as few stretches as possible."""
+    found: list[tuple[int, int, int]] = []
+    for offset, length, crc in sorted(map(tuple, parts)):
+        before, size, first = found[-1] if found else (0, 0, 0)
+        if found and before + size == offset:
+            found[-1] = (before, size + length, crc32_combine(first, crc, length))
+        else:
+            found.append((offset, length, crc))
+    return found
 
 
 def _preallocate(handle: int, size: int) -> None:

@@ -1,0 +1,53 @@
+"""Commands under a launcher such as ``torchrun``: which of its processes says what."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import click
+from rich.console import Console
+
+from ckptavg.errors import CkptavgError, UsageError
+from ckptavg.processes import Processes, own_rank, several
+from ckptavg.processes import joined as all_joined
+from ckptavg.report import Report
+
+
+def report(*, as_json: bool, verbosity: int) -> Report:
+    """The report of a command; of several processes the first speaks, the others are silent."""
+    if own_rank() == 0:
+        return Report(as_json=as_json, verbosity=verbosity)
+    return Report(verbosity=-1, stdout=Console(file=io.StringIO()))
+
+
+def refuse(what: str) -> None:
+    """Make sure that what only one process can do was not given to several.
+
+    Raises:
+        UsageError: It was.
+    """
+    if several():
+        raise UsageError(
+            f"{what} is the work of one process", "Start it without torchrun and WORLD_SIZE."
+        )
+
+
+@contextmanager
+def joined() -> Iterator[Processes | None]:
+    """The processes that work together on a command; None where this one is alone.
+
+    An error that all of them meet is shown by one.
+    """
+    if not several():
+        yield None
+        return
+    together: Processes | None = None
+    try:
+        with all_joined() as together:
+            yield together
+    except CkptavgError as error:
+        if together is not None and together.repeated:
+            raise click.exceptions.Exit(error.exit_code) from error
+        raise
