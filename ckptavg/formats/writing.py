@@ -16,6 +16,8 @@ import torch
 
 from ckptavg.formats.output import FileLayout, Layout, OutputTensor
 
+_JOIN = 4096  # checksums of stretches of a tensor, after which neighbours are put together
+
 
 class Sink(Protocol):
     """Takes the blocks of an average, from several threads and in any order."""
@@ -117,7 +119,7 @@ class FileSink:
         if checked:
             part = (offset, len(data), zlib.crc32(data))
             for tied in checked:
-                self._crcs[tied].append(part)
+                self._keep_checksum(tied, part)
 
     def replace(self, layout: Layout) -> None:
         """Write what is no tensor anew, before ``finish``, by a layout that fits the first."""
@@ -159,6 +161,13 @@ class FileSink:
         for name, offset in file.offsets.items():
             self._targets.setdefault(name, []).append((handle, offset))
         self._crcs |= {name: [] for name in file.checksums}
+
+    def _keep_checksum(self, name: str, part: tuple[int, int, int]) -> None:
+        with self._lock:
+            parts = self._crcs[name]
+            parts.append(part)
+            if len(parts) % _JOIN == 0:
+                parts[:] = _joined(parts)
 
     def _close(self) -> None:
         while self._handles:
