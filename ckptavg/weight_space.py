@@ -167,12 +167,25 @@ def geometry(run: Run | Iterable[Checkpoint], *, progress: Progress | None = Non
         CkptavgError: Anything else that is wrong.
     """
     run = as_run(run)
+    check_several(run)
     plan_average(run)  # refuses what does not fit together
     tensors = weights(run)
     products = stream([], Extras(gram=tensors), progress=progress).gram
     for stamp in {stamp.path: stamp for c in run for stamp in c.files}.values():
         stamp.verify()
     return geometry_of(run, products)
+
+
+def check_several(run: Run) -> None:
+    """Make sure that there is more than one checkpoint to lie anywhere.
+
+    Raises:
+        UsageError: There is not.
+    """
+    if len(run) < 2:
+        raise UsageError(
+            f"the geometry is that of several checkpoints, but {run.checkpoints[0].path} is one"
+        )
 
 
 def weights(run: Run | Iterable[Checkpoint], rules: Rules | None = None) -> list[TensorPlan]:
@@ -183,15 +196,10 @@ def weights(run: Run | Iterable[Checkpoint], rules: Rules | None = None) -> list
         rules: Which tensors are averaged, if not all; the others do not count.
 
     Raises:
-        UsageError: There is only one checkpoint.
         MismatchError: The checkpoints do not hold the same tensors.
         CheckpointError: They hold no weights.
     """
     checkpoints = as_run(run).checkpoints
-    if len(checkpoints) < 2:
-        raise UsageError(
-            f"the geometry is that of several checkpoints, but {checkpoints[0].path} is one"
-        )
     plan = make_plan(checkpoints, [1.0] * len(checkpoints), rules or Rules())
     layers = batchnorm_layers(tensor.name for tensor in plan.tensors)
     statistics = {

@@ -181,6 +181,7 @@ def _write(
 def _measured_weights(selection: Run, settings: dict[str, Any]) -> list[TensorPlan]:
     from ckptavg import weight_space  # noqa: PLC0415
 
+    weight_space.check_several(selection)
     rules = Rules(tuple(settings["include"]), tuple(settings["exclude"]))
     return weight_space.weights(selection, rules)
 
