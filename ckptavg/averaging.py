@@ -14,7 +14,7 @@ import torch
 from ckptavg import discovery, lora, outputs, schemes
 from ckptavg.blocks import StreamResult
 from ckptavg.digests import LEAF, InputDigests, OutputDigest, recorded
-from ckptavg.errors import CheckpointError, UsageError, first_few
+from ckptavg.errors import CheckpointError, NonFiniteError, UsageError, first_few
 from ckptavg.formats import Checkpoint, open_checkpoint
 from ckptavg.formats.table import FileStamp
 from ckptavg.formats.writing import FileSink, MemorySink, Sink
@@ -194,12 +194,9 @@ def write(
     progress: Progress | None = None,
 ) -> Path:
     """Compute an average straight into its output."""
-    settings: dict[str, Any] = {
-        "overwrite": overwrite,
-        "keep_nonfinite": keep_nonfinite,
-        "digests": digests,
-    }
-    write_many([(planned, out)], **settings, progress=progress)
+    targets = prepare_many([(planned, out)], overwrite=overwrite, digests=digests)
+    settings: dict[str, Any] = {"keep_nonfinite": keep_nonfinite, "digests": digests}
+    write_many([planned], targets, **settings, progress=progress)
     return Path(out)
 
 
@@ -217,10 +214,10 @@ class Written:
 
 
 def write_many(
-    averages: Sequence[Planned],
+    averages: Sequence[Average],
+    targets: Sequence[Target],
     *,
     order: Sequence[Checkpoint] = (),
-    overwrite: bool = False,
     keep_nonfinite: bool = False,
     digests: bool = False,
     gram: Sequence[TensorPlan] = (),
@@ -230,9 +227,9 @@ def write_many(
     """Compute several averages straight into their outputs, from one read of the inputs.
 
     Args:
-        averages: What to compute and where it goes.
+        averages: What to compute.
+        targets: Where each goes, as ``prepare_many`` has made sure, with as much about digests.
         order: The run that all of them are selections of.
-        overwrite: Replace existing outputs.
         keep_nonfinite: Write averages that are not finite as they are.
         digests: Record digests in the outputs.
         gram: Tensors whose sources are multiplied with each other as they go by.
@@ -243,17 +240,15 @@ def write_many(
         OutputError: An output may not or could not be written.
         ProcessesError: Another process has failed, or is about to do something else.
     """
-    targets = prepare_many(averages, overwrite=overwrite, digests=digests)
-    plans = [planned for planned, _ in averages]
     settings: dict[str, Any] = {"keep_nonfinite": keep_nonfinite, "progress": progress}
     split = None
     if processes is not None:
         grain = LEAF if digests else 1
-        split = Split(processes, targets, [planned.plan for planned in plans], grain)
+        split = Split(processes, targets, [planned.plan for planned in averages], grain)
     with outputs.opened(targets) if split is None else split.opened() as files:
         if digests:
-            return _compute_hashed(plans, targets, files, Extras(order, gram), split, settings)
-        products = _compute(plans, files, Extras(order, gram), split=split, **settings)
+            return _compute_hashed(averages, targets, files, Extras(order, gram), split, settings)
+        products = _compute(averages, files, Extras(order, gram), split=split, **settings)
     return Written([target.made for target in targets], products)
 
 
@@ -318,8 +313,17 @@ def prepare(
     overwrite: bool,
     batchnorm: str | None = None,
     digests: bool = False,
+    others: Iterable[Checkpoint] = (),
 ) -> Target:
     """Lay the output of an average out and make sure that it may and can be written.
+
+    Args:
+        planned: The average.
+        out: Its path.
+        overwrite: Replace an existing output.
+        batchnorm: State of the running statistics, if it is not that of the plan.
+        digests: Leave room for digests in the provenance.
+        others: Further checkpoints that must not be replaced.
 
     Raises:
         OutputError: It may not be written, or there is too little room.
@@ -329,7 +333,7 @@ def prepare(
         out,
         plan.outputs,
         recorded(made, plan.inputs) if digests else made,
-        [*plan.files, plan.checkpoints[-1]],
+        [*others, *plan.files, plan.checkpoints[-1]],
         companions=plan.companions,
         overwrite=overwrite,
     )
@@ -339,7 +343,9 @@ def prepare_many(
     averages: Sequence[Planned], *, overwrite: bool, digests: bool = False
 ) -> list[Target]:
     """As ``prepare``, for several averages at once."""
-    targets = [prepare(one, out, overwrite=overwrite, digests=digests) for one, out in averages]
+    files = {id(c): c for planned, _ in averages for c in planned.plan.files}
+    care: dict[str, Any] = {"overwrite": overwrite, "digests": digests, "others": files.values()}
+    targets = [prepare(planned, out, **care) for planned, out in averages]
     outputs.check_together(targets)
     return targets
 
@@ -371,7 +377,11 @@ def _compute(
     if inputs is not None:
         extras = replace(extras, watched=inputs.tensors, watcher=inputs.watch)
     compute = stream if split is None else split.stream
-    streamed = compute(jobs, extras, progress=progress)
+    try:
+        streamed = compute(jobs, extras, progress=progress)
+    except NonFiniteError:
+        _verify(plans)  # half a write may look like anything
+        raise
     _verify(plans)
     _log(averages, streamed.results, stale=stale)
     return streamed.gram

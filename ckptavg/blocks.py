@@ -212,8 +212,9 @@ class Worker:
                     f"{plan.name} is {kind} in {owner.path}",
                     "Leave the checkpoint out, or pass --on-nonfinite keep.",
                 )
+        what = "the average of" if len(plan.sources) > 1 else ""
         raise NonFiniteError(
-            f"the average of {plan.name} is too large for {plan.dtype.name}",
+            f"{what} {plan.name} is too large for {plan.dtype.name}".lstrip(),
             "Write a wider type with --dtype float32 or float64.",
         )
 

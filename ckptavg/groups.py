@@ -155,12 +155,10 @@ def watching(groups: Iterable[Group], tensors: Iterable[Tensor]) -> list[Group]:
         groups: What is read anyhow.
         tensors: What is to be seen.
     """
-    wanted = {tensor: None for tensor in tensors if tensor.numel}
+    wanted = {tensor: True for tensor in tensors if tensor.numel}
     found: list[Group] = []
     for group in groups:
-        seen = [i for i, t in enumerate(group.sources) if t in wanted]
-        for i in seen:
-            del wanted[group.sources[i]]
+        seen = [i for i, t in enumerate(group.sources) if wanted.pop(t, None)]
         found.append(replace(group, watched=frozenset(seen)))
     found += (Group("", t.shape, (t,), (), watched=frozenset([0])) for t in wanted)
     return found

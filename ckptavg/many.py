@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ from ckptavg.averaging import (
     in_memory_many,
     keeps_nonfinite,
     plan_average,
+    prepare_many,
     require_output,
     write_many,
 )
-from ckptavg.errors import UsageError
+from ckptavg.errors import OutputError, UsageError, short
 from ckptavg.formats import Checkpoint, storage
 from ckptavg.formats.layout import FILE_LAYOUTS, has_suffix
 from ckptavg.formats.publish import unwritable
@@ -74,6 +75,8 @@ def average_many(
     """
     run = as_run(run)
     keep = keeps_nonfinite(on_nonfinite)
+    if not isinstance(averages, Mapping):
+        raise UsageError(f"averages are expected by name but got {short(repr(averages))}")
     planned: dict[str, Average] = {}
     for name, asked in averages.items():
         selection, scheme = _asked(name, run, asked)
@@ -98,14 +101,17 @@ def average_many(
     storage.check_output(out_dir)
     with _directory(Path(out_dir)):
         outputs = [(planned[name], path) for name, path in paths.items()]
-        write_many(outputs, overwrite=overwrite, digests=digests, **settings)
+        targets = prepare_many(outputs, overwrite=overwrite, digests=digests)
+        write_many(list(planned.values()), targets, digests=digests, **settings)
     return paths
 
 
 @contextmanager
 def _directory(path: Path) -> Iterator[None]:
     """A directory that is there, and no longer so if it was not and nothing came of it."""
-    made = not path.exists()
+    made = [place for place in (path, *path.parents) if not place.exists()]
+    if not made and not path.is_dir():
+        raise OutputError(f"{path} is no directory", "Choose another out_dir.")
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -113,8 +119,9 @@ def _directory(path: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if made and not any(path.iterdir()):
-            path.rmdir()
+        with suppress(OSError):  # it is not empty
+            for place in made:
+                place.rmdir()
         raise
 
 
@@ -128,20 +135,31 @@ def _asked(
         selection, scheme = run, asked
     elif isinstance(asked, Run):
         selection, scheme = asked, "uniform"
-    else:
+    elif isinstance(asked, tuple) and len(asked) == 2 and isinstance(asked[0], Run):
         selection, scheme = asked
+    else:
+        raise UsageError(
+            f"{name!r} is expected to be a scheme, a selection of the run, or both as "
+            f"(run.last(5), 'ema:decay=0.9'), but got {short(repr(asked))}"
+        )
     places = {id(checkpoint): i for i, checkpoint in enumerate(run)}
     order = [places.get(id(checkpoint), -1) for checkpoint in selection]
     if -1 in order or order != sorted(order):
         raise UsageError(
-            f"the checkpoints of {name!r} are no selection of the run",
-            "Select them from the run itself: run.last(5).",
+            f"the checkpoints of {name!r} are no selection of the run that is averaged",
+            "Select them from the very run that is passed: run.last(5).",
         )
     return selection, scheme
 
 
 def _file_name(name: str, run: Run) -> str:
-    if Path(name).name != name or name == "..":
+    if (
+        not isinstance(name, str)
+        or not name.isprintable()
+        or not name
+        or Path(name).name != name
+        or name == ".."
+    ):
         raise UsageError(f"the name of an average is expected to be a file name but got {name!r}")
     if has_suffix(name) or run.checkpoints[-1].layout not in FILE_LAYOUTS:
         return name

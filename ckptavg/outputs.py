@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ckptavg import digests
-from ckptavg.errors import CheckpointError, UsageError, first_few
+from ckptavg.errors import CheckpointError, OutputError, UsageError, first_few
 from ckptavg.formats import Checkpoint, storage
 from ckptavg.formats.layout import lay_out
 from ckptavg.formats.output import Layout, OutputTensor
@@ -136,16 +136,36 @@ def opened(targets: Sequence[Target]) -> Iterator[list[FileSink]]:
         ]
         with ExitStack() as files:
             sinks = [
-                files.enter_context(FileSink(t.layout, publication.temporary, t.tensors))
+                files.enter_context(
+                    FileSink(t.layout, publication.temporary, t.tensors, path=t.path)
+                )
                 for t, publication in zip(targets, written, strict=True)
             ]
             yield sinks
             for sink in sinks:
                 sink.finish()
-        for publication in written:
-            publication.publish()
+        _publish(targets, written)
     for note in dict.fromkeys(note for t in targets for note in t.layout.notes):
         log.info(note)
+
+
+def _publish(targets: Sequence[Target], written: Sequence[Publication]) -> None:
+    """Put outputs in their places; an error says which were there before it."""
+    for target in targets[1:]:  # of the first it is seen while nothing is in its place
+        if not target.overwrite and os.path.lexists(target.path):
+            raise OutputError(
+                f"{target.path} has appeared while it was being made",
+                "Pass --overwrite to replace it.",
+            )
+    done: list[str] = []
+    for target, publication in zip(targets, written, strict=True):
+        try:
+            publication.publish()
+        except OutputError as error:
+            if done:
+                error.message += f" ({first_few(done)} had been written)"
+            raise
+        done.append(str(target.path))
 
 
 def save(

@@ -8,18 +8,24 @@ wait; one that dies is noticed by its connections.
 from __future__ import annotations
 
 import json
+import logging
+import math
 import os
 import socket
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import count as counted_from
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from ckptavg.errors import CkptavgError, PeerError, ProcessesError
 
+log = logging.getLogger("ckptavg")
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_PATIENCE = 5.0  # seconds of waiting before that is said
 _APPEARING = 600.0  # seconds in which every process has to begin: cold imports take their time
 _WORKING = timedelta(days=7)  # by which one may end before another
 _LOOK = 0.5  # seconds between looks at the store
@@ -29,6 +35,7 @@ _LAUNCHERS_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # what torchrun says so by
 _WORD = "failed"  # the store's entry for the first failure
 _INTERRUPTED = "interrupted"  # told, not failed
 _JOINED = counted_from()
+T = TypeVar("T")
 
 
 def several() -> bool:
@@ -165,7 +172,11 @@ class Processes:
         """The first process of this host that is no more."""
         host = socket.gethostname()
         gone = [r for r, (at, pid) in enumerate(self._peers) if at == host and not _is_alive(pid)]
-        return f"{self._name(gone[0])} has died without a word" if gone else None
+        return (
+            f"{self._name(gone[0])} has died without a word: its own output may say why"
+            if gone
+            else None
+        )
 
     def _name(self, rank: int) -> str:
         hosts = {host for host, _ in self._peers}
@@ -217,7 +228,7 @@ def _join() -> Processes:
         raise ProcessesError("this build of torch has no gloo", "Start one process alone.")
     try:
         wait = timedelta(seconds=_APPEARING)
-        store, rank, count = next(iter(rendezvous("env://", timeout=wait)))
+        store, rank, count = _interruptible(lambda: next(iter(rendezvous("env://", timeout=wait))))
         own = dist.distributed_c10d.PrefixStore(f"ckptavg/{next(_JOINED)}", store)
         _await(own, rank, count)
         dist.init_process_group("gloo", store=own, rank=rank, world_size=count, timeout=_WORKING)
@@ -227,6 +238,26 @@ def _join() -> Processes:
             "Check that the hosts reach each other, or name the network by GLOO_SOCKET_IFNAME.",
         ) from error
     return Processes(own, rank, count)
+
+
+def _interruptible(wait: Callable[[], T]) -> T:
+    """Wait for something that no signal would end, in a thread that is left behind if one comes."""
+    found: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            found.set_result(wait())
+        except BaseException as error:
+            found.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    until = time.monotonic() + _PATIENCE
+    while not found.done():
+        time.sleep(_WAIT)
+        if time.monotonic() > until:
+            log.info("waiting for the other processes that WORLD_SIZE tells of")
+            until = math.inf
+    return found.result()
 
 
 def _await(store: Any, rank: int, count: int) -> None:

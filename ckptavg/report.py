@@ -35,6 +35,7 @@ from rich.text import Text
 from ckptavg.errors import printable
 
 _WIDE = 240  # columns where nothing is a terminal, so that no cell is folded
+_NAME = 40  # characters of a name that is shown whole, whatever room that leaves to numbers
 _COUNT = 1e3
 _NUMBER = re.compile(r"–||-?\d[\d.,e+-]*( [kMGT]?B)?|-?inf|nan")
 
@@ -89,8 +90,12 @@ class Report:
         drawn = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
         for i, name in enumerate(columns):
             right = bool(rows) and all(_is_number(row[i]) for row in rows)
+            whole = not i and max((len(row[0]) for row in rows), default=0) <= _NAME
             drawn.add_column(
-                Text(printable(name)), justify="right" if right else "left", overflow="fold"
+                Text(printable(name)),
+                justify="right" if right else "left",
+                overflow="fold",
+                no_wrap=whole,
             )
         for row in rows:
             drawn.add_row(*(Text(printable(cell)) for cell in row))

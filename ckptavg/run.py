@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ckptavg import discovery
-from ckptavg.errors import RunError, UsageError, first_few
+from ckptavg.errors import RunError, UsageError, first_few, short
 from ckptavg.formats import Checkpoint
 from ckptavg.formats.storage import Location, Named, locate
 
@@ -159,8 +159,20 @@ def open_run(*paths: Named, glob: str | None = None, key: str | None = None) -> 
 
 
 def as_run(run: Run | Iterable[Checkpoint]) -> Run:
-    """The run itself, or a run of these checkpoints in this order."""
-    return run if isinstance(run, Run) else Run((tuple(run),))
+    """The run itself, or a run of these checkpoints in this order.
+
+    Raises:
+        UsageError: It is neither, but a path, for example.
+    """
+    if isinstance(run, Run):
+        return run
+    checkpoints = tuple(run) if isinstance(run, Iterable) and not isinstance(run, str) else (run,)
+    if not all(isinstance(c, Checkpoint) for c in checkpoints):
+        raise UsageError(
+            f"a run is expected, or its checkpoints, but got {short(repr(run))}",
+            "Open it first: ckptavg.open_run(PATH).",
+        )
+    return Run((checkpoints,))
 
 
 def _why(left_out: list[tuple[Location, str]]) -> str:

@@ -71,9 +71,13 @@ def explicit(weights: Sequence[float]) -> Scheme:
     Raises:
         UsageError: A weight is not finite, or they do not sum to more than 0.
     """
+    try:
+        weights = [float(weight) for weight in weights]
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"weights are expected to be numbers but got {weights!r}") from error
     if not weights or not all(math.isfinite(w) for w in weights):
         raise UsageError(f"weights are expected to be finite but got {_listed(weights)}")
-    if not 0 < sum(map(float, weights)) < math.inf:
+    if not 0 < sum(weights) < math.inf:
         raise UsageError(
             f"weights are expected to have a finite sum above 0 but got {_listed(weights)}"
         )
@@ -82,7 +86,7 @@ def explicit(weights: Sequence[float]) -> Scheme:
         if len(steps) != len(weights):
             raise RunError(
                 f"{len(weights)} weights are given for {len(steps)} checkpoints",
-                "Give one a checkpoint, in the run's order; --dry-run shows it.",
+                "Give one weight per checkpoint, in the run's order; --dry-run shows it.",
             )
         return [math.ldexp(w, -scale) for w in weights]
 

@@ -1,8 +1,10 @@
 """An output that several processes make: whose part is which, and how the parts become one.
 
 The bytes of all files of an output, one after another, are cut into parts of equal size at page
-borders, so that no two hosts write one page (an element across a border aside, which only
-distributed checkpoints have). The bits do not depend on the cuts.
+borders, so that hosts seldom write one page: at an element across a border, which only distributed
+checkpoints have, at what the first process writes between tensors, at borders between leaves that
+are hashed, and in outputs beside the first. Nothing is read of an output, so no host puts back what
+another has written. The bits do not depend on the cuts.
 """
 
 from __future__ import annotations
@@ -210,6 +212,8 @@ class Split:
     def _first(self, targets: Sequence[Target]) -> Iterator[list[FileSink]]:
         """What the first process does: it makes the files, and publishes them in the end."""
         with outputs.opened(targets) as sinks:
+            for sink in sinks:
+                sink.flush()
             self.processes.gather([str(sink.root) for sink in sinks])
             yield sinks
             for theirs in self.processes.gather([])[1:]:
@@ -222,7 +226,9 @@ class Split:
         roots = map(Path, self.processes.gather([])[0])
         with ExitStack() as files, _as_output_errors(targets):
             sinks = [
-                files.enter_context(FileSink(target.layout, root, target.tensors, made=True))
+                files.enter_context(
+                    FileSink(target.layout, root, target.tensors, path=target.path, made=True)
+                )
                 for target, root in zip(targets, roots, strict=True)
             ]
             yield sinks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,10 +28,25 @@ class Odd:
     Attributes:
         checkpoints: A quarter of all at most.
         distance: The shortest that leads from them to the others.
-        usual: The longest of the other links; see ``Geometry.odd``.
+        usual: The longest of the other links; see ``Geometry.groups``.
     """
 
     checkpoints: tuple[Checkpoint, ...]
+    distance: float
+    usual: float
+
+
+@dataclass(frozen=True)
+class Groups:
+    """How checkpoints fall apart.
+
+    Attributes:
+        members: The checkpoints of each group in their order, the largest group first.
+        distance: The shortest between two of them.
+        usual: The longest link within one; see ``Geometry.groups``.
+    """
+
+    members: tuple[tuple[Checkpoint, ...], ...]
     distance: float
     usual: float
 
@@ -114,24 +130,35 @@ class Geometry:
         return (squares.mean(1) - squares.mean() / 2).clamp(min=0).sqrt()
 
     @cached_property
+    def groups(self) -> Groups:
+        """Which checkpoints lie close together; one group of all, mostly.
+
+        The checkpoints are linked over the shortest distances that connect them all. Where the
+        longest links are 2.5 times as long as the next one, what they hold apart are groups. The
+        ends of a steady drift are far from the mean but linked like the others, so they are none
+        of their own. Fewer than 4 checkpoints are one group.
+        """
+        links = sorted(_shortest_links(self.distances.tolist()), reverse=True)
+        for count in range(1, len(links)) if len(self.run) > 3 else ():
+            (shortest, *_), (usual, *_) = links[count - 1], links[count]
+            if shortest > _GAP * usual:
+                parts = _connected(links[count:], len(self.run))
+                parts.sort(key=len, reverse=True)
+                members = tuple(tuple(self.checkpoints[i] for i in part) for part in parts)
+                return Groups(members, shortest, usual)
+        return Groups((self.checkpoints,), math.inf, links[0][0] if links else 0.0)
+
+    @property
     def odd(self) -> Odd | None:
         """What does not belong: another training's, diverged, from before a restart; None mostly.
 
-        The checkpoints are linked over the shortest distances that connect them all. Where the
-        longest links are 2.5 times as long as the next one, what they hold apart is odd, if that is
-        a quarter of the checkpoints at most. The ends of a steady drift are far from the mean but
-        linked like the others, so they are not odd. With fewer than 4 checkpoints nothing is.
+        It is what lies outside the largest group, if that is a quarter of the checkpoints at most.
         """
-        links = sorted(_shortest_links(self.distances.tolist()), reverse=True)
-        for count in range(1, len(links)):
-            (shortest, *_), (usual, *_) = links[count - 1], links[count]
-            if shortest > _GAP * usual:
-                main = _largest_part(links[count:], len(self.run))
-                apart = [i for i in range(len(self.run)) if i not in main]
-                if len(apart) > len(self.run) // 4:
-                    break
-                return Odd(tuple(self.checkpoints[i] for i in apart), shortest, usual)
-        return None
+        apart = {id(c) for group in self.groups.members[1:] for c in group}
+        if not 0 < len(apart) <= len(self.run) // 4:
+            return None
+        odd = tuple(c for c in self.checkpoints if id(c) in apart)
+        return Odd(odd, self.groups.distance, self.groups.usual)
 
     @property
     def _differences(self) -> torch.Tensor:
@@ -262,10 +289,10 @@ def _shortest_links(distances: Sequence[Sequence[float]]) -> list[tuple[float, i
     return links
 
 
-def _largest_part(links: Iterable[tuple[float, int, int]], count: int) -> set[int]:
-    """The most checkpoints that some links connect."""
+def _connected(links: Iterable[tuple[float, int, int]], count: int) -> list[list[int]]:
+    """The parts of so many checkpoints that some links connect."""
     part = {i: {i} for i in range(count)}
     for _, one, other in links:
         joined = part[one] | part[other]
         part |= dict.fromkeys(joined, joined)
-    return max(part.values(), key=len)
+    return [sorted(joined) for joined in {id(joined): joined for joined in part.values()}.values()]

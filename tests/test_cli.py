@@ -472,4 +472,4 @@ def test_flags_of_a_run_need_one(home: Path, flags: list[str]) -> None:
 
 def test_a_missing_companion_of_best_is_named(home: Path) -> None:
     line = one_line_error(ckptavg("average", "run", "-o", "o.pt", "--best", "2"), code=2)
-    assert "--metric and --mode is missing" in line
+    assert "go together; missing: --metric and --mode" in line

@@ -537,3 +537,11 @@ def test_a_record_from_strange_hands_is_no_more_than_wrong(tmp_path):
         ("input", "unreadable"),
         ("base", "unreadable"),
     ]
+
+
+def test_a_checkpoint_that_comes_again_is_shown_once(tmp_path):
+    one, two = opened(tmp_path, [{"w": torch.randn(9)} for _ in range(2)])
+    ckptavg.average([one, two, one], out=tmp_path / "out.pt", digests=True)
+    made = ckptavg.open_checkpoint(tmp_path / "out.pt").provenance
+    digests = [account["digest"] for account in made["checkpoints"]]
+    assert digests[0] == digests[2] != digests[1]

@@ -350,3 +350,36 @@ def test_an_input_that_another_process_writes_all_the_time_is_told(run_dir, tmp_
         finally:
             writer.kill()
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+FEW_FILES = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))
+import torch, ckptavg
+from ckptavg import stream
+stream.TASK = 1000
+run = ckptavg.open_run(sys.argv[1])
+ckptavg.average(run, out=sys.argv[2])
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of POSIX")
+def test_few_open_files_are_enough(tmp_path):
+    states = [{"w": torch.full((20_000,), float(i))} for i in range(100)]
+    save_states(tmp_path / "run", states)
+    out = tmp_path / "out.pt"
+    command = [sys.executable, "-c", FEW_FILES, tmp_path / "run", out]
+    subprocess.run(command, check=True, timeout=120)
+    assert torch.load(out)["state_dict"]["w"].unique().tolist() == [49.5]
+
+
+def test_half_a_write_is_told_as_a_change_whatever_it_looks_like(tmp_path):
+    states = [{"w": torch.zeros(3_000_000)} for _ in range(3)]
+    paths = save_states(tmp_path / "run", states, ".safetensors")
+    run = open_run(tmp_path / "run")
+    with paths[1].open("r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(b"\xff\xff\xff\xff")  # NaN
+    with pytest.raises(CheckpointError, match=r"epoch_2.*changed while it was being read"):
+        average(run, out=tmp_path / "out.pt")
+    assert not (tmp_path / "out.pt").exists()

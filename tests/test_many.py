@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -22,6 +23,7 @@ from ckptavg import stream as stream_module
 from ckptavg.cli import main
 from ckptavg.errors import MismatchError, NonFiniteError, OutputError, UsageError
 from ckptavg.formats import reading
+from ckptavg.formats.publish import Publication
 
 
 def states(count, numel=5000):
@@ -299,10 +301,11 @@ def test_the_command_shows_each_plan_and_writes_none_in_a_dry_run(run, tmp_path)
         ("=uniform", "expected NAME=SCHEME[@SELECTION]"),
         ("../x=uniform", "expected NAME=SCHEME[@SELECTION]"),
         ("x=uniform@lest=2", "expected one of from=..., to=..."),
+        ("x=uniform@last=5,last=3", "'last' is given twice"),
         ("x=uniform@last=no", "expected a whole number from 1 on but got 'no'"),
         ("x=uniform@from=no", "expected a number in 'from=no'"),
-        ("x=uniform@best=2", "--metric and --mode is missing"),
-        ("x=nonsense", "scheme is expected to be one of"),
+        ("x=uniform@best=2", "go together; missing: --metric and --mode"),
+        ("x=nonsense", "--also x: scheme is expected to be one of"),
     ],
 )
 def test_a_mistyped_further_average_is_told(run, tmp_path, further, message):
@@ -319,3 +322,82 @@ def test_further_averages_and_a_model_exclude_each_other(run, tmp_path):
     )  # fmt: skip
     assert result.exit_code == 2
     assert "ckptavg update-bn" in result.stderr
+
+
+def test_no_output_replaces_what_another_is_made_of(run, tmp_path):
+    """An output's own average need not read the checkpoint for it to be an input."""
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    asked = {"all.pt": "uniform", "epoch_2.pt": run.last(1)}
+    with pytest.raises(OutputError, match="is an input"):
+        average_many(run, asked, out_dir=tmp_path / "run", overwrite=True)
+    result = command(
+        tmp_path / "run", "-o", tmp_path / "run/o.pt", "--overwrite", "--also", "epoch_2=@last=1"
+    )
+    assert (result.exit_code, "is an input" in result.stderr) == (1, True)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+def test_an_error_in_publishing_says_what_is_there(run, tmp_path, monkeypatch):
+    publish = Publication.publish
+
+    def late(self):
+        if self.path.name == "b.pt":
+            self.path.touch()
+        publish(self)
+
+    monkeypatch.setattr(Publication, "publish", late)
+    with pytest.raises(OutputError, match=r"b.pt has appeared .*\(.*a.pt had been written\)"):
+        average_many(run, {"a.pt": "uniform", "b.pt": "linear"}, out_dir=tmp_path / "out")
+    assert listing(tmp_path / "out") == ["a.pt", "b.pt"]
+
+
+def test_an_output_that_appears_meanwhile_keeps_all_from_being_published(run, tmp_path):
+    def progress(done, total):
+        if done:
+            (tmp_path / "b.pt").touch()
+
+    with pytest.raises(OutputError, match=r"b.pt has appeared while"):
+        average_many(
+            run, {"a.pt": "uniform", "b.pt": "linear"}, out_dir=tmp_path, progress=progress
+        )
+    assert not (tmp_path / "a.pt").exists()
+
+
+def test_directories_made_for_nothing_are_removed(run, tmp_path):
+    with pytest.raises(UsageError):
+        average_many(run, {"a": "uniform", "a.safetensors": "linear"}, out_dir=tmp_path / "p/q/r")
+    assert not (tmp_path / "p").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="file is no directory"):
+        average_many(run, {"a": "uniform"}, out_dir=tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (["uniform"], "averages are expected by name but got"),
+        ({"": "uniform"}, "file name but got ''"),
+        ({3: "uniform"}, "file name but got 3"),
+        ({"a\nb": "uniform"}, "file name but got"),
+        ({"a": 3}, "'a' is expected to be a scheme, a selection of the run, or both"),
+        ({"a": [1, 2, 3]}, "'a' is expected to be"),
+    ],
+)
+def test_what_is_no_request_is_told(run, tmp_path, asked, message):
+    with pytest.raises(UsageError, match=message):
+        average_many(run, asked, out_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("given", ["runs/swa", Path("runs/swa"), ["runs/swa"], 3])
+def test_what_is_no_run_is_told(given):
+    with pytest.raises(UsageError, match=r"a run is expected.*ckptavg\.open_run\(PATH\)"):
+        average(given)
+
+
+def test_weights_may_be_of_any_kind_of_number(run):
+    expected = average(run, weights=[1, 2, 3, 4, 5, 6])
+    for weights in (torch.arange(1, 7), range(1, 7), np.arange(1, 7)):
+        assert the_same(average(run, weights=weights), expected)
+    with pytest.raises(UsageError, match="weights are expected to be numbers"):
+        average(run, weights=["x"] * 6)

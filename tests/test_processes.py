@@ -297,7 +297,7 @@ def test_however_one_process_fails_nothing_is_written(home: Path) -> None:
 
     assert killed[1] is None
     for of_one in (killed[0], killed[2]):
-        assert one_line(of_one) == "process 1 has died without a word"
+        assert one_line(of_one) == "process 1 has died without a word: its own output may say why"
     assert one_line(broke[1]) == "the disk of this test is broken"
     for of_one in (broke[0], broke[2]):
         assert one_line(of_one) == "process 1 has failed: the disk of this test is broken"
@@ -313,7 +313,7 @@ def test_however_one_process_fails_nothing_is_written(home: Path) -> None:
     assert [of_one["code"] for of_one in model] == [2, 2, 2]
     assert sum("(--model) is the work of one process" in of_one["err"] for of_one in model) == 1
     assert headless[0] is None
-    assert one_line(headless[2]) == "process 0 has died without a word"
+    assert one_line(headless[2]) == "process 0 has died without a word: its own output may say why"
 
     mine, left = sorted(listing(home / "out"), reverse=True)
     assert (home / "out" / mine).read_text() == "mine"
@@ -340,3 +340,31 @@ def test_one_process_alone_is_as_ever(home: Path, monkeypatch: pytest.MonkeyPatc
     alone("average", "run", "-o", "out/a.pt")
     assert signal.getsignal(signal.SIGTERM) == before
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_waiting_for_others_ends_when_it_is_told_to(home: Path, rank: str) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from ckptavg import processes; processes._PATIENCE = 0.0\n"
+        "from ckptavg.cli import main; main()"
+    )
+    waiting = subprocess.Popen(
+        [sys.executable, "-c", code, "average", "run", "-o", "out/a.pt"],
+        env=os.environ | place | {"PYTHONPATH": str(SCRIPT.parent.parent)},
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert waiting.stderr is not None
+    if rank == "0":
+        assert "waiting for the other processes" in waiting.stderr.readline()
+    else:
+        with pytest.raises(subprocess.TimeoutExpired):
+            waiting.wait(8)
+    waiting.send_signal(signal.SIGINT)
+    said = waiting.communicate(timeout=30)[1]
+    assert waiting.returncode == 130
+    assert said.splitlines()[-1] == "Interrupted: nothing was written."

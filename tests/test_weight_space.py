@@ -428,3 +428,17 @@ def test_the_distance_of_the_odd_one_is_that_to_its_nearest(tmp_path):
     rows = [[0.0], [1.0], [2.0], [4.0], [14.0]]
     found = geometry(opened(tmp_path, [{"w": torch.tensor(row)} for row in rows])).odd
     assert (found.distance, found.usual) == (10, 2)
+
+
+def test_halves_of_two_trainings_are_groups_and_none_of_them_is_odd(tmp_path):
+    rng = torch.Generator().manual_seed(0)
+    made = []
+    for _ in range(2):
+        start = torch.randn(500, generator=rng)
+        made += [{"w": start + 0.05 * torch.randn(500, generator=rng)} for _ in range(3)]
+    found = ckptavg.geometry(opened(tmp_path, made))
+    assert found.odd is None
+    names = [[c.path.name for c in group] for group in found.groups.members]
+    assert names == [[f"epoch_{i}.pt" for i in part] for part in ((1, 2, 3), (4, 5, 6))]
+    least = min(found.distances[i, j] for i in range(3) for j in range(3, 6))
+    assert found.groups.distance == least

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
+from ckptavg.cli import ending
 from ckptavg.cli.average import average
 from ckptavg.cli.evaluate import evaluate
 from ckptavg.cli.inspect import inspect
@@ -11,7 +14,18 @@ from ckptavg.cli.update_bn import update_bn
 from ckptavg.version import __version__
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class _Commands(click.Group):
+    """Ends as a command does when it is told to before the command itself has begun."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with ending.by_signals(), ending.by_interrupts([]):
+            return super().invoke(ctx)
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.version_option(__version__, prog_name="ckptavg", message="%(prog)s %(version)s")
 def main() -> None:
     """Average the checkpoints of a training run, after the fact.

@@ -46,7 +46,7 @@ class Also:
 
         beside = Path(out)
         suffix = "" if has_suffix(self.name) or not has_suffix(out) else beside.suffix
-        return str(beside.with_name(self.name + suffix))
+        return str(beside.parent / (self.name + suffix))
 
 
 def also(text: str) -> Also:
@@ -57,7 +57,13 @@ def also(text: str) -> Also:
     """
     name, separator, rest = text.partition("=")
     scheme, at, selection = rest.partition("@")
-    if not name or not separator or Path(name).name != name or name == "..":
+    if (
+        not name
+        or not name.isprintable()
+        or not separator
+        or Path(name).name != name
+        or name == ".."
+    ):
         raise click.BadParameter(
             f"expected NAME=SCHEME[@SELECTION], as in last5=uniform@last=5, but got {text!r}"
         )
@@ -66,8 +72,12 @@ def also(text: str) -> Also:
 
 def _picks(text: str) -> dict[str, Any]:
     found: dict[str, Any] = dict.fromkeys(SELECTION) | {"at_lr_min": False}
+    seen: set[str] = set()
     for part in text.split(","):
         key, separator, value = part.strip().partition("=")
+        if key in seen:
+            raise click.BadParameter(f"{key!r} is given twice in {text!r}")
+        seen.add(key)
         if key in _FLAGS and not separator:
             found[_FLAGS[key]] = True
         elif key in _VALUES and value:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import click
 
 from ckptavg.cli import geometry, options, ranks
 from ckptavg.cli.also import Also, also
-from ckptavg.errors import NonFiniteError, UsageError
+from ckptavg.errors import CkptavgError, NonFiniteError, UsageError
 from ckptavg.plan import Rules, TensorPlan
 from ckptavg.report import Report, counted, number_text, size_text
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from ckptavg import averaging
     from ckptavg.averaging import Average
+    from ckptavg.outputs import Target
     from ckptavg.processes import Processes
     from ckptavg.run import Run
 
@@ -35,7 +36,8 @@ log = logging.getLogger("ckptavg")
 )  # fmt: skip
 @options.option(
     _OUT, "--also", "further", multiple=True, type=also, metavar="NAME=SCHEME[@SELECTION]",
-    help="One more average beside OUT, from the same read: last5=uniform@last=5.",
+    help="One more average beside OUT, from the same read. SELECTION is of the whole run, in the "
+    "words of the options: last5=uniform@last=5, few=@from=100,every=2.",
 )  # fmt: skip
 @options.option(
     _OUT, "--geometry", "measured", is_flag=True,
@@ -77,8 +79,9 @@ def average(
     \b
       ckptavg average runs/swa -o swa.safetensors
       ckptavg average runs/swa --last 10 --scheme ema:decay=0.9 -o ema.pt
-      ckptavg average runs/swa -o all.pt --also last5=uniform@last=5 --also ema=ema:decay=0.9
-      ckptavg average runs/swa -o swa.pt --model torchvision:resnet50 --train-data imagefolder:train
+      ckptavg average runs/swa -o all.pt --also last5=uniform@last=5
+      ckptavg average runs/swa -o swa.pt \
+          --model torchvision:resnet50 --train-data imagefolder:train
     """
     _check_usage(processes, out, further, dry_run, measured, settings)
     run, selection = options.open_selected(paths, glob, key, settings)
@@ -88,27 +91,31 @@ def average(
 
     planned = [options.planned(selection, settings)]
     planned += [_planned_also(one, run, selection, settings) for one in further]
+    gram = _measured_weights(selection, settings) if measured else []
     outs = [] if out is None else [out, *(one.path(out) for one in further)]
-    if out is not None:
-        targets = averaging.prepare_many(list(zip(planned, outs, strict=True)), overwrite=overwrite)
-        notes = [note for target in targets for note in target.layout.notes]
-        for note in dict.fromkeys(notes) if dry_run else ():
-            log.info(note)
+    care = {"overwrite": overwrite, "digests": digests}
+    targets = averaging.prepare_many(list(zip(planned, outs, strict=bool(outs))), **care)
+    for note in _layout_notes(targets) if dry_run else ():
+        log.info(note)
     for one, name in zip(planned, ["", *(one.name for one in further)], strict=True):
         _show_plan(report, one, name)
     if out is None or dry_run:
         _result(report, [one.provenance() | {"output": None} for one in planned], further)
         return
-    care: dict[str, Any] = {"overwrite": overwrite, "digests": digests}
-    if measured:
-        care["gram"] = _measured_weights(selection, settings)
-    done = _write(report, processes, planned, outs, run, care, settings)
+    if settings["model_spec"]:
+        done = _write_refreshed(report, planned[0], out, care, settings)
+    else:
+        done = _write(report, processes, planned, targets, run, gram, digests, settings)
     if processes is not None and processes.rank:  # the first has looked at the output for all
         return
     made = [_written(report, *one) for one in zip(done.made, outs, strict=True)]
     if measured:
         made[0] |= _geometry(report, selection, done.gram)
     _result(report, made, further)
+
+
+def _layout_notes(targets: Sequence[Target]) -> Iterable[str]:
+    return dict.fromkeys(note for target in targets for note in target.layout.notes)
 
 
 def _check_usage(
@@ -142,36 +149,56 @@ def _planned_also(one: Also, run: Run, selection: Run, settings: dict[str, Any])
     if one.picks is not None:
         options.check_picks(one.picks)
         selection = options.selected(run, **one.picks)
-    return options.planned(selection, settings, scheme=one.scheme)
+    try:
+        return options.planned(selection, settings, scheme=one.scheme)
+    except CkptavgError as error:
+        error.message = f"--also {one.name}: {error.message}"
+        raise
 
 
 def _write(
     report: Report,
     processes: Processes | None,
-    planned: list[Average],
-    outs: list[str],
+    planned: Sequence[Average],
+    targets: Sequence[Target],
     run: Run,
-    care: dict[str, Any],
-    settings: dict[str, Any],
+    gram: Sequence[TensorPlan],
+    digests: bool,
+    settings: Mapping[str, Any],
 ) -> averaging.Written:
-    """Write the averages."""
+    """Write the averages, from one read."""
     from ckptavg import averaging  # noqa: PLC0415
 
-    care = care | {"keep_nonfinite": settings["on_nonfinite"] == "keep"}
-    if not settings["model_spec"]:
-        outputs = list(zip(planned, outs, strict=True))
-        with report.bytes_progress("averaging") as progress:
-            return averaging.write_many(
-                outputs, order=run.checkpoints, **care, progress=progress, processes=processes
-            )
-    from ckptavg import refresh  # noqa: PLC0415
+    with report.bytes_progress("averaging") as progress:
+        return averaging.write_many(
+            planned,
+            targets,
+            order=run.checkpoints,
+            keep_nonfinite=settings["on_nonfinite"] == "keep",
+            digests=digests,
+            gram=gram,
+            progress=progress,
+            processes=processes,
+        )
+
+
+def _write_refreshed(
+    report: Report,
+    planned: Average,
+    out: str,
+    care: Mapping[str, Any],
+    settings: dict[str, Any],
+) -> averaging.Written:
+    """Write an average with recomputed statistics."""
+    from ckptavg import averaging, refresh  # noqa: PLC0415
     from ckptavg.cli.sources import model_and_runtime, training_data  # noqa: PLC0415
 
     model, runtime = model_and_runtime(settings)
     data = training_data(settings)
     with report.batch_progress() as progress:
         _, made = refresh.write_average(
-            planned[0], outs[0], model, data, runtime, **care,
+            planned, out, model, data, runtime, **care,
+            keep_nonfinite=settings["on_nonfinite"] == "keep",
             progress=lambda done, total: progress("averaging (bytes)", done, total),
             batch_progress=lambda done, total: progress("BatchNorm", done, total),
         )  # fmt: skip
@@ -195,6 +222,7 @@ def _geometry(report: Report, selection: Run, gram: torch.Tensor | None) -> dict
     except NonFiniteError as error:
         log.warning("no geometry: %s", error.message)
         return {"geometry": None}
+    report.line("")
     geometry.show(report, found)
     return {"geometry": geometry.values(found)}
 

@@ -22,7 +22,7 @@ def show(report: Report, geometry: Geometry) -> None:
         "to farthest": ordered[:, -1].tolist(),
     }
     texts = [list(map(_length_text, values)) for values in columns.values()]
-    names = (checkpoint.path.name for checkpoint in geometry.checkpoints)
+    names = _names(geometry)
     title = "geometry of the weights (Euclidean; step: from the one before)"
     report.table(("checkpoint", *columns), list(zip(names, *texts, strict=True)), title=title)
     if geometry.turns.isfinite().any():
@@ -30,7 +30,7 @@ def show(report: Report, geometry: Geometry) -> None:
         report.line(
             f"successive steps: mean cosine {cosine:.2f} (1 straight, 0 random walk, -0.5 scatter)"
         )
-    report.line(_odd_text(geometry))
+    report.line(_verdict(geometry))
 
 
 def _by_checkpoint(geometry: Geometry) -> list[float | None]:
@@ -47,16 +47,32 @@ def _length_text(value: float | None) -> str:
     return "–" if value is None else f"{value:#.4g}".rstrip(".")
 
 
-def _odd_text(geometry: Geometry) -> str:
-    odd = geometry.odd
-    if odd is None:
-        few = len(geometry.checkpoints) < 4
-        return f"{'too few to tell whether one' if few else 'no checkpoint'} stands apart"
-    names = [checkpoint.path.name for checkpoint in odd.checkpoints]
-    return (
-        f"{first_few(names)} {'stands' if len(names) == 1 else 'stand'} apart: {odd.distance:.4g} "
-        f"to the nearest of the others, which all have one within {odd.usual:.4g}"
-    )
+def _verdict(geometry: Geometry) -> str:
+    """A line about what stands apart."""
+    odd, groups = geometry.odd, geometry.groups
+    if odd is not None:
+        names = [checkpoint.path.name for checkpoint in odd.checkpoints]
+        return (
+            f"{first_few(names)} {'stands' if len(names) == 1 else 'stand'} apart: "
+            f"{odd.distance:.4g} to the nearest of the others, which all have one within "
+            f"{odd.usual:.4g}"
+        )
+    if len(groups.members) > 1:
+        sizes = " and ".join(str(len(group)) for group in groups.members)
+        return (
+            f"the checkpoints fall into groups of {sizes}: {groups.distance:.4g} apart at least, "
+            f"where those of a group are linked within {groups.usual:.4g}. Is it one training?"
+        )
+    few = len(geometry.checkpoints) < 4
+    return f"{'too few to tell whether one' if few else 'no checkpoint'} stands apart"
+
+
+def _names(geometry: Geometry) -> list[str]:
+    """The checkpoints' names, with their directories where names alone do not tell them apart."""
+    names = [checkpoint.path.name for checkpoint in geometry.checkpoints]
+    if len(set(names)) == len(names):
+        return names
+    return [f"{c.path.parent.name}/{c.path.name}" for c in geometry.checkpoints]
 
 
 def values(geometry: Geometry) -> dict[str, Any]:
@@ -69,5 +85,6 @@ def values(geometry: Geometry) -> dict[str, Any]:
             "checkpoints": [str(c.path) for c in odd.checkpoints],
             "distance": odd.distance,
             "usual": odd.usual,
-        }
+        },
+        "groups": [[str(c.path) for c in group] for group in geometry.groups.members],
     }

@@ -46,7 +46,7 @@ _LAYOUTS = {
 def inspect(
     report: Report, path: str, glob: str | None, key: str | None, *, measured: bool, verify: bool
 ) -> None:
-    """Show what a run or a checkpoint holds, without reading its tensors.
+    """Show what a run or a checkpoint holds; its tensors are read only where that is asked for.
 
     A run: its checkpoints in order, what was recorded, what is left out and why. A checkpoint: its
     tensors, its BatchNorm layers, and how it was made if ckptavg made it.

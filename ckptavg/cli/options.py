@@ -346,7 +346,7 @@ def check_picks(picks: Mapping[str, Any]) -> None:
     given = {name: picks[name] is not None for name in ("best", "metric", "mode")}
     if any(given.values()) and not all(given.values()):
         lacking = " and ".join(f"--{name}" for name, there in given.items() if not there)
-        raise UsageError(f"--best, --metric and --mode go together: {lacking} is missing")
+        raise UsageError(f"--best, --metric and --mode go together; missing: {lacking}")
 
 
 def planned(selection: Run, settings: Mapping[str, Any], *, scheme: str | None = None) -> Average:

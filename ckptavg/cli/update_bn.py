@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from ckptavg.cli import options
-from ckptavg.report import Report
+from ckptavg.report import Report, counted
 
 
 @click.command("update-bn", cls=options.Grouped)
@@ -40,7 +40,10 @@ def update_bn(
             opened, out, model, data, runtime, overwrite=overwrite,
             batch_progress=lambda done, total: progress("BatchNorm", done, total),
         )  # fmt: skip
-    report.line(f"wrote {out} (statistics of {result.layers} layers from {result.samples} samples)")
+    report.line(
+        f"wrote {out} (statistics of {counted(result.layers, 'layer')} from "
+        f"{counted(result.samples, 'sample')})"
+    )
     report.result(
         {
             "output": out,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import BinaryIO
 
 import torch
@@ -15,6 +17,11 @@ from ckptavg.formats.fetching import Fetched
 from ckptavg.formats.ranges import Range
 from ckptavg.formats.storage import is_url
 from ckptavg.formats.table import CHECK_IT, Piece, Tensor
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 _MOST_OPEN_FILES = 128
 _SMALL_SPAN = 1 << 16  # bytes; below this, reading the gaps along costs less than skipping them
@@ -28,6 +35,7 @@ class Reader:
 
     def __init__(self) -> None:
         self._files: OrderedDict[str, BinaryIO] = OrderedDict()
+        self._most_open = _most_open_files()
         self._fetched = Fetched()
 
     def close(self) -> None:
@@ -56,7 +64,8 @@ class Reader:
         if hasattr(os, "posix_fadvise") and not is_url(piece.file):
             handle = self._open(piece.file).fileno()
             offset = piece.offset + start * size
-            os.posix_fadvise(handle, offset, count * size, os.POSIX_FADV_WILLNEED)
+            with suppress(OSError):  # it is a hint
+                os.posix_fadvise(handle, offset, count * size, os.POSIX_FADV_WILLNEED)
 
     def read(self, tensor: Tensor, start: int, count: int, out: memoryview) -> None:
         """Read ``count`` elements, in row-major order from element ``start``.
@@ -136,16 +145,24 @@ class Reader:
     def _open(self, path: str) -> BinaryIO:
         file = self._files.pop(path, None)
         if file is None:
-            if len(self._files) >= _MOST_OPEN_FILES:
+            if len(self._files) >= self._most_open:
                 self._files.popitem(last=False)[1].close()
             try:
                 file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by the reader
             except OSError as error:
-                raise CheckpointError(
-                    f"{path} cannot be read: {error.strerror}", CHECK_IT
-                ) from error
+                many = error.errno == errno.EMFILE
+                remedy = "Let more files be open: ulimit -n 4096." if many else CHECK_IT
+                raise CheckpointError(f"{path} cannot be read: {error.strerror}", remedy) from error
         self._files[path] = file
         return file
+
+
+def _most_open_files() -> int:
+    """How many files one reader keeps open: others read at the same time, and outputs are open."""
+    if resource is None:
+        return _MOST_OPEN_FILES
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return _MOST_OPEN_FILES if limit < 0 else max(1, min(_MOST_OPEN_FILES, limit // 8))
 
 
 def _cut_short(path: str, end: int) -> CheckpointError:

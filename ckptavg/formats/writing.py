@@ -15,8 +15,7 @@ from typing import Protocol
 import torch
 
 from ckptavg.formats.output import FileLayout, Layout, OutputTensor
-
-_JOIN = 4096  # checksums of stretches of a tensor, after which neighbours are put together
+from ckptavg.formats.publish import unwritable
 
 
 class Sink(Protocol):
@@ -66,6 +65,7 @@ class FileSink:
         layout: What lies where.
         root: The output file, or the directory of the layout's files.
         tensors: What will come; tied names are written wherever the layout has them.
+        path: What users know the output as, in errors; ``root`` where None.
         made: Whether another process has made the files, and this one only fills its part in.
 
     Attributes:
@@ -78,17 +78,23 @@ class FileSink:
         root: Path,
         tensors: Iterable[OutputTensor],
         *,
+        path: Path | None = None,
         made: bool = False,
     ) -> None:
         self.root = root
+        self._path = path or root
         self._layout = layout
         self._made = made
         self._tied: dict[str, list[str]] = {}
-        for tensor in tensors:
-            self._tied.setdefault(tensor.tied_to or tensor.name, []).append(tensor.name)
+        self._first: dict[str, OutputTensor] = {}  # that whose bytes a tensor's are
+        by_name = {tensor.name: tensor for tensor in tensors}
+        for tensor in by_name.values():
+            first = by_name[tensor.tied_to or tensor.name]
+            self._first[tensor.name] = first
+            self._tied.setdefault(first.name, []).append(tensor.name)
         self._handles: list[int] = []
         self._targets: dict[str, list[tuple[int, int]]] = {}
-        self._crcs: dict[str, list[tuple[int, int, int]]] = {}
+        self._crcs: dict[str, dict[int, tuple[int, int]]] = {}  # end of a stretch → start, CRC-32
         self._lock = threading.Lock()
 
     def __enter__(self) -> FileSink:
@@ -111,15 +117,21 @@ class FileSink:
         self._close()
 
     def write(self, name: str, offset: int, data: memoryview) -> None:
-        """Write the bytes wherever the tensor, or one tied to it, lies."""
+        """Write the bytes wherever the tensor, or one tied to it, lies.
+
+        Raises:
+            OutputError: They cannot be written.
+        """
         for tied in self._tied[name]:
             for handle, start in self._targets.get(tied, ()):
-                self._write_at(handle, data, start + offset)
-        checked = [tied for tied in self._tied[name] if tied in self._crcs]
-        if checked:
-            part = (offset, len(data), zlib.crc32(data))
-            for tied in checked:
-                self._keep_checksum(tied, part)
+                try:
+                    self._write_at(handle, data, start + offset)
+                except OSError as error:
+                    raise unwritable(self._path, error) from error
+        if name in self._crcs:
+            stretches = self._crcs[name]
+            start, crc = stretches.pop(offset, (offset, 0))  # a thread's blocks follow each other
+            stretches[offset + len(data)] = start, zlib.crc32(data, crc)
 
     def replace(self, layout: Layout) -> None:
         """Write what is no tensor anew, before ``finish``, by a layout that fits the first."""
@@ -142,7 +154,7 @@ class FileSink:
     def take_checksums(self, checksums: Mapping[str, Iterable[tuple[int, int, int]]]) -> None:
         """Take those of what another process has written."""
         for name, parts in checksums.items():
-            self._crcs[name] += parts
+            self._crcs[name] |= {start + length: (start, crc) for start, length, crc in parts}
 
     def finish(self) -> None:
         """Store the checksums, once every byte has been written."""
@@ -152,7 +164,7 @@ class FileSink:
     def _prepare(self, file: FileLayout) -> None:
         path = self.root / file.name if file.name else self.root
         create = 0 if self._made else os.O_CREAT
-        handle = os.open(path, os.O_RDWR | create | getattr(os, "O_BINARY", 0), 0o666)
+        handle = os.open(path, os.O_WRONLY | create | getattr(os, "O_BINARY", 0), 0o666)
         self._handles.append(handle)
         if not self._made:
             _preallocate(handle, file.size)
@@ -160,14 +172,7 @@ class FileSink:
             self._write_at(handle, memoryview(content), offset)
         for name, offset in file.offsets.items():
             self._targets.setdefault(name, []).append((handle, offset))
-        self._crcs |= {name: [] for name in file.checksums}
-
-    def _keep_checksum(self, name: str, part: tuple[int, int, int]) -> None:
-        with self._lock:
-            parts = self._crcs[name]
-            parts.append(part)
-            if len(parts) % _JOIN == 0:
-                parts[:] = _joined(parts)
+        self._crcs |= {self._first[name].name: {} for name in file.checksums}
 
     def _close(self) -> None:
         while self._handles:
@@ -175,7 +180,12 @@ class FileSink:
 
     def _store_checksums(self, handle: int, file: FileLayout) -> None:
         for name, places in file.checksums.items():
-            crc = next((crc for _, _, crc in _joined(self._crcs[name])), 0)
+            first = self._first[name]
+            stretches = _joined(self._crcs[first.name])
+            whole = [(0, first.nbytes)] if first.nbytes else []
+            if [(start, length) for start, length, _ in stretches] != whole:
+                raise RuntimeError(f"not all of {name} has been written")
+            crc = stretches[0][2] if stretches else 0
             for place in places:
                 self._write_at(handle, memoryview(struct.pack("<I", crc)), place)
 
@@ -190,15 +200,15 @@ class FileSink:
                     done += os.write(handle, data[done:])
 
 
-def _joined(parts: Iterable[Iterable[int]]) -> list[tuple[int, int, int]]:
-    """Checksums of as few stretches as possible."""
+def _joined(stretches: Mapping[int, tuple[int, int]]) -> list[tuple[int, int, int]]:
+    """Offset, length and checksum of as few stretches as possible."""
     found: list[tuple[int, int, int]] = []
-    for offset, length, crc in sorted(map(tuple, parts)):
+    for start, end, crc in sorted((start, end, crc) for end, (start, crc) in stretches.items()):
         before, size, first = found[-1] if found else (0, 0, 0)
-        if found and before + size == offset:
-            found[-1] = (before, size + length, crc32_combine(first, crc, length))
+        if found and before + size == start:
+            found[-1] = (before, end - before, crc32_combine(first, crc, end - start))
         else:
-            found.append((offset, length, crc))
+            found.append((start, end - start, crc))
     return found
 
 

@@ -13,7 +13,6 @@ import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -23,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ckptavg.errors import UnsupportedTensorError, UsageError
-from ckptavg.formats import layout, open_checkpoint, torch_pickle, writing
+from ckptavg.formats import layout, open_checkpoint, torch_pickle
 from ckptavg.formats.layout import TORCH_SUFFIXES, OutputTensor, lay_out
 from ckptavg.formats.table import DTYPES
 from ckptavg.formats.writing import FileSink, MemorySink, crc32_combine
@@ -124,15 +123,12 @@ def test_a_torch_file_loads_with_weights_only_and_says_how_it_was_made(tmp_path,
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 2**32), st.sampled_from([0, 3]), st.sampled_from([1, 2, 5, 4096]))
-def test_checksums_are_right_whatever_the_order_of_the_blocks(
-    tmp_path_factory, seed, threads, join
-):
+@given(st.integers(0, 2**32), st.sampled_from([0, 3]))
+def test_checksums_are_right_whatever_the_order_of_the_blocks(tmp_path_factory, seed, threads):
     folder = tmp_path_factory.getbasetemp()
     torch.save({"a": torch.rand(2)}, folder / "template.pt")
     path, tensors = folder / "shuffled.pt", state_dict()
-    with mock.patch.object(writing, "_JOIN", join):
-        write(path, tensors, open_checkpoint(folder / "template.pt"), TIED, seed, threads)
+    write(path, tensors, open_checkpoint(folder / "template.pt"), TIED, seed, threads)
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None
     assert same(torch.load(path)["state_dict"], tensors)
