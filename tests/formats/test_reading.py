@@ -179,8 +179,8 @@ def test_a_reader_keeps_few_files_open_and_closes_them(tmp_path):
         whole(stored(tmp_path / str(i), torch.tensor([float(i)])), 0, DTYPES["float32"], (1,))
         for i in range(9)
     ]
-    reader = Reader()
     with mock.patch.object(reading, "_MOST_OPEN_FILES", 4):
+        reader = Reader()
         for tensor in tensors * 2:
             out = bytearray(4)
             reader.read(tensor, 0, 1, memoryview(out))
