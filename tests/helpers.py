@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ckptavg.formats import Checkpoint, open_checkpoint
+from ckptavg.formats import Checkpoint, open_checkpoint, reading
 
 State = Mapping[str, torch.Tensor]
 
@@ -48,6 +49,20 @@ def names(run: Any) -> list[str]:
 def listing(directory: Path) -> list[str]:
     """Everything below a directory, hidden files too."""
     return sorted(str(path.relative_to(directory)) for path in directory.rglob("*"))
+
+
+def counted_reads(monkeypatch: Any) -> Counter[str]:
+    """Counts the bytes that are read of each file from now on."""
+    read: Counter[str] = Counter()
+    read_at = reading._read_at
+
+    def counted(file: Any, out: memoryview, offset: int) -> int:
+        got = read_at(file, out, offset)
+        read.update({file.name: got})
+        return got
+
+    monkeypatch.setattr(reading, "_read_at", counted)
+    return read
 
 
 def average_by_hand(

@@ -1,16 +1,14 @@
 """``ckptavg average --geometry``: the geometry of what is averaged, from the same read."""
 
-import collections
 import json
 
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import listing, save_states
+from helpers import counted_reads, listing, save_states
 
 import ckptavg
 from ckptavg.cli import main
-from ckptavg.formats import reading
 
 
 def states(count, seed=0):
@@ -32,15 +30,7 @@ def command(*arguments):
 
 @pytest.mark.parametrize("further", [(), ("--also", "ema=ema:decay=0.9", "--hash")])
 def test_it_is_that_of_the_selection_and_costs_no_second_read(home, monkeypatch, further):
-    read = collections.Counter()
-    read_at = reading._read_at
-
-    def counted(file, out, offset):
-        got = read_at(file, out, offset)
-        read.update({file.name: got})
-        return got
-
-    monkeypatch.setattr(reading, "_read_at", counted)
+    read = counted_reads(monkeypatch)
     out = home / "swa.pt"
     result = command(home / "run", "--last", 4, "-o", out, "--geometry", "--json", *further)
     assert result.exit_code == 0, result.output

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import listing, same_bits, save_states
+from helpers import counted_reads, listing, same_bits, save_states
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -22,7 +22,6 @@ from ckptavg import average, average_many, open_run
 from ckptavg import stream as stream_module
 from ckptavg.cli import main
 from ckptavg.errors import MismatchError, NonFiniteError, OutputError, UsageError
-from ckptavg.formats import reading
 from ckptavg.formats.publish import Publication
 
 
@@ -98,15 +97,7 @@ def test_every_bit_is_that_of_the_average_alone(drawn, data):
 
 def test_each_byte_is_read_once(run, tmp_path, monkeypatch):
     """Of each file as many bytes as its tensors have, whatever number of averages they go into."""
-    read = collections.Counter()
-    read_at = reading._read_at
-
-    def counted(file, out, offset):
-        got = read_at(file, out, offset)
-        read.update({file.name: got})
-        return got
-
-    monkeypatch.setattr(reading, "_read_at", counted)
+    read = counted_reads(monkeypatch)
     windows = {f"last{k}": run.last(k) for k in range(1, 7)}
     average_many(run, windows | {"ema": "ema:decay=0.9"}, out_dir=tmp_path / "out")
     assert read == {str(checkpoint.path): checkpoint.nbytes for checkpoint in run}
