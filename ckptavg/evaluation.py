@@ -177,6 +177,7 @@ class _Session:
         ]
         self.channels_last = suits_channels_last(model, runtime.device)
         self.fingerprints: list[int] = []
+        self.known: dict[Board, Result] = {}
 
     def run(
         self,
@@ -271,13 +272,14 @@ class _Session:
                 board.merge(self.peers)
         chosen = reference_of(self.candidates)
         reference = next((board for board in complete if board.candidate is chosen), None)
-        return [self._result(board, reference) for board in complete]
+        for board in complete:
+            known = self.known.get(board)
+            if known is None or (known.versus is None and reference is not None):
+                self.known[board] = self._result(board, reference)
+        return [self.known[board] for board in complete]
 
     def _result(self, board: Board, reference: Board | None) -> Result:
-        details = self.task.details(board.scores)
-        if board.disagreement.members:
-            details["disagreement"] = board.disagreement.value
-        metrics = board.scores.compute()
+        metrics, details = board.scores.compute(), board.details()
         return Result(
             board.candidate,
             metrics,

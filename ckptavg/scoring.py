@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,10 +34,11 @@ class Board:
         self.task = task
         self.scores: Scores = task.scores()
         self.samples: dict[int, Samples] = {}
-        self.disagreement = Disagreement()
+        self.disagreement = Disagreement(len(members))
         self.heard: set[Network] = set()
-        self._parked: dict[int, _Waiting] = {}
-        self._waiting: dict[int, _Waiting] = {}
+        self._parked: dict[int, Mean] = {}
+        self._waiting: dict[int, Mean] = {}
+        self._agreed = copy.deepcopy(self.disagreement)  # as of the last pass
 
     @property
     def complete(self) -> bool:
@@ -49,7 +49,7 @@ class Board:
         """Start a pass, or start it again."""
         if not self.complete:
             self.scores, self.samples = self.task.scores(), {}
-            self.disagreement = Disagreement()
+            self.disagreement = copy.deepcopy(self._agreed)
             self._waiting = {}
 
     def add(
@@ -67,32 +67,30 @@ class Board:
         if self.candidate.kind != "ensemble":
             self._score(number, found, samples, targets)
             return
-        waiting = self._of_batch(number)
+        mean = self._mean(number)
         for _ in range(times):
-            waiting.add(found, samples, targets)
-        if waiting.mean.members == len(self.members):
-            self._score_ensemble(number, self._waiting.pop(number), targets)
+            mean.add(found, targets)
+            if samples is not None and samples.answers is not None:
+                self.disagreement.add(number, samples.answers)
+        if mean.members == len(self.members):
+            value = self._waiting.pop(number).value()
+            self._score(number, value, self.task.samples(value, targets), targets)
 
     def commit(self, group: Sequence[Network]) -> None:
         """End a pass of some networks over all of the data."""
         self.heard.update(n for n in group if n in self.members)
-        for waiting in self._waiting.values():
-            waiting.park()
+        for mean in self._waiting.values():
+            mean.park()
+        self.disagreement.park()
         self._parked, self._waiting = self._waiting, {}
+        self._agreed = copy.deepcopy(self.disagreement)
 
-    def _of_batch(self, number: int) -> _Waiting:
+    def _mean(self, number: int) -> Mean:
+        """The ensemble's outputs on a batch so far; those of earlier passes stay as they are."""
         if number not in self._waiting:
             parked = self._parked.get(number)
-            self._waiting[number] = (
-                _Waiting(self.task.mean()) if parked is None else copy.deepcopy(parked)
-            )
+            self._waiting[number] = self.task.mean() if parked is None else copy.deepcopy(parked)
         return self._waiting[number]
-
-    def _score_ensemble(self, number: int, waiting: _Waiting, targets: Any) -> None:
-        mean = waiting.mean.value()
-        self._score(number, mean, self.task.samples(mean, targets), targets)
-        if len(waiting.answers) > 1:
-            self.disagreement.add(waiting.answers)
 
     def _score(
         self, number: int, found: torch.Tensor, samples: Samples | None, targets: Any
@@ -101,13 +99,20 @@ class Board:
         if samples is not None:
             self.samples[number] = samples
 
+    def details(self) -> dict[str, Any]:
+        """What JSON says beside the metrics, as plain values."""
+        found = self.task.details(self.scores)
+        if self.candidate.kind == "ensemble" and self.disagreement.count:
+            found |= {k: v for k, v in self.disagreement.compute().items() if k != "n"}
+        return found
+
     def merge(self, peers: Peers) -> None:
         """Take in what the other processes have seen; every process calls this alike."""
         if peers.count == 1:
             return
         mine = {number * peers.count + peers.rank: s for number, s in self.samples.items()}
         told = [self.scores.state(), self.disagreement.state(), _plain(mine)]
-        scores, disagreement = self.task.scores(), Disagreement()
+        scores, disagreement = self.task.scores(), Disagreement(len(self.members))
         samples: dict[int, Samples] = {}
         for other_scores, other_disagreement, others in peers.gather(told):
             scores.merge(other_scores)
@@ -115,28 +120,6 @@ class Board:
             samples |= _samples(others)
         self.scores, self.disagreement = scores, disagreement
         self.samples = dict(sorted(samples.items()))
-
-
-@dataclass
-class _Waiting:
-    """An ensemble's outputs on a batch until all its members are in.
-
-    Attributes:
-        mean: Of the outputs so far.
-        answers: Each member's, where the task has answers.
-    """
-
-    mean: Mean
-    answers: list[torch.Tensor] = field(default_factory=list)
-
-    def add(self, found: torch.Tensor, samples: Samples | None, targets: Any) -> None:
-        self.mean.add(found, targets)
-        if samples is not None and samples.answers is not None:
-            self.answers.append(samples.answers)
-
-    def park(self) -> None:
-        self.mean.park()
-        self.answers = [answers.cpu() for answers in self.answers]
 
 
 def joined(samples: Mapping[int, Samples]) -> Samples | None:

@@ -69,4 +69,4 @@ class Classification(Task):
 
     def details(self, scores: Any) -> dict[str, Any]:
         """The bins that the calibration error is made of."""
-        return {"reliability": scores.reliability()} if hasattr(scores, "reliability") else {}
+        return {"reliability": scores.reliability()}
