@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -299,11 +300,36 @@ def in_memory_many(
     progress: Progress | None = None,
     stale: bool = True,
 ) -> list[StateDict]:
-    """Compute several averages as state dicts, from one read; arguments as for ``write_many``."""
+    """Compute several averages as state dicts, from one read; arguments as for ``write_many``.
+
+    Where no order is given, it is one in which each of them takes its checkpoints. Averages that
+    have none in common, since one takes them the other way round, are read for one by one.
+    """
+    settings: dict[str, Any] = {
+        "keep_nonfinite": keep_nonfinite, "progress": progress, "inputs": inputs, "stale": stale,
+    }  # fmt: skip
+    order = order or _common_order([planned.plan.checkpoints for planned in averages])
+    if not order and len(averages) > 1:
+        return [found for one in averages for found in in_memory_many([one], **settings)]
     sinks = [MemorySink(planned.plan.outputs) for planned in averages]
-    settings: dict[str, Any] = {"keep_nonfinite": keep_nonfinite, "progress": progress}
-    _compute(averages, sinks, Extras(order), **settings, inputs=inputs, stale=stale)
+    _compute(averages, sinks, Extras(order), **settings)
     return [sink.state_dict for sink in sinks]
+
+
+def _common_order(sequences: Iterable[Sequence[Checkpoint]]) -> list[Checkpoint]:
+    """An order of checkpoints that agrees with all of some sequences; empty if there is none."""
+    known: dict[int, Checkpoint] = {}
+    after: dict[int, dict[int, None]] = {}
+    for sequence in sequences:
+        known |= {id(checkpoint): checkpoint for checkpoint in sequence}
+        for one, following in zip(sequence, (*sequence[1:], None), strict=True):
+            after.setdefault(id(one), {})
+            if following is not None and following is not one:
+                after.setdefault(id(following), {})[id(one)] = None
+    try:
+        return [known[place] for place in TopologicalSorter(after).static_order()]
+    except CycleError:
+        return []
 
 
 def prepare(

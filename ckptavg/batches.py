@@ -33,7 +33,8 @@ def to_device(
         if device.type == "cuda" and value.device.type == "cpu" and not value.is_pinned():
             value = value.pin_memory()
         form = form if value.dim() == 4 else torch.preserve_format
-        return value.to(device, non_blocking=True, memory_format=form)
+        # the other way, what is read before the copy is over would be anything
+        return value.to(device, non_blocking=device.type == "cuda", memory_format=form)
     if isinstance(value, Mapping):
         return {key: to_device(part, device, form) for key, part in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -111,14 +112,6 @@ def split_labels(batch: Any) -> tuple[Any, torch.Tensor]:
         "a batch is expected to be (inputs, labels), or a dict with 'labels', "
         f"but is a {type(batch).__name__}"
     )
-
-
-def inputs_of(batch: Any) -> Any:
-    """A batch without its labels, if it has any."""
-    try:
-        return split_labels(batch)[0]
-    except EvaluationError:
-        return batch
 
 
 def size_of(batch: Any) -> int:

@@ -27,7 +27,7 @@ from ckptavg.candidates import Candidate, reference_of
 from ckptavg.errors import EvaluationError, UsageError
 from ckptavg.evidence import compare
 from ckptavg.formats import Checkpoint
-from ckptavg.loaders import Moved, Subset, counted, moved, open_loader
+from ckptavg.loaders import Moved, Subset, counted, moved, open_loader, rereadable
 from ckptavg.networks import Network, Networks
 from ckptavg.passes import run_passes, say
 from ckptavg.processes import Alone, Peers, peers_of_group
@@ -176,7 +176,7 @@ class _Session:
             for candidate, members in zip(candidates, self.networks.members, strict=True)
         ]
         self.channels_last = suits_channels_last(model, runtime.device)
-        self.fingerprints: list[int] = []
+        self.fingerprints: list[int] = []  # of the batches of the first pass, once it is over
         self.known: dict[Board, Result] = {}
 
     def run(
@@ -189,6 +189,10 @@ class _Session:
         size = min(self.peers.gather(fit(self.model, self.runtime.device)))
         groups = self.networks.groups(size)
         say(len(self.candidates), len(groups))
+        data = rereadable(data, len(groups))
+        if training is not None:
+            wanting = sum(any(network.recompute for network in group) for group in groups)
+            training = rereadable(training, wanting)
         results: list[Result] = []
 
         def run_pass(group: Sequence[Network], number: int, of: int) -> None:
@@ -198,7 +202,7 @@ class _Session:
             finally:
                 networks.release(group, self.runtime.device)
             results[:] = self._results(group)
-            on_results(results)
+            on_results([*results])
 
         run_passes(groups, run_pass, self.runtime, self.peers)
         return results
@@ -230,16 +234,21 @@ class _Session:
 
     def _score(self, group: Sequence[Network], batches: Any) -> None:
         """One pass over the data, which must be the same in every pass."""
-        first, count, soundness = not self.fingerprints, 0, Soundness()
-        for batch in moved(batches, self.runtime, channels_last=self.channels_last):
-            self._check_order(count, batch.given, first=first)
+        found: list[int] = []
+        soundness = Soundness()
+        for number, batch in enumerate(
+            moved(batches, self.runtime, channels_last=self.channels_last)
+        ):
+            found.append(_fingerprint(self.task.split(batch.given)[1]))
+            if self.fingerprints and self.fingerprints[number : number + 1] != found[-1:]:
+                raise _another_order()
             for network in group:
-                self._score_batch(network, count, batch, soundness)
-            soundness.check(keep=len(group))
-            count += 1
-        soundness.check()
-        if count != len(self.fingerprints):
+                self._score_batch(network, number, batch, soundness)
+            soundness.end_batch()
+        soundness.end()
+        if self.fingerprints and len(found) != len(self.fingerprints):
             raise _another_order()
+        self.fingerprints = found
 
     def _score_batch(
         self, network: Network, number: int, batch: Moved, soundness: Soundness
@@ -255,14 +264,6 @@ class _Session:
             samples = self.task.samples(found, targets)
             for board in self.boards:
                 board.add(number, network, found, samples, targets)
-
-    def _check_order(self, number: int, batch: Any, *, first: bool) -> None:
-        """Make sure that every pass sees the same samples in the same order."""
-        found = _fingerprint(self.task.split(batch)[1])
-        if first:
-            self.fingerprints.append(found)
-        elif number >= len(self.fingerprints) or self.fingerprints[number] != found:
-            raise _another_order()
 
     def _results(self, group: Sequence[Network]) -> list[Result]:
         """The results of the candidates that are complete by now."""
@@ -316,7 +317,8 @@ def _beside(targets: Any, found: torch.Tensor) -> Any:
     if isinstance(targets, Mapping):
         return {key: _beside(part, found) for key, part in targets.items()}
     if isinstance(targets, (list, tuple)):
-        return type(targets)(_beside(part, found) for part in targets)
+        parts = [_beside(part, found) for part in targets]
+        return type(targets)(*parts) if hasattr(targets, "_fields") else type(targets)(parts)
     return targets
 
 

@@ -43,10 +43,17 @@ class Subset:
     Attributes:
         count: Samples.
         stratified: Whether every class has its share among them, as the Dataset's ``targets`` tell.
+
+    Raises:
+        UsageError: There is no such number of samples.
     """
 
     count: int
     stratified: bool = False
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise UsageError(f"a subset is expected to have a sample or more but has {self.count}")
 
 
 def open_loader(
@@ -70,10 +77,13 @@ def open_loader(
 
     Raises:
         UsageError: There is no such subset of the data.
+        EvaluationError: A loader's parts overlap, or leave samples out.
     """
     peers = peers or Alone()
+    pinned = runtime.device.type == "cuda"
     if isinstance(data, IterableDataset):
-        data = DataLoader(data, runtime.batch_size, num_workers=runtime.workers)
+        one = min(1, runtime.workers)  # each of several would give the whole stream
+        data = DataLoader(data, runtime.batch_size, num_workers=one, pin_memory=pinned)
         return share(data, peers, runtime.seed, subset)
     if isinstance(data, Dataset):
         generator = torch.Generator().manual_seed(runtime.seed)
@@ -84,15 +94,17 @@ def open_loader(
             data,
             batch_sampler=_Listed(batches[peers.rank :: peers.count]),
             num_workers=runtime.workers,
-            pin_memory=runtime.device.type == "cuda",
+            pin_memory=pinned,
             generator=generator,
         )
+    if peers.count > 1 and (sampler := _distributed(data)) is not None:
+        _require_exact(sampler, peers)
     if shuffle and isinstance(data, DataLoader) and _is_sequential(data):
         log.info(
             "the training data loader does not shuffle: if its samples are sorted by class, "
             "batches of one class distort the statistics below the first layer"
         )
-    return data if subset is None else share(data, Alone(), runtime.seed, subset)
+    return data if subset is None else _up_to_its_part(data, peers, subset)
 
 
 def share(loader: Batches, peers: Peers, seed: int, subset: Subset | None = None) -> Batches:
@@ -108,15 +120,10 @@ def share(loader: Batches, peers: Peers, seed: int, subset: Subset | None = None
         UsageError: A stratified subset of a loader was asked for.
         EvaluationError: Its sampler pads the parts to one length, which counts samples twice.
     """
-    if subset is not None and subset.stratified:
-        raise UsageError(
-            "a stratified subset is drawn from a Dataset with targets, not from a loader"
-        )
-    limit = None if subset is None else subset.count
-    sampler = getattr(loader, "sampler", None)
-    if isinstance(sampler, DistributedSampler):
-        _require_even(sampler)
-        return _Some(loader, Alone(), limit)
+    if (sampler := _distributed(loader)) is not None:
+        _require_exact(sampler, peers)
+        return loader if subset is None else _up_to_its_part(loader, peers, subset)
+    limit = None if subset is None else _count_of_loader(subset)
     if limit is None and peers.count == 1:
         return loader
     drawn = getattr(loader, "batch_sampler", None)
@@ -129,17 +136,29 @@ def share(loader: Batches, peers: Peers, seed: int, subset: Subset | None = None
     return DataLoader(loader.dataset, batch_sampler=part, **options)
 
 
+def rereadable(batches: Batches, passes: int) -> Batches:
+    """Batches for several passes: those that can be read once only refuse to be read again.
+
+    Args:
+        batches: Any iterable.
+        passes: How many are planned; more may follow where memory is exhausted.
+
+    Raises:
+        EvaluationError: Several are planned, and it can be read only once.
+    """
+    if not isinstance(batches, Iterator):
+        return batches
+    if passes > 1:
+        raise _read_once()
+    return _Once(batches)
+
+
 def samples_in(loader: Batches) -> int:
     """Samples that a loader will give; 0 where it cannot tell."""
-    sampler = getattr(loader, "batch_sampler", None)
-    if isinstance(sampler, _Listed):
-        return sampler.samples
-    try:
-        if sampler is not None and not isinstance(sampler, _Drawn):
-            return len(loader.sampler)  # type: ignore[attr-defined]
-    except (TypeError, AttributeError):
-        return 0
-    return 0
+    batches = getattr(loader, "batch_sampler", None)
+    if isinstance(batches, (_Listed, _Drawn)):
+        return batches.samples
+    return _samples_drawn(batches)
 
 
 def counted(loader: Batches, progress: Progress, peers: Peers) -> Iterator[Any]:
@@ -201,7 +220,13 @@ def _order(
     data: Dataset[Any], subset: Subset | None, generator: torch.Generator, *, shuffle: bool
 ) -> list[int]:
     """Which samples of a Dataset, in which order."""
-    total = len(data)  # type: ignore[arg-type]
+    try:
+        total = len(data)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise UsageError(
+            f"the data, a {type(data).__name__}, does not tell its length",
+            "Give it __len__, or make it an IterableDataset.",
+        ) from error
     if subset is None:
         return (
             torch.randperm(total, generator=generator) if shuffle else torch.arange(total)
@@ -218,16 +243,12 @@ def _order(
 
 def _stratified(order: torch.Tensor, targets: torch.Tensor, count: int) -> torch.Tensor:
     """The first few of each class in a random order: its share of so many, by largest remainder."""
-    classes, sizes = torch.unique(targets, return_counts=True)
-    exact = sizes.double() * count / len(targets)
-    shares = exact.floor().long()
+    sizes = torch.unique(targets, return_counts=True)[1]
+    shares, remainders = sizes * count // len(targets), sizes * count % len(targets)
     rest = count - int(shares.sum())
-    shares[(exact - shares).argsort(descending=True, stable=True)[:rest]] += 1
-    by_class = targets[order]
-    return torch.cat([
-        order[by_class == label][:share]
-        for label, share in zip(classes.tolist(), shares.tolist(), strict=True)
-    ])  # fmt: skip
+    shares[remainders.argsort(descending=True, stable=True)[:rest]] += 1
+    classes = torch.split(order[targets[order].argsort(stable=True)], sizes.tolist())
+    return torch.cat([of[:share] for of, share in zip(classes, shares.tolist(), strict=True)])
 
 
 def _targets(data: Dataset[Any]) -> torch.Tensor:
@@ -274,6 +295,17 @@ class _Drawn(Sampler[list[int]]):
         self.seed = seed
         self.limit = limit
 
+    @property
+    def samples(self) -> int:
+        """How many they are; 0 where the sampler cannot tell."""
+        size, total = getattr(self.sampler, "batch_size", 0), _samples_drawn(self.sampler)
+        if not total:
+            return 0
+        if self.limit is not None:
+            total = min(total, -(-self.limit // size) * size)
+        sizes = [min(size, total - at) for at in range(0, total, size)]
+        return sum(sizes[self.peers.rank :: self.peers.count])
+
     def __iter__(self) -> Iterator[list[int]]:
         if self.peers.count == 1:
             yield from _up_to(self.sampler, self.limit, len)
@@ -281,7 +313,7 @@ class _Drawn(Sampler[list[int]]):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             batches = list(_up_to(self.sampler, self.limit, len))
-        drawn = zlib.crc32(json.dumps(batches).encode())
+        drawn = zlib.crc32(json.dumps(batches, default=_plain).encode())
         if len(set(self.peers.gather(drawn))) > 1:
             raise EvaluationError(
                 "the data loader draws other batches in each process",
@@ -303,9 +335,68 @@ class _Some:
         return itertools.islice(batches, self.peers.rank, None, self.peers.count)
 
 
+class _Once:
+    """What can be read once only, and says so when it is read again."""
+
+    def __init__(self, batches: Iterator[Any]) -> None:
+        self._batches: Iterator[Any] | None = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._batches is None:
+            raise _read_once()
+        batches, self._batches = self._batches, None
+        return batches
+
+
+def _read_once() -> EvaluationError:
+    return EvaluationError(
+        "the data can be read only once, and more than one pass over it is needed",
+        "Pass a DataLoader, a list or a Dataset.",
+    )
+
+
+def _plain(indices: Any) -> Any:
+    """Indices that are tensors or numpy's, as plain values; others as text."""
+    return indices.tolist() if hasattr(indices, "tolist") else repr(indices)
+
+
+def _samples_drawn(batches: Any) -> int:
+    """How many samples torch's own batch sampler gives; 0 for any other."""
+    if type(batches) is not BatchSampler:
+        return 0
+    try:
+        total = len(batches.sampler)  # type: ignore[arg-type]
+    except TypeError:
+        return 0
+    return total - total % batches.batch_size if batches.drop_last else total
+
+
+def _count_of_loader(subset: Subset) -> int:
+    """How many samples of a loader a subset takes.
+
+    Raises:
+        UsageError: It is stratified.
+    """
+    if subset.stratified:
+        raise UsageError(
+            "a stratified subset is drawn from a Dataset with targets, not from a loader",
+            "Leave :stratified out, or return the Dataset.",
+        )
+    return subset.count
+
+
+def _up_to_its_part(loader: Batches, peers: Peers, subset: Subset) -> Batches:
+    """The first batches of a process's own part: as many samples as are its share of a subset."""
+    count = _count_of_loader(subset)
+    before, after = (count * rank // peers.count for rank in (peers.rank, peers.rank + 1))
+    return _Some(loader, Alone(), after - before)
+
+
 def _up_to(batches: Iterable[Any], limit: int | None, size: Callable[[Any], int]) -> Iterator[Any]:
     """Batches until they hold so many samples."""
     seen = 0
+    if limit == 0:
+        return
     for batch in batches:
         yield batch
         seen += size(batch)
@@ -313,7 +404,23 @@ def _up_to(batches: Iterable[Any], limit: int | None, size: Callable[[Any], int]
             return
 
 
-def _require_even(sampler: DistributedSampler[Any]) -> None:
+def _distributed(loader: Batches) -> DistributedSampler[Any] | None:
+    """The sampler by which a loader is one process's part, itself or below its batch sampler."""
+    below = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
+    for sampler in (getattr(loader, "sampler", None), below):
+        if isinstance(sampler, DistributedSampler):
+            return sampler
+    return None
+
+
+def _require_exact(sampler: DistributedSampler[Any], peers: Peers) -> None:
+    """Make sure that the processes' parts are all of the data, and no sample is in two of them."""
+    if (sampler.rank, sampler.num_replicas) != (peers.rank, peers.count):
+        raise EvaluationError(
+            f"the data loader's DistributedSampler is for process {sampler.rank} of "
+            f"{sampler.num_replicas}, but this is process {peers.rank} of {peers.count}",
+            "Return the Dataset or a plain DataLoader: ckptavg shares it out, each sample once.",
+        )
     if sampler.drop_last or len(sampler.dataset) % sampler.num_replicas:  # type: ignore[arg-type]
         what = "drops" if sampler.drop_last else "repeats"
         raise EvaluationError(

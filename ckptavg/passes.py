@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from ckptavg.errors import EvaluationError
@@ -27,7 +27,9 @@ def run_passes(
     runtime: Runtime,
     peers: Peers,
 ) -> None:
-    """Run a pass for each group; where memory is exhausted, one for each half of it.
+    """Run a pass for each group; where memory is exhausted, for parts of half its size.
+
+    The groups that are still to come are parted likewise, since they would not fit either.
 
     Args:
         groups: What goes through the data together.
@@ -49,10 +51,15 @@ def run_passes(
             if len(group) == 1 or peers.count > 1:
                 raise _too_small(len(group), runtime) from error
             log.info("memory is too small for %d models at a time: trying fewer", len(group))
-            half = len(group) // 2
-            waiting.extendleft([group[half:], group[:half]])
+            waiting = deque(_in_parts([group, *waiting], (len(group) + 1) // 2))
         else:
             done += 1
+
+
+def _in_parts(groups: Iterable[Sequence[T]], size: int) -> Iterator[Sequence[T]]:
+    """Groups, those of more than so many in parts."""
+    for group in groups:
+        yield from (group[at : at + size] for at in range(0, len(group), size))
 
 
 def _too_small(count: int, runtime: Runtime) -> EvaluationError:

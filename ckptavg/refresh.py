@@ -6,7 +6,7 @@ import copy
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from ckptavg.formats.table import REFRESHED
 from ckptavg.formats.weights import bare_names
 from ckptavg.formats.writing import FileSink
 from ckptavg.loaders import Progress as SampleProgress
-from ckptavg.loaders import counted
+from ckptavg.loaders import counted, rereadable
 from ckptavg.loading import load_into
 from ckptavg.outputs import StateDict, Target
 from ckptavg.passes import run_passes, say
@@ -91,13 +91,18 @@ def write_averages(
         list(zip(averages, outs, strict=True)),
         overwrite=overwrite, digests=digests, batchnorm=RECOMPUTED,
     )  # fmt: skip
-    hashed = InputDigests(c for p in averages for c in p.plan.inputs) if digests else None
-    done: list[tuple[BatchNormResult, Mapping[str, Any]]] = []
+    groups = _groups(len(averages), how)
+    how = replace(how, training=rereadable(how.training, len(groups)))
+    hashed: InputDigests | None = None
+    done: dict[int, tuple[BatchNormResult, Mapping[str, Any]]] = {}
 
     with _opened(targets, how.peers) as sinks:
 
         def run_pass(group: Sequence[int], number: int, of: int) -> None:
+            nonlocal hashed
             del number, of
+            if digests and not done:  # anew: a pass that failed may have seen half of a tensor
+                hashed = InputDigests(c for p in averages for c in p.plan.inputs)
             weights = averaging.in_memory_many(
                 [averages[i] for i in group], order=order, keep_nonfinite=keep_nonfinite,
                 inputs=None if done else hashed, progress=progress, stale=False,
@@ -107,10 +112,10 @@ def write_averages(
                 made = targets[i].made
                 if hashed is not None:
                     made = recorded(made, averages[i].plan.inputs, hashed.of)
-                done.append((result, outputs.fill(targets[i], sinks[i], state_dict, made)))
+                done[i] = result, outputs.fill(targets[i], sinks[i], state_dict, made)
 
-        run_passes(_groups(len(averages), how), run_pass, how.runtime, how.peers)
-    return done
+        run_passes(groups, run_pass, how.runtime, how.peers)
+    return [done[i] for i in range(len(averages))]
 
 
 def update_checkpoint(
@@ -126,11 +131,17 @@ def update_checkpoint(
     if is_recorded(made):
         made = sealed(made | {DIGEST: PENDING})
     target = outputs.prepare_copy(checkpoint, out, made, overwrite=overwrite)
+    found: list[BatchNormResult] = []
     with _opened([target], how.peers) as (sink,):
-        weights = averaging.load(checkpoint)
-        (result,) = refresh([weights], how, [str(checkpoint.path)])
-        outputs.fill(target, sink, weights, made)
-    return result
+
+        def run_pass(group: Sequence[Checkpoint], number: int, of: int) -> None:
+            del group, number, of
+            weights = averaging.load(checkpoint)
+            found.extend(refresh([weights], how, [str(checkpoint.path)]))
+            outputs.fill(target, sink, weights, made)
+
+        run_passes([[checkpoint]], run_pass, how.runtime, how.peers)
+    return found[0]
 
 
 def refresh(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from ckptavg.processes import local_rank, several
 
 _AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _SHARE = 0.6  # of the memory that is free; activations need the rest
-_EXHAUSTED = ("out of memory", "not enough memory", "can't allocate memory")
+_EXHAUSTED = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,10 @@ class Runtime:
     workers: int = 0
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.amp != "off" and self.amp not in _AMP:
+            raise UsageError(f"amp is expected to be one of off, bf16, fp16 but got {self.amp!r}")
+
     @classmethod
     def on(cls, device: str | torch.device | None, model: nn.Module, **options: Any) -> Runtime:
         """A runtime on a device; on the model's own where None."""
@@ -49,8 +54,6 @@ class Runtime:
         """The context that the forward pass runs in."""
         if self.amp == "off":
             return contextlib.nullcontext()
-        if self.amp not in _AMP:
-            raise UsageError(f"amp is expected to be one of off, bf16, fp16 but got {self.amp!r}")
         return torch.autocast(self.device.type, _AMP[self.amp])
 
     def place(self, model: nn.Module) -> nn.Module:
@@ -99,20 +102,77 @@ def _own(device: torch.device) -> torch.device:
 def fit(model: nn.Module, device: torch.device) -> int:
     """How many copies of a model the free memory of a device holds beside the work on them.
 
-    Averages are computed on the host before they move, so its memory counts as well.
+    Averages are computed on the host before they move, so its memory counts as well. Processes that
+    share a host share its memory.
     """
     tensors = (*model.parameters(), *model.buffers())
     size = sum(t.numel() * t.element_size() for t in tensors if not is_lazy(t))
-    free = _free_on_host()
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE") or 1) if several() else 1
+    free = free_on_host() // beside
     if device.type == "cuda":
-        free = min(free, torch.cuda.mem_get_info(device)[0])
+        on_one = -(-beside // torch.cuda.device_count())
+        free = min(free, torch.cuda.mem_get_info(device)[0] // on_one)
     return int(_SHARE * free / max(size, 1))
 
 
-def _free_on_host() -> int:
+def free_on_host(root: Path = Path("/")) -> int:
+    """Bytes that this process may still take: of the host's memory, and of its container's.
+
+    What caches files counts as free, since the kernel gives it up.
+
+    Args:
+        root: Where the kernel's files are.
+    """
+    found = [_available(root / "proc" / "meminfo")]
+    for line in _lines(root / "proc" / "self" / "cgroup"):
+        _, controllers, place = line.split(":", 2)
+        if not controllers:
+            found += _left_in(root / "sys/fs/cgroup", place, "memory.max", "memory.current")
+        elif "memory" in controllers.split(","):
+            names = "memory.limit_in_bytes", "memory.usage_in_bytes"
+            found += _left_in(root / "sys/fs/cgroup/memory", place, *names)
+    return min(found)
+
+
+def _available(meminfo: Path) -> int:
+    """What Linux says is available; elsewhere what is free."""
+    for line in _lines(meminfo):
+        if line.startswith("MemAvailable:"):
+            return 1024 * int(line.split()[1])
     if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return 4 << 30
+
+
+def _left_in(mount: Path, place: str, limit: str, used: str) -> list[int]:
+    """What the limits of a control group and of those above it leave.
+
+    A container may see its own as the root, whatever the name it has outside.
+    """
+    own = mount / place.strip("/")
+    found = []
+    for group in (own, *own.parents):
+        if not group.is_relative_to(mount):
+            break
+        most, now = _number(group / limit), _number(group / used)
+        if most is not None and now is not None:
+            cached = (line.split() for line in _lines(group / "memory.stat"))
+            given_up = next((int(n) for name, n in cached if name == "inactive_file"), 0)
+            found.append(max(0, most - now + given_up))
+    return found
+
+
+def _number(path: Path) -> int | None:
+    """The number in a file; none where there is no file, or it says ``max``."""
+    lines = _lines(path)
+    return int(lines[0]) if lines and lines[0].isdecimal() else None
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="ascii").splitlines()
+    except (OSError, ValueError):
+        return []
 
 
 def is_out_of_memory(error: BaseException) -> bool:

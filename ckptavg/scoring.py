@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import base64
 import copy
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,6 +33,7 @@ class Board:
     def __init__(self, candidate: Candidate, members: Sequence[Network], task: Task) -> None:
         self.candidate = candidate
         self.members = members
+        self.times = Counter(members)
         self.task = task
         self.scores: Scores = task.scores()
         self.samples: dict[int, Samples] = {}
@@ -61,7 +64,7 @@ class Board:
         targets: Any,
     ) -> None:
         """Take in the predictions of a network on a batch, if it is one of its own."""
-        times = self.members.count(network)
+        times = self.times[network]
         if not times:
             return
         if self.candidate.kind != "ensemble":
@@ -78,7 +81,7 @@ class Board:
 
     def commit(self, group: Sequence[Network]) -> None:
         """End a pass of some networks over all of the data."""
-        self.heard.update(n for n in group if n in self.members)
+        self.heard.update(n for n in group if n in self.times)
         for mean in self._waiting.values():
             mean.park()
         self.disagreement.park()
@@ -96,8 +99,8 @@ class Board:
         self, number: int, found: torch.Tensor, samples: Samples | None, targets: Any
     ) -> None:
         self.scores.update(found, targets)
-        if samples is not None:
-            self.samples[number] = samples
+        if samples is not None:  # its answers have been compared, or never will be
+            self.samples[number] = replace(samples, answers=None)
 
     def details(self) -> dict[str, Any]:
         """What JSON says beside the metrics, as plain values."""
@@ -165,32 +168,53 @@ def _unpacked(packed: Sequence[str]) -> torch.Tensor:
 
 
 class Soundness:
-    """Whether predictions are finite, looked at one batch late so that no device is waited for."""
+    """Whether predictions are finite.
+
+    The flags of a batch are on their way to the host while the next one is computed, and are looked
+    at after that, so that the device never waits for the host to have looked.
+    """
 
     def __init__(self) -> None:
         self._names: list[str] = []
         self._flags: list[torch.Tensor] = []
+        self._late: tuple[list[str], torch.Tensor, torch.cuda.Event | None] | None = None
 
     def add(self, name: str, sound: torch.Tensor) -> None:
         """Note a network's flag for the current batch."""
         self._names.append(name)
         self._flags.append(sound)
 
-    def check(self, keep: int = 0) -> None:
-        """Look at all flags but the last few.
+    def end_batch(self) -> None:
+        """Look at the flags of the batch before this one.
 
         Raises:
             EvaluationError: A network's predictions were not finite.
         """
-        count = len(self._flags) - keep
-        if count <= 0:
+        late, self._late = self._late, self._sent()
+        self._names, self._flags = [], []
+        if late is None:
             return
-        for name, sound in zip(
-            self._names, torch.stack(self._flags[:count]).tolist(), strict=False
-        ):
+        names, flags, arrived = late
+        if arrived is not None:
+            arrived.synchronize()
+        for name, sound in zip(names, flags.tolist(), strict=True):
             if not sound:
                 raise EvaluationError(
                     f"{name}: the outputs are not finite",
                     "Recompute its BatchNorm statistics, look at the weights, or pass --amp off.",
                 )
-        del self._names[:count], self._flags[:count]
+
+    def end(self) -> None:
+        """Look at what has not been looked at; raises as ``end_batch``."""
+        self.end_batch()
+        self.end_batch()
+
+    def _sent(self) -> tuple[list[str], torch.Tensor, torch.cuda.Event | None] | None:
+        """The current batch's flags, under way to the host."""
+        if not self._flags:
+            return None
+        flags = torch.stack(self._flags)
+        if not flags.is_cuda:
+            return self._names, flags, None
+        sent = flags.to("cpu", non_blocking=True)  # into pinned memory
+        return self._names, sent, torch.cuda.current_stream(flags.device).record_event()

@@ -5,6 +5,7 @@ A task of one's own is a subclass that overrides what differs; ``--task path/fil
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -133,7 +134,7 @@ class LogMean(ArithmeticMean):
         return torch.logaddexp(found, more)
 
     def _divided(self, found: torch.Tensor) -> torch.Tensor:
-        return found - torch.tensor(float(self.members), dtype=torch.float64).log().item()
+        return found - math.log(self.members)
 
 
 class Task:
