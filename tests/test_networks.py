@@ -1,0 +1,231 @@
+"""Which weights candidates need outputs of, and which run together."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from helpers import average_by_hand, counted_reads, opened, same_bits, save
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from ckptavg import open_checkpoint
+from ckptavg.averaging import Average, in_memory, plan_average
+from ckptavg.candidates import Candidate
+from ckptavg.errors import ModelError
+from ckptavg.networks import Networks, load, release
+from ckptavg.run import as_run
+from ckptavg.runtime import Runtime
+
+CPU = Runtime(torch.device("cpu"))
+COUNT = 8
+
+
+def state_of(seed):
+    """Weights whose sums round otherwise in each order."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(3, 40, generator=generator, dtype=torch.float64) * 10.0 ** (seed % 5)
+    return {"weight": weight, "bias": torch.full((3,), float(seed), dtype=torch.float64)}
+
+
+def template():
+    return nn.Linear(40, 3, dtype=torch.float64)
+
+
+STATES = [state_of(seed) for seed in range(COUNT)]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    return opened(tmp_path_factory.mktemp("run"), STATES)
+
+
+def single(checkpoints, place):
+    return Candidate.of_checkpoint(checkpoints[place])
+
+
+def ensemble(checkpoints, places):
+    return Candidate.of_ensemble([checkpoints[place] for place in places])
+
+
+def average(checkpoints, places, *, recompute=False):
+    planned = plan_average([checkpoints[place] for place in places])
+    return Candidate.of_average(planned, str(places), recompute=recompute)
+
+
+# Who shares what
+
+
+def test_a_checkpoint_is_one_network_however_often_it_is_needed(checkpoints):
+    again = open_checkpoint(checkpoints[1].path)
+    candidates = [
+        single(checkpoints, 1),
+        ensemble(checkpoints, [0, 1, 0]),
+        ensemble(checkpoints, [1, 2]),
+        Candidate.of_checkpoint(again),
+    ]
+    networks = Networks(candidates)
+    assert len(networks) == 3
+    one, many, few, reopened = networks.members
+    assert one == reopened == [many[1]] == [few[0]]
+    assert many[0] is many[2]
+
+
+def test_other_weights_of_one_file_are_another_network(tmp_path):
+    path = save(tmp_path / "two.pt", {"w": torch.ones(1)}, ema={"w": torch.zeros(1)})
+    candidates = [Candidate.of_checkpoint(open_checkpoint(path, k)) for k in ("state_dict", "ema")]
+    assert len(Networks(candidates)) == 2
+
+
+def test_an_average_is_one_network_as_it_is_and_another_recomputed(checkpoints):
+    planned = plan_average(checkpoints)
+    stale, fresh, again = (
+        Candidate.of_average(planned, name, recompute=recompute)
+        for name, recompute in (("a", False), ("b", True), ("c", False))
+    )
+    members = Networks([stale, fresh, again]).members
+    assert members[0] == members[2] != members[1]
+    assert members[1][0].recompute
+
+
+# Groups
+
+PLACES = st.integers(0, COUNT - 1)
+ASKED = st.lists(
+    st.one_of(
+        PLACES,
+        st.lists(PLACES, min_size=1, max_size=6),
+        st.tuples(st.integers(1, COUNT), st.booleans()),
+    ),
+    min_size=1,
+    max_size=10,
+)
+
+
+def candidate_of(checkpoints, asked):
+    if isinstance(asked, int):
+        return single(checkpoints, asked)
+    if isinstance(asked, list):
+        return ensemble(checkpoints, asked)
+    last, recompute = asked
+    return average(checkpoints, range(COUNT - last, COUNT), recompute=recompute)
+
+
+@settings(max_examples=80, deadline=None)
+@given(asked=ASKED, size=st.integers(0, 12))
+def test_every_network_is_in_one_group_and_no_group_is_too_large(checkpoints, asked, size):
+    networks = Networks([candidate_of(checkpoints, one) for one in asked])
+    groups = networks.groups(size)
+    in_groups = [id(network) for group in groups for network in group]
+    assert sorted(in_groups) == sorted(map(id, networks))
+    assert all(1 <= len(group) <= max(1, size) for group in groups)
+    longest = max(networks.members, key=len)
+    if len({*longest}) <= size:
+        assert sum(not {*longest}.isdisjoint(group) for group in groups) == 1
+
+
+@settings(max_examples=30, deadline=None)
+@given(count=st.integers(1, COUNT), size=st.integers(1, 10))
+def test_single_networks_fill_as_few_groups_as_can_be(checkpoints, count, size):
+    networks = Networks([single(checkpoints, place) for place in range(count)])
+    assert len(networks.groups(size)) == -(-count // size)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_ensembles_stay_together_where_they_fit(checkpoints, first):
+    ensembles = [ensemble(checkpoints, places) for places in ([0, 1, 2], [3, 4, 5], [6, 7])]
+    singles = [single(checkpoints, place) for place in range(COUNT)]
+    networks = Networks([*ensembles, *singles] if first else [*singles, *ensembles])
+    groups = networks.groups(4)
+    for members in networks.members:
+        assert sum(not {*members}.isdisjoint(group) for group in groups) == 1
+
+
+# Weights
+
+
+def loaded(candidates, **how):
+    networks = Networks(candidates)
+    group = [*networks]
+    load(group, template(), CPU, **how)
+    return group
+
+
+def test_the_averages_of_a_group_come_from_one_read(monkeypatch, checkpoints):
+    read = counted_reads(monkeypatch)
+    candidates = [
+        average(checkpoints, range(4), recompute=True),
+        average(checkpoints, range(2, 6)),
+        average(checkpoints, range(6)),
+    ]
+    loaded(candidates)
+    weights = sum(tensor.nbytes for tensor in STATES[0].values())
+    assert read == {str(c.path): weights for c in checkpoints[:6]}
+
+
+@pytest.mark.parametrize(
+    "selections",
+    [
+        [[0, 1, 2], [1, 2, 3, 4]],
+        [[3, 4, 5], [0, 1, 2, 3, 4, 5]],
+        [[2, 4], [1, 2, 3], [0, 4]],
+        [[0, 1, 2, 3], [3, 2, 1, 0]],
+        [[5, 1, 3], [1, 5], [3, 1]],
+    ],
+    ids=str,
+)
+def test_an_average_has_the_bits_that_it_has_alone(checkpoints, selections):
+    group = loaded([average(checkpoints, places) for places in selections])
+    for network, places in zip(group, selections, strict=True):
+        states = [STATES[place] for place in places]
+        weight = average_by_hand([s["weight"] for s in states], [1] * len(places), torch.float64)
+        assert same_bits(network.model.weight.detach(), weight)
+        assert isinstance(network.source, Average)
+        alone = in_memory(network.source)
+        assert all(same_bits(v, alone[k]) for k, v in network.model.state_dict().items())
+
+
+def test_each_network_has_its_own_weights_in_evaluation_mode(checkpoints):
+    one = template()
+    before = copy.deepcopy(one.state_dict())
+    networks = Networks([single(checkpoints, 2), ensemble(checkpoints, [3, 4])])
+    group = [*networks]
+    load(group, one.train(), CPU)
+    for network, state in zip(group, STATES[2:5], strict=True):
+        assert all(torch.equal(v, state[k]) for k, v in network.model.state_dict().items())
+        assert not network.model.training
+    places = [p.data_ptr() for n in group for p in n.model.parameters()]
+    assert len({*places, *(p.data_ptr() for p in one.parameters())}) == 2 * 4
+    assert all(torch.equal(v, before[k]) for k, v in one.state_dict().items())
+
+
+def test_one_average_in_two_networks_is_two_models(checkpoints):
+    planned = plan_average(checkpoints)
+    stale, fresh = loaded(
+        [Candidate.of_average(planned, str(r), recompute=r) for r in (False, True)]
+    )
+    assert torch.equal(stale.model.weight, fresh.model.weight)
+    assert stale.model.weight.data_ptr() != fresh.model.weight.data_ptr()
+
+
+def test_models_are_given_back_after_the_pass(checkpoints):
+    group = loaded([single(checkpoints, 0), average(checkpoints, [1, 2])])
+    models = [weakref.ref(network.model) for network in group]
+    release(group, CPU.device)
+    gc.collect()
+    assert [model() for model in models] == [None, None]
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "average"])
+def test_weights_that_do_not_fit_are_named(tmp_path, checkpoints, kind):
+    other = opened(tmp_path, [{"weight": torch.ones(2, 2)}] * 2)
+    candidate = (
+        Candidate.of_checkpoint(other[1])
+        if kind == "checkpoint"
+        else Candidate.of_average(plan_average(as_run(other)), "the odd one", recompute=False)
+    )
+    named = r"epoch_2\.pt" if kind == "checkpoint" else "the odd one"
+    with pytest.raises(ModelError, match=f"{named} does not fit the model"):
+        loaded([single(checkpoints, 0), candidate])

@@ -1,0 +1,114 @@
+"""Passes in groups, and in smaller ones where memory is exhausted."""
+
+import pytest
+import torch
+from fellows import Echo
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ckptavg.errors import EvaluationError
+from ckptavg.passes import run_passes, say
+from ckptavg.processes import Alone
+from ckptavg.runtime import Runtime
+
+CPU = Runtime(torch.device("cpu"), batch_size=32)
+ERRORS = {
+    "cuda": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    "python": MemoryError,
+    "cpu": lambda: torch.empty(1 << 62, dtype=torch.uint8),
+    "cublas": lambda: RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublas"),
+}
+EXHAUSTED = pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS)
+
+
+class Memory:
+    """Runs passes of at most so many; notes what was run, and what was tried."""
+
+    def __init__(self, most, error=MemoryError):
+        self.most = most
+        self.error = error
+        self.run: list[list[int]] = []
+        self.tried: list[int] = []
+        self.told: list[tuple[int, int]] = []
+
+    def __call__(self, group, number, of):
+        self.tried.append(len(group))
+        if len(group) > self.most:
+            raise self.error()
+        self.run.append([*group])
+        self.told.append((number, of))
+
+
+def parted(count, size):
+    return [range(count)[at : at + size] for at in range(0, count, size)]
+
+
+@settings(max_examples=100)
+@given(st.integers(0, 50), st.integers(1, 50), st.integers(1, 50))
+def test_everything_runs_once_in_order_in_groups_that_fit(count, size, most):
+    memory = Memory(most)
+    run_passes(parted(count, size), memory, CPU, Alone())
+    assert [one for group in memory.run for one in group] == [*range(count)]
+    assert all(len(group) <= most for group in memory.run)
+    numbers = [number for number, _ in memory.told]
+    assert numbers == [*range(1, len(numbers) + 1)]
+    assert not memory.told or memory.told[-1][1] == len(numbers)
+
+
+def test_a_size_that_does_not_fit_is_tried_once_only():
+    memory = Memory(12)
+    run_passes(parted(96, 24), memory, CPU, Alone())
+    assert memory.tried == [24] + [12] * 8
+
+
+@EXHAUSTED
+def test_exhausted_memory_is_said_and_met_by_fewer(caplog, error):
+    caplog.set_level("INFO", "ckptavg")
+    memory = Memory(2, lambda: raised(error))
+    run_passes(parted(6, 6), memory, CPU, Alone())
+    assert memory.run == [[0, 1], [2], [3, 4], [5]]
+    assert "memory is too small for 6 models at a time: trying fewer" in caplog.text
+
+
+def raised(error):
+    made = error()
+    raise made
+
+
+@EXHAUSTED
+def test_memory_that_is_too_small_for_one_is_an_error_of_one_line(error):
+    with pytest.raises(EvaluationError) as told:
+        run_passes(parted(3, 3), Memory(0, lambda: raised(error)), CPU, Alone())
+    assert str(told.value) == (
+        "the memory of cpu is too small for a single model. "
+        "Lower --batch-size (now 32), or name another --device."
+    )
+    assert told.value.__cause__ is not None
+
+
+def test_several_processes_stay_together_and_so_do_not_try_fewer():
+    memory = Memory(1)
+    with pytest.raises(EvaluationError, match="too small for 4 models at a time"):
+        run_passes(parted(4, 4), memory, CPU, Echo(0, 2))
+    assert memory.tried == [4]
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shapes cannot be multiplied"), OSError("gone"), KeyboardInterrupt()]
+)
+def test_any_other_error_comes_through_as_it_is(error):
+    memory = Memory(0, lambda: raised(lambda: error))
+    with pytest.raises(type(error)) as told:
+        run_passes(parted(4, 4), memory, CPU, Alone())
+    assert told.value is error
+    assert memory.tried == [4]
+
+
+@pytest.mark.parametrize(
+    ("count", "passes", "said"),
+    [(24, 2, ["24 candidates, 2 passes"]), (24, 1, ["24 candidates, 1 pass"]), (1, 1, [])],
+)
+def test_the_number_of_passes_is_said_of_several(caplog, count, passes, said):
+    caplog.set_level("INFO", "ckptavg")
+    say(count, passes)
+    assert caplog.messages == said
