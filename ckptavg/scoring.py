@@ -85,7 +85,9 @@ class Board:
         for mean in self._waiting.values():
             mean.park()
         self.disagreement.park()
-        self._parked, self._waiting = self._waiting, {}
+        # a pass without any of its networks adds nothing to what waits for further ones
+        self._parked = {} if self.complete else self._parked | self._waiting
+        self._waiting = {}
         self._agreed = copy.deepcopy(self.disagreement)
 
     def _mean(self, number: int) -> Mean:
