@@ -1,0 +1,320 @@
+"""What evaluation knows of a kind of model: the base of tasks, classification, tasks by name."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from helpers import opened
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from ckptavg import Candidate, evaluate
+from ckptavg.averaging import plan_average
+from ckptavg.errors import EvaluationError, SpecError, UsageError
+from ckptavg.tasks import Metric, Samples, Task
+from ckptavg.tasks.classification import Classification
+from ckptavg.tasks.named import make_task, usual_task
+from ckptavg.tasks.task import ArithmeticMean, LogMean, in_float64
+
+
+class Sums:
+    """A mean of values, as little as there can be of it."""
+
+    def __init__(self):
+        self.count, self.total = 0, 0.0
+
+    def update(self, predictions, targets):
+        self.count += len(predictions)
+        self.total += float((predictions - targets).square().sum())
+
+    def compute(self):
+        if not self.count:
+            raise EvaluationError("the evaluation data is empty")
+        return {"loss": self.total / self.count, "n": self.count}
+
+    def state(self):
+        return [self.count, self.total]
+
+    def merge(self, state):
+        self.count += state[0]
+        self.total += state[1]
+
+
+class Squares(Task):
+    """As little of a task as a user can write."""
+
+    metrics = (Metric("loss", "squared error", ".3f", False),)
+
+    def predict(self, outputs, targets):
+        return outputs.double().flatten()
+
+    def scores(self):
+        return Sums()
+
+
+class Line(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.slope = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        return x * self.slope
+
+
+X = torch.arange(1.0, 7.0)[:, None]
+Y = 3 * X.flatten()
+DATA = list(zip(X.split(4), Y.split(4), strict=True))
+
+
+@pytest.fixture
+def lines(tmp_path):
+    """Checkpoints whose slopes are 1, 2, 6."""
+    return opened(tmp_path, [{"slope": torch.tensor([slope])} for slope in (1.0, 2.0, 6.0)])
+
+
+# A task of the user's own
+
+
+def loss_of(slope):
+    return float(((slope * X.flatten() - Y) ** 2).mean())
+
+
+def test_a_minimal_task_scores_every_kind_of_candidate(lines):
+    candidates = [
+        *lines,
+        Candidate.of_average(plan_average(lines), "average", recompute=False),
+        Candidate.of_ensemble(lines),
+    ]
+    results = evaluate(candidates, Line(), DATA, task=Squares())
+    assert [r.metrics["loss"] for r in results] == pytest.approx([*map(loss_of, (1, 2, 6, 3, 3))])
+    assert {r.metrics["n"] for r in results} == {6}
+    assert all(r.versus is None and r.details == {} for r in results)
+
+
+def test_a_task_that_offers_samples_is_compared_in_its_unit(lines):
+    class Compared(Squares):
+        def samples(self, predictions, targets):
+            return Samples((predictions - targets).square(), scale=10.0)
+
+    first, second, _ = evaluate(lines, Line(), DATA, task=Compared())
+    assert first.versus is None
+    assert second.versus.reference == "epoch_1.pt"
+    assert second.versus.metric == "loss"
+    assert second.versus.difference.value == pytest.approx(10 * (loss_of(2) - loss_of(1)))
+
+
+def test_a_task_may_call_the_model_and_take_batches_apart_in_its_own_way(lines):
+    class Unusual(Squares):
+        def split(self, batch):
+            return batch["in"], {"of": [batch["out"]]}
+
+        def forward(self, model, inputs):
+            return {"doubled": 2 * model(inputs)}
+
+        def predict(self, outputs, targets):
+            assert isinstance(targets, dict)
+            return outputs["doubled"].double().flatten()
+
+        def scores(self):
+            class Inner(Sums):
+                def update(self, predictions, targets):
+                    super().update(predictions, targets["of"][0])
+
+            return Inner()
+
+    data = [{"in": x, "out": y} for x, y in DATA]
+    results = evaluate(lines, Line(), data, task=Unusual())
+    assert [r.metrics["loss"] for r in results] == pytest.approx([*map(loss_of, (2, 4, 12))])
+
+
+def test_a_task_may_refuse_what_cannot_be(lines):
+    class Refusing(Squares):
+        def check(self, outputs, targets):
+            if len(targets) < 4:
+                raise EvaluationError("too few")
+
+    with pytest.raises(EvaluationError, match="too few"):
+        evaluate(lines, Line(), DATA, task=Refusing())
+
+
+def test_a_task_decides_what_is_sound(lines):
+    class Lenient(Squares):
+        def sound(self, predictions):
+            return torch.tensor(True)
+
+    data = [(torch.full((2, 1), torch.inf), torch.zeros(2))]
+    with pytest.raises(EvaluationError, match=r"epoch_1\.pt: the outputs are not finite"):
+        evaluate(lines, Line(), data, task=Squares())
+    assert evaluate(lines, Line(), data, task=Lenient())[0].metrics["loss"] == torch.inf
+
+
+def test_an_error_within_a_task_comes_through_as_it_is(lines):
+    class Broken(Squares):
+        def predict(self, outputs, targets):
+            raise ZeroDivisionError("mine")
+
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        evaluate(lines, Line(), DATA, task=Broken())
+
+
+# How an ensemble's members combine
+
+
+def members(draw, positive):
+    shape = draw(st.tuples(st.integers(0, 4), st.integers(1, 5)))
+    count, seed = draw(st.integers(1, 6)), draw(st.integers(0, 99))
+    values = np.random.default_rng(seed).normal(size=(count, *shape)) * 3
+    return np.exp(values) if positive else values
+
+
+@settings(max_examples=60)
+@given(st.data(), st.sets(st.integers(0, 5)))
+def test_means_are_those_of_numpy_wherever_they_are_parked(data, parks):
+    positive = data.draw(st.booleans())
+    values = members(data.draw, positive)
+    mean = LogMean() if positive else ArithmeticMean()
+    given_values = torch.from_numpy(np.log(values) if positive else values)
+    kept = given_values.clone()
+    for i, some in enumerate(given_values):
+        if i in parks:
+            mean.park()
+            mean = copy.deepcopy(mean)
+        mean.add(some, None)
+    assert mean.members == len(values)
+    expected = np.log(values.mean(0)) if positive else values.mean(0)
+    np.testing.assert_allclose(mean.value().numpy(), expected, rtol=1e-10, atol=1e-12)
+    assert torch.equal(given_values, kept)  # others use the same predictions
+
+
+def test_probabilities_of_zero_and_of_tiny_size_are_averaged():
+    mean = LogMean()
+    for logs in ([-torch.inf, -800.0], [0.0, -801.0]):
+        mean.add(torch.tensor([logs], dtype=torch.float64), None)
+    expected = [np.log(0.5), -800 + np.log1p(np.exp(-1)) - np.log(2)]
+    assert mean.value()[0].tolist() == pytest.approx(expected, rel=1e-14)
+
+
+@pytest.mark.parametrize("kind", [ArithmeticMean, LogMean])
+def test_an_ensemble_without_members_is_an_error(kind):
+    mean = kind()
+    mean.park()
+    with pytest.raises(EvaluationError, match="no members"):
+        mean.value()
+
+
+def test_the_worked_ensemble():
+    mean, task = Classification().mean(), Classification()
+    for logits in ([2.0, 0.0], [0.0, 1.0]):
+        mean.add(task.predict(torch.tensor([logits]), None), None)
+    assert mean.value().exp()[0].tolist() == pytest.approx([0.5748692, 0.4251308], abs=1e-7)
+
+
+# Classification
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_predictions_are_log_probabilities_in_float64(dtype):
+    logits = torch.tensor([[1.0, -2.0, 0.5], [800.0, 0.0, 1.0]]).to(dtype)
+    found = Classification().predict({"logits": logits}, None)
+    values = logits.double().numpy()
+    expected = values - np.logaddexp.reduce(values, axis=1, keepdims=True)
+    assert found.dtype == torch.float64
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12)
+
+
+def test_predictions_do_not_hold_on_to_gradients():
+    logits = torch.ones(2, 3, requires_grad=True)
+    assert not in_float64(logits).requires_grad
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [torch.tensor([0, 2]), torch.tensor([0, 2], dtype=torch.uint8), torch.tensor([1.0, 2.0]),
+     torch.tensor([False, True]), torch.tensor([], dtype=torch.int64)],
+    ids=["int64", "uint8", "float", "bool", "empty"],
+)  # fmt: skip
+def test_labels_that_are_classes_pass_the_check(labels):
+    Classification().check(torch.zeros(len(labels), 3), labels)
+
+
+@pytest.mark.parametrize(
+    ("labels", "word"),
+    [([0, 3], "label 3, but the model has 3"), ([-1, 9], "label -1,"), ([0.5, 1.0], "no whole")],
+)
+def test_labels_that_are_not_are_an_error(labels, word):
+    with pytest.raises(EvaluationError, match=word):
+        Classification().check(torch.zeros(2, 3), torch.tensor(labels))
+
+
+def test_samples_of_a_classification_are_right_or_wrong_in_percent():
+    logs = torch.tensor([[0.1, 0.9], [0.8, 0.2], [0.3, 0.7]]).log()
+    found = Classification().samples(logs, torch.tensor([1.0, 1.0, 1.0]))
+    assert found.values.tolist() == [1, 0, 1]
+    assert found.answers.tolist() == [1, 0, 1]
+    assert (found.weights, found.scale, found.metric) == (None, 100.0, None)
+
+
+# By name
+
+
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [("image-classification", "top1"), ("multi-label", None), ("regression", "rmse")],
+)
+def test_tasks_are_known_by_name(name, first):
+    task = make_task(name)
+    assert isinstance(task, Task)
+    assert first in (None, task.metrics[0].key)
+
+
+def test_an_unknown_task_is_wrong_usage_that_lists_the_known():
+    with pytest.raises(UsageError, match=r"image-classification, causal-lm.*'segmentation'"):
+        make_task("segmentation")
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ("text:corpus.txt", "causal-lm"),
+        ("tokens:corpus.bin", "causal-lm"),
+        ("imagefolder:val", "image-classification"),
+        ("cifar10:data", "image-classification"),
+    ],
+)
+def test_the_data_tell_the_usual_task(data, expected):
+    assert usual_task(data) == expected
+
+
+TASK_FILE = """
+from ckptavg.tasks import Metric, Task
+class Mine(Task):
+    metrics = (Metric("a", "a", ".1f", True),)
+class Empty(Task):
+    pass
+def made():
+    return Mine()
+def text():
+    return "no task"
+"""
+
+
+@pytest.mark.parametrize("name", ["Mine", "made"])
+def test_a_task_of_ones_own_is_named_by_its_file(tmp_path, name):
+    (tmp_path / "tasks_of_mine.py").write_text(TASK_FILE)
+    assert make_task(f"{tmp_path / 'tasks_of_mine.py'}:{name}").metrics[0].key == "a"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("text", "expected to give a ckptavg.tasks.Task but gives a str"),
+        ("Empty", "has no metrics"),
+        ("Other", "has no attribute 'Other'"),
+    ],
+)
+def test_what_is_no_task_is_an_error(tmp_path, name, message):
+    (tmp_path / "tasks_of_another.py").write_text(TASK_FILE)
+    with pytest.raises(SpecError, match=message):
+        make_task(f"{tmp_path / 'tasks_of_another.py'}:{name}")
