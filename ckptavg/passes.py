@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -50,10 +51,12 @@ def run_passes(
                 raise
             if len(group) == 1 or peers.count > 1:
                 raise _too_small(len(group), runtime) from error
-            log.info("memory is too small for %d models at a time: trying fewer", len(group))
-            waiting = deque(_in_parts([group, *waiting], (len(group) + 1) // 2))
         else:
             done += 1
+            continue
+        log.info("memory is too small for %d models at a time: trying fewer", len(group))
+        gc.collect()  # models that the error's frames held, if these are in a cycle
+        waiting = deque(_in_parts([group, *waiting], (len(group) + 1) // 2))
 
 
 def _in_parts(groups: Iterable[Sequence[T]], size: int) -> Iterator[Sequence[T]]:

@@ -43,7 +43,7 @@ def parted(count, size):
     return [range(count)[at : at + size] for at in range(0, count, size)]
 
 
-@settings(max_examples=100)
+@settings(max_examples=30, deadline=None)
 @given(st.integers(0, 50), st.integers(1, 50), st.integers(1, 50))
 def test_everything_runs_once_in_order_in_groups_that_fit(count, size, most):
     memory = Memory(most)

@@ -1,0 +1,465 @@
+"""Results do not depend on what runs together: groups, retries, processes; and bad data is met."""
+
+import copy
+import itertools
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from fellows import together
+from helpers import opened
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from ckptavg import Candidate, evaluate, evaluation
+from ckptavg.averaging import plan_average
+from ckptavg.errors import BatchNormError, EvaluationError, ModelError, UsageError
+from ckptavg.evaluation import score
+from ckptavg.evidence import compare
+from ckptavg.loaders import open_loader
+from ckptavg.runtime import Runtime
+from ckptavg.tasks import Samples
+
+CLASSES = 3
+CPU = torch.device("cpu")
+
+
+class Net(nn.Module):
+    def __init__(self, classes=CLASSES):
+        super().__init__()
+        self.body = nn.Linear(4, 6)
+        self.norm = nn.BatchNorm1d(6)
+        self.head = nn.Linear(6, classes)
+        self.register_buffer("tag", torch.tensor(0))
+
+    def forward(self, x):
+        return self.head(self.norm(self.body(x)).relu())
+
+
+def state_of(seed):
+    generator = torch.Generator().manual_seed(seed)
+    state = {
+        name: torch.randn(value.shape, generator=generator) if value.is_floating_point() else value
+        for name, value in Net().state_dict().items()
+    }
+    state["norm.running_var"] = state["norm.running_var"].abs() + 0.5
+    return state | {"tag": torch.tensor(seed)}
+
+
+def samples(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, 4, generator=generator)
+    return x, torch.randint(CLASSES, (count,), generator=generator)
+
+
+X, Y = samples(40, 0)
+DATA = TensorDataset(X, Y)
+TRAIN = TensorDataset(*samples(50, 1))
+SIZE = 16
+STATES = [state_of(seed) for seed in range(1, 6)]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    return opened(tmp_path_factory.mktemp("run"), STATES)
+
+
+@pytest.fixture(scope="module")
+def candidates(checkpoints):
+    """Singles, averages, and ensembles that overlap, so that they part in many ways."""
+    planned = plan_average(checkpoints[:3])
+    return [
+        Candidate.of_checkpoint(checkpoints[4], "last", last=True),
+        Candidate.of_checkpoint(checkpoints[0]),
+        Candidate.of_average(planned, "stale", recompute=False),
+        Candidate.of_average(planned, "fresh", recompute=True),
+        Candidate.of_average(plan_average(checkpoints[1:]), "another", recompute=True),
+        Candidate.of_ensemble(checkpoints, "all"),
+        Candidate.of_ensemble([checkpoints[i] for i in (3, 0, 3)], "twice"),
+    ]
+
+
+NETWORKS = 5 + 3
+
+
+def run(candidates, model=None, data=DATA, train=TRAIN, **how):
+    how = {"batch_size": SIZE} | how
+    return evaluate(candidates, model or Net(), data, train_loader=train, **how)
+
+
+@pytest.fixture(scope="module")
+def expected(candidates):
+    return run(candidates)
+
+
+def numbers(value, path=""):
+    """All numbers in plain values, by where they stand."""
+    if isinstance(value, dict):
+        parts = [numbers(part, f"{path}.{key}") for key, part in value.items()]
+    elif isinstance(value, list):
+        parts = [numbers(part, f"{path}.{i}") for i, part in enumerate(value)]
+    else:
+        return {path: value}
+    return {key: part for each in parts for key, part in each.items()}
+
+
+def close(value, within):
+    return pytest.approx(value, rel=within) if isinstance(value, (int, float)) else value
+
+
+def assert_same(found, expected):
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        mine, theirs = numbers(one.as_json()), numbers(other.as_json())
+        assert mine.keys() == theirs.keys()
+        for key, value in mine.items():
+            assert value == close(theirs[key], 1e-9), key
+
+
+def fitting(monkeypatch, count):
+    monkeypatch.setattr(evaluation, "fit", lambda *_: count)
+
+
+# Groups and order
+
+
+@pytest.mark.parametrize("size", range(1, NETWORKS + 1))
+def test_results_do_not_depend_on_the_size_of_groups(monkeypatch, candidates, expected, size):
+    fitting(monkeypatch, size)
+    assert_same(run(candidates), expected)
+
+
+@pytest.mark.parametrize("size", [2, 3, 100])
+@pytest.mark.parametrize("turn", [1, 3, -1])
+def test_results_do_not_depend_on_the_order_of_candidates(
+    monkeypatch, candidates, expected, size, turn
+):
+    fitting(monkeypatch, size)
+    order = list(range(len(candidates)))[::turn] if turn < 0 else list(range(len(candidates)))
+    order = order[turn:] + order[:turn] if turn > 0 else order
+    found = run([candidates[i] for i in order])
+    assert_same(found, [expected[i] for i in order])
+
+
+@pytest.mark.parametrize("kept", [*itertools.combinations(range(7), 2)], ids=str)
+def test_a_candidate_scores_the_same_in_any_company(candidates, expected, kept):
+    found = run([candidates[i] for i in kept])
+    for one, place in zip(found, kept, strict=True):
+        assert one.metrics == pytest.approx(expected[place].metrics, rel=1e-12)
+
+
+def test_what_is_known_is_told_after_each_pass(monkeypatch, candidates, expected):
+    fitting(monkeypatch, 3)
+    told = []
+    loader = [
+        open_loader(d, Runtime(CPU, batch_size=SIZE), shuffle=d is TRAIN) for d in (DATA, TRAIN)
+    ]
+    found = score(candidates, Net(), loader[0], Runtime(CPU), loader[1], on_results=told.append)
+    assert [len(results) for results in told] == sorted(len(results) for results in told)
+    assert len(told) == 3
+    assert len(told[0]) < len(told[-1]) == len(candidates)
+    assert_same(told[-1], expected)
+    assert_same(found, expected)
+
+
+# Comparisons
+
+
+def right_of(state):
+    model = Net()
+    model.load_state_dict(state)
+    return (model.eval()(X).argmax(1) == Y).double()
+
+
+def test_candidates_are_compared_with_the_last_on_the_same_samples(checkpoints, expected):
+    last, first = right_of(STATES[4]), right_of(STATES[0])
+    by_hand = compare(Samples(first), Samples(last)).scaled(100)
+    assert expected[0].versus is None
+    assert expected[1].versus.reference == "last"
+    assert expected[1].versus.metric == "top1"
+    assert expected[1].versus.difference == by_hand
+    only = int((first > last).sum()) - int((last > first).sum())
+    assert by_hand.value == pytest.approx(100 * only / len(X))
+
+
+def test_without_a_last_checkpoint_the_first_candidate_is_the_reference(checkpoints):
+    found = run(checkpoints[:3])
+    assert [r.versus and r.versus.reference for r in found] == [None, "epoch_1.pt", "epoch_1.pt"]
+
+
+def test_an_ensemble_tells_how_often_its_members_differ(expected):
+    models = [Net() for _ in STATES]
+    for model, state in zip(models, STATES, strict=True):
+        model.load_state_dict(state)
+    answers = np.stack([model.eval()(X).argmax(1).numpy() for model in models])
+    pairs = [(answers[i] != answers[j]).mean() for i, j in itertools.combinations(range(5), 2)]
+    details = expected[5].details
+    assert details["disagreement"] == pytest.approx(np.mean(pairs))
+    assert details["not_unanimous"] == pytest.approx((answers != answers[0]).any(0).mean())
+
+
+def test_details_have_the_bins_of_the_calibration_error(expected):
+    for result in expected:
+        bins = [one for one in result.details["reliability"] if one["n"]]
+        gaps = [one["n"] * abs(one["accuracy"] - one["confidence"]) for one in bins]
+        assert sum(gaps) / len(X) == pytest.approx(result.metrics["ece"])
+        assert sum(one["n"] for one in bins) == len(X)
+
+
+# Memory
+
+ERRORS = {
+    "cuda": lambda: torch.OutOfMemoryError("CUDA out of memory"),
+    "python": MemoryError,
+    "cpu": lambda: torch.empty(1 << 62, dtype=torch.uint8),
+}
+
+
+class Scarce(Net):
+    """Refuses to be copied, or to run, while more than so many copies of it are alive."""
+
+    alive = weakref.WeakSet()
+    most = 0
+    stage = "copy"
+    error = MemoryError
+
+    def __deepcopy__(self, memo):
+        if Scarce.stage == "copy" and len(Scarce.alive) >= Scarce.most:
+            self.refuse()
+        made = Scarce()
+        made.load_state_dict(self.state_dict())
+        Scarce.alive.add(made)
+        return made
+
+    def forward(self, x):
+        stage = "statistics" if self.norm.training else "last" if len(x) < SIZE else "scores"
+        if stage == Scarce.stage and len(Scarce.alive) > Scarce.most:
+            self.refuse()
+        return super().forward(x)
+
+    def refuse(self):
+        made = Scarce.error()
+        raise made
+
+
+@pytest.fixture
+def scarce(monkeypatch):
+    def scarce(most, stage, error=MemoryError):
+        monkeypatch.setattr(Scarce, "alive", weakref.WeakSet())
+        monkeypatch.setattr(Scarce, "most", most)
+        monkeypatch.setattr(Scarce, "stage", stage)
+        monkeypatch.setattr(Scarce, "error", staticmethod(error))
+        return Scarce()
+
+    return scarce
+
+
+STAGES = pytest.mark.parametrize("stage", ["copy", "statistics", "scores", "last"])
+
+
+@STAGES
+@pytest.mark.parametrize("most", [1, 2, 3, 5])
+def test_exhausted_memory_changes_no_result(scarce, candidates, expected, most, stage):
+    assert_same(run(candidates, scarce(most, stage)), expected)
+
+
+@STAGES
+@pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS)
+def test_every_kind_of_exhausted_memory_is_known(scarce, candidates, expected, stage, error):
+    assert_same(run(candidates, scarce(2, stage, error)), expected)
+
+
+@STAGES
+def test_memory_for_not_even_one_model_is_an_error_of_one_line(scarce, candidates, stage):
+    with pytest.raises(EvaluationError) as told:
+        run(candidates, scarce(0, stage))
+    assert str(told.value) == (
+        "the memory of cpu is too small for a single model. "
+        f"Lower --batch-size (now {SIZE}), or name another --device."
+    )
+
+
+@STAGES
+def test_any_other_error_of_a_model_comes_through(scarce, candidates, stage):
+    with pytest.raises(RuntimeError, match="mine alone"):
+        run(candidates, scarce(1, stage, lambda: RuntimeError("mine alone")))
+
+
+def test_results_of_passes_before_memory_was_exhausted_stay(
+    monkeypatch, scarce, candidates, expected
+):
+    fitting(monkeypatch, 4)
+    assert_same(run(candidates, scarce(3, "last")), expected)
+
+
+def test_training_data_that_can_be_read_once_only_are_not_read_by_halves(scarce, checkpoints):
+    averages = [
+        Candidate.of_average(plan_average(checkpoints[i:]), str(i), recompute=True)
+        for i in range(3)
+    ]
+    train = iter(TRAIN.tensors[0].split(SIZE))
+    with pytest.raises(EvaluationError, match="read only once"):
+        run(averages, scarce(2, "statistics"), train=train)
+
+
+# Data that can be read once only
+
+
+def test_one_pass_may_be_over_what_can_be_read_once_only(candidates, expected):
+    def batches():
+        return zip(X.split(SIZE), Y.split(SIZE), strict=True)
+
+    train = open_loader(TRAIN, Runtime(CPU, batch_size=SIZE), shuffle=True)
+    assert_same(run(candidates, data=batches(), train=iter(train)), expected)
+
+
+@pytest.mark.parametrize("which", ["data", "train"])
+def test_several_passes_over_it_are_refused_before_anything_is_read(monkeypatch, candidates, which):
+    fitting(monkeypatch, 1)
+    batches = iter([(X, Y)])
+    with pytest.raises(EvaluationError, match="read only once"):
+        run(candidates, **{which: batches})
+    assert len(list(batches)) == 1
+
+
+def test_training_data_may_be_read_once_only_if_one_pass_needs_them(monkeypatch, checkpoints):
+    fitting(monkeypatch, 2)
+    planned = plan_average(checkpoints)
+    wanted = [*checkpoints, Candidate.of_average(planned, "fresh", recompute=True)]
+    train = open_loader(TRAIN, Runtime(CPU, batch_size=SIZE), shuffle=True)
+    found, expected = (run(wanted, train=each) for each in (iter(train), TRAIN))
+    assert_same(found, expected)
+
+
+# Several processes
+
+
+@pytest.mark.parametrize("size", [3, 100])
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_processes_between_them_find_what_one_does(monkeypatch, candidates, expected, count, size):
+    """Five processes share three batches."""
+    fitting(monkeypatch, size)
+    runtime = Runtime(CPU, batch_size=SIZE)
+
+    def work(peers):
+        data = open_loader(DATA, runtime, shuffle=False, peers=peers)
+        train = open_loader(TRAIN, runtime, shuffle=True, peers=peers)
+        return score(candidates, Net(), data, runtime, train, peers=peers)
+
+    for found in together(count, work):
+        for one, other in zip(found, expected, strict=True):
+            mine, theirs = numbers(one.as_json()), numbers(other.as_json())
+            assert mine.keys() == theirs.keys()
+            for key, value in mine.items():
+                assert value == close(theirs[key], 1e-6), key
+
+
+def test_processes_take_the_groups_that_the_smallest_memory_holds(monkeypatch, checkpoints):
+    runtime, sizes = Runtime(CPU, batch_size=SIZE), iter([4, 2])
+    monkeypatch.setattr(evaluation, "fit", lambda *_: next(sizes))
+    wanted = [Candidate.of_checkpoint(c) for c in checkpoints[:4]]
+
+    def work(peers):
+        told = []
+        data = open_loader(DATA, runtime, shuffle=False, peers=peers)
+        score(wanted, Net(), data, runtime, peers=peers, on_results=told.append)
+        return len(told)
+
+    assert together(2, work) == [2, 2]
+
+
+# Data and models that do not fit
+
+
+def template_and_state():
+    model = Net().train()
+    model.norm.eval()
+    return model, copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
+
+
+def assert_untouched(model, state, modes):
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert [m.training for m in model.modules()] == modes
+
+
+class Broken:
+    """Gives two batches, then fails."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __iter__(self):
+        yield from itertools.islice(DataLoader(DATA, 4), 2)
+        raise self.error
+
+
+@pytest.mark.parametrize("which", ["data", "train"])
+@pytest.mark.parametrize("error", [OSError("gone"), KeyboardInterrupt(), ValueError("mine")])
+def test_a_loader_that_raises_midway_leaves_the_model_as_it_was(candidates, which, error):
+    given = template_and_state()
+    with pytest.raises(type(error)) as told:
+        run(candidates, given[0], **{which: Broken(error)})
+    assert told.value is error
+    assert_untouched(*given)
+
+
+@pytest.mark.parametrize("train", [[], TensorDataset(X[:0])], ids=["loader", "dataset"])
+def test_training_data_that_are_empty_are_an_error(candidates, train):
+    given = template_and_state()
+    with pytest.raises(BatchNormError, match="training data is empty"):
+        run(candidates, given[0], train=train)
+    assert_untouched(*given)
+
+
+@pytest.mark.parametrize("data", [[], TensorDataset(X[:0], Y[:0])], ids=["loader", "dataset"])
+@pytest.mark.parametrize("size", [1, 100])
+def test_evaluation_data_that_are_empty_are_an_error(monkeypatch, candidates, data, size):
+    fitting(monkeypatch, size)
+    with pytest.raises(EvaluationError, match="evaluation data is empty"):
+        run(candidates, data=data)
+
+
+def test_a_model_with_another_number_of_classes_does_not_fit(candidates):
+    with pytest.raises(ModelError, match=r"head\.weight has the shape \(3, 6\).*\(7, 6\)"):
+        run(candidates, Net(7))
+
+
+def test_outputs_of_fewer_classes_than_labels_are_an_error(candidates):
+    with pytest.raises(EvaluationError, match="label 2, but the model has 2 classes"):
+        run(candidates, forward=lambda model, x: model(x)[:, :2])
+
+
+def test_batches_without_labels_are_an_error(candidates):
+    with pytest.raises(EvaluationError, match=r"\(inputs, labels\)"):
+        run(candidates, data=X.split(SIZE))
+
+
+@pytest.mark.parametrize(
+    ("data", "bad"), [(DATA, 8), (DATA, 16), (TensorDataset(X[:5], Y[:5]), 5)],
+    ids=["the last batch", "an earlier batch", "the only batch"],
+)  # fmt: skip
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_outputs_that_are_not_finite_name_their_network(checkpoints, data, bad, value):
+    def forward(model, x):
+        outputs = model(x)
+        return outputs + value if len(x) == bad and int(model.tag) in (3, 5) else outputs
+
+    with pytest.raises(EvaluationError, match=r"epoch_3\.pt: the outputs are not finite"):
+        run(checkpoints, data=data, forward=forward)
+
+
+class Untouchable:
+    def __iter__(self):
+        raise AssertionError("the data were read")
+
+
+def test_an_unknown_precision_is_met_before_anything_is_read(candidates):
+    with pytest.raises(UsageError, match="off, bf16, fp16"):
+        run(candidates, data=Untouchable(), train=Untouchable(), amp="int8")
+
+
+@pytest.mark.parametrize("count", [0, -5])
+def test_statistics_from_no_samples_are_wrong_usage(candidates, count):
+    with pytest.raises(UsageError, match="a sample or more"):
+        run(candidates, data=Untouchable(), bn_samples=count)
