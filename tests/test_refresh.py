@@ -1,16 +1,20 @@
 """Checkpoints that are written with recomputed statistics."""
 
+import copy
+import weakref
+
 import pytest
 import torch
-from helpers import average_by_hand, listing, opened, same_bits, save
+from helpers import average_by_hand, counted_reads, listing, opened, same_bits, save
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from ckptavg import open_checkpoint
+from ckptavg import open_checkpoint, refresh
 from ckptavg.averaging import load, plan_average
 from ckptavg.errors import (
     BatchNormError,
     CkptavgError,
+    EvaluationError,
     ModelError,
     NonFiniteError,
     OutputError,
@@ -310,7 +314,7 @@ def test_nothing_is_said_of_stale_statistics(tmp_path, planned, caplog):
 # Care
 
 
-def refresh(kind, planned, checkpoint, out, model, data, **keywords):
+def refreshed(kind, planned, checkpoint, out, model, data, **keywords):
     write, what = {"average": (write_average, planned), "copy": (update_checkpoint, checkpoint)}[
         kind
     ]
@@ -322,7 +326,7 @@ def run(request, planned, checkpoints):
     """``write_average`` or ``update_checkpoint``, but for what is theirs."""
 
     def run(*args, **keywords):
-        return refresh(request.param, planned, checkpoints[0], *args, **keywords)
+        return refreshed(request.param, planned, checkpoints[0], *args, **keywords)
 
     return run
 
@@ -400,3 +404,257 @@ def test_statistics_too_large_for_their_type_are_an_error(tmp_path):
             open_checkpoint(tmp_path / "half.pt"), tmp_path / "out.pt", Pass(model, data, RUNTIME)
         )
     assert not (tmp_path / "out.pt").exists()
+
+
+# Several averages
+
+NAMES = ("last2.pt", "all.safetensors", "first.pt", "weighted.pt")
+
+
+class Read(list):
+    """Batches that count how often they are read."""
+
+    passes = 0
+
+    def __iter__(self):
+        self.passes += 1
+        return super().__iter__()
+
+
+@pytest.fixture
+def averages(checkpoints):
+    """Some whose checkpoints come in another order than in what stands before them."""
+    return [
+        plan_average(checkpoints[1:]),
+        plan_average(checkpoints),
+        plan_average(checkpoints[:1]),
+        plan_average(checkpoints, weights=[3, 1, 2]),
+    ]
+
+
+def write_all(averages, directory, model=None, data=BATCHES, **care):
+    directory.mkdir(exist_ok=True)
+    how = Pass(model or Net(), data, RUNTIME)
+    return write_averages(averages, [directory / name for name in NAMES], how, **care)
+
+
+def fitting(monkeypatch, count):
+    """Let memory hold so many averages: each is there twice."""
+    monkeypatch.setattr(refresh, "fit", lambda *_: 2 * count)
+
+
+@pytest.fixture
+def alone(tmp_path, averages):
+    """What each of the averages is when it is written by itself."""
+    (tmp_path / "alone").mkdir()
+    for planned, name in zip(averages, NAMES, strict=True):
+        write_average(planned, tmp_path / "alone" / name, Pass(Net(), BATCHES, RUNTIME))
+    return tmp_path / "alone"
+
+
+def assert_as_alone(directory, alone):
+    assert listing(directory) == listing(alone) == sorted(NAMES)
+    for name in NAMES:
+        assert (directory / name).read_bytes() == (alone / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("together", [1, 2, 3, 1000])
+def test_each_of_several_is_the_file_that_it_is_alone(
+    monkeypatch, tmp_path, averages, alone, together
+):
+    fitting(monkeypatch, together)
+    data = Read(BATCHES)
+    done = write_all(averages, tmp_path / "out", data=data)
+    assert_as_alone(tmp_path / "out", alone)
+    assert data.passes == -(-4 // together) if together < 4 else 1
+    for (result, made), name in zip(done, NAMES, strict=True):
+        assert (result.layers, result.batches, result.samples) == (1, 4, 50)
+        assert made == open_checkpoint(tmp_path / "out" / name).provenance
+
+
+def test_several_come_from_one_read_and_one_pass(monkeypatch, tmp_path, averages, checkpoints):
+    read = counted_reads(monkeypatch)
+    data = Read(BATCHES)
+    write_all(averages, tmp_path / "out", data=data)
+    weights = sum(tensor.nbytes for tensor in state_of(1).values())
+    assert {place: read[place] for place in map(str, (c.path for c in checkpoints))} == {
+        str(c.path): weights for c in checkpoints
+    }
+    assert data.passes == 1
+
+
+@pytest.mark.parametrize("together", [1, 3, 1000])
+def test_several_have_the_digests_that_each_has_alone(monkeypatch, tmp_path, averages, together):
+    fitting(monkeypatch, together)
+    done = write_all(averages, tmp_path / "out", digests=True)
+    for planned, name, (_, made) in zip(averages, NAMES, done, strict=True):
+        how = Pass(Net(), BATCHES, RUNTIME)
+        _, expected = write_average(planned, tmp_path / f"alone-{name}", how, digests=True)
+        assert made == expected
+        assert open_checkpoint(tmp_path / "out" / name).provenance == expected
+
+
+# Memory
+
+
+class Scarce(Net):
+    """Refuses to run while more than so many copies of it are alive, itself included."""
+
+    alive = weakref.WeakSet()
+    most = 0
+    batch = 0  # in which it refuses: the last one is smaller
+
+    def __init__(self):
+        super().__init__()
+        Scarce.alive.add(self)
+
+    def __deepcopy__(self, memo):
+        made = Scarce()
+        made.load_state_dict(self.state_dict())
+        return made
+
+    def forward(self, x):
+        if len(Scarce.alive) > Scarce.most and (Scarce.batch == 0 or len(x) < 16):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().forward(x)
+
+
+@pytest.fixture
+def scarce(monkeypatch):
+    def scarce(most, batch=0):
+        monkeypatch.setattr(Scarce, "alive", weakref.WeakSet())
+        monkeypatch.setattr(Scarce, "most", most)
+        monkeypatch.setattr(Scarce, "batch", batch)
+        return Scarce()
+
+    return scarce
+
+
+@pytest.mark.parametrize("batch", [0, -1])
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_exhausted_memory_changes_no_file(tmp_path, averages, alone, scarce, most, batch):
+    done = write_all(averages, tmp_path / "out", scarce(most, batch))
+    assert_as_alone(tmp_path / "out", alone)
+    assert [result.samples for result, _ in done] == [50] * 4
+
+
+def test_memory_that_is_exhausted_while_weights_are_read_does_not_spoil_digests(
+    monkeypatch, tmp_path, averages
+):
+    """Half a tensor has gone by when the first try fails."""
+    from ckptavg.digests import Leaves
+
+    fed, update = [], Leaves.update
+
+    def exhausted(self, number, offset, data):
+        fed.append(len(data))
+        if len(fed) == 5:
+            update(self, number, offset, data[: len(data) // 2])
+            raise MemoryError
+        update(self, number, offset, data)
+
+    expected = [made for _, made in write_all(averages, tmp_path / "whole", digests=True)]
+    monkeypatch.setattr(Leaves, "update", exhausted)
+    found = [made for _, made in write_all(averages, tmp_path / "out", digests=True)]
+    assert found == expected
+
+
+def test_memory_that_is_exhausted_while_one_is_written_does_not_count_another_twice(
+    monkeypatch, tmp_path, averages, alone
+):
+    fill, filled = refresh.outputs.fill, []
+
+    def exhausted(target, *rest):
+        filled.append(target.path.name)
+        if len(filled) == 2:
+            raise MemoryError
+        return fill(target, *rest)
+
+    monkeypatch.setattr(refresh.outputs, "fill", exhausted)
+    assert len(write_all(averages, tmp_path / "out")) == 4
+    assert filled[:3] == [NAMES[0], NAMES[1], NAMES[0]]
+    assert_as_alone(tmp_path / "out", alone)
+
+
+def test_memory_for_not_even_one_model_is_a_plain_error(tmp_path, run, scarce):
+    with pytest.raises(EvaluationError, match="memory of cpu is too small for a single model"):
+        run(tmp_path / "out.pt", scarce(0), BATCHES)
+    assert not (tmp_path / "out.pt").exists()
+
+
+@pytest.mark.parametrize("passes", [1, 4])
+def test_data_that_can_be_read_once_only_are_enough_for_one_pass(
+    monkeypatch, tmp_path, averages, alone, passes
+):
+    fitting(monkeypatch, 4 // passes)
+    batches = iter(BATCHES)
+    if passes == 1:
+        write_all(averages, tmp_path / "out", data=batches)
+        assert_as_alone(tmp_path / "out", alone)
+        return
+    with pytest.raises(EvaluationError, match="read only once"):
+        write_all(averages, tmp_path / "out", data=batches)
+    assert len(list(batches)) == len(BATCHES)
+
+
+@pytest.mark.parametrize("together", [1, 2, 1000])
+@pytest.mark.parametrize(("others", "error"), [(1, NonFiniteError), (0, BatchNormError)])
+def test_none_is_written_if_one_fails(
+    monkeypatch, tmp_path, averages, states, together, others, error
+):
+    fitting(monkeypatch, together)
+    bad = copy.deepcopy(states[1])
+    bad["body.weight"][0, 0] = torch.inf
+    odd = opened(tmp_path / "odd", [bad, *states[:others]])
+    with pytest.raises(error):
+        write_all([*averages[:3], plan_average(odd)], tmp_path / "out")
+    assert listing(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("together", [1, 1000])
+def test_none_is_written_if_the_weights_of_one_do_not_fit(
+    monkeypatch, tmp_path, averages, together
+):
+    fitting(monkeypatch, together)
+    other = opened(tmp_path / "odd", [state_of(1, TwoNames)])
+    with pytest.raises(ModelError, match=r"weighted\.pt does not fit"):
+        write_all([*averages[:3], plan_average(other)], tmp_path / "out")
+    assert listing(tmp_path / "out") == []
+
+
+# Tensors that share storage
+
+
+class Tied(Net):
+    """Its table is a strided view, and its first weight has a second name."""
+
+    def __init__(self):
+        super().__init__()
+        self.again = self.body
+        self.register_buffer("view", torch.arange(12.0).view(3, 4).T[1:])
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+@pytest.mark.parametrize("kind", ["copy", "average"])
+def test_ties_and_views_are_written_right(tmp_path, name, kind):
+    states = []
+    for seed in (1, 2):
+        model = Tied()
+        torch.manual_seed(seed)
+        for value in model.state_dict().values():
+            if value.is_floating_point():
+                value.copy_(torch.rand(value.shape))
+        states.append({**model.state_dict()})
+    checkpoints = opened(tmp_path / "run", states)
+    how, out = Pass(Tied(), BATCHES, RUNTIME), tmp_path / name
+    if kind == "copy":
+        update_checkpoint(checkpoints[0], out, how)
+        expected = states[0]
+    else:
+        write_average(plan_average(checkpoints), out, how)
+        expected = average_of(states)
+    found = assert_refreshed(out, expected)
+    assert torch.equal(found["again.weight"], found["body.weight"])
+    if name.endswith(".pt"):
+        stored = torch.load(out, weights_only=True)["state_dict"]
+        assert stored["again.weight"].data_ptr() == stored["body.weight"].data_ptr()
