@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from ckptavg import runtime
 from ckptavg.errors import EvaluationError, UsageError
-from ckptavg.runtime import Runtime, find_device, fit, is_out_of_memory
+from ckptavg.runtime import Runtime, find_device, fit, free_on_host, is_out_of_memory
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -62,7 +63,7 @@ def test_amp_is_the_precision_of_the_forward_pass(amp, expected):
 
 def test_an_unknown_amp_is_wrong_usage():
     with pytest.raises(UsageError, match="off, bf16, fp16 but got 'int8'"):
-        Runtime(CPU, amp="int8").autocast()
+        Runtime(CPU, amp="int8")
 
 
 def test_fit_counts_the_copies_that_free_memory_holds():
@@ -71,11 +72,73 @@ def test_fit_counts_the_copies_that_free_memory_holds():
     assert fit(nn.ReLU(), CPU) > 1
 
 
+def test_processes_on_one_host_share_what_is_free(monkeypatch):
+    monkeypatch.setattr(runtime, "free_on_host", lambda: 8 * 10**6)
+    model = nn.Linear(100, 100, bias=False)
+    alone = fit(model, CPU)
+    assert alone == int(0.6 * 8 * 10**6 / 40_000)
+    for name, value in {"RANK": 0, "WORLD_SIZE": 8, "MASTER_ADDR": "a", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert fit(model, CPU) == alone // 4
+
+
+GIB = 2**30
+MEMINFO = f"MemTotal: 99999 kB\nMemFree: 1 kB\nMemAvailable: {8 * 2**20} kB\n"
+
+
+def kernel(root, **files):
+    """A host that has 8 GiB available, and what else its kernel says: ``/`` is ``__`` in names."""
+    for name, text in {"proc__meminfo": MEMINFO, **files}.items():
+        path = root.joinpath(*name.split("__"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(str(text))
+    return root
+
+
+def group(place, limit, used, cached=0, names=("memory.max", "memory.current")):
+    stat = f"anon 5\ninactive_file {cached}\nactive_file 7\n"
+    values = {names[0]: limit, names[1]: used, "memory.stat": stat}
+    return {f"sys__fs__cgroup__{place}{name}": f"{value}\n" for name, value in values.items()}
+
+
+def test_what_caches_files_counts_as_free(tmp_path):
+    assert free_on_host(kernel(tmp_path)) == 8 * GIB
+
+
+OLD = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+
+
+@pytest.mark.parametrize(
+    ("listed", "files", "expected"),
+    [
+        ("0::/", group("", 4 * GIB, GIB), 3 * GIB),
+        ("0::/", group("", 4 * GIB, 4 * GIB, cached=GIB), GIB),
+        ("0::/", group("", "max", GIB), 8 * GIB),
+        ("0::/", group("", GIB, 2 * GIB), 0),
+        ("0::/a/b", group("a__b__", "max", GIB) | group("a__", 3 * GIB, GIB), 2 * GIB),
+        ("0::/gone/outside", group("", 4 * GIB, GIB), 3 * GIB),
+        ("9:name=systemd:/\n4:memory:/job\n0::/", group("memory__job__", 5 * GIB, GIB, names=OLD),
+         4 * GIB),
+        ("4:memory:/", group("memory__", 2**63 - 4096, GIB, names=OLD), 8 * GIB),
+    ],
+    ids=["limit", "cache", "none", "over", "above", "namespace", "version 1", "version 1, none"],
+)  # fmt: skip
+def test_the_limit_of_a_container_counts(tmp_path, listed, files, expected):
+    files["proc__self__cgroup"] = listed + "\n"
+    assert free_on_host(kernel(tmp_path, **files)) == expected
+
+
+def test_a_host_that_does_not_say_is_asked_otherwise(tmp_path):
+    assert free_on_host(tmp_path) > 0
+
+
 def test_running_out_of_memory_is_known_by_its_kinds():
     huge = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 4611686018427387904"
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert is_out_of_memory(MemoryError())
     assert is_out_of_memory(RuntimeError(huge))
+    assert is_out_of_memory(RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"))
     assert not is_out_of_memory(RuntimeError("shapes cannot be multiplied"))
     with pytest.raises(RuntimeError) as told:
         torch.empty(1 << 62, dtype=torch.uint8)
