@@ -16,9 +16,10 @@ from torchmetrics.functional.classification import (
 from waiting import NoWaiting
 
 from ckptavg.errors import EvaluationError
-from ckptavg.metrics import ClassificationMetrics, LogMean, Totals, log_softmax
+from ckptavg.metrics import ClassificationMetrics, Totals
+from ckptavg.tasks.classification import Classification
+from ckptavg.tasks.task import LogMean
 
-CPU = torch.device("cpu")
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
@@ -28,11 +29,15 @@ def predictions(samples=300, classes=10, seed=0, scale=2.0):
     return logits, torch.randint(classes, (samples,), generator=generator)
 
 
+def log_probabilities(logits):
+    return Classification().predict(logits, None)
+
+
 def metrics_of(logits, labels, sizes=None):
     metrics = ClassificationMetrics()
     sizes = sizes or [len(labels)]
     for some, theirs in zip(logits.split(sizes), labels.split(sizes), strict=True):
-        metrics.update(log_softmax(some, CPU), theirs)
+        metrics.update(log_probabilities(some), theirs)
     return metrics
 
 
@@ -140,7 +145,7 @@ def test_metrics_do_not_end_with_compute():
     logits, labels = predictions(samples=20)
     metrics = ClassificationMetrics()
     for half in (slice(0, 10), slice(10, 20)):
-        metrics.update(log_softmax(logits[half], CPU), labels[half])
+        metrics.update(log_probabilities(logits[half]), labels[half])
         found = metrics.compute()
     assert found == pytest.approx(scores(logits, labels))
 
@@ -199,7 +204,7 @@ def test_metrics_of_several_processes_are_those_of_one(shares):
     for share in [*shares, [1]]:
         own = ClassificationMetrics()
         for _ in share:
-            own.update(log_softmax(next(some), CPU), next(theirs))
+            own.update(log_probabilities(next(some)), next(theirs))
         merged.merge(json.loads(json.dumps(own.state(), allow_nan=False)))
     whole = metrics_of(logits, labels)
     assert merged.compute() == pytest.approx(whole.compute(), rel=1e-12)
@@ -213,7 +218,7 @@ def test_a_process_that_has_merged_takes_in_further_batches():
     logits, labels = predictions(samples=90)
     metrics = metrics_of(logits[:30], labels[:30])
     metrics.merge(metrics_of(logits[30:60], labels[30:60]).state())
-    metrics.update(log_softmax(logits[60:], CPU), labels[60:])
+    metrics.update(log_probabilities(logits[60:]), labels[60:])
     assert metrics.compute() == pytest.approx(scores(logits, labels), rel=1e-12)
 
 
@@ -228,7 +233,7 @@ def test_updates_do_not_wait_for_the_device():
 def test_updates_on_a_gpu_do_not_wait_for_it():
     logits, labels = predictions()
     metrics = ClassificationMetrics()
-    here = [(log_softmax(some, some.device), y.cuda()) for some, y in [(logits.cuda(), labels)] * 2]
+    here = [(log_probabilities(some), y.cuda()) for some, y in [(logits.cuda(), labels)] * 2]
     torch.cuda.set_sync_debug_mode("error")
     try:
         for batch in here:
@@ -260,7 +265,7 @@ def test_totals_keep_what_was_added():
 def ensemble(*members):
     mean = LogMean()
     for logits in members:
-        mean.add(log_softmax(torch.as_tensor(logits, dtype=torch.float64), CPU))
+        mean.add(log_probabilities(torch.as_tensor(logits, dtype=torch.float64)), None)
     return mean
 
 
@@ -289,11 +294,11 @@ def test_an_ensemble_keeps_probabilities_that_underflow():
 
 
 def test_adding_a_member_leaves_the_ones_before_alone():
-    first = log_softmax(torch.tensor([[1.0, 2.0]]), CPU)
+    first = log_probabilities(torch.tensor([[1.0, 2.0]]))
     kept = first.clone()
     mean = LogMean()
-    mean.add(first)
-    mean.add(log_softmax(torch.tensor([[3.0, 0.0]]), CPU))
+    mean.add(first, None)
+    mean.add(log_probabilities(torch.tensor([[3.0, 0.0]])), None)
     mean.value()
     assert torch.equal(first, kept)
 
