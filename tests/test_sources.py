@@ -595,7 +595,7 @@ def test_an_argument_that_text_does_not_take(kind, language_model):
 
 
 def test_a_mistyped_kind_of_data_is_recognized():
-    assert "Did you mean tokens:" in error_of(make_data, "token:val.bin", train=False)
+    assert "Did you mean tokens:" in error_of(make_data, "tokns:val.bin", train=False)
 
 
 def test_models_and_data_of_the_users_need_no_torchvision(monkeypatch):

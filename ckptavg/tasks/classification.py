@@ -66,3 +66,7 @@ class Classification(Task):
         answers = predictions.argmax(1)
         right = (answers == targets).to(torch.uint8)
         return Samples(right, answers=answers.to(torch.int32), scale=100.0)
+
+    def details(self, scores: Any) -> dict[str, Any]:
+        """The bins that the calibration error is made of."""
+        return {"reliability": scores.reliability()}

@@ -155,6 +155,13 @@ class Task:
         """
         return split_labels(batch)
 
+    def inputs(self, batch: Any) -> Any:
+        """The model's inputs of a batch; training batches need no targets."""
+        try:
+            return self.split(batch)[0]
+        except EvaluationError:
+            return batch
+
     def forward(self, model: nn.Module, inputs: Any) -> Any:
         """Run the model on inputs."""
         return call_on_inputs(model, inputs)
@@ -193,7 +200,13 @@ class Task:
 
     def samples(self, predictions: torch.Tensor, targets: Any) -> Samples | None:
         """What paired comparisons of candidates need; None if the task has none to offer."""
+        del predictions, targets
         return None
+
+    def details(self, scores: Any) -> dict[str, Any]:
+        """What else JSON says of a candidate's scores, as plain values."""
+        del scores
+        return {}
 
 
 def first_tensor(outputs: Any, key: str = "logits") -> torch.Tensor:
@@ -212,7 +225,7 @@ def first_tensor(outputs: Any, key: str = "logits") -> torch.Tensor:
         return first_tensor(outputs[0], key)
     raise EvaluationError(
         f"the model is expected to return {key} but returned a {type(outputs).__name__}",
-        "Wrap it in a factory whose forward returns a tensor, or write a task of your own (--task).",
+        "Wrap it in a factory whose forward returns one, or name a task of your own by --task.",
     )
 
 
