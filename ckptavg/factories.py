@@ -101,7 +101,17 @@ def _failed_import(name: str, error: Exception) -> SpecError:
     )
 
 
-def call_factory(
+def call_factory(spec: str, keywords: Arguments | None = None) -> Any:
+    """What ``package.module:name(...)`` or ``path/file.py:name(...)`` gives.
+
+    Raises:
+        SpecError: It cannot be found, or fails.
+    """
+    home, name = split_spec(spec, "package.module:factory or path/file.py:factory")
+    return call_named(spec, find_factory(home, name), (), keywords or {})
+
+
+def call_named(
     spec: str, factory: Callable[..., Any], args: tuple[Any, ...], keywords: Arguments
 ) -> Any:
     """Call what a specification names.

@@ -17,6 +17,7 @@ from ckptavg.errors import SpecError, UsageError
 from ckptavg.factories import (
     Arguments,
     call_factory,
+    call_named,
     extra,
     find_factory,
     parameters_of,
@@ -76,14 +77,14 @@ def make_model(spec: str, arguments: Arguments | None = None) -> nn.Module:
         builder = models.get_model_builder(name)
         if "weights_backbone" in parameters_of(builder):
             keywords.setdefault("weights_backbone", None)  # else it would be downloaded
-        model = call_factory(spec, builder, (), keywords)
+        model = call_named(spec, builder, (), keywords)
     elif kind == "timm":
         timm = extra("timm", "timm")
-        model = call_factory(spec, timm.create_model, (name,), {"pretrained": False, **keywords})
+        model = call_named(spec, timm.create_model, (name,), {"pretrained": False, **keywords})
     elif kind == "hf":
-        model = call_factory(spec, _hugging_face_model, (name,), keywords)
+        model = call_named(spec, _hugging_face_model, (name,), keywords)
     else:
-        model = call_factory(spec, find_factory(kind, name), (), keywords)
+        model = call_factory(spec, keywords)
     if not isinstance(model, nn.Module):
         raise SpecError(
             f"{spec} is expected to return a torch.nn.Module but returned a {type(model).__name__}"
@@ -119,37 +120,25 @@ def make_data(
         datasets = _torchvision("datasets")
         _check_image_folder(Path(name))
         transform = _transform(keywords) or _image_transform(model_spec)
-        data = call_factory(
-            spec, datasets.ImageFolder, (name,), {"transform": transform, **keywords}
-        )
+        data = call_named(spec, datasets.ImageFolder, (name,), {"transform": transform, **keywords})
     elif kind in _CIFAR:
         class_name, mean, std = _CIFAR[kind]
         factory = getattr(_torchvision("datasets"), class_name)
         _check_cifar(kind, Path(name))
         transform = _transform(keywords) or _cifar_transform(class_name, mean, std)
-        data = call_factory(
+        data = call_named(
             spec, factory, (name,), {"train": train, "transform": transform, **keywords}
         )
     elif kind in _TEXT:
-        data = call_factory(spec, _TEXT[kind], (name,), {**_of_model(kind, model_spec), **keywords})
+        data = call_named(spec, _TEXT[kind], (name,), {**_of_model(kind, model_spec), **keywords})
     else:
-        data = call_factory(spec, find_factory(kind, name), (), keywords)
+        data = call_factory(spec, keywords)
     if not isinstance(data, (Dataset, DataLoader)) and not hasattr(data, "__iter__"):
         raise SpecError(
             f"{spec} is expected to return a Dataset or a DataLoader "
             f"but returned a {type(data).__name__}"
         )
     return data
-
-
-def call_factory(spec: str) -> Any:
-    """What ``package.module:name()`` or ``path/file.py:name()`` gives.
-
-    Raises:
-        SpecError: It cannot be found, or fails.
-    """
-    kind, name = _split(spec, "package.module:factory or path/file.py:factory")
-    return _call(spec, _factory(kind, name), (), {})
 
 
 def _literal(text: str) -> Any:

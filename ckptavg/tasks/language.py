@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -13,14 +13,15 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ckptavg.errors import EvaluationError
+from ckptavg.metrics import Totals
 from ckptavg.tasks.task import Metric, Samples, Task, first_tensor, in_float64
 from ckptavg.text import IGNORED
 
 log = logging.getLogger("ckptavg")
 
 _CHUNK = 1 << 24  # logits that are looked at in one go: what beside them is held at a time
-
-Score = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+_scored: MutableMapping[torch.Tensor, torch.Tensor] = WeakTensorKeyDictionary()
+"""What has been scored of logits that are still about."""
 
 
 class CausalLM(Task):
@@ -50,8 +51,7 @@ class CausalLM(Task):
     )
 
     def __init__(self) -> None:
-        self._scored = WeakTensorKeyDictionary()  # what has been scored of which logits
-        self._largest = -1  # of the token ids in all batches so far
+        self._largest = -1  # of the token ids in all batches so far, as seen on the host
 
     def split(self, batch: Any) -> tuple[Any, torch.Tensor]:
         """A batch as the model's inputs and the targets at the positions of the outputs.
@@ -76,8 +76,9 @@ class CausalLM(Task):
                 f"{tuple(ids.shape)} and {tuple(labels.shape)}"
             )
         aligned = isinstance(batch, Mapping)
-        _check_places(ids, labels, aligned=aligned)
-        self._note_range(ids)
+        if ids.device.type == "cpu":  # to look at a device's would be to wait for it
+            _check_places(ids, labels, aligned=aligned)
+            self._note_range(ids)
         if not aligned:
             return inputs, labels
         return inputs, nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
@@ -136,40 +137,31 @@ class CausalLM(Task):
     def predict(self, outputs: Any, targets: torch.Tensor) -> torch.Tensor:
         """The logits as they are: (N, T, V)."""
         logits = first_tensor(outputs).detach()
-        self.score(logits, targets)
+        _scored[logits] = score_tokens(logits, targets)
         return logits
 
-    def score(self, predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """What is scored of predictions, once for all that ask: (N, 2·T), float64."""
-        if predictions.dim() == 2:
-            return predictions
-        if predictions not in self._scored:
-            self._scored[predictions] = score_tokens(predictions, targets)
-        found: torch.Tensor = self._scored[predictions]
-        return found
-
     def sound(self, predictions: torch.Tensor) -> torch.Tensor:
-        """Whether no logits are NaN or +∞ where a token is scored; −∞ excludes a token."""
-        found = self._scored[predictions] if predictions.dim() == 3 else predictions
-        unsound: torch.Tensor = found[:, : found.shape[1] // 2].isnan().any()
-        return ~unsound
+        """Whether the scored log-probabilities are finite; −∞ may exclude other tokens."""
+        found = _scored.get(predictions, predictions)
+        logs = found.chunk(2, 1)[0] if found.dim() == 2 else found
+        return torch.isfinite(logs).all()
 
     def mean(self) -> TokenMean:
         """The mean of the tokens' probabilities."""
-        return TokenMean(self.score)
+        return TokenMean()
 
     def scores(self) -> TokenScores:
         """NLL, perplexity and accuracy."""
-        return TokenScores(self.score)
+        return TokenScores()
 
     def samples(self, predictions: torch.Tensor, targets: torch.Tensor) -> Samples:
         """The NLL of each window's tokens, and their number: tokens of a window go together."""
-        found = self.score(predictions, targets)
+        found = _score(predictions, targets)
         length = targets.shape[1]
         return Samples(-found[:, :length].sum(1), (targets >= 0).sum(1).to(found.device))
 
     def _note_range(self, ids: torch.Tensor) -> None:
-        """Remember the largest id, on the host, where it costs nothing to look."""
+        """Remember the largest id, which the model's embedding is compared with."""
         low, high = (int(end) for end in ids.aminmax()) if ids.numel() else (0, -1)
         if low < 0:
             raise EvaluationError(f"the data has the token id {low}", "Check --data and its dtype.")
@@ -179,17 +171,16 @@ class CausalLM(Task):
 class TokenScores:
     """NLL a token, perplexity and accuracy, from sums in float64."""
 
-    def __init__(self, score: Score) -> None:
-        self._score = score
-        self._sums = torch.zeros(3, dtype=torch.float64)  # NLL, right, tokens
+    def __init__(self) -> None:
+        self._totals = Totals(3)  # NLL, right, tokens
 
     def update(self, predictions: torch.Tensor, targets: torch.Tensor) -> None:
-        """Take in a batch."""
-        found = self._score(predictions, targets)
+        """Take in a batch, without waiting for its device."""
+        found = _score(predictions, targets)
         length = targets.shape[1]
         nll, right = -found[:, :length].sum(), found[:, length:].sum()
         tokens = (targets >= 0).sum().to(found)
-        self._sums = self._sums.to(found.device) + torch.stack((nll, right, tokens))
+        self._totals.add(torch.stack((nll, right, tokens)))
 
     def compute(self) -> dict[str, float]:
         """``nll`` in nats, ``perplexity``, ``accuracy`` in % if it is known, and ``n`` tokens.
@@ -197,7 +188,7 @@ class TokenScores:
         Raises:
             EvaluationError: There were no tokens.
         """
-        nll, right, tokens = self._sums.tolist()
+        nll, right, tokens = self._totals.read().tolist()
         if not tokens:
             raise EvaluationError("the evaluation data has no tokens to score", "Check --data.")
         found = {"nll": nll / tokens, "perplexity": _exp(nll / tokens)}
@@ -209,12 +200,12 @@ class TokenScores:
 
     def state(self) -> list[float | None]:
         """Sums of NLL, right tokens (None if not known) and tokens."""
-        return [None if math.isnan(value) else value for value in self._sums.tolist()]
+        return [None if math.isnan(value) else value for value in self._totals.read().tolist()]
 
     def merge(self, state: Sequence[float | None]) -> None:
         """Add another process's sums."""
         more = [math.nan if value is None else value for value in state]
-        self._sums = self._sums + torch.tensor(more, dtype=torch.float64, device=self._sums.device)
+        self._totals.add(torch.tensor(more, dtype=torch.float64))
 
 
 class TokenMean:
@@ -227,9 +218,8 @@ class TokenMean:
         members: How many have been taken in.
     """
 
-    def __init__(self, score: Score) -> None:
+    def __init__(self) -> None:
         self.members = 0
-        self._score = score
         self._sum: torch.Tensor | None = None
         self._parked: torch.Tensor | None = None  # (N, T) of the targets, float64
         self._targets = torch.empty(0)
@@ -240,7 +230,7 @@ class TokenMean:
         self.members += 1
         self._targets = targets
         if self._parked is not None:
-            found = self._score(predictions, targets)[:, : targets.shape[1]].cpu()
+            found = _score(predictions, targets)[:, : targets.shape[1]].cpu()
             self._parked = torch.logaddexp(self._parked, found)
             return
         dtype = _softmax_dtype(predictions)
@@ -292,6 +282,16 @@ def score_tokens(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     found = in_float64(torch.cat(parts)).reshape(*targets.shape, 2)
     scored = (targets >= 0).to(found.device)
     return torch.where(scored[:, None], found.movedim(2, 1), 0.0).flatten(1)
+
+
+def _score(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """What is scored of predictions, computed once for all that ask: (N, 2·T), float64."""
+    if predictions.dim() == 2:
+        return predictions
+    found = _scored.get(predictions)
+    if found is None:
+        found = _scored[predictions] = score_tokens(predictions, targets)
+    return found
 
 
 def _chunks(logits: torch.Tensor) -> Iterator[torch.Tensor]:
