@@ -14,9 +14,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
-from ckptavg import averaging, open_checkpoint
+from ckptavg import Candidate, averaging, evaluate, evaluation, open_checkpoint
+from ckptavg.averaging import plan_average
 from ckptavg.errors import EvaluationError
 from ckptavg.loading import load_into
+from ckptavg.run import as_run
 from ckptavg.sources import make_model
 from ckptavg.tasks import language
 from ckptavg.tasks.language import CausalLM, score_tokens
@@ -604,6 +606,33 @@ def test_a_saved_model_is_scored_as_it_was(tmp_path, make):
     checkpoint = open_checkpoint(tmp_path / "checkpoint-10")
     load_into(built, averaging.load(checkpoint), "checkpoint-10")
     assert scored(built, loader) == scored(model, loader)
+
+
+@pytest.mark.parametrize("at_a_time", [1, 2, 5])
+def test_candidates_are_scored_by_hand_however_many_go_together(tmp_path, monkeypatch, at_a_time):
+    """Two checkpoints, their average and their ensemble, whose accuracy needs one pass."""
+    monkeypatch.setattr(evaluation, "fit", lambda *_: at_a_time)
+    models, data = [Bigrams(seed=seed) for seed in range(2)], windows(60, 9, 4)
+    paths = [tmp_path / f"{i}.pt" for i in range(2)]
+    for model, path in zip(models, paths, strict=True):
+        torch.save(model.state_dict(), path)
+    run = as_run([open_checkpoint(path) for path in paths])
+    candidates = [
+        *paths,
+        Candidate.of_average(plan_average(run, "uniform"), "average", recompute=False),
+        Candidate.of_ensemble(run),
+    ]
+    found = evaluate(candidates, Bigrams(), data, task=CausalLM(), batch_size=3)
+
+    mean = Bigrams()
+    mean.table.weight.data = torch.stack([m.table.weight.data for m in models]).mean(0)
+    batch = next(iter(DataLoader(data, 100)))
+    parts = [probabilities_of(model, batch) for model in (*models, mean)]
+    everything = [p for p, _ in parts] + [np.mean([p for p, _ in parts[:2]], 0)]
+    expected = [by_hand(probabilities, parts[0][1]) for probabilities in everything]
+    if at_a_time == 1:
+        del expected[3]["accuracy"]
+    assert [r.metrics for r in found] == [pytest.approx(e, rel=1e-6) for e in expected]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
