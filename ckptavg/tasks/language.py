@@ -44,6 +44,8 @@ class CausalLM(Task):
     float64. An ensemble averages the probabilities of all tokens.
     """
 
+    counts: ClassVar = "tokens"
+    batch_size: ClassVar = 8  # of windows, whose logits are large
     metrics: ClassVar = (
         Metric("nll", "NLL", ".4f", False),
         Metric("perplexity", "perplexity", ".3f", False),
