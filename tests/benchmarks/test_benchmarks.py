@@ -235,6 +235,7 @@ def test_rates_are_held_against_the_bare_forward_pass(scripts, tmp_path):
     assert row["bare forward"]["median"] > 0
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")  # fvcore's import
 def test_statistics_are_held_against_a_pass_and_against_the_population(scripts, tmp_path):
     rows = scored_here("statistics", tmp_path, "--rounds", "1")["rows"]
     off = {name: row.get("first layer's variance off by") for name, row in rows.items()}
