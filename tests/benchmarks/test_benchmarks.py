@@ -250,10 +250,7 @@ def usages(*seconds):
 
 @pytest.mark.parametrize(("decoding", "goal"), [(0.6, None), (1.8, 5.0)])
 def test_the_goal_for_eight_is_one_where_decoding_dominates(decoding, goal):
-    bench = object.__new__(scoring_parts.Scoring)
-    object.__setattr__(bench, "device", "cuda")
-    object.__setattr__(bench, "fvcore", False)
-    contest = scoring_parts._Contest(bench, None)
+    contest = scoring_parts._Contest(Namespace(device="cuda", fvcore=False), None)
     contest.scores["ckptavg, K = 8"] = [(50.0, 1.25), (25.0, 2.0)]
     contest.scores["torch, K = 8"] = [(50.0, 1.5), (37.5, 2.0)]
     found = {
