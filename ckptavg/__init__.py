@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ckptavg.averaging import average as average
     from ckptavg.batchnorm import update_bn as update_bn
+    from ckptavg.candidates import Candidate as Candidate
     from ckptavg.errors import CkptavgError as CkptavgError
-    from ckptavg.evaluation import Candidate as Candidate
     from ckptavg.evaluation import evaluate as evaluate
     from ckptavg.formats import Checkpoint as Checkpoint
     from ckptavg.formats import open_checkpoint as open_checkpoint
     from ckptavg.many import average_many as average_many
     from ckptavg.run import Run as Run
     from ckptavg.run import open_run as open_run
+    from ckptavg.tasks import Task as Task
     from ckptavg.version import __version__ as __version__
     from ckptavg.weight_space import geometry as geometry
 
@@ -28,13 +29,14 @@ _HOMES = {
     "average_many": "many",
     "update_bn": "batchnorm",
     "CkptavgError": "errors",
-    "Candidate": "evaluation",
+    "Candidate": "candidates",
     "evaluate": "evaluation",
     "Checkpoint": "formats",
     "open_checkpoint": "formats",
     "geometry": "weight_space",
     "Run": "run",
     "open_run": "run",
+    "Task": "tasks",
     "__version__": "version",
 }
 

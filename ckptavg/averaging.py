@@ -340,12 +340,16 @@ def prepare(
 
 
 def prepare_many(
-    averages: Sequence[Planned], *, overwrite: bool, digests: bool = False
+    averages: Sequence[Planned],
+    *,
+    overwrite: bool,
+    digests: bool = False,
+    batchnorm: str | None = None,
 ) -> list[Target]:
     """As ``prepare``, for several averages at once."""
     files = {id(c): c for planned, _ in averages for c in planned.plan.files}
-    care: dict[str, Any] = {"overwrite": overwrite, "digests": digests, "others": files.values()}
-    targets = [prepare(planned, out, **care) for planned, out in averages]
+    care: dict[str, Any] = {"overwrite": overwrite, "digests": digests, "batchnorm": batchnorm}
+    targets = [prepare(planned, out, others=files.values(), **care) for planned, out in averages]
     outputs.check_together(targets)
     return targets
 

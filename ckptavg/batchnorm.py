@@ -11,25 +11,25 @@ from __future__ import annotations
 
 import fnmatch
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 from torch.utils.data import Dataset
 
-from ckptavg.batches import Batches, Forward, Runtime, call, length_of, size_of, to_device
+from ckptavg.batches import Batches, Forward, call, size_of
 from ckptavg.errors import BatchNormError, first_few
+from ckptavg.loaders import Progress, Subset, counted, moved, open_loader
+from ckptavg.processes import Alone, Peers, peers_of_group
+from ckptavg.runtime import Runtime, suits_channels_last
 
 log = logging.getLogger("ckptavg")
-Progress = Callable[[int, int], None]
-"""Called as ``progress(done, total)`` in batches; total is 0 where the loader has no length."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ def update_bn(
     batch_size: int = 128,
     workers: int = 0,
     seed: int = 0,
+    samples: int | None = None,
     progress: Progress | None = None,
 ) -> BatchNormResult:
     """Recompute a model's BatchNorm statistics in one pass over data.
@@ -84,40 +85,42 @@ def update_bn(
         batch_size: Of a Dataset.
         workers: Processes that load a Dataset.
         seed: Of a Dataset's order.
-        progress: Called with the batches done and their total.
+        samples: How many samples of the data, drawn at random; all of them where None.
+        progress: Called with the samples done and their total.
 
     Raises:
         BatchNormError: There are no data, no such layers, or a layer saw a single value or one that
             is not finite.
     """
     runtime = Runtime.on(device, model, amp=amp, batch_size=batch_size, workers=workers, seed=seed)
-    return recompute([model], data, runtime, forward, exclude, progress)[0]
+    peers = peers_of_group()
+    subset = None if samples is None else Subset(samples)
+    loader = open_loader(data, runtime, shuffle=True, subset=subset, peers=peers)
+    batches = counted(loader, progress or (lambda *_: None), peers)
+    return recompute([model], batches, runtime, forward, exclude, peers=peers)[0]
 
 
 def recompute(
     models: Sequence[nn.Module],
-    data: Batches | Dataset[Any],
+    data: Iterable[Any],
     runtime: Runtime,
     forward: Forward | None = None,
     exclude: Sequence[str] = (),
-    progress: Progress | None = None,
+    peers: Peers | None = None,
 ) -> list[BatchNormResult]:
-    """``update_bn`` for several models that share one pass over the data."""
-    loader = runtime.loader(data, shuffle=True)
+    """``update_bn`` for several models that share one pass over this process's batches."""
     run = forward or call
-    total, batches, samples = length_of(loader), 0, 0
+    batches, samples = 0, 0
+    channels_last = suits_channels_last(models[0], runtime.device)
     with ExitStack() as stack, torch.no_grad():
-        passes = [stack.enter_context(_collecting(m, exclude, runtime.device)) for m in models]
-        for batch in loader:
-            moved = to_device(batch, runtime.device)
+        passes = [stack.enter_context(_collecting(m, exclude, runtime)) for m in models]
+        for batch in moved(data, runtime, channels_last=channels_last):
             with runtime.autocast():
                 for one in passes:
-                    run(one.model, moved)
+                    run(one.model, batch.here)
             batches += 1
-            samples += size_of(batch)
-            if progress is not None:
-                progress(batches, total)
-        return [one.finish(batches, samples) for one in passes]
+            samples += size_of(batch.given)
+        return [one.finish(batches, samples, peers or Alone()) for one in passes]
 
 
 def tracked_layers(model: nn.Module) -> dict[str, _NormBase]:
@@ -237,9 +240,9 @@ class _Pass:
 
         return hook
 
-    def finish(self, batches: int, samples: int) -> BatchNormResult:
+    def finish(self, batches: int, samples: int, peers: Peers) -> BatchNormResult:
         """Merge what the processes saw, check it, and write it into the layers."""
-        batches_of_all = self._merge_processes(batches)
+        batches_of_all = self._merge_processes(batches, peers)
         if not batches_of_all:
             raise BatchNormError("the training data is empty", "Check --train-data.")
         reached = {name: m for name, m in self.moments.items() if name in self.layers}
@@ -264,20 +267,24 @@ class _Pass:
             )
         return BatchNormResult(len(reached), batches, samples, unreached)
 
-    def _merge_processes(self, batches: int) -> int:
+    def _merge_processes(self, batches: int, peers: Peers) -> int:
         """Merge the moments of all processes in the order of their ranks."""
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-            return batches
         mine = {
-            name: (m.count, m.mean.cpu(), m.spread.cpu(), m.instances)
+            name: (m.count, m.mean.tolist(), m.spread.tolist(), m.instances)
             for name, m in self.moments.items()
         }
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, (batches, mine))
+        if peers.count == 1:
+            return batches
+        gathered = peers.gather([batches, mine])
         self.moments = {}
         for _, moments in gathered:
-            for name, parts in moments.items():
-                other = _Moments(*parts)
+            for name, (count, mean, spread, instances) in moments.items():
+                other = _Moments(
+                    count,
+                    torch.tensor(mean, dtype=torch.float64, device=self.where),
+                    torch.tensor(spread, dtype=torch.float64, device=self.where),
+                    instances,
+                )
                 if name in self.moments:
                     self.moments[name].merge(other)
                 else:
@@ -286,10 +293,10 @@ class _Pass:
 
 
 @contextmanager
-def _collecting(model: nn.Module, exclude: Sequence[str], device: torch.device) -> Iterator[_Pass]:
+def _collecting(model: nn.Module, exclude: Sequence[str], runtime: Runtime) -> Iterator[_Pass]:
     """Prepare a model for the pass; leave it as it was, new statistics aside, afterwards."""
-    one = _Pass(model, exclude, device)
-    model.to(device)
+    one = _Pass(model, exclude, runtime.device)
+    runtime.place(model)
     modes = [(module, module.training) for module in model.modules()]
     before = {name: _statistics(layer) for name, layer in one.layers.items()}
     hooks = []

@@ -1,163 +1,45 @@
 """Candidates × one pass over the data → metrics.
 
-A candidate is a checkpoint, an average or an ensemble. What an ensemble needs of its members, their
-outputs, is computed once and shared with the members that are candidates themselves.
+Every set of weights that some candidate needs is a network; as many networks as fit in memory go
+through a pass together. A pass reads their weights, averages from the stream, recomputes the
+statistics that are wanted over the training data, and scores over the evaluation data, the models
+staying where they are. What an ensemble needs of its members, their outputs, is computed once and
+shared with the members that are candidates themselves.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from ckptavg import averaging, lora
-from ckptavg.averaging import Average
-from ckptavg.batches import (
-    Batches,
-    Forward,
-    Runtime,
-    call_on_inputs,
-    inputs_of,
-    length_of,
-    split_labels,
-    to_device,
-)
+from ckptavg import lora, networks
+from ckptavg.batches import Batches, Forward, bytes_of, tensors_of
 from ckptavg.batchnorm import recompute, tracked_layers
+from ckptavg.candidates import Candidate, reference_of
 from ckptavg.errors import EvaluationError, UsageError
-from ckptavg.formats import Checkpoint, open_checkpoint
-from ckptavg.loading import fit, load_into
-from ckptavg.metrics import ClassificationMetrics, LogMean, log_softmax
-from ckptavg.outputs import StateDict
-from ckptavg.run import Run
+from ckptavg.evidence import compare
+from ckptavg.formats import Checkpoint
+from ckptavg.loaders import Moved, Subset, counted, moved, open_loader
+from ckptavg.networks import Network, Networks
+from ckptavg.passes import run_passes, say
+from ckptavg.processes import Alone, Peers, peers_of_group
+from ckptavg.results import Result, Versus
+from ckptavg.runtime import Runtime, fit, suits_channels_last
+from ckptavg.scoring import Board, Soundness, joined
+from ckptavg.tasks import Task
+from ckptavg.tasks.classification import Classification
 
 log = logging.getLogger("ckptavg")
 Progress = Callable[[str, int, int], None]
-"""Called as ``progress(phase, done, total)`` in batches; total is 0 where it is not known."""
-
-FIRST_METRIC = "top1"  # what --fail-if-worse looks at
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """What is scored. Made by ``of_checkpoint``, ``of_average`` or ``of_ensemble``.
-
-    Attributes:
-        name: Stands in the table.
-        kind: ``checkpoint``, ``average`` or ``ensemble``.
-        checkpoints: What it is made of.
-        coefficients: One a checkpoint.
-        recompute: Whether its BatchNorm statistics are recomputed before it is scored.
-        average: How it comes about, for an average.
-        last: Whether it is the last checkpoint of the run, which an average is measured against.
-    """
-
-    name: str
-    kind: str
-    checkpoints: tuple[Checkpoint, ...] = field(repr=False)
-    coefficients: tuple[float, ...]
-    recompute: bool = False
-    average: Average | None = field(default=None, repr=False)
-    last: bool = False
-
-    @classmethod
-    def of_checkpoint(
-        cls,
-        checkpoint: Checkpoint | str | os.PathLike[str],
-        name: str | None = None,
-        *,
-        last: bool = False,
-    ) -> Candidate:
-        """A checkpoint as it is; ``last`` if it is what an average is measured against."""
-        opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
-        return cls(name or opened.path.name, "checkpoint", (opened,), (1.0,), last=last)
-
-    @classmethod
-    def of_average(cls, planned: Average, name: str, *, recompute: bool) -> Candidate:
-        """A planned average, with its statistics as averaged or recomputed."""
-        plan = planned.plan
-        return cls(name, "average", plan.checkpoints, plan.coefficients, recompute, planned)
-
-    @classmethod
-    def of_ensemble(
-        cls, checkpoints: Run | Iterable[Checkpoint], name: str = "FGE ensemble"
-    ) -> Candidate:
-        """The mean of the checkpoints' softmax outputs, each with its own statistics."""
-        members = tuple(checkpoints)
-        if not members:
-            raise UsageError("an ensemble needs at least one checkpoint")
-        return cls(name, "ensemble", members, tuple(1 / len(members) for _ in members))
-
-
-@dataclass(frozen=True)
-class Result:
-    """A candidate's score.
-
-    Attributes:
-        candidate: What was scored.
-        metrics: ``top1`` and ``top5`` in %, ``nll`` in nats, ``ece`` as a fraction, ``n`` samples.
-        bn: Its statistics: ``own``, ``recomputed``, ``stale`` or ``none``.
-    """
-
-    candidate: Candidate
-    metrics: Mapping[str, float]
-    bn: str
-
-    @property
-    def forwards(self) -> int:
-        """Forward passes that one sample costs."""
-        return len(self.candidate.checkpoints) if self.candidate.kind == "ensemble" else 1
-
-    def as_json(self) -> dict[str, Any]:
-        """The result as plain values."""
-        return {
-            "name": self.candidate.name,
-            "kind": self.candidate.kind,
-            "checkpoints": [str(c.path) for c in self.candidate.checkpoints],
-            "coefficients": list(self.candidate.coefficients),
-            "metrics": dict(self.metrics),
-            "bn": self.bn,
-            "forwards": self.forwards,
-        }
-
-
-def candidates_of(
-    run: Run,
-    selection: Run,
-    planned: Average,
-    *,
-    each: bool = False,
-    ensemble: bool = False,
-    recompute: bool = False,
-) -> list[Candidate]:
-    """The candidates that tell what averaging a run is worth.
-
-    Args:
-        run: All of the run, whose last checkpoint is what one would use otherwise.
-        selection: What is averaged.
-        planned: The selection's average.
-        each: Add every selected checkpoint.
-        ensemble: Add the output ensemble of the selection.
-        recompute: Add the average with recomputed statistics.
-    """
-    last = run.checkpoints[-1]
-    singles = [c for c in selection if each and c.path != last.path]
-    found = [Candidate.of_checkpoint(c, c.path.name) for c in singles]
-    found.append(Candidate.of_checkpoint(last, f"{last.path.name} (last)", last=True))
-    text = f"average of {len(selection)} ({planned.scheme.text})"
-    found.append(Candidate.of_average(planned, text, recompute=False))
-    if recompute and planned.batchnorm != "none":
-        found.append(Candidate.of_average(planned, text, recompute=True))
-    if ensemble:
-        found.append(Candidate.of_ensemble(selection, f"FGE ensemble of {len(selection)}"))
-    return found
+"""Called as ``progress(phase, done, total)`` in samples; total is 0 where it is not known."""
 
 
 def evaluate(
@@ -166,33 +48,40 @@ def evaluate(
     data: Batches | Dataset[Any],
     *,
     train_loader: Batches | Dataset[Any] | None = None,
+    task: Task | None = None,
     device: str | torch.device | None = None,
     forward: Forward | None = None,
     amp: str = "off",
     batch_size: int = 128,
     workers: int = 0,
     seed: int = 0,
+    bn_samples: int | None = None,
     keep_nonfinite: bool = False,
     progress: Progress | None = None,
 ) -> list[Result]:
     """Score candidates on the same data, as many as fit in memory in one pass.
 
     The statistics of all averages that are to be recomputed share passes over the training data
-    likewise. The model given is only a template: it is copied, not changed.
+    likewise. The model given is only a template: it is copied, not changed. Under an initialized
+    ``torch.distributed`` process group all processes call this alike and get the same results; a
+    Dataset is shared among them batch by batch, a loader is each process's own part of the data.
 
     Args:
         candidates: Candidates, or checkpoints that are scored as they are.
         model: A module that the weights fit.
         data: A Dataset, or a loader that gives (inputs, labels) or a dict with labels.
         train_loader: Training data, as a Dataset or a loader, for averages with ``recompute``.
+        task: How to call the model and what to compute; image classification where None.
         device: ``auto``, ``cpu``, ``cuda[:N]``, ``mps``; the model's own where None.
-        forward: ``forward(model, inputs)``, for inputs that are neither a tensor nor a dict.
+        forward: ``forward(model, inputs)``, in place of the task's.
         amp: ``off``, ``bf16`` or ``fp16``.
         batch_size: Of a Dataset.
         workers: Processes that load a Dataset.
         seed: Of the training data's order.
+        bn_samples: How many samples of the training data, drawn at random, the statistics are
+            recomputed from; all of them where None.
         keep_nonfinite: Let averages that are not finite reach the model.
-        progress: Told about each phase.
+        progress: Told about each phase, in samples.
 
     Returns:
         One result a candidate, in their order.
@@ -201,180 +90,213 @@ def evaluate(
         ModelError: Weights do not fit the model.
         EvaluationError: The data and the outputs do not fit, or an output is NaN.
     """
-    wanted = [c if isinstance(c, Candidate) else Candidate.of_checkpoint(c) for c in candidates]
-    if not wanted:
-        raise UsageError("there is nothing to evaluate")
-    lora.require_models(checkpoint for candidate in wanted for checkpoint in candidate.checkpoints)
     runtime = Runtime.on(device, model, amp=amp, batch_size=batch_size, workers=workers, seed=seed)
-    quiet = progress or (lambda *_: None)
-    run = forward or call_on_inputs
-    session = _Session(wanted, model, runtime, run, quiet, keep_nonfinite)
-    if any(c.recompute for c in wanted):
-        if train_loader is None:
-            raise UsageError("recomputing statistics needs training data (train_loader)")
-        session.recompute_statistics(train_loader)
-    return session.score(runtime.loader(data, shuffle=False))
+    peers = peers_of_group()
+    subset = None if bn_samples is None else Subset(bn_samples)
+    return score(
+        [c if isinstance(c, Candidate) else Candidate.of_checkpoint(c) for c in candidates],
+        model,
+        open_loader(data, runtime, shuffle=False, peers=peers),
+        runtime,
+        None if train_loader is None
+        else open_loader(train_loader, runtime, shuffle=True, subset=subset, peers=peers),
+        task=task,
+        forward=forward,
+        keep_nonfinite=keep_nonfinite,
+        progress=progress,
+        peers=peers,
+    )  # fmt: skip
 
 
-def is_worse(results: Sequence[Result]) -> bool:
-    """Whether the average does worse than the last checkpoint on the task's first metric.
+def score(
+    candidates: Sequence[Candidate],
+    model: nn.Module,
+    data: Batches,
+    runtime: Runtime,
+    training: Batches | None = None,
+    *,
+    task: Task | None = None,
+    forward: Forward | None = None,
+    keep_nonfinite: bool = False,
+    progress: Progress | None = None,
+    peers: Peers | None = None,
+    on_results: Callable[[Sequence[Result]], None] | None = None,
+) -> list[Result]:
+    """As ``evaluate``, for data whose batches this process has to itself.
 
-    The average is the recomputed one where there is one. Expects what ``candidates_of`` made.
+    Args:
+        candidates: What to score.
+        model: As for ``evaluate``.
+        data: This process's batches of the evaluation data.
+        runtime: Where and how the models run.
+        training: This process's batches of the training data.
+        task: As for ``evaluate``.
+        forward: As for ``evaluate``.
+        keep_nonfinite: As for ``evaluate``.
+        progress: As for ``evaluate``.
+        peers: The processes that share the data.
+        on_results: Told after each pass what is known by then.
     """
-    averages = [r for r in results if r.candidate.kind == "average"]
-    last = [r for r in results if r.candidate.last]
-    if not averages or not last:
-        raise UsageError("an average and a last checkpoint are needed, as candidates_of gives")
-    chosen = next((r for r in averages if r.bn == "recomputed"), averages[0])
-    return chosen.metrics[FIRST_METRIC] < last[0].metrics[FIRST_METRIC]
-
-
-@dataclass(eq=False)
-class _Network:
-    """One set of weights that outputs are computed with.
-
-    Attributes:
-        name: For messages.
-        weights: Reads or computes them.
-        statistics: Recomputed BatchNorm buffers, once there are any.
-    """
-
-    name: str
-    weights: Callable[[], StateDict]
-    recompute: bool
-    statistics: StateDict = field(default_factory=dict)
+    if not candidates:
+        raise UsageError("there is nothing to evaluate")
+    lora.require_models(
+        checkpoint for candidate in candidates for checkpoint in candidate.checkpoints
+    )
+    if training is None and any(c.recompute for c in candidates):
+        raise UsageError("recomputing statistics needs training data (train_loader)")
+    session = _Session(candidates, model, runtime, task or Classification(), peers or Alone())
+    session.forward = forward or session.task.forward
+    session.progress = progress or session.progress
+    session.keep_nonfinite = keep_nonfinite
+    return session.run(data, training, on_results or (lambda _: None))
 
 
 class _Session:
-    """The networks of some candidates, in groups that fit in memory together."""
+    """The passes of some candidates over the data."""
 
     def __init__(
         self,
         candidates: Sequence[Candidate],
         model: nn.Module,
         runtime: Runtime,
-        forward: Forward,
-        progress: Progress,
-        keep_nonfinite: bool,
+        task: Task,
+        peers: Peers,
     ) -> None:
         self.candidates = candidates
         self.model = model
         self.runtime = runtime
-        self.forward = forward
-        self.progress = progress
-        self.keep_nonfinite = keep_nonfinite
-        self.networks: dict[object, _Network] = {}
-        self.averages: dict[int, Callable[[], StateDict]] = {}
-        self.members = [self._networks_of(candidate) for candidate in candidates]
+        self.task = task
+        self.peers = peers
+        self.forward: Forward = task.forward
+        self.progress: Progress = lambda *_: None
+        self.keep_nonfinite = False
+        self.networks = Networks(candidates)
+        self.boards = [
+            Board(candidate, members, task)
+            for candidate, members in zip(candidates, self.networks.members, strict=True)
+        ]
+        self.channels_last = suits_channels_last(model, runtime.device)
+        self.fingerprints: list[int] = []
+        self.known: dict[Board, Result] = {}
 
-    def recompute_statistics(self, data: Batches | Dataset[Any]) -> None:
-        """Recompute the statistics of the averages that want it."""
-        wanting = [n for n in self.networks.values() if n.recompute]
-        groups = self._groups(wanting)
-        for i, group in enumerate(groups, 1):
-            self._recompute_group(group, data, _phase("BatchNorm", i, len(groups)))
+    def run(
+        self,
+        data: Batches,
+        training: Batches | None,
+        on_results: Callable[[Sequence[Result]], None],
+    ) -> list[Result]:
+        """Every group of networks in a pass of its own."""
+        size = min(self.peers.gather(fit(self.model, self.runtime.device)))
+        groups = self.networks.groups(size)
+        say(len(self.candidates), len(groups))
+        results: list[Result] = []
 
-    def _recompute_group(
-        self, group: Sequence[_Network], data: Batches | Dataset[Any], phase: str
+        def run_pass(group: Sequence[Network], number: int, of: int) -> None:
+            phase = functools.partial(_phase, number=number, of=of)
+            try:
+                self._pass(group, data, training, phase)
+            finally:
+                networks.release(group, self.runtime.device)
+            results[:] = self._results(group)
+            on_results(results)
+
+        run_passes(groups, run_pass, self.runtime, self.peers)
+        return results
+
+    def _pass(
+        self,
+        group: Sequence[Network],
+        data: Batches,
+        training: Batches | None,
+        phase: Callable[[str], str],
     ) -> None:
-        """One pass over the training data; its models are gone before the next one's come."""
-        models = [self._load(network) for network in group]
-        report = functools.partial(self.progress, phase)
-        recompute(models, data, self.runtime, self._forward_on_batch, progress=report)
-        for network, model in zip(group, models, strict=True):
-            network.statistics = {
-                f"{name}.{key}".lstrip("."): value.detach().cpu().clone()
-                for name, layer in tracked_layers(model).items()
-                for key, value in layer.named_buffers(recurse=False)
-            }
+        """Read a group's weights, recompute what statistics are wanted, score."""
+        networks.load(group, self.model, self.runtime, keep_nonfinite=self.keep_nonfinite)
+        wanting = [network.model for network in group if network.recompute]
+        if wanting and training is not None:
+            batches = self._counted(training, phase("BatchNorm"))
+            recompute(wanting, batches, self.runtime, self._forward_on_batch, peers=self.peers)
+        for board in self.boards:
+            board.begin()
+        self._score(group, self._counted(data, phase("evaluation")))
+        for board in self.boards:
+            board.commit(group)
+
+    def _counted(self, batches: Batches, phase: str) -> Batches:
+        return counted(batches, functools.partial(self.progress, phase), self.peers)
 
     def _forward_on_batch(self, model: nn.Module, batch: Any) -> Any:
-        return self.forward(model, inputs_of(batch))
+        return self.forward(model, self.task.inputs(batch))
 
-    def score(self, loader: Batches) -> list[Result]:
-        """Run every network over the data and score every candidate."""
-        groups = self._groups(list(self.networks.values()))
-        if len(groups) > 1:
-            log.info("%d networks in %d passes, by memory", len(self.networks), len(groups))
-        boards = [_Scoreboard(candidate) for candidate in self.candidates]
-        labels_seen: list[torch.Tensor] = []
-        for i, group in enumerate(groups, 1):
-            phase = _phase("evaluation", i, len(groups))
-            self._score_group(group, boards, loader, labels_seen, phase)
-        return [
-            Result(board.candidate, board.metrics.compute(), self._bn(board.candidate))
-            for board in boards
-        ]
-
-    def _score_group(
-        self,
-        group: Sequence[_Network],
-        boards: Sequence[_Scoreboard],
-        loader: Batches,
-        labels_seen: list[torch.Tensor],
-        phase: str,
-    ) -> None:
+    def _score(self, group: Sequence[Network], batches: Any) -> None:
         """One pass over the data, which must be the same in every pass."""
-        models = [(network, self._load(network)) for network in group]
-        first, total, count = not labels_seen, length_of(loader), 0
-        for batch in loader:
-            inputs, labels = split_labels(batch)
-            _check_order(labels_seen, count, labels, first=first)
-            moved = to_device(inputs, self.runtime.device)
-            self._score_batch(models, boards, count, moved, labels)
+        first, count, soundness = not self.fingerprints, 0, Soundness()
+        for batch in moved(batches, self.runtime, channels_last=self.channels_last):
+            self._check_order(count, batch.given, first=first)
+            for network in group:
+                self._score_batch(network, count, batch, soundness)
+            soundness.check(keep=len(group))
             count += 1
-            self.progress(phase, count, total)
-        if count != len(labels_seen):
+        soundness.check()
+        if count != len(self.fingerprints):
             raise _another_order()
 
     def _score_batch(
-        self,
-        models: Sequence[tuple[_Network, nn.Module]],
-        boards: Sequence[_Scoreboard],
-        number: int,
-        inputs: Any,
-        labels: torch.Tensor,
+        self, network: Network, number: int, batch: Moved, soundness: Soundness
     ) -> None:
-        for network, model in models:
-            with torch.inference_mode(), self.runtime.autocast():
-                outputs = logits_of(self.forward(model, inputs))
-            _check_outputs(network.name, outputs, labels)
-            found = log_softmax(outputs, self.runtime.device)
-            here = labels.to(found.device, torch.int64)
-            for board, members in zip(boards, self.members, strict=True):
-                for _ in range(members.count(network)):
-                    board.add(number, found, here, members=len(members))
+        inputs, targets = self.task.split(batch.here)
+        with torch.inference_mode():
+            with self.runtime.autocast():
+                outputs = self.forward(network.model, inputs)
+            self.task.check(outputs, self.task.split(batch.given)[1])
+            found = self.task.predict(outputs, targets)
+            targets = _beside(targets, found)
+            soundness.add(network.name, self.task.sound(found))
+            samples = self.task.samples(found, targets)
+            for board in self.boards:
+                board.add(number, network, found, samples, targets)
 
-    def _networks_of(self, candidate: Candidate) -> list[_Network]:
-        if candidate.average is not None:
-            planned = candidate.average
-            once = functools.cache(lambda: self._average(planned))
-            weights = self.averages.setdefault(id(planned), once)
-            made = _Network(candidate.name, weights, candidate.recompute)
-            return [self.networks.setdefault((id(planned), candidate.recompute), made)]
-        return [
-            self.networks.setdefault(
-                (c.path.resolve(), c.key),
-                _Network(str(c.path), functools.partial(averaging.load, c), recompute=False),
-            )
-            for c in candidate.checkpoints
-        ]
+    def _check_order(self, number: int, batch: Any, *, first: bool) -> None:
+        """Make sure that every pass sees the same samples in the same order."""
+        found = _fingerprint(self.task.split(batch)[1])
+        if first:
+            self.fingerprints.append(found)
+        elif number >= len(self.fingerprints) or self.fingerprints[number] != found:
+            raise _another_order()
 
-    def _average(self, planned: Average) -> StateDict:
-        keep = self.keep_nonfinite
-        return averaging.in_memory(planned, keep_nonfinite=keep, stale=False)
+    def _results(self, group: Sequence[Network]) -> list[Result]:
+        """The results of the candidates that are complete by now."""
+        complete = [board for board in self.boards if board.complete]
+        for board in complete:
+            if not board.heard.isdisjoint(group):
+                board.merge(self.peers)
+        chosen = reference_of(self.candidates)
+        reference = next((board for board in complete if board.candidate is chosen), None)
+        for board in complete:
+            known = self.known.get(board)
+            if known is None or (known.versus is None and reference is not None):
+                self.known[board] = self._result(board, reference)
+        return [self.known[board] for board in complete]
 
-    def _load(self, network: _Network) -> nn.Module:
-        """A copy of the model with the network's weights, on the device, in evaluation mode."""
-        model = copy.deepcopy(self.model)
-        load_into(model, network.weights(), network.name)
-        if network.statistics:
-            model.load_state_dict(network.statistics, strict=False)
-        return model.to(self.runtime.device).eval()
+    def _result(self, board: Board, reference: Board | None) -> Result:
+        metrics, details = board.scores.compute(), board.details()
+        return Result(
+            board.candidate,
+            metrics,
+            self._bn(board.candidate),
+            self._versus(board, reference),
+            details,
+        )
 
-    def _groups(self, networks: Sequence[_Network]) -> list[list[_Network]]:
-        size = max(1, fit(self.model, self.runtime.device))
-        return [list(networks[i : i + size]) for i in range(0, len(networks), size)]
+    def _versus(self, board: Board, reference: Board | None) -> Versus | None:
+        if reference is None or board is reference:
+            return None
+        mine, other = joined(board.samples), joined(reference.samples)
+        if mine is None or other is None:
+            return None
+        difference = compare(mine, other, seed=self.runtime.seed).scaled(mine.scale)
+        metric = mine.metric or self.task.metrics[0].key
+        return Versus(reference.candidate.name, metric, difference)
 
     def _bn(self, candidate: Candidate) -> str:
         if not tracked_layers(self.model):
@@ -387,75 +309,23 @@ class _Session:
         return str(made.get("bn", "own")) if made else "own"
 
 
-class _Scoreboard:
-    """The metrics of one candidate, and an ensemble's outputs until all its members are in."""
-
-    def __init__(self, candidate: Candidate) -> None:
-        self.candidate = candidate
-        self.metrics = ClassificationMetrics()
-        self._waiting: dict[int, LogMean] = {}
-
-    def add(self, number: int, found: torch.Tensor, labels: torch.Tensor, *, members: int) -> None:
-        """Take in the log-probabilities of one of so many members on a batch."""
-        if self.candidate.kind != "ensemble":
-            self.metrics.update(found, labels)
-            return
-        mean = self._waiting.setdefault(number, LogMean())
-        mean.add(found)
-        if mean.members == members:
-            self.metrics.update(self._waiting.pop(number).value(), labels)
+def _beside(targets: Any, found: torch.Tensor) -> Any:
+    """Targets where the predictions are: not on a device without float64."""
+    if isinstance(targets, torch.Tensor):
+        return targets.to(found.device)
+    if isinstance(targets, Mapping):
+        return {key: _beside(part, found) for key, part in targets.items()}
+    if isinstance(targets, (list, tuple)):
+        return type(targets)(_beside(part, found) for part in targets)
+    return targets
 
 
-def logits_of(outputs: Any) -> torch.Tensor:
-    """The logits among what a model returned: itself, ``.logits``, ``["logits"]`` or the first.
-
-    Raises:
-        EvaluationError: There are none.
-    """
-    if isinstance(outputs, torch.Tensor):
-        return outputs
-    if isinstance(outputs, Mapping) and "logits" in outputs:
-        return logits_of(outputs["logits"])
-    if hasattr(outputs, "logits"):
-        return logits_of(outputs.logits)
-    if isinstance(outputs, (list, tuple)) and outputs:
-        return logits_of(outputs[0])
-    raise EvaluationError(
-        f"the model is expected to return logits but returned a {type(outputs).__name__}",
-        "Wrap it in a factory whose forward returns a tensor of shape (N, classes).",
-    )
-
-
-def _check_outputs(name: str, outputs: torch.Tensor, labels: torch.Tensor) -> None:
-    if outputs.dim() != 2 or labels.dim() != 1 or len(outputs) != len(labels):
-        raise EvaluationError(
-            f"outputs of shape (N, classes) and labels of shape (N,) are expected, but got "
-            f"{tuple(outputs.shape)} and {tuple(labels.shape)}"
-        )
-    if labels.is_floating_point() and not torch.equal(labels, labels.round()):
-        raise EvaluationError("the data has labels that are no whole numbers", "Check --data.")
-    low, high = (int(labels.min()), int(labels.max())) if len(labels) else (0, 0)
-    if low < 0 or high >= outputs.shape[1]:
-        raise EvaluationError(
-            f"the data has the label {low if low < 0 else high}, "
-            f"but the model has {outputs.shape[1]} classes",
-            "Check that the model and the data belong together.",
-        )
-    if not bool(torch.isfinite(outputs).all()):
-        raise EvaluationError(
-            f"{name}: the outputs are not finite",
-            "Recompute its BatchNorm statistics, look at the weights, or pass --amp off.",
-        )
-
-
-def _check_order(
-    seen: list[torch.Tensor], number: int, labels: torch.Tensor, *, first: bool
-) -> None:
-    """Make sure that every pass sees the same samples in the same order."""
-    if first:
-        seen.append(labels.clone())
-    elif number >= len(seen) or not torch.equal(seen[number], labels):
-        raise _another_order()
+def _fingerprint(targets: Any) -> int:
+    """A checksum of targets, by which two passes are found to differ."""
+    found = 0
+    for tensor in tensors_of(targets):
+        found = zlib.crc32(bytes_of(tensor), found)
+    return found
 
 
 def _another_order() -> EvaluationError:

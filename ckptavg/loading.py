@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 
 import torch
@@ -11,8 +10,6 @@ from torch.nn.parameter import is_lazy
 
 from ckptavg.errors import ModelError, first_few
 from ckptavg.formats.weights import bare_names
-
-_SHARE = 0.6  # of the memory that is free; activations need the rest
 
 
 def load_into(model: nn.Module, state_dict: Mapping[str, torch.Tensor], origin: str) -> None:
@@ -76,16 +73,3 @@ def _ends(name: str, tail: str) -> bool:
 def _is_real(tensor: torch.Tensor) -> bool:
     """Whether a tensor has elements yet; a lazy module's gets them with its first batch."""
     return not is_lazy(tensor) and tensor.numel() > 0
-
-
-def fit(model: nn.Module, device: torch.device) -> int:
-    """How many copies of a model the free memory of a device holds beside the work on them."""
-    tensors = (*model.parameters(), *model.buffers())
-    size = sum(t.numel() * t.element_size() for t in tensors if _is_real(t))
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    elif hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    else:
-        free = 4 << 30
-    return int(_SHARE * free / max(size, 1))

@@ -3,12 +3,34 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
 from ckptavg.errors import EvaluationError
 
 ECE_BINS = 15
+
+
+class Totals:
+    """Sums in float64 that stay on the device of what is added until they are read.
+
+    Args:
+        shape: Of what is added.
+    """
+
+    def __init__(self, *shape: int) -> None:
+        self._shape = shape
+        self._sum: torch.Tensor | None = None
+
+    def add(self, more: torch.Tensor) -> None:
+        """Add a float64 tensor, without waiting for its device."""
+        self._sum = more if self._sum is None else self._sum.to(more.device) + more
+
+    def read(self) -> torch.Tensor:
+        """The sums, on the CPU."""
+        empty = torch.zeros(self._shape, dtype=torch.float64)
+        return empty if self._sum is None else self._sum.cpu()
 
 
 class ClassificationMetrics:
@@ -21,30 +43,23 @@ class ClassificationMetrics:
 
     def __init__(self) -> None:
         self.count = 0
-        self._top1 = self._top5 = 0
-        self._nll = 0.0
-        self._bins = torch.zeros(3, ECE_BINS, dtype=torch.float64)  # samples, correct, confidence
+        self._totals = Totals(3)  # top-1 and top-5 hits, negative log-likelihood
+        self._bins = Totals(3, ECE_BINS)  # samples, correct, confidence
 
     def update(self, log_probabilities: torch.Tensor, labels: torch.Tensor) -> None:
-        """Take in a batch.
+        """Take in a batch, without waiting for its device.
 
         Args:
             log_probabilities: (N, C), float64.
             labels: (N,), integers from 0 to C − 1.
         """
+        here = labels.to(log_probabilities.device, torch.int64)[:, None]
         best = log_probabilities.topk(min(5, log_probabilities.shape[1]), dim=1)
-        hits = best.indices == labels[:, None]
-        correct = hits[:, 0].double()
-        confidence = best.values[:, 0].exp()
+        hits = (best.indices == here).double()
+        nll = -log_probabilities.gather(1, here).sum()
         self.count += len(labels)
-        self._top1 += int(correct.sum())
-        self._top5 += int(hits.sum())
-        self._nll -= float(log_probabilities.gather(1, labels[:, None]).sum())
-        edges = torch.linspace(0, 1, ECE_BINS + 1, dtype=torch.float64, device=confidence.device)
-        bins = torch.bucketize(confidence, edges[1:-1])
-        found = torch.stack((torch.ones_like(correct), correct, confidence))
-        totals = torch.zeros_like(self._bins, device=confidence.device)
-        self._bins += totals.index_add_(1, bins, found).to(self._bins.device)
+        self._totals.add(torch.stack((hits[:, 0].sum(), hits.sum(), nll)))
+        self._bins.add(_binned(best.values[:, 0].exp(), hits[:, 0]))
 
     def compute(self) -> dict[str, float]:
         """``top1`` and ``top5`` in %, ``nll`` in nats, ``ece`` as a fraction, ``n`` samples.
@@ -52,16 +67,60 @@ class ClassificationMetrics:
         Raises:
             EvaluationError: There were no samples.
         """
-        if not self.count:
-            raise EvaluationError("the evaluation data is empty", "Check --data.")
-        _, correct, confidence = self._bins
+        self._require_samples()
+        top1, top5, nll = self._totals.read().tolist()
+        _, correct, confidence = self._bins.read()
         return {
-            "top1": 100 * self._top1 / self.count,
-            "top5": 100 * self._top5 / self.count,
-            "nll": self._nll / self.count,
+            "top1": 100 * top1 / self.count,
+            "top5": 100 * top5 / self.count,
+            "nll": nll / self.count,
             "ece": float((correct - confidence).abs().sum()) / self.count,
             "n": self.count,
         }
+
+    def reliability(self) -> list[dict[str, float | None]]:
+        """The bins of the calibration error, for a reliability diagram (Guo et al. 2017, fig. 1).
+
+        Each has the confidences from ``low`` to ``high`` and their number ``n``, the mean
+        ``confidence`` and the ``accuracy``, both fractions, and None in a bin without samples.
+
+        Raises:
+            EvaluationError: There were no samples.
+        """
+        self._require_samples()
+        return [
+            {
+                "low": i / ECE_BINS,
+                "high": (i + 1) / ECE_BINS,
+                "n": int(n),
+                "confidence": confidence / n if n else None,
+                "accuracy": correct / n if n else None,
+            }
+            for i, (n, correct, confidence) in enumerate(self._bins.read().T.tolist())
+        ]
+
+    def state(self) -> dict[str, Any]:
+        """What has been taken in, as plain values for JSON."""
+        totals, bins = self._totals.read().tolist(), self._bins.read().tolist()
+        return {"n": self.count, "totals": totals, "bins": bins}
+
+    def merge(self, state: dict[str, Any]) -> None:
+        """Take in what another process has."""
+        self.count += state["n"]
+        self._totals.add(torch.tensor(state["totals"], dtype=torch.float64))
+        self._bins.add(torch.tensor(state["bins"], dtype=torch.float64))
+
+    def _require_samples(self) -> None:
+        if not self.count:
+            raise EvaluationError("the evaluation data is empty", "Check --data.")
+
+
+def _binned(confidence: torch.Tensor, correct: torch.Tensor) -> torch.Tensor:
+    """Samples, correct ones and sums of confidence by bin of confidence: (3, bins)."""
+    edges = torch.linspace(0, 1, ECE_BINS + 1, dtype=torch.float64, device=confidence.device)
+    bins = torch.bucketize(confidence, edges[1:-1])
+    found = torch.stack((torch.ones_like(correct), correct, confidence))
+    return found.new_zeros(3, ECE_BINS).index_add_(1, bins, found)
 
 
 def log_softmax(outputs: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -19,7 +19,6 @@ from ckptavg.formats import Checkpoint, storage
 from ckptavg.formats.layout import lay_out
 from ckptavg.formats.output import Layout, OutputTensor
 from ckptavg.formats.publish import Publication, check_room, check_target
-from ckptavg.formats.table import DTYPES
 from ckptavg.formats.writing import FileSink
 from ckptavg.plan import copy_plan
 from ckptavg.version import __version__
@@ -168,37 +167,34 @@ def _publish(targets: Sequence[Target], written: Sequence[Publication]) -> None:
         done.append(str(target.path))
 
 
-def save(
+def fill(
+    target: Target,
+    file: FileSink | None,
     state_dict: Mapping[str, torch.Tensor],
-    out: str | os.PathLike[str],
     made: Mapping[str, Any],
-    inputs: Sequence[Checkpoint],
-    *,
-    overwrite: bool = False,
 ) -> Mapping[str, Any]:
-    """Write tensors that are in memory, with the same care as an average.
+    """Write tensors that are in memory into an opened output.
 
     Args:
-        state_dict: What to write, under bare names.
-        out: As for ``average``.
+        target: The output.
+        file: Its sink; None where another process writes it.
+        state_dict: Its tensors, under bare names.
         made: Its provenance. A digest in it stands for that of what is written.
-        inputs: As for ``prepare``.
-        overwrite: Replace an existing output.
 
     Returns:
         The provenance as written.
     """
-    target = prepare(out, output_tensors(state_dict), made, inputs, overwrite=overwrite)
-    with opened([target]) as (file,):
-        sink = digests.OutputDigest(file, target.tensors) if digests.is_recorded(made) else file
-        for tensor in target.tensors:
-            if tensor.tied_to is None and state_dict[tensor.name].numel():
-                values = state_dict[tensor.name].detach().cpu().contiguous()
-                raw = (ctypes.c_uint8 * values.nbytes).from_address(values.data_ptr())
-                sink.write(tensor.name, 0, memoryview(raw).cast("B"))
-        if isinstance(sink, digests.OutputDigest):
-            made = digests.sealed({**made, digests.DIGEST: sink.digest})
-            rewrite_provenance(target, file, made)
+    if file is None:
+        return made
+    sink = digests.OutputDigest(file, target.tensors) if digests.is_recorded(made) else file
+    for tensor in target.tensors:
+        if tensor.tied_to is None and state_dict[tensor.name].numel():
+            values = state_dict[tensor.name].detach().cpu().contiguous()
+            raw = (ctypes.c_uint8 * values.nbytes).from_address(values.data_ptr())
+            sink.write(tensor.name, 0, memoryview(raw).cast("B"))
+    if isinstance(sink, digests.OutputDigest):
+        made = digests.sealed({**made, digests.DIGEST: sink.digest})
+        rewrite_provenance(target, file, made)
     return made
 
 
@@ -215,19 +211,6 @@ def rewrite_provenance(target: Target, sink: FileSink, made: Mapping[str, Any]) 
             "Wait until the training run has finished writing it, then try again.",
         )
     sink.replace(layout)
-
-
-def output_tensors(state_dict: Mapping[str, torch.Tensor]) -> list[OutputTensor]:
-    """What writing a state dict needs to know of it; names of one tensor are tied."""
-    seen: dict[object, str] = {}
-    found: list[OutputTensor] = []
-    for name, tensor in state_dict.items():
-        place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
-        first = seen.setdefault(place, name) if tensor.numel() else name
-        dtype = DTYPES[str(tensor.dtype).removeprefix("torch.")]
-        tied = None if first == name else first
-        found.append(OutputTensor(name, dtype, tuple(tensor.shape), tied))
-    return found
 
 
 def provenance(

@@ -19,7 +19,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import count as counted_from
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 from ckptavg.errors import CkptavgError, PeerError, ProcessesError
 
@@ -44,9 +44,74 @@ def several() -> bool:
     return all(os.environ.get(n) for n in _NEEDED) and size.isdecimal() and int(size) > 1
 
 
+def local_rank() -> int:
+    """This process's number among those on its host, by which it takes one of its devices."""
+    return int(os.environ.get("LOCAL_RANK") or 0)
+
+
 def own_rank() -> int:
     """This process's number among those that belong together; 0 where it is alone."""
     return int(os.environ["RANK"]) if several() else 0
+
+
+class Peers(Protocol):
+    """Processes that work on one thing, as one of them sees them.
+
+    Attributes:
+        rank: This one's number, from 0.
+        count: How many there are.
+    """
+
+    rank: int
+    count: int
+
+    def gather(self, value: Any) -> list[Any]:
+        """What every process hands in, plain values for JSON, in their order."""
+
+    def check(self) -> None:
+        """Raise an error if another process is known to have failed."""
+
+
+class Alone:
+    """A process by itself, as its own only peer."""
+
+    rank, count = 0, 1
+
+    def gather(self, value: Any) -> list[Any]:
+        """What this process hands in."""
+        return [value]
+
+    def check(self) -> None:
+        """There is no other process."""
+
+
+class Group:
+    """The processes of torch.distributed's default group, which a program has set up for itself."""
+
+    def __init__(self) -> None:
+        import torch.distributed as dist  # noqa: PLC0415 - as in _join
+
+        self._dist = dist
+        self.rank = dist.get_rank()
+        self.count = dist.get_world_size()
+
+    def gather(self, value: Any) -> list[Any]:
+        """What every process hands in; returns once all have."""
+        found: list[Any] = [None] * self.count
+        self._dist.all_gather_object(found, value)
+        return found
+
+    def check(self) -> None:
+        """Another's failure is that program's to notice."""
+
+
+def peers_of_group() -> Peers:
+    """The processes of torch.distributed's default group; this one alone where there is none."""
+    import torch.distributed as dist  # noqa: PLC0415 - as in _join
+
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return Group()
+    return Alone()
 
 
 class Processes:

@@ -2,92 +2,121 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
 
 from ckptavg import averaging, lora, outputs
 from ckptavg.averaging import Average
-from ckptavg.batches import Batches, Forward, Runtime
+from ckptavg.batches import Batches, Forward
 from ckptavg.batchnorm import BatchNormResult, recompute, tracked_layers
-from ckptavg.batchnorm import Progress as BatchProgress
 from ckptavg.digests import DIGEST, PENDING, InputDigests, is_recorded, recorded, sealed
 from ckptavg.errors import NonFiniteError
 from ckptavg.formats import Checkpoint
 from ckptavg.formats.table import REFRESHED
 from ckptavg.formats.weights import bare_names
+from ckptavg.formats.writing import FileSink
+from ckptavg.loaders import Progress as SampleProgress
+from ckptavg.loaders import counted
 from ckptavg.loading import load_into
-from ckptavg.outputs import StateDict
+from ckptavg.outputs import StateDict, Target
+from ckptavg.passes import run_passes, say
+from ckptavg.processes import Alone, Peers
+from ckptavg.runtime import Runtime, fit
 from ckptavg.stream import Progress
 
 RECOMPUTED = "recomputed"
 
 
-def write_average(
-    planned: Average,
-    out: str | os.PathLike[str],
-    model: nn.Module,
-    data: Batches | Dataset[Any],
-    runtime: Runtime,
+@dataclass(frozen=True)
+class Pass:
+    """How statistics are recomputed.
+
+    Attributes:
+        model: Takes the weights.
+        training: This process's batches of the training data.
+        runtime: Where and how the model runs.
+        forward: ``forward(model, batch)`` for unusual batches.
+        progress: Told about the samples passed.
+        peers: The processes that share the data; the first of them writes.
+    """
+
+    model: nn.Module
+    training: Batches
+    runtime: Runtime
+    forward: Forward | None = None
+    progress: SampleProgress = lambda *_: None
+    peers: Peers = field(default_factory=Alone)
+
+
+def write_averages(
+    averages: Sequence[Average],
+    outs: Sequence[str | os.PathLike[str]],
+    how: Pass,
     *,
-    forward: Forward | None = None,
+    order: Sequence[Checkpoint] = (),
     overwrite: bool = False,
     keep_nonfinite: bool = False,
     digests: bool = False,
     progress: Progress | None = None,
-    batch_progress: BatchProgress | None = None,
-) -> tuple[BatchNormResult, Mapping[str, Any]]:
-    """Compute an average, recompute its statistics, then write it.
+) -> list[tuple[BatchNormResult, Mapping[str, Any]]]:
+    """Compute averages, recompute their statistics, then write them.
+
+    As many averages as memory holds come from one read and share a pass over the data.
 
     Args:
-        planned: The average.
-        out: The output, as for ``averaging.write``.
-        model: Takes the weights.
-        data: Training data, a Dataset or a loader.
-        runtime: Where and how the model runs.
-        forward: ``forward(model, batch)`` for unusual batches.
-        overwrite: Replace an existing output.
-        keep_nonfinite: Write an average that is not finite as it is.
-        digests: Record digests in the output, as for ``averaging.write``.
+        averages: What to compute.
+        outs: Where each goes, as for ``averaging.write``.
+        how: The model, the data, and where it runs.
+        order: The run that all of them are selections of.
+        overwrite: Replace existing outputs.
+        keep_nonfinite: Write averages that are not finite as they are.
+        digests: Record digests in the outputs, as for ``averaging.write``.
         progress: Told about the bytes read.
-        batch_progress: Told about the batches passed.
 
     Returns:
-        What was recomputed, and the provenance as written.
+        For each, what was recomputed, and its provenance as written.
 
     Raises:
         CkptavgError: Whatever is wrong; nothing is written then.
     """
-    lora.require_models(planned.plan.checkpoints)
-    averaging.prepare(planned, out, overwrite=overwrite, batchnorm=RECOMPUTED)
-    hashed = InputDigests(planned.plan.inputs) if digests else None
-    weights = averaging.in_memory(
-        planned, keep_nonfinite=keep_nonfinite, inputs=hashed, progress=progress, stale=False
-    )
-    result = refresh(weights, model, data, runtime, str(out), forward, batch_progress)
-    made, inputs = planned.provenance(RECOMPUTED), [*planned.plan.files]
-    inputs.append(planned.plan.checkpoints[-1])
-    if hashed is not None:
-        made = recorded(made, planned.plan.inputs, hashed.of)
-    return result, outputs.save(weights, out, made, inputs, overwrite=overwrite)
+    lora.require_models(c for planned in averages for c in planned.plan.checkpoints)
+    targets = averaging.prepare_many(
+        list(zip(averages, outs, strict=True)),
+        overwrite=overwrite, digests=digests, batchnorm=RECOMPUTED,
+    )  # fmt: skip
+    hashed = InputDigests(c for p in averages for c in p.plan.inputs) if digests else None
+    done: list[tuple[BatchNormResult, Mapping[str, Any]]] = []
+
+    with _opened(targets, how.peers) as sinks:
+
+        def run_pass(group: Sequence[int], number: int, of: int) -> None:
+            del number, of
+            weights = averaging.in_memory_many(
+                [averages[i] for i in group], order=order, keep_nonfinite=keep_nonfinite,
+                inputs=None if done else hashed, progress=progress, stale=False,
+            )  # fmt: skip
+            results = refresh(weights, how, [str(outs[i]) for i in group])
+            for i, state_dict, result in zip(group, weights, results, strict=True):
+                made = targets[i].made
+                if hashed is not None:
+                    made = recorded(made, averages[i].plan.inputs, hashed.of)
+                done.append((result, outputs.fill(targets[i], sinks[i], state_dict, made)))
+
+        run_passes(_groups(len(averages), how), run_pass, how.runtime, how.peers)
+    return done
 
 
 def update_checkpoint(
-    checkpoint: Checkpoint,
-    out: str | os.PathLike[str],
-    model: nn.Module,
-    data: Batches | Dataset[Any],
-    runtime: Runtime,
-    *,
-    forward: Forward | None = None,
-    overwrite: bool = False,
-    batch_progress: BatchProgress | None = None,
+    checkpoint: Checkpoint, out: str | os.PathLike[str], how: Pass, *, overwrite: bool = False
 ) -> BatchNormResult:
-    """Write a copy of a checkpoint with recomputed statistics; see ``write_average``.
+    """Write a copy of a checkpoint with recomputed statistics; see ``write_averages``.
 
     The copy of an output with digests has them too, with its own in place of the output's.
     """
@@ -96,29 +125,54 @@ def update_checkpoint(
     made["bn"] = RECOMPUTED
     if is_recorded(made):
         made = sealed(made | {DIGEST: PENDING})
-    outputs.prepare_copy(checkpoint, out, made, overwrite=overwrite)
-    weights = averaging.load(checkpoint)
-    result = refresh(weights, model, data, runtime, str(checkpoint.path), forward, batch_progress)
-    outputs.save(weights, out, made, [checkpoint], overwrite=overwrite)
+    target = outputs.prepare_copy(checkpoint, out, made, overwrite=overwrite)
+    with _opened([target], how.peers) as (sink,):
+        weights = averaging.load(checkpoint)
+        (result,) = refresh([weights], how, [str(checkpoint.path)])
+        outputs.fill(target, sink, weights, made)
     return result
 
 
 def refresh(
-    weights: StateDict,
-    model: nn.Module,
-    data: Batches | Dataset[Any],
-    runtime: Runtime,
-    origin: str,
-    forward: Forward | None = None,
-    progress: BatchProgress | None = None,
-) -> BatchNormResult:
-    """Replace the running statistics in a state dict by ones recomputed for its weights."""
-    load_into(model, weights, origin)
-    result = recompute([model], data, runtime, forward, progress=progress)[0]
-    for name, value in _statistics(model).items():
-        if name in weights:
-            weights[name] = _narrowed(name, value, weights[name])
-    return result
+    weights: Sequence[StateDict], how: Pass, origins: Sequence[str]
+) -> list[BatchNormResult]:
+    """Replace the running statistics in state dicts by ones recomputed for their weights.
+
+    Args:
+        weights: State dicts that share a pass over the data; changed.
+        how: The model, the data, and where it runs.
+        origins: What each state dict is, for messages.
+    """
+    models = [how.model, *(copy.deepcopy(how.model) for _ in weights[1:])]
+    for model, state_dict, origin in zip(models, weights, origins, strict=True):
+        load_into(model, state_dict, origin)
+    batches = counted(how.training, how.progress, how.peers)
+    results = recompute(models, batches, how.runtime, how.forward, peers=how.peers)
+    for model, state_dict in zip(models, weights, strict=True):
+        for name, value in _statistics(model).items():
+            if name in state_dict:
+                state_dict[name] = _narrowed(name, value, state_dict[name])
+    return results
+
+
+@contextmanager
+def _opened(targets: Sequence[Target], peers: Peers) -> Iterator[Sequence[FileSink | None]]:
+    """Sinks for outputs in the first process, none in the others, which wait for it."""
+    if peers.rank:
+        yield [None] * len(targets)
+    else:
+        with outputs.opened(targets) as sinks:
+            yield sinks
+    peers.gather(None)
+
+
+def _groups(count: int, how: Pass) -> list[range]:
+    """Which of so many averages go through the data together: as many as memory holds."""
+    # Each is there twice: as a state dict, and in its model.
+    size = max(1, min(how.peers.gather(fit(how.model, how.runtime.device) // 2)))
+    groups = [range(i, min(i + size, count)) for i in range(0, count, size)]
+    say(count, len(groups))
+    return groups
 
 
 def _narrowed(name: str, value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -120,8 +120,8 @@ class Report:
             yield lambda done, total: move(what, done, total)
 
     @contextmanager
-    def batch_progress(self) -> Iterator[Any]:
-        """A bar of batches, rate and time left for each phase; gives the callback."""
+    def samples_progress(self) -> Iterator[Any]:
+        """A bar of samples, rate and time left for each phase; gives the callback."""
         with self._bar(MofNCompleteColumn(), _Rate(), TimeRemainingColumn()) as move:
             yield move
 
@@ -150,7 +150,8 @@ def write_results(path: Path, results: Mapping[str, Any]) -> None:
     else:
         buffer = io.StringIO()
         rows = [_flat(candidate) for candidate in results["candidates"]]
-        writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
+        columns = dict.fromkeys(name for row in rows for name in row)
+        writer = csv.DictWriter(buffer, [*columns], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         text = buffer.getvalue()
@@ -194,7 +195,10 @@ def _strict(value: Any) -> Any:
 
 
 def _flat(candidate: Mapping[str, Any]) -> dict[str, Any]:
-    row = {k: v for k, v in candidate.items() if k != "metrics"} | dict(candidate["metrics"])
+    """A result in a row: the comparison's figures by their names, no bins."""
+    row = {k: v for k, v in candidate.items() if k not in ("metrics", "versus", "reliability")}
+    row |= dict(candidate["metrics"])
+    row |= {f"versus_{k}": v for k, v in candidate.get("versus", {}).items()}
     return {k: ";".join(map(str, v)) if isinstance(v, list) else v for k, v in row.items()}
 
 
@@ -224,7 +228,7 @@ class _NoteHandler(logging.Handler):
 
 
 class _Rate(ProgressColumn):
-    """Batches a second."""
+    """Samples a second."""
 
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.1f} batches/s" if task.speed else "")
+        return Text(f"{task.speed:.3g} samples/s" if task.speed else "")

@@ -127,6 +127,16 @@ def make_data(
     return data
 
 
+def call_factory(spec: str) -> Any:
+    """What ``package.module:name()`` or ``path/file.py:name()`` gives.
+
+    Raises:
+        SpecError: It cannot be found, or fails.
+    """
+    kind, name = _split(spec, "package.module:factory or path/file.py:factory")
+    return _call(spec, _factory(kind, name), (), {})
+
+
 def _literal(text: str) -> Any:
     try:
         return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))

@@ -20,9 +20,9 @@ from torch.optim.swa_utils import update_bn as update_bn_of_torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from ckptavg import update_bn
-from ckptavg.batches import Runtime
 from ckptavg.batchnorm import recompute
 from ckptavg.errors import BatchNormError, EvaluationError
+from ckptavg.runtime import Runtime
 
 WORKED = torch.tensor([0.0, 2, 4, 6, 20, 22])[:, None]
 SPLITS = ([6], [4, 2], [1, 5], [5, 1], [3, 2, 1], [1, 1, 1, 1, 1, 1])

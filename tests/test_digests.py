@@ -33,7 +33,7 @@ from ckptavg.errors import CheckpointError, UsageError
 from ckptavg.formats.writing import MemorySink
 from ckptavg.groups import Job
 from ckptavg.plan import Rules, make_plan
-from ckptavg.refresh import update_checkpoint, write_average
+from ckptavg.refresh import Pass, update_checkpoint, write_averages
 from ckptavg.stream import Extras, stream
 from ckptavg.verifying import Verifier, digest
 
@@ -328,7 +328,8 @@ def test_an_average_with_recomputed_statistics_records_what_is_written(tmp_path)
     states = [state_of(i) for i in range(3)]
     planned = plan_average(opened(tmp_path, states))
     out = tmp_path / "o.pt"
-    _, made = write_average(planned, out, Net(), BATCHES, RUNTIME, digests=True)
+    how = Pass(Net(), BATCHES, RUNTIME)
+    ((_, made),) = write_averages([planned], [out], how, digests=True)
     assert recorded(out) == (by_rule(load(open_checkpoint(out))), list(map(by_rule, states)))
     assert made == open_checkpoint(out).provenance
     assert {state for _, _, state in outcome(out)} == {"same"}
@@ -338,7 +339,7 @@ def test_a_refreshed_copy_of_an_average_has_its_own_digest(tmp_path):
     states = [state_of(i) for i in range(3)]
     ckptavg.average(opened(tmp_path, states), out=tmp_path / "o.pt", digests=True)
     checkpoint, out = open_checkpoint(tmp_path / "o.pt"), tmp_path / "n.safetensors"
-    update_checkpoint(checkpoint, out, Net(), BATCHES, RUNTIME)
+    update_checkpoint(checkpoint, out, Pass(Net(), BATCHES, RUNTIME))
     assert recorded(out) == (by_rule(load(open_checkpoint(out))), list(map(by_rule, states)))
     assert recorded(out)[0] != recorded(tmp_path / "o.pt")[0]
     assert {state for _, _, state in outcome(out)} == {"same"}

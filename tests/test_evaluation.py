@@ -15,9 +15,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ckptavg import Candidate, evaluate, evaluation, open_checkpoint, update_bn
 from ckptavg.averaging import plan_average
+from ckptavg.candidates import candidates_of
 from ckptavg.errors import EvaluationError, ModelError, UsageError
-from ckptavg.evaluation import Result, candidates_of, is_worse, logits_of
+from ckptavg.results import Result, is_worse
 from ckptavg.run import as_run
+from ckptavg.tasks.task import first_tensor
 
 CLASSES = 3
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -293,10 +295,10 @@ def test_scores_do_not_depend_on_how_many_networks_fit(monkeypatch, checkpoints,
 def test_the_number_of_passes_is_said(monkeypatch, caplog, checkpoints):
     caplog.set_level("INFO", "ckptavg")
     evaluate(checkpoints, Net(), batches())
-    assert "passes" not in caplog.text
+    assert "3 candidates, 1 pass" in caplog.text
     monkeypatch.setattr(evaluation, "fit", lambda *_: 2)
     evaluate(checkpoints, Net(), batches())
-    assert "3 networks in 2 passes" in caplog.text
+    assert "3 candidates, 2 passes" in caplog.text
 
 
 class OtherEachTime:
@@ -340,10 +342,10 @@ def test_progress_is_told_each_phase(checkpoints):
         progress=lambda *at: told.append(at),
     )
     assert told == [
-        ("BatchNorm", 1, 2),
-        ("BatchNorm", 2, 2),
-        ("evaluation", 1, 2),
-        ("evaluation", 2, 2),
+        ("BatchNorm", 25, 0),
+        ("BatchNorm", 50, 0),
+        ("evaluation", 20, 0),
+        ("evaluation", 40, 0),
     ]
 
 
@@ -477,13 +479,13 @@ LOGITS = torch.tensor([[1.0, 2.0]])
     ids=["tensor", "dict", "object", "tuple", "nested"],
 )
 def test_logits_are_found_in_what_a_model_returns(outputs):
-    assert logits_of(outputs) is LOGITS
+    assert first_tensor(outputs) is LOGITS
 
 
 @pytest.mark.parametrize("outputs", [None, {"scores": LOGITS}, (), "cat"], ids=str)
 def test_outputs_without_logits_are_an_error(outputs):
     with pytest.raises(EvaluationError, match=f"returned a {type(outputs).__name__}"):
-        logits_of(outputs)
+        first_tensor(outputs)
 
 
 # Data and models that do not fit

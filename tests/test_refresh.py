@@ -8,7 +8,6 @@ from torch.utils.data import TensorDataset
 
 from ckptavg import open_checkpoint
 from ckptavg.averaging import load, plan_average
-from ckptavg.batches import Runtime
 from ckptavg.errors import (
     BatchNormError,
     CkptavgError,
@@ -16,7 +15,9 @@ from ckptavg.errors import (
     NonFiniteError,
     OutputError,
 )
-from ckptavg.refresh import update_checkpoint, write_average
+from ckptavg.loaders import open_loader
+from ckptavg.refresh import Pass, update_checkpoint, write_averages
+from ckptavg.runtime import Runtime
 
 RUNTIME = Runtime(torch.device("cpu"), batch_size=16)
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -107,6 +108,11 @@ def average_of(states, dtype=None):
     }
 
 
+def write_average(planned, out, how, **care):
+    (done,) = write_averages([planned], [out], how, **care)
+    return done
+
+
 @pytest.fixture
 def states():
     return [state_of(seed) for seed in (1, 2, 3)]
@@ -133,7 +139,7 @@ OUTPUTS = ("out.safetensors", "out.pt")
 def test_a_checkpoint_is_copied_with_its_statistics_recomputed(tmp_path, name, source):
     state = state_of(1)
     checkpoint = open_checkpoint(save(tmp_path / f"in{source}", state))
-    result = update_checkpoint(checkpoint, tmp_path / name, Net(), BATCHES, RUNTIME)
+    result = update_checkpoint(checkpoint, tmp_path / name, Pass(Net(), BATCHES, RUNTIME))
     found = assert_refreshed(tmp_path / name, state)
     assert found["norm.num_batches_tracked"] == 4
     assert (result.layers, result.batches, result.samples) == (1, 4, 50)
@@ -142,14 +148,14 @@ def test_a_checkpoint_is_copied_with_its_statistics_recomputed(tmp_path, name, s
 def test_the_input_is_left_as_it_is(tmp_path):
     path = save(tmp_path / "in.pt", state_of(1))
     before = path.read_bytes()
-    update_checkpoint(open_checkpoint(path), tmp_path / "out.pt", Net(), BATCHES, RUNTIME)
+    update_checkpoint(open_checkpoint(path), tmp_path / "out.pt", Pass(Net(), BATCHES, RUNTIME))
     assert path.read_bytes() == before
     assert listing(tmp_path) == ["in.pt", "out.pt"]
 
 
 def test_the_output_loads_where_the_input_loaded(tmp_path):
     checkpoint = open_checkpoint(save(tmp_path / "in.pt", state_of(1)))
-    update_checkpoint(checkpoint, tmp_path / "out.pt", Net(), BATCHES, RUNTIME)
+    update_checkpoint(checkpoint, tmp_path / "out.pt", Pass(Net(), BATCHES, RUNTIME))
     model = Net()
     model.load_state_dict(torch.load(tmp_path / "out.pt", weights_only=True)["state_dict"])
     expected = statistics_by_hand(state_of(1))["norm.running_mean"]
@@ -160,7 +166,7 @@ def test_the_output_loads_where_the_input_loaded(tmp_path):
 def test_the_types_of_the_checkpoint_are_kept(tmp_path, dtype):
     state = state_of(1, dtype=dtype)
     checkpoint = open_checkpoint(save(tmp_path / "in.pt", state))
-    update_checkpoint(checkpoint, tmp_path / "out.pt", Net(), BATCHES, RUNTIME)
+    update_checkpoint(checkpoint, tmp_path / "out.pt", Pass(Net(), BATCHES, RUNTIME))
     precision = max(torch.finfo(dtype).eps, 1e-5)
     assert_refreshed(tmp_path / "out.pt", state, rtol=precision, atol=precision)
 
@@ -169,7 +175,7 @@ def test_a_checkpoint_without_num_batches_tracked_stays_without_it(tmp_path):
     state = state_of(1)
     del state["norm.num_batches_tracked"]
     checkpoint = open_checkpoint(save(tmp_path / "in.pt", state))
-    update_checkpoint(checkpoint, tmp_path / "out.pt", Net(), BATCHES, RUNTIME)
+    update_checkpoint(checkpoint, tmp_path / "out.pt", Pass(Net(), BATCHES, RUNTIME))
     assert_refreshed(tmp_path / "out.pt", state)
 
 
@@ -177,14 +183,14 @@ def test_a_checkpoint_without_num_batches_tracked_stays_without_it(tmp_path):
 def test_a_wrapped_checkpoint_is_written_under_bare_names(tmp_path, wrapper):
     wrapped = {wrapper + name: value for name, value in state_of(1).items()}
     checkpoint = open_checkpoint(save(tmp_path / "in.pt", wrapped))
-    update_checkpoint(checkpoint, tmp_path / "out.pt", Net(), BATCHES, RUNTIME)
+    update_checkpoint(checkpoint, tmp_path / "out.pt", Pass(Net(), BATCHES, RUNTIME))
     assert_refreshed(tmp_path / "out.pt", state_of(1))
 
 
 def test_a_wrapped_model_refreshes_a_bare_checkpoint(tmp_path):
     checkpoint = open_checkpoint(save(tmp_path / "in.pt", state_of(1)))
     model = nn.DataParallel(Net())
-    update_checkpoint(checkpoint, tmp_path / "out.pt", model, BATCHES, RUNTIME)
+    update_checkpoint(checkpoint, tmp_path / "out.pt", Pass(model, BATCHES, RUNTIME))
     assert_refreshed(tmp_path / "out.pt", state_of(1))
 
 
@@ -195,7 +201,7 @@ def test_a_layer_under_two_names_is_refreshed_under_both(tmp_path, name, held):
     state = TwoNames().state_dict()
     kept = {k: v for k, v in state.items() if k.startswith((*held, "body"))}
     checkpoint = open_checkpoint(save(tmp_path / "in.pt", kept))
-    update_checkpoint(checkpoint, tmp_path / name, TwoNames(), BATCHES, RUNTIME)
+    update_checkpoint(checkpoint, tmp_path / name, Pass(TwoNames(), BATCHES, RUNTIME))
     found = load(open_checkpoint(tmp_path / name))
     for layer in held:
         for statistic in ("running_mean", "running_var"):
@@ -207,7 +213,7 @@ def test_a_directory_is_copied_with_its_configuration(tmp_path):
     save(tmp_path / "in" / "model.safetensors", state_of(1))
     (tmp_path / "in" / "config.json").write_text('{"model_type": "net"}')
     checkpoint = open_checkpoint(tmp_path / "in")
-    update_checkpoint(checkpoint, tmp_path / "out", Net(), BATCHES, RUNTIME)
+    update_checkpoint(checkpoint, tmp_path / "out", Pass(Net(), BATCHES, RUNTIME))
     assert_refreshed(tmp_path / "out", state_of(1))
     assert (tmp_path / "out" / "config.json").read_text() == '{"model_type": "net"}'
     assert open_checkpoint(tmp_path / "out").provenance["bn"] == "recomputed"
@@ -216,29 +222,19 @@ def test_a_directory_is_copied_with_its_configuration(tmp_path):
 def test_a_dataset_passes_in_the_runtimes_batches(tmp_path):
     checkpoint = open_checkpoint(save(tmp_path / "in.pt", state_of(1)))
     told = []
-    update_checkpoint(
-        checkpoint,
-        tmp_path / "out.pt",
-        Net(),
-        TensorDataset(X),
-        RUNTIME,
-        batch_progress=lambda *at: told.append(at),
-    )
+    loader = open_loader(TensorDataset(X), RUNTIME, shuffle=True)
+    how = Pass(Net(), loader, RUNTIME, progress=lambda *at: told.append(at))
+    update_checkpoint(checkpoint, tmp_path / "out.pt", how)
     assert_refreshed(tmp_path / "out.pt", state_of(1))
-    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert [total for _, total in told] == [len(X)] * 4
+    assert told[-1][0] == len(X)
 
 
 def test_a_forward_of_the_users_runs_the_batches(tmp_path):
     checkpoint = open_checkpoint(save(tmp_path / "in.pt", state_of(1)))
     batches = [{"image": x} for x in BATCHES]
-    update_checkpoint(
-        checkpoint,
-        tmp_path / "out.pt",
-        Net(),
-        batches,
-        RUNTIME,
-        forward=lambda model, batch: model(batch["image"]),
-    )
+    how = Pass(Net(), batches, RUNTIME, lambda model, batch: model(batch["image"]))
+    update_checkpoint(checkpoint, tmp_path / "out.pt", how)
     assert_refreshed(tmp_path / "out.pt", state_of(1))
 
 
@@ -247,7 +243,7 @@ def test_a_forward_of_the_users_runs_the_batches(tmp_path):
 
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_an_average_is_written_with_its_statistics_recomputed(tmp_path, planned, states, name):
-    result, _ = write_average(planned, tmp_path / name, Net(), BATCHES, RUNTIME)
+    result, _ = write_average(planned, tmp_path / name, Pass(Net(), BATCHES, RUNTIME))
     assert_refreshed(tmp_path / name, average_of(states))
     assert result.layers == 1
 
@@ -255,7 +251,7 @@ def test_an_average_is_written_with_its_statistics_recomputed(tmp_path, planned,
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_an_average_keeps_the_type_that_was_asked_for(tmp_path, checkpoints, states, dtype):
     planned = plan_average(checkpoints, dtype=dtype)
-    write_average(planned, tmp_path / "out.pt", Net(), BATCHES, RUNTIME)
+    write_average(planned, tmp_path / "out.pt", Pass(Net(), BATCHES, RUNTIME))
     kind = getattr(torch, dtype)
     precision = max(torch.finfo(kind).eps, 1e-5)
     assert_refreshed(tmp_path / "out.pt", average_of(states, kind), rtol=precision, atol=precision)
@@ -266,21 +262,18 @@ def test_the_progress_of_both_phases_is_told(tmp_path, planned):
     write_average(
         planned,
         tmp_path / "out.pt",
-        Net(),
-        BATCHES,
-        RUNTIME,
+        Pass(Net(), BATCHES, RUNTIME, progress=lambda *at: passed.append(at)),
         progress=lambda *at: read.append(at),
-        batch_progress=lambda *at: passed.append(at),
     )
     assert read[-1][0] == read[-1][1] > 0
-    assert passed[-1] == (4, 4)
+    assert passed[-1] == (len(X), 0)  # a list of tensors does not tell how many samples it has
 
 
 # How it was made
 
 
 def test_an_average_says_that_its_statistics_are_recomputed(tmp_path, planned, checkpoints):
-    write_average(planned, tmp_path / "out.pt", Net(), BATCHES, RUNTIME)
+    write_average(planned, tmp_path / "out.pt", Pass(Net(), BATCHES, RUNTIME))
     made = open_checkpoint(tmp_path / "out.pt").provenance
     assert made["bn"] == "recomputed"
     assert made["scheme"] == "uniform"
@@ -290,7 +283,7 @@ def test_an_average_says_that_its_statistics_are_recomputed(tmp_path, planned, c
 
 def test_a_checkpoint_says_what_it_was_made_of(tmp_path):
     checkpoint = open_checkpoint(save(tmp_path / "in.pt", state_of(1)))
-    update_checkpoint(checkpoint, tmp_path / "out.safetensors", Net(), BATCHES, RUNTIME)
+    update_checkpoint(checkpoint, tmp_path / "out.safetensors", Pass(Net(), BATCHES, RUNTIME))
     made = open_checkpoint(tmp_path / "out.safetensors").provenance
     assert made["bn"] == "recomputed"
     assert [c["path"] for c in made["checkpoints"]] == [str(tmp_path / "in.pt")]
@@ -301,7 +294,7 @@ def test_an_average_that_is_refreshed_later_keeps_its_history(tmp_path, planned,
 
     averaging.write(planned, tmp_path / "stale.pt")
     stale = open_checkpoint(tmp_path / "stale.pt")
-    update_checkpoint(stale, tmp_path / "fresh.pt", Net(), BATCHES, RUNTIME)
+    update_checkpoint(stale, tmp_path / "fresh.pt", Pass(Net(), BATCHES, RUNTIME))
     assert_refreshed(tmp_path / "fresh.pt", average_of(states))
     made = open_checkpoint(tmp_path / "fresh.pt").provenance
     assert (stale.provenance["bn"], made["bn"]) == ("stale", "recomputed")
@@ -310,18 +303,18 @@ def test_an_average_that_is_refreshed_later_keeps_its_history(tmp_path, planned,
 
 def test_nothing_is_said_of_stale_statistics(tmp_path, planned, caplog):
     caplog.set_level("INFO", "ckptavg")
-    write_average(planned, tmp_path / "out.pt", Net(), BATCHES, RUNTIME)
+    write_average(planned, tmp_path / "out.pt", Pass(Net(), BATCHES, RUNTIME))
     assert "stale" not in caplog.text
 
 
 # Care
 
 
-def refresh(kind, planned, checkpoint, *args, **keywords):
+def refresh(kind, planned, checkpoint, out, model, data, **keywords):
     write, what = {"average": (write_average, planned), "copy": (update_checkpoint, checkpoint)}[
         kind
     ]
-    return write(what, *args, RUNTIME, **keywords)
+    return write(what, out, Pass(model, data, RUNTIME), **keywords)
 
 
 @pytest.fixture(params=["average", "copy"])
@@ -391,7 +384,7 @@ def test_a_model_without_batchnorm_has_nothing_to_recompute(tmp_path):
     state = nn.Linear(4, 3).state_dict()
     checkpoint = open_checkpoint(save(tmp_path / "in.pt", state))
     with pytest.raises(CkptavgError, match="no BatchNorm layers"):
-        update_checkpoint(checkpoint, tmp_path / "out.pt", nn.Linear(4, 3), BATCHES, RUNTIME)
+        update_checkpoint(checkpoint, tmp_path / "out.pt", Pass(nn.Linear(4, 3), BATCHES, RUNTIME))
     assert listing(tmp_path) == ["in.pt"]
 
 
@@ -404,7 +397,6 @@ def test_statistics_too_large_for_their_type_are_an_error(tmp_path):
     data = [1e4 * torch.randn(50, 2)]
     with pytest.raises(NonFiniteError, match=r"0\.running_var is too large for float16"):
         update_checkpoint(
-            open_checkpoint(tmp_path / "half.pt"), tmp_path / "out.pt", model, data,
-            Runtime(torch.device("cpu")),
-        )  # fmt: skip
+            open_checkpoint(tmp_path / "half.pt"), tmp_path / "out.pt", Pass(model, data, RUNTIME)
+        )
     assert not (tmp_path / "out.pt").exists()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptavg.cli import geometry, options, ranks
+from ckptavg.cli import geometry, options
 from ckptavg.cli.also import Also, also
 from ckptavg.errors import CkptavgError, NonFiniteError, UsageError
 from ckptavg.plan import Rules, TensorPlan
@@ -83,7 +83,7 @@ def average(
       ckptavg average runs/swa -o swa.pt \
           --model torchvision:resnet50 --train-data imagefolder:train
     """
-    _check_usage(processes, out, further, dry_run, measured, settings)
+    _check_usage(out, dry_run, measured, settings)
     run, selection = options.open_selected(paths, glob, key, settings)
     if settings["weights"]:
         _note_order(paths, [str(c.path) for c in selection])
@@ -93,8 +93,9 @@ def average(
     planned += [_planned_also(one, run, selection, settings) for one in further]
     gram = _measured_weights(selection, settings) if measured else []
     outs = [] if out is None else [out, *(one.path(out) for one in further)]
-    care = {"overwrite": overwrite, "digests": digests}
-    targets = averaging.prepare_many(list(zip(planned, outs, strict=bool(outs))), **care)
+    targets = averaging.prepare_many(
+        list(zip(planned, outs, strict=bool(outs))), overwrite=overwrite, digests=digests
+    )
     for note in _layout_notes(targets) if dry_run else ():
         log.info(note)
     for one, name in zip(planned, ["", *(one.name for one in further)], strict=True):
@@ -103,7 +104,8 @@ def average(
         _result(report, [one.provenance() | {"output": None} for one in planned], further)
         return
     if settings["model_spec"]:
-        done = _write_refreshed(report, planned[0], out, care, settings)
+        care = {"overwrite": overwrite, "digests": digests}
+        done = _write_refreshed(report, processes, planned, outs, run, care, settings)
     else:
         done = _write(report, processes, planned, targets, run, gram, digests, settings)
     if processes is not None and processes.rank:  # the first has looked at the output for all
@@ -119,15 +121,11 @@ def _layout_notes(targets: Sequence[Target]) -> Iterable[str]:
 
 
 def _check_usage(
-    processes: Processes | None,
     out: str | None,
-    further: tuple[Also, ...],
     dry_run: bool,
     measured: bool,
     settings: dict[str, Any],
 ) -> None:
-    if processes is not None and settings["model_spec"]:
-        ranks.refuse("recomputing BatchNorm statistics (--model)")
     if out is None and not dry_run:
         raise UsageError("Missing option '-o': where the average goes (or pass --dry-run)")
     if bool(settings["model_spec"]) != bool(settings["train_data"]):
@@ -137,11 +135,8 @@ def _check_usage(
             f"--geometry and {'--dry-run' if dry_run else '--model'} exclude each other: "
             "`ckptavg inspect --geometry` shows it by itself"
         )
-    if further and settings["model_spec"]:
-        raise UsageError(
-            "--also and --model exclude each other: write the averages first, then recompute their "
-            "statistics with `ckptavg update-bn`"
-        )
+    if settings["bn_samples"] is not None and not settings["train_data"]:
+        raise UsageError("--bn-samples says how much of --train-data is used: name that")
 
 
 def _planned_also(one: Also, run: Run, selection: Run, settings: dict[str, Any]) -> Average:
@@ -184,25 +179,25 @@ def _write(
 
 def _write_refreshed(
     report: Report,
-    planned: Average,
-    out: str,
-    care: Mapping[str, Any],
+    processes: Processes | None,
+    planned: Sequence[Average],
+    outs: Sequence[str],
+    run: Run,
+    care: Mapping[str, bool],
     settings: dict[str, Any],
 ) -> averaging.Written:
-    """Write an average with recomputed statistics."""
+    """Write the averages with recomputed statistics."""
     from ckptavg import averaging, refresh  # noqa: PLC0415
-    from ckptavg.cli.sources import model_and_runtime, training_data  # noqa: PLC0415
+    from ckptavg.cli.sources import statistics_pass  # noqa: PLC0415
 
-    model, runtime = model_and_runtime(settings)
-    data = training_data(settings)
-    with report.batch_progress() as progress:
-        _, made = refresh.write_average(
-            planned, out, model, data, runtime, **care,
+    with report.samples_progress() as progress:
+        how = statistics_pass(settings, processes, lambda *done: progress("BatchNorm", *done))
+        done = refresh.write_averages(
+            planned, outs, how, order=run.checkpoints, **care,
             keep_nonfinite=settings["on_nonfinite"] == "keep",
-            progress=lambda done, total: progress("averaging (bytes)", done, total),
-            batch_progress=lambda done, total: progress("BatchNorm", done, total),
+            progress=lambda *done: progress("averaging (bytes)", *done),
         )  # fmt: skip
-    return averaging.Written([made], None)
+    return averaging.Written([made for _, made in done], None)
 
 
 def _measured_weights(selection: Run, settings: dict[str, Any]) -> list[TensorPlan]:

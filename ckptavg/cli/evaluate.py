@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,17 +10,22 @@ import click
 from click.core import ParameterSource
 
 from ckptavg.cli import options
+from ckptavg.cli.kept import Keeper
 from ckptavg.errors import OutputError, UsageError
-from ckptavg.report import Report, write_results
+from ckptavg.processes import Processes, own_rank
+from ckptavg.report import Report
 
 if TYPE_CHECKING:
-    from ckptavg.evaluation import Candidate, Result
+    from ckptavg.candidates import Candidate
+    from ckptavg.results import Result
+    from ckptavg.tasks import Task
 
 _CANDIDATES = "Candidates"
 _RESULTS = "Results"
 _OF_A_RUN = (
     "each", "compare", "fail_if_worse", "glob", "every", "cycle", "at_lr_min", "best", "sample",
     "last", "scheme", "weights", "include", "exclude", "base", "dtype", "train_data",
+    "bn_samples",
 )  # fmt: skip
 _WORSE = 3  # exit code of --fail-if-worse
 
@@ -39,8 +45,12 @@ _WORSE = 3  # exit code of --fail-if-worse
     metavar="FILE", help="Also write them to FILE.json or FILE.csv.",
 )  # fmt: skip
 @options.option(
+    _RESULTS, "--resume", is_flag=True,
+    help="Score only what FILE.json does not hold yet.",
+)  # fmt: skip
+@options.option(
     _RESULTS, "--fail-if-worse", is_flag=True,
-    help="Exit 3 if the average has a lower top-1 than the last checkpoint.",
+    help="Exit 3 if the average does worse than the last checkpoint on the first metric.",
 )  # fmt: skip
 @options.model_options(required=True)
 @options.data_options("data", "Scored on", required=True)
@@ -49,11 +59,13 @@ _WORSE = 3  # exit code of --fail-if-worse
 @options.selection_options
 @options.scheme_options
 @options.tensor_options
-@options.everywhere
+@options.everywhere_by_several
 def evaluate(
     report: Report,
+    processes: Processes | None,
     paths: tuple[str, ...],
     results: Path | None,
+    resume: bool,
     fail_if_worse: bool,
     **settings: Any,
 ) -> None:
@@ -63,36 +75,57 @@ def evaluate(
       ckptavg eval --run runs/swa --model torchvision:resnet50 \\
           --data imagefolder:val --train-data imagefolder:train --each --compare fge
     """
-    _check(paths, results, settings)
+    _check(paths, results, resume, settings)
     candidates = _candidates(paths, settings)
-    from ckptavg import evaluation, sources  # noqa: PLC0415 - help is shown without torch
-    from ckptavg.cli.sources import (  # noqa: PLC0415
-        evaluation_data,
-        runtime_options,
-        training_data,
-    )
+    from ckptavg.cli.sources import task as named  # noqa: PLC0415 - help is shown without torch
+    from ckptavg.results import is_worse  # noqa: PLC0415
 
-    model = sources.make_model(
-        settings["model_spec"], sources.parse_arguments(settings["model_arg"])
-    )
-    train = training_data(settings) if settings["train_data"] else None
-    with report.batch_progress() as progress:
-        scored = evaluation.evaluate(
-            candidates, model, evaluation_data(settings), train_loader=train,
-            device=settings["device"], progress=progress,
-            keep_nonfinite=settings["on_nonfinite"] == "keep", **runtime_options(settings),
-        )  # fmt: skip
-    _show(report, scored)
-    outcome = {"candidates": [result.as_json() for result in scored]}
-    if results is not None:
-        write_results(results, outcome)
-    report.result(outcome)
-    if fail_if_worse and evaluation.is_worse(scored):
-        click.echo("The average does worse than the last checkpoint.", err=True)
+    task = named(settings)
+    keeper = Keeper(candidates, settings, results, resume=resume, processes=processes)
+    scored = _scored(report, processes, keeper, task, settings)
+    _show(report, scored, task)
+    keeper.keep(scored)
+    report.result(keeper.outcome(scored))
+    if fail_if_worse and is_worse(scored, task):
+        if not own_rank():
+            click.echo("The average does worse than the last checkpoint.", err=True)
         raise click.exceptions.Exit(_WORSE)
 
 
-def _check(paths: tuple[str, ...], results: Path | None, settings: dict[str, Any]) -> None:
+def _scored(
+    report: Report,
+    processes: Processes | None,
+    keeper: Keeper,
+    task: Task,
+    settings: dict[str, Any],
+) -> list[Result]:
+    """The results of all candidates: kept ones, and the others' now."""
+    if not keeper.missing:
+        return keeper.merged([])
+    from ckptavg import evaluation  # noqa: PLC0415
+    from ckptavg.cli.sources import (  # noqa: PLC0415
+        evaluation_data,
+        model_and_runtime,
+        training_data,
+    )
+
+    model, runtime = model_and_runtime(settings)
+    training = None
+    if any(candidate.recompute for candidate in keeper.missing):
+        training = training_data(settings, runtime, processes)
+    data = evaluation_data(settings, runtime, processes)
+    with report.samples_progress() as progress:
+        scored = evaluation.score(
+            keeper.missing, model, data, runtime, training, task=task, progress=progress,
+            keep_nonfinite=settings["on_nonfinite"] == "keep", peers=processes,
+            on_results=lambda found: keeper.keep(keeper.merged(found)),
+        )  # fmt: skip
+    return keeper.merged(scored)
+
+
+def _check(
+    paths: tuple[str, ...], results: Path | None, resume: bool, settings: dict[str, Any]
+) -> None:
     """Refuse what cannot work before any file is opened."""
     run = settings["run_path"]
     if not paths and run is None:
@@ -103,12 +136,16 @@ def _check(paths: tuple[str, ...], results: Path | None, settings: dict[str, Any
             raise UsageError(f"--{name.replace('_', '-')} needs --run")
     if results is not None and results.suffix not in (".json", ".csv"):
         raise UsageError(f"--results is expected to end in .json or .csv but got {results}")
+    if resume and (results is None or results.suffix != ".json"):
+        raise UsageError("--resume goes on from the file of --results, which has to be a .json")
+    if settings["bn_samples"] is not None and not settings["train_data"]:
+        raise UsageError("--bn-samples says how much of --train-data is used: name that")
     if results is not None and not results.absolute().parent.is_dir():
         raise OutputError(f"the directory {results.parent} does not exist", "Create it first.")
 
 
 def _candidates(paths: tuple[str, ...], settings: dict[str, Any]) -> list[Candidate]:
-    from ckptavg import evaluation  # noqa: PLC0415
+    from ckptavg import candidates  # noqa: PLC0415
     from ckptavg.formats import is_checkpoint_directory, open_checkpoint  # noqa: PLC0415
     from ckptavg.formats.storage import locate  # noqa: PLC0415
 
@@ -117,7 +154,7 @@ def _candidates(paths: tuple[str, ...], settings: dict[str, Any]) -> list[Candid
         if place.is_dir() and not is_checkpoint_directory(place):
             raise UsageError(f"{path} is no checkpoint: a run goes after --run")
     found = [
-        evaluation.Candidate.of_checkpoint(open_checkpoint(path, settings["key"]), path)
+        candidates.Candidate.of_checkpoint(open_checkpoint(path, settings["key"]), path)
         for path in paths
     ]
     if settings["run_path"] is None:
@@ -126,24 +163,48 @@ def _candidates(paths: tuple[str, ...], settings: dict[str, Any]) -> list[Candid
         [settings["run_path"]], settings["glob"], settings["key"], settings
     )
     planned = options.planned(selection, settings)
-    return found + evaluation.candidates_of(
+    return found + candidates.candidates_of(
         run, selection, planned, each=settings["each"],
         ensemble=settings["compare"] == "fge", recompute=bool(settings["train_data"]),
     )  # fmt: skip
 
 
-def _show(report: Report, scored: list[Result]) -> None:
-    rows = [
-        (
-            result.candidate.name,
-            result.bn,
-            f"{result.metrics['top1']:.2f}",
-            f"{result.metrics['top5']:.2f}",
-            f"{result.metrics['nll']:.4f}",
-            f"{result.metrics['ece']:.4f}",
-            str(result.forwards),
+def _show(report: Report, scored: list[Result], task: Task) -> None:
+    compared = [result.versus for result in scored if result.versus is not None]
+    titles = [metric.title for metric in task.metrics]
+    if compared:
+        of = next(
+            (m.title for m in task.metrics if m.key == compared[0].metric), compared[0].metric
         )
-        for result in scored
-    ]
-    columns = ("candidate", "BatchNorm", "top-1 %", "top-5 %", "NLL", "ECE", "passes")
-    report.table(columns, rows, title=f"{scored[0].metrics['n']} samples")
+        titles += [f"Δ {of}", "95 %", "p"]
+    rows = [_row(result, task, compared=bool(compared)) for result in scored]
+    columns = ("candidate", "BatchNorm", *titles, "passes")
+    report.table(columns, rows, title=f"{scored[0].metrics['n']:g} samples")
+    if compared:
+        test = {"mcnemar": "McNemar's exact test", "bootstrap": "paired bootstrap"}[
+            compared[0].difference.test
+        ]
+        report.line(f"Δ: less {compared[0].reference} on the same samples; p: {test}")
+    for result in scored:
+        if "disagreement" in result.details:
+            share = 100 * result.details["disagreement"]
+            name = result.candidate.name
+            report.line(f"{name}: two of its members differ on {share:.2f} % of the samples")
+
+
+def _row(result: Result, task: Task, *, compared: bool) -> tuple[str, ...]:
+    figures = [_text(result.metrics.get(m.key), m.form) for m in task.metrics]
+    if compared:
+        figures += _versus(result, {m.key: m.form for m in task.metrics})
+    return (result.candidate.name, result.bn, *figures, str(result.forwards))
+
+
+def _versus(result: Result, forms: Mapping[str, str]) -> list[str]:
+    if result.versus is None:
+        return ["–", "–", "–"]
+    d, form = result.versus.difference, forms.get(result.versus.metric, ".4g")
+    return [f"{d.value:+{form}}", f"{d.low:+{form}} … {d.high:+{form}}", f"{d.p:.2g}"]
+
+
+def _text(value: float | None, form: str) -> str:
+    return "–" if value is None else f"{value:{form}}"

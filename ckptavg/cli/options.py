@@ -103,6 +103,14 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def subset(text: str) -> tuple[int, bool]:
+    """``N`` or ``N:stratified``."""
+    count, separator, how = text.partition(":")
+    if not count.isdecimal() or not int(count) or (separator and how != "stratified"):
+        raise click.BadParameter(f"expected N or N:stratified but got {text!r}")
+    return int(count), bool(separator)
+
+
 _WHICH = "Which checkpoints (applied to each run, in this order)"
 selection_options = together(
     option(_WHICH, "--glob", metavar="PATTERN", help="File names that match the pattern."),
@@ -198,6 +206,15 @@ loader_options = together(
     option(
         _RUN, "--seed", type=int, default=0, show_default=True, metavar="N",
         help="Order of the training data.",
+    ),
+    option(
+        _RUN, "--bn-samples", type=subset, metavar="N[:stratified]",
+        help="Recompute statistics from so many of the training samples, drawn at random.",
+    ),
+    option(
+        _RUN, "--task", metavar="NAME",
+        help="image-classification (usual) · causal-lm (usual for text) · multi-label · regression "
+        "· path/file.py:Task.",
     ),
 )  # fmt: skip
 

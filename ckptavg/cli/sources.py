@@ -1,4 +1,4 @@
-"""From the options of a command to a model, its runtime and its data."""
+"""From the options of a command to a model, its task, its runtime and its data."""
 
 from __future__ import annotations
 
@@ -6,35 +6,78 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+from torch.utils.data import Dataset
 
 from ckptavg import sources
-from ckptavg.batches import Runtime
+from ckptavg.batches import Batches
+from ckptavg.loaders import Progress, Subset, open_loader, share
+from ckptavg.processes import Alone, Peers
+from ckptavg.refresh import Pass
+from ckptavg.runtime import Runtime
+from ckptavg.tasks import Task
+from ckptavg.tasks.named import make_task, usual_task
 
 
 def model_and_runtime(settings: Mapping[str, Any]) -> tuple[nn.Module, Runtime]:
     """The model that was named, and where and how it runs."""
     arguments = sources.parse_arguments(settings["model_arg"])
     model = sources.make_model(settings["model_spec"], arguments)
-    return model, Runtime.on(settings["device"], model, **runtime_options(settings))
+    options = {name: settings[name] for name in ("amp", "batch_size", "workers", "seed")}
+    return model, Runtime.on(settings["device"], model, **options)
 
 
-def runtime_options(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The loader options by the names that the API has for them."""
-    return {name: settings[name] for name in ("amp", "batch_size", "workers", "seed")}
+def task(settings: Mapping[str, Any]) -> Task:
+    """What ``--task`` names, or what the data is for."""
+    data = settings.get("data") or settings["train_data"]
+    return make_task(settings["task"] or usual_task(data))
 
 
-def training_data(settings: Mapping[str, Any]) -> Any:
-    """What ``--train-data`` names."""
-    return _data(settings, "train_data", train=True)
+def training_data(
+    settings: Mapping[str, Any], runtime: Runtime, peers: Peers | None = None
+) -> Batches:
+    """This process's batches of what ``--train-data`` names."""
+    wanted: tuple[int, bool] | None = settings["bn_samples"]
+    subset = None if wanted is None else Subset(*wanted)
+    return _batches(settings, "train_data", runtime, peers or Alone(), subset, train=True)
 
 
-def evaluation_data(settings: Mapping[str, Any]) -> Any:
-    """What ``--data`` names."""
-    return _data(settings, "data", train=False)
+def statistics_pass(
+    settings: Mapping[str, Any], processes: Peers | None, progress: Progress
+) -> Pass:
+    """How ``--model`` and ``--train-data`` recompute statistics."""
+    kind = task(settings)
+    model, runtime = model_and_runtime(settings)
+    training = training_data(settings, runtime, processes)
+    return Pass(
+        model,
+        training,
+        runtime,
+        lambda model, batch: kind.forward(model, kind.inputs(batch)),
+        progress,
+        processes or Alone(),
+    )
 
 
-def _data(settings: Mapping[str, Any], name: str, *, train: bool) -> Any:
+def evaluation_data(
+    settings: Mapping[str, Any], runtime: Runtime, peers: Peers | None = None
+) -> Batches:
+    """This process's batches of what ``--data`` names."""
+    return _batches(settings, "data", runtime, peers or Alone(), None, train=False)
+
+
+def _batches(
+    settings: Mapping[str, Any],
+    name: str,
+    runtime: Runtime,
+    peers: Peers,
+    subset: Subset | None,
+    *,
+    train: bool,
+) -> Batches:
     arguments = sources.parse_arguments(settings[f"{name}_arg"])
-    return sources.make_data(
+    data = sources.make_data(
         settings[name], arguments, train=train, model_spec=settings["model_spec"]
     )
+    if peers.count > 1 and not isinstance(data, Dataset):  # a loader that all of them have alike
+        return share(data, peers, runtime.seed, subset)
+    return open_loader(data, runtime, shuffle=train, subset=subset, peers=peers)

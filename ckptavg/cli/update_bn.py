@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from ckptavg.cli import options
+from ckptavg.processes import Processes
 from ckptavg.report import Report, counted
 
 
@@ -18,9 +19,15 @@ from ckptavg.report import Report, counted
 @options.model_options(required=True)
 @options.data_options("train-data", "What the statistics are of", required=True)
 @options.loader_options
-@options.everywhere
+@options.everywhere_by_several
 def update_bn(
-    report: Report, checkpoint: str, out: str, overwrite: bool, key: str | None, **settings: Any
+    report: Report,
+    processes: Processes | None,
+    checkpoint: str,
+    out: str,
+    overwrite: bool,
+    key: str | None,
+    **settings: Any,
 ) -> None:
     """Recompute a checkpoint's BatchNorm statistics with a pass over training data.
 
@@ -29,17 +36,13 @@ def update_bn(
           --train-data imagefolder:train -o swa_bn.safetensors
     """
     from ckptavg import refresh  # noqa: PLC0415 - help is shown without torch
-    from ckptavg.cli.sources import model_and_runtime, training_data  # noqa: PLC0415
+    from ckptavg.cli.sources import statistics_pass  # noqa: PLC0415
     from ckptavg.formats import open_checkpoint  # noqa: PLC0415
 
     opened = open_checkpoint(checkpoint, key)
-    model, runtime = model_and_runtime(settings)
-    data = training_data(settings)
-    with report.batch_progress() as progress:
-        result = refresh.update_checkpoint(
-            opened, out, model, data, runtime, overwrite=overwrite,
-            batch_progress=lambda done, total: progress("BatchNorm", done, total),
-        )  # fmt: skip
+    with report.samples_progress() as progress:
+        how = statistics_pass(settings, processes, lambda *done: progress("BatchNorm", *done))
+        result = refresh.update_checkpoint(opened, out, how, overwrite=overwrite)
     report.line(
         f"wrote {out} (statistics of {counted(result.layers, 'layer')} from "
         f"{counted(result.samples, 'sample')})"

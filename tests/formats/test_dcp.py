@@ -19,12 +19,12 @@ from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import ckptavg
-from ckptavg.batches import Runtime
 from ckptavg.errors import CheckpointError, RunError
 from ckptavg.formats import dcp as our_dcp
 from ckptavg.formats import is_checkpoint_directory, open_checkpoint
 from ckptavg.formats.dcp import Box
-from ckptavg.refresh import update_checkpoint
+from ckptavg.refresh import Pass, update_checkpoint
+from ckptavg.runtime import Runtime
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:torch.distributed is disabled, unavailable or uninitialized"
@@ -477,7 +477,7 @@ def test_new_statistics_keep_the_layout(tmp_path):
     net = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3))
     dcp.save({"model": net.state_dict(), "epoch": 4}, checkpoint_id=tmp_path / "one")
     out, cpu = tmp_path / "refreshed", Runtime(torch.device("cpu"))
-    update_checkpoint(open_checkpoint(tmp_path / "one"), out, net, [torch.randn(8, 5)], cpu)
+    update_checkpoint(open_checkpoint(tmp_path / "one"), out, Pass(net, [torch.randn(8, 5)], cpu))
     loaded = {"model": nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)).state_dict(), "epoch": 0}
     dcp.load(loaded, checkpoint_id=out)
     assert loaded["epoch"] == 4

@@ -20,9 +20,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import ckptavg
-from ckptavg.batches import Runtime
 from ckptavg.formats import harmless, open_checkpoint, torch_layout
-from ckptavg.refresh import update_checkpoint
+from ckptavg.refresh import Pass, update_checkpoint
+from ckptavg.runtime import Runtime
 
 
 def model() -> nn.Module:
@@ -339,7 +339,9 @@ def test_new_statistics_keep_the_layout_too(tmp_path, suffix):
     swa = open_checkpoint(tmp_path / f"swa{suffix}")
     assert not swa.notes
     update_checkpoint(
-        swa, tmp_path / f"bn{suffix}", model(), [torch.randn(8, 3)], Runtime(torch.device("cpu"))
+        swa,
+        tmp_path / f"bn{suffix}",
+        Pass(model(), [torch.randn(8, 3)], Runtime(torch.device("cpu"))),
     )
     found, before = (torch.load(tmp_path / f"{n}{suffix}") for n in ("bn", "swa"))
     assert found["epoch"] == 2

@@ -1,0 +1,131 @@
+"""Results that a file keeps, by what they are results of: what ``--resume`` goes on from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ckptavg.errors import EvaluationError
+from ckptavg.processes import Processes, own_rank
+from ckptavg.report import write_results
+
+if TYPE_CHECKING:
+    from ckptavg.candidates import Candidate
+    from ckptavg.results import Result
+
+log = logging.getLogger("ckptavg")
+
+_DECISIVE = (
+    "model_spec", "model_arg", "data", "data_arg", "task", "amp", "batch_size", "key",
+)  # fmt: skip
+_OF_AVERAGES = ("include", "exclude", "base", "dtype", "on_nonfinite")
+_OF_STATISTICS = ("train_data", "train_data_arg", "bn_samples", "seed")
+
+
+class Keeper:
+    """The results of some candidates, kept in a file as they come.
+
+    Args:
+        candidates: All that are wanted, in the table's order.
+        settings: The command's options.
+        path: Where results go, if anywhere.
+        resume: Whether what is there already is taken.
+        processes: Those that do the same; the first reads and writes for all.
+
+    Attributes:
+        missing: The candidates to score: those that are not there, and the one that they are
+            compared with.
+    """
+
+    def __init__(
+        self,
+        candidates: Sequence[Candidate],
+        settings: Mapping[str, Any],
+        path: Path | None,
+        *,
+        resume: bool,
+        processes: Processes | None,
+    ) -> None:
+        from ckptavg.candidates import reference_of  # noqa: PLC0415 - help is shown without torch
+
+        self.candidates = candidates
+        self.path = path if own_rank() == 0 else None
+        self.keys = [key_of(candidate, settings) for candidate in candidates]
+        held = read(path) if resume and path is not None and own_rank() == 0 else {}
+        if processes is not None:
+            held = processes.gather(held)[0]
+        self.held = {key: held[key] for key in self.keys if key in held}
+        lacking = [c for c, key in zip(candidates, self.keys, strict=True) if key not in held]
+        reference = reference_of(candidates)
+        if lacking and not any(c is reference for c in lacking):
+            lacking.insert(0, reference)
+        self.missing = lacking
+        if resume:
+            log.info("%d of %d candidates are in %s", len(self.held), len(candidates), path)
+
+    def merged(self, scored: Sequence[Result]) -> list[Result]:
+        """These results and those that were there, in the order of the candidates."""
+        from ckptavg.results import Result  # noqa: PLC0415
+
+        new = {id(result.candidate): result for result in scored}
+        found = []
+        for candidate, key in zip(self.candidates, self.keys, strict=True):
+            if key in self.held:
+                found.append(Result.of_json(candidate, self.held[key]))
+            elif id(candidate) in new:
+                found.append(new[id(candidate)])
+        return found
+
+    def outcome(self, results: Sequence[Result]) -> dict[str, Any]:
+        """Results as plain values, each with the key that it is known by."""
+        keys = {id(c): key for c, key in zip(self.candidates, self.keys, strict=True)}
+        return {"candidates": [r.as_json() | {"key": keys[id(r.candidate)]} for r in results]}
+
+    def keep(self, results: Sequence[Result]) -> None:
+        """Write results into the file, if there is one."""
+        if self.path is not None:
+            write_results(self.path, self.outcome(results))
+
+
+def key_of(candidate: Candidate, settings: Mapping[str, Any]) -> str:
+    """What a candidate's scores follow from, as a digest: its weights, the data, the options.
+
+    Files count by path, size and time; the data by its name alone.
+    """
+    names = [*_DECISIVE]
+    names += _OF_AVERAGES if candidate.average is not None else ()
+    names += _OF_STATISTICS if candidate.recompute else ()
+    checkpoints = [
+        (str(c.path.resolve()), c.key, c.size, [stamp.mtime_ns for stamp in c.files])
+        for c in candidate.checkpoints
+    ]
+    decisive = {
+        "kind": candidate.kind,
+        "checkpoints": checkpoints,
+        "coefficients": candidate.coefficients,
+        "options": {name: settings.get(name) for name in names},
+    }
+    text = json.dumps(decisive, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def read(path: Path) -> dict[str, Mapping[str, Any]]:
+    """The results in a file, by their keys; none where there is no file yet.
+
+    Raises:
+        EvaluationError: It is no such file.
+    """
+    if not path.exists():
+        return {}
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))["candidates"]
+        return {entry["key"]: entry for entry in entries if entry.get("metrics")}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EvaluationError(
+            f"{path} cannot be resumed: it does not hold results of this command",
+            "Name another file for --results.",
+        ) from error

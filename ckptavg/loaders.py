@@ -1,0 +1,329 @@
+"""Data for a pass: in which order, which part of it, and on the device when it is needed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Sampler,
+    SequentialSampler,
+)
+from torch.utils.data.distributed import DistributedSampler
+
+from ckptavg.batches import Batches, size_of, tensors_of, to_device
+from ckptavg.errors import EvaluationError, UsageError
+from ckptavg.processes import Alone, Peers
+from ckptavg.runtime import Runtime
+
+log = logging.getLogger("ckptavg")
+Progress = Callable[[int, int], None]
+"""Called as ``progress(done, total)`` in samples; total is 0 where the data cannot tell."""
+
+_PASSED_ON = (
+    "num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn",
+    "multiprocessing_context", "generator", "prefetch_factor", "persistent_workers",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Some of the training data.
+
+    Attributes:
+        count: Samples.
+        stratified: Whether every class has its share among them, as the Dataset's ``targets`` tell.
+    """
+
+    count: int
+    stratified: bool = False
+
+
+def open_loader(
+    data: Batches | Dataset[Any],
+    runtime: Runtime,
+    *,
+    shuffle: bool,
+    subset: Subset | None = None,
+    peers: Peers | None = None,
+) -> Batches:
+    """A Dataset as batches, shared among processes; a loader as it is, but for the subset.
+
+    The batches are the same for any number of processes: each takes every n-th of them.
+
+    Args:
+        data: A Dataset; or a loader, which is this process's own.
+        runtime: Batch size, workers and seed of a Dataset's batches.
+        shuffle: Read a Dataset in seeded random order.
+        subset: How much of it.
+        peers: The processes that share a Dataset.
+
+    Raises:
+        UsageError: There is no such subset of the data.
+    """
+    peers = peers or Alone()
+    if isinstance(data, IterableDataset):
+        data = DataLoader(data, runtime.batch_size, num_workers=runtime.workers)
+        return share(data, peers, runtime.seed, subset)
+    if isinstance(data, Dataset):
+        generator = torch.Generator().manual_seed(runtime.seed)
+        order = _order(data, subset, generator, shuffle=shuffle)
+        size = runtime.batch_size
+        batches = [order[i : i + size] for i in range(0, len(order), size)]
+        return DataLoader(
+            data,
+            batch_sampler=_Listed(batches[peers.rank :: peers.count]),
+            num_workers=runtime.workers,
+            pin_memory=runtime.device.type == "cuda",
+            generator=generator,
+        )
+    if shuffle and isinstance(data, DataLoader) and _is_sequential(data):
+        log.info(
+            "the training data loader does not shuffle: if its samples are sorted by class, "
+            "batches of one class distort the statistics below the first layer"
+        )
+    return data if subset is None else share(data, Alone(), runtime.seed, subset)
+
+
+def share(loader: Batches, peers: Peers, seed: int, subset: Subset | None = None) -> Batches:
+    """This process's part of a loader that all of them have alike: every n-th batch.
+
+    Args:
+        loader: A DataLoader, whose other batches are not even read; or any other iterable.
+        peers: The processes.
+        seed: Of the global generator while the batches are drawn, so that all draw the same.
+        subset: How much of the loader: batches are taken until they hold so many samples.
+
+    Raises:
+        UsageError: A stratified subset of a loader was asked for.
+        EvaluationError: Its sampler pads the parts to one length, which counts samples twice.
+    """
+    if subset is not None and subset.stratified:
+        raise UsageError(
+            "a stratified subset is drawn from a Dataset with targets, not from a loader"
+        )
+    limit = None if subset is None else subset.count
+    sampler = getattr(loader, "sampler", None)
+    if isinstance(sampler, DistributedSampler):
+        _require_even(sampler)
+        return _Some(loader, Alone(), limit)
+    if limit is None and peers.count == 1:
+        return loader
+    drawn = getattr(loader, "batch_sampler", None)
+    if drawn is None or type(loader) is not DataLoader:
+        return _Some(loader, peers, limit)
+    if isinstance(loader.dataset, IterableDataset):
+        return _Some(loader, peers, limit)
+    options = {name: getattr(loader, name) for name in _PASSED_ON}
+    part = _Drawn(drawn, peers, seed, limit)
+    return DataLoader(loader.dataset, batch_sampler=part, **options)
+
+
+def samples_in(loader: Batches) -> int:
+    """Samples that a loader will give; 0 where it cannot tell."""
+    sampler = getattr(loader, "batch_sampler", None)
+    if isinstance(sampler, _Listed):
+        return sampler.samples
+    try:
+        if sampler is not None and not isinstance(sampler, _Drawn):
+            return len(loader.sampler)  # type: ignore[attr-defined]
+    except (TypeError, AttributeError):
+        return 0
+    return 0
+
+
+def counted(loader: Batches, progress: Progress, peers: Peers) -> Iterator[Any]:
+    """A loader's batches; after each, progress is told and the other processes are looked at."""
+    done, total = 0, samples_in(loader)
+    for batch in loader:
+        peers.check()
+        yield batch
+        done += size_of(batch)
+        progress(done, total)
+
+
+@dataclass(frozen=True)
+class Moved:
+    """A batch.
+
+    Attributes:
+        given: As the loader gave it.
+        here: On the device.
+    """
+
+    given: Any
+    here: Any
+
+
+def moved(
+    loader: Iterable[Any], runtime: Runtime, *, channels_last: bool = False
+) -> Iterator[Moved]:
+    """Batches on the device; with CUDA, the next one's copy runs beside the work on this one."""
+    device = runtime.device
+    if device.type != "cuda":
+        for batch in loader:
+            yield Moved(batch, to_device(batch, device))
+        return
+    form = torch.channels_last if channels_last else torch.preserve_format
+    copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    waiting: tuple[Moved, Any] | None = None
+    for batch in loader:
+        with torch.cuda.stream(copies):
+            under_way = Moved(batch, to_device(batch, device, form)), copies.record_event()
+        if waiting is not None:
+            yield _arrived(*waiting, device)
+        waiting = under_way
+    if waiting is not None:
+        yield _arrived(*waiting, device)
+
+
+def _arrived(batch: Moved, copied: Any, device: torch.device) -> Moved:
+    """A batch whose copy what is computed next waits for."""
+    stream = torch.cuda.current_stream(device)
+    stream.wait_event(copied)
+    for tensor in tensors_of(batch.here):
+        if tensor.is_cuda:
+            tensor.record_stream(stream)
+    return batch
+
+
+def _order(
+    data: Dataset[Any], subset: Subset | None, generator: torch.Generator, *, shuffle: bool
+) -> list[int]:
+    """Which samples of a Dataset, in which order."""
+    total = len(data)  # type: ignore[arg-type]
+    if subset is None:
+        return (
+            torch.randperm(total, generator=generator) if shuffle else torch.arange(total)
+        ).tolist()
+    if subset.count >= total:
+        log.info("%d samples are asked for and the data has %d: all are taken", subset.count, total)
+        return torch.randperm(total, generator=generator).tolist()
+    order = torch.randperm(total, generator=generator)
+    if subset.stratified:
+        order = _stratified(order, _targets(data), subset.count)
+        return order[torch.randperm(len(order), generator=generator)].tolist()
+    return order[: subset.count].tolist()
+
+
+def _stratified(order: torch.Tensor, targets: torch.Tensor, count: int) -> torch.Tensor:
+    """The first few of each class in a random order: its share of so many, by largest remainder."""
+    classes, sizes = torch.unique(targets, return_counts=True)
+    exact = sizes.double() * count / len(targets)
+    shares = exact.floor().long()
+    rest = count - int(shares.sum())
+    shares[(exact - shares).argsort(descending=True, stable=True)[:rest]] += 1
+    by_class = targets[order]
+    return torch.cat([
+        order[by_class == label][:share]
+        for label, share in zip(classes.tolist(), shares.tolist(), strict=True)
+    ])  # fmt: skip
+
+
+def _targets(data: Dataset[Any]) -> torch.Tensor:
+    """The classes of a Dataset's samples, without reading them.
+
+    Raises:
+        UsageError: It does not tell.
+    """
+    targets = getattr(data, "targets", None)
+    try:
+        found = torch.as_tensor(targets)
+    except (TypeError, ValueError, RuntimeError):
+        found = torch.empty(0)
+    if found.dim() != 1 or len(found) != len(data):  # type: ignore[arg-type]
+        raise UsageError(
+            "a stratified subset needs data that tells its classes: one of `targets` a sample",
+            "Leave :stratified out, or give the Dataset such an attribute.",
+        )
+    return found
+
+
+class _Listed(Sampler[list[int]]):
+    """Batches that are known beforehand."""
+
+    def __init__(self, batches: Sequence[list[int]]) -> None:
+        self.batches = batches
+        self.samples = sum(map(len, batches))
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)
+
+
+class _Drawn(Sampler[list[int]]):
+    """Every n-th of the batches that a sampler draws, in each process alike."""
+
+    def __init__(
+        self, sampler: Iterable[list[int]], peers: Peers, seed: int, limit: int | None
+    ) -> None:
+        self.sampler = sampler
+        self.peers = peers
+        self.seed = seed
+        self.limit = limit
+
+    def __iter__(self) -> Iterator[list[int]]:
+        if self.peers.count == 1:
+            yield from _up_to(self.sampler, self.limit, len)
+            return
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            batches = list(_up_to(self.sampler, self.limit, len))
+        drawn = zlib.crc32(json.dumps(batches).encode())
+        if len(set(self.peers.gather(drawn))) > 1:
+            raise EvaluationError(
+                "the data loader draws other batches in each process",
+                "Seed its sampler, or return the Dataset: ckptavg shares it out.",
+            )
+        yield from batches[self.peers.rank :: self.peers.count]
+
+
+class _Some:
+    """Every n-th batch of any iterable, which is read as a whole."""
+
+    def __init__(self, loader: Batches, peers: Peers, limit: int | None) -> None:
+        self.loader = loader
+        self.peers = peers
+        self.limit = limit
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = _up_to(self.loader, self.limit, size_of)
+        return itertools.islice(batches, self.peers.rank, None, self.peers.count)
+
+
+def _up_to(batches: Iterable[Any], limit: int | None, size: Callable[[Any], int]) -> Iterator[Any]:
+    """Batches until they hold so many samples."""
+    seen = 0
+    for batch in batches:
+        yield batch
+        seen += size(batch)
+        if limit is not None and seen >= limit:
+            return
+
+
+def _require_even(sampler: DistributedSampler[Any]) -> None:
+    if sampler.drop_last or len(sampler.dataset) % sampler.num_replicas:  # type: ignore[arg-type]
+        what = "drops" if sampler.drop_last else "repeats"
+        raise EvaluationError(
+            f"the data loader's DistributedSampler {what} samples to give every process as many",
+            "Return the Dataset or a plain DataLoader: ckptavg shares it out, each sample once.",
+        )
+
+
+def _is_sequential(loader: DataLoader[Any]) -> bool:
+    """Whether a loader reads its samples in their own order; one with its own batches may not."""
+    if type(loader.batch_sampler) not in (BatchSampler, type(None)):
+        return False
+    return isinstance(loader.sampler, SequentialSampler)

@@ -1,0 +1,138 @@
+"""The sets of weights that candidates need outputs of, and which of them run together."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from ckptavg import averaging
+from ckptavg.averaging import Average
+from ckptavg.candidates import Candidate
+from ckptavg.formats import Checkpoint
+from ckptavg.loading import load_into
+from ckptavg.outputs import StateDict
+from ckptavg.runtime import Runtime
+
+
+@dataclass(eq=False)
+class Network:
+    """One set of weights that outputs are computed with.
+
+    Attributes:
+        name: For messages.
+        source: What its weights are: a checkpoint, or a planned average.
+        recompute: Whether its BatchNorm statistics are recomputed.
+        model: It, on the device, while it is in use.
+    """
+
+    name: str
+    source: Checkpoint | Average
+    recompute: bool = False
+    model: nn.Module = field(default_factory=nn.Module, repr=False)
+
+
+class Networks:
+    """The networks of some candidates; those that have one in common share it.
+
+    Attributes:
+        members: Of each candidate, the networks whose outputs it is made of.
+    """
+
+    def __init__(self, candidates: Sequence[Candidate]) -> None:
+        self._found: dict[object, Network] = {}
+        self.members = [self._of(candidate) for candidate in candidates]
+
+    def __iter__(self) -> Iterator[Network]:
+        return iter(self._found.values())
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def _of(self, candidate: Candidate) -> list[Network]:
+        if candidate.average is not None:
+            planned, recompute = candidate.average, candidate.recompute
+            network = Network(candidate.name, planned, recompute)
+            return [self._found.setdefault((id(planned), recompute), network)]
+        return [
+            self._found.setdefault((c.path.resolve(), c.key), Network(str(c.path), c))
+            for c in candidate.checkpoints
+        ]
+
+    def groups(self, size: int) -> list[list[Network]]:
+        """The networks in groups of at most so many, an ensemble's members together if they fit.
+
+        Args:
+            size: Copies of the model that the memory holds.
+        """
+        size = max(1, size)
+        groups: list[list[Network]] = []
+        for block in self._blocks():
+            for part in (block[i : i + size] for i in range(0, len(block), size)):
+                room = (group for group in groups if len(group) + len(part) <= size)
+                group = next(room, None)
+                if group is None:
+                    groups.append([*part])
+                else:
+                    group += part
+        return groups
+
+    def _blocks(self) -> list[list[Network]]:
+        """The networks, those of one ensemble in a block, each network in its first."""
+        blocks: list[list[Network]] = []
+        taken: set[Network] = set()
+        for members in sorted(self.members, key=len, reverse=True):
+            block = [n for n in dict.fromkeys(members) if n not in taken]
+            taken |= {*block}
+            if block:
+                blocks.append(block)
+        return blocks
+
+
+def load(
+    group: Sequence[Network], template: nn.Module, runtime: Runtime, *, keep_nonfinite: bool = False
+) -> None:
+    """Give each network of a group its model: all averages among them from one read.
+
+    Args:
+        group: The networks.
+        template: A module that the weights fit; it is copied.
+        runtime: Where the models go; they are in evaluation mode.
+        keep_nonfinite: Let averages that are not finite reach a model.
+
+    Raises:
+        ModelError: Weights do not fit.
+    """
+    averages = {id(n.source): n.source for n in group if isinstance(n.source, Average)}
+    made = (
+        averaging.in_memory_many([*averages.values()], keep_nonfinite=keep_nonfinite, stale=False)
+        if averages
+        else []
+    )
+    weights = dict(zip(averages, made, strict=True))
+    del made
+    left = [id(network.source) for network in group]
+    for network in group:
+        left.remove(place := id(network.source))
+        if isinstance(network.source, Average):
+            found = weights[place] if place in left else weights.pop(place)
+        else:
+            found = averaging.load(network.source)
+        network.model = _placed(template, found, network.name, runtime)
+
+
+def _placed(template: nn.Module, weights: StateDict, name: str, runtime: Runtime) -> nn.Module:
+    model = copy.deepcopy(template)
+    load_into(model, weights, name)
+    return runtime.place(model).eval()
+
+
+def release(group: Iterable[Network], device: torch.device) -> None:
+    """Give the memory of a group's models back."""
+    for network in group:
+        network.model = nn.Module()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

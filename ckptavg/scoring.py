@@ -1,0 +1,196 @@
+"""Scores of candidates while data goes by.
+
+A single network's are taken at once, an ensemble's when all of its members have been heard.
+"""
+
+from __future__ import annotations
+
+import base64
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ckptavg.batches import bytes_of
+from ckptavg.candidates import Candidate
+from ckptavg.errors import EvaluationError
+from ckptavg.evidence import Disagreement
+from ckptavg.networks import Network
+from ckptavg.processes import Peers
+from ckptavg.tasks.task import Mean, Samples, Scores, Task
+
+
+class Board:
+    """The scores of one candidate.
+
+    A pass over the data may fail half way and be tried again with fewer networks at a time, so what
+    it adds counts once it is over: ``begin``, ``add`` for every network and batch, ``commit``.
+    """
+
+    def __init__(self, candidate: Candidate, members: Sequence[Network], task: Task) -> None:
+        self.candidate = candidate
+        self.members = members
+        self.task = task
+        self.scores: Scores = task.scores()
+        self.samples: dict[int, Samples] = {}
+        self.disagreement = Disagreement(len(members))
+        self.heard: set[Network] = set()
+        self._parked: dict[int, Mean] = {}
+        self._waiting: dict[int, Mean] = {}
+        self._agreed = copy.deepcopy(self.disagreement)  # as of the last pass
+
+    @property
+    def complete(self) -> bool:
+        """Whether all of its networks have seen all of the data."""
+        return self.heard.issuperset(self.members)
+
+    def begin(self) -> None:
+        """Start a pass, or start it again."""
+        if not self.complete:
+            self.scores, self.samples = self.task.scores(), {}
+            self.disagreement = copy.deepcopy(self._agreed)
+            self._waiting = {}
+
+    def add(
+        self,
+        number: int,
+        network: Network,
+        found: torch.Tensor,
+        samples: Samples | None,
+        targets: Any,
+    ) -> None:
+        """Take in the predictions of a network on a batch, if it is one of its own."""
+        times = self.members.count(network)
+        if not times:
+            return
+        if self.candidate.kind != "ensemble":
+            self._score(number, found, samples, targets)
+            return
+        mean = self._mean(number)
+        for _ in range(times):
+            mean.add(found, targets)
+            if samples is not None and samples.answers is not None:
+                self.disagreement.add(number, samples.answers)
+        if mean.members == len(self.members):
+            value = self._waiting.pop(number).value()
+            self._score(number, value, self.task.samples(value, targets), targets)
+
+    def commit(self, group: Sequence[Network]) -> None:
+        """End a pass of some networks over all of the data."""
+        self.heard.update(n for n in group if n in self.members)
+        for mean in self._waiting.values():
+            mean.park()
+        self.disagreement.park()
+        self._parked, self._waiting = self._waiting, {}
+        self._agreed = copy.deepcopy(self.disagreement)
+
+    def _mean(self, number: int) -> Mean:
+        """The ensemble's outputs on a batch so far; those of earlier passes stay as they are."""
+        if number not in self._waiting:
+            parked = self._parked.get(number)
+            self._waiting[number] = self.task.mean() if parked is None else copy.deepcopy(parked)
+        return self._waiting[number]
+
+    def _score(
+        self, number: int, found: torch.Tensor, samples: Samples | None, targets: Any
+    ) -> None:
+        self.scores.update(found, targets)
+        if samples is not None:
+            self.samples[number] = samples
+
+    def details(self) -> dict[str, Any]:
+        """What JSON says beside the metrics, as plain values."""
+        found = self.task.details(self.scores)
+        if self.candidate.kind == "ensemble" and self.disagreement.count:
+            found |= {k: v for k, v in self.disagreement.compute().items() if k != "n"}
+        return found
+
+    def merge(self, peers: Peers) -> None:
+        """Take in what the other processes have seen; every process calls this alike."""
+        if peers.count == 1:
+            return
+        mine = {number * peers.count + peers.rank: s for number, s in self.samples.items()}
+        told = [self.scores.state(), self.disagreement.state(), _plain(mine)]
+        scores, disagreement = self.task.scores(), Disagreement(len(self.members))
+        samples: dict[int, Samples] = {}
+        for other_scores, other_disagreement, others in peers.gather(told):
+            scores.merge(other_scores)
+            disagreement.merge(other_disagreement)
+            samples |= _samples(others)
+        self.scores, self.disagreement = scores, disagreement
+        self.samples = dict(sorted(samples.items()))
+
+
+def joined(samples: Mapping[int, Samples]) -> Samples | None:
+    """The samples of all batches, in order, on the CPU; None where there are none."""
+    if not samples:
+        return None
+    parts = [samples[number] for number in sorted(samples)]
+    weights = [part.weights for part in parts if part.weights is not None]
+    return Samples(
+        torch.cat([part.values for part in parts]).cpu(),
+        torch.cat(weights).cpu() if weights else None,
+        metric=parts[0].metric,
+        scale=parts[0].scale,
+    )
+
+
+def _plain(samples: Mapping[int, Samples]) -> list[Any]:
+    return [
+        [number, s.metric, s.scale, _packed(s.values), s.weights is not None and _packed(s.weights)]
+        for number, s in samples.items()
+    ]
+
+
+def _samples(plain: Sequence[Any]) -> dict[int, Samples]:
+    return {
+        number: Samples(
+            _unpacked(values), _unpacked(weights) if weights else None, None, metric, scale
+        )
+        for number, metric, scale, values, weights in plain
+    }
+
+
+def _packed(values: torch.Tensor) -> list[str]:
+    """A tensor's type and bytes, as text."""
+    return [str(values.dtype).removeprefix("torch."), base64.b85encode(bytes_of(values)).decode()]
+
+
+def _unpacked(packed: Sequence[str]) -> torch.Tensor:
+    dtype, text = packed
+    raw = bytearray(base64.b85decode(text))
+    wanted = getattr(torch, dtype)
+    return torch.frombuffer(raw, dtype=wanted) if raw else torch.empty(0, dtype=wanted)
+
+
+class Soundness:
+    """Whether predictions are finite, looked at one batch late so that no device is waited for."""
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._flags: list[torch.Tensor] = []
+
+    def add(self, name: str, sound: torch.Tensor) -> None:
+        """Note a network's flag for the current batch."""
+        self._names.append(name)
+        self._flags.append(sound)
+
+    def check(self, keep: int = 0) -> None:
+        """Look at all flags but the last few.
+
+        Raises:
+            EvaluationError: A network's predictions were not finite.
+        """
+        count = len(self._flags) - keep
+        if count <= 0:
+            return
+        for name, sound in zip(
+            self._names, torch.stack(self._flags[:count]).tolist(), strict=False
+        ):
+            if not sound:
+                raise EvaluationError(
+                    f"{name}: the outputs are not finite",
+                    "Recompute its BatchNorm statistics, look at the weights, or pass --amp off.",
+                )
+        del self._names[:count], self._flags[:count]

@@ -1,0 +1,197 @@
+"""Multi-label classification: any number of labels a sample."""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+from typing import Any, ClassVar
+
+import torch
+from torch.nn.functional import logsigmoid
+
+from ckptavg.errors import EvaluationError
+from ckptavg.metrics import Totals
+from ckptavg.tasks.task import LogMean, Metric, Samples, Scores, Task, first_tensor, in_float64
+
+_HELD = 2**24  # scores on the device (80 MiB with targets) before they are moved to the host
+
+
+class MultiLabel(Task):
+    """Outputs: logits (N, labels), targets (N, labels) of 0 and 1, of any type.
+
+    Predictions are the logarithms of p and 1 − p (N, labels, 2), so that an ensemble averages
+    sigmoid probabilities and none is rounded to 0 or 1. Mean average precision has no part that is
+    a sample's; pairs compare the NLL.
+
+    Raises:
+        EvaluationError: torchmetrics is not installed.
+    """
+
+    metrics: ClassVar = (
+        Metric("map", "mAP %", ".2f", True),
+        Metric("f1_micro", "F1 micro %", ".2f", True),
+        Metric("f1_macro", "F1 macro %", ".2f", True),
+        Metric("nll", "NLL", ".4f", False),
+    )
+
+    def __init__(self) -> None:
+        if importlib.util.find_spec("torchmetrics") is None:
+            raise EvaluationError(
+                "multi-label metrics need torchmetrics, which is not installed",
+                "Install it with pip install torchmetrics.",
+            )
+
+    def check(self, outputs: Any, targets: Any) -> None:
+        """Make sure that shapes are equal and that targets are 0 or 1.
+
+        Raises:
+            EvaluationError: They are not.
+        """
+        logits = first_tensor(outputs)
+        if logits.dim() != 2 or logits.shape != targets.shape or not logits.shape[1]:
+            raise EvaluationError(
+                f"outputs and targets of shape (N, labels) are expected, but got "
+                f"{tuple(logits.shape)} and {tuple(targets.shape)}",
+                "Check that the model and the data belong together.",
+            )
+        wrong = (targets != 0) & (targets != 1)
+        if bool(wrong.any()):
+            raise EvaluationError(
+                f"the data has the target {targets[wrong][0].item()}, but 0 or 1 is expected for "
+                "each label",
+                "Check --data.",
+            )
+
+    def predict(self, outputs: Any, targets: Any) -> torch.Tensor:
+        """Logarithms of each label's probability and of its complement: (N, labels, 2), float64."""
+        del targets
+        logits = in_float64(first_tensor(outputs))
+        return torch.stack((logsigmoid(logits), logsigmoid(-logits)), dim=-1)
+
+    def mean(self) -> LogMean:
+        """The mean of sigmoid outputs."""
+        return LogMean()
+
+    def scores(self) -> Scores:
+        """Mean average precision, F1 and NLL."""
+        return MultiLabelMetrics()
+
+    def samples(self, predictions: torch.Tensor, targets: Any) -> Samples:
+        """Each sample's NLL, mean over labels."""
+        return Samples(_nll(predictions, targets).mean(1), metric="nll")
+
+
+class MultiLabelMetrics:
+    """Mean average precision and F1 by torchmetrics, and the NLL.
+
+    Average precision depends on the order of all samples, so every score is kept: 5 bytes a label.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._nll = Totals()
+        self._scores: list[torch.Tensor] = []  # (N, labels) float32, log-odds
+        self._targets: list[torch.Tensor] = []  # (N, labels) uint8
+        self._held = 0
+
+    def update(self, predictions: torch.Tensor, targets: Any) -> None:
+        """Take in a batch; waits for its device only once in many millions of scores.
+
+        Args:
+            predictions: (N, labels, 2), float64, logarithms of p and 1 − p.
+            targets: (N, labels), 0 or 1.
+        """
+        self.count += len(predictions)
+        self._nll.add(_nll(predictions, targets).sum())
+        # Rounded to float32, equal outputs have equal scores, whatever the logarithms' last bits.
+        self._scores.append((predictions[..., 0] - predictions[..., 1]).float())
+        self._targets.append(targets.to(predictions.device, torch.uint8))
+        self._held += targets.numel()
+        if self._held >= _HELD:
+            self._leave_device()
+
+    def compute(self) -> dict[str, float]:
+        """``map`` and ``f1_micro``, ``f1_macro`` in %, ``nll`` in nats a label, ``n`` samples.
+
+        The F1 scores are of labels with p above 1/2. A label that no sample has is left out of the
+        mean average precision, where it has no value, and has an F1 of 0.
+
+        Raises:
+            EvaluationError: There were no samples.
+        """
+        from torchmetrics.functional import classification as by  # noqa: PLC0415 - takes seconds
+
+        if not self.count:
+            raise EvaluationError("the evaluation data is empty", "Check --data.")
+        self._leave_device()
+        scores, targets = torch.cat(self._scores), torch.cat(self._targets).long()
+        count, labels = scores.shape
+        chosen = (scores > 0).long()
+        f1 = {
+            f"f1_{kind}": 100
+            * float(
+                by.multilabel_f1_score(chosen, targets, labels, average=kind, validate_args=False)
+            )
+            for kind in ("micro", "macro")
+        }
+        nll = float(self._nll.read()) / (count * labels)
+        return {"map": 100 * _mean_average_precision(scores, targets), **f1, "nll": nll, "n": count}
+
+    def state(self) -> dict[str, Any]:
+        """What has been taken in, as plain values for JSON; scores in base64."""
+        self._leave_device()
+        labels = self._scores[0].shape[1] if self._scores else 0
+        return {
+            "n": self.count,
+            "labels": labels,
+            "nll": float(self._nll.read()),
+            "scores": _encoded(self._scores),
+            "targets": _encoded(self._targets),
+        }
+
+    def merge(self, state: dict[str, Any]) -> None:
+        """Take in what another process has."""
+        if not state["n"]:
+            return
+        self.count += state["n"]
+        self._nll.add(torch.tensor(state["nll"], dtype=torch.float64))
+        self._scores.append(_decoded(state["scores"], torch.float32, state["labels"]))
+        self._targets.append(_decoded(state["targets"], torch.uint8, state["labels"]))
+
+    def _leave_device(self) -> None:
+        self._scores = [some.cpu() for some in self._scores]
+        self._targets = [some.cpu() for some in self._targets]
+        self._held = 0
+
+
+def _nll(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Binary cross-entropy (N, labels) of the logarithms of p and 1 − p."""
+    present = targets.to(predictions.device) == 1
+    return -torch.where(present, predictions[..., 0], predictions[..., 1])
+
+
+def _mean_average_precision(scores: torch.Tensor, targets: torch.Tensor) -> float:
+    """Mean over the labels that some sample has, as a fraction; 0 if there are none."""
+    from torchmetrics.functional import classification as by  # noqa: PLC0415 - takes seconds
+
+    present = targets.any(0)
+    labels = int(present.sum())
+    if not labels:
+        return 0.0
+    # torchmetrics takes scores outside 0 to 1 for logits, and their sigmoid would make the high
+    # ones equal. The order is all that counts, and x / (1 + |x|) keeps it.
+    odds = scores[:, present].double()
+    ranks = (1 + odds / (1 + odds.abs())) / 2
+    return float(
+        by.multilabel_average_precision(ranks, targets[:, present], labels, validate_args=False)
+    )
+
+
+def _encoded(parts: list[torch.Tensor]) -> str:
+    raw = torch.cat(parts).numpy().tobytes() if parts else b""
+    return base64.b64encode(raw).decode()
+
+
+def _decoded(text: str, dtype: torch.dtype, labels: int) -> torch.Tensor:
+    raw = bytearray(base64.b64decode(text))
+    return torch.frombuffer(raw, dtype=dtype).reshape(-1, labels)

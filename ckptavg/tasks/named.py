@@ -1,0 +1,56 @@
+"""Tasks by the names that ``--task`` knows."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from ckptavg.errors import SpecError, UsageError
+from ckptavg.tasks.task import Task
+
+USUAL = "image-classification"
+_NAMED = {
+    USUAL: ("classification", "Classification"),
+    "causal-lm": ("language", "CausalLM"),
+    "multi-label": ("multilabel", "MultiLabel"),
+    "regression": ("regression", "Regression"),
+}
+_TEXT = ("text:", "tokens:")
+
+
+def make_task(spec: str) -> Task:
+    """The task of a name, or of a user's own class as ``path/file.py:Task``.
+
+    Raises:
+        UsageError: There is no such name.
+        SpecError: The class cannot be found, or is no task.
+    """
+    if spec in _NAMED:
+        module, name = _NAMED[spec]
+        made = getattr(importlib.import_module(f"ckptavg.tasks.{module}"), name)()
+    elif ":" in spec:
+        from ckptavg.sources import call_factory  # noqa: PLC0415 - which imports what tasks need not
+
+        made = call_factory(spec)
+    else:
+        raise UsageError(
+            f"task is expected to be one of {', '.join(_NAMED)}, or path/file.py:Task, "
+            f"but got {spec!r}"
+        )
+    return _checked(spec, made)
+
+
+def usual_task(data: str) -> str:
+    """The name of the task that a data specification is for."""
+    return "causal-lm" if data.startswith(_TEXT) else USUAL
+
+
+def _checked(spec: str, made: Any) -> Task:
+    if not isinstance(made, Task):
+        raise SpecError(
+            f"{spec} is expected to give a ckptavg.tasks.Task but gives a {type(made).__name__}",
+            "Make it a subclass.",
+        )
+    if not made.metrics:
+        raise SpecError(f"{spec} has no metrics", "Name them: metrics = (Metric(...),).")
+    return made

@@ -1,0 +1,159 @@
+"""Regression: one or several numbers a sample."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+
+from ckptavg.errors import EvaluationError
+from ckptavg.tasks.task import Metric, Samples, Scores, Task, first_tensor, in_float64
+
+_CONSTANT = 1e-14  # a relative spread that rounding alone can leave
+
+
+class Regression(Task):
+    """Outputs (N,), (N, 1) or (N, D), targets of as many values a sample, integers or floats.
+
+    An ensemble averages outputs. Pairs compare the mean squared error, whose square root the first
+    metric is.
+    """
+
+    metrics: ClassVar = (
+        Metric("rmse", "RMSE", ".5g", False),
+        Metric("mae", "MAE", ".5g", False),
+        Metric("r2", "R²", ".5f", True),
+        Metric("mse", "MSE", ".5g", False),
+    )
+
+    def check(self, outputs: Any, targets: Any) -> None:
+        """Make sure that shapes fit and that targets are finite.
+
+        Raises:
+            EvaluationError: They do not, or are not.
+        """
+        found = first_tensor(outputs)
+        if not _fit(found.shape, targets.shape):
+            raise EvaluationError(
+                "outputs and targets with as many values a sample are expected, but got shapes "
+                f"{tuple(found.shape)} and {tuple(targets.shape)}",
+                "Check that the model and the data belong together.",
+            )
+        if not bool(torch.isfinite(targets).all()):
+            raise EvaluationError("the data has targets that are not finite", "Check --data.")
+
+    def predict(self, outputs: Any, targets: Any) -> torch.Tensor:
+        """Outputs: (N, D), float64."""
+        del targets
+        return _rows(in_float64(first_tensor(outputs)))
+
+    def scores(self) -> Scores:
+        """RMSE, MAE, R² and MSE."""
+        return RegressionMetrics()
+
+    def samples(self, predictions: torch.Tensor, targets: Any) -> Samples:
+        """Each sample's mean squared error."""
+        errors = predictions - _rows(in_float64(targets))
+        return Samples(errors.square().mean(1), metric="mse")
+
+
+class RegressionMetrics:
+    """Errors over all values, and the coefficient of determination R², mean over the D outputs.
+
+    The sums are this package's own: in torchmetrics 1.9, those of squared and absolute errors stay
+    float32, and R² subtracts two sums that are all but equal where targets are far from 0 and takes
+    targets of a small unit for constant.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._found: torch.Tensor | None = None  # as in _of_batch
+
+    def update(self, predictions: torch.Tensor, targets: Any) -> None:
+        """Take in a batch, without waiting for its device.
+
+        Args:
+            predictions: (N, D), float64.
+            targets: As many values a sample, of any type.
+        """
+        if len(predictions):
+            more = _of_batch(predictions, _rows(in_float64(targets)))
+            self._take(len(predictions), more)
+
+    def compute(self) -> dict[str, float]:
+        """``rmse``, ``mae``, ``mse`` over all values, ``r2`` and ``n`` samples.
+
+        R² of targets that do not vary is 1 where all errors are 0, and otherwise 0, as in
+        scikit-learn.
+
+        Raises:
+            EvaluationError: There were no samples.
+        """
+        if self._found is None:
+            raise EvaluationError("the evaluation data is empty", "Check --data.")
+        squared, absolute, mean, spread = self._found.cpu()
+        mse = float(squared.mean()) / self.count
+        constant = spread <= self.count * (_CONSTANT * mean).square()
+        r2 = torch.where(constant, (squared == 0).double(), 1 - squared / spread)
+        return {
+            "rmse": math.sqrt(mse),
+            "mae": float(absolute.mean()) / self.count,
+            "r2": float(r2.mean()),
+            "mse": mse,
+            "n": self.count,
+        }
+
+    def state(self) -> dict[str, Any]:
+        """What has been taken in, as plain values for JSON."""
+        return {"n": self.count, "found": [] if self._found is None else self._found.tolist()}
+
+    def merge(self, state: dict[str, Any]) -> None:
+        """Take in what another process has."""
+        if state["n"]:
+            self._take(state["n"], torch.tensor(state["found"], dtype=torch.float64))
+
+    def _take(self, count: int, more: torch.Tensor) -> None:
+        """Add errors, and join means and spreads (Chan et al. 1983, eq. 2.1)."""
+        if self._found is None:
+            self.count, self._found = count, more
+            return
+        if self._found.shape != more.shape:
+            raise EvaluationError(
+                f"the model gave {self._found.shape[1]} values a sample and then {more.shape[1]}"
+            )
+        total = self.count + count
+        squared, absolute, mean, spread = self._found.to(more.device)
+        step = more[2] - mean
+        joined = step.square() * (self.count * count / total)
+        self._found = torch.stack(
+            (
+                squared + more[0],
+                absolute + more[1],
+                mean + step * (count / total),
+                spread + more[3] + joined,
+            )
+        )
+        self.count = total
+
+
+def _of_batch(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """By output: sums of squared and absolute errors, targets' mean and squares about it (4, D)."""
+    errors = predictions - targets
+    mean = targets.mean(0)
+    spread = (targets - mean).square().sum(0)
+    return torch.stack((errors.square().sum(0), errors.abs().sum(0), mean, spread))
+
+
+def _fit(outputs: torch.Size, targets: torch.Size) -> bool:
+    """Whether values correspond: equal shapes but for axes of length one, or one of them flat."""
+    if not outputs or not targets or outputs[0] != targets[0]:
+        return False
+    one, other = ([n for n in shape[1:] if n != 1] for shape in (outputs, targets))
+    flat = len(one) < 2 or len(other) < 2
+    return 0 not in one and (one == other or (flat and math.prod(one) == math.prod(other)))
+
+
+def _rows(values: torch.Tensor) -> torch.Tensor:
+    """Values as (N, D)."""
+    return values.flatten(1) if values.dim() > 1 else values[:, None]
