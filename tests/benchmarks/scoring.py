@@ -111,12 +111,13 @@ def _device(asked: str) -> dict[str, Any]:
 def _bench(options: argparse.Namespace, room: Path, found: dict[str, Any]) -> Scoring:
     device = found["device"]
     bench = Scoring(
-        device=device, fvcore="fvcore" in found["about"],
-        candidates=sorted(set(options.candidates)), checkpoints=options.checkpoints, images=options.images or _IMAGES[device],
-        crop=options.crop, batch_size=options.batch_size or _BATCH_SIZE[device],
-        workers=options.workers, model=options.model, pixels=options.pixels,
         rounds=options.rounds, room=room.resolve(),
         progress=lambda line: print(line, file=sys.stderr, flush=True),
+        device=device, fvcore="fvcore" in found["about"],
+        candidates=sorted(set(options.candidates)), checkpoints=options.checkpoints,
+        images=options.images or _IMAGES[device], crop=options.crop,
+        batch_size=options.batch_size or _BATCH_SIZE[device], workers=options.workers,
+        model=options.model, pixels=options.pixels,
     )  # fmt: skip
     bench.outputs.mkdir()
     return bench
