@@ -7,7 +7,7 @@ import json
 import logging
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -92,7 +92,7 @@ def open_loader(
             "the training data loader does not shuffle: if its samples are sorted by class, "
             "batches of one class distort the statistics below the first layer"
         )
-    return data if subset is None else share(data, Alone(), runtime.seed, subset)
+    return data if subset is None else share(data, Alone(), runtime.seed, _part(subset, peers))
 
 
 def share(loader: Batches, peers: Peers, seed: int, subset: Subset | None = None) -> Batches:
@@ -115,8 +115,8 @@ def share(loader: Batches, peers: Peers, seed: int, subset: Subset | None = None
     limit = None if subset is None else subset.count
     sampler = getattr(loader, "sampler", None)
     if isinstance(sampler, DistributedSampler):
-        _require_even(sampler)
-        return _Some(loader, Alone(), limit)
+        _require_even(sampler, peers)
+        return _Some(loader, Alone(), subset and _part(subset, peers).count)
     if limit is None and peers.count == 1:
         return loader
     drawn = getattr(loader, "batch_sampler", None)
@@ -313,7 +313,18 @@ def _up_to(batches: Iterable[Any], limit: int | None, size: Callable[[Any], int]
             return
 
 
-def _require_even(sampler: DistributedSampler[Any]) -> None:
+def _part(subset: Subset, peers: Peers) -> Subset:
+    """What each process draws of a loader that is its own part of the data."""
+    return replace(subset, count=-(-subset.count // peers.count))
+
+
+def _require_even(sampler: DistributedSampler[Any], peers: Peers) -> None:
+    if peers.count not in (1, sampler.num_replicas):
+        raise EvaluationError(
+            f"the data loader's DistributedSampler is for {sampler.num_replicas} processes, "
+            f"but {peers.count} share the data",
+            "Return the Dataset or a plain DataLoader: ckptavg shares it out, each sample once.",
+        )
     if sampler.drop_last or len(sampler.dataset) % sampler.num_replicas:  # type: ignore[arg-type]
         what = "drops" if sampler.drop_last else "repeats"
         raise EvaluationError(

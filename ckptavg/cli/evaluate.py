@@ -81,12 +81,19 @@ def evaluate(
     from ckptavg.results import is_worse  # noqa: PLC0415
 
     task = named(settings)
+    if fail_if_worse and task.metrics[0].higher is None:
+        raise UsageError(
+            f"--fail-if-worse needs a first metric that says which is better: "
+            f"{task.metrics[0].key} does not"
+        )
     keeper = Keeper(candidates, settings, results, resume=resume, processes=processes)
     scored = _scored(report, processes, keeper, task, settings)
     _show(report, scored, task)
     keeper.keep(scored)
     report.result(keeper.outcome(scored))
     if fail_if_worse and is_worse(scored, task):
+        if processes is not None:
+            processes.gather(None)  # a launcher ends all when one exits: the first has written
         if not own_rank():
             click.echo("The average does worse than the last checkpoint.", err=True)
         raise click.exceptions.Exit(_WORSE)
