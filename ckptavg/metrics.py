@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -121,35 +120,3 @@ def _binned(confidence: torch.Tensor, correct: torch.Tensor) -> torch.Tensor:
     bins = torch.bucketize(confidence, edges[1:-1])
     found = torch.stack((torch.ones_like(correct), correct, confidence))
     return found.new_zeros(3, ECE_BINS).index_add_(1, bins, found)
-
-
-def log_softmax(outputs: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Log-probabilities in float64, on the CPU where the device has no float64 (mps)."""
-    where = torch.device("cpu") if device.type == "mps" else device
-    return outputs.detach().to(where, torch.float64).log_softmax(1)
-
-
-class LogMean:
-    """Mean of probabilities, kept as a logarithm.
-
-    Attributes:
-        members: How many have been taken in.
-    """
-
-    def __init__(self) -> None:
-        self.members = 0
-        self._sum: torch.Tensor | None = None
-
-    def add(self, log_probabilities: torch.Tensor) -> None:
-        """Take in a member's log-probabilities."""
-        self.members += 1
-        if self._sum is None:
-            self._sum = log_probabilities
-        else:
-            self._sum = torch.logaddexp(self._sum, log_probabilities)
-
-    def value(self) -> torch.Tensor:
-        """Log of the mean of the members' probabilities."""
-        if self._sum is None:
-            raise EvaluationError("an ensemble has no members")
-        return self._sum - math.log(self.members)

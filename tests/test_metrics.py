@@ -1,5 +1,6 @@
 """Metrics against torchmetrics, scikit-learn, and values by hand."""
 
+import json
 import math
 
 import numpy as np
@@ -12,11 +13,14 @@ from torchmetrics.functional.classification import (
     multiclass_accuracy,
     multiclass_calibration_error,
 )
+from waiting import NoWaiting
 
 from ckptavg.errors import EvaluationError
-from ckptavg.metrics import ClassificationMetrics, LogMean, log_softmax
+from ckptavg.metrics import ClassificationMetrics, Totals
+from ckptavg.tasks.classification import Classification
+from ckptavg.tasks.task import LogMean
 
-CPU = torch.device("cpu")
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def predictions(samples=300, classes=10, seed=0, scale=2.0):
@@ -25,12 +29,20 @@ def predictions(samples=300, classes=10, seed=0, scale=2.0):
     return logits, torch.randint(classes, (samples,), generator=generator)
 
 
-def scores(logits, labels, sizes=None):
+def log_probabilities(logits):
+    return Classification().predict(logits, None)
+
+
+def metrics_of(logits, labels, sizes=None):
     metrics = ClassificationMetrics()
     sizes = sizes or [len(labels)]
     for some, theirs in zip(logits.split(sizes), labels.split(sizes), strict=True):
-        metrics.update(log_softmax(some, CPU), theirs)
-    return metrics.compute()
+        metrics.update(log_probabilities(some), theirs)
+    return metrics
+
+
+def scores(logits, labels, sizes=None):
+    return metrics_of(logits, labels, sizes).compute()
 
 
 def scores_of(probabilities, labels):
@@ -133,7 +145,7 @@ def test_metrics_do_not_end_with_compute():
     logits, labels = predictions(samples=20)
     metrics = ClassificationMetrics()
     for half in (slice(0, 10), slice(10, 20)):
-        metrics.update(log_softmax(logits[half], CPU), labels[half])
+        metrics.update(log_probabilities(logits[half]), labels[half])
         found = metrics.compute()
     assert found == pytest.approx(scores(logits, labels))
 
@@ -141,6 +153,110 @@ def test_metrics_do_not_end_with_compute():
 def test_no_samples_are_an_error():
     with pytest.raises(EvaluationError, match="data is empty"):
         ClassificationMetrics().compute()
+    with pytest.raises(EvaluationError, match="data is empty"):
+        ClassificationMetrics().reliability()
+
+
+# Reliability bins
+
+
+def test_reliability_bins_match_the_definition():
+    logits, labels = predictions(samples=1000, classes=3, seed=3)
+    confidences, best = logits.softmax(1).max(1)
+    bins = metrics_of(logits, labels).reliability()
+    assert [b["low"] for b in bins] == pytest.approx([i / 15 for i in range(15)])
+    assert [b["high"] for b in bins] == pytest.approx([i / 15 for i in range(1, 16)])
+    for found in bins:
+        inside = (confidences > found["low"]) & (confidences <= found["high"])
+        assert found["n"] == int(inside.sum())
+        if found["n"]:
+            right = (best == labels)[inside].double().mean()
+            assert found["accuracy"] == pytest.approx(float(right), rel=1e-12)
+            assert found["confidence"] == pytest.approx(float(confidences[inside].mean()))
+    assert sum(b["n"] for b in bins) == 1000
+
+
+def test_the_calibration_error_is_the_gap_of_the_reliability_bins():
+    metrics = metrics_of(*predictions(samples=500, seed=5))
+    gaps = [b["n"] * abs(b["accuracy"] - b["confidence"]) for b in metrics.reliability() if b["n"]]
+    assert sum(gaps) / 500 == pytest.approx(metrics.compute()["ece"], rel=1e-12)
+
+
+def test_bins_without_samples_have_no_values():
+    bins = metrics_of(torch.tensor([[50.0, 0.0]]), torch.tensor([0])).reliability()
+    assert all(b["n"] == 0 and b["confidence"] is b["accuracy"] is None for b in bins[:-1])
+    assert bins[-1] == pytest.approx(
+        {"low": 14 / 15, "high": 1, "n": 1, "confidence": 1, "accuracy": 1}
+    )
+    json.dumps(bins, allow_nan=False)
+
+
+# Several processes, and the device
+
+
+@settings(max_examples=30, deadline=None)
+@given(shares=st.lists(st.lists(st.integers(1, 40), max_size=4), min_size=1, max_size=4))
+def test_metrics_of_several_processes_are_those_of_one(shares):
+    sizes = [size for share in shares for size in share] + [1]
+    logits, labels = predictions(samples=sum(sizes))
+    some, theirs = iter(logits.split(sizes)), iter(labels.split(sizes))
+    merged = ClassificationMetrics()
+    for share in [*shares, [1]]:
+        own = ClassificationMetrics()
+        for _ in share:
+            own.update(log_probabilities(next(some)), next(theirs))
+        merged.merge(json.loads(json.dumps(own.state(), allow_nan=False)))
+    whole = metrics_of(logits, labels)
+    assert merged.compute() == pytest.approx(whole.compute(), rel=1e-12)
+    for found, expected in zip(merged.reliability(), whole.reliability(), strict=True):
+        assert found["n"] == expected["n"]
+        if found["n"]:
+            assert found == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_process_that_has_merged_takes_in_further_batches():
+    logits, labels = predictions(samples=90)
+    metrics = metrics_of(logits[:30], labels[:30])
+    metrics.merge(metrics_of(logits[30:60], labels[30:60]).state())
+    metrics.update(log_probabilities(logits[60:]), labels[60:])
+    assert metrics.compute() == pytest.approx(scores(logits, labels), rel=1e-12)
+
+
+def test_updates_do_not_wait_for_the_device():
+    logits, labels = predictions()
+    with NoWaiting():
+        metrics_of(logits, labels, [100, 200])
+
+
+@pytest.mark.gpu
+@gpu
+def test_updates_on_a_gpu_do_not_wait_for_it():
+    logits, labels = predictions()
+    metrics = ClassificationMetrics()
+    here = [(log_probabilities(some), y.cuda()) for some, y in [(logits.cuda(), labels)] * 2]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in here:
+            metrics.update(*batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected = scores(torch.cat((logits, logits)), torch.cat((labels, labels)))
+    assert metrics.compute() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.float32])
+def test_labels_may_have_any_type(dtype):
+    logits, labels = predictions()
+    assert scores(logits, labels.to(dtype)) == scores(logits, labels)
+
+
+def test_totals_keep_what_was_added():
+    totals, first = Totals(2), torch.tensor([1.0, 2.0], dtype=torch.float64)
+    assert totals.read().tolist() == [0, 0]
+    totals.add(first)
+    totals.add(torch.tensor([0.5, 0.25], dtype=torch.float64))
+    assert totals.read().tolist() == [1.5, 2.25]
+    assert first.tolist() == [1, 2]
 
 
 # The mean of an ensemble's outputs
@@ -149,7 +265,7 @@ def test_no_samples_are_an_error():
 def ensemble(*members):
     mean = LogMean()
     for logits in members:
-        mean.add(log_softmax(torch.as_tensor(logits, dtype=torch.float64), CPU))
+        mean.add(log_probabilities(torch.as_tensor(logits, dtype=torch.float64)), None)
     return mean
 
 
@@ -178,11 +294,11 @@ def test_an_ensemble_keeps_probabilities_that_underflow():
 
 
 def test_adding_a_member_leaves_the_ones_before_alone():
-    first = log_softmax(torch.tensor([[1.0, 2.0]]), CPU)
+    first = log_probabilities(torch.tensor([[1.0, 2.0]]))
     kept = first.clone()
     mean = LogMean()
-    mean.add(first)
-    mean.add(log_softmax(torch.tensor([[3.0, 0.0]]), CPU))
+    mean.add(first, None)
+    mean.add(log_probabilities(torch.tensor([[3.0, 0.0]])), None)
     mean.value()
     assert torch.equal(first, kept)
 

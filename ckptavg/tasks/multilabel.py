@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch.nn.functional import logsigmoid
 
+from ckptavg.batches import bytes_of
 from ckptavg.errors import EvaluationError
 from ckptavg.metrics import Totals
 from ckptavg.tasks.task import LogMean, Metric, Samples, Scores, Task, first_tensor, in_float64
@@ -138,7 +139,7 @@ class MultiLabelMetrics:
         return {"map": 100 * _mean_average_precision(scores, targets), **f1, "nll": nll, "n": count}
 
     def state(self) -> dict[str, Any]:
-        """What has been taken in, as plain values for JSON; scores in base64."""
+        """What has been taken in, as plain values for JSON; scores as text."""
         self._leave_device()
         labels = self._scores[0].shape[1] if self._scores else 0
         return {
@@ -188,10 +189,9 @@ def _mean_average_precision(scores: torch.Tensor, targets: torch.Tensor) -> floa
 
 
 def _encoded(parts: list[torch.Tensor]) -> str:
-    raw = torch.cat(parts).numpy().tobytes() if parts else b""
-    return base64.b64encode(raw).decode()
+    return base64.b85encode(bytes_of(torch.cat(parts)) if parts else b"").decode()
 
 
 def _decoded(text: str, dtype: torch.dtype, labels: int) -> torch.Tensor:
-    raw = bytearray(base64.b64decode(text))
+    raw = bytearray(base64.b85decode(text))
     return torch.frombuffer(raw, dtype=dtype).reshape(-1, labels)

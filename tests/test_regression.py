@@ -1,0 +1,267 @@
+"""Regression metrics against scikit-learn and numpy."""
+
+import json
+import math
+from fractions import Fraction
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import mean_absolute_error, mean_squared_error, r2_score
+from torch.utils.data import TensorDataset
+from waiting import NoWaiting
+
+from ckptavg import evaluate
+from ckptavg.candidates import Candidate
+from ckptavg.errors import EvaluationError
+from ckptavg.formats import open_checkpoint
+from ckptavg.tasks.regression import Regression
+
+TASK = Regression()
+
+
+def data(samples=200, shape=(), seed=0, offset=0.0):
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.randn(samples, *shape, generator=generator, dtype=torch.float64)
+    noise = torch.randn(samples, *shape, generator=generator, dtype=torch.float64)
+    return targets + 0.3 * noise + offset, targets + offset
+
+
+def metrics_of(outputs, targets, sizes=None):
+    scores = TASK.scores()
+    sizes = sizes or [len(targets)]
+    for some, theirs in zip(outputs.split(sizes), targets.split(sizes), strict=True):
+        scores.update(TASK.predict(some, theirs), theirs)
+    return scores
+
+
+def compute(outputs, targets, sizes=None):
+    return metrics_of(outputs, targets, sizes).compute()
+
+
+def expected_of(outputs, targets):
+    p, y = (np.asarray(v, dtype=np.float64).reshape(len(v), -1) for v in (outputs, targets))
+    mse = mean_squared_error(y, p)
+    return {
+        "rmse": math.sqrt(mse),
+        "mae": mean_absolute_error(y, p),
+        "r2": r2_score(y, p),
+        "mse": mse,
+        "n": len(y),
+    }
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (2, 3)])
+def test_metrics_match_scikit_learn(shape):
+    outputs, targets = data(shape=shape)
+    assert compute(outputs, targets) == pytest.approx(expected_of(outputs, targets), rel=1e-12)
+
+
+@pytest.mark.parametrize(("outputs", "targets"), [((), (1,)), ((1,), ()), ((1, 1), (1,))])
+def test_an_axis_of_length_one_makes_no_difference_and_is_not_broadcast(outputs, targets):
+    p, y = data()
+    p, y = p.reshape(200, *outputs), y.reshape(200, *targets)
+    TASK.check(p, y)
+    assert compute(p, y) == compute(*data())
+    assert TASK.samples(TASK.predict(p, y), y).values.shape == (200,)
+
+
+def test_flat_outputs_stand_for_targets_of_any_shape():
+    p, y = data(shape=(2, 3))
+    TASK.check(p.flatten(1), y)
+    assert compute(p.flatten(1), y) == compute(p, y)
+
+
+@pytest.mark.parametrize("offset", [1e4, 1e8])
+def test_r2_of_targets_far_from_zero_keeps_its_digits(offset):
+    """Where the difference of the sums of squares has none left."""
+    outputs, targets = data(offset=offset)
+    found, expected = compute(outputs, targets, [60, 140]), expected_of(outputs, targets)
+    assert found == pytest.approx(expected, rel=1e-10)
+
+
+def test_r2_is_the_same_in_a_small_unit():
+    outputs, targets = data()
+    found = compute(1e-9 * outputs, 1e-9 * targets)
+    assert found["r2"] == pytest.approx(compute(outputs, targets)["r2"], rel=1e-12)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -3e7])
+@pytest.mark.parametrize(("error", "expected"), [(0.0, 1.0), (0.5, 0.0)])
+def test_r2_of_targets_that_do_not_vary(value, error, expected):
+    targets = torch.full((1000,), value, dtype=torch.float64)
+    found = compute(targets + error, targets, [300, 333, 367])
+    assert found["r2"] == expected == r2_score(np.full(8, value), np.full(8, value + error))
+
+
+def test_r2_is_the_mean_over_outputs_also_where_one_does_not_vary():
+    outputs, targets = data(shape=(3,))
+    targets[:, 1] = 0.1
+    found = compute(outputs, targets)["r2"]
+    assert found == pytest.approx((r2_score(targets[:, ::2], outputs[:, ::2]) * 2 + 0) / 3)
+
+
+def test_one_sample_has_errors():
+    found = compute(torch.tensor([3.0]), torch.tensor([1.0]))
+    assert found == {"rmse": 2, "mae": 2, "r2": 0, "mse": 4, "n": 1}
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32, torch.bool])
+def test_targets_may_have_any_type(dtype):
+    outputs, targets = data()
+    whole = (targets > 0).to(dtype)
+    TASK.check(outputs, whole)
+    assert compute(outputs, whole) == compute(outputs, whole.double())
+
+
+def test_metrics_are_computed_in_float64_from_low_precision_outputs():
+    outputs, targets = data()
+    low = outputs.to(torch.bfloat16)
+    assert compute(low, targets) == compute(low.double(), targets)
+
+
+@settings(max_examples=30, deadline=None)
+@given(sizes=st.lists(st.integers(0, 40), min_size=1, max_size=12), offset=st.floats(-1e6, 1e6))
+def test_metrics_are_the_same_for_any_split_into_batches(sizes, offset):
+    outputs, targets = data(samples=sum(sizes) + 2, shape=(2,), offset=offset)
+    found = compute(outputs, targets, [*sizes, 2])
+    assert found == pytest.approx(expected_of(outputs, targets), rel=1e-9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(shares=st.lists(st.lists(st.integers(1, 40), max_size=4), min_size=1, max_size=4))
+def test_metrics_of_several_processes_are_those_of_one(shares):
+    """Also where a process had no data."""
+    sizes = [size for share in shares for size in share] + [2]
+    outputs, targets = data(samples=sum(sizes), shape=(3,), offset=50.0)
+    some, theirs = iter(outputs.split(sizes)), iter(targets.split(sizes))
+    merged = TASK.scores()
+    for share in [*shares, [2]]:
+        own = TASK.scores()
+        for _ in share:
+            batch, here = next(some), next(theirs)
+            own.update(TASK.predict(batch, here), here)
+        merged.merge(json.loads(json.dumps(own.state(), allow_nan=False)))
+    assert merged.compute() == pytest.approx(expected_of(outputs, targets), rel=1e-10)
+
+
+def test_updates_do_not_wait_for_the_device():
+    outputs, targets = data()
+    with NoWaiting():
+        scores = metrics_of(outputs, targets, [100, 100])
+        TASK.samples(TASK.predict(outputs, targets), targets)
+    assert scores.compute() == pytest.approx(compute(outputs, targets), rel=1e-12)
+
+
+# Ensembles and pairs
+
+
+def test_an_ensemble_is_the_mean_of_outputs():
+    members = [data(seed=i)[0] for i in range(4)]
+    targets = data()[1]
+    mean, scores = TASK.mean(), TASK.scores()
+    for outputs in members:
+        mean.add(TASK.predict(outputs, targets), targets)
+        mean.park()
+    scores.update(mean.value(), targets)
+    expected = expected_of(torch.stack(members).mean(0), targets)
+    assert scores.compute() == pytest.approx(expected, rel=1e-12)
+
+
+def test_pairs_compare_the_mean_squared_error():
+    outputs, targets = torch.tensor([[1.0, 2.0], [0.5, 0.0]]), torch.tensor([[0, 4], [0, 1]])
+    found = TASK.samples(TASK.predict(outputs, targets), targets)
+    assert (found.metric, found.weights, found.answers) == ("mse", None, None)
+    assert found.values.tolist() == [float(Fraction(5, 2)), float(Fraction(5, 8))]
+    assert float(found.values.mean()) == compute(outputs, targets)["mse"]
+
+
+def test_checkpoints_are_compared_and_their_ensemble_is_scored(tmp_path):
+    torch.manual_seed(0)
+    x, model, states = torch.randn(60, 4), torch.nn.Linear(4, 3), []
+    targets = x @ torch.randn(4, 3)
+    for number in range(3):
+        model.reset_parameters()
+        states.append({k: v.clone() for k, v in model.state_dict().items()})
+        torch.save(states[-1], tmp_path / f"epoch_{number}.pt")
+    opened = [open_checkpoint(tmp_path / f"epoch_{number}.pt") for number in range(3)]
+    last = Candidate.of_checkpoint(opened[-1], last=True)
+    found = evaluate(
+        [opened[0], last, Candidate.of_ensemble(opened)],
+        model,
+        TensorDataset(x, targets),
+        task=TASK,
+        batch_size=16,
+    )
+    outputs = [x @ state["weight"].T + state["bias"] for state in states]
+    for result, expected in zip(found, (outputs[0], outputs[2]), strict=False):
+        assert result.metrics == pytest.approx(compute(expected, targets), rel=1e-5)
+    mean = TASK.mean()
+    for output in outputs:
+        mean.add(TASK.predict(output, targets), targets)
+    scores = TASK.scores()
+    scores.update(mean.value(), targets)
+    assert found[2].metrics == pytest.approx(scores.compute(), rel=1e-5)
+    versus = found[0].versus
+    difference = found[0].metrics["mse"] - found[1].metrics["mse"]
+    assert (versus.metric, versus.reference) == ("mse", "epoch_2.pt")
+    assert versus.difference.value == pytest.approx(difference, rel=1e-9)
+
+
+# Data and models that do not fit
+
+
+@pytest.mark.parametrize(
+    ("outputs", "targets"),
+    [
+        ((4, 3), (4,)),
+        ((4,), (5,)),
+        ((4, 1), (4, 2)),
+        ((4, 2, 3), (4, 3, 2)),
+        ((), (4,)),
+        ((4,), ()),
+        ((4, 0), (4, 0)),
+    ],
+)
+def test_outputs_and_targets_that_do_not_correspond_are_an_error(outputs, targets):
+    with pytest.raises(EvaluationError, match="as many values a sample") as caught:
+        TASK.check(torch.zeros(outputs), torch.zeros(targets))
+    assert f"{tuple(outputs)} and {tuple(targets)}" in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_targets_that_are_not_finite_are_an_error(value):
+    outputs, targets = data()
+    targets[100] = value
+    with pytest.raises(EvaluationError, match="targets that are not finite"):
+        TASK.check(outputs, targets)
+
+
+def test_another_number_of_outputs_midway_is_an_error():
+    scores = metrics_of(*data(shape=(3,)))
+    outputs, targets = data(shape=(1,))
+    with pytest.raises(EvaluationError, match="3 values a sample and then 1"):
+        scores.update(TASK.predict(outputs, targets), targets)
+
+
+def test_values_are_found_in_what_a_model_returns():
+    outputs, targets = data()
+    wrapped = SimpleNamespace(loss=None, logits=outputs[:, None])
+    TASK.check(wrapped, targets)
+    assert torch.equal(TASK.predict(wrapped, targets)[:, 0], outputs)
+
+
+@pytest.mark.parametrize("batches", [[], [0]])
+def test_no_samples_are_an_error(batches):
+    scores = TASK.scores()
+    for size in batches:
+        scores.update(torch.zeros(size, 1, dtype=torch.float64), torch.zeros(size))
+    with pytest.raises(EvaluationError, match="data is empty"):
+        scores.compute()
+
+
+def test_the_metrics_are_those_that_are_computed():
+    assert {m.key for m in TASK.metrics} | {"n"} == compute(*data()).keys()
