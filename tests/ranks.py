@@ -19,7 +19,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 import ckptavg.cli.sources
-import ckptavg.evaluation  # noqa: F401 - loaded once for all that are forked
+import ckptavg.evaluation
 from ckptavg.cli import main
 from ckptavg.errors import CheckpointError
 from ckptavg.formats import reading

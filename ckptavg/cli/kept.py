@@ -148,5 +148,5 @@ def read(path: Path) -> dict[str, Mapping[str, Any]]:
 
 def _is_whole(entry: Mapping[str, Any]) -> bool:
     """Whether an entry says all of a result: JSON has no word for figures that are not finite."""
-    figures = [*entry["metrics"].values(), *entry.get("versus", {}).values()]
-    return "bn" in entry and None not in figures
+    told = [entry["key"], entry["bn"], *entry["metrics"].values()]
+    return None not in (*told, *entry.get("versus", {}).values())
