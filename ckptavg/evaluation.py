@@ -52,7 +52,7 @@ def evaluate(
     device: str | torch.device | None = None,
     forward: Forward | None = None,
     amp: str = "off",
-    batch_size: int = 128,
+    batch_size: int | None = None,
     workers: int = 0,
     seed: int = 0,
     bn_samples: int | None = None,
@@ -75,7 +75,7 @@ def evaluate(
         device: ``auto``, ``cpu``, ``cuda[:N]``, ``mps``; the model's own where None.
         forward: ``forward(model, inputs)``, in place of the task's.
         amp: ``off``, ``bf16`` or ``fp16``.
-        batch_size: Of a Dataset.
+        batch_size: Of a Dataset; the task's own where None, 128 for images.
         workers: Processes that load a Dataset.
         seed: Of the training data's order.
         bn_samples: How many samples of the training data, drawn at random, the statistics are
@@ -90,7 +90,9 @@ def evaluate(
         ModelError: Weights do not fit the model.
         EvaluationError: The data and the outputs do not fit, or an output is NaN.
     """
-    runtime = Runtime.on(device, model, amp=amp, batch_size=batch_size, workers=workers, seed=seed)
+    task = task or Classification()
+    size = batch_size or task.batch_size
+    runtime = Runtime.on(device, model, amp=amp, batch_size=size, workers=workers, seed=seed)
     peers = peers_of_group()
     subset = None if bn_samples is None else Subset(bn_samples)
     return score(

@@ -196,7 +196,9 @@ def _strict(value: Any) -> Any:
 
 def _flat(candidate: Mapping[str, Any]) -> dict[str, Any]:
     """A result in a row: the comparison's figures by their names, no bins."""
-    row = {k: v for k, v in candidate.items() if k not in ("metrics", "versus", "reliability")}
+    row = {
+        k: v for k, v in candidate.items() if k not in ("metrics", "versus", "reliability", "key")
+    }
     row |= dict(candidate["metrics"])
     row |= {f"versus_{k}": v for k, v in candidate.get("versus", {}).items()}
     return {k: ";".join(map(str, v)) if isinstance(v, list) else v for k, v in row.items()}

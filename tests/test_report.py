@@ -77,14 +77,14 @@ def test_progress_shows_bytes_and_rate_on_a_terminal_only() -> None:
 
 def test_quiet_has_no_progress_on_a_terminal() -> None:
     drawn, _, err = report(terminal=True, verbosity=-1)
-    with drawn.batch_progress() as progress:
+    with drawn.samples_progress() as progress:
         progress("BatchNorm", 1, 2)
     assert err.getvalue() == ""
 
 
 def test_phases_have_a_bar_each_and_may_have_no_total() -> None:
     drawn, _, err = report(terminal=True)
-    with drawn.batch_progress() as progress:
+    with drawn.samples_progress() as progress:
         progress("BatchNorm", 1, 0)
         progress("evaluation", 3, 4)
     assert "BatchNorm" in err.getvalue()

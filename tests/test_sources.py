@@ -534,6 +534,70 @@ def test_a_directory_that_holds_no_cifar(tmp_path, kind):
     assert f"{tmp_path} does not hold {folder}" in message
 
 
+# Text
+
+
+@pytest.fixture
+def language_model(tmp_path):
+    """A directory with the configuration and the tokenizer of a language model, and a text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import GPT2Config, PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=inner).save_pretrained(tmp_path / "lm")
+    sizes = {"n_embd": 4, "n_layer": 1, "n_head": 1, "bos_token_id": 0, "eos_token_id": 0}
+    config = GPT2Config(vocab_size=3, n_positions=5, architectures=["GPT2LMHeadModel"], **sizes)
+    config.save_pretrained(tmp_path / "lm")
+    write("val.txt", "a b b a c " * 3)
+    return f"hf:{tmp_path / 'lm'}"
+
+
+def test_text_is_cut_by_the_models_tokenizer_and_context(language_model):
+    data = make_data("text:val.txt", train=False, model_spec=language_model)
+    assert data[0]["input_ids"].tolist() == [0, 1, 1, 0, 2]
+    assert len(data) == 4
+    logits = make_model(language_model)(data[3]["input_ids"][None]).logits
+    assert logits.shape == (1, 5, 3)
+
+
+def test_arguments_say_otherwise_than_the_model(language_model, tmp_path):
+    arguments = {"tokenizer": str(tmp_path / "lm"), "length": 8, "stride": 4}
+    for model_spec in (language_model, "nets.py:make", ""):
+        data = make_data("text:val.txt", arguments, train=False, model_spec=model_spec)
+        assert data[1]["input_ids"].tolist() == [2, 0, 1, 1, 0, 2, 0, 1]
+
+
+def test_text_for_a_model_without_a_tokenizer(language_model, hugging_face):
+    message = error_of(make_data, "text:val.txt", train=False, model_spec="nets.py:make")
+    assert "tokenizer=DIR" in message
+    spec = hugging_face()
+    message = error_of(make_data, "text:val.txt", train=False, model_spec=spec)
+    assert f"{spec[3:]} holds no tokenizer" in message
+
+
+def test_tokens_are_cut_by_the_models_context(language_model):
+    np.arange(20, dtype="<u2").tofile("val.bin")
+    data = make_data("tokens:val.bin", train=False, model_spec=language_model)
+    assert data[1]["input_ids"].tolist() == [4, 5, 6, 7, 8]
+    assert len(make_data("tokens:val.bin", train=False)[0]["input_ids"]) == 20
+    data = make_data("tokens:val.bin", {"dtype": "uint32"}, train=False)
+    assert data[0]["input_ids"].tolist()[:2] == [1 << 16, (3 << 16) + 2]
+
+
+@pytest.mark.parametrize("kind", ["text", "tokens"])
+def test_an_argument_that_text_does_not_take(kind, language_model):
+    message = error_of(
+        make_data, f"{kind}:val.txt", {"lenght": 3}, train=False, model_spec=language_model
+    )
+    assert "lenght" in message
+    assert "length, stride" in message
+
+
+def test_a_mistyped_kind_of_data_is_recognized():
+    assert "Did you mean tokens:" in error_of(make_data, "tokns:val.bin", train=False)
+
+
 def test_models_and_data_of_the_users_need_no_torchvision(monkeypatch):
     for part in ("torchvision", "torchvision.models", "torchvision.datasets"):
         monkeypatch.setitem(sys.modules, part, None)

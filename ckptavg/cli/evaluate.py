@@ -116,7 +116,7 @@ def _scored(
         training_data,
     )
 
-    model, runtime = model_and_runtime(settings)
+    model, runtime = model_and_runtime(settings, task)
     training = None
     if any(candidate.recompute for candidate in keeper.missing):
         training = training_data(settings, runtime, processes)
@@ -186,7 +186,7 @@ def _show(report: Report, scored: list[Result], task: Task) -> None:
         titles += [f"Δ {of}", "95 %", "p"]
     rows = [_row(result, task, compared=bool(compared)) for result in scored]
     columns = ("candidate", "BatchNorm", *titles, "passes")
-    report.table(columns, rows, title=f"{scored[0].metrics['n']:g} samples")
+    report.table(columns, rows, title=f"{scored[0].metrics['n']:.0f} {task.counts}")
     if compared:
         test = {"mcnemar": "McNemar's exact test", "bootstrap": "paired bootstrap"}[
             compared[0].difference.test

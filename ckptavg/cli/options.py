@@ -196,8 +196,8 @@ loader_options = together(
         show_default=True, help="Reduced precision of the forward pass.",
     ),
     option(
-        _RUN, "-b", "--batch-size", type=positive, default="128", show_default=True,
-        metavar="N", help="Where the data is no DataLoader yet.",
+        _RUN, "-b", "--batch-size", type=positive, metavar="N",
+        help="Where the data is no DataLoader yet: 128 usually, 8 windows of text.",
     ),
     option(
         _RUN, "-j", "--workers", type=whole, default="0", show_default=True,

@@ -18,11 +18,12 @@ from ckptavg.tasks import Task
 from ckptavg.tasks.named import make_task, usual_task
 
 
-def model_and_runtime(settings: Mapping[str, Any]) -> tuple[nn.Module, Runtime]:
+def model_and_runtime(settings: Mapping[str, Any], kind: Task) -> tuple[nn.Module, Runtime]:
     """The model that was named, and where and how it runs."""
     arguments = sources.parse_arguments(settings["model_arg"])
     model = sources.make_model(settings["model_spec"], arguments)
-    options = {name: settings[name] for name in ("amp", "batch_size", "workers", "seed")}
+    options = {name: settings[name] for name in ("amp", "workers", "seed")}
+    options["batch_size"] = settings["batch_size"] or kind.batch_size
     return model, Runtime.on(settings["device"], model, **options)
 
 
@@ -46,7 +47,7 @@ def statistics_pass(
 ) -> Pass:
     """How ``--model`` and ``--train-data`` recompute statistics."""
     kind = task(settings)
-    model, runtime = model_and_runtime(settings)
+    model, runtime = model_and_runtime(settings, kind)
     training = training_data(settings, runtime, processes)
     return Pass(
         model,

@@ -6,6 +6,7 @@ import importlib
 from typing import Any
 
 from ckptavg.errors import SpecError, UsageError
+from ckptavg.factories import call_factory
 from ckptavg.tasks.task import Task
 
 USUAL = "image-classification"
@@ -29,8 +30,6 @@ def make_task(spec: str) -> Task:
         module, name = _NAMED[spec]
         made = getattr(importlib.import_module(f"ckptavg.tasks.{module}"), name)()
     elif ":" in spec:
-        from ckptavg.sources import call_factory  # noqa: PLC0415 - which imports what tasks need not
-
         made = call_factory(spec)
     else:
         raise UsageError(

@@ -143,9 +143,13 @@ class Task:
 
     Attributes:
         metrics: What it computes, in the table's order. The first decides ``--fail-if-worse``.
+        counts: What ``n`` counts.
+        batch_size: Samples a batch, where none is named.
     """
 
     metrics: ClassVar[Sequence[Metric]] = ()
+    counts: ClassVar[str] = "samples"
+    batch_size: ClassVar[int] = 128
 
     def split(self, batch: Any) -> tuple[Any, Any]:
         """A batch as the model's inputs and the targets.

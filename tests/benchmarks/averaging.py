@@ -9,28 +9,19 @@ inputs to /dev/null, and one output of the same size, written and fsynced. Linux
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+import machine
 from bench import Bench
 from measuring import BenchmarkError
 from parts import PARTS
-from tables import Table, markdown, plain
+from tables import show
 
-_VERSIONS = """
-import importlib.metadata as m, json, sys
-names = sys.argv[1:]
-print(json.dumps({name: m.version(name) for name in names}))
-"""
 _SPARE = 1.05
 
 
@@ -44,13 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bench = _bench(options, Path(room))
         try:
             check_room(bench, names)
-            about = machine(options.dir, bench.mergekit)
+            about = ran_on(options.dir, bench.mergekit)
             bench.progress(", ".join(f"{name} {value}" for name, value in about.items()))
             tables = [table for name in names for table in PARTS[name].run(bench)]
         except BenchmarkError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
-    show(tables, about, options)
+    show(tables, about, options.rounds, options.markdown, options.json)
     return 0
 
 
@@ -96,7 +87,7 @@ def check_room(bench: Bench, names: Sequence[str]) -> None:
             "choose another --dir, or less with --checkpoints, --gigabytes or --only"
         )
     memory = max(PARTS[name].cached(bench) for name in names) * _SPARE
-    available = _memory("MemAvailable")
+    available = machine.memory("MemAvailable")
     if memory > available:
         raise BenchmarkError(
             f"{available / 1e9:.1f} GB of memory are available, and {memory / 1e9:.1f} GB are "
@@ -104,64 +95,14 @@ def check_room(bench: Bench, names: Sequence[str]) -> None:
         )
 
 
-def machine(directory: Path, mergekit: str | None) -> dict[str, str]:
+def ran_on(directory: Path, mergekit: str | None) -> dict[str, str]:
     """What this ran on."""
-    about = {
-        "CPU": _cpu(),
-        "cores": str(len(os.sched_getaffinity(0))),
-        "memory": f"{_memory('MemTotal') / 1e9:.0f} GB",
-        "file system": _file_system(directory.resolve()),
-        "Linux": platform.release(),
-        "Python": platform.python_version(),
-    }
-    about |= _versions(sys.executable, "ckptavg", "torch", "safetensors")
+    about = machine.about(directory)
+    about |= machine.versions(sys.executable, "ckptavg", "torch", "safetensors")
     if mergekit is not None:
         python = Path(mergekit).with_name("python")
-        about |= _versions(str(python), "mergekit") if python.exists() else {}
+        about |= machine.versions(str(python), "mergekit") if python.exists() else {}
     return about
-
-
-def _versions(python: str, *names: str) -> dict[str, str]:
-    found = subprocess.run(
-        [python, "-c", _VERSIONS, *names], check=True, capture_output=True, text=True
-    )
-    versions: dict[str, str] = json.loads(found.stdout)
-    return versions
-
-
-def _cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.machine()
-
-
-def _memory(name: str) -> int:
-    """Bytes, as the system counts them."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise BenchmarkError(f"/proc/meminfo does not tell {name}")
-
-
-def _file_system(directory: Path) -> str:
-    """The type of the file system that holds a directory."""
-    kinds = {}
-    for line in Path("/proc/self/mounts").read_text().splitlines():
-        _, where, kind, *_ = line.split()
-        if directory.is_relative_to(where):
-            kinds[where] = kind
-    return kinds[max(kinds, key=len)]
-
-
-def show(tables: Sequence[Table], about: dict[str, str], options: argparse.Namespace) -> None:
-    """Print the tables and store the figures."""
-    ran_on = ", ".join(f"{name} {value}" for name, value in about.items())
-    note = f"medians of {options.rounds} (least–most); {ran_on}"
-    print((markdown if options.markdown else plain)(tables), note, sep="\n\n")
-    if options.json:
-        stored: dict[str, Any] = {"machine": about, "rounds": options.rounds}
-        stored["tables"] = [table.as_json() for table in tables]
-        options.json.write_text(json.dumps(stored, indent=1))
 
 
 if __name__ == "__main__":

@@ -25,25 +25,17 @@ MEGABYTE = 1e6
 Measured = dict[str, list[Usage]]
 
 
-@dataclass(frozen=True)
-class Bench:
-    """One run of the benchmark.
+@dataclass(frozen=True, kw_only=True)
+class Workplace:
+    """Where and how often something is measured.
 
     Attributes:
-        checkpoints: How many are averaged, where nothing else is said.
-        nbytes: Of each, where nothing else is said.
         rounds: How often everything is measured.
-        large: Whether memory is measured with checkpoints of 10 GB, too.
-        mergekit: The program, or None where it is not installed.
         room: A directory of the benchmark's own.
         progress: Told what is going on, a line each.
     """
 
-    checkpoints: int
-    nbytes: int
     rounds: int
-    large: bool
-    mergekit: str | None
     room: Path
     progress: Callable[[str], None]
 
@@ -51,6 +43,33 @@ class Bench:
     def outputs(self) -> Path:
         """Where everything that is measured writes; emptied after each time."""
         return self.room / "outputs"
+
+    @contextmanager
+    def directory(self) -> Iterator[Path]:
+        """A directory for data, removed at the end."""
+        directory = self.room / "data"
+        directory.mkdir()
+        try:
+            yield directory
+        finally:
+            shutil.rmtree(directory)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench(Workplace):
+    """One run of the benchmark of averaging.
+
+    Attributes:
+        checkpoints: How many are averaged, where nothing else is said.
+        nbytes: Of each, where nothing else is said.
+        large: Whether memory is measured with checkpoints of 10 GB, too.
+        mergekit: The program, or None where it is not installed.
+    """
+
+    checkpoints: int
+    nbytes: int
+    large: bool
+    mergekit: str | None
 
     @property
     def total(self) -> int:
@@ -76,16 +95,6 @@ class Bench:
             ]  # fmt: skip
             measuring.run(list(map(str, command)))
             yield directory
-
-    @contextmanager
-    def directory(self) -> Iterator[Path]:
-        """A directory for data, removed at the end."""
-        directory = self.room / "data"
-        directory.mkdir()
-        try:
-            yield directory
-        finally:
-            shutil.rmtree(directory)
 
     def measure(
         self,

@@ -34,12 +34,12 @@ def across(processes: int, command: Command) -> Command:
 
 def load_and_add(inputs: Sequence[Path], out: Path) -> Command:
     """The usual script."""
-    return [sys.executable, str(_CONTENDERS / "load_and_add.py"), str(out), *map(str, inputs)]
+    return contender("load_and_add", out, *inputs)
 
 
 def averaged_model(inputs: Sequence[Path], out: Path) -> Command:
     """torch's AveragedModel."""
-    return [sys.executable, str(_CONTENDERS / "averaged_model.py"), str(out), *map(str, inputs)]
+    return contender("averaged_model", out, *inputs)
 
 
 def mergekit(program: str, inputs: Sequence[Path], out: Path, configuration: Path) -> Command:
@@ -57,4 +57,9 @@ def beside(program: str) -> Command:
 
 def difference(one: Path, other: Path) -> Command:
     """Prints how far two averages are apart."""
-    return [sys.executable, str(_CONTENDERS / "difference.py"), str(one), str(other)]
+    return contender("difference", one, other)
+
+
+def contender(name: str, *arguments: object) -> Command:
+    """A script of the contenders."""
+    return [sys.executable, str(_CONTENDERS / f"{name}.py"), *map(str, arguments)]

@@ -32,10 +32,12 @@ class Usage:
         seconds: Wall clock, from its start to its end.
         peak: Bytes that it, or the largest Python below it, held in memory at most until its work
             was done.
+        device_peak: Bytes that it held on the GPU at most, where that is known.
     """
 
     seconds: float
     peak: int = 0
+    device_peak: int = 0
 
 
 @dataclass(frozen=True)
@@ -124,14 +126,12 @@ def _write(path: Path, size: int, block: bytes) -> None:
 def alternate(
     trials: Sequence[Trial],
     rounds: int,
-    room: Path,
-    prepare: Callable[[Sequence[Path]], None],
-    progress: Callable[[str], None],
+    room: Path | None = None,
+    prepare: Callable[[Sequence[Path]], None] = lambda _: None,
+    progress: Callable[[str], None] = lambda _: None,
+    uncounted: int | None = None,
 ) -> dict[str, list[Usage]]:
     """Run every trial once a round, each other round in the opposite order.
-
-    Where there are several rounds, one more goes before them that does not count: it brings the
-    programs themselves into the page cache.
 
     Args:
         trials: What to run.
@@ -139,9 +139,12 @@ def alternate(
         room: Directory of the outputs, emptied after each run.
         prepare: Makes a trial's inputs warm or cold.
         progress: Told what was measured.
+        uncounted: Rounds before those that count, to bring the programs themselves into the page
+            cache; one where there are several rounds, if nothing is said.
     """
     found: dict[str, list[Usage]] = {trial.name: [] for trial in trials}
-    uncounted = 0 if rounds == 1 else 1
+    if uncounted is None:
+        uncounted = 0 if rounds == 1 else 1
     for number in range(uncounted + rounds):
         for trial in trials[:: -1 if number % 2 else 1]:
             os.sync()  # so that nothing is left to be written for what ran before
@@ -152,7 +155,8 @@ def alternate(
             progress(f"round {number - uncounted + 1}: {trial.name}: {usage.seconds:.3f} s")
             if trial.finish is not None:
                 trial.finish()
-            empty(room)
+            if room is not None:
+                empty(room)
     return found
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -16,11 +18,13 @@ class Figure:
         values: One a round.
         unit: What follows the number.
         goal: The median should be no more; None where there is none.
+        least: Whether it should be no less instead.
     """
 
     values: Sequence[float]
     unit: str = "×"
     goal: float | None = None
+    least: bool = False
 
     @property
     def median(self) -> float:
@@ -30,7 +34,9 @@ class Figure:
     @property
     def met(self) -> bool | None:
         """Whether the goal is; None where there is none."""
-        return None if self.goal is None else self.median <= self.goal
+        if self.goal is None:
+            return None
+        return self.median >= self.goal if self.least else self.median <= self.goal
 
     def text(self) -> str:
         """The median with the spread: from the least to the most."""
@@ -42,13 +48,15 @@ class Figure:
         """The goal, and whether it is missed."""
         if self.goal is None:
             return ""
-        return f"≤ {_number(self.goal)} {self.unit}{'' if self.met else ', missed'}"
+        sign = "≥" if self.least else "≤"
+        return f"{sign} {_number(self.goal)} {self.unit}{'' if self.met else ', missed'}"
 
     def as_json(self) -> dict[str, Any]:
         """Everything there is to know."""
         return {
             "values": list(self.values), "median": self.median, "min": min(self.values),
-            "max": max(self.values), "unit": self.unit, "goal": self.goal, "met": self.met,
+            "max": max(self.values), "unit": self.unit, "goal": self.goal, "least": self.least,
+            "met": self.met,
         }  # fmt: skip
 
 
@@ -116,6 +124,23 @@ def plain(tables: Sequence[Table]) -> str:
         rows = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
         parts.append("\n".join([rows[0], "─" * len(rows[0]), *rows[1:]]))
     return "\n\n".join(parts)
+
+
+def show(
+    tables: Sequence[Table],
+    about: dict[str, str],
+    rounds: int,
+    as_markdown: bool,
+    stored_in: Path | None,
+) -> None:
+    """Print the tables and what they were measured on, and store the figures."""
+    ran_on = ", ".join(f"{name} {value}" for name, value in about.items())
+    note = f"medians of {rounds} (least–most); {ran_on}"
+    print((markdown if as_markdown else plain)(tables), note, sep="\n\n")
+    if stored_in:
+        found = [table.as_json() for table in tables]
+        stored = {"machine": about, "rounds": rounds, "tables": found}
+        stored_in.write_text(json.dumps(stored, indent=1))
 
 
 def _goals(cells: Cells) -> str:

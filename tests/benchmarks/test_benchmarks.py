@@ -8,8 +8,10 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import runpy
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -21,8 +23,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 import averaging  # noqa: E402
 import bench  # noqa: E402
 import checkpoints  # noqa: E402
+import machine  # noqa: E402
 import measuring  # noqa: E402
 import parts  # noqa: E402
+import scoring  # noqa: E402
+import scoring_parts  # noqa: E402
 from measuring import Trial, Usage  # noqa: E402
 from tables import Figure, Table, markdown, plain  # noqa: E402
 
@@ -147,6 +152,165 @@ def test_many_are_held_against_as_many_runs_and_against_one(written, tmp_path):
     assert {name for name, _ in written} > {"last1.safetensors", "last16.safetensors"}
 
 
+SMALL = [
+    "--model", "shufflenet_v2_x0_5", "--crop", "64", "--pixels", "96x80", "--images", "8",
+    "--checkpoints", "2", "--candidates", "2", "--workers", "0", "--device", "cpu",
+]  # fmt: skip
+SCORING = str(Path(scoring.__file__))
+
+
+def scored(arguments, tmp_path):
+    """Runs the command as one would; returns its tables, and what it printed."""
+    stored, room = tmp_path / "figures.json", tmp_path / "room"
+    command = [sys.executable, SCORING, *SMALL, *arguments, "--dir", room, "--json", stored]
+    done = subprocess.run(list(map(str, command)), check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not list(room.iterdir())
+    return json.loads(stored.read_text()), done.stdout
+
+
+def test_all_who_score_averages_come_to_the_same(tmp_path):
+    """With a single batch, the mean of the batches' variances is the population's."""
+    arguments = ["--only", "candidates", "--batch-size", "8", "--rounds", "1", "--markdown"]
+    stored, printed = scored(arguments, tmp_path)
+    (table,) = stored["tables"]
+    rows = table["rows"]
+    assert set(stored["machine"]) >= {"CPU", "cores", "torch", "torchvision", "Linux"}
+    assert printed.startswith("| K averages, BatchNorm recomputed and scored: shufflenet_v2_x0_5")
+    assert all(f"\n| {name} |" in printed for name in rows)
+    assert rows["decoding twice, no model"]["seconds"]["median"] > 0
+    one = rows["K = 2, update_bn, one by one"]
+    assert float(one["NLL apart"]) < 1e-4
+    assert one["top-1 apart"] == "0 points"
+    assert one["ckptavg is faster by"]["goal"] is None  # that is for eight
+    for row in (rows["K = 2, ckptavg"], one):
+        assert row["seconds"]["median"] > 0
+        assert row["peak"]["unit"] == "MB"
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """Runs the benchmark's scripts here, as a process each would take long; returns their names."""
+    ran = []
+    monkeypatch.syspath_prepend(str(Path(scoring.__file__).parent / "contenders"))
+
+    def run(command, foreign=False):
+        _, script, *arguments = map(str, command)
+        ran.append((Path(script).stem, *arguments[2:]))
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        runpy.run_path(script, run_name="__main__")
+        return Usage(0.0)
+
+    monkeypatch.setattr(measuring, "run", run)
+    monkeypatch.setattr(scoring, "_device", lambda _: {"device": "cpu", "about": {}})
+    return ran
+
+
+def scored_here(name, tmp_path, *arguments):
+    stored = tmp_path / "figures.json"
+    where = ["--dir", str(tmp_path / "room"), "--json", str(stored)]
+    assert scoring.main([*SMALL, "--batch-size", "4", *arguments, "--only", name, *where]) == 0
+    assert not list((tmp_path / "room").iterdir())
+    (table,) = json.loads(stored.read_text())["tables"]
+    return table
+
+
+def test_each_number_of_candidates_is_measured_in_each_round(scripts, tmp_path):
+    arguments = ["--candidates", "2", "1", "--rounds", "2"]
+    rows = scored_here("decoding", tmp_path, *arguments)["rows"]
+    assert scripts.count(("bare_loader",)) == 2
+    for count in ("1", "2"):
+        assert scripts.count(("together", count)) == 2
+        assert scripts.count(("one_by_one", count, "torch")) == 2
+        row = rows[f"K = {count}, update_bn, one by one"]
+        assert len(row["seconds"]["values"]) == len(row["decoding alone"]["values"]) == 2
+    assert rows["fvcore, one by one"]["seconds"] == "not installed"
+
+
+def test_rates_are_held_against_the_bare_forward_pass(scripts, tmp_path):
+    table = scored_here("limit", tmp_path, "--rounds", "1")
+    assert "8 images in memory in batches of 4" in table["title"]
+    row = table["rows"]["K = 2"]
+    assert (row["share"]["goal"], row["share"]["least"]) == (85, True)
+    assert row["bare forward"]["median"] > 0
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")  # fvcore's import
+def test_statistics_are_held_against_a_pass_and_against_the_population(scripts, tmp_path):
+    rows = scored_here("statistics", tmp_path, "--rounds", "1")["rows"]
+    off = {name: row.get("first layer's variance off by") for name, row in rows.items()}
+    assert float(off["ckptavg.update_bn"]) < 1e-6
+    assert float(off["swa_utils.update_bn"]) > 1e-4  # the images are brighter in some batches
+    assert rows["ckptavg.update_bn"]["against the bare forward"]["goal"] == 1.05
+
+
+def usages(*seconds):
+    return [Usage(value, 3_000_000, 5_000_000) for value in seconds]
+
+
+@pytest.mark.parametrize(("decoding", "goal"), [(0.6, None), (1.8, 5.0)])
+def test_the_goal_for_eight_is_one_where_decoding_dominates(decoding, goal):
+    contest = scoring_parts._Contest(Namespace(device="cuda", fvcore=False), None)
+    contest.scores["ckptavg, K = 8"] = [(50.0, 1.25), (25.0, 2.0)]
+    contest.scores["torch, K = 8"] = [(50.0, 1.5), (37.5, 2.0)]
+    found = {
+        "bare loader": usages(decoding, decoding),
+        "ckptavg, K = 8": usages(4.0, 5.0),
+        "torch, K = 8": usages(16.0, 16.0),
+    }
+    ours, row = contest.rows(found, 8).values()
+    assert ours["GPU peak"].median == 5.0
+    assert row["decoding alone"].median == pytest.approx(8 * decoding / 16 * 100)
+    assert list(row["ckptavg is faster by"].values) == [4.0, 3.2]
+    assert row["ckptavg is faster by"].goal == goal
+    assert row["ckptavg is faster by"].met is (None if goal is None else False)
+    assert (row["top-1 apart"], row["NLL apart"]) == ("12 points", "2.5e-01")
+
+
+def test_the_first_batch_is_set_up_and_no_part_of_the_rate():
+    scene = Namespace(images=100, batch_size=20)
+    row = scoring_parts._limit_row(scene, {"all": [5.0], "first": [3.0], "bare": [2.0]})
+    assert row["ckptavg.evaluate"].median == 40.0  # (100 - 20) / (5 s - 3 s)
+    assert (row["share"].median, row["share"].met) == (80.0, False)
+
+
+def refused(arguments, tmp_path, **environment):
+    """What the command says when it cannot measure anything."""
+    command = [sys.executable, SCORING, *arguments, "--dir", str(tmp_path / "room")]
+    everything = {**os.environ, **environment}
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=everything)
+    assert done.returncode == 1
+    assert not done.stdout
+    (line,) = done.stderr.splitlines()
+    return line
+
+
+def test_without_torchvision_nothing_is_scored(tmp_path):
+    (tmp_path / "torchvision.py").write_text("raise ImportError('no such thing')")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    said = refused(SMALL, tmp_path, PYTHONPATH=path)
+    assert said.startswith("error: torchvision cannot be imported (no such thing): pip install")
+
+
+def test_without_a_gpu_nothing_is_scored_on_one(tmp_path):
+    said = refused(["--device", "cuda"], tmp_path, CUDA_VISIBLE_DEVICES="")
+    assert said == "error: there is no CUDA device: take --device cpu, or auto"
+
+
+def test_a_single_batch_has_no_rate(scripts, tmp_path, capsys):
+    arguments = [*SMALL, "--batch-size", "8", "--only", "limit", "--dir", str(tmp_path)]
+    assert scoring.main(arguments) == 1
+    assert "take more --images or a smaller --batch-size" in capsys.readouterr().err
+    assert not scripts
+
+
+@pytest.mark.parametrize("arguments", [["--pixels", "640"], ["--images", "0"]])
+def test_sizes_that_are_none_are_wrong_usage(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        scoring.main(arguments)
+    assert "expected" in capsys.readouterr().err
+
+
 def test_what_does_not_fit_is_refused_before_anything_is_made(tmp_path, capsys):
     assert averaging.main(["--gigabytes", "1e6", "--dir", str(tmp_path)]) == 1
     said = capsys.readouterr()
@@ -156,7 +320,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_made(tmp_path, capsys):
 
 
 def test_inputs_that_memory_cannot_hold_are_no_warm_ones(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(averaging, "_memory", lambda _: 10**6)
+    monkeypatch.setattr(machine, "memory", lambda _: 10**6)
     assert averaging.main([*TINY, "--only", "speed", "--dir", str(tmp_path)]) == 1
     assert "needed for files to stay warm" in capsys.readouterr().err
 
@@ -230,6 +394,8 @@ def test_a_figure_is_the_median_with_its_spread_and_its_goal():
     assert figure.text() == "1.60 × (1.20–3.00)"
     assert figure.goal_text() == "≤ 1.50 ×, missed"
     assert Figure([1.5], "×", 1.5).goal_text() == "≤ 1.50 ×"
+    assert Figure([4.9], "×", 5, least=True).goal_text() == "≥ 5.00 ×, missed"
+    assert Figure([5.1], "×", 5, least=True).met
     assert Figure([123.4], "MB").goal_text() == ""
 
 

@@ -1,0 +1,371 @@
+"""Language modelling: how probable a causal model holds each token after those before it."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ckptavg.errors import EvaluationError
+from ckptavg.metrics import Totals
+from ckptavg.tasks.task import Metric, Samples, Task, first_tensor, in_float64
+from ckptavg.text import IGNORED
+
+log = logging.getLogger("ckptavg")
+
+_CHUNK = 1 << 24  # logits that are looked at in one go: what beside them is held at a time
+_scored: MutableMapping[torch.Tensor, torch.Tensor] = WeakTensorKeyDictionary()
+"""What has been scored of logits that are still about."""
+
+
+class CausalLM(Task):
+    """A causal language model: NLL a token in nats, perplexity, and accuracy.
+
+    A batch is one of two, and the position that a label stands at differs:
+
+    - a mapping with ``input_ids`` and ``labels``, both (N, T), as transformers has them: the output
+      at position t is for ``labels[:, t + 1]``, and the first label is for none;
+    - a tuple (x, y), both (N, T), as plain loops have them: the output at t is for ``y[:, t]``.
+
+    A negative label is not scored: −100, or −1 as nanoGPT has it. The model gets ``input_ids`` and
+    what else of the mapping its ``forward`` names, or x alone. It returns logits (N, T, V), as a
+    tensor, as ``.logits`` or as the first of a tuple.
+
+    Targets are (N, T): the token that the output at t is for, −100 for none. Predictions are the
+    logits themselves, (N, T, V), or as (N, 2·T) what is scored of them: the log-probabilities of
+    the targets, and 1 where the most probable token is the target, 0 where not, NaN where that is
+    not known. Softmax and its logarithm are in float32 (float64 for a float64 model), and sums in
+    float64. An ensemble averages the probabilities of all tokens.
+    """
+
+    counts: ClassVar = "tokens"
+    batch_size: ClassVar = 8  # of windows, whose logits are large
+    metrics: ClassVar = (
+        Metric("nll", "NLL", ".4f", False),
+        Metric("perplexity", "perplexity", ".3f", False),
+        Metric("accuracy", "accuracy %", ".2f", True),
+    )
+
+    def __init__(self) -> None:
+        self._largest = -1  # of the token ids in all batches so far, as seen on the host
+
+    def split(self, batch: Any) -> tuple[Any, torch.Tensor]:
+        """A batch as the model's inputs and the targets at the positions of the outputs.
+
+        Raises:
+            EvaluationError: It is no such batch, or its labels stand where the other kind has them.
+        """
+        if isinstance(batch, Mapping):
+            ids, labels = (_tokens_of(batch, key) for key in ("input_ids", "labels"))
+            inputs: Any = {key: value for key, value in batch.items() if key != "labels"}
+        elif isinstance(batch, Sequence) and len(batch) >= 2:
+            inputs, labels = (_integers(batch[i], f"batch[{i}]") for i in (0, 1))
+            ids = inputs
+        else:
+            raise EvaluationError(
+                "a batch is expected to be a mapping with input_ids and labels, or a tuple (x, y), "
+                f"but is a {type(batch).__name__}"
+            )
+        if ids.shape != labels.shape:
+            raise EvaluationError(
+                f"inputs and labels are expected to have one shape (N, T) but have "
+                f"{tuple(ids.shape)} and {tuple(labels.shape)}"
+            )
+        aligned = isinstance(batch, Mapping)
+        if ids.device.type == "cpu":  # to look at a device's would be to wait for it
+            _check_places(ids, labels, aligned=aligned)
+            self._note_range(ids)
+        if not aligned:
+            return inputs, labels
+        return inputs, nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+    def forward(self, model: nn.Module, inputs: Any) -> Any:
+        """Run the model on token ids.
+
+        Raises:
+            EvaluationError: An id is beyond the model's embedding, or a window beyond its context.
+        """
+        rows = _embedded(model)
+        if rows is not None and self._largest >= rows:
+            raise EvaluationError(
+                f"the data has the token id {self._largest}, but the model embeds {rows}",
+                "Check that the model and the tokenizer belong together.",
+            )
+        try:
+            return _run(model, inputs)
+        except (AssertionError, IndexError) as error:
+            length = (inputs["input_ids"] if isinstance(inputs, Mapping) else inputs).shape[1]
+            raise EvaluationError(
+                f"the model fails on windows of {length} tokens with ids up to {self._largest}: "
+                f"{error}",
+                "Check its context (--data-arg length=N) and that the tokenizer is its own.",
+            ) from error
+
+    def check(self, outputs: Any, targets: torch.Tensor) -> None:
+        """Make sure that there are logits for each position, and that targets are tokens.
+
+        Raises:
+            EvaluationError: There are not.
+        """
+        logits = first_tensor(outputs)
+        count, length = targets.shape
+        if length > 1 and logits.shape in ((count, 1, logits.shape[-1]), (count, logits.shape[-1])):
+            raise EvaluationError(
+                f"the model returns logits of shape {tuple(logits.shape)}, for one position only, "
+                f"where windows have {length} tokens",
+                "Name a task of your own by --task path/file.py:Task: a subclass of CausalLM "
+                "(ckptavg.tasks.language) whose forward(model, inputs) returns all of them; "
+                "nanoGPT's model does so where it gets targets too: model(ids, ids).",
+            )
+        if logits.dim() != 3 or logits.shape[:2] != targets.shape:
+            raise EvaluationError(
+                f"logits of shape (N, T, vocabulary) are expected for targets of shape (N, T), but "
+                f"got {tuple(logits.shape)} and {tuple(targets.shape)}",
+                "Write a task of your own whose forward returns them so (--task).",
+            )
+        largest = int(targets.max()) if targets.numel() else -1
+        if largest >= logits.shape[2]:
+            raise EvaluationError(
+                f"the data has the token id {largest}, but the model has {logits.shape[2]} tokens",
+                "Check that the model and the tokenizer belong together.",
+            )
+
+    def predict(self, outputs: Any, targets: torch.Tensor) -> torch.Tensor:
+        """The logits as they are: (N, T, V)."""
+        logits = first_tensor(outputs).detach()
+        _scored[logits] = score_tokens(logits, targets)
+        return logits
+
+    def sound(self, predictions: torch.Tensor) -> torch.Tensor:
+        """Whether the scored log-probabilities are finite; −∞ may exclude other tokens."""
+        found = _scored.get(predictions, predictions)
+        logs = found.chunk(2, 1)[0] if found.dim() == 2 else found
+        return torch.isfinite(logs).all()
+
+    def mean(self) -> TokenMean:
+        """The mean of the tokens' probabilities."""
+        return TokenMean()
+
+    def scores(self) -> TokenScores:
+        """NLL, perplexity and accuracy."""
+        return TokenScores()
+
+    def samples(self, predictions: torch.Tensor, targets: torch.Tensor) -> Samples:
+        """The NLL of each window's tokens, and their number: tokens of a window go together."""
+        found = _score(predictions, targets)
+        length = targets.shape[1]
+        return Samples(-found[:, :length].sum(1), (targets >= 0).sum(1).to(found.device))
+
+    def _note_range(self, ids: torch.Tensor) -> None:
+        """Remember the largest id, which the model's embedding is compared with."""
+        low, high = (int(end) for end in ids.aminmax()) if ids.numel() else (0, -1)
+        if low < 0:
+            raise EvaluationError(f"the data has the token id {low}", "Check --data and its dtype.")
+        self._largest = max(self._largest, high)
+
+
+class TokenScores:
+    """NLL a token, perplexity and accuracy, from sums in float64."""
+
+    def __init__(self) -> None:
+        self._totals = Totals(3)  # NLL, right, tokens
+
+    def update(self, predictions: torch.Tensor, targets: torch.Tensor) -> None:
+        """Take in a batch, without waiting for its device."""
+        found = _score(predictions, targets)
+        length = targets.shape[1]
+        nll, right = -found[:, :length].sum(), found[:, length:].sum()
+        tokens = (targets >= 0).sum().to(found)
+        self._totals.add(torch.stack((nll, right, tokens)))
+
+    def compute(self) -> dict[str, float]:
+        """``nll`` in nats, ``perplexity``, ``accuracy`` in % if it is known, and ``n`` tokens.
+
+        Raises:
+            EvaluationError: There were no tokens.
+        """
+        nll, right, tokens = self._totals.read().tolist()
+        if not tokens:
+            raise EvaluationError("the evaluation data has no tokens to score", "Check --data.")
+        found = {"nll": nll / tokens, "perplexity": _exp(nll / tokens)}
+        if math.isnan(right):
+            log.info("the accuracy of an ensemble whose members came in several passes is unknown")
+        else:
+            found["accuracy"] = 100 * right / tokens
+        return {**found, "n": int(tokens)}
+
+    def state(self) -> list[float | None]:
+        """Sums of NLL, right tokens (None if not known) and tokens."""
+        return [None if math.isnan(value) else value for value in self._totals.read().tolist()]
+
+    def merge(self, state: Sequence[float | None]) -> None:
+        """Add another process's sums."""
+        more = [math.nan if value is None else value for value in state]
+        self._totals.add(torch.tensor(more, dtype=torch.float64))
+
+
+class TokenMean:
+    """The mean of the members' probabilities of every token, kept as logarithms of sums.
+
+    While members come, it holds (N, T, V) in float32. Parked, it keeps the targets' probabilities
+    only, so which token is the most probable one is not known thereafter.
+
+    Attributes:
+        members: How many have been taken in.
+    """
+
+    def __init__(self) -> None:
+        self.members = 0
+        self._sum: torch.Tensor | None = None
+        self._parked: torch.Tensor | None = None  # (N, T) of the targets, float64
+        self._targets = torch.empty(0)
+
+    @torch.inference_mode()
+    def add(self, predictions: torch.Tensor, targets: torch.Tensor) -> None:
+        """Take in a member's predictions."""
+        self.members += 1
+        self._targets = targets
+        if self._parked is not None:
+            found = _score(predictions, targets)[:, : targets.shape[1]].cpu()
+            self._parked = torch.logaddexp(self._parked, found)
+            return
+        dtype = _softmax_dtype(predictions)
+        first = self._sum is None
+        if self._sum is None:
+            self._sum = torch.empty(predictions.shape, dtype=dtype, device=predictions.device)
+        for rows, total in zip(_chunks(predictions), _chunks(self._sum), strict=True):
+            found = rows.log_softmax(1, dtype=dtype)
+            total.copy_(found if first else torch.logaddexp(total, found))
+
+    @torch.inference_mode()
+    def park(self) -> None:
+        """Keep the targets' log-probabilities only, on the host."""
+        if self._sum is not None:
+            found = score_tokens(self._sum, self._targets)[:, : self._targets.shape[1]]
+            self._parked = found.cpu() + math.log(self.members)
+            self._sum = None
+        self._targets = self._targets.cpu()
+
+    @torch.inference_mode()
+    def value(self) -> torch.Tensor:
+        """What is scored: (N, 2·T), float64; whether the argmax is right is NaN once parked."""
+        if self._parked is not None:
+            known = self._targets.cpu() >= 0
+            found = torch.where(known, self._parked - math.log(self.members), 0.0)
+            return torch.cat((found, torch.where(known, math.nan, 0.0).to(found)), 1)
+        if self._sum is None:
+            raise EvaluationError("an ensemble has no members")
+        return score_tokens(self._sum, self._targets)  # a softmax of the sum is the mean
+
+
+def score_tokens(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The targets' log-probabilities, and whether the most probable token is the target.
+
+    Args:
+        logits: (N, T, V), of any floating type.
+        targets: (N, T), integers; a negative one is not scored.
+
+    Returns:
+        (N, 2·T), float64: first the log-probabilities, 0 where nothing is scored, then 1 or 0.
+    """
+    targets = targets.to(logits.device, torch.int64)
+    goals, parts, start = targets.clamp(min=0).flatten(), [], 0
+    for rows in _chunks(logits):
+        goal = goals[start : start + len(rows), None]
+        start += len(rows)
+        logs = rows.log_softmax(1, dtype=_softmax_dtype(rows)).gather(1, goal)
+        parts.append(torch.cat((logs, rows.argmax(1, keepdim=True) == goal), 1))
+    found = in_float64(torch.cat(parts)).reshape(*targets.shape, 2)
+    scored = (targets >= 0).to(found.device)
+    return torch.where(scored[:, None], found.movedim(2, 1), 0.0).flatten(1)
+
+
+def _score(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """What is scored of predictions, computed once for all that ask: (N, 2·T), float64."""
+    if predictions.dim() == 2:
+        return predictions
+    found = _scored.get(predictions)
+    if found is None:
+        found = _scored[predictions] = score_tokens(predictions, targets)
+    return found
+
+
+def _chunks(logits: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Logits as (rows, V), some rows at a time, in order."""
+    return iter(torch.split(logits.flatten(0, 1), max(1, _CHUNK // logits.shape[2])))
+
+
+def _softmax_dtype(logits: torch.Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _run(model: nn.Module, inputs: Any) -> Any:
+    """Call a model by keyword where it names ``input_ids``, else on the ids alone."""
+    if isinstance(inputs, torch.Tensor):
+        return model(inputs)
+    names = inspect.signature(model.forward).parameters
+    if "input_ids" not in names:
+        return model(inputs["input_ids"])
+    keywords = {key: value for key, value in inputs.items() if key in names}
+    if "use_cache" in names:
+        keywords.setdefault("use_cache", False)  # keys and values of all layers, for generation
+    return model(**keywords)
+
+
+def _embedded(model: nn.Module) -> int | None:
+    """How many tokens a transformers model embeds; None where it is not known."""
+    find: Any = getattr(model, "get_input_embeddings", None)
+    try:
+        layer = find() if find else None
+    except NotImplementedError:
+        return None
+    return layer.num_embeddings if isinstance(layer, nn.Embedding) else None
+
+
+def _tokens_of(batch: Mapping[str, Any], key: str) -> torch.Tensor:
+    if key not in batch:
+        raise EvaluationError(
+            f"the data gives no {key} but {', '.join(map(str, batch))}",
+            "Labels are input_ids again, with -100 where nothing is scored.",
+        )
+    return _integers(batch[key], key)
+
+
+def _integers(value: Any, name: str) -> torch.Tensor:
+    what = f"{value.dtype} of shape {tuple(value.shape)}" if hasattr(value, "shape") else "none"
+    if not isinstance(value, torch.Tensor) or value.dim() != 2 or value.is_floating_point():
+        raise EvaluationError(
+            f"{name} is expected to be a tensor of integers of shape (N, T) but is {what}"
+        )
+    return value
+
+
+def _check_places(ids: torch.Tensor, labels: torch.Tensor, *, aligned: bool) -> None:
+    """Refuse labels that are the tokens, but at the places of the other kind of batch."""
+    same = _repeat(ids, labels)
+    following = _repeat(ids[:, 1:], labels[:, :-1])
+    if aligned and following and not same:
+        raise EvaluationError(
+            "labels in a mapping are expected where their input_ids are, but are one before",
+            "Give a tuple (x, y), where y[t] follows x[t].",
+        )
+    if not aligned and same and not following:
+        raise EvaluationError(
+            "y in a tuple (x, y) is expected to be the next tokens, but repeats x",
+            "Give a mapping with input_ids and labels, where both are the same tokens.",
+        )
+
+
+def _repeat(ids: torch.Tensor, labels: torch.Tensor) -> bool:
+    """Whether labels are the ids wherever they are scored."""
+    return bool(((ids == labels) | (labels < 0)).all())
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf

@@ -1,0 +1,224 @@
+"""A text file, or a file of token ids → windows that a causal language model is scored on."""
+
+from __future__ import annotations
+
+import json
+import logging
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import Dataset
+
+from ckptavg.errors import SpecError
+from ckptavg.factories import extra
+
+log = logging.getLogger("ckptavg")
+
+IGNORED = -100
+"""The label of a position that is not predicted, as transformers and torch have it."""
+
+_LENGTH = 1024  # tokens of a window, where the model does not say or could take more
+_CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx")
+_DTYPES = ("uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
+
+
+class Tokens(Protocol):
+    """A sequence of token ids."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice) -> torch.Tensor: ...
+
+
+class Windows(Dataset[dict[str, torch.Tensor]]):
+    """Windows of a sequence of tokens in which every token but the first is predicted once.
+
+    An item has ``input_ids`` and ``labels``, both (length,) int64, at the same positions, as
+    transformers has them: the output at position t is for the label at t + 1. A label that an
+    earlier window has, or that is beyond the end, is −100. What pads the last window comes after
+    its tokens, where a causal model cannot look, so there is no attention mask.
+
+    Args:
+        tokens: At least 2; gives int64 for a slice.
+        length: Tokens of a window, at least 2; fewer where there are fewer in all.
+        stride: From one window's beginning to the next one's, at most length − 1, which is the
+            default: then windows share one token. A smaller one gives every token at least
+            length − stride tokens before it (but at the beginning), and costs more passes.
+
+    Raises:
+        SpecError: There is nothing to predict, or ``length`` and ``stride`` do not fit.
+    """
+
+    def __init__(self, tokens: Tokens, length: int = _LENGTH, stride: int | None = None) -> None:
+        if type(length) is not int or length < 2:
+            raise SpecError(f"length is expected to be a number of tokens from 2 but got {length}")
+        if stride is not None and (type(stride) is not int or not 0 < stride < length):
+            raise SpecError(
+                f"stride is expected to be from 1 to length - 1 ({length - 1}) but got {stride}",
+                "Windows share a token, so that each but the first is predicted.",
+            )
+        if len(tokens) < 2:
+            raise SpecError(
+                f"the data has {len(tokens)} tokens", "Two are needed for one to be predicted."
+            )
+        self.tokens = tokens
+        self.length = min(length, len(tokens))
+        self.stride = min(stride or length - 1, self.length - 1)
+
+    def __len__(self) -> int:
+        return 1 + -(-(len(self.tokens) - self.length) // self.stride)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"there are {len(self)} windows, and none is number {index}")
+        start = index * self.stride
+        ids = self.tokens[start : start + self.length]
+        labels = ids.clone()
+        if index:
+            labels[: self.length - self.stride] = IGNORED
+        beyond = (0, self.length - len(ids))
+        return {
+            "input_ids": torch.nn.functional.pad(ids, beyond),
+            "labels": torch.nn.functional.pad(labels, beyond, value=IGNORED),
+        }
+
+
+class TokenFile:
+    """Token ids in a file that is mapped into memory, by each process that reads it on its own.
+
+    Args:
+        path: ``.npy``: one dimension of integers; else raw integers in little-endian order.
+        dtype: Of raw integers.
+
+    Raises:
+        SpecError: It is not there, or is no such file.
+    """
+
+    def __init__(self, path: Path, dtype: str) -> None:
+        self.path = path
+        self.dtype = dtype
+        _check_file(path)
+        if self._ids.ndim != 1 or self._ids.dtype.kind not in "iu":
+            raise SpecError(
+                f"{path} is expected to hold one dimension of integers but holds "
+                f"{self._ids.dtype} of shape {self._ids.shape}",
+                "Write it by numpy.save(path, ids.astype(numpy.uint32)).",
+            )
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, part: slice) -> torch.Tensor:
+        return torch.from_numpy(self._ids[part].astype("int64"))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "dtype": self.dtype}  # not the contents
+
+    @cached_property
+    def _ids(self) -> Any:
+        numpy = extra("numpy", "numpy")
+        try:
+            if self.path.suffix == ".npy":
+                return numpy.lib.format.open_memmap(self.path, mode="r")
+            return numpy.memmap(self.path, numpy.dtype(self.dtype).newbyteorder("<"), mode="r")
+        except (OSError, ValueError) as error:
+            raise SpecError(
+                f"{self.path} cannot be read as token ids: {error}",
+                "Expected a .npy file, or raw little-endian integers of the type dtype=.",
+            ) from error
+
+
+def of_tokens(
+    path: str, *, length: int = _LENGTH, stride: int | None = None, dtype: str | None = None
+) -> Windows:
+    """Windows of a file of token ids.
+
+    Args:
+        path: As ``TokenFile`` takes it.
+        length: Tokens of a window.
+        stride: From window to window; see ``Windows``.
+        dtype: Of raw integers: ``uint16`` as nanoGPT writes them unless given.
+
+    Raises:
+        SpecError: The file or an argument is of no use.
+    """
+    if dtype is not None and dtype not in _DTYPES:
+        raise SpecError(f"dtype is expected to be one of {', '.join(_DTYPES)} but got {dtype!r}")
+    if dtype is not None and path.endswith(".npy"):
+        raise SpecError(f"{path} says itself of which type it is", "Leave dtype out.")
+    return _told(path, Windows(TokenFile(Path(path), dtype or "uint16"), length, stride))
+
+
+def of_text(
+    path: str, *, tokenizer: str | None = None, length: int = _LENGTH, stride: int | None = None
+) -> Windows:
+    """Windows of a UTF-8 text file, which is tokenized as a whole.
+
+    Args:
+        path: The file.
+        tokenizer: A directory that holds a tokenizer of transformers. Special tokens that it adds
+            to a text by itself (a beginning-of-sequence token) are kept.
+        length: Tokens of a window.
+        stride: From window to window; see ``Windows``.
+
+    Raises:
+        SpecError: The file, the tokenizer or an argument is of no use.
+    """
+    _check_file(Path(path))
+    if tokenizer is None:
+        raise SpecError(
+            f"which tokenizer turns {path} into tokens is not said",
+            "Pass --data-arg tokenizer=DIR, or name the model by hf:DIR.",
+        )
+    try:
+        content = Path(path).read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise SpecError(f"{path} is no UTF-8 text: {error}", "Convert it first.") from error
+    ids = _load_tokenizer(Path(tokenizer))(content, verbose=False)["input_ids"]
+    return _told(path, Windows(torch.tensor(ids, dtype=torch.int64), length, stride))
+
+
+def default_length(directory: Path) -> int:
+    """Tokens of a window for the model of a directory: its context, 1024 at most."""
+    try:
+        config = json.loads((directory / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        config = None  # what is wrong is said where the model is built
+    known = config if isinstance(config, dict) else {}
+    context: list[int] = [known[key] for key in _CONTEXT if type(known.get(key)) is int]
+    return min([_LENGTH, *(length for length in context if length > 1)])
+
+
+def _told(path: str, windows: Windows) -> Windows:
+    log.info(
+        "%s: %d tokens in %d windows of %d, %d apart",
+        path, len(windows.tokens), len(windows), windows.length, windows.stride,
+    )  # fmt: skip
+    return windows
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        state = "is no file" if path.exists() else "does not exist"
+        raise SpecError(f"{path} {state}", "Expected text:FILE or tokens:FILE.")
+    if not path.stat().st_size:
+        raise SpecError(f"{path} is empty")
+
+
+def _load_tokenizer(directory: Path) -> Any:
+    """The tokenizer of a directory; nothing is downloaded and none of its code is run."""
+    transformers = extra("transformers", "transformers")
+    remedy = "Pass --data-arg tokenizer=DIR with what tokenizer.save_pretrained(DIR) has written."
+    if not any(any(directory.glob(p)) for p in ("tokenizer*", "vocab*", "*.model")):
+        # transformers would make an empty one of the model's configuration
+        raise SpecError(f"{directory} holds no tokenizer", remedy)
+    try:
+        return transformers.AutoTokenizer.from_pretrained(
+            str(directory), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:
+        raise SpecError(
+            f"{directory} holds no tokenizer that transformers can load: {error}", remedy
+        ) from error
