@@ -190,9 +190,9 @@ class _Session:
         """Every group of networks in a pass of its own."""
         size = min(self.peers.gather(fit(self.model, self.runtime.device)))
         chosen = reference_of(self.candidates)
-        wanted = next(b.members for b in self.boards if b.candidate is chosen)
+        wanted = next({*b.members} for b in self.boards if b.candidate is chosen)
         # The reference first: what is told of the others' results includes how they compare.
-        groups = sorted(self.networks.groups(size), key=lambda g: {*wanted}.isdisjoint(g))
+        groups = sorted(self.networks.groups(size), key=wanted.isdisjoint)
         say(len(self.candidates), len(groups))
         results: list[Result] = []
 
@@ -289,7 +289,7 @@ class _Session:
         lacking = {"n", *(metric.key for metric in self.task.metrics)} - metrics.keys()
         if lacking:
             raise EvaluationError(
-                f"the scores of {type(self.task).__name__} do not tell {', '.join(sorted(lacking))}",
+                f"the scores of {type(self.task).__name__} lack {', '.join(sorted(lacking))}",
                 "Let compute() return every metric by its key, and n, the number of samples.",
             )
         return Result(

@@ -92,7 +92,10 @@ def open_loader(
             "the training data loader does not shuffle: if its samples are sorted by class, "
             "batches of one class distort the statistics below the first layer"
         )
-    return data if subset is None else share(data, Alone(), runtime.seed, _part(subset, peers))
+    if subset is None:
+        return data
+    own = replace(subset, count=_each(subset.count, peers))
+    return share(data, Alone(), runtime.seed, own)
 
 
 def share(loader: Batches, peers: Peers, seed: int, subset: Subset | None = None) -> Batches:
@@ -116,7 +119,7 @@ def share(loader: Batches, peers: Peers, seed: int, subset: Subset | None = None
     sampler = getattr(loader, "sampler", None)
     if isinstance(sampler, DistributedSampler):
         _require_even(sampler, peers)
-        return _Some(loader, Alone(), subset and _part(subset, peers).count)
+        return _Some(loader, Alone(), limit and _each(limit, peers))
     if limit is None and peers.count == 1:
         return loader
     drawn = getattr(loader, "batch_sampler", None)
@@ -313,9 +316,9 @@ def _up_to(batches: Iterable[Any], limit: int | None, size: Callable[[Any], int]
             return
 
 
-def _part(subset: Subset, peers: Peers) -> Subset:
-    """What each process draws of a loader that is its own part of the data."""
-    return replace(subset, count=-(-subset.count // peers.count))
+def _each(count: int, peers: Peers) -> int:
+    """How much of so many samples each process draws from its own part of the data."""
+    return -(-count // peers.count)
 
 
 def _require_even(sampler: DistributedSampler[Any], peers: Peers) -> None:

@@ -72,8 +72,8 @@ class Confusion:
 
     def compute(self):
         hit, union = self.found.diag(), self.found.sum(0) + self.found.sum(1) - self.found.diag()
-        return {"miou": float((hit / union).mean()), "wrong": float(1 - hit.sum() / self.found.sum()),
-                "n": self.n}
+        wrong = 1 - hit.sum() / self.found.sum()
+        return {"miou": float((hit / union).mean()), "wrong": float(wrong), "n": self.n}
 
     def state(self):
         return [self.n, self.found.tolist()]
@@ -430,7 +430,7 @@ def test_statistics_are_recomputed_by_the_tasks_way_to_call_the_model(home: Path
         ("own.py:Empty", 1, "own.py:Empty has no metrics"),
         ("own.py:Other", 1, "is expected to give a ckptavg.tasks.Task but gives a Other"),
         ("own.py:pixels", 1, "is expected to give a ckptavg.tasks.Task but gives a Conv2d"),
-        ("own.py:Forgetful", 1, "the scores of Forgetful do not tell dice"),
+        ("own.py:Forgetful", 1, "the scores of Forgetful lack dice"),
     ],
 )
 def test_what_is_no_task_is_said_in_a_line(home: Path, task: str, code: int, words: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from helpers import listing, save_states
 from test_processes import TORCHRUN, alone, one_line, started
 from torch import nn
 
+from ckptavg import evaluation
+
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="starts processes by fork")
 CLOSE = 1e-6  # relative, of figures and statistics
 NET = '''
 import os, signal, time
 import torch
-import ckptavg
+import ckptavg.evaluation
 from torch import distributed as dist, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
@@ -28,6 +31,10 @@ def model():
     return nn.Sequential(
         nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))
+
+def tight():
+    ckptavg.evaluation.fit = lambda *_: 2  # models at a time
+    return model()
 
 class Images(Dataset):
     """Normal values far from 0, which notes what is read; one of them may do harm."""
@@ -45,6 +52,9 @@ class Images(Dataset):
         if self.note:
             with open(self.note, "a") as f:
                 f.write(f"{i} ")
+        if i == 17 and os.path.exists("harmful") and os.path.exists("r.json"):
+            os.remove("harmful")
+            os.kill(os.getpid(), signal.SIGINT)
         if i != self.at:
             return self.x[i], self.targets[i]
         if self.harm == "kill":
@@ -329,3 +339,23 @@ def test_however_a_process_fails_all_end_and_nothing_is_written(home: Path) -> N
     assert all("run/epoch_1.pt: the outputs are not finite" in line for line in said)
     assert "are not finite" in the_only_error(averaged)
     assert [name for name in listing(home / "out") if not name.startswith(".a.pt.")] == []
+
+
+def test_what_was_interrupted_goes_on(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "fit", evaluation.fit)  # which the model's factory changes
+    command = [*ALL, *DATA, "--model", "net.py:tight", "-b", "8", "--results"]
+    expected = json.loads(alone(*command, "alone/r.json"))
+    Path("harmful").touch()
+    interrupted, resumed = started(
+        "again", [{"args": [*command, "r.json"]}, {"args": [*command, "r.json", "--resume"]}],
+        count=3,
+    )  # fmt: skip
+    (cause,) = (rank for rank, of_one in enumerate(interrupted) if of_one["code"] == 130)
+    for rank, of_one in enumerate(interrupted):
+        if rank != cause:
+            assert one_line(of_one) == f"process {cause} was interrupted"
+    close(json.loads(only_the_first_speaks(resumed)), expected)
+    close(json.loads(Path("r.json").read_text()), expected)
+    kept = re.search(r"(\d) of 6 candidates are in r.json", resumed[0]["err"])
+    assert kept is not None
+    assert 2 <= int(kept[1]) < 6
