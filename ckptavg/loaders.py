@@ -284,7 +284,7 @@ class _Drawn(Sampler[list[int]]):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             batches = list(_up_to(self.sampler, self.limit, len))
-        drawn = zlib.crc32(json.dumps(batches).encode())
+        drawn = zlib.crc32(json.dumps(batches, default=str).encode())
         if len(set(self.peers.gather(drawn))) > 1:
             raise EvaluationError(
                 "the data loader draws other batches in each process",

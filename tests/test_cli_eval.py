@@ -106,6 +106,9 @@ class Transposed(Classification):
 class Empty(Task):
     pass
 
+class Half(Segmentation):
+    scores = Task.scores
+
 class Other:
     pass
 
@@ -428,6 +431,7 @@ def test_statistics_are_recomputed_by_the_tasks_way_to_call_the_model(home: Path
         ("own.py:Segmentatoin", 1, "Did you mean Segmentation"),
         ("nowhere.py:Task", 1, "nowhere.py does not exist"),
         ("own.py:Empty", 1, "own.py:Empty has no metrics"),
+        ("own.py:Half", 1, "own.py:Half does not define scores"),
         ("own.py:Other", 1, "is expected to give a ckptavg.tasks.Task but gives a Other"),
         ("own.py:pixels", 1, "is expected to give a ckptavg.tasks.Task but gives a Conv2d"),
         ("own.py:Forgetful", 1, "the scores of Forgetful lack dice"),

@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from helpers import listing, save_states
@@ -80,6 +81,9 @@ class Sampled:
 def unseeded(n=53):
     return DataLoader(Images(n), 8, sampler=Sampled(n))
 
+def tensors():
+    return DataLoader(Images(), batch_sampler=torch.arange(52).view(13, 4))
+
 def distributed(n=56, **how):
     own = DistributedSampler(range(n), **how) if dist.is_initialized() else None
     return DataLoader(Images(n), 8, sampler=own)
@@ -93,6 +97,22 @@ class Stream(IterableDataset):
     def __iter__(self):
         data = Images()
         return (data[i] for i in range(len(data)))
+
+def line():
+    return nn.Linear(3, 2)
+
+def points(binary=False):
+    g = torch.Generator().manual_seed(7)
+    y = torch.randn(47, 2, generator=g)
+    return torch.utils.data.TensorDataset(
+        torch.randn(47, 3, generator=g), (y > 0).long() if binary else y)
+
+class Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Embedding(11, 5), nn.Linear(5, 11)
+    def forward(self, input_ids):
+        return self.last(self.first(input_ids))
 
 def nothing():
     return []
@@ -244,6 +264,7 @@ LOADERS = {
     "net.py:batches": [],
     "net.py:Stream": ["-b", "8"],
     "net.py:distributed": [],
+    "net.py:tensors": [],
 }
 
 
@@ -259,6 +280,34 @@ def test_any_source_of_data_counts_each_sample_once(home: Path) -> None:
         for one, other in zip(mine["candidates"], theirs["candidates"], strict=True):
             close(one["metrics"], other["metrics"])
     assert Counter(Path("seen").read_text().split()) == {str(i): 1 for i in range(53)}
+
+
+TASKS = {
+    "regression": ("line", ["net.py:line", "--data", "net.py:points"]),
+    "multi-label": ("line", ["net.py:line", "--data", "net.py:points", "--data-arg",
+                             "binary=true"]),
+    "causal-lm": ("words", ["net.py:Words", "--data", "tokens:ids.npy", "--data-arg",
+                            "length=7"]),
+    "image-classification": ("run", [*MODEL[1:], *DATA]),
+}  # fmt: skip
+
+
+def test_every_task_finds_the_same_fewer_batches_than_processes_too(home: Path) -> None:
+    scope: dict[str, Any] = {}
+    exec(NET, scope)
+    for name, factory in [("line", "line"), ("words", "Words")]:
+        save_states(home / name, [scope[factory]().state_dict() for _ in range(3)])
+    numpy.save("ids.npy", numpy.random.default_rng(0).integers(0, 11, 400))
+    commands = [
+        ["eval", "--run", run, "--task", task, "--each", "--compare", "fge", "--json", "-b", size,
+         "--device", "cpu", "--model", *args]
+        for size, (task, (run, args)) in zip(("5", "30", "30", "30"), TASKS.items(), strict=True)
+    ]  # fmt: skip
+    expected = [json.loads(alone(*args)) for args in commands]
+    found = started("tasks", [{"args": args} for args in commands], count=4)
+    for result, theirs in zip(found, expected, strict=True):
+        close(json.loads(only_the_first_speaks(result)), theirs)
+        assert [("versus" in c) for c in theirs["candidates"]] == [True, True, False, True, True]
 
 
 def test_the_same_samples_are_drawn_for_any_number_of_processes(home: Path) -> None:
