@@ -30,7 +30,7 @@ from torch.utils.data import Dataset
 
 from ckptavg.batches import Batches, Forward, Runtime, call, length_of, size_of, to_device
 from ckptavg.errors import BatchNormError, first_few
-from ckptavg.moments import Doubt, KernelMoments, Landing, Moments
+from ckptavg.moments import TOLERANCE, Doubt, KernelMoments, Landing, Moments
 from ckptavg.watching import WatchedLayer
 
 log = logging.getLogger("ckptavg")
@@ -362,9 +362,9 @@ class _Pass:
             for slot in doubted:
                 self._slots[slot].doubt()
             log.info(
-                "the inputs of %s are reduced in float64: their means are large beside their "
-                "deviations",
+                "what the kernels find at %s may be off by more than %g: reduced in float64",
                 first_few([self._slots[slot].name for slot in doubted]),
+                TOLERANCE,
             )
             self._waiting = deque(self._see(seen.through) for seen in self._waiting)
         seen = self._waiting.popleft()

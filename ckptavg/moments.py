@@ -7,7 +7,7 @@ accurate enough. Batches are merged in float64 (Chan et al. 1979) either way.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,8 +94,8 @@ def batch_moments(values: torch.Tensor) -> Moments:
     return first
 
 
-def _blocks(values: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Views of shape (n, C, length) that a processor's cache holds in float64, where that can be.
+def _blocks(values: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Parts of shape (n, C, length) that a processor's cache holds in float64.
 
     torch's own reductions on a CPU take ten times as long, most of it for memory.
     """
@@ -104,7 +104,8 @@ def _blocks(values: torch.Tensor) -> Sequence[torch.Tensor]:
         rows = values.reshape(values.shape[0], channels, -1)
     else:
         rows = values.movedim(1, -1).reshape(-1, channels, 1)
-    return rows.split(max(1, _BLOCK // rows[0].numel()))
+    for samples in torch.split(rows, max(1, _BLOCK // rows[0].numel())):
+        yield from torch.split(samples, max(1, _BLOCK // channels), 2)
 
 
 def _block_moments(block: torch.Tensor) -> Moments:
@@ -182,7 +183,9 @@ class Doubt:
     def __init__(self, doubtful: torch.Tensor, layer: torch.Tensor) -> None:
         self._layer = layer
         self._found = doubtful.to("cpu", non_blocking=doubtful.is_cuda)
-        self._copied = torch.cuda.current_stream().record_event() if doubtful.is_cuda else None
+        self._copied: torch.cuda.Event | None = None
+        if doubtful.is_cuda:
+            self._copied = torch.cuda.current_stream(doubtful.device).record_event()
 
     def layers(self) -> list[int]:
         """The layers of these channels."""
