@@ -355,18 +355,18 @@ class _Pass:
     def _settle(self) -> None:
         """Merge the oldest batch once nothing about it is in doubt.
 
-        Where something is, it and those after it go through the model again, which does the same
-        as before: in training mode a layer does not heed its running statistics.
+        Where something is, it goes through the model again, which does the same as before: in
+        training mode a layer does not heed its running statistics.
         """
         while doubted := self._waiting[0].doubt.layers():
             for slot in doubted:
-                self._slots[slot].doubt()
+                self._slots[slot].trusted = False
             log.info(
                 "what the kernels find at %s may be off by more than %g: reduced in float64",
                 first_few([self._slots[slot].name for slot in doubted]),
                 TOLERANCE,
             )
-            self._waiting = deque(self._see(seen.through) for seen in self._waiting)
+            self._waiting[0] = self._see(self._waiting[0].through)
         seen = self._waiting.popleft()
         for landing in seen.landings:
             self._kernels.merge(landing)

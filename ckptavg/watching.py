@@ -38,7 +38,7 @@ class WatchedLayer:
 
     Attributes:
         slot: Its number among the layers whose kernels can be relied on; None for another.
-        trusted: Whether its kernel is relied on.
+        trusted: Whether its kernel is relied on; else its inputs are reduced in float64.
     """
 
     def __init__(self, name: str, layer: _NormBase, sink: Sink) -> None:
@@ -71,7 +71,7 @@ class WatchedLayer:
         layer._buffers.update(self._aside)
         if isinstance(layer, nn.SyncBatchNorm):
             layer.__class__ = _apart(type(layer))
-        self.trusted = self.slot is not None and _forward_is_torchs(layer)
+        self.trusted = self._tried = self.slot is not None and _forward_is_torchs(layer)
         self._hooks = [layer.register_forward_pre_hook(self._before_call, with_kwargs=True)]
         if self.slot is not None and not self.trusted:
             self._hooks.append(layer.register_forward_hook(self._after_call))
@@ -84,10 +84,6 @@ class WatchedLayer:
         self.layer.momentum = self._momentum
         if isinstance(self.layer, _Apart):
             self.layer.__class__ = self._kind  # type: ignore[assignment]
-
-    def doubt(self) -> None:
-        """Reduce its inputs in float64 from now on."""
-        self.trusted, self._tried = False, True
 
     def write(self, moments: Moments, batches: int) -> None:
         """Give the layer its new statistics."""
