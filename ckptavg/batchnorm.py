@@ -72,10 +72,12 @@ def update_bn(
 
     Weights stay as they are; only the BatchNorm layers (and InstanceNorm layers that track
     statistics) are in training mode during the pass. At a layer whose inputs do not depend on the
-    batch, the first above all, the result is the same for any split into batches, and as exact as
-    ``moments.TOLERANCE`` says; in float64 it is exact. Deeper
-    layers see activations that were normalized batch by batch, as in training, so there one pass is
-    not invariant to the batch size. If anything fails, the model is as it was before.
+    batch, the first above all, the result is the same for any split into batches: a batch's own
+    mean and variance are exact up to ``moments.TOLERANCE``, and merged in float64. Deeper layers
+    see activations that were normalized batch by batch, as in training, so there one pass is not
+    invariant to the batch size. If anything fails, the model is as it was before.
+
+    A batch may go through the model a second time, so its forward pass must not change its input.
 
     Under an initialized ``torch.distributed`` process group, each process passes its own part of
     the data, and all end with the statistics of the whole.
@@ -161,8 +163,6 @@ def recompute(
     peers: Peers | None = None,
 ) -> list[BatchNormResult]:
     """``update_bn`` for several models that share one pass over the data.
-
-    A batch may go through a model twice, so the forward pass must not change it in place.
 
     Args:
         models: Any modules; they are moved to the runtime's device.
