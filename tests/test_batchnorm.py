@@ -613,6 +613,15 @@ def error_of(batches):
     return str(caught.value)
 
 
+def synchronized(batches):
+    """A network with SyncBatchNorm, and its statistics of these batches."""
+    torch.manual_seed(0)
+    norms = nn.SyncBatchNorm(3), nn.SyncBatchNorm(4)
+    model = nn.Sequential(norms[0], nn.Conv2d(3, 4, 1), norms[1])
+    update_bn(model, [batch.float() for batch in batches])
+    return model
+
+
 def run_process(rank, directory):
     """One process of two, then of three; what it found goes into a file."""
     torch.set_num_threads(1)
@@ -626,6 +635,7 @@ def run_process(rank, directory):
             found[world] = {
                 "state": model.state_dict(),
                 "result": (result.layers, result.batches),
+                "synchronized": synchronized(shards_of(world)[rank]).state_dict(),
                 "empty": error_of([]),
                 "single": error_of([WORKED[:1]] if rank == 0 else []),
             }
@@ -652,6 +662,16 @@ def test_processes_end_with_the_statistics_of_the_whole(processes, world):
         for name, expected in alone.state_dict().items():
             torch.testing.assert_close(found["state"][name], expected, rtol=1e-9, atol=1e-10)
             assert torch.equal(found["state"][name], processes[0][world]["state"][name])
+
+
+@pytest.mark.parametrize("world", SHARDS)
+def test_sync_batchnorm_waits_for_no_other_process_during_the_pass(processes, world):
+    """Some have more batches than others; what is normalized is each batch by itself, as alone."""
+    alone = synchronized([batch for shard in shards_of(world) for batch in shard])
+    for rank in range(world):
+        for name, expected in alone.state_dict().items():
+            found = processes[rank][world]["synchronized"][name]
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("world", SHARDS)
