@@ -545,11 +545,12 @@ def test_any_other_batch_goes_through_a_forward_of_the_users():
     assert_statistics(layer, WORKED, rtol=1e-6)
 
 
-def test_progress_is_told_the_batches_and_their_total():
+def test_progress_is_told_the_samples_and_their_total():
     told = []
-    update_bn(nn.BatchNorm1d(1), WORKED.split(2), progress=lambda *at: told.append(at))
+    data = TensorDataset(WORKED)
+    update_bn(nn.BatchNorm1d(1), data, batch_size=4, progress=lambda *at: told.append(at))
     update_bn(nn.BatchNorm1d(1), iter([WORKED]), progress=lambda *at: told.append(at))
-    assert told == [(1, 3), (2, 3), (3, 3), (1, 0)]
+    assert told == [(4, 6), (6, 6), (6, 0)]
 
 
 # Order
