@@ -203,6 +203,38 @@ class _Seen:
     doubt: Doubt = field(init=False)
 
 
+class _Collector:
+    """Takes in what the layers of a model see, batch by batch.
+
+    It does not know the layers, so that a model is gone as soon as nobody else holds it.
+    """
+
+    def __init__(self, kernels: KernelMoments) -> None:
+        self.kernels = kernels
+        self._seen: _Seen
+
+    def see(self, model: nn.Module, through: _Through) -> _Seen:
+        """Take a model through a batch."""
+        self._seen = seen = _Seen(through)
+        through(model)
+        seen.doubt = self.kernels.doubt(seen.landings)
+        return seen
+
+    def land(self, slot: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where a kernel is to leave mean and variance of so many values a channel."""
+        landings = self._seen.landings
+        landing = next((one for one in landings if not one.counts[slot]), None)
+        if landing is None:
+            landing = self.kernels.landing()
+            landings.append(landing)
+        landing.counts[slot] = count
+        return landing.mean[slot], landing.variance[slot]
+
+    def add(self, name: str, moments: Moments) -> None:
+        """Take in what a layer's input was reduced to."""
+        self._seen.moments.append((name, moments))
+
+
 class _Pass:
     """The layers of one model while data goes through it."""
 
@@ -218,7 +250,7 @@ class _Pass:
         if plain:
             log.info("layers without running statistics are skipped: %s", first_few(plain))
         self.layers = {
-            name: WatchedLayer(name, layer, self)
+            name: WatchedLayer(name, layer)
             for name, layer in found.items()
             if not any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude)
         }
@@ -228,8 +260,7 @@ class _Pass:
             one.slot = slot
         norms = [one.layer for one in self._slots]
         sizes, eps = [n.num_features for n in norms], [n.eps for n in norms]
-        self._kernels = KernelMoments(sizes, eps, device)
-        self._seen: _Seen
+        self.collector = _Collector(KernelMoments(sizes, eps, device))
         self._waiting: deque[_Seen] = deque()
         self._late = 1 if device.type == "cuda" else 0
 
@@ -238,30 +269,16 @@ class _Pass:
 
         A GPU is asked about a batch when it has the next one to work on, so that it never waits.
         """
-        self._waiting.append(self._see(through))
+        self._waiting.append(self.collector.see(self.model, through))
         if len(self._waiting) > self._late:
             self._settle()
-
-    def land(self, slot: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where a kernel is to leave mean and variance of so many values a channel."""
-        landings = self._seen.landings
-        landing = next((one for one in landings if not one.counts[slot]), None)
-        if landing is None:
-            landing = self._kernels.landing()
-            landings.append(landing)
-        landing.counts[slot] = count
-        return landing.mean[slot], landing.variance[slot]
-
-    def add(self, name: str, moments: Moments) -> None:
-        """Take in what a layer's input was reduced to."""
-        self._seen.moments.append((name, moments))
 
     def end(self) -> None:
         """Settle what is left, and put together what each layer saw."""
         while self._waiting:
             self._settle()
         self.moments = {name: moments.on_cpu() for name, moments in self.moments.items()}
-        for one, moments in zip(self._slots, self._kernels.moments(), strict=True):
+        for one, moments in zip(self._slots, self.collector.kernels.moments(), strict=True):
             if moments is not None:
                 self._merge(one.name, moments)
 
@@ -298,12 +315,6 @@ class _Pass:
             )
         return BatchNormResult(len(self.moments), batches, samples, unreached)
 
-    def _see(self, through: _Through) -> _Seen:
-        self._seen = seen = _Seen(through)
-        through(self.model)
-        seen.doubt = self._kernels.doubt(seen.landings)
-        return seen
-
     def _settle(self) -> None:
         """Merge the oldest batch once nothing about it is in doubt.
 
@@ -318,10 +329,10 @@ class _Pass:
                 first_few([self._slots[slot].name for slot in doubted]),
                 TOLERANCE,
             )
-            self._waiting[0] = self._see(self._waiting[0].through)
+            self._waiting[0] = self.collector.see(self.model, self._waiting[0].through)
         seen = self._waiting.popleft()
         for landing in seen.landings:
-            self._kernels.merge(landing)
+            self.collector.kernels.merge(landing)
         for name, moments in seen.moments:
             self._merge(name, moments)
 
@@ -341,7 +352,7 @@ def _collecting(model: nn.Module, exclude: Sequence[str], runtime: Runtime) -> I
     try:
         model.eval()
         for layer in one.layers.values():
-            layer.enter()
+            layer.enter(one.collector)
         yield one
     finally:
         for layer in one.layers.values():

@@ -34,18 +34,17 @@ class WatchedLayer:
     Args:
         name: Of the layer.
         layer: It.
-        sink: Takes what is found.
 
     Attributes:
         slot: Its number among the layers whose kernels can be relied on; None for another.
         trusted: Whether its kernel is relied on; else its inputs are reduced in float64.
     """
 
-    def __init__(self, name: str, layer: _NormBase, sink: Sink) -> None:
+    def __init__(self, name: str, layer: _NormBase) -> None:
         self.name, self.layer = name, layer
         self.slot: int | None = None
         self.trusted = False
-        self._sink = sink
+        self._sink: Sink
         self._own = {
             key: value
             for key in _STATISTICS
@@ -63,9 +62,9 @@ class WatchedLayer:
         is_batchnorm = isinstance(self.layer, _BatchNorm) and "running_var" in self._own
         return is_batchnorm and mean is not None and mean.dtype == torch.float32
 
-    def enter(self) -> None:
+    def enter(self, sink: Sink) -> None:
         """Let the layer's kernel leave each batch's own statistics, and hear of its calls."""
-        layer = self.layer
+        self._sink, layer = sink, self.layer
         layer.training = True  # not .train(): what a subclass holds, dropout say, stays off
         layer.momentum = 1.0
         layer._buffers.update(self._aside)

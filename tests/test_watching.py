@@ -1,8 +1,10 @@
 """What a pass takes from the layers' kernels against float64 reductions of the same inputs."""
 
 import copy
+import gc
 import json
 import threading
+import weakref
 from collections import Counter
 
 import pytest
@@ -245,6 +247,20 @@ def test_the_buffers_themselves_take_the_new_statistics():
     update_bn(model, images([4]))
     for name, (tensor, _) in own_tensors(model).items():
         assert tensor is before[name][0]
+
+
+@pytest.mark.parametrize("offset", [0.0, 5e4])
+def test_a_model_is_gone_with_its_last_holder(offset):
+    """Not when Python looks for cycles: many candidates share a device's memory."""
+    gc.disable()
+    try:
+        model = Net([4])
+        update_bn(model, images([4, 3], offset=offset))
+        alive = weakref.ref(model.norms[0])
+        del model
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 # Layers with a forward pass of their own
