@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ckptavg import batchnorm, update_bn, watching
-from ckptavg.runtime import Runtime
 from ckptavg.batchnorm import recompute
 from ckptavg.errors import BatchNormError
 from ckptavg.moments import TOLERANCE, batch_moments
+from ckptavg.runtime import Runtime
 
 CPU = Runtime(torch.device("cpu"))
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
