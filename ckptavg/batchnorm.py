@@ -32,7 +32,7 @@ from ckptavg.errors import BatchNormError, first_few
 from ckptavg.loaders import Progress, Subset, counted, moved, open_loader
 from ckptavg.moments import TOLERANCE, Doubt, KernelMoments, Landing, Moments
 from ckptavg.processes import Alone, Peers, peers_of_group
-from ckptavg.runtime import Runtime, suits_channels_last
+from ckptavg.runtime import Runtime
 from ckptavg.watching import WatchedLayer
 
 log = logging.getLogger("ckptavg")
@@ -133,10 +133,10 @@ def recompute(
         BatchNormError: As for ``update_bn``.
     """
     seen, samples = 0, 0
-    channels_last = suits_channels_last(models[0], runtime.device)
+    form = runtime.form_for(models[0], scoring=False)
     with ExitStack() as stack, torch.no_grad():
         passes = [stack.enter_context(_collecting(m, exclude, runtime)) for m in models]
-        for batch in moved(batches, runtime, channels_last=channels_last):
+        for batch in moved(batches, runtime.device, form):
             through = _Through(forward or call, runtime, batch.here)
             for one in passes:
                 one.take(through)

@@ -14,6 +14,7 @@ import logging
 import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,12 +28,12 @@ from ckptavg.candidates import Candidate, reference_of
 from ckptavg.errors import EvaluationError, UsageError
 from ckptavg.evidence import compare
 from ckptavg.formats import Checkpoint
-from ckptavg.loaders import Moved, Subset, counted, moved, open_loader, rereadable
+from ckptavg.loaders import Subset, counted, moved, open_loader, rereadable
 from ckptavg.networks import Network, Networks
 from ckptavg.passes import run_passes, say
 from ckptavg.processes import Alone, Peers, peers_of_group
 from ckptavg.results import Result, Versus
-from ckptavg.runtime import Runtime, fit, suits_channels_last
+from ckptavg.runtime import Runtime, fit
 from ckptavg.scoring import Board, Soundness, joined
 from ckptavg.tasks import Task
 from ckptavg.tasks.classification import Classification
@@ -177,7 +178,7 @@ class _Session:
             Board(candidate, members, task)
             for candidate, members in zip(candidates, self.networks.members, strict=True)
         ]
-        self.channels_last = suits_channels_last(model, runtime.device)
+        self.form = runtime.form_for(model, scoring=True)
         self.fingerprints: list[int] = []  # of the batches of the first pass, once it is over
         self.known: dict[Board, Result] = {}
 
@@ -240,36 +241,36 @@ class _Session:
 
     def _score(self, group: Sequence[Network], batches: Any) -> None:
         """One pass over the data, which must be the same in every pass."""
+        for network in group:
+            self.runtime.place(network.model, scoring=True)
         found: list[int] = []
         soundness = Soundness()
-        for number, batch in enumerate(
-            moved(batches, self.runtime, channels_last=self.channels_last)
-        ):
-            found.append(_fingerprint(self.task.split(batch.given)[1]))
+        for number, batch in enumerate(moved(batches, self.runtime.device, self.form)):
+            given = self.task.split(batch.given)[1]
+            found.append(_fingerprint(given))
             if self.fingerprints and self.fingerprints[number : number + 1] != found[-1:]:
                 raise _another_order()
+            inputs, targets = self.task.split(batch.here)
+            parts = _Parts(number, inputs, targets, given)
             for network in group:
-                self._score_batch(network, number, batch, soundness)
+                self._score_batch(network, parts, soundness)
             soundness.end_batch()
         soundness.end()
         if self.fingerprints and len(found) != len(self.fingerprints):
             raise _another_order()
         self.fingerprints = found
 
-    def _score_batch(
-        self, network: Network, number: int, batch: Moved, soundness: Soundness
-    ) -> None:
-        inputs, targets = self.task.split(batch.here)
+    def _score_batch(self, network: Network, batch: _Parts, soundness: Soundness) -> None:
         with torch.inference_mode():
             with self.runtime.autocast():
-                outputs = self.forward(network.model, inputs)
-            self.task.check(outputs, self.task.split(batch.given)[1])
-            found = self.task.predict(outputs, targets)
-            targets = _beside(targets, found)
+                outputs = self.forward(network.model, batch.inputs)
+            self.task.check(outputs, batch.given)
+            found = self.task.predict(outputs, batch.targets)
+            targets = _beside(batch.targets, found)
             soundness.add(network.name, self.task.sound(found))
             samples = self.task.samples(found, targets)
             for board in self.boards:
-                board.add(number, network, found, samples, targets)
+                board.add(batch.number, network, found, samples, targets)
 
     def _results(self, group: Sequence[Network]) -> list[Result]:
         """The results of the candidates that are complete by now."""
@@ -320,6 +321,23 @@ class _Session:
             return candidate.average.batchnorm
         made = candidate.checkpoints[0].provenance if candidate.kind == "checkpoint" else None
         return str(made.get("bn", "own")) if made else "own"
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What a batch holds.
+
+    Attributes:
+        number: Which it is.
+        inputs: On the device.
+        targets: On the device.
+        given: The targets as the loader gave them.
+    """
+
+    number: int
+    inputs: Any
+    targets: Any
+    given: Any
 
 
 def _beside(targets: Any, found: torch.Tensor) -> Any:

@@ -185,15 +185,21 @@ class Moved:
 
 
 def moved(
-    loader: Iterable[Any], runtime: Runtime, *, channels_last: bool = False
+    loader: Iterable[Any],
+    device: torch.device,
+    form: torch.memory_format = torch.preserve_format,
 ) -> Iterator[Moved]:
-    """Batches on the device; with CUDA, the next one's copy runs beside the work on this one."""
-    device = runtime.device
+    """Batches on the device; with CUDA, the next one's copy runs beside the work on this one.
+
+    Args:
+        loader: Gives them.
+        device: Where they go.
+        form: Memory format of their tensors with four axes.
+    """
     if device.type != "cuda":
         for batch in loader:
-            yield Moved(batch, to_device(batch, device))
+            yield Moved(batch, to_device(batch, device, form))
         return
-    form = torch.channels_last if channels_last else torch.preserve_format
     copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     waiting: tuple[Moved, Any] | None = None
     for batch in loader:

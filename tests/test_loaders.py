@@ -497,7 +497,7 @@ def test_progress_is_told_after_each_batch_and_the_others_are_looked_at():
 
 def test_on_the_host_a_batch_is_what_the_loader_gave():
     x, y = torch.ones(2, 3), torch.tensor([0, 1])
-    (batch,) = moved([(x, y, "name")], Runtime(CPU))
+    (batch,) = moved([(x, y, "name")], CPU)
     assert batch.given[0] is batch.here[0] is x
     assert batch.here[1:] == (y, "name")
 
@@ -508,7 +508,7 @@ def broken():
 
 
 def test_an_error_of_the_loader_is_not_changed_on_its_way():
-    batches = moved(counted(broken(), lambda *_: None, Alone()), Runtime(CPU))
+    batches = moved(counted(broken(), lambda *_: None, Alone()), CPU)
     assert next(batches).here.tolist() == [1, 1]
     with pytest.raises(OSError, match="the disk is gone"):
         next(batches)
@@ -516,7 +516,7 @@ def test_an_error_of_the_loader_is_not_changed_on_its_way():
 
 @pytest.mark.parametrize("loader", [[], iter(()), DataLoader(TensorDataset(torch.ones(0, 2)), 2)])
 def test_a_loader_that_gives_nothing_gives_nothing(loader):
-    assert list(moved(counted(loader, lambda *_: None, Alone()), Runtime(CPU))) == []
+    assert list(moved(counted(loader, lambda *_: None, Alone()), CPU)) == []
 
 
 def test_what_can_be_read_once_only_refuses_to_be_read_again():
