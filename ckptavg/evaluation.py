@@ -241,11 +241,14 @@ class _Session:
         for number, batch in enumerate(
             moved(batches, self.runtime, channels_last=self.channels_last)
         ):
-            found.append(_fingerprint(self.task.split(batch.given)[1]))
+            targets = self.task.split(batch.given)[1]
+            found.append(_fingerprint(targets))
             if self.fingerprints and self.fingerprints[number : number + 1] != found[-1:]:
                 raise _another_order()
             for network in group:
-                self._score_batch(network, number, batch, soundness)
+                self._score_batch(network, number, batch, targets, soundness)
+            for board in self.boards:
+                board.end_batch(number)
             soundness.end_batch()
         soundness.end()
         if self.fingerprints and len(found) != len(self.fingerprints):
@@ -253,13 +256,14 @@ class _Session:
         self.fingerprints = found
 
     def _score_batch(
-        self, network: Network, number: int, batch: Moved, soundness: Soundness
+        self, network: Network, number: int, batch: Moved, given: Any, soundness: Soundness
     ) -> None:
+        """Score a network's outputs on a batch, whose targets are also as the loader gave them."""
         inputs, targets = self.task.split(batch.here)
         with torch.inference_mode():
             with self.runtime.autocast():
                 outputs = self.forward(network.model, inputs)
-            self.task.check(outputs, self.task.split(batch.given)[1])
+            self.task.check(outputs, given)
             found = self.task.predict(outputs, targets)
             targets = _beside(targets, found)
             soundness.add(network.name, self.task.sound(found))
