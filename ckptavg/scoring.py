@@ -211,8 +211,7 @@ class Soundness:
                 )
 
     def end(self) -> None:
-        """Look at what has not been looked at; raises as ``end_batch``."""
-        self.end_batch()
+        """Look at the flags of the last batch; raises as ``end_batch``."""
         self.end_batch()
 
     def _sent(self) -> tuple[list[str], torch.Tensor, torch.cuda.Event | None] | None:

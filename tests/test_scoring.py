@@ -300,7 +300,7 @@ def test_flags_on_a_gpu_are_not_waited_for():
         done = torch.cuda.current_stream().record_event()
         soundness.end_batch()
         assert not done.query()
-    soundness.end()
     soundness.add("b", torch.isinf(busy).all())
+    soundness.end_batch()
     with pytest.raises(EvaluationError, match="b: the outputs"):
         soundness.end()
