@@ -20,7 +20,7 @@ class CkptavgError(Exception):
 
     def __init__(self, message: str, remedy: str = "") -> None:
         super().__init__(message)
-        self.message = printable(message)
+        self.message = printable(_without_traceback(message))
         self.remedy = printable(remedy)
 
     def __str__(self) -> str:
@@ -109,3 +109,11 @@ def first_few(names: list[str], count: int = 3) -> str:
     """The first names of a list and how many more there are, for a one-line message."""
     shown = ", ".join(names[:count])
     return shown if len(names) <= count else f"{shown} and {len(names) - count} more"
+
+
+def _without_traceback(message: str) -> str:
+    """A message without the traceback that a DataLoader's worker puts in: what stands below it."""
+    _, found, traceback = message.partition("\nOriginal Traceback (most recent call last):\n")
+    lines = traceback.rstrip().split("\n")
+    own = next((i for i in range(len(lines), 0, -1) if lines[i - 1].startswith("  ")), 0)
+    return "\n".join(lines[own:]) if found and lines[own:] else message

@@ -137,7 +137,7 @@ def score(
         keep_nonfinite: As for ``evaluate``.
         progress: As for ``evaluate``.
         peers: The processes that share the data.
-        on_results: Told after each pass what is known by then.
+        on_results: Told after each pass what is known by then, once the reference is scored.
     """
     if not candidates:
         raise UsageError("there is nothing to evaluate")
@@ -189,7 +189,10 @@ class _Session:
     ) -> list[Result]:
         """Every group of networks in a pass of its own."""
         size = min(self.peers.gather(fit(self.model, self.runtime.device)))
-        groups = self.networks.groups(size)
+        chosen = reference_of(self.candidates)
+        wanted = next({*b.members} for b in self.boards if b.candidate is chosen)
+        # The reference first: what is told of the others' results includes how they compare.
+        groups = sorted(self.networks.groups(size), key=wanted.isdisjoint)
         say(len(self.candidates), len(groups))
         data = rereadable(data, len(groups))
         if training is not None:
@@ -204,7 +207,8 @@ class _Session:
             finally:
                 networks.release(group, self.runtime.device)
             results[:] = self._results(group)
-            on_results([*results])
+            if any(result.candidate is chosen for result in results):
+                on_results([*results])
 
         run_passes(groups, run_pass, self.runtime, self.peers)
         return results
@@ -287,6 +291,12 @@ class _Session:
 
     def _result(self, board: Board, reference: Board | None) -> Result:
         metrics, details = board.scores.compute(), board.details()
+        lacking = {"n", *(metric.key for metric in self.task.metrics)} - metrics.keys()
+        if lacking:
+            raise EvaluationError(
+                f"the scores of {type(self.task).__name__} lack {', '.join(sorted(lacking))}",
+                "Let compute() return every metric by its key, and n, the number of samples.",
+            )
         return Result(
             board.candidate,
             metrics,

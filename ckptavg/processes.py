@@ -185,7 +185,7 @@ class Processes:
             self._leave_word("", error.message)
         else:
             known = isinstance(error, CkptavgError)
-            message = str(error) if known else f"{type(error).__name__}: {error}"
+            message = str(error if known else CkptavgError(f"{type(error).__name__}: {error}"))
             word = self._leave_word(message, f"{own} has failed: {message}")
             self.repeated = word["rank"] != self.rank and word["message"] == message
         if self.rank == 0 and os.environ.get(_LAUNCHERS_STORE) != "True":

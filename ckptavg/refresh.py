@@ -153,6 +153,9 @@ def refresh(
         weights: State dicts that share a pass over the data; changed.
         how: The model, the data, and where it runs.
         origins: What each state dict is, for messages.
+
+    Returns:
+        For each, what was recomputed, with the batches and samples of all processes.
     """
     models = [how.model, *(copy.deepcopy(how.model) for _ in weights[1:])]
     for model, state_dict, origin in zip(models, weights, origins, strict=True):
@@ -163,7 +166,9 @@ def refresh(
         for name, value in _statistics(model).items():
             if name in state_dict:
                 state_dict[name] = _narrowed(name, value, state_dict[name])
-    return results
+    seen = how.peers.gather([results[0].batches, results[0].samples])
+    batches_of_all, samples_of_all = (sum(counts) for counts in zip(*seen, strict=True))
+    return [replace(r, batches=batches_of_all, samples=samples_of_all) for r in results]
 
 
 @contextmanager

@@ -156,8 +156,11 @@ def write_results(path: Path, results: Mapping[str, Any]) -> None:
         writer.writerows(rows)
         text = buffer.getvalue()
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def size_text(count: float) -> str:

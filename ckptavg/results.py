@@ -116,4 +116,4 @@ def is_worse(results: Sequence[Result], task: Task | None = None) -> bool:
     chosen = next((r for r in averages if r.bn == "recomputed"), averages[0])
     metric = (task or Classification()).metrics[0]
     mine, theirs = chosen.metrics[metric.key], last[0].metrics[metric.key]
-    return mine < theirs if metric.higher else mine > theirs
+    return not (mine >= theirs if metric.higher else mine <= theirs)  # nor is NaN as good

@@ -2,7 +2,8 @@
 
 ``python ranks.py PLAN.json`` under torchrun; or with ``count`` in the plan it starts them itself,
 under no launcher. A plan has ``commands``: ``args``, ``other`` (arguments of process 1), and
-``harm``: what happens to which process after some reads.
+``harm``: what happens to which process after some reads. Or ``call`` in place of ``args``: a
+function as ``file.py:name``, called within a group of torch.distributed, that gives a ``value``.
 """
 
 import contextlib
@@ -15,7 +16,10 @@ import sys
 import time
 from pathlib import Path
 
-import ckptavg.averaging  # noqa: F401 - loaded once for all that are forked
+import torch.distributed as dist
+
+import ckptavg.cli.sources
+import ckptavg.evaluation
 from ckptavg.cli import main
 from ckptavg.errors import CheckpointError
 from ckptavg.formats import reading
@@ -39,8 +43,18 @@ HARMS = {
 }
 
 
+def called(function):
+    """What a user's function gives within a group of the user's."""
+    dist.init_process_group("gloo")
+    value = ckptavg.cli.sources.sources.call_factory(function)
+    dist.destroy_process_group()
+    return {"code": 0, "value": value}
+
+
 def run(command, rank):
     """One command in this process: exit code, bytes read, first and last written, what it said."""
+    if "call" in command:
+        return called(command["call"])
     read, ends = [0, 0], []
     harm = HARMS.get(command.get("harm", {}).get(str(rank)))
 

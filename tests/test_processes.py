@@ -206,10 +206,10 @@ def test_four_processes_write_the_bytes_of_one(home: Path) -> None:
         said = alone("average", *args, "-o", f"alone/{name}")
         commands.append({"args": ["average", *args, "-o", f"out/{name}"]})
     commands[0]["args"].insert(1, "--json")
-    commands.append({"args": ["eval", "--run", "run", "--model", "m:m", "--data", "d:d"]})
+    commands.append({"args": ["inspect", "run"]})
     commands.append({"args": ["average", "run", "-o", "out/a.pt"]})
     results = started("four", commands, *TORCHRUN, "--standalone", "--nproc-per-node=4", count=4)
-    *good, evaluation, exists = results
+    *good, inspection, exists = results
 
     for result in good:
         assert [of_one["code"] for of_one in result] == [0, 0, 0, 0], result
@@ -239,8 +239,8 @@ def test_four_processes_write_the_bytes_of_one(home: Path) -> None:
     said = [of_one["err"] for of_one in exists if of_one["err"]]
     assert len(said) == 1
     assert said[0].startswith("Error: out/a.pt exists already")
-    assert [of_one["code"] for of_one in evaluation] == [2, 2, 2, 2]
-    assert "ckptavg eval is the work of one process. Start it" in evaluation[0]["err"]
+    assert [of_one["code"] for of_one in inspection] == [2, 2, 2, 2]
+    assert "ckptavg inspect is the work of one process. Start it" in inspection[0]["err"]
 
 
 def test_two_hosts_make_one_output(home: Path) -> None:
@@ -289,11 +289,10 @@ def test_however_one_process_fails_nothing_is_written(home: Path) -> None:
         {"args": [*average, "out/a.pt"], "other": ["average", "hub", "-o", "out/a.pt"]},
         {"args": [*average, "out/a.pt"], "other": [*average, "out/a.pt", "--weights", "1,2,3"]},
         {"args": [*average, "out/new.pt"], "harm": {"2": "appear"}},
-        {"args": ["average", "run", "--model", "m:m", "--train-data", "d:d", "-o", "out/a.pt"]},
         {"args": [*average, "out/last.pt"], "harm": {"0": "kill"}},
     ]
     results = started("failing", commands, count=3)
-    killed, broke, terminated, other, weighted, appeared, model, headless = results
+    killed, broke, terminated, other, weighted, appeared, headless = results
 
     assert killed[1] is None
     for of_one in (killed[0], killed[2]):
@@ -310,8 +309,6 @@ def test_however_one_process_fails_nothing_is_written(home: Path) -> None:
         assert said.startswith(f"Error: processes 0 and 1 do not have the same {what}. Start all")
     assert "out/new.pt has appeared while it was being made. Pass" in one_line(appeared[0])
     assert one_line(appeared[1]) == f"process 0 has failed: {one_line(appeared[0])}"
-    assert [of_one["code"] for of_one in model] == [2, 2, 2]
-    assert sum("(--model) is the work of one process" in of_one["err"] for of_one in model) == 1
     assert headless[0] is None
     assert one_line(headless[2]) == "process 0 has died without a word: its own output may say why"
 

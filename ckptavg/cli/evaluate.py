@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,12 +82,19 @@ def evaluate(
     from ckptavg.results import is_worse  # noqa: PLC0415
 
     task = named(settings)
+    if fail_if_worse and task.metrics[0].higher is None:
+        raise UsageError(
+            f"--fail-if-worse needs a first metric that says which is better: "
+            f"{task.metrics[0].key} does not"
+        )
     keeper = Keeper(candidates, settings, results, resume=resume, processes=processes)
     scored = _scored(report, processes, keeper, task, settings)
-    _show(report, scored, task)
     keeper.keep(scored)
+    _show(report, scored, task)
     report.result(keeper.outcome(scored))
     if fail_if_worse and is_worse(scored, task):
+        if processes is not None:
+            processes.gather(None)  # a launcher ends all when one exits: the first has written
         if not own_rank():
             click.echo("The average does worse than the last checkpoint.", err=True)
         raise click.exceptions.Exit(_WORSE)
@@ -142,6 +150,8 @@ def _check(
         raise UsageError("--bn-samples says how much of --train-data is used: name that")
     if results is not None and not results.absolute().parent.is_dir():
         raise OutputError(f"the directory {results.parent} does not exist", "Create it first.")
+    if results is not None and not os.access(results.absolute().parent, os.W_OK):
+        raise OutputError(f"the directory {results.parent} may not be written", "Name another.")
 
 
 def _candidates(paths: tuple[str, ...], settings: dict[str, Any]) -> list[Candidate]:

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("ckptavg")
 
 _DECISIVE = (
-    "model_spec", "model_arg", "data", "data_arg", "task", "amp", "batch_size", "key",
+    "model_spec", "model_arg", "data", "data_arg", "task", "amp", "batch_size", "seed",
 )  # fmt: skip
 _OF_AVERAGES = ("include", "exclude", "base", "dtype", "on_nonfinite")
-_OF_STATISTICS = ("train_data", "train_data_arg", "bn_samples", "seed")
+_OF_STATISTICS = ("train_data", "train_data_arg", "bn_samples")
 
 
 class Keeper:
@@ -54,13 +54,13 @@ class Keeper:
 
         self.candidates = candidates
         self.path = path if own_rank() == 0 else None
-        self.keys = [key_of(candidate, settings) for candidate in candidates]
+        reference = reference_of(candidates)
+        self.keys = keys_of(candidates, reference, settings)
         held = read(path) if resume and path is not None and own_rank() == 0 else {}
-        if processes is not None:
-            held = processes.gather(held)[0]
+        if processes is not None:  # hosts may see other paths and times: the first decides
+            self.keys, held = processes.gather([self.keys, held])[0]
         self.held = {key: held[key] for key in self.keys if key in held}
         lacking = [c for c, key in zip(candidates, self.keys, strict=True) if key not in held]
-        reference = reference_of(candidates)
         if lacking and not any(c is reference for c in lacking):
             lacking.insert(0, reference)
         self.missing = lacking
@@ -91,25 +91,40 @@ class Keeper:
             write_results(self.path, self.outcome(results))
 
 
-def key_of(candidate: Candidate, settings: Mapping[str, Any]) -> str:
-    """What a candidate's scores follow from, as a digest: its weights, the data, the options.
+def keys_of(
+    candidates: Sequence[Candidate], reference: Candidate, settings: Mapping[str, Any]
+) -> list[str]:
+    """What the results of candidates follow from, as digests; comparisons with another included."""
+    of_reference = [reference.name, _digest(_decisive(reference, settings))]
+    return [
+        _digest(_decisive(c, settings) | ({} if c is reference else {"reference": of_reference}))
+        for c in candidates
+    ]
+
+
+def _decisive(candidate: Candidate, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a candidate's scores follow from: its weights, the data, the options.
 
     Files count by path, size and time; the data by its name alone.
     """
     names = [*_DECISIVE]
     names += _OF_AVERAGES if candidate.average is not None else ()
     names += _OF_STATISTICS if candidate.recompute else ()
-    checkpoints = [
+    planned = candidate.average
+    files = [
         (str(c.path.resolve()), c.key, c.size, [stamp.mtime_ns for stamp in c.files])
-        for c in candidate.checkpoints
+        for c in (candidate.checkpoints if planned is None else planned.plan.inputs)
     ]
-    decisive = {
+    return {
         "kind": candidate.kind,
-        "checkpoints": checkpoints,
+        "files": files,
         "coefficients": candidate.coefficients,
         "options": {name: settings.get(name) for name in names},
     }
-    text = json.dumps(decisive, sort_keys=True, default=str)
+
+
+def _digest(value: Mapping[str, Any]) -> str:
+    text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -123,9 +138,15 @@ def read(path: Path) -> dict[str, Mapping[str, Any]]:
         return {}
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))["candidates"]
-        return {entry["key"]: entry for entry in entries if entry.get("metrics")}
+        return {entry["key"]: entry for entry in entries if _is_whole(entry)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise EvaluationError(
             f"{path} cannot be resumed: it does not hold results of this command",
             "Name another file for --results.",
         ) from error
+
+
+def _is_whole(entry: Mapping[str, Any]) -> bool:
+    """Whether an entry says all of a result: JSON has no word for figures that are not finite."""
+    told = [entry["key"], entry["bn"], *entry["metrics"].values()]
+    return None not in (*told, *entry.get("versus", {}).values())

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import click
 from rich.console import Console
 
-from ckptavg.errors import CkptavgError, UsageError
+from ckptavg.errors import UsageError
 from ckptavg.processes import Processes, own_rank, several
 from ckptavg.processes import joined as all_joined
 from ckptavg.report import Report
@@ -47,7 +47,7 @@ def joined() -> Iterator[Processes | None]:
     try:
         with all_joined() as together:
             yield together
-    except CkptavgError as error:
+    except Exception as error:  # the user's model and data raise what they like
         if together is not None and together.repeated:
-            raise click.exceptions.Exit(error.exit_code) from error
+            raise click.exceptions.Exit(getattr(error, "exit_code", 1)) from error
         raise

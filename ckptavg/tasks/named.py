@@ -52,4 +52,7 @@ def _checked(spec: str, made: Any) -> Task:
         )
     if not made.metrics:
         raise SpecError(f"{spec} has no metrics", "Name them: metrics = (Metric(...),).")
+    needed = [n for n in ("predict", "scores") if getattr(type(made), n) is getattr(Task, n)]
+    if needed:
+        raise SpecError(f"{spec} does not define {' and '.join(needed)}", "A task needs both.")
     return made
