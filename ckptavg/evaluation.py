@@ -254,6 +254,8 @@ class _Session:
             parts = _Parts(number, inputs, targets, given)
             for network in group:
                 self._score_batch(network, parts, soundness)
+            for board in self.boards:
+                board.end_batch(number)
             soundness.end_batch()
         soundness.end()
         if self.fingerprints and len(found) != len(self.fingerprints):

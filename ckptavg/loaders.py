@@ -420,19 +420,23 @@ def _distributed(loader: Batches) -> DistributedSampler[Any] | None:
 
 
 def _require_exact(sampler: DistributedSampler[Any], peers: Peers) -> None:
-    """Make sure that the processes' parts are all of the data, and no sample is in two of them."""
-    if (sampler.rank, sampler.num_replicas) != (peers.rank, peers.count):
-        raise EvaluationError(
-            f"the data loader's DistributedSampler is for process {sampler.rank} of "
-            f"{sampler.num_replicas}, but this is process {peers.rank} of {peers.count}",
-            "Return the Dataset or a plain DataLoader: ckptavg shares it out, each sample once.",
-        )
-    if sampler.drop_last or len(sampler.dataset) % sampler.num_replicas:  # type: ignore[arg-type]
+    """Make sure that the processes' parts are all of the data, and no sample is in two of them.
+
+    What is said is the same in every process.
+    """
+    if sampler.num_replicas != peers.count:
+        wrong = f"is for {sampler.num_replicas} processes, but {peers.count} share the data"
+    elif sampler.rank != peers.rank:
+        wrong = f"gives the part of process {sampler.rank} in another process too"
+    elif sampler.drop_last or len(sampler.dataset) % sampler.num_replicas:  # type: ignore[arg-type]
         what = "drops" if sampler.drop_last else "repeats"
-        raise EvaluationError(
-            f"the data loader's DistributedSampler {what} samples to give every process as many",
-            "Return the Dataset or a plain DataLoader: ckptavg shares it out, each sample once.",
-        )
+        wrong = f"{what} samples to give every process as many"
+    else:
+        return
+    raise EvaluationError(
+        f"the data loader's DistributedSampler {wrong}",
+        "Return the Dataset or a plain DataLoader: ckptavg shares it out, each sample once.",
+    )
 
 
 def _is_sequential(loader: DataLoader[Any]) -> bool:

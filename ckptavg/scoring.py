@@ -27,7 +27,8 @@ class Board:
     """The scores of one candidate.
 
     A pass over the data may fail half way and be tried again with fewer networks at a time, so what
-    it adds counts once it is over: ``begin``, ``add`` for every network and batch, ``commit``.
+    it adds counts once it is over: ``begin``; for every batch ``add`` for every network, then
+    ``end_batch``; ``commit``.
     """
 
     def __init__(self, candidate: Candidate, members: Sequence[Network], task: Task) -> None:
@@ -63,9 +64,9 @@ class Board:
         samples: Samples | None,
         targets: Any,
     ) -> None:
-        """Take in the predictions of a network on a batch, if it is one of its own."""
+        """Take in the predictions of a network on a batch, if it is one of its own and is new."""
         times = self.times[network]
-        if not times:
+        if not times or network in self.heard:
             return
         if self.candidate.kind != "ensemble":
             self._score(number, found, samples, targets)
@@ -79,11 +80,14 @@ class Board:
             value = self._waiting.pop(number).value()
             self._score(number, value, self.task.samples(value, targets), targets)
 
+    def end_batch(self, number: int) -> None:
+        """Let an ensemble's outputs leave the device if further members come in a later pass."""
+        if number in self._waiting:
+            self._waiting[number].park()
+
     def commit(self, group: Sequence[Network]) -> None:
         """End a pass of some networks over all of the data."""
         self.heard.update(n for n in group if n in self.times)
-        for mean in self._waiting.values():
-            mean.park()
         self.disagreement.park()
         # a pass without any of its networks adds nothing to what waits for further ones
         self._parked = {} if self.complete else self._parked | self._waiting
@@ -207,8 +211,7 @@ class Soundness:
                 )
 
     def end(self) -> None:
-        """Look at what has not been looked at; raises as ``end_batch``."""
-        self.end_batch()
+        """Look at the flags of the last batch; raises as ``end_batch``."""
         self.end_batch()
 
     def _sent(self) -> tuple[list[str], torch.Tensor, torch.cuda.Event | None] | None:

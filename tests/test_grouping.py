@@ -293,6 +293,24 @@ def test_results_of_passes_before_memory_was_exhausted_stay(
     assert_same(run(candidates, scarce(3, "last")), expected)
 
 
+@pytest.mark.parametrize("size", [2, 100])
+def test_memory_that_is_exhausted_after_a_pass_counts_nothing_twice(
+    monkeypatch, candidates, expected, size
+):
+    fitting(monkeypatch, size)
+    tries = []
+
+    def told(results):
+        tries.append(len(results))
+        if len(tries) == 1:
+            raise MemoryError
+
+    runtime = Runtime(CPU, batch_size=SIZE)
+    data, train = (open_loader(d, runtime, shuffle=d is TRAIN) for d in (DATA, TRAIN))
+    found = score(candidates, Net(), data, runtime, train, on_results=told)
+    assert_same(found, expected)
+
+
 def test_training_data_that_can_be_read_once_only_are_not_read_by_halves(scarce, checkpoints):
     averages = [
         Candidate.of_average(plan_average(checkpoints[i:]), str(i), recompute=True)

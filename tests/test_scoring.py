@@ -17,6 +17,7 @@ from ckptavg.scoring import Board, Soundness, joined
 from ckptavg.tasks import Samples
 from ckptavg.tasks.classification import Classification
 from ckptavg.tasks.regression import Regression
+from ckptavg.tasks.task import LogMean
 
 CLASSES = 4
 SIZES = (3, 5, 1, 2)  # of the batches
@@ -57,6 +58,8 @@ def run_pass(boards, group, logits, stops=None):
     for number in range(len(SIZES) if stops is None else stops):
         for network, board in itertools.product(group, boards):
             hear(board, network, logits[network], [number])
+        for board in boards:
+            board.end_batch(number)
     for board in boards if whole else ():
         board.commit(group)
 
@@ -136,6 +139,24 @@ def test_a_complete_board_is_left_alone_by_later_passes():
     run_pass([board], [second], logits)
     assert board.scores.compute() == expected
     assert len(board.samples) == len(SIZES)
+
+
+def test_what_waits_for_further_members_leaves_the_device_batch_by_batch(monkeypatch):
+    """All of the outputs of a pass would not fit there."""
+    networks = networks_of(3)
+    logits = dict(zip(networks, logits_of(0, 3), strict=True))
+    board, parked = board_of(networks), []
+    monkeypatch.setattr(LogMean, "park", lambda mean: parked.append(mean.members))
+    board.begin()
+    for number in range(2):
+        for network in networks[:2]:
+            hear(board, network, logits[network], [number])
+        assert len(parked) == number
+        board.end_batch(number)
+    assert parked == [2, 2]
+    hear(board, networks[2], logits[networks[2]], [0])
+    board.end_batch(0)
+    assert parked == [2, 2]  # it is complete
 
 
 def test_only_an_ensemble_tells_disagreement():
@@ -279,7 +300,7 @@ def test_flags_on_a_gpu_are_not_waited_for():
         done = torch.cuda.current_stream().record_event()
         soundness.end_batch()
         assert not done.query()
-    soundness.end()
     soundness.add("b", torch.isinf(busy).all())
+    soundness.end_batch()
     with pytest.raises(EvaluationError, match="b: the outputs"):
         soundness.end()
