@@ -5,29 +5,35 @@ the population statistics of Wu & Johnson 2021 ("Rethinking 'Batch' in BatchNorm
 mean and variance over all samples, given the layer's inputs, by merging count, mean and sum of
 squared deviations batch by batch in float64 (Chan et al. 1979). ``torch.optim.swa_utils.update_bn``
 averages the batches' variances instead, which leaves out how the batches' means differ.
+
+A batch's own mean and variance are those that the layer's kernel computes anyway to normalize it.
+Where they may be off by more than ``moments.TOLERANCE``, the batch goes through the model once more
+and that layer's inputs are reduced in float64, from then on too.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
-from torch.nn.parameter import is_lazy
 from torch.utils.data import Dataset
 
 from ckptavg.batches import Batches, Forward, call, size_of
 from ckptavg.errors import BatchNormError, first_few
 from ckptavg.loaders import Progress, Subset, counted, moved, open_loader
+from ckptavg.moments import TOLERANCE, Doubt, KernelMoments, Landing, Moments
 from ckptavg.processes import Alone, Peers, peers_of_group
 from ckptavg.runtime import Runtime, suits_channels_last
+from ckptavg.watching import WatchedLayer
 
 log = logging.getLogger("ckptavg")
 
@@ -67,9 +73,12 @@ def update_bn(
 
     Weights stay as they are; only the BatchNorm layers (and InstanceNorm layers that track
     statistics) are in training mode during the pass. At a layer whose inputs do not depend on the
-    batch, the first above all, the result is exact and the same for any split into batches. Deeper
-    layers see activations that were normalized batch by batch, as in training, so there one pass is
-    not invariant to the batch size. If anything fails, the model is as it was before.
+    batch, the first above all, the result is the same for any split into batches: a batch's own
+    mean and variance are exact up to ``moments.TOLERANCE``, and merged in float64. Deeper layers
+    see activations that were normalized batch by batch, as in training, so there one pass is not
+    invariant to the batch size. If anything fails, the model is as it was before.
+
+    A batch may go through the model a second time, so its forward pass must not change its input.
 
     Under an initialized ``torch.distributed`` process group, each process passes its own part of
     the data, and all end with the statistics of the whole.
@@ -81,7 +90,7 @@ def update_bn(
         forward: ``forward(model, batch)``, for batches that are neither a tensor, nor a tuple with
             the input first, nor a dict of keywords.
         exclude: Shell patterns of layers to leave alone (frozen ones).
-        amp: ``off``, ``bf16`` or ``fp16``: autocast of the forward pass. Statistics are in float64.
+        amp: ``off``, ``bf16`` or ``fp16``: autocast of the forward pass.
         batch_size: Of a Dataset.
         workers: Processes that load a Dataset.
         seed: Of a Dataset's order.
@@ -97,30 +106,44 @@ def update_bn(
     subset = None if samples is None else Subset(samples)
     loader = open_loader(data, runtime, shuffle=True, subset=subset, peers=peers)
     batches = counted(loader, progress or (lambda *_: None), peers)
-    return recompute([model], batches, runtime, forward, exclude, peers=peers)[0]
+    return recompute([model], batches, runtime, forward, exclude, peers)[0]
 
 
 def recompute(
     models: Sequence[nn.Module],
-    data: Iterable[Any],
+    batches: Iterable[Any],
     runtime: Runtime,
     forward: Forward | None = None,
     exclude: Sequence[str] = (),
     peers: Peers | None = None,
 ) -> list[BatchNormResult]:
-    """``update_bn`` for several models that share one pass over this process's batches."""
-    run = forward or call
-    batches, samples = 0, 0
+    """``update_bn`` for several models that share one pass over the data.
+
+    A batch may go through a model twice, so the forward pass must not change it in place.
+
+    Args:
+        models: Modules of one kind; they are moved to the runtime's device.
+        batches: This process's part of the data.
+        runtime: Where and how the models run.
+        forward: ``forward(model, batch)`` for unusual batches.
+        exclude: Shell patterns of layers to leave alone.
+        peers: The processes that share the data; all end with the statistics of the whole.
+
+    Raises:
+        BatchNormError: As for ``update_bn``.
+    """
+    seen, samples = 0, 0
     channels_last = suits_channels_last(models[0], runtime.device)
     with ExitStack() as stack, torch.no_grad():
         passes = [stack.enter_context(_collecting(m, exclude, runtime)) for m in models]
-        for batch in moved(data, runtime, channels_last=channels_last):
-            with runtime.autocast():
-                for one in passes:
-                    run(one.model, batch.here)
-            batches += 1
+        for batch in moved(batches, runtime, channels_last=channels_last):
+            through = _Through(forward or call, runtime, batch.here)
+            for one in passes:
+                one.take(through)
+            seen += 1
             samples += size_of(batch.given)
-        return [one.finish(batches, samples, peers or Alone()) for one in passes]
+        of_all = _finish(passes, seen, peers or Alone())
+    return [one.write(seen, samples, of_all) for one in passes]
 
 
 def tracked_layers(model: nn.Module) -> dict[str, _NormBase]:
@@ -151,47 +174,65 @@ def _keeps_nothing(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) and not module.track_running_stats
 
 
-@dataclass
-class _Moments:
-    """Count, mean and sum of squared deviations a channel, in float64.
+@dataclass(frozen=True)
+class _Through:
+    """Takes a model through a batch."""
 
-    For InstanceNorm, whose running statistics are means over instances, ``spread`` is the sum of
-    the instances' variances instead, and one instance counts one.
+    forward: Forward
+    runtime: Runtime
+    batch: Any
+
+    def __call__(self, model: nn.Module) -> None:
+        with self.runtime.autocast():
+            self.forward(model, self.batch)
+
+
+@dataclass
+class _Seen:
+    """What a batch left behind in a model, until that is known to be accurate.
+
+    Attributes:
+        landings: What the kernels left; a layer's second call has the second one, and so on.
+        moments: What was reduced in float64, in the order of the calls.
+        doubt: Which of the kernels' statistics may be off.
     """
 
-    count: int
-    mean: torch.Tensor
-    spread: torch.Tensor
-    instances: bool = False
-
-    def merge(self, other: _Moments) -> None:
-        """Take in another set of values (Chan et al.)."""
-        total = self.count + other.count
-        delta = other.mean - self.mean
-        if not self.instances:
-            self.spread += delta.square() * (self.count * other.count / total)
-        self.spread += other.spread
-        self.mean += delta * (other.count / total)
-        self.count = total
-
-    @property
-    def variance(self) -> torch.Tensor:
-        """What goes into ``running_var``: unbiased, as torch stores it."""
-        return self.spread / (self.count if self.instances else self.count - 1)
+    through: _Through
+    landings: list[Landing] = field(default_factory=list)
+    moments: list[tuple[str, Moments]] = field(default_factory=list)
+    doubt: Doubt = field(init=False)
 
 
-def _batch_moments(values: torch.Tensor) -> _Moments:
-    """Of a batch of shape (N, C, ...), over all but the channels."""
-    axes = [axis for axis in range(values.dim()) if axis != 1]
-    variance, mean = torch.var_mean(values, axes, correction=0)
-    count = values.numel() // values.shape[1]
-    return _Moments(count, mean, variance * count)
+class _Collector:
+    """Takes in what the layers of a model see, batch by batch.
 
+    It does not know the layers, so that a model is gone as soon as nobody else holds it.
+    """
 
-def _instance_moments(values: torch.Tensor) -> _Moments:
-    """Of a batch of shape (N, C, ...), over each instance by itself."""
-    variance, mean = torch.var_mean(values.flatten(2), 2, correction=1)
-    return _Moments(values.shape[0], mean.mean(0), variance.sum(0), instances=True)
+    def __init__(self, kernels: KernelMoments) -> None:
+        self.kernels = kernels
+        self._seen: _Seen
+
+    def see(self, model: nn.Module, through: _Through) -> _Seen:
+        """Take a model through a batch."""
+        self._seen = seen = _Seen(through)
+        through(model)
+        seen.doubt = self.kernels.doubt(seen.landings)
+        return seen
+
+    def land(self, slot: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where a kernel is to leave mean and variance of so many values a channel."""
+        landings = self._seen.landings
+        landing = next((one for one in landings if not one.counts[slot]), None)
+        if landing is None:
+            landing = self.kernels.landing()
+            landings.append(landing)
+        landing.counts[slot] = count
+        return landing.mean[slot], landing.variance[slot]
+
+    def add(self, name: str, moments: Moments) -> None:
+        """Take in what a layer's input was reduced to."""
+        self._seen.moments.append((name, moments))
 
 
 class _Pass:
@@ -209,146 +250,139 @@ class _Pass:
         if plain:
             log.info("layers without running statistics are skipped: %s", first_few(plain))
         self.layers = {
-            name: layer
+            name: WatchedLayer(name, layer)
             for name, layer in found.items()
             if not any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude)
         }
-        self.moments: dict[str, _Moments] = {}
-        # Apple's mps has no float64
-        self.where = torch.device("cpu") if device.type == "mps" else device
+        self.moments: dict[str, Moments] = {}
+        self._slots = [one for one in self.layers.values() if one.suits_kernel()]
+        for slot, one in enumerate(self._slots):
+            one.slot = slot
+        norms = [one.layer for one in self._slots]
+        sizes, eps = [n.num_features for n in norms], [n.eps for n in norms]
+        self.collector = _Collector(KernelMoments(sizes, eps, device))
+        self._waiting: deque[_Seen] = deque()
+        self._late = 1 if device.type == "cuda" else 0
 
-    def observe(self, name: str) -> Callable[..., None]:
-        """A pre-forward hook that takes in a layer's input."""
+    def take(self, through: _Through) -> None:
+        """Take the model through a batch, and take in what its layers saw.
 
-        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given = args[0] if args else kwargs["input"]
-            if not given.numel():
-                return
-            values = given.detach().to(self.where, torch.float64)
-            if isinstance(layer, _InstanceNorm):
-                if values.dim() == layer._get_no_batch_dim():  # type: ignore[no-untyped-call]
-                    values = values.unsqueeze(0)
-                moments = _instance_moments(values)
-            else:
-                moments = _batch_moments(values)
-                if moments.count == 1:
-                    _normalize_single(layer, given)
-            if name in self.moments:
-                self.moments[name].merge(moments)
-            else:
-                self.moments[name] = moments
+        A GPU is asked about a batch when it has the next one to work on, so that it never waits.
+        """
+        self._waiting.append(self.collector.see(self.model, through))
+        if len(self._waiting) > self._late:
+            self._settle()
 
-        return hook
+    def end(self) -> None:
+        """Settle what is left, and put together what each layer saw."""
+        while self._waiting:
+            self._settle()
+        self.moments = {name: moments.on_cpu() for name, moments in self.moments.items()}
+        for one, moments in zip(self._slots, self.collector.kernels.moments(), strict=True):
+            if moments is not None:
+                self._merge(one.name, moments)
 
-    def finish(self, batches: int, samples: int, peers: Peers) -> BatchNormResult:
-        """Merge what the processes saw, check it, and write it into the layers."""
-        batches_of_all = self._merge_processes(batches, peers)
-        if not batches_of_all:
-            raise BatchNormError("the training data is empty", "Check --train-data.")
-        reached = {name: m for name, m in self.moments.items() if name in self.layers}
-        if self.layers and not reached:
+    def replace(self, parts: Iterable[Mapping[str, Any]]) -> None:
+        """Take over what all processes saw, in place of what this one did."""
+        self.moments = {}
+        for part in parts:
+            for name, values in part.items():
+                self._merge(name, Moments.of_plain(values))
+
+    def check(self) -> None:
+        """Raise an error unless there are statistics of what data went through.
+
+        Raises:
+            BatchNormError: No data did, or they have none.
+        """
+        if self.layers and not self.moments:
             raise BatchNormError(
                 f"no data went through any of {first_few([*self.layers])}",
                 "Check that the model's forward uses its BatchNorm layers.",
             )
-        for name, moments in reached.items():
-            _check(name, moments)
-        for name, moments in reached.items():
-            layer = self.layers[name]
-            if layer.running_mean is not None and layer.running_var is not None:
-                layer.running_mean.copy_(moments.mean)
-                layer.running_var.copy_(moments.variance)
-            if layer.num_batches_tracked is not None:
-                layer.num_batches_tracked.fill_(batches_of_all)
-        unreached = tuple(name for name in self.layers if name not in reached)
+        for name in self.layers:
+            if name in self.moments:
+                _check(name, self.moments[name])
+
+    def write(self, batches: int, samples: int, batches_of_all: int) -> BatchNormResult:
+        """Give the layers their new statistics."""
+        for name, moments in self.moments.items():
+            self.layers[name].write(moments, batches_of_all)
+        unreached = tuple(name for name in self.layers if name not in self.moments)
         if unreached:
             log.warning(
                 "no data went through %s: statistics left as they were", first_few([*unreached])
             )
-        return BatchNormResult(len(reached), batches, samples, unreached)
+        return BatchNormResult(len(self.moments), batches, samples, unreached)
 
-    def _merge_processes(self, batches: int, peers: Peers) -> int:
-        """Merge the moments of all processes in the order of their ranks."""
-        mine = {
-            name: (m.count, m.mean.tolist(), m.spread.tolist(), m.instances)
-            for name, m in self.moments.items()
-        }
-        if peers.count == 1:
-            return batches
-        gathered = peers.gather([batches, mine])
-        self.moments = {}
-        for _, moments in gathered:
-            for name, (count, mean, spread, instances) in moments.items():
-                other = _Moments(
-                    count,
-                    torch.tensor(mean, dtype=torch.float64, device=self.where),
-                    torch.tensor(spread, dtype=torch.float64, device=self.where),
-                    instances,
-                )
-                if name in self.moments:
-                    self.moments[name].merge(other)
-                else:
-                    self.moments[name] = other
-        return int(sum(count for count, _ in gathered))
+    def _settle(self) -> None:
+        """Merge the oldest batch once nothing about it is in doubt.
+
+        Where something is, it goes through the model again, which does the same as before: in
+        training mode a layer does not heed its running statistics.
+        """
+        while doubted := self._waiting[0].doubt.layers():
+            for slot in doubted:
+                self._slots[slot].trusted = False
+            log.info(
+                "what the kernels find at %s may be off by more than %g: reduced in float64",
+                first_few([self._slots[slot].name for slot in doubted]),
+                TOLERANCE,
+            )
+            self._waiting[0] = self.collector.see(self.model, self._waiting[0].through)
+        seen = self._waiting.popleft()
+        for landing in seen.landings:
+            self.collector.kernels.merge(landing)
+        for name, moments in seen.moments:
+            self._merge(name, moments)
+
+    def _merge(self, name: str, moments: Moments) -> None:
+        if name in self.moments:
+            self.moments[name].merge(moments)
+        else:
+            self.moments[name] = moments
 
 
 @contextmanager
 def _collecting(model: nn.Module, exclude: Sequence[str], runtime: Runtime) -> Iterator[_Pass]:
-    """Prepare a model for the pass; leave it as it was, new statistics aside, afterwards."""
-    one = _Pass(model, exclude, runtime.device)
+    """Prepare a model for the pass, and leave it as it was afterwards."""
     runtime.place(model)
+    one = _Pass(model, exclude, runtime.device)
     modes = [(module, module.training) for module in model.modules()]
-    before = {name: _statistics(layer) for name, layer in one.layers.items()}
-    hooks = []
     try:
         model.eval()
-        for name, layer in one.layers.items():
-            layer.training = True  # not .train(): what a subclass holds, dropout say, stays off
-            hooks.append(layer.register_forward_pre_hook(one.observe(name), with_kwargs=True))
-            hooks.append(layer.register_forward_hook(_back_to_training, always_call=True))
+        for layer in one.layers.values():
+            layer.enter(one.collector)
         yield one
-    except BaseException:
-        for name, tensors in before.items():
-            _restore(one.layers[name], tensors)
-        raise
     finally:
-        for hook in hooks:
-            hook.remove()
+        for layer in one.layers.values():
+            layer.leave()
         for module, mode in modes:
             module.training = mode
-    for name in one.layers.keys() - one.moments.keys():
-        _restore(one.layers[name], before[name])
 
 
-def _statistics(layer: _NormBase) -> list[torch.Tensor | None]:
-    tensors = (layer.running_mean, layer.running_var, layer.num_batches_tracked)
-    return [None if t is None or is_lazy(t) else t.clone() for t in tensors]
+def _finish(passes: Sequence[_Pass], batches: int, peers: Peers) -> int:
+    """Merge what all processes saw, in the order of their ranks, and check it.
 
-
-def _restore(layer: _NormBase, tensors: list[torch.Tensor | None]) -> None:
-    now = (layer.running_mean, layer.running_var, layer.num_batches_tracked)
-    for tensor, before in zip(now, tensors, strict=True):
-        if tensor is not None and before is not None:
-            tensor.copy_(before)
-
-
-def _normalize_single(layer: nn.Module, values: torch.Tensor) -> None:
-    """Let a layer take a batch of one value a channel, which torch refuses in training mode.
-
-    Its mean is the value and its variance 0, so it is normalized with just these, in evaluation
-    mode, for this one call.
+    Returns:
+        The batches that all of them saw.
     """
-    if isinstance(layer, _NormBase) and layer.running_mean is not None:
-        layer.running_mean.copy_(values.detach().reshape(-1))
-        layer.running_var.zero_()  # type: ignore[union-attr]
-        layer.training = False
+    for one in passes:
+        one.end()
+    if peers.count > 1:
+        mine = [{name: m.plain() for name, m in one.moments.items()} for one in passes]
+        parts = peers.gather([batches, mine])
+        batches = sum(count for count, _ in parts)
+        for i, one in enumerate(passes):
+            one.replace(found[i] for _, found in parts)
+    if not batches:
+        raise BatchNormError("the training data is empty", "Check --train-data.")
+    for one in passes:
+        one.check()
+    return batches
 
 
-def _back_to_training(layer: nn.Module, *_: Any) -> None:
-    layer.training = True
-
-
-def _check(name: str, moments: _Moments) -> None:
+def _check(name: str, moments: Moments) -> None:
     if moments.count < 2 and not moments.instances:
         raise BatchNormError(
             f"the layer {name} saw a single value a channel, which has no variance",

@@ -545,11 +545,12 @@ def test_any_other_batch_goes_through_a_forward_of_the_users():
     assert_statistics(layer, WORKED, rtol=1e-6)
 
 
-def test_progress_is_told_the_batches_and_their_total():
+def test_progress_is_told_the_samples_and_their_total():
     told = []
-    update_bn(nn.BatchNorm1d(1), WORKED.split(2), progress=lambda *at: told.append(at))
+    data = TensorDataset(WORKED)
+    update_bn(nn.BatchNorm1d(1), data, batch_size=4, progress=lambda *at: told.append(at))
     update_bn(nn.BatchNorm1d(1), iter([WORKED]), progress=lambda *at: told.append(at))
-    assert told == [(1, 3), (2, 3), (3, 3), (1, 0)]
+    assert told == [(4, 6), (6, 6), (6, 0)]
 
 
 # Order
@@ -613,6 +614,15 @@ def error_of(batches):
     return str(caught.value)
 
 
+def synchronized(batches):
+    """A network with SyncBatchNorm, and its statistics of these batches."""
+    torch.manual_seed(0)
+    norms = nn.SyncBatchNorm(3), nn.SyncBatchNorm(4)
+    model = nn.Sequential(norms[0], nn.Conv2d(3, 4, 1), norms[1])
+    update_bn(model, [batch.float() for batch in batches])
+    return model
+
+
 def run_process(rank, directory):
     """One process of two, then of three; what it found goes into a file."""
     torch.set_num_threads(1)
@@ -626,6 +636,7 @@ def run_process(rank, directory):
             found[world] = {
                 "state": model.state_dict(),
                 "result": (result.layers, result.batches),
+                "synchronized": synchronized(shards_of(world)[rank]).state_dict(),
                 "empty": error_of([]),
                 "single": error_of([WORKED[:1]] if rank == 0 else []),
             }
@@ -652,6 +663,16 @@ def test_processes_end_with_the_statistics_of_the_whole(processes, world):
         for name, expected in alone.state_dict().items():
             torch.testing.assert_close(found["state"][name], expected, rtol=1e-9, atol=1e-10)
             assert torch.equal(found["state"][name], processes[0][world]["state"][name])
+
+
+@pytest.mark.parametrize("world", SHARDS)
+def test_sync_batchnorm_waits_for_no_other_process_during_the_pass(processes, world):
+    """Some have more batches than others; what is normalized is each batch by itself, as alone."""
+    alone = synchronized([batch for shard in shards_of(world) for batch in shard])
+    for rank in range(world):
+        for name, expected in alone.state_dict().items():
+            found = processes[rank][world]["synchronized"][name]
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("world", SHARDS)
