@@ -34,6 +34,9 @@ def model():
         nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))
 
+def synchronized():
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model())
+
 def tight():
     ckptavg.evaluation.fit = lambda *_: 2  # models at a time
     return model()
@@ -224,6 +227,8 @@ WRITERS = (
     ("average", "run", *MODEL, *TRAIN, "-b", "8", "-o", "{}/a.pt", "--also", "b.pt=ema:decay=0.5",
      "--bn-samples", "21:stratified"),
     ("average", "run", *MODEL, *TRAIN, "-b", "30", "-o", "{}/few.pt"),
+    ("update-bn", "run/epoch_2.pt", *MODEL, "--model", "net.py:synchronized", *TRAIN, "-b", "6",
+     "-o", "{}/synchronized.pt"),
 )  # fmt: skip
 
 
