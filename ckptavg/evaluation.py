@@ -189,6 +189,8 @@ class _Session:
         on_results: Callable[[Sequence[Result]], None],
     ) -> list[Result]:
         """Every group of networks in a pass of its own."""
+        if self.peers.count > 1:
+            _require_state(self.task)
         size = min(self.peers.gather(fit(self.model, self.runtime.device)))
         chosen = reference_of(self.candidates)
         wanted = next({*b.members} for b in self.boards if b.candidate is chosen)
@@ -360,6 +362,18 @@ def _fingerprint(targets: Any) -> int:
     for tensor in tensors_of(targets):
         found = zlib.crc32(bytes_of(tensor), found)
     return found
+
+
+def _require_state(task: Task) -> None:
+    """Make sure that scores can be merged with those of other processes."""
+    scores = task.scores()
+    lacking = [name for name in ("state", "merge") if not hasattr(scores, name)]
+    if lacking:
+        raise EvaluationError(
+            f"the scores of {type(task).__name__} have no {' and no '.join(lacking)}, "
+            "by which several processes tell each other what they have seen",
+            "Define them, or start one process alone.",
+        )
 
 
 def _another_order() -> EvaluationError:

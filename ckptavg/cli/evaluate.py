@@ -148,10 +148,15 @@ def _check(
         raise UsageError("--resume goes on from the file of --results, which has to be a .json")
     if settings["bn_samples"] is not None and not settings["train_data"]:
         raise UsageError("--bn-samples says how much of --train-data is used: name that")
-    if results is not None and not results.absolute().parent.is_dir():
-        raise OutputError(f"the directory {results.parent} does not exist", "Create it first.")
-    if results is not None and not os.access(results.absolute().parent, os.W_OK):
-        raise OutputError(f"the directory {results.parent} may not be written", "Name another.")
+    if results is not None and own_rank() == 0:  # which writes for all
+        _require_writable(results.absolute().parent)
+
+
+def _require_writable(directory: Path) -> None:
+    if not directory.is_dir():
+        raise OutputError(f"the directory {directory} does not exist", "Create it first.")
+    if not os.access(directory, os.W_OK):
+        raise OutputError(f"the directory {directory} may not be written", "Name another.")
 
 
 def _candidates(paths: tuple[str, ...], settings: dict[str, Any]) -> list[Candidate]:
