@@ -16,7 +16,7 @@ from __future__ import annotations
 import fnmatch
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +28,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils.data import Dataset
 
 from ckptavg.batches import Batches, Forward, call, size_of
+from ckptavg.channels import Channels
 from ckptavg.errors import BatchNormError, first_few
 from ckptavg.loaders import Progress, Subset, counted, moved, open_loader
 from ckptavg.moments import TOLERANCE, Doubt, KernelMoments, Landing, Moments
@@ -84,7 +85,8 @@ def update_bn(
     the data, and all end with the statistics of the whole.
 
     Args:
-        model: Any module. With ``device`` it is moved there.
+        model: Any module. With ``device`` it is moved there; on CUDA its convolutions' weights come
+            to lie in memory as channels_last.
         data: A Dataset, read in seeded random order; or a loader, used as it is.
         device: ``auto``, ``cpu``, ``cuda[:N]``, ``mps``; the model's own where None.
         forward: ``forward(model, batch)``, for batches that are neither a tensor, nor a tuple with
@@ -133,11 +135,12 @@ def recompute(
         BatchNormError: As for ``update_bn``.
     """
     seen, samples = 0, 0
-    form = runtime.form_for(models[0], scoring=False)
+    channels = Channels(models[0], runtime.device, scoring=False)
     with ExitStack() as stack, torch.no_grad():
-        passes = [stack.enter_context(_collecting(m, exclude, runtime)) for m in models]
-        for batch in moved(batches, runtime.device, form):
-            through = _Through(forward or call, runtime, batch.here)
+        passes = [stack.enter_context(_collecting(m, exclude, channels)) for m in models]
+        for batch in moved(batches, runtime.device):
+            here = channels.arrange(batch.here)
+            through = _Through(forward or call, runtime, channels, here)
             for one in passes:
                 one.take(through)
             seen += 1
@@ -180,11 +183,18 @@ class _Through:
 
     forward: Forward
     runtime: Runtime
+    channels: Channels
     batch: Any
 
-    def __call__(self, model: nn.Module) -> None:
-        with self.runtime.autocast():
-            self.forward(model, self.batch)
+    def __call__(self, model: nn.Module, begin: Callable[[], None]) -> None:
+        """Do it; ``begin`` is called first, and again if it starts anew."""
+
+        def attempt(batch: Any) -> None:
+            begin()
+            with self.runtime.autocast():
+                self.forward(model, batch)
+
+        self.channels.run(attempt, model, self.batch)
 
 
 @dataclass
@@ -215,10 +225,13 @@ class _Collector:
 
     def see(self, model: nn.Module, through: _Through) -> _Seen:
         """Take a model through a batch."""
-        self._seen = seen = _Seen(through)
-        through(model)
-        seen.doubt = self.kernels.doubt(seen.landings)
-        return seen
+
+        def begin() -> None:
+            self._seen = _Seen(through)
+
+        through(model, begin)
+        self._seen.doubt = self.kernels.doubt(self._seen.landings)
+        return self._seen
 
     def land(self, slot: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Where a kernel is to leave mean and variance of so many values a channel."""
@@ -344,10 +357,10 @@ class _Pass:
 
 
 @contextmanager
-def _collecting(model: nn.Module, exclude: Sequence[str], runtime: Runtime) -> Iterator[_Pass]:
+def _collecting(model: nn.Module, exclude: Sequence[str], channels: Channels) -> Iterator[_Pass]:
     """Prepare a model for the pass, and leave it as it was afterwards."""
-    runtime.place(model)
-    one = _Pass(model, exclude, runtime.device)
+    channels.place(model)
+    one = _Pass(model, exclude, channels.device)
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()

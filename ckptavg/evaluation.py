@@ -25,6 +25,7 @@ from ckptavg import lora, networks
 from ckptavg.batches import Batches, Forward, bytes_of, tensors_of
 from ckptavg.batchnorm import recompute, tracked_layers
 from ckptavg.candidates import Candidate, reference_of
+from ckptavg.channels import Channels
 from ckptavg.errors import EvaluationError, UsageError
 from ckptavg.evidence import compare
 from ckptavg.formats import Checkpoint
@@ -178,7 +179,7 @@ class _Session:
             Board(candidate, members, task)
             for candidate, members in zip(candidates, self.networks.members, strict=True)
         ]
-        self.form = runtime.form_for(model, scoring=True)
+        self.channels = Channels(model, runtime.device, scoring=True)
         self.fingerprints: list[int] = []  # of the batches of the first pass, once it is over
         self.known: dict[Board, Result] = {}
 
@@ -244,16 +245,16 @@ class _Session:
     def _score(self, group: Sequence[Network], batches: Any) -> None:
         """One pass over the data, which must be the same in every pass."""
         for network in group:
-            self.runtime.place(network.model, scoring=True)
+            self.channels.place(network.model)
         found: list[int] = []
         soundness = Soundness()
-        for number, batch in enumerate(moved(batches, self.runtime.device, self.form)):
+        for number, batch in enumerate(moved(batches, self.runtime.device)):
             given = self.task.split(batch.given)[1]
             found.append(_fingerprint(given))
             if self.fingerprints and self.fingerprints[number : number + 1] != found[-1:]:
                 raise _another_order()
             inputs, targets = self.task.split(batch.here)
-            parts = _Parts(number, inputs, targets, given)
+            parts = _Parts(number, self.channels.arrange(inputs), targets, given)
             for network in group:
                 self._score_batch(network, parts, soundness)
             for board in self.boards:
@@ -265,9 +266,12 @@ class _Session:
         self.fingerprints = found
 
     def _score_batch(self, network: Network, batch: _Parts, soundness: Soundness) -> None:
-        with torch.inference_mode():
+        def forward(inputs: Any) -> Any:
             with self.runtime.autocast():
-                outputs = self.forward(network.model, batch.inputs)
+                return self.forward(network.model, inputs)
+
+        with torch.inference_mode():
+            outputs = self.channels.run(forward, network.model, batch.inputs)
             self.task.check(outputs, batch.given)
             found = self.task.predict(outputs, batch.targets)
             targets = _beside(batch.targets, found)

@@ -184,27 +184,17 @@ class Moved:
     here: Any
 
 
-def moved(
-    loader: Iterable[Any],
-    device: torch.device,
-    form: torch.memory_format = torch.preserve_format,
-) -> Iterator[Moved]:
-    """Batches on the device; with CUDA, the next one's copy runs beside the work on this one.
-
-    Args:
-        loader: Gives them.
-        device: Where they go.
-        form: Memory format of their tensors with four axes.
-    """
+def moved(loader: Iterable[Any], device: torch.device) -> Iterator[Moved]:
+    """Batches on the device; with CUDA, the next one's copy runs beside the work on this one."""
     if device.type != "cuda":
         for batch in loader:
-            yield Moved(batch, to_device(batch, device, form))
+            yield Moved(batch, to_device(batch, device))
         return
     copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     waiting: tuple[Moved, Any] | None = None
     for batch in loader:
         with torch.cuda.stream(copies):
-            under_way = Moved(batch, to_device(batch, device, form)), copies.record_event()
+            under_way = Moved(batch, to_device(batch, device)), copies.record_event()
         if waiting is not None:
             yield _arrived(*waiting, device)
         waiting = under_way

@@ -127,7 +127,7 @@ def load(
 def _placed(template: nn.Module, weights: StateDict, name: str, runtime: Runtime) -> nn.Module:
     model = copy.deepcopy(template)
     load_into(model, weights, name)
-    return runtime.place(model).eval()
+    return model.to(runtime.device).eval()
 
 
 def release(group: Iterable[Network], device: torch.device) -> None:

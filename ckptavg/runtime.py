@@ -56,29 +56,6 @@ class Runtime:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, _AMP[self.amp])
 
-    def place(self, model: nn.Module, *, scoring: bool = False) -> nn.Module:
-        """Move a model to the device, in the memory format that suits it there."""
-        if self.form_for(model, scoring=scoring) is torch.channels_last:
-            return model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
-        return model.to(self.device)
-
-    def form_for(self, model: nn.Module, *, scoring: bool) -> torch.memory_format:
-        """The memory format in which a model's convolutions run fastest, and as exactly.
-
-        With the channels as the last axis most take 0.4 to 0.75 of the time, on a CPU as well. But
-        there BatchNorm sums its batches up in float32 then, which its statistics do not bear.
-
-        Args:
-            model: The model.
-            scoring: Whether it is only scored, in evaluation mode.
-        """
-        fast = self.device.type == "cuda" or (
-            scoring and self.device.type == "cpu" and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        )
-        convolves = any(isinstance(module, nn.Conv2d) for module in model.modules())
-        convolves &= not any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers()))
-        return torch.channels_last if fast and convolves else torch.preserve_format
-
 
 def find_device(name: str | torch.device) -> torch.device:
     """A device by name; ``auto`` is the best one there is.

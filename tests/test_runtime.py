@@ -143,24 +143,3 @@ def test_running_out_of_memory_is_known_by_its_kinds():
     with pytest.raises(RuntimeError) as told:
         torch.empty(1 << 62, dtype=torch.uint8)
     assert is_out_of_memory(told.value)
-
-
-@pytest.mark.parametrize(
-    ("device", "scoring", "fast"),
-    [("cuda", False, True), ("cuda", True, True), ("cpu", True, True), ("cpu", False, False),
-     ("mps", True, False)],
-)  # fmt: skip
-def test_channels_are_last_where_that_is_fast_and_exact(device, scoring, fast):
-    runtime = Runtime(torch.device(device))
-    wanted = torch.channels_last if fast else torch.preserve_format
-    assert runtime.form_for(nn.Sequential(nn.Conv2d(3, 4, 3)), scoring=scoring) is wanted
-    assert runtime.form_for(nn.Linear(3, 4), scoring=scoring) is torch.preserve_format
-    assert runtime.form_for(nn.LazyConv2d(4, 3), scoring=scoring) is torch.preserve_format
-
-
-def test_a_model_that_is_scored_has_its_channels_last():
-    conv = nn.Conv2d(3, 4, 3)
-    Runtime(CPU).place(conv)
-    assert conv.weight.is_contiguous()
-    Runtime(CPU).place(conv, scoring=True)
-    assert conv.weight.is_contiguous(memory_format=torch.channels_last)

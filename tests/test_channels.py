@@ -1,0 +1,107 @@
+"""Channels as the last axis in memory, where models bear it."""
+
+import copy
+
+import pytest
+import torch
+from helpers import save
+from torch import nn
+
+from ckptavg import batchnorm, evaluate, update_bn
+from ckptavg.channels import Channels
+
+CPU = torch.device("cpu")
+
+
+class Viewing(nn.Module):
+    """Flattens by a view, as older code does, which wants the usual memory format."""
+
+    def __init__(self, *, video=False):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.head = nn.Linear(4 * 25, 6)
+        if video:
+            self.other = nn.Conv3d(3, 4, 3)
+
+    def forward(self, x):
+        x = self.norm(self.conv(x))
+        return self.head(x.view(len(x), -1))
+
+
+def batches(count=3, size=7):
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (torch.randn(size, 3, 5, 5, generator=generator), torch.arange(size) % 6)
+        for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("device", "scoring", "fast"),
+    [("cuda", False, True), ("cuda", True, True), ("cpu", True, True), ("cpu", False, False),
+     ("mps", True, False)],
+)  # fmt: skip
+def test_channels_are_last_where_that_is_fast_and_exact(device, scoring, fast):
+    def form(model):
+        return Channels(model, torch.device(device), scoring=scoring).form
+
+    wanted = torch.channels_last if fast else torch.preserve_format
+    assert form(nn.Sequential(nn.Conv2d(3, 4, 3))) is wanted
+    assert form(nn.Linear(3, 4)) is torch.preserve_format
+    assert form(nn.LazyConv2d(4, 3)) is torch.preserve_format
+
+
+def test_a_model_that_is_scored_has_its_channels_last():
+    conv = nn.Conv2d(3, 4, 3)
+    Channels(conv, CPU, scoring=False).place(conv)
+    assert conv.weight.is_contiguous()
+    Channels(conv, CPU, scoring=True).place(conv)
+    assert conv.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_only_convolutions_of_images_change_their_format():
+    model = Viewing(video=True)
+    model.table = nn.Parameter(torch.randn(1, 2, 3, 4))
+    Channels(model, CPU, scoring=True).place(model)
+    assert model.conv.weight.is_contiguous(memory_format=torch.channels_last)
+    assert model.other.weight.is_contiguous()
+    assert model.table.is_contiguous()
+
+
+def test_a_model_that_views_its_activations_is_scored(tmp_path):
+    torch.manual_seed(0)
+    models = [Viewing().eval() for _ in range(3)]
+    paths = [
+        save(tmp_path / f"{i}.safetensors", model.state_dict()) for i, model in enumerate(models)
+    ]
+    for model, result in zip(models, evaluate(paths, Viewing(), batches()), strict=True):
+        with torch.no_grad():
+            logits = torch.cat([model(x).double() for x, _ in batches()])
+        nll = nn.functional.cross_entropy(logits, torch.cat([y for _, y in batches()]))
+        assert result.metrics["nll"] == pytest.approx(float(nll), rel=1e-6)
+
+
+def test_statistics_of_a_model_that_views_its_activations_count_each_batch_once(monkeypatch):
+    class Scoring(Channels):
+        def __init__(self, model, device, *, scoring):
+            super().__init__(model, device, scoring=not scoring)
+
+    model = Viewing()
+    expected = copy.deepcopy(model)
+    update_bn(expected, batches())
+    monkeypatch.setattr(batchnorm, "Channels", Scoring)
+    update_bn(model, batches())
+    assert model.conv.weight.is_contiguous()
+    torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=1e-6, atol=1e-7)
+
+
+def test_other_errors_of_a_model_are_told_at_once():
+    def attempt(batch):
+        calls.append(batch)
+        raise RuntimeError("shapes cannot be multiplied")
+
+    calls, conv = [], nn.Conv2d(3, 4, 3)
+    with pytest.raises(RuntimeError, match="multiplied"):
+        Channels(conv, CPU, scoring=True).run(attempt, conv, torch.zeros(1, 3, 5, 5))
+    assert len(calls) == 1
