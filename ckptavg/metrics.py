@@ -38,6 +38,9 @@ class ClassificationMetrics:
     The calibration error (Guo et al. 2017, eq. 3) is the mean over samples of |accuracy −
     confidence| of the bin that the sample's confidence falls into, with 15 equal bins, each open at
     its lower and closed at its upper end.
+
+    Of classes with equal outputs, which half precision often gives, the first comes first, as with
+    ``argmax``; ``topk`` would take any.
     """
 
     def __init__(self) -> None:
@@ -53,12 +56,12 @@ class ClassificationMetrics:
             labels: (N,), integers from 0 to C − 1.
         """
         here = labels.to(log_probabilities.device, torch.int64)[:, None]
-        best = log_probabilities.topk(min(5, log_probabilities.shape[1]), dim=1)
-        hits = (best.indices == here).double()
-        nll = -log_probabilities.gather(1, here).sum()
+        own = log_probabilities.gather(1, here)
+        place = _place(log_probabilities, own, here)
+        hit = (place == 0).double()
         self.count += len(labels)
-        self._totals.add(torch.stack((hits[:, 0].sum(), hits.sum(), nll)))
-        self._bins.add(_binned(best.values[:, 0].exp(), hits[:, 0]))
+        self._totals.add(torch.stack((hit.sum(), (place < 5).double().sum(), -own.sum())))
+        self._bins.add(_binned(log_probabilities.amax(1).exp(), hit))
 
     def compute(self) -> dict[str, float]:
         """``top1`` and ``top5`` in %, ``nll`` in nats, ``ece`` as a fraction, ``n`` samples.
@@ -112,6 +115,12 @@ class ClassificationMetrics:
     def _require_samples(self) -> None:
         if not self.count:
             raise EvaluationError("the evaluation data is empty", "Check --data.")
+
+
+def _place(values: torch.Tensor, own: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """How many classes come before each sample's own: (N,)."""
+    first = torch.arange(values.shape[1], device=values.device) < labels
+    return ((values > own) | ((values == own) & first)).sum(1)
 
 
 def _binned(confidence: torch.Tensor, correct: torch.Tensor) -> torch.Tensor:

@@ -150,6 +150,20 @@ def test_metrics_do_not_end_with_compute():
     assert found == pytest.approx(scores(logits, labels))
 
 
+def test_of_equal_outputs_the_first_is_chosen_as_by_paired_comparisons():
+    logits, labels = predictions(2000, classes=50)
+    logits = logits.bfloat16()
+    task = Classification()
+    found = task.predict(logits, labels)
+    assert int((found == found.amax(1, keepdim=True)).sum()) > len(found)  # there are some
+    right = float(task.samples(found, labels).values.double().mean())
+    order = np.argsort(-found.numpy(), axis=1, kind="stable")
+    among = (order[:, :5] == labels.numpy()[:, None]).any(1).mean()
+    computed = scores(logits, labels)
+    assert computed["top1"] == pytest.approx(100 * right, rel=1e-12)
+    assert computed["top5"] == pytest.approx(100 * among, rel=1e-12)
+
+
 def test_no_samples_are_an_error():
     with pytest.raises(EvaluationError, match="data is empty"):
         ClassificationMetrics().compute()
