@@ -424,6 +424,13 @@ def test_training_batches_may_have_labels_as_the_evaluation_batches_do(checkpoin
         assert_scores(result, expected, torch.zeros(40, dtype=torch.int64))
 
 
+def test_training_batches_may_have_names_beside_their_inputs(checkpoints, states):
+    train = [(x, ["a name"] * len(x)) for x in TRAIN.split(16)]
+    candidate = average_of(checkpoints, recompute=True)
+    (result,) = evaluate([candidate], Net(), batches(), train_loader=train)
+    assert_scores(result, probabilities(with_statistics_of(mean_of(states), TRAIN)))
+
+
 def test_unusual_inputs_go_through_a_forward_of_the_users(checkpoints, states):
     def wrapped(x):
         return [(SimpleNamespace(image=some), y) for some, y in batches(x=x)]

@@ -161,11 +161,11 @@ class Task:
         return split_labels(batch)
 
     def inputs(self, batch: Any) -> Any:
-        """The model's inputs of a batch; training batches need no targets."""
+        """The model's inputs of a batch: of a tuple the first; training batches need no targets."""
         try:
             return self.split(batch)[0]
         except EvaluationError:
-            return batch
+            return batch[0] if isinstance(batch, (list, tuple)) and batch else batch
 
     def forward(self, model: nn.Module, inputs: Any) -> Any:
         """Run the model on inputs."""
