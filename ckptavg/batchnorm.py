@@ -31,6 +31,7 @@ from ckptavg.batches import Batches, Forward, call, size_of
 from ckptavg.channels import Channels
 from ckptavg.errors import BatchNormError, first_few
 from ckptavg.loaders import Progress, Subset, counted, moved, open_loader
+from ckptavg.loading import undistributed
 from ckptavg.moments import TOLERANCE, Doubt, KernelMoments, Landing, Moments
 from ckptavg.processes import Alone, Peers, peers_of_group
 from ckptavg.runtime import Runtime
@@ -159,11 +160,12 @@ def tracked_layers(model: nn.Module) -> dict[str, _NormBase]:
 
 
 def _bare(model: nn.Module) -> nn.Module:
-    """The module inside torch.compile and DataParallel.
+    """The module inside torch.compile, DataParallel and DistributedDataParallel.
 
     Hooks do not reach into compiled code, and replicas would call them from several threads.
     """
     while True:
+        model = undistributed(model)
         inner = getattr(model, "_orig_mod", None)
         if isinstance(model, nn.DataParallel):
             inner = model.module

@@ -30,6 +30,7 @@ from ckptavg.errors import EvaluationError, UsageError
 from ckptavg.evidence import compare
 from ckptavg.formats import Checkpoint
 from ckptavg.loaders import Subset, counted, moved, open_loader, rereadable
+from ckptavg.loading import undistributed
 from ckptavg.networks import Network, Networks
 from ckptavg.passes import run_passes, say
 from ckptavg.processes import Alone, Peers, peers_of_group
@@ -148,7 +149,9 @@ def score(
     )
     if training is None and any(c.recompute for c in candidates):
         raise UsageError("recomputing statistics needs training data (train_loader)")
-    session = _Session(candidates, model, runtime, task or Classification(), peers or Alone())
+    session = _Session(
+        candidates, undistributed(model), runtime, task or Classification(), peers or Alone()
+    )
     session.forward = forward or session.task.forward
     session.progress = progress or session.progress
     session.keep_nonfinite = keep_nonfinite

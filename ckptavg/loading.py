@@ -54,6 +54,17 @@ def load_into(model: nn.Module, state_dict: Mapping[str, torch.Tensor], origin: 
     model.load_state_dict(given, strict=False)
 
 
+def undistributed(model: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel.
+
+    Its first forward pass hands buffers round, and would wait for processes that have no data.
+    """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        inner: nn.Module = model.module
+        return inner
+    return model
+
+
 def _remedy(model: set[str], checkpoint: set[str]) -> str:
     """What to do about names that do not fit."""
     for larger, smaller, is_so in (
