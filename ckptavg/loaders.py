@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import zlib
@@ -21,7 +20,7 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
-from ckptavg.batches import Batches, size_of, tensors_of, to_device
+from ckptavg.batches import Batches, bytes_of, size_of, tensors_of, to_device
 from ckptavg.errors import EvaluationError, UsageError
 from ckptavg.processes import Alone, Peers
 from ckptavg.runtime import Runtime
@@ -146,11 +145,11 @@ def rereadable(batches: Batches, passes: int) -> Batches:
     Raises:
         EvaluationError: Several are planned, and it can be read only once.
     """
-    if not isinstance(batches, Iterator):
+    if not isinstance(batches.loader if isinstance(batches, _Some) else batches, Iterator):
         return batches
     if passes > 1:
         raise _read_once()
-    return _Once(batches)
+    return _Once(iter(batches))
 
 
 def samples_in(loader: Batches) -> int:
@@ -193,6 +192,8 @@ def moved(loader: Iterable[Any], device: torch.device) -> Iterator[Moved]:
     copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     waiting: tuple[Moved, Any] | None = None
     for batch in loader:
+        if any(tensor.is_cuda for tensor in tensors_of(batch)):  # which may be under way yet
+            copies.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(copies):
             under_way = Moved(batch, to_device(batch, device)), copies.record_event()
         if waiting is not None:
@@ -310,16 +311,12 @@ class _Drawn(Sampler[list[int]]):
             torch.manual_seed(self.seed)
             batches = list(_up_to(self.sampler, self.limit, len))
         drawn = zlib.crc32(json.dumps(batches, default=_plain).encode())
-        if len(set(self.peers.gather(drawn))) > 1:
-            raise EvaluationError(
-                "the data loader draws other batches in each process",
-                "Seed its sampler, or return the Dataset: ckptavg shares it out.",
-            )
+        _require_alike(drawn, self.peers)
         yield from batches[self.peers.rank :: self.peers.count]
 
 
 class _Some:
-    """Every n-th batch of any iterable, which is read as a whole."""
+    """Every n-th batch of any iterable, which all processes read as a whole."""
 
     def __init__(self, loader: Batches, peers: Peers, limit: int | None) -> None:
         self.loader = loader
@@ -327,8 +324,13 @@ class _Some:
         self.limit = limit
 
     def __iter__(self) -> Iterator[Any]:
-        batches = _up_to(self.loader, self.limit, size_of)
-        return itertools.islice(batches, self.peers.rank, None, self.peers.count)
+        seen = 0
+        for number, batch in enumerate(_up_to(self.loader, self.limit, size_of)):
+            if self.peers.count > 1:
+                seen = zlib.crc32(_labels(batch), seen)
+            if number % self.peers.count == self.peers.rank:
+                yield batch
+        _require_alike(seen, self.peers)
 
 
 class _Once:
@@ -342,6 +344,21 @@ class _Once:
             raise _read_once()
         batches, self._batches = self._batches, None
         return batches
+
+
+def _labels(batch: Any) -> bytes:
+    """A batch's size and whole numbers, by which two are told apart; images may be augmented."""
+    whole = (t for t in tensors_of(batch) if t.dim() < 3 and not t.is_floating_point())
+    return b"".join((str(size_of(batch)).encode(), *map(bytes_of, whole)))
+
+
+def _require_alike(drawn: int, peers: Peers) -> None:
+    """Make sure that all processes have drawn the same batches, by a checksum of them."""
+    if len({*peers.gather(drawn)}) > 1:
+        raise EvaluationError(
+            "the data loader draws other batches in each process",
+            "Seed it, and let it give every process the whole: ckptavg shares it out.",
+        )
 
 
 def _read_once() -> EvaluationError:

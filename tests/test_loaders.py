@@ -534,3 +534,15 @@ def test_what_can_be_read_once_only_refuses_to_be_read_again():
 def test_what_can_be_read_again_is_left_as_it_is():
     loader = DataLoader(Numbers(), 2)
     assert rereadable(loader, passes=2) is loader
+
+
+def test_so_does_some_of_what_can_be_read_once_only():
+    part = open_loader(
+        iter(torch.arange(20).split(4)), Runtime(CPU), shuffle=True, subset=Subset(8)
+    )
+    with pytest.raises(EvaluationError, match="read only once"):
+        rereadable(part, passes=2)
+    batches = rereadable(part, passes=1)
+    assert torch.cat(list(batches)).tolist() == [*range(8)]
+    with pytest.raises(EvaluationError, match="read only once"):
+        list(batches)

@@ -121,6 +121,14 @@ class Closed(Classification):
     def scores(self):
         return object()
 
+class Sharded(IterableDataset):
+    """Takes its own part, as streams made for several processes do."""
+
+    def __iter__(self):
+        data = Images()
+        rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        return (data[i] for i in range(rank, len(data), count))
+
 def nothing():
     return []
 
@@ -144,8 +152,14 @@ def library():
         network = model()
         ckptavg.update_bn(network, data, batch_size=8, **how)
         found.append(statistics(network))
+    wrapped = nn.parallel.DistributedDataParallel if dist.is_initialized() else lambda bare: bare
+    torch.manual_seed(0)
+    network = model()
+    uneven = whole if rank == count // 2 else []  # the first hands buffers round where it has data
+    ckptavg.update_bn(wrapped(network), uneven)
+    again = ckptavg.evaluate(paths, wrapped(model()), uneven)
     return {"shared": as_json(shared), "parts": as_json(parts), "statistics": found[:2],
-            "some": found[2]}
+            "some": found[2], "wrapped": [as_json(again), statistics(network)]}
 '''
 MODEL = ("--model", "net.py:model", "--device", "cpu")
 TRAIN = ("--train-data", "net.py:Images", "--train-data-arg", "n=41", "--train-data-arg", "seed=1")
@@ -263,7 +277,7 @@ def test_torchrun_finds_and_writes_what_one_process_does(home: Path) -> None:
 
     for of_one in called:
         assert of_one["value"]["some"] == called[0]["value"]["some"]
-        for key in ("shared", "parts", "statistics"):
+        for key in ("shared", "parts", "statistics", "wrapped"):
             close(of_one["value"][key], library[key])
 
     assert [of_one["code"] for of_one in compared] == [compared[0]["code"]] * 3
@@ -355,6 +369,7 @@ def test_what_cannot_be_shared_out_is_said(home: Path) -> None:
         [*distributed, "--data-arg", "n=53"],
         [*distributed, "--data-arg", "num_replicas=2", "--data-arg", "rank=0"],
         [*EVAL, "net.py:unseeded"],
+        [*EVAL, "net.py:Sharded"],
         [*EVAL, "net.py:nothing"],
         [*EVAL, "net.py:Images", "--task", "net.py:Closed"],
         ["update-bn", "run/epoch_1.pt", *MODEL, "--train-data", "net.py:nothing", "-o", "o.pt"],
@@ -362,7 +377,8 @@ def test_what_cannot_be_shared_out_is_said(home: Path) -> None:
     found = started("apart", [{"args": args} for args in commands], count=3)
     messages = [
         "the data loader's DistributedSampler repeats samples",
-        "DistributedSampler is for process 0 of 2, but this is process",
+        "DistributedSampler is for 2 processes, but 3 share the data",
+        "the data loader draws other batches in each process",
         "the data loader draws other batches in each process",
         "the evaluation data is empty",
         "the scores of Closed have no state and no merge",
