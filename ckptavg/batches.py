@@ -24,12 +24,16 @@ def to_device(
 ) -> Any:
     """A batch with its tensors moved; to CUDA from pinned memory, so that nothing waits.
 
+    What is float64 stays where it is if the device is Apple's mps, which has none.
+
     Args:
         value: A batch.
         device: Where to.
         form: Memory format of the tensors with four axes.
     """
     if isinstance(value, torch.Tensor):
+        if device.type == "mps" and value.dtype == torch.float64:
+            return value
         if device.type == "cuda" and value.device.type == "cpu" and not value.is_pinned():
             value = value.pin_memory()
         form = form if value.dim() == 4 else torch.preserve_format

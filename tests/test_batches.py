@@ -105,3 +105,8 @@ def test_a_batch_without_labels_is_an_error(batch):
 )
 def test_size_of_a_batch_is_that_of_its_first_tensor(batch, expected):
     assert size_of(batch) == expected
+
+
+def test_targets_in_float64_stay_on_the_host_where_the_device_has_no_such_type():
+    batch = {"y": torch.ones(2, dtype=torch.float64)}
+    assert to_device(batch, torch.device("mps"))["y"] is batch["y"]
