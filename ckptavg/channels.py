@@ -14,7 +14,8 @@ from ckptavg.batches import to_device
 
 log = logging.getLogger("ckptavg")
 T = TypeVar("T")
-_REFUSAL = "view size is not compatible"  # torch's word for x.view(len(x), -1) of such activations
+_REFUSALS = ("view size is not compatible", "Cannot view a tensor with shape")
+"""What torch and its compiler say to ``x.view(len(x), -1)`` of such activations."""
 
 
 class Channels:
@@ -65,7 +66,8 @@ class Channels:
         try:
             return attempt(batch)
         except RuntimeError as error:
-            if self.form is torch.preserve_format or _REFUSAL not in str(error):
+            refused = any(words in str(error) for words in _REFUSALS)
+            if self.form is torch.preserve_format or not refused:
                 raise
         if self.form is not torch.contiguous_format:
             log.debug("the model does not bear its channels as the last axis in memory")

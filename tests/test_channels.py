@@ -69,13 +69,15 @@ def test_only_convolutions_of_images_change_their_format():
     assert model.table.is_contiguous()
 
 
-def test_a_model_that_views_its_activations_is_scored(tmp_path):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_model_that_views_its_activations_is_scored(tmp_path, compiled):
     torch.manual_seed(0)
     models = [Viewing().eval() for _ in range(3)]
     paths = [
         save(tmp_path / f"{i}.safetensors", model.state_dict()) for i, model in enumerate(models)
     ]
-    for model, result in zip(models, evaluate(paths, Viewing(), batches()), strict=True):
+    template = torch.compile(Viewing(), backend="eager") if compiled else Viewing()
+    for model, result in zip(models, evaluate(paths, template, batches()), strict=True):
         with torch.no_grad():
             logits = torch.cat([model(x).double() for x, _ in batches()])
         nll = nn.functional.cross_entropy(logits, torch.cat([y for _, y in batches()]))
