@@ -81,10 +81,14 @@ class Networks:
         return groups
 
     def _blocks(self) -> list[list[Network]]:
-        """The networks, those of one ensemble in a block, each network in its first."""
+        """The networks, those of one ensemble in a block, each network in its first.
+
+        Those whose statistics are recomputed come together, so that they share what passes over the
+        training data they need.
+        """
         blocks: list[list[Network]] = []
         taken: set[Network] = set()
-        for members in sorted(self.members, key=len, reverse=True):
+        for members in sorted(self.members, key=lambda m: (-len(m), not m[0].recompute)):
             block = [n for n in dict.fromkeys(members) if n not in taken]
             taken |= {*block}
             if block:

@@ -79,6 +79,19 @@ def test_other_weights_of_one_file_are_another_network(tmp_path):
     assert len(Networks(candidates)) == 2
 
 
+def test_networks_whose_statistics_are_recomputed_come_together(checkpoints):
+    candidates = [
+        candidate
+        for place in range(4)
+        for candidate in (single(checkpoints, place), average(checkpoints, [place], recompute=True))
+    ]
+    groups = Networks(candidates).groups(4)
+    assert [[network.recompute for network in group] for group in groups] == [
+        [True] * 4,
+        [False] * 4,
+    ]
+
+
 def test_an_average_is_one_network_as_it_is_and_another_recomputed(checkpoints):
     planned = plan_average(checkpoints)
     stale, fresh, again = (
