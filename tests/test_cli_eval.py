@@ -106,6 +106,13 @@ class Transposed(Classification):
 class Empty(Task):
     pass
 
+class Nowhere(Confusion):
+    def compute(self):
+        return super().compute() | {"miou": float("nan")}
+
+class Undefined(Segmentation):
+    scores = Nowhere
+
 class Half(Segmentation):
     scores = Task.scores
 
@@ -439,6 +446,17 @@ def test_statistics_are_recomputed_by_the_tasks_way_to_call_the_model(home: Path
 )
 def test_what_is_no_task_is_said_in_a_line(home: Path, task: str, code: int, words: str) -> None:
     assert words in error(ckptavg("eval", "--run", "images", *PIXELS, "--task", task), code)
+
+
+def test_an_average_without_a_figure_is_not_as_good(home: Path, scored: list[str]) -> None:
+    command = ["eval", "--run", "images", *PIXELS, "--task", "own.py:Undefined"]
+    command += ["--results", "r.json", "--fail-if-worse"]
+    whole = ckptavg(*command)
+    assert whole.exit_code == 3
+    assert "nan" in whole.stdout
+    again = ckptavg(*command, "--resume")  # JSON has no word for it: it is scored again
+    assert (again.exit_code, again.stdout) == (3, whole.stdout)
+    assert len(scored) == 4
 
 
 def test_which_is_worse_cannot_be_said_by_any_metric(home: Path) -> None:
