@@ -465,6 +465,36 @@ def test_which_is_worse_cannot_be_said_by_any_metric(home: Path) -> None:
     assert "miou does not" in line
 
 
+# Further averages
+
+
+def test_further_averages_are_scored_as_their_files_would_be(home: Path) -> None:
+    also = ["--also", "two=@last=2", "--also", "ema=ema:decay=0.5"]
+    candidates = found("eval", "--run", "run", *also, *MODEL, *DATA, "--train-data", "net.py:data")
+    for name in ("two", "ema"):
+        stale, fresh = (c for c in candidates if c["name"] == name)
+        assert (stale["bn"], fresh["bn"]) == ("stale", "recomputed")
+    flags = ["--train-data", "net.py:data", *MODEL, "-o", "all.pt"]
+    result = ckptavg("average", "run", *also, *flags)
+    assert result.exit_code == 0, result.output
+    written = found("eval", "all.pt", "two.pt", "ema.pt", *MODEL, *DATA)
+    assert [c["bn"] for c in written] == ["recomputed"] * 3
+    expected = [c for c in candidates if c["bn"] == "recomputed"]
+    for one, other in zip(written, expected, strict=True):
+        assert one["metrics"] == pytest.approx(other["metrics"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["run/epoch_1.pt", "--also", "a=linear"], "--also needs --run"),
+        (["--run", "run", "--also", "a=linear", "--also", "a=@last=2"], "called a"),
+    ],
+)
+def test_further_averages_need_a_run_and_names(home: Path, args: list[str], words: str) -> None:
+    assert words in error(ckptavg("eval", *args, *MODEL, *DATA), 2)
+
+
 # How much of the training data
 
 
