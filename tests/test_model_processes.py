@@ -362,7 +362,7 @@ def test_what_cannot_be_shared_out_is_said(home: Path) -> None:
     found = started("apart", [{"args": args} for args in commands], count=3)
     messages = [
         "the data loader's DistributedSampler repeats samples",
-        "DistributedSampler is for process 0 of 2, but this is process",
+        "DistributedSampler is for 2 processes, but 3 share the data",
         "the data loader draws other batches in each process",
         "the evaluation data is empty",
         "the scores of Closed have no state and no merge",
