@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ckptavg.averaging import Average
@@ -71,6 +71,7 @@ def candidates_of(
     each: bool = False,
     ensemble: bool = False,
     recompute: bool = False,
+    others: Mapping[str, Average] | None = None,
 ) -> list[Candidate]:
     """The candidates that tell what averaging a run is worth.
 
@@ -80,16 +81,18 @@ def candidates_of(
         planned: The selection's average.
         each: Add every selected checkpoint.
         ensemble: Add the output ensemble of the selection.
-        recompute: Add the average with recomputed statistics.
+        recompute: Add the averages with recomputed statistics.
+        others: Further averages, by their names.
     """
     last = run.checkpoints[-1]
     singles = [c for c in selection if each and c.path != last.path]
     found = [Candidate.of_checkpoint(c, c.path.name) for c in singles]
     found.append(Candidate.of_checkpoint(last, f"{last.path.name} (last)", last=True))
     text = f"average of {len(selection)} ({planned.scheme.text})"
-    found.append(Candidate.of_average(planned, text, recompute=False))
-    if recompute and planned.batchnorm != "none":
-        found.append(Candidate.of_average(planned, text, recompute=True))
+    for name, average in {text: planned, **(others or {})}.items():
+        found.append(Candidate.of_average(average, name, recompute=False))
+        if recompute and average.batchnorm != "none":
+            found.append(Candidate.of_average(average, name, recompute=True))
     if ensemble:
         found.append(Candidate.of_ensemble(selection, f"FGE ensemble of {len(selection)}"))
     return found

@@ -299,11 +299,11 @@ class _Session:
 
     def _result(self, board: Board, reference: Board | None) -> Result:
         metrics, details = board.scores.compute(), board.details()
-        lacking = {"n", *(metric.key for metric in self.task.metrics)} - metrics.keys()
+        lacking = {"n", self.task.metrics[0].key} - metrics.keys()
         if lacking:
             raise EvaluationError(
                 f"the scores of {type(self.task).__name__} lack {', '.join(sorted(lacking))}",
-                "Let compute() return every metric by its key, and n, the number of samples.",
+                "Let compute() return metrics by their keys, and n, the number of samples.",
             )
         return Result(
             board.candidate,

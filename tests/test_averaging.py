@@ -31,7 +31,8 @@ from ckptavg.errors import (
     UsageError,
 )
 from ckptavg.formats import open_checkpoint
-from ckptavg.outputs import save as save_state
+from ckptavg.outputs import fill, prepare_copy
+from ckptavg.outputs import opened as opened_outputs
 
 OUTPUTS = ["swa.safetensors", "swa.pt", "swa"]
 
@@ -335,11 +336,13 @@ def test_a_directory_from_another_layout_has_the_bare_names(tmp_path):
     assert list(read(average(open_run(tmp_path / "run"), out=tmp_path / "swa"))) == ["w"]
 
 
-def test_state_in_memory_is_written_with_its_ties(run_dir, tmp_path):
-    run = open_run(run_dir)
+def test_state_in_memory_is_written_with_its_ties(tmp_path):
     weight = torch.randn(3, 3)
     state = {"a": weight, "b": weight, "t": torch.randn(3, 2).t(), "e": torch.ones(0)}
-    save_state(state, tmp_path / "out.pt", {"checkpoints": []}, run.checkpoints)
+    checkpoint = open_checkpoint(save(tmp_path / "in.pt", state))
+    target = prepare_copy(checkpoint, tmp_path / "out.pt", {"checkpoints": []}, overwrite=False)
+    with opened_outputs([target]) as (file,):
+        assert fill(target, file, state, target.made) == {"checkpoints": []}
     found = read(tmp_path / "out.pt")
     assert all(same_bits(found[name], t) for name, t in state.items())
     assert found["a"].data_ptr() == found["b"].data_ptr()

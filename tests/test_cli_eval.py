@@ -106,6 +106,13 @@ class Transposed(Classification):
 class Empty(Task):
     pass
 
+class Nowhere(Confusion):
+    def compute(self):
+        return super().compute() | {"miou": float("nan")}
+
+class Undefined(Segmentation):
+    scores = Nowhere
+
 class Half(Segmentation):
     scores = Task.scores
 
@@ -441,10 +448,51 @@ def test_what_is_no_task_is_said_in_a_line(home: Path, task: str, code: int, wor
     assert words in error(ckptavg("eval", "--run", "images", *PIXELS, "--task", task), code)
 
 
+def test_an_average_without_a_figure_is_not_as_good(home: Path, scored: list[str]) -> None:
+    command = ["eval", "--run", "images", *PIXELS, "--task", "own.py:Undefined"]
+    command += ["--results", "r.json", "--fail-if-worse"]
+    whole = ckptavg(*command)
+    assert whole.exit_code == 3
+    assert "nan" in whole.stdout
+    again = ckptavg(*command, "--resume")  # JSON has no word for it: it is scored again
+    assert (again.exit_code, again.stdout) == (3, whole.stdout)
+    assert len(scored) == 4
+
+
 def test_which_is_worse_cannot_be_said_by_any_metric(home: Path) -> None:
     flags = ["--task", "own.py:Unranked", "--fail-if-worse"]
     line = error(ckptavg("eval", "--run", "images", *PIXELS, *flags), 2)
     assert "miou does not" in line
+
+
+# Further averages
+
+
+def test_further_averages_are_scored_as_their_files_would_be(home: Path) -> None:
+    also = ["--also", "two=@last=2", "--also", "ema=ema:decay=0.5"]
+    candidates = found("eval", "--run", "run", *also, *MODEL, *DATA, "--train-data", "net.py:data")
+    for name in ("two", "ema"):
+        stale, fresh = (c for c in candidates if c["name"] == name)
+        assert (stale["bn"], fresh["bn"]) == ("stale", "recomputed")
+    flags = ["--train-data", "net.py:data", *MODEL, "-o", "all.pt"]
+    result = ckptavg("average", "run", *also, *flags)
+    assert result.exit_code == 0, result.output
+    written = found("eval", "all.pt", "two.pt", "ema.pt", *MODEL, *DATA)
+    assert [c["bn"] for c in written] == ["recomputed"] * 3
+    expected = [c for c in candidates if c["bn"] == "recomputed"]
+    for one, other in zip(written, expected, strict=True):
+        assert one["metrics"] == pytest.approx(other["metrics"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["run/epoch_1.pt", "--also", "a=linear"], "--also needs --run"),
+        (["--run", "run", "--also", "a=linear", "--also", "a=@last=2"], "called a"),
+    ],
+)
+def test_further_averages_need_a_run_and_names(home: Path, args: list[str], words: str) -> None:
+    assert words in error(ckptavg("eval", *args, *MODEL, *DATA), 2)
 
 
 # How much of the training data

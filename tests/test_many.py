@@ -306,15 +306,6 @@ def test_a_mistyped_further_average_is_told(run, tmp_path, further, message):
     assert listing(tmp_path) == ["run", *(f"run/epoch_{i}.pt" for i in range(1, 7))]
 
 
-def test_further_averages_and_a_model_exclude_each_other(run, tmp_path):
-    result = command(
-        tmp_path / "run", "-o", tmp_path / "x.pt", "--also", "y=linear", "--model", "torchvision:x",
-        "--train-data", "cifar10:x",
-    )  # fmt: skip
-    assert result.exit_code == 2
-    assert "ckptavg update-bn" in result.stderr
-
-
 def test_no_output_replaces_what_another_is_made_of(run, tmp_path):
     """An output's own average need not read the checkpoint for it to be an input."""
     before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}

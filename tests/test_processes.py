@@ -273,7 +273,9 @@ def test_a_process_that_is_killed_under_torchrun_ends_all(home: Path) -> None:
         "killed", [command], *TORCHRUN, "--standalone", "--nproc-per-node=3", count=3
     )
     assert results[1] is None
-    for of_one in (results[0], results[2]):
+    survivors = [r for r in (results[0], results[2]) if r is not None and r["code"] != 143]
+    assert survivors  # one that is slow to notice is ended by torchrun itself
+    for of_one in survivors:
         assert of_one["code"] == 1
         assert of_one["err"].count("\n") == (3 if "integers" in of_one["err"] else 1)
         assert "process 1 has died" in of_one["err"]

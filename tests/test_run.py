@@ -732,15 +732,15 @@ def test_a_run_below_another_is_left_out_and_said(tmp_path):
 
 def test_a_refreshed_checkpoint_keeps_its_place_in_a_run(tmp_path):
     from ckptavg.averaging import load
-    from ckptavg.outputs import provenance
-    from ckptavg.outputs import save as write
+    from ckptavg.outputs import fill, opened, prepare_copy, provenance
 
     numbered(tmp_path / "run", 2)
     for checkpoint in open_run(tmp_path / "run"):
         made = provenance("none", [checkpoint], [1.0], "recomputed")
-        write(
-            load(checkpoint), tmp_path / f"{'ba'[int(checkpoint.step) - 1]}.pt", made, [checkpoint]
-        )
+        out = tmp_path / f"{'ba'[int(checkpoint.step) - 1]}.pt"
+        target = prepare_copy(checkpoint, out, made, overwrite=False)
+        with opened([target]) as (file,):
+            fill(target, file, load(checkpoint), made)
     assert names(open_run(tmp_path / "a.pt", tmp_path / "b.pt")) == ["b.pt", "a.pt"]
 
 

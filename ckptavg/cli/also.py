@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptavg.cli.options import SELECTION, pair, positive
+from ckptavg.cli.options import SELECTION, check_picks, pair, planned, positive, selected
+from ckptavg.errors import CkptavgError
+
+if TYPE_CHECKING:
+    from ckptavg.averaging import Average
+    from ckptavg.run import Run
 
 _UNIFORM = "uniform"
 _VALUES: dict[str, tuple[str, Callable[[str], Any]]] = {
@@ -68,6 +73,18 @@ def also(text: str) -> Also:
             f"expected NAME=SCHEME[@SELECTION], as in last5=uniform@last=5, but got {text!r}"
         )
     return Also(name, scheme or _UNIFORM, _picks(selection) if at else None)
+
+
+def planned_also(one: Also, run: Run, selection: Run, settings: Mapping[str, Any]) -> Average:
+    """Plan a further average: of its own selection of the whole run, or of the command's."""
+    if one.picks is not None:
+        check_picks(one.picks)
+        selection = selected(run, **one.picks)
+    try:
+        return planned(selection, settings, scheme=one.scheme)
+    except CkptavgError as error:
+        error.message = f"--also {one.name}: {error.message}"
+        raise
 
 
 def _picks(text: str) -> dict[str, Any]:

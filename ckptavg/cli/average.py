@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptavg.cli import geometry, options
-from ckptavg.cli.also import Also, also
-from ckptavg.errors import CkptavgError, NonFiniteError, UsageError
+from ckptavg.cli.also import Also, also, planned_also
+from ckptavg.errors import NonFiniteError, UsageError
 from ckptavg.plan import Rules, TensorPlan
 from ckptavg.report import Report, counted, number_text, size_text
 
@@ -90,7 +90,7 @@ def average(
     from ckptavg import averaging  # noqa: PLC0415 - help is shown without torch
 
     planned = [options.planned(selection, settings)]
-    planned += [_planned_also(one, run, selection, settings) for one in further]
+    planned += [planned_also(one, run, selection, settings) for one in further]
     gram = _measured_weights(selection, settings) if measured else []
     outs = [] if out is None else [out, *(one.path(out) for one in further)]
     targets = averaging.prepare_many(
@@ -137,18 +137,6 @@ def _check_usage(
         )
     if settings["bn_samples"] is not None and not settings["train_data"]:
         raise UsageError("--bn-samples says how much of --train-data is used: name that")
-
-
-def _planned_also(one: Also, run: Run, selection: Run, settings: dict[str, Any]) -> Average:
-    """Plan a further average: of its own selection of the whole run, or of the command's."""
-    if one.picks is not None:
-        options.check_picks(one.picks)
-        selection = options.selected(run, **one.picks)
-    try:
-        return options.planned(selection, settings, scheme=one.scheme)
-    except CkptavgError as error:
-        error.message = f"--also {one.name}: {error.message}"
-        raise
 
 
 def _write(

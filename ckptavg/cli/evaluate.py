@@ -11,6 +11,7 @@ import click
 from click.core import ParameterSource
 
 from ckptavg.cli import options
+from ckptavg.cli.also import Also, also, planned_also
 from ckptavg.cli.kept import Keeper
 from ckptavg.errors import OutputError, UsageError
 from ckptavg.processes import Processes, own_rank
@@ -39,6 +40,11 @@ _WORSE = 3  # exit code of --fail-if-worse
 )  # fmt: skip
 @options.option(_CANDIDATES, "--each", is_flag=True, help="Adds every selected checkpoint.")
 @options.option(
+    _CANDIDATES, "--also", "further", multiple=True, type=also, metavar="NAME=SCHEME[@SELECTION]",
+    help="Adds one more average. SELECTION is of the whole run, in the words of the options: "
+    "last5=uniform@last=5.",
+)  # fmt: skip
+@options.option(
     _CANDIDATES, "--compare", type=click.Choice(["fge"]), help="Adds the output ensemble (FGE)."
 )
 @options.option(
@@ -65,6 +71,7 @@ def evaluate(
     report: Report,
     processes: Processes | None,
     paths: tuple[str, ...],
+    further: tuple[Also, ...],
     results: Path | None,
     resume: bool,
     fail_if_worse: bool,
@@ -76,8 +83,8 @@ def evaluate(
       ckptavg eval --run runs/swa --model torchvision:resnet50 \\
           --data imagefolder:val --train-data imagefolder:train --each --compare fge
     """
-    _check(paths, results, resume, settings)
-    candidates = _candidates(paths, settings)
+    _check(paths, results, resume, further, settings)
+    candidates = _candidates(paths, further, settings)
     from ckptavg.cli.sources import task as named  # noqa: PLC0415 - help is shown without torch
     from ckptavg.results import is_worse  # noqa: PLC0415
 
@@ -132,7 +139,11 @@ def _scored(
 
 
 def _check(
-    paths: tuple[str, ...], results: Path | None, resume: bool, settings: dict[str, Any]
+    paths: tuple[str, ...],
+    results: Path | None,
+    resume: bool,
+    further: tuple[Also, ...],
+    settings: dict[str, Any],
 ) -> None:
     """Refuse what cannot work before any file is opened."""
     run = settings["run_path"]
@@ -142,6 +153,11 @@ def _check(
     for name in _OF_A_RUN:
         if run is None and given(name) is ParameterSource.COMMANDLINE:
             raise UsageError(f"--{name.replace('_', '-')} needs --run")
+    if run is None and further:
+        raise UsageError("--also needs --run")
+    names = [one.name for one in further]
+    if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise UsageError(f"two averages are called {repeated[0]}: give each its own name")
     if results is not None and results.suffix not in (".json", ".csv"):
         raise UsageError(f"--results is expected to end in .json or .csv but got {results}")
     if resume and (results is None or results.suffix != ".json"):
@@ -159,7 +175,9 @@ def _require_writable(directory: Path) -> None:
         raise OutputError(f"the directory {directory} may not be written", "Name another.")
 
 
-def _candidates(paths: tuple[str, ...], settings: dict[str, Any]) -> list[Candidate]:
+def _candidates(
+    paths: tuple[str, ...], further: tuple[Also, ...], settings: dict[str, Any]
+) -> list[Candidate]:
     from ckptavg import candidates  # noqa: PLC0415
     from ckptavg.formats import is_checkpoint_directory, open_checkpoint  # noqa: PLC0415
     from ckptavg.formats.storage import locate  # noqa: PLC0415
@@ -178,9 +196,11 @@ def _candidates(paths: tuple[str, ...], settings: dict[str, Any]) -> list[Candid
         [settings["run_path"]], settings["glob"], settings["key"], settings
     )
     planned = options.planned(selection, settings)
+    others = {one.name: planned_also(one, run, selection, settings) for one in further}
     return found + candidates.candidates_of(
         run, selection, planned, each=settings["each"],
         ensemble=settings["compare"] == "fge", recompute=bool(settings["train_data"]),
+        others=others,
     )  # fmt: skip
 
 

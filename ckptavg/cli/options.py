@@ -159,7 +159,9 @@ tensor_options = together(
 
 _RUN = "Running the model"
 _MODEL_TEXT = "torchvision:NAME · timm:NAME · hf:DIR · pkg.module:factory · path/file.py:factory."
-_DATA_TEXT = "imagefolder:DIR · cifar10:DIR · cifar100:DIR · pkg.module:factory · file.py:factory."
+_IMAGES = "imagefolder:DIR · cifar10:DIR · cifar100:DIR"
+_TEXT = " · text:FILE · tokens:FILE"
+_OWN = " · pkg.module:factory · file.py:factory."
 
 
 def model_options(*, required: bool) -> Callable[[F], F]:
@@ -177,9 +179,10 @@ def model_options(*, required: bool) -> Callable[[F], F]:
 
 
 def data_options(name: str, text: str, *, required: bool) -> Callable[[F], F]:
-    """A source of data."""
+    """A source of data; text is for scoring only."""
+    kinds = _IMAGES + ("" if name == "train-data" else _TEXT) + _OWN
     return together(
-        option(_RUN, f"--{name}", required=required, metavar="SPEC", help=f"{text}: {_DATA_TEXT}"),
+        option(_RUN, f"--{name}", required=required, metavar="SPEC", help=f"{text}: {kinds}"),
         option(
             _RUN, f"--{name}-arg", multiple=True, metavar="K=V", help="Argument of its factory."
         ),
