@@ -32,7 +32,7 @@ from ckptavg.formats import Checkpoint
 from ckptavg.loaders import Subset, counted, moved, open_loader, rereadable
 from ckptavg.loading import undistributed
 from ckptavg.networks import Network, Networks
-from ckptavg.passes import run_passes, say
+from ckptavg.passes import Together, run_passes, say
 from ckptavg.processes import Alone, Peers, peers_of_group
 from ckptavg.results import Result, Versus
 from ckptavg.runtime import Runtime, fit
@@ -173,7 +173,7 @@ class _Session:
         self.model = model
         self.runtime = runtime
         self.task = task
-        self.peers = peers
+        self.peers = Together(peers)
         self.forward: Forward = task.forward
         self.progress: Progress = lambda *_: None
         self.keep_nonfinite = False
@@ -236,6 +236,7 @@ class _Session:
         for board in self.boards:
             board.begin()
         self._score(group, self._counted(data, phase("evaluation")))
+        self.peers.agree()
         for board in self.boards:
             board.commit(group)
 

@@ -6,7 +6,7 @@ import gc
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ckptavg.errors import EvaluationError
 from ckptavg.processes import Peers
@@ -22,11 +22,57 @@ def say(count: int, passes: int) -> None:
         log.info("%d candidates, %d %s", count, passes, "pass" if passes == 1 else "passes")
 
 
+class ExhaustedElsewhereError(MemoryError):
+    """Memory is exhausted in another process, which this one hears when all hand something in."""
+
+
+class Together:
+    """Processes that start a pass again together where memory is exhausted in one of them.
+
+    Whatever they hand in during a pass goes through here, and something at its end: ``agree``.
+
+    Args:
+        peers: The processes.
+
+    Attributes:
+        rank: This one's number, from 0.
+        count: How many there are.
+    """
+
+    def __init__(self, peers: Peers) -> None:
+        self.rank = peers.rank
+        self.count = peers.count
+        self._peers = peers
+
+    def gather(self, value: Any) -> list[Any]:
+        """What every process hands in, in their order.
+
+        Raises:
+            ExhaustedElsewhereError: One of them has no memory left.
+        """
+        found = self._peers.gather([False, value])
+        if any(exhausted for exhausted, _ in found):
+            raise ExhaustedElsewhereError
+        return [given for _, given in found]
+
+    def check(self) -> None:
+        """Raise an error if another process is known to have failed."""
+        self._peers.check()
+
+    def agree(self) -> None:
+        """Wait until all are where this one is."""
+        self.gather(None)
+
+    def tell(self) -> None:
+        """Let the others know that memory is exhausted, when they next hand something in."""
+        self._peers.gather([True, None])
+
+
 def run_passes(
     groups: Iterable[Sequence[T]],
     run: Callable[[Sequence[T], int, int], None],
     runtime: Runtime,
-    peers: Peers,
+    peers: Together,
 ) -> None:
     """Run a pass for each group; where memory is exhausted, for parts of half its size.
 
@@ -34,9 +80,10 @@ def run_passes(
 
     Args:
         groups: What goes through the data together.
-        run: Called as ``run(group, number, of)``; must be able to start again after an error.
+        run: Called as ``run(group, number, of)``; must be able to start again after an error, and
+            lets the processes agree before it ends.
         runtime: Where it runs.
-        peers: The processes that do the same; with several, groups stay as they are.
+        peers: The processes that do the same.
 
     Raises:
         EvaluationError: Memory is too small for a single one.
@@ -49,8 +96,10 @@ def run_passes(
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            if len(group) == 1 or peers.count > 1:
-                raise _too_small(len(group), runtime) from error
+            if not isinstance(error, ExhaustedElsewhereError):
+                peers.tell()
+            if len(group) == 1:
+                raise _too_small(runtime) from error
         else:
             done += 1
             continue
@@ -65,9 +114,8 @@ def _in_parts(groups: Iterable[Sequence[T]], size: int) -> Iterator[Sequence[T]]
         yield from (group[at : at + size] for at in range(0, len(group), size))
 
 
-def _too_small(count: int, runtime: Runtime) -> EvaluationError:
-    models = "a single model" if count == 1 else f"{count} models at a time"
+def _too_small(runtime: Runtime) -> EvaluationError:
     return EvaluationError(
-        f"the memory of {runtime.device} is too small for {models}",
+        f"the memory of {runtime.device} is too small for a single model",
         f"Lower --batch-size (now {runtime.batch_size}), or name another --device.",
     )

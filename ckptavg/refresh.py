@@ -26,7 +26,7 @@ from ckptavg.loaders import Progress as SampleProgress
 from ckptavg.loaders import counted, rereadable
 from ckptavg.loading import load_into
 from ckptavg.outputs import StateDict, Target
-from ckptavg.passes import run_passes, say
+from ckptavg.passes import Together, run_passes, say
 from ckptavg.processes import Alone, Peers
 from ckptavg.runtime import Runtime, fit
 from ckptavg.stream import Progress
@@ -91,8 +91,9 @@ def write_averages(
         list(zip(averages, outs, strict=True)),
         overwrite=overwrite, digests=digests, batchnorm=RECOMPUTED,
     )  # fmt: skip
+    peers = Together(how.peers)
     groups = _groups(len(averages), how)
-    how = replace(how, training=rereadable(how.training, len(groups)))
+    how = replace(how, training=rereadable(how.training, len(groups)), peers=peers)
     hashed: InputDigests | None = None
     done: dict[int, tuple[BatchNormResult, Mapping[str, Any]]] = {}
 
@@ -113,8 +114,9 @@ def write_averages(
                 if hashed is not None:
                     made = recorded(made, averages[i].plan.inputs, hashed.of)
                 done[i] = result, outputs.fill(targets[i], sinks[i], state_dict, made)
+            peers.agree()
 
-        run_passes(groups, run_pass, how.runtime, how.peers)
+        run_passes(groups, run_pass, how.runtime, peers)
     return [done[i] for i in range(len(averages))]
 
 
@@ -131,6 +133,8 @@ def update_checkpoint(
     if is_recorded(made):
         made = sealed(made | {DIGEST: PENDING})
     target = outputs.prepare_copy(checkpoint, out, made, overwrite=overwrite)
+    peers = Together(how.peers)
+    how = replace(how, peers=peers)
     found: list[BatchNormResult] = []
     with _opened([target], how.peers) as (sink,):
 
@@ -139,8 +143,9 @@ def update_checkpoint(
             weights = averaging.load(checkpoint)
             found.extend(refresh([weights], how, [str(checkpoint.path)]))
             outputs.fill(target, sink, weights, made)
+            peers.agree()
 
-        run_passes([[checkpoint]], run_pass, how.runtime, how.peers)
+        run_passes([[checkpoint]], run_pass, how.runtime, peers)
     return found[0]
 
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from fellows import Echo
+from fellows import together
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptavg.errors import EvaluationError
-from ckptavg.passes import run_passes, say
+from ckptavg.passes import Together, run_passes, say
 from ckptavg.processes import Alone
 from ckptavg.runtime import Runtime
 
@@ -47,7 +47,7 @@ def parted(count, size):
 @given(st.integers(0, 50), st.integers(1, 50), st.integers(1, 50))
 def test_everything_runs_once_in_order_in_groups_that_fit(count, size, most):
     memory = Memory(most)
-    run_passes(parted(count, size), memory, CPU, Alone())
+    run_passes(parted(count, size), memory, CPU, Together(Alone()))
     assert [one for group in memory.run for one in group] == [*range(count)]
     assert all(len(group) <= most for group in memory.run)
     numbers = [number for number, _ in memory.told]
@@ -57,7 +57,7 @@ def test_everything_runs_once_in_order_in_groups_that_fit(count, size, most):
 
 def test_a_size_that_does_not_fit_is_tried_once_only():
     memory = Memory(12)
-    run_passes(parted(96, 24), memory, CPU, Alone())
+    run_passes(parted(96, 24), memory, CPU, Together(Alone()))
     assert memory.tried == [24] + [12] * 8
 
 
@@ -65,7 +65,7 @@ def test_a_size_that_does_not_fit_is_tried_once_only():
 def test_exhausted_memory_is_said_and_met_by_fewer(caplog, error):
     caplog.set_level("INFO", "ckptavg")
     memory = Memory(2, lambda: raised(error))
-    run_passes(parted(6, 6), memory, CPU, Alone())
+    run_passes(parted(6, 6), memory, CPU, Together(Alone()))
     assert memory.run == [[0, 1], [2], [3, 4], [5]]
     assert "memory is too small for 6 models at a time: trying fewer" in caplog.text
 
@@ -78,7 +78,7 @@ def raised(error):
 @EXHAUSTED
 def test_memory_that_is_too_small_for_one_is_an_error_of_one_line(error):
     with pytest.raises(EvaluationError) as told:
-        run_passes(parted(3, 3), Memory(0, lambda: raised(error)), CPU, Alone())
+        run_passes(parted(3, 3), Memory(0, lambda: raised(error)), CPU, Together(Alone()))
     assert str(told.value) == (
         "the memory of cpu is too small for a single model. "
         "Lower --batch-size (now 32), or name another --device."
@@ -86,11 +86,35 @@ def test_memory_that_is_too_small_for_one_is_an_error_of_one_line(error):
     assert told.value.__cause__ is not None
 
 
-def test_several_processes_stay_together_and_so_do_not_try_fewer():
-    memory = Memory(1)
-    with pytest.raises(EvaluationError, match="too small for 4 models at a time"):
-        run_passes(parted(4, 4), memory, CPU, Echo(0, 2))
-    assert memory.tried == [4]
+def shared(memories, count):
+    """Passes of several processes, each with its own memory."""
+
+    def work(fellow):
+        peers, memory = Together(fellow), memories[fellow.rank]
+
+        def run(group, number, of):
+            peers.gather(number)
+            memory(group, number, of)
+            peers.agree()
+
+        run_passes(parted(count, count), run, CPU, peers)
+
+    together(len(memories), work)
+    return memories
+
+
+@pytest.mark.parametrize("most", [(9, 2, 9), (2, 9, 9), (2, 2, 9), (3, 2, 1)])
+def test_processes_try_fewer_together_where_one_has_too_little_memory(most):
+    tried = [memory.tried for memory in shared([Memory(each) for each in most], 8)]
+    assert tried[0] == tried[1] == tried[2]
+    assert sum(size for size in tried[0] if size <= min(most)) == 8
+
+
+def test_processes_end_together_where_one_has_too_little_memory_for_one():
+    memories = [Memory(9), Memory(0)]
+    with pytest.raises(EvaluationError, match="too small for a single model"):
+        shared(memories, 4)
+    assert [memory.tried for memory in memories] == [[4, 2, 1]] * 2
 
 
 @pytest.mark.parametrize(
@@ -99,7 +123,7 @@ def test_several_processes_stay_together_and_so_do_not_try_fewer():
 def test_any_other_error_comes_through_as_it_is(error):
     memory = Memory(0, lambda: raised(lambda: error))
     with pytest.raises(type(error)) as told:
-        run_passes(parted(4, 4), memory, CPU, Alone())
+        run_passes(parted(4, 4), memory, CPU, Together(Alone()))
     assert told.value is error
     assert memory.tried == [4]
 
