@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ckptavg.errors import EvaluationError
+from ckptavg.errors import EvaluationError, first_few
 
 Batches = Iterable[Any]
 Forward = Callable[[nn.Module, Any], Any]
@@ -112,9 +112,11 @@ def split_labels(batch: Any) -> tuple[Any, torch.Tensor]:
             return {k: v for k, v in batch.items() if k != key}, batch[key]
     elif isinstance(batch, Sequence) and len(batch) >= 2 and isinstance(batch[1], torch.Tensor):
         return batch[0], batch[1]
+    held = f" with {first_few([repr(k) for k in batch])}" if isinstance(batch, Mapping) else ""
     raise EvaluationError(
-        "a batch is expected to be (inputs, labels), or a dict with 'labels', "
-        f"but is a {type(batch).__name__}"
+        f"a batch is expected to be (inputs, labels), or a dict with one of {', '.join(_LABELS)}, "
+        f"but is a {type(batch).__name__}{held}",
+        "Let the data give one of these, or name a task of your own whose split() knows it.",
     )
 
 

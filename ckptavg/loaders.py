@@ -98,6 +98,8 @@ def open_loader(
         )
     if peers.count > 1 and (sampler := _distributed(data)) is not None:
         _require_exact(sampler, peers)
+    if not shuffle and getattr(data, "drop_last", False):
+        log.info("the data loader leaves its last, smaller batch out (drop_last)")
     if shuffle and isinstance(data, DataLoader) and _is_sequential(data):
         log.info(
             "the training data loader does not shuffle: if its samples are sorted by class, "

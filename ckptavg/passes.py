@@ -103,9 +103,13 @@ def run_passes(
         else:
             done += 1
             continue
-        log.info("memory is too small for %d models at a time: trying fewer", len(group))
-        gc.collect()  # models that the error's frames held, if these are in a cycle
         waiting = deque(_in_parts([group, *waiting], (len(group) + 1) // 2))
+        log.info(
+            "memory is too small for %d models at a time: trying fewer, in %d passes",
+            len(group),
+            done + len(waiting),
+        )
+        gc.collect()  # models that the error's frames held, if these are in a cycle
 
 
 def _in_parts(groups: Iterable[Sequence[T]], size: int) -> Iterator[Sequence[T]]:

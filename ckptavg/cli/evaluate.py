@@ -29,6 +29,10 @@ _OF_A_RUN = (
     "last", "scheme", "weights", "include", "exclude", "base", "dtype", "train_data",
     "bn_samples",
 )  # fmt: skip
+_TESTS = {
+    "mcnemar": "p: McNemar's exact test",
+    "bootstrap": "95 %: paired bootstrap, p: randomization test",
+}
 _WORSE = 3  # exit code of --fail-if-worse
 
 
@@ -216,10 +220,10 @@ def _show(report: Report, scored: list[Result], task: Task) -> None:
     columns = ("candidate", "BatchNorm", *titles, "passes")
     report.table(columns, rows, title=f"{scored[0].metrics['n']:.0f} {task.counts}")
     if compared:
-        test = {"mcnemar": "McNemar's exact test", "bootstrap": "paired bootstrap"}[
-            compared[0].difference.test
-        ]
-        report.line(f"Δ: less {compared[0].reference} on the same samples; p: {test}")
+        report.line(
+            f"Δ: less {compared[0].reference} on the same samples; "
+            + _TESTS[compared[0].difference.test]
+        )
     for result in scored:
         if "disagreement" in result.details:
             share = 100 * result.details["disagreement"]
