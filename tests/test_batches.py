@@ -88,7 +88,7 @@ def test_labels_are_found_in_a_dict_and_not_passed_to_the_model(name):
 
 @pytest.mark.parametrize("batch", [X, (X,), {"x": X}, None, (X, "cat")], ids=str)
 def test_a_batch_without_labels_is_an_error(batch):
-    with pytest.raises(EvaluationError, match=r"\(inputs, labels\), or a dict with one of labels, label"):
+    with pytest.raises(EvaluationError, match="or a dict with one of labels, label, target"):
         split_labels(batch)
 
 
