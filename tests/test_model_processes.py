@@ -49,6 +49,7 @@ class Images(Dataset):
         self.x = torch.randn(n, 3, 8, 8, generator=g) * 2 + 10
         self.targets = torch.randint(0, 4, (n,), generator=g).tolist()
         self.note, self.harm, self.at = note, harm, at
+        self.passes = 0
 
     def __len__(self):
         return len(self.x)
@@ -57,7 +58,10 @@ class Images(Dataset):
         if self.note:
             with open(self.note, "a") as f:
                 f.write(f"{i} ")
-        if i == 17 and os.path.exists("harmful") and os.path.exists("r.json"):
+        self.passes += i == 17
+        if i == 17 and self.passes == 2 and os.path.exists("harmful"):
+            while not os.path.exists("r.json"):  # which the first process writes about now
+                time.sleep(0.01)
             os.remove("harmful")
             os.kill(os.getpid(), signal.SIGINT)
         if i != self.at:
