@@ -106,6 +106,7 @@ def start(plan, number, count):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
     planned = json.loads(Path(sys.argv[1]).read_text())
     numbers = range(len(planned["commands"]))
     if "RANK" in os.environ:
