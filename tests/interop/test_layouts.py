@@ -94,7 +94,7 @@ def test_what_cannot_be_averaged_says_what_to_do(layout, written, cells):
 def test_the_readme_says_what_these_checks_found(cells, request):
     missing = [x.name for x in LAYOUTS if any((x.name, c) not in cells for c in COLUMNS)]
     if missing:
-        pytest.skip(f"not checked in this session: {', '.join(missing)}")
+        pytest.skip(f"not checked in this environment: {', '.join(missing)}")
     rows = [("", *COLUMNS), ("---",) * (1 + len(COLUMNS))]
     rows += [(x.name, *(cells[x.name, column] for column in COLUMNS)) for x in LAYOUTS]
     table = "".join(f"| {' | '.join(row)} |\n".replace("|  |", "| |") for row in rows)
