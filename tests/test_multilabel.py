@@ -12,14 +12,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from linear import assert_scored_by_hand
 from sklearn.metrics import average_precision_score, f1_score, log_loss
-from torch.utils.data import TensorDataset
 from waiting import NoWaiting
 
-from ckptavg import evaluate
-from ckptavg.candidates import Candidate
 from ckptavg.errors import EvaluationError
-from ckptavg.formats import open_checkpoint
 from ckptavg.tasks import multilabel
 from ckptavg.tasks.multilabel import MultiLabel
 
@@ -223,35 +220,7 @@ def test_pairs_compare_the_nll():
 
 
 def test_checkpoints_are_compared_and_their_ensemble_is_scored(tmp_path):
-    torch.manual_seed(0)
-    x, model, states = torch.randn(60, 4), torch.nn.Linear(4, 3), []
-    targets = (x @ torch.randn(4, 3) > 0.5).long()
-    for number in range(3):
-        model.reset_parameters()
-        states.append({k: v.clone() for k, v in model.state_dict().items()})
-        torch.save(states[-1], tmp_path / f"epoch_{number}.pt")
-    opened = [open_checkpoint(tmp_path / f"epoch_{number}.pt") for number in range(3)]
-    last = Candidate.of_checkpoint(opened[-1], last=True)
-    found = evaluate(
-        [opened[0], last, Candidate.of_ensemble(opened)],
-        model,
-        TensorDataset(x, targets),
-        task=TASK,
-        batch_size=16,
-    )
-    outputs = [x @ state["weight"].T + state["bias"] for state in states]
-    for result, expected in zip(found, (outputs[0], outputs[2]), strict=False):
-        assert result.metrics == pytest.approx(compute(expected, targets), rel=1e-5)
-    mean = TASK.mean()
-    for output in outputs:
-        mean.add(TASK.predict(output, targets), targets)
-    scores = TASK.scores()
-    scores.update(mean.value(), targets)
-    assert found[2].metrics == pytest.approx(scores.compute(), rel=1e-5)
-    versus = found[0].versus
-    difference = found[0].metrics["nll"] - found[1].metrics["nll"]
-    assert (versus.metric, versus.reference) == ("nll", "epoch_2.pt")
-    assert versus.difference.value == pytest.approx(difference, rel=1e-9)
+    assert_scored_by_hand(tmp_path, TASK, lambda values: (values > 0.5).long(), compute, "nll")
 
 
 # Data and models that do not fit

@@ -10,14 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from linear import assert_scored_by_hand
 from sklearn.metrics import mean_absolute_error, mean_squared_error, r2_score
-from torch.utils.data import TensorDataset
 from waiting import NoWaiting
 
-from ckptavg import evaluate
-from ckptavg.candidates import Candidate
 from ckptavg.errors import EvaluationError
-from ckptavg.formats import open_checkpoint
 from ckptavg.tasks.regression import Regression
 
 TASK = Regression()
@@ -180,35 +177,7 @@ def test_pairs_compare_the_mean_squared_error():
 
 
 def test_checkpoints_are_compared_and_their_ensemble_is_scored(tmp_path):
-    torch.manual_seed(0)
-    x, model, states = torch.randn(60, 4), torch.nn.Linear(4, 3), []
-    targets = x @ torch.randn(4, 3)
-    for number in range(3):
-        model.reset_parameters()
-        states.append({k: v.clone() for k, v in model.state_dict().items()})
-        torch.save(states[-1], tmp_path / f"epoch_{number}.pt")
-    opened = [open_checkpoint(tmp_path / f"epoch_{number}.pt") for number in range(3)]
-    last = Candidate.of_checkpoint(opened[-1], last=True)
-    found = evaluate(
-        [opened[0], last, Candidate.of_ensemble(opened)],
-        model,
-        TensorDataset(x, targets),
-        task=TASK,
-        batch_size=16,
-    )
-    outputs = [x @ state["weight"].T + state["bias"] for state in states]
-    for result, expected in zip(found, (outputs[0], outputs[2]), strict=False):
-        assert result.metrics == pytest.approx(compute(expected, targets), rel=1e-5)
-    mean = TASK.mean()
-    for output in outputs:
-        mean.add(TASK.predict(output, targets), targets)
-    scores = TASK.scores()
-    scores.update(mean.value(), targets)
-    assert found[2].metrics == pytest.approx(scores.compute(), rel=1e-5)
-    versus = found[0].versus
-    difference = found[0].metrics["mse"] - found[1].metrics["mse"]
-    assert (versus.metric, versus.reference) == ("mse", "epoch_2.pt")
-    assert versus.difference.value == pytest.approx(difference, rel=1e-9)
+    assert_scored_by_hand(tmp_path, TASK, lambda values: values, compute, "mse")
 
 
 # Data and models that do not fit
