@@ -27,10 +27,11 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils.data import Dataset
 
+from ckptavg import heap
 from ckptavg.batches import Batches, Forward, call, size_of
 from ckptavg.channels import Channels
 from ckptavg.errors import BatchNormError, first_few
-from ckptavg.loaders import Progress, Subset, counted, moved, open_loader
+from ckptavg.loaders import Progress, Subset, as_subset, counted, moved, open_loader
 from ckptavg.loading import undistributed
 from ckptavg.moments import TOLERANCE, Doubt, KernelMoments, Landing, Moments
 from ckptavg.processes import Alone, Peers, peers_of_group
@@ -68,7 +69,7 @@ def update_bn(
     batch_size: int = 128,
     workers: int = 0,
     seed: int = 0,
-    samples: int | None = None,
+    samples: int | Subset | None = None,
     progress: Progress | None = None,
 ) -> BatchNormResult:
     """Recompute a model's BatchNorm statistics in one pass over data.
@@ -97,7 +98,8 @@ def update_bn(
         batch_size: Of a Dataset.
         workers: Processes that load a Dataset.
         seed: Of a Dataset's order.
-        samples: How many samples of the data, drawn at random; all of them where None.
+        samples: How many samples of the data, drawn at random, or a ``ckptavg.loaders.Subset``,
+            which may be stratified; all of them where None.
         progress: Called with the samples done and their total.
 
     Raises:
@@ -106,10 +108,10 @@ def update_bn(
     """
     runtime = Runtime.on(device, model, amp=amp, batch_size=batch_size, workers=workers, seed=seed)
     peers = peers_of_group()
-    subset = None if samples is None else Subset(samples)
-    loader = open_loader(data, runtime, shuffle=True, subset=subset, peers=peers)
+    loader = open_loader(data, runtime, shuffle=True, subset=as_subset(samples), peers=peers)
     batches = counted(loader, progress or (lambda *_: None), peers)
-    return recompute([model], batches, runtime, forward, exclude, peers)[0]
+    with heap.kept(runtime.device):
+        return recompute([model], batches, runtime, forward, exclude, peers)[0]
 
 
 def recompute(

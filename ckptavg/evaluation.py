@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from ckptavg import lora, networks
+from ckptavg import heap, lora, networks
 from ckptavg.batches import Batches, Forward, bytes_of, tensors_of
 from ckptavg.batchnorm import recompute, tracked_layers
 from ckptavg.candidates import Candidate, reference_of
@@ -29,7 +29,7 @@ from ckptavg.channels import Channels
 from ckptavg.errors import EvaluationError, UsageError
 from ckptavg.evidence import compare
 from ckptavg.formats import Checkpoint
-from ckptavg.loaders import Subset, counted, moved, open_loader, rereadable
+from ckptavg.loaders import Subset, as_subset, counted, moved, open_loader, rereadable
 from ckptavg.loading import undistributed
 from ckptavg.networks import Network, Networks
 from ckptavg.passes import Together, run_passes, say
@@ -58,7 +58,7 @@ def evaluate(
     batch_size: int | None = None,
     workers: int = 0,
     seed: int = 0,
-    bn_samples: int | None = None,
+    bn_samples: int | Subset | None = None,
     keep_nonfinite: bool = False,
     progress: Progress | None = None,
 ) -> list[Result]:
@@ -82,7 +82,7 @@ def evaluate(
         workers: Processes that load a Dataset.
         seed: Of the training data's order.
         bn_samples: How many samples of the training data, drawn at random, the statistics are
-            recomputed from; all of them where None.
+            recomputed from, or a ``ckptavg.loaders.Subset``; all of them where None.
         keep_nonfinite: Let averages that are not finite reach the model.
         progress: Told about each phase, in samples.
 
@@ -97,7 +97,7 @@ def evaluate(
     size = batch_size or task.batch_size
     runtime = Runtime.on(device, model, amp=amp, batch_size=size, workers=workers, seed=seed)
     peers = peers_of_group()
-    subset = None if bn_samples is None else Subset(bn_samples)
+    subset = as_subset(bn_samples)
     return score(
         [c if isinstance(c, Candidate) else Candidate.of_checkpoint(c) for c in candidates],
         model,
@@ -155,7 +155,8 @@ def score(
     session.forward = forward or session.task.forward
     session.progress = progress or session.progress
     session.keep_nonfinite = keep_nonfinite
-    return session.run(data, training, on_results or (lambda _: None))
+    with heap.kept(runtime.device):
+        return session.run(data, training, on_results or (lambda _: None))
 
 
 class _Session:

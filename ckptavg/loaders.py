@@ -55,6 +55,11 @@ class Subset:
             raise UsageError(f"a subset is expected to have a sample or more but has {self.count}")
 
 
+def as_subset(samples: int | Subset | None) -> Subset | None:
+    """A subset of so many samples, drawn without regard to their classes if nothing is said."""
+    return Subset(samples) if isinstance(samples, int) else samples
+
+
 def open_loader(
     data: Batches | Dataset[Any],
     runtime: Runtime,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ckptavg import averaging, lora, outputs
+from ckptavg import averaging, heap, lora, outputs
 from ckptavg.averaging import Average
 from ckptavg.batches import Batches, Forward
 from ckptavg.batchnorm import BatchNormResult, recompute, tracked_layers
@@ -166,7 +166,8 @@ def refresh(
     for model, state_dict, origin in zip(models, weights, origins, strict=True):
         load_into(model, state_dict, origin)
     batches = counted(how.training, how.progress, how.peers)
-    results = recompute(models, batches, how.runtime, how.forward, peers=how.peers)
+    with heap.kept(how.runtime.device):
+        results = recompute(models, batches, how.runtime, how.forward, peers=how.peers)
     for model, state_dict in zip(models, weights, strict=True):
         for name, value in _statistics(model).items():
             if name in state_dict:

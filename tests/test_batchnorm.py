@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from ckptavg import update_bn
 from ckptavg.batchnorm import recompute
 from ckptavg.errors import BatchNormError, EvaluationError
+from ckptavg.loaders import Subset
 from ckptavg.runtime import Runtime
 
 WORKED = torch.tensor([0.0, 2, 4, 6, 20, 22])[:, None]
@@ -45,6 +46,17 @@ def assert_statistics(layer, values, **tolerance):
     mean, variance = moments(values)
     np.testing.assert_allclose(layer.running_mean.double().cpu(), mean, **tolerance)
     np.testing.assert_allclose(layer.running_var.double().cpu(), variance, **tolerance)
+
+
+def test_a_subset_may_be_stratified():
+    """90 samples of 0 and 10 of 1: a fifth of each has their mean exactly."""
+    data = TensorDataset(torch.tensor([[0.0]] * 90 + [[1.0]] * 10))
+    data.targets = [0] * 90 + [1] * 10
+    layer = nn.BatchNorm1d(1)
+    for seed in range(5):
+        result = update_bn(layer, data, samples=Subset(20, stratified=True), seed=seed)
+        assert result.samples == 20
+        assert_statistics(layer, np.array([[0.0]] * 18 + [[1.0]] * 2), rtol=1e-6)
 
 
 class Net(nn.Module):
@@ -460,7 +472,12 @@ INF = [*images(2), torch.full((4, 3, 4, 4), torch.inf, dtype=torch.float64)]
         (interrupted, {}, KeyboardInterrupt, "Ctrl-C"),
         (images, {"forward": fails_at_the_second_batch}, RuntimeError, "out of memory"),
         (images, {"progress": lambda: stop}, ValueError, "no more"),
-        (lambda: [*images(), normal(4, 3)], {}, ValueError, "expected 4D input"),
+        (
+            lambda: [*images(), normal(4, 3)],
+            {},
+            EvaluationError,
+            r"fails on a batch of float64 of 4 × 3: ValueError: expected 4D input",
+        ),
         (lambda: [*images(), "cat"], {}, EvaluationError, "is a str"),
         (list, {}, BatchNormError, "training data is empty"),
         (lambda: NAN, {}, BatchNormError, "inputs of the layer first are not finite"),
