@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import signal
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import commandline
 import machine
 from bench import Bench
+from commandline import Measured
 from measuring import BenchmarkError
 from parts import PARTS
-from tables import show
 
 _SPARE = 1.05
 
@@ -28,49 +27,32 @@ _SPARE = 1.05
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, measure, print; returns the exit code."""
     options = _parser().parse_args(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the data is removed
-    names = options.only or list(PARTS)
-    options.dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="ckptavg-benchmark-", dir=options.dir) as room:
-        bench = _bench(options, Path(room))
-        try:
-            check_room(bench, names)
-            about = ran_on(options.dir, bench.mergekit)
-            bench.progress(", ".join(f"{name} {value}" for name, value in about.items()))
-            tables = [table for name in names for table in PARTS[name].run(bench)]
-        except BenchmarkError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-    show(tables, about, options.rounds, options.markdown, options.json)
-    return 0
+    return commandline.run(options, lambda room: _measured(options, room))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--checkpoints", type=int, default=8, help="how many are averaged (default: 8)")
-    add("--gigabytes", type=float, default=0.94, help="of each (default: 0.94)")
-    add("--rounds", type=int, default=5, help="how often each is run (default: 5)")
-    add("--dir", type=Path, default=Path(), help="where the data goes (default: here)")
-    add("--only", action="append", choices=PARTS, help="a part; may be repeated")
-    add("--large", action="store_true", help="memory with (sparse) checkpoints of 10 GB, too")
-    add("--mergekit", default=shutil.which("mergekit-pytorch"), metavar="PROGRAM",
-        help="mergekit-pytorch (default: the one on PATH)")  # fmt: skip
-    add("--markdown", action="store_true", help="print Markdown")
-    add("--json", type=Path, metavar="FILE", help="store every round of every figure")
-    return parser
-
-
-def _bench(options: argparse.Namespace, room: Path) -> Bench:
+def _measured(options: argparse.Namespace, room: Path) -> Measured:
     bench = Bench(
         checkpoints=options.checkpoints, nbytes=int(options.gigabytes * 1e9),
         rounds=options.rounds, large=options.large, mergekit=options.mergekit,
-        room=room.resolve(), progress=lambda line: print(line, file=sys.stderr, flush=True),
+        room=room, progress=commandline.progress, pause=options.pause,
     )  # fmt: skip
     bench.outputs.mkdir()
-    return bench
+    names = options.only or list(PARTS)
+    check_room(bench, names)
+    about = ran_on(options.dir, bench.mergekit)
+    bench.progress(commandline.listed(about))
+    return [table for name in names for table in PARTS[name].run(bench)], about
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = commandline.parser(__doc__, PARTS, rounds=6)
+    add = parser.add_argument
+    add("--checkpoints", type=int, default=8, help="how many are averaged (default: 8)")
+    add("--gigabytes", type=float, default=0.94, help="of each (default: 0.94)")
+    add("--large", action="store_true", help="memory with (sparse) checkpoints of 10 GB, too")
+    add("--mergekit", default=shutil.which("mergekit-pytorch"), metavar="PROGRAM",
+        help="mergekit-pytorch (default: the one on PATH)")  # fmt: skip
+    return parser
 
 
 def check_room(bench: Bench, names: Sequence[str]) -> None:

@@ -33,11 +33,13 @@ class Workplace:
         rounds: How often everything is measured.
         room: A directory of the benchmark's own.
         progress: Told what is going on, a line each.
+        pause: Seconds before each run.
     """
 
     rounds: int
     room: Path
     progress: Callable[[str], None]
+    pause: float
 
     @property
     def outputs(self) -> Path:
@@ -105,8 +107,9 @@ class Bench(Workplace):
         """Measure in alternation, ``import torch`` too."""
         importing = Trial(IMPORT, lambda: measuring.run(commands.IMPORT_TORCH))
         return measuring.alternate(
-            [importing, *trials], rounds or self.rounds, self.outputs, prepare, self.progress
-        )
+            [importing, *trials], rounds or self.rounds, self.outputs, prepare, self.progress,
+            pause=self.pause,
+        )  # fmt: skip
 
     def floor(self, run: Path, name: str = FLOOR) -> Trial:
         """Read a run, write and fsync one output as large as one of its checkpoints."""

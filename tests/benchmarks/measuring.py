@@ -130,6 +130,7 @@ def alternate(
     prepare: Callable[[Sequence[Path]], None] = lambda _: None,
     progress: Callable[[str], None] = lambda _: None,
     uncounted: int | None = None,
+    pause: float = 0.0,
 ) -> dict[str, list[Usage]]:
     """Run every trial once a round, each other round in the opposite order.
 
@@ -149,6 +150,7 @@ def alternate(
         for trial in trials[:: -1 if number % 2 else 1]:
             os.sync()  # so that nothing is left to be written for what ran before
             prepare(trial.inputs)
+            time.sleep(pause)
             usage = trial.run()
             if number >= uncounted:
                 found[trial.name].append(usage)

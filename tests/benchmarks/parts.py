@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,6 @@ MEMORY_GOAL = 128  # MB
 GROWTH_GOAL = 1.15
 WINDOWS = 16
 PROCESSES = (1, 2, 4)
-_START, _TINY = "start-up", 10**6
 _SMALL, _LARGE = 10**8, 10**10  # bytes of a checkpoint, where memory is measured
 _KINDS = ((".safetensors", 0), (".pt", 0), ("", 8))  # of outputs: suffix, shards
 
@@ -144,39 +144,37 @@ def _memory_of_torch_files(bench: Bench, nbytes: int) -> dict[str, Cells]:
 
 
 def growth(bench: Bench) -> list[Table]:
-    """Seconds a GB of input for totals that double; all of them lie in the largest one's shards.
-
-    What the command takes for next to nothing is not counted: it does not grow.
-    """
+    """Seconds a GB of input for totals that double; all of them lie in the largest one's shards."""
     with bench.run_of(bench.checkpoints, 2 * bench.nbytes, ("sharded",)) as directory:
         runs = {n: _partial(directory, n) for n in (1, 2, 4, 8, 16)}
-        checkpoints.sparse_run(directory / "tiny", bench.checkpoints, _TINY, 1)
-        trials = [bench.ours(directory / "tiny", "", _START)]
-        for n, run in runs.items():
-            trials += [bench.floor(run, f"{FLOOR} {n}"), bench.ours(run, "", str(n))]
-        found = bench.measure(trials)
         gigabytes = {n: measuring.size(files_of(run)) / 1e9 for n, run in runs.items()}
-    rows: dict[str, Cells] = {}
-    medians: list[float] = []
-    largest = _seconds_a_gigabyte(net(found, "16", _START), gigabytes[16])
-    for n in runs:
-        ours = _seconds_a_gigabyte(net(found, str(n), _START), gigabytes[n])
-        floor = _seconds_a_gigabyte(gross(found, f"{FLOOR} {n}"), gigabytes[n])
-        rows[f"{gigabytes[n]:.3g} GB in all, against the most"] = {
-            "seconds a GB": ratio(ours, largest),
-            OURS: Figure(ours, "s/GB"),
-            FLOOR: Figure(floor, "s/GB"),
+        found = _growing(bench, list(runs.values()))
+    ours, floor = (
+        {n: [s / gigabytes[n] for s in found[kind + run.name]] for n, run in runs.items()}
+        for kind in ("", f"{FLOOR} ")
+    )
+    rows: dict[str, Cells] = {
+        f"{gigabytes[n]:.3g} GB in all, against the most": {
+            "seconds a GB": ratio(ours[n], ours[16]),
+            OURS: Figure(ours[n], "s/GB"), FLOOR: Figure(floor[n], "s/GB"),
         }
-        medians.append(statistics.median(ours))
+        for n in runs
+    }  # fmt: skip
+    medians = [statistics.median(seconds) for seconds in ours.values()]
     extremes = Figure([max(medians) / min(medians)], "×", GROWTH_GOAL)
     rows["the dearest against the cheapest, medians"] = {"seconds a GB": extremes}
-    start = {OURS: Figure(net(found, _START), "s")}
-    rows["start-up, beside the import of torch, which is not counted above"] = start
-    return [Table(f"growth, {bench.checkpoints} checkpoints, float32, warm", rows)]
+    return [Table(f"growth, {bench.checkpoints} checkpoints, float32, warm, one process", rows)]
 
 
-def _seconds_a_gigabyte(seconds: Sequence[float], gigabytes: float) -> list[float]:
-    return [value / gigabytes for value in seconds]
+def _growing(bench: Bench, runs: Sequence[Path]) -> dict[str, list[float]]:
+    """What growing.py finds."""
+    report = bench.room / "growing.json"
+    program = Path(__file__).with_name("growing.py")
+    bench.progress(f"measuring {len(runs)} sizes, {bench.rounds} rounds")
+    numbers = [str(bench.rounds), str(bench.pause)]
+    measuring.run([sys.executable, program, report, *numbers, bench.outputs, *runs])
+    found: dict[str, list[float]] = json.loads(report.read_text())
+    return found
 
 
 def _partial(directory: Path, count: int) -> Path:

@@ -112,7 +112,13 @@ def _from_files(bench: Scoring, model: str, pixels: tuple[int, int]) -> Table:
         for count in bench.candidates:
             trials += contest.trials(count)
         found = measuring.alternate(
-            trials, bench.rounds, bench.outputs, measuring.warm, bench.progress, uncounted=0
+            trials,
+            bench.rounds,
+            bench.outputs,
+            measuring.warm,
+            bench.progress,
+            uncounted=0,
+            pause=bench.pause,
         )
         once = Figure(gross(found, LOADER), "s")
         rows: dict[str, Cells] = {"decoding twice, no model": {"seconds": once}}

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 
@@ -124,23 +122,6 @@ def plain(tables: Sequence[Table]) -> str:
         rows = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
         parts.append("\n".join([rows[0], "─" * len(rows[0]), *rows[1:]]))
     return "\n\n".join(parts)
-
-
-def show(
-    tables: Sequence[Table],
-    about: dict[str, str],
-    rounds: int,
-    as_markdown: bool,
-    stored_in: Path | None,
-) -> None:
-    """Print the tables and what they were measured on, and store the figures."""
-    ran_on = ", ".join(f"{name} {value}" for name, value in about.items())
-    note = f"medians of {rounds} (least–most); {ran_on}"
-    print((markdown if as_markdown else plain)(tables), note, sep="\n\n")
-    if stored_in:
-        found = [table.as_json() for table in tables]
-        stored = {"machine": about, "rounds": rounds, "tables": found}
-        stored_in.write_text(json.dumps(stored, indent=1))
 
 
 def _goals(cells: Cells) -> str:

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import averaging  # noqa: E402
 import bench  # noqa: E402
 import checkpoints  # noqa: E402
+import growing  # noqa: E402
 import machine  # noqa: E402
 import measuring  # noqa: E402
 import parts  # noqa: E402
@@ -33,7 +34,7 @@ from tables import Figure, Table, markdown, plain  # noqa: E402
 
 from ckptavg.cli import main as ckptavg  # noqa: E402
 
-TINY = ["--checkpoints", "3", "--gigabytes", "0.004", "--rounds", "1"]
+TINY = ["--checkpoints", "3", "--gigabytes", "0.004", "--rounds", "1", "--pause", "0"]
 SCRIPT = str(Path(averaging.__file__))
 
 
@@ -79,14 +80,15 @@ def written(monkeypatch):
         if arguments[1] == str(bench.DATA):
             monkeypatch.setattr(sys, "argv", arguments[1:])
             checkpoints.main()
+        elif arguments[1].endswith("growing.py"):
+            growing.main(*arguments[2:])
         elif "ckptavg" in arguments:
             arguments = arguments[arguments.index("ckptavg") + 1 :]
             result = CliRunner().invoke(ckptavg, arguments)
             assert result.exit_code == 0, result.output
             out = Path(arguments[arguments.index("-o") + 1])
             outputs.append((out.name, measuring.size(measuring.files([out]))))
-            tiny = arguments[1].endswith("tiny")
-            return Usage(1.25 if tiny else 2.0, 300_000_000)
+            return Usage(2.0, 300_000_000)
         return Usage(1.0, 200_000_000)
 
     monkeypatch.setattr(measuring, "run", run)
@@ -132,17 +134,19 @@ def test_memory_is_that_above_the_import(written, tmp_path):
     assert all(size == pytest.approx(4e6, rel=0.05) for _, size in written)
 
 
-def test_growth_doubles_from_run_to_run(written, tmp_path):
-    rows = measured("growth", tmp_path)
-    tiny, *sizes = [size for _, size in written]
+def test_growth_is_that_of_runs_that_double(written, tmp_path):
+    *sizes, extremes = measured("growth", tmp_path).items()
     assert len(sizes) == 5
-    assert tiny == pytest.approx(1e6, rel=0.05)
-    assert sizes[-1] == pytest.approx(8e6, rel=0.05)
-    for less, more in itertools.pairwise(sizes):
+    gigabytes = [float(name.split(" GB")[0]) for name, _ in sizes]
+    assert gigabytes[-1] == pytest.approx(0.024, rel=0.05)  # twice that of three checkpoints
+    for less, more in itertools.pairwise(gigabytes):
         assert more / less == pytest.approx(2, rel=0.15)
-    *_, last, start = rows.values()
-    assert last["seconds a GB"]["median"] == pytest.approx(16, rel=0.15)  # 0.75 s each, here
-    assert start["ckptavg"]["median"] == 0.25
+    for amount, (_, row) in zip(gigabytes, sizes, strict=True):
+        assert row["floor"]["median"] == pytest.approx(0.5 / amount, rel=0.01)  # 0.5 s each, here
+        assert row["ckptavg"]["median"] > 0
+    medians = [row["ckptavg"]["median"] for _, row in sizes]
+    dearest = extremes[1]["seconds a GB"]["median"]
+    assert dearest == pytest.approx(max(medians) / min(medians))
 
 
 def test_many_are_held_against_as_many_runs_and_against_one(written, tmp_path):
@@ -155,6 +159,7 @@ def test_many_are_held_against_as_many_runs_and_against_one(written, tmp_path):
 SMALL = [
     "--model", "shufflenet_v2_x0_5", "--crop", "64", "--pixels", "96x80", "--images", "8",
     "--checkpoints", "2", "--candidates", "2", "--workers", "0", "--device", "cpu",
+    "--pause", "0",
 ]  # fmt: skip
 SCORING = str(Path(scoring.__file__))
 
