@@ -389,6 +389,17 @@ def load(checkpoint: Checkpoint) -> StateDict:
     return sink.state_dict
 
 
+def alone(checkpoint: Checkpoint) -> Average:
+    """One checkpoint as the average of itself: its own values, from a read it shares with others.
+
+    Raises:
+        UnsupportedTensorError: A tensor has no plain bytes.
+    """
+    plan = copy_plan(checkpoint)
+    tensors = (replace(t, averaged=t.dtype.kind in ("float", "complex")) for t in plan.tensors)
+    return Average(replace(plan, tensors=tuple(tensors)), schemes.parse("uniform"))
+
+
 def _compute(
     averages: Sequence[Average],
     sinks: Sequence[Sink],

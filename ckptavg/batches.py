@@ -100,6 +100,15 @@ def call_on_inputs(model: nn.Module, inputs: Any) -> Any:
     )
 
 
+def described(value: Any) -> str:
+    """Types and shapes of the tensors in a batch: ``float32 of 8 × 3 × 224 × 224``."""
+    found = [
+        f"{str(t.dtype).removeprefix('torch.')} of {' × '.join(map(str, t.shape)) or 'one value'}"
+        for t in tensors_of(value)
+    ]
+    return first_few(found) if found else f"a {type(value).__name__}"
+
+
 def split_labels(batch: Any) -> tuple[Any, torch.Tensor]:
     """A batch as inputs and labels: (inputs, labels), or a dict with a known label key.
 

@@ -10,7 +10,9 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from ckptavg.batches import to_device
+from ckptavg.batches import described, to_device
+from ckptavg.errors import CkptavgError, EvaluationError
+from ckptavg.runtime import is_out_of_memory
 
 log = logging.getLogger("ckptavg")
 T = TypeVar("T")
@@ -62,7 +64,24 @@ class Channels:
             attempt: Does it; may fail half way and be called again.
             model: As ``place`` left it.
             batch: As ``arrange`` gave it.
+
+        Raises:
+            EvaluationError: The model fails on the batch.
         """
+        try:
+            return self._in_either_format(attempt, model, batch)
+        except CkptavgError:
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            raise EvaluationError(
+                f"the model fails on a batch of {described(batch)}: "
+                f"{type(error).__name__}: {error}",
+                "Check that the data gives what the model takes.",
+            ) from error
+
+    def _in_either_format(self, attempt: Callable[[Any], T], model: nn.Module, batch: Any) -> T:
         try:
             return attempt(batch)
         except RuntimeError as error:

@@ -34,6 +34,12 @@ def split_spec(spec: str, expected: str) -> tuple[str, str]:
     return kind, name
 
 
+def file_of(spec: str) -> Path | None:
+    """The file that a specification names, of Python, text or tokens; None if it names no file."""
+    kind, _, name = spec.rpartition(":") if ".py:" in spec else spec.partition(":")
+    return next((Path(part) for part in (kind, name) if Path(part).is_file()), None)
+
+
 def find_factory(home: str, name: str) -> Callable[..., Any]:
     """What ``package.module:name`` or ``path/file.py:name`` names.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -99,7 +100,7 @@ class Networks:
 def load(
     group: Sequence[Network], template: nn.Module, runtime: Runtime, *, keep_nonfinite: bool = False
 ) -> None:
-    """Give each network of a group its model: all averages among them from one read.
+    """Give each network of a group its model: where there are averages, all from one read.
 
     Args:
         group: The networks.
@@ -110,22 +111,25 @@ def load(
     Raises:
         ModelError: Weights do not fit.
     """
-    averages = {id(n.source): n.source for n in group if isinstance(n.source, Average)}
-    made = (
-        averaging.in_memory_many([*averages.values()], keep_nonfinite=keep_nonfinite, stale=False)
-        if averages
-        else []
-    )
-    weights = dict(zip(averages, made, strict=True))
-    del made
-    left = [id(network.source) for network in group]
+    weights = _read_together(group, keep_nonfinite=keep_nonfinite)
+    left = Counter(id(network.source) for network in group)
     for network in group:
-        left.remove(place := id(network.source))
-        if isinstance(network.source, Average):
-            found = weights[place] if place in left else weights.pop(place)
-        else:
+        left[place := id(network.source)] -= 1
+        if isinstance(network.source, Checkpoint) and place not in weights:
             found = averaging.load(network.source)
+        else:
+            found = weights[place] if left[place] else weights.pop(place)
         network.model = _placed(template, found, network.name, runtime)
+
+
+def _read_together(group: Sequence[Network], *, keep_nonfinite: bool) -> dict[int, StateDict]:
+    """The weights of a group with averages, by source; none without: those are read in turn."""
+    sources = {id(network.source): network.source for network in group}
+    if not any(isinstance(source, Average) for source in sources.values()):
+        return {}
+    planned = [s if isinstance(s, Average) else averaging.alone(s) for s in sources.values()]
+    made = averaging.in_memory_many(planned, keep_nonfinite=keep_nonfinite, stale=False)
+    return dict(zip(sources, made, strict=True))
 
 
 def _placed(template: nn.Module, weights: StateDict, name: str, runtime: Runtime) -> nn.Module:

@@ -314,6 +314,20 @@ def test_a_changed_base_is_scored_again(home: Path, scored: list[str]) -> None:
     assert scored == ["epoch_4.pt (last)", "average of 2 (uniform)"]
 
 
+@pytest.mark.parametrize(("changed", "again"), [("net.py", 3), ("own.py", 3), ("train.py", 0)])
+def test_what_a_changed_file_of_python_gives_is_scored_again(
+    home: Path, scored: list[str], changed: str, again: int
+) -> None:
+    paths = [f"run/epoch_{i}.pt" for i in (1, 2, 3)]
+    command = ["eval", *paths, *MODEL, *DATA, "--task", "own.py:Transposed", "--results", "r.json"]
+    found(*command)
+    scored.clear()
+    Path(changed).touch()
+    os.utime(changed, ns=(0, 0))
+    found(*command, "--resume")
+    assert len(scored) == again
+
+
 def test_another_reference_is_another_comparison(home: Path, scored: list[str]) -> None:
     paths = [f"run/epoch_{i}.pt" for i in (1, 2, 3)]
     found("eval", *paths, *MODEL, *DATA, "--results", "r.json")

@@ -282,7 +282,7 @@ def test_memory_for_not_even_one_model_is_an_error_of_one_line(scarce, candidate
 
 @STAGES
 def test_any_other_error_of_a_model_comes_through(scarce, candidates, stage):
-    with pytest.raises(RuntimeError, match="mine alone"):
+    with pytest.raises((EvaluationError, RuntimeError), match="mine alone"):
         run(candidates, scarce(1, stage, lambda: RuntimeError("mine alone")))
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ckptavg import open_checkpoint
-from ckptavg.averaging import Average, in_memory, plan_average
+from ckptavg.averaging import Average, alone, in_memory, in_memory_many, plan_average
 from ckptavg.candidates import Candidate
 from ckptavg.errors import ModelError
 from ckptavg.networks import Networks, load, release
@@ -176,6 +176,30 @@ def test_the_averages_of_a_group_come_from_one_read(monkeypatch, checkpoints):
     loaded(candidates)
     weights = sum(tensor.nbytes for tensor in STATES[0].values())
     assert read == {str(c.path): weights for c in checkpoints[:6]}
+
+
+def test_checkpoints_beside_averages_come_from_the_same_read(monkeypatch, checkpoints):
+    read = counted_reads(monkeypatch)
+    members = [single(checkpoints, 1), ensemble(checkpoints, [2, 3])]
+    group = loaded([average(checkpoints, range(4)), *members])
+    weights = sum(tensor.nbytes for tensor in STATES[0].values())
+    assert read == {str(c.path): weights for c in checkpoints[:4]}
+    for network, state in zip(group[1:], STATES[1:4], strict=True):
+        assert all(same_bits(v, state[k]) for k, v in network.model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.complex64])
+def test_a_checkpoint_beside_averages_keeps_its_bits(tmp_path, dtype):
+    odd = torch.tensor([-0.0, 0.0, 1e-40, 65504.0, float("inf"), -float("inf"), 1 / 3]).to(dtype)
+    states = [
+        {"odd": odd * sign, "mask": torch.tensor([False, True]), "tracked": torch.tensor(number)}
+        for number, sign in enumerate((1, -1))
+    ]
+    run = opened(tmp_path, states)
+    found = in_memory_many([plan_average(run[1:]), *map(alone, run)])
+    for state, weights in zip([states[1], *states], found, strict=True):
+        assert state.keys() == weights.keys()
+        assert all(same_bits(weights[name], value) for name, value in state.items())
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import EvaluationError
+from ckptavg.factories import file_of
 from ckptavg.processes import Processes, own_rank
 from ckptavg.report import write_results
 
@@ -24,6 +25,7 @@ _DECISIVE = (
 )  # fmt: skip
 _OF_AVERAGES = ("include", "exclude", "base", "dtype", "on_nonfinite")
 _OF_STATISTICS = ("train_data", "train_data_arg", "bn_samples")
+_SPECIFICATIONS = ("model_spec", "data", "task", "train_data")
 
 
 class Keeper:
@@ -105,7 +107,7 @@ def keys_of(
 def _decisive(candidate: Candidate, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What a candidate's scores follow from: its weights, the data, the options.
 
-    Files count by path, size and time; the data by its name alone.
+    Files count by path, size and time, those of Python too; a directory of data by its name alone.
     """
     names = [*_DECISIVE]
     names += _OF_AVERAGES if candidate.average is not None else ()
@@ -115,9 +117,11 @@ def _decisive(candidate: Candidate, settings: Mapping[str, Any]) -> dict[str, An
         (str(c.path.resolve()), c.key, c.size, [stamp.mtime_ns for stamp in c.files])
         for c in (candidate.checkpoints if planned is None else planned.plan.inputs)
     ]
+    named = [settings[name] for name in _SPECIFICATIONS if name in names and settings.get(name)]
     return {
         "kind": candidate.kind,
         "files": files,
+        "sources": [(f.stat().st_size, f.stat().st_mtime_ns) for f in map(file_of, named) if f],
         "coefficients": candidate.coefficients,
         "options": {name: settings.get(name) for name in names},
     }
