@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import importlib.util
@@ -37,7 +38,10 @@ def split_spec(spec: str, expected: str) -> tuple[str, str]:
 def file_of(spec: str) -> Path | None:
     """The file that a specification names, of Python, text or tokens; None if it names no file."""
     kind, _, name = spec.rpartition(":") if ".py:" in spec else spec.partition(":")
-    return next((Path(part) for part in (kind, name) if Path(part).is_file()), None)
+    named = Path(kind if kind.endswith(".py") else name)
+    with contextlib.suppress(OSError):  # too long for a file's name, for instance
+        return named if named.is_file() else None
+    return None
 
 
 def find_factory(home: str, name: str) -> Callable[..., Any]:

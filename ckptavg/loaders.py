@@ -57,7 +57,7 @@ class Subset:
 
 def as_subset(samples: int | Subset | None) -> Subset | None:
     """A subset of so many samples, drawn without regard to their classes if nothing is said."""
-    return Subset(samples) if isinstance(samples, int) else samples
+    return samples if samples is None or isinstance(samples, Subset) else Subset(samples)
 
 
 def open_loader(

@@ -30,7 +30,7 @@ from torch import nn
 def model(classes=3):
     return nn.Sequential(nn.Flatten(), nn.Linear(8, 4), nn.BatchNorm1d(4), nn.Linear(4, classes))
 
-def data(n=40, seed=0):
+def data(n=40, seed=0, how=None):
     g = torch.Generator().manual_seed(seed)
     found = torch.utils.data.TensorDataset(
         torch.randn(n, 8, generator=g), torch.randint(0, 3, (n,), generator=g))
@@ -314,12 +314,16 @@ def test_a_changed_base_is_scored_again(home: Path, scored: list[str]) -> None:
     assert scored == ["epoch_4.pt (last)", "average of 2 (uniform)"]
 
 
-@pytest.mark.parametrize(("changed", "again"), [("net.py", 3), ("own.py", 3), ("train.py", 0)])
+@pytest.mark.parametrize(
+    ("changed", "again"), [("net.py", 3), ("own.py", 3), ("how.py", 3), ("train.py", 0)]
+)
 def test_what_a_changed_file_of_python_gives_is_scored_again(
     home: Path, scored: list[str], changed: str, again: int
 ) -> None:
     paths = [f"run/epoch_{i}.pt" for i in (1, 2, 3)]
-    command = ["eval", *paths, *MODEL, *DATA, "--task", "own.py:Transposed", "--results", "r.json"]
+    Path("how.py").touch()
+    command = ["eval", *paths, *MODEL, *DATA, "--data-arg", "how=how.py:fn"]
+    command += ["--task", "own.py:Transposed", "--results", "r.json"]
     found(*command)
     scored.clear()
     Path(changed).touch()

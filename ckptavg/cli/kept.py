@@ -26,6 +26,7 @@ _DECISIVE = (
 _OF_AVERAGES = ("include", "exclude", "base", "dtype", "on_nonfinite")
 _OF_STATISTICS = ("train_data", "train_data_arg", "bn_samples")
 _SPECIFICATIONS = ("model_spec", "data", "task", "train_data")
+_ARGUMENTS = ("data_arg", "train_data_arg")  # which may name a transform
 
 
 class Keeper:
@@ -118,6 +119,8 @@ def _decisive(candidate: Candidate, settings: Mapping[str, Any]) -> dict[str, An
         for c in (candidate.checkpoints if planned is None else planned.plan.inputs)
     ]
     named = [settings[name] for name in _SPECIFICATIONS if name in names and settings.get(name)]
+    pairs = [pair for name in _ARGUMENTS if name in names for pair in settings.get(name) or ()]
+    named += [pair.partition("=")[2] for pair in pairs]
     return {
         "kind": candidate.kind,
         "files": files,
