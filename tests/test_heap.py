@@ -1,6 +1,13 @@
-"""Memory that models on a CPU run in."""
+"""Memory that models on a CPU run in, as a process of its own sees it.
 
-import resource
+Of its own, since a process whose memory was once exhausted gets large blocks in another way.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,25 +15,20 @@ from torch import nn
 
 from ckptavg import evaluate, heap, update_bn
 
-pytestmark = pytest.mark.skipif(
-    heap._glibc() is None, reason="only glibc's malloc is told what to keep"
-)
 CPU = torch.device("cpu")
 ELEMENTS = 1 << 24  # 64 MB: more than malloc ever keeps by itself
-PAGES = ELEMENTS * 4 // resource.getpagesize()
-
-
-def faults():
-    """Pages that this process was given so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+PAGES = ELEMENTS * 4 // 4096
 
 
 def faults_of(work, times):
+    """New pages that each of several calls took."""
+    import resource  # noqa: PLC0415 - not on Windows
+
     found = []
     for _ in range(times):
-        before = faults()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         work()
-        found.append(faults() - before)
+        found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     return found
 
 
@@ -34,32 +36,8 @@ def layer():
     torch.empty(ELEMENTS).fill_(1.0)
 
 
-def test_what_is_freed_is_used_again_until_the_end():
-    assert min(faults_of(layer, 3)) >= PAGES / 2  # huge pages would be fewer
-    with heap.kept(CPU):
-        assert min(faults_of(layer, 4)[1:]) < PAGES / 100  # a freed block may be parted
-    assert min(faults_of(layer, 3)) >= PAGES / 2
-
-
-def test_what_was_kept_is_given_back_at_the_end():
-    def resident():
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1])
-
-    before = resident()
-    with heap.kept(CPU):
-        parts = [torch.ones(ELEMENTS // 4) for _ in range(4)]
-        del parts
-        assert resident() - before > PAGES / 2
-    assert resident() - before < PAGES / 4
-
-
-def test_another_device_and_an_error_change_nothing():
-    with heap.kept(torch.device("cuda")):
-        assert min(faults_of(layer, 3)) >= PAGES / 2
-    with pytest.raises(ValueError), heap.kept(CPU):
-        raise ValueError
-    assert min(faults_of(layer, 3)) >= PAGES / 2
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1])
 
 
 class Wide(nn.Module):
@@ -78,15 +56,92 @@ class Wide(nn.Module):
         return Wide(self.taken)
 
 
-@pytest.mark.parametrize("stage", ["evaluate", "update_bn"])
-def test_batches_run_in_the_memory_of_those_before(tmp_path, stage):
-    taken = []
-    model = Wide(taken)
+def kept_and_given_back():
+    before = resident()
+    with heap.kept(CPU):
+        parts = [torch.ones(ELEMENTS // 4) for _ in range(4)]
+        del parts
+        kept = resident() - before
+    return [kept, resident() - before]
+
+
+def batches_of(stage, directory):
+    model = Wide(taken := [])
     batches = [(torch.randn(4, 2), torch.zeros(4, dtype=torch.int64))] * 4
     if stage == "evaluate":
-        torch.save(model.state_dict(), tmp_path / "one.pt")
-        evaluate([tmp_path / "one.pt"], model, batches, device="cpu")
+        path = Path(directory, "one.pt")
+        torch.save(model.state_dict(), path)
+        evaluate([path], model, batches, device="cpu")
     else:
         update_bn(model, batches, device="cpu")
-    assert len(taken) == 4
-    assert min(taken[1:]) < PAGES / 100  # likewise
+    return taken
+
+
+def measure(directory):
+    """What this process sees, in order."""
+    found = {"before": faults_of(layer, 3)}
+    with heap.kept(CPU):
+        found["kept"] = faults_of(layer, 4)
+    found["after"] = faults_of(layer, 3)
+    with heap.kept(torch.device("cuda")):
+        found["cuda"] = faults_of(layer, 3)
+    try:
+        with heap.kept(CPU):
+            raise ValueError
+    except ValueError:
+        found["error"] = faults_of(layer, 3)
+    found["resident"] = kept_and_given_back()
+    for stage in ("evaluate", "update_bn"):
+        found[stage] = batches_of(stage, directory)
+    return found
+
+
+def measured(directory, **environment):
+    done = subprocess.run(
+        [sys.executable, __file__, str(directory)],
+        check=False, capture_output=True, text=True, env=os.environ | environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+pytestmark = pytest.mark.skipif(
+    heap._glibc() is None, reason="only glibc's malloc is told what to keep"
+)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    return measured(tmp_path_factory.mktemp("heap"))
+
+
+def test_what_is_freed_is_used_again_until_the_end(found):
+    assert min(found["before"]) >= PAGES / 2
+    assert min(found["kept"][1:]) < PAGES / 100  # not in all: a freed block may be parted
+    assert min(found["after"]) >= PAGES / 2
+
+
+def test_another_device_and_an_error_change_nothing(found):
+    assert min(found["cuda"]) >= PAGES / 2
+    assert min(found["error"]) >= PAGES / 2
+
+
+def test_what_was_kept_is_given_back_at_the_end(found):
+    kept, left = found["resident"]
+    assert kept > PAGES / 2
+    assert left < PAGES / 4
+
+
+@pytest.mark.parametrize("stage", ["evaluate", "update_bn"])
+def test_batches_run_in_the_memory_of_those_before(found, stage):
+    assert len(found[stage]) == 4
+    assert min(found[stage][1:]) < PAGES / 100
+
+
+def test_what_the_environment_asks_of_malloc_stays(tmp_path):
+    asked = measured(tmp_path, MALLOC_MMAP_THRESHOLD_="1048576")
+    assert min(asked["kept"]) >= PAGES / 2
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(sys.argv[1])))

@@ -16,7 +16,7 @@ from torch import nn
 
 from ckptavg import batchnorm, update_bn, watching
 from ckptavg.batchnorm import recompute
-from ckptavg.errors import BatchNormError
+from ckptavg.errors import BatchNormError, EvaluationError
 from ckptavg.moments import TOLERANCE, batch_moments
 from ckptavg.runtime import Runtime
 
@@ -223,7 +223,11 @@ def broken():
         (list, BatchNormError, "training data is empty"),
         (lambda: [*images([4, 3]), torch.full((4, 3, 6, 6), torch.nan)], BatchNormError, "first"),
         (lambda: [*images([4, 3]), torch.full((4, 3, 6, 6), torch.inf)], BatchNormError, "first"),
-        (lambda: [*images([4]), normal(4, 2, 6, 6)], RuntimeError, "running_mean should contain 2"),
+        (
+            lambda: [*images([4]), normal(4, 2, 6, 6)],
+            EvaluationError,
+            "running_mean should contain 2",
+        ),
     ],
     ids=["loader", "empty", "nan", "inf", "channels"],
 )
