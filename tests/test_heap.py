@@ -22,7 +22,7 @@ PAGES = ELEMENTS * 4 // 4096
 
 def faults_of(work, times):
     """New pages that each of several calls took."""
-    import resource  # noqa: PLC0415 - not on Windows
+    import resource
 
     found = []
     for _ in range(times):
