@@ -355,7 +355,7 @@ def test_integers_that_only_the_last_checkpoint_ties_are_compared_each_by_itself
 
 
 def test_progress_ends_at_the_bytes_of_the_inputs_and_never_falls(tmp_path, monkeypatch):
-    monkeypatch.setattr(stream_module, "TASK", 1)
+    monkeypatch.setattr(stream_module, "TASK", 5000)
     _, checkpoints = big_run(tmp_path)
     calls = []
     compute(checkpoints, [1.0] * 3, progress=lambda *call: calls.append(call))

@@ -390,7 +390,6 @@ class Executed:
      os.system, Unknown, [1, Unknown()], (Executed(),),
      {"only": Executed()}, argparse.Namespace(a=Unknown()), nn.ReLU(), frozenset([1]),
      types.SimpleNamespace(a=Executed())],
-    ids=str,
 )  # fmt: skip
 def test_nothing_else_goes_out(tmp_path, value):
     run_of(tmp_path / "run", lambda m, e: {"model": m.state_dict(), "it": value, "n": 1})
