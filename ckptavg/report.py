@@ -166,10 +166,21 @@ def write_results(path: Path, results: Mapping[str, Any]) -> None:
 def size_text(count: float) -> str:
     """Bytes with a decimal unit."""
     for unit in ("B", "kB", "MB", "GB"):
-        if count < _COUNT:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        if float(f"{count:.3g}") < _COUNT:
+            return f"{count:.3g} {unit}"
         count /= _COUNT
-    return f"{count:.3g} TB"
+    return f"{_three_digits(count)} TB"
+
+
+def rate_text(speed: float) -> str:
+    """Samples a second."""
+    return f"{_three_digits(speed)} samples/s"
+
+
+def _three_digits(value: float) -> str:
+    """A positive number, to three digits but without an exponent."""
+    rounded = float(f"{value:.3g}")
+    return f"{rounded:,.0f}" if rounded >= _COUNT else f"{rounded:.3g}"
 
 
 def counted(count: int, thing: str) -> str:
@@ -236,4 +247,4 @@ class _Rate(ProgressColumn):
     """Samples a second."""
 
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.3g} samples/s" if task.speed else "")
+        return Text(rate_text(task.speed) if task.speed else "")

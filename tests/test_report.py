@@ -13,7 +13,7 @@ from helpers import save
 from rich.console import Console
 
 from ckptavg.cli import main
-from ckptavg.report import Report, number_text, size_text
+from ckptavg.report import Report, number_text, rate_text, size_text
 
 
 def report(*, terminal: bool = False, **options: object) -> tuple[Report, io.StringIO, io.StringIO]:
@@ -108,11 +108,22 @@ def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
         (1000, "1 kB"),
         (4798, "4.8 kB"),
         (3.7e9, "3.7 GB"),
+        (999.4e3, "999 kB"),
+        (999.6e3, "1 MB"),
         (2e12, "2 TB"),
+        (4e15, "4,000 TB"),
     ],
 )
 def test_sizes_have_decimal_units(count: float, text: str) -> None:
     assert size_text(count) == text
+
+
+@pytest.mark.parametrize(
+    ("speed", "text"),
+    [(0.0461, "0.0461"), (3.333, "3.33"), (42.47, "42.5"), (999.7, "1,000"), (36_651.0, "36,700")],
+)
+def test_rates_have_three_digits_and_no_exponent(speed: float, text: str) -> None:
+    assert rate_text(speed) == f"{text} samples/s"
 
 
 def test_numbers_are_short_and_missing_ones_a_dash() -> None:
