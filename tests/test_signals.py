@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from click.testing import CliRunner, Result
 from helpers import listing, save, save_states
 
 from ckptavg import averaging, run
-from ckptavg.cli import main
+from ckptavg.cli import ending, main
 from ckptavg.cli.ending import Terminated, by_signals
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
@@ -168,6 +169,32 @@ def test_an_output_that_was_there_before_is_not_claimed(
     assert result.exit_code == code
     assert result.stderr.splitlines()[-1] == f"{word}: nothing was written."
     assert listing(home) == before
+
+
+@numbers
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_signal_while_a_command_ends_is_heard(home, monkeypatch, number, word, code, existing):
+    """Whether the command has done its work or failed."""
+    by_interrupts = ending.by_interrupts
+
+    @contextmanager
+    def ends_slowly(outputs):
+        try:
+            with by_interrupts(outputs):
+                yield
+        finally:
+            if outputs == []:
+                signal.raise_signal(number)
+
+    monkeypatch.setattr(ending, "by_interrupts", ends_slowly)
+    out = home / "swa.pt"
+    if existing:
+        save(out, {"w": torch.zeros(1)})
+    result = average(home, "-o", str(out))
+    assert result.exit_code == code
+    assert result.stderr.splitlines()[-1] == f"{word}."
+    assert "Aborted" not in result.stderr
+    assert out.exists()
 
 
 def test_commands_put_the_handlers_back(home):

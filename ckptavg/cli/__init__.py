@@ -18,7 +18,8 @@ class _Commands(click.Group):
     """Ends as a command does when it is told to before the command itself has begun."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        with ending.by_signals(), ending.by_interrupts([]):
+        # The first is for a signal that comes while the others come to their end.
+        with ending.by_interrupts(None), ending.by_signals(), ending.by_interrupts([]):
             return super().invoke(ctx)
 
 

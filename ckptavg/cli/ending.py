@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -55,21 +55,24 @@ def by_signals() -> Iterator[None]:
 
 
 @contextmanager
-def by_interrupts(outputs: list[str]) -> Iterator[None]:
+def by_interrupts(outputs: Sequence[str] | None) -> Iterator[None]:
     """Say in one line what a command that was told to end has left, and exit as shells expect.
 
     Args:
-        outputs: What the command was to write.
+        outputs: What the command was to write; None where that is not known.
     """
-    before = {path: _stamp(path) for path in outputs}
+    before = {path: _stamp(path) for path in outputs or ()}
     try:
         yield
     except KeyboardInterrupt as error:
-        told = isinstance(error, Terminated)
-        written = [path for path in outputs if _stamp(path) != before[path]]
-        state = f"{' and '.join(written)} had been written" if written else "nothing was written"
-        click.echo(f"{'Terminated' if told else 'Interrupted'}: {state}.", err=True)
-        raise click.exceptions.Exit(143 if told else 130) from None
+        word, code = ("Terminated", 143) if isinstance(error, Terminated) else ("Interrupted", 130)
+        click.echo(f"{word}." if outputs is None else f"{word}: {_left(before)}.", err=True)
+        raise click.exceptions.Exit(code) from None
+
+
+def _left(before: Mapping[str, object]) -> str:
+    written = [path for path, stamp in before.items() if _stamp(path) != stamp]
+    return f"{' and '.join(written)} had been written" if written else "nothing was written"
 
 
 def _stamp(path: str) -> tuple[int, ...] | None:
