@@ -136,6 +136,7 @@ def _checkpoint(path: Location, layout: str, parts: list[Part], recorded: Record
         step=recorded.epoch if recorded.step is None else recorded.step,
         notes=(*chain(*(part.notes for part in parts)), *weights.note_wrapper(bare, names)),
         beside=parts[0].beside,
+        metadata=parts[0].metadata,
     )
     _check_repeats(checkpoint)
     return checkpoint

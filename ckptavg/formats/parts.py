@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from ckptavg.errors import CheckpointError, first_few, short
@@ -38,6 +38,7 @@ class Part:
         key: Dotted path of the entry that holds the weights.
         notes: What a person should know about how it was read.
         beside: What else it holds.
+        metadata: Text of a safetensors header besides tensors and provenance, by name.
     """
 
     layout: str
@@ -49,6 +50,7 @@ class Part:
     key: str = ""
     notes: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_file(path: Location, key: str | None) -> Part:
@@ -65,8 +67,9 @@ def read_file(path: Location, key: str | None) -> Part:
 
 def _read_safetensors(path: Location, stamp: FileStamp) -> Part:
     tensors, metadata = safetensors.read_header(path, stamp.size)
-    made = _provenance(metadata)
-    return Part("safetensors", (stamp,), tensors, {}, record.from_metadata(metadata), made)
+    recorded, provenance = record.from_metadata(metadata), _provenance(metadata)
+    own = {name: text for name, text in metadata.items() if name != PROVENANCE}
+    return Part("safetensors", (stamp,), tensors, {}, recorded, provenance, metadata=own)
 
 
 def _read_torch(path: Location, stamp: FileStamp, key: str | None) -> Part:

@@ -241,6 +241,7 @@ class Checkpoint:
         beside: What else it holds, which is left out of an average.
         step: Position in training: the recorded step, else the epoch; in a run that records
             neither, the number in the name. None where there is none of these.
+        metadata: Text of the safetensors headers besides tensors and provenance, by name.
     """
 
     path: Location
@@ -255,6 +256,7 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
     step: float | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"<Checkpoint {self.path}: {len(self.tensors)} tensors, step {self.step}>"
