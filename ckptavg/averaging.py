@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ckptavg import discovery, lora, outputs, schemes
+from ckptavg import lora, outputs, schemes
 from ckptavg.blocks import StreamResult
 from ckptavg.digests import LEAF, InputDigests, OutputDigest, recorded
 from ckptavg.errors import CheckpointError, NonFiniteError, UsageError, first_few
@@ -24,6 +24,7 @@ from ckptavg.outputs import StateDict, Target
 from ckptavg.plan import Plan, Rules, TensorPlan, batchnorm_layers, copy_plan, make_plan
 from ckptavg.processes import Processes
 from ckptavg.run import Run, as_run
+from ckptavg.runs.order import refuse_two_series
 from ckptavg.schemes import Scheme
 from ckptavg.split import Split
 from ckptavg.stream import Extras, Progress, stream
@@ -140,7 +141,7 @@ def plan_average(
     """Check that a run can be averaged, without reading a tensor. Arguments as for ``average``."""
     run = as_run(run)
     for training in () if run.named else run.trainings:
-        discovery.refuse_two_series(training)
+        refuse_two_series(training)
     checkpoints = run.checkpoints
     if weights is not None and scheme != "uniform":
         raise UsageError("a scheme and weights exclude each other: give one of them")

@@ -7,10 +7,10 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from ckptavg import discovery
 from ckptavg.errors import RunError, UsageError, first_few, short
 from ckptavg.formats import Checkpoint
 from ckptavg.formats.storage import Location, Named, locate
+from ckptavg.runs import find, order
 
 Picked = Sequence[Checkpoint]
 
@@ -141,11 +141,11 @@ def open_run(*paths: Named, glob: str | None = None, key: str | None = None) -> 
     """
     if not paths:
         raise UsageError("no path is given")
-    found = discovery.find([locate(path) for path in paths], glob)
+    found = find.find([locate(path) for path in paths], glob)
     trainings: list[tuple[Checkpoint, ...]] = []
     left_out, notes = list(found.left_out), list[str]()
     for members in found.groups:
-        opened = discovery.open_members(members, key)
+        opened = order.open_members(members, key)
         left_out += opened.left_out
         notes += opened.notes
         if opened.checkpoints:
@@ -154,7 +154,7 @@ def open_run(*paths: Named, glob: str | None = None, key: str | None = None) -> 
         raise RunError(
             f"no checkpoint is left in {first_few([str(path) for path in paths])}", _why(left_out)
         )
-    notes = [*discovery.tell(left_out), *notes]
+    notes = [*find.tell(left_out), *notes]
     return Run(tuple(trainings), tuple(left_out), tuple(dict.fromkeys(notes)), found.named)
 
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from helpers import names, save, save_weight
 
-from ckptavg import average, discovery, open_run
+from ckptavg import average, open_run
 from ckptavg.errors import CheckpointError, CkptavgError, RunError, UsageError
 from ckptavg.run import as_run
+from ckptavg.runs import order
 
 
 def numbered(directory, count, **beside):
@@ -747,7 +748,7 @@ def test_a_refreshed_checkpoint_keeps_its_place_in_a_run(tmp_path):
 def test_many_checkpoints_are_compared_in_linear_time(tmp_path, monkeypatch):
     numbered(tmp_path, 60)
     calls = []
-    monkeypatch.setattr(discovery, "same_weights", lambda *_: calls.append(1) is not None)
+    monkeypatch.setattr(order, "same_weights", lambda *_: calls.append(1) is not None)
     open_run(tmp_path)
     assert len(calls) < 60
 

@@ -1,0 +1,1 @@
+"""A directory → an ordered run of checkpoints without repeats."""
