@@ -20,10 +20,10 @@ from ckptavg.averaging import (
 from ckptavg.errors import OutputError, UsageError, short
 from ckptavg.formats import Checkpoint, storage
 from ckptavg.formats.layout import FILE_LAYOUTS, has_suffix
-from ckptavg.formats.publish import unwritable
 from ckptavg.outputs import StateDict
 from ckptavg.run import Run, as_run
 from ckptavg.stream import Progress
+from ckptavg.system_errors import unwritable
 
 
 def average_many(

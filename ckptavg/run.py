@@ -11,6 +11,7 @@ from ckptavg.errors import RunError, UsageError, first_few, short
 from ckptavg.formats import Checkpoint
 from ckptavg.formats.storage import Location, Named, locate
 from ckptavg.runs import find, order
+from ckptavg.system_errors import guard_reads
 
 Picked = Sequence[Checkpoint]
 
@@ -141,7 +142,8 @@ def open_run(*paths: Named, glob: str | None = None, key: str | None = None) -> 
     """
     if not paths:
         raise UsageError("no path is given")
-    found = find.find([locate(path) for path in paths], glob)
+    with guard_reads(first_few([str(path) for path in paths])):
+        found = find.find([locate(path) for path in paths], glob)
     trainings: list[tuple[Checkpoint, ...]] = []
     left_out, notes = list(found.left_out), list[str]()
     for members in found.groups:

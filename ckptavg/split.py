@@ -25,13 +25,13 @@ from ckptavg import outputs
 from ckptavg.digests import Leaves
 from ckptavg.errors import OutputError, PeerError, ProcessesError
 from ckptavg.formats.output import Layout, OutputTensor
-from ckptavg.formats.publish import unwritable
 from ckptavg.formats.writing import FileSink
 from ckptavg.groups import Job
 from ckptavg.outputs import Target
 from ckptavg.plan import Plan, TensorPlan
 from ckptavg.processes import Processes
 from ckptavg.stream import Extras, Progress, Streamed, default_threads, stream
+from ckptavg.system_errors import unwritable
 from ckptavg.version import __version__
 
 log = logging.getLogger("ckptavg")

@@ -13,6 +13,7 @@ import click
 
 from ckptavg.cli import ending, ranks
 from ckptavg.errors import CkptavgError, UsageError
+from ckptavg.system_errors import unreadable
 
 if TYPE_CHECKING:
     from ckptavg.averaging import Average
@@ -291,10 +292,17 @@ def _errors_in_one_line(debug: bool) -> Iterator[None]:
         raise Failure(error) from error
     except (click.ClickException, click.exceptions.Exit, BrokenPipeError):
         raise  # click's own, and a reader such as `head` that has seen enough
-    except Exception as error:  # out of the user's model or data, or a mistake of ours
+    except Exception as error:
         if debug:
             raise
-        raise Failure(CkptavgError(f"{type(error).__name__}: {error}", _WHERE)) from error
+        raise Failure(_as_ours(error)) from error
+
+
+def _as_ours(error: Exception) -> CkptavgError:
+    """The error for one out of the user's model or data, or a mistake of ours."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return unreadable(error.filename, error)
+    return CkptavgError(f"{type(error).__name__}: {error}", _WHERE)
 
 
 def selected(

@@ -7,7 +7,6 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from ckptavg.errors import CheckpointError
 from ckptavg.formats import storage, torch_zip
 from ckptavg.formats.table import Checkpoint, Piece, Tensor
 
@@ -131,10 +130,7 @@ def _same_bytes(pairs: Iterable[tuple[_Range, _Range]], limit: int | None) -> bo
 
 def _blocks(part: _Range, limit: int | None) -> Iterator[bytes]:
     size = part.size if limit is None else min(part.size, limit)
-    try:
-        with storage.open_binary(part.file) as file:
-            file.seek(part.start)
-            for done in range(0, size, _BLOCK):
-                yield file.read(min(_BLOCK, size - done))
-    except OSError as error:
-        raise CheckpointError(f"{part.file} cannot be read: {error.strerror}") from error
+    with storage.open_binary(part.file) as file:
+        file.seek(part.start)
+        for done in range(0, size, _BLOCK):
+            yield file.read(min(_BLOCK, size - done))

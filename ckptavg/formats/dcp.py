@@ -22,6 +22,7 @@ from ckptavg.formats.record import TRAINING_STATE
 from ckptavg.formats.storage import Location
 from ckptavg.formats.table import DTYPES, DType, FileStamp, Piece, Tensor
 from ckptavg.formats.weights import KNOWN_ENTRIES
+from ckptavg.system_errors import guard_reads
 
 METADATA = ".metadata"
 MODULE = "torch.distributed.checkpoint.metadata"
@@ -127,9 +128,9 @@ def read(directory: Location) -> Distributed:
     try:
         if stamp.size > inert_pickle.MAX_PICKLE:
             raise MalformedPickle(f"it is larger than {inert_pickle.MAX_PICKLE >> 20} MiB")
-        opened = _parse(directory, inert_pickle.loads(metadata.read_bytes()), stamp)
-    except OSError as error:
-        raise CheckpointError(f"{metadata} cannot be read: {error.strerror}") from error
+        with guard_reads(metadata):
+            content = metadata.read_bytes()
+        opened = _parse(directory, inert_pickle.loads(content), stamp)
     except MalformedPickle as error:
         raise torch_zip.damaged(metadata, str(error)) from error
     return opened

@@ -12,6 +12,7 @@ from ckptavg.formats import adapter, dcp, deepspeed, huggingface, record, storag
 from ckptavg.formats.parts import Part, read_distributed, read_file
 from ckptavg.formats.storage import Location, Named
 from ckptavg.formats.table import REFRESHED, Checkpoint, Record
+from ckptavg.system_errors import guard_reads
 
 _LONGEST_NAME = 2000  # characters
 _MOST_REPEATED, _SPARE = 8, 256 * 2**20  # times a file's size, and bytes: what its views may take
@@ -29,9 +30,10 @@ def open_checkpoint(path: Named, key: str | None = None) -> Checkpoint:
         CheckpointError: It cannot be read, is damaged, or holds no weights that can be found.
     """
     place = storage.locate(path)
-    if place.is_dir():
-        return _open_directory(place, key)
-    return _checkpoint_of(place, read_file(place, key))
+    with guard_reads(place):
+        if place.is_dir():
+            return _open_directory(place, key)
+        return _checkpoint_of(place, read_file(place, key))
 
 
 def is_checkpoint_directory(path: Location) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from ckptavg.errors import CheckpointError, first_few, short
+from ckptavg.errors import first_few, short
 from ckptavg.formats import (
     bounded_json,
     dcp,
@@ -137,11 +137,8 @@ def _is_safetensors(path: Location) -> bool:
     Raises:
         CheckpointError: The file cannot be read, or is of no known kind.
     """
-    try:
-        with storage.open_binary(path) as file:
-            start = file.read(16)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    with storage.open_binary(path) as file:
+        start = file.read(16)
     if path.suffix == ".safetensors":
         return True
     if torch_zip.looks_like(start):

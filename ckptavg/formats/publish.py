@@ -17,10 +17,10 @@ from types import TracebackType
 
 from ckptavg.errors import OutputError
 from ckptavg.formats import dcp, huggingface, is_checkpoint_directory, leftovers, renaming
+from ckptavg.system_errors import unwritable
 
 log = logging.getLogger("ckptavg")
 _TRIES = 100  # of a step that only other runs at the same moment can spoil
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)  # of directories, on some file systems
 
 
@@ -171,27 +171,6 @@ class Publication:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
-
-
-def unwritable(path: Path, error: OSError) -> OutputError:
-    """The error for an output that the system would not let us write."""
-    if error.errno in _FULL:
-        return OutputError(
-            f"the disk ran full while {path} was written",
-            "Make room (there may be a quota, too) or choose another disk with -o.",
-        )
-    if error.errno == errno.EFBIG:
-        return OutputError(
-            f"{path} is larger than its file system, or ulimit -f, lets a file be",
-            "Choose another disk with -o, or raise the limit.",
-        )
-    if error.errno == errno.ENOENT:
-        return OutputError(
-            f"{path} cannot be written: its directory or its temporary was removed meanwhile",
-            "Start again once nothing removes them.",
-        )
-    reason = error.strerror or error
-    return OutputError(f"{path} cannot be written: {reason}", "Choose another -o, or try again.")
 
 
 def _is_within(path: Path, directory: Path) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 from collections import OrderedDict
@@ -16,7 +15,8 @@ from ckptavg.errors import CheckpointError
 from ckptavg.formats.fetching import Fetched
 from ckptavg.formats.ranges import Range
 from ckptavg.formats.storage import is_url
-from ckptavg.formats.table import CHECK_IT, Piece, Tensor
+from ckptavg.formats.table import Piece, Tensor
+from ckptavg.system_errors import guard_reads
 
 try:
     import resource
@@ -133,26 +133,20 @@ class Reader:
             return
         file = self._open(path)
         done = 0
-        try:
+        with guard_reads(path):
             while done < len(out):
                 got = _read_at(file, out[done:], offset + done)
                 if not got:
                     raise _cut_short(path, offset + len(out))
                 done += got
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror}", CHECK_IT) from error
 
     def _open(self, path: str) -> BinaryIO:
         file = self._files.pop(path, None)
         if file is None:
             if len(self._files) >= self._most_open:
                 self._files.popitem(last=False)[1].close()
-            try:
+            with guard_reads(path):
                 file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by the reader
-            except OSError as error:
-                many = error.errno == errno.EMFILE
-                remedy = "Let more files be open: ulimit -n 4096." if many else CHECK_IT
-                raise CheckpointError(f"{path} cannot be read: {error.strerror}", remedy) from error
         self._files[path] = file
         return file
 

@@ -7,6 +7,7 @@ copied to the disk, and no file is asked for as a whole.
 from __future__ import annotations
 
 import fnmatch
+import io
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,7 @@ from urllib.request import url2pathname
 
 from ckptavg.errors import CheckpointError, UsageError
 from ckptavg.formats.ranges import file_system, open_ranges, read_ranges, unreadable
+from ckptavg.system_errors import guard_reads
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)(::.*)?://")
 _VERSIONS = (
@@ -223,13 +225,13 @@ def stat(place: Named) -> Stat:
     """Size and version of a file.
 
     Raises:
-        OSError: A local file is not there or may not be read.
-        CheckpointError: A remote one; or it is no file that can be read to an end.
+        CheckpointError: It is not there, may not be read, or is no file that can be read to an end.
     """
     if isinstance(place, str) and is_url(place):
         place = locate(place)
     if not isinstance(place, RemotePath):
-        info = os.stat(place)
+        with guard_reads(place):
+            info = os.stat(place)
         if not S_ISREG(info.st_mode):
             raise CheckpointError(f"{place} is not a regular file", "Name a file or a directory.")
         return Stat(info.st_size, info.st_mtime_ns, info.st_ino, info.st_dev, "")
@@ -256,15 +258,34 @@ def open_binary(place: Named) -> BinaryIO:
     """A file to read headers from: seeking is free, and reading takes few requests.
 
     Raises:
-        OSError: A local file is not there or may not be read.
-        CheckpointError: A remote one.
+        CheckpointError: It is not there or may not be read; reading on may raise this too.
     """
     if isinstance(place, str) and is_url(place):
         place = RemotePath(place)  # what was known when it was found will do
     if not isinstance(place, RemotePath):
-        return open(place, "rb")
+        with guard_reads(place):
+            return cast("BinaryIO", io.BufferedReader(_LocalFile(place)))
     found = stat(place)
     return open_ranges(place.url, found.size, found.token)
+
+
+class _LocalFile(io.FileIO):
+    """A local file whose failures are told as ours.
+
+    Parsers such as zipfile take an ``OSError`` for damage of what they read.
+    """
+
+    def readinto(self, buffer: Any) -> int | None:
+        with guard_reads(self.name):
+            return super().readinto(buffer)
+
+    def readall(self) -> bytes:
+        with guard_reads(self.name):
+            return super().readall()
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        with guard_reads(self.name):
+            return super().seek(offset, whence)
 
 
 def _is_disguised(error: FileNotFoundError) -> bool:

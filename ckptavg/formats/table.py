@@ -154,9 +154,6 @@ def whole(file: str, offset: int, dtype: DType, shape: tuple[int, ...]) -> Tenso
     return Tensor(dtype, shape, (Piece(file, offset, shape, row_major(shape), (0,) * len(shape)),))
 
 
-CHECK_IT = "Make sure that it is there and its disk is well, then try again."  # what cannot be read
-
-
 @dataclass(frozen=True, slots=True)
 class FileStamp:
     """What tells a file from a changed one: looked at on opening and again after reading.
@@ -179,10 +176,7 @@ class FileStamp:
             CheckpointError: It is not there, may not be read, or is no regular file: a pipe may
                 never end.
         """
-        try:
-            return cls(str(path), *storage.stat(path))
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror}", CHECK_IT) from error
+        return cls(str(path), *storage.stat(path))
 
     @property
     def identity(self) -> tuple[object, ...]:

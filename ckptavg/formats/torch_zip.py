@@ -112,7 +112,7 @@ def read(place: str | Location, within: tuple[int, int] | None = None) -> TorchF
             text = _content(file, made, path).decode() if made else None
     except MalformedPickle as error:
         raise damaged(path, f"its pickle is malformed: {error}") from error
-    except (*_DAMAGE, OSError) as error:
+    except _DAMAGE as error:
         raise damaged(path, _why(path, error)) from error
     base = within[0] if within else 0
 
@@ -240,7 +240,7 @@ def damaged_entries(path: str) -> list[str] | None:
             if not any(info.CRC for info in infos):
                 return None
             return [info.filename for info in infos if _crc(file, info, path) != info.CRC]
-    except (*_DAMAGE, OSError) as error:
+    except _DAMAGE as error:
         raise damaged(path, _why(path, error)) from error
 
 

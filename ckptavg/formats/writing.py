@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 
 from ckptavg.formats.output import FileLayout, Layout, OutputTensor
-from ckptavg.formats.publish import unwritable
+from ckptavg.system_errors import unwritable
 
 
 class Sink(Protocol):
