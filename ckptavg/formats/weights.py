@@ -26,7 +26,9 @@ KNOWN_ENTRIES = (
 )
 LEADING_WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 INNER_WRAPPERS = LEADING_WRAPPERS[1:]
-COUNTER = "n_averaged"  # torch's AveragedModel counts its updates beside `module.`
+# Models of averages count their updates beside `module.`: torch's AveragedModel, and mmengine's.
+TORCH_COUNTER, MMENGINE_COUNTER = "n_averaged", "steps"
+COUNTERS = (TORCH_COUNTER, MMENGINE_COUNTER)
 
 TENSORS = (TensorView, Sharded, Refused)
 Entry = Mapping[Any, Any]
@@ -38,6 +40,15 @@ _MODULE_DROPPED = (
 _AVERAGED_IN_PLACE = (
     "'state_dict' holds a running average, as Lightning's WeightAveraging keeps it; "
     "the weights as trained are under --key current_model_state"
+)
+_MMENGINE_EMA = "ema_state_dict"
+_MMENGINE_SWAPPED = (
+    "mmengine's EMAHook swaps the two on saving: 'state_dict' holds the moving average, "
+    "'ema_state_dict' the weights as trained (--key ema_state_dict)"
+)
+_MMCV_SWAPPED = (
+    "each weight NAME has another as ema_NAME beside it: mmcv's EMAHook swaps the two at the end "
+    "of an epoch, and NAME then is the moving average, ema_NAME the weight as trained"
 )
 _DEEPEST_ENTRY = 3
 _MOST_ENTRIES = 12  # that a message lists
@@ -59,7 +70,7 @@ def find_entry(path: str, tree: Any, key: str | None) -> tuple[str, Entry, list[
         CheckpointError: There is no such entry, or none that can be told to hold the weights.
     """
     if key is not None:
-        return key, _named_entry(path, tree, key), []
+        return key, _named_entry(path, tree, key), _note_swap(tree, key)
     if count_tensors(tree) == 0:
         raise NoWeightsError(f"{path} holds no tensors ({_describe(tree)})", _suggest(tree))
     if pickled_module.is_module(tree):
@@ -156,12 +167,12 @@ def bare_names(names: list[str]) -> dict[str, str]:
     """Names as a wrapper-free model has them: stored name → bare name.
 
     The wrappers that DDP, torch.compile, FSDP and activation checkpointing add are dropped in front
-    where every name bears them, repeatedly, and the latter three inside a name too. AveragedModel's
-    counter goes with its wrapper. Names that would collide are left as they are.
+    where every name bears them, repeatedly, and the latter three inside a name too. The counter of
+    an averaged model goes with its wrapper. Names that would collide are left as they are.
     """
     bare = dict(zip(names, names, strict=True))
-    while wrapper := _common_wrapper([b for b in bare.values() if b != COUNTER]):
-        bare = {name: b[len(wrapper) :] for name, b in bare.items() if b != COUNTER}
+    while wrapper := _common_wrapper([b for b in bare.values() if b not in COUNTERS]):
+        bare = {name: b[len(wrapper) :] for name, b in bare.items() if b not in COUNTERS}
     bare = {name: _without_inner(b) for name, b in bare.items()}
     if len(set(bare.values())) < len(bare) or "" in bare.values():
         return dict(zip(names, names, strict=True))
@@ -241,11 +252,33 @@ def _note_other_weights(tree: Mapping[Any, Any], chosen: str) -> list[str]:
     ]
     if count_tensors(_entry(tree, "extra_state", "ema")):  # fairseq's
         others.append("extra_state.ema")
-    notes = [_AVERAGED_IN_PLACE] if chosen == "state_dict" and "current_model_state" in tree else []
+    notes = _note_swap(tree, chosen)
+    if _MMENGINE_SWAPPED in notes:
+        others = [name for name in others if name != _MMENGINE_EMA]
     if others:
         shown = first_few(others)
         notes.append(f"weights are taken from {chosen!r}; {shown} also holds some (--key)")
     return notes
+
+
+def _note_swap(tree: Any, chosen: str) -> list[str]:
+    """A note where a trainer keeps a running average in the place of the weights."""
+    if not isinstance(tree, dict) or chosen not in ("state_dict", _MMENGINE_EMA):
+        return []
+    average = tree.get(_MMENGINE_EMA)
+    if isinstance(average, dict) and MMENGINE_COUNTER in average and "state_dict" in tree:
+        return [_MMENGINE_SWAPPED]
+    if chosen == "state_dict" and "current_model_state" in tree:
+        return [_AVERAGED_IN_PLACE]
+    return [_MMCV_SWAPPED] if _holds_mmcv_copies(tree.get(chosen)) else []
+
+
+def _holds_mmcv_copies(entry: Any) -> bool:
+    """Whether each copy ``ema_NAME`` has its weight beside it, named without dots in it."""
+    names = [name for name in entry if isinstance(name, str)] if isinstance(entry, dict) else []
+    copies = [name for name in names if name.startswith("ema_")]
+    known = {name.replace(".", "_") for name in names}
+    return bool(copies) and all(name.removeprefix("ema_") in known for name in copies)
 
 
 def _is_same(one: Any, other: Any) -> bool:
