@@ -14,11 +14,11 @@ from collections.abc import Callable
 from typing import Any, BinaryIO
 
 from ckptavg.formats.inert_values import (
-    KNOWN_CALLS,
     Global,
     MalformedPickle,
     Opaque,
     Storage,
+    known_call,
     name_of,
     storage_of,
 )
@@ -30,6 +30,7 @@ _LARGE_INTEGER = 60  # bits; beyond, different integers can be made to have one 
 _MOST_COLLISIONS = 1000
 _MARK = object()
 _SCALARS = (str, int, float, bool, bytes, type(None))
+_FROM_TYPE = (("torch._tensor", "_rebuild_from_type_v2"), ("torch._tensor", "_rebuild_from_type"))
 _SIZED = (str, bytes, list, tuple, dict, set, frozenset)
 
 
@@ -240,10 +241,9 @@ class _Machine:
         """What a call stands for: a plain value if the function is known, else a placeholder."""
         if not isinstance(args, tuple):
             raise MalformedPickle("a call has no argument tuple")
-        name = name_of(function)
-        if name == ("torch._tensor", "_rebuild_from_type_v2") and len(args) == 4:
+        if name_of(function) in _FROM_TYPE and len(args) == 4:
             return self.call(args[0], args[2])
-        handler = KNOWN_CALLS.get(name)
+        handler = known_call(function)
         if handler is None:
             return Opaque(function, args)
         self.spend(len(args) + sum(len(a) for a in args[:1] if isinstance(a, _SIZED)))

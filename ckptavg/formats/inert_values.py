@@ -97,6 +97,16 @@ def name_of(function: Any) -> tuple[str, str]:
     return {"__builtin__": "builtins"}.get(function.module, function.module), function.name
 
 
+def known_call(function: Any) -> Callable[..., Any] | None:
+    """What stands for a call in the tree; None where the function is not understood.
+
+    Vendors move their functions between the modules of a package: of those the package counts.
+    """
+    module, name = name_of(function)
+    package = module.partition(".")[0]
+    return KNOWN_CALLS.get((module, name)) or KNOWN_CALLS.get((package, name))
+
+
 def storage_of(pid: Any) -> Storage:
     """The storage that a persistent id names.
 
@@ -199,6 +209,27 @@ def _tensor_v3(
     return _view(storage, DTYPES[name], offset, shape, stride, metadata)
 
 
+def _device_tensor(_: Keys, data: Any, dtype: Any, *_rest: Any) -> Any:
+    """A tensor from a device whose memory torch cannot reach: a copy for the CPU and its type.
+
+    Where NumPy had no such type, a bfloat16 is kept as the float32 of the same value, whose upper
+    half it is.
+    """
+    name = dtype.name if isinstance(dtype, Global) else "?"
+    if not isinstance(data, TensorView) or data.dtype.name == name:
+        return data
+    if (data.dtype.name, name) != ("float32", "bfloat16"):
+        return Refused(f"kept as {data.dtype.name} but meant as {name}")
+    stride = tuple(2 * step for step in data.stride)
+    return TensorView(data.storage, DTYPES[name], 2 * data.offset + 1, data.shape, stride)
+
+
+def _wrapper_subclass(_: Keys, cls: Any, *_rest: Any) -> Refused:
+    if name_of(cls)[1] == "DTensor":
+        return Refused("a DTensor, which is one rank's part of it")
+    return Refused(f"a tensor subclass without plain bytes, {cls}")
+
+
 def _numpy_scalar(_: Keys, dtype: Any, raw: Any = None) -> Any:
     """A NumPy number as a Python one: metrics are often recorded so."""
     code = dtype.args[0] if isinstance(dtype, Opaque) and dtype.args else None
@@ -257,8 +288,13 @@ KNOWN_CALLS: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch._utils", "_rebuild_sparse_csr_tensor"): _refuse("a sparse tensor"),
     ("torch._utils", "_rebuild_nested_tensor"): _refuse("a nested tensor"),
     ("torch._utils", "_rebuild_meta_tensor_no_storage"): _refuse("a meta tensor without data"),
-    ("torch._utils", "_rebuild_wrapper_subclass"): _refuse("a tensor subclass without plain bytes"),
-    ("torch._utils", "_rebuild_device_tensor_from_numpy"): _refuse("a tensor kept as NumPy bytes"),
+    ("torch._utils", "_rebuild_wrapper_subclass"): _wrapper_subclass,
+    ("torch._utils", "_rebuild_device_tensor_from_cpu_tensor"): _device_tensor,
+    ("torch._utils", "_rebuild_device_tensor_from_numpy"): _device_tensor,
+    ("torch._utils", "_rebuild_xla_tensor"): _device_tensor,
+    ("torch_npu", "_rebuild_npu_tensor"): _tensor_v2,
+    ("torch.nn.parameter", "UninitializedParameter"): _refuse("a lazy module's, without shape"),
+    ("torch.nn.parameter", "UninitializedBuffer"): _refuse("a lazy module's, without shape"),
     ("numpy.core.multiarray", "scalar"): _numpy_scalar,
     ("numpy._core.multiarray", "scalar"): _numpy_scalar,
 }
