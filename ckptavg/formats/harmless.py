@@ -21,12 +21,17 @@ import torch
 
 from ckptavg.errors import short
 from ckptavg.formats.inert_values import Global, Opaque, Refused, TensorView, name_of
-from ckptavg.formats.record import OPTIMIZER_KEYS, TRAINING_STATE
+from ckptavg.formats.metric_names import is_metric
+from ckptavg.formats.record import OPTIMIZER_KEYS, TRAINING_STATE, holds_weights, number
 from ckptavg.formats.table import DTYPES
 
 _DEEPEST = 100  # levels; a pickler goes down by recursion
+_DEEPEST_METRIC = 4
 _SCALARS = (str, bytes, int, float, bool, type(None))
 _DROPPED = object()
+_MEASURED = object()  # dropped, as all of it was measured on the input
+_CALLBACKS = "callbacks"  # whose states Lightning keeps by their names
+_CALLBACK_SCORES = frozenset(["best_model_score", "current_score", "best_score"])
 
 
 def _namespace(cls: Callable[..., Any]) -> Callable[[Any, Any], Any]:
@@ -88,6 +93,7 @@ class Keeper:
 
     Attributes:
         dropped: Dotted names of what was not kept.
+        measured: Dotted names of metrics of the input, which are not those of the output.
     """
 
     key: str
@@ -95,6 +101,7 @@ class Keeper:
     tensor: Callable[[TensorView, bool], Any]
     replaced: Mapping[int, Any]
     dropped: list[str] = field(default_factory=list)
+    measured: list[str] = field(default_factory=list)
     _done: dict[int, tuple[Any, int]] = field(default_factory=dict)
     _reached: int = 0
 
@@ -103,19 +110,34 @@ class Keeper:
     ) -> dict[Any, Any]:
         """The entries of a dict that may go out, as far as they may."""
         kept: dict[Any, Any] = {}
+        metrics = depth < _DEEPEST_METRIC and not holds_weights(values)
         for name, value in values.items():
             where = f"{prefix}{short(name)}"
-            if isinstance(value, TensorView):
+            if metrics and self._is_measured(where, name, value):
+                part = _MEASURED
+            elif isinstance(value, TensorView):
                 part = _or_dropped(self.tensor(value, True))
             elif self._is_training(prefix, name, value):
                 part = _DROPPED
             else:
                 part = self._keep(value, where + ".", depth + 1)
-            if part is _DROPPED or not isinstance(name, (str, int, float, tuple, type(None))):
+            if part is _MEASURED:
+                self.measured.append(where)
+            elif part is _DROPPED or not isinstance(name, (str, int, float, tuple, type(None))):
                 self.dropped.append(where)
             else:
                 kept[name] = part
         return kept
+
+    def _is_measured(self, where: str, name: Any, value: Any) -> bool:
+        """Whether an entry is a metric of the input, or a callback's state that is kept by one."""
+        if not isinstance(name, str):
+            return False
+        if isinstance(value, dict):
+            place = where.removesuffix(short(name)).split(".")
+            return _CALLBACKS in place and not _CALLBACK_SCORES.isdisjoint(value)
+        scalar = isinstance(value, TensorView) and not value.shape
+        return (scalar or number(value) is not None) and is_metric(where)
 
     def _is_training(self, prefix: str, name: Any, value: Any) -> bool:
         """Whether an entry beside the weights is an optimizer's or a scheduler's state.
@@ -173,12 +195,14 @@ class Keeper:
         tensors = [v for v in value.values() if isinstance(v, (TensorView, Refused))]
         others = [t for t in tensors if isinstance(t, Refused) or self.tensor(t, False) is None]
         weights = others and 2 * len(tensors) > len(value)
-        before = len(self.dropped)
+        before, measured = len(self.dropped), len(self.measured)
         kept = {} if weights else self.entries(value, prefix, depth)
-        if value and not kept:
-            del self.dropped[before:]  # the parent names the whole
-            return _DROPPED
-        return kept
+        if not value or kept:
+            return kept
+        # the parent names the whole
+        whole = _MEASURED if len(self.measured) - measured == len(value) else _DROPPED
+        del self.dropped[before:], self.measured[measured:]
+        return whole
 
     def _object(self, value: Opaque, prefix: str, depth: int) -> Any:
         name = name_of(value.type)

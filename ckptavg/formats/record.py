@@ -244,7 +244,7 @@ def _metrics(values: Mapping[Any, Any], numbers: _Numbers | None) -> dict[str, f
     while waiting and len(found) < _MOST_METRICS and looked_at < _MOST_LOOKED_AT:
         prefix, entries = waiting.pop()
         looked_at += len(entries)
-        if prefix and _holds_weights(entries):
+        if prefix and holds_weights(entries):
             continue
         for name, value in entries.items():
             if not isinstance(name, str) or len(name) > _LONGEST_NAME:
@@ -259,5 +259,6 @@ def _metrics(values: Mapping[Any, Any], numbers: _Numbers | None) -> dict[str, f
     return found
 
 
-def _holds_weights(entries: Mapping[Any, Any]) -> bool:
+def holds_weights(entries: Mapping[Any, Any]) -> bool:
+    """Whether tensors other than numbers stand among some entries."""
     return any(isinstance(value, TensorView) and value.shape for value in entries.values())

@@ -203,6 +203,11 @@ def _own_entry(
 
 
 def _told(keeper: Keeper) -> list[str]:
-    if not keeper.dropped:
-        return []
-    return [f"not taken over from the last checkpoint: {first_few(keeper.dropped, _MOST_NAMES)}"]
+    notes: list[str] = []
+    if keeper.dropped:
+        names = first_few(keeper.dropped, _MOST_NAMES)
+        notes.append(f"not taken over from the last checkpoint: {names}")
+    if keeper.measured:
+        names = first_few(keeper.measured, _MOST_NAMES)
+        notes.append(f"measured on the last checkpoint, so not taken over: {names}")
+    return notes

@@ -21,6 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import ckptavg
 from ckptavg.formats import harmless, open_checkpoint, torch_layout
+from ckptavg.formats.metric_names import is_metric
 from ckptavg.refresh import Pass, update_checkpoint
 from ckptavg.runtime import Runtime
 
@@ -66,17 +67,17 @@ def test_the_rest_of_the_last_checkpoint_stays_beside_the_weights(tmp_path):
             "optimizer": optimizer.state_dict(),
             "lr_scheduler": {"last_epoch": epoch},
             "scaler": {"scale": 1.0},
-            "best": {"acc": torch.tensor(0.75), "at": 2},
+            "state": {"seen": torch.tensor(0.75), "at": 2},
         },
         suffix=".pth",
     )
     found = averaged(tmp_path / "run", "out.pth")
-    assert list(found) == ["model", "epoch", "args", "best", "ckptavg"]
+    assert list(found) == ["model", "epoch", "args", "state", "ckptavg"]
     assert found["epoch"] == 2
     assert found["args"] == argparse.Namespace(
         lr=0.1, path=pathlib.Path("a/b"), names=["x", ("y", None)]
     )
-    assert found["best"] == {"acc": torch.tensor(0.75), "at": 2}
+    assert found["state"] == {"seen": torch.tensor(0.75), "at": 2}
     assert list(found["model"]) == list(models[0].state_dict())
     assert holds_the_mean(found["model"], models)
     model().load_state_dict(found["model"])
@@ -457,8 +458,65 @@ def test_the_state_of_an_optimizer_does_not_go_out_whatever_it_is_called(tmp_pat
     assert set(averaged(tmp_path / "run", "out.ckpt")) == {"model", "n", "ckptavg"}
 
 
+MEASURED = {
+    "ImageNet example": {"arch": "resnet18", "best_acc1": 71.5, "loss": torch.tensor(0.5)},
+    "a dict of metrics": {"width": 8, "metrics": {"val": {"acc": 0.5, "mAP50": 0.25}, "n": 10}},
+    "some of a dict": {"meta": {"iter": 3, "hook_msgs": {"best_score": 0.5, "best_ckpt": "a.pth"}}},
+    "camel case": {"num_classes": 10, "valLoss": 0.5, "bestEpoch": 3},
+    "Lightning": {
+        "hyper_parameters": {"loss_weight": 0.5, "accuracy": 3},
+        "callbacks": {
+            "ModelCheckpoint": {"monitor": "x", "best_model_score": torch.tensor(0.5)},
+            "Other": {"seen": 7},
+        },
+    },
+}
+KEPT = {
+    "ImageNet example": {"arch": "resnet18"},
+    "a dict of metrics": {"width": 8},
+    "some of a dict": {"meta": {"iter": 3, "hook_msgs": {"best_ckpt": "a.pth"}}},
+    "camel case": {"num_classes": 10, "bestEpoch": 3},
+    "Lightning": {
+        "hyper_parameters": {"loss_weight": 0.5, "accuracy": 3},
+        "callbacks": {"Other": {"seen": 7}},
+    },
+}
+NAMED = {
+    "ImageNet example": "best_acc1, loss",
+    "a dict of metrics": "metrics",
+    "some of a dict": "meta.hook_msgs.best_score",
+    "camel case": "valLoss",
+    "Lightning": "callbacks.ModelCheckpoint",
+}
+
+
+@pytest.mark.parametrize("trainer", MEASURED)
+@pytest.mark.parametrize("suffix", [".pth", ".pt"])
+def test_metrics_of_an_input_are_no_metrics_of_the_average(tmp_path, caplog, trainer, suffix):
+    caplog.set_level("INFO", "ckptavg")
+    run_of(
+        tmp_path / "run", lambda m, e: {"model": m.state_dict(), "epoch": e, **MEASURED[trainer]}
+    )
+    found = averaged(tmp_path / "run", f"out{suffix}")
+    weights = ("model", "state_dict", "ckptavg")
+    beside = {name: value for name, value in found.items() if name not in weights}
+    assert beside == {"epoch": 2, **KEPT[trainer]}
+    assert not any(map(is_metric, open_checkpoint(tmp_path / f"out{suffix}").record.metrics))
+    notes = [r.getMessage() for r in caplog.records]
+    assert f"measured on the last checkpoint, so not taken over: {NAMED[trainer]}" in notes
+
+
+def test_a_history_and_weights_called_like_metrics_are_kept(tmp_path):
+    beside = {"val_losses": [0.5, 0.25], "log": [{"acc": 0.5}], "head": {"score": torch.ones(2)}}
+    run_of(tmp_path / "run", lambda m, e: {"model": m.state_dict(), **beside})
+    found = averaged(tmp_path / "run", "out.pth")
+    assert found["val_losses"] == [0.5, 0.25]
+    assert found["log"] == [{"acc": 0.5}]
+
+
 def keys():
-    return st.one_of(st.text(max_size=3), st.integers(), st.booleans(), st.none(), st.floats())
+    names = st.text(max_size=3).filter(lambda name: not is_metric(name))
+    return st.one_of(names, st.integers(), st.booleans(), st.none(), st.floats())
 
 
 def values():

@@ -1,0 +1,56 @@
+"""Names of numbers that were measured: a loss, an accuracy, the best of either so far."""
+
+from __future__ import annotations
+
+import re
+
+METRIC_WORDS = frozenset([
+    "acc", "accuracy", "ap", "ar", "auc", "auprc", "auroc", "bleu", "brier", "cer", "chrf",
+    "corr", "dcf", "dice", "ece", "eer", "elo", "em", "err", "error", "f1", "fid", "fitness",
+    "fwiou", "iou", "kappa", "kid", "kl", "lpips", "loss", "losses", "map", "mae", "mape",
+    "mar", "mcc", "mcd", "meteor", "metric", "metrics", "miou", "mse", "nll", "pck", "pearson",
+    "perplexity", "pesq", "ppl", "precision", "psnr", "r2", "recall", "result", "results",
+    "reward", "rmse", "rouge", "score", "scores", "sdr", "sensitivity", "sisdr", "sisnr", "snr",
+    "spearman", "specificity", "ssim", "stoi", "success", "ter", "top", "winrate", "wer",
+])  # fmt: skip
+_BEST = frozenset(["best", "monitor"])
+# Words that make a setting or a position of what stands beside them: loss_weight, best_epoch.
+_SETTING_WORDS = frozenset([
+    "alpha", "batch", "beta", "coef", "coeff", "count", "counter", "decay", "delta", "epoch",
+    "epochs", "every", "factor", "fn", "freq", "func", "function", "gamma", "hash", "idx",
+    "index", "interval", "iter", "iteration", "iterations", "k", "key", "lambda", "length",
+    "limit", "margin", "mode", "name", "num", "number", "p", "patience", "period", "power",
+    "rank", "scale", "scaler", "seed", "size", "smoothing", "std", "step", "steps",
+    "temperature", "thr", "thresh", "threshold", "type", "update", "updates", "version",
+    "weight", "weights", "weighted", "window",
+])  # fmt: skip
+# Entries that hold settings, whatever is called like a metric in them.
+_SETTINGS = frozenset([
+    "args", "cfg", "conf", "config", "ds_config", "hparams", "hyper_parameters",
+    "hyperparameters", "hyper_params", "datamodule_hyper_parameters", "kwargs", "model_args",
+    "model_config", "opt", "options", "params", "settings", "train_args",
+])  # fmt: skip
+_CHUNK = re.compile(r"[A-Za-z]+\d*")
+_CAMEL = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+
+
+def is_metric(path: str) -> bool:
+    """Whether a number under this dotted path was measured, not set.
+
+    An element of a list is none: that is a history of training, which stays true.
+    """
+    parts = path.split(".")
+    if any(part in _SETTINGS or part.isdecimal() for part in parts):
+        return False
+    if _words(parts[-1]) & _SETTING_WORDS:
+        return False
+    return any(_words(part) & (METRIC_WORDS | _BEST) for part in parts)
+
+
+def _words(name: str) -> set[str]:
+    """The words of a name, in lower case: with the digit at their end and without."""
+    words: set[str] = set()
+    for chunk in _CHUNK.findall(name):
+        words |= {chunk.lower(), chunk.rstrip("0123456789").lower()}
+        words.update(part.lower() for part in _CAMEL.findall(chunk))
+    return words
