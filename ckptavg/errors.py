@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-_LONGEST = 1200  # characters of a message
+import ckptavg.notes  # noqa: F401 - whatever logs has these errors, too
+from ckptavg.display import printable
 
 
 class CkptavgError(Exception):
@@ -87,17 +88,6 @@ class BatchNormError(CkptavgError):
 
 class EvaluationError(CkptavgError):
     """Candidates that cannot be scored on the data."""
-
-
-def printable(text: str) -> str:
-    """A text on one line of bounded length, without what could move a terminal's cursor.
-
-    Names come out of files, and files out of strange hands.
-    """
-    line = " ".join(text.split())
-    if len(line) > _LONGEST:
-        line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
 
 
 def short(name: object) -> str:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import logging
-import math
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,7 +30,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from ckptavg.errors import printable
+from ckptavg.display import printable
+from ckptavg.json_text import json_text
 
 _WIDE = 240  # columns where nothing is a terminal, so that no cell is folded
 _NAME = 40  # characters of a name that is shown whole, whatever room that leaves to numbers
@@ -110,7 +109,7 @@ class Report:
     def result(self, value: Any) -> None:
         """The result as JSON on stdout, with ``as_json``."""
         if self.as_json:
-            self._out.file.write(_json(value) + "\n")
+            self._out.file.write(json_text(value))
 
     @contextmanager
     def bytes_progress(self, what: str) -> Iterator[Any]:
@@ -136,7 +135,7 @@ class Report:
 
         def move(phase: str, done: int, total: int) -> None:
             if phase not in tasks:
-                tasks[phase] = bar.add_task(escape(phase), total=total or None)
+                tasks[phase] = bar.add_task(escape(printable(phase)), total=total or None)
             bar.update(tasks[phase], completed=done, total=total or None)
 
         with bar:
@@ -146,7 +145,7 @@ class Report:
 def write_results(path: Path, results: Mapping[str, Any]) -> None:
     """Write an evaluation's results as JSON or CSV, by the suffix."""
     if path.suffix == ".json":
-        text = _json(results) + "\n"
+        text = json_text(results)
     else:
         buffer = io.StringIO()
         rows = [_flat(candidate) for candidate in results["candidates"]]
@@ -193,21 +192,6 @@ def number_text(value: float | None) -> str:
     return "–" if value is None else f"{value:.6g}"
 
 
-def _json(value: Any) -> str:
-    return json.dumps(_strict(value), indent=2, ensure_ascii=False, allow_nan=False)
-
-
-def _strict(value: Any) -> Any:
-    """Plain values as JSON has them: what is not finite is null."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {key: _strict(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_strict(part) for part in value]
-    return value
-
-
 def _flat(candidate: Mapping[str, Any]) -> dict[str, Any]:
     """A result in a row: the comparison's figures by their names, no bins."""
     row = {
@@ -239,7 +223,7 @@ class _NoteHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         serious = record.levelno >= logging.WARNING
         word, style = ("warning", "yellow") if serious else ("note", "cyan")
-        text = Text.assemble((f"{word}: ", style), printable(record.getMessage()))
+        text = Text.assemble((f"{word}: ", style), record.getMessage())
         self._console.print(text, soft_wrap=True)
 
 

@@ -19,6 +19,7 @@ from stat import S_ISREG
 from typing import Any, BinaryIO, NamedTuple, TypeAlias, cast
 from urllib.request import url2pathname
 
+from ckptavg.display import bare_location
 from ckptavg.errors import CheckpointError, UsageError
 from ckptavg.formats.ranges import file_system, open_ranges, read_ranges, unreadable
 from ckptavg.system_errors import guard_reads
@@ -213,12 +214,8 @@ def without_secrets(name: str) -> str:
     """A name fit to be written into files: a URL without its user and what signs it."""
     if not is_url(name):
         return name
-    scheme, _, rest = name.partition("://")
-    host, slash, path = rest.partition("/")
-    user, _, bare = host.rpartition("@")
-    host = bare if ":" in user else host
-    path = path.partition("?")[0] if scheme.startswith("http") else path
-    return f"{scheme}://{host}{slash}{path}"
+    scheme, _, location = name.partition("://")
+    return f"{scheme}://{bare_location(scheme, location)}"
 
 
 def stat(place: Named) -> Stat:
