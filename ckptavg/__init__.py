@@ -3,13 +3,13 @@
 Importing this package does not import torch; using what it offers does.
 """
 
-from __future__ import annotations
-
-import importlib
-import logging
-from typing import TYPE_CHECKING, Any
+# Nothing is imported at this point, not even of the standard library: ``python -m ckptavg`` comes
+# by here while modules of the working directory, perhaps a stranger's, still go before all others.
+TYPE_CHECKING = False  # as type checkers know it
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from ckptavg.averaging import average as average
     from ckptavg.batchnorm import update_bn as update_bn
     from ckptavg.candidates import Candidate as Candidate
@@ -42,10 +42,10 @@ _HOMES = {
 
 __all__ = list(_HOMES)
 
-logging.getLogger("ckptavg").addHandler(logging.NullHandler())
 
+def __getattr__(name: str) -> "Any":
+    import importlib  # noqa: PLC0415
 
-def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"ckptavg.{_HOMES[name]}"), name)

@@ -388,6 +388,16 @@ def test_what_needs_no_torch_does_not_import_it(home: Path, args: list[str]) -> 
     assert "torch" not in imported
 
 
+def test_modules_of_the_working_directory_are_not_taken_for_others(home: Path) -> None:
+    for name in ("torch", "click", "typing", "logging", "json", "__future__", "safetensors"):
+        (home / f"{name}.py").write_text(f"raise SystemExit('a stranger: {name}')")
+    (home / "own.py").write_text((home / "net.py").read_text())
+    done = run_python("-m", "ckptavg", "average", "run", "-o", "swa.pt", "--model", "own:model",
+                      "--train-data", "own:data", cwd=home)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (home / "swa.pt").is_file()
+
+
 def test_importing_the_package_does_not_import_torch() -> None:
     code = "import sys, ckptavg; dir(ckptavg); assert 'torch' not in sys.modules"
     assert run_python("-c", code).returncode == 0
