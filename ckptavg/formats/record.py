@@ -4,22 +4,35 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
-from pathlib import PurePath
-from typing import Any
+from pathlib import PurePath, PureWindowsPath
+from typing import Any, TypeVar
 
 from ckptavg.formats import bounded_json
 from ckptavg.formats.inert_values import TensorView
 from ckptavg.formats.storage import Location
 from ckptavg.formats.table import Record
 
+Number = TypeVar("Number", int, float)
+
 STEP_NAMES = (
     "global_step", "global_steps", "step", "steps", "iter_num", "iteration", "iter", "num_updates",
-    "train_step", "current_step", "total_steps",
+    "train_step", "current_step", "total_steps", "batch_idx_train", "cur_step", "cur_iter",
+    "current_iter", "global_iter", "train_iter", "n_iter", "num_iter", "iterations", "num_steps",
+    "completed_steps", "steps_run", "num_timesteps", "timesteps",
 )  # fmt: skip
-EPOCH_NAMES = ("epoch", "epochs", "current_epoch")
+EPOCH_NAMES = (
+    "epoch", "epochs", "current_epoch", "cur_epoch", "completed_epochs", "epochs_done",
+    "epochs_run", "epoch_idx", "epoch_num",
+)  # fmt: skip
+# Entries that trainers keep their counters in, if not beside the weights.
+_CLOCKS = (
+    "meta", "trainer_state", "train_state", "training_state", "trainer", "progress",
+    "train_progress", "state", "extra_state", "reporter", "counters", "info",
+)  # fmt: skip
+_DEEPEST_CLOCK = 2
 # Entries that say where an optimization stood, which does not fit averaged weights.
 # What was chosen of an optimizer, and fairseq's account of it, say nothing of that.
 TRAINING_STATE = re.compile(
@@ -136,10 +149,15 @@ def _monitored(callbacks: Any, file_name: str, numbers: _Numbers) -> dict[str, f
             continue
         left -= len(kept)
         for path, score in kept.items():
-            if isinstance(path, str) and PurePath(path).name == file_name:
+            if isinstance(path, str) and _last_part(path) == file_name:
                 value = number(numbers.plain(score))
                 found |= {} if value is None else {str(name): float(value)}
     return found
+
+
+def _last_part(path: str) -> str:
+    """The file's name in a path of this system or of Windows, where a checkpoint may come from."""
+    return (PureWindowsPath(path) if "\\" in path else PurePath(path)).name
 
 
 def from_metadata(metadata: Mapping[str, str]) -> Record:
@@ -166,15 +184,23 @@ def from_trainer_state(path: Location) -> Record | None:
     metrics: dict[str, float] = {}
     history = state.get("log_history")
     for entry in history if isinstance(history, list) else []:
-        if not isinstance(entry, dict) or (number(entry.get("step")) or 0) > (step or math.inf):
+        logged = whole_number(entry.get("step")) if isinstance(entry, dict) else None
+        if logged is None or step is None or logged > step:
             continue
+        # A rate holds until the next one; a metric is that of the weights at its own step.
         lr = number(entry.get("learning_rate")) if "learning_rate" in entry else lr
-        metrics |= {
-            str(k): float(v)
-            for k, v in entry.items()
-            if number(v) is not None and k not in ("step", "epoch", "learning_rate")
-        }
+        if logged == step:
+            metrics |= _measured(entry)
     return Record(step, epoch, lr, metrics)
+
+
+def _measured(entry: Mapping[Any, Any]) -> dict[str, float]:
+    """The metrics in an entry of the Trainer's log."""
+    return {
+        str(name): float(value)
+        for name, value in entry.items()
+        if number(value) is not None and name not in ("step", "epoch", "learning_rate")
+    }
 
 
 def number(value: Any) -> float | None:
@@ -199,11 +225,39 @@ def whole_number(value: Any) -> int | None:
 
 def _from_mapping(values: Mapping[Any, Any], numbers: _Numbers | None = None) -> Record:
     values = {**_clock(values), **values}
-    step = next((s for n in STEP_NAMES if (s := whole_number(values.get(n))) is not None), None)
-    epoch = next((e for n in EPOCH_NAMES if (e := _finite(values.get(n))) is not None), None)
+    step, epoch = _position(values, numbers)
     if epoch is not None and epoch < 0:  # what a finished training leaves in the place of one
         epoch = None
     return Record(step, epoch, _learning_rate(values), _metrics(values, numbers))
+
+
+def _position(
+    values: Mapping[Any, Any], numbers: _Numbers | None
+) -> tuple[int | None, float | None]:
+    """Step and epoch as they stand among some values, or in what trainers keep counters in."""
+    step: int | None = None
+    epoch: float | None = None
+    level = [values]
+    for _ in range(_DEEPEST_CLOCK + 1):
+        for entries in level:
+            plain = {
+                name: numbers.plain(entries[name]) if numbers else entries[name]
+                for name in (*STEP_NAMES, *EPOCH_NAMES)
+                if name in entries
+            }
+            step = _first(whole_number, STEP_NAMES, plain) if step is None else step
+            epoch = _first(_finite, EPOCH_NAMES, plain) if epoch is None else epoch
+        inner = [entries.get(name) for entries in level for name in _CLOCKS]
+        level = [e for e in inner if isinstance(e, dict) and not OPTIMIZER_KEYS & e.keys()]
+    return step, epoch
+
+
+def _first(
+    convert: Callable[[Any], Number | None], names: Sequence[str], values: Mapping[Any, Any]
+) -> Number | None:
+    """The first of some names under which a number of a kind stands."""
+    numbers = (convert(values.get(name)) for name in names)
+    return next((value for value in numbers if value is not None), None)
 
 
 def _clock(values: Mapping[Any, Any]) -> dict[str, Any]:

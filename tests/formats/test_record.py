@@ -8,6 +8,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from ckptavg.formats import Record, open_checkpoint, record
@@ -153,8 +155,37 @@ def trainer_state(tmp_path, content) -> Record | None:
 def test_the_state_of_the_hugging_face_trainer_is_read_up_to_its_step(tmp_path):
     state = {"global_step": 100, "epoch": 1.0, "best_metric": 1.25, "log_history": HISTORY}
     assert trainer_state(tmp_path, state) == Record(
-        100, 1.0, 2.5e-5, {"loss": 1.0, "eval_loss": 1.25, "eval_accuracy": 0.5}
+        100, 1.0, 2.5e-5, {"loss": 1.0, "eval_loss": 1.25}
     )
+
+
+@pytest.mark.parametrize(
+    ("saved", "expected"),
+    [
+        (100, {"loss": 1.0, "eval_loss": 1.25}),
+        (150, {}),  # between two evaluations: neither is of these weights
+        (200, {"loss": 0.5}),
+        (None, {}),
+    ],
+)
+def test_a_metric_of_the_trainer_belongs_to_the_step_that_it_was_measured_at(
+    tmp_path, saved, expected
+):
+    state = {"global_step": saved, "log_history": HISTORY}
+    assert trainer_state(tmp_path, state).metrics == expected
+
+
+@given(
+    saved=st.integers(1, 9),
+    logged=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 99)), max_size=12),
+)
+def test_no_metric_of_another_step_is_recorded(tmp_path_factory, saved, logged):
+    history = [{"step": step, "eval_loss": value} for step, value in logged]
+    found = trainer_state(
+        tmp_path_factory.mktemp("run"), {"global_step": saved, "log_history": history}
+    )
+    own = [value for step, value in logged if step == saved]
+    assert found.metrics == ({"eval_loss": own[-1]} if own else {})
 
 
 @pytest.mark.parametrize(
@@ -166,7 +197,7 @@ def test_the_state_of_the_hugging_face_trainer_is_read_up_to_its_step(tmp_path):
         ('{"global_step": 3}', Record(3)),
         ('{"global_step": 3, "log_history": 7}', Record(3)),
         ('{"global_step": 3, "log_history": [1, null, {"step": "x", "loss": 2}]}',
-         Record(3, metrics={"loss": 2})),
+         Record(3)),
         ('{"global_step": "3", "epoch": true}', Record()),
         ('{"global_step": ' + "9" * 400 + "}", Record()),
         ('{"global_step": 3, "log_history": [{"loss": ' + "9" * 400 + "}]}", Record(3)),
@@ -235,6 +266,40 @@ def test_fairseqs_history_counts_the_updates(recorded):
         "extra_state": {"val_loss": 2.0, "train_iterator": {"epoch": 3}},
     }
     assert recorded(tree) == Record(500, None, 0.5, {"extra_state.val_loss": 2.0})
+
+
+CLOCKS = {
+    "icefall": (
+        {"batch_idx_train": 28000, "cur_epoch": 5, "best_train_epoch": 3, "average_period": 200},
+        (28000, 5),
+    ),
+    "mmengine": ({"meta": {"epoch": 2, "iter": 300, "seed": 7, "hook_msgs": {}}}, (300, 2)),
+    "mmcv, of an early version": ({"meta": {"mmcv_version": "1.0", "iter": 300}}, (300, None)),
+    "torchtune": ({"steps_run": 40, "epochs_run": 1, "total_epochs": 3, "seed": 1}, (40, 1)),
+    "an epoch beside a step further down": (
+        {"epoch": 4, "trainer": {"progress": {"global_step": torch.tensor(900)}}}, (900, 4),
+    ),
+    "the step beside wins": ({"step": 3, "meta": {"iter": 300}}, (3, None)),
+    "an optimizer's own steps": (
+        {"state": {"param_groups": [{"lr": 0.5}], "state": {}, "step": 7}}, (None, None),
+    ),
+    "a list": ({"meta": [{"iter": 3}], "progress": 0.5}, (None, None)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("beside", "position"), CLOCKS.values(), ids=CLOCKS)
+def test_a_trainers_clock_is_read_where_it_stands(recorded, beside, position):
+    found = recorded({"model": weights(), **beside})
+    assert (found.step, found.epoch) == position
+
+
+@pytest.mark.parametrize("parent", ["/runs/x", r"C:\runs\x", r"D:\my runs", r"\\server\share"])
+def test_lightnings_scores_are_those_of_the_file_whatever_system_wrote_it(tmp_path, parent):
+    separator = "\\" if "\\" in parent else "/"
+    kept = {f"{parent}{separator}epoch={e}.ckpt": torch.tensor(e / 4) for e in (2, 3)}
+    callbacks = {"ModelCheckpoint": {"monitor": "val_loss", "best_k_models": kept}}
+    torch.save({"state_dict": weights(), "callbacks": callbacks}, tmp_path / "epoch=3.ckpt")
+    assert open_checkpoint(tmp_path / "epoch=3.ckpt").record.metrics == {"val_loss": 0.75}
 
 
 @pytest.mark.parametrize(
