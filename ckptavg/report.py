@@ -30,7 +30,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from ckptavg.display import printable
+from ckptavg.display import printable, step_text
 from ckptavg.json_text import json_text
 
 _WIDE = 240  # columns where nothing is a terminal, so that no cell is folded
@@ -188,8 +188,8 @@ def counted(count: int, thing: str) -> str:
 
 
 def number_text(value: float | None) -> str:
-    """A recorded number, short; a dash where there is none."""
-    return "–" if value is None else f"{value:.6g}"
+    """A recorded number, short, but whole ones in full; a dash where there is none."""
+    return "–" if value is None else step_text(value)
 
 
 def _flat(candidate: Mapping[str, Any]) -> dict[str, Any]:

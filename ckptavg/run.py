@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from ckptavg.display import step_text
 from ckptavg.errors import RunError, UsageError, first_few, short
 from ckptavg.formats import Checkpoint
 from ckptavg.formats.storage import Location, Named, locate
@@ -76,7 +77,8 @@ class Run:
         """
         low, high = -math.inf if first is None else first, math.inf if last is None else last
         return self._each(
-            lambda c: [x for x in c if low <= _step(x) <= high], f"steps {low:g} to {high:g}"
+            lambda c: [x for x in c if low <= _step(x) <= high],
+            f"steps {step_text(low)} to {step_text(high)}",
         )
 
     def at_lr_min(self) -> Run:

@@ -130,6 +130,16 @@ def test_numbers_are_short_and_missing_ones_a_dash() -> None:
     assert [number_text(x) for x in (None, 3, 0.05, 1e-7)] == ["–", "3", "0.05", "1e-07"]
 
 
+@pytest.mark.parametrize("step", [0, 999_999, 1_000_000, 1_234_567, 89_999_999_999, 10**14 + 1])
+@pytest.mark.parametrize("kind", [int, float])
+def test_a_step_is_shown_in_full(step, kind):
+    assert number_text(kind(step)) == str(step)
+
+
+def test_what_is_beyond_counting_is_short():
+    assert [number_text(x) for x in (1e30, float("inf"), float("nan"))] == ["1e+30", "inf", "nan"]
+
+
 def test_names_out_of_files_are_neither_markup_nor_commands_to_the_terminal(tmp_path):
     metrics = {"[/red]": 1.5, "\x1b[2J": 2.5}
     for epoch in (1, 2):

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from ckptavg.display import step_text
 from ckptavg.errors import NoWeightsError, RunError, first_few
 from ckptavg.formats import (
     Checkpoint,
@@ -181,7 +182,7 @@ def _doubts(ordered: Sequence[Checkpoint]) -> list[str]:
     for one, other in pairwise(ordered):
         if one.step is not None and one.step == other.step and one.record == other.record:
             notes.append(
-                f"{one.path.name} and {other.path.name} share the step {one.step:g}: "
+                f"{one.path.name} and {other.path.name} share the step {step_text(one.step)}: "
                 "if they are of different runs, tell them apart with --glob"
             )
             break
