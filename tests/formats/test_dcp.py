@@ -23,6 +23,7 @@ from ckptavg.errors import CheckpointError, RunError
 from ckptavg.formats import dcp as our_dcp
 from ckptavg.formats import is_checkpoint_directory, open_checkpoint
 from ckptavg.formats.dcp import Box
+from ckptavg.formats.tiling import tiles
 from ckptavg.refresh import Pass, update_checkpoint
 from ckptavg.runtime import Runtime
 
@@ -446,12 +447,12 @@ def covers(shape, boxes) -> bool:
 def test_tilings_are_told_from_holes_and_overlaps(case, data):
     shape, boxes = case
     as_boxes = lambda boxes: [Box(a, n, "f", 0, 0) for a, n in boxes]  # noqa: E731
-    assert our_dcp._tiles(shape, as_boxes(boxes))
+    assert tiles(shape, as_boxes(boxes))
     i = data.draw(st.integers(0, len(boxes) - 1))
     start, extent = boxes[i]
     moved = tuple(data.draw(st.integers(0, 5)) for _ in start)
     other = [*boxes[:i], (moved, extent), *boxes[i + 1 :]]
-    assert our_dcp._tiles(shape, as_boxes(other)) == covers(shape, other)
+    assert tiles(shape, as_boxes(other)) == covers(shape, other)
 
 
 def test_tensors_in_any_memory_order_are_read_as_they_are(tmp_path):
