@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import chain
 
 from ckptavg.errors import CheckpointError, first_few
-from ckptavg.formats import adapter, dcp, deepspeed, huggingface, record, storage, weights
+from ckptavg.formats import adapter, dcp, deepspeed, huggingface, record, shards, storage, weights
 from ckptavg.formats.parts import Part, read_distributed, read_file
 from ckptavg.formats.storage import Location, Named
 from ckptavg.formats.table import REFRESHED, Checkpoint, Record
@@ -41,7 +41,7 @@ def is_checkpoint_directory(path: Location) -> bool:
     if not path.is_dir():
         return False
     own = huggingface.main_file(path) is not None or dcp.is_distributed(path)
-    return own or deepspeed.tag_of(path) is not None
+    return own or deepspeed.tag_of(path) is not None or bool(shards.find_shards(path))
 
 
 def refuse_partitioned(paths: Iterable[Location]) -> None:
@@ -59,7 +59,7 @@ def _open_directory(path: Location, key: str | None) -> Checkpoint:
     if main is None and dcp.is_distributed(path):
         return _checkpoint_of(path, read_distributed(path, key))
     if main is None:
-        return _open_deepspeed(path, key)
+        return _open_shards(path, key) or _open_deepspeed(path, key)
     sharded = main.name.endswith(".index.json")
     parts = _read_shards(main, key) if sharded else [read_file(main, key)]
     trainer = record.from_trainer_state(path / huggingface.TRAINER_STATE)
@@ -73,6 +73,16 @@ def _open_directory(path: Location, key: str | None) -> Checkpoint:
         )
     opened = _checkpoint(path, layout, parts, trainer or parts[0].record)
     return replace(opened, notes=(*opened.notes, *notes))
+
+
+def _open_shards(path: Location, key: str | None) -> Checkpoint | None:
+    """Open a directory of shards without an index; None where it is none."""
+    files = shards.find_shards(path)
+    if not files:
+        return None
+    part = shards.read_shards(path, files, key)
+    trainer = record.from_trainer_state(path / huggingface.TRAINER_STATE)
+    return _checkpoint(path, "huggingface", [part], trainer or part.record)
 
 
 def _open_deepspeed(path: Location, key: str | None) -> Checkpoint:
