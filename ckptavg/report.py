@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -142,26 +139,6 @@ class Report:
             yield move
 
 
-def write_results(path: Path, results: Mapping[str, Any]) -> None:
-    """Write an evaluation's results as JSON or CSV, by the suffix."""
-    if path.suffix == ".json":
-        text = json_text(results)
-    else:
-        buffer = io.StringIO()
-        rows = [_flat(candidate) for candidate in results["candidates"]]
-        columns = dict.fromkeys(name for row in rows for name in row)
-        writer = csv.DictWriter(buffer, [*columns], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        text = buffer.getvalue()
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def size_text(count: float) -> str:
     """Bytes with a decimal unit."""
     for unit in ("B", "kB", "MB", "GB"):
@@ -190,16 +167,6 @@ def counted(count: int, thing: str) -> str:
 def number_text(value: float | None) -> str:
     """A recorded number, short, but whole ones in full; a dash where there is none."""
     return "–" if value is None else step_text(value)
-
-
-def _flat(candidate: Mapping[str, Any]) -> dict[str, Any]:
-    """A result in a row: the comparison's figures by their names, no bins."""
-    row = {
-        k: v for k, v in candidate.items() if k not in ("metrics", "versus", "reliability", "key")
-    }
-    row |= dict(candidate["metrics"])
-    row |= {f"versus_{k}": v for k, v in candidate.get("versus", {}).items()}
-    return {k: ";".join(map(str, v)) if isinstance(v, list) else v for k, v in row.items()}
 
 
 def _is_number(cell: str) -> bool:

@@ -31,7 +31,17 @@ def read(path: Location) -> Any:
 
     Raises:
         OSError: It cannot be read.
-        ValueError: As for ``loads``; or it is too large, or no regular file.
+        ValueError: As for ``loads`` and ``read_text``.
+    """
+    return loads(read_text(path))
+
+
+def read_text(path: Location) -> bytes:
+    """The bytes of a text file.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is too large, or no regular file.
     """
     if not path.is_file():  # a pipe may never end
         raise ValueError("it is not a regular file")
@@ -39,7 +49,7 @@ def read(path: Location) -> Any:
         text = file.read(MAX_TEXT + 1)
     if len(text) > MAX_TEXT:
         raise ValueError(f"it is larger than {MAX_TEXT} bytes")
-    return loads(text)
+    return text
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
