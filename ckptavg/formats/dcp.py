@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, TypeGuard
 
 from ckptavg.errors import CheckpointError, short
@@ -220,14 +221,14 @@ def _check_apart(directory: Location, stored: Stored) -> None:
 
 
 def _stamp(directory: Location, name: str) -> FileStamp:
-    """Stamp of a file that the metadata names, which lies in its directory.
+    """Stamp of a file that the metadata names, which lies in its directory, if as a link.
 
     Raises:
-        CheckpointError: It is not there, or lies elsewhere.
+        CheckpointError: It is not there, or would lie elsewhere.
     """
     path = directory / name
     try:
-        inside = name == name.rpartition("/")[2] and path.resolve().parent == directory.resolve()
+        inside = Path(name).name == name and name not in ("", "..")
         if not inside:
             raise CheckpointError(
                 f"{directory / METADATA} names a file outside its directory: {short(name)!r}"

@@ -325,7 +325,7 @@ DAMAGE = {
     "a file above": (outside("../step_8/__0_0.distcp"), "outside its directory"),
     "an absolute path": (outside("/etc/passwd"), "outside its directory"),
     "no file": (outside("__9_0.distcp"), "not there"),
-    "a name with a NUL": (outside("a\0b"), "cannot be read|outside"),
+    "a name with a NUL": (outside("a\0b"), "not there|cannot be read"),
     "itself": (outside("."), "outside its directory|not there"),
     "past the end": (longer, "runs past"),
     "shifted": (shifted, "not a readable"),
@@ -363,12 +363,12 @@ def test_a_gadget_beside_the_weights_does_nothing_and_does_not_go_out(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata"])
-def test_a_symbolic_link_out_of_the_directory_is_refused(run, tmp_path, name):
+def test_links_to_another_disk_are_read(run, tmp_path, name):
     path = run[0] / "step_9" / name
+    before = set(open_checkpoint(run[0] / "step_9").tensors)
     shutil.move(path, tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(CheckpointError, match="outside its directory"):
-        open_checkpoint(run[0] / "step_9")
+    assert set(open_checkpoint(run[0] / "step_9").tensors) == before
 
 
 def test_a_directory_without_its_metadata_is_an_error_and_not_left_out(run):
