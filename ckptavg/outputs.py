@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from ckptavg import digests
-from ckptavg.errors import CheckpointError, OutputError, UsageError, first_few
+from ckptavg.errors import OutputError, UsageError, first_few
 from ckptavg.formats import Checkpoint, storage
 from ckptavg.formats.layout import lay_out
 from ckptavg.formats.output import Layout, OutputTensor
 from ckptavg.formats.publish import Publication, check_room, check_target
+from ckptavg.formats.table import changed
 from ckptavg.formats.writing import FileSink
 from ckptavg.plan import copy_plan
 from ckptavg.version import __version__
@@ -83,7 +84,7 @@ def prepare(
             "weights",
             "Name a directory: -o with no suffix.",
         )
-    layout.companions.update(companions or {})
+    layout.put(companions or {})
     check_room(Path(out), layout.size)
     return Target(Path(out), tensors, layout, overwrite, made, inputs[-1])
 
@@ -206,10 +207,7 @@ def rewrite_provenance(target: Target, sink: FileSink, made: Mapping[str, Any]) 
     """
     layout = lay_out(os.fspath(target.path), target.tensors, made, target.template)
     if not target.layout.fits(layout):
-        raise CheckpointError(
-            f"{target.template.path} changed while it was being read",
-            "Wait until the training run has finished writing it, then try again.",
-        )
+        raise changed(target.template.path)
     sink.replace(layout)
 
 

@@ -46,7 +46,7 @@ def lay_out(tensors: Sequence[OutputTensor], provenance: str, template: Checkpoi
         [f"not taken over from the last checkpoint: {first_few(dropped, 30)}"] if dropped else []
     )
     companions = {dcp.METADATA: file.metadata(source.version)}
-    return Layout(True, [file.layout], companions, tuple(notes))
+    return Layout(True, [file.layout], companions, notes=tuple(notes))
 
 
 class _Builder:

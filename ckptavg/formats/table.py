@@ -154,6 +154,14 @@ def whole(file: str, offset: int, dtype: DType, shape: tuple[int, ...]) -> Tenso
     return Tensor(dtype, shape, (Piece(file, offset, shape, row_major(shape), (0,) * len(shape)),))
 
 
+def changed(path: object) -> CheckpointError:
+    """The error for an input that is not what it was when it was opened."""
+    return CheckpointError(
+        f"{path} changed while it was being read",
+        "Wait until the training run has finished writing it, then try again.",
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class FileStamp:
     """What tells a file from a changed one: looked at on opening and again after reading.
@@ -193,10 +201,7 @@ class FileStamp:
         if self.token:  # says more than the time, which stores round as they like
             now = replace(now, mtime_ns=self.mtime_ns)
         if now != self:
-            raise CheckpointError(
-                f"{self.path} changed while it was being read",
-                "Wait until the training run has finished writing it, then try again.",
-            )
+            raise changed(self.path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +241,9 @@ class Checkpoint:
         step: Position in training: the recorded step, else the epoch; in a run that records
             neither, the number in the name. None where there is none of these.
         metadata: Text of the safetensors headers besides tensors and provenance, by name.
+        components: Directory below the path → what it holds, where several directories with
+            weights make one model: tensors' names here begin with the directory's and a slash.
+            The empty name is that of the path itself.
     """
 
     path: Location
@@ -251,6 +259,7 @@ class Checkpoint:
     beside: tuple[str, ...] = ()
     step: float | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
+    components: Mapping[str, Checkpoint] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"<Checkpoint {self.path}: {len(self.tensors)} tensors, step {self.step}>"

@@ -14,6 +14,7 @@ from typing import Protocol
 
 import torch
 
+from ckptavg.formats import copying
 from ckptavg.formats.output import FileLayout, Layout, OutputTensor
 from ckptavg.system_errors import unwritable
 
@@ -101,8 +102,8 @@ class FileSink:
         try:
             for file in self._layout.files:
                 self._prepare(file)
-            for name, content in () if self._made else self._layout.companions.items():
-                (self.root / name).write_bytes(content)
+            if not self._made:
+                self._write_companions()
         except BaseException:
             self._close()
             raise
@@ -161,8 +162,21 @@ class FileSink:
         for handle, file in zip(self._handles, self._layout.files, strict=True):
             self._store_checksums(handle, file)
 
+    def _write_companions(self) -> None:
+        for name, stamp in self._layout.copies.items():
+            _make_directory((self.root / name).parent)
+            copying.copy(stamp, self.root / name)
+        for stamp in self._layout.copies.values():  # they are of one moment, too
+            stamp.verify()
+        for name, content in self._layout.companions.items():
+            path = self.root / name
+            _make_directory(path.parent)
+            path.write_bytes(content)
+
     def _prepare(self, file: FileLayout) -> None:
         path = self.root / file.name if file.name else self.root
+        if not self._made:
+            _make_directory(path.parent)
         create = 0 if self._made else os.O_CREAT
         handle = os.open(path, os.O_WRONLY | create | getattr(os, "O_BINARY", 0), 0o666)
         self._handles.append(handle)
@@ -198,6 +212,11 @@ class FileSink:
                 with self._lock:
                     os.lseek(handle, offset + done, os.SEEK_SET)
                     done += os.write(handle, data[done:])
+
+
+def _make_directory(path: Path) -> None:
+    if not path.is_dir():
+        path.mkdir(parents=True, exist_ok=True)
 
 
 def _joined(stretches: Mapping[int, tuple[int, int]]) -> list[tuple[int, int, int]]:
