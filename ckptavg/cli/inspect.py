@@ -11,7 +11,7 @@ from ckptavg.cli import geometry as shown
 from ckptavg.cli import options
 from ckptavg.errors import UsageError, first_few
 from ckptavg.formats import Checkpoint
-from ckptavg.formats.storage import locate
+from ckptavg.formats.storage import locate, without_secrets
 from ckptavg.plan import batchnorm_layers
 from ckptavg.report import Report, counted, number_text, size_text
 from ckptavg.run import Run, open_run
@@ -107,7 +107,7 @@ def _show_run(report: Report, run: Run, geometry: Geometry | None = None) -> Non
     report.result(
         {
             "checkpoints": [_summary(c) for c in run],
-            "left_out": [{"path": str(p), "why": why} for p, why in run.left_out],
+            "left_out": [{"path": without_secrets(str(p)), "why": why} for p, why in run.left_out],
             "notes": list(notes),
         }
         | ({} if geometry is None else {"geometry": shown.values(geometry)})
@@ -171,7 +171,7 @@ def _show_provenance(report: Report, made: Mapping[str, Any]) -> None:
 def _summary(checkpoint: Checkpoint) -> dict[str, Any]:
     record = checkpoint.record
     return {
-        "path": str(checkpoint.path),
+        "path": without_secrets(str(checkpoint.path)),
         "layout": checkpoint.layout,
         "key": checkpoint.key,
         "step": checkpoint.step,
