@@ -29,6 +29,7 @@ from rich.text import Text
 
 from ckptavg.display import printable, step_text
 from ckptavg.json_text import json_text
+from ckptavg.lasting_stream import LastingStream
 
 _WIDE = 240  # columns where nothing is a terminal, so that no cell is folded
 _NAME = 40  # characters of a name that is shown whole, whatever room that leaves to numbers
@@ -56,8 +57,8 @@ class Report:
     ) -> None:
         self.as_json = as_json
         self.verbosity = verbosity
-        self._out = stdout or _console(sys.stdout)
-        self._err = stderr or _console(sys.stderr)
+        self._out = stdout or _console(LastingStream(sys.stdout, essential=True))
+        self._err = stderr or _console(LastingStream(sys.stderr, essential=False))
 
     @contextmanager
     def notes(self) -> Iterator[None]:
@@ -103,10 +104,16 @@ class Report:
         if not self.as_json:
             self._out.print(Text(printable(text)), soft_wrap=True)
 
+    def remark(self, text: str) -> None:
+        """A line on stderr, however quiet the command is to be."""
+        self._err.print(Text(printable(text)), soft_wrap=True)
+
     def result(self, value: Any) -> None:
         """The result as JSON on stdout, with ``as_json``."""
         if self.as_json:
-            self._out.file.write(json_text(value))
+            unicode = (self._out.encoding or "utf-8").startswith("utf")
+            self._out.file.write(json_text(value, ascii_only=not unicode))
+            self._out.file.flush()
 
     @contextmanager
     def bytes_progress(self, what: str) -> Iterator[Any]:

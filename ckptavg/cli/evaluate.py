@@ -110,7 +110,7 @@ def evaluate(
         if processes is not None:
             processes.gather(None)  # a launcher ends all when one exits: the first has written
         if not own_rank():
-            click.echo("The average does worse than the last checkpoint.", err=True)
+            report.remark("The average does worse than the last checkpoint.")
         raise click.exceptions.Exit(_WORSE)
 
 
