@@ -191,7 +191,7 @@ def _check_positive(name: str, value: int) -> None:
 def _step(checkpoint: Checkpoint) -> float:
     if checkpoint.step is None:
         raise RunError(
-            f"{checkpoint.path} records no step or epoch and has no number in its name",
+            f"{checkpoint.path} records no step or epoch and has none in its name",
             "Select by --last, --every or --glob instead.",
         )
     return checkpoint.step

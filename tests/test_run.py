@@ -567,7 +567,7 @@ def test_a_cycle_longer_than_the_run_is_an_error(tmp_path):
 
 def test_steps_need_a_position(tmp_path):
     save_weight(tmp_path / "model.pt")
-    with pytest.raises(RunError, match="records no step or epoch and has no number"):
+    with pytest.raises(RunError, match="records no step or epoch and has none in its name"):
         open_run(tmp_path).steps(1)
 
 
