@@ -11,8 +11,11 @@ from helpers import names, save, save_weight
 
 from ckptavg import average, open_run
 from ckptavg.errors import CheckpointError, CkptavgError, RunError, UsageError
+from ckptavg.formats import open_checkpoint
+from ckptavg.refresh import Pass, update_checkpoint
 from ckptavg.run import as_run
 from ckptavg.runs import order
+from ckptavg.runtime import Runtime
 
 
 def numbered(directory, count, **beside):
@@ -743,6 +746,25 @@ def test_a_refreshed_checkpoint_keeps_its_place_in_a_run(tmp_path):
         with opened([target]) as (file,):
             fill(target, file, load(checkpoint), made)
     assert names(open_run(tmp_path / "a.pt", tmp_path / "b.pt")) == ["b.pt", "a.pt"]
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_copy_with_new_statistics_counts_once_beside_its_source(tmp_path, suffix):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    run = tmp_path / "run"
+    for i in (1, 2, 3):
+        save(run / f"epoch_{i}{suffix}", model.state_dict() | {"0.bias": torch.full((2,), i)})
+    how = Pass(model, [torch.randn(8, 3)], Runtime(torch.device("cpu")))
+    copy = run / f"epoch_3_bn{suffix}"
+    update_checkpoint(open_checkpoint(run / f"epoch_3{suffix}"), copy, how)
+    moved = run.rename(tmp_path / "moved")  # since then the path in its provenance is another
+    opened = open_run(moved)
+    assert names(opened) == [f"epoch_{i}{suffix}" for i in (1, 2, 3)]
+    why = f"a copy of epoch_3{suffix} with recomputed statistics"
+    assert opened.left_out == ((moved / copy.name, why),)
+    assert any(copy.name in note for note in opened.notes)
+    assert names(open_run(moved, glob="*_bn*")) == [copy.name]
 
 
 def test_many_checkpoints_are_compared_in_linear_time(tmp_path, monkeypatch):

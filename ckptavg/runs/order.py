@@ -16,6 +16,7 @@ from ckptavg.formats import (
     open_checkpoint,
 )
 from ckptavg.formats.comparing import Checksums, same_weights
+from ckptavg.formats.record import last_part
 from ckptavg.formats.storage import Location
 from ckptavg.runs.file_names import (
     STRANGERS,
@@ -56,12 +57,44 @@ def open_members(paths: Sequence[Location], key: str | None) -> Opened:
     if len(made) < len(opened):
         left_out += [(c.path, "an average that ckptavg wrote") for c in made]
         opened = [c for c in opened if not c.is_average]
+    opened, refreshed = _without_refreshed(opened)
+    left_out += refreshed
     kept, repeats = _without_repeats(opened)
     left_out += [(alias.path, f"repeats {original.path.name}") for alias, original in repeats]
     kept, strangers = _without_strangers(kept)
     left_out += strangers
     ordered, notes = _ordered(kept)
     return Opened(ordered, left_out, notes)
+
+
+def _without_refreshed(
+    checkpoints: Sequence[Checkpoint],
+) -> tuple[list[Checkpoint], list[LeftOut]]:
+    """Split off the copies with recomputed statistics whose sources are there too."""
+    by_name: dict[object, Checkpoint] = {(c.path.name, c.size): c for c in checkpoints}
+    kept: list[Checkpoint] = []
+    left_out: list[LeftOut] = []
+    for checkpoint in checkpoints:
+        source = by_name.get(_source_of(checkpoint))
+        if source is None or source is checkpoint:
+            kept.append(checkpoint)
+        else:
+            why = f"a copy of {source.path.name} with recomputed statistics"
+            left_out.append((checkpoint.path, why))
+    return kept, left_out
+
+
+def _source_of(checkpoint: Checkpoint) -> tuple[str, int] | None:
+    """Name and size of the checkpoint that a copy with other statistics was made of.
+
+    Not its whole path: a run may have moved since.
+    """
+    made = checkpoint.provenance
+    if made is None or checkpoint.is_average or not made["checkpoints"]:
+        return None
+    source = made["checkpoints"][0]
+    path, size = source.get("path"), source.get("size")
+    return (last_part(path), size) if isinstance(path, str) and isinstance(size, int) else None
 
 
 def _without_repeats(
