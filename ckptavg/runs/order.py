@@ -15,7 +15,7 @@ from ckptavg.formats import (
     Checkpoint,
     open_checkpoint,
 )
-from ckptavg.formats.comparing import Checksums, same_weights
+from ckptavg.formats.comparing import Contents, SameWeights
 from ckptavg.formats.record import last_part
 from ckptavg.formats.storage import Location
 from ckptavg.runs.file_names import (
@@ -106,28 +106,28 @@ def _without_repeats(
     where two record the same step, or without steps the same epoch.
     """
     aliases, labels = _aliases(checkpoints), labels_of([c.path for c in checkpoints])
-    sums = Checksums()
+    contents = Contents()
     kept: list[Checkpoint] = []
     repeats: list[tuple[Checkpoint, Checkpoint]] = []
     by_files: dict[object, Checkpoint] = {}
-    by_place: dict[object, list[Checkpoint]] = defaultdict(list)
+    by_weights = SameWeights(contents)
+    by_moment: dict[object, SameWeights] = defaultdict(lambda: SameWeights(contents))
     for checkpoint in sorted(
         checkpoints,
         key=lambda c: (c.path in aliases, c.path.is_symlink(), natural(labels[c.path])),
     ):
         identity = tuple(stamp.identity for stamp in checkpoint.files)
-        place = _moment(checkpoint)
-        likely = kept if checkpoint.path in aliases else by_place[place]
-        original = by_files.get(identity) or next(
-            (k for k in likely if same_weights(checkpoint, k, sums)), None
-        )
+        moment = _moment(checkpoint)
+        likely = by_weights if checkpoint.path in aliases else by_moment[moment]
+        original = by_files.get(identity) or likely.find(checkpoint)
         if original is not None:
             repeats.append((checkpoint, original))
             continue
         kept.append(checkpoint)
         by_files[identity] = checkpoint
-        if place is not None:
-            by_place[place].append(checkpoint)
+        by_weights.add(checkpoint)
+        if moment is not None:
+            by_moment[moment].add(checkpoint)
     return kept, repeats
 
 
