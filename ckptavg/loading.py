@@ -28,7 +28,7 @@ def load_into(model: nn.Module, state_dict: Mapping[str, torch.Tensor], origin: 
     bare = bare_names(list(own))
     places = {bare[name]: name for name in own if name in bare}
     given = {places[name]: tensor for name, tensor in state_dict.items() if name in places}
-    extra = [name for name in state_dict if name not in places]
+    extra = [name for name in state_dict if name not in places and not _is_beside(name, places)]
     lost = [name for name in places.values() if name not in given]
     reached = {own[name].data_ptr() for name in given if _is_real(own[name])}
     lost = [
@@ -52,6 +52,15 @@ def load_into(model: nn.Module, state_dict: Mapping[str, torch.Tensor], origin: 
                 "Check --model and its --model-arg (num_classes, for instance).",
             )
     model.load_state_dict(given, strict=False)
+
+
+def _is_beside(name: str, places: Mapping[str, str]) -> bool:
+    """Whether a weight is of a directory beside the model's, of which it knows nothing.
+
+    ``hf:DIR`` is the model in the root of a sentence-transformer, and not its Dense module.
+    """
+    folder, slash, _ = name.rpartition("/")
+    return bool(slash) and not any(place.startswith(f"{folder}/") for place in places)
 
 
 def undistributed(model: nn.Module) -> nn.Module:

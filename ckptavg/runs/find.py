@@ -18,6 +18,7 @@ from ckptavg.formats import (
     is_checkpoint_directory,
     refuse_partitioned,
 )
+from ckptavg.formats.components import part_names
 from ckptavg.formats.shards import find_shards, parse_name
 from ckptavg.formats.storage import Location
 from ckptavg.runs.file_names import (
@@ -151,7 +152,8 @@ def _members(directory: Location, found: Found) -> list[Location]:
     itself = is_checkpoint_directory(directory)
     nested = [path for path in below if is_checkpoint_directory(path)]
     if itself:  # and the states that DeepSpeed resumes from are part of it
-        nested = [path for path in nested if not deepspeed.is_tag(path)]
+        parts = part_names(directory)
+        nested = [p for p in nested if not deepspeed.is_tag(p) and p.name not in parts]
     for path in below:
         if path.is_dir() and path not in nested:
             _refuse_unfinished(path)
@@ -180,10 +182,9 @@ def _members(directory: Location, found: Found) -> list[Location]:
 
 def _numbered_below(directory: Location) -> bool:
     """Whether a directory holds a run of checkpoint directories."""
-    return any(
-        re.search(r"\d", p.name) and is_checkpoint_directory(p) and not deepspeed.is_tag(p)
-        for p in directory.iterdir()
-    )
+    parts = part_names(directory)
+    numbered = [p for p in directory.iterdir() if re.search(r"\d", p.name) and p.name not in parts]
+    return any(is_checkpoint_directory(p) and not deepspeed.is_tag(p) for p in numbered)
 
 
 def _refuse_unfinished(directory: Location) -> None:
