@@ -17,14 +17,15 @@ def offline() -> Iterator[None]:
     that was begun in it.
     """
     hub = extra("huggingface_hub", "huggingface_hub")
-    mode, repo_exists = hub.constants.HF_HUB_OFFLINE, hub.HfApi.repo_exists
-    hub.constants.HF_HUB_OFFLINE, hub.HfApi.repo_exists = True, _answer_by_cache
-    _forget_sessions(hub)
+    constants = extra("huggingface_hub.constants", "huggingface_hub")
+    mode, repo_exists = constants.HF_HUB_OFFLINE, hub.HfApi.repo_exists
+    constants.HF_HUB_OFFLINE, hub.HfApi.repo_exists = True, _answer_by_cache
+    _forget_sessions()
     try:
         yield
     finally:
-        hub.constants.HF_HUB_OFFLINE, hub.HfApi.repo_exists = mode, repo_exists
-        _forget_sessions(hub)
+        constants.HF_HUB_OFFLINE, hub.HfApi.repo_exists = mode, repo_exists
+        _forget_sessions()
 
 
 def is_cached(repository: str) -> bool:
@@ -44,8 +45,9 @@ def _answer_by_cache(_: Any, repo_id: str, **__: Any) -> bool:
     return is_cached(repo_id)
 
 
-def _forget_sessions(hub: Any) -> None:
+def _forget_sessions() -> None:
     """Close sessions that older versions keep, and that know the mode in which they were begun."""
-    reset = getattr(hub.utils, "reset_sessions", None)
+    utils = extra("huggingface_hub.utils", "huggingface_hub")
+    reset = getattr(utils, "reset_sessions", None)
     if reset is not None:
         reset()

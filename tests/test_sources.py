@@ -411,7 +411,7 @@ def test_a_hugging_face_config_without_a_known_architecture(hugging_face, settin
 @pytest.fixture
 def asked(monkeypatch):
     """The hosts that are asked for; none of them answers."""
-    import huggingface_hub
+    import huggingface_hub.constants
 
     hosts = []
 
