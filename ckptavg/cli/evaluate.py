@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from ckptavg.results_file import ResultsFile
     from ckptavg.tasks import Task
 
+log = logging.getLogger("ckptavg")
 _CANDIDATES = "Candidates"
 _RESULTS = "Results"
 _OF_A_RUN = (
@@ -190,9 +192,11 @@ def _results_file(path: str | None, *, resume: bool) -> ResultsFile | None:
 def _failure_to_keep(keeper: Keeper, scored: list[Result]) -> OutputError | None:
     """Keep all results; a failure is given back, as the scores are to be shown first."""
     try:
-        keeper.keep(scored)
+        others = keeper.keep(scored)
     except OutputError as error:
         return error
+    if others and keeper.file is not None:
+        log.info("%s goes on to hold results of others: %d", keeper.file.path, others)
     return None
 
 

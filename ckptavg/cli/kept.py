@@ -87,17 +87,16 @@ class Keeper:
         keys = {id(c): key for c, key in zip(self.candidates, self.keys, strict=True)}
         return {"candidates": [r.as_json() | {"key": keys[id(r.candidate)]} for r in results]}
 
-    def keep(self, results: Sequence[Result]) -> None:
-        """Write results into the file, if there is one; those of other candidates stay in it.
+    def keep(self, results: Sequence[Result]) -> int:
+        """Write results into the file, if there is one.
+
+        Returns:
+            How many results of other candidates stay in it.
 
         Raises:
             OutputError: They cannot be written.
         """
-        if self.file is None:
-            return
-        others = self.file.merge(self.outcome(results)["candidates"])
-        if others and len(results) == len(self.candidates):
-            log.info("%s goes on to hold results of others: %d", self.file.path, others)
+        return 0 if self.file is None else self.file.merge(self.outcome(results)["candidates"])
 
     def keep_so_far(self, scored: Sequence[Result]) -> None:
         """Keep the results of some candidates; a failure is noted, and the work goes on."""
