@@ -212,9 +212,10 @@ def _geometry(report: Report, selection: Run, gram: torch.Tensor | None) -> dict
 
 def _written(report: Report, made: Mapping[str, Any], out: str) -> dict[str, Any]:
     """Say what was written; returns it as plain values."""
-    size = sum(f.stat().st_size for f in _files(Path(out)))
-    statistics = "" if made["bn"] == "none" else f", BatchNorm statistics: {made['bn']}"
-    report.line(f"wrote {out} ({size_text(size)}{statistics})")
+    size = _size(Path(out))
+    facts = [] if size is None else [size_text(size)]
+    facts += [] if made["bn"] == "none" else [f"BatchNorm statistics: {made['bn']}"]
+    report.line(f"wrote {out}" + (f" ({', '.join(facts)})" if facts else ""))
     if "digest" in made:
         report.line(f"digest of its weights: {made['digest']}")
     return {**made, "output": out, "bytes": size}
@@ -250,5 +251,14 @@ def _show_plan(report: Report, planned: Average, name: str) -> None:
     report.table(("checkpoint", "step", "LR", "coefficient"), rows, title=title)
 
 
-def _files(path: Path) -> list[Path]:
-    return [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+def _size(path: Path) -> int | None:
+    """Bytes of an output; None where it cannot be looked at, which does not undo that it is there.
+
+    Args:
+        path: A file or a directory.
+    """
+    try:
+        files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+        return sum(file.stat().st_size for file in files)
+    except OSError:
+        return None

@@ -175,7 +175,7 @@ def from_trainer_state(path: Location) -> Record | None:
     """Record of a directory written by the Hugging Face Trainer; None where there is none."""
     try:
         state = bounded_json.read(path)
-    except (OSError, ValueError):
+    except ValueError:
         return None
     if not isinstance(state, dict):
         return None

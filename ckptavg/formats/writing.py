@@ -8,12 +8,14 @@ import struct
 import threading
 import zlib
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
 import torch
 
+from ckptavg.errors import OutputError
 from ckptavg.formats import copying
 from ckptavg.formats.output import FileLayout, Layout, OutputTensor
 from ckptavg.system_errors import unwritable
@@ -105,7 +107,8 @@ class FileSink:
             if not self._made:
                 self._write_companions()
         except BaseException:
-            self._close()
+            with suppress(OutputError):
+                self._close()
             raise
         return self
 
@@ -115,7 +118,8 @@ class FileSink:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
-        self._close()
+        with suppress(OutputError) if error is not None else nullcontext():
+            self._close()
 
     def write(self, name: str, offset: int, data: memoryview) -> None:
         """Write the bytes wherever the tensor, or one tied to it, lies.
@@ -189,8 +193,15 @@ class FileSink:
         self._crcs |= {self._first[name].name: {} for name in file.checksums}
 
     def _close(self) -> None:
+        """Close the files; network file systems tell only then of writes that failed."""
+        errors: list[OSError] = []
         while self._handles:
-            os.close(self._handles.pop())
+            try:
+                os.close(self._handles.pop())
+            except OSError as error:
+                errors.append(error)
+        if errors:
+            raise unwritable(self._path, errors[0]) from errors[0]
 
     def _store_checksums(self, handle: int, file: FileLayout) -> None:
         for name, places in file.checksums.items():
