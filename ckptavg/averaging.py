@@ -17,6 +17,7 @@ from ckptavg.blocks import StreamResult
 from ckptavg.digests import LEAF, InputDigests, OutputDigest, recorded
 from ckptavg.errors import CheckpointError, NonFiniteError, UsageError, first_few
 from ckptavg.formats import Checkpoint, open_checkpoint
+from ckptavg.formats.storage import Location
 from ckptavg.formats.table import FileStamp
 from ckptavg.formats.writing import FileSink, MemorySink, Sink
 from ckptavg.groups import Job
@@ -39,10 +40,12 @@ class Average:
     Attributes:
         plan: What becomes of each tensor.
         scheme: How the coefficients came about.
+        members: All that its runs hold, taken or not: no output takes their place.
     """
 
     plan: Plan
     scheme: Scheme
+    members: tuple[Location, ...] = ()
 
     @property
     def batchnorm(self) -> str:
@@ -152,7 +155,7 @@ def plan_average(
     rules = Rules(_patterns(include), _patterns(exclude), base, dtype)
     involved = checkpoints if base is None else (*checkpoints, base)
     plan = lora.plan_merge if lora.are_adapters(involved) else make_plan
-    return Average(lora.noted(plan(checkpoints, coefficients, rules)), chosen)
+    return Average(lora.noted(plan(checkpoints, coefficients, rules)), chosen, run.members)
 
 
 def _open_base(path: str | os.PathLike[str], key: str) -> Checkpoint:
@@ -363,6 +366,7 @@ def prepare(
         [*others, *plan.files, plan.checkpoints[-1]],
         companions=plan.companions,
         overwrite=overwrite,
+        neighbours=planned.members,
     )
 
 

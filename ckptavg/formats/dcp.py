@@ -182,11 +182,6 @@ def _item_path(name: str, path: Any) -> ItemPath:
 Stored = Mapping[str, Mapping[tuple[int, ...] | None, tuple[str, int, int]]]
 
 
-def belongs(name: str) -> bool:
-    """Whether a file's name is one that such a directory has."""
-    return name == METADATA or name.endswith(".distcp")
-
-
 def _stored(directory: Location, places: Mapping[Any, Any], stamps: dict[str, FileStamp]) -> Stored:
     """Item → index of its first element → file, offset and length; and the stamps of the files."""
     found: dict[str, dict[tuple[int, ...] | None, tuple[str, int, int]]] = defaultdict(dict)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from pathlib import Path
 
@@ -103,7 +102,7 @@ def weight_map(index: Location) -> dict[str, str]:
     """
     try:
         content = bounded_json.read(index)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{index} cannot be read: {error}"[:300]) from error
     names = content.get("weight_map") if isinstance(content, dict) else None
     if (
@@ -123,13 +122,6 @@ def weight_map(index: Location) -> dict[str, str]:
             "Copy the directory again, or leave it out.",
         )
     return names
-
-
-def belongs(name: str) -> bool:
-    """Whether a file's name is one that a model's own directory has."""
-    whole = (*WEIGHT_FILES, "*.safetensors", "pytorch_model-*.bin", *COMPANIONS)
-    own = (*whole, *adapter.FILES, adapter.CONFIG)
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in own)
 
 
 def _is_file(path: Location) -> bool:
