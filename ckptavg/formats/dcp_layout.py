@@ -10,7 +10,7 @@ import torch
 from torch.distributed.checkpoint import filesystem, metadata
 
 from ckptavg.errors import first_few
-from ckptavg.formats import dcp, weights
+from ckptavg.formats import companions, dcp, lightning, weights
 from ckptavg.formats.harmless import Keeper
 from ckptavg.formats.inert_values import Sharded
 from ckptavg.formats.output import FileLayout, Layout, OutputTensor
@@ -45,8 +45,16 @@ def lay_out(tensors: Sequence[OutputTensor], provenance: str, template: Checkpoi
     notes = (
         [f"not taken over from the last checkpoint: {first_few(dropped, 30)}"] if dropped else []
     )
-    companions = {dcp.METADATA: file.metadata(source.version)}
-    return Layout(True, [file.layout], companions, notes=tuple(notes))
+    layout = Layout(True, [file.layout], {dcp.METADATA: file.metadata(source.version)})
+    anew = {*source.stamps, str(template.path / lightning.META)}
+    beside = companions.gather(template.path, anew, folders=())
+    layout.copies = beside.copies
+    notes += beside.notes
+    if (meta := lightning.read_meta(template.path)) is not None:
+        layout.companions[lightning.META] = meta.to_file()
+        notes += meta.notes
+    layout.notes = tuple(dict.fromkeys(notes))
+    return layout
 
 
 class _Builder:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ckptavg.errors import short
+from ckptavg.errors import first_few, short
 from ckptavg.formats.inert_values import Global, Opaque, Refused, TensorView, name_of
 from ckptavg.formats.metric_names import is_metric
 from ckptavg.formats.record import OPTIMIZER_KEYS, TRAINING_STATE, holds_weights, number
@@ -27,6 +27,7 @@ from ckptavg.formats.table import DTYPES
 
 _DEEPEST = 100  # levels; a pickler goes down by recursion
 _DEEPEST_METRIC = 4
+_MOST_NAMES = 30  # in a note
 _SCALARS = (str, bytes, int, float, bool, type(None))
 _DROPPED = object()
 _MEASURED = object()  # dropped, as all of it was measured on the input
@@ -104,6 +105,18 @@ class Keeper:
     measured: list[str] = field(default_factory=list)
     _done: dict[int, tuple[Any, int]] = field(default_factory=dict)
     _reached: int = 0
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know of what was not kept."""
+        notes: list[str] = []
+        if self.dropped:
+            names = first_few(self.dropped, _MOST_NAMES)
+            notes.append(f"not taken over from the last checkpoint: {names}")
+        if self.measured:
+            names = first_few(self.measured, _MOST_NAMES)
+            notes.append(f"measured on the last checkpoint, so not taken over: {names}")
+        return notes
 
     def entries(
         self, values: Mapping[Any, Any], prefix: str = "", depth: int = 0

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckptavg.errors import CheckpointError, first_few
-from ckptavg.formats import torch_zip, weights
+from ckptavg.errors import CheckpointError
+from ckptavg.formats import lightning, torch_zip, weights
 from ckptavg.formats.harmless import Keeper
 from ckptavg.formats.inert_values import MalformedPickle, TensorView
 from ckptavg.formats.output import FileLayout, OutputTensor
@@ -25,9 +25,11 @@ from ckptavg.formats.torch_zip import PROVENANCE_RECORD, TorchFile
 
 PLAIN_SUFFIX = ".pt"
 STATE_DICT = "state_dict"
+_FASTAI_MODEL = "model"
+_FASTAI = frozenset([_FASTAI_MODEL, "opt"])  # entries of a file of fastai's
+_FASTAI_STATE = frozenset(["hypers", "state"])  # of its optimizer
 _SMALL = 1 << 14  # elements of a tensor that counts as a value where it stands among others
 _MOST_VALUES, _MOST_BYTES = 10_000, 1 << 24  # of those: a small file can hold them by the million
-_MOST_NAMES = 30  # in a note
 _BARE = "the weights stand under 'state_dict'; -o OUT.pth gives a bare state dict like the inputs"
 _MODULE = "a pickled module is written as its state dict: its class is not known here"
 
@@ -132,10 +134,18 @@ class _Storages:
 
 
 def _contents(suffix: str, provenance: str, template: Checkpoint, book: _Storages) -> Contents:
-    bare, plain = OrderedDict(book.stubs), suffix == PLAIN_SUFFIX
+    plain = suffix == PLAIN_SUFFIX
+    if template.layout == "torch":
+        return _like_file(plain, provenance, template, book)
+    if template.layout == "distributed":
+        return _like_shards(plain, provenance, template, book)
+    return Contents({STATE_DICT: OrderedDict(book.stubs), PROVENANCE: provenance}, {})
+
+
+def _like_file(plain: bool, provenance: str, template: Checkpoint, book: _Storages) -> Contents:
+    """What a file of ``torch.save`` gives: all that it held, with other weights."""
+    bare = OrderedDict(book.stubs)
     alone = {STATE_DICT: bare, PROVENANCE: provenance}
-    if template.layout != "torch":
-        return Contents(alone, {})
     template.files[0].verify()
     file = torch_zip.read(template.files[0].path)
     place = weights.locate(file.tree, template.key)
@@ -149,14 +159,42 @@ def _contents(suffix: str, provenance: str, template: Checkpoint, book: _Storage
     own = _own_entry(template, book, keeper, place)
     if whole:
         records = {PROVENANCE_RECORD: provenance.encode()}
-        return Contents(own, records, _told(keeper))
+        return Contents(own, records, keeper.notes)
     keeper.replaced = {id(place.value): own}
+    if not plain and file.tree.keys() == _FASTAI and template.key == _FASTAI_MODEL:
+        return _like_fastai(own, provenance, file, keeper)
     if (usual := _usual_place(file, place)) is not None:
         keeper.replaced |= {id(usual.value): own}
     tree = keeper.entries(file.tree) | {PROVENANCE: provenance}
     if plain:
         tree[STATE_DICT] = bare
-    return Contents(tree, {}, notes + _told(keeper))
+    return Contents(tree, {}, notes + keeper.notes)
+
+
+def _like_shards(plain: bool, provenance: str, template: Checkpoint, book: _Storages) -> Contents:
+    """What a directory of shards gives: of Lightning's Trainer, a checkpoint as it loads it."""
+    meta = lightning.read_meta(template.path, plain=plain)
+    if meta is None or not meta.of_trainer:
+        return Contents({STATE_DICT: OrderedDict(book.stubs), PROVENANCE: provenance}, {})
+    names = {name: name if plain else template.stored_name(name) for name in book.stubs}
+    state = OrderedDict((names[name], stub) for name, stub in book.stubs.items())
+    tree = {**meta.entries, STATE_DICT: state, PROVENANCE: provenance}
+    return Contents(tree, {}, meta.notes)
+
+
+def _like_fastai(
+    own: OrderedDict[str, Any], provenance: str, file: TorchFile, keeper: Keeper
+) -> Contents:
+    """What fastai's Learner.load takes: exactly these two entries, or a bare state dict.
+
+    It starts the optimizer anew where it finds none, and warns.
+    """
+    held = file.tree["opt"]
+    state = isinstance(held, dict) and held.keys() >= _FASTAI_STATE
+    kept = {} if state else keeper.entries({"opt": held})
+    keeper.dropped += ["opt"] if state else []
+    tree = {_FASTAI_MODEL: own, "opt": kept.get("opt")}
+    return Contents(tree, {PROVENANCE_RECORD: provenance.encode()}, keeper.notes)
 
 
 def _usual_place(file: TorchFile, place: weights.Place) -> weights.Place | None:
@@ -200,14 +238,3 @@ def _own_entry(
     own = OrderedDict((name, new.pop(name)) for name in place.entry if name in new)
     own.update(new)  # what another base brings
     return own
-
-
-def _told(keeper: Keeper) -> list[str]:
-    notes: list[str] = []
-    if keeper.dropped:
-        names = first_few(keeper.dropped, _MOST_NAMES)
-        notes.append(f"not taken over from the last checkpoint: {names}")
-    if keeper.measured:
-        names = first_few(keeper.measured, _MOST_NAMES)
-        notes.append(f"measured on the last checkpoint, so not taken over: {names}")
-    return notes
