@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,25 +11,23 @@ from typing import Any
 
 import torch
 
-from ckptavg import lora, outputs, schemes
-from ckptavg.blocks import StreamResult
+from ckptavg import lora, outputs, remarks, schemes
 from ckptavg.digests import LEAF, InputDigests, OutputDigest, recorded
-from ckptavg.errors import CheckpointError, NonFiniteError, UsageError, first_few
+from ckptavg.errors import CheckpointError, NonFiniteError, UsageError
 from ckptavg.formats import Checkpoint, open_checkpoint
 from ckptavg.formats.storage import Location
 from ckptavg.formats.table import FileStamp
 from ckptavg.formats.writing import FileSink, MemorySink, Sink
 from ckptavg.groups import Job
 from ckptavg.outputs import StateDict, Target
-from ckptavg.plan import Plan, Rules, TensorPlan, batchnorm_layers, copy_plan, make_plan
+from ckptavg.plan import Plan, TensorPlan, batchnorm_layers, copy_plan, make_plan
 from ckptavg.processes import Processes
+from ckptavg.rules import Rules
 from ckptavg.run import Run, as_run
 from ckptavg.runs.order import refuse_two_series
 from ckptavg.schemes import Scheme
 from ckptavg.split import Split
 from ckptavg.stream import Extras, Progress, stream
-
-log = logging.getLogger("ckptavg")
 
 
 @dataclass(frozen=True)
@@ -429,7 +426,8 @@ def _compute(
         _verify(plans)  # half a write may look like anything
         raise
     _verify(plans)
-    _log(averages, streamed.results, stale=stale)
+    stale = stale and any(planned.batchnorm == "stale" for planned in averages)
+    remarks.log_results(plans, streamed.results, stale=stale)
     return streamed.gram
 
 
@@ -437,18 +435,3 @@ def _verify(plans: Iterable[Plan]) -> None:
     stamps: dict[str, FileStamp] = {s.path: s for p in plans for c in p.files for s in c.files}
     for stamp in stamps.values():
         stamp.verify()
-
-
-def _log(averages: Sequence[Average], results: Sequence[StreamResult], *, stale: bool) -> None:
-    for note in dict.fromkeys(note for planned in averages for note in planned.plan.notes):
-        log.info(note)
-    if differing := {name for result in results for name in result.differing}:
-        names = first_few(sorted(differing))
-        log.info("integers are not averaged but taken from the last checkpoint: %s", names)
-    if nonfinite := {name for result in results for name in result.nonfinite}:
-        log.warning("not finite and kept: %s", first_few(sorted(nonfinite)))
-    if stale and any(planned.batchnorm == "stale" for planned in averages):
-        log.info(
-            "BatchNorm statistics are not those of the averaged weights (stale): recompute them "
-            "with `ckptavg update-bn`, or by --model and --train-data"
-        )

@@ -12,8 +12,8 @@ import click
 from ckptavg.cli import geometry, options
 from ckptavg.cli.also import Also, also, planned_also
 from ckptavg.errors import NonFiniteError, UsageError
-from ckptavg.plan import Rules, TensorPlan
 from ckptavg.report import Report, counted, number_text, size_text
+from ckptavg.rules import Rules
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ckptavg import averaging
     from ckptavg.averaging import Average
     from ckptavg.outputs import Target
+    from ckptavg.plan import TensorPlan
     from ckptavg.processes import Processes
     from ckptavg.run import Run
 
@@ -87,7 +88,7 @@ def average(
     run, selection = options.open_selected(paths, glob, key, settings)
     if settings["weights"]:
         _note_order(paths, [str(c.path) for c in selection])
-    from ckptavg import averaging  # noqa: PLC0415 - help is shown without torch
+    from ckptavg import averaging, remarks  # noqa: PLC0415 - help is shown without torch
 
     planned = [options.planned(selection, settings)]
     planned += [planned_also(one, run, selection, settings) for one in further]
@@ -96,8 +97,10 @@ def average(
     targets = averaging.prepare_many(
         list(zip(planned, outs, strict=bool(outs))), overwrite=overwrite, digests=digests
     )
-    for note in _layout_notes(targets) if dry_run else ():
-        log.info(note)
+    if dry_run:
+        remarks.log_plans([one.plan for one in planned])
+        for note in _layout_notes(targets):
+            log.info(note)
     for one, name in zip(planned, ["", *(one.name for one in further)], strict=True):
         _show_plan(report, one, name)
     if out is None or dry_run:
