@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ckptavg import lora, outputs, remarks, schemes
+from ckptavg import lora, outputs, remarks, schemes, spectral_vectors
 from ckptavg.digests import LEAF, InputDigests, OutputDigest, recorded
 from ckptavg.errors import CheckpointError, NonFiniteError, UsageError
 from ckptavg.formats import Checkpoint, open_checkpoint
@@ -416,7 +416,10 @@ def _compute(
     """Stream some averages into sinks; returns the products that the extras ask for."""
     plans = [planned.plan for planned in averages]
     tensors = [plan.tensors for plan in plans] if split is None else split.tensors
-    jobs = [Job(each, sink, keep_nonfinite) for each, sink in zip(tensors, sinks, strict=True)]
+    jobs: list[Job] = []
+    for plan, each, sink in zip(plans, tensors, sinks, strict=True):
+        vectors = spectral_vectors.vector_names(plan)
+        jobs.append(Job([t for t in each if t.name not in vectors], sink, keep_nonfinite))
     if inputs is not None:
         extras = replace(extras, watched=inputs.tensors, watcher=inputs.watch)
     compute = stream if split is None else split.stream
@@ -425,6 +428,9 @@ def _compute(
     except NonFiniteError:
         _verify(plans)  # half a write may look like anything
         raise
+    if split is None or split.processes.rank == 0:
+        for plan, each, sink in zip(plans, tensors, sinks, strict=True):
+            spectral_vectors.write_vectors(plan, each, sink)
     _verify(plans)
     stale = stale and any(planned.batchnorm == "stale" for planned in averages)
     remarks.log_results(plans, streamed.results, stale=stale)

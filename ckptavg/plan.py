@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from ckptavg import spectral_norm
+from ckptavg.buffers import find_buffers
 from ckptavg.checks import check_alike, check_copied, check_names, check_supported
 from ckptavg.errors import UsageError, first_few
 from ckptavg.formats import Checkpoint, Tensor
 from ckptavg.formats.output import OutputTensor
 from ckptavg.formats.table import DTYPES, DType
+from ckptavg.modules import Modules
 from ckptavg.rules import Rules
 from ckptavg.schemes import normalized
+from ckptavg.spectral_norm import SpectralNorm
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,8 @@ class TensorPlan:
         owners: The checkpoints that the sources belong to.
         coefficients: One a source.
         averaged: False where the bytes of the only source are taken as they are.
-        compared: Integer tensors of the other checkpoints, which should be equal to the source.
+        compared: The tensors of the other checkpoints where only the last is taken: integers and
+            buffers that are no weights. A difference is noted.
         tied_to: Name of an earlier tensor that has the same bytes in every checkpoint.
         divisor: What the weighted sum is divided by; the sum of the coefficients where None.
     """
@@ -67,6 +72,7 @@ class Plan:
         companions: Contents of the files that must stand beside the weights, by name; where there
             are any, the output has to be a directory.
         missing: Tensors that no output can hold, and why: they are left out of this one.
+        spectral_norms: Layers whose vectors are iterated on the averaged weight.
     """
 
     checkpoints: tuple[Checkpoint, ...]
@@ -75,6 +81,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     companions: Mapping[str, bytes] = field(default_factory=dict)
     missing: Mapping[str, str] = field(default_factory=dict)
+    spectral_norms: tuple[SpectralNorm, ...] = ()
 
     @property
     def outputs(self) -> list[OutputTensor]:
@@ -130,8 +137,11 @@ def make_plan(
     check_supported(checkpoints, names, rules.averages)
     for name in names:
         check_alike(name, checkpoints)
-    averaged = set(names)
-    builder = _Builder(tuple(checkpoints), tuple(coefficients), rules)
+    modules, averaged = Modules(last.tensors), set(names)
+    layers = _averaged_layers(modules, averaged)
+    vectors = {vector for layer in layers for vector in (layer.u, layer.v) if vector}
+    buffers = find_buffers(modules, averaged)
+    builder = _Builder(tuple(checkpoints), tuple(coefficients), rules, vectors, buffers)
     rest = [name for name in base.tensors if name not in averaged]
     check_copied(base, set(rest))
     order = {name: i for i, name in enumerate(base.tensors)}
@@ -145,6 +155,17 @@ def make_plan(
         tensors=tuple(_with_ties(tensors)),
         notes=(*builder.notes(), *_unmatched(rules, {*last.tensors, *last.refused})),
         missing={name: why for name, why in base.refused.items() if name not in averaged},
+        spectral_norms=layers if sum(c != 0 for c in coefficients) > 1 else (),
+    )
+
+
+def _averaged_layers(modules: Modules, averaged: Collection[str]) -> tuple[SpectralNorm, ...]:
+    """Layers under spectral norm all of whose tensors are to be averaged."""
+    layers = spectral_norm.find_layers(modules)
+    return tuple(
+        layer
+        for layer in layers
+        if layer.weight in averaged and layer.u in averaged and (layer.v or layer.u) in averaged
     )
 
 
@@ -160,12 +181,16 @@ class _Builder:
     checkpoints: tuple[Checkpoint, ...]
     coefficients: tuple[float, ...]
     rules: Rules
+    vectors: Collection[str]
+    buffers: Collection[str]
     mixed: dict[str, str] = field(default_factory=dict)
 
     def averaged(self, name: str) -> TensorPlan:
         tensors = [c.tensors[name] for c in self.checkpoints]
         last = tensors[-1]
-        if last.dtype.kind == "int":
+        if name in self.vectors:
+            return self.copied(name, self.checkpoints[-1])
+        if last.dtype.kind == "int" or name in self.buffers:
             plan = self.copied(name, self.checkpoints[-1])
             others = () if plan.averaged else tuple(t for t in tensors[:-1] if t is not last)
             return replace(plan, compared=others)
@@ -195,6 +220,11 @@ class _Builder:
             shown = [f"{name} ({dtype})" for name, dtype in self.mixed.items()]
             notes.append(
                 f"floats of different width meet; written as the widest: {first_few(shown)}"
+            )
+        if self.vectors and len(self.checkpoints) > 1:
+            notes.append(
+                "the vectors of layers under spectral norm are not averaged but iterated on the "
+                f"averaged weights: {first_few(sorted(self.vectors))}"
             )
         return notes
 
