@@ -49,6 +49,8 @@ def _acquire(side: Path) -> int | None:
         locked: bool | None = False
         try:
             locked = leftovers.lock(handle, side)
+        except OSError:
+            locked = None
         finally:
             if not locked:
                 os.close(handle)

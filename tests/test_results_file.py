@@ -10,6 +10,7 @@ from helpers import listing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ckptavg import side_lock
 from ckptavg.errors import OutputError
 from ckptavg.formats import leftovers
 from ckptavg.results_file import ResultsFile
@@ -86,6 +87,16 @@ def test_a_file_system_without_locks_is_written_without(tmp_path, monkeypatch):
     for key in "abc":
         ResultsFile(path).merge([result(key)])
     assert keys(path) == ["a", "b", "c"]
+    assert listing(tmp_path) == ["r.json"]
+
+
+def test_a_lock_that_nobody_lets_go_does_not_stop_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(side_lock, "_PATIENCE", 0.05)
+    path = tmp_path / "r.json"
+    with side_lock.lock_beside(path):
+        ResultsFile(path).merge([result("a")])
+        assert keys(path) == ["a"]
+        assert len(listing(tmp_path)) == 2
     assert listing(tmp_path) == ["r.json"]
 
 
