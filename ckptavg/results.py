@@ -9,7 +9,6 @@ from typing import Any
 from ckptavg.candidates import Candidate
 from ckptavg.errors import UsageError
 from ckptavg.evidence import Difference
-from ckptavg.formats.storage import without_secrets
 from ckptavg.tasks import Task
 from ckptavg.tasks.classification import Classification
 
@@ -42,9 +41,9 @@ class Result:
         """The result as plain values."""
         candidate = self.candidate
         return {
-            "name": without_secrets(candidate.name),
+            "name": candidate.name,
             "kind": candidate.kind,
-            "checkpoints": [without_secrets(str(c.path)) for c in candidate.checkpoints],
+            "checkpoints": [str(c.path) for c in candidate.checkpoints],
             "coefficients": list(candidate.coefficients),
             "metrics": dict(self.metrics),
             "bn": self.bn,
@@ -86,7 +85,7 @@ class Versus:
         """The comparison as plain values."""
         d = self.difference
         return {
-            "reference": without_secrets(self.reference),
+            "reference": self.reference,
             "metric": self.metric,
             "difference": d.value,
             "low": d.low,

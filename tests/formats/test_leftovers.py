@@ -13,8 +13,7 @@ from outputs import content_of, fill, names, write
 
 from ckptavg.errors import OutputError
 from ckptavg.formats import leftovers, publish, renaming
-from ckptavg.formats.publish import Publication
-from ckptavg.formats.targets import check_target
+from ckptavg.formats.publish import Publication, check_target
 
 posix = pytest.mark.skipif(os.name == "nt", reason="locks of POSIX")
 kinds = pytest.mark.parametrize("directory", [False, True], ids=["file", "directory"])
@@ -149,9 +148,7 @@ def crash(self, target):
     done.append(target)
     return rename(self, target)
 Path.rename = crash
-with publish.Publication(
-    out, directory=True, overwrite=True, replaceable=["config.json"]
-) as publication:
+with publish.Publication(out, directory=True, overwrite=True) as publication:
     (publication.temporary / "model.safetensors").write_text("new")
     publication.publish()
     os._exit(0)
