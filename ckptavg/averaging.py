@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,24 +11,23 @@ from typing import Any
 
 import torch
 
-from ckptavg import lora, outputs, schemes
-from ckptavg.blocks import StreamResult
+from ckptavg import lora, outputs, remarks, schemes, spectral_vectors
 from ckptavg.digests import LEAF, InputDigests, OutputDigest, recorded
-from ckptavg.errors import CheckpointError, NonFiniteError, UsageError, first_few
+from ckptavg.errors import CheckpointError, NonFiniteError, UsageError
 from ckptavg.formats import Checkpoint, open_checkpoint
+from ckptavg.formats.storage import Location
 from ckptavg.formats.table import FileStamp
 from ckptavg.formats.writing import FileSink, MemorySink, Sink
 from ckptavg.groups import Job
 from ckptavg.outputs import StateDict, Target
-from ckptavg.plan import Plan, Rules, TensorPlan, batchnorm_layers, copy_plan, make_plan
+from ckptavg.plan import Plan, TensorPlan, batchnorm_layers, copy_plan, make_plan
 from ckptavg.processes import Processes
+from ckptavg.rules import Rules
 from ckptavg.run import Run, as_run
 from ckptavg.runs.order import refuse_two_series
 from ckptavg.schemes import Scheme
 from ckptavg.split import Split
 from ckptavg.stream import Extras, Progress, stream
-
-log = logging.getLogger("ckptavg")
 
 
 @dataclass(frozen=True)
@@ -39,10 +37,12 @@ class Average:
     Attributes:
         plan: What becomes of each tensor.
         scheme: How the coefficients came about.
+        members: All that its runs hold, taken or not: no output takes their place.
     """
 
     plan: Plan
     scheme: Scheme
+    members: tuple[Location, ...] = ()
 
     @property
     def batchnorm(self) -> str:
@@ -152,7 +152,7 @@ def plan_average(
     rules = Rules(_patterns(include), _patterns(exclude), base, dtype)
     involved = checkpoints if base is None else (*checkpoints, base)
     plan = lora.plan_merge if lora.are_adapters(involved) else make_plan
-    return Average(lora.noted(plan(checkpoints, coefficients, rules)), chosen)
+    return Average(lora.noted(plan(checkpoints, coefficients, rules)), chosen, run.members)
 
 
 def _open_base(path: str | os.PathLike[str], key: str) -> Checkpoint:
@@ -363,6 +363,7 @@ def prepare(
         [*others, *plan.files, plan.checkpoints[-1]],
         companions=plan.companions,
         overwrite=overwrite,
+        neighbours=planned.members,
     )
 
 
@@ -415,7 +416,10 @@ def _compute(
     """Stream some averages into sinks; returns the products that the extras ask for."""
     plans = [planned.plan for planned in averages]
     tensors = [plan.tensors for plan in plans] if split is None else split.tensors
-    jobs = [Job(each, sink, keep_nonfinite) for each, sink in zip(tensors, sinks, strict=True)]
+    jobs: list[Job] = []
+    for plan, each, sink in zip(plans, tensors, sinks, strict=True):
+        vectors = spectral_vectors.vector_names(plan)
+        jobs.append(Job([t for t in each if t.name not in vectors], sink, keep_nonfinite))
     if inputs is not None:
         extras = replace(extras, watched=inputs.tensors, watcher=inputs.watch)
     compute = stream if split is None else split.stream
@@ -424,8 +428,12 @@ def _compute(
     except NonFiniteError:
         _verify(plans)  # half a write may look like anything
         raise
+    if split is None or split.processes.rank == 0:
+        for plan, each, sink in zip(plans, tensors, sinks, strict=True):
+            spectral_vectors.write_vectors(plan, each, sink)
     _verify(plans)
-    _log(averages, streamed.results, stale=stale)
+    stale = stale and any(planned.batchnorm == "stale" for planned in averages)
+    remarks.log_results(plans, streamed.results, stale=stale)
     return streamed.gram
 
 
@@ -433,18 +441,3 @@ def _verify(plans: Iterable[Plan]) -> None:
     stamps: dict[str, FileStamp] = {s.path: s for p in plans for c in p.files for s in c.files}
     for stamp in stamps.values():
         stamp.verify()
-
-
-def _log(averages: Sequence[Average], results: Sequence[StreamResult], *, stale: bool) -> None:
-    for note in dict.fromkeys(note for planned in averages for note in planned.plan.notes):
-        log.info(note)
-    if differing := {name for result in results for name in result.differing}:
-        names = first_few(sorted(differing))
-        log.info("integers are not averaged but taken from the last checkpoint: %s", names)
-    if nonfinite := {name for result in results for name in result.nonfinite}:
-        log.warning("not finite and kept: %s", first_few(sorted(nonfinite)))
-    if stale and any(planned.batchnorm == "stale" for planned in averages):
-        log.info(
-            "BatchNorm statistics are not those of the averaged weights (stale): recompute them "
-            "with `ckptavg update-bn`, or by --model and --train-data"
-        )

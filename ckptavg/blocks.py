@@ -33,7 +33,7 @@ class StreamResult:
     """What the stream noticed about one output.
 
     Attributes:
-        differing: Integer tensors that are not the same in every checkpoint.
+        differing: Tensors that are copied and not the same in every checkpoint.
         nonfinite: Tensors whose average is not finite where the inputs do not agree on that.
     """
 
@@ -177,12 +177,13 @@ class Worker:
                     self._buffers.raw(number, count * source.dtype.size)[:] = raw
 
     def _differs(self, group: Group, number: int, place: int, raw: memoryview) -> bool:
-        """Whether integers differ from the ones before them in an output's order."""
+        """Whether what is copied differs from what comes before it in an output's order."""
         places = group.members[number].places
         before, dtype = (group.sources[p].dtype for p in (places[places.index(place) - 1], place))
         count = len(raw) // dtype.size
         kept = _view(self._buffers.raw(number, count * before.size), before)
-        return not torch.equal(_view(raw, dtype).to(torch.int64), kept.to(torch.int64))
+        wide = torch.int64 if dtype.kind == "int" else torch.float64
+        return not torch.equal(_view(raw, dtype).to(wide), kept.to(wide))
 
     def _handle_nonfinite(self, member: Member, start: int, count: int, out: torch.Tensor) -> None:
         """Accept what is not finite and the same everywhere; say where the rest is from."""

@@ -28,6 +28,7 @@ _BLANKS = frozenset(
 )
 _END_OF_URL = re.compile(r"[\s\"'<>]")
 _END_OF_HOST = re.compile(r"[/?#]")
+_EXACT = 1e15  # below it a float holds every whole number
 
 
 def printable(text: str) -> str:
@@ -92,3 +93,8 @@ def bare_location(scheme: str, location: str) -> str:
     host = bare if web or ":" in user else location[:size]
     path = location[size:]
     return host + (path.partition("?")[0] if web else path)
+
+
+def step_text(step: float) -> str:
+    """A step for a message: whole ones in full, however large, never with an exponent."""
+    return f"{step:.0f}" if step == round(step, 0) and abs(step) < _EXACT else f"{step:.6g}"

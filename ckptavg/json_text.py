@@ -10,13 +10,17 @@ from typing import Any
 from ckptavg.display import escape_unseen, without_secrets
 
 
-def json_text(value: Any) -> str:
+def json_text(value: Any, *, ascii_only: bool = False) -> str:
     """Plain values as strict JSON, and a final newline.
 
     What is not finite is null. Characters that steer a terminal, or are unseen, are escaped, and a
     lone surrogate too, so that the text can be encoded. URLs among the values lose their secrets.
+
+    Args:
+        value: Mappings, sequences and plain values.
+        ascii_only: Whether all that is not ASCII is escaped.
     """
-    text = json.dumps(_strict(value), indent=2, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(_strict(value), indent=2, ensure_ascii=ascii_only, allow_nan=False)
     return escape_unseen(text, lambda c: json.dumps(c)[1:-1], keep="\n") + "\n"
 
 

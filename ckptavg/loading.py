@@ -28,7 +28,7 @@ def load_into(model: nn.Module, state_dict: Mapping[str, torch.Tensor], origin: 
     bare = bare_names(list(own))
     places = {bare[name]: name for name in own if name in bare}
     given = {places[name]: tensor for name, tensor in state_dict.items() if name in places}
-    extra = [name for name in state_dict if name not in places]
+    extra = [name for name in state_dict if name not in places and not _is_beside(name, places)]
     lost = [name for name in places.values() if name not in given]
     reached = {own[name].data_ptr() for name in given if _is_real(own[name])}
     lost = [
@@ -54,6 +54,15 @@ def load_into(model: nn.Module, state_dict: Mapping[str, torch.Tensor], origin: 
     model.load_state_dict(given, strict=False)
 
 
+def _is_beside(name: str, places: Mapping[str, str]) -> bool:
+    """Whether a weight is of a directory beside the model's, of which it knows nothing.
+
+    ``hf:DIR`` is the model in the root of a sentence-transformer, and not its Dense module.
+    """
+    folder, slash, _ = name.rpartition("/")
+    return bool(slash) and not any(place.startswith(f"{folder}/") for place in places)
+
+
 def undistributed(model: nn.Module) -> nn.Module:
     """The module inside DistributedDataParallel.
 
@@ -74,12 +83,6 @@ def _remedy(model: set[str], checkpoint: set[str]) -> str:
         prefix = next((n[: -len(m)] for m in sorted(smaller) for n in larger if _ends(n, m)), "")
         if prefix and larger == {prefix + name for name in smaller}:
             return f"{is_so} with {prefix!r}: name a model whose modules are called as in training."
-    first = min(model, default="")
-    entries = sorted(name[: -len(first) - 1] for name in checkpoint if _ends(name, first))
-    fitting = [e for e in entries if all(f"{e}.{name}" in checkpoint for name in model)]
-    if fitting:
-        keys = first_few([f"--key {entry}" for entry in fitting])
-        return f"If the file has several networks, take the one that fits: {keys}."
     return "Check --model and its --model-arg."
 
 

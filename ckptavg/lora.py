@@ -26,7 +26,8 @@ from ckptavg.errors import (
 )
 from ckptavg.formats import Checkpoint, Tensor, adapter
 from ckptavg.formats.table import Piece
-from ckptavg.plan import Plan, Rules, TensorPlan, make_plan
+from ckptavg.plan import Plan, TensorPlan, make_plan
+from ckptavg.rules import Rules
 
 _FACTOR = re.compile(r"(.*\.lora_(?:embedding_)?)([AB])((?:\.weight)?)")
 _FACTOR_BIAS = re.compile(r".*\.lora_B\.bias")

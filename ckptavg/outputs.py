@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,22 @@ from typing import Any
 import torch
 
 from ckptavg import digests
-from ckptavg.errors import CheckpointError, OutputError, UsageError, first_few
-from ckptavg.formats import Checkpoint, storage
+from ckptavg.errors import CkptavgError, OutputError, UsageError, first_few
+from ckptavg.formats import Checkpoint, open_checkpoint, storage
 from ckptavg.formats.layout import lay_out
 from ckptavg.formats.output import Layout, OutputTensor
-from ckptavg.formats.publish import Publication, check_room, check_target
+from ckptavg.formats.publish import Publication
+from ckptavg.formats.storage import Location, RemotePath
+from ckptavg.formats.table import changed
+from ckptavg.formats.targets import check_replaceable, check_room, check_target, follow
 from ckptavg.formats.writing import FileSink
 from ckptavg.plan import copy_plan
+from ckptavg.system_errors import guard_reads, guard_writes
 from ckptavg.version import __version__
 
 log = logging.getLogger("ckptavg")
 StateDict = dict[str, torch.Tensor]
+_FILES = "files"  # in the provenance of a directory
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ class Target:
         overwrite: Whether an existing one is replaced.
         made: Its provenance.
         template: The checkpoint that it is laid out like.
+        replaceable: Files that an existing directory may lose, by their paths below it.
     """
 
     path: Path
@@ -46,6 +52,7 @@ class Target:
     overwrite: bool
     made: Mapping[str, Any]
     template: Checkpoint
+    replaceable: frozenset[str] = frozenset()
 
 
 def prepare(
@@ -56,6 +63,7 @@ def prepare(
     *,
     companions: Mapping[str, bytes] | None = None,
     overwrite: bool = False,
+    neighbours: Iterable[Location] = (),
 ) -> Target:
     """Lay an output out and make sure that it may and can be written.
 
@@ -67,25 +75,81 @@ def prepare(
             one's layout and configuration are followed.
         companions: Contents of files that have to stand beside the weights, by name.
         overwrite: Replace an existing output.
+        neighbours: Files of their runs, taken or not; of these only an average may be replaced.
 
     Raises:
         OutputError: It may not be written, or there is too little room.
         UsageError: The path does not say how, or is a file where there are companions.
     """
     storage.check_output(out)
+    path = Path(out)
     places = [str(name) for c in inputs for name in (c.path, *(f.path for f in c.files))]
     names = [Path(place) for place in places if not storage.is_url(place)]
-    check_target(Path(out), overwrite=overwrite, inputs=names)
-    layout = lay_out(os.fspath(out), tensors, made, inputs[-1])
+    _check_neighbours(path, [place for place in neighbours if place not in names])
+    check_target(path, overwrite=overwrite, inputs=names)
+    made = {key: value for key, value in made.items() if key != _FILES}
+    layout = _lay_out(out, tensors, made, inputs[-1], companions or {})
+    replaceable = frozenset[str]()
+    if layout.directory:
+        made |= {_FILES: sorted(layout.names)}
+        if digests.is_recorded(made):
+            made = digests.sealed(made)
+        layout = _lay_out(out, tensors, made, inputs[-1], companions or {})
+        replaceable = frozenset([*layout.names, *_recorded_files(path)])
+    check_replaceable(path, directory=layout.directory, names=replaceable)
+    check_room(path, layout.size)
+    if path.is_symlink():
+        log.info("%s is a link: %s is written", path, follow(path))
+    return Target(path, tensors, layout, overwrite, made, inputs[-1], replaceable)
+
+
+def _lay_out(
+    out: str | os.PathLike[str],
+    tensors: Sequence[OutputTensor],
+    made: Mapping[str, Any],
+    template: Checkpoint,
+    companions: Mapping[str, bytes],
+) -> Layout:
+    with guard_reads(template.path):
+        layout = lay_out(os.fspath(out), tensors, made, template)
     if companions and not layout.directory:
         raise UsageError(
             f"{out} would be a file, but {first_few(list(companions))} has to stand beside the "
             "weights",
             "Name a directory: -o with no suffix.",
         )
-    layout.companions.update(companions or {})
-    check_room(Path(out), layout.size)
-    return Target(Path(out), tensors, layout, overwrite, made, inputs[-1])
+    layout.put(companions)
+    return layout
+
+
+def _check_neighbours(path: Path, neighbours: Iterable[Location]) -> None:
+    """Make sure that nothing of the runs is replaced that the output is not made of.
+
+    An average that ckptavg wrote among them may be: the next one commonly takes its place.
+    """
+    if not os.path.lexists(path):
+        return
+    place = os.path.realpath(path)
+    if all(isinstance(n, RemotePath) or os.path.realpath(n) != place for n in neighbours):
+        return
+    with suppress(CkptavgError):
+        if open_checkpoint(place).is_average:
+            return
+    raise OutputError(
+        f"the output {path} is a file of the run that is averaged", "Choose another -o."
+    )
+
+
+def _recorded_files(path: Path) -> list[str]:
+    """Files of an existing directory that ckptavg wrote, by its own record."""
+    if not path.is_dir():
+        return []
+    try:
+        made = open_checkpoint(path).provenance or {}
+    except CkptavgError:  # none of ours
+        return []
+    names = made.get(_FILES)
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
 def prepare_copy(
@@ -106,7 +170,7 @@ def check_together(targets: Sequence[Target]) -> None:
         UsageError: Two of them are one.
         OutputError: There is too little room for all.
     """
-    paths = [target.path.absolute() for target in targets]
+    paths = [follow(target.path) for target in targets]
     for path in paths:
         if paths.count(path) > 1:
             raise UsageError(f"two averages would be written to {path}", "Give each its own name.")
@@ -114,7 +178,8 @@ def check_together(targets: Sequence[Target]) -> None:
             raise UsageError(f"{path} would lie within another output", "Give each its own name.")
     rooms: dict[int, int] = {}
     for path, target in zip(paths, targets, strict=True):
-        device = path.parent.stat().st_dev
+        with guard_writes(path):
+            device = path.parent.stat().st_dev
         rooms[device] = rooms.get(device, 0) + target.layout.size
         check_room(path, rooms[device])
 
@@ -129,7 +194,12 @@ def opened(targets: Sequence[Target]) -> Iterator[list[FileSink]]:
     with ExitStack() as publications:
         written = [
             publications.enter_context(
-                Publication(t.path, directory=t.layout.directory, overwrite=t.overwrite)
+                Publication(
+                    t.path,
+                    directory=t.layout.directory,
+                    overwrite=t.overwrite,
+                    replaceable=t.replaceable,
+                )
             )
             for t in targets
         ]
@@ -206,10 +276,7 @@ def rewrite_provenance(target: Target, sink: FileSink, made: Mapping[str, Any]) 
     """
     layout = lay_out(os.fspath(target.path), target.tensors, made, target.template)
     if not target.layout.fits(layout):
-        raise CheckpointError(
-            f"{target.template.path} changed while it was being read",
-            "Wait until the training run has finished writing it, then try again.",
-        )
+        raise changed(target.template.path)
     sink.replace(layout)
 
 
@@ -226,7 +293,8 @@ def provenance(
     Returns:
         ``version``, ``scheme``, ``checkpoints`` (each with ``path``, ``step``, ``coefficient``,
         ``size`` in bytes and ``mtime`` in seconds), ``bn``, and where there are any, ``base`` (the
-        checkpoint that gave the rest, if it is none of them) and ``tied`` names.
+        checkpoint that gave the rest, if it is none of them) and ``tied`` names. A directory's has
+        ``files`` too, the names of all that was written.
     """
     made: dict[str, Any] = {
         "version": __version__,

@@ -4,32 +4,20 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from ckptavg.errors import (
-    CheckpointError,
-    MismatchError,
-    UnsupportedTensorError,
-    UsageError,
-    first_few,
-    short,
-)
+from ckptavg import spectral_norm
+from ckptavg.buffers import find_buffers
+from ckptavg.checks import check_alike, check_copied, check_names, check_supported
+from ckptavg.errors import UsageError, first_few
 from ckptavg.formats import Checkpoint, Tensor
 from ckptavg.formats.output import OutputTensor
 from ckptavg.formats.table import DTYPES, DType
+from ckptavg.modules import Modules
+from ckptavg.rules import Rules
 from ckptavg.schemes import normalized
-
-OUTPUT_DTYPES = ("keep", "float32", "bfloat16", "float16", "float64")
-
-# An integer tensor with one of these beside it is packed weights, which have no mean of their own.
-_SCALE_NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("", ("_scale", "_scale_inv", ".absmax", ".quant_map", "_scales", ".scales")),
-    (".weight", (".SCB", ".weight_format")),
-    (".qweight", (".scales", ".qzeros")),
-    (".weight_packed", (".weight_scale",)),
-    ("_blocks", ("_scales",)),
-)
+from ckptavg.spectral_norm import SpectralNorm
 
 
 @dataclass(frozen=True)
@@ -44,7 +32,8 @@ class TensorPlan:
         owners: The checkpoints that the sources belong to.
         coefficients: One a source.
         averaged: False where the bytes of the only source are taken as they are.
-        compared: Integer tensors of the other checkpoints, which should be equal to the source.
+        compared: The tensors of the other checkpoints where only the last is taken: integers and
+            buffers that are no weights. A difference is noted.
         tied_to: Name of an earlier tensor that has the same bytes in every checkpoint.
         divisor: What the weighted sum is divided by; the sum of the coefficients where None.
     """
@@ -82,6 +71,8 @@ class Plan:
         notes: What a person should know.
         companions: Contents of the files that must stand beside the weights, by name; where there
             are any, the output has to be a directory.
+        missing: Tensors that no output can hold, and why: they are left out of this one.
+        spectral_norms: Layers whose vectors are iterated on the averaged weight.
     """
 
     checkpoints: tuple[Checkpoint, ...]
@@ -89,6 +80,8 @@ class Plan:
     tensors: tuple[TensorPlan, ...]
     notes: tuple[str, ...] = ()
     companions: Mapping[str, bytes] = field(default_factory=dict)
+    missing: Mapping[str, str] = field(default_factory=dict)
+    spectral_norms: tuple[SpectralNorm, ...] = ()
 
     @property
     def outputs(self) -> list[OutputTensor]:
@@ -121,33 +114,6 @@ class Plan:
         return [*self.checkpoints, *([] if self.base is None else [self.base])]
 
 
-@dataclass(frozen=True)
-class Rules:
-    """Which tensors are averaged, and what the output's floats are.
-
-    Attributes:
-        include: Shell patterns of the names to average; all where empty.
-        exclude: Shell patterns of the names not to.
-        base: The checkpoint that the rest comes from; the last one where None.
-        dtype: One of ``OUTPUT_DTYPES``.
-    """
-
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    base: Checkpoint | None = None
-    dtype: str = "keep"
-
-    def __post_init__(self) -> None:
-        if self.dtype not in OUTPUT_DTYPES:
-            expected = ", ".join(OUTPUT_DTYPES)
-            raise UsageError(f"dtype is expected to be one of {expected} but got {self.dtype!r}")
-
-    def averages(self, name: str) -> bool:
-        """Whether a tensor is averaged."""
-        included = not self.include or _matches(name, self.include)
-        return included and not _matches(name, self.exclude)
-
-
 def make_plan(
     checkpoints: Sequence[Checkpoint], coefficients: Sequence[float], rules: Rules
 ) -> Plan:
@@ -167,14 +133,17 @@ def make_plan(
     names = [name for name in (*last.tensors, *last.refused) if rules.averages(name)]
     if not names:
         raise UsageError(f"no tensor of {last.path} matches the include and exclude patterns")
-    _check_names(checkpoints, names, rules)
-    _check_supported(checkpoints, names)
+    check_names(checkpoints, names, rules.averages)
+    check_supported(checkpoints, names, rules.averages)
     for name in names:
-        _check_alike(name, checkpoints)
-    builder = _Builder(tuple(checkpoints), tuple(coefficients), rules)
-    averaged = set(names)
+        check_alike(name, checkpoints)
+    modules, averaged = Modules(last.tensors), set(names)
+    layers = _averaged_layers(modules, averaged)
+    vectors = {vector for layer in layers for vector in (layer.u, layer.v) if vector}
+    buffers = find_buffers(modules, averaged)
+    builder = _Builder(tuple(checkpoints), tuple(coefficients), rules, vectors, buffers)
     rest = [name for name in base.tensors if name not in averaged]
-    _check_copied(base, averaged)
+    check_copied(base, set(rest))
     order = {name: i for i, name in enumerate(base.tensors)}
     tensors = [builder.averaged(name) for name in names] + [
         builder.copied(name, base) for name in rest
@@ -185,6 +154,18 @@ def make_plan(
         coefficients=tuple(normalized(coefficients)),
         tensors=tuple(_with_ties(tensors)),
         notes=(*builder.notes(), *_unmatched(rules, {*last.tensors, *last.refused})),
+        missing={name: why for name, why in base.refused.items() if name not in averaged},
+        spectral_norms=layers if sum(c != 0 for c in coefficients) > 1 else (),
+    )
+
+
+def _averaged_layers(modules: Modules, averaged: Collection[str]) -> tuple[SpectralNorm, ...]:
+    """Layers under spectral norm all of whose tensors are to be averaged."""
+    layers = spectral_norm.find_layers(modules)
+    return tuple(
+        layer
+        for layer in layers
+        if layer.weight in averaged and layer.u in averaged and (layer.v or layer.u) in averaged
     )
 
 
@@ -200,15 +181,19 @@ class _Builder:
     checkpoints: tuple[Checkpoint, ...]
     coefficients: tuple[float, ...]
     rules: Rules
+    vectors: Collection[str]
+    buffers: Collection[str]
     mixed: dict[str, str] = field(default_factory=dict)
 
     def averaged(self, name: str) -> TensorPlan:
         tensors = [c.tensors[name] for c in self.checkpoints]
         last = tensors[-1]
-        if last.dtype.kind == "int":
-            owner = self.checkpoints[-1:]
-            others = tuple(t for t in tensors[:-1] if t is not last)
-            return TensorPlan(name, last.shape, last.dtype, (last,), owner, (1.0,), False, others)
+        if name in self.vectors:
+            return self.copied(name, self.checkpoints[-1])
+        if last.dtype.kind == "int" or name in self.buffers:
+            plan = self.copied(name, self.checkpoints[-1])
+            others = () if plan.averaged else tuple(t for t in tensors[:-1] if t is not last)
+            return replace(plan, compared=others)
         used = [i for i, c in enumerate(self.coefficients) if c != 0]
         dtype = self._output_dtype(name, [tensors[i].dtype for i in used])
         return TensorPlan(
@@ -230,10 +215,18 @@ class _Builder:
         return TensorPlan(name, tensor.shape, dtype, (tensor,), (base,), (1.0,), converted)
 
     def notes(self) -> list[str]:
-        if not self.mixed:
-            return []
-        shown = [f"{name} ({dtype})" for name, dtype in self.mixed.items()]
-        return [f"floats of different width meet; written as the widest: {first_few(shown)}"]
+        notes = []
+        if self.mixed:
+            shown = [f"{name} ({dtype})" for name, dtype in self.mixed.items()]
+            notes.append(
+                f"floats of different width meet; written as the widest: {first_few(shown)}"
+            )
+        if self.vectors and len(self.checkpoints) > 1:
+            notes.append(
+                "the vectors of layers under spectral norm are not averaged but iterated on the "
+                f"averaged weights: {first_few(sorted(self.vectors))}"
+            )
+        return notes
 
     def _output_dtype(self, name: str, dtypes: Sequence[DType]) -> DType:
         widest = dtypes[0]
@@ -246,10 +239,6 @@ class _Builder:
         return widest
 
 
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
 def _wider(one: DType, other: DType) -> DType:
     """The narrowest type that holds the values of both."""
     if one == other:
@@ -257,126 +246,6 @@ def _wider(one: DType, other: DType) -> DType:
     if one.bits == other.bits:  # bfloat16 and float16
         return DTYPES["float32"]
     return one if one.bits > other.bits else other
-
-
-def _check_names(checkpoints: Sequence[Checkpoint], names: Sequence[str], rules: Rules) -> None:
-    last, expected = checkpoints[-1], set(names)
-    for checkpoint in checkpoints[:-1]:
-        held = {n for n in (*checkpoint.tensors, *checkpoint.refused) if rules.averages(n)}
-        lost, extra = sorted(expected - held), sorted(held - expected)
-        if not lost and not extra:
-            continue
-        if set(checkpoint.networks) != set(last.networks):
-            raise CheckpointError(
-                f"{checkpoint.path} and {last.path} hold different networks: "
-                f"{_networks_text(checkpoint)} against {_networks_text(last)}",
-                "Name the entry that holds the weights of both with --key.",
-            )
-        if held and not held & expected:
-            raise MismatchError(
-                f"{checkpoint.path} and {last.path} hold different networks: no tensor name in "
-                f"common ({extra[0]!r} against {lost[0]!r})",
-                _one_network(checkpoint, last) or "Select one network's checkpoints with --glob.",
-            )
-        parts = []
-        if lost:
-            parts.append(f"lacks {len(lost)} tensors ({first_few(lost)})")
-        if extra:
-            parts.append(f"has {len(extra)} more ({first_few(extra)})")
-        raise MismatchError(
-            f"{checkpoint.path} {' and '.join(parts)}, compared with {last.path}",
-            _one_network(checkpoint, last)
-            or "Leave the checkpoint out, or the tensors with --exclude.",
-        )
-
-
-def _networks_text(checkpoint: Checkpoint) -> str:
-    entries = [short(entry) or "the file itself" for entry in checkpoint.entries]
-    return f"those under {first_few(entries)}" if checkpoint.networks else f"one, {entries[0]}"
-
-
-def _one_network(one: Checkpoint, other: Checkpoint) -> str:
-    """How to select one of two networks, where the files' names tell them apart."""
-    if one.pattern == other.pattern:
-        return ""
-    patterns = " or ".join(
-        f"--glob '{pattern}'" for pattern in sorted({one.pattern, other.pattern})
-    )
-    return f"If these are different networks, select one with {patterns}."
-
-
-def _check_supported(checkpoints: Sequence[Checkpoint], names: Sequence[str]) -> None:
-    remedy = "Average the checkpoints before quantization, or leave the tensors out with --exclude."
-    for checkpoint in checkpoints:
-        refused = [f"{n} ({checkpoint.refused[n]})" for n in names if n in checkpoint.refused]
-        if refused:
-            raise UnsupportedTensorError(
-                f"{checkpoint.path} holds tensors that cannot be averaged: {first_few(refused)}",
-                "Leave them out with --exclude.",
-            )
-        packed = [
-            f"{name} ({checkpoint.tensors[name].dtype.name})"
-            for name in names
-            if checkpoint.tensors[name].dtype.kind == "packed"
-        ]
-        if packed:
-            raise UnsupportedTensorError(
-                f"{checkpoint.path}: 8-bit floats have no meaningful mean without their scales: "
-                f"{first_few(packed)}",
-                remedy,
-            )
-        quantized = [n for n in names if _is_quantized(n, checkpoint.tensors)]
-        if quantized:
-            raise UnsupportedTensorError(
-                f"{checkpoint.path} holds quantized weights with scales: {first_few(quantized)}",
-                remedy,
-            )
-
-
-def _is_quantized(name: str, tensors: Mapping[str, Tensor]) -> bool:
-    tensor = tensors[name]
-    if tensor.dtype.kind != "int" or not tensor.shape:
-        return False
-    return any(
-        name.removesuffix(ending) + scale in tensors
-        for ending, scales in _SCALE_NAMES
-        if name.endswith(ending)
-        for scale in scales
-    )
-
-
-def _check_alike(name: str, checkpoints: Sequence[Checkpoint]) -> None:
-    last = checkpoints[-1]
-    model = last.tensors[name]
-    for checkpoint in checkpoints[:-1]:
-        tensor = checkpoint.tensors[name]
-        if tensor.shape != model.shape:
-            raise MismatchError(
-                f"{name} has the shape {tensor.shape} in {checkpoint.path} "
-                f"but {model.shape} in {last.path}",
-                _one_network(checkpoint, last)
-                or f"Leave the checkpoint out, or the tensor with --exclude '{name}'.",
-            )
-        if tensor.dtype.kind != model.dtype.kind:
-            raise MismatchError(
-                f"{name} is {tensor.dtype.name} in {checkpoint.path} "
-                f"but {model.dtype.name} in {last.path}",
-                f"Leave the checkpoint out, or the tensor with --exclude '{name}'.",
-            )
-
-
-def _check_copied(base: Checkpoint, averaged: set[str]) -> None:
-    lost = [f"{n} ({why})" for n, why in base.refused.items() if n not in averaged]
-    lost += [
-        f"{n} ({t.dtype.name})"
-        for n, t in base.tensors.items()
-        if t.dtype.size == 0 and n not in averaged
-    ]
-    if lost:
-        raise UnsupportedTensorError(
-            f"{base.path} holds tensors without plain bytes: {first_few(lost)}",
-            "Take the rest from another checkpoint with --base.",
-        )
 
 
 def _with_ties(tensors: Sequence[TensorPlan]) -> list[TensorPlan]:
@@ -397,7 +266,7 @@ def copy_plan(checkpoint: Checkpoint) -> Plan:
     Raises:
         UnsupportedTensorError: A tensor has no plain bytes.
     """
-    _check_copied(checkpoint, set())
+    check_copied(checkpoint, {*checkpoint.tensors, *checkpoint.refused})
     tensors = [
         TensorPlan(name, t.shape, t.dtype, (t,), (checkpoint,), (1.0,), averaged=False)
         for name, t in checkpoint.tensors.items()

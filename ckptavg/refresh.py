@@ -142,7 +142,7 @@ def update_checkpoint(
             del group, number, of
             weights = averaging.load(checkpoint)
             found.extend(refresh([weights], how, [str(checkpoint.path)]))
-            outputs.fill(target, sink, weights, made)
+            outputs.fill(target, sink, weights, target.made)
             peers.agree()
 
         run_passes([[checkpoint]], run_pass, how.runtime, peers)

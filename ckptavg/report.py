@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -30,8 +27,9 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from ckptavg.display import printable
+from ckptavg.display import printable, step_text
 from ckptavg.json_text import json_text
+from ckptavg.lasting_stream import LastingStream
 
 _WIDE = 240  # columns where nothing is a terminal, so that no cell is folded
 _NAME = 40  # characters of a name that is shown whole, whatever room that leaves to numbers
@@ -59,8 +57,8 @@ class Report:
     ) -> None:
         self.as_json = as_json
         self.verbosity = verbosity
-        self._out = stdout or _console(sys.stdout)
-        self._err = stderr or _console(sys.stderr)
+        self._out = stdout or _console(LastingStream(sys.stdout, essential=True))
+        self._err = stderr or _console(LastingStream(sys.stderr, essential=False))
 
     @contextmanager
     def notes(self) -> Iterator[None]:
@@ -106,10 +104,16 @@ class Report:
         if not self.as_json:
             self._out.print(Text(printable(text)), soft_wrap=True)
 
+    def remark(self, text: str) -> None:
+        """A line on stderr, however quiet the command is to be."""
+        self._err.print(Text(printable(text)), soft_wrap=True)
+
     def result(self, value: Any) -> None:
         """The result as JSON on stdout, with ``as_json``."""
         if self.as_json:
-            self._out.file.write(json_text(value))
+            unicode = (self._out.encoding or "utf-8").startswith("utf")
+            self._out.file.write(json_text(value, ascii_only=not unicode))
+            self._out.file.flush()
 
     @contextmanager
     def bytes_progress(self, what: str) -> Iterator[Any]:
@@ -142,26 +146,6 @@ class Report:
             yield move
 
 
-def write_results(path: Path, results: Mapping[str, Any]) -> None:
-    """Write an evaluation's results as JSON or CSV, by the suffix."""
-    if path.suffix == ".json":
-        text = json_text(results)
-    else:
-        buffer = io.StringIO()
-        rows = [_flat(candidate) for candidate in results["candidates"]]
-        columns = dict.fromkeys(name for row in rows for name in row)
-        writer = csv.DictWriter(buffer, [*columns], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        text = buffer.getvalue()
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def size_text(count: float) -> str:
     """Bytes with a decimal unit."""
     for unit in ("B", "kB", "MB", "GB"):
@@ -188,18 +172,8 @@ def counted(count: int, thing: str) -> str:
 
 
 def number_text(value: float | None) -> str:
-    """A recorded number, short; a dash where there is none."""
-    return "–" if value is None else f"{value:.6g}"
-
-
-def _flat(candidate: Mapping[str, Any]) -> dict[str, Any]:
-    """A result in a row: the comparison's figures by their names, no bins."""
-    row = {
-        k: v for k, v in candidate.items() if k not in ("metrics", "versus", "reliability", "key")
-    }
-    row |= dict(candidate["metrics"])
-    row |= {f"versus_{k}": v for k, v in candidate.get("versus", {}).items()}
-    return {k: ";".join(map(str, v)) if isinstance(v, list) else v for k, v in row.items()}
+    """A recorded number, short, but whole ones in full; a dash where there is none."""
+    return "–" if value is None else step_text(value)
 
 
 def _is_number(cell: str) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 from ckptavg.candidates import Candidate
 from ckptavg.errors import UsageError
 from ckptavg.evidence import Difference
+from ckptavg.formats.storage import without_secrets
 from ckptavg.tasks import Task
 from ckptavg.tasks.classification import Classification
 
@@ -41,9 +42,9 @@ class Result:
         """The result as plain values."""
         candidate = self.candidate
         return {
-            "name": candidate.name,
+            "name": without_secrets(candidate.name),
             "kind": candidate.kind,
-            "checkpoints": [str(c.path) for c in candidate.checkpoints],
+            "checkpoints": [without_secrets(str(c.path)) for c in candidate.checkpoints],
             "coefficients": list(candidate.coefficients),
             "metrics": dict(self.metrics),
             "bn": self.bn,
@@ -85,7 +86,7 @@ class Versus:
         """The comparison as plain values."""
         d = self.difference
         return {
-            "reference": self.reference,
+            "reference": without_secrets(self.reference),
             "metric": self.metric,
             "difference": d.value,
             "low": d.low,

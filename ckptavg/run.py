@@ -6,7 +6,9 @@ import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
+from ckptavg.display import step_text
 from ckptavg.errors import RunError, UsageError, first_few, short
 from ckptavg.formats import Checkpoint
 from ckptavg.formats.storage import Location, Named, locate
@@ -28,12 +30,14 @@ class Run:
         left_out: Files that were found and not taken, and why.
         notes: What a person should know about the order and the duplicates.
         named: Whether each checkpoint was named by itself, not found in a directory.
+        members: Paths of all that was found, whatever a selection takes of it.
     """
 
     trainings: tuple[tuple[Checkpoint, ...], ...]
     left_out: tuple[tuple[Location, str], ...] = ()
     notes: tuple[str, ...] = ()
     named: bool = True
+    members: tuple[Location, ...] = ()
 
     def __iter__(self) -> Iterator[Checkpoint]:
         return (checkpoint for training in self.trainings for checkpoint in training)
@@ -76,7 +80,8 @@ class Run:
         """
         low, high = -math.inf if first is None else first, math.inf if last is None else last
         return self._each(
-            lambda c: [x for x in c if low <= _step(x) <= high], f"steps {low:g} to {high:g}"
+            lambda c: [x for x in c if low <= _step(x) <= high],
+            f"steps {step_text(low)} to {step_text(high)}",
         )
 
     def at_lr_min(self) -> Run:
@@ -157,7 +162,10 @@ def open_run(*paths: Named, glob: str | None = None, key: str | None = None) -> 
             f"no checkpoint is left in {first_few([str(path) for path in paths])}", _why(left_out)
         )
     notes = [*find.tell(left_out), *notes]
-    return Run(tuple(trainings), tuple(left_out), tuple(dict.fromkeys(notes)), found.named)
+    everything = (*chain(*found.groups), *(path for path, _ in left_out))
+    return Run(
+        tuple(trainings), tuple(left_out), tuple(dict.fromkeys(notes)), found.named, everything
+    )
 
 
 def as_run(run: Run | Iterable[Checkpoint]) -> Run:
@@ -189,7 +197,7 @@ def _check_positive(name: str, value: int) -> None:
 def _step(checkpoint: Checkpoint) -> float:
     if checkpoint.step is None:
         raise RunError(
-            f"{checkpoint.path} records no step or epoch and has no number in its name",
+            f"{checkpoint.path} records no step or epoch and has none in its name",
             "Select by --last, --every or --glob instead.",
         )
     return checkpoint.step

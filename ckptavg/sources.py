@@ -5,15 +5,16 @@ from __future__ import annotations
 import ast
 import importlib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from ckptavg import text
-from ckptavg.errors import SpecError, UsageError
+from ckptavg.errors import CheckpointError, SpecError, UsageError, short
 from ckptavg.factories import (
     Arguments,
     call_factory,
@@ -24,6 +25,8 @@ from ckptavg.factories import (
     similar,
     split_spec,
 )
+from ckptavg.formats import bounded_json
+from ckptavg.hub import is_cached, offline
 
 log = logging.getLogger("ckptavg")
 Transform = Callable[[Any], Any]
@@ -182,16 +185,71 @@ def _torchvision(part: str) -> Any:
 
 
 def _hugging_face_model(directory: str, **keywords: Any) -> Any:
-    """A transformers model of the class that a directory's config names, freshly initialized."""
+    """A transformers model of the class that a directory's config names, freshly initialized.
+
+    Nothing is downloaded, nor is the hub asked for anything.
+    """
     if not (Path(directory) / "config.json").is_file():
         raise SpecError(f"{directory} is no directory with a config.json", "Expected hf:DIR.")
     transformers = extra("transformers", "transformers")
     keywords.setdefault("trust_remote_code", False)  # else it asks on the terminal
-    config = transformers.AutoConfig.from_pretrained(directory, **keywords)
-    names = config.architectures or []
-    if not names or not hasattr(transformers, names[0]):
-        raise SpecError(f"{directory}/config.json names no architecture that transformers knows")
-    return getattr(transformers, names[0])(config)
+    try:
+        with offline():
+            config = transformers.AutoConfig.from_pretrained(
+                directory, local_files_only=True, **keywords
+            )
+            names = config.architectures or []
+            if not names or not hasattr(transformers, names[0]):
+                raise SpecError(
+                    f"{directory}/config.json names no architecture that transformers knows"
+                )
+            for settings in _settings(config, transformers.PretrainedConfig):
+                if settings.get("use_pretrained_backbone"):
+                    settings["use_pretrained_backbone"] = False
+            return getattr(transformers, names[0])(config)
+    except Exception as error:
+        backbone = _lacking_backbone(Path(directory))
+        if backbone is None:
+            raise
+        raise SpecError(
+            f"{directory}/config.json names the backbone {short(backbone)}, of which this machine "
+            "has no configuration",
+            f"Fetch it first: hf download {short(backbone)} config.json.",
+        ) from error
+
+
+def _settings(config: Any, kind: type) -> Iterator[dict[str, Any]]:
+    """The settings of a configuration and of all that are in it.
+
+    Args:
+        config: Plain values, or a configuration.
+        kind: The class of configurations.
+    """
+    waiting, seen = [config], set[int]()
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        settings = vars(value) if isinstance(value, kind) else value
+        if isinstance(settings, dict):
+            waiting += settings.values()
+            yield settings
+
+
+def _lacking_backbone(directory: Path) -> str | None:
+    """The hub's name of a backbone that a configuration names and the cache does not have."""
+    try:
+        config = bounded_json.read(directory / "config.json")
+    except (OSError, ValueError, CheckpointError):
+        return None
+    for settings in _settings(config, NoneType):
+        backbone = settings.get("backbone")
+        if isinstance(backbone, str) and "/" in backbone:
+            repository = backbone.rpartition(":")[2]
+            if not is_cached(repository):
+                return repository
+    return None
 
 
 def _of_model(kind: str, model_spec: str) -> dict[str, Any]:

@@ -109,7 +109,7 @@ def stream(
     report = progress or (lambda *_: None)
     total, done = sum(map(_input_bytes, ranges)), 0
     report(done, total)
-    with closing(shared), ThreadPoolExecutor(workers, "ckptavg", _stay_alone) as pool:
+    with closing(shared), start_threads(workers) as pool:
         running: deque[Future[_Done]] = deque()
         try:
             for task in _tasks(ranges, block):
@@ -125,6 +125,18 @@ def stream(
             for future in running:
                 future.cancel()
     return shared.streamed
+
+
+def start_threads(count: int) -> ThreadPoolExecutor:
+    """Threads whose arithmetic does not depend on the process's settings."""
+    return ThreadPoolExecutor(count, "ckptavg", _set_up_thread)
+
+
+def _set_up_thread() -> None:
+    """Give the calling thread the arithmetic that every result has, whatever the process set."""
+    # A thread begins with its parent's rounding of denormals. This sets it for this thread alone.
+    torch.set_flush_denormal(False)
+    _stay_alone()
 
 
 def _stay_alone() -> None:

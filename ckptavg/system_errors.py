@@ -61,12 +61,12 @@ def unwritable(path: object, error: OSError) -> OutputError:
     if error.errno in _FULL:
         return OutputError(
             f"the disk ran full while {path} was written",
-            "Make room (there may be a quota, too) or choose another disk with -o.",
+            "Make room (there may be a quota, too) or choose another disk.",
         )
     if error.errno == errno.EFBIG:
         return OutputError(
             f"{path} is larger than its file system, or ulimit -f, lets a file be",
-            "Choose another disk with -o, or raise the limit.",
+            "Choose another disk, or raise the limit.",
         )
     if error.errno == errno.ENOENT:
         return OutputError(

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from ckptavg.errors import SpecError
 from ckptavg.factories import extra
+from ckptavg.hub import offline
 
 log = logging.getLogger("ckptavg")
 
@@ -215,9 +216,10 @@ def _load_tokenizer(directory: Path) -> Any:
         # transformers would make an empty one of the model's configuration
         raise SpecError(f"{directory} holds no tokenizer", remedy)
     try:
-        return transformers.AutoTokenizer.from_pretrained(
-            str(directory), local_files_only=True, trust_remote_code=False
-        )
+        with offline():
+            return transformers.AutoTokenizer.from_pretrained(
+                str(directory), local_files_only=True, trust_remote_code=False
+            )
     except Exception as error:
         raise SpecError(
             f"{directory} holds no tokenizer that transformers can load: {error}", remedy

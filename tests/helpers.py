@@ -100,6 +100,8 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
         return False
     if one.is_complex():
         one, other = torch.view_as_real(one), torch.view_as_real(other)
+    if not one.is_floating_point():
+        return torch.equal(one, other)
     nan = one.isnan()
     return torch.equal(nan, other.isnan()) and torch.equal(_raw(one, nan), _raw(other, nan))
 

@@ -195,11 +195,12 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, passes: int) -> None:
     """Ctrl-C once the results of so many passes are in the file."""
     keep, kept = Keeper.keep, []
 
-    def interrupted(self: Keeper, results: Any) -> None:
-        keep(self, results)
+    def interrupted(self: Keeper, results: Any) -> int:
+        others = keep(self, results)
         kept.append(results)
         if len(kept) == passes:
             raise KeyboardInterrupt
+        return others
 
     monkeypatch.setattr(Keeper, "keep", interrupted)
 
@@ -362,6 +363,47 @@ def test_a_file_of_something_else_is_left_as_it_was(home: Path, text: str) -> No
     line = error(ckptavg(*ALL, "--results", "r.json", "--resume"))
     assert "r.json cannot be resumed: it does not hold results of this command" in line
     assert Path("r.json").read_bytes() == text.encode("latin-1")
+
+
+@pytest.mark.parametrize("flags", [[], ["--resume"]])
+def test_scores_of_other_candidates_stay_in_the_file(home: Path, flags: list[str]) -> None:
+    first = found("eval", "run/epoch_1.pt", *MODEL, *DATA, "--results", "r.json")
+    again = ckptavg("eval", "run/epoch_2.pt", *MODEL, *DATA, "--results", "r.json", *flags)
+    assert again.stderr.count("r.json goes on to hold results of others: 1") == 1
+    held = json.loads(Path("r.json").read_text())["candidates"]
+    assert held[0] == first[0]
+    assert [c["name"] for c in held] == ["run/epoch_1.pt", "run/epoch_2.pt"]
+
+
+@pytest.mark.parametrize("name", ["r.json", "r.csv"])
+def test_a_file_of_something_else_stops_the_work_before_it_begins(
+    home: Path, scored: list[str], name: str
+) -> None:
+    Path(name).write_text('{"lr": 0.1}')
+    Path(f".{name}.tmp").write_text("mine")
+    line = error(ckptavg(*ALL, "--results", name))
+    assert f"{name} is not replaced: it does not hold results of this command" in line
+    assert "Name another file" in line
+    assert Path(name).read_text() == '{"lr": 0.1}'
+    assert ckptavg(*ALL, "--results", f"new-{name}").exit_code == 0
+    assert len(scored) == len(EVERY)
+    assert Path(f".{name}.tmp").read_text() == "mine"
+
+
+def test_scores_are_shown_where_they_cannot_be_kept(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    command = ["eval", "run/epoch_1.pt", *MODEL, *DATA]
+    table = ckptavg(*command).stdout
+    monkeypatch.setattr(os, "fsync", full)
+    result = ckptavg(*command, "--results", "r.json")
+    assert "the disk ran full" in error(result)
+    assert result.stdout == table
+    assert "(the evaluation goes on)" in result.stderr
+    assert not Path("r.json").exists()
 
 
 @pytest.mark.parametrize("flags", [[], ["--results", "r.csv"]])

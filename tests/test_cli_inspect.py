@@ -103,3 +103,19 @@ def test_weights_that_are_not_finite_are_an_error_and_no_table(run: Path) -> Non
     assert result.stderr.splitlines()[-1].startswith(
         "Error: NaN, infinite or huge weights in run/epoch_2.pt."
     )
+
+
+def test_steps_of_millions_are_shown_in_full(run: Path) -> None:
+    for name, step in (("a", 1234567), ("b", 1234568), ("c", 1234568)):
+        weights = {"w": torch.tensor([float(ord(name))])}
+        torch.save({"model": weights, "global_step": step}, run / f"{name}.pt")
+    shown = inspect("run", "--glob", "[abc].pt")
+    assert shown.stdout.count("1234568") == 3  # twice in the table, once in a note
+    assert "1234567" in shown.stdout
+    assert "e+0" not in shown.stdout
+    planned = CliRunner().invoke(main, ["average", "run", "--glob", "[ab].pt", "--dry-run"])
+    assert "1234567" in planned.stdout
+    missed = CliRunner().invoke(
+        main, ["average", "run", "--glob", "[ab].pt", "--from", "2234567", "--dry-run"]
+    )
+    assert "steps 2234567 to inf" in missed.stderr

@@ -78,6 +78,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_states(home / "small", [{"w": torch.ones(3)}, {"w": torch.zeros(3)}])
     large = [torch.randn(2_500_001, generator=torch.Generator().manual_seed(i)) for i in range(3)]
     save_states(home / "large", [{"w": t.bfloat16(), "fixed": t[:9].clone()} for t in large])
+    rng = torch.Generator().manual_seed(0)
+    shapes = {"l.weight_orig": (90, 70), "l.weight_u": (90,), "l.weight_v": (70,), "w": (5000,)}
+    norms = [{n: torch.randn(s, generator=rng) for n, s in shapes.items()} for _ in range(3)]
+    save_states(home / "normed", norms)
     (home / "run").mkdir()
     (home / "dcp").mkdir()
     for seed in (1, 2, 3):
@@ -195,6 +199,7 @@ COMMANDS = {
     "small.safetensors": ["small"],
     "hashed.pt": ["run", "--hash", "--also", "hashed2.pt=linear"],
     "hashed": ["hub", "--hash", "--weights", "0,1,2", "--exclude", "half"],
+    "normed.pt": ["normed", "--hash"],
     "large.safetensors": ["large", "--hash", "--weights", "1,0,2", "--exclude", "fixed"],
     "measured.safetensors": ["large", "--geometry", "--json"],
 }
@@ -224,7 +229,8 @@ def test_four_processes_write_the_bytes_of_one(home: Path) -> None:
     measured, expected = (json.loads(text)["geometry"] for text in (good[-1][0]["out"], said))
     for name in ("gram", "distances"):
         torch.testing.assert_close(*(torch.tensor(g[name]) for g in (measured, expected)))
-    alone("inspect", "out/large.safetensors", "--verify")
+    for hashed in ("out/large.safetensors", "out/normed.pt"):
+        alone("inspect", hashed, "--verify")
 
     read = [of_one["read"] for of_one in good[3]]
     inputs = sum(t.nbytes for seed in (1, 2, 3) for t in plain(seed).values())

@@ -14,12 +14,14 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from click.testing import CliRunner
 from helpers import average_by_hand, names, same_bits, save, save_states, save_weight
 from hypothesis import given
 from hypothesis import strategies as st
 
 import ckptavg
 from ckptavg import stream
+from ckptavg.cli import main
 from ckptavg.errors import CheckpointError, CkptavgError, RunError, UsageError
 from ckptavg.formats import open_checkpoint, ranges, storage
 from ckptavg.formats.fetching import merged
@@ -464,6 +466,41 @@ def test_an_output_is_local(store, tmp_path, out):
 )
 def test_what_is_written_down_holds_no_secrets(url, shown):
     assert storage.without_secrets(url) == (shown or url)
+
+
+NET = """
+import torch
+def model():
+    return torch.nn.Linear(2, 2)
+def data():
+    return torch.utils.data.TensorDataset(torch.ones(4, 2), torch.zeros(4, dtype=torch.int64))
+"""
+
+
+@pytest.mark.parametrize("as_json", [[], ["--json"]])
+def test_nothing_that_is_shown_or_written_holds_a_password(store, tmp_path, monkeypatch, as_json):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.py").write_text(NET)
+    save_states(tmp_path / "run", [torch.nn.Linear(2, 2).state_dict()] * 2)
+    url = upload(tmp_path / "run", "me:secret@host/run")
+    model = ["--model", "net.py:model", "--data", "net.py:data", "--device", "cpu"]
+    said = ""
+    for command in (
+        ["inspect", url],
+        ["inspect", f"{url}/epoch_1.pt"],
+        ["inspect", f"{url}/none.pt", "--debug"],
+        ["average", url, "--dry-run"],
+        ["average", url, "-o", "out.pt", "-v"],
+        ["eval", f"{url}/epoch_1.pt", "--run", url, *model, "--results", "r.json"],
+        ["eval", f"{url}/epoch_1.pt", *model, "--results", "r.csv"],
+    ):
+        result = CliRunner().invoke(main, [*command, *as_json])
+        assert result.exit_code == ("none.pt" in command[1]), result.output
+        said += result.output
+    assert "store://host/run/epoch_1.pt" in said
+    written = b"".join((tmp_path / name).read_bytes() for name in ("r.json", "r.csv", "out.pt"))
+    assert "secret" not in said
+    assert b"secret" not in written
 
 
 def test_provenance_names_the_urls(store, tmp_path):

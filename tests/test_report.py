@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from helpers import save
 from rich.console import Console
 
 from ckptavg.cli import main
+from ckptavg.errors import OutputError
 from ckptavg.report import Report, number_text, rate_text, size_text
 
 
@@ -100,6 +104,56 @@ def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "warning: careful" in out.getvalue()
 
 
+class Closed(io.StringIO):
+    """A pipe whose reader has gone."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__()
+        self.error = error
+
+    def write(self, text: str) -> int:
+        raise self.error
+
+
+def say_everything(drawn: Report) -> None:
+    drawn.table(("a",), [("1",)], title="t")
+    drawn.line("text")
+    drawn.result({"x": 1})
+    with drawn.notes(), drawn.samples_progress() as progress:
+        logging.getLogger("ckptavg").warning("careful")
+        progress("BatchNorm", 1, 2)
+    drawn.remark("worse")
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_reader_that_has_gone_does_not_stop_the_work(
+    monkeypatch: pytest.MonkeyPatch, as_json: bool
+) -> None:
+    monkeypatch.setattr(sys, "stdout", Closed(BrokenPipeError(errno.EPIPE, "Broken pipe")))
+    monkeypatch.setattr(sys, "stderr", Closed(OSError(errno.EIO, "Input/output error")))
+    say_everything(Report(as_json=as_json))
+    monkeypatch.setattr(sys, "stdout", None)
+    say_everything(Report(as_json=as_json))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_result_that_cannot_be_written_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(OutputError, match="disk ran full while the standard output"):
+            Report(as_json=True).result({"x": 1})
+
+
+def test_an_encoding_that_lacks_characters_gets_escapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    Report(as_json=True).result({"ü": 1})
+    Report().line("– ü")
+    lines = out.buffer.getvalue().decode().splitlines()  # type: ignore[attr-defined]
+    assert json.loads("".join(lines[:-1])) == {"ü": 1}
+    assert lines[-1] == r"\u2013 \xfc"
+
+
 @pytest.mark.parametrize(
     ("count", "text"),
     [
@@ -128,6 +182,16 @@ def test_rates_have_three_digits_and_no_exponent(speed: float, text: str) -> Non
 
 def test_numbers_are_short_and_missing_ones_a_dash() -> None:
     assert [number_text(x) for x in (None, 3, 0.05, 1e-7)] == ["–", "3", "0.05", "1e-07"]
+
+
+@pytest.mark.parametrize("step", [0, 999_999, 1_000_000, 1_234_567, 89_999_999_999, 10**14 + 1])
+@pytest.mark.parametrize("kind", [int, float])
+def test_a_step_is_shown_in_full(step, kind):
+    assert number_text(kind(step)) == str(step)
+
+
+def test_what_is_beyond_counting_is_short():
+    assert [number_text(x) for x in (1e30, float("inf"), float("nan"))] == ["1e+30", "inf", "nan"]
 
 
 def test_names_out_of_files_are_neither_markup_nor_commands_to_the_terminal(tmp_path):

@@ -11,8 +11,10 @@ from helpers import names, save, save_weight
 
 from ckptavg import average, open_run
 from ckptavg.errors import CheckpointError, CkptavgError, RunError, UsageError
+from ckptavg.formats import comparing, open_checkpoint
+from ckptavg.refresh import Pass, update_checkpoint
 from ckptavg.run import as_run
-from ckptavg.runs import order
+from ckptavg.runtime import Runtime
 
 
 def numbered(directory, count, **beside):
@@ -567,7 +569,7 @@ def test_a_cycle_longer_than_the_run_is_an_error(tmp_path):
 
 def test_steps_need_a_position(tmp_path):
     save_weight(tmp_path / "model.pt")
-    with pytest.raises(RunError, match="records no step or epoch and has no number"):
+    with pytest.raises(RunError, match="records no step or epoch and has none in its name"):
         open_run(tmp_path).steps(1)
 
 
@@ -745,12 +747,37 @@ def test_a_refreshed_checkpoint_keeps_its_place_in_a_run(tmp_path):
     assert names(open_run(tmp_path / "a.pt", tmp_path / "b.pt")) == ["b.pt", "a.pt"]
 
 
-def test_many_checkpoints_are_compared_in_linear_time(tmp_path, monkeypatch):
-    numbered(tmp_path, 60)
-    calls = []
-    monkeypatch.setattr(order, "same_weights", lambda *_: calls.append(1) is not None)
-    open_run(tmp_path)
-    assert len(calls) < 60
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_copy_with_new_statistics_counts_once_beside_its_source(tmp_path, suffix):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    run = tmp_path / "run"
+    for i in (1, 2, 3):
+        save(run / f"epoch_{i}{suffix}", model.state_dict() | {"0.bias": torch.full((2,), i)})
+    how = Pass(model, [torch.randn(8, 3)], Runtime(torch.device("cpu")))
+    copy = run / f"epoch_3_bn{suffix}"
+    update_checkpoint(open_checkpoint(run / f"epoch_3{suffix}"), copy, how)
+    moved = run.rename(tmp_path / "moved")  # since then the path in its provenance is another
+    opened = open_run(moved)
+    assert names(opened) == [f"epoch_{i}{suffix}" for i in (1, 2, 3)]
+    why = f"a copy of epoch_3{suffix} with recomputed statistics"
+    assert opened.left_out == ((moved / copy.name, why),)
+    assert any(copy.name in note for note in opened.notes)
+    assert names(open_run(moved, glob="*_bn*")) == [copy.name]
+
+
+def test_many_aliases_are_compared_in_linear_time(tmp_path, monkeypatch):
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        for i in range(300):
+            save_weight(tmp_path / f"best_{i}.pt", i)
+    finally:
+        torch.serialization.set_crc32_options(before)
+    blocks, read = comparing._blocks, []
+    monkeypatch.setattr(comparing, "_blocks", lambda *a: read.append(a) or blocks(*a))
+    assert len(open_run(tmp_path)) == 300
+    assert len(read) == 300
 
 
 # Files of one name in several directories

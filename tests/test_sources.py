@@ -2,7 +2,9 @@
 
 import contextlib
 import importlib
+import json
 import pickle
+import socket
 import sys
 from pathlib import Path
 
@@ -404,6 +406,77 @@ def test_a_hugging_face_model_by_its_config(hugging_face):
 @pytest.mark.parametrize("settings", [{}, {"architectures": ["MyOwnNet"]}])
 def test_a_hugging_face_config_without_a_known_architecture(hugging_face, settings):
     assert "names no architecture" in error_of(make_model, hugging_face(**settings))
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The hosts that are asked for; none of them answers."""
+    import huggingface_hub.constants
+
+    hosts = []
+
+    def refuse(host, *_, **__):
+        hosts.append(host)
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    return hosts
+
+
+def detection(path, **backbone):
+    """The configuration of a small detector."""
+    sizes = {
+        f"{part}_{size}": 8 if "dim" in size else 1
+        for part in ("encoder", "decoder")
+        for size in ("layers", "ffn_dim", "attention_heads")
+    }
+    config = {"model_type": "detr", "architectures": ["DetrForObjectDetection"], "d_model": 8}
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(config | sizes | backbone))
+    return f"hf:{path}"
+
+
+BACKBONES = [
+    {"use_timm_backbone": True},
+    {"use_timm_backbone": True, "backbone_kwargs": {"out_indices": [1, 2, 3, 4]}},
+    {"backbone_config": {"model_type": "timm_backbone", "backbone": "resnet18",
+                         "features_only": True, "use_pretrained_backbone": True,
+                         "out_indices": [1, 2, 3, 4]}, "backbone": None},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_pretrained_backbone_is_built_without_asking_the_hub(tmp_path, asked, backbone):
+    pytest.importorskip("timm")
+    import huggingface_hub
+
+    exists = huggingface_hub.HfApi.repo_exists
+    settings = {"backbone": "resnet18", "use_pretrained_backbone": True} | backbone
+    model = make_model(detection(tmp_path / "detr", **settings))
+    assert (64, 3, 7, 7) in [p.shape for p in model.parameters()]
+    assert asked == []
+    assert huggingface_hub.constants.HF_HUB_OFFLINE is False
+    assert huggingface_hub.HfApi.repo_exists is exists
+
+
+def test_a_backbone_of_the_hub_comes_from_the_cache_or_is_named(tmp_path, asked, monkeypatch):
+    import huggingface_hub
+    from transformers import ResNetConfig
+
+    spec = detection(tmp_path / "detr", backbone="someone/small", use_timm_backbone=False)
+    message = error_of(make_model, spec)
+    assert "names the backbone someone/small, of which this machine has no" in message
+    assert "hf download someone/small config.json" in message
+    cache = tmp_path / "cache" / "models--someone--small"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("0" * 40)
+    small = ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic")
+    small.save_pretrained(cache / "snapshots" / ("0" * 40))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    model = make_model(spec)
+    assert max(p.shape[0] for n, p in model.named_parameters() if "backbone" in n) == 8
+    assert asked == []
 
 
 def test_a_directory_without_a_hugging_face_config(tmp_path):

@@ -194,6 +194,22 @@ def test_equal_zeros_keep_their_sign_and_denormals_their_value(tmp_path, dtype):
     assert same_bits(found["w"], tensor)
 
 
+def test_denormals_keep_their_value_where_the_process_flushes_them(tmp_path):
+    tensor = torch.tensor([1e-40, 5e-324], dtype=torch.float64)
+    states = [{"w": tensor, "f": tensor.float()}] * 3
+    checkpoints = opened(tmp_path, states)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush denormals")
+    try:
+        found, _ = compute(checkpoints, [1.0, 2.0, 0.5], threads=2)
+        flushed = (torch.tensor(1e-310, dtype=torch.float64) * 1).item() == 0
+    finally:
+        torch.set_flush_denormal(False)
+    assert flushed, "the calling thread flushes as before"
+    assert found["w"].tolist() == tensor.tolist()
+    assert found["f"].tolist() == tensor.float().tolist()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_sums_of_huge_values_do_not_overflow_on_the_way(tmp_path, dtype):
     largest = torch.finfo(dtype).max

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -11,16 +13,36 @@ from ckptavg.cli.average import average
 from ckptavg.cli.evaluate import evaluate
 from ckptavg.cli.inspect import inspect
 from ckptavg.cli.update_bn import update_bn
+from ckptavg.display import escape_unseen
 from ckptavg.version import __version__
 
 
 class _Commands(click.Group):
     """Ends as a command does when it is told to before the command itself has begun."""
 
+    def make_context(self, *args: Any, **options: Any) -> click.Context:
+        with _printable_errors():
+            return super().make_context(*args, **options)
+
     def invoke(self, ctx: click.Context) -> Any:
         # The first is for a signal that comes while the others come to their end.
-        with ending.by_interrupts(None), ending.by_signals(), ending.by_interrupts([]):
+        with (
+            ending.by_interrupts(None),
+            ending.by_signals(),
+            ending.by_interrupts([]),
+            _printable_errors(),
+        ):
             return super().invoke(ctx)
+
+
+@contextmanager
+def _printable_errors() -> Iterator[None]:
+    """Escape names in click's own errors: the shell's ``*`` takes them from files."""
+    try:
+        yield
+    except click.ClickException as error:
+        error.message = escape_unseen(error.message, keep="\n")  # type: ignore[misc]
+        raise
 
 
 @click.group(

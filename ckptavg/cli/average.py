@@ -12,8 +12,8 @@ import click
 from ckptavg.cli import geometry, options
 from ckptavg.cli.also import Also, also, planned_also
 from ckptavg.errors import NonFiniteError, UsageError
-from ckptavg.plan import Rules, TensorPlan
 from ckptavg.report import Report, counted, number_text, size_text
+from ckptavg.rules import Rules
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ckptavg import averaging
     from ckptavg.averaging import Average
     from ckptavg.outputs import Target
+    from ckptavg.plan import TensorPlan
     from ckptavg.processes import Processes
     from ckptavg.run import Run
 
@@ -87,7 +88,7 @@ def average(
     run, selection = options.open_selected(paths, glob, key, settings)
     if settings["weights"]:
         _note_order(paths, [str(c.path) for c in selection])
-    from ckptavg import averaging  # noqa: PLC0415 - help is shown without torch
+    from ckptavg import averaging, remarks  # noqa: PLC0415 - help is shown without torch
 
     planned = [options.planned(selection, settings)]
     planned += [planned_also(one, run, selection, settings) for one in further]
@@ -96,8 +97,10 @@ def average(
     targets = averaging.prepare_many(
         list(zip(planned, outs, strict=bool(outs))), overwrite=overwrite, digests=digests
     )
-    for note in _layout_notes(targets) if dry_run else ():
-        log.info(note)
+    if dry_run:
+        remarks.log_plans([one.plan for one in planned])
+        for note in _layout_notes(targets):
+            log.info(note)
     for one, name in zip(planned, ["", *(one.name for one in further)], strict=True):
         _show_plan(report, one, name)
     if out is None or dry_run:
@@ -212,9 +215,10 @@ def _geometry(report: Report, selection: Run, gram: torch.Tensor | None) -> dict
 
 def _written(report: Report, made: Mapping[str, Any], out: str) -> dict[str, Any]:
     """Say what was written; returns it as plain values."""
-    size = sum(f.stat().st_size for f in _files(Path(out)))
-    statistics = "" if made["bn"] == "none" else f", BatchNorm statistics: {made['bn']}"
-    report.line(f"wrote {out} ({size_text(size)}{statistics})")
+    size = _size(Path(out))
+    facts = [] if size is None else [size_text(size)]
+    facts += [] if made["bn"] == "none" else [f"BatchNorm statistics: {made['bn']}"]
+    report.line(f"wrote {out}" + (f" ({', '.join(facts)})" if facts else ""))
     if "digest" in made:
         report.line(f"digest of its weights: {made['digest']}")
     return {**made, "output": out, "bytes": size}
@@ -250,5 +254,14 @@ def _show_plan(report: Report, planned: Average, name: str) -> None:
     report.table(("checkpoint", "step", "LR", "coefficient"), rows, title=title)
 
 
-def _files(path: Path) -> list[Path]:
-    return [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+def _size(path: Path) -> int | None:
+    """Bytes of an output; None where it cannot be looked at, which does not undo that it is there.
+
+    Args:
+        path: A file or a directory.
+    """
+    try:
+        files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+        return sum(file.stat().st_size for file in files)
+    except OSError:
+        return None

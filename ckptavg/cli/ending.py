@@ -12,6 +12,8 @@ from typing import Any
 
 import click
 
+from ckptavg.display import printable
+
 _LAST = 3  # signals; this one is for a command that does not come to its end
 
 
@@ -66,7 +68,8 @@ def by_interrupts(outputs: Sequence[str] | None) -> Iterator[None]:
         yield
     except KeyboardInterrupt as error:
         word, code = ("Terminated", 143) if isinstance(error, Terminated) else ("Interrupted", 130)
-        click.echo(f"{word}." if outputs is None else f"{word}: {_left(before)}.", err=True)
+        text = f"{word}." if outputs is None else f"{word}: {_left(before)}."
+        click.echo(printable(text), err=True)
         raise click.exceptions.Exit(code) from None
 
 

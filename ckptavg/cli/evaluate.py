@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +20,10 @@ from ckptavg.report import Report
 if TYPE_CHECKING:
     from ckptavg.candidates import Candidate
     from ckptavg.results import Result
+    from ckptavg.results_file import ResultsFile
     from ckptavg.tasks import Task
 
+log = logging.getLogger("ckptavg")
 _CANDIDATES = "Candidates"
 _RESULTS = "Results"
 _OF_A_RUN = (
@@ -52,8 +54,8 @@ _WORSE = 3  # exit code of --fail-if-worse
     _CANDIDATES, "--compare", type=click.Choice(["fge"]), help="Adds the output ensemble (FGE)."
 )
 @options.option(
-    _RESULTS, "--results", type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE", help="Also write them to FILE.json or FILE.csv.",
+    _RESULTS, "--results", type=click.Path(dir_okay=False),
+    metavar="FILE", help="Also keep them in FILE.json or FILE.csv, beside what it holds.",
 )  # fmt: skip
 @options.option(
     _RESULTS, "--resume", is_flag=True,
@@ -76,7 +78,7 @@ def evaluate(
     processes: Processes | None,
     paths: tuple[str, ...],
     further: tuple[Also, ...],
-    results: Path | None,
+    results: str | None,
     resume: bool,
     fail_if_worse: bool,
     **settings: Any,
@@ -88,6 +90,7 @@ def evaluate(
           --data imagefolder:val --train-data imagefolder:train --each --compare fge
     """
     _check(paths, results, resume, further, settings)
+    file = _results_file(results, resume=resume)
     candidates = _candidates(paths, further, settings)
     from ckptavg.cli.sources import task as named  # noqa: PLC0415 - help is shown without torch
     from ckptavg.results import is_worse  # noqa: PLC0415
@@ -98,16 +101,18 @@ def evaluate(
             f"--fail-if-worse needs a first metric that says which is better: "
             f"{task.metrics[0].key} does not"
         )
-    keeper = Keeper(candidates, settings, results, resume=resume, processes=processes)
+    keeper = Keeper(candidates, settings, file, resume=resume, processes=processes)
     scored = _scored(report, processes, keeper, task, settings)
-    keeper.keep(scored)
+    failure = _failure_to_keep(keeper, scored)
     _show(report, scored, task)
     report.result(keeper.outcome(scored))
+    if failure is not None:
+        raise failure
     if fail_if_worse and is_worse(scored, task):
         if processes is not None:
             processes.gather(None)  # a launcher ends all when one exits: the first has written
         if not own_rank():
-            click.echo("The average does worse than the last checkpoint.", err=True)
+            report.remark("The average does worse than the last checkpoint.")
         raise click.exceptions.Exit(_WORSE)
 
 
@@ -137,14 +142,14 @@ def _scored(
         scored = evaluation.score(
             keeper.missing, model, data, runtime, training, task=task, progress=progress,
             keep_nonfinite=settings["on_nonfinite"] == "keep", peers=processes,
-            on_results=lambda found: keeper.keep(keeper.merged(found)),
+            on_results=keeper.keep_so_far,
         )  # fmt: skip
     return keeper.merged(scored)
 
 
 def _check(
     paths: tuple[str, ...],
-    results: Path | None,
+    results: str | None,
     resume: bool,
     further: tuple[Also, ...],
     settings: dict[str, Any],
@@ -162,21 +167,37 @@ def _check(
     names = [one.name for one in further]
     if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise UsageError(f"two averages are called {repeated[0]}: give each its own name")
-    if results is not None and results.suffix not in (".json", ".csv"):
+    if results is not None and Path(results).suffix not in (".json", ".csv"):
         raise UsageError(f"--results is expected to end in .json or .csv but got {results}")
-    if resume and (results is None or results.suffix != ".json"):
+    if resume and (results is None or Path(results).suffix != ".json"):
         raise UsageError("--resume goes on from the file of --results, which has to be a .json")
     if settings["bn_samples"] is not None and not settings["train_data"]:
         raise UsageError("--bn-samples says how much of --train-data is used: name that")
-    if results is not None and own_rank() == 0:  # which writes for all
-        _require_writable(results.absolute().parent)
 
 
-def _require_writable(directory: Path) -> None:
-    if not directory.is_dir():
-        raise OutputError(f"the directory {directory} does not exist", "Create it first.")
-    if not os.access(directory, os.W_OK):
-        raise OutputError(f"the directory {directory} may not be written", "Name another.")
+def _results_file(path: str | None, *, resume: bool) -> ResultsFile | None:
+    """The file of ``--results``; the process that writes for all has made sure that it can."""
+    if path is None:
+        return None
+    from ckptavg.formats.storage import check_output  # noqa: PLC0415 - help is shown without torch
+    from ckptavg.results_file import ResultsFile  # noqa: PLC0415
+
+    check_output(path)
+    file = ResultsFile(Path(path))
+    if own_rank() == 0:
+        file.check(resume=resume)
+    return file
+
+
+def _failure_to_keep(keeper: Keeper, scored: list[Result]) -> OutputError | None:
+    """Keep all results; a failure is given back, as the scores are to be shown first."""
+    try:
+        others = keeper.keep(scored)
+    except OutputError as error:
+        return error
+    if others and keeper.file is not None:
+        log.info("%s goes on to hold results of others: %d", keeper.file.path, others)
+    return None
 
 
 def _candidates(

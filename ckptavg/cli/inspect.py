@@ -11,8 +11,7 @@ from ckptavg.cli import geometry as shown
 from ckptavg.cli import options
 from ckptavg.errors import UsageError, first_few
 from ckptavg.formats import Checkpoint
-from ckptavg.formats.storage import locate
-from ckptavg.plan import batchnorm_layers
+from ckptavg.formats.storage import locate, without_secrets
 from ckptavg.report import Report, counted, number_text, size_text
 from ckptavg.run import Run, open_run
 
@@ -83,7 +82,7 @@ def _show_run(report: Report, run: Run, geometry: Geometry | None = None) -> Non
             number_text(checkpoint.record.epoch),
             number_text(checkpoint.record.lr),
             *(number_text(checkpoint.record.metrics.get(m)) for m in metrics[:_MOST_METRICS]),
-            first_few([entry or "(the file)" for entry in checkpoint.entries]),
+            checkpoint.key or "(the file)",
             size_text(checkpoint.size),
         )
         for checkpoint in run
@@ -107,7 +106,7 @@ def _show_run(report: Report, run: Run, geometry: Geometry | None = None) -> Non
     report.result(
         {
             "checkpoints": [_summary(c) for c in run],
-            "left_out": [{"path": str(p), "why": why} for p, why in run.left_out],
+            "left_out": [{"path": without_secrets(str(p)), "why": why} for p, why in run.left_out],
             "notes": list(notes),
         }
         | ({} if geometry is None else {"geometry": shown.values(geometry)})
@@ -115,6 +114,8 @@ def _show_run(report: Report, run: Run, geometry: Geometry | None = None) -> Non
 
 
 def _show_checkpoint(report: Report, checkpoint: Checkpoint) -> None:
+    from ckptavg.plan import batchnorm_layers  # noqa: PLC0415 - help is shown without torch
+
     layers = batchnorm_layers(checkpoint.tensors)
     values = sum(tensor.numel for tensor in checkpoint.tensors.values())
     ties = checkpoint.ties()
@@ -125,7 +126,7 @@ def _show_checkpoint(report: Report, checkpoint: Checkpoint) -> None:
     record = checkpoint.record
     report.line(
         f"{checkpoint.path}: {len(rows)} tensors, {values:,} values, {size_text(checkpoint.size)}, "
-        f"{_entries_text(checkpoint)}"
+        f"{f'weights under {checkpoint.key}' if checkpoint.key else 'a state dict itself'}"
     )
     report.line(
         f"step {number_text(record.step)}, epoch {number_text(record.epoch)}, "
@@ -154,12 +155,6 @@ def _show_checkpoint(report: Report, checkpoint: Checkpoint) -> None:
     )
 
 
-def _entries_text(checkpoint: Checkpoint) -> str:
-    if checkpoint.networks:
-        return f"{len(checkpoint.networks)} networks"
-    return f"weights under {checkpoint.key}" if checkpoint.key else "a state dict itself"
-
-
 def _show_provenance(report: Report, made: Mapping[str, Any]) -> None:
     rows = [
         (str(c.get("path")), number_text(c.get("step")), number_text(c.get("coefficient")))
@@ -177,10 +172,9 @@ def _show_provenance(report: Report, made: Mapping[str, Any]) -> None:
 def _summary(checkpoint: Checkpoint) -> dict[str, Any]:
     record = checkpoint.record
     return {
-        "path": str(checkpoint.path),
+        "path": without_secrets(str(checkpoint.path)),
         "layout": checkpoint.layout,
         "key": checkpoint.key,
-        "networks": list(checkpoint.networks),
         "step": checkpoint.step,
         "epoch": record.epoch,
         "lr": record.lr,

@@ -6,17 +6,16 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckptavg.errors import EvaluationError
+from ckptavg.errors import OutputError
 from ckptavg.factories import file_of
 from ckptavg.processes import Processes, own_rank
-from ckptavg.report import write_results
 
 if TYPE_CHECKING:
     from ckptavg.candidates import Candidate
     from ckptavg.results import Result
+    from ckptavg.results_file import ResultsFile
 
 log = logging.getLogger("ckptavg")
 
@@ -35,7 +34,7 @@ class Keeper:
     Args:
         candidates: All that are wanted, in the table's order.
         settings: The command's options.
-        path: Where results go, if anywhere.
+        file: Where results go, if anywhere.
         resume: Whether what is there already is taken.
         processes: Those that do the same; the first reads and writes for all.
 
@@ -48,7 +47,7 @@ class Keeper:
         self,
         candidates: Sequence[Candidate],
         settings: Mapping[str, Any],
-        path: Path | None,
+        file: ResultsFile | None,
         *,
         resume: bool,
         processes: Processes | None,
@@ -56,10 +55,10 @@ class Keeper:
         from ckptavg.candidates import reference_of  # noqa: PLC0415 - help is shown without torch
 
         self.candidates = candidates
-        self.path = path if own_rank() == 0 else None
+        self.file = file if own_rank() == 0 else None
         reference = reference_of(candidates)
         self.keys = keys_of(candidates, reference, settings)
-        held = read(path) if resume and path is not None and own_rank() == 0 else {}
+        held = _whole_results(self.file) if resume and self.file is not None else {}
         if processes is not None:  # hosts may see other paths and times: the first decides
             self.keys, held = processes.gather([self.keys, held])[0]
         self.held = {key: held[key] for key in self.keys if key in held}
@@ -67,8 +66,8 @@ class Keeper:
         if lacking and not any(c is reference for c in lacking):
             lacking.insert(0, reference)
         self.missing = lacking
-        if resume:
-            log.info("%d of %d candidates are in %s", len(self.held), len(candidates), path)
+        if resume and file is not None:
+            log.info("%d of %d candidates are in %s", len(self.held), len(candidates), file.path)
 
     def merged(self, scored: Sequence[Result]) -> list[Result]:
         """These results and those that were there, in the order of the candidates."""
@@ -88,10 +87,23 @@ class Keeper:
         keys = {id(c): key for c, key in zip(self.candidates, self.keys, strict=True)}
         return {"candidates": [r.as_json() | {"key": keys[id(r.candidate)]} for r in results]}
 
-    def keep(self, results: Sequence[Result]) -> None:
-        """Write results into the file, if there is one."""
-        if self.path is not None:
-            write_results(self.path, self.outcome(results))
+    def keep(self, results: Sequence[Result]) -> int:
+        """Write results into the file, if there is one.
+
+        Returns:
+            How many results of other candidates stay in it.
+
+        Raises:
+            OutputError: They cannot be written.
+        """
+        return 0 if self.file is None else self.file.merge(self.outcome(results)["candidates"])
+
+    def keep_so_far(self, scored: Sequence[Result]) -> None:
+        """Keep the results of some candidates; a failure is noted, and the work goes on."""
+        try:
+            self.keep(self.merged(scored))
+        except OutputError as error:
+            log.warning("%s (the evaluation goes on)", error)
 
 
 def keys_of(
@@ -135,25 +147,13 @@ def _digest(value: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def read(path: Path) -> dict[str, Mapping[str, Any]]:
-    """The results in a file, by their keys; none where there is no file yet.
-
-    Raises:
-        EvaluationError: It is no such file.
-    """
-    if not path.exists():
-        return {}
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))["candidates"]
-        return {entry["key"]: entry for entry in entries if _is_whole(entry)}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise EvaluationError(
-            f"{path} cannot be resumed: it does not hold results of this command",
-            "Name another file for --results.",
-        ) from error
+def _whole_results(file: ResultsFile) -> dict[str, Mapping[str, Any]]:
+    """The results in a file that say all of a candidate, by their keys."""
+    return {entry["key"]: entry for entry in file.entries() if _is_whole(entry)}
 
 
 def _is_whole(entry: Mapping[str, Any]) -> bool:
     """Whether an entry says all of a result: JSON has no word for figures that are not finite."""
-    told = [entry["key"], entry["bn"], *entry["metrics"].values()]
-    return None not in (*told, *entry.get("versus", {}).values())
+    versus = entry.get("versus", {})
+    figures = [entry.get("key"), *entry["metrics"].values()]
+    return isinstance(versus, Mapping) and None not in (*figures, *versus.values())

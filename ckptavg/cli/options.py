@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ckptavg.cli import ending, ranks
+from ckptavg.display import escape_unseen, without_secrets
 from ckptavg.errors import CkptavgError, UsageError
 from ckptavg.system_errors import unreadable
 
@@ -28,6 +31,22 @@ _WHERE = "--debug shows where."
 
 class Grouped(click.Command):
     """A command whose help lists its options in groups."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Refuse options that are names of files: the shell's ``*`` hands on any name there is.
+
+        Raises:
+            click.UsageError: An argument could be either.
+        """
+        options = list(itertools.takewhile(lambda arg: arg != "--", args))
+        for arg in options:
+            if arg.startswith("-") and os.path.lexists(arg) and not ctx.resilient_parsing:
+                raise click.UsageError(
+                    f"{arg} is the name of a file in this directory, and would be taken for an "
+                    "option. Write ./* for * to name files, or rename that file.",
+                    ctx,
+                )
+        return super().parse_args(ctx, args)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the groups in the order of their first options, the common one last."""
@@ -282,20 +301,33 @@ def _outputs(
 def _errors_in_one_line(debug: bool) -> Iterator[None]:
     try:
         yield
-    except UsageError as error:
-        if debug:
-            raise
-        raise click.UsageError(str(error)) from error
-    except CkptavgError as error:
-        if debug:
-            raise
-        raise Failure(error) from error
-    except (click.ClickException, click.exceptions.Exit, BrokenPipeError):
-        raise  # click's own, and a reader such as `head` that has seen enough
+    except (click.ClickException, click.exceptions.Exit):
+        raise  # click's own
     except Exception as error:
         if debug:
+            _make_printable(error)
             raise
+        if isinstance(error, UsageError):
+            raise click.UsageError(str(error)) from error
+        if isinstance(error, CkptavgError):
+            raise Failure(error) from error
         raise Failure(_as_ours(error)) from error
+
+
+def _make_printable(error: BaseException | None) -> None:
+    """Escape what an error and its causes say, for the traceback that Python will show."""
+    seen: set[int] = set()
+    waiting = [error]
+    while waiting:
+        error = waiting.pop()
+        if error is None or id(error) in seen:
+            continue
+        seen.add(id(error))
+        error.args = tuple(
+            escape_unseen(without_secrets(arg), keep="\n\t") if isinstance(arg, str) else arg
+            for arg in error.args
+        )
+        waiting += [error.__cause__, error.__context__]
 
 
 def _as_ours(error: Exception) -> CkptavgError:

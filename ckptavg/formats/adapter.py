@@ -36,7 +36,7 @@ def configuration(directory: Location) -> dict[str, Any]:
     path = directory / CONFIG
     try:
         config = bounded_json.read(path)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{path} cannot be read: {error}"[:300]) from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} is not a JSON object")

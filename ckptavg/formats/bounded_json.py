@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from ckptavg.errors import CheckpointError
 from ckptavg.formats import storage
 from ckptavg.formats.storage import Location
+from ckptavg.system_errors import guard_reads
 
 MAX_TEXT = 100_000_000  # bytes: the limit of the safetensors reference implementation on a header
 _MOST_VALUES = 5_000_000  # two bytes of text can make a value of 70
@@ -30,16 +32,33 @@ def read(path: Location) -> Any:
     """Read a JSON file.
 
     Raises:
-        OSError: It cannot be read.
-        ValueError: As for ``loads``; or it is too large, or no regular file.
+        CheckpointError: It cannot be read, or not to its end.
+        ValueError: As for ``loads`` and ``read_text``.
     """
-    if not path.is_file():  # a pipe may never end
-        raise ValueError("it is not a regular file")
-    with storage.open_binary(path) as file:
-        text = file.read(MAX_TEXT + 1)
+    return loads(read_text(path))
+
+
+def read_text(path: Location) -> bytes:
+    """The bytes of a text file.
+
+    Raises:
+        CheckpointError: It cannot be read, or not to its end.
+        ValueError: It is too large, or no regular file.
+    """
+    with guard_reads(path):
+        if not path.is_file():  # a pipe may never end
+            raise ValueError("it is not a regular file")
+        size = storage.stat(path).size
+        with storage.open_binary(path) as file:
+            text = file.read(MAX_TEXT + 1)
     if len(text) > MAX_TEXT:
         raise ValueError(f"it is larger than {MAX_TEXT} bytes")
-    return loads(text)
+    if len(text) < size:
+        raise CheckpointError(
+            f"{path} ends before byte {size}: it changed while being read",
+            "Wait until it has been written, then try again.",
+        )
+    return text
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

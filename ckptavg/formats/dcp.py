@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, TypeGuard
 
 from ckptavg.errors import CheckpointError, short
@@ -21,6 +22,7 @@ from ckptavg.formats.inert_values import Global, MalformedPickle, Opaque, Sharde
 from ckptavg.formats.record import TRAINING_STATE
 from ckptavg.formats.storage import Location
 from ckptavg.formats.table import DTYPES, DType, FileStamp, Piece, Tensor
+from ckptavg.formats.tiling import tiles
 from ckptavg.formats.weights import KNOWN_ENTRIES
 from ckptavg.system_errors import guard_reads
 
@@ -29,7 +31,6 @@ MODULE = "torch.distributed.checkpoint.metadata"
 _MOST_VALUES = 2000  # small pickles beside the tensors that are looked into
 _MOST_BYTES = inert_pickle.MAX_PICKLE  # of them together
 _MOST_DIMENSIONS = 64
-_PAIRS = 512  # boxes that are compared each with each
 
 ItemPath = tuple[str | int, ...]
 
@@ -181,11 +182,6 @@ def _item_path(name: str, path: Any) -> ItemPath:
 Stored = Mapping[str, Mapping[tuple[int, ...] | None, tuple[str, int, int]]]
 
 
-def belongs(name: str) -> bool:
-    """Whether a file's name is one that such a directory has."""
-    return name == METADATA or name.endswith(".distcp")
-
-
 def _stored(directory: Location, places: Mapping[Any, Any], stamps: dict[str, FileStamp]) -> Stored:
     """Item → index of its first element → file, offset and length; and the stamps of the files."""
     found: dict[str, dict[tuple[int, ...] | None, tuple[str, int, int]]] = defaultdict(dict)
@@ -220,14 +216,14 @@ def _check_apart(directory: Location, stored: Stored) -> None:
 
 
 def _stamp(directory: Location, name: str) -> FileStamp:
-    """Stamp of a file that the metadata names, which lies in its directory.
+    """Stamp of a file that the metadata names, which lies in its directory, if as a link.
 
     Raises:
-        CheckpointError: It is not there, or lies elsewhere.
+        CheckpointError: It is not there, or would lie elsewhere.
     """
     path = directory / name
     try:
-        inside = name == name.rpartition("/")[2] and path.resolve().parent == directory.resolve()
+        inside = Path(name).name == name and name not in ("", "..")
         if not inside:
             raise CheckpointError(
                 f"{directory / METADATA} names a file outside its directory: {short(name)!r}"
@@ -270,7 +266,7 @@ def _tensor(name: str, item: Opaque, stored: Stored) -> tuple[Sharded, list[Box]
         if place is None:
             raise MalformedPickle(f"a piece of {short(name)!r} is nowhere")
         boxes.append(Box(start, extent, *place))
-    if not _tiles(shape, [box for box in boxes if math.prod(box.shape)]):
+    if not tiles(shape, [box for box in boxes if math.prod(box.shape)]):
         raise MalformedPickle(f"the pieces of {short(name)!r} overlap or leave holes")
     return Sharded(name, dtype, shape), boxes
 
@@ -280,49 +276,6 @@ def _dtype_name(properties: Any) -> str:
     state = properties.state if isinstance(properties, Opaque) else None
     first = state[0] if isinstance(state, tuple) and state else None
     return first.name if isinstance(first, Global) else ""
-
-
-def _tiles(shape: tuple[int, ...], boxes: Sequence[Box]) -> bool:
-    """Whether boxes cover a tensor, each element once."""
-    if any(len(box.start) != len(shape) or len(box.shape) != len(shape) for box in boxes):
-        return False
-    if not math.prod(shape):
-        return not boxes
-    if sum(math.prod(box.shape) for box in boxes) != math.prod(shape):
-        return False
-    return _is_grid(shape, boxes, 0) or (len(boxes) <= _PAIRS and _are_apart(shape, boxes))
-
-
-def _is_grid(shape: tuple[int, ...], boxes: Sequence[Box], dimension: int) -> bool:
-    """Whether boxes are slabs along a dimension, each slab cut along the next one likewise."""
-    if dimension == len(shape):
-        return len(boxes) == 1
-    slabs: dict[tuple[int, int], list[Box]] = defaultdict(list)
-    for box in boxes:
-        slabs[box.start[dimension], box.shape[dimension]].append(box)
-    position = 0
-    for start, extent in sorted(slabs):
-        if start != position:
-            return False
-        position += extent
-    return position == shape[dimension] and all(
-        _is_grid(shape, slab, dimension + 1) for slab in slabs.values()
-    )
-
-
-def _are_apart(shape: tuple[int, ...], boxes: Sequence[Box]) -> bool:
-    """Whether boxes lie inside a tensor and no two share an element."""
-    inside = all(
-        a + n <= m for box in boxes for a, n, m in zip(box.start, box.shape, shape, strict=True)
-    )
-    return inside and not any(
-        all(
-            a < b + m and b < a + n
-            for a, n, b, m in zip(one.start, one.shape, other.start, other.shape, strict=True)
-        )
-        for i, one in enumerate(boxes)
-        for other in boxes[:i]
-    )
 
 
 def _other_values(

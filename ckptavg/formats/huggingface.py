@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fnmatch
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
 from ckptavg.errors import CheckpointError, first_few
@@ -18,11 +16,18 @@ WEIGHT_FILES = (
     "diffusion_pytorch_model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
+    "diffusion_pytorch_model.bin",
+    "diffusion_pytorch_model.bin.index.json",
 )
+SUFFIXES = (".safetensors", ".bin")
 TRAINER_STATE = "trainer_state.json"
-_MAX_COMPANION = 256 * 2**20  # bytes
+CONFIG = "config.json"
+_STEMS = "model|pytorch_model|diffusion_pytorch_model"
+_VARIANT = r"(?:fp|bf|nf|int|float|bfloat)\d+\w*|(?:non_)?ema"
+_VARIANT_FILE = re.compile(rf"({_STEMS})\.({_VARIANT})\.(safetensors|bin)")
+_VARIANT_INDEX = re.compile(rf"({_STEMS})\.(safetensors|bin)\.index\.({_VARIANT})\.json")
 
-# What from_pretrained reads beside the weights. Nothing else of an input directory is copied.
+# What from_pretrained reads beside the weights.
 COMPANIONS = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
@@ -35,7 +40,51 @@ def main_file(directory: Location) -> Location | None:
     """The weights file or index of a directory, of an adapter too; None if it is no checkpoint."""
     found = (directory / name for name in WEIGHT_FILES)
     whole = next((path for path in found if path.is_file()), None)
-    return whole or adapter.weights_file(directory)
+    return whole or adapter.weights_file(directory) or next(iter(variants(directory)), None)
+
+
+def variants(directory: Location) -> list[Location]:
+    """The weights of a directory that has a configuration, and weights as variants only.
+
+    A variant (``variant="fp16"`` of ``from_pretrained``) stands in the middle of the file's name.
+    """
+    if not (directory / CONFIG).is_file():
+        return []
+    named = [
+        path
+        for path in directory.iterdir()
+        if _VARIANT_FILE.fullmatch(path.name) or _VARIANT_INDEX.fullmatch(path.name)
+    ]
+    return sorted(named, key=lambda path: (".safetensors" not in path.name, path.name))
+
+
+def single_name(main: str) -> str:
+    """The name that weights have in a single file, given that of the file or index they are in.
+
+    Shards and the usual files of ``torch.save`` become safetensors; any other name is kept.
+    """
+    if match := _VARIANT_INDEX.fullmatch(main):
+        return f"{_safetensors_stem(match[1])}.{match[3]}.safetensors"
+    stem = main.removesuffix(".index.json")
+    if main in WEIGHT_FILES:
+        return f"{_safetensors_stem(Path(stem).stem)}.safetensors"
+    return stem
+
+
+def _safetensors_stem(stem: str) -> str:
+    return "model" if stem == "pytorch_model" else stem
+
+
+def index_name(single: str) -> str:
+    """The name of the index of shards, given that of the file that they would be together."""
+    if match := _VARIANT_FILE.fullmatch(single):
+        return f"{match[1]}.{match[3]}.index.{match[2]}.json"
+    return f"{single}.index.json"
+
+
+def may_be_split(single: str) -> bool:
+    """Whether shards and an index are looked for in the place of a file."""
+    return single in WEIGHT_FILES or bool(_VARIANT_FILE.fullmatch(single))
 
 
 def other_models(main: Location) -> list[str]:
@@ -53,7 +102,7 @@ def weight_map(index: Location) -> dict[str, str]:
     """
     try:
         content = bounded_json.read(index)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{index} cannot be read: {error}"[:300]) from error
     names = content.get("weight_map") if isinstance(content, dict) else None
     if (
@@ -72,31 +121,7 @@ def weight_map(index: Location) -> dict[str, str]:
             f"{index} names shards that are not there: {first_few(missing)}",
             "Copy the directory again, or leave it out.",
         )
-    _check_links(index.parent, wanted)
     return names
-
-
-def _check_links(directory: Location, names: Iterable[str]) -> None:
-    """Refuse links out of a directory, but for those into the blobs of the hub's cache.
-
-    The cache has ``snapshots/REVISION/...``, full of links, beside the ``blobs`` that they lead to.
-    """
-    home = directory.resolve()
-    caches = [path.parent / "blobs" for path in home.parents if path.name == "snapshots"]
-    for name in sorted(names):
-        target = (home / name).resolve()
-        if not any(root in target.parents for root in (home, *caches)):
-            raise CheckpointError(
-                f"{directory / name} leads outside its directory: it is a link to {target}",
-                "Put the file itself in the link's place.",
-            )
-
-
-def belongs(name: str) -> bool:
-    """Whether a file's name is one that a model's own directory has."""
-    whole = (*WEIGHT_FILES, "*.safetensors", "pytorch_model-*.bin", *COMPANIONS)
-    own = (*whole, *adapter.FILES, adapter.CONFIG)
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in own)
 
 
 def _is_file(path: Location) -> bool:
@@ -104,21 +129,3 @@ def _is_file(path: Location) -> bool:
         return path.is_file()
     except (OSError, ValueError):  # no name that a file can have
         return False
-
-
-def companions(directory: Location) -> list[Location]:
-    """The configuration, tokenizer and code files that belong to a directory's model.
-
-    Raises:
-        CheckpointError: One is a link to a file elsewhere, which would be copied with them, or
-            far larger than such files are.
-    """
-    found = {path for pattern in COMPANIONS for path in directory.glob(pattern) if path.is_file()}
-    _check_links(directory, [path.name for path in found])
-    large = sorted(path.name for path in found if path.stat().st_size > _MAX_COMPANION)
-    if large:
-        raise CheckpointError(
-            f"{directory} holds files too large to be a configuration: {first_few(large)}",
-            "Move them out of the directory, or write a single file (-o OUT.safetensors).",
-        )
-    return sorted(found, key=str)

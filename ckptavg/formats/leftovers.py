@@ -7,7 +7,7 @@ set aside under a name that goes with the temporary's; it is whole as long as it
 
 from __future__ import annotations
 
-import errno
+import hashlib
 import logging
 import os
 import re
@@ -28,17 +28,17 @@ except ImportError:  # Windows
 log = logging.getLogger("ckptavg")
 _TEMPORARY = ".ckptavg-tmp"
 _SET_ASIDE = ".ckptavg-old"
-# EBADF: a network file system that locks only what is open for writing, hence no directories
-_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EBADF)
+_LONGEST_NAME = 255  # bytes, where the file system does not tell
+_REMOVALS = 3  # attempts
 
 
 def new_temporary(path: Path) -> Path:
     """A name beside an output that nothing else has."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{_TEMPORARY}")
+    return path.with_name(f"{_stem(path)}.{secrets.token_hex(4)}{_TEMPORARY}")
 
 
 def set_aside_name(temporary: Path) -> Path:
-    """Where the old output stands for a moment while a temporary takes its place."""
+    """The name of the old output for the moment in which a temporary takes its place."""
     return temporary.with_name(temporary.name.removesuffix(_TEMPORARY) + _SET_ASIDE)
 
 
@@ -51,14 +51,23 @@ def lock(handle: int, path: Path) -> bool | None:
     Returns:
         True if it is held, False if another has it or has removed the temporary, None if the file
         system has no locks.
+
+    Raises:
+        OSError: The temporary cannot be looked at.
     """
     if fcntl is None:
         return None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    # Network file systems refuse locks with numbers of many kinds: ENOLCK, EPERM, EIO, EBADF, ...
+    except OSError:
+        return None
+    try:
         return os.path.samestat(os.fstat(handle), os.lstat(path))
-    except OSError as error:
-        return None if error.errno in _NO_LOCKS else False
+    except FileNotFoundError:
+        return False
 
 
 def clear(path: Path) -> None:
@@ -66,7 +75,7 @@ def clear(path: Path) -> None:
 
     What a living run has there stays, and so does what cannot be told from it, with a note.
     """
-    ours = re.compile(rf"(\.{re.escape(path.name)}\.[0-9a-f]{{8}})({_TEMPORARY}|{_SET_ASIDE})")
+    ours = re.compile(rf"({re.escape(_stem(path))}\.[0-9a-f]{{8}})({_TEMPORARY}|{_SET_ASIDE})")
     try:
         beside = [ours.fullmatch(other.name) for other in path.parent.iterdir()]
     except PermissionError:  # a directory that takes files and does not show them
@@ -96,12 +105,37 @@ def settle(aside: Path, path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a directory as far as that can be done, even if others remove it, too."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-        return
-    with suppress(OSError):
+    """Remove a file or a directory, even if others remove it, too; what stays is told.
+
+    It never fails: what it is called for has succeeded, or failed for a reason that is to be told.
+    """
+    for _ in range(_REMOVALS):
+        with suppress(OSError):
+            _remove(path)
+        if not os.path.lexists(path):
+            return
+    log.warning("%s could not be removed: remove it yourself", path)
+
+
+def _remove(path: Path) -> None:
+    if stat.S_ISDIR(path.lstat().st_mode):
+        shutil.rmtree(path)
+    else:
         path.unlink()
+
+
+def _stem(path: Path) -> str:
+    """The beginning of the names beside an output: its own, shortened where that is long."""
+    try:
+        longest = os.pathconf(path.parent, "PC_NAME_MAX")
+    except (AttributeError, OSError, ValueError):  # Windows; no such directory; no such question
+        longest = _LONGEST_NAME
+    name = os.fsencode(path.name)
+    room = longest - len(f"..12345678{_TEMPORARY}")
+    if len(name) <= room:
+        return f".{path.name}"
+    digest = hashlib.sha256(name).hexdigest()[:8]
+    return f".{name[: room - 1 - len(digest)].decode(errors='ignore')}~{digest}"
 
 
 @contextmanager
@@ -115,15 +149,29 @@ def _claim(path: Path) -> Iterator[bool | None]:
     except FileNotFoundError:
         yield True
         return
+    except OSError:
+        yield None
+        return
     if fcntl is None or not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         yield None
         return
     try:
         handle = os.open(path, os.O_RDONLY if stat.S_ISDIR(mode) else os.O_RDWR)
-    except OSError as error:
-        yield False if error.errno == errno.ENOENT else None
+    except FileNotFoundError:
+        yield False
+        return
+    except OSError:
+        yield None
         return
     try:
-        yield lock(handle, path)
+        yield _lock_or_doubt(handle, path)
     finally:
-        os.close(handle)
+        with suppress(OSError):
+            os.close(handle)
+
+
+def _lock_or_doubt(handle: int, path: Path) -> bool | None:
+    try:
+        return lock(handle, path)
+    except OSError:
+        return None

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import chain
 
-from ckptavg.errors import CheckpointError, first_few
-from ckptavg.formats import adapter, dcp, deepspeed, huggingface, record, storage, weights
+from ckptavg.errors import CheckpointError, first_few, short
+from ckptavg.formats import (
+    adapter,
+    components,
+    dcp,
+    deepspeed,
+    huggingface,
+    record,
+    shards,
+    storage,
+    weights,
+)
 from ckptavg.formats.parts import Part, read_distributed, read_file
 from ckptavg.formats.storage import Location, Named
 from ckptavg.formats.table import REFRESHED, Checkpoint, Record
@@ -41,7 +51,9 @@ def is_checkpoint_directory(path: Location) -> bool:
     if not path.is_dir():
         return False
     own = huggingface.main_file(path) is not None or dcp.is_distributed(path)
-    return own or deepspeed.tag_of(path) is not None
+    if own or deepspeed.tag_of(path) is not None or shards.find_shards(path):
+        return True
+    return bool(components.find_components(path))
 
 
 def refuse_partitioned(paths: Iterable[Location]) -> None:
@@ -55,11 +67,60 @@ def refuse_partitioned(paths: Iterable[Location]) -> None:
 
 
 def _open_directory(path: Location, key: str | None) -> Checkpoint:
+    folders = components.find_components(path)
+    if not folders:
+        return _open_own_weights(path, key)
+    opened = {f: _open_own_weights(components.component_directory(path, f), key) for f in folders}
+    if huggingface.main_file(path) is not None:
+        opened = {"": _open_own_weights(path, key), **opened}
+    return _join(path, opened)
+
+
+def _join(path: Location, opened: Mapping[str, Checkpoint]) -> Checkpoint:
+    """Several directories with weights as one checkpoint.
+
+    Args:
+        path: The model's directory.
+        opened: Directory below it → what it holds; the empty name is that of the path itself.
+    """
+    first = next(iter(opened.values()))
+    trainer = record.from_trainer_state(path / huggingface.TRAINER_STATE)
+    tables = {f"{folder}/" if folder else "": component for folder, component in opened.items()}
+    tensors = {prefix + n: t for prefix, c in tables.items() for n, t in c.tensors.items()}
+    refused = {prefix + n: why for prefix, c in tables.items() for n, why in c.refused.items()}
+    if len(tensors) + len(refused) < sum(len(c.tensors) + len(c.refused) for c in opened.values()):
+        raise CheckpointError(f"{path} holds tensors of the same name in two directories")
+    recorded = trainer or first.record
+    folders = first_few([short(folder) for folder in opened if folder], 8)
+    note = f"one model of several directories, whose names its tensors bear in front: {folders}"
+    return replace(
+        first,
+        path=path,
+        layout="huggingface",
+        tensors=tensors,
+        stored_names={
+            prefix + n: prefix + stored
+            for prefix, c in tables.items()
+            for n, stored in c.stored_names.items()
+        },
+        refused=refused,
+        files=tuple(stamp for component in opened.values() for stamp in component.files),
+        record=recorded,
+        provenance=next((c.provenance for c in opened.values() if c.provenance), None),
+        step=recorded.epoch if recorded.step is None else recorded.step,
+        notes=(*dict.fromkeys(n for c in opened.values() for n in c.notes), note),
+        metadata=opened[""].metadata if "" in opened else {},
+        components=opened,
+    )
+
+
+def _open_own_weights(path: Location, key: str | None) -> Checkpoint:
+    """Open a directory without those below it."""
     main = huggingface.main_file(path)
     if main is None and dcp.is_distributed(path):
         return _checkpoint_of(path, read_distributed(path, key))
     if main is None:
-        return _open_deepspeed(path, key)
+        return _open_shards(path, key) or _open_deepspeed(path, key)
     sharded = main.name.endswith(".index.json")
     parts = _read_shards(main, key) if sharded else [read_file(main, key)]
     trainer = record.from_trainer_state(path / huggingface.TRAINER_STATE)
@@ -73,6 +134,16 @@ def _open_directory(path: Location, key: str | None) -> Checkpoint:
         )
     opened = _checkpoint(path, layout, parts, trainer or parts[0].record)
     return replace(opened, notes=(*opened.notes, *notes))
+
+
+def _open_shards(path: Location, key: str | None) -> Checkpoint | None:
+    """Open a directory of shards without an index; None where it is none."""
+    files = shards.find_shards(path)
+    if not files:
+        return None
+    part = shards.read_shards(path, files, key)
+    trainer = record.from_trainer_state(path / huggingface.TRAINER_STATE)
+    return _checkpoint(path, "huggingface", [part], trainer or part.record)
 
 
 def _open_deepspeed(path: Location, key: str | None) -> Checkpoint:
@@ -121,11 +192,7 @@ def _checkpoint(path: Location, layout: str, parts: list[Part], recorded: Record
     names = [*tensors, *refused]
     if max(map(len, names)) > _LONGEST_NAME:
         raise CheckpointError(f"{path}: a tensor's name is over {_LONGEST_NAME} characters long")
-    networks = parts[0].networks
-    bare = weights.bare_network_names(networks) if networks else weights.bare_names(names)
-    wrappers = dict.fromkeys(
-        chain(*(weights.note_wrapper(own) for own in networks.values() or [names]))
-    )
+    bare = weights.bare_names(names)
     made = next((part.provenance for part in parts if part.provenance), None)
     if made is not None and made.get("scheme") == REFRESHED and made["checkpoints"]:
         recorded = replace(recorded, step=record.whole_number(made["checkpoints"][0].get("step")))
@@ -133,7 +200,6 @@ def _checkpoint(path: Location, layout: str, parts: list[Part], recorded: Record
         path=path,
         layout=layout,
         key=parts[0].key,
-        networks=tuple(networks),
         tensors={bare[name]: tensor for name, tensor in tensors.items() if name in bare},
         stored_names={bare[name]: name for name in tensors if name in bare},
         refused={bare[name]: why for name, why in refused.items() if name in bare},
@@ -141,7 +207,7 @@ def _checkpoint(path: Location, layout: str, parts: list[Part], recorded: Record
         record=recorded,
         provenance=made,
         step=recorded.epoch if recorded.step is None else recorded.step,
-        notes=(*chain(*(part.notes for part in parts)), *wrappers),
+        notes=(*chain(*(part.notes for part in parts)), *weights.note_wrapper(bare, names)),
         beside=parts[0].beside,
         metadata=parts[0].metadata,
     )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ckptavg.formats.table import DType
+from ckptavg.formats.table import DType, FileStamp
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +68,26 @@ class Layout:
     Attributes:
         directory: Whether it is a directory.
         files: Its files with tensors.
-        companions: Contents of the other files, by name.
+        companions: Contents of the other files, by path below the directory.
+        copies: Files of the input that go along as they are, by the same.
         notes: What of the input is not in it.
     """
 
     directory: bool
     files: list[FileLayout]
     companions: dict[str, bytes] = field(default_factory=dict)
+    copies: dict[str, FileStamp] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def put(self, companions: Mapping[str, bytes]) -> None:
+        """Add files by their contents, in the place of what is called the same."""
+        self.companions |= companions
+        self.copies = {n: stamp for n, stamp in self.copies.items() if n not in companions}
+
+    @property
+    def names(self) -> list[str]:
+        """Paths of all files below the directory."""
+        return [*(file.name for file in self.files), *self.copies, *self.companions]
 
     def fits(self, other: Layout) -> bool:
         """Whether everything lies at the same place in another one."""
@@ -83,4 +96,6 @@ class Layout:
     @property
     def size(self) -> int:
         """Bytes on disk."""
-        return sum(f.size for f in self.files) + sum(map(len, self.companions.values()))
+        copied = sum(stamp.size for stamp in self.copies.values())
+        written = sum(map(len, self.companions.values()))
+        return sum(file.size for file in self.files) + copied + written

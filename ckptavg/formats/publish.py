@@ -9,66 +9,20 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import shutil
-from collections.abc import Iterable
+import stat
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 from ckptavg.errors import OutputError
-from ckptavg.formats import dcp, huggingface, is_checkpoint_directory, leftovers, renaming
-from ckptavg.system_errors import unwritable
+from ckptavg.formats import leftovers, renaming
+from ckptavg.formats.targets import check_replaceable, follow
+from ckptavg.system_errors import guard_writes, unwritable
 
 log = logging.getLogger("ckptavg")
 _TRIES = 100  # of a step that only other runs at the same moment can spoil
 _NO_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)  # of directories, on some file systems
-
-
-def check_target(path: Path, *, overwrite: bool, inputs: Iterable[Path]) -> None:
-    """Make sure that an output may be written, before any work begins.
-
-    What dead runs have left of it is cleared first: it takes room, or is the output itself.
-
-    Args:
-        path: The output.
-        overwrite: Whether an existing one may be replaced.
-        inputs: Checkpoints that are being read; none of them may be touched.
-
-    Raises:
-        OutputError: It may not.
-    """
-    for source in inputs:
-        if _is_within(source, path) or _is_within(path, source):
-            raise OutputError(f"the output {path} is an input ({source})", "Choose another -o.")
-    parent = path.absolute().parent
-    if not parent.is_dir():
-        raise OutputError(f"the directory {parent} does not exist", "Create it first.")
-    if not os.access(parent, os.W_OK):
-        raise OutputError(f"the directory {parent} may not be written to", "Choose another -o.")
-    try:
-        leftovers.clear(path.absolute())
-        if os.path.lexists(path) and not overwrite:
-            raise OutputError(f"{path} exists already", "Pass --overwrite to replace it.")
-        _refuse_more_than_a_model(path)
-    except OSError as error:
-        raise unwritable(path, error) from error
-
-
-def check_room(path: Path, needed: int) -> None:
-    """Make sure that ``needed`` bytes fit on the disk that ``path`` will lie on.
-
-    Raises:
-        OutputError: They do not.
-    """
-    try:
-        free = shutil.disk_usage(path.absolute().parent).free
-    except OSError as error:
-        raise unwritable(path, error) from error
-    if needed > free:
-        raise OutputError(
-            f"{path} needs {needed / 1e9:.3f} GB where {free / 1e9:.3f} GB are free",
-            "Make room or choose another disk with -o.",
-        )
 
 
 class Publication:
@@ -77,28 +31,36 @@ class Publication:
     Use as a context manager: leaving it without ``publish`` removes the temporary.
 
     Args:
-        path: The output.
+        path: The output; a link is followed.
         directory: Whether it is a directory.
         overwrite: Whether an existing output is replaced.
+        replaceable: Files that may go from an existing directory beside those that are written
+            anew, by their paths below it.
 
     Attributes:
         temporary: Where to write until then; it exists inside the context.
     """
 
-    def __init__(self, path: Path, *, directory: bool, overwrite: bool) -> None:
-        self.path = path.absolute()
+    def __init__(
+        self,
+        path: Path,
+        *,
+        directory: bool,
+        overwrite: bool,
+        replaceable: Collection[str] = (),
+    ) -> None:
+        self.path = follow(path)
         self.overwrite = overwrite
         self.directory = directory
         self.temporary = leftovers.new_temporary(self.path)
+        self._replaceable = replaceable
         self._lock = -1
 
     def __enter__(self) -> Publication:
         try:
-            leftovers.clear(self.path)
-            self._create()
-        except OSError as error:
-            self._discard()
-            raise unwritable(self.path, error) from error
+            with guard_writes(self.path):
+                leftovers.clear(self.path)
+                self._create()
         except BaseException:
             self._discard()
             raise
@@ -118,14 +80,16 @@ class Publication:
         """Flush the temporary to the disk and put it in the output's place.
 
         Raises:
-            OutputError: Something else has appeared there meanwhile.
+            OutputError: The system does not let us, or something else stands there.
         """
-        for file in [self.temporary, *self.temporary.rglob("*")]:
-            _fsync(file)
-        if self.overwrite:
-            _replace(self.temporary, self.path)
-        else:
-            _place(self.temporary, self.path)
+        with guard_writes(self.path):
+            for path in [self.temporary, *self.temporary.rglob("*")]:
+                _fsync(path)
+            if self.overwrite:
+                self._take_permissions()
+                self._replace()
+            else:
+                self._place()
         try:
             _fsync(self.path.parent)
         except OSError as error:  # the output is there: it would be wrong to deny that
@@ -158,6 +122,64 @@ class Publication:
             self._unlock()
         return held is not False
 
+    def _take_permissions(self) -> None:
+        """Give each file the mode and the owner of the one that it replaces, as far as we may."""
+        for new in [self.temporary, *self.temporary.rglob("*")]:
+            with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+                old, fresh = (self.path / new.relative_to(self.temporary)).stat(), new.stat()
+                if stat.S_IFMT(old.st_mode) != stat.S_IFMT(fresh.st_mode):
+                    continue
+                if (old.st_uid, old.st_gid) != (fresh.st_uid, fresh.st_gid):
+                    os.chown(new, old.st_uid, old.st_gid)
+                new.chmod(stat.S_IMODE(old.st_mode))
+
+    def _place(self) -> None:
+        """Rename without replacing anything."""
+        try:
+            renaming.rename_new(self.temporary, self.path)
+        except FileExistsError as error:
+            raise OutputError(
+                f"{self.path} has appeared while it was being made",
+                "Pass --overwrite to replace it.",
+            ) from error
+
+    def _replace(self) -> None:
+        """Rename over what is there, in one step as far as the system can."""
+        if not self.directory:
+            self.temporary.replace(self.path)
+            return
+        for _ in range(_TRIES):
+            if self._replace_directory():
+                return
+        raise OSError(errno.EBUSY, "other runs write it at the same time")
+
+    def _replace_directory(self) -> bool:
+        """Whether the temporary took the output's place; another run may come between.
+
+        What was there stands under the temporary's name then, or is gone.
+        """
+        with suppress(FileExistsError):
+            renaming.rename_new(self.temporary, self.path)
+            return True
+        own = [path.relative_to(self.temporary).as_posix() for path in self.temporary.rglob("*")]
+        try:
+            check_replaceable(self.path, directory=True, names={*own, *self._replaceable})
+        except FileNotFoundError:  # another run replaces it at this moment
+            return False
+        if renaming.exchange(self.temporary, self.path):
+            return True
+        aside = leftovers.set_aside_name(self.temporary)
+        try:
+            self.path.rename(aside)
+            renaming.rename_new(self.temporary, self.path)
+        except (FileExistsError, FileNotFoundError):
+            if not os.path.lexists(self.temporary):
+                raise
+            return False
+        finally:
+            leftovers.settle(aside, self.path)
+        return True
+
     def _discard(self) -> None:
         try:
             leftovers.remove(self.temporary)
@@ -169,91 +191,9 @@ class Publication:
 
     def _unlock(self) -> None:
         if self._lock >= 0:
-            os.close(self._lock)
+            with suppress(OSError):  # nothing was written by it
+                os.close(self._lock)
             self._lock = -1
-
-
-def _is_within(path: Path, directory: Path) -> bool:
-    """Whether a path is another one or lies below it, links resolved."""
-    resolved, other = path.resolve(), directory.resolve()
-    return resolved == other or other in resolved.parents
-
-
-def _refuse_more_than_a_model(path: Path) -> None:
-    """Make sure that nothing is replaced but links, files, and directories of a model alone."""
-    for _ in range(_TRIES):
-        looked_at = _identity(path)
-        with suppress(FileNotFoundError):
-            if not path.is_dir() or _is_only_a_model(path):
-                return
-        if looked_at == _identity(path):  # else another run has replaced it meanwhile
-            break
-    raise OutputError(
-        f"{path} holds more than a model's own files and is not replaced",
-        "Choose another -o, or empty it yourself.",
-    )
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    """What tells a path's directory from another that takes its place."""
-    try:
-        info = path.stat()
-    except OSError:
-        return None
-    return info.st_dev, info.st_ino
-
-
-def _is_only_a_model(directory: Path) -> bool:
-    """Whether a directory is empty, or a model's with nothing else in it."""
-    children = list(directory.iterdir())
-    belongs = dcp.belongs if dcp.is_distributed(directory) else huggingface.belongs
-    own = all(child.is_file() and belongs(child.name) for child in children)
-    return not children or (own and is_checkpoint_directory(directory))
-
-
-def _place(temporary: Path, path: Path) -> None:
-    """Rename without replacing anything."""
-    try:
-        renaming.rename_new(temporary, path)
-    except FileExistsError as error:
-        raise OutputError(
-            f"{path} has appeared while it was being made", "Pass --overwrite to replace it."
-        ) from error
-
-
-def _replace(temporary: Path, path: Path) -> None:
-    """Rename over what is there, in one step as far as the system can."""
-    if not path.is_dir() and not temporary.is_dir():
-        temporary.replace(path)
-        return
-    for _ in range(_TRIES):
-        if _replaced(temporary, path):
-            return
-    raise OSError(errno.EBUSY, "other runs write it at the same time")
-
-
-def _replaced(temporary: Path, path: Path) -> bool:
-    """Whether a directory took a path's place, or a path that of one; another run may hinder it.
-
-    What was there stands under the temporary's name then, or is gone.
-    """
-    with suppress(FileExistsError):
-        renaming.rename_new(temporary, path)
-        return True
-    _refuse_more_than_a_model(path)
-    if renaming.exchange(temporary, path):
-        return True
-    aside = leftovers.set_aside_name(temporary)
-    try:
-        path.rename(aside)
-        renaming.rename_new(temporary, path)
-    except (FileExistsError, FileNotFoundError):
-        if not os.path.lexists(temporary):
-            raise
-        return False
-    finally:
-        leftovers.settle(aside, path)
-    return True
 
 
 def _fsync(path: Path) -> None:

@@ -149,13 +149,13 @@ def _monitored(callbacks: Any, file_name: str, numbers: _Numbers) -> dict[str, f
             continue
         left -= len(kept)
         for path, score in kept.items():
-            if isinstance(path, str) and _last_part(path) == file_name:
+            if isinstance(path, str) and last_part(path) == file_name:
                 value = number(numbers.plain(score))
                 found |= {} if value is None else {str(name): float(value)}
     return found
 
 
-def _last_part(path: str) -> str:
+def last_part(path: str) -> str:
     """The file's name in a path of this system or of Windows, where a checkpoint may come from."""
     return (PureWindowsPath(path) if "\\" in path else PurePath(path)).name
 
@@ -175,7 +175,7 @@ def from_trainer_state(path: Location) -> Record | None:
     """Record of a directory written by the Hugging Face Trainer; None where there is none."""
     try:
         state = bounded_json.read(path)
-    except (OSError, ValueError):
+    except ValueError:
         return None
     if not isinstance(state, dict):
         return None

@@ -154,6 +154,14 @@ def whole(file: str, offset: int, dtype: DType, shape: tuple[int, ...]) -> Tenso
     return Tensor(dtype, shape, (Piece(file, offset, shape, row_major(shape), (0,) * len(shape)),))
 
 
+def changed(path: object) -> CheckpointError:
+    """The error for an input that is not what it was when it was opened."""
+    return CheckpointError(
+        f"{path} changed while it was being read",
+        "Wait until the training run has finished writing it, then try again.",
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class FileStamp:
     """What tells a file from a changed one: looked at on opening and again after reading.
@@ -193,10 +201,7 @@ class FileStamp:
         if self.token:  # says more than the time, which stores round as they like
             now = replace(now, mtime_ns=self.mtime_ns)
         if now != self:
-            raise CheckpointError(
-                f"{self.path} changed while it was being read",
-                "Wait until the training run has finished writing it, then try again.",
-            )
+            raise changed(self.path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,8 +230,6 @@ class Checkpoint:
         layout: ``safetensors``, ``torch`` (torch.save), or of directories ``huggingface``,
             ``peft`` (an adapter), ``deepspeed`` and ``distributed`` (torch.distributed.checkpoint).
         key: Dotted path of the entry that holds the weights; empty if the file itself does.
-        networks: Dotted paths below the key of several networks, which their tensors' names begin
-            with; empty where there is one state dict.
         tensors: The table, under bare names, in the file's order.
         stored_names: Bare name → the name in the file, where wrappers were dropped.
         refused: Name → why the tensor cannot be averaged, for tensors without plain bytes.
@@ -238,6 +241,9 @@ class Checkpoint:
         step: Position in training: the recorded step, else the epoch; in a run that records
             neither, the number in the name. None where there is none of these.
         metadata: Text of the safetensors headers besides tensors and provenance, by name.
+        components: Directory below the path → what it holds, where several directories with
+            weights make one model: tensors' names here begin with the directory's and a slash.
+            The empty name is that of the path itself.
     """
 
     path: Location
@@ -253,16 +259,10 @@ class Checkpoint:
     beside: tuple[str, ...] = ()
     step: float | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
-    networks: tuple[str, ...] = ()
+    components: Mapping[str, Checkpoint] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"<Checkpoint {self.path}: {len(self.tensors)} tensors, step {self.step}>"
-
-    @property
-    def entries(self) -> tuple[str, ...]:
-        """Dotted paths of the entries that hold the weights; empty ones for the file itself."""
-        below = self.networks or ("",)
-        return tuple(".".join(filter(None, (self.key, path))) for path in below)
 
     @property
     def nbytes(self) -> int:

@@ -8,12 +8,15 @@ import struct
 import threading
 import zlib
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
 import torch
 
+from ckptavg.errors import OutputError
+from ckptavg.formats import copying
 from ckptavg.formats.output import FileLayout, Layout, OutputTensor
 from ckptavg.system_errors import unwritable
 
@@ -101,10 +104,11 @@ class FileSink:
         try:
             for file in self._layout.files:
                 self._prepare(file)
-            for name, content in () if self._made else self._layout.companions.items():
-                (self.root / name).write_bytes(content)
+            if not self._made:
+                self._write_companions()
         except BaseException:
-            self._close()
+            with suppress(OutputError):
+                self._close()
             raise
         return self
 
@@ -114,7 +118,8 @@ class FileSink:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
-        self._close()
+        with suppress(OutputError) if error is not None else nullcontext():
+            self._close()
 
     def write(self, name: str, offset: int, data: memoryview) -> None:
         """Write the bytes wherever the tensor, or one tied to it, lies.
@@ -161,8 +166,21 @@ class FileSink:
         for handle, file in zip(self._handles, self._layout.files, strict=True):
             self._store_checksums(handle, file)
 
+    def _write_companions(self) -> None:
+        for name, stamp in self._layout.copies.items():
+            _make_directory((self.root / name).parent)
+            copying.copy(stamp, self.root / name)
+        for stamp in self._layout.copies.values():  # they are of one moment, too
+            stamp.verify()
+        for name, content in self._layout.companions.items():
+            path = self.root / name
+            _make_directory(path.parent)
+            path.write_bytes(content)
+
     def _prepare(self, file: FileLayout) -> None:
         path = self.root / file.name if file.name else self.root
+        if not self._made:
+            _make_directory(path.parent)
         create = 0 if self._made else os.O_CREAT
         handle = os.open(path, os.O_WRONLY | create | getattr(os, "O_BINARY", 0), 0o666)
         self._handles.append(handle)
@@ -175,8 +193,15 @@ class FileSink:
         self._crcs |= {self._first[name].name: {} for name in file.checksums}
 
     def _close(self) -> None:
+        """Close the files; network file systems tell only then of writes that failed."""
+        errors: list[OSError] = []
         while self._handles:
-            os.close(self._handles.pop())
+            try:
+                os.close(self._handles.pop())
+            except OSError as error:
+                errors.append(error)
+        if errors:
+            raise unwritable(self._path, errors[0]) from errors[0]
 
     def _store_checksums(self, handle: int, file: FileLayout) -> None:
         for name, places in file.checksums.items():
@@ -198,6 +223,11 @@ class FileSink:
                 with self._lock:
                     os.lseek(handle, offset + done, os.SEEK_SET)
                     done += os.write(handle, data[done:])
+
+
+def _make_directory(path: Path) -> None:
+    if not path.is_dir():
+        path.mkdir(parents=True, exist_ok=True)
 
 
 def _joined(stretches: Mapping[int, tuple[int, int]]) -> list[tuple[int, int, int]]:

@@ -20,10 +20,6 @@ STRANGERS = (
     (re.compile(r"(?<![a-z])init(ial)?(?![a-z])"), "from before training, by its name"),
 )
 _ALIAS_WORD = re.compile(r"(?<![a-z])(last|latest|best|final|newest|current)(?![a-z])")
-STEP_WORDS = tuple(
-    re.compile(rf"(?<![a-z])(?:{words})[-_= ]?(\d+)")
-    for words in ("global_?steps?|steps?|iter|iteration|iters", "epochs?|ep")
-)
 STEP_NUMBER = re.compile(
     r"(?<![a-z])(checkpoint|ckpt|(?:global_?)?steps?|iters?|iterations?|epochs?|ep)[-_= ]?\d+",
     re.IGNORECASE,

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from ckptavg.errors import RunError, first_few
+from ckptavg.errors import CheckpointError, RunError, first_few
 from ckptavg.formats import (
     adapter,
     dcp,
@@ -18,6 +18,8 @@ from ckptavg.formats import (
     is_checkpoint_directory,
     refuse_partitioned,
 )
+from ckptavg.formats.components import part_names
+from ckptavg.formats.shards import find_shards, parse_name
 from ckptavg.formats.storage import Location
 from ckptavg.runs.file_names import (
     NOT_WEIGHTS,
@@ -30,7 +32,6 @@ from ckptavg.runs.file_names import (
 )
 
 LeftOut = tuple[Location, str]
-_DEEPEST_RUN, _MOST_LOOKED_INTO = 4, 200  # levels and directories below a path without a run
 _DEEPEST_RUN, _MOST_LOOKED_INTO = 4, 200  # levels and directories below a path without a run
 
 
@@ -57,7 +58,7 @@ def find(paths: Sequence[Location], glob: str | None) -> Found:
     """
     groups: dict[Location, list[Location]] = {}
     found = Found([], [])
-    for path in map(_adapter_of, paths):
+    for path in _whole_checkpoints(paths):
         if not path.exists():
             raise RunError(f"{path} does not exist", _nearest(path))
         members = _members(path, found) if path.is_dir() else [path]
@@ -71,6 +72,29 @@ def find(paths: Sequence[Location], glob: str | None) -> Found:
     found.groups = [members for members in found.groups if members]
     refuse_partitioned(chain(*found.groups))
     return found
+
+
+def _whole_checkpoints(paths: Sequence[Location]) -> list[Location]:
+    """The paths, with the directory in the place of files that are nothing each alone.
+
+    Raises:
+        CheckpointError: Some of a model's shards are named, and not the others.
+    """
+    shards: dict[Location, set[str]] = defaultdict(set)
+    for path in paths:
+        if parse_name(path) is not None:
+            shards[path.parent].add(path.name)
+    sharded = [home for home, files in shards.items() if len(files) > 1 and find_shards(home)]
+    for home in sharded:
+        unnamed = [shard.path.name for shard in find_shards(home)]
+        unnamed = [name for name in unnamed if name not in shards[home]]
+        if unnamed:
+            raise CheckpointError(
+                f"the files named of {home} are parts of one model, without {first_few(unnamed)}",
+                "Name the directory.",
+            )
+    whole = [path.parent if path.parent in sharded else _adapter_of(path) for path in paths]
+    return list(dict.fromkeys(whole))
 
 
 def _adapter_of(path: Location) -> Location:
@@ -128,7 +152,8 @@ def _members(directory: Location, found: Found) -> list[Location]:
     itself = is_checkpoint_directory(directory)
     nested = [path for path in below if is_checkpoint_directory(path)]
     if itself:  # and the states that DeepSpeed resumes from are part of it
-        nested = [path for path in nested if not deepspeed.is_tag(path)]
+        parts = part_names(directory)
+        nested = [p for p in nested if not deepspeed.is_tag(p) and p.name not in parts]
     for path in below:
         if path.is_dir() and path not in nested:
             _refuse_unfinished(path)
@@ -157,10 +182,9 @@ def _members(directory: Location, found: Found) -> list[Location]:
 
 def _numbered_below(directory: Location) -> bool:
     """Whether a directory holds a run of checkpoint directories."""
-    return any(
-        re.search(r"\d", p.name) and is_checkpoint_directory(p) and not deepspeed.is_tag(p)
-        for p in directory.iterdir()
-    )
+    parts = part_names(directory)
+    numbered = [p for p in directory.iterdir() if re.search(r"\d", p.name) and p.name not in parts]
+    return any(is_checkpoint_directory(p) and not deepspeed.is_tag(p) for p in numbered)
 
 
 def _refuse_unfinished(directory: Location) -> None:

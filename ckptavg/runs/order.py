@@ -9,23 +9,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from ckptavg.display import step_text
 from ckptavg.errors import NoWeightsError, RunError, first_few
 from ckptavg.formats import (
     Checkpoint,
     open_checkpoint,
 )
-from ckptavg.formats.comparing import Checksums, same_weights
+from ckptavg.formats.comparing import Contents, SameWeights
+from ckptavg.formats.record import last_part
 from ckptavg.formats.storage import Location
 from ckptavg.runs.file_names import (
-    STEP_WORDS,
     STRANGERS,
     is_alias_name,
     labels_of,
     natural,
     stem_of,
-    text_and_numbers,
 )
 from ckptavg.runs.find import LeftOut
+from ckptavg.runs.steps_in_names import NamedStep, steps_in_names
 
 
 @dataclass
@@ -56,6 +57,8 @@ def open_members(paths: Sequence[Location], key: str | None) -> Opened:
     if len(made) < len(opened):
         left_out += [(c.path, "an average that ckptavg wrote") for c in made]
         opened = [c for c in opened if not c.is_average]
+    opened, refreshed = _without_refreshed(opened)
+    left_out += refreshed
     kept, repeats = _without_repeats(opened)
     left_out += [(alias.path, f"repeats {original.path.name}") for alias, original in repeats]
     kept, strangers = _without_strangers(kept)
@@ -64,38 +67,77 @@ def open_members(paths: Sequence[Location], key: str | None) -> Opened:
     return Opened(ordered, left_out, notes)
 
 
+def _without_refreshed(
+    checkpoints: Sequence[Checkpoint],
+) -> tuple[list[Checkpoint], list[LeftOut]]:
+    """Split off the copies with recomputed statistics whose sources are there too."""
+    by_name: dict[object, Checkpoint] = {(c.path.name, c.size): c for c in checkpoints}
+    kept: list[Checkpoint] = []
+    left_out: list[LeftOut] = []
+    for checkpoint in checkpoints:
+        source = by_name.get(_source_of(checkpoint))
+        if source is None or source is checkpoint:
+            kept.append(checkpoint)
+        else:
+            why = f"a copy of {source.path.name} with recomputed statistics"
+            left_out.append((checkpoint.path, why))
+    return kept, left_out
+
+
+def _source_of(checkpoint: Checkpoint) -> tuple[str, int] | None:
+    """Name and size of the checkpoint that a copy with other statistics was made of.
+
+    Not its whole path: a run may have moved since.
+    """
+    made = checkpoint.provenance
+    if made is None or checkpoint.is_average or not made["checkpoints"]:
+        return None
+    source = made["checkpoints"][0]
+    path, size = source.get("path"), source.get("size")
+    return (last_part(path), size) if isinstance(path, str) and isinstance(size, int) else None
+
+
 def _without_repeats(
     checkpoints: Sequence[Checkpoint],
 ) -> tuple[list[Checkpoint], list[tuple[Checkpoint, Checkpoint]]]:
     """Split into checkpoints, and repeats with what each one repeats.
 
     The same files repeat each other. Weights are compared where a name says nothing of when, or
-    where two record the same step and epoch.
+    where two record the same step, or without steps the same epoch.
     """
     aliases, labels = _aliases(checkpoints), labels_of([c.path for c in checkpoints])
-    sums = Checksums()
+    contents = Contents()
     kept: list[Checkpoint] = []
     repeats: list[tuple[Checkpoint, Checkpoint]] = []
     by_files: dict[object, Checkpoint] = {}
-    by_place: dict[object, list[Checkpoint]] = defaultdict(list)
+    by_weights = SameWeights(contents)
+    by_moment: dict[object, SameWeights] = defaultdict(lambda: SameWeights(contents))
     for checkpoint in sorted(
         checkpoints,
         key=lambda c: (c.path in aliases, c.path.is_symlink(), natural(labels[c.path])),
     ):
         identity = tuple(stamp.identity for stamp in checkpoint.files)
-        place = (checkpoint.record.step, checkpoint.record.epoch)
-        likely = kept if checkpoint.path in aliases else by_place[place]
-        original = by_files.get(identity) or next(
-            (k for k in likely if same_weights(checkpoint, k, sums)), None
-        )
+        moment = _moment(checkpoint)
+        likely = by_weights if checkpoint.path in aliases else by_moment[moment]
+        original = by_files.get(identity) or likely.find(checkpoint)
         if original is not None:
             repeats.append((checkpoint, original))
             continue
         kept.append(checkpoint)
         by_files[identity] = checkpoint
-        if place != (None, None):
-            by_place[place].append(checkpoint)
+        by_weights.add(checkpoint)
+        if moment is not None:
+            by_moment[moment].add(checkpoint)
     return kept, repeats
+
+
+def _moment(checkpoint: Checkpoint) -> object:
+    """The step that it records, or the epoch; None where it records neither.
+
+    The epoch does not tell steps apart: the end of one is the beginning of the next.
+    """
+    step, epoch = checkpoint.record.step, checkpoint.record.epoch
+    return (None if epoch is None else ("epoch", epoch)) if step is None else ("step", step)
 
 
 def _without_strangers(
@@ -119,30 +161,121 @@ def _aliases(checkpoints: Sequence[Checkpoint]) -> set[Location]:
     return {path for path, label in labels.items() if path in parents or is_alias_name(label)}
 
 
+@dataclass(frozen=True)
+class _Clock:
+    """Positions of some checkpoints in training, in their order.
+
+    Attributes:
+        positions: What each is ordered by; None where that is not known.
+        within: What those of one position are ordered by.
+    """
+
+    positions: Sequence[float | None]
+    within: Sequence[float | None]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every checkpoint has a position."""
+        return None not in self.positions
+
+    @property
+    def stands_still(self) -> bool:
+        """Whether it is the same for all of several checkpoints."""
+        return len(self.positions) > 1 and len(set(self.positions)) == 1
+
+
 def _ordered(checkpoints: Sequence[Checkpoint]) -> tuple[tuple[Checkpoint, ...], list[str]]:
     """Sort by step, then epoch, then the numbers in the names, and give each its position."""
-    steps: list[float | None] = [c.record.step for c in checkpoints]
-    epochs = [c.record.epoch for c in checkpoints]
-    notes: list[str] = []
-    if None not in steps and not _restarts(checkpoints):
-        first, second = steps, epochs
-    elif None not in epochs:
-        first, second = epochs, steps
-    else:
-        if any(v is not None for v in (*steps, *epochs)):
-            notes.append("not every checkpoint records a step or an epoch: ordered by name")
-        first = second = _numbers_in_names(checkpoints)
+    clock, notes = _common_clock(checkpoints)
     aliases, labels = _aliases(checkpoints), labels_of([c.path for c in checkpoints])
+    positions = clock.positions
     ranked = sorted(
         range(len(checkpoints)),
         key=lambda i: (
-            *(() if None in first else (first[i], -1.0 if second[i] is None else second[i])),
+            *((positions[i], _or_before(clock.within[i])) if clock.is_complete else ()),
             checkpoints[i].path in aliases,
             natural(labels[checkpoints[i].path]),
         ),
     )
-    ordered = tuple(replace(checkpoints[i], step=first[i]) for i in ranked)
+    ordered = tuple(replace(checkpoints[i], step=positions[i]) for i in ranked)
     return ordered, notes + _doubts(ordered)
+
+
+def _or_before(position: float | None) -> float:
+    return -1.0 if position is None else position
+
+
+def _common_clock(checkpoints: Sequence[Checkpoint]) -> tuple[_Clock, list[str]]:
+    """The clock that all checkpoints have, and notes about it.
+
+    Raises:
+        RunError: There is none, and their names count in different units.
+    """
+    steps = [c.record.step for c in checkpoints]
+    epochs = [c.record.epoch for c in checkpoints]
+    by_step, by_epoch = _Clock(steps, epochs), _Clock(epochs, steps)
+    clocks = [] if _restarts(checkpoints) else [by_step]
+    recorded = [clock for clock in (*clocks, by_epoch) if clock.is_complete]
+    clock = next((c for c in recorded if not c.stands_still), next(iter(recorded), None))
+    named = _named_steps(checkpoints)
+    positions = [None if step.value is None else float(step.value) for step in named]
+    by_name = _Clock(positions, [None] * len(named))
+    if clock is None:
+        _refuse_two_units(checkpoints, named)
+        partly = any(value is not None for value in (*steps, *epochs))
+        why = "not every checkpoint records a step or an epoch: ordered by name"
+        return by_name, [why] if partly else []
+    if clock.stands_still and _tell_apart(named):
+        why = f"every checkpoint records {step_text(clock.positions[0] or 0)}: ordered by name"
+        return by_name, [why]
+    if clock is by_epoch and _lack_order(checkpoints):
+        _refuse_two_units(checkpoints, named)
+    return clock, []
+
+
+def _named_steps(checkpoints: Sequence[Checkpoint]) -> list[NamedStep]:
+    """The steps in the names; a directory that holds the other checkpoints has none."""
+    labels = labels_of([c.path for c in checkpoints])
+    parents = {c.path.parent for c in checkpoints}
+    numbered = [path for path in labels if path not in parents]
+    steps = steps_in_names([stem_of(labels[path]) for path in numbered])
+    by_path = dict(zip(numbered, steps, strict=True))
+    return [by_path.get(c.path, NamedStep(None)) for c in checkpoints]
+
+
+def _tell_apart(named: Sequence[NamedStep]) -> bool:
+    """Whether names tell by a word that all of them have what they count, and differ."""
+    units = {step.unit for step in named}
+    values = {step.value for step in named}
+    return len(units) == 1 and not {None} & units and None not in values and len(values) > 1
+
+
+def _lack_order(checkpoints: Sequence[Checkpoint]) -> bool:
+    """Whether of the checkpoints of an epoch some record a step and others do not."""
+    kinds: dict[float | None, set[bool]] = defaultdict(set)
+    for checkpoint in checkpoints:
+        kinds[checkpoint.record.epoch].add(checkpoint.record.step is None)
+    return any(len(kind) > 1 for kind in kinds.values())
+
+
+def _refuse_two_units(checkpoints: Sequence[Checkpoint], named: Sequence[NamedStep]) -> None:
+    """Make sure that names do not count in different units, such as epochs and batches.
+
+    Raises:
+        RunError: They do: several count epochs, several others do not.
+    """
+    patterns: dict[bool, list[str]] = {True: [], False: []}
+    for checkpoint, step in zip(checkpoints, named, strict=True):
+        if step.value is not None and not is_alias_name(checkpoint.path):
+            patterns[step.unit == "epoch"].append(checkpoint.pattern)
+    if min(map(len, patterns.values())) < 2:
+        return
+    shown = [f"'{pattern}'" for pattern in dict.fromkeys(patterns[True] + patterns[False])]
+    raise RunError(
+        f"{checkpoints[0].path.parent} holds checkpoints that count epochs and others that do not, "
+        f"and no clock that all of them record: {first_few(shown)}",
+        f"Select one series with --glob {shown[0]}.",
+    )
 
 
 def refuse_two_series(ordered: Sequence[Checkpoint]) -> None:
@@ -181,7 +314,7 @@ def _doubts(ordered: Sequence[Checkpoint]) -> list[str]:
     for one, other in pairwise(ordered):
         if one.step is not None and one.step == other.step and one.record == other.record:
             notes.append(
-                f"{one.path.name} and {other.path.name} share the step {one.step:g}: "
+                f"{one.path.name} and {other.path.name} share the step {step_text(one.step)}: "
                 "if they are of different runs, tell them apart with --glob"
             )
             break
@@ -193,8 +326,9 @@ def _doubts(ordered: Sequence[Checkpoint]) -> list[str]:
             )
             break
     unplaced = [c.path.name for c in ordered if c.step is None]
-    if unplaced and len(unplaced) < len(ordered):
-        notes.append(f"no step is known of {first_few(unplaced)}: placed last")
+    if unplaced and len(ordered) > 1:
+        so = "placed last" if len(unplaced) < len(ordered) else "in the order of their names"
+        notes.append(f"no step is known of {first_few(unplaced)}: {so}")
     epochs = [c.record.epoch for c in ordered if c.record.epoch is not None]
     if any(a > b for a, b in pairwise(epochs)):
         notes.append("recorded steps and epochs disagree on the order: the steps decide")
@@ -207,25 +341,3 @@ def _restarts(checkpoints: Sequence[Checkpoint]) -> bool:
     for checkpoint in checkpoints:
         epochs[checkpoint.record.step].add(checkpoint.record.epoch)
     return any(len(found - {None}) > 1 for found in epochs.values())
-
-
-def _numbers_in_names(checkpoints: Sequence[Checkpoint]) -> list[float | None]:
-    """The number after a word like step or epoch, else the first that tells the names apart.
-
-    Of a single name without such a word it is the last number.
-    """
-    labels = labels_of([c.path for c in checkpoints])
-    stems = [stem_of(label) for label in labels.values()]
-    for word in STEP_WORDS:
-        found = [word.search(stem.lower()) for stem in stems]
-        if all(found):
-            return [float(match[1]) for match in found if match]
-    parents = {c.path.parent for c in checkpoints}
-    names = [
-        [] if path in parents else text_and_numbers(stem)
-        for path, stem in zip(labels, stems, strict=True)
-    ]
-    numbered = [name for name in names if len(name) > 1]
-    places = range(1, min(map(len, numbered), default=0), 2)
-    place = next((i for i in places if len({name[i] for name in numbered}) > 1), -2)
-    return [float(int(n[place])) if len(n) > 1 else None for n in names]

@@ -1,15 +1,16 @@
-"""Whether two checkpoints hold the same weights, whatever their files are."""
+"""Checkpoints with the same weights are found, whatever their files are."""
 
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from ckptavg.formats import comparing, open_checkpoint
-from ckptavg.formats.comparing import Checksums, same_weights
+from ckptavg.formats.comparing import Contents, SameWeights
 
 LONG = 20_000  # elements, so that a difference can lie behind what is looked at first
 
@@ -76,7 +77,10 @@ def compared(tmp_path):
             suffix = ".safetensors" if write is safetensors else ".pt"
             paths.append(tmp_path / (name + suffix))
             write(paths[-1], values)
-        return same_weights(*map(open_checkpoint, paths), Checksums())
+        first, second = map(open_checkpoint, paths)
+        among = SameWeights(Contents())
+        among.add(first)
+        return among.find(second) is first
 
     return compare
 
@@ -133,3 +137,56 @@ def test_no_tensor_is_read_where_checksums_tell(compared, monkeypatch, change):
 
     monkeypatch.setattr(comparing, "_blocks", refuse)
     assert compared(zipped, state(), beside_others, state(change)) == (change is None)
+
+
+def counted_bytes(monkeypatch) -> Counter[str]:
+    """Bytes that are read of each file from now on."""
+    read: Counter[str] = Counter()
+    blocks = comparing._blocks
+
+    def count(span, limit):
+        for block in blocks(span, limit):
+            read[span.file] += len(block)
+            yield block
+
+    monkeypatch.setattr(comparing, "_blocks", count)
+    return read
+
+
+@pytest.mark.parametrize("write", [without_checksums, safetensors, flat_buffer])
+def test_of_many_alike_no_byte_is_read_twice(tmp_path, monkeypatch, write):
+    paths = [
+        tmp_path / f"{i}{'.safetensors' if write is safetensors else '.pt'}" for i in range(30)
+    ]
+    for i, path in enumerate(paths):
+        write(path, state(LONG - 1 - i % 15))  # each twice, and all the same in front
+    read = counted_bytes(monkeypatch)
+    among, repeats = SameWeights(Contents()), 0
+    for checkpoint in map(open_checkpoint, paths):
+        repeats += among.find(checkpoint) is not None
+        among.add(checkpoint)
+    assert repeats == 15
+    heads_and_all = sum(t.nbytes + min(t.nbytes, comparing._HEAD) for t in state().values())
+    assert max(read.values()) <= heads_and_all
+
+
+def test_what_differs_in_front_is_not_read_to_its_end(tmp_path, monkeypatch):
+    read = counted_bytes(monkeypatch)
+    among = SameWeights(Contents())
+    for i in range(20):
+        safetensors(tmp_path / f"{i}.safetensors", state() | {"a": torch.full((3, 4), float(i))})
+        checkpoint = open_checkpoint(tmp_path / f"{i}.safetensors")
+        assert among.find(checkpoint) is None
+        among.add(checkpoint)
+    assert max(read.values()) == 3 * 4 * 4  # the tensor of the first name
+
+
+def test_the_first_of_several_is_found(tmp_path):
+    among = SameWeights(Contents())
+    opened = []
+    for name in ("x", "y", "z"):
+        safetensors(tmp_path / name, state(0 if name == "x" else 1))
+        opened.append(open_checkpoint(tmp_path / name))
+        among.add(opened[-1])
+    zipped(tmp_path / "last.pt", state(1))
+    assert among.find(open_checkpoint(tmp_path / "last.pt")) is opened[1]

@@ -23,6 +23,7 @@ from ckptavg.errors import CheckpointError, RunError
 from ckptavg.formats import dcp as our_dcp
 from ckptavg.formats import is_checkpoint_directory, open_checkpoint
 from ckptavg.formats.dcp import Box
+from ckptavg.formats.tiling import tiles
 from ckptavg.refresh import Pass, update_checkpoint
 from ckptavg.runtime import Runtime
 
@@ -156,7 +157,7 @@ def test_an_output_replaces_only_a_directory_of_its_kind(run, tmp_path):
     ckptavg.average(ckptavg.open_run(directory).last(1), out=out, overwrite=True)
     assert len(open_checkpoint(out).provenance["checkpoints"]) == 1
     (out / "notes.txt").write_text("mine")
-    with pytest.raises(ckptavg.CkptavgError, match="more than a model's own files"):
+    with pytest.raises(ckptavg.CkptavgError, match=r"notes\.txt"):
         ckptavg.average(ckptavg.open_run(directory), out=out, overwrite=True)
 
 
@@ -324,7 +325,7 @@ DAMAGE = {
     "a file above": (outside("../step_8/__0_0.distcp"), "outside its directory"),
     "an absolute path": (outside("/etc/passwd"), "outside its directory"),
     "no file": (outside("__9_0.distcp"), "not there"),
-    "a name with a NUL": (outside("a\0b"), "cannot be read|outside"),
+    "a name with a NUL": (outside("a\0b"), "not there|cannot be read"),
     "itself": (outside("."), "outside its directory|not there"),
     "past the end": (longer, "runs past"),
     "shifted": (shifted, "not a readable"),
@@ -362,12 +363,12 @@ def test_a_gadget_beside_the_weights_does_nothing_and_does_not_go_out(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata"])
-def test_a_symbolic_link_out_of_the_directory_is_refused(run, tmp_path, name):
+def test_links_to_another_disk_are_read(run, tmp_path, name):
     path = run[0] / "step_9" / name
+    before = set(open_checkpoint(run[0] / "step_9").tensors)
     shutil.move(path, tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(CheckpointError, match="outside its directory"):
-        open_checkpoint(run[0] / "step_9")
+    assert set(open_checkpoint(run[0] / "step_9").tensors) == before
 
 
 def test_a_directory_without_its_metadata_is_an_error_and_not_left_out(run):
@@ -446,12 +447,12 @@ def covers(shape, boxes) -> bool:
 def test_tilings_are_told_from_holes_and_overlaps(case, data):
     shape, boxes = case
     as_boxes = lambda boxes: [Box(a, n, "f", 0, 0) for a, n in boxes]  # noqa: E731
-    assert our_dcp._tiles(shape, as_boxes(boxes))
+    assert tiles(shape, as_boxes(boxes))
     i = data.draw(st.integers(0, len(boxes) - 1))
     start, extent = boxes[i]
     moved = tuple(data.draw(st.integers(0, 5)) for _ in start)
     other = [*boxes[:i], (moved, extent), *boxes[i + 1 :]]
-    assert our_dcp._tiles(shape, as_boxes(other)) == covers(shape, other)
+    assert tiles(shape, as_boxes(other)) == covers(shape, other)
 
 
 def test_tensors_in_any_memory_order_are_read_as_they_are(tmp_path):

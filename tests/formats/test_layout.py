@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ckptavg.errors import UnsupportedTensorError, UsageError
-from ckptavg.formats import layout, open_checkpoint, torch_pickle
+from ckptavg.formats import directory_layout, layout, open_checkpoint, torch_pickle
 from ckptavg.formats.layout import TORCH_SUFFIXES, OutputTensor, lay_out
 from ckptavg.formats.table import DTYPES
 from ckptavg.formats.writing import FileSink, MemorySink, crc32_combine
@@ -361,7 +361,7 @@ def test_an_output_in_another_layout_than_its_input_s_has_the_bare_names(tmp_pat
 
 
 def test_a_large_output_is_split_where_its_input_was_not(tmp_path, plain, monkeypatch):
-    monkeypatch.setattr(layout, "_SHARD_BYTES", 100)
+    monkeypatch.setattr(directory_layout, "_SHARD_BYTES", 100)
     tensors = {f"t{i}": torch.rand(n) for i, n in enumerate((10, 10, 10, 40, 1, 1))}
     write(tmp_path / "out", tensors, plain)
     shards = sorted((tmp_path / "out").glob("*.safetensors"))

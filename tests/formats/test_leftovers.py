@@ -13,7 +13,8 @@ from outputs import content_of, fill, names, write
 
 from ckptavg.errors import OutputError
 from ckptavg.formats import leftovers, publish, renaming
-from ckptavg.formats.publish import Publication, check_target
+from ckptavg.formats.publish import Publication
+from ckptavg.formats.targets import check_target
 
 posix = pytest.mark.skipif(os.name == "nt", reason="locks of POSIX")
 kinds = pytest.mark.parametrize("directory", [False, True], ids=["file", "directory"])
@@ -148,7 +149,9 @@ def crash(self, target):
     done.append(target)
     return rename(self, target)
 Path.rename = crash
-with publish.Publication(out, directory=True, overwrite=True) as publication:
+with publish.Publication(
+    out, directory=True, overwrite=True, replaceable=["config.json"]
+) as publication:
     (publication.temporary / "model.safetensors").write_text("new")
     publication.publish()
     os._exit(0)

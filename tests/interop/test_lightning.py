@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from helpers import names
 from layouts import Lightning, lightning_module, lightning_trainer, others_at_work, train_lightning
 
@@ -110,3 +111,24 @@ def test_the_weights_as_trained_are_under_a_key_of_their_own(weight_averaging):
     raw = average(open_run(path, key="current_model_state"))
     assert torch.equal(raw["net.head.weight"], saved["current_model_state"]["net.head.weight"])
     assert not torch.equal(raw["net.head.weight"], saved["state_dict"]["net.head.weight"])
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_an_average_of_shards_is_consolidated_and_loaded(tmp_path):
+    from lightning.fabric.utilities.load import _load_distributed_checkpoint
+    from lightning.pytorch.utilities.consolidate_checkpoint import _format_checkpoint
+
+    with others_at_work():
+        module = lightning_module()(width=5)
+        for step in (10, 20):
+            folder = tmp_path / "run" / f"epoch=1-step={step}.ckpt"
+            folder.mkdir(parents=True)
+            state = {name: torch.full_like(t, step) for name, t in module.state_dict().items()}
+            dcp.save({"model": state}, checkpoint_id=folder)
+            meta = {"pytorch-lightning_version": "2.6.0", "global_step": step, "epoch": 1}
+            torch.save(meta | {"hyper_parameters": {"width": 5}}, folder / "meta.pt")
+        out = average(open_run(tmp_path / "run"), out=tmp_path / "average")
+        whole = _format_checkpoint(_load_distributed_checkpoint(out))
+        torch.save(whole, tmp_path / "whole.ckpt")
+        loaded = lightning_module().load_from_checkpoint(tmp_path / "whole.ckpt")
+    assert all(torch.equal(p, torch.full_like(p, 15)) for p in loaded.parameters())

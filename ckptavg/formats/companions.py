@@ -1,0 +1,232 @@
+"""The files of a model's directory that go along with its weights, and those that do not.
+
+A directory is more than its weights: configuration, tokenizer, pooling, code, a licence. All of it
+belongs to the average of such directories too, but for what is untrue of an average: the state of
+training, and tensors that were not averaged.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from itertools import islice
+
+from ckptavg.errors import first_few, short
+from ckptavg.formats.storage import Location, is_url
+from ckptavg.formats.table import FileStamp
+from ckptavg.system_errors import guard_reads
+
+_MOST_FILES = 5000  # below one directory beside the weights: more are data, and no configuration
+_DEEPEST = 16  # levels of directories
+_MOST_NAMES = 12  # in a note
+
+
+class Reason(Enum):
+    """Why something of a directory is not copied, as a note says it."""
+
+    TRAINING = "the state and the records of training"
+    TENSORS = "tensors that were not averaged"
+    CHECKPOINT = "other checkpoints"
+    HIDDEN = "hidden"
+    UNREADABLE = "neither a file nor a directory that is there"
+    DATA = f"more than {_MOST_FILES} files"
+
+
+_TENSORS = re.compile(
+    r".*(\.(safetensors|pt|pth|bin|ckpt|tar|distcp|h5|hdf5|keras|msgpack|npz|onnx|onnx_data|ort|gguf"
+    r"|ggml|ot|tflite|pb|pte|pt2|ptl|torchscript|nemo|mlmodel|engine|trt|pdparams|pdmodel|dduf)"
+    r"|\.ckpt\.(index|meta|data-\d+-of-\d+)|\.(safetensors|bin|msgpack|h5)\.index(\.\w+)?\.json)",
+    re.IGNORECASE,
+)
+_TRAINING = re.compile(
+    r"trainer_state\.json|training_args\.\w+|(all|train|eval|predict|test)_results\.json"
+    r"|(optimizer|optim|lr_scheduler|scheduler|rng_state|rng|random_states?|scaler|grad_scaler"
+    r"|sampler|dl_state_dict|custom_checkpoint)[-_.\d]*\.(pt|pth|bin|ckpt|pkl|pickle|safetensors)"
+    r"|zero_pp_rank_.*|.*optim_states\.pt|events\.out\.tfevents\..*|zero_to_fp32\.py|latest"
+    r"|latest_checkpointed_iteration\.txt",
+    re.IGNORECASE,
+)
+_TRAINING_DIRECTORIES = re.compile(
+    r"global_step\d+|(optimizer|sampler|scheduler)_\d+|wandb|mlruns|lightning_logs"
+)
+_CHECKPOINTS = re.compile(
+    r"(checkpoint|ckpt|global_?step|step|iter|iteration|epoch)[-_= ]?\d.*", re.IGNORECASE
+)
+_ALWAYS_ALONE = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")  # of diffusers
+_CACHES = ("__pycache__",)
+_CODE = (".py", ".pkl", ".pickle", ".joblib")
+
+
+@dataclass
+class Companions:
+    """What stands beside some weights.
+
+    Attributes:
+        copies: Path below the directory, with slashes → the file, which is copied as it is.
+        left_out: What is not copied, and why; a directory's path ends in a slash.
+    """
+
+    copies: dict[str, FileStamp] = field(default_factory=dict)
+    left_out: list[tuple[str, Reason]] = field(default_factory=list)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know: what is not copied, and which code is."""
+        notes: list[str] = []
+        for reason in Reason:
+            names = [short(name) for name, why in self.left_out if why is reason]
+            if names:
+                notes.append(f"not copied ({reason.value}): {first_few(names, _MOST_NAMES)}")
+        if code := [name for name in self.copies if name.endswith(_CODE)]:
+            notes.append(f"code of the input's is copied along: {first_few(code)}")
+        return notes
+
+
+def gather(directory: Location, weights: Collection[str], folders: Collection[str]) -> Companions:
+    """List what goes along with the weights of a directory.
+
+    Links are followed: they are the user's own.
+
+    Args:
+        directory: The model's.
+        weights: Paths of the files that the output has anew: not copied, and not worth a note.
+        folders: Directories below, as relative paths, that hold some of them; any other one with
+            tensors is another model, or the same in another format, and stays behind as a whole.
+    """
+    walk = _Walk(weights, folders)
+    found = Companions()
+    with guard_reads(directory):
+        for path in _children(directory):
+            walk.left = _MOST_FILES
+            walk.look_at(path, path.name, (directory,), found)
+    return found
+
+
+def is_alone(file: Location) -> bool:
+    """Whether a file is the only one of weights in its directory, and a configuration beside it."""
+    names = [path.name for path in file.parent.iterdir() if path.is_file()]
+    weights = [n for n in names if _TENSORS.fullmatch(n) and not _TRAINING.fullmatch(n)]
+    configured = file.name in _ALWAYS_ALONE or any(map(_is_configuration, names))
+    return weights == [file.name] and configured
+
+
+def _is_configuration(name: str) -> bool:
+    return "config" in name.lower() and name.endswith((".json", ".yaml", ".yml"))
+
+
+class _TooManyError(Exception):
+    """A directory holds more than belongs to any model."""
+
+
+@dataclass
+class _Walk:
+    """A way through the directories below one.
+
+    Attributes:
+        weights: As for ``gather``.
+        folders: As for ``gather``.
+        left: How many more files are looked at.
+    """
+
+    weights: Collection[str]
+    folders: Collection[str]
+    left: int = _MOST_FILES
+
+    def look_at(
+        self, path: Location, name: str, above: tuple[Location, ...], found: Companions
+    ) -> None:
+        """Add a file or a directory.
+
+        Args:
+            path: The one.
+            name: Its path below the model's directory.
+            above: The directories that it lies in.
+            found: What it is added to.
+        """
+        if str(path) in self.weights:
+            return
+        if path.is_dir():
+            self._look_into(path, name, above, found)
+        elif reason := _reason_against(path):
+            found.left_out.append((name, reason))
+        else:
+            found.copies[name] = FileStamp.of(path)
+
+    def _look_into(
+        self, path: Location, name: str, above: tuple[Location, ...], found: Companions
+    ) -> None:
+        within = Companions()
+        reason = _reason_against_directory(path, above)
+        if reason is None or self._is_way(name):
+            try:
+                for child in self._bounded(path):
+                    self.look_at(child, f"{name}/{child.name}", (*above, path), within)
+            except _TooManyError:
+                if len(above) > 1:
+                    raise
+                within, reason = Companions(), Reason.DATA
+        if reason is None and not self._is_way(name):
+            reason = _reason_against_whole(within)
+        if reason is None or self._is_way(name):
+            found.copies |= within.copies
+            found.left_out += within.left_out
+        else:
+            found.left_out.append((f"{name}/", reason))
+
+    def _is_way(self, name: str) -> bool:
+        """Whether a directory holds weights that were averaged, or one of them below it."""
+        return any(f"{folder}/".startswith(f"{name}/") for folder in self.folders)
+
+    def _bounded(self, directory: Location) -> list[Location]:
+        children: list[Location] = []
+        children += islice(directory.iterdir(), self.left + 1)
+        self.left -= len(children)
+        if self.left < 0:
+            raise _TooManyError
+        return sorted(children, key=_name_of)
+
+
+def _children(directory: Location) -> list[Location]:
+    """What is in a directory, in order, but for the links that a web server lists."""
+    return sorted((path for path in directory.iterdir() if path.name), key=_name_of)
+
+
+def _name_of(path: Location) -> str:
+    return path.name
+
+
+def _reason_against(path: Location) -> Reason | None:
+    """Why a file is not copied."""
+    if path.name.startswith("."):
+        return Reason.HIDDEN
+    if not path.is_file():  # a dangling link, a pipe, a socket
+        return Reason.UNREADABLE
+    if _TRAINING.fullmatch(path.name):
+        return Reason.TRAINING
+    return Reason.TENSORS if _TENSORS.fullmatch(path.name) else None
+
+
+def _reason_against_directory(path: Location, above: Sequence[Location]) -> Reason | None:
+    """Why a directory is not looked into."""
+    if path.name.startswith(".") or path.name in _CACHES:
+        return Reason.HIDDEN
+    if len(above) > _DEEPEST or (not is_url(str(path)) and _is_loop(path, above)):
+        return Reason.UNREADABLE
+    if _TRAINING_DIRECTORIES.fullmatch(path.name):
+        return Reason.TRAINING
+    return Reason.CHECKPOINT if _CHECKPOINTS.fullmatch(path.name) else None
+
+
+def _is_loop(path: Location, above: Sequence[Location]) -> bool:
+    """Whether a link leads back to a directory that it lies in."""
+    return path.is_symlink() and path.resolve() in [other.resolve() for other in above]
+
+
+def _reason_against_whole(within: Companions) -> Reason | None:
+    """Why nothing of a directory is copied, given all that is in it."""
+    reasons = [reason for _, reason in within.left_out]
+    if Reason.TENSORS in reasons:
+        return Reason.TENSORS
+    return reasons[0] if reasons and not within.copies else None

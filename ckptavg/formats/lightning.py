@@ -1,0 +1,65 @@
+"""Lightning's sharded checkpoints: distributed ones, with all that is no tensor in meta.pt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ckptavg.errors import CheckpointError
+from ckptavg.formats import torch_zip
+from ckptavg.formats.harmless import Keeper
+from ckptavg.formats.storage import Location
+from ckptavg.formats.table import FileStamp
+from ckptavg.formats.torch_pickle import Archive, dumps
+
+META = "meta.pt"
+_VERSION = "pytorch-lightning_version"  # without which load_from_checkpoint takes no file
+
+
+@dataclass(frozen=True)
+class Meta:
+    """What ``meta.pt`` holds, as far as it may go out.
+
+    Attributes:
+        entries: Hyperparameters, the epoch, versions, the callbacks' states.
+        notes: What of it may not: the state of training, unknown objects, metrics.
+    """
+
+    entries: Mapping[Any, Any]
+    notes: list[str]
+
+    @property
+    def of_trainer(self) -> bool:
+        """Whether Lightning's Trainer wrote it, and not a user of Fabric."""
+        return _VERSION in self.entries
+
+    def to_file(self) -> bytes:
+        """The contents of a ``meta.pt`` with these entries."""
+        archive = Archive()
+        archive.add("data.pkl", dumps(dict(self.entries)))
+        archive.add("byteorder", b"little")
+        archive.add("version", b"3\n")
+        return b"".join(content for _, content in archive.close())
+
+
+def read_meta(directory: Location, *, plain: bool = False) -> Meta | None:
+    """Read what Lightning keeps beside the shards; None where there is nothing to be read.
+
+    Args:
+        directory: The checkpoint.
+        plain: Keep only what ``torch.load`` reads by its safe default.
+    """
+    path = directory / META
+    if not path.is_file():
+        return None
+    stamp = FileStamp.of(path)
+    try:
+        tree = torch_zip.read(path).tree
+    except CheckpointError:  # another tool's file of that name
+        return None
+    stamp.verify()
+    if not isinstance(tree, dict):
+        return None
+    keeper = Keeper(key="", plain=plain, tensor=lambda *_: None, replaced={})
+    return Meta(keeper.entries(tree), keeper.notes)

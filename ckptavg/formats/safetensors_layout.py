@@ -1,0 +1,70 @@
+"""A safetensors output, with as much of its input's header as is true of an average."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from ckptavg.errors import first_few, short
+from ckptavg.formats import safetensors
+from ckptavg.formats.metric_names import is_metric
+from ckptavg.formats.output import FileLayout, OutputTensor
+from ckptavg.formats.table import PROVENANCE
+
+_OWN = ("format", "DCP_SHARDING_INFO", "DCP_VERSION")  # of the file, which is laid out anew
+_TRAINER = "ss_"  # what kohya's trainer tells of the training, base model's hashes among it
+_HASHES = frozenset(["hash", "sha1", "sha256", "sha512", "md5", "crc32", "checksum", "digest"])
+_MOST_NAMES = 12  # in a note
+_BETWEEN_WORDS = re.compile(r"[^a-z0-9]+")
+
+
+def lay_out(name: str, tensors: Sequence[OutputTensor], metadata: Mapping[str, str]) -> FileLayout:
+    """Plan a safetensors file.
+
+    Args:
+        name: In its directory; empty if the output is this file.
+        tensors: What it will hold.
+        metadata: Of its header.
+
+    Raises:
+        UnsupportedTensorError: The format cannot store one of the element types.
+    """
+    header, offsets = safetensors.build_header(
+        ((t.name, t.dtype, t.shape) for t in tensors), metadata
+    )
+    end = max((offsets[t.name] + t.nbytes for t in tensors), default=len(header))
+    return FileLayout(name, end, [(0, header)], offsets)
+
+
+def header_metadata(
+    provenance: str, template: Mapping[str, str]
+) -> tuple[dict[str, str], list[str]]:
+    """The metadata of an output's header, and notes about what of its input's is not in it.
+
+    Args:
+        provenance: How the output was made, as JSON.
+        template: The metadata of the last input.
+    """
+    untrue = [name for name, value in template.items() if _is_of_these_weights(name, value)]
+    kept = {n: v for n, v in template.items() if n not in _OWN and n not in untrue}
+    notes = []
+    if untrue:
+        shown = first_few([short(name) for name in untrue], _MOST_NAMES)
+        notes.append(f"not taken over from the header, as untrue of an average: {shown}")
+    return {**kept, "format": "pt", PROVENANCE: provenance}, notes
+
+
+def _is_of_these_weights(name: str, value: str) -> bool:
+    """Whether a header's entry is a hash or a score of the weights that it came with."""
+    if name.startswith(_TRAINER):
+        return False
+    words = set(_BETWEEN_WORDS.split(name.lower()))
+    return bool(words & _HASHES) or (_is_number(value) and is_metric(name))
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,72 @@
+"""Standard output and error that outlast their readers."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+from ckptavg.system_errors import unwritable
+
+
+class LastingStream:
+    """A stream that others may close: a reader such as ``head`` that has seen enough.
+
+    What is written then goes nowhere, so that the work goes on to its end. Characters that the
+    stream's encoding has not are escaped.
+
+    Args:
+        stream: Standard output or error; None where the process was started without.
+        essential: Whether other failures, such as a full disk, are errors.
+    """
+
+    def __init__(self, stream: TextIO | None, *, essential: bool) -> None:
+        self._stream = io.StringIO() if stream is None else stream
+        self._essential = essential
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write a text as far as anybody reads it.
+
+        Raises:
+            OutputError: It cannot be written, and is essential.
+        """
+        encoding = self._stream.encoding or "utf-8"
+        with self._failures():
+            self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        """Hand on what was written.
+
+        Raises:
+            OutputError: It cannot be written, and is essential.
+        """
+        with self._failures():
+            self._stream.flush()
+
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            _abandon(self._stream)
+            if self._essential and not isinstance(error, BrokenPipeError):
+                raise unwritable("the standard output", error) from error
+
+
+def _abandon(stream: TextIO) -> None:
+    """Lead a stream nowhere: Python writes once more on exit what it could not write before."""
+    try:
+        handle = stream.fileno()
+    except (OSError, ValueError):  # it is no file
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, handle)
+    finally:
+        os.close(nowhere)

@@ -1,0 +1,46 @@
+"""Remarks on averages: what a person should know, before and after they are computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ckptavg.blocks import StreamResult
+from ckptavg.errors import first_few
+from ckptavg.notes import log
+from ckptavg.plan import Plan
+
+
+def log_plans(plans: Sequence[Plan]) -> None:
+    """Say what is known of averages before they are computed."""
+    for note in dict.fromkeys(note for plan in plans for note in plan.notes):
+        log.info(note)
+    missing = {name: why for plan in plans for name, why in plan.missing.items()}
+    if missing:
+        lost = first_few([f"{name} ({why})" for name, why in missing.items()])
+        log.warning("left out of the output, which cannot hold them: %s", lost)
+
+
+def log_results(plans: Sequence[Plan], results: Sequence[StreamResult], *, stale: bool) -> None:
+    """Say what a stream noticed.
+
+    Args:
+        plans: The averages.
+        results: What was noticed about each.
+        stale: Whether BatchNorm statistics are not those of the weights.
+    """
+    log_plans(plans)
+    floats = {
+        tensor.name for plan in plans for tensor in plan.tensors if tensor.dtype.kind != "int"
+    }
+    differing = {name for result in results for name in result.differing}
+    for what, names in (("integers", differing - floats), ("buffers", differing & floats)):
+        if names:
+            which = first_few(sorted(names))
+            log.info("%s are not averaged but taken from the last checkpoint: %s", what, which)
+    if nonfinite := {name for result in results for name in result.nonfinite}:
+        log.warning("not finite and kept: %s", first_few(sorted(nonfinite)))
+    if stale:
+        log.info(
+            "BatchNorm statistics are not those of the averaged weights (stale): recompute them "
+            "with `ckptavg update-bn`, or by --model and --train-data"
+        )

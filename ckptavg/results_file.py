@@ -1,0 +1,218 @@
+"""The file that keeps the scores of candidates, as JSON or CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ckptavg.display import escape_unseen, without_secrets
+from ckptavg.errors import OutputError
+from ckptavg.formats import bounded_json
+from ckptavg.formats.publish import Publication
+from ckptavg.json_text import json_text
+from ckptavg.side_lock import lock_beside
+from ckptavg.system_errors import guard_writes
+
+Entry = Mapping[str, Any]
+
+_CANDIDATES = "candidates"
+_KEY = "key"
+_COLUMNS = {"name", "kind", "checkpoints", "coefficients"}  # of any CSV of results
+_NESTED = ("metrics", "versus", "reliability", _KEY)
+_ELSEWHERE = "Name another file for the results, or move that one away."
+
+
+class ResultsFile:
+    """Scores of candidates, each known by its key; several runs may add to them at once.
+
+    A file that holds anything else is never replaced.
+
+    Args:
+        path: Ends in ``.json`` or ``.csv``. A link is followed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._target = Path(os.path.realpath(path))
+        self._format = _JsonFormat() if path.suffix == ".json" else _CsvFormat()
+
+    def check(self, *, resume: bool = False) -> None:
+        """Make sure that results can be kept, before any work begins.
+
+        Args:
+            resume: Whether what the file holds is to be gone on from.
+
+        Raises:
+            OutputError: They cannot, or the file holds something else.
+        """
+        size = self._size()
+        with self._refusals("cannot be resumed" if resume else "is not replaced"):
+            if size or (resume and size is not None):
+                self._format.parse(self._target)
+        # Only trying tells whether the disk, the directory and its name let it be written.
+        with Publication(self._target, directory=False, overwrite=True):
+            pass
+
+    def entries(self) -> list[Entry]:
+        """The results that the file holds; none if it does not exist or is empty.
+
+        Raises:
+            OutputError: It holds something else.
+        """
+        with self._refusals("cannot be read"):
+            return self._format.parse(self._target) if self._size() else []
+
+    def merge(self, results: Sequence[Entry]) -> int:
+        """Add results to those that the file holds, in the place of others with the same keys.
+
+        Args:
+            results: As ``Result.as_json`` gives them, each with its ``key``.
+
+        Returns:
+            How many of other candidates the file goes on to hold.
+
+        Raises:
+            OutputError: It holds something else, or cannot be written.
+        """
+        added = [self._format.entry(result) for result in results]
+        with lock_beside(self._target):
+            kept = _others(self.entries(), added)
+            self._write(self._format.text([*kept, *added]))
+        return len(kept)
+
+    def _write(self, text: str) -> None:
+        with Publication(self._target, directory=False, overwrite=True) as publication:
+            publication.temporary.write_text(text, encoding="utf-8", newline="")
+            publication.publish()
+
+    def _size(self) -> int | None:
+        """Bytes of the file; None if it does not exist.
+
+        Raises:
+            OutputError: It is no regular file, or the system does not let us look.
+        """
+        with guard_writes(self.path):
+            if not self._target.parent.is_dir():
+                raise OutputError(
+                    f"the directory {self._target.parent} does not exist", "Create it first."
+                )
+            try:
+                info = self._target.stat()
+            except FileNotFoundError:
+                return None
+        if not stat.S_ISREG(info.st_mode):
+            raise OutputError(f"{self.path} is not a regular file", _ELSEWHERE)
+        return info.st_size
+
+    @contextmanager
+    def _refusals(self, what: str) -> Iterator[None]:
+        """Refuse a file that holds something else, in words that say what is not done to it."""
+        try:
+            yield
+        except ValueError as error:
+            raise OutputError(
+                f"{self.path} {what}: it does not hold results of this command", _ELSEWHERE
+            ) from error
+
+
+class _JsonFormat:
+    """Results as they are, under ``candidates``; what stands beside that in the file stays."""
+
+    def __init__(self) -> None:
+        self._beside: dict[str, Any] = {}
+
+    def parse(self, path: Path) -> list[Entry]:
+        """The results in a file.
+
+        Raises:
+            ValueError: It holds something else.
+        """
+        content = bounded_json.read(path)
+        if not isinstance(content, dict):
+            raise ValueError("it is no object")  # noqa: TRY004 - a file's fault, not a caller's
+        entries = content.pop(_CANDIDATES, None)
+        if not isinstance(entries, list) or not all(map(_is_result, entries)):
+            raise ValueError("it has no candidates")
+        self._beside = content
+        return entries
+
+    def entry(self, result: Entry) -> Entry:
+        """A result in the form that the file has it in."""
+        return result
+
+    def text(self, entries: Sequence[Entry]) -> str:
+        """What the file is to hold."""
+        return json_text({_CANDIDATES: entries, **self._beside})
+
+
+class _CsvFormat:
+    """A row per result: a comparison's figures by their names, no bins, the key last."""
+
+    def parse(self, path: Path) -> list[Entry]:
+        """The rows of a file.
+
+        Raises:
+            ValueError: It holds something else.
+        """
+        text = bounded_json.read_text(path).decode("utf-8-sig")
+        limit = csv.field_size_limit(max(len(text), 1))
+        try:
+            reader = csv.DictReader(io.StringIO(text, newline=""))
+            rows: list[Entry] = list(reader)
+        except csv.Error as error:
+            raise ValueError("it is no CSV") from error
+        finally:
+            csv.field_size_limit(limit)
+        if not _COLUMNS.issubset(reader.fieldnames or ()) or any(None in row for row in rows):
+            raise ValueError("it has other columns")
+        return rows
+
+    def entry(self, result: Entry) -> Entry:
+        """A result's row."""
+        row = {name: value for name, value in result.items() if name not in _NESTED}
+        row |= result["metrics"]
+        row |= {f"versus_{name}": value for name, value in result.get("versus", {}).items()}
+        return {name: _cell(value) for name, value in row.items()} | {_KEY: result[_KEY]}
+
+    def text(self, entries: Sequence[Entry]) -> str:
+        """What the file is to hold."""
+        columns = dict.fromkeys(name for row in entries for name in row if name != _KEY)
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, [*columns, _KEY], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(entries)
+        return buffer.getvalue()
+
+
+def _others(held: Sequence[Entry], added: Sequence[Entry]) -> list[Entry]:
+    """The entries that others do not supersede; those without a key are known by their names."""
+    keys = {entry[_KEY] for entry in added}
+    names = {entry["name"] for entry in added}
+    others = []
+    for entry in held:
+        key = entry.get(_KEY)
+        if not (key in keys if key else entry["name"] in names):
+            others.append(entry)
+    return others
+
+
+def _is_result(entry: Any) -> bool:
+    """Whether an entry of a JSON file is a candidate's result."""
+    return (
+        isinstance(entry, dict)
+        and all(isinstance(entry.get(name), str) for name in ("name", "kind", "bn"))
+        and isinstance(entry.get("metrics"), dict)
+        and isinstance(entry.get(_KEY, ""), str)
+    )
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, list):
+        return ";".join(str(_cell(part)) for part in value)
+    return escape_unseen(without_secrets(value)) if isinstance(value, str) else value

@@ -1,0 +1,142 @@
+"""Steps that stand in names of checkpoints, where training recorded none."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+from ckptavg.formats.metric_names import METRIC_WORDS
+
+Unit = Literal["step", "epoch"]
+_FACTORS = {"": 1, "k": 10**3, "m": 10**6}
+# Digits with dots between, and thousands or millions by a letter: 0.25, 1.2.3, 10k, 1.5m.
+_NUMBER = re.compile(r"(\d+(?:\.\d+)*)([km](?![a-z0-9]))?")
+_WORDS: dict[Unit, str] = {
+    "step": "(?:global_?)?steps?|iter|iteration|iters|iterations|updates?",
+    "epoch": "epochs?|ep",
+}
+_WORD_FIRST = {
+    unit: re.compile(rf"(?<![a-z])(?:{words})[-_= ]?(?=\d)") for unit, words in _WORDS.items()
+}
+_NUMBER_FIRST = {
+    unit: re.compile(rf"(?<![\d.]){_NUMBER.pattern}[-_ ]?(?:{words})(?![a-z]|[-_= ]?\d)")
+    for unit, words in _WORDS.items()
+}
+_WORD_BEFORE = re.compile(r"([a-z]+)([^a-z]*)$")
+_LONGEST_WORD, _MOST_DIGITS = 40, 300
+# Of METRIC_WORDS, what a checkpoint may be called for another reason than its score.
+_OTHER_MEANINGS = frozenset(
+    ["ap", "ar", "em", "fid", "kl", "map", "metric", "metrics", "result", "results", "success"]
+)
+_SCORES = METRIC_WORDS - _OTHER_MEANINGS
+_ENDS_OF_SCORES = ("loss", "acc", "accuracy", "score")  # valloss, bestacc
+_CUTOFFS = frozenset(["1", "2", "3", "5", "10", "50", "75", "95"])  # of a metric: top5, f1
+
+
+@dataclass(frozen=True)
+class NamedStep:
+    """The step in a name.
+
+    Attributes:
+        value: A whole number; None where the name has none that may be a step.
+        unit: Which word tells that it counts; None where none does.
+    """
+
+    value: int | None
+    unit: Unit | None = None
+
+
+def steps_in_names(stems: Sequence[str]) -> list[NamedStep]:
+    """The number after a word like step or epoch, else the first that tells the names apart.
+
+    Of a single name without such a word it is the last number. Scores are no steps: numbers that
+    are not whole, and those after the name of a metric.
+    """
+    names = [stem.lower() for stem in stems]
+    if (by_word := _common_word(names)) is not None:
+        return by_word
+    numbers = [_whole_numbers(name) for name in names]
+    numbered = [values for values in numbers if values]
+    places = range(min(map(len, numbered), default=0))
+    place = next((i for i in places if len({values[i] for values in numbered}) > 1), -1)
+    units = [unit_in_name(name) for name in names]
+    return [
+        NamedStep(values[place] if values else None, unit)
+        for values, unit in zip(numbers, units, strict=True)
+    ]
+
+
+def unit_in_name(stem: str) -> Unit | None:
+    """The unit of the number in a name, by the word beside it."""
+    name = stem.lower()
+    for unit in _WORDS:
+        if _by_word(name, unit) is not None:
+            return unit
+    return None
+
+
+def _common_word(names: Sequence[str]) -> list[NamedStep] | None:
+    """Steps by a word that all names have; one that tells them apart, if there is one."""
+    constant: list[NamedStep] | None = None
+    for unit in _WORDS:
+        values = [_by_word(name, unit) for name in names]
+        if None in values:
+            continue
+        steps = [NamedStep(value, unit) for value in values]
+        if len(set(values)) > 1 or len(values) == 1:
+            return steps
+        constant = constant or steps
+    return constant
+
+
+def _by_word(name: str, unit: Unit) -> int | None:
+    """The whole number beside a word of a unit."""
+    for word in _WORD_FIRST[unit].finditer(name):
+        number = _NUMBER.match(name, word.end())
+        if number is not None and (value := _whole(number)) is not None:
+            return value
+    number = _NUMBER_FIRST[unit].search(name)
+    return None if number is None else _whole(number)
+
+
+def _whole(number: re.Match[str]) -> int | None:
+    """The value of a number with or without a factor; None where it is not whole."""
+    digits, factor = number[1], number[2]
+    if len(digits) > _MOST_DIGITS or digits.count(".") > 1 or ("." in digits and not factor):
+        return None
+    value = Fraction(digits) * _FACTORS[factor or ""]
+    return int(value) if value.denominator == 1 else None
+
+
+def _whole_numbers(name: str) -> list[int]:
+    """The numbers of a name that may be a step, as they follow each other."""
+    numbers: list[int] = []
+    end, value_follows = 0, False
+    for number in _NUMBER.finditer(name):
+        between, end = name[end : number.start()], number.end()
+        word = _WORD_BEFORE.search(between[-_LONGEST_WORD:])
+        if word is None and value_follows:  # the 76 of top1_76
+            value_follows = False
+        elif word is not None and _names_score(word[1], number[0]):
+            value_follows = word[2] in ("", "@") and number[0] in _CUTOFFS
+        else:
+            numbers += _parts(name, number)
+    return numbers
+
+
+def _names_score(word: str, number: str) -> bool:
+    """Whether a word is a metric's name, alone or with the number behind it."""
+    return word in _SCORES or word + number in _SCORES or word.endswith(_ENDS_OF_SCORES)
+
+
+def _parts(name: str, number: re.Match[str]) -> list[int]:
+    """A whole number, or those of a list with dots between; nothing of a decimal number."""
+    parts = number[1].split(".")
+    listed = len(parts) > 2 or (parts[0] != "0" and name[: number.start()].endswith("."))
+    if len(parts) > 1 and listed and number[2] is None:
+        return [int(part) for part in parts if len(part) <= _MOST_DIGITS]
+    value = _whole(number)
+    return [] if value is None else [value]

@@ -1,0 +1,57 @@
+"""A few elements of tensors, read while an average is planned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+
+import torch
+
+from ckptavg.formats.reading import Reader, boxes
+from ckptavg.formats.table import Tensor
+
+_STRETCH = 1 << 12  # elements
+_STRETCHES = 3  # the beginning, the middle and the end
+_LONGEST_ROW = 1 << 16  # elements; a box of a strided tensor is at least a row
+
+
+def sample(tensor: Tensor) -> torch.Tensor:
+    """Read elements from the beginning, the middle and the end of a tensor.
+
+    Args:
+        tensor: Of a type of whole bytes.
+
+    Returns:
+        At most ``_STRETCHES`` stretches one after another, 1-d, in the tensor's type; all elements
+        of a small tensor, none of an empty one.
+
+    Raises:
+        CheckpointError: The file cannot be read, or has become shorter.
+    """
+    with closing(Reader()) as reader:
+        parts = [_read(reader, tensor, start, count) for start, count in _stretches(tensor)]
+    dtype = getattr(torch, tensor.dtype.name)
+    return torch.cat(parts) if parts else torch.empty(0, dtype=dtype)
+
+
+def _stretches(tensor: Tensor) -> Iterator[tuple[int, int]]:
+    """First element and number of each stretch that is read."""
+    if not tensor.contiguous:
+        row = tensor.shape[-1] if tensor.shape else 1
+        if row <= _LONGEST_ROW:
+            ranges = boxes(tensor.shape, 0, tensor.numel, max(row, _STRETCH))
+            yield from (box for box, _ in zip(ranges, range(_STRETCHES), strict=False))
+        return
+    if tensor.numel <= _STRETCHES * _STRETCH:
+        if tensor.numel:
+            yield 0, tensor.numel
+        return
+    last = tensor.numel - _STRETCH
+    for number in range(_STRETCHES):
+        yield last * number // (_STRETCHES - 1), _STRETCH
+
+
+def _read(reader: Reader, tensor: Tensor, start: int, count: int) -> torch.Tensor:
+    raw = bytearray(count * tensor.dtype.size)
+    reader.read(tensor, start, count, memoryview(raw))
+    return torch.frombuffer(raw, dtype=getattr(torch, tensor.dtype.name))

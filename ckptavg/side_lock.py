@@ -1,0 +1,64 @@
+"""A lock for those who read a file, change it and put a new one in its place."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ckptavg.formats import leftovers
+
+_LOCK = ".ckptavg-lock"
+_PATIENCE = 20.0  # seconds; whoever has the lock needs it for milliseconds
+_PAUSE = 0.01  # seconds between two tries
+
+
+@contextmanager
+def lock_beside(path: Path) -> Iterator[None]:
+    """Hold the lock of a file, which need not exist.
+
+    It is on an empty file beside it, which goes with the lock: the file itself is replaced, and a
+    lock on it with it. Where there are no locks (Windows, some network file systems), or somebody
+    never lets go, the work is done without.
+
+    Args:
+        path: The file.
+    """
+    side = path.with_name(f".{path.name}{_LOCK}")
+    handle = _acquire(side)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            # Removed while it is locked: who waits for it sees that it is another's by then.
+            with suppress(OSError):
+                side.unlink()
+            os.close(handle)
+
+
+def _acquire(side: Path) -> int | None:
+    """Open and lock a side file; None where that cannot be done."""
+    deadline = time.monotonic() + _PATIENCE
+    while time.monotonic() < deadline:
+        try:
+            handle = os.open(side, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError:
+            return None
+        locked: bool | None = False
+        try:
+            locked = leftovers.lock(handle, side)
+        except OSError:
+            locked = None
+        finally:
+            if not locked:
+                os.close(handle)
+        if locked:
+            return handle
+        if locked is None:
+            with suppress(OSError):
+                side.unlink()
+            return None
+        time.sleep(_PAUSE)
+    return None

@@ -1,0 +1,224 @@
+"""What stands beside the weights goes along, but for training's state and what was not averaged."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import listing, save
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ckptavg
+from ckptavg.errors import CheckpointError
+from ckptavg.formats import companions, copying
+from ckptavg.formats.table import FileStamp
+
+MODEL = {
+    "config.json": "{}",
+    "chat_template.jinja": "{{ x }}",
+    "tokenizer.tiktoken": "aGk= 0",
+    "source.spm": "\x01\x02",
+    "target.spm": "\x03",
+    "merges.txt": "a b",
+    "tokenizer.model": "\x00",
+    "README.md": "# a model",
+    "LICENSE": "MIT",
+    "images/curve.png": "\x89PNG",
+    "1_Pooling/config.json": '{"pooling_mode_cls_token": true}',
+    "scheduler/scheduler_config.json": "{}",
+    "label_encoder.pkl": "never opened",
+    "stats/mean.npy": "numbers",
+}
+TRAINING = [
+    "optimizer.pt", "scheduler.pt", "rng_state.pth", "rng_state_3.pth", "training_args.bin",
+    "trainer_state.json", "random_states_0.pkl", "optimizer.bin", "eval_results.json",
+    "events.out.tfevents.1700000000.host.1.0", "latest", "zero_to_fp32.py",
+]  # fmt: skip
+TENSORS = [
+    "pytorch_model.bin", "tf_model.h5", "flax_model.msgpack", "model.onnx", "consolidated.00.pth",
+    "consolidated.safetensors", "pytorch_model.bin.index.json", "model-Q4.gguf",
+    "model.ckpt.data-00000-of-00001",
+]  # fmt: skip
+
+
+def fill(directory: Path, names) -> None:
+    contents = names if isinstance(names, dict) else dict.fromkeys(names, "old")
+    for name, content in contents.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text(content)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Two directories of one weight, 1 and 3."""
+    for step, value in ((1, 1.0), (2, 3.0)):
+        save(tmp_path / "run" / f"step-{step}" / "model.safetensors", {"w": torch.tensor([value])})
+    return tmp_path / "run"
+
+
+def averaged(run: Path) -> Path:
+    return ckptavg.average(ckptavg.open_run(run), out=run.parent / "out")
+
+
+def test_all_that_belongs_to_the_model_goes_along(run, caplog):
+    caplog.set_level("INFO")
+    fill(run / "step-2", MODEL)
+    out = averaged(run)
+    for name, content in MODEL.items():
+        assert (out / name).read_text() == content
+    folders = {str(Path(name).parent) for name in MODEL} - {"."}
+    assert set(listing(out)) == {"model.safetensors", *MODEL, *folders}
+    assert [r.message for r in caplog.records if "copied" in r.message] == [
+        "code of the input's is copied along: label_encoder.pkl"
+    ]
+
+
+@pytest.mark.parametrize("names", [TRAINING, TENSORS], ids=["training", "tensors"])
+def test_what_is_untrue_of_an_average_stays_behind_and_is_named(run, caplog, names):
+    caplog.set_level("INFO")
+    fill(run / "step-2", names)
+    assert listing(averaged(run)) == ["model.safetensors"]
+    (note,) = [r.message for r in caplog.records if "not copied" in r.message]
+    assert all(name in note for name in names)
+
+
+FOLDERS = {
+    "checkpoint-500/config.json": "checkpoint-500/",
+    "global_step500/note.txt": "global_step500/",
+    "onnx/model.onnx": "onnx/",
+    "ema/model.safetensors": "ema/",
+    "deep/er/openvino_model.bin": "deep/",
+    ".cache/x.json": ".cache/",
+    ".gitattributes": ".gitattributes",
+    "optimizer_0/__0_0.distcp": "optimizer_0/",
+    "code/__pycache__/a.pyc": "code/",
+}
+
+
+@pytest.mark.parametrize(("name", "told"), FOLDERS.items(), ids=FOLDERS)
+def test_a_directory_of_something_else_stays_behind_whole(run, caplog, name, told):
+    caplog.set_level("INFO")
+    fill(run / "step-2", [name])
+    beside = (run / "step-2" / name).parent / "tokenizer.json"
+    if beside.parent != run / "step-2" and "__pycache__" not in name:
+        beside.write_text("its own")
+    assert listing(averaged(run)) == ["model.safetensors"]
+    (note,) = [r.message for r in caplog.records if "not copied" in r.message]
+    assert note.endswith(f": {told}")
+
+
+def test_links_are_copied_by_what_they_lead_to(run, tmp_path):
+    fill(tmp_path / "disk2", {"vocab.txt": "words", "1_Pooling/config.json": "{}"})
+    (run / "step-2" / "vocab.txt").symlink_to(tmp_path / "disk2" / "vocab.txt")
+    (run / "step-2" / "1_Pooling").symlink_to(tmp_path / "disk2" / "1_Pooling")
+    out = averaged(run)
+    assert (out / "vocab.txt").read_text() == "words"
+    assert not any(path.is_symlink() for path in out.rglob("*"))
+    assert (out / "1_Pooling" / "config.json").read_text() == "{}"
+
+
+def test_what_is_no_file_is_named_and_never_opened(run, caplog, monkeypatch):
+    caplog.set_level("INFO")
+    step = run / "step-2"
+    os.mkfifo(step / "pipe.json")
+    (step / "gone.txt").symlink_to("nowhere")
+    (step / "loop").symlink_to(".")
+    (step / "round.txt").symlink_to("round.txt")
+    with socket.socket(socket.AF_UNIX) as server:
+        monkeypatch.chdir(step)
+        server.bind("s.json")
+        assert listing(averaged(run)) == ["model.safetensors"]
+    (note,) = [r.message for r in caplog.records if "not copied" in r.message]
+    assert all(name in note for name in ("pipe.json", "gone.txt", "loop/", "round.txt", "s.json"))
+
+
+def test_a_directory_of_data_stays_behind(run, caplog, monkeypatch):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(companions, "_MOST_FILES", 5)
+    fill(run / "step-2", [f"data/images/{i}.png" for i in range(9)] + ["few/a.txt"])
+    assert listing(averaged(run)) == ["few", "few/a.txt", "model.safetensors"]
+    assert any(r.message.endswith(": data/") for r in caplog.records)
+
+
+def test_a_single_file_takes_nothing_along(run, tmp_path):
+    fill(run / "step-2", MODEL)
+    ckptavg.average(ckptavg.open_run(run), out=tmp_path / "x.safetensors")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "x.safetensors"]
+
+
+def test_files_of_a_run_have_no_directory_of_their_own(tmp_path, caplog):
+    caplog.set_level("INFO")
+    for step in (1, 2):
+        save(tmp_path / "run" / f"step_{step}.safetensors", {"w": torch.ones(1)})
+    fill(tmp_path / "run", {"config.json": "{}", "train.py": "1"})
+    assert listing(averaged(tmp_path / "run")) == ["model.safetensors"]
+    assert any("config.json stands beside several" in r.message for r in caplog.records)
+
+
+@pytest.mark.parametrize("where", ["config.json", "1_Pooling/config.json", "README.md"])
+def test_a_dtype_is_told_in_the_configuration_of_the_weights_alone(run, where):
+    text = '{"dtype": "float32"}'
+    fill(run / "step-2", {where: text})
+    out = ckptavg.average(ckptavg.open_run(run), out=run.parent / "out", dtype="bfloat16")
+    told = json.loads((out / where).read_text())["dtype"]
+    assert told == ("bfloat16" if where == "config.json" else "float32")
+
+
+# ------------------------------------------------------------------------------------------- copies
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.binary(max_size=5000), st.integers(1, 700))
+def test_a_copy_has_the_bytes_whatever_the_chunks(tmp_path_factory, content, chunk):
+    folder = tmp_path_factory.mktemp("copy")
+    (folder / "a").write_bytes(content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(copying, "_CHUNK", chunk)
+        copying.copy(FileStamp.of(folder / "a"), folder / "b")
+    assert (folder / "b").read_bytes() == content
+
+
+def test_a_short_read_is_no_copy(run, monkeypatch):
+    fill(run / "step-2", {"config.json": '{"a": 1}'})
+    opened = copying.storage.open_binary
+
+    def shortened(place):
+        file = opened(place)
+        if str(place).endswith("config.json"):
+            file.read()
+        return file
+
+    monkeypatch.setattr(copying.storage, "open_binary", shortened)
+    with pytest.raises(CheckpointError, match="has 8 bytes, but 0 could be read"):
+        averaged(run)
+    assert not (run.parent / "out").exists()
+
+
+@pytest.mark.parametrize("same_stamp", [True, False])
+def test_a_file_that_is_rewritten_meanwhile_is_no_copy(tmp_path, monkeypatch, same_stamp):
+    path = tmp_path / "vocab.json"
+    path.write_text("a" * 3000)
+    stamp, read = FileStamp.of(path), copying.read
+
+    def rewritten(source):
+        yield from read(source)
+        path.write_text("b" * 3000)
+        if same_stamp:
+            os.utime(path, ns=(stamp.mtime_ns, stamp.mtime_ns))
+
+    monkeypatch.setattr(copying, "read", rewritten)
+    with pytest.raises(CheckpointError, match="changed while it was being read"):
+        copying.copy(stamp, tmp_path / "copy")
+
+
+def test_what_is_not_written_as_it_was_read_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "a").write_text("a" * 300)
+    digest = copying._digest
+    monkeypatch.setattr(copying, "_digest", lambda chunks: digest([*chunks, b"torn"]))
+    with pytest.raises(OSError, match="what was written"):
+        copying.copy(FileStamp.of(tmp_path / "a"), tmp_path / "b")

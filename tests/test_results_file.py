@@ -1,0 +1,202 @@
+"""The file that keeps the scores of candidates."""
+
+import csv
+import json
+import os
+import threading
+
+import pytest
+from helpers import listing
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ckptavg import side_lock
+from ckptavg.errors import OutputError
+from ckptavg.formats import leftovers
+from ckptavg.results_file import ResultsFile
+
+
+def result(key, name="x", **metrics):
+    return {
+        "name": name, "kind": "checkpoint", "checkpoints": [f"{name}.pt"], "coefficients": [1.0],
+        "metrics": metrics or {"top1": 50.0}, "bn": "own", "forwards": 1, "key": key,
+    }  # fmt: skip
+
+
+def held(path):
+    if path.suffix == ".json":
+        return json.loads(path.read_text())["candidates"]
+    with path.open(newline="") as file:
+        return [*csv.DictReader(file)]
+
+
+def keys(path):
+    return [entry["key"] for entry in held(path)]
+
+
+@pytest.fixture(params=["r.json", "r.csv"])
+def path(request, tmp_path):
+    return tmp_path / request.param
+
+
+def test_results_are_added_and_replaced_by_their_keys(path):
+    file = ResultsFile(path)
+    assert file.merge([result("a"), result("b", top1=1.0)]) == 0
+    assert ResultsFile(path).merge([result("c", other=2.0)]) == 2
+    assert ResultsFile(path).merge([result("b", top1=3.0), result("d")]) == 2
+    assert keys(path) == ["a", "c", "b", "d"]
+    figures = held(path)[2].get("metrics", held(path)[2])
+    assert float(figures["top1"]) == 3.0
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+@given(st.lists(st.lists(st.sampled_from("abcdef"), max_size=4), max_size=5))
+@settings(max_examples=25, deadline=None)
+def test_no_result_is_ever_lost(tmp_path_factory, calls):
+    path = tmp_path_factory.mktemp("r") / "r.json"
+    for number, names in enumerate(calls):
+        ResultsFile(path).merge([result(key, call=number) for key in names])
+    last = {key: number for number, names in enumerate(calls) for key in names}
+    if calls:
+        assert {e["key"]: e["metrics"]["call"] for e in held(path)} == last
+
+
+def merge_at_once(path, writers=8, times=5):
+    def work(writer):
+        for i in range(times):
+            ResultsFile(path).merge([result(f"{writer}.{j}") for j in range(i + 1)])
+
+    threads = [threading.Thread(target=work, args=(writer,)) for writer in range(writers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sorted(f"{writer}.{j}" for writer in range(writers) for j in range(times))
+
+
+def test_runs_at_once_keep_each_others_results(tmp_path):
+    path = tmp_path / "r.json"
+    expected = merge_at_once(path)
+    assert sorted(keys(path)) == expected
+    assert listing(tmp_path) == ["r.json"]
+
+
+def test_a_file_system_without_locks_is_written_without(tmp_path, monkeypatch):
+    monkeypatch.setattr(leftovers, "lock", lambda *_: None)
+    path = tmp_path / "r.json"
+    for key in "abc":
+        ResultsFile(path).merge([result(key)])
+    assert keys(path) == ["a", "b", "c"]
+    assert listing(tmp_path) == ["r.json"]
+
+
+def test_a_lock_that_nobody_lets_go_does_not_stop_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(side_lock, "_PATIENCE", 0.05)
+    path = tmp_path / "r.json"
+    with side_lock.lock_beside(path):
+        ResultsFile(path).merge([result("a")])
+        assert keys(path) == ["a"]
+        assert len(listing(tmp_path)) == 2
+    assert listing(tmp_path) == ["r.json"]
+
+
+def test_a_lock_that_a_dead_run_left_is_no_hindrance(tmp_path):
+    (tmp_path / ".r.json.ckptavg-lock").touch()
+    ResultsFile(tmp_path / "r.json").merge([result("a")])
+    assert listing(tmp_path) == ["r.json"]
+
+
+STRANGERS = {
+    "r.json": ['{"lr": 0.1}', "[]", "{", "3", "\xff", '{"candidates": [{"votes": 3}]}', "[" * 10**5,
+               '{"candidates": [], "candidates": []}'],
+    "r.csv": ["epoch,loss\n1,2\n", "text", "name,kind\nx,y\n", "\0", '"', "\xff",
+              "name,kind,checkpoints,coefficients\nx,checkpoint,a.pt,1,more\n"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "text"), [(n, t) for n, ts in STRANGERS.items() for t in ts])
+def test_what_holds_something_else_is_not_replaced(tmp_path, name, text):
+    path = tmp_path / name
+    path.write_bytes(text.encode("latin-1"))
+    for refused in (ResultsFile(path).check, lambda: ResultsFile(path).merge([result("a")])):
+        with pytest.raises(OutputError, match=r"does not hold results.*another file"):
+            refused()
+    assert path.read_bytes() == text.encode("latin-1")
+    assert listing(tmp_path) == [name]
+
+
+def test_what_stands_beside_the_results_stays(tmp_path):
+    path = tmp_path / "r.json"
+    path.write_text('{"note": "mine", "candidates": []}')
+    ResultsFile(path).merge([result("a")])
+    assert json.loads(path.read_text()) == {"note": "mine", "candidates": [result("a")]}
+
+
+def test_an_empty_file_takes_results(path):
+    path.touch()
+    ResultsFile(path).check()
+    ResultsFile(path).merge([result("a")])
+    assert keys(path) == ["a"]
+
+
+def test_a_link_is_followed(path):
+    target = path.parent / f"elsewhere{path.suffix}"
+    path.symlink_to(target)
+    ResultsFile(path).check()
+    ResultsFile(path).merge([result("a")])
+    assert path.is_symlink()
+    assert keys(target) == ["a"]
+
+
+def test_rows_of_files_that_had_no_keys_give_way_to_their_names(tmp_path):
+    path = tmp_path / "r.csv"
+    path.write_text("name,kind,checkpoints,coefficients,top1\nx,checkpoint,x.pt,1,2\n"
+                    "y,checkpoint,y.pt,1,3\n")  # fmt: skip
+    ResultsFile(path).merge([result("a", "x")])
+    assert [(row["name"], row["key"]) for row in held(path)] == [("y", ""), ("x", "a")]
+
+
+def test_long_rows_come_back(tmp_path):
+    path = tmp_path / "r.csv"
+    long = result("a") | {"checkpoints": [f"{'x' * 90}{i}.pt" for i in range(2000)]}
+    ResultsFile(path).merge([long])
+    limit = csv.field_size_limit()
+    assert ResultsFile(path).merge([result("b")]) == 1
+    assert csv.field_size_limit() == limit
+
+
+def test_cells_and_values_hold_no_secrets_and_nothing_unseen(path):
+    name = "https://me:secret@host/w\u202e.pt?sig=secret"
+    ResultsFile(path).merge([result("a", name)])
+    text = path.read_text()
+    assert "secret" not in text
+    assert "\u202e" not in text
+    assert r"\u202e" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("nowhere/r.json", "does not exist"), ("pipe.json", "not a regular file"),
+     ("x" * 300 + ".json", "too long"), ("loop.json", "symbolic links"),
+     ("file/r.json", "does not exist")],
+)  # fmt: skip
+def test_where_nothing_can_be_kept_is_said_before_the_work(tmp_path, name, words):
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "loop.json").symlink_to("loop.json")
+    (tmp_path / "file").touch()
+    before = listing(tmp_path)
+    with pytest.raises(OutputError, match=words) as caught:
+        ResultsFile(tmp_path / name).check()
+    assert caught.value.remedy
+    assert listing(tmp_path) == before
+
+
+def test_a_disk_that_is_full_keeps_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "r.json"
+    ResultsFile(path).merge([result("a")])
+    full = OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(full))
+    with pytest.raises(OutputError, match=r"disk ran full while .*r\.json"):
+        ResultsFile(path).merge([result("b")])
+    assert keys(path) == ["a"]
+    assert listing(tmp_path) == ["r.json"]
