@@ -84,7 +84,7 @@ def candidates_of(
         recompute: Add the averages with recomputed statistics.
         others: Further averages, by their names.
     """
-    last = run.checkpoints[-1]
+    last = run.last(1).checkpoints[-1]
     singles = [c for c in selection if each and c.path != last.path]
     found = [Candidate.of_checkpoint(c, c.path.name) for c in singles]
     found.append(Candidate.of_checkpoint(last, f"{last.path.name} (last)", last=True))

@@ -89,7 +89,7 @@ def average_many(
     if not planned:
         raise UsageError("no average is asked for")
     settings: dict[str, Any] = {
-        "order": run.checkpoints,
+        "order": run.opened,
         "keep_nonfinite": keep,
         "progress": progress,
     }
@@ -142,7 +142,7 @@ def _asked(
             f"{name!r} is expected to be a scheme, a selection of the run, or both as "
             f"(run.last(5), 'ema:decay=0.9'), but got {short(repr(asked))}"
         )
-    places = {id(checkpoint): i for i, checkpoint in enumerate(run)}
+    places = {id(checkpoint): i for i, checkpoint in enumerate(run.opened)}
     order = [places.get(id(checkpoint), -1) for checkpoint in selection]
     if -1 in order or order != sorted(order):
         raise UsageError(
@@ -161,6 +161,6 @@ def _file_name(name: str, run: Run) -> str:
         or name == ".."
     ):
         raise UsageError(f"the name of an average is expected to be a file name but got {name!r}")
-    if has_suffix(name) or run.checkpoints[-1].layout not in FILE_LAYOUTS:
+    if has_suffix(name) or run.opened[-1].layout not in FILE_LAYOUTS:
         return name
     return f"{name}.safetensors"

@@ -6,16 +6,19 @@ import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, zip_longest
 
 from ckptavg.display import step_text
 from ckptavg.errors import RunError, UsageError, first_few, short
 from ckptavg.formats import Checkpoint
 from ckptavg.formats.storage import Location, Named, locate
 from ckptavg.runs import find, order
+from ckptavg.runs.damaged import Damaged, raise_for
 from ckptavg.system_errors import guard_reads
 
 Picked = Sequence[Checkpoint]
+Pick = Callable[[Picked], Picked]
+Follow = Callable[[Picked, Damaged], Damaged | None]
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class Run:
         notes: What a person should know about the order and the duplicates.
         named: Whether each checkpoint was named by itself, not found in a directory.
         members: Paths of all that was found, whatever a selection takes of it.
+        damaged: Of each training what cannot be opened, and may belong to it. Whatever needs all
+            checkpoints raises the error; a selection that certainly leaves it out does not.
     """
 
     trainings: tuple[tuple[Checkpoint, ...], ...]
@@ -38,27 +43,57 @@ class Run:
     notes: tuple[str, ...] = ()
     named: bool = True
     members: tuple[Location, ...] = ()
+    damaged: tuple[tuple[Damaged, ...], ...] = ()
 
     def __iter__(self) -> Iterator[Checkpoint]:
-        return (checkpoint for training in self.trainings for checkpoint in training)
+        return iter(self.checkpoints)
 
     def __len__(self) -> int:
-        return sum(map(len, self.trainings))
+        return len(self.checkpoints)
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
-        """All checkpoints, one training after another."""
-        return tuple(self)
+        """All checkpoints, one training after another.
+
+        Raises:
+            CheckpointError: One cannot be opened.
+        """
+        raise_for([*chain(*self.damaged)])
+        return self.opened
+
+    @property
+    def opened(self) -> tuple[Checkpoint, ...]:
+        """The checkpoints that can be opened, one training after another."""
+        return tuple(chain(*self.trainings))
 
     def last(self, count: int) -> Run:
         """The last ``count`` checkpoints."""
         _check_positive("last", count)
-        return self._each(lambda c: c[-count:], f"last {count}")
+
+        def follow(before: Picked, damaged: Damaged) -> Damaged | None:
+            if damaged.position is None:
+                return damaged
+            outside = len(before) - damaged.position >= count
+            return (
+                None
+                if outside
+                else replace(damaged, position=max(damaged.position - len(before[:-count]), 0))
+            )
+
+        return self._each(lambda c: c[-count:], f"last {count}", follow)
 
     def every(self, stride: int) -> Run:
         """Every ``stride``-th checkpoint, counted back from the last, which is kept."""
         _check_positive("every", stride)
-        return self._each(lambda c: c[::-1][::stride][::-1], f"every {stride}")
+
+        def follow(before: Picked, damaged: Damaged) -> Damaged:
+            if damaged.position is None:
+                return damaged
+            # Those after it are picked in any case, those before it perhaps others.
+            after = len(before[damaged.position :][::-1][::stride])
+            return replace(damaged, position=len(before[::-1][::stride]) - after)
+
+        return self._each(lambda c: c[::-1][::stride][::-1], f"every {stride}", follow)
 
     def cycle(self, length: int, offset: int | None = None) -> Run:
         """The checkpoints at positions offset, offset + length, ... of the run, counted from 1.
@@ -79,10 +114,18 @@ class Run:
             RunError: A checkpoint has no step, or none lies between the two.
         """
         low, high = -math.inf if first is None else first, math.inf if last is None else last
-        return self._each(
-            lambda c: [x for x in c if low <= _step(x) <= high],
-            f"steps {step_text(low)} to {step_text(high)}",
-        )
+
+        def pick(checkpoints: Picked) -> Picked:
+            return [c for c in checkpoints if low <= _step(c) <= high]
+
+        def follow(before: Picked, damaged: Damaged) -> Damaged | None:
+            if damaged.lies_outside(before, low, high):
+                return None
+            if damaged.position is None:
+                return damaged
+            return replace(damaged, position=len(pick(before[: damaged.position])))
+
+        return self._each(pick, f"steps {step_text(low)} to {step_text(high)}", follow)
 
     def at_lr_min(self) -> Run:
         """The checkpoints at the minima of the recorded learning rate, the ends included.
@@ -119,14 +162,41 @@ class Run:
         _check_positive("sample", count)
         return self._each(lambda c: _sample(c, count, seed), f"sample {count}")
 
-    def _each(self, pick: Callable[[Picked], Picked], what: str) -> Run:
-        picked = tuple(tuple(pick(training)) for training in self.trainings)
-        if not any(picked):
+    def _each(self, pick: Pick, what: str, follow: Follow = lambda _, d: _lost(d)) -> Run:
+        """Apply a selection to each training.
+
+        Args:
+            pick: Selects of a training's checkpoints.
+            what: The selection in words.
+            follow: Gives for those checkpoints, and one that cannot be opened, the latter with its
+                position in the selection; None if it is certainly outside.
+        """
+        trainings: list[tuple[Checkpoint, ...]] = []
+        pending: list[tuple[Damaged, ...]] = []
+        outside: list[Damaged] = []
+        for training, damaged in zip_longest(self.trainings, self.damaged, fillvalue=()):
+            followed = [(d, follow(training, d)) for d in damaged]
+            outside += [d for d, inside in followed if inside is None]
+            remaining = tuple(inside for _, inside in followed if inside is not None)
+            picked = tuple(pick(training))
+            if not picked:
+                raise_for(remaining)
+                continue
+            trainings.append(picked)
+            pending.append(remaining)
+        if not trainings:
             raise RunError(
-                f"the selection ({what}) leaves none of {len(self)} checkpoints",
+                f"the selection ({what}) leaves none of {len(self.opened)} checkpoints",
                 "`ckptavg inspect` shows the run's steps.",
             )
-        return replace(self, trainings=tuple(training for training in picked if training))
+        left_out = [(d.path, "cannot be opened, and lies outside the selection") for d in outside]
+        return replace(
+            self,
+            trainings=tuple(trainings),
+            left_out=(*self.left_out, *left_out),
+            notes=(*self.notes, *find.tell(left_out)),
+            damaged=tuple(pending),
+        )
 
 
 def open_run(*paths: Named, glob: str | None = None, key: str | None = None) -> Run:
@@ -143,13 +213,15 @@ def open_run(*paths: Named, glob: str | None = None, key: str | None = None) -> 
 
     Raises:
         RunError: A path holds no run, or several.
-        CheckpointError: A checkpoint cannot be opened.
+        CheckpointError: A checkpoint cannot be opened, and its place in the run is not certain. If
+            it is, the run raises this when it is used, unless a selection leaves the place out.
     """
     if not paths:
         raise UsageError("no path is given")
     with guard_reads(first_few([str(path) for path in paths])):
         found = find.find([locate(path) for path in paths], glob)
     trainings: list[tuple[Checkpoint, ...]] = []
+    damaged: list[tuple[Damaged, ...]] = []
     left_out, notes = list(found.left_out), list[str]()
     for members in found.groups:
         opened = order.open_members(members, key)
@@ -157,6 +229,8 @@ def open_run(*paths: Named, glob: str | None = None, key: str | None = None) -> 
         notes += opened.notes
         if opened.checkpoints:
             trainings.append(opened.checkpoints)
+            damaged.append(opened.damaged)
+            raise_for([d for d in opened.damaged if d.position is None])
     if not trainings:
         raise RunError(
             f"no checkpoint is left in {first_few([str(path) for path in paths])}", _why(left_out)
@@ -164,7 +238,12 @@ def open_run(*paths: Named, glob: str | None = None, key: str | None = None) -> 
     notes = [*find.tell(left_out), *notes]
     everything = (*chain(*found.groups), *(path for path, _ in left_out))
     return Run(
-        tuple(trainings), tuple(left_out), tuple(dict.fromkeys(notes)), found.named, everything
+        tuple(trainings),
+        tuple(left_out),
+        tuple(dict.fromkeys(notes)),
+        found.named,
+        everything,
+        tuple(damaged),
     )
 
 
@@ -192,6 +271,11 @@ def _why(left_out: list[tuple[Location, str]]) -> str:
 def _check_positive(name: str, value: int) -> None:
     if value < 1:
         raise UsageError(f"{name} is expected to be at least 1 but got {value}")
+
+
+def _lost(damaged: Damaged) -> Damaged:
+    """What cannot be opened, after a selection that it may have changed."""
+    return replace(damaged, position=None, step=None)
 
 
 def _step(checkpoint: Checkpoint) -> float:

@@ -159,7 +159,7 @@ def _write(
         return averaging.write_many(
             planned,
             targets,
-            order=run.checkpoints,
+            order=run.opened,
             keep_nonfinite=settings["on_nonfinite"] == "keep",
             digests=digests,
             gram=gram,
@@ -184,7 +184,7 @@ def _write_refreshed(
     with report.samples_progress() as progress:
         how = statistics_pass(settings, processes, lambda *done: progress("BatchNorm", *done))
         done = refresh.write_averages(
-            planned, outs, how, order=run.checkpoints, **care,
+            planned, outs, how, order=run.opened, **care,
             keep_nonfinite=settings["on_nonfinite"] == "keep",
             progress=lambda *done: progress("averaging (bytes)", *done),
         )  # fmt: skip

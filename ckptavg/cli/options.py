@@ -389,12 +389,15 @@ def open_selected(
         log.info(note)
     for path, why in run.left_out:
         log.debug("%s is left out: %s", path, why)
-    for checkpoint in run:
+    for checkpoint in run.opened:
         for note in checkpoint.notes:
             log.debug("%s: %s", checkpoint.path, note)
-    for note in dict.fromkeys(note for checkpoint in run for note in checkpoint.notes):
+    for note in dict.fromkeys(note for checkpoint in run.opened for note in checkpoint.notes):
         log.info(note)
-    return run, selected(run, **picks)
+    selection = selected(run, **picks)
+    for note in selection.notes[len(run.notes) :]:
+        log.info(note)
+    return run, selection
 
 
 def check_picks(picks: Mapping[str, Any]) -> None:

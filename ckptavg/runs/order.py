@@ -5,12 +5,12 @@ from __future__ import annotations
 import glob
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from ckptavg.display import step_text
-from ckptavg.errors import NoWeightsError, RunError, first_few
+from ckptavg.errors import CheckpointError, NoWeightsError, RunError, first_few
 from ckptavg.formats import (
     Checkpoint,
     open_checkpoint,
@@ -18,6 +18,7 @@ from ckptavg.formats import (
 from ckptavg.formats.comparing import Contents, SameWeights
 from ckptavg.formats.record import last_part
 from ckptavg.formats.storage import Location
+from ckptavg.runs.damaged import Damaged, place_damaged
 from ckptavg.runs.file_names import (
     STRANGERS,
     is_alias_name,
@@ -31,21 +32,30 @@ from ckptavg.runs.steps_in_names import NamedStep, steps_in_names
 
 @dataclass
 class Opened:
-    """The checkpoints of one training, ordered and without repeats."""
+    """The checkpoints of one training, ordered and without repeats.
+
+    Attributes:
+        checkpoints: Those that could be opened.
+        left_out: What is no checkpoint of the training, and why.
+        notes: What a person should know about the order.
+        damaged: Those that could not be opened.
+    """
 
     checkpoints: tuple[Checkpoint, ...]
     left_out: list[LeftOut]
     notes: list[str]
+    damaged: tuple[Damaged, ...]
 
 
 def open_members(paths: Sequence[Location], key: str | None) -> Opened:
     """Open the checkpoints of one training, order them and drop what repeats another.
 
     Raises:
-        CheckpointError: One cannot be opened.
+        CheckpointError: None can be opened.
     """
     opened: list[Checkpoint] = []
     left_out: list[LeftOut] = []
+    errors: dict[Location, CheckpointError] = {}
     for path in paths:
         try:
             opened.append(open_checkpoint(path, key))
@@ -53,6 +63,8 @@ def open_members(paths: Sequence[Location], key: str | None) -> Opened:
             if len(paths) == 1:
                 raise
             left_out.append((path, error.message.removeprefix(f"{path} ")))
+        except CheckpointError as error:
+            errors[path] = error
     made = [c for c in opened if c.is_average]
     if len(made) < len(opened):
         left_out += [(c.path, "an average that ckptavg wrote") for c in made]
@@ -63,8 +75,25 @@ def open_members(paths: Sequence[Location], key: str | None) -> Opened:
     left_out += [(alias.path, f"repeats {original.path.name}") for alias, original in repeats]
     kept, strangers = _without_strangers(kept)
     left_out += strangers
+    if errors and not kept:
+        raise next(iter(errors.values()))
     ordered, notes = _ordered(kept)
-    return Opened(ordered, left_out, notes)
+    return Opened(ordered, left_out, notes, _placed(errors, ordered))
+
+
+def _placed(
+    errors: Mapping[Location, CheckpointError], ordered: Sequence[Checkpoint]
+) -> tuple[Damaged, ...]:
+    """What cannot be opened, with its place by the names that say when."""
+    if not errors:
+        return ()
+    paths = [*(c.path for c in ordered), *errors]
+    labels = labels_of(paths)
+    named = {
+        path: NamedStep(None) if is_alias_name(labels[path]) else step
+        for path, step in _named_steps(paths).items()
+    }
+    return place_damaged(errors, ordered, named)
 
 
 def _without_refreshed(
@@ -217,7 +246,7 @@ def _common_clock(checkpoints: Sequence[Checkpoint]) -> tuple[_Clock, list[str]]
     clocks = [] if _restarts(checkpoints) else [by_step]
     recorded = [clock for clock in (*clocks, by_epoch) if clock.is_complete]
     clock = next((c for c in recorded if not c.stands_still), next(iter(recorded), None))
-    named = _named_steps(checkpoints)
+    named = [*_named_steps([c.path for c in checkpoints]).values()]
     positions = [None if step.value is None else float(step.value) for step in named]
     by_name = _Clock(positions, [None] * len(named))
     if clock is None:
@@ -233,14 +262,14 @@ def _common_clock(checkpoints: Sequence[Checkpoint]) -> tuple[_Clock, list[str]]
     return clock, []
 
 
-def _named_steps(checkpoints: Sequence[Checkpoint]) -> list[NamedStep]:
+def _named_steps(paths: Sequence[Location]) -> dict[Location, NamedStep]:
     """The steps in the names; a directory that holds the other checkpoints has none."""
-    labels = labels_of([c.path for c in checkpoints])
-    parents = {c.path.parent for c in checkpoints}
-    numbered = [path for path in labels if path not in parents]
+    labels = labels_of(paths)
+    parents = {path.parent for path in paths}
+    numbered = [path for path in paths if path not in parents]
     steps = steps_in_names([stem_of(labels[path]) for path in numbered])
-    by_path = dict(zip(numbered, steps, strict=True))
-    return [by_path.get(c.path, NamedStep(None)) for c in checkpoints]
+    named = dict(zip(numbered, steps, strict=True))
+    return {path: named.get(path, NamedStep(None)) for path in paths}
 
 
 def _tell_apart(named: Sequence[NamedStep]) -> bool:

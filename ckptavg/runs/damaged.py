@@ -1,0 +1,118 @@
+"""Files with a checkpoint's name that cannot be opened, and their places in a run."""
+
+from __future__ import annotations
+
+import bisect
+import glob
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from ckptavg.errors import CheckpointError, first_few
+from ckptavg.formats import Checkpoint
+from ckptavg.formats.storage import Location
+from ckptavg.runs.steps_in_names import NamedStep
+
+
+@dataclass(frozen=True)
+class Damaged:
+    """A file with a checkpoint's name that cannot be opened.
+
+    Attributes:
+        path: The file or directory.
+        error: Why not.
+        position: How many of the training's other checkpoints come before it, by the names; None
+            where that is not certain.
+        step: Its step, where the steps of the others are those in their names.
+    """
+
+    path: Location
+    error: CheckpointError
+    position: int | None = None
+    step: float | None = None
+
+    def lies_outside(self, ordered: Sequence[Checkpoint], low: float, high: float) -> bool:
+        """Whether its step is for certain none from ``low`` to ``high``, both included.
+
+        Args:
+            ordered: The checkpoints that its position is among. A step that is not known lies
+                between those of its neighbours.
+            low: The first step.
+            high: The last step.
+        """
+        if self.step is not None:
+            return not low <= self.step <= high
+        if self.position is None:
+            return False
+        before = [c.step for c in ordered[: self.position][-1:] if c.step is not None]
+        after = [c.step for c in ordered[self.position :][:1] if c.step is not None]
+        return any(step >= high for step in before) or any(step <= low for step in after)
+
+
+def raise_for(damaged: Sequence[Damaged]) -> None:
+    """Raise the error of the first, which says how to leave it out.
+
+    Raises:
+        CheckpointError: There is one.
+    """
+    if not damaged:
+        return
+    error = damaged[0].error
+    others = [each.path.name for each in damaged[1:]]
+    more = f" (nor can {first_few(others)} be opened)" if others else ""
+    pattern = shlex.quote(glob.escape(damaged[0].path.name))
+    leave_out = f"--skip {pattern} leaves it out."
+    raise type(error)(error.message + more, f"{error.remedy} {leave_out}".strip()) from error
+
+
+def place_damaged(
+    errors: Mapping[Location, CheckpointError],
+    ordered: Sequence[Checkpoint],
+    named: Mapping[Location, NamedStep],
+) -> tuple[Damaged, ...]:
+    """Find the places of what cannot be opened among the checkpoints of a training.
+
+    They are certain where the names of all count the same, in the order that the run has.
+
+    Args:
+        errors: Why each of the files cannot be opened.
+        ordered: The training's checkpoints.
+        named: The steps in the names of both; of no value where a name says nothing of when.
+    """
+    values: list[int] = []
+    indices: list[int] = []
+    for index, checkpoint in enumerate(ordered):
+        value = named[checkpoint.path].value
+        if value is not None:
+            values.append(value)
+            indices.append(index)
+    units = {step.unit for step in named.values() if step.value is not None}
+    in_order = all(a < b for a, b in pairwise(values))
+    if len(units) != 1 or not in_order:
+        return tuple(Damaged(path, error) for path, error in errors.items())
+    counted = all(ordered[i].step == value for i, value in zip(indices, values, strict=True))
+    placed: list[Damaged] = []
+    for path, error in errors.items():
+        value = named[path].value
+        position = None if value is None else _position(value, values, indices, len(ordered))
+        step = value if counted and position is not None else None
+        placed.append(Damaged(path, error, position, step))
+    return tuple(placed)
+
+
+def _position(value: int, values: Sequence[int], indices: Sequence[int], count: int) -> int | None:
+    """How many of a run's checkpoints come before a step; None where that is not certain.
+
+    Args:
+        value: The step.
+        values: Increasing steps of those that have one in their names.
+        indices: Their places in the run; between them others may stand.
+        count: Checkpoints of the run.
+    """
+    place = bisect.bisect_left(values, value)
+    if values[place : place + 1] == [value]:
+        return None
+    before = indices[place - 1] if place else -1
+    after = indices[place] if place < len(indices) else count
+    return after if after - before == 1 else None
