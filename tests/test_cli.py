@@ -362,7 +362,7 @@ def test_an_existing_output_is_kept_without_overwrite(home: Path) -> None:
     assert weights(home / "o.pt")
 
 
-@pytest.mark.parametrize("name", ["--overwrite", "-o", "-x.pt", "--weights=1,2"])
+@pytest.mark.parametrize("name", ["--overwrite", "-o", "-x.pt", "--weights=1,2", "--"])
 def test_files_that_look_like_options_are_refused(home: Path, name: str) -> None:
     (home / "swa.pt").write_bytes(b"mine")
     (home / name).touch()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
 import os
 import warnings
@@ -30,7 +29,7 @@ _WHERE = "--debug shows where."
 
 
 class Grouped(click.Command):
-    """A command whose help lists its options in groups."""
+    """A command whose help lists its options in groups; it takes no file's name for one."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Refuse options that are names of files: the shell's ``*`` hands on any name there is.
@@ -38,14 +37,15 @@ class Grouped(click.Command):
         Raises:
             click.UsageError: An argument could be either.
         """
-        options = list(itertools.takewhile(lambda arg: arg != "--", args))
-        for arg in options:
-            if arg.startswith("-") and os.path.lexists(arg) and not ctx.resilient_parsing:
+        for arg in () if ctx.resilient_parsing else args:
+            if arg.startswith("-") and os.path.lexists(arg):
                 raise click.UsageError(
                     f"{arg} is the name of a file in this directory, and would be taken for an "
                     "option. Write ./* for * to name files, or rename that file.",
                     ctx,
                 )
+            if arg == "--":
+                break
         return super().parse_args(ctx, args)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
