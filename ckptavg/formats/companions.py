@@ -84,7 +84,13 @@ class Companions:
         return notes
 
 
-def gather(directory: Location, weights: Collection[str], folders: Collection[str]) -> Companions:
+def gather(
+    directory: Location,
+    weights: Collection[str],
+    folders: Collection[str] = (),
+    *,
+    deep: bool = True,
+) -> Companions:
     """List what goes along with the weights of a directory.
 
     Links are followed: they are the user's own.
@@ -94,11 +100,14 @@ def gather(directory: Location, weights: Collection[str], folders: Collection[st
         weights: Paths of the files that the output has anew: not copied, and not worth a note.
         folders: Directories below, as relative paths, that hold some of them; any other one with
             tensors is another model, or the same in another format, and stays behind as a whole.
+        deep: Whether what lies in directories below goes along too.
     """
     walk = _Walk(weights, folders)
     found = Companions()
     with guard_reads(directory):
         for path in _children(directory):
+            if path.is_dir() and not deep:
+                continue
             walk.left = _MOST_FILES
             walk.look_at(path, path.name, (directory,), found)
     return found
@@ -106,7 +115,8 @@ def gather(directory: Location, weights: Collection[str], folders: Collection[st
 
 def is_alone(file: Location) -> bool:
     """Whether a file is the only one of weights in its directory, and a configuration beside it."""
-    names = [path.name for path in file.parent.iterdir() if path.is_file()]
+    with guard_reads(file.parent):
+        names = [path.name for path in file.parent.iterdir() if path.is_file()]
     weights = [n for n in names if _TENSORS.fullmatch(n) and not _TRAINING.fullmatch(n)]
     configured = file.name in _ALWAYS_ALONE or any(map(_is_configuration, names))
     return weights == [file.name] and configured

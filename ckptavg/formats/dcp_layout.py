@@ -47,7 +47,7 @@ def lay_out(tensors: Sequence[OutputTensor], provenance: str, template: Checkpoi
     )
     layout = Layout(True, [file.layout], {dcp.METADATA: file.metadata(source.version)})
     anew = {*source.stamps, str(template.path / lightning.META)}
-    beside = companions.gather(template.path, anew, folders=())
+    beside = companions.gather(template.path, anew)
     layout.copies = beside.copies
     notes += beside.notes
     if (meta := lightning.read_meta(template.path)) is not None:

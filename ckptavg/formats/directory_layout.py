@@ -47,7 +47,11 @@ def lay_out(tensors: Sequence[OutputTensor], provenance: str, template: Checkpoi
         notes += part.notes
     home = home_of(template)
     if home is not None:
-        beside = companions.gather(home, _weights_of(template, home), [*template.components])
+        # a file's directory is a model's by its configuration, else it may be anybody's
+        deep = home == template.path or (home / _CONFIG).is_file()
+        beside = companions.gather(
+            home, _weights_of(template, home), [*template.components], deep=deep
+        )
         layout.copies = beside.copies
         _tell_configs(layout, tensors, template)
         notes += beside.notes

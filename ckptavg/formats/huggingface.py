@@ -27,14 +27,6 @@ _VARIANT = r"(?:fp|bf|nf|int|float|bfloat)\d+\w*|(?:non_)?ema"
 _VARIANT_FILE = re.compile(rf"({_STEMS})\.({_VARIANT})\.(safetensors|bin)")
 _VARIANT_INDEX = re.compile(rf"({_STEMS})\.(safetensors|bin)\.index\.({_VARIANT})\.json")
 
-# What from_pretrained reads beside the weights.
-COMPANIONS = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
-    "*.model", "preprocessor_config.json", "processor_config.json", "image_processor_config.json",
-    "chat_template.*", "*.py",
-)  # fmt: skip
-
 
 def main_file(directory: Location) -> Location | None:
     """The weights file or index of a directory, of an adapter too; None if it is no checkpoint."""
@@ -50,12 +42,22 @@ def variants(directory: Location) -> list[Location]:
     """
     if not (directory / CONFIG).is_file():
         return []
-    named = [
-        path
-        for path in directory.iterdir()
-        if _VARIANT_FILE.fullmatch(path.name) or _VARIANT_INDEX.fullmatch(path.name)
-    ]
+    named = [path for path in directory.iterdir() if is_variant(path.name)]
     return sorted(named, key=lambda path: (".safetensors" not in path.name, path.name))
+
+
+def note_variants(directory: Location) -> list[str]:
+    """A note about variants of a directory's weights that are not taken."""
+    taken, *others = [path.name for path in variants(directory)]
+    if not others:
+        return []
+    named = f"{first_few(others)} beside it is another variant"
+    return [f"weights are taken from {taken}; {named}"]
+
+
+def is_variant(main: str) -> bool:
+    """Whether a file of weights or an index is that of a variant, by its name."""
+    return bool(_VARIANT_FILE.fullmatch(main) or _VARIANT_INDEX.fullmatch(main))
 
 
 def single_name(main: str) -> str:

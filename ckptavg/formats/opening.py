@@ -121,12 +121,14 @@ def _open_own_weights(path: Location, key: str | None) -> Checkpoint:
         return _checkpoint_of(path, read_distributed(path, key))
     if main is None:
         return _open_shards(path, key) or _open_deepspeed(path, key)
-    sharded = main.name.endswith(".index.json")
+    sharded = main.suffix == ".json"
     parts = _read_shards(main, key) if sharded else [read_file(main, key)]
     trainer = record.from_trainer_state(path / huggingface.TRAINER_STATE)
     layout, notes = "huggingface", list[str]()
     if main.name in adapter.FILES:
         layout, notes = adapter.LAYOUT, [adapter.description(adapter.configuration(path))]
+    if huggingface.is_variant(main.name):
+        notes += huggingface.note_variants(path)
     if others := huggingface.other_models(main):
         notes.append(
             f"weights are taken from {main.name}; {first_few(others)} beside it is another model's "

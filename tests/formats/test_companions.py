@@ -145,6 +145,20 @@ def test_a_directory_of_data_stays_behind(run, caplog, monkeypatch):
     assert any(r.message.endswith(": data/") for r in caplog.records)
 
 
+def test_what_stands_beside_an_adapter_goes_along_but_its_configuration_is_new(tmp_path):
+    config = json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4})
+    names = [f"base_model.model.l.lora_{part}.weight" for part in "AB"]
+    for step in (1, 2):
+        folder = tmp_path / "run" / f"step-{step}"
+        save(folder / "adapter_model.safetensors", {name: torch.ones(2, 2) for name in names})
+        fill(folder, {"adapter_config.json": config, "README.md": "# an adapter", "vocab.txt": "a"})
+        fill(folder, {"second/adapter_model.safetensors": "another adapter", "optimizer.pt": "old"})
+    out = averaged(tmp_path / "run")
+    beside = ["README.md", "adapter_config.json", "adapter_model.safetensors", "vocab.txt"]
+    assert listing(out) == beside
+    assert json.loads((out / "adapter_config.json").read_text())["r"] == 4
+
+
 def test_a_single_file_takes_nothing_along(run, tmp_path):
     fill(run / "step-2", MODEL)
     ckptavg.average(ckptavg.open_run(run), out=tmp_path / "x.safetensors")
