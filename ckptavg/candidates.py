@@ -10,6 +10,7 @@ from ckptavg.averaging import Average
 from ckptavg.errors import UsageError
 from ckptavg.formats import Checkpoint, open_checkpoint
 from ckptavg.run import Run
+from ckptavg.runs.numbered import short_names
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,9 @@ def candidates_of(
     """
     last = run.last(1).checkpoints[-1]
     singles = [c for c in selection if each and c.path != last.path]
-    found = [Candidate.of_checkpoint(c, c.path.name) for c in singles]
-    found.append(Candidate.of_checkpoint(last, f"{last.path.name} (last)", last=True))
+    *names, last_name = short_names([c.path for c in (*singles, last)])
+    found = [Candidate.of_checkpoint(c, name) for c, name in zip(singles, names, strict=True)]
+    found.append(Candidate.of_checkpoint(last, f"{last_name} (last)", last=True))
     text = f"average of {len(selection)} ({planned.scheme.text})"
     for name, average in {text: planned, **(others or {})}.items():
         found.append(Candidate.of_average(average, name, recompute=False))

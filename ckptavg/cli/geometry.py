@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import first_few
 from ckptavg.report import Report
+from ckptavg.runs.numbered import short_names
 
 if TYPE_CHECKING:
     from ckptavg.weight_space import Geometry
@@ -22,7 +23,7 @@ def show(report: Report, geometry: Geometry) -> None:
         "to farthest": ordered[:, -1].tolist(),
     }
     texts = [list(map(_length_text, values)) for values in columns.values()]
-    names = _names(geometry)
+    names = short_names([c.path for c in geometry.checkpoints])
     title = "geometry of the weights (Euclidean; step: from the one before)"
     report.table(("checkpoint", *columns), list(zip(names, *texts, strict=True)), title=title)
     if geometry.turns.isfinite().any():
@@ -51,7 +52,9 @@ def _verdict(geometry: Geometry) -> str:
     """A line about what stands apart."""
     odd, groups = geometry.odd, geometry.groups
     if odd is not None:
-        names = [checkpoint.path.name for checkpoint in odd.checkpoints]
+        paths = [checkpoint.path for checkpoint in geometry.checkpoints]
+        known = dict(zip(paths, short_names(paths), strict=True))
+        names = [known[checkpoint.path] for checkpoint in odd.checkpoints]
         return (
             f"{first_few(names)} {'stands' if len(names) == 1 else 'stand'} apart: "
             f"{odd.distance:.4g} to the nearest of the others, which all have one within "
@@ -65,14 +68,6 @@ def _verdict(geometry: Geometry) -> str:
         )
     few = len(geometry.checkpoints) < 4
     return f"{'too few to tell whether one' if few else 'no checkpoint'} stands apart"
-
-
-def _names(geometry: Geometry) -> list[str]:
-    """The checkpoints' names, with their directories where names alone do not tell them apart."""
-    names = [checkpoint.path.name for checkpoint in geometry.checkpoints]
-    if len(set(names)) == len(names):
-        return names
-    return [f"{c.path.parent.name}/{c.path.name}" for c in geometry.checkpoints]
 
 
 def values(geometry: Geometry) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from ckptavg.formats import Checkpoint
 from ckptavg.formats.storage import locate, without_secrets
 from ckptavg.report import Report, counted, number_text, size_text
 from ckptavg.run import Run, open_run
+from ckptavg.runs.numbered import short_names
 
 if TYPE_CHECKING:
     from ckptavg.weight_space import Geometry
@@ -77,7 +78,7 @@ def _show_run(report: Report, run: Run, geometry: Geometry | None = None) -> Non
     metrics = sorted(recorded, key=lambda name: (name.count("."), name))
     rows = [
         (
-            checkpoint.path.name,
+            name,
             number_text(checkpoint.step),
             number_text(checkpoint.record.epoch),
             number_text(checkpoint.record.lr),
@@ -85,7 +86,7 @@ def _show_run(report: Report, run: Run, geometry: Geometry | None = None) -> Non
             checkpoint.key or "(the file)",
             size_text(checkpoint.size),
         )
-        for checkpoint in run
+        for name, checkpoint in zip(short_names([c.path for c in run]), run, strict=True)
     ]
     columns = ("checkpoint", "step", "epoch", "LR", *metrics[:_MOST_METRICS], "weights", "size")
     kinds = ", ".join(dict.fromkeys(_LAYOUTS[checkpoint.layout] for checkpoint in run))
@@ -93,7 +94,9 @@ def _show_run(report: Report, run: Run, geometry: Geometry | None = None) -> Non
     if metrics[_MOST_METRICS:]:
         report.line(f"more metrics: {', '.join(metrics[_MOST_METRICS:])}")
     if run.left_out:
-        report.table(("left out", "why"), [(path.name, why) for path, why in run.left_out])
+        names = short_names([path for path, _ in run.left_out])
+        reasons = [why for _, why in run.left_out]
+        report.table(("left out", "why"), list(zip(names, reasons, strict=True)))
     known = {f"{path} {is_so}" for path, _ in run.left_out for is_so in ("repeats", "is left out")}
     told = (note for note in run.notes if not note.startswith(tuple(known)))
     notes = dict.fromkeys((*told, *(note for c in run for note in c.notes)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -25,6 +26,8 @@ from ckptavg.formats.table import REFRESHED, Checkpoint, Record
 from ckptavg.system_errors import guard_reads
 
 _LONGEST_NAME = 2000  # characters
+_TRAINERS = re.compile(r"checkpoint-\d+")  # a directory as the Trainer calls it
+_DEEPEST_WEIGHTS = 4  # levels below it
 _MOST_REPEATED, _SPARE = 8, 256 * 2**20  # times a file's size, and bytes: what its views may take
 
 
@@ -118,12 +121,13 @@ def _open_own_weights(path: Location, key: str | None) -> Checkpoint:
     """Open a directory without those below it."""
     main = huggingface.main_file(path)
     if main is None and dcp.is_distributed(path):
-        return _checkpoint_of(path, read_distributed(path, key))
+        part = read_distributed(path, key)
+        return _checkpoint(path, part.layout, [part], _trainers_record(path) or part.record)
     if main is None:
         return _open_shards(path, key) or _open_deepspeed(path, key)
     sharded = main.suffix == ".json"
     parts = _read_shards(main, key) if sharded else [read_file(main, key)]
-    trainer = record.from_trainer_state(path / huggingface.TRAINER_STATE)
+    trainer = _trainers_record(path)
     layout, notes = "huggingface", list[str]()
     if main.name in adapter.FILES:
         layout, notes = adapter.LAYOUT, [adapter.description(adapter.configuration(path))]
@@ -144,7 +148,7 @@ def _open_shards(path: Location, key: str | None) -> Checkpoint | None:
     if not files:
         return None
     part = shards.read_shards(path, files, key)
-    trainer = record.from_trainer_state(path / huggingface.TRAINER_STATE)
+    trainer = _trainers_record(path)
     return _checkpoint(path, "huggingface", [part], trainer or part.record)
 
 
@@ -155,7 +159,7 @@ def _open_deepspeed(path: Location, key: str | None) -> Checkpoint:
             f"{path} is not itself a checkpoint", "Name one checkpoint; average a run first."
         )
     file = read_file(deepspeed.model_file(tag), key)
-    trainer = record.from_trainer_state(path / huggingface.TRAINER_STATE)
+    trainer = _trainers_record(path)
     opened = _checkpoint(path, deepspeed.LAYOUT, [file], trainer or file.record)
     return replace(opened, notes=(*opened.notes, *deepspeed.notes(tag, opened.tensors)))
 
@@ -179,6 +183,17 @@ def _read_shards(index: Location, key: str | None) -> list[Part]:
     if twice:
         raise CheckpointError(f"{index.parent} holds tensors in two shards: {first_few(twice)}")
     return list(shards.values())
+
+
+def _trainers_record(directory: Location) -> Record | None:
+    """The Trainer's account of a checkpoint, which lies in its directory or above it.
+
+    Above, only that of a ``checkpoint-500`` is of this step: a run's own is of its last one.
+    """
+    above = storage.ancestors(directory, _DEEPEST_WEIGHTS)
+    homes = [directory, *(parent for parent in above if _TRAINERS.fullmatch(parent.name))]
+    found = (record.from_trainer_state(home / huggingface.TRAINER_STATE) for home in homes)
+    return next((trainer for trainer in found if trainer is not None), None)
 
 
 def _checkpoint_of(path: Location, part: Part) -> Checkpoint:

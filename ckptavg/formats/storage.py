@@ -197,6 +197,15 @@ def locate(name: Named) -> Location:
     raise UsageError(f"{text} names no file or directory")
 
 
+def ancestors(place: Location, levels: int) -> list[Location]:
+    """The directories above a place from the nearest on, as far as its path names them."""
+    above: list[Location] = []
+    while len(above) < levels and place.parent != place:
+        place = place.parent
+        above.append(place)
+    return above
+
+
 def check_output(name: Named) -> None:
     """Make sure that an output is not a URL.
 

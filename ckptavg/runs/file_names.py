@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
-from collections.abc import Sequence
+from pathlib import Path
 
-from ckptavg.formats.storage import Location
+from ckptavg.formats.storage import Location, ancestors
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".pt.tar", ".pth.tar", ".ckpt.tar")
 NOT_WEIGHTS = "not a model's weights"
@@ -14,16 +15,14 @@ OTHER_STATE = re.compile(
     r"sampler|trainer_state|zero_pp_rank_.*|.*optim_states)([-_.]?\d+)*"
 )
 _TEMPORARY = re.compile(r"(.*[-_.])?te?mp")  # what a crash while saving leaves
+EMA_COPY = "an EMA copy, by its name"
+_EMA_WORD = re.compile(r"(?<![a-z])ema(?![a-z])")
 STRANGERS = (
     (re.compile(r"(?<![a-z])(ave|avg|averaged?)(?![a-z])"), "an average already, by its name"),
-    (re.compile(r"(?<![a-z])ema(?![a-z])"), "an EMA copy, by its name"),
+    (_EMA_WORD, EMA_COPY),
     (re.compile(r"(?<![a-z])init(ial)?(?![a-z])"), "from before training, by its name"),
 )
 _ALIAS_WORD = re.compile(r"(?<![a-z])(last|latest|best|final|newest|current)(?![a-z])")
-STEP_NUMBER = re.compile(
-    r"(?<![a-z])(checkpoint|ckpt|(?:global_?)?steps?|iters?|iterations?|epochs?|ep)[-_= ]?\d+",
-    re.IGNORECASE,
-)
 
 
 def why_not(stem: str) -> str:
@@ -39,6 +38,27 @@ def stem_of(path: Location) -> str:
         return path.name
     suffix = max((s for s in SUFFIXES if path.name.endswith(s)), key=len, default="")
     return path.name[: len(path.name) - len(suffix)]
+
+
+def is_ema_name(name: str) -> bool:
+    """Whether a name says that something is an exponential moving average."""
+    return bool(_EMA_WORD.search(name.lower()))
+
+
+def original_names(name: str) -> list[str]:
+    """The names that the original of an EMA copy of this name may have; none if it is no copy."""
+    match = _EMA_WORD.search(name.lower())
+    if match is None:
+        return []
+    before, after = name[: match.start()], name[match.end() :]
+    return [before.rstrip("-_.") + after, before + after.lstrip("-_.")]
+
+
+def matches(path: Location, pattern: str) -> bool:
+    """Whether a path's name matches a shell pattern, or as many last parts as the pattern has."""
+    whole = path.absolute() if isinstance(path, Path) else path
+    line = [whole, *ancestors(whole, pattern.count("/"))]
+    return fnmatch.fnmatchcase("/".join(part.name for part in reversed(line)), pattern)
 
 
 def text_and_numbers(name: str) -> list[str]:
@@ -57,9 +77,3 @@ def is_alias_name(path: Location) -> bool:
     """Whether a name says nothing of when: no number, or a word like last or best."""
     stem = stem_of(path).lower()
     return not re.search(r"\d", stem) or bool(_ALIAS_WORD.search(stem))
-
-
-def labels_of(paths: Sequence[Location]) -> dict[Location, Location]:
-    """For each path the one whose name says when: the directory's where the files' are the same."""
-    alike = len(paths) > 1 and len({path.name for path in paths}) == 1
-    return {path: path.parent if alike else path for path in paths}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import fnmatch
+import glob
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -22,16 +22,30 @@ from ckptavg.formats.components import part_names
 from ckptavg.formats.shards import find_shards, parse_name
 from ckptavg.formats.storage import Location
 from ckptavg.runs.file_names import (
+    EMA_COPY,
     NOT_WEIGHTS,
     OTHER_STATE,
-    STEP_NUMBER,
     SUFFIXES,
+    is_ema_name,
+    matches,
     natural,
+    original_names,
     stem_of,
     why_not,
 )
+from ckptavg.runs.numbered import (
+    Place,
+    group_by_place,
+    is_series,
+    mask_step,
+    place_of,
+    step_directory,
+    weights_below,
+)
 
 LeftOut = tuple[Location, str]
+Groups = dict[Location | Place, list[Location]]
+_UNLIKE = "without a number, unlike its neighbours"
 _DEEPEST_RUN, _MOST_LOOKED_INTO = 4, 200  # levels and directories below a path without a run
 
 
@@ -50,26 +64,45 @@ class Found:
     named: bool = True
 
 
-def find(paths: Sequence[Location], glob: str | None) -> Found:
-    """Find the checkpoints at or directly below each path, grouped by training.
+def find(paths: Sequence[Location], pattern: str | None) -> Found:
+    """Find the checkpoints at or below each path, grouped by training.
+
+    Args:
+        paths: Run directories and checkpoints.
+        pattern: Shell pattern that the checkpoints must match: their names, or as many of the last
+            parts of their paths as it has.
 
     Raises:
         RunError: A path does not exist, or holds no run or several.
+        CheckpointError: Files are parts of one model.
     """
-    groups: dict[Location, list[Location]] = {}
+    homes: dict[Location, list[Location]] = {}
+    apart: set[Location] = set()
     found = Found([], [])
+    listed: set[Location] = set()
     for path in _whole_checkpoints(paths):
         if not path.exists():
             raise RunError(f"{path} does not exist", _nearest(path))
         members = _members(path, found) if path.is_dir() else [path]
-        found.named &= members == [path]
-        home = path.parent if members == [path] else path
-        groups.setdefault(home.resolve(), []).extend(members)
-    for members in _joined(groups):
-        found.groups.append(_kept(members, glob, found))
-    if not any(found.groups) and glob is not None:
-        raise RunError(f"no checkpoint matches {glob!r}", "Quote the pattern, or loosen it.")
-    found.groups = [members for members in found.groups if members]
+        if members != [path]:
+            found.named = False
+            listed.update(members)
+        for member in members:
+            direct = members != [path] and member in (path, path / member.name)
+            home = (path if direct else member.parent).resolve()
+            homes.setdefault(home, []).append(member)
+            if not direct and member != path:
+                apart.add(home)
+    groups = {
+        home: _kept(members, pattern, found)
+        for home, members in _with_roots(group_by_place(homes, apart)).items()
+    }
+    if not any(groups.values()) and pattern is not None:
+        raise RunError(f"no checkpoint matches {pattern!r}", "Quote the pattern, or loosen it.")
+    groups = {home: members for home, members in groups.items() if members}
+    groups = _without_copies(groups, listed, found)
+    _refuse_networks(groups, listed)
+    found.groups = list(groups.values())
     refuse_partitioned(chain(*found.groups))
     return found
 
@@ -103,27 +136,65 @@ def _adapter_of(path: Location) -> Location:
     return path.parent if named else path
 
 
-def _joined(groups: Mapping[Location, list[Location]]) -> list[list[Location]]:
-    """The members of each training, by their directories.
+def _with_roots(groups: Groups) -> Groups:
+    """The groups, with a model at the root of a run at that run's end."""
+    runs = defaultdict(list)
+    for place in groups:
+        if isinstance(place, Place):
+            runs[place.base].append(place)
+    for home, members in list(groups.items()):
+        roots = [path.resolve() for path in members if not isinstance(home, Place)]
+        if len(roots) == 1 and len(runs[roots[0]]) == 1:
+            groups[runs[roots[0]][0]] += groups.pop(home)
+    return groups
 
-    A file of the same name in sibling directories that are called after a step
-    (``checkpoint_*/model_1.safetensors``) is that training's weights at each of the steps.
-    """
-    joined: dict[object, list[Location]] = defaultdict(list)
+
+def _without_copies(groups: Groups, listed: set[Location], found: Found) -> Groups:
+    """The groups without EMA copies of others, which are left out where nobody named them."""
+    kept: Groups = {}
     for home, members in groups.items():
-        series, numbers = STEP_NUMBER.subn(r"\1", home.name)
-        lone = len(members) == 1 and members[0].is_file()
-        together = (home.parent, series, members[0].name) if lone and numbers else home
-        joined[together] += members
-    return list(joined.values())
+        copies = [path for path in members if path in listed and _is_copy(path, home, groups)]
+        found.left_out += [(path, EMA_COPY) for path in copies]
+        if others := [path for path in members if path not in copies]:
+            kept[home] = others
+    return kept
 
 
-def _kept(members: list[Location], glob: str | None, found: Found) -> list[Location]:
+def _is_copy(path: Location, home: Location | Place, groups: Groups) -> bool:
+    """Whether a checkpoint is the EMA of another one beside it, by their names."""
+    if not isinstance(home, Place):
+        names = {other.name for other in groups[home]}
+        return path.is_dir() and bool({*original_names(path.name)} & names)
+    others = [p for p in groups if isinstance(p, Place) and p.base == home.base]
+    return is_ema_name(home.name) and not all(is_ema_name(other.name) for other in others)
+
+
+def _refuse_networks(groups: Groups, listed: set[Location]) -> None:
+    """Make sure that a directory holds one network at each step.
+
+    Raises:
+        RunError: It holds several, and nobody named one.
+    """
+    places: dict[Location, list[Place]] = defaultdict(list)
+    for home, members in groups.items():
+        if isinstance(home, Place) and all(path in listed for path in members):
+            places[home.base].append(home)
+    for base, networks in places.items():
+        if len(networks) > 1:
+            alike = len({place.name for place in networks}) < len(networks)
+            patterns = [f"'{place.full_pattern if alike else place.pattern}'" for place in networks]
+            raise RunError(
+                f"{base} holds {len(networks)} networks side by side: {first_few(patterns, 8)}",
+                f"Select one with --glob {patterns[0]}.",
+            )
+
+
+def _kept(members: list[Location], pattern: str | None, found: Found) -> list[Location]:
     """The members that a run is made of, each once."""
     kept: dict[tuple[Location, str], Location] = {}
     for path in members:
-        if glob is not None and not fnmatch.fnmatchcase(path.name, glob):
-            found.left_out.append((path, f"does not match {glob}"))
+        if pattern is not None and not matches(path, pattern):
+            found.left_out.append((path, f"does not match {pattern}"))
         elif len(members) > 1 and path.is_file() and OTHER_STATE.fullmatch(stem_of(path)):
             found.left_out.append((path, NOT_WEIGHTS))
         else:
@@ -132,52 +203,113 @@ def _kept(members: list[Location], glob: str | None, found: Found) -> list[Locat
 
 
 def tell(left_out: Sequence[LeftOut]) -> list[str]:
-    """Notes about what was left out, but for what nobody would expect in a run."""
+    """Notes about what was left out, but for what nobody would expect in a run.
+
+    What has the same name below many steps is told once.
+    """
     notes: list[str] = []
+    alike: dict[LeftOut | tuple[str, str], list[Location]] = defaultdict(list)
     for path, why in left_out:
         if why.startswith("repeats "):
             notes.append(f"{path} {why} and counts once")
         elif why != NOT_WEIGHTS and not why.startswith("does not match "):
-            notes.append(f"{path} is left out: {why}")
+            alike[(path.name, why) if step_directory(path) else (path, why)].append(path)
+    for (_, why), paths in alike.items():
+        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        notes.append(f"{paths[0]}{more} {'are' if more else 'is'} left out: {why}")
     return notes
 
 
 def _members(directory: Location, found: Found) -> list[Location]:
-    """The checkpoints of a directory: itself, or those directly below.
+    """The checkpoints of a directory: itself, or those below.
 
     Raises:
         RunError: There are none, or several runs below, or one was left half-written.
     """
     below = sorted((p for p in directory.iterdir() if not p.name.startswith(".")), key=natural)
     itself = is_checkpoint_directory(directory)
-    nested = [path for path in below if is_checkpoint_directory(path)]
+    inner = [p for p in below if p.is_dir() and not OTHER_STATE.fullmatch(p.name)]
+    nested = [path for path in inner if is_checkpoint_directory(path)]
     if itself:  # and the states that DeepSpeed resumes from are part of it
         parts = part_names(directory)
         nested = [p for p in nested if not deepspeed.is_tag(p) and p.name not in parts]
-    for path in below:
-        if path.is_dir() and path not in nested:
-            _refuse_unfinished(path)
+    folders = [path for path in inner if path not in nested]
+    for path in folders:
+        _refuse_unfinished(path)
     if itself:
-        numbered = [path for path in nested if re.search(r"\d", path.name)]
-        others = [path for path in nested if numbered and path not in numbered]
-        found.left_out += [(path, "without a number, unlike its neighbours") for path in others]
-        return [*numbered, directory] if numbered else [directory]
+        return _around_root(directory, nested, folders, found)
     _refuse_unfinished(directory)
     if any(_numbered_below(path) for path in nested):
         raise _no_run(directory)
-    members = list(nested)
+    files: list[Location] = []
     for path in below:
         if path.is_dir() or not path.name.endswith(SUFFIXES):
             continue
         if why := why_not(stem_of(path)):
             found.left_out.append((path, why))
         else:
-            members.append(path)
-    runs = [p for p in below if p.is_dir() and p not in nested and _holds_checkpoints(p)]
+            files.append(path)
+    members = [*nested, *files]
+    if deeper := _below_steps(directory, nested, files, folders, found):
+        found.left_out += [(path, _UNLIKE) for path in members]
+        return deeper
+    runs = [path for path in folders if _holds_checkpoints(path)]
     if not members or (len(members) == 1 and runs):
         raise _no_run(directory)
     found.left_out += [(path, "a run of its own") for path in runs]
     return sorted(members, key=natural)
+
+
+def _around_root(
+    root: Location, nested: list[Location], folders: list[Location], found: Found
+) -> list[Location]:
+    """The checkpoints of a run that has a model at its root: the numbered ones and the root."""
+    numbered = [path for path in nested if re.search(r"\d", path.name)]
+    if numbered:
+        found.left_out += [(path, _UNLIKE) for path in nested if path not in numbered]
+        return [*numbered, root]
+    steps = {path: weights_below(path) for path in folders if mask_step(path.name) is not None}
+    deeper = [path for members in steps.values() for path in members]
+    if len({place_of(path) for path in deeper}) != 1:
+        return [root]
+    if part_names(root):  # a pipeline, of which one network was trained
+        found.left_out.append((root, "a model of several directories, unlike its steps"))
+        return deeper
+    return [*deeper, root]
+
+
+def _below_steps(
+    directory: Location,
+    nested: list[Location],
+    files: list[Location],
+    folders: list[Location],
+    found: Found,
+) -> list[Location]:
+    """The checkpoints below the directories that are called after steps; none if others are.
+
+    Raises:
+        CheckpointError: They are parts of models.
+    """
+    if len(files) > 1 or any(mask_step(path.name) is not None for path in nested):
+        return []
+    own = [directory] if not nested and not files else []
+    steps = {p: weights_below(p) for p in folders if mask_step(p.name) is not None}
+    if not any(steps.values()):
+        steps = {p: weights_below(p) for p in own if mask_step(p.name) is not None}
+    deeper = [path for members in steps.values() for path in members]
+    uppermost = {place.below[0] for path in deeper if (place := place_of(path)) is not None}
+    if len(nested) > 1 and not uppermost & {glob.escape(path.name) for path in nested}:
+        return []
+    together: dict[Location, list[Location]] = defaultdict(list)
+    for path in deeper:
+        together[path.parent].append(path)
+    if any(len(members) > 1 and is_series(members) for members in together.values()):
+        return []
+    series = {mask_step(step.name) for step, members in steps.items() if members}
+    for step, members in steps.items():
+        if not members and mask_step(step.name) in series:
+            found.left_out.append((step, "holds no weights, unlike its neighbours"))
+    return deeper
 
 
 def _numbered_below(directory: Location) -> bool:
@@ -201,13 +333,21 @@ def _refuse_unfinished(directory: Location) -> None:
         )
     why = ""
     if any(directory.glob("*.distcp")):
-        why = f"holds shards but no {dcp.METADATA}, which is written last"
-    elif numbered and (directory / huggingface.TRAINER_STATE).is_file():
+        why = (
+            f"holds parts of one model but no {dcp.METADATA}, which is written last and says how "
+            "they fit"
+        )
+    elif (
+        numbered
+        and (directory / huggingface.TRAINER_STATE).is_file()
+        and not weights_below(directory)
+    ):
         why = "looks like a checkpoint but holds no weights"
     if why:
         raise RunError(
             f"{directory} {why}",
-            "It may have been interrupted while being saved; delete it or copy it again.",
+            "It may have been interrupted while being saved: copy it again, or name the other "
+            "checkpoints one by one.",
         )
 
 
@@ -233,9 +373,16 @@ def _runs_below(directory: Location) -> list[str]:
     level = [directory]
     for _ in range(_DEEPEST_RUN):
         level = [p for d in level for p in _folders(d)][:_MOST_LOOKED_INTO]
-        if runs := [str(path) for path in level if _holds_checkpoints(path)]:
-            return runs
+        if runs := [_training_of(p, directory) for p in level if _holds_checkpoints(p)]:
+            return list(dict.fromkeys(map(str, runs)))
     return []
+
+
+def _training_of(holder: Location, directory: Location) -> Location:
+    """The directory to name for what a directory further down holds: above those of the steps."""
+    step = holder if mask_step(holder.name) is not None else step_directory(holder)
+    within = step is not None and directory in step.parents and step.parent != directory
+    return step.parent if step is not None and within else holder
 
 
 def _folders(directory: Location) -> list[Location]:

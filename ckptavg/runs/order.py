@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -22,11 +22,11 @@ from ckptavg.runs.damaged import Damaged, place_damaged
 from ckptavg.runs.file_names import (
     STRANGERS,
     is_alias_name,
-    labels_of,
     natural,
     stem_of,
 )
 from ckptavg.runs.find import LeftOut
+from ckptavg.runs.numbered import labels_of, roots_of
 from ckptavg.runs.steps_in_names import NamedStep, steps_in_names
 
 
@@ -100,11 +100,12 @@ def _without_refreshed(
     checkpoints: Sequence[Checkpoint],
 ) -> tuple[list[Checkpoint], list[LeftOut]]:
     """Split off the copies with recomputed statistics whose sources are there too."""
-    by_name: dict[object, Checkpoint] = {(c.path.name, c.size): c for c in checkpoints}
+    names = Counter(c.path.name for c in checkpoints)
+    by_name = {(c.path.name, c.size): c for c in checkpoints if names[c.path.name] == 1}
     kept: list[Checkpoint] = []
     left_out: list[LeftOut] = []
     for checkpoint in checkpoints:
-        source = by_name.get(_source_of(checkpoint))
+        source = by_name.get(_source_of(checkpoint) or ("", 0))
         if source is None or source is checkpoint:
             kept.append(checkpoint)
         else:
@@ -186,8 +187,9 @@ def _without_strangers(
 
 def _aliases(checkpoints: Sequence[Checkpoint]) -> set[Location]:
     """Checkpoints that may stand for another one: by their name, or as the parent of the rest."""
-    parents, labels = {c.path.parent for c in checkpoints}, labels_of([c.path for c in checkpoints])
-    return {path for path, label in labels.items() if path in parents or is_alias_name(label)}
+    labels = labels_of([c.path for c in checkpoints])
+    roots = roots_of([c.path for c in checkpoints])
+    return {path for path, label in labels.items() if path in roots or is_alias_name(label)}
 
 
 @dataclass(frozen=True)
@@ -265,8 +267,8 @@ def _common_clock(checkpoints: Sequence[Checkpoint]) -> tuple[_Clock, list[str]]
 def _named_steps(paths: Sequence[Location]) -> dict[Location, NamedStep]:
     """The steps in the names; a directory that holds the other checkpoints has none."""
     labels = labels_of(paths)
-    parents = {path.parent for path in paths}
-    numbered = [path for path in paths if path not in parents]
+    roots = roots_of(paths)
+    numbered = [path for path in paths if path not in roots]
     steps = steps_in_names([stem_of(labels[path]) for path in numbered])
     named = dict(zip(numbered, steps, strict=True))
     return {path: named.get(path, NamedStep(None)) for path in paths}

@@ -26,6 +26,12 @@ _NUMBER_FIRST = {
     for unit, words in _WORDS.items()
 }
 _WORD_BEFORE = re.compile(r"([a-z]+)([^a-z]*)$")
+# A day, and perhaps a time of day: 2024-01-31, 20240131_235959, 2024-01-31T23:59:59.
+DATE = re.compile(
+    r"(?<!\d)(?:19|20)\d\d([-_.]?)[01]\d\1[0-3]\d"
+    r"(?:[-_T ]?[0-2]\d[-_.:h]?[0-5]\d(?:[-_.:m]?[0-5]\d)?)?(?!\d)",
+    re.IGNORECASE,
+)
 _LONGEST_WORD, _MOST_DIGITS = 40, 300
 # Of METRIC_WORDS, what a checkpoint may be called for another reason than its score.
 _OTHER_MEANINGS = frozenset(
@@ -52,12 +58,14 @@ class NamedStep:
 def steps_in_names(stems: Sequence[str]) -> list[NamedStep]:
     """The number after a word like step or epoch, else the first that tells the names apart.
 
-    Of a single name without such a word it is the last number. Scores are no steps: numbers that
-    are not whole, and those after the name of a metric.
+    Of a single name without such a word it is the last number. A date is one number, with its year
+    in front. Scores are no steps: numbers that are not whole, and those after the name of a metric.
     """
     names = [stem.lower() for stem in stems]
     if (by_word := _common_word(names)) is not None:
         return by_word
+    if (by_date := _dates(names)) is not None:
+        return by_date
     numbers = [_whole_numbers(name) for name in names]
     numbered = [values for values in numbers if values]
     places = range(min(map(len, numbered), default=0))
@@ -90,6 +98,14 @@ def _common_word(names: Sequence[str]) -> list[NamedStep] | None:
             return steps
         constant = constant or steps
     return constant
+
+
+def _dates(names: Sequence[str]) -> list[NamedStep] | None:
+    """Steps by the date that all names have, written to the same precision."""
+    dates = [re.sub(r"\D", "", date[0]) for name in names if (date := DATE.search(name))]
+    if not dates or len(dates) < len(names) or len(set(map(len, dates))) > 1:
+        return None
+    return [NamedStep(int(date)) for date in dates]
 
 
 def _by_word(name: str, unit: Unit) -> int | None:

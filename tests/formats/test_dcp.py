@@ -374,7 +374,7 @@ def test_links_to_another_disk_are_read(run, tmp_path, name):
 def test_a_directory_without_its_metadata_is_an_error_and_not_left_out(run):
     (run[0] / "step_9" / ".metadata").unlink()
     for named in (run[0], run[0] / "step_9"):
-        with pytest.raises(RunError, match=r"step_9 holds shards but no \.metadata"):
+        with pytest.raises(RunError, match=r"step_9 holds parts of one model but no \.metadata"):
             ckptavg.open_run(named)
 
 

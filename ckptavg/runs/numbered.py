@@ -1,0 +1,216 @@
+"""Directories that are called after a step, and the checkpoints at the same place below them.
+
+Trainers save ``checkpoint-500/unet/`` or ``global_step_500/actor/huggingface/``: the step stands
+above the checkpoint, and ``unet`` below each of the steps is one run.
+"""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+from ckptavg.formats import is_checkpoint_directory
+from ckptavg.formats.storage import Location, ancestors
+from ckptavg.runs.file_names import SUFFIXES, stem_of, why_not
+from ckptavg.runs.steps_in_names import DATE
+
+DEEPEST = 5  # levels between a checkpoint and the directory that is called after its step
+_MOST_LOOKED_INTO = 200  # directories of a level below one step's
+_WORDS = r"(?:global_?)?steps?|iter(?:ation)?s?|epochs?|checkpoints?|ckpts?|chkpts?"
+_STEP_IN_NAME = re.compile(
+    rf"(?<![a-z])(?:{_WORDS}|ep|ba|snapshots?|updates?|rounds?|tokens?)[-_= ]?\d+[kmbt]?|"
+    r"(?<![a-z\d.])\d+[kmbt]?[-_ ]?(?:steps?|iter(?:ation)?s?|epochs?)(?![a-z])|"
+    r"(?<=:v)\d+$",
+    re.IGNORECASE,
+)
+_SCORE = re.compile(r"(?<!\d)-?\d+\.\d+")
+_COUNT = re.compile(r"\d+(?:[kmbt](?![a-z]))?", re.IGNORECASE)
+_BARE_NUMBER = re.compile(r"\d+(?:[-_.: T]\d+)*")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A place at which each step of a training has a checkpoint.
+
+    Attributes:
+        base: The directory of the training.
+        series: Shell pattern of the directories that are called after its steps.
+        below: Shell patterns of the names from such a directory down to the checkpoint.
+    """
+
+    base: Location
+    series: str
+    below: tuple[str, ...]
+
+    @property
+    def pattern(self) -> str:
+        """Shell pattern of the paths at this place."""
+        return "/".join(("*", *self.below))
+
+    @property
+    def full_pattern(self) -> str:
+        """The same, of directories of this series alone."""
+        return "/".join((self.series, *self.below))
+
+    @property
+    def name(self) -> str:
+        """The path below each step."""
+        return "/".join(self.below)
+
+
+def mask_step(name: str) -> str | None:
+    """The shell pattern of a name with another step in it; None where a name tells no step."""
+    if _BARE_NUMBER.fullmatch(name):
+        return "*"
+    if not DATE.search(name) and not _STEP_IN_NAME.search(name):
+        return None
+    masked = DATE.sub("\0", name)
+    masked = _STEP_IN_NAME.sub(lambda step: _COUNT.sub("\0", step[0]), masked)
+    return glob.escape(_SCORE.sub("\0", masked)).replace("\0", "*")
+
+
+def step_directory(path: Location) -> Location | None:
+    """The nearest directory above a checkpoint that is called after a step."""
+    above = ancestors(path, DEEPEST)
+    return next((parent for parent in above if mask_step(parent.name) is not None), None)
+
+
+def place_of(path: Location, *, masked: bool = False) -> Place | None:
+    """The place of a checkpoint below a directory that is called after its step, if one is.
+
+    Args:
+        path: The checkpoint.
+        masked: Also take the same step out of names further down: ``checkpoint-5/global_step5``.
+    """
+    home = step_directory(path)
+    if home is None:
+        return None
+    numbers = _numbers(home.name)
+    names: list[str] = []
+    while path != home:
+        same_step = masked and _numbers(path.name) <= numbers
+        names.append((same_step and mask_step(path.name)) or glob.escape(path.name))
+        path = path.parent
+    return Place(home.parent, mask_step(home.name) or "", tuple(reversed(names)))
+
+
+def labels_of(paths: Sequence[Location]) -> dict[Location, Location]:
+    """For each path the one whose name says when: where names are the same, the one above."""
+    roots = roots_of(paths)
+    members = [path for path in paths if path not in roots]
+    labels = {path: path for path in paths}
+    if len(members) == 1:
+        return labels | {members[0]: _label_of(members[0])}
+    lines = {path: [path, *ancestors(path, DEEPEST + 1)] for path in members}
+    for level in range(min(map(len, lines.values()), default=0)):
+        if len({line[level].name for line in lines.values()}) > 1:
+            return labels | {path: line[level] for path, line in lines.items()}
+    return labels
+
+
+def short_names(paths: Sequence[Location]) -> list[str]:
+    """The paths' names, each with as much above it as tells all of them apart."""
+    names = [path.name for path in paths]
+    for level in range(1, DEEPEST + 2):
+        if len({*names}) == len({*paths}):
+            break
+        lines = [[*ancestors(path, level)[::-1], path] for path in paths]
+        names = ["/".join(part.name for part in line) for line in lines]
+    return names
+
+
+def roots_of(paths: Sequence[Location]) -> set[Location]:
+    """The paths that others of them lie in."""
+    above = {parent for path in paths for parent in ancestors(path, DEEPEST + 1)}
+    return {path for path in paths if path in above}
+
+
+def weights_below(directory: Location) -> list[Location]:
+    """The checkpoints at whatever depth below a directory: directories, or else files.
+
+    What lies beside a model's directory in a file is another state: of the loader, of a rank.
+    """
+    directories: list[Location] = []
+    level = [directory]
+    files: list[Location] = []
+    for _ in range(DEEPEST):
+        deeper: list[Location] = []
+        beside: list[Location] = []
+        for path in chain(*map(_visible, level)):
+            if why_not(stem_of(path)):
+                continue
+            if is_checkpoint_directory(path):
+                directories.append(path)
+            elif path.is_dir():
+                deeper.append(path)
+            elif path.name.endswith(SUFFIXES):
+                beside.append(path)
+        files = files or beside
+        level = deeper[:_MOST_LOOKED_INTO]
+    return directories or files
+
+
+def is_series(members: Sequence[Location]) -> bool:
+    """Whether neighbours are checkpoints of several steps, by their names, not several networks."""
+    if any(mask_step(stem_of(path)) is not None for path in members):
+        return True
+    files = Counter(re.sub(r"\d+", "*", path.name) for path in members if path.is_file())
+    return any(count > 1 for count in files.values())
+
+
+def group_by_place(
+    homes: Mapping[Location, Sequence[Location]], apart: Collection[Location]
+) -> dict[Location | Place, list[Location]]:
+    """The members of each training: what lies at the same place below the directories of steps.
+
+    Neighbours stay together where they are a series themselves, or where no other directory has
+    the like of them.
+
+    Args:
+        homes: Checkpoints by the directory that they were found in.
+        apart: Directories whose members are several networks in any case.
+    """
+    places = _places([path for members in homes.values() for path in members])
+    shared = Counter(places.values())
+    groups: dict[Location | Place, list[Location]] = defaultdict(list)
+    for home, members in homes.items():
+        split = home in apart or (
+            any(shared[places[path]] > 1 for path in members if path in places)
+            and not (len(members) > 1 and is_series(members))
+        )
+        for path in members:
+            place = places.get(path)
+            groups[place if split and place is not None else home].append(path)
+    return groups
+
+
+def _places(paths: Sequence[Location]) -> dict[Location, Place]:
+    """The places of those that have one; the same step is taken out of names that are alone."""
+    real = {path: path.parent.resolve() / path.name for path in paths}
+    places = {path: place for path in paths if (place := place_of(real[path])) is not None}
+    shared = Counter(places.values())
+    for path, place in places.items():
+        if shared[place] == 1:
+            places[path] = place_of(real[path], masked=True) or place
+    return places
+
+
+def _label_of(path: Location) -> Location:
+    """What says when a single checkpoint was saved: itself, or a directory above it."""
+    numbered_file = not path.is_dir() and re.search(r"\d", stem_of(path))
+    if numbered_file or mask_step(stem_of(path)) is not None:
+        return path
+    return step_directory(path) or path
+
+
+def _visible(directory: Location) -> list[Location]:
+    paths: list[Location] = [p for p in directory.iterdir() if not p.name.startswith(".")]
+    return sorted(paths, key=lambda path: path.name)
+
+
+def _numbers(name: str) -> set[str]:
+    return {digits.lstrip("0") for digits in re.findall(r"\d+", name)}
