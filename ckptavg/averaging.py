@@ -20,7 +20,7 @@ from ckptavg.formats.table import FileStamp
 from ckptavg.formats.writing import FileSink, MemorySink, Sink
 from ckptavg.groups import Job
 from ckptavg.outputs import StateDict, Target
-from ckptavg.plan import Plan, TensorPlan, batchnorm_layers, copy_plan, make_plan
+from ckptavg.plan import Plan, TensorPlan, batchnorm_layers, copy_plan
 from ckptavg.processes import Processes
 from ckptavg.rules import Rules
 from ckptavg.run import Run, as_run
@@ -138,7 +138,7 @@ def plan_average(
     base: str | os.PathLike[str] | Checkpoint | None = None,
     dtype: str = "keep",
 ) -> Average:
-    """Check that a run can be averaged, without reading a tensor. Arguments as for ``average``."""
+    """Check that a run can be averaged, reading a few elements. Arguments as for ``average``."""
     run = as_run(run)
     for training in () if run.named else run.trainings:
         refuse_two_series(training)
@@ -150,9 +150,7 @@ def plan_average(
     if base is not None and not isinstance(base, Checkpoint):
         base = _open_base(base, checkpoints[-1].key)
     rules = Rules(_patterns(include), _patterns(exclude), base, dtype)
-    involved = checkpoints if base is None else (*checkpoints, base)
-    plan = lora.plan_merge if lora.are_adapters(involved) else make_plan
-    return Average(lora.noted(plan(checkpoints, coefficients, rules)), chosen, run.members)
+    return Average(lora.plan_mean(checkpoints, coefficients, rules), chosen, run.members)
 
 
 def _open_base(path: str | os.PathLike[str], key: str) -> Checkpoint:
@@ -360,7 +358,7 @@ def prepare(
         out,
         plan.outputs,
         recorded(made, plan.inputs) if digests else made,
-        [*others, *plan.files, plan.checkpoints[-1]],
+        [*others, *plan.files, plan.template],
         companions=plan.companions,
         overwrite=overwrite,
         neighbours=planned.members,

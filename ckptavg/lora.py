@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ckptavg import adapter_files
 from ckptavg.errors import (
     CheckpointError,
     MismatchError,
@@ -24,10 +25,11 @@ from ckptavg.errors import (
     first_few,
     short,
 )
-from ckptavg.formats import Checkpoint, Tensor, adapter
-from ckptavg.formats.table import Piece
+from ckptavg.factors import find_bare_pairs, is_part_of_product
+from ckptavg.formats import Checkpoint, adapter
 from ckptavg.plan import Plan, TensorPlan, make_plan
 from ckptavg.rules import Rules
+from ckptavg.stacking import placed
 
 _FACTOR = re.compile(r"(.*\.lora_(?:embedding_)?)([AB])((?:\.weight)?)")
 _FACTOR_BIAS = re.compile(r".*\.lora_B\.bias")
@@ -36,10 +38,10 @@ _ALIKE = (
     "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "bias",
     "target_parameters",
 )  # fmt: skip
-_INNER = re.compile(r"\.lora_(embedding_)?A(\.|$)")
 _INEXACT = (
-    "LoRA layers inside the checkpoints: the mean of A and the mean of B is not the mean of BA; "
-    "average adapters that were saved by save_pretrained, or merged models, for that"
+    "LoRA layers inside the checkpoints: the means of factors are not the mean of their product "
+    "(the mean of A and the mean of B is not the mean of BA); average adapters that were saved by "
+    "save_pretrained, or merged models, for that"
 )
 _MERGE = "Merge the adapters into their base models first (PeftModel.merge_and_unload)."
 
@@ -95,22 +97,38 @@ def plan_merge(
         )
     places = [sum(c != 0 for c in coefficients[:i]) for i in range(len(coefficients))]
     stacked = [stack.of(c, place) for c, place in zip(checkpoints, places, strict=True)]
-    plan = make_plan(stacked, coefficients, rules)
+    planned = make_plan(stacked, coefficients, rules)
     return replace(
-        plan,
+        planned,
         checkpoints=tuple(checkpoints),
-        tensors=tuple(map(stack.scaled, plan.tensors)),
+        tensors=tuple(map(stack.scaled, planned.tensors)),
         companions={adapter.CONFIG: json.dumps(stack.configuration(), indent=2).encode()},
-        notes=(*plan.notes, *_notes(stack, configs)),
+        notes=(*planned.notes, *_notes(stack, configs)),
     )
 
 
-def noted(plan: Plan) -> Plan:
-    """A plan that says so if it takes the mean of A and the mean of B, inside a whole model."""
-    factors = [t for t in plan.tensors if _INNER.search(t.name) and len(t.sources) > 1]
-    if plan.companions or not factors:
-        return plan
-    return replace(plan, notes=(*plan.notes, _INEXACT))
+def plan_mean(
+    checkpoints: Sequence[Checkpoint], coefficients: Sequence[float], rules: Rules
+) -> Plan:
+    """Plan an average of models or of adapters, the latter exactly where that is possible.
+
+    Arguments and errors as for ``make_plan`` and ``plan_merge``.
+    """
+    involved = checkpoints if rules.base is None else (*checkpoints, rules.base)
+    if are_adapters(involved):
+        return plan_merge(checkpoints, coefficients, rules)
+    stacked = adapter_files.plan_stack(checkpoints, coefficients, rules)
+    return stacked or _noted(make_plan(checkpoints, coefficients, rules))
+
+
+def _noted(planned: Plan) -> Plan:
+    """A plan that says so if it takes the means of factors."""
+    averaged = [t.name for t in planned.tensors if t.averaged and len(t.sources) > 1]
+    names = set(averaged)
+    tensors = {n: t for n, t in planned.checkpoints[-1].tensors.items() if n in names}
+    if not any(map(is_part_of_product, averaged)) and not find_bare_pairs(tensors):
+        return planned
+    return replace(planned, notes=(*planned.notes, _INEXACT))
 
 
 @dataclass(frozen=True)
@@ -131,7 +149,7 @@ class _Stack:
         for name, match in _factors(checkpoint).items():
             dim = 0 if match[2] == "A" else 1
             groups = 1 if dim else self._groups(checkpoint, match)
-            tensors[name] = _placed(tensors[name], dim, groups, place, len(self.coefficients))
+            tensors[name] = placed(tensors[name], dim, groups, place, len(self.coefficients))
         return replace(checkpoint, tensors=tensors)
 
     def scaled(self, plan: TensorPlan) -> TensorPlan:
@@ -168,33 +186,6 @@ class _Stack:
         columns = checkpoint.tensors[_partner(match)].shape[1]
         rank = self.config["r"] if self.config.get("target_parameters") else columns
         return rows // min(rank, columns)
-
-
-def _placed(tensor: Tensor, dim: int, groups: int, place: int, count: int) -> Tensor:
-    """A tensor at one of ``count`` places along a dimension, in each of its groups."""
-    extent = tensor.shape[dim] // groups
-    pieces = [
-        moved
-        for group in range(groups)
-        for piece in tensor.pieces
-        for moved in _moved(
-            piece, dim, group * extent, extent, (group * count + place) * extent, tensor.dtype.size
-        )
-    ]
-    shape = (*tensor.shape[:dim], tensor.shape[dim] * count, *tensor.shape[dim + 1 :])
-    return Tensor(tensor.dtype, shape, tuple(pieces))
-
-
-def _moved(piece: Piece, dim: int, low: int, extent: int, to: int, size: int) -> list[Piece]:
-    """The part of a piece from ``low`` on along a dimension, at ``to`` instead."""
-    begin = max(low, piece.start[dim])
-    end = min(low + extent, piece.start[dim] + piece.shape[dim])
-    if begin >= end:
-        return []
-    skipped = (begin - piece.start[dim]) * piece.stride[dim] * size
-    shape, start = list(piece.shape), list(piece.start)
-    shape[dim], start[dim] = end - begin, to + begin - low
-    return [Piece(piece.file, piece.offset + skipped, tuple(shape), piece.stride, tuple(start))]
 
 
 def _factors(checkpoint: Checkpoint) -> dict[str, re.Match[str]]:

@@ -72,6 +72,7 @@ class Plan:
         companions: Contents of the files that must stand beside the weights, by name; where there
             are any, the output has to be a directory.
         missing: Tensors that no output can hold, and why: they are left out of this one.
+        metadata: Entries of a safetensors header that are not as in the last checkpoint's.
         spectral_norms: Layers whose vectors are iterated on the averaged weight.
     """
 
@@ -81,12 +82,19 @@ class Plan:
     notes: tuple[str, ...] = ()
     companions: Mapping[str, bytes] = field(default_factory=dict)
     missing: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
     spectral_norms: tuple[SpectralNorm, ...] = ()
 
     @property
     def outputs(self) -> list[OutputTensor]:
         """What is written."""
         return [tensor.output for tensor in self.tensors]
+
+    @property
+    def template(self) -> Checkpoint:
+        """The checkpoint that outputs are laid out like."""
+        last = self.checkpoints[-1]
+        return replace(last, metadata={**last.metadata, **self.metadata})
 
     @property
     def ties(self) -> list[list[str]]:

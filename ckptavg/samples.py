@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 
 import torch
@@ -32,6 +32,17 @@ def sample(tensor: Tensor) -> torch.Tensor:
         parts = [_read(reader, tensor, start, count) for start, count in _stretches(tensor)]
     dtype = getattr(torch, tensor.dtype.name)
     return torch.cat(parts) if parts else torch.empty(0, dtype=dtype)
+
+
+def first_values(tensors: Sequence[Tensor]) -> list[float]:
+    """Read the first element of each of some tensors that have one.
+
+    Raises:
+        CheckpointError: A file cannot be read, or has become shorter.
+    """
+    with closing(Reader()) as reader:
+        reader.fetch((tensor, 0, 1) for tensor in tensors)
+        return [float(_read(reader, tensor, 0, 1)[0]) for tensor in tensors]
 
 
 def _stretches(tensor: Tensor) -> Iterator[tuple[int, int]]:
