@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -175,15 +176,16 @@ def test_an_output_that_was_there_before_is_not_claimed(
 @pytest.mark.parametrize("existing", [False, True])
 def test_a_signal_while_a_command_ends_is_heard(home, monkeypatch, number, word, code, existing):
     """Whether the command has done its work or failed."""
-    by_interrupts = ending.by_interrupts
+    by_interrupts, ended = ending.by_interrupts, []
 
     @contextmanager
-    def ends_slowly(outputs):
+    def ends_slowly(outputs, *signals):
         try:
-            with by_interrupts(outputs):
+            with by_interrupts(outputs, *signals):
                 yield
         finally:
-            if outputs == []:
+            ended.append(outputs)
+            if outputs == [] and ended.count([]) == 2:  # the first is of reading the command line
                 signal.raise_signal(number)
 
     monkeypatch.setattr(ending, "by_interrupts", ends_slowly)
@@ -195,6 +197,80 @@ def test_a_signal_while_a_command_ends_is_heard(home, monkeypatch, number, word,
     assert result.stderr.splitlines()[-1] == f"{word}."
     assert "Aborted" not in result.stderr
     assert out.exists()
+
+
+@numbers
+@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("fate", ["lost", "another error"])
+def test_a_signal_that_does_not_get_through_is_heard(
+    home, monkeypatch, number, word, code, moment, fate
+):
+    """Destructors swallow exceptions, and libraries in C++ make others of them."""
+    write_many, out = averaging.write_many, home / "swa.pt"
+
+    def disturbed(*arguments: object, **keywords: object) -> object:
+        answer = write_many(*arguments, **keywords) if moment == "after" else None
+        try:
+            signal.raise_signal(number)
+        except KeyboardInterrupt:
+            if fate == "another error":
+                raise RuntimeError("an error of C++") from None
+        return write_many(*arguments, **keywords) if moment == "before" else answer
+
+    monkeypatch.setattr(averaging, "write_many", disturbed)
+    result = average(home, "-o", str(out))
+    assert result.exit_code == code
+    left = f"{out} had been written" if out.exists() else "nothing was written"
+    assert result.stderr.splitlines()[-1] == f"{word}: {left}."
+    assert out.exists() == (moment == "after" or fate == "lost")
+
+
+@numbers
+def test_a_signal_while_the_command_line_is_read_is_heard(home, monkeypatch, number, word, code):
+    parse = click.Command.parse_args
+    monkeypatch.setattr(click.Command, "parse_args", raised(number, parse))
+    result = average(home, "-o", str(home / "swa.pt"))
+    assert result.exit_code == code
+    assert result.stderr.splitlines()[-1] == f"{word}: nothing was written."
+
+
+LINES = 40  # moments
+
+
+def test_a_signal_at_any_line_leaves_nothing_and_the_truth_is_told(home):
+    """Moments drawn evenly over all lines of Python that the command runs through."""
+    out, before = home / "swa.pt", listing(home)
+    count = 0
+
+    def interrupt(at: int) -> Result:
+        nonlocal count
+        count = 0
+
+        def trace(frame, event, argument):
+            nonlocal count
+            if "click/testing" in frame.f_code.co_filename:
+                return None
+            count += event == "line"
+            if count == at and event == "line":
+                signal.raise_signal(signal.SIGINT)
+            return trace
+
+        sys.settrace(trace)
+        try:
+            return average(home, "-o", str(out))
+        finally:
+            sys.settrace(None)
+
+    assert interrupt(0).exit_code == 0
+    out.unlink()
+    total = count
+    for i in range(1, LINES):  # not the very first, which are of the harness
+        result = interrupt(total * i // LINES)
+        assert result.exit_code == 130, result.output
+        left = f"{out} had been written" if out.exists() else "nothing was written"
+        assert result.stderr.splitlines()[-1] == f"Interrupted: {left}."
+        out.unlink(missing_ok=True)
+        assert listing(home) == before
 
 
 def test_commands_put_the_handlers_back(home):

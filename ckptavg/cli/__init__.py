@@ -21,18 +21,20 @@ class _Commands(click.Group):
     """Ends as a command does when it is told to before the command itself has begun."""
 
     def make_context(self, *args: Any, **options: Any) -> click.Context:
-        with _printable_errors():
+        with _end_when_told(), _printable_errors():
             return super().make_context(*args, **options)
 
     def invoke(self, ctx: click.Context) -> Any:
-        # The first is for a signal that comes while the others come to their end.
-        with (
-            ending.by_interrupts(None),
-            ending.by_signals(),
-            ending.by_interrupts([]),
-            _printable_errors(),
-        ):
+        with _end_when_told(), _printable_errors():
             return super().invoke(ctx)
+
+
+@contextmanager
+def _end_when_told() -> Iterator[None]:
+    """End by a signal as a command does that has written nothing."""
+    # The first is for a signal that comes while the others come to their end.
+    with ending.by_interrupts(None), ending.by_signals(), ending.by_interrupts([]):
+        yield
 
 
 @contextmanager

@@ -15,62 +15,100 @@ import click
 from ckptavg.display import printable
 
 _LAST = 3  # signals; this one is for a command that does not come to its end
+_BY_SIGNAL = 128  # and the signal's number: the exit code that shells give
 
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM, as launchers and schedulers send it: it ends a command just as Ctrl-C does."""
 
 
-@contextmanager
-def by_signals() -> Iterator[None]:
-    """Let SIGTERM and Ctrl-C unwind the stack, once: the next one does not disturb the cleaning.
+class Signals:
+    """Handlers by which SIGTERM and Ctrl-C unwind the stack, once.
 
-    A third does what it always did. Signals that are ignored, or have a handler, keep that.
+    The next signal does not disturb the cleaning; a third does what it always did.
+
+    Attributes:
+        first: The signal that came first; None as long as none has.
+    """
+
+    def __init__(self) -> None:
+        self.first: signal.Signals | None = None
+        self._count = 0
+        self._process = os.getpid()
+
+    def handle(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - as called
+        """Take a signal.
+
+        Raises:
+            KeyboardInterrupt: It is the first.
+        """
+        self._count += 1
+        if os.getpid() != self._process or self._count >= _LAST:  # a child has a copy of handlers
+            signal.signal(number, _USUAL[number])
+            signal.raise_signal(number)
+        elif self._count == 1:
+            self.first = signal.Signals(number)
+            raise _KINDS[self.first]
+
+
+_KINDS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
+_USUAL: dict[int, Any] = {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGTERM: signal.SIG_DFL,
+}
+
+
+@contextmanager
+def by_signals() -> Iterator[Signals]:
+    """Handle SIGTERM and Ctrl-C as ``Signals`` do, or leave it to those that do already.
+
+    Signals that are ignored, or have another handler, keep that.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield Signals()
         return
-    kinds = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
-    usual: dict[int, Any] = {
-        signal.SIGINT: signal.default_int_handler,
-        signal.SIGTERM: signal.SIG_DFL,
-    }
-    owner, received = os.getpid(), 0
-
-    def end(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - as handlers are called
-        nonlocal received
-        received += 1
-        if os.getpid() != owner or received >= _LAST:  # a child has a copy of the handlers
-            signal.signal(number, usual[number])
-            signal.raise_signal(number)
-        elif received == 1:
-            raise kinds[signal.Signals(number)]
-
-    ours = [number for number, handler in usual.items() if signal.getsignal(number) == handler]
+    handlers = {number: signal.getsignal(number) for number in _USUAL}
+    for handler in handlers.values():
+        outer = getattr(handler, "__self__", None)
+        if isinstance(outer, Signals):
+            yield outer
+            return
+    signals = Signals()
+    ours = [number for number, handler in handlers.items() if handler == _USUAL[number]]
     try:
         for number in ours:
-            signal.signal(number, end)
-        yield
+            signal.signal(number, signals.handle)
+        yield signals
     finally:
         for number in ours:
-            signal.signal(number, usual[number])
+            signal.signal(number, _USUAL[number])
 
 
 @contextmanager
-def by_interrupts(outputs: Sequence[str] | None) -> Iterator[None]:
+def by_interrupts(outputs: Sequence[str] | None, signals: Signals | None = None) -> Iterator[None]:
     """Say in one line what a command that was told to end has left, and exit as shells expect.
 
     Args:
         outputs: What the command was to write; None where that is not known.
+        signals: What came; an interrupt may be lost on its way, or become another error.
     """
     before = {path: _stamp(path) for path in outputs or ()}
+    number: signal.Signals | None = None
     try:
         yield
     except KeyboardInterrupt as error:
-        word, code = ("Terminated", 143) if isinstance(error, Terminated) else ("Interrupted", 130)
+        number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
+    except Exception:
+        number = None if signals is None else signals.first
+        if number is None:
+            raise
+    else:
+        number = None if signals is None else signals.first
+    if number is not None:
+        word = "Terminated" if number == signal.SIGTERM else "Interrupted"
         text = f"{word}." if outputs is None else f"{word}: {_left(before)}."
         click.echo(printable(text), err=True)
-        raise click.exceptions.Exit(code) from None
+        raise click.exceptions.Exit(_BY_SIGNAL + number) from None
 
 
 def _left(before: Mapping[str, object]) -> str:
@@ -81,7 +119,7 @@ def _left(before: Mapping[str, object]) -> str:
 def _stamp(path: str) -> tuple[int, ...] | None:
     """What tells an output from the one before it; None if there is none."""
     try:
-        info = os.lstat(path)
+        info = os.stat(os.path.realpath(path))
     except (OSError, ValueError):
         return None
     return info.st_dev, info.st_ino, info.st_mtime_ns

@@ -279,8 +279,12 @@ def _everywhere(function: F) -> F:
     def run(*, as_json: bool, quiet: bool, verbose: int, debug: bool, **values: Any) -> Any:
         report = ranks.report(as_json=as_json, verbosity=-1 if quiet else verbose)
         warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # which nobody needs here
-        interrupts = ending.by_interrupts(_outputs(**values))
-        with ending.by_signals(), interrupts, _errors_in_one_line(debug), report.notes():
+        with (
+            ending.by_signals() as signals,
+            ending.by_interrupts(_outputs(**values), signals),
+            _errors_in_one_line(debug),
+            report.notes(),
+        ):
             return function(report=report, **values)
 
     return options(run)  # type: ignore[return-value]
