@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from helpers import average_by_hand, names, same_bits, save, save_states, save_weight
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 import ckptavg
 from ckptavg import stream
@@ -171,6 +172,25 @@ def test_a_directory_follows_its_remote_template(store, tmp_path):
             assert there[name] == here[name]
     assert same(
         ckptavg.average(ckptavg.open_run(written[1])), ckptavg.average(ckptavg.open_run(local))
+    )
+
+
+def test_a_remote_model_of_several_directories_is_whole(store, tmp_path):
+    listed = [{"path": path, "type": "t"} for path in ("", "1_Pooling", "2_Dense")]
+    texts = {"modules.json": json.dumps(listed), "1_Pooling/config.json": "{}", "a/b/c.txt": "c"}
+    for step in (1, 2):
+        folder = tmp_path / "run" / f"step_{step}"
+        save(folder / "model.safetensors", {"w": torch.full((3,), float(step))})
+        save(folder / "2_Dense" / "model.safetensors", {"w": torch.full((3,), 10.0 * step)})
+        for name, text in texts.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text)
+        (folder / "optimizer.pt").write_text("old")
+    out = ckptavg.average(ckptavg.open_run(upload(tmp_path / "run")), out=tmp_path / "out")
+    files = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
+    assert files == {*texts, "model.safetensors", "2_Dense/model.safetensors"}
+    assert torch.equal(
+        load_file(out / "2_Dense" / "model.safetensors")["w"], torch.full((3,), 15.0)
     )
 
 
