@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 
-from ckptavg.errors import MismatchError, UnsupportedTensorError, first_few
+from ckptavg.errors import (
+    CheckpointError,
+    MismatchError,
+    UnsupportedTensorError,
+    first_few,
+    short,
+)
 from ckptavg.formats import Checkpoint
 from ckptavg.quantization import check_not_quantized
 
@@ -21,6 +27,7 @@ def check_names(
 
     Raises:
         MismatchError: One lacks some or has more.
+        CheckpointError: One holds several networks, and another one others or a single one.
     """
     last, expected = checkpoints[-1], set(names)
     for checkpoint in checkpoints[:-1]:
@@ -28,6 +35,12 @@ def check_names(
         lost, extra = sorted(expected - held), sorted(held - expected)
         if not lost and not extra:
             continue
+        if set(checkpoint.networks) != set(last.networks):
+            raise CheckpointError(
+                f"{checkpoint.path} and {last.path} hold different networks: "
+                f"{_networks_text(checkpoint)} against {_networks_text(last)}",
+                "Name the entry that holds the weights of both with --key.",
+            )
         if held and not held & expected:
             raise MismatchError(
                 f"{checkpoint.path} and {last.path} hold different networks: no tensor name in "
@@ -44,6 +57,11 @@ def check_names(
             _one_network(checkpoint, last)
             or "Leave the checkpoint out, or the tensors with --exclude.",
         )
+
+
+def _networks_text(checkpoint: Checkpoint) -> str:
+    entries = [short(entry) or "the file itself" for entry in checkpoint.entries]
+    return f"those under {first_few(entries)}" if checkpoint.networks else f"one, {entries[0]}"
 
 
 def _one_network(one: Checkpoint, other: Checkpoint) -> str:

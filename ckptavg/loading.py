@@ -83,6 +83,12 @@ def _remedy(model: set[str], checkpoint: set[str]) -> str:
         prefix = next((n[: -len(m)] for m in sorted(smaller) for n in larger if _ends(n, m)), "")
         if prefix and larger == {prefix + name for name in smaller}:
             return f"{is_so} with {prefix!r}: name a model whose modules are called as in training."
+    first = min(model, default="")
+    entries = sorted(name[: -len(first) - 1] for name in checkpoint if _ends(name, first))
+    fitting = [e for e in entries if all(f"{e}.{name}" in checkpoint for name in model)]
+    if fitting:
+        keys = first_few([f"--key {entry}" for entry in fitting])
+        return f"If the file has several networks, take the one that fits: {keys}."
     return "Check --model and its --model-arg."
 
 

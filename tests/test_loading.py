@@ -190,3 +190,16 @@ def test_names_that_differ_by_what_is_in_front_of_all_say_so(prefix_of, said):
     model, other = (inner, outer) if prefix_of == "checkpoint" else (outer, inner)
     with pytest.raises(ModelError, match=said):
         load_into(model, other.state_dict(), "swa.pt")
+
+
+def test_the_networks_of_a_file_that_fit_the_model_are_named():
+    state = Net().state_dict()
+    both = {f"{network}.{name}": t for network in ("critic", "actor") for name, t in state.items()}
+    with pytest.raises(ModelError, match=r"the one that fits: --key actor, --key critic\.$"):
+        load_into(Net(), both, "step_1.pt")
+    both |= {"critic.extra": torch.zeros(1)}
+    with pytest.raises(ModelError, match="--key actor, --key critic"):
+        load_into(Net(), both, "step_1.pt")
+    del both["actor.head.bias"]
+    with pytest.raises(ModelError, match=r"the one that fits: --key critic\.$"):
+        load_into(Net(), both, "step_1.pt")

@@ -83,7 +83,7 @@ def _show_run(report: Report, run: Run, geometry: Geometry | None = None) -> Non
             number_text(checkpoint.record.epoch),
             number_text(checkpoint.record.lr),
             *(number_text(checkpoint.record.metrics.get(m)) for m in metrics[:_MOST_METRICS]),
-            checkpoint.key or "(the file)",
+            first_few([entry or "(the file)" for entry in checkpoint.entries]),
             size_text(checkpoint.size),
         )
         for name, checkpoint in zip(short_names([c.path for c in run]), run, strict=True)
@@ -129,7 +129,7 @@ def _show_checkpoint(report: Report, checkpoint: Checkpoint) -> None:
     record = checkpoint.record
     report.line(
         f"{checkpoint.path}: {len(rows)} tensors, {values:,} values, {size_text(checkpoint.size)}, "
-        f"{f'weights under {checkpoint.key}' if checkpoint.key else 'a state dict itself'}"
+        f"{_entries_text(checkpoint)}"
     )
     report.line(
         f"step {number_text(record.step)}, epoch {number_text(record.epoch)}, "
@@ -158,6 +158,12 @@ def _show_checkpoint(report: Report, checkpoint: Checkpoint) -> None:
     )
 
 
+def _entries_text(checkpoint: Checkpoint) -> str:
+    if checkpoint.networks:
+        return f"{len(checkpoint.networks)} networks"
+    return f"weights under {checkpoint.key}" if checkpoint.key else "a state dict itself"
+
+
 def _show_provenance(report: Report, made: Mapping[str, Any]) -> None:
     rows = [
         (str(c.get("path")), number_text(c.get("step")), number_text(c.get("coefficient")))
@@ -178,6 +184,7 @@ def _summary(checkpoint: Checkpoint) -> dict[str, Any]:
         "path": without_secrets(str(checkpoint.path)),
         "layout": checkpoint.layout,
         "key": checkpoint.key,
+        "networks": list(checkpoint.networks),
         "step": checkpoint.step,
         "epoch": record.epoch,
         "lr": record.lr,

@@ -10,12 +10,13 @@ import torch
 from torch.distributed.checkpoint import filesystem, metadata
 
 from ckptavg.errors import first_few
-from ckptavg.formats import companions, dcp, lightning, weights
+from ckptavg.formats import companions, dcp, lightning
 from ckptavg.formats.harmless import Keeper
 from ckptavg.formats.inert_values import Sharded
 from ckptavg.formats.output import FileLayout, Layout, OutputTensor
 from ckptavg.formats.table import PROVENANCE, Checkpoint
 from ckptavg.formats.torch_pickle import Archive, StorageStub, TensorStub, dumps
+from ckptavg.formats.tree import join, locate
 
 _FILE = "__0_0.distcp"
 
@@ -120,9 +121,11 @@ def _entry_path(template: Checkpoint) -> dcp.ItemPath:
 
 def _full_names(source: dcp.Distributed, template: Checkpoint) -> dict[str, dcp.ItemPath]:
     """Bare name of a weight → the keys that led to it in what was saved."""
-    place = weights.locate(source.tree, template.key)
-    held = {} if place is None else place.entry
-    full = {name: v.name for name, v in held.items() if isinstance(v, Sharded)}
+    full: dict[str, str] = {}
+    for path in template.networks or ("",):
+        place = locate(source.tree, join(template.key, path))
+        held = {} if place is None else place.entry
+        full |= {join(path, n): v.name for n, v in held.items() if isinstance(v, Sharded)}
     return {
         bare: source.paths[full[stored]]
         for bare, stored in template.stored_names.items()

@@ -13,7 +13,7 @@ import os
 import pathlib
 import types
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from ckptavg.formats.inert_values import Global, Opaque, Refused, TensorView, na
 from ckptavg.formats.metric_names import is_metric
 from ckptavg.formats.record import OPTIMIZER_KEYS, TRAINING_STATE, holds_weights, number
 from ckptavg.formats.table import DTYPES
+from ckptavg.formats.tree import join
 
 _DEEPEST = 100  # levels; a pickler goes down by recursion
 _DEEPEST_METRIC = 4
@@ -91,6 +92,7 @@ class Keeper:
         tensor: What stands for a tensor in the output, given the tensor and whether it stands
             among other values; None if it may not go out.
         replaced: What to put in the place of an object, by the object's identity.
+        networks: Dotted paths below the key, where it holds several networks.
 
     Attributes:
         dropped: Dotted names of what was not kept.
@@ -101,6 +103,7 @@ class Keeper:
     plain: bool
     tensor: Callable[[TensorView, bool], Any]
     replaced: Mapping[int, Any]
+    networks: Sequence[str] = ()
     dropped: list[str] = field(default_factory=list)
     measured: list[str] = field(default_factory=list)
     _done: dict[int, tuple[Any, int]] = field(default_factory=dict)
@@ -117,6 +120,22 @@ class Keeper:
             names = first_few(self.measured, _MOST_NAMES)
             notes.append(f"measured on the last checkpoint, so not taken over: {names}")
         return notes
+
+    def whole(self, saved: dict[Any, Any] | list[Any] | tuple[Any, ...]) -> Any:
+        """What was saved, without what may not go out."""
+        if isinstance(saved, dict):
+            return self.entries(saved)
+        return type(saved)(self.elements(saved))
+
+    def elements(self, values: Sequence[Any], prefix: str = "", depth: int = 0) -> list[Any]:
+        """The elements of a list; None stands for one that may not go out."""
+        kept: list[Any] = []
+        for index, value in enumerate(values):
+            part = self._keep(value, f"{prefix}{index}.", depth + 1)
+            if part is _DROPPED:
+                self.dropped.append(f"{prefix}{index}")
+            kept.append(None if part is _DROPPED else part)
+        return kept
 
     def entries(
         self, values: Mapping[Any, Any], prefix: str = "", depth: int = 0
@@ -157,8 +176,13 @@ class Keeper:
 
         Only there: a hyperparameter may be called ``optimizer`` too, and so may a name.
         """
-        beside = self.key.startswith(prefix) and not isinstance(value, _SCALARS)
-        return beside and isinstance(name, str) and bool(TRAINING_STATE.fullmatch(name))
+        if isinstance(value, _SCALARS) or not isinstance(name, str):
+            return False
+        return self._leads_to_weights(prefix) and bool(TRAINING_STATE.fullmatch(name))
+
+    def _leads_to_weights(self, prefix: str) -> bool:
+        entries = [self.key, *(join(self.key, path) for path in self.networks)]
+        return any(entry.startswith(prefix) for entry in entries)
 
     def _keep(self, value: Any, prefix: str, depth: int) -> Any:
         if id(value) in self.replaced:
@@ -182,6 +206,8 @@ class Keeper:
     def _convert(self, value: Any, prefix: str, depth: int) -> Any:
         if isinstance(value, dict):
             return self._mapping(value, prefix, depth)
+        if isinstance(value, (list, tuple)) and self._leads_to_weights(prefix):
+            return type(value)(self.elements(value, prefix, depth))
         if isinstance(value, (list, tuple)):
             parts = [self._keep(part, f"{prefix}{i}.", depth + 1) for i, part in enumerate(value)]
             return _DROPPED if any(part is _DROPPED for part in parts) else type(value)(parts)

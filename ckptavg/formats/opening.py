@@ -209,7 +209,11 @@ def _checkpoint(path: Location, layout: str, parts: list[Part], recorded: Record
     names = [*tensors, *refused]
     if max(map(len, names)) > _LONGEST_NAME:
         raise CheckpointError(f"{path}: a tensor's name is over {_LONGEST_NAME} characters long")
-    bare = weights.bare_names(names)
+    networks = parts[0].networks
+    bare = weights.bare_network_names(networks) if networks else weights.bare_names(names)
+    wrappers = dict.fromkeys(
+        chain(*(weights.note_wrapper(own) for own in networks.values() or [names]))
+    )
     made = next((part.provenance for part in parts if part.provenance), None)
     if made is not None and made.get("scheme") == REFRESHED and made["checkpoints"]:
         recorded = replace(recorded, step=record.whole_number(made["checkpoints"][0].get("step")))
@@ -217,6 +221,7 @@ def _checkpoint(path: Location, layout: str, parts: list[Part], recorded: Record
         path=path,
         layout=layout,
         key=parts[0].key,
+        networks=tuple(networks),
         tensors={bare[name]: tensor for name, tensor in tensors.items() if name in bare},
         stored_names={bare[name]: name for name in tensors if name in bare},
         refused={bare[name]: why for name, why in refused.items() if name in bare},
@@ -224,7 +229,7 @@ def _checkpoint(path: Location, layout: str, parts: list[Part], recorded: Record
         record=recorded,
         provenance=made,
         step=recorded.epoch if recorded.step is None else recorded.step,
-        notes=(*chain(*(part.notes for part in parts)), *weights.note_wrapper(bare, names)),
+        notes=(*chain(*(part.notes for part in parts)), *wrappers),
         beside=parts[0].beside,
         metadata=parts[0].metadata,
     )

@@ -15,6 +15,7 @@ from ckptavg.formats import (
     safetensors,
     storage,
     torch_zip,
+    tree,
     weights,
 )
 from ckptavg.formats.inert_values import MalformedPickle, Refused, Sharded, TensorView
@@ -36,6 +37,7 @@ class Part:
         record: What training wrote beside the weights.
         provenance: How ckptavg made it, if it did.
         key: Dotted path of the entry that holds the weights.
+        networks: Dotted path below the key → names of its tensors, where there are several.
         notes: What a person should know about how it was read.
         beside: What else it holds.
         metadata: Text of a safetensors header besides tensors and provenance, by name.
@@ -48,6 +50,7 @@ class Part:
     record: Record
     provenance: Mapping[str, Any] | None
     key: str = ""
+    networks: Mapping[str, list[str]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -75,24 +78,25 @@ def _read_safetensors(path: Location, stamp: FileStamp) -> Part:
 def _read_torch(path: Location, stamp: FileStamp, key: str | None) -> Part:
     opened = torch_zip.read(path)
     try:
-        found, entry, notes = weights.find_entry(str(path), opened.tree, key)
+        found = weights.find_weights(str(path), opened.tree, key)
     except MalformedPickle as error:
         raise torch_zip.damaged(path, str(error)) from error
-    views = _of_kind(entry, TensorView)
+    views = _of_kind(found.entry, TensorView)
     tensors = {name: opened.tensor(view) for name, view in views.items()}
     deepspeed.refuse_placeholders(path, opened.tree, tensors)
     return Part(
         layout="torch",
         stamps=(stamp,),
         tensors=tensors,
-        refused={name: value.why for name, value in _of_kind(entry, Refused).items()},
-        record=record.from_tree(opened.tree, found, path.name, opened.number),
+        refused={name: value.why for name, value in _of_kind(found.entry, Refused).items()},
+        record=record.from_tree(opened.tree, found.record_key, path.name, opened.number),
         provenance=_provenance(
             {PROVENANCE: opened.provenance} if opened.provenance else opened.tree
         ),
-        key=found,
-        notes=(*notes, *_note_others(entry)),
-        beside=weights.beside(opened.tree, found),
+        key=found.key,
+        networks={path: _tensor_names(entry) for path, entry in found.networks.items()},
+        notes=(*found.notes, *_note_others(found.entry)),
+        beside=weights.beside(opened.tree, found.paths),
     )
 
 
@@ -100,12 +104,16 @@ def _of_kind(entry: Mapping[Any, Any], kind: type[Kind]) -> dict[str, Kind]:
     return {n: v for n, v in entry.items() if isinstance(n, str) and isinstance(v, kind)}
 
 
+def _tensor_names(entry: Mapping[Any, Any]) -> list[str]:
+    return [n for n, v in entry.items() if isinstance(n, str) and isinstance(v, tree.TENSORS)]
+
+
 def _note_others(entry: Mapping[Any, Any]) -> list[str]:
     """A note about what an entry holds besides tensors."""
     others = [
         name
         for name, value in entry.items()
-        if not isinstance(name, str) or not isinstance(value, weights.TENSORS)
+        if not isinstance(name, str) or not isinstance(value, tree.TENSORS)
     ]
     if not others:
         return []
@@ -116,18 +124,19 @@ def _note_others(entry: Mapping[Any, Any]) -> list[str]:
 def read_distributed(path: Location, key: str | None) -> Part:
     """Read the metadata of a directory of ``torch.distributed.checkpoint``; as ``read_file``."""
     opened = dcp.read(path)
-    found, entry, notes = weights.find_entry(str(path), opened.tree, key)
-    tensors = {n: opened.tensor(t) for n, t in _of_kind(entry, Sharded).items()}
+    found = weights.find_weights(str(path), opened.tree, key)
+    tensors = {n: opened.tensor(t) for n, t in _of_kind(found.entry, Sharded).items()}
     return Part(
         layout="distributed",
         stamps=opened.stamps_of(tensors),
         tensors=tensors,
         refused={},
-        record=record.from_tree(opened.tree, found),
+        record=record.from_tree(opened.tree, found.record_key),
         provenance=_provenance(opened.tree),
-        key=found,
-        notes=(*notes, *_note_others(entry)),
-        beside=weights.beside(opened.tree, found),
+        key=found.key,
+        networks={path: _tensor_names(entry) for path, entry in found.networks.items()},
+        notes=(*found.notes, *_note_others(found.entry)),
+        beside=weights.beside(opened.tree, found.paths),
     )
 
 

@@ -230,6 +230,8 @@ class Checkpoint:
         layout: ``safetensors``, ``torch`` (torch.save), or of directories ``huggingface``,
             ``peft`` (an adapter), ``deepspeed`` and ``distributed`` (torch.distributed.checkpoint).
         key: Dotted path of the entry that holds the weights; empty if the file itself does.
+        networks: Dotted paths below the key of several networks, which their tensors' names begin
+            with; empty where there is one state dict.
         tensors: The table, under bare names, in the file's order.
         stored_names: Bare name → the name in the file, where wrappers were dropped.
         refused: Name → why the tensor cannot be averaged, for tensors without plain bytes.
@@ -260,9 +262,16 @@ class Checkpoint:
     step: float | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
     components: Mapping[str, Checkpoint] = field(default_factory=dict)
+    networks: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return f"<Checkpoint {self.path}: {len(self.tensors)} tensors, step {self.step}>"
+
+    @property
+    def entries(self) -> tuple[str, ...]:
+        """Dotted paths of the entries that hold the weights; empty ones for the file itself."""
+        below = self.networks or ("",)
+        return tuple(".".join(filter(None, (self.key, path))) for path in below)
 
     @property
     def nbytes(self) -> int:

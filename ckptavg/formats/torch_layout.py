@@ -22,6 +22,7 @@ from ckptavg.formats.reading import Reader
 from ckptavg.formats.table import PROVENANCE, Checkpoint
 from ckptavg.formats.torch_pickle import Archive, StorageStub, TensorStub, dumps
 from ckptavg.formats.torch_zip import PROVENANCE_RECORD, TorchFile
+from ckptavg.formats.tree import Place, join, locate
 
 PLAIN_SUFFIX = ".pt"
 STATE_DICT = "state_dict"
@@ -31,6 +32,9 @@ _FASTAI_STATE = frozenset(["hypers", "state"])  # of its optimizer
 _SMALL = 1 << 14  # elements of a tensor that counts as a value where it stands among others
 _MOST_VALUES, _MOST_BYTES = 10_000, 1 << 24  # of those: a small file can hold them by the million
 _BARE = "the weights stand under 'state_dict'; -o OUT.pth gives a bare state dict like the inputs"
+_LISTED = (
+    "the weights stand under 'state_dict'; -o OUT.pth gives a list or a tuple like the inputs'"
+)
 _MODULE = "a pickled module is written as its state dict: its class is not known here"
 
 
@@ -148,27 +152,31 @@ def _like_file(plain: bool, provenance: str, template: Checkpoint, book: _Storag
     alone = {STATE_DICT: bare, PROVENANCE: provenance}
     template.files[0].verify()
     file = torch_zip.read(template.files[0].path)
-    place = weights.locate(file.tree, template.key)
-    notes = [_MODULE] if place is None or place.pickled else []
-    if place is None or not place.within_dicts:
+    places = _places(file, template)
+    pickled = any(place.pickled for place in places.values())
+    notes = [_MODULE] if pickled or not places else []
+    if not places or not all(place.within_plain for place in places.values()):
         return Contents(alone, {}, notes)
-    whole = place.value is file.tree
-    if whole and (plain or place.pickled):
-        return Contents(alone, {}, notes or [_BARE])
-    keeper = _keeper(plain, template, book, file, place)
-    own = _own_entry(template, book, keeper, place)
-    if whole:
+    whole = any(place.value is file.tree for place in places.values())
+    unnamed = not isinstance(file.tree, dict)  # there is no name to put more under
+    if plain and (unnamed or (whole and not template.networks)):
+        return Contents(alone, {}, notes or [_LISTED if unnamed else _BARE])
+    if whole and pickled:
+        return Contents(alone, {}, notes)
+    keeper = _keeper(plain, template, book, file, places)
+    own = _own_entries(template, book, keeper, places)
+    fastai = not unnamed and file.tree.keys() == _FASTAI and template.key == _FASTAI_MODEL
+    if fastai and not plain:
+        return _like_fastai(own[""], provenance, file, keeper)
+    if not whole and (usual := _usual_place(file, template, places)) is not None:
+        keeper.replaced = {**keeper.replaced, id(usual.value): own[""]}
+    tree = own[""] if whole else keeper.whole(file.tree)
+    if whole or unnamed:
         records = {PROVENANCE_RECORD: provenance.encode()}
-        return Contents(own, records, keeper.notes)
-    keeper.replaced = {id(place.value): own}
-    if not plain and file.tree.keys() == _FASTAI and template.key == _FASTAI_MODEL:
-        return _like_fastai(own, provenance, file, keeper)
-    if (usual := _usual_place(file, place)) is not None:
-        keeper.replaced |= {id(usual.value): own}
-    tree = keeper.entries(file.tree) | {PROVENANCE: provenance}
-    if plain:
-        tree[STATE_DICT] = bare
-    return Contents(tree, {}, notes + keeper.notes)
+        return Contents(_with_state_dict(tree, bare, plain), records, notes + keeper.notes)
+    return Contents(
+        _with_state_dict(tree | {PROVENANCE: provenance}, bare, plain), {}, notes + keeper.notes
+    )
 
 
 def _like_shards(plain: bool, provenance: str, template: Checkpoint, book: _Storages) -> Contents:
@@ -183,7 +191,7 @@ def _like_shards(plain: bool, provenance: str, template: Checkpoint, book: _Stor
 
 
 def _like_fastai(
-    own: OrderedDict[str, Any], provenance: str, file: TorchFile, keeper: Keeper
+    own: OrderedDict[Any, Any], provenance: str, file: TorchFile, keeper: Keeper
 ) -> Contents:
     """What fastai's Learner.load takes: exactly these two entries, or a bare state dict.
 
@@ -197,26 +205,50 @@ def _like_fastai(
     return Contents(tree, {PROVENANCE_RECORD: provenance.encode()}, keeper.notes)
 
 
-def _usual_place(file: TorchFile, place: weights.Place) -> weights.Place | None:
+def _places(file: TorchFile, template: Checkpoint) -> dict[str, Place]:
+    """Where the weights lie, by the network's path below the key; none if that cannot be told."""
+    places: dict[str, Place] = {}
+    for path in template.networks or ("",):
+        place = locate(file.tree, join(template.key, path))
+        if place is None:
+            return {}
+        places[path] = place
+    return places
+
+
+def _with_state_dict(tree: Any, bare: Mapping[str, TensorStub], plain: bool) -> Any:
+    return {**tree, STATE_DICT: bare} if plain else tree
+
+
+def _usual_place(
+    file: TorchFile, template: Checkpoint, places: Mapping[str, Place]
+) -> Place | None:
     """Where loaders look for the weights, if another entry of the same names was averaged."""
     try:
-        key, entry, _ = weights.find_entry(file.path, file.tree, None)
+        usual = weights.find_weights(file.path, file.tree, None)
     except (CheckpointError, MalformedPickle):
         return None
-    usual = weights.locate(file.tree, key) if entry.keys() == place.entry.keys() else None
-    return usual if usual and usual.within_dicts and usual.value is not file.tree else None
+    if template.networks or usual.networks or usual.entry.keys() != places[""].entry.keys():
+        return None
+    found = locate(file.tree, usual.key)
+    return found if found and found.within_plain and found.value is not file.tree else None
 
 
 def _keeper(
-    plain: bool, template: Checkpoint, book: _Storages, file: TorchFile, place: weights.Place
+    plain: bool,
+    template: Checkpoint,
+    book: _Storages,
+    file: TorchFile,
+    places: Mapping[str, Place],
 ) -> Keeper:
     """Keeps, of tensors, those that are the weights under another name, and small ones."""
     bare = {stored: name for name, stored in template.stored_names.items()}
-    same = {
-        weights.identity(view): book.stubs[bare[name]]
-        for name, view in place.entry.items()
-        if isinstance(view, TensorView) and bare.get(name) in book.stubs
-    }
+    same: dict[object, TensorStub] = {}
+    for path, place in places.items():
+        for name, view in place.entry.items():
+            known = isinstance(view, TensorView) and bare.get(join(path, name))
+            if known in book.stubs:
+                same[weights.identity(view)] = book.stubs[known]
 
     def tensor(view: TensorView, among_values: bool) -> TensorStub | None:
         if found := same.get(weights.identity(view)):
@@ -224,17 +256,48 @@ def _keeper(
         small = not view.shape or (among_values and math.prod(view.shape) <= _SMALL)
         return book.keep(view, file) if small and view.dtype.size else None
 
-    return Keeper(template.key, plain, tensor, {})
+    return Keeper(template.key, plain, tensor, {}, template.networks)
+
+
+def _own_entries(
+    template: Checkpoint, book: _Storages, keeper: Keeper, places: Mapping[str, Place]
+) -> dict[str, OrderedDict[Any, Any]]:
+    """The entries that hold the weights, by network, and the keeper told to put them in place.
+
+    One that lies in another is made before it.
+    """
+    file_entries: dict[str, OrderedDict[Any, Any]] = {}
+    for path in sorted(places, key=len, reverse=True):
+        own = _own_entry(template, book, keeper, path, places[path])
+        file_entries[path] = own
+        keeper.replaced = {**keeper.replaced, id(places[path].value): own}
+    for name in book.stubs:
+        if name not in template.stored_names:  # what another base brings
+            stored = template.stored_name(name)
+            homes = [path for path in places if stored.startswith(f"{path}." if path else "")]
+            home = max(homes, key=len, default=next(iter(places)))
+            within = stored.removeprefix(f"{home}.") if home else stored
+            file_entries[home][within] = book.stubs[name]
+    return file_entries
 
 
 def _own_entry(
-    template: Checkpoint, book: _Storages, keeper: Keeper, place: weights.Place
-) -> OrderedDict[str, Any]:
+    template: Checkpoint, book: _Storages, keeper: Keeper, path: str, place: Place
+) -> OrderedDict[Any, Any]:
     """The weights under the names that they had, in their order, and what stood among them."""
-    taken = set(template.stored_names.values())
+    bare = {stored: name for name, stored in template.stored_names.items()}
+    taken = {
+        name: bare[join(path, name)]
+        for name in place.entry
+        if isinstance(name, str) and join(path, name) in bare
+    }
     others = {name: value for name, value in place.entry.items() if name not in taken}
-    kept = keeper.entries(others, f"{template.key}." if template.key else "")
-    new = {template.stored_name(name): stub for name, stub in book.stubs.items()} | kept
-    own = OrderedDict((name, new.pop(name)) for name in place.entry if name in new)
-    own.update(new)  # what another base brings
+    above = join(template.key, path)
+    kept = keeper.entries(others, f"{above}." if above else "")
+    own: OrderedDict[Any, Any] = OrderedDict()
+    for name in place.entry:
+        if name in kept:
+            own[name] = kept[name]
+        elif taken.get(name) in book.stubs:
+            own[name] = book.stubs[taken[name]]
     return own

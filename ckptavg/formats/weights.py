@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
 from ckptavg.errors import CheckpointError, NoWeightsError, first_few, short
 from ckptavg.formats import pickled_module
-from ckptavg.formats.inert_values import Opaque, Refused, Sharded, TensorView
+from ckptavg.formats.inert_values import Opaque, TensorView
+from ckptavg.formats.network_entries import (
+    find_networks,
+    is_average,
+    is_network,
+    may_hold_networks,
+)
 from ckptavg.formats.record import OPTIMIZER_KEYS
 from ckptavg.formats.table import PROVENANCE
+from ckptavg.formats.tree import (
+    LONGEST_NAME,
+    TENSORS,
+    Entry,
+    children,
+    count_tensors,
+    holds_tensors,
+    join,
+    locate,
+    walk,
+)
 
 KNOWN_ENTRIES = (
     "state_dict",
@@ -30,8 +47,6 @@ INNER_WRAPPERS = LEADING_WRAPPERS[1:]
 TORCH_COUNTER, MMENGINE_COUNTER = "n_averaged", "steps"
 COUNTERS = (TORCH_COUNTER, MMENGINE_COUNTER)
 
-TENSORS = (TensorView, Sharded, Refused)
-Entry = Mapping[Any, Any]
 _PICKLED = "the weights are read from a pickled module, without its class"
 _MODULE_DROPPED = (
     "'module.' in front of every name is taken for DDP's wrapper and dropped; where it is the "
@@ -52,48 +67,125 @@ _MMCV_SWAPPED = (
 )
 _DEEPEST_ENTRY = 3
 _MOST_ENTRIES = 12  # that a message lists
-_LONGEST_NAME = 500  # characters of a name that could be typed after --key
 
 
-def find_entry(path: str, tree: Any, key: str | None) -> tuple[str, Entry, list[str]]:
-    """Find the state dict in what a file holds.
+@dataclass(frozen=True)
+class Weights:
+    """The weights that were found in a saved object.
+
+    Attributes:
+        key: Dotted path of the entry that holds them; empty if the object itself does.
+        entry: The state dict; of several networks what they hold, by path and name joined.
+        notes: What a person should know about the choice.
+        networks: Dotted path below the key → state dict, where there are several networks.
+    """
+
+    key: str
+    entry: Entry
+    notes: Sequence[str] = ()
+    networks: Mapping[str, Entry] = field(default_factory=dict)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Dotted paths of the entries that hold them, from the object on."""
+        return tuple(join(self.key, path) for path in self.networks or ("",))
+
+    @property
+    def record_key(self) -> str:
+        """The path beside which training recorded its numbers: that of the first entry."""
+        return self.paths[0]
+
+
+def find_weights(path: str, tree: Any, key: str | None) -> Weights:
+    """Find the weights in what a file holds: one state dict, or those of several networks.
 
     Args:
         path: The file, for messages.
         tree: What was saved.
         key: Dotted path of the entry, if the user named one.
 
-    Returns:
-        The entry's dotted path (empty for the file itself), the entry, and notes.
-
     Raises:
         CheckpointError: There is no such entry, or none that can be told to hold the weights.
     """
     if key is not None:
-        return key, _named_entry(path, tree, key), _note_swap(tree, key)
+        return _named_entry(path, tree, key)
     if count_tensors(tree) == 0:
         raise NoWeightsError(f"{path} holds no tensors ({_describe(tree)})", _suggest(tree))
     if pickled_module.is_module(tree):
-        return "", pickled_module.state_dict(tree), [_PICKLED]
+        return Weights("", pickled_module.state_dict(tree), [_PICKLED])
     if isinstance(tree, dict):
         if tree.keys() >= OPTIMIZER_KEYS:
             raise NoWeightsError(f"{path} is an optimizer's state", "Name the model's checkpoint.")
-        distinct = {id(value): value for value in tree.values()}
-        if _holds_tensors(tree) and not any(map(_holds_tensors, distinct.values())):
-            return "", tree, []
-        for name in KNOWN_ENTRIES:
-            if _holds_tensors(tree.get(name)):
-                return name, tree[name], _note_other_weights(tree, name)
-        for name in (*KNOWN_ENTRIES, "ema"):  # where only the EMA was kept, it is the model
-            if pickled_module.is_module(tree.get(name)):
-                notes = [_PICKLED, *_note_other_weights(tree, name)]
-                return name, pickled_module.state_dict(tree[name]), notes
-        for name in tree:
-            if isinstance(name, str) and _holds_tensors(model := _entry(tree, name, "model")):
-                return f"{name}.model", model, []
+        if (known := _find_known(tree)) is not None:
+            return known
+    if (networks := _find_networks(tree)) is not None:
+        return networks
     raise CheckpointError(
         f"{path}: no entry is known to hold the weights ({_describe(tree)})", _suggest(tree)
     )
+
+
+def _find_known(tree: Mapping[Any, Any]) -> Weights | None:
+    """The weights where an object is a state dict, or holds one where trainers put it."""
+    distinct = {id(value): value for value in tree.values()}
+    if holds_tensors(tree) and not any(map(holds_tensors, distinct.values())):
+        return _with_nested("", tree, [])
+    for name in KNOWN_ENTRIES:
+        if holds_tensors(tree.get(name)):
+            return _with_nested(name, tree[name], _note_other_weights(tree, name))
+    for name in (*KNOWN_ENTRIES, "ema"):  # where only the EMA was kept, it is the model
+        if pickled_module.is_module(tree.get(name)):
+            notes = [_PICKLED, *_note_other_weights(tree, name)]
+            return Weights(name, pickled_module.state_dict(tree[name]), notes)
+    states = [
+        name
+        for name in tree
+        if isinstance(name, str) and holds_tensors(_entry(tree, name, "model"))
+    ]
+    trained = [name for name in states if not is_average(name)] or states[:1]
+    if len(trained) == 1:
+        return _with_nested(f"{trained[0]}.model", tree[trained[0]]["model"], [])
+    return None
+
+
+def _find_networks(tree: Any, key: str = "") -> Weights | None:
+    """The weights of every network below an entry; None where there is none.
+
+    A single one is like any other state dict, several share a table by their paths.
+    """
+    entries = find_networks(tree)
+    names = entries.names()
+    values = {path: _value(tree, path) for path in entries.networks}
+    modules = {path for path, value in values.items() if pickled_module.is_module(value)}
+    misled = [p for p, e in entries.networks.items() if values[p] is not e and p not in modules]
+    if not entries.networks or names is None or misled:
+        return None
+    notes = [_PICKLED] if modules else []
+    copies = {id(part): (path, part) for path, part in entries.averages.items()}
+    some = islice(copies.values(), _MOST_ENTRIES)
+    if averages := [path for path, part in some if count_tensors(part)]:
+        shown = first_few([short(join(key, path)) for path in averages])
+        notes.append(f"left out as running averages: {shown} (--key)")
+    if len(entries.networks) == 1:
+        ((path, entry),) = entries.networks.items()
+        return Weights(join(key, path), entry, notes)
+    shown = first_few([short(join(key, path)) or "the file itself" for path in entries.networks])
+    count = len(entries.networks)
+    several = f"{count} networks, each averaged at its own place: {shown} (--key picks one)"
+    return Weights(key, names, [several, *notes], entries.networks)
+
+
+def _value(tree: Any, path: str) -> Any:
+    steps = walk(tree, path)
+    return None if steps is None else steps[-1][1]
+
+
+def _with_nested(key: str, entry: Entry, notes: Sequence[str]) -> Weights:
+    """A state dict with those that are nested in it, as networks of their own."""
+    nested = _find_networks(entry, key)
+    if nested is None or "" not in nested.networks:
+        return Weights(key, entry, notes)
+    return Weights(key, nested.entry, [*notes, *nested.notes], nested.networks)
 
 
 def _entry(tree: Mapping[Any, Any], name: str, inner: str) -> Any:
@@ -102,60 +194,25 @@ def _entry(tree: Mapping[Any, Any], name: str, inner: str) -> Any:
     return below.get(inner) if isinstance(below, dict) else None
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where in a saved object the weights lie.
+def beside(tree: Any, paths: Sequence[str]) -> tuple[str, ...]:
+    """What a saved object holds besides the weights, entry by entry, and in how many tensors.
 
-    Attributes:
-        value: The object that holds them.
-        entry: The same as a state dict.
-        within_dicts: Whether all that it lies in are dicts.
+    Args:
+        tree: What was saved.
+        paths: Dotted paths of the entries that hold the weights.
     """
-
-    value: Any
-    entry: Entry
-    within_dicts: bool
-
-    @property
-    def pickled(self) -> bool:
-        """Whether the weights are those of a module that was pickled whole."""
-        return self.entry is not self.value
-
-
-def locate(tree: Any, key: str) -> Place | None:
-    """Find an entry by its dotted path, whose parts may have dots themselves; None if it is not.
-
-    Raises:
-        MalformedPickle: A module at that place holds itself.
-    """
-    value, rest, within_dicts = tree, key, True
-    while rest:
-        if isinstance(value, Opaque):
-            value, within_dicts = value.state, False
-        match = next((k for k in _prefixes(rest) if isinstance(value, dict) and k in value), None)
-        if match is None:
-            return None
-        value, rest = value[match], rest[len(match) + 1 :]
-    if pickled_module.is_module(value):
-        return Place(value, pickled_module.state_dict(value), within_dicts)
-    return Place(value, value, within_dicts)
-
-
-def beside(tree: Any, key: str) -> tuple[str, ...]:
-    """What a saved object holds besides the weights, entry by entry, and in how many tensors."""
-    found: list[str] = []
-    prefix, rest = "", key
-    while rest and isinstance(tree, dict):
-        match = next((k for k in _prefixes(rest) if k in tree), "")
-        others = islice(
-            (n for n in tree if isinstance(n, str) and n not in (match, PROVENANCE)), _MOST_ENTRIES
-        )
-        for name in others:
-            count = count_tensors(tree[name])
+    levels: dict[str, Any] = {}
+    for path in paths:
+        levels |= dict(walk(tree, path) or ())
+    shown: list[str] = []
+    for above, level in levels.items():
+        others = [] if above in paths else children(level)
+        named = [(join(above, name), value) for name, value in others if name != PROVENANCE]
+        for name, value in [part for part in named if part[0] not in levels][:_MOST_ENTRIES]:
+            count = count_tensors(value)
             held = f" ({count} tensor{'s' * (count != 1)})" if count else ""
-            found.append(f"{prefix}{short(name)}{held}")
-        prefix, rest, tree = f"{prefix}{match}.", rest[len(match) + 1 :], tree.get(match)
-    return tuple(found)
+            shown.append(f"{short(name)}{held}")
+    return tuple(shown)
 
 
 def identity(view: TensorView) -> object:
@@ -179,32 +236,34 @@ def bare_names(names: list[str]) -> dict[str, str]:
     return bare
 
 
-def note_wrapper(bare: Mapping[str, str], names: list[str]) -> list[str]:
-    """What to say of a prefix that was dropped but may be the model's own.
+def bare_network_names(networks: Mapping[str, list[str]]) -> dict[str, str]:
+    """Bare names of the tensors of several networks, each without its own wrapper.
+
+    Args:
+        networks: Dotted path → stored names.
+
+    Returns:
+        Stored name → bare name, both with the network's path in front.
+    """
+    bare: dict[str, str] = {}
+    for path, names in networks.items():
+        own = bare_names(names).items()
+        bare |= {join(path, stored): join(path, name) for stored, name in own}
+    if len(set(bare.values())) < len(bare):
+        return {join(path, name): join(path, name) for path in networks for name in networks[path]}
+    return bare
+
+
+def note_wrapper(names: list[str]) -> list[str]:
+    """A note where a prefix is dropped from the names that may be the model's own.
 
     A wrapper is called ``module`` by DDP, and so is the network in some people's models.
     """
+    bare = bare_names(names)
     dropped = {stored[: len(stored) - len(name)] for stored, name in bare.items()}
     if len(bare) < len(names) or dropped in (set(), {""}):
         return []
     return [_MODULE_DROPPED] if not {d.replace("module.", "") for d in dropped} - {""} else []
-
-
-def count_tensors(tree: Any) -> int:
-    """How many tensors a saved value holds. What it holds many times is looked into once."""
-    seen: set[int] = set()
-    waiting, count = [tree], 0
-    while waiting:
-        value = waiting.pop()
-        count += isinstance(value, TENSORS)
-        if id(value) in seen or not isinstance(value, (dict, list, tuple, Opaque)):
-            continue
-        seen.add(id(value))
-        if isinstance(value, Opaque):
-            waiting.append(value.state)
-        else:
-            waiting.extend(value.values() if isinstance(value, dict) else value)
-    return count
 
 
 def _common_wrapper(names: list[str]) -> str | None:
@@ -217,34 +276,33 @@ def _without_inner(name: str) -> str:
     return ".".join(parts)
 
 
-def _holds_tensors(value: Any) -> bool:
-    return isinstance(value, dict) and any(
-        isinstance(name, str) and isinstance(part, TENSORS) for name, part in value.items()
-    )
-
-
-def _named_entry(path: str, tree: Any, key: str) -> Entry:
+def _named_entry(path: str, tree: Any, key: str) -> Weights:
     place = locate(tree, key)
     if place is None:
         raise CheckpointError(
             f"{path} has no entry {key!r} ({_describe(tree)})", "Choose one with --key."
         )
-    if not place.pickled and not _holds_tensors(place.entry):
-        raise CheckpointError(
-            f"{path}: the entry {key!r} holds no tensors by name ({_describe(tree)})",
-            "Choose another one with --key.",
-        )
-    return place.entry
-
-
-def _prefixes(dotted: str) -> list[str]:
-    """``a.b.c``, ``a.b``, ``a``: keys may themselves contain dots."""
-    parts = dotted.split(".")
-    return [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+    notes = _note_swap(tree, key)
+    if place.pickled or holds_tensors(place.entry):
+        return Weights(key, place.entry, notes)
+    if (networks := _find_networks(place.value, key)) is not None:
+        return networks
+    raise CheckpointError(
+        f"{path}: the entry {key!r} holds no tensors by name ({_describe(tree)})",
+        "Choose another one with --key.",
+    )
 
 
 def _note_other_weights(tree: Mapping[Any, Any], chosen: str) -> list[str]:
-    likely = [n for n in tree if isinstance(n, str) and n != chosen and _sounds_like_weights(n)]
+    names = [name for name in tree if isinstance(name, str) and name != chosen]
+    entries = {id(tree[name]): tree[name] for name in names}
+    networks = {same for same, entry in entries.items() if is_network(entry)}
+    likely = [
+        name
+        for name in names
+        if _sounds_like_weights(name)
+        or (id(tree[name]) in networks and may_hold_networks(name, tree[name]))
+    ]
     others = [
         name
         for name in likely[:_MOST_ENTRIES]
@@ -325,11 +383,11 @@ def _entry_paths(tree: Mapping[Any, Any]) -> list[str]:
     while waiting:
         prefix, entries = waiting.pop()
         for name, value in entries.items():
-            typed = isinstance(name, str) and len(name) <= _LONGEST_NAME
+            typed = isinstance(name, str) and len(name) <= LONGEST_NAME
             if not typed or not isinstance(value, dict) or id(value) in seen:
                 continue
             seen.add(id(value))
-            if _holds_tensors(value):
+            if holds_tensors(value):
                 held = sum(isinstance(v, TENSORS) for v in value.values())
                 found.append((-held, prefix + name))
             elif prefix.count(".") < _DEEPEST_ENTRY:

@@ -115,14 +115,12 @@ def test_a_key_that_leads_nowhere_is_an_error_that_says_what_there_is(refused, k
     assert "model: 1 tensors" in text
 
 
-def test_an_unknown_entry_is_an_error_that_counts_tensors_and_suggests_a_key(refused):
-    text = refused(
-        {"epoch": 1, "teacher": weights("a"), "student": {"core": weights("a", "b", "c")}}
-    )
-    assert "teacher: 1 tensors" in text
-    assert "student: 3 tensors" in text
+def test_averages_without_a_network_are_an_error_that_counts_tensors_and_suggests_a_key(refused):
+    text = refused({"epoch": 1, "ema1": weights("a"), "swa": {"core": weights("a", "b", "c")}})
+    assert "ema1: 1 tensors" in text
+    assert "swa: 3 tensors" in text
     assert "epoch: 0 tensors" in text
-    assert "--key teacher" in text or "--key student.core" in text
+    assert "--key ema1" in text or "--key swa.core" in text
 
 
 @pytest.mark.parametrize(
