@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 from ckptavg.system_errors import unwritable
@@ -61,12 +61,5 @@ class LastingStream:
 
 def _abandon(stream: TextIO) -> None:
     """Lead a stream nowhere: Python writes once more on exit what it could not write before."""
-    try:
-        handle = stream.fileno()
-    except (OSError, ValueError):  # it is no file
-        return
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, handle)
-    finally:
-        os.close(nowhere)
+    with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:  # a stream of no file
+        os.dup2(nowhere.fileno(), stream.fileno())

@@ -52,7 +52,7 @@ class ResultsFile:
             OutputError: They cannot, or the file holds something else.
         """
         size = self._size()
-        with self._refusals("cannot be resumed" if resume else "is not replaced"):
+        with self._refuse_strangers("cannot be resumed" if resume else "is not replaced"):
             if size or (resume and size is not None):
                 self._format.parse(self._target)
         # Only trying tells whether the disk, the directory and its name let it be written.
@@ -65,7 +65,7 @@ class ResultsFile:
         Raises:
             OutputError: It holds something else.
         """
-        with self._refusals("cannot be read"):
+        with self._refuse_strangers("cannot be read"):
             return self._format.parse(self._target) if self._size() else []
 
     def merge(self, results: Sequence[Entry]) -> int:
@@ -111,13 +111,17 @@ class ResultsFile:
         return info.st_size
 
     @contextmanager
-    def _refusals(self, what: str) -> Iterator[None]:
-        """Refuse a file that holds something else, in words that say what is not done to it."""
+    def _refuse_strangers(self, outcome: str) -> Iterator[None]:
+        """Refuse a file that does not parse.
+
+        Args:
+            outcome: Of the refusal: what is not done to the file.
+        """
         try:
             yield
         except ValueError as error:
             raise OutputError(
-                f"{self.path} {what}: it does not hold results of this command", _ELSEWHERE
+                f"{self.path} {outcome}: it does not hold results of this command", _ELSEWHERE
             ) from error
 
 

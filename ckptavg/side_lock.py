@@ -35,7 +35,7 @@ def lock_beside(path: Path) -> Iterator[None]:
             # Removed while it is locked: who waits for it sees that it is another's by then.
             with suppress(OSError):
                 side.unlink()
-            os.close(handle)
+            _release(handle)
 
 
 def _acquire(side: Path) -> int | None:
@@ -53,7 +53,7 @@ def _acquire(side: Path) -> int | None:
             locked = None
         finally:
             if not locked:
-                os.close(handle)
+                _release(handle)
         if locked:
             return handle
         if locked is None:
@@ -62,3 +62,8 @@ def _acquire(side: Path) -> int | None:
             return None
         time.sleep(_PAUSE)
     return None
+
+
+def _release(handle: int) -> None:
+    with suppress(OSError):
+        os.close(handle)

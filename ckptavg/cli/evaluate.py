@@ -90,7 +90,7 @@ def evaluate(
           --data imagefolder:val --train-data imagefolder:train --each --compare fge
     """
     _check(paths, results, resume, further, settings)
-    file = _results_file(results, resume=resume)
+    file = _open_results(results, resume=resume)
     candidates = _candidates(paths, further, settings)
     from ckptavg.cli.sources import task as named  # noqa: PLC0415 - help is shown without torch
     from ckptavg.results import is_worse  # noqa: PLC0415
@@ -103,7 +103,7 @@ def evaluate(
         )
     keeper = Keeper(candidates, settings, file, resume=resume, processes=processes)
     scored = _scored(report, processes, keeper, task, settings)
-    failure = _failure_to_keep(keeper, scored)
+    failure = _keep(keeper, scored)
     _show(report, scored, task)
     report.result(keeper.outcome(scored))
     if failure is not None:
@@ -175,8 +175,8 @@ def _check(
         raise UsageError("--bn-samples says how much of --train-data is used: name that")
 
 
-def _results_file(path: str | None, *, resume: bool) -> ResultsFile | None:
-    """The file of ``--results``; the process that writes for all has made sure that it can."""
+def _open_results(path: str | None, *, resume: bool) -> ResultsFile | None:
+    """Open the file of ``--results``; the process that writes for all makes sure that it can."""
     if path is None:
         return None
     from ckptavg.formats.storage import check_output  # noqa: PLC0415 - help is shown without torch
@@ -189,8 +189,8 @@ def _results_file(path: str | None, *, resume: bool) -> ResultsFile | None:
     return file
 
 
-def _failure_to_keep(keeper: Keeper, scored: list[Result]) -> OutputError | None:
-    """Keep all results; a failure is given back, as the scores are to be shown first."""
+def _keep(keeper: Keeper, scored: list[Result]) -> OutputError | None:
+    """Keep all results; a failure is returned, as the scores are to be shown before it."""
     try:
         others = keeper.keep(scored)
     except OutputError as error:
