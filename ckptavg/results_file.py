@@ -17,7 +17,7 @@ from ckptavg.formats import bounded_json
 from ckptavg.formats.publish import Publication
 from ckptavg.json_text import json_text
 from ckptavg.side_lock import lock_beside
-from ckptavg.system_errors import guard_writes
+from ckptavg.system_errors import guard_reads, guard_writes
 
 Entry = Mapping[str, Any]
 
@@ -54,7 +54,7 @@ class ResultsFile:
         size = self._size()
         with self._refuse_strangers("cannot be resumed" if resume else "is not replaced"):
             if size or (resume and size is not None):
-                self._format.parse(self._target)
+                self._parse()
         # Only trying tells whether the disk, the directory and its name let it be written.
         with Publication(self._target, directory=False, overwrite=True):
             pass
@@ -66,7 +66,7 @@ class ResultsFile:
             OutputError: It holds something else.
         """
         with self._refuse_strangers("cannot be read"):
-            return self._format.parse(self._target) if self._size() else []
+            return self._parse() if self._size() else []
 
     def merge(self, results: Sequence[Entry]) -> int:
         """Add results to those that the file holds, in the place of others with the same keys.
@@ -85,6 +85,10 @@ class ResultsFile:
             kept = _others(self.entries(), added)
             self._write(self._format.text([*kept, *added]))
         return len(kept)
+
+    def _parse(self) -> list[Entry]:
+        with guard_reads(self.path):
+            return self._format.parse(self._target)
 
     def _write(self, text: str) -> None:
         with Publication(self._target, directory=False, overwrite=True) as publication:

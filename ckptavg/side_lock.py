@@ -33,8 +33,7 @@ def lock_beside(path: Path) -> Iterator[None]:
     finally:
         if handle is not None:
             # Removed while it is locked: who waits for it sees that it is another's by then.
-            with suppress(OSError):
-                side.unlink()
+            leftovers.remove(side)
             _release(handle)
 
 
@@ -57,8 +56,7 @@ def _acquire(side: Path) -> int | None:
         if locked:
             return handle
         if locked is None:
-            with suppress(OSError):
-                side.unlink()
+            leftovers.remove(side)
             return None
         time.sleep(_PAUSE)
     return None
