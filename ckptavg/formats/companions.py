@@ -55,6 +55,7 @@ _CHECKPOINTS = re.compile(
     r"(checkpoint|ckpt|global_?step|step|iter|iteration|epoch)[-_= ]?\d.*", re.IGNORECASE
 )
 _ALWAYS_ALONE = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")  # of diffusers
+_CONFIGURATIONS = ("params.json", "hparams.yaml", "hyperparams.yaml")  # besides any *config*
 _CACHES = ("__pycache__",)
 _CODE = (".py", ".pkl", ".pickle", ".joblib")
 
@@ -123,6 +124,8 @@ def is_alone(file: Location) -> bool:
 
 
 def _is_configuration(name: str) -> bool:
+    if name in _CONFIGURATIONS:
+        return True
     return "config" in name.lower() and name.endswith((".json", ".yaml", ".yml"))
 
 

@@ -22,7 +22,6 @@ from ckptavg.formats.table import Checkpoint, FileStamp
 
 _SHARD_BYTES = 5_000_000_000  # what Hugging Face splits at, where the input was not split already
 _OF_MODELS = ("huggingface", adapter.LAYOUT)  # directories whose names of tensors are kept
-_CONFIG = "config.json"
 _LARGEST_CONFIG = 16 << 20  # bytes
 
 
@@ -48,7 +47,7 @@ def lay_out(tensors: Sequence[OutputTensor], provenance: str, template: Checkpoi
     home = home_of(template)
     if home is not None:
         # a file's directory is a model's by its configuration, else it may be anybody's
-        deep = home == template.path or (home / _CONFIG).is_file()
+        deep = home == template.path or (home / huggingface.CONFIG).is_file()
         beside = companions.gather(
             home, _weights_of(template, home), [*template.components], deep=deep
         )
@@ -200,7 +199,7 @@ def _tell_configs(layout: Layout, tensors: Sequence[OutputTensor], template: Che
         component = template.components.get(folder, template)
         before = {t.dtype.name for t in component.tensors.values() if t.dtype.kind == "float"}
         after = {t.dtype.name for t in held if t.dtype.kind == "float"}
-        name = f"{folder}/{_CONFIG}" if folder else _CONFIG
+        name = f"{folder}/{huggingface.CONFIG}" if folder else huggingface.CONFIG
         stamp = layout.copies.get(name)
         if stamp is not None and before != after and len(after) == 1:
             layout.put(_with_dtype(name, stamp, next(iter(after))))
@@ -222,12 +221,13 @@ def _with_dtype(name: str, stamp: FileStamp, dtype: str) -> dict[str, bytes]:
 
 def _note_config(layout: Layout, home: Location | None, template: Checkpoint) -> list[str]:
     """A note about a configuration that the output lacks."""
-    configured = any(name.rpartition("/")[2] == _CONFIG for name in layout.names)
+    configured = any(name.rpartition("/")[2] == huggingface.CONFIG for name in layout.names)
     if configured or template.layout == adapter.LAYOUT:
         return []
-    if home is None and (template.path.parent / _CONFIG).is_file():
+    beside = template.path.parent / huggingface.CONFIG
+    if home is None and isinstance(beside, Path) and beside.is_file():
         return [
-            f"the output has no {_CONFIG}: {template.path.parent / _CONFIG} stands beside several "
-            "checkpoints; copy it if it is the model's"
+            f"the output has no {huggingface.CONFIG}: {beside} stands beside several checkpoints; "
+            "copy it if it is the model's"
         ]
-    return [f"the output has no {_CONFIG}, which the input lacks too"]
+    return [f"the output has no {huggingface.CONFIG}, which the input lacks too"]

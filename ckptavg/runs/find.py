@@ -265,17 +265,15 @@ def _around_root(
 ) -> list[Location]:
     """The checkpoints of a run that has a model at its root: the numbered ones and the root."""
     numbered = [path for path in nested if re.search(r"\d", path.name)]
-    if numbered:
-        found.left_out += [(path, _UNLIKE) for path in nested if path not in numbered]
-        return [*numbered, root]
-    steps = {path: weights_below(path) for path in folders if mask_step(path.name) is not None}
-    deeper = [path for members in steps.values() for path in members]
-    if len({place_of(path) for path in deeper}) != 1:
-        return [root]
-    if part_names(root):  # a pipeline, of which one network was trained
+    found.left_out += [(path, _UNLIKE) for path in nested if numbered and path not in numbered]
+    steps = [path for path in folders if mask_step(path.name) is not None]
+    members = numbered or [path for step in steps for path in weights_below(step)]
+    # a pipeline, of which one network was trained
+    if members and part_names(root) and not any(map(part_names, members)):
         found.left_out.append((root, "a model of several directories, unlike its steps"))
-        return deeper
-    return [*deeper, root]
+        return members
+    alike = bool(numbered) or len({place_of(path) for path in members}) == 1
+    return [*members, root] if alike else [root]
 
 
 def _below_steps(

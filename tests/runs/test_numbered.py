@@ -262,3 +262,34 @@ def test_commands_take_the_directory_of_such_a_run(tmp_path):
     )
     assert made.exit_code == 0, made.output
     assert torch.load(tmp_path / "x.pt")["state_dict"]["w"] == 1250
+
+
+PIPELINE = {"_class_name": "P", "unet": ["diffusers", "U"], "vae": ["diffusers", "V"]}
+
+
+@pytest.mark.parametrize("below", ["unet", "."])
+@pytest.mark.parametrize("copies", [True, False])
+def test_a_trained_network_is_averaged_without_the_pipeline_at_the_root(tmp_path, below, copies):
+    name = "diffusion_pytorch_model.safetensors"
+    for step in (500, 1000):
+        save_weight(tmp_path / "run" / f"checkpoint-{step}" / below / name, float(step))
+        if copies and below == "unet":
+            save_weight(tmp_path / "run" / f"checkpoint-{step}" / "unet_ema" / name, 1.0)
+    for part in ("unet", "vae"):
+        save_weight(tmp_path / "run" / part / name, 0)
+    (tmp_path / "run" / "model_index.json").write_text(json.dumps(PIPELINE))
+    run = open_run(tmp_path / "run")
+    assert [c.step for c in run] == [500, 1000]
+    assert average(run)["w"] == 750
+    assert any("several directories" in note for note in run.notes)
+
+
+def test_pipelines_that_are_saved_whole_are_a_run_with_that_at_the_root(tmp_path):
+    for value, folder in enumerate(("checkpoint-500", "checkpoint-1000", ".")):
+        for part in ("unet", "vae"):
+            name = "diffusion_pytorch_model.safetensors"
+            save_weight(tmp_path / "run" / folder / part / name, float(value))
+        (tmp_path / "run" / folder / "model_index.json").write_text(json.dumps(PIPELINE))
+    run = open_run(tmp_path / "run")
+    assert len(run) == 3
+    assert set(average(run)) == {"unet/w", "vae/w"}
