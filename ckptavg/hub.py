@@ -29,7 +29,7 @@ def offline() -> Iterator[None]:
 
 
 def is_cached(repository: str) -> bool:
-    """Whether the cache has the configuration of a repository.
+    """Look up the configuration of a repository in the cache.
 
     It answers for the hub here: configurations name backbones of timm and of the hub alike, and
     transformers takes a name for timm's if the hub has no such repository.

@@ -211,7 +211,7 @@ def _others(held: Sequence[Entry], added: Sequence[Entry]) -> list[Entry]:
 
 
 def _is_result(entry: Any) -> bool:
-    """Whether an entry of a JSON file is a candidate's result."""
+    """Tell a candidate's result from whatever else a JSON file may list."""
     return (
         isinstance(entry, dict)
         and all(isinstance(entry.get(name), str) for name in ("name", "kind", "bn"))
