@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 
 from ckptavg.formats.table import Tensor
-from ckptavg.modules import Modules
+from ckptavg.modules import Modules, split_name
 from ckptavg.samples import sample
 
 _MASK = re.compile(r"(?:[^\n]*_)?masks?\d{0,3}")
@@ -37,8 +37,10 @@ def find_buffers(modules: Modules, names: Iterable[str]) -> set[str]:
         CheckpointError: The values cannot be read.
     """
     asked = set(names)
+    observed = {module: _has_quantizer(tensors) for module, tensors in modules}
     buffers: set[str] = set()
     for module, tensors in modules:
+        around = split_name(module[:-1])[0]
         floats = {
             leaf: tensor
             for leaf, tensor in tensors.items()
@@ -46,7 +48,7 @@ def find_buffers(modules: Modules, names: Iterable[str]) -> set[str]:
         }
         for leaves in (
             _quantizer_scales(tensors),
-            _ranges(floats, {*tensors, *modules.beside(module)}),
+            _ranges(floats, observed=observed[module] or observed.get(around, False)),
             _codebook_sums(floats),
             _masks(floats),
             _counters(floats),
@@ -68,14 +70,18 @@ def _quantizer_scales(tensors: Mapping[str, Tensor]) -> Iterator[str]:
                 yield stem + name
 
 
-def _ranges(floats: Mapping[str, Tensor], company: Iterable[str]) -> Iterator[str]:
+def _has_quantizer(leaves: Iterable[str]) -> bool:
+    """Whether the names of a module's tensors are those of a quantizer."""
+    return any(part in leaf for leaf in leaves for part in _OBSERVERS)
+
+
+def _ranges(floats: Mapping[str, Tensor], *, observed: bool) -> Iterator[str]:
     """The least and the largest value that a quantizer's observer has seen.
 
     Args:
         floats: Tensors of the observer's module.
-        company: Last parts of all names there and in the module around it.
+        observed: Whether a quantizer is there or in the module around it.
     """
-    observed = any(part in leaf for leaf in company for part in _OBSERVERS)
     for low in floats:
         high = low.replace("min", "max")
         if low == high or high not in floats or floats[low].shape != floats[high].shape:
@@ -86,30 +92,27 @@ def _ranges(floats: Mapping[str, Tensor], company: Iterable[str]) -> Iterator[st
 
 def _codebook_sums(floats: Mapping[str, Tensor]) -> Iterator[str]:
     """Counts of a codebook's entries, and the sums over what was counted."""
+    extents = {
+        (len(tensor.shape) - 1, extent) for tensor in floats.values() for extent in tensor.shape
+    }
+    counted: set[tuple[int, int]] = set()
     for leaf, counts in floats.items():
-        if not counts.shape or counts.numel < 2 or not _COUNTS.fullmatch(leaf):
-            continue
-        entries = {
-            other
-            for other, tensor in floats.items()
-            if len(tensor.shape) == len(counts.shape) + 1 and counts.shape[-1] in tensor.shape
-        }
-        if entries:
+        key = (len(counts.shape), counts.shape[-1] if counts.shape else 0)
+        if counts.numel > 1 and key in extents and _COUNTS.fullmatch(leaf):
+            counted.add(key)
             yield leaf
-            yield from (entry for entry in entries if _SUMS.fullmatch(entry))
+    for leaf, tensor in floats.items():
+        keys = {(len(tensor.shape) - 1, extent) for extent in tensor.shape}
+        if keys & counted and _SUMS.fullmatch(leaf):
+            yield leaf
 
 
 def _masks(floats: Mapping[str, Tensor]) -> Iterator[str]:
     """Masks, which say so or stand beside the weight that they are a part of."""
-    pruned = [leaf for leaf in floats if leaf.endswith("_orig")]
-    parts = {
-        leaf
-        for weight in pruned
-        for leaf, tensor in floats.items()
-        if leaf.startswith(weight.removesuffix("orig")) and tensor.shape == floats[weight].shape
-    }
     for leaf, tensor in floats.items():
-        if (_MASK.fullmatch(leaf) or leaf in parts) and leaf not in pruned:
+        weight = floats.get(leaf.rpartition("_")[0] + "_orig")
+        beside = weight is not None and weight is not tensor and weight.shape == tensor.shape
+        if beside or _MASK.fullmatch(leaf):
             values = sample(tensor)
             if values.numel() and bool(((values == 0) | (values == 1)).all()):
                 yield leaf

@@ -28,21 +28,6 @@ class Modules:
     def __iter__(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         return iter(self.tensors.items())
 
-    def beside(self, module: str) -> Iterator[str]:
-        """Last parts of the names in the module around one."""
-        yield from self.tensors.get(split_name(module[:-1])[0], {})
-
-    def companions(self, name: str) -> Iterator[tuple[str, Tensor]]:
-        """Tensors beside one by their names, and those below it as ``weight.absmax`` is."""
-        module, leaf = split_name(name)
-        for other, tensor in self.tensors.get(module, {}).items():
-            if other != leaf:
-                yield module + other, tensor
-        for separator in ".:":
-            inner = name + separator
-            for other, tensor in self.tensors.get(inner, {}).items():
-                yield inner + other, tensor
-
 
 def split_name(name: str) -> tuple[str, str]:
     """The module's part of a tensor's name, with its separator, and the last part."""

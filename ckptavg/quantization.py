@@ -26,8 +26,11 @@ _PAIRS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (".weight_packed", (".weight_scale",)),
     ("_blocks", ("_scales",)),
 )
-_SCALE = re.compile(r"scale|absmax|scb|zero|quant_map|biases")
+_MEANING = re.compile(
+    r"scale|absmax|scb|zero|quant_map|biases|codebook|centroid|lookup|lut"  # of packed integers
+)
 _CODEBOOK = re.compile(r"codebook|centroid|lookup|lut")
+_MOST_SCALES = 100  # of a layer
 _WEIGHT = re.compile(r"[_q]?(?:weight|kernel|data)(?:_packed|_q|_int)?|w_q")
 _QUANTIZED = re.compile(r"quantization|quantized|quant_(?:method|type|config)")
 _FEWEST = 16  # elements that weights are packed into
@@ -112,10 +115,11 @@ def declared(checkpoint: Checkpoint) -> str:
 def find_packed(checkpoint: Checkpoint) -> Iterator[Packed]:
     """Tensors of a checkpoint that hold quantized weights, or may."""
     modules = Modules(checkpoint.tensors)
+    scales_of = {module: _scale_leaves(tensors) for module, tensors in modules}
     for name, tensor in checkpoint.tensors.items():
         if not tensor.shape or tensor.dtype.name == "bool":
             continue
-        scales = _companions(name, modules)
+        scales = tuple(_companions(name, scales_of))
         if tensor.dtype.kind == "float":
             if _has_quant_state(name, modules):
                 yield Packed(name, scales, certain=True)
@@ -127,11 +131,25 @@ def find_packed(checkpoint: Checkpoint) -> Iterator[Packed]:
                 yield Packed(name, scales, certain=False)
 
 
-def _companions(name: str, modules: Modules) -> tuple[str, ...]:
-    """Floats beside a tensor that are called scales or codebooks."""
-    floats = [other for other, tensor in modules.companions(name) if tensor.dtype.kind == "float"]
-    leaves = {other: split_name(other)[1].lower() for other in floats}
-    return tuple(n for n, leaf in leaves.items() if _SCALE.search(leaf) or _CODEBOOK.search(leaf))
+def _scale_leaves(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Last parts of the names of a module's floats that are called scales or codebooks.
+
+    No layer has very many: those are parts of a table without modules, and tell nothing.
+    """
+    leaves = [
+        leaf
+        for leaf, tensor in tensors.items()
+        if tensor.dtype.kind == "float" and _MEANING.search(leaf.lower())
+    ]
+    return leaves if len(leaves) <= _MOST_SCALES else []
+
+
+def _companions(name: str, scales_of: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """Names of the scales beside a tensor, and below it as ``weight.absmax`` is."""
+    for module in (split_name(name)[0], f"{name}.", f"{name}:"):
+        for leaf in scales_of.get(module, ()):
+            if module + leaf != name:
+                yield module + leaf
 
 
 def _has_quant_state(name: str, modules: Modules) -> bool:

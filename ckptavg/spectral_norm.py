@@ -23,6 +23,7 @@ from ckptavg.modules import Modules
 _U = re.compile(r"(?P<stem>(?:[^\n]*_)?)u(?P<number>\d{0,3})")
 _RAW = ("_orig", "_bar")  # what follows a weight's name where the weight itself is computed
 _MATRICES = re.compile(r"(?P<weight>[^\n]*\.)0\.")  # the first parametrization of a weight
+_MOST_TENSORS = 100  # of a layer; a module with more is a table without modules
 _CLOSE = 2.0**-30  # change of a vector at which it has converged
 _MOST_STEPS, _FEWEST_STEPS = 1000, 20
 _BUDGET = 2**34  # elements that all layers of an average go over, about
@@ -87,12 +88,16 @@ def _weights(modules: Modules, module: str, stem: str) -> dict[str, Tensor]:
     else:
         home, own = module, [stem.removesuffix("_") + ending for ending in (*_RAW, "")]
     tensors = modules.tensors.get(home, {})
-    matrices = {
-        home + leaf: tensors[leaf]
-        for leaf in dict.fromkeys((*own, *tensors))
-        if leaf in tensors and tensors[leaf].dtype.kind == "float" and len(tensors[leaf].shape) > 1
-    }
-    return {name: tensor for name, tensor in matrices.items() if not _is_vector(tensor)}
+    leaves = dict.fromkeys([*own, "weight"])
+    if len(tensors) <= _MOST_TENSORS:
+        leaves |= dict.fromkeys(tensors)
+    matrices = {home + leaf: tensors[leaf] for leaf in leaves if leaf in tensors}
+    return {name: tensor for name, tensor in matrices.items() if _is_matrix(tensor)}
+
+
+def _is_matrix(tensor: Tensor) -> bool:
+    """Whether a tensor is a matrix of floats, or has more dimensions, two of which extend."""
+    return tensor.dtype.kind == "float" and len(tensor.shape) > 1 and not _is_vector(tensor)
 
 
 def _is_vector(tensor: Tensor) -> bool:
