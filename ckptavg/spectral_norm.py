@@ -27,7 +27,7 @@ _MOST_TENSORS = 100  # of a layer; a module with more is a table without modules
 _CLOSE = 2.0**-30  # change of a vector at which it has converged
 _MOST_STEPS, _FEWEST_STEPS = 1000, 20
 _BUDGET = 2**34  # elements that all layers of an average go over, about
-_STEP_COST = 100_000  # elements that take as long as a step does by itself
+_STEP_COST = 300_000  # elements that take as long as a step does by itself
 
 
 @dataclass(frozen=True)

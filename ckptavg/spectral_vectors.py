@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
+from ckptavg.formats import Checkpoint
 from ckptavg.formats.writing import MemorySink, Sink
 from ckptavg.groups import Job
+from ckptavg.outputs import StateDict
 from ckptavg.plan import Plan, TensorPlan
 from ckptavg.spectral_norm import SpectralNorm, iterate_vectors, most_steps
 from ckptavg.stream import start_threads, stream
 
-_LAST = "last"  # the name of the last checkpoint's weight beside the averaged one
+_LAST = "\0last"  # after a weight's name: that of the last checkpoint
+_TOGETHER = 1 << 22  # elements of the weights that are read at once, if they are several
 
 
 def vector_names(plan: Plan) -> set[str]:
@@ -38,41 +41,68 @@ def write_vectors(plan: Plan, tensors: Sequence[TensorPlan], sink: Sink) -> None
     if not plan.spectral_norms:
         return
     by_name = {tensor.name: tensor for tensor in plan.tensors}
-    steps = most_steps([by_name[layer.weight].shape for layer in plan.spectral_norms])
+    layers = [layer for layer in plan.spectral_norms if by_name[layer.u].tied_to is None]
+    steps = most_steps([by_name[layer.weight].shape for layer in layers])
     values: dict[str, torch.Tensor] = {}
     with start_threads(1) as thread:
-        for layer in plan.spectral_norms:
-            if by_name[layer.u].tied_to is None:
-                values |= thread.submit(_vectors, layer, by_name, plan, steps).result()
+        for group in _groups(layers, by_name):
+            state = _read(group, by_name, plan.checkpoints[-1])
+            values |= thread.submit(_vectors, group, state, steps).result()
     for tensor in tensors:
         first = by_name[tensor.name].tied_to or tensor.name
         if tensor.tied_to is None and first in values:
             _write(sink, tensor.name, values[first])
 
 
+def _groups(
+    layers: Sequence[SpectralNorm], by_name: Mapping[str, TensorPlan]
+) -> Iterator[list[SpectralNorm]]:
+    """Layers whose weights are read together, so that few are in memory."""
+    group: list[SpectralNorm] = []
+    filled = 0
+    for layer in layers:
+        size = by_name[layer.weight].output.numel
+        if group and filled + size > _TOGETHER:
+            yield group
+            group, filled = [], 0
+        group.append(layer)
+        filled += size
+    if group:
+        yield group
+
+
+def _read(
+    layers: Sequence[SpectralNorm], by_name: Mapping[str, TensorPlan], last: Checkpoint
+) -> StateDict:
+    """Average the weights of some layers, and read the last ones and the vectors beside."""
+    read: dict[str, TensorPlan] = {}
+    for layer in layers:
+        weight = replace(by_name[layer.weight], tied_to=None)
+        own = replace(
+            weight, name=layer.weight + _LAST, sources=(last.tensors[layer.weight],),
+            owners=(last,), coefficients=(1.0,), divisor=None,
+        )  # fmt: skip
+        vectors = [replace(by_name[name], tied_to=None) for name in (layer.u, layer.v) if name]
+        read |= {tensor.name: tensor for tensor in (weight, own, *vectors)}
+    sink = MemorySink([tensor.output for tensor in read.values()])
+    stream([Job([*read.values()], sink, keep_nonfinite=True)])
+    return sink.state_dict
+
+
 def _vectors(
-    layer: SpectralNorm, by_name: dict[str, TensorPlan], plan: Plan, steps: int
-) -> dict[str, torch.Tensor]:
-    """The vectors of a layer in the types of the output, by name."""
-    names = [name for name in (layer.u, layer.v) if name]
-    weight = by_name[layer.weight]
-    own = plan.checkpoints[-1].tensors[layer.weight]
-    last = replace(
-        weight, name=_LAST, sources=(own,), coefficients=(1.0,), divisor=None, tied_to=None,
-        owners=plan.checkpoints[-1:],
-    )  # fmt: skip
-    read = [replace(weight, tied_to=None), last, *(by_name[name] for name in names)]
-    sink = MemorySink([tensor.output for tensor in read])
-    stream([Job(read, sink, keep_nonfinite=True)], threads=1)
-    state = sink.state_dict
-    before = [state[name] for name in names]
-    u, v = before[0], before[1] if layer.v else None
-    iterated = iterate_vectors(state[layer.weight], u, v, state[_LAST], steps)
-    after = before if iterated is None else iterated
-    return {
-        name: vector.to(old.dtype).reshape(old.shape)
-        for name, vector, old in zip(names, after, before, strict=False)
-    }
+    layers: Sequence[SpectralNorm], state: Mapping[str, torch.Tensor], steps: int
+) -> StateDict:
+    """The vectors of some layers in the types of the output, by name."""
+    values: StateDict = {}
+    for layer in layers:
+        names = [name for name in (layer.u, layer.v) if name]
+        u, v = state[layer.u], None if layer.v is None else state[layer.v]
+        weight, last = state[layer.weight], state[layer.weight + _LAST]
+        vectors = iterate_vectors(weight, u, v, last, steps)
+        for name, vector in zip(names, vectors or (u, v), strict=False):
+            if vector is not None:
+                values[name] = vector.to(state[name].dtype).reshape(state[name].shape)
+    return values
 
 
 def _write(sink: Sink, name: str, values: torch.Tensor) -> None:
