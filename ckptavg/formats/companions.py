@@ -20,7 +20,7 @@ from ckptavg.system_errors import guard_reads
 
 _MOST_FILES = 5000  # below one directory beside the weights: more are data, and no configuration
 _DEEPEST = 16  # levels of directories
-_MOST_NAMES = 12  # in a note
+_MOST_NAMES = 20  # in a note
 
 
 class Reason(Enum):
@@ -45,11 +45,11 @@ _TRAINING = re.compile(
     r"|(optimizer|optim|lr_scheduler|scheduler|rng_state|rng|random_states?|scaler|grad_scaler"
     r"|sampler|dl_state_dict|custom_checkpoint)[-_.\d]*\.(pt|pth|bin|ckpt|pkl|pickle|safetensors)"
     r"|zero_pp_rank_.*|.*optim_states\.pt|events\.out\.tfevents\..*|zero_to_fp32\.py|latest"
-    r"|latest_checkpointed_iteration\.txt",
+    r"|latest_checkpointed_iteration\.txt|.*\.log|nohup\.out|log\.txt|log_history\.json",
     re.IGNORECASE,
 )
 _TRAINING_DIRECTORIES = re.compile(
-    r"global_step\d+|(optimizer|sampler|scheduler)_\d+|wandb|mlruns|lightning_logs"
+    r"global_step\d+|(optimizer|sampler|scheduler)_\d+|wandb|mlruns|lightning_logs|logs"
 )
 _CHECKPOINTS = re.compile(
     r"(checkpoint|ckpt|global_?step|step|iter|iteration|epoch)[-_= ]?\d.*", re.IGNORECASE

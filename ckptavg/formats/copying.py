@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import hashlib
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from ckptavg.errors import CheckpointError
@@ -12,6 +13,7 @@ from ckptavg.formats import storage
 from ckptavg.formats.table import FileStamp, changed
 
 _CHUNK = 1 << 20  # bytes
+_FRESH = 0.1  # seconds: a file that was written since may be half a file
 
 
 def copy(source: FileStamp, target: Path) -> None:
@@ -40,6 +42,21 @@ def copy(source: FileStamp, target: Path) -> None:
     if not storage.is_url(source.path) and _digest(read(source)) != copied.digest():
         raise changed(source.path)
     source.verify()
+
+
+def verify_settled(sources: Collection[FileStamp]) -> None:
+    """Make sure that files that were copied were whole, and not in the midst of being written.
+
+    One that was written just now may be empty for a moment and look as if it stayed so.
+
+    Raises:
+        CheckpointError: One has changed.
+    """
+    age = time.time() - max((source.mtime_ns for source in sources), default=0) / 1e9
+    if abs(age) < _FRESH:
+        time.sleep(_FRESH)
+    for source in sources:
+        source.verify()
 
 
 def read(source: FileStamp) -> Iterator[bytes]:

@@ -170,8 +170,7 @@ class FileSink:
         for name, stamp in self._layout.copies.items():
             _make_directory((self.root / name).parent)
             copying.copy(stamp, self.root / name)
-        for stamp in self._layout.copies.values():  # they are of one moment, too
-            stamp.verify()
+        copying.verify_settled(self._layout.copies.values())
         for name, content in self._layout.companions.items():
             path = self.root / name
             _make_directory(path.parent)

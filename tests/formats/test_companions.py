@@ -37,7 +37,7 @@ MODEL = {
 TRAINING = [
     "optimizer.pt", "scheduler.pt", "rng_state.pth", "rng_state_3.pth", "training_args.bin",
     "trainer_state.json", "random_states_0.pkl", "optimizer.bin", "eval_results.json",
-    "events.out.tfevents.1700000000.host.1.0", "latest", "zero_to_fp32.py",
+    "events.out.tfevents.1700000000.host.1.0", "latest", "zero_to_fp32.py", "train.log",
 ]  # fmt: skip
 TENSORS = [
     "pytorch_model.bin", "tf_model.h5", "flax_model.msgpack", "model.onnx", "consolidated.00.pth",
@@ -228,6 +228,20 @@ def test_a_file_that_is_rewritten_meanwhile_is_no_copy(tmp_path, monkeypatch, sa
     monkeypatch.setattr(copying, "read", rewritten)
     with pytest.raises(CheckpointError, match="changed while it was being read"):
         copying.copy(stamp, tmp_path / "copy")
+
+
+def test_a_file_that_is_being_written_is_looked_at_again(tmp_path, monkeypatch):
+    path = tmp_path / "vocab.json"
+    path.write_text("")
+    stamp = FileStamp.of(path)
+    monkeypatch.setattr(copying.time, "time", lambda: stamp.mtime_ns / 1e9 + 0.01)
+    monkeypatch.setattr(copying.time, "sleep", lambda _: path.write_text("all of it"))
+    with pytest.raises(CheckpointError, match="changed while it was being read"):
+        copying.verify_settled([stamp])
+    monkeypatch.setattr(copying.time, "time", lambda: stamp.mtime_ns / 1e9 + 60)
+    monkeypatch.setattr(copying.time, "sleep", lambda _: pytest.fail("a wait for an old file"))
+    copying.verify_settled([FileStamp.of(path)])
+    copying.verify_settled([])
 
 
 def test_what_is_not_written_as_it_was_read_is_an_error(tmp_path, monkeypatch):
