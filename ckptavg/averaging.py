@@ -25,6 +25,7 @@ from ckptavg.processes import Processes
 from ckptavg.rules import Rules
 from ckptavg.run import Run, as_run
 from ckptavg.runs.order import refuse_two_series
+from ckptavg.runs.ranks import refuse_parts
 from ckptavg.schemes import Scheme
 from ckptavg.split import Split
 from ckptavg.stream import Extras, Progress, stream
@@ -142,6 +143,7 @@ def plan_average(
     run = as_run(run)
     for training in () if run.named else run.trainings:
         refuse_two_series(training)
+        refuse_parts(training)
     checkpoints = run.checkpoints
     if weights is not None and scheme != "uniform":
         raise UsageError("a scheme and weights exclude each other: give one of them")

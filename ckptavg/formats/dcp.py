@@ -27,6 +27,7 @@ from ckptavg.formats.weights import KNOWN_ENTRIES
 from ckptavg.system_errors import guard_reads
 
 METADATA = ".metadata"
+SUFFIX = ".distcp"  # of its shards
 MODULE = "torch.distributed.checkpoint.metadata"
 _MOST_VALUES = 2000  # small pickles beside the tensors that are looked into
 _MOST_BYTES = inert_pickle.MAX_PICKLE  # of them together

@@ -11,8 +11,10 @@ from ckptavg.formats.storage import Location, ancestors
 SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".pt.tar", ".pth.tar", ".ckpt.tar")
 NOT_WEIGHTS = "not a model's weights"
 OTHER_STATE = re.compile(
-    r"(optimizer|optim|lr_scheduler|scheduler|rng_state|rng|random_states?|training_args|scaler|"
-    r"sampler|trainer_state|zero_pp_rank_.*|.*optim_states)([-_.]?\d+)*"
+    r"(optimizer|optim|distrib_optim|lr_scheduler|scheduler|rng_state|rng|random_states?|"
+    r"training_args|scaler|sampler|trainer_state|extra_state|zero_pp_rank_.*|.*optim_states)"
+    # Of a rank or a step: _0, _fsdp_rank0, _world_size_8_rank_0. No digits are split in two.
+    r"(?:[-_.]\d+|(?<!\d)\d+|[-_.](?:fsdp[-_])?(?:world_size_\d+_)?rank[-_]?\d+)*"
 )
 _TEMPORARY = re.compile(r"(.*[-_.])?te?mp")  # what a crash while saving leaves
 EMA_COPY = "an EMA copy, by its name"

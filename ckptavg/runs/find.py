@@ -42,6 +42,7 @@ from ckptavg.runs.numbered import (
     step_directory,
     weights_below,
 )
+from ckptavg.runs.ranks import are_parts, refuse_rank_files
 
 LeftOut = tuple[Location, str]
 Groups = dict[Location | Place, list[Location]]
@@ -100,6 +101,7 @@ def find(paths: Sequence[Location], pattern: str | None) -> Found:
     if not any(groups.values()) and pattern is not None:
         raise RunError(f"no checkpoint matches {pattern!r}", "Quote the pattern, or loosen it.")
     groups = {home: members for home, members in groups.items() if members}
+    refuse_rank_files(chain(*groups.values()))
     groups = _without_copies(groups, listed, found)
     _refuse_networks(groups, listed)
     found.groups = list(groups.values())
@@ -126,14 +128,14 @@ def _whole_checkpoints(paths: Sequence[Location]) -> list[Location]:
                 f"the files named of {home} are parts of one model, without {first_few(unnamed)}",
                 "Name the directory.",
             )
-    whole = [path.parent if path.parent in sharded else _adapter_of(path) for path in paths]
+    whole = [path.parent if path.parent in sharded else _directory_of(path) for path in paths]
     return list(dict.fromkeys(whole))
 
 
-def _adapter_of(path: Location) -> Location:
-    """The directory of an adapter whose file of weights is named, which is nothing alone."""
-    named = path.name in adapter.FILES and adapter.weights_file(path.parent) is not None
-    return path.parent if named else path
+def _directory_of(path: Location) -> Location:
+    """The directory in the place of a file that is nothing alone: of an adapter, of a rank."""
+    adapted = path.name in adapter.FILES and adapter.weights_file(path.parent) is not None
+    return path.parent if adapted or path.suffix == dcp.SUFFIX else path
 
 
 def _with_roots(groups: Groups) -> Groups:
@@ -301,7 +303,8 @@ def _below_steps(
     together: dict[Location, list[Location]] = defaultdict(list)
     for path in deeper:
         together[path.parent].append(path)
-    if any(len(members) > 1 and is_series(members) for members in together.values()):
+    neighbours = [members for members in together.values() if len(members) > 1]
+    if any(is_series(members) and not are_parts(members) for members in neighbours):
         return []
     series = {mask_step(step.name) for step, members in steps.items() if members}
     for step, members in steps.items():
@@ -330,7 +333,7 @@ def _refuse_unfinished(directory: Location) -> None:
             "Copy that file beside it: it holds the rank and the scale.",
         )
     why = ""
-    if any(directory.glob("*.distcp")):
+    if any(directory.glob(f"*{dcp.SUFFIX}")):
         why = (
             f"holds parts of one model but no {dcp.METADATA}, which is written last and says how "
             "they fit"
@@ -350,6 +353,7 @@ def _refuse_unfinished(directory: Location) -> None:
 
 
 def _no_run(directory: Location) -> RunError:
+    refuse_rank_files(weights_below(directory))
     runs = _runs_below(directory)
     if len(runs) > 1:
         return RunError(

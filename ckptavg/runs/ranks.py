@@ -1,0 +1,238 @@
+"""Files that ranks of a parallel training wrote: parts of one model, which have no mean.
+
+Tensor-parallel ranks hold slices under the same names, pipeline stages count their layers from
+zero, and FSDP's local shards are flat. What does not say how it fits cannot be put together.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from ckptavg.errors import CheckpointError, first_few
+from ckptavg.formats import Checkpoint, open_checkpoint
+from ckptavg.formats.comparing import Contents, SameWeights
+from ckptavg.formats.storage import Location, ancestors
+from ckptavg.runs.file_names import natural
+
+_DEEPEST = 3  # levels above a file that may be called after its rank
+_RANK = re.compile(
+    r"(?<![a-z])consolidated\.\d\d(?=\.)|"
+    r"(?<![a-z])mp_rank(?:_\d+)+|"
+    r"(?<![a-z])rank[-_]?\d+|"
+    r"(?<![a-z])(?:tp|pp|wp)[-_]?\d+|"
+    r"(?<![a-z])(?:model|weights|checkpoint|ckpt|state)[-_]parts?[-_]?\d+|"
+    r"(?<![a-z])shards?[-_]?\d+",
+    re.IGNORECASE,
+)
+# Said of further axes only beside one of the above: ep5 alone is an epoch, cp_100 a checkpoint.
+_AXIS = re.compile(r"(?<![a-z])(?:cp|dp|ep|etp|edp|mp|sp|vpp|zo|zero)[-_]?(\d+)", re.IGNORECASE)
+_REMEDIES = (
+    (
+        "model_states",
+        "Save whole models from DeepSpeed (engine.save_16bit_model) and average those.",
+    ),
+    (
+        "consolidated.",
+        "Convert the checkpoint to Hugging Face first (transformers has "
+        "convert_llama_weights_to_hf.py), then average what that writes.",
+    ),
+    (
+        "mp_rank",
+        "Join them first with the checkpoint conversion tool of the trainer "
+        "(Megatron: tools/checkpoint/convert.py), then average what that writes.",
+    ),
+    (
+        "world_size",
+        "Join them first (verl: python -m verl.model_merger merge), then average what that writes.",
+    ),
+    (
+        "fsdp",
+        "Save full state dicts, or sharded ones with torch.distributed.checkpoint, and average "
+        "those.",
+    ),
+)
+_USUAL_REMEDY = (
+    "Join them first with the conversion tool of the trainer, or save the whole model from "
+    "training (one full state dict, or torch.distributed.checkpoint), then average that."
+)
+_NAMED_RUN = "If they are of several steps of a training, name each of them."
+_MOST_COMPARED = 64  # small tensors of two checkpoints
+
+
+@dataclass(frozen=True)
+class RankFile:
+    """A file whose path says which rank's part of a model it holds.
+
+    Attributes:
+        path: The file.
+        model: The path without the numbers of ranks: equal for the parts of one model.
+        ranks: Those numbers, without leading zeros.
+    """
+
+    path: Location
+    model: tuple[object, ...]
+    ranks: tuple[str, ...]
+
+
+def parse_rank(path: Location) -> RankFile | None:
+    """Take the ranks out of a path; None where it names none."""
+    line = [path, *ancestors(path, _DEEPEST)]
+    names = [place.name for place in line]
+    if not any(map(_RANK.search, names)):
+        return None
+    ranks: list[str] = []
+    masked: list[str] = []
+    for name in names:
+        text = name
+        # The rank of an adapter is an extent, not a process.
+        for pattern in () if "lora" in name.lower() else (_RANK, _AXIS):
+            for match in pattern.finditer(text):
+                ranks += [n.lstrip("0") or "0" for n in re.findall(r"\d+", match[0])]
+            text = pattern.sub(lambda match: re.sub(r"\d+", "*", match[0]), text)
+        masked.append(text)
+    return RankFile(path, (line[-1].parent, *masked), tuple(ranks))
+
+
+def are_parts(paths: Sequence[Location]) -> bool:
+    """Whether paths name the parts of different ranks."""
+    return bool(_by_model(paths))
+
+
+def refuse_rank_files(paths: Iterable[Location]) -> None:
+    """Make sure that no two files are different ranks' parts of one model.
+
+    Ranks that hold the same weights, as of data-parallel training, are none.
+
+    Raises:
+        CheckpointError: Two are; or one of them cannot be opened.
+    """
+    for group in _by_model(paths):
+        if not _are_replicas(group):
+            raise _parts(group, "ranks", _remedy(group))
+
+
+def _by_model(paths: Iterable[Location]) -> list[list[Location]]:
+    """The files of each model that several ranks wrote, one for each rank.
+
+    There is a first one among the ranks, unlike among the ranks of adapters.
+    """
+    models: dict[object, dict[tuple[str, ...], Location]] = defaultdict(dict)
+    for path in sorted(paths, key=natural):
+        if (file := parse_rank(path)) is not None:
+            models[file.model].setdefault(file.ranks, path)
+    return [
+        list(ranks.values())
+        for ranks in models.values()
+        if len(ranks) > 1 and any({"0", "1"} & {*numbers} for numbers in ranks)
+    ]
+
+
+def _are_replicas(group: Sequence[Location]) -> bool:
+    """Whether two ranks hold the same weights."""
+    one, other = (open_checkpoint(path) for path in group[:2])
+    return _hold_same(one, other, Contents())
+
+
+def _hold_same(one: Checkpoint, other: Checkpoint, contents: Contents) -> bool:
+    """Whether two checkpoints hold the same tensors."""
+    known = SameWeights(contents)
+    known.add(one)
+    return known.find(other) is not None
+
+
+def _remedy(group: Sequence[Location]) -> str:
+    path = str(group[0])
+    return next((remedy for word, remedy in _REMEDIES if word in path), _USUAL_REMEDY)
+
+
+def _parts(group: Sequence[Location], kind: str, remedy: str) -> CheckpointError:
+    """The error for files that hold parts of one model, with their names below what holds all."""
+    home = next(place for place in ancestors(group[0], _DEEPEST + 2) if place in _common(group))
+    depth = len(str(home).rstrip("/")) + 1 if str(home) != "." else 0
+    names = [str(path)[depth:] for path in group]
+    return CheckpointError(
+        f"{home} holds parts of one model: {len(group)} {kind} ({first_few(names)})", remedy
+    )
+
+
+def _common(group: Sequence[Location]) -> set[Location]:
+    """The directories that all of some files lie in."""
+    above = [set(ancestors(path, _DEEPEST + 2)) for path in group]
+    return set.intersection(*above)
+
+
+def refuse_parts(checkpoints: Sequence[Checkpoint]) -> None:
+    """Make sure that neighbours of one step are no parts of one model, by their tensors.
+
+    Raises:
+        CheckpointError: They are: they share no names, or are cut along a dimension.
+    """
+    for one, other in pairwise(checkpoints):
+        if one.pattern == other.pattern and (
+            _are_disjoint(one, other) or _are_cut(one, other) or _are_halves(one, other)
+        ):
+            group = [c.path for c in checkpoints if _moment(c) == _moment(one)]
+            raise _parts(group, "files", f"{_USUAL_REMEDY} {_NAMED_RUN}")
+
+
+def _moment(checkpoint: Checkpoint) -> tuple[int | None, float | None]:
+    return checkpoint.record.step, checkpoint.record.epoch
+
+
+def _same_step(one: Checkpoint, other: Checkpoint) -> bool:
+    """Whether two checkpoints record the same step, and the same epoch if any."""
+    return _moment(one) == _moment(other) and one.record.step is not None
+
+
+def _are_disjoint(one: Checkpoint, other: Checkpoint) -> bool:
+    return not one.tensors.keys() & other.tensors.keys()
+
+
+def _are_cut(one: Checkpoint, other: Checkpoint) -> bool:
+    """Whether at the same step tensors differ in the extent of a single dimension."""
+    if not _same_step(one, other) or one.tensors.keys() != other.tensors.keys():
+        return False
+    pairs = [(tensor.shape, other.tensors[name].shape) for name, tensor in one.tensors.items()]
+    if any(len(a) != len(b) for a, b in pairs):
+        return False
+    differing = [sum(n != m for n, m in zip(a, b, strict=True)) for a, b in pairs]
+    return max(differing, default=0) == 1
+
+
+def _are_halves(one: Checkpoint, other: Checkpoint) -> bool:
+    """Whether at the same step all matrices differ and most vectors are the same.
+
+    So it is with the slices of tensor-parallel ranks, which all have the whole of each norm. Of two
+    steps of a training all differ but a few buffers.
+    """
+    if not _same_step(one, other) or not _first_numbers(one, other):
+        return False
+    shapes = [{name: t.shape for name, t in c.tensors.items()} for c in (one, other)]
+    if shapes[0] != shapes[1]:
+        return False
+    contents = Contents()
+    floats = {name: t for name, t in one.tensors.items() if t.dtype.kind == "float" and t.numel}
+    matrices = [name for name, tensor in floats.items() if len(tensor.shape) > 1]
+    vectors = [name for name, tensor in floats.items() if len(tensor.shape) == 1]
+    vectors = vectors[:_MOST_COMPARED]
+    equal = [name for name in vectors if _is_same(name, one, other, contents)]
+    if not matrices or 2 * len(equal) <= len(vectors):
+        return False
+    return not any(_is_same(name, one, other, contents) for name in matrices)
+
+
+def _is_same(name: str, one: Checkpoint, other: Checkpoint, contents: Contents) -> bool:
+    """Whether one tensor is the same in two checkpoints."""
+    pair = [replace(c, tensors={name: c.tensors[name]}, refused={}) for c in (one, other)]
+    return _hold_same(pair[0], pair[1], contents)
+
+
+def _first_numbers(one: Checkpoint, other: Checkpoint) -> bool:
+    """Whether names differ in one number, which is 0 and 1."""
+    numbers = [re.findall(r"\d+", checkpoint.path.name) for checkpoint in (one, other)]
+    differing = [(a, b) for a, b in zip(*numbers, strict=True) if a != b]
+    return [(int(a), int(b)) for a, b in differing] == [(0, 1)]
