@@ -56,7 +56,7 @@ class ResultsFile:
             if size or (resume and size is not None):
                 self._parse()
         # Only trying tells whether the disk, the directory and its name let it be written.
-        with Publication(self._target, directory=False, overwrite=True):
+        with guard_writes(self.path), self._publication():
             pass
 
     def entries(self) -> list[Entry]:
@@ -91,9 +91,12 @@ class ResultsFile:
             return self._format.parse(self._target)
 
     def _write(self, text: str) -> None:
-        with Publication(self._target, directory=False, overwrite=True) as publication:
+        with guard_writes(self.path), self._publication() as publication:
             publication.temporary.write_text(text, encoding="utf-8", newline="")
             publication.publish()
+
+    def _publication(self) -> Publication:
+        return Publication(self._target, directory=False, overwrite=True)
 
     def _size(self) -> int | None:
         """Bytes of the file; None if it does not exist.
