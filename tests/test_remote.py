@@ -196,13 +196,13 @@ def test_a_remote_model_of_several_directories_is_whole(store, tmp_path):
 
 def test_an_output_follows_the_layout_of_a_remote_file(store, tmp_path):
     for epoch in (1, 2):
-        values = {"model": {"w": torch.full((3,), float(epoch))}, "best": torch.tensor(0.5)}
+        values = {"model": {"w": torch.full((3,), float(epoch))}, "scale": torch.tensor(0.5)}
         (tmp_path / "run").mkdir(exist_ok=True)
         torch.save(values | {"epoch": epoch}, tmp_path / "run" / f"epoch_{epoch}.ckpt")
     run = ckptavg.open_run(upload(tmp_path / "run"))
     found = torch.load(ckptavg.average(run, out=tmp_path / "out.ckpt"))
     assert torch.equal(found["model"]["w"], torch.full((3,), 1.5))
-    assert (found["epoch"], found["best"]) == (2, torch.tensor(0.5))
+    assert (found["epoch"], found["scale"]) == (2, torch.tensor(0.5))
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable")
