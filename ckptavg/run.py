@@ -199,7 +199,9 @@ class Run:
         )
 
 
-def open_run(*paths: Named, glob: str | None = None, key: str | None = None) -> Run:
+def open_run(
+    *paths: Named, glob: str | None = None, skip: str | Sequence[str] = (), key: str | None = None
+) -> Run:
     """Open the checkpoints below some directories, or named one by one.
 
     Checkpoints that are named themselves form a run with their neighbours from the same directory,
@@ -209,6 +211,7 @@ def open_run(*paths: Named, glob: str | None = None, key: str | None = None) -> 
     Args:
         paths: Run directories and checkpoints, mixed; paths or URLs (``s3://bucket/run``).
         glob: Shell pattern that the checkpoints' file names must match.
+        skip: Shell patterns of the names of checkpoints to leave out, and of directories.
         key: Dotted path of the entry that holds the weights; found by itself where None.
 
     Raises:
@@ -219,12 +222,13 @@ def open_run(*paths: Named, glob: str | None = None, key: str | None = None) -> 
     if not paths:
         raise UsageError("no path is given")
     with guard_reads(first_few([str(path) for path in paths])):
-        found = find.find([locate(path) for path in paths], glob)
+        patterns = find.Patterns(glob, (skip,) if isinstance(skip, str) else tuple(skip))
+        found = find.find([locate(path) for path in paths], patterns)
     trainings: list[tuple[Checkpoint, ...]] = []
     damaged: list[tuple[Damaged, ...]] = []
     left_out, notes = list(found.left_out), list[str]()
     for members in found.groups:
-        opened = order.open_members(members, key)
+        opened = order.open_members(members, key, found.broken)
         left_out += opened.left_out
         notes += opened.notes
         if opened.checkpoints:

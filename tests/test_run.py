@@ -492,7 +492,7 @@ def test_a_checkpoint_directory_without_its_weights_is_an_error(tmp_path):
         hf_checkpoint(tmp_path / f"checkpoint-{step}", step, step)
     (tmp_path / "checkpoint-1500" / "model.safetensors").unlink()
     with pytest.raises(CkptavgError, match="checkpoint-1500"):
-        open_run(tmp_path)
+        len(open_run(tmp_path))
 
 
 def test_a_checkpoint_directory_is_a_run_of_one(tmp_path):

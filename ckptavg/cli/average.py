@@ -68,6 +68,7 @@ def average(
     digests: bool,
     measured: bool,
     glob: str | None,
+    skip: tuple[str, ...],
     key: str | None,
     **settings: Any,
 ) -> None:
@@ -85,7 +86,7 @@ def average(
           --model torchvision:resnet50 --train-data imagefolder:train
     """
     _check_usage(out, dry_run, measured, settings)
-    run, selection = options.open_selected(paths, glob, key, settings)
+    run, selection = options.open_selected(paths, glob, skip, key, settings)
     if settings["weights"]:
         _note_order(paths, [str(c.path) for c in selection])
     from ckptavg import averaging, remarks  # noqa: PLC0415 - help is shown without torch

@@ -27,8 +27,8 @@ log = logging.getLogger("ckptavg")
 _CANDIDATES = "Candidates"
 _RESULTS = "Results"
 _OF_A_RUN = (
-    "each", "compare", "fail_if_worse", "glob", "every", "cycle", "at_lr_min", "best", "sample",
-    "last", "scheme", "weights", "include", "exclude", "base", "dtype", "train_data",
+    "each", "compare", "fail_if_worse", "glob", "skip", "every", "cycle", "at_lr_min", "best",
+    "sample", "last", "scheme", "weights", "include", "exclude", "base", "dtype", "train_data",
     "bn_samples",
 )  # fmt: skip
 _TESTS = {
@@ -218,7 +218,7 @@ def _candidates(
     if settings["run_path"] is None:
         return found
     run, selection = options.open_selected(
-        [settings["run_path"]], settings["glob"], settings["key"], settings
+        [settings["run_path"]], settings["glob"], settings["skip"], settings["key"], settings
     )
     planned = options.planned(selection, settings)
     others = {one.name: planned_also(one, run, selection, settings) for one in further}

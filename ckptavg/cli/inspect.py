@@ -33,6 +33,10 @@ _LAYOUTS = {
 @click.command(cls=options.Grouped)
 @click.argument("path", metavar="PATH")
 @options.option("What", "--glob", metavar="PATTERN", help="File names that match the pattern.")
+@options.option(
+    "What", "--skip", multiple=True, metavar="PATTERN",
+    help="All but files and directories of such names; may be repeated.",
+)  # fmt: skip
 @options.option("What", "--key", metavar="KEY", help="Entry that holds the weights.")
 @options.option(
     "What", "--geometry", "measured", is_flag=True,
@@ -44,7 +48,14 @@ _LAYOUTS = {
 )  # fmt: skip
 @options.everywhere
 def inspect(
-    report: Report, path: str, glob: str | None, key: str | None, *, measured: bool, verify: bool
+    report: Report,
+    path: str,
+    glob: str | None,
+    skip: tuple[str, ...],
+    key: str | None,
+    *,
+    measured: bool,
+    verify: bool,
 ) -> None:
     """Show what a run or a checkpoint holds; its tensors are read only where that is asked for.
 
@@ -53,7 +64,7 @@ def inspect(
     """
     if measured and verify:
         raise UsageError("--geometry and --verify exclude each other: ask for one at a time")
-    run = open_run(path, glob=glob, key=key)
+    run = open_run(path, glob=glob, skip=skip, key=key)
     if verify:
         from ckptavg.cli import verification  # noqa: PLC0415 - needs torch, the rest does not
 

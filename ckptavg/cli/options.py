@@ -134,6 +134,10 @@ def subset(text: str) -> tuple[int, bool]:
 _WHICH = "Which checkpoints (applied to each run, in this order)"
 selection_options = together(
     option(_WHICH, "--glob", metavar="PATTERN", help="File names that match the pattern."),
+    option(
+        _WHICH, "--skip", multiple=True, metavar="PATTERN",
+        help="All but files and directories of such names; may be repeated.",
+    ),
     option(_WHICH, "--from", "first", type=float, metavar="STEP", help="From this step on."),
     option(_WHICH, "--to", "final", type=float, metavar="STEP", help="Up to this step, included."),
     option(_WHICH, "--every", type=positive, metavar="N", help="Every Nth, the last kept."),
@@ -381,14 +385,18 @@ SELECTION = (
 
 
 def open_selected(
-    paths: Sequence[str], glob: str | None, key: str | None, options: dict[str, Any]
+    paths: Sequence[str],
+    glob: str | None,
+    skip: Sequence[str],
+    key: str | None,
+    options: dict[str, Any],
 ) -> tuple[Run, Run]:
     """Open a run and apply the selection options, which are taken out of ``options``."""
     from ckptavg.run import open_run  # noqa: PLC0415 - help is shown without it
 
     picks = {name: options.pop(name) for name in SELECTION}
     check_picks(picks)
-    run = open_run(*paths, glob=glob, key=key)
+    run = open_run(*paths, glob=glob, skip=skip, key=key)
     for note in run.notes:
         log.info(note)
     for path, why in run.left_out:

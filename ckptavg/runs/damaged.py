@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from ckptavg.errors import CheckpointError, first_few
+from ckptavg.errors import CkptavgError, first_few
 from ckptavg.formats import Checkpoint
 from ckptavg.formats.storage import Location
 from ckptavg.runs.steps_in_names import NamedStep
@@ -28,7 +28,7 @@ class Damaged:
     """
 
     path: Location
-    error: CheckpointError
+    error: CkptavgError
     position: int | None = None
     step: float | None = None
 
@@ -54,7 +54,7 @@ def raise_for(damaged: Sequence[Damaged]) -> None:
     """Raise the error of the first, which says how to leave it out.
 
     Raises:
-        CheckpointError: There is one.
+        CkptavgError: There is one.
     """
     if not damaged:
         return
@@ -67,7 +67,7 @@ def raise_for(damaged: Sequence[Damaged]) -> None:
 
 
 def place_damaged(
-    errors: Mapping[Location, CheckpointError],
+    errors: Mapping[Location, CkptavgError],
     ordered: Sequence[Checkpoint],
     named: Mapping[Location, NamedStep],
 ) -> tuple[Damaged, ...]:

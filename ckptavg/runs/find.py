@@ -6,7 +6,7 @@ import glob
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 
 from ckptavg.errors import CheckpointError, RunError, first_few
@@ -43,9 +43,11 @@ from ckptavg.runs.numbered import (
     weights_below,
 )
 from ckptavg.runs.ranks import are_parts, refuse_rank_files
+from ckptavg.runs.suffixes import PASSED_OVER, split_by_suffix
 
 LeftOut = tuple[Location, str]
 Groups = dict[Location | Place, list[Location]]
+SKIPPED = "skipped, as asked for"
 _UNLIKE = "without a number, unlike its neighbours"
 _DEEPEST_RUN, _MOST_LOOKED_INTO = 4, 200  # levels and directories below a path without a run
 
@@ -58,20 +60,45 @@ class Found:
         groups: The paths, training by training.
         left_out: What is not opened, and why.
         named: Whether the user gave each of the paths one by one.
+        broken: Why a member of a group holds no weights although its name promises some.
     """
 
     groups: list[list[Location]]
     left_out: list[LeftOut]
     named: bool = True
+    broken: dict[Location, RunError] = field(default_factory=dict)
 
 
-def find(paths: Sequence[Location], pattern: str | None) -> Found:
+@dataclass(frozen=True)
+class Patterns:
+    """The shell patterns by which a user says which checkpoints a run is made of.
+
+    Each is matched with names, or with as many of a path's last parts as it has.
+
+    Attributes:
+        glob: What a checkpoint must match; any does where None.
+        skip: What neither a checkpoint nor a directory on the way to it may match.
+    """
+
+    glob: str | None = None
+    skip: tuple[str, ...] = ()
+
+    def skips(self, path: Location, root: Location) -> bool:
+        """Whether a checkpoint is left out, or a directory between a root and it."""
+        if not self.skip:
+            return False
+        line = [path]
+        while root not in (line[-1], line[-1].parent) and line[-1].parent != line[-1]:
+            line.append(line[-1].parent)
+        return any(matches(part, pattern) for part in line for pattern in self.skip)
+
+
+def find(paths: Sequence[Location], patterns: Patterns) -> Found:
     """Find the checkpoints at or below each path, grouped by training.
 
     Args:
         paths: Run directories and checkpoints.
-        pattern: Shell pattern that the checkpoints must match: their names, or as many of the last
-            parts of their paths as it has.
+        patterns: Which of the checkpoints are wanted.
 
     Raises:
         RunError: A path does not exist, or holds no run or several.
@@ -84,10 +111,11 @@ def find(paths: Sequence[Location], pattern: str | None) -> Found:
     for path in _whole_checkpoints(paths):
         if not path.exists():
             raise RunError(f"{path} does not exist", _nearest(path))
-        members = _members(path, found) if path.is_dir() else [path]
+        members = _members(path, patterns, found) if path.is_dir() else [path]
         if members != [path]:
             found.named = False
             listed.update(members)
+        members = _without_skipped(members, path, patterns, found)
         for member in members:
             direct = members != [path] and member in (path, path / member.name)
             home = (path if direct else member.parent).resolve()
@@ -95,11 +123,13 @@ def find(paths: Sequence[Location], pattern: str | None) -> Found:
             if not direct and member != path:
                 apart.add(home)
     groups = {
-        home: _kept(members, pattern, found)
+        home: _kept(members, patterns.glob, found)
         for home, members in _with_roots(group_by_place(homes, apart)).items()
     }
-    if not any(groups.values()) and pattern is not None:
-        raise RunError(f"no checkpoint matches {pattern!r}", "Quote the pattern, or loosen it.")
+    if not any(groups.values()) and patterns.glob is not None:
+        raise RunError(
+            f"no checkpoint matches {patterns.glob!r}", "Quote the pattern, or loosen it."
+        )
     groups = {home: members for home, members in groups.items() if members}
     refuse_rank_files(chain(*groups.values()))
     groups = _without_copies(groups, listed, found)
@@ -107,6 +137,15 @@ def find(paths: Sequence[Location], pattern: str | None) -> Found:
     found.groups = list(groups.values())
     refuse_partitioned(chain(*found.groups))
     return found
+
+
+def _without_skipped(
+    paths: Sequence[Location], root: Location, patterns: Patterns, found: Found
+) -> list[Location]:
+    """The paths that the user does not want to skip."""
+    skipped = [path for path in paths if patterns.skips(path, root)]
+    found.left_out += [(path, SKIPPED) for path in skipped]
+    return [path for path in paths if path not in {*skipped}]
 
 
 def _whole_checkpoints(paths: Sequence[Location]) -> list[Location]:
@@ -214,7 +253,9 @@ def tell(left_out: Sequence[LeftOut]) -> list[str]:
     for path, why in left_out:
         if why.startswith("repeats "):
             notes.append(f"{path} {why} and counts once")
-        elif why != NOT_WEIGHTS and not why.startswith("does not match "):
+        elif why == PASSED_OVER:
+            alike[("", why)].append(path)
+        elif why not in (NOT_WEIGHTS, SKIPPED) and not why.startswith("does not match "):
             alike[(path.name, why) if step_directory(path) else (path, why)].append(path)
     for (_, why), paths in alike.items():
         more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
@@ -222,13 +263,14 @@ def tell(left_out: Sequence[LeftOut]) -> list[str]:
     return notes
 
 
-def _members(directory: Location, found: Found) -> list[Location]:
+def _members(directory: Location, patterns: Patterns, found: Found) -> list[Location]:
     """The checkpoints of a directory: itself, or those below.
 
     Raises:
         RunError: There are none, or several runs below, or one was left half-written.
     """
-    below = sorted((p for p in directory.iterdir() if not p.name.startswith(".")), key=natural)
+    shown = sorted((p for p in directory.iterdir() if not p.name.startswith(".")), key=natural)
+    below = _without_skipped(shown, directory, patterns, found)
     itself = is_checkpoint_directory(directory)
     inner = [p for p in below if p.is_dir() and not OTHER_STATE.fullmatch(p.name)]
     nested = [path for path in inner if is_checkpoint_directory(path)]
@@ -236,30 +278,53 @@ def _members(directory: Location, found: Found) -> list[Location]:
         parts = part_names(directory)
         nested = [p for p in nested if not deepspeed.is_tag(p) and p.name not in parts]
     folders = [path for path in inner if path not in nested]
-    for path in folders:
-        _refuse_unfinished(path)
+    broken = _unfinished(folders)
+    if broken and (not nested or any(mask_step(path.name) is None for path in broken)):
+        raise next(iter(broken.values()))
+    found.broken |= broken
     if itself:
-        return _around_root(directory, nested, folders, found)
-    _refuse_unfinished(directory)
+        return _around_root(directory, [*nested, *broken], folders, found)
+    if error := _why_unfinished(directory):
+        raise error
     if any(_numbered_below(path) for path in nested):
         raise _no_run(directory)
-    files: list[Location] = []
-    for path in below:
-        if path.is_dir() or not path.name.endswith(SUFFIXES):
-            continue
-        if why := why_not(stem_of(path)):
-            found.left_out.append((path, why))
-        else:
-            files.append(path)
-    members = [*nested, *files]
+    others = [path for path in below if not path.is_dir()]
+    files = _weights_files(others, patterns, found, alone=not nested)
     if deeper := _below_steps(directory, nested, files, folders, found):
-        found.left_out += [(path, _UNLIKE) for path in members]
+        if broken:
+            raise next(iter(broken.values()))
+        found.left_out += [(path, _UNLIKE) for path in [*nested, *files]]
         return deeper
-    runs = [path for path in folders if _holds_checkpoints(path)]
+    members = [*nested, *broken, *files]
+    runs = [path for path in folders if path not in broken and _holds_checkpoints(path)]
+    if len(below) < len(shown) and not members and not runs:
+        return []
     if not members or (len(members) == 1 and runs):
         raise _no_run(directory)
     found.left_out += [(path, "a run of its own") for path in runs]
     return sorted(members, key=natural)
+
+
+def _weights_files(
+    files: Sequence[Location], patterns: Patterns, found: Found, *, alone: bool
+) -> list[Location]:
+    """The files of a directory that are checkpoints by their names.
+
+    Args:
+        files: All files.
+        patterns: Which are wanted.
+        found: What is left out is noted there.
+        alone: Whether no directory beside them is a checkpoint.
+    """
+    taken, passed_over = split_by_suffix(files, patterns.glob, alone=alone)
+    found.left_out += [(path, PASSED_OVER) for path in passed_over]
+    members: list[Location] = []
+    for path in taken:
+        if why := why_not(stem_of(path)):
+            found.left_out.append((path, why))
+        else:
+            members.append(path)
+    return members
 
 
 def _around_root(
@@ -320,15 +385,17 @@ def _numbered_below(directory: Location) -> bool:
     return any(is_checkpoint_directory(p) and not deepspeed.is_tag(p) for p in numbered)
 
 
-def _refuse_unfinished(directory: Location) -> None:
-    """Make sure that a directory is not what a crash while saving leaves of a checkpoint.
+def _unfinished(directories: Sequence[Location]) -> dict[Location, RunError]:
+    """Those that a crash while saving has left of checkpoints, with the errors for them."""
+    errors = {path: _why_unfinished(path) for path in directories}
+    return {path: error for path, error in errors.items() if error is not None}
 
-    Raises:
-        RunError: It is.
-    """
+
+def _why_unfinished(directory: Location) -> RunError | None:
+    """The error for a directory that is called as a checkpoint and lacks what makes it one."""
     numbered = re.fullmatch(r"checkpoint[-_]\d+", directory.name)
     if numbered and any(directory.glob("adapter_model.*")):
-        raise RunError(
+        return RunError(
             f"{directory} holds an adapter without its {adapter.CONFIG}",
             "Copy that file beside it: it holds the rank and the scale.",
         )
@@ -344,12 +411,13 @@ def _refuse_unfinished(directory: Location) -> None:
         and not weights_below(directory)
     ):
         why = "looks like a checkpoint but holds no weights"
-    if why:
-        raise RunError(
-            f"{directory} {why}",
-            "It may have been interrupted while being saved: copy it again, or name the other "
-            "checkpoints one by one.",
-        )
+    if not why:
+        return None
+    return RunError(
+        f"{directory} {why}",
+        "It may have been interrupted while being saved: copy it again, or name the other "
+        "checkpoints one by one.",
+    )
 
 
 def _no_run(directory: Location) -> RunError:
@@ -366,7 +434,8 @@ def _no_run(directory: Location) -> RunError:
         )
     return RunError(
         f"{directory} holds no checkpoint",
-        "Expected .safetensors, .pt, .pth, .ckpt or .bin files, or Hugging Face directories.",
+        "Expected .safetensors, .pt, .pth, .ckpt or .bin files, or Hugging Face directories; name "
+        "files of other suffixes themselves.",
     )
 
 

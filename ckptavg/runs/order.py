@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from ckptavg.display import step_text
-from ckptavg.errors import CheckpointError, NoWeightsError, RunError, first_few
+from ckptavg.errors import CheckpointError, CkptavgError, NoWeightsError, RunError, first_few
 from ckptavg.formats import (
     Checkpoint,
     open_checkpoint,
@@ -47,16 +47,25 @@ class Opened:
     damaged: tuple[Damaged, ...]
 
 
-def open_members(paths: Sequence[Location], key: str | None) -> Opened:
+def open_members(
+    paths: Sequence[Location], key: str | None, broken: Mapping[Location, RunError]
+) -> Opened:
     """Open the checkpoints of one training, order them and drop what repeats another.
+
+    Args:
+        paths: The checkpoints.
+        key: Dotted path of the entry that holds the weights; found by itself where None.
+        broken: Why some of them, and others, hold no weights.
 
     Raises:
         CheckpointError: None can be opened.
     """
     opened: list[Checkpoint] = []
     left_out: list[LeftOut] = []
-    errors: dict[Location, CheckpointError] = {}
+    errors: dict[Location, CkptavgError] = {p: broken[p] for p in paths if p in broken}
     for path in paths:
+        if path in errors:
+            continue
         try:
             opened.append(open_checkpoint(path, key))
         except NoWeightsError as error:
@@ -82,7 +91,7 @@ def open_members(paths: Sequence[Location], key: str | None) -> Opened:
 
 
 def _placed(
-    errors: Mapping[Location, CheckpointError], ordered: Sequence[Checkpoint]
+    errors: Mapping[Location, CkptavgError], ordered: Sequence[Checkpoint]
 ) -> tuple[Damaged, ...]:
     """What cannot be opened, with its place by the names that say when."""
     if not errors:

@@ -1,0 +1,27 @@
+"""Checkpoints known by how their files begin, whatever the files are called."""
+
+from __future__ import annotations
+
+from ckptavg.errors import CheckpointError
+from ckptavg.formats import storage, torch_legacy
+from ckptavg.formats.storage import Location
+
+_LONGEST = 512  # bytes: the name of a zip file's first entry is among them
+_ZIP, _ENTRY_NAME = b"PK\x03\x04", 30
+_LONGEST_HEADER = 100 << 20  # bytes: what safetensors takes
+
+
+def begins_as_checkpoint(path: Location) -> bool:
+    """Whether a file begins as ``torch.save`` or safetensors have it; not if it cannot be read."""
+    try:
+        with storage.open_binary(path) as file:
+            begin = file.read(_LONGEST)
+    except (CheckpointError, OSError):
+        return False
+    if begin.startswith(_ZIP):
+        size = int.from_bytes(begin[26:28], "little")
+        name = begin[_ENTRY_NAME : _ENTRY_NAME + size]
+        return name.endswith((b"/data.pkl", b"/version", b"/.format_version", b"/byteorder"))
+    header = int.from_bytes(begin[:8], "little")
+    is_safetensors = begin[8:9] == b"{" and 0 < header < _LONGEST_HEADER
+    return is_safetensors or begin.startswith(torch_legacy.START)
