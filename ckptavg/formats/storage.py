@@ -34,13 +34,26 @@ _MD5 = re.compile(r"[0-9a-f]{32}(-\d+)?")
 
 
 class Stat(NamedTuple):
-    """What a file is known by. ``token`` is the store's own word for its contents or version."""
+    """What a file is known by.
+
+    Attributes:
+        size: In bytes.
+        mtime_ns: When its contents were last changed, as its owner may set it.
+        inode: Its number on its device; 0 if it is remote.
+        device: Where that is; 0 if it is remote.
+        token: The store's own word for its contents or version; empty if it is local.
+        ctime_ns: When anything of it was last changed, as the system keeps it; 0 if it is remote.
+        status: Its number of links, its mode and its owners: a change of these moves ``ctime_ns``,
+            too.
+    """
 
     size: int
     mtime_ns: int
     inode: int
     device: int
     token: str
+    ctime_ns: int = 0
+    status: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, order=True)
@@ -238,9 +251,10 @@ def stat(place: Named) -> Stat:
     if not isinstance(place, RemotePath):
         with guard_reads(place):
             info = os.stat(place)
-        if not S_ISREG(info.st_mode):
-            raise CheckpointError(f"{place} is not a regular file", "Name a file or a directory.")
-        return Stat(info.st_size, info.st_mtime_ns, info.st_ino, info.st_dev, "")
+        _check_regular(place, info)
+        status = (info.st_nlink, info.st_mode, info.st_uid, info.st_gid)
+        times = info.st_mtime_ns, info.st_ctime_ns
+        return Stat(info.st_size, times[0], info.st_ino, info.st_dev, "", times[1], status)
     known = place.alone.info
     if known is None:
         raise CheckpointError(f"{place} is not there")
@@ -264,15 +278,25 @@ def open_binary(place: Named) -> BinaryIO:
     """A file to read headers from: seeking is free, and reading takes few requests.
 
     Raises:
-        CheckpointError: It is not there or may not be read; reading on may raise this too.
+        CheckpointError: It is not there, may not be read, or is no regular file; reading on may
+            raise this too.
     """
     if isinstance(place, str) and is_url(place):
         place = RemotePath(place)  # what was known when it was found will do
     if not isinstance(place, RemotePath):
-        with guard_reads(place):
-            return cast("BinaryIO", io.BufferedReader(_LocalFile(place)))
-    found = stat(place)
-    return open_ranges(place.url, found.size, found.token)
+        return cast("BinaryIO", io.BufferedReader(open_unbuffered(place)))
+    known = stat(place)
+    return open_ranges(place.url, known.size, known.token)
+
+
+def open_unbuffered(path: str | os.PathLike[str]) -> io.FileIO:
+    """A local file to read from at any place.
+
+    Raises:
+        CheckpointError: As for ``open_binary``.
+    """
+    with guard_reads(path):
+        return _LocalFile(path, opener=_open_at_once)
 
 
 class _LocalFile(io.FileIO):
@@ -292,6 +316,32 @@ class _LocalFile(io.FileIO):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         with guard_reads(self.name):
             return super().seek(offset, whence)
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open a regular file; what has come into its place, a pipe that waits for a writer, is not.
+
+    Raises:
+        OSError: It cannot be opened.
+        CheckpointError: It is no regular file.
+    """
+    handle = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    try:
+        _check_regular(path, os.fstat(handle))
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle
+
+
+def _check_regular(path: object, info: os.stat_result) -> None:
+    """Make sure that a file can be read to an end.
+
+    Raises:
+        CheckpointError: It is a pipe, a device or a directory.
+    """
+    if not S_ISREG(info.st_mode):
+        raise CheckpointError(f"{path} is not a regular file", "Name a file or a directory.")
 
 
 def _is_disguised(error: FileNotFoundError) -> bool:
