@@ -13,7 +13,7 @@ import torch
 
 from ckptavg import lora, outputs, remarks, schemes, spectral_vectors
 from ckptavg.digests import LEAF, InputDigests, OutputDigest, recorded
-from ckptavg.errors import CheckpointError, NonFiniteError, UsageError
+from ckptavg.errors import CheckpointError, NonFiniteError, PlacementError, UsageError
 from ckptavg.formats import Checkpoint, open_checkpoint
 from ckptavg.formats.storage import Location
 from ckptavg.formats.table import FileStamp
@@ -425,7 +425,7 @@ def _compute(
     compute = stream if split is None else split.stream
     try:
         streamed = compute(jobs, extras, progress=progress)
-    except NonFiniteError:
+    except (NonFiniteError, PlacementError):
         _verify(plans)  # half a write may look like anything
         raise
     if split is None or split.processes.rank == 0:

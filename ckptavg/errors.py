@@ -42,6 +42,10 @@ class NoWeightsError(CheckpointError):
     """A file that opens but is no checkpoint: an optimizer's state, a history."""
 
 
+class PlacementError(CheckpointError):
+    """Tensors that lie elsewhere in a remote file than its directory let expect."""
+
+
 class RunError(CkptavgError):
     """No run, more than one, or a selection that it cannot fulfil."""
 

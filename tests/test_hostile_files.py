@@ -361,7 +361,7 @@ def test_a_link_that_an_index_names_shows_nothing_of_what_is_no_checkpoint(run):
     (run.parent / "secret").write_text("root:x:0:0" * 10)
     index_of(run, "a.safetensors")
     (run / "a.safetensors").symlink_to("../secret")
-    check_refused(run, "a.safetensors is not a readable safetensors file")
+    check_refused(run, "a.safetensors is a text")
 
 
 # -------------------------------------------------------------------------------- limits, measured

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -70,7 +69,7 @@ class Contents:
     """What is known of ranges of files: the checksums of zip files, digests of what was read."""
 
     def __init__(self) -> None:
-        self._entries: dict[str, tuple[list[int], list[zipfile.ZipInfo]]] = {}
+        self._entries: dict[str, tuple[list[int], list[torch_zip.StoredEntry]]] = {}
         self._starts: dict[tuple[str, int], int] = {}
         self._digests: dict[tuple[_Range, Extent], bytes] = {}
 
@@ -78,23 +77,22 @@ class Contents:
         """The part of a storage that a range is; None where the storage has no checksum."""
         if span.file not in self._entries:
             entries = torch_zip.storages(span.file)
-            self._entries[span.file] = [info.header_offset for info in entries], entries
+            self._entries[span.file] = [stored.entry.header for stored in entries], entries
         offsets, entries = self._entries[span.file]
         i = bisect.bisect_right(offsets, span.start) - 1
         if i < 0:
             return None
-        info = entries[i]
-        if span.size == info.file_size:  # all of it: where it begins need not be read
-            return _Part(0, info.file_size, info.CRC)
+        entry = entries[i].entry
+        if span.size == entry.size:  # all of it: where it begins need not be read
+            return _Part(0, entry.size, entry.crc)
         within = span.start - self._start(span.file, i)
-        fits = within >= 0 and within + span.size <= info.file_size
-        return _Part(within, info.file_size, info.CRC) if fits else None
+        fits = within >= 0 and within + span.size <= entry.size
+        return _Part(within, entry.size, entry.crc) if fits else None
 
     def _start(self, path: str, i: int) -> int:
         """The offset in its file of a storage's first byte."""
         if (path, i) not in self._starts:
-            with storage.open_binary(path) as file:
-                self._starts[path, i] = torch_zip.data_offset(file, self._entries[path][1][i], path)
+            self._starts[path, i] = self._entries[path][1][i].start(path)
         return self._starts[path, i]
 
     def digest(self, span: _Range, extent: Extent) -> bytes:

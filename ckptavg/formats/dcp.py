@@ -10,21 +10,21 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from ckptavg.errors import CheckpointError, short
-from ckptavg.formats import inert_pickle, torch_zip
+from ckptavg.formats import inert_pickle, storage, torch_zip
+from ckptavg.formats.damage import damaged
 from ckptavg.formats.inert_values import Global, MalformedPickle, Opaque, Sharded, TensorView
 from ckptavg.formats.record import TRAINING_STATE
 from ckptavg.formats.storage import Location
 from ckptavg.formats.table import DTYPES, DType, FileStamp, Piece, Tensor
 from ckptavg.formats.tiling import tiles
 from ckptavg.formats.weights import KNOWN_ENTRIES
-from ckptavg.system_errors import guard_reads
 
 METADATA = ".metadata"
 SUFFIX = ".distcp"  # of its shards
@@ -109,9 +109,9 @@ class Distributed:
         opened = torch_zip.read(file, (box.offset, box.length))
         view = opened.tree
         if not isinstance(view, TensorView) or (view.dtype, view.shape) != (dtype, box.shape):
-            raise torch_zip.damaged(file, f"what it holds of {name!r} is not what {METADATA} says")
+            raise damaged(file, f"what it holds of {name!r} is not what {METADATA} says")
         piece = opened.tensor(view).pieces[0]
-        return Piece(piece.file, piece.offset, piece.shape, piece.stride, box.start)
+        return replace(piece, start=box.start)
 
 
 def is_distributed(directory: Location) -> bool:
@@ -130,11 +130,11 @@ def read(directory: Location) -> Distributed:
     try:
         if stamp.size > inert_pickle.MAX_PICKLE:
             raise MalformedPickle(f"it is larger than {inert_pickle.MAX_PICKLE >> 20} MiB")
-        with guard_reads(metadata):
-            content = metadata.read_bytes()
+        with storage.open_binary(metadata) as file:
+            content = file.read(stamp.size)
         opened = _parse(directory, inert_pickle.loads(content), stamp)
     except MalformedPickle as error:
-        raise torch_zip.damaged(metadata, str(error)) from error
+        raise damaged(metadata, str(error)) from error
     return opened
 
 
@@ -202,7 +202,7 @@ def _stored(directory: Location, places: Mapping[Any, Any], stamps: dict[str, Fi
         if path not in stamps:
             stamps[path] = _stamp(directory, file)
         if sum(span) > stamps[path].size:
-            raise torch_zip.damaged(directory / file, f"{short(name)!r} runs past its end")
+            raise damaged(directory / file, f"{short(name)!r} runs past its end")
         found[name][at] = (file, *span)
     _check_apart(directory, found)
     return found
@@ -213,7 +213,7 @@ def _check_apart(directory: Location, stored: Stored) -> None:
     places = sorted(place for boxes in stored.values() for place in boxes.values())
     for (file, start, length), (other, after, _) in pairwise(places):
         if file == other and start + length > after:
-            raise torch_zip.damaged(directory / file, "two items share bytes of it")
+            raise damaged(directory / file, "two items share bytes of it")
 
 
 def _stamp(directory: Location, name: str) -> FileStamp:

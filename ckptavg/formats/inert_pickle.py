@@ -17,6 +17,7 @@ from ckptavg.formats.inert_values import (
     Global,
     MalformedPickle,
     Opaque,
+    PickleCutShort,
     Storage,
     known_call,
     name_of,
@@ -64,7 +65,8 @@ def load(file: BinaryIO) -> tuple[Any, dict[str, Storage]]:
     except MalformedPickle:
         raise
     except Exception as error:  # anything a hostile stream provokes: it is damage all the same
-        raise MalformedPickle(str(error)[:200] or type(error).__name__) from error
+        kind = PickleCutShort if source.exhausted else MalformedPickle
+        raise kind(str(error)[:200] or type(error).__name__) from error
     return machine.result, machine.storages
 
 
@@ -73,21 +75,27 @@ class _Bounded:
 
     Attributes:
         done: Bytes read so far.
+        exhausted: Whether the file ended where more was to be read.
     """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self.done = 0
+        self.exhausted = False
 
     def read(self, size: int) -> bytes:
         """At most ``size`` bytes."""
         if size > MAX_PICKLE - self.done:
             raise MalformedPickle(f"it is larger than {MAX_PICKLE >> 20} MiB, or cut short")
-        return self._count(self._file.read(size))
+        data = self._file.read(size)
+        self.exhausted = len(data) < size
+        return self._count(data)
 
     def readline(self) -> bytes:
         """A line."""
-        return self._count(self._file.readline(MAX_PICKLE - self.done + 1))
+        line = self._file.readline(MAX_PICKLE - self.done + 1)
+        self.exhausted = not line.endswith(b"\n")
+        return self._count(line)
 
     def _count(self, data: bytes) -> bytes:
         self.done += len(data)

@@ -15,6 +15,10 @@ class MalformedPickle(ValueError):
     """A pickle that does not follow its own protocol."""
 
 
+class PickleCutShort(MalformedPickle):
+    """A pickle that ends before its end."""
+
+
 @dataclass(frozen=True, slots=True)
 class Global:
     """A class or function, by name only."""

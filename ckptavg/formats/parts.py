@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from ckptavg.errors import first_few, short
+from ckptavg.errors import CheckpointError, first_few, short
 from ckptavg.formats import (
     bounded_json,
     dcp,
     deepspeed,
+    foreign,
     record,
     safetensors,
     storage,
@@ -18,6 +19,7 @@ from ckptavg.formats import (
     tree,
     weights,
 )
+from ckptavg.formats.damage import damaged
 from ckptavg.formats.inert_values import MalformedPickle, Refused, Sharded, TensorView
 from ckptavg.formats.storage import Location
 from ckptavg.formats.table import PROVENANCE, FileStamp, Record, Tensor
@@ -77,10 +79,14 @@ def _read_safetensors(path: Location, stamp: FileStamp) -> Part:
 
 def _read_torch(path: Location, stamp: FileStamp, key: str | None) -> Part:
     opened = torch_zip.read(path)
+    if path.suffix == ".safetensors":
+        raise CheckpointError(
+            f"{path} was written by torch.save, not as safetensors", f"Call it {path.stem}.pt."
+        )
     try:
         found = weights.find_weights(str(path), opened.tree, key)
     except MalformedPickle as error:
-        raise torch_zip.damaged(path, str(error)) from error
+        raise damaged(path, str(error)) from error
     views = _of_kind(found.entry, TensorView)
     tensors = {name: opened.tensor(view) for name, view in views.items()}
     deepspeed.refuse_placeholders(path, opened.tree, tensors)
@@ -141,21 +147,27 @@ def read_distributed(path: Location, key: str | None) -> Part:
 
 
 def _is_safetensors(path: Location) -> bool:
-    """By suffix, else by content.
+    """By content, else by suffix.
 
     Raises:
-        CheckpointError: The file cannot be read, or is of no known kind.
+        CheckpointError: The file cannot be read, or is of another kind.
     """
+    if stranger := foreign.identify_name(path):
+        raise stranger.refusal(path)
     with storage.open_binary(path) as file:
-        start = file.read(16)
+        start = file.read(foreign.HEAD)
+        if safetensors.looks_like(start):
+            return True
+        if torch_zip.looks_like(start):
+            return False
+        if stranger := foreign.identify(path, file, start):
+            raise stranger.refusal(path)
     if path.suffix == ".safetensors":
         return True
-    if torch_zip.looks_like(start):
-        return False
-    if start[8:9] == b"{":
-        return True
-    kind = "an empty file" if not start else "neither a torch.save file nor safetensors"
-    raise torch_zip.damaged(path, kind)
+    raise CheckpointError(
+        f"{path} is of no known kind: neither a torch.save file nor safetensors",
+        "Name a file of weights, or leave it out.",
+    )
 
 
 def _provenance(beside: Any) -> Mapping[str, Any] | None:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from typing import BinaryIO
 
 import torch
 
-from ckptavg.errors import CheckpointError
+from ckptavg.errors import CheckpointError, PlacementError
 from ckptavg.formats.fetching import Fetched
 from ckptavg.formats.ranges import Range
-from ckptavg.formats.storage import is_url
+from ckptavg.formats.storage import is_url, open_unbuffered
 from ckptavg.formats.table import Piece, Tensor
 from ckptavg.system_errors import guard_reads
 
@@ -34,7 +34,7 @@ class Reader:
     """
 
     def __init__(self) -> None:
-        self._files: OrderedDict[str, BinaryIO] = OrderedDict()
+        self._files: OrderedDict[str, io.FileIO] = OrderedDict()
         self._most_open = _most_open_files()
         self._fetched = Fetched()
 
@@ -82,16 +82,34 @@ class Reader:
         """
         size = tensor.dtype.size
         if tensor.contiguous:
+            if start == 0:
+                self._check_guards(tensor)
             piece = tensor.pieces[0]
             self._read_bytes(piece.file, piece.offset + start * size, out[: count * size])
             return
         self._fetched.hold(_ranges(tensor, start, count))
+        if start == 0:
+            self._check_guards(tensor)
         low, extent = box_of(tensor.shape, start, count)
         target = torch.frombuffer(out, dtype=torch.uint8)[: count * size].view(*extent, size)
         if tensor.stored_bytes < tensor.nbytes:
             target.zero_()
         for piece in tensor.pieces:
             self._read_overlap(piece, low, extent, target)
+
+    def _check_guards(self, tensor: Tensor) -> None:
+        """Make sure that the pieces of remote files lie where they were taken to.
+
+        Raises:
+            PlacementError: One does not.
+        """
+        for piece in tensor.pieces:
+            guard = piece.guard
+            if guard and guard.content != self._fetched.read(piece.file, guard.offset, guard.end):
+                raise PlacementError(
+                    f"{piece.file} is packed in a way that needs all of it to be read",
+                    "Download it, and name the copy.",
+                )
 
     def _read_overlap(
         self, piece: Piece, low: tuple[int, ...], extent: tuple[int, ...], target: torch.Tensor
@@ -140,13 +158,12 @@ class Reader:
                     raise _cut_short(path, offset + len(out))
                 done += got
 
-    def _open(self, path: str) -> BinaryIO:
+    def _open(self, path: str) -> io.FileIO:
         file = self._files.pop(path, None)
         if file is None:
             if len(self._files) >= self._most_open:
                 self._files.popitem(last=False)[1].close()
-            with guard_reads(path):
-                file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by the reader
+            file = open_unbuffered(path)
         self._files[path] = file
         return file
 
@@ -170,18 +187,21 @@ def _ranges(tensor: Tensor, start: int, count: int) -> list[Range]:
     """The ranges of remote files that elements of a tensor lie in."""
     remote = [piece for piece in tensor.pieces if is_url(piece.file)]
     size = tensor.dtype.size
+    ranges: list[Range] = []
+    for piece in remote:
+        if piece.guard and start == 0:
+            ranges.append((piece.file, piece.guard.offset, piece.guard.end))
     if remote and tensor.contiguous:
         at = remote[0].offset + start * size
-        return [(remote[0].file, at, at + count * size)]
-    found: list[Range] = []
+        return [*ranges, (remote[0].file, at, at + count * size)]
     for piece in remote:
         begin, end, skipped = overlap(piece, *box_of(tensor.shape, start, count))
         extent = [b - a for a, b in zip(begin, end, strict=True)]
         if min(extent, default=1) > 0:
             span = 1 + sum((n - 1) * s for n, s in zip(extent, piece.stride, strict=True))
             at = piece.offset + skipped * size
-            found.append((piece.file, at, at + span * size))
-    return found
+            ranges.append((piece.file, at, at + span * size))
+    return ranges
 
 
 def overlap(
@@ -241,11 +261,11 @@ def box_of(
 
 if hasattr(os, "preadv"):
 
-    def _read_at(file: BinaryIO, out: memoryview, offset: int) -> int:
+    def _read_at(file: io.FileIO, out: memoryview, offset: int) -> int:
         return os.preadv(file.fileno(), [out], offset)
 
 else:
 
-    def _read_at(file: BinaryIO, out: memoryview, offset: int) -> int:
+    def _read_at(file: io.FileIO, out: memoryview, offset: int) -> int:
         file.seek(offset)
-        return int(file.readinto(out) or 0)  # type: ignore[attr-defined]
+        return int(file.readinto(out) or 0)

@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
-from ckptavg.errors import CheckpointError, UnsupportedTensorError, first_few
+from ckptavg.errors import UnsupportedTensorError, first_few
 from ckptavg.formats import bounded_json, storage
+from ckptavg.formats.damage import cut_short, damaged
 from ckptavg.formats.storage import Location
 from ckptavg.formats.table import DTYPES, MOST_ELEMENTS, DType, Tensor, whole
 
 MAX_HEADER = bounded_json.MAX_TEXT
 MAX_DIMENSIONS = 64  # torch's own limit
+_damaged = partial(damaged, kind="safetensors file")
+_cut_short = partial(cut_short, kind="safetensors file")
 BY_CODE = {dtype.code: dtype for dtype in DTYPES.values() if dtype.code}
 
 
@@ -34,14 +38,14 @@ def read_header(place: str | Location, size: int) -> tuple[dict[str, Tensor], di
     with storage.open_binary(place) as file:
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > size - 8:
-            raise damaged(path, "its header runs past the end of the file")
         if length > MAX_HEADER:
-            raise damaged(path, f"its header claims {length} bytes")
+            raise _damaged(path, f"its header claims {length} bytes")
+        if len(prefix) < 8 or length > size - 8:
+            raise _cut_short(path, "its header runs past the end of the file")
         header = _parse_json(path, file.read(length))
     metadata = header.pop("__metadata__", {})
     if not _is_text_map(metadata):
-        raise damaged(path, "its metadata is not a map of strings")
+        raise _damaged(path, "its metadata is not a map of strings")
     begin = 8 + length
     entries = [_entry(path, name, value) for name, value in header.items()]
     entries.sort(key=lambda entry: (entry[3], entry[4]))
@@ -50,6 +54,11 @@ def read_header(place: str | Location, size: int) -> tuple[dict[str, Tensor], di
         name: whole(path, begin + start, dtype, shape) for name, dtype, shape, start, _ in entries
     }
     return tensors, metadata
+
+
+def looks_like(start: bytes) -> bool:
+    """Whether a file that begins so is safetensors: the length of a header, and a JSON object."""
+    return start[4:9] == b"\0\0\0\0{"
 
 
 def build_header(
@@ -102,21 +111,13 @@ def build_header(
     return first, {name: len(first) + start for name, start in starts.items()}
 
 
-def damaged(path: str, why: str) -> CheckpointError:
-    """The error for a file that is not well-formed."""
-    return CheckpointError(
-        f"{path} is not a readable safetensors file: {why}",
-        "It may be truncated or still being written; copy it again or leave it out.",
-    )
-
-
 def _parse_json(path: str, raw: bytes) -> dict[str, Any]:
     try:
         header = bounded_json.loads(raw)
     except ValueError as error:
-        raise damaged(path, f"its header is not valid JSON ({error})"[:200]) from error
+        raise _damaged(path, f"its header is not valid JSON ({error})"[:200]) from error
     if not isinstance(header, dict):
-        raise damaged(path, "its header is not a JSON object")
+        raise _damaged(path, "its header is not a JSON object")
     return header
 
 
@@ -139,25 +140,25 @@ def _is_natural(value: Any) -> bool:
 
 def _entry(path: str, name: str, value: Any) -> tuple[str, DType, tuple[int, ...], int, int]:
     if not _is_text(name):
-        raise damaged(path, "a name is not valid Unicode")
+        raise _damaged(path, "a name is not valid Unicode")
     if not isinstance(value, dict):
-        raise damaged(path, f"the entry of {name!r} is not an object")
+        raise _damaged(path, f"the entry of {name!r} is not an object")
     code, shape, offsets = (value.get(k) for k in ("dtype", "shape", "data_offsets"))
     dtype = BY_CODE.get(code) if isinstance(code, str) else None
     if dtype is None:
-        raise damaged(path, f"{name!r} has the unknown dtype {str(code)[:40]!r}")
+        raise _damaged(path, f"{name!r} has the unknown dtype {str(code)[:40]!r}")
     if (
         not isinstance(shape, list)
         or len(shape) > MAX_DIMENSIONS
         or not all(map(_is_natural, shape))
         or math.prod(n or 1 for n in shape) >= MOST_ELEMENTS
     ):
-        raise damaged(path, f"{name!r} has a malformed shape")
+        raise _damaged(path, f"{name!r} has a malformed shape")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_natural, offsets)):
-        raise damaged(path, f"{name!r} has malformed offsets")
+        raise _damaged(path, f"{name!r} has malformed offsets")
     start, end = offsets
     if end - start != dtype.nbytes(math.prod(shape)):
-        raise damaged(path, f"the bytes of {name!r} do not fit its shape and dtype")
+        raise _damaged(path, f"the bytes of {name!r} do not fit its shape and dtype")
     return name, dtype, tuple(shape), start, end
 
 
@@ -167,7 +168,8 @@ def _check_ranges(
     position = 0
     for name, _, _, start, end in entries:
         if start != position:
-            raise damaged(path, f"the bytes of {name!r} overlap another tensor's or leave a hole")
+            raise _damaged(path, f"the bytes of {name!r} overlap another tensor's or leave a hole")
         position = end
     if position != available:
-        raise damaged(path, f"its tensors take {position} bytes where the file holds {available}")
+        why = f"its tensors take {position} bytes where the file holds {available}"
+        raise _cut_short(path, why) if position > available else _damaged(path, why)

@@ -78,6 +78,24 @@ DTYPES: dict[str, DType] = {
 
 
 @dataclass(frozen=True, slots=True)
+class Guard:
+    """Bytes that a file has to hold, or its pieces lie elsewhere than they were taken to.
+
+    Attributes:
+        offset: Byte offset of the first.
+        content: The bytes.
+    """
+
+    offset: int
+    content: bytes
+
+    @property
+    def end(self) -> int:
+        """Byte offset behind the last."""
+        return self.offset + len(self.content)
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
     """A box of a tensor and where its elements lie in one file.
 
@@ -87,6 +105,7 @@ class Piece:
         shape: Extent of the box.
         stride: Step between neighbours along each dimension, in elements.
         start: Index in the tensor of the box's first element.
+        guard: Is looked at together with the first element; None where the offset is certain.
     """
 
     file: str
@@ -94,6 +113,7 @@ class Piece:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     start: tuple[int, ...]
+    guard: Guard | None = None
 
 
 @dataclass(frozen=True)
@@ -166,7 +186,7 @@ def changed(path: object) -> CheckpointError:
 class FileStamp:
     """What tells a file from a changed one: looked at on opening and again after reading.
 
-    A remote file has a ``token`` of its store instead of an inode and a device.
+    The fields are those of ``storage.Stat``.
     """
 
     path: str
@@ -175,6 +195,8 @@ class FileStamp:
     inode: int
     device: int = 0
     token: str = ""
+    ctime_ns: int = 0
+    status: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, path: str | Location) -> FileStamp:
@@ -200,6 +222,9 @@ class FileStamp:
         now = FileStamp.of(self.path)
         if self.token:  # says more than the time, which stores round as they like
             now = replace(now, mtime_ns=self.mtime_ns)
+        # A trainer that links its newest checkpoint as the last one changes nothing in it.
+        if now.status != self.status:
+            now = replace(now, status=self.status, ctime_ns=self.ctime_ns)
         if now != self:
             raise changed(self.path)
 

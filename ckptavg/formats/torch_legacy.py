@@ -6,11 +6,21 @@ from typing import Any, BinaryIO
 
 from ckptavg.errors import CheckpointError
 from ckptavg.formats import inert_pickle, storage
-from ckptavg.formats.inert_values import MalformedPickle, Storage
+from ckptavg.formats.damage import cut_short
+from ckptavg.formats.inert_values import MalformedPickle, PickleCutShort, Storage
 from ckptavg.formats.storage import Location
 
-START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number, pickled
+_MAGIC = 0x1950A86A20F9469CFC6C
+_PICKLED_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+START = b"\x80\x02" + _PICKLED_MAGIC  # as protocol 2 begins; later ones put a frame between
+HEAD = 32  # bytes that tell such a file
 _PROTOCOL = 1001
+
+
+def looks_like(start: bytes) -> bool:
+    """Whether a file that begins so was written by ``torch.save`` before version 1.6."""
+    framed = start[:1] == b"\x80" and _PICKLED_MAGIC in start[:HEAD]
+    return framed or (START.startswith(start[: len(START)]) and len(start) > 2)
 
 
 def read(place: str | Location, size: int) -> tuple[Any, dict[str, int]]:
@@ -25,12 +35,18 @@ def read(place: str | Location, size: int) -> tuple[Any, dict[str, int]]:
 
     Raises:
         MalformedPickle: A pickle or the row of storages is damaged.
-        CheckpointError: The file was saved on a machine of the other byte order.
+        CheckpointError: The file ends too early, or was saved on a machine of the other byte order.
     """
+    try:
+        return _read(place, size)
+    except PickleCutShort as error:
+        raise cut_short(place, f"it ends within its pickles or storages: {error}") from error
+
+
+def _read(place: str | Location, size: int) -> tuple[Any, dict[str, int]]:
     with storage.open_binary(place) as file:
-        file.seek(len(START))
-        protocol, system = (inert_pickle.load(file)[0] for _ in range(2))
-        if protocol != _PROTOCOL or not isinstance(system, dict):
+        magic, protocol, system = (inert_pickle.load(file)[0] for _ in range(3))
+        if magic != _MAGIC or protocol != _PROTOCOL or not isinstance(system, dict):
             raise MalformedPickle("its protocol is unknown")
         if system.get("little_endian") is not True:
             raise CheckpointError(
@@ -64,7 +80,7 @@ def _locate(
             count = int.from_bytes(file.read(8), "little", signed=True)
         nbytes = storage.numel * (storage.dtype.size if storage.dtype else 1)
         if count != storage.numel or position + 8 + nbytes > size:
-            raise MalformedPickle(f"the storage {key!r} runs past the end of the file")
+            raise PickleCutShort(f"the storage {key!r} runs past the end of the file")
         found[key] = position + 8
         position += 8 + nbytes
     if found.keys() != storages.keys() or position != size:

@@ -4,30 +4,36 @@ from __future__ import annotations
 
 import io
 import struct
-import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any, BinaryIO, cast
 
 from ckptavg.errors import CheckpointError
-from ckptavg.formats import inert_pickle, storage, torch_legacy
+from ckptavg.formats import foreign, inert_pickle, storage, torch_legacy, zip_directory
+from ckptavg.formats.damage import cut_short, damaged
 from ckptavg.formats.inert_values import MalformedPickle, Storage, TensorView
 from ckptavg.formats.storage import Location
-from ckptavg.formats.table import Piece, Tensor
+from ckptavg.formats.table import Guard, Piece, Tensor
+from ckptavg.formats.zip_directory import LOCAL_HEADER, CutShort, Directory, Entry, MalformedZip
 
 PROVENANCE_RECORD = "ckptavg.json"  # where a bare state dict has no room for an entry
-_LOCAL_HEADER = 30
-_MAX_DIRECTORY = 64 * 2**20
+START = b"PK\x03\x04"
 _CHUNK = 2**20  # bytes of an entry that are read at a time
-_ENCRYPTED, _SIZES_FOLLOW, _UTF8 = 0x1, 0x8, 0x800  # flags of an entry
-_ELSEWHERE = 0xFFFFFFFF  # a size that a zip64 field holds
+_DAMAGE = (MalformedZip, UnicodeDecodeError)  # what reading one raises
+_ALIGNMENT = 64  # of what torch.save stores
 _NUMBERS = {
     "float64": "d", "float32": "f", "float16": "e", "bfloat16": "f", "int64": "q", "int32": "i",
     "int16": "h", "int8": "b", "uint8": "B",
 }  # fmt: skip
-_ALIGNMENT = 64  # of what torch.save stores
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a storage begins in its file, and what has to stand there if that is a guess."""
+
+    offset: int
+    guard: Guard | None = None
 
 
 @dataclass
@@ -42,9 +48,9 @@ class TorchFile:
 
     path: str
     tree: Any
-    _locate: Callable[[Storage], int] = field(repr=False)
+    _locate: Callable[[Storage], _Place] = field(repr=False)
     provenance: str | None = None
-    _offsets: dict[str, int] = field(default_factory=dict, repr=False)
+    _places: dict[str, _Place] = field(default_factory=dict, repr=False)
 
     def tensor(self, view: TensorView) -> Tensor:
         """The table entry of a tensor in the tree.
@@ -53,27 +59,32 @@ class TorchFile:
             CheckpointError: Its storage is missing from the file, compressed or too short.
         """
         key = view.storage.key
-        if key not in self._offsets:
-            self._offsets[key] = self._locate(view.storage)
-        start = self._offsets[key] + view.offset * view.dtype.size
+        if key not in self._places:
+            self._places[key] = self._locate(view.storage)
+        place = self._places[key]
+        start = place.offset + view.offset * view.dtype.size
         empty = 0 in view.shape  # strides that say nothing are made alike
         stride = tuple(
             0 if empty or n == 1 else s for n, s in zip(view.shape, view.stride, strict=True)
         )
-        piece = Piece(self.path, start, view.shape, stride, (0,) * len(view.shape))
+        piece = Piece(self.path, start, view.shape, stride, (0,) * len(view.shape), place.guard)
         return Tensor(view.dtype, view.shape, (piece,))
 
     def number(self, view: TensorView) -> float | None:
         """The value of a 0-d tensor; None where it is no number, or not there."""
         code = _NUMBERS.get(view.dtype.name)
         try:
-            offset = self.tensor(view).pieces[0].offset
+            piece = self.tensor(view).pieces[0]
         except CheckpointError:
             return None
         if code is None:
             return None
         with storage.open_binary(self.path) as file:
-            file.seek(offset)
+            if piece.guard:
+                file.seek(piece.guard.offset)
+                if file.read(len(piece.guard.content)) != piece.guard.content:
+                    return None
+            file.seek(piece.offset)
             raw = file.read(view.dtype.size)
         if view.dtype.name == "bfloat16":  # the upper half of a float32
             raw = bytes(2) + raw
@@ -94,34 +105,32 @@ def read(place: str | Location, within: tuple[int, int] | None = None) -> TorchF
     path = str(place)
     try:
         with _open(place, within) as file:
-            if within is None and file.read(len(torch_legacy.START)) == torch_legacy.START:
-                tree, offsets = torch_legacy.read(place, file.seek(0, 2))
-                return TorchFile(path, tree, lambda stored: offsets[stored.key])
-            archive = zipfile.ZipFile(file)
-            entries = _entries(path, archive.infolist())
-            _check_entries(path, entries)
-            ends = _ends(archive)
-            starts = _packed(file, archive, entries, path) if storage.is_url(path) else {}
-            order = entries.get("byteorder")
-            if order and order.file_size == 3 and _content(file, order, path) == b"big":
-                raise CheckpointError(
-                    f"{path} was saved on a big-endian machine", "Load and save it on this one."
-                )
-            tree = inert_pickle.loads(_content(file, entries["data.pkl"], path))
-            made = entries.get(PROVENANCE_RECORD)
-            text = _content(file, made, path).decode() if made else None
+            if within is None and torch_legacy.looks_like(file.read(torch_legacy.HEAD)):
+                tree, offsets = torch_legacy.read(place, file.seek(0, io.SEEK_END))
+                return TorchFile(path, tree, lambda stored: _Place(offsets[stored.key]))
+            archive = _Archive.of(path, file)
+            archive.check_byte_order(file)
+            tree = inert_pickle.loads(archive.content(file, "data.pkl"))
+            made = PROVENANCE_RECORD in archive.entries
+            text = archive.content(file, PROVENANCE_RECORD).decode() if made else None
+            guesses = archive.guess_starts(file) if storage.is_url(path) else {}
     except MalformedPickle as error:
         raise damaged(path, f"its pickle is malformed: {error}") from error
+    except CutShort as error:
+        raise cut_short(path, f"a zip file cut short ({error})") from error
     except _DAMAGE as error:
-        raise damaged(path, _why(path, error)) from error
+        raise damaged(path, str(error)) from error
     base = within[0] if within else 0
 
-    def locate(stored: Storage) -> int:
-        info = _entry_of(path, entries, stored)
-        if info.filename in starts:
-            return base + starts[info.filename]
-        with _open(path, within) as file:
-            return base + data_offset(file, info, path, ends)
+    def locate(stored: Storage) -> _Place:
+        try:
+            entry = archive.storage(stored)
+            if start := guesses.get(entry.name):
+                return _Place(base + start, _guard(entry, start, base))
+            with _open(place, within) as file:
+                return _Place(base + archive.offset(file, entry))
+        except _DAMAGE as error:
+            raise damaged(path, str(error)) from error
 
     return TorchFile(path, tree, locate, text)
 
@@ -147,7 +156,7 @@ class _Part(io.RawIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
         if base + offset < 0:
-            raise ValueError("it begins before its beginning")
+            raise MalformedZip("it begins before its beginning")
         self._at = base + offset
         return self._at
 
@@ -157,8 +166,8 @@ class _Part(io.RawIOBase):
     def read(self, size: int = -1) -> bytes:
         left = max(self._length - self._at, 0)
         size = left if size < 0 else size
-        if size > _MAX_DIRECTORY:
-            raise zipfile.BadZipFile(f"its directory claims {size} bytes")
+        if size > zip_directory.MAX_DIRECTORY:
+            raise MalformedZip(f"a part of it claims {size} bytes")
         self._file.seek(self._start + self._at)
         data = self._file.read(min(size, left))
         self._at += len(data)
@@ -169,56 +178,165 @@ class _Part(io.RawIOBase):
         super().close()
 
 
-_DAMAGE = (  # what zipfile raises
-    zipfile.BadZipFile, EOFError, NotImplementedError, OverflowError, RuntimeError, ValueError,
-    struct.error,
-)  # fmt: skip
+@dataclass(frozen=True)
+class _Archive:
+    """A zip file of ``torch.save``.
 
-
-def _packed(
-    file: BinaryIO, archive: zipfile.ZipFile, entries: Mapping[str, zipfile.ZipInfo], path: str
-) -> dict[str, int]:
-    """Where entries begin, as far as their neighbours tell: each local header is a request.
-
-    ``torch.save`` leaves no room between entries and begins each at a multiple of 64 bytes; a file
-    counts as its own if that holds of its pickle, whose local header is read.
+    Attributes:
+        path: The file.
+        entries: By their names without the folder inside it that holds them all.
+        ends: Where each entry has to end, by its whole name.
     """
-    ends = _ends(archive)
-    found: dict[str, int] = {}
-    for info in archive.infolist():
-        least = info.header_offset + _LOCAL_HEADER + len(info.orig_filename.encode())
-        descriptor = (24 if info.file_size >> 32 else 16) if info.flag_bits & 8 else 0
-        start = ends[info.filename] - descriptor - info.file_size
-        if start % _ALIGNMENT == 0 and least <= start < least + 2 * _ALIGNMENT:
-            found[info.filename] = start
-    pickle = entries["data.pkl"]
-    return found if found.get(pickle.filename) == data_offset(file, pickle, path) else {}
+
+    path: str
+    entries: Mapping[str, Entry]
+    ends: Mapping[str, int]
+
+    @classmethod
+    def of(cls, path: str, file: BinaryIO) -> _Archive:
+        """Read the directory of a file.
+
+        Raises:
+            MalformedZip: It is damaged, or not what ``torch.save`` writes.
+            CheckpointError: It is an archive of another kind.
+        """
+        directory = _directory(file)
+        names = [entry.name for entry in directory.entries]
+        prefix = names[0].partition("/")[0] + "/" if names else ""
+        if stranger := foreign.identify_archive(names):
+            raise stranger.refusal(path)
+        if prefix + "data.pkl" not in names:
+            raise MalformedZip("it is a zip file, but not one of torch.save")
+        entries = {e.name[len(prefix) :]: e for e in directory.entries if e.name.startswith(prefix)}
+        return cls(path, entries, directory.ends())
+
+    def check_byte_order(self, file: BinaryIO) -> None:
+        """Make sure that numbers are laid out as on this machine.
+
+        Raises:
+            CheckpointError: They are not.
+        """
+        order = self.entries.get("byteorder")
+        if order and order.size == len("big") and self.content(file, "byteorder") == b"big":
+            raise CheckpointError(
+                f"{self.path} was saved on a big-endian machine", "Load and save it on this one."
+            )
+
+    def content(self, file: BinaryIO, name: str) -> bytes:
+        """The bytes of a small entry. Checksums are not heeded: torch can be told to omit them.
+
+        Raises:
+            MalformedZip: It is compressed or huge.
+        """
+        entry = self.entries[name]
+        if entry.size > inert_pickle.MAX_PICKLE:
+            raise MalformedZip(f"{entry.name!r} claims {entry.size} bytes")
+        if not entry.stored:
+            raise MalformedZip(f"{entry.name!r} is compressed, which torch.save never does")
+        file.seek(self.offset(file, entry))
+        return file.read(entry.size)
+
+    def offset(self, file: BinaryIO, entry: Entry) -> int:
+        """Where an entry's bytes begin.
+
+        Raises:
+            MalformedZip: Its local header contradicts the directory.
+        """
+        return _data_offset(file, entry, self.ends[entry.name])
+
+    def storage(self, stored: Storage) -> Entry:
+        """The entry of a storage, checked.
+
+        Raises:
+            MalformedZip: It is missing, compressed, or of another size.
+        """
+        entry = self.entries.get(f"data/{stored.key}")
+        if entry is None:
+            raise MalformedZip(f"the storage {stored.key!r} is missing")
+        if not entry.stored:
+            raise MalformedZip("its tensors are compressed, which torch.save never does")
+        nbytes = stored.numel * (stored.dtype.size if stored.dtype else 1)
+        if nbytes != entry.size:
+            differs = "shorter" if nbytes > entry.size else "longer"
+            raise MalformedZip(f"the storage {stored.key!r} is {differs} than it claims")
+        return entry
+
+    def guess_starts(self, file: BinaryIO) -> dict[str, int]:
+        """Where entries begin, as far as their neighbours tell: each local header is a request.
+
+        ``torch.save`` leaves no room between entries and begins each at a multiple of 64 bytes; a
+        file counts as its own if that holds of its pickle, whose local header is read.
+
+        Raises:
+            MalformedZip: That local header contradicts the directory.
+        """
+        starts: dict[str, int] = {}
+        for entry in self.entries.values():
+            least = _header_end(entry)
+            follows = entry.flags & zip_directory.SIZES_FOLLOW
+            descriptor = (24 if entry.size >> 32 else 16) if follows else 0
+            start = self.ends[entry.name] - descriptor - entry.size
+            if start % _ALIGNMENT == 0 and least <= start < least + 2 * _ALIGNMENT:
+                starts[entry.name] = start
+        pickle = self.entries["data.pkl"]
+        return starts if starts.get(pickle.name) == self.offset(file, pickle) else {}
 
 
-def _entry_of(
-    path: str, entries: Mapping[str, zipfile.ZipInfo], stored: Storage
-) -> zipfile.ZipInfo:
-    """The entry of a storage, checked."""
-    info = entries.get(f"data/{stored.key}")
-    if info is None:
-        raise damaged(path, f"the storage {stored.key!r} is missing")
-    if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
-        raise damaged(path, "its tensors are compressed, which torch.save never does")
-    element = stored.dtype.size if stored.dtype else 1
-    if stored.numel * element > info.file_size:
-        raise damaged(path, f"the storage {stored.key!r} is shorter than it claims")
-    return info
+def _directory(file: BinaryIO) -> Directory:
+    return zip_directory.read_directory(file, file.seek(0, io.SEEK_END))
 
 
-def storages(path: str) -> list[zipfile.ZipInfo]:
-    """The entries that hold storages, as they lie; none in other files and where CRCs lack."""
+def _guard(entry: Entry, start: int, base: int) -> Guard:
+    """The lengths in an entry's local header, if its bytes begin at ``start``."""
+    offset, lengths = zip_directory.lengths_before(entry, start)
+    return Guard(base + offset, lengths)
+
+
+def _header_end(entry: Entry) -> int:
+    """Where the name in an entry's local header ends, if it is the directory's."""
+    return entry.header + LOCAL_HEADER + len(entry.raw_name)
+
+
+def _data_offset(file: BinaryIO, entry: Entry, end: int) -> int:
+    file.seek(entry.header)
+    header = file.read(_header_end(entry) - entry.header)
+    return zip_directory.data_offset(entry, header, end)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredEntry:
+    """An entry that holds a storage, and the offset before which its bytes have to end."""
+
+    entry: Entry
+    end: int
+
+    def start(self, path: str) -> int:
+        """Where its bytes begin in its file.
+
+        Raises:
+            CheckpointError: The file cannot be read, or its local header contradicts the directory.
+        """
+        try:
+            with _open(path, None) as file:
+                return _data_offset(file, self.entry, self.end)
+        except _DAMAGE as error:
+            raise damaged(path, str(error)) from error
+
+
+def storages(path: str) -> list[StoredEntry]:
+    """The entries that hold storages, as they lie; none where no one archive tells their CRCs.
+
+    Raises:
+        CheckpointError: The file cannot be read.
+    """
     with _open(path, None) as file:
-        if not zipfile.is_zipfile(file):
-            return []
-        with zipfile.ZipFile(file) as archive:
-            found = [info for info in archive.infolist() if "/data/" in info.filename]
-    found.sort(key=lambda info: info.header_offset)
-    return found if any(info.CRC for info in found) else []
+        directory = _checked_directory(file)
+    if directory is None:
+        return []
+    ends = directory.ends()
+    entries = [e for e in directory.entries if "/data/" in e.name and e.stored]
+    entries.sort(key=lambda entry: entry.header)
+    return [StoredEntry(entry, ends[entry.name]) for entry in entries]
 
 
 def damaged_entries(path: str) -> list[str] | None:
@@ -231,136 +349,39 @@ def damaged_entries(path: str) -> list[str] | None:
     Raises:
         CheckpointError: The file cannot be read.
     """
+    with _open(path, None) as file:
+        directory = _checked_directory(file)
+        if directory is None:
+            return None
+        ends = directory.ends()
+        entries = [entry for entry in directory.entries if entry.stored]
+        try:
+            return [e.name for e in entries if _crc(file, e, ends[e.name]) != e.crc]
+        except _DAMAGE as error:
+            raise damaged(path, str(error)) from error
+
+
+def _checked_directory(file: BinaryIO) -> Directory | None:
+    """The directory of a zip file with CRCs; None of others, and of one archive behind another."""
     try:
-        with _open(path, None) as file:
-            if not file.read(4).startswith(b"PK\x03\x04"):
-                return None
-            archive = zipfile.ZipFile(file)
-            infos = [i for i in archive.infolist() if i.compress_type == zipfile.ZIP_STORED]
-            if not any(info.CRC for info in infos):
-                return None
-            return [info.filename for info in infos if _crc(file, info, path) != info.CRC]
-    except _DAMAGE as error:
-        raise damaged(path, _why(path, error)) from error
+        directory = _directory(file)
+    except _DAMAGE:
+        return None
+    return directory if any(entry.crc for entry in directory.entries if entry.stored) else None
 
 
-def _crc(file: BinaryIO, info: zipfile.ZipInfo, path: str) -> int:
+def _crc(file: BinaryIO, entry: Entry, end: int) -> int:
     """The CRC-32 of a stored entry."""
-    file.seek(data_offset(file, info, path))
-    crc, left = 0, info.file_size
+    file.seek(_data_offset(file, entry, end))
+    crc, left = 0, entry.size
     while left:
         content = file.read(min(left, _CHUNK))
         if not content:
-            raise EOFError(f"{info.filename!r} is cut short")
+            raise MalformedZip(f"{entry.name!r} is cut short")
         crc, left = zlib.crc32(content, crc), left - len(content)
     return crc
 
 
 def looks_like(start: bytes) -> bool:
     """Whether a file that begins so was written by ``torch.save``."""
-    return start.startswith((b"PK\x03\x04", torch_legacy.START[:8]))
-
-
-def damaged(path: str | Location, why: str) -> CheckpointError:
-    """The error for a file that cannot be read as a checkpoint."""
-    return CheckpointError(
-        f"{path} is not a readable checkpoint: {why}",
-        "It may be truncated or still being written; copy it again or leave it out.",
-    )
-
-
-def data_offset(
-    file: Any, info: zipfile.ZipInfo, path: str, ends: Mapping[str, int] | None = None
-) -> int:
-    """Where the bytes of a stored zip entry begin, by its local header.
-
-    Args:
-        file: The archive.
-        info: The entry, as the directory has it.
-        path: Of the file, for messages.
-        ends: Where each entry has to end, by its name; where the file does if None.
-
-    Raises:
-        CheckpointError: The local header contradicts the directory.
-    """
-    end = file.seek(0, 2)
-    if not 0 <= info.header_offset <= end - _LOCAL_HEADER:
-        raise damaged(path, f"the zip entry {info.filename!r} lies outside the file")
-    file.seek(info.header_offset)
-    header = file.read(_LOCAL_HEADER)
-    if len(header) < _LOCAL_HEADER or not header.startswith(b"PK\x03\x04"):
-        raise damaged(path, f"the zip entry {info.filename!r} has no header")
-    name_length = int.from_bytes(header[26:28], "little")
-    extra_length = int.from_bytes(header[28:30], "little")
-    start = info.header_offset + _LOCAL_HEADER + name_length + extra_length
-    if start + info.file_size > end:
-        raise damaged(path, f"the zip entry {info.filename!r} runs past the end of the file")
-    if ends is not None and start + info.file_size > ends[info.filename]:
-        raise damaged(path, f"the zip entry {info.filename!r} runs into the next one")
-    if not _agrees(info, header, file.read(name_length)):
-        raise damaged(path, f"the zip entry {info.filename!r} contradicts the zip's directory")
-    return start
-
-
-def _agrees(info: zipfile.ZipInfo, header: bytes, name: bytes) -> bool:
-    """Whether a local header says the same as the directory: readers differ in which they trust."""
-    flags = int.from_bytes(header[6:8], "little")
-    size = int.from_bytes(header[18:22], "little")
-    encoding = "utf-8" if info.flag_bits & _UTF8 else "cp437"
-    same_size = flags & _SIZES_FOLLOW or size in (info.compress_size, _ELSEWHERE)
-    return bool(same_size) and name == info.orig_filename.encode(encoding)
-
-
-def _ends(archive: zipfile.ZipFile) -> dict[str, int]:
-    """Where each entry has to end: where the next one begins, or the directory."""
-    ordered = sorted(archive.infolist(), key=lambda info: info.header_offset)
-    begins = [*(info.header_offset for info in ordered[1:]), archive.start_dir]
-    return {info.filename: end for info, end in zip(ordered, begins, strict=True)}
-
-
-def _content(file: Any, info: zipfile.ZipInfo, path: str) -> bytes:
-    """The bytes of a stored entry. Checksums are not looked at: torch can be told to omit them."""
-    file.seek(data_offset(file, info, path))
-    content: bytes = file.read(info.file_size)
-    return content
-
-
-def _entries(path: str, infos: list[zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:
-    """The archive's entries without the folder inside it that holds them all."""
-    names = [info.filename for info in infos]
-    pickles = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
-    if not pickles:
-        raise damaged(path, "it is a zip file, but not one of torch.save")
-    prefix = pickles[0][: -len("data.pkl")]
-    if prefix + "constants.pkl" in names:
-        raise CheckpointError(
-            f"{path} is a TorchScript archive, not a checkpoint",
-            "Save the module's state_dict() with torch.save and average that.",
-        )
-    if len(set(names)) < len(names):
-        raise damaged(path, "two of its zip entries have one name")
-    return {i.filename[len(prefix) :]: i for i in infos if i.filename.startswith(prefix)}
-
-
-def _check_entries(path: str, entries: Mapping[str, zipfile.ZipInfo]) -> None:
-    """Refuse what could mislead: a huge or compressed pickle, entries that share bytes."""
-    for read in filter(None, (entries["data.pkl"], entries.get(PROVENANCE_RECORD))):
-        if read.file_size > inert_pickle.MAX_PICKLE:
-            raise damaged(path, f"{read.filename!r} claims {read.file_size} bytes")
-        if read.compress_type != zipfile.ZIP_STORED:
-            raise damaged(path, f"{read.filename!r} is compressed, which torch.save never does")
-    if any(info.flag_bits & _ENCRYPTED for info in entries.values()):
-        raise damaged(path, "it is encrypted, which torch.save never does")
-    ordered = sorted(entries.values(), key=lambda info: info.header_offset)
-    for before, after in pairwise(ordered):
-        least = before.header_offset + _LOCAL_HEADER + before.compress_size
-        if least > after.header_offset:
-            raise damaged(path, f"the zip entries {before.filename!r} and its neighbour overlap")
-
-
-def _why(path: str, error: Exception) -> str:
-    with storage.open_binary(path) as file:
-        start = file.read(16)
-    if start.startswith(b"PK\x03\x04"):
-        return f"a zip file cut short or damaged ({error})"
-    return f"{error}"
+    return start.startswith(START) or torch_legacy.looks_like(start)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+from contextlib import closing
 
 import pytest
 import torch
@@ -11,7 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from ckptavg.errors import CheckpointError
-from ckptavg.formats import FileStamp, open_checkpoint
+from ckptavg.formats import FileStamp, open_checkpoint, storage
+from ckptavg.formats.reading import Reader
 from ckptavg.formats.table import DTYPES, is_row_major, row_major
 
 shapes = st.lists(st.integers(0, 4), max_size=4).map(tuple)
@@ -54,11 +57,18 @@ def replace_by_a_copy(path):
     copy.replace(path)
 
 
+def rewrite_with_the_same_time(path):
+    info, content = path.stat(), path.read_bytes()
+    path.write_bytes(bytes(len(content)))
+    os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))
+
+
 CHANGES = {
     "longer": lambda path: path.write_bytes(path.read_bytes() + b"x"),
     "shorter": lambda path: os.truncate(path, 10),
     "touched": lambda path: os.utime(path, ns=(1, 1)),
     "replaced by a copy of the same time": replace_by_a_copy,
+    "rewritten with the same time": rewrite_with_the_same_time,
     "gone": lambda path: path.unlink(),
 }
 
@@ -70,9 +80,48 @@ def test_a_file_that_changed_since_it_was_opened_is_an_error(tmp_path, change):
     (stamp,) = open_checkpoint(path).files
     assert stamp == FileStamp.of(path)
     stamp.verify()
+    time.sleep(0.02)  # longer than a tick of the clock that file systems go by
     change(path)
     with pytest.raises(CheckpointError, match=str(path)):
         stamp.verify()
+
+
+NO_CHANGES = {
+    "read": lambda path: path.read_bytes(),
+    "linked as the last one": lambda path: os.link(path, path.with_name("last.pt")),
+    "write-protected": lambda path: path.chmod(0o400),
+}
+
+
+@pytest.mark.parametrize("change", NO_CHANGES.values(), ids=NO_CHANGES)
+def test_a_file_whose_contents_stay_has_not_changed(tmp_path, change):
+    path = tmp_path / "model.pt"
+    torch.save({"a": torch.rand(3)}, path)
+    (stamp,) = open_checkpoint(path).files
+    time.sleep(0.02)
+    change(path)
+    stamp.verify()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes are Unix's")
+def test_a_pipe_in_a_file_s_place_is_not_waited_for(tmp_path):
+    path = tmp_path / "model.pt"
+    torch.save({"a": torch.rand(3)}, path)
+    tensor = open_checkpoint(path).tensors["a"]
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        storage.open_binary(path)
+    with closing(Reader()) as reader, pytest.raises(CheckpointError, match="not a regular file"):
+        reader.read(tensor, 0, 3, memoryview(bytearray(12)))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="it is Linux's")
+def test_a_failing_disk_is_one_line(tmp_path):
+    """Linux's file of a process's memory cannot be read where nothing is mapped, as at 0."""
+    why = "/proc/self/mem cannot be read: Input/output error"
+    with storage.open_binary("/proc/self/mem") as file, pytest.raises(CheckpointError, match=why):
+        file.read(10)
 
 
 def test_sizes_of_a_checkpoint_count_tied_bytes_once(tmp_path):

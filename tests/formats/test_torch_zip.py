@@ -117,7 +117,7 @@ def test_checksums_tell_contents_and_not_file_names(tmp_path):
     torch.save({"a": value.clone()}, tmp_path / "two.pt")
     torch.save({"a": value + 1}, tmp_path / "xyz.pt")
     one, two, three = (
-        [(info.file_size, info.CRC) for info in torch_zip.storages(str(tmp_path / f"{name}.pt"))]
+        [(s.entry.size, s.entry.crc) for s in torch_zip.storages(str(tmp_path / f"{name}.pt"))]
         for name in ("one", "two", "xyz")
     )
     assert len(one) == 1
@@ -220,13 +220,14 @@ def plain_zip() -> bytes:
 
 DAMAGED = {
     "an empty file": (b"", "empty"),
-    "text": (b"step,loss\n1,2\n" * 9, "neither"),
+    "text": (b"step,loss\n1,2\n" * 9, "is a text"),
+    "noise": (bytes(range(255, 0, -1)), "neither"),
     "bytes lost on the way": (STORED[:300] + STORED[320:], ""),
     "bytes that do not belong": (STORED[:300] + bytes(20) + STORED[300:], ""),
     "compressed tensors": (rewritten(compress("data/0")), "compressed"),
     "a compressed pickle": (rewritten(compress("data.pkl")), "compressed"),
     "a missing storage": (rewritten(drop("data/1")), "missing"),
-    "no pickle": (rewritten(drop("data.pkl")), "torch.save"),
+    "no pickle": (rewritten(drop("data.pkl")), "other files"),
     "a short storage": (rewritten(shorten), "shorter"),
     "a big-endian file": (rewritten(big_endian), "big-endian"),
     "overlapping entries": (moved_onto_its_neighbour(), "overlap"),
@@ -236,12 +237,12 @@ DAMAGED = {
     "an entry that begins at 16 EiB": (far_away((1 << 64) - 1), ""),
     "an extra field up to the next one": (patched(STORED, FIRST, LOCAL, 28, 60, "<H"), "runs into"),
     "no local header": (patched(STORED, FIRST, LOCAL, 0, 0, "<I"), "no header"),
-    "a local name past the end": (patched(STORED, SECOND, LOCAL, 26, 65_535, "<H"), "end"),
+    "a local name past the end": (patched(STORED, SECOND, LOCAL, 26, 65_535, "<H"), "runs into"),
     "a pickle whose name is long": (patched(STORED, "archive/data.pkl", LOCAL, 28, 60_000, "<H"),
-                                    "end"),
+                                    "runs into"),
     "another pickle": (rewritten(lambda n, c, how: (n, b"\x80\x02." if "pkl" in n else c, how)),
                        "malformed"),
-    "a zip of other things": (plain_zip(), "not one of torch.save"),
+    "a zip of other things": (plain_zip(), "other files"),
     "a zip of nothing": (b"PK\x05\x06" + bytes(18), ""),
 }  # fmt: skip
 

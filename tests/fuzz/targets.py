@@ -221,7 +221,7 @@ def _shards(room: Path) -> None:
     (room / "model-2.safetensors").write_bytes(_framed(_HEADER.replace(b'"b"', b'"c"')))
 
 
-_STORAGES = {"0": bytes(64), "1": bytes(16), "2": b"", "3": bytes(range(8))}
+_STORAGES = {"0": bytes(16), "1": bytes(16), "2": b"", "3": bytes(range(8))}
 _HEADER = json.dumps(
     {
         "__metadata__": {"format": "pt", "step": "3"},

@@ -1,0 +1,265 @@
+"""Files that no reader takes, told by their first bytes: what each is, and what to do with it."""
+
+from __future__ import annotations
+
+import codecs
+import io
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from ckptavg.errors import CheckpointError
+from ckptavg.formats.protobuf import is_onnx, is_saved_model
+from ckptavg.formats.storage import Location
+
+HEAD = 4096  # bytes that tell most kinds
+_TAIL = 1 << 16  # bytes at the end that tell some
+_TAR_BLOCK = 512
+_MOST_MEMBERS = 64  # of a tar archive that are looked at
+
+
+@dataclass(frozen=True, slots=True)
+class Stranger:
+    """A kind of file that is no checkpoint that can be read.
+
+    Attributes:
+        what: The kind, with its article.
+        remedy: What leads from such a file to an average.
+    """
+
+    what: str
+    remedy: str
+
+    def refusal(self, path: str | Location) -> CheckpointError:
+        """The error for a file of this kind."""
+        return CheckpointError(f"{path} is {self.what}, not a checkpoint", self.remedy)
+
+
+def _packed(tool: str, command: str) -> Stranger:
+    return Stranger(
+        f"compressed by {tool}", f"Decompress it first ({command}), then name the result."
+    )
+
+
+_BEFORE_EXPORT = "Average the checkpoints that it was made of, then export the average."
+_RESAVE = "Save its weights as tensors, with torch.save or safetensors, and average those files."
+_NAME_DIRECTORY = "Name the directory that it lies in."
+_ASK_AGAIN = "Download the file itself: such a text comes where a link, a login or a limit fails."
+
+_EMPTY = Stranger("empty", "It may be still being written; copy it again or leave it out.")
+_ZEROS = Stranger(
+    "nothing but zeros at its beginning",
+    "A crash or an unfinished download leaves that; copy it again or leave it out.",
+)
+_LFS = Stranger("a Git LFS pointer to the file", "Fetch the file itself with git lfs pull.")
+_ANNEX = Stranger("a git-annex pointer to the file", "Fetch the file itself with git annex get.")
+_HTML = Stranger("an HTML page", _ASK_AGAIN)
+_XML = Stranger("an XML text", _ASK_AGAIN)
+_JSON = Stranger("a JSON text", "Name a file of weights, or leave it out.")
+_TEXT = Stranger("a text", "Name a file of weights, or leave it out.")
+_INDEX = Stranger("an index of shards", _NAME_DIRECTORY)
+_SHARD = Stranger("a shard of a distributed checkpoint", _NAME_DIRECTORY)
+_METADATA = Stranger("the metadata of a distributed checkpoint", _NAME_DIRECTORY)
+_TENSORFLOW = Stranger("a part of a TensorFlow checkpoint", f"Load it with TensorFlow. {_RESAVE}")
+_SAVED_MODEL = Stranger("a TensorFlow SavedModel", f"Load it with TensorFlow. {_RESAVE}")
+_ONNX = Stranger("an ONNX model", _BEFORE_EXPORT)
+_PICKLE = Stranger(
+    "a plain pickle", f"If you trust who made it, load it with pickle.load. {_RESAVE}"
+)
+_PADDLE = Stranger("a PaddlePaddle state", f"Load it with paddle.load. {_RESAVE}")
+_FLAX = Stranger("a MessagePack file, as Flax writes it", f"Load it with Flax. {_RESAVE}")
+_NEMO = Stranger(
+    "a NeMo archive", "Unpack each (tar xf), and name the model_weights.ckpt that it held."
+)
+_OLD_TORCH = Stranger(
+    "a tar file of torch 0.1",
+    "If you trust who made it, load it with torch.load(weights_only=False) and save it again.",
+)
+_TAR = Stranger("a tar archive", "Unpack it (tar xf), and name a checkpoint that it held.")
+_ZIP = Stranger("a zip archive of other files", "Unpack it, and name a checkpoint that it held.")
+_TORCHSCRIPT = Stranger(
+    "a TorchScript archive", "Save the module's state_dict() with torch.save and average that."
+)
+_EXPORTED = Stranger(
+    "a torch.export archive",
+    "Save the state_dict of torch.export.load(...) with torch.save and average that.",
+)
+_PACKAGE = Stranger("a torch.package archive", _BEFORE_EXPORT)
+_KERAS = Stranger("a Keras model", f"Load it with Keras. {_RESAVE}")
+_ARRAYS = Stranger("a NumPy file", f"Load it with numpy.load. {_RESAVE}")
+
+_MAGIC: tuple[tuple[int, bytes, Stranger], ...] = (
+    (0, b"GGUF", Stranger("a GGUF model", _BEFORE_EXPORT)),
+    *(
+        (0, magic, Stranger("a GGML model", _BEFORE_EXPORT))
+        for magic in (b"lmgg", b"fmgg", b"tjgg", b"algg")
+    ),
+    (0, b"\x89HDF\r\n\x1a\n", Stranger("an HDF5 file, as Keras writes it", f"Load it. {_RESAVE}")),
+    (0, b"\x93NUMPY", _ARRAYS),
+    (0, b"\x12\x01\0\0\0\0\0\0", Stranger("an MXNet file", f"Load it with MXNet. {_RESAVE}")),
+    (4, b"ET12", Stranger("an ExecuTorch program", _BEFORE_EXPORT)),
+    (4, b"TFL3", Stranger("a TensorFlow Lite model", _BEFORE_EXPORT)),
+    (4, b"PTMF", Stranger("a PyTorch Mobile module", _BEFORE_EXPORT)),
+    (0, b"\x1f\x8b", _packed("gzip", "gzip -dc FILE > COPY")),
+    (0, b"\x28\xb5\x2f\xfd", _packed("zstd", "zstd -dc FILE > COPY")),
+    (0, b"\xfd7zXZ\0", _packed("xz", "xz -dc FILE > COPY")),
+    (0, b"BZh", _packed("bzip2", "bzip2 -dc FILE > COPY")),
+    (0, b"\x04\x22\x4d\x18", _packed("lz4", "lz4 -dc FILE > COPY")),
+    (0, b"LZIP", _packed("lzip", "lzip -dc FILE > COPY")),
+    (0, b"7z\xbc\xaf\x27\x1c", _packed("7-Zip", "7z x FILE")),
+    (0, b"Rar!\x1a\x07", _packed("RAR", "unrar x FILE")),
+    (0, b"version https://git-lfs.github.com/spec/", _LFS),
+    (0, b"version https://hawser.github.com/spec/", _LFS),
+    (0, b"/annex/objects/", _ANNEX),
+    (0, b"model_checkpoint_path:", _TENSORFLOW),
+)
+_TENSORFLOW_INDEX = b"\x57\xfb\x80\x8b\x24\x75\x47\xdb"  # where its table of tensors ends
+_TENSORFLOW_DATA = re.compile(r".*\.(data-\d{5}-of-\d{5}|index|meta)")
+_OLD_PICKLE = re.compile(rb"\((dp|lp)\d+\n|c[A-Za-z_][\w.]*\n[A-Za-z_]\w*\n|[}\]]q\0")
+_PADDLE_NAMES = b"StructuredToParameterName@@"
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """A file that is looked at: its path, itself opened, and its first ``HEAD`` bytes."""
+
+    path: Location
+    file: BinaryIO
+    start: bytes
+
+    def end(self) -> bytes:
+        """Its last bytes."""
+        length = self.file.seek(0, io.SEEK_END)
+        self.file.seek(max(0, length - _TAIL))
+        return self.file.read(_TAIL)
+
+
+def identify(path: Location, file: BinaryIO, start: bytes) -> Stranger | None:
+    """Tell of which kind a file is; None where it is of none that is known.
+
+    Args:
+        path: The file.
+        file: The same, opened.
+        start: Its first ``HEAD`` bytes.
+    """
+    sample = _Sample(path, file, start)
+    for recognize in (_match_magic, _match_tar, _match_pickle, _match_message, _match_text):
+        if stranger := recognize(sample):
+            return stranger
+    return None
+
+
+def identify_name(path: Location) -> Stranger | None:
+    """Tell what the name of a file says that its contents do not."""
+    if path.suffix == ".distcp":
+        return _SHARD
+    return _METADATA if path.name == ".metadata" else None
+
+
+def identify_archive(names: Collection[str]) -> Stranger | None:
+    """Tell of which kind a zip file is, by its entries; None if of ``torch.save``'s or none."""
+    parts = {name.rpartition("/")[2] for name in names}
+    if parts & {"constants.pkl", "bytecode.pkl"}:
+        return _TORCHSCRIPT
+    if parts & {"archive_format", "serialized_exported_program.json", "serialized_state_dict.pt"}:
+        return _EXPORTED
+    if any(name.endswith("/.data/extern_modules") for name in names):
+        return _PACKAGE
+    if "model.weights.h5" in names:
+        return _KERAS
+    if names and all(name.endswith(".npy") for name in names):
+        return _ARRAYS
+    return None if "data.pkl" in parts else _ZIP
+
+
+def _match_magic(sample: _Sample) -> Stranger | None:
+    for offset, magic, stranger in _MAGIC:
+        if sample.start.startswith(magic, offset):
+            return stranger
+    if not sample.start.strip(b"\0"):
+        return _ZEROS if sample.start else _EMPTY
+    return None
+
+
+def _match_tar(sample: _Sample) -> Stranger | None:
+    if sample.start[257:262] != b"ustar":
+        return None
+    members = _tar_members(sample.file)
+    if any(name.endswith("model_weights.ckpt") for name in members):
+        return _NEMO
+    return _OLD_TORCH if {"sys_info", "pickle", "storages"} <= members else _TAR
+
+
+def _tar_members(file: BinaryIO) -> set[str]:
+    """The names of the first members of a tar archive, without the directories above them."""
+    names: set[str] = set()
+    position = 0
+    for _ in range(_MOST_MEMBERS):
+        file.seek(position)
+        header = file.read(_TAR_BLOCK)
+        try:
+            size = int(header[124:136].strip(b" \0") or b"0", 8)
+        except ValueError:
+            break
+        name = header[:100].rstrip(b"\0")
+        if not name or size < 0:
+            break
+        names.add(name.decode("utf-8", "replace").rpartition("/")[2])
+        position += _TAR_BLOCK + (size + _TAR_BLOCK - 1) // _TAR_BLOCK * _TAR_BLOCK
+    return names
+
+
+def _match_pickle(sample: _Sample) -> Stranger | None:
+    framed = sample.start[:1] == b"\x80" and sample.start[1:2] in (b"\2", b"\3", b"\4", b"\5")
+    if not framed and not _OLD_PICKLE.match(sample.start):
+        return None
+    paddle = sample.path.suffix in (".pdparams", ".pdopt") or _PADDLE_NAMES in sample.end()
+    return _PADDLE if paddle else _PICKLE
+
+
+def _match_message(sample: _Sample) -> Stranger | None:
+    """Tell a protocol buffer or what else has no magic number."""
+    if is_onnx(sample.start):
+        return _ONNX
+    if is_saved_model(sample.start):
+        return _SAVED_MODEL
+    if _is_message_pack(sample.start):
+        return _FLAX
+    data = _TENSORFLOW_DATA.fullmatch(sample.path.name)
+    return _TENSORFLOW if data or sample.end().endswith(_TENSORFLOW_INDEX) else None
+
+
+def _is_message_pack(start: bytes) -> bool:
+    """Whether a file begins with a map whose first key is a name."""
+    head = {0xDE: 3, 0xDF: 5}.get(start[0], 1 if 0x81 <= start[0] <= 0x8F else 0)
+    if not head or len(start) < head + 2:
+        return False
+    kind = start[head]
+    length, begin = (start[head + 1], head + 2) if kind == 0xD9 else (kind - 0xA0, head + 1)
+    key = start[begin : begin + length]
+    return 0 < length < 256 and len(key) == length and key.isascii() and key.decode().isprintable()
+
+
+def _match_text(sample: _Sample) -> Stranger | None:
+    text = _decode(sample.start)
+    if text is None or not all(c.isprintable() or c in "\t\r\n\f" for c in text):
+        return None
+    begin = text.lstrip()[:20].lower()
+    if begin.startswith(("<!doctype html", "<html", "<head", "<body", "<!--")):
+        return _HTML
+    if begin.startswith(("<?xml", "<error")):
+        return _XML
+    if sample.path.name.endswith(".index.json"):
+        return _INDEX
+    return _JSON if begin.startswith(("{", "[")) else _TEXT
+
+
+def _decode(start: bytes) -> str | None:
+    """The text that a file begins with; None where it is no UTF-8."""
+    raw = start.removeprefix(codecs.BOM_UTF8)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        within_character = len(start) == HEAD and error.start > len(raw) - 4
+        return raw[: error.start].decode() if within_character else None

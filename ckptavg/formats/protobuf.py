@@ -1,0 +1,65 @@
+"""Protocol buffers, as far as their first fields tell what they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # how a value is encoded
+_LONGEST_VARINT = 10  # bytes
+_LAST_VERSION = 64  # of ONNX's format: by far
+_LONGEST_NAME = 200  # bytes of what ONNX has as the name of a producer
+# Fields of ONNX's ModelProto, and how each is encoded.
+_ONNX_FIELDS = {1: 0, 2: 2, 3: 2, 4: 2, 5: 0, 6: 2, 7: 2, 8: 2, 14: 2, 20: 2, 25: 2, 26: 2}
+
+
+@dataclass(frozen=True, slots=True)
+class _Field:
+    """One field: its number, its encoding, and its value or the length of it in bytes."""
+
+    number: int
+    encoding: int
+    value: int
+
+
+def is_onnx(start: bytes) -> bool:
+    """Whether a file that begins so is an ONNX model."""
+    fields = _fields(start)
+    if len(fields) < 2 or fields[0].number != 1 or not 0 < fields[0].value <= _LAST_VERSION:
+        return False
+    known = all(_ONNX_FIELDS.get(f.number) == f.encoding for f in fields)
+    named = all(f.value <= _LONGEST_NAME for f in fields if f.number in (2, 3))
+    return known and named
+
+
+def is_saved_model(start: bytes) -> bool:
+    """Whether a file that begins so is a TensorFlow SavedModel: its version and long graphs."""
+    fields = _fields(start)
+    version = fields[:1] == [_Field(1, _VARINT, 1)]
+    return version and len(fields) > 1 and fields[1].number == 2 and fields[1].encoding == _BYTES
+
+
+def _fields(start: bytes) -> list[_Field]:
+    """The fields that begin in a piece of a message; none where it is no message."""
+    fields: list[_Field] = []
+    position = 0
+    while position < len(start):
+        tag, position = _varint(start, position)
+        number, encoding = tag >> 3, tag & 7
+        if not number or encoding not in (_VARINT, _FIXED64, _BYTES, _FIXED32):
+            return []
+        value = 0
+        if encoding in (_VARINT, _BYTES):
+            value, position = _varint(start, position)
+        fields.append(_Field(number, encoding, value))
+        position += {_FIXED64: 8, _FIXED32: 4, _BYTES: value}.get(encoding, 0)
+    return fields
+
+
+def _varint(start: bytes, position: int) -> tuple[int, int]:
+    """A number of variable length at a position; with the position behind it."""
+    value = 0
+    for i, byte in enumerate(start[position : position + _LONGEST_VARINT]):
+        value |= (byte & 0x7F) << (7 * i)
+        if byte < 0x80:
+            return value, position + i + 1
+    return value, len(start)

@@ -1,0 +1,282 @@
+"""The directory of a zip file: its entries, as torch finds them.
+
+Readers of zip files disagree about odd ones: which of two directories counts, whether what stands
+before an archive shifts it, which of two entries of nearly one name is meant. torch has a reader of
+its own (miniz), so that what any other makes of a file can be other weights. What is read here is
+what that one reads. Where it would guess, the file is refused.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import BinaryIO
+
+STORED = 0  # the method of an entry that is not compressed
+LOCAL_HEADER = 30  # bytes before the name
+_LENGTHS = 26  # offset in a local header of the lengths of its name and extra field
+MAX_DIRECTORY = 64 * 2**20  # bytes
+SIZES_FOLLOW = 0x8  # flag: the local header was written before the sizes were known
+_ENCRYPTED = 0x1 | 0x40 | 0x2000  # flags: of the contents, strongly, of the headers
+_PATCH = 0x20  # flag: the contents are a difference to another file's
+
+_LOCAL, _CENTRAL, _END = b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06"
+_END64, _LOCATOR = b"PK\x06\x06", b"PK\x06\x07"
+_END_SIZE, _END64_SIZE, _LOCATOR_SIZE, _CENTRAL_SIZE = 22, 56, 20, 46
+_LONGEST_COMMENT = 0xFFFF
+_MOST16, _MOST32 = 0xFFFF, 0xFFFFFFFF  # "a zip64 field has it"
+_ZIP64 = 1  # the extra field that holds large numbers
+
+
+_NOT_ONE = "it is not one archive from its first byte to its directory"
+
+
+class MalformedZip(ValueError):
+    """A zip file that is damaged, or could be read in two ways."""
+
+
+class CutShort(MalformedZip):
+    """A zip file without its directory, which is written last."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One entry, as the directory has it.
+
+    Attributes:
+        name: Its name; bytes of it that are no UTF-8 are escaped as surrogates.
+        header: Offset of its local header.
+        size: Bytes of its contents.
+        packed_size: Bytes that they take in the file.
+        method: How they are compressed; ``STORED`` where they are not.
+        crc: Their CRC-32; 0 where torch was told to omit it.
+        flags: Bits of how it was written.
+    """
+
+    name: str
+    header: int
+    size: int
+    packed_size: int
+    method: int
+    crc: int
+    flags: int
+
+    @property
+    def raw_name(self) -> bytes:
+        """The name as it stands in the file."""
+        return self.name.encode("utf-8", "surrogateescape")
+
+    @property
+    def stored(self) -> bool:
+        """Whether its contents lie in the file as they are."""
+        return self.method == STORED and self.packed_size == self.size
+
+
+@dataclass(frozen=True)
+class Directory:
+    """The entries of a file, as listed, and the offset at which their list begins."""
+
+    entries: Sequence[Entry]
+    start: int
+
+    def ends(self) -> dict[str, int]:
+        """Offset before which each entry has to end: where the next or the directory begins."""
+        ordered = sorted(self.entries, key=lambda entry: entry.header)
+        begins = [*(entry.header for entry in ordered[1:]), self.start]
+        return {entry.name: end for entry, end in zip(ordered, begins, strict=True)}
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """The record at the end of a zip file: entries, bytes of the directory, and its offset."""
+
+    count: int
+    size: int
+    start: int
+
+
+def read_directory(file: BinaryIO, length: int) -> Directory:
+    """Read the directory of a zip file.
+
+    Args:
+        file: The file.
+        length: Its size in bytes.
+
+    Raises:
+        CutShort: It has no directory.
+        MalformedZip: It is damaged, or readers would differ about it.
+    """
+    end = _read_end(file, length)
+    if end.size > MAX_DIRECTORY:
+        raise MalformedZip(f"its directory claims {end.size} bytes")
+    file.seek(end.start)
+    entries = _parse(file.read(end.size), end.count)
+    _check_names(entries)
+    _check_places(entries, end.start)
+    return Directory(entries, end.start)
+
+
+def data_offset(entry: Entry, header: bytes, end: int) -> int:
+    """Offset of an entry's contents, by its local header.
+
+    Args:
+        entry: As the directory has it.
+        header: The bytes from its local header on, as far as the end of the name there.
+        end: The offset before which its contents have to end.
+
+    Raises:
+        MalformedZip: The local header contradicts the directory.
+    """
+    if len(header) < LOCAL_HEADER or not header.startswith(_LOCAL):
+        raise MalformedZip(f"the zip entry {entry.name!r} has no header")
+    flags, size = struct.unpack_from("<6xH10xI", header)
+    lengths: tuple[int, int] = struct.unpack_from("<HH", header, _LENGTHS)
+    name_length, extra_length = lengths
+    start = entry.header + LOCAL_HEADER + name_length + extra_length
+    if start + entry.packed_size > end:
+        raise MalformedZip(f"the zip entry {entry.name!r} runs into the next one")
+    same_size = flags & SIZES_FOLLOW or size in (entry.packed_size, _MOST32)
+    same_name = header[LOCAL_HEADER : LOCAL_HEADER + name_length] == entry.raw_name
+    if not (same_size and same_name):
+        raise MalformedZip(f"the zip entry {entry.name!r} contradicts the zip's directory")
+    return start
+
+
+def lengths_before(entry: Entry, start: int) -> tuple[int, bytes]:
+    """The lengths of name and extra field in a local header that ends at ``start``.
+
+    Returns:
+        Their offset in the file, and the bytes.
+    """
+    name_length = len(entry.raw_name)
+    extra_length = start - entry.header - LOCAL_HEADER - name_length
+    return entry.header + _LENGTHS, struct.pack("<HH", name_length, extra_length)
+
+
+def _tail(file: BinaryIO, length: int) -> bytes:
+    """The last bytes of a file, in which the record at its end is the last of its kind."""
+    file.seek(max(0, length - _END_SIZE))
+    record = file.read(_END_SIZE)
+    if record.rfind(_END) == 0:  # no comment follows
+        return record
+    file.seek(max(0, length - _END_SIZE - _LONGEST_COMMENT))
+    return file.read(_END_SIZE + _LONGEST_COMMENT)
+
+
+def _read_end(file: BinaryIO, length: int) -> _End:
+    """Read the last record that there is, as torch looks for it: even one within a comment."""
+    tail = _tail(file, length)
+    within = tail.rfind(_END)
+    if within < 0:
+        raise CutShort("it has no directory, which is written last")
+    at = length - len(tail) + within
+    record = tail[within : within + _END_SIZE]
+    if len(record) < _END_SIZE:
+        raise CutShort("its directory is cut short")
+    disk, first_disk, here, count, size, start = struct.unpack_from("<4xHHHHII", record)
+    if disk or first_disk or here != count:
+        raise MalformedZip("it is one of several volumes")
+    end, begin = _End(count, size, start), at
+    if at >= _LOCATOR_SIZE:
+        file.seek(at - _LOCATOR_SIZE)
+        locator = file.read(_LOCATOR_SIZE)
+        if locator.startswith(_LOCATOR):
+            end, begin = _read_end64(file, locator, end, at)
+    if end.start + end.size != begin:
+        raise MalformedZip(_NOT_ONE)
+    return end
+
+
+def _read_end64(file: BinaryIO, locator: bytes, small: _End, at: int) -> tuple[_End, int]:
+    """Read the record for large numbers; with its offset."""
+    disk, begin, disks = struct.unpack_from("<4xIQI", locator)
+    if disk or disks > 1 or begin != at - _LOCATOR_SIZE - _END64_SIZE:
+        raise MalformedZip(_NOT_ONE)
+    file.seek(begin)
+    record = file.read(_END64_SIZE)
+    if len(record) < _END64_SIZE or not record.startswith(_END64):
+        raise MalformedZip("its directory is elsewhere than it says")
+    disk, first_disk, here, count, size, start = struct.unpack_from("<16xIIQQQQ", record)
+    if disk or first_disk or here != count:
+        raise MalformedZip("it is one of several volumes")
+    large = _End(count, size, start)
+    pairs = ((small.count, count, _MOST16), (small.size, size, _MOST32))
+    for value, whole, most in (*pairs, (small.start, start, _MOST32)):
+        if value not in (whole, most):
+            raise MalformedZip("it has two directories")
+    return large, begin
+
+
+def _parse(content: bytes, count: int) -> list[Entry]:
+    """The entries of a directory, which has to hold as many as it says and nothing else."""
+    entries: list[Entry] = []
+    position = 0
+    while position < len(content):
+        entry, position = _parse_entry(content, position)
+        entries.append(entry)
+    if len(entries) != count:
+        raise MalformedZip(f"its directory lists {len(entries)} entries where it says {count}")
+    return entries
+
+
+def _parse_entry(content: bytes, position: int) -> tuple[Entry, int]:
+    """An entry at a position of the directory; with the position behind it."""
+    record = content[position : position + _CENTRAL_SIZE]
+    if len(record) < _CENTRAL_SIZE or not record.startswith(_CENTRAL):
+        raise MalformedZip("its directory is damaged")
+    flags, method, crc, packed, size = struct.unpack_from("<8xHH4xIII", record)
+    name_length, extra_length, comment_length, disk = struct.unpack_from("<28xHHHH", record)
+    (header,) = struct.unpack_from("<42xI", record)
+    if disk:
+        raise MalformedZip("it is one of several volumes")
+    names = position + _CENTRAL_SIZE
+    extras = names + name_length
+    behind = extras + extra_length + comment_length
+    if behind > len(content):
+        raise MalformedZip("its directory is damaged")
+    numbers = _large(content[extras : extras + extra_length], (size, packed, header))
+    name = content[names:extras].decode("utf-8", "surrogateescape")
+    return Entry(name, numbers[2], numbers[0], numbers[1], method, crc, flags), behind
+
+
+def _large(extra: bytes, numbers: tuple[int, int, int]) -> tuple[int, ...]:
+    """Size, packed size and offset, from the zip64 field for those that do not fit their own."""
+    missing = sum(number == _MOST32 for number in numbers)
+    if not missing:
+        return numbers
+    position = 0
+    while position + 4 <= len(extra):
+        kind, length = struct.unpack_from("<HH", extra, position)
+        field = extra[position + 4 : position + 4 + length]
+        if kind == _ZIP64 and len(field) == length >= 8 * missing:
+            values = iter(struct.unpack_from(f"<{missing}Q", field))
+            return tuple(next(values) if n == _MOST32 else n for n in numbers)
+        position += 4 + length
+    raise MalformedZip("the size of an entry is missing")
+
+
+def _check_names(entries: Sequence[Entry]) -> None:
+    """Refuse entries that could be taken for each other: torch heeds no capital letters."""
+    names = {entry.raw_name.lower() for entry in entries}
+    if len(names) < len(entries):
+        raise MalformedZip("two of its zip entries have one name")
+
+
+def _check_places(entries: Sequence[Entry], end: int) -> None:
+    """Refuse entries that are encrypted, share bytes, or lie elsewhere than before the directory.
+
+    Args:
+        entries: All that the file has.
+        end: The offset of the directory.
+    """
+    for entry in entries:
+        if entry.flags & (_ENCRYPTED | _PATCH):
+            raise MalformedZip("it is encrypted, which torch.save never does")
+        if entry.header + LOCAL_HEADER + entry.packed_size > end:
+            raise MalformedZip(f"the zip entry {entry.name!r} lies outside the file")
+    ordered = sorted(entries, key=lambda entry: entry.header)
+    for before, after in pairwise(ordered):
+        if before.header + LOCAL_HEADER + before.packed_size > after.header:
+            raise MalformedZip(f"the zip entries {before.name!r} and its neighbour overlap")
