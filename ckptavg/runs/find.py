@@ -14,7 +14,6 @@ from ckptavg.formats import (
     adapter,
     dcp,
     deepspeed,
-    huggingface,
     is_checkpoint_directory,
     refuse_partitioned,
 )
@@ -44,6 +43,7 @@ from ckptavg.runs.numbered import (
 )
 from ckptavg.runs.ranks import are_parts, refuse_rank_files
 from ckptavg.runs.suffixes import PASSED_OVER, split_by_suffix
+from ckptavg.runs.unfinished import find_unfinished, why_unfinished
 
 LeftOut = tuple[Location, str]
 Groups = dict[Location | Place, list[Location]]
@@ -278,27 +278,26 @@ def _members(directory: Location, patterns: Patterns, found: Found) -> list[Loca
         parts = part_names(directory)
         nested = [p for p in nested if not deepspeed.is_tag(p) and p.name not in parts]
     folders = [path for path in inner if path not in nested]
-    broken = _unfinished(folders)
-    if broken and (not nested or any(mask_step(path.name) is None for path in broken)):
+    broken = find_unfinished(folders)
+    steps = [path for path in nested if mask_step(path.name) is not None]
+    if broken and (not steps or any(mask_step(path.name) is None for path in broken)):
         raise next(iter(broken.values()))
     found.broken |= broken
     if itself:
         return _around_root(directory, [*nested, *broken], folders, found)
-    if error := _why_unfinished(directory):
+    if error := why_unfinished(directory):
         raise error
     if any(_numbered_below(path) for path in nested):
         raise _no_run(directory)
     others = [path for path in below if not path.is_dir()]
     files = _weights_files(others, patterns, found, alone=not nested)
-    if deeper := _below_steps(directory, nested, files, folders, found):
-        if broken:
-            raise next(iter(broken.values()))
+    if not broken and (deeper := _below_steps(directory, nested, files, folders, found)):
         found.left_out += [(path, _UNLIKE) for path in [*nested, *files]]
         return deeper
     members = [*nested, *broken, *files]
     runs = [path for path in folders if path not in broken and _holds_checkpoints(path)]
-    if len(below) < len(shown) and not members and not runs:
-        return []
+    if not members and not runs and len(below) < len(shown):
+        return []  # all that there is, is skipped
     if not members or (len(members) == 1 and runs):
         raise _no_run(directory)
     found.left_out += [(path, "a run of its own") for path in runs]
@@ -383,41 +382,6 @@ def _numbered_below(directory: Location) -> bool:
     parts = part_names(directory)
     numbered = [p for p in directory.iterdir() if re.search(r"\d", p.name) and p.name not in parts]
     return any(is_checkpoint_directory(p) and not deepspeed.is_tag(p) for p in numbered)
-
-
-def _unfinished(directories: Sequence[Location]) -> dict[Location, RunError]:
-    """Those that a crash while saving has left of checkpoints, with the errors for them."""
-    errors = {path: _why_unfinished(path) for path in directories}
-    return {path: error for path, error in errors.items() if error is not None}
-
-
-def _why_unfinished(directory: Location) -> RunError | None:
-    """The error for a directory that is called as a checkpoint and lacks what makes it one."""
-    numbered = re.fullmatch(r"checkpoint[-_]\d+", directory.name)
-    if numbered and any(directory.glob("adapter_model.*")):
-        return RunError(
-            f"{directory} holds an adapter without its {adapter.CONFIG}",
-            "Copy that file beside it: it holds the rank and the scale.",
-        )
-    why = ""
-    if any(directory.glob(f"*{dcp.SUFFIX}")):
-        why = (
-            f"holds parts of one model but no {dcp.METADATA}, which is written last and says how "
-            "they fit"
-        )
-    elif (
-        numbered
-        and (directory / huggingface.TRAINER_STATE).is_file()
-        and not weights_below(directory)
-    ):
-        why = "looks like a checkpoint but holds no weights"
-    if not why:
-        return None
-    return RunError(
-        f"{directory} {why}",
-        "It may have been interrupted while being saved: copy it again, or name the other "
-        "checkpoints one by one.",
-    )
 
 
 def _no_run(directory: Location) -> RunError:

@@ -1,0 +1,46 @@
+"""Directories that a crash while saving has left of checkpoints."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from ckptavg.errors import RunError
+from ckptavg.formats import adapter, dcp, huggingface
+from ckptavg.formats.storage import Location
+from ckptavg.runs.numbered import weights_below
+
+
+def find_unfinished(directories: Sequence[Location]) -> dict[Location, RunError]:
+    """Those that a crash while saving has left of checkpoints, with the errors for them."""
+    errors = {path: why_unfinished(path) for path in directories}
+    return {path: error for path, error in errors.items() if error is not None}
+
+
+def why_unfinished(directory: Location) -> RunError | None:
+    """The error for a directory that is called as a checkpoint and lacks what makes it one."""
+    numbered = re.fullmatch(r"checkpoint[-_]\d+", directory.name)
+    if numbered and any(directory.glob("adapter_model.*")):
+        return RunError(
+            f"{directory} holds an adapter without its {adapter.CONFIG}",
+            "Copy that file beside it: it holds the rank and the scale.",
+        )
+    why = ""
+    if any(directory.glob(f"*{dcp.SUFFIX}")):
+        why = (
+            f"holds parts of one model but no {dcp.METADATA}, which is written last and says how "
+            "they fit"
+        )
+    elif (
+        numbered
+        and (directory / huggingface.TRAINER_STATE).is_file()
+        and not weights_below(directory)
+    ):
+        why = "looks like a checkpoint but holds no weights"
+    if not why:
+        return None
+    return RunError(
+        f"{directory} {why}",
+        "It may have been interrupted while being saved: copy it again, or name the other "
+        "checkpoints one by one.",
+    )
