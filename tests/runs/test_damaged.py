@@ -153,3 +153,12 @@ def test_the_command_tells_it_and_goes_on(intact, tmp_path):
     done = CliRunner().invoke(main, [*args, "--last", "3"])
     assert done.exit_code == 0, done.output
     assert "epoch_1.pt is left out: cannot be opened" in done.stderr
+
+
+def test_a_place_beside_a_checkpoint_without_a_number_is_not_certain(tmp_path):
+    for i in (1, 2, 3):
+        save_weight(tmp_path / f"epoch_{i}.pt", float(i), global_step=100 * i)
+    save_weight(tmp_path / "last.pt", 9.0, global_step=350)
+    (tmp_path / "epoch_4.pt").write_bytes(b"torn")
+    with pytest.raises(CheckpointError, match="epoch_4"):
+        open_run(tmp_path)
