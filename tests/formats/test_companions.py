@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -85,6 +86,30 @@ def test_what_is_untrue_of_an_average_stays_behind_and_is_named(run, caplog, nam
     assert listing(averaged(run)) == ["model.safetensors"]
     (note,) = [r.message for r in caplog.records if "not copied" in r.message]
     assert all(name in note for name in names)
+
+
+_NAMES = st.sampled_from(
+    ["vocab.txt", "a.py", "onnx", "1_Pooling", "model.onnx", "optimizer.pt", ".hidden", "b.bin",
+     "checkpoint-7", "latest", "c.log", "d.json", "__pycache__", "e.tfevents"]
+)  # fmt: skip
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.lists(_NAMES, min_size=1, max_size=3), max_size=8))
+def test_whatever_stands_in_a_directory_is_copied_or_named(tmp_path_factory, paths):
+    folder = tmp_path_factory.mktemp("model")
+    for parts in paths:
+        with contextlib.suppress(FileExistsError, NotADirectoryError, IsADirectoryError):
+            fill(folder, ["/".join(parts)])
+    found = companions.gather(folder, weights=())
+    left_out = [name for name, _ in found.left_out]
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        named = any(name == other or f"{name}/".startswith(other) for other in left_out)
+        assert path.is_dir() or (name in found.copies) != named
+    assert {Path(stamp.path) for stamp in found.copies.values()} == {
+        folder / name for name in found.copies
+    }
 
 
 FOLDERS = {
