@@ -247,9 +247,9 @@ def test_a_file_that_is_rewritten_meanwhile_is_no_copy(tmp_path, monkeypatch, sa
     def rewritten(source):
         yield from read(source)
         path.write_text("b" * 3000)
-        if same_stamp:
-            os.utime(path, ns=(stamp.mtime_ns, stamp.mtime_ns))
 
+    if same_stamp:  # by a clock that has not moved on
+        monkeypatch.setattr(FileStamp, "verify", lambda _: None)
     monkeypatch.setattr(copying, "read", rewritten)
     with pytest.raises(CheckpointError, match="changed while it was being read"):
         copying.copy(stamp, tmp_path / "copy")
