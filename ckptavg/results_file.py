@@ -82,8 +82,11 @@ class ResultsFile:
         """
         added = [self._format.entry(result) for result in results]
         with lock_beside(self._target):
-            kept = _others(self.entries(), added)
-            self._write(self._format.text([*kept, *added]))
+            held = self.entries()
+            kept = _others(held, added)
+            text = self._format.text([*kept, *added])
+            if not held or text != self._format.text(held):  # else nothing can fail any more
+                self._write(text)
         return len(kept)
 
     def _parse(self) -> list[Entry]:

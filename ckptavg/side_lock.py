@@ -27,7 +27,11 @@ def lock_beside(path: Path) -> Iterator[None]:
         path: The file.
     """
     side = path.with_name(f".{path.name}{_LOCK}")
-    handle = _acquire(side)
+    try:
+        handle = _acquire(side)
+    except BaseException:  # such as Ctrl-C
+        _remove_unlocked(side)
+        raise
     try:
         yield
     finally:
@@ -35,6 +39,17 @@ def lock_beside(path: Path) -> Iterator[None]:
             # Removed while it is locked: who waits for it sees that it is another's by then.
             leftovers.remove(side)
             _release(handle)
+
+
+def _remove_unlocked(side: Path) -> None:
+    """Remove a side file that nobody has the lock of."""
+    with suppress(OSError):
+        handle = os.open(side, os.O_RDWR)
+        try:
+            if leftovers.lock(handle, side) is not False:
+                leftovers.remove(side)
+        finally:
+            os.close(handle)
 
 
 def _acquire(side: Path) -> int | None:

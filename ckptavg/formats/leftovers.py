@@ -111,17 +111,14 @@ def remove(path: Path) -> None:
     """
     for _ in range(_REMOVALS):
         with suppress(OSError):
-            _remove(path)
-        if not os.path.lexists(path):
+            try:
+                path.unlink()
+            except FileNotFoundError:
+                return
+            except (IsADirectoryError, PermissionError):  # of a directory; not all systems say so
+                shutil.rmtree(path)
             return
     log.warning("%s could not be removed: remove it yourself", path)
-
-
-def _remove(path: Path) -> None:
-    if stat.S_ISDIR(path.lstat().st_mode):
-        shutil.rmtree(path)
-    else:
-        path.unlink()
 
 
 def _stem(path: Path) -> str:

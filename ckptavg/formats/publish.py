@@ -114,11 +114,14 @@ class Publication:
         except FileExistsError:
             return False
         except FileNotFoundError:
-            if self.path.parent.is_dir():
-                return False
-            raise
+            if not self.path.parent.is_dir():
+                raise
+            self._discard()
+            return False
         held = leftovers.lock(self._lock, self.temporary)
-        if not held:  # Windows has no lock either, and renames no file that is open
+        if held is False:
+            self._discard()
+        elif held is None:  # Windows has no lock either, and renames no file that is open
             self._unlock()
         return held is not False
 

@@ -41,7 +41,7 @@ class Reader:
     def close(self) -> None:
         """Close the files."""
         while self._files:
-            self._files.popitem()[1].close()
+            self._close_one()
         self._fetched.clear()
 
     def fetch(self, wanted: Iterable[tuple[Tensor, int, int]]) -> None:
@@ -158,11 +158,16 @@ class Reader:
                     raise _cut_short(path, offset + len(out))
                 done += got
 
+    def _close_one(self) -> None:
+        """Close the file that was read longest ago; all that was wanted of it is there."""
+        with suppress(OSError):
+            self._files.popitem(last=False)[1].close()
+
     def _open(self, path: str) -> io.FileIO:
         file = self._files.pop(path, None)
         if file is None:
             if len(self._files) >= self._most_open:
-                self._files.popitem(last=False)[1].close()
+                self._close_one()
             file = open_unbuffered(path)
         self._files[path] = file
         return file
