@@ -14,6 +14,8 @@ from ckptavg.errors import (
 from ckptavg.formats import Checkpoint
 from ckptavg.quantization import check_not_quantized
 
+_PLAIN = "Save plain tensors in their place (to_dense(), dequantize(), full_tensor())"
+
 
 def check_names(
     checkpoints: Sequence[Checkpoint], names: Sequence[str], averages: Callable[[str], bool]
@@ -92,7 +94,7 @@ def check_supported(
         if refused:
             raise UnsupportedTensorError(
                 f"{checkpoint.path} holds tensors that cannot be averaged: {first_few(refused)}",
-                "Leave them out with --exclude; the output will lack them.",
+                f"{_PLAIN}, or leave them out with --exclude: the output will lack them.",
             )
         packed = [
             f"{name} ({checkpoint.tensors[name].dtype.name})"
@@ -148,7 +150,7 @@ def check_copied(checkpoint: Checkpoint, names: Collection[str]) -> None:
     if special:
         raise UnsupportedTensorError(
             f"{checkpoint.path} holds tensors without plain bytes: {first_few(special)}",
-            "Save plain tensors in their place, by to_dense(), dequantize() or full_tensor().",
+            f"{_PLAIN}.",
         )
     tensors = checkpoint.tensors.items()
     small = [f"{n} ({t.dtype.name})" for n, t in tensors if n in names and t.dtype.size == 0]

@@ -376,6 +376,18 @@ def test_integers_come_from_the_last_checkpoint_and_a_note_names_those_that_diff
     assert "ids" not in note
 
 
+def test_what_an_output_cannot_hold_is_left_out_with_a_warning(tmp_path, caplog):
+    states = [{"adj": torch.eye(4).to_sparse(), "w": torch.full((3,), float(i))} for i in (1, 3)]
+    save_states(tmp_path / "run", states)
+    with pytest.raises(UnsupportedTensorError, match=r"adj \(a sparse tensor\).*--exclude"):
+        average(open_run(tmp_path / "run"))
+    out = average(open_run(tmp_path / "run"), exclude="adj", out=tmp_path / "swa.pt")
+    assert read(out).keys() == {"w"}
+    assert read(out)["w"].tolist() == [2.0] * 3
+    (record,) = [r for r in caplog.records if r.levelname == "WARNING"]
+    assert record.getMessage().endswith("which cannot hold them: adj (a sparse tensor)")
+
+
 def test_nothing_is_noted_where_there_is_nothing_to_note(tmp_path, notes):
     save_states(tmp_path, [{"w": torch.ones(2), "n": torch.tensor(1)}] * 2)
     average(open_run(tmp_path))
