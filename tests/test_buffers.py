@@ -99,14 +99,24 @@ def test_scales_of_channels_come_with_their_zero_points(tmp_path):
     shapes = {
         "conv.weight": (32, 3), "conv.weight_scale": (32,), "conv.act_scale": (1,),
         "conv.x_min": (1,), "conv.x_max": (1,), "norm.scale": (32,), "norm.minimum": (1,),
+        "head.scale": (7,),
     }  # fmt: skip
     states = random_states(shapes)
     for i, state in enumerate(states):
         state["conv.weight_zero_point"] = torch.arange(32, dtype=torch.int32) + i
         state["conv.act_zero_point"] = torch.tensor([i], dtype=torch.int32)
+        state["head.zero_point"] = torch.tensor([i], dtype=torch.int32)
     assert last_ones(averaged(tmp_path, states), states) == {
         "conv.weight_scale", "conv.act_scale", "conv.x_min", "conv.x_max",
     }  # fmt: skip
+
+
+def test_buffers_that_differ_by_fractions_are_noted(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "ckptavg")
+    zero = torch.tensor([3], dtype=torch.int32)
+    states = [{"a.scale": torch.tensor([s]), "a.zero_point": zero} for s in (0.1, 0.2)]
+    averaged(tmp_path, states)
+    assert "buffers are not averaged but taken from the last checkpoint: a.scale" in caplog.text
 
 
 def test_a_learnt_scale_and_zero_point_are_averaged(tmp_path):

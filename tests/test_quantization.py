@@ -172,6 +172,13 @@ TABLES = {
     "zero points of channels": lambda s: {
         "act.zero_point": torch.arange(32, dtype=torch.int32) + s, "act.scale": floats((32,), s),
     },
+    "zero points of groups": lambda s: {
+        "act.zero_point": torch.arange(32, dtype=torch.int32).reshape(8, 4) + s,
+        "act.scale": floats((8, 4), s),
+    },
+    "counters of tokens by groups": lambda s: {
+        "emb.token_counts": torch.arange(64, dtype=torch.int32) * s, "emb.scale": floats((8,), s),
+    },
     "neighbours": lambda s: {"graph.neighbours": integers((32, 4), torch.int32, s)},
     "dropped positions": lambda s: {
         "drop.mask": integers((8, 8), torch.uint8, s) > 100, "drop.scale": floats((8,), s),
