@@ -205,12 +205,14 @@ def open_run(
     """Open the checkpoints below some directories, or named one by one.
 
     Checkpoints that are named themselves form a run with their neighbours from the same directory,
-    so that ``runs/swa/*.pt`` is one run and ``runs/*/final.pt`` several. Each run is ordered by
-    recorded step, then epoch, then the numbers in the names.
+    so that ``runs/swa/*.pt`` is one run and ``runs/*/final.pt`` several. What lies at the same
+    place below directories that are called after steps (``checkpoint-*/unet``) is one run, too.
+    Each run is ordered by recorded step, then epoch, then the numbers in the names.
 
     Args:
         paths: Run directories and checkpoints, mixed; paths or URLs (``s3://bucket/run``).
-        glob: Shell pattern that the checkpoints' file names must match.
+        glob: Shell pattern that the checkpoints' names must match, or as many of the last parts of
+            their paths as it has (``*/unet``).
         skip: Shell patterns of the names of checkpoints to leave out, and of directories.
         key: Dotted path of the entry that holds the weights; found by itself where None.
 

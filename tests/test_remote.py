@@ -546,3 +546,39 @@ def test_neighbours_are_read_as_one(wanted):
             assert any(u == url and a <= start and end <= b for u, a, b in found)
     for url, start, end in found:  # nothing but what was asked for, and short gaps
         assert {start, end} <= {x for u, a, b in wanted if u == url for x in (a, b)}
+
+
+def test_remote_runs_with_the_step_above_are_found_by_few_listings(store, tmp_path, monkeypatch):
+    for step in (1500, 500, 1000):
+        home = tmp_path / "run" / f"checkpoint-{step}"
+        for network in ("unet", "unet_ema"):
+            save_weight(home / network / "diffusion_pytorch_model.safetensors", float(step))
+        (home / "scheduler").mkdir()
+        (home / "scheduler" / "scheduler_config.json").write_text("{}")
+    url = upload(tmp_path / "run")
+    asked = []
+    listed = Store.ls
+    monkeypatch.setattr(
+        Store, "ls", lambda self, path, **kw: asked.append(path) or listed(self, path, **kw)
+    )
+    run = ckptavg.open_run(url)
+    assert [str(c.path) for c in run] == [f"{url}/checkpoint-{i}/unet" for i in (500, 1000, 1500)]
+    assert [c.step for c in run] == [500, 1000, 1500]
+    assert len(asked) == len(set(asked)) <= 10
+    named = ckptavg.open_run(*(f"{url}/checkpoint-{i}/unet" for i in (1000, 500)))
+    assert [c.step for c in named.last(1)] == [1000]
+    assert ckptavg.average(ckptavg.open_run(url, glob="*/unet_ema"))["w"] == 1000
+
+
+def test_remote_parts_of_a_model_are_refused_and_shards_joined(store, tmp_path):
+    for rank in range(2):
+        save_weight(tmp_path / "iter_5" / f"mp_rank_0{rank}" / "model_optim_rng.pt", float(rank))
+        save(
+            tmp_path / "whole" / f"m-0000{rank + 1}-of-00002.safetensors",
+            {f"{rank}.w": torch.ones(2)},
+        )
+    with pytest.raises(CheckpointError, match="parts of one model: 2 ranks"):
+        ckptavg.open_run(upload(tmp_path / "iter_5", "megatron/iter_5"))
+    assert ckptavg.average(ckptavg.open_run(upload(tmp_path / "whole", "whole"))).keys() == {
+        "0.w", "1.w",
+    }  # fmt: skip

@@ -32,7 +32,7 @@ _LAYOUTS = {
 
 @click.command(cls=options.Grouped)
 @click.argument("path", metavar="PATH")
-@options.option("What", "--glob", metavar="PATTERN", help="File names that match the pattern.")
+@options.option("What", "--glob", metavar="PATTERN", help="Names, or ends of paths, that match.")
 @options.option(
     "What", "--skip", multiple=True, metavar="PATTERN",
     help="All but files and directories of such names; may be repeated.",

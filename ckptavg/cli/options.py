@@ -133,7 +133,7 @@ def subset(text: str) -> tuple[int, bool]:
 
 _WHICH = "Which checkpoints (applied to each run, in this order)"
 selection_options = together(
-    option(_WHICH, "--glob", metavar="PATTERN", help="File names that match the pattern."),
+    option(_WHICH, "--glob", metavar="PATTERN", help="Names, or ends of paths, that match."),
     option(
         _WHICH, "--skip", multiple=True, metavar="PATTERN",
         help="All but files and directories of such names; may be repeated.",

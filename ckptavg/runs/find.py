@@ -25,15 +25,13 @@ from ckptavg.runs.file_names import (
     NOT_WEIGHTS,
     OTHER_STATE,
     SUFFIXES,
-    is_ema_name,
     matches,
     natural,
-    original_names,
     stem_of,
     why_not,
 )
+from ckptavg.runs.networks import refuse_networks, split_copies, with_roots
 from ckptavg.runs.numbered import (
-    Place,
     group_by_place,
     is_series,
     mask_step,
@@ -46,7 +44,6 @@ from ckptavg.runs.suffixes import PASSED_OVER, split_by_suffix
 from ckptavg.runs.unfinished import find_unfinished, why_unfinished
 
 LeftOut = tuple[Location, str]
-Groups = dict[Location | Place, list[Location]]
 SKIPPED = "skipped, as asked for"
 _UNLIKE = "without a number, unlike its neighbours"
 _DEEPEST_RUN, _MOST_LOOKED_INTO = 4, 200  # levels and directories below a path without a run
@@ -104,36 +101,24 @@ def find(paths: Sequence[Location], patterns: Patterns) -> Found:
         RunError: A path does not exist, or holds no run or several.
         CheckpointError: Files are parts of one model.
     """
-    homes: dict[Location, list[Location]] = {}
-    apart: set[Location] = set()
-    found = Found([], [])
-    listed: set[Location] = set()
+    found, listing = Found([], []), _Listing()
     for path in _whole_checkpoints(paths):
         if not path.exists():
             raise RunError(f"{path} does not exist", _nearest(path))
         members = _members(path, patterns, found) if path.is_dir() else [path]
-        if members != [path]:
-            found.named = False
-            listed.update(members)
-        members = _without_skipped(members, path, patterns, found)
-        for member in members:
-            direct = members != [path] and member in (path, path / member.name)
-            home = (path if direct else member.parent).resolve()
-            homes.setdefault(home, []).append(member)
-            if not direct and member != path:
-                apart.add(home)
-    groups = {
-        home: _kept(members, patterns.glob, found)
-        for home, members in _with_roots(group_by_place(homes, apart)).items()
-    }
+        found.named &= members == [path]
+        listing.add(path, members, _without_skipped(members, path, patterns, found))
+    groups = with_roots(group_by_place(listing.homes, listing.apart))
+    groups = {home: _kept(members, patterns.glob, found) for home, members in groups.items()}
     if not any(groups.values()) and patterns.glob is not None:
         raise RunError(
             f"no checkpoint matches {patterns.glob!r}", "Quote the pattern, or loosen it."
         )
     groups = {home: members for home, members in groups.items() if members}
     refuse_rank_files(chain(*groups.values()))
-    groups = _without_copies(groups, listed, found)
-    _refuse_networks(groups, listed)
+    groups, copies = split_copies(groups, listing.found)
+    found.left_out += [(path, EMA_COPY) for path in copies]
+    refuse_networks(groups, listing.found)
     found.groups = list(groups.values())
     refuse_partitioned(chain(*found.groups))
     return found
@@ -143,9 +128,36 @@ def _without_skipped(
     paths: Sequence[Location], root: Location, patterns: Patterns, found: Found
 ) -> list[Location]:
     """The paths that the user does not want to skip."""
-    skipped = [path for path in paths if patterns.skips(path, root)]
-    found.left_out += [(path, SKIPPED) for path in skipped]
-    return [path for path in paths if path not in {*skipped}]
+    skipped = {path for path in paths if patterns.skips(path, root)}
+    found.left_out += [(path, SKIPPED) for path in paths if path in skipped]
+    return [path for path in paths if path not in skipped]
+
+
+@dataclass
+class _Listing:
+    """Checkpoints before they are grouped.
+
+    Attributes:
+        homes: The checkpoints, by the directory that keeps them together.
+        apart: Directories below those of steps: what they hold is not of one network.
+        found: The checkpoints that nobody named.
+    """
+
+    homes: dict[Location, list[Location]] = field(default_factory=dict)
+    apart: set[Location] = field(default_factory=set)
+    found: set[Location] = field(default_factory=set)
+
+    def add(self, path: Location, members: Sequence[Location], wanted: Sequence[Location]) -> None:
+        """Add what the user wants of the members that a path has led to."""
+        itself = members == [path]
+        if not itself:
+            self.found.update(wanted)
+        for member in wanted:
+            direct = not itself and member in (path, path / member.name)
+            home = (path if direct else member.parent).resolve()
+            self.homes.setdefault(home, []).append(member)
+            if not direct and not itself:
+                self.apart.add(home)
 
 
 def _whole_checkpoints(paths: Sequence[Location]) -> list[Location]:
@@ -175,59 +187,6 @@ def _directory_of(path: Location) -> Location:
     """The directory in the place of a file that is nothing alone: of an adapter, of a rank."""
     adapted = path.name in adapter.FILES and adapter.weights_file(path.parent) is not None
     return path.parent if adapted or path.suffix == dcp.SUFFIX else path
-
-
-def _with_roots(groups: Groups) -> Groups:
-    """The groups, with a model at the root of a run at that run's end."""
-    runs = defaultdict(list)
-    for place in groups:
-        if isinstance(place, Place):
-            runs[place.base].append(place)
-    for home, members in list(groups.items()):
-        roots = [path.resolve() for path in members if not isinstance(home, Place)]
-        if len(roots) == 1 and len(runs[roots[0]]) == 1:
-            groups[runs[roots[0]][0]] += groups.pop(home)
-    return groups
-
-
-def _without_copies(groups: Groups, listed: set[Location], found: Found) -> Groups:
-    """The groups without EMA copies of others, which are left out where nobody named them."""
-    kept: Groups = {}
-    for home, members in groups.items():
-        copies = [path for path in members if path in listed and _is_copy(path, home, groups)]
-        found.left_out += [(path, EMA_COPY) for path in copies]
-        if others := [path for path in members if path not in copies]:
-            kept[home] = others
-    return kept
-
-
-def _is_copy(path: Location, home: Location | Place, groups: Groups) -> bool:
-    """Whether a checkpoint is the EMA of another one beside it, by their names."""
-    if not isinstance(home, Place):
-        names = {other.name for other in groups[home]}
-        return path.is_dir() and bool({*original_names(path.name)} & names)
-    others = [p for p in groups if isinstance(p, Place) and p.base == home.base]
-    return is_ema_name(home.name) and not all(is_ema_name(other.name) for other in others)
-
-
-def _refuse_networks(groups: Groups, listed: set[Location]) -> None:
-    """Make sure that a directory holds one network at each step.
-
-    Raises:
-        RunError: It holds several, and nobody named one.
-    """
-    places: dict[Location, list[Place]] = defaultdict(list)
-    for home, members in groups.items():
-        if isinstance(home, Place) and all(path in listed for path in members):
-            places[home.base].append(home)
-    for base, networks in places.items():
-        if len(networks) > 1:
-            alike = len({place.name for place in networks}) < len(networks)
-            patterns = [f"'{place.full_pattern if alike else place.pattern}'" for place in networks]
-            raise RunError(
-                f"{base} holds {len(networks)} networks side by side: {first_few(patterns, 8)}",
-                f"Select one with --glob {patterns[0]}.",
-            )
 
 
 def _kept(members: list[Location], pattern: str | None, found: Found) -> list[Location]:
@@ -273,11 +232,13 @@ def _members(directory: Location, patterns: Patterns, found: Found) -> list[Loca
     below = _without_skipped(shown, directory, patterns, found)
     itself = is_checkpoint_directory(directory)
     inner = [p for p in below if p.is_dir() and not OTHER_STATE.fullmatch(p.name)]
-    nested = [path for path in inner if is_checkpoint_directory(path)]
-    if itself:  # and the states that DeepSpeed resumes from are part of it
-        parts = part_names(directory)
-        nested = [p for p in nested if not deepspeed.is_tag(p) and p.name not in parts]
-    folders = [path for path in inner if path not in nested]
+    nested: list[Location] = []
+    folders: list[Location] = []
+    parts = part_names(directory) if itself else set()
+    for path in inner:
+        # The states that DeepSpeed resumes from are part of a checkpoint.
+        own = itself and (path.name in parts or deepspeed.is_tag(path))
+        (nested if is_checkpoint_directory(path) and not own else folders).append(path)
     broken = find_unfinished(folders)
     steps = [path for path in nested if mask_step(path.name) is not None]
     if broken and (not steps or any(mask_step(path.name) is None for path in broken)):
@@ -356,10 +317,9 @@ def _below_steps(
     """
     if len(files) > 1 or any(mask_step(path.name) is not None for path in nested):
         return []
-    own = [directory] if not nested and not files else []
     steps = {p: weights_below(p) for p in folders if mask_step(p.name) is not None}
-    if not any(steps.values()):
-        steps = {p: weights_below(p) for p in own if mask_step(p.name) is not None}
+    if not any(steps.values()) and not nested and not files and mask_step(directory.name):
+        steps = {directory: weights_below(directory)}
     deeper = [path for members in steps.values() for path in members]
     uppermost = {place.below[0] for path in deeper if (place := place_of(path)) is not None}
     if len(nested) > 1 and not uppermost & {glob.escape(path.name) for path in nested}:

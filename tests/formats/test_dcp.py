@@ -375,7 +375,7 @@ def test_a_directory_without_its_metadata_is_an_error_and_not_left_out(run):
     (run[0] / "step_9" / ".metadata").unlink()
     for named in (run[0], run[0] / "step_9"):
         with pytest.raises(RunError, match=r"step_9 holds parts of one model but no \.metadata"):
-            ckptavg.open_run(named)
+            ckptavg.average(ckptavg.open_run(named))
 
 
 def test_values_beyond_a_bound_are_not_read(run, tmp_path, monkeypatch):

@@ -1,0 +1,79 @@
+"""Several networks below the directories of one training's steps, and EMA copies of them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence, Set
+
+from ckptavg.errors import RunError, first_few
+from ckptavg.formats.storage import Location
+from ckptavg.runs.file_names import is_ema_name, original_names
+from ckptavg.runs.numbered import Place
+
+Groups = dict[Location | Place, list[Location]]
+
+
+def with_roots(groups: Groups) -> Groups:
+    """The groups, with a model at the root of a run at that run's end."""
+    runs = defaultdict(list)
+    for place in groups:
+        if isinstance(place, Place):
+            runs[place.base].append(place)
+    for home, members in list(groups.items()):
+        roots = [path.resolve() for path in members if not isinstance(home, Place)]
+        if len(roots) == 1 and len(runs[roots[0]]) == 1:
+            groups[runs[roots[0]][0]] += groups.pop(home)
+    return groups
+
+
+def split_copies(groups: Groups, listed: Set[Location]) -> tuple[Groups, list[Location]]:
+    """Split off the EMA copies of other checkpoints.
+
+    Args:
+        groups: The checkpoints of each training.
+        listed: Those that nobody named: what was named is no copy.
+
+    Returns:
+        The groups without copies, and the copies.
+    """
+    places = [home for home in groups if isinstance(home, Place)]
+    with_originals = {place.base for place in places if not is_ema_name(place.name)}
+    kept: Groups = {}
+    split: list[Location] = []
+    for home, members in groups.items():
+        copies: set[Location] = set()
+        if not isinstance(home, Place):
+            copies = _copies_among(members)
+        elif is_ema_name(home.name) and home.base in with_originals:
+            copies = {*members}
+        copies &= listed
+        split += [path for path in members if path in copies]
+        if others := [path for path in members if path not in copies]:
+            kept[home] = others
+    return kept, split
+
+
+def _copies_among(neighbours: Sequence[Location]) -> set[Location]:
+    """The directories that are the EMA of another one beside them, by their names."""
+    names = {path.name for path in neighbours}
+    return {p for p in neighbours if names & {*original_names(p.name)} and p.is_dir()}
+
+
+def refuse_networks(groups: Groups, listed: Set[Location]) -> None:
+    """Make sure that a directory holds one network at each step.
+
+    Raises:
+        RunError: It holds several, and nobody named one.
+    """
+    places: dict[Location, list[Place]] = defaultdict(list)
+    for home, members in groups.items():
+        if isinstance(home, Place) and all(path in listed for path in members):
+            places[home.base].append(home)
+    for base, networks in places.items():
+        if len(networks) > 1:
+            alike = len({place.name for place in networks}) < len(networks)
+            patterns = [f"'{place.full_pattern if alike else place.pattern}'" for place in networks]
+            raise RunError(
+                f"{base} holds {len(networks)} networks side by side: {first_few(patterns, 8)}",
+                f"Select one with --glob {patterns[0]}.",
+            )
