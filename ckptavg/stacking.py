@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ckptavg.formats.table import Piece, Tensor
 
 
@@ -29,4 +31,5 @@ def _moved(piece: Piece, dim: int, low: int, extent: int, to: int, size: int) ->
     skipped = (begin - piece.start[dim]) * piece.stride[dim] * size
     shape, start = list(piece.shape), list(piece.start)
     shape[dim], start[dim] = end - begin, to + begin - low
-    return [Piece(piece.file, piece.offset + skipped, tuple(shape), piece.stride, tuple(start))]
+    offset = piece.offset + skipped
+    return [replace(piece, offset=offset, shape=tuple(shape), start=tuple(start))]

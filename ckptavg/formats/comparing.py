@@ -267,7 +267,7 @@ def _form_of_piece(piece: Piece) -> object:
 def _ranges(checkpoint: Checkpoint) -> list[_Range]:
     """The bytes of all tensors, in the order of their names."""
     return [
-        _Range(piece.file, piece.offset, tensor.dtype.nbytes(_span(piece)))
+        _Range(piece.file, *(piece.text or (piece.offset, tensor.dtype.nbytes(_span(piece)))))
         for _, tensor in _by_name(checkpoint)
         for piece in tensor.pieces
         if 0 not in piece.shape

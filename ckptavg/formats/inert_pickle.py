@@ -10,16 +10,20 @@ from __future__ import annotations
 
 import io
 import pickletools
+from collections import deque
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
+from ckptavg.formats import arrays
+from ckptavg.formats.inert_calls import known_call
 from ckptavg.formats.inert_values import (
     Global,
     MalformedPickle,
+    NumpyArray,
     Opaque,
     PickleCutShort,
+    Span,
     Storage,
-    known_call,
     name_of,
     storage_of,
 )
@@ -29,6 +33,7 @@ _MOST_CONTAINERS = 5_000_000  # a byte of pickle can make one of 200 bytes
 _SPARE_BUDGET = 1_000_000
 _LARGE_INTEGER = 60  # bits; beyond, different integers can be made to have one hash
 _MOST_COLLISIONS = 1000
+_RECENT = 16  # texts and bytes between an array's own and the call that makes it, at most
 _MARK = object()
 _SCALARS = (str, int, float, bool, bytes, type(None))
 _FROM_TYPE = (("torch._tensor", "_rebuild_from_type_v2"), ("torch._tensor", "_rebuild_from_type"))
@@ -60,8 +65,8 @@ def load(file: BinaryIO) -> tuple[Any, dict[str, Storage]]:
     source = _Bounded(file)
     machine = _Machine(source)
     try:
-        for opcode, arg, _ in pickletools.genops(source):  # type: ignore[arg-type]
-            machine.step(opcode.name, arg)
+        for opcode, arg, start in pickletools.genops(source):  # type: ignore[arg-type]
+            machine.step(opcode.name, arg, start or 0)
     except MalformedPickle:
         raise
     except Exception as error:  # anything a hostile stream provokes: it is damage all the same
@@ -97,6 +102,10 @@ class _Bounded:
         self.exhausted = not line.endswith(b"\n")
         return self._count(line)
 
+    def tell(self) -> int:
+        """Bytes read so far, as the position in the pickle."""
+        return self.done
+
     def _count(self, data: bytes) -> bytes:
         self.done += len(data)
         if self.done > MAX_PICKLE:
@@ -123,10 +132,16 @@ class _Machine:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
         self.result: Any = None
+        # The last few texts and bytes, and every single byte: the same object may come again.
+        self.recent: deque[tuple[Any, Span]] = deque(maxlen=_RECENT)
+        self.single: dict[Any, Span] = {}
 
-    def step(self, name: str, arg: Any) -> None:
+    def step(self, name: str, arg: Any, start: int) -> None:
         if name in _PUSH_ARGUMENT:
             self.stack.append(arg)
+            if name in _LENGTH_BYTES:
+                data = start + 1 + _LENGTH_BYTES[name]
+                self.keep_span(arg, Span(data, self.source.done - data))
             return
         if name in _CONTAINERS:
             self.containers += 1
@@ -138,6 +153,17 @@ class _Machine:
         if handler is None:
             raise MalformedPickle(f"it uses the opcode {name}")
         handler(self, arg)
+
+    def keep_span(self, value: Any, span: Span) -> None:
+        self.recent.append((value, span))
+        if len(value) == 1 and not isinstance(value, bytearray):
+            self.single[value] = span
+
+    def span(self, value: Any) -> Span | None:
+        """Where in the pickle a text or bytes lie; None where that was too long ago."""
+        spans = (span for known, span in reversed(self.recent) if known is value)
+        single = self.single.get(value) if isinstance(value, (str, bytes)) else None
+        return next(spans, single)
 
     def pop(self) -> Any:
         value = self.stack.pop()
@@ -279,6 +305,8 @@ class _Machine:
         target = self.top()
         if isinstance(target, Opaque):
             target.state = self._merged(state)
+        elif isinstance(target, NumpyArray):
+            arrays.set_state(self, target, state)
 
     def _merged(self, state: Any) -> Any:
         """Object state as one value: a pair of attributes and slots becomes one dict."""
@@ -355,6 +383,10 @@ _PUSH_ARGUMENT = frozenset(
     ]
 )
 
+_LENGTH_BYTES = {  # of the texts and bytes that lie in the pickle as they are, or in UTF-8
+    "SHORT_BINSTRING": 1, "BINSTRING": 4, "SHORT_BINUNICODE": 1, "BINUNICODE": 4, "BINUNICODE8": 8,
+    "SHORT_BINBYTES": 1, "BINBYTES": 4, "BINBYTES8": 8, "BYTEARRAY8": 8,
+}  # fmt: skip
 _OPCODES: dict[str, Callable[[_Machine, Any], None]] = {
     "MARK": _simple(lambda: _MARK),
     "NONE": _simple(lambda: None),

@@ -25,6 +25,7 @@ from ckptavg.formats.storage import Location
 from ckptavg.formats.table import PROVENANCE, FileStamp, Record, Tensor
 
 Kind = TypeVar("Kind")
+_ARRAYS = "the weights are NumPy arrays, which an output has as tensors of torch's"
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def _read_torch(path: Location, stamp: FileStamp, key: str | None) -> Part:
         ),
         key=found.key,
         networks={path: _tensor_names(entry) for path, entry in found.networks.items()},
-        notes=(*found.notes, *_note_others(found.entry)),
+        notes=(*found.notes, *_note_others(found.entry), *([_ARRAYS] if opened.arrays else [])),
         beside=weights.beside(opened.tree, found.paths),
     )
 

@@ -24,6 +24,7 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 _MOST_OPEN_FILES = 128
+_MOST_DECODED = 64 * 2**20  # bytes
 _SMALL_SPAN = 1 << 16  # bytes; below this, reading the gaps along costs less than skipping them
 
 
@@ -37,12 +38,14 @@ class Reader:
         self._files: OrderedDict[str, io.FileIO] = OrderedDict()
         self._most_open = _most_open_files()
         self._fetched = Fetched()
+        self._decoded: OrderedDict[object, bytearray] = OrderedDict()
 
     def close(self) -> None:
         """Close the files."""
         while self._files:
             self._close_one()
         self._fetched.clear()
+        self._decoded.clear()
 
     def fetch(self, wanted: Iterable[tuple[Tensor, int, int]]) -> None:
         """Ask for what is going to be read of remote files, all at once.
@@ -121,7 +124,33 @@ class Reader:
             return
         for dimension, (a, b, origin) in enumerate(zip(begin, end, low, strict=True)):
             target = target.narrow(dimension, a - origin, b - a)
-        self._read_strided(piece.file, piece.offset + skipped * size, piece.stride, target)
+        offset = piece.offset + skipped * size
+        if piece.text is None:
+            self._read_strided(piece.file, offset, piece.stride, target)
+            return
+        data = self._decode(piece)
+        steps = tuple(step * size for step in piece.stride)
+        span = sum((n - 1) * step for n, step in zip(target.shape, steps, strict=False)) + size
+        if offset + span > len(data):
+            raise _cut_short(piece.file, sum(piece.text))
+        flat = torch.frombuffer(data, dtype=torch.uint8)
+        target.copy_(flat.as_strided(target.shape, (*steps, 1), offset))
+
+    def _decode(self, piece: Piece) -> bytearray:
+        """The bytes that a text stands for; of such texts the last few are kept."""
+        place = (piece.file, piece.text)
+        if place not in self._decoded:
+            start, length = piece.text or (0, 0)
+            text = bytearray(length)
+            self._read_bytes(piece.file, start, memoryview(text))
+            try:
+                data = bytearray(text.decode().encode("latin-1"))
+            except UnicodeError as error:
+                raise _cut_short(piece.file, start + length) from error
+            while self._decoded and sum(map(len, self._decoded.values())) > _MOST_DECODED:
+                self._decoded.popitem(last=False)
+            self._decoded[place] = data
+        return self._decoded[place]
 
     def _read_strided(
         self, path: str, offset: int, stride: tuple[int, ...], target: torch.Tensor
@@ -200,6 +229,10 @@ def _ranges(tensor: Tensor, start: int, count: int) -> list[Range]:
         at = remote[0].offset + start * size
         return [*ranges, (remote[0].file, at, at + count * size)]
     for piece in remote:
+        if piece.text is not None:
+            first, length = piece.text
+            ranges.append((piece.file, first, first + length))
+            continue
         begin, end, skipped = overlap(piece, *box_of(tensor.shape, start, count))
         extent = [b - a for a, b in zip(begin, end, strict=True)]
         if min(extent, default=1) > 0:

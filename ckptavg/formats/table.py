@@ -106,6 +106,8 @@ class Piece:
         stride: Step between neighbours along each dimension, in elements.
         start: Index in the tensor of the box's first element.
         guard: Is looked at together with the first element; None where the offset is certain.
+        text: Byte offset and length of UTF-8 text in which each byte is kept as the character of
+            its number, if it is; the offset is then one into the bytes that the text stands for.
     """
 
     file: str
@@ -114,6 +116,7 @@ class Piece:
     stride: tuple[int, ...]
     start: tuple[int, ...]
     guard: Guard | None = None
+    text: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,7 @@ class Tensor:
     @cached_property
     def contiguous(self) -> bool:
         """Whether the bytes lie in one row-major range."""
-        if len(self.pieces) != 1 or self.pieces[0].shape != self.shape:
+        if len(self.pieces) != 1 or self.pieces[0].shape != self.shape or self.pieces[0].text:
             return False
         return is_row_major(self.shape, self.pieces[0].stride)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from ckptavg.errors import CheckpointError
 from ckptavg.formats import inert_pickle, storage
+from ckptavg.formats.arrays import name_arrays
 from ckptavg.formats.damage import cut_short
 from ckptavg.formats.inert_values import MalformedPickle, PickleCutShort, Storage
 from ckptavg.formats.storage import Location
@@ -23,15 +26,35 @@ def looks_like(start: bytes) -> bool:
     return framed or (START.startswith(start[: len(START)]) and len(start) > 2)
 
 
-def read(place: str | Location, size: int) -> tuple[Any, dict[str, int]]:
+@dataclass(frozen=True)
+class LegacyFile:
+    """What such a file holds.
+
+    Attributes:
+        tree: What was saved.
+        pickle_start: Byte offset of its pickle.
+        offsets: Byte offset of each storage by its key.
+        arrays: Whether its tensors are NumPy arrays.
+    """
+
+    tree: Any
+    pickle_start: int
+    offsets: Mapping[str, int]
+    arrays: bool
+
+    def offset(self, stored: Storage) -> int:
+        """Byte offset of a storage's elements."""
+        if stored.span is not None:
+            return self.pickle_start + stored.span.start
+        return self.offsets[stored.key]
+
+
+def read(place: str | Location, size: int) -> LegacyFile:
     """Read the pickles and find the storages; no tensor data is moved.
 
     Args:
         place: The file.
         size: Its size in bytes.
-
-    Returns:
-        What was saved, and the byte offset of each storage by its key.
 
     Raises:
         MalformedPickle: A pickle or the row of storages is damaged.
@@ -43,7 +66,7 @@ def read(place: str | Location, size: int) -> tuple[Any, dict[str, int]]:
         raise cut_short(place, f"it ends within its pickles or storages: {error}") from error
 
 
-def _read(place: str | Location, size: int) -> tuple[Any, dict[str, int]]:
+def _read(place: str | Location, size: int) -> LegacyFile:
     with storage.open_binary(place) as file:
         magic, protocol, system = (inert_pickle.load(file)[0] for _ in range(3))
         if magic != _MAGIC or protocol != _PROTOCOL or not isinstance(system, dict):
@@ -52,12 +75,14 @@ def _read(place: str | Location, size: int) -> tuple[Any, dict[str, int]]:
             raise CheckpointError(
                 f"{place} was saved on a big-endian machine", "Load and save it on this one."
             )
+        start = file.tell()
         tree, storages = inert_pickle.load(file)
         keys, _ = inert_pickle.load(file)
         if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
             raise MalformedPickle("its list of storages is malformed")
         counted = not storage.is_url(str(place))
-        return tree, _locate(file, size, keys, storages, counted=counted)
+        offsets = _locate(file, size, keys, storages, counted=counted)
+        return LegacyFile(tree, start, offsets, name_arrays(tree))
 
 
 def _locate(

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO, cast
 
 from ckptavg.errors import CheckpointError
 from ckptavg.formats import foreign, inert_pickle, storage, torch_legacy, zip_directory
+from ckptavg.formats.arrays import name_arrays
 from ckptavg.formats.damage import cut_short, damaged
 from ckptavg.formats.inert_values import MalformedPickle, Storage, TensorView
 from ckptavg.formats.storage import Location
@@ -44,13 +45,15 @@ class TorchFile:
         path: The file.
         tree: What was saved, as plain values; tensors as ``TensorView`` or ``Refused``.
         provenance: How ckptavg made it, as JSON, if that stands beside the object.
+        arrays: Whether its tensors are NumPy arrays.
     """
 
     path: str
     tree: Any
     _locate: Callable[[Storage], _Place] = field(repr=False)
     provenance: str | None = None
-    _places: dict[str, _Place] = field(default_factory=dict, repr=False)
+    arrays: bool = False
+    _places: dict[Storage, _Place] = field(default_factory=dict, repr=False)
 
     def tensor(self, view: TensorView) -> Tensor:
         """The table entry of a tensor in the tree.
@@ -58,16 +61,21 @@ class TorchFile:
         Raises:
             CheckpointError: Its storage is missing from the file, compressed or too short.
         """
-        key = view.storage.key
-        if key not in self._places:
-            self._places[key] = self._locate(view.storage)
-        place = self._places[key]
-        start = place.offset + view.offset * view.dtype.size
+        stored = view.storage
+        if stored not in self._places:
+            self._places[stored] = self._locate(stored)
+        place, text = self._places[stored], None
+        start = view.offset * view.dtype.size
+        if stored.span is not None and stored.span.escaped:
+            text = place.offset, stored.span.length
+        else:
+            start += place.offset
         empty = 0 in view.shape  # strides that say nothing are made alike
         stride = tuple(
             0 if empty or n == 1 else s for n, s in zip(view.shape, view.stride, strict=True)
         )
-        piece = Piece(self.path, start, view.shape, stride, (0,) * len(view.shape), place.guard)
+        first = (0,) * len(view.shape)
+        piece = Piece(self.path, start, view.shape, stride, first, place.guard, text)
         return Tensor(view.dtype, view.shape, (piece,))
 
     def number(self, view: TensorView) -> float | None:
@@ -77,7 +85,7 @@ class TorchFile:
             piece = self.tensor(view).pieces[0]
         except CheckpointError:
             return None
-        if code is None:
+        if code is None or piece.text is not None:
             return None
         with storage.open_binary(self.path) as file:
             if piece.guard:
@@ -106,11 +114,12 @@ def read(place: str | Location, within: tuple[int, int] | None = None) -> TorchF
     try:
         with _open(place, within) as file:
             if within is None and torch_legacy.looks_like(file.read(torch_legacy.HEAD)):
-                tree, offsets = torch_legacy.read(place, file.seek(0, io.SEEK_END))
-                return TorchFile(path, tree, lambda stored: _Place(offsets[stored.key]))
+                old = torch_legacy.read(place, file.seek(0, io.SEEK_END))
+                return TorchFile(path, old.tree, lambda s: _Place(old.offset(s)), arrays=old.arrays)
             archive = _Archive.of(path, file)
             archive.check_byte_order(file)
             tree = inert_pickle.loads(archive.content(file, "data.pkl"))
+            arrays = name_arrays(tree)
             made = PROVENANCE_RECORD in archive.entries
             text = archive.content(file, PROVENANCE_RECORD).decode() if made else None
             guesses = archive.guess_starts(file) if storage.is_url(path) else {}
@@ -124,6 +133,10 @@ def read(place: str | Location, within: tuple[int, int] | None = None) -> TorchF
 
     def locate(stored: Storage) -> _Place:
         try:
+            if stored.span is not None:
+                with _open(place, within) as file:
+                    pickled = archive.offset(file, archive.entries["data.pkl"])
+                return _Place(base + pickled + stored.span.start)
             entry = archive.storage(stored)
             if start := guesses.get(entry.name):
                 return _Place(base + start, _guard(entry, start, base))
@@ -132,7 +145,7 @@ def read(place: str | Location, within: tuple[int, int] | None = None) -> TorchF
         except _DAMAGE as error:
             raise damaged(path, str(error)) from error
 
-    return TorchFile(path, tree, locate, text)
+    return TorchFile(path, tree, locate, text, arrays)
 
 
 def _open(place: str | Location, within: tuple[int, int] | None) -> BinaryIO:
@@ -226,11 +239,17 @@ class _Archive:
         """The bytes of a small entry. Checksums are not heeded: torch can be told to omit them.
 
         Raises:
-            MalformedZip: It is compressed or huge.
+            MalformedZip: It is compressed.
+            CheckpointError: It is huge.
         """
         entry = self.entries[name]
         if entry.size > inert_pickle.MAX_PICKLE:
-            raise MalformedZip(f"{entry.name!r} claims {entry.size} bytes")
+            raise CheckpointError(
+                f"{self.path} has {entry.size} bytes in {entry.name!r}, of which at most "
+                f"{inert_pickle.MAX_PICKLE >> 20} MiB are read: NumPy's arrays lie there, torch's "
+                "tensors do not",
+                "Load it, and save torch.from_numpy of each array in its place.",
+            )
         if not entry.stored:
             raise MalformedZip(f"{entry.name!r} is compressed, which torch.save never does")
         file.seek(self.offset(file, entry))

@@ -217,7 +217,7 @@ def beside(tree: Any, paths: Sequence[str]) -> tuple[str, ...]:
 
 def identity(view: TensorView) -> object:
     """Equal for views of the very same elements."""
-    return view.storage.key, view.dtype.name, view.offset, view.shape, view.stride
+    return view.storage, view.dtype.name, view.offset, view.shape, view.stride
 
 
 def bare_names(names: list[str]) -> dict[str, str]:

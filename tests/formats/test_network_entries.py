@@ -243,9 +243,9 @@ def test_a_key_may_name_what_several_networks_lie_in(tmp_path):
 def test_networks_that_not_every_checkpoint_has_are_an_error_that_names_them(tmp_path):
     torch.save(two(1.0), tmp_path / "step_1.pt")
     torch.save(network(1.0), tmp_path / "step_2.pt")
-    run = ckptavg.open_run(tmp_path)
+    opened = [open_checkpoint(tmp_path / f"step_{step}.pt") for step in (1, 2)]
     with pytest.raises(CheckpointError, match=r"encoder, decoder against .*the file itself.*--key"):
-        ckptavg.average(run)
+        ckptavg.average(opened)
 
 
 def test_networks_whose_names_run_together_ask_for_a_key(tmp_path):

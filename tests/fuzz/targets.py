@@ -36,8 +36,8 @@ from watch import watched
 from ckptavg.averaging import average
 from ckptavg.errors import CheckpointError, CkptavgError
 from ckptavg.formats import inert_pickle, open_checkpoint, record, torch_legacy, weights
+from ckptavg.formats.inert_calls import KNOWN_CALLS
 from ckptavg.formats.inert_values import (
-    KNOWN_CALLS,
     Global,
     MalformedPickle,
     Opaque,
@@ -93,9 +93,10 @@ def _look_into(tree: Any) -> None:
     weights.count_tensors(tree)
     for key in (None, "a", "a.b", "state_dict", "model.a"):
         with suppress(CkptavgError, MalformedPickle):
-            found, entry, _ = weights.find_entry("file", tree, key)
-            record.from_tree(tree, found)
-            weights.bare_names([name for name in entry if isinstance(name, str)])
+            found = weights.find_weights("file", tree, key)
+            record.from_tree(tree, found.record_key)
+            weights.beside(tree, found.paths)
+            weights.bare_names([name for name in found.entry if isinstance(name, str)])
 
 
 def _file(name: str) -> Callable[[bytes, Path], None]:

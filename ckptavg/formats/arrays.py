@@ -1,0 +1,153 @@
+"""NumPy's arrays and numbers in a pickle, whose bytes lie in the pickle itself."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ckptavg.formats.inert_values import (
+    Global,
+    NumpyArray,
+    Opaque,
+    Refused,
+    Span,
+    Storage,
+    TensorView,
+    Unpickler,
+    is_natural,
+)
+from ckptavg.formats.table import DTYPES, MOST_ELEMENTS, row_major
+
+_MOST_DIMENSIONS = 64
+_NUMBERS = {
+    "f8": "float64", "f4": "float32", "f2": "float16", "c16": "complex128", "c8": "complex64",
+    "i8": "int64", "i4": "int32", "i2": "int16", "i1": "int8",
+    "u8": "uint64", "u4": "uint32", "u2": "uint16", "u1": "uint8", "b1": "bool",
+    "bfloat16": "bfloat16",
+}  # fmt: skip
+_LAYOUTS = {
+    "f8": "d", "f4": "f", "f2": "e", "i8": "q", "i4": "i", "i2": "h", "i1": "b",
+    "u8": "Q", "u4": "I", "u2": "H", "u1": "B", "b1": "?",
+}  # fmt: skip
+_NO_NUMBERS = ("O", "S", "U", "V", "M", "m", "a")  # objects, texts, records, times
+
+
+def set_state(unpickler: Unpickler, array: NumpyArray, state: Any) -> None:
+    """Give an array the state that it was pickled with.
+
+    Args:
+        unpickler: Of the pickle that the array stands in.
+        array: Of no contents yet.
+        state: Version, shape, element type, whether in Fortran's order, and the bytes.
+    """
+    if isinstance(state, tuple) and len(state) == 5:
+        _, shape, dtype, fortran, data = state
+        array.view = _view(unpickler, data, dtype, shape, fortran is True)
+    else:
+        array.view = Refused("an array of a kind that is not known")
+
+
+def _view(
+    unpickler: Unpickler, data: Any, dtype: Any, shape: Any, fortran: bool
+) -> TensorView | Refused | None:
+    """An array as a view of the pickle's bytes; None where it holds no numbers."""
+    code, order = _element_type(dtype)
+    if code.startswith(_NO_NUMBERS) or isinstance(data, list):
+        return None
+    if code not in _NUMBERS or order == ">":
+        return Refused(f"an array of the element type {order}{code}, which torch has not")
+    element = DTYPES[_NUMBERS[code]]
+    if not _is_shape(shape):
+        return Refused("an array without a shape")
+    numel = math.prod(shape)
+    if not isinstance(data, (bytes, bytearray, str)) or len(data) != element.nbytes(numel):
+        return Refused("an array whose bytes do not fit its shape")
+    span = unpickler.span(data) if numel else Span(0, 0)
+    if span is None or (span.length != len(data) and not span.escaped):
+        return Refused("an array whose bytes the pickle does not hold as such")
+    storage = Storage(f"array at {span.start}", element, numel, span)
+    return TensorView(storage, element, 0, shape, _strides(shape, fortran))
+
+
+def _is_shape(shape: Any) -> bool:
+    """Whether this is the shape of an array whose elements can be counted."""
+    if not isinstance(shape, tuple) or len(shape) > _MOST_DIMENSIONS:
+        return False
+    return all(map(is_natural, shape)) and math.prod(n or 1 for n in shape) < MOST_ELEMENTS
+
+
+def name_arrays(tree: Any) -> bool:
+    """Put tensors in the place of the arrays that dicts hold, if there are no tensors beside them.
+
+    Among tensors an array is a value like others: a history, or a generator's state.
+
+    Returns:
+        Whether there were such arrays.
+    """
+    seen: set[int] = set()
+    waiting, named = [tree], list[tuple[dict[Any, Any], Any, NumpyArray]]()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, (TensorView, Refused)):
+            return False
+        if id(value) in seen or not isinstance(value, (dict, list, tuple, Opaque)):
+            continue
+        seen.add(id(value))
+        if isinstance(value, Opaque):
+            waiting.append(value.state)
+        elif isinstance(value, dict):
+            named += [(value, n, part) for n, part in value.items() if isinstance(part, NumpyArray)]
+            waiting.extend(value.values())
+        else:
+            waiting.extend(value)
+    for holder, name, array in named:
+        if array.view is not None:
+            holder[name] = array.view
+    return any(array.view is not None for _, _, array in named)
+
+
+def _strides(shape: tuple[int, ...], fortran: bool) -> tuple[int, ...]:
+    """Strides of an array without gaps, in elements."""
+    return row_major(shape[::-1])[::-1] if fortran else row_major(shape)
+
+
+def _element_type(dtype: Any) -> tuple[str, str]:
+    """NumPy's code of an element type, and its byte order."""
+    if not isinstance(dtype, Opaque) or not dtype.args:
+        return "?", "|"
+    code = dtype.args[0]
+    order = dtype.state[1] if isinstance(dtype.state, tuple) and len(dtype.state) > 1 else "|"
+    code = code.name if isinstance(code, Global) else code
+    return code if isinstance(code, str) else "?", order if isinstance(order, str) else "|"
+
+
+def _reconstruct(_: Unpickler, *_parts: Any) -> NumpyArray:
+    return NumpyArray()
+
+
+def _from_buffer(
+    unpickler: Unpickler, data: Any, dtype: Any, shape: Sequence[int], order: Any = "C", *_: Any
+) -> NumpyArray:
+    return NumpyArray(_view(unpickler, data, dtype, tuple(shape), order == "F"))
+
+
+def _scalar(_: Unpickler, dtype: Any, raw: Any = None) -> Any:
+    """A NumPy number as a Python one: metrics are often recorded so."""
+    code, order = _element_type(dtype)
+    layout = _LAYOUTS.get(code)
+    if layout is None or not isinstance(raw, bytes):
+        return Opaque(Global("numpy", "generic"), (dtype, raw))
+    return struct.unpack((">" if order == ">" else "<") + layout, raw)[0]
+
+
+KNOWN_CALLS: dict[tuple[str, str], Callable[..., Any]] = {
+    (f"numpy.{core}.{module}", name): call
+    for core in ("core", "_core")
+    for module, name, call in (
+        ("multiarray", "scalar", _scalar),
+        ("multiarray", "_reconstruct", _reconstruct),
+        ("numeric", "_frombuffer", _from_buffer),
+    )
+}

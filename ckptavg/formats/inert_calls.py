@@ -1,0 +1,170 @@
+"""The few calls in a pickle that are understood, and what each stands for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from ckptavg.formats import arrays
+from ckptavg.formats.inert_values import (
+    Global,
+    MalformedPickle,
+    NumpyArray,
+    Refused,
+    Span,
+    Storage,
+    TensorView,
+    Unpickler,
+    is_natural,
+    name_of,
+)
+from ckptavg.formats.table import DTYPES, MOST_ELEMENTS, DType
+
+
+def known_call(function: Any) -> Callable[..., Any] | None:
+    """What stands for a call in the tree; None where the function is not understood.
+
+    Vendors move their functions between the modules of a package: of those the package counts.
+    """
+    module, name = name_of(function)
+    package = module.partition(".")[0]
+    return KNOWN_CALLS.get((module, name)) or KNOWN_CALLS.get((package, name))
+
+
+def _view(
+    storage: Any, dtype: DType | None, offset: Any, shape: Any, stride: Any, metadata: Any = None
+) -> TensorView | Refused:
+    if not isinstance(storage, Storage) or dtype is None:
+        raise MalformedPickle("a tensor has no typed storage")
+    if not isinstance(shape, tuple) or not isinstance(stride, tuple) or len(shape) != len(stride):
+        raise MalformedPickle("a tensor's shape and strides do not match")
+    if len(shape) > 64 or not all(map(is_natural, (offset, *shape, *stride))):
+        raise MalformedPickle("a tensor's shape, strides or offset are out of range")
+    if isinstance(metadata, dict) and (metadata.get("conj") or metadata.get("neg")):
+        return Refused("a lazily conjugated or negated view; save it after .resolve_conj()")
+    if math.prod(n or 1 for n in shape) >= MOST_ELEMENTS:
+        raise MalformedPickle("a tensor has more elements than can be counted")
+    element = 1 if storage.dtype is None else storage.dtype.size
+    capacity = storage.numel * element // dtype.size
+    last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+    if 0 not in shape and last >= capacity:
+        raise MalformedPickle("a tensor runs past the end of its storage")
+    return TensorView(storage, dtype, offset, shape, stride)
+
+
+def _tensor_v1(
+    _: Unpickler, storage: Any, offset: Any, shape: Any, stride: Any, *_rest: Any
+) -> Any:
+    return _view(storage, getattr(storage, "dtype", None), offset, shape, stride)
+
+
+def _tensor_v2(
+    _: Unpickler,
+    storage: Any,
+    offset: Any,
+    shape: Any,
+    stride: Any,
+    _grad: Any = False,
+    _hooks: Any = None,
+    metadata: Any = None,
+) -> Any:
+    return _view(storage, getattr(storage, "dtype", None), offset, shape, stride, metadata)
+
+
+def _tensor_v3(
+    _: Unpickler,
+    storage: Any,
+    offset: Any,
+    shape: Any,
+    stride: Any,
+    _grad: Any,
+    _hooks: Any,
+    dtype: Any,
+    metadata: Any = None,
+) -> Any:
+    name = dtype.name if isinstance(dtype, Global) else "?"
+    if name not in DTYPES:
+        return Refused(f"its element type {name} has no arithmetic")
+    return _view(storage, DTYPES[name], offset, shape, stride, metadata)
+
+
+def _device_tensor(_: Unpickler, data: Any, dtype: Any, *_rest: Any) -> Any:
+    """A tensor from a device whose memory torch cannot reach: a copy for the CPU and its type.
+
+    Where NumPy had no such type, a bfloat16 is kept as the float32 of the same value, whose upper
+    half it is.
+    """
+    name = dtype.name if isinstance(dtype, Global) else "?"
+    data = data.view if isinstance(data, NumpyArray) else data
+    if not isinstance(data, TensorView) or data.dtype.name == name:
+        return data
+    if (data.dtype.name, name) != ("float32", "bfloat16"):
+        return Refused(f"kept as {data.dtype.name} but meant as {name}")
+    stride = tuple(2 * step for step in data.stride)
+    return TensorView(data.storage, DTYPES[name], 2 * data.offset + 1, data.shape, stride)
+
+
+def _wrapper_subclass(_: Unpickler, cls: Any, *_rest: Any) -> Refused:
+    if name_of(cls)[1] == "DTensor":
+        return Refused("a DTensor, which is one rank's part of it")
+    return Refused(f"a tensor subclass without plain bytes, {cls}")
+
+
+def _encode(unpickler: Unpickler, text: str, encoding: str) -> bytes:
+    latin = encoding == "latin1"
+    data = text.encode("latin-1" if latin else "utf-8")
+    span = unpickler.span(text)
+    if span is not None:
+        escaped = latin and span.length > len(data)  # plain characters are their own bytes
+        unpickler.keep_span(data, Span(span.start, span.length, escaped))
+    return data
+
+
+def _refuse(why: str) -> Callable[..., Refused]:
+    return lambda *_: Refused(why)
+
+
+def _first(_: Unpickler, data: Any, *_others: Any) -> Any:
+    return data
+
+
+def _mapping(machine: Unpickler, pairs: Any = ()) -> dict[Any, Any]:
+    """A dict, from nothing or from a list of pairs, as OrderedDict is pickled."""
+    return {machine.key(key): value for key, value in pairs}
+
+
+def _set(machine: Unpickler, values: Any = ()) -> set[Any]:
+    return set(map(machine.key, values))
+
+
+_CALLS: dict[tuple[str, str], Callable[..., Any]] = {
+    ("collections", "OrderedDict"): _mapping,
+    ("collections", "defaultdict"): lambda *_: {},
+    ("builtins", "dict"): _mapping,
+    ("builtins", "list"): lambda _, values=(): list(values),
+    ("builtins", "tuple"): lambda _, values=(): tuple(values),
+    ("builtins", "set"): _set,
+    ("builtins", "frozenset"): lambda machine, values=(): frozenset(_set(machine, values)),
+    ("builtins", "bytes"): lambda _, value=b"": bytes(memoryview(value)),
+    ("_codecs", "encode"): _encode,
+    ("torch", "Size"): lambda _, values=(): tuple(values),
+    ("torch._utils", "_rebuild_tensor"): _tensor_v1,
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor_v2,
+    ("torch._utils", "_rebuild_tensor_v3"): _tensor_v3,
+    ("torch._utils", "_rebuild_parameter"): _first,
+    ("torch._utils", "_rebuild_parameter_with_state"): _first,
+    ("torch._utils", "_rebuild_qtensor"): _refuse("a quantized tensor"),
+    ("torch._utils", "_rebuild_sparse_tensor"): _refuse("a sparse tensor"),
+    ("torch._utils", "_rebuild_sparse_csr_tensor"): _refuse("a sparse tensor"),
+    ("torch._utils", "_rebuild_nested_tensor"): _refuse("a nested tensor"),
+    ("torch._utils", "_rebuild_meta_tensor_no_storage"): _refuse("a meta tensor without data"),
+    ("torch._utils", "_rebuild_wrapper_subclass"): _wrapper_subclass,
+    ("torch._utils", "_rebuild_device_tensor_from_cpu_tensor"): _device_tensor,
+    ("torch._utils", "_rebuild_device_tensor_from_numpy"): _device_tensor,
+    ("torch._utils", "_rebuild_xla_tensor"): _device_tensor,
+    ("torch_npu", "_rebuild_npu_tensor"): _tensor_v2,
+    ("torch.nn.parameter", "UninitializedParameter"): _refuse("a lazy module's, without shape"),
+    ("torch.nn.parameter", "UninitializedBuffer"): _refuse("a lazy module's, without shape"),
+}
+KNOWN_CALLS = _CALLS | arrays.KNOWN_CALLS
