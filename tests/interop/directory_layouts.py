@@ -49,7 +49,7 @@ class Trainer(Layout):
     name = "Hugging Face Trainer"
     needs = ("transformers", "accelerate")
     checkpoints = {"checkpoint-8": 8, "checkpoint-9": 9, "checkpoint-10": 10}
-    left_out = ("run",)
+    left_out = (".",)
     key = ""
     output = "average"
 

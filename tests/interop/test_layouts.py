@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import directory_layouts  # noqa: F401 - registers more
+import file_layouts  # noqa: F401
+import model_layouts  # noqa: F401
 import pytest
 import torch
 from layouts import LAYOUTS, others_at_work
@@ -58,10 +60,15 @@ def test_it_opens(layout, written, cells):
 @every_layout
 def test_it_is_ordered_and_what_repeats_counts_once(layout, written, cells):
     with cell(cells, layout, COLUMNS[1]):
-        run = open_run(written(layout).path)
-        assert {c.path.name: c.step for c in run} == layout.checkpoints
-        assert [c.path.name for c in run] == list(layout.checkpoints)
-        assert sorted(path.name for path, _ in run.left_out) == sorted(layout.left_out)
+        root = written(layout).path
+        run = open_run(root)
+        steps = {str(c.path.relative_to(root)): c.step for c in run}
+        assert steps == layout.checkpoints
+        assert list(steps) == list(layout.checkpoints)
+        left_out = sorted(str(path.relative_to(root.parent)) for path, _ in run.left_out)
+        assert left_out == sorted(
+            f"{root.name}/{name}".removesuffix("/.") for name in layout.left_out
+        )
 
 
 @every_layout
