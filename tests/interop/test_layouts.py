@@ -84,7 +84,9 @@ def test_its_average_is_exact(layout, written, cells):
 def test_its_tool_loads_the_output(layout, written, cells, tmp_path):
     with cell(cells, layout, COLUMNS[3], layout.loads_back):
         run = written(layout)
-        out = average(open_run(run.path), out=tmp_path / layout.output)
+        out = tmp_path / layout.output
+        out.parent.mkdir(exist_ok=True)
+        average(open_run(run.path), out=out)
         with others_at_work():
             assert_same(layout.load_back(out), layout.averaged(run.states))
 
