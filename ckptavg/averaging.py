@@ -15,12 +15,13 @@ from ckptavg import lora, outputs, remarks, schemes, spectral_vectors
 from ckptavg.digests import LEAF, InputDigests, OutputDigest, recorded
 from ckptavg.errors import CheckpointError, NonFiniteError, PlacementError, UsageError
 from ckptavg.formats import Checkpoint, open_checkpoint
+from ckptavg.formats.names import batchnorm_layers
 from ckptavg.formats.storage import Location
 from ckptavg.formats.table import FileStamp
 from ckptavg.formats.writing import FileSink, MemorySink, Sink
 from ckptavg.groups import Job
 from ckptavg.outputs import StateDict, Target
-from ckptavg.plan import Plan, TensorPlan, batchnorm_layers, copy_plan
+from ckptavg.plan import Plan, TensorPlan, copy_plan
 from ckptavg.processes import Processes
 from ckptavg.rules import Rules
 from ckptavg.run import Run, as_run

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ckptavg import spectral_norm
@@ -280,16 +280,3 @@ def copy_plan(checkpoint: Checkpoint) -> Plan:
         for name, t in checkpoint.tensors.items()
     ]
     return Plan((checkpoint,), (1.0,), tuple(_with_ties(tensors)))
-
-
-def batchnorm_layers(names: Iterable[str]) -> tuple[str, ...]:
-    """Names of the layers that keep running statistics, by their tensors' names."""
-    known = set(names)
-    suffix = "running_mean"
-    return tuple(
-        sorted(
-            name[: -len(suffix)].rstrip(".")
-            for name in known
-            if name.endswith(suffix) and name[: -len(suffix)] + "running_var" in known
-        )
-    )

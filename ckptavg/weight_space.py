@@ -13,7 +13,8 @@ import torch
 from ckptavg.averaging import plan_average
 from ckptavg.errors import CheckpointError, NonFiniteError, UsageError, first_few
 from ckptavg.formats import Checkpoint
-from ckptavg.plan import TensorPlan, batchnorm_layers, make_plan
+from ckptavg.formats.names import batchnorm_layers
+from ckptavg.plan import TensorPlan, make_plan
 from ckptavg.rules import Rules
 from ckptavg.run import Run, as_run
 from ckptavg.stream import Extras, Progress, stream

@@ -6,7 +6,8 @@ from helpers import opened, save
 
 from ckptavg.errors import CkptavgError, MismatchError, UnsupportedTensorError, UsageError
 from ckptavg.formats import open_checkpoint
-from ckptavg.plan import Rules, batchnorm_layers, copy_plan, make_plan
+from ckptavg.formats.names import batchnorm_layers
+from ckptavg.plan import Rules, copy_plan, make_plan
 
 ONE = {"w": torch.ones(2)}
 

@@ -11,6 +11,7 @@ from ckptavg.cli import geometry as shown
 from ckptavg.cli import options
 from ckptavg.errors import UsageError, first_few
 from ckptavg.formats import Checkpoint
+from ckptavg.formats.names import batchnorm_layers
 from ckptavg.formats.storage import locate, without_secrets
 from ckptavg.report import Report, counted, number_text, size_text
 from ckptavg.run import Run, open_run
@@ -128,8 +129,6 @@ def _show_run(report: Report, run: Run, geometry: Geometry | None = None) -> Non
 
 
 def _show_checkpoint(report: Report, checkpoint: Checkpoint) -> None:
-    from ckptavg.plan import batchnorm_layers  # noqa: PLC0415 - help is shown without torch
-
     layers = batchnorm_layers(checkpoint.tensors)
     values = sum(tensor.numel for tensor in checkpoint.tensors.values())
     ties = checkpoint.ties()
