@@ -368,9 +368,16 @@ def _runs_below(directory: Location) -> list[str]:
     level = [directory]
     for _ in range(_DEEPEST_RUN):
         level = [p for d in level for p in _folders(d)][:_MOST_LOOKED_INTO]
-        if runs := [_training_of(p, directory) for p in level if _holds_checkpoints(p)]:
+        if runs := [_training_of(p, directory) for p in level if _leads_to_checkpoints(p)]:
             return list(dict.fromkeys(map(str, runs)))
     return []
+
+
+def _leads_to_checkpoints(directory: Location) -> bool:
+    """Whether a directory holds checkpoints, or, called after a step, has some further down."""
+    if _holds_checkpoints(directory):
+        return True
+    return mask_step(directory.name) is not None and bool(weights_below(directory))
 
 
 def _training_of(holder: Location, directory: Location) -> Location:

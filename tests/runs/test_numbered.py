@@ -223,6 +223,13 @@ def test_the_directory_of_a_run_further_down_is_named(tmp_path):
         open_run(tmp_path)
 
 
+def test_runs_of_different_depths_are_all_named(tmp_path):
+    save_run(tmp_path / "ppo", "global_step_{}", "actor/huggingface/model.safetensors")
+    save_run(tmp_path / "sd", "checkpoint-{}", "unet/model.safetensors")
+    with pytest.raises(RunError, match=r"2 runs: [^ ]*ppo, [^ ]*sd\."):
+        open_run(tmp_path)
+
+
 @pytest.mark.parametrize("names_given", [("seed1", "seed2"), ("v1", "v2"), ("lr0.1", "lr0.2")])
 def test_other_numbers_above_are_no_steps(tmp_path, names_given):
     paths = [save_weight(tmp_path / name / "final.pt", i) for i, name in enumerate(names_given)]
