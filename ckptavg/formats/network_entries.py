@@ -15,7 +15,6 @@ from ckptavg.formats.tree import Entry
 _DEEPEST = 4  # levels of entries
 _MOST_ENTRIES = 100_000  # that are looked at
 _MOST_NAMES = 200_000  # of tensors, each counted as often as it is held
-_EXTRA_STATE = "_extra_state"  # a module's own values in its state dict
 _AVERAGES = frozenset(["ema", "avg", "average", "averaged", "swa", "shadow"])
 _NO_NETWORKS = frozenset(
     ["rng", "random", "metric", "metrics", "history", "log", "logs", "losses", "grad", "grads",
@@ -104,7 +103,7 @@ def may_hold_networks(name: str, value: Any) -> bool:
         return pickled_module.is_module(value)
     if isinstance(value, dict) and value.keys() >= OPTIMIZER_KEYS:
         return False
-    if name.endswith(_EXTRA_STATE) or TRAINING_STATE.fullmatch(name):
+    if name.endswith(tree.EXTRA_STATE) or TRAINING_STATE.fullmatch(name):
         return False
     return _NO_NETWORKS.isdisjoint(_words(name))
 

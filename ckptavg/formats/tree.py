@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ckptavg.errors import short
 from ckptavg.formats import pickled_module
-from ckptavg.formats.inert_values import Opaque, Refused, Sharded, TensorView
+from ckptavg.formats.inert_values import Opaque, Refused, Sharded, Storage, TensorView
+from ckptavg.formats.record import TRAINING_STATE
 
+EXTRA_STATE = "_extra_state"  # a module's own values in its state dict
 TENSORS = (TensorView, Sharded, Refused)
 Entry = Mapping[Any, Any]
 LONGEST_NAME = 500  # characters of a name that could be typed after --key
@@ -62,6 +65,39 @@ def count_tensors(tree: Any) -> int:
         else:
             waiting.extend(value.values() if isinstance(value, dict) else value)
     return count
+
+
+def refuse_unknown(entry: Entry) -> Entry:
+    """An entry whose objects that are made of tensors or storages are refused tensors.
+
+    A tensor of a library's own class is one: it would be lost, were it taken for a value.
+    """
+    known: dict[int, bool] = {}
+    objects: dict[str, Refused] = {}
+    for name, value in entry.items():
+        if not isinstance(value, Opaque) or not _may_be_tensor(name):
+            continue
+        parts = (value.args, value.state)
+        for part in parts:
+            if id(part) not in known:
+                known[id(part)] = _is_made_of_tensors(part)
+        if any(known[id(part)] for part in parts):
+            objects[name] = Refused(f"an object of {short(str(value.type))}, not known here")
+    return {**entry, **objects} if objects else entry
+
+
+def _may_be_tensor(name: Any) -> bool:
+    """Whether a value's name is neither that of a module's own values nor of training state."""
+    if not isinstance(name, str) or len(name) > LONGEST_NAME or name.endswith(EXTRA_STATE):
+        return False
+    return not TRAINING_STATE.fullmatch(name)
+
+
+def _is_made_of_tensors(part: Any) -> bool:
+    values = part.values() if isinstance(part, dict) else part
+    if not isinstance(part, (dict, list, tuple)):
+        return False
+    return any(isinstance(value, (*TENSORS, Storage)) for value in values)
 
 
 def locate(tree: Any, key: str) -> Place | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -27,6 +27,7 @@ from ckptavg.formats.tree import (
     holds_tensors,
     join,
     locate,
+    refuse_unknown,
     walk,
 )
 
@@ -107,6 +108,12 @@ def find_weights(path: str, tree: Any, key: str | None) -> Weights:
     Raises:
         CheckpointError: There is no such entry, or none that can be told to hold the weights.
     """
+    weights = _find_weights(path, tree, key)
+    networks = {name: refuse_unknown(entry) for name, entry in weights.networks.items()}
+    return replace(weights, entry=refuse_unknown(weights.entry), networks=networks)
+
+
+def _find_weights(path: str, tree: Any, key: str | None) -> Weights:
     if key is not None:
         return _named_entry(path, tree, key)
     if count_tensors(tree) == 0:

@@ -112,3 +112,25 @@ def test_an_uninitialized_parameter_is_refused_by_name(tmp_path):
     checkpoint = open_checkpoint(tmp_path / "step_1.pt")
     assert set(checkpoint.refused) == {"1.weight", "1.bias"}
     assert set(checkpoint.tensors) == {"0.weight", "0.bias"}
+
+
+class Packed(torch.nn.Module):
+    """Stands for a library's own tensor: no class that is known, with tensors in it."""
+
+    def __reduce__(self):
+        return _rebuild_packed, (torch.ones(3), torch.ones(1))
+
+
+def _rebuild_packed(*_parts):
+    raise AssertionError("nothing in a checkpoint is called")
+
+
+@pytest.mark.parametrize("prefix", ["", "encoder."])
+def test_an_object_made_of_tensors_is_refused_by_name_and_not_left_out(tmp_path, prefix):
+    state = {"weight": torch.zeros(2, 2), "packed": Packed(), "_extra_state": Packed()}
+    saved = {"encoder": state, "decoder": {"w": torch.ones(2)}} if prefix else state
+    torch.save(saved, tmp_path / "step_1.pt")
+    checkpoint = open_checkpoint(tmp_path / "step_1.pt")
+    assert list(checkpoint.refused) == [f"{prefix}packed"]
+    with pytest.raises(UnsupportedTensorError, match=r"packed .*_rebuild_packed"):
+        ckptavg.average([checkpoint])
