@@ -25,6 +25,7 @@ from ckptavg.formats.storage import Location
 from ckptavg.formats.table import DTYPES, DType, FileStamp, Piece, Tensor
 from ckptavg.formats.tiling import tiles
 from ckptavg.formats.weights import KNOWN_ENTRIES
+from ckptavg.system_errors import unreadable
 
 METADATA = ".metadata"
 SUFFIX = ".distcp"  # of its shards
@@ -235,7 +236,9 @@ def _stamp(directory: Location, name: str) -> FileStamp:
                 "Copy the directory again, or leave it out.",
             )
         return FileStamp.of(path)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except ValueError as error:
         raise CheckpointError(f"{short(str(path))} cannot be read: {error}") from error
 
 
