@@ -23,12 +23,14 @@ import os
 import shutil
 import signal
 import tempfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
+import torch.distributed.checkpoint as dcp
 from click.testing import CliRunner, Result
 from helpers import listing
 from safetensors.torch import save_file
@@ -70,6 +72,8 @@ SCENARIOS = [
     Scenario("torch", "average DIR/files --overwrite -o DIR/out.pt", ("out.pt",), old=True),
     Scenario("directory", "average DIR/models -o DIR/out", ("out",)),
     Scenario("replaced", "average DIR/models --overwrite -o DIR/out", ("out",), old=True),
+    Scenario("sharded", "average DIR/sharded -o DIR/out.safetensors", ("out.safetensors",)),
+    Scenario("distributed", "average DIR/distributed -o DIR/out.pt", ("out.pt",)),
     Scenario("update-bn", f"update-bn DIR/files/epoch_1.pt {STATISTICS} -o DIR/out.pt",
              ("out.pt",)),
     Scenario("eval", "eval --run DIR/files --model CODE:model --data CODE:data "
@@ -135,7 +139,7 @@ class Calls:
 
 
 def make_inputs(home: Path) -> None:
-    """Two files and two directories of weights."""
+    """Two checkpoints in each of some layouts."""
     generator = torch.Generator().manual_seed(0)
     scope: dict[str, object] = {}
     exec(MODEL, scope)
@@ -150,6 +154,21 @@ def make_inputs(home: Path) -> None:
         save_file(state, model / "model.safetensors", metadata={"format": "pt"})
         (model / "config.json").write_text('{"model_type": "toy"}')
         (model / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+        make_shards(home / "place" / "sharded" / f"checkpoint-{step}", state)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a process that saves alone
+            dcp.save({"model": state}, checkpoint_id=home / "place" / "distributed" / f"step{step}")
+
+
+def make_shards(path: Path, state: dict[str, torch.Tensor]) -> None:
+    """A Hugging Face directory with a shard for each tensor."""
+    path.mkdir(parents=True)
+    weight_map = {}
+    for i, (name, tensor) in enumerate(state.items(), 1):
+        weight_map[name] = f"model-{i:05d}-of-{len(state):05d}.safetensors"
+        save_file({name: tensor}, path / weight_map[name])
+    index = {"metadata": {}, "weight_map": weight_map}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def invoke(home: Path, scenario: Scenario, *options: str) -> Result:
@@ -161,7 +180,7 @@ def invoke(home: Path, scenario: Scenario, *options: str) -> Result:
 
 def snapshot(place: Path) -> dict[str, bytes]:
     """What is below a directory but the inputs."""
-    inputs = ("files", "models")
+    inputs = ("files", "models", "sharded", "distributed")
     return {
         name: (place / name).read_bytes() if (place / name).is_file() else b""
         for name in listing(place)

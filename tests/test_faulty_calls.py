@@ -29,8 +29,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 FAULTS = {
     "failing temporaries": ["EIO:below=.:every=3"],
-    "failing calls of all kinds": ["EIO:every=29", "EACCES:every=67"],
-    "reads that end early": ["EOF:every=41"],
+    "failing calls of all kinds": ["EIO:every=41", "EACCES:every=83"],
+    "reads that end early": ["EOF:every=53"],
     "too many open files": ["EMFILE:only=open64:every=7"],
     "a file system without locks": ["EPERM:only=flock:lasting=1", "EIO:only=flock:lasting=1"],
     "Ctrl-C while temporaries are at work": ["SIGINT:below=.:every=4"],
@@ -43,7 +43,7 @@ def test_faults_are_told_and_leave_all_whole(library, faults):
     command = [sys.executable, TESTS / "faulty_calls.py", *faults]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     outcomes = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(outcomes) == 6 * len(faults)
+    assert len(outcomes) == 8 * len(faults)
     assert sum(outcome["calls"] for outcome in outcomes) > 5
     wrong = [(o["scenario"], *told) for o in outcomes for told in o["wrong"]]
     assert not wrong, "\n".join(map(str, wrong))
