@@ -189,7 +189,9 @@ def _same_step(one: Checkpoint, other: Checkpoint) -> bool:
 
 
 def _are_disjoint(one: Checkpoint, other: Checkpoint) -> bool:
-    return not one.tensors.keys() & other.tensors.keys()
+    """Whether they have no name in common, though they hold the same networks."""
+    alike = set(one.networks) == set(other.networks)
+    return alike and not one.tensors.keys() & other.tensors.keys()
 
 
 def _are_cut(one: Checkpoint, other: Checkpoint) -> bool:
