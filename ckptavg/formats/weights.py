@@ -53,6 +53,7 @@ _MODULE_DROPPED = (
     "'module.' in front of every name is taken for DDP's wrapper and dropped; where it is the "
     "model's own, write a .pth or .ckpt, which keeps the names as they are"
 )
+_LIGHTNING_TRAINED = "current_model_state"
 _AVERAGED_IN_PLACE = (
     "'state_dict' holds a running average, as Lightning's WeightAveraging keeps it; "
     "the weights as trained are under --key current_model_state"
@@ -318,8 +319,8 @@ def _note_other_weights(tree: Mapping[Any, Any], chosen: str) -> list[str]:
     if count_tensors(_entry(tree, "extra_state", "ema")):  # fairseq's
         others.append("extra_state.ema")
     notes = _note_swap(tree, chosen)
-    if _MMENGINE_SWAPPED in notes:
-        others = [name for name in others if name != _MMENGINE_EMA]
+    if notes:
+        others = [name for name in others if name not in (_MMENGINE_EMA, _LIGHTNING_TRAINED)]
     if others:
         shown = first_few(others)
         notes.append(f"weights are taken from {chosen!r}; {shown} also holds some (--key)")
@@ -333,7 +334,7 @@ def _note_swap(tree: Any, chosen: str) -> list[str]:
     average = tree.get(_MMENGINE_EMA)
     if isinstance(average, dict) and MMENGINE_COUNTER in average and "state_dict" in tree:
         return [_MMENGINE_SWAPPED]
-    if chosen == "state_dict" and "current_model_state" in tree:
+    if chosen == "state_dict" and _LIGHTNING_TRAINED in tree:
         return [_AVERAGED_IN_PLACE]
     return [_MMCV_SWAPPED] if _holds_mmcv_copies(tree.get(chosen)) else []
 

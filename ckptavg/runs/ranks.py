@@ -17,6 +17,7 @@ from ckptavg.formats import Checkpoint, open_checkpoint
 from ckptavg.formats.comparing import Contents, SameWeights
 from ckptavg.formats.storage import Location, ancestors
 from ckptavg.runs.file_names import natural
+from ckptavg.runs.numbered import mask_step
 
 _DEEPEST = 3  # levels above a file that may be called after its rank
 _RANK = re.compile(
@@ -189,7 +190,9 @@ def _same_step(one: Checkpoint, other: Checkpoint) -> bool:
 
 
 def _are_disjoint(one: Checkpoint, other: Checkpoint) -> bool:
-    """Whether they have no name in common, though they hold the same networks."""
+    """Whether two checkpoints, of which nothing tells a different step, share no names."""
+    if _moment(one) != _moment(other) or mask_step(one.path.name) is not None:
+        return False
     alike = set(one.networks) == set(other.networks)
     return alike and not one.tensors.keys() & other.tensors.keys()
 

@@ -406,7 +406,7 @@ def test_an_adapter_without_its_configuration_is_not_passed_over(tmp_path):
     run = write_run(tmp_path / "run")
     (run / "checkpoint-2" / "adapter_config.json").unlink()
     with pytest.raises(CkptavgError, match=r"without its adapter_config.json"):
-        open_run(run)
+        average(open_run(run))
 
 
 def test_ungathered_factors_are_refused(tmp_path):
