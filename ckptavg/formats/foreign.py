@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from ckptavg.errors import CheckpointError
+from ckptavg.formats import storage
 from ckptavg.formats.protobuf import is_onnx, is_saved_model
 from ckptavg.formats.storage import Location
 
@@ -148,6 +149,12 @@ def identify(path: Location, file: BinaryIO, start: bytes) -> Stranger | None:
         if stranger := recognize(sample):
             return stranger
     return None
+
+
+def is_text(path: Location) -> bool:
+    """Whether a file is a text, as trainers keep counters and settings in under any suffix."""
+    with storage.open_binary(path) as file:
+        return identify(path, file, file.read(HEAD)) in (_JSON, _TEXT)
 
 
 def identify_name(path: Location) -> Stranger | None:

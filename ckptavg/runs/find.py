@@ -30,7 +30,12 @@ from ckptavg.runs.file_names import (
     stem_of,
     why_not,
 )
-from ckptavg.runs.networks import refuse_networks, split_copies, with_roots
+from ckptavg.runs.networks import (
+    refuse_networks,
+    split_copies,
+    split_weightless,
+    with_roots,
+)
 from ckptavg.runs.numbered import (
     group_by_place,
     is_series,
@@ -118,6 +123,8 @@ def find(paths: Sequence[Location], patterns: Patterns) -> Found:
     refuse_rank_files(chain(*groups.values()))
     groups, copies = split_copies(groups, listing.found)
     found.left_out += [(path, EMA_COPY) for path in copies]
+    groups, weightless = split_weightless(groups, listing.found)
+    found.left_out += [(path, NOT_WEIGHTS) for path in weightless]
     refuse_networks(groups, listing.found)
     found.groups = list(groups.values())
     refuse_partitioned(chain(*found.groups))

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence, Set
 
-from ckptavg.errors import RunError, first_few
+from ckptavg.errors import CheckpointError, NoWeightsError, RunError, first_few
+from ckptavg.formats import open_checkpoint
+from ckptavg.formats.foreign import is_text
 from ckptavg.formats.storage import Location
 from ckptavg.runs.file_names import is_ema_name, original_names
 from ckptavg.runs.numbered import Place
@@ -59,21 +61,56 @@ def _copies_among(neighbours: Sequence[Location]) -> set[Location]:
     return {p for p in neighbours if names & {*original_names(p.name)} and p.is_dir()}
 
 
+def split_weightless(groups: Groups, listed: Set[Location]) -> tuple[Groups, list[Location]]:
+    """Split off what each step has beside its network and is no weights: a counter, a schedule.
+
+    Args:
+        groups: The checkpoints of each training.
+        listed: Those that nobody named.
+
+    Returns:
+        The groups with weights, and the members of the others.
+    """
+    weightless = {
+        place
+        for places in _several_networks(groups, listed).values()
+        for place in places
+        if _is_weightless(groups[place][-1])
+    }
+    kept = {home: members for home, members in groups.items() if home not in weightless}
+    return kept, [path for place in weightless for path in groups[place]]
+
+
+def _is_weightless(path: Location) -> bool:
+    try:
+        open_checkpoint(path)
+    except NoWeightsError:
+        return True
+    except CheckpointError:
+        # What is damaged, or a pointer to weights, is no reason to pass it over.
+        return path.is_file() and is_text(path)
+    return False
+
+
 def refuse_networks(groups: Groups, listed: Set[Location]) -> None:
     """Make sure that a directory holds one network at each step.
 
     Raises:
         RunError: It holds several, and nobody named one.
     """
+    for base, networks in _several_networks(groups, listed).items():
+        alike = len({place.name for place in networks}) < len(networks)
+        patterns = [f"'{place.full_pattern if alike else place.pattern}'" for place in networks]
+        raise RunError(
+            f"{base} holds {len(networks)} networks side by side: {first_few(patterns, 8)}",
+            f"Select one with --glob {patterns[0]}.",
+        )
+
+
+def _several_networks(groups: Groups, listed: Set[Location]) -> dict[Location, list[Place]]:
+    """Directories below whose steps several networks lie, and the places of those."""
     places: dict[Location, list[Place]] = defaultdict(list)
     for home, members in groups.items():
         if isinstance(home, Place) and all(path in listed for path in members):
             places[home.base].append(home)
-    for base, networks in places.items():
-        if len(networks) > 1:
-            alike = len({place.name for place in networks}) < len(networks)
-            patterns = [f"'{place.full_pattern if alike else place.pattern}'" for place in networks]
-            raise RunError(
-                f"{base} holds {len(networks)} networks side by side: {first_few(patterns, 8)}",
-                f"Select one with --glob {patterns[0]}.",
-            )
+    return {base: networks for base, networks in places.items() if len(networks) > 1}

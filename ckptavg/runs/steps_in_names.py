@@ -26,10 +26,11 @@ _NUMBER_FIRST = {
     for unit, words in _WORDS.items()
 }
 _WORD_BEFORE = re.compile(r"([a-z]+)([^a-z]*)$")
-# A day, and perhaps a time of day: 2024-01-31, 20240131_235959, 2024-01-31T23:59:59.
+# A day, and perhaps a time of day: 2024-01-31, 20240131_235959, 2024-01-31T23:59:59,
+# 2024-01-31+23-59-59.
 DATE = re.compile(
     r"(?<!\d)(?:19|20)\d\d([-_.]?)[01]\d\1[0-3]\d"
-    r"(?:[-_T ]?[0-2]\d[-_.:h]?[0-5]\d(?:[-_.:m]?[0-5]\d)?)?(?!\d)",
+    r"(?:[-_T +]?[0-2]\d[-_.:h]?[0-5]\d(?:[-_.:m]?[0-5]\d)?)?(?!\d)",
     re.IGNORECASE,
 )
 _LONGEST_WORD, _MOST_DIGITS = 40, 300

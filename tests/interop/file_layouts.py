@@ -115,10 +115,9 @@ class SpeechBrain(Layout):
 
     name = "SpeechBrain"
     needs = ("speechbrain",)
-    checkpoints = {
-        f"CKPT+2026-01-0{day}+10-00-00+00/model.ckpt": step
-        for day, step in ((1, 1.0), (2, 2.0), (3, 3.0))
-    }
+    dates = ("2026-01-09+23-59-59", "2026-01-10+00-00-01", "2026-02-01+00-00-00")
+    checkpoints = {f"CKPT+{date}+00/model.ckpt": float(re.sub(r"\D", "", date)) for date in dates}
+    left_out = tuple(f"CKPT+{date}+00/counter.ckpt" for date in dates)
     key = ""
     output = "average/model.ckpt"
 
@@ -135,7 +134,7 @@ class SpeechBrain(Layout):
             with torch.no_grad():
                 model.head.weight.add_(1)
             checkpoint = saver.save_checkpoint()
-            # a second between checkpoints would tell their names apart, too
+            # named after the second of saving, which may be the same for two
             shutil.move(checkpoint.path, directory / Path(name).parent)
             states.append(copied(model.state_dict()))
         return Written(directory, states)
