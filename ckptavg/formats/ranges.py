@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any, BinaryIO, cast
 
 from ckptavg.errors import CheckpointError, CkptavgError, UsageError
+from ckptavg.formats import http_ranges
 
 HEAD = 1 << 18  # bytes; headers are small and requests slow, so they are read in pieces like this
 _MOST_HELD = 64  # pieces of a file
@@ -151,10 +152,12 @@ def _fetch(
     system: Any, members: list[tuple[int, str]], ranges: Sequence[Range], found: list[Any]
 ) -> None:
     """Ask once; an exception stands where an answer would."""
-    paths = [path for _, path in members]
-    starts, ends = ([ranges[i][k] for i, _ in members] for k in (1, 2))
+    wanted = [(path, *ranges[i][1:]) for i, path in members]
     try:
-        answers = system.cat_ranges(paths, starts, ends, on_error="return")
+        if http_ranges.is_http(system):
+            answers = http_ranges.read_ranges(system, wanted)
+        else:
+            answers = system.cat_ranges(*map(list, zip(*wanted, strict=True)), on_error="return")
     except Exception as error:
         answers = [error] * len(members)
     for (i, _), answer in zip(members, answers, strict=True):
@@ -163,4 +166,4 @@ def _fetch(
 
 def _is_passing(answer: Any) -> bool:
     """Whether a request failed in a way that another try may not."""
-    return not isinstance(answer, (bytes, FileNotFoundError, PermissionError))
+    return not isinstance(answer, (bytes, FileNotFoundError, PermissionError, CkptavgError))
