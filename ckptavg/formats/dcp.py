@@ -177,16 +177,29 @@ def _attributes(value: Any, name: str) -> dict[str, Any]:
 
 
 def _item_path(name: str, path: Any) -> ItemPath:
-    usable = isinstance(path, tuple) and path and all(isinstance(p, (str, int)) for p in path)
+    usable = isinstance(path, tuple) and path and all(map(_is_step, path))
     return path if usable else (name,)
 
 
-Stored = Mapping[str, Mapping[tuple[int, ...] | None, tuple[str, int, int]]]
+def _is_step(part: Any) -> bool:
+    """Whether this leads from a container to what is in it: a name or an index."""
+    return isinstance(part, str) or (type(part) is int and 0 <= part < _LARGEST_INDEX)
+
+
+def _begin(index: tuple[int, ...] | None) -> str:
+    """The index of a first element as a key: the hash of a text cannot be made to collide."""
+    return "" if index is None else str(index)
+
+
+Stored = Mapping[str, Mapping[str, tuple[str, int, int]]]
+"""Item → where in it something begins, as text → file, offset and length."""
+
+_LARGEST_INDEX = 2**31  # of an element of a list: what is larger may be made to collide in a dict
 
 
 def _stored(directory: Location, places: Mapping[Any, Any], stamps: dict[str, FileStamp]) -> Stored:
-    """Item → index of its first element → file, offset and length; and the stamps of the files."""
-    found: dict[str, dict[tuple[int, ...] | None, tuple[str, int, int]]] = defaultdict(dict)
+    """Find where each item lies; and the stamps of the files."""
+    found: dict[str, dict[str, tuple[str, int, int]]] = defaultdict(dict)
     for key, value in places.items():
         index, info = _attributes(key, "MetadataIndex"), _attributes(value, "_StorageInfo")
         name, at = index.get("fqn"), index.get("offset")
@@ -204,7 +217,7 @@ def _stored(directory: Location, places: Mapping[Any, Any], stamps: dict[str, Fi
             stamps[path] = _stamp(directory, file)
         if sum(span) > stamps[path].size:
             raise damaged(directory / file, f"{short(name)!r} runs past its end")
-        found[name][at] = (file, *span)
+        found[name][_begin(at)] = (file, *span)
     _check_apart(directory, found)
     return found
 
@@ -266,7 +279,7 @@ def _tensor(name: str, item: Opaque, stored: Stored) -> tuple[Sharded, list[Box]
         start, extent = attributes.get("offsets"), attributes.get("sizes")
         if not _is_extent(start) or not _is_extent(extent):
             raise MalformedPickle(f"a piece of {short(name)!r} is malformed")
-        place = stored.get(name, {}).get(start)
+        place = stored.get(name, {}).get(_begin(start))
         if place is None:
             raise MalformedPickle(f"a piece of {short(name)!r} is nowhere")
         boxes.append(Box(start, extent, *place))
@@ -291,7 +304,7 @@ def _other_values(
     found: dict[str, Any] = {}
     left = _MOST_BYTES
     for name in wanted[:_MOST_VALUES]:
-        place = stored.get(name, {}).get(None)
+        place = stored.get(name, {}).get(_begin(None))
         if place is None:
             raise MalformedPickle(f"the value {short(name)!r} is nowhere")
         file, offset, length = place

@@ -26,6 +26,7 @@ from ckptavg.formats.record import OPTIMIZER_KEYS, TRAINING_STATE, holds_weights
 from ckptavg.formats.table import DTYPES
 from ckptavg.formats.tree import join
 
+_LONGEST_NAME = 1000  # characters: below long names many entries would take much memory
 _DEEPEST = 100  # levels; a pickler goes down by recursion
 _DEEPEST_METRIC = 4
 _MOST_NAMES = 30  # in a note
@@ -131,9 +132,10 @@ class Keeper:
         """The elements of a list; None stands for one that may not go out."""
         kept: list[Any] = []
         for index, value in enumerate(values):
-            part = self._keep(value, f"{prefix}{index}.", depth + 1)
+            where = _below(prefix, str(index))
+            part = self._keep(value, where + ".", depth + 1)
             if part is _DROPPED:
-                self.dropped.append(f"{prefix}{index}")
+                self.dropped.append(where)
             kept.append(None if part is _DROPPED else part)
         return kept
 
@@ -144,7 +146,7 @@ class Keeper:
         kept: dict[Any, Any] = {}
         metrics = depth < _DEEPEST_METRIC and not holds_weights(values)
         for name, value in values.items():
-            where = f"{prefix}{short(name)}"
+            where = _below(prefix, short(name))
             if metrics and self._is_measured(where, name, value):
                 part = _MEASURED
             elif isinstance(value, TensorView):
@@ -209,7 +211,9 @@ class Keeper:
         if isinstance(value, (list, tuple)) and self._leads_to_weights(prefix):
             return type(value)(self.elements(value, prefix, depth))
         if isinstance(value, (list, tuple)):
-            parts = [self._keep(part, f"{prefix}{i}.", depth + 1) for i, part in enumerate(value)]
+            parts = [
+                self._keep(part, _below(prefix, f"{i}."), depth + 1) for i, part in enumerate(value)
+            ]
             return _DROPPED if any(part is _DROPPED for part in parts) else type(value)(parts)
         if isinstance(value, Opaque):
             return self._object(value, prefix, depth)
@@ -254,6 +258,11 @@ class Keeper:
             return make(args, state)
         except Exception:  # not the parts that this type is made of
             return _DROPPED
+
+
+def _below(prefix: str, name: str) -> str:
+    """The dotted name of an entry, cut where it is longer than any that leads to weights."""
+    return (prefix + name)[:_LONGEST_NAME]
 
 
 def _or_dropped(value: Any) -> Any:

@@ -32,6 +32,8 @@ MAX_PICKLE = 64 * 2**20
 _MOST_CONTAINERS = 5_000_000  # a byte of pickle can make one of 200 bytes
 _SPARE_BUDGET = 1_000_000
 _LARGE_INTEGER = 60  # bits; beyond, different integers can be made to have one hash
+_LONGEST_INTEGER = 4096  # bits; a pickle can hold one many times, which would be written each time
+_INTEGER = Global("builtins", "int")
 _MOST_COLLISIONS = 1000
 _RECENT = 16  # texts and bytes between an array's own and the call that makes it, at most
 _MARK = object()
@@ -138,7 +140,8 @@ class _Machine:
 
     def step(self, name: str, arg: Any, start: int) -> None:
         if name in _PUSH_ARGUMENT:
-            self.stack.append(arg)
+            huge = isinstance(arg, int) and arg.bit_length() > _LONGEST_INTEGER
+            self.stack.append(Opaque(_INTEGER) if huge else arg)
             if name in _LENGTH_BYTES:
                 data = start + 1 + _LENGTH_BYTES[name]
                 self.keep_span(arg, Span(data, self.source.done - data))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Protocol
 
 _PAIRS = 512  # boxes that are compared each with each
@@ -40,16 +40,20 @@ def _is_grid(shape: tuple[int, ...], boxes: Sequence[Box], dimension: int) -> bo
     """Whether boxes are slabs along a dimension, each slab cut along the next one likewise."""
     if dimension == len(shape):
         return len(boxes) == 1
-    slabs: dict[tuple[int, int], list[Box]] = defaultdict(list)
-    for box in boxes:
-        slabs[box.start[dimension], box.shape[dimension]].append(box)
+
+    def extent_of(box: Box) -> tuple[int, int]:
+        return box.start[dimension], box.shape[dimension]
+
+    # Sorted, not hashed: such pairs can be made to have one hash.
     position = 0
-    for start, extent in sorted(slabs):
+    slabs: list[list[Box]] = []
+    for (start, extent), slab in groupby(sorted(boxes, key=extent_of), key=extent_of):
         if start != position:
             return False
         position += extent
+        slabs.append(list(slab))
     return position == shape[dimension] and all(
-        _is_grid(shape, slab, dimension + 1) for slab in slabs.values()
+        _is_grid(shape, slab, dimension + 1) for slab in slabs
     )
 
 

@@ -71,8 +71,14 @@ def text_and_numbers(name: str) -> list[str]:
 def natural(path: Location) -> tuple[object, ...]:
     """Sort key under which 2 comes before 10, and a name without a number after all that have."""
     parts = text_and_numbers(stem_of(path))
-    key = [int(part) if i % 2 else part for i, part in enumerate(parts)]
+    key = [_magnitude(part) if i % 2 else part for i, part in enumerate(parts)]
     return (is_alias_name(path), *key)
+
+
+def _magnitude(digits: str) -> tuple[int, str]:
+    """Sort key of a whole number, of any length: Python converts no more than 4300 digits."""
+    significant = digits.lstrip("0")
+    return len(significant), significant
 
 
 def is_alias_name(path: Location) -> bool:

@@ -341,7 +341,9 @@ def refuse_two_series(ordered: Sequence[Checkpoint]) -> None:
 def _series(checkpoint: Checkpoint) -> str:
     """A shell pattern of the name without its step, or without numbers if the step is not in it."""
     name = checkpoint.path.name
-    places = [m for m in re.finditer(r"\d+", name) if int(m[0]) == checkpoint.step]
+    whole = checkpoint.step is not None and float(checkpoint.step).is_integer()
+    step = str(int(checkpoint.step or 0)) if whole else ""
+    places = [m for m in re.finditer(r"\d+", name) if (m[0].lstrip("0") or "0") == step]
     if not places:
         return checkpoint.pattern
     begin, end = places[-1].span()

@@ -240,4 +240,4 @@ def _first_numbers(one: Checkpoint, other: Checkpoint) -> bool:
     """Whether names differ in one number, which is 0 and 1."""
     numbers = [re.findall(r"\d+", checkpoint.path.name) for checkpoint in (one, other)]
     differing = [(a, b) for a, b in zip(*numbers, strict=True) if a != b]
-    return [(int(a), int(b)) for a, b in differing] == [(0, 1)]
+    return [(a.lstrip("0"), b.lstrip("0")) for a, b in differing] == [("", "1")]
