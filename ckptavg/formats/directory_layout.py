@@ -20,51 +20,58 @@ from ckptavg.formats.output import FileLayout, Layout, OutputTensor
 from ckptavg.formats.storage import Location
 from ckptavg.formats.table import Checkpoint, FileStamp
 
-_SHARD_BYTES = 5_000_000_000  # what Hugging Face splits at, where the input was not split already
-_OF_MODELS = ("huggingface", adapter.LAYOUT)  # directories whose names of tensors are kept
-_LARGEST_CONFIG = 16 << 20  # bytes
+# Hugging Face's own default; it counts only where the input was not split already.
+_SHARD_BYTES = 5_000_000_000
+# Layouts whose loaders expect the stored names: the output keeps them, wrappers included.
+_MODEL_LAYOUTS = ("huggingface", adapter.LAYOUT)
+# Bytes. A configuration is read whole, and real ones are far smaller.
+_LARGEST_CONFIG = 16 << 20
 
 
 def lay_out(tensors: Sequence[OutputTensor], provenance: str, template: Checkpoint) -> Layout:
-    """Plan a directory like the last input's.
+    """Plan an output directory like the last input's.
 
-    It has the weights' files under their names and in their shards, and all that stands beside
-    them but for what ``companions`` leaves out.
+    Its weights have the input's file names and shards. The other files of the input go along,
+    except those that ``companions`` leaves out.
 
     Args:
-        tensors: What it will hold, under bare names.
-        provenance: How it was made, as JSON.
+        tensors: The output's tensors, under bare names.
+        provenance: How the output was made, as JSON.
         template: The last input.
     """
     layout = Layout(directory=True, files=[])
     notes: list[str] = []
-    for folder, held in _by_folder(tensors, template).items():
-        part = _lay_out_part(held, provenance, template.components.get(folder, template))
+    for folder, members in _group_by_folder(tensors, template).items():
+        component = template.components.get(folder, template)
+        planned = _lay_out_folder(members, provenance, component)
         prefix = f"{folder}/" if folder else ""
-        layout.files += [_moved(file, prefix) for file in part.files]
-        layout.companions |= {prefix + name: text for name, text in part.indices.items()}
-        notes += part.notes
+        layout.files += [_move_below(file, prefix) for file in planned.files]
+        layout.companions |= {prefix + name: text for name, text in planned.indices.items()}
+        notes += planned.notes
     home = home_of(template)
     if home is not None:
-        # a file's directory is a model's by its configuration, else it may be anybody's
+        # The directory of a single file may be anybody's (a home directory, downloads). Only a
+        # model's configuration shows that the directories below it belong to the model.
         deep = home == template.path or (home / huggingface.CONFIG).is_file()
-        beside = companions.gather(
-            home, _weights_of(template, home), [*template.components], deep=deep
-        )
-        layout.copies = beside.copies
-        _tell_configs(layout, tensors, template)
-        notes += beside.notes
-    notes += _note_config(layout, home, template)
+        weights = _find_weight_files(template, home)
+        gathered = companions.gather(home, weights, [*template.components], deep=deep)
+        layout.copies = gathered.copies
+        # After the copies: this replaces some of them.
+        _update_configs(layout, tensors, template)
+        notes += gathered.notes
+    notes += _note_missing_config(layout, home, template)
+    # The components of a pipeline often say the same.
     layout.notes = tuple(dict.fromkeys(notes))
     return layout
 
 
 def home_of(template: Checkpoint) -> Location | None:
-    """The directory whose files go along with a checkpoint; None if it has none of its own.
+    """Return the directory whose files go along with a checkpoint; None where there is none.
 
-    That of a single file is one if no other file of weights stands there, and a configuration does.
+    A single file of weights has its directory for a home if a configuration stands there, and no
+    other file of weights.
     """
-    if template.layout in (*_OF_MODELS, deepspeed.LAYOUT):
+    if template.layout in (*_MODEL_LAYOUTS, deepspeed.LAYOUT):
         return template.path
     directory = template.path.parent
     single = template.layout in ("safetensors", "torch") and isinstance(template.path, Path)
@@ -72,13 +79,13 @@ def home_of(template: Checkpoint) -> Location | None:
 
 
 @dataclass
-class _Part:
+class _FolderLayout:
     """The files that hold the weights of one directory.
 
     Attributes:
-        files: Under their names in it.
-        indices: Contents of the index of several, by name.
-        notes: What of the input is not in them.
+        files: The files, under their names in the directory.
+        indices: Contents of the shards' index, by its name; empty for a single file.
+        notes: Parts of the input that the files lack.
     """
 
     files: list[FileLayout]
@@ -86,21 +93,22 @@ class _Part:
     notes: list[str] = field(default_factory=list)
 
 
-def _by_folder(
+def _group_by_folder(
     tensors: Sequence[OutputTensor], template: Checkpoint
 ) -> dict[str, list[OutputTensor]]:
-    """Directory below the output → what its files hold: the first parts of a name tell it."""
+    """Group tensors by the directory below the output that their names begin with."""
+    # Longest first, so that a directory within another one is found before the outer.
     folders = sorted(filter(None, template.components), key=len, reverse=True)
     groups: dict[str, list[OutputTensor]] = {folder: [] for folder in template.components}
     for tensor in tensors:
-        own = (folder for folder in folders if tensor.name.startswith(f"{folder}/"))
-        folder = next(own, "")
-        groups.setdefault(folder, []).append(_within(folder, tensor))
+        matching = (folder for folder in folders if tensor.name.startswith(f"{folder}/"))
+        folder = next(matching, "")
+        groups.setdefault(folder, []).append(_rename_within(folder, tensor))
     return groups
 
 
-def _within(folder: str, tensor: OutputTensor) -> OutputTensor:
-    """A tensor under its name in a directory; what it is tied to lies in the same file."""
+def _rename_within(folder: str, tensor: OutputTensor) -> OutputTensor:
+    """Give a tensor its name in a directory. Its tied partner lies in the same file."""
     if not folder:
         return tensor
     prefix = f"{folder}/"
@@ -108,61 +116,80 @@ def _within(folder: str, tensor: OutputTensor) -> OutputTensor:
     return replace(tensor, name=tensor.name.removeprefix(prefix), tied_to=tied)
 
 
-def _moved(file: FileLayout, prefix: str) -> FileLayout:
-    """A file as one of a directory below, where its tensors' names begin with the directory's."""
+def _move_below(file: FileLayout, prefix: str) -> FileLayout:
+    """Put a file into a directory, whose name then begins the names of the file's tensors."""
     return replace(
         file,
         name=prefix + file.name,
-        offsets={prefix + name: at for name, at in file.offsets.items()},
-        checksums={prefix + name: at for name, at in file.checksums.items()},
+        offsets={prefix + name: offset for name, offset in file.offsets.items()},
+        checksums={prefix + name: offset for name, offset in file.checksums.items()},
     )
 
 
-def _lay_out_part(tensors: Sequence[OutputTensor], provenance: str, template: Checkpoint) -> _Part:
-    name = _file_name(template)
+def _lay_out_folder(
+    tensors: Sequence[OutputTensor], provenance: str, template: Checkpoint
+) -> _FolderLayout:
+    """Plan the files of weights of one directory."""
+    name = _single_file_name(template)
     if not name.endswith(".safetensors"):
-        own = replace(template, layout="torch")
-        file, dropped = torch_layout.lay_out(name, tensors, provenance, own)
-        return _Part([replace(file, name=name)], notes=list(dropped))
-    own_names = template.layout in _OF_MODELS
-    bare = {template.stored_name(t.name) if own_names else t.name: t.name for t in tensors}
-    renamed = [replace(t, name=stored) for stored, t in zip(bare, tensors, strict=True)]
+        torch_template = replace(template, layout="torch")
+        file, dropped = torch_layout.lay_out(name, tensors, provenance, torch_template)
+        return _FolderLayout([replace(file, name=name)], notes=list(dropped))
+    keeps_names = template.layout in _MODEL_LAYOUTS
+    bare_names: dict[str, str] = {}
+    for tensor in tensors:
+        stored_name = template.stored_name(tensor.name) if keeps_names else tensor.name
+        bare_names[stored_name] = tensor.name
+    renamed = [replace(t, name=stored) for stored, t in zip(bare_names, tensors, strict=True)]
     metadata, notes = safetensors_layout.header_metadata(provenance, template.metadata)
-    shards = _shards(name, renamed, template)
-    part = _Part([], notes=notes)
-    for shard, held in shards.items():
-        file = safetensors_layout.lay_out(shard, held, metadata)
-        file.offsets = {bare[stored]: at for stored, at in file.offsets.items()}
-        part.files.append(file)
+    shards = _split_into_shards(name, renamed, template)
+    planned = _FolderLayout([], notes=notes)
+    for shard, members in shards.items():
+        file = safetensors_layout.lay_out(shard, members, metadata)
+        # The writer asks for tensors by their bare names, whatever the header calls them.
+        file.offsets = {bare_names[stored]: offset for stored, offset in file.offsets.items()}
+        planned.files.append(file)
     if len(shards) > 1:
-        part.indices[huggingface.index_name(name)] = _index(shards)
-    return part
+        planned.indices[huggingface.index_name(name)] = _encode_index(shards)
+    return planned
 
 
-def _file_name(template: Checkpoint) -> str:
-    """The name of the file of weights that an output has if it has a single one."""
+def _single_file_name(template: Checkpoint) -> str:
+    """Name the file of weights that an output has if it has a single one."""
     if template.layout == adapter.LAYOUT:
         return adapter.WEIGHTS
     main = huggingface.main_file(template.path) if template.layout == "huggingface" else None
     if main is not None:
         return huggingface.single_name(main.name)
-    kept = template.path.suffix in huggingface.SUFFIXES and home_of(template) is not None
-    return template.path.name if kept and not template.path.is_dir() else "model.safetensors"
+    has_home = template.path.suffix in huggingface.SUFFIXES and home_of(template) is not None
+    return template.path.name if has_home and not template.path.is_dir() else "model.safetensors"
 
 
-def _shards(
+def _split_into_shards(
     name: str, tensors: Sequence[OutputTensor], template: Checkpoint
 ) -> dict[str, list[OutputTensor]]:
-    """File name → tensors: as the template splits them, or by size where it does not."""
+    """Split tensors into files: as the template does, or by size where it has a single file.
+
+    Args:
+        name: The name of a single file.
+        tensors: The tensors of a directory, under stored names.
+        template: The last input's component of the same directory.
+
+    Returns:
+        File name → its tensors.
+    """
     groups: dict[object, list[OutputTensor]] = {}
     if template.layout == "huggingface" and len(template.files) > 1:
-        home = {template.stored_names[n]: t.pieces[0].file for n, t in template.tensors.items()}
+        input_files: dict[str, object] = {}
+        for bare_name, stored_tensor in template.tensors.items():
+            input_files[template.stored_names[bare_name]] = stored_tensor.pieces[0].file
         first = template.files[0].path
         for tensor in tensors:
-            groups.setdefault(home.get(tensor.name, first), []).append(tensor)
+            groups.setdefault(input_files.get(tensor.name, first), []).append(tensor)
     elif huggingface.may_be_split(name):
         filled, number = 0, 0
         for tensor in tensors:
+            # A tensor above the limit by itself gets a shard of its own.
             if filled and filled + tensor.nbytes > _SHARD_BYTES:
                 filled, number = 0, number + 1
             groups.setdefault(number, []).append(tensor)
@@ -176,15 +203,20 @@ def _shards(
     }
 
 
-def _index(shards: Mapping[str, Sequence[OutputTensor]]) -> bytes:
-    size = sum(tensor.nbytes for held in shards.values() for tensor in held)
-    mapping = {tensor.name: name for name, held in shards.items() for tensor in held}
-    content = {"metadata": {"total_size": size}, "weight_map": mapping}
+def _encode_index(shards: Mapping[str, Sequence[OutputTensor]]) -> bytes:
+    """Write the index of shards as transformers does."""
+    size = 0
+    weight_map: dict[str, str] = {}
+    for name, tensors in shards.items():
+        for tensor in tensors:
+            size += tensor.nbytes
+            weight_map[tensor.name] = name
+    content = {"metadata": {"total_size": size}, "weight_map": weight_map}
     return json.dumps(content, indent=2).encode()
 
 
-def _weights_of(template: Checkpoint, home: Location) -> set[str]:
-    """Paths of the files that the weights were read from, and of their indices."""
+def _find_weight_files(template: Checkpoint, home: Location) -> set[str]:
+    """Collect the paths of the files that the weights were read from, and of their indices."""
     paths = {stamp.path for stamp in template.files}
     for folder in template.components or [""]:
         directory = home / folder if folder else home
@@ -193,41 +225,54 @@ def _weights_of(template: Checkpoint, home: Location) -> set[str]:
     return paths
 
 
-def _tell_configs(layout: Layout, tensors: Sequence[OutputTensor], template: Checkpoint) -> None:
-    """Put the element type as written into the configurations that tell it."""
-    for folder, held in _by_folder(tensors, template).items():
+def _update_configs(layout: Layout, tensors: Sequence[OutputTensor], template: Checkpoint) -> None:
+    """Put the output's element type into the configurations that state one."""
+    for folder, members in _group_by_folder(tensors, template).items():
         component = template.components.get(folder, template)
         before = {t.dtype.name for t in component.tensors.values() if t.dtype.kind == "float"}
-        after = {t.dtype.name for t in held if t.dtype.kind == "float"}
+        after = {t.dtype.name for t in members if t.dtype.kind == "float"}
         name = f"{folder}/{huggingface.CONFIG}" if folder else huggingface.CONFIG
         stamp = layout.copies.get(name)
+        # Of mixed types none is the model's: what the configuration says then stays.
         if stamp is not None and before != after and len(after) == 1:
-            layout.put(_with_dtype(name, stamp, next(iter(after))))
+            layout.put(_replace_dtype(name, stamp, next(iter(after))))
 
 
-def _with_dtype(name: str, stamp: FileStamp, dtype: str) -> dict[str, bytes]:
-    """A model's configuration with the element type in it changed; empty if it tells none."""
+def _replace_dtype(name: str, stamp: FileStamp, dtype: str) -> dict[str, bytes]:
+    """Change the element type in a model's configuration.
+
+    Args:
+        name: The configuration's path below the output.
+        stamp: The input's configuration.
+        dtype: The element type as written.
+
+    Returns:
+        The new text by the name; empty if the configuration states no element type.
+    """
     if stamp.size > _LARGEST_CONFIG:
         return {}
     try:
         values = json.loads(copying.read_whole(stamp))
     except (ValueError, RecursionError):
         return {}
-    known = [key for key in ("dtype", "torch_dtype") if isinstance(values, dict) and key in values]
-    if not known:
+    if not isinstance(values, dict):
         return {}
-    return {name: json.dumps(values | dict.fromkeys(known, dtype), indent=2).encode()}
+    # transformers renamed ``torch_dtype`` to ``dtype``, and reads both.
+    stated = [key for key in ("dtype", "torch_dtype") if key in values]
+    if not stated:
+        return {}
+    return {name: json.dumps(values | dict.fromkeys(stated, dtype), indent=2).encode()}
 
 
-def _note_config(layout: Layout, home: Location | None, template: Checkpoint) -> list[str]:
-    """A note about a configuration that the output lacks."""
+def _note_missing_config(layout: Layout, home: Location | None, template: Checkpoint) -> list[str]:
+    """Note that the output lacks a configuration, where models of its layout have one."""
     configured = any(name.rpartition("/")[2] == huggingface.CONFIG for name in layout.names)
     if configured or template.layout == adapter.LAYOUT:
         return []
-    beside = template.path.parent / huggingface.CONFIG
-    if home is None and isinstance(beside, Path) and beside.is_file():
+    neighbour = template.path.parent / huggingface.CONFIG
+    if home is None and isinstance(neighbour, Path) and neighbour.is_file():
         return [
-            f"the output has no {huggingface.CONFIG}: {beside} stands beside several checkpoints; "
-            "copy it if it is the model's"
+            f"the output has no {huggingface.CONFIG}: {neighbour} stands beside several "
+            "checkpoints; copy it if it is the model's"
         ]
     return [f"the output has no {huggingface.CONFIG}, which the input lacks too"]

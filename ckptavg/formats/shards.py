@@ -1,4 +1,6 @@
-"""Shards of one model in a directory without an index, which their own names and headers replace.
+"""Shards of one model in a directory without an index.
+
+Their own names and headers replace the index.
 
 ``torch.distributed.checkpoint`` writes safetensors files per rank, each with the offsets of its
 boxes in its header (``HuggingFaceStorageWriter(save_distributed=True)``). Other shards hold whole
@@ -24,11 +26,13 @@ from ckptavg.formats.tiling import tiles
 
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 _COUNTED = re.compile(r"(\d{1,9})([-_]of[-_])(\d{1,9})(?=\.[^.]*$)")
-_STRICT_DIGITS = 5  # as Hugging Face pads them: no epoch is called so
+# Hugging Face pads its numbers to this many digits, which no trainer does with epochs.
+_STRICT_DIGITS = 5
 _RANK = re.compile(r"shard-(\d{1,9})-(?=model-)")
 _OFFSETS = "DCP_SHARDING_INFO"
 _OFFSETS_VERSION = "DCP_VERSION"
-_MOST_MISSING = 100_000  # shards that a name may count and that are looked for
+# A name may claim a billion shards: no more than so many are looked for.
+_MOST_MISSING = 100_000
 _GATHER = "Copy all shards of one save into the directory, and no others."
 
 
@@ -39,10 +43,10 @@ class Shard:
     Attributes:
         path: The file.
         index: Its number, from 1 in most sets and from 0 in some.
-        count: The number of shards that there are.
+        count: The number of shards in the set, as the name states it.
         pattern: The name without its number: equal for shards of one set.
-        strict: Whether nothing but a shard is called so.
-        rank: Number of the rank whose files have numbers of their own, where ranks have.
+        strict: True where nothing but a shard is called so.
+        rank: The number of the rank that wrote the file, where each rank numbers its own files.
     """
 
     path: Location
@@ -53,13 +57,13 @@ class Shard:
     rank: int | None
 
     def sibling(self, index: int) -> str:
-        """The name of the shard with another number."""
+        """Return the name of the shard with another number."""
         width = len(str(self.index)) if not self.strict else _STRICT_DIGITS
         return self.pattern.replace("*", f"{index:0{width}d}", 1)
 
 
 def parse_name(path: Location) -> Shard | None:
-    """Take the name of a shard apart; None where it is no shard's."""
+    """Take the name of a shard apart; None where the name is not that of a shard."""
     match = _COUNTED.search(path.name)
     if match is None or not path.name.endswith(_SUFFIXES):
         return None
@@ -73,9 +77,9 @@ def parse_name(path: Location) -> Shard | None:
 
 
 def find_shards(directory: Location) -> list[Shard]:
-    """Find the shards that a directory is made of; none where it is no sharded model.
+    """Find the shards of the model that a directory is; none where it is no sharded model.
 
-    Files that count themselves (``epoch_1_of_3.pt``) but hold the same tensors are a run.
+    Files whose names count (``epoch_1_of_3.pt``) but which hold the same tensors are a run.
     """
     shards: list[Shard] = []
     files: list[Location] = [p for p in directory.iterdir() if p.name.endswith(_SUFFIXES)]
@@ -86,6 +90,7 @@ def find_shards(directory: Location) -> list[Shard]:
         if shard is not None:
             shards.append(shard)
         elif re.search(r"\d", path.name) and not _is_training_state(path.name):
+            # Another numbered file may be a checkpoint: then the directory is a run.
             return []
     if len({shard.pattern for shard in shards}) != 1:
         return []
@@ -96,37 +101,38 @@ def read_shards(directory: Location, shards: Sequence[Shard], key: str | None) -
     """Read shards as one table.
 
     Args:
-        directory: What holds them.
-        shards: As ``find_shards`` found them.
-        key: Dotted path of the entry that holds the weights.
+        directory: The directory that holds them.
+        shards: The result of ``find_shards``.
+        key: Dotted path of the entry that holds the weights; found by itself where None.
 
     Raises:
-        CheckpointError: A shard is missing or damaged, or they do not make up whole tensors.
+        CheckpointError: A shard is missing or damaged, or the shards make up no whole tensors.
     """
     _check_complete(directory, shards)
-    parts = [read_file(shard.path, key) for shard in shards]
+    tables = [read_file(shard.path, key) for shard in shards]
     boxes: dict[str, list[Tensor]] = defaultdict(list)
     try:
-        for part in parts:
-            offsets = _offsets(part)
-            for name, tensor in part.tensors.items():
-                boxes[name].append(_moved(name, tensor, offsets.get(name)))
-        tensors = {name: _joined(name, pieces) for name, pieces in boxes.items()}
+        for table in tables:
+            offsets = _parse_offsets(table)
+            for name, tensor in table.tensors.items():
+                boxes[name].append(_shift(name, tensor, offsets.get(name)))
+        tensors = {name: _assemble(name, pieces) for name, pieces in boxes.items()}
     except _Unfit as error:
         raise CheckpointError(
             f"{directory} holds parts of one model that do not fit together: {error}"
-            f"{_absent_ranks(shards)}",
+            f"{_describe_absent_ranks(shards)}",
             _GATHER,
         ) from error
-    first = parts[0]
-    own = {_OFFSETS, _OFFSETS_VERSION}
+    first = tables[0]
+    # The offsets are those of one file's boxes, and untrue of the whole.
+    outdated = {_OFFSETS, _OFFSETS_VERSION}
     return replace(
         first,
-        stamps=tuple(stamp for part in parts for stamp in part.stamps),
+        stamps=tuple(stamp for table in tables for stamp in table.stamps),
         tensors=tensors,
-        refused={name: why for part in parts for name, why in part.refused.items()},
-        notes=tuple(dict.fromkeys(note for part in parts for note in part.notes)),
-        metadata={name: text for name, text in first.metadata.items() if name not in own},
+        refused={name: why for table in tables for name, why in table.refused.items()},
+        notes=tuple(dict.fromkeys(note for table in tables for note in table.notes)),
+        metadata={name: text for name, text in first.metadata.items() if name not in outdated},
     )
 
 
@@ -135,30 +141,32 @@ def _is_training_state(name: str) -> bool:
 
 
 def _fit_together(shards: Sequence[Shard]) -> bool:
-    """Whether files are shards of one model, by their names or else by their first headers."""
+    """Tell whether files are shards of one model, by their names or else by two headers."""
     if shards[0].rank is not None:
         return True
     if len(shards) == 1:
         return shards[0].strict
     try:
-        one, other = (read_file(shard.path, None) for shard in shards[:2])
+        first, second = (read_file(shard.path, None) for shard in shards[:2])
     except CheckpointError:
+        # What cannot be read is told by its name, so that the error names the damaged shard.
         return shards[0].strict
-    return _OFFSETS in one.metadata or not {*one.tensors} & {*other.tensors}
+    return _OFFSETS in first.metadata or not {*first.tensors} & {*second.tensors}
 
 
 def _check_complete(directory: Location, shards: Sequence[Shard]) -> None:
-    """Make sure that each number up to the count is there.
+    """Make sure that there is a shard of each number up to the count.
 
     Raises:
-        CheckpointError: One is not.
+        CheckpointError: A shard is missing.
     """
     indices, count = {shard.index for shard in shards}, shards[0].count
+    # A set that counts from 0 has a shard of that number.
     first = min(indices | {1})
     if len(indices) == count and max(indices) - first + 1 == count:
         return
-    wanted = range(first, first + min(count, _MOST_MISSING))
-    missing = [shards[0].sibling(index) for index in wanted if index not in indices]
+    expected = range(first, first + min(count, _MOST_MISSING))
+    missing = [shards[0].sibling(index) for index in expected if index not in indices]
     raise CheckpointError(
         f"{directory} holds parts of one model: {len(indices)} of {count} shards, without "
         f"{first_few(missing)}",
@@ -166,24 +174,24 @@ def _check_complete(directory: Location, shards: Sequence[Shard]) -> None:
     )
 
 
-def _absent_ranks(shards: Sequence[Shard]) -> str:
-    """The ranks below the highest that have no file, for a message; empty where all have."""
+def _describe_absent_ranks(shards: Sequence[Shard]) -> str:
+    """Name the ranks below the highest that have no file, for a message; empty where all have."""
     ranks = {shard.rank for shard in shards if shard.rank is not None}
     absent = [f"shard-{n:05d}" for n in range(1, max(ranks, default=0)) if n not in ranks]
     return f" (there is no {first_few(absent)})" if absent else ""
 
 
 class _Unfit(ValueError):
-    """Why shards make up no whole tensors."""
+    """The reason for which shards make up no whole tensors."""
 
 
-def _offsets(part: Part) -> Mapping[str, tuple[int, ...]]:
-    """Name → index of the first element of the box that a file holds of the tensor.
+def _parse_offsets(table: Part) -> Mapping[str, tuple[int, ...]]:
+    """Read from a file's header at which index of each tensor the file's box begins.
 
     Raises:
         _Unfit: The header's text is malformed.
     """
-    text = part.metadata.get(_OFFSETS)
+    text = table.metadata.get(_OFFSETS)
     if text is None:
         return {}
     try:
@@ -191,7 +199,7 @@ def _offsets(part: Part) -> Mapping[str, tuple[int, ...]]:
     except ValueError:
         entries = None
     if not isinstance(entries, dict):
-        raise _Unfit(f"{_OFFSETS} of {part.stamps[0].path} is malformed")
+        raise _Unfit(f"{_OFFSETS} of {table.stamps[0].path} is malformed")
     offsets: dict[str, tuple[int, ...]] = {}
     for name, entry in entries.items():
         start = entry.get("saved_offsets") if isinstance(entry, dict) else None
@@ -202,25 +210,35 @@ def _offsets(part: Part) -> Mapping[str, tuple[int, ...]]:
 
 
 def _is_index(value: Any) -> TypeGuard[list[int]]:
+    # By the exact type: JSON's true would pass for 1.
     return isinstance(value, list) and all(type(n) is int and 0 <= n < MOST_ELEMENTS for n in value)
 
 
-def _moved(name: str, box: Tensor, start: tuple[int, ...] | None) -> Tensor:
-    """The same box at its place in the whole tensor, whose extent ends with it."""
+def _shift(name: str, box: Tensor, start: tuple[int, ...] | None) -> Tensor:
+    """Put a box at its index in the whole tensor, whose shape then ends with the box.
+
+    Args:
+        name: The tensor's name, for a message.
+        box: The tensor as one file has it.
+        start: Index of the box's first element in the whole; None where the file has the whole.
+
+    Raises:
+        _Unfit: The index has another number of dimensions.
+    """
     if start is None:
         return box
     if len(start) != len(box.shape):
         raise _Unfit(f"the offsets of {short(name)!r} do not fit its shape")
-    pieces = tuple(replace(piece, start=_sum(start, piece.start)) for piece in box.pieces)
-    return Tensor(box.dtype, _sum(start, box.shape), pieces)
+    pieces = tuple(replace(piece, start=_add(start, piece.start)) for piece in box.pieces)
+    return Tensor(box.dtype, _add(start, box.shape), pieces)
 
 
-def _sum(one: Iterable[int], other: Iterable[int]) -> tuple[int, ...]:
-    return tuple(a + b for a, b in zip(one, other, strict=True))
+def _add(left: Iterable[int], right: Iterable[int]) -> tuple[int, ...]:
+    return tuple(a + b for a, b in zip(left, right, strict=True))
 
 
-def _joined(name: str, boxes: Sequence[Tensor]) -> Tensor:
-    """The whole tensor that boxes make up.
+def _assemble(name: str, boxes: Sequence[Tensor]) -> Tensor:
+    """Make the whole tensor of its boxes.
 
     Raises:
         _Unfit: They leave holes, overlap or differ in their element types.
@@ -232,6 +250,7 @@ def _joined(name: str, boxes: Sequence[Tensor]) -> Tensor:
         raise _Unfit(f"their pieces of {short(name)!r} differ in type")
     shape = tuple(max(extents) for extents in zip(*(box.shape for box in boxes), strict=True))
     pieces: list[Piece] = [p for box in boxes for p in box.pieces if math.prod(p.shape)]
+    # Bounded without the empty dimensions, whose zero would hide the others' extents.
     if math.prod(n or 1 for n in shape) >= MOST_ELEMENTS or not tiles(shape, pieces):
         raise _Unfit(f"their pieces of {short(name)!r} overlap or leave holes")
     return Tensor(first.dtype, shape, tuple(pieces))

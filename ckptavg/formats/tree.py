@@ -14,18 +14,20 @@ from ckptavg.formats.record import TRAINING_STATE
 EXTRA_STATE = "_extra_state"  # a module's own values in its state dict
 TENSORS = (TensorView, Sharded, Refused)
 Entry = Mapping[Any, Any]
-LONGEST_NAME = 500  # characters of a name that could be typed after --key
-_LONGEST_INDEX = 9  # digits
+# Characters. Nobody types a longer name, and a hostile file may have names of megabytes.
+LONGEST_NAME = 500
+# Digits. No list is longer, and ``int`` takes quadratic time for very many.
+_LONGEST_INDEX = 9
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where in a saved object the weights lie.
+    """The location of the weights in a saved object.
 
     Attributes:
-        value: The object that holds them.
-        entry: The same as a state dict.
-        within_plain: Whether all that it lies in are dicts, lists and tuples.
+        value: The object that holds the weights.
+        entry: The same object as a state dict.
+        within_plain: True where all containers around the object are dicts, lists and tuples.
     """
 
     value: Any
@@ -34,32 +36,33 @@ class Place:
 
     @property
     def pickled(self) -> bool:
-        """Whether the weights are those of a module that was pickled whole."""
+        """True where the weights are those of a module that was pickled whole."""
         return self.entry is not self.value
 
 
 def join(*parts: str) -> str:
-    """A dotted path of those parts that are not empty."""
+    """Join the parts that are not empty into a dotted path."""
     return ".".join(part for part in parts if part)
 
 
 def holds_tensors(value: Any) -> bool:
-    """Whether a value is a dict that holds tensors by name."""
+    """Tell whether a value is a dict that holds tensors by name."""
     return isinstance(value, dict) and any(
-        isinstance(name, str) and isinstance(part, TENSORS) for name, part in value.items()
+        isinstance(name, str) and isinstance(entry, TENSORS) for name, entry in value.items()
     )
 
 
 def count_tensors(tree: Any) -> int:
-    """How many tensors a saved value holds. What it holds many times is looked into once."""
-    seen: set[int] = set()
+    """Count the tensors that a saved value holds. A container held many times counts once."""
+    visited: set[int] = set()
     waiting, count = [tree], 0
     while waiting:
         value = waiting.pop()
         count += isinstance(value, TENSORS)
-        if id(value) in seen or not isinstance(value, (dict, list, tuple, Opaque)):
+        # By identity: a pickle of a few bytes can hold one list in itself exponentially often.
+        if id(value) in visited or not isinstance(value, (dict, list, tuple, Opaque)):
             continue
-        seen.add(id(value))
+        visited.add(id(value))
         if isinstance(value, Opaque):
             waiting.append(value.state)
         else:
@@ -68,43 +71,49 @@ def count_tensors(tree: Any) -> int:
 
 
 def refuse_unknown(entry: Entry) -> Entry:
-    """An entry whose objects that are made of tensors or storages are refused tensors.
+    """Mark the objects in an entry that are made of tensors or storages as refused tensors.
 
-    A tensor of a library's own class is one: it would be lost, were it taken for a value.
+    A tensor of a library's own class is such an object. Taken for a plain value it would be lost.
     """
-    known: dict[int, bool] = {}
+    made_of_tensors: dict[int, bool] = {}
     objects: dict[str, Refused] = {}
     for name, value in entry.items():
         if not isinstance(value, Opaque) or not _may_be_tensor(name):
             continue
-        parts = (value.args, value.state)
-        for part in parts:
-            if id(part) not in known:
-                known[id(part)] = _is_made_of_tensors(part)
-        if any(known[id(part)] for part in parts):
+        contents = (value.args, value.state)
+        for content in contents:
+            # Many objects may share one state, which is looked through once.
+            if id(content) not in made_of_tensors:
+                made_of_tensors[id(content)] = _is_made_of_tensors(content)
+        if any(made_of_tensors[id(content)] for content in contents):
             objects[name] = Refused(f"an object of {short(str(value.type))}, not known here")
     return {**entry, **objects} if objects else entry
 
 
 def _may_be_tensor(name: Any) -> bool:
-    """Whether a value's name is neither that of a module's own values nor of training state."""
+    """Tell whether a name is neither that of a module's own values nor of training state."""
     if not isinstance(name, str) or len(name) > LONGEST_NAME or name.endswith(EXTRA_STATE):
         return False
     return not TRAINING_STATE.fullmatch(name)
 
 
-def _is_made_of_tensors(part: Any) -> bool:
-    values = part.values() if isinstance(part, dict) else part
-    if not isinstance(part, (dict, list, tuple)):
+def _is_made_of_tensors(content: Any) -> bool:
+    """Tell whether a container directly holds a tensor or a storage."""
+    if not isinstance(content, (dict, list, tuple)):
         return False
+    values = content.values() if isinstance(content, dict) else content
     return any(isinstance(value, (*TENSORS, Storage)) for value in values)
 
 
 def locate(tree: Any, key: str) -> Place | None:
-    """Find an entry by its dotted path, whose parts may have dots themselves; None if it is not.
+    """Find an entry by its dotted path; None where the path leads nowhere.
+
+    Args:
+        tree: The saved object.
+        key: The path. The names in it may have dots themselves.
 
     Raises:
-        MalformedPickle: A module at that place holds itself.
+        MalformedPickle: A module at the end of the path holds itself.
     """
     steps = walk(tree, key)
     if steps is None:
@@ -117,25 +126,25 @@ def locate(tree: Any, key: str) -> Place | None:
 
 
 def walk(tree: Any, key: str) -> list[tuple[str, Any]] | None:
-    """What lies on a dotted path, from the tree itself to what the path names.
+    """List the values on a dotted path, from the tree itself to the one that the path names.
 
     Returns:
         Dotted path and value of each step; None where the path leads nowhere.
     """
     steps: list[tuple[str, Any]] = [("", tree)]
-    rest = key
-    while rest:
+    remaining = key
+    while remaining:
         above, value = steps[-1]
-        match = next((k for k in prefixes(rest) if child(value, k) is not None), None)
+        match = next((k for k in prefixes(remaining) if child(value, k) is not None), None)
         if match is None:
             return None
         steps.append((join(above, match), child(value, match)))
-        rest = rest[len(match) + 1 :]
+        remaining = remaining[len(match) + 1 :]
     return steps
 
 
 def child(container: Any, name: str) -> Any:
-    """What a dict holds under a name or a list at an index; None where there is nothing.
+    """Return the value under a name in a dict, or at an index in a list; None where none is.
 
     Of an object the attributes count.
     """
@@ -151,18 +160,23 @@ def child(container: Any, name: str) -> Any:
 
 
 def children(container: Any) -> list[tuple[str, Any]]:
-    """The parts of a dict, a list or a tuple that a dotted path can name, in order."""
+    """List the values in a dict, a list or a tuple that a dotted path can name, in order."""
     if isinstance(container, (list, tuple)):
-        return [(str(index), part) for index, part in enumerate(container)]
-    entries = container.items() if isinstance(container, dict) else ()
+        return [(str(index), value) for index, value in enumerate(container)]
+    if not isinstance(container, dict):
+        return []
+    # By the exact type: True is an int too, and no path names it.
     return [
-        (str(name), part)
-        for name, part in entries
+        (str(name), value)
+        for name, value in container.items()
         if type(name) is int or (isinstance(name, str) and len(name) <= LONGEST_NAME)
     ]
 
 
 def prefixes(dotted: str) -> list[str]:
-    """``a.b.c``, ``a.b``, ``a``: keys may themselves contain dots."""
-    parts = dotted.split(".")
-    return [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+    """List the beginnings of a dotted path, longest first: ``a.b.c``, ``a.b``, ``a``.
+
+    Names may themselves contain dots, so any of them may be one name.
+    """
+    names = dotted.split(".")
+    return [".".join(names[:count]) for count in range(len(names), 0, -1)]
