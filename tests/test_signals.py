@@ -248,7 +248,8 @@ def test_a_signal_at_any_line_leaves_nothing_and_the_truth_is_told(home):
 
         def trace(frame, event, argument):
             nonlocal count
-            if "click/testing" in frame.f_code.co_filename:
+            # logging keeps its lock for ever if it is interrupted in the midst of taking it
+            if any(name in frame.f_code.co_filename for name in ("click/testing", "/logging/")):
                 return None
             count += event == "line"
             if count == at and event == "line":
