@@ -35,10 +35,10 @@ class Opened:
     """The checkpoints of one training, ordered and without repeats.
 
     Attributes:
-        checkpoints: Those that could be opened.
-        left_out: What is no checkpoint of the training, and why.
-        notes: What a person should know about the order.
-        damaged: Those that could not be opened.
+        checkpoints: The checkpoints that could be opened.
+        left_out: Paths that are no checkpoints of the training, each with the reason.
+        notes: Remarks about the order, for the user.
+        damaged: The checkpoints that could not be opened.
     """
 
     checkpoints: tuple[Checkpoint, ...]
@@ -55,7 +55,7 @@ def open_members(
     Args:
         paths: The checkpoints.
         key: Dotted path of the entry that holds the weights; found by itself where None.
-        broken: Why some of them, and others, hold no weights.
+        broken: Errors of paths that were found to hold no weights; other paths' are ignored.
 
     Raises:
         CheckpointError: None can be opened.
@@ -69,31 +69,33 @@ def open_members(
         try:
             opened.append(open_checkpoint(path, key))
         except NoWeightsError as error:
+            # The only checkpoint of a run was meant to be one; among others it is passed over.
             if len(paths) == 1:
                 raise
             left_out.append((path, error.message.removeprefix(f"{path} ")))
         except CheckpointError as error:
             errors[path] = error
-    made = [c for c in opened if c.is_average]
-    if len(made) < len(opened):
-        left_out += [(c.path, "an average that ckptavg wrote") for c in made]
+    averages = [c for c in opened if c.is_average]
+    # Averages alone are a run of their own: somebody averages averages.
+    if len(averages) < len(opened):
+        left_out += [(c.path, "an average that ckptavg wrote") for c in averages]
         opened = [c for c in opened if not c.is_average]
-    opened, refreshed = _without_refreshed(opened)
+    opened, refreshed = _split_refreshed(opened)
     left_out += refreshed
-    kept, repeats = _without_repeats(opened)
+    members, repeats = _split_repeats(opened)
     left_out += [(alias.path, f"repeats {original.path.name}") for alias, original in repeats]
-    kept, strangers = _without_strangers(kept)
+    members, strangers = _split_strangers(members)
     left_out += strangers
-    if errors and not kept:
+    if errors and not members:
         raise next(iter(errors.values()))
-    ordered, notes = _ordered(kept)
-    return Opened(ordered, left_out, notes, _placed(errors, ordered))
+    ordered, notes = _order(members)
+    return Opened(ordered, left_out, notes, _order_damaged(errors, ordered))
 
 
-def _placed(
+def _order_damaged(
     errors: Mapping[Location, CkptavgError], ordered: Sequence[Checkpoint]
 ) -> tuple[Damaged, ...]:
-    """What cannot be opened, with its place by the names that say when."""
+    """Give each checkpoint that cannot be opened its position, by the step in its name."""
     if not errors:
         return ()
     paths = [*(c.path for c in ordered), *errors]
@@ -105,52 +107,53 @@ def _placed(
     return place_damaged(errors, ordered, named)
 
 
-def _without_refreshed(
+def _split_refreshed(
     checkpoints: Sequence[Checkpoint],
 ) -> tuple[list[Checkpoint], list[LeftOut]]:
-    """Split off the copies with recomputed statistics whose sources are there too."""
+    """Split off the copies with recomputed statistics whose sources are members too."""
     names = Counter(c.path.name for c in checkpoints)
     by_name = {(c.path.name, c.size): c for c in checkpoints if names[c.path.name] == 1}
-    kept: list[Checkpoint] = []
+    members: list[Checkpoint] = []
     left_out: list[LeftOut] = []
     for checkpoint in checkpoints:
         source = by_name.get(_source_of(checkpoint) or ("", 0))
         if source is None or source is checkpoint:
-            kept.append(checkpoint)
+            members.append(checkpoint)
         else:
             why = f"a copy of {source.path.name} with recomputed statistics"
             left_out.append((checkpoint.path, why))
-    return kept, left_out
+    return members, left_out
 
 
 def _source_of(checkpoint: Checkpoint) -> tuple[str, int] | None:
-    """Name and size of the checkpoint that a copy with other statistics was made of.
+    """Return name and size of the checkpoint that a copy with other statistics was made of.
 
-    Not its whole path: a run may have moved since.
+    Its directories do not count: a run may have moved since.
     """
-    made = checkpoint.provenance
-    if made is None or checkpoint.is_average or not made["checkpoints"]:
+    provenance = checkpoint.provenance
+    if provenance is None or checkpoint.is_average or not provenance["checkpoints"]:
         return None
-    source = made["checkpoints"][0]
+    source = provenance["checkpoints"][0]
     path, size = source.get("path"), source.get("size")
     return (last_part(path), size) if isinstance(path, str) and isinstance(size, int) else None
 
 
-def _without_repeats(
+def _split_repeats(
     checkpoints: Sequence[Checkpoint],
 ) -> tuple[list[Checkpoint], list[tuple[Checkpoint, Checkpoint]]]:
-    """Split into checkpoints, and repeats with what each one repeats.
+    """Split off the repeats, each with the checkpoint that it repeats.
 
-    The same files repeat each other. Weights are compared where a name says nothing of when, or
-    where two record the same step, or without steps the same epoch.
+    The same files repeat each other. Weights are compared only where a repeat is likely: where a
+    name tells no step, or where two checkpoints record the same step (or epoch, without steps).
     """
     aliases, labels = _aliases(checkpoints), labels_of([c.path for c in checkpoints])
     contents = Contents()
-    kept: list[Checkpoint] = []
+    members: list[Checkpoint] = []
     repeats: list[tuple[Checkpoint, Checkpoint]] = []
     by_files: dict[object, Checkpoint] = {}
     by_weights = SameWeights(contents)
     by_moment: dict[object, SameWeights] = defaultdict(lambda: SameWeights(contents))
+    # Aliases and links last, so that of two equals the numbered file counts as the original.
     for checkpoint in sorted(
         checkpoints,
         key=lambda c: (c.path in aliases, c.path.is_symlink(), natural(labels[c.path])),
@@ -162,40 +165,46 @@ def _without_repeats(
         if original is not None:
             repeats.append((checkpoint, original))
             continue
-        kept.append(checkpoint)
+        members.append(checkpoint)
         by_files[identity] = checkpoint
         by_weights.add(checkpoint)
         if moment is not None:
             by_moment[moment].add(checkpoint)
-    return kept, repeats
+    return members, repeats
 
 
 def _moment(checkpoint: Checkpoint) -> object:
-    """The step that it records, or the epoch; None where it records neither.
+    """Return the step that a checkpoint records, or the epoch; None where it records neither.
 
-    The epoch does not tell steps apart: the end of one is the beginning of the next.
+    Beside a step the epoch does not count: the end of one is the beginning of the next.
     """
     step, epoch = checkpoint.record.step, checkpoint.record.epoch
-    return (None if epoch is None else ("epoch", epoch)) if step is None else ("step", step)
+    if step is not None:
+        return "step", step
+    return None if epoch is None else ("epoch", epoch)
 
 
-def _without_strangers(
+def _split_strangers(
     checkpoints: Sequence[Checkpoint],
 ) -> tuple[list[Checkpoint], list[LeftOut]]:
-    """Split off what is no point of the training by its name, if that leaves a run."""
-    kept, strangers = [], []
+    """Split off the checkpoints whose names tell that they are no step of the training.
+
+    All are members where fewer than two would be: such names are then those of the run itself.
+    """
+    members: list[Checkpoint] = []
+    strangers: list[LeftOut] = []
     for checkpoint in checkpoints:
         stem = stem_of(checkpoint.path).lower()
         why = next((why for word, why in STRANGERS if word.search(stem)), None)
         if why is None:
-            kept.append(checkpoint)
+            members.append(checkpoint)
         else:
             strangers.append((checkpoint.path, why))
-    return (kept, strangers) if len(kept) > 1 else (list(checkpoints), [])
+    return (members, strangers) if len(members) > 1 else (list(checkpoints), [])
 
 
 def _aliases(checkpoints: Sequence[Checkpoint]) -> set[Location]:
-    """Checkpoints that may stand for another one: by their name, or as the parent of the rest."""
+    """Find the checkpoints that may repeat another one: by name, or as a parent of the others."""
     labels = labels_of([c.path for c in checkpoints])
     roots = roots_of([c.path for c in checkpoints])
     return {path for path, label in labels.items() if path in roots or is_alias_name(label)}
@@ -203,11 +212,11 @@ def _aliases(checkpoints: Sequence[Checkpoint]) -> set[Location]:
 
 @dataclass(frozen=True)
 class _Clock:
-    """Positions of some checkpoints in training, in their order.
+    """The positions of checkpoints in training, one for each, in the checkpoints' order.
 
     Attributes:
-        positions: What each is ordered by; None where that is not known.
-        within: What those of one position are ordered by.
+        positions: The positions; None where one is not known.
+        within: Second positions, which order the checkpoints of equal first ones.
     """
 
     positions: Sequence[float | None]
@@ -215,47 +224,55 @@ class _Clock:
 
     @property
     def is_complete(self) -> bool:
-        """Whether every checkpoint has a position."""
+        """True where every checkpoint has a position."""
         return None not in self.positions
 
     @property
     def stands_still(self) -> bool:
-        """Whether it is the same for all of several checkpoints."""
+        """True where there are several checkpoints, all of one position."""
         return len(self.positions) > 1 and len(set(self.positions)) == 1
 
 
-def _ordered(checkpoints: Sequence[Checkpoint]) -> tuple[tuple[Checkpoint, ...], list[str]]:
+def _order(checkpoints: Sequence[Checkpoint]) -> tuple[tuple[Checkpoint, ...], list[str]]:
     """Sort by step, then epoch, then the numbers in the names, and give each its position."""
-    clock, notes = _common_clock(checkpoints)
+    clock, notes = _choose_clock(checkpoints)
     aliases, labels = _aliases(checkpoints), labels_of([c.path for c in checkpoints])
     positions = clock.positions
-    ranked = sorted(
-        range(len(checkpoints)),
-        key=lambda i: (
-            *((positions[i], _or_before(clock.within[i])) if clock.is_complete else ()),
-            checkpoints[i].path in aliases,
-            natural(labels[checkpoints[i].path]),
-        ),
-    )
-    ordered = tuple(replace(checkpoints[i], step=positions[i]) for i in ranked)
-    return ordered, notes + _doubts(ordered)
+
+    def sort_key(index: int) -> tuple[object, ...]:
+        path = checkpoints[index].path
+        by_name = (path in aliases, natural(labels[path]))
+        if not clock.is_complete:
+            return by_name
+        return positions[index], _or_before(clock.within[index]), *by_name
+
+    indices = sorted(range(len(checkpoints)), key=sort_key)
+    ordered = tuple(replace(checkpoints[i], step=positions[i]) for i in indices)
+    return ordered, notes + _note_doubts(ordered)
 
 
 def _or_before(position: float | None) -> float:
+    """Return a position, or one before all others where it is not known."""
     return -1.0 if position is None else position
 
 
-def _common_clock(checkpoints: Sequence[Checkpoint]) -> tuple[_Clock, list[str]]:
-    """The clock that all checkpoints have, and notes about it.
+def _choose_clock(checkpoints: Sequence[Checkpoint]) -> tuple[_Clock, list[str]]:
+    """Choose the clock that orders the checkpoints: one that all of them have.
+
+    Recorded steps come first, then recorded epochs, then the steps in the names.
+
+    Returns:
+        The clock, and notes about it.
 
     Raises:
-        RunError: There is none, and their names count in different units.
+        RunError: No recorded clock is complete, and the names count in different units.
     """
     steps = [c.record.step for c in checkpoints]
     epochs = [c.record.epoch for c in checkpoints]
     by_step, by_epoch = _Clock(steps, epochs), _Clock(epochs, steps)
     clocks = [] if _restarts(checkpoints) else [by_step]
     recorded = [clock for clock in (*clocks, by_epoch) if clock.is_complete]
+    # A trainer that never counts its steps up still records a step of 0 everywhere.
     clock = next((c for c in recorded if not c.stands_still), next(iter(recorded), None))
     named = [*_named_steps([c.path for c in checkpoints]).values()]
     positions = [None if step.value is None else float(step.value) for step in named]
@@ -274,7 +291,7 @@ def _common_clock(checkpoints: Sequence[Checkpoint]) -> tuple[_Clock, list[str]]
 
 
 def _named_steps(paths: Sequence[Location]) -> dict[Location, NamedStep]:
-    """The steps in the names; a directory that holds the other checkpoints has none."""
+    """Read the steps in the names; a directory that holds the other checkpoints has none."""
     labels = labels_of(paths)
     roots = roots_of(paths)
     numbered = [path for path in paths if path not in roots]
@@ -284,18 +301,18 @@ def _named_steps(paths: Sequence[Location]) -> dict[Location, NamedStep]:
 
 
 def _tell_apart(named: Sequence[NamedStep]) -> bool:
-    """Whether names tell by a word that all of them have what they count, and differ."""
+    """Tell whether names differ in their steps, and all name the same unit: ``epoch_1``."""
     units = {step.unit for step in named}
     values = {step.value for step in named}
     return len(units) == 1 and not {None} & units and None not in values and len(values) > 1
 
 
 def _lack_order(checkpoints: Sequence[Checkpoint]) -> bool:
-    """Whether of the checkpoints of an epoch some record a step and others do not."""
-    kinds: dict[float | None, set[bool]] = defaultdict(set)
+    """Tell whether in one epoch some checkpoints record a step and others do not."""
+    stepless: dict[float | None, set[bool]] = defaultdict(set)
     for checkpoint in checkpoints:
-        kinds[checkpoint.record.epoch].add(checkpoint.record.step is None)
-    return any(len(kind) > 1 for kind in kinds.values())
+        stepless[checkpoint.record.epoch].add(checkpoint.record.step is None)
+    return any(len(answers) > 1 for answers in stepless.values())
 
 
 def _refuse_two_units(checkpoints: Sequence[Checkpoint], named: Sequence[NamedStep]) -> None:
@@ -307,7 +324,9 @@ def _refuse_two_units(checkpoints: Sequence[Checkpoint], named: Sequence[NamedSt
     patterns: dict[bool, list[str]] = {True: [], False: []}
     for checkpoint, step in zip(checkpoints, named, strict=True):
         if step.value is not None and not is_alias_name(checkpoint.path):
+            # Steps, batches and bare numbers count as one unit: a bare number may be any.
             patterns[step.unit == "epoch"].append(checkpoint.pattern)
+    # A single odd name is no second series.
     if min(map(len, patterns.values())) < 2:
         return
     shown = [f"'{pattern}'" for pattern in dict.fromkeys(patterns[True] + patterns[False])]
@@ -319,10 +338,10 @@ def _refuse_two_units(checkpoints: Sequence[Checkpoint], named: Sequence[NamedSt
 
 
 def refuse_two_series(ordered: Sequence[Checkpoint]) -> None:
-    """Make sure that a directory does not hold two networks or runs, step by step.
+    """Make sure that a directory does not hold a checkpoint of each of two networks per step.
 
     Raises:
-        RunError: It does: under two kinds of names there is a checkpoint for each step.
+        RunError: It does: two patterns of names have a checkpoint for each step.
     """
     steps: dict[str, list[float | None]] = defaultdict(list)
     for checkpoint in ordered:
@@ -339,38 +358,47 @@ def refuse_two_series(ordered: Sequence[Checkpoint]) -> None:
 
 
 def _series(checkpoint: Checkpoint) -> str:
-    """A shell pattern of the name without its step, or without numbers if the step is not in it."""
+    """Return the shell pattern of a checkpoint's name with another step in it.
+
+    If the step is not in the name, all numbers give way.
+    """
     name = checkpoint.path.name
-    whole = checkpoint.step is not None and float(checkpoint.step).is_integer()
-    step = str(int(checkpoint.step or 0)) if whole else ""
-    places = [m for m in re.finditer(r"\d+", name) if (m[0].lstrip("0") or "0") == step]
-    if not places:
+    is_whole = checkpoint.step is not None and float(checkpoint.step).is_integer()
+    step = str(int(checkpoint.step or 0)) if is_whole else ""
+    matches = [m for m in re.finditer(r"\d+", name) if (m[0].lstrip("0") or "0") == step]
+    if not matches:
         return checkpoint.pattern
-    begin, end = places[-1].span()
+    # The last: what stands before it names the network or the experiment.
+    begin, end = matches[-1].span()
     return f"{glob.escape(name[:begin])}*{glob.escape(name[end:])}"
 
 
-def _doubts(ordered: Sequence[Checkpoint]) -> list[str]:
-    """Notes about an order that may not be what the user thinks."""
+def _note_doubts(ordered: Sequence[Checkpoint]) -> list[str]:
+    """Note where the order may not be what the user thinks."""
     notes = []
-    for one, other in pairwise(ordered):
-        if one.step is not None and one.step == other.step and one.record == other.record:
+    # One pair is enough for each doubt: the remedy is the same for all.
+    for former, latter in pairwise(ordered):
+        if former.step is None or former.step != latter.step:
+            continue
+        if former.record == latter.record:
             notes.append(
-                f"{one.path.name} and {other.path.name} share the step {step_text(one.step)}: "
+                f"{former.path.name} and {latter.path.name} share the step "
+                f"{step_text(former.step)}: "
                 "if they are of different runs, tell them apart with --glob"
             )
             break
-    for one, other in pairwise(ordered):
-        if not one.tensors.keys() & other.tensors.keys() and one.pattern != other.pattern:
+    for former, latter in pairwise(ordered):
+        is_disjoint = not former.tensors.keys() & latter.tensors.keys()
+        if is_disjoint and former.pattern != latter.pattern:
             notes.append(
-                f"{one.path.name} and {other.path.name} hold different networks: "
-                f"tell them apart with --glob '{one.pattern}' or '{other.pattern}'"
+                f"{former.path.name} and {latter.path.name} hold different networks: "
+                f"tell them apart with --glob '{former.pattern}' or '{latter.pattern}'"
             )
             break
-    unplaced = [c.path.name for c in ordered if c.step is None]
-    if unplaced and len(ordered) > 1:
-        so = "placed last" if len(unplaced) < len(ordered) else "in the order of their names"
-        notes.append(f"no step is known of {first_few(unplaced)}: {so}")
+    stepless = [c.path.name for c in ordered if c.step is None]
+    if stepless and len(ordered) > 1:
+        order = "placed last" if len(stepless) < len(ordered) else "in the order of their names"
+        notes.append(f"no step is known of {first_few(stepless)}: {order}")
     epochs = [c.record.epoch for c in ordered if c.record.epoch is not None]
     if any(a > b for a, b in pairwise(epochs)):
         notes.append("recorded steps and epochs disagree on the order: the steps decide")
@@ -378,8 +406,8 @@ def _doubts(ordered: Sequence[Checkpoint]) -> list[str]:
 
 
 def _restarts(checkpoints: Sequence[Checkpoint]) -> bool:
-    """Whether steps count anew in each epoch: the same step stands in several epochs."""
-    epochs: dict[int | None, set[float | None]] = defaultdict(set)
+    """Tell whether steps count anew in each epoch: one step is recorded in several epochs."""
+    epochs_of: dict[int | None, set[float | None]] = defaultdict(set)
     for checkpoint in checkpoints:
-        epochs[checkpoint.record.step].add(checkpoint.record.epoch)
-    return any(len(found - {None}) > 1 for found in epochs.values())
+        epochs_of[checkpoint.record.step].add(checkpoint.record.epoch)
+    return any(len(epochs - {None}) > 1 for epochs in epochs_of.values())

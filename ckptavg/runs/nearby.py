@@ -1,0 +1,94 @@
+"""The runs near a path that holds none, for the errors that name them."""
+
+from __future__ import annotations
+
+from ckptavg.errors import RunError, first_few
+from ckptavg.formats import is_checkpoint_directory
+from ckptavg.formats.storage import Location
+from ckptavg.runs.file_names import OTHER_STATE, SUFFIXES, natural, stem_of
+from ckptavg.runs.numbered import mask_step, step_directory, weights_below
+from ckptavg.runs.ranks import refuse_rank_files
+
+# Levels, and directories per level, in which runs to name are looked for.
+_DEEPEST_RUN, _MOST_LOOKED_INTO = 4, 200
+
+
+def describe_missing_run(directory: Location) -> RunError:
+    """Word the error for a directory that is no run, with the runs that lie below it.
+
+    Raises:
+        CheckpointError: It holds the parts of different ranks, which says more.
+    """
+    refuse_rank_files(weights_below(directory))
+    runs = _runs_below(directory)
+    if len(runs) > 1:
+        return RunError(
+            f"{directory} holds {len(runs)} runs: {first_few(runs, 8)}",
+            "Name one, or name each of them to average across runs.",
+        )
+    if runs:
+        return RunError(
+            f"{directory} holds no checkpoint itself, but {runs[0]} does", "Name that directory."
+        )
+    return RunError(
+        f"{directory} holds no checkpoint",
+        "Expected .safetensors, .pt, .pth, .ckpt or .bin files, or Hugging Face directories; name "
+        "files of other suffixes themselves.",
+    )
+
+
+def _runs_below(directory: Location) -> list[str]:
+    """Find the directories that hold checkpoints, on the uppermost level that has some."""
+    level = [directory]
+    for _ in range(_DEEPEST_RUN):
+        level = [p for d in level for p in _folders(d)][:_MOST_LOOKED_INTO]
+        if runs := [_training_of(p, directory) for p in level if _leads_to_checkpoints(p)]:
+            return list(dict.fromkeys(map(str, runs)))
+    return []
+
+
+def _leads_to_checkpoints(directory: Location) -> bool:
+    """Tell whether a directory holds checkpoints, or is a step's with some further down."""
+    if holds_checkpoints(directory):
+        return True
+    return mask_step(directory.name) is not None and bool(weights_below(directory))
+
+
+def _training_of(holder: Location, directory: Location) -> Location:
+    """Return the directory that a user names to get the checkpoints in a holder.
+
+    It is the one above the directories of steps, if that lies below the directory of the search.
+    """
+    step = holder if mask_step(holder.name) is not None else step_directory(holder)
+    if step is None or directory not in step.parents or step.parent == directory:
+        return holder
+    return step.parent
+
+
+def _folders(directory: Location) -> list[Location]:
+    """List the directories directly below one, in natural order."""
+    shown = (p for p in directory.iterdir() if p.is_dir() and not p.name.startswith("."))
+    return sorted(shown, key=natural)
+
+
+def holds_checkpoints(directory: Location) -> bool:
+    """Tell whether a checkpoint lies directly below a directory."""
+    for path in directory.iterdir():
+        if path.name.startswith("."):
+            continue
+        if is_checkpoint_directory(path):
+            return True
+        is_file = path.is_file() and path.name.endswith(SUFFIXES)
+        if is_file and not OTHER_STATE.fullmatch(stem_of(path)):
+            return True
+    return False
+
+
+def suggest_neighbours(path: Location) -> str:
+    """Say what the nearest directory above a missing path holds, as a remedy."""
+    parent = next((p for p in path.parents if p.is_dir()), None)
+    if parent is None:
+        return "Check its first part, and what your credentials let you see."
+    below = sorted(p.name for p in parent.iterdir() if not p.name.startswith("."))
+    names = [str(parent / name) for name in below]
+    return f"{parent} holds {first_few(names, 5)}." if names else f"{parent} is empty."
