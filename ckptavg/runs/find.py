@@ -31,6 +31,7 @@ from ckptavg.runs.file_names import (
 )
 from ckptavg.runs.nearby import describe_missing_run, holds_checkpoints, suggest_neighbours
 from ckptavg.runs.networks import (
+    Groups,
     refuse_networks,
     split_copies,
     split_weightless,
@@ -44,12 +45,13 @@ from ckptavg.runs.numbered import (
     step_directory,
     weights_below,
 )
-from ckptavg.runs.ranks import are_parts, refuse_rank_files
+from ckptavg.runs.ranks import are_parts, find_replicas
 from ckptavg.runs.suffixes import PASSED_OVER, split_by_suffix
 from ckptavg.runs.unfinished import find_unfinished, why_unfinished
 
 LeftOut = tuple[Location, str]
 SKIPPED = "skipped, as asked for"
+REPLICA = "the same weights as those of the first rank"
 _UNLIKE = "without a number, unlike its neighbours"
 
 
@@ -121,7 +123,7 @@ def find(paths: Sequence[Location], patterns: Patterns) -> Findings:
         )
     groups = {home: members for home, members in groups.items() if members}
     # Parts of one model first: read alone they would pass for networks or for damage below.
-    refuse_rank_files(chain(*groups.values()))
+    groups = _without_replicas(groups, findings)
     groups, copies = split_copies(groups, listing.unnamed)
     findings.left_out += [(path, EMA_COPY) for path in copies]
     groups, weightless = split_weightless(groups, listing.unnamed)
@@ -130,6 +132,26 @@ def find(paths: Sequence[Location], patterns: Patterns) -> Findings:
     findings.groups = list(groups.values())
     refuse_partitioned(chain(*findings.groups))
     return findings
+
+
+def _without_replicas(groups: Groups, findings: Findings) -> Groups:
+    """Return the groups with the first rank's file of those that hold the same, and note the rest.
+
+    Raises:
+        CheckpointError: Files are parts of one model.
+    """
+    replicas = find_replicas(chain(*groups.values()))
+    kept: Groups = {}
+    for home, members in groups.items():
+        together = set(members)
+        kept[home] = []
+        for path in members:
+            # What another run holds too is no replica.
+            if replicas.get(path) in together:
+                findings.left_out.append((path, REPLICA))
+            else:
+                kept[home].append(path)
+    return kept
 
 
 def _without_skipped(
@@ -232,7 +254,7 @@ def tell(left_out: Sequence[LeftOut]) -> list[str]:
     for path, why in left_out:
         if why.startswith("repeats "):
             notes.append(f"{path} {why} and counts once")
-        elif why == PASSED_OVER:
+        elif why in (PASSED_OVER, REPLICA):
             groups[("", why)].append(path)
         elif why not in (NOT_WEIGHTS, SKIPPED) and not why.startswith("does not match "):
             groups[(path.name, why) if step_directory(path) else (path, why)].append(path)

@@ -7,7 +7,7 @@ from ckptavg.formats import is_checkpoint_directory
 from ckptavg.formats.storage import Location
 from ckptavg.runs.file_names import OTHER_STATE, SUFFIXES, natural, stem_of
 from ckptavg.runs.numbered import mask_step, step_directory, weights_below
-from ckptavg.runs.ranks import refuse_rank_files
+from ckptavg.runs.ranks import find_replicas
 
 # Levels, and directories per level, in which runs to name are looked for.
 _DEEPEST_RUN, _MOST_LOOKED_INTO = 4, 200
@@ -19,7 +19,7 @@ def describe_missing_run(directory: Location) -> RunError:
     Raises:
         CheckpointError: It holds the parts of different ranks, which says more.
     """
-    refuse_rank_files(weights_below(directory))
+    find_replicas(weights_below(directory))
     runs = _runs_below(directory)
     if len(runs) > 1:
         return RunError(

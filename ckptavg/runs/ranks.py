@@ -15,6 +15,7 @@ from itertools import pairwise
 from ckptavg.errors import CheckpointError, first_few
 from ckptavg.formats import Checkpoint, open_checkpoint
 from ckptavg.formats.comparing import Contents, SameWeights
+from ckptavg.formats.names import running_statistics
 from ckptavg.formats.storage import Location, ancestors
 from ckptavg.runs.file_names import natural
 from ckptavg.runs.numbered import mask_step
@@ -103,17 +104,30 @@ def are_parts(paths: Sequence[Location]) -> bool:
     return bool(_by_model(paths))
 
 
-def refuse_rank_files(paths: Iterable[Location]) -> None:
-    """Make sure that no two files are different ranks' parts of one model.
+def find_replicas(paths: Iterable[Location]) -> dict[Location, Location]:
+    """Find what ranks of a data-parallel training saved again, whose weights are all the same.
 
-    Ranks that hold the same weights, as of data-parallel training, are none.
+    Returns:
+        Each such file → that of the first rank.
 
     Raises:
-        CheckpointError: Two are; or one of them cannot be opened.
+        CheckpointError: Files are different ranks' parts of one model; or one cannot be opened.
     """
+    replicas: dict[Location, Location] = {}
     for group in _by_model(paths):
-        if not _are_replicas(group):
-            raise _parts(group, "ranks", _remedy(group))
+        first = open_checkpoint(group[0])
+        copies: list[Location] = []
+        for path in group[1:]:
+            other = open_checkpoint(path)
+            # Of files that record different steps the numbers are no ranks.
+            if _moment(first) != _moment(other):
+                break
+            if not _are_replicas(first, other):
+                raise _parts(group, "ranks", _remedy(group))
+            copies.append(path)
+        else:
+            replicas |= dict.fromkeys(copies, group[0])
+    return replicas
 
 
 def _by_model(paths: Iterable[Location]) -> list[list[Location]]:
@@ -132,10 +146,19 @@ def _by_model(paths: Iterable[Location]) -> list[list[Location]]:
     ]
 
 
-def _are_replicas(group: Sequence[Location]) -> bool:
-    """Whether two ranks hold the same weights."""
-    one, other = (open_checkpoint(path) for path in group[:2])
-    return _hold_same(one, other, Contents())
+def _are_replicas(one: Checkpoint, other: Checkpoint) -> bool:
+    """Whether two ranks hold the same weights.
+
+    Their running statistics may differ: without SyncBatchNorm each has those of its own batches.
+    """
+    pair = [_without_statistics(checkpoint) for checkpoint in (one, other)]
+    return _hold_same(pair[0], pair[1], Contents())
+
+
+def _without_statistics(checkpoint: Checkpoint) -> Checkpoint:
+    statistics = running_statistics(checkpoint.tensors)
+    weights = {name: t for name, t in checkpoint.tensors.items() if name not in statistics}
+    return replace(checkpoint, tensors=weights)
 
 
 def _hold_same(one: Checkpoint, other: Checkpoint, contents: Contents) -> bool:

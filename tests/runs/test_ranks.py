@@ -128,6 +128,31 @@ def test_ranks_with_the_same_weights_are_no_parts(tmp_path):
     assert names(run) == ["checkpoint-rank0.pt"]
 
 
+def test_replicas_count_once_whatever_their_statistics(tmp_path):
+    for epoch in (1, 2, 3):
+        for rank in (0, 1):
+            norm = torch.nn.BatchNorm1d(3)
+            norm.weight.data.fill_(epoch)
+            norm.running_mean.fill_(10 * epoch + rank)
+            torch.save(norm.state_dict(), tmp_path / f"epoch{epoch}_rank{rank}.pt")
+    run = open_run(tmp_path).last(2)
+    assert names(run) == ["epoch2_rank0.pt", "epoch3_rank0.pt"]
+    assert average(run)["running_mean"].tolist() == [25] * 3
+    assert any("epoch1_rank1.pt and 2 more are left out" in note for note in run.notes)
+
+
+def test_replicas_of_some_ranks_make_no_replicas_of_all(tmp_path):
+    for rank, state in enumerate([half(0), half(0), half(1), half(1)]):
+        torch.save(state, tmp_path / f"pp{rank // 2}_dp{rank % 2}.pt")
+    assert "parts of one model: 4 ranks" in refusal(tmp_path)
+
+
+def test_numbers_beside_different_steps_are_no_ranks(tmp_path):
+    for i in (1, 2, 3):
+        torch.save({"model": half(0, i), "step": 10 * i}, tmp_path / f"pp{i}.pt")
+    assert [c.step for c in open_run(tmp_path)] == [10, 20, 30]
+
+
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
 def test_shards_without_their_metadata_are_parts(tmp_path):
     dcp.save({"model": half(0)}, checkpoint_id=tmp_path / "step_1")
