@@ -31,7 +31,7 @@ def sample(tensor: Tensor) -> torch.Tensor:
     with closing(Reader()) as reader:
         parts = [_read(reader, tensor, start, count) for start, count in _stretches(tensor)]
     dtype = getattr(torch, tensor.dtype.name)
-    return torch.cat(parts) if parts else torch.empty(0, dtype=dtype)
+    return torch.cat(parts) if parts else torch.empty(0, dtype=dtype, device="cpu")
 
 
 def first_values(tensors: Sequence[Tensor]) -> list[float]:

@@ -210,6 +210,20 @@ def test_denormals_keep_their_value_where_the_process_flushes_them(tmp_path):
     assert found["f"].tolist() == tensor.float().tolist()
 
 
+@pytest.mark.parametrize(
+    "mode", [lambda: torch.device("meta"), torch.inference_mode], ids=["device", "inference"]
+)
+def test_results_are_ordinary_tensors_in_any_mode_of_the_caller(tmp_path, mode):
+    tied = torch.tensor([1.5, -2.0])
+    states = [{"w": tied * n, "v": tied, "u": tied, "s": torch.tensor(n)} for n in (1.0, 2.0)]
+    checkpoints = opened(tmp_path, states)
+    expected, _ = compute(checkpoints, [1.0, 1.0])
+    with mode():
+        found, _ = compute(checkpoints, [1.0, 1.0])
+    assert all(same_bits(found[name], tensor) for name, tensor in expected.items())
+    assert not any(tensor.is_inference() for tensor in found.values())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_sums_of_huge_values_do_not_overflow_on_the_way(tmp_path, dtype):
     largest = torch.finfo(dtype).max

@@ -44,14 +44,19 @@ class MemorySink:
     def __init__(self, tensors: Iterable[OutputTensor]) -> None:
         self.state_dict: dict[str, torch.Tensor] = {}
         self._bytes: dict[str, torch.Tensor] = {}
-        for t in tensors:
-            if t.tied_to is not None:
-                self.state_dict[t.name] = self.state_dict[t.tied_to].view(t.shape)
-                continue
-            tensor = torch.empty(t.shape, dtype=getattr(torch, t.dtype.name))
-            self.state_dict[t.name] = tensor
-            if tensor.numel():
-                self._bytes[t.name] = tensor.view(-1).view(torch.uint8)
+        # Ordinary tensors of the CPU, whatever mode and default device the caller has.
+        with torch.inference_mode(mode=False):
+            for t in tensors:
+                self._allocate(t)
+
+    def _allocate(self, t: OutputTensor) -> None:
+        if t.tied_to is not None:
+            self.state_dict[t.name] = self.state_dict[t.tied_to].view(t.shape)
+            return
+        tensor = torch.empty(t.shape, dtype=getattr(torch, t.dtype.name), device="cpu")
+        self.state_dict[t.name] = tensor
+        if tensor.numel():
+            self._bytes[t.name] = tensor.view(-1).view(torch.uint8)
 
     def write(self, name: str, offset: int, data: memoryview) -> None:
         """Copy the bytes into the tensor."""
