@@ -27,6 +27,7 @@ from ckptavg.formats.inert_values import (
     name_of,
     storage_of,
 )
+from ckptavg.formats.mappings import unfold_mappings
 
 MAX_PICKLE = 64 * 2**20
 _MOST_CONTAINERS = 5_000_000  # a byte of pickle can make one of 200 bytes
@@ -74,7 +75,8 @@ def load(file: BinaryIO) -> tuple[Any, dict[str, Storage]]:
     except Exception as error:  # anything a hostile stream provokes: it is damage all the same
         kind = PickleCutShort if source.exhausted else MalformedPickle
         raise kind(str(error)[:200] or type(error).__name__) from error
-    return machine.result, machine.storages
+    tree = unfold_mappings(machine.result) if machine.filled else machine.result
+    return tree, machine.storages
 
 
 class _Bounded:
@@ -134,6 +136,7 @@ class _Machine:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
         self.result: Any = None
+        self.filled = False  # whether an object of an unknown class was given items by name
         # The last few texts and bytes, and every single byte: the same object may come again.
         self.recent: deque[tuple[Any, Span]] = deque(maxlen=_RECENT)
         self.single: dict[Any, Span] = {}
@@ -224,6 +227,7 @@ class _Machine:
         if isinstance(target, dict):
             target.update(self.pairs(values))
         elif isinstance(target, Opaque):
+            self.filled = True
             target.items.extend(zip(values[::2], values[1::2], strict=True))
         else:
             raise MalformedPickle(f"it stores items in a {type(target).__name__}")

@@ -377,7 +377,8 @@ def _describe(tree: Any) -> str:
 
 
 def _suggest(tree: Any) -> str:
-    paths = _entry_paths(tree) if isinstance(tree, dict) else []
+    entries = tree.state if isinstance(tree, Opaque) else tree
+    paths = _entry_paths(entries) if isinstance(entries, dict) else []
     if paths:
         return f"Name the entry with --key, for instance --key {paths[0]}."
     return "Save model.state_dict() with torch.save, or name another file."

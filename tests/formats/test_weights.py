@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections import OrderedDict
+import re
+import types
+from collections import OrderedDict, UserDict
 
 import pytest
 import torch
@@ -36,6 +38,14 @@ def refused(tmp_path, refusal):
         return refusal(tmp_path / "checkpoint.pt", key)
 
     return save_and_refuse
+
+
+class StateDict(OrderedDict):
+    """A state dict of a library's own class."""
+
+
+class Config(dict):
+    """Settings of a library's own class."""
 
 
 def weights(*names: str) -> dict[str, torch.Tensor]:
@@ -252,3 +262,29 @@ def test_stored_names_lead_back_to_the_file(opened):
 
 def test_every_way_not_to_find_weights_is_a_checkpoint_error():
     assert issubclass(NoWeightsError, CheckpointError)
+
+
+# ------------------------------------------------------------------------------------ other classes
+
+
+def test_a_state_dict_of_a_class_of_its_own_is_read(opened):
+    state = StateDict(nn.Linear(2, 2).state_dict())
+    saved = Config(epoch=3, state_dict=state, config=Config(lr=0.1), same=[state])
+    for value, key in ((state, ""), ({"model": state}, "model"), (saved, "state_dict")):
+        checkpoint = opened(value)
+        assert checkpoint.key == key
+        assert list(checkpoint.tensors) == ["weight", "bias"]
+    assert checkpoint.record.epoch == 3
+    assert opened(saved, "same.0").tensors.keys() == checkpoint.tensors.keys()
+
+
+def test_arrays_of_a_class_of_its_own_are_read(opened):
+    state = StateDict((name, tensor.numpy()) for name, tensor in weights().items())
+    assert list(opened(state).tensors) == list(weights())
+
+
+@pytest.mark.parametrize("kind", [argparse.Namespace, types.SimpleNamespace, UserDict])
+def test_the_key_that_is_named_for_an_object_opens_it(opened, refused, kind):
+    value = kind(trained=weights(), epoch=1)
+    key = re.search(r"--key (\S+)\.", refused(value))[1]
+    assert list(opened(value, key).tensors) == list(weights())
