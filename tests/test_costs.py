@@ -92,11 +92,24 @@ def names_of_training_states() -> bytes:
     return beside(b"".join(entries) + b"".join(dicts))
 
 
+def networks_of_one_dict() -> bytes:
+    """Many entries of weights, which have one dict in common."""
+    entries = (text(f"n{i}") + get(3) for i in range(60_000))
+    return state() + put(3) + POP + EMPTY_DICT + MARK + b"".join(entries) + SETITEMS
+
+
+def networks() -> bytes:
+    entries = (text(f"n{i}") + EMPTY_DICT + text("a") + state() + SETITEM for i in range(6000))
+    return EMPTY_DICT + MARK + b"".join(entries) + SETITEMS
+
+
 PICKLES: dict[str, Callable[[], bytes]] = {
     "an integer of 300 kB, 60,000 times": huge_integer_often,
     "integers of 500 bytes, 150,000 times": long_integers_often,
     "50,000 dropped objects 97 dicts deep": dropped_deep_below_long_names,
     "names that repeat a word": names_of_training_states,
+    "60,000 networks of one dict": networks_of_one_dict,
+    "6,000 networks": networks,
 }
 
 

@@ -15,6 +15,7 @@ import types
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -183,8 +184,16 @@ class Keeper:
         return self._leads_to_weights(prefix) and bool(TRAINING_STATE.fullmatch(name))
 
     def _leads_to_weights(self, prefix: str) -> bool:
-        entries = [self.key, *(join(self.key, path) for path in self.networks)]
-        return any(entry.startswith(prefix) for entry in entries)
+        return prefix in self._above_weights
+
+    @cached_property
+    def _above_weights(self) -> set[str]:
+        """What the dotted paths of entries with weights begin with, up to any of their dots."""
+        prefixes = {""}
+        for entry in (self.key, *(join(self.key, path) for path in self.networks)):
+            dots = (i for i, letter in enumerate(entry[:_LONGEST_NAME]) if letter == ".")
+            prefixes.update(entry[: i + 1] for i in dots)
+        return prefixes
 
     def _keep(self, value: Any, prefix: str, depth: int) -> Any:
         if id(value) in self.replaced:

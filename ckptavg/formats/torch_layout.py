@@ -267,10 +267,13 @@ def _own_entries(
     One that lies in another is made before it.
     """
     file_entries: dict[str, OrderedDict[Any, Any]] = {}
+    bare = {stored: name for name, stored in template.stored_names.items()}
+    replaced = dict(keeper.replaced)
+    keeper.replaced = replaced
     for path in sorted(places, key=len, reverse=True):
-        own = _own_entry(template, book, keeper, path, places[path])
+        own = _own_entry(template, book, keeper, path, places[path], bare)
         file_entries[path] = own
-        keeper.replaced = {**keeper.replaced, id(places[path].value): own}
+        replaced[id(places[path].value)] = own
     for name in book.stubs:
         if name not in template.stored_names:  # what another base brings
             stored = template.stored_name(name)
@@ -282,10 +285,23 @@ def _own_entries(
 
 
 def _own_entry(
-    template: Checkpoint, book: _Storages, keeper: Keeper, path: str, place: Place
+    template: Checkpoint,
+    book: _Storages,
+    keeper: Keeper,
+    path: str,
+    place: Place,
+    bare: Mapping[str, str],
 ) -> OrderedDict[Any, Any]:
-    """The weights under the names that they had, in their order, and what stood among them."""
-    bare = {stored: name for name, stored in template.stored_names.items()}
+    """The weights under the names that they had, in their order, and what stood among them.
+
+    Args:
+        template: The last input.
+        book: The output's tensors.
+        keeper: Says what may go out of what stands among the weights.
+        path: Dotted path of the entry.
+        place: Where it lies.
+        bare: Stored name of each weight → its bare name.
+    """
     taken = {
         name: bare[join(path, name)]
         for name in place.entry

@@ -243,6 +243,8 @@ class _Archive:
             CheckpointError: It is huge.
         """
         entry = self.entries[name]
+        if entry.size > inert_pickle.MAX_PICKLE and not entry.stored:
+            raise MalformedZip(f"{entry.name!r} claims {entry.size} bytes")
         if entry.size > inert_pickle.MAX_PICKLE:
             raise CheckpointError(
                 f"{self.path} has {entry.size} bytes in {entry.name!r}, of which at most "

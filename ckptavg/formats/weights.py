@@ -212,9 +212,10 @@ def beside(tree: Any, paths: Sequence[str]) -> tuple[str, ...]:
     levels: dict[str, Any] = {}
     for path in paths:
         levels |= dict(walk(tree, path) or ())
+    homes = set(paths)
     shown: list[str] = []
     for above, level in levels.items():
-        others = [] if above in paths else children(level)
+        others = [] if above in homes else children(level)
         named = [(join(above, name), value) for name, value in others if name != PROVENANCE]
         for name, value in [part for part in named if part[0] not in levels][:_MOST_ENTRIES]:
             count = count_tensors(value)
