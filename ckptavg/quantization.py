@@ -1,4 +1,4 @@
-"""Packed and quantized weights, told by what stands beside them: their integers have no mean."""
+"""Packed and quantized weights, told by their scales: such integers have no mean."""
 
 from __future__ import annotations
 
@@ -26,15 +26,17 @@ _PAIRS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (".weight_packed", (".weight_scale",)),
     ("_blocks", ("_scales",)),
 )
-_MEANING = re.compile(
-    r"scale|absmax|scb|zero|quant_map|biases|codebook|centroid|lookup|lut"  # of packed integers
-)
+# Parts of names of the floats that turn packed integers into weights.
+_MEANING = re.compile(r"scale|absmax|scb|zero|quant_map|biases|codebook|centroid|lookup|lut")
 _CODEBOOK = re.compile(r"codebook|centroid|lookup|lut")
-_MOST_SCALES = 100  # of a layer
+# Per layer. Formats have a handful; the bound keeps a table without modules from quadratic time.
+_MOST_SCALES = 100
 _WEIGHT = re.compile(r"[_q]?(?:weight|kernel|data)(?:_packed|_q|_int)?|w_q")
 _QUANTIZED = re.compile(r"quantization|quantized|quant_(?:method|type|config)")
-_FEWEST = 16  # elements that weights are packed into
-_WORD, _INDEX = 32, 64  # bits of integers that weights are packed into, and of indices
+# Elements. Fewer integers are counters and settings.
+_FEWEST = 16
+# Bits. Weights are packed into words of at most 32; torch's own indices have 64.
+_WORD, _INDEX = 32, 64
 _CONFIGS: dict[str, tuple[str, ...]] = {  # file → entries one of which tells of quantization
     "config.json": ("quantization_config", "quantization", "compression_config"),
     "hf_quant_config.json": ("quantization",),
@@ -49,10 +51,10 @@ class Packed:
     """A tensor that may hold quantized weights.
 
     Attributes:
-        name: Its name.
-        scales: The floats that give it a meaning.
-        certain: Whether its name tells; else it does where it differs between checkpoints, which
-            an index table does not.
+        name: The tensor's name.
+        scales: Names of the floats that turn its integers into weights.
+        certain: True where names or types leave no doubt. Other integers are weights only if they
+            differ between checkpoints, which those of an index table never do.
     """
 
     name: str
@@ -61,15 +63,15 @@ class Packed:
 
 
 def check_not_quantized(checkpoints: Sequence[Checkpoint], averages: Callable[[str], bool]) -> None:
-    """Make sure that no weights are quantized, as far as they or their scales are averaged.
+    """Make sure that no quantized weights are averaged, nor scales of such weights.
 
     Args:
-        checkpoints: What was selected, in order.
-        averages: Whether a tensor is to be averaged, by its name.
+        checkpoints: The selected checkpoints, in order.
+        averages: Tells of a tensor's name whether the tensor is to be averaged.
 
     Raises:
-        UnsupportedTensorError: Some are.
-        CheckpointError: Values that tell cannot be read.
+        UnsupportedTensorError: Quantized weights are averaged.
+        CheckpointError: The values of a doubtful tensor cannot be read.
     """
     last = checkpoints[-1]
     if why := declared(last):
@@ -79,8 +81,9 @@ def check_not_quantized(checkpoints: Sequence[Checkpoint], averages: Callable[[s
     quantized: list[Packed] = []
     for packed in find_packed(last):
         involved = averages(packed.name) or any(map(averages, packed.scales))
-        sure = packed.certain and averages(packed.name)
-        if involved and (sure or _differs(packed.name, checkpoints)):
+        # Where only the scales are averaged, packed weights that never change do no harm.
+        is_averaged = packed.certain and averages(packed.name)
+        if involved and (is_averaged or _differs(packed.name, checkpoints)):
             quantized.append(packed)
     if quantized:
         names = first_few([packed.name for packed in quantized])
@@ -94,26 +97,31 @@ def check_not_quantized(checkpoints: Sequence[Checkpoint], averages: Callable[[s
 
 
 def declared(checkpoint: Checkpoint) -> str:
-    """The statement that a checkpoint's weights are quantized; empty where there is none.
+    """Return where a checkpoint states that its weights are quantized; empty where nowhere.
 
-    It is an entry of a safetensors header, or of a configuration beside the weights. An adapter's
-    weights are floats whatever its base model is.
+    The statement is an entry of a safetensors header, or of a configuration beside the weights.
     """
     for key, value in checkpoint.metadata.items():
-        own = not key.startswith("ss_")  # which tells of training, not of the weights
-        if own and _QUANTIZED.search(key.lower()) and value.strip().lower() not in _NOTHING:
+        # kohya's entries, which begin with ss_, tell of the training and not of the weights.
+        is_of_weights = not key.startswith("ss_")
+        if (
+            is_of_weights
+            and _QUANTIZED.search(key.lower())
+            and value.strip().lower() not in _NOTHING
+        ):
             return f"{short(key)} in its header"
+    # An adapter's weights are floats, whatever its base model is.
     if checkpoint.layout == adapter.LAYOUT:
         return ""
     for name, entries in _CONFIGS.items():
-        path = _beside(checkpoint, name)
-        if path is not None and (entry := _entry(path, entries)):
+        path = _find_beside(checkpoint, name)
+        if path is not None and (entry := _find_entry(path, entries)):
             return f"{entry} in {name}"
     return ""
 
 
 def find_packed(checkpoint: Checkpoint) -> Iterator[Packed]:
-    """Tensors of a checkpoint that hold quantized weights, or may."""
+    """Find the tensors of a checkpoint that hold quantized weights, or may hold some."""
     modules = Modules(checkpoint.tensors)
     scales_of = {module: _scale_leaves(tensors) for module, tensors in modules}
     for name, tensor in checkpoint.tensors.items():
@@ -132,9 +140,9 @@ def find_packed(checkpoint: Checkpoint) -> Iterator[Packed]:
 
 
 def _scale_leaves(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Last parts of the names of a module's floats that are called scales or codebooks.
+    """List the last parts of the names of a module's floats that are scales or codebooks.
 
-    No layer has very many: those are parts of a table without modules, and tell nothing.
+    Very many of them tell nothing: they belong to a table without modules, not to a layer.
     """
     leaves = [
         leaf
@@ -145,7 +153,7 @@ def _scale_leaves(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def _companions(name: str, scales_of: Mapping[str, Sequence[str]]) -> Iterator[str]:
-    """Names of the scales beside a tensor, and below it as ``weight.absmax`` is."""
+    """List the scales beside a tensor, and those below it as ``weight.absmax`` is."""
     for module in (split_name(name)[0], f"{name}.", f"{name}:"):
         for leaf in scales_of.get(module, ()):
             if module + leaf != name:
@@ -153,7 +161,10 @@ def _companions(name: str, scales_of: Mapping[str, Sequence[str]]) -> Iterator[s
 
 
 def _has_quant_state(name: str, modules: Modules) -> bool:
-    """Whether a float tensor holds the bytes of packed integers: their state is beside it."""
+    """Tell whether a float tensor holds the bytes of packed integers, as bitsandbytes stores them.
+
+    Their quantization state then stands below the tensor.
+    """
     inner = modules.tensors.get(f"{name}.", {})
     return bool({"absmax", "quant_map", "quant_state"} & {*inner}) or (
         f"{name}.quant_state." in modules.tensors
@@ -161,17 +172,18 @@ def _has_quant_state(name: str, modules: Modules) -> bool:
 
 
 def _is_paired(name: str, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether the names of an integer tensor and of one beside it are those of packed weights."""
-    return tensors[name].dtype.kind == "int" and any(
-        name.removesuffix(ending) + scale in tensors
-        for ending, scales in _PAIRS
-        if name.endswith(ending)
-        for scale in scales
-    )
+    """Tell whether an integer tensor and a neighbour have the names of packed weights."""
+    if tensors[name].dtype.kind != "int":
+        return False
+    for ending, scales in _PAIRS:
+        stem = name.removesuffix(ending)
+        if name.endswith(ending) and any(stem + scale in tensors for scale in scales):
+            return True
+    return False
 
 
 def _may_be_packed(tensor: Tensor) -> bool:
-    """Whether integers are as many and as narrow as weights are packed into.
+    """Tell whether integers are as many and as narrow as weights are packed into.
 
     Lists of counts and of labels have one dimension.
     """
@@ -181,30 +193,37 @@ def _may_be_packed(tensor: Tensor) -> bool:
 
 
 def _fits(name: str, scale: Tensor, packed: Tensor) -> bool:
-    """Whether there are as many scales as a tensor's rows, columns or groups; or one for bytes.
+    """Tell whether scales are as many as the rows, columns or groups of a tensor.
 
-    The extent of a codebook tells nothing about what points into it.
+    Args:
+        name: The scales' name.
+        scale: The scales.
+        packed: The tensor of integers.
     """
+    # The extent of a codebook tells nothing about the integers that point into it.
     if _CODEBOOK.search(split_name(name)[1].lower()):
         return packed.dtype.bits < _INDEX
+    # One scale for a whole tensor is usual for int8 only.
     if scale.numel == 1:
         return packed.dtype.size == 1
-    if scale.numel >= packed.numel:  # a quantizer's beside as many zero points
+    # Scales of a quantizer, which stand beside as many zero points.
+    if scale.numel >= packed.numel:
         return False
     shared = any(extent > 1 and extent in packed.shape for extent in scale.shape)
+    # A byte packs up to eight weights, so eight times the elements is what groups divide.
     grouped = packed.dtype.bits < _INDEX and 8 * packed.numel % max(1, scale.numel) == 0
     return shared or grouped
 
 
 def _is_weight(name: str, tensor: Tensor) -> bool:
-    """Whether a tensor of narrow integers is called a weight: its scales may lie within it."""
+    """Tell whether narrow integers are called a weight, whose scales may lie within it."""
     leaf = split_name(name)[1].lower()
     narrow = tensor.dtype.bits <= _WORD and len(tensor.shape) > 1
     return narrow and _WEIGHT.fullmatch(leaf) is not None
 
 
 def _differs(name: str, checkpoints: Sequence[Checkpoint]) -> bool:
-    """Whether some elements of a tensor are others in the first checkpoint than in the last."""
+    """Tell whether a sample of a tensor differs between the first checkpoint and the last."""
     first, last = (checkpoint.tensors.get(name) for checkpoint in (checkpoints[0], checkpoints[-1]))
     if first is None or last is None or first is last:
         return False
@@ -214,20 +233,22 @@ def _differs(name: str, checkpoints: Sequence[Checkpoint]) -> bool:
     return not torch.equal(*values)
 
 
-def _beside(checkpoint: Checkpoint, name: str) -> Location | None:
-    """The path of a file beside the weights; None where looking for it costs requests."""
+def _find_beside(checkpoint: Checkpoint, name: str) -> Location | None:
+    """Return the path of a file beside the weights; None where looking for it costs requests."""
     if checkpoint.path.is_dir():
         return checkpoint.path / name
     return checkpoint.path.parent / name if isinstance(checkpoint.path, Path) else None
 
 
-def _entry(path: Location, entries: Sequence[str]) -> str:
-    """The entry of a configuration that tells of quantization; empty where none does."""
+def _find_entry(path: Location, entries: Sequence[str]) -> str:
+    """Find the entry of a configuration that tells of quantization; empty where none does."""
     try:
         config = bounded_json.read(path)
     except (OSError, ValueError):
-        return ""  # without one that can be read, the tensors tell
+        # Without a configuration that can be read, the tensors tell.
+        return ""
     if not isinstance(config, dict):
         return ""
-    telling = (entry for entry in entries if type(config.get(entry)) in (dict, int))
-    return next((entry for entry in telling if config[entry]), "")
+    # By the exact type: false is an int too, and states the opposite.
+    stated = (entry for entry in entries if type(config.get(entry)) in (dict, int))
+    return next((entry for entry in stated if config[entry]), "")

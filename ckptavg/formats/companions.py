@@ -1,4 +1,4 @@
-"""The files of a model's directory that go along with its weights, and those that do not.
+"""The companions of a model's weights: files of its directory that an average takes along.
 
 A directory is more than its weights: configuration, tokenizer, pooling, code, a licence. All of it
 belongs to the average of such directories too, but for what is untrue of an average: the state of
@@ -18,13 +18,15 @@ from ckptavg.formats.storage import Location, is_url
 from ckptavg.formats.table import FileStamp
 from ckptavg.system_errors import guard_reads
 
-_MOST_FILES = 5000  # below one directory beside the weights: more are data, and no configuration
-_DEEPEST = 16  # levels of directories
+# Files below one directory beside the weights. More are a data set, and no configuration.
+_MOST_FILES = 5000
+# Levels of directories: far above any model's, and below the interpreter's recursion limit.
+_DEEPEST = 16
 _MOST_NAMES = 20  # in a note
 
 
 class Reason(Enum):
-    """Why something of a directory is not copied, as a note says it."""
+    """A reason for not copying something of a directory, in a note's words."""
 
     TRAINING = "the state and the records of training"
     TENSORS = "tensors that were not averaged"
@@ -54,19 +56,21 @@ _TRAINING_DIRECTORIES = re.compile(
 _CHECKPOINTS = re.compile(
     r"(checkpoint|ckpt|global_?step|step|iter|iteration|epoch)[-_= ]?\d.*", re.IGNORECASE
 )
-_ALWAYS_ALONE = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")  # of diffusers
-_CONFIGURATIONS = ("params.json", "hparams.yaml", "hyperparams.yaml")  # besides any *config*
+# Diffusers saves these without a configuration.
+_ALWAYS_ALONE = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
+# Configurations that have no "config" in their names.
+_CONFIGURATIONS = ("params.json", "hparams.yaml", "hyperparams.yaml")
 _CACHES = ("__pycache__",)
 _CODE = (".py", ".pkl", ".pickle", ".joblib")
 
 
 @dataclass
 class Companions:
-    """What stands beside some weights.
+    """The files beside some weights.
 
     Attributes:
         copies: Path below the directory, with slashes → the file, which is copied as it is.
-        left_out: What is not copied, and why; a directory's path ends in a slash.
+        left_out: Paths that are not copied, each with the reason. A directory's ends in a slash.
     """
 
     copies: dict[str, FileStamp] = field(default_factory=dict)
@@ -74,7 +78,7 @@ class Companions:
 
     @property
     def notes(self) -> list[str]:
-        """What a person should know: what is not copied, and which code is."""
+        """Remarks for the user: the files that are not copied, and the code that is."""
         notes: list[str] = []
         for reason in Reason:
             names = [short(name) for name, why in self.left_out if why is reason]
@@ -92,30 +96,32 @@ def gather(
     *,
     deep: bool = True,
 ) -> Companions:
-    """List what goes along with the weights of a directory.
+    """List the files that go along with the weights of a directory.
 
     Links are followed: they are the user's own.
 
     Args:
-        directory: The model's.
+        directory: The model's directory.
         weights: Paths of the files that the output has anew: not copied, and not worth a note.
-        folders: Directories below, as relative paths, that hold some of them; any other one with
-            tensors is another model, or the same in another format, and stays behind as a whole.
-        deep: Whether what lies in directories below goes along too.
+        folders: Relative paths of the directories below that hold some of the weights. Any other
+            directory with tensors is another model, or the same one in another format, and stays
+            behind as a whole.
+        deep: True to take along the files in directories below, too.
     """
     walk = _Walk(weights, folders)
-    found = Companions()
+    companions = Companions()
     with guard_reads(directory):
         for path in _children(directory):
             if path.is_dir() and not deep:
                 continue
-            walk.left = _MOST_FILES
-            walk.look_at(path, path.name, (directory,), found)
-    return found
+            # Counted per directory, so that one full of data does not hide its neighbours.
+            walk.remaining = _MOST_FILES
+            walk.look_at(path, path.name, (directory,), companions)
+    return companions
 
 
 def is_alone(file: Location) -> bool:
-    """Whether a file is the only one of weights in its directory, and a configuration beside it."""
+    """Tell whether a directory holds a configuration and no weights but those of a file."""
     with guard_reads(file.parent):
         names = [path.name for path in file.parent.iterdir() if path.is_file()]
     weights = [n for n in names if _TENSORS.fullmatch(n) and not _TRAINING.fullmatch(n)]
@@ -135,74 +141,82 @@ class _TooManyError(Exception):
 
 @dataclass
 class _Walk:
-    """A way through the directories below one.
+    """A walk through the directories below one.
 
     Attributes:
         weights: As for ``gather``.
         folders: As for ``gather``.
-        left: How many more files are looked at.
+        remaining: Number of files that may still be looked at.
     """
 
     weights: Collection[str]
     folders: Collection[str]
-    left: int = _MOST_FILES
+    remaining: int = _MOST_FILES
 
     def look_at(
-        self, path: Location, name: str, above: tuple[Location, ...], found: Companions
+        self, path: Location, name: str, above: tuple[Location, ...], companions: Companions
     ) -> None:
-        """Add a file or a directory.
+        """Add a file or a directory to the companions.
 
         Args:
-            path: The one.
+            path: The file or directory.
             name: Its path below the model's directory.
             above: The directories that it lies in.
-            found: What it is added to.
+            companions: Gets it, among the copies or with the reason against it.
         """
         if str(path) in self.weights:
             return
         if path.is_dir():
-            self._look_into(path, name, above, found)
+            self._look_into(path, name, above, companions)
         elif reason := _reason_against(path):
-            found.left_out.append((name, reason))
+            companions.left_out.append((name, reason))
         else:
-            found.copies[name] = FileStamp.of(path)
+            companions.copies[name] = FileStamp.of(path)
 
     def _look_into(
-        self, path: Location, name: str, above: tuple[Location, ...], found: Companions
+        self, path: Location, name: str, above: tuple[Location, ...], companions: Companions
     ) -> None:
+        """Add a directory: its files one by one, or the reason against all of it."""
+        # Apart at first: all that is in a directory may tell that none of it is copied.
         within = Companions()
         reason = _reason_against_directory(path, above)
         if reason is None or self._is_way(name):
             try:
-                for child in self._bounded(path):
+                for child in self._list_bounded(path):
                     self.look_at(child, f"{name}/{child.name}", (*above, path), within)
             except _TooManyError:
+                # Out to the uppermost directory, which is left out as a whole.
                 if len(above) > 1:
                     raise
                 within, reason = Companions(), Reason.DATA
         if reason is None and not self._is_way(name):
             reason = _reason_against_whole(within)
         if reason is None or self._is_way(name):
-            found.copies |= within.copies
-            found.left_out += within.left_out
+            companions.copies |= within.copies
+            companions.left_out += within.left_out
         else:
-            found.left_out.append((f"{name}/", reason))
+            companions.left_out.append((f"{name}/", reason))
 
     def _is_way(self, name: str) -> bool:
-        """Whether a directory holds weights that were averaged, or one of them below it."""
+        """Tell whether averaged weights lie in a directory or below it."""
         return any(f"{folder}/".startswith(f"{name}/") for folder in self.folders)
 
-    def _bounded(self, directory: Location) -> list[Location]:
+    def _list_bounded(self, directory: Location) -> list[Location]:
+        """List a directory.
+
+        Raises:
+            _TooManyError: It holds more files than may still be looked at.
+        """
         children: list[Location] = []
-        children += islice(directory.iterdir(), self.left + 1)
-        self.left -= len(children)
-        if self.left < 0:
+        children += islice(directory.iterdir(), self.remaining + 1)
+        self.remaining -= len(children)
+        if self.remaining < 0:
             raise _TooManyError
         return sorted(children, key=_name_of)
 
 
 def _children(directory: Location) -> list[Location]:
-    """What is in a directory, in order, but for the links that a web server lists."""
+    """List a directory, in order, without the links to elsewhere that a web server lists."""
     return sorted((path for path in directory.iterdir() if path.name), key=_name_of)
 
 
@@ -211,10 +225,11 @@ def _name_of(path: Location) -> str:
 
 
 def _reason_against(path: Location) -> Reason | None:
-    """Why a file is not copied."""
+    """Return the reason for not copying a file, if there is one."""
     if path.name.startswith("."):
         return Reason.HIDDEN
-    if not path.is_file():  # a dangling link, a pipe, a socket
+    # A dangling link, a pipe, a socket.
+    if not path.is_file():
         return Reason.UNREADABLE
     if _TRAINING.fullmatch(path.name):
         return Reason.TRAINING
@@ -222,7 +237,7 @@ def _reason_against(path: Location) -> Reason | None:
 
 
 def _reason_against_directory(path: Location, above: Sequence[Location]) -> Reason | None:
-    """Why a directory is not looked into."""
+    """Return the reason for not looking into a directory, if there is one."""
     if path.name.startswith(".") or path.name in _CACHES:
         return Reason.HIDDEN
     if len(above) > _DEEPEST or (not is_url(str(path)) and _is_loop(path, above)):
@@ -233,12 +248,12 @@ def _reason_against_directory(path: Location, above: Sequence[Location]) -> Reas
 
 
 def _is_loop(path: Location, above: Sequence[Location]) -> bool:
-    """Whether a link leads back to a directory that it lies in."""
+    """Tell whether a link leads back to a directory that it lies in."""
     return path.is_symlink() and path.resolve() in [other.resolve() for other in above]
 
 
 def _reason_against_whole(within: Companions) -> Reason | None:
-    """Why nothing of a directory is copied, given all that is in it."""
+    """Return the reason for copying nothing of a directory, by all that is in it."""
     reasons = [reason for _, reason in within.left_out]
     if Reason.TENSORS in reasons:
         return Reason.TENSORS

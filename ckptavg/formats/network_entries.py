@@ -12,9 +12,12 @@ from ckptavg.formats.inert_values import Refused, Sharded, TensorView
 from ckptavg.formats.record import OPTIMIZER_KEYS, TRAINING_STATE
 from ckptavg.formats.tree import Entry
 
-_DEEPEST = 4  # levels of entries
-_MOST_ENTRIES = 100_000  # that are looked at
-_MOST_NAMES = 200_000  # of tensors, each counted as often as it is held
+# Levels of entries: trainers nest two or three.
+_DEEPEST = 4
+# Entries that are looked at, besides the networks' own. Above it the object is no training's.
+_MOST_ENTRIES = 100_000
+# Names of tensors, each counted as often as it is held: a small pickle can hold one dict often.
+_MOST_NAMES = 200_000
 _AVERAGES = frozenset(["ema", "avg", "average", "averaged", "swa", "shadow"])
 _NO_NETWORKS = frozenset(
     ["rng", "random", "metric", "metrics", "history", "log", "logs", "losses", "grad", "grads",
@@ -28,40 +31,48 @@ class NetworkEntries:
     """The networks in a saved object.
 
     Attributes:
-        networks: Dotted path → state dict; the empty path for the object itself.
-        averages: Dotted path → running average, which is no network of its own.
+        networks: Dotted path → state dict. The empty path is the object itself.
+        averages: Dotted path → running average, which is a copy and no further network.
     """
 
     networks: dict[str, Entry] = field(default_factory=dict)
     averages: dict[str, Any] = field(default_factory=dict)
 
     def names(self) -> dict[str, Any] | None:
-        """What the networks hold, by path and name joined; None if two of them have one name."""
-        inner = {above for path in self.networks for above in tree.prefixes(path)}
+        """Return all values of the networks, by their dotted names in the whole object.
+
+        Returns:
+            None if two values have one dotted name.
+        """
+        inner: set[str] = set()
+        for path in self.networks:
+            inner.update(tree.prefixes(path))
         joined: dict[str, Any] = {}
         for path, entry in self.networks.items():
             for name, value in entry.items():
-                full = tree.join(path, name) if isinstance(name, str) else name
-                if isinstance(value, (dict, list, tuple)) and full in inner:
+                full_name = tree.join(path, name) if isinstance(name, str) else name
+                # A container of another network, whose values come under its own path.
+                if isinstance(value, (dict, list, tuple)) and full_name in inner:
                     continue
-                if full in joined:
+                if full_name in joined:
                     return None
-                joined[full] = value
+                joined[full_name] = value
         return joined
 
 
 def find_networks(saved: Any) -> NetworkEntries:
     """Find the entries that are networks, in the order in which they were saved.
 
-    Optimizers, running averages by their names, and entries without a float of any extent are
-    none. Where there are more entries than a training saves, none is found.
+    A network holds a float tensor with a dimension. Optimizers, and running averages by their
+    names, are no networks. Of an object with more entries than a training saves, none is one.
 
     Raises:
         MalformedPickle: A module among them holds itself.
     """
     result = NetworkEntries()
     waiting: list[tuple[str, int, Any]] = [("", 0, saved)]
-    modules: dict[int, Entry] = {}  # a module can be held very many times
+    # By identity: a small pickle can hold one module very many times.
+    modules: dict[int, Entry] = {}
     looked_at, names = 0, 0
     while waiting:
         path, depth, value = waiting.pop()
@@ -76,29 +87,33 @@ def find_networks(saved: Any) -> NetworkEntries:
         if isinstance(entry, dict) and is_network(entry):
             result.networks[path] = entry
             names += len(entry)
+        # The names within a module's state dict are tensors', not entries'.
         inner = tree.children(entry) if entry is value and depth < _DEEPEST else []
-        for name, part in reversed(inner):
-            if may_hold_networks(name, part) and is_average(name):
-                result.averages[tree.join(path, name)] = part
-            elif may_hold_networks(name, part):
-                waiting.append((tree.join(path, name), depth + 1, part))
+        # Backwards, since the last that waits is looked at first.
+        for name, child in reversed(inner):
+            if not may_hold_networks(name, child):
+                continue
+            if is_average(name):
+                result.averages[tree.join(path, name)] = child
+            else:
+                waiting.append((tree.join(path, name), depth + 1, child))
     return result
 
 
 def is_network(value: Any) -> bool:
-    """Whether a value holds, by name, at least one float tensor with a dimension."""
+    """Tell whether a value holds, by name, at least one float tensor with a dimension."""
     return isinstance(value, Mapping) and any(
-        isinstance(name, str) and _is_weight(part) for name, part in value.items()
+        isinstance(name, str) and _is_weight(entry) for name, entry in value.items()
     )
 
 
 def is_average(name: str) -> bool:
-    """Whether an entry's name says that it holds a running average."""
+    """Tell whether an entry is a running average, by its name."""
     return not _AVERAGES.isdisjoint(_words(name))
 
 
 def may_hold_networks(name: str, value: Any) -> bool:
-    """Whether an entry may hold networks: no optimizer's does, and no record of the training."""
+    """Tell whether an entry may hold networks: no optimizer and no record of training does."""
     if not isinstance(value, (dict, list, tuple)):
         return pickled_module.is_module(value)
     if isinstance(value, dict) and value.keys() >= OPTIMIZER_KEYS:
@@ -109,11 +124,12 @@ def may_hold_networks(name: str, value: Any) -> bool:
 
 
 def _words(name: str) -> set[str]:
-    """The words that a name is made of, whether by underscores or by capitals."""
+    """Split a name at its underscores and capitals into words, in lower case."""
     return {word.lower() for word in _WORD.findall(name[: tree.LONGEST_NAME])}
 
 
 def _is_weight(value: Any) -> bool:
+    """Tell whether a value is a float tensor with a dimension, or a tensor that no reader takes."""
     if isinstance(value, (TensorView, Sharded)):
         return value.dtype.kind != "int" and bool(value.shape)
     return isinstance(value, Refused)

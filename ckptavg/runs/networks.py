@@ -16,15 +16,18 @@ Groups = dict[Location | Place, list[Location]]
 
 
 def with_roots(groups: Groups) -> Groups:
-    """The groups, with a model at the root of a run at that run's end."""
-    runs = defaultdict(list)
+    """Move each model at the root of a run to the end of that run's group."""
+    runs: dict[Location, list[Place]] = defaultdict(list)
     for place in groups:
         if isinstance(place, Place):
             runs[place.base].append(place)
     for home, members in list(groups.items()):
-        roots = [path.resolve() for path in members if not isinstance(home, Place)]
-        if len(roots) == 1 and len(runs[roots[0]]) == 1:
-            groups[runs[roots[0]][0]] += groups.pop(home)
+        if isinstance(home, Place) or len(members) != 1:
+            continue
+        # With several networks at each step, nothing tells which of them the root is.
+        series = runs[members[0].resolve()]
+        if len(series) == 1:
+            groups[series[0]] += groups.pop(home)
     return groups
 
 
@@ -33,14 +36,14 @@ def split_copies(groups: Groups, listed: Set[Location]) -> tuple[Groups, list[Lo
 
     Args:
         groups: The checkpoints of each training.
-        listed: Those that nobody named: what was named is no copy.
+        listed: Checkpoints that the user did not name. A named one is no copy.
 
     Returns:
         The groups without copies, and the copies.
     """
     places = [home for home in groups if isinstance(home, Place)]
     with_originals = {place.base for place in places if not is_ema_name(place.name)}
-    kept: Groups = {}
+    originals: Groups = {}
     split: list[Location] = []
     for home, members in groups.items():
         copies: set[Location] = set()
@@ -51,12 +54,12 @@ def split_copies(groups: Groups, listed: Set[Location]) -> tuple[Groups, list[Lo
         copies &= listed
         split += [path for path in members if path in copies]
         if others := [path for path in members if path not in copies]:
-            kept[home] = others
-    return kept, split
+            originals[home] = others
+    return originals, split
 
 
 def _copies_among(neighbours: Sequence[Location]) -> set[Location]:
-    """The directories that are the EMA of another one beside them, by their names."""
+    """Find the directories that are the EMA copy of a neighbour, by their names."""
     names = {path.name for path in neighbours}
     return {p for p in neighbours if names & {*original_names(p.name)} and p.is_dir()}
 
@@ -66,22 +69,21 @@ def split_weightless(groups: Groups, listed: Set[Location]) -> tuple[Groups, lis
 
     Args:
         groups: The checkpoints of each training.
-        listed: Those that nobody named.
+        listed: Checkpoints that the user did not name.
 
     Returns:
         The groups with weights, and the members of the others.
     """
-    weightless = {
-        place
-        for places in _several_networks(groups, listed).values()
-        for place in places
-        if _is_weightless(groups[place][-1])
-    }
-    kept = {home: members for home, members in groups.items() if home not in weightless}
-    return kept, [path for place in weightless for path in groups[place]]
+    weightless: set[Location | Place] = set()
+    for places in _several_networks(groups, listed).values():
+        # One member tells for all.
+        weightless |= {place for place in places if _is_weightless(groups[place][-1])}
+    networks = {home: members for home, members in groups.items() if home not in weightless}
+    return networks, [path for place in weightless for path in groups[place]]
 
 
 def _is_weightless(path: Location) -> bool:
+    """Tell whether a file or directory holds no weights, and is no damaged checkpoint either."""
     try:
         open_checkpoint(path)
     except NoWeightsError:
@@ -95,12 +97,19 @@ def _is_weightless(path: Location) -> bool:
 def refuse_networks(groups: Groups, listed: Set[Location]) -> None:
     """Make sure that a directory holds one network at each step.
 
+    Args:
+        groups: The checkpoints of each training.
+        listed: Checkpoints that the user did not name.
+
     Raises:
-        RunError: It holds several, and nobody named one.
+        RunError: It holds several, and the user named none.
     """
     for base, networks in _several_networks(groups, listed).items():
-        alike = len({place.name for place in networks}) < len(networks)
-        patterns = [f"'{place.full_pattern if alike else place.pattern}'" for place in networks]
+        # Two series of steps may have a network of one name: the pattern then names the series.
+        share_names = len({place.name for place in networks}) < len(networks)
+        patterns = [
+            f"'{place.full_pattern if share_names else place.pattern}'" for place in networks
+        ]
         raise RunError(
             f"{base} holds {len(networks)} networks side by side: {first_few(patterns, 8)}",
             f"Select one with --glob {patterns[0]}.",
@@ -108,7 +117,7 @@ def refuse_networks(groups: Groups, listed: Set[Location]) -> None:
 
 
 def _several_networks(groups: Groups, listed: Set[Location]) -> dict[Location, list[Place]]:
-    """Directories below whose steps several networks lie, and the places of those."""
+    """Find the directories below whose steps several networks lie, each with their places."""
     places: dict[Location, list[Place]] = defaultdict(list)
     for home, members in groups.items():
         if isinstance(home, Place) and all(path in listed for path in members):

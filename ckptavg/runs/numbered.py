@@ -1,4 +1,4 @@
-"""Directories that are called after a step, and the checkpoints at the same place below them.
+"""The directories that are called after steps, and the checkpoints at one place below them.
 
 Trainers save ``checkpoint-500/unet/`` or ``global_step_500/actor/huggingface/``: the step stands
 above the checkpoint, and ``unet`` below each of the steps is one run.
@@ -19,7 +19,8 @@ from ckptavg.runs.file_names import SUFFIXES, stem_of, why_not
 from ckptavg.runs.steps_in_names import DATE
 
 DEEPEST = 5  # levels between a checkpoint and the directory that is called after its step
-_MOST_LOOKED_INTO = 200  # directories of a level below one step's
+# Directories of a level below one step's: a data set may lie there too.
+_MOST_LOOKED_INTO = 200
 _WORDS = r"(?:global_?)?steps?|iter(?:ation)?s?|epochs?|checkpoints?|ckpts?|chkpts?"
 _STEP_IN_NAME = re.compile(
     rf"(?<![a-z])(?:{_WORDS}|ep|ba|snapshots?|updates?|rounds?|tokens?)[-_= ]?\d+[kmbt]?|"
@@ -27,6 +28,7 @@ _STEP_IN_NAME = re.compile(
     r"(?<=:v)\d+$",
     re.IGNORECASE,
 )
+# Metrics in names (``epoch=3-loss=0.12``) differ from step to step as the step does.
 _SCORE = re.compile(r"(?<!\d)-?\d+\.\d+")
 _COUNT = re.compile(r"\d+(?:[kmbt](?![a-z]))?", re.IGNORECASE)
 _BARE_NUMBER = re.compile(r"\d+(?:[-_.: T]\d+)*")
@@ -38,8 +40,8 @@ class Place:
 
     Attributes:
         base: The directory of the training.
-        series: Shell pattern of the directories that are called after its steps.
-        below: Shell patterns of the names from such a directory down to the checkpoint.
+        series: Shell pattern of the directories that are called after the training's steps.
+        below: Shell patterns of the names from a step's directory down to the checkpoint.
     """
 
     base: Location
@@ -48,12 +50,12 @@ class Place:
 
     @property
     def pattern(self) -> str:
-        """Shell pattern of the paths at this place."""
+        """Shell pattern of the paths at this place, below any step's directory."""
         return "/".join(("*", *self.below))
 
     @property
     def full_pattern(self) -> str:
-        """The same, of directories of this series alone."""
+        """Shell pattern of the paths at this place, below this series of directories alone."""
         return "/".join((self.series, *self.below))
 
     @property
@@ -63,24 +65,25 @@ class Place:
 
 
 def mask_step(name: str) -> str | None:
-    """The shell pattern of a name with another step in it; None where a name tells no step."""
+    """Return the shell pattern of a name with any step in it; None where a name tells no step."""
     if _BARE_NUMBER.fullmatch(name):
         return "*"
     if not DATE.search(name) and not _STEP_IN_NAME.search(name):
         return None
+    # A NUL, which no name has, holds each star's place while the other characters are escaped.
     masked = DATE.sub("\0", name)
     masked = _STEP_IN_NAME.sub(lambda step: _COUNT.sub("\0", step[0]), masked)
     return glob.escape(_SCORE.sub("\0", masked)).replace("\0", "*")
 
 
 def step_directory(path: Location) -> Location | None:
-    """The nearest directory above a checkpoint that is called after a step."""
+    """Find the nearest directory above a checkpoint that is called after a step."""
     above = ancestors(path, DEEPEST)
     return next((parent for parent in above if mask_step(parent.name) is not None), None)
 
 
 def place_of(path: Location, *, masked: bool = False) -> Place | None:
-    """The place of a checkpoint below a directory that is called after its step, if one is.
+    """Return the place of a checkpoint below the directory that is called after its step, if any.
 
     Args:
         path: The checkpoint.
@@ -99,10 +102,14 @@ def place_of(path: Location, *, masked: bool = False) -> Place | None:
 
 
 def labels_of(paths: Sequence[Location]) -> dict[Location, Location]:
-    """For each path the one whose name says when: where names are the same, the one above."""
+    """Find for each path the one whose name tells its step: itself, or a directory above it.
+
+    The names on the lowest level on which they are not all the same are the labels.
+    """
     roots = roots_of(paths)
     members = [path for path in paths if path not in roots]
     labels = {path: path for path in paths}
+    # With one member there is nothing to compare: then the name itself has to tell.
     if len(members) == 1:
         return labels | {members[0]: _label_of(members[0])}
     lines = {path: [path, *ancestors(path, DEEPEST + 1)] for path in members}
@@ -113,33 +120,33 @@ def labels_of(paths: Sequence[Location]) -> dict[Location, Location]:
 
 
 def short_names(paths: Sequence[Location]) -> list[str]:
-    """The paths' names, each with as much above it as tells all of them apart."""
+    """Name the paths, with as many directories as it takes to tell all of them apart."""
     names = [path.name for path in paths]
     for level in range(1, DEEPEST + 2):
         if len({*names}) == len({*paths}):
             break
         lines = [[*ancestors(path, level)[::-1], path] for path in paths]
-        names = ["/".join(part.name for part in line) for line in lines]
+        names = ["/".join(segment.name for segment in line) for line in lines]
     return names
 
 
 def roots_of(paths: Sequence[Location]) -> set[Location]:
-    """The paths that others of them lie in."""
+    """Find the paths that others of the paths lie in."""
     above = {parent for path in paths for parent in ancestors(path, DEEPEST + 1)}
     return {path for path in paths if path in above}
 
 
 def weights_below(directory: Location) -> list[Location]:
-    """The checkpoints at whatever depth below a directory: directories, or else files.
+    """Find the checkpoints below a directory, on any level: directories, or else files.
 
-    What lies beside a model's directory in a file is another state: of the loader, of a rank.
+    A file beside a model's directory is another state: that of a data loader, or of a rank.
     """
     directories: list[Location] = []
     level = [directory]
     files: list[Location] = []
     for _ in range(DEEPEST):
         deeper: list[Location] = []
-        beside: list[Location] = []
+        level_files: list[Location] = []
         for path in chain(*map(_visible, level)):
             if why_not(stem_of(path)):
                 continue
@@ -148,14 +155,15 @@ def weights_below(directory: Location) -> list[Location]:
             elif path.is_dir():
                 deeper.append(path)
             elif path.name.endswith(SUFFIXES):
-                beside.append(path)
-        files = files or beside
+                level_files.append(path)
+        # Only those of the uppermost level that has some.
+        files = files or level_files
         level = deeper[:_MOST_LOOKED_INTO]
     return directories or files
 
 
 def is_series(members: Sequence[Location]) -> bool:
-    """Whether neighbours are checkpoints of several steps, by their names, not several networks."""
+    """Tell by their names whether neighbours are several steps, and not several networks."""
     if any(mask_step(stem_of(path)) is not None for path in members):
         return True
     files = Counter(re.sub(r"\d+", "*", path.name) for path in members if path.is_file())
@@ -165,31 +173,38 @@ def is_series(members: Sequence[Location]) -> bool:
 def group_by_place(
     homes: Mapping[Location, Sequence[Location]], apart: Collection[Location]
 ) -> dict[Location | Place, list[Location]]:
-    """The members of each training: what lies at the same place below the directories of steps.
+    """Group the checkpoints by training: those at one place below the directories of steps.
 
-    Neighbours stay together where they are a series themselves, or where no other directory has
-    the like of them.
+    Neighbours stay together where they are a series themselves, or where no other step has a
+    checkpoint at the place of one of them.
 
     Args:
         homes: Checkpoints by the directory that they were found in.
         apart: Directories whose members are several networks in any case.
+
+    Returns:
+        Place, or directory of a run without places → its checkpoints.
     """
-    places = _places([path for members in homes.values() for path in members])
+    places = _find_places([path for members in homes.values() for path in members])
     shared = Counter(places.values())
     groups: dict[Location | Place, list[Location]] = defaultdict(list)
     for home, members in homes.items():
-        split = home in apart or (
-            any(shared[places[path]] > 1 for path in members if path in places)
-            and not (len(members) > 1 and is_series(members))
-        )
+        has_others = any(shared[places[path]] > 1 for path in members if path in places)
+        is_split = home in apart
+        if has_others and not is_split:
+            is_split = len(members) == 1 or not is_series(members)
         for path in members:
             place = places.get(path)
-            groups[place if split and place is not None else home].append(path)
+            groups[place if is_split and place is not None else home].append(path)
     return groups
 
 
-def _places(paths: Sequence[Location]) -> dict[Location, Place]:
-    """The places of those that have one; the same step is taken out of names that are alone."""
+def _find_places(paths: Sequence[Location]) -> dict[Location, Place]:
+    """Find the places of the paths that have one.
+
+    A path that is alone at its place may repeat its step further down, which is then masked.
+    """
+    # The directories resolved, but not the name: a link is a checkpoint of its own name.
     real = {path: path.parent.resolve() / path.name for path in paths}
     places = {path: place for path in paths if (place := place_of(real[path])) is not None}
     shared = Counter(places.values())
@@ -200,7 +215,7 @@ def _places(paths: Sequence[Location]) -> dict[Location, Place]:
 
 
 def _label_of(path: Location) -> Location:
-    """What says when a single checkpoint was saved: itself, or a directory above it."""
+    """Return the path whose name tells a single checkpoint's step: itself, or one above it."""
     numbered_file = not path.is_dir() and re.search(r"\d", stem_of(path))
     if numbered_file or mask_step(stem_of(path)) is not None:
         return path
@@ -208,9 +223,11 @@ def _label_of(path: Location) -> Location:
 
 
 def _visible(directory: Location) -> list[Location]:
+    """List the files and directories in a directory that are not hidden, in order of names."""
     paths: list[Location] = [p for p in directory.iterdir() if not p.name.startswith(".")]
     return sorted(paths, key=lambda path: path.name)
 
 
 def _numbers(name: str) -> set[str]:
+    """Find the numbers in a name, without leading zeros."""
     return {digits.lstrip("0") for digits in re.findall(r"\d+", name)}
