@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from ckptavg.formats import pickled_module, tree
@@ -21,8 +22,12 @@ _MOST_NAMES = 200_000
 _AVERAGES = frozenset(["ema", "avg", "average", "averaged", "swa", "shadow"])
 _NO_NETWORKS = frozenset(
     ["rng", "random", "metric", "metrics", "history", "log", "logs", "losses", "grad", "grads",
-     "gradients", "momentum", "exp"]
+     "gradients", "momentum"]
 )  # fmt: skip
+# Words behind one of those that leave it what it is: momentum_buffer, rng_states.
+_HOLDERS = frozenset(["state", "states", "dict", "dicts", "buffer", "buffers"])
+_PARAMETERS = ("weight", "bias")
+_MOST_PARAMETERS = 50  # that are looked at: one dict may stand under very many names
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 
 
@@ -120,12 +125,25 @@ def may_hold_networks(name: str, value: Any) -> bool:
         return False
     if name.endswith(tree.EXTRA_STATE) or TRAINING_STATE.fullmatch(name):
         return False
-    return _NO_NETWORKS.isdisjoint(_words(name))
+    words = [word for word in _words(name) if word not in _HOLDERS]
+    if _NO_NETWORKS.isdisjoint(words):
+        return True
+    # What another word is the subject of, as a momentum_encoder, may be a network yet.
+    return words[-1] not in _NO_NETWORKS and _holds_parameters(value)
 
 
-def _words(name: str) -> set[str]:
+def _holds_parameters(value: Any) -> bool:
+    """Tell whether a value holds floats that are called as layers call their parameters."""
+    parts = islice(value.items(), _MOST_PARAMETERS) if isinstance(value, Mapping) else ()
+    return any(
+        isinstance(name, str) and name.endswith(_PARAMETERS) and _is_weight(part)
+        for name, part in parts
+    )
+
+
+def _words(name: str) -> list[str]:
     """Split a name at its underscores and capitals into words, in lower case."""
-    return {word.lower() for word in _WORD.findall(name[: tree.LONGEST_NAME])}
+    return [word.lower() for word in _WORD.findall(name[: tree.LONGEST_NAME])]
 
 
 def _is_weight(value: Any) -> bool:

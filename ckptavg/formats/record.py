@@ -36,7 +36,7 @@ _DEEPEST_CLOCK = 2
 # Entries that say where an optimization stood, which does not fit averaged weights.
 # What was chosen of an optimizer, and fairseq's account of it, say nothing of that.
 TRAINING_STATE = re.compile(
-    r"(?i)(?=.*(?:optim|sched|scaler)).*(?<!config)(?<!cfg)(?<!args)(?<!params)(?<!history)(?<!name)"
+    r"(?i)(?=.*(?:optim|sched|(?<!up)(?<!down)scaler)).*(?<!config)(?<!cfg)(?<!args)(?<!params)(?<!history)(?<!name)"
 )
 OPTIMIZER_KEYS = frozenset(["state", "param_groups"])  # of its state, whatever that is called
 LR_NAMES = ("lr", "learning_rate")

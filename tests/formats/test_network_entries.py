@@ -264,6 +264,22 @@ def test_a_word_within_another_makes_no_running_average(name):
     assert not is_average(name)
 
 
+@pytest.mark.parametrize(
+    "name", ["momentum_encoder", "exp_encoder", "log_prob_net", "random_projection", "upscaler"]
+)
+def test_a_network_may_have_a_word_of_training_in_its_name(tmp_path, name):
+    checkpoint = saved(tmp_path, {"encoder": network(1.0), name: network(2.0, 4)})
+    assert checkpoint.networks == ("encoder", name)
+
+
+@pytest.mark.parametrize(
+    "name", ["grads", "gradDict", "momentum_buffer", "exp_avg_sq", "optim_momentum", "grad_scaler"]
+)
+def test_what_training_keeps_of_each_parameter_is_no_network(tmp_path, name):
+    checkpoint = saved(tmp_path, {"encoder": network(1.0), name: network(2.0)})
+    assert (checkpoint.key, checkpoint.networks) == ("encoder", ())
+
+
 names = st.sampled_from(["a", "b", "net_c"])
 scalars = st.sampled_from([None, 1, 0.5, "x"])
 trees = st.dictionaries(names, scalars | st.integers(1, 3).map(torch.ones), max_size=3)
