@@ -128,8 +128,22 @@ def _find_weights(path: str, tree: Any, key: str | None) -> Weights:
             return known
     if (networks := _find_networks(tree)) is not None:
         return networks
+    if _is_training_state(tree):
+        raise NoWeightsError(
+            f"{path} holds the state of a training and no weights ({_describe(tree)})",
+            "Name the model's checkpoint, or an entry with --key.",
+        )
     raise CheckpointError(
         f"{path}: no entry is known to hold the weights ({_describe(tree)})", _suggest(tree)
+    )
+
+
+def _is_training_state(tree: Any) -> bool:
+    """Tell whether all tensors are those of optimizers, random generators and the like."""
+    holders = [(name, part) for name, part in children(tree) if count_tensors(part)]
+    return bool(holders) and not any(
+        isinstance(part, (Opaque, *TENSORS)) or may_hold_networks(name, part)
+        for name, part in holders
     )
 
 

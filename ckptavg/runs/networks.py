@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence, Set
+from typing import Literal
 
 from ckptavg.errors import CheckpointError, NoWeightsError, RunError, first_few
 from ckptavg.formats import open_checkpoint
@@ -13,6 +14,7 @@ from ckptavg.runs.file_names import is_ema_name, original_names
 from ckptavg.runs.numbered import Place
 
 Groups = dict[Location | Place, list[Location]]
+_Content = Literal["weights", "integers", "nothing", "unknown"]
 
 
 def with_roots(groups: Groups) -> Groups:
@@ -77,21 +79,26 @@ def split_weightless(groups: Groups, listed: Set[Location]) -> tuple[Groups, lis
     weightless: set[Location | Place] = set()
     for places in _several_networks(groups, listed).values():
         # One member tells for all.
-        weightless |= {place for place in places if _is_weightless(groups[place][-1])}
+        contents = {place: _content_of(groups[place][-1]) for place in places}
+        # The state of a random generator or of a loader is bytes and counts.
+        weightless_kinds: set[_Content] = {"nothing"}
+        weightless_kinds |= {"integers"} if "weights" in contents.values() else set()
+        weightless |= {place for place in places if contents[place] in weightless_kinds}
     networks = {home: members for home, members in groups.items() if home not in weightless}
     return networks, [path for place in weightless for path in groups[place]]
 
 
-def _is_weightless(path: Location) -> bool:
-    """Tell whether a file or directory holds no weights, and is no damaged checkpoint either."""
+def _content_of(path: Location) -> _Content:
+    """Tell what a file or directory holds, as far as it opens."""
     try:
-        open_checkpoint(path)
+        checkpoint = open_checkpoint(path)
     except NoWeightsError:
-        return True
+        return "nothing"
     except CheckpointError:
         # What is damaged, or a pointer to weights, is no reason to pass it over.
-        return path.is_file() and is_text(path)
-    return False
+        return "nothing" if path.is_file() and is_text(path) else "unknown"
+    whole = all(tensor.dtype.kind == "int" for tensor in checkpoint.tensors.values())
+    return "integers" if whole and not checkpoint.refused else "weights"
 
 
 def refuse_networks(groups: Groups, listed: Set[Location]) -> None:

@@ -158,6 +158,20 @@ def test_an_optimizer_is_no_checkpoint(opened):
 
 @pytest.mark.parametrize(
     "value",
+    [
+        {"optimizer": trained()[1].state_dict(), "epoch": 3},
+        {"optim_g": trained()[1].state_dict(), "optim_d": trained()[1].state_dict()},
+        {"rng": {"cpu": torch.get_rng_state(), "cuda": [torch.get_rng_state()]}, "step": 3},
+    ],
+    ids=["optimizer", "optimizers", "rng"],
+)
+def test_the_state_of_training_is_no_checkpoint(opened, value):
+    with pytest.raises(NoWeightsError, match="state of a training and no weights"):
+        opened(value)
+
+
+@pytest.mark.parametrize(
+    "value",
     [{}, {"epoch": 1}, [1, 2], "text", None, argparse.Namespace(lr=0.1), {"model": {}}],
     ids=repr,
 )

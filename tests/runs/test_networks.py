@@ -29,14 +29,24 @@ def save_steps(directory, beside):
         lambda path: path.write_text("avg_train_loss: 0.25\nstep: 7\n"),
         lambda path: path.write_text('{"epoch": 3}'),
         lambda path: torch.save({"last_lr": [0.1], "_step_count": 3}, path),
+        lambda path: torch.save({"step": 3, "rng": {"cpu": torch.get_rng_state()}}, path),
+        lambda path: torch.save({"optimizer": {"m": torch.ones(3)}, "epoch": 3}, path),
     ],
-    ids=["counter", "yaml", "json", "schedule"],
+    ids=["counter", "yaml", "json", "schedule", "rng", "optimizer"],
 )
 def test_files_without_weights_are_left_out(tmp_path, beside):
     run = open_run(save_steps(tmp_path, beside))
     assert [c.path.name for c in run] == ["model.ckpt"] * 3
     assert [c.step for c in run] == [20260109235959, 20260110000001, 20260201000000]
     assert [path.name for path, _ in run.left_out] == ["other.ckpt"] * 3
+
+
+def test_integers_beside_weights_are_left_out(tmp_path):
+    for step in (1, 2):
+        (home := tmp_path / f"step_{step}").mkdir()
+        torch.save({"w": torch.full((2,), float(step))}, home / "model.pt")
+        torch.save({"position": torch.tensor([step, 7]), "n": 3}, home / "loader.pt")
+    assert [c.path.name for c in open_run(tmp_path)] == ["model.pt"] * 2
 
 
 @pytest.mark.parametrize(
