@@ -1,11 +1,12 @@
-"""Layers under spectral norm: which they are, and their vectors by power iteration.
+"""Layers under spectral norm, and the power iteration that gives their singular vectors.
 
-Spectral norm divides a weight by its largest singular value, which is kept as uᵀWv in two vectors
-(Miyato et al. 2018, Algorithm 1). The mean of such vectors is none, and the sign of a pair is
-arbitrary: they have to be iterated anew on a weight that is averaged.
+Spectral norm divides a weight by its largest singular value. It keeps the two singular vectors, u
+and v, and computes the value as uᵀWv (Miyato et al. 2018, Algorithm 1). The mean of such vectors is
+no singular vector, and the sign of a pair is arbitrary. So they are iterated anew on the averaged
+weight.
 
-Sums are taken by halves, of products that are rounded on their own. So the bits do not depend on
-the processor.
+Each product is rounded on its own, and sums are taken by halves. So the bits do not depend on the
+processor.
 """
 
 from __future__ import annotations
@@ -21,13 +22,21 @@ from ckptavg.formats.table import Tensor
 from ckptavg.modules import Modules
 
 _U = re.compile(r"(?P<stem>(?:[^\n]*_)?)u(?P<number>\d{0,3})")
-_RAW = ("_orig", "_bar")  # what follows a weight's name where the weight itself is computed
-_MATRICES = re.compile(r"(?P<weight>[^\n]*\.)0\.")  # the first parametrization of a weight
-_MOST_TENSORS = 100  # of a layer; a module with more is a table without modules
-_CLOSE = 2.0**-30  # change of a vector at which it has converged
+# Endings of the stored weight's name, where the layer computes the weight itself from it.
+_RAW = ("_orig", "_bar")
+# The module of a weight's first parametrization, as torch.nn.utils.parametrize names it.
+_PARAMETRIZATION = re.compile(r"(?P<weight>[^\n]*\.)0\.")
+# Tensors per layer. A module with more is a table without modules.
+_MOST_TENSORS = 100
+# Change of a vector's largest element at which the iteration has converged.
+_CLOSE = 2.0**-30
+# Each step costs a pass over the weight. Singular values that are close need very many steps, which
+# the budget bounds for large models; a few steps are always affordable.
 _MOST_STEPS, _FEWEST_STEPS = 1000, 20
-_BUDGET = 2**34  # elements that all layers of an average go over, about
-_STEP_COST = 300_000  # elements that take as long as a step does by itself
+# Elements that the iteration goes over in all layers together, about.
+_BUDGET = 2**34
+# Elements that take as long as the overhead of one step.
+_STEP_COST = 300_000
 
 
 @dataclass(frozen=True)
@@ -35,9 +44,9 @@ class SpectralNorm:
     """A layer under spectral norm, by the names of its tensors.
 
     Attributes:
-        weight: The weight that is divided.
-        u: Its left singular vector.
-        v: The right one, where it is kept.
+        weight: The weight that is divided by its largest singular value.
+        u: The left singular vector.
+        v: The right singular vector, where it is kept.
     """
 
     weight: str
@@ -46,27 +55,38 @@ class SpectralNorm:
 
 
 def find_layers(modules: Modules) -> list[SpectralNorm]:
-    """Layers under spectral norm in a checkpoint.
+    """Find the layers under spectral norm in a checkpoint.
 
-    A float vector ``u`` belongs to a matrix beside it if it is as long as one of the dimensions,
-    and a vector ``v`` as long as all the others, or a scalar ``sv`` or ``sigma``, is there too.
+    A float vector ``u`` belongs to a matrix beside it under two conditions. It is as long as one of
+    the dimensions, and there is a vector ``v`` as long as all the others, or a scalar ``sv`` or
+    ``sigma``.
     """
     layers: list[SpectralNorm] = []
     for module, tensors in modules:
         for leaf, u in tensors.items():
             match = _U.fullmatch(leaf)
             if match and _is_vector(u):
-                layer = _layer(modules, module, leaf, match)
+                layer = _match_layer(modules, module, leaf, match)
                 layers += [layer] if layer else []
     return layers
 
 
-def _layer(modules: Modules, module: str, leaf: str, match: re.Match[str]) -> SpectralNorm | None:
+def _match_layer(
+    modules: Modules, module: str, leaf: str, match: re.Match[str]
+) -> SpectralNorm | None:
+    """Find the layer that a vector is the u of; None where there is none.
+
+    Args:
+        modules: The checkpoint's tensors.
+        module: The vector's module.
+        leaf: The vector's name in it.
+        match: The name's parts.
+    """
     tensors = modules.tensors[module]
     stem, number = match["stem"], match["number"]
     v = tensors.get(f"{stem}v{number}")
     sigma = any(f"{stem}{name}{number}" in tensors for name in ("sv", "sigma"))
-    weights = _weights(modules, module, stem)
+    weights = _list_matrices(modules, module, stem)
     if v is not None and _is_vector(v):
         fitting = [n for n, t in weights.items() if t.numel == tensors[leaf].numel * v.numel]
     elif sigma or stem + "orig" in tensors:
@@ -80,15 +100,15 @@ def _layer(modules: Modules, module: str, leaf: str, match: re.Match[str]) -> Sp
     return None
 
 
-def _weights(modules: Modules, module: str, stem: str) -> dict[str, Tensor]:
-    """Matrices that vectors may belong to, those of the vectors' own name first."""
-    parametrized = _MATRICES.fullmatch(module)
-    if parametrized and ".parametrizations." in f".{module}":
-        home, own = parametrized["weight"], ["original"]
+def _list_matrices(modules: Modules, module: str, stem: str) -> dict[str, Tensor]:
+    """List the matrices that vectors may belong to, those of the vectors' own name first."""
+    parametrization = _PARAMETRIZATION.fullmatch(module)
+    if parametrization and ".parametrizations." in f".{module}":
+        home, likely = parametrization["weight"], ["original"]
     else:
-        home, own = module, [stem.removesuffix("_") + ending for ending in (*_RAW, "")]
+        home, likely = module, [stem.removesuffix("_") + ending for ending in (*_RAW, "")]
     tensors = modules.tensors.get(home, {})
-    leaves = dict.fromkeys([*own, "weight"])
+    leaves = dict.fromkeys([*likely, "weight"])
     if len(tensors) <= _MOST_TENSORS:
         leaves |= dict.fromkeys(tensors)
     matrices = {home + leaf: tensors[leaf] for leaf in leaves if leaf in tensors}
@@ -96,19 +116,23 @@ def _weights(modules: Modules, module: str, stem: str) -> dict[str, Tensor]:
 
 
 def _is_matrix(tensor: Tensor) -> bool:
-    """Whether a tensor is a matrix of floats, or has more dimensions, two of which extend."""
+    """Tell whether a tensor of floats has two dimensions or more, and is no vector."""
     return tensor.dtype.kind == "float" and len(tensor.shape) > 1 and not _is_vector(tensor)
 
 
 def _is_vector(tensor: Tensor) -> bool:
-    """Whether a tensor is a vector of floats, of one dimension or with others of extent 1."""
+    """Tell whether floats are a vector: of one dimension, or of two with one of extent 1."""
     if tensor.dtype.kind != "float" or not tensor.shape or len(tensor.shape) > 2:
         return False
     return tensor.numel == max(tensor.shape)
 
 
 def most_steps(shapes: Sequence[Sequence[int]]) -> int:
-    """How many steps of the power iteration each of some weights may take."""
+    """Return the number of steps of the power iteration that each weight may take.
+
+    Args:
+        shapes: The shapes of all weights under spectral norm.
+    """
     total = sum(math.prod(shape) + _STEP_COST for shape in shapes)
     return max(_FEWEST_STEPS, min(_MOST_STEPS, _BUDGET // max(1, total)))
 
@@ -121,12 +145,12 @@ def iterate_vectors(
     Args:
         weight: The averaged weight, of any float type.
         u: The last checkpoint's left vector, from which the iteration starts.
-        v: Its right vector, if it is kept.
-        last: Its weight, to tell the dimension that u goes along.
-        steps: How many at most.
+        v: The last checkpoint's right vector, if it is kept.
+        last: The last checkpoint's weight, which tells the dimension that u goes along.
+        steps: Largest number of steps.
 
     Returns:
-        The vectors, float64, 1-d. None where u and v are right as they are: the weight is the last
+        u and v, float64, 1-d. None where u and v are right as they are: the weight is the last
         checkpoint's own, or has no singular vectors.
     """
     if torch.equal(weight, last):
@@ -134,6 +158,7 @@ def iterate_vectors(
     matrix = _matrix(weight, _dimension(last, u, v))
     start = u.flatten().to(torch.float64)
     left = _unit(start)
+    # A vector of zeros or NaN has no direction to start from.
     if left is None:
         left = _unit(torch.ones_like(start))
     right: torch.Tensor | None = None
@@ -147,33 +172,36 @@ def iterate_vectors(
 
 
 def _dimension(weight: torch.Tensor, u: torch.Tensor, v: torch.Tensor | None) -> int:
-    """The dimension of a weight that u goes along.
+    """Tell the dimension of a weight that u goes along.
 
-    Where several are as long as u, the last checkpoint's vectors fit one better than the others.
+    Where several are as long as u, it is the one for which |uᵀWv| is largest: u and v are singular
+    vectors of that matrix alone.
     """
     dimensions = [i for i, extent in enumerate(weight.shape) if extent == u.numel()]
     if v is None or len(dimensions) == 1:
         return dimensions[0]
     left, right = (vector.flatten().to(torch.float64) for vector in (u, v))
-    values = [
-        float(_sum((_times(_matrix(weight, dimension), right) * left)[None]).abs())
-        for dimension in dimensions
-    ]
-    return dimensions[max(range(len(values)), key=values.__getitem__)]
+
+    def singular_value(dimension: int) -> float:
+        projected = _times(_matrix(weight, dimension), right)
+        return float(_sum((projected * left)[None]).abs())
+
+    return max(dimensions, key=singular_value)
 
 
 def _matrix(weight: torch.Tensor, dimension: int) -> torch.Tensor:
-    """A weight as the matrix that is normed: float64, (extent of the dimension, all others)."""
-    moved = weight.movedim(dimension, 0)
-    return moved.reshape(moved.shape[0], -1).to(torch.float64)
+    """Return a weight as the normed matrix: float64, (extent of the dimension, all others)."""
+    rows_first = weight.movedim(dimension, 0)
+    return rows_first.reshape(rows_first.shape[0], -1).to(torch.float64)
 
 
 def _times(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    """Multiply a matrix by a vector. A matrix product's bits would change with the processor."""
     return _sum(matrix * vector)
 
 
 def _sum(rows: torch.Tensor) -> torch.Tensor:
-    """Sums of rows, by halves; the rows are used up.
+    """Sum rows by halves. The rows are overwritten.
 
     Args:
         rows: float64, (count, length).
@@ -190,9 +218,10 @@ def _sum(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _unit(vector: torch.Tensor) -> torch.Tensor | None:
-    """A vector of length 1; None where it has no direction."""
+    """Scale a vector to length 1; None where it has no direction."""
     largest = float(vector.abs().max())
     if not math.isfinite(largest) or largest == 0:
         return None
+    # First by the largest element: squares of very large or small ones leave float64's range.
     scaled = vector / largest
     return scaled / _sum((scaled * scaled)[None]).sqrt()

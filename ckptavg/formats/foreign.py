@@ -1,4 +1,4 @@
-"""Files that no reader takes, told by their first bytes: what each is, and what to do with it."""
+"""Kinds of files that no reader takes, told by their first bytes, and the remedy for each."""
 
 from __future__ import annotations
 
@@ -14,30 +14,34 @@ from ckptavg.formats import storage
 from ckptavg.formats.protobuf import is_onnx, is_saved_model
 from ckptavg.formats.storage import Location
 
-HEAD = 4096  # bytes that tell most kinds
-_TAIL = 1 << 16  # bytes at the end that tell some
+# Bytes at the beginning, which tell most kinds.
+HEAD = 4096
+# Bytes at the end. PaddlePaddle writes its table of names last.
+_TAIL = 1 << 16
 _TAR_BLOCK = 512
-_MOST_MEMBERS = 64  # of a tar archive that are looked at
+# Members of a tar archive that are looked at: the telling ones come first.
+_MOST_MEMBERS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Stranger:
-    """A kind of file that is no checkpoint that can be read.
+    """A kind of file that is no checkpoint.
 
     Attributes:
         what: The kind, with its article.
-        remedy: What leads from such a file to an average.
+        remedy: The way from such a file to an average.
     """
 
     what: str
     remedy: str
 
     def refusal(self, path: str | Location) -> CheckpointError:
-        """The error for a file of this kind."""
+        """Word the error for a file of this kind."""
         return CheckpointError(f"{path} is {self.what}, not a checkpoint", self.remedy)
 
 
 def _packed(tool: str, command: str) -> Stranger:
+    """Describe files that a tool compressed."""
     return Stranger(
         f"compressed by {tool}", f"Decompress it first ({command}), then name the result."
     )
@@ -90,6 +94,7 @@ _PACKAGE = Stranger("a torch.package archive", _BEFORE_EXPORT)
 _KERAS = Stranger("a Keras model", f"Load it with Keras. {_RESAVE}")
 _ARRAYS = Stranger("a NumPy file", f"Load it with numpy.load. {_RESAVE}")
 
+# Offset, bytes at that offset, kind.
 _MAGIC: tuple[tuple[int, bytes, Stranger], ...] = (
     (0, b"GGUF", Stranger("a GGUF model", _BEFORE_EXPORT)),
     *(
@@ -115,22 +120,24 @@ _MAGIC: tuple[tuple[int, bytes, Stranger], ...] = (
     (0, b"/annex/objects/", _ANNEX),
     (0, b"model_checkpoint_path:", _TENSORFLOW),
 )
-_TENSORFLOW_INDEX = b"\x57\xfb\x80\x8b\x24\x75\x47\xdb"  # where its table of tensors ends
+# The magic number at the end of LevelDB's tables, which TensorFlow keeps its index of tensors in.
+_TENSORFLOW_INDEX = b"\x57\xfb\x80\x8b\x24\x75\x47\xdb"
 _TENSORFLOW_DATA = re.compile(r".*\.(data-\d{5}-of-\d{5}|index|meta)")
+# Protocols 0 and 1 have no frame: a dict, a list or a global comes first.
 _OLD_PICKLE = re.compile(rb"\((dp|lp)\d+\n|c[A-Za-z_][\w.]*\n[A-Za-z_]\w*\n|[}\]]q\0")
 _PADDLE_NAMES = b"StructuredToParameterName@@"
 
 
 @dataclass(frozen=True)
 class _Sample:
-    """A file that is looked at: its path, itself opened, and its first ``HEAD`` bytes."""
+    """A file to identify: its path, the opened file, and its first ``HEAD`` bytes."""
 
     path: Location
     file: BinaryIO
     start: bytes
 
     def end(self) -> bytes:
-        """Its last bytes."""
+        """Read the last bytes of the file."""
         length = self.file.seek(0, io.SEEK_END)
         self.file.seek(max(0, length - _TAIL))
         return self.file.read(_TAIL)
@@ -140,11 +147,12 @@ def identify(path: Location, file: BinaryIO, start: bytes) -> Stranger | None:
     """Tell of which kind a file is; None where it is of none that is known.
 
     Args:
-        path: The file.
-        file: The same, opened.
-        start: Its first ``HEAD`` bytes.
+        path: The file's path.
+        file: The opened file.
+        start: The file's first ``HEAD`` bytes.
     """
     sample = _Sample(path, file, start)
+    # From the surest sign to the weakest: a few bytes of a message may stand in anything.
     for recognize in (_match_magic, _match_tar, _match_pickle, _match_message, _match_text):
         if stranger := recognize(sample):
             return stranger
@@ -152,13 +160,13 @@ def identify(path: Location, file: BinaryIO, start: bytes) -> Stranger | None:
 
 
 def is_text(path: Location) -> bool:
-    """Whether a file is a text, as trainers keep counters and settings in under any suffix."""
+    """Tell whether a file is a text: trainers keep counters and settings so, under any suffix."""
     with storage.open_binary(path) as file:
         return identify(path, file, file.read(HEAD)) in (_JSON, _TEXT)
 
 
 def identify_name(path: Location) -> Stranger | None:
-    """Tell what the name of a file says that its contents do not."""
+    """Tell of which kind a file is, by its name, where the contents do not tell."""
     if path.suffix == ".distcp":
         return _SHARD
     return _METADATA if path.name == ".metadata" else None
@@ -166,10 +174,10 @@ def identify_name(path: Location) -> Stranger | None:
 
 def identify_archive(names: Collection[str]) -> Stranger | None:
     """Tell of which kind a zip file is, by its entries; None if of ``torch.save``'s or none."""
-    parts = {name.rpartition("/")[2] for name in names}
-    if parts & {"constants.pkl", "bytecode.pkl"}:
+    leaves = {name.rpartition("/")[2] for name in names}
+    if leaves & {"constants.pkl", "bytecode.pkl"}:
         return _TORCHSCRIPT
-    if parts & {"archive_format", "serialized_exported_program.json", "serialized_state_dict.pt"}:
+    if leaves & {"archive_format", "serialized_exported_program.json", "serialized_state_dict.pt"}:
         return _EXPORTED
     if any(name.endswith("/.data/extern_modules") for name in names):
         return _PACKAGE
@@ -177,7 +185,7 @@ def identify_archive(names: Collection[str]) -> Stranger | None:
         return _KERAS
     if names and all(name.endswith(".npy") for name in names):
         return _ARRAYS
-    return None if "data.pkl" in parts else _ZIP
+    return None if "data.pkl" in leaves else _ZIP
 
 
 def _match_magic(sample: _Sample) -> Stranger | None:
@@ -199,13 +207,17 @@ def _match_tar(sample: _Sample) -> Stranger | None:
 
 
 def _tar_members(file: BinaryIO) -> set[str]:
-    """The names of the first members of a tar archive, without the directories above them."""
+    """Read the names of the first members of a tar archive, without their directories.
+
+    Headers are read here, and not by ``tarfile``, which follows a header's claims without bounds.
+    """
     names: set[str] = set()
     position = 0
     for _ in range(_MOST_MEMBERS):
         file.seek(position)
         header = file.read(_TAR_BLOCK)
         try:
+            # The fields of a ustar header: name at 0, size in octal digits at 124.
             size = int(header[124:136].strip(b" \0") or b"0", 8)
         except ValueError:
             break
@@ -238,11 +250,13 @@ def _match_message(sample: _Sample) -> Stranger | None:
 
 
 def _is_message_pack(start: bytes) -> bool:
-    """Whether a file begins with a map whose first key is a name."""
+    """Tell whether a file begins with a map whose first key is a name."""
+    # MessagePack's maps: of up to 15 entries (0x8n), or with a length of 2 or 4 bytes.
     head = {0xDE: 3, 0xDF: 5}.get(start[0], 1 if 0x81 <= start[0] <= 0x8F else 0)
     if not head or len(start) < head + 2:
         return False
     kind = start[head]
+    # Its strings: with a length of one byte (0xD9), or of up to 31 bytes (0xA0 + length).
     length, begin = (start[head + 1], head + 2) if kind == 0xD9 else (kind - 0xA0, head + 1)
     key = start[begin : begin + length]
     return 0 < length < 256 and len(key) == length and key.isascii() and key.decode().isprintable()
@@ -263,10 +277,11 @@ def _match_text(sample: _Sample) -> Stranger | None:
 
 
 def _decode(start: bytes) -> str | None:
-    """The text that a file begins with; None where it is no UTF-8."""
+    """Decode the text that a file begins with; None where it is no UTF-8."""
     raw = start.removeprefix(codecs.BOM_UTF8)
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
-        within_character = len(start) == HEAD and error.start > len(raw) - 4
-        return raw[: error.start].decode() if within_character else None
+        # The last character may go on beyond the bytes that were read.
+        is_cut = len(start) == HEAD and error.start > len(raw) - 4
+        return raw[: error.start].decode() if is_cut else None
