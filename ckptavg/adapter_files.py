@@ -1,9 +1,9 @@
 """The exact mean of LoRA adapters that are one file each, as kohya's tools and diffusers write.
 
 As for PEFT's adapters, the ranks are stacked: the Aᵢ one below the other, the cᵢ·Bᵢ side by side,
-so that B'A' = Σ cᵢ·BᵢAᵢ. Who loads such a file takes the rank from the shapes, and scales the
-product by alpha / rank. Alpha stands in the file as a tensor, or in its header, and grows as the
-rank does; where it stands nowhere, the scale is 1.
+so that B'A' = Σ cᵢ·BᵢAᵢ. A tool that loads such a file takes the rank from the shapes, and scales
+the product by alpha / rank. Alpha stands in the file as a tensor, or in its header. It grows with
+the rank, so that the scale stays. Where it stands nowhere, the scale is 1.
 """
 
 from __future__ import annotations
@@ -23,15 +23,19 @@ from ckptavg.modules import split_name
 from ckptavg.plan import Plan, TensorPlan, make_plan
 from ckptavg.rules import Rules
 from ckptavg.samples import first_values
-from ckptavg.stacking import placed
+from ckptavg.stacking import place_factor
 
 _STANDARD = re.compile(r"[^\n]*(?:lora_A|lora_down|lora\w{0,9}\.down)\.weight")
-_PEFT = "base_model.model."  # whose rank and alpha stand in adapter_config.json
-_DIFFERENCES = (".diff", ".diff_b", ".w_norm", ".b_norm")  # which are added, not multiplied
-_HEADER = "lora_adapter_metadata"  # diffusers' entry: rank and alpha by part of the pipeline
+# The beginning of PEFT's names. Its rank and alpha stand in adapter_config.json, not in the file.
+_PEFT = "base_model.model."
+# Differences of whole tensors, which are added and not multiplied: their plain mean is exact.
+_DIFFERENCES = (".diff", ".diff_b", ".w_norm", ".b_norm")
+# The header's entry of diffusers: rank and alpha by component of the pipeline.
+_HEADER = "lora_adapter_metadata"
 _KOHYA = ("ss_network_dim", "ss_network_alpha")
 _KOHYA_ARGUMENTS = "ss_network_args"
 _SCALES = (*_KOHYA, _KOHYA_ARGUMENTS, _HEADER)
+# An entry of some other tool that may state a rank, which would be untrue of the stack.
 _RANK = re.compile(r"(?:[^\n]*[._])?(?:r|rank|dim)")
 
 
@@ -43,7 +47,7 @@ def plan_stack(
     Arguments as for ``make_plan``. What is no factor of a product is averaged as everywhere.
 
     Returns:
-        None where the checkpoints are no such adapters, or their mean is none.
+        None where the checkpoints are no such adapters, or their stack would not be their mean.
 
     Raises:
         CkptavgError: As ``make_plan`` does.
@@ -53,17 +57,19 @@ def plan_stack(
     pairs = find_pairs(last.tensors)
     alphas = [f"{pair.module}.alpha" for pair in pairs]
     alphas = [name for name in alphas if name in last.tensors]
-    whole = rules.base is None and all(map(rules.averages, last.tensors))
-    if count < 2 or not pairs or not whole or not _are_plain(last, pairs, alphas):
+    # A product with one factor left out is no mean of products.
+    is_whole = rules.base is None and all(map(rules.averages, last.tensors))
+    if count < 2 or not pairs or not is_whole or not _are_plain(last, pairs, alphas):
         return None
     if not all(_are_alike(checkpoint, last, alphas) for checkpoint in checkpoints[:-1]):
         return None
-    header = _grown_header(last.metadata, count)
+    header = _grow_header(last.metadata, count)
     if header is None:
         return None
     stack = _Stack(tuple(pairs), frozenset(alphas), count)
-    places = [sum(c != 0 for c in coefficients[:i]) for i in range(len(coefficients))]
-    stacked = [stack.of(c, place) for c, place in zip(checkpoints, places, strict=True)]
+    # A checkpoint of coefficient 0 gets no slot of its own: it would only add zeros.
+    slots = [sum(c != 0 for c in coefficients[:i]) for i in range(len(coefficients))]
+    stacked = [stack.place(c, slot) for c, slot in zip(checkpoints, slots, strict=True)]
     planned = make_plan(stacked, coefficients, rules)
     note = (
         f"LoRA adapters: merged exactly by stacking their ranks, {count} times as many "
@@ -72,7 +78,7 @@ def plan_stack(
     return replace(
         planned,
         checkpoints=tuple(checkpoints),
-        tensors=tuple(map(stack.scaled, planned.tensors)),
+        tensors=tuple(map(stack.scale, planned.tensors)),
         notes=(*planned.notes, note),
         metadata=header,
     )
@@ -80,12 +86,12 @@ def plan_stack(
 
 @dataclass(frozen=True)
 class _Stack:
-    """How the factors of several adapters lie in one.
+    """The arrangement of the factors of several adapters in one.
 
     Attributes:
         pairs: The factors.
         alphas: Names of the tensors that hold a product's alpha.
-        count: How many adapters contribute.
+        count: Number of adapters that contribute.
     """
 
     pairs: tuple[Pair, ...]
@@ -94,19 +100,25 @@ class _Stack:
 
     @cached_property
     def dimensions(self) -> Mapping[str, int]:
-        """The dimension of each factor that is the rank."""
+        """Factor's name → its dimension that is the rank."""
         ranks = {pair.first: 0 for pair in self.pairs}
         return ranks | {pair.second: 1 for pair in self.pairs}
 
-    def of(self, checkpoint: Checkpoint, place: int) -> Checkpoint:
-        """An adapter whose factors have the shape of the stack and are zero but in their place."""
+    def place(self, checkpoint: Checkpoint, slot: int) -> Checkpoint:
+        """Give an adapter's factors the shape of the stack, with zeros outside their slot.
+
+        Args:
+            checkpoint: The adapter.
+            slot: Index of the adapter among those that contribute.
+        """
         tensors = dict(checkpoint.tensors)
         for name, dimension in self.dimensions.items():
-            tensors[name] = placed(tensors[name], dimension, 1, place, self.count)
+            tensors[name] = place_factor(tensors[name], dimension, 1, slot, self.count)
         return replace(checkpoint, tensors=tensors)
 
-    def scaled(self, planned: TensorPlan) -> TensorPlan:
-        """A tensor's plan: of the A's plain values, of an alpha the multiple."""
+    def scale(self, planned: TensorPlan) -> TensorPlan:
+        """Change a tensor's plan: an A gets its plain values, an alpha its multiple."""
+        # The coefficients belong to the B's alone, else each product would get its square.
         if self.dimensions.get(planned.name) == 0:
             return replace(planned, coefficients=(1.0,) * len(planned.sources), divisor=1.0)
         if planned.name in self.alphas:
@@ -123,7 +135,13 @@ class _Stack:
 
 
 def _are_plain(checkpoint: Checkpoint, pairs: Sequence[Pair], alphas: Collection[str]) -> bool:
-    """Whether a checkpoint is a file of products of two, under names that tell the scale."""
+    """Tell whether a file holds products of two factors, under names that tell their scale.
+
+    Args:
+        checkpoint: The adapter.
+        pairs: The factors in it.
+        alphas: Names of its tensors that hold a product's alpha.
+    """
     factors = {name for pair in pairs for name in (pair.first, pair.second)}
     others = {*checkpoint.tensors} - factors - {*alphas}
     if checkpoint.layout not in FILE_LAYOUTS or checkpoint.refused:
@@ -142,28 +160,40 @@ def _are_plain(checkpoint: Checkpoint, pairs: Sequence[Pair], alphas: Collection
 
 
 def _are_alike(checkpoint: Checkpoint, last: Checkpoint, alphas: Sequence[str]) -> bool:
-    """Whether an adapter has the last one's shapes and scales."""
+    """Tell whether an adapter has the last one's shapes and scales.
+
+    Args:
+        checkpoint: The adapter.
+        last: The last adapter.
+        alphas: Names of the tensors that hold a product's alpha.
+    """
     shapes = {name: (t.shape, t.dtype.kind) for name, t in checkpoint.tensors.items()}
     if shapes != {name: (t.shape, t.dtype.kind) for name, t in last.tensors.items()}:
         return False
     if any(checkpoint.metadata.get(name) != last.metadata.get(name) for name in _SCALES):
         return False
-    own, expected = (first_values([c.tensors[n] for n in alphas]) for c in (checkpoint, last))
-    return own == expected
+    values, last_values = (
+        first_values([c.tensors[name] for name in alphas]) for c in (checkpoint, last)
+    )
+    return values == last_values
 
 
-def _grown_header(metadata: Mapping[str, str], count: int) -> dict[str, str] | None:
-    """The entries of a header that tell ranks and alphas, for so many times the rank.
+def _grow_header(metadata: Mapping[str, str], count: int) -> dict[str, str] | None:
+    """Multiply the ranks and alphas that a header states.
+
+    Args:
+        metadata: The header's entries.
+        count: Number of stacked ranks in one.
 
     Returns:
-        None where some are not understood.
+        The entries that change; None where one of them is not understood.
     """
     if any(_RANK.fullmatch(name) for name in metadata if name not in _SCALES):
         return None
-    grown = {name: _multiple(metadata[name], count) for name in _KOHYA if name in metadata}
-    for name, grow in ((_HEADER, _grown_parts), (_KOHYA_ARGUMENTS, _grown_arguments)):
+    grown = {name: _multiply(metadata[name], count) for name in _KOHYA if name in metadata}
+    for name, grow in ((_HEADER, _grow_components), (_KOHYA_ARGUMENTS, _grow_arguments)):
         if name in metadata:
-            entries = _parsed(metadata[name])
+            entries = _parse(metadata[name])
             changed = None if entries is None else grow(entries, count)
             if changed is None:
                 return None
@@ -171,7 +201,8 @@ def _grown_header(metadata: Mapping[str, str], count: int) -> dict[str, str] | N
     return grown
 
 
-def _parsed(text: str) -> dict[str, Any] | None:
+def _parse(text: str) -> dict[str, Any] | None:
+    """Read a JSON object; None where the text is none."""
     try:
         entries = bounded_json.loads(text.encode())
     except (ValueError, UnicodeEncodeError):
@@ -179,30 +210,36 @@ def _parsed(text: str) -> dict[str, Any] | None:
     return entries if isinstance(entries, dict) else None
 
 
-def _grown_arguments(entries: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """The arguments of kohya's networks, of which those for convolutions have ranks too."""
-    return {
-        name: _multiple(value, count)
-        if name in ("conv_dim", "conv_alpha") and isinstance(value, str)
-        else value
-        for name, value in entries.items()
-    }
+def _grow_arguments(entries: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """Multiply the rank and alpha of convolutions among the arguments of kohya's networks."""
+    grown = dict(entries)
+    for name in ("conv_dim", "conv_alpha"):
+        if isinstance(entries.get(name), str):
+            grown[name] = _multiply(entries[name], count)
+    return grown
 
 
-def _grown_parts(entries: Mapping[str, Any], count: int) -> dict[str, Any] | None:
-    """Diffusers' entries: PEFT's configuration of each part of a pipeline, by dotted names.
+def _grow_components(entries: Mapping[str, Any], count: int) -> dict[str, Any] | None:
+    """Multiply the ranks and alphas in diffusers' entries.
 
-    Alpha grows with the rank, or with its root under rank-stabilized LoRA: the scale stays.
+    They are PEFT's configurations of a pipeline's components, by dotted names. Alpha grows with the
+    rank, so that the scale stays: under rank-stabilized LoRA with the rank's square root
+    (Kalajdzievski 2023).
+
+    Returns:
+        All entries; None where the products would not be those of two factors, or a value is not
+        understood.
     """
     grown = dict(entries)
     for name, value in entries.items():
-        part, setting = split_name(name)
+        component, setting = split_name(name)
         if value and setting in ("use_dora", "lora_bias"):
             return None
-        if setting == "r" and f"{part}lora_alpha" not in entries:
+        # Without it alpha has a default, which would not grow.
+        if setting == "r" and f"{component}lora_alpha" not in entries:
             return None
         factor = float(count)
-        if entries.get(f"{part}use_rslora") and setting in ("lora_alpha", "alpha_pattern"):
+        if entries.get(f"{component}use_rslora") and setting in ("lora_alpha", "alpha_pattern"):
             factor = math.sqrt(count)
         if setting in ("r", "lora_alpha") and type(value) in (int, float):
             grown[name] = _times(value, factor)
@@ -214,13 +251,13 @@ def _grown_parts(entries: Mapping[str, Any], count: int) -> dict[str, Any] | Non
 
 
 def _times(value: float, factor: float) -> float:
-    """A product, whole where it is one of whole numbers."""
+    """Multiply a number; a whole number stays whole where its product is."""
     product = value * factor
     return int(product) if isinstance(value, int) and product.is_integer() else product
 
 
-def _multiple(text: str, count: int) -> str:
-    """The multiple of a number in a text; the text where it is none."""
+def _multiply(text: str, count: int) -> str:
+    """Multiply the number that a text is; return the text itself where it is no number."""
     try:
         return str(int(text) * count)
     except ValueError:

@@ -29,7 +29,7 @@ from ckptavg.factors import find_bare_pairs, is_part_of_product
 from ckptavg.formats import Checkpoint, adapter
 from ckptavg.plan import Plan, TensorPlan, make_plan
 from ckptavg.rules import Rules
-from ckptavg.stacking import placed
+from ckptavg.stacking import place_factor
 
 _FACTOR = re.compile(r"(.*\.lora_(?:embedding_)?)([AB])((?:\.weight)?)")
 _FACTOR_BIAS = re.compile(r".*\.lora_B\.bias")
@@ -95,13 +95,13 @@ def plan_merge(
             f"{checkpoints[-1].path} ties its factors, which unequal coefficients would untie",
             _MERGE,
         )
-    places = [sum(c != 0 for c in coefficients[:i]) for i in range(len(coefficients))]
-    stacked = [stack.of(c, place) for c, place in zip(checkpoints, places, strict=True)]
+    slots = [sum(c != 0 for c in coefficients[:i]) for i in range(len(coefficients))]
+    stacked = [stack.place(c, slot) for c, slot in zip(checkpoints, slots, strict=True)]
     planned = make_plan(stacked, coefficients, rules)
     return replace(
         planned,
         checkpoints=tuple(checkpoints),
-        tensors=tuple(map(stack.scaled, planned.tensors)),
+        tensors=tuple(map(stack.scale, planned.tensors)),
         companions={adapter.CONFIG: json.dumps(stack.configuration(), indent=2).encode()},
         notes=(*planned.notes, *_notes(stack, configs)),
     )
@@ -133,26 +133,26 @@ def _noted(planned: Plan) -> Plan:
 
 @dataclass(frozen=True)
 class _Stack:
-    """How the factors of several adapters lie in one.
+    """The arrangement of the factors of several adapters in one.
 
     Attributes:
-        coefficients: One an adapter that contributes.
+        coefficients: One per adapter that contributes.
         config: The adapters' configuration.
     """
 
     coefficients: tuple[float, ...]
     config: Mapping[str, Any]
 
-    def of(self, checkpoint: Checkpoint, place: int) -> Checkpoint:
-        """An adapter whose factors have the shape of the stack and are zero but in their place."""
+    def place(self, checkpoint: Checkpoint, slot: int) -> Checkpoint:
+        """Give an adapter's factors the shape of the stack, with zeros outside their slot."""
         tensors = dict(checkpoint.tensors)
         for name, match in _factors(checkpoint).items():
             dim = 0 if match[2] == "A" else 1
             groups = 1 if dim else self._groups(checkpoint, match)
-            tensors[name] = placed(tensors[name], dim, groups, place, len(self.coefficients))
+            tensors[name] = place_factor(tensors[name], dim, groups, slot, len(self.coefficients))
         return replace(checkpoint, tensors=tensors)
 
-    def scaled(self, plan: TensorPlan) -> TensorPlan:
+    def scale(self, plan: TensorPlan) -> TensorPlan:
         """A tensor's plan: of the A's plain values, of the B's n times the mean."""
         match = _FACTOR.fullmatch(plan.name)
         if match and match[2] == "A":

@@ -29,7 +29,7 @@ _ELSEWHERE = "Name another file for the results, or move that one away."
 
 
 class ResultsFile:
-    """Scores of candidates, each known by its key; several runs may add to them at once.
+    """Scores of candidates, each known by its key. Several processes may add to them at once.
 
     A file that holds anything else is never replaced.
 
@@ -46,13 +46,14 @@ class ResultsFile:
         """Make sure that results can be kept, before any work begins.
 
         Args:
-            resume: Whether what the file holds is to be gone on from.
+            resume: True if the results that the file holds are to be continued.
 
         Raises:
-            OutputError: They cannot, or the file holds something else.
+            OutputError: Results cannot be kept, or the file holds something else.
         """
         size = self._size()
         with self._refuse_strangers("cannot be resumed" if resume else "is not replaced"):
+            # An empty file is fine to begin with, as mktemp makes it, and not to continue.
             if size or (resume and size is not None):
                 self._parse()
         # Only trying tells whether the disk, the directory and its name let it be written.
@@ -60,7 +61,7 @@ class ResultsFile:
             pass
 
     def entries(self) -> list[Entry]:
-        """The results that the file holds; none if it does not exist or is empty.
+        """Read the results that the file holds; none if it does not exist or is empty.
 
         Raises:
             OutputError: It holds something else.
@@ -69,25 +70,26 @@ class ResultsFile:
             return self._parse() if self._size() else []
 
     def merge(self, results: Sequence[Entry]) -> int:
-        """Add results to those that the file holds, in the place of others with the same keys.
+        """Add results to those that the file holds, and replace those with the same keys.
 
         Args:
             results: As ``Result.as_json`` gives them, each with its ``key``.
 
         Returns:
-            How many of other candidates the file goes on to hold.
+            The number of other candidates' results that the file still holds.
 
         Raises:
             OutputError: It holds something else, or cannot be written.
         """
         added = [self._format.entry(result) for result in results]
         with lock_beside(self._target):
-            held = self.entries()
-            kept = _others(held, added)
-            text = self._format.text([*kept, *added])
-            if not held or text != self._format.text(held):  # else nothing can fail any more
+            stored = self.entries()
+            others = _drop_superseded(stored, added)
+            text = self._format.text([*others, *added])
+            # Equal text is not written again, since a write may fail.
+            if not stored or text != self._format.text(stored):
                 self._write(text)
-        return len(kept)
+        return len(others)
 
     def _parse(self) -> list[Entry]:
         with guard_reads(self.path):
@@ -102,7 +104,7 @@ class ResultsFile:
         return Publication(self._target, directory=False, overwrite=True)
 
     def _size(self) -> int | None:
-        """Bytes of the file; None if it does not exist.
+        """Return the file's size in bytes; None if it does not exist.
 
         Raises:
             OutputError: It is no regular file, or the system does not let us look.
@@ -122,10 +124,10 @@ class ResultsFile:
 
     @contextmanager
     def _refuse_strangers(self, outcome: str) -> Iterator[None]:
-        """Refuse a file that does not parse.
+        """Turn the error of a file that does not parse into a refusal.
 
         Args:
-            outcome: Of the refusal: what is not done to the file.
+            outcome: Verb phrase for what is not done to the file.
         """
         try:
             yield
@@ -136,13 +138,13 @@ class ResultsFile:
 
 
 class _JsonFormat:
-    """Results as they are, under ``candidates``; what stands beside that in the file stays."""
+    """Results as they are, under ``candidates``. The file's other entries stay."""
 
     def __init__(self) -> None:
-        self._beside: dict[str, Any] = {}
+        self._other_entries: dict[str, Any] = {}
 
     def parse(self, path: Path) -> list[Entry]:
-        """The results in a file.
+        """Read the results in a file.
 
         Raises:
             ValueError: It holds something else.
@@ -153,28 +155,29 @@ class _JsonFormat:
         entries = content.pop(_CANDIDATES, None)
         if not isinstance(entries, list) or not all(map(_is_result, entries)):
             raise ValueError("it has no candidates")
-        self._beside = content
+        self._other_entries = content
         return entries
 
     def entry(self, result: Entry) -> Entry:
-        """A result in the form that the file has it in."""
+        """Return a result in the form of the file's entries."""
         return result
 
     def text(self, entries: Sequence[Entry]) -> str:
-        """What the file is to hold."""
-        return json_text({_CANDIDATES: entries, **self._beside})
+        """Write the file's text."""
+        return json_text({_CANDIDATES: entries, **self._other_entries})
 
 
 class _CsvFormat:
-    """A row per result: a comparison's figures by their names, no bins, the key last."""
+    """A row per result, with a column per figure of a comparison, no bins, and the key last."""
 
     def parse(self, path: Path) -> list[Entry]:
-        """The rows of a file.
+        """Read the rows of a file.
 
         Raises:
             ValueError: It holds something else.
         """
         text = bounded_json.read_text(path).decode("utf-8-sig")
+        # Lists of many checkpoints exceed the default limit, which is the process's own.
         limit = csv.field_size_limit(max(len(text), 1))
         try:
             reader = csv.DictReader(io.StringIO(text, newline=""))
@@ -188,14 +191,14 @@ class _CsvFormat:
         return rows
 
     def entry(self, result: Entry) -> Entry:
-        """A result's row."""
+        """Make a result's row."""
         row = {name: value for name, value in result.items() if name not in _NESTED}
         row |= result["metrics"]
         row |= {f"versus_{name}": value for name, value in result.get("versus", {}).items()}
         return {name: _cell(value) for name, value in row.items()} | {_KEY: result[_KEY]}
 
     def text(self, entries: Sequence[Entry]) -> str:
-        """What the file is to hold."""
+        """Write the file's text."""
         columns = dict.fromkeys(name for row in entries for name in row if name != _KEY)
         buffer = io.StringIO()
         writer = csv.DictWriter(buffer, [*columns, _KEY], lineterminator="\n")
@@ -204,14 +207,15 @@ class _CsvFormat:
         return buffer.getvalue()
 
 
-def _others(held: Sequence[Entry], added: Sequence[Entry]) -> list[Entry]:
-    """The entries that others do not supersede; those without a key are known by their names."""
+def _drop_superseded(stored: Sequence[Entry], added: Sequence[Entry]) -> list[Entry]:
+    """Drop the stored entries that others supersede. Entries without a key are known by name."""
     keys = {entry[_KEY] for entry in added}
     names = {entry["name"] for entry in added}
     others = []
-    for entry in held:
+    for entry in stored:
         key = entry.get(_KEY)
-        if not (key in keys if key else entry["name"] in names):
+        is_superseded = key in keys if key else entry["name"] in names
+        if not is_superseded:
             others.append(entry)
     return others
 
@@ -227,6 +231,7 @@ def _is_result(entry: Any) -> bool:
 
 
 def _cell(value: Any) -> Any:
+    """Return a value as a CSV file's cell has it; lists with semicolons between their items."""
     if isinstance(value, list):
-        return ";".join(str(_cell(part)) for part in value)
+        return ";".join(str(_cell(item)) for item in value)
     return escape_unseen(without_secrets(value)) if isinstance(value, str) else value

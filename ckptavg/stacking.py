@@ -1,4 +1,4 @@
-"""Factors of several adapters at their places in one stack."""
+"""The slots of several adapters' factors in one stack."""
 
 from __future__ import annotations
 
@@ -7,29 +7,47 @@ from dataclasses import replace
 from ckptavg.formats.table import Piece, Tensor
 
 
-def placed(tensor: Tensor, dim: int, groups: int, place: int, count: int) -> Tensor:
-    """A tensor at one of ``count`` places along a dimension, in each of its groups."""
+def place_factor(tensor: Tensor, dim: int, groups: int, slot: int, count: int) -> Tensor:
+    """Put a tensor into one slot of a stack; the other slots are zero.
+
+    Args:
+        tensor: A factor.
+        dim: Its dimension that is the rank, along which the stack grows.
+        groups: Number of groups that the dimension is divided into, as by grouped convolutions.
+            Each group has the slots.
+        slot: Index of the slot.
+        count: Number of slots.
+    """
     extent = tensor.shape[dim] // groups
-    pieces = [
-        moved
-        for group in range(groups)
-        for piece in tensor.pieces
-        for moved in _moved(
-            piece, dim, group * extent, extent, (group * count + place) * extent, tensor.dtype.size
-        )
-    ]
+    pieces: list[Piece] = []
+    for group in range(groups):
+        low, target = group * extent, (group * count + slot) * extent
+        for piece in tensor.pieces:
+            pieces += _cut(piece, dim, low, extent, target, tensor.dtype.size)
     shape = (*tensor.shape[:dim], tensor.shape[dim] * count, *tensor.shape[dim + 1 :])
     return Tensor(tensor.dtype, shape, tuple(pieces))
 
 
-def _moved(piece: Piece, dim: int, low: int, extent: int, to: int, size: int) -> list[Piece]:
-    """The part of a piece from ``low`` on along a dimension, at ``to`` instead."""
+def _cut(piece: Piece, dim: int, low: int, extent: int, target: int, size: int) -> list[Piece]:
+    """Cut an interval along a dimension out of a piece, and shift it.
+
+    Args:
+        piece: A piece of a tensor.
+        dim: The dimension.
+        low: Index at which the interval begins.
+        extent: The interval's extent.
+        target: Index at which the interval begins in the stack.
+        size: Bytes per element.
+
+    Returns:
+        The shifted piece; none where the piece lies outside the interval.
+    """
     begin = max(low, piece.start[dim])
     end = min(low + extent, piece.start[dim] + piece.shape[dim])
     if begin >= end:
         return []
     skipped = (begin - piece.start[dim]) * piece.stride[dim] * size
     shape, start = list(piece.shape), list(piece.start)
-    shape[dim], start[dim] = end - begin, to + begin - low
+    shape[dim], start[dim] = end - begin, target + begin - low
     offset = piece.offset + skipped
     return [replace(piece, offset=offset, shape=tuple(shape), start=tuple(start))]

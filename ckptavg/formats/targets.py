@@ -1,4 +1,4 @@
-"""Paths of outputs: what may stand there before, and what of it may go."""
+"""The paths of outputs, and the checks before anything there is written or replaced."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ckptavg.errors import OutputError, first_few
 from ckptavg.formats import leftovers
 from ckptavg.system_errors import guard_writes
 
+# Kinds that a rename would replace by a file, with whatever reads or writes them cut off.
 _NO_FILES = {
     stat.S_ISCHR: "a device",
     stat.S_ISBLK: "a device",
@@ -24,22 +25,22 @@ _MOUNT_POINT = 4  # field of a line there
 
 
 def follow(path: Path) -> Path:
-    """The absolute path that is written for an output: a link is written through, as by torch."""
+    """Return the absolute path to write for an output. A link is written through, as by torch."""
     return Path(os.path.realpath(path)) if path.is_symlink() else path.absolute()
 
 
 def check_target(path: Path, *, overwrite: bool, inputs: Iterable[Path]) -> None:
     """Make sure that an output may be written, before any work begins.
 
-    What dead runs have left of it is cleared first: it takes room, or is the output itself.
+    Leftovers of dead runs are cleared first: they take room, or are the output itself.
 
     Args:
         path: The output.
-        overwrite: Whether an existing one may be replaced.
+        overwrite: True if an existing output may be replaced.
         inputs: Checkpoints that are being read; none of them may be touched.
 
     Raises:
-        OutputError: It may not.
+        OutputError: The output may not be written.
     """
     for source in inputs:
         if _is_within(source, path) or _is_within(path, source):
@@ -47,6 +48,7 @@ def check_target(path: Path, *, overwrite: bool, inputs: Iterable[Path]) -> None
     with guard_writes(path):
         target = follow(path)
         _check_parent(target.parent)
+        # Before any look at the target: a run that died within a swap has set it aside.
         leftovers.clear(target)
         _check_kind(target)
         if os.path.lexists(path) and not overwrite:
@@ -58,15 +60,15 @@ def check_target(path: Path, *, overwrite: bool, inputs: Iterable[Path]) -> None
 
 
 def check_replaceable(path: Path, *, directory: bool, names: Collection[str]) -> None:
-    """Make sure that an output takes nothing away but what it has itself, or had before.
+    """Make sure that an output replaces nothing but files that ckptavg writes.
 
     Args:
         path: The output, which may exist.
-        directory: Whether it will be a directory.
-        names: Files that may go, by their paths below it, if it is a directory.
+        directory: True if the output will be a directory.
+        names: Paths below a directory of the files that may be replaced.
 
     Raises:
-        OutputError: It would take something else away.
+        OutputError: Something else would be lost.
     """
     target = follow(path)
     try:
@@ -87,10 +89,14 @@ def check_replaceable(path: Path, *, directory: bool, names: Collection[str]) ->
 
 
 def check_room(path: Path, needed: int) -> None:
-    """Make sure that ``needed`` bytes fit on the disk that ``path`` will lie on.
+    """Make sure that the disk has room for an output.
+
+    Args:
+        path: The output.
+        needed: Its bytes.
 
     Raises:
-        OutputError: They do not.
+        OutputError: The disk has not.
     """
     with guard_writes(path):
         free = shutil.disk_usage(follow(path).parent).free
@@ -102,9 +108,9 @@ def check_room(path: Path, needed: int) -> None:
 
 
 def _is_within(path: Path, directory: Path) -> bool:
-    """Whether a path is another one or lies below it, links resolved."""
-    resolved, other = (Path(os.path.realpath(one)) for one in (path, directory))
-    return resolved == other or other in resolved.parents
+    """Tell whether a path is a directory or lies below it, links resolved."""
+    resolved, home = (Path(os.path.realpath(p)) for p in (path, directory))
+    return resolved == home or home in resolved.parents
 
 
 def _check_parent(parent: Path) -> None:
@@ -115,12 +121,13 @@ def _check_parent(parent: Path) -> None:
 
 
 def _check_kind(path: Path) -> None:
-    """Make sure that nothing, a file or a directory stands at a path, which can be renamed."""
+    """Make sure that there is nothing at a path, or a file or a directory that can be renamed."""
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:
         return
-    if stat.S_ISLNK(mode):  # still a link though followed: it leads to itself
+    # Still a link though followed: it leads to itself, and the system's own error says so.
+    if stat.S_ISLNK(mode):
         path.stat()
     for is_kind, kind in _NO_FILES.items():
         if is_kind(mode):
@@ -132,7 +139,8 @@ def _check_kind(path: Path) -> None:
 
 
 def _is_mount_point(path: Path) -> bool:
-    """Whether a file system, or a part of one, is mounted at a path; containers mount files."""
+    """Tell whether a file system, or a part of one, is mounted at a path."""
+    # It looks at directories only, while containers mount single files too.
     if os.path.ismount(path):
         return True
     if sys.platform != "linux" or not _MOUNTS.exists():
@@ -140,20 +148,21 @@ def _is_mount_point(path: Path) -> bool:
     lines = _MOUNTS.read_text(errors="surrogateescape").splitlines()
     mounts = {line.split(" ")[_MOUNT_POINT] for line in lines}
     escaped = os.path.realpath(path)
-    for character in "\\ \t\n":  # the backslash first, since it begins the others
+    # The kernel writes these in octal. The backslash first, since it begins the others.
+    for character in "\\ \t\n":
         escaped = escaped.replace(character, f"\\{ord(character):03o}")
     return escaped in mounts
 
 
 def _strangers(directory: Path, names: Collection[str]) -> Iterator[str]:
-    """What in a directory is none of some files, nor a directory of theirs."""
+    """List the paths below a directory except some files and the directories of those."""
     homes = {parent.as_posix() for name in names for parent in Path(name).parents}
     for folder, folders, files in os.walk(directory, onerror=_raise):
         below = Path(folder).relative_to(directory)
-        for entries, known in ((folders, homes), (files, names)):
+        for entries, expected in ((folders, homes), (files, names)):
             for entry in entries:
                 name = (below / entry).as_posix()
-                if name not in known:
+                if name not in expected:
                     yield name
 
 

@@ -1,21 +1,22 @@
-"""Boxes of a tensor that lie in different files, and whether they make all of it."""
+"""The test that a tensor's boxes, which lie in different files, make the whole tensor."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import combinations, groupby
 from typing import Protocol
 
-_PAIRS = 512  # boxes that are compared each with each
+# Boxes that are compared each with each, which takes quadratic time. More must make a grid.
+_MOST_COMPARED = 512
 
 
 class Box(Protocol):
-    """A part of a tensor.
+    """A box of a tensor's elements.
 
     Attributes:
-        start: Index in the tensor of its first element.
-        shape: Its extent.
+        start: Index of its first element in the tensor.
+        shape: Its extents.
     """
 
     @property
@@ -26,18 +27,30 @@ class Box(Protocol):
 
 
 def tiles(shape: tuple[int, ...], boxes: Sequence[Box]) -> bool:
-    """Whether boxes cover a tensor, each element once."""
+    """Tell whether boxes cover a tensor, each element once.
+
+    Args:
+        shape: The tensor's shape.
+        boxes: The boxes, in any order.
+    """
     if any(len(box.start) != len(shape) or len(box.shape) != len(shape) for box in boxes):
         return False
     if not math.prod(shape):
         return not boxes
     if sum(math.prod(box.shape) for box in boxes) != math.prod(shape):
         return False
-    return _is_grid(shape, boxes, 0) or (len(boxes) <= _PAIRS and _are_apart(shape, boxes))
+    # As many elements as the tensor, all inside it and none twice, are all of it.
+    return _is_grid(shape, boxes, 0) or (len(boxes) <= _MOST_COMPARED and _are_apart(shape, boxes))
 
 
 def _is_grid(shape: tuple[int, ...], boxes: Sequence[Box], dimension: int) -> bool:
-    """Whether boxes are slabs along a dimension, each slab cut along the next one likewise."""
+    """Tell whether boxes make slabs along a dimension, each cut likewise along the next one.
+
+    Args:
+        shape: The tensor's shape.
+        boxes: The boxes of one slab along the dimensions before.
+        dimension: The dimension to cut along.
+    """
     if dimension == len(shape):
         return len(boxes) == 1
 
@@ -58,15 +71,17 @@ def _is_grid(shape: tuple[int, ...], boxes: Sequence[Box], dimension: int) -> bo
 
 
 def _are_apart(shape: tuple[int, ...], boxes: Sequence[Box]) -> bool:
-    """Whether boxes lie inside a tensor and no two share an element."""
-    inside = all(
-        a + n <= m for box in boxes for a, n, m in zip(box.start, box.shape, shape, strict=True)
-    )
-    return inside and not any(
-        all(
-            a < b + m and b < a + n
-            for a, n, b, m in zip(one.start, one.shape, other.start, other.shape, strict=True)
-        )
-        for i, one in enumerate(boxes)
-        for other in boxes[:i]
+    """Tell whether boxes lie inside a tensor and no two share an element."""
+    for box in boxes:
+        bounds = zip(box.start, box.shape, shape, strict=True)
+        if any(start + extent > end for start, extent, end in bounds):
+            return False
+    return not any(_overlap(*pair) for pair in combinations(boxes, 2))
+
+
+def _overlap(first: Box, second: Box) -> bool:
+    """Tell whether two boxes share an element: whether their intervals meet in each dimension."""
+    return all(
+        a < b + m and b < a + n
+        for a, n, b, m in zip(first.start, first.shape, second.start, second.shape, strict=True)
     )

@@ -216,8 +216,7 @@ def _replace_parts(paths: Sequence[Location]) -> list[Location]:
         unnamed = [name for name in names if name not in shards[home]]
         if unnamed:
             raise CheckpointError(
-                f"the files named in {home} are parts of one model, whose other parts are "
-                f"{first_few(unnamed)}",
+                f"the files named of {home} are parts of one model, without {first_few(unnamed)}",
                 "Name the directory.",
             )
     checkpoints = [p.parent if p.parent in sharded else _replace_part(p) for p in paths]
