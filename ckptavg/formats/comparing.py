@@ -118,15 +118,18 @@ class _Family:
 
     def add(self, checkpoint: Checkpoint) -> None:
         self._new.append(checkpoint)
+        if contents := _stored_contents(checkpoint):
+            self._by_store.setdefault(contents, checkpoint)
 
     def find(self, checkpoint: Checkpoint) -> Checkpoint | None:
+        known = self._by_store.get(_stored_contents(checkpoint))
+        if known is not None:  # before anything is read
+            return known
         for member in self._new:
             self._sort_in(member)
         self._new = []
-        known = self._by_store.get(_stored_contents(checkpoint))
         parts = self._parts(checkpoint)
-        if known is None and parts is not None:
-            known = self._by_checksums.get(parts)
+        known = None if parts is None else self._by_checksums.get(parts)
         if known is not None:
             return known
         if not _is_decided(checkpoint, parts):
@@ -136,8 +139,6 @@ class _Family:
         return self._by_bytes.find(checkpoint)
 
     def _sort_in(self, member: Checkpoint) -> None:
-        if contents := _stored_contents(member):
-            self._by_store.setdefault(contents, member)
         parts = self._parts(member)
         if parts is not None:
             self._by_checksums.setdefault(parts, member)

@@ -182,7 +182,7 @@ def _item_path(name: str, path: Any) -> ItemPath:
 
 
 def _is_step(part: Any) -> bool:
-    """Whether this leads from a container to what is in it: a name or an index."""
+    """Tell what leads from a container to what is in it: a name or an index."""
     return isinstance(part, str) or (type(part) is int and 0 <= part < _LARGEST_INDEX)
 
 

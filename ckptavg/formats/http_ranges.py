@@ -13,7 +13,7 @@ _MOST_AT_ONCE = 64  # requests
 
 
 def is_http(system: Any) -> bool:
-    """Whether a file system of fsspec is that of web servers."""
+    """Tell fsspec's file system of web servers from its others."""
     protocol = system.protocol
     return "http" in ((protocol,) if isinstance(protocol, str) else protocol)
 

@@ -22,7 +22,7 @@ class _Field:
 
 
 def is_onnx(start: bytes) -> bool:
-    """Whether a file that begins so is an ONNX model."""
+    """Tell an ONNX model by the beginning of its file."""
     fields = _fields(start)
     if len(fields) < 2 or fields[0].number != 1 or not 0 < fields[0].value <= _LAST_VERSION:
         return False
@@ -32,7 +32,7 @@ def is_onnx(start: bytes) -> bool:
 
 
 def is_saved_model(start: bytes) -> bool:
-    """Whether a file that begins so is a TensorFlow SavedModel: its version and long graphs."""
+    """Tell a TensorFlow SavedModel by its beginning: a version and long graphs."""
     fields = _fields(start)
     version = fields[:1] == [_Field(1, _VARINT, 1)]
     return version and len(fields) > 1 and fields[1].number == 2 and fields[1].encoding == _BYTES

@@ -57,7 +57,7 @@ def read_header(place: str | Location, size: int) -> tuple[dict[str, Tensor], di
 
 
 def looks_like(start: bytes) -> bool:
-    """Whether a file that begins so is safetensors: the length of a header, and a JSON object."""
+    """Tell safetensors by the beginning: the length of a header, and a JSON object."""
     return start[4:9] == b"\0\0\0\0{"
 
 

@@ -21,7 +21,7 @@ _PROTOCOL = 1001
 
 
 def looks_like(start: bytes) -> bool:
-    """Whether a file that begins so was written by ``torch.save`` before version 1.6."""
+    """Tell a file of ``torch.save`` before version 1.6 by its beginning."""
     framed = start[:1] == b"\x80" and _PICKLED_MAGIC in start[:HEAD]
     return framed or (START.startswith(start[: len(START)]) and len(start) > 2)
 

@@ -31,7 +31,7 @@ _NUMBERS = {
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a storage begins in its file, and what has to stand there if that is a guess."""
+    """The offset of a storage in its file, and what has to stand there if that is a guess."""
 
     offset: int
     guard: Guard | None = None
@@ -258,7 +258,7 @@ class _Archive:
         return file.read(entry.size)
 
     def offset(self, file: BinaryIO, entry: Entry) -> int:
-        """Where an entry's bytes begin.
+        """The offset of an entry's first byte.
 
         Raises:
             MalformedZip: Its local header contradicts the directory.
@@ -283,7 +283,7 @@ class _Archive:
         return entry
 
     def guess_starts(self, file: BinaryIO) -> dict[str, int]:
-        """Where entries begin, as far as their neighbours tell: each local header is a request.
+        """Take entries to begin where their neighbours tell: each local header is a request.
 
         ``torch.save`` leaves no room between entries and begins each at a multiple of 64 bytes; a
         file counts as its own if that holds of its pickle, whose local header is read.
@@ -314,7 +314,7 @@ def _guard(entry: Entry, start: int, base: int) -> Guard:
 
 
 def _header_end(entry: Entry) -> int:
-    """Where the name in an entry's local header ends, if it is the directory's."""
+    """The offset behind the name in an entry's local header, if it is the directory's."""
     return entry.header + LOCAL_HEADER + len(entry.raw_name)
 
 
@@ -332,7 +332,7 @@ class StoredEntry:
     end: int
 
     def start(self, path: str) -> int:
-        """Where its bytes begin in its file.
+        """The offset of its first byte in its file.
 
         Raises:
             CheckpointError: The file cannot be read, or its local header contradicts the directory.
@@ -404,5 +404,5 @@ def _crc(file: BinaryIO, entry: Entry, end: int) -> int:
 
 
 def looks_like(start: bytes) -> bool:
-    """Whether a file that begins so was written by ``torch.save``."""
+    """Tell a file of ``torch.save``, or another zip file, by its beginning."""
     return start.startswith(START) or torch_legacy.looks_like(start)

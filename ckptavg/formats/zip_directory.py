@@ -70,7 +70,7 @@ class Entry:
 
     @property
     def stored(self) -> bool:
-        """Whether its contents lie in the file as they are."""
+        """Its contents lie in the file as they are."""
         return self.method == STORED and self.packed_size == self.size
 
 
