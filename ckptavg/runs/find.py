@@ -375,8 +375,10 @@ def _below_steps(
     for path in deeper:
         by_parent[path.parent].append(path)
     neighbours = [members for members in by_parent.values() if len(members) > 1]
-    # A run within a directory that is called after a step is not this directory's.
+    # A run within a directory that is called after a step, or a date, is not this directory's.
     if any(is_series(members) and not are_parts(members) for members in neighbours):
+        return []
+    if len({place.base for place in places}) > 1 and not are_parts(deeper):
         return []
     series = {mask_step(step.name) for step, members in steps.items() if members}
     for step, members in steps.items():

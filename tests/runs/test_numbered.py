@@ -300,3 +300,17 @@ def test_pipelines_that_are_saved_whole_are_a_run_with_that_at_the_root(tmp_path
     run = open_run(tmp_path / "run")
     assert len(run) == 3
     assert set(average(run)) == {"unet/w", "vae/w"}
+
+
+@pytest.mark.parametrize("names_of_runs", [("2024-01-01", "2024-01-02"), ("1", "2")])
+@pytest.mark.parametrize("file", ["model.pt", "unet/model.pt"])
+def test_runs_that_are_called_after_dates_are_not_averaged_together(tmp_path, names_of_runs, file):
+    for name, step in itertools.product(names_of_runs, (500, 1000)):
+        path = tmp_path / name / f"step_{step}" / file
+        path.parent.mkdir(parents=True)
+        save_weight(path, step)
+    with pytest.raises(RunError, match=r"holds 2 runs: .*Name one") as caught:
+        open_run(tmp_path)
+    for name in names_of_runs:
+        assert str(tmp_path / name) in str(caught.value)
+        assert [c.step for c in open_run(tmp_path / name)] == [500, 1000]
