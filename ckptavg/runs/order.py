@@ -248,7 +248,7 @@ def _order(checkpoints: Sequence[Checkpoint]) -> tuple[tuple[Checkpoint, ...], l
 
     indices = sorted(range(len(checkpoints)), key=sort_key)
     ordered = tuple(replace(checkpoints[i], step=positions[i]) for i in indices)
-    return ordered, notes + _note_doubts(ordered)
+    return ordered, notes + _note_doubts(ordered, [clock.within[i] for i in indices])
 
 
 def _or_before(position: float | None) -> float:
@@ -276,7 +276,7 @@ def _choose_clock(checkpoints: Sequence[Checkpoint]) -> tuple[_Clock, list[str]]
     clock = next((c for c in recorded if not c.stands_still), next(iter(recorded), None))
     named = [*_named_steps([c.path for c in checkpoints]).values()]
     positions = [None if step.value is None else float(step.value) for step in named]
-    by_name = _Clock(positions, [None] * len(named))
+    by_name = _Clock(positions, [step.within for step in named])
     if clock is None:
         _refuse_two_units(checkpoints, named)
         partly = any(value is not None for value in (*steps, *epochs))
@@ -343,11 +343,18 @@ def refuse_two_series(ordered: Sequence[Checkpoint]) -> None:
     Raises:
         RunError: It does: two patterns of names have a checkpoint for each step.
     """
-    steps: dict[str, list[float | None]] = defaultdict(list)
+    named = _named_steps([c.path for c in ordered])
+    steps: dict[str, list[object]] = defaultdict(list)
     for checkpoint in ordered:
-        steps[_series(checkpoint)].append(checkpoint.step)
+        # Steps that count anew in each epoch tell the checkpoints of one apart.
+        within = named[checkpoint.path].within
+        if checkpoint.step == checkpoint.record.epoch:
+            within = checkpoint.record.step
+        steps[_series(checkpoint)].append((checkpoint.step, within))
     first, *others = steps.values()
-    if not others or len(first) < 2 or None in first or any(first != other for other in others):
+    if not others or len(first) < 2 or any(first != other for other in others):
+        return
+    if any(checkpoint.step is None for checkpoint in ordered):
         return
     patterns = [f"'{pattern}'" for pattern in sorted(steps)]
     raise RunError(
@@ -373,14 +380,19 @@ def _series(checkpoint: Checkpoint) -> str:
     return f"{glob.escape(name[:begin])}*{glob.escape(name[end:])}"
 
 
-def _note_doubts(ordered: Sequence[Checkpoint]) -> list[str]:
-    """Note where the order may not be what the user thinks."""
+def _note_doubts(ordered: Sequence[Checkpoint], within: Sequence[float | None]) -> list[str]:
+    """Note where the order may not be what the user thinks.
+
+    Args:
+        ordered: The checkpoints.
+        within: What orders those of equal steps.
+    """
     notes = []
     # One pair is enough for each doubt: the remedy is the same for all.
-    for former, latter in pairwise(ordered):
+    for (former, earlier), (latter, later) in pairwise(zip(ordered, within, strict=True)):
         if former.step is None or former.step != latter.step:
             continue
-        if former.record == latter.record:
+        if former.record == latter.record and earlier == later:
             notes.append(
                 f"{former.path.name} and {latter.path.name} share the step "
                 f"{step_text(former.step)}: "

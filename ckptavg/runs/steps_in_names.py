@@ -50,10 +50,12 @@ class NamedStep:
     Attributes:
         value: A whole number; None where the name has none that may be a step.
         unit: Which word tells that it counts; None where none does.
+        within: The step within the epoch that the value is, where steps count anew in each.
     """
 
     value: int | None
     unit: Unit | None = None
+    within: int | None = None
 
 
 def steps_in_names(stems: Sequence[str]) -> list[NamedStep]:
@@ -90,8 +92,10 @@ def unit_in_name(stem: str) -> Unit | None:
 def _common_word(names: Sequence[str]) -> list[NamedStep] | None:
     """Steps by a word that all names have; one that tells them apart, if there is one."""
     constant: list[NamedStep] | None = None
-    for unit in _WORDS:
-        values = [_by_word(name, unit) for name in names]
+    by_unit = {unit: [_by_word(name, unit) for name in names] for unit in _WORDS}
+    if (restarting := _steps_of_epochs(by_unit["epoch"], by_unit["step"])) is not None:
+        return restarting
+    for unit, values in by_unit.items():
         if None in values:
             continue
         steps = [NamedStep(value, unit) for value in values]
@@ -99,6 +103,21 @@ def _common_word(names: Sequence[str]) -> list[NamedStep] | None:
             return steps
         constant = constant or steps
     return constant
+
+
+def _steps_of_epochs(
+    epochs: Sequence[int | None], steps: Sequence[int | None]
+) -> list[NamedStep] | None:
+    """Steps within epochs; None where steps count on, or where some name lacks one of the two."""
+    pairs = [
+        (epoch, step)
+        for epoch, step in zip(epochs, steps, strict=True)
+        if epoch is not None and step is not None
+    ]
+    ordered = [step for _, step in sorted(pairs)]
+    if len(pairs) < len(epochs) or ordered == sorted(ordered):
+        return None
+    return [NamedStep(epoch, "epoch", within=step) for epoch, step in pairs]
 
 
 def _dates(names: Sequence[str]) -> list[NamedStep] | None:

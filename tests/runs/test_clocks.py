@@ -119,3 +119,21 @@ def test_the_same_weights_at_the_end_of_an_epoch_and_the_beginning_of_the_next_c
     run = open_run(tmp_path)
     assert names(run) == ["epoch_1.pt", "iter_700.pt"]
     assert run.left_out == ((tmp_path / "iter_500.pt", "repeats epoch_1.pt"),)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_steps_that_count_anew_in_each_epoch_follow_the_epochs(tmp_path, recorded):
+    moments = [(1, 500), (1, 1000), (2, 500), (2, 1000)]
+    for epoch, step in moments:
+        beside = {"epoch": epoch, "iter": step} if recorded else {}
+        weights = {"model": {"w": torch.full((2,), float(epoch * step))}}
+        torch.save(weights | beside, tmp_path / f"epoch{epoch}_iter{step}.pt")
+    run = open_run(tmp_path)
+    assert names(run) == [f"epoch{epoch}_iter{step}.pt" for epoch, step in moments]
+    assert not run.notes
+
+
+def test_steps_that_count_on_over_the_epochs_stay_the_clock(tmp_path):
+    for epoch, step in [(0, 99), (1, 199), (1, 250)]:
+        save_weight(tmp_path / f"epoch={epoch}-step={step}.ckpt", step)
+    assert [c.step for c in open_run(tmp_path)] == [99, 199, 250]
