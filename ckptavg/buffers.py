@@ -1,4 +1,4 @@
-"""Float buffers that are no weights: what they hold has no mean."""
+"""Float buffers that are no weights: their values have no mean."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from ckptavg.samples import sample
 _MASK = re.compile(r"(?:[^\n]*_)?masks?\d{0,3}")
 _SCALES = ("scale", "scales", "scaling_factor")
 _ZERO_POINTS = ("zero_point", "zero_points", "zeropoint", "zp")
-_OBSERVERS = ("observer", "quant", "zero_point")  # of which a quantizer's names have one
-_BESIDE_RANGE = ("eps", "histogram")  # what an observer keeps beside its range
+# Parts of names, of which a quantizer's tensors have one.
+_OBSERVERS = ("observer", "quant", "zero_point")
+# Further buffers of torch.ao's observers, which belong to the range.
+_BESIDE_RANGE = ("eps", "histogram")
 _COUNTS = re.compile(r"(?:[^\n]*_)?(?:cluster_size|counts?|usage|elem|N)")
 _SUMS = re.compile(r"(?:[^\n]*_)?(?:avg|sum|ema|ema_w)")
 _COUNTER = re.compile(
@@ -23,7 +25,7 @@ _COUNTER = re.compile(
 
 
 def find_buffers(modules: Modules, names: Iterable[str]) -> set[str]:
-    """Float buffers of a checkpoint that are no weights, by the company that they are in.
+    """Find the float buffers of a checkpoint that are no weights, by their neighbours.
 
     These are pruning masks, the ranges and the scale of a quantizer, the counts and sums of a
     codebook, and counters that are floats. Of masks and counters some values are read: a mask
@@ -31,34 +33,38 @@ def find_buffers(modules: Modules, names: Iterable[str]) -> set[str]:
 
     Args:
         modules: The checkpoint's tensors.
-        names: Those that are asked about.
+        names: Names of the tensors to consider.
+
+    Returns:
+        Names of the buffers.
 
     Raises:
-        CheckpointError: The values cannot be read.
+        CheckpointError: The values of a mask or a counter cannot be read.
     """
-    asked = set(names)
+    considered = set(names)
     observed = {module: _has_quantizer(tensors) for module, tensors in modules}
     buffers: set[str] = set()
     for module, tensors in modules:
-        around = split_name(module[:-1])[0]
+        # Fake quantizers keep the scale, and the observer below them the range.
+        parent = split_name(module[:-1])[0]
         floats = {
             leaf: tensor
             for leaf, tensor in tensors.items()
-            if tensor.dtype.kind == "float" and module + leaf in asked
+            if tensor.dtype.kind == "float" and module + leaf in considered
         }
         for leaves in (
-            _quantizer_scales(tensors),
-            _ranges(floats, observed=observed[module] or observed.get(around, False)),
-            _codebook_sums(floats),
-            _masks(floats),
-            _counters(floats),
+            _find_quantizer_scales(tensors),
+            _find_ranges(floats, observed=observed[module] or observed.get(parent, False)),
+            _find_codebook_sums(floats),
+            _find_masks(floats),
+            _find_counters(floats),
         ):
             buffers.update(module + leaf for leaf in leaves if leaf in floats)
     return buffers
 
 
-def _quantizer_scales(tensors: Mapping[str, Tensor]) -> Iterator[str]:
-    """Scales that stand beside as many integer zero points."""
+def _find_quantizer_scales(tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    """Find the scales that stand beside as many integer zero points."""
     for leaf, points in tensors.items():
         ending = next((e for e in _ZERO_POINTS if leaf.endswith(e)), None)
         if ending is None or points.dtype.kind != "int":
@@ -71,30 +77,32 @@ def _quantizer_scales(tensors: Mapping[str, Tensor]) -> Iterator[str]:
 
 
 def _has_quantizer(leaves: Iterable[str]) -> bool:
-    """Whether the names of a module's tensors are those of a quantizer."""
-    return any(part in leaf for leaf in leaves for part in _OBSERVERS)
+    """Tell whether the names of a module's tensors are those of a quantizer."""
+    return any(word in leaf for leaf in leaves for word in _OBSERVERS)
 
 
-def _ranges(floats: Mapping[str, Tensor], *, observed: bool) -> Iterator[str]:
-    """The least and the largest value that a quantizer's observer has seen.
+def _find_ranges(floats: Mapping[str, Tensor], *, observed: bool) -> Iterator[str]:
+    """Find the smallest and the largest value that a quantizer's observer records.
 
     Args:
         floats: Tensors of the observer's module.
-        observed: Whether a quantizer is there or in the module around it.
+        observed: True if a quantizer is in the same module or in the one around it.
     """
     for low in floats:
         high = low.replace("min", "max")
         if low == high or high not in floats or floats[low].shape != floats[high].shape:
             continue
+        # The name of torch.ao's own observers needs no quantizer beside it.
         if observed or low == "min_val":
             yield from (low, high, *_BESIDE_RANGE)
 
 
-def _codebook_sums(floats: Mapping[str, Tensor]) -> Iterator[str]:
-    """Counts of a codebook's entries, and the sums over what was counted."""
-    extents = {
-        (len(tensor.shape) - 1, extent) for tensor in floats.values() for extent in tensor.shape
-    }
+def _find_codebook_sums(floats: Mapping[str, Tensor]) -> Iterator[str]:
+    """Find the counts of a codebook's entries, and the sums over the counted vectors."""
+    extents: set[tuple[int, int]] = set()
+    for tensor in floats.values():
+        extents.update((len(tensor.shape) - 1, extent) for extent in tensor.shape)
+    # Counts have one dimension less than their codebook, and end with the number of its entries.
     counted: set[tuple[int, int]] = set()
     for leaf, counts in floats.items():
         key = (len(counts.shape), counts.shape[-1] if counts.shape else 0)
@@ -107,19 +115,20 @@ def _codebook_sums(floats: Mapping[str, Tensor]) -> Iterator[str]:
             yield leaf
 
 
-def _masks(floats: Mapping[str, Tensor]) -> Iterator[str]:
-    """Masks, which say so or stand beside the weight that they are a part of."""
+def _find_masks(floats: Mapping[str, Tensor]) -> Iterator[str]:
+    """Find the masks of zeros and ones, by their names or by the pruned weight beside them."""
     for leaf, tensor in floats.items():
+        # torch.nn.utils.prune keeps weight_orig and weight_mask.
         weight = floats.get(leaf.rpartition("_")[0] + "_orig")
-        beside = weight is not None and weight is not tensor and weight.shape == tensor.shape
-        if beside or _MASK.fullmatch(leaf):
+        fits = weight is not None and weight is not tensor and weight.shape == tensor.shape
+        if fits or _MASK.fullmatch(leaf):
             values = sample(tensor)
             if values.numel() and bool(((values == 0) | (values == 1)).all()):
                 yield leaf
 
 
-def _counters(floats: Mapping[str, Tensor]) -> Iterator[str]:
-    """Counts of batches or steps."""
+def _find_counters(floats: Mapping[str, Tensor]) -> Iterator[str]:
+    """Find the counts of batches or steps."""
     for leaf, tensor in floats.items():
         if tensor.numel == 1 and _COUNTER.fullmatch(leaf):
             value = float(sample(tensor)[0])

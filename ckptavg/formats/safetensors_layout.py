@@ -11,8 +11,10 @@ from ckptavg.formats.metric_names import is_metric
 from ckptavg.formats.output import FileLayout, OutputTensor
 from ckptavg.formats.table import PROVENANCE
 
-_OWN = ("format", "DCP_SHARDING_INFO", "DCP_VERSION")  # of the file, which is laid out anew
-_TRAINER = "ss_"  # what kohya's trainer tells of the training, base model's hashes among it
+# Entries that describe the file itself, which is laid out anew.
+_FILE_ENTRIES = ("format", "DCP_SHARDING_INFO", "DCP_VERSION")
+# kohya's entries about the training. Hashes among them are the base model's, and stay true.
+_TRAINER = "ss_"
 _HASHES = frozenset(["hash", "sha1", "sha256", "sha512", "md5", "crc32", "checksum", "digest"])
 _MOST_NAMES = 12  # in a note
 _BETWEEN_WORDS = re.compile(r"[^a-z0-9]+")
@@ -22,9 +24,9 @@ def lay_out(name: str, tensors: Sequence[OutputTensor], metadata: Mapping[str, s
     """Plan a safetensors file.
 
     Args:
-        name: In its directory; empty if the output is this file.
-        tensors: What it will hold.
-        metadata: Of its header.
+        name: The file's name in its directory; empty if the output is this file.
+        tensors: The file's tensors.
+        metadata: Further entries of the file's header.
 
     Raises:
         UnsupportedTensorError: The format cannot store one of the element types.
@@ -39,23 +41,27 @@ def lay_out(name: str, tensors: Sequence[OutputTensor], metadata: Mapping[str, s
 def header_metadata(
     provenance: str, template: Mapping[str, str]
 ) -> tuple[dict[str, str], list[str]]:
-    """The metadata of an output's header, and notes about what of its input's is not in it.
+    """Make the metadata of an output's header.
 
     Args:
         provenance: How the output was made, as JSON.
         template: The metadata of the last input.
+
+    Returns:
+        The metadata, and notes about the input's entries that are not in it.
     """
     untrue = [name for name, value in template.items() if _is_of_these_weights(name, value)]
-    kept = {n: v for n, v in template.items() if n not in _OWN and n not in untrue}
+    left_out = {*_FILE_ENTRIES, *untrue}
+    entries = {name: value for name, value in template.items() if name not in left_out}
     notes = []
     if untrue:
         shown = first_few([short(name) for name in untrue], _MOST_NAMES)
         notes.append(f"not taken over from the header, as untrue of an average: {shown}")
-    return {**kept, "format": "pt", PROVENANCE: provenance}, notes
+    return {**entries, "format": "pt", PROVENANCE: provenance}, notes
 
 
 def _is_of_these_weights(name: str, value: str) -> bool:
-    """Whether a header's entry is a hash or a score of the weights that it came with."""
+    """Tell whether a header's entry is a hash or a score of the input's own weights."""
     if name.startswith(_TRAINER):
         return False
     words = set(_BETWEEN_WORDS.split(name.lower()))

@@ -1,4 +1,4 @@
-"""Files with a checkpoint's name that cannot be opened, and their places in a run."""
+"""Files with a checkpoint's name that cannot be opened, and their positions in a run."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Damaged:
 
     Attributes:
         path: The file or directory.
-        error: Why not.
-        position: How many of the training's other checkpoints come before it, by the names; None
-            where that is not certain.
-        step: Its step, where the steps of the others are those in their names.
+        error: The error of opening it.
+        position: Number of the training's other checkpoints that come before it, by the names;
+            None where that is not certain.
+        step: Its step, where the recorded steps of the others are those in their names.
     """
 
     path: Location
@@ -33,13 +33,13 @@ class Damaged:
     step: float | None = None
 
     def lies_outside(self, ordered: Sequence[Checkpoint], low: float, high: float) -> bool:
-        """Whether its step is for certain none from ``low`` to ``high``, both included.
+        """Tell whether its step is certainly outside a range of steps.
 
         Args:
             ordered: The checkpoints that its position is among. A step that is not known lies
                 between those of its neighbours.
-            low: The first step.
-            high: The last step.
+            low: The first step of the range.
+            high: The last step, which is in the range too.
         """
         if self.step is not None:
             return not low <= self.step <= high
@@ -51,15 +51,15 @@ class Damaged:
 
 
 def raise_for(damaged: Sequence[Damaged]) -> None:
-    """Raise the error of the first, which says how to leave it out.
+    """Raise the error of the first damaged file, if any, with the way to leave it out.
 
     Raises:
-        CkptavgError: There is one.
+        CkptavgError: There is a damaged file.
     """
     if not damaged:
         return
     error = damaged[0].error
-    others = [each.path.name for each in damaged[1:]]
+    others = [other.path.name for other in damaged[1:]]
     more = f" (nor can {first_few(others)} be opened)" if others else ""
     pattern = shlex.quote(glob.escape(damaged[0].path.name))
     leave_out = f"--skip {pattern} leaves it out."
@@ -71,14 +71,14 @@ def place_damaged(
     ordered: Sequence[Checkpoint],
     named: Mapping[Location, NamedStep],
 ) -> tuple[Damaged, ...]:
-    """Find the places of what cannot be opened among the checkpoints of a training.
+    """Find the positions of damaged files among the checkpoints of a training.
 
-    They are certain where the names of all count the same, in the order that the run has.
+    They are certain where all names count in one unit, in the order that the run has.
 
     Args:
-        errors: Why each of the files cannot be opened.
+        errors: The error of opening each of the damaged files.
         ordered: The training's checkpoints.
-        named: The steps in the names of both; of no value where a name says nothing of when.
+        named: The steps in the names of both; without a value where a name tells no step.
     """
     values: list[int] = []
     indices: list[int] = []
@@ -102,17 +102,19 @@ def place_damaged(
 
 
 def _position(value: int, values: Sequence[int], indices: Sequence[int], count: int) -> int | None:
-    """How many of a run's checkpoints come before a step; None where that is not certain.
+    """Count the checkpoints of a run that come before a step; None where that is not certain.
 
     Args:
         value: The step.
-        values: Increasing steps of those that have one in their names.
-        indices: Their places in the run; between them others may stand.
-        count: Checkpoints of the run.
+        values: Increasing steps of the checkpoints that have one in their names.
+        indices: The indices of these checkpoints in the run, which may have others between them.
+        count: Number of the run's checkpoints.
     """
-    place = bisect.bisect_left(values, value)
-    if values[place : place + 1] == [value]:
+    rank = bisect.bisect_left(values, value)
+    # Before or after a checkpoint of the same step?
+    if values[rank : rank + 1] == [value]:
         return None
-    before = indices[place - 1] if place else -1
-    after = indices[place] if place < len(indices) else count
+    before = indices[rank - 1] if rank else -1
+    after = indices[rank] if rank < len(indices) else count
+    # A checkpoint without a step in its name may belong on either side.
     return after if after - before == 1 else None

@@ -1,4 +1,4 @@
-"""What the name of a file says: whether it holds weights, when it was saved, how it sorts."""
+"""The names of files: what they tell of contents and of steps, and how they sort."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ OTHER_STATE = re.compile(
     # Of a rank or a step: _0, _fsdp_rank0, _world_size_8_rank_0. No digits are split in two.
     r"(?:[-_.]\d+|(?<!\d)\d+|[-_.](?:fsdp[-_])?(?:world_size_\d+_)?rank[-_]?\d+)*"
 )
-_TEMPORARY = re.compile(r"(.*[-_.])?te?mp")  # what a crash while saving leaves
+# Files that a crash while saving leaves.
+_TEMPORARY = re.compile(r"(.*[-_.])?te?mp")
 EMA_COPY = "an EMA copy, by its name"
 _EMA_WORD = re.compile(r"(?<![a-z])ema(?![a-z])")
 STRANGERS = (
@@ -28,14 +29,15 @@ _ALIAS_WORD = re.compile(r"(?<![a-z])(last|latest|best|final|newest|current)(?![
 
 
 def why_not(stem: str) -> str:
-    """Why a file that is called so is not opened; empty if it is."""
+    """Return the reason for not opening a file of a name; empty if it is opened."""
     if OTHER_STATE.fullmatch(stem):
         return NOT_WEIGHTS
     return "a temporary file, by its name" if _TEMPORARY.fullmatch(stem) else ""
 
 
 def stem_of(path: Location) -> str:
-    """The name without a checkpoint's suffix."""
+    """Return a path's name without a checkpoint's suffix."""
+    # A directory has none: checkpoint-1.5 is whole.
     if path.is_dir():
         return path.name
     suffix = max((s for s in SUFFIXES if path.name.endswith(s)), key=len, default="")
@@ -43,12 +45,12 @@ def stem_of(path: Location) -> str:
 
 
 def is_ema_name(name: str) -> bool:
-    """Whether a name says that something is an exponential moving average."""
+    """Tell whether a name is that of an exponential moving average."""
     return bool(_EMA_WORD.search(name.lower()))
 
 
 def original_names(name: str) -> list[str]:
-    """The names that the original of an EMA copy of this name may have; none if it is no copy."""
+    """List the names that the original of an EMA copy may have; none where a name is no copy's."""
     match = _EMA_WORD.search(name.lower())
     if match is None:
         return []
@@ -57,31 +59,32 @@ def original_names(name: str) -> list[str]:
 
 
 def matches(path: Location, pattern: str) -> bool:
-    """Whether a path's name matches a shell pattern, or as many last parts as the pattern has."""
-    whole = path.absolute() if isinstance(path, Path) else path
-    line = [whole, *ancestors(whole, pattern.count("/"))]
-    return fnmatch.fnmatchcase("/".join(part.name for part in reversed(line)), pattern)
+    """Tell whether a path's last names match a shell pattern: as many as the pattern has."""
+    absolute = path.absolute() if isinstance(path, Path) else path
+    line = [absolute, *ancestors(absolute, pattern.count("/"))]
+    return fnmatch.fnmatchcase("/".join(location.name for location in reversed(line)), pattern)
 
 
 def text_and_numbers(name: str) -> list[str]:
-    """Text and numbers by turns: text at even places, numbers at odd ones."""
+    """Split a name into text and numbers by turns: text at even indices, numbers at odd ones."""
     return re.split(r"(\d+)", name.lower())
 
 
 def natural(path: Location) -> tuple[object, ...]:
-    """Sort key under which 2 comes before 10, and a name without a number after all that have."""
-    parts = text_and_numbers(stem_of(path))
-    key = [_magnitude(part) if i % 2 else part for i, part in enumerate(parts)]
+    """Return a sort key: 2 comes before 10, and names without a number after all that have one."""
+    segments = text_and_numbers(stem_of(path))
+    key = [_magnitude(segment) if i % 2 else segment for i, segment in enumerate(segments)]
     return (is_alias_name(path), *key)
 
 
 def _magnitude(digits: str) -> tuple[int, str]:
-    """Sort key of a whole number, of any length: Python converts no more than 4300 digits."""
+    """Return a sort key of a whole number of any length."""
+    # By length and text, since Python converts no more than 4300 digits to an int.
     significant = digits.lstrip("0")
     return len(significant), significant
 
 
 def is_alias_name(path: Location) -> bool:
-    """Whether a name says nothing of when: no number, or a word like last or best."""
+    """Tell whether a name tells no step: it has no number, or a word like last or best."""
     stem = stem_of(path).lower()
     return not re.search(r"\d", stem) or bool(_ALIAS_WORD.search(stem))

@@ -209,7 +209,7 @@ def _replace_parts(paths: Sequence[Location]) -> list[Location]:
     for path in paths:
         if parse_name(path) is not None:
             shards[path.parent].add(path.name)
-    # A single shard that is named is left to the reader, whose error says what it lacks.
+    # A single shard that is named is opened alone: its user asks for it.
     sharded = [home for home, files in shards.items() if len(files) > 1 and find_shards(home)]
     for home in sharded:
         names = [shard.path.name for shard in find_shards(home)]

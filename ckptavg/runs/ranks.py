@@ -20,7 +20,8 @@ from ckptavg.formats.storage import Location, ancestors
 from ckptavg.runs.file_names import natural
 from ckptavg.runs.numbered import mask_step
 
-_DEEPEST = 3  # levels above a file that may be called after its rank
+# Levels above a file in which the number of its rank is looked for.
+_DEEPEST = 3
 _RANK = re.compile(
     r"(?<![a-z])consolidated\.\d\d(?=\.)|"
     r"(?<![a-z])mp_rank(?:_\d+)+|"
@@ -62,17 +63,18 @@ _USUAL_REMEDY = (
     "training (one full state dict, or torch.distributed.checkpoint), then average that."
 )
 _NAMED_RUN = "If they are of several steps of a training, name each of them."
-_MOST_COMPARED = 64  # small tensors of two checkpoints
+# Vectors of two checkpoints that are read: so many tell as much as all would.
+_MOST_COMPARED = 64
 
 
 @dataclass(frozen=True)
 class RankFile:
-    """A file whose path says which rank's part of a model it holds.
+    """A file whose path names the rank that wrote it, and so the part of a model that it holds.
 
     Attributes:
         path: The file.
         model: The path without the numbers of ranks: equal for the parts of one model.
-        ranks: Those numbers, without leading zeros.
+        ranks: The numbers of ranks, without leading zeros.
     """
 
     path: Location
@@ -83,7 +85,7 @@ class RankFile:
 def parse_rank(path: Location) -> RankFile | None:
     """Take the ranks out of a path; None where it names none."""
     line = [path, *ancestors(path, _DEEPEST)]
-    names = [place.name for place in line]
+    names = [location.name for location in line]
     if not any(map(_RANK.search, names)):
         return None
     ranks: list[str] = []
@@ -100,21 +102,21 @@ def parse_rank(path: Location) -> RankFile | None:
 
 
 def are_parts(paths: Sequence[Location]) -> bool:
-    """Whether paths name the parts of different ranks."""
-    return bool(_by_model(paths))
+    """Tell whether paths name the parts of different ranks."""
+    return bool(_group_by_model(paths))
 
 
 def find_replicas(paths: Iterable[Location]) -> dict[Location, Location]:
-    """Find what ranks of a data-parallel training saved again, whose weights are all the same.
+    """Find the files in which ranks of data-parallel training repeat the first rank's weights.
 
     Returns:
         Each such file → that of the first rank.
 
     Raises:
-        CheckpointError: Files are different ranks' parts of one model; or one cannot be opened.
+        CheckpointError: Files are different ranks' parts of one model, or one cannot be opened.
     """
     replicas: dict[Location, Location] = {}
-    for group in _by_model(paths):
+    for group in _group_by_model(paths):
         first = open_checkpoint(group[0])
         copies: list[Location] = []
         for path in group[1:]:
@@ -123,59 +125,66 @@ def find_replicas(paths: Iterable[Location]) -> dict[Location, Location]:
             if _moment(first) != _moment(other):
                 break
             if not _are_replicas(first, other):
-                raise _parts(group, "ranks", _remedy(group))
+                raise _describe_parts(group, "ranks", _remedy(group))
             copies.append(path)
         else:
             replicas |= dict.fromkeys(copies, group[0])
     return replicas
 
 
-def _by_model(paths: Iterable[Location]) -> list[list[Location]]:
-    """The files of each model that several ranks wrote, one for each rank.
-
-    There is a first one among the ranks, unlike among the ranks of adapters.
-    """
+def _group_by_model(paths: Iterable[Location]) -> list[list[Location]]:
+    """Group the files of each model that several ranks wrote, one file per rank."""
     models: dict[object, dict[tuple[str, ...], Location]] = defaultdict(dict)
     for path in sorted(paths, key=natural):
         if (file := parse_rank(path)) is not None:
             models[file.model].setdefault(file.ranks, path)
-    return [
-        list(ranks.values())
-        for ranks in models.values()
-        if len(ranks) > 1 and any({"0", "1"} & {*numbers} for numbers in ranks)
-    ]
+    groups: list[list[Location]] = []
+    for files in models.values():
+        # Processes count from 0 or 1. Without a first one the numbers are something else, such
+        # as the ranks of adapters.
+        has_first = any({"0", "1"} & {*numbers} for numbers in files)
+        if len(files) > 1 and has_first:
+            groups.append(list(files.values()))
+    return groups
 
 
-def _are_replicas(one: Checkpoint, other: Checkpoint) -> bool:
-    """Whether two ranks hold the same weights.
+def _are_replicas(first: Checkpoint, second: Checkpoint) -> bool:
+    """Tell whether two ranks hold the same weights.
 
     Their running statistics may differ: without SyncBatchNorm each has those of its own batches.
     """
-    pair = [_without_statistics(checkpoint) for checkpoint in (one, other)]
-    return _hold_same(pair[0], pair[1], Contents())
+    return _hold_same(_drop_statistics(first), _drop_statistics(second), Contents())
 
 
-def _without_statistics(checkpoint: Checkpoint) -> Checkpoint:
+def _drop_statistics(checkpoint: Checkpoint) -> Checkpoint:
     statistics = running_statistics(checkpoint.tensors)
     weights = {name: t for name, t in checkpoint.tensors.items() if name not in statistics}
     return replace(checkpoint, tensors=weights)
 
 
-def _hold_same(one: Checkpoint, other: Checkpoint, contents: Contents) -> bool:
-    """Whether two checkpoints hold the same tensors."""
-    known = SameWeights(contents)
-    known.add(one)
-    return known.find(other) is not None
+def _hold_same(first: Checkpoint, second: Checkpoint, contents: Contents) -> bool:
+    """Tell whether two checkpoints hold the same tensors."""
+    weights = SameWeights(contents)
+    weights.add(first)
+    return weights.find(second) is not None
 
 
 def _remedy(group: Sequence[Location]) -> str:
+    """Choose the remedy of the trainer that the paths are typical of."""
     path = str(group[0])
     return next((remedy for word, remedy in _REMEDIES if word in path), _USUAL_REMEDY)
 
 
-def _parts(group: Sequence[Location], kind: str, remedy: str) -> CheckpointError:
-    """The error for files that hold parts of one model, with their names below what holds all."""
-    home = next(place for place in ancestors(group[0], _DEEPEST + 2) if place in _common(group))
+def _describe_parts(group: Sequence[Location], kind: str, remedy: str) -> CheckpointError:
+    """Word the error for files that hold parts of one model.
+
+    Args:
+        group: The files. They are named below the nearest directory that holds all of them.
+        kind: Noun for the files, in the plural.
+        remedy: The error's remedy.
+    """
+    common = _common_ancestors(group)
+    home = next(parent for parent in ancestors(group[0], _DEEPEST + 2) if parent in common)
     depth = len(str(home).rstrip("/")) + 1 if str(home) != "." else 0
     names = [str(path)[depth:] for path in group]
     return CheckpointError(
@@ -183,45 +192,48 @@ def _parts(group: Sequence[Location], kind: str, remedy: str) -> CheckpointError
     )
 
 
-def _common(group: Sequence[Location]) -> set[Location]:
-    """The directories that all of some files lie in."""
+def _common_ancestors(group: Sequence[Location]) -> set[Location]:
+    """Find the directories that all files of a group lie in."""
     above = [set(ancestors(path, _DEEPEST + 2)) for path in group]
     return set.intersection(*above)
 
 
 def refuse_parts(checkpoints: Sequence[Checkpoint]) -> None:
-    """Make sure that neighbours of one step are no parts of one model, by their tensors.
+    """Make sure that no checkpoints of one step are parts of one model, by their tensors.
 
     Raises:
-        CheckpointError: They are: they share no names, or are cut along a dimension.
+        CheckpointError: Two are: they share no names, or are cut along a dimension.
     """
-    for one, other in pairwise(checkpoints):
-        if one.pattern == other.pattern and (
-            _are_disjoint(one, other) or _are_cut(one, other) or _are_halves(one, other)
-        ):
-            group = [c.path for c in checkpoints if _moment(c) == _moment(one)]
-            raise _parts(group, "files", f"{_USUAL_REMEDY} {_NAMED_RUN}")
+    for former, latter in pairwise(checkpoints):
+        if former.pattern != latter.pattern:
+            continue
+        # The cheapest test first: the last one reads values.
+        if _are_disjoint(former, latter) or _are_cut(former, latter) or _are_halves(former, latter):
+            group = [c.path for c in checkpoints if _moment(c) == _moment(former)]
+            raise _describe_parts(group, "files", f"{_USUAL_REMEDY} {_NAMED_RUN}")
 
 
 def _moment(checkpoint: Checkpoint) -> tuple[int | None, float | None]:
+    """Return the step and the epoch that a checkpoint records."""
     return checkpoint.record.step, checkpoint.record.epoch
 
 
 def _same_step(one: Checkpoint, other: Checkpoint) -> bool:
-    """Whether two checkpoints record the same step, and the same epoch if any."""
+    """Tell whether two checkpoints record the same step, and the same epoch if any."""
     return _moment(one) == _moment(other) and one.record.step is not None
 
 
 def _are_disjoint(one: Checkpoint, other: Checkpoint) -> bool:
-    """Whether two checkpoints, of which nothing tells a different step, share no names."""
+    """Tell whether two checkpoints share no names, though nothing tells different steps."""
     if _moment(one) != _moment(other) or mask_step(one.path.name) is not None:
         return False
-    alike = set(one.networks) == set(other.networks)
-    return alike and not one.tensors.keys() & other.tensors.keys()
+    # A generator and a discriminator share no names either, and are no parts.
+    same_networks = set(one.networks) == set(other.networks)
+    return same_networks and not one.tensors.keys() & other.tensors.keys()
 
 
 def _are_cut(one: Checkpoint, other: Checkpoint) -> bool:
-    """Whether at the same step tensors differ in the extent of a single dimension."""
+    """Tell whether at the same step tensors differ in the extent of a single dimension."""
     if not _same_step(one, other) or one.tensors.keys() != other.tensors.keys():
         return False
     pairs = [(tensor.shape, other.tensors[name].shape) for name, tensor in one.tensors.items()]
@@ -232,10 +244,10 @@ def _are_cut(one: Checkpoint, other: Checkpoint) -> bool:
 
 
 def _are_halves(one: Checkpoint, other: Checkpoint) -> bool:
-    """Whether at the same step all matrices differ and most vectors are the same.
+    """Tell whether at the same step all matrices differ and most vectors are the same.
 
-    So it is with the slices of tensor-parallel ranks, which all have the whole of each norm. Of two
-    steps of a training all differ but a few buffers.
+    The slices of tensor-parallel ranks are so: each rank has the whole of each norm. Between two
+    steps of a training nearly all vectors differ.
     """
     if not _same_step(one, other) or not _first_numbers(one, other):
         return False
@@ -254,13 +266,13 @@ def _are_halves(one: Checkpoint, other: Checkpoint) -> bool:
 
 
 def _is_same(name: str, one: Checkpoint, other: Checkpoint, contents: Contents) -> bool:
-    """Whether one tensor is the same in two checkpoints."""
+    """Tell whether one tensor is the same in two checkpoints."""
     pair = [replace(c, tensors={name: c.tensors[name]}, refused={}) for c in (one, other)]
     return _hold_same(pair[0], pair[1], contents)
 
 
 def _first_numbers(one: Checkpoint, other: Checkpoint) -> bool:
-    """Whether names differ in one number, which is 0 and 1."""
+    """Tell whether names differ in one number, which is 0 and 1."""
     numbers = [re.findall(r"\d+", checkpoint.path.name) for checkpoint in (one, other)]
     differing = [(a, b) for a, b in zip(*numbers, strict=True) if a != b]
     return [(a.lstrip("0"), b.lstrip("0")) for a, b in differing] == [("", "1")]

@@ -12,9 +12,10 @@ from ckptavg.formats.storage import Location
 from ckptavg.runs.file_names import SUFFIXES, is_alias_name, matches, stem_of, why_not
 
 PASSED_OVER = "its suffix is none of the usual ones; name it, or match it by --glob"
-_MOST_LOOKED_INTO = 1000  # files of a directory
+# Files of a directory whose first bytes are read: it may be a data set of images.
+_MOST_LOOKED_INTO = 1000
 _ANY_SUFFIX = re.compile(r"\.(safetensors|pth|pt|ckpt|bin|tar|pyth)(?![a-z])", re.IGNORECASE)
-# What editors, downloads and careful people leave beside a file.
+# Endings that editors, downloads and careful people give to copies beside a file.
 _SET_ASIDE = re.compile(r"(~|\.(bak|backup|old|orig|te?mp|part|partial|incomplete|swp))$", re.I)
 
 
@@ -27,13 +28,13 @@ def split_by_suffix(
     or where a numbered series has no other checkpoints beside it than such as ``model.pt``.
 
     Args:
-        files: All files.
-        pattern: Shell pattern that the user has given.
-        alone: Whether no checkpoint but these is in the directory.
+        files: All files of the directory.
+        pattern: The user's shell pattern, if any.
+        alone: True if no directory beside the files is a checkpoint.
 
     Returns:
-        The former, of which the names may yet say that they are none, and the latter, which begin
-        as checkpoints do.
+        The files of the run, whose names are not yet looked at; and the files passed over, which
+        begin as checkpoints do.
     """
     usual = [path for path in files if path.name.endswith(SUFFIXES)]
     others = [path for path in files if not path.name.endswith(SUFFIXES)]
@@ -43,25 +44,34 @@ def split_by_suffix(
         return [*usual, *matching], []
     saved = [path for path in others[:_MOST_LOOKED_INTO] if _is_saved(path)]
     if alone and all(is_alias_name(path) or why_not(stem_of(path)) for path in usual):
-        taken = _series(others, saved) if usual else [p for p in saved if not _is_set_aside(p)]
+        unusual = (
+            _find_series(others, saved) if usual else [p for p in saved if not _is_set_aside(p)]
+        )
     else:
-        taken = []
-    return [*usual, *taken], [path for path in saved if path not in {*taken}]
+        unusual = []
+    return [*usual, *unusual], [path for path in saved if path not in {*unusual}]
 
 
-def _series(files: Sequence[Location], saved: Sequence[Location]) -> list[Location]:
-    """The files of numbered series of which several begin as checkpoints do: torn ones, too."""
-    begun = Counter(_masked(path) for path in saved if not _is_set_aside(path))
-    series = {name for name, count in begun.items() if count > 1}
-    return [path for path in files if _masked(path) in series]
+def _find_series(files: Sequence[Location], saved: Sequence[Location]) -> list[Location]:
+    """Find the files of numbered series of which several begin as checkpoints do.
+
+    Damaged files of such a series are among them, so that they are told and not passed over.
+
+    Args:
+        files: All files of unusual suffixes.
+        saved: The files among them that begin as checkpoints do.
+    """
+    counts = Counter(_mask_numbers(path) for path in saved if not _is_set_aside(path))
+    series = {name for name, count in counts.items() if count > 1}
+    return [path for path in files if _mask_numbers(path) in series]
 
 
-def _masked(path: Location) -> str:
+def _mask_numbers(path: Location) -> str:
     return re.sub(r"\d+", "*", path.name)
 
 
 def _bare_stem(path: Location) -> str:
-    """The name in front of a checkpoint's suffix, and of whatever follows that."""
+    """Return the beginning of a name before a checkpoint's suffix and all that follows it."""
     suffix = _ANY_SUFFIX.search(path.name)
     return path.name if suffix is None else path.name[: suffix.start()].lower()
 
@@ -71,7 +81,8 @@ def _may_hold_weights(path: Location) -> bool:
 
 
 def _is_saved(path: Location) -> bool:
-    """Whether a file is a checkpoint: by its first bytes, or where those cost a request by name."""
+    """Tell whether a file is a checkpoint: by its first bytes, or by its name if it is remote."""
+    # There each file's first bytes would cost a request.
     if not isinstance(path, Path):
         return _ANY_SUFFIX.search(path.name) is not None
     return path.is_file() and begins_as_checkpoint(path)
