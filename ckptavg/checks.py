@@ -1,4 +1,4 @@
-"""Whether checkpoints fit each other, and whether all that they hold can be dealt with."""
+"""Checks that checkpoints fit each other, and that their tensors can be averaged or copied."""
 
 from __future__ import annotations
 
@@ -23,55 +23,58 @@ def check_names(
     """Make sure that all checkpoints hold the same tensors to be averaged.
 
     Args:
-        checkpoints: What was selected, in order.
-        names: Those of the last one that are to be averaged.
-        averages: Whether a tensor is to be averaged, by its name.
+        checkpoints: The selected checkpoints, in order.
+        names: Names of the last checkpoint's tensors that are to be averaged.
+        averages: Tells of a tensor's name whether the tensor is to be averaged.
 
     Raises:
-        MismatchError: One lacks some or has more.
-        CheckpointError: One holds several networks, and another one others or a single one.
+        MismatchError: A checkpoint lacks some or has more.
+        CheckpointError: A checkpoint holds other networks than the last one.
     """
     last, expected = checkpoints[-1], set(names)
     for checkpoint in checkpoints[:-1]:
-        held = {n for n in (*checkpoint.tensors, *checkpoint.refused) if averages(n)}
-        lost, extra = sorted(expected - held), sorted(held - expected)
-        if not lost and not extra:
+        present = {n for n in (*checkpoint.tensors, *checkpoint.refused) if averages(n)}
+        missing, extra = sorted(expected - present), sorted(present - expected)
+        if not missing and not extra:
             continue
         if set(checkpoint.networks) != set(last.networks):
             raise CheckpointError(
                 f"{checkpoint.path} and {last.path} hold different networks: "
-                f"{_networks_text(checkpoint)} against {_networks_text(last)}",
+                f"{_describe_networks(checkpoint)} against {_describe_networks(last)}",
                 "Name the entry that holds the weights of both with --key.",
             )
-        if held and not held & expected:
+        # No name in common is more than a missing tensor: these are two models.
+        if present and not present & expected:
             raise MismatchError(
                 f"{checkpoint.path} and {last.path} hold different networks: no tensor name in "
-                f"common ({extra[0]!r} against {lost[0]!r})",
-                _one_network(checkpoint, last) or "Select one network's checkpoints with --glob.",
+                f"common ({extra[0]!r} against {missing[0]!r})",
+                _suggest_pattern(checkpoint, last)
+                or "Select one network's checkpoints with --glob.",
             )
-        parts = []
-        if lost:
-            parts.append(f"lacks {len(lost)} tensors ({first_few(lost)})")
+        differences = []
+        if missing:
+            differences.append(f"lacks {len(missing)} tensors ({first_few(missing)})")
         if extra:
-            parts.append(f"has {len(extra)} more ({first_few(extra)})")
+            differences.append(f"has {len(extra)} more ({first_few(extra)})")
         raise MismatchError(
-            f"{checkpoint.path} {' and '.join(parts)}, compared with {last.path}",
-            _one_network(checkpoint, last)
+            f"{checkpoint.path} {' and '.join(differences)}, compared with {last.path}",
+            _suggest_pattern(checkpoint, last)
             or "Leave the checkpoint out, or the tensors with --exclude.",
         )
 
 
-def _networks_text(checkpoint: Checkpoint) -> str:
+def _describe_networks(checkpoint: Checkpoint) -> str:
+    """Name the entries that a checkpoint's networks come from, for a message."""
     entries = [short(entry) or "the file itself" for entry in checkpoint.entries]
     return f"those under {first_few(entries)}" if checkpoint.networks else f"one, {entries[0]}"
 
 
-def _one_network(one: Checkpoint, other: Checkpoint) -> str:
-    """How to select one of two networks, where the files' names tell them apart."""
-    if one.pattern == other.pattern:
+def _suggest_pattern(first: Checkpoint, second: Checkpoint) -> str:
+    """Suggest to select one of two networks; empty where the files' names are alike."""
+    if first.pattern == second.pattern:
         return ""
     patterns = " or ".join(
-        f"--glob '{pattern}'" for pattern in sorted({one.pattern, other.pattern})
+        f"--glob '{pattern}'" for pattern in sorted({first.pattern, second.pattern})
     )
     return f"If these are different networks, select one with {patterns}."
 
@@ -82,12 +85,12 @@ def check_supported(
     """Make sure that all tensors to be averaged have a mean.
 
     Args:
-        checkpoints: What was selected, in order.
-        names: The tensors to be averaged.
-        averages: Whether a tensor is to be averaged, by its name.
+        checkpoints: The selected checkpoints, in order.
+        names: Names of the tensors to be averaged.
+        averages: Tells of a tensor's name whether the tensor is to be averaged.
 
     Raises:
-        UnsupportedTensorError: Some are no plain tensors, 8-bit floats, or quantized weights.
+        UnsupportedTensorError: Some are no plain tensors, or 8-bit floats, or quantized weights.
     """
     for checkpoint in checkpoints:
         refused = [f"{n} ({checkpoint.refused[n]})" for n in names if n in checkpoint.refused]
@@ -115,23 +118,24 @@ def check_alike(name: str, checkpoints: Sequence[Checkpoint]) -> None:
     """Make sure that a tensor has the same shape and kind in all checkpoints.
 
     Raises:
-        MismatchError: It has not.
+        MismatchError: The shapes or the kinds differ.
     """
     last = checkpoints[-1]
-    model = last.tensors[name]
+    expected = last.tensors[name]
     for checkpoint in checkpoints[:-1]:
         tensor = checkpoint.tensors[name]
-        if tensor.shape != model.shape:
+        if tensor.shape != expected.shape:
             raise MismatchError(
                 f"{name} has the shape {tensor.shape} in {checkpoint.path} "
-                f"but {model.shape} in {last.path}",
-                _one_network(checkpoint, last)
+                f"but {expected.shape} in {last.path}",
+                _suggest_pattern(checkpoint, last)
                 or f"Leave the checkpoint out, or the tensor with --exclude '{name}'.",
             )
-        if tensor.dtype.kind != model.dtype.kind:
+        # Floats of different width may mix.
+        if tensor.dtype.kind != expected.dtype.kind:
             raise MismatchError(
                 f"{name} is {tensor.dtype.name} in {checkpoint.path} "
-                f"but {model.dtype.name} in {last.path}",
+                f"but {expected.dtype.name} in {last.path}",
                 f"Leave the checkpoint out, or the tensor with --exclude '{name}'.",
             )
 
@@ -140,8 +144,8 @@ def check_copied(checkpoint: Checkpoint, names: Collection[str]) -> None:
     """Make sure that tensors of a checkpoint can be copied.
 
     Args:
-        checkpoint: Whose.
-        names: Which.
+        checkpoint: The checkpoint.
+        names: Names of its tensors to copy.
 
     Raises:
         UnsupportedTensorError: Some are no plain tensors, or smaller than a byte per element.

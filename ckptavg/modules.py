@@ -8,9 +8,9 @@ from ckptavg.formats.table import Tensor
 
 
 class Modules:
-    """Which tensors stand beside which: those whose names are alike up to the last dot.
+    """The tensors of a checkpoint by module: the names of one module are alike up to the last dot.
 
-    A colon separates as a dot does: flattened tensor subclasses have it.
+    A colon separates as a dot does: the names of flattened tensor subclasses have one.
 
     Args:
         tensors: The table of a checkpoint.
@@ -30,6 +30,6 @@ class Modules:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """The module's part of a tensor's name, with its separator, and the last part."""
+    """Split a tensor's name into the module, with its separator, and the last part."""
     end = max(name.rfind("."), name.rfind(":")) + 1
     return name[:end], name[end:]

@@ -1,4 +1,4 @@
-"""Which tensors are averaged, and what the output's floats are."""
+"""The rules by which tensors are averaged, and the type of the output's floats."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ OUTPUT_DTYPES = ("keep", "float32", "bfloat16", "float16", "float64")
 
 @dataclass(frozen=True)
 class Rules:
-    """Which tensors are averaged, and what the output's floats are.
+    """The selection of the tensors to average, and the type of the output's floats.
 
     Attributes:
         include: Shell patterns of the names to average; all where empty.
-        exclude: Shell patterns of the names not to.
-        base: The checkpoint that the rest comes from; the last one where None.
+        exclude: Shell patterns of the names not to average. They win over ``include``.
+        base: The checkpoint that the other tensors come from; the last one where None.
         dtype: One of ``OUTPUT_DTYPES``.
     """
 
@@ -34,7 +34,7 @@ class Rules:
             raise UsageError(f"dtype is expected to be one of {expected} but got {self.dtype!r}")
 
     def averages(self, name: str) -> bool:
-        """Whether a tensor is averaged."""
+        """Tell whether a tensor is averaged, by its name."""
         included = not self.include or _matches(name, self.include)
         return included and not _matches(name, self.exclude)
 

@@ -12,7 +12,8 @@ from ckptavg.formats.table import Tensor
 
 _STRETCH = 1 << 12  # elements
 _STRETCHES = 3  # the beginning, the middle and the end
-_LONGEST_ROW = 1 << 16  # elements; a box of a strided tensor is at least a row
+# Elements. A strided tensor is read by rows at least, and longer ones would not be a sample.
+_LONGEST_ROW = 1 << 16
 
 
 def sample(tensor: Tensor) -> torch.Tensor:
@@ -29,9 +30,9 @@ def sample(tensor: Tensor) -> torch.Tensor:
         CheckpointError: The file cannot be read, or has become shorter.
     """
     with closing(Reader()) as reader:
-        parts = [_read(reader, tensor, start, count) for start, count in _stretches(tensor)]
+        stretches = [_read(reader, tensor, start, count) for start, count in _stretches(tensor)]
     dtype = getattr(torch, tensor.dtype.name)
-    return torch.cat(parts) if parts else torch.empty(0, dtype=dtype, device="cpu")
+    return torch.cat(stretches) if stretches else torch.empty(0, dtype=dtype, device="cpu")
 
 
 def first_values(tensors: Sequence[Tensor]) -> list[float]:
@@ -46,7 +47,7 @@ def first_values(tensors: Sequence[Tensor]) -> list[float]:
 
 
 def _stretches(tensor: Tensor) -> Iterator[tuple[int, int]]:
-    """First element and number of each stretch that is read."""
+    """Choose the stretches to read: the index of the first element, and their number."""
     if not tensor.contiguous:
         row = tensor.shape[-1] if tensor.shape else 1
         if row <= _LONGEST_ROW:

@@ -16,12 +16,14 @@ from ckptavg.plan import Plan, TensorPlan
 from ckptavg.spectral_norm import SpectralNorm, iterate_vectors, most_steps
 from ckptavg.stream import start_threads, stream
 
-_LAST = "\0last"  # after a weight's name: that of the last checkpoint
-_TOGETHER = 1 << 22  # elements of the weights that are read at once, if they are several
+# Follows a weight's name for the last checkpoint's own. No tensor's name has a NUL.
+_LAST = "\0last"
+# Elements of the weights that are read at once, which bounds the memory of many small layers.
+_TOGETHER = 1 << 22
 
 
 def vector_names(plan: Plan) -> set[str]:
-    """Names of the vectors that are iterated for an average."""
+    """Return the names of the vectors that are iterated for an average."""
     return {name for layer in plan.spectral_norms for name in (layer.u, layer.v) if name}
 
 
@@ -32,7 +34,7 @@ def write_vectors(plan: Plan, tensors: Sequence[TensorPlan], sink: Sink) -> None
 
     Args:
         plan: The average.
-        tensors: The output's tensors: those of the plan, tied as its files are.
+        tensors: The output's tensors: those of the plan, tied as the output's files are.
         sink: Takes the vectors.
 
     Raises:
@@ -47,7 +49,7 @@ def write_vectors(plan: Plan, tensors: Sequence[TensorPlan], sink: Sink) -> None
     with start_threads(1) as thread:
         for group in _groups(layers, by_name):
             state = _read(group, by_name, plan.checkpoints[-1])
-            values |= thread.submit(_vectors, group, state, steps).result()
+            values |= thread.submit(_iterate, group, state, steps).result()
     for tensor in tensors:
         first = by_name[tensor.name].tied_to or tensor.name
         if tensor.tied_to is None and first in values:
@@ -57,7 +59,7 @@ def write_vectors(plan: Plan, tensors: Sequence[TensorPlan], sink: Sink) -> None
 def _groups(
     layers: Sequence[SpectralNorm], by_name: Mapping[str, TensorPlan]
 ) -> Iterator[list[SpectralNorm]]:
-    """Layers whose weights are read together, so that few are in memory."""
+    """Group the layers whose weights are read together, so that few are in memory."""
     group: list[SpectralNorm] = []
     filled = 0
     for layer in layers:
@@ -74,25 +76,25 @@ def _groups(
 def _read(
     layers: Sequence[SpectralNorm], by_name: Mapping[str, TensorPlan], last: Checkpoint
 ) -> StateDict:
-    """Average the weights of some layers, and read the last ones and the vectors beside."""
-    read: dict[str, TensorPlan] = {}
+    """Average the weights of layers, and read the last checkpoint's weights and vectors."""
+    plans: dict[str, TensorPlan] = {}
     for layer in layers:
         weight = replace(by_name[layer.weight], tied_to=None)
-        own = replace(
+        last_weight = replace(
             weight, name=layer.weight + _LAST, sources=(last.tensors[layer.weight],),
             owners=(last,), coefficients=(1.0,), divisor=None,
         )  # fmt: skip
         vectors = [replace(by_name[name], tied_to=None) for name in (layer.u, layer.v) if name]
-        read |= {tensor.name: tensor for tensor in (weight, own, *vectors)}
-    sink = MemorySink([tensor.output for tensor in read.values()])
-    stream([Job([*read.values()], sink, keep_nonfinite=True)])
+        plans |= {tensor.name: tensor for tensor in (weight, last_weight, *vectors)}
+    sink = MemorySink([tensor.output for tensor in plans.values()])
+    stream([Job([*plans.values()], sink, keep_nonfinite=True)])
     return sink.state_dict
 
 
-def _vectors(
+def _iterate(
     layers: Sequence[SpectralNorm], state: Mapping[str, torch.Tensor], steps: int
 ) -> StateDict:
-    """The vectors of some layers in the types of the output, by name."""
+    """Iterate the vectors of layers, and return them by name, in the output's types."""
     values: StateDict = {}
     for layer in layers:
         names = [name for name in (layer.u, layer.v) if name]

@@ -6,13 +6,18 @@ from ckptavg.errors import CheckpointError
 from ckptavg.formats import storage, torch_legacy
 from ckptavg.formats.storage import Location
 
-_LONGEST = 512  # bytes: the name of a zip file's first entry is among them
+# Bytes: the name of a zip file's first entry is among them.
+_LONGEST = 512
 _ZIP, _ENTRY_NAME = b"PK\x03\x04", 30
-_LONGEST_HEADER = 100 << 20  # bytes: what safetensors takes
+# Bytes: the limit of the safetensors library.
+_LONGEST_HEADER = 100 << 20
 
 
 def begins_as_checkpoint(path: Location) -> bool:
-    """Whether a file begins as ``torch.save`` or safetensors have it; not if it cannot be read."""
+    """Tell whether a file begins as those of ``torch.save`` or safetensors.
+
+    A file that cannot be read does not.
+    """
     try:
         with storage.open_binary(path) as file:
             begin = file.read(_LONGEST)

@@ -1,4 +1,4 @@
-"""Ranges of files at web servers, of which no more is read than was asked for, whatever is sent."""
+"""Ranges of files at web servers: no more is read than was asked for, whatever is sent."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def is_http(system: Any) -> bool:
 
 
 def read_ranges(system: Any, ranges: Sequence[tuple[str, int, int]]) -> list[Any]:
-    """Ask for ranges at once.
+    """Read ranges of files at once.
 
     Args:
         system: fsspec's file system of web servers.
@@ -66,9 +66,10 @@ async def _read(system: Any, url: str, start: int, end: int) -> bytes:
             raise FileNotFoundError(url)
         answer.raise_for_status()
         content = bytearray()
-        if start == 0 or answer.status != _OK:  # all of a file begins with the range
-            async for part in answer.content.iter_any():
-                content += part
+        # A server that heeds no ranges sends all of the file, which begins with a range from 0.
+        if start == 0 or answer.status != _OK:
+            async for chunk in answer.content.iter_any():
+                content += chunk
                 if len(content) > end - start:
                     break
         if len(content) > end - start or (start > 0 and answer.status == _OK):

@@ -1,4 +1,4 @@
-"""Lightning's sharded checkpoints: distributed ones, with all that is no tensor in meta.pt."""
+"""Lightning's sharded checkpoints: distributed ones, with their other values in meta.pt."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ from ckptavg.formats.table import FileStamp
 from ckptavg.formats.torch_pickle import Archive, dumps
 
 META = "meta.pt"
-_VERSION = "pytorch-lightning_version"  # without which load_from_checkpoint takes no file
+# The entry without which load_from_checkpoint takes no file.
+_VERSION = "pytorch-lightning_version"
 
 
 @dataclass(frozen=True)
 class Meta:
-    """What ``meta.pt`` holds, as far as it may go out.
+    """The values in ``meta.pt`` that an output may have.
 
     Attributes:
         entries: Hyperparameters, the epoch, versions, the callbacks' states.
-        notes: What of it may not: the state of training, unknown objects, metrics.
+        notes: Remarks about values that are left out: the state of training, unknown objects,
+            metrics.
     """
 
     entries: Mapping[Any, Any]
@@ -31,11 +33,11 @@ class Meta:
 
     @property
     def of_trainer(self) -> bool:
-        """Whether Lightning's Trainer wrote it, and not a user of Fabric."""
+        """True where Lightning's Trainer wrote the file, and not a user of Fabric."""
         return _VERSION in self.entries
 
     def to_file(self) -> bytes:
-        """The contents of a ``meta.pt`` with these entries."""
+        """Write the contents of a ``meta.pt`` with these entries."""
         archive = Archive()
         archive.add("data.pkl", dumps(dict(self.entries)))
         archive.add("byteorder", b"little")
@@ -44,11 +46,11 @@ class Meta:
 
 
 def read_meta(directory: Location, *, plain: bool = False) -> Meta | None:
-    """Read what Lightning keeps beside the shards; None where there is nothing to be read.
+    """Read the values that Lightning keeps beside the shards; None where there are none.
 
     Args:
         directory: The checkpoint.
-        plain: Keep only what ``torch.load`` reads by its safe default.
+        plain: Keep only values that ``torch.load`` reads by its safe default.
     """
     path = directory / META
     if not path.is_file():
@@ -56,7 +58,8 @@ def read_meta(directory: Location, *, plain: bool = False) -> Meta | None:
     stamp = FileStamp.of(path)
     try:
         tree = torch_zip.read(path).tree
-    except CheckpointError:  # another tool's file of that name
+    except CheckpointError:
+        # Another tool's file of that name.
         return None
     stamp.verify()
     if not isinstance(tree, dict):

@@ -35,22 +35,20 @@ _CAMEL = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 
 
 def is_metric(path: str) -> bool:
-    """Whether a number under this dotted path was measured, not set.
-
-    An element of a list is none: that is a history of training, which stays true.
-    """
-    parts = path.split(".")
-    if any(part in _SETTINGS or part.isdecimal() for part in parts):
+    """Tell whether a number under a dotted path was measured, and not set."""
+    names = path.split(".")
+    # An element of a list belongs to a history of training, which stays true.
+    if any(name in _SETTINGS or name.isdecimal() for name in names):
         return False
-    if _words(parts[-1]) & _SETTING_WORDS:
+    if _words(names[-1]) & _SETTING_WORDS:
         return False
-    return any(_words(part) & (METRIC_WORDS | _BEST) for part in parts)
+    return any(_words(name) & (METRIC_WORDS | _BEST) for name in names)
 
 
 def _words(name: str) -> set[str]:
-    """The words of a name, in lower case: with the digit at their end and without."""
+    """List the words of a name, in lower case, with the digits at their end and without."""
     words: set[str] = set()
     for chunk in _CHUNK.findall(name):
         words |= {chunk.lower(), chunk.rstrip("0123456789").lower()}
-        words.update(part.lower() for part in _CAMEL.findall(chunk))
+        words.update(word.lower() for word in _CAMEL.findall(chunk))
     return words

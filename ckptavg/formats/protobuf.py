@@ -1,4 +1,4 @@
-"""Protocol buffers, as far as their first fields tell what they are."""
+"""Protocol buffers, and the models that their first fields are typical of."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # how a value is encoded
 _LONGEST_VARINT = 10  # bytes
-_LAST_VERSION = 64  # of ONNX's format: by far
-_LONGEST_NAME = 200  # bytes of what ONNX has as the name of a producer
+# Versions of ONNX's format, which has reached little more than ten.
+_LAST_VERSION = 64
+# Bytes of the name and the version of an ONNX model's producer.
+_LONGEST_NAME = 200
 # Fields of ONNX's ModelProto, and how each is encoded.
 _ONNX_FIELDS = {1: 0, 2: 2, 3: 2, 4: 2, 5: 0, 6: 2, 7: 2, 8: 2, 14: 2, 20: 2, 25: 2, 26: 2}
 
@@ -26,9 +28,9 @@ def is_onnx(start: bytes) -> bool:
     fields = _fields(start)
     if len(fields) < 2 or fields[0].number != 1 or not 0 < fields[0].value <= _LAST_VERSION:
         return False
-    known = all(_ONNX_FIELDS.get(f.number) == f.encoding for f in fields)
-    named = all(f.value <= _LONGEST_NAME for f in fields if f.number in (2, 3))
-    return known and named
+    valid_encodings = all(_ONNX_FIELDS.get(f.number) == f.encoding for f in fields)
+    short_names = all(f.value <= _LONGEST_NAME for f in fields if f.number in (2, 3))
+    return valid_encodings and short_names
 
 
 def is_saved_model(start: bytes) -> bool:
@@ -39,7 +41,7 @@ def is_saved_model(start: bytes) -> bool:
 
 
 def _fields(start: bytes) -> list[_Field]:
-    """The fields that begin in a piece of a message; none where it is no message."""
+    """Parse the fields that begin in a piece of a message; none where it is no message."""
     fields: list[_Field] = []
     position = 0
     while position < len(start):
@@ -56,7 +58,7 @@ def _fields(start: bytes) -> list[_Field]:
 
 
 def _varint(start: bytes, position: int) -> tuple[int, int]:
-    """A number of variable length at a position; with the position behind it."""
+    """Parse a number of variable length; return it, and the position behind it."""
     value = 0
     for i, byte in enumerate(start[position : position + _LONGEST_VARINT]):
         value |= (byte & 0x7F) << (7 * i)

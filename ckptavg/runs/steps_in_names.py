@@ -164,7 +164,7 @@ def _whole_numbers(name: str) -> list[int]:
 
 
 def _names_score(word: str, number: str) -> bool:
-    """Whether a word is a metric's name, alone or with the number behind it."""
+    """Tell whether a word is a metric's name, alone or with the number behind it."""
     return word in _SCORES or word + number in _SCORES or word.endswith(_ENDS_OF_SCORES)
 
 
