@@ -26,7 +26,8 @@ _RANK = re.compile(
     r"(?<![a-z])consolidated\.\d\d(?=\.)|"
     r"(?<![a-z])mp_rank(?:_\d+)+|"
     r"(?<![a-z])rank[-_]?\d+|"
-    r"(?<![a-z])(?:tp|pp|wp)[-_]?\d+|"
+    r"(?<![a-z])(?:tp|pp|wp|(?:tensor|pipeline|model)[-_]?parallel)[-_]?\d+|"
+    r"(?<![a-z\d])\d+of\d+(?![a-z\d])|"
     r"(?<![a-z])(?:model|weights|checkpoint|ckpt|state)[-_]parts?[-_]?\d+|"
     r"(?<![a-z])shards?[-_]?\d+",
     re.IGNORECASE,
@@ -219,8 +220,8 @@ def _moment(checkpoint: Checkpoint) -> tuple[int | None, float | None]:
 
 
 def _same_step(one: Checkpoint, other: Checkpoint) -> bool:
-    """Tell whether two checkpoints record the same step, and the same epoch if any."""
-    return _moment(one) == _moment(other) and one.record.step is not None
+    """Tell whether two checkpoints record the same step and the same epoch, or one of the two."""
+    return _moment(one) == _moment(other) != (None, None)
 
 
 def _are_disjoint(one: Checkpoint, other: Checkpoint) -> bool:

@@ -25,6 +25,8 @@ LAYOUTS = [  # of the file of a rank below the directory of a step
     "tp_rank_00_pp_rank_{:03d}/model_weights.ckpt",
     "model_tp{}_pp0.pt",
     "model_wp0_pp{}.pt",
+    "tensor_parallel_{}.pt",
+    "weights.{}of2.pt",
     "tp0_ep{}.pt",
     "rank_{}.pt",
     "rank{}/model.pt",
@@ -199,6 +201,13 @@ def test_slices_of_one_step_are_parts_whatever_they_are_called(tmp_path, files):
     assert "parts of one model: 2 files" in told
     assert "name each of them" in told
     average(open_run(*tmp_path.iterdir()))
+
+
+def test_slices_of_one_epoch_are_parts(tmp_path):
+    for rank in (0, 1):
+        state = {"model": half(rank), "epoch": 3}
+        torch.save(state, tmp_path / f"weights_process{rank}.pt")
+    assert "parts of one model: 2 files" in refusal(tmp_path)
 
 
 def test_uneven_slices_of_one_step_are_parts(tmp_path):
