@@ -26,8 +26,12 @@ _PAIRS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (".weight_packed", (".weight_scale",)),
     ("_blocks", ("_scales",)),
 )
-# Parts of names of the floats that turn packed integers into weights.
-_MEANING = re.compile(r"scale|absmax|scb|zero|quant_map|biases|codebook|centroid|lookup|lut")
+# Parts of names of the floats that turn packed integers into weights. Scales and the signs of
+# rotated weights are called s, su and svh, too.
+_MEANING = re.compile(
+    r"scale|a(?:bs)?max|scb|zero|quant_map|biases|codebook|centroid|lookup|lut|delta"
+    r"|(?:^|_)s[uv]?h?$"
+)
 _CODEBOOK = re.compile(r"codebook|centroid|lookup|lut")
 # Per layer. Formats have a handful; the bound keeps a table without modules from quadratic time.
 _MOST_SCALES = 100
@@ -124,6 +128,8 @@ def find_packed(checkpoint: Checkpoint) -> Iterator[Packed]:
     """Find the tensors of a checkpoint that hold quantized weights, or may hold some."""
     modules = Modules(checkpoint.tensors)
     scales_of = {module: _scale_leaves(tensors) for module, tensors in modules}
+    # Wide integers beside a weight of floats are indices and counts.
+    with_matrix = {module for module, tensors in modules if _has_matrix(tensors)}
     for name, tensor in checkpoint.tensors.items():
         if not tensor.shape or tensor.dtype.name == "bool":
             continue
@@ -134,7 +140,9 @@ def find_packed(checkpoint: Checkpoint) -> Iterator[Packed]:
         elif tensor.dtype.kind == "packed" or _is_paired(name, checkpoint.tensors):
             yield Packed(name, scales, certain=True)
         elif tensor.dtype.kind == "int" and _may_be_packed(tensor):
-            scales = tuple(s for s in scales if _fits(s, checkpoint.tensors[s], tensor))
+            index = tensor.dtype.bits >= _INDEX and split_name(name)[0] in with_matrix
+            fitting = (s for s in scales if _fits(s, checkpoint.tensors[s], name, tensor))
+            scales = () if index else tuple(fitting)
             if scales or _is_weight(name, tensor):
                 yield Packed(name, scales, certain=False)
 
@@ -192,20 +200,33 @@ def _may_be_packed(tensor: Tensor) -> bool:
     return len(tensor.shape) > 1 or tensor.dtype.bits < _WORD or tensor.dtype.name == "uint32"
 
 
-def _fits(name: str, scale: Tensor, packed: Tensor) -> bool:
+def _has_matrix(tensors: Mapping[str, Tensor]) -> bool:
+    """Tell whether a module has a matrix of floats other than scales."""
+    return any(
+        tensor.dtype.kind == "float" and len(tensor.shape) > 1 and min(tensor.shape) > 1
+        for leaf, tensor in tensors.items()
+        if not _MEANING.search(leaf.lower())
+    )
+
+
+def _fits(scale_name: str, scale: Tensor, name: str, packed: Tensor) -> bool:
     """Tell whether scales are as many as the rows, columns or groups of a tensor.
 
     Args:
-        name: The scales' name.
+        scale_name: The scales' name.
         scale: The scales.
-        packed: The tensor of integers.
+        name: The integers' name.
+        packed: The integers.
     """
     # The extent of a codebook tells nothing about the integers that point into it.
-    if _CODEBOOK.search(split_name(name)[1].lower()):
+    leaf = split_name(scale_name)[1].lower()
+    if _CODEBOOK.search(leaf):
         return packed.dtype.bits < _INDEX
     # One scale for a whole tensor is usual for int8 only.
     if scale.numel == 1:
-        return packed.dtype.size == 1
+        # Bytes in a row are bits of a grid or a generator's state, unless the scale is theirs.
+        own = leaf.partition("_")[0] == split_name(name)[1].lower().partition("_")[0]
+        return packed.dtype.size == 1 and (len(packed.shape) > 1 or own)
     # Scales of a quantizer, which stand beside as many zero points.
     if scale.numel >= packed.numel:
         return False

@@ -87,6 +87,30 @@ FORMATS = {
     "look-up tables": lambda s: {
         "q.packed": integers((4, 16), torch.int32, s), "q.lookup_table": floats((16, 16), s),
     },
+    "Marlin": lambda s: {
+        "q.B": integers((4, 64), torch.int32, s), "q.s": floats((2, 32), s),
+        "q.workspace": torch.zeros(16, dtype=torch.int32),
+    },
+    "QuIP": lambda s: {
+        "q.Qidxs": integers((16, 8), torch.int16, s), "q.Wscale": floats((), s),
+        "q.SU": floats((64,), s), "q.SV": floats((16,), s),
+    },
+    "ExLlama": lambda s: {
+        "q.trellis": integers((2, 2, 48), torch.int16, s),
+        "q.suh": floats((32,), s), "q.svh": floats((32,), s),
+    },
+    "affine": lambda s: {
+        "q.q": integers((8, 16), torch.int32, s), "q.delta": floats((8, 1), s),
+    },
+    "wide integers": lambda s: {
+        "q.weight_int": integers((8, 16), torch.int64, s), "q.scale": floats((8,), s),
+    },
+    "wide integers in groups": lambda s: {
+        "q.codes": integers((8, 16), torch.int64, s), "q.scale": floats((8, 4), s),
+    },
+    "bytes in a row with a scale": lambda s: {
+        "q.flat_int8": integers((64,), torch.int8, s), "q.flat_scale": floats((1,), s),
+    },
     "scales within the bytes": lambda s: {"q.weight": integers((8, 34), torch.uint8, s)},
 }  # fmt: skip
 
@@ -178,6 +202,20 @@ TABLES = {
     },
     "counters of tokens by groups": lambda s: {
         "emb.token_counts": torch.arange(64, dtype=torch.int32) * s, "emb.scale": floats((8,), s),
+    },
+    "edges": lambda s: {
+        "graph.edge_index": integers((2, 30), torch.int64, s),
+        "graph.edge_scale": floats((30,), s), "graph.weight": floats((8, 8), s),
+    },
+    "tokens of experts": lambda s: {
+        "moe.tokens_per_expert": integers((4, 16), torch.int64, s),
+        "moe.expert_scale": floats((16,), s), "moe.weight": floats((16, 8), s),
+    },
+    "bits of a grid": lambda s: {
+        "grid.density_bits": integers((64,), torch.uint8, s), "grid.scale": floats((1,), s),
+    },
+    "a generator's state": lambda s: {
+        "rng_state": integers((64,), torch.uint8, s), "scale": floats((), s),
     },
     "neighbours": lambda s: {"graph.neighbours": integers((32, 4), torch.int32, s)},
     "dropped positions": lambda s: {
