@@ -16,9 +16,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import torch
+
 from ckptavg.factors import Pair, find_pairs
 from ckptavg.formats import Checkpoint, bounded_json
 from ckptavg.formats.layout import FILE_LAYOUTS
+from ckptavg.formats.table import DTYPES, DType
 from ckptavg.modules import split_name
 from ckptavg.plan import Plan, TensorPlan, make_plan
 from ckptavg.rules import Rules
@@ -66,7 +69,8 @@ def plan_stack(
     header = _grow_header(last.metadata, count)
     if header is None:
         return None
-    stack = _Stack(tuple(pairs), frozenset(alphas), count)
+    values = first_values([last.tensors[name] for name in alphas])
+    stack = _Stack(tuple(pairs), dict(zip(alphas, values, strict=True)), count)
     # A checkpoint of coefficient 0 gets no slot of its own: it would only add zeros.
     slots = [sum(c != 0 for c in coefficients[:i]) for i in range(len(coefficients))]
     stacked = [stack.place(c, slot) for c, slot in zip(checkpoints, slots, strict=True)]
@@ -90,12 +94,12 @@ class _Stack:
 
     Attributes:
         pairs: The factors.
-        alphas: Names of the tensors that hold a product's alpha.
+        alphas: Names of the tensors that hold a product's alpha, and their values.
         count: Number of adapters that contribute.
     """
 
     pairs: tuple[Pair, ...]
-    alphas: frozenset[str]
+    alphas: Mapping[str, float]
     count: int
 
     @cached_property
@@ -124,6 +128,7 @@ class _Stack:
         if planned.name in self.alphas:
             return replace(
                 planned,
+                dtype=_choose_type(self.count * self.alphas[planned.name], planned.dtype),
                 sources=planned.sources[-1:],
                 owners=planned.owners[-1:],
                 coefficients=(float(self.count),),
@@ -132,6 +137,14 @@ class _Stack:
                 compared=(),
             )
         return planned
+
+
+def _choose_type(value: float, dtype: DType) -> DType:
+    """Choose the type of a value: float32 where a narrower one cannot hold it exactly."""
+    if dtype.bits >= DTYPES["float32"].bits:
+        return dtype
+    exact = torch.tensor(value, dtype=torch.float64, device="cpu")
+    return dtype if exact.to(getattr(torch, dtype.name)) == exact else DTYPES["float32"]
 
 
 def _are_plain(checkpoint: Checkpoint, pairs: Sequence[Pair], alphas: Collection[str]) -> bool:

@@ -100,6 +100,22 @@ def test_alpha_grows_with_the_rank(tmp_path, dtype):
     assert header["ss_network_module"] == "networks.lora"
 
 
+@pytest.mark.parametrize(
+    ("alpha", "dtype", "expected"),
+    [
+        (33.25, torch.bfloat16, torch.float32),
+        (1.5, torch.bfloat16, torch.bfloat16),
+        (40000.0, torch.float16, torch.float32),
+        (100, torch.int8, torch.float32),
+    ],
+)
+def test_alpha_is_widened_where_its_type_cannot_hold_the_multiple(tmp_path, alpha, dtype, expected):
+    names = SPELLINGS["kohya"]
+    own = {"lora_unet_q.alpha": torch.tensor(alpha, dtype=dtype)}
+    got = average(write(tmp_path, [factors(names, i) | own for i in range(3)]))
+    assert same_bits(got["lora_unet_q.alpha"], torch.tensor(3 * alpha, dtype=expected))
+
+
 def test_convolutions_are_stacked_and_differences_averaged(tmp_path):
     names = SPELLINGS["kohya"]
     states = []
