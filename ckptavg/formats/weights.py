@@ -140,7 +140,11 @@ def _find_weights(path: str, tree: Any, key: str | None) -> Weights:
 
 def _is_training_state(tree: Any) -> bool:
     """Tell whether all tensors are those of optimizers, random generators and the like."""
-    holders = [(name, part) for name, part in children(tree) if count_tensors(part)]
+    parts = children(tree)
+    # One part may stand under very many names.
+    distinct = {id(part): part for _, part in parts}
+    counts = {identifier: count_tensors(part) for identifier, part in distinct.items()}
+    holders = [(name, part) for name, part in parts if counts[id(part)]]
     return bool(holders) and not any(
         isinstance(part, (Opaque, *TENSORS)) or may_hold_networks(name, part)
         for name, part in holders
