@@ -47,7 +47,12 @@ def plan_stack(
 ) -> Plan | None:
     """Plan the adapter whose products are the means of the adapters' products.
 
-    Arguments as for ``make_plan``. What is no factor of a product is averaged as everywhere.
+    Tensors that are no factors of a product are averaged as everywhere.
+
+    Args:
+        checkpoints: The adapters, in order.
+        coefficients: One per adapter, in the same order.
+        rules: The tensors to average, and the type of the output's floats.
 
     Returns:
         None where the checkpoints are no such adapters, or their stack would not be their mean.

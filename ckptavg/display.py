@@ -32,7 +32,7 @@ _EXACT = 1e15  # below it a float holds every whole number
 
 
 def printable(text: str) -> str:
-    """A text on one line of bounded length that a terminal shows as it is.
+    """Make a text one line of bounded length that a terminal shows as it is.
 
     Characters that steer a terminal or leave no mark are escaped as in Python's strings.
     """
@@ -67,7 +67,7 @@ def escape_unseen(
 
 
 def without_secrets(text: str) -> str:
-    """A text whose URLs have lost their users' passwords and the queries that sign them."""
+    """Return a text whose URLs have lost their users' passwords and the queries that sign them."""
     before, *others = text.split("://")
     parts = [before]
     for part in others:
@@ -79,7 +79,7 @@ def without_secrets(text: str) -> str:
 
 
 def bare_location(scheme: str, location: str) -> str:
-    """A URL's host and path without a password, and without the query of a web address.
+    """Return a URL's host and path without a password, and without the query of a web address.
 
     Args:
         scheme: Ends with the URL's scheme.
@@ -96,5 +96,5 @@ def bare_location(scheme: str, location: str) -> str:
 
 
 def step_text(step: float) -> str:
-    """A step for a message: whole ones in full, however large, never with an exponent."""
+    """Write a step for a message: whole ones in full, however large, never with an exponent."""
     return f"{step:.0f}" if step == round(step, 0) and abs(step) < _EXACT else f"{step:.6g}"

@@ -18,7 +18,7 @@ def json_text(value: Any, *, ascii_only: bool = False) -> str:
 
     Args:
         value: Mappings, sequences and plain values.
-        ascii_only: Whether all that is not ASCII is escaped.
+        ascii_only: True to escape all characters that are not ASCII.
     """
     text = json.dumps(_strict(value), indent=2, ensure_ascii=ascii_only, allow_nan=False)
     return escape_unseen(text, lambda c: json.dumps(c)[1:-1], keep="\n") + "\n"
@@ -30,7 +30,7 @@ def _strict(value: Any) -> Any:
     if isinstance(value, str):
         return without_secrets(value)
     if isinstance(value, Mapping):
-        return {key: _strict(part) for key, part in value.items()}
+        return {key: _strict(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_strict(part) for part in value]
+        return [_strict(item) for item in value]
     return value

@@ -39,7 +39,7 @@ _ANY_WRITING = "Choose another place for it, or try again."
 
 
 def unreadable(path: object, error: OSError) -> CheckpointError:
-    """The error for a path that the system does not let us read, list or look at.
+    """Word the error for a path that the system does not let us read, list or look at.
 
     Args:
         path: The path, if the error itself names none.
@@ -52,7 +52,7 @@ def unreadable(path: object, error: OSError) -> CheckpointError:
 
 
 def unwritable(path: object, error: OSError) -> OutputError:
-    """The error for an output that the system does not let us write.
+    """Word the error for an output that the system does not let us write.
 
     Args:
         path: The output, also where the error is about its temporary.
@@ -79,10 +79,10 @@ def unwritable(path: object, error: OSError) -> OutputError:
 
 @contextmanager
 def guard_reads(path: object) -> Iterator[None]:
-    """Raise errors of the system as ours while a path, or what lies below it, is read.
+    """Turn errors of the system into ours while a path, or something below it, is read.
 
     Raises:
-        CheckpointError: The system does not let us.
+        CheckpointError: The system does not let us read.
     """
     try:
         yield
@@ -92,10 +92,10 @@ def guard_reads(path: object) -> Iterator[None]:
 
 @contextmanager
 def guard_writes(path: object) -> Iterator[None]:
-    """Raise errors of the system as ours while an output is written.
+    """Turn errors of the system into ours while an output is written.
 
     Raises:
-        OutputError: The system does not let us.
+        OutputError: The system does not let us write.
     """
     try:
         yield

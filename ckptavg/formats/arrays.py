@@ -38,9 +38,9 @@ def set_state(unpickler: Unpickler, array: NumpyArray, state: Any) -> None:
     """Give an array the state that it was pickled with.
 
     Args:
-        unpickler: Of the pickle that the array stands in.
-        array: Of no contents yet.
-        state: Version, shape, element type, whether in Fortran's order, and the bytes.
+        unpickler: The unpickler of the array's pickle.
+        array: The array, without contents so far.
+        state: Version, shape, element type, the flag of Fortran's order, and the bytes.
     """
     if isinstance(state, tuple) and len(state) == 5:
         _, shape, dtype, fortran, data = state
@@ -52,7 +52,7 @@ def set_state(unpickler: Unpickler, array: NumpyArray, state: Any) -> None:
 def _view(
     unpickler: Unpickler, data: Any, dtype: Any, shape: Any, fortran: bool
 ) -> TensorView | Refused | None:
-    """An array as a view of the pickle's bytes; None where it holds no numbers."""
+    """Make an array a view of the pickle's bytes; None where it holds no numbers."""
     code, order = _element_type(dtype)
     if code.startswith(_NO_NUMBERS) or isinstance(data, list):
         return None
@@ -64,6 +64,7 @@ def _view(
     numel = math.prod(shape)
     if not isinstance(data, (bytes, bytearray, str)) or len(data) != element.nbytes(numel):
         return Refused("an array whose bytes do not fit its shape")
+    # Latin-1 bytes in an old pickle's text may be escaped, and so longer than the array.
     span = unpickler.span(data) if numel else Span(0, 0)
     if span is None or (span.length != len(data) and not span.escaped):
         return Refused("an array whose bytes the pickle does not hold as such")
@@ -72,36 +73,40 @@ def _view(
 
 
 def _is_shape(shape: Any) -> bool:
-    """Whether this is the shape of an array whose elements can be counted."""
+    """Tell whether a value is the shape of an array whose elements can be counted."""
     if not isinstance(shape, tuple) or len(shape) > _MOST_DIMENSIONS:
         return False
     return all(map(is_natural, shape)) and math.prod(n or 1 for n in shape) < MOST_ELEMENTS
 
 
 def name_arrays(tree: Any) -> bool:
-    """Put tensors in the place of the arrays that dicts hold, if there are no tensors beside them.
+    """Replace the arrays in dicts by tensors, if there are no tensors in the tree.
 
     Among tensors an array is a value like others: a history, or a generator's state.
 
     Returns:
-        Whether there were such arrays.
+        True if an array was replaced.
     """
-    seen: set[int] = set()
+    visited: set[int] = set()
     waiting, named = [tree], list[tuple[dict[Any, Any], Any, NumpyArray]]()
     while waiting:
         value = waiting.pop()
         if isinstance(value, (TensorView, Refused)):
             return False
-        if id(value) in seen or not isinstance(value, (dict, list, tuple, Opaque)):
+        # By identity: a small pickle can hold one container very many times.
+        if id(value) in visited or not isinstance(value, (dict, list, tuple, Opaque)):
             continue
-        seen.add(id(value))
+        visited.add(id(value))
         if isinstance(value, Opaque):
             waiting.append(value.state)
         elif isinstance(value, dict):
-            named += [(value, n, part) for n, part in value.items() if isinstance(part, NumpyArray)]
+            for name, entry in value.items():
+                if isinstance(entry, NumpyArray):
+                    named.append((value, name, entry))
             waiting.extend(value.values())
         else:
             waiting.extend(value)
+    # Only now, since a tensor further on leaves all arrays as they are.
     for holder, name, array in named:
         if array.view is not None:
             holder[name] = array.view
@@ -109,12 +114,12 @@ def name_arrays(tree: Any) -> bool:
 
 
 def _strides(shape: tuple[int, ...], fortran: bool) -> tuple[int, ...]:
-    """Strides of an array without gaps, in elements."""
+    """Return the strides of an array without gaps, in elements."""
     return row_major(shape[::-1])[::-1] if fortran else row_major(shape)
 
 
 def _element_type(dtype: Any) -> tuple[str, str]:
-    """NumPy's code of an element type, and its byte order."""
+    """Return NumPy's code of an element type, and its byte order."""
     if not isinstance(dtype, Opaque) or not dtype.args:
         return "?", "|"
     code = dtype.args[0]
@@ -134,7 +139,7 @@ def _from_buffer(
 
 
 def _scalar(_: Unpickler, dtype: Any, raw: Any = None) -> Any:
-    """A NumPy number as a Python one: metrics are often recorded so."""
+    """Make a NumPy number a Python one: metrics are often recorded so."""
     code, order = _element_type(dtype)
     layout = _LAYOUTS.get(code)
     if layout is None or not isinstance(raw, bytes):

@@ -13,7 +13,8 @@ from ckptavg.formats import storage
 from ckptavg.formats.table import FileStamp, changed
 
 _CHUNK = 1 << 20  # bytes
-_FRESH = 0.1  # seconds: a file that was written since may be half a file
+# Seconds. A file that was written less long ago may still be half a file.
+_FRESH = 0.1
 
 
 def copy(source: FileStamp, target: Path) -> None:
@@ -24,7 +25,7 @@ def copy(source: FileStamp, target: Path) -> None:
 
     Args:
         source: The file's stamp.
-        target: Where nothing is yet.
+        target: The copy's path, at which there is nothing yet.
 
     Raises:
         CheckpointError: The source cannot be read, or is no longer what was stamped.
@@ -60,7 +61,7 @@ def verify_settled(sources: Collection[FileStamp]) -> None:
 
 
 def read(source: FileStamp) -> Iterator[bytes]:
-    """The contents of a file that was stamped, chunk by chunk.
+    """Read the contents of a file that was stamped, chunk by chunk.
 
     Raises:
         CheckpointError: It cannot be read, or has another size than was stamped.
@@ -79,7 +80,7 @@ def read(source: FileStamp) -> Iterator[bytes]:
 
 
 def read_whole(source: FileStamp) -> bytes:
-    """The contents of a small file, as it was when it was stamped.
+    """Read the contents of a small file, as it was when it was stamped.
 
     Raises:
         CheckpointError: As for ``read``; or it has changed.

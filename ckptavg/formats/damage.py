@@ -7,14 +7,20 @@ from ckptavg.formats.storage import Location
 
 
 def damaged(path: str | Location, why: str, kind: str = "checkpoint") -> CheckpointError:
-    """The error for a file whose contents contradict themselves."""
+    """Word the error for a file whose contents contradict themselves.
+
+    Args:
+        path: The file.
+        why: The contradiction, as a clause.
+        kind: Noun for the file's kind.
+    """
     return CheckpointError(
         f"{path} is not a readable {kind}: {why}", "Copy it again, or leave it out."
     )
 
 
 def cut_short(path: str | Location, why: str, kind: str = "checkpoint") -> CheckpointError:
-    """The error for a file that ends too early."""
+    """Word the error for a file that ends too early; arguments as for ``damaged``."""
     return CheckpointError(
         f"{path} is not a readable {kind}: {why}",
         "It may be truncated or still being written; copy it again or leave it out.",

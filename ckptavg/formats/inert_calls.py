@@ -1,4 +1,4 @@
-"""The few calls in a pickle that are understood, and what each stands for."""
+"""The few calls in a pickle that are understood, and an inert stand-in for each."""
 
 from __future__ import annotations
 
@@ -23,11 +23,9 @@ from ckptavg.formats.table import DTYPES, MOST_ELEMENTS, DType
 
 
 def known_call(function: Any) -> Callable[..., Any] | None:
-    """What stands for a call in the tree; None where the function is not understood.
-
-    Vendors move their functions between the modules of a package: of those the package counts.
-    """
+    """Return the stand-in for a function; None where the function is not understood."""
     module, name = name_of(function)
+    # Vendors of devices move their functions between the modules of a package.
     package = module.partition(".")[0]
     return KNOWN_CALLS.get((module, name)) or KNOWN_CALLS.get((package, name))
 
@@ -46,6 +44,7 @@ def _view(
     if math.prod(n or 1 for n in shape) >= MOST_ELEMENTS:
         raise MalformedPickle("a tensor has more elements than can be counted")
     element = 1 if storage.dtype is None else storage.dtype.size
+    # An untyped storage counts bytes, a typed one elements of its own type.
     capacity = storage.numel * element // dtype.size
     last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
     if 0 not in shape and last >= capacity:
@@ -90,17 +89,15 @@ def _tensor_v3(
 
 
 def _device_tensor(_: Unpickler, data: Any, dtype: Any, *_rest: Any) -> Any:
-    """A tensor from a device whose memory torch cannot reach: a copy for the CPU and its type.
-
-    Where NumPy had no such type, a bfloat16 is kept as the float32 of the same value, whose upper
-    half it is.
-    """
+    """Rebuild a tensor of a device whose memory torch cannot reach, from its copy for the CPU."""
     name = dtype.name if isinstance(dtype, Global) else "?"
     data = data.view if isinstance(data, NumpyArray) else data
     if not isinstance(data, TensorView) or data.dtype.name == name:
         return data
     if (data.dtype.name, name) != ("float32", "bfloat16"):
         return Refused(f"kept as {data.dtype.name} but meant as {name}")
+    # NumPy has no bfloat16, so it is kept as the float32 of the same value. Its bits are the upper
+    # half of that, which is the second of two in little-endian order.
     stride = tuple(2 * step for step in data.stride)
     return TensorView(data.storage, DTYPES[name], 2 * data.offset + 1, data.shape, stride)
 
@@ -116,7 +113,8 @@ def _encode(unpickler: Unpickler, text: str, encoding: str) -> bytes:
     data = text.encode("latin-1" if latin else "utf-8")
     span = unpickler.span(text)
     if span is not None:
-        escaped = latin and span.length > len(data)  # plain characters are their own bytes
+        # Plain characters are their own bytes; others take two in UTF-8.
+        escaped = latin and span.length > len(data)
         unpickler.keep_span(data, Span(span.start, span.length, escaped))
     return data
 
@@ -130,7 +128,7 @@ def _first(_: Unpickler, data: Any, *_others: Any) -> Any:
 
 
 def _mapping(machine: Unpickler, pairs: Any = ()) -> dict[Any, Any]:
-    """A dict, from nothing or from a list of pairs, as OrderedDict is pickled."""
+    """Make a dict of nothing, or of a list of pairs as OrderedDict is pickled."""
     return {machine.key(key): value for key, value in pairs}
 
 

@@ -8,19 +8,19 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def batchnorm_layers(names: Iterable[str]) -> tuple[str, ...]:
-    """Names of the layers that keep running statistics, by their tensors' names."""
-    known = set(names)
+    """List the layers that keep running statistics, by their tensors' names."""
+    existing = set(names)
     suffix = "running_mean"
-    return tuple(
-        sorted(
-            name[: -len(suffix)].rstrip(".")
-            for name in known
-            if name.endswith(suffix) and name[: -len(suffix)] + "running_var" in known
-        )
-    )
+    layers: list[str] = []
+    for name in existing:
+        prefix = name.removesuffix(suffix)
+        # One statistic alone is not BatchNorm's: an observer may keep a mean too.
+        if name.endswith(suffix) and prefix + "running_var" in existing:
+            layers.append(prefix.rstrip("."))
+    return tuple(sorted(layers))
 
 
 def running_statistics(names: Iterable[str]) -> set[str]:
-    """Names of the running statistics of all layers that keep some."""
+    """Return the names of the running statistics of all layers that keep some."""
     layers = batchnorm_layers(names)
     return {f"{layer}.{name}".lstrip(".") for layer in layers for name in _STATISTICS}

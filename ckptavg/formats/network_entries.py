@@ -134,10 +134,10 @@ def may_hold_networks(name: str, value: Any) -> bool:
 
 def _holds_parameters(value: Any) -> bool:
     """Tell whether a value holds floats that are called as layers call their parameters."""
-    parts = islice(value.items(), _MOST_PARAMETERS) if isinstance(value, Mapping) else ()
+    entries = islice(value.items(), _MOST_PARAMETERS) if isinstance(value, Mapping) else ()
     return any(
-        isinstance(name, str) and name.endswith(_PARAMETERS) and _is_weight(part)
-        for name, part in parts
+        isinstance(name, str) and name.endswith(_PARAMETERS) and _is_weight(entry)
+        for name, entry in entries
     )
 
 

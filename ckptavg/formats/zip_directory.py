@@ -46,13 +46,13 @@ class Entry:
     """One entry, as the directory has it.
 
     Attributes:
-        name: Its name; bytes of it that are no UTF-8 are escaped as surrogates.
-        header: Offset of its local header.
-        size: Bytes of its contents.
-        packed_size: Bytes that they take in the file.
-        method: How they are compressed; ``STORED`` where they are not.
-        crc: Their CRC-32; 0 where torch was told to omit it.
-        flags: Bits of how it was written.
+        name: The entry's name. Bytes that are no UTF-8 are escaped as surrogates.
+        header: Offset of the local header.
+        size: Bytes of the contents.
+        packed_size: Bytes that the contents take in the file.
+        method: Method of compression; ``STORED`` where there is none.
+        crc: CRC-32 of the contents; 0 where torch was told to omit it.
+        flags: Flags of the writer, such as ``SIZES_FOLLOW``.
     """
 
     name: str
@@ -82,7 +82,7 @@ class Directory:
     start: int
 
     def ends(self) -> dict[str, int]:
-        """Offset before which each entry has to end: where the next or the directory begins."""
+        """Return the offset before which each entry has to end: the next one, or the list."""
         ordered = sorted(self.entries, key=lambda entry: entry.header)
         begins = [*(entry.header for entry in ordered[1:]), self.start]
         return {entry.name: end for entry, end in zip(ordered, begins, strict=True)}
@@ -119,10 +119,10 @@ def read_directory(file: BinaryIO, length: int) -> Directory:
 
 
 def data_offset(entry: Entry, header: bytes, end: int) -> int:
-    """Offset of an entry's contents, by its local header.
+    """Return the offset of an entry's contents, by its local header.
 
     Args:
-        entry: As the directory has it.
+        entry: The entry, as the directory has it.
         header: The bytes from its local header on, as far as the end of the name there.
         end: The offset before which its contents have to end.
 
@@ -145,7 +145,7 @@ def data_offset(entry: Entry, header: bytes, end: int) -> int:
 
 
 def lengths_before(entry: Entry, start: int) -> tuple[int, bytes]:
-    """The lengths of name and extra field in a local header that ends at ``start``.
+    """Encode the lengths of name and extra field in a local header that ends at ``start``.
 
     Returns:
         Their offset in the file, and the bytes.
@@ -156,10 +156,11 @@ def lengths_before(entry: Entry, start: int) -> tuple[int, bytes]:
 
 
 def _tail(file: BinaryIO, length: int) -> bytes:
-    """The last bytes of a file, in which the record at its end is the last of its kind."""
+    """Read the last bytes of a file, in which the record at its end is the last of its kind."""
     file.seek(max(0, length - _END_SIZE))
     record = file.read(_END_SIZE)
-    if record.rfind(_END) == 0:  # no comment follows
+    # Without a comment, as torch writes it, the record is the end itself.
+    if record.rfind(_END) == 0:
         return record
     file.seek(max(0, length - _END_SIZE - _LONGEST_COMMENT))
     return file.read(_END_SIZE + _LONGEST_COMMENT)
@@ -175,8 +176,8 @@ def _read_end(file: BinaryIO, length: int) -> _End:
     record = tail[within : within + _END_SIZE]
     if len(record) < _END_SIZE:
         raise CutShort("its directory is cut short")
-    disk, first_disk, here, count, size, start = struct.unpack_from("<4xHHHHII", record)
-    if disk or first_disk or here != count:
+    disk, first_disk, disk_count, count, size, start = struct.unpack_from("<4xHHHHII", record)
+    if disk or first_disk or disk_count != count:
         raise MalformedZip("it is one of several volumes")
     end, begin = _End(count, size, start), at
     if at >= _LOCATOR_SIZE:
@@ -184,6 +185,7 @@ def _read_end(file: BinaryIO, length: int) -> _End:
         locator = file.read(_LOCATOR_SIZE)
         if locator.startswith(_LOCATOR):
             end, begin = _read_end64(file, locator, end, at)
+    # Bytes between the two would be a second archive, or would shift the first.
     if end.start + end.size != begin:
         raise MalformedZip(_NOT_ONE)
     return end
@@ -198,19 +200,20 @@ def _read_end64(file: BinaryIO, locator: bytes, small: _End, at: int) -> tuple[_
     record = file.read(_END64_SIZE)
     if len(record) < _END64_SIZE or not record.startswith(_END64):
         raise MalformedZip("its directory is elsewhere than it says")
-    disk, first_disk, here, count, size, start = struct.unpack_from("<16xIIQQQQ", record)
-    if disk or first_disk or here != count:
+    disk, first_disk, disk_count, count, size, start = struct.unpack_from("<16xIIQQQQ", record)
+    if disk or first_disk or disk_count != count:
         raise MalformedZip("it is one of several volumes")
     large = _End(count, size, start)
     pairs = ((small.count, count, _MOST16), (small.size, size, _MOST32))
-    for value, whole, most in (*pairs, (small.start, start, _MOST32)):
-        if value not in (whole, most):
+    # A small field either repeats the large one or holds the number that refers to it.
+    for value, large_value, placeholder in (*pairs, (small.start, start, _MOST32)):
+        if value not in (large_value, placeholder):
             raise MalformedZip("it has two directories")
     return large, begin
 
 
 def _parse(content: bytes, count: int) -> list[Entry]:
-    """The entries of a directory, which has to hold as many as it says and nothing else."""
+    """Parse the entries of a directory, which has to hold as many as it says and nothing else."""
     entries: list[Entry] = []
     position = 0
     while position < len(content):
@@ -222,7 +225,7 @@ def _parse(content: bytes, count: int) -> list[Entry]:
 
 
 def _parse_entry(content: bytes, position: int) -> tuple[Entry, int]:
-    """An entry at a position of the directory; with the position behind it."""
+    """Parse an entry at a position of the directory; return it, and the position behind it."""
     record = content[position : position + _CENTRAL_SIZE]
     if len(record) < _CENTRAL_SIZE or not record.startswith(_CENTRAL):
         raise MalformedZip("its directory is damaged")
@@ -242,7 +245,7 @@ def _parse_entry(content: bytes, position: int) -> tuple[Entry, int]:
 
 
 def _large(extra: bytes, numbers: tuple[int, int, int]) -> tuple[int, ...]:
-    """Size, packed size and offset, from the zip64 field for those that do not fit their own."""
+    """Take those of size, packed size and offset that do not fit from the zip64 field."""
     missing = sum(number == _MOST32 for number in numbers)
     if not missing:
         return numbers

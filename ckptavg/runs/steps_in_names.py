@@ -59,10 +59,17 @@ class NamedStep:
 
 
 def steps_in_names(stems: Sequence[str]) -> list[NamedStep]:
-    """The number after a word like step or epoch, else the first that tells the names apart.
+    """Read the steps in names: the numbers after a word like step or epoch, if there is one.
 
-    Of a single name without such a word it is the last number. A date is one number, with its year
-    in front. Scores are no steps: numbers that are not whole, and those after the name of a metric.
+    Without such a word it is the first number that tells the names apart, or the last one of a
+    single name. A date is one number, with its year in front. Scores are no steps: numbers that
+    are not whole, and those after the name of a metric.
+
+    Args:
+        stems: The names of a run's checkpoints, without suffixes.
+
+    Returns:
+        A step per name; without a value where the name tells none.
     """
     names = [stem.lower() for stem in stems]
     if (by_word := _common_word(names)) is not None:
@@ -71,17 +78,17 @@ def steps_in_names(stems: Sequence[str]) -> list[NamedStep]:
         return by_date
     numbers = [_whole_numbers(name) for name in names]
     numbered = [values for values in numbers if values]
-    places = range(min(map(len, numbered), default=0))
-    place = next((i for i in places if len({values[i] for values in numbered}) > 1), -1)
+    indices = range(min(map(len, numbered), default=0))
+    index = next((i for i in indices if len({values[i] for values in numbered}) > 1), -1)
     units = [unit_in_name(name) for name in names]
     return [
-        NamedStep(values[place] if values else None, unit)
+        NamedStep(values[index] if values else None, unit)
         for values, unit in zip(numbers, units, strict=True)
     ]
 
 
 def unit_in_name(stem: str) -> Unit | None:
-    """The unit of the number in a name, by the word beside it."""
+    """Read the unit of the number in a name, by the word beside it."""
     name = stem.lower()
     for unit in _WORDS:
         if _by_word(name, unit) is not None:
@@ -90,9 +97,10 @@ def unit_in_name(stem: str) -> Unit | None:
 
 
 def _common_word(names: Sequence[str]) -> list[NamedStep] | None:
-    """Steps by a word that all names have; one that tells them apart, if there is one."""
+    """Read the steps by a word that all names have, best by one that tells the names apart."""
     constant: list[NamedStep] | None = None
     by_unit = {unit: [_by_word(name, unit) for name in names] for unit in _WORDS}
+    # First, since steps that start again in each epoch tell names apart, too, but do not order.
     if (restarting := _steps_of_epochs(by_unit["epoch"], by_unit["step"])) is not None:
         return restarting
     for unit, values in by_unit.items():
@@ -108,12 +116,19 @@ def _common_word(names: Sequence[str]) -> list[NamedStep] | None:
 def _steps_of_epochs(
     epochs: Sequence[int | None], steps: Sequence[int | None]
 ) -> list[NamedStep] | None:
-    """Steps within epochs; None where steps count on, or where some name lacks one of the two."""
-    pairs = [
-        (epoch, step)
-        for epoch, step in zip(epochs, steps, strict=True)
-        if epoch is not None and step is not None
-    ]
+    """Read steps that start again in each epoch.
+
+    Args:
+        epochs: The epoch in each name, if any.
+        steps: The step in each name, if any.
+
+    Returns:
+        None where steps count on over the epochs, or where some name lacks one of the two.
+    """
+    pairs: list[tuple[int, int]] = []
+    for epoch, step in zip(epochs, steps, strict=True):
+        if epoch is not None and step is not None:
+            pairs.append((epoch, step))
     ordered = [step for _, step in sorted(pairs)]
     if len(pairs) < len(epochs) or ordered == sorted(ordered):
         return None
@@ -121,7 +136,7 @@ def _steps_of_epochs(
 
 
 def _dates(names: Sequence[str]) -> list[NamedStep] | None:
-    """Steps by the date that all names have, written to the same precision."""
+    """Read the steps by the date that all names have, written to the same precision."""
     dates = [re.sub(r"\D", "", date[0]) for name in names if (date := DATE.search(name))]
     if not dates or len(dates) < len(names) or len(set(map(len, dates))) > 1:
         return None
@@ -129,37 +144,39 @@ def _dates(names: Sequence[str]) -> list[NamedStep] | None:
 
 
 def _by_word(name: str, unit: Unit) -> int | None:
-    """The whole number beside a word of a unit."""
+    """Read the whole number beside a word of a unit."""
     for word in _WORD_FIRST[unit].finditer(name):
         number = _NUMBER.match(name, word.end())
-        if number is not None and (value := _whole(number)) is not None:
+        if number is not None and (value := _read_whole(number)) is not None:
             return value
     number = _NUMBER_FIRST[unit].search(name)
-    return None if number is None else _whole(number)
+    return None if number is None else _read_whole(number)
 
 
-def _whole(number: re.Match[str]) -> int | None:
-    """The value of a number with or without a factor; None where it is not whole."""
+def _read_whole(number: re.Match[str]) -> int | None:
+    """Return the value of a number with or without a factor; None where it is not whole."""
     digits, factor = number[1], number[2]
     if len(digits) > _MOST_DIGITS or digits.count(".") > 1 or ("." in digits and not factor):
         return None
+    # Exact, unlike floats: 1.1k is whole.
     value = Fraction(digits) * _FACTORS[factor or ""]
     return int(value) if value.denominator == 1 else None
 
 
 def _whole_numbers(name: str) -> list[int]:
-    """The numbers of a name that may be a step, as they follow each other."""
+    """List the numbers of a name that may be a step, in order."""
     numbers: list[int] = []
     end, value_follows = 0, False
     for number in _NUMBER.finditer(name):
         between, end = name[end : number.start()], number.end()
         word = _WORD_BEFORE.search(between[-_LONGEST_WORD:])
-        if word is None and value_follows:  # the 76 of top1_76
+        # The 76 of top1_76: the metric's name ends in a number, and its value follows.
+        if word is None and value_follows:
             value_follows = False
         elif word is not None and _names_score(word[1], number[0]):
             value_follows = word[2] in ("", "@") and number[0] in _CUTOFFS
         else:
-            numbers += _parts(name, number)
+            numbers += _split_dotted(name, number)
     return numbers
 
 
@@ -168,11 +185,16 @@ def _names_score(word: str, number: str) -> bool:
     return word in _SCORES or word + number in _SCORES or word.endswith(_ENDS_OF_SCORES)
 
 
-def _parts(name: str, number: re.Match[str]) -> list[int]:
-    """A whole number, or those of a list with dots between; nothing of a decimal number."""
-    parts = number[1].split(".")
-    listed = len(parts) > 2 or (parts[0] != "0" and name[: number.start()].endswith("."))
-    if len(parts) > 1 and listed and number[2] is None:
-        return [int(part) for part in parts if len(part) <= _MOST_DIGITS]
-    value = _whole(number)
+def _split_dotted(name: str, number: re.Match[str]) -> list[int]:
+    """Split numbers with dots between them; a decimal number is a score and gives none.
+
+    Args:
+        name: The whole name.
+        number: A match of digits and dots in it.
+    """
+    digits = number[1].split(".")
+    is_list = len(digits) > 2 or (digits[0] != "0" and name[: number.start()].endswith("."))
+    if len(digits) > 1 and is_list and number[2] is None:
+        return [int(text) for text in digits if len(text) <= _MOST_DIGITS]
+    value = _read_whole(number)
     return [] if value is None else [value]

@@ -18,7 +18,7 @@ def find_unfinished(directories: Sequence[Location]) -> dict[Location, RunError]
 
 
 def why_unfinished(directory: Location) -> RunError | None:
-    """The error for a directory that is called as a checkpoint and lacks what makes it one."""
+    """Word the error for a directory whose save was not finished; None where it is none."""
     numbered = re.fullmatch(r"checkpoint[-_]\d+", directory.name)
     if numbered and any(directory.glob("adapter_model.*")):
         return RunError(
