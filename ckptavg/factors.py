@@ -26,7 +26,7 @@ class Pair:
     Attributes:
         first: A, of the shape (rank, ...).
         second: B, of the shape (..., rank, ...).
-        module: What comes before the factors' own parts of the names.
+        module: The beginning of both names, before the factors' own.
     """
 
     first: str

@@ -19,7 +19,7 @@ class LastingStream:
 
     Args:
         stream: Standard output or error; None where the process was started without.
-        essential: Whether other failures, such as a full disk, are errors.
+        essential: True if other failures, such as a full disk, are errors.
     """
 
     def __init__(self, stream: TextIO | None, *, essential: bool) -> None:

@@ -26,7 +26,7 @@ def log_results(plans: Sequence[Plan], results: Sequence[StreamResult], *, stale
     Args:
         plans: The averages.
         results: What was noticed about each.
-        stale: Whether BatchNorm statistics are not those of the weights.
+        stale: True if BatchNorm statistics are not those of the weights.
     """
     log_plans(plans)
     floats = {

@@ -97,8 +97,8 @@ def _content_of(path: Location) -> _Content:
     except CheckpointError:
         # What is damaged, or a pointer to weights, is no reason to pass it over.
         return "nothing" if path.is_file() and is_text(path) else "unknown"
-    whole = all(tensor.dtype.kind == "int" for tensor in checkpoint.tensors.values())
-    return "integers" if whole and not checkpoint.refused else "weights"
+    all_integers = all(tensor.dtype.kind == "int" for tensor in checkpoint.tensors.values())
+    return "integers" if all_integers and not checkpoint.refused else "weights"
 
 
 def refuse_networks(groups: Groups, listed: Set[Location]) -> None:

@@ -385,7 +385,7 @@ def _note_doubts(ordered: Sequence[Checkpoint], within: Sequence[float | None]) 
 
     Args:
         ordered: The checkpoints.
-        within: What orders those of equal steps.
+        within: Positions that order checkpoints of equal steps.
     """
     notes = []
     # One pair is enough for each doubt: the remedy is the same for all.

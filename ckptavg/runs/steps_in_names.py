@@ -49,7 +49,7 @@ class NamedStep:
 
     Attributes:
         value: A whole number; None where the name has none that may be a step.
-        unit: Which word tells that it counts; None where none does.
+        unit: The unit that a word in the name states; None where none does.
         within: The step within the epoch that the value is, where steps count anew in each.
     """
 
@@ -158,7 +158,7 @@ def _read_whole(number: re.Match[str]) -> int | None:
     digits, factor = number[1], number[2]
     if len(digits) > _MOST_DIGITS or digits.count(".") > 1 or ("." in digits and not factor):
         return None
-    # Exact, unlike floats: 1.1k is whole.
+    # Exact, since in floats 1.001k is not whole.
     value = Fraction(digits) * _FACTORS[factor or ""]
     return int(value) if value.denominator == 1 else None
 
