@@ -237,6 +237,8 @@ def test_a_signal_while_the_command_line_is_read_is_heard(home, monkeypatch, num
 LINES = 40  # moments
 
 
+# Between the opening of a file and what closes it, an interrupt leaves that to the collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_signal_at_any_line_leaves_nothing_and_the_truth_is_told(home):
     """Moments drawn evenly over all lines of Python that the command runs through."""
     out, before = home / "swa.pt", listing(home)

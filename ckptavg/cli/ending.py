@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from ckptavg.display import printable
+from ckptavg.errors import PeerError
 
 _LAST = 3  # signals; this one is for a command that does not come to its end
 _BY_SIGNAL = 128  # and the signal's number: the exit code that shells give
@@ -98,8 +99,10 @@ def by_interrupts(outputs: Sequence[str] | None, signals: Signals | None = None)
         yield
     except KeyboardInterrupt as error:
         number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
-    except Exception:
-        number = None if signals is None else signals.first
+    except Exception as error:
+        # That another process has died tells more than the signal that its launcher sends for it.
+        of_peers = isinstance(error.__cause__, PeerError)
+        number = None if signals is None or of_peers else signals.first
         if number is None:
             raise
     else:
