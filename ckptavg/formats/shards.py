@@ -28,12 +28,17 @@ _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 _COUNTED = re.compile(r"(\d{1,9})([-_]of[-_])(\d{1,9})(?=\.[^.]*$)")
 # Hugging Face pads its numbers to this many digits, which no trainer does with epochs.
 _STRICT_DIGITS = 5
+_STEP_WORD = re.compile(r"(?<![a-z])(epochs?|ep|(global_?)?steps?|iters?)[-_= ]?$", re.IGNORECASE)
 _RANK = re.compile(r"shard-(\d{1,9})-(?=model-)")
 _OFFSETS = "DCP_SHARDING_INFO"
 _OFFSETS_VERSION = "DCP_VERSION"
 # A name may claim a billion shards: no more than so many are looked for.
 _MOST_MISSING = 100_000
 _GATHER = "Copy all shards of one save into the directory, and no others."
+_JOIN = (
+    "Slices of tensors are joined by the conversion tool of the trainer that wrote them; average "
+    "what that writes."
+)
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,8 @@ def parse_name(path: Location) -> Shard | None:
     begin, end = match.span(1)
     name = f"{path.name[:begin]}*{path.name[end:]}"
     rank = _RANK.match(name)
-    strict = len(match[1]) == len(match[3]) == _STRICT_DIGITS
+    padded = len(match[1]) == len(match[3]) == _STRICT_DIGITS
+    strict = padded and not _STEP_WORD.search(path.name[:begin])
     pattern = name[rank.end() :] if rank else name
     number = int(rank[1]) if rank else None
     return Shard(path, int(match[1]), int(match[3]), pattern, strict, number)
@@ -115,13 +121,15 @@ def read_shards(directory: Location, shards: Sequence[Shard], key: str | None) -
         for table in tables:
             offsets = _parse_offsets(table)
             for name, tensor in table.tensors.items():
+                if name in boxes and name not in offsets:
+                    raise _Unfit(f"several have {short(name)!r}, and none says which part", _JOIN)
                 boxes[name].append(_shift(name, tensor, offsets.get(name)))
         tensors = {name: _assemble(name, pieces) for name, pieces in boxes.items()}
     except _Unfit as error:
         raise CheckpointError(
             f"{directory} holds parts of one model that do not fit together: {error}"
             f"{_describe_absent_ranks(shards)}",
-            _GATHER,
+            error.remedy,
         ) from error
     first = tables[0]
     # The offsets are those of one file's boxes, and untrue of the whole.
@@ -144,13 +152,15 @@ def _fit_together(shards: Sequence[Shard]) -> bool:
     """Tell whether files are shards of one model, by their names or else by two headers."""
     if shards[0].rank is not None:
         return True
+    if shards[0].strict:
+        # So they are even if they do not fit: slices under such names have no mean.
+        return True
     if len(shards) == 1:
-        return shards[0].strict
+        return False
     try:
         first, second = (read_file(shard.path, None) for shard in shards[:2])
     except CheckpointError:
-        # What cannot be read is told by its name, so that the error names the damaged shard.
-        return shards[0].strict
+        return False
     return _OFFSETS in first.metadata or not {*first.tensors} & {*second.tensors}
 
 
@@ -182,7 +192,11 @@ def _describe_absent_ranks(shards: Sequence[Shard]) -> str:
 
 
 class _Unfit(ValueError):
-    """The reason for which shards make up no whole tensors."""
+    """The reason for which shards make up no whole tensors, and what to do about it."""
+
+    def __init__(self, reason: str, remedy: str = _GATHER) -> None:
+        super().__init__(reason)
+        self.remedy = remedy
 
 
 def _parse_offsets(table: Part) -> Mapping[str, tuple[int, ...]]:

@@ -164,6 +164,16 @@ def test_shards_named_without_one_of_them_are_refused(tmp_path):
     assert names(open_run(paths[0])) == [paths[0].name]
 
 
+def test_slices_called_shards_are_no_checkpoints(tmp_path):
+    """Tensor-parallel ranks that bear the names of shards have the same tensors, in slices."""
+    states = [{"emb.weight": torch.randn(4, 2), "norm.weight": torch.ones(2)} for _ in range(2)]
+    put_counted(tmp_path, states)
+    with pytest.raises(CheckpointError, match=r"parts of one model .* several have 'emb.weight'"):
+        open_run(tmp_path)
+    with pytest.raises(CheckpointError, match=r"parts of one model"):
+        open_run(*sorted(tmp_path.iterdir()))
+
+
 def test_epochs_that_count_themselves_stay_a_run(tmp_path):
     for pattern in ("epoch_{}_of_{}.pt", "epoch-{:05d}-of-{:05d}.safetensors"):
         directory = put_counted(tmp_path / pattern[:7], [whole(i) for i in range(3)], pattern)
