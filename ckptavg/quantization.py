@@ -30,7 +30,7 @@ _PAIRS: tuple[tuple[str, tuple[str, ...]], ...] = (
 # rotated weights are called s, su and svh, too.
 _MEANING = re.compile(
     r"scale|a(?:bs)?max|scb|zero|quant_map|biases|codebook|centroid|lookup|lut|delta"
-    r"|(?:^|_)s[uv]?h?$"
+    r"|step_?size|(?:^|_)s[uv]?h?$"
 )
 _CODEBOOK = re.compile(r"codebook|centroid|lookup|lut")
 # Per layer. Formats have a handful; the bound keeps a table without modules from quadratic time.

@@ -102,6 +102,9 @@ FORMATS = {
     "affine": lambda s: {
         "q.q": integers((8, 16), torch.int32, s), "q.delta": floats((8, 1), s),
     },
+    "step sizes": lambda s: {
+        "q.packed": integers((8, 16), torch.uint8, s), "q.step_size": floats((8, 1), s),
+    },
     "wide integers": lambda s: {
         "q.weight_int": integers((8, 16), torch.int64, s), "q.scale": floats((8,), s),
     },
