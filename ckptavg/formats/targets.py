@@ -167,4 +167,6 @@ def _strangers(directory: Path, names: Collection[str]) -> Iterator[str]:
 
 
 def _raise(error: OSError) -> None:
-    raise error
+    # What another run takes away meanwhile cannot be lost by this one.
+    if not isinstance(error, FileNotFoundError):
+        raise error

@@ -52,9 +52,14 @@ def holds_tensors(value: Any) -> bool:
     )
 
 
-def count_tensors(tree: Any) -> int:
-    """Count the tensors that a saved value holds. A container held many times counts once."""
-    visited: set[int] = set()
+def count_tensors(tree: Any, visited: set[int] | None = None) -> int:
+    """Count the tensors that a saved value holds. A container held many times counts once.
+
+    Args:
+        tree: The value.
+        visited: Identities of containers whose tensors have been counted; those met are added.
+    """
+    visited = set() if visited is None else visited
     waiting, count = [tree], 0
     while waiting:
         value = waiting.pop()

@@ -141,9 +141,10 @@ def _find_weights(path: str, tree: Any, key: str | None) -> Weights:
 def _is_training_state(tree: Any) -> bool:
     """Tell whether all tensors are those of optimizers, random generators and the like."""
     parts = children(tree)
-    # One part may stand under very many names.
+    # One part may stand under very many names, and very many parts may share a list.
     distinct = {id(part): part for _, part in parts}
-    counts = {identifier: count_tensors(part) for identifier, part in distinct.items()}
+    visited: set[int] = set()
+    counts = {identifier: count_tensors(part, visited) for identifier, part in distinct.items()}
     holders = [(name, part) for name, part in parts if counts[id(part)]]
     return bool(holders) and not any(
         isinstance(part, (Opaque, *TENSORS)) or may_hold_networks(name, part)
