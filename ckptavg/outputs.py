@@ -84,7 +84,8 @@ def prepare(
     storage.check_output(out)
     path = Path(out)
     places = [str(name) for c in inputs for name in (c.path, *(f.path for f in c.files))]
-    names = [Path(place) for place in places if not storage.is_url(place)]
+    # A dict is an ordered set here: a run may be of thousands of files, most of them named twice.
+    names = dict.fromkeys(Path(place) for place in places if not storage.is_url(place))
     _check_neighbours(path, [place for place in neighbours if place not in names])
     check_target(path, overwrite=overwrite, inputs=names)
     made = {key: value for key, value in made.items() if key != _FILES}

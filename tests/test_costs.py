@@ -8,7 +8,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from pickle import (  # isort: skip
     APPENDS, EMPTY_DICT, EMPTY_LIST, EMPTY_TUPLE, LONG4, MARK, POP, PROTO, REDUCE, SETITEM,
@@ -23,6 +23,7 @@ from helpers import save
 from torch.distributed.checkpoint import metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
+from ckptavg import average, open_run
 from ckptavg.formats.record import TRAINING_STATE
 from ckptavg.formats.storage import RemotePath
 from ckptavg.runs.file_names import OTHER_STATE, natural
@@ -211,3 +212,21 @@ def test_training_states_are_known_by_their_names(name, training):
 )  # fmt: skip
 def test_other_states_are_known_by_their_names(stem, other):
     assert bool(OTHER_STATE.fullmatch(stem)) is other
+
+
+def test_paths_of_many_files_are_compared_a_few_times_each(tmp_path, monkeypatch):
+    """A directory below 1 MB can hold 12,000 checkpoints: none is looked for among all others."""
+    count = 600
+    for i in range(count):
+        save(tmp_path / "run" / f"{i}.safetensors", {"w": torch.full((1,), float(i))})
+    comparisons = 0
+    compare = PurePath.__eq__
+
+    def counted(self, other):
+        nonlocal comparisons
+        comparisons += 1
+        return compare(self, other)
+
+    monkeypatch.setattr(PurePath, "__eq__", counted)
+    average(open_run(tmp_path / "run"), out=tmp_path / "average.safetensors")
+    assert comparisons < 200 * count

@@ -42,8 +42,10 @@ def check_target(path: Path, *, overwrite: bool, inputs: Iterable[Path]) -> None
     Raises:
         OutputError: The output may not be written.
     """
+    output = _resolve(path)
     for source in inputs:
-        if _is_within(source, path) or _is_within(path, source):
+        resolved = _resolve(source)
+        if _is_within(resolved, output) or _is_within(output, resolved):
             raise OutputError(f"the output {path} is an input ({source})", "Choose another -o.")
     with guard_writes(path):
         target = follow(path)
@@ -107,10 +109,14 @@ def check_room(path: Path, needed: int) -> None:
         )
 
 
-def _is_within(path: Path, directory: Path) -> bool:
-    """Tell whether a path is a directory or lies below it, links resolved."""
-    resolved, home = (Path(os.path.realpath(p)) for p in (path, directory))
-    return resolved == home or home in resolved.parents
+def _resolve(path: Path) -> str:
+    """Return a path with links resolved, and with a separator at its end."""
+    return os.path.realpath(path).rstrip(os.sep) + os.sep
+
+
+def _is_within(path: str, directory: str) -> bool:
+    """Tell whether a resolved path is a directory or lies below it."""
+    return path.startswith(directory)
 
 
 def _check_parent(parent: Path) -> None:

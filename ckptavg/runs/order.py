@@ -237,12 +237,12 @@ def _order(checkpoints: Sequence[Checkpoint]) -> tuple[tuple[Checkpoint, ...], l
     """Sort by step, then epoch, then the numbers in the names, and give each its position."""
     clock, notes = _choose_clock(checkpoints)
     aliases, labels = _aliases(checkpoints), labels_of([c.path for c in checkpoints])
-    positions = clock.positions
+    positions, is_complete = clock.positions, clock.is_complete
 
     def sort_key(index: int) -> tuple[object, ...]:
         path = checkpoints[index].path
         by_name = (path in aliases, natural(labels[path]))
-        if not clock.is_complete:
+        if not is_complete:
             return by_name
         return positions[index], _or_before(clock.within[index]), *by_name
 
