@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -473,3 +474,34 @@ def test_flags_of_a_run_need_one(home: Path, flags: list[str]) -> None:
 def test_a_missing_companion_of_best_is_named(home: Path) -> None:
     line = one_line_error(ckptavg("average", "run", "-o", "o.pt", "--best", "2"), code=2)
     assert "go together; missing: --metric and --mode" in line
+
+
+@pytest.mark.parametrize("command", ["average", "eval", "update-bn", "inspect"])
+def test_help_shows_at_most_a_screen_of_options_and_the_full_help_all(command: str) -> None:
+    short, full = (ckptavg(command, flag).stdout for flag in ("--help", "--help-all"))
+    options = main.commands[command].params
+    names = [o.opts[-1] for o in options if isinstance(o, click.Option) and not o.hidden]
+    assert names
+    assert [name for name in names if f"{name} " not in full + " "] == []
+    shown = [name for name in names if f"{name} " in short]
+    assert 4 <= len(shown) <= 16
+    assert f"ckptavg {command} --help-all shows" in short.replace("\n", " ")
+
+
+def test_help_shows_its_examples_as_they_are_typed() -> None:
+    for command in ("average", "eval", "update-bn"):
+        lines = ckptavg(command, "-h").stdout.splitlines()
+        broken = [i for i, line in enumerate(lines) if line.endswith("\\")]
+        assert broken
+        assert all(lines[i + 1].startswith("        --") for i in broken)
+
+
+def test_the_full_help_shows_how_own_code_looks() -> None:
+    full = ckptavg("eval", "--help-all").stdout
+    for text in ("def model(", "def data(", "--model-arg width=128", "--train-data-arg train=true"):
+        assert text in full
+
+
+def test_the_list_of_commands_has_their_summaries_in_full() -> None:
+    listed = ckptavg("--help").stdout.partition("Commands:")[2]
+    assert "..." not in listed

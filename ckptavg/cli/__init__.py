@@ -11,13 +11,14 @@ import click
 from ckptavg.cli import ending
 from ckptavg.cli.average import average
 from ckptavg.cli.evaluate import evaluate
+from ckptavg.cli.help import CommandGroup
 from ckptavg.cli.inspect import inspect
 from ckptavg.cli.update_bn import update_bn
 from ckptavg.display import escape_unseen
 from ckptavg.version import __version__
 
 
-class _Commands(click.Group):
+class _Commands(CommandGroup):
     """Ends as a command does when it is told to before the command itself has begun."""
 
     def make_context(self, *args: Any, **options: Any) -> click.Context:

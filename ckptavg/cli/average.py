@@ -11,6 +11,7 @@ import click
 
 from ckptavg.cli import geometry, options
 from ckptavg.cli.also import Also, also, planned_also
+from ckptavg.cli.help import GroupedCommand
 from ckptavg.errors import NonFiniteError, UsageError
 from ckptavg.report import Report, counted, number_text, size_text
 from ckptavg.rules import Rules
@@ -29,10 +30,10 @@ _OUT = "Output"
 log = logging.getLogger("ckptavg")
 
 
-@click.command(cls=options.Grouped)
+@click.command(cls=GroupedCommand)
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @options.option(
-    _OUT, "-o", "--out", metavar="OUT",
+    _OUT, "-o", "--out", metavar="OUT", common=True,
     help="FILE.safetensors, FILE.pt, a file with the inputs' suffix, or a directory.",
 )  # fmt: skip
 @options.option(
@@ -42,19 +43,21 @@ log = logging.getLogger("ckptavg")
 )  # fmt: skip
 @options.option(
     _OUT, "--geometry", "measured", is_flag=True,
-    help="Show norms and distances of the checkpoints too, from the same read.",
+    help="Show norms and distances of the checkpoints, too, from the same read.",
 )  # fmt: skip
-@options.option(_OUT, "--dry-run", is_flag=True, help="Show the plan, write nothing.")
-@options.option(_OUT, "--overwrite", is_flag=True, help="Replace an existing output.")
+@options.option(_OUT, "--dry-run", is_flag=True, common=True, help="Show the plan, write nothing.")
+@options.option(_OUT, "--overwrite", is_flag=True, common=True, help="Replace an existing output.")
 @options.option(
     _OUT, "--hash", "digests", is_flag=True,
-    help="Record digests of inputs and output (inspect --verify).",
+    help="Record digests of inputs and output, which `inspect --verify` compares.",
 )  # fmt: skip
 @options.selection_options
 @options.scheme_options
 @options.tensor_options
 @options.model_options(required=False)
-@options.data_options("train-data", "Recomputes BatchNorm statistics", required=False)
+@options.data_options(
+    "train-data", "Training data, to recompute BatchNorm statistics", required=False
+)
 @options.loader_options
 @options.everywhere_by_several
 def average(
@@ -74,15 +77,15 @@ def average(
 ) -> None:
     """Average the checkpoints of a run into one model.
 
-    PATH is a run directory or a checkpoint, or the URL of one (s3://bucket/run, https://...);
-    several of each are fine. Checkpoints are ordered by
-    recorded step, then epoch, then the numbers in their names; what repeats one counts once.
+    PATH is a run directory or a checkpoint, or its URL (s3://bucket/run, https://...); several are
+    fine. Checkpoints are ordered by recorded step, then epoch, then the numbers in their names.
+    What repeats another counts once.
 
     \b
       ckptavg average runs/swa -o swa.safetensors
-      ckptavg average runs/swa --last 10 --scheme ema:decay=0.9 -o ema.pt
-      ckptavg average runs/swa -o all.pt --also last5=uniform@last=5
-      ckptavg average runs/swa -o swa.pt \
+      ckptavg average runs/cyclic --at-lr-min --last 5 -o swa.pt
+      ckptavg average runs/swa --best 5 --metric val_acc -o best5.pt
+      ckptavg average runs/swa -o swa.pt \\
           --model torchvision:resnet50 --train-data imagefolder:train
     """
     _check_usage(out, dry_run, measured, settings)

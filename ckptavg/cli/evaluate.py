@@ -12,6 +12,7 @@ from click.core import ParameterSource
 
 from ckptavg.cli import options
 from ckptavg.cli.also import Also, also, planned_also
+from ckptavg.cli.help import GroupedCommand
 from ckptavg.cli.kept import Keeper
 from ckptavg.errors import OutputError, UsageError
 from ckptavg.processes import Processes, own_rank
@@ -38,36 +39,39 @@ _TESTS = {
 _WORSE = 3  # exit code of --fail-if-worse
 
 
-@click.command("eval", cls=options.Grouped)
+@click.command("eval", cls=GroupedCommand)
 @click.argument("paths", nargs=-1, metavar="[PATH...]")
 @options.option(
-    _CANDIDATES, "--run", "run_path", metavar="RUN",
-    help="Adds its last checkpoint and the average of the selection.",
+    _CANDIDATES, "--run", "run_path", metavar="RUN", common=True,
+    help="Score its last checkpoint and the average of the selected ones.",
 )  # fmt: skip
-@options.option(_CANDIDATES, "--each", is_flag=True, help="Adds every selected checkpoint.")
+@options.option(
+    _CANDIDATES, "--each", is_flag=True, common=True, help="Score every selected checkpoint, too."
+)
 @options.option(
     _CANDIDATES, "--also", "further", multiple=True, type=also, metavar="NAME=SCHEME[@SELECTION]",
-    help="Adds one more average. SELECTION is of the whole run, in the words of the options: "
+    help="Score one more average. SELECTION is of the whole run, in the words of the options: "
     "last5=uniform@last=5.",
 )  # fmt: skip
 @options.option(
-    _CANDIDATES, "--compare", type=click.Choice(["fge"]), help="Adds the output ensemble (FGE)."
-)
+    _CANDIDATES, "--compare", type=click.Choice(["fge"]), common=True,
+    help="Score the ensemble, too: the mean of the selected checkpoints' outputs.",
+)  # fmt: skip
 @options.option(
-    _RESULTS, "--results", type=click.Path(dir_okay=False),
-    metavar="FILE", help="Also keep them in FILE.json or FILE.csv, beside what it holds.",
+    _RESULTS, "--results", type=click.Path(dir_okay=False), metavar="FILE", common=True,
+    help="Keep the results in FILE.json or FILE.csv, beside what it holds.",
 )  # fmt: skip
 @options.option(
     _RESULTS, "--resume", is_flag=True,
-    help="Score only what FILE.json does not hold yet.",
+    help="Score only what FILE.json of --results does not hold yet.",
 )  # fmt: skip
 @options.option(
     _RESULTS, "--fail-if-worse", is_flag=True,
-    help="Exit 3 if the average does worse than the last checkpoint on the first metric.",
+    help="Exit 3 if the average does worse than the last checkpoint by the first metric.",
 )  # fmt: skip
 @options.model_options(required=True)
-@options.data_options("data", "Scored on", required=True)
-@options.data_options("train-data", "Recomputes the average's BatchNorm", required=False)
+@options.data_options("data", "What is scored on", required=True)
+@options.data_options("train-data", "Recomputes the averages' BatchNorm", required=False)
 @options.loader_options
 @options.selection_options
 @options.scheme_options

@@ -9,6 +9,7 @@ import click
 
 from ckptavg.cli import geometry as shown
 from ckptavg.cli import options
+from ckptavg.cli.help import GroupedCommand
 from ckptavg.errors import UsageError, first_few
 from ckptavg.formats import Checkpoint
 from ckptavg.formats.names import batchnorm_layers
@@ -20,6 +21,7 @@ from ckptavg.runs.numbered import short_names
 if TYPE_CHECKING:
     from ckptavg.weight_space import Geometry
 
+_WHAT = "What"
 _MOST_METRICS = 3
 _LAYOUTS = {
     "safetensors": "safetensors",
@@ -31,20 +33,26 @@ _LAYOUTS = {
 }
 
 
-@click.command(cls=options.Grouped)
+@click.command(cls=GroupedCommand)
 @click.argument("path", metavar="PATH")
-@options.option("What", "--glob", metavar="PATTERN", help="Names, or ends of paths, that match.")
 @options.option(
-    "What", "--skip", multiple=True, metavar="PATTERN",
-    help="All but files and directories of such names; may be repeated.",
-)  # fmt: skip
-@options.option("What", "--key", metavar="KEY", help="Entry that holds the weights.")
-@options.option(
-    "What", "--geometry", "measured", is_flag=True,
-    help="Read a run's weights too: norms, steps, distances, the odd one out.",
+    _WHAT, "--glob", metavar="PATTERN", common=True,
+    help="Only names, or ends of paths, that match.  [default: all]",
 )  # fmt: skip
 @options.option(
-    "What", "--verify", is_flag=True,
+    _WHAT, "--skip", multiple=True, metavar="PATTERN", common=True,
+    help="No files and directories of such names; may be repeated.",
+)  # fmt: skip
+@options.option(
+    _WHAT, "--key", metavar="KEY", common=True,
+    help="The entry that holds the weights.  [default: found]",
+)  # fmt: skip
+@options.option(
+    _WHAT, "--geometry", "measured", is_flag=True, common=True,
+    help="Read a run's weights, too: norms, steps, distances, the odd one out.",
+)  # fmt: skip
+@options.option(
+    _WHAT, "--verify", is_flag=True, common=True,
     help="Read everything and compare it with the digests that `average --hash` recorded.",
 )  # fmt: skip
 @options.everywhere
@@ -58,10 +66,11 @@ def inspect(
     measured: bool,
     verify: bool,
 ) -> None:
-    """Show what a run or a checkpoint holds; its tensors are read only where that is asked for.
+    """Show what a run or a checkpoint holds.
 
-    A run: its checkpoints in order, what was recorded, what is left out and why. A checkpoint: its
-    tensors, its BatchNorm layers, and how it was made if ckptavg made it.
+    Tensors are read only where that is asked for. A run: its checkpoints in order, what was
+    recorded, what is left out and why. A checkpoint: its tensors, its BatchNorm layers, and how it
+    was made if ckptavg made it.
     """
     if measured and verify:
         raise UsageError("--geometry and --verify exclude each other: ask for one at a time")

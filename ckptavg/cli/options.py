@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ckptavg.cli import ending, ranks
+from ckptavg.cli.help import EVERYWHERE, GroupedOption
 from ckptavg.display import escape_unseen, without_secrets
 from ckptavg.errors import CkptavgError, UsageError
 from ckptavg.system_errors import unreadable
@@ -24,54 +24,11 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 log = logging.getLogger("ckptavg")
-_EVERYWHERE = "Everywhere"
 _WHERE = "--debug shows where."
 
 
-class Grouped(click.Command):
-    """A command whose help lists its options in groups; it takes no file's name for one."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Refuse options that are names of files: the shell's ``*`` hands on any name there is.
-
-        Raises:
-            click.UsageError: An argument could be either.
-        """
-        for arg in () if ctx.resilient_parsing else args:
-            if arg.startswith("-") and os.path.lexists(arg):
-                raise click.UsageError(
-                    f"{arg} is the name of a file in this directory, and would be taken for an "
-                    "option. Write ./* for * to name files, or rename that file.",
-                    ctx,
-                )
-            if arg == "--":
-                break
-        return super().parse_args(ctx, args)
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the groups in the order of their first options, the common one last."""
-        groups: dict[str, list[tuple[str, str]]] = {}
-        for parameter in self.get_params(ctx):
-            record = parameter.get_help_record(ctx)
-            if record is not None and isinstance(parameter, click.Option):
-                group = getattr(parameter, "group", _EVERYWHERE)
-                groups.setdefault(group, []).append(record)
-        groups[_EVERYWHERE] = groups.pop(_EVERYWHERE)
-        for group, records in groups.items():
-            with formatter.section(group):
-                formatter.write_dl(records)
-
-
-class GroupedOption(click.Option):
-    """An option that knows its group in the help."""
-
-    def __init__(self, *args: Any, group: str, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.group = group
-
-
 def option(group: str, *names: str, **settings: Any) -> Callable[[F], F]:
-    """``click.option`` in a group."""
+    """``click.option`` in a group of the help; ``common`` ones are in the short help, too."""
     return click.option(*names, cls=GroupedOption, group=group, **settings)
 
 
@@ -131,92 +88,130 @@ def subset(text: str) -> tuple[int, bool]:
     return int(count), bool(separator)
 
 
-_WHICH = "Which checkpoints (applied to each run, in this order)"
+_WHICH = "Which checkpoints (of each run, in this order)"
 selection_options = together(
-    option(_WHICH, "--glob", metavar="PATTERN", help="Names, or ends of paths, that match."),
+    option(
+        _WHICH, "--glob", metavar="PATTERN",
+        help="Only names, or ends of paths, that match.  [default: all]",
+    ),
     option(
         _WHICH, "--skip", multiple=True, metavar="PATTERN",
-        help="All but files and directories of such names; may be repeated.",
+        help="No files and directories of such names; may be repeated.",
     ),
     option(_WHICH, "--from", "first", type=float, metavar="STEP", help="From this step on."),
-    option(_WHICH, "--to", "final", type=float, metavar="STEP", help="Up to this step, included."),
-    option(_WHICH, "--every", type=positive, metavar="N", help="Every Nth, the last kept."),
+    option(_WHICH, "--to", "final", type=float, metavar="STEP", help="Up to and with this step."),
+    option(
+        _WHICH, "--every", type=positive, metavar="N", help="Every Nth, counted from the last one."
+    ),
     option(
         _WHICH, "--cycle", type=pair, metavar="C[:OFFSET]",
-        help="Positions OFFSET, OFFSET+C, ...; OFFSET is C if not given.",
+        help="The ends of cycles of C checkpoints: positions OFFSET, OFFSET+C, ... "
+        "[default OFFSET: C]",
     ),
-    option(_WHICH, "--at-lr-min", is_flag=True, help="Minima of the recorded learning rate."),
-    option(_WHICH, "--best", type=positive, metavar="N", help="Best N by --metric and --mode."),
-    option(_WHICH, "--metric", metavar="NAME", help="A recorded metric."),
-    option(_WHICH, "--mode", type=click.Choice(["max", "min"]), help="Which is better."),
     option(
-        _WHICH, "--sample", type=pair, metavar="N[:SEED]", help="N drawn at random."
+        _WHICH, "--at-lr-min", is_flag=True, common=True,
+        help="Only where the recorded learning rate is lowest: the ends of its cycles.",
     ),
-    option(_WHICH, "--last", type=positive, metavar="N", help="The last N."),
+    option(
+        _WHICH, "--best", type=positive, metavar="N", common=True,
+        help="The best N by a recorded metric (--metric).",
+    ),
+    option(_WHICH, "--metric", metavar="NAME", help="The metric of --best; `inspect` lists them."),
+    option(
+        _WHICH, "--mode", type=click.Choice(["max", "min"]), help="Which of its values is the best."
+    ),
+    option(
+        _WHICH, "--sample", type=pair, metavar="N[:SEED]",
+        help="N of them drawn at random, to see how far the choice matters.  [default SEED: 0]",
+    ),
+    option(
+        _WHICH, "--last", type=positive, metavar="N", common=True,
+        help="The last N.  [default: all]",
+    ),
 )  # fmt: skip
 
 _HOW = "How they are weighted"
 scheme_options = together(
     option(
         _HOW, "--scheme", metavar="NAME[:k=v,...]", default="uniform", show_default=True,
-        help="uniform · ema:decay=0.9[,debias=true][,per=step] · linear · lawa:k=5.",
+        common=True,
+        help="uniform, ema:decay=0.9[,debias=true][,per=step], linear or lawa:k=5.",
     ),
-    option(_HOW, "--weights", type=numbers, metavar="A,B,...", help="One each, normalized."),
+    option(
+        _HOW, "--weights", type=numbers, metavar="A,B,...",
+        help="One number per checkpoint, in place of a scheme; they are divided by their sum.",
+    ),
 )  # fmt: skip
 
 _WHAT = "What is averaged"
 tensor_options = together(
-    option(_WHAT, "--key", metavar="KEY", help="Entry that holds the weights, e.g. state.model."),
-    option(_WHAT, "--include", multiple=True, metavar="PATTERN", help="Only these tensor names."),
-    option(_WHAT, "--exclude", multiple=True, metavar="PATTERN", help="All but these."),
-    option(_WHAT, "--base", metavar="CKPT", help="Gives the rest.  [default: the last checkpoint]"),
+    option(
+        _WHAT, "--key", metavar="KEY", common=True,
+        help="The entry that holds the weights, such as ema or state.model.  [default: found]",
+    ),
+    option(
+        _WHAT, "--include", multiple=True, metavar="PATTERN",
+        help="Average only tensors of such names; may be repeated.  [default: all]",
+    ),
+    option(
+        _WHAT, "--exclude", multiple=True, metavar="PATTERN",
+        help="Do not average tensors of such names; may be repeated.",
+    ),
+    option(
+        _WHAT, "--base", metavar="CKPT",
+        help="The checkpoint that tensors which are not averaged come from.  [default: the last]",
+    ),
     option(
         _WHAT, "--dtype", default="keep", show_default=True,
         type=click.Choice(["keep", "float32", "bfloat16", "float16", "float64"]),
-        help="Of the floats written.",
+        help="Type of the averaged floats.",
     ),
     option(
         _WHAT, "--on-nonfinite", type=click.Choice(["error", "keep"]), default="error",
-        show_default=True, help="If an average is not finite.",
+        show_default=True, help="What to do if an average has NaN or inf.",
     ),
 )  # fmt: skip
 
 _RUN = "Running the model"
-_MODEL_TEXT = "torchvision:NAME · timm:NAME · hf:DIR · pkg.module:factory · path/file.py:factory."
-_IMAGES = "imagefolder:DIR · cifar10:DIR · cifar100:DIR"
-_TEXT = " · text:FILE · tokens:FILE"
-_OWN = " · pkg.module:factory · file.py:factory."
+_IMAGES = "imagefolder:DIR, cifar10:DIR, cifar100:DIR"
+_TEXT = ", text:FILE, tokens:FILE"
+_OWN = " or file.py:function."
 
 
 def model_options(*, required: bool) -> Callable[[F], F]:
     """The model."""
     return together(
-        option(_RUN, "--model", "model_spec", required=required, metavar="SPEC", help=_MODEL_TEXT),
         option(
-            _RUN,
-            "--model-arg",
-            multiple=True,
-            metavar="K=V",
-            help="Argument of the model's factory.",
+            _RUN, "--model", "model_spec", required=required, metavar="SPEC", common=True,
+            help="The network: torchvision:NAME, timm:NAME, hf:DIR, package.module:function or "
+            "file.py:function.",
         ),
-    )
+        option(
+            _RUN, "--model-arg", multiple=True, metavar="K=V",
+            help="Argument of the model's function, such as num_classes=10; may be repeated.",
+        ),
+    )  # fmt: skip
 
 
 def data_options(name: str, text: str, *, required: bool) -> Callable[[F], F]:
     """A source of data; text is for scoring only."""
     kinds = _IMAGES + ("" if name == "train-data" else _TEXT) + _OWN
     return together(
-        option(_RUN, f"--{name}", required=required, metavar="SPEC", help=f"{text}: {kinds}"),
         option(
-            _RUN, f"--{name}-arg", multiple=True, metavar="K=V", help="Argument of its factory."
+            _RUN, f"--{name}", required=required, metavar="SPEC", common=True,
+            help=f"{text}: {kinds}",
         ),
-    )
+        option(
+            _RUN, f"--{name}-arg", multiple=True, metavar="K=V",
+            help=f"Argument of the function of --{name}; may be repeated.",
+        ),
+    )  # fmt: skip
 
 
 loader_options = together(
     option(
-        _RUN, "--device", default="auto", show_default=True, metavar="NAME",
-        help="auto · cpu · cuda[:N] · mps.",
+        _RUN, "--device", default="auto", show_default=True, metavar="NAME", common=True,
+        help="auto, cpu, cuda[:N] or mps; auto takes a GPU if there is one.",
     ),
     option(
         _RUN, "--amp", type=click.Choice(["off", "bf16", "fp16"]), default="off",
@@ -224,24 +219,24 @@ loader_options = together(
     ),
     option(
         _RUN, "-b", "--batch-size", type=positive, metavar="N",
-        help="Where the data is no DataLoader yet: 128 usually, 8 windows of text.",
+        help="Samples per batch, unless the data is a loader.  [default: 128; 8 windows of text]",
     ),
     option(
         _RUN, "-j", "--workers", type=whole, default="0", show_default=True,
-        metavar="N", help="Processes that load data.",
+        metavar="N", help="Processes that load data, unless it is a loader.",
     ),
     option(
         _RUN, "--seed", type=int, default=0, show_default=True, metavar="N",
-        help="Order of the training data.",
+        help="Of the training data's order, its subset and its augmentation.",
     ),
     option(
         _RUN, "--bn-samples", type=subset, metavar="N[:stratified]",
-        help="Recompute statistics from so many of the training samples, drawn at random.",
+        help="Recompute statistics from N training samples drawn at random.  [default: all]",
     ),
     option(
         _RUN, "--task", metavar="NAME",
-        help="image-classification (usual) · causal-lm (usual for text) · multi-label · regression "
-        "· path/file.py:Task.",
+        help="image-classification, causal-lm, multi-label, regression or file.py:Task.  "
+        "[default: causal-lm for text, else image-classification]",
     ),
 )  # fmt: skip
 
@@ -273,10 +268,10 @@ def everywhere_by_several(function: F) -> F:
 
 def _everywhere(function: F) -> F:
     options = together(
-        option(_EVERYWHERE, "--json", "as_json", is_flag=True, help="Result as JSON on stdout."),
-        option(_EVERYWHERE, "-q", "--quiet", is_flag=True, help="No notes, no progress."),
-        option(_EVERYWHERE, "-v", "--verbose", count=True, help="More notes."),
-        option(_EVERYWHERE, "--debug", is_flag=True, help="Tracebacks of errors."),
+        option(EVERYWHERE, "--json", "as_json", is_flag=True, help="Print the result as JSON."),
+        option(EVERYWHERE, "-q", "--quiet", is_flag=True, help="No notes, no progress."),
+        option(EVERYWHERE, "-v", "--verbose", count=True, help="More notes."),
+        option(EVERYWHERE, "--debug", is_flag=True, help="Show the traceback of an error."),
     )
 
     @functools.wraps(function)

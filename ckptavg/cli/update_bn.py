@@ -7,17 +7,25 @@ from typing import Any
 import click
 
 from ckptavg.cli import options
+from ckptavg.cli.help import GroupedCommand
 from ckptavg.processes import Processes
 from ckptavg.report import Report, counted
 
+_OUT = "Output"
 
-@click.command("update-bn", cls=options.Grouped)
+
+@click.command("update-bn", cls=GroupedCommand)
 @click.argument("checkpoint", metavar="CKPT")
-@options.option("Output", "-o", "--out", required=True, metavar="OUT", help="Where the copy goes.")
-@options.option("Output", "--overwrite", is_flag=True, help="Replace an existing output.")
-@options.option("Output", "--key", metavar="KEY", help="Entry that holds the weights.")
+@options.option(
+    _OUT, "-o", "--out", required=True, metavar="OUT", common=True, help="Where the copy goes."
+)
+@options.option(_OUT, "--overwrite", is_flag=True, common=True, help="Replace an existing output.")
+@options.option(
+    _OUT, "--key", metavar="KEY", common=True,
+    help="The entry that holds the weights.  [default: found]",
+)  # fmt: skip
 @options.model_options(required=True)
-@options.data_options("train-data", "What the statistics are of", required=True)
+@options.data_options("train-data", "Training data", required=True)
 @options.loader_options
 @options.everywhere_by_several
 def update_bn(

@@ -1,0 +1,141 @@
+"""Help in two sizes: the options that most people use, and all of them in groups."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import click
+
+EVERYWHERE = "Everywhere"
+"""The group of the options that every command has; it stands last."""
+
+OWN_CODE = """\
+An own model and own data are functions of a Python file:
+
+\b
+  # train.py                            # --model train.py:model
+  def model(width=64):                  # --model-arg width=128
+      return Net(width)
+\b
+  def data(train=False):                # --data train.py:data
+      return MyDataset(train=train)     # --train-data train.py:data
+                                        # --train-data-arg train=true
+
+K=V is given to that function: numbers, true, false, yes, no, none, lists and quoted text are read
+as such, all else is text. Data is a Dataset or a loader of (input, label) batches."""
+"""How the functions look that --model and --data name."""
+
+
+class GroupedOption(click.Option):
+    """An option that knows its place in the help.
+
+    Args:
+        group: Title of its group.
+        common: Whether the short help shows it.
+    """
+
+    def __init__(self, *args: Any, group: str, common: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.group = group
+        self.common = common
+
+
+class GroupedCommand(click.Command):
+    """A command with a short help and a full one; it takes no file's name for an option."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.append(
+            click.Option(
+                ["--help-all"], is_flag=True, is_eager=True, expose_value=False,
+                callback=_show_full_help, help="Show all options and exit.",
+            )
+        )  # fmt: skip
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Refuse options that are names of files: the shell's ``*`` hands on any name there is.
+
+        Raises:
+            click.UsageError: An argument could be either.
+        """
+        for arg in () if ctx.resilient_parsing else args:
+            if arg.startswith("-") and os.path.lexists(arg):
+                raise click.UsageError(
+                    f"{arg} is the name of a file in this directory, and would be taken for an "
+                    "option. Write ./* for * to name files, or rename that file.",
+                    ctx,
+                )
+            if arg == "--":
+                break
+        return super().parse_args(ctx, args)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options that most people use, and where the others are."""
+        records = []
+        further: dict[str, int] = {}
+        for option in self._options(ctx):
+            record = option.get_help_record(ctx)
+            if record is None:
+                continue
+            if option.common:
+                records.append(record)
+            else:
+                further[option.group] = further.get(option.group, 0) + 1
+        with formatter.section("Options"):
+            formatter.write_dl([*records, ("-h, --help", "Show this message and exit.")])
+        groups = ", ".join(group.partition(" (")[0].lower() for group in further)
+        formatter.write_paragraph()
+        formatter.write_text(
+            f"{ctx.command_path} --help-all shows {sum(further.values())} more: {groups}."
+        )
+
+    def format_full_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write all options in groups, in the order of each group's first option."""
+        self.format_usage(ctx, formatter)
+        self.format_help_text(ctx, formatter)
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for option in self._options(ctx):
+            record = option.get_help_record(ctx)
+            if record is not None:
+                groups.setdefault(option.group, []).append(record)
+        own_options = groups.setdefault(EVERYWHERE, [])
+        own_options += [
+            ("-h, --help", "Show the options that most people use and exit."),
+            ("--help-all", "Show this message and exit."),
+        ]
+        groups[EVERYWHERE] = groups.pop(EVERYWHERE)
+        for group, records in groups.items():
+            with formatter.section(group):
+                formatter.write_dl(records)
+        if any(option.name == "model_spec" for option in self._options(ctx)):
+            with formatter.section("Own code"):
+                formatter.write_text(OWN_CODE)
+
+    def _options(self, ctx: click.Context) -> list[GroupedOption]:
+        return [option for option in self.get_params(ctx) if isinstance(option, GroupedOption)]
+
+
+class CommandGroup(click.Group):
+    """Commands whose summaries are listed in full."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write each command with the first sentence of its help, however long."""
+        del ctx
+        rows = [
+            (name, command.get_short_help_str(limit=10_000))
+            for name, command in self.commands.items()
+        ]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+def _show_full_help(ctx: click.Context, option: click.Parameter, value: bool) -> None:
+    """Print the full help where it is asked for, and end the command."""
+    del option
+    if not value or ctx.resilient_parsing or not isinstance(ctx.command, GroupedCommand):
+        return
+    formatter = ctx.make_formatter()
+    ctx.command.format_full_help(ctx, formatter)
+    click.echo(formatter.getvalue().rstrip("\n"), color=ctx.color)
+    ctx.exit()
