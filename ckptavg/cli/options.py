@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ckptavg.cli import ending, ranks
+from ckptavg.cli.cycle_hint import note_cycles
 from ckptavg.cli.help import EVERYWHERE, GroupedOption
 from ckptavg.display import escape_unseen, without_secrets
 from ckptavg.errors import CkptavgError, UsageError
@@ -404,6 +405,7 @@ def open_selected(
     selection = selected(run, **picks)
     for note in selection.notes[len(run.notes) :]:
         log.info(note)
+    note_cycles(run, selection)
     return run, selection
 
 
