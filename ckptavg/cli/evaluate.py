@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,10 +31,6 @@ _OF_A_RUN = (
     "sample", "last", "scheme", "weights", "include", "exclude", "base", "dtype", "train_data",
     "bn_samples",
 )  # fmt: skip
-_TESTS = {
-    "mcnemar": "p: McNemar's exact test",
-    "bootstrap": "95 %: paired bootstrap, p: randomization test",
-}
 _WORSE = 3  # exit code of --fail-if-worse
 
 
@@ -234,41 +229,10 @@ def _candidates(
 
 
 def _show(report: Report, scored: list[Result], task: Task) -> None:
-    compared = [result.versus for result in scored if result.versus is not None]
-    titles = [metric.title for metric in task.metrics]
-    if compared:
-        of = next(
-            (m.title for m in task.metrics if m.key == compared[0].metric), compared[0].metric
-        )
-        titles += [f"Δ {of}", "95 %", "p"]
-    rows = [_row(result, task, compared=bool(compared)) for result in scored]
-    columns = ("candidate", "BatchNorm", *titles, "passes")
-    report.table(columns, rows, title=f"{scored[0].metrics['n']:.0f} {task.counts}")
-    if compared:
-        report.line(
-            f"Δ: less {compared[0].reference} on the same samples; "
-            + _TESTS[compared[0].difference.test]
-        )
-    for result in scored:
-        if "disagreement" in result.details:
-            share = 100 * result.details["disagreement"]
-            name = result.candidate.name
-            report.line(f"{name}: two of its members differ on {share:.2f} % of the samples")
+    from ckptavg.score_table import tabulate_scores  # noqa: PLC0415
 
-
-def _row(result: Result, task: Task, *, compared: bool) -> tuple[str, ...]:
-    figures = [_text(result.metrics.get(m.key), m.form) for m in task.metrics]
-    if compared:
-        figures += _versus(result, {m.key: m.form for m in task.metrics})
-    return (result.candidate.name, result.bn, *figures, str(result.forwards))
-
-
-def _versus(result: Result, forms: Mapping[str, str]) -> list[str]:
-    if result.versus is None:
-        return ["–", "–", "–"]
-    d, form = result.versus.difference, forms.get(result.versus.metric, ".4g")
-    return [f"{d.value:+{form}}", f"{d.low:+{form}} … {d.high:+{form}}", f"{d.p:.2g}"]
-
-
-def _text(value: float | None, form: str) -> str:
-    return "–" if value is None else f"{value:{form}}"
+    table = tabulate_scores(scored, task)
+    rows = [[cell.text for cell in row.cells] for row in table.rows]
+    report.table([column.title for column in table.columns], rows, title=table.title)
+    for line in table.legend:
+        report.line(line)

@@ -1,0 +1,175 @@
+"""The table that sets the scores of candidates side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ckptavg.tables import NOTHING, Cell, Column, Mark, Row, Table
+
+if TYPE_CHECKING:
+    from ckptavg.evidence import Difference
+    from ckptavg.results import Result, Versus
+    from ckptavg.tasks import Metric, Task
+
+SIGNIFICANT = 0.05  # a p below it
+_TESTS = {
+    "mcnemar": "p: McNemar's exact test",
+    "bootstrap": "95 %: paired bootstrap, p: randomization test",
+}
+# Where the width is short, the likelihood stays longest of what stands beside the first metric,
+# since it moves where accuracies are equal.
+_EARLY_TO_LEAVE = ("top5", "ece")
+_LATE_TO_LEAVE = ("nll",)
+
+
+_Filled = tuple[Column, list[Cell]]
+
+
+@dataclass(frozen=True)
+class _Turns:
+    """In which turn columns are left out: those of metrics, by key, and that of p."""
+
+    metrics: Mapping[str, int]
+    p: int
+
+
+def tabulate_scores(results: Sequence[Result], task: Task) -> Table:
+    """Make the table of some candidates' scores.
+
+    The best by the task's first metric are marked, unless all are equally good. A difference from
+    the reference is marked where its p is below 0.05. A column that says nothing is left out: the
+    BatchNorm statistics of models without any, a metric that no candidate has.
+
+    Args:
+        results: The scores, at least one, in the table's order.
+        task: The task that gave them.
+    """
+    metrics = [m for m in task.metrics if m is task.metrics[0] or _has_values(m, results)]
+    turns = _turns_to_leave(metrics)
+    best = _best(results, metrics[0])
+    columns = [
+        _name_column(results, best),
+        *_statistics_column(results),
+        *_metric_columns(results, metrics, turns, best),
+        *_comparison_columns(results, task, turns),
+        (Column("passes", "number", 1), [Cell(str(result.forwards)) for result in results]),
+    ]
+    rows = zip(*(cells for _, cells in columns), strict=True)
+    compared = [result.versus for result in results if result.versus is not None]
+    return Table(
+        f"{results[0].metrics['n']:.0f} {task.counts}",
+        tuple(column for column, _ in columns),
+        tuple(Row(cells, is_best) for cells, is_best in zip(rows, best, strict=True)),
+        (*_legend(metrics[0], compared, has_best=any(best)), *_disagreements(results)),
+        f"bold Δ: p < {SIGNIFICANT}" if compared else "",
+    )
+
+
+def _has_values(metric: Metric, results: Sequence[Result]) -> bool:
+    return any(result.metrics.get(metric.key) is not None for result in results)
+
+
+def _turns_to_leave(metrics: Sequence[Metric]) -> _Turns:
+    """Number the columns in the order in which they are left out; the passes are the first."""
+    keys = [metric.key for metric in metrics[1:]]
+    late = [key for key in _LATE_TO_LEAVE if key in keys]
+    early = [key for key in _EARLY_TO_LEAVE if key in keys]
+    early += [key for key in reversed(keys) if key not in (*early, *late)]
+    p = 2 + len(early)
+    turns = {key: turn for turn, key in enumerate(early, 2)}
+    return _Turns(turns | {key: turn for turn, key in enumerate(late, p + 1)}, p)
+
+
+def _best(results: Sequence[Result], metric: Metric) -> list[bool]:
+    """Tell for each candidate whether none is better; nobody is the best where all are equal."""
+    values = [result.metrics.get(metric.key, math.nan) for result in results]
+    ranked = [value for value in values if not math.isnan(value)]
+    if metric.higher is None or not ranked:
+        return [False] * len(values)
+    top = max(ranked) if metric.higher else min(ranked)
+    best = [value == top for value in values]
+    return [False] * len(values) if all(best) else best
+
+
+def _name_column(results: Sequence[Result], best: Sequence[bool]) -> _Filled:
+    cells = []
+    for result, is_best in zip(results, best, strict=True):
+        cells.append(Cell(result.candidate.name, "best" if is_best else None))
+    return Column("candidate", "name"), cells
+
+
+def _statistics_column(results: Sequence[Result]) -> list[_Filled]:
+    """Make the column of BatchNorm statistics; none if no candidate has any."""
+    if all(result.bn == "none" for result in results):
+        return []
+    return [(Column("BatchNorm"), [Cell(result.bn) for result in results])]
+
+
+def _metric_columns(
+    results: Sequence[Result], metrics: Sequence[Metric], turns: _Turns, best: Sequence[bool]
+) -> list[_Filled]:
+    """Make a column per metric; in the first, the best candidates' cells are marked."""
+    columns = []
+    for metric in metrics:
+        cells = []
+        for result, is_best in zip(results, best, strict=True):
+            value = result.metrics.get(metric.key)
+            mark: Mark | None = "best" if is_best and metric is metrics[0] else None
+            cells.append(Cell(NOTHING if value is None else f"{value:{metric.form}}", mark))
+        turn = turns.metrics.get(metric.key, 0)
+        columns.append((Column(metric.title, "number", turn), cells))
+    return columns
+
+
+def _comparison_columns(results: Sequence[Result], task: Task, turns: _Turns) -> list[_Filled]:
+    """Make the columns of the difference, with its interval, and of p; none without a comparison.
+
+    The metric's unit stands in its own column: here % is the interval's.
+    """
+    key = next((result.versus.metric for result in results if result.versus is not None), None)
+    if key is None:
+        return []
+    title, form = next(((m.title, m.form) for m in task.metrics if m.key == key), (key, ".4g"))
+    differences, chances = [], []
+    for result in results:
+        if result.versus is None:
+            differences.append(Cell(NOTHING))
+            chances.append(Cell(NOTHING))
+            continue
+        found = result.versus.difference
+        mark: Mark | None = "significant" if found.p < SIGNIFICANT else None
+        differences.append(Cell(_difference_text(found, form), mark))
+        chances.append(Cell(f"{found.p:.2g}", mark))
+    difference = Column(f"Δ {_bare(title)} [95 %]", "number")
+    return [(difference, differences), (Column("p", "number", turns.p), chances)]
+
+
+def _difference_text(found: Difference, form: str) -> str:
+    return f"{found.value:+{form}} [{found.low:+{form}}, {found.high:+{form}}]"
+
+
+def _bare(title: str) -> str:
+    """Return a metric's title without the unit of %."""
+    return title.removesuffix(" %")
+
+
+def _legend(metric: Metric, compared: Sequence[Versus], *, has_best: bool) -> list[str]:
+    lines = [f"*: the best {_bare(metric.title)}"] if has_best else []
+    if compared:
+        test = _TESTS[compared[0].difference.test]
+        lines.append(f"Δ: less {compared[0].reference} on the same samples; {test}")
+    return lines
+
+
+def _disagreements(results: Sequence[Result]) -> list[str]:
+    """Say for each ensemble how often its members differ, where that is known."""
+    lines = []
+    for result in results:
+        if "disagreement" in result.details:
+            share = 100 * result.details["disagreement"]
+            name = result.candidate.name
+            lines.append(f"{name}: two of its members differ on {share:.2f} % of the samples")
+    return lines
