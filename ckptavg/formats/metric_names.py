@@ -13,19 +13,39 @@ METRIC_WORDS = frozenset([
     "reward", "rmse", "rouge", "score", "scores", "sdr", "sensitivity", "sisdr", "sisnr", "snr",
     "spearman", "specificity", "ssim", "stoi", "success", "ter", "top", "winrate", "wer",
 ])  # fmt: skip
-_BEST = frozenset(["best", "monitor"])
-# Words that make a setting or a position of what stands beside them: loss_weight, best_epoch.
-_SETTING_WORDS = frozenset([
-    "alpha", "batch", "beta", "coef", "coeff", "count", "counter", "decay", "delta", "epoch",
-    "epochs", "every", "factor", "fn", "freq", "func", "function", "gamma", "hash", "idx",
-    "index", "interval", "iter", "iteration", "iterations", "k", "key", "lambda", "length",
-    "limit", "margin", "mode", "name", "num", "number", "p", "patience", "period", "power",
-    "rank", "scale", "scaler", "seed", "size", "smoothing", "std", "step", "steps",
-    "temperature", "thr", "thresh", "threshold", "type", "update", "updates", "version",
-    "weight", "weights", "weighted", "window",
+# Words of metrics that a file's name may have for another reason, as a model's or a data set's.
+_FURTHER_METRIC_WORDS = frozenset([
+    "bpb", "bpc", "bpd", "cider", "cost", "dsc", "elbo", "epe", "fnr", "fpr", "fvd", "hd95",
+    "hits", "hmean", "hota", "idf1", "jaccard", "kld", "lddt", "mota", "mrr", "ndcg", "nmi",
+    "objective", "prec", "return", "returns", "rew", "rewards", "rmsd", "spice", "tnr", "tpr",
 ])  # fmt: skip
+_MEASURES = METRIC_WORDS | _FURTHER_METRIC_WORDS
+_BEST = frozenset(["best", "monitor"])
+_ACCURACIES = frozenset(["acc", "accuracy", "top"])
+_LOSSES = frozenset(["loss", "losses"])
+_VALIDATION = frozenset(["val", "valid", "validation", "eval", "dev"])
+_TEST, _TRAINING = frozenset(["test"]), frozenset(["train", "training"])
+# The period that a metric is a mean of (loss_epoch), where no metric stands beside: a clock.
+_PERIODS = frozenset(["batch", "ep", "epoch", "it", "iter", "iteration", "step"])
+# Words that make a setting or a position of what stands beside them: loss_weight, best_epoch.
+_SETTING_WORDS = _PERIODS | frozenset([
+    "alpha", "beta", "coef", "coeff", "count", "counter", "decay", "delta", "epochs", "every",
+    "factor", "fn", "frac", "fraction", "freq", "func", "function", "gamma", "hash", "idx",
+    "index", "interval", "iterations", "k", "key", "lambda", "length", "limit", "lr", "margin",
+    "mode", "name", "num", "number", "p", "patience", "percent", "period", "power", "rank",
+    "ratio", "samples", "scale", "scaler", "seed", "size", "smoothing", "split", "std", "steps",
+    "temperature", "thr", "thresh", "threshold", "type", "update", "updates", "version",
+    "weight", "weights", "weighted", "window", "workers",
+])  # fmt: skip
+# Words of what counts, times or drives the training, and tells nothing of the weights.
+_BOOKKEEPING = _PERIODS | frozenset([
+    "batches", "count", "counter", "date", "elapsed", "epochs", "eta", "flos", "iterations",
+    "iters", "itr", "lr", "lrs", "momentum", "num", "patience", "runtime", "second", "seconds",
+    "seed", "steps", "time", "timestamp", "update", "updates", "version", "wd",
+])  # fmt: skip
+_LEARNING_RATE = frozenset(["learning", "rate"])
 # Entries that hold settings, whatever is called like a metric in them.
-_SETTINGS = frozenset([
+SETTINGS = frozenset([
     "args", "cfg", "conf", "config", "ds_config", "hparams", "hyper_parameters",
     "hyperparameters", "hyper_params", "datamodule_hyper_parameters", "kwargs", "model_args",
     "model_config", "opt", "options", "params", "settings", "train_args",
@@ -38,17 +58,55 @@ def is_metric(path: str) -> bool:
     """Tell whether a number under a dotted path was measured, and not set."""
     names = path.split(".")
     # An element of a list belongs to a history of training, which stays true.
-    if any(name in _SETTINGS or name.isdecimal() for name in names):
+    if any(name in SETTINGS or name.isdecimal() for name in names):
         return False
-    if _words(names[-1]) & _SETTING_WORDS:
+    last = _words(names[-1])
+    if last & _SETTING_WORDS and not _is_of_period(last, last & _SETTING_WORDS):
         return False
-    return any(_words(name) & (METRIC_WORDS | _BEST) for name in names)
+    return any(_words(name) & (_MEASURES | _BEST | _VALIDATION) for name in names)
 
 
-def _words(name: str) -> set[str]:
+def is_bookkeeping(name: str) -> bool:
+    """Tell whether a number's name is that of a clock, a rate or a count, and of no metric."""
+    words = _words(name)
+    accounts = words & _BOOKKEEPING
+    if words >= _LEARNING_RATE:
+        return True
+    return bool(accounts) and not _is_of_period(words, accounts)
+
+
+def prominence(path: str) -> tuple[object, ...]:
+    """Return a sort key of metrics: those first that tell most about the weights.
+
+    Accuracies and losses come first, those of validation before those of training. What is the
+    best so far comes last: it is not these weights' own.
+    """
+    names = path.split(".")
+    last = _words(names[-1])
+    words = frozenset[str]().union(*map(_words, names))
+    is_accuracy, is_loss = not last.isdisjoint(_ACCURACIES), not last.isdisjoint(_LOSSES)
+    is_known = not words.isdisjoint(_MEASURES | _VALIDATION)
+    kinds = (is_accuracy or is_loss, is_known, True)
+    return not words.isdisjoint(_BEST), kinds.index(True), _split(words), is_loss, len(names), path
+
+
+def _split(words: frozenset[str]) -> int:
+    """Return the place of the data that a metric was measured on: training comes last."""
+    for place, names in enumerate((_VALIDATION, _TEST)):
+        if words & names:
+            return place
+    return 3 if words & _TRAINING else 2
+
+
+def _is_of_period(words: frozenset[str], others: frozenset[str]) -> bool:
+    """Tell whether a metric's words beside its own only say what it is a mean of: loss_epoch."""
+    return others <= _PERIODS and bool(words & _MEASURES) and not words & _BEST
+
+
+def _words(name: str) -> frozenset[str]:
     """List the words of a name, in lower case, with the digits at their end and without."""
     words: set[str] = set()
     for chunk in _CHUNK.findall(name):
         words |= {chunk.lower(), chunk.rstrip("0123456789").lower()}
         words.update(word.lower() for word in _CAMEL.findall(chunk))
-    return words
+    return frozenset(words)

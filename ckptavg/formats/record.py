@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from ckptavg.formats import bounded_json
 from ckptavg.formats.inert_values import TensorView
+from ckptavg.formats.metric_names import SETTINGS, is_bookkeeping
 from ckptavg.formats.storage import Location
 from ckptavg.formats.table import Record
 
@@ -25,7 +26,7 @@ STEP_NAMES = (
 )  # fmt: skip
 EPOCH_NAMES = (
     "epoch", "epochs", "current_epoch", "cur_epoch", "completed_epochs", "epochs_done",
-    "epochs_run", "epoch_idx", "epoch_num",
+    "epochs_run", "epoch_idx", "epoch_num", "ep",
 )  # fmt: skip
 # Entries that trainers keep their counters in, if not beside the weights.
 _CLOCKS = (
@@ -44,40 +45,12 @@ OPTIMIZER_NAMES = (
     "optimizer", "optimizer_state_dict", "optimizer_states", "optim", "optimizers",
     "last_optimizer_state",
 )  # fmt: skip
-_NOT_METRICS = frozenset(
-    [
-        "args",
-        "config",
-        "cfg",
-        "hparams",
-        "hyper_parameters",
-        "opt",
-        "rng",
-        "rng_state",
-        "scaler",
-        "grad_scaler",
-        "loops",
-        "callbacks",
-        "scheduler",
-        "lr_scheduler",
-        "lr_schedulers",
-        "scheduler_state_dict",
-        "lr_scheduler_state_dict",
-        "version",
-        "seed",
-        "saver",
-        "timestamp",
-        "optimizer_history",
-        "train_iterator",
-        "previous_training_time",
-        "model_args",
-        "ds_config",
-        "checkpoint_parallel_dimensions",
-        "dp_world_size",
-        "mp_world_size",
-        "skipped_steps",
-    ]
-) | frozenset(STEP_NAMES + EPOCH_NAMES + LR_NAMES + OPTIMIZER_NAMES)
+# Entries that hold no metrics, whatever is in them.
+_NOT_METRICS = SETTINGS | frozenset([
+    "callbacks", "checkpoint_parallel_dimensions", "dp_world_size", "loops", "mp_world_size",
+    "rng", "rng_state", "saver", "timestamp", "train_iterator", *STEP_NAMES, *EPOCH_NAMES,
+    *LR_NAMES, *OPTIMIZER_NAMES,
+])  # fmt: skip
 _MOST_METRICS = 200
 _MOST_LOOKED_AT = 100_000  # entries: a file can hold one dict under very many names
 _LONGEST_NAME = 200
@@ -199,7 +172,7 @@ def _measured(entry: Mapping[Any, Any]) -> dict[str, float]:
     return {
         str(name): float(value)
         for name, value in entry.items()
-        if number(value) is not None and name not in ("step", "epoch", "learning_rate")
+        if number(value) is not None and not is_bookkeeping(str(name))
     }
 
 
@@ -301,15 +274,15 @@ def _metrics(values: Mapping[Any, Any], numbers: _Numbers | None) -> dict[str, f
         if prefix and holds_weights(entries):
             continue
         for name, value in entries.items():
-            if not isinstance(name, str) or len(name) > _LONGEST_NAME:
+            if not isinstance(name, str) or len(name) > _LONGEST_NAME or name in _NOT_METRICS:
                 continue
-            if name in _NOT_METRICS:
+            if isinstance(value, dict):
+                if prefix.count(".") < 2 and not TRAINING_STATE.fullmatch(name):
+                    waiting.append((f"{prefix}{name}.", value))
                 continue
             plain = numbers.plain(value) if numbers else value
-            if number(plain) is not None:
+            if number(plain) is not None and not is_bookkeeping(name):
                 found[prefix + name] = float(plain)
-            elif isinstance(value, dict) and prefix.count(".") < 2:
-                waiting.append((f"{prefix}{name}.", value))
     return found
 
 

@@ -80,6 +80,23 @@ TRAINERS = {
         lambda: {"model": weights(), "metrics": BEST, "best": BEST},
         Record(metrics={"metrics.acc": 0.5, "best.acc": 0.5}),
     ),
+    "a loop of one's own": (
+        lambda: {"net": weights(), "ep": 12, "it": 750, "val_acc": 0.5, "current_lr": 0.01,
+                 "optim": optimizer(0.01), "sched": {"gamma": 0.1, "last_epoch": 12}},
+        Record(None, 12, 0.01, {"val_acc": 0.5}),
+    ),
+    "YOLO": (
+        lambda: {"epoch": 3, "best_fitness": 0.5, "model": weights(), "updates": 480,
+                 "train_metrics": {"metrics/mAP50(B)": 0.25, "val/box_loss": 1.5},
+                 "train_args": {"lr0": 0.01, "box": 7.5}, "version": "8.3"},
+        Record(None, 3, None, {"best_fitness": 0.5, "train_metrics.metrics/mAP50(B)": 0.25,
+                               "train_metrics.val/box_loss": 1.5}),
+    ),
+    "means of an epoch beside its clocks": (
+        lambda: {"model": weights(), "train_loss_epoch": 0.5, "best_loss_epoch": 7, "saved_time": 9,
+                 "lr_backbone": 0.1, "learningRate": 0.2, "success_rate": 0.75, "itersDone": 3},
+        Record(metrics={"train_loss_epoch": 0.5, "success_rate": 0.75}),
+    ),
     "rates by group": (
         lambda: {"model": weights(), "lr": [0.1, 0.01], "steps": 3.0},
         Record(3, None, 0.1, {}),
