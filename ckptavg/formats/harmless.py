@@ -145,7 +145,9 @@ class Keeper:
     ) -> dict[Any, Any]:
         """The entries of a dict that may go out, as far as they may."""
         kept: dict[Any, Any] = {}
-        metrics = depth < _DEEPEST_METRIC and not holds_weights(values)
+        # Beside the weights a tensor is a random generator's state, and no weight called "score".
+        is_model = holds_weights(values) and not self._leads_to_weights(prefix)
+        metrics = depth < _DEEPEST_METRIC and not is_model
         for name, value in values.items():
             where = _below(prefix, short(name))
             if metrics and self._is_measured(where, name, value):

@@ -506,6 +506,27 @@ def test_metrics_of_an_input_are_no_metrics_of_the_average(tmp_path, caplog, tra
     assert f"measured on the last checkpoint, so not taken over: {NAMED[trainer]}" in notes
 
 
+def test_a_random_state_beside_the_weights_hides_no_metric(tmp_path):
+    beside = {"torch_rng": torch.get_rng_state(), "val_acc": 0.5, "train_loss_epoch": 0.25}
+    head = {"score": torch.tensor(3.0), "weight": torch.ones(200, 200)}
+    run_of(tmp_path / "run", lambda m, e: {"net": {**m.state_dict(), **head}, "ep": e, **beside})
+    found = averaged(tmp_path / "run", "out.pth")
+    assert set(found) == {"net", "ep", "torch_rng", "ckptavg"}
+    assert found["net"]["score"] == 3
+
+
+@pytest.mark.parametrize("name", ["hmean", "metrics.val.total", "eval_iou_epoch", "valTop1"])
+def test_a_measured_number_is_known_by_its_name(name):
+    assert is_metric(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["val_interval", "best_loss_epoch", "acc_steps", "config.val.acc", "val_split", "lr"]
+)
+def test_a_setting_or_a_clock_is_no_metric(name):
+    assert not is_metric(name)
+
+
 def test_a_history_and_weights_called_like_metrics_are_kept(tmp_path):
     beside = {"val_losses": [0.5, 0.25], "log": [{"acc": 0.5}], "head": {"score": torch.ones(2)}}
     run_of(tmp_path / "run", lambda m, e: {"model": m.state_dict(), **beside})
