@@ -1,4 +1,4 @@
-"""``ckptavg inspect --geometry``: what a person sees and what a program gets."""
+"""``ckptavg inspect``: what a person sees and what a program gets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from helpers import save_states
+from helpers import save, save_states
 
 from ckptavg.cli import main
 
@@ -119,3 +119,35 @@ def test_steps_of_millions_are_shown_in_full(run: Path) -> None:
         main, ["average", "run", "--glob", "[ab].pt", "--from", "2234567", "--dry-run"]
     )
     assert "steps 2234567 to inf" in missed.stderr
+
+
+@pytest.fixture
+def own_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Six epochs of somebody's own training loop, with a cycle of two epochs."""
+    monkeypatch.chdir(tmp_path)
+    for i in range(1, 7):
+        rate = 0.1 if i % 2 else 0.01
+        beside = {"ep": i, "it": 40 * i, "current_lr": rate, "rng": torch.get_rng_state()}
+        metrics = {"tr_norm": i / 7, "train_loss": 1 / i, "val_acc": 0.5 + i / 20, "width": 8}
+        optim = {"state": {}, "param_groups": [{"lr": rate}]}
+        weights = {"w": torch.tensor([float(i)])}
+        save(tmp_path / "own" / f"cnn-{i}.pth", weights, optim=optim, **beside, **metrics)
+    return tmp_path / "own"
+
+
+def test_accuracy_and_loss_stand_in_the_table_and_clocks_do_not(own_loop: Path) -> None:
+    shown = inspect(own_loop).stdout.splitlines()
+    columns = shown[1].split()
+    assert columns[:7] == ["checkpoint", "step", "epoch", "LR", "val_acc", "train_loss", "tr_norm"]
+    assert shown[3].split()[:6] == ["cnn-1.pth", "1", "1", "0.1", "0.55", "1"]
+    assert "more metrics: width" in shown
+    (line,) = (s for s in inspect(own_loop / "cnn-1.pth").stdout.splitlines() if "recorded" in s)
+    assert line == "recorded: val_acc 0.55, train_loss 1, tr_norm 0.142857, width 8"
+
+
+def test_an_average_shows_no_metric_of_its_inputs(own_loop: Path) -> None:
+    made = CliRunner().invoke(main, ["average", "own", "-o", "swa.pth"])
+    assert "not taken over: tr_norm, train_loss, val_acc" not in made.stderr
+    assert "measured on the last checkpoint, so not taken over: train_loss, val_acc" in made.stderr
+    found = json.loads(inspect("swa.pth", "--json").stdout)
+    assert found["metrics"].keys() == {"tr_norm", "width"}

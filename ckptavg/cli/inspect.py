@@ -16,13 +16,15 @@ from ckptavg.formats.names import batchnorm_layers
 from ckptavg.formats.storage import locate, without_secrets
 from ckptavg.report import Report, counted, number_text, size_text
 from ckptavg.run import Run, open_run
+from ckptavg.runs.metric_columns import metric_columns
 from ckptavg.runs.numbered import short_names
 
 if TYPE_CHECKING:
     from ckptavg.weight_space import Geometry
 
 _WHAT = "What"
-_MOST_METRICS = 3
+_MOST_METRICS = 3  # columns
+_MOST_LISTED = 12  # in a line
 _LAYOUTS = {
     "safetensors": "safetensors",
     "torch": "torch.save",
@@ -95,25 +97,28 @@ def _measured(report: Report, run: Run) -> Geometry:
 
 
 def _show_run(report: Report, run: Run, geometry: Geometry | None = None) -> None:
-    recorded = {name for checkpoint in run for name in checkpoint.record.metrics}
-    metrics = sorted(recorded, key=lambda name: (name.count("."), name))
+    metrics = metric_columns(run.checkpoints)
+    shown_metrics = metrics.names[:_MOST_METRICS]
     rows = [
         (
             name,
             number_text(checkpoint.step),
             number_text(checkpoint.record.epoch),
             number_text(checkpoint.record.lr),
-            *(number_text(checkpoint.record.metrics.get(m)) for m in metrics[:_MOST_METRICS]),
+            *(number_text(checkpoint.record.metrics.get(m)) for m in shown_metrics),
             first_few([entry or "(the file)" for entry in checkpoint.entries]),
             size_text(checkpoint.size),
         )
         for name, checkpoint in zip(short_names([c.path for c in run]), run, strict=True)
     ]
-    columns = ("checkpoint", "step", "epoch", "LR", *metrics[:_MOST_METRICS], "weights", "size")
+    columns = ("checkpoint", "step", "epoch", "LR", *shown_metrics, "weights", "size")
     kinds = ", ".join(dict.fromkeys(_LAYOUTS[checkpoint.layout] for checkpoint in run))
     report.table(columns, rows, title=f"{counted(len(run), 'checkpoint')} in order ({kinds})")
-    if metrics[_MOST_METRICS:]:
-        report.line(f"more metrics: {', '.join(metrics[_MOST_METRICS:])}")
+    if more := metrics.names[_MOST_METRICS:]:
+        report.line(f"more metrics: {', '.join(more)}")
+    if metrics.repeats:
+        pairs = [f"{name} (as {column})" for name, column in metrics.repeats.items()]
+        report.line(f"the same as other columns: {', '.join(pairs)}")
     if run.left_out:
         names = short_names([path for path, _ in run.left_out])
         reasons = [why for _, why in run.left_out]
@@ -139,7 +144,7 @@ def _show_run(report: Report, run: Run, geometry: Geometry | None = None) -> Non
 
 def _show_checkpoint(report: Report, checkpoint: Checkpoint) -> None:
     layers = batchnorm_layers(checkpoint.tensors)
-    values = sum(tensor.numel for tensor in checkpoint.tensors.values())
+    count = sum(tensor.numel for tensor in checkpoint.tensors.values())
     ties = checkpoint.ties()
     rows = [
         (name, tensor.dtype.name, "×".join(map(str, tensor.shape)) or "scalar")
@@ -147,13 +152,16 @@ def _show_checkpoint(report: Report, checkpoint: Checkpoint) -> None:
     ] + [(name, why, "") for name, why in checkpoint.refused.items()]
     record = checkpoint.record
     report.line(
-        f"{checkpoint.path}: {len(rows)} tensors, {values:,} values, {size_text(checkpoint.size)}, "
+        f"{checkpoint.path}: {len(rows)} tensors, {count:,} values, {size_text(checkpoint.size)}, "
         f"{_entries_text(checkpoint)}"
     )
     report.line(
         f"step {number_text(record.step)}, epoch {number_text(record.epoch)}, "
         f"LR {number_text(record.lr)}"
     )
+    if metrics := metric_columns([checkpoint]).names[:_MOST_LISTED]:
+        values = [f"{name} {number_text(record.metrics[name])}" for name in metrics]
+        report.line(f"recorded: {', '.join(values)}")
     report.line(
         f"BatchNorm layers: {len(layers)}" + (f" ({first_few([*layers])})" if layers else "")
     )

@@ -1,0 +1,70 @@
+"""Columns for the metrics of a run: which, and in which order."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from helpers import save_weight
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ckptavg import open_run
+from ckptavg.formats import Record, open_checkpoint
+from ckptavg.runs.metric_columns import metric_columns
+
+
+def columns(tmp_path, **recorded):
+    """The columns of a run, given each entry's values in its checkpoints."""
+    for i, values in enumerate(zip(*recorded.values(), strict=True), 1):
+        save_weight(tmp_path / f"epoch_{i}.pt", i, **dict(zip(recorded, values, strict=True)))
+    return metric_columns(open_run(tmp_path).checkpoints)
+
+
+def test_copies_of_the_clock_and_of_the_rate_are_no_columns(tmp_path):
+    found = columns(
+        tmp_path,
+        epoch=[1, 2],
+        lr=[0.1, 0.01],
+        tick=[1.0, 2.0],
+        rate=[0.1, 0.01],
+        val_acc=[0.5, 0.6],
+    )
+    assert found.names == ("val_acc",)
+    assert found.repeats == {"tick": "step", "rate": "LR"}
+
+
+def test_of_equal_metrics_the_better_known_name_stays(tmp_path):
+    found = columns(
+        tmp_path, x=[0.5, 0.6], acc=[0.5, 0.6], best_acc=[0.5, 0.6], train_loss=[2.0, 1.0]
+    )
+    assert found.names == ("acc", "train_loss")
+    assert found.repeats == {"x": "acc", "best_acc": "acc"}
+
+
+def test_what_never_changes_comes_last(tmp_path):
+    found = columns(tmp_path, width=[8, 8], noise=[0.1, 0.2], val_acc=[0.5, 0.5], epoch=[5, 6])
+    assert found.names == ("noise", "val_acc", "width")
+
+
+def test_a_perfect_accuracy_in_the_first_epoch_is_a_column(tmp_path):
+    found = columns(tmp_path, epoch=[1, 1], step=[10, 20], acc=[1.0, 1.0])
+    assert found.names == ("acc",)
+
+
+def test_a_single_checkpoint_has_all_its_metrics(tmp_path):
+    assert columns(tmp_path, epoch=[1], acc=[1.0], loss=[1.0]).names == ("acc", "loss")
+
+
+values = st.lists(st.none() | st.floats(), min_size=3, max_size=3)
+
+
+@given(st.dictionaries(st.sampled_from(["acc", "loss", "a", "b", "c"]), values))
+def test_each_metric_is_a_column_or_repeats_one(tmp_path_factory, recorded):
+    checkpoint = open_checkpoint(save_weight(tmp_path_factory.mktemp("run") / "x.pt"))
+    recorded = {name: v for name, v in recorded.items() if v != [None] * 3}
+    rows = [
+        Record(step=i, metrics={n: v[i] for n, v in recorded.items() if v[i] is not None})
+        for i in range(3)
+    ]
+    found = metric_columns([replace(checkpoint, record=row) for row in rows])
+    assert sorted([*found.names, *found.repeats]) == sorted(recorded)
