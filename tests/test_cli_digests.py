@@ -138,5 +138,5 @@ def test_the_weights_key_is_passed_on(run):
 
 
 def test_help_names_both(run):
-    assert "--hash" in CliRunner().invoke(main, ["average", "-h"]).output
+    assert "--hash" in CliRunner().invoke(main, ["average", "--help-all"]).output
     assert "--verify" in CliRunner().invoke(main, ["inspect", "-h"]).output
