@@ -50,12 +50,15 @@ class BatchNormResult:
         batches: Batches seen, by this process.
         samples: Samples seen, by this process.
         unreached: Layers that no batch went through; they keep their statistics.
+        written: The entries of the model's state dict that were recomputed: means and variances,
+            under each of the names of a layer that has several.
     """
 
     layers: int
     batches: int
     samples: int
     unreached: tuple[str, ...] = ()
+    written: frozenset[str] = frozenset()
 
 
 def update_bn(
@@ -256,7 +259,7 @@ class _Pass:
     """The layers of one model while data goes through it."""
 
     def __init__(self, model: nn.Module, exclude: Sequence[str], device: torch.device) -> None:
-        self.model = _bare(model)
+        self._given, self.model = model, _bare(model)
         found = tracked_layers(self.model)
         if not found:
             raise BatchNormError(
@@ -330,7 +333,16 @@ class _Pass:
             log.warning(
                 "no data went through %s: statistics left as they were", first_few([*unreached])
             )
-        return BatchNormResult(len(self.moments), batches, samples, unreached)
+        return BatchNormResult(len(self.moments), batches, samples, unreached, self._written())
+
+    def _written(self) -> frozenset[str]:
+        """Names of the statistics that layers were given, as in the given model's state dict."""
+        written = {self.layers[name].layer for name in self.moments}
+        names: list[str] = []
+        for prefix, module in self._given.named_modules(remove_duplicate=False):
+            if module in written:
+                names += [f"{prefix}.{key}".lstrip(".") for key in ("running_mean", "running_var")]
+        return frozenset(names)
 
     def _settle(self) -> None:
         """Merge the oldest batch once nothing about it is in doubt.

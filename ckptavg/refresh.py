@@ -15,7 +15,7 @@ from torch import nn
 from ckptavg import averaging, heap, lora, outputs
 from ckptavg.averaging import Average
 from ckptavg.batches import Batches, Forward
-from ckptavg.batchnorm import BatchNormResult, recompute, tracked_layers
+from ckptavg.batchnorm import BatchNormResult, recompute
 from ckptavg.digests import DIGEST, PENDING, InputDigests, is_recorded, recorded, sealed
 from ckptavg.errors import NonFiniteError
 from ckptavg.formats import Checkpoint
@@ -168,8 +168,8 @@ def refresh(
     batches = counted(how.training, how.progress, how.peers)
     with heap.kept(how.runtime.device):
         results = recompute(models, batches, how.runtime, how.forward, peers=how.peers)
-    for model, state_dict in zip(models, weights, strict=True):
-        for name, value in _statistics(model).items():
+    for model, state_dict, result in zip(models, weights, results, strict=True):
+        for name, value in _statistics(model, result.written).items():
             if name in state_dict:
                 state_dict[name] = _narrowed(name, value, state_dict[name])
     seen = how.peers.gather([results[0].batches, results[0].samples])
@@ -212,15 +212,21 @@ def _narrowed(name: str, value: torch.Tensor, like: torch.Tensor) -> torch.Tenso
     return narrowed
 
 
-def _statistics(model: nn.Module) -> Mapping[str, torch.Tensor]:
-    """The running statistics of a model under bare names."""
-    bare = bare_names(list(model.state_dict()))
-    found: StateDict = {}
-    tracked = set(tracked_layers(model).values())
-    for name, layer in model.named_modules(remove_duplicate=False):
-        if layer not in tracked:
-            continue
-        for key, value in layer.named_buffers(recurse=False):
-            full = f"{name}.{key}".lstrip(".")
-            found[bare.get(full, full)] = value.detach().cpu()
-    return found
+def _statistics(model: nn.Module, written: frozenset[str]) -> Mapping[str, torch.Tensor]:
+    """The recomputed statistics of a model, and the counts of batches beside them.
+
+    Args:
+        model: It.
+        written: Names of the statistics in its state dict.
+
+    Returns:
+        Tensors by bare names.
+    """
+    states = model.state_dict()
+    bare = bare_names(list(states))
+    counts = {f"{name.rpartition('.')[0]}.num_batches_tracked".lstrip(".") for name in written}
+    return {
+        bare.get(name, name): states[name].detach().cpu()
+        for name in written | counts
+        if name in states
+    }

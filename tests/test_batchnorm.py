@@ -342,6 +342,24 @@ def test_a_layer_that_no_data_goes_through_keeps_its_statistics(caplog, forward)
     assert "spare" in caplog.text
 
 
+@pytest.mark.parametrize("wrap", [nn.Identity, nn.DataParallel])
+def test_what_was_written_has_the_names_of_the_models_state_dict(wrap):
+    """A shared layer has two; the layers that were left are not named."""
+    shared = nn.BatchNorm1d(1)
+    layers = {"a": shared, "b": shared, "spare": nn.BatchNorm1d(1), "frozen": nn.BatchNorm1d(1)}
+    model = wrap(nn.ModuleDict(layers)) if wrap is not nn.Identity else nn.ModuleDict(layers)
+    before = state_of(model)[0]
+
+    def forward(model, batch):
+        parts = getattr(model, "module", model)
+        parts["frozen"](parts["b"](batch))
+
+    result = update_bn(model, [WORKED], forward=forward, exclude=["frozen"])
+    written = {n for n, v in model.state_dict().items() if not torch.equal(v, before[n])}
+    assert result.written == {name for name in written if "running" in name}
+    assert len(result.written) == 4
+
+
 def test_a_single_value_a_channel_has_no_variance():
     model = nn.Sequential(nn.BatchNorm1d(1))
     before = state_of(model)
