@@ -13,10 +13,9 @@ and that layer's inputs are reduced in float64, from then on too.
 
 from __future__ import annotations
 
-import fnmatch
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +34,7 @@ from ckptavg.loaders import Progress, Subset, as_subset, counted, moved, open_lo
 from ckptavg.loading import undistributed
 from ckptavg.moments import TOLERANCE, Doubt, KernelMoments, Landing, Moments
 from ckptavg.processes import Alone, Peers, peers_of_group
+from ckptavg.running_statistics import match_layers
 from ckptavg.runtime import Runtime
 from ckptavg.watching import WatchedLayer
 
@@ -67,7 +67,7 @@ def update_bn(
     *,
     device: str | torch.device | None = None,
     forward: Forward | None = None,
-    exclude: Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     amp: str = "off",
     batch_size: int = 128,
     workers: int = 0,
@@ -96,7 +96,7 @@ def update_bn(
         device: ``auto``, ``cpu``, ``cuda[:N]``, ``mps``; the model's own where None.
         forward: ``forward(model, batch)``, for batches that are neither a tensor, nor a tuple with
             the input first, nor a dict of keywords.
-        exclude: Shell patterns of layers to leave alone (frozen ones).
+        exclude: Shell patterns of layers to leave alone (frozen ones), by their modules' names.
         amp: ``off``, ``bf16`` or ``fp16``: autocast of the forward pass.
         batch_size: Of a Dataset.
         workers: Processes that load a Dataset.
@@ -108,13 +108,16 @@ def update_bn(
     Raises:
         BatchNormError: There are no data, no such layers, or a layer saw a single value or one that
             is not finite.
+        UsageError: A pattern of ``exclude`` matches no layer.
     """
+    layers = tracked_layers(_bare(model))
+    excluded = match_layers(exclude, layers) if layers else set()
     runtime = Runtime.on(device, model, amp=amp, batch_size=batch_size, workers=workers, seed=seed)
     peers = peers_of_group()
     loader = open_loader(data, runtime, shuffle=True, subset=as_subset(samples), peers=peers)
     batches = counted(loader, progress or (lambda *_: None), peers)
     with heap.kept(runtime.device):
-        return recompute([model], batches, runtime, forward, exclude, peers)[0]
+        return recompute([model], batches, runtime, forward, [excluded], peers)[0]
 
 
 def recompute(
@@ -122,7 +125,7 @@ def recompute(
     batches: Iterable[Any],
     runtime: Runtime,
     forward: Forward | None = None,
-    exclude: Sequence[str] = (),
+    exclude: Sequence[Collection[str]] | None = None,
     peers: Peers | None = None,
 ) -> list[BatchNormResult]:
     """``update_bn`` for several models that share one pass over the data.
@@ -134,7 +137,7 @@ def recompute(
         batches: This process's part of the data.
         runtime: Where and how the models run.
         forward: ``forward(model, batch)`` for unusual batches.
-        exclude: Shell patterns of layers to leave alone.
+        exclude: For each model, names of the layers to leave alone; none where None.
         peers: The processes that share the data; all end with the statistics of the whole.
 
     Raises:
@@ -143,7 +146,10 @@ def recompute(
     seen, samples = 0, 0
     channels = Channels(models[0], runtime.device, scoring=False)
     with ExitStack() as stack, torch.no_grad():
-        passes = [stack.enter_context(_collecting(m, exclude, channels)) for m in models]
+        passes = [
+            stack.enter_context(_collecting(model, excluded, channels))
+            for model, excluded in zip(models, exclude or [()] * len(models), strict=True)
+        ]
         for batch in moved(batches, runtime.device):
             here = channels.arrange(batch.here)
             through = _Through(forward or call, runtime, channels, here)
@@ -258,7 +264,7 @@ class _Collector:
 class _Pass:
     """The layers of one model while data goes through it."""
 
-    def __init__(self, model: nn.Module, exclude: Sequence[str], device: torch.device) -> None:
+    def __init__(self, model: nn.Module, exclude: Collection[str], device: torch.device) -> None:
         self._given, self.model = model, _bare(model)
         found = tracked_layers(self.model)
         if not found:
@@ -270,9 +276,7 @@ class _Pass:
         if plain:
             log.info("layers without running statistics are skipped: %s", first_few(plain))
         self.layers = {
-            name: WatchedLayer(name, layer)
-            for name, layer in found.items()
-            if not any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude)
+            name: WatchedLayer(name, layer) for name, layer in found.items() if name not in exclude
         }
         self.moments: dict[str, Moments] = {}
         self._slots = [one for one in self.layers.values() if one.suits_kernel()]
@@ -373,7 +377,7 @@ class _Pass:
 
 
 @contextmanager
-def _collecting(model: nn.Module, exclude: Sequence[str], channels: Channels) -> Iterator[_Pass]:
+def _collecting(model: nn.Module, exclude: Collection[str], channels: Channels) -> Iterator[_Pass]:
     """Prepare a model for the pass, and leave it as it was afterwards."""
     channels.place(model)
     one = _Pass(model, exclude, channels.device)

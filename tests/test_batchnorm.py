@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from ckptavg import update_bn
 from ckptavg.batchnorm import recompute
-from ckptavg.errors import BatchNormError, EvaluationError
+from ckptavg.errors import BatchNormError, EvaluationError, UsageError
 from ckptavg.loaders import Subset
 from ckptavg.runtime import Runtime
 
@@ -548,6 +548,24 @@ def test_an_excluded_layer_keeps_its_statistics_and_normalizes_with_them(pattern
     assert seen == [False]
     assert_same_state(layer, hooked)
     assert before[0].keys() == hooked[0].keys()
+
+
+def test_a_pattern_that_matches_no_layer_is_an_error_before_any_work():
+    model, untouched = net(), iter(images(1))
+    before = state_of(model)
+    with pytest.raises(UsageError, match=r"'inner\.9' matches no BatchNorm layer.*first, inner\.0"):
+        update_bn(model, untouched, exclude=["first", "inner.9"])
+    assert_same_state(model, before)
+    assert next(untouched) is not None
+
+
+def test_models_that_share_a_pass_leave_layers_of_their_own_alone():
+    models = [net(), net()]
+    before = [state_of(m.first) for m in models]
+    results = recompute(models, images(), Runtime(torch.device("cpu")), None, [{"first"}, set()])
+    assert [result.layers for result in results] == [2, 3]
+    assert_same_state(models[0].first, before[0])
+    assert not torch.equal(models[1].first.running_mean, before[1][0]["running_mean"])
 
 
 # Batches

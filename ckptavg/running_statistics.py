@@ -1,0 +1,92 @@
+"""The state that the running statistics of some weights are in, layer by layer."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ckptavg.errors import UsageError, first_few
+
+State = Literal["none", "own", "frozen", "stale", "partly recomputed", "recomputed"]
+"""``none``: there are no such layers. ``own``: statistics and weights are of one checkpoint.
+``frozen``: no layer changed its statistics in training, so that those of all weights are the same.
+``stale``: they are of other weights. ``recomputed``: they were stale, and no longer are.
+``partly recomputed``: those of some layers still are."""
+
+LAYERS = "bn_layers"  # beside ``bn`` in provenance and in results
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """The state of running statistics, with the layers that it does not hold for.
+
+    Attributes:
+        state: That of them all.
+        layers: Names of all layers that keep some.
+        frozen: Those whose statistics did not change in training: they are kept.
+        excluded: Those that the user kept from being recomputed.
+        stale: Those that were not recomputed where others were.
+    """
+
+    state: State
+    layers: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
+    excluded: tuple[str, ...] = ()
+    stale: tuple[str, ...] = ()
+
+    @property
+    def listed(self) -> dict[str, list[str]]:
+        """The layers that stand out, as plain values: kind → names, where there are any."""
+        kinds = {"frozen": self.frozen, "excluded": self.excluded, "stale": self.stale}
+        return {kind: list(names) for kind, names in kinds.items() if names}
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """The state as ``bn`` and the layers that stand out as ``bn_layers``."""
+        return {"bn": self.state} | ({LAYERS: self.listed} if self.listed else {})
+
+    def after(self, excluded: Collection[str], written: Collection[str]) -> Statistics:
+        """Their state after a pass over training data.
+
+        Args:
+            excluded: Layers that the user kept from it.
+            written: Layers that it gave new statistics.
+        """
+        kept = {*self.frozen, *excluded}
+        open_layers = [layer for layer in self.layers if layer not in kept]
+        stale = tuple(layer for layer in open_layers if layer not in written)
+        state = self.state
+        if len(stale) < len(open_layers):
+            state = "partly recomputed" if stale else "recomputed"
+        return Statistics(
+            state,
+            self.layers,
+            self.frozen,
+            tuple(layer for layer in self.layers if layer in excluded),
+            stale if state == "partly recomputed" else (),
+        )
+
+
+def match_layers(patterns: str | Sequence[str], layers: Iterable[str]) -> set[str]:
+    """Find the layers that shell patterns name.
+
+    Args:
+        patterns: Of names of layers, such as ``stem.*``.
+        layers: Names of all layers that keep running statistics.
+
+    Raises:
+        UsageError: A pattern matches none of them.
+    """
+    known = list(layers)
+    matched: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        names = [name for name in known if fnmatch.fnmatchcase(name, pattern)]
+        if not names:
+            raise UsageError(
+                f"{pattern!r} matches no BatchNorm layer",
+                f"The layers are {first_few(known, 6)}." if known else "There are no such layers.",
+            )
+        matched.update(names)
+    return matched
