@@ -21,11 +21,13 @@ class Column:
         kind: ``name``: told apart from the others of the column, may be shortened; ``text`` and
             ``number``: stays whole, numbers flush right; ``prose``: may go on in further lines.
         leaves: The column's turn to be left out where the width is short, from 1; 0 to stay.
+        shortens: The width that names are shortened to before the column is left out.
     """
 
     title: str
     kind: Kind = "text"
     leaves: int = 0
+    shortens: int = 24
 
 
 @dataclass(frozen=True)

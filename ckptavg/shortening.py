@@ -1,0 +1,116 @@
+"""Names shortened in the middle, and texts wrapped between words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from rich.cells import cell_len
+
+ELLIPSIS = "…"
+_FEWEST = 3  # columns of a shortened name: a character, the ellipsis, a character
+# A number stays with its interval, and an interval whole: +1.50 [+0.46, +2.55].
+_BREAKS = re.compile(r" (?!\[[-+\d]|[-+.,\deainf]+\])")
+
+
+def shorten_names(names: Sequence[str], room: int) -> list[str]:
+    """Shorten names to a width, so that different names stay different where that can be.
+
+    All are cut at the same place, in the middle if that tells them apart. Names that no such cut
+    tells apart show the part in which they differ.
+
+    Args:
+        names: Any texts.
+        room: Width in columns of a terminal, 3 or more.
+
+    Returns:
+        A name per name, in their order.
+    """
+    room = max(room, _FEWEST)
+    different = list(dict.fromkeys(names))
+    long = [name for name in different if cell_len(name) > room]
+    if not long:
+        return list(names)
+    whole = [name for name in different if cell_len(name) <= room]
+    shortened = _cut_alike(long, room, whole)
+    for group in _groups_of_same(shortened):
+        shortened |= _show_differences(group, room)
+    return [shortened.get(name, name) for name in names]
+
+
+def wrap_words(text: str, room: int) -> list[str]:
+    """Wrap a text between words. A word that is longer than a line stays whole, as intervals do.
+
+    Args:
+        text: One line.
+        room: Width in columns of a terminal.
+    """
+    lines: list[str] = []
+    for word in _BREAKS.split(text):
+        if lines and cell_len(lines[-1]) + 1 + cell_len(word) <= room:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines
+
+
+def _cut_alike(names: Sequence[str], room: int, whole: Sequence[str]) -> dict[str, str]:
+    """Cut all names at the place, nearest to the middle, that leaves the most different ones."""
+    middle = (room - 1) // 2
+    tails = sorted(range(room - 1), key=lambda tail: abs(tail - middle))
+    best: dict[str, str] = {}
+    most = 0
+    for tail in tails:
+        shortened = {name: _cut(name, room, tail) for name in names}
+        count = len({*shortened.values(), *whole})
+        if count > most:
+            best, most = shortened, count
+        if count == len(names) + len(whole):
+            break
+    return best
+
+
+def _cut(name: str, room: int, tail: int) -> str:
+    """Keep the beginning of a name, and as many columns of its end as ``tail``."""
+    end = _take(name[::-1], tail)[::-1]
+    return _take(name, room - 1 - tail) + ELLIPSIS + end
+
+
+def _groups_of_same(shortened: Mapping[str, str]) -> list[list[str]]:
+    """Group the names that are the same when shortened; those that are alone are left out."""
+    groups: dict[str, list[str]] = {}
+    for name, short in shortened.items():
+        groups.setdefault(short, []).append(name)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _show_differences(names: Sequence[str], room: int) -> dict[str, str]:
+    """Shorten names on both sides of the place where they begin to differ."""
+    start = max(_common_beginning(names) - (room - 2) // 2, 1)
+    shortened = {}
+    for name in names:
+        rest = name[start:]
+        if cell_len(rest) > room - 1:
+            rest = _take(rest, room - 2) + ELLIPSIS
+        shortened[name] = ELLIPSIS + rest
+    for group in _groups_of_same(shortened):
+        if len(group) < len(names):
+            shortened |= _show_differences(group, room)
+    return shortened
+
+
+def _common_beginning(names: Sequence[str]) -> int:
+    """Return the number of characters that all of some different names begin with."""
+    first, last = min(names), max(names)
+    pairs = enumerate(zip(first, last, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(last)))
+
+
+def _take(text: str, width: int) -> str:
+    """Return the beginning of a text that takes some columns of a terminal at most."""
+    if text.isascii():
+        return text[:width]
+    for end in range(1, len(text) + 1):
+        if cell_len(text[:end]) > width:
+            return text[: end - 1]
+    return text

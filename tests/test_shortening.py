@@ -1,0 +1,69 @@
+"""Names shortened so that they stay different, texts wrapped between words."""
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.cells import cell_len
+
+from ckptavg.shortening import shorten_names, wrap_words
+
+
+@pytest.mark.parametrize(
+    ("names", "room", "shortened"),
+    [
+        (["epoch_1.pt", "last.pt"], 10, ["epoch_1.pt", "last.pt"]),
+        (["average of 12 (uniform)", "last.pt"], 11, ["avera…form)", "last.pt"]),
+        (["層層層層層", "x"], 7, ["層…層", "x"]),
+    ],
+)
+def test_long_names_are_cut_in_the_middle(names, room, shortened):
+    assert shorten_names(names, room) == shortened
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"lit-epoch={n:02}-val_acc=0.46.ckpt" for n in range(100)],
+        [f"checkpoint-{n}/pytorch_model.bin" for n in range(500, 20_000, 500)],
+        [f"runs/{run}/constant-lr/epoch_160.pt (last)" for run in ("seed0", "seed1", "seed22")],
+        [f"model_iter{n}_of_some_long_name_in_the_middle_x{n % 2}.safetensors" for n in range(9)],
+        ["epoch_160.pt (last) [state_dict]", "epoch_160.pt (last) [state_dict_ema]"],
+        ["a" * 40, "a" * 41, "a" * 42],
+        # The two kinds differ in the middle, their members further on.
+        [f"{'x' * 30}{kind}{'y' * 4}{n}{'z' * 30}" for kind in "ab" for n in range(9)],
+    ],
+)
+@pytest.mark.parametrize("room", [14, 20, 24])
+def test_different_names_stay_different(names, room):
+    shortened = shorten_names(names, room)
+    assert all(len(name) <= room for name in shortened)
+    assert len({*shortened}) == len(names)
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["C"]), max_size=30)), st.integers(3, 20))
+def test_every_name_fits_and_the_same_name_is_shortened_alike(names, room):
+    shortened = shorten_names(names, room)
+    assert all(cell_len(name) <= room for name in shortened)
+    assert len({*zip(names, shortened, strict=True)}) == len({*names})
+    for name, short in zip(names, shortened, strict=True):
+        assert (short == name) or cell_len(name) > room
+
+
+@given(st.lists(st.text("ab", min_size=1, max_size=9), min_size=1), st.integers(1, 30))
+def test_texts_are_wrapped_between_words_only(words, room):
+    lines = wrap_words(" ".join(words), room)
+    assert " ".join(lines) == " ".join(words)
+    assert all(len(line) <= room or " " not in line for line in lines)
+    for line, following in pairwise(lines):
+        assert len(f"{line} {following.split(' ')[0]}") > room
+
+
+@pytest.mark.parametrize("room", range(1, 40))
+def test_intervals_are_not_wrapped(room):
+    text = "best: a b; Δ to the last +1.50 [-0.46, +2.5e-05] and [inf, nan] of [some words]"
+    lines = wrap_words(text, room)
+    assert any("+1.50 [-0.46, +2.5e-05]" in line for line in lines)
+    assert any("[inf, nan]" in line for line in lines)
+    assert " ".join(lines) == text
