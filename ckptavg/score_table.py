@@ -7,11 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ckptavg.errors import first_few
+from ckptavg.table_html import table_html
+from ckptavg.table_layout import BEST, table_text
 from ckptavg.tables import NOTHING, Cell, Column, Mark, Row, Table
 
 if TYPE_CHECKING:
     from ckptavg.evidence import Difference
-    from ckptavg.results import Result, Versus
+    from ckptavg.results import Result
     from ckptavg.tasks import Metric, Task
 
 SIGNIFICANT = 0.05  # a p below it
@@ -23,6 +26,10 @@ _TESTS = {
 # since it moves where accuracies are equal.
 _EARLY_TO_LEAVE = ("top5", "ece")
 _LATE_TO_LEAVE = ("nll",)
+# The comparison and the statistics, which tell two averages of the same name apart, rather stay
+# than the names whole.
+_SHORT_NAME = 10
+_PARTLY = "partly: some of its BatchNorm statistics were recomputed"
 
 
 _Filled = tuple[Column, list[Cell]]
@@ -30,10 +37,33 @@ _Filled = tuple[Column, list[Cell]]
 
 @dataclass(frozen=True)
 class _Turns:
-    """In which turn columns are left out: those of metrics, by key, and that of p."""
+    """In which turn columns are left out: those of metrics, by key, and the others."""
 
     metrics: Mapping[str, int]
     p: int
+    difference: int
+    statistics: int
+
+
+def scores_text(results: Sequence[Result], task: Task, width: int | None = None) -> str:
+    """Draw some candidates' scores as plain text.
+
+    Args:
+        results: The scores, at least one, in the table's order.
+        task: The task that gave them.
+        width: In columns of a terminal; None for lines of any length, with all there is.
+    """
+    return table_text(tabulate_scores(results, task), width)
+
+
+def scores_html(results: Sequence[Result], task: Task) -> str:
+    """Draw some candidates' scores as HTML.
+
+    Args:
+        results: The scores, at least one, in the table's order.
+        task: The task that gave them.
+    """
+    return table_html(tabulate_scores(results, task))
 
 
 def tabulate_scores(results: Sequence[Result], task: Task) -> Table:
@@ -52,19 +82,19 @@ def tabulate_scores(results: Sequence[Result], task: Task) -> Table:
     best = _best(results, metrics[0])
     columns = [
         _name_column(results, best),
-        *_statistics_column(results),
+        *_statistics_column(results, turns),
         *_metric_columns(results, metrics, turns, best),
         *_comparison_columns(results, task, turns),
         (Column("passes", "number", 1), [Cell(str(result.forwards)) for result in results]),
     ]
     rows = zip(*(cells for _, cells in columns), strict=True)
-    compared = [result.versus for result in results if result.versus is not None]
+    is_compared = any(result.versus is not None for result in results)
     return Table(
         f"{results[0].metrics['n']:.0f} {task.counts}",
         tuple(column for column, _ in columns),
         tuple(Row(cells, is_best) for cells, is_best in zip(rows, best, strict=True)),
-        (*_legend(metrics[0], compared, has_best=any(best)), *_disagreements(results)),
-        f"bold Δ: p < {SIGNIFICANT}" if compared else "",
+        (*_legend(results, task, best), *_disagreements(results)),
+        f"bold Δ: p < {SIGNIFICANT}" if is_compared else "",
     )
 
 
@@ -80,7 +110,9 @@ def _turns_to_leave(metrics: Sequence[Metric]) -> _Turns:
     early += [key for key in reversed(keys) if key not in (*early, *late)]
     p = 2 + len(early)
     turns = {key: turn for turn, key in enumerate(early, 2)}
-    return _Turns(turns | {key: turn for turn, key in enumerate(late, p + 1)}, p)
+    turns |= {key: turn for turn, key in enumerate(late, p + 1)}
+    last = p + len(late)
+    return _Turns(turns, p, difference=last + 1, statistics=last + 2)
 
 
 def _best(results: Sequence[Result], metric: Metric) -> list[bool]:
@@ -101,11 +133,17 @@ def _name_column(results: Sequence[Result], best: Sequence[bool]) -> _Filled:
     return Column("candidate", "name"), cells
 
 
-def _statistics_column(results: Sequence[Result]) -> list[_Filled]:
+def _statistics_column(results: Sequence[Result], turns: _Turns) -> list[_Filled]:
     """Make the column of BatchNorm statistics; none if no candidate has any."""
     if all(result.bn == "none" for result in results):
         return []
-    return [(Column("BatchNorm"), [Cell(result.bn) for result in results])]
+    cells = [Cell(_statistics_text(result.bn)) for result in results]
+    return [(Column("BatchNorm", "text", turns.statistics, _SHORT_NAME), cells)]
+
+
+def _statistics_text(bn: str) -> str:
+    """Return the word for a candidate's statistics, short: partly, of partly recomputed."""
+    return "partly" if bn.startswith("partly") else bn
 
 
 def _metric_columns(
@@ -132,7 +170,7 @@ def _comparison_columns(results: Sequence[Result], task: Task, turns: _Turns) ->
     key = next((result.versus.metric for result in results if result.versus is not None), None)
     if key is None:
         return []
-    title, form = next(((m.title, m.form) for m in task.metrics if m.key == key), (key, ".4g"))
+    title, form = _title_and_form(key, task)
     differences, chances = [], []
     for result in results:
         if result.versus is None:
@@ -143,7 +181,7 @@ def _comparison_columns(results: Sequence[Result], task: Task, turns: _Turns) ->
         mark: Mark | None = "significant" if found.p < SIGNIFICANT else None
         differences.append(Cell(_difference_text(found, form), mark))
         chances.append(Cell(f"{found.p:.2g}", mark))
-    difference = Column(f"Δ {_bare(title)} [95 %]", "number")
+    difference = Column(f"Δ {_bare(title)} [95 %]", "number", turns.difference, _SHORT_NAME)
     return [(difference, differences), (Column("p", "number", turns.p), chances)]
 
 
@@ -156,12 +194,38 @@ def _bare(title: str) -> str:
     return title.removesuffix(" %")
 
 
-def _legend(metric: Metric, compared: Sequence[Versus], *, has_best: bool) -> list[str]:
-    lines = [f"*: the best {_bare(metric.title)}"] if has_best else []
+def _legend(results: Sequence[Result], task: Task, best: Sequence[bool]) -> list[str]:
+    """Say which candidate is the best, and what the columns mean."""
+    lines = []
+    if any(best):
+        winners = [result for result, is_best in zip(results, best, strict=True) if is_best]
+        names = first_few([result.candidate.name for result in winners])
+        difference = _winners_difference(winners, results, task)
+        lines.append(f"{BEST} best by {_bare(task.metrics[0].title)}: {names}{difference}")
+    compared = [result.versus for result in results if result.versus is not None]
     if compared:
         test = _TESTS[compared[0].difference.test]
         lines.append(f"Δ: less {compared[0].reference} on the same samples; {test}")
+    if any(_statistics_text(result.bn) == "partly" for result in results):
+        lines.append(_PARTLY)
     return lines
+
+
+def _winners_difference(winners: Sequence[Result], results: Sequence[Result], task: Task) -> str:
+    """Say how the best candidate differs from the reference; nothing where there are several."""
+    versus = winners[0].versus
+    if len(winners) > 1 or versus is None:
+        return ""
+    is_last = any(r.candidate.last and r.candidate.name == versus.reference for r in results)
+    reference = "the last checkpoint" if is_last else versus.reference
+    title, form = _title_and_form(versus.metric, task)
+    what = "Δ" if versus.metric == task.metrics[0].key else f"Δ {_bare(title)}"
+    return f"; {what} to {reference} {_difference_text(versus.difference, form)}"
+
+
+def _title_and_form(key: str, task: Task) -> tuple[str, str]:
+    """Return the title of a metric and how its values are written."""
+    return next(((m.title, m.form) for m in task.metrics if m.key == key), (key, ".4g"))
 
 
 def _disagreements(results: Sequence[Result]) -> list[str]:

@@ -7,7 +7,7 @@ import pytest
 from ckptavg.candidates import Candidate
 from ckptavg.evidence import Difference
 from ckptavg.results import Result, Versus
-from ckptavg.score_table import tabulate_scores
+from ckptavg.score_table import scores_html, scores_text, tabulate_scores
 from ckptavg.tasks import Metric, Task
 from ckptavg.tasks.classification import Classification
 from ckptavg.tasks.language import CausalLM
@@ -25,6 +25,10 @@ def result(name, bn="own", *, p=None, forwards=1, metric="top1", **metrics):
 
 def scores(top1, top5=99.0, nll=0.5, ece=0.01):
     return {"top1": top1, "top5": top5, "nll": nll, "ece": ece}
+
+
+def first_title(task):
+    return task.metrics[0].title
 
 
 def titles(table):
@@ -49,7 +53,7 @@ def test_a_difference_and_its_interval_share_a_cell():
          "1"],
     ]  # fmt: skip
     assert table.legend == (
-        "*: the best top-1",
+        "* best by top-1: a; Δ to last +1.50 [+0.46, +2.55]",
         "Δ: less last on the same samples; p: McNemar's exact test",
     )
     assert table.significance == "bold Δ: p < 0.05"
@@ -83,7 +87,8 @@ def test_the_best_by_the_first_metric_are_marked(values, best, higher):
               for j, cell in enumerate(row.cells) if cell.mark == "best"]  # fmt: skip
     assert marked == [(i, titles(table).index(name)) for i in expected
                       for name in ("candidate", "x")]  # fmt: skip
-    assert ("*: the best x" in table.legend) is bool(expected)
+    best_names = ", ".join(map(str, expected))
+    assert table.legend == ((f"* best by x: {best_names}",) if expected else ())
 
 
 def test_only_what_chance_rarely_does_is_marked_as_significant():
@@ -108,9 +113,9 @@ def test_columns_that_say_nothing_are_left_out():
 @pytest.mark.parametrize(
     ("task", "metrics", "order"),
     [
-        (Classification(), scores(1), ["passes", "top-5 %", "ECE", "p", "NLL"]),
+        (Classification(), scores(1), ["passes", "top-5 %", "ECE", "p", "NLL", "Δ top-1 [95 %]"]),
         (CausalLM(), {"nll": 1, "perplexity": 2, "accuracy": 3},
-         ["passes", "accuracy %", "perplexity", "p"]),
+         ["passes", "accuracy %", "perplexity", "p", "Δ NLL [95 %]"]),
     ],
 )  # fmt: skip
 def test_columns_leave_in_turn_and_the_first_metric_stays(task, metrics, order):
@@ -118,8 +123,9 @@ def test_columns_leave_in_turn_and_the_first_metric_stays(task, metrics, order):
     results = [result(name, p=0.5, metric=first, **metrics) for name in "ab"]
     columns = tabulate_scores(results, task).columns
     leaving = sorted((column for column in columns if column.leaves), key=lambda c: c.leaves)
-    assert [column.title for column in leaving] == order
-    assert [column.title for column in columns if not column.leaves][-1].startswith("Δ ")
+    assert [column.title for column in leaving] == [*order, "BatchNorm"]
+    staying = [column.title for column in columns if not column.leaves]
+    assert staying == ["candidate", first_title(task)]
 
 
 def test_an_ensemble_says_how_often_its_members_differ():
@@ -128,3 +134,73 @@ def test_an_ensemble_says_how_often_its_members_differ():
     table = tabulate_scores([result("a", **scores(49)), told], Classification())
     assert texts(table)[1][-1] == "2"
     assert table.legend[-1] == "both: two of its members differ on 12.50 % of the samples"
+
+
+def test_the_winners_line_says_what_was_compared_with_what():
+    last = Candidate("epoch_9.pt (last)", "checkpoint", (None,), (1,), last=True)
+    found = Difference(-0.25, -0.5, -0.125, 0.001, "bootstrap", 100)
+    versus = Versus(last.name, "nll", found)
+    results = [Result(last, {"n": 9, **scores(1)}, "own"),
+               Result(result("a").candidate, {"n": 9, **scores(2)}, "own", versus)]  # fmt: skip
+    line = tabulate_scores(results, Classification()).legend[0]
+    assert line == ("* best by top-1: a; Δ NLL to the last checkpoint -0.2500 [-0.5000, -0.1250]")
+    results[0] = Result(last, {"n": 9, **scores(3)}, "own")
+    line = tabulate_scores(results, Classification()).legend[0]
+    assert line == "* best by top-1: epoch_9.pt (last)"
+
+
+def test_of_equals_none_is_said_to_differ():
+    results = [result("last", **scores(1)), *(result(n, p=0.1, **scores(2)) for n in "abcde")]
+    line = tabulate_scores(results, Classification()).legend[0]
+    assert line == "* best by top-1: a, b, c and 2 more"
+
+
+def test_partly_recomputed_statistics_have_a_short_word():
+    for word in ("partly", "partly recomputed"):
+        results = [result("a", **scores(1)), result("b", word, **scores(1))]
+        table = tabulate_scores(results, Classification())
+        assert texts(table)[1][1] == "partly"
+        assert table.legend == ("partly: some of its BatchNorm statistics were recomputed",)
+
+
+RESULTS = [
+    result("epoch_160.pt (last)", **scores(50)),
+    result("average of 12 (uniform)", "stale", p=0.5, **scores(49.5)),
+    result("average of 12 (uniform)", "recomputed", p=1.7e-10, **scores(52.5)),
+]
+
+
+@pytest.mark.parametrize("width", [24, 30, 40, 50, 60, 70, 80, 90, 100, 110, 120])
+def test_at_any_width_each_row_is_a_line_and_numbers_are_whole(width):
+    lines = scores_text(RESULTS, Classification(), width).splitlines()
+    assert all(len(line) <= width for line in lines)
+    head, rows = lines[1], lines[3:6]
+    assert [next(word for word in row.split() if word[2:3] == ".") for row in rows] == [
+        "50.00", "49.50", "52.50",
+    ]  # fmt: skip
+    has_difference = "Δ top-1 [95 %]" in head
+    assert has_difference is (width >= 60)
+    assert ["+1.50 [+0.46, +2.55]" in row for row in rows] == [False, *2 * [has_difference]]
+    assert lines[6].startswith("* best by top-1: ")
+
+
+def test_with_room_enough_all_there_is_is_shown():
+    wide = scores_text(RESULTS, Classification(), 120)
+    assert wide == scores_text(RESULTS, Classification(), None)
+    assert wide.splitlines()[5] == (
+        "* average of 12 (uniform)  recomputed    52.50    99.00  0.5000  0.0100  "
+        "+1.50 [+0.46, +2.55]  1.7e-10       1"
+    )
+    narrow = scores_text(RESULTS, Classification(), 80).splitlines()
+    assert narrow[5] == (
+        "* average of 12 (uniform)  recomputed    52.50  0.5000  +1.50 [+0.46, +2.55]"
+    )
+    assert narrow[-1] == "not shown at this width: top-5 %, ECE, p, passes"
+
+
+def test_html_has_every_candidate_and_what_is_bold():
+    drawn = scores_html(RESULTS, Classification())
+    assert drawn.count("<tr>") == 4
+    assert "<b>1.7e-10</b>" in drawn
+    assert "<b>0.5</b>" not in drawn
+    assert "bold Δ: p &lt; 0.05" in drawn
