@@ -76,7 +76,8 @@ def evaluate(
         train_loader: Training data, as a Dataset or a loader, for averages with ``recompute``.
         task: How to call the model and what to compute; image classification where None.
         device: ``auto``, ``cpu``, ``cuda[:N]``, ``mps``; the model's own where None.
-        forward: ``forward(model, inputs)``, in place of the task's.
+        forward: ``forward(model, batch)`` runs a model on a batch as the loader gives it, of either
+            data; the task's own way where None.
         amp: ``off``, ``bf16`` or ``fp16``.
         batch_size: Of a Dataset; the task's own where None, 128 for images.
         workers: Processes that load a Dataset.
@@ -152,7 +153,7 @@ def score(
     session = _Session(
         candidates, undistributed(model), runtime, task or Classification(), peers or Alone()
     )
-    session.forward = forward or session.task.forward
+    session.forward = forward
     session.progress = progress or session.progress
     session.keep_nonfinite = keep_nonfinite
     with heap.kept(runtime.device):
@@ -175,7 +176,7 @@ class _Session:
         self.runtime = runtime
         self.task = task
         self.peers = Together(peers)
-        self.forward: Forward = task.forward
+        self.forward: Forward | None = None
         self.progress: Progress = lambda *_: None
         self.keep_nonfinite = False
         self.networks = Networks(candidates)
@@ -245,7 +246,9 @@ class _Session:
         return counted(batches, functools.partial(self.progress, phase), self.peers)
 
     def _forward_on_batch(self, model: nn.Module, batch: Any) -> Any:
-        return self.forward(model, self.task.inputs(batch))
+        if self.forward is not None:
+            return self.forward(model, batch)
+        return self.task.forward(model, self.task.inputs(batch))
 
     def _score(self, group: Sequence[Network], batches: Any) -> None:
         """One pass over the data, which must be the same in every pass."""
@@ -259,7 +262,8 @@ class _Session:
             if self.fingerprints and self.fingerprints[number : number + 1] != found[-1:]:
                 raise _another_order()
             inputs, targets = self.task.split(batch.here)
-            parts = _Parts(number, self.channels.arrange(inputs), targets, given)
+            wanted = inputs if self.forward is None else batch.here
+            parts = _Parts(number, self.channels.arrange(wanted), targets, given)
             for network in group:
                 self._score_batch(network, parts, soundness)
             for board in self.boards:
@@ -271,9 +275,11 @@ class _Session:
         self.fingerprints = found
 
     def _score_batch(self, network: Network, batch: _Parts, soundness: Soundness) -> None:
+        run = self.forward or self.task.forward
+
         def forward(inputs: Any) -> Any:
             with self.runtime.autocast():
-                return self.forward(network.model, inputs)
+                return run(network.model, inputs)
 
         with torch.inference_mode():
             outputs = self.channels.run(forward, network.model, batch.inputs)
@@ -342,7 +348,7 @@ class _Parts:
 
     Attributes:
         number: Which it is.
-        inputs: On the device.
+        inputs: What the forward function gets, on the device.
         targets: On the device.
         given: The targets as the loader gave them.
     """

@@ -63,6 +63,35 @@ def find_factory(home: str, name: str) -> Callable[..., Any]:
     return factory
 
 
+def find_forward(spec: str) -> Callable[..., Any]:
+    """The function ``fn(model, batch)`` that a specification names.
+
+    Raises:
+        UsageError: It has no colon, or nothing on one of its sides.
+        SpecError: It cannot be found, or does not take a model and a batch.
+    """
+    home, name = split_spec(spec, "path/file.py:function or package.module:function")
+    function = find_factory(home, name)
+    if inspect.isclass(function) or not _takes(function, 2):
+        takes = ", ".join(parameters_of(function))
+        raise SpecError(
+            f"{spec} is expected to be a function of a model and a batch but takes ({takes})",
+            "Define it as fn(model, batch), which returns what the model returns.",
+        )
+    return function
+
+
+def _takes(function: Callable[..., Any], count: int) -> bool:
+    """Whether a callable takes so many positional arguments, as far as it tells."""
+    try:
+        inspect.signature(function).bind(*range(count))
+    except TypeError:
+        return False
+    except ValueError:  # compiled, for instance
+        return True
+    return True
+
+
 def _module(name: str) -> ModuleType:
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)

@@ -435,8 +435,8 @@ def test_unusual_inputs_go_through_a_forward_of_the_users(checkpoints, states):
     def wrapped(x):
         return [(SimpleNamespace(image=some), y) for some, y in batches(x=x)]
 
-    def forward(model, inputs):
-        return model(inputs.image)
+    def forward(model, batch):
+        return model(batch[0].image)
 
     (result,) = evaluate(checkpoints[:1], Net(), wrapped(X), forward=forward)
     assert_scores(result, probabilities(states[0]))
@@ -446,10 +446,10 @@ def test_unusual_inputs_go_through_a_forward_of_the_users(checkpoints, states):
     "train", [list(TRAIN.split(16)), [(x, torch.zeros(len(x))) for x in TRAIN.split(16)]]
 )
 def test_the_forward_of_the_users_runs_the_training_data_too(checkpoints, states, train):
-    """Training batches may be inputs alone, or have labels as the evaluation data do."""
+    """It gets whole batches, which may be inputs alone when nothing is scored."""
 
-    def forward(model, inputs):
-        return model(inputs["image"])
+    def forward(model, batch):
+        return model((batch[0] if isinstance(batch, tuple) else batch)["image"])
 
     def unusual(batch):
         x, *labels = batch if isinstance(batch, tuple) else (batch,)

@@ -445,7 +445,7 @@ def test_a_model_with_another_number_of_classes_does_not_fit(candidates):
 
 def test_outputs_of_fewer_classes_than_labels_are_an_error(candidates):
     with pytest.raises(EvaluationError, match="label 2, but the model has 2 classes"):
-        run(candidates, forward=lambda model, x: model(x)[:, :2])
+        run(candidates, forward=lambda model, batch: model(batch[0])[:, :2])
 
 
 def test_batches_without_labels_are_an_error(candidates):
@@ -459,7 +459,8 @@ def test_batches_without_labels_are_an_error(candidates):
 )  # fmt: skip
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_outputs_that_are_not_finite_name_their_network(checkpoints, data, bad, value):
-    def forward(model, x):
+    def forward(model, batch):
+        x = batch[0]
         outputs = model(x)
         return outputs + value if len(x) == bad and int(model.tag) in (3, 5) else outputs
 

@@ -128,10 +128,12 @@ def _scored(
     from ckptavg import evaluation  # noqa: PLC0415
     from ckptavg.cli.sources import (  # noqa: PLC0415
         evaluation_data,
+        forward,
         model_and_runtime,
         training_data,
     )
 
+    own = forward(settings)
     model, runtime = model_and_runtime(settings, task)
     training = None
     if any(candidate.recompute for candidate in keeper.missing):
@@ -139,7 +141,8 @@ def _scored(
     data = evaluation_data(settings, runtime, processes)
     with report.samples_progress() as progress:
         scored = evaluation.score(
-            keeper.missing, model, data, runtime, training, task=task, progress=progress,
+            keeper.missing, model, data, runtime, training, task=task, forward=own,
+            progress=progress,
             keep_nonfinite=settings["on_nonfinite"] == "keep", peers=processes,
             on_results=keeper.keep_so_far,
         )  # fmt: skip

@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 log = logging.getLogger("ckptavg")
 
 _DECISIVE = (
-    "model_spec", "model_arg", "data", "data_arg", "task", "amp", "batch_size", "seed",
+    "model_spec", "model_arg", "data", "data_arg", "task", "forward", "amp", "batch_size",
+    "seed",
 )  # fmt: skip
 _OF_AVERAGES = ("include", "exclude", "base", "dtype", "on_nonfinite")
 _OF_STATISTICS = ("train_data", "train_data_arg", "bn_samples")
-_SPECIFICATIONS = ("model_spec", "data", "task", "train_data")
+_SPECIFICATIONS = ("model_spec", "data", "task", "forward", "train_data")
 _ARGUMENTS = ("data_arg", "train_data_arg")  # which may name a transform
 
 

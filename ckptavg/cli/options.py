@@ -239,6 +239,11 @@ loader_options = together(
         help="image-classification, causal-lm, multi-label, regression or file.py:Task.  "
         "[default: causal-lm for text, else image-classification]",
     ),
+    option(
+        _RUN, "--forward", metavar="file.py:fn",
+        help="fn(model, batch) runs the model on a batch as the data gives it.  "
+        "[default: what of the batch the model's forward names]",
+    ),
 )  # fmt: skip
 
 

@@ -9,7 +9,8 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from ckptavg import sources
-from ckptavg.batches import Batches
+from ckptavg.batches import Batches, Forward
+from ckptavg.factories import find_forward
 from ckptavg.loaders import Progress, Subset, open_loader, share
 from ckptavg.processes import Alone, Peers
 from ckptavg.refresh import Pass
@@ -27,10 +28,16 @@ def model_and_runtime(settings: Mapping[str, Any], kind: Task) -> tuple[nn.Modul
     return model, Runtime.on(settings["device"], model, **options)
 
 
+def forward(settings: Mapping[str, Any]) -> Forward | None:
+    """The function that ``--forward`` names."""
+    return find_forward(settings["forward"]) if settings["forward"] else None
+
+
 def task(settings: Mapping[str, Any]) -> Task:
     """What ``--task`` names, or what the data is for."""
-    data = settings.get("data") or settings["train_data"]
-    return make_task(settings["task"] or usual_task(data))
+    scored = settings.get("data")
+    data = scored or settings["train_data"]
+    return make_task(settings["task"] or usual_task(data), scoring=scored is not None)
 
 
 def training_data(
@@ -47,13 +54,14 @@ def statistics_pass(
 ) -> Pass:
     """How ``--model`` and ``--train-data`` recompute statistics."""
     kind = task(settings)
+    own = forward(settings)
     model, runtime = model_and_runtime(settings, kind)
     training = training_data(settings, runtime, processes)
     return Pass(
         model,
         training,
         runtime,
-        lambda model, batch: kind.forward(model, kind.inputs(batch)),
+        own or (lambda model, batch: kind.forward(model, kind.inputs(batch))),
         progress,
         processes or Alone(),
     )

@@ -19,8 +19,12 @@ _NAMED = {
 _TEXT = ("text:", "tokens:")
 
 
-def make_task(spec: str) -> Task:
+def make_task(spec: str, *, scoring: bool = True) -> Task:
     """The task of a name, or of a user's own class as ``path/file.py:Task``.
+
+    Args:
+        spec: The name or the class.
+        scoring: False where the task only calls models, and needs no metrics.
 
     Raises:
         UsageError: There is no such name.
@@ -36,7 +40,7 @@ def make_task(spec: str) -> Task:
             f"task is expected to be one of {', '.join(_NAMED)}, or path/file.py:Task, "
             f"but got {spec!r}"
         )
-    return _checked(spec, made)
+    return _checked(spec, made, scoring=scoring)
 
 
 def usual_task(data: str) -> str:
@@ -44,12 +48,14 @@ def usual_task(data: str) -> str:
     return "causal-lm" if data.startswith(_TEXT) else USUAL
 
 
-def _checked(spec: str, made: Any) -> Task:
+def _checked(spec: str, made: Any, *, scoring: bool) -> Task:
     if not isinstance(made, Task):
         raise SpecError(
             f"{spec} is expected to give a ckptavg.tasks.Task but gives a {type(made).__name__}",
             "Make it a subclass.",
         )
+    if not scoring:
+        return made
     if not made.metrics:
         raise SpecError(f"{spec} has no metrics", "Name them: metrics = (Metric(...),).")
     needed = [n for n in ("predict", "scores") if getattr(type(made), n) is getattr(Task, n)]
