@@ -32,6 +32,8 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.progress import Progress, TaskID
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
@@ -115,6 +117,19 @@ def cyclical(step: int) -> float:
     return (1 - t) * 0.1 + t * 0.005
 
 
+class EpochBar:
+    """A progress bar of all trainings together, counted in epochs."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        trained = EPOCHS + 2 * (EPOCHS - START)
+        self.task: TaskID = progress.add_task("Training (epochs)", total=trained)
+
+    def advance(self) -> None:
+        """Count one more epoch."""
+        self.progress.advance(self.task)
+
+
 class Training:
     """A network, its optimizer and how far they have come."""
 
@@ -127,7 +142,7 @@ class Training:
         )
         self.epoch = 0
 
-    def run(self, epochs: int, schedule: Callable[[int], float]) -> None:
+    def run(self, epochs: int, schedule: Callable[[int], float], bar: EpochBar) -> None:
         """Train up to the epoch ``epochs``, at the learning rate of each step."""
         images, labels, _, _ = split()
         views = shifted(images)
@@ -141,6 +156,7 @@ class Training:
                 self.optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 self.optimizer.step()
+            bar.advance()
         self.epoch = epochs
 
     def save(self, path: Path) -> None:
@@ -154,20 +170,20 @@ class Training:
         torch.save(checkpoint, path)
 
 
-def train(out: Path, seed: int) -> None:
+def train(out: Path, seed: int, bar: EpochBar) -> None:
     """Leave sgd.pt and the checkpoints of both trajectories in ``out``."""
     torch.set_num_threads(1)  # a network this small has nothing to share out
     sgd = Training(seed)
-    sgd.run(START, conventional)
+    sgd.run(START, conventional, bar)
     start = copy.deepcopy(sgd)
-    sgd.run(EPOCHS, conventional)
+    sgd.run(EPOCHS, conventional, bar)
     sgd.save(out / "sgd.pt")
     for schedule in (constant, cyclical):
         directory = out / schedule.__name__
         directory.mkdir(exist_ok=True)
         trajectory = copy.deepcopy(start)
         for epoch in range(START + CYCLE, EPOCHS + 1, CYCLE):
-            trajectory.run(epoch, schedule)
+            trajectory.run(epoch, schedule, bar)
             trajectory.save(directory / f"epoch_{epoch:03d}.pt")
 
 
@@ -207,7 +223,8 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     print(f"Training: {EPOCHS} epochs of SGD, then both trajectories ...", flush=True)
     began = time.perf_counter()
-    train(options.out, options.seed)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        train(options.out, options.seed, EpochBar(progress))
     print(f"{time.perf_counter() - began:.0f} s; checkpoints are in {options.out.resolve()}")
     average_and_compare(options.out)
 
