@@ -15,6 +15,7 @@ from ckptavg.cli.help import GroupedCommand
 from ckptavg.errors import NonFiniteError, UsageError
 from ckptavg.report import Report, counted, number_text, size_text
 from ckptavg.rules import Rules
+from ckptavg.runs.numbered import short_names
 
 if TYPE_CHECKING:
     import torch
@@ -242,17 +243,15 @@ def _note_order(given: tuple[str, ...], ordered: list[str]) -> None:
 
 
 def _show_plan(report: Report, planned: Average, name: str) -> None:
-    rows = [
-        (
-            str(checkpoint.path),
-            number_text(checkpoint.step),
-            number_text(checkpoint.record.lr),
-            f"{coefficient:.6g}",
-        )
-        for checkpoint, coefficient in zip(
-            planned.plan.checkpoints, planned.plan.coefficients, strict=True
-        )
-    ]
+    """Show the checkpoints of an average; a checkpoint's name is its path within the run."""
+    checkpoints = planned.plan.checkpoints
+    names = short_names([checkpoint.path for checkpoint in checkpoints])
+    rows = []
+    for short, checkpoint, coefficient in zip(
+        names, checkpoints, planned.plan.coefficients, strict=True
+    ):
+        step, lr = number_text(checkpoint.step), number_text(checkpoint.record.lr)
+        rows.append((short, step, lr, f"{coefficient:.6g}"))
     of = f"{name}: " if name else ""
     title = f"{of}{counted(len(rows), 'checkpoint')}, {planned.scheme.text}"
     report.table(("checkpoint", "step", "LR", "coefficient"), rows, title=title)
