@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -24,17 +23,26 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
-from rich.table import Table
 from rich.text import Text
+from rich.theme import Theme
 
 from ckptavg.display import printable, step_text
 from ckptavg.json_text import json_text
 from ckptavg.lasting_stream import LastingStream
+from ckptavg.table_layout import Line, lay_out, wrap_note
+from ckptavg.tables import Column, Table, rows_of_texts
 
-_WIDE = 240  # columns where nothing is a terminal, so that no cell is folded
-_NAME = 40  # characters of a name that is shown whole, whatever room that leaves to numbers
 _COUNT = 1e3
 _NUMBER = re.compile(r"–||-?\d[\d.,e+-]*( [kMGT]?B)?|-?inf|nan")
+_PROSE = 24  # characters of a cell that may go on in further lines, if it has several words
+# Both read on white and on black: these have a contrast of 4 or more with either ...
+_MANY_COLORS = {"best": "color(29)", "note": "color(31)", "warning": "color(130)"}
+# ... and these are what 16 colors have to offer, whichever shades a terminal makes of them.
+_FEW_COLORS = {"best": "magenta", "note": "magenta", "warning": "red"}
+_WEIGHTS = {"title": "bold", "head": "bold", "significant": "bold"}
+_OF_PROGRESS = {"download": "best", "remaining": "note", "data.speed": "warning"}
+# What an encoding such as ASCII has instead of the characters of a table.
+_PLAIN = str.maketrans("─…–Δ", "-~-d")
 
 
 class Report:
@@ -80,39 +88,42 @@ class Report:
         self, columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = ""
     ) -> None:
         """A table on stdout; columns of numbers are set flush right. Nothing with ``as_json``."""
+        self.draw(Table(title, _columns(columns, rows), rows_of_texts(rows)))
+
+    def draw(self, table: Table) -> None:
+        """A table on stdout, as wide as the terminal. Nothing with ``as_json``."""
         if self.as_json:
             return
-        if title:
-            self._out.print(Text(printable(title), "bold"), soft_wrap=True)
-        drawn = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-        for i, name in enumerate(columns):
-            right = bool(rows) and all(_is_number(row[i]) for row in rows)
-            whole = not i and max((len(row[0]) for row in rows), default=0) <= _NAME
-            drawn.add_column(
-                Text(printable(name)),
-                justify="right" if right else "left",
-                overflow="fold",
-                no_wrap=whole,
-            )
-        for row in rows:
-            drawn.add_row(*(Text(printable(cell)) for cell in row))
-        self._out.print(drawn)
-        self._out.print()
+        has_bold = self._out.color_system is not None
+        for line in lay_out(table, _width(self._out), has_bold=has_bold):
+            self._out.print(self._styled(line), soft_wrap=True)
+        self.line("")
+
+    def _styled(self, line: Line) -> Text:
+        is_plain = not _has_unicode(self._out)
+        styles = _styles(self._out)
+        text = Text()
+        for piece in line:
+            shown = piece.text.translate(_PLAIN) if is_plain else piece.text
+            text.append(shown, styles.get(piece.style or "", ""))
+        return text
 
     def line(self, text: str) -> None:
         """A line on stdout. Nothing with ``as_json``."""
-        if not self.as_json:
-            self._out.print(Text(printable(text)), soft_wrap=True)
+        if self.as_json:
+            return
+        for line in wrap_note(printable(text), _width(self._out)):
+            self._out.print(Text(line), soft_wrap=True)
 
     def remark(self, text: str) -> None:
         """A line on stderr, however quiet the command is to be."""
-        self._err.print(Text(printable(text)), soft_wrap=True)
+        for line in wrap_note(printable(text), _width(self._err)):
+            self._err.print(Text(line), soft_wrap=True)
 
     def result(self, value: Any) -> None:
         """The result as JSON on stdout, with ``as_json``."""
         if self.as_json:
-            unicode = (self._out.encoding or "utf-8").startswith("utf")
-            self._out.file.write(json_text(value, ascii_only=not unicode))
+            self._out.file.write(json_text(value, ascii_only=not _has_unicode(self._out)))
             self._out.file.flush()
 
     @contextmanager
@@ -180,25 +191,70 @@ def _is_number(cell: str) -> bool:
     return bool(_NUMBER.fullmatch(cell))
 
 
+def _columns(titles: Sequence[str | Column], rows: Sequence[Sequence[str]]) -> tuple[Column, ...]:
+    """Make columns of titles, each of the kind that its cells are of."""
+    columns = []
+    for i, title in enumerate(titles):
+        if isinstance(title, Column):
+            columns.append(title)
+            continue
+        cells = [row[i] for row in rows]
+        if rows and all(map(_is_number, cells)):
+            columns.append(Column(title, "number"))
+        elif any(len(cell) > _PROSE and " " in cell for cell in cells) and i:
+            columns.append(Column(title, "prose"))
+        else:
+            columns.append(Column(title, "text" if i else "name"))
+    return tuple(columns)
+
+
+def _width(console: Console) -> int | None:
+    """Return the width of a terminal; None where lines may be of any length."""
+    return console.width if console.is_terminal else None
+
+
+def _has_unicode(console: Console) -> bool:
+    return (console.encoding or "utf-8").startswith("utf")
+
+
+def _styles(console: Console) -> dict[str, str]:
+    """Return the styles of what stands out, as far as a terminal has colors."""
+    few = console.color_system in (None, "standard", "windows")
+    return _WEIGHTS | (_FEW_COLORS if few else _MANY_COLORS)
+
+
 def _console(stream: Any) -> Console:
     console = Console(file=stream, highlight=False)
-    if not console.is_terminal:
-        console.width = _WIDE
-    return console
+    if stream.isatty():
+        styles = _styles(console)
+        theme = Theme({f"progress.{name}": styles[word] for name, word in _OF_PROGRESS.items()})
+        return Console(file=stream, highlight=False, theme=theme)
+    # Forced colors (FORCE_COLOR) make a terminal of a pipe, which has no width and no progress.
+    colors: Any = console.color_system
+    return Console(file=stream, highlight=False, force_terminal=False, color_system=colors)
 
 
 class _NoteHandler(logging.Handler):
-    """Prints the library's notes, one line each."""
+    """Prints the library's notes, each once."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
         self._console = console
+        self._told: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        serious = record.levelno >= logging.WARNING
-        word, style = ("warning", "yellow") if serious else ("note", "cyan")
-        text = Text.assemble((f"{word}: ", style), record.getMessage())
+        word = "warning" if record.levelno >= logging.WARNING else "note"
+        told = f"{word}: {record.getMessage()}"
+        if told in self._told:
+            return
+        self._told.add(told)
+        first, *others = wrap_note(told, _width(self._console))
+        text = Text.assemble(
+            (f"{word}:", _styles(self._console)[word]), first.removeprefix(f"{word}:")
+        )
         self._console.print(text, soft_wrap=True)
+        for line in others:
+            self._console.print(Text(line), soft_wrap=True)
 
 
 class _Rate(ProgressColumn):

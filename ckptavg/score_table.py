@@ -199,7 +199,7 @@ def _legend(results: Sequence[Result], task: Task, best: Sequence[bool]) -> list
     lines = []
     if any(best):
         winners = [result for result, is_best in zip(results, best, strict=True) if is_best]
-        names = first_few([result.candidate.name for result in winners])
+        names = first_few([_name_alone(result, results) for result in winners])
         difference = _winners_difference(winners, results, task)
         lines.append(f"{BEST} best by {_bare(task.metrics[0].title)}: {names}{difference}")
     compared = [result.versus for result in results if result.versus is not None]
@@ -209,6 +209,13 @@ def _legend(results: Sequence[Result], task: Task, best: Sequence[bool]) -> list
     if any(_statistics_text(result.bn) == "partly" for result in results):
         lines.append(_PARTLY)
     return lines
+
+
+def _name_alone(result: Result, results: Sequence[Result]) -> str:
+    """Name a candidate apart from others of its name, which have other statistics."""
+    name = result.candidate.name
+    count = sum(other.candidate.name == name for other in results)
+    return name if count == 1 else f"{name}, {result.bn}"
 
 
 def _winners_difference(winners: Sequence[Result], results: Sequence[Result], task: Task) -> str:

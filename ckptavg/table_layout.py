@@ -31,7 +31,7 @@ class Piece:
 Line = tuple[Piece, ...]
 
 
-def lay_out(table: Table, width: int | None) -> list[Line]:
+def lay_out(table: Table, width: int | None, *, has_bold: bool = False) -> list[Line]:
     """Lay a table out in lines.
 
     Where the width is short, columns leave in their turns, names are shortened in the middle and
@@ -41,6 +41,7 @@ def lay_out(table: Table, width: int | None) -> list[Line]:
     Args:
         table: The content.
         width: In columns of a terminal; None for lines of any length, with all there is.
+        has_bold: True where what is significant will be bold.
     """
     table = _make_printable(table)
     fitted, left_out = (table, []) if width is None else _leave_out(table, width)
@@ -54,8 +55,12 @@ def lay_out(table: Table, width: int | None) -> list[Line]:
         for row in shown.rows:
             lines += _row_lines(row, shown, rooms)
     below = list(table.legend)
+    if has_bold and table.significance:
+        below.append(table.significance)
     if left_out:
         below.append(f"not shown at this width: {', '.join(left_out)}")
+    if table.rows and below:
+        lines.append((Piece(""),))
     lines += [(Piece(text),) for line in below for text in wrap_note(line, width)]
     return lines
 

@@ -14,10 +14,12 @@ import torch
 from click.testing import CliRunner
 from helpers import save
 from rich.console import Console
+from rich.text import Text
 
 from ckptavg.cli import main
 from ckptavg.errors import OutputError
 from ckptavg.report import Report, number_text, rate_text, size_text
+from ckptavg.tables import Cell, Column, Row, Table
 
 
 def report(*, terminal: bool = False, **options: object) -> tuple[Report, io.StringIO, io.StringIO]:
@@ -29,13 +31,81 @@ def report(*, terminal: bool = False, **options: object) -> tuple[Report, io.Str
     return Report(stdout=consoles[0], stderr=consoles[1], **options), out, err  # type: ignore[arg-type]
 
 
+def plain(file: io.StringIO) -> str:
+    return Text.from_ansi(file.getvalue()).plain
+
+
 def test_a_table_keeps_brackets_and_sets_numbers_flush_right() -> None:
     drawn, out, _ = report()
     drawn.table(("name", "value"), [("[red]a[/red]", "5"), ("b", "10")], title="two [rows]")
     lines = out.getvalue().splitlines()
     assert lines[0] == "two [rows]"
-    assert lines[3] == "[red]a[/red]       5"
-    assert lines[4] == "b                 10"
+    assert lines[3] == "[red]a[/red]      5"
+    assert lines[4] == "b                10"
+
+
+def test_a_table_is_as_wide_as_the_terminal_and_endless_elsewhere() -> None:
+    rows = [(f"a_run/checkpoint-{n:03}", "w" * 30, "is left out since it repeats another") for n in
+            range(9)]  # fmt: skip
+    drawn, out, _ = report(terminal=True)
+    drawn.table(("name", "text", "why"), rows * 2)
+    assert max(map(len, plain(out).splitlines())) <= 100
+    drawn, out, _ = report()
+    drawn.table(("name", "text", "why"), [(f"{name}/{'x' * 300}", w, why) for name, w, why in rows])
+    assert len(out.getvalue().splitlines()) == 2 + len(rows) + 1
+
+
+def test_what_is_best_and_significant_stands_out() -> None:
+    columns = (Column("name", "name"), Column("Δ", "number"))
+    rows = (Row((Cell("a"), Cell("1"))), Row((Cell("b", "best"), Cell("2", "significant")), True))
+    drawn, out, _ = report(terminal=True)
+    drawn.draw(Table("", columns, rows, significance="bold Δ: p < 0.05"))
+    assert "\x1b[35mb" in out.getvalue()
+    assert "\x1b[1m2\x1b[0m" in out.getvalue()
+    assert plain(out).splitlines()[2:] == ["  a     1", "* b     2", "", "bold Δ: p < 0.05", ""]
+    drawn, out, _ = report()
+    drawn.draw(Table("", columns, rows, significance="bold Δ: p < 0.05"))
+    assert out.getvalue().splitlines()[2:] == ["  a     1", "* b     2", ""]
+
+
+def test_forced_colors_make_no_terminal_of_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FORCE_COLOR", "COLUMNS"):
+        monkeypatch.setenv(name, "40")
+    out, err = io.StringIO(), io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    drawn = Report()
+    drawn.table(("name",), [("x" * 300,)], title="t " * 200)
+    with drawn.notes(), drawn.samples_progress() as progress:
+        logging.getLogger("ckptavg").info("a b " * 100)
+        progress("BatchNorm", 1, 2)
+    assert len(out.getvalue().splitlines()) == 5
+    assert "\x1b[1m" in out.getvalue()
+    assert len(err.getvalue().splitlines()) == 1
+    assert "BatchNorm" not in err.getvalue()
+
+
+def test_a_table_needs_no_unicode(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    Report().table(("a",), [("–",)])
+    assert out.buffer.getvalue().decode().splitlines() == ["a", "-", "-", ""]  # type: ignore[attr-defined]
+
+
+def test_notes_break_no_word_and_come_once() -> None:
+    text = "layers.8.num_batches_tracked differs between checkpoints: it is the last one's, " * 2
+    drawn, _, err = report(terminal=True)
+    with drawn.notes():
+        for _ in range(2):
+            logging.getLogger("ckptavg").info(text.strip())
+    lines = plain(err).splitlines()
+    assert len(lines) == 2
+    assert " ".join(line.strip() for line in lines) == f"note: {text.strip()}"
+    assert lines[1].startswith("  ")
+    drawn, _, err = report()
+    with drawn.notes():
+        logging.getLogger("ckptavg").info(text.strip())
+    assert err.getvalue() == f"note: {text.strip()}\n"
 
 
 def test_json_replaces_tables() -> None:

@@ -181,7 +181,7 @@ def test_at_any_width_each_row_is_a_line_and_numbers_are_whole(width):
     has_difference = "Δ top-1 [95 %]" in head
     assert has_difference is (width >= 60)
     assert ["+1.50 [+0.46, +2.55]" in row for row in rows] == [False, *2 * [has_difference]]
-    assert lines[6].startswith("* best by top-1: ")
+    assert lines[7].startswith("* best by top-1: ")
 
 
 def test_with_room_enough_all_there_is_is_shown():
@@ -204,3 +204,8 @@ def test_html_has_every_candidate_and_what_is_bold():
     assert "<b>1.7e-10</b>" in drawn
     assert "<b>0.5</b>" not in drawn
     assert "bold Δ: p &lt; 0.05" in drawn
+
+
+def test_averages_of_one_name_are_told_apart_by_their_statistics():
+    line = tabulate_scores(RESULTS, Classification()).legend[0]
+    assert line.startswith("* best by top-1: average of 12 (uniform), recomputed; Δ to last +1.50 ")

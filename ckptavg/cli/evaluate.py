@@ -234,8 +234,4 @@ def _candidates(
 def _show(report: Report, scored: list[Result], task: Task) -> None:
     from ckptavg.score_table import tabulate_scores  # noqa: PLC0415
 
-    table = tabulate_scores(scored, task)
-    rows = [[cell.text for cell in row.cells] for row in table.rows]
-    report.table([column.title for column in table.columns], rows, title=table.title)
-    for line in table.legend:
-        report.line(line)
+    report.draw(tabulate_scores(scored, task))
