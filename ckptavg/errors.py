@@ -94,6 +94,14 @@ class EvaluationError(CkptavgError):
     """Candidates that cannot be scored on the data."""
 
 
+class MissingPackageError(CkptavgError, ImportError):
+    """A package that not everyone needs and that is not installed."""
+
+
+class StaleStatisticsWarning(UserWarning):
+    """BatchNorm statistics that are not those of the weights, as in an average as it is."""
+
+
 def short(name: object) -> str:
     """A name for a message, whatever a file has as one and however long."""
     return printable(name[:200]) if isinstance(name, str) else f"a {type(name).__name__}"

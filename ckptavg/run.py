@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
+from typing import TYPE_CHECKING, TypeAlias, overload
 
-from ckptavg.display import step_text
+from ckptavg.display import printable, step_text
 from ckptavg.errors import RunError, UsageError, first_few, short
 from ckptavg.formats import Checkpoint
-from ckptavg.formats.storage import Location, Named, locate
+from ckptavg.formats.storage import Location, Named, RemotePath, locate
 from ckptavg.runs import find, order
+from ckptavg.runs.best import Mode, best_by, choose_criterion
 from ckptavg.runs.damaged import Damaged, raise_for
+from ckptavg.runs.numbered import short_names
 from ckptavg.system_errors import guard_reads
+
+if TYPE_CHECKING:
+    import pandas
+
+    from ckptavg.tables import Table
 
 Picked = Sequence[Checkpoint]
 Pick = Callable[[Picked], Picked]
+_PATHS = (str, os.PathLike, RemotePath)
 Follow = Callable[[Picked, Damaged], Damaged | None]
 
 
@@ -26,7 +36,9 @@ class Run:
     """The checkpoints of one training in order, or of several trainings one after another.
 
     Selections return a new run and apply to each training by itself, so ``open_run(a, b).last(1)``
-    holds the final checkpoints of both. Iterating gives the checkpoints.
+    holds the final checkpoints of both. Iterating gives the checkpoints of all trainings; positions
+    are theirs, so ``run[-1]`` is the last checkpoint and ``run[2:5]`` a run of three.
+    ``print(run)`` shows a table, and so does a notebook.
 
     Attributes:
         trainings: The checkpoints of each training, ordered by step.
@@ -50,6 +62,50 @@ class Run:
 
     def __len__(self) -> int:
         return len(self.checkpoints)
+
+    @overload
+    def __getitem__(self, position: int) -> Checkpoint: ...
+
+    @overload
+    def __getitem__(self, position: slice) -> Run: ...
+
+    def __getitem__(self, position: int | slice) -> Checkpoint | Run:
+        if isinstance(position, slice):
+            return self._slice(position)
+        checkpoints = self.checkpoints
+        if not -len(checkpoints) <= position < len(checkpoints):
+            raise IndexError(f"a run of {len(checkpoints)} checkpoints has none at {position}")
+        return checkpoints[position]
+
+    def __repr__(self) -> str:
+        """One line, for tracebacks: how many checkpoints, the first and the last."""
+        opened = self.opened
+        names = short_names([checkpoint.path for checkpoint in (opened[0], opened[-1])])
+        ends = names[0] if len(opened) == 1 else f"{names[0]} ... {names[-1]}"
+        count = "1 checkpoint" if len(opened) == 1 else f"{len(opened)} checkpoints"
+        several = f" of {len(self.trainings)} trainings" if len(self.trainings) > 1 else ""
+        return f"<Run of {count}{several}: {printable(ends)}>"
+
+    def __str__(self) -> str:
+        from ckptavg.views import printed_table  # noqa: PLC0415 - only people need it
+
+        return printed_table(self._table())
+
+    def _repr_html_(self) -> str:
+        from ckptavg.table_html import table_html  # noqa: PLC0415 - only notebooks need it
+
+        return table_html(self._table())
+
+    def to_frame(self) -> pandas.DataFrame:
+        """A pandas DataFrame: a row per checkpoint, a column per recorded metric.
+
+        Raises:
+            MissingPackageError: pandas is not installed.
+        """
+        from ckptavg.frames import data_frame  # noqa: PLC0415
+        from ckptavg.runs.run_table import records_of  # noqa: PLC0415
+
+        return data_frame(records_of(self.opened))
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
@@ -137,21 +193,29 @@ class Run:
         """
         return self._each(_at_lr_min, "minima of the learning rate")
 
-    def best(self, count: int, metric: str, mode: str) -> Run:
+    def best(self, count: int, metric: str | None = None, mode: Mode | None = None) -> Run:
         """The ``count`` checkpoints that do best on a recorded metric, in the run's order.
 
         Args:
             count: How many.
-            metric: Name of the metric as ``inspect`` shows it.
-            mode: ``max`` or ``min``: which is better.
+            metric: Name of the metric as ``inspect`` shows it; the only one that is recorded where
+                None.
+            mode: ``max`` or ``min``: which is better. Names of common metrics tell it themselves:
+                ``val_acc`` and ``eval/bleu`` are better high, ``val_loss`` and ``wer`` low.
 
         Raises:
             RunError: A checkpoint does not record the metric.
+            UsageError: Several metrics are recorded and none is named, or the name does not tell
+                the mode.
         """
         _check_positive("best", count)
-        if mode not in ("max", "min"):
-            raise UsageError(f"mode is expected to be one of max, min but got {mode!r}")
-        return self._each(lambda c: _best(c, count, metric, mode), f"best {count}")
+        criterion = choose_criterion(self.opened, metric, mode)
+        run = self._each(lambda c: best_by(criterion, c, count), f"best {count}")
+        if metric is not None and mode is not None:
+            return run
+        better = "highest" if criterion.mode == "max" else "lowest"
+        note = f"the best {count} are those with the {better} {criterion.metric}"
+        return replace(run, notes=(*run.notes, note))
 
     def sample(self, count: int, seed: int = 0) -> Run:
         """``count`` checkpoints drawn at random without replacement, in the run's order.
@@ -161,6 +225,19 @@ class Run:
         """
         _check_positive("sample", count)
         return self._each(lambda c: _sample(c, count, seed), f"sample {count}")
+
+    def _slice(self, positions: slice) -> Run:
+        """The checkpoints at some positions among those of all trainings."""
+        if (positions.step or 1) < 0:
+            raise UsageError("a run keeps its order: the step of a slice has to be positive")
+        kept = {id(checkpoint) for checkpoint in self.checkpoints[positions]}
+        start, stop = (("" if p is None else p) for p in (positions.start, positions.stop))
+        return self._each(lambda c: [one for one in c if id(one) in kept], f"[{start}:{stop}]")
+
+    def _table(self) -> Table:
+        from ckptavg.runs.run_table import tabulate_run  # noqa: PLC0415
+
+        return tabulate_run(self.opened, self.notes)
 
     def _each(self, pick: Pick, what: str, follow: Follow = lambda _, d: _lost(d)) -> Run:
         """Apply a selection to each training.
@@ -253,18 +330,27 @@ def open_run(
     )
 
 
-def as_run(run: Run | Iterable[Checkpoint]) -> Run:
-    """The run itself, or a run of these checkpoints in this order.
+RunLike: TypeAlias = "Run | Iterable[Checkpoint] | Iterable[Named] | Named"
+"""A run, its path or paths, or checkpoints in their order."""
+
+
+def as_run(run: RunLike) -> Run:
+    """The run itself, the run that a path holds, or a run of these checkpoints in this order.
 
     Raises:
-        UsageError: It is neither, but a path, for example.
+        UsageError: It is none of these.
     """
     if isinstance(run, Run):
         return run
-    checkpoints = tuple(run) if isinstance(run, Iterable) and not isinstance(run, str) else (run,)
-    if not all(isinstance(c, Checkpoint) for c in checkpoints):
+    if isinstance(run, _PATHS):
+        return open_run(run)
+    members = tuple(run) if isinstance(run, Iterable) else (run,)
+    if members and all(isinstance(member, _PATHS) for member in members):
+        return open_run(*(member for member in members if isinstance(member, _PATHS)))
+    checkpoints = tuple(member for member in members if isinstance(member, Checkpoint))
+    if len(checkpoints) < len(members):
         raise UsageError(
-            f"a run is expected, or its checkpoints, but got {short(repr(run))}",
+            f"a run is expected, its path, or its checkpoints, but got {short(repr(run))}",
             "Open it first: ckptavg.open_run(PATH).",
         )
     return Run((checkpoints,))
@@ -318,21 +404,6 @@ def _at_lr_min(checkpoints: Picked) -> Picked:
 def _rate(level: Picked) -> float:
     """The recorded learning rate of checkpoints that share it."""
     return level[0].record.lr or 0.0
-
-
-def _best(checkpoints: Picked, count: int, metric: str, mode: str) -> Picked:
-    for checkpoint in checkpoints:
-        if metric not in checkpoint.record.metrics:
-            known = sorted(checkpoint.record.metrics)
-            raise RunError(
-                f"{checkpoint.path} records no metric {metric!r}",
-                f"It records {first_few(known, 8)}." if known else "It records none at all.",
-            )
-    sign = -1.0 if mode == "max" else 1.0
-    finite = [c for c in checkpoints if math.isfinite(c.record.metrics[metric])]
-    ranked = sorted(finite, key=lambda c: sign * c.record.metrics[metric])
-    chosen = {id(checkpoint) for checkpoint in ranked[:count]}
-    return [checkpoint for checkpoint in checkpoints if id(checkpoint) in chosen]
 
 
 def _sample(checkpoints: Picked, count: int, seed: int) -> Picked:

@@ -339,7 +339,8 @@ def test_weights_in_another_order_than_the_runs_get_a_note(home: Path) -> None:
         ["average", "run", "-o", "o.pt", "--weights", "1,nan,1,1"],
         ["average", "run", "-o", "o.pt", "--weights", "a,b"],
         ["average", "run", "-o", "o.pt", "--cycle", "x"],
-        ["average", "run", "-o", "o.pt", "--best", "2"],
+        ["average", "run", "-o", "o.pt", "--metric", "val_acc"],
+        ["average", "run", "-o", "o.pt", "--mode", "max"],
         ["average", "run", "-o", "o.pt", "--model", "net.py:model"],
         ["average", "run", "-o", "o.xyz"],
         ["average", "run", "-o", "o.pt", "--dtype", "int8"],
@@ -471,9 +472,23 @@ def test_flags_of_a_run_need_one(home: Path, flags: list[str]) -> None:
     assert f"{flags[0]} needs --run" in line
 
 
-def test_a_missing_companion_of_best_is_named(home: Path) -> None:
+@pytest.mark.parametrize("flags", [[], ["--metric", "val_acc"], ["--mode", "max"]])
+def test_the_best_by_the_only_metric_need_no_more_words(home: Path, flags: list[str]) -> None:
+    result = ckptavg("average", "run", "-o", "o.pt", "--best", "2", *flags, "--json")
+    made = json.loads(result.stdout)["checkpoints"]
+    assert [Path(c["path"]).name for c in made] == ["epoch_1.pt", "epoch_2.pt"]
+    assert "the best 2 are those with the highest val_acc" in result.stderr
+
+
+def test_the_best_of_several_metrics_ask_for_one(home: Path) -> None:
+    for epoch in range(1, 5):
+        path = home / "run" / f"epoch_{epoch}.pt"
+        torch.save(torch.load(path) | {"val_loss": 1 / epoch, "sharpness": 0.1 * epoch}, path)
     line = one_line_error(ckptavg("average", "run", "-o", "o.pt", "--best", "2"), code=2)
-    assert "go together; missing: --metric and --mode" in line
+    assert "by which metric? The checkpoints record val_acc, val_loss, sharpness" in line
+    options = ["--best", "2", "--metric", "sharpness"]
+    line = one_line_error(ckptavg("average", "run", "-o", "o.pt", *options), code=2)
+    assert "'sharpness' does not tell which of its values are better. Name the mode" in line
 
 
 @pytest.mark.parametrize("command", ["average", "eval", "update-bn", "inspect"])

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ckptavg.averaging import Average
     from ckptavg.cli.also import Also
     from ckptavg.run import Run
+    from ckptavg.runs.best import Mode
 
 F = TypeVar("F", bound=Callable[..., Any])
 log = logging.getLogger("ckptavg")
@@ -117,9 +118,13 @@ selection_options = together(
         _WHICH, "--best", type=positive, metavar="N", common=True,
         help="The best N by a recorded metric (--metric).",
     ),
-    option(_WHICH, "--metric", metavar="NAME", help="The metric of --best; `inspect` lists them."),
     option(
-        _WHICH, "--mode", type=click.Choice(["max", "min"]), help="Which of its values is the best."
+        _WHICH, "--metric", metavar="NAME",
+        help="The metric of --best; `inspect` lists them.  [default: the only one]",
+    ),
+    option(
+        _WHICH, "--mode", type=click.Choice(["max", "min"]),
+        help="Which of its values is the best.  [default: by its name: acc max, loss min, ...]",
     ),
     option(
         _WHICH, "--sample", type=pair, metavar="N[:SEED]",
@@ -356,7 +361,7 @@ def selected(
     at_lr_min: bool,
     best: int | None,
     metric: str | None,
-    mode: str | None,
+    mode: Mode | None,
     sample: tuple[int, int | None] | None,
     last: int | None,
 ) -> Run:
@@ -370,7 +375,7 @@ def selected(
     if at_lr_min:
         run = run.at_lr_min()
     if best is not None:
-        run = run.best(best, metric or "", mode or "")
+        run = run.best(best, metric, mode)
     if sample is not None:
         run = run.sample(sample[0], sample[1] or 0)
     if last is not None:
@@ -415,15 +420,14 @@ def open_selected(
 
 
 def check_picks(picks: Mapping[str, Any]) -> None:
-    """Make sure that what selects by a metric is whole.
+    """Make sure that a metric and its mode are those of ``--best``.
 
     Raises:
-        UsageError: A part is missing.
+        UsageError: There is nothing that they could belong to.
     """
-    given = {name: picks[name] is not None for name in ("best", "metric", "mode")}
-    if any(given.values()) and not all(given.values()):
-        lacking = " and ".join(f"--{name}" for name, there in given.items() if not there)
-        raise UsageError(f"--best, --metric and --mode go together; missing: {lacking}")
+    for name in ("metric", "mode"):
+        if picks[name] is not None and picks["best"] is None:
+            raise UsageError(f"--{name} says which are the --best N: name N")
 
 
 def planned(selection: Run, settings: Mapping[str, Any], *, scheme: str | None = None) -> Average:

@@ -60,15 +60,15 @@ def is_metric(path: str) -> bool:
     # An element of a list belongs to a history of training, which stays true.
     if any(name in SETTINGS or name.isdecimal() for name in names):
         return False
-    last = _words(names[-1])
+    last = words_of(names[-1])
     if last & _SETTING_WORDS and not _is_of_period(last, last & _SETTING_WORDS):
         return False
-    return any(_words(name) & (_MEASURES | _BEST | _VALIDATION) for name in names)
+    return any(words_of(name) & (_MEASURES | _BEST | _VALIDATION) for name in names)
 
 
 def is_bookkeeping(name: str) -> bool:
     """Tell whether a number's name is that of a clock, a rate or a count, and of no metric."""
-    words = _words(name)
+    words = words_of(name)
     accounts = words & _BOOKKEEPING
     if words >= _LEARNING_RATE:
         return True
@@ -82,8 +82,8 @@ def prominence(path: str) -> tuple[object, ...]:
     best so far comes last: it is not these weights' own.
     """
     names = path.split(".")
-    last = _words(names[-1])
-    words = frozenset[str]().union(*map(_words, names))
+    last = words_of(names[-1])
+    words = frozenset[str]().union(*map(words_of, names))
     is_accuracy, is_loss = not last.isdisjoint(_ACCURACIES), not last.isdisjoint(_LOSSES)
     is_known = not words.isdisjoint(_MEASURES | _VALIDATION)
     kinds = (is_accuracy or is_loss, is_known, True)
@@ -103,7 +103,7 @@ def _is_of_period(words: frozenset[str], others: frozenset[str]) -> bool:
     return others <= _PERIODS and bool(words & _MEASURES) and not words & _BEST
 
 
-def _words(name: str) -> frozenset[str]:
+def words_of(name: str) -> frozenset[str]:
     """List the words of a name, in lower case, with the digits at their end and without."""
     words: set[str] = set()
     for chunk in _CHUNK.findall(name):

@@ -1,0 +1,27 @@
+"""Rows as a pandas DataFrame, where pandas is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ckptavg.errors import MissingPackageError
+
+if TYPE_CHECKING:
+    import pandas
+
+
+def data_frame(rows: Sequence[Mapping[str, Any]]) -> pandas.DataFrame:
+    """Make a DataFrame of rows; columns stand in the order in which they first appear.
+
+    Raises:
+        MissingPackageError: pandas is not installed.
+    """
+    try:
+        import pandas  # noqa: PLC0415 - nothing else needs it
+    except ImportError as error:
+        raise MissingPackageError(
+            f"a DataFrame needs pandas, which cannot be imported ({error})",
+            "Install it with pip install pandas.",
+        ) from error
+    return pandas.DataFrame.from_records(rows, columns=[*dict.fromkeys(k for r in rows for k in r)])

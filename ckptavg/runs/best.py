@@ -1,0 +1,140 @@
+"""The best checkpoints of a run by a metric that training recorded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from ckptavg.errors import RunError, UsageError, first_few
+from ckptavg.formats import Checkpoint
+from ckptavg.formats.metric_names import words_of
+from ckptavg.runs.metric_columns import metric_columns
+
+Mode = Literal["max", "min"]
+MODES: tuple[str, ...] = get_args(Mode)
+
+# Whatever they are of, an error is better where it is small: iou_loss, top1_error.
+_ERRORS = frozenset(["loss", "losses", "err", "error", "errors", "cost"])
+_LOWER = frozenset([
+    "bpb", "bpc", "bpd", "brier", "cer", "dcf", "ece", "eer", "epe", "fid", "fnr", "fpr", "fvd",
+    "hd95", "kid", "kl", "kld", "lpips", "mae", "mape", "mase", "mcd", "mse", "msle", "nll",
+    "nrmse", "perplexity", "ppl", "rmsd", "rmse", "rmsle", "smape", "ter", "wape", "wer",
+])  # fmt: skip
+_HIGHER = frozenset([
+    "acc", "accuracy", "ap", "ar", "auc", "auprc", "auroc", "bleu", "chrf", "cider", "corr", "dice",
+    "dsc", "elbo", "em", "f1", "fbeta", "fwiou", "hits", "hmean", "hota", "idf1", "iou", "jaccard",
+    "kappa", "lddt", "likelihood", "map", "mar", "mcc", "meteor", "miou", "mota", "mrr", "ndcg",
+    "nmi", "pck", "pearson", "pesq", "prec", "precision", "psnr", "r2", "recall", "rouge", "sdr",
+    "sensitivity", "sisdr", "sisnr", "snr", "spearman", "specificity", "spice", "ssim", "stoi",
+    "success", "tnr", "top", "tpr", "winrate",
+])  # fmt: skip
+# Words that say little beside others: brier_score.
+_MOSTLY_HIGHER = frozenset([
+    "elo", "fitness", "return", "returns", "rew", "reward", "rewards", "score", "scores",
+])  # fmt: skip
+_NEGATIONS = frozenset(["neg", "negative", "minus"])
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A recorded metric and which of its values are the better ones."""
+
+    metric: str
+    mode: Mode
+
+
+def choose_criterion(
+    checkpoints: Sequence[Checkpoint], metric: str | None, mode: str | None
+) -> Criterion:
+    """Complete what a person says of the metric that checkpoints are chosen by.
+
+    Args:
+        checkpoints: Those to choose from.
+        metric: Name of a recorded metric; the only one that is recorded where None.
+        mode: ``max`` or ``min``; by the metric's name where None.
+
+    Raises:
+        UsageError: There are several metrics, or the name does not tell which values are better.
+        RunError: No metric is recorded.
+    """
+    if mode is not None and mode not in MODES:
+        raise UsageError(f"mode is expected to be one of {', '.join(MODES)} but got {mode!r}")
+    if metric is None:
+        metric = _only_metric(checkpoints)
+    chosen = mode or mode_of(metric)
+    if chosen is None:
+        raise UsageError(
+            f"the name of the metric {metric!r} does not tell which of its values are better",
+            "Name the mode: max or min.",
+        )
+    return Criterion(metric, "max" if chosen == "max" else "min")
+
+
+def best_by(
+    criterion: Criterion, checkpoints: Sequence[Checkpoint], count: int
+) -> list[Checkpoint]:
+    """Take the ``count`` best checkpoints, in the order that they have; NaN is never among them.
+
+    Raises:
+        RunError: A checkpoint does not record the metric.
+    """
+    metric = criterion.metric
+    for checkpoint in checkpoints:
+        if metric not in checkpoint.record.metrics:
+            known = sorted(checkpoint.record.metrics)
+            raise RunError(
+                f"{checkpoint.path} records no metric {metric!r}",
+                f"It records {first_few(known, 8)}." if known else "It records none at all.",
+            )
+    sign = -1.0 if criterion.mode == "max" else 1.0
+    finite = [c for c in checkpoints if math.isfinite(c.record.metrics[metric])]
+    ranked = sorted(finite, key=lambda c: sign * c.record.metrics[metric])
+    chosen = {id(checkpoint) for checkpoint in ranked[:count]}
+    return [checkpoint for checkpoint in checkpoints if id(checkpoint) in chosen]
+
+
+def mode_of(metric: str) -> Mode | None:
+    """Tell by a metric's dotted name which of its values are better; None if it does not say.
+
+    The last part decides if it can, as in ``loss.accuracy``.
+    """
+    names = metric.split(".")
+    for part in (names[-1], metric):
+        mode = _mode_of_words(words_of(part))
+        if mode is not None:
+            return mode
+    return None
+
+
+def _mode_of_words(words: frozenset[str]) -> Mode | None:
+    lower = not words.isdisjoint(_LOWER)
+    higher = not words.isdisjoint(_HIGHER)
+    if not words.isdisjoint(_ERRORS):
+        lower, higher = True, False
+    elif not lower and not words.isdisjoint(_MOSTLY_HIGHER):
+        higher = True
+    if lower == higher:
+        return None
+    if not words.isdisjoint(_NEGATIONS):
+        lower = not lower
+    return "min" if lower else "max"
+
+
+def _only_metric(checkpoints: Sequence[Checkpoint]) -> str:
+    """Return the name of the only metric that checkpoints record.
+
+    Raises:
+        UsageError: There are several.
+        RunError: There is none.
+    """
+    names = metric_columns(checkpoints).names
+    if not names:
+        raise RunError("the checkpoints record no metric that the best could be chosen by")
+    if len(names) > 1:
+        raise UsageError(
+            f"the best by which metric? The checkpoints record {first_few(list(names), 8)}",
+            "Name the metric.",
+        )
+    return names[0]
