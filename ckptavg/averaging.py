@@ -24,7 +24,7 @@ from ckptavg.outputs import StateDict, Target
 from ckptavg.plan import Plan, TensorPlan, copy_plan
 from ckptavg.processes import Processes
 from ckptavg.rules import Rules
-from ckptavg.run import Run, as_run
+from ckptavg.run import RunLike, as_run
 from ckptavg.runs.order import refuse_two_series
 from ckptavg.runs.ranks import refuse_parts
 from ckptavg.schemes import Scheme
@@ -72,7 +72,7 @@ Planned = tuple[Average, str | os.PathLike[str]]
 
 
 def average(
-    run: Run | Iterable[Checkpoint],
+    run: RunLike,
     scheme: str = "uniform",
     *,
     weights: Sequence[float] | None = None,
@@ -93,7 +93,7 @@ def average(
     size. BatchNorm statistics are averaged too and thereby stale: see ``update_bn``.
 
     Args:
-        run: What ``open_run`` returned, or a selection of it.
+        run: What ``open_run`` returned, or a selection of it; or the path of a run.
         scheme: ``NAME[:key=value,...]``, see ``ckptavg.schemes.parse``.
         weights: One a checkpoint instead of a scheme; normalized.
         out: ``.safetensors``, a ``torch.save`` suffix, or a directory (Hugging Face). None returns
@@ -131,7 +131,7 @@ def average(
 
 
 def plan_average(
-    run: Run | Iterable[Checkpoint],
+    run: RunLike,
     scheme: str = "uniform",
     *,
     weights: Sequence[float] | None = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,13 @@ from ckptavg.errors import OutputError, UsageError, short
 from ckptavg.formats import Checkpoint, storage
 from ckptavg.formats.layout import FILE_LAYOUTS, has_suffix
 from ckptavg.outputs import StateDict
-from ckptavg.run import Run, as_run
+from ckptavg.run import Run, RunLike, as_run
 from ckptavg.stream import Progress
 from ckptavg.system_errors import unwritable
 
 
 def average_many(
-    run: Run | Iterable[Checkpoint],
+    run: RunLike,
     averages: Mapping[str, str | Run | tuple[Run, str | Sequence[float]]],
     *,
     out_dir: str | os.PathLike[str] | None = None,
@@ -49,7 +49,7 @@ def average_many(
         ckptavg.average_many(run, windows | {"ema.pt": "ema:decay=0.9"}, out_dir="averages")
 
     Args:
-        run: What ``open_run`` returned, or a selection of it.
+        run: What ``open_run`` returned, or a selection of it; or the path of a run.
         averages: Name → a scheme for the run, a selection of it (averaged uniformly), or both; in
             place of a scheme then also weights, one a checkpoint.
         out_dir: Directory for the outputs, made if need be. A name's suffix decides the format as

@@ -16,7 +16,7 @@ from ckptavg.formats import Checkpoint
 from ckptavg.formats.names import batchnorm_layers
 from ckptavg.plan import TensorPlan, make_plan
 from ckptavg.rules import Rules
-from ckptavg.run import Run, as_run
+from ckptavg.run import Run, RunLike, as_run
 from ckptavg.stream import Extras, Progress, stream
 
 _GAP = 2.5  # times the next longest link, beyond which one holds apart what does not belong
@@ -178,7 +178,7 @@ class Geometry:
         return [range(*pair) for pair in pairwise(ends)]
 
 
-def geometry(run: Run | Iterable[Checkpoint], *, progress: Progress | None = None) -> Geometry:
+def geometry(run: RunLike, *, progress: Progress | None = None) -> Geometry:
     """Measure how the checkpoints of a run lie to each other, in one read of them.
 
     What counts is every weight that an average would be taken of: floating-point and complex
@@ -217,7 +217,7 @@ def check_several(run: Run) -> None:
         )
 
 
-def weights(run: Run | Iterable[Checkpoint], rules: Rules | None = None) -> list[TensorPlan]:
+def weights(run: RunLike, rules: Rules | None = None) -> list[TensorPlan]:
     """The tensors that a run's geometry is made of, for a stream to multiply.
 
     Args:
@@ -248,7 +248,7 @@ def weights(run: Run | Iterable[Checkpoint], rules: Rules | None = None) -> list
     return found
 
 
-def geometry_of(run: Run | Iterable[Checkpoint], products: torch.Tensor | None) -> Geometry:
+def geometry_of(run: RunLike, products: torch.Tensor | None) -> Geometry:
     """A run's geometry from what a stream has made of its ``weights``.
 
     Args:

@@ -21,7 +21,7 @@ import ckptavg
 from ckptavg import average, average_many, open_run
 from ckptavg import stream as stream_module
 from ckptavg.cli import main
-from ckptavg.errors import MismatchError, NonFiniteError, OutputError, UsageError
+from ckptavg.errors import MismatchError, NonFiniteError, OutputError, RunError, UsageError
 from ckptavg.formats.publish import Publication
 
 
@@ -295,7 +295,7 @@ def test_the_command_shows_each_plan_and_writes_none_in_a_dry_run(run, tmp_path)
         ("x=uniform@last=5,last=3", "'last' is given twice"),
         ("x=uniform@last=no", "expected a whole number from 1 on but got 'no'"),
         ("x=uniform@from=no", "expected a number in 'from=no'"),
-        ("x=uniform@best=2", "go together; missing: --metric and --mode"),
+        ("x=uniform@metric=acc", "--metric says which are the --best N: name N"),
         ("x=nonsense", "--also x: scheme is expected to be one of"),
     ],
 )
@@ -371,10 +371,21 @@ def test_what_is_no_request_is_told(run, tmp_path, asked, message):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("given", ["runs/swa", Path("runs/swa"), ["runs/swa"], 3])
+@pytest.mark.parametrize("given", [3, [3], ["runs/swa", 3], None])
 def test_what_is_no_run_is_told(given):
     with pytest.raises(UsageError, match=r"a run is expected.*ckptavg\.open_run\(PATH\)"):
         average(given)
+
+
+def test_a_path_is_the_run_that_it_holds(run, tmp_path):
+    path = tmp_path / "run"
+    expected = average(run)
+    for named in (path, str(path), [str(path)], sorted(path.glob("*.pt"))[::-1]):
+        assert the_same(average(named), expected)
+    many = average_many(str(path), {"ema": "ema:decay=0.5"})
+    assert the_same(many["ema"], average(run, "ema:decay=0.5"))
+    with pytest.raises(RunError, match="does not exist"):
+        average("runs/swa")
 
 
 def test_weights_may_be_of_any_kind_of_number(run):
