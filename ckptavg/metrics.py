@@ -9,6 +9,7 @@ import torch
 from ckptavg.errors import EvaluationError
 
 ECE_BINS = 15
+_FIVE = 5  # of top-5
 
 
 class Totals:
@@ -45,6 +46,7 @@ class ClassificationMetrics:
 
     def __init__(self) -> None:
         self.count = 0
+        self._classes = 0
         self._totals = Totals(3)  # top-1 and top-5 hits, negative log-likelihood
         self._bins = Totals(3, ECE_BINS)  # samples, correct, confidence
 
@@ -53,18 +55,22 @@ class ClassificationMetrics:
 
         Args:
             log_probabilities: (N, C), float64.
-            labels: (N,), integers from 0 to C − 1.
+            labels: (N,) or (N, 1), integers from 0 to C − 1, or one-hot (N, C).
         """
+        self._classes = log_probabilities.shape[1]
+        labels = class_indices(labels, self._classes)
         here = labels.to(log_probabilities.device, torch.int64)[:, None]
         own = log_probabilities.gather(1, here)
         place = _place(log_probabilities, own, here)
         hit = (place == 0).double()
         self.count += len(labels)
-        self._totals.add(torch.stack((hit.sum(), (place < 5).double().sum(), -own.sum())))
+        self._totals.add(torch.stack((hit.sum(), (place < _FIVE).double().sum(), -own.sum())))
         self._bins.add(_binned(log_probabilities.amax(1).exp(), hit))
 
     def compute(self) -> dict[str, float]:
         """``top1`` and ``top5`` in %, ``nll`` in nats, ``ece`` as a fraction, ``n`` samples.
+
+        Of up to 5 classes all are among the first five, and there is no ``top5``.
 
         Raises:
             EvaluationError: There were no samples.
@@ -72,9 +78,10 @@ class ClassificationMetrics:
         self._require_samples()
         top1, top5, nll = self._totals.read().tolist()
         _, correct, confidence = self._bins.read()
+        among_five = {"top5": 100 * top5 / self.count} if self._classes > _FIVE else {}
         return {
             "top1": 100 * top1 / self.count,
-            "top5": 100 * top5 / self.count,
+            **among_five,
             "nll": nll / self.count,
             "ece": float((correct - confidence).abs().sum()) / self.count,
             "n": self.count,
@@ -104,17 +111,30 @@ class ClassificationMetrics:
     def state(self) -> dict[str, Any]:
         """What has been taken in, as plain values for JSON."""
         totals, bins = self._totals.read().tolist(), self._bins.read().tolist()
-        return {"n": self.count, "totals": totals, "bins": bins}
+        return {"n": self.count, "classes": self._classes, "totals": totals, "bins": bins}
 
     def merge(self, state: dict[str, Any]) -> None:
         """Take in what another process has."""
         self.count += state["n"]
+        self._classes = max(self._classes, state["classes"])
         self._totals.add(torch.tensor(state["totals"], dtype=torch.float64))
         self._bins.add(torch.tensor(state["bins"], dtype=torch.float64))
 
     def _require_samples(self) -> None:
         if not self.count:
             raise EvaluationError("the evaluation data is empty", "Check --data.")
+
+
+def class_indices(labels: torch.Tensor, classes: int) -> torch.Tensor:
+    """Labels as classes (N,), without waiting for their device.
+
+    Args:
+        labels: (N,) or (N, 1), or one-hot (N, classes).
+        classes: At least 2.
+    """
+    if labels.dim() == 2 and labels.shape[1] == classes:
+        return labels.to(torch.int64).argmax(1)
+    return labels.reshape(len(labels))
 
 
 def _place(values: torch.Tensor, own: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -205,7 +205,7 @@ def test_eval_sets_the_candidates_side_by_side(home: Path) -> None:
     ]
     assert [c["forwards"] for c in found] == [1] * 7 + [4]
     for candidate in found:
-        assert set(candidate["metrics"]) == {"top1", "top5", "nll", "ece", "n"}
+        assert set(candidate["metrics"]) == {"top1", "nll", "ece", "n"}
         assert candidate["metrics"]["n"] == 40
         assert sum(candidate["coefficients"]) == pytest.approx(1)
 

@@ -66,7 +66,10 @@ def ece_by_hand(confidences, correct):
 def test_accuracies_match_torchmetrics(classes):
     logits, labels = predictions(classes=classes)
     found = scores(logits, labels)
-    for name, k in {"top1": 1, "top5": min(5, classes)}.items():
+    for name, k in {"top1": 1, "top5": 5}.items():
+        if k > 1 and classes <= k:
+            assert name not in found  # all classes are among the first five
+            continue
         expected = multiclass_accuracy(logits, labels, classes, average="micro", top_k=k)
         assert found[name] == pytest.approx(100 * float(expected), abs=1e-4)
     assert found["n"] == 300
@@ -76,11 +79,6 @@ def test_top5_matches_scikit_learn():
     logits, labels = predictions(classes=12)
     expected = top_k_accuracy_score(labels, logits, k=5, labels=range(12))
     assert scores(logits, labels)["top5"] == pytest.approx(100 * expected)
-
-
-@pytest.mark.parametrize("classes", [1, 2, 4, 5])
-def test_top5_of_up_to_five_classes_is_always_right(classes):
-    assert scores(*predictions(classes=classes))["top5"] == 100
 
 
 @pytest.mark.parametrize("classes", [2, 10])
@@ -238,8 +236,10 @@ def test_a_process_that_has_merged_takes_in_further_batches():
 
 def test_updates_do_not_wait_for_the_device():
     logits, labels = predictions()
+    given, metrics = log_probabilities(logits), ClassificationMetrics()
     with NoWaiting():
-        metrics_of(logits, labels, [100, 200])
+        for some, theirs in zip(given.split(100), labels.split(100), strict=True):
+            metrics.update(some, theirs)
 
 
 @pytest.mark.gpu

@@ -5,14 +5,25 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
+from torch.nn.functional import logsigmoid
 
 from ckptavg.errors import EvaluationError
-from ckptavg.metrics import ClassificationMetrics
-from ckptavg.tasks.task import LogMean, Metric, Samples, Scores, Task, first_tensor, in_float64
+from ckptavg.metrics import ClassificationMetrics, class_indices
+from ckptavg.tasks import activations
+from ckptavg.tasks.model_outputs import take_output
+from ckptavg.tasks.task import LogMean, Metric, Samples, Scores, in_float64
+
+_TOGETHER = "Check that the model and the data belong together."
+_TELLING = 16  # samples from which on it says something that no output leaves 0 to 1
 
 
-class Classification(Task):
-    """One class a sample: outputs (N, classes), targets (N,); predictions are log-probabilities.
+class Classification(activations.TaskOnLogits):
+    """One class a sample; predictions are log-probabilities (N, classes).
+
+    Outputs are logits (N, classes), or one logit (N,) or (N, 1) of a binary classifier, whose
+    sigmoid is the probability of class 1. Labels are classes (N,) or (N, 1), or one-hot
+    (N, classes), of any type. A model that ends in a softmax, or in a sigmoid if it has one output,
+    gives probabilities, which are taken as such, with a note.
 
     An ensemble averages probabilities (FGE). The metrics are this package's own: torchmetrics' take
     seconds to import, and give neither the bins of the calibration error nor sums in float64.
@@ -31,42 +42,132 @@ class Classification(Task):
         Raises:
             EvaluationError: They are not.
         """
-        logits = first_tensor(outputs)
-        if logits.dim() != 2 or targets.dim() != 1 or len(logits) != len(targets):
+        logits = _rows(take_output(outputs))
+        if logits.dim() != 2 or not targets.dim() or len(logits) != len(targets):
             raise EvaluationError(
-                f"outputs of shape (N, classes) and labels of shape (N,) are expected, but got "
-                f"{tuple(logits.shape)} and {tuple(targets.shape)}",
+                f"outputs of shape (N, classes) or (N,) and labels of shape (N,) are expected, but "
+                f"got {tuple(logits.shape)} and {tuple(targets.shape)}",
                 "Name the kind of model by --task, if it does not classify.",
             )
-        if targets.is_floating_point() and not torch.equal(targets, targets.round()):
-            raise EvaluationError("the data has labels that are no whole numbers", "Check --data.")
-        low, high = (int(targets.min()), int(targets.max())) if len(targets) else (0, 0)
-        if low < 0 or high >= logits.shape[1]:
+        if not logits.is_floating_point():
             raise EvaluationError(
-                f"the data has the label {low if low < 0 else high}, "
-                f"but the model has {logits.shape[1]} classes",
-                "Check that the model and the data belong together.",
+                f"the model returns {logits.dtype}, classes instead of logits",
+                "Let it return what their argmax is taken of.",
             )
+        if len(targets):
+            _check_labels(targets, max(logits.shape[1], 2), binary=logits.shape[1] == 1)
 
     def predict(self, outputs: Any, targets: Any) -> torch.Tensor:
-        """Log-probabilities: (N, classes), float64."""
+        """Log-probabilities: (N, classes), float64; (N, 2) of one logit."""
         del targets
-        return in_float64(first_tensor(outputs)).log_softmax(1)
+        given = _rows(take_output(outputs).detach())
+        values, are_probabilities = in_float64(given), self.gives_probabilities(given)
+        if values.shape[1] > 1:
+            if are_probabilities:
+                return activations.log_of_probabilities(values, given.dtype)
+            return values.log_softmax(1)
+        if are_probabilities:
+            absent = activations.log_of_complements(values, given.dtype)
+            present = activations.log_of_probabilities(values, given.dtype)
+        else:
+            absent, present = logsigmoid(-values), logsigmoid(values)
+        return torch.cat((absent, present), 1)
 
     def mean(self) -> LogMean:
-        """The mean of softmax outputs (Izmailov et al. 2018, 3.5)."""
+        """The mean of softmax outputs (Izmailov et al. 2018, 3.5), of sigmoid outputs if binary."""
         return LogMean()
 
     def scores(self) -> Scores:
-        """Top-1, top-5, NLL and calibration error."""
+        """Top-1, top-5 (of more than 5 classes), NLL and calibration error."""
+        self.begin_pass()
         return ClassificationMetrics()
 
     def samples(self, predictions: torch.Tensor, targets: Any) -> Samples:
         """Right or wrong, and the class that was chosen."""
         answers = predictions.argmax(1)
-        right = (answers == targets).to(torch.uint8)
+        right = (answers == class_indices(targets, predictions.shape[1])).to(torch.uint8)
         return Samples(right, answers=answers.to(torch.int32), scale=100.0)
 
     def details(self, scores: Any) -> dict[str, Any]:
         """The bins that the calibration error is made of."""
         return {"reliability": scores.reliability()}
+
+    def are_probabilities(
+        self, outputs: torch.Tensor, activation: activations.Activation | None
+    ) -> bool:
+        """Tell by a pass's first outputs whether the model gives probabilities, and say so."""
+        if outputs.shape[1] > 1:
+            if activations.are_distributions(outputs, activation):
+                self.note("the model's outputs are probabilities (a softmax is in it): taken so")
+                return True
+            if activation == "sigmoid":
+                self.note(
+                    "the model ends in a sigmoid, whose outputs are no distribution over classes: "
+                    "NLL and ECE are of their softmax"
+                )
+            return False
+        if not activations.lie_between_0_and_1(outputs):
+            return False
+        if activation == "sigmoid":
+            self.note("the model's output is a probability (a sigmoid is in it): taken so")
+        # Logits of a weak classifier may lie there, too.
+        elif len(outputs) >= _TELLING:
+            self.note(
+                "the model's output lies between 0 and 1 and is taken for a logit: if it is a "
+                "probability, return the logit instead"
+            )
+        return activation == "sigmoid"
+
+
+def _rows(outputs: torch.Tensor) -> torch.Tensor:
+    """Outputs as (N, classes): with one logit (N, 1), and without axes of length 1 at the end."""
+    while outputs.dim() > 2 and outputs.shape[-1] == 1:
+        outputs = outputs.squeeze(-1)
+    return outputs[:, None] if outputs.dim() == 1 else outputs
+
+
+def _check_labels(labels: torch.Tensor, classes: int, *, binary: bool) -> None:
+    """Make sure that labels are classes, or one-hot.
+
+    Args:
+        labels: At least one sample's.
+        classes: How many the model tells apart.
+        binary: True if it does so by one logit.
+    """
+    if labels.dim() == 2 and labels.shape[1] == classes:
+        _check_one_hot(labels)
+        return
+    if labels.numel() != len(labels):
+        raise EvaluationError(
+            f"labels of shape (N,), (N, 1) or one-hot (N, {classes}) are expected, but got "
+            f"{tuple(labels.shape)}",
+            _TOGETHER,
+        )
+    if labels.is_floating_point() and not torch.equal(labels, labels.round()):
+        raise EvaluationError(
+            "the data has labels that are no whole numbers: soft labels, as of mixup, are not "
+            "scored",
+            "Let --data give classes.",
+        )
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        wrong = low if low < 0 else high
+        told = "tells 0 from 1 by one output" if binary else f"has {classes} classes"
+        raise EvaluationError(f"the data has the label {wrong}, but the model {told}", _TOGETHER)
+
+
+def _check_one_hot(labels: torch.Tensor) -> None:
+    """Make sure that each row of labels is 1 for one class and 0 for the others."""
+    if not bool(((labels == 0) | (labels == 1)).all()):
+        raise EvaluationError(
+            "the data has a number per class that is neither 0 nor 1: soft labels, as of mixup, "
+            "are not scored",
+            "Let --data give classes.",
+        )
+    counts = labels.sum(1, dtype=torch.int64)
+    wrong = counts[counts != 1]
+    if len(wrong):
+        raise EvaluationError(
+            f"the data has a sample of {int(wrong[0])} labels, where one class each is expected",
+            "Name a model of several labels a sample by --task multi-label.",
+        )

@@ -14,7 +14,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ckptavg.errors import EvaluationError
 from ckptavg.metrics import Totals
-from ckptavg.tasks.task import Metric, Samples, Task, first_tensor, in_float64
+from ckptavg.tasks.activations import are_distributions
+from ckptavg.tasks.model_outputs import take_output
+from ckptavg.tasks.task import Metric, Samples, Task, in_float64
 from ckptavg.text import IGNORED
 
 log = logging.getLogger("ckptavg")
@@ -35,7 +37,7 @@ class CausalLM(Task):
 
     A negative label is not scored: −100, or −1 as nanoGPT has it. The model gets ``input_ids`` and
     what else of the mapping its ``forward`` names, or x alone. It returns logits (N, T, V), as a
-    tensor, as ``.logits`` or as the first of a tuple.
+    tensor, as ``.logits``, or beside tensors of other shapes.
 
     Targets are (N, T): the token that the output at t is for, −100 for none. Predictions are the
     logits themselves, (N, T, V), or as (N, 2·T) what is scored of them: the log-probabilities of
@@ -53,6 +55,7 @@ class CausalLM(Task):
     )
 
     def __init__(self) -> None:
+        self._looked_at = False
         self._largest = -1  # of the token ids in all batches so far, as seen on the host
 
     def split(self, batch: Any) -> tuple[Any, torch.Tensor]:
@@ -113,7 +116,7 @@ class CausalLM(Task):
         Raises:
             EvaluationError: There are not.
         """
-        logits = first_tensor(outputs)
+        logits = _logits(outputs, targets)
         count, length = targets.shape
         if length > 1 and logits.shape in ((count, 1, logits.shape[-1]), (count, logits.shape[-1])):
             raise EvaluationError(
@@ -135,10 +138,18 @@ class CausalLM(Task):
                 f"the data has the token id {largest}, but the model has {logits.shape[2]} tokens",
                 "Check that the model and the tokenizer belong together.",
             )
+        if not self._looked_at and logits.numel():
+            self._looked_at = True
+            if are_distributions(logits[0]):
+                raise EvaluationError(
+                    "the model returns probabilities (a softmax is in it), where logits or their "
+                    "log-softmax are expected",
+                    "Let it return these.",
+                )
 
     def predict(self, outputs: Any, targets: torch.Tensor) -> torch.Tensor:
         """The logits as they are: (N, T, V)."""
-        logits = first_tensor(outputs).detach()
+        logits = _logits(outputs, targets).detach()
         _scored[logits] = score_tokens(logits, targets)
         return logits
 
@@ -316,6 +327,11 @@ def _run(model: nn.Module, inputs: Any) -> Any:
     if "use_cache" in names:
         keywords.setdefault("use_cache", False)  # keys and values of all layers, for generation
     return model(**keywords)
+
+
+def _logits(outputs: Any, targets: torch.Tensor) -> torch.Tensor:
+    """Logits (N, T, vocabulary) among all that a model returns, such as recurrent states."""
+    return take_output(outputs, lambda one: one.dim() == 3 and one.shape[:2] == targets.shape)
 
 
 def _embedded(model: nn.Module) -> int | None:

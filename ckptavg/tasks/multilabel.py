@@ -12,13 +12,17 @@ from torch.nn.functional import logsigmoid
 from ckptavg.batches import bytes_of
 from ckptavg.errors import EvaluationError
 from ckptavg.metrics import Totals
-from ckptavg.tasks.task import LogMean, Metric, Samples, Scores, Task, first_tensor, in_float64
+from ckptavg.tasks import activations
+from ckptavg.tasks.model_outputs import take_output
+from ckptavg.tasks.task import LogMean, Metric, Samples, Scores, in_float64
 
 _HELD = 2**24  # scores on the device (80 MiB with targets) before they are moved to the host
 
 
-class MultiLabel(Task):
+class MultiLabel(activations.TaskOnLogits):
     """Outputs: logits (N, labels), targets (N, labels) of 0 and 1, of any type.
+
+    The outputs of a model that ends in a sigmoid are taken as the probabilities that they are.
 
     Predictions are the logarithms of p and 1 − p (N, labels, 2), so that an ensemble averages
     sigmoid probabilities and none is rounded to 0 or 1. Mean average precision has no part that is
@@ -48,7 +52,7 @@ class MultiLabel(Task):
         Raises:
             EvaluationError: They are not.
         """
-        logits = first_tensor(outputs)
+        logits = take_output(outputs)
         if logits.dim() != 2 or logits.shape != targets.shape or not logits.shape[1]:
             raise EvaluationError(
                 f"outputs and targets of shape (N, labels) are expected, but got "
@@ -66,8 +70,14 @@ class MultiLabel(Task):
     def predict(self, outputs: Any, targets: Any) -> torch.Tensor:
         """Logarithms of each label's probability and of its complement: (N, labels, 2), float64."""
         del targets
-        logits = in_float64(first_tensor(outputs))
-        return torch.stack((logsigmoid(logits), logsigmoid(-logits)), dim=-1)
+        given = take_output(outputs).detach()
+        values = in_float64(given)
+        if self.gives_probabilities(given):
+            present = activations.log_of_probabilities(values, given.dtype)
+            absent = activations.log_of_complements(values, given.dtype)
+        else:
+            present, absent = logsigmoid(values), logsigmoid(-values)
+        return torch.stack((present, absent), dim=-1)
 
     def mean(self) -> LogMean:
         """The mean of sigmoid outputs."""
@@ -75,7 +85,17 @@ class MultiLabel(Task):
 
     def scores(self) -> Scores:
         """Mean average precision, F1 and NLL."""
+        self.begin_pass()
         return MultiLabelMetrics()
+
+    def are_probabilities(
+        self, outputs: torch.Tensor, activation: activations.Activation | None
+    ) -> bool:
+        """Tell by a pass's first outputs whether the model gives probabilities, and say so."""
+        found = activation == "sigmoid" and activations.lie_between_0_and_1(outputs)
+        if found:
+            self.note("the model's outputs are probabilities (a sigmoid is in it): taken so")
+        return found
 
     def samples(self, predictions: torch.Tensor, targets: Any) -> Samples:
         """Each sample's NLL, mean over labels."""

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch
 
 from ckptavg.errors import EvaluationError
-from ckptavg.tasks.task import Metric, Samples, Scores, Task, first_tensor, in_float64
+from ckptavg.tasks.model_outputs import take_output
+from ckptavg.tasks.task import Metric, Samples, Scores, Task, in_float64
 
 _CONSTANT = 1e-14  # a relative spread that rounding alone can leave
 
@@ -33,7 +34,7 @@ class Regression(Task):
         Raises:
             EvaluationError: They do not, or are not.
         """
-        found = first_tensor(outputs)
+        found = take_output(outputs)
         if not _fit(found.shape, targets.shape):
             raise EvaluationError(
                 "outputs and targets with as many values a sample are expected, but got shapes "
@@ -46,7 +47,7 @@ class Regression(Task):
     def predict(self, outputs: Any, targets: Any) -> torch.Tensor:
         """Outputs: (N, D), float64."""
         del targets
-        return _rows(in_float64(first_tensor(outputs)))
+        return _rows(in_float64(take_output(outputs)))
 
     def scores(self) -> Scores:
         """RMSE, MAE, R² and MSE."""

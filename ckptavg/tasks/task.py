@@ -6,7 +6,7 @@ A task of one's own is a subclass that overrides what differs; ``--task path/fil
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -212,26 +212,6 @@ class Task:
         """What else JSON says of a candidate's scores, as plain values."""
         del scores
         return {}
-
-
-def first_tensor(outputs: Any, key: str = "logits") -> torch.Tensor:
-    """The tensor among what a model returned: itself, ``.key``, ``["key"]`` or the first.
-
-    Raises:
-        EvaluationError: There is none.
-    """
-    if isinstance(outputs, torch.Tensor):
-        return outputs
-    if isinstance(outputs, Mapping) and key in outputs:
-        return first_tensor(outputs[key], key)
-    if hasattr(outputs, key):
-        return first_tensor(getattr(outputs, key), key)
-    if isinstance(outputs, (list, tuple)) and outputs:
-        return first_tensor(outputs[0], key)
-    raise EvaluationError(
-        f"the model is expected to return {key} but returned a {type(outputs).__name__}",
-        "Wrap it in a factory whose forward returns one, or name a task of your own by --task.",
-    )
 
 
 def in_float64(values: torch.Tensor) -> torch.Tensor:

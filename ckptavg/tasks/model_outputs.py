@@ -1,0 +1,85 @@
+"""The tensor to score among all that a model returns."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+
+from ckptavg.errors import EvaluationError, first_few
+
+_NAMES = ("logits", "out")  # transformers' outputs and most dicts, torchvision's segmentation
+_REMEDY = (
+    "Give a forward function that returns it alone: fn(model, batch), by --forward path/file.py:fn "
+    "or in Python forward=fn."
+)
+_LISTED = 4  # outputs that an error lists
+
+
+def take_output(
+    outputs: object, fits: Callable[[torch.Tensor], bool] | None = None
+) -> torch.Tensor:
+    """Take the one tensor that can be meant among what a model returned.
+
+    That is a tensor by itself, what is called ``logits`` or ``out``, or the only tensor in a tuple,
+    list, mapping or dataclass. Tensors without axes, which a loss has, are none of samples and do
+    not count. Features beside logits, early exits and auxiliary heads look like each other, so of
+    several tensors none is taken.
+
+    Args:
+        outputs: What the model returned.
+        fits: Tells which of several tensors have a shape that can be scored at all.
+
+    Raises:
+        EvaluationError: There is none, or there are several.
+    """
+    if isinstance(outputs, torch.Tensor):
+        return outputs
+    named = _named_output(outputs)
+    if named is not None:
+        return take_output(named, fits)
+    candidates = [(path, tensor) for path, tensor in _tensors_in(outputs) if tensor.dim()]
+    if len(candidates) > 1 and fits is not None:
+        fitting = [(path, tensor) for path, tensor in candidates if fits(tensor)]
+        candidates = fitting if len(fitting) == 1 else candidates
+    if not candidates:
+        raise EvaluationError(
+            f"the model is expected to return logits but returned a {type(outputs).__name__} "
+            "without any",
+            _REMEDY,
+        )
+    if len(candidates) > 1:
+        shapes = [f"{path} of shape {tuple(tensor.shape)}" for path, tensor in candidates]
+        raise EvaluationError(
+            f"the model returns {len(candidates)} tensors and which of them is to be scored is not "
+            f"said: {first_few(shapes, _LISTED)}",
+            _REMEDY,
+        )
+    return candidates[0][1]
+
+
+def _named_output(outputs: object) -> object:
+    """Return what is called logits or out; None if nothing is."""
+    for name in _NAMES:
+        held = outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
+        if held is not None:
+            return held
+    return None
+
+
+def _tensors_in(outputs: object, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """List the tensors in nested outputs, each with the way to it: ``[0]``, ``['pred'][1]``."""
+    if isinstance(outputs, torch.Tensor):
+        yield path, outputs
+        return
+    parts: list[tuple[str, object]] = []
+    if isinstance(outputs, Mapping):
+        parts = [(f"[{key!r}]", part) for key, part in outputs.items()]
+    elif isinstance(outputs, (list, tuple)):
+        parts = [(f"[{number}]", part) for number, part in enumerate(outputs)]
+    elif dataclasses.is_dataclass(outputs) and not isinstance(outputs, type):
+        names = [field.name for field in dataclasses.fields(outputs)]
+        parts = [(f".{name}", getattr(outputs, name)) for name in names]
+    for step, part in parts:
+        yield from _tensors_in(part, path + step)
