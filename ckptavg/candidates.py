@@ -72,6 +72,7 @@ def candidates_of(
     each: bool = False,
     ensemble: bool = False,
     recompute: bool = False,
+    stale: bool = True,
     others: Mapping[str, Average] | None = None,
 ) -> list[Candidate]:
     """The candidates that tell what averaging a run is worth.
@@ -83,6 +84,7 @@ def candidates_of(
         each: Add every selected checkpoint.
         ensemble: Add the output ensemble of the selection.
         recompute: Add the averages with recomputed statistics.
+        stale: Add those with their statistics as averaged, too, where they can be recomputed.
         others: Further averages, by their names.
     """
     last = run.last(1).checkpoints[-1]
@@ -92,8 +94,10 @@ def candidates_of(
     found.append(Candidate.of_checkpoint(last, f"{last_name} (last)", last=True))
     text = f"average of {len(selection)} ({planned.scheme.text})"
     for name, average in {text: planned, **(others or {})}.items():
-        found.append(Candidate.of_average(average, name, recompute=False))
-        if recompute and average.batchnorm != "none":
+        refreshed = recompute and average.batchnorm != "none"
+        if stale or not refreshed:
+            found.append(Candidate.of_average(average, name, recompute=False))
+        if refreshed:
             found.append(Candidate.of_average(average, name, recompute=True))
     if ensemble:
         found.append(Candidate.of_ensemble(selection, f"FGE ensemble of {len(selection)}"))

@@ -223,8 +223,8 @@ def _winners_difference(winners: Sequence[Result], results: Sequence[Result], ta
     versus = winners[0].versus
     if len(winners) > 1 or versus is None:
         return ""
-    is_last = any(r.candidate.last and r.candidate.name == versus.reference for r in results)
-    reference = "the last checkpoint" if is_last else versus.reference
+    last = [result.candidate.name for result in results if result.candidate.last]
+    reference = "the last checkpoint" if last == [versus.reference] else versus.reference
     title, form = _title_and_form(versus.metric, task)
     what = "Δ" if versus.metric == task.metrics[0].key else f"Δ {_bare(title)}"
     return f"; {what} to {reference} {_difference_text(versus.difference, form)}"

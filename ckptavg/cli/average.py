@@ -54,6 +54,7 @@ log = logging.getLogger("ckptavg")
 )  # fmt: skip
 @options.selection_options
 @options.scheme_options
+@options.key_option
 @options.tensor_options
 @options.model_options(required=False)
 @options.data_options(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +31,7 @@ _RESULTS = "Results"
 _OF_A_RUN = (
     "each", "compare", "fail_if_worse", "glob", "skip", "every", "cycle", "at_lr_min", "best",
     "sample", "last", "scheme", "weights", "include", "exclude", "base", "dtype", "train_data",
-    "bn_samples",
+    "bn_samples", "no_stale",
 )  # fmt: skip
 _WORSE = 3  # exit code of --fail-if-worse
 
@@ -53,6 +55,10 @@ _WORSE = 3  # exit code of --fail-if-worse
     help="Score the ensemble, too: the mean of the selected checkpoints' outputs.",
 )  # fmt: skip
 @options.option(
+    _CANDIDATES, "--no-stale", is_flag=True,
+    help="Score no average with its BatchNorm statistics as averaged beside the recomputed ones.",
+)  # fmt: skip
+@options.option(
     _RESULTS, "--results", type=click.Path(dir_okay=False), metavar="FILE", common=True,
     help="Keep the results in FILE.json or FILE.csv, beside what it holds.",
 )  # fmt: skip
@@ -70,6 +76,7 @@ _WORSE = 3  # exit code of --fail-if-worse
 @options.loader_options
 @options.selection_options
 @options.scheme_options
+@options.keys_option
 @options.tensor_options
 @options.everywhere_by_several
 def evaluate(
@@ -173,6 +180,11 @@ def _check(
         raise UsageError(f"--results is expected to end in .json or .csv but got {results}")
     if resume and (results is None or Path(results).suffix != ".json"):
         raise UsageError("--resume goes on from the file of --results, which has to be a .json")
+    if settings["no_stale"] and not settings["train_data"]:
+        raise UsageError(
+            "--no-stale leaves out averages whose statistics are recomputed as well, which needs "
+            "--train-data"
+        )
     if settings["bn_samples"] is not None and not settings["train_data"]:
         raise UsageError("--bn-samples says how much of --train-data is used: name that")
 
@@ -205,29 +217,51 @@ def _keep(keeper: Keeper, scored: list[Result]) -> OutputError | None:
 def _candidates(
     paths: tuple[str, ...], further: tuple[Also, ...], settings: dict[str, Any]
 ) -> list[Candidate]:
-    from ckptavg import candidates  # noqa: PLC0415
-    from ckptavg.formats import is_checkpoint_directory, open_checkpoint  # noqa: PLC0415
+    """Make the candidates; those of each ``--key``, named after it if there are several."""
+    for path in paths:
+        _check_path(path)
+    keys = list(dict.fromkeys(settings["keys"]))
+    if len(keys) < 2:
+        return _candidates_of_key(keys[0] if keys else None, paths, further, settings)
+    candidates = []
+    for key in keys:
+        for candidate in _candidates_of_key(key, paths, further, settings):
+            candidates.append(replace(candidate, name=f"{candidate.name} [{key}]"))
+    return candidates
+
+
+def _check_path(path: str) -> None:
+    from ckptavg.formats import is_checkpoint_directory  # noqa: PLC0415
     from ckptavg.formats.storage import locate  # noqa: PLC0415
 
-    for path in paths:
-        place = locate(path)
-        if place.is_dir() and not is_checkpoint_directory(place):
-            raise UsageError(f"{path} is no checkpoint: a run goes after --run")
-    found = [
-        candidates.Candidate.of_checkpoint(open_checkpoint(path, settings["key"]), path)
-        for path in paths
-    ]
+    place = locate(path)
+    if place.is_dir() and not is_checkpoint_directory(place):
+        raise UsageError(f"{path} is no checkpoint: a run goes after --run")
+
+
+def _candidates_of_key(
+    key: str | None,
+    paths: tuple[str, ...],
+    further: tuple[Also, ...],
+    settings: Mapping[str, Any],
+) -> list[Candidate]:
+    """Make the candidates whose weights an entry holds; the one that is found where None."""
+    from ckptavg import candidates  # noqa: PLC0415
+    from ckptavg.formats import open_checkpoint  # noqa: PLC0415
+
+    files = [candidates.Candidate.of_checkpoint(open_checkpoint(path, key), path) for path in paths]
     if settings["run_path"] is None:
-        return found
+        return files
+    settings = dict(settings)
     run, selection = options.open_selected(
-        [settings["run_path"]], settings["glob"], settings["skip"], settings["key"], settings
+        [settings["run_path"]], settings["glob"], settings["skip"], key, settings
     )
     planned = options.planned(selection, settings)
     others = {one.name: planned_also(one, run, selection, settings) for one in further}
-    return found + candidates.candidates_of(
+    return files + candidates.candidates_of(
         run, selection, planned, each=settings["each"],
         ensemble=settings["compare"] == "fge", recompute=bool(settings["train_data"]),
-        others=others,
+        stale=not settings["no_stale"], others=others,
     )  # fmt: skip
 
 

@@ -150,11 +150,15 @@ scheme_options = together(
 )  # fmt: skip
 
 _WHAT = "What is averaged"
+_KEY = "The entry that holds the weights, such as ema or state.model"
+key_option = option(
+    _WHAT, "--key", metavar="KEY", common=True, help=f"{_KEY}.  [default: found]"
+)  # fmt: skip
+keys_option = option(
+    _WHAT, "--key", "keys", multiple=True, metavar="KEY", common=True,
+    help=f"{_KEY}; may be repeated, to score several side by side.  [default: found]",
+)  # fmt: skip
 tensor_options = together(
-    option(
-        _WHAT, "--key", metavar="KEY", common=True,
-        help="The entry that holds the weights, such as ema or state.model.  [default: found]",
-    ),
     option(
         _WHAT, "--include", multiple=True, metavar="PATTERN",
         help="Average only tensors of such names; may be repeated.  [default: all]",
