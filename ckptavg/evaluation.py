@@ -282,7 +282,9 @@ class _Session:
                 return run(network.model, inputs)
 
         with torch.inference_mode():
-            outputs = self.channels.run(forward, network.model, batch.inputs)
+            outputs = self.task.watch(
+                lambda: self.channels.run(forward, network.model, batch.inputs)
+            )
             self.task.check(outputs, batch.given)
             found = self.task.predict(outputs, batch.targets)
             targets = _beside(batch.targets, found)

@@ -254,7 +254,7 @@ def test_probabilities_in_half_precision_are_noticed(end, dtype):
     task = Classification()
     classes, function = ENDS[end]
     x = torch.randn(64, classes, generator=torch.Generator().manual_seed(0))
-    outputs = task.forward(Net(classes, function).to(dtype).end, x.to(dtype))
+    outputs = task.watch(lambda: function(x.to(dtype)))
     expected = outputs.double()
     expected = torch.cat((1 - expected, expected), 1) if classes == 1 else expected
     torch.testing.assert_close(task.predict(outputs, None).exp(), expected)
@@ -273,12 +273,12 @@ def test_logits_whose_sum_is_1_are_logits(rows):
 
 def test_a_certain_softmax_has_a_finite_likelihood(tmp_path):
     task = Classification()
-    outputs = task.forward(nn.Softmax(1), torch.tensor([[200.0, 0.0], [1.0, 0.0]]))
+    outputs = task.watch(lambda: torch.tensor([[200.0, 0.0], [1.0, 0.0]]).softmax(1))
     found = task.predict(outputs, None)
     assert bool(task.sound(found))
     assert found[0].tolist() == pytest.approx([0, np.log(torch.finfo(torch.float32).tiny)])
-    one = task.forward(nn.Sigmoid(), torch.tensor([200.0, -200.0]))
     task.scores()
+    one = task.watch(lambda: torch.tensor([200.0, -200.0]).sigmoid())
     assert bool(task.sound(task.predict(one, None)))
 
 
@@ -293,20 +293,26 @@ def test_weak_logits_are_logits_with_a_note(caplog):
 def test_a_sigmoid_per_class_gets_a_note(caplog):
     caplog.set_level(logging.INFO, "ckptavg")
     task = Classification()
-    outputs = task.forward(nn.Sigmoid(), torch.randn(20, 3))
+    outputs = task.watch(lambda: torch.randn(20, 3).sigmoid())
     torch.testing.assert_close(task.predict(outputs, None), outputs.double().log_softmax(1))
     assert "no distribution over classes" in caplog.text
 
 
 def test_a_gate_before_the_logits_is_no_activation_of_theirs():
-    class Gated(nn.Module):
-        def forward(self, x):
-            return 1e-3 + x.sigmoid() * 0.5
-
     task, x = Classification(), torch.randn(20, 1)
-    outputs = task.forward(Gated(), x)
+    outputs = task.watch(lambda: 1e-3 + x.sigmoid() * 0.5)
     found = task.predict(outputs, None)
     torch.testing.assert_close(found[:, 1:].exp(), outputs.double().sigmoid())
+
+
+def test_a_sigmoid_in_a_forward_function_is_noticed_too(tmp_path):
+    paths, logits = saved(tmp_path, 1)
+
+    def forward(model, batch):
+        return model(batch[0]).sigmoid()
+
+    [result] = evaluate(paths[:1], Net(1), batches(BINARY), forward=forward)
+    assert_scores(result, probabilities(logits[0]), BINARY)
 
 
 def test_a_task_that_scored_probabilities_takes_the_next_models_logits(tmp_path):

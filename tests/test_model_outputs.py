@@ -103,7 +103,7 @@ def test_features_beside_logits_are_refused_and_scored_by_a_forward_function(tmp
         evaluate([tmp_path / "one.pt"], model, [(x, labels)])
 
     def forward(model, batch):
-        return model(batch[0] if isinstance(batch, (list, tuple)) else batch)[1]
+        return model(batch[0])[1]
 
     [found] = evaluate([tmp_path / "one.pt"], model, [(x, labels)], forward=forward)
     expected = nn.functional.cross_entropy(model(x)[1].double(), labels)

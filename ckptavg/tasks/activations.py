@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, Literal
 
 import torch
-from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -72,13 +71,13 @@ class TaskOnLogits(Task):
     _gives_probabilities: bool | None = None
     _noted: frozenset[str] = frozenset()
 
-    def forward(self, model: nn.Module, inputs: Any) -> Any:
-        """Run the model on inputs; the first time, see whether it ends in an activation."""
+    def watch(self, run: Callable[[], Any]) -> Any:
+        """Run the model; the first time, see whether it ends in an activation."""
         if self._is_watched:
-            return super().forward(model, inputs)
+            return run()
         self._is_watched = True
         with ActivationWatch() as watch:
-            outputs = super().forward(model, inputs)
+            outputs = run()
         with suppress(EvaluationError):  # raised again where the outputs are checked
             self._activation = watch.origin_of(take_output(outputs))
         return outputs

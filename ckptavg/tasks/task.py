@@ -6,7 +6,7 @@ A task of one's own is a subclass that overrides what differs; ``--task path/fil
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -170,6 +170,13 @@ class Task:
     def forward(self, model: nn.Module, inputs: Any) -> Any:
         """Run the model on inputs."""
         return call_on_inputs(model, inputs)
+
+    def watch(self, run: Callable[[], Any]) -> Any:
+        """Run the model on a batch by ``run()``, in whatever way it is called; return the outputs.
+
+        A task may look on, to learn more of the outputs than they tell by themselves.
+        """
+        return run()
 
     def check(self, outputs: Any, targets: Any) -> None:
         """Make sure that outputs and targets belong together, without waiting for the device.
