@@ -6,7 +6,7 @@ Names come out of files, and files out of strange hands.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 _LONGEST = 1200  # characters of a line
 # Characters that Python calls printable although a terminal shows nothing for them: Unicode's
@@ -93,6 +93,22 @@ def bare_location(scheme: str, location: str) -> str:
     host = bare if web or ":" in user else location[:size]
     path = location[size:]
     return host + (path.partition("?")[0] if web else path)
+
+
+def split_directory(paths: Sequence[str]) -> tuple[str, list[str]]:
+    """Split the directory that all of some paths share off them.
+
+    Returns:
+        The directory, empty if there is none, and each path from there on.
+    """
+    parents = [path.split("/")[:-1] for path in paths]
+    shared = 0
+    for names in zip(*parents, strict=False):
+        if len({*names}) > 1:
+            break
+        shared += 1
+    directory = "/".join(parents[0][:shared]) if parents else ""
+    return directory, ["/".join(path.split("/")[shared:]) for path in paths]
 
 
 def step_text(step: float) -> str:

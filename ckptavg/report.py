@@ -85,7 +85,7 @@ class Report:
             logger.setLevel(level)
 
     def table(
-        self, columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = ""
+        self, columns: Sequence[str | Column], rows: Sequence[Sequence[str]], *, title: str = ""
     ) -> None:
         """A table on stdout; columns of numbers are set flush right. Nothing with ``as_json``."""
         self.draw(Table(title, _columns(columns, rows), rows_of_texts(rows)))

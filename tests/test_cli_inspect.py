@@ -151,3 +151,12 @@ def test_an_average_shows_no_metric_of_its_inputs(own_loop: Path) -> None:
     assert "measured on the last checkpoint, so not taken over: train_loss, val_acc" in made.stderr
     found = json.loads(inspect("swa.pth", "--json").stdout)
     assert found["metrics"].keys() == {"tr_norm", "width"}
+
+
+def test_an_average_names_the_directory_of_its_inputs_once(own_loop: Path) -> None:
+    CliRunner().invoke(main, ["average", str(own_loop), "-o", "swa.pth"])
+    shown = inspect("swa.pth").stdout.splitlines()
+    (title,) = (i for i, line in enumerate(shown) if line.startswith("made by ckptavg"))
+    assert shown[title].endswith(f", from {own_loop}")
+    rows = [line.split() for line in shown[title + 3 : title + 9]]
+    assert [row[:2] for row in rows] == [[f"cnn-{i}.pth", str(i)] for i in range(1, 7)]

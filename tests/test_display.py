@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptavg.display import escape_unseen, printable, without_secrets
+from ckptavg.display import escape_unseen, printable, split_directory, without_secrets
 from ckptavg.json_text import json_text
 
 STEERING = ["\u202e", "\u2066", "\u200b", "\u200f", "\u2060", "\ufeff", "\x1b", "\x9b", "\x7f",
@@ -80,3 +80,19 @@ def test_notes_are_printable_for_any_handler(caplog):
 def test_long_texts_cost_little():
     assert len(printable("\u202e" * 10**6)) < 10_000
     assert len(printable("a://" * 10**5 + "?" * 10**5)) < 10_000
+
+
+@pytest.mark.parametrize(
+    ("paths", "directory", "names"),
+    [
+        (["/a/b/x.pt", "/a/b/y.pt"], "/a/b", ["x.pt", "y.pt"]),
+        (["/a/b/x.pt", "/a/c/x.pt"], "/a", ["b/x.pt", "c/x.pt"]),
+        (["/a/bc/x.pt", "/a/b/x.pt"], "/a", ["bc/x.pt", "b/x.pt"]),
+        (["a/x.pt", "/a/x.pt"], "", ["a/x.pt", "/a/x.pt"]),
+        (["s3://box/run/x.pt", "s3://box/run/x.pt"], "s3://box/run", ["x.pt", "x.pt"]),
+        (["x.pt"], "", ["x.pt"]),
+        ([], "", []),
+    ],
+)
+def test_a_shared_directory_is_split_off(paths, directory, names):
+    assert split_directory(paths) == (directory, names)

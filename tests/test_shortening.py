@@ -3,7 +3,7 @@
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
@@ -42,6 +42,7 @@ def test_different_names_stay_different(names, room):
     assert len({*shortened}) == len(names)
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(st.characters(exclude_categories=["C"]), max_size=30)), st.integers(3, 20))
 def test_every_name_fits_and_the_same_name_is_shortened_alike(names, room):
     shortened = shorten_names(names, room)
@@ -51,6 +52,7 @@ def test_every_name_fits_and_the_same_name_is_shortened_alike(names, room):
         assert (short == name) or cell_len(name) > room
 
 
+@settings(deadline=None)
 @given(st.lists(st.text("ab", min_size=1, max_size=9), min_size=1), st.integers(1, 30))
 def test_texts_are_wrapped_between_words_only(words, room):
     lines = wrap_words(" ".join(words), room)

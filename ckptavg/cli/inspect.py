@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,6 +10,7 @@ import click
 from ckptavg.cli import geometry as shown
 from ckptavg.cli import options
 from ckptavg.cli.help import GroupedCommand
+from ckptavg.display import split_directory
 from ckptavg.errors import UsageError, first_few
 from ckptavg.formats import Checkpoint
 from ckptavg.formats.names import batchnorm_layers
@@ -18,6 +19,7 @@ from ckptavg.report import Report, counted, number_text, size_text
 from ckptavg.run import Run, open_run
 from ckptavg.runs.metric_columns import metric_columns
 from ckptavg.runs.numbered import short_names
+from ckptavg.tables import Column
 
 if TYPE_CHECKING:
     from ckptavg.weight_space import Geometry
@@ -111,7 +113,7 @@ def _show_run(report: Report, run: Run, geometry: Geometry | None = None) -> Non
         )
         for name, checkpoint in zip(short_names([c.path for c in run]), run, strict=True)
     ]
-    columns = ("checkpoint", "step", "epoch", "LR", *shown_metrics, "weights", "size")
+    columns = _run_columns(shown_metrics)
     kinds = ", ".join(dict.fromkeys(_LAYOUTS[checkpoint.layout] for checkpoint in run))
     report.table(columns, rows, title=f"{counted(len(run), 'checkpoint')} in order ({kinds})")
     if more := metrics.names[_MOST_METRICS:]:
@@ -140,6 +142,16 @@ def _show_run(report: Report, run: Run, geometry: Geometry | None = None) -> Non
         }
         | ({} if geometry is None else {"geometry": shown.values(geometry)})
     )
+
+
+def _run_columns(metrics: Sequence[str]) -> list[Column]:
+    """Return the columns of a run's table. Of the metrics, the first is the last to be left out."""
+    turns = {name: turn for turn, name in enumerate(reversed(metrics[1:]), 1)}
+    count = len(turns)
+    columns = [Column("checkpoint", "name"), Column("step", "number")]
+    columns += [Column("epoch", "number", count + 2), Column("LR", "number", count + 4)]
+    columns += [Column(name, "number", turns.get(name, count + 3)) for name in metrics]
+    return [*columns, Column("weights", "prose", count + 1), Column("size", "number", count + 5)]
 
 
 def _show_checkpoint(report: Report, checkpoint: Checkpoint) -> None:
@@ -192,13 +204,15 @@ def _entries_text(checkpoint: Checkpoint) -> str:
 
 
 def _show_provenance(report: Report, made: Mapping[str, Any]) -> None:
-    rows = [
-        (str(c.get("path")), number_text(c.get("step")), number_text(c.get("coefficient")))
-        for c in made["checkpoints"]
-    ]
+    checkpoints = made["checkpoints"]
+    directory, names = split_directory([str(checkpoint.get("path")) for checkpoint in checkpoints])
+    rows = []
+    for name, checkpoint in zip(names, checkpoints, strict=True):
+        step, coefficient = checkpoint.get("step"), checkpoint.get("coefficient")
+        rows.append((name, number_text(step), number_text(coefficient)))
     title = (
         f"made by ckptavg {made.get('version')}: {made.get('scheme')}, "
-        f"BatchNorm statistics {made.get('bn')}"
+        f"BatchNorm statistics {made.get('bn')}{f', from {directory}' if directory else ''}"
     )
     report.table(("checkpoint", "step", "coefficient"), rows, title=title)
     if "digest" in made:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 from ckptavg.digests import is_recorded
+from ckptavg.display import split_directory
 from ckptavg.errors import CkptavgError, IntegrityError, first_few
 from ckptavg.formats import Checkpoint, open_checkpoint
 from ckptavg.report import Report
@@ -34,8 +35,12 @@ def show(report: Report, path: str, run: Run, key: str | None) -> None:
             f"nothing was recorded that {path} could be verified by",
             "`ckptavg average --hash` records digests.",
         )
-    rows = [(f.path, f.part, f.state.upper() if f.state == CHANGED else f.state) for f in found]
-    report.table(("file", "part", "result"), rows)
+    directory, names = split_directory([finding.path for finding in found])
+    rows = []
+    for name, finding in zip(names, found, strict=True):
+        state = finding.state.upper() if finding.state == CHANGED else finding.state
+        rows.append((name, finding.part, state))
+    report.table(("file", "part", "result"), rows, title=directory)
     for finding in found:
         if finding.why:
             report.line(f"{finding.path}: {finding.why}")
