@@ -153,7 +153,10 @@ def plan_average(
     if base is not None and not isinstance(base, Checkpoint):
         base = _open_base(base, checkpoints[-1].key)
     rules = Rules(_patterns(include), _patterns(exclude), base, dtype)
-    return Average(lora.plan_mean(checkpoints, coefficients, rules), chosen, run.members)
+    plan = lora.plan_mean(checkpoints, coefficients, rules)
+    if note := chosen.note(coefficients):
+        plan = replace(plan, notes=(note, *plan.notes))
+    return Average(plan, chosen, run.members)
 
 
 def _open_base(path: str | os.PathLike[str], key: str) -> Checkpoint:

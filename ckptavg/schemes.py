@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 from ckptavg.errors import RunError, UsageError
+from ckptavg.spelling import close_names, did_you_mean
 
 Steps = Sequence[float | None]
+Remark = Callable[[Sequence[float]], str]
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Scheme:
     name: str
     text: str
     _apply: Callable[[Steps], list[float]] = field(repr=False, compare=False)
+    _remark: Remark = field(default=lambda _: "", repr=False, compare=False)
 
     def coefficients(self, steps: Steps) -> list[float]:
         """One coefficient a checkpoint, oldest first; their sum is positive but need not be 1.
@@ -40,6 +44,14 @@ class Scheme:
         if not math.fsum(found) > 0:
             raise RunError(f"the coefficients of {self.text} do not have a positive sum")
         return found
+
+    def note(self, coefficients: Sequence[float]) -> str:
+        """What may surprise in the coefficients that the scheme has given; empty if nothing does.
+
+        Args:
+            coefficients: One per checkpoint, oldest first.
+        """
+        return self._remark(coefficients)
 
 
 def parse(text: str) -> Scheme:
@@ -59,10 +71,58 @@ def parse(text: str) -> Scheme:
     Raises:
         UsageError: The name, an option or a value is unknown.
     """
-    name, _, rest = text.strip().partition(":")
+    try:
+        return _parse(text.strip())
+    except UsageError as error:
+        error.remedy = error.remedy or did_you_mean(_meant(text))
+        raise
+
+
+def _parse(text: str) -> Scheme:
+    name, _, rest = text.partition(":")
     if name not in SCHEMES:
         raise UsageError(f"scheme is expected to be one of {', '.join(SCHEMES)} but got {name!r}")
-    return Scheme(name, text.strip(), SCHEMES[name](_options(name, rest)))
+    options = _options(name, rest)
+    remark = _REMARKS[name](options) if name in _REMARKS else _no_remark
+    return Scheme(name, text, SCHEMES[name](options), remark)
+
+
+def _meant(text: str) -> list[str]:
+    """List the specification that a wrong one may have been meant for, if there is one."""
+    start = _NAME.match(text)
+    if start is None:
+        return []
+    word, rest = start[1].lower(), text[start.end() :]
+    name = _OTHER_NAMES.get(word) or next(iter(close_names(word, SCHEMES, 1)), None)
+    if name is None:
+        return []
+    words = rest.strip(" :=(),")
+    options = (
+        [_meant_option(name, part) for part in re.split("[,;]", words)] if words else _USUAL[name]
+    )
+    likely = f"{name}:{','.join(options)}" if options else name
+    try:
+        _parse(likely)
+    except UsageError:
+        return []
+    return [likely]
+
+
+def _meant_option(name: str, part: str) -> str:
+    """Correct an option of a scheme: a value alone is that of the scheme's first one."""
+    known = _OPTIONS[name]
+    words = [word for word in _SEPARATORS.split(part) if word]
+    if not words or not known:
+        return part
+    key, value = words[0], " ".join(words[1:])
+    if not value and _NUMBER.fullmatch(key):
+        return f"{known[0]}={key}"
+    key = next(iter(close_names(key, known, 1)), known[0] if len(known) == 1 else key)
+    choices = _CHOICES.get(key, (value,))
+    if value not in choices:
+        close = close_names(value, choices, 1)
+        value = _OTHER_VALUES.get(value.lower(), close[0] if close else value)
+    return f"{key}={value}"
 
 
 def explicit(weights: Sequence[float]) -> Scheme:
@@ -137,10 +197,10 @@ def _lawa(options: Mapping[str, str]) -> Callable[[Steps], list[float]]:
 
 def _ema(options: Mapping[str, str]) -> Callable[[Steps], list[float]]:
     if "decay" not in options:
-        raise UsageError("ema is expected to have its decay, as in ema:decay=0.9")
+        raise UsageError("ema is expected to have its decay")
     decay = _decay(options["decay"])
-    debias = _choice("debias", options.get("debias", "false"), ("true", "false")) == "true"
-    per_step = _choice("per", options.get("per", "checkpoint"), ("checkpoint", "step")) == "step"
+    debias = _choice("debias", options.get("debias", "false")) == "true"
+    per_step = _choice("per", options.get("per", "checkpoint")) == "step"
 
     def apply(steps: Steps) -> list[float]:
         times = _increasing(steps) if per_step else [float(i) for i in range(len(steps))]
@@ -163,10 +223,43 @@ def _decay(text: str) -> float:
     return decay
 
 
-def _choice(name: str, value: str, choices: tuple[str, ...]) -> str:
+def _choice(name: str, value: str) -> str:
+    choices = _CHOICES[name]
     if value not in choices:
         raise UsageError(f"{name} is expected to be one of {', '.join(choices)} but got {value!r}")
     return value
+
+
+def _no_remark(_: Sequence[float]) -> str:
+    return ""
+
+
+def _remark_on_seed(options: Mapping[str, str]) -> Remark:
+    """Remark on an average that consists of its seed for the most part."""
+
+    def remark(coefficients: Sequence[float]) -> str:
+        first, *others = coefficients
+        if options.get("debias") == "true" or not others or first <= max(others):
+            return ""
+        return (
+            f"the oldest of {len(coefficients)} checkpoints weighs most "
+            f"({first / math.fsum(coefficients):.2g}), as ema is seeded with it: debias=true gives "
+            "more to the later ones"
+        )
+
+    return remark
+
+
+def _remark_on_few(options: Mapping[str, str]) -> Remark:
+    """Remark on a window that is longer than the run."""
+
+    def remark(coefficients: Sequence[float]) -> str:
+        count = len(coefficients)
+        if count >= int(options["k"]):
+            return ""
+        return f"lawa takes the last {options['k']}, and there are only {count}"
+
+    return remark
 
 
 def _increasing(steps: Steps) -> list[float]:
@@ -191,3 +284,29 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
     "linear": (),
     "lawa": ("k",),
 }
+_CHOICES = {"debias": ("true", "false"), "per": ("checkpoint", "step")}
+_REMARKS: dict[str, Callable[[Mapping[str, str]], Remark]] = {
+    "ema": _remark_on_seed,
+    "lawa": _remark_on_few,
+}
+# Words for the schemes and values in papers and other tools.
+_OTHER_NAMES = {
+    "arithmetic": "uniform", "average": "uniform", "avg": "uniform", "equal": "uniform",
+    "mean": "uniform", "plain": "uniform", "simple": "uniform", "sma": "uniform",
+    "soup": "uniform", "swa": "uniform", "last": "lawa", "latest": "lawa", "lwma": "linear",
+    "wma": "linear", "exponential": "ema", "ewa": "ema", "ewma": "ema", "pma": "ema",
+    "polyak": "ema",
+}  # fmt: skip
+_OTHER_VALUES = {
+    "1": "true", "on": "true", "yes": "true", "0": "false", "no": "false", "off": "false",
+    "": "true",
+}  # fmt: skip
+_USUAL: dict[str, list[str]] = {
+    "uniform": [],
+    "ema": ["decay=0.9"],
+    "linear": [],
+    "lawa": ["k=5"],
+}
+_NAME = re.compile(r"\s*([A-Za-z]+)")
+_SEPARATORS = re.compile(r"[\s:=()]+|^[-_]")
+_NUMBER = re.compile(r"\.?\d[\d.]*(e-?\d+)?")

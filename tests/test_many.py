@@ -296,7 +296,7 @@ def test_the_command_shows_each_plan_and_writes_none_in_a_dry_run(run, tmp_path)
         ("x=uniform@last=no", "expected a whole number from 1 on but got 'no'"),
         ("x=uniform@from=no", "expected a number in 'from=no'"),
         ("x=uniform@metric=acc", "--metric says which are the --best N: name N"),
-        ("x=nonsense", "--also x: scheme is expected to be one of"),
+        ("x=unifrom", "'--also': x: scheme is expected to be one of uniform, ema, linear, lawa"),
     ],
 )
 def test_a_mistyped_further_average_is_told(run, tmp_path, further, message):

@@ -156,6 +156,84 @@ def test_wrong_specification_says_what_is_expected(text):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("ema=0.9", "ema:decay=0.9"),
+        ("ema:0.99", "ema:decay=0.99"),
+        ("ema(.5)", "ema:decay=.5"),
+        ("ema0.9", "ema:decay=0.9"),
+        ("ema_0.9", "ema:decay=0.9"),
+        ("ema, 0.9", "ema:decay=0.9"),
+        ("EMA:decay=0.9", "ema:decay=0.9"),
+        ("emma:decay=0.9", "ema:decay=0.9"),
+        ("ema:decy=0.8", "ema:decay=0.8"),
+        ("ema:decay:0.9", "ema:decay=0.9"),
+        ("ema:decay=0.9;per=steps", "ema:decay=0.9,per=step"),
+        ("ema:0.9,debias", "ema:decay=0.9,debias=true"),
+        ("ema:decay=0.9,debias=no", "ema:decay=0.9,debias=false"),
+        ("ema", "ema:decay=0.9"),
+        ("Polyak:0.99", "ema:decay=0.99"),
+        ("lawa:7", "lawa:k=7"),
+        ("lawa:window=7", "lawa:k=7"),
+        ("last3", "lawa:k=3"),
+        ("swa", "uniform"),
+        ("mean", "uniform"),
+        ("unifrom", "uniform"),
+        ("liner", "linear"),
+    ],
+)
+def test_what_a_mistyped_specification_was_meant_for(text, meant):
+    schemes.parse(meant)
+    with pytest.raises(UsageError) as caught:
+        schemes.parse(text)
+    assert caught.value.remedy == f"Did you mean {meant}?"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "swag", "greedy", "uniform:k=2", "ema:decay=1.5", "ema:decay=0.9,k=2", "lawa:k=two"],
+)
+def test_no_guess_where_something_else_may_be_meant(text):
+    with pytest.raises(UsageError) as caught:
+        schemes.parse(text)
+    assert caught.value.remedy == ""
+
+
+def note(text, steps):
+    scheme = schemes.parse(text)
+    return scheme.note(scheme.coefficients(steps))
+
+
+def test_an_ema_over_few_checkpoints_tells_that_the_oldest_weighs_most():
+    told = note("ema:decay=0.9", [1, 2, 3])
+    assert told.startswith("the oldest of 3 checkpoints weighs most (0.81)")
+    assert "debias=true" in told
+    assert "weighs most (0.51)" in note("ema:decay=0.8", CONSECUTIVE)
+    assert "weighs most (0.9)" in note("ema:decay=0.9,per=step", [5, 6])
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"),
+    [
+        ("ema:decay=0.9,debias=true", [1, 2, 3]),
+        ("ema:decay=0.5", [1, 2]),  # both alike
+        ("ema:decay=0.5", CONSECUTIVE),
+        ("ema:decay=0.9,per=step", [0, 100]),
+        ("ema:decay=0.9", [1]),
+        ("uniform", CONSECUTIVE),
+        ("linear", CONSECUTIVE),
+        ("lawa:k=4", CONSECUTIVE),
+    ],
+)
+def test_nothing_is_noted_where_the_latest_weigh_as_asked_for(text, steps):
+    assert note(text, steps) == ""
+
+
+def test_a_window_longer_than_the_run_is_noted():
+    assert note("lawa:k=10", [1, 2, 3]) == "lawa takes the last 10, and there are only 3"
+
+
 def test_specification_may_be_spaced():
     spaced = schemes.parse(" ema:decay=0.5, debias=true ")
     assert spaced.coefficients(CONSECUTIVE) == [0.125, 0.25, 0.5, 1.0]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptavg.cli.options import SELECTION, check_picks, pair, planned, positive, selected
+from ckptavg.cli.options import scheme as read_scheme
 from ckptavg.errors import CkptavgError
 
 if TYPE_CHECKING:
@@ -72,6 +73,10 @@ def also(text: str) -> Also:
         raise click.BadParameter(
             f"expected NAME=SCHEME[@SELECTION], as in last5=uniform@last=5, but got {text!r}"
         )
+    try:
+        read_scheme(scheme or _UNIFORM)
+    except click.BadParameter as error:
+        raise click.BadParameter(f"{name}: {error.message}") from None
     return Also(name, scheme or _UNIFORM, _picks(selection) if at else None)
 
 

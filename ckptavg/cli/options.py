@@ -136,11 +136,23 @@ selection_options = together(
     ),
 )  # fmt: skip
 
+
+def scheme(text: str) -> str:
+    """An averaging scheme, which is checked before any file is opened."""
+    from ckptavg import schemes  # noqa: PLC0415 - help is shown without it
+
+    try:
+        schemes.parse(text)
+    except UsageError as error:
+        raise click.BadParameter(str(error)) from None
+    return text
+
+
 _HOW = "How they are weighted"
 scheme_options = together(
     option(
         _HOW, "--scheme", metavar="NAME[:k=v,...]", default="uniform", show_default=True,
-        common=True,
+        type=scheme, common=True,
         help="uniform, ema:decay=0.9[,debias=true][,per=step], linear or lawa:k=5.",
     ),
     option(
