@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from helpers import save_weight
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptavg import open_run
@@ -58,6 +58,7 @@ def test_a_single_checkpoint_has_all_its_metrics(tmp_path):
 values = st.lists(st.none() | st.floats(), min_size=3, max_size=3)
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.sampled_from(["acc", "loss", "a", "b", "c"]), values))
 def test_each_metric_is_a_column_or_repeats_one(tmp_path_factory, recorded):
     checkpoint = open_checkpoint(save_weight(tmp_path_factory.mktemp("run") / "x.pt"))

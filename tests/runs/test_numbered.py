@@ -12,7 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from click.testing import CliRunner
 from helpers import names, save_weight
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptavg import average, open_run
@@ -90,6 +90,7 @@ def test_directories_called_after_dates_are_in_their_order(tmp_path, days):
         assert not run.notes
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_order_is_that_of_the_steps_at_any_depth(tmp_path_factory, data):
     directory = tmp_path_factory.mktemp("run")

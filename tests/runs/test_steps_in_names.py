@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptavg.runs.steps_in_names import NamedStep, steps_in_names
@@ -72,6 +72,7 @@ def test_the_unit_is_that_of_the_word():
     ]  # fmt: skip
 
 
+@settings(deadline=None)
 @given(
     step=st.integers(0, 10**9),
     score=st.decimals(0, 100, places=4),
@@ -83,6 +84,7 @@ def test_the_step_is_found_wherever_the_score_stands(step, score, metric, first)
     assert values("-".join(parts if first else parts[::-1])) == [step]
 
 
+@settings(deadline=None)
 @given(st.text(max_size=60))
 def test_any_name_is_read(stem):
     (step,) = steps_in_names([stem])
