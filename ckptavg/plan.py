@@ -18,6 +18,7 @@ from ckptavg.modules import Modules
 from ckptavg.rules import Rules
 from ckptavg.schemes import normalized
 from ckptavg.spectral_norm import SpectralNorm
+from ckptavg.spelling import close_patterns, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,10 @@ def make_plan(
     last, base = checkpoints[-1], rules.base or checkpoints[-1]
     names = [name for name in (*last.tensors, *last.refused) if rules.averages(name)]
     if not names:
-        raise UsageError(f"no tensor of {last.path} matches the include and exclude patterns")
+        raise UsageError(
+            f"no tensor of {last.path} matches the include and exclude patterns",
+            did_you_mean(_meant_patterns(rules, {*last.tensors, *last.refused})),
+        )
     check_names(checkpoints, names, rules.averages)
     check_supported(checkpoints, names, rules.averages)
     for name in names:
@@ -179,9 +183,24 @@ def _averaged_layers(modules: Modules, averaged: Collection[str]) -> tuple[Spect
 
 def _unmatched(rules: Rules, names: set[str]) -> list[str]:
     """Notes about patterns that do nothing: a word mistyped, or one meant for files."""
+    notes: list[str] = []
+    for pattern in _idle_patterns(rules, names):
+        meant = did_you_mean(close_patterns(pattern, sorted(names)))
+        remedy = f". {meant}" if meant else " (--glob selects files)"
+        notes.append(f"the pattern {pattern!r} matches no tensor{remedy}")
+    return notes
+
+
+def _meant_patterns(rules: Rules, names: set[str]) -> list[str]:
+    """List patterns that some which match no tensor may have been meant for."""
+    idle = _idle_patterns(rules, names)
+    return [p for pattern in idle for p in close_patterns(pattern, sorted(names))]
+
+
+def _idle_patterns(rules: Rules, names: set[str]) -> list[str]:
+    """List the patterns that match no name."""
     patterns = (*rules.include, *rules.exclude)
-    idle = [p for p in patterns if not any(fnmatch.fnmatchcase(name, p) for name in names)]
-    return [f"the pattern {p!r} matches no tensor (--glob selects files)" for p in idle]
+    return [p for p in patterns if not any(fnmatch.fnmatchcase(name, p) for name in names)]
 
 
 @dataclass

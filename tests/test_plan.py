@@ -425,3 +425,11 @@ def test_a_pattern_that_matches_nothing_is_said(tmp_path):
     checkpoints = opened(tmp_path, [{"a": torch.zeros(1)}, {"a": torch.ones(1)}])
     notes = make_plan(checkpoints, [1, 1], Rules(exclude=("epoch_2*",))).notes
     assert notes == ("the pattern 'epoch_2*' matches no tensor (--glob selects files)",)
+
+
+def test_a_mistyped_pattern_gets_the_one_that_was_meant(tmp_path):
+    checkpoints = opened(tmp_path, [{"head.fc.weight": torch.zeros(1), "w": torch.ones(1)}] * 2)
+    notes = make_plan(checkpoints, [1, 1], Rules(exclude=("fc",))).notes
+    assert notes == ("the pattern 'fc' matches no tensor. Did you mean *.fc.*?",)
+    with pytest.raises(UsageError, match=r"no tensor .* matches .*\. Did you mean head\.\*\?"):
+        make_plan(checkpoints, [1, 1], Rules(include=("haed.*",)))

@@ -365,6 +365,42 @@ def test_a_missing_path_names_what_is_near(tmp_path):
         open_run(tmp_path / "epoch_7.pt")
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("constnat", "Did you mean ROOT/constant?"),
+        ("CONSTANT/", "Did you mean ROOT/constant?"),
+        ("constnat/epoch_1.pt", "Did you mean ROOT/constant/epoch_1.pt?"),
+        ("constnat/epoch_9.pt", "Did you mean ROOT/constant?"),
+        ("constant/epohc_1.pt", "Did you mean ROOT/constant/epoch_1.pt?"),
+        ("zebra", "ROOT holds ROOT/broken.pt, ROOT/constant, ROOT/swa.safetensors."),
+        ("broken.pt", "It is a link to what is gone."),
+    ],
+)
+def test_a_mistyped_path_gets_the_one_that_was_meant(tmp_path, typed, meant):
+    numbered(tmp_path / "constant", 1)
+    save_weight(tmp_path / "swa.safetensors")
+    (tmp_path / "broken.pt").symlink_to("nowhere.pt")
+    with pytest.raises(RunError) as caught:
+        open_run(f"{tmp_path}/{typed}")
+    assert caught.value.remedy == meant.replace("ROOT", str(tmp_path))
+
+
+def test_a_mistyped_checkpoint_gets_the_one_that_was_meant(tmp_path):
+    numbered(tmp_path, 1)
+    with pytest.raises(CheckpointError, match=r"does not exist\. Did you mean .*/epoch_1\.pt\?"):
+        open_checkpoint(tmp_path / "epcoh_1.pt")
+
+
+def test_a_pattern_that_matches_no_checkpoint_gets_names_that_are_there(tmp_path):
+    numbered(tmp_path / "run", 2)
+    save_weight(tmp_path / "run" / "swa.pt", 7)
+    with pytest.raises(RunError, match=r"no checkpoint matches 'epohc_\*\.pt'.*epoch_1\.pt"):
+        open_run(tmp_path / "run", glob="epohc_*.pt")
+    with pytest.raises(RunError, match=r"there are run/epoch_1\.pt, run/epoch_2\.pt"):
+        open_run(tmp_path / "run", glob="runs/epoch_*.pt")
+
+
 def test_an_empty_directory_is_an_error(tmp_path):
     with pytest.raises(RunError, match="holds no checkpoint"):
         open_run(tmp_path)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import chain
+from pathlib import Path
 
 from ckptavg.errors import CheckpointError, first_few, short
 from ckptavg.formats import (
@@ -20,6 +21,7 @@ from ckptavg.formats import (
     storage,
     weights,
 )
+from ckptavg.formats.neighbours import suggest_neighbours
 from ckptavg.formats.parts import Part, read_distributed, read_file
 from ckptavg.formats.storage import Location, Named
 from ckptavg.formats.table import REFRESHED, Checkpoint, Record
@@ -46,6 +48,8 @@ def open_checkpoint(path: Named, key: str | None = None) -> Checkpoint:
     with guard_reads(place):
         if place.is_dir():
             return _open_directory(place, key)
+        if isinstance(place, Path) and not place.exists() and not place.is_symlink():
+            raise CheckpointError(f"{place} does not exist", suggest_neighbours(place))
         return _checkpoint_of(place, read_file(place, key))
 
 

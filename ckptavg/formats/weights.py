@@ -16,7 +16,7 @@ from ckptavg.formats.network_entries import (
     is_network,
     may_hold_networks,
 )
-from ckptavg.formats.record import OPTIMIZER_KEYS
+from ckptavg.formats.record import OPTIMIZER_KEYS, TRAINING_STATE
 from ckptavg.formats.table import PROVENANCE
 from ckptavg.formats.tree import (
     LONGEST_NAME,
@@ -30,6 +30,7 @@ from ckptavg.formats.tree import (
     refuse_unknown,
     walk,
 )
+from ckptavg.spelling import close_names, did_you_mean
 
 KNOWN_ENTRIES = (
     "state_dict",
@@ -308,7 +309,8 @@ def _named_entry(path: str, tree: Any, key: str) -> Weights:
     place = locate(tree, key)
     if place is None:
         raise CheckpointError(
-            f"{path} has no entry {key!r} ({_describe(tree)})", "Choose one with --key."
+            f"{path} has no entry {key!r} ({_describe(tree)})",
+            did_you_mean(_close_keys(tree, key)) or "Choose one with --key.",
         )
     notes = _note_swap(tree, key)
     if place.pickled or holds_tensors(place.entry):
@@ -317,7 +319,7 @@ def _named_entry(path: str, tree: Any, key: str) -> Weights:
         return networks
     raise CheckpointError(
         f"{path}: the entry {key!r} holds no tensors by name ({_describe(tree)})",
-        "Choose another one with --key.",
+        did_you_mean(_close_keys(tree, key)) or "Choose another one with --key.",
     )
 
 
@@ -394,6 +396,17 @@ def _describe(tree: Any) -> str:
     ]
     more = len(tree) - len(shown)
     return "its entries are " + ", ".join(shown) + (f" and {more} more" if more else "")
+
+
+def _close_keys(tree: Any, key: str) -> list[str]:
+    """List the entries with tensors whose dotted paths are like a mistyped one."""
+    entries = tree.state if isinstance(tree, Opaque) else tree
+    if not isinstance(entries, dict):
+        return []
+    names = islice((name for name in entries if isinstance(name, str)), _MOST_ENTRIES)
+    states = [name for name in names if not TRAINING_STATE.fullmatch(name)]
+    top = [name for name in states if count_tensors(entries[name])]
+    return [path for path in close_names(key, [*_entry_paths(entries), *top]) if path != key]
 
 
 def _suggest(tree: Any) -> str:

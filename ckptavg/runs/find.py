@@ -18,6 +18,7 @@ from ckptavg.formats import (
     refuse_partitioned,
 )
 from ckptavg.formats.components import part_names
+from ckptavg.formats.neighbours import suggest_neighbours
 from ckptavg.formats.shards import find_shards, parse_name
 from ckptavg.formats.storage import Location
 from ckptavg.runs.file_names import (
@@ -29,7 +30,7 @@ from ckptavg.runs.file_names import (
     stem_of,
     why_not,
 )
-from ckptavg.runs.nearby import describe_missing_run, holds_checkpoints, suggest_neighbours
+from ckptavg.runs.nearby import describe_missing_run, holds_checkpoints
 from ckptavg.runs.networks import (
     Groups,
     refuse_networks,
@@ -48,10 +49,12 @@ from ckptavg.runs.numbered import (
 from ckptavg.runs.ranks import are_parts, find_replicas
 from ckptavg.runs.suffixes import PASSED_OVER, split_by_suffix
 from ckptavg.runs.unfinished import find_unfinished, why_unfinished
+from ckptavg.spelling import close_names
 
 LeftOut = tuple[Location, str]
 SKIPPED = "skipped, as asked for"
 REPLICA = "the same weights as those of the first rank"
+_NO_MATCH = "does not match "
 _UNLIKE = "without a number, unlike its neighbours"
 
 
@@ -118,9 +121,7 @@ def find(paths: Sequence[Location], patterns: Patterns) -> Findings:
     groups = with_roots(group_by_place(listing.homes, listing.apart))
     groups = {home: _select(members, patterns.glob, findings) for home, members in groups.items()}
     if not any(groups.values()) and patterns.glob is not None:
-        raise RunError(
-            f"no checkpoint matches {patterns.glob!r}", "Quote the pattern, or loosen it."
-        )
+        raise _no_match(patterns.glob, findings)
     groups = {home: members for home, members in groups.items() if members}
     # Parts of one model first: read alone they would pass for networks or for damage below.
     groups = _without_replicas(groups, findings)
@@ -132,6 +133,19 @@ def find(paths: Sequence[Location], patterns: Patterns) -> Findings:
     findings.groups = list(groups.values())
     refuse_partitioned(chain(*findings.groups))
     return findings
+
+
+def _no_match(pattern: str, findings: Findings) -> RunError:
+    """Word the error for a pattern that no checkpoint matches, with names that are there."""
+    depth = pattern.count("/") + 1
+    lines = [path for path, why in findings.left_out if why.startswith(_NO_MATCH)]
+    names = ["/".join(str(path).split("/")[-depth:]) for path in lines]
+    close = close_names(pattern, names)
+    shown = first_few([name for name in names if name in close] or names)
+    there = f": there are {shown}" if names else ""
+    return RunError(
+        f"no checkpoint matches {pattern!r}", f"Quote the pattern, or loosen it{there}."
+    )
 
 
 def _without_replicas(groups: Groups, findings: Findings) -> Groups:
@@ -234,7 +248,7 @@ def _select(members: list[Location], pattern: str | None, findings: Findings) ->
     selected: dict[tuple[Location, str], Location] = {}
     for path in members:
         if pattern is not None and not matches(path, pattern):
-            findings.left_out.append((path, f"does not match {pattern}"))
+            findings.left_out.append((path, f"{_NO_MATCH}{pattern}"))
         elif len(members) > 1 and path.is_file() and OTHER_STATE.fullmatch(stem_of(path)):
             findings.left_out.append((path, NOT_WEIGHTS))
         else:
@@ -255,7 +269,7 @@ def tell(left_out: Sequence[LeftOut]) -> list[str]:
             notes.append(f"{path} {why} and counts once")
         elif why in (PASSED_OVER, REPLICA):
             groups[("", why)].append(path)
-        elif why not in (NOT_WEIGHTS, SKIPPED) and not why.startswith("does not match "):
+        elif why not in (NOT_WEIGHTS, SKIPPED) and not why.startswith(_NO_MATCH):
             groups[(path.name, why) if step_directory(path) else (path, why)].append(path)
     for (_, why), paths in groups.items():
         more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""

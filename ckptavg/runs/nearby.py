@@ -82,13 +82,3 @@ def holds_checkpoints(directory: Location) -> bool:
         if is_file and not OTHER_STATE.fullmatch(stem_of(path)):
             return True
     return False
-
-
-def suggest_neighbours(path: Location) -> str:
-    """Say what the nearest directory above a missing path holds, as a remedy."""
-    parent = next((p for p in path.parents if p.is_dir()), None)
-    if parent is None:
-        return "Check its first part, and what your credentials let you see."
-    below = sorted(p.name for p in parent.iterdir() if not p.name.startswith("."))
-    names = [str(parent / name) for name in below]
-    return f"{parent} holds {first_few(names, 5)}." if names else f"{parent} is empty."

@@ -302,3 +302,25 @@ def test_the_key_that_is_named_for_an_object_opens_it(opened, refused, kind):
     value = kind(trained=weights(), epoch=1)
     key = re.search(r"--key (\S+)\.", refused(value))[1]
     assert list(opened(value, key).tensors) == list(weights())
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("state_dct", "Did you mean state_dict or state_dict_ema?"),
+        ("STATE_DICT", "Did you mean state_dict?"),
+        ("ema", "Did you mean state_dict_ema?"),
+        ("model", "Did you mean train.model?"),
+        ("train.modle", "Did you mean train.model or train?"),
+        ("optimizr", "Choose one with --key."),
+        ("epoch", "Choose another one with --key."),
+    ],
+)
+def test_a_mistyped_key_gets_the_one_that_was_meant(tmp_path, key, meant):
+    optimizer = {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 0.1}]}
+    state = {"w": torch.ones(2)}
+    saved = {"state_dict": state, "state_dict_ema": dict(state), "train": {"model": dict(state)}}
+    torch.save({**saved, "optimizer": optimizer, "epoch": 3}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(tmp_path / "a.pt", key)
+    assert caught.value.remedy == meant

@@ -1,0 +1,33 @@
+"""The paths near a missing one, for the errors that name them."""
+
+from __future__ import annotations
+
+from ckptavg.errors import first_few
+from ckptavg.formats.storage import Location
+from ckptavg.spelling import close_names, did_you_mean
+
+
+def suggest_neighbours(path: Location) -> str:
+    """Say what a missing path may have been meant for, or what lies near it, as a remedy."""
+    line = [path, *path.parents]
+    above = next((i for i, p in enumerate(line[1:], 1) if p.is_dir()), None)
+    if above is None:
+        return "Check its first part, and what your credentials let you see."
+    parent, missing = line[above], line[above - 1]
+    below = sorted(p.name for p in parent.iterdir() if not p.name.startswith("."))
+    rest = [p.name for p in reversed(line[: above - 1])]
+    if missing.name in below:
+        return "It is a link to what is gone."
+    if close := close_names(missing.name, below):
+        return did_you_mean([str(_existing(parent / name, rest)) for name in close])
+    names = [str(parent / name) for name in below]
+    return f"{parent} holds {first_few(names, 5)}." if names else f"{parent} is empty."
+
+
+def _existing(path: Location, rest: list[str]) -> Location:
+    """Follow names below a path as far as there is something."""
+    for name in rest:
+        if not (path / name).exists():
+            break
+        path = path / name
+    return path
