@@ -36,9 +36,9 @@ _COUNT = 1e3
 _NUMBER = re.compile(r"–||-?\d[\d.,e+-]*( [kMGT]?B)?|-?inf|nan")
 _PROSE = 24  # characters of a cell that may go on in further lines, if it has several words
 # Both read on white and on black: these have a contrast of 4 or more with either ...
-_MANY_COLORS = {"best": "color(29)", "note": "color(31)", "warning": "color(130)"}
+_MANY_COLORS = {"best": "bold color(29)", "note": "color(31)", "warning": "color(130)"}
 # ... and these are what 16 colors have to offer, whichever shades a terminal makes of them.
-_FEW_COLORS = {"best": "magenta", "note": "magenta", "warning": "red"}
+_FEW_COLORS = {"best": "bold magenta", "note": "magenta", "warning": "red"}
 _WEIGHTS = {"title": "bold", "head": "bold", "significant": "bold"}
 _OF_PROGRESS = {"download": "best", "remaining": "note", "data.speed": "warning"}
 # What an encoding such as ASCII has instead of the characters of a table.

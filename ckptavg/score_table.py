@@ -215,7 +215,10 @@ def _name_alone(result: Result, results: Sequence[Result]) -> str:
     """Name a candidate apart from others of its name, which have other statistics."""
     name = result.candidate.name
     count = sum(other.candidate.name == name for other in results)
-    return name if count == 1 else f"{name}, {result.bn}"
+    if count == 1:
+        return name
+    statistics = "partly recomputed" if _statistics_text(result.bn) == "partly" else result.bn
+    return f"{name} with {statistics} statistics"
 
 
 def _winners_difference(winners: Sequence[Result], results: Sequence[Result], task: Task) -> str:

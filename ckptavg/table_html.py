@@ -10,8 +10,9 @@ from ckptavg.tables import Cell, Column, Row, Table
 
 BEST_COLOR = "#00875f"  # a contrast of 4.5 with white and with black
 
-_RIGHT = "text-align: right; white-space: nowrap"
-_LEFT = "text-align: left"
+_CELL = "padding: 2px 8px; white-space: nowrap; text-align:"
+# Some pages give tables a color of their own, whatever is behind them.
+_AS_AROUND = "color: inherit; font: inherit"
 
 
 def table_html(table: Table) -> str:
@@ -20,9 +21,9 @@ def table_html(table: Table) -> str:
     Nothing is left out or shortened. The best rows are marked by a star and a color, significant
     cells are bold.
     """
-    lines = ['<div style="overflow-x: auto">', "<table>"]
+    lines = ['<div style="overflow-x: auto">', f'<table style="{_AS_AROUND}">']
     if table.title:
-        lines.append(f'<caption style="{_LEFT}">{_text(table.title)}</caption>')
+        lines.append(f'<caption style="text-align: left">{_text(table.title)}</caption>')
     heads = [f'<th style="{_style(column)}">{_text(column.title)}</th>' for column in table.columns]
     lines += ["<thead>", f"<tr>{''.join(heads)}</tr>", "</thead>", "<tbody>"]
     for row in table.rows:
@@ -45,12 +46,12 @@ def _cells(row: Row, columns: tuple[Column, ...]) -> str:
 def _marked(mark: str, cell: Cell) -> str:
     text = mark + _text(cell.text)
     if cell.mark == "best":
-        return f'<span style="color: {BEST_COLOR}">{text}</span>'
+        return f'<b style="color: {BEST_COLOR}">{text}</b>'
     return f"<b>{text}</b>" if cell.mark == "significant" else text
 
 
 def _style(column: Column) -> str:
-    return _RIGHT if column.kind == "number" else _LEFT
+    return f"{_CELL} {'right' if column.kind == 'number' else 'left'}"
 
 
 def _text(text: str) -> str:

@@ -98,6 +98,7 @@ def test_average_writes_the_mean_and_shows_the_plan(home: Path) -> None:
     inputs = [weights(home / "run" / f"epoch_{i}.pt") for i in range(1, 5)]
     expected = sum(w["1.weight"].double() for w in inputs) / 4
     assert torch.equal(out["1.weight"], expected.float())
+    assert "run/epoch_1.pt" not in result.stdout
     for text in ("epoch_1.pt", "0.25", "0.025", "stale", "out.safetensors"):
         assert text in result.stdout
     assert "note: BatchNorm statistics" in result.stderr

@@ -60,7 +60,7 @@ def test_what_is_best_and_significant_stands_out() -> None:
     rows = (Row((Cell("a"), Cell("1"))), Row((Cell("b", "best"), Cell("2", "significant")), True))
     drawn, out, _ = report(terminal=True)
     drawn.draw(Table("", columns, rows, significance="bold Δ: p < 0.05"))
-    assert "\x1b[35mb" in out.getvalue()
+    assert "\x1b[1;35mb" in out.getvalue()
     assert "\x1b[1m2\x1b[0m" in out.getvalue()
     assert plain(out).splitlines()[2:] == ["  a     1", "* b     2", "", "bold Δ: p < 0.05", ""]
     drawn, out, _ = report()

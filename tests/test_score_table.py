@@ -208,4 +208,5 @@ def test_html_has_every_candidate_and_what_is_bold():
 
 def test_averages_of_one_name_are_told_apart_by_their_statistics():
     line = tabulate_scores(RESULTS, Classification()).legend[0]
-    assert line.startswith("* best by top-1: average of 12 (uniform), recomputed; Δ to last +1.50 ")
+    name = "average of 12 (uniform) with recomputed statistics"
+    assert line.startswith(f"* best by top-1: {name}; Δ to last +1.50 ")
