@@ -136,7 +136,7 @@ class Run:
                 else replace(damaged, position=max(damaged.position - len(before[:-count]), 0))
             )
 
-        return self._each(lambda c: c[-count:], f"last {count}", follow)
+        return self._each(lambda c: c[-count:], f"last {count}", follow, asked=count)
 
     def every(self, stride: int) -> Run:
         """Every ``stride``-th checkpoint, counted back from the last, which is kept."""
@@ -210,7 +210,7 @@ class Run:
         """
         _check_positive("best", count)
         criterion = choose_criterion(self.opened, metric, mode)
-        run = self._each(lambda c: best_by(criterion, c, count), f"best {count}")
+        run = self._each(lambda c: best_by(criterion, c, count), f"best {count}", asked=count)
         if metric is not None and mode is not None:
             return run
         better = "highest" if criterion.mode == "max" else "lowest"
@@ -239,7 +239,13 @@ class Run:
 
         return tabulate_run(self.opened, self.notes)
 
-    def _each(self, pick: Pick, what: str, follow: Follow = lambda _, d: _lost(d)) -> Run:
+    def _each(
+        self,
+        pick: Pick,
+        what: str,
+        follow: Follow = lambda _, d: _lost(d),
+        asked: int | None = None,
+    ) -> Run:
         """Apply a selection to each training.
 
         Args:
@@ -247,6 +253,7 @@ class Run:
             what: The selection in words.
             follow: Gives for those checkpoints, and one that cannot be opened, the latter with its
                 position in the selection; None if it is certainly outside.
+            asked: Checkpoints of each training that it would take; fewer are noted.
         """
         trainings: list[tuple[Checkpoint, ...]] = []
         pending: list[tuple[Damaged, ...]] = []
@@ -267,11 +274,13 @@ class Run:
                 "`ckptavg inspect` shows the run's steps.",
             )
         left_out = [(d.path, "cannot be opened, and lies outside the selection") for d in outside]
+        few = [] if asked is None else [c for c in trainings if len(c) < asked]
+        fewer = [_note_fewer(what, c, len(trainings)) for c in few]
         return replace(
             self,
             trainings=tuple(trainings),
             left_out=(*self.left_out, *left_out),
-            notes=(*self.notes, *find.tell(left_out)),
+            notes=(*self.notes, *find.tell(left_out), *fewer),
             damaged=tuple(pending),
         )
 
@@ -354,6 +363,12 @@ def as_run(run: RunLike) -> Run:
             "Open it first: ckptavg.open_run(PATH).",
         )
     return Run((checkpoints,))
+
+
+def _note_fewer(what: str, picked: Picked, trainings: int) -> str:
+    """Note that a training has fewer checkpoints than a selection asks for."""
+    where = f" in {picked[0].path.parent}" if trainings > 1 else ""
+    return f"the {what} are asked for, and there are only {len(picked)}{where}"
 
 
 def _why(left_out: list[tuple[Location, str]]) -> str:

@@ -36,10 +36,11 @@ def close_names(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     if lower in by_lower:
         return [by_lower[lower]]
     words = _words(lower)
-    fuller = sorted((len(_words(o)), o) for o in by_lower if words and words <= _words(o))
+    fuller = [other for other in by_lower if words and words <= _words(other)]
+    fuller.sort(key=lambda other: len(_words(other)))
     alike = difflib.get_close_matches(lower, list(by_lower), count, _LIKENESS)
     ends = [other for other in by_lower if lower.endswith(f".{other}")]
-    close = dict.fromkeys([*(other for _, other in fuller), *alike, *ends])
+    close = dict.fromkeys([*fuller, *alike, *ends])
     return [by_lower[other] for other in close][:count]
 
 

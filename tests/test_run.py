@@ -881,3 +881,35 @@ def test_what_lies_among_numbered_checkpoints_of_a_root_model_is_listed(tmp_path
         save_weight(tmp_path / "run" / name / "model.safetensors", float(len(name)))
     run = open_run(tmp_path / "run")
     assert (tmp_path / "run" / "best", "without a number, unlike its neighbours") in run.left_out
+
+
+def test_fewer_checkpoints_than_asked_for_are_noted(tmp_path):
+    numbered(tmp_path / "a", 3, val_acc=[0.1, 0.2, float("nan")])
+    run = open_run(tmp_path / "a")
+    assert run.last(50).notes == ("the last 50 are asked for, and there are only 3",)
+    (note, _) = run.best(3, "val_acc").notes
+    assert note == "the best 3 are asked for, and there are only 2"
+    assert run.last(3).notes == run.last(1).notes == ()
+
+
+def test_fewer_in_one_of_several_runs_are_noted(tmp_path):
+    numbered(tmp_path / "a", 3)
+    numbered(tmp_path / "b", 1)
+    (note,) = open_run(tmp_path / "a", tmp_path / "b").last(2).notes
+    assert note == f"the last 2 are asked for, and there are only 1 in {tmp_path / 'b'}"
+
+
+@pytest.mark.parametrize(
+    ("metric", "meant"),
+    [
+        ("val_ac", "Did you mean val_acc?"),
+        ("acc", "Did you mean val_acc or best_acc?"),
+        ("val/loss", "Did you mean val_loss?"),
+        ("bleu", "It records val_acc, val_loss, best_acc."),
+    ],
+)
+def test_a_mistyped_metric_gets_the_one_that_was_meant(tmp_path, metric, meant):
+    numbered(tmp_path, 2, val_acc=[0.1, 0.2], val_loss=[2.0, 1.0], best_acc=[0.1, 0.2])
+    with pytest.raises(RunError) as caught:
+        open_run(tmp_path).best(1, metric)
+    assert caught.value.remedy == meant

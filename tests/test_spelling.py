@@ -28,7 +28,7 @@ TENSORS = [
         ("VAL_ACC", ["val_acc"]),
         ("acc", ["val_acc"]),
         ("val/acc", ["val_acc"]),
-        ("loss", ["train_loss", "val_loss"]),
+        ("loss", ["val_loss", "train_loss"]),
         ("epohc", ["epoch"]),
         ("bleu", []),
         ("", []),

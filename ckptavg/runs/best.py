@@ -9,8 +9,9 @@ from typing import Literal, get_args
 
 from ckptavg.errors import RunError, UsageError, first_few
 from ckptavg.formats import Checkpoint
-from ckptavg.formats.metric_names import words_of
+from ckptavg.formats.metric_names import prominence, words_of
 from ckptavg.runs.metric_columns import metric_columns
+from ckptavg.spelling import close_names, did_you_mean
 
 Mode = Literal["max", "min"]
 MODES: tuple[str, ...] = get_args(Mode)
@@ -57,12 +58,14 @@ def choose_criterion(
 
     Raises:
         UsageError: There are several metrics, or the name does not tell which values are better.
-        RunError: No metric is recorded.
+        RunError: No metric is recorded, or none of that name.
     """
     if mode is not None and mode not in MODES:
         raise UsageError(f"mode is expected to be one of {', '.join(MODES)} but got {mode!r}")
     if metric is None:
         metric = _only_metric(checkpoints)
+    elif checkpoints and not any(metric in c.record.metrics for c in checkpoints):
+        raise _unknown_metric(metric, checkpoints[-1])
     chosen = mode or mode_of(metric)
     if chosen is None:
         raise UsageError(
@@ -83,11 +86,7 @@ def best_by(
     metric = criterion.metric
     for checkpoint in checkpoints:
         if metric not in checkpoint.record.metrics:
-            known = sorted(checkpoint.record.metrics)
-            raise RunError(
-                f"{checkpoint.path} records no metric {metric!r}",
-                f"It records {first_few(known, 8)}." if known else "It records none at all.",
-            )
+            raise _unknown_metric(metric, checkpoint)
     sign = -1.0 if criterion.mode == "max" else 1.0
     finite = [c for c in checkpoints if math.isfinite(c.record.metrics[metric])]
     ranked = sorted(finite, key=lambda c: sign * c.record.metrics[metric])
@@ -120,6 +119,15 @@ def _mode_of_words(words: frozenset[str]) -> Mode | None:
     if not words.isdisjoint(_NEGATIONS):
         lower = not lower
     return "min" if lower else "max"
+
+
+def _unknown_metric(metric: str, checkpoint: Checkpoint) -> RunError:
+    """Word the error for a metric that a checkpoint does not record."""
+    known = sorted(checkpoint.record.metrics, key=prominence)
+    remedy = f"It records {first_few(known, 8)}." if known else "It records none at all."
+    if close := close_names(metric, known):
+        remedy = did_you_mean(close)
+    return RunError(f"{checkpoint.path} records no metric {metric!r}", remedy)
 
 
 def _only_metric(checkpoints: Sequence[Checkpoint]) -> str:
