@@ -30,10 +30,11 @@ from ckptavg import heap
 from ckptavg.batches import Batches, Forward, call, size_of
 from ckptavg.channels import Channels
 from ckptavg.errors import BatchNormError, first_few
-from ckptavg.loaders import Progress, Subset, as_subset, counted, moved, open_loader
+from ckptavg.loaders import Subset, as_subset, counted, moved, open_loader
 from ckptavg.loading import undistributed
 from ckptavg.moments import TOLERANCE, Doubt, KernelMoments, Landing, Moments
 from ckptavg.processes import Alone, Peers, peers_of_group
+from ckptavg.progress import ProgressLike, open_phase
 from ckptavg.running_statistics import match_layers
 from ckptavg.runtime import Runtime
 from ckptavg.watching import WatchedLayer
@@ -72,8 +73,8 @@ def update_bn(
     batch_size: int = 128,
     workers: int = 0,
     seed: int = 0,
-    samples: int | Subset | None = None,
-    progress: Progress | None = None,
+    bn_samples: int | Subset | None = None,
+    progress: ProgressLike = None,
 ) -> BatchNormResult:
     """Recompute a model's BatchNorm statistics in one pass over data.
 
@@ -101,9 +102,10 @@ def update_bn(
         batch_size: Of a Dataset.
         workers: Processes that load a Dataset.
         seed: Of a Dataset's order.
-        samples: How many samples of the data, drawn at random, or a ``ckptavg.loaders.Subset``,
+        bn_samples: How many samples of the data, drawn at random, or a ``ckptavg.loaders.Subset``,
             which may be stratified; all of them where None.
-        progress: Called with the samples done and their total.
+        progress: True for a bar, a bar of tqdm, or a function of (phase, done, total) in samples;
+            see ``ckptavg.progress``.
 
     Raises:
         BatchNormError: There are no data, no such layers, or a layer saw a single value or one that
@@ -114,9 +116,9 @@ def update_bn(
     excluded = match_layers(exclude, layers) if layers else set()
     runtime = Runtime.on(device, model, amp=amp, batch_size=batch_size, workers=workers, seed=seed)
     peers = peers_of_group()
-    loader = open_loader(data, runtime, shuffle=True, subset=as_subset(samples), peers=peers)
-    batches = counted(loader, progress or (lambda *_: None), peers)
-    with heap.kept(runtime.device):
+    loader = open_loader(data, runtime, shuffle=True, subset=as_subset(bn_samples), peers=peers)
+    with open_phase(progress, "BatchNorm", "samples") as told, heap.kept(runtime.device):
+        batches = counted(loader, told or (lambda *_: None), peers)
         return recompute([model], batches, runtime, forward, [excluded], peers)[0]
 
 

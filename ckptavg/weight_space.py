@@ -15,9 +15,10 @@ from ckptavg.errors import CheckpointError, NonFiniteError, UsageError, first_fe
 from ckptavg.formats import Checkpoint
 from ckptavg.formats.names import batchnorm_layers
 from ckptavg.plan import TensorPlan, make_plan
+from ckptavg.progress import ProgressLike, open_phase
 from ckptavg.rules import Rules
 from ckptavg.run import Run, RunLike, as_run
-from ckptavg.stream import Extras, Progress, stream
+from ckptavg.stream import Extras, stream
 
 _GAP = 2.5  # times the next longest link, beyond which one holds apart what does not belong
 _RESOLVED = 1e-14  # of the squares that a squared distance is the difference of
@@ -178,7 +179,7 @@ class Geometry:
         return [range(*pair) for pair in pairwise(ends)]
 
 
-def geometry(run: RunLike, *, progress: Progress | None = None) -> Geometry:
+def geometry(run: RunLike, *, progress: ProgressLike = None) -> Geometry:
     """Measure how the checkpoints of a run lie to each other, in one read of them.
 
     What counts is every weight that an average would be taken of: floating-point and complex
@@ -187,7 +188,8 @@ def geometry(run: RunLike, *, progress: Progress | None = None) -> Geometry:
 
     Args:
         run: What ``open_run`` returned, or a selection of it; two checkpoints at least.
-        progress: Called with the bytes read and their total.
+        progress: True for a bar, a bar of tqdm, or a function of (phase, done, total) in bytes
+            read; see ``ckptavg.progress``.
 
     Raises:
         UsageError: There is only one checkpoint.
@@ -199,7 +201,8 @@ def geometry(run: RunLike, *, progress: Progress | None = None) -> Geometry:
     check_several(run)
     plan_average(run)  # refuses what does not fit together
     tensors = weights(run)
-    products = stream([], Extras(gram=tensors), progress=progress).gram
+    with open_phase(progress, "measuring", "bytes") as told:
+        products = stream([], Extras(gram=tensors), progress=told).gram
     for stamp in {stamp.path: stamp for c in run for stamp in c.files}.values():
         stamp.verify()
     return geometry_of(run, products)

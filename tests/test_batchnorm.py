@@ -54,7 +54,7 @@ def test_a_subset_may_be_stratified():
     data.targets = [0] * 90 + [1] * 10
     layer = nn.BatchNorm1d(1)
     for seed in range(5):
-        result = update_bn(layer, data, samples=Subset(20, stratified=True), seed=seed)
+        result = update_bn(layer, data, bn_samples=Subset(20, stratified=True), seed=seed)
         assert result.samples == 20
         assert_statistics(layer, np.array([[0.0]] * 18 + [[1.0]] * 2), rtol=1e-6)
 
@@ -603,7 +603,7 @@ def test_progress_is_told_the_samples_and_their_total():
     data = TensorDataset(WORKED)
     update_bn(nn.BatchNorm1d(1), data, batch_size=4, progress=lambda *at: told.append(at))
     update_bn(nn.BatchNorm1d(1), iter([WORKED]), progress=lambda *at: told.append(at))
-    assert told == [(4, 6), (6, 6), (6, 0)]
+    assert told == [("BatchNorm", *at) for at in [(4, 6), (6, 6), (6, 0)]]
 
 
 # Order

@@ -304,7 +304,7 @@ def test_the_name_in_the_package_reads_a_run_and_reports_its_bytes(tmp_path):
     calls = []
     found = ckptavg.geometry(ckptavg.open_run(tmp_path), progress=lambda *call: calls.append(call))
     assert found.steps.tolist() == [math.sqrt(10)] * 2
-    assert calls[-1] == (120, 120)
+    assert calls[-1] == ("measuring", 120, 120)
 
 
 # What is refused
