@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
 from ckptavg import lora, outputs, remarks, schemes, spectral_vectors
+from ckptavg.accounts import with_account
 from ckptavg.digests import LEAF, InputDigests, OutputDigest, recorded
 from ckptavg.errors import CheckpointError, NonFiniteError, PlacementError, UsageError
 from ckptavg.formats import Checkpoint, open_checkpoint
@@ -19,17 +19,23 @@ from ckptavg.formats.names import batchnorm_layers
 from ckptavg.formats.storage import Location
 from ckptavg.formats.table import FileStamp
 from ckptavg.formats.writing import FileSink, MemorySink, Sink
-from ckptavg.groups import Job
+from ckptavg.groups import Job, common_order
 from ckptavg.outputs import StateDict, Target
 from ckptavg.plan import Plan, TensorPlan, copy_plan
 from ckptavg.processes import Processes
-from ckptavg.rules import Rules
+from ckptavg.progress import ProgressLike, open_phase
+from ckptavg.rules import Rules, keeps_nonfinite, require_output
 from ckptavg.run import RunLike, as_run
 from ckptavg.runs.order import refuse_two_series
 from ckptavg.runs.ranks import refuse_parts
 from ckptavg.schemes import Scheme
 from ckptavg.split import Split
 from ckptavg.stream import Extras, Progress, stream
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ckptavg.keywords import AverageOptions
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,32 @@ Planned = tuple[Average, str | os.PathLike[str]]
 """An average and the path of its output."""
 
 
+@overload
+def average(
+    run: RunLike, scheme: str = ..., *, out: None = ..., **options: Unpack[AverageOptions]
+) -> StateDict: ...
+
+
+@overload
+def average(
+    run: RunLike,
+    scheme: str = ...,
+    *,
+    out: str | os.PathLike[str],
+    **options: Unpack[AverageOptions],
+) -> Path: ...
+
+
+@overload
+def average(
+    run: RunLike,
+    scheme: str = ...,
+    *,
+    out: str | os.PathLike[str] | None,
+    **options: Unpack[AverageOptions],
+) -> StateDict | Path: ...
+
+
 def average(
     run: RunLike,
     scheme: str = "uniform",
@@ -84,13 +116,14 @@ def average(
     overwrite: bool = False,
     on_nonfinite: str = "error",
     digests: bool = False,
-    progress: Progress | None = None,
+    progress: ProgressLike = None,
 ) -> StateDict | Path:
     """Average the checkpoints of a run.
 
     Floats are averaged in float64 and rounded once to the output type; integers and bools come from
     the last checkpoint. Memory stays flat in the number of checkpoints and, with ``out``, in their
-    size. BatchNorm statistics are averaged too and thereby stale: see ``update_bn``.
+    size. BatchNorm statistics are averaged too and thereby stale, which a warning says: see
+    ``update_bn``.
 
     Args:
         run: What ``open_run`` returned, or a selection of it; or the path of a run.
@@ -107,10 +140,14 @@ def average(
         on_nonfinite: ``error``, or ``keep`` to write an average that is not finite.
         digests: Record digests of the inputs and the output in it, see ``ckptavg.digests``; all of
             the inputs' weights are read then.
-        progress: Called with the bytes read and their total.
+        progress: True for a bar, a bar of tqdm, or a function of (phase, done, total) in bytes
+            read; see ``ckptavg.progress``.
 
     Returns:
         The state dict under bare names, or the path of the output.
+
+    Warns:
+        StaleStatisticsWarning: BatchNorm statistics are not those of the averaged weights.
 
     Raises:
         MismatchError: The checkpoints do not hold the same tensors.
@@ -122,12 +159,19 @@ def average(
         run, scheme, weights=weights, include=include, exclude=exclude, base=base, dtype=dtype
     )
     keep = keeps_nonfinite(on_nonfinite)
-    if out is None:
-        require_output(digests=digests)
-        return in_memory(planned, keep_nonfinite=keep, progress=progress)
-    return write(
-        planned, out, overwrite=overwrite, keep_nonfinite=keep, digests=digests, progress=progress
-    )
+    made: StateDict | Path
+    with open_phase(progress, "averaging", "bytes") as told:
+        if out is None:
+            require_output(digests=digests)
+            made = in_memory(planned, keep_nonfinite=keep, progress=told, stale=False)
+            made = with_account(made, planned.provenance())
+        else:
+            made = write(
+                planned, out, overwrite=overwrite, keep_nonfinite=keep, digests=digests,
+                progress=told, stale=False,
+            )  # fmt: skip
+    remarks.warn_of_stale({"": planned.batchnorm})
+    return made
 
 
 def plan_average(
@@ -169,23 +213,6 @@ def _open_base(path: str | os.PathLike[str], key: str) -> Checkpoint:
         return open_checkpoint(path)
 
 
-def keeps_nonfinite(choice: str) -> bool:
-    """Whether averages that are not finite are written, by the option's name for it."""
-    if choice not in ("error", "keep"):
-        raise UsageError(f"on_nonfinite is expected to be error or keep but got {choice!r}")
-    return choice == "keep"
-
-
-def require_output(*, digests: bool) -> None:
-    """Make sure that there is an output where digests are to be recorded.
-
-    Raises:
-        UsageError: There is none.
-    """
-    if digests:
-        raise UsageError("digests are recorded in an output, and none is named", "Name one.")
-
-
 def _patterns(given: str | Sequence[str]) -> tuple[str, ...]:
     return (given,) if isinstance(given, str) else tuple(given)
 
@@ -198,11 +225,12 @@ def write(
     keep_nonfinite: bool = False,
     digests: bool = False,
     progress: Progress | None = None,
+    stale: bool = True,
 ) -> Path:
-    """Compute an average straight into its output."""
+    """Compute an average straight into its output; arguments as for ``write_many``."""
     targets = prepare_many([(planned, out)], overwrite=overwrite, digests=digests)
     settings: dict[str, Any] = {"keep_nonfinite": keep_nonfinite, "digests": digests}
-    write_many([planned], targets, **settings, progress=progress)
+    write_many([planned], targets, **settings, progress=progress, stale=stale)
     return Path(out)
 
 
@@ -228,6 +256,7 @@ def write_many(
     digests: bool = False,
     gram: Sequence[TensorPlan] = (),
     progress: Progress | None = None,
+    stale: bool = True,
     processes: Processes | None = None,
 ) -> Written:
     """Compute several averages straight into their outputs, from one read of the inputs.
@@ -240,13 +269,16 @@ def write_many(
         digests: Record digests in the outputs.
         gram: Tensors whose sources are multiplied with each other as they go by.
         progress: Called with the bytes read and their total.
+        stale: Note statistics that are stale; False if the caller says so itself.
         processes: Those that make the outputs together; each of them calls this alike.
 
     Raises:
         OutputError: An output may not or could not be written.
         ProcessesError: Another process has failed, or is about to do something else.
     """
-    settings: dict[str, Any] = {"keep_nonfinite": keep_nonfinite, "progress": progress}
+    settings: dict[str, Any] = {
+        "keep_nonfinite": keep_nonfinite, "progress": progress, "stale": stale,
+    }  # fmt: skip
     split = None
     if processes is not None:
         grain = LEAF if digests else 1
@@ -313,28 +345,12 @@ def in_memory_many(
     settings: dict[str, Any] = {
         "keep_nonfinite": keep_nonfinite, "progress": progress, "inputs": inputs, "stale": stale,
     }  # fmt: skip
-    order = order or _common_order([planned.plan.checkpoints for planned in averages])
+    order = order or common_order([planned.plan.checkpoints for planned in averages])
     if not order and len(averages) > 1:
         return [found for one in averages for found in in_memory_many([one], **settings)]
     sinks = [MemorySink(planned.plan.outputs) for planned in averages]
     _compute(averages, sinks, Extras(order), **settings)
     return [sink.state_dict for sink in sinks]
-
-
-def _common_order(sequences: Iterable[Sequence[Checkpoint]]) -> list[Checkpoint]:
-    """An order of checkpoints that agrees with all of some sequences; empty if there is none."""
-    known: dict[int, Checkpoint] = {}
-    after: dict[int, dict[int, None]] = {}
-    for sequence in sequences:
-        known |= {id(checkpoint): checkpoint for checkpoint in sequence}
-        for one, following in zip(sequence, (*sequence[1:], None), strict=True):
-            after.setdefault(id(one), {})
-            if following is not None and following is not one:
-                after.setdefault(id(following), {})[id(one)] = None
-    try:
-        return [known[place] for place in TopologicalSorter(after).static_order()]
-    except CycleError:
-        return []
 
 
 def prepare(

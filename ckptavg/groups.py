@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from graphlib import CycleError, TopologicalSorter
 from typing import NamedTuple
 
 from ckptavg.formats import Checkpoint, Tensor
@@ -185,3 +186,19 @@ def _keys(plan: TensorPlan) -> list[tuple[int, int]]:
         keys.append((id(tensor), seen[id(tensor)]))
         seen[id(tensor)] += 1
     return keys
+
+
+def common_order(sequences: Iterable[Sequence[Checkpoint]]) -> list[Checkpoint]:
+    """Find an order of checkpoints that agrees with all of some sequences; empty if none does."""
+    known: dict[int, Checkpoint] = {}
+    after: dict[int, dict[int, None]] = {}
+    for sequence in sequences:
+        known |= {id(checkpoint): checkpoint for checkpoint in sequence}
+        for one, following in zip(sequence, (*sequence[1:], None), strict=True):
+            after.setdefault(id(one), {})
+            if following is not None and following is not one:
+                after.setdefault(id(following), {})[id(one)] = None
+    try:
+        return [known[place] for place in TopologicalSorter(after).static_order()]
+    except CycleError:
+        return []

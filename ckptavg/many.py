@@ -6,29 +6,63 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
+from ckptavg.accounts import with_account
 from ckptavg.averaging import (
     Average,
     in_memory_many,
-    keeps_nonfinite,
     plan_average,
     prepare_many,
-    require_output,
     write_many,
 )
 from ckptavg.errors import OutputError, UsageError, short
 from ckptavg.formats import Checkpoint, storage
 from ckptavg.formats.layout import FILE_LAYOUTS, has_suffix
 from ckptavg.outputs import StateDict
+from ckptavg.progress import ProgressLike, open_phase
+from ckptavg.remarks import warn_of_stale
+from ckptavg.rules import keeps_nonfinite, require_output
 from ckptavg.run import Run, RunLike, as_run
-from ckptavg.stream import Progress
 from ckptavg.system_errors import unwritable
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ckptavg.keywords import ManyOptions
+
+Asked: TypeAlias = Mapping[str, "str | Run | tuple[Run, str | Sequence[float]]"]
+
+
+@overload
+def average_many(
+    run: RunLike, averages: Asked, *, out_dir: None = ..., **options: Unpack[ManyOptions]
+) -> dict[str, StateDict]: ...
+
+
+@overload
+def average_many(
+    run: RunLike,
+    averages: Asked,
+    *,
+    out_dir: str | os.PathLike[str],
+    **options: Unpack[ManyOptions],
+) -> dict[str, Path]: ...
+
+
+@overload
+def average_many(
+    run: RunLike,
+    averages: Asked,
+    *,
+    out_dir: str | os.PathLike[str] | None,
+    **options: Unpack[ManyOptions],
+) -> dict[str, StateDict] | dict[str, Path]: ...
 
 
 def average_many(
     run: RunLike,
-    averages: Mapping[str, str | Run | tuple[Run, str | Sequence[float]]],
+    averages: Asked,
     *,
     out_dir: str | os.PathLike[str] | None = None,
     include: str | Sequence[str] = (),
@@ -38,7 +72,7 @@ def average_many(
     overwrite: bool = False,
     on_nonfinite: str = "error",
     digests: bool = False,
-    progress: Progress | None = None,
+    progress: ProgressLike = None,
 ) -> dict[str, StateDict] | dict[str, Path]:
     """Compute several averages of a run while each input byte is read once.
 
@@ -62,10 +96,13 @@ def average_many(
         overwrite: Replace existing outputs.
         on_nonfinite: ``error``, or ``keep`` to write averages that are not finite.
         digests: Record digests in the outputs, as for ``average``.
-        progress: Called with the bytes read and their total.
+        progress: As for ``average``.
 
     Returns:
         The state dict under bare names or the path of each output, by name.
+
+    Warns:
+        StaleStatisticsWarning: As ``average`` does.
 
     Raises:
         UsageError: A selection is none of the run, or a name is no file name.
@@ -88,22 +125,26 @@ def average_many(
         )
     if not planned:
         raise UsageError("no average is asked for")
-    settings: dict[str, Any] = {
-        "order": run.opened,
-        "keep_nonfinite": keep,
-        "progress": progress,
-    }
-    if out_dir is None:
-        require_output(digests=digests)
-        computed = in_memory_many(list(planned.values()), **settings)
-        return dict(zip(planned, computed, strict=True))
-    paths = {name: Path(out_dir) / _file_name(name, run) for name in planned}
-    storage.check_output(out_dir)
-    with _directory(Path(out_dir)):
-        outputs = [(planned[name], path) for name, path in paths.items()]
-        targets = prepare_many(outputs, overwrite=overwrite, digests=digests)
-        write_many(list(planned.values()), targets, digests=digests, **settings)
-    return paths
+    settings: dict[str, Any] = {"order": run.opened, "keep_nonfinite": keep, "stale": False}
+    made: dict[str, StateDict] | dict[str, Path]
+    with open_phase(progress, "averaging", "bytes") as told:
+        if out_dir is None:
+            require_output(digests=digests)
+            computed = in_memory_many(list(planned.values()), progress=told, **settings)
+            made = {
+                name: with_account(state_dict, one.provenance())
+                for (name, one), state_dict in zip(planned.items(), computed, strict=True)
+            }
+        else:
+            made = {name: Path(out_dir) / _file_name(name, run) for name in planned}
+            storage.check_output(out_dir)
+            with _directory(Path(out_dir)):
+                outputs = [(planned[name], path) for name, path in made.items()]
+                targets = prepare_many(outputs, overwrite=overwrite, digests=digests)
+                ordered = list(planned.values())
+                write_many(ordered, targets, digests=digests, progress=told, **settings)
+    warn_of_stale({name: one.batchnorm for name, one in planned.items()})
+    return made
 
 
 @contextmanager

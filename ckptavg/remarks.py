@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 
 from ckptavg.blocks import StreamResult
-from ckptavg.errors import first_few
+from ckptavg.errors import StaleStatisticsWarning, first_few
 from ckptavg.notes import log
 from ckptavg.plan import Plan
+
+
+def warn_of_stale(states: Mapping[str, str]) -> None:
+    """Warn the caller's caller of averages whose statistics are stale, in Python's words.
+
+    Args:
+        states: The state of each average's statistics, by its name; empty for the only one.
+    """
+    stale = [name for name, state in states.items() if state == "stale"]
+    if stale:
+        of = f" of {first_few(stale)}" if stale[0] else ""
+        warnings.warn(
+            f"the BatchNorm statistics{of} are not those of the averaged weights (stale): once a "
+            "model has the weights, recompute them with ckptavg.update_bn(model, train_loader)",
+            StaleStatisticsWarning,
+            stacklevel=3,
+        )
 
 
 def log_plans(plans: Sequence[Plan]) -> None:

@@ -39,5 +39,22 @@ class Rules:
         return included and not _matches(name, self.exclude)
 
 
+def keeps_nonfinite(choice: str) -> bool:
+    """Whether averages that are not finite are written, by the option's name for it."""
+    if choice not in ("error", "keep"):
+        raise UsageError(f"on_nonfinite is expected to be error or keep but got {choice!r}")
+    return choice == "keep"
+
+
+def require_output(*, digests: bool) -> None:
+    """Make sure that there is an output where digests are to be recorded.
+
+    Raises:
+        UsageError: There is none.
+    """
+    if digests:
+        raise UsageError("digests are recorded in an output, and none is named", "Name one.")
+
+
 def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

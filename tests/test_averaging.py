@@ -8,18 +8,22 @@ import shutil
 import subprocess
 import sys
 import threading
+import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
+from click.testing import CliRunner
 from helpers import average_by_hand, names, same_bits, save, save_states
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import ckptavg
-from ckptavg import average, open_run
+from ckptavg import average, average_many, open_run
+from ckptavg.accounts import account_of
 from ckptavg.averaging import load, plan_average
+from ckptavg.cli import main
 from ckptavg.errors import (
     CheckpointError,
     CkptavgError,
@@ -27,6 +31,7 @@ from ckptavg.errors import (
     NonFiniteError,
     OutputError,
     RunError,
+    StaleStatisticsWarning,
     UnsupportedTensorError,
     UsageError,
 )
@@ -410,12 +415,12 @@ def normalized_net(directory):
 
 
 @pytest.mark.parametrize("name", OUTPUTS)
-def test_averaged_running_statistics_are_marked_stale(tmp_path, notes, name):
+def test_averaged_running_statistics_are_marked_stale(tmp_path, name):
     run = open_run(normalized_net(tmp_path / "run"))
     statistics = [load(c)["1.running_var"].double() for c in run]
-    out = average(run, out=tmp_path / name)
+    with pytest.warns(StaleStatisticsWarning, match="stale"):
+        out = average(run, out=tmp_path / name)
     assert account(out)["bn"] == "stale"
-    assert any("stale" in note and "update-bn" in note for note in notes())
     assert same_bits(read(out)["1.running_var"], ((statistics[0] + statistics[1]) / 2).float())
 
 
@@ -428,13 +433,58 @@ def test_averaged_running_statistics_are_marked_stale(tmp_path, notes, name):
         ({"exclude": ["*running_*"], "dtype": "float64"}, "stale"),
     ],
 )
-def test_statistics_are_the_weights_own_only_if_all_come_from_one(
-    tmp_path, notes, choice, expected
-):
+def test_statistics_are_the_weights_own_only_if_all_come_from_one(tmp_path, choice, expected):
     run = open_run(normalized_net(tmp_path))
     assert plan_average(run, **choice).batchnorm == expected
-    average(run, **choice)
-    assert any("stale" in note for note in notes()) is (expected == "stale")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        average(run, **choice)
+    assert [w.category for w in caught] == [StaleStatisticsWarning] * (expected == "stale")
+
+
+@pytest.mark.parametrize(
+    ("compute", "whose"),
+    [
+        (average, "statistics are"),
+        (
+            lambda run: average_many(run, {"one": run[1:], "all": "uniform"}),
+            "statistics of all are",
+        ),
+    ],
+)
+def test_stale_statistics_are_a_warning_in_the_words_of_python(tmp_path, notes, compute, whose):
+    run = open_run(normalized_net(tmp_path))
+    with pytest.warns(StaleStatisticsWarning) as caught:
+        compute(run)
+    (warning,) = caught
+    assert warning.filename == __file__
+    assert "ckptavg.update_bn(model, train_loader)" in str(warning.message)
+    assert whose in str(warning.message)
+    assert "--" not in str(warning.message)
+    assert [note for note in notes() if "stale" in note] == []
+
+
+def test_the_command_notes_stale_statistics_once_and_does_not_warn(tmp_path):
+    normalized_net(tmp_path / "run")
+    arguments = ["average", str(tmp_path / "run"), "-o", str(tmp_path / "swa.pt")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count("(stale)") == 1
+    assert "--train-data" in result.stderr
+
+
+def test_an_average_in_memory_tells_how_it_was_made_and_is_saved_with_it(tmp_path):
+    run = open_run(normalized_net(tmp_path / "run"))
+    state = average(run)
+    assert account_of(state)["bn"] == "stale"
+    assert account_of(dict(state)) is None
+    torch.save(state, tmp_path / "kept.pth")
+    loaded = torch.load(tmp_path / "kept.pth", weights_only=True)
+    assert account_of(loaded) == account_of(state)
+    assert all(same_bits(loaded[name], state[name]) for name in state)
+    torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2)).load_state_dict(state)
 
 
 def test_a_base_adds_what_the_run_lacks(tmp_path):

@@ -285,7 +285,7 @@ def test_each_byte_is_read_once(tmp_path):
         run, weights=[0, 1, 1], out=tmp_path / "o.pt", digests=True,
         progress=lambda *call: calls.append(call),
     )  # fmt: skip
-    assert calls[-1] == (3 * (4 * 45 + 2 * 7 + 8),) * 2
+    assert calls[-1] == ("averaging", *(3 * (4 * 45 + 2 * 7 + 8),) * 2)
 
 
 def test_digests_change_nothing_else(tmp_path):

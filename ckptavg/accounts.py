@@ -1,0 +1,34 @@
+"""State dicts in memory that tell how they were made."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+_ATTRIBUTE = "ckptavg"
+
+
+def with_account(
+    state_dict: Mapping[str, torch.Tensor], made: Mapping[str, Any]
+) -> dict[str, torch.Tensor]:
+    """Copy a state dict, the tensors shared, and attach an account of how it was made.
+
+    ``torch.save`` keeps the attribute, ``torch.load`` restores it by its safe default, and all else
+    that takes a state dict passes over it.
+
+    Args:
+        state_dict: The weights.
+        made: Provenance, as plain values.
+    """
+    told: OrderedDict[str, torch.Tensor] = OrderedDict(state_dict)
+    vars(told)[_ATTRIBUTE] = dict(made)
+    return told
+
+
+def account_of(state_dict: Mapping[str, torch.Tensor]) -> Mapping[str, Any] | None:
+    """Return the account that a state dict carries of how it was made, if it has one."""
+    made = getattr(state_dict, _ATTRIBUTE, None)
+    return made if isinstance(made, Mapping) else None
