@@ -1,4 +1,4 @@
-"""What ``package.module:name`` and ``path/file.py:name`` stand for: found, imported and called."""
+"""``package.module:name`` and ``path/file.py:name``: found, imported and called."""
 
 from __future__ import annotations
 
@@ -7,45 +7,58 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from ckptavg.errors import SpecError, UsageError
+from ckptavg.specs.arguments import Arguments, fit_arguments
 
-Arguments = Mapping[str, Any]
-
-PREFIXES = (
-    "torchvision", "timm", "hf", "imagefolder", "cifar10", "cifar100", "text", "tokens",
-)  # fmt: skip
-"""What stands before the colon of a specification that names no module or file."""
+_OWN_CODE = "package.module:factory or path/file.py:factory"
+_DEBUG = "--debug shows where."
+LIGHTNING = "lightning"
+"""Before the class of a LightningModule, whose arguments its checkpoints record."""
 
 
-def split_spec(spec: str, expected: str) -> tuple[str, str]:
-    """A specification at its colon: what stands before it and after it.
+def split_spec(spec: str, expected: str, remedy: str = "") -> tuple[str, str]:
+    """Split a specification at its colon.
+
+    Args:
+        spec: The specification.
+        expected: The forms that it may have.
+        remedy: What was probably meant by one that has none of them.
 
     Raises:
         UsageError: It has no colon, or nothing on one of its sides.
     """
-    kind, separator, name = spec.rpartition(":") if ".py:" in spec else spec.partition(":")
+    kind, separator, name = _partition(spec)
     if not separator or not kind or not name:
-        raise UsageError(f"expected {expected} but got {spec!r}")
+        raise UsageError(f"expected {expected} but got {spec!r}", remedy)
     return kind, name
 
 
 def file_of(spec: str) -> Path | None:
-    """The file that a specification names, of Python, text or tokens; None if it names no file."""
-    kind, _, name = spec.rpartition(":") if ".py:" in spec else spec.partition(":")
+    """Find the file that a specification names, of Python, text or tokens; None if it is none."""
+    kind, _, name = _partition(spec.removeprefix(f"{LIGHTNING}:"))
     named = Path(kind if kind.endswith(".py") else name)
     with contextlib.suppress(OSError):  # too long for a file's name, for instance
         return named if named.is_file() else None
     return None
 
 
-def find_factory(home: str, name: str) -> Callable[..., Any]:
-    """What ``package.module:name`` or ``path/file.py:name`` names.
+def _partition(spec: str) -> tuple[str, str, str]:
+    if ".py:" in spec and not spec.startswith(f"{LIGHTNING}:"):
+        return spec.rpartition(":")
+    return spec.partition(":")
+
+
+def find_object(home: str, name: str) -> Any:
+    """Import what ``package.module:name`` or ``path/file.py:name`` names.
 
     Raises:
         SpecError: The module is not found or fails on import, or has no such attribute.
@@ -54,9 +67,25 @@ def find_factory(home: str, name: str) -> Callable[..., Any]:
     found: Any = module
     for part in name.split("."):
         if not hasattr(found, part):
-            offered = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-            raise SpecError(f"{home} has no attribute {name!r}", similar(name, offered))
+            raise SpecError(f"{home} has no attribute {name!r}", similar(name, _offered(module)))
         found = getattr(found, part)
+    return found
+
+
+def _offered(module: ModuleType) -> list[str]:
+    """Names of what a module has to call, its own before those that it imports."""
+    public = {n: v for n, v in vars(module).items() if callable(v) and not n.startswith("_")}
+    own = [n for n, v in public.items() if getattr(v, "__module__", "") == module.__name__]
+    return own or [*public]
+
+
+def find_factory(home: str, name: str) -> Callable[..., Any]:
+    """Import the function or class that ``package.module:name`` or ``path/file.py:name`` names.
+
+    Raises:
+        SpecError: It is not found, its module fails on import, or it cannot be called.
+    """
+    found = find_object(home, name)
     if not callable(found):
         raise SpecError(f"{home}:{name} is expected to be callable but is a {type(found).__name__}")
     factory: Callable[..., Any] = found
@@ -96,21 +125,24 @@ def _module(name: str) -> ModuleType:
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
     try:
-        return importlib.import_module(name)
+        with _own_output():
+            return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise _failed_import(name, error) from error
         raise SpecError(
             f"no module named {error.name!r} is found",
-            _meant(name) or "Run from the directory that holds it, or set PYTHONPATH.",
+            "Run from the directory that holds it, or set PYTHONPATH.",
         ) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _failed_import(name, error) from error
 
 
 def _module_from_file(path: Path) -> ModuleType:
     if not path.is_file():
-        raise SpecError(f"the file {path} does not exist", "Expected path/file.py:factory.")
+        near = difflib.get_close_matches(path.name, _python_files(path.parent), 1, 0.6)
+        remedy = f"Did you mean {path.with_name(near[0])}?" if near else "Check the path."
+        raise SpecError(f"the file {path} does not exist", remedy)
     home = str(path.resolve().parent)
     if home not in sys.path:
         sys.path.insert(0, home)  # for its own imports, and for workers that import it again
@@ -127,55 +159,160 @@ def _module_from_file(path: Path) -> ModuleType:
     sys.modules[name] = module
 
     try:
-        loader.exec_module(module)
-    except Exception as error:
+        with _own_output():
+            loader.exec_module(module)
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise _failed_import(str(path), error) from error
     return module
 
 
-def _failed_import(name: str, error: Exception) -> SpecError:
-    return SpecError(
-        f"importing {name} failed: {type(error).__name__}: {error}", "--debug shows where."
-    )
+def _python_files(directory: Path) -> list[str]:
+    try:
+        return [path.name for path in directory.iterdir() if path.suffix == ".py"]
+    except OSError:
+        return []
 
 
-def call_factory(spec: str, keywords: Arguments | None = None) -> Any:
-    """What ``package.module:name(...)`` or ``path/file.py:name(...)`` gives.
+@contextlib.contextmanager
+def _own_output() -> Iterator[None]:
+    """Let the users' code print to stderr: stdout is for results."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def _failed_import(name: str, error: BaseException) -> SpecError:
+    if isinstance(error, SystemExit):
+        return SpecError(
+            f"importing {name} ended the program{_line_of(error)}",
+            'Put what it runs as a script below if __name__ == "__main__":.',
+        )
+    return SpecError(f"importing {name} failed: {describe_failure(error)}", _DEBUG)
+
+
+def describe_failure(error: BaseException) -> str:
+    """Word an error out of the users' code: its type, what it says, and the line of theirs."""
+    said = f": {error}" if str(error) else ""
+    return f"{type(error).__name__}{said}{_line_of(error)}"
+
+
+def _line_of(error: BaseException) -> str:
+    """Name the innermost line of the users' own code that an error came through."""
+    libraries = [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")]
+    foreign = ("<", *(f"{home}{os.sep}" for home in (*libraries, Path(__file__).parent)))
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith(foreign) and "dist-packages" not in frame.filename:
+            path = os.path.relpath(frame.filename)
+            path = frame.filename if path.startswith(os.pardir) else path
+            inside = "" if frame.name.startswith("<") else f" in {frame.name}"
+            return f" ({path}:{frame.lineno}{inside})"
+    return ""
+
+
+def call_factory(spec: str, arguments: Arguments | None = None) -> Any:
+    """Call what ``package.module:name`` or ``path/file.py:name`` names.
 
     Raises:
         SpecError: It cannot be found, or fails.
     """
-    home, name = split_spec(spec, "package.module:factory or path/file.py:factory")
-    return call_named(spec, find_factory(home, name), (), keywords or {})
+    home, name = split_spec(spec, _OWN_CODE)
+    return call_named(spec, find_factory(home, name), (), arguments or {})
+
+
+def take_or_call(spec: str, arguments: Arguments, is_product: Callable[[Any], bool]) -> Any:
+    """Return the object that a specification names, or what the function or class returns.
+
+    Args:
+        spec: ``package.module:name`` or ``path/file.py:name``.
+        arguments: Keywords of the function or class.
+        is_product: Tells an object that is wanted from a function that returns one.
+
+    Raises:
+        SpecError: It cannot be found, is neither, or fails.
+    """
+    home, name = split_spec(spec, _OWN_CODE)
+    found = find_object(home, name)
+    if isinstance(found, type) or not is_product(found):
+        if not callable(found):
+            kind = type(found).__name__
+            raise SpecError(f"{spec} is expected to be callable but is a {kind}")
+        return call_named(spec, found, (), arguments)
+    if arguments:
+        raise SpecError(
+            f"{spec} is a {type(found).__name__} that is made already, and takes no arguments",
+            "Name a function or a class to pass some.",
+        )
+    return found
 
 
 def call_named(
-    spec: str, factory: Callable[..., Any], args: tuple[Any, ...], keywords: Arguments
+    spec: str, factory: Callable[..., Any], args: tuple[Any, ...], arguments: Arguments
 ) -> Any:
     """Call what a specification names.
+
+    Args:
+        spec: The specification, for messages.
+        factory: What it names.
+        args: Positional arguments.
+        arguments: Keywords, read as the factory's parameters expect.
 
     Raises:
         SpecError: It fails; the message says what it takes, where a keyword is not among that.
     """
     try:
-        return factory(*args, **keywords)
+        keywords = fit_arguments(factory, arguments)
+    except SpecError as error:
+        raise SpecError(f"{spec}: {error.message}", error.remedy) from error
+    try:
+        with _own_output():
+            return factory(*args, **keywords)
     except SpecError:
         raise
-    except Exception as error:
-        accepted = parameters_of(factory)
-        unknown = isinstance(error, TypeError) and accepted and set(keywords) - set(accepted)
-        closed = unknown and "kwargs" not in accepted
-        remedy = f"It takes {', '.join(accepted)}." if closed else "--debug shows where."
-        raise SpecError(f"{spec} failed: {type(error).__name__}: {error}", remedy) from error
+    except (Exception, SystemExit) as error:
+        remedy = _call_remedy(factory, args, keywords, error)
+        raise SpecError(f"{spec} failed: {describe_failure(error)}", remedy) from error
+
+
+def _call_remedy(
+    factory: Callable[..., Any],
+    args: tuple[Any, ...],
+    keywords: Arguments,
+    error: BaseException,
+) -> str:
+    """Word what to do about a call that failed: about its arguments where they do not fit."""
+    accepted = parameters_of(factory)
+    if not isinstance(error, TypeError) or not accepted:
+        return _DEBUG
+    unknown = set(keywords) - set(accepted)
+    if unknown and "kwargs" not in accepted:
+        return f"It takes {', '.join(accepted)}."
+    needed = required_parameters(factory)[len(args) :]
+    lacking = [name for name in needed if name not in keywords]
+    if lacking:
+        return f"Pass {' and '.join(f'{name}=VALUE' for name in lacking)} among its arguments."
+    return _DEBUG
 
 
 def parameters_of(factory: Callable[..., Any]) -> list[str]:
-    """The names of what a callable takes; none where it does not tell."""
+    """Names of a callable's parameters; none where it does not tell."""
+    return [*_signature(factory)]
+
+
+def required_parameters(factory: Callable[..., Any]) -> list[str]:
+    """Names of a callable's parameters that have no default; none where it does not tell."""
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [
+        name
+        for name, parameter in _signature(factory).items()
+        if parameter.default is inspect.Parameter.empty and parameter.kind not in variable
+    ]
+
+
+def _signature(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     try:
-        return list(inspect.signature(factory).parameters)
+        return dict(inspect.signature(factory).parameters)
     except (TypeError, ValueError):
-        return []
+        return {}
 
 
 def extra(module: str, package: str) -> Any:
@@ -190,12 +327,6 @@ def extra(module: str, package: str) -> Any:
         raise SpecError(
             f"{package} cannot be imported: {error}", f"Install it with pip install {package}."
         ) from error
-
-
-def _meant(module: str) -> str:
-    """The prefix that a mistyped one was meant to be, if it is like one."""
-    close = difflib.get_close_matches(module, PREFIXES, 1, 0.7)
-    return f"Did you mean {close[0]}:?" if close else ""
 
 
 def similar(name: str, names: Iterable[str]) -> str:

@@ -2,61 +2,42 @@
 
 from __future__ import annotations
 
-import ast
-import importlib
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from ckptavg import text
-from ckptavg.errors import CheckpointError, SpecError, UsageError, short
+from ckptavg.errors import SpecError
 from ckptavg.factories import (
-    Arguments,
-    call_factory,
+    LIGHTNING,
     call_named,
-    extra,
-    find_factory,
+    find_object,
     parameters_of,
-    similar,
     split_spec,
+    take_or_call,
 )
-from ckptavg.formats import bounded_json
-from ckptavg.hub import is_cached, offline
+from ckptavg.specs import hugging_face, images, libraries, presets, suggestions
+from ckptavg.specs.arguments import Arguments, parse_arguments, text_of
+from ckptavg.specs.splits import is_data, pick_split
+
+__all__ = ["make_data", "make_model", "parse_arguments"]
 
 log = logging.getLogger("ckptavg")
-Transform = Callable[[Any], Any]
 
-MODEL_HELP = "torchvision:NAME, timm:NAME, hf:DIR, package.module:factory or path/file.py:factory"
+MODEL_HELP = (
+    "torchvision:NAME, timm:NAME, hf:DIR, lightning:path/file.py:Class, "
+    "package.module:factory or path/file.py:factory"
+)
 DATA_HELP = (
     "imagefolder:DIR, cifar10:DIR, cifar100:DIR, text:FILE, tokens:FILE, "
     "package.module:factory or path/file.py:factory"
 )
-_CIFAR = {
-    "cifar10": ("CIFAR10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "cifar100": ("CIFAR100", (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-}
+_CIFAR = {"cifar10": ("CIFAR10", images.CIFAR10), "cifar100": ("CIFAR100", images.CIFAR100)}
 _TEXT: dict[str, Callable[..., Any]] = {"text": text.of_text, "tokens": text.of_tokens}
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-
-
-def parse_arguments(pairs: Iterable[str]) -> dict[str, Any]:
-    """``key=value`` strings as keyword arguments; values are Python literals, else text.
-
-    Raises:
-        UsageError: One has no ``=``, or no identifier before it.
-    """
-    found: dict[str, Any] = {}
-    for pair in pairs:
-        key, separator, text = pair.partition("=")
-        if not separator or not key.isidentifier():
-            raise UsageError(f"an argument is expected to be key=value but got {pair!r}")
-        found[key] = _literal(text)
-    return found
 
 
 def make_model(spec: str, arguments: Arguments | None = None) -> nn.Module:
@@ -67,27 +48,21 @@ def make_model(spec: str, arguments: Arguments | None = None) -> nn.Module:
         arguments: Keywords for the factory.
 
     Raises:
+        UsageError: It has none of these forms.
         SpecError: It cannot be found, or fails.
     """
-    kind, name = split_spec(spec, MODEL_HELP)
+    kind, name = split_spec(spec, MODEL_HELP, suggestions.suggest_model(spec))
     keywords = dict(arguments or {})
     if kind == "torchvision":
-        models = _torchvision("models")
-        if name not in models.list_models():
-            raise SpecError(
-                f"torchvision has no model {name!r}", similar(name, models.list_models())
-            )
-        builder = models.get_model_builder(name)
-        if "weights_backbone" in parameters_of(builder):
-            keywords.setdefault("weights_backbone", None)  # else it would be downloaded
-        model = call_named(spec, builder, (), keywords)
+        model = libraries.torchvision_model(spec, name, keywords)
     elif kind == "timm":
-        timm = extra("timm", "timm")
-        model = call_named(spec, timm.create_model, (name,), {"pretrained": False, **keywords})
+        model = libraries.timm_model(spec, name, keywords)
     elif kind == "hf":
-        model = call_named(spec, _hugging_face_model, (name,), keywords)
+        model = call_named(spec, hugging_face.build_model, (name,), keywords)
     else:
-        model = call_factory(spec, keywords)
+        suggestions.refuse_mistyped(spec, "model")
+        own = name if kind == LIGHTNING else spec
+        model = take_or_call(own, keywords, lambda found: isinstance(found, nn.Module))
     if not isinstance(model, nn.Module):
         raise SpecError(
             f"{spec} is expected to return a torch.nn.Module but returned a {type(model).__name__}"
@@ -96,47 +71,58 @@ def make_model(spec: str, arguments: Arguments | None = None) -> nn.Module:
 
 
 def make_data(
-    spec: str, arguments: Arguments | None = None, *, train: bool, model_spec: str = ""
+    spec: str,
+    arguments: Arguments | None = None,
+    *,
+    train: bool,
+    model_spec: str = "",
+    image_settings: Mapping[str, Any] | None = None,
 ) -> Any:
     """Build the Dataset or DataLoader that a specification names.
 
-    Image folders and CIFAR directories take ``transform=path/file.py:fn``. Else an image folder is
-    prepared by the preset of the torchvision model's weights, and without one by the usual resize,
-    centre crop and normalization; CIFAR by its own normalization. What is used is logged.
+    Image folders and CIFAR directories take ``transform=path/file.py:fn`` or ``transform=none``.
+    Else they are prepared by the preset of the model: timm's and Hugging Face's own, for image
+    folders that of torchvision's weights, too. Without one an image folder gets the usual resize,
+    centre crop and normalization, and CIFAR its own normalization. ``size``, ``crop``, ``mean`` and
+    ``std`` change a preset. What is done is logged.
 
     A text file becomes tokens by the tokenizer of an ``hf:DIR`` model, or of ``tokenizer=DIR``. The
     windows of it, or of a file of tokens, are as long as that model's context, 1024 at most and
     where it is not known; ``length`` and ``stride`` say otherwise (``ckptavg.text``).
 
+    A factory may return several data sets by name, or a Lightning DataModule: ``split`` says which
+    is meant where their names do not.
+
     Args:
         spec: As ``DATA_HELP`` lists them.
         arguments: Keywords for the factory.
-        train: Which split of a CIFAR directory.
+        train: Which split of a CIFAR directory, or of what a factory returns.
         model_spec: The model that will see the data, for its preset, context and tokenizer.
+        image_settings: Arguments of a timm model's training that are about images.
 
     Raises:
+        UsageError: It has none of these forms.
         SpecError: It cannot be found, or fails.
     """
-    kind, name = split_spec(spec, DATA_HELP)
+    kind, name = split_spec(spec, DATA_HELP, suggestions.suggest_data(spec))
     keywords = dict(arguments or {})
-    if kind == "imagefolder":
-        datasets = _torchvision("datasets")
-        _check_image_folder(Path(name))
-        transform = _transform(keywords) or _image_transform(model_spec)
-        data = call_named(spec, datasets.ImageFolder, (name,), {"transform": transform, **keywords})
-    elif kind in _CIFAR:
-        class_name, mean, std = _CIFAR[kind]
-        factory = getattr(_torchvision("datasets"), class_name)
-        _check_cifar(kind, Path(name))
-        transform = _transform(keywords) or _cifar_transform(class_name, mean, std)
-        data = call_named(
-            spec, factory, (name,), {"train": train, "transform": transform, **keywords}
-        )
-    elif kind in _TEXT:
-        data = call_named(spec, _TEXT[kind], (name,), {**_of_model(kind, model_spec), **keywords})
-    else:
-        data = call_factory(spec, keywords)
-    if not isinstance(data, (Dataset, DataLoader)) and not hasattr(data, "__iter__"):
+    if kind == "imagefolder" or kind in _CIFAR:
+        settings = image_settings or {}
+        return _image_data(spec, kind, Path(name), keywords, model_spec, settings, train=train)
+    if kind in _TEXT:
+        return call_named(spec, _TEXT[kind], (name,), {**_of_model(kind, model_spec), **keywords})
+    suggestions.refuse_mistyped(spec, "data")
+    return _own_data(spec, keywords, train=train)
+
+
+def _own_data(spec: str, keywords: dict[str, Any], *, train: bool) -> Any:
+    """Take the data that a user's object or factory gives."""
+    split = None
+    if "split" in keywords and not _takes(spec, "split"):
+        split = text_of(keywords.pop("split"))
+    given = take_or_call(spec, keywords, lambda found: not callable(found) or _is_made(found))
+    data = pick_split(spec, given, split, train=train)
+    if not is_data(data):
         raise SpecError(
             f"{spec} is expected to return a Dataset or a DataLoader "
             f"but returned a {type(data).__name__}"
@@ -144,155 +130,83 @@ def make_data(
     return data
 
 
-def _literal(text: str) -> Any:
-    try:
-        return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
-    except (ValueError, SyntaxError):
-        return text
+def _takes(spec: str, name: str) -> bool:
+    """Tell whether what a specification names takes an argument."""
+    found = find_object(*split_spec(spec, DATA_HELP))
+    return callable(found) and {name, "kwargs"} & {*parameters_of(found)} != set()
 
 
-def _check_image_folder(directory: Path) -> None:
-    if not directory.is_dir() or not any(child.is_dir() for child in directory.iterdir()):
-        state = "has no folder a class" if directory.is_dir() else "does not exist"
-        raise SpecError(f"{directory} {state}", "Expected imagefolder:DIR with DIR/CLASS/*.png.")
+def _is_made(found: Any) -> bool:
+    """Tell a data set that can be called, too, from a function that returns one."""
+    return isinstance(found, (Dataset, DataLoader))
 
 
-def _check_cifar(kind: str, directory: Path) -> None:
-    folder = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}[kind]
-    if not (directory / folder).is_dir():
-        raise SpecError(
-            f"{directory} does not hold {folder}", "Name the directory that the archive unpacks in."
+def _image_data(
+    spec: str,
+    kind: str,
+    directory: Path,
+    keywords: dict[str, Any],
+    model_spec: str,
+    settings: Mapping[str, Any],
+    *,
+    train: bool,
+) -> Any:
+    """Build a Dataset of images, prepared for a model."""
+    datasets = libraries.import_torchvision("datasets")
+    if kind in _CIFAR:
+        suggestions.check_cifar(kind, directory)
+        name, moments = _CIFAR[kind]
+        factory, usual = getattr(datasets, name), images.Preset("", None, None, *moments)
+        keywords = {"train": train, **keywords}
+    else:
+        suggestions.check_image_folder(directory)
+        factory, usual = datasets.ImageFolder, images.USUAL
+    own, options = images.take_options(keywords)
+    if own is not None:
+        transform, resize = images.load_transform(own), None
+    else:
+        preset = _preset_of(model_spec, settings, is_cifar=kind in _CIFAR) or usual
+        preset = images.adapt_preset(preset, options) if options else preset
+        preset.log()
+        transform, resize = preset.to_transform(), None if "size" in options else preset.resize
+    data = call_named(spec, factory, (str(directory),), {"transform": transform, **keywords})
+    if resize is not None:
+        paths = [path for path, _ in getattr(data, "samples", ())]
+        images.warn_of_small_images(
+            [(32, 32)] if kind in _CIFAR else images.image_sizes(paths), resize
         )
+    return data
 
 
-def _torchvision(part: str) -> Any:
-    """A part of torchvision, or a plain word about why it cannot be imported.
-
-    Its compiled operators fit one torch only; beside another one, its import fails with
-    "operator torchvision::nms does not exist".
-    """
-    try:
-        return importlib.import_module(f"torchvision.{part}")
-    except ModuleNotFoundError as error:
-        raise SpecError(
-            "torchvision is not installed", "Install it with pip install torchvision pillow."
-        ) from error
-    except (RuntimeError, ImportError, AttributeError, OSError) as error:
-        raise SpecError(
-            f"torchvision is installed but does not fit the installed torch ({error})",
-            "Install both from the same source in one command: pip install torch torchvision.",
-        ) from error
-
-
-def _hugging_face_model(directory: str, **keywords: Any) -> Any:
-    """A transformers model of the class that a directory's config names, freshly initialized.
-
-    Nothing is downloaded, nor is the hub asked for anything.
-    """
-    if not (Path(directory) / "config.json").is_file():
-        raise SpecError(f"{directory} is no directory with a config.json", "Expected hf:DIR.")
-    transformers = extra("transformers", "transformers")
-    keywords.setdefault("trust_remote_code", False)  # else it asks on the terminal
-    try:
-        with offline():
-            config = transformers.AutoConfig.from_pretrained(
-                directory, local_files_only=True, **keywords
-            )
-            names = config.architectures or []
-            if not names or not hasattr(transformers, names[0]):
-                raise SpecError(
-                    f"{directory}/config.json names no architecture that transformers knows"
-                )
-            for settings in _settings(config, transformers.PretrainedConfig):
-                if settings.get("use_pretrained_backbone"):
-                    settings["use_pretrained_backbone"] = False
-            return getattr(transformers, names[0])(config)
-    except Exception as error:
-        backbone = _lacking_backbone(Path(directory))
-        if backbone is None:
-            raise
-        raise SpecError(
-            f"{directory}/config.json names the backbone {short(backbone)}, of which this machine "
-            "has no configuration",
-            f"Fetch it first: hf download {short(backbone)} config.json.",
-        ) from error
-
-
-def _settings(config: Any, kind: type) -> Iterator[dict[str, Any]]:
-    """The settings of a configuration and of all that are in it.
-
-    Args:
-        config: Plain values, or a configuration.
-        kind: The class of configurations.
-    """
-    waiting, seen = [config], set[int]()
-    while waiting:
-        value = waiting.pop()
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        settings = vars(value) if isinstance(value, kind) else value
-        if isinstance(settings, dict):
-            waiting += settings.values()
-            yield settings
-
-
-def _lacking_backbone(directory: Path) -> str | None:
-    """The hub's name of a backbone that a configuration names and the cache does not have."""
-    try:
-        config = bounded_json.read(directory / "config.json")
-    except (OSError, ValueError, CheckpointError):
-        return None
-    for settings in _settings(config, NoneType):
-        backbone = settings.get("backbone")
-        if isinstance(backbone, str) and "/" in backbone:
-            repository = backbone.rpartition(":")[2]
-            if not is_cached(repository):
-                return repository
+def _preset_of(
+    model_spec: str, settings: Mapping[str, Any], *, is_cifar: bool
+) -> images.Preset | None:
+    """The preset that a model brings along; None where it has none."""
+    library, _, name = model_spec.partition(":")
+    if library == "timm":
+        return presets.timm_preset(name, settings)
+    if library == "hf" and (directory := _directory_of(name)) is not None:
+        return presets.hugging_face_preset(directory)
+    if library == "torchvision" and not is_cifar:
+        return presets.torchvision_preset(name)
     return None
 
 
 def _of_model(kind: str, model_spec: str) -> dict[str, Any]:
-    """What text data takes from an ``hf:DIR`` model unless it is told otherwise."""
-    home, _, directory = model_spec.partition(":")
-    if home != "hf":
+    """Arguments of text data that an ``hf:DIR`` model gives unless the user does."""
+    library, _, name = model_spec.partition(":")
+    directory = _directory_of(name) if library == "hf" else None
+    if directory is None:
         return {}
-    found: dict[str, Any] = {"length": text.default_length(Path(directory))}
-    return {**found, "tokenizer": directory} if kind == "text" else found
+    arguments: dict[str, Any] = {"length": text.default_length(directory)}
+    if kind == "text":
+        arguments["tokenizer"] = str(hugging_face.find_tokenizer_directory(directory))
+    return arguments
 
 
-def _transform(keywords: dict[str, Any]) -> Transform | None:
-    """The transform that the user named, taken out of the keywords."""
-    spec = keywords.pop("transform", None)
-    if spec is None:
+def _directory_of(name: str) -> Path | None:
+    """The directory of an ``hf:DIR`` model; None where there is none, as building it will say."""
+    try:
+        return hugging_face.find_model_directory(name)
+    except SpecError:
         return None
-    kind, name = split_spec(str(spec), "transform=path/file.py:fn")
-    log.info("images are prepared by %s", spec)
-    return find_factory(kind, name)
-
-
-def _image_transform(model_spec: str) -> Transform:
-    if model_spec.startswith("torchvision:"):
-        weights = _torchvision("models").get_model_weights(model_spec.partition(":")[2])
-        default = getattr(weights, "DEFAULT", None)
-        if default is not None:
-            log.info("images are prepared by the preset of %s", default)
-            preset: Transform = default.transforms()
-            return preset
-    log.info("images are resized to 256, cropped to 224 and normalized as ImageNet's")
-    transforms = _torchvision("transforms")
-    steps = [transforms.Resize(256), transforms.CenterCrop(224)]
-    return _normalizing(steps, *_IMAGENET)
-
-
-def _cifar_transform(name: str, mean: tuple[float, ...], std: tuple[float, ...]) -> Transform:
-    log.info("images are normalized as %s's", name)
-    return _normalizing([], mean, std)
-
-
-def _normalizing(steps: list[Any], mean: tuple[float, ...], std: tuple[float, ...]) -> Transform:
-    transforms = _torchvision("transforms")
-    composed: Transform = transforms.Compose(
-        [*steps, transforms.ToTensor(), transforms.Normalize(mean, std)]
-    )
-    return composed

@@ -19,9 +19,10 @@ from pathlib import Path
 import torch.distributed as dist
 
 import ckptavg.cli.sources
-import ckptavg.evaluation
+import ckptavg.evaluation  # noqa: F401
 from ckptavg.cli import main
 from ckptavg.errors import CheckpointError
+from ckptavg.factories import call_factory
 from ckptavg.formats import reading
 from ckptavg.formats.writing import FileSink
 
@@ -46,7 +47,7 @@ HARMS = {
 def called(function):
     """What a user's function gives within a group of the user's."""
     dist.init_process_group("gloo")
-    value = ckptavg.cli.sources.sources.call_factory(function)
+    value = call_factory(function)
     dist.destroy_process_group()
     return {"code": 0, "value": value}
 

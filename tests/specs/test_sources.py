@@ -3,104 +3,29 @@
 import contextlib
 import importlib
 import json
-import pickle
 import socket
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from spec_helpers import (
+    CIFAR10,
+    CIFAR100,
+    COLOUR,
+    IMAGENET,
+    assert_uniform,
+    error_of,
+    normalized,
+    write,
+)
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from torchvision import datasets, models
+from torchvision import models
 
 from ckptavg.errors import SpecError, UsageError
 from ckptavg.sources import make_data, make_model, parse_arguments
-
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
-CIFAR100 = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
-COLOUR = (255, 51, 0)
-
-FACTORIES = """
-import torch
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
-
-WIDTH = 3
-
-class Family:
-    @staticmethod
-    def small():
-        return nn.Linear(1, 1)
-
-def make_net(width=WIDTH, bias=True):
-    return nn.Linear(width, 2, bias=bias)
-
-def make_data(samples=4):
-    return TensorDataset(torch.ones(samples, 3), torch.zeros(samples))
-
-def make_loader():
-    return DataLoader(make_data(), 2)
-
-def make_number():
-    return 3
-
-def make_nothing():
-    return None
-
-def broken():
-    raise ValueError("no such width")
-
-def named(spec, factory):
-    return nn.Linear(spec, factory)
-
-def invert(image):
-    return 255 - torch.tensor(image.getpixel((0, 0)))
-"""
-
-
-@pytest.fixture(autouse=True)
-def imports_of_its_own(tmp_path, monkeypatch):
-    """Undo what a test imports from its directory, and run it there."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.chdir(tmp_path)
-    before = dict(sys.modules)
-    yield
-    for name in sys.modules.keys() - before.keys():
-        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
-    for name, module in before.items():
-        sys.modules[name] = module
-
-
-def write(path, text=FACTORIES):
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    importlib.invalidate_caches()
-    return path
-
-
-def error_of(build, *args, kind=SpecError, **keywords):
-    with pytest.raises(kind) as caught:
-        build(*args, **keywords)
-    return str(caught.value)
-
-
-def normalized(colour, mean, std):
-    return [(c / 255 - m) / s for c, m, s in zip(colour, mean, std, strict=True)]
-
-
-def assert_uniform(image, size, expected):
-    """An image of one colour after its transform."""
-    assert image.shape == (3, *size)
-    torch.testing.assert_close(
-        image, torch.tensor(expected)[:, None, None].expand_as(image), atol=1e-4, rtol=1e-4
-    )
-
+from ckptavg.specs.arguments import plain_value
 
 # Arguments
 
@@ -123,13 +48,14 @@ def assert_uniform(image, size, expected):
     ],
 )
 def test_an_argument_is_a_literal_else_text(text, expected):
-    found = parse_arguments([f"key={text}"])
-    assert found == {"key": expected}
-    assert type(found["key"]) is type(expected)
+    value = plain_value(parse_arguments([f"key={text}"])["key"])
+    assert value == expected
+    assert type(value) is type(expected)
 
 
 def test_several_arguments():
-    assert parse_arguments(["a=1", "b=x"]) == {"a": 1, "b": "x"}
+    arguments = parse_arguments(["a=1", "b=x"])
+    assert {name: plain_value(value) for name, value in arguments.items()} == {"a": 1, "b": "x"}
     assert parse_arguments([]) == {}
 
 
@@ -486,16 +412,6 @@ def test_a_directory_without_a_hugging_face_config(tmp_path):
 # Image folders
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """Two classes of small images of one colour."""
-    for name, kind in {"cats/a": "png", "cats/b": "png", "dogs/a": "bmp"}.items():
-        path = tmp_path / "images" / f"{name}.{kind}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (40, 30), COLOUR).save(path)
-    return f"imagefolder:{tmp_path / 'images'}"
-
-
 def test_an_image_folder_is_prepared_as_usual_and_the_log_says_so(folder, caplog):
     caplog.set_level("INFO", "ckptavg")
     data = make_data(folder, train=False)
@@ -512,7 +428,7 @@ def test_an_image_folder_is_prepared_by_the_models_own_preset(folder, caplog, tr
     assert "preset of Inception_V3_Weights" in caplog.text
 
 
-@pytest.mark.parametrize("model_spec", ["timm:resnet18", "nets.py:make", "hf:dir"])
+@pytest.mark.parametrize("model_spec", ["nets.py:make", "hf:dir"])
 def test_a_model_without_a_preset_gets_the_usual_preparation(folder, caplog, model_spec):
     caplog.set_level("INFO", "ckptavg")
     assert make_data(folder, train=False, model_spec=model_spec)[0][0].shape == (3, 224, 224)
@@ -548,27 +464,6 @@ def test_a_directory_that_is_no_image_folder(folder, tmp_path, name):
 
 
 # CIFAR
-
-
-@pytest.fixture
-def cifar(tmp_path, monkeypatch):
-    """Small CIFAR directories; torchvision takes them although their checksums differ."""
-    monkeypatch.setattr(datasets.cifar, "check_integrity", lambda *_: True)
-    pixels = np.repeat(np.uint8(COLOUR), 32 * 32)[None]
-
-    def store(path, content):
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(pickle.dumps(content))
-
-    ten, hundred = tmp_path / "cifar-10-batches-py", tmp_path / "cifar-100-python"
-    for i in range(1, 6):
-        store(ten / f"data_batch_{i}", {"data": pixels, "labels": [i]})
-    store(ten / "test_batch", {"data": pixels, "labels": [9]})
-    store(ten / "batches.meta", {"label_names": list("abcdefghij")})
-    for split, label in {"train": 42, "test": 99}.items():
-        store(hundred / split, {"data": pixels, "fine_labels": [label]})
-    store(hundred / "meta", {"fine_label_names": [str(i) for i in range(100)]})
-    return tmp_path
 
 
 @pytest.mark.parametrize(

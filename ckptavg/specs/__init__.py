@@ -1,0 +1,1 @@
+"""The strings of ``--model``, ``--data`` and their arguments → objects."""

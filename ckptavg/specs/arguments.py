@@ -1,0 +1,308 @@
+"""``key=value`` arguments of the command line, read as the function that gets them expects."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import types
+import typing
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any, Literal, Union
+
+from ckptavg.errors import SpecError, UsageError
+
+Arguments = Mapping[str, Any]
+"""Keywords of a function: plain values, or ``Argument`` where they come from the command line."""
+
+_TRUE = ("true", "yes", "on")
+_FALSE = ("false", "no", "off")
+_NONE = ("none", "null")
+_LISTS = (list, tuple, Sequence, Iterable, Collection)
+_UNREADABLE = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
+
+
+@dataclass(frozen=True)
+class Argument:
+    """A value as it was typed.
+
+    Attributes:
+        text: The characters after ``=``.
+    """
+
+    text: str
+
+    @property
+    def value(self) -> Any:
+        """The value that the text has where no type is expected of it."""
+        return read_value(self.text)
+
+
+def parse_arguments(pairs: Iterable[str]) -> dict[str, Argument]:
+    """Split ``key=value`` strings.
+
+    Raises:
+        UsageError: One has no ``=``, or no identifier before it.
+    """
+    arguments: dict[str, Argument] = {}
+    for pair in pairs:
+        key, separator, text = pair.partition("=")
+        if not separator or not key.isidentifier():
+            raise UsageError(f"an argument is expected to be key=value but got {pair!r}")
+        arguments[key] = Argument(text)
+    return arguments
+
+
+def read_value(text: str) -> Any:
+    """Read a value of no expected type: a word for a truth value or none, a literal, else text."""
+    word = text.strip().lower()
+    if word in _TRUE or word in _FALSE:
+        return word in _TRUE
+    if word in _NONE:
+        return None
+    with warnings.catch_warnings():
+        # The compiler warns of escapes that it does not know.
+        warnings.simplefilter("ignore")
+        for read in (ast.literal_eval, _read_json, _read_list):
+            try:
+                return read(text)
+            except _UNREADABLE:
+                continue
+    return text
+
+
+def plain_value(value: Any) -> Any:
+    """An argument's value, typed or not."""
+    return value.value if isinstance(value, Argument) else value
+
+
+def text_of(value: Any) -> str:
+    """An argument as text, however it would be read."""
+    return value.text if isinstance(value, Argument) else str(value)
+
+
+def fit_arguments(function: Callable[..., Any], arguments: Arguments) -> dict[str, Any]:
+    """Read typed arguments as the parameters that they are for expect.
+
+    A parameter expects what it is annotated with, else the type of its default. Without either, an
+    argument has the value that ``read_value`` gives it.
+
+    Args:
+        function: The function that is going to be called.
+        arguments: Its keywords.
+
+    Raises:
+        SpecError: A text cannot be read as its parameter's type.
+    """
+    parameters = _parameters(function)
+    fitted: dict[str, Any] = {}
+    for name, value in arguments.items():
+        if not isinstance(value, Argument):
+            fitted[name] = value
+        elif name not in parameters:
+            fitted[name] = value.value
+        else:
+            fitted[name] = _Expectation.of(parameters[name]).read(value.text)
+    return fitted
+
+
+@dataclass(frozen=True)
+class _Expectation:
+    """The type that a parameter expects.
+
+    Attributes:
+        name: The parameter.
+        kinds: Types, any of which will do; empty if nothing is known.
+        choices: The values of a ``Literal``; empty if it is none.
+        strict: True for an annotation, which excludes other types; a default is only a hint.
+        default: The default; ``inspect.Parameter.empty`` where there is none.
+        of_texts: True where several texts are expected.
+    """
+
+    name: str
+    kinds: tuple[Any, ...]
+    choices: tuple[Any, ...]
+    strict: bool
+    default: Any
+    of_texts: bool = False
+
+    @classmethod
+    def of(cls, parameter: inspect.Parameter) -> _Expectation:
+        default = parameter.default
+        kinds, choices = _split_hint(parameter.annotation)
+        strict = bool(kinds or choices)
+        has_default = default is not inspect.Parameter.empty
+        if not strict and has_default and default is not None:
+            kinds = (type(default),)
+        elif strict and default is None:
+            # An old way to write "| None".
+            kinds += (type(None),)
+        return cls(
+            parameter.name, kinds, choices, strict, default, _has_texts(parameter.annotation)
+        )
+
+    def read(self, text: str) -> Any:
+        """Read a text as this type.
+
+        Raises:
+            SpecError: It cannot be read so.
+        """
+        value = read_value(text)
+        for choice in self.choices:
+            if text == str(choice) or (type(value) is type(choice) and value == choice):
+                return choice
+        if not self.kinds and not self.choices:
+            return value
+        if value is None and self._admits_none(text):
+            return None
+        if self.of_texts and isinstance(value, (str, bool, int, float, type(None))):
+            value = [part.strip() for part in text.split(",")]
+        for read in (_read_truth, _read_number, _read_sequence, _read_text):
+            if (reading := read(text, value, self.kinds)) is not None:
+                return reading
+        is_kind = any(_is_instance(value, kind) for kind in self.kinds)
+        known = {bool, int, float, str, list, tuple, type(None)}
+        is_checked = bool in self.kinds or self.choices or (self.strict and {*self.kinds} <= known)
+        if is_checked and not is_kind:
+            raise SpecError(f"{self.name} is expected to be {self._wanted()} but got {text!r}")
+        return value
+
+    def _admits_none(self, text: str) -> bool:
+        """Tell whether a text means None; where text is the default, only as Python writes it."""
+        if type(None) in self.kinds:
+            return True
+        return text == "None" and not self.strict and bool not in self.kinds
+
+    def _wanted(self) -> str:
+        words = [repr(choice) for choice in self.choices]
+        for kind in self.kinds:
+            if kind is bool:
+                words += ["yes", "no"]
+            elif kind is type(None):
+                words.append("none")
+            else:
+                words.append(f"{getattr(kind, '__name__', kind)}")
+        told = f" (its default is {self.default!r})" if type(self.default) in self.kinds else ""
+        return " or ".join(dict.fromkeys(words)) + told
+
+
+def _read_truth(text: str, value: Any, kinds: tuple[Any, ...]) -> bool | None:
+    if bool not in kinds:
+        return None
+    if isinstance(value, bool):
+        return value
+    # Not where numbers are expected, too.
+    if type(value) is int and value in (0, 1) and not {int, float} & {*kinds}:
+        return bool(value)
+    del text
+    return None
+
+
+def _read_number(text: str, value: Any, kinds: tuple[Any, ...]) -> float | None:
+    """Read a number of an expected kind: ``1e3`` may be whole, ``inf`` and ``nan`` are floats."""
+    whole = isinstance(value, float) and value.is_integer() and int in kinds and float not in kinds
+    if whole:
+        return int(value)
+    if type(value) in (int, float) and (type(value) in kinds or float in kinds):
+        number: float = value
+        return number
+    if float in kinds and isinstance(value, str):
+        try:
+            return float(text)
+        except ValueError:
+            return None
+    return None
+
+
+def _read_sequence(
+    text: str, value: Any, kinds: tuple[Any, ...]
+) -> list[Any] | tuple[Any, ...] | None:
+    """Read ``1,2``, ``a,b`` or one value where several are expected."""
+    kind = next((kind for kind in kinds if kind in _LISTS), None)
+    if kind is None or (str in kinds and not isinstance(value, (list, tuple))):
+        return None
+    if not isinstance(value, (list, tuple)):
+        value = [read_value(part) for part in text.split(",")]
+    return list(value) if kind is list else tuple(value)
+
+
+def _read_text(text: str, value: Any, kinds: tuple[Any, ...]) -> Any:
+    """Read a text or a path; quotes around it are none of it."""
+    if not any(isinstance(kind, type) and issubclass(kind, (str, PurePath)) for kind in kinds):
+        return None
+    if type(value) is not str and type(value) in kinds:
+        return value
+    content = value if isinstance(value, str) else text
+    if str in kinds:
+        return content
+    return Path(content)
+
+
+def _is_instance(value: Any, kind: Any) -> bool:
+    try:
+        return isinstance(value, kind)
+    except TypeError:
+        return False
+
+
+def _split_hint(hint: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Types that an annotation admits, and the choices of a ``Literal`` in it."""
+    hint = _BY_NAME.get(hint, hint) if isinstance(hint, str) else hint
+    unknown = hint in (Any, object, inspect.Parameter.empty)
+    if unknown or isinstance(hint, (str, typing.TypeVar)):
+        return (), ()
+    origin = typing.get_origin(hint)
+    if origin is typing.Annotated:
+        return _split_hint(typing.get_args(hint)[0])
+    if origin is Literal:
+        return (), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        kinds: tuple[Any, ...] = ()
+        choices: tuple[Any, ...] = ()
+        for part in typing.get_args(hint):
+            more_kinds, more_choices = _split_hint(part)
+            if not more_kinds and not more_choices:
+                return (), ()
+            kinds, choices = kinds + more_kinds, choices + more_choices
+        return kinds, choices
+    return (origin or hint,), ()
+
+
+def _has_texts(hint: Any) -> bool:
+    """Tell whether an annotation is of several texts: ``list[str]``, or that or None."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(map(_has_texts, arguments)) and str not in arguments
+    return origin in _LISTS and arguments[0] is str
+
+
+def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Parameters that can be given by name; none where the function does not tell."""
+    try:
+        parameters = inspect.signature(function, eval_str=True).parameters
+    except (TypeError, ValueError):
+        return {}
+    except Exception:  # names in annotations that only a type checker knows
+        parameters = inspect.signature(function).parameters
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {name: p for name, p in parameters.items() if p.kind in named}
+
+
+_BY_NAME = {kind.__name__: kind for kind in (bool, int, float, str, list, tuple)}
+
+
+def _read_json(text: str) -> Any:
+    if not text.lstrip().startswith(("[", "{")):
+        raise ValueError(text)
+    return json.loads(text)
+
+
+def _read_list(text: str) -> list[Any]:
+    """Read ``[a,b]``: words need no quotes."""
+    inner = text.strip()
+    if not (inner.startswith("[") and inner.endswith("]")) or any(c in inner[1:-1] for c in "[]{}"):
+        raise ValueError(text)
+    return [read_value(part.strip()) for part in inner[1:-1].split(",")]

@@ -1,0 +1,132 @@
+"""Models of Hugging Face directories, built from their configuration; nothing is downloaded."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+from ckptavg.errors import CheckpointError, CkptavgError, SpecError, short
+from ckptavg.factories import extra
+from ckptavg.formats import bounded_json
+from ckptavg.formats.huggingface import CONFIG
+from ckptavg.hub import is_cached, offline
+from ckptavg.run import open_run
+
+log = logging.getLogger("ckptavg")
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
+
+
+def find_model_directory(name: str) -> Path:
+    """Find the directory with a model's configuration: itself, or of a run the last checkpoint's.
+
+    Args:
+        name: The directory, or that of a run.
+
+    Raises:
+        SpecError: There is none.
+    """
+    directory = Path(name)
+    if (directory / CONFIG).is_file():
+        return directory
+    last = _last_checkpoint(directory) if directory.is_dir() else None
+    if last is not None:
+        return last
+    if directory.exists():
+        raise SpecError(
+            f"{directory} is no directory with a {CONFIG}, nor a run of such directories",
+            "Expected hf:DIR.",
+        )
+    remedy = "Expected hf:DIR."
+    if name.count("/") == 1 and not directory.parent.exists():
+        remedy = f"Nothing is downloaded: hf download {name} --local-dir DIR, then name hf:DIR."
+    raise SpecError(f"{directory} does not exist", remedy)
+
+
+def find_tokenizer_directory(directory: Path) -> Path:
+    """Find the directory with a model's tokenizer: its own, or the one above, of the run."""
+    for home in (directory, directory.parent):
+        if any(any(home.glob(pattern)) for pattern in _TOKENIZER_FILES):
+            return home
+    return directory
+
+
+def _last_checkpoint(directory: Path) -> Path | None:
+    """The last checkpoint of a run, if it is a directory with a configuration."""
+    try:
+        *_, last = open_run(directory).opened
+    except CkptavgError:
+        return None
+    path = Path(str(last.path))
+    return path if (path / CONFIG).is_file() else None
+
+
+def build_model(name: str, **keywords: Any) -> Any:
+    """Build the transformers model that a directory's configuration names, freshly initialized.
+
+    Nothing is downloaded, nor is the hub asked for anything.
+    """
+    directory = str(find_model_directory(name))
+    if Path(directory) != Path(name):
+        log.info("the model is that of %s, the last checkpoint of the run", directory)
+    transformers = extra("transformers", "transformers")
+    keywords.setdefault("trust_remote_code", False)  # else it asks on the terminal
+    try:
+        with offline():
+            config = transformers.AutoConfig.from_pretrained(
+                directory, local_files_only=True, **keywords
+            )
+            names = config.architectures or []
+            if not names or not hasattr(transformers, names[0]):
+                raise SpecError(
+                    f"{directory}/config.json names no architecture that transformers knows"
+                )
+            for settings in _settings(config, transformers.PretrainedConfig):
+                if settings.get("use_pretrained_backbone"):
+                    settings["use_pretrained_backbone"] = False
+            return getattr(transformers, names[0])(config)
+    except Exception as error:
+        backbone = _lacking_backbone(Path(directory))
+        if backbone is None:
+            raise
+        raise SpecError(
+            f"{directory}/config.json names the backbone {short(backbone)}, of which this machine "
+            "has no configuration",
+            f"Fetch it first: hf download {short(backbone)} config.json.",
+        ) from error
+
+
+def _settings(config: Any, kind: type) -> Iterator[dict[str, Any]]:
+    """The settings of a configuration and of all that are in it.
+
+    Args:
+        config: Plain values, or a configuration.
+        kind: The class of configurations.
+    """
+    waiting, seen = [config], set[int]()
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        settings = vars(value) if isinstance(value, kind) else value
+        if isinstance(settings, dict):
+            waiting += settings.values()
+            yield settings
+
+
+def _lacking_backbone(directory: Path) -> str | None:
+    """The hub's name of a backbone that a configuration names and the cache does not have."""
+    try:
+        config = bounded_json.read(directory / "config.json")
+    except (OSError, ValueError, CheckpointError):
+        return None
+    for settings in _settings(config, NoneType):
+        backbone = settings.get("backbone")
+        if isinstance(backbone, str) and "/" in backbone:
+            repository = backbone.rpartition(":")[2]
+            if not is_cached(repository):
+                return repository
+    return None

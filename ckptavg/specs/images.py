@@ -1,0 +1,276 @@
+"""Preparation of images for a model: by the user's transform, options, or a preset."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckptavg.errors import SpecError
+from ckptavg.factories import call_named, find_object, required_parameters, split_spec
+from ckptavg.specs.arguments import Arguments, plain_value, text_of
+from ckptavg.specs.libraries import import_torchvision
+
+log = logging.getLogger("ckptavg")
+
+Transform = Callable[[Any], Any]
+
+OPTIONS = ("size", "crop", "mean", "std")
+"""Arguments of image data that change a preset."""
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+CIFAR100 = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
+_KNOWN: dict[Any, str] = {IMAGENET: "ImageNet", CIFAR10: "CIFAR10", CIFAR100: "CIFAR100"}
+_CHANNELS = 3
+_FAR_LARGER = 2  # times as large as the images
+_MOST_LOOKED_AT = 16  # images
+# Parameters by which functions that return a transform are told that it is not for training.
+_ROLES = ("train", "training", "is_train", "is_training")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The way in which a model's or a data set's images are usually prepared.
+
+    Attributes:
+        name: The model that it comes from, for notes; empty where it comes from none.
+        size: Resized to, in pixels: the shorter side, or (height, width); None for no resizing.
+        crop: Side of the centre crop, or (height, width); None for none.
+        mean: Mean per channel; None for no normalization.
+        std: Standard deviation per channel.
+        transform: The whole of it, where its library makes one.
+        interpolation: As torchvision's ``Resize`` takes it; its own default where None.
+    """
+
+    name: str
+    size: int | tuple[int, int] | None
+    crop: int | tuple[int, int] | None
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    transform: Transform | None = None
+    interpolation: Any = None
+
+    @property
+    def resize(self) -> int | None:
+        """The shorter side after resizing, in pixels."""
+        return min(self.size) if isinstance(self.size, tuple) else self.size
+
+    def describe(self) -> str:
+        """Word the note about what is done to images."""
+        steps: list[str] = []
+        if self.size is not None:
+            steps.append(f"resized to {_side_text(self.size)}")
+        if self.crop is not None:
+            steps.append(f"cropped to {_side_text(self.crop)}")
+        if self.mean is None:
+            steps.append("not normalized")
+        elif (known := _KNOWN.get((self.mean, self.std))) is not None:
+            steps.append(f"normalized as {known}'s")
+        else:
+            steps.append(f"normalized by mean {_numbers(self.mean)} and std {_numbers(self.std)}")
+        *first, last = steps
+        return f"{', '.join(first)} and {last}" if first else last
+
+    def to_transform(self) -> Transform:
+        """Make the transform from an image to a tensor."""
+        if self.transform is not None:
+            return self.transform
+        transforms = import_torchvision("transforms")
+        steps: list[Any] = []
+        if self.size is not None:
+            how = {} if self.interpolation is None else {"interpolation": self.interpolation}
+            steps.append(transforms.Resize(self.size, **how))
+        if self.crop is not None:
+            steps.append(transforms.CenterCrop(self.crop))
+        steps.append(transforms.ToTensor())
+        if self.mean is not None:
+            steps.append(transforms.Normalize(self.mean, self.std))
+        composed: Transform = transforms.Compose(steps)
+        return composed
+
+    def log(self) -> None:
+        """Note what is done to images."""
+        if self.name:
+            log.info("images are prepared by the preset of %s: %s", self.name, self.describe())
+        else:
+            log.info("images are %s", self.describe())
+
+
+USUAL = Preset("", 256, 224, *IMAGENET)
+"""The evaluation of most models that were trained on ImageNet."""
+
+
+def take_options(keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Take the transform and the options of a preset out of keywords.
+
+    Returns:
+        The specification of the transform, None where there is none; and the options by name.
+    """
+    transform = keywords.pop("transform", None)
+    options = {name: plain_value(keywords.pop(name)) for name in OPTIONS if name in keywords}
+    if transform is not None and options:
+        raise SpecError(
+            f"transform= prepares images by itself, so {', '.join(options)} would do nothing",
+            "Give one or the other.",
+        )
+    return transform, options
+
+
+def load_transform(spec: Any) -> Transform:
+    """Load what ``transform=`` names: a transform, a function of the image, a class, a factory.
+
+    Raises:
+        SpecError: It cannot be found, or gives no transform.
+    """
+    text = text_of(spec)
+    if text.lower() == "none":
+        log.info("images become tensors from 0 to 1, and nothing else is done to them")
+        only_tensors: Transform = import_torchvision("transforms").ToTensor()
+        return only_tensors
+    kind, name = split_spec(text, "transform=path/file.py:fn or transform=none")
+    found = find_object(kind, name)
+    log.info("images are prepared by %s", text)
+    if (arguments := _factory_arguments(found)) is not None:
+        found = call_named(text, found, (), arguments)
+    if not callable(found):
+        raise SpecError(
+            f"{text} is expected to be a function of an image, or to return one, "
+            f"but gives a {type(found).__name__}"
+        )
+    transform: Transform = found
+    return _by_keyword(transform)
+
+
+def _factory_arguments(found: Any) -> Arguments | None:
+    """Arguments for a factory of a transform, None where the object is a transform itself."""
+    if isinstance(found, type):
+        return {}
+    if not hasattr(found, "__code__") and not hasattr(found, "func"):
+        return None  # an object that is called with an image
+    parameters = required_parameters(found)
+    if not parameters:
+        return None if _takes_anything(found) else {}
+    if len(parameters) == 1 and parameters[0] in _ROLES:
+        return {parameters[0]: False}
+    return None
+
+
+def _takes_anything(function: Any) -> bool:
+    code = getattr(function, "__code__", None)
+    return code is not None and bool(code.co_flags & 0x04)  # it has *args
+
+
+class _ByKeyword:
+    """A transform of albumentations', which takes an array as ``image=`` and returns a dict."""
+
+    def __init__(self, transform: Callable[..., Mapping[str, Any]]) -> None:
+        self.transform = transform
+
+    def __call__(self, image: Any) -> Any:
+        """Transform an image of PIL's."""
+        import numpy  # noqa: PLC0415 - which not everyone needs
+
+        return self.transform(image=numpy.asarray(image))["image"]
+
+
+def _by_keyword(transform: Transform) -> Transform:
+    home = type(transform).__module__.partition(".")[0]
+    return _ByKeyword(transform) if home in ("albumentations", "albucore") else transform
+
+
+def adapt_preset(preset: Preset, options: Mapping[str, Any]) -> Preset:
+    """Change a preset by a user's options.
+
+    Args:
+        preset: What is done without them.
+        options: By the names in ``OPTIONS``; None for a step that is to be left out.
+
+    Raises:
+        SpecError: An option is nothing that it can be.
+    """
+    size, crop = preset.size, preset.crop
+    if "size" in options:
+        size = _read_side("size", options["size"])
+        crop = size if isinstance(size, int) else None
+    if "crop" in options:
+        crop = _read_side("crop", options["crop"])
+        if "size" not in options and isinstance(preset.size, int) and isinstance(crop, int):
+            whole = preset.crop if isinstance(preset.crop, int) else preset.size
+            size = round(crop * preset.size / whole)
+    mean, std = preset.mean, preset.std
+    if "mean" in options:
+        mean = _read_channels("mean", options["mean"])
+    if "std" in options:
+        std = _read_channels("std", options["std"])
+    if mean is None or std is None:
+        mean = std = None
+    return Preset("", size, crop, mean, std, interpolation=preset.interpolation)
+
+
+def _read_side(name: str, value: Any) -> int | tuple[int, int] | None:
+    if value is None or value is False:
+        return None
+    if type(value) is int and value > 0:
+        return value
+    pair = tuple(value) if isinstance(value, (list, tuple)) else ()
+    if len(pair) == 2 and all(type(side) is int and side > 0 for side in pair):
+        return pair[0], pair[1]
+    raise SpecError(
+        f"{name} is expected to be a number of pixels, HEIGHT,WIDTH or none but got {value!r}"
+    )
+
+
+def _read_channels(name: str, value: Any) -> tuple[float, ...] | None:
+    if value is None or value is False:
+        return None
+    values = value if isinstance(value, (list, tuple)) else [value] * _CHANNELS
+    numbers = tuple(float(v) for v in values if type(v) in (int, float))
+    if len(numbers) != _CHANNELS or (name == "std" and min(numbers) <= 0):
+        raise SpecError(
+            f"{name} is expected to be one number, {_CHANNELS} with commas between, or none "
+            f"but got {value!r}"
+        )
+    return numbers
+
+
+def warn_of_small_images(sizes: Sequence[tuple[int, int]], resize: int | None) -> None:
+    """Warn of images that become several times larger than they are.
+
+    Args:
+        sizes: Width and height of some of them, in pixels.
+        resize: What their shorter side becomes; None where it stays.
+    """
+    if resize is None or not sizes or resize <= _FAR_LARGER * max(min(size) for size in sizes):
+        return
+    width, height = (round(statistics.median(sides)) for sides in zip(*sizes, strict=True))
+    log.warning(
+        "images are %dx%d but are resized to %d: the argument size=%d leaves them as they are",
+        width, height, resize, min(width, height),
+    )  # fmt: skip
+
+
+def image_sizes(paths: Sequence[str | Path]) -> list[tuple[int, int]]:
+    """Look up width and height of a few of some image files; those that cannot be read aside."""
+    from PIL import Image  # noqa: PLC0415 - which not everyone needs
+
+    sizes: list[tuple[int, int]] = []
+    stride = -(-len(paths) // _MOST_LOOKED_AT) or 1
+    for path in paths[::stride]:
+        try:
+            with Image.open(path) as image:
+                sizes.append(image.size)
+        except (OSError, ValueError):
+            continue
+    return sizes
+
+
+def _side_text(side: int | tuple[int, int]) -> str:
+    return str(side) if isinstance(side, int) else f"{side[0]}x{side[1]}"
+
+
+def _numbers(values: Sequence[float] | None) -> str:
+    return ", ".join(f"{value:g}" for value in values or ())

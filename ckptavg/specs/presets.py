@@ -1,0 +1,125 @@
+"""Presets that models bring along: torchvision's weights, timm's and Hugging Face's settings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ckptavg.errors import SpecError
+from ckptavg.factories import extra
+from ckptavg.hub import offline
+from ckptavg.specs.images import Preset
+from ckptavg.specs.libraries import import_torchvision
+
+_PROCESSOR = "preprocessor_config.json"
+
+
+def torchvision_preset(name: str) -> Preset | None:
+    """Look up the preset of a torchvision model's default weights; None where it has none."""
+    weights = import_torchvision("models").get_model_weights(name)
+    default = getattr(weights, "DEFAULT", None)
+    if default is None:
+        return None
+    transform = default.transforms()
+    mean, std = getattr(transform, "mean", None), getattr(transform, "std", None)
+    return Preset(
+        str(default),
+        _side(getattr(transform, "resize_size", None)),
+        _side(getattr(transform, "crop_size", None)),
+        None if mean is None else tuple(mean),
+        None if std is None else tuple(std),
+        transform,
+        getattr(transform, "interpolation", None),
+    )
+
+
+def timm_preset(name: str, settings: Mapping[str, Any]) -> Preset:
+    """Resolve a timm model's data configuration, as timm's own validation does.
+
+    Args:
+        name: The model's name, with or without a tag.
+        settings: The training's arguments, where they are known: ``img_size``, ``mean``, ...
+    """
+    data = extra("timm.data", "timm")
+    models = extra("timm.models", "timm")
+    configured = models.get_pretrained_cfg(name)
+    known = {} if configured is None else configured.to_dict()
+    tag = known.get("tag")
+    try:
+        config = data.resolve_data_config({"in_chans": None, **settings}, pretrained_cfg=known)
+        transform = data.create_transform(**config, is_training=False)
+    except Exception as error:
+        raise SpecError(
+            f"timm makes no transform for {name}: {type(error).__name__}: {error}",
+            "Name one by transform=path/file.py:fn.",
+        ) from error
+    side = min(config["input_size"][-2:])
+    full = f"{name}.{tag}" if tag and "." not in name else name
+    return Preset(
+        f"timm's {full}",
+        math.floor(side / config["crop_pct"]),
+        side,
+        tuple(config["mean"]),
+        tuple(config["std"]),
+        transform,
+        _interpolation(config["interpolation"]),
+    )
+
+
+def hugging_face_preset(directory: Path) -> Preset | None:
+    """Read the image processor that lies beside a Hugging Face model; None where there is none."""
+    if not (directory / _PROCESSOR).is_file():
+        return None
+    transformers = extra("transformers", "transformers")
+    try:
+        with offline():
+            processor = transformers.AutoImageProcessor.from_pretrained(
+                str(directory), local_files_only=True, trust_remote_code=False
+            )
+    except Exception as error:
+        raise SpecError(
+            f"{directory / _PROCESSOR} cannot be used: {type(error).__name__}: {error}",
+            "Name a transform by transform=path/file.py:fn.",
+        ) from error
+    settings = dict(processor.size or {}) if getattr(processor, "do_resize", False) else {}
+    sides = [side for side in settings.values() if isinstance(side, int)]
+    crops = dict(getattr(processor, "crop_size", None) or {})
+    is_cropped = getattr(processor, "do_center_crop", False)
+    is_normalized = getattr(processor, "do_normalize", False)
+    return Preset(
+        f"{directory / _PROCESSOR}",
+        min(sides, default=None),
+        min(crops.values(), default=None) if is_cropped else None,
+        tuple(processor.image_mean) if is_normalized else None,
+        tuple(processor.image_std) if is_normalized else None,
+        ImageProcessor(processor),
+    )
+
+
+class ImageProcessor:
+    """An image processor of transformers as a transform of one image."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+
+    def __call__(self, image: Any) -> Any:
+        """Return the image as a tensor (channels, height, width)."""
+        return self.processor(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+
+
+def _side(sizes: Any) -> int | tuple[int, int] | None:
+    """A size as torchvision's presets keep it: a list of one or two sides."""
+    if isinstance(sizes, int):
+        return sizes
+    sides = tuple(sizes) if isinstance(sizes, (list, tuple)) else ()
+    if len(sides) == 2:
+        return sides[0], sides[1]
+    return sides[0] if sides else None
+
+
+def _interpolation(name: str) -> Any:
+    """Look up torchvision's interpolation of a name; None for its default."""
+    modes = import_torchvision("transforms").InterpolationMode
+    return {mode.value: mode for mode in modes}.get(name)
