@@ -1,22 +1,46 @@
-"""What a loader gives: batches, their parts, and one way to call a model on them."""
+"""What a loader gives: batches of any kind, their tensors, and how many samples they hold."""
 
 from __future__ import annotations
 
+import copy
 import ctypes
-import inspect
+import dataclasses
+from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence
 
-from ckptavg.errors import EvaluationError, first_few
+from ckptavg.errors import first_few
 
 Batches = Iterable[Any]
 Forward = Callable[[nn.Module, Any], Any]
 """A user's way to run a model on a batch: ``forward(model, batch)``."""
 
-_LABELS = ("labels", "label", "target", "targets", "y")
+LABELS = ("labels", "label", "target", "targets", "y")
+"""The usual names of labels, in the order in which they are looked for."""
+
+
+def is_sequence(value: Any) -> bool:
+    """Whether a value is a tuple or a list, and so has parts."""
+    return isinstance(value, (list, tuple)) and not isinstance(value, PackedSequence)
+
+
+def is_object(value: Any) -> bool:
+    """Whether a value is of a class of the user's or of a library's, such as a graph."""
+    plain = (torch.Tensor, Mapping, list, tuple, str, bytes, bool, int, float, type(None))
+    return isinstance(value, PackedSequence) or not isinstance(value, plain)
+
+
+def parts_of(value: Any) -> list[Any]:
+    """The parts of a mapping, a tuple or a list; an object's are its attributes."""
+    if isinstance(value, Mapping):
+        return [*value.values()]
+    if is_sequence(value):
+        return [*value]
+    return [*vars(value).values()] if is_object(value) and hasattr(value, "__dict__") else []
 
 
 def to_device(
@@ -24,7 +48,9 @@ def to_device(
 ) -> Any:
     """A batch with its tensors moved; to CUDA from pinned memory, so that nothing waits.
 
-    What is float64 stays where it is if the device is Apple's mps, which has none.
+    Containers keep their types, and the batch itself stays as it is. An object is moved by its own
+    ``to`` if it has one. What is float64 stays where it is if the device is Apple's mps, which has
+    none.
 
     Args:
         value: A batch.
@@ -32,28 +58,57 @@ def to_device(
         form: Memory format of the tensors with four axes.
     """
     if isinstance(value, torch.Tensor):
-        if device.type == "mps" and value.dtype == torch.float64:
-            return value
-        if device.type == "cuda" and value.device.type == "cpu" and not value.is_pinned():
-            value = value.pin_memory()
-        form = form if value.dim() == 4 else torch.preserve_format
-        # the other way, what is read before the copy is over would be anything
-        return value.to(device, non_blocking=device.type == "cuda", memory_format=form)
+        return _tensor_to_device(value, device, form)
+    if isinstance(value, (dict, UserDict)):
+        moved = copy.copy(value)
+        for key, part in value.items():
+            moved[key] = to_device(part, device, form)
+        return moved
+    if is_sequence(value):
+        parts = (to_device(part, device, form) for part in value)
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    if moves_itself(value):
+        moved = copy.copy(value)  # whose own tensors some classes replace
+        arrived = moved.to(device)
+        return moved if arrived is None else arrived
+    return _fields_to_device(value, device, form)
+
+
+def moves_itself(value: Any) -> bool:
+    """Whether a value is an object with a ``to`` of its own."""
+    return (is_object(value) or isinstance(value, Mapping)) and callable(getattr(value, "to", None))
+
+
+def _fields_to_device(value: Any, device: torch.device, form: torch.memory_format) -> Any:
+    """A dataclass, or a mapping that cannot be changed, with its tensors moved."""
     if isinstance(value, Mapping):
         return {key: to_device(part, device, form) for key, part in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(to_device(part, device, form) for part in value))
-    if isinstance(value, (list, tuple)):
-        return type(value)(to_device(part, device, form) for part in value)
-    return value
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    moved = copy.copy(value)
+    for name, part in vars(value).items():
+        object.__setattr__(moved, name, to_device(part, device, form))
+    return moved
+
+
+def _tensor_to_device(
+    value: torch.Tensor, device: torch.device, form: torch.memory_format
+) -> torch.Tensor:
+    if device.type == "mps" and value.dtype == torch.float64:
+        return value
+    if device.type == "cuda" and value.device.type == "cpu" and not value.is_pinned():
+        value = value.pin_memory()
+    form = form if value.dim() == 4 else torch.preserve_format
+    # the other way, what is read before the copy is over would be anything
+    return value.to(device, non_blocking=device.type == "cuda", memory_format=form)
 
 
 def tensors_of(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors in a batch."""
+    """The tensors in a batch, but for those that an object keeps to itself."""
     if isinstance(value, torch.Tensor):
         yield value
-    elif isinstance(value, (Mapping, list, tuple)):
-        for part in value.values() if isinstance(value, Mapping) else value:
+    elif isinstance(value, Mapping) or is_sequence(value) or dataclasses.is_dataclass(value):
+        for part in parts_of(value):
             yield from tensors_of(part)
 
 
@@ -63,77 +118,83 @@ def bytes_of(tensor: torch.Tensor) -> bytes:
     return ctypes.string_at(values.data_ptr(), values.nbytes) if values.nbytes else b""
 
 
-def call(model: nn.Module, batch: Any) -> Any:
-    """Run a model on a batch: a tensor, a tuple (its first is the input), a dict (as keywords).
-
-    Labels in a dict are left out where the model does not take them.
-
-    Raises:
-        EvaluationError: The batch is something else.
-    """
-    if isinstance(batch, (list, tuple)) and batch:
-        return call_on_inputs(model, batch[0])
-    if isinstance(batch, Mapping):
-        taken = inspect.signature(model.forward).parameters.values()
-        names = {parameter.name for parameter in taken}
-        if not any(parameter.kind == parameter.VAR_KEYWORD for parameter in taken):
-            batch = {k: v for k, v in batch.items() if k in names or k not in _LABELS}
-    return call_on_inputs(model, batch)
-
-
-def call_on_inputs(model: nn.Module, inputs: Any) -> Any:
-    """Run a model on inputs without labels: a tensor, or a dict of keywords.
-
-    Raises:
-        EvaluationError: They are something else, several tensors for instance.
-    """
-    if isinstance(inputs, torch.Tensor):
-        return model(inputs)
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    if isinstance(inputs, (list, tuple)) and len(inputs) == 1:
-        return call_on_inputs(model, inputs[0])
-    raise EvaluationError(
-        "what the model gets is expected to be a tensor or a dict of keywords "
-        f"but is a {type(inputs).__name__}",
-        "Pass forward=function(model, batch).",
-    )
-
-
 def described(value: Any) -> str:
-    """Types and shapes of the tensors in a batch: ``float32 of 8 × 3 × 224 × 224``."""
-    found = [
-        f"{str(t.dtype).removeprefix('torch.')} of {' × '.join(map(str, t.shape)) or 'one value'}"
-        for t in tensors_of(value)
-    ]
-    return first_few(found) if found else f"a {type(value).__name__}"
+    """Types and shapes of what a batch holds: ``(float32 of 8 × 3 × 224 × 224, int64 of 8)``."""
+    if isinstance(value, torch.Tensor):
+        shape = " × ".join(map(str, value.shape)) or "one value"
+        return f"{str(value.dtype).removeprefix('torch.')} of {shape}"
+    if isinstance(value, Mapping) and value:
+        held = [f"{key}: {described(part)}" for key, part in value.items()]
+        return f"{{{first_few(held, 6)}}}"
+    if is_sequence(value) and len(value):
+        held = [described(part) for part in value]
+        return f"({first_few(held)})" if isinstance(value, tuple) else f"[{first_few(held)}]"
+    return f"a {type(value).__name__}"
 
 
-def split_labels(batch: Any) -> tuple[Any, torch.Tensor]:
-    """A batch as inputs and labels: (inputs, labels), or a dict with a known label key.
+def is_batched(value: Any) -> bool:
+    """Whether a value is made up of tensors whose first axis is samples, as many in each."""
+    tensors, waiting = list[torch.Tensor](), [value]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, torch.Tensor):
+            tensors.append(part)
+        elif isinstance(part, Mapping) or is_sequence(part):
+            waiting += parts_of(part)
+        elif part is not None:
+            return False
+    return bool(tensors) and len({t.shape[:1] for t in tensors}) == 1 and bool(tensors[0].dim())
 
-    Raises:
-        EvaluationError: There are no labels.
+
+def is_zipped(batch: Any) -> bool:
+    """Whether a batch is a list of the samples' values for each of their parts.
+
+    That is what ``tuple(zip(*samples))`` makes, for images of different sizes and their targets.
     """
-    if isinstance(batch, Mapping):
-        key = next((k for k in _LABELS if isinstance(batch.get(k), torch.Tensor)), None)
-        if key is not None:
-            return {k: v for k, v in batch.items() if k != key}, batch[key]
-    elif isinstance(batch, Sequence) and len(batch) >= 2 and isinstance(batch[1], torch.Tensor):
-        return batch[0], batch[1]
-    held = f" with {first_few([repr(k) for k in batch])}" if isinstance(batch, Mapping) else ""
-    raise EvaluationError(
-        f"a batch is expected to be (inputs, labels), or a dict with one of {', '.join(_LABELS)}, "
-        f"but is a {type(batch).__name__}{held}",
-        "Let the data give one of these, or name a task of your own whose split() knows it.",
-    )
+    if not is_sequence(batch) or len(batch) < 2 or not all(map(is_sequence, batch)):
+        return False
+    if {len(part) for part in batch} != {len(batch[0])} or not batch[0]:
+        return False
+    by_sample = any(isinstance(value, Mapping) for part in batch for value in part)
+    return by_sample or not is_batched(batch)
 
 
 def size_of(batch: Any) -> int:
-    """Samples in a batch, by the first tensor in it."""
+    """Samples in a batch; 0 where it does not tell."""
     if isinstance(batch, torch.Tensor):
         return batch.shape[0] if batch.dim() else 1
-    parts = batch.values() if isinstance(batch, Mapping) else batch
-    if isinstance(batch, (Mapping, list, tuple)):
-        return next((n for part in parts if (n := size_of(part))), 0)
-    return 0
+    if is_object(batch):
+        return _size_of_object(batch)
+    parts = parts_of(batch)
+    if is_zipped(parts):
+        return len(parts[0])
+    if is_sequence(batch) and _are_samples(parts):
+        return sum(max(size_of(part), 1) if is_object(part) else 1 for part in parts)
+    whole = next((p for p in parts if isinstance(p, torch.Tensor) and p.dim()), None)
+    if whole is not None:
+        return whole.shape[0]
+    return next((n for part in parts if (n := size_of(part))), 0)
+
+
+def _size_of_object(batch: Any) -> int:
+    """Samples in an object, as graphs, packed sequences and others tell it, or by a tensor."""
+    if isinstance(batch, PackedSequence):
+        return int(batch.batch_sizes[0])
+    for name in ("num_graphs", "batch_size"):
+        told = getattr(batch, name, None)
+        if isinstance(told, (tuple, list)) and told:
+            told = told[0]
+        if isinstance(told, int):
+            return told
+    parts = (part for part in parts_of(batch) if isinstance(part, torch.Tensor) and part.dim())
+    return next((part.shape[0] for part in parts), 0)
+
+
+def _are_samples(parts: Sequence[Any]) -> bool:
+    """Whether values are samples: images of several sizes, or mappings or objects of one each."""
+    if parts and all(isinstance(part, Mapping) for part in parts):
+        return not any(is_batched(part) for part in parts)
+    if parts and all(is_object(part) for part in parts):
+        return True
+    images = [part.shape for part in parts if isinstance(part, torch.Tensor) and part.dim() == 3]
+    return len(images) == len(parts) and len({*images}) > 1 and len({s[0] for s in images}) == 1

@@ -27,7 +27,8 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils.data import Dataset
 
 from ckptavg import heap
-from ckptavg.batches import Batches, Forward, call, size_of
+from ckptavg.batches import Batches, Forward, size_of
+from ckptavg.calling import call
 from ckptavg.channels import Channels
 from ckptavg.errors import BatchNormError, first_few
 from ckptavg.loaders import Subset, as_subset, counted, moved, open_loader
@@ -95,8 +96,8 @@ def update_bn(
             to lie in memory as channels_last.
         data: A Dataset, read in seeded random order; or a loader, used as it is.
         device: ``auto``, ``cpu``, ``cuda[:N]``, ``mps``; the model's own where None.
-        forward: ``forward(model, batch)``, for batches that are neither a tensor, nor a tuple with
-            the input first, nor a dict of keywords.
+        forward: ``forward(model, batch)``, for batches of which the signature of the model's own
+            forward does not tell what it gets (``ckptavg.calling``).
         exclude: Shell patterns of layers to leave alone (frozen ones), by their modules' names.
         amp: ``off``, ``bf16`` or ``fp16``: autocast of the forward pass.
         batch_size: Of a Dataset.

@@ -78,7 +78,8 @@ class Channels:
             raise EvaluationError(
                 f"the model fails on a batch of {described(batch)}: "
                 f"{type(error).__name__}: {error}",
-                "Check that the data gives what the model takes; --debug shows where it failed.",
+                "Check that the data gives what the model takes; forward=fn in Python, --forward "
+                "path/file.py:fn on the command line, says how fn(model, batch) calls it.",
             ) from error
 
     def _in_either_format(self, attempt: Callable[[Any], T], model: nn.Module, batch: Any) -> T:

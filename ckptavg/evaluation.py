@@ -248,7 +248,7 @@ class _Session:
     def _forward_on_batch(self, model: nn.Module, batch: Any) -> Any:
         if self.forward is not None:
             return self.forward(model, batch)
-        return self.task.forward(model, self.task.inputs(batch))
+        return self.task.run(model, batch)
 
     def _score(self, group: Sequence[Network], batches: Any) -> None:
         """One pass over the data, which must be the same in every pass."""
@@ -257,11 +257,11 @@ class _Session:
         found: list[int] = []
         soundness = Soundness()
         for number, batch in enumerate(moved(batches, self.runtime.device)):
-            given = self.task.split(batch.given)[1]
+            given = self.task.part(self.model, batch.given)[1]
             found.append(_fingerprint(given))
             if self.fingerprints and self.fingerprints[number : number + 1] != found[-1:]:
                 raise _another_order()
-            inputs, targets = self.task.split(batch.here)
+            inputs, targets = self.task.part(self.model, batch.here)
             wanted = inputs if self.forward is None else batch.here
             parts = _Parts(number, self.channels.arrange(wanted), targets, given)
             for network in group:

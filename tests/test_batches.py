@@ -1,30 +1,19 @@
-"""Loaders, batches, devices, and one way to call a model on a batch."""
+"""Batches of every kind: moved to a device, counted, described."""
 
-from collections import OrderedDict, namedtuple
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict, UserDict, namedtuple
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
+from torch.nn.utils.rnn import pack_sequence
 
-from ckptavg.batches import (
-    call,
-    size_of,
-    split_labels,
-    to_device,
-)
-from ckptavg.errors import EvaluationError
+from ckptavg.batches import described, is_zipped, size_of, tensors_of, to_device
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 Pair = namedtuple("Pair", "image label")
-
-
-class Doubled(nn.Module):
-    def forward(self, x, plus=0.0):
-        return 2 * x + plus
-
-
-# Batches
 
 
 def test_every_tensor_of_a_batch_is_moved_and_the_rest_kept():
@@ -45,51 +34,137 @@ def test_a_value_of_the_users_own_is_not_touched():
     assert to_device(own, META) is own
 
 
-X, Y = torch.tensor([1.0, 2.0]), torch.tensor([0, 1])
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    frames: torch.Tensor
+    name: str = "clip"
+
+
+class Bag(dict):
+    """A dict with a word of its own."""
+
+    color = "red"
+
+
+class Graph:
+    """As torch_geometric's batches, it is moved in place and tells how many graphs it holds."""
+
+    def __init__(self, x, count=0):
+        self.x = x
+        if count:
+            self.num_graphs = count
+
+    def to(self, device):
+        self.x = self.x.to(device)
+        return self
+
+
+class Silent(Graph):
+    def to(self, device):
+        super().to(device)
 
 
 @pytest.mark.parametrize(
     "batch",
-    [X, (X,), (X, Y), [X, Y], ((X,), Y), {"x": X}, ({"x": X}, Y), OrderedDict(x=X), Pair(X, Y)],
-    ids=str,
+    [Bag(x=torch.ones(2)), OrderedDict(x=torch.ones(2)), UserDict(x=torch.ones(2))],
+    ids=lambda batch: type(batch).__name__,
 )
-def test_a_model_is_called_on_what_a_batch_has_for_input(batch):
-    assert call(Doubled(), batch).tolist() == [2, 4]
+def test_a_mapping_keeps_its_class_and_what_it_holds(batch):
+    moved = to_device(batch, META)
+    assert type(moved) is type(batch)
+    assert getattr(moved, "color", "") == getattr(batch, "color", "")
+    assert moved["x"].device == META
+    assert batch["x"].device == CPU
 
 
-def test_a_dict_is_passed_as_keywords():
-    assert call(Doubled(), {"x": X, "plus": 1.0}).tolist() == [3, 5]
+@pytest.mark.parametrize("kind", [Graph, Silent])
+def test_an_object_is_moved_by_its_own_to_and_the_loaders_stays(kind):
+    batch = kind(torch.ones(2))
+    moved = to_device((batch, 1), META)[0]
+    assert isinstance(moved, kind)
+    assert moved.x.device == META
+    assert batch.x.device == CPU
 
 
-@pytest.mark.parametrize("batch", [SimpleNamespace(x=X), (), "x", None], ids=str)
-def test_any_other_batch_is_an_error_that_names_forward(batch):
-    with pytest.raises(EvaluationError, match=f"is a {type(batch).__name__}.*forward="):
-        call(Doubled(), batch)
+def test_a_dataclass_is_moved_by_its_fields():
+    batch = Clip(torch.ones(2))
+    moved = to_device(batch, META)
+    assert (moved.frames.device, moved.name) == (META, "clip")
+    assert batch.frames.device == CPU
+    assert [t.device for t in tensors_of(moved)] == [META]
 
 
-def test_the_second_of_two_inputs_is_not_dropped_in_silence():
-    with pytest.raises(EvaluationError, match="forward="):
-        call(Doubled(), ((X, X), Y))
+def test_a_packed_sequence_keeps_its_lengths_on_the_host():
+    packed = pack_sequence([torch.ones(3, 2), torch.ones(1, 2)])
+    moved = to_device(packed, META)
+    assert moved.data.device == META
+    assert moved.batch_sizes.device == CPU
 
 
-@pytest.mark.parametrize("batch", [(X, Y), [X, Y], Pair(X, Y), (X, Y, "path")], ids=str)
-def test_labels_stand_second_in_a_tuple(batch):
-    inputs, labels = split_labels(batch)
-    assert inputs is X
-    assert labels is Y
+IMAGES = [torch.rand(3, 5, 6), torch.rand(3, 7, 4)]
+BOXES = [{"boxes": torch.rand(3, 4)}, {"boxes": torch.rand(3, 4)}]
 
 
-@pytest.mark.parametrize("name", ["labels", "label", "target", "targets", "y"])
-def test_labels_are_found_in_a_dict_and_not_passed_to_the_model(name):
-    inputs, labels = split_labels({"x": X, name: Y})
-    assert inputs == {"x": X}
-    assert labels is Y
+@pytest.mark.parametrize(
+    ("batch", "expected"),
+    [
+        ((IMAGES, BOXES), 2),
+        (tuple(zip(*zip(IMAGES * 2, BOXES * 2, strict=True), strict=True)), 4),
+        ((IMAGES[:1], BOXES[:1]), 1),
+        ((IMAGES, torch.tensor([0, 1])), 2),
+        ((IMAGES, (0, 1)), 2),
+        (IMAGES, 2),
+        ({"image": IMAGES, "boxes": BOXES}, 2),
+        ([{"image": IMAGES[0], "height": 5}, {"image": IMAGES[1], "height": 7}], 2),
+        (([torch.rand(4, 3, 5, 5), torch.rand(4, 3, 2, 2)], torch.ones(4)), 4),  # two views
+        ([[torch.rand(4, 3), torch.rand(4, 2)], [torch.ones(4), torch.ones(4)]], 4),
+        ({"scale": torch.tensor(1.0), "x": torch.ones(5, 2)}, 5),
+        (UserDict(x=torch.ones(5, 2)), 5),
+        (Graph(torch.ones(9, 2), 3), 3),
+        (Graph(torch.ones(9, 2)), 9),
+        ([Graph(torch.ones(9, 2), 1), Graph(torch.ones(4, 2), 1)], 2),
+        (SimpleNamespace(batch_size=torch.Size([6])), 6),
+        (pack_sequence([torch.ones(3, 2), torch.ones(1, 2)]), 2),
+        ((pack_sequence([torch.ones(3, 2), torch.ones(1, 2)]), torch.ones(2)), 2),
+        (Clip(torch.ones(7, 2)), 7),
+        ((), 0),
+        (None, 0),
+        ("name", 0),
+    ],
+)
+def test_size_of_a_batch_is_its_samples(batch, expected):
+    assert size_of(batch) == expected
 
 
-@pytest.mark.parametrize("batch", [X, (X,), {"x": X}, None, (X, "cat")], ids=str)
-def test_a_batch_without_labels_is_an_error(batch):
-    with pytest.raises(EvaluationError, match="or a dict with one of labels, label, target"):
-        split_labels(batch)
+@pytest.mark.parametrize(
+    ("batch", "expected"),
+    [
+        ((IMAGES, BOXES), True),
+        ([[torch.rand(4, 3), torch.rand(4, 2)], [torch.ones(4), torch.ones(4)]], False),
+        ((torch.ones(4, 2), torch.ones(4)), False),
+        ((IMAGES, BOXES[:1]), False),
+        (([], []), False),
+        ((IMAGES,), False),
+    ],
+)
+def test_batches_that_are_lists_of_samples_parts_are_known(batch, expected):
+    assert is_zipped(batch) == expected
+
+
+@pytest.mark.parametrize(
+    ("batch", "expected"),
+    [
+        (torch.ones(2, 3), "float32 of 2 × 3"),
+        (torch.tensor(1), "int64 of one value"),
+        ((torch.ones(2, 3), ["a", "b"]), "(float32 of 2 × 3, [a str, a str])"),
+        ([torch.ones(2)] * 5, "[float32 of 2, float32 of 2, float32 of 2 and 2 more]"),
+        ({"x": torch.ones(2), 3: None}, "{x: float32 of 2, 3: a NoneType}"),
+        ((), "a tuple"),
+        (SimpleNamespace(x=1), "a SimpleNamespace"),
+    ],
+)
+def test_a_batch_is_described_by_types_and_shapes(batch, expected):
+    assert described(batch) == expected
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def statistics_pass(
         model,
         training,
         runtime,
-        own or (lambda model, batch: kind.forward(model, kind.inputs(batch))),
+        own or kind.run,
         progress,
         processes or Alone(),
     )

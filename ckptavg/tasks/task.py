@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import nn
 
-from ckptavg.batches import call_on_inputs, split_labels
+from ckptavg.calling import call, call_on_inputs, inputs_of, split_batch, split_labels
 from ckptavg.errors import EvaluationError
 
 
@@ -153,12 +153,24 @@ class Task:
     batch_size: ClassVar[int] = 128
 
     def split(self, batch: Any) -> tuple[Any, Any]:
-        """A batch as the model's inputs and the targets.
+        """A batch as the model's inputs and the targets, for a model of one input.
+
+        A task that overrides it says so for its models; else their signature does: ``part``.
 
         Raises:
             EvaluationError: It has no targets.
         """
         return split_labels(batch)
+
+    def part(self, model: nn.Module, batch: Any) -> tuple[Any, Any]:
+        """A batch as a model's inputs and the targets.
+
+        Raises:
+            EvaluationError: It has no targets.
+        """
+        if self._overrides("split"):
+            return self.split(batch)
+        return split_batch(model, batch)
 
     def inputs(self, batch: Any) -> Any:
         """The model's inputs of a batch: of a tuple the first; training batches need no targets."""
@@ -170,6 +182,14 @@ class Task:
     def forward(self, model: nn.Module, inputs: Any) -> Any:
         """Run the model on inputs."""
         return call_on_inputs(model, inputs)
+
+    def run(self, model: nn.Module, batch: Any) -> Any:
+        """Run the model on a batch as the data gives it, which needs no targets."""
+        if self._overrides("split") or self._overrides("inputs"):
+            return self.forward(model, self.inputs(batch))
+        if self._overrides("forward"):
+            return self.forward(model, inputs_of(model, batch))
+        return call(model, batch)
 
     def watch(self, run: Callable[[], Any]) -> Any:
         """Run the model on a batch by ``run()``, in whatever way it is called; return the outputs.
@@ -219,6 +239,9 @@ class Task:
         """What else JSON says of a candidate's scores, as plain values."""
         del scores
         return {}
+
+    def _overrides(self, name: str) -> bool:
+        return getattr(type(self), name) is not getattr(Task, name)
 
 
 def in_float64(values: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,339 @@
+"""How a batch reaches a model: the signature of the model's ``forward`` says what of it is passed.
+
+- Of a mapping, a named tuple or an object, what bears the names of parameters goes by keyword.
+- Of a tuple or list, the first goes in: (x, y); or as many as are required: (a, b, y), ((a, b), y).
+  What stands behind is not passed, since it is labels more often than an optional mask.
+- A list of images is passed as a list.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from inspect import Parameter
+from typing import Any
+
+import torch
+from torch import nn
+
+from ckptavg.batches import LABELS, described, is_object, is_sequence, is_zipped
+from ckptavg.errors import EvaluationError
+
+_REMEDY = (
+    "Say how it is called by a function fn(model, batch): forward=fn in Python, "
+    "--forward path/file.py:fn on the command line."
+)
+_WHOLES = frozenset(
+    {"batch", "data", "sample", "samples", "example", "examples", "graph", "graphs",
+     "batched_inputs", "batch_dict", "data_dict", "tensordict"}
+)  # fmt: skip
+"""Names of parameters that stand for a batch as a whole."""
+_NAMED = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+_PLACED = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a model's forward takes.
+
+    Attributes:
+        parameters: Those that have a name of their own, in order.
+        many: Whether it takes any number of inputs beside them: ``*inputs``.
+        further: Whether it takes any keywords beside them: ``**inputs``.
+    """
+
+    parameters: tuple[Parameter, ...]
+    many: bool = False
+    further: bool = False
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Signature:
+        """The signature of a model, or of the one that a wrapper hands everything on to."""
+        found = _signature(model)
+        while not found.parameters and found.further:
+            inner = [*model.children()]
+            if len(inner) != 1:
+                break
+            model = inner[0]
+            found = _signature(model)
+        return found
+
+    @property
+    def required(self) -> list[Parameter]:
+        """The parameters without a default, in order."""
+        return [p for p in self.parameters if p.default is Parameter.empty]
+
+    @property
+    def names(self) -> set[str]:
+        """The names that can be passed by keyword."""
+        return {p.name for p in self.parameters if p.kind in _NAMED}
+
+    @property
+    def first(self) -> Parameter | None:
+        """The parameter that a single input goes to."""
+        return next((p for p in self.parameters if p.kind in _PLACED), None)
+
+    def takes(self, count: int) -> bool:
+        """Whether a tuple of several inputs is one that it requires as such."""
+        if not self.parameters:
+            return self.many
+        places = sum(p.kind in _PLACED for p in self.parameters)
+        places += sum(p.kind is Parameter.KEYWORD_ONLY for p in self.required)
+        return 1 < len(self.required) <= count and (count <= places or self.many)
+
+    def __str__(self) -> str:
+        shown = [p.name if p.default is Parameter.empty else f"{p.name}=" for p in self.parameters]
+        shown += ["*inputs"] * self.many + ["**inputs"] * self.further
+        return f"forward({', '.join(shown)})"
+
+
+def call(model: nn.Module, batch: Any) -> Any:
+    """Run a model on a batch, with or without labels.
+
+    Raises:
+        EvaluationError: The batch does not hold what the model's forward requires.
+    """
+    signature = Signature.of(model)
+    if is_sequence(batch) and not _is_record(signature, batch):
+        batch = _lead(signature, batch)[0]
+    return call_on_inputs(model, batch)
+
+
+def call_on_inputs(model: nn.Module, inputs: Any) -> Any:
+    """Run a model on the inputs of a batch, which has been parted from its labels.
+
+    Args:
+        model: Any module.
+        inputs: A tensor; a mapping, of which it gets what its forward names; a tuple of as many
+            inputs as it requires; a list, which is one input; or an object.
+
+    Raises:
+        EvaluationError: They are not what the model's forward requires.
+    """
+    signature = Signature.of(model)
+    if isinstance(inputs, Mapping):
+        return _call_by_name(model, signature, inputs)
+    if _is_record(signature, inputs):
+        return _call_by_name(model, signature, inputs._asdict())
+    if is_sequence(inputs):
+        return _call_in_order(model, signature, inputs)
+    if is_object(inputs):
+        attributes = _attributes(signature, inputs)
+        if attributes:
+            return _call_with_keywords(model, signature, attributes)
+    elif not isinstance(inputs, torch.Tensor):
+        raise _undecided(signature, inputs)
+    if len(signature.required) > 1:
+        raise _undecided(signature, inputs)
+    return _call_with_one(model, signature, inputs)
+
+
+def split_batch(model: nn.Module, batch: Any) -> tuple[Any, torch.Tensor]:
+    """Part a batch into what ``call_on_inputs`` takes and the labels.
+
+    Labels stand behind the inputs that the model requires, or under one of the usual names. Those
+    with a name do not reach a model that does without.
+
+    Raises:
+        EvaluationError: There are no labels.
+    """
+    return _split(Signature.of(model), batch, f", and the model has {Signature.of(model)}")
+
+
+def split_labels(batch: Any) -> tuple[Any, torch.Tensor]:
+    """As ``split_batch``, for any model of one input.
+
+    Raises:
+        EvaluationError: There are no labels.
+    """
+    return _split(Signature((Parameter("_", Parameter.POSITIONAL_ONLY),)), batch)
+
+
+def inputs_of(model: nn.Module, batch: Any) -> Any:
+    """What ``call_on_inputs`` takes of a batch with or without labels."""
+    try:
+        return split_batch(model, batch)[0]
+    except EvaluationError:
+        signature = Signature.of(model)
+        if is_sequence(batch) and not _is_record(signature, batch):
+            return _lead(signature, batch)[0]
+        return batch
+
+
+def _split(signature: Signature, batch: Any, known: str = "") -> tuple[Any, torch.Tensor]:
+    named = batch._asdict() if _is_record(signature, batch) else batch
+    if isinstance(named, Mapping):
+        key = next((k for k in LABELS if isinstance(named.get(k), torch.Tensor)), None)
+        if key is not None:
+            required = {p.name for p in signature.required}
+            return {k: v for k, v in named.items() if k != key or k in required}, named[key]
+    elif is_sequence(batch):
+        inputs, rest = _lead(signature, batch) if batch else (batch, ())
+        if rest and isinstance(rest[0], torch.Tensor):
+            return inputs, rest[0]
+    elif is_object(batch):
+        for key in LABELS:
+            if isinstance(getattr(batch, key, None), torch.Tensor):
+                return batch, getattr(batch, key)
+    raise EvaluationError(
+        f"a batch is expected to be (inputs, labels), or a dict with one of {', '.join(LABELS)}, "
+        f"but is {described(batch)}{known}",
+        "Let the data give one of these, or name a task of your own whose split() knows it.",
+    )
+
+
+def _signature(model: nn.Module) -> Signature:
+    """The signature of a model's own forward; anything goes where it does not tell."""
+    try:
+        parameters = [*inspect.signature(model.forward).parameters.values()]
+    except (TypeError, ValueError):
+        parameters = _scripted(model)
+        if not parameters:
+            return Signature((), many=True, further=True)
+    own = tuple(p for p in parameters if p.kind in (*_NAMED, Parameter.POSITIONAL_ONLY))
+    kinds = {p.kind for p in parameters}
+    return Signature(own, Parameter.VAR_POSITIONAL in kinds, Parameter.VAR_KEYWORD in kinds)
+
+
+def _scripted(model: nn.Module) -> list[Parameter]:
+    """The parameters of a scripted or traced forward."""
+    schema = getattr(model.forward, "schema", None)
+    found = []
+    for argument in schema.arguments[1:] if schema is not None else ():
+        default = argument.default_value if argument.has_default_value() else Parameter.empty
+        found.append(Parameter(argument.name, Parameter.POSITIONAL_OR_KEYWORD, default=default))
+    return found
+
+
+def _is_record(signature: Signature, value: Any) -> bool:
+    """Whether a value is a named tuple whose fields are what the model requires."""
+    fields = getattr(value, "_fields", None)
+    if not isinstance(value, tuple) or not is_sequence(value) or not fields:
+        return False
+    required = {p.name for p in signature.required}
+    return required.issubset(fields) if required else not signature.names.isdisjoint(fields)
+
+
+def _attributes(signature: Signature, value: Any) -> dict[str, Any]:
+    """The attributes of an object that a model wants; none if it wants the object itself.
+
+    Labels that it does not require are left out.
+    """
+    required = [p.name for p in signature.required]
+    if not required or (len(required) == 1 and required[0] in _WHOLES):
+        return {}
+    wanted = {name: getattr(value, name, None) for name in required}
+    if any(part is None or callable(part) for part in wanted.values()):
+        return {}
+    for name in signature.names.difference(wanted, LABELS):
+        if isinstance(getattr(value, name, None), torch.Tensor):
+            wanted[name] = getattr(value, name)
+    return wanted
+
+
+def _lead(signature: Signature, batch: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
+    """What of a tuple or list are the inputs, as ``call_on_inputs`` takes them, and the rest.
+
+    Raises:
+        EvaluationError: It is empty.
+    """
+    if not batch:
+        raise _undecided(signature, batch)
+    first, count = batch[0], len(signature.required)
+    if count < 2 and _is_one_list(signature, batch):
+        return [*batch], ()
+    if is_zipped(batch):  # for each part of a sample, a list
+        lists = [[*part] for part in batch]
+        return (lists[0], lists[1:]) if count < 2 else (tuple(lists[:count]), lists[count:])
+    together = isinstance(first, Mapping) or _is_record(signature, first)
+    if is_sequence(first) and not together:
+        if len(first) == 1:
+            return first[0], batch[1:]
+        if signature.takes(len(first)):
+            return tuple(first), batch[1:]
+        first = [*first]
+    if 1 < count <= len(batch) and not together:
+        return tuple(batch[:count]), batch[count:]
+    return first, batch[1:]
+
+
+def _is_one_list(signature: Signature, batch: Sequence[Any]) -> bool:
+    """Whether a list is one input: of images, or of samples that no loader has put together."""
+    first = signature.first
+    if first is not None and _speaks_of(first, ("list", "sequence")):
+        shapes = {part.dim() if isinstance(part, torch.Tensor) else None for part in batch}
+        return len(shapes) == 1 and shapes.isdisjoint({None, 0, 1})
+    if not isinstance(batch, list):
+        return False
+    if all(isinstance(part, Mapping) for part in batch):
+        keys = batch[0].keys()
+        return signature.names.isdisjoint(keys) and all(part.keys() == keys for part in batch)
+    return len(batch) > 1 and is_object(batch[0]) and len({type(part) for part in batch}) == 1
+
+
+def _call_by_name(model: nn.Module, signature: Signature, inputs: Mapping[str, Any]) -> Any:
+    """Run a model on the parts of a mapping that it names."""
+    known = not signature.names.isdisjoint(inputs)
+    if known and all(p.name in inputs for p in signature.required):
+        return _call_with_keywords(model, signature, inputs)
+    if not signature.parameters and signature.further:
+        return model(**{k: v for k, v in inputs.items() if k not in LABELS})
+    if known or len(signature.required) > 1:
+        raise _undecided(signature, inputs)
+    # None of the names is known: the one tensor, unless the model wants the whole.
+    tensors = [v for k, v in inputs.items() if k not in LABELS and isinstance(v, torch.Tensor)]
+    if signature.first is not None and _wants_whole(signature.first):
+        return model(inputs)
+    return model(tensors[0] if len(tensors) == 1 else inputs)
+
+
+def _call_with_keywords(model: nn.Module, signature: Signature, named: Mapping[str, Any]) -> Any:
+    """Run a model on what it names; ``**inputs`` gets the other tensors, labels aside."""
+    keywords = {name: value for name, value in named.items() if name in signature.names}
+    if signature.further:
+        for name, value in named.items():
+            if isinstance(value, torch.Tensor) and name not in LABELS:
+                keywords[name] = value
+    unnamed = [p.name for p in signature.parameters if p.kind is Parameter.POSITIONAL_ONLY]
+    args = [named[name] for name in unnamed if name in named]
+    return model(*args, **{k: v for k, v in keywords.items() if k not in unnamed})
+
+
+def _call_in_order(model: nn.Module, signature: Signature, inputs: Sequence[Any]) -> Any:
+    """Run a model on a list, which is one input, or on a tuple of inputs."""
+    if len(signature.required) < 2 and (
+        isinstance(inputs, list) or not signature.takes(len(inputs))
+    ):
+        return _call_with_one(model, signature, [*inputs])
+    if not signature.takes(len(inputs)):
+        raise _undecided(signature, inputs)
+    names = [p.name for p in signature.required if p.kind is Parameter.KEYWORD_ONLY]
+    placed = len(inputs) - len(names)
+    return model(*inputs[:placed], **dict(zip(names, inputs[placed:], strict=True)))
+
+
+def _call_with_one(model: nn.Module, signature: Signature, value: Any) -> Any:
+    only = signature.required[0] if signature.required else None
+    if only is not None and only.kind is Parameter.KEYWORD_ONLY:
+        return model(**{only.name: value})
+    return model(value)
+
+
+def _wants_whole(parameter: Parameter) -> bool:
+    return parameter.name in _WHOLES or _speaks_of(parameter, ("dict", "mapping"))
+
+
+def _speaks_of(parameter: Parameter, kinds: tuple[str, ...]) -> bool:
+    """Whether a parameter is annotated as one of some kinds of container."""
+    noted = parameter.annotation
+    text = noted if isinstance(noted, str) or hasattr(noted, "__origin__") else noted.__name__
+    text = str(text).lower().replace("typing.", "").replace("collections.abc.", "")
+    return text.startswith(kinds)
+
+
+def _undecided(signature: Signature, batch: Any) -> EvaluationError:
+    return EvaluationError(
+        f"a batch is {described(batch)}, from which the model's {signature} cannot be called",
+        _REMEDY,
+    )

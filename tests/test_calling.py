@@ -1,0 +1,372 @@
+"""What of a batch reaches a model: the signature of its forward decides."""
+
+import dataclasses
+import functools
+from collections import OrderedDict, UserDict, namedtuple
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+
+from ckptavg.calling import call, inputs_of, split_batch, split_labels
+from ckptavg.errors import EvaluationError
+
+A, B, C = torch.rand(4, 2), torch.rand(4, 3), torch.rand(4, 2)
+Y, L = torch.tensor([0, 1, 1, 2]), torch.tensor([2, 2, 1, 1])
+IMAGES = (torch.rand(3, 5, 6), torch.rand(3, 7, 4))
+BOXES = ({"boxes": torch.rand(1, 4)}, {"boxes": torch.rand(2, 4)})
+Pair = namedtuple("Pair", "image label")
+Spoken = namedtuple("Spoken", "audio lengths text")
+
+
+class Model(nn.Module):
+    """Tells what it gets, as ``got(...)`` does."""
+
+
+class One(Model):
+    def forward(self, x):
+        return got(x)
+
+
+class Masked(Model):
+    def forward(self, x, mask=None):
+        return got(x, mask)
+
+
+class Two(Model):
+    def forward(self, z, y):
+        return got(z, y)
+
+
+class TwoAndMore(Model):
+    def forward(self, a, b, c=None):
+        return got(a, b, c)
+
+
+class Speech(Model):
+    def forward(self, audio, lengths):
+        return got(audio, lengths)
+
+
+class Keyword(Model):
+    def forward(self, x, *, lengths):
+        return got(x, lengths)
+
+
+class Labelled(Model):
+    """As the models of transformers are."""
+
+    def forward(self, pixel_values=None, labels=None, return_dict=None):
+        return got(pixel_values, labels, return_dict)
+
+
+class Keywords(Model):
+    def forward(self, **inputs):
+        return inputs
+
+
+class Further(Model):
+    def forward(self, x, **further):
+        return got(x, further)
+
+
+class Many(Model):
+    def forward(self, *inputs):
+        return inputs
+
+
+class Graph(Model):
+    def forward(self, x, edge_index, batch=None):
+        return got(x, edge_index, batch)
+
+
+class Whole(Model):
+    def forward(self, batch):
+        return got(batch)
+
+
+class Dict(Model):
+    def forward(self, x: dict[str, torch.Tensor]):
+        return got(x)
+
+
+class Images(Model):
+    """As the detectors of torchvision are."""
+
+    def forward(self, images: list[torch.Tensor], targets=None):
+        return got(images, targets)
+
+
+def got(*values):
+    return values
+
+
+def wrapped(model):
+    return torch.optim.swa_utils.AveragedModel(model)
+
+
+def decorated(forward):
+    @functools.wraps(forward)
+    def run(*args, **kwargs):
+        return forward(*args, **kwargs)
+
+    return run
+
+
+class Decorated(Model):
+    @decorated
+    def forward(self, z, y):
+        return got(z, y)
+
+
+def same(found, expected):
+    """Whether values are the same, tensors by identity, or equal where a wrapper copies them."""
+    if isinstance(expected, torch.Tensor):
+        return found is expected
+    if isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(same(found[k], expected[k]) for k in found)
+    if isinstance(expected, (list, tuple)):
+        pairs = zip(found, expected, strict=True) if len(found) == len(expected) else [(0, 1)]
+        return isinstance(found, type(expected)) and all(same(f, e) for f, e in pairs)
+    return found is expected or found == expected
+
+
+@dataclasses.dataclass
+class Clip:
+    """A batch of a class of its own."""
+
+    z: torch.Tensor
+    y: torch.Tensor
+    name: str = "clip"
+
+
+class Data:
+    """A batch as torch_geometric has them: attributes, of which ``to`` moves all."""
+
+    def __init__(self, **attributes):
+        self.__dict__.update(attributes)
+
+    def to(self, device):
+        for name, value in vars(self).items():
+            setattr(self, name, value.to(device))
+        return self
+
+
+GRAPH = Data(x=A, edge_index=L, batch=Y, y=Y)
+PACKED = pack_sequence([torch.rand(3, 2), torch.rand(2, 2)])
+CLIP = Clip(A, Y)
+SPACE = SimpleNamespace(image=A)
+DETECTED = [{"image": IMAGES[0], "height": 5}, {"image": IMAGES[1], "height": 7}]
+
+CASES = [
+    # one input
+    (One, A, (A,)),
+    (One, (A,), (A,)),
+    (One, (A, Y), (A,)),
+    (One, [A, Y], (A,)),
+    (One, (A, Y, ["name"] * 4), (A,)),
+    (One, ((A,), Y), (A,)),
+    (One, {"x": A}, (A,)),
+    (One, {"x": A, "label": Y, "path": ["a"] * 4}, (A,)),
+    (One, ({"x": A}, Y), (A,)),
+    (One, OrderedDict(x=A, y=Y), (A,)),
+    (One, UserDict(x=A, y=Y), (A,)),
+    (One, Pair(A, Y), (A,)),
+    (One, {"img": A, "label": Y}, (A,)),  # the only tensor that is no label
+    (One, ([A, C], Y), ([A, C],)),  # two views, for a model that takes them
+    (One, SPACE, (SPACE,)),
+    (One, (PACKED, Y), (PACKED,)),
+    (nn.Identity, (A, Y), A),
+    # what is optional is not filled by what stands behind the input
+    (Masked, A, (A, None)),
+    (Masked, (A, Y), (A, None)),
+    (Masked, (A, B, Y), (A, None)),
+    (Masked, {"x": A, "mask": B, "y": Y}, (A, B)),
+    (Masked, {"x": A, "y": Y}, (A, None)),
+    # two inputs
+    (Two, ((A, Y), L), (A, Y)),
+    (Two, [[A, Y], L], (A, Y)),
+    (Two, (A, Y, L), (A, Y)),
+    (Two, (A, Y), (A, Y)),
+    (Two, {"z": A, "y": Y}, (A, Y)),
+    (Two, {"z": A, "y": Y, "labels": L}, (A, Y)),
+    (Two, ({"z": A, "y": Y}, L), (A, Y)),
+    (Two, CLIP, (A, Y)),
+    (Decorated, (A, Y, L), (A, Y)),
+    (TwoAndMore, (A, B, Y), (A, B, None)),
+    (TwoAndMore, ((A, B), Y), (A, B, None)),
+    (TwoAndMore, ((A, B, C), Y), (A, B, C)),
+    (Speech, (A, L, Y), (A, L)),
+    (Speech, (A, [2, 2, 1, 1], Y), (A, [2, 2, 1, 1])),
+    (Speech, Spoken(A, L, Y), (A, L)),
+    (Keyword, (A, L, Y), (A, L)),
+    # as many as there are
+    (Many, ((A, B), Y), (A, B)),
+    (Many, (A, Y), (A,)),
+    (Keywords, {"z": A, "labels": Y}, {"z": A}),
+    (Further, {"x": A, "scale": B, "labels": Y, "path": ["a"]}, (A, {"scale": B})),
+    # transformers
+    (Labelled, {"pixel_values": A, "labels": Y, "path": ["a"] * 4}, (A, Y, None)),
+    (Labelled, (A, Y), (A, None, None)),
+    (Labelled, {"image": A, "label": Y}, (A, None, None)),
+    # objects
+    (Whole, GRAPH, (GRAPH,)),
+    (Graph, GRAPH, (A, L, Y)),
+    (Whole, (GRAPH, Y), (GRAPH,)),
+    (One, [GRAPH, GRAPH], ([GRAPH, GRAPH],)),
+    # wholes
+    (Whole, {"image": A, "mask": B, "label": Y}, ({"image": A, "mask": B, "label": Y},)),
+    (Whole, {"image": A, "label": Y}, ({"image": A, "label": Y},)),
+    (Dict, {"image": A, "label": Y}, ({"image": A, "label": Y},)),
+    (One, {"image": A, "mask": B}, ({"image": A, "mask": B},)),
+    # lists of images, as tuple(zip(*samples)) makes them
+    (Images, (IMAGES, BOXES), ([*IMAGES], None)),
+    (Images, (IMAGES[:1], BOXES[:1]), ([IMAGES[0]], None)),
+    (Images, [[*IMAGES], [*BOXES]], ([*IMAGES], None)),
+    (Images, [*IMAGES], ([*IMAGES], None)),
+    (Images, ([*IMAGES], Y[:2]), ([*IMAGES], None)),
+    (One, (IMAGES, (0, 1)), ([*IMAGES],)),
+    (One, DETECTED, (DETECTED,)),
+    (Two, (IMAGES, IMAGES, BOXES), ([*IMAGES], [*IMAGES])),
+]
+
+
+@pytest.mark.parametrize(("model", "batch", "expected"), CASES)
+def test_the_models_signature_decides_what_it_gets(model, batch, expected):
+    assert same(call(model(), batch), expected)
+
+
+@pytest.mark.parametrize(("model", "batch", "expected"), CASES)
+@pytest.mark.parametrize("wrap", [wrapped, nn.DataParallel], ids=["average", "parallel"])
+def test_a_wrapper_takes_what_its_model_takes(wrap, model, batch, expected):
+    if torch.cuda.is_available() and wrap is nn.DataParallel:
+        pytest.skip("would scatter the batch")
+    assert same(call(wrap(model()), batch), expected)
+
+
+def test_a_compiled_model_takes_what_its_model_takes():
+    class Sum(nn.Module):
+        def forward(self, a, b):
+            return a + b
+
+    compiled = torch.compile(Sum(), backend="eager")
+    assert torch.equal(call(compiled, (A, C, Y)), A + C)
+    assert torch.equal(call(compiled, {"b": C, "a": A, "label": Y}), A + C)
+
+
+class Scaled(nn.Module):
+    def forward(self, x: torch.Tensor, scale: torch.Tensor, shift: float = 0.0) -> torch.Tensor:
+        return x * scale + shift
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is")
+@pytest.mark.parametrize("batch", [(A, C, Y), {"x": A, "scale": C, "y": Y}], ids=["tuple", "dict"])
+def test_a_scripted_model_tells_its_inputs(batch):
+    assert torch.equal(call(torch.jit.script(Scaled()), batch), A * C)
+
+
+class Unsigned(nn.Module):
+    """Its forward tells nothing, and it has two children."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Identity(), nn.Identity()
+
+    def forward(self, *args, **kwargs):
+        return args, kwargs
+
+
+@pytest.mark.parametrize(
+    ("batch", "expected"),
+    [
+        ((A, Y), ((A,), {})),
+        (((A, B), Y), ((A, B), {})),
+        ({"x": A, "m": B, "y": Y}, ((), {"x": A, "m": B})),
+    ],
+)
+def test_a_model_that_does_not_tell_gets_what_is_no_label(batch, expected):
+    assert same(call(Unsigned(), batch), expected)
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "held"),
+    [
+        (Two, A, r"float32 of 4 × 2, .*forward\(z, y\)"),
+        (Two, (A,), r"float32 of 4 × 2, .*forward\(z, y\)"),
+        (Two, {"z": A, "labels": Y}, r"\{z: float32 of 4 × 2, labels: int64 of 4\}, .*\(z, y\)"),
+        (Speech, {"clip": A, "n": L}, r"\{clip: .*, n: .*\}, .*forward\(audio, lengths\)"),
+        (Two, GRAPH, r"a Data, .*forward\(z, y\)"),
+        (Masked, (), r"a tuple, .*forward\(x, mask=\)"),
+        (One, "x", "a str, "),
+        (One, None, "a NoneType, "),
+    ],
+)
+def test_what_cannot_be_decided_is_an_error_that_says_both(model, batch, held):
+    with pytest.raises(EvaluationError, match=f"a batch is {held}.* forward=fn"):
+        call(model(), batch)
+
+
+# Labels
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "inputs", "labels"),
+    [
+        (One, (A, Y), A, Y),
+        (One, [A, Y], A, Y),
+        (One, Pair(A, Y), A, Y),
+        (One, (A, Y, ["path"]), A, Y),
+        (Masked, (A, Y), A, Y),
+        (Two, (A, L, Y), (A, L), Y),
+        (Two, ((A, L), Y), (A, L), Y),
+        (Speech, Spoken(A, L, Y), {"audio": A, "lengths": L, "text": Y}, None),
+        (Two, ({"z": A, "y": L}, Y), {"z": A, "y": L}, Y),
+        (Two, {"z": A, "y": L, "target": Y}, {"z": A, "y": L}, Y),
+        (Two, {"z": A, "y": Y}, {"z": A, "y": Y}, Y),  # required, though it is what is scored
+        (Labelled, {"pixel_values": A, "labels": Y}, {"pixel_values": A}, Y),
+        (Whole, GRAPH, GRAPH, Y),
+        (Images, ([*IMAGES], Y[:2]), [*IMAGES], Y[:2]),
+    ],
+)
+def test_labels_stand_behind_the_inputs_or_have_a_name(model, batch, inputs, labels):
+    if labels is None:
+        with pytest.raises(EvaluationError, match=r"the model has forward\(audio, lengths\)"):
+            split_batch(model(), batch)
+        return
+    found = split_batch(model(), batch)
+    assert same(found[0], inputs)
+    assert torch.equal(found[1], labels)
+
+
+@pytest.mark.parametrize("batch", [(A, Y), [A, Y], Pair(A, Y), (A, Y, "path")], ids=str)
+def test_labels_stand_second_where_no_model_is_known(batch):
+    inputs, labels = split_labels(batch)
+    assert inputs is A
+    assert labels is Y
+
+
+@pytest.mark.parametrize("name", ["labels", "label", "target", "targets", "y"])
+def test_labels_are_found_in_a_dict_and_not_passed_to_the_model(name):
+    inputs, labels = split_labels({"x": A, name: Y})
+    assert inputs == {"x": A}
+    assert labels is Y
+
+
+@pytest.mark.parametrize("batch", [A, (A,), {"x": A}, None, (A, "cat"), ()], ids=str)
+def test_a_batch_without_labels_is_an_error(batch):
+    with pytest.raises(EvaluationError, match="or a dict with one of labels, label, target"):
+        split_labels(batch)
+
+
+@pytest.mark.parametrize(
+    ("batch", "expected"),
+    [((A, Y), A), (A, A), ((A,), A), ({"x": A}, {"x": A}), ({"x": A, "y": Y}, {"x": A})],
+)
+def test_inputs_are_found_with_and_without_labels(batch, expected):
+    assert same(inputs_of(One(), batch), expected)
+
+
+def test_a_packed_sequence_is_one_input():
+    assert isinstance(call(One(), PACKED)[0], PackedSequence)
