@@ -55,19 +55,32 @@ def wrap_words(text: str, room: int) -> list[str]:
 
 
 def _cut_alike(names: Sequence[str], room: int, whole: Sequence[str]) -> dict[str, str]:
-    """Cut all names at the place, nearest to the middle, that leaves the most different ones."""
+    """Cut all names at the best place, the nearest to the middle of those that are equally good.
+
+    The more names stay different, the better, then the fewer numbers are cut in two: of
+    ``checkpoint-144.pt``, ``checkpoint-14…`` would name another.
+    """
     middle = (room - 1) // 2
     tails = sorted(range(room - 1), key=lambda tail: abs(tail - middle))
     best: dict[str, str] = {}
-    most = 0
+    highest = (0, 0)
     for tail in tails:
         shortened = {name: _cut(name, room, tail) for name in names}
         count = len({*shortened.values(), *whole})
-        if count > most:
-            best, most = shortened, count
-        if count == len(names) + len(whole):
+        intact = sum(not _cuts_number(*pair) for pair in shortened.items())
+        if (count, intact) > highest:
+            best, highest = shortened, (count, intact)
+        if highest == (len(names) + len(whole), len(names)):
             break
     return best
+
+
+def _cuts_number(name: str, shortened: str) -> bool:
+    """Tell whether a cut parts the digits of a number."""
+    head, _, tail = shortened.partition(ELLIPSIS)
+    after_head = name[len(head)].isdigit()
+    before_tail = name[-len(tail) - 1].isdigit()
+    return (head[-1:].isdigit() and after_head) or (tail[:1].isdigit() and before_tail)
 
 
 def _cut(name: str, room: int, tail: int) -> str:

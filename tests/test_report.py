@@ -6,6 +6,8 @@ import errno
 import io
 import json
 import logging
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -272,3 +274,19 @@ def test_names_out_of_files_are_neither_markup_nor_commands_to_the_terminal(tmp_
     assert result.exit_code == 0, result.output
     assert "[/red]" in result.output
     assert "\x1b" not in result.output
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
+def test_errors_break_no_word_on_a_terminal(tmp_path):
+    command = [sys.executable, "-m", "ckptavg", "inspect", f"{'some_name/' * 9}{'a run of ' * 9}it"]
+    piped = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    reader, writer = os.openpty()
+    with open(reader, "rb", buffering=0) as shown, open(writer, "wb") as terminal:
+        env = os.environ | {"COLUMNS": "50"}
+        subprocess.run(command, stderr=terminal, cwd=tmp_path, env=env, check=False)
+        lines = shown.read(10_000).decode().splitlines()
+    assert piped.stderr.startswith("Error: ")
+    assert piped.stderr.count("\n") == 1
+    assert len(lines) > 2
+    assert " ".join(line.strip() for line in lines) == piped.stderr.strip()
+    assert all(len(line) <= 50 for line in lines[1:])

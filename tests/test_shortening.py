@@ -42,6 +42,13 @@ def test_different_names_stay_different(names, room):
     assert len({*shortened}) == len(names)
 
 
+@pytest.mark.parametrize("room", range(17, 34))
+def test_numbers_are_not_cut_in_two(room):
+    names = [f"checkpoint-{n}.pth.tar [state_dict_ema]" for n in (144, 1520, 16000)]
+    for name, short in zip(names, shorten_names(names, room), strict=True):
+        assert name[:16].partition(".")[0] in short
+
+
 @settings(deadline=None)
 @given(st.lists(st.text(st.characters(exclude_categories=["C"]), max_size=30)), st.integers(3, 20))
 def test_every_name_fits_and_the_same_name_is_shortened_alike(names, room):

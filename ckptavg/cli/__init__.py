@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +17,10 @@ from ckptavg.cli.help import CommandGroup
 from ckptavg.cli.inspect import inspect
 from ckptavg.cli.update_bn import update_bn
 from ckptavg.display import escape_unseen
+from ckptavg.table_layout import wrap_note
 from ckptavg.version import __version__
+
+_ERROR = "Error: "
 
 
 class _Commands(CommandGroup):
@@ -40,12 +45,25 @@ def _end_when_told() -> Iterator[None]:
 
 @contextmanager
 def _printable_errors() -> Iterator[None]:
-    """Escape names in click's own errors: the shell's ``*`` takes them from files."""
+    """Escape names in click's own errors: the shell's ``*`` takes them from files.
+
+    On a terminal all errors are wrapped between words.
+    """
     try:
         yield
     except click.ClickException as error:
-        error.message = escape_unseen(error.message, keep="\n")  # type: ignore[misc]
+        message = escape_unseen(error.message, keep="\n")
+        if sys.stderr is not None and sys.stderr.isatty():
+            message = _wrap(message, shutil.get_terminal_size().columns)
+        error.message = message  # type: ignore[misc]
         raise
+
+
+def _wrap(message: str, width: int) -> str:
+    """Wrap what click shows after a word of its own."""
+    lines = f"{_ERROR}{message}".split("\n")
+    wrapped = "\n".join(part for line in lines for part in wrap_note(line, width))
+    return wrapped[len(_ERROR) :].lstrip()
 
 
 @click.group(
