@@ -74,6 +74,22 @@ def undistributed(model: nn.Module) -> nn.Module:
     return model
 
 
+def bare_module(model: nn.Module) -> nn.Module:
+    """The module inside torch.compile, DataParallel and DistributedDataParallel.
+
+    What is set at a layer does not reach into compiled code, and replicas would call it from
+    several threads.
+    """
+    while True:
+        model = undistributed(model)
+        inner = getattr(model, "_orig_mod", None)
+        if isinstance(model, nn.DataParallel):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
 def _remedy(model: set[str], checkpoint: set[str]) -> str:
     """What to do about names that do not fit."""
     for larger, smaller, is_so in (

@@ -135,18 +135,6 @@ def suits_kernel(values: torch.Tensor) -> bool:
     return values.dtype in {torch.float32, torch.float16, torch.bfloat16}
 
 
-def agree(exact: Moments, mean: torch.Tensor, variance: torch.Tensor, eps: float) -> bool:
-    """Whether a kernel's statistics are a batch's, and within the tolerance.
-
-    A batch whose channels hardly vary proves nothing.
-    """
-    wanted = exact.variance
-    room = wanted + eps
-    close = (mean.to(wanted) - exact.mean).abs() <= TOLERANCE * room.sqrt()
-    close &= (variance.to(wanted) - wanted).abs() <= TOLERANCE * room
-    return bool((wanted > eps).any() and close.all())
-
-
 class Landing:
     """Where the kernels of all layers of a model leave the statistics of one batch.
 

@@ -1,19 +1,29 @@
-"""A BatchNorm layer while data goes through its model: who reads its inputs, and how."""
+"""BatchNorm layers while data goes through their model: who reads their inputs, and how."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import functools
+import logging
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
-from torch.utils.hooks import RemovableHandle
 
-from ckptavg.moments import Moments, agree, batch_moments, instance_moments, suits_kernel
+from ckptavg.batches import tensors_of
+from ckptavg.errors import BatchNormError
+from ckptavg.layer_updates import KernelCalls, LayerUpdate, Rule, only_tensor
+from ckptavg.moments import Moments, batch_moments, instance_moments, suits_kernel
+from ckptavg.norm_layers import statistics_of
 
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+log = logging.getLogger("ckptavg")
+Kept = Literal["frozen", "unknown"]
+"""Why a layer keeps its statistics: it does so in training, too, or what it does is not known."""
+
+Names = tuple[str, ...]
 
 
 class Sink(Protocol):
@@ -22,14 +32,15 @@ class Sink(Protocol):
     def land(self, slot: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Where a kernel is to leave mean and variance of so many values a channel."""
 
-    def add(self, name: str, moments: Moments) -> None:
-        """Take in what a layer's input was reduced to."""
+    def add(self, layer: str, statistics: Names, moments: Moments) -> None:
+        """Take in the moments that some statistics of a layer are to become."""
 
 
 class WatchedLayer:
-    """A layer during a pass, with the hooks that take in what goes through it.
+    """A layer during a pass, whose calls go through here.
 
-    Its own buffers are held back meanwhile, so that nothing can happen to them.
+    It is in training mode only in its own forward pass, with other buffers in the place of its
+    own, so that whoever else reads these finds what was there before.
 
     Args:
         name: Of the layer.
@@ -38,108 +49,227 @@ class WatchedLayer:
     Attributes:
         slot: Its number among the layers whose kernels can be relied on; None for another.
         trusted: Whether its kernel is relied on; else its inputs are reduced in float64.
+        kept: Why its statistics stay, where that is known.
     """
 
-    def __init__(self, name: str, layer: _NormBase) -> None:
+    def __init__(self, name: str, layer: nn.Module) -> None:
         self.name, self.layer = name, layer
+        self.statistics = statistics_of(layer)
         self.slot: int | None = None
         self.trusted = False
+        self.kept: Kept | None = None
         self._sink: Sink
-        self._own = {
-            key: value
-            for key in _STATISTICS
-            if (value := layer._buffers.get(key)) is not None and not is_lazy(value)
-        }
-        self._aside = {key: value.clone() for key, value in self._own.items()}
-        self._kind, self._momentum = type(layer), layer.momentum
-        self._proof: tuple[Moments, torch.Tensor, torch.Tensor] | None = None
-        self._tried = False
-        self._hooks: list[RemovableHandle] = []
+        self._kind = type(layer)
+        self._own_forward = vars(layer).get("forward")
+        self._counter: torch.Tensor | None = None
 
     def suits_kernel(self) -> bool:
         """Whether its kernel works in float32 and leaves statistics to be read."""
-        mean = self._own.get("running_mean")
-        is_batchnorm = isinstance(self.layer, _BatchNorm) and "running_var" in self._own
-        return is_batchnorm and mean is not None and mean.dtype == torch.float32
+        mean = self.layer._buffers.get("running_mean")
+        is_there = mean is not None and not is_lazy(mean) and mean.dtype == torch.float32
+        return isinstance(self.layer, _BatchNorm) and is_there
 
     def enter(self, sink: Sink) -> None:
-        """Let the layer's kernel leave each batch's own statistics, and hear of its calls."""
+        """Take the layer's calls, from hooks or from another's forward pass."""
         self._sink, layer = sink, self.layer
-        layer.training = True  # not .train(): what a subclass holds, dropout say, stays off
-        layer.momentum = 1.0
-        layer._buffers.update(self._aside)
         if isinstance(layer, nn.SyncBatchNorm):
             layer.__class__ = _apart(type(layer))
-        self.trusted = self._tried = self.slot is not None and _forward_is_torchs(layer)
-        self._hooks = [layer.register_forward_pre_hook(self._before_call, with_kwargs=True)]
-        if self.slot is not None and not self.trusted:
-            self._hooks.append(layer.register_forward_hook(self._after_call))
+        self._forward = layer.forward
+
+        # a batch is given to a model by its signature
+        @functools.wraps(self._forward)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self._call(*args, **kwargs)
+
+        vars(layer)["forward"] = forward
+        self.trusted = self.slot is not None
 
     def leave(self) -> None:
         """Undo what ``enter`` did."""
-        for hook in self._hooks:
-            hook.remove()
-        self.layer._buffers.update(self._own)
-        self.layer.momentum = self._momentum
+        vars(self.layer).pop("forward", None)
+        if self._own_forward is not None:
+            vars(self.layer)["forward"] = self._own_forward
         if isinstance(self.layer, _Apart):
             self.layer.__class__ = self._kind  # type: ignore[assignment]
 
-    def write(self, moments: Moments, batches: int) -> None:
-        """Give the layer its new statistics."""
-        layer = self.layer
-        if layer.running_mean is not None and layer.running_var is not None:
-            layer.running_mean.copy_(moments.mean)
-            layer.running_var.copy_(moments.variance)
-        if layer.num_batches_tracked is not None:
-            layer.num_batches_tracked.fill_(batches)
+    def new_values(self, moments: Mapping[Names, Moments], batches: int) -> dict[str, torch.Tensor]:
+        """The new values of the layer's buffers.
 
-    def _before_call(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = args[0] if args else kwargs["input"]
-        self.layer.training = True
-        if given.dim() < 2 or not given.numel():
-            self.layer._buffers.update(self._aside)
-            return
-        count = given.numel() // given.shape[1]
-        suits = count > 1 and suits_kernel(given)
-        if suits and self.trusted and self.slot is not None:
-            self._bind(*self._sink.land(self.slot, count))
-        else:
-            self._reduce(given, count, suits=suits)
-
-    def _reduce(self, given: torch.Tensor, count: int, *, suits: bool) -> None:
-        """Take in an input by itself; note what a kernel that is yet to be tried should find."""
-        self.layer._buffers.update(self._aside)
-        if isinstance(self.layer, _InstanceNorm):
-            if given.dim() == self.layer._get_no_batch_dim():  # type: ignore[no-untyped-call]
-                given = given.unsqueeze(0)
-            self._sink.add(self.name, instance_moments(given))
-            return
-        moments = batch_moments(given)
-        self._sink.add(self.name, moments)
-        if count == 1:
-            _normalize_single(self.layer, given)
-        elif suits and self.slot is not None and not self._tried:
-            mean, variance = (torch.zeros_like(self._aside[key]) for key in _STATISTICS[:2])
-            self._bind(mean, variance)
-            self._proof = moments, mean, variance
-
-    def _bind(self, mean: torch.Tensor, variance: torch.Tensor) -> None:
-        buffers = self.layer._buffers
-        buffers["running_mean"], buffers["running_var"] = mean, variance
-
-    def _after_call(self, *_: Any) -> None:
-        """Rely on the kernel from now on if it found what is right.
-
-        A subclass may do what it likes in its forward pass: leave the momentum out, say.
+        Args:
+            moments: By the statistics that they are for; none if no data went through.
+            batches: How many batches went through the model.
         """
-        if self._proof is not None:
-            self.trusted = agree(*self._proof, self.layer.eps)
-            self._proof, self._tried = None, True
+        values: dict[str, torch.Tensor] = {}
+        for names, of_them in moments.items():
+            parts = (of_them.mean, of_them.variance) if len(names) == 2 else (of_them.mean,)
+            values |= dict(zip(names, parts, strict=True))
+        if values and isinstance(self.layer, _NormBase):
+            values["num_batches_tracked"] = torch.tensor(batches)
+        buffers = self.layer._buffers
+        return {name: value for name, value in values.items() if buffers.get(name) is not None}
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's forward pass."""
+        return self._take(args[0] if args else kwargs["input"], args, kwargs)
+
+    def _take(self, given: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Do the forward pass, and take in what the kernel finds in the argument, or reduce it."""
+        if given.dim() < 2 or not given.numel():
+            return self._run(args, kwargs, self._scratch())
+        if isinstance(self.layer, _InstanceNorm):
+            self._add(instance_moments(_with_batch_axis(self.layer, given)))
+            return self._run(args, kwargs, self._scratch())
+        count = given.numel() // given.shape[1]
+        if self.trusted and self.slot is not None and count > 1 and suits_kernel(given):
+            return self._run(args, kwargs, self._sink.land(self.slot, count))
+        self._add(batch_moments(given))
+        if count == 1:
+            return self._run_on_single(given, args, kwargs)
+        return self._run(args, kwargs, self._scratch())
+
+    def _run_on_single(
+        self, given: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Let the layer take a single value per channel, which torch refuses in training mode.
+
+        Its mean is the value and its variance 0, so it is normalized with just these, in evaluation
+        mode.
+        """
+        mean, variance = self._scratch()
+        if mean is not None:
+            mean.copy_(given.detach().reshape(-1))
+        return self._run(args, kwargs, (mean, variance), training=False)
+
+    def _add(self, moments: Moments) -> None:
+        self._sink.add(self.name, self.statistics, moments)
+
+    def _run(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        statistics: tuple[torch.Tensor | None, ...],
+        *,
+        training: bool = True,
+    ) -> Any:
+        """Do the forward pass with a mean and a variance that it may overwrite."""
+        layer, state = self.layer, vars(self.layer)
+        buffers, own = layer._buffers, dict(layer._buffers)
+        momentum = state["momentum"]
+        buffers["running_mean"], buffers["running_var"] = statistics
+        if (counter := own.get("num_batches_tracked")) is not None:
+            if self._counter is None:
+                self._counter = torch.zeros_like(counter)
+            buffers["num_batches_tracked"] = self._counter
+        # not .train(): what a subclass holds, dropout say, stays off
+        state["training"], state["momentum"] = training, 1.0
+        try:
+            return self._forward(*args, **kwargs)
+        finally:
+            buffers.update(own)
+            state["training"], state["momentum"] = False, momentum
+
+    def _scratch(self) -> tuple[torch.Tensor | None, ...]:
+        """A mean and a variance that nobody reads; a layer may keep one of them only."""
+        buffers = (self.layer._buffers.get(name) for name in self.statistics)
+        return tuple(None if value is None else torch.zeros_like(value) for value in buffers)
+
+
+class CustomLayer(WatchedLayer):
+    """A layer with a forward pass of its own, which is asked what its statistics are of."""
+
+    def __init__(self, name: str, layer: nn.Module) -> None:
+        super().__init__(name, layer)
+        self._update: LayerUpdate
+        self._rule: Rule | None = None
+        self._said = False
+
+    def enter(self, sink: Sink) -> None:
+        """Take the layer's calls."""
+        super().enter(sink)
+        self.trusted = False
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        given = only_tensor(args, kwargs)
+        if given is not None and not given.numel():
+            return self._forward(*args, **kwargs)
+        if given is not None and self._is_single(given):
+            self._add(batch_moments(given))
+            return self._run_on_single(given, args, kwargs)
+        if self._rule is None:
+            self._rule = self._find_rule(args, kwargs)
+        if self._rule == "argument" and given is not None:
+            return self._take(given, args, kwargs)
+        if self._rule in {"frozen", "unknown"}:
+            return self._forward(*args, **kwargs)
+        if self._rule == "kernel":
+            return self._hear(args, kwargs)
+        self._ask(args, kwargs)
+        return self._run_with_copies(args, kwargs)
+
+    def _is_single(self, given: torch.Tensor) -> bool:
+        """Whether a BatchNorm layer gets one value per channel."""
+        channels = self.layer.num_features if isinstance(self.layer, _BatchNorm) else None
+        return given.dim() > 1 and given.numel() == given.shape[1] == channels
+
+    def _find_rule(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rule:
+        self._update = LayerUpdate(self.layer, self.statistics, self._own_forward)
+        rule = self._update.rule(args, kwargs)
+        if rule == "frozen":
+            self.kept = "frozen"
+            log.info("%s does not change its statistics in training: they are kept", self.name)
+        elif rule == "unknown":
+            self.kept = "unknown"
+            _require_finite(self.name, (args, kwargs))
+            log.warning(
+                "how %s updates its statistics is not known: they are left as they were", self.name
+            )
+        self.trusted = rule == "argument" and self.slot is not None
+        return rule
+
+    def _hear(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Do the forward pass, and reduce what torch's kernel gets in it."""
+        inputs: list[Moments] = []
+        with KernelCalls(self.layer, lambda value: inputs.append(batch_moments(value))):
+            outputs = self._run_with_copies(args, kwargs)
+        for moments in inputs:
+            self._add(moments)
+        if not inputs:
+            self._ask(args, kwargs)
+        return outputs
+
+    def _ask(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Take in what a copy of the layer makes of the arguments."""
+        for names, moments in self._update.moments(args, kwargs).items():
+            self._sink.add(self.name, names, moments)
+        if self._update.estimates and not self._said:
+            self._said = True
+            log.info(
+                "of how many values the statistics of %s are is estimated by its argument's size",
+                self.name,
+            )
+
+    def _run_with_copies(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Do the forward pass in training mode; what is in the buffers stays."""
+        buffers, state = self.layer._buffers, vars(self.layer)
+        own = dict(buffers)
+        buffers.update({k: v if v is None else v.clone() for k, v in own.items()})
+        state["training"] = True
+        try:
+            return self._forward(*args, **kwargs)
+        finally:
+            buffers.update(own)
+            state["training"] = False
+
+
+def watch(name: str, layer: nn.Module) -> WatchedLayer:
+    """A layer of torch's own, or one that is to be asked."""
+    return (WatchedLayer if _forward_is_torchs(layer) else CustomLayer)(name, layer)
 
 
 def _forward_is_torchs(layer: nn.Module) -> bool:
-    """Whether a layer's forward pass is that of torch's own BatchNorm."""
-    return "forward" not in vars(layer) and type(layer).forward is _BatchNorm.forward
+    """Whether a layer's forward pass is that of torch's own BatchNorm or InstanceNorm."""
+    own = (_BatchNorm.forward, _InstanceNorm.forward, nn.SyncBatchNorm.forward)
+    return "forward" not in vars(layer) and type(layer).forward in own
 
 
 class _Apart(nn.SyncBatchNorm):
@@ -156,13 +286,16 @@ def _apart(kind: type[nn.SyncBatchNorm]) -> type[nn.SyncBatchNorm]:
     return _Apart if kind is nn.SyncBatchNorm else type(kind.__name__, (kind, _Apart), {})
 
 
-def _normalize_single(layer: nn.Module, values: torch.Tensor) -> None:
-    """Let a layer take a batch of one value a channel, which torch refuses in training mode.
+def _with_batch_axis(layer: _InstanceNorm, values: torch.Tensor) -> torch.Tensor:
+    """An input of shape (N, C, ...), also where it is one sample by itself."""
+    alone = values.dim() == layer._get_no_batch_dim()  # type: ignore[no-untyped-call]
+    return values.unsqueeze(0) if alone else values
 
-    Its mean is the value and its variance 0, so it is normalized with just these, in evaluation
-    mode, until its next call.
-    """
-    if isinstance(layer, _NormBase) and layer.running_mean is not None:
-        layer.running_mean.copy_(values.detach().reshape(-1))
-        layer.running_var.zero_()  # type: ignore[union-attr]
-        layer.training = False
+
+def _require_finite(name: str, given: Any) -> None:
+    """Raise an error if a call's arguments explain why nothing is to be learnt from it."""
+    if all(bool(torch.isfinite(tensor).all()) for tensor in tensors_of(list(given))):
+        return
+    raise BatchNormError(
+        f"the inputs of the layer {name} are not finite", "Look at the data and the weights."
+    )

@@ -275,9 +275,13 @@ def test_layers_without_running_statistics_are_skipped_and_said(caplog):
     [nn.Linear(1, 1), nn.LayerNorm(1), nn.BatchNorm1d(1, track_running_stats=False)],
     ids=lambda m: type(m).__name__,
 )
-def test_a_model_without_such_layers_is_an_error(model):
-    with pytest.raises(BatchNormError, match="no BatchNorm layers with running statistics"):
-        update_bn(model, [WORKED])
+def test_a_model_without_such_layers_is_left_with_a_note(model, caplog):
+    caplog.set_level("INFO", "ckptavg")
+    before = state_of(model)
+    result = update_bn(model, [WORKED])
+    assert (result.layers, result.written) == (0, frozenset())
+    assert "no BatchNorm layers with running statistics" in caplog.text
+    assert_same_state(model, before)
 
 
 class BatchNormAct(nn.BatchNorm2d):
@@ -405,20 +409,25 @@ def test_a_wrapped_model(wrap):
 # What the pass leaves alone
 
 
-def test_only_batchnorm_is_in_training_mode_during_the_pass():
+def test_only_batchnorm_is_in_training_mode_during_the_pass(monkeypatch):
+    """And that only in its own forward pass: others that look at it find it as in evaluation."""
     model = net()
-    seen = {}
+    used, seen = [], {}
+    original = F.batch_norm
+
+    def batch_norm(*args, **kwargs):
+        used.append(kwargs.get("training", args[5] if len(args) > 5 else False))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(F, "batch_norm", batch_norm)
     for name, module in model.named_modules():
         module.register_forward_hook(
             lambda m, *_, name=name: seen.update({name: m.training}), always_call=True
         )
     update_bn(model.train(), images(1))
-    assert {name for name, training in seen.items() if training} == {
-        "first",
-        "inner.0",
-        "instance",
-    }
-    assert "inner.2" in seen
+    assert used == [True, True, True]  # the third of them tracks nothing
+    assert not any(seen.values())
+    assert {"first", "inner.0", "inner.2", "instance"} <= seen.keys()
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ckptavg import batchnorm, update_bn, watching
+from ckptavg import model_pass, update_bn, watching
 from ckptavg.batchnorm import recompute
 from ckptavg.errors import BatchNormError, EvaluationError
 from ckptavg.moments import TOLERANCE, batch_moments
@@ -148,13 +148,13 @@ def test_what_is_settled_a_batch_late_is_the_same(monkeypatch, at):
     data[at] = data[at] + 5e4
     at_once, late = Net([4, 2]), Net([4, 2])
     update_bn(at_once, data)
-    original = batchnorm._Pass.__init__
+    original = model_pass.ModelPass.__init__
 
     def made_late(self, *args):
         original(self, *args)
         self._late = 1
 
-    monkeypatch.setattr(batchnorm._Pass, "__init__", made_late)
+    monkeypatch.setattr(model_pass.ModelPass, "__init__", made_late)
     update_bn(late, data)
     for name, value in at_once.state_dict().items():
         torch.testing.assert_close(late.state_dict()[name], value, rtol=1e-6, atol=1e-6)
@@ -275,22 +275,13 @@ class WithoutMomentum(nn.BatchNorm2d):
         return F.batch_norm(x, self.running_mean, self.running_var, training=self.training)
 
 
-class Halved(nn.BatchNorm2d):
-    """Normalizes something else than it is given."""
-
-    def forward(self, x):
-        return super().forward(x / 2)
-
-
 class Activated(nn.BatchNorm2d):
     def forward(self, x):
         return F.relu(super().forward(x))
 
 
-@pytest.mark.parametrize(
-    ("kind", "reductions"), [(Activated, 1), (WithoutMomentum, 3), (Halved, 3)]
-)
-def test_a_forward_pass_of_ones_own_is_relied_on_once_it_has_been_seen_to_be_right(
+@pytest.mark.parametrize(("kind", "reductions"), [(Activated, 0), (WithoutMomentum, 3)])
+def test_a_forward_pass_of_ones_own_is_relied_on_if_it_does_what_torchs_does(
     reduced, kind, reductions
 ):
     layer, data = kind(3), images([4, 3, 5], offset=2.0)
@@ -301,15 +292,6 @@ def test_a_forward_pass_of_ones_own_is_relied_on_once_it_has_been_seen_to_be_rig
     )
     torch.testing.assert_close(layer.running_var.double(), values.var((0, 2, 3)), rtol=1e-6, atol=0)
     assert sum(reduced.values()) == reductions
-
-
-def test_a_forward_pass_that_an_instance_has_instead_of_its_class(reduced):
-    layer = nn.BatchNorm2d(3)
-    layer.forward = lambda x: F.batch_norm(x, None, None, training=True)
-    update_bn(layer, images([4, 3]))
-    assert sum(reduced.values()) == 2
-    expected = torch.cat(images([4, 3])).var((0, 2, 3))
-    torch.testing.assert_close(layer.running_var, expected)
 
 
 @pytest.mark.parametrize("name", ["BatchNormAct2d", "SyncBatchNormAct"])
@@ -325,7 +307,7 @@ def test_timms_layers_with_activations(reduced, name):
     assert outputs == [0, 0, 0]
     expected = torch.cat(data).double().var((0, 2, 3))
     torch.testing.assert_close(layer.running_var.double(), expected, rtol=1e-6, atol=0)
-    assert sum(reduced.values()) == 1
+    assert not reduced
 
 
 # Several processes

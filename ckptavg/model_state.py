@@ -1,0 +1,119 @@
+"""What the modules of a model hold beside their weights, kept while data goes through them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from ckptavg.batches import tensors_of
+
+_INTERNAL = frozenset(vars(nn.Module()))
+"""Attributes that every module has: its mode, its weights, buffers, parts and hooks."""
+
+
+class ModelState:
+    """Modes, buffers and attributes of a model's modules.
+
+    A recurrent network may keep its state from batch to batch, a quantizer the ranges that it has
+    observed, a codebook its counts. Modes are plain attributes here: what ``train()`` or ``eval()``
+    of a module does besides, such as merging weights, neither happens nor is undone.
+
+    Args:
+        model: Its weights are no part of it, nor is what a lazy module does not have yet.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._parts = [_ModuleState(module) for module in model.modules()]
+
+    def restore(self) -> None:
+        """Put everything back; the buffers are the same tensors as before."""
+        for part in self._parts:
+            part.restore()
+
+
+class _ModuleState:
+    def __init__(self, module: nn.Module) -> None:
+        self._module, self._training = module, module.training
+        buffers = dict(module.named_buffers(recurse=False, remove_duplicate=False))
+        self._buffers = {name: value for name, value in buffers.items() if not is_lazy(value)}
+        self._attributes: dict[str, Any] = {}
+        self._contents: dict[str, Any] = {}
+        if _has_plain_attributes(module):
+            self._attributes = {k: v for k, v in vars(module).items() if k not in _INTERNAL}
+            self._contents = {k: _contents_of(v) for k, v in self._attributes.items()}
+        held = [*self._buffers.values(), *tensors_of(self._attributes)]
+        self._values = [_Value(tensor) for tensor in held if not isinstance(tensor, nn.Parameter)]
+
+    def restore(self) -> None:
+        if isinstance(self._module, torch.jit.ScriptModule):
+            self._module.training = self._training
+        else:
+            vars(self._module)["training"] = self._training
+            self._module._buffers.update(self._buffers)
+        self._restore_attributes()
+        for value in self._values:
+            value.restore()
+
+    def _restore_attributes(self) -> None:
+        """Put back what held tensors or does now; counters and the like are none of it."""
+        if not _has_plain_attributes(self._module):
+            return
+        present: MutableMapping[str, Any] = vars(self._module)
+        for name in [name for name in present if name not in _INTERNAL]:
+            if name in self._attributes:
+                _refill(self._attributes[name], self._contents[name])
+                if present[name] is not self._attributes[name] and _holds_tensors(
+                    (present[name], self._attributes[name])
+                ):
+                    present[name] = self._attributes[name]
+            elif _holds_tensors(present[name]):
+                del present[name]
+
+
+class _Value:
+    """What a tensor holds."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor, self._version = tensor, _version_of(tensor)
+        self._copy = tensor.detach().clone()
+
+    def restore(self) -> None:
+        if _version_of(self._tensor) != self._version:
+            with torch.no_grad():
+                self._tensor.copy_(self._copy)
+
+
+def _version_of(tensor: torch.Tensor) -> int:
+    """Count of a tensor's changes in place; one of inference mode can have none outside it."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _has_plain_attributes(module: nn.Module) -> bool:
+    """Whether a module's attributes stay what they are: those of a lazy one become others."""
+    return not isinstance(
+        module, (torch.jit.ScriptModule, nn.modules.lazy.LazyModuleMixin)
+    ) and not any(value is not None and is_lazy(value) for value in module._parameters.values())
+
+
+def _holds_tensors(value: Any) -> bool:
+    return any(True for _ in tensors_of(value))
+
+
+def _contents_of(value: Any) -> Any:
+    """A copy of a container, one level deep; None of anything else."""
+    return type(value)(value) if type(value) in (list, dict) else None
+
+
+def _refill(container: Any, contents: Iterable[Any] | Mapping[Any, Any] | None) -> None:
+    """Give a container that has gained or lost tensors its former contents."""
+    if contents is None or not _holds_tensors((container, contents)):
+        return
+    container.clear()
+    if isinstance(contents, Mapping):
+        container.update(contents)
+    else:
+        container.extend(contents)

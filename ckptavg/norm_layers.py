@@ -1,0 +1,69 @@
+"""The layers of a model that keep running statistics."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.parameter import is_lazy
+
+_MEAN = re.compile(r"(running|moving)_(mean|avg|average)")
+_SPREAD = re.compile(r"(running|moving)_(var|variance|std|cov|covar|covariance)")
+_VARIANCE = re.compile(r"(running|moving)_(var|variance)")
+
+
+def tracked_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """List the layers that keep running statistics, by name.
+
+    These are torch's own and their subclasses, and any other module that has buffers of its own for
+    a mean and its spread, under such names as ``running_mean`` and ``moving_variance``.
+    """
+    return {name: module for name, module in model.named_modules() if statistics_of(module)}
+
+
+def statistics_of(module: nn.Module) -> tuple[str, ...]:
+    """Name the buffers of a module that are running statistics, the mean first."""
+    if isinstance(module, _NormBase):
+        tracks = isinstance(module, (_BatchNorm, _InstanceNorm)) and module.track_running_stats
+        return ("running_mean", "running_var") if tracks else ()
+    names = [
+        name
+        for name, value in module.named_buffers(recurse=False)
+        if not is_lazy(value) and (value.is_floating_point() or value.is_complex())
+    ]
+    means = [name for name in names if _MEAN.fullmatch(name)]
+    spreads = [name for name in names if _SPREAD.fullmatch(name)]
+    return (*means, *spreads) if means and spreads else ()
+
+
+def is_pair(module: nn.Module, names: tuple[str, ...]) -> bool:
+    """Whether statistics are a mean and a variance per channel, which merge exactly."""
+    if len(names) != 2 or not _VARIANCE.fullmatch(names[1]):
+        return False
+    mean, variance = (module._buffers.get(name) for name in names)
+    if mean is None or variance is None or mean.is_complex() or variance.is_complex():
+        return False
+    return mean.shape == variance.shape
+
+
+def keeps_nothing(module: nn.Module) -> bool:
+    """Whether a module is a BatchNorm layer that normalizes each batch by itself."""
+    return isinstance(module, _BatchNorm) and not module.track_running_stats
+
+
+def is_watchable(module: nn.Module) -> bool:
+    """Whether a layer's calls can be followed from Python, and are not those of a layer inside.
+
+    A module that is no layer of torch's may wait for other processes, which have other batches.
+    """
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
+    if isinstance(module, _NormBase):
+        return True
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if several and torch.distributed.get_world_size() > 1:
+        return False
+    return not any(part is not module and statistics_of(part) for part in module.modules())
