@@ -13,7 +13,6 @@ from ckptavg import open_checkpoint, refresh
 from ckptavg.averaging import load, plan_average
 from ckptavg.errors import (
     BatchNormError,
-    CkptavgError,
     EvaluationError,
     ModelError,
     NonFiniteError,
@@ -384,12 +383,14 @@ def test_nothing_is_written_if_the_pass_fails(tmp_path, run, batches, error):
     assert listing(tmp_path) == ["run", "run/epoch_1.pt", "run/epoch_2.pt", "run/epoch_3.pt"]
 
 
-def test_a_model_without_batchnorm_has_nothing_to_recompute(tmp_path):
+def test_a_model_without_batchnorm_has_nothing_to_recompute(tmp_path, caplog):
+    caplog.set_level("INFO", "ckptavg")
     state = nn.Linear(4, 3).state_dict()
     checkpoint = open_checkpoint(save(tmp_path / "in.pt", state))
-    with pytest.raises(CkptavgError, match="no BatchNorm layers"):
-        update_checkpoint(checkpoint, tmp_path / "out.pt", Pass(nn.Linear(4, 3), BATCHES, RUNTIME))
-    assert listing(tmp_path) == ["in.pt"]
+    how = Pass(nn.Linear(4, 3), BATCHES, RUNTIME)
+    assert update_checkpoint(checkpoint, tmp_path / "out.pt", how).layers == 0
+    assert "nothing to recompute" in caplog.text
+    assert torch.equal(load(open_checkpoint(tmp_path / "out.pt"))["weight"], state["weight"])
 
 
 def test_statistics_too_large_for_their_type_are_an_error(tmp_path):
