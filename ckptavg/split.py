@@ -30,8 +30,9 @@ from ckptavg.groups import Job
 from ckptavg.outputs import Target
 from ckptavg.plan import Plan, TensorPlan
 from ckptavg.processes import Processes
-from ckptavg.stream import Extras, Progress, Streamed, default_threads, stream
+from ckptavg.stream import Extras, Progress, Streamed, stream
 from ckptavg.system_errors import unwritable
+from ckptavg.threads import default_threads
 from ckptavg.version import __version__
 
 log = logging.getLogger("ckptavg")

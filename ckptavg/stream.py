@@ -8,7 +8,6 @@ processor's second-level cache, and for torch not to split it over threads of it
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from ckptavg.formats.reading import boxes
 from ckptavg.formats.storage import is_url
 from ckptavg.groups import Group, Job, grouped, watching
 from ckptavg.plan import TensorPlan
+from ckptavg.threads import default_threads
 
 BLOCK = 1 << 15  # elements; torch runs an operation on as many in the calling thread
 STRIDED_BLOCK = (
@@ -151,15 +151,6 @@ def _stay_alone() -> None:
         other = threading.Thread(target=torch.set_num_threads, args=(usual,))
         other.start()
         other.join()
-
-
-def default_threads(sharing: int = 1) -> int:
-    """As many as processors, 4 at most.
-
-    Args:
-        sharing: Processes that share the processors.
-    """
-    return max(1, min(4, (os.cpu_count() or 1) // sharing))
 
 
 def _input_bytes(part: Range) -> int:

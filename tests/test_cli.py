@@ -168,6 +168,23 @@ def test_quiet_leaves_stderr_empty(home: Path) -> None:
     assert result.stderr == ""
 
 
+def test_quiet_leaves_the_result_on_stdout(home: Path) -> None:
+    result = ckptavg("average", "run", "-o", "out.pt", "-q")
+    assert result.stdout.startswith("wrote out.pt (")
+    assert len(result.stdout.splitlines()) == 1
+    assert "epoch_1.pt" in ckptavg("average", "run", "--dry-run", "-q").stdout
+    assert "epoch_4.pt" in ckptavg("eval", "run/epoch_4.pt", *EVAL, "-q").stdout
+
+
+@pytest.mark.parametrize("what", ["--model", "--train-data"])
+def test_what_cannot_be_made_is_told_before_any_plan(home: Path, what: str) -> None:
+    flags = {"--model": "net.py:model", "--train-data": "net.py:data"} | {what: "net.py:nothing"}
+    result = ckptavg("average", "run", "-o", "out.pt", *[x for pair in flags.items() for x in pair])
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert "nothing" in one_line_error(result)
+
+
 def test_average_with_a_model_writes_recomputed_statistics(home: Path) -> None:
     flags = ["--model", "net.py:model", "--train-data", "net.py:data"]
     result = ckptavg("average", "run", "-o", "out.pt", *flags)
@@ -320,7 +337,7 @@ def test_too_little_room_is_known_before_the_work(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))  # type: ignore[attr-defined]
-    assert "GB are free" in one_line_error(ckptavg("average", "run", "-o", "o.pt"))
+    assert "where 0 B are free" in one_line_error(ckptavg("average", "run", "-o", "o.pt"))
     assert not list(home.glob("*o.pt*"))
 
 

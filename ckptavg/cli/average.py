@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,9 @@ import click
 from ckptavg.cli import geometry, options
 from ckptavg.cli.also import Also, also, planned_also
 from ckptavg.cli.help import GroupedCommand
+from ckptavg.display import size_text
 from ckptavg.errors import NonFiniteError, UsageError
-from ckptavg.report import Report, counted, number_text, size_text
+from ckptavg.report import Report, counted, number_text
 from ckptavg.rules import Rules
 from ckptavg.runs.numbered import short_names
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from ckptavg.outputs import Target
     from ckptavg.plan import TensorPlan
     from ckptavg.processes import Processes
+    from ckptavg.refresh import Pass
     from ckptavg.run import Run
 
 _OUT = "Output"
@@ -107,14 +110,16 @@ def average(
         remarks.log_plans([one.plan for one in planned])
         for note in _layout_notes(targets):
             log.info(note)
-    for one, name in zip(planned, ["", *(one.name for one in further)], strict=True):
-        _show_plan(report, one, name)
+    how = None if dry_run else _prepare_pass(settings, processes)
+    if dry_run or report.verbosity >= 0:
+        for one, name in zip(planned, ["", *(one.name for one in further)], strict=True):
+            _show_plan(report, one, name)
     if out is None or dry_run:
         _result(report, [one.provenance() | {"output": None} for one in planned], further)
         return
-    if settings["model_spec"]:
+    if how is not None:
         care = {"overwrite": overwrite, "digests": digests}
-        done = _write_refreshed(report, processes, planned, outs, run, care, settings)
+        done = _write_refreshed(report, planned, outs, how, run, care, settings)
     else:
         done = _write(report, processes, planned, targets, run, gram, digests, settings)
     if processes is not None and processes.rank:  # the first has looked at the output for all
@@ -174,21 +179,33 @@ def _write(
         )
 
 
+def _prepare_pass(settings: dict[str, Any], processes: Processes | None) -> Pass | None:
+    """Make the model and open the data before a plan is shown, as neither may be usable.
+
+    Returns:
+        None where statistics are not to be recomputed.
+    """
+    if not settings["model_spec"]:
+        return None
+    from ckptavg.cli.sources import statistics_pass  # noqa: PLC0415 - imports torch
+
+    return statistics_pass(settings, processes)
+
+
 def _write_refreshed(
     report: Report,
-    processes: Processes | None,
     planned: Sequence[Average],
     outs: Sequence[str],
+    how: Pass,
     run: Run,
     care: Mapping[str, bool],
     settings: dict[str, Any],
 ) -> averaging.Written:
     """Write the averages with recomputed statistics."""
     from ckptavg import averaging, refresh  # noqa: PLC0415
-    from ckptavg.cli.sources import statistics_pass  # noqa: PLC0415
 
     with report.samples_progress() as progress:
-        how = statistics_pass(settings, processes, lambda *done: progress("BatchNorm", *done))
+        how = replace(how, progress=lambda *done: progress("BatchNorm", *done))
         done = refresh.write_averages(
             planned, outs, how, order=run.opened, **care,
             keep_nonfinite=settings["on_nonfinite"] == "keep",

@@ -6,7 +6,7 @@ import functools
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -296,13 +296,30 @@ def everywhere_by_several(function: F) -> F:
 def _everywhere(function: F) -> F:
     options = together(
         option(EVERYWHERE, "--json", "as_json", is_flag=True, help="Print the result as JSON."),
-        option(EVERYWHERE, "-q", "--quiet", is_flag=True, help="No notes, no progress."),
+        option(
+            EVERYWHERE, "--threads", type=positive, metavar="N",
+            help="Processor threads that compute. On a machine that others use, too, one is often "
+            "faster than many that wait for each other.  [default: OMP_NUM_THREADS, else one per "
+            "core]",
+        ),
+        option(
+            EVERYWHERE, "-q", "--quiet", is_flag=True,
+            help="The result alone: no notes, no progress, and no plan of what is written.",
+        ),
         option(EVERYWHERE, "-v", "--verbose", count=True, help="More notes."),
         option(EVERYWHERE, "--debug", is_flag=True, help="Show the traceback of an error."),
-    )
+    )  # fmt: skip
 
     @functools.wraps(function)
-    def run(*, as_json: bool, quiet: bool, verbose: int, debug: bool, **values: Any) -> Any:
+    def run(
+        *,
+        as_json: bool,
+        threads: int | None,
+        quiet: bool,
+        verbose: int,
+        debug: bool,
+        **values: Any,
+    ) -> Any:
         report = ranks.report(as_json=as_json, verbosity=-1 if quiet else verbose)
         warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # which nobody needs here
         with (
@@ -310,10 +327,20 @@ def _everywhere(function: F) -> F:
             ending.by_interrupts(_outputs(**values), signals),
             _errors_in_one_line(debug),
             report.notes(),
+            _limited(threads),
         ):
             return function(report=report, **values)
 
     return options(run)  # type: ignore[return-value]
+
+
+def _limited(threads: int | None) -> AbstractContextManager[None]:
+    """Compute by as many threads as were asked for."""
+    if threads is None:
+        return nullcontext()
+    from ckptavg.threads import limit_threads  # noqa: PLC0415 - help is shown without torch
+
+    return limit_threads(threads)
 
 
 def _outputs(

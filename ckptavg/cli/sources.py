@@ -50,7 +50,7 @@ def training_data(
 
 
 def statistics_pass(
-    settings: Mapping[str, Any], processes: Peers | None, progress: Progress
+    settings: Mapping[str, Any], processes: Peers | None, progress: Progress = lambda *_: None
 ) -> Pass:
     """How ``--model`` and ``--train-data`` recompute statistics."""
     kind = task(settings)

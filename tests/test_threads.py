@@ -1,0 +1,114 @@
+"""How many processor threads compute."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from helpers import save_states
+
+from ckptavg.cli import main
+from ckptavg.threads import default_threads, limit_threads
+
+STATES = [{"weight": torch.full((2, 3), float(i)), "bias": torch.zeros(2)} for i in (1, 3)]
+OWN = """
+import torch
+from torch import nn
+
+def model():
+    print("threads", torch.get_num_threads())
+    return nn.Linear(3, 2)
+
+def data():
+    return torch.utils.data.TensorDataset(torch.ones(4, 3), torch.tensor([0, 1, 0, 1]))
+"""
+
+
+@pytest.fixture(autouse=True)
+def usual():
+    """As many threads as no test asks for, before and after."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(5)
+    yield 5
+    torch.set_num_threads(before)
+
+
+def run_command(*args: object) -> Result:
+    return CliRunner().invoke(main, [str(arg) for arg in args])
+
+
+def test_a_limit_holds_within_and_is_gone_after(usual):
+    processors = min(4, os.cpu_count() or 1)
+    with limit_threads(1):
+        assert torch.get_num_threads() == 1
+        assert default_threads() == 1
+        later: list[int] = []
+        thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert later == [1]
+    assert torch.get_num_threads() == usual
+    assert default_threads() == processors
+
+
+def test_a_limit_is_gone_after_an_error(usual):
+    with pytest.raises(ZeroDivisionError), limit_threads(2):
+        raise ZeroDivisionError
+    assert torch.get_num_threads() == usual
+
+
+def test_more_threads_than_are_of_use_are_for_torch_alone():
+    processors = min(4, os.cpu_count() or 1)
+    with limit_threads(99):
+        assert default_threads() == processors
+        assert default_threads(sharing=1000) == 1
+
+
+def test_commands_compute_by_as_many_threads_as_they_are_told(tmp_path: Path, usual):
+    save_states(tmp_path / "run", STATES)
+    (tmp_path / "own.py").write_text(OWN)
+    own = f"{tmp_path / 'own.py'}:"
+    result = run_command(
+        "eval", "--run", tmp_path / "run", "--model", f"{own}model", "--data", f"{own}data",
+        "--threads", 3,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "threads 3" in result.output
+    assert torch.get_num_threads() == usual
+
+
+def test_an_average_is_computed_by_as_many_threads_as_it_is_told(tmp_path, monkeypatch, usual):
+    save_states(tmp_path / "run", STATES)
+    pools: list[int] = []
+
+    def start(count):
+        pools.append(count)
+        return start_threads(count)
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    from ckptavg.stream import start_threads
+
+    monkeypatch.setattr("ckptavg.stream.start_threads", start)
+    for flags in ([], ["--threads", 2]):
+        out = tmp_path / f"{len(flags)}.pt"
+        result = run_command("average", tmp_path / "run", "-o", out, *flags)
+        assert result.exit_code == 0, result.output
+    assert pools == [4, 2]
+    assert torch.get_num_threads() == usual
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "many"])
+def test_a_number_of_threads_from_one_is_expected(tmp_path, count):
+    result = run_command("inspect", tmp_path, "--threads", count)
+    assert result.exit_code == 2
+    assert "whole number from 1 on" in result.output
+
+
+@pytest.mark.parametrize("command", ["average", "update-bn", "eval", "inspect"])
+def test_the_whole_help_says_what_few_threads_are_good_for(command):
+    text = " ".join(run_command(command, "--help-all").stdout.split())
+    assert "--threads N Processor threads that compute. On a machine that others use" in text
