@@ -28,6 +28,7 @@ _BLANKS = frozenset(
 )
 _END_OF_URL = re.compile(r"[\s\"'<>]")
 _END_OF_HOST = re.compile(r"[/?#]")
+_THOUSAND = 1e3
 _EXACT = 1e15  # below it a float holds every whole number
 
 
@@ -114,3 +115,18 @@ def split_directory(paths: Sequence[str]) -> tuple[str, list[str]]:
 def step_text(step: float) -> str:
     """Write a step for a message: whole ones in full, however large, never with an exponent."""
     return f"{step:.0f}" if step == round(step, 0) and abs(step) < _EXACT else f"{step:.6g}"
+
+
+def size_text(count: float) -> str:
+    """Write a number of bytes to three digits, with a decimal unit."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if float(f"{count:.3g}") < _THOUSAND:
+            return f"{count:.3g} {unit}"
+        count /= _THOUSAND
+    return f"{three_digits(count)} TB"
+
+
+def three_digits(value: float) -> str:
+    """Write a positive number to three digits but without an exponent."""
+    rounded = float(f"{value:.3g}")
+    return f"{rounded:,.0f}" if rounded >= _THOUSAND else f"{rounded:.3g}"

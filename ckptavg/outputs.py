@@ -15,15 +15,22 @@ import torch
 
 from ckptavg import digests
 from ckptavg.errors import CkptavgError, OutputError, UsageError, first_few
-from ckptavg.formats import Checkpoint, open_checkpoint, storage
+from ckptavg.formats import Checkpoint, is_checkpoint_directory, open_checkpoint, storage
 from ckptavg.formats.layout import lay_out
 from ckptavg.formats.output import Layout, OutputTensor
 from ckptavg.formats.publish import Publication
 from ckptavg.formats.storage import Location, RemotePath
 from ckptavg.formats.table import changed
-from ckptavg.formats.targets import check_replaceable, check_room, check_target, follow
+from ckptavg.formats.targets import (
+    check_no_input,
+    check_replaceable,
+    check_room,
+    check_target,
+    follow,
+)
 from ckptavg.formats.writing import FileSink
 from ckptavg.plan import copy_plan
+from ckptavg.runs.nearby import leads_to_checkpoints
 from ckptavg.system_errors import guard_reads, guard_writes
 from ckptavg.version import __version__
 
@@ -87,7 +94,9 @@ def prepare(
     # A dict is an ordered set here: a run may be of thousands of files, most of them named twice.
     names = dict.fromkeys(Path(place) for place in places if not storage.is_url(place))
     _check_neighbours(path, [place for place in neighbours if place not in names])
-    check_target(path, overwrite=overwrite, inputs=names)
+    check_no_input(path, names)
+    _check_no_run(path, overwrite=overwrite)
+    check_target(path, overwrite=overwrite)
     made = {key: value for key, value in made.items() if key != _FILES}
     layout = _lay_out(out, tensors, made, inputs[-1], companions or {})
     replaceable = frozenset[str]()
@@ -138,6 +147,32 @@ def _check_neighbours(path: Path, neighbours: Iterable[Location]) -> None:
             return
     raise OutputError(
         f"the output {path} is a file of the run that is averaged", "Choose another -o."
+    )
+
+
+def _check_no_run(path: Path, *, overwrite: bool) -> None:
+    """Make sure that no run stands at an output's path, where somebody has swapped the two.
+
+    A model's own directory may be replaced, but not at a hint of ours.
+
+    Raises:
+        OutputError: Checkpoints lie there that ckptavg did not write.
+    """
+    if not path.is_dir() or _recorded_files(path):
+        return
+    is_model = is_checkpoint_directory(path)
+    if is_model and overwrite:
+        return
+    try:
+        is_run = is_model or leads_to_checkpoints(path)
+    except OSError:  # as of one that another process replaces; what is to be written tells more
+        return
+    if not is_run:
+        return
+    raise OutputError(
+        f"{path} is a directory that holds checkpoints, and no output of ckptavg: were the output "
+        "and the input swapped?",
+        "Name something new by -o.",
     )
 
 

@@ -26,13 +26,12 @@ from rich.progress import (
 from rich.text import Text
 from rich.theme import Theme
 
-from ckptavg.display import printable, step_text
+from ckptavg.display import printable, step_text, three_digits
 from ckptavg.json_text import json_text
 from ckptavg.lasting_stream import LastingStream
 from ckptavg.table_layout import Line, lay_out, wrap_note
 from ckptavg.tables import Column, Table, rows_of_texts
 
-_COUNT = 1e3
 _NUMBER = re.compile(r"–||-?\d[\d.,e+-]*( [kMGT]?B)?|-?inf|nan")
 _PROSE = 24  # characters of a cell that may go on in further lines, if it has several words
 # Both read on white and on black: these have a contrast of 4 or more with either ...
@@ -157,24 +156,9 @@ class Report:
             yield move
 
 
-def size_text(count: float) -> str:
-    """Bytes with a decimal unit."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if float(f"{count:.3g}") < _COUNT:
-            return f"{count:.3g} {unit}"
-        count /= _COUNT
-    return f"{_three_digits(count)} TB"
-
-
 def rate_text(speed: float) -> str:
     """Samples a second."""
-    return f"{_three_digits(speed)} samples/s"
-
-
-def _three_digits(value: float) -> str:
-    """A positive number, to three digits but without an exponent."""
-    rounded = float(f"{value:.3g}")
-    return f"{rounded:,.0f}" if rounded >= _COUNT else f"{rounded:.3g}"
+    return f"{three_digits(speed)} samples/s"
 
 
 def counted(count: int, thing: str) -> str:

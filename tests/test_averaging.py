@@ -604,7 +604,7 @@ def assert_reported(error):
 def test_too_little_room_shows_before_anything_is_written(run_dir, tmp_path, monkeypatch, name):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
     before = contents(tmp_path)
-    with pytest.raises(OutputError, match=r"0\.000 GB are free.*Make room") as caught:
+    with pytest.raises(OutputError, match=r"where 100 B are free.*Make room") as caught:
         average(open_run(run_dir), out=tmp_path / name)
     assert_reported(caught.value)
     assert contents(tmp_path) == before

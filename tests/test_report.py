@@ -19,8 +19,9 @@ from rich.console import Console
 from rich.text import Text
 
 from ckptavg.cli import main
+from ckptavg.display import size_text
 from ckptavg.errors import OutputError
-from ckptavg.report import Report, number_text, rate_text, size_text
+from ckptavg.report import Report, number_text, rate_text
 from ckptavg.tables import Cell, Column, Row, Table
 
 

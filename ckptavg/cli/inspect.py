@@ -10,12 +10,12 @@ import click
 from ckptavg.cli import geometry as shown
 from ckptavg.cli import options
 from ckptavg.cli.help import GroupedCommand
-from ckptavg.display import split_directory
+from ckptavg.display import size_text, split_directory
 from ckptavg.errors import UsageError, first_few
 from ckptavg.formats import Checkpoint
 from ckptavg.formats.names import batchnorm_layers
 from ckptavg.formats.storage import locate, without_secrets
-from ckptavg.report import Report, counted, number_text, size_text
+from ckptavg.report import Report, counted, number_text
 from ckptavg.run import Run, open_run
 from ckptavg.runs.metric_columns import metric_columns
 from ckptavg.runs.numbered import short_names

@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from ckptavg.display import size_text
 from ckptavg.errors import CheckpointError, short
 from ckptavg.formats import inert_pickle, storage, torch_zip
 from ckptavg.formats.damage import damaged
@@ -130,7 +131,7 @@ def read(directory: Location) -> Distributed:
     stamp = _stamp(directory, METADATA)
     try:
         if stamp.size > inert_pickle.MAX_PICKLE:
-            raise MalformedPickle(f"it is larger than {inert_pickle.MAX_PICKLE >> 20} MiB")
+            raise MalformedPickle(f"it is larger than {size_text(inert_pickle.MAX_PICKLE)}")
         with storage.open_binary(metadata) as file:
             content = file.read(stamp.size)
         opened = _parse(directory, inert_pickle.loads(content), stamp)

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
+from ckptavg.display import size_text
 from ckptavg.formats import arrays
 from ckptavg.formats.inert_calls import known_call
 from ckptavg.formats.inert_values import (
@@ -95,7 +96,7 @@ class _Bounded:
     def read(self, size: int) -> bytes:
         """At most ``size`` bytes."""
         if size > MAX_PICKLE - self.done:
-            raise MalformedPickle(f"it is larger than {MAX_PICKLE >> 20} MiB, or cut short")
+            raise MalformedPickle(f"it is larger than {size_text(MAX_PICKLE)}, or cut short")
         data = self._file.read(size)
         self.exhausted = len(data) < size
         return self._count(data)
@@ -113,7 +114,7 @@ class _Bounded:
     def _count(self, data: bytes) -> bytes:
         self.done += len(data)
         if self.done > MAX_PICKLE:
-            raise MalformedPickle(f"it is larger than {MAX_PICKLE >> 20} MiB")
+            raise MalformedPickle(f"it is larger than {size_text(MAX_PICKLE)}")
         return data
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
+from ckptavg.display import size_text
 from ckptavg.errors import CheckpointError, first_few, short
 from ckptavg.formats import (
     adapter,
@@ -245,7 +246,7 @@ def _check_repeats(checkpoint: Checkpoint) -> None:
     """Refuse views that blow a small file up: expanded ones, or many of one storage."""
     if checkpoint.nbytes > _MOST_REPEATED * checkpoint.size + _SPARE:
         raise CheckpointError(
-            f"{checkpoint.path} would unfold to {checkpoint.nbytes} bytes: its tensors repeat "
+            f"{checkpoint.path} would unfold to {size_text(checkpoint.nbytes)}: its tensors repeat "
             "their elements",
             "Save clones of them instead of expanded or overlapping views.",
         )

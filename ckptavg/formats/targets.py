@@ -9,6 +9,7 @@ import sys
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
+from ckptavg.display import size_text
 from ckptavg.errors import OutputError, first_few
 from ckptavg.formats import leftovers
 from ckptavg.system_errors import guard_writes
@@ -29,7 +30,7 @@ def follow(path: Path) -> Path:
     return Path(os.path.realpath(path)) if path.is_symlink() else path.absolute()
 
 
-def check_target(path: Path, *, overwrite: bool, inputs: Iterable[Path]) -> None:
+def check_target(path: Path, *, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
     """Make sure that an output may be written, before any work begins.
 
     Leftovers of dead runs are cleared first: they take room, or are the output itself.
@@ -42,11 +43,7 @@ def check_target(path: Path, *, overwrite: bool, inputs: Iterable[Path]) -> None
     Raises:
         OutputError: The output may not be written.
     """
-    output = _resolve(path)
-    for source in inputs:
-        resolved = _resolve(source)
-        if _is_within(resolved, output) or _is_within(output, resolved):
-            raise OutputError(f"the output {path} is an input ({source})", "Choose another -o.")
+    check_no_input(path, inputs)
     with guard_writes(path):
         target = follow(path)
         _check_parent(target.parent)
@@ -59,6 +56,19 @@ def check_target(path: Path, *, overwrite: bool, inputs: Iterable[Path]) -> None
             raise OutputError(
                 f"{path} may not be written to", "Give yourself the right to, or choose another -o."
             )
+
+
+def check_no_input(path: Path, inputs: Iterable[Path]) -> None:
+    """Make sure that an output is none of its inputs, within none, and holds none.
+
+    Raises:
+        OutputError: It is.
+    """
+    output = _resolve(path)
+    for source in inputs:
+        resolved = _resolve(source)
+        if _is_within(resolved, output) or _is_within(output, resolved):
+            raise OutputError(f"the output {path} is an input ({source})", "Choose another -o.")
 
 
 def check_replaceable(path: Path, *, directory: bool, names: Collection[str]) -> None:
@@ -104,7 +114,8 @@ def check_room(path: Path, needed: int) -> None:
         free = shutil.disk_usage(follow(path).parent).free
     if needed > free:
         raise OutputError(
-            f"{path} needs {needed / 1e9:.3f} GB where {free / 1e9:.3f} GB are free",
+            f"{path} needs {size_text(needed)} where {size_text(free)} are free, "
+            f"{size_text(needed - free)} too little",
             "Make room or choose another disk with -o.",
         )
 

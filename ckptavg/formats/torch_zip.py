@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, cast
 
+from ckptavg.display import size_text
 from ckptavg.errors import CheckpointError
 from ckptavg.formats import foreign, inert_pickle, storage, torch_legacy, zip_directory
 from ckptavg.formats.arrays import name_arrays
@@ -247,8 +248,8 @@ class _Archive:
             raise MalformedZip(f"{entry.name!r} claims {entry.size} bytes")
         if entry.size > inert_pickle.MAX_PICKLE:
             raise CheckpointError(
-                f"{self.path} has {entry.size} bytes in {entry.name!r}, of which at most "
-                f"{inert_pickle.MAX_PICKLE >> 20} MiB are read: NumPy's arrays lie there, torch's "
+                f"{self.path} has {size_text(entry.size)} in {entry.name!r}, of which at most "
+                f"{size_text(inert_pickle.MAX_PICKLE)} are read: NumPy's arrays lie there, torch's "
                 "tensors do not",
                 "Load it, and save torch.from_numpy of each array in its place.",
             )

@@ -37,17 +37,22 @@ def describe_missing_run(directory: Location) -> RunError:
     )
 
 
+def leads_to_checkpoints(directory: Location) -> bool:
+    """Tell whether checkpoints lie in a directory or, as those of a training do, below it."""
+    return holds_checkpoints(directory) or bool(_runs_below(directory))
+
+
 def _runs_below(directory: Location) -> list[str]:
     """Find the directories that hold checkpoints, on the uppermost level that has some."""
     level = [directory]
     for _ in range(_DEEPEST_RUN):
         level = [p for d in level for p in _folders(d)][:_MOST_LOOKED_INTO]
-        if runs := [_training_of(p, directory) for p in level if _leads_to_checkpoints(p)]:
+        if runs := [_training_of(p, directory) for p in level if _is_of_a_run(p)]:
             return list(dict.fromkeys(map(str, runs)))
     return []
 
 
-def _leads_to_checkpoints(directory: Location) -> bool:
+def _is_of_a_run(directory: Location) -> bool:
     """Tell whether a directory holds checkpoints, or is a step's with some further down."""
     if holds_checkpoints(directory):
         return True

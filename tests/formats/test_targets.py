@@ -276,6 +276,6 @@ def test_the_room_on_the_disk_is_looked_at_where_the_output_goes(
     if fits:
         check_room(tmp_path / "out.pt", needed)
     else:
-        with pytest.raises(OutputError, match="GB are free"):
+        with pytest.raises(OutputError, match=r"needs 1 kB where 1 kB are free, 1 B too"):
             check_room(tmp_path / "out.pt", needed)
     assert asked == [tmp_path]
