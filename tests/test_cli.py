@@ -283,7 +283,7 @@ def test_inspect_a_checkpoint_and_how_it_was_made(home: Path) -> None:
         (["eval", "--run", "run", *EVAL[:1], "net.py:modle", *EVAL[2:]], ["modle", "model?"]),
         (["eval", "--run", "run", *EVAL, "--model-arg", "classes=7"], ["shape", "--model-arg"]),
         (["eval", "--run", "run", *EVAL, "--model-arg", "depth=7"], ["depth", "It takes classes"]),
-        (["eval", "--run", "run", *EVAL[:3], "net.py:broken"], ["RuntimeError", "--debug"]),
+        (["eval", "--run", "run", *EVAL[:3], "net.py:broken"], ["RuntimeError", "--forward"]),
         (["eval", "--run", "run", *EVAL, "--device", "cuda:99"], ["cuda:99", "not available"]),
     ],
 )

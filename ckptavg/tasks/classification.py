@@ -47,7 +47,8 @@ class Classification(activations.TaskOnLogits):
             raise EvaluationError(
                 f"outputs of shape (N, classes) or (N,) and labels of shape (N,) are expected, but "
                 f"got {tuple(logits.shape)} and {tuple(targets.shape)}",
-                "Name the kind of model by --task, if it does not classify.",
+                "Name the kind of model by --task, or a task of your own (path/file.py:Task), if "
+                "samples have something else than one class.",
             )
         if not logits.is_floating_point():
             raise EvaluationError(
