@@ -5,18 +5,17 @@ from __future__ import annotations
 import functools
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from ckptavg.cli import ending, ranks
 from ckptavg.cli.cycle_hint import note_cycles
+from ckptavg.cli.error_lines import show_in_one_line
 from ckptavg.cli.help import EVERYWHERE, GroupedOption
-from ckptavg.display import escape_unseen, without_secrets
-from ckptavg.errors import CkptavgError, UsageError
-from ckptavg.system_errors import unreadable
+from ckptavg.errors import UsageError
 
 if TYPE_CHECKING:
     from ckptavg.averaging import Average
@@ -26,20 +25,11 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 log = logging.getLogger("ckptavg")
-_WHERE = "--debug shows where."
 
 
 def option(group: str, *names: str, **settings: Any) -> Callable[[F], F]:
     """``click.option`` in a group of the help; ``common`` ones are in the short help, too."""
     return click.option(*names, cls=GroupedOption, group=group, **settings)
-
-
-class Failure(click.ClickException):
-    """One of our errors, shown by click in one line with its own exit code."""
-
-    def __init__(self, error: CkptavgError) -> None:
-        super().__init__(str(error))
-        self.exit_code = error.exit_code  # type: ignore[misc]
 
 
 def together(*decorators: Callable[[F], F]) -> Callable[[F], F]:
@@ -325,7 +315,7 @@ def _everywhere(function: F) -> F:
         with (
             ending.by_signals() as signals,
             ending.by_interrupts(_outputs(**values), signals),
-            _errors_in_one_line(debug),
+            show_in_one_line(debug),
             report.notes(),
             _limited(threads),
         ):
@@ -352,46 +342,6 @@ def _outputs(
     """What a command is to write, by its options."""
     beside = [one.path(out) for one in further] if out else []
     return [str(path) for path in (out, results) if path] + beside
-
-
-@contextmanager
-def _errors_in_one_line(debug: bool) -> Iterator[None]:
-    try:
-        yield
-    except (click.ClickException, click.exceptions.Exit):
-        raise  # click's own
-    except Exception as error:
-        if debug:
-            _make_printable(error)
-            raise
-        if isinstance(error, UsageError):
-            raise click.UsageError(str(error)) from error
-        if isinstance(error, CkptavgError):
-            raise Failure(error) from error
-        raise Failure(_as_ours(error)) from error
-
-
-def _make_printable(error: BaseException | None) -> None:
-    """Escape what an error and its causes say, for the traceback that Python will show."""
-    seen: set[int] = set()
-    waiting = [error]
-    while waiting:
-        error = waiting.pop()
-        if error is None or id(error) in seen:
-            continue
-        seen.add(id(error))
-        error.args = tuple(
-            escape_unseen(without_secrets(arg), keep="\n\t") if isinstance(arg, str) else arg
-            for arg in error.args
-        )
-        waiting += [error.__cause__, error.__context__]
-
-
-def _as_ours(error: Exception) -> CkptavgError:
-    """The error for one out of the user's model or data, or a mistake of ours."""
-    if isinstance(error, OSError) and error.filename is not None:
-        return unreadable(error.filename, error)
-    return CkptavgError(f"{type(error).__name__}: {error}", _WHERE)
 
 
 def selected(

@@ -1,0 +1,63 @@
+"""Errors as the command line shows them: one line, with its exit code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import click
+
+from ckptavg.display import escape_unseen, without_secrets
+from ckptavg.errors import CkptavgError, UsageError
+from ckptavg.system_errors import unreadable
+
+_WHERE = "--debug shows where."
+
+
+class Failure(click.ClickException):
+    """One of our errors, shown by click in one line with its own exit code."""
+
+    def __init__(self, error: CkptavgError) -> None:
+        super().__init__(str(error))
+        self.exit_code = error.exit_code  # type: ignore[misc]
+
+
+@contextmanager
+def show_in_one_line(debug: bool) -> Iterator[None]:
+    """Turn errors into click's, one line each; with ``debug`` they keep their traceback."""
+    try:
+        yield
+    except (click.ClickException, click.exceptions.Exit):
+        raise  # click's own
+    except Exception as error:
+        if debug:
+            _make_printable(error)
+            raise
+        if isinstance(error, UsageError):
+            raise click.UsageError(str(error)) from error
+        if isinstance(error, CkptavgError):
+            raise Failure(error) from error
+        raise Failure(_as_ours(error)) from error
+
+
+def _make_printable(error: BaseException | None) -> None:
+    """Escape what an error and its causes say, for the traceback that Python will show."""
+    seen: set[int] = set()
+    waiting = [error]
+    while waiting:
+        error = waiting.pop()
+        if error is None or id(error) in seen:
+            continue
+        seen.add(id(error))
+        error.args = tuple(
+            escape_unseen(without_secrets(arg), keep="\n\t") if isinstance(arg, str) else arg
+            for arg in error.args
+        )
+        waiting += [error.__cause__, error.__context__]
+
+
+def _as_ours(error: Exception) -> CkptavgError:
+    """The error for one out of the user's model or data, or a mistake of ours."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return unreadable(error.filename, error)
+    return CkptavgError(f"{type(error).__name__}: {error}", _WHERE)
