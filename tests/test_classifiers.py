@@ -245,7 +245,7 @@ def test_activations_inside_the_model_leave_the_scores_as_they_are(tmp_path, cap
     each = [probabilities(some) for some in logits]
     for result, expected in zip(results, [*each, np.mean(each, 0)], strict=True):
         assert_scores(result, expected, labels)
-    notes = [text for text in caplog.messages if "taken so" in text]
+    notes = [text for text in caplog.messages if "taken as such, not as logits" in text]
     assert len(notes) == (end != "log_softmax")
 
 

@@ -30,6 +30,7 @@ _KEEPING = (
     "squeeze", "squeeze_", "unsqueeze", "view", "reshape", "flatten", "ravel", "contiguous",
     "float", "double", "half", "to", "type", "clone", "detach", "__getitem__", "select",
 )  # fmt: skip
+GIVES_PROBABILITIES = "the model gives probabilities (a {} is in it): taken as such, not as logits"
 _SUM_TOLERANCE = 1e-5  # of float32 probabilities of some thousand classes
 _ROUNDINGS = 4  # of a shorter type's precision, by which its probabilities' sum may be off
 

@@ -99,7 +99,7 @@ class Classification(activations.TaskOnLogits):
         """Tell by a pass's first outputs whether the model gives probabilities, and say so."""
         if outputs.shape[1] > 1:
             if activations.are_distributions(outputs, activation):
-                self.note("the model's outputs are probabilities (a softmax is in it): taken so")
+                self.note(activations.GIVES_PROBABILITIES.format("softmax"))
                 return True
             if activation == "sigmoid":
                 self.note(
@@ -110,7 +110,7 @@ class Classification(activations.TaskOnLogits):
         if not activations.lie_between_0_and_1(outputs):
             return False
         if activation == "sigmoid":
-            self.note("the model's output is a probability (a sigmoid is in it): taken so")
+            self.note(activations.GIVES_PROBABILITIES.format("sigmoid"))
         # Logits of a weak classifier may lie there, too.
         elif len(outputs) >= _TELLING:
             self.note(

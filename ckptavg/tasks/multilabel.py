@@ -94,7 +94,7 @@ class MultiLabel(activations.TaskOnLogits):
         """Tell by a pass's first outputs whether the model gives probabilities, and say so."""
         found = activation == "sigmoid" and activations.lie_between_0_and_1(outputs)
         if found:
-            self.note("the model's outputs are probabilities (a sigmoid is in it): taken so")
+            self.note(activations.GIVES_PROBABILITIES.format("sigmoid"))
         return found
 
     def samples(self, predictions: torch.Tensor, targets: Any) -> Samples:
