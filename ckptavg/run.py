@@ -17,6 +17,7 @@ from ckptavg.formats.storage import Location, Named, RemotePath, locate
 from ckptavg.runs import find, order
 from ckptavg.runs.best import Mode, best_by, choose_criterion
 from ckptavg.runs.damaged import Damaged, raise_for
+from ckptavg.runs.left_out import tell
 from ckptavg.runs.numbered import short_names
 from ckptavg.system_errors import guard_reads
 
@@ -280,7 +281,7 @@ class Run:
             self,
             trainings=tuple(trainings),
             left_out=(*self.left_out, *left_out),
-            notes=(*self.notes, *find.tell(left_out), *fewer),
+            notes=(*self.notes, *tell(left_out), *fewer),
             damaged=tuple(pending),
         )
 
@@ -327,7 +328,16 @@ def open_run(
         raise RunError(
             f"no checkpoint is left in {first_few([str(path) for path in paths])}", _why(left_out)
         )
-    notes = [*find.tell(left_out), *notes]
+    entered = [
+        f"{directory} holds no checkpoint itself: {run} is taken"
+        for directory, run in found.entered.items()
+    ]
+    idle = [
+        f"the pattern {pattern!r} skips nothing"
+        for pattern in patterns.skip
+        if pattern not in found.skipping
+    ]
+    notes = [*entered, *idle, *tell(left_out), *notes]
     everything = (*chain(*found.groups), *(path for path, _ in left_out))
     return Run(
         tuple(trainings),

@@ -436,10 +436,62 @@ def test_two_finished_hugging_face_runs_below_one_path_are_an_error_that_lists_b
         open_run(tmp_path)
 
 
-def test_a_run_one_level_deeper_is_named(tmp_path):
-    numbered(tmp_path / "version_0" / "checkpoints", 1)
-    with pytest.raises(RunError, match=r"checkpoints does.*Name that directory"):
-        open_run(tmp_path / "version_0")
+def test_the_only_run_below_a_directory_is_taken(tmp_path):
+    version = tmp_path / "lightning_logs" / "version_0"
+    numbered(version / "checkpoints", 3)
+    (version / "hparams.yaml").write_text("width: 8")
+    (tmp_path / "lightning_logs" / "logs").mkdir()
+    for path in (version, tmp_path / "lightning_logs", tmp_path):
+        run = open_run(path)
+        assert numbers(run) == [1, 2, 3]
+        assert run.notes == (f"{path} holds no checkpoint itself: {version}/checkpoints is taken",)
+
+
+def test_the_only_hugging_face_run_below_a_directory_is_taken(tmp_path):
+    hf_checkpoint(tmp_path / "gpt", 1000)
+    for step in (500, 1000):
+        hf_checkpoint(tmp_path / "gpt" / f"checkpoint-{step}", step, step)
+    run = open_run(tmp_path)
+    assert [checkpoint.step for checkpoint in run] == [500, 1000]
+    assert f"{tmp_path} holds no checkpoint itself: {tmp_path}/gpt is taken" in run.notes
+
+
+def test_runs_at_several_depths_are_an_error_that_lists_all(tmp_path):
+    numbered(tmp_path / "a", 2)
+    numbered(tmp_path / "b" / "c", 2)
+    with pytest.raises(RunError, match=r"holds 2 runs: [^ ]*/a, [^ ]*/b/c\. Name one"):
+        open_run(tmp_path)
+    run = open_run(tmp_path, skip="a")
+    assert [str(c.path.parent) for c in run] == [str(tmp_path / "b" / "c")] * 2
+
+
+@pytest.mark.parametrize("loose", [["best.pt"], ["model_7.pt"], ["best.pt", "last.pt"]])
+@pytest.mark.parametrize("below", ["", "checkpoints"])
+def test_loose_files_beside_several_runs_change_no_error(tmp_path, loose, below):
+    for seed in ("seed1", "seed2"):
+        numbered(tmp_path / seed / below, 2)
+    with pytest.raises(RunError) as without:
+        open_run(tmp_path)
+    for value, name in enumerate(loose):
+        save_weight(tmp_path / name, value)
+    with pytest.raises(RunError, match=r"holds 2 runs: .*seed1.*seed2") as caught:
+        open_run(tmp_path)
+    assert str(caught.value) == str(without.value)
+
+
+def test_a_loose_file_beside_a_run_is_an_error_that_names_both(tmp_path):
+    numbered(tmp_path / "epochs", 2)
+    save_weight(tmp_path / "best.pt", 7)
+    with pytest.raises(RunError, match=r"holds best\.pt, and a run in epochs\. Name either"):
+        open_run(tmp_path)
+
+
+def test_a_series_beside_a_directory_with_a_run_is_the_run(tmp_path):
+    numbered(tmp_path, 2)
+    numbered(tmp_path / "old", 2)
+    run = open_run(tmp_path)
+    assert [c.path.parent for c in run] == [tmp_path] * 2
+    assert run.left_out == ((tmp_path / "old", "a run of its own"),)
 
 
 def test_files_named_one_by_one_form_a_run_with_their_neighbours(tmp_path):
@@ -843,13 +895,10 @@ def test_neighbours_in_a_directory_called_after_a_step_stay_together(tmp_path):
     assert [[c.path.name for c in t] for t in trainings] == [["epoch_1.pt", "epoch_2.pt"]] * 2
 
 
-def test_a_run_further_down_is_found_for_the_remedy(tmp_path):
-    below = tmp_path / "lightning_logs" / "version_0" / "checkpoints"
-    save_weight(below / "epoch=0-step=2.ckpt")
-    save_weight(below / "epoch=1-step=4.ckpt")
-    with pytest.raises(RunError, match=re.escape(f"{below} does. Name that directory")):
-        open_run(tmp_path)
-    save_weight(tmp_path / "lightning_logs" / "version_1" / "checkpoints" / "epoch=0-step=2.ckpt")
+def test_runs_further_down_are_found_for_the_remedy(tmp_path):
+    for version in ("version_0", "version_1"):
+        below = tmp_path / "lightning_logs" / version / "checkpoints"
+        save_weight(below / "epoch=0-step=2.ckpt")
     with pytest.raises(RunError, match=r"holds 2 runs: .*version_0.*version_1"):
         open_run(tmp_path)
 

@@ -136,7 +136,8 @@ def test_the_command_line_from_one_end_to_the_other(s3, tmp_path, monkeypatch):
     assert ckptavg("average", "run", "-o", "local.safetensors", "--last", 2).exit_code == 0
     there, here = load_file("out.safetensors"), load_file("local.safetensors")
     assert all(same_bits(there[name], here[name]) for name in here)
-    assert f"{url}/epoch_3.pt" in ckptavg("inspect", "out.safetensors").output
+    made = json.loads(ckptavg("inspect", "out.safetensors", "--json").stdout)["ckptavg"]
+    assert made["checkpoints"][-1]["path"] == f"{url}/epoch_3.pt"
 
     data = ["--train-data", "task.py:data"]
     refreshed = ckptavg("update-bn", f"{url}/epoch_1.pt", "-o", "bn.pt", *model, *data)
@@ -266,8 +267,8 @@ def test_a_server_that_is_busy_is_asked_again(s3, tmp_path):
     [
         ("s3://nobody/run", "s3://nobody/run does not exist. Check its first part"),
         ("s3://nobody", "s3://nobody does not exist. Check its first part"),
-        ("s3://bucket/runs", "s3://bucket/runs does not exist. s3://bucket holds s3://bucket/run"),
-        ("s3://bucket/run/epoch_7.pt", "does not exist. s3://bucket/run holds"),
+        ("s3://bucket/runs", "s3://bucket/runs does not exist. Did you mean s3://bucket/run?"),
+        ("s3://bucket/run/epoch_7.pt", "does not exist. Did you mean s3://bucket/run/epoch_1.pt?"),
     ],
 )
 def test_what_is_not_there(s3, tmp_path, url, words):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -25,12 +25,14 @@ from ckptavg.runs.file_names import (
     EMA_COPY,
     NOT_WEIGHTS,
     OTHER_STATE,
+    is_alias_name,
     matches,
     natural,
     stem_of,
     why_not,
 )
-from ckptavg.runs.nearby import describe_missing_run, holds_checkpoints
+from ckptavg.runs.left_out import NO_MATCH, REPLICA, SKIPPED, LeftOut, describe_no_match
+from ckptavg.runs.nearby import find_only_run, holds_checkpoints, runs_below
 from ckptavg.runs.networks import (
     Groups,
     refuse_networks,
@@ -43,18 +45,12 @@ from ckptavg.runs.numbered import (
     is_series,
     mask_step,
     place_of,
-    step_directory,
     weights_below,
 )
 from ckptavg.runs.ranks import are_parts, find_replicas
 from ckptavg.runs.suffixes import PASSED_OVER, split_by_suffix
 from ckptavg.runs.unfinished import find_unfinished, why_unfinished
-from ckptavg.spelling import close_names
 
-LeftOut = tuple[Location, str]
-SKIPPED = "skipped, as asked for"
-REPLICA = "the same weights as those of the first rank"
-_NO_MATCH = "does not match "
 _UNLIKE = "without a number, unlike its neighbours"
 
 
@@ -67,12 +63,22 @@ class Findings:
         left_out: Paths that are not opened, each with the reason.
         named: True where the user gave each of the paths one by one.
         broken: Errors of members that hold no weights although their names promise some.
+        entered: Directory that is no run → the only run below it, which is taken.
+        skipping: Patterns that have skipped something.
     """
 
     groups: list[list[Location]]
     left_out: list[LeftOut]
     named: bool = True
     broken: dict[Location, RunError] = field(default_factory=dict)
+    entered: dict[Location, Location] = field(default_factory=dict)
+    skipping: set[str] = field(default_factory=set)
+
+    def root_of(self, path: Location) -> Location:
+        """Return the run that is taken for a directory: the only one below, or itself."""
+        while path in self.entered:
+            path = self.entered[path]
+        return path
 
 
 @dataclass(frozen=True)
@@ -89,15 +95,15 @@ class Patterns:
     glob: str | None = None
     skip: tuple[str, ...] = ()
 
-    def skips(self, path: Location, root: Location) -> bool:
-        """Tell whether a checkpoint is skipped, or a directory between a root and it."""
+    def skipping(self, path: Location, root: Location) -> set[str]:
+        """Return the patterns that skip a checkpoint, or a directory between a root and it."""
         if not self.skip:
-            return False
+            return set()
         line = [path]
         # Names above the root do not count, nor the root's own where the path lies below it.
         while root not in (line[-1], line[-1].parent) and line[-1].parent != line[-1]:
             line.append(line[-1].parent)
-        return any(matches(ancestor, pattern) for ancestor in line for pattern in self.skip)
+        return {p for p in self.skip if any(matches(ancestor, p) for ancestor in line)}
 
 
 def find(paths: Sequence[Location], patterns: Patterns) -> Findings:
@@ -117,11 +123,12 @@ def find(paths: Sequence[Location], patterns: Patterns) -> Findings:
             raise RunError(f"{path} does not exist", suggest_neighbours(path))
         members = _members(path, patterns, findings) if path.is_dir() else [path]
         findings.named &= members == [path]
-        listing.add(path, members, _without_skipped(members, path, patterns, findings))
+        selected = _without_skipped(members, path, patterns, findings)
+        listing.add(findings.root_of(path), members, selected)
     groups = with_roots(group_by_place(listing.homes, listing.apart))
     groups = {home: _select(members, patterns.glob, findings) for home, members in groups.items()}
     if not any(groups.values()) and patterns.glob is not None:
-        raise _no_match(patterns.glob, findings)
+        raise describe_no_match(patterns.glob, findings.left_out)
     groups = {home: members for home, members in groups.items() if members}
     # Parts of one model first: read alone they would pass for networks or for damage below.
     groups = _without_replicas(groups, findings)
@@ -133,19 +140,6 @@ def find(paths: Sequence[Location], patterns: Patterns) -> Findings:
     findings.groups = list(groups.values())
     refuse_partitioned(chain(*findings.groups))
     return findings
-
-
-def _no_match(pattern: str, findings: Findings) -> RunError:
-    """Word the error for a pattern that no checkpoint matches, with names that are there."""
-    depth = pattern.count("/") + 1
-    lines = [path for path, why in findings.left_out if why.startswith(_NO_MATCH)]
-    names = ["/".join(str(path).split("/")[-depth:]) for path in lines]
-    close = close_names(pattern, names)
-    shown = first_few([name for name in names if name in close] or names)
-    there = f": there are {shown}" if names else ""
-    return RunError(
-        f"no checkpoint matches {pattern!r}", f"Quote the pattern, or loosen it{there}."
-    )
 
 
 def _without_replicas(groups: Groups, findings: Findings) -> Groups:
@@ -172,9 +166,14 @@ def _without_skipped(
     paths: Sequence[Location], root: Location, patterns: Patterns, findings: Findings
 ) -> list[Location]:
     """Return the paths that no pattern skips, and note the others."""
-    skipped = {path for path in paths if patterns.skips(path, root)}
-    findings.left_out += [(path, SKIPPED) for path in paths if path in skipped]
-    return [path for path in paths if path not in skipped]
+    kept: list[Location] = []
+    for path in paths:
+        if skipping := patterns.skipping(path, root):
+            findings.skipping |= skipping
+            findings.left_out.append((path, SKIPPED))
+        else:
+            kept.append(path)
+    return kept
 
 
 @dataclass
@@ -248,33 +247,13 @@ def _select(members: list[Location], pattern: str | None, findings: Findings) ->
     selected: dict[tuple[Location, str], Location] = {}
     for path in members:
         if pattern is not None and not matches(path, pattern):
-            findings.left_out.append((path, f"{_NO_MATCH}{pattern}"))
+            findings.left_out.append((path, f"{NO_MATCH}{pattern}"))
         elif len(members) > 1 and path.is_file() and OTHER_STATE.fullmatch(stem_of(path)):
             findings.left_out.append((path, NOT_WEIGHTS))
         else:
             # A link counts under its own name: what it leads to may be a member too.
             selected.setdefault((path.parent.resolve(), path.name), path)
     return list(selected.values())
-
-
-def tell(left_out: Sequence[LeftOut]) -> list[str]:
-    """Word the notes about the paths that were left out.
-
-    Paths that nobody would expect in a run get no note. Equal names below many steps share one.
-    """
-    notes: list[str] = []
-    groups: dict[LeftOut | tuple[str, str], list[Location]] = defaultdict(list)
-    for path, why in left_out:
-        if why.startswith("repeats "):
-            notes.append(f"{path} {why} and counts once")
-        elif why in (PASSED_OVER, REPLICA):
-            groups[("", why)].append(path)
-        elif why not in (NOT_WEIGHTS, SKIPPED) and not why.startswith(_NO_MATCH):
-            groups[(path.name, why) if step_directory(path) else (path, why)].append(path)
-    for (_, why), paths in groups.items():
-        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-        notes.append(f"{paths[0]}{more} {'are' if more else 'is'} left out: {why}")
-    return notes
 
 
 def _members(directory: Location, patterns: Patterns, findings: Findings) -> list[Location]:
@@ -305,7 +284,7 @@ def _members(directory: Location, patterns: Patterns, findings: Findings) -> lis
     if error := why_unfinished(directory):
         raise error
     if any(_numbered_below(path) for path in nested):
-        raise describe_missing_run(directory)
+        return _enter(directory, patterns, findings)
     others = [path for path in below if not path.is_dir()]
     files = _weights_files(others, patterns, findings, alone=not nested)
     if not broken and (deeper := _below_steps(directory, nested, files, folders, findings)):
@@ -313,12 +292,38 @@ def _members(directory: Location, patterns: Patterns, findings: Findings) -> lis
         return deeper
     members = [*nested, *broken, *files]
     runs = [path for path in folders if path not in broken and holds_checkpoints(path)]
-    if not members and not runs and len(below) < len(shown):
+    # Files such as best.pt and last.pt beside runs belong to one of these, or to none.
+    few = len(members) < 2 or (members == files and all(is_alias_name(path) for path in files))
+    deeper = runs_below(directory, _admits(directory, patterns)) if few else []
+    if not members and not deeper and len(below) < len(shown):
         return []  # nothing is there but what the user skips
-    if not members or (len(members) == 1 and runs):
-        raise describe_missing_run(directory)
+    if not members or (few and runs) or len(deeper) > 1:
+        return _enter(directory, patterns, findings, loose=members)
     findings.left_out += [(path, "a run of its own") for path in runs]
     return sorted(members, key=natural)
+
+
+def _enter(
+    directory: Location, patterns: Patterns, findings: Findings, loose: Sequence[Location] = ()
+) -> list[Location]:
+    """Find the checkpoints of the only run below a directory that is none itself.
+
+    Args:
+        directory: The directory that the user named.
+        patterns: Selection of the checkpoints.
+        findings: Gets the run that is taken.
+        loose: Checkpoints directly in the directory, too few to be what was meant.
+
+    Raises:
+        RunError: There are several, or none.
+    """
+    run = find_only_run(directory, _admits(directory, patterns), loose)
+    findings.entered[directory] = run
+    return _members(run, patterns, findings)
+
+
+def _admits(root: Location, patterns: Patterns) -> Callable[[Location], bool]:
+    return lambda path: not patterns.skipping(path, root)
 
 
 def _weights_files(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 from ckptavg.errors import RunError, first_few
 from ckptavg.formats import is_checkpoint_directory
 from ckptavg.formats.storage import Location
@@ -13,24 +15,35 @@ from ckptavg.runs.ranks import find_replicas
 _DEEPEST_RUN, _MOST_LOOKED_INTO = 4, 200
 
 
-def describe_missing_run(directory: Location) -> RunError:
-    """Word the error for a directory that is no run, with the runs that lie below it.
+def find_only_run(
+    directory: Location, admits: Callable[[Location], bool], loose: Sequence[Location] = ()
+) -> Location:
+    """Find the only run below a directory that is none itself.
+
+    Args:
+        directory: The directory that the user named.
+        admits: Tells whether the user lets a directory be looked into.
+        loose: Checkpoints directly in it, too few to be what was meant.
 
     Raises:
-        CheckpointError: It holds the parts of different ranks, which says more.
+        RunError: There are several runs or none, or it is not certain which is meant.
+        CheckpointError: The directory holds the parts of different ranks, which says more.
     """
     find_replicas(weights_below(directory))
-    runs = _runs_below(directory)
+    runs = runs_below(directory, admits)
     if len(runs) > 1:
-        return RunError(
-            f"{directory} holds {len(runs)} runs: {first_few(runs, 8)}",
+        raise RunError(
+            f"{directory} holds {len(runs)} runs: {first_few([*map(str, runs)], 8)}",
             "Name one, or name each of them to average across runs.",
         )
-    if runs:
-        return RunError(
-            f"{directory} holds no checkpoint itself, but {runs[0]} does", "Name that directory."
+    if runs and loose:
+        names = first_few([path.name for path in loose])
+        raise RunError(
+            f"{directory} holds {names}, and a run in {runs[0].name}", "Name either of them."
         )
-    return RunError(
+    if runs:
+        return runs[0]
+    raise RunError(
         f"{directory} holds no checkpoint",
         "Expected .safetensors, .pt, .pth, .ckpt or .bin files, or Hugging Face directories; name "
         "files of other suffixes themselves.",
@@ -39,17 +52,22 @@ def describe_missing_run(directory: Location) -> RunError:
 
 def leads_to_checkpoints(directory: Location) -> bool:
     """Tell whether checkpoints lie in a directory or, as those of a training do, below it."""
-    return holds_checkpoints(directory) or bool(_runs_below(directory))
+    return holds_checkpoints(directory) or bool(runs_below(directory, lambda _: True))
 
 
-def _runs_below(directory: Location) -> list[str]:
-    """Find the directories that hold checkpoints, on the uppermost level that has some."""
+def runs_below(directory: Location, admits: Callable[[Location], bool]) -> list[Location]:
+    """Find the uppermost directories below one that hold checkpoints."""
+    runs: dict[Location, None] = {}
     level = [directory]
     for _ in range(_DEEPEST_RUN):
-        level = [p for d in level for p in _folders(d)][:_MOST_LOOKED_INTO]
-        if runs := [_training_of(p, directory) for p in level if _is_of_a_run(p)]:
-            return list(dict.fromkeys(map(str, runs)))
-    return []
+        below = [p for d in level for p in _folders(d) if admits(p)][:_MOST_LOOKED_INTO]
+        level = []
+        for path in below:
+            if _is_of_a_run(path):
+                runs.setdefault(_training_of(path, directory))
+            else:
+                level.append(path)
+    return list(runs)
 
 
 def _is_of_a_run(directory: Location) -> bool:

@@ -25,7 +25,7 @@ from ckptavg.runs.file_names import (
     natural,
     stem_of,
 )
-from ckptavg.runs.find import LeftOut
+from ckptavg.runs.left_out import LeftOut
 from ckptavg.runs.numbered import labels_of, roots_of
 from ckptavg.runs.steps_in_names import NamedStep, steps_in_names
 

@@ -11,7 +11,7 @@ from helpers import names, save_weight
 from ckptavg import open_run
 from ckptavg.cli import main
 from ckptavg.errors import CkptavgError, RunError
-from ckptavg.runs.find import SKIPPED
+from ckptavg.runs.left_out import SKIPPED
 
 
 @pytest.fixture
@@ -40,7 +40,8 @@ def test_what_matches_is_left_out(run, skip, expected, named):
     assert names(opened) == [f"epoch_{i}.pt" for i in expected]
     left_out = {1, 2, 3, 4} - set(expected)
     assert opened.left_out == tuple((run / f"epoch_{i}.pt", SKIPPED) for i in sorted(left_out))
-    assert opened.notes == ()
+    idle = [skip] if skip and not left_out else []
+    assert opened.notes == tuple(f"the pattern {pattern!r} skips nothing" for pattern in idle)
 
 
 def test_it_goes_together_with_a_pattern_of_what_is_taken(run):
