@@ -160,3 +160,42 @@ def test_an_average_names_the_directory_of_its_inputs_once(own_loop: Path) -> No
     assert shown[title].endswith(f", from {own_loop}")
     rows = [line.split() for line in shown[title + 3 : title + 9]]
     assert [row[:2] for row in rows] == [[f"cnn-{i}.pth", str(i)] for i in range(1, 7)]
+
+
+@pytest.mark.parametrize(
+    "which",
+    [
+        ["--last", "2"],
+        ["--every", "4"],
+        ["--from", "2", "--to", "5"],
+        ["--best", "3", "--metric", "train_loss", "--mode", "max"],
+        ["--at-lr-min"],
+        ["--at-lr-min", "--last", "1"],
+        ["--cycle", "3:1"],
+        ["--sample", "3:7"],
+        ["--glob", "cnn-[345].pth"],
+        ["--skip", "cnn-6.pth", "--last", "2"],
+    ],
+)
+def test_a_selection_is_shown_as_average_would_take_it(own_loop: Path, which: list[str]) -> None:
+    planned = CliRunner().invoke(main, ["average", "own", "--dry-run", "--json", *which])
+    taken = [Path(c["path"]).name for c in json.loads(planned.stdout)["checkpoints"]]
+    assert 0 < len(taken) < 6
+    shown = json.loads(inspect(own_loop, "--json", *which).stdout)
+    assert [Path(c["path"]).name for c in shown["checkpoints"]] == taken
+    lines = inspect(own_loop, *which).stdout.splitlines()
+    assert [line.split()[0] for line in lines[3 : 3 + len(taken)]] == taken
+
+
+def test_a_selection_tells_of_how_many_and_what_to_know(own_loop: Path) -> None:
+    shown = inspect(own_loop, "--last", "50")
+    assert "6 of 6 checkpoints in order" in shown.stdout
+    assert "note: the last 50 are asked for, and there are only 6" in shown.stdout
+    assert "the learning rate is cyclical" in shown.stderr
+    assert "one checkpoint is selected" not in inspect(own_loop, "--last", "1").stderr
+
+
+def test_a_selection_that_leaves_nothing_or_is_not_whole_is_an_error(own_loop: Path) -> None:
+    missed = CliRunner().invoke(main, ["inspect", "own", "--from", "40"])
+    assert (missed.exit_code, missed.stdout) == (1, "")
+    assert CliRunner().invoke(main, ["inspect", "own", "--metric", "val_acc"]).exit_code == 2

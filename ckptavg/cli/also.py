@@ -84,7 +84,7 @@ def planned_also(one: Also, run: Run, selection: Run, settings: Mapping[str, Any
     """Plan a further average: of its own selection of the whole run, or of the command's."""
     if one.picks is not None:
         check_picks(one.picks)
-        selection = selected(run, **one.picks)
+        selection = selected(run, one.picks)
     try:
         return planned(selection, settings, scheme=one.scheme)
     except CkptavgError as error:

@@ -9,6 +9,7 @@ import click
 
 from ckptavg.cli import geometry as shown
 from ckptavg.cli import options
+from ckptavg.cli.cycle_hint import note_cycles
 from ckptavg.cli.help import GroupedCommand
 from ckptavg.display import size_text, split_directory
 from ckptavg.errors import UsageError, first_few
@@ -40,14 +41,6 @@ _LAYOUTS = {
 @click.command(cls=GroupedCommand)
 @click.argument("path", metavar="PATH")
 @options.option(
-    _WHAT, "--glob", metavar="PATTERN", common=True,
-    help="Only names, or ends of paths, that match.  [default: all]",
-)  # fmt: skip
-@options.option(
-    _WHAT, "--skip", multiple=True, metavar="PATTERN", common=True,
-    help="No files and directories of such names; may be repeated.",
-)  # fmt: skip
-@options.option(
     _WHAT, "--key", metavar="KEY", common=True,
     help="The entry that holds the weights.  [default: found]",
 )  # fmt: skip
@@ -59,6 +52,7 @@ _LAYOUTS = {
     _WHAT, "--verify", is_flag=True, common=True,
     help="Read everything and compare it with the digests that `average --hash` recorded.",
 )  # fmt: skip
+@options.selection_options
 @options.everywhere
 def inspect(
     report: Report,
@@ -69,26 +63,38 @@ def inspect(
     *,
     measured: bool,
     verify: bool,
+    **picks: Any,
 ) -> None:
     """Show what a run or a checkpoint holds.
 
     Tensors are read only where that is asked for. A run: its checkpoints in order, what was
     recorded, what is left out and why. A checkpoint: its tensors, its BatchNorm layers, and how it
     was made if ckptavg made it.
+
+    The options that select checkpoints are those of `average`: they show what it would take.
+
+    \b
+      ckptavg inspect runs/swa
+      ckptavg inspect runs/cyclic --at-lr-min --last 5
     """
     if measured and verify:
         raise UsageError("--geometry and --verify exclude each other: ask for one at a time")
-    run = open_run(path, glob=glob, skip=skip, key=key)
+    options.check_picks(picks)
+    whole = open_run(path, glob=glob, skip=skip, key=key)
+    run = options.pick(whole, **picks)
+    is_selection = run is not whole
+    if is_selection:
+        note_cycles(whole, run)
     if verify:
         from ckptavg.cli import verification  # noqa: PLC0415 - needs torch, the rest does not
 
         verification.show(report, path, run, key)
     elif measured:
-        _show_run(report, run, _measured(report, run))
-    elif len(run) == 1 and run.checkpoints[0].path == locate(path):
+        _show_run(report, run, whole, _measured(report, run))
+    elif not is_selection and len(run) == 1 and run.checkpoints[0].path == locate(path):
         _show_checkpoint(report, run.checkpoints[0])
     else:
-        _show_run(report, run)
+        _show_run(report, run, whole)
 
 
 def _measured(report: Report, run: Run) -> Geometry:
@@ -98,7 +104,7 @@ def _measured(report: Report, run: Run) -> Geometry:
         return geometry(run, progress=progress)
 
 
-def _show_run(report: Report, run: Run, geometry: Geometry | None = None) -> None:
+def _show_run(report: Report, run: Run, whole: Run, geometry: Geometry | None = None) -> None:
     metrics = metric_columns(run.checkpoints)
     shown_metrics = metrics.names[:_MOST_METRICS]
     rows = [
@@ -115,7 +121,9 @@ def _show_run(report: Report, run: Run, geometry: Geometry | None = None) -> Non
     ]
     columns = _run_columns(shown_metrics)
     kinds = ", ".join(dict.fromkeys(_LAYOUTS[checkpoint.layout] for checkpoint in run))
-    report.table(columns, rows, title=f"{counted(len(run), 'checkpoint')} in order ({kinds})")
+    of = "" if run is whole else f"{len(run)} of "
+    title = f"{of}{counted(len(whole.opened), 'checkpoint')} in order ({kinds})"
+    report.table(columns, rows, title=title)
     if more := metrics.names[_MOST_METRICS:]:
         report.line(f"more metrics: {', '.join(more)}")
     if metrics.repeats:

@@ -344,7 +344,7 @@ def _outputs(
     return [str(path) for path in (out, results) if path] + beside
 
 
-def selected(
+def pick(
     run: Run,
     *,
     first: float | None,
@@ -373,9 +373,15 @@ def selected(
         run = run.sample(sample[0], sample[1] or 0)
     if last is not None:
         run = run.last(last)
-    if len(run) == 1:
-        log.info("one checkpoint is selected: its average is itself")
     return run
+
+
+def selected(run: Run, picks: Mapping[str, Any]) -> Run:
+    """Apply the selection options to a run of which an average is to be made."""
+    selection = pick(run, **picks)
+    if len(selection) == 1:
+        log.info("one checkpoint is selected: its average is itself")
+    return selection
 
 
 SELECTION = (
@@ -405,7 +411,7 @@ def open_selected(
             log.debug("%s: %s", checkpoint.path, note)
     for note in dict.fromkeys(note for checkpoint in run.opened for note in checkpoint.notes):
         log.info(note)
-    selection = selected(run, **picks)
+    selection = selected(run, picks)
     for note in selection.notes[len(run.notes) :]:
         log.info(note)
     note_cycles(run, selection)
