@@ -9,6 +9,7 @@ from rich.cells import cell_len
 
 ELLIPSIS = "…"
 _FEWEST = 3  # columns of a shortened name: a character, the ellipsis, a character
+_MOST_CUTS = 100_000  # names times places that are tried
 # A number stays with its interval, and an interval whole: +1.50 [+0.46, +2.55].
 _BREAKS = re.compile(r" (?!\[[-+\d]|[-+.,\deainf]+\])")
 
@@ -33,8 +34,12 @@ def shorten_names(names: Sequence[str], room: int) -> list[str]:
         return list(names)
     whole = [name for name in different if cell_len(name) <= room]
     shortened = _cut_alike(long, room, whole)
-    for group in _groups_of_same(shortened):
-        shortened |= _show_differences(group, room)
+    if _groups_of_same(shortened):
+        partly = dict(shortened)
+        for group in _groups_of_same(shortened):
+            partly |= _show_differences(group, room)
+        ways = (shortened, partly, _show_differences(long, room))
+        shortened = max(ways, key=lambda way: len({*way.values(), *whole}))
     return [shortened.get(name, name) for name in names]
 
 
@@ -62,6 +67,7 @@ def _cut_alike(names: Sequence[str], room: int, whole: Sequence[str]) -> dict[st
     """
     middle = (room - 1) // 2
     tails = sorted(range(room - 1), key=lambda tail: abs(tail - middle))
+    tails = tails[: max(_MOST_CUTS // len(names), 1)]
     best: dict[str, str] = {}
     highest = (0, 0)
     for tail in tails:
@@ -98,8 +104,15 @@ def _groups_of_same(shortened: Mapping[str, str]) -> list[list[str]]:
 
 
 def _show_differences(names: Sequence[str], room: int) -> dict[str, str]:
-    """Shorten names on both sides of the place where they begin to differ."""
-    start = max(_common_beginning(names) - (room - 2) // 2, 1)
+    """Shorten names on both sides of the part in which they differ.
+
+    Where that part alone leaves no room, what stands before it goes first.
+    """
+    beginning = _common_beginning(names)
+    ending = _common_beginning([name[::-1] for name in names])
+    differing = max(map(len, names)) - beginning - ending
+    before = min(max(room - 2 - differing, 0), (room - 2) // 2)
+    start = max(beginning - before, 1)
     shortened = {}
     for name in names:
         rest = name[start:]

@@ -31,6 +31,7 @@ def test_long_names_are_cut_in_the_middle(names, room, shortened):
         [f"model_iter{n}_of_some_long_name_in_the_middle_x{n % 2}.safetensors" for n in range(9)],
         ["epoch_160.pt (last) [state_dict]", "epoch_160.pt (last) [state_dict_ema]"],
         ["a" * 40, "a" * 41, "a" * 42],
+        [f"{'x' * 30}{layer}.{expert}{'y' * 30}" for layer in range(12) for expert in range(64)],
         # The two kinds differ in the middle, their members further on.
         [f"{'x' * 30}{kind}{'y' * 4}{n}{'z' * 30}" for kind in "ab" for n in range(9)],
     ],
