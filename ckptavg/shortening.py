@@ -35,10 +35,10 @@ def shorten_names(names: Sequence[str], room: int) -> list[str]:
     whole = [name for name in different if cell_len(name) <= room]
     shortened = _cut_alike(long, room, whole)
     if _groups_of_same(shortened):
-        partly = dict(shortened)
+        windows = dict(shortened)
         for group in _groups_of_same(shortened):
-            partly |= _show_differences(group, room)
-        ways = (shortened, partly, _show_differences(long, room))
+            windows |= _show_differences(group, room)
+        ways = (shortened, windows, _show_differences(long, room))
         shortened = max(ways, key=lambda way: len({*way.values(), *whole}))
     return [shortened.get(name, name) for name in names]
 
