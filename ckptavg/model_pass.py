@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -337,8 +337,10 @@ def replace_all(changes: Sequence[Change]) -> None:
             try:
                 change.buffer.copy_(change.value)
             except Exception as error:
-                for done, value in zip(changes[:number], before, strict=False):
-                    done.buffer.copy_(value)
+                # the one that failed, too: torch may refuse after it has written
+                for done, value in zip(changes[: number + 1], before, strict=False):
+                    with torch.inference_mode(done.buffer.is_inference()), suppress(RuntimeError):
+                        done.buffer.copy_(value)
                 raise BatchNormError(
                     f"{change.name} cannot be written: {type(error).__name__}: {error}",
                     "The statistics of all layers are as they were.",

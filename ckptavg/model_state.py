@@ -78,18 +78,13 @@ class _Value:
     """What a tensor holds."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self._tensor, self._version = tensor, _version_of(tensor)
-        self._copy = tensor.detach().clone()
+        self._tensor, self._copy = tensor, tensor.detach().clone()
 
     def restore(self) -> None:
-        if _version_of(self._tensor) != self._version:
+        # torch's kernels write into running statistics without a new version of the tensor
+        if not torch.equal(self._tensor, self._copy):
             with torch.no_grad():
                 self._tensor.copy_(self._copy)
-
-
-def _version_of(tensor: torch.Tensor) -> int:
-    """Count of a tensor's changes in place; one of inference mode can have none outside it."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _has_plain_attributes(module: nn.Module) -> bool:

@@ -151,7 +151,8 @@ def library():
     shared = ckptavg.evaluate(paths, model(), Images(), batch_size=8)
     parts = ckptavg.evaluate(paths, model(), own)
     found = []
-    for data, how in [(Images(), {"samples": 20, "seed": 3}), (own, {}), (own, {"samples": 24})]:
+    drawn = {"bn_samples": 20, "seed": 3}
+    for data, how in [(Images(), drawn), (own, {}), (own, {"bn_samples": 24})]:
         torch.manual_seed(0)
         network = model()
         ckptavg.update_bn(network, data, batch_size=8, **how)
