@@ -16,6 +16,7 @@ from ckptavg.formats.output import OutputTensor
 from ckptavg.formats.table import DTYPES, DType
 from ckptavg.modules import Modules
 from ckptavg.rules import Rules
+from ckptavg.runs.metric_columns import momentary_numbers
 from ckptavg.schemes import normalized
 from ckptavg.spectral_norm import SpectralNorm
 from ckptavg.spelling import close_patterns, did_you_mean
@@ -95,7 +96,8 @@ class Plan:
     def template(self) -> Checkpoint:
         """The checkpoint that outputs are laid out like."""
         last = self.checkpoints[-1]
-        return replace(last, metadata={**last.metadata, **self.metadata})
+        metadata = {**last.metadata, **self.metadata}
+        return replace(last, metadata=metadata, momentary=momentary_numbers(self.checkpoints))
 
     @property
     def ties(self) -> list[list[str]]:

@@ -129,6 +129,9 @@ def _show_run(report: Report, run: Run, whole: Run, geometry: Geometry | None = 
     if metrics.repeats:
         pairs = [f"{name} (as {column})" for name, column in metrics.repeats.items()]
         report.line(f"the same as other columns: {', '.join(pairs)}")
+    if metrics.constants:
+        pairs = [f"{name} {number_text(value)}" for name, value in metrics.constants.items()]
+        report.line(f"the same in all: {', '.join(pairs)}")
     if run.left_out:
         names = short_names([path for path, _ in run.left_out])
         reasons = [why for _, why in run.left_out]

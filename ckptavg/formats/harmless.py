@@ -13,7 +13,7 @@ import os
 import pathlib
 import types
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -95,6 +95,7 @@ class Keeper:
             among other values; None if it may not go out.
         replaced: What to put in the place of an object, by the object's identity.
         networks: Dotted paths below the key, where it holds several networks.
+        momentary: Names of recorded numbers that are true of the input alone.
 
     Attributes:
         dropped: Dotted names of what was not kept.
@@ -106,6 +107,7 @@ class Keeper:
     tensor: Callable[[TensorView, bool], Any]
     replaced: Mapping[int, Any]
     networks: Sequence[str] = ()
+    momentary: Collection[str] = ()
     dropped: list[str] = field(default_factory=list)
     measured: list[str] = field(default_factory=list)
     _done: dict[int, tuple[Any, int]] = field(default_factory=dict)
@@ -174,7 +176,11 @@ class Keeper:
             place = where.removesuffix(short(name)).split(".")
             return _CALLBACKS in place and not _CALLBACK_SCORES.isdisjoint(value)
         scalar = isinstance(value, TensorView) and not value.shape
-        return (scalar or number(value) is not None) and is_metric(where)
+        if not scalar and number(value) is None:
+            return False
+        # What stands beside the weights is recorded by its name there.
+        beside = self._leads_to_weights(where.removesuffix(name)) and name in self.momentary
+        return is_metric(where) or where in self.momentary or beside
 
     def _is_training(self, prefix: str, name: Any, value: Any) -> bool:
         """Whether an entry beside the weights is an optimizer's or a scheduler's state.

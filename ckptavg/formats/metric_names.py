@@ -15,8 +15,8 @@ METRIC_WORDS = frozenset([
 ])  # fmt: skip
 # Words of metrics that a file's name may have for another reason, as a model's or a data set's.
 _FURTHER_METRIC_WORDS = frozenset([
-    "bpb", "bpc", "bpd", "cider", "cost", "dsc", "elbo", "epe", "fnr", "fpr", "fvd", "hd95",
-    "hits", "hmean", "hota", "idf1", "jaccard", "kld", "lddt", "mota", "mrr", "ndcg", "nmi",
+    "ade", "bpb", "bpc", "bpd", "cider", "cost", "dsc", "elbo", "epe", "fde", "fnr", "fpr", "fvd",
+    "hd95", "hits", "hmean", "hota", "idf1", "jaccard", "kld", "lddt", "mota", "mrr", "ndcg", "nmi",
     "objective", "prec", "return", "returns", "rew", "rewards", "rmsd", "spice", "tnr", "tpr",
 ])  # fmt: skip
 _MEASURES = METRIC_WORDS | _FURTHER_METRIC_WORDS
@@ -43,6 +43,11 @@ _BOOKKEEPING = _PERIODS | frozenset([
     "iters", "itr", "lr", "lrs", "momentum", "num", "patience", "runtime", "second", "seconds",
     "seed", "steps", "time", "timestamp", "update", "updates", "version", "wd",
 ])  # fmt: skip
+# Such words, too, unless a metric's stand beside: samples, and no loss over samples.
+_WEAK_BOOKKEEPING = frozenset([
+    "duration", "examples", "gb", "mb", "mem", "memory", "samples", "sec", "secs", "tokens", "wall",
+    "world",
+])  # fmt: skip
 _LEARNING_RATE = frozenset(["learning", "rate"])
 # Entries that hold settings, whatever is called like a metric in them.
 SETTINGS = frozenset([
@@ -60,17 +65,23 @@ def is_metric(path: str) -> bool:
     # An element of a list belongs to a history of training, which stays true.
     if any(name in SETTINGS or name.isdecimal() for name in names):
         return False
-    last = words_of(names[-1])
-    if last & _SETTING_WORDS and not _is_of_period(last, last & _SETTING_WORDS):
+    if is_setting(names[-1]) or is_bookkeeping(names[-1]):
         return False
     return any(words_of(name) & (_MEASURES | _BEST | _VALIDATION) for name in names)
+
+
+def is_setting(name: str) -> bool:
+    """Tell whether a number's name is that of a setting or a position: loss_weight, best_epoch."""
+    words = words_of(name)
+    settings = words & _SETTING_WORDS
+    return bool(settings) and not _is_of_period(words, settings)
 
 
 def is_bookkeeping(name: str) -> bool:
     """Tell whether a number's name is that of a clock, a rate or a count, and of no metric."""
     words = words_of(name)
     accounts = words & _BOOKKEEPING
-    if words >= _LEARNING_RATE:
+    if words >= _LEARNING_RATE or (words & _WEAK_BOOKKEEPING and not words & _MEASURES):
         return True
     return bool(accounts) and not _is_of_period(words, accounts)
 
@@ -85,7 +96,7 @@ def prominence(path: str) -> tuple[object, ...]:
     last = words_of(names[-1])
     words = frozenset[str]().union(*map(words_of, names))
     is_accuracy, is_loss = not last.isdisjoint(_ACCURACIES), not last.isdisjoint(_LOSSES)
-    is_known = not words.isdisjoint(_MEASURES | _VALIDATION)
+    is_known = not words.isdisjoint(_MEASURES | _VALIDATION) and not is_setting(names[-1])
     kinds = (is_accuracy or is_loss, is_known, True)
     return not words.isdisjoint(_BEST), kinds.index(True), _split(words), is_loss, len(names), path
 

@@ -274,6 +274,8 @@ class Checkpoint:
         components: Directory below the path → what it holds, where several directories with
             weights make one model: tensors' names here begin with the directory's and a slash.
             The empty name is that of the path itself.
+        momentary: Names of recorded numbers that are of this checkpoint alone: its neighbours have
+            others.
     """
 
     path: Location
@@ -291,6 +293,7 @@ class Checkpoint:
     metadata: Mapping[str, str] = field(default_factory=dict)
     components: Mapping[str, Checkpoint] = field(default_factory=dict)
     networks: tuple[str, ...] = ()
+    momentary: frozenset[str] = frozenset()
 
     def __repr__(self) -> str:
         return f"<Checkpoint {self.path}: {len(self.tensors)} tensors, step {self.step}>"

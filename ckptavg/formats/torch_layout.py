@@ -256,7 +256,7 @@ def _keeper(
         small = not view.shape or (among_values and math.prod(view.shape) <= _SMALL)
         return book.keep(view, file) if small and view.dtype.size else None
 
-    return Keeper(template.key, plain, tensor, {}, template.networks)
+    return Keeper(template.key, plain, tensor, {}, template.networks, template.momentary)
 
 
 def _own_entries(

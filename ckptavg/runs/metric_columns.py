@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ckptavg.formats import Checkpoint
-from ckptavg.formats.metric_names import is_metric, prominence
+from ckptavg.formats.metric_names import is_metric, is_setting, prominence
 
 _Column = tuple[float | None, ...]
 
@@ -17,11 +17,14 @@ class MetricColumns:
 
     Attributes:
         names: The metrics that say something of their own, in the order of a table.
-        repeats: Name of each other metric → the column that has the same values.
+        repeats: Name of each other metric → the column that has the same values, or a whole part
+            of them.
+        constants: Settings and counts that are the same in all checkpoints.
     """
 
     names: tuple[str, ...]
     repeats: Mapping[str, str]
+    constants: Mapping[str, float]
 
 
 def metric_columns(checkpoints: Sequence[Checkpoint]) -> MetricColumns:
@@ -34,19 +37,60 @@ def metric_columns(checkpoints: Sequence[Checkpoint]) -> MetricColumns:
     ordered = sorted(columns, key=lambda name: (name in constant, prominence(name)))
     # Of one checkpoint any two values may be equal.
     if len(checkpoints) < 2:
-        return MetricColumns(tuple(ordered), {})
+        return MetricColumns(tuple(ordered), {}, {})
     known = _clocks(checkpoints)
     names: list[str] = []
     repeats: dict[str, str] = {}
+    constants: dict[str, float] = {}
     for name in ordered:
         column = tuple(columns[name])
+        if name in constant and not is_metric(name) and column[0] is not None:
+            constants[name] = column[0]
+            continue
         # A metric may stand still as an epoch does, by chance.
         if column in known and not (name in constant and is_metric(name)):
             repeats[name] = known[column]
             continue
+        if not is_metric(name) and (clock := _multiple_of_clock(column, checkpoints)):
+            repeats[name] = clock
+            continue
         names.append(name)
         known.setdefault(column, name)
-    return MetricColumns(tuple(names), repeats)
+    return MetricColumns(tuple(names), repeats, constants)
+
+
+def _multiple_of_clock(column: _Column, checkpoints: Sequence[Checkpoint]) -> str:
+    """Name the clock that a column of whole numbers is a multiple of; empty if there is none."""
+    for clock, name in _clocks(checkpoints).items():
+        if name == "LR" or len(set(column)) < 2:
+            continue
+        ratios = {
+            value / tick if value is not None and tick else 0.0
+            for value, tick in zip(column, clock, strict=True)
+        }
+        ratio = ratios.pop()
+        if not ratios and ratio > 1 and ratio.is_integer():
+            return f"{ratio:g} × {name}"
+    return ""
+
+
+def momentary_numbers(checkpoints: Sequence[Checkpoint]) -> frozenset[str]:
+    """Name the recorded numbers that change from checkpoint to checkpoint, and count nothing.
+
+    They were measured on a checkpoint, whatever they are called, and are not true of an average.
+    Settings are aside: some follow a schedule.
+    """
+    columns: dict[str, set[float]] = {}
+    for checkpoint in checkpoints:
+        for name, value in checkpoint.record.metrics.items():
+            columns.setdefault(name, set()).add(value)
+    changing = {name for name, values in columns.items() if len(values) > 1}
+    return frozenset(
+        name
+        for name in changing
+        if not is_setting(name.rpartition(".")[2])
+        and not all(value.is_integer() for value in columns[name])
+    )
 
 
 def _clocks(checkpoints: Sequence[Checkpoint]) -> dict[_Column, str]:

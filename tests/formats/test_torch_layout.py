@@ -515,6 +515,24 @@ def test_a_random_state_beside_the_weights_hides_no_metric(tmp_path):
     assert found["net"]["score"] == 3
 
 
+def test_a_number_that_changes_from_checkpoint_to_checkpoint_is_not_the_averages(tmp_path, caplog):
+    caplog.set_level("INFO", "ckptavg")
+    run_of(
+        tmp_path / "run",
+        lambda m, e: {
+            "train": {"model": m.state_dict(), "ep": e, "va": e / 7, "wd": 0.05},
+            "log": {"a": torch.tensor(e / 3), "steps": 40 * e, "temperature": 0.5**e},
+            "cfg": {"p_drop": 0.1},
+        },
+    )
+    found = averaged(tmp_path / "run", "out.pth")
+    assert found["train"].keys() == {"model", "ep", "wd"}
+    assert found["log"].keys() == {"steps", "temperature"}
+    assert found["cfg"] == {"p_drop": 0.1}
+    (note,) = (r.getMessage() for r in caplog.records if "so not taken over" in r.getMessage())
+    assert note == "measured on the last checkpoint, so not taken over: train.va, log.a"
+
+
 @pytest.mark.parametrize("name", ["hmean", "metrics.val.total", "eval_iou_epoch", "valTop1"])
 def test_a_measured_number_is_known_by_its_name(name):
     assert is_metric(name)

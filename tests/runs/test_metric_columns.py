@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ckptavg import open_run
 from ckptavg.formats import Record, open_checkpoint
-from ckptavg.runs.metric_columns import metric_columns
+from ckptavg.runs.metric_columns import metric_columns, momentary_numbers
 
 
 def columns(tmp_path, **recorded):
@@ -43,7 +43,31 @@ def test_of_equal_metrics_the_better_known_name_stays(tmp_path):
 
 def test_what_never_changes_comes_last(tmp_path):
     found = columns(tmp_path, width=[8, 8], noise=[0.1, 0.2], val_acc=[0.5, 0.5], epoch=[5, 6])
-    assert found.names == ("noise", "val_acc", "width")
+    assert found.names == ("noise", "val_acc")
+    assert found.constants == {"width": 8}
+
+
+def test_counts_that_go_with_the_clock_are_no_columns(tmp_path):
+    found = columns(
+        tmp_path,
+        epoch=[1, 2, 3],
+        i=[40, 80, 120],
+        seen=[1024, 2048, 3072],
+        score=[10, 20, 30],
+        va=[0.5, 1.0, 1.5],
+        n=[7, 9, 12],
+    )
+    assert found.names == ("score", "n", "va")
+    assert found.repeats == {"i": "40 × step", "seen": "1024 × step"}
+
+
+def test_numbers_that_change_and_count_nothing_are_of_one_checkpoint(tmp_path):
+    for i in (1, 2, 3):
+        beside = {"va": i / 7, "top1": 70 + i, "n": 40 * i, "tau": 0.5, "kl_weight": i / 10}
+        save_weight(tmp_path / f"epoch_{i}.pt", i, epoch=i, **beside)
+    run = open_run(tmp_path)
+    assert momentary_numbers(run.checkpoints) == {"va"}
+    assert momentary_numbers(run.last(1).checkpoints) == frozenset()
 
 
 def test_a_perfect_accuracy_in_the_first_epoch_is_a_column(tmp_path):
@@ -68,4 +92,4 @@ def test_each_metric_is_a_column_or_repeats_one(tmp_path_factory, recorded):
         for i in range(3)
     ]
     found = metric_columns([replace(checkpoint, record=row) for row in rows])
-    assert sorted([*found.names, *found.repeats]) == sorted(recorded)
+    assert sorted([*found.names, *found.repeats, *found.constants]) == sorted(recorded)
