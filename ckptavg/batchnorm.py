@@ -78,7 +78,7 @@ def update_bn(
         amp: ``off``, ``bf16`` or ``fp16``: autocast of the forward pass.
         batch_size: Of a Dataset.
         workers: Processes that load a Dataset.
-        seed: Of a Dataset's order.
+        seed: Of a Dataset's order, and of whatever the data draws: its augmentation.
         bn_samples: How many samples of the data, drawn at random, or a ``ckptavg.loaders.Subset``,
             which may be stratified; all of them where None.
         progress: True for a bar, a bar of tqdm, or a function of (phase, done, total) in samples;
@@ -95,7 +95,7 @@ def update_bn(
     peers = peers_of_group()
     loader = open_loader(data, runtime, shuffle=True, subset=as_subset(bn_samples), peers=peers)
     with open_phase(progress, "BatchNorm", "samples") as told, heap.kept(runtime.device):
-        batches = counted(loader, told or (lambda *_: None), peers)
+        batches = counted(loader, told or (lambda *_: None), peers, seed)
         return recompute([model], batches, runtime, forward, [excluded], peers)[0]
 
 

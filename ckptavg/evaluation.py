@@ -81,7 +81,7 @@ def evaluate(
         amp: ``off``, ``bf16`` or ``fp16``.
         batch_size: Of a Dataset; the task's own where None, 128 for images.
         workers: Processes that load a Dataset.
-        seed: Of the training data's order.
+        seed: Of the training data's order, and of whatever data draws: their augmentation.
         bn_samples: How many samples of the training data, drawn at random, the statistics are
             recomputed from, or a ``ckptavg.loaders.Subset``; all of them where None.
         keep_nonfinite: Let averages that are not finite reach the model.
@@ -243,7 +243,9 @@ class _Session:
             board.commit(group)
 
     def _counted(self, batches: Batches, phase: str) -> Batches:
-        return counted(batches, functools.partial(self.progress, phase), self.peers)
+        return counted(
+            batches, functools.partial(self.progress, phase), self.peers, self.runtime.seed
+        )
 
     def _forward_on_batch(self, model: nn.Module, batch: Any) -> Any:
         if self.forward is not None:

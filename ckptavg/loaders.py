@@ -24,6 +24,8 @@ from ckptavg.batches import Batches, bytes_of, size_of, tensors_of, to_device
 from ckptavg.errors import EvaluationError, UsageError
 from ckptavg.processes import Alone, Peers
 from ckptavg.runtime import Runtime
+from ckptavg.seeding import Generators
+from ckptavg.streams import Batched, collate_of, is_dataset
 
 log = logging.getLogger("ckptavg")
 Progress = Callable[[int, int], None]
@@ -61,7 +63,7 @@ def as_subset(samples: int | Subset | None) -> Subset | None:
 
 
 def open_loader(
-    data: Batches | Dataset[Any],
+    data: Any,
     runtime: Runtime,
     *,
     shuffle: bool,
@@ -73,7 +75,7 @@ def open_loader(
     The batches are the same for any number of processes: each takes every n-th of them.
 
     Args:
-        data: A Dataset; or a loader, which is this process's own.
+        data: A Dataset, or what is like one; or a loader, which is this process's own.
         runtime: Batch size, workers and seed of a Dataset's batches.
         shuffle: Read a Dataset in seeded random order.
         subset: How much of it.
@@ -85,21 +87,24 @@ def open_loader(
     """
     peers = peers or Alone()
     pinned = runtime.device.type == "cuda"
-    if isinstance(data, IterableDataset):
+    samples = is_dataset(data)
+    if samples and isinstance(data, IterableDataset):
         one = min(1, runtime.workers)  # each of several would give the whole stream
-        data = DataLoader(data, runtime.batch_size, num_workers=one, pin_memory=pinned)
-        return share(data, peers, runtime.seed, subset)
-    if isinstance(data, Dataset):
+        batched = Batched(data, runtime.batch_size, collate_of(data))
+        stream = DataLoader(batched, batch_size=None, num_workers=one, pin_memory=pinned)
+        return share(stream, peers, runtime.seed, subset)
+    if samples:
         generator = torch.Generator().manual_seed(runtime.seed)
         order = _order(data, subset, generator, shuffle=shuffle)
         size = runtime.batch_size
         batches = [order[i : i + size] for i in range(0, len(order), size)]
-        return DataLoader(
+        return _Repeatable(
             data,
             batch_sampler=_Listed(batches[peers.rank :: peers.count]),
             num_workers=runtime.workers,
             pin_memory=pinned,
             generator=generator,
+            collate_fn=collate_of(data),
         )
     if peers.count > 1 and (sampler := _distributed(data)) is not None:
         _require_exact(sampler, peers)
@@ -167,14 +172,31 @@ def samples_in(loader: Batches) -> int:
     return _samples_drawn(batches)
 
 
-def counted(loader: Batches, progress: Progress, peers: Peers) -> Iterator[Any]:
-    """A loader's batches; after each, progress is told and the other processes are looked at."""
+def counted(loader: Batches, progress: Progress, peers: Peers, seed: int = 0) -> Iterator[Any]:
+    """A loader's batches; after each, progress is told and the other processes are looked at.
+
+    Whatever the loader draws, crops and its own order too, follows from the seed alone, and leaves
+    the caller's generators as they were.
+    """
     done, total = 0, samples_in(loader)
-    for batch in loader:
+    for batch in _seeded(loader, seed):
         peers.check()
         yield batch
         done += size_of(batch)
         progress(done, total)
+
+
+def _seeded(loader: Batches, seed: int) -> Iterator[Any]:
+    """A loader's batches, all of them loaded with seeded generators."""
+    generators, end = Generators(seed), object()
+    with generators.in_use():
+        batches = iter(loader)
+    while True:
+        with generators.in_use():
+            batch = next(batches, end)
+        if batch is end:
+            return
+        yield batch
 
 
 @dataclass(frozen=True)
@@ -272,6 +294,14 @@ def _targets(data: Dataset[Any]) -> torch.Tensor:
             "Leave :stratified out, or give the Dataset such an attribute.",
         )
     return found
+
+
+class _Repeatable(DataLoader[Any]):
+    """A DataLoader whose workers draw the same in every pass."""
+
+    def __iter__(self) -> Any:
+        self.generator.manual_seed(self.generator.initial_seed())
+        return super().__iter__()
 
 
 class _Listed(Sampler[list[int]]):

@@ -165,7 +165,7 @@ def refresh(
     models = [how.model, *(copy.deepcopy(how.model) for _ in weights[1:])]
     for model, state_dict, origin in zip(models, weights, origins, strict=True):
         load_into(model, state_dict, origin)
-    batches = counted(how.training, how.progress, how.peers)
+    batches = counted(how.training, how.progress, how.peers, how.runtime.seed)
     with heap.kept(how.runtime.device):
         results = recompute(models, batches, how.runtime, how.forward, peers=how.peers)
     for model, state_dict, result in zip(models, weights, results, strict=True):

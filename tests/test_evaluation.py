@@ -310,8 +310,13 @@ class OtherEachTime:
         return iter(next(self.passes))
 
 
+def shuffled(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return list(DataLoader(TensorDataset(X, Y), 16, shuffle=True, generator=generator))
+
+
 ONE_PASS_DATA = {
-    "shuffled": lambda: DataLoader(TensorDataset(X, Y), 16, shuffle=True),
+    "shuffled": lambda: OtherEachTime(*(shuffled(seed) for seed in range(3))),
     "shorter": lambda: OtherEachTime(batches(), batches()[:-1], batches()),
     "longer": lambda: OtherEachTime(batches()[:-1], batches(), batches()),
     "a generator": lambda: iter(batches()),
@@ -329,6 +334,14 @@ def test_data_that_differ_from_pass_to_pass_are_an_error(monkeypatch, checkpoint
 @pytest.mark.parametrize("data", ONE_PASS_DATA.values(), ids=ONE_PASS_DATA)
 def test_one_pass_may_have_any_order(checkpoints, data):
     assert len(evaluate(checkpoints, Net(), data())) == 3
+
+
+def test_a_loader_that_shuffles_does_so_alike_in_each_pass(monkeypatch, checkpoints):
+    loader = DataLoader(TensorDataset(X, Y), 16, shuffle=True)
+    together = evaluate(checkpoints, Net(), loader)
+    monkeypatch.setattr(evaluation, "fit", lambda *_: 1)
+    apart = evaluate(checkpoints, Net(), loader)
+    assert [r.metrics for r in apart] == [r.metrics for r in together]
 
 
 def test_progress_is_told_each_phase(checkpoints):
@@ -507,7 +520,7 @@ def test_labels_may_have_any_type(checkpoints, states, dtype):
 def test_outputs_and_labels_of_other_shapes_are_an_error(checkpoints, outputs, labels, message):
     data = [(X[:4], torch.zeros(labels, dtype=torch.int64))]
     with pytest.raises(EvaluationError, match=message):
-        evaluate(checkpoints, Net(), data, forward=lambda *_: torch.zeros(outputs))
+        evaluate(checkpoints, Net(), iter(data), forward=lambda *_: torch.zeros(outputs))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

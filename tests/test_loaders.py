@@ -89,7 +89,7 @@ def test_a_stream_is_read_as_it_comes():
     assert order_of(open_loader(Stream(), Runtime(CPU), shuffle=True)) == list(range(20))
 
 
-@pytest.mark.parametrize("loader", [DataLoader(Numbers(), 4), [torch.ones(1)], iter(())])
+@pytest.mark.parametrize("loader", [DataLoader(Numbers(), 4), [torch.ones(1, 2)], iter(())])
 def test_a_loader_is_used_as_it_is(loader):
     assert open_loader(loader, Runtime(CPU), shuffle=True) is loader
 
@@ -442,7 +442,7 @@ def test_a_subset_of_nothing_is_wrong_usage(count):
 
 @pytest.mark.parametrize(("limit", "batches"), [(1, 1), (6, 2), (7, 3), (100, 7)])
 def test_a_subset_of_a_loader_is_its_first_batches(limit, batches):
-    loader = [(x, None) for x in torch.arange(20.0).split(3)]
+    loader = [(x, None) for x in torch.arange(20.0)[:, None].split(3)]
     found = list(open_loader(loader, Runtime(CPU), shuffle=True, subset=Subset(limit)))
     assert [x.tolist() for x, _ in found] == [x.tolist() for x, _ in loader[:batches]]
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
-from torch.utils.data import Dataset
 
 from ckptavg import sources
 from ckptavg.batches import Batches, Forward
@@ -15,12 +14,15 @@ from ckptavg.loaders import Progress, Subset, open_loader, share
 from ckptavg.processes import Alone, Peers
 from ckptavg.refresh import Pass
 from ckptavg.runtime import Runtime
+from ckptavg.seeding import seed_all
+from ckptavg.streams import is_dataset
 from ckptavg.tasks import Task
 from ckptavg.tasks.named import make_task, usual_task
 
 
 def model_and_runtime(settings: Mapping[str, Any], kind: Task) -> tuple[nn.Module, Runtime]:
     """The model that was named, and where and how it runs."""
+    seed_all(settings["seed"])  # of what a forward pass draws, and what factories do
     arguments = sources.parse_arguments(settings["model_arg"])
     model = sources.make_model(settings["model_spec"], arguments)
     options = {name: settings[name] for name in ("amp", "workers", "seed")}
@@ -87,6 +89,6 @@ def _batches(
     data = sources.make_data(
         settings[name], arguments, train=train, model_spec=settings["model_spec"]
     )
-    if peers.count > 1 and not isinstance(data, Dataset):  # a loader that all of them have alike
+    if peers.count > 1 and not is_dataset(data):  # a loader that all of them have alike
         return share(data, peers, runtime.seed, subset)
     return open_loader(data, runtime, shuffle=train, subset=subset, peers=peers)

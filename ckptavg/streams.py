@@ -1,0 +1,120 @@
+"""Samples or batches: which of the two some data gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain, islice
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+
+from ckptavg.batches import is_object, is_sequence, is_zipped, moves_itself, parts_of
+from ckptavg.errors import EvaluationError
+
+Collate = Callable[[list[Any]], Any]
+_BARE_IN_LIST = 2
+_BARE_IN_STREAM = 4
+"""Axes from which a tensor by itself is taken for a batch: a stream's items are samples usually."""
+
+
+def is_dataset(data: Any) -> bool:
+    """Whether data gives samples, which are yet to be made batches, or may do so.
+
+    Besides a Dataset of torch's that is whatever has a length and items, such as a data set of
+    Hugging Face's, or a list of samples. A list of batches is none, nor is a stream that loads its
+    batches by a DataLoader within, as webdataset's WebLoader does.
+    """
+    if isinstance(data, (DataLoader, Mapping)):
+        return False
+    if isinstance(data, Dataset):
+        return not _loads_itself(data)
+    if is_sequence(data):
+        return bool(len(data)) and not is_batch(data[0], _BARE_IN_LIST)
+    return hasattr(data, "__len__") and hasattr(data, "__getitem__")
+
+
+def is_batch(item: Any, bare: int = _BARE_IN_STREAM) -> bool:
+    """Whether an item has an axis of samples, by its tensors: the same first axis in all of them.
+
+    Args:
+        item: The first that some data gives.
+        bare: Axes from which a tensor by itself is a batch.
+    """
+    if is_zipped(item) or moves_itself(item):
+        return True
+    tensors, lists, waiting = list[torch.Tensor](), set[int](), [item]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, torch.Tensor):
+            tensors.append(part)
+        elif is_sequence(part) and part and not any(map(_holds_more, part)):
+            lists.add(len(part))  # names, for instance
+        elif isinstance(part, Mapping) or is_sequence(part):
+            waiting += parts_of(part)
+        elif is_object(part):
+            waiting += [p for p in parts_of(part) if isinstance(p, torch.Tensor)]
+        elif isinstance(part, (bool, int, float)):  # one sample's label
+            return False
+    axes = max((tensor.dim() for tensor in tensors), default=0)
+    if len(tensors) == 1 and not lists:
+        return axes >= bare
+    lengths = lists | {tensor.shape[0] if tensor.dim() else 0 for tensor in tensors}
+    return axes > 1 and len(lengths) == 1 and 0 not in lengths
+
+
+class Batched(IterableDataset[Any]):
+    """A stream as batches: its samples put together, or its items as they are if they are batches.
+
+    Args:
+        data: The stream.
+        size: Samples per batch.
+        collate: Puts samples together.
+    """
+
+    def __init__(self, data: IterableDataset[Any], size: int, collate: Collate) -> None:
+        self.data = data
+        self.size = size
+        self.collate = collate
+
+    def __iter__(self) -> Iterator[Any]:
+        items = iter(self.data)
+        first = [*islice(items, 1)]
+        if first and is_batch(first[0]):
+            yield from chain(first, items)
+            return
+        items = chain(first, items)
+        while samples := [*islice(items, self.size)]:
+            yield self.collate(samples)
+
+
+def collate_of(data: Any) -> Collate:
+    """The function that puts a Dataset's samples together: its own ``collate_fn``, or torch's."""
+    own: Collate | None = getattr(data, "collate_fn", None)
+    return own if callable(own) else collate
+
+
+def collate(samples: list[Any]) -> Any:
+    """Put samples together as torch does.
+
+    Raises:
+        EvaluationError: They do not go together.
+    """
+    try:
+        return default_collate(samples)
+    except (RuntimeError, TypeError) as error:
+        raise EvaluationError(
+            f"the samples do not make a batch: {error}",
+            "Give them one shape, or pass a DataLoader with a collate_fn of its own.",
+        ) from error
+
+
+def _holds_more(part: Any) -> bool:
+    return isinstance(part, (torch.Tensor, Mapping)) or is_sequence(part) or is_object(part)
+
+
+def _loads_itself(data: Any) -> bool:
+    """Whether a stream holds a DataLoader, by itself or as a part of its pipeline."""
+    held: list[Any] = [*vars(data).values()] if isinstance(data, IterableDataset) else []
+    inner: Sequence[Any] = [part for value in held if is_sequence(value) for part in value]
+    return any(isinstance(value, DataLoader) for value in (*held, *inner))

@@ -1,0 +1,117 @@
+"""Figures repeat under augmentation, and the caller's generators stay as they were."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from ckptavg import evaluate, update_bn
+from ckptavg.loaders import counted, open_loader
+from ckptavg.processes import Alone
+from ckptavg.runtime import Runtime
+from ckptavg.seeding import Generators
+
+
+class Augmented(Dataset):
+    """Noise from one of the global generators, or from all of them."""
+
+    def __init__(self, *names):
+        self.names = names or ("torch", "numpy", "python")
+
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, index):
+        drawn = {
+            "torch": lambda: float(torch.rand(())),
+            "numpy": np.random.rand,
+            "python": random.random,
+        }
+        noise = [drawn[name]() for name in self.names]
+        return torch.tensor([index, *noise], dtype=torch.float32), index % 2
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        data = Augmented()
+        return (data[i] for i in range(24))
+
+
+def disturb():
+    torch.rand(7)
+    np.random.rand(7)
+    random.random()
+
+
+def read(data, seed=0, workers=0):
+    runtime = Runtime(torch.device("cpu"), batch_size=5, seed=seed, workers=workers)
+    loader = open_loader(data, runtime, shuffle=True)
+    disturb()
+    return torch.cat([x for x, _ in counted(loader, lambda *_: None, Alone(), seed)])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("names", [("torch",), ("numpy",), ("python",), ()], ids=str)
+def test_what_is_drawn_follows_from_the_seed(names, workers):
+    found = [read(Augmented(*names), seed, workers) for seed in (3, 3, 4)]
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0][:, 1:], found[2][:, 1:])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        Stream,
+        lambda: DataLoader(Augmented(), 5, shuffle=True),
+        lambda: DataLoader(Augmented(), 5, shuffle=True, num_workers=1),
+    ],
+    ids=["stream", "loader", "workers"],
+)
+def test_so_does_what_a_stream_or_a_loader_draws(data):
+    assert torch.equal(read(data()), read(data()))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_pass_over_a_loader_draws_the_same(workers):
+    runtime = Runtime(torch.device("cpu"), batch_size=5, workers=workers)
+    loader = open_loader(Augmented(), runtime, shuffle=True)
+    first, second = (
+        torch.cat([x for x, _ in counted(loader, lambda *_: None, Alone())]) for _ in range(2)
+    )
+    assert torch.equal(first, second)
+
+
+def states():
+    numpy = np.random.get_state()
+    return [torch.get_rng_state().tolist(), random.getstate(), numpy[1].tolist(), numpy[2:]]
+
+
+def test_the_callers_generators_are_left_as_they_were():
+    disturb()
+    before = states()
+    batches = counted(DataLoader(Augmented(), 5, shuffle=True), lambda *_: None, Alone())
+    next(batches)
+    assert states() == before  # between two batches, too
+    list(batches)
+    assert states() == before
+    generators = Generators(1)
+    with generators.in_use():
+        disturb()
+    assert states() == before
+
+
+def test_three_calls_find_the_same(tmp_path):
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2))
+    torch.save(model.state_dict(), tmp_path / "net.pt")
+    statistics, figures = [], []
+    for _ in range(3):
+        disturb()
+        update_bn(model, Augmented(), batch_size=5)
+        statistics.append(model[0].running_mean.tolist())
+        (result,) = evaluate([tmp_path / "net.pt"], model, Augmented(), batch_size=5)
+        figures.append(result.metrics["nll"])
+    assert statistics[0] == statistics[1] == statistics[2]
+    assert figures[0] == figures[1] == figures[2]

@@ -1,0 +1,182 @@
+"""Samples or batches: which of the two some data gives, and what becomes of it."""
+
+from collections import UserDict
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+from ckptavg.errors import EvaluationError
+from ckptavg.loaders import open_loader
+from ckptavg.runtime import Runtime
+from ckptavg.streams import is_batch, is_dataset
+
+X, Y = torch.arange(40.0).view(20, 2), torch.arange(20) % 3
+RUNTIME = Runtime(torch.device("cpu"), batch_size=6)
+SAMPLES = list(zip(X, Y.tolist(), strict=True))
+BATCHES = list(zip(X.split(5), Y.split(5), strict=True))
+IMAGE = torch.rand(3, 8, 8)
+
+
+class Stream(IterableDataset):
+    def __init__(self, items):
+        self.items = items
+
+    def __iter__(self):
+        return iter(self.items)
+
+
+class WebLoader(Stream):
+    """As webdataset's, whose batches come from a DataLoader at the head of its pipeline."""
+
+    def __init__(self, loader):
+        super().__init__(loader)
+        self.pipeline = [loader]
+
+
+class Table:
+    """As a data set of Hugging Face's: no Dataset of torch's, rows by number, and iterable."""
+
+    def __len__(self):
+        return len(X)
+
+    def __getitem__(self, index):
+        if index >= len(X):
+            raise IndexError
+        return {"x": X[index], "labels": Y[index]}
+
+    def __iter__(self):
+        return (self[i] for i in range(len(X)))
+
+
+class Own(Dataset):
+    """Its samples do not stack; it says how they go together."""
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        return torch.ones(index + 1, 2)
+
+    def collate_fn(self, samples):
+        return torch.cat(samples)
+
+
+@pytest.mark.parametrize(
+    ("item", "expected"),
+    [
+        ((X[0], 1), False),
+        ((X[0], torch.tensor(1)), False),
+        ((X[0], Y[:3]), False),
+        ((X[0], X[0]), False),  # features and as many targets
+        ((IMAGE, 1), False),
+        ((IMAGE, 1, "path"), False),
+        ((IMAGE, {"boxes": torch.rand(5, 4)}), False),
+        ({"x": X[0], "labels": 1}, False),
+        ({"x": X[0], "labels": torch.tensor(1)}, False),
+        ({"input_ids": Y, "attention_mask": Y}, False),
+        ({"input_ids": [1, 2, 3], "labels": 1}, False),
+        ({"__key__": "a", "image": IMAGE}, False),
+        (IMAGE, False),
+        (X[0], False),
+        ("text", False),
+        ((X, Y), True),
+        ([X, Y], True),
+        ((X, Y, ["path"] * 20), True),
+        ((X, ["name"] * 20), True),
+        ((X, Y.float()[:, None]), True),
+        (((X, X), Y), True),
+        ({"x": X, "labels": Y}, True),
+        (UserDict(x=X, labels=Y), True),
+        (({"x": X}, Y), True),
+        ({"input_ids": Y.view(5, 4), "labels": Y[:5]}, True),
+        (torch.rand(4, 3, 8, 8), True),
+        ((torch.rand(4, 3, 8, 8), None), True),
+        ((SimpleNamespace(image=X), Y), True),
+        (([IMAGE, torch.rand(3, 6, 5)], [{"boxes": X}, {"boxes": Y}]), True),
+    ],
+)
+def test_an_item_tells_whether_it_is_a_batch(item, expected):
+    assert is_batch(item) == expected
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (TensorDataset(X, Y), True),
+        (Stream(SAMPLES), True),
+        (Table(), True),
+        (SAMPLES, True),
+        (tuple(SAMPLES), True),
+        ([{"x": x, "labels": y} for x, y in SAMPLES], True),
+        (X, True),  # its rows
+        (DataLoader(TensorDataset(X, Y), 5), False),
+        (WebLoader(DataLoader(TensorDataset(X, Y), 5)), False),
+        (BATCHES, False),
+        (list(X.split(5)), False),
+        ([], False),
+        (iter(SAMPLES), False),
+        ({"train": Table()}, False),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_gives_samples_is_a_dataset(data, expected):
+    assert is_dataset(data) == expected
+
+
+def read(data, **how):
+    return list(open_loader(data, Runtime(torch.device("cpu"), batch_size=6, **how), shuffle=False))
+
+
+@pytest.mark.parametrize("data", [SAMPLES, TensorDataset(X, Y), Stream(SAMPLES)], ids=type)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_samples_become_batches(data, workers):
+    found = read(data, workers=workers)
+    assert [len(x) for x, _ in found] == [6, 6, 6, 2]
+    assert torch.equal(torch.cat([x for x, _ in found]), X)
+    assert torch.equal(torch.cat([y for _, y in found]), Y)
+
+
+def test_rows_become_batches_and_training_ones_are_shuffled():
+    found = read(Table())
+    assert torch.equal(torch.cat([batch["x"] for batch in found]), X)
+    drawn = torch.cat([b["x"] for b in open_loader(Table(), RUNTIME, shuffle=True)])
+    assert not torch.equal(drawn, X)
+    assert torch.equal(drawn.sort(0).values, X)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [BATCHES, Stream(BATCHES), WebLoader(BATCHES), DataLoader(Stream(BATCHES), batch_size=None)],
+    ids=["list", "stream", "pipeline", "loader"],
+)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_are_not_batched_again(data, workers):
+    found = read(data, workers=workers)
+    assert [x.shape for x, _ in found] == [(5, 2)] * 4
+    assert torch.equal(torch.cat([x for x, _ in found]), X)
+
+
+def test_a_stream_with_a_loader_within_has_the_loaders_workers():
+    loader = DataLoader(TensorDataset(X, Y), 5, num_workers=1)
+    found = read(WebLoader(loader), workers=2)
+    assert torch.equal(torch.cat([x for x, _ in found]), X)
+
+
+def test_a_stream_can_be_read_again():
+    loader = open_loader(Stream(SAMPLES), RUNTIME, shuffle=False)
+    assert [len(list(loader)) for _ in range(2)] == [4, 4]
+    assert read(Stream([])) == []
+
+
+def test_a_dataset_may_put_its_samples_together_by_itself():
+    (batch,) = read(Own())
+    assert batch.shape == (6, 2)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_samples_that_do_not_go_together_say_so(workers):
+    samples = [(torch.ones(n, 2), 0) for n in (1, 2, 3)]
+    with pytest.raises(EvaluationError, match=r"samples do not make a batch: .*equal size"):
+        read(samples, workers=workers)
