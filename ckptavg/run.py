@@ -272,7 +272,7 @@ class Run:
         if not trainings:
             raise RunError(
                 f"the selection ({what}) leaves none of {len(self.opened)} checkpoints",
-                "`ckptavg inspect` shows the run's steps.",
+                _describe_steps(self.opened),
             )
         left_out = [(d.path, "cannot be opened, and lies outside the selection") for d in outside]
         few = [] if asked is None else [c for c in trainings if len(c) < asked]
@@ -378,7 +378,16 @@ def as_run(run: RunLike) -> Run:
 def _note_fewer(what: str, picked: Picked, trainings: int) -> str:
     """Note that a training has fewer checkpoints than a selection asks for."""
     where = f" in {picked[0].path.parent}" if trainings > 1 else ""
-    return f"the {what} are asked for, and there are only {len(picked)}{where}"
+    are = "is" if len(picked) == 1 else "are"
+    return f"the {what} are asked for, and there {are} only {len(picked)}{where}"
+
+
+def _describe_steps(checkpoints: Picked) -> str:
+    """Say between which steps some checkpoints lie, as a remedy."""
+    steps = [checkpoint.step for checkpoint in checkpoints if checkpoint.step is not None]
+    if not steps:
+        return "`ckptavg inspect` shows the run."
+    return f"Their steps are {step_text(min(steps))} to {step_text(max(steps))}."
 
 
 def _why(left_out: list[tuple[Location, str]]) -> str:

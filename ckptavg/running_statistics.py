@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ckptavg.errors import UsageError, first_few
+from ckptavg.spelling import close_patterns, did_you_mean
 
 State = Literal["none", "own", "frozen", "stale", "partly recomputed", "recomputed"]
 """``none``: there are no such layers. ``own``: statistics and weights are of one checkpoint.
@@ -84,9 +85,10 @@ def match_layers(patterns: str | Sequence[str], layers: Iterable[str]) -> set[st
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         names = [name for name in known if fnmatch.fnmatchcase(name, pattern)]
         if not names:
+            listed = f"The layers are {first_few(known, 6)}." if known else "There are none."
             raise UsageError(
                 f"{pattern!r} matches no BatchNorm layer",
-                f"The layers are {first_few(known, 6)}." if known else "There are no such layers.",
+                did_you_mean(close_patterns(pattern, known)) or listed,
             )
         matched.update(names)
     return matched

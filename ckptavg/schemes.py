@@ -257,7 +257,8 @@ def _remark_on_few(options: Mapping[str, str]) -> Remark:
         count = len(coefficients)
         if count >= int(options["k"]):
             return ""
-        return f"lawa takes the last {options['k']}, and there are only {count}"
+        are = "is" if count == 1 else "are"
+        return f"lawa takes the last {options['k']}, and there {are} only {count}"
 
     return remark
 
