@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+import warnings
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,6 +13,8 @@ from torch.nn.parameter import is_lazy
 
 from ckptavg.errors import ModelError, first_few
 from ckptavg.formats.weights import bare_names
+
+_LARGE = 1 << 30  # bytes of a model that is not copied in order to try something
 
 
 def load_into(model: nn.Module, state_dict: Mapping[str, torch.Tensor], origin: str) -> None:
@@ -31,27 +36,69 @@ def load_into(model: nn.Module, state_dict: Mapping[str, torch.Tensor], origin: 
     extra = [name for name in state_dict if name not in places and not _is_beside(name, places)]
     lost = [name for name in places.values() if name not in given]
     reached = {own[name].data_ptr() for name in given if _is_real(own[name])}
-    lost = [
+    spare = {
         name
         for name in lost
-        if not name.endswith("num_batches_tracked")
-        and not (_is_real(own[name]) and own[name].data_ptr() in reached)
-    ]
-    if lost or extra:
-        parts = [f"the model needs {first_few(lost)}"] if lost else []
-        parts += [f"the checkpoint has {first_few(extra)}"] if extra else []
-        raise ModelError(
-            f"{origin} does not fit the model: {'; '.join(parts)}",
-            _remedy(set(places), set(state_dict)),
-        )
-    for name, tensor in given.items():
-        if not is_lazy(own[name]) and own[name].shape != tensor.shape:
-            raise ModelError(
-                f"{origin} does not fit the model: {name} has the shape {tuple(tensor.shape)} "
-                f"where the model has {tuple(own[name].shape)}",
-                "Check --model and its --model-arg (num_classes, for instance).",
-            )
+        if name.endswith("num_batches_tracked")
+        or (_is_real(own[name]) and own[name].data_ptr() in reached)
+    }
+    lost = [name for name in lost if name not in spare]
+    misshapen = [n for n, t in given.items() if not is_lazy(own[n]) and own[n].shape != t.shape]
+    if lost or extra or misshapen:
+        prefix = next((place.removesuffix(name) for name, place in places.items()), "")
+        given |= {prefix + name: state_dict[name] for name in extra}
+        if not _torch_takes(model, given, spare):
+            if lost or extra:
+                what, remedy = _misfit(lost, extra), _remedy(set(places), set(state_dict))
+            else:
+                what = _misshape(misshapen[0], given[misshapen[0]], own[misshapen[0]])
+                remedy = "Check --model and its --model-arg (num_classes, for instance)."
+            raise ModelError(f"{origin} does not fit the model: {what}", remedy)
     model.load_state_dict(given, strict=False)
+
+
+def _misfit(lost: list[str], extra: list[str]) -> str:
+    parts = [f"the model needs {first_few(lost)}"] if lost else []
+    parts += [f"the checkpoint has {first_few(extra)}"] if extra else []
+    return "; ".join(parts)
+
+
+def _misshape(name: str, given: torch.Tensor, own: torch.Tensor) -> str:
+    shape, wanted = tuple(given.shape), tuple(own.shape)
+    return f"{name} has the shape {shape} where the model has {wanted}"
+
+
+def _torch_takes(
+    model: nn.Module, state_dict: Mapping[str, torch.Tensor], spare: Collection[str]
+) -> bool:
+    """Whether a model's own way of loading makes names and shapes fit.
+
+    Observers size their buffers, and layers rename what older versions of them had. That is tried
+    on a copy, since torch keeps what it has loaded before it finds an error: one without values,
+    and of a model that is no large one a whole one, too.
+
+    Args:
+        model: It.
+        state_dict: By the model's names.
+        spare: What may be missing.
+    """
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if not is_lazy(t)]
+    hollow: dict[int, Any] = {}
+    for tensor in tensors:
+        empty = torch.empty_like(tensor, device="meta", requires_grad=False)
+        is_weight = isinstance(tensor, nn.Parameter)
+        hollow[id(tensor)] = nn.Parameter(empty, requires_grad=False) if is_weight else empty
+    whole: dict[int, Any] = {}
+    is_large = sum(tensor.nbytes for tensor in tensors) > _LARGE
+    for kept in (hollow,) if is_large else (hollow, whole):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that nothing is copied
+                keys = copy.deepcopy(model, kept).load_state_dict(state_dict, strict=False)
+        except Exception:  # whatever a module of the user's says
+            continue
+        return not keys.unexpected_keys and {*keys.missing_keys} <= {*spare}
+    return False
 
 
 def _is_beside(name: str, places: Mapping[str, str]) -> bool:

@@ -1,5 +1,6 @@
 """Weights into a module: names, wrappers, ties, and errors that say what does not fit."""
 
+import warnings
 from collections import OrderedDict
 
 import pytest
@@ -203,3 +204,68 @@ def test_the_networks_of_a_file_that_fit_the_model_are_named():
     del both["actor.head.bias"]
     with pytest.raises(ModelError, match=r"the one that fits: --key critic\.$"):
         load_into(Net(), both, "step_1.pt")
+
+
+# What torch itself makes fit
+
+
+class Observer(nn.Module):
+    """As observers of quantization: takes the shape of what it loads."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("low", torch.empty(0))
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        for name in ("low", "scale"):
+            value = state_dict[prefix + name]
+            getattr(self, name).data = torch.zeros_like(value)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def test_buffers_that_size_themselves_take_any_shape():
+    model = nn.Sequential(nn.Linear(2, 2), Observer())
+    state = model.state_dict() | {"1.low": torch.arange(3.0), "1.scale": torch.arange(4.0)}
+    load_into(model, state, "x.pt")
+    assert torch.equal(model[1].low, torch.arange(3.0))
+    assert torch.equal(model[1].scale, torch.arange(4.0))
+
+
+def test_a_quantization_aware_model_takes_what_load_state_dict_takes():
+    quantization = pytest.importorskip("torch.ao.quantization")
+
+    def prepared():
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()).train()
+        quantization.fuse_modules_qat(model, [["0", "1", "2"]], inplace=True)
+        model.qconfig = quantization.get_default_qat_qconfig("fbgemm", version=0)
+        return quantization.prepare_qat(model, inplace=True)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trained, fresh, expected = prepared(), prepared(), prepared()
+        trained(torch.randn(2, 3, 4, 4))
+        expected.load_state_dict(trained.state_dict())
+        load_into(fresh, trained.state_dict(), "x.pt")
+    for name, value in expected.state_dict().items():
+        assert torch.equal(fresh.state_dict()[name], value), name
+
+
+def test_names_that_torch_knows_from_older_versions_are_taken():
+    """The weights of a layer under the old weight norm, in one under the new."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        old = nn.Sequential(nn.utils.weight_norm(nn.Linear(3, 2)))
+    new = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)))
+    load_into(nn.DataParallel(new), old.state_dict(), "x.pt")
+    x = torch.randn(4, 3)
+    assert torch.equal(new(x), old(x))
+
+
+def test_what_only_seems_to_fit_is_an_error_and_changes_nothing():
+    model = nn.Sequential(nn.Linear(2, 2), Observer())
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    state = model.state_dict() | {"1.low": torch.ones(3), "0.bias": torch.ones(3)}
+    with pytest.raises(ModelError, match=r"shape \(3,\) where the model has"):
+        load_into(model, state, "x.pt")
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
