@@ -43,7 +43,8 @@ _TENSORS = re.compile(
     re.IGNORECASE,
 )
 _TRAINING = re.compile(
-    r"trainer_state\.json|training_args\.\w+|(all|train|eval|predict|test)_results\.json"
+    r"trainer_state\.json|training_args\.\w+"
+    r"|([\w.-]+[-_.])?(results?|metrics|scores?)\.(json|jsonl|csv|tsv|txt|ya?ml)"
     r"|(optimizer|optim|lr_scheduler|scheduler|rng_state|rng|random_states?|scaler|grad_scaler"
     r"|sampler|dl_state_dict|custom_checkpoint)[-_.\d]*\.(pt|pth|bin|ckpt|pkl|pickle|safetensors)"
     r"|zero_pp_rank_.*|.*optim_states\.pt|events\.out\.tfevents\..*|zero_to_fp32\.py|latest"

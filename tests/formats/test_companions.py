@@ -38,6 +38,7 @@ MODEL = {
 TRAINING = [
     "optimizer.pt", "scheduler.pt", "rng_state.pth", "rng_state_3.pth", "training_args.bin",
     "trainer_state.json", "random_states_0.pkl", "optimizer.bin", "eval_results.json",
+    "metrics.json", "dev_scores.txt", "similarity_evaluation_sts-dev_results.csv",
     "events.out.tfevents.1700000000.host.1.0", "latest", "zero_to_fp32.py", "train.log",
 ]  # fmt: skip
 TENSORS = [
