@@ -141,7 +141,9 @@ def _lay_out_folder(
         stored_name = template.stored_name(tensor.name) if keeps_names else tensor.name
         bare_names[stored_name] = tensor.name
     renamed = [replace(t, name=stored) for stored, t in zip(bare_names, tensors, strict=True)]
-    metadata, notes = safetensors_layout.header_metadata(provenance, template.metadata)
+    metadata, notes = safetensors_layout.header_metadata(
+        provenance, template.metadata, template.momentary
+    )
     shards = _split_into_shards(name, renamed, template)
     planned = _FolderLayout([], notes=notes)
     for shard, members in shards.items():

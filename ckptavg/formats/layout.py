@@ -33,7 +33,9 @@ def lay_out(
     suffix = Path(path).suffix
     text = json.dumps(dict(provenance))
     if suffix == ".safetensors":
-        metadata, untrue = safetensors_layout.header_metadata(text, template.metadata)
+        metadata, untrue = safetensors_layout.header_metadata(
+            text, template.metadata, template.momentary
+        )
         single = safetensors_layout.lay_out("", tensors, metadata)
         return Layout(False, [single], notes=tuple(untrue))
     if suffix in TORCH_SUFFIXES:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from ckptavg.errors import first_few, short
 from ckptavg.formats import safetensors
@@ -39,18 +39,24 @@ def lay_out(name: str, tensors: Sequence[OutputTensor], metadata: Mapping[str, s
 
 
 def header_metadata(
-    provenance: str, template: Mapping[str, str]
+    provenance: str, template: Mapping[str, str], momentary: Collection[str] = ()
 ) -> tuple[dict[str, str], list[str]]:
     """Make the metadata of an output's header.
 
     Args:
         provenance: How the output was made, as JSON.
         template: The metadata of the last input.
+        momentary: Names of entries that are true of that input alone.
 
     Returns:
         The metadata, and notes about the input's entries that are not in it.
     """
-    untrue = [name for name, value in template.items() if _is_of_these_weights(name, value)]
+    untrue = [
+        name
+        for name, value in template.items()
+        if _is_of_these_weights(name, value)
+        or (name in momentary and not name.startswith(_TRAINER))
+    ]
     left_out = {*_FILE_ENTRIES, *untrue}
     entries = {name: value for name, value in template.items() if name not in left_out}
     notes = []

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from helpers import save
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -85,3 +86,12 @@ def test_whatever_stands_in_a_header_is_kept_or_named(template):
     lost = template.keys() - kept.keys() - {"DCP_SHARDING_INFO", "DCP_VERSION"}
     assert bool(lost) == bool(notes)
     assert all(kept[name] == template[name] for name in template.keys() & kept.keys() - {"format"})
+
+
+def test_a_number_that_changes_from_checkpoint_to_checkpoint_is_not_the_averages(tmp_path):
+    for i in (1, 2):
+        beside = {"step": 10 * i, "va": i / 7, "p_drop": 0.1, "author": "me"}
+        save(tmp_path / "run" / f"{i}.safetensors", {"w": torch.ones(2) * i}, **beside)
+    ckptavg.average(ckptavg.open_run(tmp_path / "run"), out=tmp_path / "out.safetensors")
+    with safe_open(tmp_path / "out.safetensors", "pt") as file:
+        assert file.metadata().keys() == {"format", "step", "p_drop", "author", "ckptavg"}
