@@ -25,7 +25,7 @@ from ckptavg.errors import EvaluationError, UsageError
 from ckptavg.processes import Alone, Peers
 from ckptavg.runtime import Runtime
 from ckptavg.seeding import Generators
-from ckptavg.streams import Batched, collate_of, is_dataset
+from ckptavg.streams import Batched, collate_of, is_dataset, with_tensors
 
 log = logging.getLogger("ckptavg")
 Progress = Callable[[int, int], None]
@@ -87,6 +87,7 @@ def open_loader(
     """
     peers = peers or Alone()
     pinned = runtime.device.type == "cuda"
+    data = with_tensors(data)
     samples = is_dataset(data)
     if samples and isinstance(data, IterableDataset):
         one = min(1, runtime.workers)  # each of several would give the whole stream

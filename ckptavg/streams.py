@@ -63,6 +63,15 @@ def is_batch(item: Any, bare: int = _BARE_IN_STREAM) -> bool:
     return axes > 1 and len(lengths) == 1 and 0 not in lengths
 
 
+def with_tensors(data: Any) -> Any:
+    """A data set of Hugging Face's that gives tensors, where it would give plain lists."""
+    form = getattr(data, "format", None)
+    kind = form.get("type", "") if isinstance(form, Mapping) else getattr(data, "_formatting", "")
+    if kind is not None or not callable(getattr(data, "with_format", None)):
+        return data
+    return data.with_format("torch")
+
+
 class Batched(IterableDataset[Any]):
     """A stream as batches: its samples put together, or its items as they are if they are batches.
 

@@ -14,6 +14,9 @@ from torch import nn
 from ckptavg.cli import main
 
 MODULE = """
+import random
+
+import numpy as np
 import torch
 from torch import nn
 from ckptavg import Task
@@ -35,6 +38,20 @@ def data():
 
 def loader():
     return torch.utils.data.DataLoader(data(), 7)
+
+class Noisy(torch.utils.data.Dataset):
+    def __init__(self):
+        self.samples = data()
+
+    def __len__(self):
+        return 30
+
+    def __getitem__(self, index):
+        noise = torch.rand(4) + np.random.rand() + random.random()
+        return {**self.samples[index], "picture": self.samples[index]["picture"] + noise}
+
+def noisy_loader():
+    return torch.utils.data.DataLoader(Noisy(), 7, num_workers=1)
 
 def call(model, batch):
     return model(batch["picture"], batch["gain"][:, None])
@@ -167,3 +184,17 @@ def test_what_is_no_such_function_is_said_before_any_work(
     line = result.stderr.strip().splitlines()[-1]
     assert re.search(words, line), line
     assert not Path("out.pt").exists()
+
+
+@pytest.mark.usefixtures("home")
+@pytest.mark.parametrize("data", ["Noisy", "noisy_loader"])
+def test_three_equal_calls_find_the_same_under_augmentation(data: str) -> None:
+    """Random changes of samples, from torch's, numpy's and Python's generators, are seeded."""
+    flags = [*TRAIN[:4], "--data", f"scaled_images.py:{data}", "--train-data",
+             f"scaled_images.py:{data}", "--forward", "scaled_images.py:call"]  # fmt: skip
+    calls = []
+    for seed in (0, 0, 0, 1):
+        result = ckptavg("eval", "--run", "run", *flags, "--seed", seed, "--json")
+        assert result.exit_code == 0, result.output
+        calls.append([c["metrics"]["nll"] for c in json.loads(result.stdout)["candidates"]])
+    assert calls[0] == calls[1] == calls[2] != calls[3]
