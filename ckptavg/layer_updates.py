@@ -49,6 +49,7 @@ _KERNELS: Mapping[Callable[..., Any], tuple[str, ...]] = {
 }
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Convert = Callable[[torch.Tensor], torch.Tensor]
 Values = dict[str, torch.Tensor]
 """Per statistic, its values in float64, flat; a complex one has two each."""
 
@@ -95,23 +96,26 @@ class LayerUpdate:
     """
 
     def __init__(self, layer: nn.Module, statistics: tuple[str, ...], forward: Any = None) -> None:
-        self._copy = _copy_of(layer, forward)
+        self._layer, self._forward = layer, forward
         self._names = statistics
         self._pair = is_pair(layer, statistics)
-        self._buffers = dict(self._copy._buffers)
+        self._widen(_wide)
         self._start = dict.fromkeys(statistics, 1.0) | {statistics[0]: 0.0}
         self._factors: dict[str, float] = {}
         self.estimates = False
 
     def rule(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rule:
         """Find out by a call's arguments, which stay as they are, what the layer does."""
-        for given in _samples(args, kwargs):
-            try:
-                with _undisturbed():
-                    return self._rule(given)
-            except Exception as error:  # whatever a layer says to a copy in float64
-                if is_out_of_memory(error):
-                    raise
+        # float32 at worst: compiled kernels may take nothing else
+        for convert in (_wide, _as_it_is):
+            self._widen(convert)
+            for given in _samples(args, kwargs):
+                try:
+                    with _undisturbed():
+                        return self._rule(given)
+                except Exception as error:  # whatever a layer says to a copy
+                    if is_out_of_memory(error):
+                        raise
         return "unknown"
 
     def moments(
@@ -134,6 +138,12 @@ class LayerUpdate:
                 return {self._names: self._pooled(given, values)}
         zero = torch.zeros_like
         return {(n,): Moments(1, v, zero(v), instances=True) for n, v in values.items()}
+
+    def _widen(self, convert: Convert) -> None:
+        """Make the copy, whose tensors and arguments are converted."""
+        self._convert = convert
+        self._copy = _copy_of(self._layer, convert, self._forward)
+        self._buffers = dict(self._copy._buffers)
 
     def _rule(self, given: Arguments) -> Rule:
         inputs: list[tuple[torch.Tensor, bool]] = []
@@ -229,7 +239,7 @@ class LayerUpdate:
             start: What the statistics are before.
             moved: Which of the floating tensors has which value changed by how much.
         """
-        args, kwargs = given = _widened(given)
+        args, kwargs = given = _converted(given, self._convert)
         if moved is not None:
             which, index, distance = moved
             floats = [t for t in tensors_of(given) if t.is_floating_point() and t.numel() > 1]
@@ -276,8 +286,8 @@ def only_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor |
     return values[0] if len(values) == 1 and isinstance(values[0], torch.Tensor) else None
 
 
-def _copy_of(layer: nn.Module, forward: Any = None) -> nn.Module:
-    """A copy of a layer in float64 with tensors of its own, in training mode, without hooks.
+def _copy_of(layer: nn.Module, convert: Convert, forward: Any = None) -> nn.Module:
+    """A copy of a layer with converted tensors, in training mode, without hooks.
 
     What else it refers to is shared: a layer may know of its model, or of a trainer.
     """
@@ -286,14 +296,14 @@ def _copy_of(layer: nn.Module, forward: Any = None) -> nn.Module:
     state.update(vars(nn.Module()) | {"training": True})
     for name, value in vars(layer).items():
         if name not in state and name != "forward":
-            state[name] = _wide(value) if isinstance(value, torch.Tensor) else value
+            state[name] = convert(value) if isinstance(value, torch.Tensor) else value
     for name, parameter in layer._parameters.items():
-        wide = None if parameter is None else nn.Parameter(_wide(parameter), requires_grad=False)
+        wide = None if parameter is None else nn.Parameter(convert(parameter), requires_grad=False)
         copy._parameters[name] = wide
     for name, buffer in layer._buffers.items():
-        copy._buffers[name] = None if buffer is None else _wide(buffer)
+        copy._buffers[name] = None if buffer is None else convert(buffer)
     for name, part in layer._modules.items():
-        copy._modules[name] = None if part is None else _copy_of(part).eval()
+        copy._modules[name] = None if part is None else _copy_of(part, convert).eval()
     if isinstance(forward, types.MethodType) and forward.__self__ is layer:
         forward = types.MethodType(forward.__func__, copy)
     if forward is not None:
@@ -309,16 +319,20 @@ def _wide(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to(torch.float64 if real else tensor.dtype, copy=True)
 
 
-def _widened(value: Any) -> Any:
-    """A call's arguments with copies in the place of their tensors."""
+def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in the same type."""
+    return tensor.detach().clone()
+
+
+def _converted(value: Any, convert: Convert) -> Any:
+    """A call's arguments with converted copies in the place of their tensors."""
     if isinstance(value, torch.Tensor):
-        return _wide(value)
+        return convert(value)
     if isinstance(value, dict):
-        return {key: _widened(part) for key, part in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(_widened, value))
+        return {key: _converted(part, convert) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(map(_widened, value))
+        parts = [_converted(part, convert) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     return value
 
 

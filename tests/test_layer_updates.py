@@ -411,14 +411,32 @@ def test_values_that_are_not_finite_are_an_error():
     assert torch.equal(layer.moving_mean, torch.zeros(1, C, 1))
 
 
-def test_a_layer_that_cannot_be_copied_is_left():
+class Float32(Masked):
+    """As compiled kernels that know no other type."""
+
+    def forward(self, x, mask):
+        if x.dtype != torch.float32:
+            raise TypeError("float32 only")
+        return super().forward(x, mask)
+
+
+def test_a_layer_that_takes_no_float64_is_asked_in_its_own_type():
+    batches = sequences((8, 3, 6), 9)
+    masks = [mask_of(x) for x in batches]
+    layer = Float32(C)
+    update_bn(layer, list(zip(batches, masks, strict=True)), forward=lambda m, b: m(*b))
+    assert_statistics(layer, pooled(batches, masks), rtol=1e-4)
+
+
+def test_a_layer_whose_copy_does_not_run_is_left(caplog):
     class Stubborn(OwnNorm):
         def forward(self, x):
-            if x.dtype == torch.float64:
-                raise TypeError("float32 only")
+            if self.training:
+                raise TypeError("not like this")
             return super().forward(x)
 
     layer = Stubborn()
     result = update_bn(layer, sequences())
     assert result.unknown == ("",)
     assert torch.equal(layer.running_mean, torch.zeros(C))
+    assert "left as they were" in caplog.text
