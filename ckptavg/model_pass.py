@@ -209,6 +209,8 @@ class ModelPass:
     def result(self, batches: int, samples: int) -> BatchNormResult:
         """What the pass did, which is said where a layer was left out."""
         written = {name for name, _ in self.moments}
+        for name in written:
+            self.layers[name].end_training()
         others = [layer for name, layer in self.layers.items() if name not in written]
         unreached = tuple(layer.name for layer in others if layer.kept is None)
         if unreached:

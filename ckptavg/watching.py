@@ -108,6 +108,15 @@ class WatchedLayer:
         buffers = self.layer._buffers
         return {name: value for name, value in values.items() if buffers.get(name) is not None}
 
+    def end_training(self) -> None:
+        """Let a layer do with new statistics what it does when it leaves training mode.
+
+        One that normalizes parts of a batch by themselves makes one statistic of theirs then.
+        """
+        if not self.layer.training and type(self.layer).train is not nn.Module.train:
+            vars(self.layer)["training"] = True
+            self.layer.eval()
+
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's forward pass."""
         return self._take(args[0] if args else kwargs["input"], args, kwargs)

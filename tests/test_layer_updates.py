@@ -354,6 +354,77 @@ def test_a_layer_of_complex_values_gets_the_means_of_its_batches():
     torch.testing.assert_close(layer.running_mean, mean, rtol=1e-5, atol=1e-5)
 
 
+class Ghost(nn.BatchNorm1d):
+    """Normalizes parts of a batch by themselves; their statistics become one in evaluation mode."""
+
+    def __init__(self, channels=C, parts=2):
+        super().__init__(channels)
+        self.parts = parts
+        self.running_mean = torch.zeros(channels * parts)
+        self.running_var = torch.ones(channels * parts)
+
+    def train(self, mode=True):
+        if self.training and not mode:
+            for name in ("running_mean", "running_var"):
+                parts = getattr(self, name).view(self.parts, -1)
+                setattr(self, name, parts.mean(0).repeat(self.parts))
+        return super().train(mode)
+
+    def forward(self, x):
+        n = len(self.running_mean) if self.training else C
+        y = x.reshape(-1, n, x.shape[-1])
+        mean, variance = self.running_mean[:n], self.running_var[:n]
+        if self.training:
+            mean, variance = self.running_mean, self.running_var
+        return F.batch_norm(y, mean, variance, training=self.training).view_as(x)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_parts_of_a_batch_become_one_when_training_ends(training):
+    layer, batches = Ghost().train(training), sequences((8, 4, 6))
+    update_bn(layer, batches)
+    assert layer.training == training
+    layer.eval()
+    parts = [pooled([x[i::2] for x in batches]).double() for i in range(2)]
+    for name, of in (("running_mean", torch.mean), ("running_var", torch.var)):
+        expected = torch.stack([of(part, 0) for part in parts]).mean(0)
+        actual = layer.get_buffer(name)[:C].double()
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+# Fused layers
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_fused_layer_of_quantization_aware_training():
+    """It scales its weights by its layer's running statistics, and its outputs back."""
+    quantization = pytest.importorskip("torch.ao.quantization")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()).train()
+    quantization.fuse_modules_qat(model, [["0", "1", "2"]], inplace=True)
+    model.qconfig = quantization.get_default_qat_qconfig("fbgemm", version=0)
+    quantization.prepare_qat(model, inplace=True)
+    data = [torch.randn(n, 3, 4, 4) for n in (6, 3)]
+    for _ in range(5):
+        model(data[0])
+    model.apply(quantization.disable_observer)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    inputs = []
+    hook = model[0].bn.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    with torch.no_grad():
+        for x in data:
+            model.eval()(x)
+    hook.remove()
+    result = update_bn(model, data)
+    assert result.written == {"0.bn.running_mean", "0.bn.running_var"}
+    values = torch.cat(inputs).double()
+    for name, of in (("running_mean", torch.mean), ("running_var", torch.var)):
+        actual = model[0].bn.get_buffer(name).double()
+        torch.testing.assert_close(actual, of(values, (0, 2, 3)), rtol=1e-5, atol=1e-6)
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == result.written | {"0.bn.num_batches_tracked"}
+
+
 # Layers that keep what they have
 
 
