@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -26,6 +27,7 @@ from ckptavg.processes import Processes
 from ckptavg.progress import ProgressLike, open_phase
 from ckptavg.rules import Rules, keeps_nonfinite, require_output
 from ckptavg.run import RunLike, as_run
+from ckptavg.running_statistics import State, Statistics
 from ckptavg.runs.order import refuse_two_series
 from ckptavg.runs.ranks import refuse_parts
 from ckptavg.schemes import Scheme
@@ -53,21 +55,33 @@ class Average:
     members: tuple[Location, ...] = ()
 
     @property
-    def batchnorm(self) -> str:
-        """State of the running statistics: ``none``, ``stale``, or ``own``: all weights theirs."""
-        if not batchnorm_layers(tensor.name for tensor in self.plan.tensors):
-            return "none"
+    def batchnorm(self) -> State:
+        """State of the running statistics: ``none``, ``own``, ``frozen`` or ``stale``."""
+        return self.statistics.state
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        """The running statistics, as they are averaged."""
+        layers = batchnorm_layers(tensor.name for tensor in self.plan.tensors)
+        frozen = self.plan.frozen
         floats = [t for t in self.plan.tensors if t.dtype.kind != "int"]
         owners = {owner.path for tensor in floats for owner in tensor.owners}
-        return "own" if len(owners) == 1 else "stale"
+        state: State = "stale"
+        if not layers:
+            state = "none"
+        elif len(owners) == 1:
+            state = "own"
+        elif len(frozen) == len(layers):
+            state = "frozen"
+        return Statistics(state, layers, frozen)
 
-    def provenance(self, batchnorm: str | None = None) -> dict[str, Any]:
+    def provenance(self) -> dict[str, Any]:
         """How the average is made, as plain values for JSON."""
         return outputs.provenance(
             self.scheme.text,
             self.plan.checkpoints,
             self.plan.coefficients,
-            batchnorm or self.batchnorm,
+            self.statistics,
             self.plan.ties,
             self.plan.base,
         )
@@ -358,7 +372,6 @@ def prepare(
     out: str | os.PathLike[str],
     *,
     overwrite: bool,
-    batchnorm: str | None = None,
     digests: bool = False,
     others: Iterable[Checkpoint] = (),
 ) -> Target:
@@ -368,14 +381,13 @@ def prepare(
         planned: The average.
         out: Its path.
         overwrite: Replace an existing output.
-        batchnorm: State of the running statistics, if it is not that of the plan.
         digests: Leave room for digests in the provenance.
         others: Further checkpoints that must not be replaced.
 
     Raises:
         OutputError: It may not be written, or there is too little room.
     """
-    plan, made = planned.plan, planned.provenance(batchnorm)
+    plan, made = planned.plan, planned.provenance()
     return outputs.prepare(
         out,
         plan.outputs,
@@ -392,11 +404,10 @@ def prepare_many(
     *,
     overwrite: bool,
     digests: bool = False,
-    batchnorm: str | None = None,
 ) -> list[Target]:
     """As ``prepare``, for several averages at once."""
     files = {id(c): c for planned, _ in averages for c in planned.plan.files}
-    care: dict[str, Any] = {"overwrite": overwrite, "digests": digests, "batchnorm": batchnorm}
+    care: dict[str, Any] = {"overwrite": overwrite, "digests": digests}
     targets = [prepare(planned, out, others=files.values(), **care) for planned, out in averages]
     outputs.check_together(targets)
     return targets

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,8 @@ from ckptavg.errors import UsageError
 from ckptavg.formats import Checkpoint, open_checkpoint
 from ckptavg.run import Run
 from ckptavg.runs.numbered import short_names
+
+log = logging.getLogger("ckptavg")
 
 
 @dataclass(frozen=True)
@@ -92,9 +95,12 @@ def candidates_of(
     *names, last_name = short_names([c.path for c in (*singles, last)])
     found = [Candidate.of_checkpoint(c, name) for c, name in zip(singles, names, strict=True)]
     found.append(Candidate.of_checkpoint(last, f"{last_name} (last)", last=True))
+    if recompute and planned.batchnorm in ("none", "frozen"):
+        why = "no BatchNorm layers" if planned.batchnorm == "none" else "all BatchNorm is frozen"
+        log.info("%s: nothing to recompute from the training data", why)
     text = f"average of {len(selection)} ({planned.scheme.text})"
     for name, average in {text: planned, **(others or {})}.items():
-        refreshed = recompute and average.batchnorm != "none"
+        refreshed = recompute and average.batchnorm in ("own", "stale")
         if stale or not refreshed:
             found.append(Candidate.of_average(average, name, recompute=False))
         if refreshed:

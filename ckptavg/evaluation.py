@@ -13,8 +13,9 @@ import functools
 import logging
 import os
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -23,20 +24,22 @@ from torch.utils.data import Dataset
 
 from ckptavg import heap, lora, networks
 from ckptavg.batches import Batches, Forward, bytes_of, tensors_of
-from ckptavg.batchnorm import recompute, tracked_layers
 from ckptavg.candidates import Candidate, reference_of
 from ckptavg.channels import Channels
 from ckptavg.errors import EvaluationError, UsageError
 from ckptavg.evidence import compare
 from ckptavg.formats import Checkpoint
+from ckptavg.formats.names import batchnorm_layers
 from ckptavg.loaders import Subset, as_subset, counted, moved, open_loader, rereadable
 from ckptavg.loading import undistributed
 from ckptavg.networks import Network, Networks
 from ckptavg.passes import Together, run_passes, say
 from ckptavg.processes import Alone, Peers, peers_of_group
 from ckptavg.results import Result, Versus
+from ckptavg.running_statistics import LAYERS, Statistics, match_layers
 from ckptavg.runtime import Runtime, fit
 from ckptavg.scoring import Board, Soundness, joined
+from ckptavg.statistics_pass import recompute_statistics, statistics_of
 from ckptavg.tasks import Task
 from ckptavg.tasks.classification import Classification
 
@@ -54,6 +57,7 @@ def evaluate(
     task: Task | None = None,
     device: str | torch.device | None = None,
     forward: Forward | None = None,
+    exclude: str | Sequence[str] = (),
     amp: str = "off",
     batch_size: int | None = None,
     workers: int = 0,
@@ -78,6 +82,8 @@ def evaluate(
         device: ``auto``, ``cpu``, ``cuda[:N]``, ``mps``; the model's own where None.
         forward: ``forward(model, batch)`` runs a model on a batch as the loader gives it, of either
             data; the task's own way where None.
+        exclude: Shell patterns of BatchNorm layers that keep their statistics where those of
+            others are recomputed.
         amp: ``off``, ``bf16`` or ``fp16``.
         batch_size: Of a Dataset; the task's own where None, 128 for images.
         workers: Processes that load a Dataset.
@@ -108,6 +114,7 @@ def evaluate(
         else open_loader(train_loader, runtime, shuffle=True, subset=subset, peers=peers),
         task=task,
         forward=forward,
+        exclude=exclude,
         keep_nonfinite=keep_nonfinite,
         progress=progress,
         peers=peers,
@@ -123,6 +130,7 @@ def score(
     *,
     task: Task | None = None,
     forward: Forward | None = None,
+    exclude: str | Sequence[str] = (),
     keep_nonfinite: bool = False,
     progress: Progress | None = None,
     peers: Peers | None = None,
@@ -138,6 +146,7 @@ def score(
         training: This process's batches of the training data.
         task: As for ``evaluate``.
         forward: As for ``evaluate``.
+        exclude: As for ``evaluate``.
         keep_nonfinite: As for ``evaluate``.
         progress: As for ``evaluate``.
         peers: The processes that share the data.
@@ -156,6 +165,8 @@ def score(
     session.forward = forward
     session.progress = progress or session.progress
     session.keep_nonfinite = keep_nonfinite
+    if exclude:
+        session.excluded = match_layers(exclude, _layers_of(candidates))
     with heap.kept(runtime.device):
         return session.run(data, training, on_results or (lambda _: None))
 
@@ -179,6 +190,7 @@ class _Session:
         self.forward: Forward | None = None
         self.progress: Progress = lambda *_: None
         self.keep_nonfinite = False
+        self.excluded: Collection[str] = ()
         self.networks = Networks(candidates)
         self.boards = [
             Board(candidate, members, task)
@@ -231,10 +243,19 @@ class _Session:
     ) -> None:
         """Read a group's weights, recompute what statistics are wanted, score."""
         networks.load(group, self.model, self.runtime, keep_nonfinite=self.keep_nonfinite)
-        wanting = [network.model for network in group if network.recompute]
+        wanting = [network for network in group if network.recompute]
         if wanting and training is not None:
-            batches = self._counted(training, phase("BatchNorm"))
-            recompute(wanting, batches, self.runtime, self._forward_on_batch, peers=self.peers)
+            done = recompute_statistics(
+                [network.model for network in wanting],
+                [_statistics_before(network) for network in wanting],
+                self.excluded,
+                self._counted(training, phase("BatchNorm")),
+                self.runtime,
+                self._forward_on_batch,
+                self.peers,
+            )
+            for network, (_, statistics) in zip(wanting, done, strict=True):
+                network.statistics = statistics
         for board in self.boards:
             board.begin()
         self._score(group, self._counted(data, phase("evaluation")))
@@ -317,12 +338,13 @@ class _Session:
                 f"the scores of {type(self.task).__name__} lack {', '.join(sorted(lacking))}",
                 "Let compute() return metrics by their keys, and n, the number of samples.",
             )
+        state, layers = _describe_statistics(board)
         return Result(
             board.candidate,
             metrics,
-            self._bn(board.candidate),
+            state,
             self._versus(board, reference),
-            details,
+            details | ({LAYERS: layers} if layers else {}),
         )
 
     def _versus(self, board: Board, reference: Board | None) -> Versus | None:
@@ -335,15 +357,33 @@ class _Session:
         metric = mine.metric or self.task.metrics[0].key
         return Versus(reference.candidate.name, metric, difference)
 
-    def _bn(self, candidate: Candidate) -> str:
-        if not tracked_layers(self.model):
-            return "none"
-        if candidate.recompute:
-            return "recomputed"
-        if candidate.average is not None:
-            return candidate.average.batchnorm
-        made = candidate.checkpoints[0].provenance if candidate.kind == "checkpoint" else None
-        return str(made.get("bn", "own")) if made else "own"
+
+def _layers_of(candidates: Sequence[Candidate]) -> list[str]:
+    """List the BatchNorm layers of all candidates."""
+    checkpoints = {id(c): c for candidate in candidates for c in candidate.checkpoints}
+    layers = (batchnorm_layers(checkpoint.tensors) for checkpoint in checkpoints.values())
+    return list(dict.fromkeys(chain(*layers)))
+
+
+def _statistics_before(network: Network) -> Statistics:
+    """The state of a network's statistics before they are recomputed."""
+    if isinstance(network.source, Checkpoint):
+        return statistics_of(network.source, network.model)
+    return network.source.statistics
+
+
+def _describe_statistics(board: Board) -> tuple[str, dict[str, list[str]]]:
+    """The state of a candidate's running statistics, and the layers that stand out by kind."""
+    candidate, network = board.candidate, board.members[0]
+    if network.statistics is not None:
+        return network.statistics.state, network.statistics.listed
+    if candidate.average is not None:
+        return candidate.average.batchnorm, candidate.average.statistics.listed
+    first = candidate.checkpoints[0]
+    if not batchnorm_layers(first.tensors):
+        return "none", {}
+    made = first.provenance if candidate.kind == "checkpoint" else None
+    return str(made.get("bn", "own")) if made else "own", {}
 
 
 @dataclass(frozen=True)

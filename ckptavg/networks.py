@@ -16,6 +16,7 @@ from ckptavg.candidates import Candidate
 from ckptavg.formats import Checkpoint
 from ckptavg.loading import load_into
 from ckptavg.outputs import StateDict
+from ckptavg.running_statistics import Statistics
 from ckptavg.runtime import Runtime
 
 
@@ -27,12 +28,14 @@ class Network:
         name: For messages.
         source: What its weights are: a checkpoint, or a planned average.
         recompute: Whether its BatchNorm statistics are recomputed.
+        statistics: Their state, once they have been.
         model: It, on the device, while it is in use.
     """
 
     name: str
     source: Checkpoint | Average
     recompute: bool = False
+    statistics: Statistics | None = None
     model: nn.Module = field(default_factory=nn.Module, repr=False)
 
 

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from ckptavg.formats.targets import (
 )
 from ckptavg.formats.writing import FileSink
 from ckptavg.plan import copy_plan
+from ckptavg.running_statistics import Statistics
 from ckptavg.runs.nearby import leads_to_checkpoints
 from ckptavg.system_errors import guard_reads, guard_writes
 from ckptavg.version import __version__
@@ -304,6 +305,28 @@ def fill(
     return made
 
 
+def change_provenance(target: Target, file: FileSink | None, made: Mapping[str, Any]) -> Target:
+    """Give an output another provenance, of any length, while it is opened and still empty.
+
+    Args:
+        target: The output.
+        file: Its sink; None where another process writes it.
+        made: The provenance.
+
+    Raises:
+        OutputError: There is no room for it.
+    """
+    if made == target.made:
+        return target
+    if digests.is_recorded(made):
+        made = digests.sealed(made)
+    companions = target.layout.companions
+    layout = _lay_out(target.path, target.tensors, made, target.template, companions)
+    if file is not None:
+        file.begin_anew(layout)
+    return replace(target, layout=layout, made=made)
+
+
 def rewrite_provenance(target: Target, sink: FileSink, made: Mapping[str, Any]) -> None:
     """Put another provenance of the same length into an output that is being written.
 
@@ -320,7 +343,7 @@ def provenance(
     scheme: str,
     checkpoints: Sequence[Checkpoint],
     coefficients: Sequence[float],
-    batchnorm: str,
+    statistics: Statistics,
     ties: Sequence[Sequence[str]] = (),
     base: Checkpoint | None = None,
 ) -> dict[str, Any]:
@@ -328,9 +351,10 @@ def provenance(
 
     Returns:
         ``version``, ``scheme``, ``checkpoints`` (each with ``path``, ``step``, ``coefficient``,
-        ``size`` in bytes and ``mtime`` in seconds), ``bn``, and where there are any, ``base`` (the
-        checkpoint that gave the rest, if it is none of them) and ``tied`` names. A directory's has
-        ``files`` too, the names of all that was written.
+        ``size`` in bytes and ``mtime`` in seconds), ``bn``, and where there are any, ``bn_layers``
+        (the layers that ``bn`` does not hold for, by kind), ``base`` (the checkpoint that gave the
+        rest, if it is none of them) and ``tied`` names. A directory's has ``files`` too, the names
+        of all that was written.
     """
     made: dict[str, Any] = {
         "version": __version__,
@@ -339,7 +363,7 @@ def provenance(
             _account(c, step=c.step, coefficient=coefficient)
             for c, coefficient in zip(checkpoints, coefficients, strict=True)
         ],
-        "bn": batchnorm,
+        **statistics.plain,
     }
     made |= {} if base is None else {"base": _account(base)}
     return made | ({"tied": [list(group) for group in ties]} if ties else {})

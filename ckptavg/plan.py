@@ -6,14 +6,17 @@ import fnmatch
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from ckptavg import spectral_norm
 from ckptavg.buffers import find_buffers
 from ckptavg.checks import check_alike, check_copied, check_names, check_supported
 from ckptavg.errors import UsageError, first_few
 from ckptavg.formats import Checkpoint, Tensor
+from ckptavg.formats.names import batchnorm_layers, layer_statistics
 from ckptavg.formats.output import OutputTensor
 from ckptavg.formats.table import DTYPES, DType
+from ckptavg.frozen_layers import find_frozen_layers
 from ckptavg.modules import Modules
 from ckptavg.rules import Rules
 from ckptavg.runs.metric_columns import momentary_numbers
@@ -76,6 +79,7 @@ class Plan:
         missing: Tensors that no output can hold, and why: they are left out of this one.
         metadata: Entries of a safetensors header that are not as in the last checkpoint's.
         spectral_norms: Layers whose vectors are iterated on the averaged weight.
+        frozen: Layers whose running statistics were frozen in training: they are kept.
     """
 
     checkpoints: tuple[Checkpoint, ...]
@@ -86,6 +90,7 @@ class Plan:
     missing: Mapping[str, str] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     spectral_norms: tuple[SpectralNorm, ...] = ()
+    frozen: tuple[str, ...] = ()
 
     @property
     def outputs(self) -> list[OutputTensor]:
@@ -154,8 +159,12 @@ def make_plan(
     modules, averaged = Modules(last.tensors), set(names)
     layers = _averaged_layers(modules, averaged)
     vectors = {vector for layer in layers for vector in (layer.u, layer.v) if vector}
+    used = [c for c, coefficient in zip(checkpoints, coefficients, strict=True) if coefficient]
+    frozen = _find_frozen(used, rules)
     buffers = find_buffers(modules, averaged)
-    builder = _Builder(tuple(checkpoints), tuple(coefficients), rules, vectors, buffers)
+    builder = _Builder(
+        tuple(checkpoints), tuple(coefficients), rules, vectors, buffers, frozen, used[-1]
+    )
     rest = [name for name in base.tensors if name not in averaged]
     check_copied(base, set(rest))
     order = {name: i for i, name in enumerate(base.tensors)}
@@ -169,7 +178,8 @@ def make_plan(
         tensors=tuple(_with_ties(tensors)),
         notes=(*builder.notes(), *_unmatched(rules, {*last.tensors, *last.refused})),
         missing={name: why for name, why in base.refused.items() if name not in averaged},
-        spectral_norms=layers if sum(c != 0 for c in coefficients) > 1 else (),
+        spectral_norms=layers if len(used) > 1 else (),
+        frozen=tuple(frozen),
     )
 
 
@@ -181,6 +191,25 @@ def _averaged_layers(modules: Modules, averaged: Collection[str]) -> tuple[Spect
         for layer in layers
         if layer.weight in averaged and layer.u in averaged and (layer.v or layer.u) in averaged
     )
+
+
+def _find_frozen(used: Sequence[Checkpoint], rules: Rules) -> dict[str, tuple[str, ...]]:
+    """Find the layers that were frozen in training, whose statistics the output has.
+
+    Args:
+        used: The checkpoints that contribute.
+        rules: What is averaged.
+
+    Returns:
+        Layer → names of its statistics.
+    """
+    statistics = layer_statistics(used[-1].tensors)
+    frozen = {layer: statistics[layer] for layer in find_frozen_layers(used)}
+    if rules.base is None:
+        return frozen
+    return {
+        layer: names for layer, names in frozen.items() if all(rules.averages(n) for n in names)
+    }
 
 
 def _unmatched(rules: Rules, names: set[str]) -> list[str]:
@@ -212,6 +241,8 @@ class _Builder:
     rules: Rules
     vectors: Collection[str]
     buffers: Collection[str]
+    frozen: Mapping[str, Sequence[str]]
+    last_used: Checkpoint
     mixed: dict[str, str] = field(default_factory=dict)
 
     def averaged(self, name: str) -> TensorPlan:
@@ -219,6 +250,8 @@ class _Builder:
         last = tensors[-1]
         if name in self.vectors:
             return self.copied(name, self.checkpoints[-1])
+        if name in self._frozen_statistics:
+            return self.copied(name, self.last_used)
         if last.dtype.kind == "int" or name in self.buffers:
             plan = self.copied(name, self.checkpoints[-1])
             others = () if plan.averaged else tuple(t for t in tensors[:-1] if t is not last)
@@ -245,6 +278,13 @@ class _Builder:
 
     def notes(self) -> list[str]:
         notes = []
+        if self.frozen:
+            of_all = len(batchnorm_layers(self.last_used.tensors))
+            notes.append(
+                f"{len(self.frozen)} of {of_all} BatchNorm layers were frozen in training (the "
+                "same statistics in all checkpoints) and are kept as they are: "
+                f"{first_few(list(self.frozen))}"
+            )
         if self.mixed:
             shown = [f"{name} ({dtype})" for name, dtype in self.mixed.items()]
             notes.append(
@@ -256,6 +296,10 @@ class _Builder:
                 f"averaged weights: {first_few(sorted(self.vectors))}"
             )
         return notes
+
+    @cached_property
+    def _frozen_statistics(self) -> set[str]:
+        return {name for names in self.frozen.values() for name in names}
 
     def _output_dtype(self, name: str, dtypes: Sequence[DType]) -> DType:
         widest = dtypes[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,9 +15,9 @@ from torch import nn
 from ckptavg import averaging, heap, lora, outputs
 from ckptavg.averaging import Average
 from ckptavg.batches import Batches, Forward
-from ckptavg.batchnorm import BatchNormResult, recompute
+from ckptavg.batchnorm import BatchNormResult
 from ckptavg.digests import DIGEST, PENDING, InputDigests, is_recorded, recorded, sealed
-from ckptavg.errors import NonFiniteError
+from ckptavg.errors import BatchNormError, NonFiniteError, first_few
 from ckptavg.formats import Checkpoint
 from ckptavg.formats.table import REFRESHED
 from ckptavg.formats.weights import bare_names
@@ -28,10 +28,10 @@ from ckptavg.loading import load_into
 from ckptavg.outputs import StateDict, Target
 from ckptavg.passes import Together, run_passes, say
 from ckptavg.processes import Alone, Peers
+from ckptavg.running_statistics import Statistics, match_layers, with_statistics
 from ckptavg.runtime import Runtime, fit
+from ckptavg.statistics_pass import layers_of, recompute_statistics, statistics_of
 from ckptavg.stream import Progress
-
-RECOMPUTED = "recomputed"
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Pass:
         forward: ``forward(model, batch)`` for unusual batches.
         progress: Told about the samples passed.
         peers: The processes that share the data; the first of them writes.
+        exclude: Shell patterns of layers that keep their statistics.
     """
 
     model: nn.Module
@@ -53,6 +54,7 @@ class Pass:
     forward: Forward | None = None
     progress: SampleProgress = lambda *_: None
     peers: Peers = field(default_factory=Alone)
+    exclude: Sequence[str] = ()
 
 
 def write_averages(
@@ -87,10 +89,10 @@ def write_averages(
         CkptavgError: Whatever is wrong; nothing is written then.
     """
     lora.require_models(c for planned in averages for c in planned.plan.checkpoints)
+    excluded = match_layers(how.exclude, layers_of(averages))
     targets = averaging.prepare_many(
-        list(zip(averages, outs, strict=True)),
-        overwrite=overwrite, digests=digests, batchnorm=RECOMPUTED,
-    )  # fmt: skip
+        list(zip(averages, outs, strict=True)), overwrite=overwrite, digests=digests
+    )
     peers = Together(how.peers)
     groups = _groups(len(averages), how)
     how = replace(how, training=rereadable(how.training, len(groups)), peers=peers)
@@ -108,12 +110,15 @@ def write_averages(
                 [averages[i] for i in group], order=order, keep_nonfinite=keep_nonfinite,
                 inputs=None if done else hashed, progress=progress, stale=False,
             )  # fmt: skip
-            results = refresh(weights, how, [str(outs[i]) for i in group])
-            for i, state_dict, result in zip(group, weights, results, strict=True):
-                made = targets[i].made
+            before = [averages[i].statistics for i in group]
+            results = refresh(weights, how, [str(outs[i]) for i in group], before, excluded)
+            for i, state_dict, (result, after) in zip(group, weights, results, strict=True):
+                made = with_statistics(targets[i].made, after)
+                target = outputs.change_provenance(targets[i], sinks[i], made)
+                made = dict(target.made)
                 if hashed is not None:
                     made = recorded(made, averages[i].plan.inputs, hashed.of)
-                done[i] = result, outputs.fill(targets[i], sinks[i], state_dict, made)
+                done[i] = result, outputs.fill(target, sinks[i], state_dict, made)
             peers.agree()
 
         run_passes(groups, run_pass, how.runtime, peers)
@@ -122,59 +127,88 @@ def write_averages(
 
 def update_checkpoint(
     checkpoint: Checkpoint, out: str | os.PathLike[str], how: Pass, *, overwrite: bool = False
-) -> BatchNormResult:
+) -> tuple[BatchNormResult, Mapping[str, Any]]:
     """Write a copy of a checkpoint with recomputed statistics; see ``write_averages``.
 
-    The copy of an output with digests has them too, with its own in place of the output's.
+    Layers whose statistics were frozen in training keep them, where the checkpoint is an average
+    that tells of them. The copy of an output with digests has them too, with its own in place of
+    the output's.
+
+    Returns:
+        What was recomputed, and the copy's provenance as written.
     """
     lora.require_models([checkpoint])
-    made = dict(checkpoint.provenance or outputs.provenance(REFRESHED, [checkpoint], [1.0], ""))
-    made["bn"] = RECOMPUTED
+    before = statistics_of(checkpoint, how.model)
+    excluded = match_layers(how.exclude, before.layers)
+    made = with_statistics(
+        checkpoint.provenance or outputs.provenance(REFRESHED, [checkpoint], [1.0], before), before
+    )
     if is_recorded(made):
         made = sealed(made | {DIGEST: PENDING})
     target = outputs.prepare_copy(checkpoint, out, made, overwrite=overwrite)
     peers = Together(how.peers)
     how = replace(how, peers=peers)
-    found: list[BatchNormResult] = []
+    done: list[tuple[BatchNormResult, Mapping[str, Any]]] = []
     with _opened([target], how.peers) as (sink,):
 
         def run_pass(group: Sequence[Checkpoint], number: int, of: int) -> None:
             del group, number, of
             weights = averaging.load(checkpoint)
-            found.extend(refresh([weights], how, [str(checkpoint.path)]))
-            outputs.fill(target, sink, weights, target.made)
+            (found,) = refresh([weights], how, [str(checkpoint.path)], [before], excluded)
+            result, after = found
+            if after.not_recomputed and not result.layers:
+                raise BatchNormError(
+                    f"no statistics of {checkpoint.path} can be recomputed: not those of "
+                    f"{first_few(list(after.not_recomputed))}",
+                    "Recompute them with the model's own code.",
+                )
+            filled = outputs.change_provenance(target, sink, with_statistics(target.made, after))
+            done.append((result, outputs.fill(filled, sink, weights, filled.made)))
             peers.agree()
 
         run_passes([[checkpoint]], run_pass, how.runtime, peers)
-    return found[0]
+    return done[0]
 
 
 def refresh(
-    weights: Sequence[StateDict], how: Pass, origins: Sequence[str]
-) -> list[BatchNormResult]:
+    weights: Sequence[StateDict],
+    how: Pass,
+    origins: Sequence[str],
+    before: Sequence[Statistics],
+    excluded: Collection[str],
+) -> list[tuple[BatchNormResult, Statistics]]:
     """Replace the running statistics in state dicts by ones recomputed for their weights.
 
     Args:
         weights: State dicts that share a pass over the data; changed.
         how: The model, the data, and where it runs.
         origins: What each state dict is, for messages.
+        before: The state of each one's statistics.
+        excluded: Names of layers that keep theirs.
 
     Returns:
-        For each, what was recomputed, with the batches and samples of all processes.
+        For each, what was recomputed, with the batches and samples of all processes, and the state
+        of its statistics now.
     """
     models = [how.model, *(copy.deepcopy(how.model) for _ in weights[1:])]
     for model, state_dict, origin in zip(models, weights, origins, strict=True):
         load_into(model, state_dict, origin)
     batches = counted(how.training, how.progress, how.peers, how.runtime.seed)
     with heap.kept(how.runtime.device):
-        results = recompute(models, batches, how.runtime, how.forward, peers=how.peers)
-    for model, state_dict, result in zip(models, weights, results, strict=True):
+        results = recompute_statistics(
+            models, before, excluded, batches, how.runtime, how.forward, how.peers
+        )
+    for model, state_dict, (result, _) in zip(models, weights, results, strict=True):
         for name, value in _statistics(model, result.written).items():
             if name in state_dict:
                 state_dict[name] = _narrowed(name, value, state_dict[name])
-    seen = how.peers.gather([results[0].batches, results[0].samples])
+    passed = max((result for result, _ in results), key=lambda result: result.batches)
+    seen = how.peers.gather([passed.batches, passed.samples])
     batches_of_all, samples_of_all = (sum(counts) for counts in zip(*seen, strict=True))
-    return [replace(r, batches=batches_of_all, samples=samples_of_all) for r in results]
+    return [
+        (replace(r, batches=batches_of_all, samples=samples_of_all) if r.layers else r, after)
+        for r, after in results
+    ]
 
 
 @contextmanager

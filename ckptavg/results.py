@@ -10,6 +10,7 @@ from ckptavg.candidates import Candidate
 from ckptavg.errors import UsageError
 from ckptavg.evidence import Difference
 from ckptavg.formats.storage import without_secrets
+from ckptavg.running_statistics import RECOMPUTED
 from ckptavg.tasks import Task
 from ckptavg.tasks.classification import Classification
 
@@ -22,9 +23,10 @@ class Result:
         candidate: What was scored.
         metrics: By the keys of the task's metrics, and ``n``, the number of samples. For image
             classification ``top1`` and ``top5`` in %, ``nll`` in nats, ``ece`` as a fraction.
-        bn: Its statistics: ``own``, ``recomputed``, ``stale`` or ``none``.
+        bn: The state of its BatchNorm statistics, see ``running_statistics.State``.
         versus: How it differs from the reference on the same samples, where the task can tell.
-        details: What else JSON says: bins of calibration, disagreement among an ensemble's members.
+        details: What else JSON says: bins of calibration, disagreement among an ensemble's members,
+            and under ``bn_layers`` the layers that ``bn`` does not hold for.
     """
 
     candidate: Candidate
@@ -114,7 +116,7 @@ def is_worse(results: Sequence[Result], task: Task | None = None) -> bool:
     last = [r for r in results if r.candidate.last]
     if not averages or not last:
         raise UsageError("an average and a last checkpoint are needed, as candidates_of gives")
-    chosen = next((r for r in averages if r.bn == "recomputed"), averages[0])
+    chosen = next((r for r in averages if r.bn in RECOMPUTED), averages[0])
     metric = (task or Classification()).metrics[0]
     mine, theirs = chosen.metrics[metric.key], last[0].metrics[metric.key]
     return not (mine >= theirs if metric.higher else mine <= theirs)  # nor is NaN as good

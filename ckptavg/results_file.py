@@ -24,7 +24,7 @@ Entry = Mapping[str, Any]
 _CANDIDATES = "candidates"
 _KEY = "key"
 _COLUMNS = {"name", "kind", "checkpoints", "coefficients"}  # of any CSV of results
-_NESTED = ("metrics", "versus", "reliability", _KEY)
+_NESTED = ("metrics", "versus", "reliability", "bn_layers", _KEY)
 _ELSEWHERE = "Name another file for the results, or move that one away."
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ State = Literal["none", "own", "frozen", "stale", "partly recomputed", "recomput
 ``stale``: they are of other weights. ``recomputed``: they were stale, and no longer are.
 ``partly recomputed``: those of some layers still are."""
 
+RECOMPUTED: tuple[State, ...] = ("recomputed", "partly recomputed")
 LAYERS = "bn_layers"  # beside ``bn`` in provenance and in results
 
 
@@ -28,19 +29,23 @@ class Statistics:
         layers: Names of all layers that keep some.
         frozen: Those whose statistics did not change in training: they are kept.
         excluded: Those that the user kept from being recomputed.
-        stale: Those that were not recomputed where others were.
+        not_recomputed: Those that were to be and could not, or that no data went through.
     """
 
     state: State
     layers: tuple[str, ...] = ()
     frozen: tuple[str, ...] = ()
     excluded: tuple[str, ...] = ()
-    stale: tuple[str, ...] = ()
+    not_recomputed: tuple[str, ...] = ()
 
     @property
     def listed(self) -> dict[str, list[str]]:
         """The layers that stand out, as plain values: kind → names, where there are any."""
-        kinds = {"frozen": self.frozen, "excluded": self.excluded, "stale": self.stale}
+        kinds = {
+            "frozen": self.frozen,
+            "excluded": self.excluded,
+            "not_recomputed": self.not_recomputed,
+        }
         return {kind: list(names) for kind, names in kinds.items() if names}
 
     @property
@@ -56,17 +61,17 @@ class Statistics:
             written: Layers that it gave new statistics.
         """
         kept = {*self.frozen, *excluded}
-        open_layers = [layer for layer in self.layers if layer not in kept]
-        stale = tuple(layer for layer in open_layers if layer not in written)
+        wanted = [layer for layer in self.layers if layer not in kept]
+        missed = tuple(layer for layer in wanted if layer not in written)
         state = self.state
-        if len(stale) < len(open_layers):
-            state = "partly recomputed" if stale else "recomputed"
+        if len(missed) < len(wanted):
+            state = "partly recomputed" if missed else "recomputed"
         return Statistics(
             state,
             self.layers,
             self.frozen,
             tuple(layer for layer in self.layers if layer in excluded),
-            stale if state == "partly recomputed" else (),
+            missed,
         )
 
 
@@ -92,3 +97,20 @@ def match_layers(patterns: str | Sequence[str], layers: Iterable[str]) -> set[st
             )
         matched.update(names)
     return matched
+
+
+def listed_layers(made: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the layers that provenance says ``bn`` does not hold for, by kind."""
+    listed = made.get(LAYERS)
+    known = listed.items() if isinstance(listed, Mapping) else ()
+    return {
+        kind: layers
+        for kind, layers in known
+        if isinstance(layers, list) and all(isinstance(layer, str) for layer in layers)
+    }
+
+
+def with_statistics(made: Mapping[str, Any], statistics: Statistics) -> dict[str, Any]:
+    """Return provenance that tells of other statistics."""
+    rest = {key: value for key, value in made.items() if key != LAYERS}
+    return {**rest, **statistics.plain}

@@ -13,7 +13,7 @@ import torch
 from ckptavg.averaging import plan_average
 from ckptavg.errors import CheckpointError, NonFiniteError, UsageError, first_few
 from ckptavg.formats import Checkpoint
-from ckptavg.formats.names import batchnorm_layers
+from ckptavg.formats.names import running_statistics
 from ckptavg.plan import TensorPlan, make_plan
 from ckptavg.progress import ProgressLike, open_phase
 from ckptavg.rules import Rules
@@ -233,12 +233,7 @@ def weights(run: RunLike, rules: Rules | None = None) -> list[TensorPlan]:
     """
     checkpoints = as_run(run).checkpoints
     plan = make_plan(checkpoints, [1.0] * len(checkpoints), rules or Rules())
-    layers = batchnorm_layers(tensor.name for tensor in plan.tensors)
-    statistics = {
-        f"{layer}.{name}".lstrip(".")
-        for layer in layers
-        for name in ("running_mean", "running_var")
-    }
+    statistics = running_statistics(tensor.name for tensor in plan.tensors)
     found = [
         tensor
         for tensor in plan.tensors

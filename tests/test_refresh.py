@@ -142,7 +142,7 @@ OUTPUTS = ("out.safetensors", "out.pt")
 def test_a_checkpoint_is_copied_with_its_statistics_recomputed(tmp_path, name, source):
     state = state_of(1)
     checkpoint = open_checkpoint(save(tmp_path / f"in{source}", state))
-    result = update_checkpoint(checkpoint, tmp_path / name, Pass(Net(), BATCHES, RUNTIME))
+    result, _ = update_checkpoint(checkpoint, tmp_path / name, Pass(Net(), BATCHES, RUNTIME))
     found = assert_refreshed(tmp_path / name, state)
     assert found["norm.num_batches_tracked"] == 4
     assert (result.layers, result.batches, result.samples) == (1, 4, 50)
@@ -388,7 +388,8 @@ def test_a_model_without_batchnorm_has_nothing_to_recompute(tmp_path, caplog):
     state = nn.Linear(4, 3).state_dict()
     checkpoint = open_checkpoint(save(tmp_path / "in.pt", state))
     how = Pass(nn.Linear(4, 3), BATCHES, RUNTIME)
-    assert update_checkpoint(checkpoint, tmp_path / "out.pt", how).layers == 0
+    result, made = update_checkpoint(checkpoint, tmp_path / "out.pt", how)
+    assert (result.layers, made["bn"]) == (0, "none")
     assert "nothing to recompute" in caplog.text
     assert torch.equal(load(open_checkpoint(tmp_path / "out.pt"))["weight"], state["weight"])
 

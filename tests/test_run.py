@@ -14,6 +14,7 @@ from ckptavg.errors import CheckpointError, CkptavgError, RunError, UsageError
 from ckptavg.formats import comparing, open_checkpoint
 from ckptavg.refresh import Pass, update_checkpoint
 from ckptavg.run import as_run
+from ckptavg.running_statistics import Statistics
 from ckptavg.runtime import Runtime
 
 
@@ -827,7 +828,7 @@ def test_a_refreshed_checkpoint_keeps_its_place_in_a_run(tmp_path):
 
     numbered(tmp_path / "run", 2)
     for checkpoint in open_run(tmp_path / "run"):
-        made = provenance("none", [checkpoint], [1.0], "recomputed")
+        made = provenance("none", [checkpoint], [1.0], Statistics("recomputed"))
         out = tmp_path / f"{'ba'[int(checkpoint.step) - 1]}.pt"
         target = prepare_copy(checkpoint, out, made, overwrite=False)
         with opened([target]) as (file,):

@@ -149,8 +149,7 @@ def _check_usage(
             f"--geometry and {'--dry-run' if dry_run else '--model'} exclude each other: "
             "`ckptavg inspect --geometry` shows it by itself"
         )
-    if settings["bn_samples"] is not None and not settings["train_data"]:
-        raise UsageError("--bn-samples says how much of --train-data is used: name that")
+    options.check_statistics_options(settings)
 
 
 def _write(

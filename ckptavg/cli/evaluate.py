@@ -31,7 +31,7 @@ _RESULTS = "Results"
 _OF_A_RUN = (
     "each", "compare", "fail_if_worse", "glob", "skip", "every", "cycle", "at_lr_min", "best",
     "sample", "last", "scheme", "weights", "include", "exclude", "base", "dtype", "train_data",
-    "bn_samples", "no_stale",
+    "bn_samples", "bn_exclude", "no_stale",
 )  # fmt: skip
 _WORSE = 3  # exit code of --fail-if-worse
 
@@ -152,6 +152,7 @@ def _scored(
             progress=progress,
             keep_nonfinite=settings["on_nonfinite"] == "keep", peers=processes,
             on_results=keeper.keep_so_far,
+            exclude=settings["bn_exclude"],
         )  # fmt: skip
     return keeper.merged(scored)
 
@@ -185,8 +186,7 @@ def _check(
             "--no-stale leaves out averages whose statistics are recomputed as well, which needs "
             "--train-data"
         )
-    if settings["bn_samples"] is not None and not settings["train_data"]:
-        raise UsageError("--bn-samples says how much of --train-data is used: name that")
+    options.check_statistics_options(settings)
 
 
 def _open_results(path: str | None, *, resume: bool) -> ResultsFile | None:

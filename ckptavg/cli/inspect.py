@@ -18,6 +18,7 @@ from ckptavg.formats.names import batchnorm_layers
 from ckptavg.formats.storage import locate, without_secrets
 from ckptavg.report import Report, counted, number_text
 from ckptavg.run import Run, open_run
+from ckptavg.running_statistics import listed_layers
 from ckptavg.runs.metric_columns import metric_columns
 from ckptavg.runs.numbered import short_names
 from ckptavg.tables import Column
@@ -226,6 +227,8 @@ def _show_provenance(report: Report, made: Mapping[str, Any]) -> None:
         f"BatchNorm statistics {made.get('bn')}{f', from {directory}' if directory else ''}"
     )
     report.table(("checkpoint", "step", "coefficient"), rows, title=title)
+    for kind, layers in listed_layers(made).items():
+        report.line(f"BatchNorm {kind.replace('_', ' ')}: {first_few(layers)}")
     if "digest" in made:
         report.line(f"digest of its weights: {made['digest']} (--verify compares)")
 

@@ -24,7 +24,7 @@ _DECISIVE = (
     "seed",
 )  # fmt: skip
 _OF_AVERAGES = ("include", "exclude", "base", "dtype", "on_nonfinite")
-_OF_STATISTICS = ("train_data", "train_data_arg", "bn_samples")
+_OF_STATISTICS = ("train_data", "train_data_arg", "bn_samples", "bn_exclude")
 _SPECIFICATIONS = ("model_spec", "data", "task", "forward", "train_data")
 _ARGUMENTS = ("data_arg", "train_data_arg")  # which may name a transform
 

@@ -246,6 +246,10 @@ loader_options = together(
         help="Recompute statistics from N training samples drawn at random.  [default: all]",
     ),
     option(
+        _RUN, "--bn-exclude", multiple=True, metavar="PATTERN",
+        help="Recompute no statistics of layers of such names, such as 'stem.*'; may be repeated.",
+    ),
+    option(
         _RUN, "--task", metavar="NAME",
         help="image-classification, causal-lm, multi-label, regression or file.py:Task.  "
         "[default: causal-lm for text, else image-classification]",
@@ -416,6 +420,20 @@ def open_selected(
         log.info(note)
     note_cycles(run, selection)
     return run, selection
+
+
+def check_statistics_options(settings: Mapping[str, Any]) -> None:
+    """Make sure that there are data where an option says how statistics are recomputed.
+
+    Raises:
+        UsageError: There are none.
+    """
+    if settings["train_data"]:
+        return
+    if settings["bn_samples"] is not None:
+        raise UsageError("--bn-samples says how much of --train-data is used: name that")
+    if settings["bn_exclude"]:
+        raise UsageError("--bn-exclude says what --train-data does not recompute: name that")
 
 
 def check_picks(picks: Mapping[str, Any]) -> None:

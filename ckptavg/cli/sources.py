@@ -66,6 +66,7 @@ def statistics_pass(
         own or kind.run,
         progress,
         processes or Alone(),
+        settings["bn_exclude"],
     )
 
 

@@ -50,14 +50,16 @@ def update_bn(
     opened = open_checkpoint(checkpoint, key)
     with report.samples_progress() as progress:
         how = statistics_pass(settings, processes, lambda *done: progress("BatchNorm", *done))
-        result = refresh.update_checkpoint(opened, out, how, overwrite=overwrite)
+        result, made = refresh.update_checkpoint(opened, out, how, overwrite=overwrite)
+    state = "" if made["bn"] == "recomputed" else f", {made['bn']}"
     report.line(
         f"wrote {out} (statistics of {counted(result.layers, 'layer')} from "
-        f"{counted(result.samples, 'sample')})"
+        f"{counted(result.samples, 'sample')}{state})"
     )
     report.result(
         {
             "output": out,
+            **{name: made[name] for name in ("bn", "bn_layers") if name in made},
             "layers": result.layers,
             "samples": result.samples,
             "batches": result.batches,

@@ -2,25 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+# Layers that are none of torch's have words of their own: running_std (batch renormalization),
+# running_covar (complex numbers), moving_variance, running_wm (whitening).
+_PREFIX = r"(?:running|moving)_(?:avg_|average_)?"
+_MEAN = re.compile(rf"{_PREFIX}(?:mean|avg)[^\n]*", re.IGNORECASE)
+_SPREAD = re.compile(
+    rf"{_PREFIX}(?:var|std|cov|sigma|(?:mean_?)?sq|ms|m2|v[ri]{{2}}|wm|whiten|proj)[^\n]*",
+    re.IGNORECASE,
+)
+_COUNT = "num_batches_tracked"
+
+
+def layer_statistics(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Find the layers that keep running statistics, by their tensors' names.
+
+    Returns:
+        Layer → the names of its means and spreads, layers in the order of their names.
+    """
+    modules: dict[str, list[str]] = {}
+    for name in names:
+        module, _, leaf = name.rpartition(".")
+        modules.setdefault(module, []).append(leaf)
+    layers: dict[str, tuple[str, ...]] = {}
+    for module in sorted(modules):
+        leaves = modules[module]
+        spreads = [leaf for leaf in leaves if _SPREAD.fullmatch(leaf)]
+        means = [leaf for leaf in leaves if _MEAN.fullmatch(leaf) and leaf not in spreads]
+        # One statistic alone is an observer's, unless there is a weight for what it normalizes.
+        if spreads and (means or "weight" in leaves):
+            layers[module] = tuple(_join(module, leaf) for leaf in (*means, *spreads))
+    return layers
 
 
 def batchnorm_layers(names: Iterable[str]) -> tuple[str, ...]:
     """List the layers that keep running statistics, by their tensors' names."""
-    existing = set(names)
-    suffix = "running_mean"
-    layers: list[str] = []
-    for name in existing:
-        prefix = name.removesuffix(suffix)
-        # One statistic alone is not BatchNorm's: an observer may keep a mean too.
-        if name.endswith(suffix) and prefix + "running_var" in existing:
-            layers.append(prefix.rstrip("."))
-    return tuple(sorted(layers))
+    return tuple(layer_statistics(names))
 
 
 def running_statistics(names: Iterable[str]) -> set[str]:
-    """Return the names of the running statistics of all layers that keep some."""
-    layers = batchnorm_layers(names)
-    return {f"{layer}.{name}".lstrip(".") for layer in layers for name in _STATISTICS}
+    """Return the names of the running statistics of all layers, and of their counts of batches."""
+    layers = layer_statistics(names)
+    counts = {batch_count(layer) for layer in layers}
+    return {name for statistics in layers.values() for name in statistics} | counts
+
+
+def batch_count(layer: str) -> str:
+    """Return the name of a layer's count of the batches that its statistics are of."""
+    return _join(layer, _COUNT)
+
+
+def updated_layers(layers: Mapping[str, Iterable[str]], written: Iterable[str]) -> set[str]:
+    """Find the layers all of whose statistics are among some names.
+
+    Args:
+        layers: Layer → names of its statistics.
+        written: Names of statistics that were replaced.
+    """
+    names = set(written)
+    return {layer for layer, statistics in layers.items() if names.issuperset(statistics)}
+
+
+def _join(module: str, leaf: str) -> str:
+    return f"{module}.{leaf}" if module else leaf

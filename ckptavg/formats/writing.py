@@ -152,6 +152,25 @@ class FileSink:
                 if old != (offset, content):
                     self._write_at(handle, memoryview(content), offset)
 
+    def begin_anew(self, layout: Layout) -> None:
+        """Lay the files out otherwise, while no tensor has been written.
+
+        Args:
+            layout: Of the same files and companions.
+
+        Raises:
+            OutputError: There is no room for it.
+        """
+        self._close()
+        self._layout = layout
+        self._targets, self._crcs = {}, {}
+        try:
+            for file in layout.files:
+                os.truncate(self.root / file.name if file.name else self.root, 0)
+                self._prepare(file)
+        except OSError as error:
+            raise unwritable(self._path, error) from error
+
     def flush(self) -> None:
         """Bring what was written here to the disk, where other hosts see it too."""
         for handle in self._handles:

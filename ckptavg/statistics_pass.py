@@ -1,0 +1,158 @@
+"""A pass over training data that leaves alone what is to stay, and tells what it could not do."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, get_args
+
+from torch import nn
+
+from ckptavg.averaging import Average
+from ckptavg.batches import Forward
+from ckptavg.batchnorm import BatchNormResult, recompute
+from ckptavg.errors import first_few
+from ckptavg.formats import Checkpoint
+from ckptavg.formats.names import batchnorm_layers, layer_statistics, updated_layers
+from ckptavg.formats.weights import bare_names
+from ckptavg.loading import bare_module
+from ckptavg.norm_layers import statistics_of as buffers_of_statistics
+from ckptavg.norm_layers import tracked_layers
+from ckptavg.processes import Peers
+from ckptavg.running_statistics import State, Statistics, listed_layers
+from ckptavg.runtime import Runtime
+
+log = logging.getLogger("ckptavg")
+_CONSTANT = "Frozen"  # in the class's name: FrozenBatchNorm2d of torchvision, detectron2, timm
+
+
+def recompute_statistics(
+    models: Sequence[nn.Module],
+    before: Sequence[Statistics],
+    excluded: Collection[str],
+    batches: Iterable[Any],
+    runtime: Runtime,
+    forward: Forward | None,
+    peers: Peers,
+) -> list[tuple[BatchNormResult, Statistics]]:
+    """Recompute the running statistics of models that share a pass over the data.
+
+    Layers that were frozen in training keep theirs. Where that leaves nothing to recompute, there
+    is no pass.
+
+    Args:
+        models: Modules of one kind, with their weights.
+        before: The state of each one's statistics.
+        excluded: Names of layers that keep theirs, by the checkpoint's names.
+        batches: This process's part of the data.
+        runtime: Where and how the models run.
+        forward: ``forward(model, batch)`` for unusual batches.
+        peers: The processes that share the data.
+
+    Returns:
+        For each, what was recomputed, and the state of its statistics now.
+    """
+    before = [_with_constant_layers(s, m) for s, m in zip(before, models, strict=True)]
+    kept = [_modules(m, {*s.frozen, *excluded}) for m, s in zip(models, before, strict=True)]
+    wanting = [i for i, m in enumerate(models) if tracked_layers(bare_module(m)).keys() - kept[i]]
+    results = {i: BatchNormResult(0, 0, 0) for i in range(len(models))}
+    if wanting:
+        done = recompute(
+            [models[i] for i in wanting], batches, runtime, forward,
+            [kept[i] for i in wanting], peers,
+        )  # fmt: skip
+        results |= dict(zip(wanting, done, strict=True))
+    states: list[Statistics] = []
+    for i, model in enumerate(models):
+        states.append(before[i].after(excluded, _updated(model, results[i].written)))
+    _log(states, {layer for result in results.values() for layer in result.unreached})
+    return [(results[i], state) for i, state in enumerate(states)]
+
+
+def statistics_of(checkpoint: Checkpoint, model: nn.Module) -> Statistics:
+    """The state of a checkpoint's running statistics, as far as it and the model's classes tell.
+
+    Args:
+        checkpoint: Any; an average of ours tells what was frozen in training.
+        model: A module that its weights fit. Of checkpoints that do not tell, layers of a class
+            that never updates its statistics are frozen.
+    """
+    layers = batchnorm_layers(checkpoint.tensors)
+    if not layers:
+        return Statistics("none")
+    made = checkpoint.provenance or {}
+    state: State = "stale" if checkpoint.is_average else "own"
+    for known in get_args(State):
+        if made.get("bn") == known:
+            state = known
+    frozen = listed_layers(made).get("frozen")
+    if frozen is not None:
+        return Statistics(state, layers, tuple(layer for layer in layers if layer in frozen))
+    return _with_constant_layers(Statistics(state, layers), model)
+
+
+def layers_of(averages: Iterable[Average]) -> list[str]:
+    """List the layers that keep running statistics in any of some averages."""
+    return list(dict.fromkeys(layer for planned in averages for layer in planned.statistics.layers))
+
+
+def _with_constant_layers(statistics: Statistics, model: nn.Module) -> Statistics:
+    """Count a checkpoint's layers of a class that never updates its statistics as frozen."""
+    if statistics.state != "own" or statistics.frozen:
+        return statistics
+    constant = _constant_layers(model)
+    return replace(statistics, frozen=tuple(n for n in statistics.layers if n in constant))
+
+
+def _modules(model: nn.Module, layers: Collection[str]) -> set[str]:
+    """Find the modules that a pass knows of some layers, which have their names in a checkpoint."""
+    inner = bare_module(model)
+    bare = bare_names(list(inner.state_dict()))
+    named: set[nn.Module] = set()
+    for name, module in inner.named_modules(remove_duplicate=False):
+        for statistic in buffers_of_statistics(module)[:1]:
+            stored = f"{name}.{statistic}".lstrip(".")
+            if bare.get(stored, stored).rpartition(".")[0] in layers:
+                named.add(module)
+    return {name for name, module in tracked_layers(inner).items() if module in named}
+
+
+def _updated(model: nn.Module, written: Collection[str]) -> set[str]:
+    """Find the layers, by their names in a checkpoint, all of whose statistics were written."""
+    bare = bare_names(list(model.state_dict()))
+    names = {bare.get(name, name) for name in written}
+    return updated_layers(layer_statistics(bare.values()), names)
+
+
+def _constant_layers(model: nn.Module) -> set[str]:
+    """Find the layers whose class never updates its statistics, by their names in a checkpoint."""
+    bare = bare_names(list(model.state_dict()))
+    layers = layer_statistics(bare.values())
+    constant: set[str] = set()
+    for module, layer in model.named_modules(remove_duplicate=False):
+        stored = f"{module}.running_mean".lstrip(".")
+        name = bare.get(stored, stored).rpartition(".")[0]
+        if name in layers and any(_CONSTANT in kind.__name__ for kind in type(layer).__mro__):
+            constant.add(name)
+    return constant
+
+
+def _log(states: Sequence[Statistics], unreached: Collection[str]) -> None:
+    """Say what was not recomputed, and why.
+
+    Args:
+        states: Of some models after a pass.
+        unreached: Layers of which the pass itself has said that no data went through.
+    """
+    for after in dict.fromkeys(states):
+        kept = {*after.frozen, *after.excluded}
+        unknown = [layer for layer in after.not_recomputed if layer not in unreached]
+        if unknown:
+            log.warning(
+                "the running statistics of %d of %d layers cannot be recomputed: %s",
+                len(unknown), len(after.layers), first_few(unknown),
+            )  # fmt: skip
+        elif kept.issuperset(after.layers):
+            why = "all BatchNorm layers are kept" if after.layers else "no BatchNorm layers"
+            log.info("%s: nothing to recompute", why)

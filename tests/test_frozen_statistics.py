@@ -1,0 +1,419 @@
+"""Running statistics that stay: frozen in training, excluded, or of layers of no known class."""
+
+import json
+
+import pytest
+import torch
+from helpers import average_by_hand, same_bits, save
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import ckptavg
+from ckptavg import Candidate, evaluate, open_checkpoint, open_run
+from ckptavg.averaging import load, plan_average
+from ckptavg.errors import BatchNormError, UsageError
+from ckptavg.formats.names import layer_statistics
+from ckptavg.frozen_layers import find_frozen_layers
+from ckptavg.refresh import Pass, update_checkpoint, write_averages
+from ckptavg.results import is_worse
+from ckptavg.runtime import Runtime
+
+CPU = Runtime(torch.device("cpu"), batch_size=64)
+
+
+class OwnNorm(nn.Module):
+    """Batch normalization that is none of torch's classes."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.weight, self.bias = (
+            nn.Parameter(torch.ones(channels)),
+            nn.Parameter(torch.zeros(channels)),
+        )
+        self.register_buffer("mean", torch.zeros(channels))
+
+    def forward(self, x):
+        return (x - self.statistics[0]) / self.statistics[1] * self.weight + self.bias
+
+
+class RenormLike(OwnNorm):
+    """Keeps a standard deviation, as batch renormalization does, which only its trainer updates."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        del self.mean
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_std", torch.ones(channels))
+
+    @property
+    def statistics(self):
+        return self.running_mean, self.running_std
+
+
+class FrozenNorm(nn.Module):
+    """A constant layer, as detectors have them: no count of batches."""
+
+    def __init__(self, channels):
+        super().__init__()
+        for name, start in [("weight", 1), ("bias", 0), ("running_mean", 0), ("running_var", 1)]:
+            self.register_buffer(name, torch.full((channels,), float(start)))
+
+    def forward(self, x):
+        return (x - self.running_mean) * (self.running_var + 1e-5).rsqrt() * self.weight + self.bias
+
+
+def net(stem=nn.BatchNorm1d, body=nn.BatchNorm1d):
+    torch.manual_seed(0)
+    parts = [
+        ("one", nn.Linear(4, 5)),
+        ("stem", stem(5)),
+        ("two", nn.Linear(5, 6)),
+        ("body", body(6)),
+    ]
+    return nn.Sequential(*(part for _, part in parts), nn.Linear(6, 2))
+
+
+STEM, BODY = "1", "3"
+
+
+def inputs(seed=5, count=200):
+    return 2 + 3 * torch.randn(count, 4, generator=torch.Generator().manual_seed(seed))
+
+
+def labelled(seed=6):
+    x = inputs(seed)
+    return TensorDataset(x, (x.sum(1) > 8).long())
+
+
+def train(model, count=3, frozen=(), start=True):
+    """States of a model while it is trained; frozen layers stay in evaluation mode."""
+    x, y = labelled(7).tensors
+    model.train()
+    if start:
+        model(x)  # statistics of something
+    for name in frozen:
+        model.get_submodule(name).eval()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    states = []
+    for step in range(3 * count):
+        part = slice(20 * step, 20 * step + 20)
+        nn.functional.cross_entropy(model(x[part]), y[part]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 3 == 2:
+            states.append({name: value.clone() for name, value in model.state_dict().items()})
+    return states
+
+
+def saved(directory, states, suffix=".pt"):
+    for i, state in enumerate(states, 1):
+        save(directory / f"epoch_{i}{suffix}", state)
+    return open_run(directory)
+
+
+def mean_of(states):
+    return {
+        name: average_by_hand([s[name] for s in states], [1] * len(states), value.dtype)
+        for name, value in states[-1].items()
+    }
+
+
+def recomputed_by_hand(state, frozen):
+    """Statistics of both layers in float64, the stem's kept where it is frozen."""
+    x = inputs().double()
+    x = x @ state["0.weight"].double().T + state["0.bias"].double()
+    found = {}
+    for layer, after in ((STEM, "2"), (BODY, None)):
+        if layer not in frozen:
+            found[f"{layer}.running_mean"], found[f"{layer}.running_var"] = x.mean(0), x.var(0)
+            mean, var = x.mean(0), x.var(0, correction=0)
+        else:
+            mean, var = (state[f"{layer}.{s}"].double() for s in ("running_mean", "running_var"))
+        x = (x - mean) / (var + 1e-5).sqrt() * state[f"{layer}.weight"] + state[f"{layer}.bias"]
+        if after is not None:
+            x = x @ state[f"{after}.weight"].double().T + state[f"{after}.bias"].double()
+    return found
+
+
+def assert_statistics(path, expected):
+    found = load(open_checkpoint(path))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name].double(), value, rtol=1e-4, atol=1e-5)
+    return found
+
+
+def how(model, exclude=()):
+    return Pass(model, [inputs()], CPU, exclude=exclude)
+
+
+# What is frozen
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_layer_with_equal_statistics_in_all_checkpoints_is_frozen(tmp_path, suffix, caplog):
+    caplog.set_level("INFO", "ckptavg")
+    states = train(net(), frozen=[STEM])
+    run = saved(tmp_path, states, suffix)
+    assert find_frozen_layers(run.checkpoints) == (STEM,)
+    planned = plan_average(run)
+    assert (planned.batchnorm, planned.statistics.frozen) == ("stale", (STEM,))
+    found = ckptavg.average(run)
+    for name in (f"{STEM}.running_mean", f"{STEM}.running_var"):
+        assert same_bits(found[name], states[0][name])
+    assert "1 of 2 BatchNorm layers were frozen in training" in caplog.text
+
+
+def test_frozen_statistics_are_kept_to_the_bit_whatever_the_coefficients(tmp_path):
+    states = [{k: v.double() if v.is_floating_point() else v for k, v in s.items()}
+              for s in train(net(), frozen=[STEM])]  # fmt: skip
+    found = ckptavg.average(saved(tmp_path, states), weights=[0.1, 0.3, 0.7])
+    assert same_bits(found[f"{STEM}.running_var"], states[-1][f"{STEM}.running_var"])
+
+
+def repeated(states):
+    return [states[0]] * 3
+
+
+def single(states):
+    return states[:1]
+
+
+def unfrozen_midway(states):
+    changed = {name: value + (name == f"{STEM}.running_mean") for name, value in states[1].items()}
+    return [states[0], changed, states[2]]
+
+
+@pytest.mark.parametrize("change", [repeated, single, unfrozen_midway])
+def test_equal_statistics_of_equal_weights_tell_nothing(tmp_path, change):
+    run = saved(tmp_path, change(train(net(), frozen=[STEM, BODY])))
+    assert STEM not in find_frozen_layers(run.checkpoints)
+
+
+def test_layers_that_no_data_went_through_are_not_frozen(tmp_path):
+    states = train(net(), frozen=[STEM, BODY], start=False)
+    assert find_frozen_layers(saved(tmp_path, states).checkpoints) == ()
+
+
+def test_the_statistics_of_an_averaged_model_were_copied_and_not_frozen(tmp_path):
+    model = net()
+    model.train()(inputs())
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    states = []
+    for _ in range(3):
+        train(model, 1)
+        averaged.update_parameters(model)
+        states.append({name: value.clone() for name, value in averaged.state_dict().items()})
+    run = saved(tmp_path, states)
+    assert find_frozen_layers(run.checkpoints) == ()
+    assert plan_average(run).batchnorm == "stale"
+
+
+def test_half_precision_hides_small_changes_but_not_the_count_of_batches(tmp_path):
+    states = []
+    for i, state in enumerate(train(net(), frozen=[STEM])):
+        halves = {k: v.bfloat16() if v.is_floating_point() else v for k, v in state.items()}
+        states.append(halves | {f"{STEM}.num_batches_tracked": torch.tensor(100 + i)})
+    assert find_frozen_layers(saved(tmp_path, states).checkpoints) == ()
+
+
+def test_layers_without_a_count_are_frozen_whatever_their_values(tmp_path):
+    run = saved(tmp_path, train(net(FrozenNorm, FrozenNorm)))
+    planned = plan_average(run)
+    assert planned.batchnorm == "frozen"
+    out = ckptavg.average(run, out=tmp_path / "out.pt")
+    made = open_checkpoint(out).provenance
+    assert (made["bn"], made["bn_layers"]) == ("frozen", {"frozen": [STEM, BODY]})
+
+
+def test_only_checkpoints_that_contribute_decide(tmp_path):
+    states = train(net(), frozen=[STEM])
+    states[0] = {k: v + 1 if k.startswith(f"{STEM}.running") else v for k, v in states[0].items()}
+    run = saved(tmp_path, states)
+    assert plan_average(run, weights=[0, 1, 1]).plan.frozen == (STEM,)
+    assert plan_average(run).plan.frozen == ()
+
+
+def test_statistics_from_another_base_are_not_those_that_were_frozen(tmp_path):
+    states = train(net(), frozen=[STEM])
+    run = saved(tmp_path / "run", states)
+    base = save(tmp_path / "base.pt", train(net(), 1)[0])
+    assert plan_average(run, base=base, exclude="*running_*").plan.frozen == ()
+    assert plan_average(run, base=base).plan.frozen == (STEM,)
+
+
+@pytest.mark.parametrize(
+    ("names", "layers"),
+    [
+        (["a.running_mean", "a.running_var", "b.weight"], {"a": ("running_mean", "running_var")}),
+        (["a.running_mean", "a.running_std"], {"a": ("running_mean", "running_std")}),
+        (["a.running_mean", "a.running_covar"], {"a": ("running_mean", "running_covar")}),
+        (["a.moving_mean", "a.moving_variance"], {"a": ("moving_mean", "moving_variance")}),
+        (["evonorm.weight", "evonorm.running_var"], {"evonorm": ("running_var",)}),
+        (["running_mean", "running_var"], {"": ("running_mean", "running_var")}),
+        (["observer.running_mean", "rms.running_var", "a.mean", "a.var"], {}),
+    ],
+)
+def test_layers_are_known_by_the_names_of_their_statistics(names, layers):
+    expected = {
+        layer: tuple(f"{layer}.{leaf}".lstrip(".") for leaf in leaves)
+        for layer, leaves in layers.items()
+    }
+    assert layer_statistics(names) == expected
+
+
+# What is recomputed, and what is not
+
+
+@pytest.mark.parametrize("name", ["out.pt", "out.safetensors"])
+@pytest.mark.parametrize("frozen", [(), (STEM,)], ids=["trained", "frozen"])
+def test_frozen_layers_are_left_alone_where_others_are_recomputed(tmp_path, frozen, name):
+    states = train(net(), frozen=frozen)
+    planned = plan_average(saved(tmp_path / "run", states))
+    ((result, made),) = write_averages([planned], [tmp_path / name], how(net()))
+    assert result.layers == 2 - len(frozen)
+    assert made["bn"] == "recomputed"
+    assert made.get("bn_layers", {}) == ({"frozen": [STEM]} if frozen else {})
+    assert open_checkpoint(tmp_path / name).provenance == made
+    state = mean_of(states)
+    found = assert_statistics(tmp_path / name, recomputed_by_hand(state, frozen))
+    for layer in frozen:
+        assert same_bits(found[f"{layer}.running_mean"], states[0][f"{layer}.running_mean"])
+
+
+def test_excluded_layers_keep_their_averaged_statistics(tmp_path):
+    states = train(net())
+    planned = plan_average(saved(tmp_path / "run", states))
+    outs = [tmp_path / "a.pt"]
+    ((_, made),) = write_averages([planned], outs, how(net(), ["1*"]), digests=True)
+    assert made["bn_layers"] == {"excluded": [STEM]}
+    state = mean_of(states)
+    found = assert_statistics(outs[0], recomputed_by_hand(state, [STEM]))
+    assert same_bits(found[f"{STEM}.running_mean"], state[f"{STEM}.running_mean"])
+
+
+def test_a_pattern_that_matches_no_layer_is_met_before_any_work(tmp_path):
+    run = saved(tmp_path / "run", train(net()))
+    planned = plan_average(run)
+    for work in (
+        lambda: write_averages([planned], [tmp_path / "a.pt"], how(net(), ["stem.*"])),
+        lambda: update_checkpoint(run.checkpoints[0], tmp_path / "a.pt", how(net(), ["stem.*"])),
+        lambda: evaluate(run.checkpoints, net(), labelled(), exclude=["stem.*"]),
+    ):
+        with pytest.raises(UsageError, match=r"'stem\.\*' matches no BatchNorm layer.* 1, 3"):
+            work()
+    assert not (tmp_path / "a.pt").exists()
+
+
+@pytest.mark.parametrize("digests", [False, True])
+@pytest.mark.parametrize("name", ["out.pt", "out.safetensors"])
+def test_a_layer_of_no_known_class_is_named_and_not_called_recomputed(
+    tmp_path, name, digests, caplog
+):
+    states = train(net(body=RenormLike))
+    for i, state in enumerate(states):
+        state[f"{BODY}.running_std"] += i
+    planned = plan_average(saved(tmp_path / "run", states))
+    outs = [tmp_path / name]
+    ((_, made),) = write_averages([planned], outs, how(net(body=RenormLike)), digests=digests)
+    assert made["bn"] == "partly recomputed"
+    assert made["bn_layers"] == {"not_recomputed": [BODY]}
+    assert open_checkpoint(outs[0]).provenance == made
+    assert f"1 of 2 layers cannot be recomputed: {BODY}" in caplog.text
+    expected = {k: v for k, v in recomputed_by_hand(mean_of(states), []).items() if k[0] == STEM}
+    found = assert_statistics(outs[0], expected)
+    assert same_bits(found[f"{BODY}.running_std"], mean_of(states)[f"{BODY}.running_std"])
+
+
+def test_an_average_of_layers_of_no_known_class_is_written_and_stays_stale(tmp_path, caplog):
+    model = net(RenormLike, RenormLike)
+    states = train(model)
+    for i, state in enumerate(states):
+        state[f"{STEM}.running_mean"] += i
+        state[f"{BODY}.running_mean"] += i
+    run = saved(tmp_path / "run", states)
+    ((result, made),) = write_averages([plan_average(run)], [tmp_path / "a.pt"], how(model))
+    assert (result.layers, made["bn"]) == (0, "stale")
+    assert made["bn_layers"] == {"not_recomputed": [STEM, BODY]}
+    assert "2 of 2 layers cannot be recomputed: 1, 3" in caplog.text
+    with pytest.raises(BatchNormError, match=r"can be recomputed: not those of 1, 3"):
+        update_checkpoint(open_checkpoint(tmp_path / "a.pt"), tmp_path / "b.pt", how(model))
+
+
+def test_a_network_without_batchnorm_is_averaged_and_said_so(tmp_path, caplog):
+    caplog.set_level("INFO", "ckptavg")
+    model = net(nn.LayerNorm, nn.LayerNorm)
+    run = saved(tmp_path / "run", train(model))
+    ((_, made),) = write_averages([plan_average(run)], [tmp_path / "a.pt"], how(model))
+    assert made["bn"] == "none"
+    assert "no BatchNorm layers: nothing to recompute" in caplog.text
+    _, made = update_checkpoint(run.checkpoints[0], tmp_path / "b.pt", how(model))
+    assert made["bn"] == "none"
+
+
+def test_an_average_tells_later_passes_what_was_frozen(tmp_path):
+    states = train(net(), frozen=[STEM])
+    out = ckptavg.average(saved(tmp_path / "run", states), out=tmp_path / "a.safetensors")
+    _, made = update_checkpoint(open_checkpoint(out), tmp_path / "b.safetensors", how(net()))
+    assert (made["bn"], made["bn_layers"]) == ("recomputed", {"frozen": [STEM]})
+    assert_statistics(tmp_path / "b.safetensors", recomputed_by_hand(mean_of(states), [STEM]))
+
+
+def test_one_checkpoint_has_frozen_layers_where_the_class_says_so(tmp_path):
+    path = save(tmp_path / "one.pt", train(net(FrozenNorm))[-1])
+    _, made = update_checkpoint(open_checkpoint(path), tmp_path / "b.pt", how(net(FrozenNorm)))
+    assert (made["bn"], made["bn_layers"]) == ("recomputed", {"frozen": [STEM]})
+
+
+# Scores
+
+
+def scored(run, model, **settings):
+    planned = plan_average(run)
+    candidates = [
+        Candidate.of_checkpoint(run.checkpoints[-1], last=True),
+        Candidate.of_average(planned, "stale", recompute=False),
+        Candidate.of_average(planned, "anew", recompute=True),
+    ]
+    return evaluate(candidates, model, labelled(), train_loader=[inputs()], **settings)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "frozen", "exclude", "state", "layers"),
+    [
+        ((nn.BatchNorm1d, nn.BatchNorm1d), (STEM,), (), "recomputed", {"frozen": [STEM]}),
+        ((nn.BatchNorm1d, nn.BatchNorm1d), (), "1", "recomputed", {"excluded": [STEM]}),
+        ((nn.BatchNorm1d, FrozenNorm), (), (), "recomputed", {"frozen": [BODY]}),
+        ((FrozenNorm, FrozenNorm), (), (), "frozen", {"frozen": [STEM, BODY]}),
+        ((nn.LayerNorm, nn.LayerNorm), (), (), "none", None),
+    ],
+)
+def test_scores_say_what_became_of_the_statistics(tmp_path, kinds, frozen, exclude, state, layers):
+    run = saved(tmp_path, train(net(*kinds), frozen=frozen))
+    results = scored(run, net(*kinds), exclude=exclude)
+    assert results[2].bn == state
+    assert results[2].details.get("bn_layers") == layers
+    assert json.loads(json.dumps(results[2].as_json())).get("bn_layers") == layers
+    assert isinstance(is_worse(results), bool)
+
+
+def test_scores_are_those_of_the_model_with_what_is_frozen_kept(tmp_path):
+    states = train(net(), frozen=[STEM])
+    result = scored(saved(tmp_path, states), net())[2]
+    model, state = net(), mean_of(states)
+    model.load_state_dict(
+        state | {k: v.float() for k, v in recomputed_by_hand(state, [STEM]).items()}
+    )
+    x, y = labelled().tensors
+    with torch.no_grad():
+        loss = nn.functional.cross_entropy(model.eval()(x).double(), y)
+    assert result.metrics["nll"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_a_partly_recomputed_average_is_the_one_that_is_judged(tmp_path):
+    states = train(net(body=RenormLike))
+    for i, state in enumerate(states):
+        state[f"{BODY}.running_std"] += i
+    results = scored(saved(tmp_path, states), net(body=RenormLike))
+    assert [r.bn for r in results] == ["own", "stale", "partly recomputed"]
+    last, stale, anew = (r.metrics["top1"] for r in results)
+    assert is_worse(results) == (anew < last), (last, stale, anew)
