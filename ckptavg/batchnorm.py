@@ -8,7 +8,8 @@ averages the batches' variances instead, which leaves out how the batches' means
 
 A batch's own mean and variance are those that the layer's kernel computes anyway to normalize it.
 Where they may be off by more than ``moments.TOLERANCE``, the batch goes through the model once more
-and that layer's inputs are reduced in float64, from then on too.
+and that layer's inputs are reduced in float64, from then on too. A layer whose forward pass is not
+torch's is asked what it makes of a batch (``layer_updates``).
 """
 
 from __future__ import annotations
@@ -55,12 +56,16 @@ def update_bn(
 ) -> BatchNormResult:
     """Recompute a model's BatchNorm statistics in one pass over data.
 
-    Weights stay as they are; only the BatchNorm layers (and InstanceNorm layers that track
-    statistics) are in training mode during the pass. At a layer whose inputs do not depend on the
-    batch, the first above all, the result is the same for any split into batches: a batch's own
-    mean and variance are exact up to ``moments.TOLERANCE``, and merged in float64. Deeper layers
-    see activations that were normalized batch by batch, as in training, so there one pass is not
-    invariant to the batch size. If anything fails, the model is as it was before.
+    Weights stay as they are; only the BatchNorm layers (and other layers that keep running
+    statistics, InstanceNorm's or a user's own) are in training mode during the pass, and only in
+    their own forward pass. Layers that do not change their statistics in training, or of which it
+    is not known how they do, are left and named in the result; a model without any is no error.
+
+    At a layer whose inputs do not depend on the batch, the first above all, the result is the same
+    for any split into batches: a batch's own mean and variance are exact up to
+    ``moments.TOLERANCE``, and merged in float64. Deeper layers see activations that were normalized
+    batch by batch, as in training, so there one pass is not invariant to the batch size. If
+    anything fails, the model is as it was before.
 
     A batch may go through the model a second time, so its forward pass must not change its input.
 
@@ -85,8 +90,7 @@ def update_bn(
             see ``ckptavg.progress``.
 
     Raises:
-        BatchNormError: There are no data, no such layers, or a layer saw a single value or one that
-            is not finite.
+        BatchNormError: There are no data, or a layer saw a single value or one that is not finite.
         UsageError: A pattern of ``exclude`` matches no layer.
     """
     layers = tracked_layers(bare_module(model))

@@ -136,7 +136,8 @@ def _read_together(group: Sequence[Network], *, keep_nonfinite: bool) -> dict[in
 
 
 def _placed(template: nn.Module, weights: StateDict, name: str, runtime: Runtime) -> nn.Module:
-    model = copy.deepcopy(template)
+    # weights are loaded in training mode: some modules merge theirs when they leave it
+    model = copy.deepcopy(template).train()
     load_into(model, weights, name)
     return model.to(runtime.device).eval()
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ckptavg import update_bn
+from ckptavg import evaluate, update_bn
 from ckptavg.batchnorm import recompute
 from ckptavg.errors import BatchNormError
 from ckptavg.runtime import Runtime
@@ -183,6 +183,21 @@ def test_weights_that_a_mode_merges_are_neither_merged_nor_unmerged(training):
     assert (part.merged, part.training) == (not training, training)
     with torch.no_grad():
         assert_statistics(model[1], torch.cat([part(x) for x in data]))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_weights_are_scored_merged_whatever_the_mode_of_the_template(tmp_path, training):
+    def make(seed):
+        torch.manual_seed(seed)
+        return nn.Sequential(Merging(), nn.Flatten(), nn.Linear(48, 2))
+
+    trained, (x,) = make(0), images((64,))
+    labels = (x.mean((1, 2, 3)) > 1).long()
+    torch.save(trained.state_dict(), tmp_path / "a.pt")
+    (result,) = evaluate([tmp_path / "a.pt"], make(1).train(training), [(x, labels)])
+    with torch.no_grad():
+        expected = F.cross_entropy(trained(x), labels).item()
+    assert result.metrics["nll"] == pytest.approx(expected, rel=1e-5)
 
 
 class Recurrent(nn.Module):
