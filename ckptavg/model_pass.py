@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from ckptavg.moments import TOLERANCE, Doubt, KernelMoments, Landing, Moments
 from ckptavg.norm_layers import is_watchable, keeps_nothing, tracked_layers
 from ckptavg.processes import Peers
 from ckptavg.runtime import Runtime
+from ckptavg.scripted_layers import KernelDispatch, ScriptedLayer, is_scripted
 from ckptavg.watching import Names, watch
 
 log = logging.getLogger("ckptavg")
@@ -142,6 +143,8 @@ class ModelPass:
             log.info("layers without running statistics are skipped: %s", first_few(plain))
         tracked = {n: m for n, m in tracked_layers(self.model).items() if n not in exclude}
         self.layers = {n: watch(n, layer) for n, layer in tracked.items() if is_watchable(layer)}
+        scripted = {n: ScriptedLayer(n, m) for n, m in tracked.items() if is_scripted(m)}
+        self.layers.update(scripted)
         self._unwatched = tuple(name for name in tracked if name not in self.layers)
         self.moments: dict[Key, Moments] = {}
         self._slots = [layer for layer in self.layers.values() if layer.suits_kernel()]
@@ -158,7 +161,7 @@ class ModelPass:
 
         A GPU is asked about a batch when it has the next one to work on, so that it never waits.
         """
-        self._waiting.append(self.collector.see(self.model, through))
+        self._waiting.append(self._see(through))
         if len(self._waiting) > self._late:
             self._settle()
 
@@ -203,7 +206,7 @@ class ModelPass:
         changes: list[Change] = []
         for name, layer in self.layers.items():
             for buffer, value in layer.new_values(self._moments_of(name), batches).items():
-                changes.append(_change(f"{name}.{buffer}", layer.layer._buffers[buffer], value))
+                changes.append(_change(f"{name}.{buffer}", getattr(layer.layer, buffer), value))
         return changes
 
     def result(self, batches: int, samples: int) -> BatchNormResult:
@@ -247,6 +250,11 @@ class ModelPass:
             for name in written.get(module, ())
         )
 
+    def _see(self, through: Through) -> _Seen:
+        scripted = [layer for layer in self.layers.values() if isinstance(layer, ScriptedLayer)]
+        with KernelDispatch(scripted) if scripted else nullcontext():
+            return self.collector.see(self.model, through)
+
     def _settle(self) -> None:
         """Merge the oldest batch once nothing about it is in doubt.
 
@@ -261,7 +269,7 @@ class ModelPass:
                 first_few([self._slots[slot].name for slot in doubted]),
                 TOLERANCE,
             )
-            self._waiting[0] = self.collector.see(self.model, self._waiting[0].through)
+            self._waiting[0] = self._see(self._waiting[0].through)
         seen = self._waiting.popleft()
         for landing in seen.landings:
             self.collector.kernels.merge(landing)

@@ -103,10 +103,10 @@ class WatchedLayer:
         for names, of_them in moments.items():
             parts = (of_them.mean, of_them.variance) if len(names) == 2 else (of_them.mean,)
             values |= dict(zip(names, parts, strict=True))
-        if values and isinstance(self.layer, _NormBase):
+        if values and isinstance(self.layer, (_NormBase, torch.jit.ScriptModule)):
             values["num_batches_tracked"] = torch.tensor(batches)
-        buffers = self.layer._buffers
-        return {name: value for name, value in values.items() if buffers.get(name) is not None}
+        buffers = dict(self.layer.named_buffers(recurse=False))
+        return {name: value for name, value in values.items() if name in buffers}
 
     def end_training(self) -> None:
         """Let a layer do with new statistics what it does when it leaves training mode.

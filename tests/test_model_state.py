@@ -138,13 +138,26 @@ def test_who_reads_statistics_finds_those_of_the_checkpoint():
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
-@pytest.mark.parametrize("compiled", [torch.jit.script, lambda m: torch.jit.trace(m, images()[0])])
-def test_scripted_parts_stay_and_are_named(compiled, caplog):
-    part = compiled(Block().eval())
+@pytest.mark.parametrize("training", [True, False])
+def test_a_layer_in_a_scripted_part(training):
+    plain = Block()
+    part = torch.jit.script(copy.deepcopy(plain))
+    model = nn.Sequential(part, nn.BatchNorm2d(3)).train(training)
+    expected, data = nn.Sequential(plain, nn.BatchNorm2d(3)), images((5, 3, 4))
+    result = update_bn(model, data)
+    assert result.layers == update_bn(expected, data).layers == 2
+    for name, value in expected.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-6, atol=1e-6)
+    assert part.training == part.bn.training == training
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_traced_parts_stay_and_are_named(caplog):
+    part = torch.jit.trace(Block().eval(), images()[0])
     model = nn.Sequential(part, nn.BatchNorm2d(3)).train()
     before = own_state(model)
     result = update_bn(model, images())
-    assert (result.layers, result.unknown) == (1, ("0.bn",))
+    assert (result.layers, result.unreached) == (1, ("0.bn",))
     assert changed(model, before) == {f"1.{name}" for name in STATISTICS}
     assert part.training
     assert "0.bn" in caplog.text
