@@ -45,7 +45,6 @@ def find_frozen_layers(checkpoints: Sequence[Checkpoint]) -> tuple[str, ...]:
         counts = [_read(reader, c, _count_names(same)) for c in checkpoints]
     if len(same) == len(layers) and not _are_trained(checkpoints):
         return ()
-    copied = any(checkpoint.is_averaged_model for checkpoint in checkpoints)
     frozen: list[str] = []
     for layer, names in layers.items():
         if layer not in same:
@@ -53,9 +52,8 @@ def find_frozen_layers(checkpoints: Sequence[Checkpoint]) -> tuple[str, ...]:
         # What never tracks statistics, FrozenBatchNorm2d above all, keeps no count.
         if batch_count(layer) in last.tensors:
             counted = any(count.get(layer) != counts[0].get(layer) for count in counts)
-            # An averaged model has the statistics that it was copied with, whatever the trained
-            # one does; and an untouched layer has none yet.
-            if copied or _is_untouched(same[layer]) or (counted and _is_coarse(last, names)):
+            # An untouched layer has no statistics yet.
+            if _is_untouched(same[layer]) or (counted and _is_coarse(last, names)):
                 continue
         frozen.append(layer)
     return tuple(frozen)

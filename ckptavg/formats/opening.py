@@ -237,7 +237,6 @@ def _checkpoint(path: Location, layout: str, parts: list[Part], recorded: Record
         notes=(*chain(*(part.notes for part in parts)), *wrappers),
         beside=parts[0].beside,
         metadata=parts[0].metadata,
-        is_averaged_model=any(name.rpartition(".")[2] == weights.TORCH_COUNTER for name in names),
     )
     _check_repeats(checkpoint)
     return checkpoint

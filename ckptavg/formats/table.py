@@ -276,8 +276,6 @@ class Checkpoint:
             The empty name is that of the path itself.
         momentary: Names of recorded numbers that are of this checkpoint alone: its neighbours have
             others.
-        is_averaged_model: True for the state of torch's AveragedModel, whose buffers are usually
-            those that it was made with.
     """
 
     path: Location
@@ -296,7 +294,6 @@ class Checkpoint:
     components: Mapping[str, Checkpoint] = field(default_factory=dict)
     networks: tuple[str, ...] = ()
     momentary: frozenset[str] = frozenset()
-    is_averaged_model: bool = False
 
     def __repr__(self) -> str:
         return f"<Checkpoint {self.path}: {len(self.tensors)} tensors, step {self.step}>"
