@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ckptavg.cli import ending, ranks
-from ckptavg.cli.cycle_hint import note_cycles
 from ckptavg.cli.error_lines import show_in_one_line
 from ckptavg.cli.help import EVERYWHERE, GroupedOption
 from ckptavg.errors import UsageError
+from ckptavg.runs.selection_notes import note_run, note_selection
 
 if TYPE_CHECKING:
     from ckptavg.averaging import Average
@@ -406,19 +406,9 @@ def open_selected(
     picks = {name: options.pop(name) for name in SELECTION}
     check_picks(picks)
     run = open_run(*paths, glob=glob, skip=skip, key=key)
-    for note in run.notes:
-        log.info(note)
-    for path, why in run.left_out:
-        log.debug("%s is left out: %s", path, why)
-    for checkpoint in run.opened:
-        for note in checkpoint.notes:
-            log.debug("%s: %s", checkpoint.path, note)
-    for note in dict.fromkeys(note for checkpoint in run.opened for note in checkpoint.notes):
-        log.info(note)
-    selection = selected(run, picks)
-    for note in selection.notes[len(run.notes) :]:
-        log.info(note)
-    note_cycles(run, selection)
+    note_run(run)
+    selection = selected(run, **picks)
+    note_selection(run, selection, ends="--at-lr-min")
     return run, selection
 
 
