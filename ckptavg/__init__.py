@@ -13,11 +13,16 @@ if TYPE_CHECKING:
     from ckptavg.averaging import average as average
     from ckptavg.batchnorm import update_bn as update_bn
     from ckptavg.candidates import Candidate as Candidate
+    from ckptavg.comparison import compare as compare
     from ckptavg.errors import CkptavgError as CkptavgError
+    from ckptavg.errors import StaleStatisticsWarning as StaleStatisticsWarning
     from ckptavg.evaluation import evaluate as evaluate
     from ckptavg.formats import Checkpoint as Checkpoint
     from ckptavg.formats import open_checkpoint as open_checkpoint
+    from ckptavg.loaders import Subset as Subset
     from ckptavg.many import average_many as average_many
+    from ckptavg.results import Result as Result
+    from ckptavg.results import Results as Results
     from ckptavg.run import Run as Run
     from ckptavg.run import open_run as open_run
     from ckptavg.tasks import Task as Task
@@ -29,13 +34,18 @@ _HOMES = {
     "average_many": "many",
     "update_bn": "batchnorm",
     "CkptavgError": "errors",
+    "StaleStatisticsWarning": "errors",
     "Candidate": "candidates",
     "evaluate": "evaluation",
+    "compare": "comparison",
+    "Result": "results",
+    "Results": "results",
     "Checkpoint": "formats",
     "open_checkpoint": "formats",
     "geometry": "weight_space",
     "Run": "run",
     "open_run": "run",
+    "Subset": "loaders",
     "Task": "tasks",
     "__version__": "version",
 }

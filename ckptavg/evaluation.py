@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import zlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -24,7 +23,7 @@ from torch.utils.data import Dataset
 
 from ckptavg import heap, lora, networks
 from ckptavg.batches import Batches, Forward, bytes_of, tensors_of
-from ckptavg.candidates import Candidate, reference_of
+from ckptavg.candidates import Candidate, CandidateLike, Weights, as_candidates, reference_of
 from ckptavg.channels import Channels
 from ckptavg.errors import EvaluationError, UsageError
 from ckptavg.evidence import compare
@@ -33,9 +32,11 @@ from ckptavg.formats.names import batchnorm_layers
 from ckptavg.loaders import Subset, as_subset, counted, moved, open_loader, rereadable
 from ckptavg.loading import undistributed
 from ckptavg.networks import Network, Networks
+from ckptavg.notes import collect_notes
 from ckptavg.passes import Together, run_passes, say
 from ckptavg.processes import Alone, Peers, peers_of_group
-from ckptavg.results import Result, Versus
+from ckptavg.progress import PhaseProgress, ProgressLike, open_progress
+from ckptavg.results import Result, Results, Versus
 from ckptavg.running_statistics import LAYERS, Statistics, match_layers
 from ckptavg.runtime import Runtime, fit
 from ckptavg.scoring import Board, Soundness, joined
@@ -44,12 +45,12 @@ from ckptavg.tasks import Task
 from ckptavg.tasks.classification import Classification
 
 log = logging.getLogger("ckptavg")
-Progress = Callable[[str, int, int], None]
+Progress = PhaseProgress
 """Called as ``progress(phase, done, total)`` in samples; total is 0 where it is not known."""
 
 
 def evaluate(
-    candidates: Sequence[Candidate | Checkpoint | str | os.PathLike[str]],
+    candidates: Iterable[CandidateLike] | Mapping[str, CandidateLike],
     model: nn.Module,
     data: Batches | Dataset[Any],
     *,
@@ -64,8 +65,8 @@ def evaluate(
     seed: int = 0,
     bn_samples: int | Subset | None = None,
     keep_nonfinite: bool = False,
-    progress: Progress | None = None,
-) -> list[Result]:
+    progress: ProgressLike = None,
+) -> Results:
     """Score candidates on the same data, as many as fit in memory in one pass.
 
     The statistics of all averages that are to be recomputed share passes over the training data
@@ -74,10 +75,13 @@ def evaluate(
     Dataset is shared among them batch by batch, a loader is each process's own part of the data.
 
     Args:
-        candidates: Candidates, or checkpoints that are scored as they are.
+        candidates: Candidates, checkpoints and their paths, modules and state dicts, mixed; or a
+            dict of them by the names that they are to have. A module counts by its weights.
         model: A module that the weights fit.
         data: A Dataset, or a loader that gives (inputs, labels) or a dict with labels.
-        train_loader: Training data, as a Dataset or a loader, for averages with ``recompute``.
+        train_loader: Training data, as a Dataset or a loader, that BatchNorm statistics are
+            recomputed from: those of candidates with ``recompute``, and those of checkpoints and
+            state dicts that are recorded as stale.
         task: How to call the model and what to compute; image classification where None.
         device: ``auto``, ``cpu``, ``cuda[:N]``, ``mps``; the model's own where None.
         forward: ``forward(model, batch)`` runs a model on a batch as the loader gives it, of either
@@ -91,10 +95,11 @@ def evaluate(
         bn_samples: How many samples of the training data, drawn at random, the statistics are
             recomputed from, or a ``ckptavg.loaders.Subset``; all of them where None.
         keep_nonfinite: Let averages that are not finite reach the model.
-        progress: Told about each phase, in samples.
+        progress: True for a bar, a bar of tqdm, or a function of (phase, done, total) in samples;
+            see ``ckptavg.progress``.
 
     Returns:
-        One result a candidate, in their order.
+        One result per candidate, in their order; they draw themselves as a table.
 
     Raises:
         ModelError: Weights do not fit the model.
@@ -105,19 +110,34 @@ def evaluate(
     runtime = Runtime.on(device, model, amp=amp, batch_size=size, workers=workers, seed=seed)
     peers = peers_of_group()
     subset = as_subset(bn_samples)
-    return score(
-        [c if isinstance(c, Candidate) else Candidate.of_checkpoint(c) for c in candidates],
-        model,
-        open_loader(data, runtime, shuffle=False, peers=peers),
-        runtime,
-        None if train_loader is None
-        else open_loader(train_loader, runtime, shuffle=True, subset=subset, peers=peers),
-        task=task,
-        forward=forward,
-        exclude=exclude,
-        keep_nonfinite=keep_nonfinite,
-        progress=progress,
-        peers=peers,
+    with collect_notes() as notes, open_progress(progress, "samples") as told:
+        scored = as_candidates(candidates, has_training=train_loader is not None)
+        training = None
+        if train_loader is not None and any(candidate.recompute for candidate in scored):
+            training = open_loader(train_loader, runtime, shuffle=True, subset=subset, peers=peers)
+        elif train_loader is not None:
+            note_idle_training(scored)
+        results = score(
+            scored,
+            model,
+            open_loader(data, runtime, shuffle=False, peers=peers),
+            runtime,
+            training,
+            task=task,
+            forward=forward,
+            exclude=exclude,
+            keep_nonfinite=keep_nonfinite,
+            progress=told,
+            peers=peers,
+        )
+    return Results(results, task, notes)
+
+
+def note_idle_training(candidates: Sequence[Candidate]) -> None:
+    """Note that training data serves no candidate."""
+    log.info(
+        "nothing is recomputed from the training data: of %d candidates none has statistics that "
+        "are known to be stale", len(candidates),
     )  # fmt: skip
 
 
@@ -361,13 +381,14 @@ class _Session:
 def _layers_of(candidates: Sequence[Candidate]) -> list[str]:
     """List the BatchNorm layers of all candidates."""
     checkpoints = {id(c): c for candidate in candidates for c in candidate.checkpoints}
-    layers = (batchnorm_layers(checkpoint.tensors) for checkpoint in checkpoints.values())
-    return list(dict.fromkeys(chain(*layers)))
+    tensors = [checkpoint.tensors for checkpoint in checkpoints.values()]
+    held = [candidate.weights.tensors for candidate in candidates if candidate.weights is not None]
+    return list(dict.fromkeys(chain(*map(batchnorm_layers, [*tensors, *held]))))
 
 
 def _statistics_before(network: Network) -> Statistics:
     """The state of a network's statistics before they are recomputed."""
-    if isinstance(network.source, Checkpoint):
+    if isinstance(network.source, (Checkpoint, Weights)):
         return statistics_of(network.source, network.model)
     return network.source.statistics
 
@@ -379,10 +400,10 @@ def _describe_statistics(board: Board) -> tuple[str, dict[str, list[str]]]:
         return network.statistics.state, network.statistics.listed
     if candidate.average is not None:
         return candidate.average.batchnorm, candidate.average.statistics.listed
-    first = candidate.checkpoints[0]
+    first = candidate.weights or candidate.checkpoints[0]
     if not batchnorm_layers(first.tensors):
         return "none", {}
-    made = first.provenance if candidate.kind == "checkpoint" else None
+    made = candidate.provenance
     return str(made.get("bn", "own")) if made else "own", {}
 
 

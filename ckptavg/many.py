@@ -116,12 +116,8 @@ def average_many(
         raise UsageError(f"averages are expected by name but got {short(repr(averages))}")
     planned: dict[str, Average] = {}
     for name, asked in averages.items():
-        selection, scheme = _asked(name, run, asked)
-        chosen: dict[str, Any] = (
-            {"scheme": scheme} if isinstance(scheme, str) else {"weights": scheme}
-        )
-        planned[name] = plan_average(
-            selection, **chosen, include=include, exclude=exclude, base=base, dtype=dtype
+        planned[name] = plan_request(
+            name, run, asked, include=include, exclude=exclude, base=base, dtype=dtype
         )
     if not planned:
         raise UsageError("no average is asked for")
@@ -145,6 +141,23 @@ def average_many(
                 write_many(ordered, targets, digests=digests, progress=told, **settings)
     warn_of_stale({name: one.batchnorm for name, one in planned.items()})
     return made
+
+
+def plan_request(
+    name: str, run: Run, asked: str | Run | tuple[Run, str | Sequence[float]], **rules: Any
+) -> Average:
+    """Plan one of many averages.
+
+    Args:
+        name: Its name, for messages.
+        run: The run that all of them are of.
+        asked: What ``average_many`` takes as a value.
+        rules: As for ``plan_average``.
+    """
+    selection, scheme = _asked(name, run, asked)
+    if isinstance(scheme, str):
+        return plan_average(selection, scheme, **rules)
+    return plan_average(selection, weights=scheme, **rules)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch import nn
 
 from ckptavg import averaging
 from ckptavg.averaging import Average
-from ckptavg.candidates import Candidate
+from ckptavg.candidates import Candidate, Weights
 from ckptavg.formats import Checkpoint
 from ckptavg.loading import load_into
 from ckptavg.outputs import StateDict
@@ -26,14 +26,14 @@ class Network:
 
     Attributes:
         name: For messages.
-        source: What its weights are: a checkpoint, or a planned average.
+        source: What its weights are: a checkpoint, a planned average, or weights in memory.
         recompute: Whether its BatchNorm statistics are recomputed.
         statistics: Their state, once they have been.
         model: It, on the device, while it is in use.
     """
 
     name: str
-    source: Checkpoint | Average
+    source: Checkpoint | Average | Weights
     recompute: bool = False
     statistics: Statistics | None = None
     model: nn.Module = field(default_factory=nn.Module, repr=False)
@@ -58,11 +58,17 @@ class Networks:
 
     def _of(self, candidate: Candidate) -> list[Network]:
         if candidate.average is not None:
-            planned, recompute = candidate.average, candidate.recompute
+            planned, recompute = candidate.average, bool(candidate.recompute)
             network = Network(candidate.name, planned, recompute)
             return [self._found.setdefault((id(planned), recompute), network)]
+        recompute = bool(candidate.recompute)
+        if candidate.weights is not None:
+            network = Network(candidate.name, candidate.weights, recompute)
+            return [self._found.setdefault((id(candidate.weights), recompute), network)]
         return [
-            self._found.setdefault((c.path.resolve(), c.key), Network(str(c.path), c))
+            self._found.setdefault(
+                (c.path.resolve(), c.key, recompute), Network(str(c.path), c, recompute)
+            )
             for c in candidate.checkpoints
         ]
 
@@ -118,7 +124,9 @@ def load(
     left = Counter(id(network.source) for network in group)
     for network in group:
         left[place := id(network.source)] -= 1
-        if isinstance(network.source, Checkpoint) and place not in weights:
+        if isinstance(network.source, Weights):
+            found = dict(network.source.tensors)
+        elif isinstance(network.source, Checkpoint) and place not in weights:
             found = averaging.load(network.source)
         else:
             found = weights[place] if left[place] else weights.pop(place)
@@ -127,7 +135,10 @@ def load(
 
 def _read_together(group: Sequence[Network], *, keep_nonfinite: bool) -> dict[int, StateDict]:
     """The weights of a group with averages, by source; none without: those are read in turn."""
-    sources = {id(network.source): network.source for network in group}
+    sources = {}
+    for network in group:
+        if not isinstance(network.source, Weights):
+            sources[id(network.source)] = network.source
     if not any(isinstance(source, Average) for source in sources.values()):
         return {}
     planned = [s if isinstance(s, Average) else averaging.alone(s) for s in sources.values()]

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 from ckptavg.errors import UsageError, short
 
-PhaseProgress = Callable[[str, int, int], object]
+PhaseProgress = Callable[[str, int, int], None]
 """Called as ``progress(phase, done, total)``; total is 0 where it is not known."""
 
 

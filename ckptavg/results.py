@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from html import escape
+from typing import TYPE_CHECKING, Any, overload
 
 from ckptavg.candidates import Candidate
-from ckptavg.errors import UsageError
+from ckptavg.display import printable, without_secrets
+from ckptavg.errors import EvaluationError, UsageError, first_few
 from ckptavg.evidence import Difference
-from ckptavg.formats.storage import without_secrets
+from ckptavg.frames import data_frame
 from ckptavg.running_statistics import RECOMPUTED
-from ckptavg.tasks import Task
+from ckptavg.tasks import Metric, Task
 from ckptavg.tasks.classification import Classification
+
+if TYPE_CHECKING:
+    import pandas
 
 
 @dataclass(frozen=True)
@@ -105,6 +111,129 @@ class Versus:
         return cls(
             value["reference"], value["metric"], Difference(value=value["difference"], **parts)
         )
+
+
+class Results(Sequence[Result]):
+    """Scores of candidates on the same data, in the table's order.
+
+    ``print(results)`` shows the table, and so does a notebook. A position gives a result, a slice
+    further ``Results``, and a name the candidate of that name; of an average that stands there with
+    stale and with recomputed statistics the latter, and ``results[name, "stale"]`` the former.
+
+    Attributes:
+        task: What the candidates were scored by.
+        notes: What a person should know of how the scores came about.
+    """
+
+    def __init__(self, results: Iterable[Result], task: Task, notes: Iterable[str] = ()) -> None:
+        self._results = tuple(results)
+        self.task = task
+        self.notes = tuple(notes)
+
+    def __len__(self) -> int:
+        return len(self._results)
+
+    @overload
+    def __getitem__(self, which: int | str | tuple[str, str]) -> Result: ...
+
+    @overload
+    def __getitem__(self, which: slice) -> Results: ...
+
+    def __getitem__(self, which: int | slice | str | tuple[str, str]) -> Result | Results:
+        if isinstance(which, slice):
+            return Results(self._results[which], self.task, self.notes)
+        if isinstance(which, str):
+            return self._named(which, None)
+        if isinstance(which, tuple):
+            return self._named(*which)
+        return self._results[which]
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Sequence) and not isinstance(other, (str, bytes)):
+            return list(self) == list(other)
+        return NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        """One line, for tracebacks."""
+        names = first_few([printable(result.candidate.name) for result in self])
+        count = "1 candidate" if len(self) == 1 else f"{len(self)} candidates"
+        return f"<Results of {count}: {names}>"
+
+    def __str__(self) -> str:
+        from ckptavg.score_table import tabulate_scores  # noqa: PLC0415 - only people need it
+        from ckptavg.views import printed_table  # noqa: PLC0415
+
+        return printed_table(tabulate_scores(self, self.task)) if self._results else repr(self)
+
+    def _repr_html_(self) -> str:
+        from ckptavg.score_table import scores_html  # noqa: PLC0415 - only notebooks need it
+
+        return scores_html(self, self.task) if self._results else escape(repr(self))
+
+    def best(self, metric: str | None = None) -> Result:
+        """The best result; of equal ones the first.
+
+        Args:
+            metric: Key of one of the task's metrics; the first that the task has where None.
+
+        Raises:
+            UsageError: The task has no such metric, or it does not say which values are better.
+            EvaluationError: There is no result that could be the best.
+        """
+        chosen = self._metric(metric)
+        values = [(result.metrics.get(chosen.key, math.nan), result) for result in self]
+        ranked = [(value, result) for value, result in values if not math.isnan(value)]
+        if not ranked:
+            raise EvaluationError(f"no candidate has a {chosen.key} that is a number")
+        pick = max if chosen.higher else min
+        return pick(ranked, key=lambda pair: pair[0])[1]
+
+    def to_frame(self) -> pandas.DataFrame:
+        """A pandas DataFrame: a row per candidate, a column per metric, the comparison beside them.
+
+        Raises:
+            MissingPackageError: pandas is not installed.
+        """
+        return data_frame([_record(result) for result in self])
+
+    def _metric(self, key: str | None) -> Metric:
+        metrics = self.task.metrics
+        known = [metric.key for metric in metrics]
+        if key is not None and key not in known:
+            raise UsageError(f"metric is expected to be one of {', '.join(known)} but got {key!r}")
+        chosen = metrics[0] if key is None else metrics[known.index(key)]
+        if chosen.higher is None:
+            raise UsageError(f"the metric {chosen.key} does not say which of its values are better")
+        return chosen
+
+    def _named(self, name: str, bn: str | None) -> Result:
+        results = [result for result in self if result.candidate.name == name]
+        if bn is not None:
+            results = [result for result in results if result.bn == bn]
+        elif len(results) > 1:
+            results = [result for result in results if result.bn in RECOMPUTED] or results
+        if len(results) == 1:
+            return results[0]
+        if results:
+            raise KeyError(f"{len(results)} candidates are called {name!r}: take one by position")
+        known = [result.candidate.name for result in self]
+        state = "" if bn is None else f" with {bn} statistics"
+        raise KeyError(f"no candidate{state} is called {name!r}; there are {first_few(known, 8)}")
+
+
+def _record(result: Result) -> dict[str, Any]:
+    """A result as a row of plain values."""
+    row: dict[str, Any] = {
+        "name": result.candidate.name,
+        "kind": result.candidate.kind,
+        "bn": result.bn,
+        **result.metrics,
+        "forwards": result.forwards,
+    }
+    versus = {} if result.versus is None else result.versus.as_json()
+    return row | {f"versus_{key}": value for key, value in versus.items()}
 
 
 def is_worse(results: Sequence[Result], task: Task | None = None) -> bool:

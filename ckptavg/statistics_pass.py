@@ -12,6 +12,7 @@ from torch import nn
 from ckptavg.averaging import Average
 from ckptavg.batches import Forward
 from ckptavg.batchnorm import BatchNormResult, recompute
+from ckptavg.candidates import Weights
 from ckptavg.errors import first_few
 from ckptavg.formats import Checkpoint
 from ckptavg.formats.names import batchnorm_layers, layer_statistics, updated_layers
@@ -70,7 +71,7 @@ def recompute_statistics(
     return [(results[i], state) for i, state in enumerate(states)]
 
 
-def statistics_of(checkpoint: Checkpoint, model: nn.Module) -> Statistics:
+def statistics_of(checkpoint: Checkpoint | Weights, model: nn.Module) -> Statistics:
     """The state of a checkpoint's running statistics, as far as it and the model's classes tell.
 
     Args:

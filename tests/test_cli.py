@@ -484,7 +484,7 @@ def test_damaged_accounts_do_not_stop_inspect(home: Path) -> None:
     assert ckptavg("inspect", "odd.pt").exit_code == 0
 
 
-@pytest.mark.parametrize("flags", [["--last", "2"], ["--scheme", "linear"], TRAIN])
+@pytest.mark.parametrize("flags", [["--last", "2"], ["--scheme", "linear"]])
 def test_flags_of_a_run_need_one(home: Path, flags: list[str]) -> None:
     line = one_line_error(ckptavg("eval", "run/epoch_1.pt", *EVAL, *flags), code=2)
     assert f"{flags[0]} needs --run" in line

@@ -30,8 +30,7 @@ _CANDIDATES = "Candidates"
 _RESULTS = "Results"
 _OF_A_RUN = (
     "each", "compare", "fail_if_worse", "glob", "skip", "every", "cycle", "at_lr_min", "best",
-    "sample", "last", "scheme", "weights", "include", "exclude", "base", "dtype", "train_data",
-    "bn_samples", "bn_exclude", "no_stale",
+    "sample", "last", "scheme", "weights", "include", "exclude", "base", "dtype",
 )  # fmt: skip
 _WORSE = 3  # exit code of --fail-if-worse
 
@@ -145,6 +144,8 @@ def _scored(
     training = None
     if any(candidate.recompute for candidate in keeper.missing):
         training = training_data(settings, runtime, processes)
+    elif settings["train_data"]:
+        evaluation.note_idle_training(keeper.missing)
     data = evaluation_data(settings, runtime, processes)
     with report.samples_progress() as progress:
         scored = evaluation.score(
@@ -249,7 +250,10 @@ def _candidates_of_key(
     from ckptavg import candidates  # noqa: PLC0415
     from ckptavg.formats import open_checkpoint  # noqa: PLC0415
 
-    files = [candidates.Candidate.of_checkpoint(open_checkpoint(path, key), path) for path in paths]
+    which = {"recompute": bool(settings["train_data"]), "stale": not settings["no_stale"]}
+    files = []
+    for path in paths:
+        files += candidates.candidates_of_file(open_checkpoint(path, key), path, **which)
     if settings["run_path"] is None:
         return files
     settings = dict(settings)
@@ -260,8 +264,7 @@ def _candidates_of_key(
     others = {one.name: planned_also(one, run, selection, settings) for one in further}
     return files + candidates.candidates_of(
         run, selection, planned, each=settings["each"],
-        ensemble=settings["compare"] == "fge", recompute=bool(settings["train_data"]),
-        stale=not settings["no_stale"], others=others,
+        ensemble=settings["compare"] == "fge", others=others, **which,
     )  # fmt: skip
 
 

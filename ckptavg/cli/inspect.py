@@ -9,7 +9,6 @@ import click
 
 from ckptavg.cli import geometry as shown
 from ckptavg.cli import options
-from ckptavg.cli.cycle_hint import note_cycles
 from ckptavg.cli.help import GroupedCommand
 from ckptavg.display import size_text, split_directory
 from ckptavg.errors import UsageError, first_few
@@ -21,6 +20,7 @@ from ckptavg.run import Run, open_run
 from ckptavg.running_statistics import listed_layers
 from ckptavg.runs.metric_columns import metric_columns
 from ckptavg.runs.numbered import short_names
+from ckptavg.runs.selection_notes import note_cycles
 from ckptavg.tables import Column
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def inspect(
     run = options.pick(whole, **picks)
     is_selection = run is not whole
     if is_selection:
-        note_cycles(whole, run)
+        note_cycles(whole, run, "--at-lr-min")
     if verify:
         from ckptavg.cli import verification  # noqa: PLC0415 - needs torch, the rest does not
 

@@ -407,7 +407,7 @@ def open_selected(
     check_picks(picks)
     run = open_run(*paths, glob=glob, skip=skip, key=key)
     note_run(run)
-    selection = selected(run, **picks)
+    selection = selected(run, picks)
     note_selection(run, selection, ends="--at-lr-min")
     return run, selection
 

@@ -35,10 +35,10 @@ def note_selection(run: Run, selection: Run, *, ends: str = "at_lr_min()") -> No
     """
     for note in selection.notes[len(run.notes) :]:
         log.info(note)
-    _note_cycles(run, selection, ends)
+    note_cycles(run, selection, ends)
 
 
-def _note_cycles(run: Run, selection: Run, ends_by: str) -> None:
+def note_cycles(run: Run, selection: Run, ends_by: str) -> None:
     """Note that a selection has more of a cyclical run than the ends of its cycles.
 
     Checkpoints from the middle of a cycle were saved at a high learning rate, and averages without

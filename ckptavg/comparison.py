@@ -1,0 +1,145 @@
+"""What averaging a run is worth: its last checkpoint, averages and ensemble on the same data."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from ckptavg.averaging import plan_average
+from ckptavg.batches import Batches, Forward
+from ckptavg.candidates import CandidateLike, as_candidates, candidates_of
+from ckptavg.errors import UsageError
+from ckptavg.evaluation import evaluate
+from ckptavg.formats import Checkpoint
+from ckptavg.loaders import Subset
+from ckptavg.many import Asked, plan_request
+from ckptavg.notes import collect_notes
+from ckptavg.progress import ProgressLike
+from ckptavg.results import Results
+from ckptavg.rules import keeps_nonfinite
+from ckptavg.run import Run, RunLike, as_run
+from ckptavg.runs.selection_notes import note_run, note_selection
+from ckptavg.tasks import Task
+
+
+def compare(
+    run: RunLike,
+    model: nn.Module,
+    data: Batches | Dataset[Any],
+    *,
+    train_data: Batches | Dataset[Any] | None = None,
+    selection: Run | None = None,
+    scheme: str = "uniform",
+    weights: Sequence[float] | None = None,
+    each: bool = False,
+    ensemble: bool = False,
+    stale: bool = True,
+    also: Asked | None = None,
+    candidates: Iterable[CandidateLike] | Mapping[str, CandidateLike] = (),
+    include_tensors: str | Sequence[str] = (),
+    exclude_tensors: str | Sequence[str] = (),
+    base: str | os.PathLike[str] | Checkpoint | None = None,
+    dtype: str = "keep",
+    on_nonfinite: str = "error",
+    task: Task | None = None,
+    device: str | torch.device | None = None,
+    forward: Forward | None = None,
+    amp: str = "off",
+    batch_size: int | None = None,
+    workers: int = 0,
+    seed: int = 0,
+    bn_samples: int | Subset | None = None,
+    progress: ProgressLike = None,
+) -> Results:
+    """Score the last checkpoint of a run and averages of it on the same data.
+
+    The same as ``ckptavg eval --run``: nothing is written, all averages come from one read of the
+    checkpoints, and all that memory holds share a pass over the data::
+
+        run = ckptavg.open_run("runs/swa")
+        results = ckptavg.compare(
+            run, model, val_data, train_data=train_data, each=True, ensemble=True,
+            also={"last 5": run.last(5), "ema": "ema:decay=0.9"},
+        )
+        print(results)
+
+    Args:
+        run: The run, or its path. Its last checkpoint is what the others are compared with.
+        model: A module that the weights fit; it is copied, not changed.
+        data: What is scored on, a Dataset or a loader, as for ``evaluate``.
+        train_data: Training data: the averages stand there with recomputed statistics, too.
+        selection: What is averaged of the run; all of it where None.
+        scheme: As for ``average``.
+        weights: As for ``average``.
+        each: Score every selected checkpoint, too.
+        ensemble: Score the ensemble, too: the mean of the selected checkpoints' outputs.
+        stale: Score averages with their statistics as averaged where they are recomputed, too.
+        also: Further averages by their names, each as for ``average_many``.
+        candidates: Further candidates, as for ``evaluate``; they stand first.
+        include_tensors: Shell patterns of tensor names to average; all where empty.
+        exclude_tensors: Shell patterns of those not to.
+        base: As for ``average``.
+        dtype: As for ``average``.
+        on_nonfinite: As for ``average``.
+        task: As for ``evaluate``.
+        device: As for ``evaluate``.
+        forward: As for ``evaluate``.
+        amp: As for ``evaluate``.
+        batch_size: As for ``evaluate``.
+        workers: As for ``evaluate``.
+        seed: As for ``evaluate``.
+        bn_samples: As for ``evaluate``.
+        progress: As for ``evaluate``.
+
+    Returns:
+        The results; their ``notes`` tell what is to be known of the run, too.
+
+    Raises:
+        CkptavgError: As for ``average`` and ``evaluate``.
+    """
+    keep_nonfinite = keeps_nonfinite(on_nonfinite)
+    rules: dict[str, Any] = {
+        "include": include_tensors, "exclude": exclude_tensors, "base": base, "dtype": dtype,
+    }  # fmt: skip
+    with collect_notes() as notes:
+        whole = as_run(run)
+        note_run(whole)
+        selection = _checked(selection, whole)
+        note_selection(whole, selection)
+        others = {}
+        for name, asked in (also or {}).items():
+            others[name] = plan_request(name, whole, asked, **rules)
+        planned = plan_average(selection, scheme, weights=weights, **rules)
+        every = as_candidates(candidates, has_training=train_data is not None)
+        every += candidates_of(
+            whole, selection, planned, each=each, ensemble=ensemble,
+            recompute=train_data is not None, stale=stale, others=others,
+        )  # fmt: skip
+        results = evaluate(
+            every, model, data, train_loader=train_data, task=task, device=device,
+            forward=forward, amp=amp, batch_size=batch_size, workers=workers,
+            seed=seed, bn_samples=bn_samples, keep_nonfinite=keep_nonfinite, progress=progress,
+        )  # fmt: skip
+    return Results(results, results.task, notes)
+
+
+def _checked(selection: Run | None, run: Run) -> Run:
+    """The selection, or the run where None.
+
+    Raises:
+        UsageError: It is a selection of another run.
+    """
+    if selection is None:
+        return run
+    known = {id(checkpoint) for checkpoint in run.opened}
+    if any(id(checkpoint) not in known for checkpoint in selection.opened):
+        raise UsageError(
+            "the selection has checkpoints that the run does not have",
+            "Select from the very run that is passed: selection=run.last(5).",
+        )
+    return selection
