@@ -49,6 +49,7 @@ def compare(
     task: Task | None = None,
     device: str | torch.device | None = None,
     forward: Forward | None = None,
+    exclude: str | Sequence[str] = (),
     amp: str = "off",
     batch_size: int | None = None,
     workers: int = 0,
@@ -89,6 +90,7 @@ def compare(
         task: As for ``evaluate``.
         device: As for ``evaluate``.
         forward: As for ``evaluate``.
+        exclude: Shell patterns of BatchNorm layers that keep their statistics, as for ``evaluate``.
         amp: As for ``evaluate``.
         batch_size: As for ``evaluate``.
         workers: As for ``evaluate``.
@@ -122,7 +124,7 @@ def compare(
         )  # fmt: skip
         results = evaluate(
             every, model, data, train_loader=train_data, task=task, device=device,
-            forward=forward, amp=amp, batch_size=batch_size, workers=workers,
+            forward=forward, exclude=exclude, amp=amp, batch_size=batch_size, workers=workers,
             seed=seed, bn_samples=bn_samples, keep_nonfinite=keep_nonfinite, progress=progress,
         )  # fmt: skip
     return Results(results, results.task, notes)

@@ -90,6 +90,7 @@ def without_keys(result):
         ({"train_data": data(), "stale": False, "each": True}, [*TRAIN, "--no-stale", "--each"]),
         ({"train_data": data(), "bn_samples": 16, "seed": 3},
          [*TRAIN, "--bn-samples", "16", "--seed", "3"]),
+        ({"train_data": data(), "exclude": "1"}, [*TRAIN, "--bn-exclude", "1"]),
         ({"also": {"ema": "ema:decay=0.5"}, "train_data": data()},
          ["--also", "ema=ema:decay=0.5", *TRAIN]),
         ({"exclude_tensors": "2.*", "dtype": "float64"},
