@@ -97,7 +97,10 @@ def without_keys(result):
          ["--exclude", "2.*", "--dtype", "float64"]),
         ({"candidates": {"run/epoch_2.pt": "run/epoch_2.pt"}}, ["run/epoch_2.pt"]),
     ],
-    ids=str,
+    ids=[
+        "plain", "each and ensemble", "scheme", "weights", "recomputed", "no stale", "samples",
+        "kept layers", "also", "tensors and dtype", "a file beside",
+    ],
 )  # fmt: skip
 @pytest.mark.parametrize("as_path", [True, False])
 def test_it_gives_what_the_command_gives(home, options, flags, as_path):
