@@ -138,4 +138,4 @@ def test_without_batchnorm_an_average_is_never_left_out(home: Path) -> None:
 
 def test_no_stale_needs_what_statistics_are_recomputed_from(home: Path) -> None:
     assert "--train-data" in errors(ckptavg("--run", "run", "--no-stale"), 2)
-    assert "--run" in errors(ckptavg("run/epoch_1.pt", "--no-stale"), 2)
+    assert "--train-data" in errors(ckptavg("run/epoch_1.pt", "--no-stale"), 2)

@@ -108,13 +108,13 @@ def small_disks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str,
 
 FULL = "OutputError: the disk ran full while "
 SMALL_DISKS = {
-    "looked_at_first": ("GB where", []),
+    "looked_at_first": ("MB are free", []),
     "reserving": (FULL, []),
     "writing": (FULL, []),
     "another_fills_it": (FULL, ["theirs"]),
     "companion": (FULL, []),
     "no_inodes": (FULL, ["theirs"]),
-    "old_one_stays": ("GB where", ["swa.safetensors"]),
+    "old_one_stays": ("MB are free", ["swa.safetensors"]),
     "a_dead_run_s_room": ("written", ["swa.safetensors"]),
     "read_only": ("may not be written to", []),
     "limit": ("ulimit -f", []),

@@ -56,7 +56,8 @@ def test_no_run_is_offered_for_overwriting(tmp_path, single, kind, command):
     assert f"{tmp_path / 'run'} is a directory that holds checkpoints" in line
     assert "were the output and the input swapped?" in line
     assert "--overwrite" not in line
-    assert {name for name in listing(tmp_path) if not name.startswith("own")} == set(before)
+    code = ("own", "__pycache__")
+    assert {name for name in listing(tmp_path) if not name.startswith(code)} == set(before)
 
 
 @pytest.mark.parametrize("kind", ["files", "models", "deeper"])
