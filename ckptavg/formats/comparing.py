@@ -10,6 +10,7 @@ from typing import Literal
 
 from ckptavg.formats import storage, torch_zip
 from ckptavg.formats.table import Checkpoint, Piece, Tensor
+from ckptavg.system_errors import guard_reads
 
 _HEAD = 4096  # bytes of each tensor that are looked at first: most differ there already
 _BLOCK = 1 << 20
@@ -282,7 +283,7 @@ def _span(piece: Piece) -> int:
 
 def _blocks(span: _Range, limit: int | None) -> Iterator[bytes]:
     size = span.size if limit is None else min(span.size, limit)
-    with storage.open_binary(span.file) as file:
+    with guard_reads(span.file), storage.open_binary(span.file) as file:
         file.seek(span.start)
         for done in range(0, size, _BLOCK):
             yield file.read(min(_BLOCK, size - done))

@@ -18,6 +18,7 @@ from ckptavg.formats.inert_values import MalformedPickle, Storage, TensorView
 from ckptavg.formats.storage import Location
 from ckptavg.formats.table import Guard, Piece, Tensor
 from ckptavg.formats.zip_directory import LOCAL_HEADER, CutShort, Directory, Entry, MalformedZip
+from ckptavg.system_errors import guard_reads
 
 PROVENANCE_RECORD = "ckptavg.json"  # where a bare state dict has no room for an entry
 START = b"PK\x03\x04"
@@ -339,7 +340,7 @@ class StoredEntry:
             CheckpointError: The file cannot be read, or its local header contradicts the directory.
         """
         try:
-            with _open(path, None) as file:
+            with guard_reads(path), _open(path, None) as file:
                 return _data_offset(file, self.entry, self.end)
         except _DAMAGE as error:
             raise damaged(path, str(error)) from error
@@ -351,7 +352,7 @@ def storages(path: str) -> list[StoredEntry]:
     Raises:
         CheckpointError: The file cannot be read.
     """
-    with _open(path, None) as file:
+    with guard_reads(path), _open(path, None) as file:
         directory = _checked_directory(file)
     if directory is None:
         return []
