@@ -12,7 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
@@ -127,9 +127,20 @@ def stream(
     return shared.streamed
 
 
-def start_threads(count: int) -> ThreadPoolExecutor:
-    """Threads whose arithmetic does not depend on the process's settings."""
-    return ThreadPoolExecutor(count, "ckptavg", _set_up_thread)
+@contextmanager
+def start_threads(count: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads whose arithmetic does not depend on the process's settings; ended on leaving."""
+    pool = ThreadPoolExecutor(count, "ckptavg", _set_up_thread)
+    try:
+        yield pool
+    finally:
+        try:
+            pool.shutdown()
+        except BaseException:
+            # A signal must not leave a thread behind that writes: the number of the file that it
+            # writes to may be another file's by then.
+            pool.shutdown()
+            raise
 
 
 def _set_up_thread() -> None:

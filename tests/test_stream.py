@@ -3,6 +3,8 @@
 import math
 import tempfile
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
@@ -20,7 +22,7 @@ from ckptavg.errors import CheckpointError, NonFiniteError
 from ckptavg.formats.writing import MemorySink
 from ckptavg.groups import Job
 from ckptavg.plan import Rules, make_plan
-from ckptavg.stream import stream
+from ckptavg.stream import start_threads, stream
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 COMPLEX = [torch.complex64, torch.complex128]
@@ -434,3 +436,21 @@ def test_a_file_that_went_away_is_an_error_that_names_it(tmp_path):
     (tmp_path / "epoch_1.pt").unlink()
     with pytest.raises(CheckpointError, match=r"epoch_1\.pt cannot be read"):
         compute(checkpoints, [1.0, 1.0])
+
+
+def test_a_signal_leaves_no_thread_behind(monkeypatch):
+    usual, signals, ended = ThreadPoolExecutor.shutdown, [KeyboardInterrupt], []
+
+    def interrupted(pool, *args, **options):
+        if signals:
+            raise signals.pop()
+        usual(pool, *args, **options)
+
+    def work():
+        time.sleep(0.1)
+        ended.append(True)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", interrupted)
+    with pytest.raises(KeyboardInterrupt), start_threads(1) as pool:
+        pool.submit(work)
+    assert ended
