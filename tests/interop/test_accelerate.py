@@ -82,7 +82,8 @@ def test_nothing_but_the_model_is_taken_and_nothing_is_noted(tmp_path):
 def test_the_project_directory_leads_to_its_checkpoints(tmp_path):
     write_run(tmp_path, saves=2)
     shown = invoke("inspect", tmp_path)
-    assert shown.exit_code == 1
+    assert shown.exit_code == 0
+    assert "2 checkpoints" in shown.stdout
     assert f"{tmp_path}/checkpoints" in shown.stderr
 
 
