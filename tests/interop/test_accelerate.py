@@ -84,7 +84,7 @@ def test_the_project_directory_leads_to_its_checkpoints(tmp_path):
     shown = invoke("inspect", tmp_path)
     assert shown.exit_code == 0
     assert "2 checkpoints" in shown.stdout
-    assert f"{tmp_path}/checkpoints" in shown.stderr
+    assert f"{tmp_path}/checkpoints" in shown.stdout
 
 
 @pytest.mark.parametrize(
