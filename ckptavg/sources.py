@@ -22,6 +22,7 @@ from ckptavg.factories import (
 )
 from ckptavg.specs import hugging_face, images, libraries, presets, suggestions
 from ckptavg.specs.arguments import Arguments, parse_arguments, text_of
+from ckptavg.specs.recorded import is_lightning_module
 from ckptavg.specs.splits import is_data, pick_split
 
 __all__ = ["make_data", "make_model", "parse_arguments"]
@@ -43,6 +44,8 @@ _TEXT: dict[str, Callable[..., Any]] = {"text": text.of_text, "tokens": text.of_
 def make_model(spec: str, arguments: Arguments | None = None) -> nn.Module:
     """Build the module that a specification names, without pretrained weights.
 
+    The layers that a LightningModule makes in ``configure_model`` are made, too.
+
     Args:
         spec: As ``MODEL_HELP`` lists them.
         arguments: Keywords for the factory.
@@ -63,6 +66,8 @@ def make_model(spec: str, arguments: Arguments | None = None) -> nn.Module:
         suggestions.refuse_mistyped(spec, "model")
         own = name if kind == LIGHTNING else spec
         model = take_or_call(own, keywords, lambda found: isinstance(found, nn.Module))
+        if is_lightning_module(type(model)):
+            call_named(f"{own}.configure_model", model.configure_model, (), {})
     if not isinstance(model, nn.Module):
         raise SpecError(
             f"{spec} is expected to return a torch.nn.Module but returned a {type(model).__name__}"

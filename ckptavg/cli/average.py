@@ -59,7 +59,7 @@ log = logging.getLogger("ckptavg")
 @options.scheme_options
 @options.key_option
 @options.tensor_options
-@options.model_options(required=False)
+@options.model_options
 @options.data_options(
     "train-data", "Training data, to recompute BatchNorm statistics", required=False
 )
@@ -110,7 +110,7 @@ def average(
         remarks.log_plans([one.plan for one in planned])
         for note in _layout_notes(targets):
             log.info(note)
-    how = None if dry_run else _prepare_pass(settings, processes)
+    how = None if dry_run else _prepare_pass(settings, selection, processes)
     if dry_run or report.verbosity >= 0:
         for one, name in zip(planned, ["", *(one.name for one in further)], strict=True):
             _show_plan(report, one, name)
@@ -142,11 +142,11 @@ def _check_usage(
 ) -> None:
     if out is None and not dry_run:
         raise UsageError("Missing option '-o': where the average goes (or pass --dry-run)")
-    if bool(settings["model_spec"]) != bool(settings["train_data"]):
+    if settings["model_spec"] and not settings["train_data"]:
         raise UsageError("--model and --train-data go together: they recompute BatchNorm")
-    if measured and (dry_run or settings["model_spec"]):
+    if measured and (dry_run or settings["train_data"]):
         raise UsageError(
-            f"--geometry and {'--dry-run' if dry_run else '--model'} exclude each other: "
+            f"--geometry and {'--dry-run' if dry_run else '--train-data'} exclude each other: "
             "`ckptavg inspect --geometry` shows it by itself"
         )
     options.check_statistics_options(settings)
@@ -178,17 +178,19 @@ def _write(
         )
 
 
-def _prepare_pass(settings: dict[str, Any], processes: Processes | None) -> Pass | None:
+def _prepare_pass(
+    settings: dict[str, Any], selection: Run, processes: Processes | None
+) -> Pass | None:
     """Make the model and open the data before a plan is shown, as neither may be usable.
 
     Returns:
         None where statistics are not to be recomputed.
     """
-    if not settings["model_spec"]:
+    if not settings["train_data"]:
         return None
     from ckptavg.cli.sources import statistics_pass  # noqa: PLC0415 - imports torch
 
-    return statistics_pass(settings, processes)
+    return statistics_pass(settings, selection.opened[-1:], processes)
 
 
 def _write_refreshed(

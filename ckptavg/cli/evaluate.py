@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +21,10 @@ from ckptavg.report import Report
 
 if TYPE_CHECKING:
     from ckptavg.candidates import Candidate
+    from ckptavg.formats import Checkpoint
     from ckptavg.results import Result
     from ckptavg.results_file import ResultsFile
+    from ckptavg.specs.recorded import ModelSource
     from ckptavg.tasks import Task
 
 log = logging.getLogger("ckptavg")
@@ -69,7 +71,7 @@ _WORSE = 3  # exit code of --fail-if-worse
     _RESULTS, "--fail-if-worse", is_flag=True,
     help="Exit 3 if the average does worse than the last checkpoint by the first metric.",
 )  # fmt: skip
-@options.model_options(required=True)
+@options.model_options
 @options.data_options("data", "What is scored on", required=True)
 @options.data_options("train-data", "Recomputes the averages' BatchNorm", required=False)
 @options.loader_options
@@ -97,17 +99,18 @@ def evaluate(
     _check(paths, results, resume, further, settings)
     file = _open_results(results, resume=resume)
     candidates = _candidates(paths, further, settings)
-    from ckptavg.cli.sources import task as named  # noqa: PLC0415 - help is shown without torch
+    from ckptavg.cli import sources  # noqa: PLC0415 - help is shown without torch
     from ckptavg.results import is_worse  # noqa: PLC0415
 
-    task = named(settings)
+    source = sources.model_source(settings, _recorders(candidates))
+    task = sources.task(settings)
     if fail_if_worse and task.metrics[0].higher is None:
         raise UsageError(
             f"--fail-if-worse needs a first metric that says which is better: "
             f"{task.metrics[0].key} does not"
         )
     keeper = Keeper(candidates, settings, file, resume=resume, processes=processes)
-    scored = _scored(report, processes, keeper, task, settings)
+    scored = _scored(report, processes, keeper, source, task, settings)
     failure = _keep(keeper, scored)
     _show(report, scored, task)
     report.result(keeper.outcome(scored))
@@ -125,6 +128,7 @@ def _scored(
     report: Report,
     processes: Processes | None,
     keeper: Keeper,
+    source: ModelSource,
     task: Task,
     settings: dict[str, Any],
 ) -> list[Result]:
@@ -140,13 +144,13 @@ def _scored(
     )
 
     own = forward(settings)
-    model, runtime = model_and_runtime(settings, task)
+    model, runtime = model_and_runtime(settings, source, task)
     training = None
     if any(candidate.recompute for candidate in keeper.missing):
-        training = training_data(settings, runtime, processes)
+        training = training_data(settings, source, runtime, processes)
     elif settings["train_data"]:
         evaluation.note_idle_training(keeper.missing)
-    data = evaluation_data(settings, runtime, processes)
+    data = evaluation_data(settings, source, runtime, processes)
     with report.samples_progress() as progress:
         scored = evaluation.score(
             keeper.missing, model, data, runtime, training, task=task, forward=own,
@@ -229,6 +233,16 @@ def _candidates(
         for candidate in _candidates_of_key(key, paths, further, settings):
             candidates.append(replace(candidate, name=f"{candidate.name} [{key}]"))
     return candidates
+
+
+def _recorders(candidates: Sequence[Candidate]) -> list[Checkpoint]:
+    """The checkpoints that may record their model: what is compared with, then files by name."""
+    from ckptavg.candidates import reference_of  # noqa: PLC0415
+
+    singles = [c for c in candidates if c.kind == "checkpoint" and not c.average]
+    ordered = [reference_of(candidates), *singles]
+    last = [candidate.checkpoints[-1] for candidate in ordered if candidate.checkpoints]
+    return list({str(checkpoint.path): checkpoint for checkpoint in last}.values())
 
 
 def _check_path(path: str) -> None:

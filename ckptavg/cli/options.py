@@ -190,19 +190,19 @@ _TEXT = ", text:FILE, tokens:FILE"
 _OWN = " or file.py:function."
 
 
-def model_options(*, required: bool) -> Callable[[F], F]:
-    """The model."""
-    return together(
-        option(
-            _RUN, "--model", "model_spec", required=required, metavar="SPEC", common=True,
-            help="The network: torchvision:NAME, timm:NAME, hf:DIR, package.module:function or "
-            "file.py:function.",
-        ),
-        option(
-            _RUN, "--model-arg", multiple=True, metavar="K=V",
-            help="Argument of the model's function, such as num_classes=10; may be repeated.",
-        ),
-    )  # fmt: skip
+model_options = together(
+    option(
+        _RUN, "--model", "model_spec", metavar="SPEC", common=True,
+        help="The network: torchvision:NAME, timm:NAME, hf:DIR, lightning:file.py:Class, "
+        "package.module:function or file.py:function.  [default: what timm or Hugging Face "
+        "recorded in the checkpoint]",
+    ),
+    option(
+        _RUN, "--model-arg", multiple=True, metavar="K=V",
+        help="Argument of the model's function, such as num_classes=10; may be repeated.  "
+        "[default: what timm or Lightning recorded]",
+    ),
+)  # fmt: skip
 
 
 def data_options(name: str, text: str, *, required: bool) -> Callable[[F], F]:

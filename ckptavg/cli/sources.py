@@ -2,29 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
 from ckptavg import sources
 from ckptavg.batches import Batches, Forward
+from ckptavg.errors import UsageError
 from ckptavg.factories import find_forward
+from ckptavg.formats import Checkpoint
 from ckptavg.loaders import Progress, Subset, open_loader, share
 from ckptavg.processes import Alone, Peers
 from ckptavg.refresh import Pass
 from ckptavg.runtime import Runtime
 from ckptavg.seeding import seed_all
+from ckptavg.specs.recorded import ModelSource, complete_source, records_hyperparameters
 from ckptavg.streams import is_dataset
 from ckptavg.tasks import Task
 from ckptavg.tasks.named import make_task, usual_task
 
 
-def model_and_runtime(settings: Mapping[str, Any], kind: Task) -> tuple[nn.Module, Runtime]:
-    """The model that was named, and where and how it runs."""
-    seed_all(settings["seed"])  # of what a forward pass draws, and what factories do
+def model_source(settings: Mapping[str, Any], checkpoints: Iterable[Checkpoint]) -> ModelSource:
+    """The model that is named, or recorded in checkpoints; with what they say of its arguments.
+
+    Raises:
+        UsageError: None is named, and none is recorded.
+    """
+    checkpoints = list(checkpoints)
     arguments = sources.parse_arguments(settings["model_arg"])
-    model = sources.make_model(settings["model_spec"], arguments)
+    source = complete_source(settings["model_spec"], arguments, checkpoints)
+    if source is not None:
+        return source
+    if any(map(records_hyperparameters, checkpoints)):
+        raise UsageError(
+            "Missing option '--model': Lightning records a model's arguments but not its class",
+            "Name that: lightning:path/file.py:Class.",
+        )
+    raise UsageError(
+        "Missing option '--model': the checkpoints do not record which model they are of",
+        f"Name it: {sources.MODEL_HELP}.",
+    )
+
+
+def model_and_runtime(
+    settings: Mapping[str, Any], source: ModelSource, kind: Task
+) -> tuple[nn.Module, Runtime]:
+    """The model, and where and how it runs."""
+    seed_all(settings["seed"])  # of what a forward pass draws, and what factories do
+    model = sources.make_model(source.spec, source.arguments)
     options = {name: settings[name] for name in ("amp", "workers", "seed")}
     options["batch_size"] = settings["batch_size"] or kind.batch_size
     return model, Runtime.on(settings["device"], model, **options)
@@ -43,22 +69,29 @@ def task(settings: Mapping[str, Any]) -> Task:
 
 
 def training_data(
-    settings: Mapping[str, Any], runtime: Runtime, peers: Peers | None = None
+    settings: Mapping[str, Any],
+    source: ModelSource,
+    runtime: Runtime,
+    peers: Peers | None = None,
 ) -> Batches:
     """This process's batches of what ``--train-data`` names."""
     wanted: tuple[int, bool] | None = settings["bn_samples"]
     subset = None if wanted is None else Subset(*wanted)
-    return _batches(settings, "train_data", runtime, peers or Alone(), subset, train=True)
+    return _batches(settings, "train_data", source, runtime, peers or Alone(), subset, train=True)
 
 
 def statistics_pass(
-    settings: Mapping[str, Any], processes: Peers | None, progress: Progress = lambda *_: None
+    settings: Mapping[str, Any],
+    checkpoints: Iterable[Checkpoint],
+    processes: Peers | None,
+    progress: Progress = lambda *_: None,
 ) -> Pass:
-    """How ``--model`` and ``--train-data`` recompute statistics."""
+    """How the model and ``--train-data`` recompute statistics of what checkpoints make."""
+    source = model_source(settings, checkpoints)
     kind = task(settings)
     own = forward(settings)
-    model, runtime = model_and_runtime(settings, kind)
-    training = training_data(settings, runtime, processes)
+    model, runtime = model_and_runtime(settings, source, kind)
+    training = training_data(settings, source, runtime, processes)
     return Pass(
         model,
         training,
@@ -71,15 +104,19 @@ def statistics_pass(
 
 
 def evaluation_data(
-    settings: Mapping[str, Any], runtime: Runtime, peers: Peers | None = None
+    settings: Mapping[str, Any],
+    source: ModelSource,
+    runtime: Runtime,
+    peers: Peers | None = None,
 ) -> Batches:
     """This process's batches of what ``--data`` names."""
-    return _batches(settings, "data", runtime, peers or Alone(), None, train=False)
+    return _batches(settings, "data", source, runtime, peers or Alone(), None, train=False)
 
 
 def _batches(
     settings: Mapping[str, Any],
     name: str,
+    source: ModelSource,
     runtime: Runtime,
     peers: Peers,
     subset: Subset | None,
@@ -88,7 +125,11 @@ def _batches(
 ) -> Batches:
     arguments = sources.parse_arguments(settings[f"{name}_arg"])
     data = sources.make_data(
-        settings[name], arguments, train=train, model_spec=settings["model_spec"]
+        settings[name],
+        arguments,
+        train=train,
+        model_spec=source.spec,
+        image_settings=source.image_settings,
     )
     if peers.count > 1 and not is_dataset(data):  # a loader that all of them have alike
         return share(data, peers, runtime.seed, subset)

@@ -24,7 +24,7 @@ _OUT = "Output"
     _OUT, "--key", metavar="KEY", common=True,
     help="The entry that holds the weights.  [default: found]",
 )  # fmt: skip
-@options.model_options(required=True)
+@options.model_options
 @options.data_options("train-data", "Training data", required=True)
 @options.loader_options
 @options.everywhere_by_several
@@ -49,7 +49,9 @@ def update_bn(
 
     opened = open_checkpoint(checkpoint, key)
     with report.samples_progress() as progress:
-        how = statistics_pass(settings, processes, lambda *done: progress("BatchNorm", *done))
+        how = statistics_pass(
+            settings, [opened], processes, lambda *done: progress("BatchNorm", *done)
+        )
         result, made = refresh.update_checkpoint(opened, out, how, overwrite=overwrite)
     state = "" if made["bn"] == "recomputed" else f", {made['bn']}"
     report.line(

@@ -1,0 +1,233 @@
+"""Models as checkpoints record them: timm's arguments, Lightning's hyperparameters, HF's config."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ckptavg.errors import first_few, short
+from ckptavg.factories import LIGHTNING, find_object, parameters_of
+from ckptavg.formats.settings import configured_directory, read_configuration, read_settings
+from ckptavg.formats.table import Checkpoint
+from ckptavg.specs import suggestions
+from ckptavg.specs.arguments import Arguments
+
+log = logging.getLogger("ckptavg")
+
+# Arguments of timm's training script → keywords of timm.create_model.
+_TIMM_ARGUMENTS = {
+    "num_classes": "num_classes", "in_chans": "in_chans", "gp": "global_pool", "bn_eps": "bn_eps",
+}  # fmt: skip
+_TIMM_IMAGES = ("img_size", "input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+_TIMM_VERSION = "version"  # of the layout that timm's CheckpointSaver writes
+_ARGUMENTS = "args"
+_HYPERPARAMETERS = "hyper_parameters"
+_HYPERPARAMETERS_NAME = "hparams_name"
+_SEPARATE = "kwargs"  # the name of hyperparameters that are arguments of their own
+_MOST_SHOWN = 8
+_LONGEST_VALUE = 40  # characters
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model by its specification and all that its factory gets.
+
+    Attributes:
+        spec: As ``MODEL_HELP`` of ``ckptavg.sources`` lists them.
+        arguments: Keywords of its factory.
+        image_settings: Settings of a timm training that are about images.
+    """
+
+    spec: str
+    arguments: Arguments = field(default_factory=dict)
+    image_settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Hyperparameters(dict[str, Any]):
+    """Hyperparameters in one object, read as attributes or as entries."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Return the entry of a name; a mapping in the same way."""
+        try:
+            value = self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+        return Hyperparameters(value) if type(value) is dict else value
+
+
+def complete_source(
+    spec: str | None, arguments: Arguments, checkpoints: Iterable[Checkpoint]
+) -> ModelSource | None:
+    """Complete a model's specification by what a checkpoint of its training records.
+
+    Known are the arguments of timm's training script (and timm's ``config.json``), the
+    configuration of Hugging Face directories and the hyperparameters of a LightningModule, whose
+    class no checkpoint names. Arguments that are given are kept.
+
+    Args:
+        spec: As ``MODEL_HELP`` of ``ckptavg.sources`` lists them; None to take the model that is
+            recorded.
+        arguments: Keywords of its factory that are given.
+        checkpoints: Checkpoints of the model; the first that records something counts.
+
+    Returns:
+        The completed source; None where no model is named and none is recorded.
+
+    Raises:
+        SpecError: The class of a LightningModule cannot be found.
+        CheckpointError: A checkpoint cannot be read any more.
+    """
+    if spec is not None and (cls := _lightning_class(spec)) is not None:
+        recorded = _first(_lightning_arguments(cls, c) for c in checkpoints)
+        return ModelSource(spec, _joined(recorded, arguments))
+    if spec is not None and not spec.startswith("timm:"):
+        return ModelSource(spec, arguments)
+    source = _first(_recorded_source(checkpoint) for checkpoint in checkpoints)
+    if source is None:
+        return None if spec is None else ModelSource(spec, arguments)
+    if spec is None:
+        _note_model(source, arguments)
+        return ModelSource(source.spec, {**source.arguments, **arguments}, source.image_settings)
+    if source.spec != spec:
+        return ModelSource(spec, arguments)
+    return ModelSource(spec, _joined(source.arguments, arguments), source.image_settings)
+
+
+def records_hyperparameters(checkpoint: Checkpoint) -> bool:
+    """Tell whether a checkpoint holds hyperparameters of a LightningModule."""
+    return _HYPERPARAMETERS in read_settings(checkpoint)
+
+
+def is_lightning_module(kind: object) -> bool:
+    """Tell a class that inherits from LightningModule, which need not be imported for it."""
+    return isinstance(kind, type) and any(
+        base.__name__ == "LightningModule" for base in kind.__mro__
+    )
+
+
+def _first(values: Iterable[Any]) -> Any:
+    """Return the first value that is neither None nor empty; None if there is none."""
+    for value in values:
+        if value:
+            return value
+    return None
+
+
+def _joined(recorded: Mapping[str, Any] | None, given: Arguments) -> Arguments:
+    """Join recorded arguments and given ones, which win; those that are taken are noted."""
+    taken = {name: value for name, value in (recorded or {}).items() if name not in given}
+    if taken:
+        log.info("arguments of the model from the checkpoint: %s", _describe(taken))
+    return {**taken, **given}
+
+
+def _describe(arguments: Mapping[str, Any]) -> str:
+    pairs = [f"{name}={_value_text(value)}" for name, value in arguments.items()]
+    return first_few(pairs, _MOST_SHOWN)
+
+
+def _value_text(value: Any) -> str:
+    """Word a value for a note: itself where it is short, else its type."""
+    text = str(value)
+    return short(text) if len(text) <= _LONGEST_VALUE else short(value)
+
+
+def _note_model(source: ModelSource, given: Arguments) -> None:
+    taken = {name: value for name, value in source.arguments.items() if name not in given}
+    described = f", with {_describe(taken)}" if taken else ""
+    log.info("the model is %s, as the checkpoint records%s", source.spec, described)
+
+
+def _recorded_source(checkpoint: Checkpoint) -> ModelSource | None:
+    """Return the model that a checkpoint records, by name or by its configuration."""
+    directory = configured_directory(checkpoint)
+    if directory is not None:
+        return _configured_source(directory)
+    settings = read_settings(checkpoint)
+    arguments = settings.get(_ARGUMENTS)
+    if _TIMM_VERSION not in settings or not isinstance(arguments, argparse.Namespace):
+        return None
+    return _timm_source(vars(arguments))
+
+
+def _configured_source(directory: Any) -> ModelSource | None:
+    """Return the model that a ``config.json`` describes: of transformers, or of timm."""
+    configuration = read_configuration(directory)
+    if configuration.get("architectures") and isinstance(directory, Path):
+        return ModelSource(f"hf:{directory}")
+    name, images = configuration.get("architecture"), configuration.get("pretrained_cfg")
+    if not isinstance(name, str) or not isinstance(images, dict):
+        return None
+    keywords = configuration.get("model_args")
+    arguments = dict(keywords) if isinstance(keywords, dict) else {}
+    for key in ("num_classes", "global_pool"):
+        if configuration.get(key) is not None:
+            arguments[key] = configuration[key]
+    return ModelSource(f"timm:{name}", arguments, _present(images, _TIMM_IMAGES))
+
+
+def _timm_source(arguments: Mapping[str, Any]) -> ModelSource | None:
+    """Return the model that the arguments of timm's training script name."""
+    name = arguments.get("model")
+    if not isinstance(name, str) or "num_classes" not in arguments:
+        return None
+    keywords = arguments.get("model_kwargs")
+    found = dict(keywords) if isinstance(keywords, dict) else {}
+    for theirs, ours in _TIMM_ARGUMENTS.items():
+        if arguments.get(theirs) is not None:
+            found[ours] = arguments[theirs]
+    return ModelSource(f"timm:{name}", found, _present(arguments, _TIMM_IMAGES))
+
+
+def _present(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Return the values of some names, those that are set."""
+    return {name: values[name] for name in names if values.get(name) is not None}
+
+
+def _lightning_class(spec: str) -> type | None:
+    """Return the class of a LightningModule that a specification names; None for anything else."""
+    own = spec.removeprefix(f"{LIGHTNING}:")
+    home, _, name = own.rpartition(":") if ".py:" in own else own.partition(":")
+    if not home or not name or (own == spec and home in suggestions.MODEL_PREFIXES):
+        return None
+    suggestions.refuse_mistyped(own, "model")
+    kind = find_object(home, name)
+    if isinstance(kind, type) and (own != spec or is_lightning_module(kind)):
+        return kind
+    return None
+
+
+def _lightning_arguments(kind: type, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the arguments of a LightningModule that ``save_hyperparameters`` recorded.
+
+    Those that its constructor does not take are left out, as ``load_from_checkpoint`` does.
+    """
+    settings = read_settings(checkpoint)
+    recorded = settings.get(_HYPERPARAMETERS)
+    name = settings.get(_HYPERPARAMETERS_NAME)
+    if recorded is None:
+        return {}
+    if isinstance(name, str) and name != _SEPARATE:
+        whole = Hyperparameters(recorded) if isinstance(recorded, dict) else recorded
+        return {name: whole} if _takes(kind, name) else {}
+    values = vars(recorded) if isinstance(recorded, argparse.Namespace) else recorded
+    if not isinstance(values, dict):
+        return {}
+    return {key: value for key, value in values.items() if _takes(kind, key)}
+
+
+def _takes(kind: type, name: object) -> bool:
+    """Tell whether a class's constructor has a parameter of a name, or takes all names."""
+    if name in parameters_of(kind):
+        return True
+    try:
+        parameters = inspect.signature(kind).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    return takes_all and isinstance(name, str) and not name.startswith("_")
