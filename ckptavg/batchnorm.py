@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,10 +28,11 @@ from ckptavg import heap
 from ckptavg.batches import Batches, Forward, size_of
 from ckptavg.calling import call
 from ckptavg.channels import Channels
+from ckptavg.errors import first_few
 from ckptavg.loaders import Subset, as_subset, counted, moved, open_loader
 from ckptavg.loading import bare_module
 from ckptavg.model_pass import BatchNormResult, Through, collecting, finish, replace_all
-from ckptavg.norm_layers import tracked_layers
+from ckptavg.norm_layers import never_trained_layers, tracked_layers
 from ckptavg.processes import Alone, Peers, peers_of_group
 from ckptavg.progress import ProgressLike, open_phase
 from ckptavg.running_statistics import match_layers
@@ -58,8 +60,10 @@ def update_bn(
 
     Weights stay as they are; only the BatchNorm layers (and other layers that keep running
     statistics, InstanceNorm's or a user's own) are in training mode during the pass, and only in
-    their own forward pass. Layers that do not change their statistics in training, or of which it
-    is not known how they do, are left and named in the result; a model without any is no error.
+    their own forward pass. Layers that do not change their statistics in training, since they never
+    do or since the model's own ``train()`` keeps them in evaluation mode, are left and named in the
+    result, as are those of which it is not known how they change them; a model without any is no
+    error.
 
     At a layer whose inputs do not depend on the batch, the first above all, the result is the same
     for any split into batches: a batch's own mean and variance are exact up to
@@ -95,12 +99,28 @@ def update_bn(
     """
     layers = tracked_layers(bare_module(model))
     excluded = match_layers(exclude, layers) if layers else set()
+    frozen = _find_frozen(bare_module(model), excluded)
     runtime = Runtime.on(device, model, amp=amp, batch_size=batch_size, workers=workers, seed=seed)
+    if frozen and layers.keys() == {*frozen}:
+        return BatchNormResult(0, 0, 0, frozen=frozen)
     peers = peers_of_group()
     loader = open_loader(data, runtime, shuffle=True, subset=as_subset(bn_samples), peers=peers)
     with open_phase(progress, "BatchNorm", "samples") as told, heap.kept(runtime.device):
         batches = counted(loader, told or (lambda *_: None), peers, seed)
-        return recompute([model], batches, runtime, forward, [excluded], peers)[0]
+        kept = {*excluded, *frozen}
+        result = recompute([model], batches, runtime, forward, [kept], peers)[0]
+    return replace(result, frozen=(*frozen, *result.frozen))
+
+
+def _find_frozen(model: nn.Module, excluded: Collection[str]) -> tuple[str, ...]:
+    """Find the layers that a model's own ``train()`` freezes, and say so."""
+    never = never_trained_layers(model).difference(excluded)
+    frozen = [layer for layer in tracked_layers(model) if layer in never]
+    if frozen:
+        log.info(
+            "the model's train() leaves %s in evaluation mode: statistics kept", first_few(frozen)
+        )
+    return tuple(frozen)
 
 
 def recompute(

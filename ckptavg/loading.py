@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from ckptavg.errors import ModelError, first_few
 from ckptavg.formats.weights import bare_names
+from ckptavg.hollow import real_tensors, stand_ins
 
 _LARGE = 1 << 30  # bytes of a model that is not copied in order to try something
 
@@ -82,12 +83,8 @@ def _torch_takes(
         state_dict: By the model's names.
         spare: What may be missing.
     """
-    tensors = [t for t in (*model.parameters(), *model.buffers()) if not is_lazy(t)]
-    hollow: dict[int, Any] = {}
-    for tensor in tensors:
-        empty = torch.empty_like(tensor, device="meta", requires_grad=False)
-        is_weight = isinstance(tensor, nn.Parameter)
-        hollow[id(tensor)] = nn.Parameter(empty, requires_grad=False) if is_weight else empty
+    tensors = real_tensors(model)
+    hollow = stand_ins(tensors)
     whole: dict[int, Any] = {}
     is_large = sum(tensor.nbytes for tensor in tensors) > _LARGE
     for kept in (hollow,) if is_large else (hollow, whole):

@@ -10,6 +10,8 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
+from ckptavg.hollow import hollow_copy
+
 _MEAN = re.compile(r"(running|moving)_(mean|avg|average)")
 _SPREAD = re.compile(r"(running|moving)_(var|variance|std|cov|covar|covariance)")
 _VARIANCE = re.compile(r"(running|moving)_(var|variance)")
@@ -37,6 +39,33 @@ def statistics_of(module: nn.Module) -> tuple[str, ...]:
     means = [name for name in names if _MEAN.fullmatch(name)]
     spreads = [name for name in names if _SPREAD.fullmatch(name)]
     return (*means, *spreads) if means and spreads else ()
+
+
+def never_trained_layers(model: nn.Module) -> set[str]:
+    """Name the layers that a model's own ``train()`` leaves in evaluation mode.
+
+    Such a method keeps the statistics of a pretrained part: ``norm_eval`` of mmdetection's
+    backbones, or ``super().train(mode)`` and then ``self.stem.eval()``. It is tried on a copy,
+    since it may do more, such as taking merged weights apart.
+    """
+    if all(_trains_as_usual(module) for module in model.modules()):
+        return set()
+    modes = {module: module.training for module in model.modules()}
+    try:
+        trained = hollow_copy(model).train()
+        return {name for name, layer in tracked_layers(trained).items() if not layer.training}
+    except Exception:  # whatever a module of the user's says to a copy without values
+        return set()
+    finally:
+        for module, mode in modes.items():
+            if module.training != mode:  # through what the copy shares with it
+                module.training = mode
+
+
+def _trains_as_usual(module: nn.Module) -> bool:
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
+    return "train" not in vars(module) and type(module).train is nn.Module.train
 
 
 def is_pair(module: nn.Module, names: tuple[str, ...]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,8 @@ from ckptavg.running_statistics import Statistics, match_layers, with_statistics
 from ckptavg.runtime import Runtime, fit
 from ckptavg.statistics_pass import layers_of, recompute_statistics, statistics_of
 from ckptavg.stream import Progress
+
+log = logging.getLogger("ckptavg")
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,11 @@ def update_checkpoint(
     """
     lora.require_models([checkpoint])
     before = statistics_of(checkpoint, how.model)
+    if before.frozen:
+        log.info(
+            "%d of %d BatchNorm layers are frozen in training and are kept as they are: %s",
+            len(before.frozen), len(before.layers), first_few([*before.frozen]),
+        )  # fmt: skip
     excluded = match_layers(how.exclude, before.layers)
     made = with_statistics(
         checkpoint.provenance or outputs.provenance(REFRESHED, [checkpoint], [1.0], before), before

@@ -18,8 +18,8 @@ from ckptavg.formats import Checkpoint
 from ckptavg.formats.names import batchnorm_layers, layer_statistics, updated_layers
 from ckptavg.formats.weights import bare_names
 from ckptavg.loading import bare_module
+from ckptavg.norm_layers import never_trained_layers, tracked_layers
 from ckptavg.norm_layers import statistics_of as buffers_of_statistics
-from ckptavg.norm_layers import tracked_layers
 from ckptavg.processes import Peers
 from ckptavg.running_statistics import State, Statistics, listed_layers
 from ckptavg.runtime import Runtime
@@ -76,8 +76,8 @@ def statistics_of(checkpoint: Checkpoint | Weights, model: nn.Module) -> Statist
 
     Args:
         checkpoint: Any; an average of ours tells what was frozen in training.
-        model: A module that its weights fit. Of checkpoints that do not tell, layers of a class
-            that never updates its statistics are frozen.
+        model: A module that its weights fit. Of checkpoints that do not tell, layers that it does
+            not update in training, by their class or by its ``train()``, are frozen.
     """
     layers = batchnorm_layers(checkpoint.tensors)
     if not layers:
@@ -99,7 +99,10 @@ def layers_of(averages: Iterable[Average]) -> list[str]:
 
 
 def _with_constant_layers(statistics: Statistics, model: nn.Module) -> Statistics:
-    """Count a checkpoint's layers of a class that never updates its statistics as frozen."""
+    """Count a single checkpoint's layers that the model never updates as frozen.
+
+    Of an average the checkpoints have told what was frozen.
+    """
     if statistics.state != "own" or statistics.frozen:
         return statistics
     constant = _constant_layers(model)
@@ -127,14 +130,22 @@ def _updated(model: nn.Module, written: Collection[str]) -> set[str]:
 
 
 def _constant_layers(model: nn.Module) -> set[str]:
-    """Find the layers whose class never updates its statistics, by their names in a checkpoint."""
+    """Find the layers that are constant in training, by their names in a checkpoint.
+
+    Their class never updates its statistics, or the model's own ``train()`` leaves them in
+    evaluation mode.
+    """
+    inner = bare_module(model)
+    never = {inner.get_submodule(name) for name in never_trained_layers(inner)}
     bare = bare_names(list(model.state_dict()))
     layers = layer_statistics(bare.values())
     constant: set[str] = set()
     for module, layer in model.named_modules(remove_duplicate=False):
-        stored = f"{module}.running_mean".lstrip(".")
+        statistics = buffers_of_statistics(layer) or ("running_mean",)
+        stored = f"{module}.{statistics[0]}".lstrip(".")
         name = bare.get(stored, stored).rpartition(".")[0]
-        if name in layers and any(_CONSTANT in kind.__name__ for kind in type(layer).__mro__):
+        is_constant = any(_CONSTANT in kind.__name__ for kind in type(layer).__mro__)
+        if name in layers and (is_constant or layer in never):
             constant.add(name)
     return constant
 

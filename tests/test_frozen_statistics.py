@@ -363,6 +363,117 @@ def test_one_checkpoint_has_frozen_layers_where_the_class_says_so(tmp_path):
     assert (made["bn"], made["bn_layers"]) == ("recomputed", {"frozen": [STEM]})
 
 
+# What a model's own train() leaves in evaluation mode
+
+
+class KeepsStem(nn.Sequential):
+    """Keeps its pretrained stem in evaluation mode, as people write it."""
+
+    def train(self, mode=True):
+        super().train(mode)
+        self[int(STEM)].eval()
+        return self
+
+
+class KeepsAll(nn.Sequential):
+    """As backbones with ``norm_eval`` do."""
+
+    def train(self, mode=True):
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
+
+
+class AlwaysInEvaluation(nn.BatchNorm1d):
+    def train(self, mode=True):
+        del mode
+        return super().train(False)
+
+
+class Merges(nn.Linear):
+    """Takes its weights apart in training mode, which must not happen to the model itself."""
+
+    def train(self, mode=True):
+        if mode:
+            self.weight.data.zero_()
+        return super().train(mode)
+
+
+def keeping(kind):
+    return kind(*net().children())
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: keeping(KeepsStem), lambda: net(stem=AlwaysInEvaluation)],
+    ids=["of the model", "of the layer"],
+)
+def test_layers_that_train_leaves_in_evaluation_mode_keep_their_statistics(make, training):
+    state = train(net(), 1)[-1]
+    model = make()
+    model.load_state_dict(state)
+    for module in model.modules():
+        module.training = training
+    result = ckptavg.update_bn(model, [inputs()])
+    assert (result.layers, result.frozen) == (1, (STEM,))
+    assert all(module.training == training for module in model.modules())
+    found = model.state_dict()
+    for name, expected in recomputed_by_hand(state, [STEM]).items():
+        torch.testing.assert_close(found[name].double(), expected, rtol=1e-4, atol=1e-5)
+    assert same_bits(found[f"{STEM}.running_var"], state[f"{STEM}.running_var"])
+
+
+def test_where_train_leaves_all_in_evaluation_mode_no_data_are_read():
+    model = keeping(KeepsAll)
+    model.load_state_dict(train(net(), 1)[-1])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    result = ckptavg.update_bn(model, iter(()))
+    assert (result.layers, result.frozen) == (0, (STEM, BODY))
+    assert all(same_bits(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_train_is_tried_on_a_copy():
+    model = net()
+    model[2] = Merges(5, 6)
+    weight = model[2].weight.detach().clone()
+    result = ckptavg.update_bn(model.eval(), [inputs()])
+    assert (result.layers, result.frozen) == (2, ())
+    assert torch.equal(model[2].weight, weight)
+
+
+def test_a_train_that_fails_on_a_copy_freezes_nothing():
+    class Counts(nn.Sequential):
+        def train(self, mode=True):
+            assert self[0].weight.sum().item() != 0
+            return super().train(mode)
+
+    assert ckptavg.update_bn(keeping(Counts), [inputs()]).layers == 2
+
+
+def test_one_checkpoint_has_frozen_layers_where_train_says_so(tmp_path, caplog):
+    caplog.set_level("INFO", "ckptavg")
+    state = train(net(), 1)[-1]
+    path = save(tmp_path / "one.pt", state)
+    _, made = update_checkpoint(open_checkpoint(path), tmp_path / "b.pt", how(keeping(KeepsStem)))
+    assert (made["bn"], made["bn_layers"]) == ("recomputed", {"frozen": [STEM]})
+    assert "1 of 2 BatchNorm layers are frozen in training" in caplog.text
+    found = assert_statistics(tmp_path / "b.pt", recomputed_by_hand(state, [STEM]))
+    assert same_bits(found[f"{STEM}.running_var"], state[f"{STEM}.running_var"])
+
+
+def test_several_checkpoints_know_better_than_train(tmp_path):
+    """Statistics that differ were not frozen, whatever the model does today."""
+    states = train(net())
+    planned = plan_average(saved(tmp_path, states))
+    ((_, made),) = write_averages([planned], [tmp_path / "a.pt"], how(keeping(KeepsStem)))
+    assert made["bn"] == "recomputed"
+    assert "bn_layers" not in made
+    assert_statistics(tmp_path / "a.pt", recomputed_by_hand(mean_of(states), []))
+
+
 # Scores
 
 

@@ -1,0 +1,39 @@
+"""Copies of a model without its values, to try on them what would change the model."""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+_COPIED = (nn.Module, torch.Tensor, dict, list, tuple, set, types.MethodType)
+
+
+def real_tensors(model: nn.Module) -> list[torch.Tensor]:
+    """List a model's weights and buffers, but for those that a lazy module does not have yet."""
+    return [t for t in (*model.parameters(), *model.buffers()) if not is_lazy(t)]
+
+
+def stand_ins(tensors: Iterable[torch.Tensor]) -> dict[int, Any]:
+    """Give each tensor one without values, as ``copy.deepcopy`` takes it: by ``id``."""
+    memo: dict[int, Any] = {}
+    for tensor in tensors:
+        empty = torch.empty_like(tensor, device="meta", requires_grad=False)
+        is_weight = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if is_weight else empty
+    return memo
+
+
+def hollow_copy(model: nn.Module) -> nn.Module:
+    """Copy a model without values. What its modules refer to besides, a trainer say, is shared."""
+    memo = stand_ins(real_tensors(model))
+    for module in model.modules():
+        for value in vars(module).values():
+            if not isinstance(value, _COPIED):
+                memo[id(value)] = value
+    return copy.deepcopy(model, memo)
