@@ -5,19 +5,19 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
-import importlib.util
 import inspect
 import os
 import sys
-import sysconfig
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from ckptavg.errors import SpecError, UsageError
 from ckptavg.specs.arguments import Arguments, fit_arguments
+from ckptavg.user_modules import import_file, imports_from, is_library
 
 _OWN_CODE = "package.module:factory or path/file.py:factory"
 _DEBUG = "--debug shows where."
@@ -143,28 +143,11 @@ def _module_from_file(path: Path) -> ModuleType:
         near = difflib.get_close_matches(path.name, _python_files(path.parent), 1, 0.6)
         remedy = f"Did you mean {path.with_name(near[0])}?" if near else "Check the path."
         raise SpecError(f"the file {path} does not exist", remedy)
-    home = str(path.resolve().parent)
-    if home not in sys.path:
-        sys.path.insert(0, home)  # for its own imports, and for workers that import it again
-    names = (path.stem, f"ckptavg_user_{path.stem}")  # the latter where the former is in use
-    for name in names:
-        loaded = sys.modules.get(name)
-        if getattr(loaded, "__file__", None) == str(path.resolve()) and loaded is not None:
-            return loaded
-    name = next((n for n in names if n not in sys.modules), names[-1])
-    spec = importlib.util.spec_from_file_location(name, path.resolve())
-    if spec is None or spec.loader is None:
-        raise SpecError(f"{path} cannot be imported")
-    module, loader = importlib.util.module_from_spec(spec), spec.loader
-    sys.modules[name] = module
-
     try:
         with _own_output():
-            loader.exec_module(module)
+            return import_file(path)
     except (Exception, SystemExit) as error:
-        del sys.modules[name]
         raise _failed_import(str(path), error) from error
-    return module
 
 
 def _python_files(directory: Path) -> list[str]:
@@ -179,6 +162,12 @@ def _own_output() -> Iterator[None]:
     """Let the users' code print to stderr: stdout is for results."""
     with contextlib.redirect_stdout(sys.stderr):
         yield
+
+
+def _imports_for(spec: str) -> AbstractContextManager[Any]:
+    """Let what a specification names import from its own directory, if it names a file."""
+    kind, _, _ = _partition(spec.removeprefix(f"{LIGHTNING}:"))
+    return imports_from(Path(kind).parent) if kind.endswith(".py") else contextlib.nullcontext()
 
 
 def _failed_import(name: str, error: BaseException) -> SpecError:
@@ -198,10 +187,8 @@ def describe_failure(error: BaseException) -> str:
 
 def _line_of(error: BaseException) -> str:
     """Name the innermost line of the users' own code that an error came through."""
-    libraries = [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")]
-    foreign = ("<", *(f"{home}{os.sep}" for home in (*libraries, Path(__file__).parent)))
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if not frame.filename.startswith(foreign) and "dist-packages" not in frame.filename:
+        if not is_library(frame.filename):
             path = os.path.relpath(frame.filename)
             path = frame.filename if path.startswith(os.pardir) else path
             inside = "" if frame.name.startswith("<") else f" in {frame.name}"
@@ -264,7 +251,7 @@ def call_named(
     except SpecError as error:
         raise SpecError(f"{spec}: {error.message}", error.remedy) from error
     try:
-        with _own_output():
+        with _own_output(), _imports_for(spec):
             return factory(*args, **keywords)
     except SpecError:
         raise

@@ -1,0 +1,77 @@
+"""Users' files as modules: those of a directory find each other."""
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from spec_helpers import write
+
+from ckptavg.factories import find_object
+from ckptavg.sources import make_model
+
+
+def test_files_of_the_same_name_stay_the_same_when_they_are_named_again():
+    paths = [write(f"run{width}/nets.py", f"WIDTH = {width}") for width in (3, 4, 5)]
+    found = [find_object(str(path), "WIDTH") for path in paths * 2]
+    assert found == [3, 4, 5, 3, 4, 5]
+    names = {find_object(str(path), "__name__") for path in paths}
+    assert len(names) == 3
+    assert all(sys.modules[name].__name__ == name for name in names)
+
+
+@pytest.mark.parametrize("is_package", [False, True])
+@pytest.mark.parametrize("imports", ["import {0}", "def late():\n    import {0}\n    return {0}"])
+def test_files_find_their_own_siblings(imports, is_package):
+    """Two directories have files of the same names; one is imported by name elsewhere already."""
+    for width in (3, 4):
+        write(f"run{width}/sizes/__init__.py" if is_package else f"run{width}/sizes.py",
+              "from sizes.nets import WIDTH" if is_package else f"WIDTH = {width}")  # fmt: skip
+        if is_package:
+            write(f"run{width}/sizes/nets.py", f"WIDTH = {width}")
+        write(f"run{width}/uses.py", "from torch import nn\n" + imports.format("sizes")
+              + ("" if "late" in imports else "\ndef late(): return sizes")
+              + "\ndef make(): return nn.Linear(late().WIDTH, 1)")  # fmt: skip
+    for width in (3, 4, 3, 4):
+        assert make_model(f"run{width}/uses.py:make").in_features == width
+
+
+def test_a_sibling_is_the_module_that_is_named_by_its_path():
+    for width in (3, 4):
+        write(f"run{width}/nets.py", "class Net: pass")
+        write(f"run{width}/uses.py", "import nets\nNet = nets.Net")
+    for width in (3, 4):
+        net = find_object(f"run{width}/nets.py", "Net")
+        assert find_object(f"run{width}/uses.py", "Net") is net
+
+
+def test_imports_of_others_are_as_they_were():
+    write("run3/sizes.py", "WIDTH = 3")
+    write("run4/sizes.py", "WIDTH = 4")
+    write("run4/uses.py", "import sizes\nWIDTH = sizes.WIDTH")
+    sys.path.insert(0, str(Path("run3").resolve()))
+    theirs = importlib.import_module("sizes")
+    assert find_object("run4/uses.py", "WIDTH") == 4
+    assert importlib.import_module("sizes") is theirs
+    assert sys.path[0] == str(Path("run3").resolve())
+
+
+def test_a_directory_that_comes_later_hides_no_file_of_an_earlier_one():
+    """Processes that are started anew find by ``sys.path`` what this one did."""
+    for width in (3, 4):
+        write(f"run{width}/first_of_two.py", f"WIDTH = {width}")
+        write(f"run{width}/second_of_two.py", f"WIDTH = {width}")
+    assert find_object("run3/first_of_two.py", "__name__") == "first_of_two"
+    assert find_object("run4/second_of_two.py", "__name__") != "second_of_two"
+    code = "import first_of_two; print(first_of_two.WIDTH)"
+    path = os.pathsep.join(sys.path)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "3"
