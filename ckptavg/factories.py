@@ -302,20 +302,6 @@ def _signature(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
         return {}
 
 
-def extra(module: str, package: str) -> Any:
-    """A module of a package that not everyone needs.
-
-    Raises:
-        SpecError: It cannot be imported.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise SpecError(
-            f"{package} cannot be imported: {error}", f"Install it with pip install {package}."
-        ) from error
-
-
 def similar(name: str, names: Iterable[str]) -> str:
     """A remedy for a name that is not there: those that are like it."""
     close = difflib.get_close_matches(name, list(names), 3, 0.4)

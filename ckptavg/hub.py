@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ckptavg.factories import extra
+from ckptavg.optional import import_optional
 
 
 @contextmanager
@@ -16,8 +16,8 @@ def offline() -> Iterator[None]:
     What they would ask the hub for fails at once. Nothing of it stays: not the mode, and no session
     that was begun in it.
     """
-    hub = extra("huggingface_hub", "huggingface_hub")
-    constants = extra("huggingface_hub.constants", "huggingface_hub")
+    hub = import_optional("huggingface_hub", "huggingface_hub")
+    constants = import_optional("huggingface_hub.constants", "huggingface_hub")
     mode, repo_exists = constants.HF_HUB_OFFLINE, hub.HfApi.repo_exists
     constants.HF_HUB_OFFLINE, hub.HfApi.repo_exists = True, _answer_by_cache
     _forget_sessions()
@@ -34,7 +34,7 @@ def is_cached(repository: str) -> bool:
     It answers for the hub here: configurations name backbones of timm and of the hub alike, and
     transformers takes a name for timm's if the hub has no such repository.
     """
-    hub = extra("huggingface_hub", "huggingface_hub")
+    hub = import_optional("huggingface_hub", "huggingface_hub")
     try:
         return isinstance(hub.try_to_load_from_cache(repository, "config.json"), str)
     except ValueError:  # no name of a repository
@@ -47,7 +47,7 @@ def _answer_by_cache(_: Any, repo_id: str, **__: Any) -> bool:
 
 def _forget_sessions() -> None:
     """Close sessions that older versions keep, and that know the mode in which they were begun."""
-    utils = extra("huggingface_hub.utils", "huggingface_hub")
+    utils = import_optional("huggingface_hub.utils", "huggingface_hub")
     reset = getattr(utils, "reset_sessions", None)
     if reset is not None:
         reset()

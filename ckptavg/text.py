@@ -12,8 +12,8 @@ import torch
 from torch.utils.data import Dataset
 
 from ckptavg.errors import SpecError
-from ckptavg.factories import extra
 from ckptavg.hub import offline
+from ckptavg.optional import import_optional
 
 log = logging.getLogger("ckptavg")
 
@@ -119,7 +119,7 @@ class TokenFile:
 
     @cached_property
     def _ids(self) -> Any:
-        numpy = extra("numpy", "numpy")
+        numpy = import_optional("numpy", "numpy")
         try:
             if self.path.suffix == ".npy":
                 return numpy.lib.format.open_memmap(self.path, mode="r")
@@ -210,7 +210,7 @@ def _check_file(path: Path) -> None:
 
 def _load_tokenizer(directory: Path) -> Any:
     """The tokenizer of a directory; nothing is downloaded and none of its code is run."""
-    transformers = extra("transformers", "transformers")
+    transformers = import_optional("transformers", "transformers")
     remedy = "Pass --data-arg tokenizer=DIR with what tokenizer.save_pretrained(DIR) has written."
     if not any(any(directory.glob(p)) for p in ("tokenizer*", "vocab*", "*.model")):
         # transformers would make an empty one of the model's configuration

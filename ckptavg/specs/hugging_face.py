@@ -9,10 +9,10 @@ from types import NoneType
 from typing import Any
 
 from ckptavg.errors import CheckpointError, CkptavgError, SpecError, short
-from ckptavg.factories import extra
 from ckptavg.formats import bounded_json
 from ckptavg.formats.huggingface import CONFIG
 from ckptavg.hub import is_cached, offline
+from ckptavg.optional import import_optional
 from ckptavg.run import open_run
 
 log = logging.getLogger("ckptavg")
@@ -71,7 +71,7 @@ def build_model(name: str, **keywords: Any) -> Any:
     directory = str(find_model_directory(name))
     if Path(directory) != Path(name):
         log.info("the model is that of %s, the last checkpoint of the run", directory)
-    transformers = extra("transformers", "transformers")
+    transformers = import_optional("transformers", "transformers")
     keywords.setdefault("trust_remote_code", False)  # else it asks on the terminal
     try:
         with offline():

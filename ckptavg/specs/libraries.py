@@ -6,7 +6,8 @@ import importlib
 from typing import Any
 
 from ckptavg.errors import SpecError
-from ckptavg.factories import call_named, extra, parameters_of, similar
+from ckptavg.factories import call_named, parameters_of, similar
+from ckptavg.optional import import_optional
 from ckptavg.specs.arguments import Arguments
 
 
@@ -45,7 +46,7 @@ def torchvision_model(spec: str, name: str, arguments: Arguments) -> Any:
 
 def timm_model(spec: str, name: str, arguments: Arguments) -> Any:
     """Build a timm model."""
-    timm = extra("timm", "timm")
+    timm = import_optional("timm", "timm")
     keywords = {"pretrained": False, **arguments}
     try:
         return call_named(spec, timm.create_model, (name,), keywords)

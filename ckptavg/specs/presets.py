@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ckptavg.errors import SpecError
-from ckptavg.factories import extra
 from ckptavg.hub import offline
+from ckptavg.optional import import_optional
 from ckptavg.specs.images import Preset
 from ckptavg.specs.libraries import import_torchvision
 
@@ -42,8 +42,8 @@ def timm_preset(name: str, settings: Mapping[str, Any]) -> Preset:
         name: The model's name, with or without a tag.
         settings: The training's arguments, where they are known: ``img_size``, ``mean``, ...
     """
-    data = extra("timm.data", "timm")
-    models = extra("timm.models", "timm")
+    data = import_optional("timm.data", "timm")
+    models = import_optional("timm.models", "timm")
     configured = models.get_pretrained_cfg(name)
     known = {} if configured is None else configured.to_dict()
     tag = known.get("tag")
@@ -72,7 +72,7 @@ def hugging_face_preset(directory: Path) -> Preset | None:
     """Read the image processor that lies beside a Hugging Face model; None where there is none."""
     if not (directory / _PROCESSOR).is_file():
         return None
-    transformers = extra("transformers", "transformers")
+    transformers = import_optional("transformers", "transformers")
     try:
         with offline():
             processor = transformers.AutoImageProcessor.from_pretrained(
