@@ -1,14 +1,38 @@
-"""State dicts in memory that tell how they were made."""
+"""Weights in memory that tell how they were made."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 _ATTRIBUTE = "ckptavg"
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """Weights in memory.
+
+    Attributes:
+        tensors: Under bare names.
+        made: The account of how they were made, if they carry one.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    made: Mapping[str, Any] | None = None
+
+    @property
+    def provenance(self) -> Mapping[str, Any] | None:
+        """The account, as a checkpoint has it."""
+        return self.made
+
+    @property
+    def is_average(self) -> bool:
+        """True if the account says so."""
+        return self.made is not None
 
 
 def with_account(

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from ckptavg.accounts import account_of
+from ckptavg.accounts import Weights, account_of
 from ckptavg.averaging import Average, plan_average
 from ckptavg.errors import UsageError, short
 from ckptavg.formats import Checkpoint, open_checkpoint
@@ -23,29 +23,6 @@ from ckptavg.runs.numbered import short_names
 
 log = logging.getLogger("ckptavg")
 _STALE = ("stale", "partly recomputed")
-
-
-@dataclass(frozen=True, eq=False)
-class Weights:
-    """Weights in memory.
-
-    Attributes:
-        tensors: Under bare names.
-        made: The account of how they were made, if they carry one.
-    """
-
-    tensors: Mapping[str, torch.Tensor]
-    made: Mapping[str, Any] | None = None
-
-    @property
-    def provenance(self) -> Mapping[str, Any] | None:
-        """The account, as a checkpoint has it."""
-        return self.made
-
-    @property
-    def is_average(self) -> bool:
-        """True if the account says so."""
-        return self.made is not None
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,9 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from ckptavg import heap, lora, networks
+from ckptavg.accounts import Weights
 from ckptavg.batches import Batches, Forward, bytes_of, tensors_of
-from ckptavg.candidates import Candidate, CandidateLike, Weights, as_candidates, reference_of
+from ckptavg.candidates import Candidate, CandidateLike, as_candidates, reference_of
 from ckptavg.channels import Channels
 from ckptavg.errors import EvaluationError, UsageError
 from ckptavg.evidence import compare

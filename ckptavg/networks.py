@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from ckptavg import averaging
+from ckptavg.accounts import Weights
 from ckptavg.averaging import Average
-from ckptavg.candidates import Candidate, Weights
+from ckptavg.candidates import Candidate
 from ckptavg.formats import Checkpoint
 from ckptavg.loading import load_into
 from ckptavg.outputs import StateDict

@@ -9,10 +9,10 @@ from typing import Any, get_args
 
 from torch import nn
 
+from ckptavg.accounts import Weights
 from ckptavg.averaging import Average
 from ckptavg.batches import Forward
 from ckptavg.batchnorm import BatchNormResult, recompute
-from ckptavg.candidates import Weights
 from ckptavg.errors import first_few
 from ckptavg.formats import Checkpoint
 from ckptavg.formats.names import batchnorm_layers, layer_statistics, updated_layers
