@@ -17,8 +17,8 @@ from ckptavg.digests import LEAF, InputDigests, OutputDigest, recorded
 from ckptavg.errors import CheckpointError, NonFiniteError, PlacementError, UsageError
 from ckptavg.formats import Checkpoint, open_checkpoint
 from ckptavg.formats.names import batchnorm_layers
+from ckptavg.formats.stamp import FileStamp
 from ckptavg.formats.storage import Location
-from ckptavg.formats.table import FileStamp
 from ckptavg.formats.writing import FileSink, MemorySink, Sink
 from ckptavg.groups import Job, common_order
 from ckptavg.outputs import StateDict, Target
@@ -28,6 +28,7 @@ from ckptavg.progress import ProgressLike, open_phase
 from ckptavg.rules import Rules, keeps_nonfinite, require_output
 from ckptavg.run import RunLike, as_run
 from ckptavg.running_statistics import State, Statistics
+from ckptavg.runs.nearby import leads_to_checkpoints
 from ckptavg.runs.order import refuse_two_series
 from ckptavg.runs.ranks import refuse_parts
 from ckptavg.schemes import Scheme
@@ -393,6 +394,7 @@ def prepare(
         plan.outputs,
         recorded(made, plan.inputs) if digests else made,
         [*others, *plan.files, plan.template],
+        is_run=leads_to_checkpoints,
         companions=plan.companions,
         overwrite=overwrite,
         neighbours=planned.members,

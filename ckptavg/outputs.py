@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,8 +19,8 @@ from ckptavg.formats import Checkpoint, is_checkpoint_directory, open_checkpoint
 from ckptavg.formats.layout import lay_out
 from ckptavg.formats.output import Layout, OutputTensor
 from ckptavg.formats.publish import Publication
+from ckptavg.formats.stamp import changed
 from ckptavg.formats.storage import Location, RemotePath
-from ckptavg.formats.table import changed
 from ckptavg.formats.targets import (
     check_no_input,
     check_replaceable,
@@ -29,9 +29,7 @@ from ckptavg.formats.targets import (
     follow,
 )
 from ckptavg.formats.writing import FileSink
-from ckptavg.plan import copy_plan
 from ckptavg.running_statistics import Statistics
-from ckptavg.runs.nearby import leads_to_checkpoints
 from ckptavg.system_errors import guard_reads, guard_writes
 from ckptavg.version import __version__
 
@@ -69,6 +67,7 @@ def prepare(
     made: Mapping[str, Any],
     inputs: Sequence[Checkpoint],
     *,
+    is_run: Callable[[Path], bool],
     companions: Mapping[str, bytes] | None = None,
     overwrite: bool = False,
     neighbours: Iterable[Location] = (),
@@ -81,6 +80,7 @@ def prepare(
         made: Its provenance.
         inputs: The checkpoints that it is made of; none of them may be the output, and the last
             one's layout and configuration are followed.
+        is_run: Tells a directory with checkpoints of a training, which is not to be replaced.
         companions: Contents of files that have to stand beside the weights, by name.
         overwrite: Replace an existing output.
         neighbours: Files of their runs, taken or not; of these only an average may be replaced.
@@ -96,7 +96,7 @@ def prepare(
     names = dict.fromkeys(Path(place) for place in places if not storage.is_url(place))
     _check_neighbours(path, [place for place in neighbours if place not in names])
     check_no_input(path, names)
-    _check_no_run(path, overwrite=overwrite)
+    _check_no_run(path, is_run, overwrite=overwrite)
     check_target(path, overwrite=overwrite)
     made = {key: value for key, value in made.items() if key != _FILES}
     layout = _lay_out(out, tensors, made, inputs[-1], companions or {})
@@ -151,7 +151,7 @@ def _check_neighbours(path: Path, neighbours: Iterable[Location]) -> None:
     )
 
 
-def _check_no_run(path: Path, *, overwrite: bool) -> None:
+def _check_no_run(path: Path, is_run: Callable[[Path], bool], *, overwrite: bool) -> None:
     """Make sure that no run stands at an output's path, where somebody has swapped the two.
 
     A model's own directory may be replaced, but not at a hint of ours.
@@ -165,10 +165,9 @@ def _check_no_run(path: Path, *, overwrite: bool) -> None:
     if is_model and overwrite:
         return
     try:
-        is_run = is_model or leads_to_checkpoints(path)
+        if not (is_model or is_run(path)):
+            return
     except OSError:  # as of one that another process replaces; what is to be written tells more
-        return
-    if not is_run:
         return
     raise OutputError(
         f"{path} is a directory that holds checkpoints, and no output of ckptavg: were the output "
@@ -187,17 +186,6 @@ def _recorded_files(path: Path) -> list[str]:
         return []
     names = made.get(_FILES)
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
-
-
-def prepare_copy(
-    checkpoint: Checkpoint,
-    out: str | os.PathLike[str],
-    made: Mapping[str, Any],
-    *,
-    overwrite: bool,
-) -> Target:
-    """As ``prepare``, for a checkpoint whose tensors are all taken."""
-    return prepare(out, copy_plan(checkpoint).outputs, made, [checkpoint], overwrite=overwrite)
 
 
 def check_together(targets: Sequence[Target]) -> None:

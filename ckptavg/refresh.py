@@ -28,8 +28,10 @@ from ckptavg.loaders import counted, rereadable
 from ckptavg.loading import load_into
 from ckptavg.outputs import StateDict, Target
 from ckptavg.passes import Together, run_passes, say
+from ckptavg.plan import copy_plan
 from ckptavg.processes import Alone, Peers
 from ckptavg.running_statistics import Statistics, match_layers, with_statistics
+from ckptavg.runs.nearby import leads_to_checkpoints
 from ckptavg.runtime import Runtime, fit
 from ckptavg.statistics_pass import layers_of, recompute_statistics, statistics_of
 from ckptavg.stream import Progress
@@ -128,6 +130,20 @@ def write_averages(
     return [done[i] for i in range(len(averages))]
 
 
+def prepare_copy(
+    checkpoint: Checkpoint,
+    out: str | os.PathLike[str],
+    made: Mapping[str, Any],
+    *,
+    overwrite: bool,
+) -> outputs.Target:
+    """Prepare an output that takes all tensors of a checkpoint; see ``outputs.prepare``."""
+    tensors = copy_plan(checkpoint).outputs
+    return outputs.prepare(
+        out, tensors, made, [checkpoint], is_run=leads_to_checkpoints, overwrite=overwrite
+    )
+
+
 def update_checkpoint(
     checkpoint: Checkpoint, out: str | os.PathLike[str], how: Pass, *, overwrite: bool = False
 ) -> tuple[BatchNormResult, Mapping[str, Any]]:
@@ -153,7 +169,7 @@ def update_checkpoint(
     )
     if is_recorded(made):
         made = sealed(made | {DIGEST: PENDING})
-    target = outputs.prepare_copy(checkpoint, out, made, overwrite=overwrite)
+    target = prepare_copy(checkpoint, out, made, overwrite=overwrite)
     peers = Together(how.peers)
     how = replace(how, peers=peers)
     done: list[tuple[BatchNormResult, Mapping[str, Any]]] = []

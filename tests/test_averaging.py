@@ -36,8 +36,9 @@ from ckptavg.errors import (
     UsageError,
 )
 from ckptavg.formats import open_checkpoint
-from ckptavg.outputs import fill, prepare_copy
+from ckptavg.outputs import fill
 from ckptavg.outputs import opened as opened_outputs
+from ckptavg.refresh import prepare_copy
 
 OUTPUTS = ["swa.safetensors", "swa.pt", "swa"]
 

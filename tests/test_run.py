@@ -824,7 +824,8 @@ def test_a_run_below_another_is_left_out_and_said(tmp_path):
 
 def test_a_refreshed_checkpoint_keeps_its_place_in_a_run(tmp_path):
     from ckptavg.averaging import load
-    from ckptavg.outputs import fill, opened, prepare_copy, provenance
+    from ckptavg.outputs import fill, opened, provenance
+    from ckptavg.refresh import prepare_copy
 
     numbered(tmp_path / "run", 2)
     for checkpoint in open_run(tmp_path / "run"):
