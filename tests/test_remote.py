@@ -26,7 +26,7 @@ from ckptavg.cli import main
 from ckptavg.errors import CheckpointError, CkptavgError, RunError, UsageError
 from ckptavg.formats import open_checkpoint, ranges, storage
 from ckptavg.formats.fetching import merged
-from ckptavg.formats.table import FileStamp
+from ckptavg.formats.stamp import FileStamp
 
 fsspec = pytest.importorskip("fsspec")
 known_implementations = pytest.importorskip("fsspec.registry").known_implementations

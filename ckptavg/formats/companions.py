@@ -14,8 +14,8 @@ from enum import Enum
 from itertools import islice
 
 from ckptavg.errors import first_few, short
+from ckptavg.formats.stamp import FileStamp
 from ckptavg.formats.storage import Location, is_url
-from ckptavg.formats.table import FileStamp
 from ckptavg.system_errors import guard_reads
 
 # Files below one directory beside the weights. More are a data set, and no configuration.

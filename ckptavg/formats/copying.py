@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ckptavg.errors import CheckpointError
 from ckptavg.formats import storage
-from ckptavg.formats.table import FileStamp, changed
+from ckptavg.formats.stamp import FileStamp, changed
 
 _CHUNK = 1 << 20  # bytes
 # Seconds. A file that was written less long ago may still be half a file.

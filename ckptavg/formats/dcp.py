@@ -22,8 +22,9 @@ from ckptavg.formats import inert_pickle, storage, torch_zip
 from ckptavg.formats.damage import damaged
 from ckptavg.formats.inert_values import Global, MalformedPickle, Opaque, Sharded, TensorView
 from ckptavg.formats.record import TRAINING_STATE
+from ckptavg.formats.stamp import FileStamp
 from ckptavg.formats.storage import Location
-from ckptavg.formats.table import DTYPES, DType, FileStamp, Piece, Tensor
+from ckptavg.formats.table import DTYPES, DType, Piece, Tensor
 from ckptavg.formats.tiling import tiles
 from ckptavg.formats.weights import KNOWN_ENTRIES
 from ckptavg.system_errors import unreadable

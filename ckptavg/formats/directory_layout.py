@@ -17,8 +17,9 @@ from ckptavg.formats import (
     torch_layout,
 )
 from ckptavg.formats.output import FileLayout, Layout, OutputTensor
+from ckptavg.formats.stamp import FileStamp
 from ckptavg.formats.storage import Location
-from ckptavg.formats.table import Checkpoint, FileStamp
+from ckptavg.formats.table import Checkpoint
 
 # Hugging Face's own default; it counts only where the input was not split already.
 _SHARD_BYTES = 5_000_000_000

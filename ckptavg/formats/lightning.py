@@ -9,8 +9,8 @@ from typing import Any
 from ckptavg.errors import CheckpointError
 from ckptavg.formats import torch_zip
 from ckptavg.formats.harmless import Keeper
+from ckptavg.formats.stamp import FileStamp
 from ckptavg.formats.storage import Location
-from ckptavg.formats.table import FileStamp
 from ckptavg.formats.torch_pickle import Archive, dumps
 
 META = "meta.pt"

@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ckptavg.formats.table import DType, FileStamp
+from ckptavg.formats.stamp import FileStamp
+from ckptavg.formats.table import DType
 
 
 @dataclass(frozen=True, slots=True)

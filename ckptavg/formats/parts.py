@@ -21,8 +21,9 @@ from ckptavg.formats import (
 )
 from ckptavg.formats.damage import damaged
 from ckptavg.formats.inert_values import MalformedPickle, Refused, Sharded, TensorView
+from ckptavg.formats.stamp import FileStamp
 from ckptavg.formats.storage import Location
-from ckptavg.formats.table import PROVENANCE, FileStamp, Record, Tensor
+from ckptavg.formats.table import PROVENANCE, Record, Tensor
 
 Kind = TypeVar("Kind")
 _ARRAYS = "the weights are NumPy arrays, which an output has as tensors of torch's"

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import ckptavg
 from ckptavg.errors import CheckpointError
 from ckptavg.formats import companions, copying
-from ckptavg.formats.table import FileStamp
+from ckptavg.formats.stamp import FileStamp
 
 MODEL = {
     "config.json": "{}",
