@@ -32,7 +32,7 @@ from ckptavg.errors import first_few
 from ckptavg.loaders import Subset, as_subset, counted, moved, open_loader
 from ckptavg.loading import bare_module
 from ckptavg.model_pass import BatchNormResult, Through, collecting, finish, replace_all
-from ckptavg.norm_layers import never_trained_layers, tracked_layers
+from ckptavg.norm_layers import never_trained_layers, tracked_layers, unreachable_layers
 from ckptavg.processes import Alone, Peers, peers_of_group
 from ckptavg.progress import ProgressLike, open_phase
 from ckptavg.running_statistics import match_layers
@@ -98,6 +98,12 @@ def update_bn(
         UsageError: A pattern of ``exclude`` matches no layer.
     """
     layers = tracked_layers(bare_module(model))
+    unreachable = unreachable_layers(bare_module(model))
+    if unreachable:
+        log.warning(
+            "the running statistics of %s are no buffers: left as they were",
+            first_few(unreachable),
+        )
     excluded = match_layers(exclude, layers) if layers else set()
     frozen = _find_frozen(bare_module(model), excluded)
     runtime = Runtime.on(device, model, amp=amp, batch_size=batch_size, workers=workers, seed=seed)
@@ -109,7 +115,9 @@ def update_bn(
         batches = counted(loader, told or (lambda *_: None), peers, seed)
         kept = {*excluded, *frozen}
         result = recompute([model], batches, runtime, forward, [kept], peers)[0]
-    return replace(result, frozen=(*frozen, *result.frozen))
+    return replace(
+        result, frozen=(*frozen, *result.frozen), unknown=(*result.unknown, *unreachable)
+    )
 
 
 def _find_frozen(model: nn.Module, excluded: Collection[str]) -> tuple[str, ...]:

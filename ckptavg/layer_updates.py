@@ -12,6 +12,7 @@ the layer scales its inputs by: so n is a ratio of the two. Padding moves nothin
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ them. ``kernel``: it takes those of something else. ``own``: the layer takes the
 _CLOSE = 1e-4  # a layer may work in float32 whatever it is given
 _CANDIDATES = 16  # values whose influence is tried
 _SAMPLE = 1 << 20  # values of an argument that tell the rule
+_COUNTER = re.compile(r"(?:^|_)(?:count|counter|num_batches\w*|num_updates|steps?)$")
 _KERNELS: Mapping[Callable[..., Any], tuple[str, ...]] = {
     nn.functional.batch_norm: (
         "input",
@@ -125,7 +127,7 @@ class LayerUpdate:
 
         Returns:
             Moments by the names of the statistics that they are for: of all values for a mean and
-            a variance; else each statistic by itself, one instance a batch.
+            a variance; else each statistic by itself, the mean over batches by their samples.
         """
         given = args, kwargs
         with _undisturbed():
@@ -136,8 +138,9 @@ class LayerUpdate:
                 return {self._names: Moments(count, mean, variance * count, instances=True)}
             if self._pair:
                 return {self._names: self._pooled(given, values)}
+        samples = next((len(t) for t in tensors_of(given) if t.dim()), 1)
         zero = torch.zeros_like
-        return {(n,): Moments(1, v, zero(v), instances=True) for n, v in values.items()}
+        return {(n,): Moments(samples, v, zero(v), instances=True) for n, v in values.items()}
 
     def _widen(self, convert: Convert) -> None:
         """Make the copy, whose tensors and arguments are converted."""
@@ -263,7 +266,7 @@ class LayerUpdate:
             if name in start:
                 both = complex(start[name], start[name]) if value.is_complex() else start[name]
                 self._copy._buffers[name] = torch.full_like(value, both)
-            elif not value.is_floating_point() and value.numel() == 1:
+            elif value.numel() == 1 and (not value.is_floating_point() or _COUNTER.search(name)):
                 self._copy._buffers[name] = torch.zeros_like(value)
             else:
                 self._copy._buffers[name] = value.clone()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -10,18 +11,17 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
+from ckptavg.formats.names import layer_statistics
 from ckptavg.hollow import hollow_copy
 
-_MEAN = re.compile(r"(running|moving)_(mean|avg|average)")
-_SPREAD = re.compile(r"(running|moving)_(var|variance|std|cov|covar|covariance)")
-_VARIANCE = re.compile(r"(running|moving)_(var|variance)")
+_VARIANCE = re.compile(r"(?:[a-z]+_)*(?:var|variance|sigma2)(?:_[a-z]+)?")
 
 
 def tracked_layers(model: nn.Module) -> dict[str, nn.Module]:
     """List the layers that keep running statistics, by name.
 
     These are torch's own and their subclasses, and any other module that has buffers of its own for
-    a mean and its spread, under such names as ``running_mean`` and ``moving_variance``.
+    them, under such names as ``running_mean`` and ``moving_variance``.
     """
     return {name: module for name, module in model.named_modules() if statistics_of(module)}
 
@@ -31,14 +31,29 @@ def statistics_of(module: nn.Module) -> tuple[str, ...]:
     if isinstance(module, _NormBase):
         tracks = isinstance(module, (_BatchNorm, _InstanceNorm)) and module.track_running_stats
         return ("running_mean", "running_var") if tracks else ()
-    names = [
+    buffers = [
         name
         for name, value in module.named_buffers(recurse=False)
         if not is_lazy(value) and (value.is_floating_point() or value.is_complex())
     ]
-    means = [name for name in names if _MEAN.fullmatch(name)]
-    spreads = [name for name in names if _SPREAD.fullmatch(name)]
-    return (*means, *spreads) if means and spreads else ()
+    return tuple(name for name in _named_statistics(module, buffers) if name in buffers)
+
+
+def unreachable_layers(model: nn.Module) -> list[str]:
+    """List the layers whose running statistics are no buffers, by name."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if not isinstance(module, _NormBase)
+        and _named_statistics(module)
+        and not statistics_of(module)
+    ]
+
+
+def _named_statistics(module: nn.Module, buffers: Sequence[str] = ()) -> tuple[str, ...]:
+    """Name what of a module are running statistics, by the names of its weights and buffers."""
+    weights = [name for name, _ in module.named_parameters(recurse=False)]
+    return layer_statistics([*buffers, *weights]).get("", ())
 
 
 def never_trained_layers(model: nn.Module) -> set[str]:

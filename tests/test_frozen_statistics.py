@@ -249,7 +249,10 @@ def test_statistics_from_another_base_are_not_those_that_were_frozen(tmp_path):
         (["a.moving_mean", "a.moving_variance"], {"a": ("moving_mean", "moving_variance")}),
         (["evonorm.weight", "evonorm.running_var"], {"evonorm": ("running_var",)}),
         (["running_mean", "running_var"], {"": ("running_mean", "running_var")}),
+        (["a.avg_mean", "a.avg_var"], {"a": ("avg_mean", "avg_var")}),
+        (["a.var_ema", "a.mean_ema"], {"a": ("mean_ema", "var_ema")}),
         (["observer.running_mean", "rms.running_var", "a.mean", "a.var"], {}),
+        (["a.avg", "a.avg_sq", "b.ema_weight", "b.ema_count", "b.weight"], {}),
     ],
 )
 def test_layers_are_known_by_the_names_of_their_statistics(names, layers):

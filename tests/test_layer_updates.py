@@ -264,10 +264,37 @@ class Welford(OwnNorm):
         return (x - self.running_mean[:, None]) / std[:, None]
 
 
+class Normalizer(Welford):
+    """As those of observations in reinforcement learning, whose count is a float."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = torch.tensor(1e-4)
+
+
+def named(mean, variance):
+    class Named(OwnNorm):
+        names = (mean, variance)
+
+    return Named()
+
+
 @pytest.mark.parametrize(
     "layer",
-    [OwnNorm(), ByHand(shape=(1, C, 1)), InPlace(), Welford(), OwnNorm().double()],
-    ids=["torch", "by hand", "in place", "welford", "float64"],
+    [
+        OwnNorm(),
+        ByHand(shape=(1, C, 1)),
+        InPlace(),
+        Welford(),
+        Normalizer(),
+        OwnNorm().double(),
+        named("avg_mean", "avg_var"),
+        named("ema_mean", "ema_var"),
+        named("mean_ema", "var_ema"),
+        named("running_mu", "running_sigma2"),
+        named("running_avg_mean", "running_avg_var"),
+    ],
+    ids=lambda layer: f"{type(layer).__name__} {layer.names[0]}",
 )
 def test_a_layer_of_ones_own(layer):
     batches = [x.to(layer.get_buffer(layer.names[0])) for x in sequences()]
@@ -326,6 +353,30 @@ def test_batch_renormalization_reads_what_its_checkpoint_holds():
     assert_statistics(model[1], pooled(outputs))
 
 
+class VarianceOnly(nn.Module):
+    """As EvoNorm-B0: divides by a deviation, and takes no mean off."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(C))
+        self.register_buffer("running_var", torch.ones(C))
+
+    def forward(self, x):
+        var = self.running_var
+        if self.training:
+            var = x.var((0, 2))
+            self.running_var.lerp_(var.detach(), 0.1)
+        return x * (self.weight / (var + 1e-5).sqrt())[:, None]
+
+
+def test_a_variance_alone_is_the_mean_of_the_batches_by_their_samples():
+    layer, batches = VarianceOnly(), sequences((8, 4))
+    result = update_bn(layer, batches)
+    assert result.written == {"running_var"}
+    expected = (8 * batches[0].double().var((0, 2)) + 4 * batches[1].double().var((0, 2))) / 12
+    torch.testing.assert_close(layer.running_var.double(), expected, rtol=1e-5, atol=1e-6)
+
+
 class ComplexNorm(nn.Module):
     """A complex mean, and a covariance of real and imaginary parts."""
 
@@ -345,11 +396,11 @@ class ComplexNorm(nn.Module):
         return y
 
 
-def test_a_layer_of_complex_values_gets_the_means_of_its_batches():
+def test_a_layer_of_complex_values_gets_the_mean_of_its_samples():
     batches = [torch.complex(a, b) for a, b in zip(sequences(), sequences(seed=3), strict=True)]
     layer = ComplexNorm()
     result = update_bn(layer, batches)
-    mean = torch.stack([x.mean((0, 2)) for x in batches]).mean(0)
+    mean = torch.cat(batches).mean((0, 2))
     assert result.written == {"running_mean", "running_covar"}
     torch.testing.assert_close(layer.running_mean, mean, rtol=1e-5, atol=1e-5)
 
@@ -472,6 +523,16 @@ def test_what_is_no_moving_average_is_left_and_not_named_as_written(layer, kind,
     assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
     assert_statistics(model[1], pooled([inputs]))  # given what the layer puts out when evaluated
     assert "0" in caplog.text
+
+
+def test_statistics_that_are_no_buffers_are_named(caplog):
+    layer = OwnNorm()
+    for name in layer.names:
+        start = layer._buffers.pop(name)
+        layer.register_parameter(name, nn.Parameter(start, requires_grad=False))
+    result = update_bn(nn.Sequential(layer, nn.BatchNorm1d(C)), sequences())
+    assert (result.layers, result.unknown) == (1, ("0",))
+    assert "the running statistics of 0 are no buffers" in caplog.text
 
 
 def test_values_that_are_not_finite_are_an_error():

@@ -6,11 +6,16 @@ import re
 from collections.abc import Iterable, Mapping
 
 # Layers that are none of torch's have words of their own: running_std (batch renormalization),
-# running_covar (complex numbers), moving_variance, running_wm (whitening).
+# running_covar (complex numbers), moving_variance, running_wm (whitening), avg_var.
 _PREFIX = r"(?:running|moving)_(?:avg_|average_)?"
-_MEAN = re.compile(rf"{_PREFIX}(?:mean|avg)[^\n]*", re.IGNORECASE)
+_OTHER_PREFIX = r"(?:ema|avg|average|pop|population)_"  # whose other tensors are no statistics
+_SUFFIX = r"_(?:ema|running|moving)"
+_MEAN = re.compile(
+    rf"{_PREFIX}(?:mean|avg|mu)[^\n]*|{_OTHER_PREFIX}mean|mean{_SUFFIX}", re.IGNORECASE
+)
 _SPREAD = re.compile(
-    rf"{_PREFIX}(?:var|std|cov|sigma|(?:mean_?)?sq|ms|m2|v[ri]{{2}}|wm|whiten|proj)[^\n]*",
+    rf"{_PREFIX}(?:var|std|cov|sigma|(?:mean_?)?sq|ms|m2|v[ri]{{2}}|wm|whiten|proj)[^\n]*"
+    rf"|{_OTHER_PREFIX}(?:var|variance|std)|(?:var|variance|std){_SUFFIX}",
     re.IGNORECASE,
 )
 _COUNT = "num_batches_tracked"
