@@ -11,7 +11,9 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--write-readme", action="store_true", help="write the table of layouts into README.md"
+        "--write-readme",
+        action="store_true",
+        help="write the table of layouts into examples/README.md",
     )
 
 

@@ -1,7 +1,8 @@
 """What trainers leave: written by the tool itself where it is installed, else in the form it has.
 
-One class a layout, registered in ``LAYOUTS`` in the order of the README's table. To add one, write
-a class with ``@register``: the checks in ``test_layouts.py`` and the table take it up.
+One class per layout, registered in ``LAYOUTS`` in the order of the table in examples/README.md. To
+add one, write a class with ``@register``: the checks in ``test_layouts.py`` and the table take it
+up.
 """
 
 from __future__ import annotations

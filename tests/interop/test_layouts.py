@@ -16,7 +16,7 @@ from layouts import LAYOUTS, others_at_work
 from ckptavg import average, open_run
 from ckptavg.errors import CheckpointError
 
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).parents[2] / "examples" / "README.md"
 BEGIN, END = "<!-- layouts -->\n", "<!-- /layouts -->"
 COLUMNS = ("opens", "ordered and de-duplicated", "exact average", "output loads back")
 
