@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ from typing import Any
 
 import torch
 
-_ATTRIBUTE = "ckptavg"
+from ckptavg.formats.parts import parse_provenance
+from ckptavg.formats.table import PROVENANCE
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,19 +42,19 @@ def with_account(
 ) -> dict[str, torch.Tensor]:
     """Copy a state dict, the tensors shared, and attach an account of how it was made.
 
-    ``torch.save`` keeps the attribute, ``torch.load`` restores it by its safe default, and all else
-    that takes a state dict passes over it.
+    The account is text, as outputs have it. ``torch.save`` keeps the attribute, ``torch.load``
+    restores it by its safe default, ``open_checkpoint`` reads it, and all else that takes a state
+    dict passes over it.
 
     Args:
         state_dict: The weights.
         made: Provenance, as plain values.
     """
     told: OrderedDict[str, torch.Tensor] = OrderedDict(state_dict)
-    vars(told)[_ATTRIBUTE] = dict(made)
+    vars(told)[PROVENANCE] = json.dumps(dict(made))
     return told
 
 
 def account_of(state_dict: Mapping[str, torch.Tensor]) -> Mapping[str, Any] | None:
     """Return the account that a state dict carries of how it was made, if it has one."""
-    made = getattr(state_dict, _ATTRIBUTE, None)
-    return made if isinstance(made, Mapping) else None
+    return parse_provenance(getattr(state_dict, PROVENANCE, None))

@@ -488,6 +488,22 @@ def test_an_average_in_memory_tells_how_it_was_made_and_is_saved_with_it(tmp_pat
     torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2)).load_state_dict(state)
 
 
+@pytest.mark.parametrize("as_zip", [True, False])
+@pytest.mark.parametrize("key", ["", "model"])
+def test_what_torch_saves_of_an_average_in_memory_tells_how_it_was_made(tmp_path, key, as_zip):
+    run = open_run(normalized_net(tmp_path / "run"))
+    state = average(run)
+    saved = {"model": state, "ema": state.copy()} if key else state
+    torch.save(saved, tmp_path / "kept.pth", _use_new_zipfile_serialization=as_zip)
+    kept = open_checkpoint(tmp_path / "kept.pth")
+    assert (kept.key, kept.is_average) == (key, True)
+    assert kept.provenance == account_of(state)
+    if key:
+        assert open_checkpoint(tmp_path / "kept.pth", "ema").provenance is None
+    shutil.copy(tmp_path / "kept.pth", tmp_path / "run" / "epoch_9.pth")
+    assert names(open_run(tmp_path / "run")) == names(run)
+
+
 def test_a_base_adds_what_the_run_lacks(tmp_path):
     save_states(tmp_path / "run", [{"a": torch.tensor([x])} for x in (0.0, 2.0)])
     base = save(tmp_path / "base.pt", {"a": torch.tensor([9.0]), "extra": torch.tensor([5.0])})

@@ -396,6 +396,16 @@ def test_a_checkpoint_that_ckptavg_wrote_tells_its_statistics(tmp_path, checkpoi
     assert result.bn == "stale"
 
 
+def test_an_average_in_memory_that_torch_saved_tells_its_statistics(tmp_path, checkpoints):
+    from ckptavg import average
+
+    torch.save(average(checkpoints), tmp_path / "swa.pth")
+    (result,) = evaluate([tmp_path / "swa.pth"], Net(), batches())
+    assert result.bn == "stale"
+    recomputed = evaluate([tmp_path / "swa.pth"], Net(), batches(), train_loader=TRAIN.split(16))
+    assert recomputed[0].bn == "recomputed"
+
+
 def test_recomputing_without_training_data_is_wrong_usage(checkpoints):
     with pytest.raises(UsageError, match="training data"):
         evaluate([average_of(checkpoints, recompute=True)], Net(), batches())

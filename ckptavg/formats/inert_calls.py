@@ -11,6 +11,7 @@ from ckptavg.formats.inert_values import (
     Global,
     MalformedPickle,
     NumpyArray,
+    OrderedEntries,
     Refused,
     Span,
     Storage,
@@ -132,12 +133,16 @@ def _mapping(machine: Unpickler, pairs: Any = ()) -> dict[Any, Any]:
     return {machine.key(key): value for key, value in pairs}
 
 
+def _ordered_mapping(machine: Unpickler, pairs: Any = ()) -> OrderedEntries:
+    return OrderedEntries(_mapping(machine, pairs))
+
+
 def _set(machine: Unpickler, values: Any = ()) -> set[Any]:
     return set(map(machine.key, values))
 
 
 _CALLS: dict[tuple[str, str], Callable[..., Any]] = {
-    ("collections", "OrderedDict"): _mapping,
+    ("collections", "OrderedDict"): _ordered_mapping,
     ("collections", "defaultdict"): lambda *_: {},
     ("builtins", "dict"): _mapping,
     ("builtins", "list"): lambda _, values=(): list(values),

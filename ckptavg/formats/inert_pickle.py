@@ -22,6 +22,7 @@ from ckptavg.formats.inert_values import (
     MalformedPickle,
     NumpyArray,
     Opaque,
+    OrderedEntries,
     PickleCutShort,
     Span,
     Storage,
@@ -29,6 +30,7 @@ from ckptavg.formats.inert_values import (
     storage_of,
 )
 from ckptavg.formats.mappings import unfold_mappings
+from ckptavg.formats.table import PROVENANCE
 
 MAX_PICKLE = 64 * 2**20
 _MOST_CONTAINERS = 5_000_000  # a byte of pickle can make one of 200 bytes
@@ -315,6 +317,9 @@ class _Machine:
             target.state = self._merged(state)
         elif isinstance(target, NumpyArray):
             arrays.set_state(self, target, state)
+        elif isinstance(target, OrderedEntries) and isinstance(state, dict):
+            account = state.get(PROVENANCE)
+            target.account = account if isinstance(account, str) else None
 
     def _merged(self, state: Any) -> Any:
         """Object state as one value: a pair of attributes and slots becomes one dict."""

@@ -48,6 +48,16 @@ class Opaque:
         return f"<{self.type if isinstance(self.type, Global) else 'object'}>"
 
 
+class OrderedEntries(dict[Any, Any]):
+    """What stands for an OrderedDict.
+
+    Attributes:
+        account: How ckptavg made the state dict that it is, as JSON, if it carries that.
+    """
+
+    account: str | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Span:
     """Bytes that a pickle itself holds.

@@ -20,7 +20,13 @@ from ckptavg.formats import (
     weights,
 )
 from ckptavg.formats.damage import damaged
-from ckptavg.formats.inert_values import MalformedPickle, Refused, Sharded, TensorView
+from ckptavg.formats.inert_values import (
+    MalformedPickle,
+    OrderedEntries,
+    Refused,
+    Sharded,
+    TensorView,
+)
 from ckptavg.formats.stamp import FileStamp
 from ckptavg.formats.storage import Location
 from ckptavg.formats.table import PROVENANCE, Record, Tensor
@@ -98,9 +104,7 @@ def _read_torch(path: Location, stamp: FileStamp, key: str | None) -> Part:
         tensors=tensors,
         refused={name: value.why for name, value in _of_kind(found.entry, Refused).items()},
         record=record.from_tree(opened.tree, found.record_key, path.name, opened.number),
-        provenance=_provenance(
-            {PROVENANCE: opened.provenance} if opened.provenance else opened.tree
-        ),
+        provenance=_find_provenance(opened, found.key),
         key=found.key,
         networks={path: _tensor_names(entry) for path, entry in found.networks.items()},
         notes=(*found.notes, *_note_others(found.entry), *([_ARRAYS] if opened.arrays else [])),
@@ -172,9 +176,22 @@ def _is_safetensors(path: Location) -> bool:
     )
 
 
+def _find_provenance(opened: torch_zip.TorchFile, key: str) -> Mapping[str, Any] | None:
+    """Find how ckptavg made the weights of a file: beside them, or attached to their state dict."""
+    made = parse_provenance(opened.provenance) or _provenance(opened.tree)
+    entry = tree.value_at(opened.tree, key)
+    if made is None and isinstance(entry, OrderedEntries):
+        return parse_provenance(entry.account)
+    return made
+
+
 def _provenance(beside: Any) -> Mapping[str, Any] | None:
     """What ckptavg wrote about how it made a file; None where it did not."""
-    text = beside.get(PROVENANCE) if isinstance(beside, Mapping) else None
+    return parse_provenance(beside.get(PROVENANCE) if isinstance(beside, Mapping) else None)
+
+
+def parse_provenance(text: Any) -> Mapping[str, Any] | None:
+    """Read what ckptavg writes about how it made weights; None where this is something else."""
     if not isinstance(text, str):
         return None
     try:

@@ -148,6 +148,12 @@ def walk(tree: Any, key: str) -> list[tuple[str, Any]] | None:
     return steps
 
 
+def value_at(tree: Any, key: str) -> Any:
+    """Return the value that a dotted path names; None where it leads nowhere."""
+    steps = walk(tree, key)
+    return None if steps is None else steps[-1][1]
+
+
 def child(container: Any, name: str) -> Any:
     """Return the value under a name in a dict, or at an index in a list; None where none is.
 

@@ -28,6 +28,7 @@ from ckptavg.formats.tree import (
     join,
     locate,
     refuse_unknown,
+    value_at,
     walk,
 )
 from ckptavg.spelling import close_names, did_you_mean
@@ -183,7 +184,7 @@ def _find_networks(tree: Any, key: str = "") -> Weights | None:
     """
     entries = find_networks(tree)
     names = entries.names()
-    values = {path: _value(tree, path) for path in entries.networks}
+    values = {path: value_at(tree, path) for path in entries.networks}
     modules = {path for path, value in values.items() if pickled_module.is_module(value)}
     misled = [p for p, e in entries.networks.items() if values[p] is not e and p not in modules]
     if not entries.networks or names is None or misled:
@@ -201,11 +202,6 @@ def _find_networks(tree: Any, key: str = "") -> Weights | None:
     count = len(entries.networks)
     several = f"{count} networks, each averaged at its own place: {shown} (--key picks one)"
     return Weights(key, names, [several, *notes], entries.networks)
-
-
-def _value(tree: Any, path: str) -> Any:
-    steps = walk(tree, path)
-    return None if steps is None else steps[-1][1]
 
 
 def _with_nested(key: str, entry: Entry, notes: Sequence[str]) -> Weights:
