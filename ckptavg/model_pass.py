@@ -16,7 +16,7 @@ from ckptavg.batches import Forward
 from ckptavg.channels import Channels
 from ckptavg.errors import BatchNormError, first_few
 from ckptavg.loading import bare_module
-from ckptavg.model_state import ModelState
+from ckptavg.model_state import ModelState, stop_observers
 from ckptavg.moments import TOLERANCE, Doubt, KernelMoments, Landing, Moments
 from ckptavg.norm_layers import is_watchable, keeps_nothing, tracked_layers
 from ckptavg.processes import Peers
@@ -296,6 +296,7 @@ def collecting(
             # not .eval(): some modules merge their weights in it
             for module in model.modules():
                 module.training = False
+            stop_observers(model)
             for layer in model_pass.layers.values():
                 layer.enter(model_pass.collector)
             yield model_pass

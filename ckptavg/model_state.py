@@ -84,7 +84,25 @@ class _Value:
         # torch's kernels write into running statistics without a new version of the tensor
         if not torch.equal(self._tensor, self._copy):
             with torch.no_grad():
-                self._tensor.copy_(self._copy)
+                # an observer sizes its range by what it sees
+                self._tensor.resize_(self._copy.shape).copy_(self._copy)
+
+
+def stop_observers(model: nn.Module) -> None:
+    """Let the quantizers of quantization-aware training keep the ranges that they have.
+
+    Evaluation mode does not stop them, so that scores and statistics would depend on the order of
+    the data. One that has seen no values yet goes on.
+    """
+    for module in model.modules():
+        buffers = dict(module.named_buffers(recurse=False))
+        switch = buffers.get("observer_enabled")
+        lowest = getattr(getattr(module, "activation_post_process", None), "min_val", None)
+        if switch is None or not isinstance(lowest, torch.Tensor) or not lowest.numel():
+            continue
+        if bool(torch.isfinite(lowest).all()):
+            with torch.no_grad():
+                switch.zero_()
 
 
 def _has_plain_attributes(module: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from ckptavg.averaging import Average
 from ckptavg.candidates import Candidate
 from ckptavg.formats import Checkpoint
 from ckptavg.loading import load_into
+from ckptavg.model_state import stop_observers
 from ckptavg.outputs import StateDict
 from ckptavg.running_statistics import Statistics
 from ckptavg.runtime import Runtime
@@ -151,6 +152,7 @@ def _placed(template: nn.Module, weights: StateDict, name: str, runtime: Runtime
     # weights are loaded in training mode: some modules merge theirs when they leave it
     model = copy.deepcopy(template).train()
     load_into(model, weights, name)
+    stop_observers(model)
     return model.to(runtime.device).eval()
 
 
