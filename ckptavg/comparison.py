@@ -20,7 +20,7 @@ from ckptavg.loaders import Subset
 from ckptavg.many import Asked, plan_request
 from ckptavg.notes import collect_notes
 from ckptavg.progress import ProgressLike
-from ckptavg.results import Results
+from ckptavg.results import Results, without_repeats
 from ckptavg.rules import keeps_nonfinite
 from ckptavg.run import Run, RunLike, as_run
 from ckptavg.runs.selection_notes import note_run, note_selection
@@ -99,7 +99,8 @@ def compare(
         progress: As for ``evaluate``.
 
     Returns:
-        The results; their ``notes`` tell what is to be known of the run, too.
+        The results; their ``notes`` tell what is to be known of the run, too. An average none of
+        whose statistics could be recomputed stands there once.
 
     Raises:
         CkptavgError: As for ``average`` and ``evaluate``.
@@ -127,7 +128,7 @@ def compare(
             forward=forward, exclude=exclude, amp=amp, batch_size=batch_size, workers=workers,
             seed=seed, bn_samples=bn_samples, keep_nonfinite=keep_nonfinite, progress=progress,
         )  # fmt: skip
-    return Results(results, results.task, notes)
+    return Results(without_repeats(results), results.task, notes)
 
 
 def _checked(selection: Run | None, run: Run) -> Run:

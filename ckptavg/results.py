@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 from typing import TYPE_CHECKING, Any, overload
 
@@ -234,6 +234,21 @@ def _record(result: Result) -> dict[str, Any]:
     }
     versus = {} if result.versus is None else result.versus.as_json()
     return row | {f"versus_{key}": value for key, value in versus.items()}
+
+
+def without_repeats(results: Iterable[Result]) -> list[Result]:
+    """Leave out what repeats another result, since no statistics could be recomputed for it.
+
+    The same weights with their statistics as they are stand beside it, and have the same scores.
+    """
+    results = list(results)
+    as_they_are = [r.candidate for r in results if not r.candidate.recompute]
+    kept = []
+    for result in results:
+        failed = result.candidate.recompute and result.bn not in RECOMPUTED
+        if not (failed and replace(result.candidate, recompute=False) in as_they_are):
+            kept.append(result)
+    return kept
 
 
 def is_worse(results: Sequence[Result], task: Task | None = None) -> bool:

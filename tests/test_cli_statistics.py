@@ -91,6 +91,26 @@ def test_excluded_layers_stay_in_eval(tmp_path, ckptavg):
     assert everything[1]["key"] == found[1]["key"]
 
 
+def test_where_no_statistics_are_recomputed_each_average_stands_once(tmp_path, ckptavg):
+    make_run(tmp_path)
+    ckptavg("average", "run", "-o", "a.pt")
+    scored = ["eval", "a.pt", "--run", "run", "--also", "two=uniform@last=2"]
+    scored += [*WITH, "--data", "layered.py:data", "--bn-exclude", "*"]
+    found = json.loads(ckptavg(*scored, "--json").stdout)["candidates"]
+    assert [c["bn"] for c in found] == ["stale", "own", "stale", "stale"]
+    assert len({c["name"] for c in found}) == 4
+    assert ckptavg(*scored).stdout.count("stale") == 3
+    (alone,) = json.loads(ckptavg(*scored[:2], *scored[6:], "--no-stale", "--json").stdout)[
+        "candidates"
+    ]
+    assert alone["metrics"] == found[0]["metrics"]
+    stored = [*scored, "--results", "r.json", "--json"]
+    assert json.loads(ckptavg(*stored).stdout)["candidates"] == found
+    again = ckptavg(*stored, "--resume")
+    assert "7 of 7 candidates" in again.stderr
+    assert json.loads(again.stdout)["candidates"] == found
+
+
 @pytest.mark.parametrize(
     "command",
     [

@@ -312,6 +312,12 @@ def test_training_data_that_serves_nothing_is_noted(home):
     assert any("nothing is recomputed from the training data" in note for note in results.notes)
 
 
+def test_an_average_whose_statistics_all_stay_stands_once(home):
+    results = ckptavg.compare("run", network(), data(1), train_data=data(), exclude="*")
+    assert [result.bn for result in results] == ["own", "stale"]
+    assert results["average of 4 (uniform)"].bn == "stale"
+
+
 def test_the_command_recomputes_a_stale_file(home):
     ckptavg.average("run", out="swa.pt")
     found = without_keys(command("swa.pt", "run/epoch_1.pt", *TRAIN, "--json"))

@@ -100,7 +100,7 @@ def evaluate(
     file = _open_results(results, resume=resume)
     candidates = _candidates(paths, further, settings)
     from ckptavg.cli import sources  # noqa: PLC0415 - help is shown without torch
-    from ckptavg.results import is_worse  # noqa: PLC0415
+    from ckptavg.results import is_worse, without_repeats  # noqa: PLC0415
 
     source = sources.model_source(settings, _recorders(candidates))
     task = sources.task(settings)
@@ -112,6 +112,7 @@ def evaluate(
     keeper = Keeper(candidates, settings, file, resume=resume, processes=processes)
     scored = _scored(report, processes, keeper, source, task, settings)
     failure = _keep(keeper, scored)
+    scored = without_repeats(scored)
     _show(report, scored, task)
     report.result(keeper.outcome(scored))
     if failure is not None:
