@@ -14,6 +14,7 @@ import click
 from ckptavg.cli import ending, ranks
 from ckptavg.cli.error_lines import show_in_one_line
 from ckptavg.cli.help import EVERYWHERE, GroupedOption
+from ckptavg.cli.libraries import silence_libraries
 from ckptavg.errors import UsageError
 from ckptavg.runs.selection_notes import note_run, note_selection
 
@@ -300,7 +301,10 @@ def _everywhere(function: F) -> F:
             EVERYWHERE, "-q", "--quiet", is_flag=True,
             help="The result alone: no notes, no progress, and no plan of what is written.",
         ),
-        option(EVERYWHERE, "-v", "--verbose", count=True, help="More notes."),
+        option(
+            EVERYWHERE, "-v", "--verbose", count=True,
+            help="More notes, and those of transformers and DeepSpeed.",
+        ),
         option(EVERYWHERE, "--debug", is_flag=True, help="Show the traceback of an error."),
     )  # fmt: skip
 
@@ -321,6 +325,7 @@ def _everywhere(function: F) -> F:
             ending.by_interrupts(_outputs(**values), signals),
             show_in_one_line(debug),
             report.notes(),
+            silence_libraries(verbose=bool(verbose)),
             _limited(threads),
         ):
             return function(report=report, **values)
