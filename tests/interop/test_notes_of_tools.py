@@ -1,4 +1,4 @@
-"""Notes that transformers and DeepSpeed give by themselves while a command or the API runs a model."""
+"""Notes of transformers and DeepSpeed while a command or the API runs a model."""
 
 import importlib.util
 import os
