@@ -11,14 +11,19 @@ ELLIPSIS = "…"
 _FEWEST = 3  # columns of a shortened name: a character, the ellipsis, a character
 _MOST_CUTS = 100_000  # names times places that are tried
 # A number stays with its interval, and an interval whole: +1.50 [+0.46, +2.55].
+# Marks at the end of a name, one of them, and its text: epoch_9.pt (last) [model].
+_MARKS = re.compile(r"(?: \([^()]*\)| \[[^][]*\])*$")
+_MARK = re.compile(r"( [(\[])([^][()]*)([)\]])")
 _BREAKS = re.compile(r" (?!\[[-+\d]|[-+.,\deainf]+\])")
 
 
 def shorten_names(names: Sequence[str], room: int) -> list[str]:
     """Shorten names to a width, so that different names stay different where that can be.
 
-    All are cut at the same place, in the middle if that tells them apart. Names that no such cut
-    tells apart show the part in which they differ.
+    Marks at their ends stay, as of ``epoch_9.pt (last) [model]``, if they leave the names half of
+    the room; marks that tell names apart stay in less, and are shortened themselves. Else all names
+    are cut at the same place, in the middle if that tells them apart. Names that no such cut tells
+    apart show the part in which they differ.
 
     Args:
         names: Any texts.
@@ -33,12 +38,13 @@ def shorten_names(names: Sequence[str], room: int) -> list[str]:
     if not long:
         return list(names)
     whole = [name for name in different if cell_len(name) <= room]
-    shortened = _cut_alike(long, room, whole)
-    if _groups_of_same(shortened):
-        windows = dict(shortened)
-        for group in _groups_of_same(shortened):
+    shortened = _cut_before_marks(long, room)
+    if len({*shortened.values(), *whole}) < len(different):
+        cut = _cut_alike(long, room, whole)
+        windows = dict(cut)
+        for group in _groups_of_same(cut):
             windows |= _show_differences(group, room)
-        ways = (shortened, windows, _show_differences(long, room))
+        ways = (shortened, cut, windows, _show_differences(long, room))
         shortened = max(ways, key=lambda way: len({*way.values(), *whole}))
     return [shortened.get(name, name) for name in names]
 
@@ -57,6 +63,43 @@ def wrap_words(text: str, room: int) -> list[str]:
         else:
             lines.append(word)
     return lines
+
+
+def _cut_before_marks(names: Sequence[str], room: int) -> dict[str, str]:
+    """Shorten what stands before the marks of names; empty where these leave too little room."""
+    stems = {name: _MARKS.sub("", name) for name in names}
+    marks = {name: name[len(stem) :] for name, stem in stems.items()}
+    tell_apart = len({*stems.values()}) < len(names)
+    least = max(room // 3 if tell_apart else (room + 1) // 2, _FEWEST)
+    kept = {mark: mark for mark in marks.values()}
+    if max(map(cell_len, kept)) > room - least:
+        kept = _shorten_marks(list(kept), room - least) if tell_apart else {}
+    if not any(kept):
+        return {}
+    shortened = {}
+    for mark in dict.fromkeys(marks.values()):
+        marked = [name for name in names if marks[name] == mark]
+        left = room - cell_len(kept[mark])
+        for name, stem in zip(
+            marked, shorten_names([stems[name] for name in marked], left), strict=True
+        ):
+            shortened[name] = stem + kept[mark]
+    return shortened
+
+
+def _shorten_marks(marks: Sequence[str], room: int) -> dict[str, str]:
+    """Shorten the texts in marks as little as they have to be; empty where they cannot be."""
+    texts = list(dict.fromkeys(text for mark in marks for _, text, _ in _MARK.findall(mark)))
+    for most in range(max(map(cell_len, texts)), _FEWEST - 1, -1):
+        short = dict(zip(texts, shorten_names(texts, most), strict=True))
+        kept = {mark: _replace_texts(mark, short) for mark in marks}
+        if max(map(cell_len, kept.values())) <= room:
+            return kept
+    return {}
+
+
+def _replace_texts(marks: str, texts: Mapping[str, str]) -> str:
+    return _MARK.sub(lambda mark: mark[1] + texts[mark[2]] + mark[3], marks)
 
 
 def _cut_alike(names: Sequence[str], room: int, whole: Sequence[str]) -> dict[str, str]:

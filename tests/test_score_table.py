@@ -184,6 +184,20 @@ def test_at_any_width_each_row_is_a_line_and_numbers_are_whole(width):
     assert lines[7].startswith("* best by top-1: ")
 
 
+def test_marks_of_one_long_name_are_told_apart_at_80_columns():
+    long = "resnet50-cyclic-sgd-lr0.05-epoch=119-step=150000.ckpt (last)"
+    results = []
+    for key, p in (("state_dict", None), ("ema_state_dict", 0.5)):
+        results.append(result(f"{long} [{key}]", p=p, **scores(50)))
+        results.append(result(f"average of 12 (uniform) [{key}]", "stale", p=0.5, **scores(49)))
+    lines = scores_text(results, Classification(), 80).splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    first, _, second, _ = lines[3:7]
+    assert "(last) [s" in first
+    assert "(last) [e" in second
+    assert "+1.50 [+0.46, +2.55]" in second
+
+
 def test_with_room_enough_all_there_is_is_shown():
     wide = scores_text(RESULTS, Classification(), 120)
     assert wide == scores_text(RESULTS, Classification(), None)

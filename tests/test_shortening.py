@@ -43,6 +43,42 @@ def test_different_names_stay_different(names, room):
     assert len({*shortened}) == len(names)
 
 
+LONG = "resnet50-cyclic-sgd-lr0.05-epoch=119-step=150000-val_loss=0.8531.ckpt"
+
+
+@pytest.mark.parametrize("room", range(20, 70))
+def test_marks_that_tell_names_apart_stay(room):
+    keys = ("state_dict", "ema_state_dict")
+    names = [f"{stem} [{key}]" for key in keys for stem in (f"{LONG} (last)", "average of 5")]
+    shortened = shorten_names(names, room)
+    assert all(len(name) <= room for name in shortened)
+    assert all("(last) [" in name for name in shortened[::2])
+    for name, beginning in zip(shortened, ["s", "s", "e", "e"], strict=True):
+        assert name.rpartition("[")[2].startswith(beginning)
+        assert name.endswith("]")
+    assert shortened[0][:3] == LONG[:3]
+    assert shortened[1][:3] == "ave"
+
+
+def test_marks_leave_names_half_of_the_room_where_they_tell_nothing_apart():
+    names = [f"{LONG} (last)", LONG.replace("119", "118")]
+    assert shorten_names(names, 20)[0] == "resnet50…ckpt (last)"
+    assert shorten_names([f"{LONG} (uniform)"], 12) == ["resnet…form)"]
+
+
+marked = st.tuples(st.text("ab(]c ", max_size=20), st.sampled_from(["", " (last)", " [m]"]),
+                   st.sampled_from(["", " [state_dict]", " [ema]", " ()"]))  # fmt: skip
+
+
+@settings(deadline=None)
+@given(st.lists(marked.map("".join), max_size=8), st.integers(3, 30))
+def test_marked_names_fit(names, room):
+    shortened = shorten_names(names, room)
+    assert all(cell_len(name) <= room for name in shortened)
+    for name, short in zip(names, shortened, strict=True):
+        assert (short == name) or cell_len(name) > room
+
+
 @pytest.mark.parametrize("room", range(17, 34))
 def test_numbers_are_not_cut_in_two(room):
     names = [f"checkpoint-{n}.pth.tar [state_dict_ema]" for n in (144, 1520, 16000)]
