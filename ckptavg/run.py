@@ -19,6 +19,8 @@ from ckptavg.runs.best import Mode, best_by, choose_criterion
 from ckptavg.runs.damaged import Damaged, raise_for
 from ckptavg.runs.left_out import tell
 from ckptavg.runs.numbered import short_names
+from ckptavg.runs.rate_cycles import find_minima
+from ckptavg.runs.selection_notes import note_restarts
 from ckptavg.system_errors import guard_reads
 
 if TYPE_CHECKING:
@@ -187,12 +189,15 @@ class Run:
     def at_lr_min(self) -> Run:
         """The checkpoints at the minima of the recorded learning rate, the ends included.
 
-        On a constant learning rate that is all of them, on a cyclical one the end of each cycle.
+        On a constant learning rate that is all of them, on a cyclical one the end of each cycle. A
+        note tells where the rates look like those of the next epoch, so that the ends follow.
 
         Raises:
             RunError: A checkpoint records no learning rate.
         """
-        return self._each(_at_lr_min, "minima of the learning rate")
+        run = self._each(_at_lr_min, "minima of the learning rate")
+        late = [note for training in self.trainings for note in note_restarts(training)]
+        return replace(run, notes=(*run.notes, *dict.fromkeys(late)))
 
     def best(self, count: int, metric: str | None = None, mode: Mode | None = None) -> Run:
         """The ``count`` checkpoints that do best on a recorded metric, in the run's order.
@@ -420,24 +425,8 @@ def _at_lr_min(checkpoints: Picked) -> Picked:
             f"no learning rate is recorded in {first_few(missing)}",
             "Select the cycle's ends by position with --cycle C.",
         )
-    levels: list[list[Checkpoint]] = []
-    for checkpoint in checkpoints:
-        if levels and math.isclose(_rate(levels[-1]), _rate([checkpoint]), rel_tol=1e-6):
-            levels[-1].append(checkpoint)
-        else:
-            levels.append([checkpoint])
-    rates = [math.inf, *map(_rate, levels), math.inf]
-    return [
-        checkpoint
-        for level, before, after in zip(levels, rates, rates[2:], strict=False)
-        if before > _rate(level) < after
-        for checkpoint in level
-    ]
-
-
-def _rate(level: Picked) -> float:
-    """The recorded learning rate of checkpoints that share it."""
-    return level[0].record.lr or 0.0
+    rates = [checkpoint.record.lr or 0.0 for checkpoint in checkpoints]
+    return [checkpoints[position] for position in find_minima(rates)]
 
 
 def _sample(checkpoints: Picked, count: int, seed: int) -> Picked:

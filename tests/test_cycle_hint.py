@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,17 +10,25 @@ import torch
 from click.testing import CliRunner
 
 from ckptavg.cli import main
+from ckptavg.run import open_run
 
 NOTE = "the learning rate is cyclical"
 CYCLIC = [0.1, 0.05, 0.01] * 3
 
 
-def notes(directory: Path, rates: list[float | None], *selection: str) -> str:
+def saved(directory: Path, rates: Sequence[float | None]) -> Path:
     for step, rate in enumerate(rates, 1):
         recorded = {} if rate is None else {"lr": rate}
-        saved = {"state_dict": {"w": torch.full((2,), float(step))}, "step": step, **recorded}
-        torch.save(saved, directory / f"step_{step}.pt")
-    args = ["average", str(directory), "--dry-run", *selection]
+        content = {"state_dict": {"w": torch.full((2,), float(step))}, "step": step, **recorded}
+        torch.save(content, directory / f"step_{step}.pt")
+    return directory
+
+
+def notes(
+    directory: Path, rates: Sequence[float | None], *selection: str, command: str = "average"
+) -> str:
+    args = [command, str(saved(directory, rates)), *selection]
+    args += ["--dry-run"] if command == "average" else []
     done = CliRunner().invoke(main, args, catch_exceptions=False)
     assert done.exit_code == 0, done.stderr
     return done.stderr
@@ -27,8 +36,67 @@ def notes(directory: Path, rates: list[float | None], *selection: str) -> str:
 
 def test_a_cyclical_run_is_noted_with_what_takes_its_ends(tmp_path: Path) -> None:
     told = notes(tmp_path, [*CYCLIC])
-    assert f"{NOTE}, and 6 of 9 selected checkpoints are from the middle of a cycle" in told
+    assert f"{NOTE}, and 6 of 9 checkpoints are from the middle of a cycle" in told
     assert "--at-lr-min takes the 3 at the ends of cycles" in told
+
+
+def test_inspect_notes_it_of_all_of_a_run_and_of_a_selection(tmp_path: Path) -> None:
+    assert "6 of 9 checkpoints" in notes(tmp_path, [*CYCLIC], command="inspect")
+    assert "2 of 3 selected checkpoints" in notes(
+        tmp_path, [*CYCLIC], "--last", "3", command="inspect"
+    )
+
+
+def rates_after_steps(length: int, count: int, multiple: int = 1) -> list[float]:
+    """The rates that torch's scheduler leaves for the next epoch, which is when many save."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, length, multiple)
+    rates = []
+    for _ in range(count):
+        optimizer.step()
+        schedule.step()
+        rates.append(optimizer.param_groups[0]["lr"])
+    return rates
+
+
+def test_rates_of_the_next_epoch_lead_to_the_ends_behind_the_minima(tmp_path: Path) -> None:
+    rates = rates_after_steps(3, 9)
+    assert open_run(saved(tmp_path, rates)).at_lr_min()[0].step == 2  # the epoch before the last
+    told = notes(tmp_path, rates)
+    assert "6 of 9 checkpoints are from the middle of a cycle: --cycle 3 takes the 3 at" in told
+    assert NOTE not in notes(tmp_path, rates, "--cycle", "3")
+
+
+def test_minima_of_such_rates_are_noted_as_one_checkpoint_early(tmp_path: Path) -> None:
+    run = open_run(saved(tmp_path, rates_after_steps(3, 9)))
+    (note,) = run.at_lr_min().notes
+    assert "cycles of 3 end one checkpoint after these minima" in note
+    assert "after these minima" in notes(tmp_path, rates_after_steps(3, 9), "--at-lr-min")
+
+
+def test_cycles_that_grow_have_no_length(tmp_path: Path) -> None:
+    rates = rates_after_steps(2, 6, multiple=2)  # ends at 2 and 6
+    (note,) = open_run(saved(tmp_path, rates)).at_lr_min().notes
+    assert "the cycles end one checkpoint after these minima" in note
+    told = notes(tmp_path, rates)
+    assert "4 of 6 checkpoints are from the middle of a cycle" in told
+    assert "--cycle" not in told
+    assert "--at-lr-min" not in told
+
+
+@pytest.mark.parametrize(
+    "rates",
+    [
+        [*CYCLIC],
+        [*CYCLIC, 0.1],  # a new cycle has begun
+        [0.07, 0.03, 0.01] * 3,
+        [0.01, 0.05, 0.1, 0.05, 0.01, 0.05, 0.1],  # up and down
+        [0.1] * 4,
+        [0.05, 0.1],
+    ],
+)
+def test_minima_of_other_rates_are_ends(tmp_path: Path, rates: list[float]) -> None:
+    assert open_run(saved(tmp_path, rates)).at_lr_min().notes == ()
 
 
 @pytest.mark.parametrize("selection", [["--at-lr-min"], ["--cycle", "3"], ["--last", "1"]])

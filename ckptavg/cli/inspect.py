@@ -84,8 +84,7 @@ def inspect(
     whole = open_run(path, glob=glob, skip=skip, key=key)
     run = options.pick(whole, **picks)
     is_selection = run is not whole
-    if is_selection:
-        note_cycles(whole, run, "--at-lr-min")
+    note_cycles(whole, run, in_shell=True)
     if verify:
         from ckptavg.cli import verification  # noqa: PLC0415 - needs torch, the rest does not
 

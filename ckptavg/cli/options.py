@@ -413,7 +413,7 @@ def open_selected(
     run = open_run(*paths, glob=glob, skip=skip, key=key)
     note_run(run)
     selection = selected(run, picks)
-    note_selection(run, selection, ends="--at-lr-min")
+    note_selection(run, selection, in_shell=True)
     return run, selection
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ckptavg.runs.rate_cycles import find_length, find_minima, find_restarts
+
 if TYPE_CHECKING:
+    from ckptavg.formats import Checkpoint
     from ckptavg.run import Run
 
 log = logging.getLogger("ckptavg")
@@ -25,20 +29,20 @@ def note_run(run: Run) -> None:
         log.info(note)
 
 
-def note_selection(run: Run, selection: Run, *, ends: str = "at_lr_min()") -> None:
+def note_selection(run: Run, selection: Run, *, in_shell: bool = False) -> None:
     """Note what a selection of a run took, and that the ends of cycles are another one.
 
     Args:
         run: All of the run.
         selection: What is averaged of it.
-        ends: What takes the ends of cycles, in the caller's words.
+        in_shell: Whether to name options of the command line, not methods.
     """
     for note in selection.notes[len(run.notes) :]:
         log.info(note)
-    note_cycles(run, selection, ends)
+    note_cycles(run, selection, in_shell=in_shell)
 
 
-def note_cycles(run: Run, selection: Run, ends_by: str) -> None:
+def note_cycles(run: Run, selection: Run, *, in_shell: bool = False) -> None:
     """Note that a selection has more of a cyclical run than the ends of its cycles.
 
     Checkpoints from the middle of a cycle were saved at a high learning rate, and averages without
@@ -47,23 +51,74 @@ def note_cycles(run: Run, selection: Run, ends_by: str) -> None:
     Args:
         run: All checkpoints of a training.
         selection: What is averaged of them.
-        ends_by: What takes the ends of cycles.
+        in_shell: Whether to name options of the command line, not methods.
     """
     if len(run.trainings) != 1 or any(run.damaged):
         return
     (checkpoints,) = run.trainings
-    if any(checkpoint.record.lr is None for checkpoint in checkpoints):
+    rates = recorded_rates(checkpoints)
+    if not rates:
         return
-    ends = run.at_lr_min().checkpoints
+    restarts = find_restarts(rates)
+    ends = restarts or find_minima(rates)
     # A warm-up begins at a minimum, too, which ends no cycle.
-    cycles = [checkpoint for checkpoint in ends if checkpoint is not checkpoints[0]]
+    cycles = [position for position in ends if position]
     if len(cycles) < _FEWEST_CYCLES or len(ends) == len(checkpoints):
         return
-    paths = {checkpoint.path for checkpoint in ends}
+    paths = {checkpoints[position].path for position in ends}
     between = sum(checkpoint.path not in paths for checkpoint in selection.opened)
     if between:
+        advice = _advise(restarts, len(ends), in_shell=in_shell)
+        selected = "" if selection is run else "selected "
         log.info(
-            "the learning rate is cyclical, and %d of %d selected checkpoints are from the middle "
-            "of a cycle: %s takes the %d at the ends of cycles",
-            between, len(selection), ends_by, len(ends),
+            "the learning rate is cyclical, and %d of %d %scheckpoints are from the middle of a "
+            "cycle%s",
+            between, len(selection), selected, advice,
         )  # fmt: skip
+
+
+def note_restarts(checkpoints: Sequence[Checkpoint]) -> list[str]:
+    """Tell that minima of the recorded rate stand one checkpoint before the ends of cycles.
+
+    Args:
+        checkpoints: All of a training, in order.
+
+    Returns:
+        The note; nothing where the minima are the ends.
+    """
+    restarts = find_restarts(recorded_rates(checkpoints))
+    if not restarts:
+        return []
+    length = find_length(restarts)
+    cycles = "the cycles" if length is None else f"cycles of {length}"
+    return [
+        f"the last checkpoint records the highest rate: if training saves after scheduler.step(), "
+        f"{cycles} end one checkpoint after these minima"
+    ]
+
+
+def recorded_rates(checkpoints: Sequence[Checkpoint]) -> list[float]:
+    """Return the learning rate of each checkpoint; nothing where one records none."""
+    rates = [checkpoint.record.lr for checkpoint in checkpoints if checkpoint.record.lr is not None]
+    return rates if len(rates) == len(checkpoints) else []
+
+
+def _advise(restarts: Sequence[int], count: int, *, in_shell: bool) -> str:
+    """Say what takes the ends of cycles.
+
+    Args:
+        restarts: Positions of the ends if they record the next cycle's first rate.
+        count: How many ends there are.
+        in_shell: Whether to name options of the command line, not methods.
+    """
+    if not restarts:
+        what = "--at-lr-min" if in_shell else "at_lr_min()"
+        return f": {what} takes the {count} at the ends of cycles"
+    length = find_length(restarts)
+    if length is None:
+        return ""
+    what = f"--cycle {length}" if in_shell else f"cycle({length})"
+    return (
+        f": {what} takes the {count} at the ends of cycles, if training saves after "
+        "scheduler.step()"
+    )
