@@ -158,12 +158,12 @@ def update_checkpoint(
     """
     lora.require_models([checkpoint])
     before = statistics_of(checkpoint, how.model)
-    if before.frozen:
+    excluded = match_layers(how.exclude, before.layers)
+    if before.frozen and not excluded.union(before.frozen).issuperset(before.layers):
         log.info(
             "%d of %d BatchNorm layers are frozen in training and are kept as they are: %s",
             len(before.frozen), len(before.layers), first_few([*before.frozen]),
         )  # fmt: skip
-    excluded = match_layers(how.exclude, before.layers)
     made = with_statistics(
         checkpoint.provenance or outputs.provenance(REFRESHED, [checkpoint], [1.0], before), before
     )

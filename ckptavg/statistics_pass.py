@@ -166,5 +166,15 @@ def _log(states: Sequence[Statistics], unreached: Collection[str]) -> None:
                 len(unknown), len(after.layers), first_few(unknown),
             )  # fmt: skip
         elif kept.issuperset(after.layers):
-            why = "all BatchNorm layers are kept" if after.layers else "no BatchNorm layers"
-            log.info("%s: nothing to recompute", why)
+            log.info("%s", _describe_kept(after))
+
+
+def _describe_kept(statistics: Statistics) -> str:
+    """Say why there is nothing to recompute, of which layers, and what could be done about it."""
+    if not statistics.layers:
+        return "no BatchNorm layers: nothing to recompute"
+    excluded = [layer for layer in statistics.excluded if layer not in statistics.frozen]
+    kinds = {"frozen": list(statistics.frozen), "excluded": excluded}
+    why = " or ".join(f"{kind} ({first_few(names)})" for kind, names in kinds.items() if names)
+    remedy = "exclude fewer to change that" if excluded else "their statistics fit as they are"
+    return f"nothing to recompute, as all BatchNorm layers are {why}: {remedy}"

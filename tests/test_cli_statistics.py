@@ -157,7 +157,11 @@ def test_where_all_is_frozen_training_data_changes_nothing(tmp_path, ckptavg):
     assert "BatchNorm statistics: frozen" in result.stdout
     assert "stale" not in result.output
     result = ckptavg("update-bn", "a.pt", *WITH, "-o", "b.pt")
-    assert "nothing to recompute" in result.stderr
+    assert result.stderr == (
+        "note: nothing to recompute, as all BatchNorm layers are frozen (norm, stem.1): their "
+        "statistics fit as they are\n"
+    )
+    assert result.stdout == "wrote b.pt (its statistics unchanged: frozen)\n"
     for name, value in statistics("a.pt").items():
         assert same_bits(value, statistics("b.pt")[name])
 
@@ -173,3 +177,23 @@ def test_a_network_without_batchnorm_may_be_given_training_data(tmp_path, ckptav
     assert "nothing to recompute" in result.stderr
     result = ckptavg("update-bn", "a.pt", *WITH, *layer, "-o", "b.pt")
     assert "no BatchNorm layers: nothing to recompute" in result.stderr
+    assert result.stdout == "wrote b.pt (no BatchNorm statistics)\n"
+
+
+@pytest.mark.parametrize(
+    ("frozen", "words"),
+    [((), "excluded (norm, stem.1)"), (["stem"], "frozen (stem.1) or excluded (norm)")],
+)
+def test_where_all_is_excluded_the_note_says_which_layers_and_what_to_do(
+    tmp_path, ckptavg, frozen, words
+):
+    make_run(tmp_path, frozen=frozen)
+    ckptavg("average", "run", "-o", "a.pt")
+    result = ckptavg("update-bn", "a.pt", *WITH, "--bn-exclude", "*", "-o", "b.pt")
+    assert result.stderr == (
+        f"note: nothing to recompute, as all BatchNorm layers are {words}: exclude fewer to change "
+        "that\n"
+    )
+    assert result.stdout == "wrote b.pt (its statistics unchanged: stale)\n"
+    for name, value in statistics("a.pt").items():
+        assert same_bits(value, statistics("b.pt")[name])

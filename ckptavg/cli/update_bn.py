@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -10,6 +10,9 @@ from ckptavg.cli import options
 from ckptavg.cli.help import GroupedCommand
 from ckptavg.processes import Processes
 from ckptavg.report import Report, counted
+
+if TYPE_CHECKING:
+    from ckptavg.batchnorm import BatchNormResult
 
 _OUT = "Output"
 
@@ -53,11 +56,7 @@ def update_bn(
             settings, [opened], processes, lambda *done: progress("BatchNorm", *done)
         )
         result, made = refresh.update_checkpoint(opened, out, how, overwrite=overwrite)
-    state = "" if made["bn"] == "recomputed" else f", {made['bn']}"
-    report.line(
-        f"wrote {out} (statistics of {counted(result.layers, 'layer')} from "
-        f"{counted(result.samples, 'sample')}{state})"
-    )
+    report.line(f"wrote {out} ({_describe(result, made['bn'])})")
     report.result(
         {
             "output": out,
@@ -68,3 +67,14 @@ def update_bn(
             "unreached": list(result.unreached),
         }
     )
+
+
+def _describe(result: BatchNormResult, state: str) -> str:
+    """Say what became of the statistics."""
+    if state == "none":
+        return "no BatchNorm statistics"
+    if not result.layers:
+        return f"its statistics unchanged: {state}"
+    layers, samples = counted(result.layers, "layer"), counted(result.samples, "sample")
+    rest = "" if state == "recomputed" else f", {state}"
+    return f"statistics of {layers} from {samples}{rest}"
