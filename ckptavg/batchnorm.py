@@ -25,6 +25,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from ckptavg import heap
+from ckptavg.argument_checks import check_model
 from ckptavg.batches import Batches, Forward, size_of
 from ckptavg.calling import call
 from ckptavg.channels import Channels
@@ -95,8 +96,10 @@ def update_bn(
 
     Raises:
         BatchNormError: There are no data, or a layer saw a single value or one that is not finite.
-        UsageError: A pattern of ``exclude`` matches no layer.
+        UsageError: The model is no module, the data is none, or a pattern of ``exclude`` matches
+            no layer.
     """
+    check_model(model)
     layers = tracked_layers(bare_module(model))
     unreachable = unreachable_layers(bare_module(model))
     if unreachable:

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from ckptavg.argument_checks import check_model
 from ckptavg.averaging import plan_average
 from ckptavg.batches import Batches, Forward
 from ckptavg.candidates import CandidateLike, as_candidates, candidates_of
-from ckptavg.errors import UsageError
+from ckptavg.errors import UsageError, short
 from ckptavg.evaluation import evaluate
 from ckptavg.formats import Checkpoint
 from ckptavg.loaders import Subset
@@ -105,6 +106,7 @@ def compare(
     Raises:
         CkptavgError: As for ``average`` and ``evaluate``.
     """
+    check_model(model)
     keep_nonfinite = keeps_nonfinite(on_nonfinite)
     rules: dict[str, Any] = {
         "include": include_tensors, "exclude": exclude_tensors, "base": base, "dtype": dtype,
@@ -139,6 +141,11 @@ def _checked(selection: Run | None, run: Run) -> Run:
     """
     if selection is None:
         return run
+    if not isinstance(selection, Run):
+        raise UsageError(
+            f"selection is expected to be a part of the run but is {short(repr(selection))}",
+            "Select from the very run that is passed: selection=run.last(5).",
+        )
     known = {id(checkpoint) for checkpoint in run.opened}
     if any(id(checkpoint) not in known for checkpoint in selection.opened):
         raise UsageError(

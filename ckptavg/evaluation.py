@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 
 from ckptavg import heap, lora, networks
 from ckptavg.accounts import Weights
+from ckptavg.argument_checks import check_model
 from ckptavg.batches import Batches, Forward, bytes_of, tensors_of
 from ckptavg.candidates import Candidate, CandidateLike, as_candidates, reference_of
 from ckptavg.channels import Channels
@@ -103,9 +104,11 @@ def evaluate(
         One result per candidate, in their order; they draw themselves as a table.
 
     Raises:
+        UsageError: The model is no module, or the data none.
         ModelError: Weights do not fit the model.
         EvaluationError: The data and the outputs do not fit, or an output is NaN.
     """
+    check_model(model)
     task = task or Classification()
     size = batch_size or task.batch_size
     runtime = Runtime.on(device, model, amp=amp, batch_size=size, workers=workers, seed=seed)

@@ -20,6 +20,7 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
+from ckptavg.argument_checks import check_data
 from ckptavg.batches import Batches, bytes_of, size_of, tensors_of, to_device
 from ckptavg.errors import EvaluationError, UsageError
 from ckptavg.processes import Alone, Peers
@@ -82,9 +83,10 @@ def open_loader(
         peers: The processes that share a Dataset.
 
     Raises:
-        UsageError: There is no such subset of the data.
+        UsageError: It is no data, or there is no such subset of it.
         EvaluationError: A loader's parts overlap, or leave samples out.
     """
+    check_data(data)
     peers = peers or Alone()
     pinned = runtime.device.type == "cuda"
     data = with_tensors(data)

@@ -41,6 +41,13 @@ class Result:
     versus: Versus | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        """One line: the candidate, its statistics, its metrics."""
+        known = {key: value for key, value in self.metrics.items() if value is not None}
+        metrics = ", ".join(f"{key} {value:.5g}" for key, value in known.items())
+        statistics = "" if self.bn == "none" else f" ({self.bn})"
+        return f"<Result of {printable(self.candidate.name)}{statistics}: {metrics}>"
+
     @property
     def forwards(self) -> int:
         """Forward passes that one sample costs."""

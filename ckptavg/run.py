@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
-from typing import TYPE_CHECKING, TypeAlias, overload
+from typing import TYPE_CHECKING, SupportsIndex, TypeAlias, overload
 
 from ckptavg.display import printable, step_text
 from ckptavg.errors import RunError, UsageError, first_few, short
@@ -75,6 +75,8 @@ class Run:
     def __getitem__(self, position: int | slice) -> Checkpoint | Run:
         if isinstance(position, slice):
             return self._slice(position)
+        if not isinstance(position, SupportsIndex):
+            raise TypeError(f"a run takes positions and slices but got {short(repr(position))}")
         checkpoints = self.checkpoints
         if not -len(checkpoints) <= position < len(checkpoints):
             raise IndexError(f"a run of {len(checkpoints)} checkpoints has none at {position}")
@@ -400,6 +402,8 @@ def _why(left_out: list[tuple[Location, str]]) -> str:
 
 
 def _check_positive(name: str, value: int) -> None:
+    if not isinstance(value, SupportsIndex):
+        raise UsageError(f"{name} is expected to be a whole number but got {short(repr(value))}")
     if value < 1:
         raise UsageError(f"{name} is expected to be at least 1 but got {value}")
 

@@ -37,6 +37,21 @@ def test_a_result_comes_back_from_json_as_it_was(metrics, bn, versus, details):
     assert Result.of_json(candidate, json.loads(text)) == result
 
 
+@pytest.mark.parametrize(
+    ("bn", "expected"),
+    [
+        ("recomputed", "<Result of last 2 (recomputed): top1 49.3, nll 1.3858, n 1000>"),
+        ("none", "<Result of last 2: top1 49.3, nll 1.3858, n 1000>"),
+    ],
+)
+def test_a_result_is_one_line_at_a_prompt(bn, expected):
+    metrics = {"top1": 49.3, "nll": 1.3857993, "ece": None, "n": 1000}
+    details = {"reliability": [{"low": 0.0, "high": 0.5}]}
+    assert repr(Result(Candidate("last 2", "average", (), ()), metrics, bn, None, details)) == (
+        expected
+    )
+
+
 def test_json_has_the_entries_that_were_promised(tmp_path):
     checkpoints = opened(tmp_path, [{"w": torch.ones(1)}] * 2)
     candidate = Candidate.of_ensemble(checkpoints, "both")

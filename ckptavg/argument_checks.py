@@ -1,0 +1,54 @@
+"""Checks of the models and data that a caller of the library passes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+from torch import nn
+
+from ckptavg.errors import UsageError, short
+
+
+def check_model(model: object) -> None:
+    """Check that a model is a module, and not what makes one.
+
+    Raises:
+        UsageError: It is not.
+    """
+    if isinstance(model, nn.Module):
+        return
+    remedy = ""
+    if callable(model):
+        remedy = f"Call it: {getattr(model, '__name__', 'it')}(...)."
+    elif isinstance(model, (str, os.PathLike)):
+        remedy = "Build the module in Python; its weights are loaded from the checkpoints."
+    raise UsageError(f"model is expected to be a torch.nn.Module but is {_describe(model)}", remedy)
+
+
+def check_data(data: object) -> None:
+    """Check that data gives samples or batches, and is not what makes or names some.
+
+    Raises:
+        UsageError: It is not.
+    """
+    gives_items = isinstance(data, Iterable) or hasattr(data, "__getitem__")
+    if gives_items and not isinstance(data, (str, bytes, os.PathLike, type)):
+        return
+    remedy = ""
+    if hasattr(data, "val_dataloader"):
+        remedy = "Pass what its val_dataloader() or train_dataloader() gives, after setup()."
+    elif callable(data):
+        remedy = f"Call it: {getattr(data, '__name__', 'it')}(...)."
+    raise UsageError(
+        f"data is expected to be a Dataset or a loader of batches but is {_describe(data)}", remedy
+    )
+
+
+def _describe(value: object) -> str:
+    """Write a value, or what kind of thing it is, for a message."""
+    if isinstance(value, (str, bytes, os.PathLike)):
+        return short(repr(value))
+    if isinstance(value, type):
+        return f"the class {short(value.__name__)}"
+    return short(value)
