@@ -340,7 +340,11 @@ def test_labels_stand_behind_the_inputs_or_have_a_name(model, batch, inputs, lab
     assert torch.equal(found[1], labels)
 
 
-@pytest.mark.parametrize("batch", [(A, Y), [A, Y], Pair(A, Y), (A, Y, "path")], ids=str)
+@pytest.mark.parametrize(
+    "batch",
+    [(A, Y), [A, Y], Pair(A, Y), (A, Y, "path")],
+    ids=["tuple", "list", "namedtuple", "path"],
+)
 def test_labels_stand_second_where_no_model_is_known(batch):
     inputs, labels = split_labels(batch)
     assert inputs is A
@@ -354,7 +358,11 @@ def test_labels_are_found_in_a_dict_and_not_passed_to_the_model(name):
     assert labels is Y
 
 
-@pytest.mark.parametrize("batch", [A, (A,), {"x": A}, None, (A, "cat"), ()], ids=str)
+@pytest.mark.parametrize(
+    "batch",
+    [A, (A,), {"x": A}, None, (A, "cat"), ()],
+    ids=["tensor", "tuple", "dict", "none", "text", "empty"],
+)
 def test_a_batch_without_labels_is_an_error(batch):
     with pytest.raises(EvaluationError, match="or a dict with one of labels, label, target"):
         split_labels(batch)
