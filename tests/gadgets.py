@@ -14,7 +14,7 @@ from pickle import (  # isort: skip
     SETITEMS, STACK_GLOBAL, STOP, TUPLE, TUPLE2,
 )  # fmt: skip
 
-from formats.assembler import get, glob, number, put, storage, tensor, text
+from assembler import get, glob, number, put, storage, tensor, text
 
 EXTENSIONS = {200: EXT1, 2000: EXT2, 200_000: EXT4}  # numbers that copyreg is given for os.system
 WEIGHTS = [1.0, 2.0, 3.0, 4.0]

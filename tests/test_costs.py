@@ -17,7 +17,7 @@ from pickle import (  # isort: skip
 
 import pytest
 import torch
-from formats.assembler import get, glob, number, put, text
+from assembler import get, glob, number, put, text
 from gadgets import as_zip, state
 from helpers import save
 from torch.distributed.checkpoint import metadata

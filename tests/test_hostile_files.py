@@ -20,8 +20,8 @@ from pickle import (  # isort: skip
 
 import pytest
 import torch
+from assembler import glob, number, put, tensor, text
 from click.testing import CliRunner
-from formats.assembler import glob, number, put, tensor, text
 from fuzz.watch import watched
 from gadgets import WEIGHTS, as_legacy, as_zip, state
 from helpers import listing

@@ -12,8 +12,8 @@ from pickle import POP, PROTO, STOP
 
 import pytest
 import torch
+from assembler import text
 from click.testing import CliRunner, Result
-from formats.assembler import text
 from fuzz.watch import Ran, watched
 from gadgets import EXTENSIONS, PLACES, TRAP, WEIGHTS, as_legacy, as_zip, gadgets, state
 from helpers import listing

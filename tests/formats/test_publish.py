@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from outputs import content_of, fill, names, write
+from output_files import content_of, fill, names, write
 
 from ckptavg.errors import OutputError
 from ckptavg.formats import leftovers, publish, renaming

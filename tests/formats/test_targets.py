@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from outputs import fill
+from output_files import fill
 
 from ckptavg.errors import OutputError
 from ckptavg.formats.targets import check_replaceable, check_room, check_target

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-sys.path[:0] = [str(Path(__file__).parents[1] / "formats"), str(Path(__file__).parent)]
+sys.path.insert(0, str(Path(__file__).parent))
 
-from run import mutations  # noqa: E402
-from targets import CORPUS, TARGETS  # noqa: E402
+from run import mutations
+from targets import CORPUS, TARGETS
 
-from ckptavg.formats import inert_pickle, opening, safetensors, torch_zip  # noqa: E402
+from ckptavg.formats import inert_pickle, opening, safetensors, torch_zip
 
 RUNS = {"average": 20}
 _MOST_RUNS = 200
