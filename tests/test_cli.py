@@ -15,35 +15,10 @@ from pathlib import Path
 import click
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from command_line import ckptavg, network, one_line_error
 from safetensors.torch import load_file
-from torch import nn
 
 from ckptavg.cli import main
-
-FACTORIES = """
-import torch
-from torch import nn
-
-def model(classes=3):
-    return nn.Sequential(nn.Flatten(), nn.Linear(8, 4), nn.BatchNorm1d(4), nn.Linear(4, classes))
-
-def data(n=40, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    return torch.utils.data.TensorDataset(
-        torch.randn(n, 8, generator=g), torch.randint(0, 3, (n,), generator=g))
-
-def broken():
-    return [(torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64))]
-
-def slow():
-    import pathlib, time
-    pathlib.Path("started").touch()
-    for batch in torch.utils.data.DataLoader(data(), 4):
-        time.sleep(0.5)
-        yield batch
-"""
-
 
 LABELS_OF_THE_LAST = """
 import torch, net
@@ -55,36 +30,6 @@ def fitted():
     last.eval()
     return torch.utils.data.TensorDataset(x, last(x).argmax(1).detach())
 """
-
-
-def network() -> nn.Module:
-    return nn.Sequential(nn.Flatten(), nn.Linear(8, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
-
-
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory with a run of four checkpoints under run/, and factories in net.py."""
-    (tmp_path / "net.py").write_text(FACTORIES)
-    (tmp_path / "run").mkdir()
-    for epoch in range(1, 5):
-        torch.manual_seed(epoch)
-        saved = {"state_dict": network().state_dict(), "epoch": epoch, "lr": 0.1 / epoch}
-        torch.save(saved | {"val_acc": 90.0 - epoch}, tmp_path / "run" / f"epoch_{epoch}.pt")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def ckptavg(*args: object) -> Result:
-    return CliRunner().invoke(main, [str(arg) for arg in args])
-
-
-def one_line_error(result: Result, code: int = 1) -> str:
-    """The error of a failed command, which must be a single line."""
-    assert result.exit_code == code, result.output
-    line = result.stderr.strip().splitlines()[-1]
-    assert line.startswith("Error: ")
-    assert "Traceback" not in result.output
-    return line
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:

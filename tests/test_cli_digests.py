@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 from click.testing import CliRunner
+from command_line import ckptavg, one_line_error
+from digest_rule import by_rule, flip, randoms
 from helpers import save
-from test_cli import ckptavg, home, one_line_error  # noqa: F401 - a fixture
-from test_digests import by_rule, flip, randoms
 
 from ckptavg.cli import main
 from ckptavg.formats import open_checkpoint
@@ -118,7 +118,7 @@ def test_every_further_average_has_its_digests(run):
         assert {state for _, state in verified(path)} == {"same"}
 
 
-def test_recomputed_statistics_are_in_the_digest(home):  # noqa: F811
+def test_recomputed_statistics_are_in_the_digest(home):
     result = ckptavg(
         "average", "run", "-o", "o.pt", "--hash",
         "--model", "net.py:model", "--train-data", "net.py:data", "--json",

@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from adapters import A, B, factors, write_adapters
+from digest_rule import by_rule, flip, randoms
 from helpers import listing, opened, save, save_states
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_lora import A, B, factors
-from test_lora import write as write_adapters
-from test_mixed_layouts import WRITERS
-from test_refresh import BATCHES, RUNTIME, Net, state_of
-from test_remote import sharded, store, upload  # noqa: F401 - a fixture
-from test_stream import COMPLEX, FLOATS, INTEGERS, laid_out, values
+from norm_network import BATCHES, RUNTIME, Net, state_of
+from random_runs import COMPLEX, FLOATS, INTEGERS, lay_out, random_values
+from stores import upload
+from writers import WRITERS, write_trainer_checkpoint
 
 import ckptavg
 from ckptavg import digests as digests_module
@@ -40,23 +40,6 @@ from ckptavg.verifying import Verifier, digest
 FLOAT8 = [torch.float8_e4m3fn, torch.float8_e5m2]
 
 
-def by_rule(state, leaf=2**20):
-    """A state dict's digest, by nothing but the rule in the docstring of ``digests``."""
-    whole = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name]
-        flat = tensor.contiguous().reshape(-1)
-        raw = flat.view(torch.uint8).numpy().tobytes() if len(flat) else b""
-        size = leaf * tensor.element_size()
-        leaves = [
-            hashlib.sha256(raw[at : at + size]).hexdigest() for at in range(0, len(raw), size)
-        ]
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        line = json.dumps([name, dtype, list(tensor.shape), leaves]) + "\n"
-        whole.update(line.encode())
-    return "sha256-tree:" + whole.hexdigest()
-
-
 def recorded(path):
     """The digests in an output: its own, and those of what it is made of."""
     made = open_checkpoint(path).provenance
@@ -67,21 +50,6 @@ def outcome(path, **options):
     """What verifying a checkpoint finds: (part, name, state)."""
     found = Verifier().verify(open_checkpoint(path, **options))
     return [(f.part, Path(f.path).name, f.state) for f in found]
-
-
-def flip(path, at):
-    raw = bytearray(path.read_bytes())
-    raw[at] ^= 1
-    path.write_bytes(raw)
-
-
-def randoms(seed):
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        "body.weight": torch.randn(9, 5, generator=generator),
-        "half": torch.randn(7, generator=generator).bfloat16(),
-        "count": torch.tensor(seed),
-    }
 
 
 # The digests themselves
@@ -97,7 +65,7 @@ def runs(draw):
         shape = tuple(draw(st.lists(st.integers(0, 6), max_size=3)))
         dtype = draw(st.sampled_from([*FLOATS, *COMPLEX, *INTEGERS]))
         for state in states:
-            state[f"t{i}"] = laid_out(values(rng, dtype, shape), draw(layouts))
+            state[f"t{i}"] = lay_out(random_values(rng, dtype, shape), draw(layouts))
             state[f"t{i}.tied"] = state[f"t{i}"]
     for state in states:
         eight = draw(st.sampled_from(FLOAT8))
@@ -218,7 +186,7 @@ def write_run(directory, kind):
     states = [randoms(i) for i in range(3)]
     for i, state in enumerate(states, 1):
         if kind == "shards":
-            sharded(directory / f"checkpoint-{i}", state, i)
+            write_trainer_checkpoint(directory / f"checkpoint-{i}", state, i)
         elif kind == "distributed":
             dcp.save({"model": state, "step": i}, checkpoint_id=directory / f"step_{i}")
         elif kind == "bare":
@@ -509,10 +477,7 @@ def test_inputs_are_found_when_all_has_moved_together(tmp_path, monkeypatch, out
     assert outcome(Path("new") / output) == found
 
 
-def test_remote_inputs_are_verified_and_a_store_that_does_not_answer_is_said(
-    tmp_path,
-    store,  # noqa: F811
-):
+def test_remote_inputs_are_verified_and_a_store_that_does_not_answer_is_said(tmp_path, store):
     save_states(tmp_path / "run", [randoms(1), randoms(2)])
     run = open_run(upload(tmp_path / "run"))
     out = tmp_path / "o.pt"

@@ -1,34 +1,16 @@
 """Adapters written by hand: their mean, computed by hand. PEFT's own are in tests/interop."""
 
-import json
 import logging
 import math
 
 import pytest
 import torch
+from adapters import HEAD, A, B, factors, write_adapters
 from helpers import average_by_hand, same_bits, save
 
 from ckptavg import average, open_run
 from ckptavg.errors import CheckpointError, UnsupportedTensorError
 from ckptavg.stream import stream
-
-A, B = "base_model.model.l.lora_A.weight", "base_model.model.l.lora_B.weight"
-HEAD = "base_model.model.head.weight"
-
-
-def write(directory, states, suffix=".safetensors", **config):
-    """A run of adapters."""
-    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4} | config
-    for i, state in enumerate(states, 1):
-        save(directory / f"step_{i}" / f"adapter_model{suffix}", state)
-        (directory / f"step_{i}" / "adapter_config.json").write_text(json.dumps(settings))
-    return directory
-
-
-def factors(seed, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    shapes = {A: (2, 5), B: (3, 2), HEAD: (3, 3)}
-    return {n: torch.randn(s, generator=generator).to(dtype) for n, s in shapes.items()}
 
 
 def product(state, scale):
@@ -41,7 +23,7 @@ def test_the_product_is_the_mean_of_the_products_and_the_rest_is_averaged(
     tmp_path, suffix, weights
 ):
     states = [factors(i, torch.float64) for i in range(3)]
-    got = average(open_run(write(tmp_path, states, suffix)), weights=weights)
+    got = average(open_run(write_adapters(tmp_path, states, suffix)), weights=weights)
     count = sum(w != 0 for w in weights)
     mean = sum(w * product(s, 2) for w, s in zip(weights, states, strict=True)) / sum(weights)
     torch.testing.assert_close(product(got, 2 / count), mean, rtol=1e-14, atol=1e-14)
@@ -52,20 +34,22 @@ def test_the_product_is_the_mean_of_the_products_and_the_rest_is_averaged(
 def test_transposed_factors_lie_where_they_should(tmp_path):
     """As a view of another memory order, which a .bin file keeps."""
     states = [{n: t.t().contiguous().t() for n, t in factors(i).items()} for i in range(2)]
-    got = average(open_run(write(tmp_path, states, ".bin")))
+    got = average(open_run(write_adapters(tmp_path, states, ".bin")))
     assert torch.equal(got[A], torch.cat([s[A] for s in states]))
     assert torch.equal(got[B], torch.cat([s[B] for s in states], 1))
 
 
 def test_a_single_adapter_is_itself(tmp_path):
     state = factors(0)
-    got = average(open_run(write(tmp_path, [state])))
+    got = average(open_run(write_adapters(tmp_path, [state])))
     assert all(same_bits(got[name], value) for name, value in state.items())
 
 
 def test_an_element_is_rounded_once(tmp_path):
     states = [factors(i, torch.bfloat16) for i in range(3)]
-    got = average(open_run(write(tmp_path, states)), weights=[0.1, 0.2, 0.4], dtype="float16")
+    got = average(
+        open_run(write_adapters(tmp_path, states)), weights=[0.1, 0.2, 0.4], dtype="float16"
+    )
     divisor = math.fsum([0.1, 0.2, 0.4]) / 3
     exact = [w * s[B].double() / divisor for w, s in zip([0.1, 0.2, 0.4], states, strict=True)]
     assert same_bits(got[B], torch.cat(exact, 1).half())
@@ -77,7 +61,7 @@ def test_bytes_are_counted_once(tmp_path, weights):
     from ckptavg.averaging import in_memory, plan_average
 
     states = [factors(i) for i in range(3)]
-    planned = plan_average(open_run(write(tmp_path, states)), weights=weights)
+    planned = plan_average(open_run(write_adapters(tmp_path, states)), weights=weights)
     calls = []
     in_memory(planned, progress=lambda *call: calls.append(call))
     total = sum(t.nbytes for s in states for t in s.values())
@@ -93,7 +77,7 @@ def test_bits_do_not_depend_on_blocks_or_threads(tmp_path):
     states = [
         {A: torch.randn(40, 3000, generator=generator), B: torch.randn(2000, 40)} for _ in range(4)
     ]
-    run = open_run(write(tmp_path, states, r=40))
+    run = open_run(write_adapters(tmp_path, states, r=40))
     plan = plan_average(run, weights=[1, 2, 3, 4]).plan
     results = []
     for block, threads in [(1 << 15, 1), (1 << 21, 4)]:
@@ -117,7 +101,7 @@ def test_bits_do_not_depend_on_blocks_or_threads(tmp_path):
 )
 def test_kinds_whose_mean_is_no_such_adapter_are_refused(tmp_path, config, why):
     with pytest.raises(UnsupportedTensorError, match=why):
-        average(open_run(write(tmp_path, [factors(0)], **config)))
+        average(open_run(write_adapters(tmp_path, [factors(0)], **config)))
 
 
 @pytest.mark.parametrize(
@@ -126,12 +110,12 @@ def test_kinds_whose_mean_is_no_such_adapter_are_refused(tmp_path, config, why):
 )  # fmt: skip
 def test_a_configuration_without_numbers_is_refused(tmp_path, config):
     with pytest.raises(CheckpointError, match=r"adapter_config.json has no whole ranks"):
-        average(open_run(write(tmp_path, [factors(0)], **config)))
+        average(open_run(write_adapters(tmp_path, [factors(0)], **config)))
 
 
 @pytest.mark.parametrize("text", ["[]", "{", "[" * 100_000])
 def test_a_configuration_that_is_no_object_is_refused(tmp_path, text):
-    run = write(tmp_path, [factors(0)])
+    run = write_adapters(tmp_path, [factors(0)])
     (run / "step_1" / "adapter_config.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"adapter_config.json"):
         open_run(run)
@@ -148,12 +132,12 @@ def test_a_configuration_that_is_no_object_is_refused(tmp_path, text):
 )
 def test_products_that_are_not_whole_and_plain_are_refused(tmp_path, state, why):
     with pytest.raises(UnsupportedTensorError, match=why):
-        average(open_run(write(tmp_path, [state])))
+        average(open_run(write_adapters(tmp_path, [state])))
 
 
 def test_different_bases_are_noted(tmp_path, caplog):
     caplog.set_level(logging.INFO, "ckptavg")
-    run = write(tmp_path, [factors(0), factors(1)], base_model_name_or_path="one/base")
+    run = write_adapters(tmp_path, [factors(0), factors(1)], base_model_name_or_path="one/base")
     path = run / "step_1" / "adapter_config.json"
     path.write_text(path.read_text().replace("one/", "other/"))
     average(open_run(run))

@@ -14,8 +14,8 @@ from click.testing import CliRunner
 from helpers import counted_reads, listing, same_bits, save_states
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_runs import runs
 from safetensors.torch import load_file
-from test_stream import runs
 
 import ckptavg
 from ckptavg import average, average_many, open_run

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
+from writers import WRITERS
 
 import ckptavg
 from ckptavg.cli import main
@@ -19,52 +17,6 @@ SHAPES = {"body.weight": (4, 3), "body.bias": (4,), "head.weight": (2, 4)}
 def state(seed: int) -> dict[str, torch.Tensor]:
     torch.manual_seed(seed)
     return {name: torch.randn(shape) for name, shape in SHAPES.items()}
-
-
-def legacy(values, path):
-    torch.save(values, path, _use_new_zipfile_serialization=False)
-
-
-def lightning(values, path):
-    wrapped = {f"_orig_mod.{name}": tensor for name, tensor in values.items()}
-    torch.save({"state_dict": wrapped, "global_step": 3, "hyper_parameters": {"a": 1}}, path)
-
-
-def pickled_module(values, path):
-    module = torch.nn.Module()
-    module.body, module.head = torch.nn.Linear(3, 4), torch.nn.Linear(4, 2, bias=False)
-    module.load_state_dict(values)
-    torch.save({"model": module}, path)
-
-
-def shards(values, path):
-    path.mkdir()
-    index = {}
-    for i, (name, tensor) in enumerate(values.items()):
-        index[name] = f"model-{i}.safetensors"
-        save_file({name: tensor}, path / index[name])
-    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-
-
-def hub_bin(values, path):
-    path.mkdir()
-    torch.save(values, path / "pytorch_model.bin")
-
-
-def distributed(values, path):
-    dcp.save({"model": values}, checkpoint_id=path)
-
-
-WRITERS = {
-    "a.safetensors": save_file,
-    "b.pt": torch.save,
-    "c.pt": legacy,
-    "d.ckpt": lightning,
-    "e.pt": pickled_module,
-    "f": shards,
-    "g": hub_bin,
-    "h": distributed,
-}
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable")

@@ -13,7 +13,7 @@ import numpy
 import pytest
 import torch
 from helpers import listing, save_states
-from test_processes import TORCHRUN, alone, one_line, started
+from launching import TORCHRUN, error_of, launch, run_alone
 from torch import nn
 
 from ckptavg import evaluation
@@ -224,7 +224,7 @@ def all_failed(result: list[dict[str, Any]], message: str) -> None:
     Others may hear of it before they meet it themselves.
     """
     assert [of_one["code"] for of_one in result] == [1] * len(result), result
-    told = [one_line(of_one) for of_one in result if "Error: " in of_one["err"]]
+    told = [error_of(of_one) for of_one in result if "Error: " in of_one["err"]]
     assert told
     assert [line for line in told if message not in line] == []
     own = [line for line in told if not line.startswith("process ")]
@@ -260,14 +260,14 @@ def test_torchrun_finds_and_writes_what_one_process_does(home: Path) -> None:
     commands = [placed((*evaluation,), "out"), *(placed(c, "out") for c in WRITERS)]
     worse = [*ALL[:-1], *DATA, "--fail-if-worse", "--results", "worse.json"]
     planned = [{"args": args} for args in commands] + [{"call": "net.py:library"}]
-    expected = json.loads(alone(*placed((*evaluation,), "alone")))
+    expected = json.loads(run_alone(*placed((*evaluation,), "alone")))
     for command in WRITERS:
-        alone(*placed(command, "alone"))
+        run_alone(*placed(command, "alone"))
     scope: dict[str, Any] = {}
     exec(NET, scope)
     library = scope["library"]()
 
-    found = started(
+    found = launch(
         "three", [*planned, {"args": worse}], *TORCHRUN, "--standalone", "--nproc-per-node=3",
         count=3,
     )  # fmt: skip
@@ -305,9 +305,9 @@ def test_any_source_of_data_counts_each_sample_once(home: Path) -> None:
     commands = [[*EVAL, name, *args] for name, args in LOADERS.items()]
     commands.append([*EVAL, "net.py:shuffled"])
     commands.append([*EVAL, "net.py:Images", "-b", "30", "-j", "1", "--data-arg", "note=seen"])
-    expected = [json.loads(alone(*args)) for args in commands]
+    expected = [json.loads(run_alone(*args)) for args in commands]
     Path("seen").unlink()
-    found = started("any", [{"args": args} for args in commands], count=4)
+    found = launch("any", [{"args": args} for args in commands], count=4)
     for result, theirs in zip(found, expected, strict=True):
         mine = json.loads(only_the_first_speaks(result))
         for one, other in zip(mine["candidates"], theirs["candidates"], strict=True):
@@ -334,8 +334,8 @@ def test_every_task_finds_the_same_fewer_batches_than_processes_too(home: Path) 
          "--device", "cpu", "--model", *args]
         for size, (task, (run, args)) in zip(("5", "30", "30"), TASKS.items(), strict=True)
     ]  # fmt: skip
-    expected = [json.loads(alone(*args)) for args in commands]
-    found = started("tasks", [{"args": args} for args in commands], count=4)
+    expected = [json.loads(run_alone(*args)) for args in commands]
+    found = launch("tasks", [{"args": args} for args in commands], count=4)
     for result, theirs in zip(found, expected, strict=True):
         close(json.loads(only_the_first_speaks(result)), theirs)
         assert [("versus" in c) for c in theirs["candidates"]] == [True, True, False, True, True]
@@ -349,8 +349,8 @@ def test_the_same_samples_are_drawn_for_any_number_of_processes(home: Path) -> N
             note = ["--train-data-arg", f"note={place}/{how}"]
             commands.append([*command, how, *note, "-o", f"{place}/{how}.pt"])
     for args in commands[:2]:
-        alone(*args)
-    started("few", [{"args": args} for args in commands[2:]], count=2)
+        run_alone(*args)
+    launch("few", [{"args": args} for args in commands[2:]], count=2)
     drawn = {
         name: Counter(Path(name).read_text().split())
         for name in ("alone/20", "out/20", "alone/21:stratified", "out/21:stratified")
@@ -379,7 +379,7 @@ def test_what_cannot_be_shared_out_is_said(home: Path) -> None:
         [*EVAL, "net.py:Images", "--task", "net.py:Closed"],
         ["update-bn", "run/epoch_1.pt", *MODEL, "--train-data", "net.py:nothing", "-o", "o.pt"],
     ]
-    found = started("apart", [{"args": args} for args in commands], count=3)
+    found = launch("apart", [{"args": args} for args in commands], count=3)
     messages = [
         "the data loader's DistributedSampler repeats samples",
         "DistributedSampler is for 2 processes, but 3 share the data",
@@ -408,18 +408,18 @@ def test_however_a_process_fails_all_end_and_nothing_is_written(home: Path) -> N
             [*average, *train, *of_training],
         ]
     commands.append([*commands[2], "-j", "1"])
-    started_all = started("harmed", [{"args": args} for args in commands], count=3)
+    started_all = launch("harmed", [{"args": args} for args in commands], count=3)
     killed, broken, not_finite = started_all[:2], started_all[2:4], started_all[4:6]
     for result in killed:
         assert result.count(None) == 1
         for of_one in filter(None, result):
-            assert "has died without a word: its own output may say why" in one_line(of_one)
+            assert "has died without a word: its own output may say why" in error_of(of_one)
     for result in [*broken, started_all[6]]:
-        said = [one_line(of_one) for of_one in result]
+        said = [error_of(of_one) for of_one in result]
         assert all("OSError: image 17 is" in line and "Traceback" not in line for line in said)
         assert sum(line.startswith("process ") for line in said) == 2
     evaluated, averaged = not_finite
-    said = [one_line(of_one) for of_one in evaluated]
+    said = [error_of(of_one) for of_one in evaluated]
     assert all("run/epoch_1.pt: the outputs are not finite" in line for line in said)
     all_failed(averaged, "are not finite")
     assert [name for name in listing(home / "out") if not name.startswith(".a.pt.")] == []
@@ -428,16 +428,16 @@ def test_however_a_process_fails_all_end_and_nothing_is_written(home: Path) -> N
 def test_what_was_interrupted_goes_on(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation, "fit", evaluation.fit)  # which the model's factory changes
     command = [*ALL, *DATA, "--model", "net.py:tight", "-b", "8", "--results"]
-    expected = json.loads(alone(*command, "alone/r.json"))
+    expected = json.loads(run_alone(*command, "alone/r.json"))
     Path("harmful").touch()
-    interrupted, resumed = started(
+    interrupted, resumed = launch(
         "again", [{"args": [*command, "r.json"]}, {"args": [*command, "r.json", "--resume"]}],
         count=3,
     )  # fmt: skip
     (cause,) = (rank for rank, of_one in enumerate(interrupted) if of_one["code"] == 130)
     for rank, of_one in enumerate(interrupted):
         if rank != cause:
-            assert one_line(of_one) == f"process {cause} was interrupted"
+            assert error_of(of_one) == f"process {cause} was interrupted"
     close(json.loads(only_the_first_speaks(resumed)), expected)
     close(json.loads(Path("r.json").read_text()), expected)
     kept = re.search(r"(\d) of 6 candidates are in r.json", resumed[0]["err"])

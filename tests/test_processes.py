@@ -13,22 +13,19 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from click.testing import CliRunner
 from helpers import listing, save_states
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launching import ROOT, TORCHRUN, error_of, launch, run_alone
 from safetensors.torch import save_file
 
 from ckptavg import split
-from ckptavg.cli import main
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.layout import lay_out
 from ckptavg.formats.output import FileLayout, Layout, OutputTensor
 from ckptavg.formats.table import DTYPES
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="starts processes by fork")
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
-SCRIPT = Path(__file__).with_name("ranks.py")
 
 
 def weights(seed: int) -> dict[str, torch.Tensor]:
@@ -101,31 +98,6 @@ def home(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "alone").mkdir()
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def started(name: str, commands: list[dict], *start: str, count: int = 0) -> list[list[dict]]:
-    """Results of every process of every command; None of one that was killed."""
-    plan = {"name": name, "commands": commands} | ({"count": count} if not start else {})
-    Path(f"{name}.json").write_text(json.dumps(plan))
-    paths = [str(SCRIPT.parent.parent), str(SCRIPT.parent)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [*(start or (sys.executable,)), SCRIPT, f"{name}.json"], env=environment, timeout=240,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False,
-    )  # fmt: skip
-    files = [
-        [Path(f"{name}-{i}-{rank}.json") for rank in range(count)] for i in range(len(commands))
-    ]
-    return [
-        [json.loads(file.read_text()) if file.exists() else None for file in of_one]
-        for of_one in files
-    ]
-
-
-def alone(*args: str) -> str:
-    result = CliRunner().invoke(main, list(args), catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.stdout
 
 
 def contents(path: Path) -> dict[str, bytes]:
@@ -208,12 +180,12 @@ COMMANDS = {
 def test_four_processes_write_the_bytes_of_one(home: Path) -> None:
     commands = []
     for name, args in COMMANDS.items():
-        said = alone("average", *args, "-o", f"alone/{name}")
+        said = run_alone("average", *args, "-o", f"alone/{name}")
         commands.append({"args": ["average", *args, "-o", f"out/{name}"]})
     commands[0]["args"].insert(1, "--json")
     commands.append({"args": ["inspect", "run"]})
     commands.append({"args": ["average", "run", "-o", "out/a.pt"]})
-    results = started("four", commands, *TORCHRUN, "--standalone", "--nproc-per-node=4", count=4)
+    results = launch("four", commands, *TORCHRUN, "--standalone", "--nproc-per-node=4", count=4)
     *good, inspection, exists = results
 
     for result in good:
@@ -230,7 +202,7 @@ def test_four_processes_write_the_bytes_of_one(home: Path) -> None:
     for name in ("gram", "distances"):
         torch.testing.assert_close(*(torch.tensor(g[name]) for g in (measured, expected)))
     for hashed in ("out/large.safetensors", "out/normed.pt"):
-        alone("inspect", hashed, "--verify")
+        run_alone("inspect", hashed, "--verify")
 
     read = [of_one["read"] for of_one in good[3]]
     inputs = sum(t.nbytes for seed in (1, 2, 3) for t in plain(seed).values())
@@ -253,8 +225,8 @@ def test_two_hosts_make_one_output(home: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    alone("average", "run", "-o", "alone/a.safetensors")
-    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parent.parent)}
+    run_alone("average", "run", "-o", "alone/a.safetensors")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     hosts = [
         subprocess.Popen(
             [
@@ -275,7 +247,7 @@ def test_two_hosts_make_one_output(home: Path) -> None:
 
 def test_a_process_that_is_killed_under_torchrun_ends_all(home: Path) -> None:
     command = {"args": ["average", "run", "-o", "out/a.pt"], "harm": {"1": "kill", "0": "linger"}}
-    (results,) = started(
+    (results,) = launch(
         "killed", [command], *TORCHRUN, "--standalone", "--nproc-per-node=3", count=3
     )
     assert results[1] is None
@@ -299,42 +271,32 @@ def test_however_one_process_fails_nothing_is_written(home: Path) -> None:
         {"args": [*average, "out/new.pt"], "harm": {"2": "appear"}},
         {"args": [*average, "out/last.pt"], "harm": {"0": "kill"}},
     ]
-    results = started("failing", commands, count=3)
+    results = launch("failing", commands, count=3)
     killed, broke, terminated, other, weighted, appeared, headless = results
 
     assert killed[1] is None
     for of_one in (killed[0], killed[2]):
-        assert one_line(of_one) == "process 1 has died without a word: its own output may say why"
-    assert one_line(broke[1]) == "the disk of this test is broken"
+        assert error_of(of_one) == "process 1 has died without a word: its own output may say why"
+    assert error_of(broke[1]) == "the disk of this test is broken"
     for of_one in (broke[0], broke[2]):
-        assert one_line(of_one) == "process 1 has failed: the disk of this test is broken"
+        assert error_of(of_one) == "process 1 has failed: the disk of this test is broken"
     assert terminated[2]["code"] != 0
     for of_one in terminated[:2]:
-        assert one_line(of_one) == "process 2 was interrupted"
+        assert error_of(of_one) == "process 2 was interrupted"
     for differing, what in [(other, "input files"), (weighted, "coefficients")]:
         assert {of_one["code"] for of_one in differing} == {1}
         (said,) = {of_one["err"] for of_one in differing if of_one["err"]}
         assert said.startswith(f"Error: processes 0 and 1 do not have the same {what}. Start all")
-    assert "out/new.pt has appeared while it was being made. Pass" in one_line(appeared[0])
-    assert one_line(appeared[1]) == f"process 0 has failed: {one_line(appeared[0])}"
+    assert "out/new.pt has appeared while it was being made. Pass" in error_of(appeared[0])
+    assert error_of(appeared[1]) == f"process 0 has failed: {error_of(appeared[0])}"
     assert headless[0] is None
-    assert one_line(headless[2]) == "process 0 has died without a word: its own output may say why"
+    assert error_of(headless[2]) == "process 0 has died without a word: its own output may say why"
 
     mine, left = sorted(listing(home / "out"), reverse=True)
     assert (home / "out" / mine).read_text() == "mine"
     assert left.startswith(".last.pt.")
-    alone(*average, "out/last.pt")
+    run_alone(*average, "out/last.pt")
     assert listing(home / "out") == ["last.pt", "new.pt"]
-
-
-def one_line(result: dict) -> str:
-    """The error of a process that ended with one, without the notes before it."""
-    assert result["code"] == 1
-    assert not result["out"] or "wrote" not in result["out"]
-    *notes, last = result["err"].splitlines()
-    assert all(note.startswith("note: ") for note in notes)
-    assert last.startswith("Error: ")
-    return last.removeprefix("Error: ")
 
 
 def test_one_process_alone_is_as_ever(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,7 +304,7 @@ def test_one_process_alone_is_as_ever(home: Path, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_PORT", "1")
     before = signal.getsignal(signal.SIGTERM)
-    alone("average", "run", "-o", "out/a.pt")
+    run_alone("average", "run", "-o", "out/a.pt")
     assert signal.getsignal(signal.SIGTERM) == before
     assert not torch.distributed.is_initialized()
 
@@ -360,7 +322,7 @@ def test_waiting_for_others_ends_when_it_is_told_to(home: Path, rank: str) -> No
     )
     waiting = subprocess.Popen(
         [sys.executable, "-c", code, "average", "run", "-o", "out/a.pt"],
-        env=os.environ | place | {"PYTHONPATH": str(SCRIPT.parent.parent)},
+        env=os.environ | place | {"PYTHONPATH": str(ROOT)},
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert waiting.stderr is not None

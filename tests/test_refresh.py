@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 from helpers import average_by_hand, counted_reads, listing, opened, same_bits, save
+from norm_network import BATCHES, RUNTIME, Net, X, state_of
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -20,22 +21,8 @@ from ckptavg.errors import (
 )
 from ckptavg.loaders import open_loader
 from ckptavg.refresh import Pass, update_checkpoint, write_averages
-from ckptavg.runtime import Runtime
 
-RUNTIME = Runtime(torch.device("cpu"), batch_size=16)
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.body = nn.Linear(4, 3)
-        self.norm = nn.BatchNorm1d(3)
-        self.head = nn.Linear(3, 2)
-        self.register_buffer("table", torch.arange(3))
-
-    def forward(self, x):
-        return self.head(self.norm(self.body(x)))
 
 
 class TwoNames(nn.Module):
@@ -56,25 +43,6 @@ class Untouchable:
 
     def __iter__(self):
         raise AssertionError("the data were read")
-
-
-def state_of(seed, model=Net, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        name: torch.rand(value.shape, generator=generator).to(dtype)
-        if value.is_floating_point()
-        else value + seed
-        for name, value in model().state_dict().items()
-    }
-
-
-def data(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return 5 + 3 * torch.randn(50, 4, generator=generator)
-
-
-X = data()
-BATCHES = X.split(16)
 
 
 def statistics_by_hand(state, x=X):

@@ -15,74 +15,21 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from click.testing import CliRunner
+from fsspec.registry import known_implementations
 from helpers import average_by_hand, names, same_bits, save, save_states, save_weight
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from stores import Store, upload
+from writers import write_trainer_checkpoint
 
 import ckptavg
 from ckptavg import stream
 from ckptavg.cli import main
 from ckptavg.errors import CheckpointError, CkptavgError, RunError, UsageError
-from ckptavg.formats import open_checkpoint, ranges, storage
+from ckptavg.formats import open_checkpoint, storage
 from ckptavg.formats.fetching import merged
 from ckptavg.formats.stamp import FileStamp
-
-fsspec = pytest.importorskip("fsspec")
-known_implementations = pytest.importorskip("fsspec.registry").known_implementations
-MemoryFileSystem = pytest.importorskip("fsspec.implementations.memory").MemoryFileSystem
-
-
-class Store(MemoryFileSystem):
-    """A file system in memory that remembers what it was asked for, and fails as it is told.
-
-    Attributes:
-        ranges: (path, start, end) of every read.
-        batches: Bytes of what was asked for at once.
-        failures: Errors that the next reads end in.
-    """
-
-    protocol = "store"
-    store = {}
-    pseudo_dirs = [""]
-    ranges = []
-    batches = []
-    failures = []
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return "/" + str(path).removeprefix("store://").strip("/")
-
-    def cat_ranges(self, paths, starts, ends, **options):
-        self.batches.append(sum(b - a for a, b in zip(starts, ends, strict=True)))
-        return super().cat_ranges(paths, starts, ends, **options)
-
-    def cat_file(self, path, start=None, end=None, **options):
-        self.ranges.append((self._strip_protocol(path), start, end))
-        if self.failures:
-            raise self.failures.pop(0)
-        return super().cat_file(path, start, end, **options)
-
-
-@pytest.fixture
-def store(monkeypatch):
-    """An empty store under ``store://``."""
-    fsspec.register_implementation("store", Store, clobber=True)
-    for name, value in (("store", {}), ("ranges", []), ("batches", []), ("failures", [])):
-        monkeypatch.setattr(Store, name, value)
-    monkeypatch.setattr(Store, "pseudo_dirs", [""])
-    monkeypatch.setattr(ranges.time, "sleep", lambda seconds: None)
-    ranges._held.cache_clear()
-    return Store()
-
-
-def upload(path: pathlib.Path, name: str = "run") -> str:
-    """Put a file or a directory in the store."""
-    for file in path.rglob("*") if path.is_dir() else [path]:
-        if file.is_file():
-            below = f"{name}/{file.relative_to(path).as_posix()}" if path.is_dir() else name
-            Store().pipe_file(f"/{below}", file.read_bytes())
-    return f"store://{name}"
 
 
 def states(count: int = 3) -> list[dict[str, torch.Tensor]]:
@@ -101,26 +48,10 @@ def states(count: int = 3) -> list[dict[str, torch.Tensor]]:
     ]
 
 
-def sharded(directory: pathlib.Path, state: dict[str, torch.Tensor], step: int) -> None:
-    """A Hugging Face directory of two shards, as the Trainer leaves it."""
-    directory.mkdir(parents=True)
-    state = {name: tensor.contiguous() for name, tensor in state.items()}
-    half = len(state) // 2
-    shards = {"model-00001-of-00002.safetensors": dict(list(state.items())[:half])}
-    shards["model-00002-of-00002.safetensors"] = dict(list(state.items())[half:])
-    for name, part in shards.items():
-        save(directory / name, part)
-    index = {"weight_map": {k: name for name, part in shards.items() for k in part}}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-    (directory / "config.json").write_text(json.dumps({"torch_dtype": "float32", "step": step}))
-    (directory / "trainer_state.json").write_text(json.dumps({"global_step": step}))
-    (directory / "generation_config.json").write_text("")
-
-
 def write_run(directory: pathlib.Path, kind: str) -> pathlib.Path:
     for i, state in enumerate(states(), 1):
         if kind == "shards":
-            sharded(directory / f"checkpoint-{i}", state, i)
+            write_trainer_checkpoint(directory / f"checkpoint-{i}", state, i)
         elif kind == "legacy":
             directory.mkdir(exist_ok=True)
             path = directory / f"epoch_{i}.pt"

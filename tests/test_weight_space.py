@@ -15,7 +15,7 @@ import torch
 from helpers import opened, same_bits, save
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_stream import COMPLEX, FLOATS, INTEGERS, laid_out, values
+from random_runs import COMPLEX, FLOATS, INTEGERS, lay_out, random_values
 
 import ckptavg
 from ckptavg import stream as stream_module
@@ -83,10 +83,10 @@ def small_runs(draw):
             if dtype.is_complex:
                 imaginary = torch.from_numpy(np.asarray(rng.integers(-8, 9, shape)))
                 tensor = torch.complex(tensor.double(), imaginary.double())
-            state[f"t{i}"] = laid_out(tensor.to(dtype), draw(layouts))
+            state[f"t{i}"] = lay_out(tensor.to(dtype), draw(layouts))
             state[f"t{i}.tied"] = state[f"t{i}"]
     if draw(st.booleans()):
-        whole = values(rng, draw(st.sampled_from(INTEGERS)), (3,))
+        whole = random_values(rng, draw(st.sampled_from(INTEGERS)), (3,))
         states = [state | {"counter": whole} for state in states]
     return states
 

@@ -1,0 +1,26 @@
+"""Fixtures that several folders share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a run of four checkpoints under run/, and factories in net.py."""
+    from command_line import write_home
+
+    write_home(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """An empty store under ``store://``."""
+    from stores import open_store
+
+    return open_store(monkeypatch)
