@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import dataclasses
+import sys
 from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -28,10 +29,39 @@ def is_sequence(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and not isinstance(value, PackedSequence)
 
 
+def is_array(value: Any) -> bool:
+    """Whether a value is an array of numpy's that holds numbers."""
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, numpy.ndarray) and value.dtype.kind in "biuf"
+
+
 def is_object(value: Any) -> bool:
     """Whether a value is of a class of the user's or of a library's, such as a graph."""
     plain = (torch.Tensor, Mapping, list, tuple, str, bytes, bool, int, float, type(None))
-    return isinstance(value, PackedSequence) or not isinstance(value, plain)
+    if isinstance(value, PackedSequence):
+        return True
+    return not isinstance(value, plain) and not is_array(value)
+
+
+def with_tensors_for_arrays(value: Any, device: torch.device | None = None) -> Any:
+    """A batch with tensors in the place of numpy's arrays; the same one where it has none.
+
+    Args:
+        value: A batch.
+        device: Where the new tensors go; the CPU where None.
+    """
+    if is_array(value):
+        return torch.tensor(value, device=device)
+    if isinstance(value, dict):
+        parts = {key: with_tensors_for_arrays(part, device) for key, part in value.items()}
+        is_same = all(parts[key] is part for key, part in value.items())
+        return value if is_same else parts
+    if is_sequence(value):
+        found = [with_tensors_for_arrays(part, device) for part in value]
+        if all(new is old for new, old in zip(found, value, strict=True)):
+            return value
+        return type(value)(*found) if hasattr(value, "_fields") else type(value)(found)
+    return value
 
 
 def parts_of(value: Any) -> list[Any]:
@@ -123,6 +153,8 @@ def described(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         shape = " × ".join(map(str, value.shape)) or "one value"
         return f"{str(value.dtype).removeprefix('torch.')} of {shape}"
+    if is_array(value):
+        return f"array of {value.dtype} of {' × '.join(map(str, value.shape)) or 'one value'}"
     if isinstance(value, Mapping) and value:
         held = [f"{key}: {described(part)}" for key, part in value.items()]
         return f"{{{first_few(held, 6)}}}"
@@ -161,8 +193,8 @@ def is_zipped(batch: Any) -> bool:
 
 def size_of(batch: Any) -> int:
     """Samples in a batch; 0 where it does not tell."""
-    if isinstance(batch, torch.Tensor):
-        return batch.shape[0] if batch.dim() else 1
+    if isinstance(batch, torch.Tensor) or is_array(batch):
+        return int(batch.shape[0]) if batch.ndim else 1
     if is_object(batch):
         return _size_of_object(batch)
     parts = parts_of(batch)
@@ -170,9 +202,10 @@ def size_of(batch: Any) -> int:
         return len(parts[0])
     if is_sequence(batch) and _are_samples(parts):
         return sum(max(size_of(part), 1) if is_object(part) else 1 for part in parts)
-    whole = next((p for p in parts if isinstance(p, torch.Tensor) and p.dim()), None)
+    wholes = (part for part in parts if isinstance(part, torch.Tensor) or is_array(part))
+    whole = next((part for part in wholes if part.ndim), None)
     if whole is not None:
-        return whole.shape[0]
+        return int(whole.shape[0])
     return next((n for part in parts if (n := size_of(part))), 0)
 
 

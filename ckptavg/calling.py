@@ -2,13 +2,16 @@
 
 - Of a mapping, a named tuple or an object, what bears the names of parameters goes by keyword.
 - Of a tuple or list, the first goes in: (x, y); or as many as are required: (a, b, y), ((a, b), y).
-  What stands behind is not passed, since it is labels more often than an optional mask.
+  A mask that stands behind them is passed where the model has a place for one. What else stands
+  behind is not, since it is labels more often than an optional input.
 - A list of images is passed as a list.
+- A list of one mapping is that mapping, and arrays of numpy's are tensors.
 """
 
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from inspect import Parameter
@@ -16,10 +19,21 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
-from ckptavg.batches import LABELS, described, is_object, is_sequence, is_zipped
+from ckptavg.batches import (
+    LABELS,
+    described,
+    is_object,
+    is_sequence,
+    is_zipped,
+    with_tensors_for_arrays,
+)
 from ckptavg.errors import EvaluationError
+from ckptavg.streams import is_batch
 
+log = logging.getLogger("ckptavg")
+_told: Any = WeakIdKeyDictionary()  # models of which it was said that they get less than there is
 _REMEDY = (
     "Say how it is called by a function fn(model, batch): forward=fn in Python, "
     "--forward path/file.py:fn on the command line."
@@ -95,8 +109,18 @@ def call(model: nn.Module, batch: Any) -> Any:
         EvaluationError: The batch does not hold what the model's forward requires.
     """
     signature = Signature.of(model)
+    batch = _plain(model, batch)
     if is_sequence(batch) and not _is_record(signature, batch):
-        batch = _lead(signature, batch)[0]
+        inputs, rest = _lead(signature, batch)
+        if _may_lack(signature, inputs, rest) and model not in _told:
+            _told[model] = True
+            log.warning(
+                "of the %d parts of a batch the model's %s gets %d; if it takes more, name a "
+                "function fn(model, batch) that passes them: forward=fn in Python, "
+                "--forward path/file.py:fn on the command line",
+                len(batch), signature, len(batch) - len(rest),
+            )  # fmt: skip
+        batch = inputs
     return call_on_inputs(model, batch)
 
 
@@ -112,6 +136,7 @@ def call_on_inputs(model: nn.Module, inputs: Any) -> Any:
         EvaluationError: They are not what the model's forward requires.
     """
     signature = Signature.of(model)
+    inputs = _plain(model, inputs)
     if isinstance(inputs, Mapping):
         return _call_by_name(model, signature, inputs)
     if _is_record(signature, inputs):
@@ -138,7 +163,8 @@ def split_batch(model: nn.Module, batch: Any) -> tuple[Any, torch.Tensor]:
     Raises:
         EvaluationError: There are no labels.
     """
-    return _split(Signature.of(model), batch, f", and the model has {Signature.of(model)}")
+    signature = Signature.of(model)
+    return _split(signature, _plain(model, batch), f", and the model has {signature}")
 
 
 def split_labels(batch: Any) -> tuple[Any, torch.Tensor]:
@@ -147,11 +173,13 @@ def split_labels(batch: Any) -> tuple[Any, torch.Tensor]:
     Raises:
         EvaluationError: There are no labels.
     """
-    return _split(Signature((Parameter("_", Parameter.POSITIONAL_ONLY),)), batch)
+    anything = Signature((Parameter("_", Parameter.POSITIONAL_ONLY),))
+    return _split(anything, _plain(None, batch))
 
 
 def inputs_of(model: nn.Module, batch: Any) -> Any:
     """What ``call_on_inputs`` takes of a batch with or without labels."""
+    batch = _plain(model, batch)
     try:
         return split_batch(model, batch)[0]
     except EvaluationError:
@@ -172,6 +200,8 @@ def _split(signature: Signature, batch: Any, known: str = "") -> tuple[Any, torc
         inputs, rest = _lead(signature, batch) if batch else (batch, ())
         if rest and isinstance(rest[0], torch.Tensor):
             return inputs, rest[0]
+        if not rest and _ends_in_labels(signature, inputs):
+            return inputs, inputs[-1]
     elif is_object(batch):
         for key in LABELS:
             if isinstance(getattr(batch, key, None), torch.Tensor):
@@ -180,6 +210,29 @@ def _split(signature: Signature, batch: Any, known: str = "") -> tuple[Any, torc
         f"a batch is expected to be (inputs, labels), or a dict with one of {', '.join(LABELS)}, "
         f"but is {described(batch)}{known}",
         "Let the data give one of these, or name a task of your own whose split() knows it.",
+    )
+
+
+def _plain(model: nn.Module | None, batch: Any) -> Any:
+    """A batch with tensors for arrays, and without the list around it that a pipeline puts there.
+
+    Pipelines on several GPUs give a list of one mapping for each.
+    """
+    if isinstance(batch, list) and len(batch) == 1 and isinstance(batch[0], Mapping):
+        batch = batch[0] if is_batch(batch[0]) else batch
+    weight = None if model is None else next(model.parameters(), None)
+    return with_tensors_for_arrays(batch, None if weight is None else weight.device)
+
+
+def _ends_in_labels(signature: Signature, inputs: Any) -> bool:
+    """Whether the model requires the labels that are scored as the last of its inputs."""
+    names = [p.name for p in signature.required]
+    return (
+        isinstance(inputs, tuple)
+        and len(inputs) == len(names) > 1
+        and names[-1] in LABELS
+        and len(names[-1]) > 1  # not y, which may be anything
+        and isinstance(inputs[-1], torch.Tensor)
     )
 
 
@@ -246,16 +299,81 @@ def _lead(signature: Signature, batch: Sequence[Any]) -> tuple[Any, Sequence[Any
     if is_zipped(batch):  # for each part of a sample, a list
         lists = [[*part] for part in batch]
         return (lists[0], lists[1:]) if count < 2 else (tuple(lists[:count]), lists[count:])
-    together = isinstance(first, Mapping) or _is_record(signature, first)
-    if is_sequence(first) and not together:
+    if isinstance(first, Mapping) or _is_record(signature, first):
+        return first, batch[1:]
+    return _with_masks(signature, batch) or _in_order(signature, batch)
+
+
+def _in_order(signature: Signature, batch: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
+    """The inputs and the rest, by how many the model requires."""
+    first, count = batch[0], len(signature.required)
+    if is_sequence(first):
         if len(first) == 1:
             return first[0], batch[1:]
         if signature.takes(len(first)):
             return tuple(first), batch[1:]
         first = [*first]
-    if 1 < count <= len(batch) and not together:
+    if 1 < count <= len(batch):
         return tuple(batch[:count]), batch[count:]
     return first, batch[1:]
+
+
+def _with_masks(
+    signature: Signature, batch: Sequence[Any]
+) -> tuple[dict[str, Any], Sequence[Any]] | None:
+    """The inputs by name and the rest, if a mask is among them.
+
+    It may stand with the input, ((x, mask), y), or behind it, (x, mask, y) and (x, y, mask).
+    """
+    if is_sequence(batch[0]):
+        inputs = _with_mask(signature, batch[0], sure=True)
+        return None if inputs is None else (inputs, batch[1:])
+    leading = max(1, len(signature.required))
+    for at in range(leading, len(batch)):
+        sure = at == leading and len(batch) > leading + 1
+        inputs = _with_mask(signature, (*batch[:leading], batch[at]), sure=sure)
+        if inputs is not None:
+            return inputs, (*batch[leading:at], *batch[at + 1 :])
+    return None
+
+
+def _with_mask(signature: Signature, parts: Sequence[Any], *, sure: bool) -> dict[str, Any] | None:
+    """Inputs by name, if the last is a mask that the model has a place for behind the others.
+
+    Args:
+        signature: The model's.
+        parts: What may be the inputs.
+        sure: Whether labels stand elsewhere; else a mask is known by its type alone.
+    """
+    places = [p.name for p in signature.parameters if "mask" in p.name and p.default is None]
+    led = signature.required or [p for p in (signature.first,) if p is not None]
+    if not places or len(parts) != len(led) + 1 or any(p.kind not in _NAMED for p in led):
+        return None
+    first, mask = parts[0], parts[-1]
+    if not isinstance(first, torch.Tensor) or not isinstance(mask, torch.Tensor):
+        return None
+    if mask.dim() < 2 or mask.is_floating_point() or mask.shape != first.shape[: mask.dim()]:
+        return None
+    if mask.dtype != torch.bool and not (sure and bool(((mask == 0) | (mask == 1)).all())):
+        return None
+    names = [p.name for p in led]
+    return dict(zip([*names, places[0]], parts, strict=True))
+
+
+def _may_lack(signature: Signature, inputs: Any, rest: Sequence[Any]) -> bool:
+    """Whether a model may be meant to get some of what stands behind its inputs.
+
+    Something stands between them and what is last, and is no label by its shape, or lengths by the
+    name of a parameter; and the model has a place for it.
+    """
+    if len(rest) < 2 or not isinstance(rest[0], torch.Tensor):
+        return False
+    taken = inputs.keys() if isinstance(inputs, Mapping) else ()
+    free = [p.name for p in signature.parameters if p.default is None and p.name not in taken]
+    free = [name for name in free if name not in LABELS]
+    if not free:
+        return signature.many and not signature.parameters and rest[0].dim() > 1
+    return rest[0].dim() > 1 or any("len" in name for name in free)
 
 
 def _is_one_list(signature: Signature, batch: Sequence[Any]) -> bool:

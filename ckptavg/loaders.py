@@ -26,7 +26,7 @@ from ckptavg.errors import EvaluationError, UsageError
 from ckptavg.processes import Alone, Peers
 from ckptavg.runtime import Runtime
 from ckptavg.seeding import Generators
-from ckptavg.streams import Batched, collate_of, is_dataset, with_tensors
+from ckptavg.streams import Batched, collate_of, in_batches, is_dataset, with_tensors
 
 log = logging.getLogger("ckptavg")
 Progress = Callable[[int, int], None]
@@ -109,6 +109,9 @@ def open_loader(
             generator=generator,
             collate_fn=collate_of(data),
         )
+    # not a loader of the user's that is its own iterator, and may begin anew
+    if isinstance(data, Iterator) and type(data).__module__ in {"builtins", "itertools"}:
+        data = in_batches(data, runtime.batch_size)
     if peers.count > 1 and (sampler := _distributed(data)) is not None:
         _require_exact(sampler, peers)
     if not shuffle and getattr(data, "drop_last", False):

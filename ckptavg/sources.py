@@ -23,7 +23,7 @@ from ckptavg.factories import (
 from ckptavg.specs import hugging_face, images, libraries, presets, suggestions
 from ckptavg.specs.arguments import Arguments, parse_arguments, text_of
 from ckptavg.specs.recorded import is_lightning_module
-from ckptavg.specs.splits import is_data, pick_split
+from ckptavg.specs.splits import are_columns, is_data, pick_split
 
 __all__ = ["make_data", "make_model", "parse_arguments"]
 
@@ -130,7 +130,8 @@ def _own_data(spec: str, keywords: dict[str, Any], *, train: bool) -> Any:
     if not is_data(data):
         raise SpecError(
             f"{spec} is expected to return a Dataset or a DataLoader "
-            f"but returned a {type(data).__name__}"
+            f"but returned a {type(data).__name__}",
+            "Return torch.utils.data.TensorDataset(inputs, labels)." if are_columns(data) else "",
         )
     return data
 

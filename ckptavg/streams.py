@@ -7,9 +7,17 @@ from itertools import chain, islice
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from ckptavg.batches import is_object, is_sequence, is_zipped, moves_itself, parts_of
+from ckptavg.batches import (
+    is_array,
+    is_object,
+    is_sequence,
+    is_zipped,
+    moves_itself,
+    parts_of,
+)
 from ckptavg.errors import EvaluationError
 
 Collate = Callable[[list[Any]], Any]
@@ -46,8 +54,12 @@ def is_batch(item: Any, bare: int = _BARE_IN_STREAM) -> bool:
     tensors, lists, waiting = list[torch.Tensor](), set[int](), [item]
     while waiting:
         part = waiting.pop()
+        if isinstance(part, PackedSequence):
+            return True
         if isinstance(part, torch.Tensor):
             tensors.append(part)
+        elif is_array(part):
+            tensors.append(torch.empty(part.shape, device="meta"))
         elif is_sequence(part) and part and not any(map(_holds_more, part)):
             lists.add(len(part))  # names, for instance
         elif isinstance(part, Mapping) or is_sequence(part):
@@ -70,6 +82,27 @@ def with_tensors(data: Any) -> Any:
     if kind is not None or not callable(getattr(data, "with_format", None)):
         return data
     return data.with_format("torch")
+
+
+def is_sample(item: Any) -> bool:
+    """Whether an item is surely one sample: a row or an image, and its label by itself."""
+    parts = parts_of(item) if isinstance(item, Mapping) or is_sequence(item) else []
+    tensors = [p for p in parts if isinstance(p, torch.Tensor) or is_array(p)]
+    numbers = [p for p in parts if isinstance(p, int)]
+    numbers += [t for t in tensors if not t.ndim]
+    axes = {t.ndim for t in tensors if t.ndim}
+    return bool(numbers) and axes <= {1, 3} and bool(axes)
+
+
+def in_batches(items: Iterator[Any], size: int) -> Iterator[Any]:
+    """Put what an iterator gives together if it is samples; batches go through as they are."""
+    first = [*islice(items, 1)]
+    items = chain(first, items)
+    if not first or not is_sample(first[0]):
+        yield from items
+        return
+    while samples := [*islice(items, size)]:
+        yield collate(samples)
 
 
 class Batched(IterableDataset[Any]):
@@ -112,14 +145,15 @@ def collate(samples: list[Any]) -> Any:
     try:
         return default_collate(samples)
     except (RuntimeError, TypeError) as error:
-        raise EvaluationError(
-            f"the samples do not make a batch: {error}",
-            "Give them one shape, or pass a DataLoader with a collate_fn of its own.",
-        ) from error
+        remedy = "Give them one shape, or pass a DataLoader with a collate_fn of its own."
+        if isinstance(error, TypeError):
+            remedy = f"Make them tensors, arrays or numbers, images by a transform. {remedy}"
+        raise EvaluationError(f"the samples do not make a batch: {error}", remedy) from error
 
 
 def _holds_more(part: Any) -> bool:
-    return isinstance(part, (torch.Tensor, Mapping)) or is_sequence(part) or is_object(part)
+    is_tensor = isinstance(part, torch.Tensor) or is_array(part)
+    return is_tensor or isinstance(part, Mapping) or is_sequence(part) or is_object(part)
 
 
 def _loads_itself(data: Any) -> bool:

@@ -6,11 +6,19 @@ import dataclasses
 from collections import OrderedDict, UserDict, namedtuple
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.utils.rnn import pack_sequence
 
-from ckptavg.batches import described, is_zipped, size_of, tensors_of, to_device
+from ckptavg.batches import (
+    described,
+    is_zipped,
+    size_of,
+    tensors_of,
+    to_device,
+    with_tensors_for_arrays,
+)
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 Pair = namedtuple("Pair", "image label")
@@ -127,6 +135,9 @@ BOXES = [{"boxes": torch.rand(3, 4)}, {"boxes": torch.rand(3, 4)}]
         (pack_sequence([torch.ones(3, 2), torch.ones(1, 2)]), 2),
         ((pack_sequence([torch.ones(3, 2), torch.ones(1, 2)]), torch.ones(2)), 2),
         (Clip(torch.ones(7, 2)), 7),
+        (torch.ones(6, 2).numpy(), 6),
+        ((torch.ones(6, 2).numpy(), torch.ones(6).numpy()), 6),
+        ([{"data": torch.ones(6, 2), "label": torch.ones(6, 1)}], 6),
         ((), 0),
         (None, 0),
         ("name", 0),
@@ -156,6 +167,7 @@ def test_batches_that_are_lists_of_samples_parts_are_known(batch, expected):
     [
         (torch.ones(2, 3), "float32 of 2 × 3"),
         (torch.tensor(1), "int64 of one value"),
+        (torch.ones(2, 3).numpy(), "array of float32 of 2 × 3"),
         ((torch.ones(2, 3), ["a", "b"]), "(float32 of 2 × 3, [a str, a str])"),
         ([torch.ones(2)] * 5, "[float32 of 2, float32 of 2, float32 of 2 and 2 more]"),
         ({"x": torch.ones(2), 3: None}, "{x: float32 of 2, 3: a NoneType}"),
@@ -180,6 +192,17 @@ def test_a_batch_is_described_by_types_and_shapes(batch, expected):
 )
 def test_size_of_a_batch_is_that_of_its_first_tensor(batch, expected):
     assert size_of(batch) == expected
+
+
+def test_arrays_of_numbers_are_what_becomes_tensors():
+    batch = {"x": np.arange(3.0), "names": np.array(["a", "b"]), "rest": (1, [np.ones(2, bool)])}
+    found = with_tensors_for_arrays(batch)
+    assert found["x"].tolist() == [0, 1, 2]
+    assert found["names"] is batch["names"]
+    assert found["rest"][1][0].dtype == torch.bool
+    assert isinstance(batch["x"], np.ndarray)
+    plain = ({"x": torch.ones(2)}, [1, "a"])
+    assert with_tensors_for_arrays(plain) is plain
 
 
 def test_targets_in_float64_stay_on_the_host_where_the_device_has_no_such_type():

@@ -15,6 +15,8 @@ from ckptavg.errors import EvaluationError
 
 A, B, C = torch.rand(4, 2), torch.rand(4, 3), torch.rand(4, 2)
 Y, L = torch.tensor([0, 1, 1, 2]), torch.tensor([2, 2, 1, 1])
+M = torch.tensor([[True, True], [True, False], [True, True], [True, False]])
+ONES = M.long()
 IMAGES = (torch.rand(3, 5, 6), torch.rand(3, 7, 4))
 BOXES = ({"boxes": torch.rand(1, 4)}, {"boxes": torch.rand(2, 4)})
 Pair = namedtuple("Pair", "image label")
@@ -40,6 +42,18 @@ class Two(Model):
         return got(z, y)
 
 
+class TwoAndMask(Model):
+    def forward(self, a, b, src_mask=None):
+        return got(a, b, src_mask)
+
+
+class Lossy(Model):
+    """Gives its loss as well."""
+
+    def forward(self, x, labels):
+        return got(x, labels)
+
+
 class TwoAndMore(Model):
     def forward(self, a, b, c=None):
         return got(a, b, c)
@@ -47,6 +61,11 @@ class TwoAndMore(Model):
 
 class Speech(Model):
     def forward(self, audio, lengths):
+        return got(audio, lengths)
+
+
+class WithLengths(Model):
+    def forward(self, audio, lengths=None):
         return got(audio, lengths)
 
 
@@ -183,6 +202,21 @@ CASES = [
     (Masked, A, (A, None)),
     (Masked, (A, Y), (A, None)),
     (Masked, (A, B, Y), (A, None)),
+    (Masked, (A, ONES), (A, None)),
+    (Masked, (A, L, Y), (A, None)),
+    # but for a mask, which has the shape of the input's first axes
+    (Masked, (A, M, Y), (A, M)),
+    (Masked, [A, ONES, Y], (A, ONES)),
+    (Masked, (A, M), (A, M)),
+    (Masked, (A, Y, M), (A, M)),
+    (Masked, ((A, M), Y), (A, M)),
+    (Masked, (A, 2 * ONES, Y), (A, None)),
+    (Masked, (A, M[:, :1], Y, L), (A, None)),
+    (One, (A, M, Y), (A,)),
+    (TwoAndMask, (A, C, M, Y), (A, C, M)),
+    # pipelines that give a list of one mapping for each GPU
+    (One, [{"data": A, "label": Y[:, None]}], (A,)),
+    (Masked, [{"x": A, "mask": M, "label": Y}], (A, M)),
     (Masked, {"x": A, "mask": B, "y": Y}, (A, B)),
     (Masked, {"x": A, "y": Y}, (A, None)),
     # two inputs
@@ -325,7 +359,12 @@ def test_what_cannot_be_decided_is_an_error_that_says_both(model, batch, held):
         (Two, ({"z": A, "y": L}, Y), {"z": A, "y": L}, Y),
         (Two, {"z": A, "y": L, "target": Y}, {"z": A, "y": L}, Y),
         (Two, {"z": A, "y": Y}, {"z": A, "y": Y}, Y),  # required, though it is what is scored
+        (Lossy, {"x": A, "labels": Y}, {"x": A, "labels": Y}, Y),
+        (Lossy, (A, Y), (A, Y), Y),
         (Labelled, {"pixel_values": A, "labels": Y}, {"pixel_values": A}, Y),
+        (Masked, (A, M, Y), {"x": A, "mask": M}, Y),
+        (Masked, (A, Y, M), {"x": A, "mask": M}, Y),
+        (One, [{"data": A, "label": Y}], {"data": A}, Y),
         (Whole, GRAPH, GRAPH, Y),
         (Images, ([*IMAGES], Y[:2]), [*IMAGES], Y[:2]),
     ],
@@ -374,6 +413,40 @@ def test_a_batch_without_labels_is_an_error(batch):
 )
 def test_inputs_are_found_with_and_without_labels(batch, expected):
     assert same(inputs_of(One(), batch), expected)
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "is_said"),
+    [
+        (Masked, (A, B, Y), True),
+        (Masked, (A, Y, B), False),
+        (Masked, (A, Y, ["path"] * 4), False),
+        (Masked, (A, M, Y), False),
+        (One, (A, B, Y), False),
+        (Many, (A, B, Y), True),
+        (WithLengths, (A, L, Y), True),
+        (Images, (A, B, Y), False),
+    ],
+)
+def test_what_may_be_an_input_and_is_not_passed_is_said_once(caplog, model, batch, is_said):
+    made = model()
+    for _ in range(2):
+        call(made, batch)
+    warned = [text for text in caplog.messages if "--forward path/file.py:fn" in text]
+    assert len(warned) == is_said
+    assert all("of the 3 parts of a batch the model's forward(" in text for text in warned)
+
+
+@pytest.mark.parametrize("kind", [tuple, list, dict])
+def test_arrays_become_tensors(kind):
+    batch = {"x": A.numpy(), "y": Y.numpy(), "name": ["a"] * 4}
+    given = batch if kind is dict else kind(batch.values())
+    (found,) = call(One(), given)
+    assert torch.equal(found, A)
+    inputs, labels = split_batch(One(), given)
+    assert torch.equal(inputs["x"] if kind is dict else inputs, A)
+    assert torch.equal(labels, Y)
+    assert batch["x"] is (given["x"] if kind is dict else given[0])
 
 
 def test_a_packed_sequence_is_one_input():

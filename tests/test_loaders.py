@@ -89,7 +89,21 @@ def test_a_stream_is_read_as_it_comes():
     assert order_of(open_loader(Stream(), Runtime(CPU), shuffle=True)) == list(range(20))
 
 
-@pytest.mark.parametrize("loader", [DataLoader(Numbers(), 4), [torch.ones(1, 2)], iter(())])
+class Pipeline:
+    """A loader that is its own iterator and begins anew, as those on GPUs do."""
+
+    def __iter__(self):
+        self.given = 0
+        return self
+
+    def __next__(self):
+        if self.given == 20:
+            raise StopIteration
+        self.given += 5
+        return torch.arange(self.given - 5, self.given)[:, None]
+
+
+@pytest.mark.parametrize("loader", [DataLoader(Numbers(), 4), [torch.ones(1, 2)], Pipeline()])
 def test_a_loader_is_used_as_it_is(loader):
     assert open_loader(loader, Runtime(CPU), shuffle=True) is loader
 

@@ -5,8 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+from ckptavg.batches import size_of
 from ckptavg.errors import EvaluationError
 from ckptavg.loaders import open_loader
 from ckptavg.runtime import Runtime
@@ -94,6 +96,11 @@ class Own(Dataset):
         (torch.rand(4, 3, 8, 8), True),
         ((torch.rand(4, 3, 8, 8), None), True),
         ((SimpleNamespace(image=X), Y), True),
+        ((X.numpy(), Y.numpy()), True),
+        ((X[0].numpy(), 1), False),
+        ({"x": X.numpy(), "name": ["a"] * 20}, True),
+        ((pack_sequence([X, X[:3]]), Y[:2]), True),
+        ([{"data": X, "label": Y[:, None]}], True),
         (([IMAGE, torch.rand(3, 6, 5)], [{"boxes": X}, {"boxes": Y}]), True),
     ],
 )
@@ -156,6 +163,35 @@ def test_batches_are_not_batched_again(data, workers):
     found = read(data, workers=workers)
     assert [x.shape for x, _ in found] == [(5, 2)] * 4
     assert torch.equal(torch.cat([x for x, _ in found]), X)
+
+
+@pytest.mark.parametrize(
+    "items",
+    [
+        SAMPLES,
+        [{"x": x.numpy(), "y": int(y), "name": "a"} for x, y in SAMPLES],
+        [(IMAGE, Y[0])] * 20,
+    ],
+    ids=["rows", "mappings", "images"],
+)
+def test_samples_of_a_generator_become_batches(items):
+    assert [size_of(batch) for batch in read(item for item in items)] == [6, 6, 6, 2]
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        *BATCHES[:1],
+        {"x": X, "labels": Y},
+        (torch.rand(2, 3, 4, 4), 0.5),  # images, and a number for all of them
+        (X, 3),
+        (IMAGE, ["a", "b", "c"]),
+        X[0],  # nothing tells
+    ],
+    ids=str,
+)
+def test_what_a_generator_gives_is_a_batch_otherwise(item):
+    assert all(found is item for found in read(item for _ in range(2)))
 
 
 def test_a_stream_with_a_loader_within_has_the_loaders_workers():

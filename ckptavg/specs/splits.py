@@ -27,11 +27,24 @@ def is_data(value: Any) -> bool:
         return True
     if isinstance(value, (str, bytes, type, Mapping, nn.Module, torch.Tensor)):
         return False
-    # Several columns, not several batches.
-    if isinstance(value, tuple) and all(hasattr(part, "shape") for part in value):
+    if are_columns(value):
         return False
     return hasattr(value, "__iter__") or (
         hasattr(value, "__getitem__") and hasattr(value, "__len__")
+    )
+
+
+def are_columns(value: Any) -> bool:
+    """Tell whether a value is inputs and labels, each a whole column, and not several batches."""
+    if not isinstance(value, (tuple, list)) or not all(hasattr(part, "shape") for part in value):
+        return False
+    if isinstance(value, tuple):
+        return True
+    shapes = [tuple(part.shape) for part in value]
+    return (
+        len(shapes) > 1
+        and len({shape[:1] for shape in shapes}) == 1
+        and len(shapes[0]) > 1 >= len(shapes[-1])
     )
 
 

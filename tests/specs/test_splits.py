@@ -54,6 +54,9 @@ def own_split(split="test"):
 def columns():
     return torch.zeros(4, 3), torch.zeros(4)
 
+def listed_columns():
+    return [*columns()]
+
 def fields():
     return {"x": torch.zeros(4, 3), "y": torch.zeros(4)}
 
@@ -159,7 +162,8 @@ def test_what_was_picked_is_noted(caplog):
         ("Module", ("split=dev",), "has no split 'dev'. It has train, val, test"),
         ("SeveralLoaders", (), "val_dataloader of SeveralLoaders gives 2 loaders"),
         ("Failing", (), "val_dataloader of Failing failed: OSError: no disk"),
-        ("columns", (), "but returned a tuple"),
+        ("columns", (), "but returned a tuple. Return torch.utils.data.TensorDataset(inputs"),
+        ("listed_columns", (), "but returned a list. Return torch.utils.data.TensorDataset("),
         ("fields", (), "but returned a dict"),
         ("Rows", ("split=test",), "of which there are no splits"),
     ],
