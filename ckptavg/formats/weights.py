@@ -308,6 +308,13 @@ def _named_entry(path: str, tree: Any, key: str) -> Weights:
             f"{path} has no entry {key!r} ({_describe(tree)})",
             did_you_mean(_close_keys(tree, key)) or "Choose one with --key.",
         )
+    if _is_optimizer_state(place.value):
+        known = _find_known(tree) if isinstance(tree, dict) else None
+        found = [known.key] if known is not None and known.key else []
+        raise NoWeightsError(
+            f"{path}: the entry {key!r} is an optimizer's state, not weights",
+            did_you_mean(found) or "Choose another one with --key.",
+        )
     notes = _note_swap(tree, key)
     if place.pickled or holds_tensors(place.entry):
         return Weights(key, place.entry, notes)
@@ -316,6 +323,14 @@ def _named_entry(path: str, tree: Any, key: str) -> Weights:
     raise CheckpointError(
         f"{path}: the entry {key!r} holds no tensors by name ({_describe(tree)})",
         did_you_mean(_close_keys(tree, key)) or "Choose another one with --key.",
+    )
+
+
+def _is_optimizer_state(value: Any) -> bool:
+    """Tell the state of an optimizer, or a list of such, as Lightning keeps them."""
+    states = value if isinstance(value, list) else [value]
+    return bool(states) and all(
+        isinstance(state, dict) and state.keys() >= OPTIMIZER_KEYS for state in states
     )
 
 

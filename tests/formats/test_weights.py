@@ -324,3 +324,15 @@ def test_a_mistyped_key_gets_the_one_that_was_meant(tmp_path, key, meant):
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(tmp_path / "a.pt", key)
     assert caught.value.remedy == meant
+
+
+def test_an_optimizers_state_is_no_weights(refused):
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    told = refused({"net": model.state_dict(), "optim": state}, "optim")
+    assert "the entry 'optim' is an optimizer's state, not weights. Did you mean net?" in told
+    several = {"epoch": 1, "optimizer_states": [state]}
+    assert "is an optimizer's state, not weights. Choose" in refused(several, "optimizer_states")
