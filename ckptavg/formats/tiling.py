@@ -12,18 +12,15 @@ _MOST_COMPARED = 512
 
 
 class Box(Protocol):
-    """A box of a tensor's elements.
-
-    Attributes:
-        start: Index of its first element in the tensor.
-        shape: Its extents.
-    """
+    """A box of a tensor's elements."""
 
     @property
-    def start(self) -> tuple[int, ...]: ...  # noqa: D102 - above
+    def start(self) -> tuple[int, ...]:
+        """Index of its first element in the tensor."""
 
     @property
-    def shape(self) -> tuple[int, ...]: ...  # noqa: D102 - above
+    def shape(self) -> tuple[int, ...]:
+        """Its extents."""
 
 
 def tiles(shape: tuple[int, ...], boxes: Sequence[Box]) -> bool:
