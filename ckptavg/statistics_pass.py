@@ -66,7 +66,8 @@ def recompute_statistics(
         results |= dict(zip(wanting, done, strict=True))
     states: list[Statistics] = []
     for i, model in enumerate(models):
-        states.append(before[i].after(excluded, _updated(model, results[i].written)))
+        found = _with_frozen(before[i], model, _submodules(model, results[i].frozen))
+        states.append(found.after(excluded, _updated(model, results[i].written)))
     _log(states, {layer for result in results.values() for layer in result.unreached})
     return [(results[i], state) for i, state in enumerate(states)]
 
@@ -99,14 +100,51 @@ def layers_of(averages: Iterable[Average]) -> list[str]:
 
 
 def _with_constant_layers(statistics: Statistics, model: nn.Module) -> Statistics:
-    """Count a single checkpoint's layers that the model never updates as frozen.
+    """Count as frozen what the model never updates in training.
 
-    Of an average the checkpoints have told what was frozen.
+    That are layers of a class that never does, and those that the model's own ``train()`` leaves in
+    evaluation mode.
     """
     if statistics.state != "own" or statistics.frozen:
         return statistics
-    constant = _constant_layers(model)
-    return replace(statistics, frozen=tuple(n for n in statistics.layers if n in constant))
+    constant = {
+        layer
+        for layer in model.modules()
+        if any(_CONSTANT in kind.__name__ for kind in type(layer).__mro__)
+    }
+    never = _submodules(model, never_trained_layers(bare_module(model)))
+    return _with_frozen(statistics, model, constant | never)
+
+
+def _with_frozen(
+    statistics: Statistics, model: nn.Module, layers: Collection[nn.Module]
+) -> Statistics:
+    """Count layers as frozen, too, if the statistics are a single checkpoint's.
+
+    Of an average the checkpoints have told what was frozen.
+    """
+    if statistics.state != "own" or not layers:
+        return statistics
+    known = {*statistics.frozen, *_stored_names(model, layers)}
+    return replace(statistics, frozen=tuple(n for n in statistics.layers if n in known))
+
+
+def _submodules(model: nn.Module, names: Collection[str]) -> set[nn.Module]:
+    """Find the modules that a pass knows by some names."""
+    inner = bare_module(model)
+    return {inner.get_submodule(name) for name in names}
+
+
+def _stored_names(model: nn.Module, layers: Collection[nn.Module]) -> set[str]:
+    """Find the names that layers have in a checkpoint."""
+    bare = bare_names(list(model.state_dict()))
+    names: set[str] = set()
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if layer in layers:
+            statistic = next(iter(buffers_of_statistics(layer)), "running_mean")
+            stored = f"{name}.{statistic}".lstrip(".")
+            names.add(bare.get(stored, stored).rpartition(".")[0])
+    return names
 
 
 def _modules(model: nn.Module, layers: Collection[str]) -> set[str]:
@@ -127,27 +165,6 @@ def _updated(model: nn.Module, written: Collection[str]) -> set[str]:
     bare = bare_names(list(model.state_dict()))
     names = {bare.get(name, name) for name in written}
     return updated_layers(layer_statistics(bare.values()), names)
-
-
-def _constant_layers(model: nn.Module) -> set[str]:
-    """Find the layers that are constant in training, by their names in a checkpoint.
-
-    Their class never updates its statistics, or the model's own ``train()`` leaves them in
-    evaluation mode.
-    """
-    inner = bare_module(model)
-    never = {inner.get_submodule(name) for name in never_trained_layers(inner)}
-    bare = bare_names(list(model.state_dict()))
-    layers = layer_statistics(bare.values())
-    constant: set[str] = set()
-    for module, layer in model.named_modules(remove_duplicate=False):
-        statistics = buffers_of_statistics(layer) or ("running_mean",)
-        stored = f"{module}.{statistics[0]}".lstrip(".")
-        name = bare.get(stored, stored).rpartition(".")[0]
-        is_constant = any(_CONSTANT in kind.__name__ for kind in type(layer).__mro__)
-        if name in layers and (is_constant or layer in never):
-            constant.add(name)
-    return constant
 
 
 def _log(states: Sequence[Statistics], unreached: Collection[str]) -> None:

@@ -366,6 +366,33 @@ def test_one_checkpoint_has_frozen_layers_where_the_class_says_so(tmp_path):
     assert (made["bn"], made["bn_layers"]) == ("recomputed", {"frozen": [STEM]})
 
 
+class Affine(nn.BatchNorm1d):
+    """Evaluates always; its name does not tell."""
+
+    def forward(self, x):
+        return nn.functional.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, training=False
+        )
+
+
+@pytest.mark.parametrize(
+    ("body", "state", "frozen"),
+    [(nn.BatchNorm1d, "recomputed", [STEM]), (Affine, "own", [STEM, BODY])],
+    ids=["some", "all"],
+)
+def test_one_checkpoint_has_frozen_layers_where_they_do_as_in_evaluation(
+    tmp_path, caplog, body, state, frozen
+):
+    weights = train(net(Affine, body))[-1]
+    path = save(tmp_path / "one.pt", weights)
+    _, made = update_checkpoint(open_checkpoint(path), tmp_path / "b.pt", how(net(Affine, body)))
+    assert (made["bn"], made["bn_layers"]) == (state, {"frozen": frozen})
+    assert "cannot be recomputed" not in caplog.text
+    found = load(open_checkpoint(tmp_path / "b.pt"))
+    for layer in frozen:
+        assert same_bits(found[f"{layer}.running_mean"], weights[f"{layer}.running_mean"])
+
+
 # What a model's own train() leaves in evaluation mode
 
 
