@@ -104,6 +104,26 @@ def to_device(
     return _fields_to_device(value, device, form)
 
 
+def map_tensors(value: Any, convert: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Copy dicts, lists and tuples with converted tensors in them; all else is the same object.
+
+    Args:
+        value: A batch, or a part of one.
+        convert: Makes a tensor of a tensor.
+    """
+    if isinstance(value, torch.Tensor):
+        return convert(value)
+    if isinstance(value, (dict, UserDict)):
+        copied = copy.copy(value)
+        for key, part in value.items():
+            copied[key] = map_tensors(part, convert)
+        return copied
+    if isinstance(value, (list, tuple)):
+        parts = [map_tensors(part, convert) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value
+
+
 def moves_itself(value: Any) -> bool:
     """Whether a value is an object with a ``to`` of its own."""
     return (is_object(value) or isinstance(value, Mapping)) and callable(getattr(value, "to", None))

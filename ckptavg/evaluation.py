@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 from ckptavg import heap, lora, networks
 from ckptavg.accounts import Weights
 from ckptavg.argument_checks import check_model
-from ckptavg.batches import Batches, Forward, bytes_of, tensors_of
+from ckptavg.batches import Batches, Forward, bytes_of, map_tensors, tensors_of
 from ckptavg.candidates import Candidate, CandidateLike, as_candidates, reference_of
 from ckptavg.channels import Channels
 from ckptavg.errors import EvaluationError, UsageError
@@ -334,7 +334,8 @@ class _Session:
             )
             self.task.check(outputs, batch.given)
             found = self.task.predict(outputs, batch.targets)
-            targets = _beside(batch.targets, found)
+            # Predictions may be on the CPU, where the device has no float64.
+            targets = map_tensors(batch.targets, lambda tensor: tensor.to(found.device))
             soundness.add(network.name, self.task.sound(found))
             samples = self.task.samples(found, targets)
             for board in self.boards:
@@ -426,18 +427,6 @@ class _Parts:
     inputs: Any
     targets: Any
     given: Any
-
-
-def _beside(targets: Any, found: torch.Tensor) -> Any:
-    """Targets where the predictions are: not on a device without float64."""
-    if isinstance(targets, torch.Tensor):
-        return targets.to(found.device)
-    if isinstance(targets, Mapping):
-        return {key: _beside(part, found) for key, part in targets.items()}
-    if isinstance(targets, (list, tuple)):
-        parts = [_beside(part, found) for part in targets]
-        return type(targets)(*parts) if hasattr(targets, "_fields") else type(targets)(parts)
-    return targets
 
 
 def _fingerprint(targets: Any) -> int:

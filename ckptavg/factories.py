@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib
 import inspect
 import os
@@ -17,6 +16,7 @@ from typing import Any
 
 from ckptavg.errors import SpecError, UsageError
 from ckptavg.specs.arguments import Arguments, fit_arguments
+from ckptavg.spelling import close_names, did_you_mean
 from ckptavg.user_modules import import_file, imports_from, is_library
 
 _OWN_CODE = "package.module:factory or path/file.py:factory"
@@ -140,8 +140,8 @@ def _module(name: str) -> ModuleType:
 
 def _module_from_file(path: Path) -> ModuleType:
     if not path.is_file():
-        near = difflib.get_close_matches(path.name, _python_files(path.parent), 1, 0.6)
-        remedy = f"Did you mean {path.with_name(near[0])}?" if near else "Check the path."
+        near = close_names(path.name, _python_files(path.parent), 1)
+        remedy = did_you_mean([str(path.with_name(name)) for name in near]) or "Check the path."
         raise SpecError(f"the file {path} does not exist", remedy)
     try:
         with _own_output():
@@ -304,5 +304,4 @@ def _signature(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 def similar(name: str, names: Iterable[str]) -> str:
     """A remedy for a name that is not there: those that are like it."""
-    close = difflib.get_close_matches(name, list(names), 3, 0.4)
-    return f"Did you mean {', '.join(close)}?" if close else "Check the name."
+    return did_you_mean(close_names(name, names)) or "Check the name."

@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.overrides import TorchFunctionMode
 
-from ckptavg.batches import tensors_of
+from ckptavg.batches import map_tensors, tensors_of
 from ckptavg.moments import Moments, batch_moments, home_of
 from ckptavg.norm_layers import is_pair
 from ckptavg.runtime import is_out_of_memory
@@ -242,7 +242,7 @@ class LayerUpdate:
             start: What the statistics are before.
             moved: Which of the floating tensors has which value changed by how much.
         """
-        args, kwargs = given = _converted(given, self._convert)
+        args, kwargs = given = map_tensors(given, self._convert)
         if moved is not None:
             which, index, distance = moved
             floats = [t for t in tensors_of(given) if t.is_floating_point() and t.numel() > 1]
@@ -325,18 +325,6 @@ def _wide(tensor: torch.Tensor) -> torch.Tensor:
 def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
     """A copy in the same type."""
     return tensor.detach().clone()
-
-
-def _converted(value: Any, convert: Convert) -> Any:
-    """A call's arguments with converted copies in the place of their tensors."""
-    if isinstance(value, torch.Tensor):
-        return convert(value)
-    if isinstance(value, dict):
-        return {key: _converted(part, convert) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        parts = [_converted(part, convert) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    return value
 
 
 @contextmanager

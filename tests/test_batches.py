@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pack_sequence
 from ckptavg.batches import (
     described,
     is_zipped,
+    map_tensors,
     size_of,
     tensors_of,
     to_device,
@@ -35,6 +36,17 @@ def test_every_tensor_of_a_batch_is_moved_and_the_rest_kept():
     assert moved["none"] is None
     assert isinstance(moved["pair"], Pair)
     assert x.device == CPU
+
+
+def test_tensors_are_converted_in_containers_that_keep_their_types():
+    x, own = torch.ones(2), SimpleNamespace(x=torch.ones(1))
+    batch = UserDict(a=Bag(x=x), b=[x, (x, "name")], c=Pair(x, 3), d=own)
+    doubled = map_tensors(batch, lambda tensor: 2 * tensor)
+    found = [doubled["a"]["x"], doubled["b"][0], doubled["b"][1][0], doubled["c"].image]
+    assert all(torch.equal(tensor, 2 * x) for tensor in found)
+    assert [type(doubled[name]) for name in "abc"] == [Bag, list, Pair]
+    assert (doubled["b"][1][1], doubled["c"].label, doubled["d"]) == ("name", 3, own)
+    assert torch.equal(batch["a"]["x"], torch.ones(2))
 
 
 def test_a_value_of_the_users_own_is_not_touched():

@@ -420,17 +420,11 @@ def test_two_runs_below_one_path_are_an_error_that_lists_both(tmp_path):
         open_run(tmp_path)
 
 
-def test_two_hugging_face_runs_below_one_path_are_an_error_that_lists_both(tmp_path):
+@pytest.mark.parametrize("is_finished", [False, True])
+def test_two_hugging_face_runs_below_one_path_are_an_error_that_lists_both(tmp_path, is_finished):
     for seed in ("seed1", "seed2"):
-        for step in (500, 1000):
-            hf_checkpoint(tmp_path / seed / f"checkpoint-{step}", step, step)
-    with pytest.raises(RunError, match=r"2 runs: .*seed1, .*seed2"):
-        open_run(tmp_path)
-
-
-def test_two_finished_hugging_face_runs_below_one_path_are_an_error_that_lists_both(tmp_path):
-    for seed in ("seed1", "seed2"):
-        hf_checkpoint(tmp_path / seed, 1000)
+        if is_finished:
+            hf_checkpoint(tmp_path / seed, 1000)
         for step in (500, 1000):
             hf_checkpoint(tmp_path / seed / f"checkpoint-{step}", step, step)
     with pytest.raises(RunError, match=r"2 runs: .*seed1, .*seed2"):

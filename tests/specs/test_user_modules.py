@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from spec_helpers import write
+from spec_helpers import error_of, write
 
 from ckptavg.factories import find_object
 from ckptavg.sources import make_model
@@ -56,6 +56,14 @@ def test_imports_of_others_are_as_they_were():
     assert find_object("run4/uses.py", "WIDTH") == 4
     assert importlib.import_module("sizes") is theirs
     assert sys.path[0] == str(Path("run3").resolve())
+
+
+def test_a_name_that_is_not_there_gets_those_that_are_like_it():
+    write("nets.py", "def make_net(): ...\ndef make_data(): ...")
+    said = error_of(find_object, "nets.py", "make")
+    assert said == "nets.py has no attribute 'make'. Did you mean make_net or make_data?"
+    assert error_of(find_object, "nets.py", "x").endswith("Check the name.")
+    assert error_of(find_object, "net.py", "x").endswith("Did you mean nets.py?")
 
 
 def test_a_directory_that_comes_later_hides_no_file_of_an_earlier_one():
