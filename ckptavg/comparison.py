@@ -26,6 +26,7 @@ from ckptavg.rules import keeps_nonfinite
 from ckptavg.run import Run, RunLike, as_run
 from ckptavg.runs.selection_notes import note_run, note_selection
 from ckptavg.tasks import Task
+from ckptavg.tasks.named import as_task
 
 
 def compare(
@@ -47,7 +48,7 @@ def compare(
     base: str | os.PathLike[str] | Checkpoint | None = None,
     dtype: str = "keep",
     on_nonfinite: str = "error",
-    task: Task | None = None,
+    task: Task | str | None = None,
     device: str | torch.device | None = None,
     forward: Forward | None = None,
     bn_exclude: str | Sequence[str] = (),
@@ -107,6 +108,7 @@ def compare(
         CkptavgError: As for ``average`` and ``evaluate``.
     """
     check_model(model)
+    task = as_task(task)
     keep_nonfinite = keeps_nonfinite(on_nonfinite)
     rules: dict[str, Any] = {
         "include": include, "exclude": exclude, "base": base, "dtype": dtype,

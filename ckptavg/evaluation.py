@@ -45,6 +45,7 @@ from ckptavg.scoring import Board, Soundness, joined
 from ckptavg.statistics_pass import recompute_statistics, statistics_of
 from ckptavg.tasks import Task
 from ckptavg.tasks.classification import Classification
+from ckptavg.tasks.named import as_task
 
 log = logging.getLogger("ckptavg")
 Progress = PhaseProgress
@@ -57,7 +58,7 @@ def evaluate(
     data: Batches | Dataset[Any],
     *,
     train_loader: Batches | Dataset[Any] | None = None,
-    task: Task | None = None,
+    task: Task | str | None = None,
     device: str | torch.device | None = None,
     forward: Forward | None = None,
     bn_exclude: str | Sequence[str] = (),
@@ -84,7 +85,8 @@ def evaluate(
         train_loader: Training data, as a Dataset or a loader, that BatchNorm statistics are
             recomputed from: those of candidates with ``recompute``, and those of checkpoints and
             state dicts that are recorded as stale.
-        task: How to call the model and what to compute; image classification where None.
+        task: How to call the model and what to compute: a Task, or the name of one such as
+            ``causal-lm``; image classification where None.
         device: ``auto``, ``cpu``, ``cuda[:N]``, ``mps``; the model's own where None.
         forward: ``forward(model, batch)`` runs a model on a batch as the loader gives it, of either
             data; the task's own way where None.
@@ -109,7 +111,7 @@ def evaluate(
         EvaluationError: The data and the outputs do not fit, or an output is NaN.
     """
     check_model(model)
-    task = task or Classification()
+    task = as_task(task)
     size = batch_size or task.batch_size
     runtime = Runtime.on(device, model, amp=amp, batch_size=size, workers=workers, seed=seed)
     peers = peers_of_group()

@@ -177,7 +177,7 @@ def test_bools_are_labels_of_a_binary_classifier(tmp_path):
         ((2, 4), [[1, 1, 0, 0], [1, 0, 0, 0]], "a sample of 2 labels.* --task multi-label"),
         ((2, 4), [[0, 0, 0, 0], [1, 0, 0, 0]], "a sample of 0 labels"),
         ((2, 4), [[0, 1, 0], [1, 0, 0]], r"one-hot \(N, 4\) are expected, but got \(2, 3\)"),
-        ((2, 4, 3, 3), [[[0] * 3] * 3] * 2, r"\(2, 4, 3, 3\) and \(2, 3, 3\).* --task"),
+        ((2, 4, 3, 3), [[[0] * 3] * 3] * 2, r"\(2, 4, 3, 3\) and \(2, 3, 3\).* Name the task"),
         ((2, 4, 5), [0, 1], r"\(2, 4, 5\) and \(2,\)"),
     ],
 )

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
-from ckptavg import Candidate, averaging, evaluate, evaluation, open_checkpoint
+from ckptavg import Candidate, averaging, compare, evaluate, evaluation, open_checkpoint
 from ckptavg.averaging import plan_average
 from ckptavg.errors import EvaluationError
 from ckptavg.loading import load_into
@@ -643,3 +643,21 @@ def test_a_device_gives_the_same_scores(park_after):
     there = [{key: value.cuda() for key, value in batch.items()} for batch in data]
     found = ensemble([model.cuda() for model in models], there, park_after)
     assert found == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("call", [evaluate, compare], ids=["evaluate", "compare"])
+def test_python_names_the_task_as_the_command_line_does(call, tmp_path):
+    rows = torch.arange(24).view(4, 6) % VOCABULARY
+    for step in (1, 2):
+        torch.save(Bigrams(seed=step).state_dict(), tmp_path / f"step_{step}.pt")
+    run, data = as_run(tmp_path), [(rows[:, :-1], rows[:, 1:])]
+    by_name, made = (call(run, Bigrams(), data, task=t) for t in ("causal-lm", CausalLM()))
+    assert [r.metrics for r in by_name] == [r.metrics for r in made]
+    assert by_name[0].metrics["n"] == 20
+
+
+def test_another_task_is_named_where_the_outputs_are_of_a_language_model(tmp_path):
+    torch.save(Bigrams().state_dict(), tmp_path / "a.pt")
+    ids = torch.zeros(2, 6, dtype=torch.int64)
+    with pytest.raises(EvaluationError, match="Name the task causal-lm if this is a language"):
+        evaluate([tmp_path / "a.pt"], Bigrams(), [(ids, ids)])

@@ -15,7 +15,7 @@ from ckptavg.averaging import plan_average
 from ckptavg.errors import EvaluationError, SpecError, UsageError
 from ckptavg.tasks import Metric, Samples, Task
 from ckptavg.tasks.classification import Classification
-from ckptavg.tasks.named import make_task, usual_task
+from ckptavg.tasks.named import as_task, make_task, usual_task
 from ckptavg.tasks.task import ArithmeticMean, LogMean, in_float64
 
 
@@ -267,6 +267,27 @@ def test_tasks_are_known_by_name(name, first):
     task = make_task(name)
     assert isinstance(task, Task)
     assert first in (None, task.metrics[0].key)
+
+
+def test_a_caller_names_a_task_or_passes_one():
+    own = Squares()
+    assert as_task(own) is own
+    assert as_task("regression").metrics == make_task("regression").metrics
+    assert type(as_task(None)) is Classification
+
+
+@pytest.mark.parametrize(
+    ("task", "told"),
+    [
+        (Squares, r"is the class Squares\. Call it: Squares\(\)"),
+        ("language", "is 'language'$"),
+        (7, "is 7$"),
+    ],
+    ids=["class", "unknown", "number"],
+)
+def test_what_a_caller_passes_is_a_task(task, told):
+    with pytest.raises(UsageError, match=f"regression, but {told}"):
+        as_task(task)
 
 
 def test_an_unknown_task_is_wrong_usage_that_lists_the_known():

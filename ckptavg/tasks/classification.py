@@ -47,8 +47,7 @@ class Classification(activations.TaskOnLogits):
             raise EvaluationError(
                 f"outputs of shape (N, classes) or (N,) and labels of shape (N,) are expected, but "
                 f"got {tuple(logits.shape)} and {tuple(targets.shape)}",
-                "Name the kind of model by --task, or a task of your own (path/file.py:Task), if "
-                "samples have something else than one class.",
+                _other_task(logits, targets),
             )
         if not logits.is_floating_point():
             raise EvaluationError(
@@ -155,6 +154,16 @@ def _check_labels(labels: torch.Tensor, classes: int, *, binary: bool) -> None:
         wrong = low if low < 0 else high
         told = "tells 0 from 1 by one output" if binary else f"has {classes} classes"
         raise EvaluationError(f"the data has the label {wrong}, but the model {told}", _TOGETHER)
+
+
+def _other_task(logits: torch.Tensor, targets: Any) -> str:
+    """The remedy for outputs and labels that are of another task."""
+    if logits.dim() == 3 and logits.shape[:2] == targets.shape:
+        return "Name the task causal-lm if this is a language model."
+    return (
+        "Name the task (causal-lm, multi-label, regression), or write one of your own, if "
+        "samples have something else than one class."
+    )
 
 
 def _check_one_hot(labels: torch.Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from ckptavg.errors import SpecError, UsageError
+from ckptavg.errors import SpecError, UsageError, short
 from ckptavg.factories import call_factory
 from ckptavg.tasks.task import Task
 
@@ -17,6 +17,26 @@ _NAMED = {
     "regression": ("regression", "Regression"),
 }
 _TEXT = ("text:", "tokens:")
+
+
+def as_task(task: object) -> Task:
+    """A task that a caller of the library passes; that for images where None.
+
+    Args:
+        task: The task, or the name of one: image-classification, causal-lm, ...
+
+    Raises:
+        UsageError: It is neither.
+    """
+    if isinstance(task, Task):
+        return task
+    if task is None or (isinstance(task, str) and task in _NAMED):
+        return _make_named(task or USUAL)
+    expected = f"task is expected to be a ckptavg.Task or one of {', '.join(_NAMED)}"
+    if isinstance(task, type) and issubclass(task, Task):
+        name = short(task.__name__)
+        raise UsageError(f"{expected}, but is the class {name}", f"Call it: {name}().")
+    raise UsageError(f"{expected}, but is {short(repr(task))}")
 
 
 def make_task(spec: str, *, scoring: bool = True) -> Task:
@@ -31,8 +51,7 @@ def make_task(spec: str, *, scoring: bool = True) -> Task:
         SpecError: The class cannot be found, or is no task.
     """
     if spec in _NAMED:
-        module, name = _NAMED[spec]
-        made = getattr(importlib.import_module(f"ckptavg.tasks.{module}"), name)()
+        made: Any = _make_named(spec)
     elif ":" in spec:
         made = call_factory(spec)
     else:
@@ -46,6 +65,12 @@ def make_task(spec: str, *, scoring: bool = True) -> Task:
 def usual_task(data: str) -> str:
     """The name of the task that a data specification is for."""
     return "causal-lm" if data.startswith(_TEXT) else USUAL
+
+
+def _make_named(name: str) -> Task:
+    module, kind = _NAMED[name]
+    made: Task = getattr(importlib.import_module(f"ckptavg.tasks.{module}"), kind)()
+    return made
 
 
 def _checked(spec: str, made: Any, *, scoring: bool) -> Task:
