@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
+import torch
 from torch import nn
 
-from ckptavg.errors import UsageError, short
+from ckptavg.errors import UsageError, first_few, short
 
 
 def check_model(model: object) -> None:
@@ -32,6 +34,8 @@ def check_data(data: object) -> None:
     Raises:
         UsageError: It is not.
     """
+    if isinstance(data, Mapping):
+        _refuse_entries(data)
     gives_items = isinstance(data, Iterable) or hasattr(data, "__getitem__")
     if gives_items and not isinstance(data, (str, bytes, os.PathLike, type)):
         return
@@ -42,6 +46,18 @@ def check_data(data: object) -> None:
         remedy = f"Call it: {getattr(data, '__name__', 'it')}(...)."
     raise UsageError(
         f"data is expected to be a Dataset or a loader of batches but is {_describe(data)}", remedy
+    )
+
+
+def _refuse_entries(data: Mapping[Any, Any]) -> None:
+    """Refuse a dict of data sets by their names, or of one batch's tensors."""
+    names = [str(key) for key in data]
+    is_batch = any(isinstance(value, torch.Tensor) for value in data.values())
+    remedy = "Put it in a list, if it is a batch." if is_batch else "Pass one of them."
+    raise UsageError(
+        f"data is expected to be a Dataset or a loader of batches but is {_describe(data)} of "
+        f"{short(first_few(names))}",
+        remedy,
     )
 
 

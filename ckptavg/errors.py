@@ -25,7 +25,7 @@ class CkptavgError(Exception):
         self.remedy = printable(remedy)
 
     def __str__(self) -> str:
-        return f"{self.message}. {self.remedy}" if self.remedy else self.message
+        return f"{self.message.removesuffix('.')}. {self.remedy}" if self.remedy else self.message
 
 
 class UsageError(CkptavgError, ValueError):

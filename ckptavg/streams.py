@@ -146,6 +146,11 @@ def collate(samples: list[Any]) -> Any:
         return default_collate(samples)
     except (RuntimeError, TypeError) as error:
         remedy = "Give them one shape, or pass a DataLoader with a collate_fn of its own."
+        if isinstance(samples[0], Mapping) and "input_ids" in samples[0]:
+            remedy = (
+                "Pad them, or pass a DataLoader with a collate_fn that does, such as "
+                "transformers' DataCollatorWithPadding(tokenizer)."
+            )
         if isinstance(error, TypeError):
             remedy = f"Make them tensors, arrays or numbers, images by a transform. {remedy}"
         raise EvaluationError(f"the samples do not make a batch: {error}", remedy) from error

@@ -87,8 +87,10 @@ def test_a_model_is_a_module(
         (Path("val"), r"is .*Path\('val'\)$"),
         (Module(), r"is a Module\. Pass what its val_dataloader"),
         (3, "is a int$"),
+        ({"train": DATA, "test": DATA}, r"is a dict of train, test\. Pass one of them"),
+        ({"x": torch.ones(2, 3), "y": torch.ones(2)}, r"is a dict of x, y\. Put it in a list"),
     ],
-    ids=["function", "class", "text", "path", "data module", "number"],
+    ids=["function", "class", "text", "path", "data module", "number", "splits", "batch"],
 )
 def test_data_gives_samples_or_batches(
     run: ckptavg.Run, call: Callable[..., object], data: Any, told: str

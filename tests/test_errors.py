@@ -34,6 +34,10 @@ def test_names_from_files_cannot_steer_the_terminal(control):
     assert str(error).isprintable()
 
 
+def test_a_message_of_others_that_ends_in_a_full_stop_gets_no_second():
+    assert str(errors.CkptavgError("It failed.", "Look.")) == "It failed. Look."
+
+
 def test_message_stands_alone_without_a_remedy():
     assert str(errors.CkptavgError("it failed")) == "it failed"
 

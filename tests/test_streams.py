@@ -216,3 +216,9 @@ def test_samples_that_do_not_go_together_say_so(workers):
     samples = [(torch.ones(n, 2), 0) for n in (1, 2, 3)]
     with pytest.raises(EvaluationError, match=r"samples do not make a batch: .*equal size"):
         read(samples, workers=workers)
+
+
+def test_texts_of_several_lengths_are_to_be_padded():
+    rows = [{"input_ids": torch.ones(n, dtype=torch.int64), "labels": 0} for n in (3, 5)]
+    with pytest.raises(EvaluationError, match=r"Pad them.* DataCollatorWithPadding"):
+        read(rows)
