@@ -11,7 +11,11 @@ from itertools import chain, count
 from pathlib import Path
 from types import ModuleType
 
+import ckptavg
+
 _PREFIX = "ckptavg_user_"  # of modules whose own name is in use
+_LIBRARIES = {sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")}
+_LIBRARIES.add(str(Path(ckptavg.__file__).parent))
 _set_aside: dict[str, dict[str, ModuleType]] = {}  # directory → its modules of names in use
 
 
@@ -57,10 +61,8 @@ def imports_from(home: Path) -> Iterator[Collection[str]]:
 
 def is_library(filename: str) -> bool:
     """Tell a file of Python, of an installed package or of ckptavg from one of the users' own."""
-    homes = [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")]
-    homes.append(str(Path(__file__).parent))
-    parents = {str(parent) for parent in Path(filename).parents}
-    return not parents.isdisjoint(homes) or "dist-packages" in filename or filename[:1] == "<"
+    parents = map(str, Path(filename).parents)
+    return filename[:1] == "<" or "dist-packages" in filename or not _LIBRARIES.isdisjoint(parents)
 
 
 def _loaded(path: Path) -> ModuleType | None:
@@ -109,10 +111,10 @@ def _add_to_path(home: str) -> None:
 
 def _hides_file_of(home: Path, name: str) -> bool:
     """Tell whether a loaded module is a user's from elsewhere, and a directory has its name too."""
-    place = _place_of(sys.modules[name])
-    if name == "__main__" or place is None or is_library(str(place)):
+    if name == "__main__" or not _has_module(home, name):
         return False
-    return place.resolve().parent != home and _has_module(home, name)
+    place = _place_of(sys.modules[name])
+    return place is not None and place.resolve().parent != home and not is_library(str(place))
 
 
 def _place_of(module: ModuleType) -> Path | None:
