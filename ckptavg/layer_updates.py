@@ -131,6 +131,7 @@ class LayerUpdate:
         """
         given = args, kwargs
         with _undisturbed():
+            self._widen(self._convert)  # a model may give its layer a mask by an attribute
             values = self._found(self._run(given))
             if isinstance(self._copy, _InstanceNorm):
                 count = next(tensors_of(given)).shape[0]

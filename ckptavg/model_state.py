@@ -20,10 +20,11 @@ class ModelState:
 
     A recurrent network may keep its state from batch to batch, a quantizer the ranges that it has
     observed, a codebook its counts. Modes are plain attributes here: what ``train()`` or ``eval()``
-    of a module does besides, such as merging weights, neither happens nor is undone.
+    of a module does besides, such as merging weights, neither happens nor is undone. Weights come
+    back where others took their place, and are not copied: what is written into them stays.
 
     Args:
-        model: Its weights are no part of it, nor is what a lazy module does not have yet.
+        model: What a lazy module does not have yet is no part of it.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -45,6 +46,8 @@ class _ModuleState:
         if _has_plain_attributes(module):
             self._attributes = {k: v for k, v in vars(module).items() if k not in _INTERNAL}
             self._contents = {k: _contents_of(v) for k, v in self._attributes.items()}
+        own = module.parameters(recurse=False)
+        self._weights = [(weight, weight.data) for weight in own if not is_lazy(weight)]
         held = [*self._buffers.values(), *tensors_of(self._attributes)]
         self._values = [_Value(tensor) for tensor in held if not isinstance(tensor, nn.Parameter)]
 
@@ -55,6 +58,9 @@ class _ModuleState:
             vars(self._module)["training"] = self._training
             self._module._buffers.update(self._buffers)
         self._restore_attributes()
+        for weight, data in self._weights:
+            if weight.data_ptr() != data.data_ptr():  # a teacher that follows in its forward pass
+                weight.data = data
         for value in self._values:
             value.restore()
 

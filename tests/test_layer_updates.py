@@ -181,6 +181,32 @@ def test_padding_that_comes_later_is_seen_too():
     assert_statistics(layer, pooled(batches, masks))
 
 
+class MaskedByModel(nn.Module):
+    """Gives its layer the mask of a batch by an attribute."""
+
+    class Layer(Masked):
+        mask = None
+
+        def forward(self, x):
+            return super().forward(x, self.mask)
+
+    def __init__(self):
+        super().__init__()
+        self.norm = self.Layer(C)
+
+    def forward(self, x, mask):
+        self.norm.mask = mask
+        return self.norm(x)
+
+
+def test_a_mask_may_be_an_attribute():
+    batches = sequences((6, 6, 6))
+    masks = [mask_of(x).roll(i, 1) for i, x in enumerate(batches)]
+    model = MaskedByModel()
+    update_bn(model, list(zip(batches, masks, strict=True)))
+    assert_statistics(model.norm, pooled(batches, masks))
+
+
 def test_weights_of_the_values_give_an_estimate_and_a_note(caplog):
     class Weighted(nn.BatchNorm1d):
         def forward(self, x, weight):

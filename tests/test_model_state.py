@@ -166,6 +166,35 @@ def test_traced_parts_stay_and_are_named(caplog):
 # What else a model keeps
 
 
+class Following(nn.Module):
+    """A momentum encoder: with each batch the teacher follows the student."""
+
+    def __init__(self):
+        super().__init__()
+        self.student = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+        self.teacher = copy.deepcopy(self.student)
+
+    @torch.no_grad()
+    def follow(self):
+        pairs = zip(self.teacher.parameters(), self.student.parameters(), strict=True)
+        for slow, fast in pairs:
+            slow.data = slow.data * 0.9 + (fast.data + 1) * 0.1
+
+    def forward(self, x):
+        self.follow()
+        return self.student(x), self.teacher(x)
+
+
+def test_a_teacher_that_follows_in_the_forward_pass_keeps_its_weights():
+    model, data = Following(), images()
+    before = own_state(model)
+    update_bn(model, data)
+    layers = ("student.1", "teacher.1")
+    assert changed(model, before) == {f"{n}.{name}" for n in layers for name in STATISTICS}
+    with torch.no_grad():
+        assert_statistics(model.student[1], torch.cat([model.student[0](x) for x in data]))
+
+
 class Merging(nn.Module):
     """As loralib's layers: evaluation mode merges the factors, training mode unmerges them."""
 
