@@ -36,6 +36,9 @@ def data(n=40, seed=0, how=None):
         torch.randn(n, 8, generator=g), torch.randint(0, 3, (n,), generator=g))
     return found
 
+def splits():
+    return {"train": data(), "val": data(20, seed=1)}
+
 def labelled():
     found = data()
     found.targets = found.tensors[1].tolist()
@@ -241,6 +244,27 @@ def test_what_is_all_there_builds_no_model(home: Path, monkeypatch: pytest.Monke
     again = ckptavg(*ALL, "--results", "r.json", "--resume", "--fail-if-worse")
     assert (again.exit_code, again.stdout) == (whole.exit_code, whole.stdout)
     assert "7 of 7 candidates are in r.json" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("data", "training", "is_told"),
+    [
+        (["net.py:data"], ["net.py:data"], True),
+        (["net.py:data"], ["net.py:data", "seed=1"], False),
+        (["net.py:data"], ["net.py:labelled"], False),
+        (["net.py:splits"], ["net.py:splits"], False),
+        (["net.py:data", "n=20"], ["net.py:data", "n=20"], True),
+    ],
+    ids=["same", "other argument", "other function", "splits", "same arguments"],
+)
+def test_scores_on_the_training_data_are_warned_of(
+    home: Path, data: list[str], training: list[str], is_told: bool
+) -> None:
+    flags = ["--data", data[0], *(f"--data-arg={pair}" for pair in data[1:])]
+    flags += ["--train-data", training[0], *(f"--train-data-arg={p}" for p in training[1:])]
+    done = ckptavg("eval", "--run", "run", *MODEL, *flags)
+    assert done.exit_code == 0, done.stderr
+    assert ("warning: --data and --train-data name the same" in done.stderr) is is_told
 
 
 AVERAGES = ["average of 4 (uniform)", "average of 4 (uniform) anew"]

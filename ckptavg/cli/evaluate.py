@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from ckptavg.processes import Processes, own_rank
 from ckptavg.report import Report
 
 if TYPE_CHECKING:
+    from ckptavg.batches import Batches
     from ckptavg.candidates import Candidate
     from ckptavg.formats import Checkpoint
     from ckptavg.results import Result
@@ -152,6 +153,7 @@ def _scored(
     elif settings["train_data"]:
         evaluation.note_idle_training(keeper.missing)
     data = evaluation_data(settings, source, runtime, processes)
+    _warn_of_training_data(settings, data, training)
     with report.samples_progress() as progress:
         scored = evaluation.score(
             keeper.missing, model, data, runtime, training, task=task, forward=own,
@@ -161,6 +163,29 @@ def _scored(
             bn_exclude=settings["bn_exclude"],
         )  # fmt: skip
     return keeper.merged(scored)
+
+
+def _warn_of_training_data(
+    settings: Mapping[str, Any], data: Batches, training: Batches | None
+) -> None:
+    """Warn of scores on the training data, where a function's argument was forgotten.
+
+    The same function gives other data where it is asked for a split by name: a module of data
+    loaders, say. Such are told from the same by their number of samples.
+    """
+    named = [(settings[name], settings[f"{name}_arg"]) for name in ("data", "train_data")]
+    scored, trained = _count_samples(data), _count_samples(training)
+    if named[0] == named[1] and scored is not None and scored == trained:
+        log.warning(
+            "--data and --train-data name the same %d samples: the scores are on training data",
+            scored,
+        )
+
+
+def _count_samples(batches: Batches | None) -> int | None:
+    """Return the number of samples that a loader reads from; None where it has no such number."""
+    dataset = getattr(batches, "dataset", None)
+    return len(dataset) if isinstance(dataset, Sized) else None
 
 
 def _check(
