@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from ckptavg.accounts import Weights, account_of
-from ckptavg.averaging import Average, plan_average
 from ckptavg.errors import UsageError, short
 from ckptavg.formats import Checkpoint, open_checkpoint
 from ckptavg.formats.weights import bare_names
 from ckptavg.loading import undistributed
+from ckptavg.planned_average import Average, plan_average
 from ckptavg.run import Run, RunLike
 from ckptavg.runs.numbered import short_names
 

@@ -11,7 +11,6 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from ckptavg.argument_checks import check_model
-from ckptavg.averaging import plan_average
 from ckptavg.batches import Batches, Forward
 from ckptavg.candidates import CandidateLike, as_candidates, candidates_of
 from ckptavg.errors import UsageError, short
@@ -20,6 +19,7 @@ from ckptavg.formats import Checkpoint
 from ckptavg.loaders import Subset
 from ckptavg.many import Asked, plan_request
 from ckptavg.notes import collect_notes
+from ckptavg.planned_average import plan_average
 from ckptavg.progress import ProgressLike
 from ckptavg.results import Results, without_repeats
 from ckptavg.rules import keeps_nonfinite

@@ -9,17 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 from ckptavg.accounts import with_account
-from ckptavg.averaging import (
-    Average,
-    in_memory_many,
-    plan_average,
-    prepare_many,
-    write_many,
-)
+from ckptavg.averaging import in_memory_many, prepare_many, write_many
 from ckptavg.errors import OutputError, UsageError, short
 from ckptavg.formats import Checkpoint, storage
 from ckptavg.formats.layout import FILE_LAYOUTS, has_suffix
 from ckptavg.outputs import StateDict
+from ckptavg.planned_average import Average, plan_average
 from ckptavg.progress import ProgressLike, open_phase
 from ckptavg.remarks import warn_of_stale
 from ckptavg.rules import keeps_nonfinite, require_output

@@ -12,12 +12,12 @@ from torch import nn
 
 from ckptavg import averaging
 from ckptavg.accounts import Weights
-from ckptavg.averaging import Average
 from ckptavg.candidates import Candidate
 from ckptavg.formats import Checkpoint
 from ckptavg.loading import load_into
 from ckptavg.model_state import stop_observers
 from ckptavg.outputs import StateDict
+from ckptavg.planned_average import Average
 from ckptavg.running_statistics import Statistics
 from ckptavg.runtime import Runtime
 

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from ckptavg import averaging, heap, lora, outputs
-from ckptavg.averaging import Average
 from ckptavg.batches import Batches, Forward
 from ckptavg.batchnorm import BatchNormResult
 from ckptavg.digests import DIGEST, PENDING, InputDigests, is_recorded, recorded, sealed
@@ -29,6 +28,7 @@ from ckptavg.loading import load_into
 from ckptavg.outputs import StateDict, Target
 from ckptavg.passes import Together, run_passes, say
 from ckptavg.plan import copy_plan
+from ckptavg.planned_average import Average
 from ckptavg.processes import Alone, Peers
 from ckptavg.running_statistics import Statistics, match_layers, with_statistics
 from ckptavg.runs.nearby import leads_to_checkpoints

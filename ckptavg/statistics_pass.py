@@ -10,7 +10,6 @@ from typing import Any, get_args
 from torch import nn
 
 from ckptavg.accounts import Weights
-from ckptavg.averaging import Average
 from ckptavg.batches import Forward
 from ckptavg.batchnorm import BatchNormResult, recompute
 from ckptavg.errors import first_few
@@ -20,6 +19,7 @@ from ckptavg.formats.weights import bare_names
 from ckptavg.loading import bare_module
 from ckptavg.norm_layers import never_trained_layers, tracked_layers
 from ckptavg.norm_layers import statistics_of as buffers_of_statistics
+from ckptavg.planned_average import Average
 from ckptavg.processes import Peers
 from ckptavg.running_statistics import State, Statistics, listed_layers
 from ckptavg.runtime import Runtime

@@ -10,11 +10,11 @@ from itertools import pairwise
 
 import torch
 
-from ckptavg.averaging import plan_average
 from ckptavg.errors import CheckpointError, NonFiniteError, UsageError, first_few
 from ckptavg.formats import Checkpoint
 from ckptavg.formats.names import running_statistics
 from ckptavg.plan import TensorPlan, make_plan
+from ckptavg.planned_average import plan_average
 from ckptavg.progress import ProgressLike, open_phase
 from ckptavg.rules import Rules
 from ckptavg.run import Run, RunLike, as_run

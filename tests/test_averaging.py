@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import ckptavg
 from ckptavg import average, average_many, open_run
 from ckptavg.accounts import account_of
-from ckptavg.averaging import load, plan_average
+from ckptavg.averaging import load
 from ckptavg.cli import main
 from ckptavg.errors import (
     CheckpointError,
@@ -38,6 +38,7 @@ from ckptavg.errors import (
 from ckptavg.formats import open_checkpoint
 from ckptavg.outputs import fill
 from ckptavg.outputs import opened as opened_outputs
+from ckptavg.planned_average import plan_average
 from ckptavg.refresh import prepare_copy
 
 OUTPUTS = ["swa.safetensors", "swa.pt", "swa"]

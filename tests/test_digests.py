@@ -27,12 +27,13 @@ import ckptavg
 from ckptavg import digests as digests_module
 from ckptavg import open_checkpoint, open_run, outputs
 from ckptavg import stream as stream_module
-from ckptavg.averaging import load, plan_average
+from ckptavg.averaging import load
 from ckptavg.digests import InputDigests, Leaves, OutputDigest
 from ckptavg.errors import CheckpointError, UsageError
 from ckptavg.formats.writing import MemorySink
 from ckptavg.groups import Job
 from ckptavg.plan import Rules, make_plan
+from ckptavg.planned_average import plan_average
 from ckptavg.refresh import Pass, update_checkpoint, write_averages
 from ckptavg.stream import Extras, stream
 from ckptavg.verifying import Verifier, digest

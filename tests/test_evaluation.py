@@ -14,9 +14,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ckptavg import Candidate, evaluate, evaluation, open_checkpoint, update_bn
-from ckptavg.averaging import plan_average
 from ckptavg.candidates import candidates_of
 from ckptavg.errors import EvaluationError, ModelError, UsageError
+from ckptavg.planned_average import plan_average
 from ckptavg.results import Result, is_worse
 from ckptavg.run import as_run
 

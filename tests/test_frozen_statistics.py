@@ -10,10 +10,11 @@ from torch.utils.data import TensorDataset
 
 import ckptavg
 from ckptavg import Candidate, evaluate, open_checkpoint, open_run
-from ckptavg.averaging import load, plan_average
+from ckptavg.averaging import load
 from ckptavg.errors import BatchNormError, UsageError
 from ckptavg.formats.names import layer_statistics
 from ckptavg.frozen_layers import find_frozen_layers
+from ckptavg.planned_average import plan_average
 from ckptavg.refresh import Pass, update_checkpoint, write_averages
 from ckptavg.results import is_worse
 from ckptavg.runtime import Runtime

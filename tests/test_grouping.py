@@ -13,11 +13,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ckptavg import Candidate, evaluate, evaluation
-from ckptavg.averaging import plan_average
 from ckptavg.errors import BatchNormError, EvaluationError, ModelError, UsageError
 from ckptavg.evaluation import score
 from ckptavg.evidence import compare
 from ckptavg.loaders import open_loader
+from ckptavg.planned_average import plan_average
 from ckptavg.runtime import Runtime
 from ckptavg.tasks import Samples
 

@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from ckptavg import Candidate, averaging, compare, evaluate, evaluation, open_checkpoint
-from ckptavg.averaging import plan_average
 from ckptavg.errors import EvaluationError
 from ckptavg.loading import load_into
+from ckptavg.planned_average import plan_average
 from ckptavg.run import as_run
 from ckptavg.sources import make_model
 from ckptavg.tasks import language

@@ -58,7 +58,8 @@ def test_an_element_is_rounded_once(tmp_path):
 
 @pytest.mark.parametrize("weights", [None, [1, 2, 3]])
 def test_bytes_are_counted_once(tmp_path, weights):
-    from ckptavg.averaging import in_memory, plan_average
+    from ckptavg.averaging import in_memory
+    from ckptavg.planned_average import plan_average
 
     states = [factors(i) for i in range(3)]
     planned = plan_average(open_run(write_adapters(tmp_path, states)), weights=weights)
@@ -69,9 +70,9 @@ def test_bytes_are_counted_once(tmp_path, weights):
 
 
 def test_bits_do_not_depend_on_blocks_or_threads(tmp_path):
-    from ckptavg.averaging import plan_average
     from ckptavg.formats.writing import MemorySink
     from ckptavg.groups import Job
+    from ckptavg.planned_average import plan_average
 
     generator = torch.Generator().manual_seed(0)
     states = [

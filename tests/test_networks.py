@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ckptavg import open_checkpoint
-from ckptavg.averaging import Average, alone, in_memory, in_memory_many, plan_average
+from ckptavg.averaging import alone, in_memory, in_memory_many
 from ckptavg.candidates import Candidate
 from ckptavg.errors import ModelError
 from ckptavg.networks import Networks, load, release
+from ckptavg.planned_average import Average, plan_average
 from ckptavg.run import as_run
 from ckptavg.runtime import Runtime
 

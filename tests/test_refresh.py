@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from ckptavg import open_checkpoint, refresh
-from ckptavg.averaging import load, plan_average
+from ckptavg.averaging import load
 from ckptavg.errors import (
     BatchNormError,
     EvaluationError,
@@ -20,6 +20,7 @@ from ckptavg.errors import (
     OutputError,
 )
 from ckptavg.loaders import open_loader
+from ckptavg.planned_average import plan_average
 from ckptavg.refresh import Pass, update_checkpoint, write_averages
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")

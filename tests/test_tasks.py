@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ckptavg import Candidate, evaluate
-from ckptavg.averaging import plan_average
 from ckptavg.errors import EvaluationError, SpecError, UsageError
+from ckptavg.planned_average import plan_average
 from ckptavg.tasks import Metric, Samples, Task
 from ckptavg.tasks.classification import Classification
 from ckptavg.tasks.named import as_task, make_task, usual_task

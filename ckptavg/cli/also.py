@@ -14,7 +14,7 @@ from ckptavg.cli.options import scheme as read_scheme
 from ckptavg.errors import CkptavgError
 
 if TYPE_CHECKING:
-    from ckptavg.averaging import Average
+    from ckptavg.planned_average import Average
     from ckptavg.run import Run
 
 _UNIFORM = "uniform"

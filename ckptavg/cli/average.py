@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     import torch
 
     from ckptavg import averaging
-    from ckptavg.averaging import Average
     from ckptavg.outputs import Target
     from ckptavg.plan import TensorPlan
+    from ckptavg.planned_average import Average
     from ckptavg.processes import Processes
     from ckptavg.refresh import Pass
     from ckptavg.run import Run

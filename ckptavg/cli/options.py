@@ -19,8 +19,8 @@ from ckptavg.errors import UsageError
 from ckptavg.runs.selection_notes import note_run, note_selection
 
 if TYPE_CHECKING:
-    from ckptavg.averaging import Average
     from ckptavg.cli.also import Also
+    from ckptavg.planned_average import Average
     from ckptavg.run import Run
     from ckptavg.runs.best import Mode
 
@@ -444,7 +444,7 @@ def check_picks(picks: Mapping[str, Any]) -> None:
 
 def planned(selection: Run, settings: Mapping[str, Any], *, scheme: str | None = None) -> Average:
     """Plan the average of a selection by the tensor options, and those of the scheme or another."""
-    from ckptavg.averaging import plan_average  # noqa: PLC0415 - help is shown without torch
+    from ckptavg.planned_average import plan_average  # noqa: PLC0415 - help is shown without torch
 
     return plan_average(
         selection,

@@ -1,0 +1,116 @@
+"""An average of a run that is planned: checked, and not yet computed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from ckptavg import lora, outputs, schemes
+from ckptavg.errors import CheckpointError, UsageError
+from ckptavg.formats import Checkpoint, open_checkpoint
+from ckptavg.formats.names import batchnorm_layers
+from ckptavg.formats.storage import Location
+from ckptavg.plan import Plan
+from ckptavg.rules import Rules
+from ckptavg.run import RunLike, as_run
+from ckptavg.running_statistics import State, Statistics
+from ckptavg.runs.order import refuse_two_series
+from ckptavg.runs.ranks import refuse_parts
+from ckptavg.schemes import Scheme
+
+
+@dataclass(frozen=True)
+class Average:
+    """An average that is planned and not yet computed.
+
+    Attributes:
+        plan: What becomes of each tensor.
+        scheme: How the coefficients came about.
+        members: All that its runs hold, taken or not: no output takes their place.
+    """
+
+    plan: Plan
+    scheme: Scheme
+    members: tuple[Location, ...] = ()
+
+    @property
+    def batchnorm(self) -> State:
+        """State of the running statistics: ``none``, ``own``, ``frozen`` or ``stale``."""
+        return self.statistics.state
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        """The running statistics, as they are averaged."""
+        layers = batchnorm_layers(tensor.name for tensor in self.plan.tensors)
+        frozen = self.plan.frozen
+        floats = [t for t in self.plan.tensors if t.dtype.kind != "int"]
+        owners = {owner.path for tensor in floats for owner in tensor.owners}
+        state: State = "stale"
+        if not layers:
+            state = "none"
+        elif len(owners) == 1:
+            state = "own"
+        elif len(frozen) == len(layers):
+            state = "frozen"
+        return Statistics(state, layers, frozen)
+
+    def provenance(self) -> dict[str, Any]:
+        """How the average is made, as plain values for JSON."""
+        return outputs.provenance(
+            self.scheme.text,
+            self.plan.checkpoints,
+            self.plan.coefficients,
+            self.statistics,
+            self.plan.ties,
+            self.plan.base,
+        )
+
+
+Planned = tuple[Average, str | os.PathLike[str]]
+"""An average and the path of its output."""
+
+
+def plan_average(
+    run: RunLike,
+    scheme: str = "uniform",
+    *,
+    weights: Sequence[float] | None = None,
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
+    base: str | os.PathLike[str] | Checkpoint | None = None,
+    dtype: str = "keep",
+) -> Average:
+    """Check that a run can be averaged, reading a few elements. Arguments as for ``average``."""
+    run = as_run(run)
+    for training in () if run.named else run.trainings:
+        refuse_two_series(training)
+        refuse_parts(training)
+    checkpoints = run.checkpoints
+    if weights is not None and scheme != "uniform":
+        raise UsageError("a scheme and weights exclude each other: give one of them")
+    chosen = schemes.parse(scheme) if weights is None else schemes.explicit(weights)
+    coefficients = chosen.coefficients([c.step for c in checkpoints])
+    if base is not None and not isinstance(base, Checkpoint):
+        base = _open_base(base, checkpoints[-1].key)
+    rules = Rules(_patterns(include), _patterns(exclude), base, dtype)
+    plan = lora.plan_mean(checkpoints, coefficients, rules)
+    if note := chosen.note(coefficients):
+        plan = replace(plan, notes=(note, *plan.notes))
+    return Average(plan, chosen, run.members)
+
+
+def _open_base(path: str | os.PathLike[str], key: str) -> Checkpoint:
+    """Open a base under the run's weights entry, or its own if it has no such entry."""
+    try:
+        return open_checkpoint(path, key or None)
+    except CheckpointError:
+        if not key:
+            raise
+        return open_checkpoint(path)
+
+
+def _patterns(given: str | Sequence[str]) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given)
