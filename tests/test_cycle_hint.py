@@ -59,6 +59,11 @@ def rates_after_steps(length: int, count: int, multiple: int = 1) -> list[float]
     return rates
 
 
+def test_cycles_whose_minima_have_several_checkpoints_are_cycles(tmp_path: Path) -> None:
+    told = notes(tmp_path, [0.1, 0.01, 0.01] * 2)
+    assert f"{NOTE}, and 2 of 6 checkpoints" in told
+
+
 def test_rates_of_the_next_epoch_lead_to_the_ends_behind_the_minima(tmp_path: Path) -> None:
     rates = rates_after_steps(3, 9)
     assert open_run(saved(tmp_path, rates)).at_lr_min()[0].step == 2  # the epoch before the last
@@ -110,6 +115,8 @@ def test_a_selection_of_ends_has_no_note(tmp_path: Path, selection: list[str]) -
         [0.1] * 5,
         [0.01, 0.05, 0.1, 0.05, 0.01],  # one warm-up, one decay
         [0.1, 0.05, 0.02, 0.01],
+        [0.1, 0.1, 0.01, 0.01, 0.01],  # steps down, several checkpoints on each
+        [0.01, 0.01, 0.1, 0.1, 0.01, 0.01],  # the same after a warm-up
         [0.1, 0.05, None, 0.1, 0.05],
     ],
 )

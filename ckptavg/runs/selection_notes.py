@@ -61,8 +61,8 @@ def note_cycles(run: Run, selection: Run, *, in_shell: bool = False) -> None:
         return
     restarts = find_restarts(rates)
     ends = restarts or find_minima(rates)
-    # A warm-up begins at a minimum, too, which ends no cycle.
-    cycles = [position for position in ends if position]
+    # A warm-up begins at a minimum, too, which ends no cycle. Neighbours share a rate.
+    cycles = [position for position in ends if position and position - 1 not in ends]
     if len(cycles) < _FEWEST_CYCLES or len(ends) == len(checkpoints):
         return
     paths = {checkpoints[position].path for position in ends}
