@@ -30,10 +30,11 @@ from ckptavg.batches import Batches, Forward, size_of
 from ckptavg.calling import call
 from ckptavg.channels import Channels
 from ckptavg.errors import first_few
-from ckptavg.loaders import Subset, as_subset, counted, moved, open_loader
+from ckptavg.loaders import Subset, as_subset, open_loader
 from ckptavg.loading import bare_module
 from ckptavg.model_pass import BatchNormResult, Through, collecting, finish, replace_all
 from ckptavg.norm_layers import never_trained_layers, tracked_layers, unreachable_layers
+from ckptavg.prefetch import counted, moved
 from ckptavg.processes import Alone, Peers, peers_of_group
 from ckptavg.progress import ProgressLike, open_phase
 from ckptavg.running_statistics import match_layers

@@ -31,11 +31,12 @@ from ckptavg.errors import EvaluationError, UsageError
 from ckptavg.evidence import compare
 from ckptavg.formats import Checkpoint
 from ckptavg.formats.names import batchnorm_layers
-from ckptavg.loaders import Subset, as_subset, counted, moved, open_loader, rereadable
+from ckptavg.loaders import Subset, as_subset, open_loader, rereadable
 from ckptavg.loading import undistributed
 from ckptavg.networks import Network, Networks
 from ckptavg.notes import collect_notes
 from ckptavg.passes import Together, run_passes, say
+from ckptavg.prefetch import counted, moved
 from ckptavg.processes import Alone, Peers, peers_of_group
 from ckptavg.progress import PhaseProgress, ProgressLike, open_progress
 from ckptavg.results import Result, Results, Versus

@@ -1,4 +1,4 @@
-"""Data for a pass: in which order, which part of it, and on the device when it is needed."""
+"""Data for a pass: in which order, and which part of it is this process's."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ from torch.utils.data import (
 from torch.utils.data.distributed import DistributedSampler
 
 from ckptavg.argument_checks import check_data
-from ckptavg.batches import Batches, bytes_of, size_of, tensors_of, to_device
+from ckptavg.batches import Batches, bytes_of, size_of, tensors_of
 from ckptavg.errors import EvaluationError, UsageError
 from ckptavg.processes import Alone, Peers
 from ckptavg.runtime import Runtime
-from ckptavg.seeding import Generators
 from ckptavg.streams import Batched, collate_of, in_batches, is_dataset, with_tensors
 
 log = logging.getLogger("ckptavg")
@@ -176,76 +175,6 @@ def samples_in(loader: Batches) -> int:
     if isinstance(batches, (_Listed, _Drawn)):
         return batches.samples
     return _samples_drawn(batches)
-
-
-def counted(loader: Batches, progress: Progress, peers: Peers, seed: int = 0) -> Iterator[Any]:
-    """A loader's batches; after each, progress is told and the other processes are looked at.
-
-    Whatever the loader draws, crops and its own order too, follows from the seed alone, and leaves
-    the caller's generators as they were.
-    """
-    done, total = 0, samples_in(loader)
-    for batch in _seeded(loader, seed):
-        peers.check()
-        yield batch
-        done += size_of(batch)
-        progress(done, total)
-
-
-def _seeded(loader: Batches, seed: int) -> Iterator[Any]:
-    """A loader's batches, all of them loaded with seeded generators."""
-    generators, end = Generators(seed), object()
-    with generators.in_use():
-        batches = iter(loader)
-    while True:
-        with generators.in_use():
-            batch = next(batches, end)
-        if batch is end:
-            return
-        yield batch
-
-
-@dataclass(frozen=True)
-class Moved:
-    """A batch.
-
-    Attributes:
-        given: As the loader gave it.
-        here: On the device.
-    """
-
-    given: Any
-    here: Any
-
-
-def moved(loader: Iterable[Any], device: torch.device) -> Iterator[Moved]:
-    """Batches on the device; with CUDA, the next one's copy runs beside the work on this one."""
-    if device.type != "cuda":
-        for batch in loader:
-            yield Moved(batch, to_device(batch, device))
-        return
-    copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    waiting: tuple[Moved, Any] | None = None
-    for batch in loader:
-        if any(tensor.is_cuda for tensor in tensors_of(batch)):  # which may be under way yet
-            copies.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(copies):
-            under_way = Moved(batch, to_device(batch, device)), copies.record_event()
-        if waiting is not None:
-            yield _arrived(*waiting, device)
-        waiting = under_way
-    if waiting is not None:
-        yield _arrived(*waiting, device)
-
-
-def _arrived(batch: Moved, copied: Any, device: torch.device) -> Moved:
-    """A batch whose copy what is computed next waits for."""
-    stream = torch.cuda.current_stream(device)
-    stream.wait_event(copied)
-    for tensor in tensors_of(batch.here):
-        if tensor.is_cuda:
-            tensor.record_stream(stream)
-    return batch
 
 
 def _order(

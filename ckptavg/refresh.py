@@ -23,12 +23,13 @@ from ckptavg.formats.table import REFRESHED
 from ckptavg.formats.weights import bare_names
 from ckptavg.formats.writing import FileSink
 from ckptavg.loaders import Progress as SampleProgress
-from ckptavg.loaders import counted, rereadable
+from ckptavg.loaders import rereadable
 from ckptavg.loading import load_into
 from ckptavg.outputs import StateDict, Target
 from ckptavg.passes import Together, run_passes, say
 from ckptavg.plan import copy_plan
 from ckptavg.planned_average import Average
+from ckptavg.prefetch import counted
 from ckptavg.processes import Alone, Peers
 from ckptavg.running_statistics import Statistics, match_layers, with_statistics
 from ckptavg.runs.nearby import leads_to_checkpoints

@@ -23,7 +23,8 @@ from torch.utils.data import (
 )
 
 from ckptavg.errors import EvaluationError, UsageError
-from ckptavg.loaders import Subset, counted, moved, open_loader, rereadable, samples_in, share
+from ckptavg.loaders import Subset, open_loader, rereadable, samples_in, share
+from ckptavg.prefetch import counted, moved
 from ckptavg.processes import Alone
 from ckptavg.runtime import Runtime
 

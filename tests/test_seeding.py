@@ -9,7 +9,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ckptavg import evaluate, update_bn
-from ckptavg.loaders import counted, open_loader
+from ckptavg.loaders import open_loader
+from ckptavg.prefetch import counted
 from ckptavg.processes import Alone
 from ckptavg.runtime import Runtime
 from ckptavg.seeding import Generators
