@@ -492,6 +492,20 @@ def test_help_shows_its_examples_as_they_are_typed() -> None:
         assert all(lines[i + 1].startswith("        --") for i in broken)
 
 
+@pytest.mark.parametrize("command", ["average", "update-bn"])
+def test_standard_output_is_no_place_for_weights(home: Path, command: str) -> None:
+    options = ["--model", "net.py:model", "--train-data", "net.py:data"]
+    line = one_line_error(ckptavg(command, "run", "-o", "-", *options), code=2)
+    assert "expected a file or a directory but got '-'" in line
+    assert not (home / "-").exists()
+
+
+def test_the_short_help_says_where_own_code_is_shown() -> None:
+    for command in ("average", "eval", "update-bn"):
+        assert "functions of your own" in ckptavg(command, "-h").stdout.replace("\n", " ")
+    assert "functions of your own" not in ckptavg("inspect", "-h").stdout
+
+
 def test_the_full_help_shows_how_own_code_looks() -> None:
     full = ckptavg("eval", "--help-all").stdout
     for text in ("def model(", "def data(", "--model-arg width=128", "--train-data-arg train=true"):

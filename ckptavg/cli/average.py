@@ -37,7 +37,7 @@ log = logging.getLogger("ckptavg")
 @click.command(cls=GroupedCommand)
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @options.option(
-    _OUT, "-o", "--out", metavar="OUT", common=True,
+    _OUT, "-o", "--out", metavar="OUT", type=options.output, common=True,
     help="FILE.safetensors, FILE.pt, a file with the inputs' suffix, or a directory.",
 )  # fmt: skip
 @options.option(

@@ -26,6 +26,11 @@ K=V is given to that function: numbers, true, false, yes, no, none, lists and qu
 as such, all else is text. Data is a Dataset or a loader of (input, label) batches."""
 """How the functions look that --model and --data name."""
 
+OWN_CODE_HINT = (
+    "It also shows what functions of your own look like, which --model-arg K=V and the like give "
+    "arguments."
+)
+
 
 class GroupedOption(click.Option):
     """An option that knows its place in the help.
@@ -86,9 +91,9 @@ class GroupedCommand(click.Command):
             formatter.write_dl([*records, ("-h, --help", "Show this message and exit.")])
         groups = ", ".join(group.partition(" (")[0].lower() for group in further)
         formatter.write_paragraph()
-        formatter.write_text(
-            f"{ctx.command_path} --help-all shows {sum(further.values())} more: {groups}."
-        )
+        hidden = f"{ctx.command_path} --help-all shows {sum(further.values())} more: {groups}."
+        own = f" {OWN_CODE_HINT}" if self._runs_a_model(ctx) else ""
+        formatter.write_text(hidden + own)
 
     def format_full_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write all options in groups, in the order of each group's first option."""
@@ -108,9 +113,12 @@ class GroupedCommand(click.Command):
         for group, records in groups.items():
             with formatter.section(group):
                 formatter.write_dl(records)
-        if any(option.name == "model_spec" for option in self._options(ctx)):
+        if self._runs_a_model(ctx):
             with formatter.section("Own code"):
                 formatter.write_text(OWN_CODE)
+
+    def _runs_a_model(self, ctx: click.Context) -> bool:
+        return any(option.name == "model_spec" for option in self._options(ctx))
 
     def _options(self, ctx: click.Context) -> list[GroupedOption]:
         return [option for option in self.get_params(ctx) if isinstance(option, GroupedOption)]

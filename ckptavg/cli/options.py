@@ -73,6 +73,15 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def output(text: str) -> str:
+    """The path of an output, which standard output is not."""
+    if text == "-":
+        raise click.BadParameter(
+            "expected a file or a directory but got '-': weights are not written to standard output"
+        )
+    return text
+
+
 def subset(text: str) -> tuple[int, bool]:
     """``N`` or ``N:stratified``."""
     count, separator, how = text.partition(":")

@@ -20,8 +20,9 @@ _OUT = "Output"
 @click.command("update-bn", cls=GroupedCommand)
 @click.argument("checkpoint", metavar="CKPT")
 @options.option(
-    _OUT, "-o", "--out", required=True, metavar="OUT", common=True, help="Where the copy goes."
-)
+    _OUT, "-o", "--out", required=True, metavar="OUT", type=options.output, common=True,
+    help="Where the copy goes.",
+)  # fmt: skip
 @options.option(_OUT, "--overwrite", is_flag=True, common=True, help="Replace an existing output.")
 @options.option(
     _OUT, "--key", metavar="KEY", common=True,
