@@ -15,6 +15,7 @@ from torch import nn
 from ckptavg.accounts import Weights, account_of
 from ckptavg.errors import UsageError, short
 from ckptavg.formats import Checkpoint, open_checkpoint
+from ckptavg.formats.names import batchnorm_layers
 from ckptavg.formats.weights import bare_names
 from ckptavg.loading import undistributed
 from ckptavg.planned_average import Average, plan_average
@@ -283,6 +284,16 @@ def _name_of(weights: Weights) -> str:
     if made is None:
         return "state dict"
     return _average_name(len(made["checkpoints"]), str(made["scheme"]))
+
+
+def layers_of(candidates: Iterable[Candidate]) -> list[str]:
+    """List the layers of all candidates that keep running statistics."""
+    tables: dict[int, Mapping[str, Any]] = {}
+    for candidate in candidates:
+        tables |= {id(c): c.tensors for c in candidate.checkpoints}
+        if candidate.weights is not None:
+            tables[id(candidate.weights)] = candidate.weights.tensors
+    return list(dict.fromkeys(layer for t in tables.values() for layer in batchnorm_layers(t)))
 
 
 def reference_of(candidates: Sequence[Candidate]) -> Candidate:

@@ -14,7 +14,6 @@ import logging
 import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
@@ -22,15 +21,12 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from ckptavg import heap, lora, networks
-from ckptavg.accounts import Weights
 from ckptavg.argument_checks import check_model
 from ckptavg.batches import Batches, Forward, bytes_of, map_tensors, tensors_of
-from ckptavg.candidates import Candidate, CandidateLike, as_candidates, reference_of
+from ckptavg.candidates import Candidate, CandidateLike, as_candidates, layers_of, reference_of
 from ckptavg.channels import Channels
 from ckptavg.errors import EvaluationError, UsageError
 from ckptavg.evidence import compare
-from ckptavg.formats import Checkpoint
-from ckptavg.formats.names import batchnorm_layers
 from ckptavg.loaders import Subset, as_subset, open_loader, rereadable
 from ckptavg.loading import undistributed
 from ckptavg.networks import Network, Networks
@@ -40,10 +36,10 @@ from ckptavg.prefetch import counted, moved
 from ckptavg.processes import Alone, Peers, peers_of_group
 from ckptavg.progress import PhaseProgress, ProgressLike, open_progress
 from ckptavg.results import Result, Results, Versus
-from ckptavg.running_statistics import LAYERS, Statistics, match_layers
+from ckptavg.running_statistics import LAYERS, match_layers
 from ckptavg.runtime import Runtime, fit
 from ckptavg.scoring import Board, Soundness, joined
-from ckptavg.statistics_pass import recompute_statistics, statistics_of
+from ckptavg.statistics_pass import recompute_statistics
 from ckptavg.tasks import Task
 from ckptavg.tasks.classification import Classification
 from ckptavg.tasks.named import as_task
@@ -193,7 +189,7 @@ def score(
     session.progress = progress or session.progress
     session.keep_nonfinite = keep_nonfinite
     if bn_exclude:
-        session.excluded = match_layers(bn_exclude, _layers_of(candidates))
+        session.excluded = match_layers(bn_exclude, layers_of(candidates))
     with heap.kept(runtime.device):
         return session.run(data, training, on_results or (lambda _: None))
 
@@ -274,7 +270,7 @@ class _Session:
         if wanting and training is not None:
             done = recompute_statistics(
                 [network.model for network in wanting],
-                [_statistics_before(network) for network in wanting],
+                [network.describe_statistics() for network in wanting],
                 self.excluded,
                 self._counted(training, phase("BatchNorm")),
                 self.runtime,
@@ -366,7 +362,7 @@ class _Session:
                 f"the scores of {type(self.task).__name__} lack {', '.join(sorted(lacking))}",
                 "Let compute() return metrics by their keys, and n, the number of samples.",
             )
-        state, layers = _describe_statistics(board)
+        state, layers = board.describe_statistics()
         return Result(
             board.candidate,
             metrics,
@@ -384,35 +380,6 @@ class _Session:
         difference = compare(mine, other, seed=self.runtime.seed).scaled(mine.scale)
         metric = mine.metric or self.task.metrics[0].key
         return Versus(reference.candidate.name, metric, difference)
-
-
-def _layers_of(candidates: Sequence[Candidate]) -> list[str]:
-    """List the BatchNorm layers of all candidates."""
-    checkpoints = {id(c): c for candidate in candidates for c in candidate.checkpoints}
-    tensors = [checkpoint.tensors for checkpoint in checkpoints.values()]
-    held = [candidate.weights.tensors for candidate in candidates if candidate.weights is not None]
-    return list(dict.fromkeys(chain(*map(batchnorm_layers, [*tensors, *held]))))
-
-
-def _statistics_before(network: Network) -> Statistics:
-    """The state of a network's statistics before they are recomputed."""
-    if isinstance(network.source, (Checkpoint, Weights)):
-        return statistics_of(network.source, network.model)
-    return network.source.statistics
-
-
-def _describe_statistics(board: Board) -> tuple[str, dict[str, list[str]]]:
-    """The state of a candidate's running statistics, and the layers that stand out by kind."""
-    candidate, network = board.candidate, board.members[0]
-    if network.statistics is not None:
-        return network.statistics.state, network.statistics.listed
-    if candidate.average is not None:
-        return candidate.average.batchnorm, candidate.average.statistics.listed
-    first = candidate.weights or candidate.checkpoints[0]
-    if not batchnorm_layers(first.tensors):
-        return "none", {}
-    made = candidate.provenance
-    return str(made.get("bn", "own")) if made else "own", {}
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from ckptavg.outputs import StateDict
 from ckptavg.planned_average import Average
 from ckptavg.running_statistics import Statistics
 from ckptavg.runtime import Runtime
+from ckptavg.statistics_pass import statistics_of
 
 
 @dataclass(eq=False)
@@ -39,6 +40,12 @@ class Network:
     recompute: bool = False
     statistics: Statistics | None = None
     model: nn.Module = field(default_factory=nn.Module, repr=False)
+
+    def describe_statistics(self) -> Statistics:
+        """Tell the state of its statistics before they are recomputed."""
+        if isinstance(self.source, Average):
+            return self.source.statistics
+        return statistics_of(self.source, self.model)
 
 
 class Networks:

@@ -18,6 +18,7 @@ from ckptavg.batches import bytes_of
 from ckptavg.candidates import Candidate
 from ckptavg.errors import EvaluationError
 from ckptavg.evidence import Disagreement
+from ckptavg.formats.names import batchnorm_layers
 from ckptavg.networks import Network
 from ckptavg.processes import Peers
 from ckptavg.tasks.task import Mean, Samples, Scores, Task
@@ -114,6 +115,19 @@ class Board:
         if self.candidate.kind == "ensemble" and self.disagreement.count:
             found |= {k: v for k, v in self.disagreement.compute().items() if k != "n"}
         return found
+
+    def describe_statistics(self) -> tuple[str, dict[str, list[str]]]:
+        """Tell the state of the running statistics, and the layers that stand out by kind."""
+        candidate, network = self.candidate, self.members[0]
+        if network.statistics is not None:
+            return network.statistics.state, network.statistics.listed
+        if candidate.average is not None:
+            return candidate.average.batchnorm, candidate.average.statistics.listed
+        first = candidate.weights or candidate.checkpoints[0]
+        if not batchnorm_layers(first.tensors):
+            return "none", {}
+        made = candidate.provenance
+        return str(made.get("bn", "own")) if made else "own", {}
 
     def merge(self, peers: Peers) -> None:
         """Take in what the other processes have seen; every process calls this alike."""
