@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,11 +22,21 @@ from ckptavg.norm_layers import is_watchable, keeps_nothing, tracked_layers
 from ckptavg.processes import Peers
 from ckptavg.runtime import Runtime
 from ckptavg.scripted_layers import KernelDispatch, ScriptedLayer, is_scripted
-from ckptavg.watching import Names, watch
+from ckptavg.watching import Kept, Names, watch
 
 log = logging.getLogger("ckptavg")
 Key = tuple[str, Names]
 """A layer, and those of its statistics that some moments are for."""
+
+_KEPT: Mapping[Kept | None, tuple[int, str]] = {
+    None: (logging.WARNING, "no data went through %s: statistics left as they were"),
+    "frozen": (logging.INFO, "statistics that do not change in training are kept: %s"),
+    "unknown": (
+        logging.WARNING,
+        "it is not known how layers update their statistics, which are left as they were: %s",
+    ),
+}
+"""What is said of layers that were not written, by why they were not."""
 
 
 @dataclass(frozen=True)
@@ -215,11 +225,10 @@ class ModelPass:
         for name in written:
             self.layers[name].end_training()
         others = [layer for name, layer in self.layers.items() if name not in written]
-        unreached = tuple(layer.name for layer in others if layer.kept is None)
-        if unreached:
-            log.warning(
-                "no data went through %s: statistics left as they were", first_few([*unreached])
-            )
+        kept = {why: tuple(layer.name for layer in others if layer.kept == why) for why in _KEPT}
+        for why, (level, text) in _KEPT.items():
+            if kept[why]:
+                log.log(level, text, first_few([name or "the model" for name in kept[why]]))
         if self._unwatched:
             log.warning(
                 "what goes through %s cannot be seen: statistics left as they were",
@@ -229,10 +238,10 @@ class ModelPass:
             len(written),
             batches,
             samples,
-            unreached,
+            kept[None],
             self._written(),
-            tuple(layer.name for layer in others if layer.kept == "frozen"),
-            (*(layer.name for layer in others if layer.kept == "unknown"), *self._unwatched),
+            kept["frozen"],
+            (*kept["unknown"], *self._unwatched),
         )
 
     def _moments_of(self, layer: str) -> dict[Names, Moments]:

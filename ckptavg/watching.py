@@ -225,13 +225,9 @@ class CustomLayer(WatchedLayer):
         rule = self._update.rule(args, kwargs)
         if rule == "frozen":
             self.kept = "frozen"
-            log.info("%s does not change its statistics in training: they are kept", self.name)
         elif rule == "unknown":
             self.kept = "unknown"
             _require_finite(self.name, (args, kwargs))
-            log.warning(
-                "how %s updates its statistics is not known: they are left as they were", self.name
-            )
         self.trusted = rule == "argument" and self.slot is not None
         return rule
 
