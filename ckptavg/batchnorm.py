@@ -50,7 +50,7 @@ def update_bn(
     *,
     device: str | torch.device | None = None,
     forward: Forward | None = None,
-    bn_exclude: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     amp: str = "off",
     batch_size: int = 128,
     workers: int = 0,
@@ -85,7 +85,7 @@ def update_bn(
         device: ``auto``, ``cpu``, ``cuda[:N]``, ``mps``; the model's own where None.
         forward: ``forward(model, batch)``, for batches of which the signature of the model's own
             forward does not tell what it gets (``ckptavg.calling``).
-        bn_exclude: Shell patterns of layers to leave alone (frozen ones), by their modules' names.
+        exclude: Shell patterns of layers to leave alone (frozen ones), by their modules' names.
         amp: ``off``, ``bf16`` or ``fp16``: autocast of the forward pass.
         batch_size: Of a Dataset.
         workers: Processes that load a Dataset.
@@ -97,8 +97,8 @@ def update_bn(
 
     Raises:
         BatchNormError: There are no data, or a layer saw a single value or one that is not finite.
-        UsageError: The model is no module, the data is none, or a pattern of ``bn_exclude``
-            matches no layer.
+        UsageError: The model is no module, the data is none, or a pattern of ``exclude`` matches
+            no layer.
     """
     check_model(model)
     layers = tracked_layers(bare_module(model))
@@ -108,7 +108,7 @@ def update_bn(
             "the running statistics of %s are no buffers: left as they were",
             first_few(unreachable),
         )
-    excluded = match_layers(bn_exclude, layers) if layers else set()
+    excluded = match_layers(exclude, layers) if layers else set()
     frozen = _find_frozen(bare_module(model), excluded)
     runtime = Runtime.on(device, model, amp=amp, batch_size=batch_size, workers=workers, seed=seed)
     if frozen and layers.keys() == {*frozen}:

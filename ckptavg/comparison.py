@@ -43,15 +43,15 @@ def compare(
     stale: bool = True,
     also: Asked | None = None,
     candidates: Iterable[CandidateLike] | Mapping[str, CandidateLike] = (),
-    include: str | Sequence[str] = (),
-    exclude: str | Sequence[str] = (),
+    include_tensors: str | Sequence[str] = (),
+    exclude_tensors: str | Sequence[str] = (),
     base: str | os.PathLike[str] | Checkpoint | None = None,
     dtype: str = "keep",
     on_nonfinite: str = "error",
     task: Task | str | None = None,
     device: str | torch.device | None = None,
     forward: Forward | None = None,
-    bn_exclude: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     amp: str = "off",
     batch_size: int | None = None,
     workers: int = 0,
@@ -84,15 +84,15 @@ def compare(
         stale: Score averages with their statistics as averaged where they are recomputed, too.
         also: Further averages by their names, each as for ``average_many``.
         candidates: Further candidates, as for ``evaluate``; they stand first.
-        include: Shell patterns of tensor names to average; all where empty.
-        exclude: Shell patterns of those not to.
+        include_tensors: Shell patterns of tensor names to average; all where empty.
+        exclude_tensors: Shell patterns of those not to.
         base: As for ``average``.
         dtype: As for ``average``.
         on_nonfinite: As for ``average``.
         task: As for ``evaluate``.
         device: As for ``evaluate``.
         forward: As for ``evaluate``.
-        bn_exclude: As for ``evaluate``.
+        exclude: Shell patterns of BatchNorm layers that keep their statistics, as for ``evaluate``.
         amp: As for ``evaluate``.
         batch_size: As for ``evaluate``.
         workers: As for ``evaluate``.
@@ -111,7 +111,7 @@ def compare(
     task = as_task(task)
     keep_nonfinite = keeps_nonfinite(on_nonfinite)
     rules: dict[str, Any] = {
-        "include": include, "exclude": exclude, "base": base, "dtype": dtype,
+        "include": include_tensors, "exclude": exclude_tensors, "base": base, "dtype": dtype,
     }  # fmt: skip
     with collect_notes() as notes:
         whole = as_run(run)
@@ -129,7 +129,7 @@ def compare(
         )  # fmt: skip
         results = evaluate(
             every, model, data, train_loader=train_data, task=task, device=device,
-            forward=forward, bn_exclude=bn_exclude, amp=amp, batch_size=batch_size, workers=workers,
+            forward=forward, exclude=exclude, amp=amp, batch_size=batch_size, workers=workers,
             seed=seed, bn_samples=bn_samples, keep_nonfinite=keep_nonfinite, progress=progress,
         )  # fmt: skip
     return Results(without_repeats(results), results.task, notes)

@@ -58,7 +58,7 @@ def evaluate(
     task: Task | str | None = None,
     device: str | torch.device | None = None,
     forward: Forward | None = None,
-    bn_exclude: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     amp: str = "off",
     batch_size: int | None = None,
     workers: int = 0,
@@ -87,7 +87,7 @@ def evaluate(
         device: ``auto``, ``cpu``, ``cuda[:N]``, ``mps``; the model's own where None.
         forward: ``forward(model, batch)`` runs a model on a batch as the loader gives it, of either
             data; the task's own way where None.
-        bn_exclude: Shell patterns of BatchNorm layers that keep their statistics where those of
+        exclude: Shell patterns of BatchNorm layers that keep their statistics where those of
             others are recomputed.
         amp: ``off``, ``bf16`` or ``fp16``.
         batch_size: Of a Dataset; the task's own where None, 128 for images.
@@ -128,7 +128,7 @@ def evaluate(
             training,
             task=task,
             forward=forward,
-            bn_exclude=bn_exclude,
+            exclude=exclude,
             keep_nonfinite=keep_nonfinite,
             progress=told,
             peers=peers,
@@ -153,7 +153,7 @@ def score(
     *,
     task: Task | None = None,
     forward: Forward | None = None,
-    bn_exclude: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     keep_nonfinite: bool = False,
     progress: Progress | None = None,
     peers: Peers | None = None,
@@ -169,7 +169,7 @@ def score(
         training: This process's batches of the training data.
         task: As for ``evaluate``.
         forward: As for ``evaluate``.
-        bn_exclude: As for ``evaluate``.
+        exclude: As for ``evaluate``.
         keep_nonfinite: As for ``evaluate``.
         progress: As for ``evaluate``.
         peers: The processes that share the data.
@@ -188,8 +188,8 @@ def score(
     session.forward = forward
     session.progress = progress or session.progress
     session.keep_nonfinite = keep_nonfinite
-    if bn_exclude:
-        session.excluded = match_layers(bn_exclude, layers_of(candidates))
+    if exclude:
+        session.excluded = match_layers(exclude, layers_of(candidates))
     with heap.kept(runtime.device):
         return session.run(data, training, on_results or (lambda _: None))
 

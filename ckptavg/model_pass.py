@@ -371,7 +371,7 @@ def _change(name: str, buffer: torch.Tensor | None, value: torch.Tensor) -> Chan
     if buffer is None or buffer.numel() * (1 + buffer.is_complex()) != value.numel():
         raise BatchNormError(
             f"{name} does not have a value per channel of what goes through its layer",
-            "Leave the layer out (bn_exclude).",
+            "Leave the layer out (exclude).",
         )
     if buffer.is_complex():
         value = torch.view_as_complex(value.reshape(*buffer.shape, 2))

@@ -358,7 +358,7 @@ def test_what_was_written_has_the_names_of_the_models_state_dict(wrap):
         parts = getattr(model, "module", model)
         parts["frozen"](parts["b"](batch))
 
-    result = update_bn(model, [WORKED], forward=forward, bn_exclude=["frozen"])
+    result = update_bn(model, [WORKED], forward=forward, exclude=["frozen"])
     written = {n for n, v in model.state_dict().items() if not torch.equal(v, before[n])}
     assert result.written == {name for name in written if "running" in name}
     assert len(result.written) == 4
@@ -552,7 +552,7 @@ def test_an_excluded_layer_keeps_its_statistics_and_normalizes_with_them(pattern
     before, seen = state_of(layer), []
     layer.register_forward_hook(lambda m, *_: seen.append(m.training))
     hooked = state_of(layer)
-    result = update_bn(model, images(1), bn_exclude=[pattern])
+    result = update_bn(model, images(1), exclude=[pattern])
     assert result.layers == 2
     assert seen == [False]
     assert_same_state(layer, hooked)
@@ -565,7 +565,7 @@ def test_a_pattern_that_matches_no_layer_is_an_error_before_any_work():
     with pytest.raises(
         UsageError, match=r"'inner\.9' matches no BatchNorm layer\. Did you mean inner\.0\?"
     ):
-        update_bn(model, untouched, bn_exclude=["first", "inner.9"])
+        update_bn(model, untouched, exclude=["first", "inner.9"])
     assert_same_state(model, before)
     assert next(untouched) is not None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import shutil
@@ -19,7 +18,6 @@ import torch
 from command_line import ckptavg, network, one_line_error
 from safetensors.torch import load_file
 
-import ckptavg as package
 from ckptavg.cli import main
 
 LABELS_OF_THE_LAST = """
@@ -361,28 +359,12 @@ def test_importing_the_package_does_not_import_torch() -> None:
 
 
 def test_every_public_name_is_there() -> None:
+    import ckptavg as package
+
     for name in package.__all__:
         assert getattr(package, name) is not None
     with pytest.raises(AttributeError, match="nonsense"):
         package.nonsense  # noqa: B018
-
-
-@pytest.mark.parametrize(
-    ("function", "command", "others"),
-    [
-        ("average", "average", {"run", "progress"}),
-        ("average_many", "average", {"run", "averages", "out_dir", "progress"}),
-        ("update_bn", "update-bn", {"data", "progress"}),
-        ("evaluate", "eval", {"candidates", "train_loader", "keep_nonfinite", "progress"}),
-        ("compare", "eval", {"selection", "ensemble", "stale", "candidates", "progress"}),
-    ],
-)
-def test_python_has_the_words_of_the_command_line(
-    function: str, command: str, others: set[str]
-) -> None:
-    options = [option for o in main.commands[command].params for option in o.opts]
-    words = {option.removeprefix("--").replace("-", "_") for option in options}
-    assert inspect.signature(getattr(package, function)).parameters.keys() - words == others
 
 
 def test_the_first_screen_of_the_help_is_enough_to_use_it() -> None:

@@ -90,10 +90,10 @@ def without_keys(result):
         ({"train_data": data(), "stale": False, "each": True}, [*TRAIN, "--no-stale", "--each"]),
         ({"train_data": data(), "bn_samples": 16, "seed": 3},
          [*TRAIN, "--bn-samples", "16", "--seed", "3"]),
-        ({"train_data": data(), "bn_exclude": "1"}, [*TRAIN, "--bn-exclude", "1"]),
+        ({"train_data": data(), "exclude": "1"}, [*TRAIN, "--bn-exclude", "1"]),
         ({"also": {"ema": "ema:decay=0.5"}, "train_data": data()},
          ["--also", "ema=ema:decay=0.5", *TRAIN]),
-        ({"exclude": "2.*", "dtype": "float64"},
+        ({"exclude_tensors": "2.*", "dtype": "float64"},
          ["--exclude", "2.*", "--dtype", "float64"]),
         ({"candidates": {"run/epoch_2.pt": "run/epoch_2.pt"}}, ["run/epoch_2.pt"]),
     ],
@@ -313,7 +313,7 @@ def test_training_data_that_serves_nothing_is_noted(home):
 
 
 def test_an_average_whose_statistics_all_stay_stands_once(home):
-    results = ckptavg.compare("run", network(), data(1), train_data=data(), bn_exclude="*")
+    results = ckptavg.compare("run", network(), data(1), train_data=data(), exclude="*")
     assert [result.bn for result in results] == ["own", "stale"]
     assert results["average of 4 (uniform)"].bn == "stale"
 

@@ -300,7 +300,7 @@ def test_a_pattern_that_matches_no_layer_is_met_before_any_work(tmp_path):
     for work in (
         lambda: write_averages([planned], [tmp_path / "a.pt"], how(net(), ["stem.*"])),
         lambda: update_checkpoint(run.checkpoints[0], tmp_path / "a.pt", how(net(), ["stem.*"])),
-        lambda: evaluate(run.checkpoints, net(), labelled(), bn_exclude=["stem.*"]),
+        lambda: evaluate(run.checkpoints, net(), labelled(), exclude=["stem.*"]),
     ):
         with pytest.raises(UsageError, match=r"'stem\.\*' matches no BatchNorm layer.* 1, 3"):
             work()
@@ -530,7 +530,7 @@ def scored(run, model, **settings):
 )
 def test_scores_say_what_became_of_the_statistics(tmp_path, kinds, frozen, exclude, state, layers):
     run = saved(tmp_path, train(net(*kinds), frozen=frozen))
-    results = scored(run, net(*kinds), bn_exclude=exclude)
+    results = scored(run, net(*kinds), exclude=exclude)
     assert results[2].bn == state
     assert results[2].details.get("bn_layers") == layers
     assert json.loads(json.dumps(results[2].as_json())).get("bn_layers") == layers

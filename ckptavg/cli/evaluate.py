@@ -160,7 +160,7 @@ def _scored(
             progress=progress,
             keep_nonfinite=settings["on_nonfinite"] == "keep", peers=processes,
             on_results=keeper.keep_so_far,
-            bn_exclude=settings["bn_exclude"],
+            exclude=settings["bn_exclude"],
         )  # fmt: skip
     return keeper.merged(scored)
 
