@@ -73,7 +73,7 @@ def average(
     dtype: str = "keep",
     overwrite: bool = False,
     on_nonfinite: str = "error",
-    hash: bool = False,
+    digests: bool = False,
     progress: ProgressLike = None,
 ) -> StateDict | Path:
     """Average the checkpoints of a run.
@@ -96,7 +96,7 @@ def average(
             ``float64``.
         overwrite: Replace an existing output.
         on_nonfinite: ``error``, or ``keep`` to write an average that is not finite.
-        hash: Record digests of the inputs and the output in it, see ``ckptavg.digests``; all of
+        digests: Record digests of the inputs and the output in it, see ``ckptavg.digests``; all of
             the inputs' weights are read then.
         progress: True for a bar, a bar of tqdm, or a function of (phase, done, total) in bytes
             read; see ``ckptavg.progress``.
@@ -120,12 +120,12 @@ def average(
     made: StateDict | Path
     with open_phase(progress, "averaging", "bytes") as told:
         if out is None:
-            require_output(digests=hash)
+            require_output(digests=digests)
             made = in_memory(planned, keep_nonfinite=keep, progress=told, stale=False)
             made = with_account(made, planned.provenance())
         else:
             made = write(
-                planned, out, overwrite=overwrite, keep_nonfinite=keep, digests=hash,
+                planned, out, overwrite=overwrite, keep_nonfinite=keep, digests=digests,
                 progress=told, stale=False,
             )  # fmt: skip
     remarks.warn_of_stale({"": planned.batchnorm})

@@ -19,7 +19,7 @@ class ManyOptions(TypedDict, total=False):
     dtype: str
     overwrite: bool
     on_nonfinite: str
-    hash: bool
+    digests: bool
     progress: ProgressLike
 
 

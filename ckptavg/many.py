@@ -66,7 +66,7 @@ def average_many(
     dtype: str = "keep",
     overwrite: bool = False,
     on_nonfinite: str = "error",
-    hash: bool = False,
+    digests: bool = False,
     progress: ProgressLike = None,
 ) -> dict[str, StateDict] | dict[str, Path]:
     """Compute several averages of a run while each input byte is read once.
@@ -90,7 +90,7 @@ def average_many(
         dtype: Of the outputs' floats, as for ``average``.
         overwrite: Replace existing outputs.
         on_nonfinite: ``error``, or ``keep`` to write averages that are not finite.
-        hash: Record digests in the outputs, as for ``average``.
+        digests: Record digests in the outputs, as for ``average``.
         progress: As for ``average``.
 
     Returns:
@@ -120,7 +120,7 @@ def average_many(
     made: dict[str, StateDict] | dict[str, Path]
     with open_phase(progress, "averaging", "bytes") as told:
         if out_dir is None:
-            require_output(digests=hash)
+            require_output(digests=digests)
             computed = in_memory_many(list(planned.values()), progress=told, **settings)
             made = {
                 name: with_account(state_dict, one.provenance())
@@ -131,9 +131,9 @@ def average_many(
             storage.check_output(out_dir)
             with _directory(Path(out_dir)):
                 outputs = [(planned[name], path) for name, path in made.items()]
-                targets = prepare_many(outputs, overwrite=overwrite, digests=hash)
+                targets = prepare_many(outputs, overwrite=overwrite, digests=digests)
                 ordered = list(planned.values())
-                write_many(ordered, targets, digests=hash, progress=told, **settings)
+                write_many(ordered, targets, digests=digests, progress=told, **settings)
     warn_of_stale({name: one.batchnorm for name, one in planned.items()})
     return made
 

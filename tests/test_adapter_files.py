@@ -87,7 +87,7 @@ def test_alpha_grows_with_the_rank(tmp_path, dtype):
         "ss_steps": "300",
     }  # fmt: skip
     run = write(tmp_path / "run", states, metadata)
-    out = average(run, out=tmp_path / "swa.safetensors", hash=True)
+    out = average(run, out=tmp_path / "swa.safetensors", digests=True)
     got, header = load_file(out), header_of(out)
     assert same_bits(got["lora_unet_q.alpha"], torch.tensor(9, dtype=dtype))
     mean = sum(product(state, names, 3) for state in states) / 3

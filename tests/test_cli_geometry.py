@@ -42,7 +42,7 @@ def test_it_is_that_of_the_selection_and_costs_no_second_read(home, monkeypatch,
         torch.testing.assert_close(
             torch.tensor(shown[name], dtype=torch.float64), getattr(expected, name)
         )
-    alone = ckptavg.average(run, out=home / "alone.pt", hash="--hash" in further)
+    alone = ckptavg.average(run, out=home / "alone.pt", digests="--hash" in further)
     assert out.read_bytes() == alone.read_bytes()
 
 

@@ -129,7 +129,7 @@ def test_the_same_weights_have_the_same_digest_in_every_layout(tmp_path):
         found[name] = digest(open_checkpoint(tmp_path / name))
     assert found == dict.fromkeys(WRITERS, by_rule(state))
     run = [open_checkpoint(tmp_path / name) for name in WRITERS]
-    ckptavg.average(run, out=tmp_path / "o.safetensors", hash=True)
+    ckptavg.average(run, out=tmp_path / "o.safetensors", digests=True)
     assert {state for _, _, state in outcome(tmp_path / "o.safetensors")} == {"same"}
 
 
@@ -213,7 +213,7 @@ def write_run(directory, kind):
 )
 def test_every_kind_of_output_records_its_digest_and_its_inputs(tmp_path, kind, name):
     states, out = write_run(tmp_path / "run", kind), tmp_path / name
-    ckptavg.average(open_run(tmp_path / "run"), out=out, hash=True)
+    ckptavg.average(open_run(tmp_path / "run"), out=out, digests=True)
     written = load(open_checkpoint(out))
     assert recorded(out) == (by_rule(written), [by_rule(state) for state in states])
     plain = ckptavg.average(open_run(tmp_path / "run"))
@@ -238,7 +238,7 @@ def test_what_the_average_does_not_take_counts_too(tmp_path):
     base = save(tmp_path / "base.pt", randoms(9) | {"odd": torch.zeros(1)})
     ckptavg.average(
         open_run(*run), weights=[0, 1, 1], exclude="odd", base=base,
-        out=tmp_path / "o.pt", hash=True,
+        out=tmp_path / "o.pt", digests=True,
     )  # fmt: skip
     assert recorded(tmp_path / "o.pt")[1] == [by_rule(state) for state in states]
     made = open_checkpoint(tmp_path / "o.pt").provenance
@@ -251,7 +251,7 @@ def test_each_byte_is_read_once(tmp_path):
     states = [randoms(i) for i in range(3)]
     run, calls = opened(tmp_path, states), []
     ckptavg.average(
-        run, weights=[0, 1, 1], out=tmp_path / "o.pt", hash=True,
+        run, weights=[0, 1, 1], out=tmp_path / "o.pt", digests=True,
         progress=lambda *call: calls.append(call),
     )  # fmt: skip
     assert calls[-1] == ("averaging", *(3 * (4 * 45 + 2 * 7 + 8),) * 2)
@@ -260,7 +260,7 @@ def test_each_byte_is_read_once(tmp_path):
 def test_digests_change_nothing_else(tmp_path):
     run = opened(tmp_path, [randoms(i) for i in range(3)])
     for digests in (True, False):
-        ckptavg.average(run, out=tmp_path / f"{digests}.pt", hash=digests)
+        ckptavg.average(run, out=tmp_path / f"{digests}.pt", digests=digests)
     told, plain = (open_checkpoint(tmp_path / f"{d}.pt") for d in (True, False))
     assert by_rule(load(told)) == by_rule(load(plain))
     made = dict(told.provenance)
@@ -276,7 +276,7 @@ def test_every_one_of_many_averages_has_its_own(tmp_path):
     save_states(tmp_path / "run", states)
     run = open_run(tmp_path / "run")
     paths = ckptavg.average_many(
-        run, {"two": run.last(2), "ema.pt": "ema:decay=0.5"}, out_dir=tmp_path / "o", hash=True
+        run, {"two": run.last(2), "ema.pt": "ema:decay=0.5"}, out_dir=tmp_path / "o", digests=True
     )
     known = [by_rule(state) for state in states]
     for name, inputs in (("two", known[2:]), ("ema.pt", known)):
@@ -286,7 +286,7 @@ def test_every_one_of_many_averages_has_its_own(tmp_path):
 def test_of_adapters_those_count_that_were_given(tmp_path):
     states = [factors(i) for i in range(3)]
     run = open_run(write_adapters(tmp_path / "run", states))
-    ckptavg.average(run, weights=[1, 2, 5], out=tmp_path / "o", hash=True)
+    ckptavg.average(run, weights=[1, 2, 5], out=tmp_path / "o", digests=True)
     out = load(open_checkpoint(tmp_path / "o"))
     assert out[A].shape[0] == 3 * states[0][A].shape[0]
     assert out[B].shape[1] == 3 * states[0][B].shape[1]
@@ -306,7 +306,7 @@ def test_an_average_with_recomputed_statistics_records_what_is_written(tmp_path)
 
 def test_a_refreshed_copy_of_an_average_has_its_own_digest(tmp_path):
     states = [state_of(i) for i in range(3)]
-    ckptavg.average(opened(tmp_path, states), out=tmp_path / "o.pt", hash=True)
+    ckptavg.average(opened(tmp_path, states), out=tmp_path / "o.pt", digests=True)
     checkpoint, out = open_checkpoint(tmp_path / "o.pt"), tmp_path / "n.safetensors"
     update_checkpoint(checkpoint, out, Pass(Net(), BATCHES, RUNTIME))
     assert recorded(out) == (by_rule(load(open_checkpoint(out))), list(map(by_rule, states)))
@@ -317,9 +317,9 @@ def test_a_refreshed_copy_of_an_average_has_its_own_digest(tmp_path):
 def test_digests_need_an_output(tmp_path):
     run = opened(tmp_path, [randoms(0)])
     with pytest.raises(UsageError, match="recorded in an output"):
-        ckptavg.average(run, hash=True)
+        ckptavg.average(run, digests=True)
     with pytest.raises(UsageError, match="recorded in an output"):
-        ckptavg.average_many(run, {"a": "uniform"}, hash=True)
+        ckptavg.average_many(run, {"a": "uniform"}, digests=True)
 
 
 def test_an_output_whose_template_changes_meanwhile_is_not_written(tmp_path, monkeypatch):
@@ -332,7 +332,7 @@ def test_an_output_whose_template_changes_meanwhile_is_not_written(tmp_path, mon
     real = outputs.lay_out
     monkeypatch.setattr(outputs, "lay_out", lay_out)
     with pytest.raises(CheckpointError, match=r"epoch_2\.pt changed while"):
-        ckptavg.average(run, out=tmp_path / "o.pt", hash=True)
+        ckptavg.average(run, out=tmp_path / "o.pt", digests=True)
     assert listing(tmp_path) == ["run", "run/epoch_1.pt", "run/epoch_2.pt"]
 
 
@@ -345,7 +345,7 @@ def made(tmp_path):
     for i in (1, 2, 3):
         save(tmp_path / f"epoch_{i}.pt", randoms(i), optimizer={"moments": torch.zeros(1024)})
     run = open_run(tmp_path)
-    ckptavg.average(run, out=tmp_path / "o.safetensors", hash=True)
+    ckptavg.average(run, out=tmp_path / "o.safetensors", digests=True)
     return tmp_path
 
 
@@ -430,7 +430,7 @@ def test_of_a_torch_output_the_rest_is_checked_too(made, name):
     for i in (1, 2, 3):
         save(made / f"epoch_{i}.pt", randoms(i), note="as it was")
     run = open_run(*(made / f"epoch_{i}.pt" for i in (1, 2, 3)))
-    ckptavg.average(run, out=made / name, hash=True)
+    ckptavg.average(run, out=made / name, digests=True)
     before = [(name if n == "o.safetensors" else n, p, s) for p, n, s in INTACT]
     expected = [("archive", name, "same"), *((p, n, s) for n, p, s in before)]
     assert outcome(made / name) == expected
@@ -459,7 +459,7 @@ def test_the_entry_that_was_averaged_is_the_one_that_is_verified(tmp_path):
     for i in (1, 2):
         torch.save({"model": randoms(i), "ema": {"now": randoms(10 + i)}}, tmp_path / f"{i}.pt")
     run = open_run(tmp_path, key="ema.now")
-    ckptavg.average(run, out=tmp_path / "o.safetensors", hash=True)
+    ckptavg.average(run, out=tmp_path / "o.safetensors", digests=True)
     assert recorded(tmp_path / "o.safetensors")[1] == [by_rule(randoms(10 + i)) for i in (1, 2)]
     assert {state for _, _, state in outcome(tmp_path / "o.safetensors")} == {"same"}
 
@@ -469,7 +469,7 @@ def test_inputs_are_found_when_all_has_moved_together(tmp_path, monkeypatch, out
     (tmp_path / "old" / output).parent.mkdir(parents=True, exist_ok=True)
     monkeypatch.chdir(tmp_path / "old")
     save_states(Path("runs/swa"), [randoms(1), randoms(2)])
-    ckptavg.average(open_run("runs/swa"), out=output, hash=True)
+    ckptavg.average(open_run("runs/swa"), out=output, digests=True)
     shutil.move(tmp_path / "old", tmp_path / "new")
     monkeypatch.chdir(tmp_path)
     found = outcome(Path("new") / output)
@@ -482,7 +482,7 @@ def test_remote_inputs_are_verified_and_a_store_that_does_not_answer_is_said(tmp
     save_states(tmp_path / "run", [randoms(1), randoms(2)])
     run = open_run(upload(tmp_path / "run"))
     out = tmp_path / "o.pt"
-    ckptavg.average(run, out=out, hash=True)
+    ckptavg.average(run, out=out, digests=True)
     assert recorded(out)[1] == [by_rule(randoms(1)), by_rule(randoms(2))]
     assert {state for _, _, state in outcome(out)} == {"same"}
     store.store.clear()
@@ -508,7 +508,7 @@ def test_a_record_from_strange_hands_is_no_more_than_wrong(tmp_path):
 
 def test_a_checkpoint_that_comes_again_is_shown_once(tmp_path):
     one, two = opened(tmp_path, [{"w": torch.randn(9)} for _ in range(2)])
-    ckptavg.average([one, two, one], out=tmp_path / "out.pt", hash=True)
+    ckptavg.average([one, two, one], out=tmp_path / "out.pt", digests=True)
     made = ckptavg.open_checkpoint(tmp_path / "out.pt").provenance
     digests = [account["digest"] for account in made["checkpoints"]]
     assert digests[0] == digests[2] != digests[1]

@@ -120,7 +120,7 @@ def test_an_average_s_own_record_says_what_may_go(models, tmp_path):
 
 
 def test_a_directory_s_record_lists_all_of_its_files(models, tmp_path):
-    average(open_run(models), out=tmp_path / "out", hash=True)
+    average(open_run(models), out=tmp_path / "out", digests=True)
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         made = json.loads(file.metadata()["ckptavg"])
     assert made["files"] == listing(tmp_path / "out")

@@ -141,7 +141,7 @@ def test_vectors_are_hashed_and_converted(tmp_path):
     _, states = trained(LAYERS["convolution"], hook)
     run = open_run(save_states(tmp_path, states)[0].parent)
     (tmp_path / "out").mkdir()
-    out = average(run, out=tmp_path / "out" / "swa.pt", dtype="float16", hash=True)
+    out = average(run, out=tmp_path / "out" / "swa.pt", dtype="float16", digests=True)
     expected = average(run, dtype="float16")
     found = torch.load(out, weights_only=True)["state_dict"]
     assert all(same_bits(found[name], value) for name, value in expected.items())
