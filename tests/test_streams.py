@@ -188,7 +188,7 @@ def test_samples_of_a_generator_become_batches(items):
         (IMAGE, ["a", "b", "c"]),
         X[0],  # nothing tells
     ],
-    ids=str,
+    ids=["pair", "mapping", "images", "number", "words", "one sample"],
 )
 def test_what_a_generator_gives_is_a_batch_otherwise(item):
     assert all(found is item for found in read(item for _ in range(2)))

@@ -52,7 +52,7 @@ log = logging.getLogger("ckptavg")
 @options.option(_OUT, "--dry-run", is_flag=True, common=True, help="Show the plan, write nothing.")
 @options.option(_OUT, "--overwrite", is_flag=True, common=True, help="Replace an existing output.")
 @options.option(
-    _OUT, "--hash", "digests", is_flag=True,
+    _OUT, "--digests", "--hash", "digests", is_flag=True,
     help="Record digests of inputs and output, which `inspect --verify` compares.",
 )  # fmt: skip
 @options.selection_options
