@@ -175,6 +175,21 @@ def test_an_alias_of_bare_weights_counts_once(tmp_path, make):
     assert numbers(open_run(tmp_path)) == [1, 2, 3]
 
 
+def test_a_best_checkpoint_that_repeats_no_other_is_noted(tmp_path):
+    numbered(tmp_path, 3, epoch=[7, 8, 9])
+    save_weight(tmp_path / "best.pt", 50, epoch=2)
+    save_weight(tmp_path / "last.pt", 51, epoch=10)
+    run = open_run(tmp_path)
+    assert [checkpoint.step for checkpoint in run] == [2, 7, 8, 9, 10]
+    assert run.notes == ("best.pt repeats no other checkpoint, and counts as one of its own",)
+
+
+def test_runs_of_best_checkpoints_alone_have_no_such_note(tmp_path):
+    for epoch in (1, 2, 3):
+        save_weight(tmp_path / f"best-{epoch}.pt", epoch, epoch=epoch)
+    assert open_run(tmp_path).notes == ()
+
+
 def test_an_alias_of_safetensors_is_compared_by_its_bytes(tmp_path):
     for i in (1, 2):
         save_weight(tmp_path / f"epoch_{i}.safetensors", i)

@@ -26,6 +26,7 @@ STRANGERS = (
     (re.compile(r"(?<![a-z])init(ial)?(?![a-z])"), "from before training, by its name"),
 )
 _ALIAS_WORD = re.compile(r"(?<![a-z])(last|latest|best|final|newest|current)(?![a-z])")
+_BEST_WORD = re.compile(r"(?<![a-z])best(?![a-z])")
 
 
 def why_not(stem: str) -> str:
@@ -88,3 +89,8 @@ def is_alias_name(path: Location) -> bool:
     """Tell whether a name tells no step: it has no number, or a word like last or best."""
     stem = stem_of(path).lower()
     return not re.search(r"\d", stem) or bool(_ALIAS_WORD.search(stem))
+
+
+def is_best_name(path: Location) -> bool:
+    """Tell whether a name says that a checkpoint is the best of its run."""
+    return bool(_BEST_WORD.search(stem_of(path).lower()))

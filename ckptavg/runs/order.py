@@ -22,6 +22,7 @@ from ckptavg.runs.damaged import Damaged, place_damaged
 from ckptavg.runs.file_names import (
     STRANGERS,
     is_alias_name,
+    is_best_name,
     natural,
     stem_of,
 )
@@ -89,6 +90,7 @@ def open_members(
     if errors and not members:
         raise next(iter(errors.values()))
     ordered, notes = _order(members)
+    notes += _note_lone_best(ordered)
     return Opened(ordered, left_out, notes, _order_damaged(errors, ordered))
 
 
@@ -201,6 +203,18 @@ def _split_strangers(
         else:
             strangers.append((checkpoint.path, why))
     return (members, strangers) if len(members) > 1 else (list(checkpoints), [])
+
+
+def _note_lone_best(checkpoints: Sequence[Checkpoint]) -> list[str]:
+    """Note the best checkpoint of a run where it repeats none of the numbered ones.
+
+    It may be from long before them, where training has deleted the others of its time.
+    """
+    best = [checkpoint.path.name for checkpoint in checkpoints if is_best_name(checkpoint.path)]
+    numbered = [checkpoint for checkpoint in checkpoints if not is_alias_name(checkpoint.path)]
+    if len(best) != 1 or not numbered:
+        return []
+    return [f"{best[0]} repeats no other checkpoint, and counts as one of its own"]
 
 
 def _aliases(checkpoints: Sequence[Checkpoint]) -> set[Location]:
