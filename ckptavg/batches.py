@@ -23,6 +23,10 @@ Forward = Callable[[nn.Module, Any], Any]
 LABELS = ("labels", "label", "target", "targets", "y")
 """The usual names of labels, in the order in which they are looked for."""
 
+BARE_IN_LIST = 2
+BARE_IN_STREAM = 4
+"""Axes from which a tensor by itself is taken for a batch: a stream's items are samples usually."""
+
 
 def is_sequence(value: Any) -> bool:
     """Whether a value is a tuple or a list, and so has parts."""
@@ -251,3 +255,41 @@ def _are_samples(parts: Sequence[Any]) -> bool:
         return True
     images = [part.shape for part in parts if isinstance(part, torch.Tensor) and part.dim() == 3]
     return len(images) == len(parts) and len({*images}) > 1 and len({s[0] for s in images}) == 1
+
+
+def is_batch(item: Any, bare: int = BARE_IN_STREAM) -> bool:
+    """Whether an item has an axis of samples, by its tensors: the same first axis in all of them.
+
+    Args:
+        item: The first that some data gives.
+        bare: Axes from which a tensor by itself is a batch.
+    """
+    if is_zipped(item) or moves_itself(item):
+        return True
+    tensors, lists, waiting = list[torch.Tensor](), set[int](), [item]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, PackedSequence):
+            return True
+        if isinstance(part, torch.Tensor):
+            tensors.append(part)
+        elif is_array(part):
+            tensors.append(torch.empty(part.shape, device="meta"))
+        elif is_sequence(part) and part and not any(map(_holds_more, part)):
+            lists.add(len(part))  # names, for instance
+        elif isinstance(part, Mapping) or is_sequence(part):
+            waiting += parts_of(part)
+        elif is_object(part):
+            waiting += [p for p in parts_of(part) if isinstance(p, torch.Tensor)]
+        elif isinstance(part, (bool, int, float)):  # one sample's label
+            return False
+    axes = max((tensor.dim() for tensor in tensors), default=0)
+    if len(tensors) == 1 and not lists:
+        return axes >= bare
+    lengths = lists | {tensor.shape[0] if tensor.dim() else 0 for tensor in tensors}
+    return axes > 1 and len(lengths) == 1 and 0 not in lengths
+
+
+def _holds_more(part: Any) -> bool:
+    is_tensor = isinstance(part, torch.Tensor) or is_array(part)
+    return is_tensor or isinstance(part, Mapping) or is_sequence(part) or is_object(part)

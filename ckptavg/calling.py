@@ -24,13 +24,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ckptavg.batches import (
     LABELS,
     described,
+    is_batch,
     is_object,
     is_sequence,
     is_zipped,
     with_tensors_for_arrays,
 )
 from ckptavg.errors import EvaluationError
-from ckptavg.streams import is_batch
 
 log = logging.getLogger("ckptavg")
 _told: Any = WeakIdKeyDictionary()  # models of which it was said that they get less than there is

@@ -7,23 +7,18 @@ from itertools import chain, islice
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from ckptavg.batches import (
+    BARE_IN_LIST,
     is_array,
-    is_object,
+    is_batch,
     is_sequence,
-    is_zipped,
-    moves_itself,
     parts_of,
 )
 from ckptavg.errors import EvaluationError
 
 Collate = Callable[[list[Any]], Any]
-_BARE_IN_LIST = 2
-_BARE_IN_STREAM = 4
-"""Axes from which a tensor by itself is taken for a batch: a stream's items are samples usually."""
 
 
 def is_dataset(data: Any) -> bool:
@@ -38,41 +33,8 @@ def is_dataset(data: Any) -> bool:
     if isinstance(data, Dataset):
         return not _loads_itself(data)
     if is_sequence(data):
-        return bool(len(data)) and not is_batch(data[0], _BARE_IN_LIST)
+        return bool(len(data)) and not is_batch(data[0], BARE_IN_LIST)
     return hasattr(data, "__len__") and hasattr(data, "__getitem__")
-
-
-def is_batch(item: Any, bare: int = _BARE_IN_STREAM) -> bool:
-    """Whether an item has an axis of samples, by its tensors: the same first axis in all of them.
-
-    Args:
-        item: The first that some data gives.
-        bare: Axes from which a tensor by itself is a batch.
-    """
-    if is_zipped(item) or moves_itself(item):
-        return True
-    tensors, lists, waiting = list[torch.Tensor](), set[int](), [item]
-    while waiting:
-        part = waiting.pop()
-        if isinstance(part, PackedSequence):
-            return True
-        if isinstance(part, torch.Tensor):
-            tensors.append(part)
-        elif is_array(part):
-            tensors.append(torch.empty(part.shape, device="meta"))
-        elif is_sequence(part) and part and not any(map(_holds_more, part)):
-            lists.add(len(part))  # names, for instance
-        elif isinstance(part, Mapping) or is_sequence(part):
-            waiting += parts_of(part)
-        elif is_object(part):
-            waiting += [p for p in parts_of(part) if isinstance(p, torch.Tensor)]
-        elif isinstance(part, (bool, int, float)):  # one sample's label
-            return False
-    axes = max((tensor.dim() for tensor in tensors), default=0)
-    if len(tensors) == 1 and not lists:
-        return axes >= bare
-    lengths = lists | {tensor.shape[0] if tensor.dim() else 0 for tensor in tensors}
-    return axes > 1 and len(lengths) == 1 and 0 not in lengths
 
 
 def with_tensors(data: Any) -> Any:
@@ -154,11 +116,6 @@ def collate(samples: list[Any]) -> Any:
         if isinstance(error, TypeError):
             remedy = f"Make them tensors, arrays or numbers, images by a transform. {remedy}"
         raise EvaluationError(f"the samples do not make a batch: {error}", remedy) from error
-
-
-def _holds_more(part: Any) -> bool:
-    is_tensor = isinstance(part, torch.Tensor) or is_array(part)
-    return is_tensor or isinstance(part, Mapping) or is_sequence(part) or is_object(part)
 
 
 def _loads_itself(data: Any) -> bool:

@@ -18,9 +18,9 @@ from ckptavg.refresh import Pass
 from ckptavg.runtime import Runtime
 from ckptavg.seeding import seed_all
 from ckptavg.specs.recorded import ModelSource, complete_source, records_hyperparameters
+from ckptavg.specs.tasks import make_task, usual_task
 from ckptavg.streams import is_dataset
 from ckptavg.tasks import Task
-from ckptavg.tasks.named import make_task, usual_task
 
 
 def model_source(settings: Mapping[str, Any], checkpoints: Iterable[Checkpoint]) -> ModelSource:

@@ -1,0 +1,56 @@
+"""The strings of ``--task`` → tasks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ckptavg.errors import SpecError, UsageError
+from ckptavg.factories import call_factory
+from ckptavg.tasks.named import NAMED, USUAL, make_named
+from ckptavg.tasks.task import Task
+
+_TEXT = ("text:", "tokens:")
+
+
+def make_task(spec: str, *, scoring: bool = True) -> Task:
+    """The task of a name, or of a user's own class as ``path/file.py:Task``.
+
+    Args:
+        spec: The name or the class.
+        scoring: False where the task only calls models, and needs no metrics.
+
+    Raises:
+        UsageError: There is no such name.
+        SpecError: The class cannot be found, or is no task.
+    """
+    if spec in NAMED:
+        made: Any = make_named(spec)
+    elif ":" in spec:
+        made = call_factory(spec)
+    else:
+        raise UsageError(
+            f"task is expected to be one of {', '.join(NAMED)}, or path/file.py:Task, "
+            f"but got {spec!r}"
+        )
+    return _checked(spec, made, scoring=scoring)
+
+
+def usual_task(data: str) -> str:
+    """The name of the task that a data specification is for."""
+    return "causal-lm" if data.startswith(_TEXT) else USUAL
+
+
+def _checked(spec: str, made: Any, *, scoring: bool) -> Task:
+    if not isinstance(made, Task):
+        raise SpecError(
+            f"{spec} is expected to give a ckptavg.tasks.Task but gives a {type(made).__name__}",
+            "Make it a subclass.",
+        )
+    if not scoring:
+        return made
+    if not made.metrics:
+        raise SpecError(f"{spec} has no metrics", "Name them: metrics = (Metric(...),).")
+    needed = [n for n in ("predict", "scores") if getattr(type(made), n) is getattr(Task, n)]
+    if needed:
+        raise SpecError(f"{spec} does not define {' and '.join(needed)}", "A task needs both.")
+    return made
