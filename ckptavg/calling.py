@@ -192,14 +192,16 @@ def inputs_of(model: nn.Module, batch: Any) -> Any:
 def _split(signature: Signature, batch: Any, known: str = "") -> tuple[Any, torch.Tensor]:
     named = batch._asdict() if _is_record(signature, batch) else batch
     if isinstance(named, Mapping):
-        key = next((k for k in LABELS if isinstance(named.get(k), torch.Tensor)), None)
+        key = next((k for k in LABELS if _as_labels(named.get(k)) is not None), None)
         if key is not None:
             required = {p.name for p in signature.required}
-            return {k: v for k, v in named.items() if k != key or k in required}, named[key]
+            inputs = {k: v for k, v in named.items() if k != key or k in required}
+            return inputs, _as_labels(named[key])
     elif is_sequence(batch):
         inputs, rest = _lead(signature, batch) if batch else (batch, ())
-        if rest and isinstance(rest[0], torch.Tensor):
-            return inputs, rest[0]
+        labels = _as_labels(rest[0]) if rest else None
+        if labels is not None:
+            return inputs, labels
         if not rest and _ends_in_labels(signature, inputs):
             return inputs, inputs[-1]
     elif is_object(batch):
@@ -209,8 +211,20 @@ def _split(signature: Signature, batch: Any, known: str = "") -> tuple[Any, torc
     raise EvaluationError(
         f"a batch is expected to be (inputs, labels), or a dict with one of {', '.join(LABELS)}, "
         f"but is {described(batch)}{known}",
-        "Let the data give one of these, or name a task of your own whose split() knows it.",
+        "Let the data give one of these, or name a task of your own whose split() knows it: "
+        "--task path/file.py:Task on the command line.",
     )
+
+
+def _as_labels(part: Any) -> Any:
+    """The labels that a part of a batch is, holds by name, or lists; None if it does not."""
+    if isinstance(part, torch.Tensor):
+        return part
+    if isinstance(part, Mapping):
+        return next((v for k in LABELS if isinstance(v := part.get(k), torch.Tensor)), None)
+    if isinstance(part, (list, tuple)) and part and all(isinstance(n, (int, float)) for n in part):
+        return torch.tensor(part)
+    return None
 
 
 def _plain(model: nn.Module | None, batch: Any) -> Any:

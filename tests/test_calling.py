@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
-from ckptavg.calling import call, inputs_of, split_batch, split_labels
+from ckptavg.calling import call, call_on_inputs, inputs_of, split_batch, split_labels
 from ckptavg.errors import EvaluationError
 
 A, B, C = torch.rand(4, 2), torch.rand(4, 3), torch.rand(4, 2)
@@ -388,6 +388,23 @@ def test_labels_stand_second_where_no_model_is_known(batch):
     inputs, labels = split_labels(batch)
     assert inputs is A
     assert labels is Y
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        (A, {"path": ["a"] * 4, "label": Y}),
+        ({"image": A}, {"label": Y}),
+        (A, Y.tolist()),
+        {"x": A, "labels": Y.tolist()},
+        {"x": A, "target": {"y": Y, "id": L}},
+    ],
+    ids=str,
+)
+def test_labels_may_be_named_among_others_or_listed(batch):
+    inputs, labels = split_batch(One(), batch)
+    assert same(inputs["x"] if isinstance(batch, dict) else call_on_inputs(One(), inputs)[0], A)
+    assert torch.equal(labels, Y)
 
 
 @pytest.mark.parametrize("name", ["labels", "label", "target", "targets", "y"])

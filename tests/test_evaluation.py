@@ -549,7 +549,7 @@ def test_no_data_are_an_error(checkpoints, data):
 
 
 @pytest.mark.parametrize(
-    "batch", [X[:4], (X[:4],), {"x": X[:4]}, {"x": X[:4], "labels": [0, 1, 2, 0]}]
+    "batch", [X[:4], (X[:4],), {"x": X[:4]}, {"x": X[:4], "labels": [*"abca"]}]
 )
 def test_a_batch_without_labels_is_an_error(checkpoints, batch):
     with pytest.raises(EvaluationError, match="labels"):
