@@ -53,7 +53,9 @@ def load_into(model: nn.Module, state_dict: Mapping[str, torch.Tensor], origin: 
                 what, remedy = _misfit(lost, extra), _remedy(set(places), set(state_dict))
             else:
                 what = _misshape(misshapen[0], given[misshapen[0]], own[misshapen[0]])
-                remedy = "Check --model and its --model-arg (num_classes, for instance)."
+                remedy = (
+                    "Check the model and its arguments, such as num_classes (--model, --model-arg)."
+                )
             raise ModelError(f"{origin} does not fit the model: {what}", remedy)
     model.load_state_dict(given, strict=False)
 
@@ -149,7 +151,7 @@ def _remedy(model: set[str], checkpoint: set[str]) -> str:
     if fitting:
         keys = first_few([f"--key {entry}" for entry in fitting])
         return f"If the file has several networks, take the one that fits: {keys}."
-    return "Check --model and its --model-arg."
+    return "Check the model and its arguments (--model, --model-arg)."
 
 
 def _ends(name: str, tail: str) -> bool:

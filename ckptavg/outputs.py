@@ -249,7 +249,7 @@ def _publish(targets: Sequence[Target], written: Sequence[Publication]) -> None:
         if not target.overwrite and os.path.lexists(target.path):
             raise OutputError(
                 f"{target.path} has appeared while it was being made",
-                "Pass --overwrite to replace it.",
+                "Pass --overwrite (in Python overwrite=True) to replace it.",
             )
     done: list[str] = []
     for target, publication in zip(targets, written, strict=True):

@@ -95,7 +95,7 @@ def test_of_two_that_write_one_output_the_slower_is_told(writers, tmp_path, name
         winner = answers.index("written")
         (loser,) = (answer for k, answer in enumerate(answers) if k != winner)
         said = "has appeared while it was being made|exists already"
-        expected = rf"OutputError: {re.escape(str(place / name))} ({said})\. Pass --overwrite to .*"
+        expected = rf"OutputError: {re.escape(str(place / name))} ({said})\. Pass --overwrite .*"
         assert re.fullmatch(expected, loser)
         assert value(place / name) == (1.0, 11.0)[winner]
         assert os.listdir(place) == [name]

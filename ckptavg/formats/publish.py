@@ -143,7 +143,7 @@ class Publication:
         except FileExistsError as error:
             raise OutputError(
                 f"{self.path} has appeared while it was being made",
-                "Pass --overwrite to replace it.",
+                "Pass --overwrite (in Python overwrite=True) to replace it.",
             ) from error
 
     def _replace(self) -> None:

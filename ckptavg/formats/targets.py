@@ -51,7 +51,10 @@ def check_target(path: Path, *, overwrite: bool, inputs: Iterable[Path] = ()) ->
         leftovers.clear(target)
         _check_kind(target)
         if os.path.lexists(path) and not overwrite:
-            raise OutputError(f"{path} exists already", "Pass --overwrite to replace it.")
+            raise OutputError(
+                f"{path} exists already",
+                "Pass --overwrite (in Python overwrite=True) to replace it.",
+            )
         if not os.access(target, os.W_OK) and target.exists():
             raise OutputError(
                 f"{path} may not be written to", "Give yourself the right to, or choose another -o."
