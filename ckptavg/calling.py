@@ -459,9 +459,10 @@ def _wants_whole(parameter: Parameter) -> bool:
 def _speaks_of(parameter: Parameter, kinds: tuple[str, ...]) -> bool:
     """Whether a parameter is annotated as one of some kinds of container."""
     noted = parameter.annotation
-    text = noted if isinstance(noted, str) or hasattr(noted, "__origin__") else noted.__name__
-    text = str(text).lower().replace("typing.", "").replace("collections.abc.", "")
-    return text.startswith(kinds)
+    is_class = isinstance(noted, type) and not hasattr(noted, "__origin__")  # not list[Tensor]
+    text = str(noted.__name__ if is_class else noted).lower()
+    text = text.replace("typing.", "").replace("collections.abc.", "")
+    return text.removeprefix("optional[").startswith(kinds)
 
 
 def _undecided(signature: Signature, batch: Any) -> EvaluationError:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from collections import OrderedDict, UserDict, namedtuple
 from types import SimpleNamespace
+from typing import Optional
 
 import pytest
 import torch
@@ -116,6 +117,25 @@ class Images(Model):
 
     def forward(self, images: list[torch.Tensor], targets=None):
         return got(images, targets)
+
+
+class Ids(Model):
+    """As the models of transformers are."""
+
+    def forward(
+        self, input_ids: torch.LongTensor | None = None, labels: torch.LongTensor | None = None
+    ):
+        return got(input_ids, labels)
+
+
+class Tiles(Model):
+    def forward(self, images: list[torch.Tensor] | None = None):
+        return got(images)
+
+
+class TilesToo(Model):
+    def forward(self, images: Optional[list[torch.Tensor]] = None):  # noqa: UP045
+        return got(images)
 
 
 def got(*values):
@@ -261,6 +281,8 @@ CASES = [
     (Images, [[*IMAGES], [*BOXES]], ([*IMAGES], None)),
     (Images, [*IMAGES], ([*IMAGES], None)),
     (Images, ([*IMAGES], Y[:2]), ([*IMAGES], None)),
+    (Tiles, [*IMAGES], ([*IMAGES],)),
+    (TilesToo, [*IMAGES], ([*IMAGES],)),
     (One, (IMAGES, (0, 1)), ([*IMAGES],)),
     (One, DETECTED, (DETECTED,)),
     (Two, (IMAGES, IMAGES, BOXES), ([*IMAGES], [*IMAGES])),
@@ -367,6 +389,8 @@ def test_what_cannot_be_decided_is_an_error_that_says_both(model, batch, held):
         (One, [{"data": A, "label": Y}], {"data": A}, Y),
         (Whole, GRAPH, GRAPH, Y),
         (Images, ([*IMAGES], Y[:2]), [*IMAGES], Y[:2]),
+        (Ids, (ONES, Y), ONES, Y),
+        (Ids, [ONES, Y], ONES, Y),
     ],
 )
 def test_labels_stand_behind_the_inputs_or_have_a_name(model, batch, inputs, labels):
