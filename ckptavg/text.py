@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from ckptavg.errors import SpecError
 from ckptavg.hub import offline
 from ckptavg.optional import import_optional
+from ckptavg.spelling import close_names, did_you_mean
 
 log = logging.getLogger("ckptavg")
 
@@ -203,9 +204,18 @@ def _told(path: str, windows: Windows) -> Windows:
 def _check_file(path: Path) -> None:
     if not path.is_file():
         state = "is no file" if path.exists() else "does not exist"
-        raise SpecError(f"{path} {state}", "Expected text:FILE or tokens:FILE.")
+        near = [str(path.with_name(name)) for name in close_names(path.name, _files_beside(path))]
+        remedy = did_you_mean(near) if near else "Expected text:FILE or tokens:FILE."
+        raise SpecError(f"{path} {state}", remedy)
     if not path.stat().st_size:
         raise SpecError(f"{path} is empty")
+
+
+def _files_beside(path: Path) -> list[str]:
+    try:
+        return sorted(other.name for other in path.parent.iterdir() if other.is_file())
+    except OSError:
+        return []
 
 
 def _load_tokenizer(directory: Path) -> Any:

@@ -290,8 +290,11 @@ def test_a_batch_of_transformers_own_collator_is_understood():
 
 
 BAD_BATCHES = {
-    "no labels": ({"input_ids": torch.ones(1, 3, dtype=int)}, "the data gives no labels"),
-    "no ids": ({"tokens": torch.ones(1, 3)}, "the data gives no input_ids but tokens"),
+    "no labels": (
+        {"input_ids": torch.ones(1, 3, dtype=int)},
+        "no labels but input_ids. Labels are",
+    ),
+    "no ids": ({"tokens": torch.ones(1, 3)}, "no input_ids but tokens. Let it give"),
     "a tensor": (torch.ones(2, 3, dtype=int), "but is a Tensor"),
     "one of a tuple": ((torch.ones(2, 3, dtype=int),), "but is a tuple"),
     "floats": ((torch.ones(2, 3), torch.ones(2, 3)), "batch[0] is expected to be a tensor of int"),

@@ -224,10 +224,12 @@ def test_types_that_raw_integers_cannot_have(tmp_path):
 
 @pytest.mark.parametrize("build", [of_text, of_tokens])
 def test_a_file_that_is_not_there_or_empty(tmp_path, build):
-    assert "none.npy does not exist" in error_of(build, str(tmp_path / "none.npy"))
+    assert "none.npy does not exist. Expected" in error_of(build, str(tmp_path / "none.npy"))
     assert "is no file" in error_of(build, str(tmp_path))
     (tmp_path / "empty.bin").touch()
     assert "empty.bin is empty" in error_of(build, str(tmp_path / "empty.bin"))
+    missing = error_of(build, str(tmp_path / "emtpy.bin"))
+    assert f"does not exist. Did you mean {tmp_path / 'empty.bin'}?" in missing
 
 
 def test_numpy_that_is_missing_is_named(tmp_path, monkeypatch):

@@ -346,10 +346,10 @@ def _embedded(model: nn.Module) -> int | None:
 
 def _tokens_of(batch: Mapping[str, Any], key: str) -> torch.Tensor:
     if key not in batch:
-        raise EvaluationError(
-            f"the data gives no {key} but {', '.join(map(str, batch))}",
-            "Labels are input_ids again, with -100 where nothing is scored.",
-        )
+        remedy = "Labels are input_ids again, with -100 where nothing is scored."
+        if key != "labels":
+            remedy = "Let it give tokens: what a tokenizer makes of texts."
+        raise EvaluationError(f"the data gives no {key} but {', '.join(map(str, batch))}", remedy)
     return _integers(batch[key], key)
 
 
@@ -357,7 +357,8 @@ def _integers(value: Any, name: str) -> torch.Tensor:
     what = f"{value.dtype} of shape {tuple(value.shape)}" if hasattr(value, "shape") else "none"
     if not isinstance(value, torch.Tensor) or value.dim() != 2 or value.is_floating_point():
         raise EvaluationError(
-            f"{name} is expected to be a tensor of integers of shape (N, T) but is {what}"
+            f"{name} is expected to be a tensor of integers of shape (N, T) but is {what}",
+            "The task causal-lm scores tokens.",
         )
     return value
 
