@@ -33,6 +33,7 @@ import torch.distributed.checkpoint as dcp
 from assembler import get, glob, number, numbers, put, storage, tensor, text
 from watch import watched
 
+from ckptavg.accounts import with_account
 from ckptavg.averaging import average
 from ckptavg.errors import CheckpointError, CkptavgError
 from ckptavg.formats import inert_pickle, open_checkpoint, record, torch_legacy, weights
@@ -291,6 +292,7 @@ def _trees() -> list[Any]:
         OrderedDict({"module.a": torch.nn.Parameter(base), "n_averaged": torch.tensor(1)}),
         {"state": {"model": {"e": base[:1].expand(4)}}, "lr": [1e-3], "val": {"acc": 0.5}},
         {"q": torch.eye(2).to_sparse(), "c": torch.zeros(2, dtype=torch.complex64).conj()},
+        {"model": with_account({"a": base}, {"scheme": "uniform", "checkpoints": [{"step": 1}]})},
     ]
 
 
