@@ -34,7 +34,12 @@ from ckptavg.processes import Alone, Peers
 from ckptavg.running_statistics import Statistics, match_layers, with_statistics
 from ckptavg.runs.nearby import leads_to_checkpoints
 from ckptavg.runtime import Runtime, fit
-from ckptavg.statistics_pass import layers_of, recompute_statistics, statistics_of
+from ckptavg.statistics_pass import (
+    layers_of,
+    recompute_statistics,
+    statistics_of,
+    uncounted_layers,
+)
 from ckptavg.stream import Progress
 
 log = logging.getLogger("ckptavg")
@@ -165,6 +170,11 @@ def update_checkpoint(
             "%d of %d BatchNorm layers are frozen in training and are kept as they are: %s",
             len(before.frozen), len(before.layers), first_few([*before.frozen]),
         )  # fmt: skip
+    elif before.state == "own" and not excluded and uncounted_layers(checkpoint, how.model):
+        log.info(
+            "the checkpoint counts no batches, as where BatchNorm was frozen in training: if it was"
+            ", keep its statistics by exclude='*', --bn-exclude '*' on the command line"
+        )
     made = with_statistics(
         checkpoint.provenance or outputs.provenance(REFRESHED, [checkpoint], [1.0], before), before
     )

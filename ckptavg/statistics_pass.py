@@ -14,7 +14,12 @@ from ckptavg.batches import Forward
 from ckptavg.batchnorm import BatchNormResult, recompute
 from ckptavg.errors import first_few
 from ckptavg.formats import Checkpoint
-from ckptavg.formats.names import batchnorm_layers, layer_statistics, updated_layers
+from ckptavg.formats.names import (
+    batch_count,
+    batchnorm_layers,
+    layer_statistics,
+    updated_layers,
+)
 from ckptavg.formats.weights import bare_names
 from ckptavg.loading import bare_module
 from ckptavg.norm_layers import never_trained_layers, tracked_layers
@@ -91,7 +96,23 @@ def statistics_of(checkpoint: Checkpoint | Weights, model: nn.Module) -> Statist
     frozen = listed_layers(made).get("frozen")
     if frozen is not None:
         return Statistics(state, layers, tuple(layer for layer in layers if layer in frozen))
-    return _with_constant_layers(Statistics(state, layers), model)
+    found = _with_constant_layers(Statistics(state, layers), model)
+    uncounted = uncounted_layers(checkpoint, model)
+    if state != "own" or len(uncounted) == len(layers):
+        return found
+    return replace(found, frozen=tuple(n for n in layers if n in {*found.frozen, *uncounted}))
+
+
+def uncounted_layers(checkpoint: Checkpoint | Weights, model: nn.Module) -> list[str]:
+    """List the layers that count their batches in the model and do not in the checkpoint.
+
+    In training they were of a class that keeps its statistics, as the backbones of detectors are;
+    or whoever wrote the checkpoint left all counts out.
+    """
+    known = {*bare_names(list(model.state_dict())).values()}
+    layers = batchnorm_layers(checkpoint.tensors)
+    counts = {layer: batch_count(layer) for layer in layers}
+    return [n for n in layers if counts[n] in known and counts[n] not in checkpoint.tensors]
 
 
 def layers_of(averages: Iterable[Average]) -> list[str]:

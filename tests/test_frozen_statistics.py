@@ -367,6 +367,28 @@ def test_one_checkpoint_has_frozen_layers_where_the_class_says_so(tmp_path):
     assert (made["bn"], made["bn_layers"]) == ("recomputed", {"frozen": [STEM]})
 
 
+@pytest.mark.parametrize(
+    ("kinds", "frozen", "is_said"),
+    [
+        ((FrozenNorm, nn.BatchNorm1d), [STEM], False),
+        ((FrozenNorm, FrozenNorm), [], True),
+        ((nn.BatchNorm1d, nn.BatchNorm1d), [], False),
+    ],
+    ids=["backbone", "all", "none"],
+)
+def test_a_model_that_is_built_unfrozen_keeps_what_counts_no_batches(
+    tmp_path, caplog, kinds, frozen, is_said
+):
+    """``FrozenBatchNorm2d`` is built where pretrained weights are asked for, and only there."""
+    caplog.set_level("INFO", "ckptavg")
+    state = train(net(*kinds))[-1]
+    path = save(tmp_path / "one.pt", state)
+    _, made = update_checkpoint(open_checkpoint(path), tmp_path / "b.pt", how(net()))
+    assert made.get("bn_layers", {}).get("frozen", []) == frozen
+    assert ("--bn-exclude '*'" in caplog.text) == is_said
+    assert_statistics(tmp_path / "b.pt", recomputed_by_hand(state, frozen))
+
+
 class Affine(nn.BatchNorm1d):
     """Evaluates always; its name does not tell."""
 
