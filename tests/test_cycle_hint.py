@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,18 +16,24 @@ NOTE = "the learning rate is cyclical"
 CYCLIC = [0.1, 0.05, 0.01] * 3
 
 
-def saved(directory: Path, rates: Sequence[float | None]) -> Path:
+def saved(
+    directory: Path, rates: Sequence[float | None], beside: Mapping[str, str] | None = None
+) -> Path:
     for step, rate in enumerate(rates, 1):
         recorded = {} if rate is None else {"lr": rate}
         content = {"state_dict": {"w": torch.full((2,), float(step))}, "step": step, **recorded}
-        torch.save(content, directory / f"step_{step}.pt")
+        torch.save({**content, **(beside or {})}, directory / f"step_{step}.pt")
     return directory
 
 
 def notes(
-    directory: Path, rates: Sequence[float | None], *selection: str, command: str = "average"
+    directory: Path,
+    rates: Sequence[float | None],
+    *selection: str,
+    command: str = "average",
+    beside: Mapping[str, str] | None = None,
 ) -> str:
-    args = [command, str(saved(directory, rates)), *selection]
+    args = [command, str(saved(directory, rates, beside)), *selection]
     args += ["--dry-run"] if command == "average" else []
     done = CliRunner().invoke(main, args, catch_exceptions=False)
     assert done.exit_code == 0, done.stderr
@@ -75,18 +81,42 @@ def test_rates_of_the_next_epoch_lead_to_the_ends_behind_the_minima(tmp_path: Pa
 def test_minima_of_such_rates_are_noted_as_one_checkpoint_early(tmp_path: Path) -> None:
     run = open_run(saved(tmp_path, rates_after_steps(3, 9)))
     (note,) = run.at_lr_min().notes
-    assert "cycles of 3 end one checkpoint after these minima" in note
+    assert "after scheduler.step(), the cycles end one checkpoint after these minima" in note
     assert "after these minima" in notes(tmp_path, rates_after_steps(3, 9), "--at-lr-min")
 
 
 def test_cycles_that_grow_have_no_length(tmp_path: Path) -> None:
-    rates = rates_after_steps(2, 6, multiple=2)  # ends at 2 and 6
+    rates = rates_after_steps(2, 14, multiple=2)  # ends at 2, 6 and 14
     (note,) = open_run(saved(tmp_path, rates)).at_lr_min().notes
     assert "the cycles end one checkpoint after these minima" in note
     told = notes(tmp_path, rates)
-    assert "4 of 6 checkpoints are from the middle of a cycle" in told
+    assert "11 of 14 checkpoints are from the middle of a cycle" in told
     assert "--cycle" not in told
     assert "--at-lr-min" not in told
+
+
+def test_lightning_is_known_to_save_after_the_step(tmp_path: Path) -> None:
+    rates = rates_after_steps(3, 11)[1:]  # the first is deleted, and a cycle has begun
+    lightning = {"pytorch-lightning_version": "2.5.0"}
+    (note,) = open_run(saved(tmp_path, rates, lightning)).at_lr_min().notes
+    assert note == (
+        "Lightning saves after the scheduler's step: the cycles end one checkpoint after these "
+        "minima"
+    )
+    told = notes(tmp_path, rates, beside=lightning)
+    assert "--cycle 3:2 takes the 3 at the ends of cycles\n" in told
+    ends = open_run(tmp_path).cycle(3, 2)
+    assert [checkpoint.record.lr for checkpoint in ends] == [pytest.approx(0.1)] * 3
+    assert NOTE not in notes(tmp_path, rates, "--cycle", "3:2", beside=lightning)
+
+
+@pytest.mark.parametrize(
+    "rates", [[0.1] * 4, [0.1, 0.01, 0.01], [0.02, 0.1, 0.07, 0.03], [0.1, 0.05, 0.02, 0.01]]
+)
+def test_lightning_runs_of_other_schedules_have_no_note(tmp_path: Path, rates: list[float]) -> None:
+    lightning = {"pytorch-lightning_version": "2.5.0"}
+    assert open_run(saved(tmp_path, rates, lightning)).at_lr_min().notes == ()
+    assert NOTE not in notes(tmp_path, rates, beside=lightning)
 
 
 @pytest.mark.parametrize(

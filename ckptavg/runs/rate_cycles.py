@@ -25,7 +25,7 @@ def find_minima(rates: Sequence[float]) -> list[int]:
     return minima
 
 
-def find_restarts(rates: Sequence[float]) -> list[int]:
+def find_restarts(rates: Sequence[float], *, after_step: bool = False) -> list[int]:
     """Return the positions of cycles' ends that record the first rate of the next cycle.
 
     A scheduler that is stepped before a checkpoint is saved has begun a new cycle by the end of
@@ -34,6 +34,8 @@ def find_restarts(rates: Sequence[float]) -> list[int]:
 
     Args:
         rates: In the order of training.
+        after_step: Whether it is known that the scheduler is stepped before. The run then may
+            begin and end anywhere.
 
     Returns:
         Nothing if the rates are no such, or tell of fewer than two cycles.
@@ -42,7 +44,9 @@ def find_restarts(rates: Sequence[float]) -> list[int]:
     values = [rates[level[0]] for level in levels]
     top = max(values, default=0.0)
     restarts = [n for n, value in enumerate(values) if math.isclose(value, top, rel_tol=_SAME)]
-    if len(restarts) < _FEWEST_CYCLES or restarts[0] == 0 or restarts[-1] != len(values) - 1:
+    is_such = after_step or (bool(restarts) and restarts[0] > 0 and restarts[-1] == len(values) - 1)
+    restarts = [n for n in restarts if n > 0]
+    if len(restarts) < _FEWEST_CYCLES or not is_such:
         return []
     for n, (before, value) in enumerate(pairwise(values), 1):
         if before < value and n not in restarts:
@@ -51,8 +55,8 @@ def find_restarts(rates: Sequence[float]) -> list[int]:
 
 
 def find_length(positions: Sequence[int]) -> int | None:
-    """Return the length of cycles with their ends at these positions; None if they differ."""
-    lengths = {after - before for before, after in pairwise([-1, *positions])}
+    """Return the common distance of two positions or more; None if it differs."""
+    lengths = {after - before for before, after in pairwise(positions)}
     return lengths.pop() if len(lengths) == 1 else None
 
 

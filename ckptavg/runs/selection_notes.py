@@ -59,7 +59,8 @@ def note_cycles(run: Run, selection: Run, *, in_shell: bool = False) -> None:
     rates = recorded_rates(checkpoints)
     if not rates:
         return
-    restarts = find_restarts(rates)
+    after_step = saves_after_step(checkpoints)
+    restarts = find_restarts(rates, after_step=after_step)
     ends = restarts or find_minima(rates)
     # A warm-up begins at a minimum, too, which ends no cycle. Neighbours share a rate.
     cycles = [position for position in ends if position and position - 1 not in ends]
@@ -68,7 +69,7 @@ def note_cycles(run: Run, selection: Run, *, in_shell: bool = False) -> None:
     paths = {checkpoints[position].path for position in ends}
     between = sum(checkpoint.path not in paths for checkpoint in selection.opened)
     if between:
-        advice = _advise(restarts, len(ends), in_shell=in_shell)
+        advice = _advise(restarts, len(ends), after_step=after_step, in_shell=in_shell)
         selected = "" if selection is run else "selected "
         log.info(
             "the learning rate is cyclical, and %d of %d %scheckpoints are from the middle of a "
@@ -86,15 +87,22 @@ def note_restarts(checkpoints: Sequence[Checkpoint]) -> list[str]:
     Returns:
         The note; nothing where the minima are the ends.
     """
-    restarts = find_restarts(recorded_rates(checkpoints))
+    after_step = saves_after_step(checkpoints)
+    restarts = find_restarts(recorded_rates(checkpoints), after_step=after_step)
     if not restarts:
         return []
-    length = find_length(restarts)
-    cycles = "the cycles" if length is None else f"cycles of {length}"
-    return [
-        f"the last checkpoint records the highest rate: if training saves after scheduler.step(), "
-        f"{cycles} end one checkpoint after these minima"
-    ]
+    why = (
+        "Lightning saves after the scheduler's step:"
+        if after_step
+        else "the last checkpoint records the highest rate: if training saves after "
+        "scheduler.step(),"
+    )
+    return [f"{why} the cycles end one checkpoint after these minima"]
+
+
+def saves_after_step(checkpoints: Sequence[Checkpoint]) -> bool:
+    """Tell whether rates are known to be those of the next epoch: Lightning's always are."""
+    return all("pytorch-lightning_version" in checkpoint.beside for checkpoint in checkpoints)
 
 
 def recorded_rates(checkpoints: Sequence[Checkpoint]) -> list[float]:
@@ -103,22 +111,24 @@ def recorded_rates(checkpoints: Sequence[Checkpoint]) -> list[float]:
     return rates if len(rates) == len(checkpoints) else []
 
 
-def _advise(restarts: Sequence[int], count: int, *, in_shell: bool) -> str:
+def _advise(restarts: Sequence[int], count: int, *, after_step: bool, in_shell: bool) -> str:
     """Say what takes the ends of cycles.
 
     Args:
         restarts: Positions of the ends if they record the next cycle's first rate.
         count: How many ends there are.
+        after_step: Whether it is known that they do.
         in_shell: Whether to name options of the command line, not methods.
     """
     if not restarts:
         what = "--at-lr-min" if in_shell else "at_lr_min()"
         return f": {what} takes the {count} at the ends of cycles"
-    length = find_length(restarts)
+    length, offset = find_length(restarts), restarts[0] + 1
     if length is None:
         return ""
-    what = f"--cycle {length}" if in_shell else f"cycle({length})"
-    return (
-        f": {what} takes the {count} at the ends of cycles, if training saves after "
-        "scheduler.step()"
-    )
+    if in_shell:
+        what = f"--cycle {length}" if offset == length else f"--cycle {length}:{offset}"
+    else:
+        what = f"cycle({length})" if offset == length else f"cycle({length}, {offset})"
+    condition = "" if after_step else ", if training saves after scheduler.step()"
+    return f": {what} takes the {count} at the ends of cycles{condition}"

@@ -132,3 +132,23 @@ def test_an_average_of_shards_is_consolidated_and_loaded(tmp_path):
         torch.save(whole, tmp_path / "whole.ckpt")
         loaded = lightning_module().load_from_checkpoint(tmp_path / "whole.ckpt")
     assert all(torch.equal(p, torch.full_like(p, 15)) for p in loaded.parameters())
+
+
+@pytest.mark.parametrize("interval", ["epoch", "step"])
+def test_rates_at_the_end_of_a_cycle_are_those_of_the_next(tmp_path, interval):
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    class Cyclical(lightning_module()):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            length = 3 if interval == "epoch" else 6
+            schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, length)
+            return [optimizer], [{"scheduler": schedule, "interval": interval}]
+
+    keeping = ModelCheckpoint(tmp_path, save_top_k=-1, monitor="val_loss")
+    loader = torch.utils.data.DataLoader(torch.rand(8, 3, 8, 8), batch_size=4)
+    with others_at_work():
+        lightning_trainer(max_epochs=6, callbacks=[keeping]).fit(Cyclical(), loader, loader)
+    run = open_run(tmp_path)
+    assert [checkpoint.record.lr for checkpoint in run.cycle(3)] == [pytest.approx(0.1)] * 2
+    assert "Lightning saves after the scheduler's step" in run.at_lr_min().notes[-1]
