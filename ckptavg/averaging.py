@@ -128,7 +128,7 @@ def average(
                 planned, out, overwrite=overwrite, keep_nonfinite=keep, digests=digests,
                 progress=told, stale=False,
             )  # fmt: skip
-    remarks.warn_of_stale({"": planned.batchnorm})
+    remarks.warn_of_stale({"": planned.statistics})
     return made
 
 

@@ -134,7 +134,7 @@ def average_many(
                 targets = prepare_many(outputs, overwrite=overwrite, digests=digests)
                 ordered = list(planned.values())
                 write_many(ordered, targets, digests=digests, progress=told, **settings)
-    warn_of_stale({name: one.batchnorm for name, one in planned.items()})
+    warn_of_stale({name: one.statistics for name, one in planned.items()})
     return made
 
 

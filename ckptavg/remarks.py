@@ -9,20 +9,25 @@ from ckptavg.blocks import StreamResult
 from ckptavg.errors import StaleStatisticsWarning, first_few
 from ckptavg.notes import log
 from ckptavg.plan import Plan
+from ckptavg.running_statistics import Statistics
 
 
-def warn_of_stale(states: Mapping[str, str]) -> None:
+def warn_of_stale(states: Mapping[str, Statistics]) -> None:
     """Warn the caller's caller of averages whose statistics are stale, in Python's words.
 
     Args:
-        states: The state of each average's statistics, by its name; empty for the only one.
+        states: Each average's statistics, by its name; empty for the only one.
     """
-    stale = [name for name, state in states.items() if state == "stale"]
+    stale = [name for name, statistics in states.items() if statistics.state == "stale"]
     if stale:
         of = f" of {first_few(stale)}" if stale[0] else ""
+        frozen = dict.fromkeys(layer for name in stale for layer in states[name].frozen)
+        exclude = f", exclude=[{first_few([repr(layer) for layer in frozen])}]" if frozen else ""
+        kept = ", which leaves out what was frozen in training" if frozen else ""
         warnings.warn(
             f"the BatchNorm statistics{of} are not those of the averaged weights (stale): once a "
-            "model has the weights, recompute them with ckptavg.update_bn(model, train_loader)",
+            "model has the weights, recompute them with "
+            f"ckptavg.update_bn(model, train_loader{exclude}){kept}",
             StaleStatisticsWarning,
             stacklevel=3,
         )

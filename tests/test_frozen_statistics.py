@@ -11,7 +11,7 @@ from torch.utils.data import TensorDataset
 import ckptavg
 from ckptavg import Candidate, evaluate, open_checkpoint, open_run
 from ckptavg.averaging import load
-from ckptavg.errors import BatchNormError, UsageError
+from ckptavg.errors import BatchNormError, StaleStatisticsWarning, UsageError
 from ckptavg.formats.names import layer_statistics
 from ckptavg.frozen_layers import find_frozen_layers
 from ckptavg.planned_average import plan_average
@@ -162,6 +162,21 @@ def test_a_layer_with_equal_statistics_in_all_checkpoints_is_frozen(tmp_path, su
     for name in (f"{STEM}.running_mean", f"{STEM}.running_var"):
         assert same_bits(found[name], states[0][name])
     assert "1 of 2 BatchNorm layers were frozen in training" in caplog.text
+
+
+def test_the_warning_of_stale_statistics_leaves_out_what_was_frozen(tmp_path):
+    run = saved(tmp_path, train(net(), frozen=[STEM]))
+    with pytest.warns(
+        StaleStatisticsWarning, match=r"train_loader, exclude=\['1'\]\), which leaves"
+    ):
+        state = ckptavg.average(run)
+    model = net()
+    model.load_state_dict(state)
+    ckptavg.update_bn(model, [inputs()], exclude=["1"])
+    for name, expected in recomputed_by_hand(state, [STEM]).items():
+        torch.testing.assert_close(
+            model.state_dict()[name].double(), expected, rtol=1e-4, atol=1e-5
+        )
 
 
 def test_frozen_statistics_are_kept_to_the_bit_whatever_the_coefficients(tmp_path):
