@@ -14,6 +14,7 @@ _MOST_CUTS = 100_000  # names times places that are tried
 # Marks at the end of a name, one of them, and its text: epoch_9.pt (last) [model].
 _MARKS = re.compile(r"(?: \([^()]*\)| \[[^][]*\])*$")
 _MARK = re.compile(r"( [(\[])([^][()]*)([)\]])")
+_WHOLE_NUMBER = re.compile(r"(?<![\d.])\d+(?!\d|\.\d)")
 _BREAKS = re.compile(r" (?!\[[-+\d]|[-+.,\deainf]+\])")
 
 
@@ -106,20 +107,22 @@ def _cut_alike(names: Sequence[str], room: int, whole: Sequence[str]) -> dict[st
     """Cut all names at the best place, the nearest to the middle of those that are equally good.
 
     The more names stay different, the better, then the fewer numbers are cut in two: of
-    ``checkpoint-144.pt``, ``checkpoint-14…`` would name another.
+    ``checkpoint-144.pt``, ``checkpoint-14…`` would name another. Then the last whole number should
+    stay, which mostly is the step.
     """
     middle = (room - 1) // 2
     tails = sorted(range(room - 1), key=lambda tail: abs(tail - middle))
     tails = tails[: max(_MOST_CUTS // len(names), 1)]
     best: dict[str, str] = {}
-    highest = (0, 0)
+    highest = (0, 0, 0)
     for tail in tails:
         shortened = {name: _cut(name, room, tail) for name in names}
         count = len({*shortened.values(), *whole})
         intact = sum(not _cuts_number(*pair) for pair in shortened.items())
-        if (count, intact) > highest:
-            best, highest = shortened, (count, intact)
-        if highest == (len(names) + len(whole), len(names)):
+        numbered = sum(_keeps_step(*pair) for pair in shortened.items())
+        if (count, intact, numbered) > highest:
+            best, highest = shortened, (count, intact, numbered)
+        if highest == (len(names) + len(whole), len(names), len(names)):
             break
     return best
 
@@ -130,6 +133,16 @@ def _cuts_number(name: str, shortened: str) -> bool:
     after_head = name[len(head)].isdigit()
     before_tail = name[-len(tail) - 1].isdigit()
     return (head[-1:].isdigit() and after_head) or (tail[:1].isdigit() and before_tail)
+
+
+def _keeps_step(name: str, shortened: str) -> bool:
+    """Tell whether a shortened name begins readably and has the last whole number, if any."""
+    numbers = [*_WHOLE_NUMBER.finditer(name)]
+    if not numbers:
+        return True
+    head, _, tail = shortened.partition(ELLIPSIS)
+    start, end = numbers[-1].span()
+    return len(head) >= _FEWEST and (end <= len(head) or start >= len(name) - len(tail))
 
 
 def _cut(name: str, room: int, tail: int) -> str:

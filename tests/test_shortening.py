@@ -66,6 +66,19 @@ def test_marks_leave_names_half_of_the_room_where_they_tell_nothing_apart():
     assert shorten_names([f"{LONG} (uniform)"], 12) == ["resnet…form)"]
 
 
+@pytest.mark.parametrize(
+    ("name", "room", "shortened"),
+    [
+        ("checkpoint-11.pth.tar (last)", 24, "checkp…11.pth.tar (last)"),
+        ("checkpoint-11.pth.tar (last)", 20, "checkp…th.tar (last)"),  # too narrow
+        ("output/resnet10t-32/model_7.pth.tar", 24, "output/resne…l_7.pth.tar"),
+        ("epoch=11-step=1200-val_acc=0.512.ckpt", 24, "epoch=11-step=1200….ckpt"),
+    ],
+)
+def test_the_step_in_a_name_stays(name, room, shortened):
+    assert shorten_names([name], room) == [shortened]
+
+
 marked = st.tuples(st.text("ab(]c ", max_size=20), st.sampled_from(["", " (last)", " [m]"]),
                    st.sampled_from(["", " [state_dict]", " [ema]", " ()"]))  # fmt: skip
 
