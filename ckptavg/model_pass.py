@@ -62,6 +62,14 @@ class BatchNormResult:
     frozen: tuple[str, ...] = ()
     unknown: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        """One line, which does not grow with the model."""
+        parts = [f"layers={self.layers}, batches={self.batches}, samples={self.samples}"]
+        for name in ("unreached", "frozen", "unknown"):
+            if layers := getattr(self, name):
+                parts.append(f"{name}: {first_few(list(layers))}")
+        return f"<BatchNormResult {'; '.join(parts)}>"
+
 
 @dataclass(frozen=True)
 class Change:

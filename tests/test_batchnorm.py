@@ -342,8 +342,15 @@ def test_a_layer_that_no_data_goes_through_keeps_its_statistics(caplog, forward)
     before = state_of(model["spare"])
     result = update_bn(model, [WORKED], forward=forward)
     assert (result.layers, result.unreached) == (1, ("spare",))
+    assert repr(result).endswith("; unreached: spare>")
     assert_same_state(model["spare"], before)
     assert "spare" in caplog.text
+
+
+def test_a_result_is_one_line_however_many_layers_there_are():
+    layers = [nn.BatchNorm1d(3) for _ in range(60)]
+    result = update_bn(nn.Sequential(*layers), [torch.randn(8, 3), torch.randn(4, 3)])
+    assert repr(result) == "<BatchNormResult layers=60, batches=2, samples=12>"
 
 
 @pytest.mark.parametrize("wrap", [nn.Identity, nn.DataParallel])

@@ -84,7 +84,6 @@ def inspect(
     whole = open_run(path, glob=glob, skip=skip, key=key)
     run = options.pick(whole, **picks)
     is_selection = run is not whole
-    note_cycles(whole, run, in_shell=True)
     if verify:
         from ckptavg.cli import verification  # noqa: PLC0415 - needs torch, the rest does not
 
@@ -95,6 +94,7 @@ def inspect(
         _show_checkpoint(report, run.checkpoints[0])
     else:
         _show_run(report, run, whole)
+    note_cycles(whole, run, in_shell=True)
 
 
 def _measured(report: Report, run: Run) -> Geometry:
