@@ -1,19 +1,28 @@
-"""Users' files as modules: the files of a directory find each other, not others of their names."""
+"""Users' files as modules: the files of a directory find each other, not others of their names.
+
+A file is a module of its own name where an import by it finds that file and what it imports in
+turn, in other processes too. Elsewhere it is a module below this one, whose name holds the path, so
+that it can be imported by that name alone: workers that are started anew do so.
+"""
 
 from __future__ import annotations
 
-import importlib.util
+import os
+import re
 import sys
 import sysconfig
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from itertools import chain, count
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, SourceFileLoader
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
 import ckptavg
 
-_PREFIX = "ckptavg_user_"  # of modules whose own name is in use
+__path__: list[str] = []  # modules can be below this one, and are found by what is said below
 _LIBRARIES = {sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")}
 _LIBRARIES.add(str(Path(ckptavg.__file__).parent))
 _set_aside: dict[str, dict[str, ModuleType]] = {}  # directory → its modules of names in use
@@ -41,18 +50,21 @@ def imports_from(home: Path) -> Iterator[Collection[str]]:
         home: The directory.
 
     Yields:
-        Names that modules from elsewhere have.
+        Names of its modules that other modules have, or will have when they are imported.
     """
     home = home.resolve()
     _add_to_path(str(home))
-    names = {name for name in sys.modules if "." not in name and _hides_file_of(home, name)}
+    names = {name for name in _list_modules(home) if _is_in_use(name, home)}
     others = _take_out(names)
+    outer = _FINDER.siblings
+    _FINDER.siblings = {n: home / f"{n}.py" for n in names if (home / f"{n}.py").is_file()}
     own = _set_aside.setdefault(str(home), {})
     sys.modules.update(own)
     sys.path.insert(0, str(home))
     try:
         yield names
     finally:
+        _FINDER.siblings = outer
         with suppress(ValueError):  # the user's code may have changed it
             sys.path.remove(str(home))
         own.update(_take_out(names))
@@ -66,19 +78,18 @@ def is_library(filename: str) -> bool:
 
 
 def _loaded(path: Path) -> ModuleType | None:
-    for name, module in sys.modules.items():
-        is_named = name == path.stem or name.startswith(f"{_PREFIX}{path.stem}")
-        if is_named and getattr(module, "__file__", None) == str(path):
+    for name in (_name_below(path), path.stem):
+        if getattr(module := sys.modules.get(name), "__file__", None) == str(path):
             return module
     return None
 
 
 def _load(path: Path, in_use: Collection[str]) -> ModuleType:
-    name = _free_name(path, in_use)
-    spec = importlib.util.spec_from_file_location(name, path)
+    name = _name_below(path) if in_use or path.stem in sys.modules else path.stem
+    spec = spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} cannot be imported")
-    module = importlib.util.module_from_spec(spec)
+    module = module_from_spec(spec)
     names = {name, path.stem} - {*sys.modules}  # its siblings import it by the latter
     sys.modules.update(dict.fromkeys(names, module))
     try:
@@ -90,15 +101,54 @@ def _load(path: Path, in_use: Collection[str]) -> ModuleType:
     return module
 
 
-def _free_name(path: Path, in_use: Collection[str]) -> str:
-    """Find a name that no other file has or gets: the file's own, if an import by it finds it."""
-    stem, home = path.stem, str(path.parent)
-    earlier = [Path(other) for other in sys.path[: sys.path.index(home, 1)]]
-    hidden = any(_has_module(other, stem) for other in earlier if other.resolve() != path.parent)
-    if not hidden and stem not in in_use and stem not in sys.modules:
-        return stem
-    numbered = (f"{_PREFIX}{stem}_{number}" for number in count(2))
-    return next(n for n in chain([_PREFIX + stem], numbered) if n not in sys.modules)
+def _name_below(path: Path) -> str:
+    """Name a file's module below this one, with the path in the name."""
+    stem = re.sub(r"\W", "_", path.stem)
+    return f"{__name__}.{stem}_{os.fsencode(path).hex()}"
+
+
+class _Finder(MetaPathFinder):
+    """Finds the modules below this one, also by the names that a directory's files import."""
+
+    siblings: Mapping[str, Path] = {}
+
+    def find_spec(
+        self, name: str, _path: Sequence[str] | None = None, _target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name in self.siblings:
+            return ModuleSpec(name, _Sibling(self.siblings[name]))
+        if not name.startswith(f"{__name__}."):
+            return None
+        file = os.fsdecode(bytes.fromhex(name.rpartition("_")[2]))
+        return spec_from_file_location(name, file, loader=_Loader(name, file))
+
+
+class _Loader(SourceFileLoader):
+    """Loads a file whose siblings may have names that are in use."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        with imports_from(Path(self.path).parent):
+            super().exec_module(module)
+
+
+class _Sibling(Loader):
+    """Takes the module below this one for an import by a file's own name."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._spec: ModuleSpec | None = None
+
+    def create_module(self, _spec: ModuleSpec) -> ModuleType:
+        module = import_module(_name_below(self._file))
+        self._spec = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self._spec
+
+
+_FINDER = _Finder()
+sys.meta_path.insert(0, _FINDER)
 
 
 def _add_to_path(home: str) -> None:
@@ -109,12 +159,26 @@ def _add_to_path(home: str) -> None:
         sys.path.insert(min(libraries, default=len(sys.path)), home)
 
 
-def _hides_file_of(home: Path, name: str) -> bool:
-    """Tell whether a loaded module is a user's from elsewhere, and a directory has its name too."""
-    if name == "__main__" or not _has_module(home, name):
-        return False
-    place = _place_of(sys.modules[name])
-    return place is not None and place.resolve().parent != home and not is_library(str(place))
+def _list_modules(home: Path) -> list[str]:
+    with os.scandir(home) as entries:
+        names = [
+            Path(entry).stem if entry.name.endswith(".py") else entry.name for entry in entries
+        ]
+    return [name for name in names if name.isidentifier() and not name.startswith("__")]
+
+
+def _is_in_use(name: str, home: Path) -> bool:
+    """Tell whether a name of a directory's module is that of a user's module from elsewhere.
+
+    One that is not loaded counts too if imports find it before that of the directory.
+    """
+    if name in sys.modules:
+        place = _place_of(sys.modules[name])
+        is_elsewhere = place is not None and place.resolve().parent != home
+        return is_elsewhere and not is_library(str(place)) and _has_module(home, name)
+    places = [Path(place) for place in sys.path[: sys.path.index(str(home))]]
+    found = next((place for place in places if _has_module(place, name)), home)
+    return found.resolve() != home and _has_module(home, name)
 
 
 def _place_of(module: ModuleType) -> Path | None:

@@ -1,7 +1,7 @@
 """Users' files as modules: those of a directory find each other."""
 
 import importlib
-import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -66,20 +66,21 @@ def test_a_name_that_is_not_there_gets_those_that_are_like_it():
     assert error_of(find_object, "net.py", "x").endswith("Did you mean nets.py?")
 
 
-def test_a_directory_that_comes_later_hides_no_file_of_an_earlier_one():
-    """Processes that are started anew find by ``sys.path`` what this one did."""
+def test_other_processes_import_the_same_files():
+    """Workers that are started anew have no more than a function's name, and ``sys.path``."""
     for width in (3, 4):
-        write(f"run{width}/first_of_two.py", f"WIDTH = {width}")
-        write(f"run{width}/second_of_two.py", f"WIDTH = {width}")
-    assert find_object("run3/first_of_two.py", "__name__") == "first_of_two"
-    assert find_object("run4/second_of_two.py", "__name__") != "second_of_two"
-    code = "import first_of_two; print(first_of_two.WIDTH)"
-    path = os.pathsep.join(sys.path)
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.strip() == "3"
+        write(f"run{width}/sizes.py", f"WIDTH = {width}\ndef tell(): return 10 * WIDTH")
+        write(f"run{width}/uses.py", "import sizes\ndef tell(): return sizes.WIDTH")
+    write("run4/more.py", "import sizes\ndef tell(): return 100 * sizes.WIDTH")
+    named = ["run3/uses.py", "run4/uses.py", "run4/sizes.py", "run4/more.py", "run3/sizes.py"]
+    functions = [find_object(path, "tell") for path in named]
+    for order in (functions, functions[::-1]):
+        code = (
+            f"import pickle, sys; sys.path = {sys.path!r}\n"
+            f"print([tell() for tell in pickle.loads({pickle.dumps(order)!r})])"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=False
+        )
+        assert done.stdout.strip() == str([tell() for tell in order]), done.stderr
+    assert [tell() for tell in functions] == [3, 4, 40, 400, 30]
