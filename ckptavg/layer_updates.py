@@ -390,4 +390,8 @@ def _counts(share: float, bend: float) -> tuple[int, int] | None:
     # without a factor the mean tells n as well, which is one more than the ratio of a biased one
     if abs(1 / share - (whole + 1)) < 0.25 and abs(1 / share - whole) > 0.25:
         return whole + 1, whole + 1
+    # a variance made up of parts, such as those of instances, has a bend of its own
+    plain = round(1 / share)
+    if whole != plain > 1 and abs(1 / share - plain) < _CLOSE and 0.75 < whole / plain < 1.33:
+        return plain, plain
     return whole, whole - 1

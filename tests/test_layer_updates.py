@@ -379,6 +379,36 @@ def test_batch_renormalization_reads_what_its_checkpoint_holds():
     assert_statistics(model[1], pooled(outputs))
 
 
+class Switchable(OwnNorm):
+    """Takes the moments of the batch from those of its instances (Luo et al. 2018)."""
+
+    def __init__(self, momentum=0.9):
+        super().__init__(shape=(1, C, 1))
+        self.momentum = momentum
+
+    def forward(self, x):
+        mean, var = x.mean(-1, keepdim=True), x.var(-1, keepdim=True)
+        square = var + mean**2
+        if self.training:
+            of_batch = mean.mean(0, keepdim=True), square.mean(0, keepdim=True)
+            found = of_batch[0], of_batch[1] - of_batch[0] ** 2
+            for name, value in zip(self.names, found, strict=True):
+                getattr(self, name).mul_(self.momentum).add_((1 - self.momentum) * value)
+        return (x - mean) / (var + 1e-5).sqrt()
+
+
+def test_a_variance_that_is_made_up_of_instances():
+    batches = sequences((32, 32, 7))
+    layer, whole = Switchable(), Switchable(momentum=0.0).double().train()
+    update_bn(layer, batches)
+    whole(torch.cat(batches).double())  # what it finds in all of the data at once
+    torch.testing.assert_close(
+        layer.running_mean.double(), whole.running_mean, rtol=1e-6, atol=1e-6
+    )
+    rtol = 1.01 / (71 * T - 1)  # it divides by n
+    torch.testing.assert_close(layer.running_var.double(), whole.running_var, rtol=rtol, atol=1e-6)
+
+
 class VarianceOnly(nn.Module):
     """As EvoNorm-B0: divides by a deviation, and takes no mean off."""
 
