@@ -246,6 +246,14 @@ def test_what_is_all_there_builds_no_model(home: Path, monkeypatch: pytest.Monke
     assert "7 of 7 candidates are in r.json" in again.stderr
 
 
+def test_a_checkpoint_that_stands_there_twice_is_held_twice(home: Path) -> None:
+    twice = (*ALL, "run/epoch_4.pt", "run/epoch_3.pt")
+    whole = ckptavg(*twice, "--results", "r.json")
+    again = ckptavg(*twice, "--results", "r.json", "--resume")
+    assert again.stdout == whole.stdout
+    assert "9 of 9 candidates are in r.json" in again.stderr
+
+
 @pytest.mark.parametrize(
     ("data", "training", "is_told"),
     [

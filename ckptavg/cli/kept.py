@@ -68,7 +68,8 @@ class Keeper:
             lacking.insert(0, reference)
         self.missing = lacking
         if resume and file is not None:
-            log.info("%d of %d candidates are in %s", len(self.held), len(candidates), file.path)
+            held_ones = sum(key in self.held for key in self.keys)  # the same may stand there twice
+            log.info("%d of %d candidates are in %s", held_ones, len(candidates), file.path)
 
     def merged(self, scored: Sequence[Result]) -> list[Result]:
         """These results and those that were there, in the order of the candidates."""
