@@ -82,7 +82,10 @@ def test_weights_that_are_not_finite_have_none_and_the_average_is_kept(home):
     [
         (["--last", "1"], "the geometry is that of several checkpoints"),
         (["--dry-run"], "--geometry and --dry-run exclude each other"),
-        (["--model", "x:y", "--train-data", "x:y"], "--geometry and --train-data exclude each other"),
+        (
+            ["--model", "x:y", "--train-data", "x:y"],
+            "--geometry and --train-data exclude each other",
+        ),
     ],
 )
 def test_where_there_is_none_it_is_a_usage_error(home, options, message):
