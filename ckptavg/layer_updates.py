@@ -307,7 +307,9 @@ def _copy_of(layer: nn.Module, convert: Convert, forward: Any = None) -> nn.Modu
     for name, buffer in layer._buffers.items():
         copy._buffers[name] = None if buffer is None else convert(buffer)
     for name, part in layer._modules.items():
-        copy._modules[name] = None if part is None else _copy_of(part, convert).eval()
+        copy._modules[name] = None if part is None else _copy_of(part, convert)
+    for part in copy.modules():
+        vars(part)["training"] = part is copy
     if isinstance(forward, types.MethodType) and forward.__self__ is layer:
         forward = types.MethodType(forward.__func__, copy)
     if forward is not None:

@@ -157,10 +157,13 @@ def _read_together(group: Sequence[Network], *, keep_nonfinite: bool) -> dict[in
 
 def _placed(template: nn.Module, weights: StateDict, name: str, runtime: Runtime) -> nn.Module:
     # weights are loaded in training mode: some modules merge theirs when they leave it
-    model = copy.deepcopy(template).train()
+    model = copy.deepcopy(template)
+    model.train()  # an overridden one may give back nothing
     load_into(model, weights, name)
     stop_observers(model)
-    return model.to(runtime.device).eval()
+    model = model.to(runtime.device)
+    model.eval()
+    return model
 
 
 def release(group: Iterable[Network], device: torch.device) -> None:

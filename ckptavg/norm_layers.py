@@ -67,7 +67,8 @@ def never_trained_layers(model: nn.Module) -> set[str]:
         return set()
     modes = {module: module.training for module in model.modules()}
     try:
-        trained = hollow_copy(model).train()
+        trained = hollow_copy(model)
+        trained.train()  # which may give back nothing
         return {name for name, layer in tracked_layers(trained).items() if not layer.training}
     except Exception:  # whatever a module of the user's says to a copy without values
         return set()

@@ -443,6 +443,12 @@ class KeepsStem(nn.Sequential):
         return self
 
 
+class KeepsStemAndReturnsNothing(nn.Sequential):
+    def train(self, mode=True):
+        super().train(mode)
+        self[int(STEM)].eval()
+
+
 class KeepsAll(nn.Sequential):
     """As backbones with ``norm_eval`` do."""
 
@@ -476,8 +482,12 @@ def keeping(kind):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(
     "make",
-    [lambda: keeping(KeepsStem), lambda: net(stem=AlwaysInEvaluation)],
-    ids=["of the model", "of the layer"],
+    [
+        lambda: keeping(KeepsStem),
+        lambda: keeping(KeepsStemAndReturnsNothing),
+        lambda: net(stem=AlwaysInEvaluation),
+    ],
+    ids=["of the model", "without return", "of the layer"],
 )
 def test_layers_that_train_leaves_in_evaluation_mode_keep_their_statistics(make, training):
     state = train(net(), 1)[-1]
@@ -585,6 +595,14 @@ def test_scores_are_those_of_the_model_with_what_is_frozen_kept(tmp_path):
     with torch.no_grad():
         loss = nn.functional.cross_entropy(model.eval()(x).double(), y)
     assert result.metrics["nll"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_a_train_that_returns_nothing_is_scored_like_any(tmp_path):
+    run = saved(tmp_path, train(net(), frozen=[STEM]))
+    found, expected = (
+        scored(run, make()) for make in (lambda: keeping(KeepsStemAndReturnsNothing), net)
+    )
+    assert [one.metrics for one in found] == [other.metrics for other in expected]
 
 
 def test_a_partly_recomputed_average_is_the_one_that_is_judged(tmp_path):
