@@ -45,7 +45,7 @@ class Result:
         """One line: the candidate, its statistics, its metrics."""
         known = {key: value for key, value in self.metrics.items() if value is not None}
         metrics = ", ".join(f"{key} {value:.5g}" for key, value in known.items())
-        statistics = "" if self.bn == "none" else f" ({self.bn})"
+        statistics = "" if self.bn == "none" else f", {self.bn}"
         return f"<Result of {printable(self.candidate.name)}{statistics}: {metrics}>"
 
     @property

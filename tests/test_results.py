@@ -40,7 +40,7 @@ def test_a_result_comes_back_from_json_as_it_was(metrics, bn, versus, details):
 @pytest.mark.parametrize(
     ("bn", "expected"),
     [
-        ("recomputed", "<Result of last 2 (recomputed): top1 49.3, nll 1.3858, n 1000>"),
+        ("recomputed", "<Result of last 2, recomputed: top1 49.3, nll 1.3858, n 1000>"),
         ("none", "<Result of last 2: top1 49.3, nll 1.3858, n 1000>"),
     ],
 )
