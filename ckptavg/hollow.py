@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-_COPIED = (nn.Module, torch.Tensor, dict, list, tuple, set, types.MethodType)
+_COPIED = (nn.Module, torch.Tensor, types.MethodType)
 
 
 def real_tensors(model: nn.Module) -> list[torch.Tensor]:
@@ -32,8 +32,15 @@ def stand_ins(tensors: Iterable[torch.Tensor]) -> dict[int, Any]:
 def hollow_copy(model: nn.Module) -> nn.Module:
     """Copy a model without values. What its modules refer to besides, a trainer say, is shared."""
     memo = stand_ins(real_tensors(model))
-    for module in model.modules():
-        for value in vars(module).values():
-            if not isinstance(value, _COPIED):
-                memo[id(value)] = value
+    waiting: list[Any] = [value for module in model.modules() for value in vars(module).values()]
+    seen: set[int] = set()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, _COPIED) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, (dict, list, tuple, set)):
+            waiting += value.values() if isinstance(value, dict) else value
+        else:
+            memo[id(value)] = value
     return copy.deepcopy(model, memo)

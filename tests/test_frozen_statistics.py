@@ -1,6 +1,7 @@
 """Running statistics that stay: frozen in training, excluded, or of layers of no known class."""
 
 import json
+import threading
 
 import pytest
 import torch
@@ -520,6 +521,13 @@ def test_train_is_tried_on_a_copy():
     result = ckptavg.update_bn(model.eval(), [inputs()])
     assert (result.layers, result.frozen) == (2, ())
     assert torch.equal(model[2].weight, weight)
+
+
+def test_what_cannot_be_copied_is_shared_with_the_copy():
+    model = keeping(KeepsStem)
+    model.lock, model.config = threading.Lock(), {"locks": [threading.Lock()]}
+    model.kept = [model[int(STEM)]]
+    assert ckptavg.update_bn(model, [inputs()]).frozen == (STEM,)
 
 
 def test_a_train_that_fails_on_a_copy_freezes_nothing():
