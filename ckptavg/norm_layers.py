@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from ckptavg.formats.names import layer_statistics
 from ckptavg.hollow import hollow_copy
 
-_VARIANCE = re.compile(r"(?:[a-z]+_)*(?:var|variance|sigma2)(?:_[a-z]+)?")
+_VARIANCE = re.compile(r"(?:[a-z]*_)*(?:var|variance|sigma2)(?:_[a-z]+)?")
 
 
 def tracked_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -269,6 +269,9 @@ def test_statistics_from_another_base_are_not_those_that_were_frozen(tmp_path):
         (["a.avg_mean", "a.avg_var"], {"a": ("avg_mean", "avg_var")}),
         (["a.var_ema", "a.mean_ema"], {"a": ("mean_ema", "var_ema")}),
         (["observer.running_mean", "rms.running_var", "a.mean", "a.var"], {}),
+        (["a.mean", "a.var", "a.gamma"], {"a": ("mean", "var")}),
+        (["a._mean", "a._variance", "a.weight", "a.bias"], {"a": ("_mean", "_variance")}),
+        (["a.mean", "a.weight", "b.std", "b.weight", "c.mean", "c.std"], {}),
         (["a.avg", "a.avg_sq", "b.ema_weight", "b.ema_count", "b.weight"], {}),
     ],
 )

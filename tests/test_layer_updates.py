@@ -302,6 +302,10 @@ def named(mean, variance):
     class Named(OwnNorm):
         names = (mean, variance)
 
+        def __init__(self):
+            super().__init__()
+            self.gamma = nn.Parameter(torch.ones(C))
+
     return Named()
 
 
@@ -317,6 +321,8 @@ def named(mean, variance):
         named("avg_mean", "avg_var"),
         named("ema_mean", "ema_var"),
         named("mean_ema", "var_ema"),
+        named("mean", "var"),
+        named("_mean", "_variance"),
         named("running_mu", "running_sigma2"),
         named("running_avg_mean", "running_avg_var"),
     ],

@@ -18,6 +18,8 @@ _SPREAD = re.compile(
     rf"|{_OTHER_PREFIX}(?:var|variance|std)|(?:var|variance|std){_SUFFIX}",
     re.IGNORECASE,
 )
+_PLAIN_MEAN, _PLAIN_SPREAD = re.compile("_?mean"), re.compile("_?(?:var|variance|std)")
+_WEIGHTS = frozenset({"weight", "gamma", "scale"})
 _COUNT = "num_batches_tracked"
 
 
@@ -36,6 +38,11 @@ def layer_statistics(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
         leaves = modules[module]
         spreads = [leaf for leaf in leaves if _SPREAD.fullmatch(leaf)]
         means = [leaf for leaf in leaves if _MEAN.fullmatch(leaf) and leaf not in spreads]
+        # Without a weight, these are what images are normalized with.
+        if not spreads and not means and not _WEIGHTS.isdisjoint(leaves):
+            spreads = [leaf for leaf in leaves if _PLAIN_SPREAD.fullmatch(leaf)]
+            means = [leaf for leaf in leaves if spreads and _PLAIN_MEAN.fullmatch(leaf)]
+            spreads = spreads if means else []
         # One statistic alone is an observer's, unless there is a weight for what it normalizes.
         if spreads and (means or "weight" in leaves):
             layers[module] = tuple(_join(module, leaf) for leaf in (*means, *spreads))
