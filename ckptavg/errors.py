@@ -25,7 +25,10 @@ class CkptavgError(Exception):
         self.remedy = printable(remedy)
 
     def __str__(self) -> str:
-        return f"{self.message.removesuffix('.')}. {self.remedy}" if self.remedy else self.message
+        if not self.remedy:
+            return self.message
+        stop = "" if self.message.endswith((".", "?", "!")) else "."
+        return f"{self.message}{stop} {self.remedy}"
 
 
 class UsageError(CkptavgError, ValueError):

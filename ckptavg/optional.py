@@ -21,6 +21,9 @@ def import_optional(module: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise SpecError(
-            f"{package} cannot be imported: {error}", f"Install it with pip install {package}."
-        ) from error
+        missing = (error.name or "").partition(".")[0]
+        if isinstance(error, ModuleNotFoundError) and missing not in ("", module.partition(".")[0]):
+            remedy = f"Install {missing}, which it needs."
+        else:
+            remedy = f"Install it with pip install {package}."
+        raise SpecError(f"{package} cannot be imported: {error}", remedy) from error

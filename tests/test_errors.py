@@ -34,8 +34,9 @@ def test_names_from_files_cannot_steer_the_terminal(control):
     assert str(error).isprintable()
 
 
-def test_a_message_of_others_that_ends_in_a_full_stop_gets_no_second():
-    assert str(errors.CkptavgError("It failed.", "Look.")) == "It failed. Look."
+@pytest.mark.parametrize("message", ["It failed.", "was it swapped?", "it failed!"])
+def test_a_message_that_ends_a_sentence_gets_no_second_stop(message):
+    assert str(errors.CkptavgError(message, "Look.")) == f"{message} Look."
 
 
 def test_message_stands_alone_without_a_remedy():
