@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ckptavg.tasks import Metric, Task
 
 SIGNIFICANT = 0.05  # a p below it
+_FEWEST_TO_CHOOSE = 3  # candidates beside the reference
 _TESTS = {
     "mcnemar": "p: McNemar's exact test",
     "bootstrap": "95 %: paired bootstrap, p: randomization test",
@@ -202,6 +203,7 @@ def _legend(results: Sequence[Result], task: Task, best: Sequence[bool]) -> list
         names = first_few([_name_alone(result, results) for result in winners])
         difference = _winners_difference(winners, results, task)
         lines.append(f"{BEST} best by {_bare(task.metrics[0].title)}: {names}{difference}")
+        lines += _choice(winners, results)
     compared = [result.versus for result in results if result.versus is not None]
     if compared:
         test = _TESTS[compared[0].difference.test]
@@ -209,6 +211,17 @@ def _legend(results: Sequence[Result], task: Task, best: Sequence[bool]) -> list
     if any(_statistics_text(result.bn) == "partly" for result in results):
         lines.append(_PARTLY)
     return lines
+
+
+def _choice(winners: Sequence[Result], results: Sequence[Result]) -> list[str]:
+    """Say that the best one's significance is of a candidate that was not chosen by it."""
+    compared = sum(result.versus is not None for result in results)
+    versus = winners[0].versus
+    if len(winners) > 1 or versus is None or compared < _FEWEST_TO_CHOOSE:
+        return []
+    if versus.difference.p >= SIGNIFICANT:
+        return []
+    return [f"{BEST} is the best of {compared} on these samples, which its p leaves out of account"]
 
 
 def _name_alone(result: Result, results: Sequence[Result]) -> str:

@@ -60,6 +60,19 @@ def test_a_difference_and_its_interval_share_a_cell():
 
 
 @pytest.mark.parametrize(
+    ("chances", "is_told"),
+    [([0.01, 0.4, 0.4], True), ([0.01, 0.4], False), ([0.06, 0.01, 0.01], False)],
+    ids=["of three", "of two", "not significant"],
+)
+def test_a_significant_best_of_many_was_chosen(chances, is_told):
+    others = [result(f"a{n}", p=p, **scores(60 - n)) for n, p in enumerate(chances)]
+    legend = tabulate_scores([result("last", **scores(50)), *others], Classification()).legend
+    told = "* is the best of 3 on these samples, which its p leaves out of account"
+    assert (told in legend) is is_told
+    assert any("the best of" in line for line in legend) is is_told
+
+
+@pytest.mark.parametrize(
     ("values", "best"),
     [
         ([1, 3, 2], [1]),
