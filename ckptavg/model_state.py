@@ -59,7 +59,8 @@ class _ModuleState:
             self._module._buffers.update(self._buffers)
         self._restore_attributes()
         for weight, data in self._weights:
-            if weight.data_ptr() != data.data_ptr():  # a teacher that follows in its forward pass
+            # a teacher may follow in its forward pass; what lies elsewhere in memory is the same
+            if weight.data_ptr() != data.data_ptr() and not torch.equal(weight, data):
                 weight.data = data
         for value in self._values:
             value.restore()
