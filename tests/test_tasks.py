@@ -344,3 +344,8 @@ def test_what_is_no_task_is_an_error(tmp_path, name, message):
     (tmp_path / "tasks_of_another.py").write_text(TASK_FILE)
     with pytest.raises(SpecError, match=message):
         make_task(f"{tmp_path / 'tasks_of_another.py'}:{name}")
+
+
+def test_a_mistyped_task_has_a_suggestion():
+    with pytest.raises(UsageError, match="Did you mean image-classification"):
+        make_task("image-clasification")

@@ -166,7 +166,9 @@ class _Expectation:
         is_kind = any(_is_instance(value, kind) for kind in self.kinds)
         known = {bool, int, float, str, list, tuple, type(None)}
         is_checked = bool in self.kinds or self.choices or (self.strict and {*self.kinds} <= known)
-        if is_checked and not is_kind:
+        # A word may have a meaning of its own beside numbers, as "auto" has; a broken number none.
+        is_mistyped = {int, float} & {*self.kinds} and _begins_a_number(value)
+        if (is_checked or is_mistyped) and not is_kind:
             raise SpecError(f"{self.name} is expected to be {self._wanted()} but got {text!r}")
         return value
 
@@ -239,6 +241,10 @@ def _read_text(text: str, value: Any, kinds: tuple[Any, ...]) -> Any:
     if str in kinds:
         return content
     return Path(content)
+
+
+def _begins_a_number(value: Any) -> bool:
+    return isinstance(value, str) and value.lstrip("+-.")[:1].isdigit()
 
 
 def _is_instance(value: Any, kind: Any) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 
 from ckptavg.errors import SpecError, UsageError
 from ckptavg.factories import call_factory
+from ckptavg.spelling import close_names, did_you_mean
 from ckptavg.tasks.named import NAMED, USUAL, make_named
 from ckptavg.tasks.task import Task
 
@@ -30,7 +31,8 @@ def make_task(spec: str, *, scoring: bool = True) -> Task:
     else:
         raise UsageError(
             f"task is expected to be one of {', '.join(NAMED)}, or path/file.py:Task, "
-            f"but got {spec!r}"
+            f"but got {spec!r}",
+            did_you_mean(close_names(spec, NAMED, 1)),
         )
     return _checked(spec, made, scoring=scoring)
 

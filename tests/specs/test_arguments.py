@@ -139,3 +139,13 @@ def test_classes_partials_and_keywords_beyond_the_named_ones():
 
 def test_values_that_are_no_text_stay():
     assert fit_arguments(data, {"train": "maybe"}) == {"train": "maybe"}
+
+
+@pytest.mark.parametrize("text", ["24x", "-1e", "1,5x"])
+def test_a_broken_number_is_told_where_the_default_is_one(text):
+    def build(width=24):
+        return width
+
+    with pytest.raises(SpecError, match="width is expected to be int"):
+        fit_arguments(build, parse_arguments([f"width={text}"]))
+    assert fit_arguments(build, parse_arguments(["width=auto"])) == {"width": "auto"}
