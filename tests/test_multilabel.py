@@ -244,6 +244,11 @@ def test_outputs_and_targets_of_other_shapes_are_an_error(outputs, targets):
     assert str(tuple(outputs)) in str(caught.value)
 
 
+def test_one_class_a_sample_is_said_to_be_another_task():
+    with pytest.raises(EvaluationError, match="--task image-classification"):
+        TASK.check(torch.zeros(4, 1), torch.zeros(4))
+
+
 def test_outputs_that_are_not_finite_are_not_sound():
     logits, targets = data(samples=4)
     assert bool(TASK.sound(TASK.predict(logits, targets)))

@@ -54,10 +54,13 @@ class MultiLabel(activations.TaskOnLogits):
         """
         logits = take_output(outputs)
         if logits.dim() != 2 or logits.shape != targets.shape or not logits.shape[1]:
+            remedy = "Check that the model and the data belong together."
+            if targets.shape == logits.shape[:1]:
+                remedy = "Models of one class a sample are scored by --task image-classification."
             raise EvaluationError(
                 f"outputs and targets of shape (N, labels) are expected, but got "
                 f"{tuple(logits.shape)} and {tuple(targets.shape)}",
-                "Check that the model and the data belong together.",
+                remedy,
             )
         wrong = (targets != 0) & (targets != 1)
         if bool(wrong.any()):
