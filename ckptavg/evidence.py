@@ -21,7 +21,7 @@ RESAMPLES = 2000
 GROUPS = 10_000  # what a bootstrap draws from at most
 _CHUNK = 2**20  # draws at a time
 _Z = 1.959963984540054  # standard deviations of a normal distribution's central 95 %
-_TIE = 1 - 1e-9  # sums of the same numbers in another order count as equal
+_ROUNDING = 1e-12  # of a sum of float64, relative to its terms
 
 
 @dataclass(frozen=True)
@@ -182,9 +182,11 @@ def _draws(n: int, generator: torch.Generator, below: int | None = None) -> Iter
 def _randomization(sums: torch.Tensor, generator: torch.Generator) -> float:
     """P of exchanging the candidates at random, which turns the signs of their differences."""
     total, extreme = float(sums.sum()), 0
+    # Sums that are equal but for rounding, which is relative to their terms, are ties.
+    least = abs(total) - _ROUNDING * float(sums.abs().sum())
     for turned in _draws(len(sums), generator, below=2):
-        found = total - 2 * (turned.double() @ sums)
-        extreme += int((found.abs() >= abs(total) * _TIE).sum())
+        exchanged = total - 2 * (turned.double() @ sums)
+        extreme += int((exchanged.abs() >= least).sum())
     return (extreme + 1) / (RESAMPLES + 1)
 
 

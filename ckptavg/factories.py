@@ -272,7 +272,8 @@ def _call_remedy(
         return _DEBUG
     unknown = set(keywords) - set(accepted)
     if unknown and "kwargs" not in accepted:
-        return f"It takes {', '.join(accepted)}."
+        close = [name for given in sorted(unknown) for name in close_names(given, accepted, 1)]
+        return did_you_mean(close) or f"It takes {', '.join(accepted)}."
     needed = required_parameters(factory)[len(args) :]
     lacking = [name for name in needed if name not in keywords]
     if lacking:

@@ -11,6 +11,7 @@ from typing import Any
 from ckptavg.errors import CheckpointError, CkptavgError, SpecError, short
 from ckptavg.formats import bounded_json
 from ckptavg.formats.huggingface import CONFIG
+from ckptavg.formats.neighbours import suggest_neighbours
 from ckptavg.hub import is_cached, offline
 from ckptavg.optional import import_optional
 from ckptavg.run import open_run
@@ -39,9 +40,10 @@ def find_model_directory(name: str) -> Path:
             f"{directory} is no directory with a {CONFIG}, nor a run of such directories",
             "Expected hf:DIR.",
         )
-    remedy = "Expected hf:DIR."
     if name.count("/") == 1 and not directory.parent.exists():
         remedy = f"Nothing is downloaded: hf download {name} --local-dir DIR, then name hf:DIR."
+    else:
+        remedy = suggest_neighbours(directory)
     raise SpecError(f"{directory} does not exist", remedy)
 
 

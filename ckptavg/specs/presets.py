@@ -57,8 +57,9 @@ def timm_preset(name: str, settings: Mapping[str, Any]) -> Preset:
         ) from error
     side = min(config["input_size"][-2:])
     full = f"{name}.{tag}" if tag and "." not in name else name
+    trained = f", with the training's own {', '.join(settings)}" if settings else ""
     return Preset(
-        f"timm's {full}",
+        f"timm's {full}{trained}",
         math.floor(side / config["crop_pct"]),
         side,
         tuple(config["mean"]),
