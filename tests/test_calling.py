@@ -423,7 +423,7 @@ def test_labels_stand_second_where_no_model_is_known(batch):
         {"x": A, "labels": Y.tolist()},
         {"x": A, "target": {"y": Y, "id": L}},
     ],
-    ids=str,
+    ids=["mapping behind", "two mappings", "list behind", "list by name", "nested"],
 )
 def test_labels_may_be_named_among_others_or_listed(batch):
     inputs, labels = split_batch(One(), batch)

@@ -250,7 +250,9 @@ def test_a_tensor_in_a_larger_storage_is_read_at_its_place(recorded):
 
 
 @pytest.mark.parametrize(
-    "value", [torch.tensor(True), torch.tensor(1j), torch.zeros(1), torch.zeros(0)], ids=str
+    "value",
+    [torch.tensor(True), torch.tensor(1j), torch.zeros(1), torch.zeros(0)],
+    ids=["bool", "complex", "vector", "empty"],
 )
 def test_what_is_no_number_of_its_own_is_none(recorded, value):
     assert recorded({"model": weights(), "x": value}).metrics == {}
