@@ -1,0 +1,1 @@
+"""Coefficients × one streaming pass."""

@@ -1,0 +1,1 @@
+"""Text, tables and progress as people see them; knows nothing of checkpoints."""

@@ -1,0 +1,1 @@
+"""Candidates × one pass over the data."""

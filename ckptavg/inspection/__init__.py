@@ -1,0 +1,1 @@
+"""Weights read to tell something of them: geometry, verification."""

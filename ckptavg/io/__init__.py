@@ -1,0 +1,1 @@
+"""Files and URLs; knows nothing of checkpoints."""

@@ -1,0 +1,1 @@
+"""Modules on a device: weights in, memory, precision, and calling them on a batch."""

@@ -1,0 +1,1 @@
+"""Outputs: checked before any work, published whole, hashed, with their provenance."""

@@ -1,0 +1,1 @@
+"""The search for the checkpoints of a training."""
