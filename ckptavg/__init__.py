@@ -10,44 +10,44 @@ TYPE_CHECKING = False  # as type checkers know it
 if TYPE_CHECKING:
     from typing import Any
 
-    from ckptavg.averaging import average as average
-    from ckptavg.batchnorm import update_bn as update_bn
-    from ckptavg.candidates import Candidate as Candidate
-    from ckptavg.comparison import compare as compare
+    from ckptavg._version import __version__ as __version__
+    from ckptavg.averaging.api import average as average
+    from ckptavg.averaging.many import average_many as average_many
+    from ckptavg.batchnorm.update import update_bn as update_bn
+    from ckptavg.data.loaders import Subset as Subset
     from ckptavg.errors import CkptavgError as CkptavgError
     from ckptavg.errors import StaleStatisticsWarning as StaleStatisticsWarning
-    from ckptavg.evaluation import evaluate as evaluate
+    from ckptavg.evaluation.candidates import Candidate as Candidate
+    from ckptavg.evaluation.compare import compare as compare
+    from ckptavg.evaluation.evaluate import evaluate as evaluate
+    from ckptavg.evaluation.results import Result as Result
+    from ckptavg.evaluation.results import Results as Results
     from ckptavg.formats import Checkpoint as Checkpoint
     from ckptavg.formats import open_checkpoint as open_checkpoint
-    from ckptavg.loaders import Subset as Subset
-    from ckptavg.many import average_many as average_many
-    from ckptavg.results import Result as Result
-    from ckptavg.results import Results as Results
-    from ckptavg.run import Run as Run
-    from ckptavg.run import open_run as open_run
+    from ckptavg.inspection.geometry import geometry as geometry
+    from ckptavg.runs.run import Run as Run
+    from ckptavg.runs.run import open_run as open_run
     from ckptavg.tasks import Task as Task
-    from ckptavg.version import __version__ as __version__
-    from ckptavg.weight_space import geometry as geometry
 
 _HOMES = {
-    "average": "averaging",
-    "average_many": "many",
-    "update_bn": "batchnorm",
+    "average": "averaging.api",
+    "average_many": "averaging.many",
+    "update_bn": "batchnorm.update",
     "CkptavgError": "errors",
     "StaleStatisticsWarning": "errors",
-    "Candidate": "candidates",
-    "evaluate": "evaluation",
-    "compare": "comparison",
-    "Result": "results",
-    "Results": "results",
+    "Candidate": "evaluation.candidates",
+    "evaluate": "evaluation.evaluate",
+    "compare": "evaluation.compare",
+    "Result": "evaluation.results",
+    "Results": "evaluation.results",
     "Checkpoint": "formats",
     "open_checkpoint": "formats",
-    "geometry": "weight_space",
-    "Run": "run",
-    "open_run": "run",
-    "Subset": "loaders",
+    "geometry": "inspection.geometry",
+    "Run": "runs.run",
+    "open_run": "runs.run",
+    "Subset": "data.loaders",
     "Task": "tasks",
-    "__version__": "version",
+    "__version__": "_version",
 }
 
 __all__ = list(_HOMES)

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from ckptavg.formats.checkpoint import PROVENANCE
 from ckptavg.formats.parts import parse_provenance
-from ckptavg.formats.table import PROVENANCE
 
 
 @dataclass(frozen=True, eq=False)

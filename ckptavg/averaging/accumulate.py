@@ -15,11 +15,11 @@ from typing import NoReturn
 
 import torch
 
+from ckptavg.averaging.planning.tensor_plan import TensorPlan
+from ckptavg.averaging.read_groups import Group, Job, Member, Share
 from ckptavg.errors import NonFiniteError
-from ckptavg.formats.reading import Reader
-from ckptavg.formats.table import DType, Tensor
-from ckptavg.groups import Group, Job, Member, Share
-from ckptavg.plan import TensorPlan
+from ckptavg.formats.checkpoint import DType, Tensor
+from ckptavg.formats.reader import Reader
 
 _MOST_VIEWS = 256
 

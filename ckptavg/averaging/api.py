@@ -10,29 +10,30 @@ from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
-from ckptavg import outputs, remarks, schemes, spectral_vectors
-from ckptavg.accounts import with_account
-from ckptavg.digests import LEAF, InputDigests, OutputDigest, recorded
+from ckptavg.averaging import remarks, schemes, spectral_vectors
+from ckptavg.averaging.accounts import with_account
+from ckptavg.averaging.plan import Average, Planned, plan_average
+from ckptavg.averaging.planning.rules import keeps_nonfinite, require_output
+from ckptavg.averaging.planning.tensor_plan import Plan, TensorPlan, copy_plan
+from ckptavg.averaging.read_groups import Job, common_order
+from ckptavg.averaging.sharding import Split
+from ckptavg.averaging.stream import Extras, Progress, stream
+from ckptavg.display.progress import ProgressLike, open_phase
+from ckptavg.distributed.processes import Processes
 from ckptavg.errors import NonFiniteError, PlacementError
 from ckptavg.formats import Checkpoint
-from ckptavg.formats.stamp import FileStamp
-from ckptavg.formats.writing import FileSink, MemorySink, Sink
-from ckptavg.groups import Job, common_order
-from ckptavg.outputs import StateDict, Target
-from ckptavg.plan import Plan, TensorPlan, copy_plan
-from ckptavg.planned_average import Average, Planned, plan_average
-from ckptavg.processes import Processes
-from ckptavg.progress import ProgressLike, open_phase
-from ckptavg.rules import keeps_nonfinite, require_output
-from ckptavg.run import RunLike
-from ckptavg.runs.nearby import leads_to_checkpoints
-from ckptavg.split import Split
-from ckptavg.stream import Extras, Progress, stream
+from ckptavg.io.stamp import FileStamp
+from ckptavg.outputs import target as outputs
+from ckptavg.outputs.digests import LEAF, InputDigests, OutputDigest, recorded
+from ckptavg.outputs.sinks import FileSink, MemorySink, Sink
+from ckptavg.outputs.target import StateDict, Target
+from ckptavg.runs.discovery.nearby import leads_to_checkpoints
+from ckptavg.runs.run import RunLike
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from ckptavg.keywords import AverageOptions
+    from ckptavg.averaging.keywords import AverageOptions
 
 
 @overload
@@ -85,7 +86,7 @@ def average(
 
     Args:
         run: What ``open_run`` returned, or a selection of it; or the path of a run.
-        scheme: ``NAME[:key=value,...]``, see ``ckptavg.schemes.parse``.
+        scheme: ``NAME[:key=value,...]``, see ``ckptavg.averaging.schemes.parse``.
         weights: One a checkpoint instead of a scheme; normalized.
         out: ``.safetensors``, a ``torch.save`` suffix, or a directory (Hugging Face). None returns
             the state dict instead.
@@ -96,10 +97,10 @@ def average(
             ``float64``.
         overwrite: Replace an existing output.
         on_nonfinite: ``error``, or ``keep`` to write an average that is not finite.
-        digests: Record digests of the inputs and the output in it, see ``ckptavg.digests``; all of
-            the inputs' weights are read then.
+        digests: Record digests of the inputs and the output in it, see
+            ``ckptavg.outputs.digests``; all of the inputs' weights are read then.
         progress: True for a bar, a bar of tqdm, or a function of (phase, done, total) in bytes
-            read; see ``ckptavg.progress``.
+            read; see ``ckptavg.display.progress``.
 
     Returns:
         The state dict under bare names, or the path of the output.

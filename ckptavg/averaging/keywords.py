@@ -6,8 +6,8 @@ import os
 from collections.abc import Sequence
 from typing import TypedDict
 
+from ckptavg.display.progress import ProgressLike
 from ckptavg.formats import Checkpoint
-from ckptavg.progress import ProgressLike
 
 
 class ManyOptions(TypedDict, total=False):

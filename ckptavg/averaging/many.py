@@ -8,23 +8,24 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
-from ckptavg.accounts import with_account
-from ckptavg.averaging import in_memory_many, prepare_many, write_many
+from ckptavg.averaging.accounts import with_account
+from ckptavg.averaging.api import in_memory_many, prepare_many, write_many
+from ckptavg.averaging.plan import Average, plan_average
+from ckptavg.averaging.planning.rules import keeps_nonfinite, require_output
+from ckptavg.averaging.remarks import warn_of_stale
+from ckptavg.display.progress import ProgressLike, open_phase
 from ckptavg.errors import OutputError, UsageError, short
-from ckptavg.formats import Checkpoint, storage
-from ckptavg.formats.layout import FILE_LAYOUTS, has_suffix
-from ckptavg.outputs import StateDict
-from ckptavg.planned_average import Average, plan_average
-from ckptavg.progress import ProgressLike, open_phase
-from ckptavg.remarks import warn_of_stale
-from ckptavg.rules import keeps_nonfinite, require_output
-from ckptavg.run import Run, RunLike, as_run
-from ckptavg.system_errors import unwritable
+from ckptavg.errors.system import unwritable
+from ckptavg.formats import Checkpoint
+from ckptavg.formats.registry import FILE_LAYOUTS, has_suffix
+from ckptavg.io import paths
+from ckptavg.outputs.target import StateDict
+from ckptavg.runs.run import Run, RunLike, as_run
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from ckptavg.keywords import ManyOptions
+    from ckptavg.averaging.keywords import ManyOptions
 
 Asked: TypeAlias = Mapping[str, "str | Run | tuple[Run, str | Sequence[float]]"]
 
@@ -128,7 +129,7 @@ def average_many(
             }
         else:
             made = {name: Path(out_dir) / _file_name(name, run) for name in planned}
-            storage.check_output(out_dir)
+            paths.check_output(out_dir)
             with _directory(Path(out_dir)):
                 outputs = [(planned[name], path) for name, path in made.items()]
                 targets = prepare_many(outputs, overwrite=overwrite, digests=digests)

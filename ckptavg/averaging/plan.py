@@ -8,18 +8,20 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from ckptavg import lora, outputs, schemes
+from ckptavg.averaging import schemes
+from ckptavg.averaging.lora import exact_mean
+from ckptavg.averaging.planning.rules import Rules
+from ckptavg.averaging.planning.tensor_plan import Plan
+from ckptavg.averaging.schemes import Scheme
 from ckptavg.errors import CheckpointError, UsageError
 from ckptavg.formats import Checkpoint, open_checkpoint
 from ckptavg.formats.names import batchnorm_layers
-from ckptavg.formats.storage import Location
-from ckptavg.plan import Plan
-from ckptavg.rules import Rules
-from ckptavg.run import RunLike, as_run
-from ckptavg.running_statistics import State, Statistics
+from ckptavg.formats.running_statistics import State, Statistics
+from ckptavg.io.paths import Location
+from ckptavg.outputs import target
+from ckptavg.runs.discovery.ranks import refuse_parts
 from ckptavg.runs.order import refuse_two_series
-from ckptavg.runs.ranks import refuse_parts
-from ckptavg.schemes import Scheme
+from ckptavg.runs.run import RunLike, as_run
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Average:
 
     def provenance(self) -> dict[str, Any]:
         """How the average is made, as plain values for JSON."""
-        return outputs.provenance(
+        return target.provenance(
             self.scheme.text,
             self.plan.checkpoints,
             self.plan.coefficients,
@@ -96,7 +98,7 @@ def plan_average(
     if base is not None and not isinstance(base, Checkpoint):
         base = _open_base(base, checkpoints[-1].key)
     rules = Rules(_patterns(include), _patterns(exclude), base, dtype)
-    plan = lora.plan_mean(checkpoints, coefficients, rules)
+    plan = exact_mean.plan_mean(checkpoints, coefficients, rules)
     if note := chosen.note(coefficients):
         plan = replace(plan, notes=(note, *plan.notes))
     return Average(plan, chosen, run.members)

@@ -10,9 +10,9 @@ from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
 from typing import NamedTuple
 
+from ckptavg.averaging.planning.tensor_plan import TensorPlan
 from ckptavg.formats import Checkpoint, Tensor
-from ckptavg.formats.writing import Sink
-from ckptavg.plan import TensorPlan
+from ckptavg.outputs.sinks import Sink
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 
-from ckptavg.blocks import StreamResult
+from ckptavg.averaging.accumulate import StreamResult
+from ckptavg.averaging.planning.tensor_plan import Plan
 from ckptavg.errors import StaleStatisticsWarning, first_few
-from ckptavg.notes import log
-from ckptavg.plan import Plan
-from ckptavg.running_statistics import Statistics
+from ckptavg.errors.notes import log
+from ckptavg.formats.running_statistics import Statistics
 
 
 def warn_of_stale(states: Mapping[str, Statistics]) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from ckptavg.errors import RunError, UsageError
-from ckptavg.spelling import close_names, did_you_mean
+from ckptavg.errors.spelling import close_names, did_you_mean
 
 Steps = Sequence[float | None]
 Remark = Callable[[Sequence[float]], str]

@@ -21,19 +21,19 @@ from typing import TypeVar
 
 import torch
 
-from ckptavg import outputs
-from ckptavg.digests import Leaves
+from ckptavg._version import __version__
+from ckptavg.averaging.planning.tensor_plan import Plan, TensorPlan
+from ckptavg.averaging.read_groups import Job
+from ckptavg.averaging.stream import Extras, Progress, Streamed, stream
+from ckptavg.distributed.processes import Processes
+from ckptavg.distributed.threads import default_threads
 from ckptavg.errors import OutputError, PeerError, ProcessesError
-from ckptavg.formats.output import Layout, OutputTensor
-from ckptavg.formats.writing import FileSink
-from ckptavg.groups import Job
-from ckptavg.outputs import Target
-from ckptavg.plan import Plan, TensorPlan
-from ckptavg.processes import Processes
-from ckptavg.stream import Extras, Progress, Streamed, stream
-from ckptavg.system_errors import unwritable
-from ckptavg.threads import default_threads
-from ckptavg.version import __version__
+from ckptavg.errors.system import unwritable
+from ckptavg.formats.file_layout import Layout, OutputTensor
+from ckptavg.outputs import target as outputs
+from ckptavg.outputs.digests import Leaves
+from ckptavg.outputs.sinks import FileSink
+from ckptavg.outputs.target import Target
 
 log = logging.getLogger("ckptavg")
 PAGE = 4096  # bytes

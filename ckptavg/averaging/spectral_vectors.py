@@ -8,13 +8,13 @@ from dataclasses import replace
 
 import torch
 
+from ckptavg.averaging.planning.spectral_norm import SpectralNorm, iterate_vectors, most_steps
+from ckptavg.averaging.planning.tensor_plan import Plan, TensorPlan
+from ckptavg.averaging.read_groups import Job
+from ckptavg.averaging.stream import start_threads, stream
 from ckptavg.formats import Checkpoint
-from ckptavg.formats.writing import MemorySink, Sink
-from ckptavg.groups import Job
-from ckptavg.outputs import StateDict
-from ckptavg.plan import Plan, TensorPlan
-from ckptavg.spectral_norm import SpectralNorm, iterate_vectors, most_steps
-from ckptavg.stream import start_threads, stream
+from ckptavg.outputs.sinks import MemorySink, Sink
+from ckptavg.outputs.target import StateDict
 
 # Follows a weight's name for the last checkpoint's own. No tensor's name has a NUL.
 _LAST = "\0last"

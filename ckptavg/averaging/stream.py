@@ -19,13 +19,13 @@ from typing import NamedTuple
 
 import torch
 
-from ckptavg.blocks import StreamResult, Watcher, Worker
+from ckptavg.averaging.accumulate import StreamResult, Watcher, Worker
+from ckptavg.averaging.planning.tensor_plan import TensorPlan
+from ckptavg.averaging.read_groups import Group, Job, grouped, watching
+from ckptavg.distributed.threads import default_threads
 from ckptavg.formats import Checkpoint, Tensor
-from ckptavg.formats.reading import boxes
-from ckptavg.formats.storage import is_url
-from ckptavg.groups import Group, Job, grouped, watching
-from ckptavg.plan import TensorPlan
-from ckptavg.threads import default_threads
+from ckptavg.formats.reader import boxes
+from ckptavg.io.paths import is_url
 
 BLOCK = 1 << 15  # elements; torch runs an operation on as many in the calling thread
 STRIDED_BLOCK = (

@@ -13,34 +13,37 @@ from typing import Any
 import torch
 from torch import nn
 
-from ckptavg import averaging, heap, lora, outputs
-from ckptavg.batches import Batches, Forward
-from ckptavg.batchnorm import BatchNormResult
-from ckptavg.digests import DIGEST, PENDING, InputDigests, is_recorded, recorded, sealed
-from ckptavg.errors import BatchNormError, NonFiniteError, first_few
-from ckptavg.formats import Checkpoint
-from ckptavg.formats.table import REFRESHED
-from ckptavg.formats.weights import bare_names
-from ckptavg.formats.writing import FileSink
-from ckptavg.loaders import Progress as SampleProgress
-from ckptavg.loaders import rereadable
-from ckptavg.loading import load_into
-from ckptavg.outputs import StateDict, Target
-from ckptavg.passes import Together, run_passes, say
-from ckptavg.plan import copy_plan
-from ckptavg.planned_average import Average
-from ckptavg.prefetch import counted
-from ckptavg.processes import Alone, Peers
-from ckptavg.running_statistics import Statistics, match_layers, with_statistics
-from ckptavg.runs.nearby import leads_to_checkpoints
-from ckptavg.runtime import Runtime, fit
-from ckptavg.statistics_pass import (
+from ckptavg.averaging import api
+from ckptavg.averaging.lora import exact_mean
+from ckptavg.averaging.plan import Average
+from ckptavg.averaging.planning.tensor_plan import copy_plan
+from ckptavg.averaging.stream import Progress
+from ckptavg.batchnorm.statistics_pass import (
     layers_of,
     recompute_statistics,
     statistics_of,
     uncounted_layers,
 )
-from ckptavg.stream import Progress
+from ckptavg.batchnorm.update import BatchNormResult
+from ckptavg.data.loaders import Progress as SampleProgress
+from ckptavg.data.loaders import rereadable
+from ckptavg.data.prefetch import counted
+from ckptavg.distributed.processes import Alone, Peers
+from ckptavg.errors import BatchNormError, NonFiniteError, first_few
+from ckptavg.formats import Checkpoint
+from ckptavg.formats.checkpoint import REFRESHED
+from ckptavg.formats.running_statistics import Statistics, match_layers, with_statistics
+from ckptavg.formats.state_dict import bare_names
+from ckptavg.models import malloc
+from ckptavg.models.batches import Batches, Forward
+from ckptavg.models.device import Runtime, fit
+from ckptavg.models.load import load_into
+from ckptavg.models.oom_retry import Together, run_passes, say
+from ckptavg.outputs import target as outputs
+from ckptavg.outputs.digests import DIGEST, PENDING, InputDigests, is_recorded, recorded, sealed
+from ckptavg.outputs.sinks import FileSink
+from ckptavg.outputs.target import StateDict, Target
+from ckptavg.runs.discovery.nearby import leads_to_checkpoints
 
 log = logging.getLogger("ckptavg")
 
@@ -99,9 +102,9 @@ def write_averages(
     Raises:
         CkptavgError: Whatever is wrong; nothing is written then.
     """
-    lora.require_models(c for planned in averages for c in planned.plan.checkpoints)
+    exact_mean.require_models(c for planned in averages for c in planned.plan.checkpoints)
     excluded = match_layers(how.exclude, layers_of(averages))
-    targets = averaging.prepare_many(
+    targets = api.prepare_many(
         list(zip(averages, outs, strict=True)), overwrite=overwrite, digests=digests
     )
     peers = Together(how.peers)
@@ -117,7 +120,7 @@ def write_averages(
             del number, of
             if digests and not done:  # anew: a pass that failed may have seen half of a tensor
                 hashed = InputDigests(c for p in averages for c in p.plan.inputs)
-            weights = averaging.in_memory_many(
+            weights = api.in_memory_many(
                 [averages[i] for i in group], order=order, keep_nonfinite=keep_nonfinite,
                 inputs=None if done else hashed, progress=progress, stale=False,
             )  # fmt: skip
@@ -162,7 +165,7 @@ def update_checkpoint(
     Returns:
         What was recomputed, and the copy's provenance as written.
     """
-    lora.require_models([checkpoint])
+    exact_mean.require_models([checkpoint])
     before = statistics_of(checkpoint, how.model)
     excluded = match_layers(how.exclude, before.layers)
     if before.frozen and not excluded.union(before.frozen).issuperset(before.layers):
@@ -188,7 +191,7 @@ def update_checkpoint(
 
         def run_pass(group: Sequence[Checkpoint], number: int, of: int) -> None:
             del group, number, of
-            weights = averaging.load(checkpoint)
+            weights = api.load(checkpoint)
             (found,) = refresh([weights], how, [str(checkpoint.path)], [before], excluded)
             result, after = found
             if after.not_recomputed and not result.layers:
@@ -229,7 +232,7 @@ def refresh(
     for model, state_dict, origin in zip(models, weights, origins, strict=True):
         load_into(model, state_dict, origin)
     batches = counted(how.training, how.progress, how.peers, how.runtime.seed)
-    with heap.kept(how.runtime.device):
+    with malloc.kept(how.runtime.device):
         results = recompute_statistics(
             models, before, excluded, batches, how.runtime, how.forward, how.peers
         )

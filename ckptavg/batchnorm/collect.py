@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from ckptavg.batches import Forward
-from ckptavg.channels import Channels
+from ckptavg.batchnorm.hooks import Kept, Names, watch
+from ckptavg.batchnorm.model_state import ModelState, stop_observers
+from ckptavg.batchnorm.moments import TOLERANCE, Doubt, KernelMoments, Landing, Moments
+from ckptavg.batchnorm.norm_layers import is_watchable, keeps_nothing, tracked_layers
+from ckptavg.batchnorm.scripted_layers import KernelDispatch, ScriptedLayer, is_scripted
+from ckptavg.distributed.processes import Peers
 from ckptavg.errors import BatchNormError, first_few
-from ckptavg.loading import bare_module
-from ckptavg.model_state import ModelState, stop_observers
-from ckptavg.moments import TOLERANCE, Doubt, KernelMoments, Landing, Moments
-from ckptavg.norm_layers import is_watchable, keeps_nothing, tracked_layers
-from ckptavg.processes import Peers
-from ckptavg.runtime import Runtime
-from ckptavg.scripted_layers import KernelDispatch, ScriptedLayer, is_scripted
-from ckptavg.watching import Kept, Names, watch
+from ckptavg.models.batches import Forward
+from ckptavg.models.device import Runtime
+from ckptavg.models.load import bare_module
+from ckptavg.models.memory_format import Channels
 
 log = logging.getLogger("ckptavg")
 Key = tuple[str, Names]

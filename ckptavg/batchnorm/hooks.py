@@ -13,11 +13,11 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
-from ckptavg.batches import tensors_of
+from ckptavg.batchnorm.layer_updates import KernelCalls, LayerUpdate, Rule, only_tensor
+from ckptavg.batchnorm.moments import Moments, batch_moments, instance_moments, suits_kernel
+from ckptavg.batchnorm.norm_layers import statistics_of
 from ckptavg.errors import BatchNormError
-from ckptavg.layer_updates import KernelCalls, LayerUpdate, Rule, only_tensor
-from ckptavg.moments import Moments, batch_moments, instance_moments, suits_kernel
-from ckptavg.norm_layers import statistics_of
+from ckptavg.models.batches import tensors_of
 
 log = logging.getLogger("ckptavg")
 Kept = Literal["frozen", "unknown"]

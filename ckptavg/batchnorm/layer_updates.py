@@ -24,10 +24,10 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.overrides import TorchFunctionMode
 
-from ckptavg.batches import map_tensors, tensors_of
-from ckptavg.moments import Moments, batch_moments, home_of
-from ckptavg.norm_layers import is_pair
-from ckptavg.runtime import is_out_of_memory
+from ckptavg.batchnorm.moments import Moments, batch_moments, home_of
+from ckptavg.batchnorm.norm_layers import is_pair
+from ckptavg.models.batches import map_tensors, tensors_of
+from ckptavg.models.device import is_out_of_memory
 
 Rule = Literal["argument", "kernel", "own", "frozen", "unknown"]
 """``argument``: torch's kernel takes the moments of the layer's only argument, and the buffers keep

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from ckptavg.batches import tensors_of
+from ckptavg.models.batches import tensors_of
 
 _INTERNAL = frozenset(vars(nn.Module()))
 """Attributes that every module has: its mode, its weights, buffers, parts and hooks."""

@@ -12,7 +12,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
 from ckptavg.formats.names import layer_statistics
-from ckptavg.hollow import hollow_copy
+from ckptavg.models.hollow import hollow_copy
 
 _VARIANCE = re.compile(r"(?:[a-z]*_)*(?:var|variance|sigma2)(?:_[a-z]+)?")
 

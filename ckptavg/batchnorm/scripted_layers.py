@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ckptavg.moments import batch_moments
-from ckptavg.watching import Sink, WatchedLayer
+from ckptavg.batchnorm.hooks import Sink, WatchedLayer
+from ckptavg.batchnorm.moments import batch_moments
 
 
 class ScriptedLayer(WatchedLayer):

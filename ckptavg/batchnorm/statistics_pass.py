@@ -9,9 +9,12 @@ from typing import Any, get_args
 
 from torch import nn
 
-from ckptavg.accounts import Weights
-from ckptavg.batches import Forward
-from ckptavg.batchnorm import BatchNormResult, recompute
+from ckptavg.averaging.accounts import Weights
+from ckptavg.averaging.plan import Average
+from ckptavg.batchnorm.norm_layers import never_trained_layers, tracked_layers
+from ckptavg.batchnorm.norm_layers import statistics_of as buffers_of_statistics
+from ckptavg.batchnorm.update import BatchNormResult, recompute
+from ckptavg.distributed.processes import Peers
 from ckptavg.errors import first_few
 from ckptavg.formats import Checkpoint
 from ckptavg.formats.names import (
@@ -20,14 +23,11 @@ from ckptavg.formats.names import (
     layer_statistics,
     updated_layers,
 )
-from ckptavg.formats.weights import bare_names
-from ckptavg.loading import bare_module
-from ckptavg.norm_layers import never_trained_layers, tracked_layers
-from ckptavg.norm_layers import statistics_of as buffers_of_statistics
-from ckptavg.planned_average import Average
-from ckptavg.processes import Peers
-from ckptavg.running_statistics import State, Statistics, listed_layers
-from ckptavg.runtime import Runtime
+from ckptavg.formats.running_statistics import State, Statistics, listed_layers
+from ckptavg.formats.state_dict import bare_names
+from ckptavg.models.batches import Forward
+from ckptavg.models.device import Runtime
+from ckptavg.models.load import bare_module
 
 log = logging.getLogger("ckptavg")
 _CONSTANT = "Frozen"  # in the class's name: FrozenBatchNorm2d of torchvision, detectron2, timm

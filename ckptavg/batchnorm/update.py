@@ -24,21 +24,21 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from ckptavg import heap
-from ckptavg.argument_checks import check_model
-from ckptavg.batches import Batches, Forward, size_of
-from ckptavg.calling import call
-from ckptavg.channels import Channels
+from ckptavg.batchnorm.collect import BatchNormResult, Through, collecting, finish, replace_all
+from ckptavg.batchnorm.norm_layers import never_trained_layers, tracked_layers, unreachable_layers
+from ckptavg.data.argument_checks import check_model
+from ckptavg.data.loaders import Subset, as_subset, open_loader
+from ckptavg.data.prefetch import counted, moved
+from ckptavg.display.progress import ProgressLike, open_phase
+from ckptavg.distributed.processes import Alone, Peers, peers_of_group
 from ckptavg.errors import first_few
-from ckptavg.loaders import Subset, as_subset, open_loader
-from ckptavg.loading import bare_module
-from ckptavg.model_pass import BatchNormResult, Through, collecting, finish, replace_all
-from ckptavg.norm_layers import never_trained_layers, tracked_layers, unreachable_layers
-from ckptavg.prefetch import counted, moved
-from ckptavg.processes import Alone, Peers, peers_of_group
-from ckptavg.progress import ProgressLike, open_phase
-from ckptavg.running_statistics import match_layers
-from ckptavg.runtime import Runtime
+from ckptavg.formats.running_statistics import match_layers
+from ckptavg.models import malloc
+from ckptavg.models.batches import Batches, Forward, size_of
+from ckptavg.models.calling import call
+from ckptavg.models.device import Runtime
+from ckptavg.models.load import bare_module
+from ckptavg.models.memory_format import Channels
 
 __all__ = ["BatchNormResult", "recompute", "tracked_layers", "update_bn"]
 log = logging.getLogger("ckptavg")
@@ -84,16 +84,16 @@ def update_bn(
         data: A Dataset, read in seeded random order; or a loader, used as it is.
         device: ``auto``, ``cpu``, ``cuda[:N]``, ``mps``; the model's own where None.
         forward: ``forward(model, batch)``, for batches of which the signature of the model's own
-            forward does not tell what it gets (``ckptavg.calling``).
+            forward does not tell what it gets (``ckptavg.models.calling``).
         exclude: Shell patterns of layers to leave alone (frozen ones), by their modules' names.
         amp: ``off``, ``bf16`` or ``fp16``: autocast of the forward pass.
         batch_size: Of a Dataset.
         workers: Processes that load a Dataset.
         seed: Of a Dataset's order, and of whatever the data draws: its augmentation.
-        bn_samples: How many samples of the data, drawn at random, or a ``ckptavg.loaders.Subset``,
-            which may be stratified; all of them where None.
+        bn_samples: How many samples of the data, drawn at random, or a
+            ``ckptavg.data.loaders.Subset``, which may be stratified; all of them where None.
         progress: True for a bar, a bar of tqdm, or a function of (phase, done, total) in samples;
-            see ``ckptavg.progress``.
+            see ``ckptavg.display.progress``.
 
     Raises:
         BatchNormError: There are no data, or a layer saw a single value or one that is not finite.
@@ -115,7 +115,7 @@ def update_bn(
         return BatchNormResult(0, 0, 0, frozen=frozen)
     peers = peers_of_group()
     loader = open_loader(data, runtime, shuffle=True, subset=as_subset(bn_samples), peers=peers)
-    with open_phase(progress, "BatchNorm", "samples") as told, heap.kept(runtime.device):
+    with open_phase(progress, "BatchNorm", "samples") as told, malloc.kept(runtime.device):
         batches = counted(loader, told or (lambda *_: None), peers, seed)
         kept = {*excluded, *frozen}
         result = recompute([model], batches, runtime, forward, [kept], peers)[0]

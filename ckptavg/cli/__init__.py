@@ -10,15 +10,15 @@ from typing import Any
 
 import click
 
-from ckptavg.cli import ending
-from ckptavg.cli.average import average
-from ckptavg.cli.evaluate import evaluate
+from ckptavg._version import __version__
+from ckptavg.cli import signals
+from ckptavg.cli.commands.average import average
+from ckptavg.cli.commands.evaluate import evaluate
+from ckptavg.cli.commands.inspect import inspect
+from ckptavg.cli.commands.update_bn import update_bn
 from ckptavg.cli.help import CommandGroup
-from ckptavg.cli.inspect import inspect
-from ckptavg.cli.update_bn import update_bn
-from ckptavg.display import escape_unseen
-from ckptavg.table_layout import wrap_note
-from ckptavg.version import __version__
+from ckptavg.display.table_layout import wrap_note
+from ckptavg.errors.printable import escape_unseen
 
 _ERROR = "Error: "
 
@@ -39,7 +39,7 @@ class _Commands(CommandGroup):
 def _end_when_told() -> Iterator[None]:
     """End by a signal as a command does that has written nothing."""
     # The first is for a signal that comes while the others come to their end.
-    with ending.by_interrupts(None), ending.by_signals(), ending.by_interrupts([]):
+    with signals.by_interrupts(None), signals.by_signals(), signals.by_interrupts([]):
         yield
 
 

@@ -14,8 +14,8 @@ from ckptavg.cli.options import scheme as read_scheme
 from ckptavg.errors import CkptavgError
 
 if TYPE_CHECKING:
-    from ckptavg.planned_average import Average
-    from ckptavg.run import Run
+    from ckptavg.averaging.plan import Average
+    from ckptavg.runs.run import Run
 
 _UNIFORM = "uniform"
 _VALUES: dict[str, tuple[str, Callable[[str], Any]]] = {
@@ -48,7 +48,9 @@ class Also:
 
     def path(self, out: str) -> str:
         """Where it goes: beside the command's output, in the same format unless it says another."""
-        from ckptavg.formats.layout import has_suffix  # noqa: PLC0415 - help is shown without torch
+        from ckptavg.formats.registry import (  # noqa: PLC0415 - help is shown without torch
+            has_suffix,
+        )
 
         beside = Path(out)
         suffix = "" if has_suffix(self.name) or not has_suffix(out) else beside.suffix

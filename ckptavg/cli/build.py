@@ -7,19 +7,19 @@ from typing import Any
 
 from torch import nn
 
-from ckptavg import sources
-from ckptavg.batches import Batches, Forward
+from ckptavg.batchnorm.checkpoints import Pass
+from ckptavg.data.loaders import Progress, Subset, open_loader, share
+from ckptavg.data.seeding import seed_all
+from ckptavg.data.streams import is_dataset
+from ckptavg.distributed.processes import Alone, Peers
 from ckptavg.errors import UsageError
-from ckptavg.factories import find_forward
 from ckptavg.formats import Checkpoint
-from ckptavg.loaders import Progress, Subset, open_loader, share
-from ckptavg.processes import Alone, Peers
-from ckptavg.refresh import Pass
-from ckptavg.runtime import Runtime
-from ckptavg.seeding import seed_all
+from ckptavg.models.batches import Batches, Forward
+from ckptavg.models.device import Runtime
+from ckptavg.specs import sources
+from ckptavg.specs.importing import find_forward
 from ckptavg.specs.recorded import ModelSource, complete_source, records_hyperparameters
 from ckptavg.specs.tasks import make_task, usual_task
-from ckptavg.streams import is_dataset
 from ckptavg.tasks import Task
 
 

@@ -26,11 +26,11 @@ from rich.progress import (
 from rich.text import Text
 from rich.theme import Theme
 
-from ckptavg.display import printable, step_text, three_digits
-from ckptavg.json_text import json_text
-from ckptavg.lasting_stream import LastingStream
-from ckptavg.table_layout import Line, lay_out, wrap_note
-from ckptavg.tables import Column, Table, rows_of_texts
+from ckptavg.cli.lasting_stream import LastingStream
+from ckptavg.display.json_text import json_text
+from ckptavg.display.table_layout import Line, lay_out, wrap_note
+from ckptavg.display.tables import Column, Table, rows_of_texts
+from ckptavg.errors.printable import printable, step_text, three_digits
 
 _NUMBER = re.compile(r"–||-?\d[\d.,e+-]*( [kMGT]?B)?|-?inf|nan")
 _PROSE = 24  # characters of a cell that may go on in further lines, if it has several words

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 import click
 
-from ckptavg.display import escape_unseen, without_secrets
 from ckptavg.errors import CkptavgError, UsageError
-from ckptavg.system_errors import unreadable
+from ckptavg.errors.printable import escape_unseen, without_secrets
+from ckptavg.errors.system import unreadable
 
 _WHERE = "--debug shows where."
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
-from ckptavg.system_errors import unwritable
+from ckptavg.errors.system import unwritable
 
 
 class LastingStream:

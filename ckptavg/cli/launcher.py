@@ -9,10 +9,10 @@ from contextlib import contextmanager
 import click
 from rich.console import Console
 
+from ckptavg.cli.console import Report
+from ckptavg.distributed.processes import Processes, own_rank, several
+from ckptavg.distributed.processes import joined as all_joined
 from ckptavg.errors import UsageError
-from ckptavg.processes import Processes, own_rank, several
-from ckptavg.processes import joined as all_joined
-from ckptavg.report import Report
 
 
 def report(*, as_json: bool, verbosity: int) -> Report:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ckptavg.cli import ending, ranks
+from ckptavg.cli import launcher
+from ckptavg.cli import signals as ending
 from ckptavg.cli.error_lines import show_in_one_line
 from ckptavg.cli.help import EVERYWHERE, GroupedOption
 from ckptavg.cli.libraries import silence_libraries
@@ -19,10 +20,10 @@ from ckptavg.errors import UsageError
 from ckptavg.runs.selection_notes import note_run, note_selection
 
 if TYPE_CHECKING:
+    from ckptavg.averaging.plan import Average
     from ckptavg.cli.also import Also
-    from ckptavg.planned_average import Average
-    from ckptavg.run import Run
     from ckptavg.runs.best import Mode
+    from ckptavg.runs.run import Run
 
 F = TypeVar("F", bound=Callable[..., Any])
 log = logging.getLogger("ckptavg")
@@ -139,7 +140,7 @@ selection_options = together(
 
 def scheme(text: str) -> str:
     """An averaging scheme, which is checked before any file is opened."""
-    from ckptavg import schemes  # noqa: PLC0415 - help is shown without it
+    from ckptavg.averaging import schemes  # noqa: PLC0415 - help is shown without it
 
     try:
         schemes.parse(text)
@@ -280,7 +281,7 @@ def everywhere(function: F) -> F:
 
     @functools.wraps(function)
     def run(**values: Any) -> Any:
-        ranks.refuse(f"ckptavg {click.get_current_context().info_name}")
+        launcher.refuse(f"ckptavg {click.get_current_context().info_name}")
         return function(**values)
 
     return _everywhere(run)  # type: ignore[return-value]
@@ -291,7 +292,7 @@ def everywhere_by_several(function: F) -> F:
 
     @functools.wraps(function)
     def run(**values: Any) -> Any:
-        with ranks.joined() as processes:
+        with launcher.joined() as processes:
             return function(processes=processes, **values)
 
     return _everywhere(run)  # type: ignore[return-value]
@@ -327,7 +328,7 @@ def _everywhere(function: F) -> F:
         debug: bool,
         **values: Any,
     ) -> Any:
-        report = ranks.report(as_json=as_json, verbosity=-1 if quiet else verbose)
+        report = launcher.report(as_json=as_json, verbosity=-1 if quiet else verbose)
         warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # which nobody needs here
         with (
             ending.by_signals() as signals,
@@ -346,7 +347,9 @@ def _limited(threads: int | None) -> AbstractContextManager[None]:
     """Compute by as many threads as were asked for."""
     if threads is None:
         return nullcontext()
-    from ckptavg.threads import limit_threads  # noqa: PLC0415 - help is shown without torch
+    from ckptavg.distributed.threads import (  # noqa: PLC0415 - help is shown without torch
+        limit_threads,
+    )
 
     return limit_threads(threads)
 
@@ -415,7 +418,7 @@ def open_selected(
     options: dict[str, Any],
 ) -> tuple[Run, Run]:
     """Open a run and apply the selection options, which are taken out of ``options``."""
-    from ckptavg.run import open_run  # noqa: PLC0415 - help is shown without it
+    from ckptavg.runs.run import open_run  # noqa: PLC0415 - help is shown without it
 
     picks = {name: options.pop(name) for name in SELECTION}
     check_picks(picks)
@@ -453,7 +456,7 @@ def check_picks(picks: Mapping[str, Any]) -> None:
 
 def planned(selection: Run, settings: Mapping[str, Any], *, scheme: str | None = None) -> Average:
     """Plan the average of a selection by the tensor options, and those of the scheme or another."""
-    from ckptavg.planned_average import plan_average  # noqa: PLC0415 - help is shown without torch
+    from ckptavg.averaging.plan import plan_average  # noqa: PLC0415 - help is shown without torch
 
     return plan_average(
         selection,

@@ -8,14 +8,14 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ckptavg.distributed.processes import Processes, own_rank
 from ckptavg.errors import OutputError
-from ckptavg.factories import file_of
-from ckptavg.processes import Processes, own_rank
+from ckptavg.specs.importing import file_of
 
 if TYPE_CHECKING:
-    from ckptavg.candidates import Candidate
-    from ckptavg.results import Result
-    from ckptavg.results_file import ResultsFile
+    from ckptavg.evaluation.candidates import Candidate
+    from ckptavg.evaluation.results import Result
+    from ckptavg.evaluation.results_file import ResultsFile
 
 log = logging.getLogger("ckptavg")
 
@@ -53,7 +53,9 @@ class Keeper:
         resume: bool,
         processes: Processes | None,
     ) -> None:
-        from ckptavg.candidates import reference_of  # noqa: PLC0415 - help is shown without torch
+        from ckptavg.evaluation.candidates import (  # noqa: PLC0415 - help is shown without torch
+            reference_of,
+        )
 
         self.candidates = candidates
         self.file = file if own_rank() == 0 else None
@@ -73,7 +75,7 @@ class Keeper:
 
     def merged(self, scored: Sequence[Result]) -> list[Result]:
         """These results and those that were there, in the order of the candidates."""
-        from ckptavg.results import Result  # noqa: PLC0415
+        from ckptavg.evaluation.results import Result  # noqa: PLC0415
 
         new = {id(result.candidate): result for result in scored}
         found = []

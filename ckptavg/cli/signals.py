@@ -12,8 +12,8 @@ from typing import Any
 
 import click
 
-from ckptavg.display import printable
 from ckptavg.errors import PeerError
+from ckptavg.errors.printable import printable
 
 _LAST = 3  # signals; this one is for a command that does not come to its end
 _BY_SIGNAL = 128  # and the signal's number: the exit code that shells give

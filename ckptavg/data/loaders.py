@@ -20,12 +20,12 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
-from ckptavg.argument_checks import check_data
-from ckptavg.batches import Batches, bytes_of, size_of, tensors_of
+from ckptavg.data.argument_checks import check_data
+from ckptavg.data.streams import Batched, collate_of, in_batches, is_dataset, with_tensors
+from ckptavg.distributed.processes import Alone, Peers
 from ckptavg.errors import EvaluationError, UsageError
-from ckptavg.processes import Alone, Peers
-from ckptavg.runtime import Runtime
-from ckptavg.streams import Batched, collate_of, in_batches, is_dataset, with_tensors
+from ckptavg.models.batches import Batches, bytes_of, size_of, tensors_of
+from ckptavg.models.device import Runtime
 
 log = logging.getLogger("ckptavg")
 Progress = Callable[[int, int], None]

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from ckptavg.batches import Batches, size_of, tensors_of, to_device
-from ckptavg.loaders import Progress, samples_in
-from ckptavg.processes import Peers
-from ckptavg.seeding import Generators
+from ckptavg.data.loaders import Progress, samples_in
+from ckptavg.data.seeding import Generators
+from ckptavg.distributed.processes import Peers
+from ckptavg.models.batches import Batches, size_of, tensors_of, to_device
 
 
 def counted(loader: Batches, progress: Progress, peers: Peers, seed: int = 0) -> Iterator[Any]:

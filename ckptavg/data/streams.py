@@ -9,14 +9,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from ckptavg.batches import (
-    BARE_IN_LIST,
-    is_array,
-    is_batch,
-    is_sequence,
-    parts_of,
-)
 from ckptavg.errors import EvaluationError
+from ckptavg.models.batches import BARE_IN_LIST, is_array, is_batch, is_sequence, parts_of
 
 Collate = Callable[[list[Any]], Any]
 

@@ -11,10 +11,10 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import Dataset
 
+from ckptavg.data.hub import offline
 from ckptavg.errors import SpecError
-from ckptavg.hub import offline
+from ckptavg.errors.spelling import close_names, did_you_mean
 from ckptavg.optional import import_optional
-from ckptavg.spelling import close_names, did_you_mean
 
 log = logging.getLogger("ckptavg")
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ckptavg.display import escape_unseen, without_secrets
+from ckptavg.errors.printable import escape_unseen, without_secrets
 
 
 def json_text(value: Any, *, ascii_only: bool = False) -> str:

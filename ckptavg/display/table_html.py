@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from html import escape
 
-from ckptavg.display import printable
-from ckptavg.table_layout import BEST
-from ckptavg.tables import Cell, Column, Row, Table
+from ckptavg.display.table_layout import BEST
+from ckptavg.display.tables import Cell, Column, Row, Table
+from ckptavg.errors.printable import printable
 
 BEST_COLOR = "#00875f"  # a contrast of 4.5 with white and with black
 

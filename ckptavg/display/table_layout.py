@@ -9,9 +9,9 @@ from typing import Literal
 
 from rich.cells import cell_len
 
-from ckptavg.display import printable
-from ckptavg.shortening import shorten_names, wrap_words
-from ckptavg.tables import Cell, Column, Mark, Row, Table
+from ckptavg.display.shortening import shorten_names, wrap_words
+from ckptavg.display.tables import Cell, Column, Mark, Row, Table
+from ckptavg.errors.printable import printable
 
 Style = Literal["title", "head", "rule", "best", "significant"]
 BEST = "*"  # stands before the best rows

@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 import sys
 
-from ckptavg.table_layout import table_text
-from ckptavg.tables import Table
+from ckptavg.display.table_layout import table_text
+from ckptavg.display.tables import Table
 
 
 def printed_table(table: Table) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import ckptavg.notes  # noqa: F401 - whatever logs has these errors, too
-from ckptavg.display import printable
+import ckptavg.errors.notes  # noqa: F401 - whatever logs has these errors, too
+from ckptavg.errors.printable import printable
 
 
 class CkptavgError(Exception):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-from ckptavg.display import printable
+from ckptavg.errors.printable import printable
 
 _collected: ContextVar[tuple[list[str], ...]] = ContextVar("collected", default=())
 

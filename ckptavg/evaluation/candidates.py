@@ -12,15 +12,15 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from ckptavg.accounts import Weights, account_of
+from ckptavg.averaging.accounts import Weights, account_of
+from ckptavg.averaging.plan import Average, plan_average
 from ckptavg.errors import UsageError, short
 from ckptavg.formats import Checkpoint, open_checkpoint
 from ckptavg.formats.names import batchnorm_layers
-from ckptavg.formats.weights import bare_names
-from ckptavg.loading import undistributed
-from ckptavg.planned_average import Average, plan_average
-from ckptavg.run import Run, RunLike
-from ckptavg.runs.numbered import short_names
+from ckptavg.formats.state_dict import bare_names
+from ckptavg.models.load import undistributed
+from ckptavg.runs.discovery.numbered import short_names
+from ckptavg.runs.run import Run, RunLike
 
 log = logging.getLogger("ckptavg")
 _STALE = ("stale", "partly recomputed")

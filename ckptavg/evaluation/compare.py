@@ -10,20 +10,20 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from ckptavg.argument_checks import check_model
-from ckptavg.batches import Batches, Forward
-from ckptavg.candidates import CandidateLike, as_candidates, candidates_of
+from ckptavg.averaging.many import Asked, plan_request
+from ckptavg.averaging.plan import plan_average
+from ckptavg.averaging.planning.rules import keeps_nonfinite
+from ckptavg.data.argument_checks import check_model
+from ckptavg.data.loaders import Subset
+from ckptavg.display.progress import ProgressLike
 from ckptavg.errors import UsageError, short
-from ckptavg.evaluation import evaluate
+from ckptavg.errors.notes import collect_notes
+from ckptavg.evaluation.candidates import CandidateLike, as_candidates, candidates_of
+from ckptavg.evaluation.evaluate import evaluate
+from ckptavg.evaluation.results import Results, without_repeats
 from ckptavg.formats import Checkpoint
-from ckptavg.loaders import Subset
-from ckptavg.many import Asked, plan_request
-from ckptavg.notes import collect_notes
-from ckptavg.planned_average import plan_average
-from ckptavg.progress import ProgressLike
-from ckptavg.results import Results, without_repeats
-from ckptavg.rules import keeps_nonfinite
-from ckptavg.run import Run, RunLike, as_run
+from ckptavg.models.batches import Batches, Forward
+from ckptavg.runs.run import Run, RunLike, as_run
 from ckptavg.runs.selection_notes import note_run, note_selection
 from ckptavg.tasks import Task
 from ckptavg.tasks.named import as_task

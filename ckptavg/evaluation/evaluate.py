@@ -20,26 +20,34 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from ckptavg import heap, lora, networks
-from ckptavg.argument_checks import check_model
-from ckptavg.batches import Batches, Forward, bytes_of, map_tensors, tensors_of
-from ckptavg.candidates import Candidate, CandidateLike, as_candidates, layers_of, reference_of
-from ckptavg.channels import Channels
+from ckptavg.averaging.lora import exact_mean
+from ckptavg.batchnorm.statistics_pass import recompute_statistics
+from ckptavg.data.argument_checks import check_model
+from ckptavg.data.loaders import Subset, as_subset, open_loader, rereadable
+from ckptavg.data.prefetch import counted, moved
+from ckptavg.display.progress import PhaseProgress, ProgressLike, open_progress
+from ckptavg.distributed.processes import Alone, Peers, peers_of_group
 from ckptavg.errors import EvaluationError, UsageError
-from ckptavg.evidence import compare
-from ckptavg.loaders import Subset, as_subset, open_loader, rereadable
-from ckptavg.loading import undistributed
-from ckptavg.networks import Network, Networks
-from ckptavg.notes import collect_notes
-from ckptavg.passes import Together, run_passes, say
-from ckptavg.prefetch import counted, moved
-from ckptavg.processes import Alone, Peers, peers_of_group
-from ckptavg.progress import PhaseProgress, ProgressLike, open_progress
-from ckptavg.results import Result, Results, Versus
-from ckptavg.running_statistics import LAYERS, match_layers
-from ckptavg.runtime import Runtime, fit
-from ckptavg.scoring import Board, Soundness, joined
-from ckptavg.statistics_pass import recompute_statistics
+from ckptavg.errors.notes import collect_notes
+from ckptavg.evaluation import weight_sets
+from ckptavg.evaluation.candidates import (
+    Candidate,
+    CandidateLike,
+    as_candidates,
+    layers_of,
+    reference_of,
+)
+from ckptavg.evaluation.results import Result, Results, Versus
+from ckptavg.evaluation.scoreboard import Board, Soundness, joined
+from ckptavg.evaluation.significance import compare
+from ckptavg.evaluation.weight_sets import Network, Networks
+from ckptavg.formats.running_statistics import LAYERS, match_layers
+from ckptavg.models import malloc
+from ckptavg.models.batches import Batches, Forward, bytes_of, map_tensors, tensors_of
+from ckptavg.models.device import Runtime, fit
+from ckptavg.models.load import undistributed
+from ckptavg.models.memory_format import Channels
+from ckptavg.models.oom_retry import Together, run_passes, say
 from ckptavg.tasks import Task
 from ckptavg.tasks.classification import Classification
 from ckptavg.tasks.named import as_task
@@ -94,10 +102,10 @@ def evaluate(
         workers: Processes that load a Dataset.
         seed: Of the training data's order, and of whatever data draws: their augmentation.
         bn_samples: How many samples of the training data, drawn at random, the statistics are
-            recomputed from, or a ``ckptavg.loaders.Subset``; all of them where None.
+            recomputed from, or a ``ckptavg.data.loaders.Subset``; all of them where None.
         keep_nonfinite: Let averages that are not finite reach the model.
         progress: True for a bar, a bar of tqdm, or a function of (phase, done, total) in samples;
-            see ``ckptavg.progress``.
+            see ``ckptavg.display.progress``.
 
     Returns:
         One result per candidate, in their order; they draw themselves as a table.
@@ -177,7 +185,7 @@ def score(
     """
     if not candidates:
         raise UsageError("there is nothing to evaluate")
-    lora.require_models(
+    exact_mean.require_models(
         checkpoint for candidate in candidates for checkpoint in candidate.checkpoints
     )
     if training is None and any(c.recompute for c in candidates):
@@ -190,7 +198,7 @@ def score(
     session.keep_nonfinite = keep_nonfinite
     if exclude:
         session.excluded = match_layers(exclude, layers_of(candidates))
-    with heap.kept(runtime.device):
+    with malloc.kept(runtime.device):
         return session.run(data, training, on_results or (lambda _: None))
 
 
@@ -249,7 +257,7 @@ class _Session:
             try:
                 self._pass(group, data, training, phase)
             finally:
-                networks.release(group, self.runtime.device)
+                weight_sets.release(group, self.runtime.device)
             results[:] = self._results(group)
             if any(result.candidate is chosen for result in results):
                 on_results([*results])
@@ -265,7 +273,7 @@ class _Session:
         phase: Callable[[str], str],
     ) -> None:
         """Read a group's weights, recompute what statistics are wanted, score."""
-        networks.load(group, self.model, self.runtime, keep_nonfinite=self.keep_nonfinite)
+        weight_sets.load(group, self.model, self.runtime, keep_nonfinite=self.keep_nonfinite)
         wanting = [network for network in group if network.recompute]
         if wanting and training is not None:
             done = recompute_statistics(

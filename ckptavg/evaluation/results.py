@@ -8,12 +8,12 @@ from dataclasses import dataclass, field, replace
 from html import escape
 from typing import TYPE_CHECKING, Any, overload
 
-from ckptavg.candidates import Candidate
-from ckptavg.display import printable, without_secrets
+from ckptavg.display.data_frames import data_frame
 from ckptavg.errors import EvaluationError, UsageError, first_few
-from ckptavg.evidence import Difference
-from ckptavg.frames import data_frame
-from ckptavg.running_statistics import RECOMPUTED
+from ckptavg.errors.printable import printable, without_secrets
+from ckptavg.evaluation.candidates import Candidate
+from ckptavg.evaluation.significance import Difference
+from ckptavg.formats.running_statistics import RECOMPUTED
 from ckptavg.tasks import Metric, Task
 from ckptavg.tasks.classification import Classification
 
@@ -169,13 +169,17 @@ class Results(Sequence[Result]):
         return f"<Results of {count}: {names}>"
 
     def __str__(self) -> str:
-        from ckptavg.score_table import tabulate_scores  # noqa: PLC0415 - only people need it
-        from ckptavg.views import printed_table  # noqa: PLC0415
+        from ckptavg.display.terminal import printed_table  # noqa: PLC0415
+        from ckptavg.evaluation.score_table import (  # noqa: PLC0415 - only people need it
+            tabulate_scores,
+        )
 
         return printed_table(tabulate_scores(self, self.task)) if self._results else repr(self)
 
     def _repr_html_(self) -> str:
-        from ckptavg.score_table import scores_html  # noqa: PLC0415 - only notebooks need it
+        from ckptavg.evaluation.score_table import (  # noqa: PLC0415 - only notebooks need it
+            scores_html,
+        )
 
         return scores_html(self, self.task) if self._results else escape(repr(self))
 

@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ckptavg.display import escape_unseen, without_secrets
+from ckptavg.display.json_text import json_text
 from ckptavg.errors import OutputError
-from ckptavg.formats import bounded_json
-from ckptavg.formats.publish import Publication
-from ckptavg.json_text import json_text
-from ckptavg.side_lock import lock_beside
-from ckptavg.system_errors import guard_reads, guard_writes
+from ckptavg.errors.printable import escape_unseen, without_secrets
+from ckptavg.errors.system import guard_reads, guard_writes
+from ckptavg.io import bounded_json
+from ckptavg.io.atomic import Publication
+from ckptavg.io.lock import lock_beside
 
 Entry = Mapping[str, Any]
 

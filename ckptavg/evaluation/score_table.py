@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ckptavg.display.table_html import table_html
+from ckptavg.display.table_layout import BEST, table_text
+from ckptavg.display.tables import NOTHING, Cell, Column, Mark, Row, Table
 from ckptavg.errors import first_few
-from ckptavg.table_html import table_html
-from ckptavg.table_layout import BEST, table_text
-from ckptavg.tables import NOTHING, Cell, Column, Mark, Row, Table
 
 if TYPE_CHECKING:
-    from ckptavg.evidence import Difference
-    from ckptavg.results import Result
+    from ckptavg.evaluation.results import Result
+    from ckptavg.evaluation.significance import Difference
     from ckptavg.tasks import Metric, Task
 
 SIGNIFICANT = 0.05  # a p below it

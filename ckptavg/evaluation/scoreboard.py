@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-from ckptavg.batches import bytes_of
-from ckptavg.candidates import Candidate
+from ckptavg.distributed.processes import Peers
 from ckptavg.errors import EvaluationError
-from ckptavg.evidence import Disagreement
+from ckptavg.evaluation.candidates import Candidate
+from ckptavg.evaluation.significance import Disagreement
+from ckptavg.evaluation.weight_sets import Network
 from ckptavg.formats.names import batchnorm_layers
-from ckptavg.networks import Network
-from ckptavg.processes import Peers
-from ckptavg.tasks.task import Mean, Samples, Scores, Task
+from ckptavg.models.batches import bytes_of
+from ckptavg.tasks.base import Mean, Samples, Scores, Task
 
 
 class Board:

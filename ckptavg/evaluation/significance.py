@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from ckptavg.errors import EvaluationError
-from ckptavg.metrics import Totals
-from ckptavg.tasks.task import Samples
+from ckptavg.tasks.base import Samples
+from ckptavg.tasks.metrics import Totals
 
 RESAMPLES = 2000
 GROUPS = 10_000  # what a bootstrap draws from at most

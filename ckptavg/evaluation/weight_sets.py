@@ -10,17 +10,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from ckptavg import averaging
-from ckptavg.accounts import Weights
-from ckptavg.candidates import Candidate
+from ckptavg.averaging import api
+from ckptavg.averaging.accounts import Weights
+from ckptavg.averaging.plan import Average
+from ckptavg.batchnorm.model_state import stop_observers
+from ckptavg.batchnorm.statistics_pass import statistics_of
+from ckptavg.evaluation.candidates import Candidate
 from ckptavg.formats import Checkpoint
-from ckptavg.loading import load_into
-from ckptavg.model_state import stop_observers
-from ckptavg.outputs import StateDict
-from ckptavg.planned_average import Average
-from ckptavg.running_statistics import Statistics
-from ckptavg.runtime import Runtime
-from ckptavg.statistics_pass import statistics_of
+from ckptavg.formats.running_statistics import Statistics
+from ckptavg.models.device import Runtime
+from ckptavg.models.load import load_into
+from ckptavg.outputs.target import StateDict
 
 
 @dataclass(eq=False)
@@ -136,7 +136,7 @@ def load(
         if isinstance(network.source, Weights):
             found = dict(network.source.tensors)
         elif isinstance(network.source, Checkpoint) and place not in weights:
-            found = averaging.load(network.source)
+            found = api.load(network.source)
         else:
             found = weights[place] if left[place] else weights.pop(place)
         network.model = _placed(template, found, network.name, runtime)
@@ -150,8 +150,8 @@ def _read_together(group: Sequence[Network], *, keep_nonfinite: bool) -> dict[in
             sources[id(network.source)] = network.source
     if not any(isinstance(source, Average) for source in sources.values()):
         return {}
-    planned = [s if isinstance(s, Average) else averaging.alone(s) for s in sources.values()]
-    made = averaging.in_memory_many(planned, keep_nonfinite=keep_nonfinite, stale=False)
+    planned = [s if isinstance(s, Average) else api.alone(s) for s in sources.values()]
+    made = api.in_memory_many(planned, keep_nonfinite=keep_nonfinite, stale=False)
     return dict(zip(sources, made, strict=True))
 
 

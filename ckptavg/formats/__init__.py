@@ -1,8 +1,8 @@
 """A checkpoint on disk → a table of byte ranges. Opening reads headers only and runs no code."""
 
+from ckptavg.formats.checkpoint import Checkpoint, Record, Tensor
 from ckptavg.formats.opening import is_checkpoint_directory, open_checkpoint, refuse_partitioned
-from ckptavg.formats.stamp import FileStamp
-from ckptavg.formats.table import Checkpoint, Record, Tensor
+from ckptavg.io.stamp import FileStamp
 
 __all__ = [
     "Checkpoint",

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from ckptavg.formats.stamp import FileStamp
-from ckptavg.formats.storage import Location
+from ckptavg.io.paths import Location
+from ckptavg.io.stamp import FileStamp
 
 PROVENANCE = "ckptavg"  # the entry or the metadata that says how an output was made
 MOST_ELEMENTS = 2**58  # along all dimensions but empty ones: what torch can compute sizes of

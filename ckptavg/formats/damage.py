@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ckptavg.errors import CheckpointError
-from ckptavg.formats.storage import Location
+from ckptavg.io.paths import Location
 
 
 def damaged(path: str | Location, why: str, kind: str = "checkpoint") -> CheckpointError:

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ckptavg.errors import CheckpointError, first_few
-from ckptavg.formats.storage import Location
-from ckptavg.formats.table import Tensor
+from ckptavg.formats.checkpoint import Tensor
+from ckptavg.io.paths import Location
 
 LAYOUT = "deepspeed"
 WHOLE = "mp_rank_00_model_states.pt"

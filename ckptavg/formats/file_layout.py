@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ckptavg.formats.stamp import FileStamp
-from ckptavg.formats.table import DType
+from ckptavg.formats.checkpoint import DType
+from ckptavg.io.stamp import FileStamp
 
 
 @dataclass(frozen=True, slots=True)

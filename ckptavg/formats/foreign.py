@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from ckptavg.errors import CheckpointError
-from ckptavg.formats import storage
 from ckptavg.formats.protobuf import is_onnx, is_saved_model
-from ckptavg.formats.storage import Location
+from ckptavg.io import paths
+from ckptavg.io.paths import Location
 
 # Bytes at the beginning, which tell most kinds.
 HEAD = 4096
@@ -161,7 +161,7 @@ def identify(path: Location, file: BinaryIO, start: bytes) -> Stranger | None:
 
 def is_text(path: Location) -> bool:
     """Tell whether a file is a text: trainers keep counters and settings so, under any suffix."""
-    with storage.open_binary(path) as file:
+    with paths.open_binary(path) as file:
         return identify(path, file, file.read(HEAD)) in (_JSON, _TEXT)
 
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptavg.errors import CheckpointError
-from ckptavg.formats import torch_zip
-from ckptavg.formats.harmless import Keeper
-from ckptavg.formats.stamp import FileStamp
-from ckptavg.formats.storage import Location
-from ckptavg.formats.torch_pickle import Archive, dumps
+from ckptavg.formats.safe_pickle.allowlist import Keeper
+from ckptavg.formats.torch_save import zip_reader
+from ckptavg.formats.torch_save.archive import Archive, dumps
+from ckptavg.io.paths import Location
+from ckptavg.io.stamp import FileStamp
 
 META = "meta.pt"
 # The entry without which load_from_checkpoint takes no file.
@@ -57,7 +57,7 @@ def read_meta(directory: Location, *, plain: bool = False) -> Meta | None:
         return None
     stamp = FileStamp.of(path)
     try:
-        tree = torch_zip.read(path).tree
+        tree = zip_reader.read(path).tree
     except CheckpointError:
         # Another tool's file of that name.
         return None

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from ckptavg.formats import pickled_module, tree
-from ckptavg.formats.inert_values import Refused, Sharded, TensorView
-from ckptavg.formats.record import OPTIMIZER_KEYS, TRAINING_STATE
+from ckptavg.formats import tree
+from ckptavg.formats.safe_pickle import modules as pickled_module
+from ckptavg.formats.safe_pickle.values import Refused, Sharded, TensorView
+from ckptavg.formats.training_record import OPTIMIZER_KEYS, TRAINING_STATE
 from ckptavg.formats.tree import Entry
 
 # Levels of entries: trainers nest two or three.

@@ -9,24 +9,18 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
-from ckptavg.display import size_text
 from ckptavg.errors import CheckpointError, first_few, short
-from ckptavg.formats import (
-    adapter,
-    components,
-    dcp,
-    deepspeed,
-    huggingface,
-    record,
-    shards,
-    storage,
-    weights,
-)
-from ckptavg.formats.neighbours import suggest_neighbours
+from ckptavg.errors.printable import size_text
+from ckptavg.errors.system import guard_reads
+from ckptavg.formats import deepspeed, shards, state_dict, training_record
+from ckptavg.formats.checkpoint import REFRESHED, Checkpoint, Record
+from ckptavg.formats.dcp import reader
+from ckptavg.formats.huggingface import components, peft
+from ckptavg.formats.huggingface import layout as huggingface
 from ckptavg.formats.parts import Part, read_distributed, read_file
-from ckptavg.formats.storage import Location, Named
-from ckptavg.formats.table import REFRESHED, Checkpoint, Record
-from ckptavg.system_errors import guard_reads
+from ckptavg.io import paths as storage
+from ckptavg.io.neighbours import suggest_neighbours
+from ckptavg.io.paths import Location, Named
 
 _LONGEST_NAME = 2000  # characters
 _TRAINERS = re.compile(r"checkpoint-\d+")  # a directory as the Trainer calls it
@@ -58,7 +52,7 @@ def is_checkpoint_directory(path: Location) -> bool:
     """Whether a directory is itself a checkpoint, not a collection of them."""
     if not path.is_dir():
         return False
-    own = huggingface.main_file(path) is not None or dcp.is_distributed(path)
+    own = huggingface.main_file(path) is not None or reader.is_distributed(path)
     if own or deepspeed.tag_of(path) is not None or shards.find_shards(path):
         return True
     return bool(components.find_components(path))
@@ -92,7 +86,7 @@ def _join(path: Location, opened: Mapping[str, Checkpoint]) -> Checkpoint:
         opened: Directory below it → what it holds; the empty name is that of the path itself.
     """
     first = next(iter(opened.values()))
-    trainer = record.from_trainer_state(path / huggingface.TRAINER_STATE)
+    trainer = training_record.from_trainer_state(path / huggingface.TRAINER_STATE)
     tables = {f"{folder}/" if folder else "": component for folder, component in opened.items()}
     tensors = {prefix + n: t for prefix, c in tables.items() for n, t in c.tensors.items()}
     refused = {prefix + n: why for prefix, c in tables.items() for n, why in c.refused.items()}
@@ -125,7 +119,7 @@ def _join(path: Location, opened: Mapping[str, Checkpoint]) -> Checkpoint:
 def _open_own_weights(path: Location, key: str | None) -> Checkpoint:
     """Open a directory without those below it."""
     main = huggingface.main_file(path)
-    if main is None and dcp.is_distributed(path):
+    if main is None and reader.is_distributed(path):
         part = read_distributed(path, key)
         return _checkpoint(path, part.layout, [part], _trainers_record(path) or part.record)
     if main is None:
@@ -134,8 +128,8 @@ def _open_own_weights(path: Location, key: str | None) -> Checkpoint:
     parts = _read_shards(main, key) if sharded else [read_file(main, key)]
     trainer = _trainers_record(path)
     layout, notes = "huggingface", list[str]()
-    if main.name in adapter.FILES:
-        layout, notes = adapter.LAYOUT, [adapter.description(adapter.configuration(path))]
+    if main.name in peft.FILES:
+        layout, notes = peft.LAYOUT, [peft.description(peft.configuration(path))]
     if huggingface.is_variant(main.name):
         notes += huggingface.note_variants(path)
     if others := huggingface.other_models(main):
@@ -197,7 +191,7 @@ def _trainers_record(directory: Location) -> Record | None:
     """
     above = storage.ancestors(directory, _DEEPEST_WEIGHTS)
     homes = [directory, *(parent for parent in above if _TRAINERS.fullmatch(parent.name))]
-    found = (record.from_trainer_state(home / huggingface.TRAINER_STATE) for home in homes)
+    found = (training_record.from_trainer_state(home / huggingface.TRAINER_STATE) for home in homes)
     return next((trainer for trainer in found if trainer is not None), None)
 
 
@@ -215,13 +209,15 @@ def _checkpoint(path: Location, layout: str, parts: list[Part], recorded: Record
     if max(map(len, names)) > _LONGEST_NAME:
         raise CheckpointError(f"{path}: a tensor's name is over {_LONGEST_NAME} characters long")
     networks = parts[0].networks
-    bare = weights.bare_network_names(networks) if networks else weights.bare_names(names)
+    bare = state_dict.bare_network_names(networks) if networks else state_dict.bare_names(names)
     wrappers = dict.fromkeys(
-        chain(*(weights.note_wrapper(own) for own in networks.values() or [names]))
+        chain(*(state_dict.note_wrapper(own) for own in networks.values() or [names]))
     )
     made = next((part.provenance for part in parts if part.provenance), None)
     if made is not None and made.get("scheme") == REFRESHED and made["checkpoints"]:
-        recorded = replace(recorded, step=record.whole_number(made["checkpoints"][0].get("step")))
+        recorded = replace(
+            recorded, step=training_record.whole_number(made["checkpoints"][0].get("step"))
+        )
     checkpoint = Checkpoint(
         path=path,
         layout=layout,

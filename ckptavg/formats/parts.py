@@ -7,29 +7,21 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from ckptavg.errors import CheckpointError, first_few, short
-from ckptavg.formats import (
-    bounded_json,
-    dcp,
-    deepspeed,
-    foreign,
-    record,
-    safetensors,
-    storage,
-    torch_zip,
-    tree,
-    weights,
-)
+from ckptavg.formats import deepspeed, foreign, safetensors, state_dict, training_record, tree
+from ckptavg.formats.checkpoint import PROVENANCE, Record, Tensor
 from ckptavg.formats.damage import damaged
-from ckptavg.formats.inert_values import (
+from ckptavg.formats.dcp import reader
+from ckptavg.formats.safe_pickle.values import (
     MalformedPickle,
     OrderedEntries,
     Refused,
     Sharded,
     TensorView,
 )
-from ckptavg.formats.stamp import FileStamp
-from ckptavg.formats.storage import Location
-from ckptavg.formats.table import PROVENANCE, Record, Tensor
+from ckptavg.formats.torch_save import zip_reader
+from ckptavg.io import bounded_json, paths
+from ckptavg.io.paths import Location
+from ckptavg.io.stamp import FileStamp
 
 Kind = TypeVar("Kind")
 _ARRAYS = "the weights are NumPy arrays, which an output has as tensors of torch's"
@@ -80,19 +72,19 @@ def read_file(path: Location, key: str | None) -> Part:
 
 def _read_safetensors(path: Location, stamp: FileStamp) -> Part:
     tensors, metadata = safetensors.read_header(path, stamp.size)
-    recorded, provenance = record.from_metadata(metadata), _provenance(metadata)
+    recorded, provenance = training_record.from_metadata(metadata), _provenance(metadata)
     own = {name: text for name, text in metadata.items() if name != PROVENANCE}
     return Part("safetensors", (stamp,), tensors, {}, recorded, provenance, metadata=own)
 
 
 def _read_torch(path: Location, stamp: FileStamp, key: str | None) -> Part:
-    opened = torch_zip.read(path)
+    opened = zip_reader.read(path)
     if path.suffix == ".safetensors":
         raise CheckpointError(
             f"{path} was written by torch.save, not as safetensors", f"Call it {path.stem}.pt."
         )
     try:
-        found = weights.find_weights(str(path), opened.tree, key)
+        found = state_dict.find_weights(str(path), opened.tree, key)
     except MalformedPickle as error:
         raise damaged(path, str(error)) from error
     views = _of_kind(found.entry, TensorView)
@@ -103,12 +95,12 @@ def _read_torch(path: Location, stamp: FileStamp, key: str | None) -> Part:
         stamps=(stamp,),
         tensors=tensors,
         refused={name: value.why for name, value in _of_kind(found.entry, Refused).items()},
-        record=record.from_tree(opened.tree, found.record_key, path.name, opened.number),
+        record=training_record.from_tree(opened.tree, found.record_key, path.name, opened.number),
         provenance=_find_provenance(opened, found.key),
         key=found.key,
         networks={path: _tensor_names(entry) for path, entry in found.networks.items()},
         notes=(*found.notes, *_note_others(found.entry), *([_ARRAYS] if opened.arrays else [])),
-        beside=weights.beside(opened.tree, found.paths),
+        beside=state_dict.beside(opened.tree, found.paths),
     )
 
 
@@ -135,20 +127,20 @@ def _note_others(entry: Mapping[Any, Any]) -> list[str]:
 
 def read_distributed(path: Location, key: str | None) -> Part:
     """Read the metadata of a directory of ``torch.distributed.checkpoint``; as ``read_file``."""
-    opened = dcp.read(path)
-    found = weights.find_weights(str(path), opened.tree, key)
+    opened = reader.read(path)
+    found = state_dict.find_weights(str(path), opened.tree, key)
     tensors = {n: opened.tensor(t) for n, t in _of_kind(found.entry, Sharded).items()}
     return Part(
         layout="distributed",
         stamps=opened.stamps_of(tensors),
         tensors=tensors,
         refused={},
-        record=record.from_tree(opened.tree, found.record_key),
+        record=training_record.from_tree(opened.tree, found.record_key),
         provenance=_provenance(opened.tree),
         key=found.key,
         networks={path: _tensor_names(entry) for path, entry in found.networks.items()},
         notes=(*found.notes, *_note_others(found.entry)),
-        beside=weights.beside(opened.tree, found.paths),
+        beside=state_dict.beside(opened.tree, found.paths),
     )
 
 
@@ -160,11 +152,11 @@ def _is_safetensors(path: Location) -> bool:
     """
     if stranger := foreign.identify_name(path):
         raise stranger.refusal(path)
-    with storage.open_binary(path) as file:
+    with paths.open_binary(path) as file:
         start = file.read(foreign.HEAD)
         if safetensors.looks_like(start):
             return True
-        if torch_zip.looks_like(start):
+        if zip_reader.looks_like(start):
             return False
         if stranger := foreign.identify(path, file, start):
             raise stranger.refusal(path)
@@ -176,7 +168,7 @@ def _is_safetensors(path: Location) -> bool:
     )
 
 
-def _find_provenance(opened: torch_zip.TorchFile, key: str) -> Mapping[str, Any] | None:
+def _find_provenance(opened: zip_reader.TorchFile, key: str) -> Mapping[str, Any] | None:
     """Find how ckptavg made the weights of a file: beside them, or attached to their state dict."""
     made = parse_provenance(opened.provenance) or _provenance(opened.tree)
     entry = tree.value_at(opened.tree, key)
@@ -207,6 +199,6 @@ def parse_provenance(text: Any) -> Mapping[str, Any] | None:
 def _is_account(entry: Any) -> bool:
     """Whether this is what ckptavg writes of one checkpoint."""
     return isinstance(entry, dict) and all(
-        entry.get(key) is None or record.number(entry[key]) is not None
+        entry.get(key) is None or training_record.number(entry[key]) is not None
         for key in ("step", "coefficient")
     )

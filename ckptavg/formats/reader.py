@@ -12,11 +12,11 @@ from contextlib import suppress
 import torch
 
 from ckptavg.errors import CheckpointError, PlacementError
-from ckptavg.formats.fetching import Fetched
-from ckptavg.formats.ranges import Range
-from ckptavg.formats.storage import is_url, open_unbuffered
-from ckptavg.formats.table import Piece, Tensor
-from ckptavg.system_errors import guard_reads
+from ckptavg.errors.system import guard_reads
+from ckptavg.formats.checkpoint import Piece, Tensor
+from ckptavg.io.paths import is_url, open_unbuffered
+from ckptavg.io.range_cache import Fetched
+from ckptavg.io.remote import Range
 
 try:
     import resource

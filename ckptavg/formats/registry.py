@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ckptavg.errors import UsageError
-from ckptavg.formats import Checkpoint, directory_layout, safetensors_layout, torch_layout
-from ckptavg.formats.output import Layout, OutputTensor
+from ckptavg.formats import Checkpoint, safetensors_layout
+from ckptavg.formats.file_layout import Layout, OutputTensor
+from ckptavg.formats.huggingface import writer
+from ckptavg.formats.torch_save import writer as torch_layout
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".tar")
 FILE_LAYOUTS = ("safetensors", "torch")  # of checkpoints that are one file
@@ -48,10 +50,12 @@ def lay_out(
             f"but got {suffix!r}"
         )
     if template.layout == "distributed":
-        from ckptavg.formats import dcp_layout  # noqa: PLC0415 - loads torch's, which is large
+        from ckptavg.formats.dcp import (  # noqa: PLC0415 - loads torch's, which is large
+            writer as dcp_layout,
+        )
 
         return dcp_layout.lay_out(tensors, text, template)
-    return directory_layout.lay_out(tensors, text, template)
+    return writer.lay_out(tensors, text, template)
 
 
 def has_suffix(name: str) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ckptavg.errors import UsageError, first_few
-from ckptavg.spelling import close_patterns, did_you_mean
+from ckptavg.errors.spelling import close_patterns, did_you_mean
 
 State = Literal["none", "own", "frozen", "stale", "partly recomputed", "recomputed"]
 """``none``: there are no such layers. ``own``: statistics and weights are of one checkpoint.

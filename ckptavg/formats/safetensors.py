@@ -9,10 +9,10 @@ from functools import partial
 from typing import Any
 
 from ckptavg.errors import UnsupportedTensorError, first_few
-from ckptavg.formats import bounded_json, storage
+from ckptavg.formats.checkpoint import DTYPES, MOST_ELEMENTS, DType, Tensor, whole
 from ckptavg.formats.damage import cut_short, damaged
-from ckptavg.formats.storage import Location
-from ckptavg.formats.table import DTYPES, MOST_ELEMENTS, DType, Tensor, whole
+from ckptavg.io import bounded_json, paths
+from ckptavg.io.paths import Location
 
 MAX_HEADER = bounded_json.MAX_TEXT
 MAX_DIMENSIONS = 64  # torch's own limit
@@ -35,7 +35,7 @@ def read_header(place: str | Location, size: int) -> tuple[dict[str, Tensor], di
         CheckpointError: The file is no well-formed safetensors file.
     """
     path = str(place)
-    with storage.open_binary(place) as file:
+    with paths.open_binary(place) as file:
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
         if length > MAX_HEADER:

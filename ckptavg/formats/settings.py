@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from ckptavg.errors import CheckpointError
-from ckptavg.formats import bounded_json, huggingface, lightning, torch_zip
-from ckptavg.formats.harmless import Keeper
-from ckptavg.formats.storage import Location
-from ckptavg.formats.table import Checkpoint
+from ckptavg.formats import lightning
+from ckptavg.formats.checkpoint import Checkpoint
+from ckptavg.formats.huggingface import layout
+from ckptavg.formats.safe_pickle.allowlist import Keeper
+from ckptavg.formats.torch_save import zip_reader
+from ckptavg.io import bounded_json
+from ckptavg.io.paths import Location
 
 
 def read_settings(checkpoint: Checkpoint) -> Mapping[Any, Any]:
@@ -31,7 +34,7 @@ def read_settings(checkpoint: Checkpoint) -> Mapping[Any, Any]:
         return {} if meta is None else meta.entries
     if checkpoint.layout != "torch" or not checkpoint.key:
         return {}
-    tree = torch_zip.read(checkpoint.path).tree
+    tree = zip_reader.read(checkpoint.path).tree
     if not isinstance(tree, dict):
         return {}
     keeper = Keeper(key=checkpoint.key, plain=False, tensor=lambda *_: None, replaced={})
@@ -42,15 +45,15 @@ def read_settings(checkpoint: Checkpoint) -> Mapping[Any, Any]:
 def configured_directory(checkpoint: Checkpoint) -> Location | None:
     """Find the directory whose ``config.json`` describes a checkpoint's model; None without one."""
     path = checkpoint.path
-    home = path.parent if path.name in huggingface.WEIGHT_FILES else path
+    home = path.parent if path.name in layout.WEIGHT_FILES else path
     is_model = checkpoint.layout == "huggingface" or home != path
-    return home if is_model and (home / huggingface.CONFIG).is_file() else None
+    return home if is_model and (home / layout.CONFIG).is_file() else None
 
 
 def read_configuration(directory: Location) -> Mapping[str, Any]:
     """Read a directory's ``config.json``; empty where it is no JSON object."""
     try:
-        configuration = bounded_json.read(directory / huggingface.CONFIG)
+        configuration = bounded_json.read(directory / layout.CONFIG)
     except (OSError, ValueError, CheckpointError):
         return {}
     return configuration if isinstance(configuration, dict) else {}

@@ -17,12 +17,12 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
 from ckptavg.errors import CheckpointError, first_few, short
-from ckptavg.formats import bounded_json
+from ckptavg.formats.checkpoint import MOST_ELEMENTS, Piece, Tensor
 from ckptavg.formats.parts import Part, read_file
-from ckptavg.formats.record import TRAINING_STATE
-from ckptavg.formats.storage import Location
-from ckptavg.formats.table import MOST_ELEMENTS, Piece, Tensor
 from ckptavg.formats.tiling import tiles
+from ckptavg.formats.training_record import TRAINING_STATE
+from ckptavg.io import bounded_json
+from ckptavg.io.paths import Location
 
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 _COUNTED = re.compile(r"(\d{1,9})([-_]of[-_])(\d{1,9})(?=\.[^.]*$)")

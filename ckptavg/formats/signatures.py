@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ckptavg.errors import CheckpointError
-from ckptavg.formats import storage, torch_legacy
-from ckptavg.formats.storage import Location
+from ckptavg.formats.torch_save import legacy_reader
+from ckptavg.io import paths
+from ckptavg.io.paths import Location
 
 # Bytes: the name of a zip file's first entry is among them.
 _LONGEST = 512
@@ -19,7 +20,7 @@ def begins_as_checkpoint(path: Location) -> bool:
     A file that cannot be read does not.
     """
     try:
-        with storage.open_binary(path) as file:
+        with paths.open_binary(path) as file:
             begin = file.read(_LONGEST)
     except (CheckpointError, OSError):
         return False
@@ -29,4 +30,4 @@ def begins_as_checkpoint(path: Location) -> bool:
         return name.endswith((b"/data.pkl", b"/version", b"/.format_version", b"/byteorder"))
     header = int.from_bytes(begin[:8], "little")
     is_safetensors = begin[8:9] == b"{" and 0 < header < _LONGEST_HEADER
-    return is_safetensors or begin.startswith(torch_legacy.START)
+    return is_safetensors or begin.startswith(legacy_reader.START)

@@ -8,16 +8,17 @@ from itertools import islice
 from typing import Any
 
 from ckptavg.errors import CheckpointError, NoWeightsError, first_few, short
-from ckptavg.formats import pickled_module
-from ckptavg.formats.inert_values import Opaque, TensorView
+from ckptavg.errors.spelling import close_names, did_you_mean
+from ckptavg.formats.checkpoint import PROVENANCE
 from ckptavg.formats.network_entries import (
     find_networks,
     is_average,
     is_network,
     may_hold_networks,
 )
-from ckptavg.formats.record import OPTIMIZER_KEYS, TRAINING_STATE
-from ckptavg.formats.table import PROVENANCE
+from ckptavg.formats.safe_pickle import modules as pickled_module
+from ckptavg.formats.safe_pickle.values import Opaque, TensorView
+from ckptavg.formats.training_record import OPTIMIZER_KEYS, TRAINING_STATE
 from ckptavg.formats.tree import (
     LONGEST_NAME,
     TENSORS,
@@ -31,7 +32,6 @@ from ckptavg.formats.tree import (
     value_at,
     walk,
 )
-from ckptavg.spelling import close_names, did_you_mean
 
 KNOWN_ENTRIES = (
     "state_dict",

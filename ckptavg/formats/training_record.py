@@ -10,11 +10,11 @@ from itertools import islice
 from pathlib import PurePath, PureWindowsPath
 from typing import Any, TypeVar
 
-from ckptavg.formats import bounded_json
-from ckptavg.formats.inert_values import TensorView
+from ckptavg.formats.checkpoint import Record
 from ckptavg.formats.metric_names import SETTINGS, is_bookkeeping
-from ckptavg.formats.storage import Location
-from ckptavg.formats.table import Record
+from ckptavg.formats.safe_pickle.values import TensorView
+from ckptavg.io import bounded_json
+from ckptavg.io.paths import Location
 
 Number = TypeVar("Number", int, float)
 

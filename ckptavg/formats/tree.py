@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptavg.errors import short
-from ckptavg.formats import pickled_module
-from ckptavg.formats.inert_values import Opaque, Refused, Sharded, Storage, TensorView
-from ckptavg.formats.record import TRAINING_STATE
+from ckptavg.formats.safe_pickle import modules
+from ckptavg.formats.safe_pickle.values import Opaque, Refused, Sharded, Storage, TensorView
+from ckptavg.formats.training_record import TRAINING_STATE
 
 EXTRA_STATE = "_extra_state"  # a module's own values in its state dict
 TENSORS = (TensorView, Sharded, Refused)
@@ -125,8 +125,8 @@ def locate(tree: Any, key: str) -> Place | None:
         return None
     within_plain = not any(isinstance(value, Opaque) for _, value in steps[:-1])
     value = steps[-1][1]
-    if pickled_module.is_module(value):
-        return Place(value, pickled_module.state_dict(value), within_plain)
+    if modules.is_module(value):
+        return Place(value, modules.state_dict(value), within_plain)
     return Place(value, value, within_plain)
 
 

@@ -10,15 +10,15 @@ from itertools import pairwise
 
 import torch
 
+from ckptavg.averaging.plan import plan_average
+from ckptavg.averaging.planning.rules import Rules
+from ckptavg.averaging.planning.tensor_plan import TensorPlan, make_plan
+from ckptavg.averaging.stream import Extras, stream
+from ckptavg.display.progress import ProgressLike, open_phase
 from ckptavg.errors import CheckpointError, NonFiniteError, UsageError, first_few
 from ckptavg.formats import Checkpoint
 from ckptavg.formats.names import running_statistics
-from ckptavg.plan import TensorPlan, make_plan
-from ckptavg.planned_average import plan_average
-from ckptavg.progress import ProgressLike, open_phase
-from ckptavg.rules import Rules
-from ckptavg.run import Run, RunLike, as_run
-from ckptavg.stream import Extras, stream
+from ckptavg.runs.run import Run, RunLike, as_run
 
 _GAP = 2.5  # times the next longest link, beyond which one holds apart what does not belong
 _RESOLVED = 1e-14  # of the squares that a squared distance is the difference of
@@ -189,7 +189,7 @@ def geometry(run: RunLike, *, progress: ProgressLike = None) -> Geometry:
     Args:
         run: What ``open_run`` returned, or a selection of it; two checkpoints at least.
         progress: True for a bar, a bar of tqdm, or a function of (phase, done, total) in bytes
-            read; see ``ckptavg.progress``.
+            read; see ``ckptavg.display.progress``.
 
     Raises:
         UsageError: There is only one checkpoint.

@@ -8,18 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckptavg.digests import (
-    DIGEST,
-    KEY,
-    InputDigests,
-    accounts_of,
-    is_recorded,
-    is_sealed,
-)
+from ckptavg.averaging.stream import Extras, Progress, stream
 from ckptavg.errors import CkptavgError, first_few, short
-from ckptavg.formats import Checkpoint, open_checkpoint, torch_zip
-from ckptavg.formats.storage import Location, is_url, locate
-from ckptavg.stream import Extras, Progress, stream
+from ckptavg.formats import Checkpoint, open_checkpoint
+from ckptavg.formats.torch_save import zip_reader
+from ckptavg.io.paths import Location, is_url, locate
+from ckptavg.outputs.digests import DIGEST, KEY, InputDigests, accounts_of, is_recorded, is_sealed
 
 SAME, CHANGED, MISSING, UNREADABLE = "same", "changed", "not there", "unreadable"
 
@@ -128,7 +122,7 @@ def _check_archives(checkpoint: Checkpoint) -> list[Finding]:
     found: list[Finding] = []
     for stamp in checkpoint.files:
         try:
-            damaged = torch_zip.damaged_entries(stamp.path)
+            damaged = zip_reader.damaged_entries(stamp.path)
         except CkptavgError as error:
             found.append(Finding(stamp.path, "archive", UNREADABLE, error.message))
             continue

@@ -16,9 +16,9 @@ from pathlib import Path
 from types import TracebackType
 
 from ckptavg.errors import OutputError
-from ckptavg.formats import leftovers, renaming
-from ckptavg.formats.targets import check_replaceable, follow
-from ckptavg.system_errors import guard_writes, unwritable
+from ckptavg.errors.system import guard_writes, unwritable
+from ckptavg.io import rename, temporaries
+from ckptavg.io.output_paths import check_replaceable, follow
 
 log = logging.getLogger("ckptavg")
 _TRIES = 100  # of a step that only other runs at the same moment can spoil
@@ -52,14 +52,14 @@ class Publication:
         self.path = follow(path)
         self.overwrite = overwrite
         self.directory = directory
-        self.temporary = leftovers.new_temporary(self.path)
+        self.temporary = temporaries.new_temporary(self.path)
         self._replaceable = replaceable
         self._lock = -1
 
     def __enter__(self) -> Publication:
         try:
             with guard_writes(self.path):
-                leftovers.clear(self.path)
+                temporaries.clear(self.path)
                 self._create()
         except BaseException:
             self._discard()
@@ -99,7 +99,7 @@ class Publication:
         for _ in range(_TRIES):
             if self._create_and_lock():
                 return
-            self.temporary = leftovers.new_temporary(self.path)
+            self.temporary = temporaries.new_temporary(self.path)
         raise OSError(errno.EBUSY, "other runs remove its temporary again and again")
 
     def _create_and_lock(self) -> bool:
@@ -118,7 +118,7 @@ class Publication:
                 raise
             self._discard()
             return False
-        held = leftovers.lock(self._lock, self.temporary)
+        held = temporaries.lock(self._lock, self.temporary)
         if held is False:
             self._discard()
         elif held is None:  # Windows has no lock either, and renames no file that is open
@@ -139,7 +139,7 @@ class Publication:
     def _place(self) -> None:
         """Rename without replacing anything."""
         try:
-            renaming.rename_new(self.temporary, self.path)
+            rename.rename_new(self.temporary, self.path)
         except FileExistsError as error:
             raise OutputError(
                 f"{self.path} has appeared while it was being made",
@@ -162,32 +162,32 @@ class Publication:
         What was there stands under the temporary's name then, or is gone.
         """
         with suppress(FileExistsError):
-            renaming.rename_new(self.temporary, self.path)
+            rename.rename_new(self.temporary, self.path)
             return True
         own = [path.relative_to(self.temporary).as_posix() for path in self.temporary.rglob("*")]
         try:
             check_replaceable(self.path, directory=True, names={*own, *self._replaceable})
         except FileNotFoundError:  # another run replaces it at this moment
             return False
-        if renaming.exchange(self.temporary, self.path):
+        if rename.exchange(self.temporary, self.path):
             return True
-        aside = leftovers.set_aside_name(self.temporary)
+        aside = temporaries.set_aside_name(self.temporary)
         try:
             self.path.rename(aside)
-            renaming.rename_new(self.temporary, self.path)
+            rename.rename_new(self.temporary, self.path)
         except (FileExistsError, FileNotFoundError):
             if not os.path.lexists(self.temporary):
                 raise
             return False
         finally:
-            leftovers.settle(aside, self.path)
+            temporaries.settle(aside, self.path)
         return True
 
     def _discard(self) -> None:
         try:
-            leftovers.remove(self.temporary)
+            temporaries.remove(self.temporary)
         except KeyboardInterrupt:  # a second one; the first may have brought us here
-            leftovers.remove(self.temporary)
+            temporaries.remove(self.temporary)
             raise
         finally:
             self._unlock()

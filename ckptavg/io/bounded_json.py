@@ -6,9 +6,9 @@ import json
 from typing import Any
 
 from ckptavg.errors import CheckpointError
-from ckptavg.formats import storage
-from ckptavg.formats.storage import Location
-from ckptavg.system_errors import guard_reads
+from ckptavg.errors.system import guard_reads
+from ckptavg.io import paths
+from ckptavg.io.paths import Location
 
 MAX_TEXT = 100_000_000  # bytes: the limit of the safetensors reference implementation on a header
 _MOST_VALUES = 5_000_000  # two bytes of text can make a value of 70
@@ -48,8 +48,8 @@ def read_text(path: Location) -> bytes:
     with guard_reads(path):
         if not path.is_file():  # a pipe may never end
             raise ValueError("it is not a regular file")
-        size = storage.stat(path).size
-        with storage.open_binary(path) as file:
+        size = paths.stat(path).size
+        with paths.open_binary(path) as file:
             text = file.read(MAX_TEXT + 1)
     if len(text) > MAX_TEXT:
         raise ValueError(f"it is larger than {MAX_TEXT} bytes")

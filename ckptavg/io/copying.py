@@ -9,8 +9,8 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from ckptavg.errors import CheckpointError
-from ckptavg.formats import storage
-from ckptavg.formats.stamp import FileStamp, changed
+from ckptavg.io import paths
+from ckptavg.io.stamp import FileStamp, changed
 
 _CHUNK = 1 << 20  # bytes
 # Seconds. A file that was written less long ago may still be half a file.
@@ -40,7 +40,7 @@ def copy(source: FileStamp, target: Path) -> None:
     with target.open("rb") as file:
         if _digest(iter(lambda: file.read(_CHUNK), b"")) != copied.digest():
             raise OSError(errno.EIO, "what was written is not what is read back")
-    if not storage.is_url(source.path) and _digest(read(source)) != copied.digest():
+    if not paths.is_url(source.path) and _digest(read(source)) != copied.digest():
         raise changed(source.path)
     source.verify()
 
@@ -67,7 +67,7 @@ def read(source: FileStamp) -> Iterator[bytes]:
         CheckpointError: It cannot be read, or has another size than was stamped.
     """
     count = 0
-    with storage.open_binary(source.path) as file:
+    with paths.open_binary(source.path) as file:
         while chunk := file.read(_CHUNK):
             count += len(chunk)
             yield chunk

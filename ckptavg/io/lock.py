@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ckptavg.formats import leftovers
+from ckptavg.io import temporaries
 
 _LOCK = ".ckptavg-lock"
 _PATIENCE = 20.0  # seconds; whoever has the lock needs it for milliseconds
@@ -37,7 +37,7 @@ def lock_beside(path: Path) -> Iterator[None]:
     finally:
         if handle is not None:
             # Removed while it is locked: who waits for it sees that it is another's by then.
-            leftovers.remove(side)
+            temporaries.remove(side)
             _release(handle)
 
 
@@ -46,8 +46,8 @@ def _remove_unlocked(side: Path) -> None:
     with suppress(OSError):
         handle = os.open(side, os.O_RDWR)
         try:
-            if leftovers.lock(handle, side) is not False:
-                leftovers.remove(side)
+            if temporaries.lock(handle, side) is not False:
+                temporaries.remove(side)
         finally:
             os.close(handle)
 
@@ -62,7 +62,7 @@ def _acquire(side: Path) -> int | None:
             return None
         locked: bool | None = False
         try:
-            locked = leftovers.lock(handle, side)
+            locked = temporaries.lock(handle, side)
         except OSError:
             locked = None
         finally:
@@ -71,7 +71,7 @@ def _acquire(side: Path) -> int | None:
         if locked:
             return handle
         if locked is None:
-            leftovers.remove(side)
+            temporaries.remove(side)
             return None
         time.sleep(_PAUSE)
     return None

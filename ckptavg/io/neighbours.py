@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ckptavg.errors import first_few
-from ckptavg.formats.storage import Location
-from ckptavg.spelling import close_names, did_you_mean
+from ckptavg.errors.spelling import close_names, did_you_mean
+from ckptavg.io.paths import Location
 
 
 def suggest_neighbours(path: Location) -> str:

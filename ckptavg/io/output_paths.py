@@ -9,10 +9,10 @@ import sys
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
-from ckptavg.display import size_text
 from ckptavg.errors import OutputError, first_few
-from ckptavg.formats import leftovers
-from ckptavg.system_errors import guard_writes
+from ckptavg.errors.printable import size_text
+from ckptavg.errors.system import guard_writes
+from ckptavg.io import temporaries
 
 # Kinds that a rename would replace by a file, with whatever reads or writes them cut off.
 _NO_FILES = {
@@ -48,7 +48,7 @@ def check_target(path: Path, *, overwrite: bool, inputs: Iterable[Path] = ()) ->
         target = follow(path)
         _check_parent(target.parent)
         # Before any look at the target: a run that died within a swap has set it aside.
-        leftovers.clear(target)
+        temporaries.clear(target)
         _check_kind(target)
         if os.path.lexists(path) and not overwrite:
             raise OutputError(

@@ -19,10 +19,10 @@ from stat import S_ISREG
 from typing import Any, BinaryIO, NamedTuple, TypeAlias, cast
 from urllib.request import url2pathname
 
-from ckptavg.display import bare_location
 from ckptavg.errors import CheckpointError, UsageError
-from ckptavg.formats.ranges import file_system, open_ranges, read_ranges, unreadable
-from ckptavg.system_errors import guard_reads
+from ckptavg.errors.printable import bare_location
+from ckptavg.errors.system import guard_reads
+from ckptavg.io.remote import file_system, open_ranges, read_ranges, unreadable
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)(::.*)?://")
 _VERSIONS = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 
-from ckptavg.formats.ranges import Range, read_ranges
+from ckptavg.io.remote import Range, read_ranges
 
 _GAP = 1 << 16  # bytes; shorter gaps are read along: a request costs more
 

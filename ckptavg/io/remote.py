@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any, BinaryIO, cast
 
 from ckptavg.errors import CheckpointError, CkptavgError, UsageError
-from ckptavg.formats import http_ranges
+from ckptavg.io import http
 
 HEAD = 1 << 18  # bytes; headers are small and requests slow, so they are read in pieces like this
 _MOST_HELD = 64  # pieces of a file
@@ -154,8 +154,8 @@ def _fetch(
     """Ask once; an exception stands where an answer would."""
     wanted = [(path, *ranges[i][1:]) for i, path in members]
     try:
-        if http_ranges.is_http(system):
-            answers = http_ranges.read_ranges(system, wanted)
+        if http.is_http(system):
+            answers = http.read_ranges(system, wanted)
         else:
             answers = system.cat_ranges(*map(list, zip(*wanted, strict=True)), on_error="return")
     except Exception as error:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ckptavg.errors import CheckpointError
-from ckptavg.formats import storage
-from ckptavg.formats.storage import Location
+from ckptavg.io import paths
+from ckptavg.io.paths import Location
 
 
 def changed(path: object) -> CheckpointError:
@@ -41,12 +41,12 @@ class FileStamp:
             CheckpointError: It is not there, may not be read, or is no regular file: a pipe may
                 never end.
         """
-        return cls(str(path), *storage.stat(path))
+        return cls(str(path), *paths.stat(path))
 
     @property
     def identity(self) -> tuple[object, ...]:
         """Equal for two paths of the same file."""
-        return (self.path,) if storage.is_url(self.path) else (self.device, self.inode)
+        return (self.path,) if paths.is_url(self.path) else (self.device, self.inode)
 
     def verify(self) -> None:
         """Make sure that the file is still the one that was opened.

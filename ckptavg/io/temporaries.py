@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ckptavg.formats.renaming import rename_new
+from ckptavg.io.rename import rename_new
 
 try:
     import fcntl

@@ -21,7 +21,8 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ckptavg.batches import (
+from ckptavg.errors import EvaluationError
+from ckptavg.models.batches import (
     LABELS,
     described,
     is_batch,
@@ -30,7 +31,6 @@ from ckptavg.batches import (
     is_zipped,
     with_tensors_for_arrays,
 )
-from ckptavg.errors import EvaluationError
 
 log = logging.getLogger("ckptavg")
 _told: Any = WeakIdKeyDictionary()  # models of which it was said that they get less than there is

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from ckptavg.distributed.processes import local_rank, several
 from ckptavg.errors import EvaluationError, UsageError
-from ckptavg.processes import local_rank, several
 
 _AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _SHARE = 0.6  # of the memory that is free; activations need the rest

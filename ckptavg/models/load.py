@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ckptavg.errors import ModelError, first_few
-from ckptavg.formats.weights import bare_names
-from ckptavg.hollow import real_tensors, stand_ins
+from ckptavg.formats.state_dict import bare_names
+from ckptavg.models.hollow import real_tensors, stand_ins
 
 _LARGE = 1 << 30  # bytes of a model that is not copied in order to try something
 

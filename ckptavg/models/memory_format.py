@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from ckptavg.batches import described, to_device
 from ckptavg.errors import CkptavgError, EvaluationError
-from ckptavg.runtime import is_out_of_memory
+from ckptavg.models.batches import described, to_device
+from ckptavg.models.device import is_out_of_memory
 
 log = logging.getLogger("ckptavg")
 T = TypeVar("T")

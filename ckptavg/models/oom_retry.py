@@ -8,9 +8,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
+from ckptavg.distributed.processes import Peers
 from ckptavg.errors import EvaluationError
-from ckptavg.processes import Peers
-from ckptavg.runtime import Runtime, is_out_of_memory
+from ckptavg.models.device import Runtime, is_out_of_memory
 
 log = logging.getLogger("ckptavg")
 T = TypeVar("T")

@@ -20,9 +20,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ckptavg.formats import Checkpoint, Tensor
-from ckptavg.formats.output import OutputTensor
-from ckptavg.formats.table import DType
-from ckptavg.formats.writing import Sink
+from ckptavg.formats.checkpoint import DType
+from ckptavg.formats.file_layout import OutputTensor
+from ckptavg.outputs.sinks import Sink
 
 LEAF = 1 << 20  # elements; divides the stream's TASK, so that one thread sees a leaf in order
 DIGEST, SEAL, KEY = "digest", "seal", "key"  # in the provenance

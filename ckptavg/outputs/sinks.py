@@ -16,9 +16,9 @@ from typing import Protocol
 import torch
 
 from ckptavg.errors import OutputError
-from ckptavg.formats import copying
-from ckptavg.formats.output import FileLayout, Layout, OutputTensor
-from ckptavg.system_errors import unwritable
+from ckptavg.errors.system import unwritable
+from ckptavg.formats.file_layout import FileLayout, Layout, OutputTensor
+from ckptavg.io import copying
 
 
 class Sink(Protocol):

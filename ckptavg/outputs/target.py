@@ -13,25 +13,26 @@ from typing import Any
 
 import torch
 
-from ckptavg import digests
+from ckptavg._version import __version__
 from ckptavg.errors import CkptavgError, OutputError, UsageError, first_few
-from ckptavg.formats import Checkpoint, is_checkpoint_directory, open_checkpoint, storage
-from ckptavg.formats.layout import lay_out
-from ckptavg.formats.output import Layout, OutputTensor
-from ckptavg.formats.publish import Publication
-from ckptavg.formats.stamp import changed
-from ckptavg.formats.storage import Location, RemotePath
-from ckptavg.formats.targets import (
+from ckptavg.errors.system import guard_reads, guard_writes
+from ckptavg.formats import Checkpoint, is_checkpoint_directory, open_checkpoint
+from ckptavg.formats.file_layout import Layout, OutputTensor
+from ckptavg.formats.registry import lay_out
+from ckptavg.formats.running_statistics import Statistics
+from ckptavg.io import paths as storage
+from ckptavg.io.atomic import Publication
+from ckptavg.io.output_paths import (
     check_no_input,
     check_replaceable,
     check_room,
     check_target,
     follow,
 )
-from ckptavg.formats.writing import FileSink
-from ckptavg.running_statistics import Statistics
-from ckptavg.system_errors import guard_reads, guard_writes
-from ckptavg.version import __version__
+from ckptavg.io.paths import Location, RemotePath
+from ckptavg.io.stamp import changed
+from ckptavg.outputs import digests
+from ckptavg.outputs.sinks import FileSink
 
 log = logging.getLogger("ckptavg")
 StateDict = dict[str, torch.Tensor]

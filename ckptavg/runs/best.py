@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from ckptavg.errors import RunError, UsageError, first_few
+from ckptavg.errors.spelling import close_names, did_you_mean
 from ckptavg.formats import Checkpoint
 from ckptavg.formats.metric_names import prominence, words_of
 from ckptavg.runs.metric_columns import metric_columns
-from ckptavg.spelling import close_names, did_you_mean
 
 Mode = Literal["max", "min"]
 MODES: tuple[str, ...] = get_args(Mode)

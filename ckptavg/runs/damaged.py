@@ -11,8 +11,8 @@ from itertools import pairwise
 
 from ckptavg.errors import CkptavgError, first_few
 from ckptavg.formats import Checkpoint
-from ckptavg.formats.storage import Location
-from ckptavg.runs.steps_in_names import NamedStep
+from ckptavg.io.paths import Location
+from ckptavg.runs.discovery.steps_in_names import NamedStep
 
 
 @dataclass(frozen=True)

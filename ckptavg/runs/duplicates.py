@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ckptavg.formats import storage, torch_zip
-from ckptavg.formats.table import Checkpoint, Piece, Tensor
-from ckptavg.system_errors import guard_reads
+from ckptavg.errors.system import guard_reads
+from ckptavg.formats.checkpoint import Checkpoint, Piece, Tensor
+from ckptavg.formats.torch_save import zip_reader
+from ckptavg.io import paths
 
 _HEAD = 4096  # bytes of each tensor that are looked at first: most differ there already
 _BLOCK = 1 << 20
@@ -70,14 +71,14 @@ class Contents:
     """What is known of ranges of files: the checksums of zip files, digests of what was read."""
 
     def __init__(self) -> None:
-        self._entries: dict[str, tuple[list[int], list[torch_zip.StoredEntry]]] = {}
+        self._entries: dict[str, tuple[list[int], list[zip_reader.StoredEntry]]] = {}
         self._starts: dict[tuple[str, int], int] = {}
         self._digests: dict[tuple[_Range, Extent], bytes] = {}
 
     def part(self, span: _Range) -> _Part | None:
         """The part of a storage that a range is; None where the storage has no checksum."""
         if span.file not in self._entries:
-            entries = torch_zip.storages(span.file)
+            entries = zip_reader.storages(span.file)
             self._entries[span.file] = [stored.entry.header for stored in entries], entries
         offsets, entries = self._entries[span.file]
         i = bisect.bisect_right(offsets, span.start) - 1
@@ -168,7 +169,7 @@ def _is_decided(checkpoint: Checkpoint, parts: Sequence[_Part] | None) -> bool:
 
 def _stored_contents(checkpoint: Checkpoint) -> object:
     """Equal where a remote store knows the files to be the same; None where it does not tell."""
-    contents = tuple(storage.content_of(stamp.token) for stamp in checkpoint.files)
+    contents = tuple(paths.content_of(stamp.token) for stamp in checkpoint.files)
     return contents if all(contents) else None
 
 
@@ -283,7 +284,7 @@ def _span(piece: Piece) -> int:
 
 def _blocks(span: _Range, limit: int | None) -> Iterator[bytes]:
     size = span.size if limit is None else min(span.size, limit)
-    with guard_reads(span.file), storage.open_binary(span.file) as file:
+    with guard_reads(span.file), paths.open_binary(span.file) as file:
         file.seek(span.start)
         for done in range(0, size, _BLOCK):
             yield file.read(min(_BLOCK, size - done))

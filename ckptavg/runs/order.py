@@ -9,26 +9,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from ckptavg.display import step_text
 from ckptavg.errors import CheckpointError, CkptavgError, NoWeightsError, RunError, first_few
+from ckptavg.errors.printable import step_text
 from ckptavg.formats import (
     Checkpoint,
     open_checkpoint,
 )
-from ckptavg.formats.comparing import Contents, SameWeights
-from ckptavg.formats.record import last_part
-from ckptavg.formats.storage import Location
+from ckptavg.formats.training_record import last_part
+from ckptavg.io.paths import Location
 from ckptavg.runs.damaged import Damaged, place_damaged
-from ckptavg.runs.file_names import (
+from ckptavg.runs.discovery.file_names import (
     STRANGERS,
     is_alias_name,
     is_best_name,
     natural,
     stem_of,
 )
-from ckptavg.runs.left_out import LeftOut
-from ckptavg.runs.numbered import labels_of, roots_of
-from ckptavg.runs.steps_in_names import NamedStep, steps_in_names
+from ckptavg.runs.discovery.left_out import LeftOut
+from ckptavg.runs.discovery.numbered import labels_of, roots_of
+from ckptavg.runs.discovery.steps_in_names import NamedStep, steps_in_names
+from ckptavg.runs.duplicates import Contents, SameWeights
 
 
 @dataclass

@@ -10,23 +10,24 @@ from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
 from typing import TYPE_CHECKING, SupportsIndex, TypeAlias, overload
 
-from ckptavg.display import printable, step_text
 from ckptavg.errors import RunError, UsageError, first_few, short
+from ckptavg.errors.printable import printable, step_text
+from ckptavg.errors.system import guard_reads
 from ckptavg.formats import Checkpoint
-from ckptavg.formats.storage import Location, Named, RemotePath, locate
-from ckptavg.runs import find, order
+from ckptavg.io.paths import Location, Named, RemotePath, locate
+from ckptavg.runs import order
 from ckptavg.runs.best import Mode, best_by, choose_criterion
 from ckptavg.runs.damaged import Damaged, raise_for
-from ckptavg.runs.left_out import tell
-from ckptavg.runs.numbered import short_names
+from ckptavg.runs.discovery import find
+from ckptavg.runs.discovery.left_out import tell
+from ckptavg.runs.discovery.numbered import short_names
 from ckptavg.runs.rate_cycles import find_minima
 from ckptavg.runs.selection_notes import note_restarts
-from ckptavg.system_errors import guard_reads
 
 if TYPE_CHECKING:
     import pandas
 
-    from ckptavg.tables import Table
+    from ckptavg.display.tables import Table
 
 Picked = Sequence[Checkpoint]
 Pick = Callable[[Picked], Picked]
@@ -92,12 +93,12 @@ class Run:
         return f"<Run of {count}{several}: {printable(ends)}>"
 
     def __str__(self) -> str:
-        from ckptavg.views import printed_table  # noqa: PLC0415 - only people need it
+        from ckptavg.display.terminal import printed_table  # noqa: PLC0415 - only people need it
 
         return printed_table(self._table())
 
     def _repr_html_(self) -> str:
-        from ckptavg.table_html import table_html  # noqa: PLC0415 - only notebooks need it
+        from ckptavg.display.table_html import table_html  # noqa: PLC0415 - only notebooks need it
 
         return table_html(self._table())
 
@@ -107,7 +108,7 @@ class Run:
         Raises:
             MissingPackageError: pandas is not installed.
         """
-        from ckptavg.frames import data_frame  # noqa: PLC0415
+        from ckptavg.display.data_frames import data_frame  # noqa: PLC0415
         from ckptavg.runs.run_table import records_of  # noqa: PLC0415
 
         return data_frame(records_of(self.opened))

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ckptavg.display import step_text, without_secrets
+from ckptavg.display.tables import NOTHING, Column, Table, rows_of_texts
+from ckptavg.errors.printable import step_text, without_secrets
 from ckptavg.formats import Checkpoint
+from ckptavg.runs.discovery.numbered import short_names
 from ckptavg.runs.metric_columns import metric_columns
-from ckptavg.runs.numbered import short_names
-from ckptavg.tables import NOTHING, Column, Table, rows_of_texts
 
 _MOST_METRICS = 3  # columns
 

@@ -10,7 +10,7 @@ from ckptavg.runs.rate_cycles import find_length, find_minima, find_restarts
 
 if TYPE_CHECKING:
     from ckptavg.formats import Checkpoint
-    from ckptavg.run import Run
+    from ckptavg.runs.run import Run
 
 log = logging.getLogger("ckptavg")
 _FEWEST_CYCLES = 2

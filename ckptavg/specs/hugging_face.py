@@ -8,13 +8,13 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+from ckptavg.data.hub import is_cached, offline
 from ckptavg.errors import CheckpointError, CkptavgError, SpecError, short
-from ckptavg.formats import bounded_json
-from ckptavg.formats.huggingface import CONFIG
-from ckptavg.formats.neighbours import suggest_neighbours
-from ckptavg.hub import is_cached, offline
+from ckptavg.formats.huggingface.layout import CONFIG
+from ckptavg.io import bounded_json
+from ckptavg.io.neighbours import suggest_neighbours
 from ckptavg.optional import import_optional
-from ckptavg.run import open_run
+from ckptavg.runs.run import open_run
 
 log = logging.getLogger("ckptavg")
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")

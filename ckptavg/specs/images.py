@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ckptavg.errors import SpecError
-from ckptavg.factories import call_named, find_object, required_parameters, split_spec
 from ckptavg.specs.arguments import Arguments, plain_value, text_of
+from ckptavg.specs.importing import call_named, find_object, required_parameters, split_spec
 from ckptavg.specs.libraries import import_torchvision
 
 log = logging.getLogger("ckptavg")

@@ -15,9 +15,9 @@ from types import ModuleType
 from typing import Any
 
 from ckptavg.errors import SpecError, UsageError
+from ckptavg.errors.spelling import close_names, did_you_mean
 from ckptavg.specs.arguments import Arguments, fit_arguments
-from ckptavg.spelling import close_names, did_you_mean
-from ckptavg.user_modules import import_file, imports_from, is_library
+from ckptavg.specs.user_modules import import_file, imports_from, is_library
 
 _OWN_CODE = "package.module:factory or path/file.py:factory"
 _DEBUG = "--debug shows where."

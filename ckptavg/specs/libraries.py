@@ -6,9 +6,9 @@ import importlib
 from typing import Any
 
 from ckptavg.errors import SpecError
-from ckptavg.factories import call_named, parameters_of, similar
 from ckptavg.optional import import_optional
 from ckptavg.specs.arguments import Arguments
+from ckptavg.specs.importing import call_named, parameters_of, similar
 
 
 def import_torchvision(part: str) -> Any:

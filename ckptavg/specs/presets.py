@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ckptavg.data.hub import offline
 from ckptavg.errors import SpecError
-from ckptavg.hub import offline
 from ckptavg.optional import import_optional
 from ckptavg.specs.images import Preset
 from ckptavg.specs.libraries import import_torchvision

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ckptavg.errors import first_few, short
-from ckptavg.factories import LIGHTNING, find_object, parameters_of
+from ckptavg.formats.checkpoint import Checkpoint
 from ckptavg.formats.settings import configured_directory, read_configuration, read_settings
-from ckptavg.formats.table import Checkpoint
 from ckptavg.specs import suggestions
 from ckptavg.specs.arguments import Arguments
+from ckptavg.specs.importing import LIGHTNING, find_object, parameters_of
 
 log = logging.getLogger("ckptavg")
 
@@ -38,7 +38,7 @@ class ModelSource:
     """A model by its specification and all that its factory gets.
 
     Attributes:
-        spec: As ``MODEL_HELP`` of ``ckptavg.sources`` lists them.
+        spec: As ``MODEL_HELP`` of ``ckptavg.specs.sources`` lists them.
         arguments: Keywords of its factory.
         image_settings: Settings of a timm training that are about images.
     """
@@ -70,8 +70,8 @@ def complete_source(
     class no checkpoint names. Arguments that are given are kept.
 
     Args:
-        spec: As ``MODEL_HELP`` of ``ckptavg.sources`` lists them; None to take the model that is
-            recorded.
+        spec: As ``MODEL_HELP`` of ``ckptavg.specs.sources`` lists them; None to take the model that
+            is recorded.
         arguments: Keywords of its factory that are given.
         checkpoints: Checkpoints of the model; the first that records something counts.
 

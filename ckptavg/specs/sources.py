@@ -10,9 +10,11 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from ckptavg import text
+from ckptavg.data import token_windows
 from ckptavg.errors import SpecError
-from ckptavg.factories import (
+from ckptavg.specs import hugging_face, images, libraries, presets, suggestions
+from ckptavg.specs.arguments import Arguments, parse_arguments, text_of
+from ckptavg.specs.importing import (
     LIGHTNING,
     call_named,
     find_object,
@@ -20,8 +22,6 @@ from ckptavg.factories import (
     split_spec,
     take_or_call,
 )
-from ckptavg.specs import hugging_face, images, libraries, presets, suggestions
-from ckptavg.specs.arguments import Arguments, parse_arguments, text_of
 from ckptavg.specs.recorded import is_lightning_module
 from ckptavg.specs.splits import are_columns, is_data, pick_split
 
@@ -38,7 +38,10 @@ DATA_HELP = (
     "package.module:factory or path/file.py:factory"
 )
 _CIFAR = {"cifar10": ("CIFAR10", images.CIFAR10), "cifar100": ("CIFAR100", images.CIFAR100)}
-_TEXT: dict[str, Callable[..., Any]] = {"text": text.of_text, "tokens": text.of_tokens}
+_TEXT: dict[str, Callable[..., Any]] = {
+    "text": token_windows.of_text,
+    "tokens": token_windows.of_tokens,
+}
 
 
 def make_model(spec: str, arguments: Arguments | None = None) -> nn.Module:
@@ -93,7 +96,7 @@ def make_data(
 
     A text file becomes tokens by the tokenizer of an ``hf:DIR`` model, or of ``tokenizer=DIR``. The
     windows of it, or of a file of tokens, are as long as that model's context, 1024 at most and
-    where it is not known; ``length`` and ``stride`` say otherwise (``ckptavg.text``).
+    where it is not known; ``length`` and ``stride`` say otherwise (``ckptavg.data.token_windows``).
 
     A factory may return several data sets by name, or a Lightning DataModule: ``split`` says which
     is meant where their names do not.
@@ -204,7 +207,7 @@ def _of_model(kind: str, model_spec: str) -> dict[str, Any]:
     directory = _directory_of(name) if library == "hf" else None
     if directory is None:
         return {}
-    arguments: dict[str, Any] = {"length": text.default_length(directory)}
+    arguments: dict[str, Any] = {"length": token_windows.default_length(directory)}
     if kind == "text":
         arguments["tokenizer"] = str(hugging_face.find_tokenizer_directory(directory))
     return arguments

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from ckptavg.errors import SpecError, short
-from ckptavg.factories import describe_failure
+from ckptavg.specs.importing import describe_failure
 
 log = logging.getLogger("ckptavg")
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 from ckptavg.errors import SpecError, first_few
-from ckptavg.factories import LIGHTNING
-from ckptavg.formats.huggingface import CONFIG
+from ckptavg.formats.huggingface.layout import CONFIG
+from ckptavg.specs.importing import LIGHTNING
 
 Kind = Literal["model", "data"]
 

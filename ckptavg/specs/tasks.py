@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from ckptavg.errors import SpecError, UsageError
-from ckptavg.factories import call_factory
-from ckptavg.spelling import close_names, did_you_mean
+from ckptavg.errors.spelling import close_names, did_you_mean
+from ckptavg.specs.importing import call_factory
+from ckptavg.tasks.base import Task
 from ckptavg.tasks.named import NAMED, USUAL, make_named
-from ckptavg.tasks.task import Task
 
 _TEXT = ("text:", "tokens:")
 

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from ckptavg.tasks.task import Metric as Metric
-from ckptavg.tasks.task import Samples as Samples
-from ckptavg.tasks.task import Task as Task
+from ckptavg.tasks.base import Metric as Metric
+from ckptavg.tasks.base import Samples as Samples
+from ckptavg.tasks.base import Task as Task

@@ -12,8 +12,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ckptavg.errors import EvaluationError
+from ckptavg.tasks.base import Task
 from ckptavg.tasks.model_outputs import take_output
-from ckptavg.tasks.task import Task
 
 log = logging.getLogger("ckptavg")
 

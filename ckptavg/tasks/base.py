@@ -13,8 +13,8 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import nn
 
-from ckptavg.calling import call, call_on_inputs, inputs_of, split_batch, split_labels
 from ckptavg.errors import EvaluationError
+from ckptavg.models.calling import call, call_on_inputs, inputs_of, split_batch, split_labels
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from ckptavg.errors import EvaluationError
-from ckptavg.metrics import ClassificationMetrics, class_indices
 from ckptavg.tasks import activations
+from ckptavg.tasks.base import LogMean, Metric, Samples, Scores, in_float64
+from ckptavg.tasks.metrics import ClassificationMetrics, class_indices
 from ckptavg.tasks.model_outputs import take_output
-from ckptavg.tasks.task import LogMean, Metric, Samples, Scores, in_float64
 
 _TOGETHER = "Check that the model and the data belong together."
 _TELLING = 16  # samples from which on it says something that no output leaves 0 to 1

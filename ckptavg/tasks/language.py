@@ -12,12 +12,12 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ckptavg.data.token_windows import IGNORED
 from ckptavg.errors import EvaluationError
-from ckptavg.metrics import Totals
 from ckptavg.tasks.activations import are_distributions
+from ckptavg.tasks.base import Metric, Samples, Task, in_float64
+from ckptavg.tasks.metrics import Totals
 from ckptavg.tasks.model_outputs import take_output
-from ckptavg.tasks.task import Metric, Samples, Task, in_float64
-from ckptavg.text import IGNORED
 
 log = logging.getLogger("ckptavg")
 

@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch.nn.functional import logsigmoid
 
-from ckptavg.batches import bytes_of
 from ckptavg.errors import EvaluationError
-from ckptavg.metrics import Totals
+from ckptavg.models.batches import bytes_of
 from ckptavg.tasks import activations
+from ckptavg.tasks.base import LogMean, Metric, Samples, Scores, in_float64
+from ckptavg.tasks.metrics import Totals
 from ckptavg.tasks.model_outputs import take_output
-from ckptavg.tasks.task import LogMean, Metric, Samples, Scores, in_float64
 
 _HELD = 2**24  # scores on the device (80 MiB with targets) before they are moved to the host
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 
 from ckptavg.errors import UsageError, short
-from ckptavg.tasks.task import Task
+from ckptavg.tasks.base import Task
 
 USUAL = "image-classification"
 NAMED = {

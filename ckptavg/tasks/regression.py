@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 
 from ckptavg.errors import EvaluationError
+from ckptavg.tasks.base import Metric, Samples, Scores, Task, in_float64
 from ckptavg.tasks.model_outputs import take_output
-from ckptavg.tasks.task import Metric, Samples, Scores, Task, in_float64
 
 _CONSTANT = 1e-14  # a relative spread that rounding alone can leave
 

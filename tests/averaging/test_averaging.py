@@ -21,8 +21,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import ckptavg
 from ckptavg import average, average_many, open_run
-from ckptavg.accounts import account_of
-from ckptavg.averaging import load
+from ckptavg.averaging.accounts import account_of
+from ckptavg.averaging.api import load
+from ckptavg.averaging.plan import plan_average
+from ckptavg.batchnorm.checkpoints import prepare_copy
 from ckptavg.cli import main
 from ckptavg.errors import (
     CheckpointError,
@@ -36,10 +38,8 @@ from ckptavg.errors import (
     UsageError,
 )
 from ckptavg.formats import open_checkpoint
-from ckptavg.outputs import fill
-from ckptavg.outputs import opened as opened_outputs
-from ckptavg.planned_average import plan_average
-from ckptavg.refresh import prepare_copy
+from ckptavg.outputs.target import fill
+from ckptavg.outputs.target import opened as opened_outputs
 
 OUTPUTS = ["swa.safetensors", "swa.pt", "swa"]
 
@@ -818,7 +818,8 @@ def test_an_input_that_changed_since_it_was_opened_is_an_error(run_dir):
 
 PEAK = """
 import os, sys, torch, ckptavg
-from ckptavg import averaging, run
+from ckptavg.averaging import api as averaging
+from ckptavg.runs import run
 
 def peak():
     with open("/proc/self/status") as status:

@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 
 import ckptavg
 from ckptavg import average, average_many, open_run
-from ckptavg import stream as stream_module
+from ckptavg.averaging import stream as stream_module
 from ckptavg.cli import main
 from ckptavg.errors import MismatchError, NonFiniteError, OutputError, RunError, UsageError
-from ckptavg.formats.publish import Publication
+from ckptavg.io.atomic import Publication
 
 
 def states(count, numel=5000):

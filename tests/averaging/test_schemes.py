@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptavg import schemes
+from ckptavg.averaging import schemes
 from ckptavg.errors import RunError, UsageError
 
 THETA = [1.0, 2.0, 4.0, 8.0]

@@ -18,12 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_runs import COMPLEX, FLOATS, runs
 
-from ckptavg import stream as stream_module
+from ckptavg.averaging import stream as stream_module
+from ckptavg.averaging.planning.tensor_plan import Rules, make_plan
+from ckptavg.averaging.read_groups import Job
+from ckptavg.averaging.stream import start_threads, stream
 from ckptavg.errors import CheckpointError, NonFiniteError
-from ckptavg.formats.writing import MemorySink
-from ckptavg.groups import Job
-from ckptavg.plan import Rules, make_plan
-from ckptavg.stream import start_threads, stream
+from ckptavg.outputs.sinks import MemorySink
 
 
 def widest(dtypes):

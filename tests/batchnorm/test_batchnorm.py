@@ -20,10 +20,10 @@ from torch.optim.swa_utils import update_bn as update_bn_of_torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from ckptavg import update_bn
-from ckptavg.batchnorm import recompute
+from ckptavg.batchnorm.update import recompute
+from ckptavg.data.loaders import Subset
 from ckptavg.errors import BatchNormError, EvaluationError, UsageError
-from ckptavg.loaders import Subset
-from ckptavg.runtime import Runtime
+from ckptavg.models.device import Runtime
 
 WORKED = torch.tensor([0.0, 2, 4, 6, 20, 22])[:, None]
 SPLITS = ([6], [4, 2], [1, 5], [5, 1], [3, 2, 1], [1, 1, 1, 1, 1, 1])

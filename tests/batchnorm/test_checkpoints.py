@@ -10,8 +10,12 @@ from norm_network import BATCHES, RUNTIME, Net, X, state_of
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from ckptavg import open_checkpoint, refresh
-from ckptavg.averaging import load
+from ckptavg import open_checkpoint
+from ckptavg.averaging.api import load
+from ckptavg.averaging.plan import plan_average
+from ckptavg.batchnorm import checkpoints as refresh
+from ckptavg.batchnorm.checkpoints import Pass, update_checkpoint, write_averages
+from ckptavg.data.loaders import open_loader
 from ckptavg.errors import (
     BatchNormError,
     EvaluationError,
@@ -19,9 +23,6 @@ from ckptavg.errors import (
     NonFiniteError,
     OutputError,
 )
-from ckptavg.loaders import open_loader
-from ckptavg.planned_average import plan_average
-from ckptavg.refresh import Pass, update_checkpoint, write_averages
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -262,9 +263,9 @@ def test_a_checkpoint_says_what_it_was_made_of(tmp_path):
 
 
 def test_an_average_that_is_refreshed_later_keeps_its_history(tmp_path, planned, states):
-    from ckptavg import averaging
+    from ckptavg.averaging import api
 
-    averaging.write(planned, tmp_path / "stale.pt")
+    api.write(planned, tmp_path / "stale.pt")
     stale = open_checkpoint(tmp_path / "stale.pt")
     update_checkpoint(stale, tmp_path / "fresh.pt", Pass(Net(), BATCHES, RUNTIME))
     assert_refreshed(tmp_path / "fresh.pt", average_of(states))
@@ -513,7 +514,7 @@ def test_memory_that_is_exhausted_while_weights_are_read_does_not_spoil_digests(
     monkeypatch, tmp_path, averages
 ):
     """Half a tensor has gone by when the first try fails."""
-    from ckptavg.digests import Leaves
+    from ckptavg.outputs.digests import Leaves
 
     fed, update = [], Leaves.update
 

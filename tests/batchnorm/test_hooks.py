@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ckptavg import model_pass, update_bn, watching
-from ckptavg.batchnorm import recompute
+from ckptavg import update_bn
+from ckptavg.batchnorm import collect, hooks
+from ckptavg.batchnorm.moments import TOLERANCE, batch_moments
+from ckptavg.batchnorm.update import recompute
 from ckptavg.errors import BatchNormError, EvaluationError
-from ckptavg.moments import TOLERANCE, batch_moments
-from ckptavg.runtime import Runtime
+from ckptavg.models.device import Runtime
 
 CPU = Runtime(torch.device("cpu"))
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -59,7 +60,7 @@ def in_float64(model, data, **options):
     """Statistics of a copy of the model with all of its layers' inputs reduced in float64."""
     model = copy.deepcopy(model)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(watching, "suits_kernel", lambda values: False)
+        patch.setattr(hooks, "suits_kernel", lambda values: False)
         update_bn(model, data, **options)
     return model
 
@@ -87,7 +88,7 @@ def reduced(monkeypatch):
         found.update([tuple(values.shape)])
         return batch_moments(values)
 
-    monkeypatch.setattr(watching, "batch_moments", counted)
+    monkeypatch.setattr(hooks, "batch_moments", counted)
     return found
 
 
@@ -148,13 +149,13 @@ def test_what_is_settled_a_batch_late_is_the_same(monkeypatch, at):
     data[at] = data[at] + 5e4
     at_once, late = Net([4, 2]), Net([4, 2])
     update_bn(at_once, data)
-    original = model_pass.ModelPass.__init__
+    original = collect.ModelPass.__init__
 
     def made_late(self, *args):
         original(self, *args)
         self._late = 1
 
-    monkeypatch.setattr(model_pass.ModelPass, "__init__", made_late)
+    monkeypatch.setattr(collect.ModelPass, "__init__", made_late)
     update_bn(late, data)
     for name, value in at_once.state_dict().items():
         torch.testing.assert_close(late.state_dict()[name], value, rtol=1e-6, atol=1e-6)

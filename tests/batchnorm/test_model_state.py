@@ -9,9 +9,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ckptavg import evaluate, update_bn
-from ckptavg.batchnorm import recompute
+from ckptavg.batchnorm.update import recompute
 from ckptavg.errors import BatchNormError
-from ckptavg.runtime import Runtime
+from ckptavg.models.device import Runtime
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptavg import moments
-from ckptavg.moments import (
+from ckptavg.batchnorm import moments
+from ckptavg.batchnorm.moments import (
     TOLERANCE,
     KernelMoments,
     Moments,

@@ -15,7 +15,7 @@ from pathlib import Path
 from tables import Cells, Table, markdown, plain
 
 import ckptavg
-from ckptavg.planned_average import plan_average
+from ckptavg.averaging.plan import plan_average
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 

@@ -18,9 +18,10 @@ from click.testing import CliRunner, Result
 from helpers import listing, save_states
 from torch import nn
 
-from ckptavg import evaluation, sources
 from ckptavg.cli import main
-from ckptavg.cli.kept import Keeper
+from ckptavg.cli.resume import Keeper
+from ckptavg.evaluation import evaluate
+from ckptavg.specs import sources
 
 NET = """
 import os, pathlib, time
@@ -62,7 +63,7 @@ class Damaged(Slow):
 TASKS = """
 import torch
 from ckptavg.tasks.classification import Classification
-from ckptavg.tasks.task import Metric, Task
+from ckptavg.tasks.base import Metric, Task
 
 class Confusion:
     def __init__(self):
@@ -178,20 +179,20 @@ def error(result: Result, code: int = 1) -> str:
 def scored(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the candidates that were scored, as they come."""
     names: list[str] = []
-    score = evaluation.score
+    score = evaluate.score
 
     def noted(candidates: Any, *args: Any, **options: Any) -> Any:
         names.extend(f"{c.name}{' anew' * c.recompute}" for c in candidates)
         return score(candidates, *args, **options)
 
-    monkeypatch.setattr(evaluation, "score", noted)
+    monkeypatch.setattr(evaluate, "score", noted)
     return names
 
 
 @pytest.fixture
 def one_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory for a single model."""
-    monkeypatch.setattr(evaluation, "fit", lambda *_: 1)
+    monkeypatch.setattr(evaluate, "fit", lambda *_: 1)
 
 
 def interrupt_after(monkeypatch: pytest.MonkeyPatch, passes: int) -> None:

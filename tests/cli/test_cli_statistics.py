@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from helpers import same_bits, save
 
 from ckptavg import open_checkpoint
-from ckptavg.averaging import load
+from ckptavg.averaging.api import load
 from ckptavg.cli import main
 
 NET = """

@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.text import Text
 
 from ckptavg.cli import main
-from ckptavg.display import size_text
+from ckptavg.cli.console import Report, number_text, rate_text
+from ckptavg.display.tables import Cell, Column, Row, Table
 from ckptavg.errors import OutputError
-from ckptavg.report import Report, number_text, rate_text
-from ckptavg.tables import Cell, Column, Row, Table
+from ckptavg.errors.printable import size_text
 
 
 def report(*, terminal: bool = False, **options: object) -> tuple[Report, io.StringIO, io.StringIO]:

@@ -18,9 +18,11 @@ import torch
 from click.testing import CliRunner, Result
 from helpers import listing, save, save_states
 
-from ckptavg import averaging, run
-from ckptavg.cli import ending, main
-from ckptavg.cli.ending import Terminated, by_signals
+from ckptavg.averaging import api
+from ckptavg.cli import main
+from ckptavg.cli import signals as ending
+from ckptavg.cli.signals import Terminated, by_signals
+from ckptavg.runs import run
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 numbers = pytest.mark.parametrize(
@@ -110,7 +112,7 @@ def test_a_signal_while_the_threads_are_busy_leaves_nothing(large, tmp_path, bur
 
 CHILD = """
 import os, signal, sys
-from ckptavg.cli.ending import by_signals
+from ckptavg.cli.signals import by_signals
 with by_signals():
     child = os.fork()
     if child == 0:
@@ -148,7 +150,7 @@ def test_what_had_been_written_is_not_denied(home, monkeypatch, number, word, co
     out = home / "swa.pt"
     if existing:
         save(out, {"w": torch.zeros(1)})
-    monkeypatch.setattr(averaging, "write_many", raised(number, averaging.write_many))
+    monkeypatch.setattr(api, "write_many", raised(number, api.write_many))
     result = average(home, "-o", str(out), "--overwrite")
     assert result.exit_code == code
     assert result.stderr.splitlines()[-1] == f"{word}: {out} had been written."
@@ -206,7 +208,7 @@ def test_a_signal_that_does_not_get_through_is_heard(
     home, monkeypatch, number, word, code, moment, fate
 ):
     """Destructors swallow exceptions, and libraries in C++ make others of them."""
-    write_many, out = averaging.write_many, home / "swa.pt"
+    write_many, out = api.write_many, home / "swa.pt"
 
     def disturbed(*arguments: object, **keywords: object) -> object:
         answer = write_many(*arguments, **keywords) if moment == "after" else None
@@ -217,7 +219,7 @@ def test_a_signal_that_does_not_get_through_is_heard(
                 raise RuntimeError("an error of C++") from None
         return write_many(*arguments, **keywords) if moment == "before" else answer
 
-    monkeypatch.setattr(averaging, "write_many", disturbed)
+    monkeypatch.setattr(api, "write_many", disturbed)
     result = average(home, "-o", str(out))
     assert result.exit_code == code
     left = f"{out} had been written" if out.exists() else "nothing was written"

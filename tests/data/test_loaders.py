@@ -22,11 +22,11 @@ from torch.utils.data import (
     TensorDataset,
 )
 
+from ckptavg.data.loaders import Subset, open_loader, rereadable, samples_in, share
+from ckptavg.data.prefetch import counted, moved
+from ckptavg.distributed.processes import Alone
 from ckptavg.errors import EvaluationError, UsageError
-from ckptavg.loaders import Subset, open_loader, rereadable, samples_in, share
-from ckptavg.prefetch import counted, moved
-from ckptavg.processes import Alone
-from ckptavg.runtime import Runtime
+from ckptavg.models.device import Runtime
 
 CPU = torch.device("cpu")
 

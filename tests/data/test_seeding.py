@@ -9,11 +9,11 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ckptavg import evaluate, update_bn
-from ckptavg.loaders import open_loader
-from ckptavg.prefetch import counted
-from ckptavg.processes import Alone
-from ckptavg.runtime import Runtime
-from ckptavg.seeding import Generators
+from ckptavg.data.loaders import open_loader
+from ckptavg.data.prefetch import counted
+from ckptavg.data.seeding import Generators
+from ckptavg.distributed.processes import Alone
+from ckptavg.models.device import Runtime
 
 
 class Augmented(Dataset):

@@ -8,11 +8,11 @@ import torch
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from ckptavg.batches import is_batch, size_of
+from ckptavg.data.loaders import open_loader
+from ckptavg.data.streams import is_dataset
 from ckptavg.errors import EvaluationError
-from ckptavg.loaders import open_loader
-from ckptavg.runtime import Runtime
-from ckptavg.streams import is_dataset
+from ckptavg.models.batches import is_batch, size_of
+from ckptavg.models.device import Runtime
 
 X, Y = torch.arange(40.0).view(20, 2), torch.arange(20) % 3
 RUNTIME = Runtime(torch.device("cpu"), batch_size=6)

@@ -11,8 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
+from ckptavg.data.token_windows import (
+    IGNORED,
+    TokenFile,
+    Windows,
+    default_length,
+    of_text,
+    of_tokens,
+)
 from ckptavg.errors import SpecError
-from ckptavg.text import IGNORED, TokenFile, Windows, default_length, of_text, of_tokens
 
 TEXT = "the cat sat on the mat\nthe dog  sat\n"
 WORDS = ["[UNK]", "the", "cat", "sat", "on", "mat", "dog"]

@@ -6,8 +6,8 @@ import io
 
 import pytest
 
+from ckptavg.display.progress import open_phase, open_progress
 from ckptavg.errors import UsageError
-from ckptavg.progress import open_phase, open_progress
 
 CALLS = [("BatchNorm", 4, 8), ("BatchNorm", 8, 8), ("evaluation", 5, 0), ("evaluation", 9, 0)]
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from ckptavg.shortening import shorten_names, wrap_words
+from ckptavg.display.shortening import shorten_names, wrap_words
 
 
 @pytest.mark.parametrize(

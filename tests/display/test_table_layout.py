@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from ckptavg.table_html import BEST_COLOR, table_html
-from ckptavg.table_layout import lay_out, table_text, wrap_note
-from ckptavg.tables import Cell, Column, Row, Table, rows_of_texts
+from ckptavg.display.table_html import BEST_COLOR, table_html
+from ckptavg.display.table_layout import lay_out, table_text, wrap_note
+from ckptavg.display.tables import Cell, Column, Row, Table, rows_of_texts
 
 
 def test_numbers_are_flush_right_and_all_else_left():

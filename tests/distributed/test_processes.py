@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from launching import ROOT, TORCHRUN, error_of, launch, run_alone
 from safetensors.torch import save_file
 
-from ckptavg import split
+from ckptavg.averaging import sharding
 from ckptavg.formats import open_checkpoint
-from ckptavg.formats.layout import lay_out
-from ckptavg.formats.output import FileLayout, Layout, OutputTensor
-from ckptavg.formats.table import DTYPES
+from ckptavg.formats.checkpoint import DTYPES
+from ckptavg.formats.file_layout import FileLayout, Layout, OutputTensor
+from ckptavg.formats.registry import lay_out
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="starts processes by fork")
 
@@ -108,15 +108,15 @@ def contents(path: Path) -> dict[str, bytes]:
 @settings(deadline=None)
 @given(sizes=st.lists(st.integers(0, 60_000), min_size=1, max_size=5), count=st.integers(1, 7))
 def test_parts_of_files_are_equal_whole_and_end_at_pages(sizes: list[int], count: int) -> None:
-    parts = [split.byte_ranges(sizes, rank, count) for rank in range(count)]
+    parts = [sharding.byte_ranges(sizes, rank, count) for rank in range(count)]
     for number, size in enumerate(sizes):
         ends = [0] + [part[number][1] for part in parts]
         assert [part[number][0] for part in parts] == ends[:-1]
         assert ends == sorted(ends)
         assert ends[-1] == size
-        assert all(end % split.PAGE == 0 or end == size for end in ends)
+        assert all(end % sharding.PAGE == 0 or end == size for end in ends)
     for part in parts:
-        assert abs(sum(end - begin for begin, end in part) - sum(sizes) / count) <= split.PAGE
+        assert abs(sum(end - begin for begin, end in part) - sum(sizes) / count) <= sharding.PAGE
 
 
 @settings(deadline=None)
@@ -133,13 +133,13 @@ def test_elements_belong_where_they_begin(data: st.DataObject, count: int) -> No
             at += tensor.nbytes + data.draw(st.integers(0, 9))
         files.append(FileLayout(str(number), at, [], offsets))
     found = [
-        split.element_ranges(Layout(True, files), tensors, rank, count) for rank in range(count)
+        sharding.element_ranges(Layout(True, files), tensors, rank, count) for rank in range(count)
     ]
     for tensor in (t for t in tensors if t.numel):
         number = int(tensor.name[0])
         done = []
         for rank, ranges in enumerate(found):
-            begin, end = split.byte_ranges([f.size for f in files], rank, count)[number]
+            begin, end = sharding.byte_ranges([f.size for f in files], rank, count)[number]
             first, stop = ranges[tensor.name, tensor.numel]
             at = files[number].offsets[tensor.name]
             assert all(begin <= at + i * tensor.dtype.size < end for i in range(first, stop))
@@ -207,11 +207,11 @@ def test_four_processes_write_the_bytes_of_one(home: Path) -> None:
     read = [of_one["read"] for of_one in good[3]]
     inputs = sum(t.nbytes for seed in (1, 2, 3) for t in plain(seed).values())
     assert sum(read) == inputs
-    assert max(read) < inputs / 4 + 3 * 2 * 4 * split.PAGE
+    assert max(read) < inputs / 4 + 3 * 2 * 4 * sharding.PAGE
 
     size = Path("out/a.safetensors").stat().st_size
     for rank, of_one in list(enumerate(good[0]))[1:]:  # tied tensors lie in parts far apart
-        assert of_one["wrote"] == list(*split.byte_ranges([size], rank, 4))
+        assert of_one["wrote"] == list(*sharding.byte_ranges([size], rank, 4))
 
     assert [of_one["code"] for of_one in exists] == [1, 1, 1, 1]
     said = [of_one["err"] for of_one in exists if of_one["err"]]
@@ -317,7 +317,7 @@ def test_waiting_for_others_ends_when_it_is_told_to(home: Path, rank: str) -> No
     place = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from ckptavg import processes; processes._PATIENCE = 0.0\n"
+        "from ckptavg.distributed import processes; processes._PATIENCE = 0.0\n"
         "from ckptavg.cli import main; main()"
     )
     waiting = subprocess.Popen(

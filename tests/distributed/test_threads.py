@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 from helpers import save_states
 
 from ckptavg.cli import main
-from ckptavg.threads import default_threads, limit_threads
+from ckptavg.distributed.threads import default_threads, limit_threads
 
 STATES = [{"weight": torch.full((2, 3), float(i)), "bias": torch.zeros(2)} for i in (1, 3)]
 OWN = """
@@ -90,9 +90,9 @@ def test_an_average_is_computed_by_as_many_threads_as_it_is_told(tmp_path, monke
         return start_threads(count)
 
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    from ckptavg.stream import start_threads
+    from ckptavg.averaging.stream import start_threads
 
-    monkeypatch.setattr("ckptavg.stream.start_threads", start)
+    monkeypatch.setattr("ckptavg.averaging.stream.start_threads", start)
     for flags in ([], ["--threads", 2]):
         out = tmp_path / f"{len(flags)}.pt"
         result = run_command("average", tmp_path / "run", "-o", out, *flags)

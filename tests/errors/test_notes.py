@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from ckptavg.notes import collect_notes, log
+from ckptavg.errors.notes import collect_notes, log
 
 
 class Kept(logging.Handler):

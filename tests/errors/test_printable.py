@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptavg.display import escape_unseen, printable, split_directory, without_secrets
-from ckptavg.json_text import json_text
+from ckptavg.display.json_text import json_text
+from ckptavg.errors.printable import escape_unseen, printable, split_directory, without_secrets
 
 STEERING = ["\u202e", "\u2066", "\u200b", "\u200f", "\u2060", "\ufeff", "\x1b", "\x9b", "\x7f",
             "\u2028", "\udc9b", "\U000e0041", "\u00ad", "\u034f", "\ufe0f", "\u3164"]  # fmt: skip

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptavg.spelling import close_names, close_patterns, did_you_mean
+from ckptavg.errors.spelling import close_names, close_patterns, did_you_mean
 
 METRICS = ["val_acc", "val_loss", "train_loss", "epoch"]
 TENSORS = [

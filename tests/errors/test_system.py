@@ -8,7 +8,7 @@ import os
 import pytest
 
 from ckptavg.errors import CheckpointError, OutputError
-from ckptavg.system_errors import guard_reads, guard_writes, unreadable, unwritable
+from ckptavg.errors.system import guard_reads, guard_writes, unreadable, unwritable
 
 USUAL = [
     errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP,

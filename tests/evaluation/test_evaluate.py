@@ -13,12 +13,13 @@ from sklearn.metrics import log_loss
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ckptavg import Candidate, evaluate, evaluation, open_checkpoint, update_bn
-from ckptavg.candidates import candidates_of
+from ckptavg import Candidate, evaluate, open_checkpoint, update_bn
+from ckptavg.averaging.plan import plan_average
 from ckptavg.errors import EvaluationError, ModelError, UsageError
-from ckptavg.planned_average import plan_average
-from ckptavg.results import Result, is_worse
-from ckptavg.run import as_run
+from ckptavg.evaluation import evaluate as evaluation
+from ckptavg.evaluation.candidates import candidates_of
+from ckptavg.evaluation.results import Result, is_worse
+from ckptavg.runs.run import as_run
 
 CLASSES = 3
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

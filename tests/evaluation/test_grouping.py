@@ -12,13 +12,14 @@ from helpers import opened
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ckptavg import Candidate, evaluate, evaluation
+from ckptavg import Candidate, evaluate
+from ckptavg.averaging.plan import plan_average
+from ckptavg.data.loaders import open_loader
 from ckptavg.errors import BatchNormError, EvaluationError, ModelError, UsageError
-from ckptavg.evaluation import score
-from ckptavg.evidence import compare
-from ckptavg.loaders import open_loader
-from ckptavg.planned_average import plan_average
-from ckptavg.runtime import Runtime
+from ckptavg.evaluation import evaluate as evaluation
+from ckptavg.evaluation.evaluate import score
+from ckptavg.evaluation.significance import compare
+from ckptavg.models.device import Runtime
 from ckptavg.tasks import Samples
 
 CLASSES = 3

@@ -16,7 +16,7 @@ from helpers import listing, save_states
 from launching import TORCHRUN, error_of, launch, run_alone
 from torch import nn
 
-from ckptavg import evaluation
+from ckptavg.evaluation import evaluate as evaluation
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="starts processes by fork")
 CLOSE = 1e-6  # relative, of figures and statistics
@@ -38,7 +38,7 @@ def synchronized():
     return nn.SyncBatchNorm.convert_sync_batchnorm(model())
 
 def tight():
-    ckptavg.evaluation.fit = lambda *_: 2  # models at a time
+    ckptavg.evaluation.evaluate.fit = lambda *_: 2  # models at a time
     return model()
 
 class Images(Dataset):

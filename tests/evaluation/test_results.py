@@ -8,9 +8,9 @@ from helpers import opened
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptavg.candidates import Candidate
-from ckptavg.evidence import Difference
-from ckptavg.results import Result, Versus, is_worse
+from ckptavg.evaluation.candidates import Candidate
+from ckptavg.evaluation.results import Result, Versus, is_worse
+from ckptavg.evaluation.significance import Difference
 from ckptavg.tasks import Metric, Task
 
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)

@@ -10,10 +10,9 @@ from helpers import listing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptavg import side_lock
 from ckptavg.errors import OutputError
-from ckptavg.formats import leftovers
-from ckptavg.results_file import ResultsFile
+from ckptavg.evaluation.results_file import ResultsFile
+from ckptavg.io import lock, temporaries
 
 
 def result(key, name="x", **metrics):
@@ -82,7 +81,7 @@ def test_runs_at_once_keep_each_others_results(tmp_path):
 
 
 def test_a_file_system_without_locks_is_written_without(tmp_path, monkeypatch):
-    monkeypatch.setattr(leftovers, "lock", lambda *_: None)
+    monkeypatch.setattr(temporaries, "lock", lambda *_: None)
     path = tmp_path / "r.json"
     for key in "abc":
         ResultsFile(path).merge([result(key)])
@@ -91,9 +90,9 @@ def test_a_file_system_without_locks_is_written_without(tmp_path, monkeypatch):
 
 
 def test_a_lock_that_nobody_lets_go_does_not_stop_the_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(side_lock, "_PATIENCE", 0.05)
+    monkeypatch.setattr(lock, "_PATIENCE", 0.05)
     path = tmp_path / "r.json"
-    with side_lock.lock_beside(path):
+    with lock.lock_beside(path):
         ResultsFile(path).merge([result("a")])
         assert keys(path) == ["a"]
         assert len(listing(tmp_path)) == 2

@@ -4,10 +4,10 @@ import math
 
 import pytest
 
-from ckptavg.candidates import Candidate
-from ckptavg.evidence import Difference
-from ckptavg.results import Result, Versus
-from ckptavg.score_table import scores_html, scores_text, tabulate_scores
+from ckptavg.evaluation.candidates import Candidate
+from ckptavg.evaluation.results import Result, Versus
+from ckptavg.evaluation.score_table import scores_html, scores_text, tabulate_scores
+from ckptavg.evaluation.significance import Difference
 from ckptavg.tasks import Metric, Task
 from ckptavg.tasks.classification import Classification
 from ckptavg.tasks.language import CausalLM

@@ -9,15 +9,15 @@ from fellows import Echo, together
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptavg.candidates import Candidate
+from ckptavg.distributed.processes import Alone
 from ckptavg.errors import EvaluationError
-from ckptavg.networks import Network
-from ckptavg.processes import Alone
-from ckptavg.scoring import Board, Soundness, joined
+from ckptavg.evaluation.candidates import Candidate
+from ckptavg.evaluation.scoreboard import Board, Soundness, joined
+from ckptavg.evaluation.weight_sets import Network
 from ckptavg.tasks import Samples
+from ckptavg.tasks.base import LogMean
 from ckptavg.tasks.classification import Classification
 from ckptavg.tasks.regression import Regression
-from ckptavg.tasks.task import LogMean
 
 CLASSES = 4
 SIZES = (3, 5, 1, 2)  # of the batches

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from scipy import stats
 from waiting import NoWaiting
 
-from ckptavg import evidence
 from ckptavg.errors import EvaluationError
-from ckptavg.evidence import Difference, Disagreement, compare
+from ckptavg.evaluation import significance
+from ckptavg.evaluation.significance import Difference, Disagreement, compare
 from ckptavg.tasks import Samples
 
 
@@ -60,11 +60,11 @@ def test_mcnemar_is_the_exact_sum_of_binomial_terms(only_mine, only_other):
 def test_mcnemar_of_many_samples_matches_scipy(n, sigmas):
     fewer = max(0, int(n / 2 - sigmas * math.sqrt(n) / 2))
     expected = 2 * stats.binom.cdf(fewer, n, 0.5)
-    assert evidence._mcnemar(n - fewer, fewer) == pytest.approx(expected, rel=1e-6, abs=1e-300)
+    assert significance._mcnemar(n - fewer, fewer) == pytest.approx(expected, rel=1e-6, abs=1e-300)
 
 
 def test_mcnemar_of_a_difference_beyond_all_doubt_is_zero_and_not_an_error():
-    assert evidence._mcnemar(1_000_000, 0) == 0
+    assert significance._mcnemar(1_000_000, 0) == 0
 
 
 def test_the_interval_is_agrestis_and_mins():
@@ -86,7 +86,7 @@ def test_the_interval_covers_the_true_difference_in_95_percent(shares):
         stats.multinomial.pmf([b, c, n - b - c], n, [mine, other, 1 - mine - other])
         for b, c in itertools.product(range(n + 1), repeat=2)
         if b + c <= n
-        and (ends := evidence._agresti_min(b, c, n))
+        and (ends := significance._agresti_min(b, c, n))
         and ends[0] <= mine - other <= ends[1]
     )
     assert 0.935 <= covered <= 0.999
@@ -200,7 +200,7 @@ def test_many_samples_in_groups_give_the_interval_of_single_ones(monkeypatch):
     order = (mine.values - other.values).argsort()
     mine, other = Samples(mine.values[order]), Samples(other.values[order])
     grouped = compare(mine, other)
-    monkeypatch.setattr(evidence, "GROUPS", 20_000)
+    monkeypatch.setattr(significance, "GROUPS", 20_000)
     single = compare(mine, other)
     sigma = float((mine.values - other.values).std()) / math.sqrt(20_000)
     assert grouped.value == single.value

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ckptavg import open_checkpoint
-from ckptavg.averaging import alone, in_memory, in_memory_many
-from ckptavg.candidates import Candidate
+from ckptavg.averaging.api import alone, in_memory, in_memory_many
+from ckptavg.averaging.plan import Average, plan_average
 from ckptavg.errors import ModelError
-from ckptavg.networks import Networks, load, release
-from ckptavg.planned_average import Average, plan_average
-from ckptavg.run import as_run
-from ckptavg.runtime import Runtime
+from ckptavg.evaluation.candidates import Candidate
+from ckptavg.evaluation.weight_sets import Networks, load, release
+from ckptavg.models.device import Runtime
+from ckptavg.runs.run import as_run
 
 CPU = Runtime(torch.device("cpu"))
 COUNT = 8

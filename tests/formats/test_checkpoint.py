@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from ckptavg.errors import CheckpointError
-from ckptavg.formats import FileStamp, open_checkpoint, storage
-from ckptavg.formats.reading import Reader
-from ckptavg.formats.table import DTYPES, is_row_major, row_major
+from ckptavg.formats import FileStamp, open_checkpoint
+from ckptavg.formats.checkpoint import DTYPES, is_row_major, row_major
+from ckptavg.formats.reader import Reader
+from ckptavg.io import paths as storage
 
 shapes = st.lists(st.integers(0, 4), max_size=4).map(tuple)
 

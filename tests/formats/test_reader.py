@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptavg.errors import CheckpointError
-from ckptavg.formats import reading
-from ckptavg.formats.reading import Reader, box_of, boxes
-from ckptavg.formats.table import DTYPES, Piece, Tensor, row_major, whole
+from ckptavg.formats import reader as reading
+from ckptavg.formats.checkpoint import DTYPES, Piece, Tensor, row_major, whole
+from ckptavg.formats.reader import Reader, box_of, boxes
 
 DTYPE_NAMES = ["float32", "float64", "bfloat16", "int8", "complex64"]
 shapes = st.lists(st.integers(1, 5), max_size=4).map(tuple)

@@ -22,10 +22,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ckptavg.errors import UnsupportedTensorError, UsageError
-from ckptavg.formats import directory_layout, layout, open_checkpoint, torch_pickle
-from ckptavg.formats.layout import TORCH_SUFFIXES, OutputTensor, lay_out
-from ckptavg.formats.table import DTYPES
-from ckptavg.formats.writing import FileSink, MemorySink, crc32_combine
+from ckptavg.formats import open_checkpoint, registry
+from ckptavg.formats.checkpoint import DTYPES
+from ckptavg.formats.huggingface import writer
+from ckptavg.formats.registry import TORCH_SUFFIXES, OutputTensor, lay_out
+from ckptavg.formats.torch_save import archive as torch_pickle
+from ckptavg.outputs.sinks import FileSink, MemorySink, crc32_combine
 
 MADE = {"version": "0", "scheme": "uniform", "checkpoints": [{"path": "é.pt"}], "bn": "none"}
 COMMON = ["float64", "float32", "float16", "bfloat16", "complex64", "int64", "int32", "int16",
@@ -70,7 +72,7 @@ def blocks(tensors, tied=(), seed=0, most=50):
     return found
 
 
-def write(path: Path, tensors, template, tied=None, seed=0, threads=0) -> layout.Layout:
+def write(path: Path, tensors, template, tied=None, seed=0, threads=0) -> registry.Layout:
     planned = lay_out(str(path), outputs(tensors, tied), MADE, template)
     if planned.directory:
         path.mkdir()
@@ -361,7 +363,7 @@ def test_an_output_in_another_layout_than_its_input_s_has_the_bare_names(tmp_pat
 
 
 def test_a_large_output_is_split_where_its_input_was_not(tmp_path, plain, monkeypatch):
-    monkeypatch.setattr(directory_layout, "_SHARD_BYTES", 100)
+    monkeypatch.setattr(writer, "_SHARD_BYTES", 100)
     tensors = {f"t{i}": torch.rand(n) for i, n in enumerate((10, 10, 10, 40, 1, 1))}
     write(tmp_path / "out", tensors, plain)
     shards = sorted((tmp_path / "out").glob("*.safetensors"))

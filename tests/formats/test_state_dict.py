@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from ckptavg.errors import CheckpointError, NoWeightsError
 from ckptavg.formats import open_checkpoint
-from ckptavg.formats.weights import bare_names
+from ckptavg.formats.state_dict import bare_names
 
 
 @pytest.fixture

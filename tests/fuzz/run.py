@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 
 _HERE = Path(__file__).parent
-sys.path += [str(_HERE.parents[1]), str(_HERE.parent)]
+sys.path += [str(_HERE.parents[1]), str(_HERE.parent / "support")]
 
 FLAGS = {  # libFuzzer's: seconds and MiB a case, bytes of an input
     "timeout": 10, "rss_limit_mb": 2500, "malloc_limit_mb": 700, "max_len": 20_000,
@@ -93,7 +93,7 @@ def _instrumented() -> ModuleType | None:
     except ImportError:
         return None
     with atheris.instrument_imports(include=["ckptavg.formats", "pickletools", "zipfile"]):
-        import ckptavg.formats.layout  # noqa: F401
+        import ckptavg.formats.registry  # noqa: F401
     return atheris
 
 

@@ -33,12 +33,14 @@ import torch.distributed.checkpoint as dcp
 from assembler import get, glob, number, numbers, put, storage, tensor, text
 from watch import watched
 
-from ckptavg.accounts import with_account
-from ckptavg.averaging import average
+from ckptavg.averaging.accounts import with_account
+from ckptavg.averaging.api import average
 from ckptavg.errors import CheckpointError, CkptavgError
-from ckptavg.formats import inert_pickle, open_checkpoint, record, torch_legacy, weights
-from ckptavg.formats.inert_calls import KNOWN_CALLS
-from ckptavg.formats.inert_values import (
+from ckptavg.formats import open_checkpoint, state_dict, training_record
+from ckptavg.formats.checkpoint import DTYPES
+from ckptavg.formats.safe_pickle import unpickler
+from ckptavg.formats.safe_pickle.calls import KNOWN_CALLS
+from ckptavg.formats.safe_pickle.values import (
     Global,
     MalformedPickle,
     Opaque,
@@ -46,8 +48,8 @@ from ckptavg.formats.inert_values import (
     Storage,
     TensorView,
 )
-from ckptavg.formats.table import DTYPES
-from ckptavg.run import open_run
+from ckptavg.formats.torch_save import legacy_reader
+from ckptavg.runs.run import open_run
 
 torch.set_num_threads(1)
 CORPUS = Path(__file__).with_name("corpus")
@@ -78,7 +80,7 @@ class Target:
 
 def _pickle(data: bytes, room: Path) -> None:
     try:
-        tree = inert_pickle.loads(data)
+        tree = unpickler.loads(data)
     except MalformedPickle as error:
         _check_message(CheckpointError(str(error)))  # which is what becomes of it
         return
@@ -91,13 +93,13 @@ def _tree(data: bytes, room: Path) -> None:
 
 def _look_into(tree: Any) -> None:
     """All that is asked of a tree when a checkpoint is opened."""
-    weights.count_tensors(tree)
+    state_dict.count_tensors(tree)
     for key in (None, "a", "a.b", "state_dict", "model.a"):
         with suppress(CkptavgError, MalformedPickle):
-            found = weights.find_weights("file", tree, key)
-            record.from_tree(tree, found.record_key)
-            weights.beside(tree, found.paths)
-            weights.bare_names([name for name in found.entry if isinstance(name, str)])
+            found = state_dict.find_weights("file", tree, key)
+            training_record.from_tree(tree, found.record_key)
+            state_dict.beside(tree, found.paths)
+            state_dict.bare_names([name for name in found.entry if isinstance(name, str)])
 
 
 def _file(name: str) -> Callable[[bytes, Path], None]:
@@ -123,7 +125,7 @@ def _assembled(data: bytes, room: Path) -> None:
 
 def _legacy(data: bytes, room: Path) -> None:
     path = room / "epoch_1.pt"
-    path.write_bytes(torch_legacy.START + data)
+    path.write_bytes(legacy_reader.START + data)
     _open(path)
 
 
@@ -145,7 +147,7 @@ def _trainer_state(data: bytes, room: Path) -> None:
     _open(room)
     with suppress(ValueError, RecursionError, AttributeError):
         metadata = json.loads(data.decode())
-        record.from_metadata({str(k): str(v) for k, v in metadata.items()})
+        training_record.from_metadata({str(k): str(v) for k, v in metadata.items()})
 
 
 def _average(data: bytes, room: Path) -> None:
@@ -273,8 +275,9 @@ _PARTS = [
 _LEAVES = (_VIEW, _VIEW, _VIEW, Refused("quantized"), None, 1, -(2**2000), 1e308, float("nan"), "x",
            b"", True, Global("os", "system"), {"lr": 0.1}, [{"lr": 2**900}], {"a"})  # fmt: skip
 _NAMES = (
-    *weights.KNOWN_ENTRIES, *weights.LEADING_WRAPPERS, *record.STEP_NAMES, *record.LR_NAMES,
-    *record.EPOCH_NAMES, *record.OPTIMIZER_NAMES, "ema", "state", "param_groups", "n_averaged",
+    *state_dict.KNOWN_ENTRIES, *state_dict.LEADING_WRAPPERS,
+    *training_record.STEP_NAMES, *training_record.LR_NAMES, *training_record.EPOCH_NAMES,
+    *training_record.OPTIMIZER_NAMES, "ema", "state", "param_groups", "n_averaged",
     "a", "b", "", "module.module.a", "_parameters", "_buffers", "_modules", "ckptavg",
     "_non_persistent_buffers_set", 3, None, (1, "a"), Global("x", "y"),
 )  # fmt: skip
@@ -318,7 +321,7 @@ def _pickles() -> list[bytes]:
 
 def _legacies() -> list[bytes]:
     files = [_saved(tree, _use_new_zipfile_serialization=False) for tree in _trees()]
-    return [file.removeprefix(torch_legacy.START) for file in files]
+    return [file.removeprefix(legacy_reader.START) for file in files]
 
 
 def _headers() -> list[bytes]:

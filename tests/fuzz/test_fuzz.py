@@ -14,7 +14,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from run import mutations
 from targets import CORPUS, TARGETS
 
-from ckptavg.formats import inert_pickle, opening, safetensors, torch_zip
+from ckptavg.formats import opening, safetensors
+from ckptavg.formats.safe_pickle import unpickler
+from ckptavg.formats.torch_save import zip_reader
 
 RUNS = {"average": 20}
 _MOST_RUNS = 200
@@ -57,9 +59,9 @@ def unpickled(_data):
 @pytest.mark.parametrize(
     ("name", "place", "breakage"),
     [
-        ("torch_pickle", (inert_pickle, "loads"), unpickled),
+        ("torch_pickle", (unpickler, "loads"), unpickled),
         ("torch_pickle", (opening, "_MOST_REPEATED"), 2**60),
-        ("torch_zip", (torch_zip, "_DAMAGE"), ()),
+        ("torch_zip", (zip_reader, "_DAMAGE"), ()),
         ("safetensors", (safetensors, "_check_ranges"), lambda *_: None),
     ],
 )

@@ -18,15 +18,15 @@ from hypothesis import strategies as st
 from random_runs import COMPLEX, FLOATS, INTEGERS, lay_out, random_values
 
 import ckptavg
-from ckptavg import stream as stream_module
+from ckptavg.averaging import stream as stream_module
+from ckptavg.averaging.planning.tensor_plan import Rules, make_plan
+from ckptavg.averaging.read_groups import Job
+from ckptavg.averaging.stream import Extras, stream
 from ckptavg.errors import CheckpointError, MismatchError, NonFiniteError, UsageError
 from ckptavg.formats import open_checkpoint
-from ckptavg.formats.writing import MemorySink
-from ckptavg.groups import Job
-from ckptavg.plan import Rules, make_plan
-from ckptavg.run import Run
-from ckptavg.stream import Extras, stream
-from ckptavg.weight_space import geometry, geometry_of, weights
+from ckptavg.inspection.geometry import geometry, geometry_of, weights
+from ckptavg.outputs.sinks import MemorySink
+from ckptavg.runs.run import Run
 
 
 def flat(state):

@@ -14,7 +14,7 @@ import torch
 from helpers import listing, save_states
 from safetensors.torch import load_file
 
-TESTS = Path(__file__).parent
+SUPPORT = Path(__file__).parents[1] / "support"
 ROUNDS = 10
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="locks and signals of POSIX")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="forks a process that has torch")
@@ -113,7 +113,7 @@ SIX_AT_ONCE = """
 import os, random, sys, time
 from pathlib import Path
 from ckptavg import average, open_run
-from ckptavg.formats import renaming
+from ckptavg.io import rename as renaming
 rename = Path.rename
 def slow(self, target):
     rename(self, target)
@@ -149,7 +149,7 @@ def test_a_crowd_that_overwrites_one_directory_leaves_it_whole(runs, tmp_path, s
 @linux
 @pytest.mark.parametrize(("number", "kills"), [("KILL", 60), ("TERM", 20)])
 def test_runs_that_are_killed_at_random_moments_leave_nothing_torn(tmp_path, number, kills):
-    command = [sys.executable, TESTS / "kills.py", "--dir", tmp_path, "--signal", number]
+    command = [sys.executable, SUPPORT / "kills.py", "--dir", tmp_path, "--signal", number]
     command += ["--kills", str(kills), "--megabytes", "8", "--whole", "4"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-1000:]

@@ -24,9 +24,9 @@ from torch.distributed.checkpoint import metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from ckptavg import average, open_run
-from ckptavg.formats.record import TRAINING_STATE
-from ckptavg.formats.storage import RemotePath
-from ckptavg.runs.file_names import OTHER_STATE, natural
+from ckptavg.formats.training_record import TRAINING_STATE
+from ckptavg.io.paths import RemotePath
+from ckptavg.runs.discovery.file_names import OTHER_STATE, natural
 
 _LIMITED = """
 import resource, sys
@@ -173,8 +173,8 @@ def test_patterns_over_names_take_time_in_proportion():
     code = """
 import resource
 resource.setrlimit(resource.RLIMIT_CPU, (20, 20))
-from ckptavg.formats.record import TRAINING_STATE
-from ckptavg.runs.file_names import OTHER_STATE
+from ckptavg.formats.training_record import TRAINING_STATE
+from ckptavg.runs.discovery.file_names import OTHER_STATE
 for word in ("optim", "sched", "scaler", "rng", "1", "-1", "_rank1", "rank_1", "_", ".", "last"):
     for end in ("", "x", "config", ".pt"):
         for begin in ("", "rng", "optimizer"):

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from ckptavg import average, open_run
 from ckptavg.errors import CheckpointError, CkptavgError, OutputError
 
-TESTS = Path(__file__).parent
+SUPPORT = Path(__file__).parents[1] / "support"
 OUTPUTS = ["swa.safetensors", "swa.pt", "swa"]
 MIB = 1 << 20
 linux = pytest.mark.skipif(sys.platform != "linux", reason="calls of Linux")
@@ -99,7 +99,7 @@ def small_disks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str,
     for i, state in enumerate(large, 1):
         model(home / "models" / f"checkpoint-{i}", state, 2 * MIB)
     (home / "disk").mkdir()
-    command = [*enter, sys.executable, TESTS / "small_disk.py", home]
+    command = [*enter, sys.executable, SUPPORT / "small_disk.py", home]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert listing(home / "disk") == []
@@ -188,8 +188,8 @@ def test_a_file_system_that_can_do_little_still_takes_outputs(
     """No reservation, no hard links, no rename without replacing, no locks."""
     for call in ("posix_fallocate", "link"):
         monkeypatch.setattr(os, call, fails(call, errno.EOPNOTSUPP))
-    monkeypatch.setattr("ckptavg.formats.renaming._renameat2", lambda *_: errno.EINVAL)
-    monkeypatch.setattr("ckptavg.formats.leftovers.fcntl", None)
+    monkeypatch.setattr("ckptavg.io.rename._renameat2", lambda *_: errno.EINVAL)
+    monkeypatch.setattr("ckptavg.io.temporaries.fcntl", None)
     inputs, before = models if name == "swa" else run_dir, listing(tmp_path)
     for overwrite in (False, True):
         average(open_run(inputs), out=tmp_path / name, overwrite=overwrite)
@@ -356,7 +356,7 @@ FEW_FILES = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))
 import torch, ckptavg
-from ckptavg import stream
+from ckptavg.averaging import stream
 stream.TASK = 1000
 run = ckptavg.open_run(sys.argv[1])
 ckptavg.average(run, out=sys.argv[2])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).parent
+SUPPORT = Path(__file__).parents[1] / "support"
 COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="preloads a library of Linux's calls"),
@@ -22,7 +22,8 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("library") / "faulty_calls.so"
-    command = [COMPILER, "-shared", "-fPIC", "-O1", "-o", target, TESTS / "faulty_calls.c", "-ldl"]
+    source = SUPPORT / "faulty_calls.c"
+    command = [COMPILER, "-shared", "-fPIC", "-O1", "-o", target, source, "-ldl"]
     subprocess.run(command, check=True)
     return target
 
@@ -40,7 +41,7 @@ FAULTS = {
 @pytest.mark.parametrize("faults", FAULTS.values(), ids=FAULTS)
 def test_faults_are_told_and_leave_all_whole(library, faults):
     environment = os.environ | {"LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, TESTS / "faulty_calls.py", *faults]
+    command = [sys.executable, SUPPORT / "faulty_calls.py", *faults]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     outcomes = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(outcomes) == 8 * len(faults)

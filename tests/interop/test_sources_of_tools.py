@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from ckptavg.errors import SpecError
-from ckptavg.sources import make_data, make_model, parse_arguments
+from ckptavg.specs.sources import make_data, make_model, parse_arguments
 
 
 @pytest.fixture(autouse=True)

@@ -12,8 +12,8 @@ import pytest
 from output_files import content_of, fill, names, write
 
 from ckptavg.errors import OutputError
-from ckptavg.formats import leftovers, publish, renaming
-from ckptavg.formats.publish import Publication
+from ckptavg.io import atomic, rename, temporaries
+from ckptavg.io.atomic import Publication
 
 posix = pytest.mark.skipif(os.name == "nt", reason="locks and renames of POSIX")
 
@@ -28,7 +28,7 @@ def lacks(monkeypatch, system: str) -> None:
         raise OSError(errno.EPERM, "Operation not permitted")
 
     if system != "one step":
-        monkeypatch.setattr(renaming, "_renameat2", lambda *_: errno.ENOSYS)
+        monkeypatch.setattr(rename, "_renameat2", lambda *_: errno.ENOSYS)
     if system == "no hard links":
         monkeypatch.setattr(Path, "hardlink_to", unsupported)
 
@@ -60,7 +60,7 @@ def test_an_output_appears_when_published_and_leaves_nothing_else(
 def test_an_existing_output_is_replaced(tmp_path, monkeypatch, directory, linked, exchange):
     """Also the one that a link leads to, as ``torch.save`` and ``cp`` do it."""
     if not exchange:
-        monkeypatch.setattr(renaming, "exchange", lambda one, other: False)
+        monkeypatch.setattr(rename, "exchange", lambda one, other: False)
     out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
     made = elsewhere if linked else out
     if directory:
@@ -134,12 +134,12 @@ def test_a_name_as_long_as_may_be_is_written(tmp_path, directory, length):
 
 def test_leftovers_of_a_long_name_are_cleared(tmp_path, monkeypatch):
     out = tmp_path / ("o" * 250)
-    monkeypatch.setattr(leftovers, "remove", lambda path: None)
+    monkeypatch.setattr(temporaries, "remove", lambda path: None)
     with Publication(out, directory=False, overwrite=False):
         pass
     monkeypatch.undo()
     assert len(names(tmp_path)) == 1
-    leftovers.clear(out)
+    temporaries.clear(out)
     assert names(tmp_path) == set()
 
 
@@ -218,7 +218,7 @@ def test_what_appears_meanwhile_is_not_replaced(tmp_path, monkeypatch, directory
 @kinds
 def test_everything_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch, directory):
     out, flushed = tmp_path / "out", []
-    monkeypatch.setattr(publish, "_fsync", lambda path: flushed.append((path, out.exists())))
+    monkeypatch.setattr(atomic, "_fsync", lambda path: flushed.append((path, out.exists())))
     with Publication(out, directory=directory, overwrite=False) as publication:
         write(publication)
         expected = {publication.temporary, *publication.temporary.rglob("*")}

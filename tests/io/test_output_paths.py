@@ -15,7 +15,7 @@ import pytest
 from output_files import fill
 
 from ckptavg.errors import OutputError
-from ckptavg.formats.targets import check_replaceable, check_room, check_target
+from ckptavg.io.output_paths import check_replaceable, check_room, check_target
 
 posix = pytest.mark.skipif(os.name == "nt", reason="files of POSIX")
 
@@ -209,7 +209,7 @@ MOUNTED = """
 import subprocess, sys
 from pathlib import Path
 from ckptavg.errors import OutputError
-from ckptavg.formats.targets import check_target
+from ckptavg.io.output_paths import check_target
 home = Path(sys.argv[1])
 for kind, source in (("tmpfs", "none"), ("bind", "source")):
     for name in ("out", "out with a blank") if kind == "bind" else ("disk",):

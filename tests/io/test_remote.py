@@ -24,12 +24,13 @@ from stores import Store, upload
 from writers import write_trainer_checkpoint
 
 import ckptavg
-from ckptavg import stream
+from ckptavg.averaging import stream
 from ckptavg.cli import main
 from ckptavg.errors import CheckpointError, CkptavgError, RunError, UsageError
-from ckptavg.formats import open_checkpoint, storage
-from ckptavg.formats.fetching import merged
-from ckptavg.formats.stamp import FileStamp
+from ckptavg.formats import open_checkpoint
+from ckptavg.io import paths as storage
+from ckptavg.io.range_cache import merged
+from ckptavg.io.stamp import FileStamp
 
 
 def states(count: int = 3) -> list[dict[str, torch.Tensor]]:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from ckptavg import average, open_run
 from ckptavg.cli import main
 from ckptavg.errors import CheckpointError, RunError
-from ckptavg.formats import ranges
+from ckptavg.io import remote
 
 s3fs = pytest.importorskip("s3fs")
 pytest.importorskip("moto.server")
@@ -66,7 +66,7 @@ def s3(server):
     """The server with an empty bucket."""
     for key in server.client.list_objects_v2(Bucket="bucket").get("Contents", ()):
         server.client.delete_object(Bucket="bucket", Key=key["Key"])
-    ranges._held.cache_clear()
+    remote._held.cache_clear()
     s3fs.S3FileSystem.clear_instance_cache()
     server.requests.clear()
     yield server
@@ -165,7 +165,7 @@ def test_the_endpoint_comes_from_the_environment(s3, tmp_path, settings):
     url = s3.put(save_weight(tmp_path / "epoch_1.pt", 3.0), "run/epoch_1.pt")
     given = {name: value.format(url=s3.url) for name, value in settings.items()}
     kept = {k: v for k, v in os.environ.items() if k != "AWS_ENDPOINT_URL"}
-    home = Path(__file__).parents[1]
+    home = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-m", "ckptavg", "average", url, "-o", tmp_path / "out.safetensors"],
         env=kept | given | {"PYTHONPATH": str(home)}, capture_output=True, text=True, check=False,

@@ -12,9 +12,10 @@ import pytest
 from output_files import content_of, fill, names, write
 
 from ckptavg.errors import OutputError
-from ckptavg.formats import leftovers, publish, renaming
-from ckptavg.formats.publish import Publication
-from ckptavg.formats.targets import check_target
+from ckptavg.io import atomic, temporaries
+from ckptavg.io import rename as renaming
+from ckptavg.io.atomic import Publication
+from ckptavg.io.output_paths import check_target
 
 posix = pytest.mark.skipif(os.name == "nt", reason="locks of POSIX")
 kinds = pytest.mark.parametrize("directory", [False, True], ids=["file", "directory"])
@@ -22,7 +23,7 @@ kinds = pytest.mark.parametrize("directory", [False, True], ids=["file", "direct
 PROCESS = """
 import os, sys
 from pathlib import Path
-from ckptavg.formats import publish
+from ckptavg.io import atomic as publish
 out, directory = Path(sys.argv[1]), sys.argv[2] == "directory"
 with publish.Publication(out, directory=directory, overwrite=True) as publication:
     file = publication.temporary / "model.safetensors" if directory else publication.temporary
@@ -139,7 +140,7 @@ def test_leftovers_of_an_output_with_an_odd_name_are_cleared(tmp_path, name):
 CRASH = """
 import os, sys
 from pathlib import Path
-from ckptavg.formats import publish, renaming
+from ckptavg.io import atomic as publish, rename as renaming
 out, steps = Path(sys.argv[1]), int(sys.argv[2])
 renaming._renameat2 = lambda one, other, flag: 38
 rename, done = Path.rename, []
@@ -197,29 +198,29 @@ def test_a_temporary_that_is_cleared_before_it_is_locked_is_made_anew(
     tmp_path, monkeypatch, directory, moment
 ):
     """Another run's cleaning comes between making a temporary and locking it."""
-    out, taken, lock = tmp_path / "out", [], leftovers.lock
+    out, taken, lock = tmp_path / "out", [], temporaries.lock
 
     def disturbed(handle, path):
         if not taken:
             taken.append(path)
-            monkeypatch.setattr(leftovers, "lock", lock)
+            monkeypatch.setattr(temporaries, "lock", lock)
             if moment == "before the lock":
-                leftovers.clear(out)
+                temporaries.clear(out)
             else:
-                claim = leftovers._claim(path)
+                claim = temporaries._claim(path)
                 assert claim.__enter__()
                 taken.append(claim)  # and goes on to hold it
         return lock(handle, path)
 
-    monkeypatch.setattr(leftovers, "lock", disturbed)
+    monkeypatch.setattr(temporaries, "lock", disturbed)
     with Publication(out, directory=directory, overwrite=False) as publication:
         assert publication.temporary != taken[0]
-        leftovers.clear(out)
+        temporaries.clear(out)
         write(publication)
         publication.publish()
     if len(taken) > 1:
         taken.pop().__exit__(None, None, None)
-        leftovers.clear(out)
+        temporaries.clear(out)
     assert content_of(out) == "new"
     assert names(tmp_path) == {"out"}
 
@@ -227,7 +228,7 @@ def test_a_temporary_that_is_cleared_before_it_is_locked_is_made_anew(
 CLEANER = """
 import sys
 from pathlib import Path
-from ckptavg.formats import leftovers
+from ckptavg.io import temporaries as leftovers
 print("ready", flush=True)
 while True:
     leftovers.clear(Path(sys.argv[1]))
@@ -248,7 +249,7 @@ def test_runs_and_a_tireless_cleaner_at_the_same_time_lose_nothing(tmp_path, dir
             assert content_of(out) == str(i)
         assert cleaner.poll() is None
         cleaner.kill()
-    leftovers.clear(out)
+    temporaries.clear(out)
     assert names(tmp_path) == {"out"}
 
 
@@ -258,13 +259,13 @@ def test_what_a_living_run_has_set_aside_stays(tmp_path, other_process):
     out = fill(tmp_path / "out")
     process = other_process(out, "directory")
     (temporary,) = (path for path in tmp_path.iterdir() if path != out)
-    aside = leftovers.set_aside_name(temporary)
+    aside = temporaries.set_aside_name(temporary)
     out.rename(aside)
-    leftovers.clear(out)
+    temporaries.clear(out)
     assert names(tmp_path) == {temporary.name, aside.name}
     process.kill()
     process.wait()
-    leftovers.clear(out)
+    temporaries.clear(out)
     assert names(tmp_path) == {"out"}
     assert content_of(out) == "old"
 
@@ -364,19 +365,19 @@ def test_what_was_set_aside_is_never_half_removed_under_that_name(tmp_path, monk
     out, aside = tmp_path / "out", fill(tmp_path / ".out.1234abcd.ckptavg-old")
     fill(out, content="new")
     monkeypatch.setattr(
-        leftovers, "remove", lambda path: (path / "model.safetensors").unlink(missing_ok=True)
+        temporaries, "remove", lambda path: (path / "model.safetensors").unlink(missing_ok=True)
     )
-    leftovers.clear(out)
+    temporaries.clear(out)
     assert not aside.exists()
     monkeypatch.undo()
-    leftovers.clear(out)
+    temporaries.clear(out)
     assert names(tmp_path) == {"out"}
     assert content_of(out) == "new"
 
 
 @kinds
 def test_a_second_interrupt_during_the_cleaning_leaves_nothing(tmp_path, monkeypatch, directory):
-    remove, calls = leftovers.remove, []
+    remove, calls = temporaries.remove, []
 
     def interrupted(path):
         calls.append(path)
@@ -387,7 +388,7 @@ def test_a_second_interrupt_during_the_cleaning_leaves_nothing(tmp_path, monkeyp
     def work():
         with Publication(tmp_path / "out", directory=directory, overwrite=False) as publication:
             write(publication)
-            monkeypatch.setattr(leftovers, "remove", interrupted)
+            monkeypatch.setattr(temporaries, "remove", interrupted)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -404,7 +405,7 @@ def test_an_interrupt_as_soon_as_the_temporary_is_there_leaves_nothing(
     def interrupted(handle, path):
         raise error
 
-    monkeypatch.setattr(leftovers, "lock", interrupted)
+    monkeypatch.setattr(temporaries, "lock", interrupted)
     with (
         pytest.raises(error),
         Publication(tmp_path / "out", directory=directory, overwrite=False),
@@ -422,7 +423,7 @@ def test_without_locks_nothing_is_removed_and_a_note_says_so(
 ):
     left = tmp_path / ".out.1234abcd.ckptavg-tmp"
     fill(left) if directory else left.write_text("whose is it?")
-    monkeypatch.setattr(leftovers, "fcntl", None)  # as on Windows
+    monkeypatch.setattr(temporaries, "fcntl", None)  # as on Windows
     caplog.set_level("INFO", "ckptavg")
     with Publication(tmp_path / "out", directory=directory, overwrite=False) as publication:
         write(publication)
@@ -454,14 +455,14 @@ def test_directories_that_cannot_be_flushed_are_no_failure(tmp_path, monkeypatch
 def test_an_output_in_its_place_is_not_denied_when_the_disk_does_not_confirm_it(
     tmp_path, monkeypatch, caplog
 ):
-    flush = publish._fsync
+    flush = atomic._fsync
 
     def refuse(path):
         if path == tmp_path:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         flush(path)
 
-    monkeypatch.setattr(publish, "_fsync", refuse)
+    monkeypatch.setattr(atomic, "_fsync", refuse)
     with Publication(tmp_path / "out", directory=False, overwrite=False) as publication:
         write(publication)
         publication.publish()

@@ -12,7 +12,8 @@ from helpers import save
 
 import ckptavg
 from ckptavg.errors import CheckpointError
-from ckptavg.formats import open_checkpoint, ranges
+from ckptavg.formats import open_checkpoint
+from ckptavg.io import remote
 
 pytest.importorskip("aiohttp")
 pytest.importorskip("fsspec")
@@ -80,8 +81,8 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    ranges._held.cache_clear()
-    monkeypatch.setattr(ranges.time, "sleep", lambda seconds: None)
+    remote._held.cache_clear()
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
     server = Server()
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

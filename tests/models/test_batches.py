@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pack_sequence
 
-from ckptavg.batches import (
+from ckptavg.models.batches import (
     described,
     is_zipped,
     map_tensors,

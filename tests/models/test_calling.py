@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
-from ckptavg.calling import call, call_on_inputs, inputs_of, split_batch, split_labels
 from ckptavg.errors import EvaluationError
+from ckptavg.models.calling import call, call_on_inputs, inputs_of, split_batch, split_labels
 
 A, B, C = torch.rand(4, 2), torch.rand(4, 3), torch.rand(4, 2)
 Y, L = torch.tensor([0, 1, 1, 2]), torch.tensor([2, 2, 1, 1])

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from ckptavg import runtime
 from ckptavg.errors import EvaluationError, UsageError
-from ckptavg.runtime import Runtime, find_device, fit, free_on_host, is_out_of_memory
+from ckptavg.models import device
+from ckptavg.models.device import Runtime, find_device, fit, free_on_host, is_out_of_memory
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -73,7 +73,7 @@ def test_fit_counts_the_copies_that_free_memory_holds():
 
 
 def test_processes_on_one_host_share_what_is_free(monkeypatch):
-    monkeypatch.setattr(runtime, "free_on_host", lambda: 8 * 10**6)
+    monkeypatch.setattr(device, "free_on_host", lambda: 8 * 10**6)
     model = nn.Linear(100, 100, bias=False)
     alone = fit(model, CPU)
     assert alone == int(0.6 * 8 * 10**6 / 40_000)

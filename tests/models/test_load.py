@@ -9,8 +9,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from ckptavg.errors import ModelError
-from ckptavg.formats.weights import bare_names
-from ckptavg.loading import load_into
+from ckptavg.formats.state_dict import bare_names
+from ckptavg.models.load import load_into
 
 
 class Net(nn.Module):

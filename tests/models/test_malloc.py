@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from ckptavg import evaluate, heap, update_bn
+from ckptavg import evaluate, update_bn
+from ckptavg.models import malloc
 
 CPU = torch.device("cpu")
 ELEMENTS = 1 << 24  # 64 MB: more than malloc ever keeps by itself
@@ -73,7 +74,7 @@ class Wide(nn.Module):
 
 def kept_and_given_back():
     before = resident()
-    with heap.kept(CPU):
+    with malloc.kept(CPU):
         parts = [torch.ones(ELEMENTS // 4) for _ in range(4)]
         del parts
         kept = resident() - before
@@ -95,13 +96,13 @@ def batches_of(stage, directory):
 def measure(directory):
     """What this process sees, in order."""
     found = {"before": faults_of(layer, 3)}
-    with heap.kept(CPU):
+    with malloc.kept(CPU):
         found["kept"] = faults_of(layer, BATCHES)
     found["after"] = faults_of(larger, 3)
-    with heap.kept(torch.device("cuda")):
+    with malloc.kept(torch.device("cuda")):
         found["cuda"] = faults_of(larger, 3)
     try:
-        with heap.kept(CPU):
+        with malloc.kept(CPU):
             raise ValueError
     except ValueError:
         found["error"] = faults_of(larger, 3)
@@ -126,7 +127,7 @@ def huge_pages():
 
 
 pytestmark = [
-    pytest.mark.skipif(heap._glibc() is None, reason="only glibc's malloc is told what to keep"),
+    pytest.mark.skipif(malloc._glibc() is None, reason="only glibc's malloc is told what to keep"),
     pytest.mark.skipif(huge_pages(), reason="with huge pages a new block takes hardly any faults"),
 ]
 

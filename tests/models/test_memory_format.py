@@ -7,9 +7,10 @@ import torch
 from helpers import save
 from torch import nn
 
-from ckptavg import batchnorm, evaluate, update_bn
-from ckptavg.channels import Channels
+from ckptavg import evaluate, update_bn
+from ckptavg.batchnorm import update
 from ckptavg.errors import EvaluationError
+from ckptavg.models.memory_format import Channels
 
 CPU = torch.device("cpu")
 
@@ -93,7 +94,7 @@ def test_statistics_of_a_model_that_views_its_activations_count_each_batch_once(
     model = Viewing()
     expected = copy.deepcopy(model)
     update_bn(expected, batches())
-    monkeypatch.setattr(batchnorm, "Channels", Scoring)
+    monkeypatch.setattr(update, "Channels", Scoring)
     update_bn(model, batches())
     assert model.conv.weight.is_contiguous()
     torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=1e-6, atol=1e-7)

@@ -6,10 +6,10 @@ from fellows import together
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ckptavg.distributed.processes import Alone
 from ckptavg.errors import EvaluationError
-from ckptavg.passes import Together, run_passes, say
-from ckptavg.processes import Alone
-from ckptavg.runtime import Runtime
+from ckptavg.models.device import Runtime
+from ckptavg.models.oom_retry import Together, run_passes, say
 
 CPU = Runtime(torch.device("cpu"), batch_size=32)
 ERRORS = {

@@ -24,19 +24,20 @@ from stores import upload
 from writers import WRITERS, write_trainer_checkpoint
 
 import ckptavg
-from ckptavg import digests as digests_module
-from ckptavg import open_checkpoint, open_run, outputs
-from ckptavg import stream as stream_module
-from ckptavg.averaging import load
-from ckptavg.digests import InputDigests, Leaves, OutputDigest
+from ckptavg import open_checkpoint, open_run
+from ckptavg.averaging import stream as stream_module
+from ckptavg.averaging.api import load
+from ckptavg.averaging.plan import plan_average
+from ckptavg.averaging.planning.tensor_plan import Rules, make_plan
+from ckptavg.averaging.read_groups import Job
+from ckptavg.averaging.stream import Extras, stream
+from ckptavg.batchnorm.checkpoints import Pass, update_checkpoint, write_averages
 from ckptavg.errors import CheckpointError, UsageError
-from ckptavg.formats.writing import MemorySink
-from ckptavg.groups import Job
-from ckptavg.plan import Rules, make_plan
-from ckptavg.planned_average import plan_average
-from ckptavg.refresh import Pass, update_checkpoint, write_averages
-from ckptavg.stream import Extras, stream
-from ckptavg.verifying import Verifier, digest
+from ckptavg.inspection.verify import Verifier, digest
+from ckptavg.outputs import digests as digests_module
+from ckptavg.outputs import target
+from ckptavg.outputs.digests import InputDigests, Leaves, OutputDigest
+from ckptavg.outputs.sinks import MemorySink
 
 FLOAT8 = [torch.float8_e4m3fn, torch.float8_e5m2]
 
@@ -329,8 +330,8 @@ def test_an_output_whose_template_changes_meanwhile_is_not_written(tmp_path, mon
         calls.append(path)
         return real(path, tensors, {**made, "more": "x" * 64 * (len(calls) > 1)}, template)
 
-    real = outputs.lay_out
-    monkeypatch.setattr(outputs, "lay_out", lay_out)
+    real = target.lay_out
+    monkeypatch.setattr(target, "lay_out", lay_out)
     with pytest.raises(CheckpointError, match=r"epoch_2\.pt changed while"):
         ckptavg.average(run, out=tmp_path / "o.pt", digests=True)
     assert listing(tmp_path) == ["run", "run/epoch_1.pt", "run/epoch_2.pt"]

@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 
 from ckptavg.cli import main
-from ckptavg.run import open_run
+from ckptavg.runs.run import open_run
 
 NOTE = "the learning rate is cyclical"
 CYCLIC = [0.1, 0.05, 0.01] * 3

@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ckptavg.formats import comparing, open_checkpoint
-from ckptavg.formats.comparing import Contents, SameWeights
+from ckptavg.formats import open_checkpoint
+from ckptavg.runs import duplicates
+from ckptavg.runs.duplicates import Contents, SameWeights
 
 LONG = 20_000  # elements, so that a difference can lie behind what is looked at first
 
@@ -97,7 +98,7 @@ def test_one_element_makes_a_difference(compared, one, other, change):
 
 
 def test_ranges_longer_than_a_block_are_compared_to_their_ends(compared, monkeypatch):
-    monkeypatch.setattr(comparing, "_BLOCK", 1000)
+    monkeypatch.setattr(duplicates, "_BLOCK", 1000)
     assert compared(safetensors, state(), safetensors, state())
     assert not compared(safetensors, state(), safetensors, state(LONG - 1))
 
@@ -135,21 +136,21 @@ def test_no_tensor_is_read_where_checksums_tell(compared, monkeypatch, change):
     def refuse(*_):
         raise AssertionError("a tensor is read")
 
-    monkeypatch.setattr(comparing, "_blocks", refuse)
+    monkeypatch.setattr(duplicates, "_blocks", refuse)
     assert compared(zipped, state(), beside_others, state(change)) == (change is None)
 
 
 def counted_bytes(monkeypatch) -> Counter[str]:
     """Bytes that are read of each file from now on."""
     read: Counter[str] = Counter()
-    blocks = comparing._blocks
+    blocks = duplicates._blocks
 
     def count(span, limit):
         for block in blocks(span, limit):
             read[span.file] += len(block)
             yield block
 
-    monkeypatch.setattr(comparing, "_blocks", count)
+    monkeypatch.setattr(duplicates, "_blocks", count)
     return read
 
 
@@ -166,7 +167,7 @@ def test_of_many_alike_no_byte_is_read_twice(tmp_path, monkeypatch, write):
         repeats += among.find(checkpoint) is not None
         among.add(checkpoint)
     assert repeats == 15
-    heads_and_all = sum(t.nbytes + min(t.nbytes, comparing._HEAD) for t in state().values())
+    heads_and_all = sum(t.nbytes + min(t.nbytes, duplicates._HEAD) for t in state().values())
     assert max(read.values()) <= heads_and_all
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from ckptavg import average, open_run
 from ckptavg.cli import main
 from ckptavg.errors import RunError
-from ckptavg.runs.numbered import mask_step, short_names
+from ckptavg.runs.discovery.numbered import mask_step, short_names
 
 STEPS = (500, 1000, 1500)
 PLACES = [  # the directory of a step, and the checkpoint in it

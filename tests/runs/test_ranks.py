@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from ckptavg import average, open_run
 from ckptavg.errors import CkptavgError
-from ckptavg.runs.ranks import parse_rank
+from ckptavg.runs.discovery.ranks import parse_rank
 
 LAYOUTS = [  # of the file of a rank below the directory of a step
     "consolidated.{:02d}.pth",

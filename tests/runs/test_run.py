@@ -10,12 +10,13 @@ import torch
 from helpers import names, save, save_weight
 
 from ckptavg import average, open_run
+from ckptavg.batchnorm.checkpoints import Pass, update_checkpoint
 from ckptavg.errors import CheckpointError, CkptavgError, RunError, UsageError
-from ckptavg.formats import comparing, open_checkpoint
-from ckptavg.refresh import Pass, update_checkpoint
-from ckptavg.run import as_run
-from ckptavg.running_statistics import Statistics
-from ckptavg.runtime import Runtime
+from ckptavg.formats import open_checkpoint
+from ckptavg.formats.running_statistics import Statistics
+from ckptavg.models.device import Runtime
+from ckptavg.runs import duplicates
+from ckptavg.runs.run import as_run
 
 
 def numbered(directory, count, **beside):
@@ -832,9 +833,9 @@ def test_a_run_below_another_is_left_out_and_said(tmp_path):
 
 
 def test_a_refreshed_checkpoint_keeps_its_place_in_a_run(tmp_path):
-    from ckptavg.averaging import load
-    from ckptavg.outputs import fill, opened, provenance
-    from ckptavg.refresh import prepare_copy
+    from ckptavg.averaging.api import load
+    from ckptavg.batchnorm.checkpoints import prepare_copy
+    from ckptavg.outputs.target import fill, opened, provenance
 
     numbered(tmp_path / "run", 2)
     for checkpoint in open_run(tmp_path / "run"):
@@ -873,8 +874,8 @@ def test_many_aliases_are_compared_in_linear_time(tmp_path, monkeypatch):
             save_weight(tmp_path / f"best_{i}.pt", i)
     finally:
         torch.serialization.set_crc32_options(before)
-    blocks, read = comparing._blocks, []
-    monkeypatch.setattr(comparing, "_blocks", lambda *a: read.append(a) or blocks(*a))
+    blocks, read = duplicates._blocks, []
+    monkeypatch.setattr(duplicates, "_blocks", lambda *a: read.append(a) or blocks(*a))
     assert len(open_run(tmp_path)) == 300
     assert len(read) == 300
 

@@ -11,7 +11,7 @@ from helpers import names, save_weight
 from ckptavg import open_run
 from ckptavg.cli import main
 from ckptavg.errors import CkptavgError, RunError
-from ckptavg.runs.left_out import SKIPPED
+from ckptavg.runs.discovery.left_out import SKIPPED
 
 
 @pytest.fixture

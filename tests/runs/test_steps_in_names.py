@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptavg.runs.steps_in_names import NamedStep, steps_in_names
+from ckptavg.runs.discovery.steps_in_names import NamedStep, steps_in_names
 
 
 def values(*stems: str) -> list[int | None]:

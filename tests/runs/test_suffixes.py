@@ -10,7 +10,7 @@ from helpers import names, save_weight
 
 from ckptavg import open_run
 from ckptavg.errors import CheckpointError, RunError
-from ckptavg.runs.suffixes import PASSED_OVER
+from ckptavg.runs.discovery.suffixes import PASSED_OVER
 
 SUFFIXES = [".tar", ".pyth", ".PT", ".PTH", ".Ckpt", ".SAFETENSORS", ".model", ".th", ".pt.ep5"]
 

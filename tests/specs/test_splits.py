@@ -4,7 +4,7 @@ import pytest
 from spec_helpers import error_of, write
 from torch.utils.data import DataLoader
 
-from ckptavg.sources import make_data, parse_arguments
+from ckptavg.specs.sources import make_data, parse_arguments
 
 FILE = """
 import torch

@@ -7,7 +7,7 @@ from PIL import Image
 from spec_helpers import error_of, write
 
 from ckptavg.errors import SpecError, UsageError
-from ckptavg.sources import make_data, make_model
+from ckptavg.specs.sources import make_data, make_model
 
 NET = """
 raise RuntimeError("only read, never run")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from spec_helpers import error_of, write
 
-from ckptavg.factories import find_object
-from ckptavg.sources import make_model
+from ckptavg.specs.importing import find_object
+from ckptavg.specs.sources import make_model
 
 
 def test_files_of_the_same_name_stay_the_same_when_they_are_named_again():

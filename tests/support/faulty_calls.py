@@ -1,7 +1,7 @@
 """Commands whose system calls fail, one after another, and what is wrong then.
 
-    cc -shared -fPIC -O1 -o faulty_calls.so tests/faulty_calls.c -ldl
-    LD_PRELOAD=./faulty_calls.so python tests/faulty_calls.py FAULT... [--of SCENARIO]
+    cc -shared -fPIC -O1 -o faulty_calls.so tests/support/faulty_calls.c -ldl
+    LD_PRELOAD=./faulty_calls.so python tests/support/faulty_calls.py FAULT... [--of SCENARIO]
 
 A FAULT is an error's name, SIGINT, or EOF for reads that end early, and what it is about:
 ``EIO``, ``EIO:every=10`` (each tenth call), ``EIO:below=.`` (calls about hidden files, which

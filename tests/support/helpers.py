@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ckptavg.formats import Checkpoint, open_checkpoint, reading
+from ckptavg.formats import Checkpoint, open_checkpoint, reader
 
 State = Mapping[str, torch.Tensor]
 
@@ -54,14 +54,14 @@ def listing(directory: Path) -> list[str]:
 def counted_reads(monkeypatch: Any) -> Counter[str]:
     """Counts the bytes that are read of each file from now on."""
     read: Counter[str] = Counter()
-    read_at = reading._read_at
+    read_at = reader._read_at
 
     def counted(file: Any, out: memoryview, offset: int) -> int:
         got = read_at(file, out, offset)
         read.update({file.name: got})
         return got
 
-    monkeypatch.setattr(reading, "_read_at", counted)
+    monkeypatch.setattr(reader, "_read_at", counted)
     return read
 
 

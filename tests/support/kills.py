@@ -1,6 +1,6 @@
 """Kill averages at random moments, look at what is on the disk, and let the next run clear it.
 
-    python tests/kills.py --kills 200 [--signal INT|TERM]
+    python tests/support/kills.py --kills 200 [--signal INT|TERM]
 
 Each run is a child of this process, which has imported torch and started no thread. The moments are
 drawn evenly over the time that a run takes, which varies with the disk: a kill that comes too late
@@ -32,8 +32,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ckptavg import average, open_run
-from ckptavg.cli.ending import by_signals
-from ckptavg.formats.publish import Publication
+from ckptavg.cli.signals import by_signals
+from ckptavg.io.atomic import Publication
 
 BEFORE, WRITING, AFTER = "before the temporary", "during the write", "after publication"
 MARKS = (".ckptavg-tmp", ".ckptavg-old")

@@ -5,7 +5,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from ckptavg import evaluate
-from ckptavg.candidates import Candidate
+from ckptavg.evaluation.candidates import Candidate
 from ckptavg.formats import open_checkpoint
 
 

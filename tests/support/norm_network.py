@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from ckptavg.runtime import Runtime
+from ckptavg.models.device import Runtime
 
 RUNTIME = Runtime(torch.device("cpu"), batch_size=16)
 

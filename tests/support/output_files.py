@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ckptavg.formats.publish import Publication
+from ckptavg.io.atomic import Publication
 
 
 def fill(directory: Path, *names: str, content="old") -> Path:

@@ -18,15 +18,15 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-import ckptavg.cli.sources
-import ckptavg.evaluation  # noqa: F401
+import ckptavg.cli.build
+import ckptavg.evaluation.evaluate  # noqa: F401
 from ckptavg.cli import main
 from ckptavg.errors import CheckpointError
-from ckptavg.factories import call_factory
-from ckptavg.formats import reading
-from ckptavg.formats.writing import FileSink
+from ckptavg.formats import reader
+from ckptavg.outputs.sinks import FileSink
+from ckptavg.specs.importing import call_factory
 
-_read_at = reading._read_at
+_read_at = reader._read_at
 _write_at = FileSink._write_at
 READS = 2  # before harm is done
 
@@ -70,7 +70,7 @@ def run(command, rank):
         ends.extend((offset, offset + len(data)))
         _write_at(sink, handle, data, offset)
 
-    reading._read_at, FileSink._write_at = counted, noted
+    reader._read_at, FileSink._write_at = counted, noted
     out, err = io.StringIO(), io.StringIO()
     args = command["other"] if rank == 1 and "other" in command else command["args"]
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

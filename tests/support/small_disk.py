@@ -1,6 +1,6 @@
 """Average onto a disk that is too small, in a mount namespace of its own.
 
-    unshare -rm python tests/small_disk.py DIRECTORY
+    unshare -rm python tests/support/small_disk.py DIRECTORY
 
 DIRECTORY holds a ``run`` of files, a ``models`` of directories and an empty ``disk``, where a small
 tmpfs is mounted for each case. Prints for each what was said and what is on the disk then, as JSON.
@@ -25,7 +25,7 @@ from ckptavg.errors import CkptavgError
 HOME = Path(sys.argv[1])
 DISK = HOME / "disk"
 OUT = DISK / "swa.safetensors"
-no_look = mock.patch("ckptavg.outputs.check_room")
+no_look = mock.patch("ckptavg.outputs.target.check_room")
 no_reserve = mock.patch(
     "os.posix_fallocate", side_effect=OSError(errno.EOPNOTSUPP, "Operation not supported")
 )

@@ -8,7 +8,7 @@ from typing import Any
 import fsspec
 from fsspec.implementations.memory import MemoryFileSystem
 
-from ckptavg.formats import ranges
+from ckptavg.io import remote
 
 
 class Store(MemoryFileSystem):
@@ -48,8 +48,8 @@ def open_store(monkeypatch: Any) -> Store:
     for name, value in (("store", {}), ("ranges", []), ("batches", []), ("failures", [])):
         monkeypatch.setattr(Store, name, value)
     monkeypatch.setattr(Store, "pseudo_dirs", [""])
-    monkeypatch.setattr(ranges.time, "sleep", lambda seconds: None)
-    ranges._held.cache_clear()
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    remote._held.cache_clear()
     return Store()
 
 

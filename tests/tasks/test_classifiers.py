@@ -15,8 +15,8 @@ from torchmetrics.functional.classification import binary_accuracy, multiclass_c
 from ckptavg import Candidate, evaluate
 from ckptavg.errors import EvaluationError
 from ckptavg.formats import open_checkpoint
-from ckptavg.metrics import ClassificationMetrics
 from ckptavg.tasks.classification import Classification
+from ckptavg.tasks.metrics import ClassificationMetrics
 from ckptavg.tasks.multilabel import MultiLabel
 
 COUNT = 90

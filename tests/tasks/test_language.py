@@ -14,15 +14,17 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
-from ckptavg import Candidate, averaging, compare, evaluate, evaluation, open_checkpoint
+from ckptavg import Candidate, compare, evaluate, open_checkpoint
+from ckptavg.averaging import api
+from ckptavg.averaging.plan import plan_average
+from ckptavg.data.token_windows import IGNORED, Windows
 from ckptavg.errors import EvaluationError
-from ckptavg.loading import load_into
-from ckptavg.planned_average import plan_average
-from ckptavg.run import as_run
-from ckptavg.sources import make_model
+from ckptavg.evaluation import evaluate as evaluation
+from ckptavg.models.load import load_into
+from ckptavg.runs.run import as_run
+from ckptavg.specs.sources import make_model
 from ckptavg.tasks import language
 from ckptavg.tasks.language import CausalLM, score_tokens
-from ckptavg.text import IGNORED, Windows
 
 VOCABULARY = 29
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -607,7 +609,7 @@ def test_a_saved_model_is_scored_as_it_was(tmp_path, make):
     built = make_model(f"hf:{tmp_path / 'checkpoint-10'}").eval()
     assert scored(built, loader)["nll"] != pytest.approx(scored(model, loader)["nll"], rel=1e-3)
     checkpoint = open_checkpoint(tmp_path / "checkpoint-10")
-    load_into(built, averaging.load(checkpoint), "checkpoint-10")
+    load_into(built, api.load(checkpoint), "checkpoint-10")
     assert scored(built, loader) == scored(model, loader)
 
 

@@ -16,9 +16,9 @@ from torchmetrics.functional.classification import (
 from waiting import NoWaiting
 
 from ckptavg.errors import EvaluationError
-from ckptavg.metrics import ClassificationMetrics, Totals
+from ckptavg.tasks.base import LogMean
 from ckptavg.tasks.classification import Classification
-from ckptavg.tasks.task import LogMean
+from ckptavg.tasks.metrics import ClassificationMetrics, Totals
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

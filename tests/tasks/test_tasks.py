@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ckptavg import Candidate, evaluate
+from ckptavg.averaging.plan import plan_average
 from ckptavg.errors import EvaluationError, SpecError, UsageError
-from ckptavg.planned_average import plan_average
 from ckptavg.specs.tasks import make_task, usual_task
 from ckptavg.tasks import Metric, Samples, Task
+from ckptavg.tasks.base import ArithmeticMean, LogMean, in_float64
 from ckptavg.tasks.classification import Classification
 from ckptavg.tasks.named import as_task
-from ckptavg.tasks.task import ArithmeticMean, LogMean, in_float64
 
 
 class Sums:

@@ -18,15 +18,16 @@ from typing import Any
 
 import torch
 
-from ckptavg.factors import Pair, find_pairs
-from ckptavg.formats import Checkpoint, bounded_json
-from ckptavg.formats.layout import FILE_LAYOUTS
-from ckptavg.formats.table import DTYPES, DType
-from ckptavg.modules import split_name
-from ckptavg.plan import Plan, TensorPlan, make_plan
-from ckptavg.rules import Rules
-from ckptavg.samples import first_values
-from ckptavg.stacking import place_factor
+from ckptavg.averaging.lora.factors import Pair, find_pairs
+from ckptavg.averaging.lora.stacking import place_factor
+from ckptavg.averaging.planning.modules import split_name
+from ckptavg.averaging.planning.rules import Rules
+from ckptavg.averaging.planning.samples import first_values
+from ckptavg.averaging.planning.tensor_plan import Plan, TensorPlan, make_plan
+from ckptavg.formats import Checkpoint
+from ckptavg.formats.checkpoint import DTYPES, DType
+from ckptavg.formats.registry import FILE_LAYOUTS
+from ckptavg.io import bounded_json
 
 _STANDARD = re.compile(r"[^\n]*(?:lora_A|lora_down|lora\w{0,9}\.down)\.weight")
 # The beginning of PEFT's names. Its rank and alpha stand in adapter_config.json, not in the file.

@@ -15,7 +15,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ckptavg import adapter_files
+from ckptavg.averaging.lora import adapter_files
+from ckptavg.averaging.lora.factors import find_bare_pairs, is_part_of_product
+from ckptavg.averaging.lora.stacking import place_factor
+from ckptavg.averaging.planning.rules import Rules
+from ckptavg.averaging.planning.tensor_plan import Plan, TensorPlan, make_plan
 from ckptavg.errors import (
     CheckpointError,
     MismatchError,
@@ -25,11 +29,8 @@ from ckptavg.errors import (
     first_few,
     short,
 )
-from ckptavg.factors import find_bare_pairs, is_part_of_product
-from ckptavg.formats import Checkpoint, adapter
-from ckptavg.plan import Plan, TensorPlan, make_plan
-from ckptavg.rules import Rules
-from ckptavg.stacking import place_factor
+from ckptavg.formats import Checkpoint
+from ckptavg.formats.huggingface import peft
 
 _FACTOR = re.compile(r"(.*\.lora_(?:embedding_)?)([AB])((?:\.weight)?)")
 _FACTOR_BIAS = re.compile(r".*\.lora_B\.bias")
@@ -52,7 +53,7 @@ def are_adapters(checkpoints: Sequence[Checkpoint]) -> bool:
     Raises:
         MismatchError: Some are and some are not.
     """
-    kinds = {c.layout == adapter.LAYOUT: c for c in checkpoints}
+    kinds = {c.layout == peft.LAYOUT: c for c in checkpoints}
     if len(kinds) > 1:
         raise MismatchError(
             f"{kinds[True].path} holds an adapter and {kinds[False].path} does not",
@@ -68,7 +69,7 @@ def require_models(checkpoints: Iterable[Checkpoint]) -> None:
         ModelError: One is an adapter, which is nothing without its base model.
     """
     for checkpoint in checkpoints:
-        if checkpoint.layout == adapter.LAYOUT:
+        if checkpoint.layout == peft.LAYOUT:
             raise ModelError(f"{checkpoint.path} holds an adapter and no model", _MERGE)
 
 
@@ -84,7 +85,7 @@ def plan_merge(
         MismatchError: They differ in their ranks or scales.
         UsageError: The patterns leave factors out.
     """
-    configs = [adapter.configuration(checkpoint.path) for checkpoint in checkpoints]
+    configs = [peft.configuration(checkpoint.path) for checkpoint in checkpoints]
     for checkpoint, config in zip(checkpoints, configs, strict=True):
         _check_kind(checkpoint, config)
         _check_alike(checkpoint, config, configs[-1])
@@ -102,7 +103,7 @@ def plan_merge(
         planned,
         checkpoints=tuple(checkpoints),
         tensors=tuple(map(stack.scale, planned.tensors)),
-        companions={adapter.CONFIG: json.dumps(stack.configuration(), indent=2).encode()},
+        companions={peft.CONFIG: json.dumps(stack.configuration(), indent=2).encode()},
         notes=(*planned.notes, *_notes(stack, configs)),
     )
 
@@ -200,7 +201,7 @@ def _partner(match: re.Match[str]) -> str:
 
 
 def _check_kind(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
-    if why := adapter.without_mean(config):
+    if why := peft.without_mean(config):
         raise UnsupportedTensorError(f"the adapter {checkpoint.path} {why}", _MERGE)
     _check_numbers(checkpoint, config)
 
@@ -212,9 +213,7 @@ def _check_numbers(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
         scales = (config.get("lora_alpha"), *alphas.values())
         if whole and all(type(a) in (int, float) for a in scales):
             return
-    raise CheckpointError(
-        f"{checkpoint.path / adapter.CONFIG} has no whole ranks and numeric alphas"
-    )
+    raise CheckpointError(f"{checkpoint.path / peft.CONFIG} has no whole ranks and numeric alphas")
 
 
 def _check_alike(

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from ckptavg.formats.table import Tensor
-from ckptavg.modules import Modules
+from ckptavg.averaging.planning.modules import Modules
+from ckptavg.formats.checkpoint import Tensor
 
 # The factor that comes first in computing (A of BA), and the second one.
 _PAIRS = (("lora_A", "lora_B"), ("lora_a", "lora_b"), ("lora_down", "lora_up"), ("loraA", "loraB"))

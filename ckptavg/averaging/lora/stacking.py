@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ckptavg.formats.table import Piece, Tensor
+from ckptavg.formats.checkpoint import Piece, Tensor
 
 
 def place_factor(tensor: Tensor, dim: int, groups: int, slot: int, count: int) -> Tensor:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 
-from ckptavg.formats.table import Tensor
-from ckptavg.modules import Modules, split_name
-from ckptavg.samples import sample
+from ckptavg.averaging.planning.modules import Modules, split_name
+from ckptavg.averaging.planning.samples import sample
+from ckptavg.formats.checkpoint import Tensor
 
 _MASK = re.compile(r"(?:[^\n]*_)?masks?\d{0,3}")
 _SCALES = ("scale", "scales", "scaling_factor")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 
+from ckptavg.averaging.planning.quantization import check_not_quantized
 from ckptavg.errors import (
     CheckpointError,
     MismatchError,
@@ -12,7 +13,6 @@ from ckptavg.errors import (
     short,
 )
 from ckptavg.formats import Checkpoint
-from ckptavg.quantization import check_not_quantized
 
 _PLAIN = "Save plain tensors in their place (to_dense(), dequantize(), full_tensor())"
 

@@ -9,9 +9,9 @@ from dataclasses import replace
 import torch
 
 from ckptavg.formats import Checkpoint, Tensor
-from ckptavg.formats.comparing import Contents, SameWeights
 from ckptavg.formats.names import batch_count, layer_statistics, running_statistics
-from ckptavg.formats.reading import Reader
+from ckptavg.formats.reader import Reader
+from ckptavg.runs.duplicates import Contents, SameWeights
 
 _COARSE_BITS = 16
 

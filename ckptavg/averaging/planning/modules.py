@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from ckptavg.formats.table import Tensor
+from ckptavg.formats.checkpoint import Tensor
 
 
 class Modules:

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import torch
 
+from ckptavg.averaging.planning.modules import Modules, split_name
+from ckptavg.averaging.planning.samples import sample
 from ckptavg.errors import UnsupportedTensorError, first_few, short
-from ckptavg.formats import Checkpoint, Tensor, adapter, bounded_json
-from ckptavg.formats.storage import Location
-from ckptavg.modules import Modules, split_name
-from ckptavg.samples import sample
+from ckptavg.formats import Checkpoint, Tensor
+from ckptavg.formats.huggingface import peft
+from ckptavg.io import bounded_json
+from ckptavg.io.paths import Location
 
 _BEFORE = "Average the checkpoints before quantization"
 # Endings of a packed tensor's name, and of scales that stand in their place.
@@ -115,7 +117,7 @@ def declared(checkpoint: Checkpoint) -> str:
         ):
             return f"{short(key)} in its header"
     # An adapter's weights are floats, whatever its base model is.
-    if checkpoint.layout == adapter.LAYOUT:
+    if checkpoint.layout == peft.LAYOUT:
         return ""
     for name, entries in _CONFIGS.items():
         path = _find_beside(checkpoint, name)

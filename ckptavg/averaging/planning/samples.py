@@ -7,8 +7,8 @@ from contextlib import closing
 
 import torch
 
-from ckptavg.formats.reading import Reader, boxes
-from ckptavg.formats.table import Tensor
+from ckptavg.formats.checkpoint import Tensor
+from ckptavg.formats.reader import Reader, boxes
 
 _STRETCH = 1 << 12  # elements
 _STRETCHES = 3  # the beginning, the middle and the end

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ckptavg.formats.table import Tensor
-from ckptavg.modules import Modules
+from ckptavg.averaging.planning.modules import Modules
+from ckptavg.formats.checkpoint import Tensor
 
 _U = re.compile(r"(?P<stem>(?:[^\n]*_)?)u(?P<number>\d{0,3})")
 # Endings of the stored weight's name, where the layer computes the weight itself from it.

@@ -8,21 +8,26 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from ckptavg import spectral_norm
-from ckptavg.buffers import find_buffers
-from ckptavg.checks import check_alike, check_copied, check_names, check_supported
+from ckptavg.averaging.planning import spectral_norm
+from ckptavg.averaging.planning.buffers import find_buffers
+from ckptavg.averaging.planning.checks import (
+    check_alike,
+    check_copied,
+    check_names,
+    check_supported,
+)
+from ckptavg.averaging.planning.frozen_layers import find_frozen_layers
+from ckptavg.averaging.planning.modules import Modules
+from ckptavg.averaging.planning.rules import Rules
+from ckptavg.averaging.planning.spectral_norm import SpectralNorm
+from ckptavg.averaging.schemes import normalized
 from ckptavg.errors import UsageError, first_few
+from ckptavg.errors.spelling import close_patterns, did_you_mean
 from ckptavg.formats import Checkpoint, Tensor
+from ckptavg.formats.checkpoint import DTYPES, DType
+from ckptavg.formats.file_layout import OutputTensor
 from ckptavg.formats.names import batchnorm_layers, layer_statistics
-from ckptavg.formats.output import OutputTensor
-from ckptavg.formats.table import DTYPES, DType
-from ckptavg.frozen_layers import find_frozen_layers
-from ckptavg.modules import Modules
-from ckptavg.rules import Rules
 from ckptavg.runs.metric_columns import momentary_numbers
-from ckptavg.schemes import normalized
-from ckptavg.spectral_norm import SpectralNorm
-from ckptavg.spelling import close_patterns, did_you_mean
 
 
 @dataclass(frozen=True)

@@ -10,25 +10,26 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptavg.cli import geometry, options
+from ckptavg.averaging.planning.rules import Rules
+from ckptavg.cli import options
 from ckptavg.cli.also import Also, also, planned_also
+from ckptavg.cli.commands import geometry
+from ckptavg.cli.console import Report, counted, number_text
 from ckptavg.cli.help import GroupedCommand
-from ckptavg.display import size_text
 from ckptavg.errors import NonFiniteError, UsageError
-from ckptavg.report import Report, counted, number_text
-from ckptavg.rules import Rules
-from ckptavg.runs.numbered import short_names
+from ckptavg.errors.printable import size_text
+from ckptavg.runs.discovery.numbered import short_names
 
 if TYPE_CHECKING:
     import torch
 
-    from ckptavg import averaging
-    from ckptavg.outputs import Target
-    from ckptavg.plan import TensorPlan
-    from ckptavg.planned_average import Average
-    from ckptavg.processes import Processes
-    from ckptavg.refresh import Pass
-    from ckptavg.run import Run
+    from ckptavg.averaging import api
+    from ckptavg.averaging.plan import Average
+    from ckptavg.averaging.planning.tensor_plan import TensorPlan
+    from ckptavg.batchnorm.checkpoints import Pass
+    from ckptavg.distributed.processes import Processes
+    from ckptavg.outputs.target import Target
+    from ckptavg.runs.run import Run
 
 _OUT = "Output"
 log = logging.getLogger("ckptavg")
@@ -97,13 +98,13 @@ def average(
     run, selection = options.open_selected(paths, glob, skip, key, settings)
     if settings["weights"]:
         _note_order(paths, [str(c.path) for c in selection])
-    from ckptavg import averaging, remarks  # noqa: PLC0415 - help is shown without torch
+    from ckptavg.averaging import api, remarks  # noqa: PLC0415 - help is shown without torch
 
     planned = [options.planned(selection, settings)]
     planned += [planned_also(one, run, selection, settings) for one in further]
     gram = _measured_weights(selection, settings) if measured else []
     outs = [] if out is None else [out, *(one.path(out) for one in further)]
-    targets = averaging.prepare_many(
+    targets = api.prepare_many(
         list(zip(planned, outs, strict=bool(outs))), overwrite=overwrite, digests=digests
     )
     if dry_run:
@@ -161,12 +162,12 @@ def _write(
     gram: Sequence[TensorPlan],
     digests: bool,
     settings: Mapping[str, Any],
-) -> averaging.Written:
+) -> api.Written:
     """Write the averages, from one read."""
-    from ckptavg import averaging  # noqa: PLC0415
+    from ckptavg.averaging import api  # noqa: PLC0415
 
     with report.bytes_progress("averaging") as progress:
-        return averaging.write_many(
+        return api.write_many(
             planned,
             targets,
             order=run.opened,
@@ -188,7 +189,7 @@ def _prepare_pass(
     """
     if not settings["train_data"]:
         return None
-    from ckptavg.cli.sources import statistics_pass  # noqa: PLC0415 - imports torch
+    from ckptavg.cli.build import statistics_pass  # noqa: PLC0415 - imports torch
 
     return statistics_pass(settings, selection.opened[-1:], processes)
 
@@ -201,9 +202,10 @@ def _write_refreshed(
     run: Run,
     care: Mapping[str, bool],
     settings: dict[str, Any],
-) -> averaging.Written:
+) -> api.Written:
     """Write the averages with recomputed statistics."""
-    from ckptavg import averaging, refresh  # noqa: PLC0415
+    from ckptavg.averaging import api  # noqa: PLC0415
+    from ckptavg.batchnorm import checkpoints as refresh  # noqa: PLC0415
 
     with report.samples_progress() as progress:
         how = replace(how, progress=lambda *done: progress("BatchNorm", *done))
@@ -212,11 +214,11 @@ def _write_refreshed(
             keep_nonfinite=settings["on_nonfinite"] == "keep",
             progress=lambda *done: progress("averaging (bytes)", *done),
         )  # fmt: skip
-    return averaging.Written([made for _, made in done], None)
+    return api.Written([made for _, made in done], None)
 
 
 def _measured_weights(selection: Run, settings: dict[str, Any]) -> list[TensorPlan]:
-    from ckptavg import weight_space  # noqa: PLC0415
+    from ckptavg.inspection import geometry as weight_space  # noqa: PLC0415
 
     weight_space.check_several(selection)
     rules = Rules(tuple(settings["include"]), tuple(settings["exclude"]))
@@ -225,7 +227,7 @@ def _measured_weights(selection: Run, settings: dict[str, Any]) -> list[TensorPl
 
 def _geometry(report: Report, selection: Run, gram: torch.Tensor | None) -> dict[str, Any]:
     """Show the geometry of what was averaged; the outputs are written, so nothing fails here."""
-    from ckptavg import weight_space  # noqa: PLC0415
+    from ckptavg.inspection import geometry as weight_space  # noqa: PLC0415
 
     try:
         found = weight_space.geometry_of(selection, gram)

@@ -13,18 +13,18 @@ from click.core import ParameterSource
 
 from ckptavg.cli import options
 from ckptavg.cli.also import Also, also, planned_also
+from ckptavg.cli.console import Report
 from ckptavg.cli.help import GroupedCommand
-from ckptavg.cli.kept import Keeper
+from ckptavg.cli.resume import Keeper
+from ckptavg.distributed.processes import Processes, own_rank
 from ckptavg.errors import OutputError, UsageError
-from ckptavg.processes import Processes, own_rank
-from ckptavg.report import Report
 
 if TYPE_CHECKING:
-    from ckptavg.batches import Batches
-    from ckptavg.candidates import Candidate
+    from ckptavg.evaluation.candidates import Candidate
+    from ckptavg.evaluation.results import Result
+    from ckptavg.evaluation.results_file import ResultsFile
     from ckptavg.formats import Checkpoint
-    from ckptavg.results import Result
-    from ckptavg.results_file import ResultsFile
+    from ckptavg.models.batches import Batches
     from ckptavg.specs.recorded import ModelSource
     from ckptavg.tasks import Task
 
@@ -100,11 +100,11 @@ def evaluate(
     _check(paths, results, resume, further, settings)
     file = _open_results(results, resume=resume)
     candidates = _candidates(paths, further, settings)
-    from ckptavg.cli import sources  # noqa: PLC0415 - help is shown without torch
-    from ckptavg.results import is_worse, without_repeats  # noqa: PLC0415
+    from ckptavg.cli import build  # noqa: PLC0415 - help is shown without torch
+    from ckptavg.evaluation.results import is_worse, without_repeats  # noqa: PLC0415
 
-    source = sources.model_source(settings, _recorders(candidates))
-    task = sources.task(settings)
+    source = build.model_source(settings, _recorders(candidates))
+    task = build.task(settings)
     if fail_if_worse and task.metrics[0].higher is None:
         raise UsageError(
             f"--fail-if-worse needs a first metric that says which is better: "
@@ -137,13 +137,13 @@ def _scored(
     """The results of all candidates: kept ones, and the others' now."""
     if not keeper.missing:
         return keeper.merged([])
-    from ckptavg import evaluation  # noqa: PLC0415
-    from ckptavg.cli.sources import (  # noqa: PLC0415
+    from ckptavg.cli.build import (  # noqa: PLC0415
         evaluation_data,
         forward,
         model_and_runtime,
         training_data,
     )
+    from ckptavg.evaluation import evaluate as evaluation  # noqa: PLC0415
 
     own = forward(settings)
     model, runtime = model_and_runtime(settings, source, task)
@@ -224,8 +224,8 @@ def _open_results(path: str | None, *, resume: bool) -> ResultsFile | None:
     """Open the file of ``--results``; the process that writes for all makes sure that it can."""
     if path is None:
         return None
-    from ckptavg.formats.storage import check_output  # noqa: PLC0415 - help is shown without torch
-    from ckptavg.results_file import ResultsFile  # noqa: PLC0415
+    from ckptavg.evaluation.results_file import ResultsFile  # noqa: PLC0415
+    from ckptavg.io.paths import check_output  # noqa: PLC0415 - help is shown without torch
 
     check_output(path)
     file = ResultsFile(Path(path))
@@ -263,7 +263,7 @@ def _candidates(
 
 def _recorders(candidates: Sequence[Candidate]) -> list[Checkpoint]:
     """The checkpoints that may record their model: what is compared with, then files by name."""
-    from ckptavg.candidates import reference_of  # noqa: PLC0415
+    from ckptavg.evaluation.candidates import reference_of  # noqa: PLC0415
 
     singles = [c for c in candidates if c.kind == "checkpoint" and not c.average]
     ordered = [reference_of(candidates), *singles]
@@ -273,7 +273,7 @@ def _recorders(candidates: Sequence[Candidate]) -> list[Checkpoint]:
 
 def _check_path(path: str) -> None:
     from ckptavg.formats import is_checkpoint_directory  # noqa: PLC0415
-    from ckptavg.formats.storage import locate  # noqa: PLC0415
+    from ckptavg.io.paths import locate  # noqa: PLC0415
 
     place = locate(path)
     if place.is_dir() and not is_checkpoint_directory(place):
@@ -287,7 +287,7 @@ def _candidates_of_key(
     settings: Mapping[str, Any],
 ) -> list[Candidate]:
     """Make the candidates whose weights an entry holds; the one that is found where None."""
-    from ckptavg import candidates  # noqa: PLC0415
+    from ckptavg.evaluation import candidates  # noqa: PLC0415
     from ckptavg.formats import open_checkpoint  # noqa: PLC0415
 
     which = {"recompute": bool(settings["train_data"]), "stale": not settings["no_stale"]}
@@ -309,6 +309,6 @@ def _candidates_of_key(
 
 
 def _show(report: Report, scored: list[Result], task: Task) -> None:
-    from ckptavg.score_table import tabulate_scores  # noqa: PLC0415
+    from ckptavg.evaluation.score_table import tabulate_scores  # noqa: PLC0415
 
     report.draw(tabulate_scores(scored, task))

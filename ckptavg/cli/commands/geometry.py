@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ckptavg.cli.console import Report
 from ckptavg.errors import first_few
-from ckptavg.report import Report
-from ckptavg.runs.numbered import short_names
+from ckptavg.runs.discovery.numbered import short_names
 
 if TYPE_CHECKING:
-    from ckptavg.weight_space import Geometry
+    from ckptavg.inspection.geometry import Geometry
 
 
 def show(report: Report, geometry: Geometry) -> None:

@@ -7,24 +7,24 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptavg.cli import geometry as shown
 from ckptavg.cli import options
+from ckptavg.cli.commands import geometry as shown
+from ckptavg.cli.console import Report, counted, number_text
 from ckptavg.cli.help import GroupedCommand
-from ckptavg.display import size_text, split_directory
+from ckptavg.display.tables import Column
 from ckptavg.errors import UsageError, first_few
+from ckptavg.errors.printable import size_text, split_directory
 from ckptavg.formats import Checkpoint
 from ckptavg.formats.names import batchnorm_layers
-from ckptavg.formats.storage import locate, without_secrets
-from ckptavg.report import Report, counted, number_text
-from ckptavg.run import Run, open_run
-from ckptavg.running_statistics import listed_layers
+from ckptavg.formats.running_statistics import listed_layers
+from ckptavg.io.paths import locate, without_secrets
+from ckptavg.runs.discovery.numbered import short_names
 from ckptavg.runs.metric_columns import metric_columns
-from ckptavg.runs.numbered import short_names
+from ckptavg.runs.run import Run, open_run
 from ckptavg.runs.selection_notes import note_cycles
-from ckptavg.tables import Column
 
 if TYPE_CHECKING:
-    from ckptavg.weight_space import Geometry
+    from ckptavg.inspection.geometry import Geometry
 
 _WHAT = "What"
 _MOST_METRICS = 3  # columns
@@ -85,7 +85,9 @@ def inspect(
     run = options.pick(whole, **picks)
     is_selection = run is not whole
     if verify:
-        from ckptavg.cli import verification  # noqa: PLC0415 - needs torch, the rest does not
+        from ckptavg.cli.commands import (  # noqa: PLC0415 - needs torch, the rest does not
+            verification,
+        )
 
         verification.show(report, path, run, key)
     elif measured:
@@ -98,7 +100,9 @@ def inspect(
 
 
 def _measured(report: Report, run: Run) -> Geometry:
-    from ckptavg.weight_space import geometry  # noqa: PLC0415 - all else is shown without torch
+    from ckptavg.inspection.geometry import (  # noqa: PLC0415 - all else is shown without torch
+        geometry,
+    )
 
     with report.bytes_progress("measuring") as progress:
         return geometry(run, progress=progress)

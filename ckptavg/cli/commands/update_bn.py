@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptavg.cli import options
+from ckptavg.cli.console import Report, counted
 from ckptavg.cli.help import GroupedCommand
-from ckptavg.processes import Processes
-from ckptavg.report import Report, counted
+from ckptavg.distributed.processes import Processes
 
 if TYPE_CHECKING:
-    from ckptavg.batchnorm import BatchNormResult
+    from ckptavg.batchnorm.update import BatchNormResult
 
 _OUT = "Output"
 
@@ -47,8 +47,8 @@ def update_bn(
       ckptavg update-bn swa.safetensors --model torchvision:resnet50 \\
           --train-data imagefolder:train -o swa_bn.safetensors
     """
-    from ckptavg import refresh  # noqa: PLC0415 - help is shown without torch
-    from ckptavg.cli.sources import statistics_pass  # noqa: PLC0415
+    from ckptavg.batchnorm import checkpoints  # noqa: PLC0415 - help is shown without torch
+    from ckptavg.cli.build import statistics_pass  # noqa: PLC0415
     from ckptavg.formats import open_checkpoint  # noqa: PLC0415
 
     opened = open_checkpoint(checkpoint, key)
@@ -56,7 +56,7 @@ def update_bn(
         how = statistics_pass(
             settings, [opened], processes, lambda *done: progress("BatchNorm", *done)
         )
-        result, made = refresh.update_checkpoint(opened, out, how, overwrite=overwrite)
+        result, made = checkpoints.update_checkpoint(opened, out, how, overwrite=overwrite)
     report.line(f"wrote {out} ({_describe(result, made['bn'])})")
     report.result(
         {

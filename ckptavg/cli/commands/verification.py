@@ -6,13 +6,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 
-from ckptavg.digests import is_recorded
-from ckptavg.display import split_directory
+from ckptavg.cli.console import Report
 from ckptavg.errors import CkptavgError, IntegrityError, first_few
+from ckptavg.errors.printable import split_directory
 from ckptavg.formats import Checkpoint, open_checkpoint
-from ckptavg.report import Report
-from ckptavg.run import Run
-from ckptavg.verifying import CHANGED, Finding, Verifier
+from ckptavg.inspection.verify import CHANGED, Finding, Verifier
+from ckptavg.outputs.digests import is_recorded
+from ckptavg.runs.run import Run
 
 UNKNOWN = "nothing recorded"
 

@@ -16,24 +16,26 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from ckptavg.display import size_text
 from ckptavg.errors import CheckpointError, short
-from ckptavg.formats import inert_pickle, storage, torch_zip
+from ckptavg.errors.printable import size_text
+from ckptavg.errors.system import unreadable
+from ckptavg.formats.checkpoint import DTYPES, DType, Piece, Tensor
 from ckptavg.formats.damage import damaged
-from ckptavg.formats.inert_values import Global, MalformedPickle, Opaque, Sharded, TensorView
-from ckptavg.formats.record import TRAINING_STATE
-from ckptavg.formats.stamp import FileStamp
-from ckptavg.formats.storage import Location
-from ckptavg.formats.table import DTYPES, DType, Piece, Tensor
+from ckptavg.formats.safe_pickle import unpickler
+from ckptavg.formats.safe_pickle.values import Global, MalformedPickle, Opaque, Sharded, TensorView
+from ckptavg.formats.state_dict import KNOWN_ENTRIES
 from ckptavg.formats.tiling import tiles
-from ckptavg.formats.weights import KNOWN_ENTRIES
-from ckptavg.system_errors import unreadable
+from ckptavg.formats.torch_save import zip_reader
+from ckptavg.formats.training_record import TRAINING_STATE
+from ckptavg.io import paths as storage
+from ckptavg.io.paths import Location
+from ckptavg.io.stamp import FileStamp
 
 METADATA = ".metadata"
 SUFFIX = ".distcp"  # of its shards
 MODULE = "torch.distributed.checkpoint.metadata"
 _MOST_VALUES = 2000  # small pickles beside the tensors that are looked into
-_MOST_BYTES = inert_pickle.MAX_PICKLE  # of them together
+_MOST_BYTES = unpickler.MAX_PICKLE  # of them together
 _MOST_DIMENSIONS = 64
 
 ItemPath = tuple[str | int, ...]
@@ -109,7 +111,7 @@ class Distributed:
 
     def _piece(self, name: str, box: Box, dtype: DType) -> Piece:
         file = self.path / box.file
-        opened = torch_zip.read(file, (box.offset, box.length))
+        opened = zip_reader.read(file, (box.offset, box.length))
         view = opened.tree
         if not isinstance(view, TensorView) or (view.dtype, view.shape) != (dtype, box.shape):
             raise damaged(file, f"what it holds of {name!r} is not what {METADATA} says")
@@ -131,11 +133,11 @@ def read(directory: Location) -> Distributed:
     metadata = directory / METADATA
     stamp = _stamp(directory, METADATA)
     try:
-        if stamp.size > inert_pickle.MAX_PICKLE:
-            raise MalformedPickle(f"it is larger than {size_text(inert_pickle.MAX_PICKLE)}")
+        if stamp.size > unpickler.MAX_PICKLE:
+            raise MalformedPickle(f"it is larger than {size_text(unpickler.MAX_PICKLE)}")
         with storage.open_binary(metadata) as file:
             content = file.read(stamp.size)
-        opened = _parse(directory, inert_pickle.loads(content), stamp)
+        opened = _parse(directory, unpickler.loads(content), stamp)
     except MalformedPickle as error:
         raise damaged(metadata, str(error)) from error
     return opened
@@ -313,7 +315,7 @@ def _other_values(
         if length > left:
             continue
         left -= length
-        found[name] = torch_zip.read(directory / file, (offset, length)).tree
+        found[name] = zip_reader.read(directory / file, (offset, length)).tree
     return found
 
 

@@ -10,12 +10,14 @@ import torch
 from torch.distributed.checkpoint import filesystem, metadata
 
 from ckptavg.errors import first_few
-from ckptavg.formats import companions, dcp, lightning
-from ckptavg.formats.harmless import Keeper
-from ckptavg.formats.inert_values import Sharded
-from ckptavg.formats.output import FileLayout, Layout, OutputTensor
-from ckptavg.formats.table import PROVENANCE, Checkpoint
-from ckptavg.formats.torch_pickle import Archive, StorageStub, TensorStub, dumps
+from ckptavg.formats import lightning
+from ckptavg.formats.checkpoint import PROVENANCE, Checkpoint
+from ckptavg.formats.dcp import reader
+from ckptavg.formats.file_layout import FileLayout, Layout, OutputTensor
+from ckptavg.formats.huggingface import companions
+from ckptavg.formats.safe_pickle.allowlist import Keeper
+from ckptavg.formats.safe_pickle.values import Sharded
+from ckptavg.formats.torch_save.archive import Archive, StorageStub, TensorStub, dumps
 from ckptavg.formats.tree import join, locate
 
 _FILE = "__0_0.distcp"
@@ -32,7 +34,7 @@ def lay_out(tensors: Sequence[OutputTensor], provenance: str, template: Checkpoi
         template: The last input, a directory of the same kind.
     """
     template.files[0].verify()
-    source = dcp.read(template.path)
+    source = reader.read(template.path)
     file = _Builder()
     names = _full_names(source, template)
     for tensor in tensors:
@@ -46,7 +48,7 @@ def lay_out(tensors: Sequence[OutputTensor], provenance: str, template: Checkpoi
     notes = (
         [f"not taken over from the last checkpoint: {first_few(dropped, 30)}"] if dropped else []
     )
-    layout = Layout(True, [file.layout], {dcp.METADATA: file.metadata(source.version)})
+    layout = Layout(True, [file.layout], {reader.METADATA: file.metadata(source.version)})
     anew = {*source.stamps, str(template.path / lightning.META)}
     beside = companions.gather(template.path, anew)
     layout.copies = beside.copies
@@ -65,9 +67,9 @@ class _Builder:
         self.layout = FileLayout(_FILE, 0, [], {})
         self._items: dict[str, metadata.STORAGE_TYPES] = {}
         self._places: dict[metadata.MetadataIndex, filesystem._StorageInfo] = {}
-        self._paths: dict[str, dcp.ItemPath] = {}
+        self._paths: dict[str, reader.ItemPath] = {}
 
-    def tensor(self, path: dcp.ItemPath, tensor: OutputTensor) -> None:
+    def tensor(self, path: reader.ItemPath, tensor: OutputTensor) -> None:
         """Add a tensor, whose bytes will come."""
         storage = StorageStub("0", tensor.dtype, tensor.numel)
         archive = Archive()
@@ -84,7 +86,7 @@ class _Builder:
         properties = metadata.TensorProperties(getattr(torch, tensor.dtype.name))
         self._items[_name(path)] = metadata.TensorStorageMetadata(properties, shape, [chunk])
 
-    def value(self, path: dcp.ItemPath, value: Any) -> None:
+    def value(self, path: reader.ItemPath, value: Any) -> None:
         """Add a value that is no tensor."""
         archive = Archive()
         archive.add("data.pkl", dumps(value))
@@ -99,7 +101,9 @@ class _Builder:
             made.version = version
         return pickle.dumps(made)
 
-    def _append(self, path: dcp.ItemPath, archive: Archive, first: tuple[int, ...] | None) -> int:
+    def _append(
+        self, path: reader.ItemPath, archive: Archive, first: tuple[int, ...] | None
+    ) -> int:
         archive.add("version", b"3\n")
         start = self.layout.size
         self.layout.parts += [(start + at, content) for at, content in archive.close()]
@@ -111,15 +115,15 @@ class _Builder:
         return start
 
 
-def _name(path: dcp.ItemPath) -> str:
+def _name(path: reader.ItemPath) -> str:
     return ".".join(map(str, path))
 
 
-def _entry_path(template: Checkpoint) -> dcp.ItemPath:
+def _entry_path(template: Checkpoint) -> reader.ItemPath:
     return tuple(template.key.split(".")) if template.key else ()
 
 
-def _full_names(source: dcp.Distributed, template: Checkpoint) -> dict[str, dcp.ItemPath]:
+def _full_names(source: reader.Distributed, template: Checkpoint) -> dict[str, reader.ItemPath]:
     """Bare name of a weight → the keys that led to it in what was saved."""
     full: dict[str, str] = {}
     for path in template.networks or ("",):
@@ -134,13 +138,13 @@ def _full_names(source: dcp.Distributed, template: Checkpoint) -> dict[str, dcp.
 
 
 def _other_values(
-    source: dcp.Distributed, taken: Collection[dcp.ItemPath]
-) -> tuple[Mapping[dcp.ItemPath, Any], list[str]]:
+    source: reader.Distributed, taken: Collection[reader.ItemPath]
+) -> tuple[Mapping[reader.ItemPath, Any], list[str]]:
     """What is kept beside the weights, and the names of what is not."""
     keeper = Keeper(key="", plain=False, tensor=lambda *_: None, replaced={})
     optimizers = {_above(path, "param_groups") for path in source.paths.values()}
-    kept: dict[dcp.ItemPath, Any] = {}
-    lost: list[dcp.ItemPath] = []
+    kept: dict[reader.ItemPath, Any] = {}
+    lost: list[reader.ItemPath] = []
     for name, path in source.paths.items():
         if path in taken or path == (PROVENANCE,):
             continue
@@ -158,20 +162,20 @@ def _other_values(
     return whole, list(dict.fromkeys(map(_name, lost)))
 
 
-def _above(path: dcp.ItemPath, part: str) -> dcp.ItemPath:
+def _above(path: reader.ItemPath, part: str) -> reader.ItemPath:
     """The keys that lead to a part of a path; empty if it has no such part."""
     return path[: path.index(part)] if part in path else ()
 
 
 def _training_state(
-    source: dcp.Distributed, path: dcp.ItemPath, optimizers: Collection[dcp.ItemPath]
-) -> dcp.ItemPath:
+    source: reader.Distributed, path: reader.ItemPath, optimizers: Collection[reader.ItemPath]
+) -> reader.ItemPath:
     """The optimizer or scheduler that an item belongs to, whatever it is called; empty if none."""
     above = (path[:depth] for depth in range(1, len(path)))
     return source.training_state(path) or next((part for part in above if part in optimizers), ())
 
 
-def _list_of(path: dcp.ItemPath) -> dcp.ItemPath:
+def _list_of(path: reader.ItemPath) -> reader.ItemPath:
     """The list that an item is an element of, which has to be whole; empty if of none."""
     indices = [i for i, part in enumerate(path) if isinstance(part, int)]
     return path[: indices[0]] if indices else ()

@@ -14,9 +14,9 @@ from enum import Enum
 from itertools import islice
 
 from ckptavg.errors import first_few, short
-from ckptavg.formats.stamp import FileStamp
-from ckptavg.formats.storage import Location, is_url
-from ckptavg.system_errors import guard_reads
+from ckptavg.errors.system import guard_reads
+from ckptavg.io.paths import Location, is_url
+from ckptavg.io.stamp import FileStamp
 
 # Files below one directory beside the weights. More are a data set, and no configuration.
 _MOST_FILES = 5000

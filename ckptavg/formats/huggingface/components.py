@@ -12,8 +12,9 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from ckptavg.errors import CheckpointError, short
-from ckptavg.formats import bounded_json, huggingface
-from ckptavg.formats.storage import Location
+from ckptavg.formats.huggingface import layout
+from ckptavg.io import bounded_json
+from ckptavg.io.paths import Location
 
 _MODULES, _ROUTER, _PIPELINE = "modules.json", "router_config.json", "model_index.json"
 _LARGEST = 1 << 20  # bytes of a list
@@ -43,7 +44,7 @@ def find_components(directory: Location) -> list[str]:
     return [
         folder
         for folder, location in folders.items()
-        if folder and huggingface.main_file(location) is not None
+        if folder and layout.main_file(location) is not None
     ]
 
 

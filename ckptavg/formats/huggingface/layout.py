@@ -7,8 +7,9 @@ import re
 from pathlib import Path
 
 from ckptavg.errors import CheckpointError, first_few
-from ckptavg.formats import adapter, bounded_json
-from ckptavg.formats.storage import Location
+from ckptavg.formats.huggingface import peft
+from ckptavg.io import bounded_json
+from ckptavg.io.paths import Location
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -33,7 +34,7 @@ def main_file(directory: Location) -> Location | None:
     """The weights file or index of a directory, of an adapter too; None if it is no checkpoint."""
     found = (directory / name for name in WEIGHT_FILES)
     whole = next((path for path in found if path.is_file()), None)
-    return whole or adapter.weights_file(directory) or next(iter(variants(directory)), None)
+    return whole or peft.weights_file(directory) or next(iter(variants(directory)), None)
 
 
 def variants(directory: Location) -> list[Location]:

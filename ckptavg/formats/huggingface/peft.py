@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ckptavg.errors import CheckpointError, short
-from ckptavg.formats import bounded_json
-from ckptavg.formats.storage import Location
+from ckptavg.io import bounded_json
+from ckptavg.io.paths import Location
 
 LAYOUT = "peft"
 CONFIG = "adapter_config.json"

@@ -7,24 +7,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ckptavg.formats import (
-    adapter,
-    companions,
-    copying,
-    deepspeed,
-    huggingface,
-    safetensors_layout,
-    torch_layout,
-)
-from ckptavg.formats.output import FileLayout, Layout, OutputTensor
-from ckptavg.formats.stamp import FileStamp
-from ckptavg.formats.storage import Location
-from ckptavg.formats.table import Checkpoint
+from ckptavg.formats import deepspeed, safetensors_layout
+from ckptavg.formats.checkpoint import Checkpoint
+from ckptavg.formats.file_layout import FileLayout, Layout, OutputTensor
+from ckptavg.formats.huggingface import companions, peft
+from ckptavg.formats.huggingface import layout as huggingface
+from ckptavg.formats.torch_save import writer
+from ckptavg.io import copying
+from ckptavg.io.paths import Location
+from ckptavg.io.stamp import FileStamp
 
 # Hugging Face's own default; it counts only where the input was not split already.
 _SHARD_BYTES = 5_000_000_000
 # Layouts whose loaders expect the stored names: the output keeps them, wrappers included.
-_MODEL_LAYOUTS = ("huggingface", adapter.LAYOUT)
+_MODEL_LAYOUTS = ("huggingface", peft.LAYOUT)
 # Bytes. A configuration is read whole, and real ones are far smaller.
 _LARGEST_CONFIG = 16 << 20
 
@@ -134,7 +130,7 @@ def _lay_out_folder(
     name = _single_file_name(template)
     if not name.endswith(".safetensors"):
         torch_template = replace(template, layout="torch")
-        file, dropped = torch_layout.lay_out(name, tensors, provenance, torch_template)
+        file, dropped = writer.lay_out(name, tensors, provenance, torch_template)
         return _FolderLayout([replace(file, name=name)], notes=list(dropped))
     keeps_names = template.layout in _MODEL_LAYOUTS
     bare_names: dict[str, str] = {}
@@ -159,8 +155,8 @@ def _lay_out_folder(
 
 def _single_file_name(template: Checkpoint) -> str:
     """Name the file of weights that an output has if it has a single one."""
-    if template.layout == adapter.LAYOUT:
-        return adapter.WEIGHTS
+    if template.layout == peft.LAYOUT:
+        return peft.WEIGHTS
     main = huggingface.main_file(template.path) if template.layout == "huggingface" else None
     if main is not None:
         return huggingface.single_name(main.name)
@@ -270,7 +266,7 @@ def _replace_dtype(name: str, stamp: FileStamp, dtype: str) -> dict[str, bytes]:
 def _note_missing_config(layout: Layout, home: Location | None, template: Checkpoint) -> list[str]:
     """Note that the output lacks a configuration, where models of its layout have one."""
     configured = any(name.rpartition("/")[2] == huggingface.CONFIG for name in layout.names)
-    if configured or template.layout == adapter.LAYOUT:
+    if configured or template.layout == peft.LAYOUT:
         return []
     neighbour = template.path.parent / huggingface.CONFIG
     if home is None and isinstance(neighbour, Path) and neighbour.is_file():

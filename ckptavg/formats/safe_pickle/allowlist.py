@@ -21,10 +21,10 @@ from typing import Any
 import torch
 
 from ckptavg.errors import first_few, short
-from ckptavg.formats.inert_values import Global, Opaque, Refused, TensorView, name_of
+from ckptavg.formats.checkpoint import DTYPES
 from ckptavg.formats.metric_names import is_metric
-from ckptavg.formats.record import OPTIMIZER_KEYS, TRAINING_STATE, holds_weights, number
-from ckptavg.formats.table import DTYPES
+from ckptavg.formats.safe_pickle.values import Global, Opaque, Refused, TensorView, name_of
+from ckptavg.formats.training_record import OPTIMIZER_KEYS, TRAINING_STATE, holds_weights, number
 from ckptavg.formats.tree import join
 
 _LONGEST_NAME = 1000  # characters: below long names many entries would take much memory

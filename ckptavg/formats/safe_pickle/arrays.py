@@ -7,7 +7,8 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ckptavg.formats.inert_values import (
+from ckptavg.formats.checkpoint import DTYPES, MOST_ELEMENTS, row_major
+from ckptavg.formats.safe_pickle.values import (
     Global,
     NumpyArray,
     Opaque,
@@ -18,7 +19,6 @@ from ckptavg.formats.inert_values import (
     Unpickler,
     is_natural,
 )
-from ckptavg.formats.table import DTYPES, MOST_ELEMENTS, row_major
 
 _MOST_DIMENSIONS = 64
 _NUMBERS = {

@@ -6,8 +6,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from ckptavg.formats import arrays
-from ckptavg.formats.inert_values import (
+from ckptavg.formats.checkpoint import DTYPES, MOST_ELEMENTS, DType
+from ckptavg.formats.safe_pickle import arrays
+from ckptavg.formats.safe_pickle.values import (
     Global,
     MalformedPickle,
     NumpyArray,
@@ -20,7 +21,6 @@ from ckptavg.formats.inert_values import (
     is_natural,
     name_of,
 )
-from ckptavg.formats.table import DTYPES, MOST_ELEMENTS, DType
 
 
 def known_call(function: Any) -> Callable[..., Any] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ckptavg.formats.inert_values import NumpyArray, Opaque, Refused, TensorView
+from ckptavg.formats.safe_pickle.values import NumpyArray, Opaque, Refused, TensorView
 
 _TENSORS = (TensorView, Refused, NumpyArray)
 _LEVELS = 2  # a checkpoint of such a class, and the state dict in it

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ckptavg.formats.inert_values import MalformedPickle, Opaque
+from ckptavg.formats.safe_pickle.values import MalformedPickle, Opaque
 
 _MOST_MODULES = 100_000
 _LONGEST_NAME = 1000

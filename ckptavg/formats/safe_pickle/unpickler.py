@@ -14,10 +14,12 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
-from ckptavg.display import size_text
-from ckptavg.formats import arrays
-from ckptavg.formats.inert_calls import known_call
-from ckptavg.formats.inert_values import (
+from ckptavg.errors.printable import size_text
+from ckptavg.formats.checkpoint import PROVENANCE
+from ckptavg.formats.safe_pickle import arrays
+from ckptavg.formats.safe_pickle.calls import known_call
+from ckptavg.formats.safe_pickle.mappings import unfold_mappings
+from ckptavg.formats.safe_pickle.values import (
     Global,
     MalformedPickle,
     NumpyArray,
@@ -29,8 +31,6 @@ from ckptavg.formats.inert_values import (
     name_of,
     storage_of,
 )
-from ckptavg.formats.mappings import unfold_mappings
-from ckptavg.formats.table import PROVENANCE
 
 MAX_PICKLE = 64 * 2**20
 _MOST_CONTAINERS = 5_000_000  # a byte of pickle can make one of 200 bytes

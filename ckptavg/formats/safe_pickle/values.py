@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from ckptavg.formats.table import DTYPES, DType
+from ckptavg.formats.checkpoint import DTYPES, DType
 
 
 class MalformedPickle(ValueError):

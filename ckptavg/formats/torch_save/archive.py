@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ckptavg.formats.table import DType, row_major
+from ckptavg.formats.checkpoint import DType, row_major
 
 _ALIGNMENT = 64
 _PREFIX = "archive/"

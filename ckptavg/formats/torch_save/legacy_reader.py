@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from ckptavg.errors import CheckpointError
-from ckptavg.formats import inert_pickle, storage
-from ckptavg.formats.arrays import name_arrays
 from ckptavg.formats.damage import cut_short
-from ckptavg.formats.inert_values import MalformedPickle, PickleCutShort, Storage
-from ckptavg.formats.storage import Location
+from ckptavg.formats.safe_pickle import unpickler
+from ckptavg.formats.safe_pickle.arrays import name_arrays
+from ckptavg.formats.safe_pickle.values import MalformedPickle, PickleCutShort, Storage
+from ckptavg.io import paths as storage
+from ckptavg.io.paths import Location
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PICKLED_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
@@ -68,7 +69,7 @@ def read(place: str | Location, size: int) -> LegacyFile:
 
 def _read(place: str | Location, size: int) -> LegacyFile:
     with storage.open_binary(place) as file:
-        magic, protocol, system = (inert_pickle.load(file)[0] for _ in range(3))
+        magic, protocol, system = (unpickler.load(file)[0] for _ in range(3))
         if magic != _MAGIC or protocol != _PROTOCOL or not isinstance(system, dict):
             raise MalformedPickle("its protocol is unknown")
         if system.get("little_endian") is not True:
@@ -76,8 +77,8 @@ def _read(place: str | Location, size: int) -> LegacyFile:
                 f"{place} was saved on a big-endian machine", "Load and save it on this one."
             )
         start = file.tell()
-        tree, storages = inert_pickle.load(file)
-        keys, _ = inert_pickle.load(file)
+        tree, storages = unpickler.load(file)
+        keys, _ = unpickler.load(file)
         if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
             raise MalformedPickle("its list of storages is malformed")
         counted = not storage.is_url(str(place))

@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from ckptavg.errors import CheckpointError
-from ckptavg.formats import lightning, torch_zip, weights
-from ckptavg.formats.harmless import Keeper
-from ckptavg.formats.inert_values import MalformedPickle, TensorView
-from ckptavg.formats.output import FileLayout, OutputTensor
-from ckptavg.formats.reading import Reader
-from ckptavg.formats.table import PROVENANCE, Checkpoint
-from ckptavg.formats.torch_pickle import Archive, StorageStub, TensorStub, dumps
-from ckptavg.formats.torch_zip import PROVENANCE_RECORD, TorchFile
+from ckptavg.formats import lightning, state_dict
+from ckptavg.formats.checkpoint import PROVENANCE, Checkpoint
+from ckptavg.formats.file_layout import FileLayout, OutputTensor
+from ckptavg.formats.reader import Reader
+from ckptavg.formats.safe_pickle.allowlist import Keeper
+from ckptavg.formats.safe_pickle.values import MalformedPickle, TensorView
+from ckptavg.formats.torch_save import zip_reader
+from ckptavg.formats.torch_save.archive import Archive, StorageStub, TensorStub, dumps
+from ckptavg.formats.torch_save.zip_reader import PROVENANCE_RECORD, TorchFile
 from ckptavg.formats.tree import Place, join, locate
 
 PLAIN_SUFFIX = ".pt"
@@ -116,7 +117,7 @@ class _Storages:
 
     def keep(self, view: TensorView, file: TorchFile) -> TensorStub | None:
         """A small tensor with its values; None if there are too many."""
-        same = weights.identity(view)
+        same = state_dict.identity(view)
         room = len(self._kept) < _MOST_VALUES and self._bytes < _MOST_BYTES
         if same not in self._kept and room:
             self._kept[same] = self._read(view, file)
@@ -151,7 +152,7 @@ def _like_file(plain: bool, provenance: str, template: Checkpoint, book: _Storag
     bare = OrderedDict(book.stubs)
     alone = {STATE_DICT: bare, PROVENANCE: provenance}
     template.files[0].verify()
-    file = torch_zip.read(template.files[0].path)
+    file = zip_reader.read(template.files[0].path)
     places = _places(file, template)
     pickled = any(place.pickled for place in places.values())
     notes = [_MODULE] if pickled or not places else []
@@ -225,7 +226,7 @@ def _usual_place(
 ) -> Place | None:
     """Where loaders look for the weights, if another entry of the same names was averaged."""
     try:
-        usual = weights.find_weights(file.path, file.tree, None)
+        usual = state_dict.find_weights(file.path, file.tree, None)
     except (CheckpointError, MalformedPickle):
         return None
     if template.networks or usual.networks or usual.entry.keys() != places[""].entry.keys():
@@ -248,10 +249,10 @@ def _keeper(
         for name, view in place.entry.items():
             known = isinstance(view, TensorView) and bare.get(join(path, name))
             if known in book.stubs:
-                same[weights.identity(view)] = book.stubs[known]
+                same[state_dict.identity(view)] = book.stubs[known]
 
     def tensor(view: TensorView, among_values: bool) -> TensorStub | None:
-        if found := same.get(weights.identity(view)):
+        if found := same.get(state_dict.identity(view)):
             return found
         small = not view.shape or (among_values and math.prod(view.shape) <= _SMALL)
         return book.keep(view, file) if small and view.dtype.size else None

@@ -9,16 +9,25 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, cast
 
-from ckptavg.display import size_text
 from ckptavg.errors import CheckpointError
-from ckptavg.formats import foreign, inert_pickle, storage, torch_legacy, zip_directory
-from ckptavg.formats.arrays import name_arrays
+from ckptavg.errors.printable import size_text
+from ckptavg.errors.system import guard_reads
+from ckptavg.formats import foreign
+from ckptavg.formats.checkpoint import Guard, Piece, Tensor
 from ckptavg.formats.damage import cut_short, damaged
-from ckptavg.formats.inert_values import MalformedPickle, Storage, TensorView
-from ckptavg.formats.storage import Location
-from ckptavg.formats.table import Guard, Piece, Tensor
-from ckptavg.formats.zip_directory import LOCAL_HEADER, CutShort, Directory, Entry, MalformedZip
-from ckptavg.system_errors import guard_reads
+from ckptavg.formats.safe_pickle import unpickler
+from ckptavg.formats.safe_pickle.arrays import name_arrays
+from ckptavg.formats.safe_pickle.values import MalformedPickle, Storage, TensorView
+from ckptavg.formats.torch_save import legacy_reader, zip_directory
+from ckptavg.formats.torch_save.zip_directory import (
+    LOCAL_HEADER,
+    CutShort,
+    Directory,
+    Entry,
+    MalformedZip,
+)
+from ckptavg.io import paths
+from ckptavg.io.paths import Location
 
 PROVENANCE_RECORD = "ckptavg.json"  # where a bare state dict has no room for an entry
 START = b"PK\x03\x04"
@@ -89,7 +98,7 @@ class TorchFile:
             return None
         if code is None or piece.text is not None:
             return None
-        with storage.open_binary(self.path) as file:
+        with paths.open_binary(self.path) as file:
             if piece.guard:
                 file.seek(piece.guard.offset)
                 if file.read(len(piece.guard.content)) != piece.guard.content:
@@ -115,16 +124,16 @@ def read(place: str | Location, within: tuple[int, int] | None = None) -> TorchF
     path = str(place)
     try:
         with _open(place, within) as file:
-            if within is None and torch_legacy.looks_like(file.read(torch_legacy.HEAD)):
-                old = torch_legacy.read(place, file.seek(0, io.SEEK_END))
+            if within is None and legacy_reader.looks_like(file.read(legacy_reader.HEAD)):
+                old = legacy_reader.read(place, file.seek(0, io.SEEK_END))
                 return TorchFile(path, old.tree, lambda s: _Place(old.offset(s)), arrays=old.arrays)
             archive = _Archive.of(path, file)
             archive.check_byte_order(file)
-            tree = inert_pickle.loads(archive.content(file, "data.pkl"))
+            tree = unpickler.loads(archive.content(file, "data.pkl"))
             arrays = name_arrays(tree)
             made = PROVENANCE_RECORD in archive.entries
             text = archive.content(file, PROVENANCE_RECORD).decode() if made else None
-            guesses = archive.guess_starts(file) if storage.is_url(path) else {}
+            guesses = archive.guess_starts(file) if paths.is_url(path) else {}
     except MalformedPickle as error:
         raise damaged(path, f"its pickle is malformed: {error}") from error
     except CutShort as error:
@@ -151,7 +160,7 @@ def read(place: str | Location, within: tuple[int, int] | None = None) -> TorchF
 
 
 def _open(place: str | Location, within: tuple[int, int] | None) -> BinaryIO:
-    file = storage.open_binary(place)
+    file = paths.open_binary(place)
     return cast(BinaryIO, _Part(file, *(within or (0, file.seek(0, io.SEEK_END)))))
 
 
@@ -245,12 +254,12 @@ class _Archive:
             CheckpointError: It is huge.
         """
         entry = self.entries[name]
-        if entry.size > inert_pickle.MAX_PICKLE and not entry.stored:
+        if entry.size > unpickler.MAX_PICKLE and not entry.stored:
             raise MalformedZip(f"{entry.name!r} claims {entry.size} bytes")
-        if entry.size > inert_pickle.MAX_PICKLE:
+        if entry.size > unpickler.MAX_PICKLE:
             raise CheckpointError(
                 f"{self.path} has {size_text(entry.size)} in {entry.name!r}, of which at most "
-                f"{size_text(inert_pickle.MAX_PICKLE)} are read: NumPy's arrays lie there, torch's "
+                f"{size_text(unpickler.MAX_PICKLE)} are read: NumPy's arrays lie there, torch's "
                 "tensors do not",
                 "Load it, and save torch.from_numpy of each array in its place.",
             )
@@ -407,4 +416,4 @@ def _crc(file: BinaryIO, entry: Entry, end: int) -> int:
 
 def looks_like(start: bytes) -> bool:
     """Tell a file of ``torch.save``, or another zip file, by its beginning."""
-    return start.startswith(START) or torch_legacy.looks_like(start)
+    return start.startswith(START) or legacy_reader.looks_like(start)

@@ -6,7 +6,7 @@ import fnmatch
 import re
 from pathlib import Path
 
-from ckptavg.formats.storage import Location, ancestors
+from ckptavg.io.paths import Location, ancestors
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".pt.tar", ".pth.tar", ".ckpt.tar")
 NOT_WEIGHTS = "not a model's weights"

@@ -10,18 +10,14 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 from ckptavg.errors import CheckpointError, RunError, first_few
-from ckptavg.formats import (
-    adapter,
-    dcp,
-    deepspeed,
-    is_checkpoint_directory,
-    refuse_partitioned,
-)
-from ckptavg.formats.components import part_names
-from ckptavg.formats.neighbours import suggest_neighbours
+from ckptavg.formats import deepspeed, is_checkpoint_directory, refuse_partitioned
+from ckptavg.formats.dcp import reader
+from ckptavg.formats.huggingface import peft
+from ckptavg.formats.huggingface.components import part_names
 from ckptavg.formats.shards import find_shards, parse_name
-from ckptavg.formats.storage import Location
-from ckptavg.runs.file_names import (
+from ckptavg.io.neighbours import suggest_neighbours
+from ckptavg.io.paths import Location
+from ckptavg.runs.discovery.file_names import (
     EMA_COPY,
     NOT_WEIGHTS,
     OTHER_STATE,
@@ -31,25 +27,25 @@ from ckptavg.runs.file_names import (
     stem_of,
     why_not,
 )
-from ckptavg.runs.left_out import NO_MATCH, REPLICA, SKIPPED, LeftOut, describe_no_match
-from ckptavg.runs.nearby import find_only_run, holds_checkpoints, runs_below
-from ckptavg.runs.networks import (
+from ckptavg.runs.discovery.left_out import NO_MATCH, REPLICA, SKIPPED, LeftOut, describe_no_match
+from ckptavg.runs.discovery.nearby import find_only_run, holds_checkpoints, runs_below
+from ckptavg.runs.discovery.networks import (
     Groups,
     refuse_networks,
     split_copies,
     split_weightless,
     with_roots,
 )
-from ckptavg.runs.numbered import (
+from ckptavg.runs.discovery.numbered import (
     group_by_place,
     is_series,
     mask_step,
     place_of,
     weights_below,
 )
-from ckptavg.runs.ranks import are_parts, find_replicas
-from ckptavg.runs.suffixes import PASSED_OVER, split_by_suffix
-from ckptavg.runs.unfinished import find_unfinished, why_unfinished
+from ckptavg.runs.discovery.ranks import are_parts, find_replicas
+from ckptavg.runs.discovery.suffixes import PASSED_OVER, split_by_suffix
+from ckptavg.runs.discovery.unfinished import find_unfinished, why_unfinished
 
 _UNLIKE = "without a number, unlike its neighbours"
 
@@ -238,8 +234,8 @@ def _replace_parts(paths: Sequence[Location]) -> list[Location]:
 
 def _replace_part(path: Location) -> Location:
     """Replace a file of an adapter or of a rank by its directory; other paths stay."""
-    is_adapter = path.name in adapter.FILES and adapter.weights_file(path.parent) is not None
-    return path.parent if is_adapter or path.suffix == dcp.SUFFIX else path
+    is_adapter = path.name in peft.FILES and peft.weights_file(path.parent) is not None
+    return path.parent if is_adapter or path.suffix == reader.SUFFIX else path
 
 
 def _select(members: list[Location], pattern: str | None, findings: Findings) -> list[Location]:

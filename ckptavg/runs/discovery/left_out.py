@@ -6,11 +6,11 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from ckptavg.errors import RunError, first_few
-from ckptavg.formats.storage import Location
-from ckptavg.runs.file_names import NOT_WEIGHTS
-from ckptavg.runs.numbered import step_directory
-from ckptavg.runs.suffixes import PASSED_OVER
-from ckptavg.spelling import close_names
+from ckptavg.errors.spelling import close_names
+from ckptavg.io.paths import Location
+from ckptavg.runs.discovery.file_names import NOT_WEIGHTS
+from ckptavg.runs.discovery.numbered import step_directory
+from ckptavg.runs.discovery.suffixes import PASSED_OVER
 
 LeftOut = tuple[Location, str]
 SKIPPED = "skipped, as asked for"

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 
 from ckptavg.errors import RunError, first_few
 from ckptavg.formats import is_checkpoint_directory
-from ckptavg.formats.storage import Location
-from ckptavg.runs.file_names import OTHER_STATE, SUFFIXES, natural, stem_of
-from ckptavg.runs.numbered import mask_step, step_directory, weights_below
-from ckptavg.runs.ranks import find_replicas
+from ckptavg.io.paths import Location
+from ckptavg.runs.discovery.file_names import OTHER_STATE, SUFFIXES, natural, stem_of
+from ckptavg.runs.discovery.numbered import mask_step, step_directory, weights_below
+from ckptavg.runs.discovery.ranks import find_replicas
 
 # Levels, and directories per level, in which runs to name are looked for.
 _DEEPEST_RUN, _MOST_LOOKED_INTO = 4, 200

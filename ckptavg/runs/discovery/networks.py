@@ -9,9 +9,9 @@ from typing import Literal
 from ckptavg.errors import CheckpointError, NoWeightsError, RunError, first_few
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.foreign import is_text
-from ckptavg.formats.storage import Location
-from ckptavg.runs.file_names import is_ema_name, original_names
-from ckptavg.runs.numbered import Place
+from ckptavg.io.paths import Location
+from ckptavg.runs.discovery.file_names import is_ema_name, original_names
+from ckptavg.runs.discovery.numbered import Place
 
 Groups = dict[Location | Place, list[Location]]
 _Content = Literal["weights", "integers", "nothing", "unknown"]

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from itertools import chain
 
 from ckptavg.formats import is_checkpoint_directory
-from ckptavg.formats.storage import Location, ancestors
-from ckptavg.runs.file_names import SUFFIXES, stem_of, why_not
-from ckptavg.runs.steps_in_names import DATE
+from ckptavg.io.paths import Location, ancestors
+from ckptavg.runs.discovery.file_names import SUFFIXES, stem_of, why_not
+from ckptavg.runs.discovery.steps_in_names import DATE
 
 DEEPEST = 5  # levels between a checkpoint and the directory that is called after its step
 # Directories of a level below one step's: a data set may lie there too.

@@ -14,11 +14,11 @@ from itertools import pairwise
 
 from ckptavg.errors import CheckpointError, first_few
 from ckptavg.formats import Checkpoint, open_checkpoint
-from ckptavg.formats.comparing import Contents, SameWeights
 from ckptavg.formats.names import running_statistics
-from ckptavg.formats.storage import Location, ancestors
-from ckptavg.runs.file_names import natural
-from ckptavg.runs.numbered import mask_step
+from ckptavg.io.paths import Location, ancestors
+from ckptavg.runs.discovery.file_names import natural
+from ckptavg.runs.discovery.numbered import mask_step
+from ckptavg.runs.duplicates import Contents, SameWeights
 
 # Levels above a file in which the number of its rank is looked for.
 _DEEPEST = 3

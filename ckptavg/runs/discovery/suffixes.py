@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from ckptavg.formats.beginning import begins_as_checkpoint
-from ckptavg.formats.storage import Location
-from ckptavg.runs.file_names import SUFFIXES, is_alias_name, matches, stem_of, why_not
+from ckptavg.formats.signatures import begins_as_checkpoint
+from ckptavg.io.paths import Location
+from ckptavg.runs.discovery.file_names import SUFFIXES, is_alias_name, matches, stem_of, why_not
 
 PASSED_OVER = "its suffix is none of the usual ones; name it, or match it by --glob"
 # Files of a directory whose first bytes are read: it may be a data set of images.

@@ -6,9 +6,10 @@ import re
 from collections.abc import Sequence
 
 from ckptavg.errors import RunError
-from ckptavg.formats import adapter, dcp, huggingface
-from ckptavg.formats.storage import Location
-from ckptavg.runs.numbered import weights_below
+from ckptavg.formats.dcp import reader
+from ckptavg.formats.huggingface import layout, peft
+from ckptavg.io.paths import Location
+from ckptavg.runs.discovery.numbered import weights_below
 
 
 def find_unfinished(directories: Sequence[Location]) -> dict[Location, RunError]:
@@ -22,20 +23,16 @@ def why_unfinished(directory: Location) -> RunError | None:
     numbered = re.fullmatch(r"checkpoint[-_]\d+", directory.name)
     if numbered and any(directory.glob("adapter_model.*")):
         return RunError(
-            f"{directory} holds an adapter without its {adapter.CONFIG}",
+            f"{directory} holds an adapter without its {peft.CONFIG}",
             "Copy that file beside it: it holds the rank and the scale.",
         )
     why = ""
-    if any(directory.glob(f"*{dcp.SUFFIX}")):
+    if any(directory.glob(f"*{reader.SUFFIX}")):
         why = (
-            f"holds parts of one model but no {dcp.METADATA}, which is written last and says how "
-            "they fit"
+            f"holds parts of one model but no {reader.METADATA}, which is written last and says "
+            "how they fit"
         )
-    elif (
-        numbered
-        and (directory / huggingface.TRAINER_STATE).is_file()
-        and not weights_below(directory)
-    ):
+    elif numbered and (directory / layout.TRAINER_STATE).is_file() and not weights_below(directory):
         why = "looks like a checkpoint but holds no weights"
     if not why:
         return None

@@ -9,8 +9,8 @@ from adapters import HEAD, A, B, factors, write_adapters
 from helpers import average_by_hand, same_bits, save
 
 from ckptavg import average, open_run
+from ckptavg.averaging.stream import stream
 from ckptavg.errors import CheckpointError, UnsupportedTensorError
-from ckptavg.stream import stream
 
 
 def product(state, scale):
@@ -58,8 +58,8 @@ def test_an_element_is_rounded_once(tmp_path):
 
 @pytest.mark.parametrize("weights", [None, [1, 2, 3]])
 def test_bytes_are_counted_once(tmp_path, weights):
-    from ckptavg.averaging import in_memory
-    from ckptavg.planned_average import plan_average
+    from ckptavg.averaging.api import in_memory
+    from ckptavg.averaging.plan import plan_average
 
     states = [factors(i) for i in range(3)]
     planned = plan_average(open_run(write_adapters(tmp_path, states)), weights=weights)
@@ -70,9 +70,9 @@ def test_bytes_are_counted_once(tmp_path, weights):
 
 
 def test_bits_do_not_depend_on_blocks_or_threads(tmp_path):
-    from ckptavg.formats.writing import MemorySink
-    from ckptavg.groups import Job
-    from ckptavg.planned_average import plan_average
+    from ckptavg.averaging.plan import plan_average
+    from ckptavg.averaging.read_groups import Job
+    from ckptavg.outputs.sinks import MemorySink
 
     generator = torch.Generator().manual_seed(0)
     states = [

@@ -11,14 +11,14 @@ from torch.utils.data import TensorDataset
 
 import ckptavg
 from ckptavg import Candidate, evaluate, open_checkpoint, open_run
-from ckptavg.averaging import load
+from ckptavg.averaging.api import load
+from ckptavg.averaging.plan import plan_average
+from ckptavg.averaging.planning.frozen_layers import find_frozen_layers
+from ckptavg.batchnorm.checkpoints import Pass, update_checkpoint, write_averages
 from ckptavg.errors import BatchNormError, StaleStatisticsWarning, UsageError
+from ckptavg.evaluation.results import is_worse
 from ckptavg.formats.names import layer_statistics
-from ckptavg.frozen_layers import find_frozen_layers
-from ckptavg.planned_average import plan_average
-from ckptavg.refresh import Pass, update_checkpoint, write_averages
-from ckptavg.results import is_worse
-from ckptavg.runtime import Runtime
+from ckptavg.models.device import Runtime
 
 CPU = Runtime(torch.device("cpu"), batch_size=64)
 

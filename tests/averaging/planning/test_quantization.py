@@ -294,7 +294,7 @@ def test_a_large_table_is_looked_at_in_few_places(tmp_path, monkeypatch):
     )
     run = open_run(tmp_path)
     read = counted_reads(monkeypatch)
-    from ckptavg.planned_average import plan_average
+    from ckptavg.averaging.plan import plan_average
 
     plan_average(run)
     assert len(paths) == 2

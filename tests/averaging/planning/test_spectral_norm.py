@@ -11,11 +11,12 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils import spectral_norm as hook
 
-from ckptavg import average, open_run, spectral_norm
+from ckptavg import average, open_run
+from ckptavg.averaging.planning import spectral_norm
+from ckptavg.averaging.planning.modules import Modules
 from ckptavg.formats import open_checkpoint
-from ckptavg.formats.table import DTYPES, Tensor
-from ckptavg.modules import Modules
-from ckptavg.verifying import Verifier
+from ckptavg.formats.checkpoint import DTYPES, Tensor
+from ckptavg.inspection.verify import Verifier
 
 LAYERS = {
     "linear": lambda: nn.Linear(7, 5),

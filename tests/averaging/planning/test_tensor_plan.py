@@ -4,10 +4,10 @@ import pytest
 import torch
 from helpers import opened, save
 
+from ckptavg.averaging.planning.tensor_plan import Rules, copy_plan, make_plan
 from ckptavg.errors import CkptavgError, MismatchError, UnsupportedTensorError, UsageError
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.names import batchnorm_layers
-from ckptavg.plan import Rules, copy_plan, make_plan
 
 ONE = {"w": torch.ones(2)}
 

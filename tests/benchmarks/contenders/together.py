@@ -11,7 +11,7 @@ def main(directory: str, out: str, count: str) -> None:
     scene = Scene.load(directory)
     with reported(scene, out) as scores:
         import ckptavg
-        from ckptavg.planned_average import plan_average
+        from ckptavg.averaging.plan import plan_average
 
         run = ckptavg.open_run(scene.run)
         candidates = [

@@ -19,13 +19,13 @@ from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import ckptavg
+from ckptavg.batchnorm.checkpoints import Pass, update_checkpoint
 from ckptavg.errors import CheckpointError, RunError
-from ckptavg.formats import dcp as our_dcp
 from ckptavg.formats import is_checkpoint_directory, open_checkpoint
-from ckptavg.formats.dcp import Box
+from ckptavg.formats.dcp import reader as our_dcp
+from ckptavg.formats.dcp.reader import Box
 from ckptavg.formats.tiling import tiles
-from ckptavg.refresh import Pass, update_checkpoint
-from ckptavg.runtime import Runtime
+from ckptavg.models.device import Runtime
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:torch.distributed is disabled, unavailable or uninitialized"

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 import ckptavg
 from ckptavg.errors import CheckpointError
-from ckptavg.formats import companions, copying
-from ckptavg.formats.stamp import FileStamp
+from ckptavg.formats.huggingface import companions
+from ckptavg.io import copying
+from ckptavg.io.stamp import FileStamp
 
 MODEL = {
     "config.json": "{}",
@@ -225,7 +226,7 @@ def test_a_copy_has_the_bytes_whatever_the_chunks(tmp_path_factory, content, chu
 
 def test_a_short_read_is_no_copy(run, monkeypatch):
     fill(run / "step-2", {"vocab.txt": "12345678"})
-    opened = copying.storage.open_binary
+    opened = copying.paths.open_binary
 
     def shortened(place):
         file = opened(place)
@@ -233,7 +234,7 @@ def test_a_short_read_is_no_copy(run, monkeypatch):
             file.read()
         return file
 
-    monkeypatch.setattr(copying.storage, "open_binary", shortened)
+    monkeypatch.setattr(copying.paths, "open_binary", shortened)
     with pytest.raises(CheckpointError, match="has 8 bytes, but 0 could be read"):
         averaged(run)
     assert not (run.parent / "out").exists()

@@ -17,8 +17,8 @@ from torch import nn
 import ckptavg
 from ckptavg.errors import CheckpointError, ModelError
 from ckptavg.formats import is_checkpoint_directory, open_checkpoint
-from ckptavg.formats.components import find_components
-from ckptavg.loading import load_into
+from ckptavg.formats.huggingface.components import find_components
+from ckptavg.models.load import load_into
 
 
 def modules(*paths: str) -> str:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from ckptavg.formats import is_checkpoint_directory, open_checkpoint
-from ckptavg.formats.reading import Reader
+from ckptavg.formats.reader import Reader
 
 
 def values(checkpoint) -> dict[str, torch.Tensor]:

@@ -14,7 +14,8 @@ from torch import _utils
 
 import ckptavg
 from ckptavg.errors import CheckpointError, UnsupportedTensorError
-from ckptavg.formats import inert_pickle, open_checkpoint
+from ckptavg.formats import open_checkpoint
+from ckptavg.formats.safe_pickle import unpickler
 
 NUMBERS = ["f2", "f4", "f8", "c8", "c16", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?"]
 CLASSIC, ZIP = False, True
@@ -132,6 +133,6 @@ def test_tensors_of_a_device_that_went_through_numpy_are_read_as_torch_reads_the
 
 def test_a_pickle_that_is_too_large_says_why_it_is(tmp_path, monkeypatch):
     torch.save({"w": np.zeros(1000)}, tmp_path / "step_1.pt")
-    monkeypatch.setattr(inert_pickle, "MAX_PICKLE", 2**12)
+    monkeypatch.setattr(unpickler, "MAX_PICKLE", 2**12)
     with pytest.raises(CheckpointError, match=r"NumPy's arrays lie there.*from_numpy"):
         open_checkpoint(tmp_path / "step_1.pt")

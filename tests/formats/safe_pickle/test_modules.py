@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from ckptavg.averaging import average, load
-from ckptavg.formats import open_checkpoint, pickled_module
-from ckptavg.formats.inert_values import Global, Opaque
-from ckptavg.run import open_run
+from ckptavg.averaging.api import average, load
+from ckptavg.formats import open_checkpoint
+from ckptavg.formats.safe_pickle import modules
+from ckptavg.formats.safe_pickle.values import Global, Opaque
+from ckptavg.runs.run import open_run
 
 
 class Block(nn.Module):
@@ -74,8 +75,8 @@ def test_whole_modules_average(tmp_path):
 def test_a_module_that_holds_itself_is_refused():
     loop = Opaque(Global("x", "Net"))
     loop.state = {"_parameters": {}, "_buffers": {}, "_modules": {"me": loop}}
-    with pytest.raises(pickled_module.MalformedPickle, match="holds more others"):
-        pickled_module.state_dict(loop)
+    with pytest.raises(modules.MalformedPickle, match="holds more others"):
+        modules.state_dict(loop)
 
 
 def test_a_file_with_a_module_that_holds_itself_is_one_line(tmp_path, refusal):

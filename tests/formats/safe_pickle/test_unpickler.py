@@ -28,8 +28,8 @@ from assembler import get, glob, put, storage, tensor, text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptavg.formats import inert_pickle
-from ckptavg.formats.inert_values import Global, MalformedPickle, Opaque, Refused, TensorView
+from ckptavg.formats.safe_pickle import unpickler
+from ckptavg.formats.safe_pickle.values import Global, MalformedPickle, Opaque, Refused, TensorView
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
 
@@ -42,7 +42,7 @@ def saved_pickle(value, protocol=2) -> bytes:
 
 def saved(value, protocol=2):
     """What the inert unpickler makes of a file that ``torch.save`` wrote."""
-    return inert_pickle.loads(saved_pickle(value, protocol))
+    return unpickler.loads(saved_pickle(value, protocol))
 
 
 def outline(value):
@@ -199,7 +199,7 @@ NUMBERS = [np.float64(1.5), np.float32(0.25), np.float16(2.5), np.int64(-7), np.
 @pytest.mark.parametrize("protocol", [2, 5])
 @pytest.mark.parametrize("number", NUMBERS, ids=lambda n: f"{n.dtype}")
 def test_numpy_scalars_are_numbers(number, protocol):
-    found = inert_pickle.loads(pickle.dumps(number, protocol))
+    found = unpickler.loads(pickle.dumps(number, protocol))
     assert found == number.item()
     assert type(found) is type(number.item())
 
@@ -213,7 +213,7 @@ class BigEndian:
 
 def test_a_number_of_the_other_byte_order_is_read():
     data = pickle.dumps(BigEndian())
-    assert pickle.loads(data) == inert_pickle.loads(data) == 1.5
+    assert pickle.loads(data) == unpickler.loads(data) == 1.5
 
 
 DEEP = ("srv", "datasets", "imagenet_resized_224", "training_split")
@@ -236,7 +236,7 @@ HONEST = {
 @pytest.mark.parametrize("protocol", [2, 3, 5])
 @pytest.mark.parametrize("value", [pytest.param(v, id=k) for k, v in HONEST.items()])
 def test_large_honest_objects_are_no_bombs(value, protocol):
-    assert inert_pickle.loads(pickle.dumps({"it": value, "step": 3}, protocol))["step"] == 3
+    assert unpickler.loads(pickle.dumps({"it": value, "step": 3}, protocol))["step"] == 3
 
 
 scalars = (
@@ -274,13 +274,13 @@ def typed(value):
 @settings(max_examples=120, deadline=None)
 @given(plain, st.sampled_from(PROTOCOLS))
 def test_plain_data_round_trips(value, protocol):
-    assert typed(inert_pickle.loads(pickle.dumps(value, protocol))) == typed(value)
+    assert typed(unpickler.loads(pickle.dumps(value, protocol))) == typed(value)
 
 
 def test_shared_and_cyclic_structure_is_kept():
     shared: list = [1]
     shared.append(shared)
-    found = inert_pickle.loads(pickle.dumps({"a": shared, "b": shared}))
+    found = unpickler.loads(pickle.dumps({"a": shared, "b": shared}))
     assert found["a"] is found["b"]
     assert found["a"][1] is found["a"]
 
@@ -295,11 +295,11 @@ REPEATS = {
 
 @pytest.mark.parametrize("part", REPEATS.values(), ids=REPEATS)
 def test_what_takes_memory_is_counted(part, monkeypatch):
-    monkeypatch.setattr(inert_pickle, "_MOST_CONTAINERS", 100)
+    monkeypatch.setattr(unpickler, "_MOST_CONTAINERS", 100)
     few, many = (MARK + part * n + TUPLE + STOP for n in (30, 101))
-    assert len(inert_pickle.loads(few)) == 30
+    assert len(unpickler.loads(few)) == 30
     with pytest.raises(MalformedPickle, match="more than 100"):
-        inert_pickle.loads(many)
+        unpickler.loads(many)
 
 
 # ---------------------------------------------------------------------------------- hostile pickles
@@ -371,19 +371,19 @@ def test_a_hostile_pickle_does_nothing(way, tmp_path):
     assert canary.exists(), "this pickle is harmless and proves nothing"
     canary.unlink()
     with contextlib.suppress(MalformedPickle):
-        inert_pickle.loads(data)
+        unpickler.loads(data)
     assert not canary.exists()
 
 
 def test_a_call_is_recorded_by_name_and_arguments():
-    found = inert_pickle.loads(glob("os", "system") + text("true") + TUPLE1 + REDUCE + STOP)
+    found = unpickler.loads(glob("os", "system") + text("true") + TUPLE1 + REDUCE + STOP)
     assert (found.type, found.args) == (Global("os", "system"), ("true",))
 
 
 def test_nothing_is_imported(tmp_path, monkeypatch):
     (tmp_path / "trapdoor.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(tmp_path)
-    found = inert_pickle.loads(glob("trapdoor", "x") + EMPTY_TUPLE + NEWOBJ + STOP)
+    found = unpickler.loads(glob("trapdoor", "x") + EMPTY_TUPLE + NEWOBJ + STOP)
     assert found.type == Global("trapdoor", "x")
 
 
@@ -420,7 +420,7 @@ MALFORMED = {
 @pytest.mark.parametrize("data", MALFORMED.values(), ids=MALFORMED)
 def test_a_malformed_pickle_is_refused(data):
     with pytest.raises(MalformedPickle):
-        inert_pickle.loads(data)
+        unpickler.loads(data)
 
 
 IMPOSSIBLE_TENSORS = {
@@ -448,7 +448,7 @@ IMPOSSIBLE_TENSORS = {
 @pytest.mark.parametrize("data", IMPOSSIBLE_TENSORS.values(), ids=IMPOSSIBLE_TENSORS)
 def test_a_tensor_that_cannot_be_is_refused(data):
     with pytest.raises(MalformedPickle):
-        inert_pickle.loads(data + STOP)
+        unpickler.loads(data + STOP)
 
 
 @pytest.mark.parametrize(
@@ -456,7 +456,7 @@ def test_a_tensor_that_cannot_be_is_refused(data):
     [tensor(), tensor(kind="UntypedStorage", numel=16, dtype="float32"), tensor(dtype="float32")],
 )
 def test_the_same_tensor_within_its_storage_is_read(data):
-    found = inert_pickle.loads(data + STOP)
+    found = unpickler.loads(data + STOP)
     assert (found.shape, found.stride, found.dtype.name) == ((4,), (1,), "float32")
 
 
@@ -485,4 +485,4 @@ def mutated(draw):
 @given(st.binary(max_size=60) | mutated() | st.lists(OPCODES, max_size=30).map(b"".join))
 def test_no_bytes_raise_anything_but_malformed_pickle(data):
     with contextlib.suppress(MalformedPickle):
-        inert_pickle.loads(data)
+        unpickler.loads(data)

@@ -12,10 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptavg.averaging import average, load
+from ckptavg.averaging.api import average, load
 from ckptavg.errors import CheckpointError
 from ckptavg.formats import open_checkpoint
-from ckptavg.run import open_run
+from ckptavg.runs.run import open_run
 
 
 def legacy(path, value):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from ckptavg.errors import CheckpointError
 from ckptavg.formats import open_checkpoint
-from ckptavg.formats.reading import Reader
+from ckptavg.formats.reader import Reader
 
 fsspec = pytest.importorskip("fsspec")
 

@@ -20,10 +20,12 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import ckptavg
-from ckptavg.formats import harmless, open_checkpoint, torch_layout
+from ckptavg.batchnorm.checkpoints import Pass, update_checkpoint
+from ckptavg.formats import open_checkpoint
 from ckptavg.formats.metric_names import is_metric
-from ckptavg.refresh import Pass, update_checkpoint
-from ckptavg.runtime import Runtime
+from ckptavg.formats.safe_pickle import allowlist
+from ckptavg.formats.torch_save import writer
+from ckptavg.models.device import Runtime
 
 
 def model() -> nn.Module:
@@ -436,7 +438,7 @@ def test_a_chain_that_is_shared_at_each_of_its_links_is_too_deep_all_the_same(tm
 
 
 def test_numbers_are_stored_once_and_not_by_the_million(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch_layout, "_MOST_VALUES", 3)
+    monkeypatch.setattr(writer, "_MOST_VALUES", 3)
     loss = torch.arange(5.0)
 
     def make(one, _):
@@ -573,7 +575,7 @@ def values():
 
 @given(values())
 def test_plain_values_are_all_kept(value):
-    keeper = harmless.Keeper(key="model", plain=True, tensor=lambda *_: None, replaced={})
+    keeper = allowlist.Keeper(key="model", plain=True, tensor=lambda *_: None, replaced={})
     kept = keeper.entries({"it": value})
     assert repr(kept) == repr({"it": value})
     assert not keeper.dropped
