@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptavg.cli.options import SELECTION, check_picks, pair, planned, positive, selected
-from ckptavg.cli.options import scheme as read_scheme
+from ckptavg.cli.param_types import pair, positive
+from ckptavg.cli.param_types import scheme as read_scheme
+from ckptavg.cli.selection import SELECTION, check_picks, plan_selection, select_for_average
 from ckptavg.errors import CkptavgError
 
 if TYPE_CHECKING:
@@ -86,9 +87,9 @@ def planned_also(one: Also, run: Run, selection: Run, settings: Mapping[str, Any
     """Plan a further average: of its own selection of the whole run, or of the command's."""
     if one.picks is not None:
         check_picks(one.picks)
-        selection = selected(run, one.picks)
+        selection = select_for_average(run, one.picks)
     try:
-        return planned(selection, settings, scheme=one.scheme)
+        return plan_selection(selection, settings, scheme=one.scheme)
     except CkptavgError as error:
         error.message = f"--also {one.name}: {error.message}"
         raise

@@ -16,14 +16,11 @@ from ckptavg.cli import signals as ending
 from ckptavg.cli.error_lines import show_in_one_line
 from ckptavg.cli.help import EVERYWHERE, GroupedOption
 from ckptavg.cli.libraries import silence_libraries
+from ckptavg.cli.param_types import numbers, pair, positive, scheme, subset, whole
 from ckptavg.errors import UsageError
-from ckptavg.runs.selection_notes import note_run, note_selection
 
 if TYPE_CHECKING:
-    from ckptavg.averaging.plan import Average
     from ckptavg.cli.also import Also
-    from ckptavg.runs.best import Mode
-    from ckptavg.runs.run import Run
 
 F = TypeVar("F", bound=Callable[..., Any])
 log = logging.getLogger("ckptavg")
@@ -41,54 +38,6 @@ def together(*decorators: Callable[[F], F]) -> Callable[[F], F]:
         return functools.reduce(lambda f, d: d(f), reversed(decorators), function)
 
     return decorate
-
-
-def pair(text: str) -> tuple[int, int | None]:
-    """``N`` or ``N:M``, two whole numbers."""
-    first, separator, second = text.partition(":")
-    try:
-        return int(first), int(second) if separator else None
-    except ValueError:
-        raise click.BadParameter(f"expected N or N:M but got {text!r}") from None
-
-
-def numbers(text: str) -> list[float]:
-    """Numbers with commas between."""
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise click.BadParameter(f"expected numbers like 2,3,5 but got {text!r}") from None
-
-
-def whole(text: str) -> int:
-    """A whole number, 0 or more."""
-    if not text.isdecimal():
-        raise click.BadParameter(f"expected a whole number but got {text!r}")
-    return int(text)
-
-
-def positive(text: str) -> int:
-    """A whole number, 1 or more."""
-    if not text.isdecimal() or not int(text):
-        raise click.BadParameter(f"expected a whole number from 1 on but got {text!r}")
-    return int(text)
-
-
-def output(text: str) -> str:
-    """The path of an output, which standard output is not."""
-    if text == "-":
-        raise click.BadParameter(
-            "expected a file or a directory but got '-': weights are not written to standard output"
-        )
-    return text
-
-
-def subset(text: str) -> tuple[int, bool]:
-    """``N`` or ``N:stratified``."""
-    count, separator, how = text.partition(":")
-    if not count.isdecimal() or not int(count) or (separator and how != "stratified"):
-        raise click.BadParameter(f"expected N or N:stratified but got {text!r}")
-    return int(count), bool(separator)
 
 
 _WHICH = "Which checkpoints (of each run, in this order)"
@@ -136,17 +85,6 @@ selection_options = together(
         help="The last N.  [default: all]",
     ),
 )  # fmt: skip
-
-
-def scheme(text: str) -> str:
-    """An averaging scheme, which is checked before any file is opened."""
-    from ckptavg.averaging import schemes  # noqa: PLC0415 - help is shown without it
-
-    try:
-        schemes.parse(text)
-    except UsageError as error:
-        raise click.BadParameter(str(error)) from None
-    return text
 
 
 _HOW = "How they are weighted"
@@ -365,70 +303,6 @@ def _outputs(
     return [str(path) for path in (out, results) if path] + beside
 
 
-def pick(
-    run: Run,
-    *,
-    first: float | None,
-    final: float | None,
-    every: int | None,
-    cycle: tuple[int, int | None] | None,
-    at_lr_min: bool,
-    best: int | None,
-    metric: str | None,
-    mode: Mode | None,
-    sample: tuple[int, int | None] | None,
-    last: int | None,
-) -> Run:
-    """Apply the selection options to a run."""
-    if first is not None or final is not None:
-        run = run.steps(first, final)
-    if every is not None:
-        run = run.every(every)
-    if cycle is not None:
-        run = run.cycle(*cycle)
-    if at_lr_min:
-        run = run.at_lr_min()
-    if best is not None:
-        run = run.best(best, metric, mode)
-    if sample is not None:
-        run = run.sample(sample[0], sample[1] or 0)
-    if last is not None:
-        run = run.last(last)
-    return run
-
-
-def selected(run: Run, picks: Mapping[str, Any]) -> Run:
-    """Apply the selection options to a run of which an average is to be made."""
-    selection = pick(run, **picks)
-    if len(selection) == 1:
-        log.info("one checkpoint is selected: its average is itself")
-    return selection
-
-
-SELECTION = (
-    "first", "final", "every", "cycle", "at_lr_min", "best", "metric", "mode", "sample", "last",
-)  # fmt: skip
-
-
-def open_selected(
-    paths: Sequence[str],
-    glob: str | None,
-    skip: Sequence[str],
-    key: str | None,
-    options: dict[str, Any],
-) -> tuple[Run, Run]:
-    """Open a run and apply the selection options, which are taken out of ``options``."""
-    from ckptavg.runs.run import open_run  # noqa: PLC0415 - help is shown without it
-
-    picks = {name: options.pop(name) for name in SELECTION}
-    check_picks(picks)
-    run = open_run(*paths, glob=glob, skip=skip, key=key)
-    note_run(run)
-    selection = selected(run, picks)
-    note_selection(run, selection, in_shell=True)
-    return run, selection
-
-
 def check_statistics_options(settings: Mapping[str, Any]) -> None:
     """Make sure that there are data where an option says how statistics are recomputed.
 
@@ -441,29 +315,3 @@ def check_statistics_options(settings: Mapping[str, Any]) -> None:
         raise UsageError("--bn-samples says how much of --train-data is used: name that")
     if settings["bn_exclude"]:
         raise UsageError("--bn-exclude says what --train-data does not recompute: name that")
-
-
-def check_picks(picks: Mapping[str, Any]) -> None:
-    """Make sure that a metric and its mode are those of ``--best``.
-
-    Raises:
-        UsageError: There is nothing that they could belong to.
-    """
-    for name in ("metric", "mode"):
-        if picks[name] is not None and picks["best"] is None:
-            raise UsageError(f"--{name} says which are the --best N: name N")
-
-
-def planned(selection: Run, settings: Mapping[str, Any], *, scheme: str | None = None) -> Average:
-    """Plan the average of a selection by the tensor options, and those of the scheme or another."""
-    from ckptavg.averaging.plan import plan_average  # noqa: PLC0415 - help is shown without torch
-
-    return plan_average(
-        selection,
-        scheme or settings["scheme"],
-        weights=None if scheme else settings["weights"],
-        include=settings["include"],
-        exclude=settings["exclude"],
-        base=settings["base"],
-        dtype=settings["dtype"],
-    )

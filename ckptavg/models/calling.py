@@ -10,10 +10,8 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from inspect import Parameter
 from typing import Any
 
@@ -31,6 +29,7 @@ from ckptavg.models.batches import (
     is_zipped,
     with_tensors_for_arrays,
 )
+from ckptavg.models.signatures import NAMED, Signature
 
 log = logging.getLogger("ckptavg")
 _told: Any = WeakIdKeyDictionary()  # models of which it was said that they get less than there is
@@ -43,63 +42,6 @@ _WHOLES = frozenset(
      "batched_inputs", "batch_dict", "data_dict", "tensordict"}
 )  # fmt: skip
 """Names of parameters that stand for a batch as a whole."""
-_NAMED = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
-_PLACED = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
-
-
-@dataclass(frozen=True)
-class Signature:
-    """What a model's forward takes.
-
-    Attributes:
-        parameters: Those that have a name of their own, in order.
-        many: Whether it takes any number of inputs beside them: ``*inputs``.
-        further: Whether it takes any keywords beside them: ``**inputs``.
-    """
-
-    parameters: tuple[Parameter, ...]
-    many: bool = False
-    further: bool = False
-
-    @classmethod
-    def of(cls, model: nn.Module) -> Signature:
-        """The signature of a model, or of the one that a wrapper hands everything on to."""
-        found = _signature(model)
-        while not found.parameters and found.further:
-            inner = [*model.children()]
-            if len(inner) != 1:
-                break
-            model = inner[0]
-            found = _signature(model)
-        return found
-
-    @property
-    def required(self) -> list[Parameter]:
-        """The parameters without a default, in order."""
-        return [p for p in self.parameters if p.default is Parameter.empty]
-
-    @property
-    def names(self) -> set[str]:
-        """The names that can be passed by keyword."""
-        return {p.name for p in self.parameters if p.kind in _NAMED}
-
-    @property
-    def first(self) -> Parameter | None:
-        """The parameter that a single input goes to."""
-        return next((p for p in self.parameters if p.kind in _PLACED), None)
-
-    def takes(self, count: int) -> bool:
-        """Whether a tuple of several inputs is one that it requires as such."""
-        if not self.parameters:
-            return self.many
-        places = sum(p.kind in _PLACED for p in self.parameters)
-        places += sum(p.kind is Parameter.KEYWORD_ONLY for p in self.required)
-        return 1 < len(self.required) <= count and (count <= places or self.many)
-
-    def __str__(self) -> str:
-        shown = [p.name if p.default is Parameter.empty else f"{p.name}=" for p in self.parameters]
-        shown += ["*inputs"] * self.many + ["**inputs"] * self.further
-        return f"forward({', '.join(shown)})"
 
 
 def call(model: nn.Module, batch: Any) -> Any:
@@ -250,29 +192,6 @@ def _ends_in_labels(signature: Signature, inputs: Any) -> bool:
     )
 
 
-def _signature(model: nn.Module) -> Signature:
-    """The signature of a model's own forward; anything goes where it does not tell."""
-    try:
-        parameters = [*inspect.signature(model.forward).parameters.values()]
-    except (TypeError, ValueError):
-        parameters = _scripted(model)
-        if not parameters:
-            return Signature((), many=True, further=True)
-    own = tuple(p for p in parameters if p.kind in (*_NAMED, Parameter.POSITIONAL_ONLY))
-    kinds = {p.kind for p in parameters}
-    return Signature(own, Parameter.VAR_POSITIONAL in kinds, Parameter.VAR_KEYWORD in kinds)
-
-
-def _scripted(model: nn.Module) -> list[Parameter]:
-    """The parameters of a scripted or traced forward."""
-    schema = getattr(model.forward, "schema", None)
-    found = []
-    for argument in schema.arguments[1:] if schema is not None else ():
-        default = argument.default_value if argument.has_default_value() else Parameter.empty
-        found.append(Parameter(argument.name, Parameter.POSITIONAL_OR_KEYWORD, default=default))
-    return found
-
-
 def _is_record(signature: Signature, value: Any) -> bool:
     """Whether a value is a named tuple whose fields are what the model requires."""
     fields = getattr(value, "_fields", None)
@@ -361,7 +280,7 @@ def _with_mask(signature: Signature, parts: Sequence[Any], *, sure: bool) -> dic
     """
     places = [p.name for p in signature.parameters if "mask" in p.name and p.default is None]
     led = signature.required or [p for p in (signature.first,) if p is not None]
-    if not places or len(parts) != len(led) + 1 or any(p.kind not in _NAMED for p in led):
+    if not places or len(parts) != len(led) + 1 or any(p.kind not in NAMED for p in led):
         return None
     first, mask = parts[0], parts[-1]
     if not isinstance(first, torch.Tensor) or not isinstance(mask, torch.Tensor):

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptavg.averaging.planning.rules import Rules
-from ckptavg.cli import options
+from ckptavg.cli import options, param_types
 from ckptavg.cli.also import Also, also, planned_also
 from ckptavg.cli.commands import geometry
 from ckptavg.cli.console import Report, counted, number_text
 from ckptavg.cli.help import GroupedCommand
+from ckptavg.cli.selection import open_selection, plan_selection
 from ckptavg.errors import NonFiniteError, UsageError
 from ckptavg.errors.printable import size_text
 from ckptavg.runs.discovery.numbered import short_names
@@ -38,7 +39,7 @@ log = logging.getLogger("ckptavg")
 @click.command(cls=GroupedCommand)
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @options.option(
-    _OUT, "-o", "--out", metavar="OUT", type=options.output, common=True,
+    _OUT, "-o", "--out", metavar="OUT", type=param_types.output, common=True,
     help="FILE.safetensors, FILE.pt, a file with the inputs' suffix, or a directory.",
 )  # fmt: skip
 @options.option(
@@ -95,12 +96,12 @@ def average(
           --model torchvision:resnet50 --train-data imagefolder:train
     """
     _check_usage(out, dry_run, measured, settings)
-    run, selection = options.open_selected(paths, glob, skip, key, settings)
+    run, selection = open_selection(paths, glob, skip, key, settings)
     if settings["weights"]:
         _note_order(paths, [str(c.path) for c in selection])
     from ckptavg.averaging import api, remarks  # noqa: PLC0415 - help is shown without torch
 
-    planned = [options.planned(selection, settings)]
+    planned = [plan_selection(selection, settings)]
     planned += [planned_also(one, run, selection, settings) for one in further]
     gram = _measured_weights(selection, settings) if measured else []
     outs = [] if out is None else [out, *(one.path(out) for one in further)]

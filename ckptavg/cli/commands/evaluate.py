@@ -16,6 +16,7 @@ from ckptavg.cli.also import Also, also, planned_also
 from ckptavg.cli.console import Report
 from ckptavg.cli.help import GroupedCommand
 from ckptavg.cli.resume import Keeper
+from ckptavg.cli.selection import open_selection, plan_selection
 from ckptavg.distributed.processes import Processes, own_rank
 from ckptavg.errors import OutputError, UsageError
 
@@ -297,10 +298,10 @@ def _candidates_of_key(
     if settings["run_path"] is None:
         return files
     settings = dict(settings)
-    run, selection = options.open_selected(
+    run, selection = open_selection(
         [settings["run_path"]], settings["glob"], settings["skip"], key, settings
     )
-    planned = options.planned(selection, settings)
+    planned = plan_selection(selection, settings)
     others = {one.name: planned_also(one, run, selection, settings) for one in further}
     return files + candidates.candidates_of(
         run, selection, planned, each=settings["each"],

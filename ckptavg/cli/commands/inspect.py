@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptavg.cli import options
+from ckptavg.cli import options, selection
 from ckptavg.cli.commands import geometry as shown
 from ckptavg.cli.console import Report, counted, number_text
 from ckptavg.cli.help import GroupedCommand
@@ -80,9 +80,9 @@ def inspect(
     """
     if measured and verify:
         raise UsageError("--geometry and --verify exclude each other: ask for one at a time")
-    options.check_picks(picks)
+    selection.check_picks(picks)
     whole = open_run(path, glob=glob, skip=skip, key=key)
-    run = options.pick(whole, **picks)
+    run = selection.select(whole, **picks)
     is_selection = run is not whole
     if verify:
         from ckptavg.cli.commands import (  # noqa: PLC0415 - needs torch, the rest does not

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptavg.cli import options
+from ckptavg.cli import options, param_types
 from ckptavg.cli.console import Report, counted
 from ckptavg.cli.help import GroupedCommand
 from ckptavg.distributed.processes import Processes
@@ -20,7 +20,7 @@ _OUT = "Output"
 @click.command("update-bn", cls=GroupedCommand)
 @click.argument("checkpoint", metavar="CKPT")
 @options.option(
-    _OUT, "-o", "--out", required=True, metavar="OUT", type=options.output, common=True,
+    _OUT, "-o", "--out", required=True, metavar="OUT", type=param_types.output, common=True,
     help="Where the copy goes.",
 )  # fmt: skip
 @options.option(_OUT, "--overwrite", is_flag=True, common=True, help="Replace an existing output.")

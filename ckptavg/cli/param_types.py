@@ -1,0 +1,66 @@
+"""Texts of options read as numbers, pairs and schemes."""
+
+from __future__ import annotations
+
+import click
+
+from ckptavg.errors import UsageError
+
+
+def pair(text: str) -> tuple[int, int | None]:
+    """``N`` or ``N:M``, two whole numbers."""
+    first, separator, second = text.partition(":")
+    try:
+        return int(first), int(second) if separator else None
+    except ValueError:
+        raise click.BadParameter(f"expected N or N:M but got {text!r}") from None
+
+
+def numbers(text: str) -> list[float]:
+    """Numbers with commas between."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"expected numbers like 2,3,5 but got {text!r}") from None
+
+
+def whole(text: str) -> int:
+    """A whole number, 0 or more."""
+    if not text.isdecimal():
+        raise click.BadParameter(f"expected a whole number but got {text!r}")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    """A whole number, 1 or more."""
+    if not text.isdecimal() or not int(text):
+        raise click.BadParameter(f"expected a whole number from 1 on but got {text!r}")
+    return int(text)
+
+
+def output(text: str) -> str:
+    """The path of an output, which standard output is not."""
+    if text == "-":
+        raise click.BadParameter(
+            "expected a file or a directory but got '-': weights are not written to standard output"
+        )
+    return text
+
+
+def subset(text: str) -> tuple[int, bool]:
+    """``N`` or ``N:stratified``."""
+    count, separator, how = text.partition(":")
+    if not count.isdecimal() or not int(count) or (separator and how != "stratified"):
+        raise click.BadParameter(f"expected N or N:stratified but got {text!r}")
+    return int(count), bool(separator)
+
+
+def scheme(text: str) -> str:
+    """An averaging scheme, which is checked before any file is opened."""
+    from ckptavg.averaging import schemes  # noqa: PLC0415 - help is shown without it
+
+    try:
+        schemes.parse(text)
+    except UsageError as error:
+        raise click.BadParameter(str(error)) from None
+    return text
