@@ -1,4 +1,7 @@
-"""A checkpoint on disk → a table of byte ranges. Opening reads headers only and runs no code."""
+"""Checkpoint formats: each file becomes a table of tensors and byte ranges.
+
+Opening a checkpoint reads headers only and runs no code.
+"""
 
 from ckptavg.formats.checkpoint import Checkpoint, Record, Tensor
 from ckptavg.formats.opening import is_checkpoint_directory, open_checkpoint, refuse_partitioned

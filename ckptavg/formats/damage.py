@@ -7,7 +7,7 @@ from ckptavg.io.paths import Location
 
 
 def damaged(path: str | Location, why: str, kind: str = "checkpoint") -> CheckpointError:
-    """Word the error for a file whose contents contradict themselves.
+    """Word the error for a file with contradictory contents.
 
     Args:
         path: The file.
@@ -20,7 +20,13 @@ def damaged(path: str | Location, why: str, kind: str = "checkpoint") -> Checkpo
 
 
 def cut_short(path: str | Location, why: str, kind: str = "checkpoint") -> CheckpointError:
-    """Word the error for a file that ends too early; arguments as for ``damaged``."""
+    """Word the error for a file that ends too early.
+
+    Args:
+        path: The file.
+        why: The sign of the missing bytes, as a clause.
+        kind: Noun for the file's kind.
+    """
     return CheckpointError(
         f"{path} is not a readable {kind}: {why}",
         "It may be truncated or still being written; copy it again or leave it out.",

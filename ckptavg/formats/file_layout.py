@@ -1,4 +1,4 @@
-"""What an output is before a byte of it is written: its tensors, and where everything will lie."""
+"""The layout of an output before writing: tensors, files, and the offset of every part."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class OutputTensor:
     """A tensor to be written.
 
     Attributes:
-        name: Under which it is stored.
+        name: Name under which the tensor is stored.
         dtype: Element type.
         shape: Extent.
-        tied_to: Name of an earlier tensor with the very same contents, if it shares them.
+        tied_to: Name of an earlier tensor whose bytes this tensor shares; None without one.
     """
 
     name: str
@@ -39,14 +39,15 @@ class OutputTensor:
 
 @dataclass
 class FileLayout:
-    """One file of an output.
+    """The layout of a file of an output.
 
     Attributes:
-        name: Its name in the output directory; empty if the output is this file.
-        size: Bytes in all.
-        parts: Offset and contents of everything that is no tensor.
+        name: The file's name in the output directory; empty if the output is this file.
+        size: The file's size in bytes.
+        parts: Byte offset and contents of each part that is no tensor.
         offsets: Byte offset of each tensor.
-        checksums: Tensor name → offsets at which the CRC-32 of its bytes is stored, little-endian.
+        checksums: Tensor name → byte offsets at which the CRC-32 of the tensor's bytes is stored,
+            little-endian.
     """
 
     name: str
@@ -57,21 +58,21 @@ class FileLayout:
 
     @property
     def places(self) -> object:
-        """Equal for files that differ in the contents of their parts alone."""
+        """Key of the layout: equal for files that differ in the contents of the parts alone."""
         parts = [(offset, len(content)) for offset, content in self.parts]
         return self.name, self.size, parts, self.offsets, self.checksums
 
 
 @dataclass
 class Layout:
-    """A whole output.
+    """The layout of a whole output.
 
     Attributes:
-        directory: Whether it is a directory.
-        files: Its files with tensors.
+        directory: True if the output is a directory.
+        files: The files with tensors.
         companions: Contents of the other files, by path below the directory.
-        copies: Files of the input that go along as they are, by the same.
-        notes: What of the input is not in it.
+        copies: Files of the input that are copied unchanged, by path below the directory.
+        notes: Remarks about parts of the input that the output lacks.
     """
 
     directory: bool
@@ -81,7 +82,7 @@ class Layout:
     notes: tuple[str, ...] = ()
 
     def put(self, companions: Mapping[str, bytes]) -> None:
-        """Add files by their contents, in the place of what is called the same."""
+        """Add files with the given contents, and replace files of the same path."""
         self.companions |= companions
         self.copies = {n: stamp for n, stamp in self.copies.items() if n not in companions}
 
@@ -91,7 +92,7 @@ class Layout:
         return [*(file.name for file in self.files), *self.copies, *self.companions]
 
     def fits(self, other: Layout) -> bool:
-        """Whether everything lies at the same place in another one."""
+        """Return True if the files with tensors are laid out as in another layout."""
         return [file.places for file in self.files] == [file.places for file in other.files]
 
     @property

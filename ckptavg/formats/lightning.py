@@ -1,4 +1,7 @@
-"""Lightning's sharded checkpoints: distributed ones, with their other values in meta.pt."""
+"""The file ``meta.pt`` of Lightning's sharded checkpoints: all values except the tensors.
+
+The checkpoints themselves are of ``torch.distributed.checkpoint``.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ _VERSION = "pytorch-lightning_version"
 
 @dataclass(frozen=True)
 class Meta:
-    """The values in ``meta.pt`` that an output may have.
+    """The values in ``meta.pt`` that an output may take over.
 
     Attributes:
         entries: Hyperparameters, the epoch, versions, the callbacks' states.
@@ -33,11 +36,11 @@ class Meta:
 
     @property
     def of_trainer(self) -> bool:
-        """True where Lightning's Trainer wrote the file, and not a user of Fabric."""
+        """True if Lightning's Trainer wrote the file, False if a user of Fabric did."""
         return _VERSION in self.entries
 
     def to_file(self) -> bytes:
-        """Write the contents of a ``meta.pt`` with these entries."""
+        """Build the bytes of a ``meta.pt`` with the entries."""
         archive = Archive()
         archive.add("data.pkl", dumps(dict(self.entries)))
         archive.add("byteorder", b"little")
@@ -46,11 +49,11 @@ class Meta:
 
 
 def read_meta(directory: Location, *, plain: bool = False) -> Meta | None:
-    """Read the values that Lightning keeps beside the shards; None where there are none.
+    """Read the values that Lightning keeps beside the shards; None if no values are found.
 
     Args:
-        directory: The checkpoint.
-        plain: Keep only values that ``torch.load`` reads by its safe default.
+        directory: The checkpoint's directory.
+        plain: Keep only values that ``torch.load`` reads by default, with ``weights_only=True``.
     """
     path = directory / META
     if not path.is_file():
@@ -59,8 +62,9 @@ def read_meta(directory: Location, *, plain: bool = False) -> Meta | None:
     try:
         tree = zip_reader.read(path).tree
     except CheckpointError:
-        # Another tool's file of that name.
+        # Another tool may write a file of the same name, which is not an error.
         return None
+    # The file may have been replaced while it was read.
     stamp.verify()
     if not isinstance(tree, dict):
         return None

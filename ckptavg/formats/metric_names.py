@@ -1,4 +1,4 @@
-"""Names of numbers that were measured: a loss, an accuracy, the best of either so far."""
+"""Names of measured numbers: losses, accuracies, and the best values so far."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ METRIC_WORDS = frozenset([
     "reward", "rmse", "rouge", "score", "scores", "sdr", "sensitivity", "sisdr", "sisnr", "snr",
     "spearman", "specificity", "ssim", "stoi", "success", "ter", "top", "winrate", "wer",
 ])  # fmt: skip
-# Words of metrics that a file's name may have for another reason, as a model's or a data set's.
+# Further words of metrics. In the name of a file they may stand for a model or a data set instead.
 _FURTHER_METRIC_WORDS = frozenset([
     "ade", "bpb", "bpc", "bpd", "cider", "cost", "dsc", "elbo", "epe", "fde", "fnr", "fpr", "fvd",
     "hd95", "hits", "hmean", "hota", "idf1", "jaccard", "kld", "lddt", "mota", "mrr", "ndcg", "nmi",
@@ -25,9 +25,9 @@ _ACCURACIES = frozenset(["acc", "accuracy", "top"])
 _LOSSES = frozenset(["loss", "losses"])
 _VALIDATION = frozenset(["val", "valid", "validation", "eval", "dev"])
 _TEST, _TRAINING = frozenset(["test"]), frozenset(["train", "training"])
-# The period that a metric is a mean of (loss_epoch), where no metric stands beside: a clock.
+# Periods over which a metric is averaged (loss_epoch). Without a metric beside: a clock.
 _PERIODS = frozenset(["batch", "ep", "epoch", "it", "iter", "iteration", "step"])
-# Words that make a setting or a position of what stands beside them: loss_weight, best_epoch.
+# Words that turn the name of a metric into a setting or a position: loss_weight, best_epoch.
 _SETTING_WORDS = _PERIODS | frozenset([
     "alpha", "beta", "coef", "coeff", "count", "counter", "decay", "delta", "epochs", "every",
     "factor", "fn", "frac", "fraction", "freq", "func", "function", "gamma", "hash", "idx",
@@ -37,19 +37,19 @@ _SETTING_WORDS = _PERIODS | frozenset([
     "temperature", "thr", "thresh", "threshold", "type", "update", "updates", "version",
     "weight", "weights", "weighted", "window", "workers",
 ])  # fmt: skip
-# Words of what counts, times or drives the training, and tells nothing of the weights.
+# Words of counters, clocks and rates of training, which say nothing about the weights.
 _BOOKKEEPING = _PERIODS | frozenset([
     "batches", "count", "counter", "date", "elapsed", "epochs", "eta", "flos", "iterations",
     "iters", "itr", "lr", "lrs", "momentum", "num", "patience", "runtime", "second", "seconds",
     "seed", "steps", "time", "timestamp", "update", "updates", "version", "wd",
 ])  # fmt: skip
-# Such words, too, unless a metric's stand beside: samples, and no loss over samples.
+# Words of counters only where no metric stands beside: samples, but not a loss over samples.
 _WEAK_BOOKKEEPING = frozenset([
     "duration", "examples", "gb", "mb", "mem", "memory", "samples", "sec", "secs", "tokens", "wall",
     "world",
 ])  # fmt: skip
 _LEARNING_RATE = frozenset(["learning", "rate"])
-# Entries that hold settings, whatever is called like a metric in them.
+# Entries that hold settings only, even under names of metrics.
 SETTINGS = frozenset([
     "args", "cfg", "conf", "config", "ds_config", "hparams", "hyper_parameters",
     "hyperparameters", "hyper_params", "datamodule_hyper_parameters", "kwargs", "model_args",
@@ -60,7 +60,7 @@ _CAMEL = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 
 
 def is_metric(path: str) -> bool:
-    """Tell whether a number under a dotted path was measured, and not set."""
+    """Return True if the number under a dotted path is a measurement and not a setting."""
     names = path.split(".")
     # An element of a list belongs to a history of training, which stays true.
     if any(name in SETTINGS or name.isdecimal() for name in names):
@@ -71,14 +71,14 @@ def is_metric(path: str) -> bool:
 
 
 def is_setting(name: str) -> bool:
-    """Tell whether a number's name is that of a setting or a position: loss_weight, best_epoch."""
+    """Return True if a name is that of a setting or a position: loss_weight, best_epoch."""
     words = words_of(name)
     settings = words & _SETTING_WORDS
     return bool(settings) and not _is_of_period(words, settings)
 
 
 def is_bookkeeping(name: str) -> bool:
-    """Tell whether a number's name is that of a clock, a rate or a count, and of no metric."""
+    """Return True if a name is that of a clock, a rate or a count, and not of a metric."""
     words = words_of(name)
     accounts = words & _BOOKKEEPING
     if words >= _LEARNING_RATE or (words & _WEAK_BOOKKEEPING and not words & _MEASURES):
@@ -87,10 +87,10 @@ def is_bookkeeping(name: str) -> bool:
 
 
 def prominence(path: str) -> tuple[object, ...]:
-    """Return a sort key of metrics: those first that tell most about the weights.
+    """Return a sort key for metrics, which puts the most telling about the weights first.
 
-    Accuracies and losses come first, those of validation before those of training. What is the
-    best so far comes last: it is not these weights' own.
+    Accuracies and losses come before other metrics. Validation comes before training. Best values
+    so far come last, since an earlier checkpoint may have reached the best value.
     """
     names = path.split(".")
     last = words_of(names[-1])
@@ -102,7 +102,7 @@ def prominence(path: str) -> tuple[object, ...]:
 
 
 def _split(words: frozenset[str]) -> int:
-    """Return the place of the data that a metric was measured on: training comes last."""
+    """Rank the data that a metric was measured on: validation 0, test 1, unknown 2, training 3."""
     for place, names in enumerate((_VALIDATION, _TEST)):
         if words & names:
             return place
@@ -110,12 +110,12 @@ def _split(words: frozenset[str]) -> int:
 
 
 def _is_of_period(words: frozenset[str], others: frozenset[str]) -> bool:
-    """Tell whether a metric's words beside its own only say what it is a mean of: loss_epoch."""
+    """Return True if the other words of a metric name only the period of a mean: loss_epoch."""
     return others <= _PERIODS and bool(words & _MEASURES) and not words & _BEST
 
 
 def words_of(name: str) -> frozenset[str]:
-    """List the words of a name, in lower case, with the digits at their end and without."""
+    """List the words of a name in lower case, each with and without the digits at the end."""
     words: set[str] = set()
     for chunk in _CHUNK.findall(name):
         words |= {chunk.lower(), chunk.rstrip("0123456789").lower()}

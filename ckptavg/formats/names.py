@@ -1,14 +1,15 @@
-"""Names of tensors, and the layers that they tell of."""
+"""Names of tensors, and the layers with running statistics found by name."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
 
-# Layers that are none of torch's have words of their own: running_std (batch renormalization),
+# Layers outside torch use other words: running_std (batch renormalization),
 # running_covar (complex numbers), moving_variance, running_wm (whitening), avg_var.
 _PREFIX = r"(?:running|moving)_(?:avg_|average_)?"
-_OTHER_PREFIX = r"(?:ema|avg|average|pop|population)_"  # whose other tensors are no statistics
+# Prefixes that count only before mean, var and std: the other tensors are no statistics.
+_OTHER_PREFIX = r"(?:ema|avg|average|pop|population)_"
 _SUFFIX = r"_(?:ema|running|moving)"
 _MEAN = re.compile(
     rf"{_PREFIX}(?:mean|avg|mu)[^\n]*|{_OTHER_PREFIX}mean|mean{_SUFFIX}", re.IGNORECASE
@@ -24,10 +25,11 @@ _COUNT = "num_batches_tracked"
 
 
 def layer_statistics(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Find the layers that keep running statistics, by their tensors' names.
+    """Find the layers that keep running statistics, by the names of the tensors.
 
     Returns:
-        Layer → the names of its means and spreads, layers in the order of their names.
+        Layer → full names of the layer's means and spreads (variances, deviations), layers sorted
+        by name.
     """
     modules: dict[str, list[str]] = {}
     for name in names:
@@ -38,40 +40,40 @@ def layer_statistics(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
         leaves = modules[module]
         spreads = [leaf for leaf in leaves if _SPREAD.fullmatch(leaf)]
         means = [leaf for leaf in leaves if _MEAN.fullmatch(leaf) and leaf not in spreads]
-        # Without a weight, these are what images are normalized with.
+        # Without a weight, mean and var are the constants that images are normalized with.
         if not spreads and not means and not _WEIGHTS.isdisjoint(leaves):
             spreads = [leaf for leaf in leaves if _PLAIN_SPREAD.fullmatch(leaf)]
             means = [leaf for leaf in leaves if spreads and _PLAIN_MEAN.fullmatch(leaf)]
             spreads = spreads if means else []
-        # One statistic alone is an observer's, unless there is a weight for what it normalizes.
+        # A spread without a mean is an observer's, unless the layer also has a weight.
         if spreads and (means or "weight" in leaves):
             layers[module] = tuple(_join(module, leaf) for leaf in (*means, *spreads))
     return layers
 
 
 def batchnorm_layers(names: Iterable[str]) -> tuple[str, ...]:
-    """List the layers that keep running statistics, by their tensors' names."""
+    """List the layers that keep running statistics, by the names of the tensors."""
     return tuple(layer_statistics(names))
 
 
 def running_statistics(names: Iterable[str]) -> set[str]:
-    """Return the names of the running statistics of all layers, and of their counts of batches."""
+    """Return the names of all running statistics and of all layers' batch counters."""
     layers = layer_statistics(names)
     counts = {batch_count(layer) for layer in layers}
     return {name for statistics in layers.values() for name in statistics} | counts
 
 
 def batch_count(layer: str) -> str:
-    """Return the name of a layer's count of the batches that its statistics are of."""
+    """Return the name of the tensor that counts the batches in a layer's running statistics."""
     return _join(layer, _COUNT)
 
 
 def updated_layers(layers: Mapping[str, Iterable[str]], written: Iterable[str]) -> set[str]:
-    """Find the layers all of whose statistics are among some names.
+    """Find the layers whose running statistics were all replaced.
 
     Args:
-        layers: Layer → names of its statistics.
-        written: Names of statistics that were replaced.
+        layers: Layer → names of the layer's statistics.
+        written: Names of the statistics that were replaced.
     """
     names = set(written)
     return {layer for layer, statistics in layers.items() if names.issuperset(statistics)}
