@@ -1,1 +1,1 @@
-"""Running statistics recomputed."""
+"""Recomputation of running statistics for fixed weights."""

@@ -1,8 +1,8 @@
-"""Mean and variance a channel: of a batch, as BatchNorm's kernels leave them, and merged.
+"""Mean and variance per channel: of a batch, from BatchNorm kernels, and merged.
 
-A batch's moments come from float64 reductions of a layer's input, which is exact and reads the
-input once more; or from the kernel that normalizes the input anyway, where its arithmetic is
-accurate enough. Batches are merged in float64 (Chan et al. 1979) either way.
+A batch's moments come from one of two sources. Float64 reductions of a layer's input are exact, and
+read the input once more. The kernel that normalizes the input computes moments anyway, and serves
+where its arithmetic is accurate enough. Batches are merged in float64 (Chan et al. 1979).
 """
 
 from __future__ import annotations
@@ -14,29 +14,37 @@ from typing import Any
 import torch
 
 TOLERANCE = 1e-5
-"""How far off a batch's statistics may be before they are reduced in float64 instead.
+"""Largest error of a batch's statistics before the batch is reduced in float64 instead.
 
-The mean by this part of a standard deviation, the variance by this part of itself, eps included
-both times: what a layer puts out is then off by no more than that.
+The error of the mean is a fraction of a standard deviation, that of the variance a fraction of the
+variance, with eps included in both. A layer's output is then off by no more than this.
 """
 
 _STEEPEST = {"cpu": 100.0}
 """Largest mean, in standard deviations, up to which a kernel keeps within the tolerance.
 
-Measured with torch 2.15 on CPU, contiguous float32: the variance is off by 1e-7 whatever the mean,
-the mean by 4e-8 of itself. On other devices the kernel is the vendor's; the limit there is one that
-even a difference of sums of squares in float32 keeps, whose error of 1e-7 grows with the square.
+Measured with torch 2.15 on CPU, contiguous float32: the variance is off by 1e-7 at any mean, the
+mean by 4e-8 of the mean.
 """
+# On other devices the kernel is the vendor's. Even a difference of sums of squares in float32 stays
+# within the tolerance up to this limit: its error of 1e-7 grows with the square of the mean.
 _STEEPEST_ELSEWHERE = 10.0
-_BLOCK = 1 << 16  # values that are reduced at once on a CPU
+# Values that are reduced at once on a CPU; in float64 they fit into its cache.
+_BLOCK = 1 << 16
 
 
 @dataclass
 class Moments:
-    """Count, mean and sum of squared deviations a channel, in float64.
+    """Count, mean and sum of squared deviations per channel, in float64.
 
-    For InstanceNorm, whose running statistics are means over instances, ``spread`` is the sum of
-    the instances' variances instead, and one instance counts one.
+    The running statistics of InstanceNorm are means over instances. For InstanceNorm, ``spread`` is
+    the sum of the instances' variances instead.
+
+    Attributes:
+        count: Values per channel; instances where ``instances`` is set.
+        mean: (channels) float64.
+        spread: (channels) float64: sum of squared deviations, or of the instances' variances.
+        instances: True if the moments are means over instances.
     """
 
     count: int
@@ -45,7 +53,7 @@ class Moments:
     instances: bool = False
 
     def merge(self, other: Moments) -> None:
-        """Take in another set of values (Chan et al.)."""
+        """Merge the moments of another set of values into these (Chan et al. 1979)."""
         total = self.count + other.count
         delta = other.mean - self.mean
         if not self.instances:
@@ -56,32 +64,39 @@ class Moments:
 
     @property
     def variance(self) -> torch.Tensor:
-        """What goes into ``running_var``: unbiased, as torch stores it."""
+        """Variance for ``running_var``: unbiased, as torch stores it."""
         return self.spread / (self.count if self.instances else self.count - 1)
 
     def on_cpu(self) -> Moments:
-        """The same on the CPU."""
+        """Copy the moments to the CPU."""
         return Moments(self.count, self.mean.cpu(), self.spread.cpu(), self.instances)
 
     def plain(self) -> list[Any]:
-        """As plain values, which JSON carries without loss."""
+        """Convert the moments to plain values, which JSON carries without loss."""
         return [self.count, self.mean.tolist(), self.spread.tolist(), self.instances]
 
     @classmethod
     def of_plain(cls, values: Sequence[Any]) -> Moments:
-        """What ``plain`` made."""
+        """Build moments from the values that ``plain`` returned."""
         count, mean, spread, instances = values
         parts = torch.tensor([mean, spread], dtype=torch.float64)
         return cls(count, parts[0], parts[1], instances)
 
 
 def home_of(device: torch.device) -> torch.device:
-    """Where what a device computes is merged in float64, which Apple's mps does not have."""
+    """Return the device that merges a device's results in float64.
+
+    It is the device itself, except for Apple's mps: mps has no float64, so the CPU merges.
+    """
     return torch.device("cpu") if device.type == "mps" else device
 
 
 def batch_moments(values: torch.Tensor) -> Moments:
-    """Of a batch of shape (N, C, ...) that is not empty, over all but the channels."""
+    """Compute the moments of a batch per channel, over all other axes.
+
+    Args:
+        values: Shape (N, C, ...), not empty.
+    """
     values = values.detach().to(home_of(values.device))
     if not values.is_cpu:
         axes = [axis for axis in range(values.dim()) if axis != 1]
@@ -95,9 +110,9 @@ def batch_moments(values: torch.Tensor) -> Moments:
 
 
 def _blocks(values: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Parts of shape (n, C, length) that a processor's cache holds in float64.
+    """Split a batch into parts of shape (n, C, length) that fit a CPU cache in float64.
 
-    torch's own reductions on a CPU take ten times as long, most of it for memory.
+    torch's own reductions on a CPU take ten times as long, most of the time for memory.
     """
     channels = values.shape[1]
     if values.is_contiguous():
@@ -109,6 +124,7 @@ def _blocks(values: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def _block_moments(block: torch.Tensor) -> Moments:
+    """Compute the moments of a block of shape (n, C, length) per channel."""
     wide = block.double()
     count = wide.shape[0] * wide.shape[2]
     mean = wide.sum((0, 2)) / count
@@ -116,19 +132,23 @@ def _block_moments(block: torch.Tensor) -> Moments:
 
 
 def instance_moments(values: torch.Tensor) -> Moments:
-    """Of a batch of shape (N, C, ...), over each instance by itself."""
+    """Compute the moments of a batch over each instance separately, as InstanceNorm does.
+
+    Args:
+        values: Shape (N, C, ...).
+    """
     wide = values.detach().to(home_of(values.device)).double().flatten(2)
     variance, mean = torch.var_mean(wide, 2, correction=1)
     return Moments(values.shape[0], mean.mean(0), variance.sum(0), instances=True)
 
 
 def suits_kernel(values: torch.Tensor) -> bool:
-    """Whether a kernel's statistics of such an input can be within the tolerance.
+    """Return True if a kernel's statistics of an input can be within the tolerance.
 
-    On a CPU only those of contiguous float32 of more than one value a channel and sample are.
-    Channels that lie beside each other (channels_last, or no other axes) are summed up in plain
-    float32, half precision in float32 too: measured with torch 2.15, the variance of 128 x 56 x 56
-    values is off by 1e-4, after a ReLU by 3e-3.
+    On a CPU the input must be contiguous float32 with more than one value per channel and sample.
+    Where channels are adjacent in memory (channels_last, or no other axes), the CPU kernel sums in
+    plain float32. Half precision is summed in float32 too. The variance of 128 x 56 x 56 values is
+    then off by 1e-4, after a ReLU by 3e-3 (measured with torch 2.15).
     """
     if values.is_cpu:
         return values.dtype == torch.float32 and values.is_contiguous() and values.stride(1) > 1
@@ -136,17 +156,17 @@ def suits_kernel(values: torch.Tensor) -> bool:
 
 
 class Landing:
-    """Where the kernels of all layers of a model leave the statistics of one batch.
+    """Per-batch buffers that the BatchNorm kernels of a model write into.
 
     Args:
         sizes: Channels of each layer.
-        device: Where the model is.
+        device: Device of the model.
 
     Attributes:
         both: (2, channels of all layers) float32: means, and unbiased variances.
-        mean: Views of each layer's part of it, for ``running_mean``.
-        variance: The same for ``running_var``.
-        counts: Values a channel that each layer has seen; 0 for one that was not called.
+        mean: Views of ``both``, one per layer, for ``running_mean``.
+        variance: Views of ``both``, one per layer, for ``running_var``.
+        counts: Values per channel that each layer has seen; 0 for a layer that was not called.
     """
 
     def __init__(self, sizes: Sequence[int], device: torch.device) -> None:
@@ -155,40 +175,44 @@ class Landing:
         self.counts = [0] * len(sizes)
 
     def clear(self) -> None:
-        """Make it as new: a kernel adds to nothing, but times what is not finite would stay."""
+        """Reset the buffers and counts for another batch."""
+        # A kernel multiplies the old values by 0. Values that are not finite would survive that.
         self.both.zero_()
         self.counts = [0] * len(self.counts)
 
 
 class Doubt:
-    """Which channels' statistics may be off, as is known once the device has come that far.
+    """Deferred list of channels whose statistics may be off by more than the tolerance.
+
+    The list is known once the device has worked through the batch.
 
     Args:
         doubtful: (channels of all layers) bool.
-        layer: (channels of all layers): the layer of each.
+        layer: (channels of all layers): the number of each channel's layer.
     """
 
     def __init__(self, doubtful: torch.Tensor, layer: torch.Tensor) -> None:
         self._layer = layer
+        # The copy from CUDA does not block; the event says when the values may be read.
         self._found = doubtful.to("cpu", non_blocking=doubtful.is_cuda)
         self._copied: torch.cuda.Event | None = None
         if doubtful.is_cuda:
             self._copied = torch.cuda.current_stream(doubtful.device).record_event()
 
     def layers(self) -> list[int]:
-        """The layers of these channels."""
+        """List the layers of the doubtful channels, after the device has found them."""
         if self._copied is not None:
             self._copied.synchronize()
         return sorted(set(self._layer[self._found].tolist())) if self._found.any() else []
 
 
 class KernelMoments:
-    """Moments of all layers of a model from what their kernels leave, a few operations a batch.
+    """Moments of all layers of a model, merged from kernel statistics in few operations per batch.
 
     Args:
         sizes: Channels of each layer.
-        eps: Of each layer.
-        device: Where the model is.
+        eps: ``eps`` of each layer.
+        device: Device of the model.
     """
 
     def __init__(self, sizes: Sequence[int], eps: Sequence[float], device: torch.device) -> None:
@@ -205,14 +229,13 @@ class KernelMoments:
         self._spare: list[Landing] = []
 
     def landing(self) -> Landing:
-        """An empty one."""
+        """Take an empty landing, reused where possible."""
         return self._spare.pop() if self._spare else Landing(self._sizes.tolist(), self._device)
 
     def doubt(self, landings: Sequence[Landing]) -> Doubt:
-        """Which statistics may exceed the tolerance, by what the kernels themselves found.
+        """Find the statistics that may exceed the tolerance, from the kernels' own values.
 
-        A CPU's kernel takes the mean off before it squares, so 0 is right there: the channel is
-        dead. What is not finite is doubtful too.
+        Statistics that are not finite are doubtful too.
         """
         steepest = _STEEPEST.get(self._device.type, _STEEPEST_ELSEWHERE)
         doubtful = torch.zeros_like(self._eps, dtype=torch.bool)
@@ -220,13 +243,18 @@ class KernelMoments:
             mean, variance = landing.both
             fine = mean.square() <= steepest**2 * (variance + self._eps)
             fine &= variance < torch.inf
+            # A CPU kernel subtracts the mean before it squares, so a variance of 0 is exact there:
+            # the channel is dead.
             if self._device.type == "cpu":
                 fine |= (variance == 0) & mean.isfinite()
             doubtful |= ~fine
         return Doubt(doubtful, self._layer)
 
     def merge(self, landing: Landing) -> None:
-        """Take in a batch (Chan et al., all layers at once); the landing may be used again."""
+        """Merge a batch into the moments of all layers at once (Chan et al. 1979).
+
+        The landing is cleared and may be used again.
+        """
         mean, variance = landing.both.to(self._home).to(torch.float64)
         count = self._counts(landing.counts)
         total = self._count + count
@@ -239,13 +267,14 @@ class KernelMoments:
         self._spare.append(landing)
 
     def moments(self) -> list[Moments | None]:
-        """Of each layer, on the CPU; None where nothing came."""
+        """Return the moments of each layer on the CPU; None for a layer without data."""
         parts = torch.stack((self._count, self._mean, self._spread)).cpu()
         each = torch.split(parts, self._sizes.tolist(), dim=1)
         return [Moments(int(n[0]), m.clone(), s.clone()) if n[0] else None for n, m, s in each]
 
     def _counts(self, counts: list[int]) -> torch.Tensor:
-        """A batch's counts a channel; most batches have those of the one before."""
+        """Return a batch's counts per channel as a tensor."""
+        # Most batches have the counts of the batch before, so the tensor is kept.
         if self._known is None or self._known[0] != counts:
             each = torch.tensor(counts, dtype=torch.float64).repeat_interleave(self._sizes)
             self._known = counts, each.to(self._home)

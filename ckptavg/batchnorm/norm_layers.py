@@ -1,4 +1,4 @@
-"""The layers of a model that keep running statistics."""
+"""Layers of a model that keep running statistics."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _VARIANCE = re.compile(r"(?:[a-z]*_)*(?:var|variance|sigma2)(?:_[a-z]+)?")
 def tracked_layers(model: nn.Module) -> dict[str, nn.Module]:
     """List the layers that keep running statistics, by name.
 
-    These are torch's own and their subclasses, and any other module that has buffers of its own for
-    them, under such names as ``running_mean`` and ``moving_variance``.
+    These are torch's own layers, their subclasses, and any other module with buffers for running
+    statistics, under names such as ``running_mean`` and ``moving_variance``.
     """
     return {name: module for name, module in model.named_modules() if statistics_of(module)}
 
 
 def statistics_of(module: nn.Module) -> tuple[str, ...]:
-    """Name the buffers of a module that are running statistics, the mean first."""
+    """List the names of a module's running-statistics buffers, the mean first."""
     if isinstance(module, _NormBase):
         tracks = isinstance(module, (_BatchNorm, _InstanceNorm)) and module.track_running_stats
         return ("running_mean", "running_var") if tracks else ()
@@ -40,7 +40,7 @@ def statistics_of(module: nn.Module) -> tuple[str, ...]:
 
 
 def unreachable_layers(model: nn.Module) -> list[str]:
-    """List the layers whose running statistics are no buffers, by name."""
+    """List the names of layers whose running statistics are not buffers."""
     return [
         name
         for name, module in model.named_modules()
@@ -51,41 +51,45 @@ def unreachable_layers(model: nn.Module) -> list[str]:
 
 
 def _named_statistics(module: nn.Module, buffers: Sequence[str] = ()) -> tuple[str, ...]:
-    """Name what of a module are running statistics, by the names of its weights and buffers."""
+    """List a module's running statistics by the names of weights and buffers."""
     weights = [name for name, _ in module.named_parameters(recurse=False)]
     return layer_statistics([*buffers, *weights]).get("", ())
 
 
 def never_trained_layers(model: nn.Module) -> set[str]:
-    """Name the layers that a model's own ``train()`` leaves in evaluation mode.
+    """List the names of layers that a model's own ``train()`` leaves in evaluation mode.
 
-    Such a method keeps the statistics of a pretrained part: ``norm_eval`` of mmdetection's
-    backbones, or ``super().train(mode)`` and then ``self.stem.eval()``. It is tried on a copy,
-    since it may do more, such as taking merged weights apart.
+    A ``train()`` of this kind keeps the statistics of a pretrained part. Examples are ``norm_eval``
+    of mmdetection's backbones, and ``super().train(mode)`` followed by ``self.stem.eval()``. The
+    method is tried on a copy, since it may do more, such as splitting merged weights.
     """
     if all(_trains_as_usual(module) for module in model.modules()):
         return set()
     modes = {module: module.training for module in model.modules()}
     try:
         trained = hollow_copy(model)
-        trained.train()  # which may give back nothing
+        # The result is not used: a user's train() may return None.
+        trained.train()
         return {name for name, layer in tracked_layers(trained).items() if not layer.training}
-    except Exception:  # whatever a module of the user's says to a copy without values
+    # A user's module may raise any error on a copy without values.
+    except Exception:
         return set()
     finally:
         for module, mode in modes.items():
-            if module.training != mode:  # through what the copy shares with it
+            # The copy shares objects with the model, through which train() may have changed a mode.
+            if module.training != mode:
                 module.training = mode
 
 
 def _trains_as_usual(module: nn.Module) -> bool:
+    """Return True if a module's ``train()`` is torch's own."""
     if isinstance(module, torch.jit.ScriptModule):
         return True
     return "train" not in vars(module) and type(module).train is nn.Module.train
 
 
 def is_pair(module: nn.Module, names: tuple[str, ...]) -> bool:
-    """Whether statistics are a mean and a variance per channel, which merge exactly."""
+    """Return True if statistics are a mean and a variance per channel, which merge exactly."""
     if len(names) != 2 or not _VARIANCE.fullmatch(names[1]):
         return False
     mean, variance = (module._buffers.get(name) for name in names)
@@ -95,19 +99,21 @@ def is_pair(module: nn.Module, names: tuple[str, ...]) -> bool:
 
 
 def keeps_nothing(module: nn.Module) -> bool:
-    """Whether a module is a BatchNorm layer that normalizes each batch by itself."""
+    """Return True if a module is a BatchNorm layer without running statistics."""
     return isinstance(module, _BatchNorm) and not module.track_running_stats
 
 
 def is_watchable(module: nn.Module) -> bool:
-    """Whether a layer's calls can be followed from Python, and are not those of a layer inside.
+    """Return True if a layer's calls can be followed from Python.
 
-    A module that is no layer of torch's may wait for other processes, which have other batches.
+    A module that is not torch's own is not followed if it contains another layer with running
+    statistics.
     """
     if isinstance(module, torch.jit.ScriptModule):
         return False
     if isinstance(module, _NormBase):
         return True
+    # A module that is not torch's own may wait for other processes, which have other batches.
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
     if several and torch.distributed.get_world_size() > 1:
         return False

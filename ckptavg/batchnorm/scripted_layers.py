@@ -1,4 +1,4 @@
-"""BatchNorm layers inside TorchScript, whose calls are seen where they reach torch's kernels."""
+"""BatchNorm layers inside TorchScript, followed by their calls of torch's kernels."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from ckptavg.batchnorm.moments import batch_moments
 
 
 class ScriptedLayer(WatchedLayer):
-    """A layer of torch's that was scripted; one that was traced normalizes as it did then."""
+    """A scripted BatchNorm layer of torch.
+
+    A traced layer keeps normalizing in the mode in which it was traced.
+    """
 
     def suits_kernel(self) -> bool:
-        """Never: a compiled call cannot be given other buffers."""
+        """Return False: a compiled call cannot be given other buffers."""
         return False
 
     def enter(self, sink: Sink) -> None:
@@ -26,18 +29,19 @@ class ScriptedLayer(WatchedLayer):
         self.layer.training = True
 
     def leave(self) -> None:
-        """Nothing: its mode and its buffers come back with those of the model."""
+        """Do nothing: ``ModelState`` restores the layer's mode and buffers with the model's."""
 
     def hear(self, inputs: torch.Tensor) -> None:
-        """Take in what a kernel gets that updates the layer's statistics."""
+        """Collect the moments of an input of a kernel that updates the layer's statistics."""
         self._add(batch_moments(inputs))
 
 
 class KernelDispatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The kernels that a model comes to, of which those of scripted layers are heard.
+    """A dispatch mode that passes the kernel inputs of scripted layers on to the layers.
 
     Args:
-        layers: These layers, where their model is.
+        layers: The scripted layers. They must be on the model's device already, since their
+            tensors are recognized by address.
     """
 
     def __init__(self, layers: Iterable[ScriptedLayer]) -> None:
@@ -50,12 +54,13 @@ class KernelDispatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Do what is asked for."""
+        """Run a kernel, after its layer has seen the input."""
         kwargs = kwargs or {}
         names = [argument.name for argument in func._schema.arguments]
         if "running_mean" in names:
             given = dict(zip(names, args, strict=False)) | kwargs
             mean = given["running_mean"]
+            # The kernels name the training flag differently; some only have a momentum.
             trains = given.get("training", given.get("train", "momentum" in given))
             if trains and mean is not None and mean.data_ptr() in self._layers:
                 self._layers[mean.data_ptr()].hear(given["input"])
@@ -63,6 +68,6 @@ class KernelDispatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def is_scripted(module: nn.Module) -> bool:
-    """Whether a module is a BatchNorm layer of torch's inside TorchScript."""
+    """Return True if a module is one of torch's BatchNorm layers inside TorchScript."""
     scripted = isinstance(module, torch.jit.ScriptModule)
     return scripted and str(getattr(module, "original_name", "")).startswith("BatchNorm")
