@@ -1,1 +1,1 @@
-"""Outputs: checked before any work, published whole, hashed, with their provenance."""
+"""Outputs: checked before any work, hashed, published whole together with a provenance."""

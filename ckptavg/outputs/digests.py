@@ -1,15 +1,16 @@
-"""Digests of weights, taken from the bytes as they stream.
+"""Digests of weights, computed from the bytes while a stream reads or writes the weights.
 
-What is hashed is the contents, whatever file they lie in: for every tensor under its bare name, its
-elements in row-major order are cut into leaves of ``LEAF``, the last one shorter, and each leaf is
-hashed with SHA-256. One line a tensor follows, sorted by name::
+The contents are hashed, not the files that store them. For every tensor, under its bare name, the
+elements in row-major order are cut into leaves of ``LEAF`` elements; the last leaf may be shorter.
+Each leaf is hashed with SHA-256. Then one line per tensor is made, and the lines are sorted by
+name::
 
     json.dumps([name, dtype, shape, [hexadecimal digest of each leaf]]) + "\\n"
 
-with the dtype as torch spells it, without ``torch.``. The SHA-256 of these lines is the digest,
-written ``sha256-tree:`` and hexadecimal. Layout, shards, block size and threads leave no trace.
-Tied names count one by one. Tensors without plain bytes of their own do not count: quantized ones,
-and types smaller than a byte.
+with the dtype as torch spells it, without ``torch.``. The digest is the SHA-256 of these lines,
+written as ``sha256-tree:`` and hexadecimal digits. The digest does not depend on layout, shards,
+block size or threads. Each tied name has a line of its own. Tensors without plain bytes have no
+line: quantized tensors, and tensors of types smaller than a byte.
 """
 
 from __future__ import annotations
@@ -24,29 +25,33 @@ from ckptavg.formats.checkpoint import DType
 from ckptavg.formats.file_layout import OutputTensor
 from ckptavg.outputs.sinks import Sink
 
-LEAF = 1 << 20  # elements; divides the stream's TASK, so that one thread sees a leaf in order
-DIGEST, SEAL, KEY = "digest", "seal", "key"  # in the provenance
+# Elements. It divides the stream's TASK, so that a single thread sees each leaf, in order.
+LEAF = 1 << 20
+# Keys in the provenance.
+DIGEST, SEAL, KEY = "digest", "seal", "key"
 _SIZE = 32  # bytes of a SHA-256
 _MISSING = bytes(_SIZE)
 _WEIGHTS = "sha256-tree:"
 _RECORD = "sha256:"
-PENDING = _WEIGHTS + "0" * 2 * _SIZE  # stands for a digest that is not known yet
+# Stands for a digest that is not known yet. Its length is that of any digest, so that the digest
+# can later be written over it in place.
+PENDING = _WEIGHTS + "0" * 2 * _SIZE
 
 Row = tuple[str, DType, tuple[int, ...], bytes]
-"""A tensor's name, dtype and shape, and the digests of its leaves one after another."""
+"""Name, dtype and shape of a tensor, and the concatenated digests of the tensor's leaves."""
 
 
 class Leaves:
-    """Digests of the leaves of some tensors, taken from their bytes as they go by.
+    """Digests of the leaves of several tensors, updated with the tensors' bytes.
 
-    Threads may take part in it as long as each leaf is left to one of them.
+    Several threads may update the digests, as long as each leaf is updated by a single thread.
 
     Args:
         tensors: Number of elements and element size in bytes of each tensor.
 
     Attributes:
-        done: Position of a tensor → the digests of its leaves one after another, zeros for those
-            that have not gone by.
+        done: Position of a tensor → the concatenated digests of the tensor's leaves. A leaf that
+            is not complete yet has zeros.
     """
 
     def __init__(self, tensors: Iterable[tuple[int, int]]) -> None:
@@ -57,12 +62,17 @@ class Leaves:
         self._begun: dict[tuple[int, int], tuple[int, Any]] = {}
 
     def update(self, number: int, offset: int, data: memoryview) -> None:
-        """Take bytes of a tensor: all of each leaf in order.
+        """Hash bytes of a tensor.
+
+        The bytes of one leaf have to come in order and without gaps.
 
         Args:
             number: Position of the tensor.
-            offset: Of the first byte in the tensor.
+            offset: Position in the tensor of the first byte, in bytes.
             data: The bytes.
+
+        Raises:
+            RuntimeError: The bytes of a leaf do not come in order.
         """
         numel, size = self._sizes[number]
         while data:
@@ -73,7 +83,7 @@ class Leaves:
             offset, data = offset + len(part), data[len(part) :]
 
     def merge(self, done: Mapping[int, bytes | bytearray]) -> None:
-        """Add the leaves that another process saw of the same tensors."""
+        """Add the digests of leaves that another process has hashed of the same tensors."""
         for number, theirs in done.items():
             mine = self.done[number]
             for at in range(0, len(mine), _SIZE):
@@ -81,10 +91,10 @@ class Leaves:
                     mine[at : at + _SIZE] = theirs[at : at + _SIZE]
 
     def of(self, number: int) -> bytes:
-        """The digests of a tensor's leaves one after another.
+        """Return the concatenated digests of a tensor's leaves.
 
         Raises:
-            RuntimeError: Some have not gone by.
+            RuntimeError: A leaf has not been hashed completely.
         """
         found = bytes(self.done[number])
         if any(found[at : at + _SIZE] == _MISSING for at in range(0, len(found), _SIZE)):
@@ -106,16 +116,17 @@ class Leaves:
 
 
 class InputDigests:
-    """Digests of checkpoints whose tensors a stream shows.
+    """Digests of checkpoints whose tensors a stream passes to ``watch``.
 
     Args:
-        checkpoints: Whose.
+        checkpoints: The checkpoints to hash.
 
     Attributes:
-        tensors: What the stream has to show.
+        tensors: The tensors that the stream has to pass to ``watch``.
     """
 
     def __init__(self, checkpoints: Iterable[Checkpoint]) -> None:
+        # A dict is an ordered set here: tied names of a checkpoint share a tensor, hashed once.
         distinct = {t: None for c in checkpoints for t in c.tensors.values() if t.dtype.size}
         self.tensors = list(distinct)
         self._numbers = {tensor: i for i, tensor in enumerate(self.tensors)}
@@ -123,11 +134,22 @@ class InputDigests:
         self._found: dict[int, tuple[Checkpoint, str]] = {}
 
     def watch(self, source: Tensor, start: int, data: memoryview) -> None:
-        """Take a block of a tensor; a stream's ``Watcher``."""
+        """Hash a block of a tensor. The method is a ``Watcher`` of a stream.
+
+        Args:
+            source: The tensor.
+            start: Index of the block's first element in the tensor.
+            data: The block's bytes.
+        """
         self.leaves.update(self._numbers[source], start * source.dtype.size, data)
 
     def of(self, checkpoint: Checkpoint) -> str:
-        """The digest of a checkpoint, all of which has been shown."""
+        """Return the digest of a checkpoint whose tensors have all been hashed.
+
+        Raises:
+            RuntimeError: A tensor has not been hashed completely.
+        """
+        # The checkpoint is kept with its digest, so that its id is not given to another object.
         if id(checkpoint) not in self._found:
             rows = (
                 (name, t.dtype, t.shape, self.leaves.of(self._numbers[t]))
@@ -139,11 +161,11 @@ class InputDigests:
 
 
 class OutputDigest:
-    """A sink that hashes what goes on to another one.
+    """A sink that hashes the bytes of an output before another sink writes the bytes.
 
     Args:
-        sink: The other one.
-        tensors: What will come.
+        sink: The sink that writes.
+        tensors: The tensors of the output.
     """
 
     def __init__(self, sink: Sink, tensors: Sequence[OutputTensor]) -> None:
@@ -153,13 +175,23 @@ class OutputDigest:
         self.leaves = Leaves((t.numel, t.dtype.size) for t in tensors)
 
     def write(self, name: str, offset: int, data: memoryview) -> None:
-        """Take bytes of a tensor, see ``Sink``."""
+        """Hash bytes of a tensor and pass the bytes on, see ``Sink``.
+
+        Args:
+            name: The tensor.
+            offset: Position in the tensor of the first byte, in bytes.
+            data: The bytes, valid only during the call.
+        """
         self.leaves.update(self._numbers[name], offset, data)
         self._sink.write(name, offset, data)
 
     @property
     def digest(self) -> str:
-        """The digest of all that should have come."""
+        """The digest of the whole output, once every tensor has been written.
+
+        Raises:
+            RuntimeError: A tensor has not been written completely.
+        """
         return combined(
             (t.name, t.dtype, t.shape, self.leaves.of(self._numbers[t.tied_to or t.name]))
             for t in self._tensors
@@ -167,7 +199,7 @@ class OutputDigest:
 
 
 def combined(rows: Iterable[Row]) -> str:
-    """The digest of a table of tensors."""
+    """Combine the digests of leaves into the digest of a table of tensors."""
     whole = hashlib.sha256()
     for name, dtype, shape, leaves in sorted(rows, key=lambda row: row[0]):
         digests = [leaves[at : at + _SIZE].hex() for at in range(0, len(leaves), _SIZE)]
@@ -181,13 +213,16 @@ def recorded(
     of: Callable[[Checkpoint], str] = lambda _: PENDING,
     output: str = PENDING,
 ) -> dict[str, Any]:
-    """Provenance with digests in it; of the same length whatever they are.
+    """Add digests to a provenance, whose length then does not depend on the digests' values.
 
     Args:
-        made: The provenance without.
-        inputs: The checkpoints that it lists, and its base if it names one.
-        of: The digest of each.
-        output: That of the output.
+        made: The provenance without digests.
+        inputs: The checkpoints that the provenance lists, then the base if it names one.
+        of: Returns the digest of a checkpoint. By default a placeholder of the same length.
+        output: The digest of the output.
+
+    Returns:
+        A copy of the provenance with digests and a seal.
     """
     accounts = [account for _, account in accounts_of(made)]
     told = [
@@ -200,26 +235,27 @@ def recorded(
 
 
 def accounts_of(made: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    """What provenance says of each input, with the input's part in it."""
+    """List the provenance's entries about inputs, each with the role ``input`` or ``base``."""
     found = [("input", account) for account in made["checkpoints"]]
     return found + ([("base", made["base"])] if isinstance(made.get("base"), dict) else [])
 
 
 def sealed(made: Mapping[str, Any]) -> dict[str, Any]:
-    """Provenance with a digest of all that it says, so that a damaged record shows."""
+    """Add a digest of the provenance itself, so that damage to the record is detected."""
     return {**made, SEAL: _seal(made)}
 
 
 def is_recorded(made: Mapping[str, Any] | None) -> bool:
-    """Whether provenance tells digests."""
+    """Return True if a provenance holds digests."""
     return made is not None and isinstance(made.get(DIGEST), str)
 
 
 def is_sealed(made: Mapping[str, Any]) -> bool:
-    """Whether provenance with digests says what it said when it was written."""
+    """Return True if a provenance with digests has not changed since the record was written."""
     return bool(made.get(SEAL) == _seal(made))
 
 
 def _seal(made: Mapping[str, Any]) -> str:
+    # With sorted keys, a tool that rewrites the JSON in another order does not break the seal.
     text = json.dumps({k: v for k, v in made.items() if k != SEAL}, sort_keys=True)
     return _RECORD + hashlib.sha256(text.encode()).hexdigest()

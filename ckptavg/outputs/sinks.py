@@ -1,4 +1,4 @@
-"""Where a stream's blocks go: into memory, or into the files of an output."""
+"""Sinks for a stream's blocks: a state dict in memory, or the files of an output."""
 
 from __future__ import annotations
 
@@ -22,20 +22,23 @@ from ckptavg.io import copying
 
 
 class Sink(Protocol):
-    """Takes the blocks of an average, from several threads and in any order."""
+    """Receiver of the blocks of an average, from several threads and in any order."""
 
     def write(self, name: str, offset: int, data: memoryview) -> None:
         """Take bytes of a tensor.
 
         Args:
             name: The tensor.
-            offset: Of the first byte in the tensor.
+            offset: Position in the tensor of the first byte, in bytes.
             data: The bytes, valid only during the call.
         """
 
 
 class MemorySink:
-    """Collects a state dict.
+    """Sink that collects a state dict.
+
+    Args:
+        tensors: The tensors that will be written.
 
     Attributes:
         state_dict: Name → tensor, filled as blocks arrive; tied names share their tensor.
@@ -59,22 +62,29 @@ class MemorySink:
             self._bytes[t.name] = tensor.view(-1).view(torch.uint8)
 
     def write(self, name: str, offset: int, data: memoryview) -> None:
-        """Copy the bytes into the tensor."""
+        """Copy bytes into the tensor of the state dict.
+
+        Args:
+            name: The tensor.
+            offset: Position in the tensor of the first byte, in bytes.
+            data: The bytes, valid only during the call.
+        """
         source = torch.frombuffer(data, dtype=torch.uint8)
         self._bytes[name][offset : offset + len(data)].copy_(source)
 
 
 class FileSink:
-    """Writes the files of a layout into place, at once preallocated to their full size.
+    """Sink that writes the files of a layout, preallocated to full size at the start.
 
-    Use as a context manager, which closes the files.
+    Use the sink as a context manager, which opens and closes the files.
 
     Args:
-        layout: What lies where.
+        layout: The files, and the position of each tensor in the files.
         root: The output file, or the directory of the layout's files.
-        tensors: What will come; tied names are written wherever the layout has them.
-        path: What users know the output as, in errors; ``root`` where None.
-        made: Whether another process has made the files, and this one only fills its part in.
+        tensors: The tensors that will be written. A tied name is written at each place that the
+            layout has for it.
+        path: Path of the output in error messages; ``root`` where None.
+        made: True if another process has created the files, and this process only fills its part.
 
     Attributes:
         root: The output file, or the directory of the layout's files.
@@ -94,7 +104,8 @@ class FileSink:
         self._layout = layout
         self._made = made
         self._tied: dict[str, list[str]] = {}
-        self._first: dict[str, OutputTensor] = {}  # that whose bytes a tensor's are
+        # Name → the tensor whose bytes it has: itself, or the first of the tied names.
+        self._first: dict[str, OutputTensor] = {}
         by_name = {tensor.name: tensor for tensor in tensors}
         for tensor in by_name.values():
             first = by_name[tensor.tied_to or tensor.name]
@@ -102,7 +113,9 @@ class FileSink:
             self._tied.setdefault(first.name, []).append(tensor.name)
         self._handles: list[int] = []
         self._targets: dict[str, list[tuple[int, int]]] = {}
-        self._crcs: dict[str, dict[int, tuple[int, int]]] = {}  # end of a stretch → start, CRC-32
+        # Tensor → end of a stretch → start and CRC-32 of the stretch. By its end, a stretch is
+        # found by the block that continues it.
+        self._crcs: dict[str, dict[int, tuple[int, int]]] = {}
         self._lock = threading.Lock()
 
     def __enter__(self) -> FileSink:
@@ -123,14 +136,20 @@ class FileSink:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
+        # An error while closing must not hide the error that ended the work.
         with suppress(OutputError) if error is not None else nullcontext():
             self._close()
 
     def write(self, name: str, offset: int, data: memoryview) -> None:
-        """Write the bytes wherever the tensor, or one tied to it, lies.
+        """Write bytes at every place of a tensor and of the names that are tied to the tensor.
+
+        Args:
+            name: The tensor.
+            offset: Position in the tensor of the first byte, in bytes.
+            data: The bytes, valid only during the call.
 
         Raises:
-            OutputError: They cannot be written.
+            OutputError: The bytes cannot be written.
         """
         for tied in self._tied[name]:
             for handle, start in self._targets.get(tied, ()):
@@ -140,11 +159,16 @@ class FileSink:
                     raise unwritable(self._path, error) from error
         if name in self._crcs:
             stretches = self._crcs[name]
-            start, crc = stretches.pop(offset, (offset, 0))  # a thread's blocks follow each other
+            # A thread's blocks follow each other: each block mostly continues a known stretch.
+            start, crc = stretches.pop(offset, (offset, 0))
             stretches[offset + len(data)] = start, zlib.crc32(data, crc)
 
     def replace(self, layout: Layout) -> None:
-        """Write what is no tensor anew, before ``finish``, by a layout that fits the first."""
+        """Rewrite the bytes outside tensors, before ``finish``.
+
+        Args:
+            layout: A layout that fits the present one: the same sizes and positions.
+        """
         for handle, before, now in zip(
             self._handles, self._layout.files, layout.files, strict=True
         ):
@@ -153,13 +177,13 @@ class FileSink:
                     self._write_at(handle, memoryview(content), offset)
 
     def begin_anew(self, layout: Layout) -> None:
-        """Lay the files out otherwise, while no tensor has been written.
+        """Change the layout of the files, while no tensor has been written.
 
         Args:
-            layout: Of the same files and companions.
+            layout: The new layout, of the same files and companions.
 
         Raises:
-            OutputError: There is no room for it.
+            OutputError: There is not enough room.
         """
         self._close()
         self._layout = layout
@@ -172,21 +196,25 @@ class FileSink:
             raise unwritable(self._path, error) from error
 
     def flush(self) -> None:
-        """Bring what was written here to the disk, where other hosts see it too."""
+        """Flush the bytes of this process to the disk, so that other hosts see the bytes."""
         for handle in self._handles:
             os.fsync(handle)
 
     def checksums(self) -> dict[str, list[tuple[int, int, int]]]:
-        """Checksums of what was written here: offset, length and CRC-32 of stretches, by tensor."""
+        """Return the checksums of the bytes of this process.
+
+        Returns:
+            Tensor → offset in bytes, length in bytes and CRC-32 of each stretch.
+        """
         return {name: _joined(parts) for name, parts in self._crcs.items() if parts}
 
     def take_checksums(self, checksums: Mapping[str, Iterable[tuple[int, int, int]]]) -> None:
-        """Take those of what another process has written."""
+        """Add the checksums of the bytes that another process has written."""
         for name, parts in checksums.items():
             self._crcs[name] |= {start + length: (start, crc) for start, length, crc in parts}
 
     def finish(self) -> None:
-        """Store the checksums, once every byte has been written."""
+        """Store the checksums in the files, once every byte has been written."""
         for handle, file in zip(self._handles, self._layout.files, strict=True):
             self._store_checksums(handle, file)
 
@@ -205,6 +233,7 @@ class FileSink:
         if not self._made:
             _make_directory(path.parent)
         create = 0 if self._made else os.O_CREAT
+        # O_BINARY exists on Windows alone, which would translate line ends without it.
         handle = os.open(path, os.O_WRONLY | create | getattr(os, "O_BINARY", 0), 0o666)
         self._handles.append(handle)
         if not self._made:
@@ -216,7 +245,10 @@ class FileSink:
         self._crcs |= {self._first[name].name: {} for name in file.checksums}
 
     def _close(self) -> None:
-        """Close the files; network file systems tell only then of writes that failed."""
+        """Close the files, and report errors of closing.
+
+        Network file systems report failed writes only when a file is closed.
+        """
         errors: list[OSError] = []
         while self._handles:
             try:
@@ -254,7 +286,14 @@ def _make_directory(path: Path) -> None:
 
 
 def _joined(stretches: Mapping[int, tuple[int, int]]) -> list[tuple[int, int, int]]:
-    """Offset, length and checksum of as few stretches as possible."""
+    """Join adjacent stretches.
+
+    Args:
+        stretches: End → start and CRC-32 of each stretch.
+
+    Returns:
+        Offset in bytes, length in bytes and CRC-32 of as few stretches as possible, in order.
+    """
     found: list[tuple[int, int, int]] = []
     for start, end, crc in sorted((start, end, crc) for end, (start, crc) in stretches.items()):
         before, size, first = found[-1] if found else (0, 0, 0)
@@ -266,11 +305,12 @@ def _joined(stretches: Mapping[int, tuple[int, int]]) -> list[tuple[int, int, in
 
 
 def _preallocate(handle: int, size: int) -> None:
-    """Reserve the bytes, so that a full disk shows now and not after the work."""
+    """Reserve a file's bytes, so that a full disk is noticed before the work and not after."""
     if size and hasattr(os, "posix_fallocate"):
         try:
             os.posix_fallocate(handle, 0, size)
         except OSError as error:
+            # These say that the file system cannot reserve bytes, not that the disk is full.
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
                 raise
         else:
@@ -279,14 +319,20 @@ def _preallocate(handle: int, size: int) -> None:
 
 
 def crc32_combine(first: int, second: int, length: int) -> int:
-    """CRC-32 of two byte strings one after another, from theirs and the second's length.
+    """Compute the CRC-32 of two concatenated byte strings from the CRC-32 of each string.
 
     Appending n bytes multiplies the first checksum by x^(8n) modulo the CRC's polynomial over
-    GF(2); bits are reflected, so the top bit stands for x^0.
+    GF(2). Bits are reflected: the top bit stands for x^0.
+
+    Args:
+        first: CRC-32 of the first string.
+        second: CRC-32 of the second string.
+        length: Length of the second string in bytes.
     """
     return _multiply(_power_of_x(8 * length), first) ^ second
 
 
+# The polynomial of CRC-32, with reflected bits.
 _POLYNOMIAL = 0xEDB88320
 
 
@@ -315,4 +361,5 @@ def _power_of_x(exponent: int) -> int:
     return _CACHE[exponent]
 
 
+# Exponent → power of x. Stretches have few different lengths, so that few powers are computed.
 _CACHE: dict[int, int] = {}

@@ -1,4 +1,4 @@
-"""Outputs: laid out and checked before any work, opened together, published when all are whole."""
+"""Outputs: laid out and checked before any work, opened together, published when complete."""
 
 from __future__ import annotations
 
@@ -36,21 +36,23 @@ from ckptavg.outputs.sinks import FileSink
 
 log = logging.getLogger("ckptavg")
 StateDict = dict[str, torch.Tensor]
-_FILES = "files"  # in the provenance of a directory
+# Key in the provenance of a directory.
+_FILES = "files"
 
 
 @dataclass(frozen=True)
 class Target:
-    """An output that may and can be written.
+    """An output that has been checked: there is permission and room to write the output.
 
     Attributes:
-        path: Where.
-        tensors: What it will hold.
-        layout: What lies where.
-        overwrite: Whether an existing one is replaced.
-        made: Its provenance.
-        template: The checkpoint that it is laid out like.
-        replaceable: Files that an existing directory may lose, by their paths below it.
+        path: Path of the output.
+        tensors: Tensors of the output, under bare names.
+        layout: Files of the output, and the position of each tensor in the files.
+        overwrite: True if an existing output is replaced.
+        made: Provenance of the output.
+        template: The checkpoint whose layout and configuration the output follows.
+        replaceable: Files that may be removed from an existing directory at the path, by their
+            paths below the directory.
     """
 
     path: Path
@@ -73,22 +75,25 @@ def prepare(
     overwrite: bool = False,
     neighbours: Iterable[Location] = (),
 ) -> Target:
-    """Lay an output out and make sure that it may and can be written.
+    """Lay an output out, and check permission and room before any work.
 
     Args:
-        out: A path whose suffix decides the format, see ``lay_out``.
-        tensors: What it will hold, under bare names.
-        made: Its provenance.
-        inputs: The checkpoints that it is made of; none of them may be the output, and the last
-            one's layout and configuration are followed.
-        is_run: Tells a directory with checkpoints of a training, which is not to be replaced.
+        out: Path of the output. The suffix decides the format, see ``lay_out``.
+        tensors: Tensors of the output, under bare names.
+        made: Provenance of the output.
+        inputs: The checkpoints that the output is made of. The output must not replace an input.
+            The output follows the layout and configuration of the last input.
+        is_run: Returns True for a directory with checkpoints of a training, which must not be
+            replaced.
         companions: Contents of files that have to stand beside the weights, by name.
         overwrite: Replace an existing output.
-        neighbours: Files of their runs, taken or not; of these only an average may be replaced.
+        neighbours: Files of the inputs' runs, selected or not. Of these files the output may
+            replace only an average.
 
     Raises:
-        OutputError: It may not be written, or there is too little room.
-        UsageError: The path does not say how, or is a file where there are companions.
+        OutputError: The output may not be written, or there is too little room.
+        UsageError: The path does not decide a format, or the path is a file although there are
+            companions.
     """
     storage.check_output(out)
     path = Path(out)
@@ -99,6 +104,7 @@ def prepare(
     check_no_input(path, names)
     _check_no_run(path, is_run, overwrite=overwrite)
     check_target(path, overwrite=overwrite)
+    # The provenance may be copied from an input, whose list of files is not this output's.
     made = {key: value for key, value in made.items() if key != _FILES}
     layout = _lay_out(out, tensors, made, inputs[-1], companions or {})
     replaceable = frozenset[str]()
@@ -106,6 +112,7 @@ def prepare(
         made |= {_FILES: sorted(layout.names)}
         if digests.is_recorded(made):
             made = digests.sealed(made)
+        # The names of the files are known from the first layout only, and stand in the second.
         layout = _lay_out(out, tensors, made, inputs[-1], companions or {})
         replaceable = frozenset([*layout.names, *_recorded_files(path)])
     check_replaceable(path, directory=layout.directory, names=replaceable)
@@ -135,9 +142,12 @@ def _lay_out(
 
 
 def _check_neighbours(path: Path, neighbours: Iterable[Location]) -> None:
-    """Make sure that nothing of the runs is replaced that the output is not made of.
+    """Make sure that an output does not replace a file of the runs that the inputs are from.
 
-    An average that ckptavg wrote among them may be: the next one commonly takes its place.
+    An average that ckptavg wrote there may be replaced: commonly the next average replaces it.
+
+    Raises:
+        OutputError: The output would replace a file of a run.
     """
     if not os.path.lexists(path):
         return
@@ -153,12 +163,12 @@ def _check_neighbours(path: Path, neighbours: Iterable[Location]) -> None:
 
 
 def _check_no_run(path: Path, is_run: Callable[[Path], bool], *, overwrite: bool) -> None:
-    """Make sure that no run stands at an output's path, where somebody has swapped the two.
+    """Make sure that an output does not replace a run, as when input and output are swapped.
 
-    A model's own directory may be replaced, but not at a hint of ours.
+    The directory of a single model may be replaced when ``overwrite`` asks for that.
 
     Raises:
-        OutputError: Checkpoints lie there that ckptavg did not write.
+        OutputError: The path is a directory of checkpoints that ckptavg did not write.
     """
     if not path.is_dir() or _recorded_files(path):
         return
@@ -168,7 +178,8 @@ def _check_no_run(path: Path, is_run: Callable[[Path], bool], *, overwrite: bool
     try:
         if not (is_model or is_run(path)):
             return
-    except OSError:  # as of one that another process replaces; what is to be written tells more
+    except OSError:
+        # Another process may be replacing the directory. Later checks tell more about the cause.
         return
     raise OutputError(
         f"{path} is a directory that holds checkpoints, and no output of ckptavg: were the output "
@@ -178,12 +189,13 @@ def _check_no_run(path: Path, is_run: Callable[[Path], bool], *, overwrite: bool
 
 
 def _recorded_files(path: Path) -> list[str]:
-    """Files of an existing directory that ckptavg wrote, by its own record."""
+    """List the files of an existing directory that the directory's provenance records."""
     if not path.is_dir():
         return []
     try:
         made = open_checkpoint(path).provenance or {}
-    except CkptavgError:  # none of ours
+    except CkptavgError:
+        # ckptavg did not write this directory.
         return []
     names = made.get(_FILES)
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
@@ -193,8 +205,8 @@ def check_together(targets: Sequence[Target]) -> None:
     """Make sure that several outputs can be written at once.
 
     Raises:
-        UsageError: Two of them are one.
-        OutputError: There is too little room for all.
+        UsageError: Two outputs have the same path, or an output is below another output.
+        OutputError: There is too little room for all outputs together.
     """
     paths = [follow(target.path) for target in targets]
     for path in paths:
@@ -202,6 +214,7 @@ def check_together(targets: Sequence[Target]) -> None:
             raise UsageError(f"two averages would be written to {path}", "Give each its own name.")
         if set(path.parents) & set(paths):
             raise UsageError(f"{path} would lie within another output", "Give each its own name.")
+    # Outputs on the same file system share its room: file system → bytes of the outputs on it.
     rooms: dict[int, int] = {}
     for path, target in zip(paths, targets, strict=True):
         with guard_writes(path):
@@ -212,10 +225,10 @@ def check_together(targets: Sequence[Target]) -> None:
 
 @contextmanager
 def opened(targets: Sequence[Target]) -> Iterator[list[FileSink]]:
-    """Sinks for some outputs, which are published once all of them have been filled.
+    """Open sinks for outputs, and publish the outputs once all are complete.
 
     Raises:
-        OutputError: One of them cannot be written; what is not published by then never will be.
+        OutputError: An output cannot be written. Outputs that are not published yet are dropped.
     """
     with ExitStack() as publications:
         written = [
@@ -245,8 +258,14 @@ def opened(targets: Sequence[Target]) -> Iterator[list[FileSink]]:
 
 
 def _publish(targets: Sequence[Target], written: Sequence[Publication]) -> None:
-    """Put outputs in their places; an error says which were there before it."""
-    for target in targets[1:]:  # of the first it is seen while nothing is in its place
+    """Move outputs to the final paths.
+
+    Raises:
+        OutputError: An output cannot be published. The message names the published outputs.
+    """
+    # All paths are checked before any output is published. The first output needs no check here:
+    # its own publication makes the check, before anything is published.
+    for target in targets[1:]:
         if not target.overwrite and os.path.lexists(target.path):
             raise OutputError(
                 f"{target.path} has appeared while it was being made",
@@ -273,9 +292,9 @@ def fill(
 
     Args:
         target: The output.
-        file: Its sink; None where another process writes it.
-        state_dict: Its tensors, under bare names.
-        made: Its provenance. A digest in it stands for that of what is written.
+        file: The output's sink; None where another process writes the output.
+        state_dict: The output's tensors, under bare names.
+        made: The output's provenance. A digest in it is replaced by the digest of the tensors.
 
     Returns:
         The provenance as written.
@@ -285,6 +304,7 @@ def fill(
     sink = digests.OutputDigest(file, target.tensors) if digests.is_recorded(made) else file
     for tensor in target.tensors:
         if tensor.tied_to is None and state_dict[tensor.name].numel():
+            # The bytes are passed by their address: NumPy, the usual way, lacks bfloat16.
             values = state_dict[tensor.name].detach().cpu().contiguous()
             raw = (ctypes.c_uint8 * values.nbytes).from_address(values.data_ptr())
             sink.write(tensor.name, 0, memoryview(raw).cast("B"))
@@ -295,15 +315,18 @@ def fill(
 
 
 def change_provenance(target: Target, file: FileSink | None, made: Mapping[str, Any]) -> Target:
-    """Give an output another provenance, of any length, while it is opened and still empty.
+    """Replace an output's provenance by one of any length, while no tensor has been written.
 
     Args:
-        target: The output.
-        file: Its sink; None where another process writes it.
-        made: The provenance.
+        target: The output, opened.
+        file: The output's sink; None where another process writes the output.
+        made: The new provenance.
+
+    Returns:
+        The output with the new provenance and a layout for it.
 
     Raises:
-        OutputError: There is no room for it.
+        OutputError: There is not enough room.
     """
     if made == target.made:
         return target
@@ -317,10 +340,15 @@ def change_provenance(target: Target, file: FileSink | None, made: Mapping[str, 
 
 
 def rewrite_provenance(target: Target, sink: FileSink, made: Mapping[str, Any]) -> None:
-    """Put another provenance of the same length into an output that is being written.
+    """Replace the provenance of an output that is being written by one of the same length.
+
+    Args:
+        target: The output, opened.
+        sink: The output's sink.
+        made: The new provenance.
 
     Raises:
-        CheckpointError: It would be laid out otherwise now: what it follows has changed.
+        CheckpointError: The layout would be different now: the template has changed.
     """
     layout = lay_out(os.fspath(target.path), target.tensors, made, target.template)
     if not target.layout.fits(layout):
@@ -336,14 +364,22 @@ def provenance(
     ties: Sequence[Sequence[str]] = (),
     base: Checkpoint | None = None,
 ) -> dict[str, Any]:
-    """How an output was made, as plain values for JSON.
+    """Describe the origin of an output as plain values for JSON.
+
+    Args:
+        scheme: The scheme's whole specification.
+        checkpoints: The selected checkpoints, in order.
+        coefficients: One per checkpoint, normalized.
+        statistics: The state of the BatchNorm running statistics.
+        ties: Groups of names that share their contents.
+        base: The checkpoint that the tensors outside the average come from, where it is not one of
+            ``checkpoints``.
 
     Returns:
         ``version``, ``scheme``, ``checkpoints`` (each with ``path``, ``step``, ``coefficient``,
-        ``size`` in bytes and ``mtime`` in seconds), ``bn``, and where there are any, ``bn_layers``
-        (the layers that ``bn`` does not hold for, by kind), ``base`` (the checkpoint that gave the
-        rest, if it is none of them) and ``tied`` names. A directory's has ``files`` too, the names
-        of all that was written.
+        ``size`` in bytes and ``mtime`` in seconds) and ``bn``. Where there are any, also
+        ``bn_layers`` (the layers that ``bn`` does not hold for, by kind), ``base`` and ``tied``
+        names. The provenance of a directory later gets ``files`` too, the names of all files.
     """
     made: dict[str, Any] = {
         "version": __version__,
@@ -359,8 +395,9 @@ def provenance(
 
 
 def _account(checkpoint: Checkpoint, **part: float | None) -> dict[str, Any]:
-    """What provenance says of a checkpoint, and of its part in the output."""
+    """Describe a checkpoint, and the checkpoint's part in the output, for the provenance."""
     return {
+        # A URL may hold credentials, which must not be stored in the output.
         "path": storage.without_secrets(str(checkpoint.path)),
         **part,
         "size": checkpoint.size,
