@@ -1,4 +1,7 @@
-"""Where every byte of an output will lie, known before the first one is written."""
+"""The choice of an output's format: the path's suffix decides which layout is planned.
+
+The offset of every byte is known before the first byte is written.
+"""
 
 from __future__ import annotations
 
@@ -14,22 +17,26 @@ from ckptavg.formats.huggingface import writer
 from ckptavg.formats.torch_save import writer as torch_layout
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".tar")
-FILE_LAYOUTS = ("safetensors", "torch")  # of checkpoints that are one file
+# Layouts of checkpoints that are one file.
+FILE_LAYOUTS = ("safetensors", "torch")
 
 
 def lay_out(
     path: str, tensors: Sequence[OutputTensor], provenance: Mapping[str, Any], template: Checkpoint
 ) -> Layout:
-    """Plan an output by the suffix of its path.
+    """Plan an output in the format that the suffix of the path names.
 
     Args:
         path: ``.safetensors``, one of ``TORCH_SUFFIXES``, or no suffix for a directory.
-        tensors: What it will hold, under bare names.
-        provenance: How it was made.
+        tensors: The output's tensors, under bare names.
+        provenance: The account of how the output was made.
         template: The last checkpoint, whose layout, configuration and shards are followed.
 
+    Returns:
+        The layout of all files of the output.
+
     Raises:
-        UsageError: The suffix is unknown.
+        UsageError: The suffix is not known.
         UnsupportedTensorError: The format cannot store one of the element types.
     """
     suffix = Path(path).suffix
@@ -43,6 +50,7 @@ def lay_out(
     if suffix in TORCH_SUFFIXES:
         file, notes = torch_layout.lay_out(path, tensors, text, template)
         return Layout(False, [file], notes=tuple(notes))
+    # A trailing slash and a suffix of digits (step.500) are those of directories.
     if suffix and not path.endswith("/") and not suffix[1:].isdigit():
         expected = ", ".join((".safetensors", *TORCH_SUFFIXES))
         raise UsageError(
@@ -59,5 +67,5 @@ def lay_out(
 
 
 def has_suffix(name: str) -> bool:
-    """Whether a name says that an output is a file, and of which kind."""
+    """Return True if the suffix of a name makes the output a single file."""
     return Path(name).suffix in (".safetensors", *TORCH_SUFFIXES)

@@ -1,4 +1,4 @@
-"""The state that the running statistics of some weights are in, layer by layer."""
+"""The state of running statistics: stale, frozen or recomputed, and for which layers."""
 
 from __future__ import annotations
 
@@ -11,25 +11,28 @@ from ckptavg.errors import UsageError, first_few
 from ckptavg.errors.spelling import close_patterns, did_you_mean
 
 State = Literal["none", "own", "frozen", "stale", "partly recomputed", "recomputed"]
-"""``none``: there are no such layers. ``own``: statistics and weights are of one checkpoint.
-``frozen``: no layer changed its statistics in training, so that those of all weights are the same.
-``stale``: they are of other weights. ``recomputed``: they were stale, and no longer are.
-``partly recomputed``: those of some layers still are."""
+"""``none``: no layer keeps running statistics.
+``own``: statistics and weights are of one checkpoint.
+``frozen``: no layer changed in training, so all checkpoints have the same statistics.
+``stale``: the statistics are of other weights.
+``recomputed``: stale statistics were replaced.
+``partly recomputed``: the statistics of some layers were replaced, the others are still stale."""
 
 RECOMPUTED: tuple[State, ...] = ("recomputed", "partly recomputed")
-LAYERS = "bn_layers"  # beside ``bn`` in provenance and in results
+# The entry beside ``bn`` in provenance and in results.
+LAYERS = "bn_layers"
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """The state of running statistics, with the layers that it does not hold for.
+    """The state of running statistics, with the layers that are exceptions.
 
     Attributes:
-        state: That of them all.
-        layers: Names of all layers that keep some.
-        frozen: Those whose statistics did not change in training: they are kept.
-        excluded: Those that the user kept from being recomputed.
-        not_recomputed: Those that were to be and could not, or that no data went through.
+        state: The state of all layers together.
+        layers: Names of all layers that keep running statistics.
+        frozen: Layers whose statistics did not change in training. Frozen statistics are kept.
+        excluded: Layers that the user excluded from recomputation.
+        not_recomputed: Layers that could not be recomputed, or that no data went through.
     """
 
     state: State
@@ -40,7 +43,7 @@ class Statistics:
 
     @property
     def listed(self) -> dict[str, list[str]]:
-        """The layers that stand out, as plain values: kind → names, where there are any."""
+        """The exceptional layers as plain values: kind → names, without empty kinds."""
         kinds = {
             "frozen": self.frozen,
             "excluded": self.excluded,
@@ -50,19 +53,20 @@ class Statistics:
 
     @property
     def plain(self) -> dict[str, Any]:
-        """The state as ``bn`` and the layers that stand out as ``bn_layers``."""
+        """The state under ``bn``, and the exceptional layers, if any, under ``bn_layers``."""
         return {"bn": self.state} | ({LAYERS: self.listed} if self.listed else {})
 
     def after(self, excluded: Collection[str], written: Collection[str]) -> Statistics:
-        """Their state after a pass over training data.
+        """Derive the state after a pass over training data.
 
         Args:
-            excluded: Layers that the user kept from it.
-            written: Layers that it gave new statistics.
+            excluded: Layers that the user excluded from the pass.
+            written: Layers that got new statistics in the pass.
         """
         kept = {*self.frozen, *excluded}
         wanted = [layer for layer in self.layers if layer not in kept]
         missed = tuple(layer for layer in wanted if layer not in written)
+        # Without a single recomputed layer the state stays.
         state = self.state
         if len(missed) < len(wanted):
             state = "partly recomputed" if missed else "recomputed"
@@ -76,14 +80,14 @@ class Statistics:
 
 
 def match_layers(patterns: str | Sequence[str], layers: Iterable[str]) -> set[str]:
-    """Find the layers that shell patterns name.
+    """Find the layers whose names match shell patterns.
 
     Args:
-        patterns: Of names of layers, such as ``stem.*``.
+        patterns: One or more patterns for names of layers, such as ``stem.*``.
         layers: Names of all layers that keep running statistics.
 
     Raises:
-        UsageError: A pattern matches none of them.
+        UsageError: A pattern matches no layer.
     """
     known = list(layers)
     matched: set[str] = set()
@@ -100,7 +104,8 @@ def match_layers(patterns: str | Sequence[str], layers: Iterable[str]) -> set[st
 
 
 def listed_layers(made: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Return the layers that provenance says ``bn`` does not hold for, by kind."""
+    """Return the exceptional layers that provenance lists beside ``bn``, by kind."""
+    # Provenance comes from a file: malformed lists are left out.
     listed = made.get(LAYERS)
     known = listed.items() if isinstance(listed, Mapping) else ()
     return {
@@ -111,6 +116,6 @@ def listed_layers(made: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def with_statistics(made: Mapping[str, Any], statistics: Statistics) -> dict[str, Any]:
-    """Return provenance that tells of other statistics."""
+    """Return a copy of provenance with another state of the running statistics."""
     rest = {key: value for key, value in made.items() if key != LAYERS}
     return {**rest, **statistics.plain}

@@ -1,4 +1,4 @@
-"""The safetensors format: its header read into a table, and a header laid out for writing."""
+"""The safetensors format: headers read into tables of tensors, and headers for outputs."""
 
 from __future__ import annotations
 
@@ -15,29 +15,31 @@ from ckptavg.io import bounded_json, paths
 from ckptavg.io.paths import Location
 
 MAX_HEADER = bounded_json.MAX_TEXT
-MAX_DIMENSIONS = 64  # torch's own limit
+# torch takes no tensor with more dimensions.
+MAX_DIMENSIONS = 64
 _damaged = partial(damaged, kind="safetensors file")
 _cut_short = partial(cut_short, kind="safetensors file")
 BY_CODE = {dtype.code: dtype for dtype in DTYPES.values() if dtype.code}
 
 
 def read_header(place: str | Location, size: int) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read the table of a safetensors file.
+    """Read the header of a safetensors file into a table of tensors.
 
     Args:
         place: The file.
-        size: Its size in bytes, which every range is checked against.
+        size: The file's size in bytes. Every range is checked against the size.
 
     Returns:
         The tensors in the order of their bytes, and the file's metadata.
 
     Raises:
-        CheckpointError: The file is no well-formed safetensors file.
+        CheckpointError: The file is damaged, cut short, or no safetensors file.
     """
     path = str(place)
     with paths.open_binary(place) as file:
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
+        # Checked before reading: an untrusted header may claim any length.
         if length > MAX_HEADER:
             raise _damaged(path, f"its header claims {length} bytes")
         if len(prefix) < 8 or length > size - 8:
@@ -48,6 +50,7 @@ def read_header(place: str | Location, size: int) -> tuple[dict[str, Tensor], di
         raise _damaged(path, "its metadata is not a map of strings")
     begin = 8 + length
     entries = [_entry(path, name, value) for name, value in header.items()]
+    # Sorted by byte range, so that one pass finds overlaps and holes.
     entries.sort(key=lambda entry: (entry[3], entry[4]))
     _check_ranges(path, entries, size - begin)
     tensors = {
@@ -57,27 +60,28 @@ def read_header(place: str | Location, size: int) -> tuple[dict[str, Tensor], di
 
 
 def looks_like(start: bytes) -> bool:
-    """Tell safetensors by the beginning: the length of a header, and a JSON object."""
+    """Return True if a file begins like safetensors: a header's length, then a JSON object."""
+    # The upper half of the 64-bit length is zero for every header below 4 GiB.
     return start[4:9] == b"\0\0\0\0{"
 
 
 def build_header(
     tensors: Iterable[tuple[str, DType, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> tuple[bytes, dict[str, int]]:
-    """Lay a safetensors file out.
+    """Build the header of a safetensors file, and place the tensors behind.
 
-    Widest types come first, as the reference implementation orders them, so that every tensor is
-    aligned to its element size.
+    The widest element types come first, in the order of the reference implementation. Thus every
+    tensor is aligned to the size of an element.
 
     Args:
         tensors: Name, element type and shape of each.
-        metadata: Goes under ``__metadata__``.
+        metadata: Entries for ``__metadata__``.
 
     Returns:
-        The file's first bytes (length and padded header), and each tensor's offset in the file.
+        The file's first bytes (length and padded header), and each tensor's byte offset.
 
     Raises:
-        UnsupportedTensorError: The format has no such element type.
+        UnsupportedTensorError: The format cannot store an element type or a tensor's name.
     """
     tensors = list(tensors)
     odd = [name for name, _, _ in tensors if name == "__metadata__" or not _is_text(name)]
@@ -106,6 +110,7 @@ def build_header(
         }
         position = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    # Padded to 8 bytes, so that the first tensor is aligned.
     text += b" " * (-len(text) % 8)
     first = len(text).to_bytes(8, "little") + text
     return first, {name: len(first) + start for name, start in starts.items()}
@@ -126,7 +131,7 @@ def _is_text_map(value: Any) -> bool:
 
 
 def _is_text(name: str) -> bool:
-    """Whether a name can be written as UTF-8: JSON's escapes let halves of characters through."""
+    """Return True if a name can be written as UTF-8. JSON's escapes allow lone surrogates."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -135,6 +140,7 @@ def _is_text(name: str) -> bool:
 
 
 def _is_natural(value: Any) -> bool:
+    # By the exact type: JSON's true would pass for 1.
     return type(value) is int and 0 <= value < 2**63
 
 
@@ -151,6 +157,7 @@ def _entry(path: str, name: str, value: Any) -> tuple[str, DType, tuple[int, ...
         not isinstance(shape, list)
         or len(shape) > MAX_DIMENSIONS
         or not all(map(_is_natural, shape))
+        # Empty dimensions count as 1: a zero would hide the extents of the others.
         or math.prod(n or 1 for n in shape) >= MOST_ELEMENTS
     ):
         raise _damaged(path, f"{name!r} has a malformed shape")

@@ -1,4 +1,4 @@
-"""A safetensors output, with as much of its input's header as is true of an average."""
+"""The layout of a safetensors output, with the input's metadata that is true of an average."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from ckptavg.formats.checkpoint import PROVENANCE
 from ckptavg.formats.file_layout import FileLayout, OutputTensor
 from ckptavg.formats.metric_names import is_metric
 
-# Entries that describe the file itself, which is laid out anew.
+# Entries that describe the layout of the input file. The output is laid out anew.
 _FILE_ENTRIES = ("format", "DCP_SHARDING_INFO", "DCP_VERSION")
-# kohya's entries about the training. Hashes among them are the base model's, and stay true.
+# Prefix of kohya's entries about training. Hashes there are the base model's, and stay true.
 _TRAINER = "ss_"
 _HASHES = frozenset(["hash", "sha1", "sha256", "sha512", "md5", "crc32", "checksum", "digest"])
-_MOST_NAMES = 12  # in a note
+# Most names in a note.
+_MOST_NAMES = 12
 _BETWEEN_WORDS = re.compile(r"[^a-z0-9]+")
 
 
@@ -26,7 +27,10 @@ def lay_out(name: str, tensors: Sequence[OutputTensor], metadata: Mapping[str, s
     Args:
         name: The file's name in its directory; empty if the output is this file.
         tensors: The file's tensors.
-        metadata: Further entries of the file's header.
+        metadata: Text entries of the file's header.
+
+    Returns:
+        The layout, with byte offsets in the file.
 
     Raises:
         UnsupportedTensorError: The format cannot store one of the element types.
@@ -41,15 +45,15 @@ def lay_out(name: str, tensors: Sequence[OutputTensor], metadata: Mapping[str, s
 def header_metadata(
     provenance: str, template: Mapping[str, str], momentary: Collection[str] = ()
 ) -> tuple[dict[str, str], list[str]]:
-    """Make the metadata of an output's header.
+    """Make the metadata of an output's header from that of the last input.
 
     Args:
         provenance: How the output was made, as JSON.
         template: The metadata of the last input.
-        momentary: Names of entries that are true of that input alone.
+        momentary: Names of entries that are true of the last input alone.
 
     Returns:
-        The metadata, and notes about the input's entries that are not in it.
+        The metadata, and notes about the entries that were left out as untrue.
     """
     untrue = [
         name
@@ -67,7 +71,7 @@ def header_metadata(
 
 
 def _is_of_these_weights(name: str, value: str) -> bool:
-    """Tell whether a header's entry is a hash or a score of the input's own weights."""
+    """Return True if an entry is a hash or a score of the input's own weights."""
     if name.startswith(_TRAINER):
         return False
     words = set(_BETWEEN_WORDS.split(name.lower()))

@@ -1,4 +1,4 @@
-"""The test that a tensor's boxes, which lie in different files, make the whole tensor."""
+"""The test that boxes from several files make up a whole tensor."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import combinations, groupby
 from typing import Protocol
 
-# Boxes that are compared each with each, which takes quadratic time. More must make a grid.
+# Most boxes that are compared in pairs, which takes quadratic time. More boxes must make a grid.
 _MOST_COMPARED = 512
 
 
@@ -16,19 +16,19 @@ class Box(Protocol):
 
     @property
     def start(self) -> tuple[int, ...]:
-        """Index of its first element in the tensor."""
+        """Index in the tensor of the box's first element."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its extents."""
+        """Extent of the box along each dimension, in elements."""
 
 
 def tiles(shape: tuple[int, ...], boxes: Sequence[Box]) -> bool:
-    """Tell whether boxes cover a tensor, each element once.
+    """Return True if boxes cover each element of a tensor once.
 
     Args:
         shape: The tensor's shape.
-        boxes: The boxes, in any order.
+        boxes: The boxes, in any order. An empty tensor has none.
     """
     if any(len(box.start) != len(shape) or len(box.shape) != len(shape) for box in boxes):
         return False
@@ -36,12 +36,12 @@ def tiles(shape: tuple[int, ...], boxes: Sequence[Box]) -> bool:
         return not boxes
     if sum(math.prod(box.shape) for box in boxes) != math.prod(shape):
         return False
-    # As many elements as the tensor, all inside it and none twice, are all of it.
+    # The counts are equal: boxes inside the tensor and without overlap cover every element.
     return _is_grid(shape, boxes, 0) or (len(boxes) <= _MOST_COMPARED and _are_apart(shape, boxes))
 
 
 def _is_grid(shape: tuple[int, ...], boxes: Sequence[Box], dimension: int) -> bool:
-    """Tell whether boxes make slabs along a dimension, each cut likewise along the next one.
+    """Return True if boxes make slabs along a dimension, and each slab a grid along the next.
 
     Args:
         shape: The tensor's shape.
@@ -52,9 +52,10 @@ def _is_grid(shape: tuple[int, ...], boxes: Sequence[Box], dimension: int) -> bo
         return len(boxes) == 1
 
     def extent_of(box: Box) -> tuple[int, int]:
+        """Return the start and the extent of a box along the dimension."""
         return box.start[dimension], box.shape[dimension]
 
-    # Sorted, not hashed: such pairs can be made to have one hash.
+    # Sorted, not hashed: an untrusted file can choose pairs with equal hashes.
     position = 0
     slabs: list[list[Box]] = []
     for (start, extent), slab in groupby(sorted(boxes, key=extent_of), key=extent_of):
@@ -68,7 +69,7 @@ def _is_grid(shape: tuple[int, ...], boxes: Sequence[Box], dimension: int) -> bo
 
 
 def _are_apart(shape: tuple[int, ...], boxes: Sequence[Box]) -> bool:
-    """Tell whether boxes lie inside a tensor and no two share an element."""
+    """Return True if all boxes are inside a tensor and no two share an element."""
     for box in boxes:
         bounds = zip(box.start, box.shape, shape, strict=True)
         if any(start + extent > end for start, extent, end in bounds):
@@ -77,7 +78,7 @@ def _are_apart(shape: tuple[int, ...], boxes: Sequence[Box]) -> bool:
 
 
 def _overlap(first: Box, second: Box) -> bool:
-    """Tell whether two boxes share an element: whether their intervals meet in each dimension."""
+    """Return True if two boxes share an element: the intervals meet in each dimension."""
     return all(
         a < b + m and b < a + n
         for a, n, b, m in zip(first.start, first.shape, second.start, second.shape, strict=True)
