@@ -24,7 +24,7 @@ _ERROR = "Error: "
 
 
 class _Commands(CommandGroup):
-    """Ends as a command does when it is told to before the command itself has begun."""
+    """Command group that ends on a signal as its commands do, before any of them has begun."""
 
     def make_context(self, *args: Any, **options: Any) -> click.Context:
         with _end_when_told(), _printable_errors():

@@ -48,7 +48,7 @@ class Also:
     picks: dict[str, Any] | None
 
     def path(self, out: str) -> str:
-        """Where it goes: beside the command's output, in the same format unless it says another."""
+        """Return the output's path: beside the command's, in the same format without a suffix."""
         from ckptavg.formats.registry import (  # noqa: PLC0415 - help is shown without torch
             has_suffix,
         )
@@ -84,7 +84,7 @@ def also(text: str) -> Also:
 
 
 def planned_also(one: Also, run: Run, selection: Run, settings: Mapping[str, Any]) -> Average:
-    """Plan a further average: of its own selection of the whole run, or of the command's."""
+    """Plan a further average: of a selection of the whole run, or of the command's selection."""
     if one.picks is not None:
         check_picks(one.picks)
         selection = select_for_average(run, one.picks)

@@ -1,4 +1,4 @@
-"""From the options of a command to a model, its task, its runtime and its data."""
+"""Models, tasks, runtimes and data built from the options of a command."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ckptavg.tasks import Task
 
 
 def model_source(settings: Mapping[str, Any], checkpoints: Iterable[Checkpoint]) -> ModelSource:
-    """The model that is named, or recorded in checkpoints; with what they say of its arguments.
+    """Return the model that is named or recorded, with the arguments that checkpoints record.
 
     Raises:
         UsageError: None is named, and none is recorded.
@@ -48,7 +48,7 @@ def model_source(settings: Mapping[str, Any], checkpoints: Iterable[Checkpoint])
 def model_and_runtime(
     settings: Mapping[str, Any], source: ModelSource, kind: Task
 ) -> tuple[nn.Module, Runtime]:
-    """The model, and where and how it runs."""
+    """Build the model, and the runtime with its device, precision and loader options."""
     seed_all(settings["seed"])  # of what a forward pass draws, and what factories do
     model = sources.make_model(source.spec, source.arguments)
     options = {name: settings[name] for name in ("amp", "workers", "seed")}
@@ -57,12 +57,12 @@ def model_and_runtime(
 
 
 def forward(settings: Mapping[str, Any]) -> Forward | None:
-    """The function that ``--forward`` names."""
+    """Find the function that ``--forward`` names."""
     return find_forward(settings["forward"]) if settings["forward"] else None
 
 
 def task(settings: Mapping[str, Any]) -> Task:
-    """What ``--task`` names, or what the data is for."""
+    """Make the task that ``--task`` names, or the default task of the data."""
     scored = settings.get("data")
     data = scored or settings["train_data"]
     return make_task(settings["task"] or usual_task(data), scoring=scored is not None)
@@ -74,7 +74,7 @@ def training_data(
     runtime: Runtime,
     peers: Peers | None = None,
 ) -> Batches:
-    """This process's batches of what ``--train-data`` names."""
+    """Open this process's batches of ``--train-data``."""
     wanted: tuple[int, bool] | None = settings["bn_samples"]
     subset = None if wanted is None else Subset(*wanted)
     return _batches(settings, "train_data", source, runtime, peers or Alone(), subset, train=True)
@@ -86,7 +86,7 @@ def statistics_pass(
     processes: Peers | None,
     progress: Progress = lambda *_: None,
 ) -> Pass:
-    """How the model and ``--train-data`` recompute statistics of what checkpoints make."""
+    """Prepare the pass over ``--train-data`` that recomputes statistics."""
     source = model_source(settings, checkpoints)
     kind = task(settings)
     own = forward(settings)
@@ -109,7 +109,7 @@ def evaluation_data(
     runtime: Runtime,
     peers: Peers | None = None,
 ) -> Batches:
-    """This process's batches of what ``--data`` names."""
+    """Open this process's batches of ``--data``."""
     return _batches(settings, "data", source, runtime, peers or Alone(), None, train=False)
 
 

@@ -45,7 +45,7 @@ _PLAIN = str.maketrans("─…–Δ", "-~-d")
 
 
 class Report:
-    """What a command says: the result on stdout, notes and progress on stderr.
+    """Output of a command: the result on stdout, notes and progress on stderr.
 
     Args:
         as_json: Print the result as JSON instead of tables.
@@ -69,7 +69,7 @@ class Report:
 
     @contextmanager
     def notes(self) -> Iterator[None]:
-        """Show what the library logs for as long as the command runs."""
+        """Show the library's log records while the command runs."""
         logger, handler = logging.getLogger("ckptavg"), _NoteHandler(self._err)
         level, propagate = logger.level, logger.propagate
         logger.addHandler(handler)
@@ -127,7 +127,7 @@ class Report:
 
     @contextmanager
     def bytes_progress(self, what: str) -> Iterator[Any]:
-        """A bar of bytes, rate and time left; gives the callback that moves it."""
+        """Draw a bar of bytes, rate and time left, and yield the callback that moves the bar."""
         columns = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
         with self._bar(*columns) as move:
             yield lambda done, total: move(what, done, total)
@@ -162,12 +162,12 @@ def rate_text(speed: float) -> str:
 
 
 def counted(count: int, thing: str) -> str:
-    """A count and its noun."""
+    """Format a count and a noun."""
     return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
 
 
 def number_text(value: float | None) -> str:
-    """A recorded number, short, but whole ones in full; a dash where there is none."""
+    """Format a recorded number: whole numbers in full, a dash for None."""
     return "–" if value is None else step_text(value)
 
 
@@ -176,7 +176,7 @@ def _is_number(cell: str) -> bool:
 
 
 def _columns(titles: Sequence[str | Column], rows: Sequence[Sequence[str]]) -> tuple[Column, ...]:
-    """Make columns of titles, each of the kind that its cells are of."""
+    """Make columns of titles, each of the kind of the cells."""
     columns = []
     for i, title in enumerate(titles):
         if isinstance(title, Column):
@@ -202,7 +202,7 @@ def _has_unicode(console: Console) -> bool:
 
 
 def _styles(console: Console) -> dict[str, str]:
-    """Return the styles of what stands out, as far as a terminal has colors."""
+    """Return the styles of marked cells, as far as the terminal has colors."""
     few = console.color_system in (None, "standard", "windows")
     return _WEIGHTS | (_FEW_COLORS if few else _MANY_COLORS)
 

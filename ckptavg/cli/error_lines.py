@@ -1,4 +1,4 @@
-"""Errors as the command line shows them: one line, with its exit code."""
+"""Errors on the command line: one line each, with an exit code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _WHERE = "--debug shows where."
 
 
 class Failure(click.ClickException):
-    """One of our errors, shown by click in one line with its own exit code."""
+    """Error of this package, shown by click in one line with the error's exit code."""
 
     def __init__(self, error: CkptavgError) -> None:
         super().__init__(str(error))
@@ -24,7 +24,7 @@ class Failure(click.ClickException):
 
 @contextmanager
 def show_in_one_line(debug: bool) -> Iterator[None]:
-    """Turn errors into click's, one line each; with ``debug`` they keep their traceback."""
+    """Turn errors into click's, one line each; with ``debug`` the traceback is kept."""
     try:
         yield
     except (click.ClickException, click.exceptions.Exit):
@@ -41,7 +41,7 @@ def show_in_one_line(debug: bool) -> Iterator[None]:
 
 
 def _make_printable(error: BaseException | None) -> None:
-    """Escape what an error and its causes say, for the traceback that Python will show."""
+    """Escape the text of an error and of the causes, for Python's traceback."""
     seen: set[int] = set()
     waiting = [error]
     while waiting:
@@ -57,7 +57,7 @@ def _make_printable(error: BaseException | None) -> None:
 
 
 def _as_ours(error: Exception) -> CkptavgError:
-    """The error for one out of the user's model or data, or a mistake of ours."""
+    """Word the error for a failure in user code or in this package."""
     if isinstance(error, OSError) and error.filename is not None:
         return unreadable(error.filename, error)
     return CkptavgError(f"{type(error).__name__}: {error}", _WHERE)

@@ -1,4 +1,4 @@
-"""Help in two sizes: the options that most people use, and all of them in groups."""
+"""Help in two sizes: common options, and all options in groups."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ OWN_CODE_HINT = (
 
 
 class GroupedOption(click.Option):
-    """An option that knows its place in the help.
+    """Option with a group and a size of the help.
 
     Args:
         group: Title of its group.
@@ -47,7 +47,7 @@ class GroupedOption(click.Option):
 
 
 class GroupedCommand(click.Command):
-    """A command with a short help and a full one; it takes no file's name for an option."""
+    """Command with a short help and a full one, which takes no file name for an option."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -76,7 +76,7 @@ class GroupedCommand(click.Command):
         return super().parse_args(ctx, args)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the options that most people use, and where the others are."""
+        """Write the common options, and how to see the rest."""
         records = []
         further: dict[str, int] = {}
         for option in self._options(ctx):
@@ -139,7 +139,7 @@ class CommandGroup(click.Group):
 
 
 def _show_full_help(ctx: click.Context, option: click.Parameter, value: bool) -> None:
-    """Print the full help where it is asked for, and end the command."""
+    """Print the full help if requested, and end the command."""
     del option
     if not value or ctx.resilient_parsing or not isinstance(ctx.command, GroupedCommand):
         return

@@ -1,4 +1,4 @@
-"""Standard output and error that outlast their readers."""
+"""Standard output and error that outlast a closed pipe."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ckptavg.errors.system import unwritable
 
 
 class LastingStream:
-    """A stream that others may close: a reader such as ``head`` that has seen enough.
+    """Stream whose reader may close the pipe, as ``head`` does.
 
     What is written then goes nowhere, so that the work goes on to its end. Characters that the
     stream's encoding has not are escaped.
@@ -30,7 +30,7 @@ class LastingStream:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write a text as far as anybody reads it.
+        """Write a text while there is a reader.
 
         Raises:
             OutputError: It cannot be written, and is essential.
@@ -41,7 +41,7 @@ class LastingStream:
         return len(text)
 
     def flush(self) -> None:
-        """Hand on what was written.
+        """Flush the stream while there is a reader.
 
         Raises:
             OutputError: It cannot be written, and is essential.
@@ -60,6 +60,6 @@ class LastingStream:
 
 
 def _abandon(stream: TextIO) -> None:
-    """Lead a stream nowhere: Python writes once more on exit what it could not write before."""
+    """Redirect a stream to the null device, as Python writes unwritten text again on exit."""
     with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:  # a stream of no file
         os.dup2(nowhere.fileno(), stream.fileno())

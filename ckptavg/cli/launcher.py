@@ -1,4 +1,4 @@
-"""Commands under a launcher such as ``torchrun``: which of its processes says what."""
+"""Commands under a launcher such as ``torchrun``: the first process prints."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from ckptavg.errors import UsageError
 
 
 def report(*, as_json: bool, verbosity: int) -> Report:
-    """The report of a command; of several processes the first speaks, the others are silent."""
+    """Make the report of a command; only the first of several processes prints."""
     if own_rank() == 0:
         return Report(as_json=as_json, verbosity=verbosity)
     return Report(verbosity=-1, stdout=Console(file=io.StringIO()))
 
 
 def refuse(what: str) -> None:
-    """Make sure that what only one process can do was not given to several.
+    """Refuse several processes for a command that is the work of one.
 
     Raises:
         UsageError: It was.
@@ -36,7 +36,7 @@ def refuse(what: str) -> None:
 
 @contextmanager
 def joined() -> Iterator[Processes | None]:
-    """The processes that work together on a command; None where this one is alone.
+    """Join the processes that share a command; yield None for a single process.
 
     An error that all of them meet is shown by one.
     """

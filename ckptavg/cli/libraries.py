@@ -14,7 +14,7 @@ _DEEPSPEED = "DeepSpeed"
 
 @contextmanager
 def silence_libraries(*, verbose: bool) -> Iterator[None]:
-    """Show errors alone of what transformers and DeepSpeed log while a command runs.
+    """Show only errors of transformers' and DeepSpeed's logs while a command runs.
 
     Args:
         verbose: Show all that they log by themselves, as without this function.
@@ -28,7 +28,7 @@ def silence_libraries(*, verbose: bool) -> Iterator[None]:
 
 @contextmanager
 def _silent_transformers() -> Iterator[None]:
-    """Set the level of transformers, unless the user did by its environment variable."""
+    """Set the log level of transformers, unless TRANSFORMERS_VERBOSITY is set."""
     if os.environ.get(_LEVEL):
         yield
         return
@@ -46,7 +46,7 @@ def _silent_transformers() -> Iterator[None]:
 
 @contextmanager
 def _silent_deepspeed() -> Iterator[None]:
-    """Let through what DeepSpeed logs as an error; it sets its level anew when it is imported."""
+    """Filter DeepSpeed's records below errors; a level would be reset by importing DeepSpeed."""
     logger = logging.getLogger(_DEEPSPEED)
     logger.addFilter(_is_error)
     try:

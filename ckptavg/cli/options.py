@@ -27,12 +27,12 @@ log = logging.getLogger("ckptavg")
 
 
 def option(group: str, *names: str, **settings: Any) -> Callable[[F], F]:
-    """``click.option`` in a group of the help; ``common`` ones are in the short help, too."""
+    """Make a ``click.option`` in a group of the help; ``common`` ones are in the short help."""
     return click.option(*names, cls=GroupedOption, group=group, **settings)
 
 
 def together(*decorators: Callable[[F], F]) -> Callable[[F], F]:
-    """Several decorators as one, the first outermost, so that help keeps their order."""
+    """Combine decorators into one, the first outermost, so that help keeps the order."""
 
     def decorate(function: F) -> F:
         return functools.reduce(lambda f, d: d(f), reversed(decorators), function)
@@ -212,7 +212,7 @@ loader_options = together(
 
 
 def everywhere(function: F) -> F:
-    """The options of every command; gives it a ``report`` and turns errors into one line.
+    """Add the options of every command, pass a ``report``, and turn errors into one line.
 
     The command is one process's work: a launcher of several gets an error.
     """
@@ -226,7 +226,7 @@ def everywhere(function: F) -> F:
 
 
 def everywhere_by_several(function: F) -> F:
-    """As ``everywhere``, and gives it the ``processes`` that work on it; None for one alone."""
+    """As ``everywhere``, and pass the ``processes`` that share the work; None for a single one."""
 
     @functools.wraps(function)
     def run(**values: Any) -> Any:
@@ -298,7 +298,7 @@ def _outputs(
     further: Sequence[Also] = (),
     **_: Any,
 ) -> list[str]:
-    """What a command is to write, by its options."""
+    """Return the paths of a command's outputs."""
     beside = [one.path(out) for one in further] if out else []
     return [str(path) for path in (out, results) if path] + beside
 

@@ -1,4 +1,4 @@
-"""Results that a file keeps, by what they are results of: what ``--resume`` goes on from."""
+"""Results kept in a file by digests of files, data and options, for ``--resume``."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _ARGUMENTS = ("data_arg", "train_data_arg")  # which may name a transform
 
 
 class Keeper:
-    """The results of some candidates, kept in a file as they come.
+    """Store of candidates' results in a file, written after each pass.
 
     Args:
         candidates: All that are wanted, in the table's order.
@@ -74,7 +74,7 @@ class Keeper:
             log.info("%d of %d candidates are in %s", held_ones, len(candidates), file.path)
 
     def merged(self, scored: Sequence[Result]) -> list[Result]:
-        """These results and those that were there, in the order of the candidates."""
+        """Merge new results and kept ones, in the order of the candidates."""
         from ckptavg.evaluation.results import Result  # noqa: PLC0415
 
         new = {id(result.candidate): result for result in scored}
@@ -87,7 +87,7 @@ class Keeper:
         return found
 
     def outcome(self, results: Sequence[Result]) -> dict[str, Any]:
-        """Results as plain values, each with the key that it is known by."""
+        """Return results as plain values, each with the candidate's key."""
         keys = {id(c): key for c, key in zip(self.candidates, self.keys, strict=True)}
         return {"candidates": [r.as_json() | {"key": keys[id(r.candidate)]} for r in results]}
 
@@ -113,7 +113,7 @@ class Keeper:
 def keys_of(
     candidates: Sequence[Candidate], reference: Candidate, settings: Mapping[str, Any]
 ) -> list[str]:
-    """What the results of candidates follow from, as digests; comparisons with another included."""
+    """Compute a digest per candidate of all that decides the result, the baseline included."""
     of_reference = [reference.name, _digest(_decisive(reference, settings))]
     return [
         _digest(_decisive(c, settings) | ({} if c is reference else {"reference": of_reference}))
@@ -122,7 +122,7 @@ def keys_of(
 
 
 def _decisive(candidate: Candidate, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What a candidate's scores follow from: its weights, the data, the options.
+    """Collect all that decides a candidate's scores: weights, data, options.
 
     Files count by path, size and time, those of Python too; a directory of data by its name alone.
     """
@@ -152,12 +152,12 @@ def _digest(value: Mapping[str, Any]) -> str:
 
 
 def _whole_results(file: ResultsFile) -> dict[str, Mapping[str, Any]]:
-    """The results in a file that say all of a candidate, by their keys."""
+    """Return the complete results in a file, by key."""
     return {entry["key"]: entry for entry in file.entries() if _is_whole(entry)}
 
 
 def _is_whole(entry: Mapping[str, Any]) -> bool:
-    """Whether an entry says all of a result: JSON has no word for figures that are not finite."""
+    """Return True if an entry has every figure; JSON has no word for NaN or infinity."""
     versus = entry.get("versus", {})
     figures = [entry.get("key"), *entry["metrics"].values()]
     return isinstance(versus, Mapping) and None not in (*figures, *versus.values())

@@ -50,7 +50,7 @@ def select(
 
 
 def select_for_average(run: Run, picks: Mapping[str, Any]) -> Run:
-    """Apply the selection options to a run of which an average is to be made."""
+    """Apply the selection options to a run that is averaged."""
     selection = select(run, **picks)
     if len(selection) == 1:
         log.info("one checkpoint is selected: its average is itself")
@@ -82,7 +82,7 @@ def open_selection(
 
 
 def check_picks(picks: Mapping[str, Any]) -> None:
-    """Make sure that a metric and its mode are those of ``--best``.
+    """Refuse ``--metric`` and ``--mode`` without ``--best``.
 
     Raises:
         UsageError: There is nothing that they could belong to.
@@ -95,7 +95,7 @@ def check_picks(picks: Mapping[str, Any]) -> None:
 def plan_selection(
     selection: Run, settings: Mapping[str, Any], *, scheme: str | None = None
 ) -> Average:
-    """Plan the average of a selection by the tensor options, and those of the scheme or another."""
+    """Plan the average of a selection by the tensor options, and a scheme or the options' own."""
     from ckptavg.averaging.plan import plan_average  # noqa: PLC0415 - help is shown without torch
 
     return plan_average(

@@ -1,4 +1,4 @@
-"""How a command ends when it is told to: nothing half done stays, and what it says last is true."""
+"""Ends of commands by SIGTERM and Ctrl-C: no partial output, and one true line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BY_SIGNAL = 128  # and the signal's number: the exit code that shells give
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, as launchers and schedulers send it: it ends a command just as Ctrl-C does."""
+    """SIGTERM of launchers and schedulers, which ends a command as Ctrl-C does."""
 
 
 class Signals:
@@ -61,7 +61,7 @@ _USUAL: dict[int, Any] = {
 
 @contextmanager
 def by_signals() -> Iterator[Signals]:
-    """Handle SIGTERM and Ctrl-C as ``Signals`` do, or leave it to those that do already.
+    """Handle SIGTERM and Ctrl-C by ``Signals``, unless handlers are installed already.
 
     Signals that are ignored, or have another handler, keep that.
     """
@@ -87,7 +87,7 @@ def by_signals() -> Iterator[Signals]:
 
 @contextmanager
 def by_interrupts(outputs: Sequence[str] | None, signals: Signals | None = None) -> Iterator[None]:
-    """Say in one line what a command that was told to end has left, and exit as shells expect.
+    """Report in one line an interrupted command's outputs, and exit as shells expect.
 
     Args:
         outputs: What the command was to write; None where that is not known.
@@ -120,7 +120,7 @@ def _left(before: Mapping[str, object]) -> str:
 
 
 def _stamp(path: str) -> tuple[int, ...] | None:
-    """What tells an output from the one before it; None if there is none."""
+    """Return the identity of an output's file; None without a file."""
     try:
         info = os.stat(os.path.realpath(path))
     except (OSError, ValueError):

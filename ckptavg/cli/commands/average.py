@@ -227,7 +227,7 @@ def _measured_weights(selection: Run, settings: dict[str, Any]) -> list[TensorPl
 
 
 def _geometry(report: Report, selection: Run, gram: torch.Tensor | None) -> dict[str, Any]:
-    """Show the geometry of what was averaged; the outputs are written, so nothing fails here."""
+    """Show the geometry of the averaged checkpoints; nothing fails, as the outputs are written."""
     from ckptavg.inspection import geometry as weight_space  # noqa: PLC0415
 
     try:
@@ -241,7 +241,7 @@ def _geometry(report: Report, selection: Run, gram: torch.Tensor | None) -> dict
 
 
 def _written(report: Report, made: Mapping[str, Any], out: str) -> dict[str, Any]:
-    """Say what was written; returns it as plain values."""
+    """Print the written output, and return the same as plain values."""
     size = _size(Path(out))
     facts = [] if size is None else [size_text(size)]
     facts += [] if made["bn"] == "none" else [f"BatchNorm statistics: {made['bn']}"]
@@ -252,20 +252,20 @@ def _written(report: Report, made: Mapping[str, Any], out: str) -> dict[str, Any
 
 
 def _result(report: Report, made: list[dict[str, Any]], further: tuple[Also, ...]) -> None:
-    """The command's average as JSON, with the further ones under ``also`` if there are any."""
+    """Emit the command's average as JSON, further averages under ``also``."""
     others = [{"name": one.name} | m for one, m in zip(further, made[1:], strict=True)]
     report.result(made[0] | ({"also": others} if others else {}))
 
 
 def _note_order(given: tuple[str, ...], ordered: list[str]) -> None:
-    """Say so if weights would go to other checkpoints than the order of the paths suggests."""
+    """Note weights that go to other checkpoints than the order of the paths suggests."""
     named = [path for path in given if path in ordered]
     if len(named) > 1 and named != [path for path in ordered if path in named]:
         log.info("the weights go to the checkpoints in the run's order, not in the order given")
 
 
 def _show_plan(report: Report, planned: Average, name: str) -> None:
-    """Show the checkpoints of an average; a checkpoint's name is its path within the run."""
+    """Show the checkpoints of an average by their paths within the run."""
     checkpoints = planned.plan.checkpoints
     names = short_names([checkpoint.path for checkpoint in checkpoints])
     rows = []
@@ -280,7 +280,7 @@ def _show_plan(report: Report, planned: Average, name: str) -> None:
 
 
 def _size(path: Path) -> int | None:
-    """Bytes of an output; None where it cannot be looked at, which does not undo that it is there.
+    """Return the size of an output in bytes; None where reading the size fails.
 
     Args:
         path: A file or a directory.

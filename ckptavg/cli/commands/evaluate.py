@@ -135,7 +135,7 @@ def _scored(
     task: Task,
     settings: dict[str, Any],
 ) -> list[Result]:
-    """The results of all candidates: kept ones, and the others' now."""
+    """Score the candidates without a kept result, and return the results of all."""
     if not keeper.missing:
         return keeper.merged([])
     from ckptavg.cli.build import (  # noqa: PLC0415
@@ -196,7 +196,7 @@ def _check(
     further: tuple[Also, ...],
     settings: dict[str, Any],
 ) -> None:
-    """Refuse what cannot work before any file is opened."""
+    """Refuse combinations of options before any file is opened."""
     run = settings["run_path"]
     if not paths and run is None:
         raise UsageError("Nothing to evaluate: name checkpoints, or a run with --run")
@@ -222,7 +222,7 @@ def _check(
 
 
 def _open_results(path: str | None, *, resume: bool) -> ResultsFile | None:
-    """Open the file of ``--results``; the process that writes for all makes sure that it can."""
+    """Open the file of ``--results``; the process that writes checks that writing works."""
     if path is None:
         return None
     from ckptavg.evaluation.results_file import ResultsFile  # noqa: PLC0415
@@ -236,7 +236,7 @@ def _open_results(path: str | None, *, resume: bool) -> ResultsFile | None:
 
 
 def _keep(keeper: Keeper, scored: list[Result]) -> OutputError | None:
-    """Keep all results; a failure is returned, as the scores are to be shown before it."""
+    """Keep all results; return a failure, so that the scores are shown before the error."""
     try:
         others = keeper.keep(scored)
     except OutputError as error:
@@ -249,7 +249,7 @@ def _keep(keeper: Keeper, scored: list[Result]) -> OutputError | None:
 def _candidates(
     paths: tuple[str, ...], further: tuple[Also, ...], settings: dict[str, Any]
 ) -> list[Candidate]:
-    """Make the candidates; those of each ``--key``, named after it if there are several."""
+    """Make the candidates of each ``--key``, with the key in their names if there are several."""
     for path in paths:
         _check_path(path)
     keys = list(dict.fromkeys(settings["keys"]))
@@ -263,7 +263,7 @@ def _candidates(
 
 
 def _recorders(candidates: Sequence[Candidate]) -> list[Checkpoint]:
-    """The checkpoints that may record their model: what is compared with, then files by name."""
+    """Return checkpoints that may record the model: the baseline first, then the named files."""
     from ckptavg.evaluation.candidates import reference_of  # noqa: PLC0415
 
     singles = [c for c in candidates if c.kind == "checkpoint" and not c.average]
@@ -287,7 +287,7 @@ def _candidates_of_key(
     further: tuple[Also, ...],
     settings: Mapping[str, Any],
 ) -> list[Candidate]:
-    """Make the candidates whose weights an entry holds; the one that is found where None."""
+    """Make the candidates whose weights an entry holds; the default entry where None."""
     from ckptavg.evaluation import candidates  # noqa: PLC0415
     from ckptavg.formats import open_checkpoint  # noqa: PLC0415
 

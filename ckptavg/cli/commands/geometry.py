@@ -1,4 +1,4 @@
-"""What ``--geometry`` shows, of a run that is inspected or averaged."""
+"""Tables of ``--geometry``, for a run that is inspected or averaged."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def show(report: Report, geometry: Geometry) -> None:
-    """A table of lengths, and a word on what stands apart."""
+    """Show a table of lengths, and a line on checkpoints that stand apart."""
     ordered = geometry.distances.sort(1).values
     columns = {
         "norm": geometry.norms.tolist(),
@@ -35,7 +35,7 @@ def show(report: Report, geometry: Geometry) -> None:
 
 
 def _by_checkpoint(geometry: Geometry) -> list[float | None]:
-    """For each checkpoint the step that led to it; None for the first of a training."""
+    """Return the length of the step to each checkpoint; None for the first of a training."""
     steps = iter(geometry.steps.tolist())
     return [
         next(steps) if i else None
@@ -49,7 +49,7 @@ def _length_text(value: float | None) -> str:
 
 
 def _verdict(geometry: Geometry) -> str:
-    """A line about what stands apart."""
+    """Word a line about checkpoints that stand apart."""
     odd, groups = geometry.odd, geometry.groups
     if odd is not None:
         paths = [checkpoint.path for checkpoint in geometry.checkpoints]
@@ -71,7 +71,7 @@ def _verdict(geometry: Geometry) -> str:
 
 
 def values(geometry: Geometry) -> dict[str, Any]:
-    """All that is known of it, for JSON."""
+    """Return a geometry as plain values for JSON."""
     names = ("gram", "distances", "cosines", "norms", "steps", "turns", "to_mean")
     odd = geometry.odd
     return {name: getattr(geometry, name).tolist() for name in names} | {

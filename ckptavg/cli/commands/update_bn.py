@@ -71,7 +71,7 @@ def update_bn(
 
 
 def _describe(result: BatchNormResult, state: str) -> str:
-    """Say what became of the statistics."""
+    """Describe the state of the statistics."""
     if state == "none":
         return "no BatchNorm statistics"
     if not result.layers:

@@ -57,7 +57,7 @@ def _unknown(checkpoint: Checkpoint) -> Finding:
 
 
 def _averages(run: Run, key: str | None) -> Iterator[Checkpoint]:
-    """What was left out of a run and records digests."""
+    """Return averages beside the checkpoints of a run that record digests."""
     for path, _ in run.left_out:
         try:
             checkpoint = open_checkpoint(path, key)
