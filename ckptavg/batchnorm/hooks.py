@@ -1,4 +1,4 @@
-"""BatchNorm layers while data goes through their model: who reads their inputs, and how."""
+"""Wrappers around BatchNorm layers that reduce the layers' inputs during a pass over data."""
 
 from __future__ import annotations
 
@@ -21,35 +21,50 @@ from ckptavg.models.batches import tensors_of
 
 log = logging.getLogger("ckptavg")
 Kept = Literal["frozen", "unknown"]
-"""Why a layer keeps its statistics: it does so in training, too, or what it does is not known."""
+"""Why a layer keeps its statistics: it never updates them in training, or its rule is unknown."""
 
 Names = tuple[str, ...]
 
 
 class Sink(Protocol):
-    """What a layer's moments go to."""
+    """Collector of the moments of layers."""
 
     def land(self, slot: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where a kernel is to leave mean and variance of so many values a channel."""
+        """Reserve buffers for a kernel's mean and variance.
+
+        Args:
+            slot: Number of the layer among the layers with a usable kernel.
+            count: Values per channel that the kernel reduces.
+
+        Returns:
+            The buffers of the mean and the variance, each (channels,) float32.
+        """
 
     def add(self, layer: str, statistics: Names, moments: Moments) -> None:
-        """Take in the moments that some statistics of a layer are to become."""
+        """Add moments for some statistics of a layer.
+
+        Args:
+            layer: Name of the layer.
+            statistics: Names of the buffers that the moments are for.
+            moments: Moments of one call's input.
+        """
 
 
 class WatchedLayer:
-    """A layer during a pass, whose calls go through here.
+    """A layer with running statistics whose calls are intercepted during a pass.
 
-    It is in training mode only in its own forward pass, with other buffers in the place of its
-    own, so that whoever else reads these finds what was there before.
+    The layer is in training mode only during its own forward pass. Temporary buffers then replace
+    the layer's own, so that other readers of the layer's buffers find the old values.
 
     Args:
-        name: Of the layer.
-        layer: It.
+        name: Name of the layer in the model.
+        layer: The layer to intercept.
 
     Attributes:
-        slot: Its number among the layers whose kernels can be relied on; None for another.
-        trusted: Whether its kernel is relied on; else its inputs are reduced in float64.
-        kept: Why its statistics stay, where that is known.
+        slot: Number among the layers with a usable kernel; None for a layer without one.
+        trusted: True if the kernel's statistics are used; otherwise the layer's inputs are reduced
+            in float64.
+        kept: Reason why the statistics stay, where there is a known reason.
     """
 
     def __init__(self, name: str, layer: nn.Module) -> None:
@@ -64,28 +79,33 @@ class WatchedLayer:
         self._counter: torch.Tensor | None = None
 
     def suits_kernel(self) -> bool:
-        """Whether its kernel works in float32 and leaves statistics to be read."""
+        """Return True if the layer's kernel writes statistics in float32."""
         mean = self.layer._buffers.get("running_mean")
         is_there = mean is not None and not is_lazy(mean) and mean.dtype == torch.float32
         return isinstance(self.layer, _BatchNorm) and is_there
 
     def enter(self, sink: Sink) -> None:
-        """Take the layer's calls, from hooks or from another's forward pass."""
+        """Intercept the layer's calls.
+
+        The instance's ``forward`` is replaced, so that calls from hooks and from other layers'
+        forward passes are seen too.
+        """
         self._sink, layer = sink, self.layer
         if isinstance(layer, nn.SyncBatchNorm):
             layer.__class__ = _apart(type(layer))
         self._forward = layer.forward
 
-        # a batch is given to a model by its signature
+        # A batch is passed to a model by the signature of its forward, so the signature must stay.
         @functools.wraps(self._forward)
         def forward(*args: Any, **kwargs: Any) -> Any:
+            """Run the intercepted forward pass."""
             return self._call(*args, **kwargs)
 
         vars(layer)["forward"] = forward
         self.trusted = self.slot is not None
 
     def leave(self) -> None:
-        """Undo what ``enter`` did."""
+        """Stop intercepting the layer's calls."""
         vars(self.layer).pop("forward", None)
         if self._own_forward is not None:
             vars(self.layer)["forward"] = self._own_forward
@@ -93,11 +113,11 @@ class WatchedLayer:
             self.layer.__class__ = self._kind  # type: ignore[assignment]
 
     def new_values(self, moments: Mapping[Names, Moments], batches: int) -> dict[str, torch.Tensor]:
-        """The new values of the layer's buffers.
+        """Compute the new values of the layer's buffers, by buffer name.
 
         Args:
-            moments: By the statistics that they are for; none if no data went through.
-            batches: How many batches went through the model.
+            moments: Moments by the names of the statistics; empty if no data went through.
+            batches: Number of batches that went through the model.
         """
         values: dict[str, torch.Tensor] = {}
         for names, of_them in moments.items():
@@ -109,20 +129,24 @@ class WatchedLayer:
         return {name: value for name, value in values.items() if name in buffers}
 
     def end_training(self) -> None:
-        """Let a layer do with new statistics what it does when it leaves training mode.
+        """Run a layer's own switch from training to evaluation mode on the new statistics.
 
-        One that normalizes parts of a batch by themselves makes one statistic of theirs then.
+        A layer that normalizes parts of a batch separately may combine their statistics then.
         """
         if not self.layer.training and type(self.layer).train is not nn.Module.train:
             vars(self.layer)["training"] = True
             self.layer.eval()
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
-        """The layer's forward pass."""
+        """Run the layer's forward pass and collect the moments of the input."""
         return self._take(args[0] if args else kwargs["input"], args, kwargs)
 
     def _take(self, given: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Do the forward pass, and take in what the kernel finds in the argument, or reduce it."""
+        """Run the forward pass and collect moments of the argument.
+
+        The moments come from the kernel where its statistics are accurate enough, otherwise from a
+        float64 reduction.
+        """
         if given.dim() < 2 or not given.numel():
             return self._run(args, kwargs, self._scratch())
         if isinstance(self.layer, _InstanceNorm):
@@ -139,10 +163,10 @@ class WatchedLayer:
     def _run_on_single(
         self, given: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Let the layer take a single value per channel, which torch refuses in training mode.
+        """Run the forward pass on a single value per channel.
 
-        Its mean is the value and its variance 0, so it is normalized with just these, in evaluation
-        mode.
+        torch refuses a single value in training mode. Its mean is the value and its variance 0, so
+        the layer normalizes with these two in evaluation mode.
         """
         mean, variance = self._scratch()
         if mean is not None:
@@ -150,6 +174,7 @@ class WatchedLayer:
         return self._run(args, kwargs, (mean, variance), training=False)
 
     def _add(self, moments: Moments) -> None:
+        """Add moments for all statistics of the layer."""
         self._sink.add(self.name, self.statistics, moments)
 
     def _run(
@@ -160,7 +185,7 @@ class WatchedLayer:
         *,
         training: bool = True,
     ) -> Any:
-        """Do the forward pass with a mean and a variance that it may overwrite."""
+        """Run the forward pass with a temporary mean and variance as running statistics."""
         layer, state = self.layer, vars(self.layer)
         buffers, own = layer._buffers, dict(layer._buffers)
         momentum = state["momentum"]
@@ -169,7 +194,8 @@ class WatchedLayer:
             if self._counter is None:
                 self._counter = torch.zeros_like(counter)
             buffers["num_batches_tracked"] = self._counter
-        # not .train(): what a subclass holds, dropout say, stays off
+        # Not .train(): the parts of a subclass, dropout for instance, stay in evaluation mode.
+        # With a momentum of 1 the kernel writes the batch's own statistics into the buffers.
         state["training"], state["momentum"] = training, 1.0
         try:
             return self._forward(*args, **kwargs)
@@ -178,13 +204,19 @@ class WatchedLayer:
             state["training"], state["momentum"] = False, momentum
 
     def _scratch(self) -> tuple[torch.Tensor | None, ...]:
-        """A mean and a variance that nobody reads; a layer may keep one of them only."""
+        """Make a temporary mean and variance that are never read.
+
+        A layer may keep only a mean or only a variance.
+        """
         buffers = (self.layer._buffers.get(name) for name in self.statistics)
         return tuple(None if value is None else torch.zeros_like(value) for value in buffers)
 
 
 class CustomLayer(WatchedLayer):
-    """A layer with a forward pass of its own, which is asked what its statistics are of."""
+    """A layer with a custom forward pass, whose update of statistics is found by trial.
+
+    ``LayerUpdate`` runs a copy of the layer to find which values the statistics are of.
+    """
 
     def __init__(self, name: str, layer: nn.Module) -> None:
         super().__init__(name, layer)
@@ -193,8 +225,9 @@ class CustomLayer(WatchedLayer):
         self._said = False
 
     def enter(self, sink: Sink) -> None:
-        """Take the layer's calls."""
+        """Intercept the layer's calls."""
         super().enter(sink)
+        # The kernel is trusted once the first call has shown that it takes the layer's argument.
         self.trusted = False
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
@@ -216,11 +249,12 @@ class CustomLayer(WatchedLayer):
         return self._run_with_copies(args, kwargs)
 
     def _is_single(self, given: torch.Tensor) -> bool:
-        """Whether a BatchNorm layer gets one value per channel."""
+        """Return True if a BatchNorm layer gets one value per channel."""
         channels = self.layer.num_features if isinstance(self.layer, _BatchNorm) else None
         return given.dim() > 1 and given.numel() == given.shape[1] == channels
 
     def _find_rule(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rule:
+        """Find by which rule the layer updates its statistics, from the first call."""
         self._update = LayerUpdate(self.layer, self.statistics, self._own_forward)
         rule = self._update.rule(args, kwargs)
         if rule == "frozen":
@@ -232,18 +266,19 @@ class CustomLayer(WatchedLayer):
         return rule
 
     def _hear(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Do the forward pass, and reduce what torch's kernel gets in it."""
+        """Run the forward pass and reduce the inputs of torch's kernel in it."""
         inputs: list[Moments] = []
         with KernelCalls(self.layer, lambda value: inputs.append(batch_moments(value))):
             outputs = self._run_with_copies(args, kwargs)
         for moments in inputs:
             self._add(moments)
+        # The kernel may be called in some forward passes only.
         if not inputs:
             self._ask(args, kwargs)
         return outputs
 
     def _ask(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Take in what a copy of the layer makes of the arguments."""
+        """Collect the moments that a copy of the layer computes from the arguments."""
         for names, moments in self._update.moments(args, kwargs).items():
             self._sink.add(self.name, names, moments)
         if self._update.estimates and not self._said:
@@ -254,7 +289,7 @@ class CustomLayer(WatchedLayer):
             )
 
     def _run_with_copies(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Do the forward pass in training mode; what is in the buffers stays."""
+        """Run the forward pass in training mode on copies of the buffers."""
         buffers, state = self.layer._buffers, vars(self.layer)
         own = dict(buffers)
         buffers.update({k: v if v is None else v.clone() for k, v in own.items()})
@@ -267,38 +302,44 @@ class CustomLayer(WatchedLayer):
 
 
 def watch(name: str, layer: nn.Module) -> WatchedLayer:
-    """A layer of torch's own, or one that is to be asked."""
+    """Wrap a layer by the kind of its forward pass: torch's own, or custom."""
     return (WatchedLayer if _forward_is_torchs(layer) else CustomLayer)(name, layer)
 
 
 def _forward_is_torchs(layer: nn.Module) -> bool:
-    """Whether a layer's forward pass is that of torch's own BatchNorm or InstanceNorm."""
+    """Return True if a layer's forward pass is that of torch's own BatchNorm or InstanceNorm."""
     own = (_BatchNorm.forward, _InstanceNorm.forward, nn.SyncBatchNorm.forward)
     return "forward" not in vars(layer) and type(layer).forward in own
 
 
 class _Apart(nn.SyncBatchNorm):
-    """A SyncBatchNorm layer that keeps to its process.
+    """A SyncBatchNorm layer that does not communicate with other processes.
 
-    Others may have fewer batches, and would be waited for in vain.
+    Other processes may have fewer batches, and the layer would wait for them forever.
     """
 
     forward = _BatchNorm.forward
 
 
 def _apart(kind: type[nn.SyncBatchNorm]) -> type[nn.SyncBatchNorm]:
-    """A kind of SyncBatchNorm layer with ``_Apart`` in the place of torch's own."""
+    """Derive a class of SyncBatchNorm layer whose forward pass is that of ``_Apart``."""
     return _Apart if kind is nn.SyncBatchNorm else type(kind.__name__, (kind, _Apart), {})
 
 
 def _with_batch_axis(layer: _InstanceNorm, values: torch.Tensor) -> torch.Tensor:
-    """An input of shape (N, C, ...), also where it is one sample by itself."""
+    """Add the batch axis to an input that is a single sample; others stay (N, C, ...)."""
     alone = values.dim() == layer._get_no_batch_dim()  # type: ignore[no-untyped-call]
     return values.unsqueeze(0) if alone else values
 
 
 def _require_finite(name: str, given: Any) -> None:
-    """Raise an error if a call's arguments explain why nothing is to be learnt from it."""
+    """Raise an error if a call's arguments are not finite.
+
+    Values that are not finite explain why the layer's rule cannot be found.
+
+    Raises:
+        BatchNormError: A tensor in the arguments is not finite.
+    """
     if all(bool(torch.isfinite(tensor).all()) for tensor in tensors_of(list(given))):
         return
     raise BatchNormError(

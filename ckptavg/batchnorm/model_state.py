@@ -1,4 +1,4 @@
-"""What the modules of a model hold beside their weights, kept while data goes through them."""
+"""Snapshot and restoration of a model's state beside its weights, around a pass over data."""
 
 from __future__ import annotations
 
@@ -12,31 +12,34 @@ from torch.nn.parameter import is_lazy
 from ckptavg.models.batches import tensors_of
 
 _INTERNAL = frozenset(vars(nn.Module()))
-"""Attributes that every module has: its mode, its weights, buffers, parts and hooks."""
+"""Attributes of every module: mode, weights, buffers, parts and hooks."""
 
 
 class ModelState:
-    """Modes, buffers and attributes of a model's modules.
+    """Snapshot of the modes, buffers and attributes of a model's modules.
 
     A recurrent network may keep its state from batch to batch, a quantizer the ranges that it has
-    observed, a codebook its counts. Modes are plain attributes here: what ``train()`` or ``eval()``
-    of a module does besides, such as merging weights, neither happens nor is undone. Weights come
-    back where others took their place, and are not copied: what is written into them stays.
+    observed, a codebook its counts. Modes are set as plain attributes. Other effects of a module's
+    ``train()`` or ``eval()``, such as merging weights, neither happen nor are undone. Weights are
+    not copied. A weight whose data was replaced gets the old data back, but values that were
+    written into the old data stay.
 
     Args:
-        model: What a lazy module does not have yet is no part of it.
+        model: The model. Tensors that a lazy module does not have yet are left out.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._parts = [_ModuleState(module) for module in model.modules()]
 
     def restore(self) -> None:
-        """Put everything back; the buffers are the same tensors as before."""
+        """Restore modes, buffers and attributes; the buffers are the same tensors as before."""
         for part in self._parts:
             part.restore()
 
 
 class _ModuleState:
+    """Snapshot of the mode, buffers and attributes of one module."""
+
     def __init__(self, module: nn.Module) -> None:
         self._module, self._training = module, module.training
         buffers = dict(module.named_buffers(recurse=False, remove_duplicate=False))
@@ -52,6 +55,7 @@ class _ModuleState:
         self._values = [_Value(tensor) for tensor in held if not isinstance(tensor, nn.Parameter)]
 
     def restore(self) -> None:
+        """Restore the module's mode, buffers, attributes and replaced weights."""
         if isinstance(self._module, torch.jit.ScriptModule):
             self._module.training = self._training
         else:
@@ -59,14 +63,18 @@ class _ModuleState:
             self._module._buffers.update(self._buffers)
         self._restore_attributes()
         for weight, data in self._weights:
-            # a teacher may follow in its forward pass; what lies elsewhere in memory is the same
+            # A teacher may follow its student in the forward pass, by new weights. Equal values at
+            # another address are a moved weight, which may stay.
             if weight.data_ptr() != data.data_ptr() and not torch.equal(weight, data):
                 weight.data = data
         for value in self._values:
             value.restore()
 
     def _restore_attributes(self) -> None:
-        """Put back what held tensors or does now; counters and the like are none of it."""
+        """Restore the attributes that held tensors before or hold tensors now.
+
+        Other attributes, such as counters, stay as they are.
+        """
         if not _has_plain_attributes(self._module):
             return
         present: MutableMapping[str, Any] = vars(self._module)
@@ -82,24 +90,26 @@ class _ModuleState:
 
 
 class _Value:
-    """What a tensor holds."""
+    """Snapshot of the values of a tensor."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._tensor, self._copy = tensor, tensor.detach().clone()
 
     def restore(self) -> None:
-        # torch's kernels write into running statistics without a new version of the tensor
+        """Restore the tensor's shape and values."""
+        # Values are compared, not version counters: torch's kernels write into running statistics
+        # without a new version of the tensor.
         if not torch.equal(self._tensor, self._copy):
             with torch.no_grad():
-                # an observer sizes its range by what it sees
+                # An observer may have resized its range to fit its input.
                 self._tensor.resize_(self._copy.shape).copy_(self._copy)
 
 
 def stop_observers(model: nn.Module) -> None:
-    """Let the quantizers of quantization-aware training keep the ranges that they have.
+    """Stop the quantizers of quantization-aware training from changing their ranges.
 
-    Evaluation mode does not stop them, so that scores and statistics would depend on the order of
-    the data. One that has seen no values yet goes on.
+    Evaluation mode does not stop the observers, so scores and statistics would depend on the order
+    of the data. An observer that has seen no values yet goes on.
     """
     for module in model.modules():
         buffers = dict(module.named_buffers(recurse=False))
@@ -113,23 +123,28 @@ def stop_observers(model: nn.Module) -> None:
 
 
 def _has_plain_attributes(module: nn.Module) -> bool:
-    """Whether a module's attributes stay what they are: those of a lazy one become others."""
+    """Return True if the pass does not replace a module's attributes.
+
+    A lazy module replaces its attributes in the first forward pass. The attributes of a scripted
+    module are not plain Python attributes.
+    """
     return not isinstance(
         module, (torch.jit.ScriptModule, nn.modules.lazy.LazyModuleMixin)
     ) and not any(value is not None and is_lazy(value) for value in module._parameters.values())
 
 
 def _holds_tensors(value: Any) -> bool:
+    """Return True if a value is or contains a tensor."""
     return any(True for _ in tensors_of(value))
 
 
 def _contents_of(value: Any) -> Any:
-    """A copy of a container, one level deep; None of anything else."""
+    """Copy a list or a dict one level deep; return None for any other value."""
     return type(value)(value) if type(value) in (list, dict) else None
 
 
 def _refill(container: Any, contents: Iterable[Any] | Mapping[Any, Any] | None) -> None:
-    """Give a container that has gained or lost tensors its former contents."""
+    """Refill a list or a dict with the former contents if tensors are or were in it."""
     if contents is None or not _holds_tensors((container, contents)):
         return
     container.clear()
