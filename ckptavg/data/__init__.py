@@ -1,1 +1,1 @@
-"""Samples: which, in which order, and to which process."""
+"""Loading of samples: subset, order, batches and the share of each process."""

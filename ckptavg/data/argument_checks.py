@@ -13,10 +13,10 @@ from ckptavg.errors import UsageError, first_few, short
 
 
 def check_model(model: object) -> None:
-    """Check that a model is a module, and not what makes one.
+    """Check that a model is a module, not a class, factory or path.
 
     Raises:
-        UsageError: It is not.
+        UsageError: The model is not a module.
     """
     if isinstance(model, nn.Module):
         return
@@ -29,17 +29,19 @@ def check_model(model: object) -> None:
 
 
 def check_data(data: object) -> None:
-    """Check that data gives samples or batches, and is not what makes or names some.
+    """Check that data yields samples or batches and is not a factory, path or dict.
 
     Raises:
-        UsageError: It is not.
+        UsageError: The data is not a Dataset, a sequence or an iterable.
     """
+    # A mapping has __getitem__, too, but indices do not lead to samples.
     if isinstance(data, Mapping):
         _refuse_entries(data)
     gives_items = isinstance(data, Iterable) or hasattr(data, "__getitem__")
     if gives_items and not isinstance(data, (str, bytes, os.PathLike, type)):
         return
     remedy = ""
+    # A DataModule is not iterable itself; only the loaders from these methods are.
     if hasattr(data, "val_dataloader"):
         remedy = "Pass what its val_dataloader() or train_dataloader() gives, after setup()."
     elif callable(data):
@@ -50,7 +52,7 @@ def check_data(data: object) -> None:
 
 
 def _refuse_entries(data: Mapping[Any, Any]) -> None:
-    """Refuse a dict of data sets by their names, or of one batch's tensors."""
+    """Refuse a dict of named data sets, or a single batch in a dict."""
     names = [str(key) for key in data]
     is_batch = any(isinstance(value, torch.Tensor) for value in data.values())
     remedy = "Put it in a list, if it is a batch." if is_batch else "Pass one of them."
@@ -62,7 +64,7 @@ def _refuse_entries(data: Mapping[Any, Any]) -> None:
 
 
 def _describe(value: object) -> str:
-    """Write a value, or what kind of thing it is, for a message."""
+    """Describe a value for an error message: a path itself, else the type."""
     if isinstance(value, (str, bytes, os.PathLike)):
         return short(repr(value))
     if isinstance(value, type):

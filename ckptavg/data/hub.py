@@ -1,4 +1,4 @@
-"""The Hugging Face hub, kept out of what is built from files on this machine."""
+"""Offline use of the Hugging Face libraries: only local files and the local cache."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from ckptavg.optional import import_optional
 
 @contextmanager
 def offline() -> Iterator[None]:
-    """Let the libraries of Hugging Face use files of this machine alone, its cache among them.
+    """Keep the Hugging Face libraries offline within a context: local files and the cache only.
 
-    What they would ask the hub for fails at once. Nothing of it stays: not the mode, and no session
-    that was begun in it.
+    A request to the hub fails at once. On exit the caller's mode is restored, and sessions that
+    were opened in offline mode are closed.
     """
     hub = import_optional("huggingface_hub", "huggingface_hub")
     constants = import_optional("huggingface_hub.constants", "huggingface_hub")
+    # The environment variable is read on import only, so the constant itself is changed.
     mode, repo_exists = constants.HF_HUB_OFFLINE, hub.HfApi.repo_exists
     constants.HF_HUB_OFFLINE, hub.HfApi.repo_exists = True, _answer_by_cache
     _forget_sessions()
@@ -29,15 +30,16 @@ def offline() -> Iterator[None]:
 
 
 def is_cached(repository: str) -> bool:
-    """Look up the configuration of a repository in the cache.
+    """Return True if the local cache has the configuration of a repository.
 
-    It answers for the hub here: configurations name backbones of timm and of the hub alike, and
-    transformers takes a name for timm's if the hub has no such repository.
+    The cache answers in place of the hub. Configurations name backbones of timm and of the hub in
+    the same way, and transformers takes a name as timm's if the hub has no repository of that name.
     """
     hub = import_optional("huggingface_hub", "huggingface_hub")
     try:
         return isinstance(hub.try_to_load_from_cache(repository, "config.json"), str)
-    except ValueError:  # no name of a repository
+    # huggingface_hub raises ValueError for a text that cannot be a repository's name.
+    except ValueError:
         return False
 
 
@@ -46,7 +48,8 @@ def _answer_by_cache(_: Any, repo_id: str, **__: Any) -> bool:
 
 
 def _forget_sessions() -> None:
-    """Close sessions that older versions keep, and that know the mode in which they were begun."""
+    """Close the HTTP sessions of huggingface_hub."""
+    # Older versions cache sessions, and a session keeps the mode that it was opened in.
     utils = import_optional("huggingface_hub.utils", "huggingface_hub")
     reset = getattr(utils, "reset_sessions", None)
     if reset is not None:

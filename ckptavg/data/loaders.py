@@ -1,4 +1,4 @@
-"""Data for a pass: in which order, and which part of it is this process's."""
+"""Loaders for a pass over the data: seeded order, subset and the share of each process."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ class Subset:
 
     Attributes:
         count: Samples.
-        stratified: Whether every class has its share among them, as the Dataset's ``targets`` tell.
+        stratified: True to draw from every class in proportion, by the Dataset's ``targets``.
 
     Raises:
-        UsageError: There is no such number of samples.
+        UsageError: The count is below 1.
     """
 
     count: int
@@ -58,7 +58,7 @@ class Subset:
 
 
 def as_subset(samples: int | Subset | None) -> Subset | None:
-    """A subset of so many samples, drawn without regard to their classes if nothing is said."""
+    """Return a subset for a number of samples; a plain number is not stratified by class."""
     return samples if samples is None or isinstance(samples, Subset) else Subset(samples)
 
 
@@ -70,20 +70,24 @@ def open_loader(
     subset: Subset | None = None,
     peers: Peers | None = None,
 ) -> Batches:
-    """A Dataset as batches, shared among processes; a loader as it is, but for the subset.
+    """Open a Dataset as batches shared among processes; limit a loader to a subset.
 
-    The batches are the same for any number of processes: each takes every n-th of them.
+    The batches of a Dataset are the same for any number of processes: each process takes every
+    n-th batch. A loader stays as it is and belongs to this process.
 
     Args:
-        data: A Dataset, or what is like one; or a loader, which is this process's own.
-        runtime: Batch size, workers and seed of a Dataset's batches.
-        shuffle: Read a Dataset in seeded random order.
-        subset: How much of it.
-        peers: The processes that share a Dataset.
+        data: A Dataset, an object with a length and items, or a loader.
+        runtime: Batch size, workers and seed for the batches of a Dataset.
+        shuffle: True to read a Dataset in seeded random order.
+        subset: The samples to read; all of them where None.
+        peers: The processes that share a Dataset; this process alone where None.
+
+    Returns:
+        The batches of this process.
 
     Raises:
-        UsageError: It is no data, or there is no such subset of it.
-        EvaluationError: A loader's parts overlap, or leave samples out.
+        UsageError: The argument is no data, or the subset cannot be drawn from the data.
+        EvaluationError: The parts of a distributed loader overlap, or leave samples out.
     """
     check_data(data)
     peers = peers or Alone()
@@ -91,7 +95,8 @@ def open_loader(
     data = with_tensors(data)
     samples = is_dataset(data)
     if samples and isinstance(data, IterableDataset):
-        one = min(1, runtime.workers)  # each of several would give the whole stream
+        # Each of several workers would yield the whole stream.
+        one = min(1, runtime.workers)
         batched = Batched(data, runtime.batch_size, collate_of(data))
         stream = DataLoader(batched, batch_size=None, num_workers=one, pin_memory=pinned)
         return share(stream, peers, runtime.seed, subset)
@@ -108,7 +113,7 @@ def open_loader(
             generator=generator,
             collate_fn=collate_of(data),
         )
-    # not a loader of the user's that is its own iterator, and may begin anew
+    # Only plain iterators and generators. A user's loader may be its own iterator and restart.
     if isinstance(data, Iterator) and type(data).__module__ in {"builtins", "itertools"}:
         data = in_batches(data, runtime.batch_size)
     if peers.count > 1 and (sampler := _distributed(data)) is not None:
@@ -124,17 +129,18 @@ def open_loader(
 
 
 def share(loader: Batches, peers: Peers, seed: int, subset: Subset | None = None) -> Batches:
-    """This process's part of a loader that all of them have alike: every n-th batch.
+    """Return this process's share of a loader that is the same everywhere: every n-th batch.
 
     Args:
-        loader: A DataLoader, whose other batches are not even read; or any other iterable.
+        loader: A DataLoader, whose other batches are not read; or any other iterable.
         peers: The processes.
-        seed: Of the global generator while the batches are drawn, so that all draw the same.
-        subset: How much of the loader: batches are taken until they hold so many samples.
+        seed: Seed of the global generator while batches are drawn, so that all processes draw the
+            same ones.
+        subset: The number of samples: batches are taken until this number is reached.
 
     Raises:
-        UsageError: A stratified subset of a loader was asked for.
-        EvaluationError: Its sampler pads the parts to one length, which counts samples twice.
+        UsageError: The subset is stratified, which a loader does not allow.
+        EvaluationError: The sampler pads or cuts the parts to one length, or they overlap.
     """
     if (sampler := _distributed(loader)) is not None:
         _require_exact(sampler, peers)
@@ -142,6 +148,7 @@ def share(loader: Batches, peers: Peers, seed: int, subset: Subset | None = None
     limit = None if subset is None else _count_of_loader(subset)
     if limit is None and peers.count == 1:
         return loader
+    # A subclass may yield batches in its own way, so only a plain DataLoader is rebuilt.
     drawn = getattr(loader, "batch_sampler", None)
     if drawn is None or type(loader) is not DataLoader:
         return _Some(loader, peers, limit)
@@ -153,14 +160,14 @@ def share(loader: Batches, peers: Peers, seed: int, subset: Subset | None = None
 
 
 def rereadable(batches: Batches, passes: int) -> Batches:
-    """Batches for several passes: those that can be read once only refuse to be read again.
+    """Return batches for several passes; an iterator raises an error on a second pass.
 
     Args:
         batches: Any iterable.
-        passes: How many are planned; more may follow where memory is exhausted.
+        passes: Number of planned passes; more may follow after an out-of-memory error.
 
     Raises:
-        EvaluationError: Several are planned, and it can be read only once.
+        EvaluationError: Several passes are planned, and the batches can be read only once.
     """
     if not isinstance(batches.loader if isinstance(batches, _Some) else batches, Iterator):
         return batches
@@ -170,7 +177,7 @@ def rereadable(batches: Batches, passes: int) -> Batches:
 
 
 def samples_in(loader: Batches) -> int:
-    """Samples that a loader will give; 0 where it cannot tell."""
+    """Return the number of samples that a loader yields; 0 where unknown."""
     batches = getattr(loader, "batch_sampler", None)
     if isinstance(batches, (_Listed, _Drawn)):
         return batches.samples
@@ -180,7 +187,11 @@ def samples_in(loader: Batches) -> int:
 def _order(
     data: Dataset[Any], subset: Subset | None, generator: torch.Generator, *, shuffle: bool
 ) -> list[int]:
-    """Which samples of a Dataset, in which order."""
+    """Draw the indices of a Dataset's samples in the order of the pass.
+
+    Raises:
+        UsageError: The Dataset has no length, or no targets for a stratified subset.
+    """
     try:
         total = len(data)  # type: ignore[arg-type]
     except TypeError as error:
@@ -197,13 +208,20 @@ def _order(
         return torch.randperm(total, generator=generator).tolist()
     order = torch.randperm(total, generator=generator)
     if subset.stratified:
+        # The result is sorted by class and would make batches of one class; hence the shuffle.
         order = _stratified(order, _targets(data), subset.count)
         return order[torch.randperm(len(order), generator=generator)].tolist()
     return order[: subset.count].tolist()
 
 
 def _stratified(order: torch.Tensor, targets: torch.Tensor, count: int) -> torch.Tensor:
-    """The first few of each class in a random order: its share of so many, by largest remainder."""
+    """Select the first samples of each class in proportion to its size.
+
+    Args:
+        order: (N,) int64, sample indices in random order.
+        targets: (N,), the class of each sample.
+        count: Samples to select; shares are rounded by the largest-remainder method.
+    """
     sizes = torch.unique(targets, return_counts=True)[1]
     shares, remainders = sizes * count // len(targets), sizes * count % len(targets)
     rest = count - int(shares.sum())
@@ -213,10 +231,10 @@ def _stratified(order: torch.Tensor, targets: torch.Tensor, count: int) -> torch
 
 
 def _targets(data: Dataset[Any]) -> torch.Tensor:
-    """The classes of a Dataset's samples, without reading them.
+    """Return the classes of a Dataset's samples, (N,), from ``targets`` without reading samples.
 
     Raises:
-        UsageError: It does not tell.
+        UsageError: The Dataset has no ``targets`` with one value per sample.
     """
     targets = getattr(data, "targets", None)
     try:
@@ -232,7 +250,7 @@ def _targets(data: Dataset[Any]) -> torch.Tensor:
 
 
 class _Repeatable(DataLoader[Any]):
-    """A DataLoader whose workers draw the same in every pass."""
+    """DataLoader whose workers draw the same random numbers in every pass."""
 
     def __iter__(self) -> Any:
         self.generator.manual_seed(self.generator.initial_seed())
@@ -240,7 +258,7 @@ class _Repeatable(DataLoader[Any]):
 
 
 class _Listed(Sampler[list[int]]):
-    """Batches that are known beforehand."""
+    """Batch sampler with a fixed list of batches."""
 
     def __init__(self, batches: Sequence[list[int]]) -> None:
         self.batches = batches
@@ -254,7 +272,7 @@ class _Listed(Sampler[list[int]]):
 
 
 class _Drawn(Sampler[list[int]]):
-    """Every n-th of the batches that a sampler draws, in each process alike."""
+    """Batch sampler of one process: every n-th batch of a sampler that all processes share."""
 
     def __init__(
         self, sampler: Iterable[list[int]], peers: Peers, seed: int, limit: int | None
@@ -266,10 +284,11 @@ class _Drawn(Sampler[list[int]]):
 
     @property
     def samples(self) -> int:
-        """How many they are; 0 where the sampler cannot tell."""
+        """Number of samples in this process's batches; 0 where unknown."""
         size, total = getattr(self.sampler, "batch_size", 0), _samples_drawn(self.sampler)
         if not total:
             return 0
+        # The limit is reached within a batch, and that batch counts as a whole.
         if self.limit is not None:
             total = min(total, -(-self.limit // size) * size)
         sizes = [min(size, total - at) for at in range(0, total, size)]
@@ -288,7 +307,7 @@ class _Drawn(Sampler[list[int]]):
 
 
 class _Some:
-    """Every n-th batch of any iterable, which all processes read as a whole."""
+    """Share of one process in an iterable: every n-th batch; all processes read all batches."""
 
     def __init__(self, loader: Batches, peers: Peers, limit: int | None) -> None:
         self.loader = loader
@@ -306,7 +325,7 @@ class _Some:
 
 
 class _Once:
-    """What can be read once only, and says so when it is read again."""
+    """Single-use batches that raise an error on a second pass."""
 
     def __init__(self, batches: Iterator[Any]) -> None:
         self._batches: Iterator[Any] | None = batches
@@ -319,13 +338,16 @@ class _Once:
 
 
 def _labels(batch: Any) -> bytes:
-    """A batch's size and whole numbers, by which two are told apart; images may be augmented."""
+    """Return the bytes that identify a batch: the size and the integer tensors.
+
+    Images and other floating-point tensors are left out, since augmentation changes them.
+    """
     whole = (t for t in tensors_of(batch) if t.dim() < 3 and not t.is_floating_point())
     return b"".join((str(size_of(batch)).encode(), *map(bytes_of, whole)))
 
 
 def _require_alike(drawn: int, peers: Peers) -> None:
-    """Make sure that all processes have drawn the same batches, by a checksum of them."""
+    """Make sure that all processes have drawn the same batches, by comparing checksums."""
     if len({*peers.gather(drawn)}) > 1:
         raise EvaluationError(
             "the data loader draws other batches in each process",
@@ -341,12 +363,12 @@ def _read_once() -> EvaluationError:
 
 
 def _plain(indices: Any) -> Any:
-    """Indices that are tensors or numpy's, as plain values; others as text."""
+    """Convert indices for JSON: tensors and numpy arrays to plain values, other types to text."""
     return indices.tolist() if hasattr(indices, "tolist") else repr(indices)
 
 
 def _samples_drawn(batches: Any) -> int:
-    """How many samples torch's own batch sampler gives; 0 for any other."""
+    """Count the samples of torch's own batch sampler; 0 for any other sampler."""
     if type(batches) is not BatchSampler:
         return 0
     try:
@@ -357,10 +379,10 @@ def _samples_drawn(batches: Any) -> int:
 
 
 def _count_of_loader(subset: Subset) -> int:
-    """How many samples of a loader a subset takes.
+    """Return the number of samples that a subset takes from a loader.
 
     Raises:
-        UsageError: It is stratified.
+        UsageError: The subset is stratified, which needs a Dataset.
     """
     if subset.stratified:
         raise UsageError(
@@ -371,14 +393,14 @@ def _count_of_loader(subset: Subset) -> int:
 
 
 def _up_to_its_part(loader: Batches, peers: Peers, subset: Subset) -> Batches:
-    """The first batches of a process's own part: as many samples as are its share of a subset."""
+    """Limit a process's own loader to this process's share of a subset, in whole batches."""
     count = _count_of_loader(subset)
     before, after = (count * rank // peers.count for rank in (peers.rank, peers.rank + 1))
     return _Some(loader, Alone(), after - before)
 
 
 def _up_to(batches: Iterable[Any], limit: int | None, size: Callable[[Any], int]) -> Iterator[Any]:
-    """Batches until they hold so many samples."""
+    """Yield batches until a number of samples is reached; all batches where the limit is None."""
     seen = 0
     if limit == 0:
         return
@@ -390,7 +412,7 @@ def _up_to(batches: Iterable[Any], limit: int | None, size: Callable[[Any], int]
 
 
 def _distributed(loader: Batches) -> DistributedSampler[Any] | None:
-    """The sampler by which a loader is one process's part, itself or below its batch sampler."""
+    """Find the DistributedSampler of a loader, directly or below the batch sampler."""
     below = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
     for sampler in (getattr(loader, "sampler", None), below):
         if isinstance(sampler, DistributedSampler):
@@ -399,9 +421,10 @@ def _distributed(loader: Batches) -> DistributedSampler[Any] | None:
 
 
 def _require_exact(sampler: DistributedSampler[Any], peers: Peers) -> None:
-    """Make sure that the processes' parts are all of the data, and no sample is in two of them.
+    """Make sure that the parts of all processes cover the data without overlap.
 
-    What is said is the same in every process.
+    Raises:
+        EvaluationError: The sampler is for other processes, or drops or repeats samples.
     """
     if sampler.num_replicas != peers.count:
         wrong = f"is for {sampler.num_replicas} processes, but {peers.count} share the data"
@@ -419,7 +442,7 @@ def _require_exact(sampler: DistributedSampler[Any], peers: Peers) -> None:
 
 
 def _is_sequential(loader: DataLoader[Any]) -> bool:
-    """Whether a loader reads its samples in their own order; one with its own batches may not."""
+    """Tell whether a loader reads samples in sequence; False for a custom batch sampler."""
     if type(loader.batch_sampler) not in (BatchSampler, type(None)):
         return False
     return isinstance(loader.sampler, SequentialSampler)

@@ -1,4 +1,4 @@
-"""Batches of a pass: drawn with seeded generators, counted, copied to the device ahead."""
+"""Batches of a pass: seeded loading, progress, and prefetching to the device."""
 
 from __future__ import annotations
 
@@ -15,10 +15,16 @@ from ckptavg.models.batches import Batches, size_of, tensors_of, to_device
 
 
 def counted(loader: Batches, progress: Progress, peers: Peers, seed: int = 0) -> Iterator[Any]:
-    """A loader's batches; after each, progress is told and the other processes are looked at.
+    """Yield the batches of a loader, report progress and check the other processes.
 
-    Whatever the loader draws, crops and its own order too, follows from the seed alone, and leaves
-    the caller's generators as they were.
+    All random numbers of the loader, such as crops and the order, follow from the seed alone. The
+    caller's generators stay as they were.
+
+    Args:
+        loader: The batches.
+        progress: Called after each batch with the samples so far and the total, 0 where unknown.
+        peers: The processes of the pass; the known failure of another process raises an error.
+        seed: Seed of the generators while batches are loaded.
     """
     done, total = 0, samples_in(loader)
     for batch in _seeded(loader, seed):
@@ -29,7 +35,7 @@ def counted(loader: Batches, progress: Progress, peers: Peers, seed: int = 0) ->
 
 
 def _seeded(loader: Batches, seed: int) -> Iterator[Any]:
-    """A loader's batches, all of them loaded with seeded generators."""
+    """Yield the batches of a loader, each loaded with the seeded generators."""
     generators, end = Generators(seed), object()
     with generators.in_use():
         batches = iter(loader)
@@ -43,11 +49,11 @@ def _seeded(loader: Batches, seed: int) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class Moved:
-    """A batch.
+    """A batch before and after the copy to the device.
 
     Attributes:
-        given: As the loader gave it.
-        here: On the device.
+        given: The batch as the loader yielded it.
+        here: The batch on the device.
     """
 
     given: Any
@@ -55,7 +61,7 @@ class Moved:
 
 
 def moved(loader: Iterable[Any], device: torch.device) -> Iterator[Moved]:
-    """Batches on the device; with CUDA, the next one's copy runs beside the work on this one."""
+    """Prefetch batches to the device; on CUDA, the next copy overlaps the current computation."""
     if device.type != "cuda":
         for batch in loader:
             yield Moved(batch, to_device(batch, device))
@@ -63,7 +69,8 @@ def moved(loader: Iterable[Any], device: torch.device) -> Iterator[Moved]:
     copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     waiting: tuple[Moved, Any] | None = None
     for batch in loader:
-        if any(tensor.is_cuda for tensor in tensors_of(batch)):  # which may be under way yet
+        # A batch that is on the device already may still be being computed on the main stream.
+        if any(tensor.is_cuda for tensor in tensors_of(batch)):
             copies.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(copies):
             under_way = Moved(batch, to_device(batch, device)), copies.record_event()
@@ -75,9 +82,11 @@ def moved(loader: Iterable[Any], device: torch.device) -> Iterator[Moved]:
 
 
 def _arrived(batch: Moved, copied: Any, device: torch.device) -> Moved:
-    """A batch whose copy what is computed next waits for."""
+    """Make the current stream wait for the copy of a batch; return the batch."""
     stream = torch.cuda.current_stream(device)
     stream.wait_event(copied)
+    # The tensors were allocated on the copy stream. Without this, the allocator could reuse the
+    # memory while the current stream still reads the batch.
     for tensor in tensors_of(batch.here):
         if tensor.is_cuda:
             tensor.record_stream(stream)

@@ -1,4 +1,4 @@
-"""The global generators of random numbers, seeded for a while and then left as they were."""
+"""Temporary seeding of the global random number generators."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import torch
 
 
 class Generators:
-    """The states of torch's, numpy's and Python's own generators for one purpose.
+    """Private states of the global generators of torch, numpy and Python.
 
-    What loads data draws crops, flips and orders from them. Within ``in_use`` they go on from where
-    they were at its last end; outside they are the caller's, who sees nothing of it.
+    Data loading draws crops, flips and orders from the global generators. Within ``in_use`` the
+    generators continue from the end of the previous ``in_use``. On exit the caller's states are
+    restored.
 
     Args:
-        seed: Of all of them at first.
+        seed: Initial seed of every generator.
     """
 
     def __init__(self, seed: int) -> None:
@@ -27,9 +28,10 @@ class Generators:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Put these states in the place of the caller's for the time being."""
+        """Swap the private states in for the duration of a context."""
         callers = _states()
-        for name in callers.keys() - self._states.keys():  # numpy may come late
+        # numpy may be imported between two uses; a generator is seeded when first seen.
+        for name in callers.keys() - self._states.keys():
             _seed(name, self.seed)
         _restore(self._states)
         try:
@@ -40,14 +42,14 @@ class Generators:
 
 
 def seed_all(seed: int) -> None:
-    """Seed all of them, on every device, for good."""
+    """Seed the global generators of torch (all devices), numpy and Python permanently."""
     torch.manual_seed(seed)
     for name in _states():
         _seed(name, seed)
 
 
 def _states() -> dict[str, Any]:
-    """The generators' states by name, numpy's where it has been imported."""
+    """Return the states of the global generators by name; numpy only where imported."""
     found: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
     if (numpy := sys.modules.get("numpy")) is not None:
         found["numpy"] = numpy.random.get_state()
@@ -60,6 +62,7 @@ def _seed(name: str, seed: int) -> None:
     elif name == "python":
         random.seed(seed)
     else:
+        # numpy takes seeds of 32 bits only.
         sys.modules["numpy"].random.seed(seed % 2**32)
 
 

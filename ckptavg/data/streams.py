@@ -1,4 +1,4 @@
-"""Samples or batches: which of the two some data gives."""
+"""Distinction of samples and batches, and collation of samples into batches."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Collate = Callable[[list[Any]], Any]
 
 
 def is_dataset(data: Any) -> bool:
-    """Whether data gives samples, which are yet to be made batches, or may do so.
+    """Tell whether data yields, or may yield, samples that still need collation.
 
-    Besides a Dataset of torch's that is whatever has a length and items, such as a data set of
-    Hugging Face's, or a list of samples. A list of batches is none, nor is a stream that loads its
-    batches by a DataLoader within, as webdataset's WebLoader does.
+    This holds for a torch Dataset and for any object with a length and items, such as a Hugging
+    Face data set or a list of samples. It does not hold for a list of batches, nor for a stream
+    that loads batches through an inner DataLoader, such as webdataset's WebLoader.
     """
     if isinstance(data, (DataLoader, Mapping)):
         return False
@@ -32,7 +32,8 @@ def is_dataset(data: Any) -> bool:
 
 
 def with_tensors(data: Any) -> Any:
-    """A data set of Hugging Face's that gives tensors, where it would give plain lists."""
+    """Switch a Hugging Face data set from plain lists to tensors; return other data unchanged."""
+    # The IterableDataset of Hugging Face has no ``format`` but keeps it in ``_formatting``.
     form = getattr(data, "format", None)
     kind = form.get("type", "") if isinstance(form, Mapping) else getattr(data, "_formatting", "")
     if kind is not None or not callable(getattr(data, "with_format", None)):
@@ -41,7 +42,7 @@ def with_tensors(data: Any) -> Any:
 
 
 def is_sample(item: Any) -> bool:
-    """Whether an item is surely one sample: a row or an image, and its label by itself."""
+    """Return True if an item is certainly one sample: a row or image with a scalar label."""
     parts = parts_of(item) if isinstance(item, Mapping) or is_sequence(item) else []
     tensors = [p for p in parts if isinstance(p, torch.Tensor) or is_array(p)]
     numbers = [p for p in parts if isinstance(p, int)]
@@ -51,7 +52,8 @@ def is_sample(item: Any) -> bool:
 
 
 def in_batches(items: Iterator[Any], size: int) -> Iterator[Any]:
-    """Put what an iterator gives together if it is samples; batches go through as they are."""
+    """Collate the samples of an iterator into batches; pass batches through unchanged."""
+    # The first item decides; chain puts it back.
     first = [*islice(items, 1)]
     items = chain(first, items)
     if not first or not is_sample(first[0]):
@@ -62,12 +64,12 @@ def in_batches(items: Iterator[Any], size: int) -> Iterator[Any]:
 
 
 class Batched(IterableDataset[Any]):
-    """A stream as batches: its samples put together, or its items as they are if they are batches.
+    """Stream of batches: collated samples, or the items of a stream that yields batches.
 
     Args:
         data: The stream.
         size: Samples per batch.
-        collate: Puts samples together.
+        collate: Collates a list of samples into a batch.
     """
 
     def __init__(self, data: IterableDataset[Any], size: int, collate: Collate) -> None:
@@ -87,16 +89,16 @@ class Batched(IterableDataset[Any]):
 
 
 def collate_of(data: Any) -> Collate:
-    """The function that puts a Dataset's samples together: its own ``collate_fn``, or torch's."""
+    """Return the collate function of a Dataset: its own ``collate_fn`` or torch's default."""
     own: Collate | None = getattr(data, "collate_fn", None)
     return own if callable(own) else collate
 
 
 def collate(samples: list[Any]) -> Any:
-    """Put samples together as torch does.
+    """Collate samples as torch does.
 
     Raises:
-        EvaluationError: They do not go together.
+        EvaluationError: The samples differ in shape, or are of a type that torch cannot collate.
     """
     try:
         return default_collate(samples)
@@ -113,7 +115,7 @@ def collate(samples: list[Any]) -> Any:
 
 
 def _loads_itself(data: Any) -> bool:
-    """Whether a stream holds a DataLoader, by itself or as a part of its pipeline."""
+    """Return True if a stream holds a DataLoader, as an attribute or in a pipeline list."""
     held: list[Any] = [*vars(data).values()] if isinstance(data, IterableDataset) else []
     inner: Sequence[Any] = [part for value in held if is_sequence(value) for part in value]
     return any(isinstance(value, DataLoader) for value in (*held, *inner))

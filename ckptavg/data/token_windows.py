@@ -1,4 +1,4 @@
-"""A text file, or a file of token ids → windows that a causal language model is scored on."""
+"""Token windows for scoring causal language models, from a text file or a file of token ids."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from ckptavg.optional import import_optional
 log = logging.getLogger("ckptavg")
 
 IGNORED = -100
-"""The label of a position that is not predicted, as transformers and torch have it."""
+"""The label of a position that is not predicted, as in transformers and torch."""
 
-_LENGTH = 1024  # tokens of a window, where the model does not say or could take more
+# Tokens per window. Used where the model's context is unknown or longer.
+_LENGTH = 1024
 _CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx")
 _DTYPES = ("uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
 
@@ -37,20 +38,20 @@ class Tokens(Protocol):
 class Windows(Dataset[dict[str, torch.Tensor]]):
     """Windows of a sequence of tokens in which every token but the first is predicted once.
 
-    An item has ``input_ids`` and ``labels``, both (length,) int64, at the same positions, as
-    transformers has them: the output at position t is for the label at t + 1. A label that an
-    earlier window has, or that is beyond the end, is −100. What pads the last window comes after
-    its tokens, where a causal model cannot look, so there is no attention mask.
+    An item has ``input_ids`` and ``labels``, both (length,) int64, at the same positions, as in
+    transformers: the output at position t predicts the label at t + 1. A label is −100 if an
+    earlier window predicts the token, or if the position is beyond the end. Padding of the last
+    window follows the tokens, where a causal model cannot look, so there is no attention mask.
 
     Args:
-        tokens: At least 2; gives int64 for a slice.
-        length: Tokens of a window, at least 2; fewer where there are fewer in all.
-        stride: From one window's beginning to the next one's, at most length − 1, which is the
-            default: then windows share one token. A smaller one gives every token at least
-            length − stride tokens before it (but at the beginning), and costs more passes.
+        tokens: At least 2 tokens; a slice gives int64.
+        length: Tokens per window, at least 2; reduced to the number of tokens in all.
+        stride: Tokens between the starts of successive windows, at most length − 1. The default of
+            length − 1 makes windows share one token. A smaller stride gives every token at least
+            length − stride tokens of context (except at the beginning), and costs more passes.
 
     Raises:
-        SpecError: There is nothing to predict, or ``length`` and ``stride`` do not fit.
+        SpecError: There is nothing to predict, or ``length`` and ``stride`` do not fit together.
     """
 
     def __init__(self, tokens: Tokens, length: int = _LENGTH, stride: int | None = None) -> None:
@@ -78,6 +79,7 @@ class Windows(Dataset[dict[str, torch.Tensor]]):
         start = index * self.stride
         ids = self.tokens[start : start + self.length]
         labels = ids.clone()
+        # The previous window has predicted these tokens already; here they are context.
         if index:
             labels[: self.length - self.stride] = IGNORED
         beyond = (0, self.length - len(ids))
@@ -88,14 +90,14 @@ class Windows(Dataset[dict[str, torch.Tensor]]):
 
 
 class TokenFile:
-    """Token ids in a file that is mapped into memory, by each process that reads it on its own.
+    """Memory-mapped file of token ids; every process maps the file separately.
 
     Args:
-        path: ``.npy``: one dimension of integers; else raw integers in little-endian order.
-        dtype: Of raw integers.
+        path: ``.npy`` with one dimension of integers; any other suffix: raw little-endian integers.
+        dtype: Type of raw integers.
 
     Raises:
-        SpecError: It is not there, or is no such file.
+        SpecError: The file does not exist, or does not hold token ids.
     """
 
     def __init__(self, path: Path, dtype: str) -> None:
@@ -116,7 +118,8 @@ class TokenFile:
         return torch.from_numpy(self._ids[part].astype("int64"))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "dtype": self.dtype}  # not the contents
+        # Without the map: pickling it for a worker process would copy the whole file.
+        return {"path": self.path, "dtype": self.dtype}
 
     @cached_property
     def _ids(self) -> Any:
@@ -135,16 +138,16 @@ class TokenFile:
 def of_tokens(
     path: str, *, length: int = _LENGTH, stride: int | None = None, dtype: str | None = None
 ) -> Windows:
-    """Windows of a file of token ids.
+    """Make windows from a file of token ids.
 
     Args:
-        path: As ``TokenFile`` takes it.
-        length: Tokens of a window.
-        stride: From window to window; see ``Windows``.
-        dtype: Of raw integers: ``uint16`` as nanoGPT writes them unless given.
+        path: As for ``TokenFile``.
+        length: Tokens per window.
+        stride: Tokens between the starts of windows; see ``Windows``.
+        dtype: Type of raw integers; ``uint16``, as nanoGPT writes, where None.
 
     Raises:
-        SpecError: The file or an argument is of no use.
+        SpecError: The file cannot be used, or an argument is invalid.
     """
     if dtype is not None and dtype not in _DTYPES:
         raise SpecError(f"dtype is expected to be one of {', '.join(_DTYPES)} but got {dtype!r}")
@@ -156,17 +159,17 @@ def of_tokens(
 def of_text(
     path: str, *, tokenizer: str | None = None, length: int = _LENGTH, stride: int | None = None
 ) -> Windows:
-    """Windows of a UTF-8 text file, which is tokenized as a whole.
+    """Make windows from a UTF-8 text file, which is tokenized as a whole.
 
     Args:
         path: The file.
-        tokenizer: A directory that holds a tokenizer of transformers. Special tokens that it adds
-            to a text by itself (a beginning-of-sequence token) are kept.
-        length: Tokens of a window.
-        stride: From window to window; see ``Windows``.
+        tokenizer: A directory that holds a tokenizer of transformers. Special tokens that the
+            tokenizer adds to a text (a beginning-of-sequence token) are kept.
+        length: Tokens per window.
+        stride: Tokens between the starts of windows; see ``Windows``.
 
     Raises:
-        SpecError: The file, the tokenizer or an argument is of no use.
+        SpecError: The file or the tokenizer cannot be used, or an argument is invalid.
     """
     _check_file(Path(path))
     if tokenizer is None:
@@ -183,11 +186,12 @@ def of_text(
 
 
 def default_length(directory: Path) -> int:
-    """Tokens of a window for the model of a directory: its context, 1024 at most."""
+    """Return the tokens per window for the model in a directory: the context, at most 1024."""
     try:
         config = json.loads((directory / "config.json").read_text("utf-8"))
     except (OSError, ValueError):
-        config = None  # what is wrong is said where the model is built
+        # Building the model reports the broken configuration.
+        config = None
     known = config if isinstance(config, dict) else {}
     context: list[int] = [known[key] for key in _CONTEXT if type(known.get(key)) is int]
     return min([_LENGTH, *(length for length in context if length > 1)])
@@ -219,11 +223,11 @@ def _files_beside(path: Path) -> list[str]:
 
 
 def _load_tokenizer(directory: Path) -> Any:
-    """The tokenizer of a directory; nothing is downloaded and none of its code is run."""
+    """Load the tokenizer of a directory without downloads and without running code from it."""
     transformers = import_optional("transformers", "transformers")
     remedy = "Pass --data-arg tokenizer=DIR with what tokenizer.save_pretrained(DIR) has written."
     if not any(any(directory.glob(p)) for p in ("tokenizer*", "vocab*", "*.model")):
-        # transformers would make an empty one of the model's configuration
+        # transformers would make an empty tokenizer from the model's configuration.
         raise SpecError(f"{directory} holds no tokenizer", remedy)
     try:
         with offline():
