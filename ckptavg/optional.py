@@ -1,4 +1,4 @@
-"""Packages that not everyone needs."""
+"""Import of optional packages."""
 
 from __future__ import annotations
 
@@ -9,18 +9,22 @@ from ckptavg.errors import SpecError
 
 
 def import_optional(module: str, package: str) -> Any:
-    """Import a module of a package that not everyone needs.
+    """Import a module of an optional package.
 
     Args:
-        module: Its dotted name.
-        package: What is installed to have it.
+        module: Dotted name of the module.
+        package: Name under which pip installs the package.
+
+    Returns:
+        The module.
 
     Raises:
-        SpecError: It cannot be imported.
+        SpecError: The module cannot be imported.
     """
     try:
         return importlib.import_module(module)
     except ImportError as error:
+        # The package may be there, and a package that it imports not.
         missing = (error.name or "").partition(".")[0]
         if isinstance(error, ModuleNotFoundError) and missing not in ("", module.partition(".")[0]):
             remedy = f"Install {missing}, which it needs."

@@ -1,13 +1,14 @@
-"""One tree of errors: each says what happened, knows its exit code and its remedy."""
+"""Error classes, each with a message, a remedy and an exit code of the command line."""
 
 from __future__ import annotations
 
-import ckptavg.errors.notes  # noqa: F401 - whatever logs has these errors, too
+# Modules that log import these errors, too: the logger is set up before its first record.
+import ckptavg.errors.notes  # noqa: F401
 from ckptavg.errors.printable import printable
 
 
 class CkptavgError(Exception):
-    """The work could not be done.
+    """Base class of all errors that ckptavg raises.
 
     Args:
         message: What happened and where, without a final full stop.
@@ -32,93 +33,103 @@ class CkptavgError(Exception):
 
 
 class UsageError(CkptavgError, ValueError):
-    """An argument that is wrong by itself, whatever the files hold."""
+    """Error for an argument that is invalid whatever the files hold."""
 
     exit_code = 2
 
 
 class CheckpointError(CkptavgError):
-    """A checkpoint that cannot be opened, or holds no weights that can be found."""
+    """Error for a checkpoint that cannot be opened, or in which no weights are found."""
 
 
 class NoWeightsError(CheckpointError):
-    """A file that opens but is no checkpoint: an optimizer's state, a history."""
+    """Error for a readable file without weights, such as an optimizer's state or a history."""
 
 
 class PlacementError(CheckpointError):
-    """Tensors that lie elsewhere in a remote file than its directory let expect."""
+    """Error for tensors of a remote file at other offsets than the file's directory implies."""
 
 
 class RunError(CkptavgError):
-    """No run, more than one, or a selection that it cannot fulfil."""
+    """Error for no run, several runs, or a selection that a run cannot fulfil."""
 
 
 class MismatchError(CkptavgError):
-    """Checkpoints that do not hold the same tensors."""
+    """Error for checkpoints that do not hold the same tensors."""
 
 
 class UnsupportedTensorError(CkptavgError):
-    """Tensors that have no meaningful average: float8, quantized, sparse."""
+    """Error for tensors without a meaningful average: float8, quantized, sparse."""
 
 
 class NonFiniteError(CkptavgError):
-    """An average that is not finite."""
+    """Error for an average that is not finite."""
 
 
 class OutputError(CkptavgError):
-    """An output that may not or could not be written."""
+    """Error for an output that may not or could not be written."""
 
 
 class IntegrityError(CkptavgError):
-    """Contents that are not those that were recorded."""
+    """Error for contents that differ from the recorded contents."""
 
 
 class ProcessesError(CkptavgError):
-    """Processes that cannot make one output together."""
+    """Error for processes that cannot make one output together."""
 
 
 class PeerError(ProcessesError):
-    """Another of several processes has failed or died."""
+    """Error for the failure or death of another process of the same group."""
 
 
 class SpecError(CkptavgError):
-    """A model or data specification that leads to nothing usable."""
+    """Error for a model or data specification that cannot be used."""
 
 
 class ModelError(CkptavgError):
-    """Weights that do not fit the model."""
+    """Error for weights that do not fit the model."""
 
 
 class BatchNormError(CkptavgError):
-    """Statistics that cannot be recomputed."""
+    """Error for BatchNorm statistics that cannot be recomputed."""
 
 
 class EvaluationError(CkptavgError):
-    """Candidates that cannot be scored on the data."""
+    """Error for candidates that cannot be scored on the data."""
 
 
 class MissingPackageError(CkptavgError, ImportError):
-    """A package that not everyone needs and that is not installed."""
+    """Error for an optional package that is not installed."""
 
 
 class StaleStatisticsWarning(UserWarning):
-    """BatchNorm statistics that are not those of the weights, as in an average as it is."""
+    """Warning that BatchNorm statistics do not belong to the weights.
+
+    So it is in a plain average, whose statistics have not been recomputed.
+    """
 
 
 def short(name: object) -> str:
-    """A name for a message, whatever a file has as one and however long."""
+    """Return a name, cut to 200 characters, for a message.
+
+    A file may have any object as a name: the type stands for an object that is no string.
+    """
     return printable(name[:200]) if isinstance(name, str) else f"a {type(name).__name__}"
 
 
 def first_few(names: list[str], count: int = 3) -> str:
-    """The first names of a list and how many more there are, for a one-line message."""
+    """Join the first names of a list for a one-line message, with the number of further names."""
     shown = ", ".join(names[:count])
     return shown if len(names) <= count else f"{shown} and {len(names) - count} more"
 
 
 def _without_traceback(message: str) -> str:
-    """A message without the traceback that a DataLoader's worker puts in: what stands below it."""
+    """Return the text below the traceback that a DataLoader's worker puts into a message.
+
+    A message without such a traceback is returned unchanged.
+    """
     _, found, traceback = message.partition("\nOriginal Traceback (most recent call last):\n")
     lines = traceback.rstrip().split("\n")
+    # Lines of the traceback are indented; the text of the error follows the last of these.
     own = next((i for i in range(len(lines), 0, -1) if lines[i - 1].startswith("  ")), 0)
     return "\n".join(lines[own:]) if found and lines[own:] else message

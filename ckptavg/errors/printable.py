@@ -1,6 +1,6 @@
-"""Text as a terminal may show it: nothing that steers it, nothing unseen, no secrets of URLs.
+"""Text that is safe to print: no control characters, no invisible ones, no secrets of URLs.
 
-Names come out of files, and files out of strange hands.
+Names come out of files, and files may be untrusted.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-_LONGEST = 1200  # characters of a line
+_LONGEST = 1200  # characters per line
 # Characters that Python calls printable although a terminal shows nothing for them: Unicode's
 # default ignorable code points, and the blank of Braille.
 _BLANKS = frozenset(
@@ -29,13 +29,14 @@ _BLANKS = frozenset(
 _END_OF_URL = re.compile(r"[\s\"'<>]")
 _END_OF_HOST = re.compile(r"[/?#]")
 _THOUSAND = 1e3
-_EXACT = 1e15  # below it a float holds every whole number
+# Below this a float holds every whole number.
+_EXACT = 1e15
 
 
 def printable(text: str) -> str:
-    """Make a text one line of bounded length that a terminal shows as it is.
+    """Make a text one line of bounded length that is safe to print.
 
-    Characters that steer a terminal or leave no mark are escaped as in Python's strings.
+    Characters that control a terminal or are invisible are escaped as in Python's strings.
     """
     line = " ".join(without_secrets(text).split())
     if len(line) > _LONGEST:
@@ -49,15 +50,18 @@ def escape_unseen(
     *,
     keep: str = "",
 ) -> str:
-    """Escape the characters of a text that steer a terminal or leave no mark on it.
+    """Escape the control characters and the invisible characters of a text.
 
-    Controls, marks of direction, characters of no width, and the surrogates that stand for the
-    bytes of a file's name that is no UTF-8.
+    These are controls, marks of direction, characters of no width, and the surrogates that stand
+    for the bytes of a file name that is not UTF-8.
 
     Args:
         text: Any text.
-        escape: Gives the escape of a character; usually as in Python's strings.
-        keep: Characters that stay.
+        escape: Function that returns the escape of a character; by default as in Python's strings.
+        keep: Characters that are not escaped.
+
+    Returns:
+        The text with escapes.
     """
     escapes = {
         ord(c): escape(c)
@@ -68,7 +72,7 @@ def escape_unseen(
 
 
 def without_secrets(text: str) -> str:
-    """Return a text whose URLs have lost their users' passwords and the queries that sign them."""
+    """Remove passwords of users and queries with signatures from the URLs in a text."""
     before, *others = text.split("://")
     parts = [before]
     for part in others:
@@ -83,8 +87,8 @@ def bare_location(scheme: str, location: str) -> str:
     """Return a URL's host and path without a password, and without the query of a web address.
 
     Args:
-        scheme: Ends with the URL's scheme.
-        location: Whatever stands after ``://``.
+        scheme: Text that ends with the URL's scheme.
+        location: Text after ``://``.
     """
     web = scheme.lower().endswith(("http", "https"))
     end = _END_OF_HOST.search(location)
@@ -97,10 +101,10 @@ def bare_location(scheme: str, location: str) -> str:
 
 
 def split_directory(paths: Sequence[str]) -> tuple[str, list[str]]:
-    """Split the directory that all of some paths share off them.
+    """Split paths into the shared directory and the remainder of each path.
 
     Returns:
-        The directory, empty if there is none, and each path from there on.
+        The shared directory, empty if there is none, and each path relative to this directory.
     """
     parents = [path.split("/")[:-1] for path in paths]
     shared = 0
@@ -113,13 +117,18 @@ def split_directory(paths: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def step_text(step: float) -> str:
-    """Write a step for a message: whole ones in full, however large, never with an exponent."""
+    """Format a step for a message.
+
+    Whole steps below 1e15 are written in full, without an exponent. All other steps get six
+    significant digits.
+    """
     return f"{step:.0f}" if step == round(step, 0) and abs(step) < _EXACT else f"{step:.6g}"
 
 
 def size_text(count: float) -> str:
-    """Write a number of bytes to three digits, with a decimal unit."""
+    """Format a number of bytes to three significant digits with a decimal unit."""
     for unit in ("B", "kB", "MB", "GB"):
+        # Compare the rounded number: 999.9 kB would be written as 1e+03 kB.
         if float(f"{count:.3g}") < _THOUSAND:
             return f"{count:.3g} {unit}"
         count /= _THOUSAND
@@ -127,6 +136,6 @@ def size_text(count: float) -> str:
 
 
 def three_digits(value: float) -> str:
-    """Write a positive number to three digits but without an exponent."""
+    """Format a positive number to three significant digits without an exponent."""
     rounded = float(f"{value:.3g}")
     return f"{rounded:,.0f}" if rounded >= _THOUSAND else f"{rounded:.3g}"

@@ -1,4 +1,4 @@
-"""Remedies for mistyped names: the known names that are like them."""
+"""Suggestions of similar known names for mistyped names."""
 
 from __future__ import annotations
 
@@ -8,23 +8,27 @@ import re
 from collections.abc import Iterable, Sequence
 from itertools import islice
 
-_MOST_NAMES = 10_000  # compared
-_LONGEST_NAME = 200  # characters; comparing takes quadratic time
-_LIKENESS = 0.6  # of 1, as difflib counts it
+_MOST_NAMES = 10_000  # that are compared
+# In characters: comparing takes time quadratic in the length.
+_LONGEST_NAME = 200
+_LIKENESS = 0.6  # between 0 and 1, as ``difflib`` measures similarity
 _WORD = re.compile(r"[^\W_]+")
 _WILDCARDS = re.compile(r"[*?]|\[[^]]*\]")
 
 
 def close_names(name: str, known: Iterable[str], count: int = 3) -> list[str]:
-    """List the known names that a mistyped one may have been meant for, the likeliest first.
+    """List the known names that are most similar to a mistyped name, the most similar first.
 
-    Case makes no difference. A name that says less is like those that have its words, as ``acc`` is
-    like ``val_acc``; a dotted one is like its own end, as ``model.fc`` is like ``fc``.
+    Case is ignored. A short name is similar to a name with the same words and more, as ``acc`` to
+    ``val_acc``. A dotted name is similar to its own end, as ``model.fc`` to ``fc``.
 
     Args:
-        name: The name that is not known.
-        known: The names that are.
-        count: Names to list at most.
+        name: The unknown name.
+        known: The known names.
+        count: Greatest number of names to list.
+
+    Returns:
+        At most ``count`` names; none for an empty name or a name of more than 200 characters.
     """
     if not name or len(name) > _LONGEST_NAME:
         return []
@@ -36,6 +40,7 @@ def close_names(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     if lower in by_lower:
         return [by_lower[lower]]
     words = _words(lower)
+    # Names with all the words come first: difflib misses those that are much longer.
     fuller = [other for other in by_lower if words and words <= _words(other)]
     fuller.sort(key=lambda other: len(_words(other)))
     alike = difflib.get_close_matches(lower, list(by_lower), count, _LIKENESS)
@@ -45,7 +50,7 @@ def close_names(name: str, known: Iterable[str], count: int = 3) -> list[str]:
 
 
 def did_you_mean(names: Sequence[str]) -> str:
-    """Word the remedy that offers some names; empty where there are none."""
+    """Format names as a question for a remedy; return an empty text for no names."""
     if not names:
         return ""
     *others, last = names
@@ -53,26 +58,34 @@ def did_you_mean(names: Sequence[str]) -> str:
 
 
 def close_patterns(pattern: str, names: Iterable[str], count: int = 3) -> list[str]:
-    """List patterns like one that matches none of some dotted names, which match some of them.
+    """List corrections of a shell pattern that matches none of the dotted names.
+
+    Each listed pattern matches a name at least.
 
     Args:
-        pattern: A shell pattern.
-        names: The names that it should match, as of tensors.
-        count: Patterns to list at most.
+        pattern: A shell pattern that matches no name.
+        names: Dotted names to match, as of tensors.
+        count: Greatest number of patterns to list.
+
+    Returns:
+        At most ``count`` patterns.
     """
     names = list(islice(names, _MOST_NAMES))
     bare = _WILDCARDS.sub("", pattern).strip(".")
     if not bare:
         return []
+    # Missing wildcards are the likeliest mistake, and the cheapest to try.
     for wider in (f"{bare}.*", f"*.{bare}", f"*.{bare}.*", f"*{bare}*"):
         if _matches_any(wider, names):
             return [wider]
     parts = _parts(names)
+    # Then a prefix that the names do not have, such as module.
     inner = bare
     while "." in inner:
         inner = inner.partition(".")[2]
         if inner in parts and _matches_any(other := _replace(pattern, bare, inner), names):
             return [other]
+    # Then a typing mistake: parts with as many segments come first.
     depth = bare.count(".")
     close = close_names(bare, [part for part in parts if part.count(".") == depth], count)
     corrected: list[str] = []
@@ -84,7 +97,7 @@ def close_patterns(pattern: str, names: Iterable[str], count: int = 3) -> list[s
 
 
 def _parts(names: Iterable[str]) -> list[str]:
-    """List what dotted names consist of: their beginnings, and each part by itself."""
+    """List the beginnings of dotted names, and each segment by itself."""
     parts: dict[str, None] = {}
     for name in names:
         segments = name.split(".")
@@ -94,15 +107,17 @@ def _parts(names: Iterable[str]) -> list[str]:
 
 
 def _replace(pattern: str, bare: str, part: str) -> str:
-    """Put a part of a name in the place of a pattern's text, with all wildcards around it."""
+    """Replace the literal text of a pattern by part of a name, and keep the wildcards around."""
     if bare in pattern:
         return pattern.replace(bare, part)
     return f"{'*' if _WILDCARDS.match(pattern) else ''}{part}*"
 
 
 def _words(name: str) -> frozenset[str]:
+    """Return the words of a name, which underscores and punctuation separate."""
     return frozenset(_WORD.findall(name))
 
 
 def _matches_any(pattern: str, names: Iterable[str]) -> bool:
+    """Return True if a shell pattern matches a name at least."""
     return any(fnmatch.fnmatchcase(name, pattern) for name in names)

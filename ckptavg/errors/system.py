@@ -1,4 +1,4 @@
-"""Errors of the operating system about a path, told as ours: which file, what, and the remedy."""
+"""Conversion of operating system errors into ckptavg errors with a path and a remedy."""
 
 from __future__ import annotations
 
@@ -39,24 +39,25 @@ _ANY_WRITING = "Choose another place for it, or try again."
 
 
 def unreadable(path: object, error: OSError) -> CheckpointError:
-    """Word the error for a path that the system does not let us read, list or look at.
+    """Make the error for a path that the system does not let us read, list or inspect.
 
     Args:
-        path: The path, if the error itself names none.
-        error: The system's.
+        path: The path to name if the system's error names none.
+        error: The system's error.
     """
-    named = isinstance(error.filename, (str, bytes))  # else by the number of an open file
+    # The name is a number where the error is about an open file.
+    named = isinstance(error.filename, (str, bytes))
     name = os.fsdecode(error.filename) if named else path
     remedy = (_REMEDIES | _OF_READING).get(error.errno or 0, _ANY_READING)
     return CheckpointError(f"{name} cannot be read: {error.strerror or error}", remedy)
 
 
 def unwritable(path: object, error: OSError) -> OutputError:
-    """Word the error for an output that the system does not let us write.
+    """Make the error for an output that the system does not let us write.
 
     Args:
-        path: The output, also where the error is about its temporary.
-        error: The system's.
+        path: The output, even if the error is about its temporary.
+        error: The system's error.
     """
     if error.errno in _FULL:
         return OutputError(
@@ -79,7 +80,7 @@ def unwritable(path: object, error: OSError) -> OutputError:
 
 @contextmanager
 def guard_reads(path: object) -> Iterator[None]:
-    """Turn errors of the system into ours while a path, or something below it, is read.
+    """Convert system errors into ckptavg errors while a path, or anything below, is read.
 
     Raises:
         CheckpointError: The system does not let us read.
@@ -92,7 +93,7 @@ def guard_reads(path: object) -> Iterator[None]:
 
 @contextmanager
 def guard_writes(path: object) -> Iterator[None]:
-    """Turn errors of the system into ours while an output is written.
+    """Convert system errors into ckptavg errors while an output is written.
 
     Raises:
         OutputError: The system does not let us write.
