@@ -1,1 +1,1 @@
-"""Text, tables and progress as people see them; knows nothing of checkpoints."""
+"""Text, tables and progress for people; independent of checkpoints."""

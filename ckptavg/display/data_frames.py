@@ -1,4 +1,4 @@
-"""Rows as a pandas DataFrame, where pandas is installed."""
+"""Conversion of rows into a pandas DataFrame, if pandas is installed."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ if TYPE_CHECKING:
 
 
 def data_frame(rows: Sequence[Mapping[str, Any]]) -> pandas.DataFrame:
-    """Make a DataFrame of rows; columns stand in the order in which they first appear.
+    """Make a DataFrame of rows, with columns in the order of first appearance.
 
     Raises:
         MissingPackageError: pandas is not installed.
     """
     try:
-        import pandas  # noqa: PLC0415 - nothing else needs it
+        # Imported here: an optional package, which is slow to import.
+        import pandas  # noqa: PLC0415
     except ImportError as error:
         raise MissingPackageError(
             f"a DataFrame needs pandas, which cannot be imported ({error})",

@@ -1,4 +1,4 @@
-"""Values as JSON that any reader takes and any terminal may show."""
+"""JSON text that every parser reads and that is safe to print."""
 
 from __future__ import annotations
 
@@ -11,20 +11,23 @@ from ckptavg.errors.printable import escape_unseen, without_secrets
 
 
 def json_text(value: Any, *, ascii_only: bool = False) -> str:
-    """Plain values as strict JSON, and a final newline.
+    """Format plain values as strict JSON with a final newline.
 
-    What is not finite is null. Characters that steer a terminal, or are unseen, are escaped, and a
-    lone surrogate too, so that the text can be encoded. URLs among the values lose their secrets.
+    Numbers that are not finite become null. Control characters and invisible characters are
+    escaped. Lone surrogates are escaped, too, so that the text can be encoded. Secrets are removed
+    from URLs among the values.
 
     Args:
         value: Mappings, sequences and plain values.
         ascii_only: True to escape all characters that are not ASCII.
     """
     text = json.dumps(_strict(value), indent=2, ensure_ascii=ascii_only, allow_nan=False)
+    # In JSON's own escapes: a parser returns the values as they were.
     return escape_unseen(text, lambda c: json.dumps(c)[1:-1], keep="\n") + "\n"
 
 
 def _strict(value: Any) -> Any:
+    """Replace numbers that are not finite by None, and remove secrets from texts."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, str):

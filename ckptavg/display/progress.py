@@ -1,4 +1,4 @@
-"""Progress in whatever form a caller wants it: a bar, tqdm's or rich's, or a function."""
+"""Progress of long work, shown by a bar, by tqdm or rich, or by a function."""
 
 from __future__ import annotations
 
@@ -10,41 +10,47 @@ from typing import Any, Literal, Protocol, TypeAlias
 from ckptavg.errors import UsageError, short
 
 PhaseProgress = Callable[[str, int, int], None]
-"""Called as ``progress(phase, done, total)``; total is 0 where it is not known."""
+"""Function called as ``progress(phase, done, total)``; total is 0 if unknown."""
 
 
 class Bar(Protocol):
-    """A bar of tqdm, or rich's Progress."""
+    """Bar of tqdm, or ``Progress`` of rich."""
 
     @property
     def update(self) -> Callable[..., object]:
-        """Move the bar."""
+        """Method that moves the bar."""
 
 
 ProgressLike: TypeAlias = bool | Callable[..., object] | Bar | None
-"""What every function takes as ``progress``: None or False for none, True for a bar, a bar of tqdm
-or the class of it, rich's Progress, or a function ``progress(phase, done, total)``. A function that
-has two parameters is called with ``(done, total)``."""
+"""Type of every ``progress`` parameter.
+
+None or False shows no progress, and True shows a bar. A bar of tqdm or the class of such a bar,
+rich's ``Progress``, and a function ``progress(phase, done, total)`` are accepted, too. A function
+of two parameters is called with ``(done, total)``."""
 
 Unit = Literal["bytes", "samples"]
 
 
 @contextmanager
 def open_progress(progress: ProgressLike, unit: Unit) -> Iterator[PhaseProgress | None]:
-    """Open what shows the progress of several phases; None where nothing does.
+    """Open a display of the progress of several phases.
 
     Args:
-        progress: As callers give it.
-        unit: What is counted.
+        progress: Any value of a ``progress`` parameter.
+        unit: Unit of the counts.
+
+    Yields:
+        The function to call with phase, done and total; None if no progress is shown.
 
     Raises:
-        UsageError: It is nothing that could show progress.
+        UsageError: The value cannot show progress.
     """
     if progress is None or progress is False:
         yield None
     elif progress is True:
         with _rich_progress(unit) as bars:
             yield _RichPhases(bars)
+    # By attributes, not by classes: neither tqdm nor rich has to be imported.
     elif hasattr(progress, "add_task"):
         yield _RichPhases(progress)
     elif isinstance(progress, type) and hasattr(progress, "update"):
@@ -63,19 +69,33 @@ def open_progress(progress: ProgressLike, unit: Unit) -> Iterator[PhaseProgress 
 def open_phase(
     progress: ProgressLike, phase: str, unit: Unit
 ) -> Iterator[Callable[[int, int], None] | None]:
-    """Open what shows the progress of a single phase; gives ``told(done, total)``, or None."""
+    """Open a display of the progress of a single phase.
+
+    Args:
+        progress: Any value of a ``progress`` parameter.
+        phase: Name of the phase.
+        unit: Unit of the counts.
+
+    Yields:
+        The function to call with done and total; None if no progress is shown.
+
+    Raises:
+        UsageError: The value cannot show progress.
+    """
     with open_progress(progress, unit) as opened:
         if opened is None:
             yield None
             return
 
         def tell(done: int, total: int) -> None:
+            """Report the progress of the phase."""
             opened(phase, done, total)
 
         yield tell
 
 
 def _as_phase_progress(progress: Any) -> PhaseProgress:
+    """Adapt a function of two or three parameters to a function of three."""
     if not callable(progress):
         raise UsageError(
             "progress is expected to be True, a bar of tqdm or a function of (phase, done, total) "
@@ -83,7 +103,8 @@ def _as_phase_progress(progress: Any) -> PhaseProgress:
         )
     try:
         signature = inspect.signature(progress)
-    except (TypeError, ValueError):  # written in C
+    # Functions written in C have no signature.
+    except (TypeError, ValueError):
         return progress  # type: ignore[no-any-return]
     if _takes(signature, 3):
         return progress  # type: ignore[no-any-return]
@@ -96,6 +117,7 @@ def _as_phase_progress(progress: Any) -> PhaseProgress:
 
 
 def _takes(signature: inspect.Signature, count: int) -> bool:
+    """Return True if a function can be called with a number of positional arguments."""
     try:
         signature.bind(*range(count))
     except TypeError:
@@ -104,7 +126,7 @@ def _takes(signature: inspect.Signature, count: int) -> bool:
 
 
 class _OneBar:
-    """A bar of tqdm's that is set back for each phase."""
+    """Single bar of tqdm that is reset for each phase."""
 
     def __init__(self, bar: Any) -> None:
         self._bar = bar
@@ -118,14 +140,16 @@ class _OneBar:
                 bar.reset(total or None)
             if hasattr(bar, "set_description"):
                 bar.set_description(phase)
+            # A reset without a total keeps the total of the phase before.
             bar.total = None
         if total:
             bar.total = total
+        # Bars of tqdm take the difference, not the count.
         bar.update(done - bar.n)
 
 
 class _BarPerPhase:
-    """A bar of a class like tqdm for each phase."""
+    """One bar per phase, of a class like tqdm."""
 
     def __init__(self, make: Callable[..., Any], unit: Unit) -> None:
         self._make = make
@@ -139,13 +163,13 @@ class _BarPerPhase:
         bar.update(done - bar.n)
 
     def close(self) -> None:
-        """Leave the bars as they are."""
+        """Close the bars in the present state."""
         for bar in self._bars.values():
             bar.close()
 
 
 class _RichPhases:
-    """A task of rich's Progress for each phase."""
+    """One task per phase in a ``Progress`` of rich."""
 
     def __init__(self, bars: Any) -> None:
         self._bars = bars
@@ -158,8 +182,9 @@ class _RichPhases:
 
 
 def _rich_progress(unit: Unit) -> Any:
-    """Make a bar on stderr, or in a notebook's cell."""
-    from rich.console import Console  # noqa: PLC0415 - for those alone that want a bar
+    """Make a bar on stderr or in the cell of a notebook."""
+    # Imported here: only callers that want a bar should wait for the import.
+    from rich.console import Console  # noqa: PLC0415
     from rich.progress import (  # noqa: PLC0415
         BarColumn,
         DownloadColumn,

@@ -1,4 +1,4 @@
-"""Names shortened in the middle, and texts wrapped between words."""
+"""Shortening of names in the middle, and wrapping of texts between words."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 from rich.cells import cell_len
 
 ELLIPSIS = "…"
-_FEWEST = 3  # columns of a shortened name: a character, the ellipsis, a character
-_MOST_CUTS = 100_000  # names times places that are tried
+# Columns of a shortened name: a character, the ellipsis, a character.
+_FEWEST = 3
+# Names times places of a cut that are tried: a limit on the time for very many names.
+_MOST_CUTS = 100_000
 # A number stays with its interval, and an interval whole: +1.50 [+0.46, +2.55].
 # Marks at the end of a name, one of them, and its text: epoch_9.pt (last) [model].
 _MARKS = re.compile(r"(?: \([^()]*\)| \[[^][]*\])*$")
@@ -19,12 +21,12 @@ _BREAKS = re.compile(r" (?!\[[-+\d]|[-+.,\deainf]+\])")
 
 
 def shorten_names(names: Sequence[str], room: int) -> list[str]:
-    """Shorten names to a width, so that different names stay different where that can be.
+    """Shorten names to a width and keep different names different if possible.
 
-    Marks at their ends stay, as of ``epoch_9.pt (last) [model]``, if they leave the names half of
-    the room; marks that tell names apart stay in less, and are shortened themselves. Else all names
-    are cut at the same place, in the middle if that tells them apart. Names that no such cut tells
-    apart show the part in which they differ.
+    Marks at the ends of names, as of ``epoch_9.pt (last) [model]``, are kept if they leave half of
+    the room to the names. Marks that distinguish names are kept in less room, and are shortened
+    themselves. Otherwise all names are cut at the same place: in the middle if the names stay
+    different. Names that no such cut distinguishes show the part in which they differ.
 
     Args:
         names: Any texts.
@@ -38,6 +40,7 @@ def shorten_names(names: Sequence[str], room: int) -> list[str]:
     long = [name for name in different if cell_len(name) > room]
     if not long:
         return list(names)
+    # A shortened name must not equal a name that fits.
     whole = [name for name in different if cell_len(name) <= room]
     shortened = _cut_before_marks(long, room)
     if len({*shortened.values(), *whole}) < len(different):
@@ -51,11 +54,16 @@ def shorten_names(names: Sequence[str], room: int) -> list[str]:
 
 
 def wrap_words(text: str, room: int) -> list[str]:
-    """Wrap a text between words. A word that is longer than a line stays whole, as intervals do.
+    """Wrap a text between words.
+
+    Words that are longer than a line stay whole, and so do intervals.
 
     Args:
         text: One line.
         room: Width in columns of a terminal.
+
+    Returns:
+        The lines.
     """
     lines: list[str] = []
     for word in _BREAKS.split(text):
@@ -67,7 +75,7 @@ def wrap_words(text: str, room: int) -> list[str]:
 
 
 def _cut_before_marks(names: Sequence[str], room: int) -> dict[str, str]:
-    """Shorten what stands before the marks of names; empty where these leave too little room."""
+    """Shorten the part of names before the marks; return nothing if the room is too small."""
     stems = {name: _MARKS.sub("", name) for name in names}
     marks = {name: name[len(stem) :] for name, stem in stems.items()}
     tell_apart = len({*stems.values()}) < len(names)
@@ -89,7 +97,7 @@ def _cut_before_marks(names: Sequence[str], room: int) -> dict[str, str]:
 
 
 def _shorten_marks(marks: Sequence[str], room: int) -> dict[str, str]:
-    """Shorten the texts in marks as little as they have to be; empty where they cannot be."""
+    """Shorten the texts in marks as little as necessary; return nothing if that does not fit."""
     texts = list(dict.fromkeys(text for mark in marks for _, text, _ in _MARK.findall(mark)))
     for most in range(max(map(cell_len, texts)), _FEWEST - 1, -1):
         short = dict(zip(texts, shorten_names(texts, most), strict=True))
@@ -100,15 +108,16 @@ def _shorten_marks(marks: Sequence[str], room: int) -> dict[str, str]:
 
 
 def _replace_texts(marks: str, texts: Mapping[str, str]) -> str:
+    """Replace the texts in the brackets of marks."""
     return _MARK.sub(lambda mark: mark[1] + texts[mark[2]] + mark[3], marks)
 
 
 def _cut_alike(names: Sequence[str], room: int, whole: Sequence[str]) -> dict[str, str]:
-    """Cut all names at the best place, the nearest to the middle of those that are equally good.
+    """Cut all names at the best place, and of equally good places at the nearest to the middle.
 
-    The more names stay different, the better, then the fewer numbers are cut in two: of
-    ``checkpoint-144.pt``, ``checkpoint-14…`` would name another. Then the last whole number should
-    stay, which mostly is the step.
+    A place is better if more names stay different, then if fewer numbers are cut in two: of
+    ``checkpoint-144.pt``, ``checkpoint-14…`` would name another checkpoint. Then a place is better
+    if more names keep the last whole number, which mostly is the step.
     """
     middle = (room - 1) // 2
     tails = sorted(range(room - 1), key=lambda tail: abs(tail - middle))
@@ -128,7 +137,7 @@ def _cut_alike(names: Sequence[str], room: int, whole: Sequence[str]) -> dict[st
 
 
 def _cuts_number(name: str, shortened: str) -> bool:
-    """Tell whether a cut parts the digits of a number."""
+    """Return True if a cut separates the digits of a number."""
     head, _, tail = shortened.partition(ELLIPSIS)
     after_head = name[len(head)].isdigit()
     before_tail = name[-len(tail) - 1].isdigit()
@@ -136,7 +145,7 @@ def _cuts_number(name: str, shortened: str) -> bool:
 
 
 def _keeps_step(name: str, shortened: str) -> bool:
-    """Tell whether a shortened name begins readably and has the last whole number, if any."""
+    """Return True if a shortened name keeps a readable beginning and the last whole number."""
     numbers = [*_WHOLE_NUMBER.finditer(name)]
     if not numbers:
         return True
@@ -146,13 +155,13 @@ def _keeps_step(name: str, shortened: str) -> bool:
 
 
 def _cut(name: str, room: int, tail: int) -> str:
-    """Keep the beginning of a name, and as many columns of its end as ``tail``."""
+    """Cut a name in the middle and keep ``tail`` columns of the end."""
     end = _take(name[::-1], tail)[::-1]
     return _take(name, room - 1 - tail) + ELLIPSIS + end
 
 
 def _groups_of_same(shortened: Mapping[str, str]) -> list[list[str]]:
-    """Group the names that are the same when shortened; those that are alone are left out."""
+    """Group the names that are equal when shortened; leave out groups of a single name."""
     groups: dict[str, list[str]] = {}
     for name, short in shortened.items():
         groups.setdefault(short, []).append(name)
@@ -162,7 +171,7 @@ def _groups_of_same(shortened: Mapping[str, str]) -> list[list[str]]:
 def _show_differences(names: Sequence[str], room: int) -> dict[str, str]:
     """Shorten names on both sides of the part in which they differ.
 
-    Where that part alone leaves no room, what stands before it goes first.
+    If that part leaves no room, the text before the part is cut first.
     """
     beginning = _common_beginning(names)
     ending = _common_beginning([name[::-1] for name in names])
@@ -176,20 +185,23 @@ def _show_differences(names: Sequence[str], room: int) -> dict[str, str]:
             rest = _take(rest, room - 2) + ELLIPSIS
         shortened[name] = ELLIPSIS + rest
     for group in _groups_of_same(shortened):
+        # A group of all names would be the same again, without end.
         if len(group) < len(names):
             shortened |= _show_differences(group, room)
     return shortened
 
 
 def _common_beginning(names: Sequence[str]) -> int:
-    """Return the number of characters that all of some different names begin with."""
+    """Return the number of first characters that different names share."""
+    # In sorted order, the first and the last name differ earliest.
     first, last = min(names), max(names)
     pairs = enumerate(zip(first, last, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(last)))
 
 
 def _take(text: str, width: int) -> str:
-    """Return the beginning of a text that takes some columns of a terminal at most."""
+    """Return the beginning of a text that fits a width in columns of a terminal."""
+    # A shortcut: measuring every beginning takes time quadratic in the length.
     if text.isascii():
         return text[:width]
     for end in range(1, len(text) + 1):

@@ -1,4 +1,4 @@
-"""Tables as HTML, for notebooks."""
+"""Drawing of tables as HTML for notebooks."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from ckptavg.display.table_layout import BEST
 from ckptavg.display.tables import Cell, Column, Row, Table
 from ckptavg.errors.printable import printable
 
-BEST_COLOR = "#00875f"  # a contrast of 4.5 with white and with black
+# A contrast of 4.5 with white and with black.
+BEST_COLOR = "#00875f"
 
 _CELL = "padding: 2px 8px; white-space: nowrap; text-align:"
-# Some pages give tables a color of their own, whatever is behind them.
+# Some pages set a color for tables that does not suit the background.
 _AS_AROUND = "color: inherit; font: inherit"
 
 
 def table_html(table: Table) -> str:
-    """Draw a table as HTML that reads on light and dark pages.
+    """Draw a table as HTML that is readable on light and dark pages.
 
-    Nothing is left out or shortened. The best rows are marked by a star and a color, significant
-    cells are bold.
+    Nothing is left out or shortened. The best rows are marked by a star, the best cells by a color.
+    Significant cells are bold.
     """
     lines = ['<div style="overflow-x: auto">', f'<table style="{_AS_AROUND}">']
     if table.title:
@@ -36,6 +37,7 @@ def table_html(table: Table) -> str:
 
 
 def _cells(row: Row, columns: tuple[Column, ...]) -> str:
+    """Draw the cells of a row, with a star in the first cell of a best row."""
     parts = []
     for i, (cell, column) in enumerate(zip(row.cells, columns, strict=True)):
         mark = f"{BEST} " if row.best and not i else ""
@@ -44,6 +46,7 @@ def _cells(row: Row, columns: tuple[Column, ...]) -> str:
 
 
 def _marked(mark: str, cell: Cell) -> str:
+    """Draw the text of a cell in the style of the cell's mark."""
     text = mark + _text(cell.text)
     if cell.mark == "best":
         return f'<b style="color: {BEST_COLOR}">{text}</b>'
@@ -51,8 +54,11 @@ def _marked(mark: str, cell: Cell) -> str:
 
 
 def _style(column: Column) -> str:
+    """Return the CSS style of the cells of a column."""
     return f"{_CELL} {'right' if column.kind == 'number' else 'left'}"
 
 
 def _text(text: str) -> str:
+    """Escape a text for HTML."""
+    # Made printable first: texts come out of untrusted files.
     return escape(printable(text))

@@ -1,4 +1,4 @@
-"""Tables as lines of text that fit a width."""
+"""Layout of tables as lines of text that fit a width."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from ckptavg.display.tables import Cell, Column, Mark, Row, Table
 from ckptavg.errors.printable import printable
 
 Style = Literal["title", "head", "rule", "best", "significant"]
-BEST = "*"  # stands before the best rows
+BEST = "*"  # before the best rows
 
 _GAP = "  "
-_LEAST = 8  # columns of a cell that may be shortened or wrapped
+# Least width, in columns of a terminal, of a cell that may be shortened or wrapped.
+_LEAST = 8
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a line, all in one style."""
+    """Part of a line in a single style."""
 
     text: str
     style: Style | None = None
@@ -32,16 +33,19 @@ Line = tuple[Piece, ...]
 
 
 def lay_out(table: Table, width: int | None, *, has_bold: bool = False) -> list[Line]:
-    """Lay a table out in lines.
+    """Lay out a table in lines of styled text.
 
-    Where the width is short, columns leave in their turns, names are shortened in the middle and
-    prose goes on in further lines. Numbers are never broken: below the width that the last of them
-    need, lines are longer than it.
+    If the width is short, columns are left out in the order of ``Column.leaves``, names are
+    shortened in the middle, and prose continues on further lines. Numbers are never broken: if the
+    remaining columns need more than the width, the lines are longer.
 
     Args:
         table: The content.
-        width: In columns of a terminal; None for lines of any length, with all there is.
-        has_bold: True where what is significant will be bold.
+        width: Width in columns of a terminal; None for a whole table with lines of any length.
+        has_bold: True if significant cells will be bold, which the legend then explains.
+
+    Returns:
+        The lines, each a tuple of pieces.
     """
     table = _make_printable(table)
     fitted, left_out = (table, []) if width is None else _leave_out(table, width)
@@ -70,14 +74,14 @@ def table_text(table: Table, width: int | None = None) -> str:
 
     Args:
         table: The content.
-        width: In columns of a terminal; None for lines of any length, with all there is.
+        width: Width in columns of a terminal; None for a whole table with lines of any length.
     """
     lines = ["".join(piece.text for piece in line) for line in lay_out(table, width)]
     return "\n".join(lines)
 
 
 def wrap_note(text: str, width: int | None) -> list[str]:
-    """Wrap a line of prose between words; what goes on is set in by two columns."""
+    """Wrap a line of prose between words, with further lines indented by two columns."""
     if width is None:
         return [text]
     first = wrap_words(text, width)[0]
@@ -87,7 +91,7 @@ def wrap_note(text: str, width: int | None) -> list[str]:
 
 
 def _make_printable(table: Table) -> Table:
-    """Escape what steers a terminal in all texts of a table."""
+    """Make all texts of a table printable."""
     columns = [Column(printable(c.title), c.kind, c.leaves, c.shortens) for c in table.columns]
     rows = []
     for row in table.rows:
@@ -98,10 +102,10 @@ def _make_printable(table: Table) -> Table:
 
 
 def _leave_out(table: Table, width: int) -> tuple[Table, list[str]]:
-    """Leave out columns in their turns until the others fit.
+    """Leave out columns, in the order of ``Column.leaves``, until the table fits a width.
 
     Returns:
-        The table that is left, and the titles of the columns that are not, from left to right.
+        The remaining table, and the titles of the omitted columns from left to right.
     """
     kept = dict(enumerate(table.columns))
     for i in sorted(kept, key=lambda i: table.columns[i].leaves):
@@ -116,7 +120,7 @@ def _leave_out(table: Table, width: int) -> tuple[Table, list[str]]:
 
 
 def _needed(table: Table, shortest: int) -> int:
-    """Return the width of a table whose names and prose are shortened to some columns at most."""
+    """Return the width of a table with names and prose cut to at most ``shortest`` columns."""
     total = _between(table)
     for column, natural in zip(table.columns, _naturals(table), strict=True):
         total += min(natural, shortest) if _is_flexible(column) else natural
@@ -124,13 +128,13 @@ def _needed(table: Table, shortest: int) -> int:
 
 
 def _between(table: Table) -> int:
-    """Return the width of all that stands between and before the columns."""
+    """Return the width of the gaps between the columns and of the margin for the mark."""
     mark = len(BEST) + 1 if table.has_best else 0
     return mark + len(_GAP) * (len(table.columns) - 1)
 
 
 def _naturals(table: Table) -> list[int]:
-    """Return the width of each column if nothing is shortened."""
+    """Return the width of each column without shortening."""
     widths = []
     for i, column in enumerate(table.columns):
         widths.append(
@@ -140,17 +144,18 @@ def _naturals(table: Table) -> list[int]:
 
 
 def _is_flexible(column: Column) -> bool:
+    """Return True if the cells of a column may be shortened or wrapped."""
     return column.kind in ("name", "prose")
 
 
 def _rooms(table: Table, width: int | None) -> list[int]:
-    """Return the width of each column. Those that may be narrower share what the others leave."""
+    """Return the width of each column; flexible columns share the room that is left."""
     rooms = _naturals(table)
     if width is None:
         return rooms
     flexible = [i for i, column in enumerate(table.columns) if _is_flexible(column)]
     left = width - _between(table) - sum(rooms) + sum(rooms[i] for i in flexible)
-    # The narrowest first: what they do not need is the others'.
+    # The narrowest first: the room that they do not need goes to the wider columns.
     flexible.sort(key=lambda i: rooms[i])
     for count, i in zip(range(len(flexible), 0, -1), flexible, strict=True):
         rooms[i] = min(rooms[i], max(left // count, _LEAST))
@@ -159,7 +164,8 @@ def _rooms(table: Table, width: int | None) -> list[int]:
 
 
 def _shorten(table: Table, rooms: Sequence[int]) -> Table:
-    """Shorten the names of a table to the rooms of their columns."""
+    """Shorten the names of a table to the widths of the columns."""
+    # By columns, not by cells: different names of a column must stay different.
     columns = []
     for i, (column, room) in enumerate(zip(table.columns, rooms, strict=True)):
         texts = [row.cells[i].text for row in table.rows]
@@ -172,7 +178,7 @@ def _shorten(table: Table, rooms: Sequence[int]) -> Table:
 
 
 def _head(table: Table, rooms: Sequence[int]) -> list[Line]:
-    """Set the titles of the columns, and the rule below them."""
+    """Set the titles of the columns and the rule below."""
     titles = []
     for column, room in zip(table.columns, rooms, strict=True):
         (title,) = shorten_names([column.title], room) if _is_flexible(column) else [column.title]
@@ -184,7 +190,7 @@ def _head(table: Table, rooms: Sequence[int]) -> list[Line]:
 
 
 def _row_lines(row: Row, table: Table, rooms: Sequence[int]) -> list[Line]:
-    """Set a row, in several lines if it has prose that does not fit in one."""
+    """Set a row, in several lines if prose does not fit in one line."""
     wrapped = []
     for cell, column, room in zip(row.cells, table.columns, rooms, strict=True):
         wrapped.append(_prose_lines(cell.text, room) if column.kind == "prose" else [cell.text])
@@ -201,18 +207,18 @@ def _row_lines(row: Row, table: Table, rooms: Sequence[int]) -> list[Line]:
 
 
 def _prose_lines(text: str, room: int) -> list[str]:
-    """Wrap a text; words that are longer than a line are shortened like names."""
+    """Wrap a text, with words that are longer than a line shortened like names."""
     return shorten_names(wrap_words(text, room), room)
 
 
 def _set(text: str, column: Column, room: int) -> str:
-    """Set a text in its column: numbers flush right, all else flush left."""
+    """Pad a text to the width of a column: numbers flush right, other texts flush left."""
     blank = " " * (room - cell_len(text))
     return blank + text if column.kind == "number" else text + blank
 
 
 def _join(margin: str, texts: Sequence[str], marks: Sequence[Mark | None]) -> Line:
-    """Join the cells of a line; blanks at its end go."""
+    """Join the cells of a line without trailing blanks."""
     pieces = [Piece(margin, "best" if margin.strip() else None)] if margin else []
     last = max((i for i, text in enumerate(texts) if text.strip()), default=0)
     for i, (text, mark) in enumerate(zip(texts[: last + 1], marks, strict=False)):

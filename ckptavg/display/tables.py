@@ -1,4 +1,4 @@
-"""Tables before anything draws them: columns, rows and marks."""
+"""Content of tables, independent of drawing: columns, rows and marks."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ Kind = Literal["name", "text", "number", "prose"]
 
 @dataclass(frozen=True)
 class Column:
-    """A column's title and how its cells are set.
+    """Title of a column and layout of the cells.
 
     Attributes:
-        title: Stands above it.
-        kind: ``name``: told apart from the others of the column, may be shortened; ``text`` and
-            ``number``: stays whole, numbers flush right; ``prose``: may go on in further lines.
-        leaves: The column's turn to be left out where the width is short, from 1; 0 to stay.
-        shortens: The width that names are shortened to before the column is left out.
+        title: Text above the column.
+        kind: Kind of the cells. A ``name`` may be shortened if it stays different from the other
+            names of the column. ``text`` and ``number`` stay whole, numbers flush right. ``prose``
+            may continue on further lines.
+        leaves: Turn of the column to be left out if the width is short, from 1; 0 to stay.
+        shortens: Width to which names and prose are shortened before the column is left out.
     """
 
     title: str
@@ -32,7 +33,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell's text, and whether it stands out."""
+    """Text of a cell with an optional mark."""
 
     text: str
     mark: Mark | None = None
@@ -40,7 +41,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """A row's cells, one per column; ``best`` if it is the best of the table."""
+    """Cells of a row, one per column; ``best`` marks a best row of the table."""
 
     cells: tuple[Cell, ...]
     best: bool = False
@@ -48,15 +49,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A table's content.
+    """Content of a table.
 
     Attributes:
-        title: Stands above it.
-        columns: From left to right.
-        rows: From top to bottom.
-        legend: Lines below it.
-        significance: Line below it that says of the cells marked ``significant`` that they are
-            bold; for where type can be bold.
+        title: Text above the table.
+        columns: Columns from left to right.
+        rows: Rows from top to bottom.
+        legend: Lines below the table.
+        significance: Line below the table that explains that cells marked ``significant`` are bold;
+            shown only if type can be bold.
     """
 
     title: str
@@ -67,11 +68,11 @@ class Table:
 
     @property
     def has_best(self) -> bool:
-        """True if a row is marked as the best."""
+        """True if any row is marked as the best."""
         return any(row.best for row in self.rows)
 
     def without(self, positions: set[int]) -> Table:
-        """Leave out the columns at some positions."""
+        """Return the table without the columns at some positions, counted from 0."""
         kept = [i for i in range(len(self.columns)) if i not in positions]
         rows = [Row(tuple(row.cells[i] for i in kept), row.best) for row in self.rows]
         columns = tuple(self.columns[i] for i in kept)

@@ -1,4 +1,4 @@
-"""Tables as ``print`` shows them."""
+"""Drawing of tables for ``print``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from ckptavg.display.tables import Table
 
 
 def printed_table(table: Table) -> str:
-    """Draw a table for stdout: as wide as the terminal, or with all there is where it is none."""
+    """Draw a table for stdout: as wide as the terminal, or whole if stdout is no terminal."""
+    # Programs without a console (pythonw) have no stdout.
     is_terminal = sys.stdout is not None and sys.stdout.isatty()
     return table_text(table, shutil.get_terminal_size().columns if is_terminal else None)
