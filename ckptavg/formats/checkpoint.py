@@ -1,4 +1,4 @@
-"""A checkpoint once opened: tensor name → dtype, shape, and where its bytes lie."""
+"""The table of an opened checkpoint: tensor name → element type, shape and byte ranges."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from typing import Any
 from ckptavg.io.paths import Location
 from ckptavg.io.stamp import FileStamp
 
-PROVENANCE = "ckptavg"  # the entry or the metadata that says how an output was made
-MOST_ELEMENTS = 2**58  # along all dimensions but empty ones: what torch can compute sizes of
-REFRESHED = "none"  # the scheme in the provenance of one checkpoint with new statistics
+# The entry or the metadata that says how an output was made.
+PROVENANCE = "ckptavg"
+# Bound on the product of all nonzero dimensions: torch can compute the sizes of smaller tensors.
+MOST_ELEMENTS = 2**58
+# The scheme in the provenance of one checkpoint with new statistics.
+REFRESHED = "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +26,11 @@ class DType:
     """An element type.
 
     Attributes:
-        name: As torch spells it, without ``torch.``.
+        name: The name in torch, without ``torch.``.
         bits: Size of one element in bits.
         kind: ``float``, ``complex``, ``int`` (bool included) or ``packed`` (float8 and smaller:
             meaningless without their scales).
-        code: As a safetensors header spells it; None where that format has no such type.
+        code: The name in a safetensors header; None if safetensors lacks the type.
     """
 
     name: str
@@ -37,11 +40,11 @@ class DType:
 
     @property
     def size(self) -> int:
-        """Size of one element in bytes; 0 for types smaller than a byte."""
+        """Size of an element in bytes; 0 for types smaller than a byte."""
         return self.bits // 8
 
     def nbytes(self, count: int) -> int:
-        """Bytes that ``count`` elements take."""
+        """Compute the number of bytes of ``count`` elements, rounded up."""
         return (count * self.bits + 7) // 8
 
 
@@ -78,11 +81,11 @@ DTYPES: dict[str, DType] = {
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """Bytes that a file has to hold, or its pieces lie elsewhere than they were taken to.
+    """Bytes that confirm an assumed layout: a file with other bytes stores a piece elsewhere.
 
     Attributes:
-        offset: Byte offset of the first.
-        content: The bytes.
+        offset: Byte offset of the first byte in the file.
+        content: The expected bytes.
     """
 
     offset: int
@@ -90,23 +93,25 @@ class Guard:
 
     @property
     def end(self) -> int:
-        """Byte offset behind the last."""
+        """Byte offset behind the last byte."""
         return self.offset + len(self.content)
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A box of a tensor and where its elements lie in one file.
+    """A box of a tensor, with the location of the elements in a file.
 
     Attributes:
-        file: Path of the file.
+        file: Path or URL of the file.
         offset: Byte offset of the box's first element.
-        shape: Extent of the box.
+        shape: Extent of the box along each dimension, in elements.
         stride: Step between neighbours along each dimension, in elements.
         start: Index in the tensor of the box's first element.
-        guard: Is looked at together with the first element; None where the offset is certain.
-        text: Byte offset and length of UTF-8 text in which each byte is kept as the character of
-            its number, if it is; the offset is then one into the bytes that the text stands for.
+        guard: Bytes to check when the tensor's first element is read; None if the offset is
+            certain.
+        text: Byte offset and length of the UTF-8 text that stores the bytes, one character of the
+            same number (0 to 255) per byte; None for plain bytes. With a text, ``offset`` counts
+            in the decoded bytes.
     """
 
     file: str
@@ -120,13 +125,13 @@ class Piece:
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a checkpoint: its type, its shape and its bytes' whereabouts.
+    """A tensor of a checkpoint: element type, shape, and the pieces with the bytes.
 
     Attributes:
         dtype: Element type.
         shape: Extent along each dimension; ``()`` for a 0-d tensor.
-        pieces: Boxes of the tensor, without overlap; what none covers is zero. Two names with
-            equal pieces are tied.
+        pieces: Boxes of the tensor, without overlap. Elements outside all boxes are zero. Two names
+            with equal pieces are tied.
     """
 
     dtype: DType
@@ -145,46 +150,54 @@ class Tensor:
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of the elements that pieces cover."""
+        """Bytes of the elements that the pieces cover."""
         return self.dtype.nbytes(sum(math.prod(piece.shape) for piece in self.pieces))
 
     @cached_property
     def contiguous(self) -> bool:
-        """Whether the bytes lie in one row-major range."""
+        """True if the bytes are stored in a single row-major range."""
         if len(self.pieces) != 1 or self.pieces[0].shape != self.shape or self.pieces[0].text:
             return False
         return is_row_major(self.shape, self.pieces[0].stride)
 
 
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides, in elements, of a contiguous tensor of this shape."""
+    """Compute the strides, in elements, of a contiguous tensor of a shape."""
     strides = [1] * len(shape)
     for i in range(len(shape) - 2, -1, -1):
+        # An empty dimension counts as 1, as in torch.
         strides[i] = strides[i + 1] * max(shape[i + 1], 1)
     return tuple(strides)
 
 
 def is_row_major(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    """Whether the strides are those of a contiguous tensor, dimensions of extent 1 aside."""
+    """Return True if the strides are row-major, without regard to dimensions of extent 1."""
     if 0 in shape:
         return True
     return all(n == 1 or s == r for n, s, r in zip(shape, stride, row_major(shape), strict=True))
 
 
 def whole(file: str, offset: int, dtype: DType, shape: tuple[int, ...]) -> Tensor:
-    """A tensor whose bytes lie in one row-major range."""
+    """Make a tensor whose bytes are stored in a single row-major range.
+
+    Args:
+        file: Path or URL of the file.
+        offset: Byte offset of the first element.
+        dtype: Element type.
+        shape: Extent along each dimension, in elements.
+    """
     return Tensor(dtype, shape, (Piece(file, offset, shape, row_major(shape), (0,) * len(shape)),))
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What training wrote beside the weights.
+    """The numbers that training recorded beside the weights.
 
     Attributes:
-        step: Optimizer steps taken, where recorded.
-        epoch: Epochs done, where recorded.
-        lr: Learning rate of the first parameter group.
-        metrics: Every other number that was recorded, by dotted name.
+        step: Optimizer steps taken; None if not recorded.
+        epoch: Epochs done; None if not recorded.
+        lr: Learning rate of the first parameter group; None if not recorded.
+        metrics: All other recorded numbers, by dotted name.
     """
 
     step: int | None = None
@@ -195,31 +208,31 @@ class Record:
 
 @dataclass(frozen=True, repr=False)
 class Checkpoint:
-    """One state dict on disk, opened: headers read, no tensor data moved.
+    """A state dict on disk, opened: the headers are read, no tensor data is moved.
 
     Attributes:
         path: The file or directory.
-        layout: ``safetensors``, ``torch`` (torch.save), or of directories ``huggingface``,
-            ``peft`` (an adapter), ``deepspeed`` and ``distributed`` (torch.distributed.checkpoint).
-        key: Dotted path of the entry that holds the weights; empty if the file itself does.
-        networks: Dotted paths below the key of several networks, which their tensors' names begin
-            with; empty where there is one state dict.
-        tensors: The table, under bare names, in the file's order.
-        stored_names: Bare name → the name in the file, where wrappers were dropped.
-        refused: Name → why the tensor cannot be averaged, for tensors without plain bytes.
+        layout: For a file ``safetensors`` or ``torch`` (torch.save). For a directory
+            ``huggingface``, ``peft`` (an adapter), ``deepspeed`` or ``distributed``
+            (torch.distributed.checkpoint).
+        key: Dotted path of the entry that holds the weights; empty if the file is the state dict.
+        networks: Dotted paths of several networks below the key. The names of a network's tensors
+            begin with the path. Empty if there is a single state dict.
+        tensors: Bare name → tensor, in the file's order.
+        stored_names: Bare name → the name in the file.
+        refused: Name → reason, for tensors that cannot be averaged since they lack plain bytes.
         files: Stamps of the files that hold the bytes.
-        record: What training wrote beside the weights.
-        provenance: How ckptavg made it, if it did.
-        notes: What a person should know about how it was read.
-        beside: What else it holds, which is left out of an average.
-        step: Position in training: the recorded step, else the epoch; in a run that records
-            neither, the number in the name. None where there is none of these.
+        record: The numbers that training recorded beside the weights.
+        provenance: The account of how ckptavg made the checkpoint; None for other checkpoints.
+        notes: Remarks for the user about the way the checkpoint was read.
+        beside: Descriptions of the other entries, which are left out of an average.
+        step: Position in training: the recorded step, else the epoch. In a run without either, the
+            number in the file's name. None if all of these are missing.
         metadata: Text of the safetensors headers besides tensors and provenance, by name.
-        components: Directory below the path → what it holds, where several directories with
-            weights make one model: tensors' names here begin with the directory's and a slash.
-            The empty name is that of the path itself.
-        momentary: Names of recorded numbers that are of this checkpoint alone: its neighbours have
-            others.
+        components: Directory below the path → opened weights, for a model of several directories.
+            The tensors' names here begin with the directory's name and a slash. The empty name
+            stands for the path itself.
+        momentary: Names of recorded numbers that differ in neighbouring checkpoints.
     """
 
     path: Location
@@ -244,18 +257,18 @@ class Checkpoint:
 
     @property
     def entries(self) -> tuple[str, ...]:
-        """Dotted paths of the entries that hold the weights; empty ones for the file itself."""
+        """Dotted paths of the entries that hold the weights; an empty path is the file itself."""
         below = self.networks or ("",)
         return tuple(".".join(filter(None, (self.key, path))) for path in below)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors, tied ones counted once."""
+        """Bytes of all tensors. Tied tensors count once."""
         return sum({t.pieces: t.nbytes for t in self.tensors.values()}.values())
 
     @property
     def is_average(self) -> bool:
-        """Whether ckptavg wrote it, and not only refreshed the statistics of one checkpoint."""
+        """True for outputs of ckptavg, except a single checkpoint with refreshed statistics."""
         return self.provenance is not None and self.provenance.get("scheme") != REFRESHED
 
     @property
@@ -265,20 +278,24 @@ class Checkpoint:
 
     @property
     def pattern(self) -> str:
-        """Shell pattern of the names that differ from its own in their numbers only."""
+        """Shell pattern that matches the checkpoint's name with any other numbers."""
         return re.sub(r"\d+", "*", glob.escape(self.path.name))
 
     def stored_name(self, name: str) -> str:
-        """The name that it has for a weight, or would have: with the wrapper of all others."""
+        """Return the name of a weight in the file.
+
+        A weight that the file lacks gets the wrapper of all other names, if there is only one.
+        """
         if name in self.stored_names:
             return self.stored_names[name]
         wrappers = {s.removesuffix(bare) for bare, s in self.stored_names.items()}
         return (wrappers.pop() if len(wrappers) == 1 else "") + name
 
     def ties(self) -> list[list[str]]:
-        """Groups of names that share the very same bytes."""
+        """Group the names of tied tensors, which share the same bytes."""
         groups: dict[object, list[str]] = {}
         for name, tensor in self.tensors.items():
+            # Empty tensors have equal pieces without being tied.
             if tensor.numel:
                 groups.setdefault((tensor.dtype.name, tensor.pieces), []).append(name)
         return [names for names in groups.values() if len(names) > 1]

@@ -1,4 +1,4 @@
-"""Kinds of files that no reader takes, told by their first bytes, and the remedy for each."""
+"""Recognition of unsupported files by the first bytes, with a remedy for each kind of file."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ckptavg.formats.protobuf import is_onnx, is_saved_model
 from ckptavg.io import paths
 from ckptavg.io.paths import Location
 
-# Bytes at the beginning, which tell most kinds.
+# Bytes at the beginning of a file, by which most kinds are recognized.
 HEAD = 4096
-# Bytes at the end. PaddlePaddle writes its table of names last.
+# Bytes at the end of a file. PaddlePaddle writes the table of names last.
 _TAIL = 1 << 16
 _TAR_BLOCK = 512
-# Members of a tar archive that are looked at: the telling ones come first.
+# Members of a tar archive that are looked at: the characteristic members come first.
 _MOST_MEMBERS = 64
 
 
@@ -28,7 +28,7 @@ class Stranger:
     """A kind of file that is no checkpoint.
 
     Attributes:
-        what: The kind, with its article.
+        what: Noun phrase for the kind, with an article.
         remedy: The way from such a file to an average.
     """
 
@@ -41,7 +41,7 @@ class Stranger:
 
 
 def _packed(tool: str, command: str) -> Stranger:
-    """Describe files that a tool compressed."""
+    """Describe the kind of files that a tool compressed."""
     return Stranger(
         f"compressed by {tool}", f"Decompress it first ({command}), then name the result."
     )
@@ -94,7 +94,7 @@ _PACKAGE = Stranger("a torch.package archive", _BEFORE_EXPORT)
 _KERAS = Stranger("a Keras model", f"Load it with Keras. {_RESAVE}")
 _ARRAYS = Stranger("a NumPy file", f"Load it with numpy.load. {_RESAVE}")
 
-# Offset, bytes at that offset, kind.
+# Byte offset, the bytes at the offset, and the kind of file.
 _MAGIC: tuple[tuple[int, bytes, Stranger], ...] = (
     (0, b"GGUF", Stranger("a GGUF model", _BEFORE_EXPORT)),
     *(
@@ -120,7 +120,7 @@ _MAGIC: tuple[tuple[int, bytes, Stranger], ...] = (
     (0, b"/annex/objects/", _ANNEX),
     (0, b"model_checkpoint_path:", _TENSORFLOW),
 )
-# The magic number at the end of LevelDB's tables, which TensorFlow keeps its index of tensors in.
+# The magic number at the end of LevelDB's tables. TensorFlow keeps the index of tensors in one.
 _TENSORFLOW_INDEX = b"\x57\xfb\x80\x8b\x24\x75\x47\xdb"
 _TENSORFLOW_DATA = re.compile(r".*\.(data-\d{5}-of-\d{5}|index|meta)")
 # Protocols 0 and 1 have no frame: a dict, a list or a global comes first.
@@ -130,7 +130,7 @@ _PADDLE_NAMES = b"StructuredToParameterName@@"
 
 @dataclass(frozen=True)
 class _Sample:
-    """A file to identify: its path, the opened file, and its first ``HEAD`` bytes."""
+    """A file to identify: the path, the opened file, and the first ``HEAD`` bytes."""
 
     path: Location
     file: BinaryIO
@@ -138,13 +138,14 @@ class _Sample:
 
     def end(self) -> bytes:
         """Read the last bytes of the file."""
+        # A file may be shorter than the tail.
         length = self.file.seek(0, io.SEEK_END)
         self.file.seek(max(0, length - _TAIL))
         return self.file.read(_TAIL)
 
 
 def identify(path: Location, file: BinaryIO, start: bytes) -> Stranger | None:
-    """Tell of which kind a file is; None where it is of none that is known.
+    """Identify the kind of an unsupported file; return None if no kind matches.
 
     Args:
         path: The file's path.
@@ -152,7 +153,7 @@ def identify(path: Location, file: BinaryIO, start: bytes) -> Stranger | None:
         start: The file's first ``HEAD`` bytes.
     """
     sample = _Sample(path, file, start)
-    # From the surest sign to the weakest: a few bytes of a message may stand in anything.
+    # From the surest sign to the weakest: any file may happen to look like a short message.
     for recognize in (_match_magic, _match_tar, _match_pickle, _match_message, _match_text):
         if stranger := recognize(sample):
             return stranger
@@ -160,20 +161,21 @@ def identify(path: Location, file: BinaryIO, start: bytes) -> Stranger | None:
 
 
 def is_text(path: Location) -> bool:
-    """Tell whether a file is a text: trainers keep counters and settings so, under any suffix."""
+    """Return True if a file is text: trainers write counters and settings under any suffix."""
     with paths.open_binary(path) as file:
         return identify(path, file, file.read(HEAD)) in (_JSON, _TEXT)
 
 
 def identify_name(path: Location) -> Stranger | None:
-    """Tell of which kind a file is, by its name, where the contents do not tell."""
+    """Identify the kind of a file by name; return None if the name is of no known kind."""
+    # The contents of these files do not show the kind: shards and pickles begin like other files.
     if path.suffix == ".distcp":
         return _SHARD
     return _METADATA if path.name == ".metadata" else None
 
 
 def identify_archive(names: Collection[str]) -> Stranger | None:
-    """Tell of which kind a zip file is, by its entries; None if of ``torch.save``'s or none."""
+    """Identify a zip file by the names of the entries; return None for a ``torch.save`` file."""
     leaves = {name.rpartition("/")[2] for name in names}
     if leaves & {"constants.pkl", "bytecode.pkl"}:
         return _TORCHSCRIPT
@@ -198,6 +200,7 @@ def _match_magic(sample: _Sample) -> Stranger | None:
 
 
 def _match_tar(sample: _Sample) -> Stranger | None:
+    # The magic number of a tar header is at offset 257.
     if sample.start[257:262] != b"ustar":
         return None
     members = _tar_members(sample.file)
@@ -207,9 +210,9 @@ def _match_tar(sample: _Sample) -> Stranger | None:
 
 
 def _tar_members(file: BinaryIO) -> set[str]:
-    """Read the names of the first members of a tar archive, without their directories.
+    """Read the names of the first members of a tar archive, without directories.
 
-    Headers are read here, and not by ``tarfile``, which follows a header's claims without bounds.
+    ``tarfile`` is not used, since ``tarfile`` trusts the sizes in a header without bounds.
     """
     names: set[str] = set()
     position = 0
@@ -225,20 +228,23 @@ def _tar_members(file: BinaryIO) -> set[str]:
         if not name or size < 0:
             break
         names.add(name.decode("utf-8", "replace").rpartition("/")[2])
+        # The contents of a member are padded to whole blocks.
         position += _TAR_BLOCK + (size + _TAR_BLOCK - 1) // _TAR_BLOCK * _TAR_BLOCK
     return names
 
 
 def _match_pickle(sample: _Sample) -> Stranger | None:
+    # Protocols 2 to 5 begin with a byte 0x80 and the number of the protocol.
     framed = sample.start[:1] == b"\x80" and sample.start[1:2] in (b"\2", b"\3", b"\4", b"\5")
     if not framed and not _OLD_PICKLE.match(sample.start):
         return None
+    # PaddlePaddle pickles plainly: only the suffix or the table of names tells the two apart.
     paddle = sample.path.suffix in (".pdparams", ".pdopt") or _PADDLE_NAMES in sample.end()
     return _PADDLE if paddle else _PICKLE
 
 
 def _match_message(sample: _Sample) -> Stranger | None:
-    """Tell a protocol buffer or what else has no magic number."""
+    """Identify protocol buffers and other formats without a magic number."""
     if is_onnx(sample.start):
         return _ONNX
     if is_saved_model(sample.start):
@@ -250,13 +256,13 @@ def _match_message(sample: _Sample) -> Stranger | None:
 
 
 def _is_message_pack(start: bytes) -> bool:
-    """Tell whether a file begins with a map whose first key is a name."""
-    # MessagePack's maps: of up to 15 entries (0x8n), or with a length of 2 or 4 bytes.
+    """Return True if a file begins with a MessagePack map whose first key is a name."""
+    # Maps: of up to 15 entries (0x8n), or with a length of 2 or 4 bytes (0xDE, 0xDF).
     head = {0xDE: 3, 0xDF: 5}.get(start[0], 1 if 0x81 <= start[0] <= 0x8F else 0)
     if not head or len(start) < head + 2:
         return False
     kind = start[head]
-    # Its strings: with a length of one byte (0xD9), or of up to 31 bytes (0xA0 + length).
+    # Strings: with a length of one byte (0xD9), or of up to 31 bytes (0xA0 + length).
     length, begin = (start[head + 1], head + 2) if kind == 0xD9 else (kind - 0xA0, head + 1)
     key = start[begin : begin + length]
     return 0 < length < 256 and len(key) == length and key.isascii() and key.decode().isprintable()
@@ -277,11 +283,11 @@ def _match_text(sample: _Sample) -> Stranger | None:
 
 
 def _decode(start: bytes) -> str | None:
-    """Decode the text that a file begins with; None where it is no UTF-8."""
+    """Decode the text at the beginning of a file; return None if the bytes are not UTF-8."""
     raw = start.removeprefix(codecs.BOM_UTF8)
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
-        # The last character may go on beyond the bytes that were read.
+        # The last character may be cut off where the read bytes end.
         is_cut = len(start) == HEAD and error.start > len(raw) - 4
         return raw[: error.start].decode() if is_cut else None

@@ -1,4 +1,4 @@
-"""Entries of a saved object that hold a network each: an encoder and a decoder, a GAN's two."""
+"""Entries of a saved object that hold one network each, such as a generator and a critic."""
 
 from __future__ import annotations
 
@@ -16,19 +16,22 @@ from ckptavg.formats.tree import Entry
 
 # Levels of entries: trainers nest two or three.
 _DEEPEST = 4
-# Entries that are looked at, besides the networks' own. Above it the object is no training's.
+# Most entries that are looked at, besides the tensors of networks. Training saves fewer.
 _MOST_ENTRIES = 100_000
-# Names of tensors, each counted as often as it is held: a small pickle can hold one dict often.
+# Most names of tensors. A dict counts each time, since a small pickle can hold one dict often.
 _MOST_NAMES = 200_000
+# Words in the names of running averages.
 _AVERAGES = frozenset(["ema", "avg", "average", "averaged", "swa", "shadow"])
+# Words in the names of training state and of records.
 _NO_NETWORKS = frozenset(
     ["rng", "random", "metric", "metrics", "history", "log", "logs", "losses", "grad", "grads",
      "gradients", "momentum"]
 )  # fmt: skip
-# Words behind one of those that leave it what it is: momentum_buffer, rng_states.
+# Words that may follow without a change of meaning: momentum_buffer, rng_states.
 _HOLDERS = frozenset(["state", "states", "dict", "dicts", "buffer", "buffers"])
 _PARAMETERS = ("weight", "bias")
-_MOST_PARAMETERS = 50  # that are looked at: one dict may stand under very many names
+# Names of parameters that are looked at: one dict may be held under very many names.
+_MOST_PARAMETERS = 50
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 
 
@@ -37,18 +40,18 @@ class NetworkEntries:
     """The networks in a saved object.
 
     Attributes:
-        networks: Dotted path → state dict. The empty path is the object itself.
-        averages: Dotted path → running average, which is a copy and no further network.
+        networks: Dotted path → state dict. The empty path stands for the whole object.
+        averages: Dotted path → running average: a copy, not a further network.
     """
 
     networks: dict[str, Entry] = field(default_factory=dict)
     averages: dict[str, Any] = field(default_factory=dict)
 
     def names(self) -> dict[str, Any] | None:
-        """Return all values of the networks, by their dotted names in the whole object.
+        """Join the values of all networks by dotted name in the whole object.
 
         Returns:
-            None if two values have one dotted name.
+            Dotted name → value; None if two values have the same dotted name.
         """
         inner: set[str] = set()
         for path in self.networks:
@@ -57,7 +60,7 @@ class NetworkEntries:
         for path, entry in self.networks.items():
             for name, value in entry.items():
                 full_name = tree.join(path, name) if isinstance(name, str) else name
-                # A container of another network, whose values come under its own path.
+                # The container of another network. That network's values have a path of their own.
                 if isinstance(value, (dict, list, tuple)) and full_name in inner:
                     continue
                 if full_name in joined:
@@ -67,17 +70,18 @@ class NetworkEntries:
 
 
 def find_networks(saved: Any) -> NetworkEntries:
-    """Find the entries that are networks, in the order in which they were saved.
+    """Find the entries that are networks, in the saved order.
 
-    A network holds a float tensor with a dimension. Optimizers, and running averages by their
-    names, are no networks. Of an object with more entries than a training saves, none is one.
+    A network holds at least one float tensor with a dimension. Optimizers are no networks. Entries
+    named as running averages are no networks either. An object with more entries than training
+    saves gives no networks at all.
 
     Raises:
-        MalformedPickle: A module among them holds itself.
+        MalformedPickle: A module in the object holds itself.
     """
     result = NetworkEntries()
     waiting: list[tuple[str, int, Any]] = [("", 0, saved)]
-    # By identity: a small pickle can hold one module very many times.
+    # Keyed by identity: a small pickle can hold one module very many times.
     modules: dict[int, Entry] = {}
     looked_at, names = 0, 0
     while waiting:
@@ -93,9 +97,9 @@ def find_networks(saved: Any) -> NetworkEntries:
         if isinstance(entry, dict) and is_network(entry):
             result.networks[path] = entry
             names += len(entry)
-        # The names within a module's state dict are tensors', not entries'.
+        # The state dict of a pickled module has no entries below, only tensors.
         inner = tree.children(entry) if entry is value and depth < _DEEPEST else []
-        # Backwards, since the last that waits is looked at first.
+        # In reverse order, since the last waiting entry is looked at first.
         for name, child in reversed(inner):
             if not may_hold_networks(name, child):
                 continue
@@ -107,19 +111,19 @@ def find_networks(saved: Any) -> NetworkEntries:
 
 
 def is_network(value: Any) -> bool:
-    """Tell whether a value holds, by name, at least one float tensor with a dimension."""
+    """Return True if a value holds at least one named float tensor with a dimension."""
     return isinstance(value, Mapping) and any(
         isinstance(name, str) and _is_weight(entry) for name, entry in value.items()
     )
 
 
 def is_average(name: str) -> bool:
-    """Tell whether an entry is a running average, by its name."""
+    """Return True if the name of an entry is that of a running average."""
     return not _AVERAGES.isdisjoint(_words(name))
 
 
 def may_hold_networks(name: str, value: Any) -> bool:
-    """Tell whether an entry may hold networks: no optimizer and no record of training does."""
+    """Return True if an entry may hold networks: optimizers and records of training do not."""
     if not isinstance(value, (dict, list, tuple)):
         return pickled_module.is_module(value)
     if isinstance(value, dict) and value.keys() >= OPTIMIZER_KEYS:
@@ -129,12 +133,12 @@ def may_hold_networks(name: str, value: Any) -> bool:
     words = [word for word in _words(name) if word not in _HOLDERS]
     if _NO_NETWORKS.isdisjoint(words):
         return True
-    # What another word is the subject of, as a momentum_encoder, may be a network yet.
+    # With another word at the end, as in momentum_encoder, the entry may still be a network.
     return words[-1] not in _NO_NETWORKS and _holds_parameters(value)
 
 
 def _holds_parameters(value: Any) -> bool:
-    """Tell whether a value holds floats that are called as layers call their parameters."""
+    """Return True if a value holds float tensors with names of parameters (weight, bias)."""
     entries = islice(value.items(), _MOST_PARAMETERS) if isinstance(value, Mapping) else ()
     return any(
         isinstance(name, str) and name.endswith(_PARAMETERS) and _is_weight(entry)
@@ -143,12 +147,12 @@ def _holds_parameters(value: Any) -> bool:
 
 
 def _words(name: str) -> list[str]:
-    """Split a name at its underscores and capitals into words, in lower case."""
+    """Split a name at underscores and capitals into lower-case words."""
     return [word.lower() for word in _WORD.findall(name[: tree.LONGEST_NAME])]
 
 
 def _is_weight(value: Any) -> bool:
-    """Tell whether a value is a float tensor with a dimension, or a tensor that no reader takes."""
+    """Return True for a float tensor with a dimension, and for an unsupported tensor."""
     if isinstance(value, (TensorView, Sharded)):
         return value.dtype.kind != "int" and bool(value.shape)
     return isinstance(value, Refused)

@@ -1,4 +1,4 @@
-"""Checkpoints opened: a file or a directory of whatever layout → its table, under bare names."""
+"""Opening of checkpoints: a file or directory of any layout becomes a table of bare names."""
 
 from __future__ import annotations
 
@@ -22,22 +22,27 @@ from ckptavg.io import paths as storage
 from ckptavg.io.neighbours import suggest_neighbours
 from ckptavg.io.paths import Location, Named
 
-_LONGEST_NAME = 2000  # characters
-_TRAINERS = re.compile(r"checkpoint-\d+")  # a directory as the Trainer calls it
-_DEEPEST_WEIGHTS = 4  # levels below it
-_MOST_REPEATED, _SPARE = 8, 256 * 2**20  # times a file's size, and bytes: what its views may take
+# Characters of a tensor's name.
+_LONGEST_NAME = 2000
+# A directory as the Hugging Face Trainer names it.
+_TRAINERS = re.compile(r"checkpoint-\d+")
+# Levels below the Trainer's directory at which weights may be stored.
+_DEEPEST_WEIGHTS = 4
+# Bound on the bytes of all views: so many times the size of the file, plus so many bytes.
+_MOST_REPEATED, _SPARE = 8, 256 * 2**20
 
 
 def open_checkpoint(path: Named, key: str | None = None) -> Checkpoint:
-    """Open a checkpoint: read its headers, move no tensor data, run no code.
+    """Open a checkpoint: read the headers, move no tensor data, run no code.
 
     Args:
-        path: A ``.safetensors`` file, a ``torch.save`` file under any suffix, a Hugging Face
-            directory, or one of ``torch.distributed.checkpoint``; or the URL of one.
-        key: Dotted path of the entry that holds the weights; found by itself where None.
+        path: A ``.safetensors`` file, a ``torch.save`` file under any suffix, or a directory of
+            Hugging Face, DeepSpeed or ``torch.distributed.checkpoint``; or a URL.
+        key: Dotted path of the entry that holds the weights; None to find the entry.
 
     Raises:
-        CheckpointError: It cannot be read, is damaged, or holds no weights that can be found.
+        CheckpointError: The checkpoint cannot be read, is damaged, or holds no weights that can be
+            found.
     """
     place = storage.locate(path)
     with guard_reads(place):
@@ -49,7 +54,7 @@ def open_checkpoint(path: Named, key: str | None = None) -> Checkpoint:
 
 
 def is_checkpoint_directory(path: Location) -> bool:
-    """Whether a directory is itself a checkpoint, not a collection of them."""
+    """Return True if a path is the directory of one checkpoint, not a collection of checkpoints."""
     if not path.is_dir():
         return False
     own = huggingface.main_file(path) is not None or reader.is_distributed(path)
@@ -59,11 +64,13 @@ def is_checkpoint_directory(path: Location) -> bool:
 
 
 def refuse_partitioned(paths: Iterable[Location]) -> None:
-    """Make sure that the weights of some checkpoints are not spread over ranks.
+    """Make sure that no checkpoint has weights spread over ranks.
 
     Raises:
-        CheckpointError: Those of one are; with the commands that convert all of which they are.
+        CheckpointError: The weights of a checkpoint are spread. The error holds the commands that
+            convert the checkpoints concerned.
     """
+    # Whole weights beside the ranks' files are usable as they are.
     directories = (path for path in paths if path.is_dir())
     deepspeed.refuse_partitioned(p for p in directories if huggingface.main_file(p) is None)
 
@@ -79,11 +86,15 @@ def _open_directory(path: Location, key: str | None) -> Checkpoint:
 
 
 def _join(path: Location, opened: Mapping[str, Checkpoint]) -> Checkpoint:
-    """Several directories with weights as one checkpoint.
+    """Join several directories with weights into one checkpoint.
 
     Args:
         path: The model's directory.
-        opened: Directory below it → what it holds; the empty name is that of the path itself.
+        opened: Directory below the path → opened weights. The empty name stands for the path
+            itself.
+
+    Raises:
+        CheckpointError: Two tensors have the same name.
     """
     first = next(iter(opened.values()))
     trainer = training_record.from_trainer_state(path / huggingface.TRAINER_STATE)
@@ -117,7 +128,7 @@ def _join(path: Location, opened: Mapping[str, Checkpoint]) -> Checkpoint:
 
 
 def _open_own_weights(path: Location, key: str | None) -> Checkpoint:
-    """Open a directory without those below it."""
+    """Open the weights directly in a directory, without subdirectories."""
     main = huggingface.main_file(path)
     if main is None and reader.is_distributed(path):
         part = read_distributed(path, key)
@@ -130,6 +141,7 @@ def _open_own_weights(path: Location, key: str | None) -> Checkpoint:
     layout, notes = "huggingface", list[str]()
     if main.name in peft.FILES:
         layout, notes = peft.LAYOUT, [peft.description(peft.configuration(path))]
+    # A variant (model.fp16.safetensors) may be stored beside the weights in full precision.
     if huggingface.is_variant(main.name):
         notes += huggingface.note_variants(path)
     if others := huggingface.other_models(main):
@@ -142,7 +154,7 @@ def _open_own_weights(path: Location, key: str | None) -> Checkpoint:
 
 
 def _open_shards(path: Location, key: str | None) -> Checkpoint | None:
-    """Open a directory of shards without an index; None where it is none."""
+    """Open a directory of shards without an index; return None if no shards are found."""
     files = shards.find_shards(path)
     if not files:
         return None
@@ -185,9 +197,10 @@ def _read_shards(index: Location, key: str | None) -> list[Part]:
 
 
 def _trainers_record(directory: Location) -> Record | None:
-    """The Trainer's account of a checkpoint, which lies in its directory or above it.
+    """Read the Trainer's record of a checkpoint from the directory, or from one above.
 
-    Above, only that of a ``checkpoint-500`` is of this step: a run's own is of its last one.
+    Among the directories above only a ``checkpoint-500`` counts: the record of a whole run is that
+    of the run's last step.
     """
     above = storage.ancestors(directory, _DEEPEST_WEIGHTS)
     homes = [directory, *(parent for parent in above if _TRAINERS.fullmatch(parent.name))]
@@ -200,7 +213,18 @@ def _checkpoint_of(path: Location, part: Part) -> Checkpoint:
 
 
 def _checkpoint(path: Location, layout: str, parts: list[Part], recorded: Record) -> Checkpoint:
-    """The files' tensors in one table, under bare names."""
+    """Build a checkpoint from the tensors of all parts, under bare names.
+
+    Args:
+        path: The file or directory.
+        layout: The checkpoint's layout.
+        parts: The files or sets of shards, read.
+        recorded: The numbers that training recorded.
+
+    Raises:
+        CheckpointError: There are no tensors, a name is too long, or the views repeat too many
+            elements.
+    """
     tensors = {name: tensor for part in parts for name, tensor in part.tensors.items()}
     refused = {name: why for part in parts for name, why in part.refused.items()}
     if not tensors and not refused:
@@ -214,6 +238,7 @@ def _checkpoint(path: Location, layout: str, parts: list[Part], recorded: Record
         chain(*(state_dict.note_wrapper(own) for own in networks.values() or [names]))
     )
     made = next((part.provenance for part in parts if part.provenance), None)
+    # New statistics alone do not move a checkpoint: the step stays that of the original.
     if made is not None and made.get("scheme") == REFRESHED and made["checkpoints"]:
         recorded = replace(
             recorded, step=training_record.whole_number(made["checkpoints"][0].get("step"))
@@ -239,7 +264,7 @@ def _checkpoint(path: Location, layout: str, parts: list[Part], recorded: Record
 
 
 def _check_repeats(checkpoint: Checkpoint) -> None:
-    """Refuse views that blow a small file up: expanded ones, or many of one storage."""
+    """Refuse views that make a small file huge: expanded views, or many views of one storage."""
     if checkpoint.nbytes > _MOST_REPEATED * checkpoint.size + _SPARE:
         raise CheckpointError(
             f"{checkpoint.path} would unfold to {size_text(checkpoint.nbytes)}: its tensors repeat "

@@ -1,4 +1,4 @@
-"""The files that a checkpoint is made of, each read into the names and ranges of its tensors."""
+"""The files of a checkpoint, each read into names and byte ranges of tensors."""
 
 from __future__ import annotations
 
@@ -29,19 +29,20 @@ _ARRAYS = "the weights are NumPy arrays, which an output has as tensors of torch
 
 @dataclass(frozen=True)
 class Part:
-    """One file of weights, or one set of shards, under the names that it has for them.
+    """A file of weights, or a set of shards, with tensors under stored names.
 
     Attributes:
-        layout: What kind of file it is.
-        stamps: Of the files that the bytes lie in.
-        tensors: The table.
-        refused: Name → why a tensor cannot be averaged.
-        record: What training wrote beside the weights.
-        provenance: How ckptavg made it, if it did.
+        layout: The kind of file.
+        stamps: Stamps of the files that store the bytes.
+        tensors: Stored name → tensor.
+        refused: Name → the reason why a tensor cannot be averaged.
+        record: The numbers that training recorded beside the weights.
+        provenance: The account of how ckptavg made the file; None for other files.
         key: Dotted path of the entry that holds the weights.
-        networks: Dotted path below the key → names of its tensors, where there are several.
-        notes: What a person should know about how it was read.
-        beside: What else it holds.
+        networks: Dotted path below the key → names of the network's tensors; empty for a single
+            state dict.
+        notes: Remarks for the user about the way the file was read.
+        beside: Descriptions of the other entries.
         metadata: Text of a safetensors header besides tensors and provenance, by name.
     """
 
@@ -59,12 +60,13 @@ class Part:
 
 
 def read_file(path: Location, key: str | None) -> Part:
-    """Read the header of a file of weights of whatever kind.
+    """Read the header of a file of weights of any kind.
 
     Raises:
-        CheckpointError: It cannot be read, is damaged, or holds no weights that can be found.
+        CheckpointError: The file cannot be read, is damaged, or holds no weights that can be found.
     """
-    stamp = FileStamp.of(path)  # before it is opened: a pipe may wait for ever
+    # Before the file is opened: opening a pipe may wait for ever.
+    stamp = FileStamp.of(path)
     if _is_safetensors(path):
         return _read_safetensors(path, stamp)
     return _read_torch(path, stamp, key)
@@ -113,7 +115,7 @@ def _tensor_names(entry: Mapping[Any, Any]) -> list[str]:
 
 
 def _note_others(entry: Mapping[Any, Any]) -> list[str]:
-    """A note about what an entry holds besides tensors."""
+    """Make a note about the values in an entry that are no tensors."""
     others = [
         name
         for name, value in entry.items()
@@ -126,7 +128,7 @@ def _note_others(entry: Mapping[Any, Any]) -> list[str]:
 
 
 def read_distributed(path: Location, key: str | None) -> Part:
-    """Read the metadata of a directory of ``torch.distributed.checkpoint``; as ``read_file``."""
+    """Read the metadata of a directory of ``torch.distributed.checkpoint``, like ``read_file``."""
     opened = reader.read(path)
     found = state_dict.find_weights(str(path), opened.tree, key)
     tensors = {n: opened.tensor(t) for n, t in _of_kind(found.entry, Sharded).items()}
@@ -145,7 +147,7 @@ def read_distributed(path: Location, key: str | None) -> Part:
 
 
 def _is_safetensors(path: Location) -> bool:
-    """By content, else by suffix.
+    """Return True for safetensors and False for ``torch.save``, by content, else by suffix.
 
     Raises:
         CheckpointError: The file cannot be read, or is of another kind.
@@ -169,7 +171,7 @@ def _is_safetensors(path: Location) -> bool:
 
 
 def _find_provenance(opened: zip_reader.TorchFile, key: str) -> Mapping[str, Any] | None:
-    """Find how ckptavg made the weights of a file: beside them, or attached to their state dict."""
+    """Find the provenance of a file: beside the weights, or attached to the state dict."""
     made = parse_provenance(opened.provenance) or _provenance(opened.tree)
     entry = tree.value_at(opened.tree, key)
     if made is None and isinstance(entry, OrderedEntries):
@@ -178,18 +180,19 @@ def _find_provenance(opened: zip_reader.TorchFile, key: str) -> Mapping[str, Any
 
 
 def _provenance(beside: Any) -> Mapping[str, Any] | None:
-    """What ckptavg wrote about how it made a file; None where it did not."""
+    """Parse the provenance beside the weights; return None for a file not made by ckptavg."""
     return parse_provenance(beside.get(PROVENANCE) if isinstance(beside, Mapping) else None)
 
 
 def parse_provenance(text: Any) -> Mapping[str, Any] | None:
-    """Read what ckptavg writes about how it made weights; None where this is something else."""
+    """Parse the text of provenance; return None for any other value."""
     if not isinstance(text, str):
         return None
     try:
         value = bounded_json.loads(text.encode())
     except ValueError:
         return None
+    # Another tool may use the same name for an entry, so the form is checked.
     made = value.get("checkpoints") if isinstance(value, dict) else None
     if not isinstance(made, list) or not all(map(_is_account, made)):
         return None
@@ -197,7 +200,7 @@ def parse_provenance(text: Any) -> Mapping[str, Any] | None:
 
 
 def _is_account(entry: Any) -> bool:
-    """Whether this is what ckptavg writes of one checkpoint."""
+    """Return True if an entry of provenance describes one checkpoint as ckptavg does."""
     return isinstance(entry, dict) and all(
         entry.get(key) is None or training_record.number(entry[key]) is not None
         for key in ("step", "coefficient")

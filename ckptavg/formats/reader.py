@@ -1,4 +1,4 @@
-"""Elements of a table's tensors, read into a buffer of the caller's."""
+"""Reading of tensor elements from files into the caller's buffer."""
 
 from __future__ import annotations
 
@@ -23,15 +23,19 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
+# Files that a reader keeps open, where the system's limit allows as many.
 _MOST_OPEN_FILES = 128
-_MOST_DECODED = 64 * 2**20  # bytes
-_SMALL_SPAN = 1 << 16  # bytes; below this, reading the gaps along costs less than skipping them
+# Bytes of decoded texts that are kept.
+_MOST_DECODED = 64 * 2**20
+# Bytes. In a shorter span, reading the gaps costs less than skipping them.
+_SMALL_SPAN = 1 << 16
 
 
 class Reader:
-    """Reads ranges of tensors. One thread each: a reader keeps its own files open.
+    """A reader of ranges of tensors.
 
-    Of remote files it reads best what ``fetch`` was told of before.
+    Each thread needs a reader of its own, since a reader keeps files open. Ranges of remote files
+    should be announced with ``fetch`` first, which gets many at once.
     """
 
     def __init__(self) -> None:
@@ -41,18 +45,19 @@ class Reader:
         self._decoded: OrderedDict[object, bytearray] = OrderedDict()
 
     def close(self) -> None:
-        """Close the files."""
+        """Close all files, and drop all cached bytes."""
         while self._files:
             self._close_one()
         self._fetched.clear()
         self._decoded.clear()
 
     def fetch(self, wanted: Iterable[tuple[Tensor, int, int]]) -> None:
-        """Ask for what is going to be read of remote files, all at once.
+        """Fetch the ranges of remote files that are going to be read, all at once.
+
+        Ranges that were fetched before are dropped.
 
         Args:
-            wanted: Tensor, start and count, as ``read`` will be given them. What was fetched before
-                is let go.
+            wanted: Tensor, start and count of each later call of ``read``.
 
         Raises:
             CheckpointError: A file cannot be read.
@@ -62,26 +67,33 @@ class Reader:
         )
 
     def advise(self, tensor: Tensor, start: int, count: int) -> None:
-        """Tell the system that elements of a contiguous tensor are going to be read soon."""
+        """Advise the system that elements of a contiguous tensor are going to be read soon.
+
+        Args:
+            tensor: A contiguous tensor.
+            start: The first element's index in the flattened tensor.
+            count: Number of elements.
+        """
         piece, size = tensor.pieces[0], tensor.dtype.size
         if hasattr(os, "posix_fadvise") and not is_url(piece.file):
             handle = self._open(piece.file).fileno()
             offset = piece.offset + start * size
-            with suppress(OSError):  # it is a hint
+            # The advice is only a hint: not every file system takes it.
+            with suppress(OSError):
                 os.posix_fadvise(handle, offset, count * size, os.POSIX_FADV_WILLNEED)
 
     def read(self, tensor: Tensor, start: int, count: int, out: memoryview) -> None:
         """Read ``count`` elements, in row-major order from element ``start``.
 
         Args:
-            tensor: A contiguous tensor; or any other, if the range is a box of it, as ``boxes``
-                cuts them.
+            tensor: Any tensor. Unless contiguous, the range must be a box, as cut by ``boxes``.
             start: The first element's index in the flattened tensor.
-            count: How many.
-            out: At least ``count`` elements long; filled from its beginning.
+            count: Number of elements.
+            out: Buffer of bytes, at least ``count`` elements long; filled from the beginning.
 
         Raises:
             CheckpointError: The file is shorter than when it was opened, or cannot be read.
+            PlacementError: A remote file stores the tensor elsewhere than assumed.
         """
         size = tensor.dtype.size
         if tensor.contiguous:
@@ -95,16 +107,17 @@ class Reader:
             self._check_guards(tensor)
         low, extent = box_of(tensor.shape, start, count)
         target = torch.frombuffer(out, dtype=torch.uint8)[: count * size].view(*extent, size)
+        # Elements that no piece covers are zero.
         if tensor.stored_bytes < tensor.nbytes:
             target.zero_()
         for piece in tensor.pieces:
             self._read_overlap(piece, low, extent, target)
 
     def _check_guards(self, tensor: Tensor) -> None:
-        """Make sure that the pieces of remote files lie where they were taken to.
+        """Make sure that pieces in remote files are stored at the assumed offsets.
 
         Raises:
-            PlacementError: One does not.
+            PlacementError: A piece is stored elsewhere.
         """
         for piece in tensor.pieces:
             guard = piece.guard
@@ -117,7 +130,14 @@ class Reader:
     def _read_overlap(
         self, piece: Piece, low: tuple[int, ...], extent: tuple[int, ...], target: torch.Tensor
     ) -> None:
-        """Read the part of a piece that lies in a box of the tensor."""
+        """Read the part of a piece that is inside a box of the tensor.
+
+        Args:
+            piece: A piece of the tensor.
+            low: Index of the box's first element.
+            extent: The box's extent, in elements.
+            target: The box's bytes, with one dimension more than the box: the bytes of an element.
+        """
         size = target.shape[-1]
         begin, end, skipped = overlap(piece, low, extent)
         if any(a >= b for a, b in zip(begin, end, strict=True)):
@@ -137,13 +157,14 @@ class Reader:
         target.copy_(flat.as_strided(target.shape, (*steps, 1), offset))
 
     def _decode(self, piece: Piece) -> bytearray:
-        """The bytes that a text stands for; of such texts the last few are kept."""
+        """Decode the bytes that a piece stores as text; the last few results are cached."""
         place = (piece.file, piece.text)
         if place not in self._decoded:
             start, length = piece.text or (0, 0)
             text = bytearray(length)
             self._read_bytes(piece.file, start, memoryview(text))
             try:
+                # Latin-1 gives each character below 256 the byte of the same number.
                 data = bytearray(text.decode().encode("latin-1"))
             except UnicodeError as error:
                 raise _cut_short(piece.file, start + length) from error
@@ -155,10 +176,12 @@ class Reader:
     def _read_strided(
         self, path: str, offset: int, stride: tuple[int, ...], target: torch.Tensor
     ) -> None:
-        """Read a strided box: in one go where it is dense, else split along its longest stride."""
+        """Read a strided box: at once if dense or small, else in slices of the longest stride."""
         *shape, size = target.shape
+        # The stride of a dimension of extent 1 does not matter, and may be any number.
         steps = [s if n > 1 else 0 for n, s in zip(shape, stride, strict=True)]
         span = 1 + sum((n - 1) * s for n, s in zip(shape, steps, strict=True))
+        # Expanded dimensions have stride 0 and repeat the same bytes.
         distinct = math.prod(n for n, s in zip(shape, steps, strict=True) if s)
         if span <= distinct or span * size <= _SMALL_SPAN:
             raw = bytearray(span * size)
@@ -182,17 +205,20 @@ class Reader:
         done = 0
         with guard_reads(path):
             while done < len(out):
+                # A system call may return fewer bytes than were asked for.
                 got = _read_at(file, out[done:], offset + done)
                 if not got:
                     raise _cut_short(path, offset + len(out))
                 done += got
 
     def _close_one(self) -> None:
-        """Close the file that was read longest ago; all that was wanted of it is there."""
+        """Close the file that was used longest ago."""
+        # An error on closing loses nothing: all wanted bytes have been read.
         with suppress(OSError):
             self._files.popitem(last=False)[1].close()
 
     def _open(self, path: str) -> io.FileIO:
+        # Taken out and put back, so that the file used last is also the last in order.
         file = self._files.pop(path, None)
         if file is None:
             if len(self._files) >= self._most_open:
@@ -203,7 +229,7 @@ class Reader:
 
 
 def _most_open_files() -> int:
-    """How many files one reader keeps open: others read at the same time, and outputs are open."""
+    """Choose how many files a reader keeps open: other readers and outputs need files too."""
     if resource is None:
         return _MOST_OPEN_FILES
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -218,7 +244,7 @@ def _cut_short(path: str, end: int) -> CheckpointError:
 
 
 def _ranges(tensor: Tensor, start: int, count: int) -> list[Range]:
-    """The ranges of remote files that elements of a tensor lie in."""
+    """List the ranges of remote files that hold elements of a tensor."""
     remote = [piece for piece in tensor.pieces if is_url(piece.file)]
     size = tensor.dtype.size
     ranges: list[Range] = []
@@ -230,6 +256,7 @@ def _ranges(tensor: Tensor, start: int, count: int) -> list[Range]:
         return [*ranges, (remote[0].file, at, at + count * size)]
     for piece in remote:
         if piece.text is not None:
+            # A text can only be decoded as a whole.
             first, length = piece.text
             ranges.append((piece.file, first, first + length))
             continue
@@ -245,7 +272,18 @@ def _ranges(tensor: Tensor, start: int, count: int) -> list[Range]:
 def overlap(
     piece: Piece, low: tuple[int, ...], extent: tuple[int, ...]
 ) -> tuple[list[int], list[int], int]:
-    """The part of a piece in a box of its tensor: first index, end, and elements before it."""
+    """Intersect a piece with a box of the tensor.
+
+    Args:
+        piece: A piece of the tensor.
+        low: Index of the box's first element.
+        extent: The box's extent, in elements.
+
+    Returns:
+        First index and end of the common part in the tensor, and the number of elements from the
+        piece's first element to that of the common part. The part is empty where an end is not
+        above the first index.
+    """
     begin = [max(a, b) for a, b in zip(low, piece.start, strict=True)]
     end = [
         min(a + n, b + m) for a, n, b, m in zip(low, extent, piece.start, piece.shape, strict=True)
@@ -255,15 +293,16 @@ def overlap(
 
 
 def boxes(shape: tuple[int, ...], start: int, end: int, limit: int) -> Iterator[tuple[int, int]]:
-    """Cut a range of a tensor's flattened order into (start, count) ranges that are boxes of it.
+    """Cut a range of a flattened tensor into (start, count) ranges that are boxes of the tensor.
 
     Args:
         shape: The tensor's extent.
         start: The range's first element.
-        end: One past its last.
-        limit: Most elements a box, where a row of the last dimension is not longer.
+        end: One past the range's last element.
+        limit: Most elements per box; at least 1.
     """
     rows = [math.prod(shape[i:]) for i in range(len(shape) + 1)]
+    # Each box is made of the largest whole rows that begin at the start and fit.
     while start < end:
         whole, row = next(
             (
@@ -281,7 +320,13 @@ def boxes(shape: tuple[int, ...], start: int, end: int, limit: int) -> Iterator[
 def box_of(
     shape: tuple[int, ...], start: int, count: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """First index and extent of the box that a flat range covers."""
+    """Compute the first index and the extent of the box that a flat range covers.
+
+    Args:
+        shape: The tensor's extent.
+        start: The range's first element in the flattened tensor.
+        count: Number of elements.
+    """
     low: list[int] = []
     extent: list[int] = []
     row = math.prod(shape)
@@ -297,6 +342,7 @@ def box_of(
     return tuple(low), tuple(extent)
 
 
+# One call reads at an offset where the system has preadv. Windows lacks preadv.
 if hasattr(os, "preadv"):
 
     def _read_at(file: io.FileIO, out: memoryview, offset: int) -> int:
