@@ -18,9 +18,8 @@ from ckptavg.formats.dcp import reader
 from ckptavg.formats.huggingface import components, peft
 from ckptavg.formats.huggingface import layout as huggingface
 from ckptavg.formats.parts import Part, read_distributed, read_file
-from ckptavg.io import paths as storage
 from ckptavg.io.neighbours import suggest_neighbours
-from ckptavg.io.paths import Location, Named
+from ckptavg.io.paths import Location, Named, ancestors, locate
 
 # Characters of a tensor's name.
 _LONGEST_NAME = 2000
@@ -44,7 +43,7 @@ def open_checkpoint(path: Named, key: str | None = None) -> Checkpoint:
         CheckpointError: The checkpoint cannot be read, is damaged, or holds no weights that can be
             found.
     """
-    place = storage.locate(path)
+    place = locate(path)
     with guard_reads(place):
         if place.is_dir():
             return _open_directory(place, key)
@@ -202,7 +201,7 @@ def _trainers_record(directory: Location) -> Record | None:
     Among the directories above only a ``checkpoint-500`` counts: the record of a whole run is that
     of the run's last step.
     """
-    above = storage.ancestors(directory, _DEEPEST_WEIGHTS)
+    above = ancestors(directory, _DEEPEST_WEIGHTS)
     homes = [directory, *(parent for parent in above if _TRAINERS.fullmatch(parent.name))]
     found = (training_record.from_trainer_state(home / huggingface.TRAINER_STATE) for home in homes)
     return next((trainer for trainer in found if trainer is not None), None)

@@ -13,8 +13,8 @@ from typing import Any
 from ckptavg.errors import UsageError
 from ckptavg.formats import Checkpoint, safetensors_layout
 from ckptavg.formats.file_layout import Layout, OutputTensor
-from ckptavg.formats.huggingface import writer
-from ckptavg.formats.torch_save import writer as torch_layout
+from ckptavg.formats.huggingface import writer as huggingface_writer
+from ckptavg.formats.torch_save import writer as torch_writer
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".tar")
 # Layouts of checkpoints that are one file.
@@ -48,7 +48,7 @@ def lay_out(
         single = safetensors_layout.lay_out("", tensors, metadata)
         return Layout(False, [single], notes=tuple(untrue))
     if suffix in TORCH_SUFFIXES:
-        file, notes = torch_layout.lay_out(path, tensors, text, template)
+        file, notes = torch_writer.lay_out(path, tensors, text, template)
         return Layout(False, [file], notes=tuple(notes))
     # A trailing slash and a suffix of digits (step.500) are those of directories.
     if suffix and not path.endswith("/") and not suffix[1:].isdigit():
@@ -59,11 +59,11 @@ def lay_out(
         )
     if template.layout == "distributed":
         from ckptavg.formats.dcp import (  # noqa: PLC0415 - loads torch's, which is large
-            writer as dcp_layout,
+            writer as dcp_writer,
         )
 
-        return dcp_layout.lay_out(tensors, text, template)
-    return writer.lay_out(tensors, text, template)
+        return dcp_writer.lay_out(tensors, text, template)
+    return huggingface_writer.lay_out(tensors, text, template)
 
 
 def has_suffix(name: str) -> bool:

@@ -20,7 +20,6 @@ from ckptavg.formats import Checkpoint, is_checkpoint_directory, open_checkpoint
 from ckptavg.formats.file_layout import Layout, OutputTensor
 from ckptavg.formats.registry import lay_out
 from ckptavg.formats.running_statistics import Statistics
-from ckptavg.io import paths as storage
 from ckptavg.io.atomic import Publication
 from ckptavg.io.output_paths import (
     check_no_input,
@@ -29,7 +28,7 @@ from ckptavg.io.output_paths import (
     check_target,
     follow,
 )
-from ckptavg.io.paths import Location, RemotePath
+from ckptavg.io.paths import Location, RemotePath, check_output, is_url, without_secrets
 from ckptavg.io.stamp import changed
 from ckptavg.outputs import digests
 from ckptavg.outputs.sinks import FileSink
@@ -95,11 +94,11 @@ def prepare(
         UsageError: The path does not decide a format, or the path is a file although there are
             companions.
     """
-    storage.check_output(out)
+    check_output(out)
     path = Path(out)
     places = [str(name) for c in inputs for name in (c.path, *(f.path for f in c.files))]
     # A dict is an ordered set here: a run may be of thousands of files, most of them named twice.
-    names = dict.fromkeys(Path(place) for place in places if not storage.is_url(place))
+    names = dict.fromkeys(Path(place) for place in places if not is_url(place))
     _check_neighbours(path, [place for place in neighbours if place not in names])
     check_no_input(path, names)
     _check_no_run(path, is_run, overwrite=overwrite)
@@ -398,7 +397,7 @@ def _account(checkpoint: Checkpoint, **part: float | None) -> dict[str, Any]:
     """Describe a checkpoint, and the checkpoint's part in the output, for the provenance."""
     return {
         # A URL may hold credentials, which must not be stored in the output.
-        "path": storage.without_secrets(str(checkpoint.path)),
+        "path": without_secrets(str(checkpoint.path)),
         **part,
         "size": checkpoint.size,
         "mtime": max(stamp.mtime_ns for stamp in checkpoint.files) / 1e9,

@@ -27,8 +27,7 @@ from ckptavg.formats.state_dict import KNOWN_ENTRIES
 from ckptavg.formats.tiling import tiles
 from ckptavg.formats.torch_save import zip_reader
 from ckptavg.formats.training_record import TRAINING_STATE
-from ckptavg.io import paths as storage
-from ckptavg.io.paths import Location
+from ckptavg.io.paths import Location, open_binary
 from ckptavg.io.stamp import FileStamp
 
 METADATA = ".metadata"
@@ -135,7 +134,7 @@ def read(directory: Location) -> Distributed:
     try:
         if stamp.size > unpickler.MAX_PICKLE:
             raise MalformedPickle(f"it is larger than {size_text(unpickler.MAX_PICKLE)}")
-        with storage.open_binary(metadata) as file:
+        with open_binary(metadata) as file:
             content = file.read(stamp.size)
         opened = _parse(directory, unpickler.loads(content), stamp)
     except MalformedPickle as error:

@@ -11,8 +11,7 @@ from ckptavg.formats.damage import cut_short
 from ckptavg.formats.safe_pickle import unpickler
 from ckptavg.formats.safe_pickle.arrays import name_arrays
 from ckptavg.formats.safe_pickle.values import MalformedPickle, PickleCutShort, Storage
-from ckptavg.io import paths as storage
-from ckptavg.io.paths import Location
+from ckptavg.io.paths import Location, is_url, open_binary
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PICKLED_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
@@ -68,7 +67,7 @@ def read(place: str | Location, size: int) -> LegacyFile:
 
 
 def _read(place: str | Location, size: int) -> LegacyFile:
-    with storage.open_binary(place) as file:
+    with open_binary(place) as file:
         magic, protocol, system = (unpickler.load(file)[0] for _ in range(3))
         if magic != _MAGIC or protocol != _PROTOCOL or not isinstance(system, dict):
             raise MalformedPickle("its protocol is unknown")
@@ -81,7 +80,7 @@ def _read(place: str | Location, size: int) -> LegacyFile:
         keys, _ = unpickler.load(file)
         if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
             raise MalformedPickle("its list of storages is malformed")
-        counted = not storage.is_url(str(place))
+        counted = not is_url(str(place))
         offsets = _locate(file, size, keys, storages, counted=counted)
         return LegacyFile(tree, start, offsets, name_arrays(tree))
 
