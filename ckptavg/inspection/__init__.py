@@ -1,1 +1,1 @@
-"""Weights read to tell something of them: geometry, verification."""
+"""Inspection of weights: geometry of a run, verification against recorded digests."""

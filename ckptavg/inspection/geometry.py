@@ -1,4 +1,4 @@
-"""How the checkpoints of a run lie to each other in the space of weights."""
+"""Geometry of a run: distances and angles of checkpoints in weight space."""
 
 from __future__ import annotations
 
@@ -20,18 +20,20 @@ from ckptavg.formats import Checkpoint
 from ckptavg.formats.names import running_statistics
 from ckptavg.runs.run import Run, RunLike, as_run
 
-_GAP = 2.5  # times the next longest link, beyond which one holds apart what does not belong
-_RESOLVED = 1e-14  # of the squares that a squared distance is the difference of
+# A link this many times as long as the next longest one separates two groups.
+_GAP = 2.5
+# A squared distance is a difference of squares; below this fraction of them only rounding is left.
+_RESOLVED = 1e-14
 
 
 @dataclass(frozen=True)
 class Odd:
-    """Checkpoints that do not belong to the others.
+    """Outlying checkpoints of a run.
 
     Attributes:
-        checkpoints: A quarter of all at most.
-        distance: The shortest that leads from them to the others.
-        usual: The longest of the other links; see ``Geometry.groups``.
+        checkpoints: The outliers, at most a quarter of the run.
+        distance: Shortest link that separates groups of the run.
+        usual: Longest of the other links; see ``Geometry.groups``.
     """
 
     checkpoints: tuple[Checkpoint, ...]
@@ -41,12 +43,12 @@ class Odd:
 
 @dataclass(frozen=True)
 class Groups:
-    """How checkpoints fall apart.
+    """Groups of close checkpoints.
 
     Attributes:
-        members: The checkpoints of each group in their order, the largest group first.
-        distance: The shortest between two of them.
-        usual: The longest link within one; see ``Geometry.groups``.
+        members: The checkpoints of each group in the order of the run, the largest group first.
+        distance: Shortest link between two groups; infinite for a single group.
+        usual: Longest link within a group; see ``Geometry.groups``.
     """
 
     members: tuple[tuple[Checkpoint, ...], ...]
@@ -56,15 +58,15 @@ class Groups:
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where the checkpoints of a run lie, by the inner products of their weights.
+    """Geometry of a run, computed from inner products of the weights.
 
-    All tensors are float64 on the CPU; n is the number of checkpoints, and lengths are Euclidean
-    over all weights together. Distances come from the differences to the first checkpoint, so those
-    of close checkpoints are not lost beside their norms.
+    All tensors are float64 on the CPU. n is the number of checkpoints. Lengths are Euclidean over
+    all weights together. Distances come from the differences to the first checkpoint, so small
+    distances do not vanish in rounding beside large norms.
 
     Attributes:
         run: The checkpoints.
-        products: (n, n): with r the first checkpoint and dᵢ = wᵢ − r, ⟨r, r⟩ at 0, 0, ⟨r, dᵢ⟩ at
+        products: (n, n). With r the first checkpoint and dᵢ = wᵢ − r: ⟨r, r⟩ at 0, 0, ⟨r, dᵢ⟩ at
             0, i and ⟨dᵢ, dⱼ⟩ at i, j.
     """
 
@@ -73,24 +75,24 @@ class Geometry:
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
-        """In the order of all rows and columns."""
+        """Checkpoints in the order of rows and columns."""
         return self.run.checkpoints
 
     @cached_property
     def gram(self) -> torch.Tensor:
-        """⟨wᵢ, wⱼ⟩, (n, n)."""
+        """Inner products ⟨wᵢ, wⱼ⟩, (n, n)."""
         along = self.products[0].clone()
         along[0] = 0
         return self.products[0, 0] + along + along[:, None] + self._differences
 
     @property
     def norms(self) -> torch.Tensor:
-        """‖wᵢ‖, (n,)."""
+        """Norms ‖wᵢ‖, (n,)."""
         return self.gram.diagonal().clamp(min=0).sqrt()
 
     @cached_property
     def distances(self) -> torch.Tensor:
-        """‖wᵢ − wⱼ‖, (n, n); 0 where it is lost beside the distance to the first checkpoint."""
+        """Distances ‖wᵢ − wⱼ‖, (n, n); 0 where below the rounding of distances to the first."""
         inner = self._differences
         both = inner.diagonal() + inner.diagonal()[:, None]
         squares = both - 2 * inner
@@ -99,22 +101,23 @@ class Geometry:
 
     @property
     def cosines(self) -> torch.Tensor:
-        """Of the angles between wᵢ and wⱼ, seen from the origin, (n, n); NaN for weights of 0."""
+        """Cosines of the angles between wᵢ and wⱼ from the origin, (n, n); NaN for weights of 0."""
         return (self.gram / self.norms / self.norms[:, None]).clamp(-1, 1)
 
     @property
     def steps(self) -> torch.Tensor:
-        """‖wᵢ₊₁ − wᵢ‖ within each training, (n − number of trainings,)."""
+        """Step lengths ‖wᵢ₊₁ − wᵢ‖ within each training, (n − number of trainings,)."""
         pairs = [pair for part in self._parts for pair in pairwise(part)]
         return torch.tensor([self.distances[pair] for pair in pairs], dtype=torch.float64)
 
     @property
     def turns(self) -> torch.Tensor:
-        """Cosines between successive steps; NaN where one is 0.
+        """Cosines between successive steps; NaN beside a step of length 0.
 
-        Their mean tells how a run moves: 1 in one direction, 0 as a random walk, −0.5 scattered
-        around one point.
+        The mean describes the motion of a run: 1 for one direction, 0 for a random walk, −0.5 for
+        points scattered around a centre.
         """
+        # The law of cosines gives the angles from the distances alone.
         triples = [part[i : i + 3] for part in self._parts for i in range(len(part) - 2)]
         squares = self.distances.square()
         return torch.tensor(
@@ -128,18 +131,18 @@ class Geometry:
 
     @property
     def to_mean(self) -> torch.Tensor:
-        """‖wᵢ − w̄‖ to the uniform mean of all, (n,)."""
+        """Distances ‖wᵢ − w̄‖ to the uniform mean of all checkpoints, (n,)."""
         squares = self.distances.square()
         return (squares.mean(1) - squares.mean() / 2).clamp(min=0).sqrt()
 
     @cached_property
     def groups(self) -> Groups:
-        """Which checkpoints lie close together; one group of all, mostly.
+        """Groups of close checkpoints; a single group in most runs.
 
-        The checkpoints are linked over the shortest distances that connect them all. Where the
-        longest links are 2.5 times as long as the next one, what they hold apart are groups. The
-        ends of a steady drift are far from the mean but linked like the others, so they are none
-        of their own. Fewer than 4 checkpoints are one group.
+        The links are a minimum spanning tree of all checkpoints. If the longest links are more than
+        2.5 times as long as the next longest one, cutting them leaves the groups. The ends of a
+        steady drift are far from the mean, but their links are as short as the others, so they are
+        not separated. Fewer than 4 checkpoints form one group.
         """
         links = sorted(_shortest_links(self.distances.tolist()), reverse=True)
         for count in range(1, len(links)) if len(self.run) > 3 else ():
@@ -153,9 +156,10 @@ class Geometry:
 
     @property
     def odd(self) -> Odd | None:
-        """What does not belong: another training's, diverged, from before a restart; None mostly.
+        """Outliers: checkpoints of another training, diverged, or from before a restart.
 
-        It is what lies outside the largest group, if that is a quarter of the checkpoints at most.
+        These are the checkpoints outside the largest group. None if there are no such checkpoints,
+        as in most runs, or if they are more than a quarter of the run.
         """
         apart = {id(c) for group in self.groups.members[1:] for c in group}
         if not 0 < len(apart) <= len(self.run) // 4:
@@ -165,14 +169,14 @@ class Geometry:
 
     @property
     def _differences(self) -> torch.Tensor:
-        """⟨dᵢ, dⱼ⟩, (n, n)."""
+        """Inner products of the differences ⟨dᵢ, dⱼ⟩, (n, n)."""
         inner = self.products.clone()
         inner[0] = inner[:, 0] = 0
         return inner
 
     @property
     def _parts(self) -> list[range]:
-        """The positions of each training."""
+        """Positions of the checkpoints of each training."""
         ends = [0]
         for training in self.run.trainings:
             ends.append(ends[-1] + len(training))
@@ -180,26 +184,28 @@ class Geometry:
 
 
 def geometry(run: RunLike, *, progress: ProgressLike = None) -> Geometry:
-    """Measure how the checkpoints of a run lie to each other, in one read of them.
+    """Measure distances and angles of a run's checkpoints, in one read of every checkpoint.
 
-    What counts is every weight that an average would be taken of: floating-point and complex
-    tensors (a complex number as two), tied ones once. The running statistics of BatchNorm layers do
-    not count: they are no weights. Of LoRA adapters, A and B count as they were trained.
+    All weights count that an average would include: floating-point and complex tensors (a complex
+    number as two numbers), tied tensors once. Running statistics of BatchNorm layers are not
+    weights and do not count. For LoRA adapters the matrices A and B count separately, as trained.
 
     Args:
-        run: What ``open_run`` returned, or a selection of it; two checkpoints at least.
+        run: The return value of ``open_run``, or a selection of it; at least two checkpoints.
         progress: True for a bar, a bar of tqdm, or a function of (phase, done, total) in bytes
             read; see ``ckptavg.display.progress``.
 
     Raises:
         UsageError: There is only one checkpoint.
         MismatchError: The checkpoints do not hold the same tensors.
-        NonFiniteError: A checkpoint's weights are not finite, other than masks that all share.
-        CkptavgError: Anything else that is wrong.
+        NonFiniteError: A checkpoint's weights are not finite, except masks that are the same in
+            all checkpoints.
+        CkptavgError: Any other error.
     """
     run = as_run(run)
     check_several(run)
-    plan_average(run)  # refuses what does not fit together
+    # Planning an average raises the errors for checkpoints that do not fit together.
+    plan_average(run)
     tensors = weights(run)
     with open_phase(progress, "measuring", "bytes") as told:
         products = stream([], Extras(gram=tensors), progress=told).gram
@@ -209,10 +215,10 @@ def geometry(run: RunLike, *, progress: ProgressLike = None) -> Geometry:
 
 
 def check_several(run: Run) -> None:
-    """Make sure that there is more than one checkpoint to lie anywhere.
+    """Make sure that a run has at least two checkpoints.
 
     Raises:
-        UsageError: There is not.
+        UsageError: The run has a single checkpoint.
     """
     if len(run) < 2:
         raise UsageError(
@@ -221,15 +227,15 @@ def check_several(run: Run) -> None:
 
 
 def weights(run: RunLike, rules: Rules | None = None) -> list[TensorPlan]:
-    """The tensors that a run's geometry is made of, for a stream to multiply.
+    """List the tensors that count in a run's geometry, for ``stream`` to multiply.
 
     Args:
         run: The checkpoints.
-        rules: Which tensors are averaged, if not all; the others do not count.
+        rules: Selection of the tensors to average; only these count. All tensors where None.
 
     Raises:
         MismatchError: The checkpoints do not hold the same tensors.
-        CheckpointError: They hold no weights.
+        CheckpointError: The checkpoints hold no floating-point weights.
     """
     checkpoints = as_run(run).checkpoints
     plan = make_plan(checkpoints, [1.0] * len(checkpoints), rules or Rules())
@@ -247,13 +253,14 @@ def weights(run: RunLike, rules: Rules | None = None) -> list[TensorPlan]:
 
 
 def geometry_of(run: RunLike, products: torch.Tensor | None) -> Geometry:
-    """A run's geometry from what a stream has made of its ``weights``.
+    """Build a run's geometry from the inner products that ``stream`` returns.
 
     Args:
         run: The checkpoints, in the order of the products.
-        products: The stream's ``gram``, float64, (n, n).
+        products: ``gram`` from the stream, float64, (n, n).
 
     Raises:
+        UsageError: The products are of another number of checkpoints.
         NonFiniteError: A checkpoint's weights are not finite.
     """
     run = as_run(run)
@@ -268,7 +275,8 @@ def _check_finite(checkpoints: Sequence[Checkpoint], products: torch.Tensor) -> 
     finite = products.diagonal().isfinite().tolist()
     if all(finite):
         return
-    if not finite[0]:  # then nothing is known of the others
+    # All differences are to the first checkpoint; if it is not finite, no product is.
+    if not finite[0]:
         wrong = [str(checkpoints[0].path)]
     else:
         wrong = [str(c.path) for c, ok in zip(checkpoints, finite, strict=True) if not ok]
@@ -278,7 +286,7 @@ def _check_finite(checkpoints: Sequence[Checkpoint], products: torch.Tensor) -> 
 
 
 def _shortest_links(distances: Sequence[Sequence[float]]) -> list[tuple[float, int, int]]:
-    """The minimum spanning tree as (length, one end, other end): Prim's algorithm."""
+    """Compute the minimum spanning tree by Prim's algorithm: (length, one end, other end)."""
     best = {i: (length, 0) for i, length in enumerate(distances[0]) if i}
     links: list[tuple[float, int, int]] = []
     while best:
@@ -290,7 +298,12 @@ def _shortest_links(distances: Sequence[Sequence[float]]) -> list[tuple[float, i
 
 
 def _connected(links: Iterable[tuple[float, int, int]], count: int) -> list[list[int]]:
-    """The parts of so many checkpoints that some links connect."""
+    """Split checkpoints into connected parts by a list of links.
+
+    Args:
+        links: (length, one end, other end) each.
+        count: Number of checkpoints.
+    """
     part = {i: {i} for i in range(count)}
     for _, one, other in links:
         joined = part[one] | part[other]

@@ -1,4 +1,4 @@
-"""Checkpoints held against what was recorded of them: digests, and the checksums of zip files."""
+"""Verification of checkpoints against recorded digests and the checksums of zip files."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ SAME, CHANGED, MISSING, UNREADABLE = "same", "changed", "not there", "unreadable
 
 @dataclass(frozen=True)
 class Finding:
-    """What came of one comparison.
+    """Result of one comparison.
 
     Attributes:
-        path: Of what was compared, as it was named.
-        part: Its ``weights``; the ``record`` of how it was made; the ``archive``, whose entries
-            have checksums; the weights of an ``input`` or of the ``base``.
+        path: Path of the compared file, as given.
+        part: The compared part: ``weights``; ``record``, the account of how the checkpoint was
+            made; ``archive``, whose entries have checksums; the weights of an ``input`` or of the
+            ``base``.
         state: ``same``, ``changed``, ``not there`` or ``unreadable``.
-        why: More about it.
+        why: Explanation; empty where the state says all.
     """
 
     path: str
@@ -37,15 +38,16 @@ class Finding:
 
     @property
     def wrong(self) -> bool:
-        """Whether something is not what it was; an input may have been deleted since."""
+        """True for a changed or unreadable part."""
+        # A missing input is not wrong: inputs may be deleted after averaging.
         return self.state in (CHANGED, UNREADABLE)
 
 
 class Verifier:
-    """Compares checkpoints with what was recorded, reading none of them twice for it.
+    """Comparison of checkpoints with recorded digests; every checkpoint is hashed only once.
 
     Args:
-        progress: Told about the bytes of each checkpoint in turn.
+        progress: Called with the bytes read of each checkpoint in turn.
     """
 
     def __init__(self, progress: Progress | None = None) -> None:
@@ -53,13 +55,13 @@ class Verifier:
         self._known: dict[tuple[str, str], str] = {}
 
     def verify(self, checkpoint: Checkpoint) -> list[Finding]:
-        """Compare a checkpoint, and what it was made of if it records digests.
+        """Compare a checkpoint with its recorded digests, and its inputs with theirs.
 
-        Inputs are looked for where they were; if that was a relative path, below the checkpoint's
-        directory and those above it too.
+        Inputs are looked up at the recorded path. A relative path is also tried below the
+        directory of the checkpoint and below every parent directory.
 
         Returns:
-            Findings; none where nothing was recorded.
+            The findings; empty where nothing was recorded.
         """
         found = _check_archives(checkpoint)
         made = checkpoint.provenance
@@ -72,7 +74,7 @@ class Verifier:
         return found + [self._input(part, told, home) for part, told in accounts_of(made)]
 
     def _input(self, part: str, told: Mapping[str, Any], home: Location) -> Finding:
-        """Compare an input, wherever it is: one that is the same goes before others."""
+        """Compare an input at every place where it may be; a file that is the same wins."""
         name, expected, key = told.get("path"), told.get(DIGEST), told.get(KEY, "")
         if not all(isinstance(value, str) for value in (name, expected, key)):
             return Finding(short(name), part, UNREADABLE, "the record of it is malformed")
@@ -83,7 +85,8 @@ class Verifier:
                 if now.state == SAME:
                     return now
                 finding = now if finding.state == MISSING else finding
-        except CkptavgError as error:  # a store that does not answer, or is unknown here
+        # A remote store may not answer, or the scheme of its URL may be unknown.
+        except CkptavgError as error:
             return Finding(str(name), part, MISSING, error.message)
         return finding
 
@@ -105,10 +108,10 @@ class Verifier:
 
 
 def digest(checkpoint: Checkpoint, progress: Progress | None = None) -> str:
-    """The digest of a checkpoint's weights, see ``digests``.
+    """Compute the digest of a checkpoint's weights; see ``ckptavg.outputs.digests``.
 
     Raises:
-        CheckpointError: It cannot be read, or changes meanwhile.
+        CheckpointError: The checkpoint cannot be read, or changes while being read.
     """
     inputs = InputDigests([checkpoint])
     stream([], Extras(watched=inputs.tensors, watcher=inputs.watch), progress=progress)
@@ -118,7 +121,7 @@ def digest(checkpoint: Checkpoint, progress: Progress | None = None) -> str:
 
 
 def _check_archives(checkpoint: Checkpoint) -> list[Finding]:
-    """Compare the entries of a checkpoint's zip files with their checksums, which torch ignores."""
+    """Check the entries of a checkpoint's zip files against the CRC-32, which torch ignores."""
     found: list[Finding] = []
     for stamp in checkpoint.files:
         try:
@@ -134,10 +137,14 @@ def _check_archives(checkpoint: Checkpoint) -> list[Finding]:
 
 
 def _places(name: str, home: Location) -> Iterator[Location]:
-    """Where an input may be that was recorded under this name, as far as there is something.
+    """Yield the existing locations where an input of a recorded name may be.
+
+    Args:
+        name: The recorded path or URL.
+        home: Directory of the checkpoint that records the input.
 
     Raises:
-        CkptavgError: It is a URL that cannot be asked.
+        CkptavgError: The name is a URL that cannot be reached.
     """
     if is_url(name):
         places: list[Location] = [locate(name)]
@@ -155,5 +162,6 @@ def _places(name: str, home: Location) -> Iterator[Location]:
 
 def _is_there(place: Location) -> bool:
     if isinstance(place, Path):
-        return os.path.exists(place)  # noqa: PTH110 - no error for names that no file can have
+        # Path.exists raises an error for names that no file can have, such as very long ones.
+        return os.path.exists(place)  # noqa: PTH110
     return place.exists()

@@ -1,4 +1,4 @@
-"""Kinds of models, and how each is scored."""
+"""Tasks: the scoring of classifiers, language models and regression models."""
 
 from __future__ import annotations
 

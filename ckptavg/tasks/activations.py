@@ -1,4 +1,4 @@
-"""Models that end in a softmax or sigmoid of their own: what they return are probabilities."""
+"""Detection of models that end in a softmax or sigmoid and return probabilities."""
 
 from __future__ import annotations
 
@@ -25,18 +25,20 @@ _ACTIVATIONS: Mapping[str, Activation] = {
     "softmax": "softmax",
     "special_softmax": "softmax",
 }
-# What may come after the activation without making its values anything else.
+# Functions that may follow the activation, since they keep its values.
 _KEEPING = (
     "squeeze", "squeeze_", "unsqueeze", "view", "reshape", "flatten", "ravel", "contiguous",
     "float", "double", "half", "to", "type", "clone", "detach", "__getitem__", "select",
 )  # fmt: skip
 GIVES_PROBABILITIES = "the model gives probabilities (a {} is in it): taken as such, not as logits"
-_SUM_TOLERANCE = 1e-5  # of float32 probabilities of some thousand classes
-_ROUNDINGS = 4  # of a shorter type's precision, by which its probabilities' sum may be off
+# Rounding error of the sum of some thousand float32 probabilities.
+_SUM_TOLERANCE = 1e-5
+# Same for shorter types such as bfloat16, in units of the type's precision.
+_ROUNDINGS = 4
 
 
 class ActivationWatch(TorchFunctionMode):
-    """Remembers, while a model runs, which tensors are values of a softmax or sigmoid."""
+    """Record of the tensors that come from a softmax or sigmoid while a model runs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +47,7 @@ class ActivationWatch(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Call a function of torch and note its result if it is an activation's."""
+        """Call a torch function and record a result that comes from an activation."""
         result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         origin = _ACTIVATIONS.get(name)
@@ -56,55 +58,58 @@ class ActivationWatch(TorchFunctionMode):
         return result
 
     def origin_of(self, value: object) -> Activation | None:
-        """Name the activation that has given a tensor; None if none has."""
+        """Return the activation that a tensor comes from; None if there is none."""
         known = isinstance(value, torch.Tensor) and value in self._origins
         return self._origins[value] if known else None
 
 
 class TaskOnLogits(Task):
-    """A task whose models return logits, or probabilities if they end in an activation.
+    """Base of tasks whose models return logits, or probabilities after a final activation.
 
-    Which of them is found out with the first outputs of each pass.
+    The first outputs of each pass decide between logits and probabilities.
     """
 
-    _activation: Activation | None = None  # that the model ends in
+    # The activation at the end of the model.
+    _activation: Activation | None = None
     _is_watched = False
     _gives_probabilities: bool | None = None
     _noted: frozenset[str] = frozenset()
 
     def watch(self, run: Callable[[], Any]) -> Any:
-        """Run the model; the first time, see whether it ends in an activation."""
+        """Run the model; on the first batch of a pass, detect a final activation."""
+        # Watching every torch function costs time, so only the first batch is watched.
         if self._is_watched:
             return run()
         self._is_watched = True
         with ActivationWatch() as watch:
             outputs = run()
-        with suppress(EvaluationError):  # raised again where the outputs are checked
+        # Unusable outputs raise the same error in ``check``.
+        with suppress(EvaluationError):
             self._activation = watch.origin_of(take_output(outputs))
         return outputs
 
     def begin_pass(self) -> None:
-        """Forget what other models gave."""
+        """Reset the detection for the models of a new pass."""
         self._activation = self._gives_probabilities = None
         self._is_watched = False
 
     def gives_probabilities(self, outputs: torch.Tensor) -> bool:
-        """Tell whether outputs are probabilities, by the first ones of the pass."""
+        """Tell whether a pass's outputs are probabilities; the first outputs decide."""
         if self._gives_probabilities is None and len(outputs):
             self._gives_probabilities = self.are_probabilities(outputs, self._activation)
         return bool(self._gives_probabilities)
 
     def are_probabilities(self, outputs: torch.Tensor, activation: Activation | None) -> bool:
-        """Look at a pass's first outputs, and say it if they are probabilities.
+        """Tell whether the first outputs of a pass are probabilities, with a note if so.
 
         Args:
-            outputs: As the model gave them, at least one sample's.
-            activation: What they were seen to come from, where that could be seen.
+            outputs: Outputs of the model for at least one sample.
+            activation: The activation that the outputs come from; None if none was seen.
         """
         raise NotImplementedError
 
     def note(self, text: str) -> None:
-        """Say something once."""
+        """Log a note, once per text."""
         if text not in self._noted:
             self._noted |= {text}
             log.info(text)
@@ -113,13 +118,14 @@ class TaskOnLogits(Task):
 def are_distributions(outputs: torch.Tensor, activation: Activation | None = None) -> bool:
     """Tell whether rows are probability distributions: nothing negative, and sums of 1.
 
-    Logits may have a sum of 1, too, where they are few and made by hand: where no softmax was seen,
-    rows must differ from each other and from those of a unit matrix.
+    Logits may have a sum of 1, too, if there are few classes and the logits are made by hand. So
+    without a softmax that was seen, rows must differ from each other and from a unit matrix.
 
     Args:
-        outputs: (N, classes), in the type that the model gave them in.
-        activation: What they were seen to come from, where that could be seen.
+        outputs: (N, classes), in the dtype of the model's output.
+        activation: The activation that the outputs come from; None if none was seen.
     """
+    # Apple's mps has no float64.
     values = outputs.double() if outputs.device.type != "mps" else outputs.float()
     tolerance = max(_SUM_TOLERANCE, _ROUNDINGS * torch.finfo(outputs.dtype).eps)
     if not bool((values >= 0).all() & ((values.sum(1) - 1).abs() <= tolerance).all()):
@@ -130,20 +136,20 @@ def are_distributions(outputs: torch.Tensor, activation: Activation | None = Non
 
 
 def lie_between_0_and_1(outputs: torch.Tensor) -> bool:
-    """Tell whether each value can be a probability."""
+    """Return True if every value is between 0 and 1."""
     return bool(((outputs >= 0) & (outputs <= 1)).all())
 
 
 def log_of_probabilities(probabilities: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Logarithms of probabilities; of those that were rounded to 0, of the least that are not.
+    """Return log p; a p that was rounded to 0 counts as the smallest normal number.
 
     Args:
-        probabilities: Of any shape, float64.
-        dtype: The type that they were computed in.
+        probabilities: Any shape, float64.
+        dtype: The dtype that the probabilities were computed in.
     """
     return probabilities.clamp(min=torch.finfo(dtype).tiny).log()
 
 
 def log_of_complements(probabilities: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Logarithms of 1 − p; of those p that were rounded to 1, of the next one below."""
+    """Return log(1 − p); a p that was rounded to 1 counts as the next smaller number."""
     return torch.log1p(-probabilities.clamp(max=1 - torch.finfo(dtype).eps / 2))

@@ -1,6 +1,6 @@
-"""What evaluation needs to know of a kind of model: how to call it, what to count, how to combine.
+"""Base class of tasks: calling a model, scoring outputs, combining the members of an ensemble.
 
-A task of one's own is a subclass that overrides what differs; ``--task path/file.py:MyTask``.
+A custom task is a subclass that overrides the methods that differ; ``--task path/file.py:MyTask``.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class Metric:
     """A figure that a task computes.
 
     Attributes:
-        key: Its name in JSON.
-        title: Its name in the table.
-        form: Format specification of its values in the table.
-        higher: Whether more is better; None where that cannot be said.
+        key: Name in JSON.
+        title: Name in the table.
+        form: Format specification of the values in the table.
+        higher: True if more is better, False if less is; None where neither can be said.
     """
 
     key: str
@@ -36,15 +36,15 @@ class Metric:
 
 @dataclass(frozen=True)
 class Samples:
-    """What paired comparisons need to know of some samples.
+    """Per-sample values for paired comparisons of candidates.
 
     Attributes:
-        values: (N,), each sample's part in a metric: 1 or 0 for right or wrong, its squared error,
-            the NLL of its tokens.
-        weights: (N,), what the values' sum is divided by: tokens; 1 each where None.
-        answers: (N,) integers, the class that was chosen, for disagreement; None where none is.
-        metric: The metric's key, if it is not the task's first.
-        scale: From the mean of the values to the metric's unit: 100 for percentages.
+        values: (N,), the contribution of each sample to a metric: 1 or 0 for right or wrong, the
+            squared error, the NLL of the tokens.
+        weights: (N,), numbers whose sum divides the sum of the values: tokens; 1 each where None.
+        answers: (N,) integers, the predicted class, for disagreement; None where there is none.
+        metric: Key of the metric; None for the first metric of the task.
+        scale: Factor from the mean of the values to the metric's unit: 100 for percentages.
     """
 
     values: torch.Tensor
@@ -55,53 +55,53 @@ class Samples:
 
 
 class Scores(Protocol):
-    """The metrics of one candidate, batch by batch."""
+    """Metrics of one candidate, accumulated batch by batch."""
 
     def update(self, predictions: torch.Tensor, targets: Any) -> None:
-        """Take in a batch, without waiting for the device."""
+        """Add a batch, without waiting for the device."""
 
     def compute(self) -> dict[str, float]:
-        """The metrics by key, and ``n``, the number of samples.
+        """Compute the metrics by key, and ``n``, the number of samples.
 
         Raises:
             EvaluationError: There were no samples.
         """
 
     def state(self) -> Any:
-        """What has been taken in, as plain values for JSON."""
+        """Return the accumulated sums as plain values for JSON."""
 
     def merge(self, state: Any) -> None:
-        """Take in what another process has."""
+        """Add the state of another process."""
 
 
 class Mean(Protocol):
-    """The outputs of an ensemble on one batch, from those of its members.
+    """Running mean of the members' predictions of an ensemble on one batch.
 
     Attributes:
-        members: How many have been taken in.
+        members: Number of members added so far.
     """
 
     members: int
 
     def add(self, predictions: torch.Tensor, targets: Any) -> None:
-        """Take in a member's predictions."""
+        """Add the predictions of a member."""
 
     def park(self) -> None:
-        """Become small and leave the device: further members come in a later pass."""
+        """Shrink and move to the host until further members come in a later pass."""
 
     def value(self) -> torch.Tensor:
-        """The ensemble's predictions."""
+        """Return the ensemble's predictions."""
 
 
 class ArithmeticMean:
-    """The mean of the members' predictions."""
+    """Arithmetic mean of the members' predictions."""
 
     def __init__(self) -> None:
         self.members = 0
         self._sum: torch.Tensor | None = None
 
     def add(self, predictions: torch.Tensor, targets: Any) -> None:
-        """Take in a member's predictions."""
+        """Add the predictions of a member."""
         del targets
         self.members += 1
         if self._sum is None:
@@ -110,12 +110,16 @@ class ArithmeticMean:
             self._sum = self._join(self._sum.to(predictions.device), predictions)
 
     def park(self) -> None:
-        """Leave the device: further members come in a later pass."""
+        """Move to the host until further members come in a later pass."""
         if self._sum is not None:
             self._sum = self._sum.cpu()
 
     def value(self) -> torch.Tensor:
-        """The ensemble's predictions."""
+        """Return the ensemble's predictions.
+
+        Raises:
+            EvaluationError: No member was added.
+        """
         if self._sum is None:
             raise EvaluationError("an ensemble has no members")
         return self._divided(self._sum)
@@ -128,7 +132,7 @@ class ArithmeticMean:
 
 
 class LogMean(ArithmeticMean):
-    """The mean of the members' probabilities, from and to logarithms."""
+    """Mean of the members' probabilities, from and to logarithms."""
 
     def _join(self, found: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
         return torch.logaddexp(found, more)
@@ -138,14 +142,15 @@ class LogMean(ArithmeticMean):
 
 
 class Task:
-    """How candidates of a kind are scored. The base of all tasks.
+    """Base class of all tasks: the scoring of candidates for one kind of model.
 
-    A subclass names its ``metrics`` and defines ``predict`` and ``scores``; the rest has defaults.
+    A subclass sets ``metrics`` and defines ``predict`` and ``scores``. The other methods have
+    defaults.
 
     Attributes:
-        metrics: What it computes, in the table's order. The first decides ``--fail-if-worse``.
-        counts: What ``n`` counts.
-        batch_size: Samples a batch, where none is named.
+        metrics: The metrics in the table's order. The first one decides ``--fail-if-worse``.
+        counts: The unit of ``n``, such as samples or tokens.
+        batch_size: Default number of samples per batch.
     """
 
     metrics: ClassVar[Sequence[Metric]] = ()
@@ -153,27 +158,28 @@ class Task:
     batch_size: ClassVar[int] = 128
 
     def split(self, batch: Any) -> tuple[Any, Any]:
-        """A batch as the model's inputs and the targets, for a model of one input.
+        """Split a batch into inputs and targets, for a model with one input.
 
-        A task that overrides it says so for its models; else their signature does: ``part``.
+        An override decides for all models of the task. Without one, ``part`` goes by the signature
+        of the model.
 
         Raises:
-            EvaluationError: It has no targets.
+            EvaluationError: The batch has no targets.
         """
         return split_labels(batch)
 
     def part(self, model: nn.Module, batch: Any) -> tuple[Any, Any]:
-        """A batch as a model's inputs and the targets.
+        """Split a batch into a model's inputs and the targets.
 
         Raises:
-            EvaluationError: It has no targets.
+            EvaluationError: The batch has no targets.
         """
         if self._overrides("split"):
             return self.split(batch)
         return split_batch(model, batch)
 
     def inputs(self, batch: Any) -> Any:
-        """The model's inputs of a batch: of a tuple the first; training batches need no targets."""
+        """Return the model's inputs from a batch, which may lack targets if used for training."""
         try:
             return self.split(batch)[0]
         except EvaluationError:
@@ -184,7 +190,8 @@ class Task:
         return call_on_inputs(model, inputs)
 
     def run(self, model: nn.Module, batch: Any) -> Any:
-        """Run the model on a batch as the data gives it, which needs no targets."""
+        """Run the model on a batch as the loader yields it; the batch may lack targets."""
+        # An override of a method takes precedence over the signature of the model.
         if self._overrides("split") or self._overrides("inputs"):
             return self.forward(model, self.inputs(batch))
         if self._overrides("forward"):
@@ -192,51 +199,57 @@ class Task:
         return call(model, batch)
 
     def watch(self, run: Callable[[], Any]) -> Any:
-        """Run the model on a batch by ``run()``, in whatever way it is called; return the outputs.
+        """Run the model by calling ``run()`` and return the outputs.
 
-        A task may look on, to learn more of the outputs than they tell by themselves.
+        A subclass may observe the run, to learn more than the outputs alone show.
         """
         return run()
 
     def check(self, outputs: Any, targets: Any) -> None:
-        """Make sure that outputs and targets belong together, without waiting for the device.
+        """Make sure that outputs and targets fit together, without waiting for the device.
 
         Args:
-            outputs: What the model returned.
-            targets: As ``split`` gave them, on the host where the loader gave them so.
+            outputs: Return value of the model.
+            targets: Targets from ``split``, on the host if the loader yields host tensors.
 
         Raises:
-            EvaluationError: They do not.
+            EvaluationError: Outputs and targets do not fit together.
         """
 
     def predict(self, outputs: Any, targets: Any) -> torch.Tensor:
-        """What is scored, and what an ensemble averages; the first axis is samples.
+        """Turn outputs into predictions, which are scored and which an ensemble averages.
 
         Args:
-            outputs: What the model returned.
-            targets: On the device.
+            outputs: Return value of the model.
+            targets: Targets on the device.
+
+        Returns:
+            The predictions; the first axis is samples.
         """
         raise NotImplementedError
 
     def sound(self, predictions: torch.Tensor) -> torch.Tensor:
-        """Whether predictions are finite, as a tensor of no dimensions on their device."""
+        """Return a bool tensor of shape (): True if all predictions are finite.
+
+        The tensor stays on the device of the predictions, so the caller need not wait.
+        """
         return torch.isfinite(predictions).all()
 
     def mean(self) -> Mean:
-        """How an ensemble's members combine: the mean of their predictions unless overridden."""
+        """Create the running mean of an ensemble; arithmetic unless overridden."""
         return ArithmeticMean()
 
     def scores(self) -> Scores:
-        """Fresh metrics for a candidate."""
+        """Create empty metrics for a candidate."""
         raise NotImplementedError
 
     def samples(self, predictions: torch.Tensor, targets: Any) -> Samples | None:
-        """What paired comparisons of candidates need; None if the task has none to offer."""
+        """Return per-sample values for paired comparisons; None if the task has none."""
         del predictions, targets
         return None
 
     def details(self, scores: Any) -> dict[str, Any]:
-        """What else JSON says of a candidate's scores, as plain values."""
+        """Return further plain values for the JSON of a candidate's scores."""
         del scores
         return {}
 
@@ -245,6 +258,6 @@ class Task:
 
 
 def in_float64(values: torch.Tensor) -> torch.Tensor:
-    """Values in float64, on the CPU where the device has none (Apple's mps)."""
+    """Convert values to float64; on the CPU if the device lacks float64 (Apple's mps)."""
     where = torch.device("cpu") if values.device.type == "mps" else values.device
     return values.detach().to(where, torch.float64)

@@ -1,4 +1,4 @@
-"""Image classification, and whatever else gives one class a sample."""
+"""Image classification, and any other task with one class per sample."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from ckptavg.tasks.metrics import ClassificationMetrics, class_indices
 from ckptavg.tasks.model_outputs import take_output
 
 _TOGETHER = "Check that the model and the data belong together."
-_TELLING = 16  # samples from which on it says something that no output leaves 0 to 1
+# Outputs of fewer samples may all be between 0 and 1 by chance.
+_TELLING = 16
 
 
 class Classification(activations.TaskOnLogits):
-    """One class a sample; predictions are log-probabilities (N, classes).
+    """Task with one class per sample; predictions are log-probabilities (N, classes).
 
     Outputs are logits (N, classes), or one logit (N,) or (N, 1) of a binary classifier, whose
     sigmoid is the probability of class 1. Labels are classes (N,) or (N, 1), or one-hot
     (N, classes), of any type. A model that ends in a softmax, or in a sigmoid if it has one output,
-    gives probabilities, which are taken as such, with a note.
+    returns probabilities, which are used as such, with a note.
 
     An ensemble averages probabilities (FGE). The metrics are this package's own: torchmetrics' take
     seconds to import, and give neither the bins of the calibration error nor sums in float64.
@@ -40,7 +41,7 @@ class Classification(activations.TaskOnLogits):
         """Make sure that shapes fit and that labels are classes.
 
         Raises:
-            EvaluationError: They are not.
+            EvaluationError: Shapes do not fit, or labels are not classes.
         """
         logits = _rows(take_output(outputs))
         if logits.dim() != 2 or not targets.dim() or len(logits) != len(targets):
@@ -58,7 +59,7 @@ class Classification(activations.TaskOnLogits):
             _check_labels(targets, max(logits.shape[1], 2), binary=logits.shape[1] == 1)
 
     def predict(self, outputs: Any, targets: Any) -> torch.Tensor:
-        """Log-probabilities: (N, classes), float64; (N, 2) of one logit."""
+        """Return log-probabilities (N, classes) in float64; (N, 2) from a single logit."""
         del targets
         given = _rows(take_output(outputs).detach())
         values, are_probabilities = in_float64(given), self.gives_probabilities(given)
@@ -74,28 +75,29 @@ class Classification(activations.TaskOnLogits):
         return torch.cat((absent, present), 1)
 
     def mean(self) -> LogMean:
-        """The mean of softmax outputs (Izmailov et al. 2018, 3.5), of sigmoid outputs if binary."""
+        """Create the mean of softmax outputs (Izmailov et al. 2018, 3.5), or of binary sigmoids."""
         return LogMean()
 
     def scores(self) -> Scores:
-        """Top-1, top-5 (of more than 5 classes), NLL and calibration error."""
+        """Create the metrics: top-1, top-5 (for more than 5 classes), NLL, calibration error."""
         self.begin_pass()
         return ClassificationMetrics()
 
     def samples(self, predictions: torch.Tensor, targets: Any) -> Samples:
-        """Right or wrong, and the class that was chosen."""
+        """Return 1 for right or 0 for wrong per sample, and the predicted class."""
         answers = predictions.argmax(1)
+        # uint8 and int32 keep the samples of a large data set small.
         right = (answers == class_indices(targets, predictions.shape[1])).to(torch.uint8)
         return Samples(right, answers=answers.to(torch.int32), scale=100.0)
 
     def details(self, scores: Any) -> dict[str, Any]:
-        """The bins that the calibration error is made of."""
+        """Return the bins of the calibration error."""
         return {"reliability": scores.reliability()}
 
     def are_probabilities(
         self, outputs: torch.Tensor, activation: activations.Activation | None
     ) -> bool:
-        """Tell by a pass's first outputs whether the model gives probabilities, and say so."""
+        """Tell whether the first outputs of a pass are probabilities, with a note if so."""
         if outputs.shape[1] > 1:
             if activations.are_distributions(outputs, activation):
                 self.note(activations.GIVES_PROBABILITIES.format("softmax"))
@@ -110,7 +112,7 @@ class Classification(activations.TaskOnLogits):
             return False
         if activation == "sigmoid":
             self.note(activations.GIVES_PROBABILITIES.format("sigmoid"))
-        # Logits of a weak classifier may lie there, too.
+        # Without a sigmoid that was seen, these may be the logits of a weak classifier.
         elif len(outputs) >= _TELLING:
             self.note(
                 "the model's output lies between 0 and 1 and is taken for a logit: if it is a "
@@ -120,19 +122,22 @@ class Classification(activations.TaskOnLogits):
 
 
 def _rows(outputs: torch.Tensor) -> torch.Tensor:
-    """Outputs as (N, classes): with one logit (N, 1), and without axes of length 1 at the end."""
+    """Reshape outputs to (N, classes): drop trailing axes of length 1, and make (N,) (N, 1)."""
     while outputs.dim() > 2 and outputs.shape[-1] == 1:
         outputs = outputs.squeeze(-1)
     return outputs[:, None] if outputs.dim() == 1 else outputs
 
 
 def _check_labels(labels: torch.Tensor, classes: int, *, binary: bool) -> None:
-    """Make sure that labels are classes, or one-hot.
+    """Make sure that labels are classes or one-hot.
 
     Args:
-        labels: At least one sample's.
-        classes: How many the model tells apart.
-        binary: True if it does so by one logit.
+        labels: (N,), (N, 1) or (N, classes), N at least 1.
+        classes: Number of classes of the model.
+        binary: True if the model has a single logit.
+
+    Raises:
+        EvaluationError: Labels are of another shape, not whole, or out of range.
     """
     if labels.dim() == 2 and labels.shape[1] == classes:
         _check_one_hot(labels)
@@ -157,7 +162,7 @@ def _check_labels(labels: torch.Tensor, classes: int, *, binary: bool) -> None:
 
 
 def _other_task(logits: torch.Tensor, targets: Any) -> str:
-    """The remedy for outputs and labels that are of another task."""
+    """Suggest a task that fits the shapes of outputs and labels."""
     if logits.dim() == 3 and logits.shape[:2] == targets.shape:
         return "Name the task causal-lm if this is a language model."
     return (

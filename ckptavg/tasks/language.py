@@ -1,4 +1,4 @@
-"""Language modelling: how probable a causal model holds each token after those before it."""
+"""Causal language modelling: the probability of each token given the tokens before."""
 
 from __future__ import annotations
 
@@ -21,33 +21,35 @@ from ckptavg.tasks.model_outputs import take_output
 
 log = logging.getLogger("ckptavg")
 
-_CHUNK = 1 << 24  # logits that are looked at in one go: what beside them is held at a time
+# Logits per chunk. The softmax of a chunk is the memory needed beside the logits themselves.
+_CHUNK = 1 << 24
 _scored: MutableMapping[torch.Tensor, torch.Tensor] = WeakTensorKeyDictionary()
-"""What has been scored of logits that are still about."""
+"""Scores of logits that still exist, so that several metrics share one computation."""
 
 
 class CausalLM(Task):
-    """A causal language model: NLL a token in nats, perplexity, and accuracy.
+    """Causal language modelling task: NLL per token in nats, perplexity and accuracy.
 
-    A batch is one of two, and the position that a label stands at differs:
+    A batch has one of two forms, which differ in the position of a label:
 
-    - a mapping with ``input_ids`` and ``labels``, both (N, T), as transformers has them: the output
-      at position t is for ``labels[:, t + 1]``, and the first label is for none;
-    - a tuple (x, y), both (N, T), as plain loops have them: the output at t is for ``y[:, t]``.
+    - a mapping with ``input_ids`` and ``labels``, both (N, T), as in transformers: the output at
+      position t predicts ``labels[:, t + 1]``, and the first label is not predicted;
+    - a tuple (x, y), both (N, T), as in plain loops: the output at t predicts ``y[:, t]``.
 
-    A negative label is not scored: −100, or −1 as nanoGPT has it. The model gets ``input_ids`` and
-    what else of the mapping its ``forward`` names, or x alone. It returns logits (N, T, V), as a
-    tensor, as ``.logits``, or beside tensors of other shapes.
+    A negative label is not scored: −100, or −1 as in nanoGPT. The model gets ``input_ids`` and the
+    other entries of the mapping that ``forward`` has parameters for, or x alone. The model returns
+    logits (N, T, V), as a tensor, as ``.logits``, or beside tensors of other shapes.
 
-    Targets are (N, T): the token that the output at t is for, −100 for none. Predictions are the
-    logits themselves, (N, T, V), or as (N, 2·T) what is scored of them: the log-probabilities of
-    the targets, and 1 where the most probable token is the target, 0 where not, NaN where that is
-    not known. Softmax and its logarithm are in float32 (float64 for a float64 model), and sums in
-    float64. An ensemble averages the probabilities of all tokens.
+    Targets are (N, T): the token that the output at t predicts, −100 for none. Predictions are the
+    logits, (N, T, V), or their scores, (N, 2·T): first the log-probabilities of the targets, then 1
+    where the most probable token is the target, 0 where not, and NaN where unknown. Softmax and
+    logarithm are in float32 (float64 for a float64 model), and sums in float64. An ensemble
+    averages the probabilities of all tokens.
     """
 
     counts: ClassVar = "tokens"
-    batch_size: ClassVar = 8  # of windows, whose logits are large
+    # Logits of a window are large: 1024 tokens times the vocabulary.
+    batch_size: ClassVar = 8
     metrics: ClassVar = (
         Metric("nll", "NLL", ".4f", False),
         Metric("perplexity", "perplexity", ".3f", False),
@@ -56,13 +58,14 @@ class CausalLM(Task):
 
     def __init__(self) -> None:
         self._looked_at = False
-        self._largest = -1  # of the token ids in all batches so far, as seen on the host
+        # Largest token id of all batches so far that were on the host.
+        self._largest = -1
 
     def split(self, batch: Any) -> tuple[Any, torch.Tensor]:
-        """A batch as the model's inputs and the targets at the positions of the outputs.
+        """Split a batch into the model's inputs and the targets at the positions of the outputs.
 
         Raises:
-            EvaluationError: It is no such batch, or its labels stand where the other kind has them.
+            EvaluationError: The batch has neither form, or labels at the positions of the other.
         """
         if isinstance(batch, Mapping):
             ids, labels = (_tokens_of(batch, key) for key in ("input_ids", "labels"))
@@ -81,7 +84,8 @@ class CausalLM(Task):
                 f"{tuple(ids.shape)} and {tuple(labels.shape)}"
             )
         aligned = isinstance(batch, Mapping)
-        if ids.device.type == "cpu":  # to look at a device's would be to wait for it
+        # Reading values of a tensor on the device would wait for the device.
+        if ids.device.type == "cpu":
             _check_places(ids, labels, aligned=aligned)
             self._note_range(ids)
         if not aligned:
@@ -92,8 +96,9 @@ class CausalLM(Task):
         """Run the model on token ids.
 
         Raises:
-            EvaluationError: An id is beyond the model's embedding, or a window beyond its context.
+            EvaluationError: A token id exceeds the embedding, or the model fails on the window.
         """
+        # On a GPU an id beyond the embedding is a device-side assert, after which CUDA is unusable.
         rows = _embedded(model)
         if rows is not None and self._largest >= rows:
             raise EvaluationError(
@@ -114,7 +119,8 @@ class CausalLM(Task):
         """Make sure that there are logits for each position, and that targets are tokens.
 
         Raises:
-            EvaluationError: There are not.
+            EvaluationError: Shapes do not fit, a target exceeds the vocabulary, or the model
+                returns probabilities.
         """
         logits = _logits(outputs, targets)
         count, length = targets.shape
@@ -148,33 +154,44 @@ class CausalLM(Task):
                 )
 
     def predict(self, outputs: Any, targets: torch.Tensor) -> torch.Tensor:
-        """The logits as they are: (N, T, V)."""
+        """Return the logits (N, T, V) and score them ahead."""
         logits = _logits(outputs, targets).detach()
+        # Scored here because the targets are at hand; ``sound`` gets the predictions alone.
         _scored[logits] = score_tokens(logits, targets)
         return logits
 
     def sound(self, predictions: torch.Tensor) -> torch.Tensor:
-        """Whether the scored log-probabilities are finite; −∞ may exclude other tokens."""
+        """Return a bool tensor: True if the targets' log-probabilities are finite.
+
+        Logits of other tokens may be −∞, which excludes those tokens.
+        """
         found = _scored.get(predictions, predictions)
         logs = found.chunk(2, 1)[0] if found.dim() == 2 else found
         return torch.isfinite(logs).all()
 
     def mean(self) -> TokenMean:
-        """The mean of the tokens' probabilities."""
+        """Create the mean of the members' token probabilities."""
         return TokenMean()
 
     def scores(self) -> TokenScores:
-        """NLL, perplexity and accuracy."""
+        """Create the metrics: NLL, perplexity and accuracy."""
         return TokenScores()
 
     def samples(self, predictions: torch.Tensor, targets: torch.Tensor) -> Samples:
-        """The NLL of each window's tokens, and their number: tokens of a window go together."""
+        """Return NLL and number of tokens per window.
+
+        A window is one sample of a comparison, since the tokens of a window are not independent.
+        """
         found = _score(predictions, targets)
         length = targets.shape[1]
         return Samples(-found[:, :length].sum(1), (targets >= 0).sum(1).to(found.device))
 
     def _note_range(self, ids: torch.Tensor) -> None:
-        """Remember the largest id, which the model's embedding is compared with."""
+        """Update the largest token id, for comparison with the model's embedding.
+
+        Raises:
+            EvaluationError: An id is negative.
+        """
         low, high = (int(end) for end in ids.aminmax()) if ids.numel() else (0, -1)
         if low < 0:
             raise EvaluationError(f"the data has the token id {low}", "Check --data and its dtype.")
@@ -182,13 +199,13 @@ class CausalLM(Task):
 
 
 class TokenScores:
-    """NLL a token, perplexity and accuracy, from sums in float64."""
+    """NLL per token, perplexity and accuracy, from sums in float64."""
 
     def __init__(self) -> None:
         self._totals = Totals(3)  # NLL, right, tokens
 
     def update(self, predictions: torch.Tensor, targets: torch.Tensor) -> None:
-        """Take in a batch, without waiting for its device."""
+        """Add a batch, without waiting for the device."""
         found = _score(predictions, targets)
         length = targets.shape[1]
         nll, right = -found[:, :length].sum(), found[:, length:].sum()
@@ -196,7 +213,7 @@ class TokenScores:
         self._totals.add(torch.stack((nll, right, tokens)))
 
     def compute(self) -> dict[str, float]:
-        """``nll`` in nats, ``perplexity``, ``accuracy`` in % if it is known, and ``n`` tokens.
+        """Compute ``nll`` in nats, ``perplexity``, ``accuracy`` in % if known, and ``n`` tokens.
 
         Raises:
             EvaluationError: There were no tokens.
@@ -212,23 +229,25 @@ class TokenScores:
         return {**found, "n": int(tokens)}
 
     def state(self) -> list[float | None]:
-        """Sums of NLL, right tokens (None if not known) and tokens."""
+        """Return the sums of NLL, right tokens (None if unknown) and tokens."""
+        # JSON has no NaN.
         return [None if math.isnan(value) else value for value in self._totals.read().tolist()]
 
     def merge(self, state: Sequence[float | None]) -> None:
-        """Add another process's sums."""
+        """Add the sums of another process."""
         more = [math.nan if value is None else value for value in state]
         self._totals.add(torch.tensor(more, dtype=torch.float64))
 
 
 class TokenMean:
-    """The mean of the members' probabilities of every token, kept as logarithms of sums.
+    """Mean of the members' probabilities of every token, kept as logarithms of sums.
 
-    While members come, it holds (N, T, V) in float32. Parked, it keeps the targets' probabilities
-    only, so which token is the most probable one is not known thereafter.
+    While members are added, the sums are (N, T, V) in float32 (float64 for a float64 model).
+    ``park`` keeps the targets' probabilities only, so the most probable token is unknown from then
+    on.
 
     Attributes:
-        members: How many have been taken in.
+        members: Number of members added so far.
     """
 
     def __init__(self) -> None:
@@ -239,7 +258,7 @@ class TokenMean:
 
     @torch.inference_mode()
     def add(self, predictions: torch.Tensor, targets: torch.Tensor) -> None:
-        """Take in a member's predictions."""
+        """Add the predictions of a member."""
         self.members += 1
         self._targets = targets
         if self._parked is not None:
@@ -256,7 +275,7 @@ class TokenMean:
 
     @torch.inference_mode()
     def park(self) -> None:
-        """Keep the targets' log-probabilities only, on the host."""
+        """Keep only the targets' log-probabilities, on the host."""
         if self._sum is not None:
             found = score_tokens(self._sum, self._targets)[:, : self._targets.shape[1]]
             self._parked = found.cpu() + math.log(self.members)
@@ -265,22 +284,27 @@ class TokenMean:
 
     @torch.inference_mode()
     def value(self) -> torch.Tensor:
-        """What is scored: (N, 2·T), float64; whether the argmax is right is NaN once parked."""
+        """Return the scores of the mean, (N, 2·T), float64; the second half is NaN once parked.
+
+        Raises:
+            EvaluationError: No member was added.
+        """
         if self._parked is not None:
             known = self._targets.cpu() >= 0
             found = torch.where(known, self._parked - math.log(self.members), 0.0)
             return torch.cat((found, torch.where(known, math.nan, 0.0).to(found)), 1)
         if self._sum is None:
             raise EvaluationError("an ensemble has no members")
-        return score_tokens(self._sum, self._targets)  # a softmax of the sum is the mean
+        # The softmax of the log-sums divides by the number of members.
+        return score_tokens(self._sum, self._targets)
 
 
 def score_tokens(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The targets' log-probabilities, and whether the most probable token is the target.
+    """Score logits: the targets' log-probabilities, and 1 where the argmax is the target.
 
     Args:
-        logits: (N, T, V), of any floating type.
-        targets: (N, T), integers; a negative one is not scored.
+        logits: (N, T, V), any floating-point dtype.
+        targets: (N, T), integers; negative targets are not scored.
 
     Returns:
         (N, 2·T), float64: first the log-probabilities, 0 where nothing is scored, then 1 or 0.
@@ -298,7 +322,8 @@ def score_tokens(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def _score(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """What is scored of predictions, computed once for all that ask: (N, 2·T), float64."""
+    """Return the scores of predictions, (N, 2·T), float64; computed once and cached."""
+    # Two dimensions: predictions that are scores already, such as those of ``TokenMean``.
     if predictions.dim() == 2:
         return predictions
     found = _scored.get(predictions)
@@ -308,7 +333,7 @@ def _score(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def _chunks(logits: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Logits as (rows, V), some rows at a time, in order."""
+    """Iterate over logits (N, T, V) in order, in chunks (rows, V)."""
     return iter(torch.split(logits.flatten(0, 1), max(1, _CHUNK // logits.shape[2])))
 
 
@@ -317,7 +342,7 @@ def _softmax_dtype(logits: torch.Tensor) -> torch.dtype:
 
 
 def _run(model: nn.Module, inputs: Any) -> Any:
-    """Call a model by keyword where it names ``input_ids``, else on the ids alone."""
+    """Call a model by keyword if ``forward`` has ``input_ids``, else on the ids alone."""
     if isinstance(inputs, torch.Tensor):
         return model(inputs)
     names = inspect.signature(model.forward).parameters
@@ -325,17 +350,18 @@ def _run(model: nn.Module, inputs: Any) -> Any:
         return model(inputs["input_ids"])
     keywords = {key: value for key, value in inputs.items() if key in names}
     if "use_cache" in names:
-        keywords.setdefault("use_cache", False)  # keys and values of all layers, for generation
+        # The cache of keys and values serves generation and takes memory here.
+        keywords.setdefault("use_cache", False)
     return model(**keywords)
 
 
 def _logits(outputs: Any, targets: torch.Tensor) -> torch.Tensor:
-    """Logits (N, T, vocabulary) among all that a model returns, such as recurrent states."""
+    """Pick the logits (N, T, V) from a model's outputs, which may hold recurrent states, too."""
     return take_output(outputs, lambda one: one.dim() == 3 and one.shape[:2] == targets.shape)
 
 
 def _embedded(model: nn.Module) -> int | None:
-    """How many tokens a transformers model embeds; None where it is not known."""
+    """Return the number of rows of a transformers model's token embedding; None if unknown."""
     find: Any = getattr(model, "get_input_embeddings", None)
     try:
         layer = find() if find else None
@@ -364,7 +390,13 @@ def _integers(value: Any, name: str) -> torch.Tensor:
 
 
 def _check_places(ids: torch.Tensor, labels: torch.Tensor, *, aligned: bool) -> None:
-    """Refuse labels that are the tokens, but at the places of the other kind of batch."""
+    """Refuse labels whose positions are those of the other form of batch.
+
+    Args:
+        ids: (N, T), the input tokens.
+        labels: (N, T).
+        aligned: True for a mapping, where labels stand at the positions of the same tokens.
+    """
     same = _repeat(ids, labels)
     following = _repeat(ids[:, 1:], labels[:, :-1])
     if aligned and following and not same:
@@ -380,9 +412,10 @@ def _check_places(ids: torch.Tensor, labels: torch.Tensor, *, aligned: bool) -> 
 
 
 def _repeat(ids: torch.Tensor, labels: torch.Tensor) -> bool:
-    """Whether labels are the ids wherever they are scored."""
+    """Return True if every scored label equals the id at the same position."""
     return bool(((ids == labels) | (labels < 0)).all())
 
 
 def _exp(value: float) -> float:
+    # math.exp raises an OverflowError from about 709.8 on.
     return math.exp(value) if value < 700 else math.inf

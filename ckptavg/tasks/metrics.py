@@ -9,14 +9,14 @@ import torch
 from ckptavg.errors import EvaluationError
 
 ECE_BINS = 15
-_FIVE = 5  # of top-5
+_FIVE = 5  # top-5
 
 
 class Totals:
-    """Sums in float64 that stay on the device of what is added until they are read.
+    """Running sums in float64 that stay on the device until they are read.
 
     Args:
-        shape: Of what is added.
+        shape: Shape of the summands.
     """
 
     def __init__(self, *shape: int) -> None:
@@ -24,11 +24,11 @@ class Totals:
         self._sum: torch.Tensor | None = None
 
     def add(self, more: torch.Tensor) -> None:
-        """Add a float64 tensor, without waiting for its device."""
+        """Add a float64 tensor, without waiting for the device."""
         self._sum = more if self._sum is None else self._sum.to(more.device) + more
 
     def read(self) -> torch.Tensor:
-        """The sums, on the CPU."""
+        """Return the sums on the CPU; zeros if nothing was added."""
         empty = torch.zeros(self._shape, dtype=torch.float64)
         return empty if self._sum is None else self._sum.cpu()
 
@@ -51,7 +51,7 @@ class ClassificationMetrics:
         self._bins = Totals(3, ECE_BINS)  # samples, correct, confidence
 
     def update(self, log_probabilities: torch.Tensor, labels: torch.Tensor) -> None:
-        """Take in a batch, without waiting for its device.
+        """Add a batch, without waiting for the device.
 
         Args:
             log_probabilities: (N, C), float64.
@@ -68,9 +68,9 @@ class ClassificationMetrics:
         self._bins.add(_binned(log_probabilities.amax(1).exp(), hit))
 
     def compute(self) -> dict[str, float]:
-        """``top1`` and ``top5`` in %, ``nll`` in nats, ``ece`` as a fraction, ``n`` samples.
+        """Compute ``top1``, ``top5`` in %, ``nll`` in nats, ``ece`` as a fraction, ``n`` samples.
 
-        Of up to 5 classes all are among the first five, and there is no ``top5``.
+        With up to 5 classes every class is among the first five, so there is no ``top5``.
 
         Raises:
             EvaluationError: There were no samples.
@@ -88,10 +88,11 @@ class ClassificationMetrics:
         }
 
     def reliability(self) -> list[dict[str, float | None]]:
-        """The bins of the calibration error, for a reliability diagram (Guo et al. 2017, fig. 1).
+        """Return the bins of the calibration error for a reliability diagram.
 
-        Each has the confidences from ``low`` to ``high`` and their number ``n``, the mean
-        ``confidence`` and the ``accuracy``, both fractions, and None in a bin without samples.
+        See Guo et al. 2017, fig. 1. A bin covers the confidences from ``low`` to ``high`` and holds
+        ``n`` samples. The mean ``confidence`` and the ``accuracy`` are fractions, None in a bin
+        without samples.
 
         Raises:
             EvaluationError: There were no samples.
@@ -109,12 +110,12 @@ class ClassificationMetrics:
         ]
 
     def state(self) -> dict[str, Any]:
-        """What has been taken in, as plain values for JSON."""
+        """Return the accumulated sums as plain values for JSON."""
         totals, bins = self._totals.read().tolist(), self._bins.read().tolist()
         return {"n": self.count, "classes": self._classes, "totals": totals, "bins": bins}
 
     def merge(self, state: dict[str, Any]) -> None:
-        """Take in what another process has."""
+        """Add the state of another process."""
         self.count += state["n"]
         self._classes = max(self._classes, state["classes"])
         self._totals.add(torch.tensor(state["totals"], dtype=torch.float64))
@@ -126,11 +127,11 @@ class ClassificationMetrics:
 
 
 def class_indices(labels: torch.Tensor, classes: int) -> torch.Tensor:
-    """Labels as classes (N,), without waiting for their device.
+    """Convert labels to class indices (N,), without waiting for the device.
 
     Args:
         labels: (N,) or (N, 1), or one-hot (N, classes).
-        classes: At least 2.
+        classes: Number of classes, at least 2.
     """
     if labels.dim() == 2 and labels.shape[1] == classes:
         return labels.to(torch.int64).argmax(1)
@@ -138,13 +139,20 @@ def class_indices(labels: torch.Tensor, classes: int) -> torch.Tensor:
 
 
 def _place(values: torch.Tensor, own: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """How many classes come before each sample's own: (N,)."""
+    """Count the classes that rank before each sample's own class: (N,)."""
+    # Of classes with equal values the lower index ranks first, as with argmax.
     first = torch.arange(values.shape[1], device=values.device) < labels
     return ((values > own) | ((values == own) & first)).sum(1)
 
 
 def _binned(confidence: torch.Tensor, correct: torch.Tensor) -> torch.Tensor:
-    """Samples, correct ones and sums of confidence by bin of confidence: (3, bins)."""
+    """Sum samples, correct samples and confidence per bin of confidence: (3, bins).
+
+    Args:
+        confidence: (N,), float64, probability of the predicted class.
+        correct: (N,), float64, 1 or 0.
+    """
+    # bucketize closes a bin at the upper end, as the definition of the error does.
     edges = torch.linspace(0, 1, ECE_BINS + 1, dtype=torch.float64, device=confidence.device)
     bins = torch.bucketize(confidence, edges[1:-1])
     found = torch.stack((torch.ones_like(correct), correct, confidence))

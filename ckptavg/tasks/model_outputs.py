@@ -1,4 +1,4 @@
-"""The tensor to score among all that a model returns."""
+"""Selection of the tensor to score from a model's outputs."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ _LISTED = 4  # outputs that an error lists
 def take_output(
     outputs: object, fits: Callable[[torch.Tensor], bool] | None = None
 ) -> torch.Tensor:
-    """Take the one tensor that can be meant among what a model returned.
+    """Take the tensor to score from the return value of a model.
 
-    That is a tensor by itself, what is called ``logits`` or ``out``, or the only tensor in a tuple,
-    list, mapping or dataclass. Tensors without axes, which a loss has, are none of samples and do
-    not count. Features beside logits, early exits and auxiliary heads look like each other, so of
-    several tensors none is taken.
+    This is a bare tensor, the entry ``logits`` or ``out``, or the only tensor in a tuple, list,
+    mapping or dataclass. Tensors without axes, such as a loss, do not count, since they have no
+    samples. Features beside logits, early exits and auxiliary heads cannot be distinguished by
+    shape, so several tensors are an error.
 
     Args:
-        outputs: What the model returned.
-        fits: Tells which of several tensors have a shape that can be scored at all.
+        outputs: Return value of the model.
+        fits: Returns True for a tensor of a shape that can be scored; decides among several tensors
+            if exactly one fits.
 
     Raises:
-        EvaluationError: There is none, or there are several.
+        EvaluationError: There is no tensor, or there are several.
     """
     if isinstance(outputs, torch.Tensor):
         return outputs
@@ -60,7 +61,7 @@ def take_output(
 
 
 def _named_output(outputs: object) -> object:
-    """Return what is called logits or out; None if nothing is."""
+    """Return the entry or attribute ``logits`` or ``out``; None if there is neither."""
     for name in _NAMES:
         held = outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
         if held is not None:
@@ -69,7 +70,7 @@ def _named_output(outputs: object) -> object:
 
 
 def _tensors_in(outputs: object, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """List the tensors in nested outputs, each with the way to it: ``[0]``, ``['pred'][1]``."""
+    """Yield the tensors in nested outputs with a path each: ``[0]``, ``['pred'][1]``."""
     if isinstance(outputs, torch.Tensor):
         yield path, outputs
         return

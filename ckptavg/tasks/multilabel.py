@@ -1,4 +1,4 @@
-"""Multi-label classification: any number of labels a sample."""
+"""Multi-label classification: any number of labels per sample."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from ckptavg.tasks.base import LogMean, Metric, Samples, Scores, in_float64
 from ckptavg.tasks.metrics import Totals
 from ckptavg.tasks.model_outputs import take_output
 
-_HELD = 2**24  # scores on the device (80 MiB with targets) before they are moved to the host
+# Scores on the device before they are moved to the host; 80 MiB with targets.
+_HELD = 2**24
 
 
 class MultiLabel(activations.TaskOnLogits):
-    """Outputs: logits (N, labels), targets (N, labels) of 0 and 1, of any type.
+    """Multi-label task: logits (N, labels), targets (N, labels) of 0 and 1, of any type.
 
-    The outputs of a model that ends in a sigmoid are taken as the probabilities that they are.
+    Outputs of a model that ends in a sigmoid are used as probabilities.
 
     Predictions are the logarithms of p and 1 − p (N, labels, 2), so that an ensemble averages
-    sigmoid probabilities and none is rounded to 0 or 1. Mean average precision has no part that is
-    a sample's; pairs compare the NLL.
+    sigmoid probabilities without rounding to 0 or 1. Mean average precision is not a mean over
+    samples, so paired comparisons use the NLL.
 
     Raises:
         EvaluationError: torchmetrics is not installed.
@@ -50,7 +51,7 @@ class MultiLabel(activations.TaskOnLogits):
         """Make sure that shapes are equal and that targets are 0 or 1.
 
         Raises:
-            EvaluationError: They are not.
+            EvaluationError: Shapes differ, or a target is neither 0 nor 1.
         """
         logits = take_output(outputs)
         if logits.dim() != 2 or logits.shape != targets.shape or not logits.shape[1]:
@@ -71,7 +72,7 @@ class MultiLabel(activations.TaskOnLogits):
             )
 
     def predict(self, outputs: Any, targets: Any) -> torch.Tensor:
-        """Logarithms of each label's probability and of its complement: (N, labels, 2), float64."""
+        """Return log p and log(1 − p) per label: (N, labels, 2), float64."""
         del targets
         given = take_output(outputs).detach()
         values = in_float64(given)
@@ -83,32 +84,33 @@ class MultiLabel(activations.TaskOnLogits):
         return torch.stack((present, absent), dim=-1)
 
     def mean(self) -> LogMean:
-        """The mean of sigmoid outputs."""
+        """Create the mean of sigmoid outputs."""
         return LogMean()
 
     def scores(self) -> Scores:
-        """Mean average precision, F1 and NLL."""
+        """Create the metrics: mean average precision, F1 and NLL."""
         self.begin_pass()
         return MultiLabelMetrics()
 
     def are_probabilities(
         self, outputs: torch.Tensor, activation: activations.Activation | None
     ) -> bool:
-        """Tell by a pass's first outputs whether the model gives probabilities, and say so."""
+        """Tell whether the first outputs of a pass are probabilities, with a note if so."""
         found = activation == "sigmoid" and activations.lie_between_0_and_1(outputs)
         if found:
             self.note(activations.GIVES_PROBABILITIES.format("sigmoid"))
         return found
 
     def samples(self, predictions: torch.Tensor, targets: Any) -> Samples:
-        """Each sample's NLL, mean over labels."""
+        """Return the NLL per sample, mean over labels."""
         return Samples(_nll(predictions, targets).mean(1), metric="nll")
 
 
 class MultiLabelMetrics:
-    """Mean average precision and F1 by torchmetrics, and the NLL.
+    """Mean average precision and F1 from torchmetrics, and the NLL.
 
-    Average precision depends on the order of all samples, so every score is kept: 5 bytes a label.
+    Average precision depends on the order of all samples, so all scores are kept: 5 bytes per label
+    and sample.
     """
 
     def __init__(self) -> None:
@@ -119,7 +121,7 @@ class MultiLabelMetrics:
         self._held = 0
 
     def update(self, predictions: torch.Tensor, targets: Any) -> None:
-        """Take in a batch; waits for its device only once in many millions of scores.
+        """Add a batch; waits for the device only once in many millions of scores.
 
         Args:
             predictions: (N, labels, 2), float64, logarithms of p and 1 − p.
@@ -127,7 +129,8 @@ class MultiLabelMetrics:
         """
         self.count += len(predictions)
         self._nll.add(_nll(predictions, targets).sum())
-        # Rounded to float32, equal outputs have equal scores, whatever the logarithms' last bits.
+        # Rounding to float32 removes differences in the last bits of the logarithms, so that equal
+        # outputs have equal scores.
         self._scores.append((predictions[..., 0] - predictions[..., 1]).float())
         self._targets.append(targets.to(predictions.device, torch.uint8))
         self._held += targets.numel()
@@ -135,10 +138,11 @@ class MultiLabelMetrics:
             self._leave_device()
 
     def compute(self) -> dict[str, float]:
-        """``map`` and ``f1_micro``, ``f1_macro`` in %, ``nll`` in nats a label, ``n`` samples.
+        """Compute the metrics, and ``n``, the number of samples.
 
-        The F1 scores are of labels with p above 1/2. A label that no sample has is left out of the
-        mean average precision, where it has no value, and has an F1 of 0.
+        ``map``, ``f1_micro`` and ``f1_macro`` are in %, ``nll`` in nats per label. The F1 scores
+        count labels with p above 1/2 as predicted. A label without samples has no average precision
+        and is left out of the mean; its F1 is 0.
 
         Raises:
             EvaluationError: There were no samples.
@@ -162,7 +166,7 @@ class MultiLabelMetrics:
         return {"map": 100 * _mean_average_precision(scores, targets), **f1, "nll": nll, "n": count}
 
     def state(self) -> dict[str, Any]:
-        """What has been taken in, as plain values for JSON; scores as text."""
+        """Return the accumulated values as plain values for JSON; scores as base85 text."""
         self._leave_device()
         labels = self._scores[0].shape[1] if self._scores else 0
         return {
@@ -174,7 +178,7 @@ class MultiLabelMetrics:
         }
 
     def merge(self, state: dict[str, Any]) -> None:
-        """Take in what another process has."""
+        """Add the state of another process."""
         if not state["n"]:
             return
         self.count += state["n"]
@@ -189,21 +193,21 @@ class MultiLabelMetrics:
 
 
 def _nll(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Binary cross-entropy (N, labels) of the logarithms of p and 1 − p."""
+    """Compute the binary cross-entropy (N, labels) from the logarithms of p and 1 − p."""
     present = targets.to(predictions.device) == 1
     return -torch.where(present, predictions[..., 0], predictions[..., 1])
 
 
 def _mean_average_precision(scores: torch.Tensor, targets: torch.Tensor) -> float:
-    """Mean over the labels that some sample has, as a fraction; 0 if there are none."""
+    """Compute the mean over labels with at least one sample, as a fraction; 0 without any."""
     from torchmetrics.functional import classification as by  # noqa: PLC0415 - takes seconds
 
     present = targets.any(0)
     labels = int(present.sum())
     if not labels:
         return 0.0
-    # torchmetrics takes scores outside 0 to 1 for logits, and their sigmoid would make the high
-    # ones equal. The order is all that counts, and x / (1 + |x|) keeps it.
+    # torchmetrics treats scores outside 0 to 1 as logits, and a sigmoid would make high scores
+    # equal. Only the order counts, and x / (1 + |x|) keeps the order.
     odds = scores[:, present].double()
     ranks = (1 + odds / (1 + odds.abs())) / 2
     return float(

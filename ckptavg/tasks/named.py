@@ -1,4 +1,4 @@
-"""Tasks by their names."""
+"""Registry of the built-in tasks by name."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ NAMED = {
 
 
 def as_task(task: object) -> Task:
-    """A task that a caller of the library passes; that for images where None.
+    """Return the task for a caller's argument; image classification where None.
 
     Args:
-        task: The task, or the name of one: image-classification, causal-lm, ...
+        task: A task, or a task's name: image-classification, causal-lm, ...
 
     Raises:
-        UsageError: It is neither.
+        UsageError: The argument is neither a task nor a known name.
     """
     if isinstance(task, Task):
         return task
@@ -38,6 +38,7 @@ def as_task(task: object) -> Task:
 
 def make_named(name: str) -> Task:
     """Make the task of a name in ``NAMED``."""
+    # Imported on demand: a run needs only one task's module.
     module, kind = NAMED[name]
     made: Task = getattr(importlib.import_module(f"ckptavg.tasks.{module}"), kind)()
     return made

@@ -1,4 +1,4 @@
-"""Regression: one or several numbers a sample."""
+"""Regression: one or several numbers per sample."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from ckptavg.errors import EvaluationError
 from ckptavg.tasks.base import Metric, Samples, Scores, Task, in_float64
 from ckptavg.tasks.model_outputs import take_output
 
-_CONSTANT = 1e-14  # a relative spread that rounding alone can leave
+# Relative spread of constant targets that rounding alone can cause.
+_CONSTANT = 1e-14
 
 
 class Regression(Task):
-    """Outputs (N,), (N, 1) or (N, D), targets of as many values a sample, integers or floats.
+    """Regression task: outputs (N,), (N, 1) or (N, D), targets with as many values per sample.
 
-    An ensemble averages outputs. Pairs compare the mean squared error, whose square root the first
-    metric is.
+    Targets are integers or floats. An ensemble averages outputs. Paired comparisons use the mean
+    squared error; the first metric is the root of the mean squared error.
     """
 
     metrics: ClassVar = (
@@ -32,7 +33,7 @@ class Regression(Task):
         """Make sure that shapes fit and that targets are finite.
 
         Raises:
-            EvaluationError: They do not, or are not.
+            EvaluationError: Shapes do not fit, or a target is not finite.
         """
         found = take_output(outputs)
         if not _fit(found.shape, targets.shape):
@@ -45,16 +46,16 @@ class Regression(Task):
             raise EvaluationError("the data has targets that are not finite", "Check --data.")
 
     def predict(self, outputs: Any, targets: Any) -> torch.Tensor:
-        """Outputs: (N, D), float64."""
+        """Return the outputs as (N, D), float64."""
         del targets
         return _rows(in_float64(take_output(outputs)))
 
     def scores(self) -> Scores:
-        """RMSE, MAE, R² and MSE."""
+        """Create the metrics: RMSE, MAE, R² and MSE."""
         return RegressionMetrics()
 
     def samples(self, predictions: torch.Tensor, targets: Any) -> Samples:
-        """Each sample's mean squared error."""
+        """Return the squared error per sample, mean over the D outputs."""
         errors = predictions - _rows(in_float64(targets))
         return Samples(errors.square().mean(1), metric="mse")
 
@@ -62,28 +63,29 @@ class Regression(Task):
 class RegressionMetrics:
     """Errors over all values, and the coefficient of determination R², mean over the D outputs.
 
-    The sums are this package's own: in torchmetrics 1.9, those of squared and absolute errors stay
-    float32, and R² subtracts two sums that are all but equal where targets are far from 0 and takes
-    targets of a small unit for constant.
+    The sums are this package's own. In torchmetrics 1.9 the sums of squared and absolute errors
+    stay float32. Its R² subtracts two nearly equal sums if targets are far from 0, and treats
+    targets of a small unit as constant.
     """
 
     def __init__(self) -> None:
         self.count = 0
-        self._found: torch.Tensor | None = None  # as in _of_batch
+        # (4, D), the rows as in ``_of_batch``.
+        self._found: torch.Tensor | None = None
 
     def update(self, predictions: torch.Tensor, targets: Any) -> None:
-        """Take in a batch, without waiting for its device.
+        """Add a batch, without waiting for the device.
 
         Args:
             predictions: (N, D), float64.
-            targets: As many values a sample, of any type.
+            targets: As many values per sample, any dtype.
         """
         if len(predictions):
             more = _of_batch(predictions, _rows(in_float64(targets)))
             self._take(len(predictions), more)
 
     def compute(self) -> dict[str, float]:
-        """``rmse``, ``mae``, ``mse`` over all values, ``r2`` and ``n`` samples.
+        """Compute ``rmse``, ``mae``, ``mse`` over all values, ``r2`` and ``n`` samples.
 
         R² of targets that do not vary is 1 where all errors are 0, and otherwise 0, as in
         scikit-learn.
@@ -106,16 +108,24 @@ class RegressionMetrics:
         }
 
     def state(self) -> dict[str, Any]:
-        """What has been taken in, as plain values for JSON."""
+        """Return the accumulated sums as plain values for JSON."""
         return {"n": self.count, "found": [] if self._found is None else self._found.tolist()}
 
     def merge(self, state: dict[str, Any]) -> None:
-        """Take in what another process has."""
+        """Add the state of another process."""
         if state["n"]:
             self._take(state["n"], torch.tensor(state["found"], dtype=torch.float64))
 
     def _take(self, count: int, more: torch.Tensor) -> None:
-        """Add errors, and join means and spreads (Chan et al. 1983, eq. 2.1)."""
+        """Add errors, and join means and spreads (Chan et al. 1983, eq. 2.1).
+
+        Args:
+            count: Samples in ``more``.
+            more: (4, D), as from ``_of_batch``.
+
+        Raises:
+            EvaluationError: The number of outputs D has changed.
+        """
         if self._found is None:
             self.count, self._found = count, more
             return
@@ -139,7 +149,11 @@ class RegressionMetrics:
 
 
 def _of_batch(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """By output: sums of squared and absolute errors, targets' mean and squares about it (4, D)."""
+    """Sum a batch per output: (4, D).
+
+    The rows are the squared errors, the absolute errors, the mean of the targets and the squared
+    deviations of the targets from the mean.
+    """
     errors = predictions - targets
     mean = targets.mean(0)
     spread = (targets - mean).square().sum(0)
@@ -147,7 +161,7 @@ def _of_batch(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def _fit(outputs: torch.Size, targets: torch.Size) -> bool:
-    """Whether values correspond: equal shapes but for axes of length one, or one of them flat."""
+    """Return True if shapes are equal except for axes of length 1, or if one shape is flat."""
     if not outputs or not targets or outputs[0] != targets[0]:
         return False
     one, other = ([n for n in shape[1:] if n != 1] for shape in (outputs, targets))
@@ -156,5 +170,5 @@ def _fit(outputs: torch.Size, targets: torch.Size) -> bool:
 
 
 def _rows(values: torch.Tensor) -> torch.Tensor:
-    """Values as (N, D)."""
+    """Reshape values to (N, D)."""
     return values.flatten(1) if values.dim() > 1 else values[:, None]
