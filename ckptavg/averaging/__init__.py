@@ -1,1 +1,1 @@
-"""Coefficients × one streaming pass."""
+"""Averages of checkpoints: coefficients, plans, and one streaming pass over the inputs."""

@@ -1,4 +1,4 @@
-"""Weights in memory that tell how they were made."""
+"""State dicts in memory that carry a provenance."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ckptavg.formats.parts import parse_provenance
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """Weights in memory.
+    """Weights in memory, with a provenance where one is known.
 
     Attributes:
-        tensors: Under bare names.
-        made: The account of how they were made, if they carry one.
+        tensors: The tensors, under bare names.
+        made: The provenance; None where the weights carry none.
     """
 
     tensors: Mapping[str, torch.Tensor]
@@ -28,33 +28,34 @@ class Weights:
 
     @property
     def provenance(self) -> Mapping[str, Any] | None:
-        """The account, as a checkpoint has it."""
+        """The provenance, under the name that a checkpoint has for it."""
         return self.made
 
     @property
     def is_average(self) -> bool:
-        """True if the account says so."""
+        """True if the weights carry a provenance: then ckptavg made the weights."""
         return self.made is not None
 
 
 def with_account(
     state_dict: Mapping[str, torch.Tensor], made: Mapping[str, Any]
 ) -> dict[str, torch.Tensor]:
-    """Copy a state dict, the tensors shared, and attach an account of how it was made.
+    """Copy a state dict without copying the tensors, and attach a provenance.
 
-    The account is text, as outputs have it. ``torch.save`` keeps the attribute, ``torch.load``
-    restores it by its safe default, ``open_checkpoint`` reads it, and all else that takes a state
-    dict passes over it.
+    The provenance is JSON text in an attribute of the copy, as in outputs. ``torch.save`` keeps
+    the attribute, ``torch.load`` restores it also under ``weights_only``, the default, and
+    ``open_checkpoint`` reads it. Other code that takes a state dict ignores the attribute.
 
     Args:
         state_dict: The weights.
         made: Provenance, as plain values.
     """
+    # A plain dict takes no attributes. An OrderedDict does, and is what ``state_dict()`` returns.
     told: OrderedDict[str, torch.Tensor] = OrderedDict(state_dict)
     vars(told)[PROVENANCE] = json.dumps(dict(made))
     return told
 
 
 def account_of(state_dict: Mapping[str, torch.Tensor]) -> Mapping[str, Any] | None:
-    """Return the account that a state dict carries of how it was made, if it has one."""
+    """Return the provenance that is attached to a state dict; None where there is none."""
     return parse_provenance(getattr(state_dict, PROVENANCE, None))

@@ -1,8 +1,8 @@
-"""What is computed for one block of a tensor: sums in float64, one rounding, copies.
+"""Arithmetic for one block of a tensor: sums in float64, one rounding, copies.
 
-Every value is widened to float64, multiplied by its coefficient and added up in the run's order;
-each product and each sum is rounded on its own. One division by the sum of the coefficients and one
-conversion to the output's type follow.
+Every value is converted to float64, multiplied by the checkpoint's coefficient, and added up in the
+run's order. Each product and each sum is rounded separately. Then follow one division by the sum of
+the coefficients and one conversion to the output's type.
 """
 
 from __future__ import annotations
@@ -21,20 +21,24 @@ from ckptavg.errors import NonFiniteError
 from ckptavg.formats.checkpoint import DType, Tensor
 from ckptavg.formats.reader import Reader
 
+# Cached float64 views per thread. Blocks of ever new sizes would collect views without end.
 _MOST_VIEWS = 256
 
 Watcher = Callable[[Tensor, int, memoryview], None]
-"""Called as ``watcher(source, start, data)`` with the bytes of every block that is read, from the
-element ``start`` on. One thread takes the blocks of a task in order."""
+"""Function that receives the bytes of blocks as ``watcher(source, start, data)``.
+
+``start`` is the index of the block's first element in the tensor ``source``. Threads call the
+function at the same time. The blocks of one task come from one thread, in order."""
 
 
 @dataclass
 class StreamResult:
-    """What the stream noticed about one output.
+    """Names of an output's tensors that the user should know about after the stream.
 
     Attributes:
-        differing: Tensors that are copied and not the same in every checkpoint.
-        nonfinite: Tensors whose average is not finite where the inputs do not agree on that.
+        differing: Tensors that are copied although they differ between checkpoints.
+        nonfinite: Tensors whose average is not finite at elements where the inputs do not all have
+            the same value.
     """
 
     differing: set[str] = field(default_factory=set)
@@ -42,12 +46,12 @@ class StreamResult:
 
 
 class Worker:
-    """One thread's reader and buffers.
+    """Reader and buffers of a single thread, which computes blocks.
 
     Args:
         jobs: The stream's outputs.
-        results: What is noticed about each of them.
-        watcher: Shown the sources that groups have watched.
+        results: Result of each output, to which the worker adds names.
+        watcher: Receives the blocks of the sources that a group lists as ``watched``.
     """
 
     def __init__(
@@ -66,37 +70,51 @@ class Worker:
         self._reader.close()
 
     def fetch(self, blocks: Iterable[tuple[Group, int, int]]) -> None:
-        """Ask for some blocks of remote files at once."""
+        """Request several blocks of remote files at once."""
         self._reader.fetch(
             (source, start, count) for group, start, count in blocks for source in group.sources
         )
 
     def advise(self, blocks: Sequence[tuple[Group, int, int]]) -> None:
-        """Tell the system which blocks of local files are going to be read soon."""
+        """Advise the operating system of blocks of local files that will be read soon."""
         for _, parts in itertools.groupby(blocks, key=lambda block: id(block[0])):
             run = list(parts)
             (group, first, _), (_, last, count) = run[0], run[-1]
             for source in group.sources:
+                # A block of any other tensor is not one range of a file, as the advice needs.
                 if source.contiguous:
                     self._reader.advise(source, first, last + count - first)
 
     def block(self, group: Group, start: int, count: int) -> None:
-        """Compute one block of every tensor of a group and hand it to its output."""
+        """Compute one block of every tensor of a group, and write the block to the tensor's sink.
+
+        Args:
+            group: The tensors.
+            start: Index of the block's first element in each tensor.
+            count: Number of elements in the block.
+
+        Raises:
+            NonFiniteError: An average is not finite, and the job does not keep such averages.
+            CheckpointError: A file cannot be read.
+        """
         compute = self._average if group.averaged else self._copy
         for member, raw in compute(group, start, count):
             offset = start * member.plan.dtype.size
             self._jobs[member.job].sink.write(member.plan.name, offset, raw)
 
     def take_gram(self) -> torch.Tensor | None:
-        """Products since the last call, of the first source and of the others minus the first.
+        """Return the Gram matrix of the blocks since the last call, and start a new matrix.
+
+        The rows are the first source, and each further source minus the first.
 
         Returns:
-            float64, (sources, sources); None where none were asked for.
+            float64, (sources, sources); None where no products were requested.
         """
         gram, self._gram = self._gram, None
         return gram
 
     def _average(self, group: Group, start: int, count: int) -> Iterator[tuple[Member, memoryview]]:
+        # A complex number is averaged as two floats.
         floats = count * (2 if group.sources[0].dtype.kind == "complex" else 1)
         rows = self._empty_rows(len(group.products), floats)
         for place, source in enumerate(group.sources):
@@ -107,6 +125,7 @@ class Worker:
             self._multiply(rows)
         for number, member in enumerate(group.members):
             total = self._buffers.doubles(number, floats)
+            # Division by 1 changes no bits, and would be one more pass over the block.
             if member.divisor != 1.0:
                 total.div_(member.divisor)
             raw = self._buffers.raw("out", count * member.plan.dtype.size)
@@ -119,15 +138,24 @@ class Worker:
     def _add(
         self, shares: Sequence[Share], values: torch.Tensor, rows: Sequence[torch.Tensor]
     ) -> None:
-        """Add a block of one source to every sum that it goes into, and keep it in its rows."""
+        """Add a block of one source to the sums of the averages that the source contributes to.
+
+        Args:
+            shares: The source's part in each average.
+            values: The block.
+            rows: float64, (floats,) each: rows of the matrix for products, which get the block's
+                values.
+        """
         floats = values.numel()
+        # The first source of a single average is converted straight into the sum, without a copy.
         alone = len(shares) == 1 and shares[0].first and not rows
         name = shares[0].member if alone else "wide"
         wide = rows[0] if rows else self._buffers.doubles(name, floats)
         self._widen(values, wide)
         for row in rows[1:]:
             row.copy_(wide)
-        last = len(shares) == 1 and not rows  # to need the values
+        # Nothing else needs the values then, so that the product may overwrite them.
+        last = len(shares) == 1 and not rows
         for member, coefficient, first in shares:
             product = wide
             if coefficient != 1.0:
@@ -140,23 +168,40 @@ class Worker:
                 total.copy_(product)
 
     def _widen(self, values: torch.Tensor, wide: torch.Tensor) -> None:
-        """Convert to float64; by way of float32 where torch has no fast conversion of its own."""
+        """Convert values to float64.
+
+        float16 is converted by way of float32, since torch has no fast direct conversion. No value
+        changes by that: float32 holds every float16.
+        """
         if values.dtype == torch.float16:
             middle = self._buffers.singles(values.numel())
             values = middle.copy_(values)
         wide.copy_(values)
 
     def _empty_rows(self, count: int, floats: int) -> torch.Tensor:
-        """Room for the sources that are multiplied.
+        """Return memory for the sources that are multiplied with each other.
 
-        Torch's memory is aligned the same way in every process; a product's bits may depend on it.
+        The memory is torch's own, which has the same alignment in every process. The bits of a
+        matrix product may depend on the alignment.
+
+        Args:
+            count: Number of rows.
+            floats: Length of a row.
+
+        Returns:
+            float64, (count, floats), not initialized.
         """
         if self._rows.numel() < count * floats:
             self._rows = torch.empty(count * floats, dtype=torch.float64)
         return self._rows[: count * floats].view(count, floats)
 
     def _multiply(self, rows: torch.Tensor) -> None:
-        """Add up the products of the first source and the others' differences from it."""
+        """Add a block's products to the Gram matrix.
+
+        Args:
+            rows: float64, (sources, floats): the values of each source. Each row but the first is
+                overwritten by its difference from the first.
+        """
         if not _is_finite(rows[0]):
             _drop_masks(rows)
         rows[1:].sub_(rows[0])
@@ -164,7 +209,7 @@ class Worker:
         self._gram = product if self._gram is None else self._gram.add_(product)
 
     def _copy(self, group: Group, start: int, count: int) -> Iterator[tuple[Member, memoryview]]:
-        """The bytes of each output's last source; notes whether those before it differ."""
+        """Yield the bytes of each member's last source, and note members whose sources differ."""
         for place, source in enumerate(group.sources):
             raw = self._read(group, place, start, count)
             for number, _, first in group.shares[place]:
@@ -174,19 +219,42 @@ class Worker:
                 if place == member.places[-1]:
                     yield member, raw
                 else:
+                    # Kept for the comparison with the member's next source.
                     self._buffers.raw(number, count * source.dtype.size)[:] = raw
 
     def _differs(self, group: Group, number: int, place: int, raw: memoryview) -> bool:
-        """Whether what is copied differs from what comes before it in an output's order."""
+        """Return True if a block differs from the same block of the member's previous source.
+
+        Args:
+            group: The tensors that are read.
+            number: Position of the member in the group.
+            place: Position of the source in the group.
+            raw: Bytes of the source's block.
+        """
         places = group.members[number].places
         before, dtype = (group.sources[p].dtype for p in (places[places.index(place) - 1], place))
         count = len(raw) // dtype.size
         kept = _view(self._buffers.raw(number, count * before.size), before)
+        # The types may have different widths, so that bytes cannot be compared.
         wide = torch.int64 if dtype.kind == "int" else torch.float64
         return not torch.equal(_view(raw, dtype).to(wide), kept.to(wide))
 
     def _handle_nonfinite(self, member: Member, start: int, count: int, out: torch.Tensor) -> None:
-        """Accept what is not finite and the same everywhere; say where the rest is from."""
+        """Handle a block of an average that is not finite everywhere.
+
+        An element that has the same infinite or NaN value in every source keeps that value, as in
+        attention masks. Other elements that are not finite are refused, or noted where the job
+        keeps such averages.
+
+        Args:
+            member: The tensor.
+            start: Index of the block's first element.
+            count: Number of elements in the block.
+            out: The averaged block, which is changed in place.
+
+        Raises:
+            NonFiniteError: Other elements are not finite, and the job does not keep such averages.
+        """
         suspect = ~torch.isfinite(out)
         agreed = suspect.clone()
         first: torch.Tensor | None = None
@@ -220,13 +288,13 @@ class Worker:
         )
 
     def _values(self, source: Tensor, start: int, count: int) -> torch.Tensor:
-        """A block of a source once more; not to be kept."""
+        """Read a block of a source again. The next read overwrites the values."""
         raw = self._buffers.raw("in", count * source.dtype.size)
         self._reader.read(source, start, count, raw)
         return _view(raw, source.dtype)
 
     def _read(self, group: Group, place: int, start: int, count: int) -> memoryview:
-        """The bytes of a block of a group's source, valid until the next one."""
+        """Read a block of a group's source. The next read overwrites the bytes."""
         source = group.sources[place]
         raw = self._buffers.raw("in", count * source.dtype.size)
         self._reader.read(source, start, count, raw)
@@ -236,22 +304,23 @@ class Worker:
 
 
 class _Buffers:
-    """Memory that is used again and again; what a name stood for is gone when it is asked again."""
+    """Reusable memory by name. A request under a name may overwrite the memory of that name."""
 
     def __init__(self) -> None:
         self._memory: dict[object, bytearray] = {}
         self._doubles: dict[tuple[object, int], torch.Tensor] = {}
 
     def raw(self, name: object, size: int) -> memoryview:
-        """As many bytes."""
+        """Return a number of bytes."""
         memory = self._memory.get(name)
         if memory is None or len(memory) < size:
             memory = self._memory[name] = bytearray(size)
-            self._doubles.clear()  # which may be views of what was there before
+            # Cached views may be of the memory that was replaced.
+            self._doubles.clear()
         return memoryview(memory)[:size]
 
     def doubles(self, name: object, count: int) -> torch.Tensor:
-        """As many float64."""
+        """Return a number of float64 elements. Their views are cached, as making them is slow."""
         found = self._doubles.get((name, count))
         if found is None:
             raw = self.raw(("float64", name), count * 8)
@@ -262,7 +331,7 @@ class _Buffers:
         return found
 
     def singles(self, count: int) -> torch.Tensor:
-        """As many float32."""
+        """Return a number of float32 elements."""
         return torch.frombuffer(self.raw("float32", count * 4), dtype=torch.float32)
 
 
@@ -271,17 +340,24 @@ _REAL = {"complex128": "float64", "complex64": "float32", "complex32": "float16"
 
 
 def _view(raw: memoryview, dtype: DType) -> torch.Tensor:
-    """Bytes as values, a complex number as two."""
+    """View bytes as a tensor, a complex number as two floats."""
     return torch.frombuffer(raw, dtype=getattr(torch, _REAL.get(dtype.name, dtype.name)))
 
 
 def _drop_masks(rows: torch.Tensor) -> None:
-    """Put zeros where what is not finite is the same in every row."""
+    """Replace elements by 0 that have the same infinite or NaN value in every row.
+
+    Attention masks have such elements, which would make all products NaN.
+
+    Args:
+        rows: float64, (sources, floats), changed in place.
+    """
     first = rows[0]
     same = ((rows == first) | (rows.isnan() & first.isnan())).all(0)
     rows[:, same & ~first.isfinite()] = 0
 
 
 def _is_finite(values: torch.Tensor) -> bool:
-    low, high = torch.aminmax(values)  # NaN shows in both
+    # One pass and no boolean copy. A NaN makes both results NaN.
+    low, high = torch.aminmax(values)
     return math.isfinite(low) and math.isfinite(high)

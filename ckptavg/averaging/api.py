@@ -1,4 +1,4 @@
-"""Averages of a run: planned, streamed, and written with an account of how they were made."""
+"""Averages of a run: planned, streamed, and written with a provenance."""
 
 from __future__ import annotations
 
@@ -79,26 +79,26 @@ def average(
 ) -> StateDict | Path:
     """Average the checkpoints of a run.
 
-    Floats are averaged in float64 and rounded once to the output type; integers and bools come from
-    the last checkpoint. Memory stays flat in the number of checkpoints and, with ``out``, in their
-    size. BatchNorm statistics are averaged too and thereby stale, which a warning says: see
-    ``update_bn``.
+    Floats are averaged in float64 and rounded once to the output type. Integers and bools come from
+    the last checkpoint. Memory does not grow with the number of checkpoints and, with ``out``, not
+    with their size. BatchNorm statistics are averaged too, which makes them stale. A warning says
+    so: see ``update_bn``.
 
     Args:
-        run: What ``open_run`` returned, or a selection of it; or the path of a run.
+        run: The result of ``open_run``, or a selection of it; or the path of a run.
         scheme: ``NAME[:key=value,...]``, see ``ckptavg.averaging.schemes.parse``.
-        weights: One a checkpoint instead of a scheme; normalized.
-        out: ``.safetensors``, a ``torch.save`` suffix, or a directory (Hugging Face). None returns
-            the state dict instead.
+        weights: One number per checkpoint instead of a scheme. The numbers are normalized.
+        out: Path of the output: with the suffix ``.safetensors``, with a suffix of ``torch.save``,
+            or a directory (Hugging Face). None returns the state dict instead.
         include: Shell patterns of tensor names to average; all where empty.
-        exclude: Shell patterns of those not to.
-        base: The checkpoint that the rest comes from; the last one where None.
-        dtype: Of the output's floats: ``keep``, ``float32``, ``bfloat16``, ``float16`` or
+        exclude: Shell patterns of tensor names not to average.
+        base: The checkpoint that all other tensors come from; the last one where None.
+        dtype: Type of the output's floats: ``keep``, ``float32``, ``bfloat16``, ``float16`` or
             ``float64``.
         overwrite: Replace an existing output.
         on_nonfinite: ``error``, or ``keep`` to write an average that is not finite.
-        digests: Record digests of the inputs and the output in it, see
-            ``ckptavg.outputs.digests``; all of the inputs' weights are read then.
+        digests: Record digests of the inputs and of the output in the output, see
+            ``ckptavg.outputs.digests``. All weights of the inputs are read then.
         progress: True for a bar, a bar of tqdm, or a function of (phase, done, total) in bytes
             read; see ``ckptavg.display.progress``.
 
@@ -112,7 +112,7 @@ def average(
         MismatchError: The checkpoints do not hold the same tensors.
         NonFiniteError: An average is not finite.
         OutputError: The output may not or could not be written.
-        CkptavgError: Anything else that is wrong; nothing is written then.
+        CkptavgError: Another error. Nothing is written then.
     """
     planned = plan_average(
         run, scheme, weights=weights, include=include, exclude=exclude, base=base, dtype=dtype
@@ -143,7 +143,24 @@ def write(
     progress: Progress | None = None,
     stale: bool = True,
 ) -> Path:
-    """Compute an average straight into its output; arguments as for ``write_many``."""
+    """Compute an average and write the output, block by block.
+
+    Args:
+        planned: The average.
+        out: Path of the output.
+        overwrite: Replace an existing output.
+        keep_nonfinite: Write an average that is not finite as it is.
+        digests: Record digests in the output.
+        progress: Called with the bytes read and the total of bytes to read.
+        stale: Log a note if statistics are stale; False if the caller says so itself.
+
+    Returns:
+        The path of the output.
+
+    Raises:
+        OutputError: The output may not or could not be written.
+        CkptavgError: As for ``average``.
+    """
     targets = prepare_many([(planned, out)], overwrite=overwrite, digests=digests)
     settings: dict[str, Any] = {"keep_nonfinite": keep_nonfinite, "digests": digests}
     write_many([planned], targets, **settings, progress=progress, stale=stale)
@@ -152,11 +169,11 @@ def write(
 
 @dataclass(frozen=True)
 class Written:
-    """Outputs that are written.
+    """Result of writing outputs.
 
     Attributes:
-        made: The provenance of each.
-        gram: The products that were asked for: float64, (sources, sources).
+        made: The provenance of each output.
+        gram: The requested products: float64, (sources, sources); None where none were requested.
     """
 
     made: Sequence[Mapping[str, Any]]
@@ -175,28 +192,33 @@ def write_many(
     stale: bool = True,
     processes: Processes | None = None,
 ) -> Written:
-    """Compute several averages straight into their outputs, from one read of the inputs.
+    """Compute several averages from one read of the inputs, and write the outputs block by block.
 
     Args:
-        averages: What to compute.
-        targets: Where each goes, as ``prepare_many`` has made sure, with as much about digests.
-        order: The run that all of them are selections of.
+        averages: The averages to compute.
+        targets: The output of each average, from ``prepare_many`` with the same ``digests``.
+        order: The checkpoints of the run that all averages are selections of, in order.
         keep_nonfinite: Write averages that are not finite as they are.
         digests: Record digests in the outputs.
-        gram: Tensors whose sources are multiplied with each other as they go by.
-        progress: Called with the bytes read and their total.
-        stale: Note statistics that are stale; False if the caller says so itself.
-        processes: Those that make the outputs together; each of them calls this alike.
+        gram: Tensors whose sources are multiplied with each other during the read.
+        progress: Called with the bytes read and the total of bytes to read.
+        stale: Log a note if statistics are stale; False if the caller says so itself.
+        processes: The processes that make the outputs together. Each of them calls this function
+            with the same arguments.
+
+    Returns:
+        The provenance of each output, and the products.
 
     Raises:
         OutputError: An output may not or could not be written.
-        ProcessesError: Another process has failed, or is about to do something else.
+        ProcessesError: Another process has failed, or has other arguments.
     """
     settings: dict[str, Any] = {
         "keep_nonfinite": keep_nonfinite, "progress": progress, "stale": stale,
     }  # fmt: skip
     split = None
     if processes is not None:
+        # A leaf is hashed by a single process, so that it must not be split.
         grain = LEAF if digests else 1
         split = Split(processes, targets, [planned.plan for planned in averages], grain)
     with outputs.opened(targets) if split is None else split.opened() as files:
@@ -214,7 +236,11 @@ def _compute_hashed(
     split: Split | None,
     settings: Mapping[str, Any],
 ) -> Written:
-    """As ``_compute``, with the digests of all that goes by put into the outputs."""
+    """Compute averages as ``_compute`` does, and store digests of inputs and outputs.
+
+    The outputs are opened with placeholders for the digests. Each provenance is rewritten in place
+    once the digests are known.
+    """
     inputs = InputDigests(c for planned in averages for c in planned.plan.inputs)
     sinks = [OutputDigest(f, t.tensors) for f, t in zip(files, targets, strict=True)]
     products = _compute(averages, sinks, extras, inputs=inputs, split=split, **settings)
@@ -223,6 +249,7 @@ def _compute_hashed(
     told: list[Mapping[str, Any]] = []
     for planned, target, file, sink in zip(averages, targets, files, sinks, strict=True):
         made = recorded(target.made, planned.plan.inputs, inputs.of, sink.digest)
+        # The other processes write tensors only.
         if split is None or split.processes.rank == 0:
             outputs.rewrite_provenance(target, file, made)
         told.append(made)
@@ -237,7 +264,22 @@ def in_memory(
     progress: Progress | None = None,
     stale: bool = True,
 ) -> StateDict:
-    """Compute an average as a state dict; ``stale=False`` if its statistics will be recomputed."""
+    """Compute an average as a state dict.
+
+    Args:
+        planned: The average.
+        keep_nonfinite: Return an average that is not finite as it is.
+        inputs: Hashes the inputs as they are read.
+        progress: Called with the bytes read and the total of bytes to read.
+        stale: Log a note if statistics are stale; False if the caller says so itself or will
+            recompute the statistics.
+
+    Returns:
+        The state dict under bare names.
+
+    Raises:
+        CkptavgError: As for ``average``.
+    """
     (state_dict,) = in_memory_many(
         [planned], keep_nonfinite=keep_nonfinite, inputs=inputs, progress=progress, stale=stale
     )
@@ -253,10 +295,24 @@ def in_memory_many(
     progress: Progress | None = None,
     stale: bool = True,
 ) -> list[StateDict]:
-    """Compute several averages as state dicts, from one read; arguments as for ``write_many``.
+    """Compute several averages as state dicts, from one read of the inputs.
 
-    Where no order is given, it is one in which each of them takes its checkpoints. Averages that
-    have none in common, since one takes them the other way round, are read for one by one.
+    Args:
+        averages: The averages to compute.
+        order: The checkpoints of the run that all averages are selections of, in order. Where
+            empty, an order is searched that agrees with every average's order. Where there is no
+            such order, since two averages take checkpoints in opposite orders, the inputs are read
+            for each average separately.
+        keep_nonfinite: Return averages that are not finite as they are.
+        inputs: Hashes the inputs as they are read.
+        progress: Called with the bytes read and the total of bytes to read.
+        stale: Log a note if statistics are stale; False if the caller says so itself.
+
+    Returns:
+        The state dict of each average, under bare names.
+
+    Raises:
+        CkptavgError: As for ``average``.
     """
     settings: dict[str, Any] = {
         "keep_nonfinite": keep_nonfinite, "progress": progress, "inputs": inputs, "stale": stale,
@@ -277,17 +333,18 @@ def prepare(
     digests: bool = False,
     others: Iterable[Checkpoint] = (),
 ) -> Target:
-    """Lay the output of an average out and make sure that it may and can be written.
+    """Lay the output of an average out, and check permission and room before any work.
 
     Args:
         planned: The average.
-        out: Its path.
+        out: Path of the output.
         overwrite: Replace an existing output.
         digests: Leave room for digests in the provenance.
         others: Further checkpoints that must not be replaced.
 
     Raises:
-        OutputError: It may not be written, or there is too little room.
+        OutputError: The output may not be written, or there is too little room.
+        UsageError: The path does not decide a format that can hold the average.
     """
     plan, made = planned.plan, planned.provenance()
     return outputs.prepare(
@@ -308,7 +365,18 @@ def prepare_many(
     overwrite: bool,
     digests: bool = False,
 ) -> list[Target]:
-    """As ``prepare``, for several averages at once."""
+    """Lay the outputs of several averages out, and check permission and room for all together.
+
+    Args:
+        averages: Each average and the path of its output.
+        overwrite: Replace existing outputs.
+        digests: Leave room for digests in the provenances.
+
+    Raises:
+        OutputError: An output may not be written, or there is too little room.
+        UsageError: Two outputs have the same path, or a path does not decide a format.
+    """
+    # No output may replace an input of another output either.
     files = {id(c): c for planned, _ in averages for c in planned.plan.files}
     care: dict[str, Any] = {"overwrite": overwrite, "digests": digests}
     targets = [prepare(planned, out, others=files.values(), **care) for planned, out in averages]
@@ -317,7 +385,12 @@ def prepare_many(
 
 
 def load(checkpoint: Checkpoint) -> StateDict:
-    """Read one checkpoint's tensors as they are, under bare names."""
+    """Read the tensors of a checkpoint unchanged, under bare names.
+
+    Raises:
+        UnsupportedTensorError: A tensor has no plain bytes.
+        CheckpointError: A file cannot be read, or has changed.
+    """
     plan = copy_plan(checkpoint)
     sink = MemorySink(plan.outputs)
     stream([Job(plan.tensors, sink)])
@@ -326,12 +399,15 @@ def load(checkpoint: Checkpoint) -> StateDict:
 
 
 def alone(checkpoint: Checkpoint) -> Average:
-    """One checkpoint as the average of itself: its own values, from a read it shares with others.
+    """Plan the average of a single checkpoint, which has the checkpoint's own values.
+
+    Such a plan can share one read of the inputs with other averages.
 
     Raises:
         UnsupportedTensorError: A tensor has no plain bytes.
     """
     plan = copy_plan(checkpoint)
+    # Only tensors that are alike averaged or alike copied share a read with other averages.
     tensors = (replace(t, averaged=t.dtype.kind in ("float", "complex")) for t in plan.tensors)
     return Average(replace(plan, tensors=tuple(tensors)), schemes.parse("uniform"))
 
@@ -347,7 +423,7 @@ def _compute(
     stale: bool = True,
     split: Split | None = None,
 ) -> torch.Tensor | None:
-    """Stream some averages into sinks; returns the products that the extras ask for."""
+    """Stream averages into sinks, and return the products that the extras request."""
     plans = [planned.plan for planned in averages]
     tensors = [plan.tensors for plan in plans] if split is None else split.tensors
     jobs: list[Job] = []
@@ -360,7 +436,8 @@ def _compute(
     try:
         streamed = compute(jobs, extras, progress=progress)
     except (NonFiniteError, PlacementError):
-        _verify(plans)  # half a write may look like anything
+        # An input that another program rewrites may be the cause, and is then the better report.
+        _verify(plans)
         raise
     if split is None or split.processes.rank == 0:
         for plan, each, sink in zip(plans, tensors, sinks, strict=True):
@@ -372,6 +449,7 @@ def _compute(
 
 
 def _verify(plans: Iterable[Plan]) -> None:
+    """Make sure that no input file has changed since the checkpoints were opened."""
     stamps: dict[str, FileStamp] = {s.path: s for p in plans for c in p.files for s in c.files}
     for stamp in stamps.values():
         stamp.verify()

@@ -1,4 +1,4 @@
-"""Keywords that public functions share, for the type checker's sake."""
+"""Types of the keywords that overloads of public functions share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ckptavg.formats import Checkpoint
 
 
 class ManyOptions(TypedDict, total=False):
-    """Keywords of ``average_many`` that do not decide what it returns."""
+    """Keywords of ``average_many`` that do not decide the type of the result."""
 
     include: str | Sequence[str]
     exclude: str | Sequence[str]
@@ -24,6 +24,6 @@ class ManyOptions(TypedDict, total=False):
 
 
 class AverageOptions(ManyOptions, total=False):
-    """Keywords of ``average`` that do not decide what it returns."""
+    """Keywords of ``average`` that do not decide the type of the result."""
 
     weights: Sequence[float] | None

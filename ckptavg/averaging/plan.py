@@ -1,4 +1,4 @@
-"""An average of a run that is planned: checked, and not yet computed."""
+"""Planned averages: checked, and not yet computed."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ class Average:
     """An average that is planned and not yet computed.
 
     Attributes:
-        plan: What becomes of each tensor.
-        scheme: How the coefficients came about.
-        members: All that its runs hold, taken or not: no output takes their place.
+        plan: Sources, coefficients and type of each tensor.
+        scheme: The scheme that gave the coefficients.
+        members: Paths of all checkpoints of the average's runs, selected or not. An output must
+            not replace these checkpoints, except averages.
     """
 
     plan: Plan
@@ -45,7 +46,7 @@ class Average:
 
     @cached_property
     def statistics(self) -> Statistics:
-        """The running statistics, as they are averaged."""
+        """State of the running statistics in the average."""
         layers = batchnorm_layers(tensor.name for tensor in self.plan.tensors)
         frozen = self.plan.frozen
         floats = [t for t in self.plan.tensors if t.dtype.kind != "int"]
@@ -60,7 +61,7 @@ class Average:
         return Statistics(state, layers, frozen)
 
     def provenance(self) -> dict[str, Any]:
-        """How the average is made, as plain values for JSON."""
+        """Describe the origin of the average as plain values for JSON."""
         return target.provenance(
             self.scheme.text,
             self.plan.checkpoints,
@@ -85,8 +86,25 @@ def plan_average(
     base: str | os.PathLike[str] | Checkpoint | None = None,
     dtype: str = "keep",
 ) -> Average:
-    """Check that a run can be averaged, reading a few elements. Arguments as for ``average``."""
+    """Plan an average, and check that the run can be averaged. Only a few elements are read.
+
+    Args:
+        run: The result of ``open_run``, or a selection of it; or the path of a run.
+        scheme: ``NAME[:key=value,...]``, see ``ckptavg.averaging.schemes.parse``.
+        weights: One number per checkpoint instead of a scheme. The numbers are normalized.
+        include: Shell patterns of tensor names to average; all where empty.
+        exclude: Shell patterns of tensor names not to average.
+        base: The checkpoint that all other tensors come from; the last one where None.
+        dtype: Type of the output's floats, or ``keep``.
+
+    Raises:
+        UsageError: An argument has an unknown value, or a scheme and weights are both given.
+        MismatchError: The checkpoints do not hold the same tensors.
+        UnsupportedTensorError: A tensor has no meaningful average.
+        CkptavgError: Another error.
+    """
     run = as_run(run)
+    # Checkpoints that the user named one by one are taken as they are.
     for training in () if run.named else run.trainings:
         refuse_two_series(training)
         refuse_parts(training)
@@ -105,7 +123,7 @@ def plan_average(
 
 
 def _open_base(path: str | os.PathLike[str], key: str) -> Checkpoint:
-    """Open a base under the run's weights entry, or its own if it has no such entry."""
+    """Open a base checkpoint at the run's weights entry, else at the base's own weights entry."""
     try:
         return open_checkpoint(path, key or None)
     except CheckpointError:

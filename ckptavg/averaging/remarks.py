@@ -1,4 +1,4 @@
-"""Remarks on averages: what a person should know, before and after they are computed."""
+"""Log messages and warnings about averages, before and after the computation."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from ckptavg.formats.running_statistics import Statistics
 
 
 def warn_of_stale(states: Mapping[str, Statistics]) -> None:
-    """Warn the caller's caller of averages whose statistics are stale, in Python's words.
+    """Warn of averages whose running statistics are stale, at the line of the caller's caller.
+
+    The warning names functions of Python, not options of the command line.
 
     Args:
-        states: Each average's statistics, by its name; empty for the only one.
+        states: Name of each average → its statistics. The name is empty where there is only one.
     """
     stale = [name for name, statistics in states.items() if statistics.state == "stale"]
     if stale:
@@ -34,7 +36,7 @@ def warn_of_stale(states: Mapping[str, Statistics]) -> None:
 
 
 def log_plans(plans: Sequence[Plan]) -> None:
-    """Say what is known of averages before they are computed."""
+    """Log the notes of plans, and the tensors that outputs cannot hold."""
     for note in dict.fromkeys(note for plan in plans for note in plan.notes):
         log.info(note)
     missing = {name: why for plan in plans for name, why in plan.missing.items()}
@@ -44,11 +46,11 @@ def log_plans(plans: Sequence[Plan]) -> None:
 
 
 def log_results(plans: Sequence[Plan], results: Sequence[StreamResult], *, stale: bool) -> None:
-    """Say what a stream noticed.
+    """Log the notes of plans, and the results of the stream that computed the averages.
 
     Args:
         plans: The averages.
-        results: What was noticed about each.
+        results: The stream's result for each average.
         stale: True if BatchNorm statistics are not those of the weights.
     """
     log_plans(plans)
