@@ -140,7 +140,7 @@ def _open_own_weights(path: Location, key: str | None) -> Checkpoint:
     layout, notes = "huggingface", list[str]()
     if main.name in peft.FILES:
         layout, notes = peft.LAYOUT, [peft.description(peft.configuration(path))]
-    # A variant (model.fp16.safetensors) may be stored beside the weights in full precision.
+    # Other variants may be stored beside the one taken, such as fp16 and bf16.
     if huggingface.is_variant(main.name):
         notes += huggingface.note_variants(path)
     if others := huggingface.other_models(main):

@@ -1,10 +1,10 @@
 """Shards of one model in a directory without an index.
 
-Their own names and headers replace the index.
+The names and headers of the shards replace the index.
 
-``torch.distributed.checkpoint`` writes safetensors files per rank, each with the offsets of its
-boxes in its header (``HuggingFaceStorageWriter(save_distributed=True)``). Other shards hold whole
-tensors, under names that do not overlap, and say how many they are.
+``torch.distributed.checkpoint`` writes safetensors files per rank. The header of each file holds
+the offsets of the boxes in the file (``HuggingFaceStorageWriter(save_distributed=True)``). Other
+shards hold whole tensors, no name twice. Their file names state the number of shards.
 """
 
 from __future__ import annotations
@@ -25,14 +25,17 @@ from ckptavg.io import bounded_json
 from ckptavg.io.paths import Location
 
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+# A number and a count at the end of a name: 00001-of-00004.
 _COUNTED = re.compile(r"(\d{1,9})([-_]of[-_])(\d{1,9})(?=\.[^.]*$)")
-# Hugging Face pads its numbers to this many digits, which no trainer does with epochs.
+# Hugging Face pads the numbers of shards to so many digits. No trainer does so with epochs.
 _STRICT_DIGITS = 5
+# A word before the number that leaves open whether the file is a shard or a run's checkpoint.
 _STEP_WORD = re.compile(r"(?<![a-z])(epochs?|ep|(global_?)?steps?|iters?)[-_= ]?$", re.IGNORECASE)
 _RANK = re.compile(r"shard-(\d{1,9})-(?=model-)")
+# Entries in the headers of torch.distributed.checkpoint.
 _OFFSETS = "DCP_SHARDING_INFO"
 _OFFSETS_VERSION = "DCP_VERSION"
-# A name may claim a billion shards: no more than so many are looked for.
+# Most shards that are looked for, since a name may claim a billion shards.
 _MOST_MISSING = 100_000
 _GATHER = "Copy all shards of one save into the directory, and no others."
 _JOIN = (
@@ -43,15 +46,15 @@ _JOIN = (
 
 @dataclass(frozen=True)
 class Shard:
-    """The name of a shard, taken apart.
+    """The parts of a shard's name.
 
     Attributes:
         path: The file.
-        index: Its number, from 1 in most sets and from 0 in some.
-        count: The number of shards in the set, as the name states it.
-        pattern: The name without its number: equal for shards of one set.
-        strict: True where nothing but a shard is called so.
-        rank: The number of the rank that wrote the file, where each rank numbers its own files.
+        index: The shard's number, counted from 1 in most sets and from 0 in some.
+        count: The number of shards in the set, as stated in the name.
+        pattern: The name without the shard's number: equal for all shards of one set.
+        strict: True if only shards have such names.
+        rank: The number of the rank that wrote the file, if each rank numbers files separately.
     """
 
     path: Location
@@ -63,18 +66,20 @@ class Shard:
 
     def sibling(self, index: int) -> str:
         """Return the name of the shard with another number."""
+        # Unpadded numbers keep their own width.
         width = len(str(self.index)) if not self.strict else _STRICT_DIGITS
         return self.pattern.replace("*", f"{index:0{width}d}", 1)
 
 
 def parse_name(path: Location) -> Shard | None:
-    """Take the name of a shard apart; None where the name is not that of a shard."""
+    """Parse the name of a shard; return None for any other name."""
     match = _COUNTED.search(path.name)
     if match is None or not path.name.endswith(_SUFFIXES):
         return None
     begin, end = match.span(1)
     name = f"{path.name[:begin]}*{path.name[end:]}"
     rank = _RANK.match(name)
+    # Zero-padded counts are a shard's, unless a word such as epoch stands before the number.
     padded = len(match[1]) == len(match[3]) == _STRICT_DIGITS
     strict = padded and not _STEP_WORD.search(path.name[:begin])
     pattern = name[rank.end() :] if rank else name
@@ -83,9 +88,10 @@ def parse_name(path: Location) -> Shard | None:
 
 
 def find_shards(directory: Location) -> list[Shard]:
-    """Find the shards of the model that a directory is; none where it is no sharded model.
+    """Find the shards of a sharded model; return an empty list for any other directory.
 
-    Files whose names count (``epoch_1_of_3.pt``) but which hold the same tensors are a run.
+    Files with counts in the names (``epoch_1_of_3.pt``) that hold the same tensors are the
+    checkpoints of a run.
     """
     shards: list[Shard] = []
     files: list[Location] = [p for p in directory.iterdir() if p.name.endswith(_SUFFIXES)]
@@ -96,7 +102,7 @@ def find_shards(directory: Location) -> list[Shard]:
         if shard is not None:
             shards.append(shard)
         elif re.search(r"\d", path.name) and not _is_training_state(path.name):
-            # Another numbered file may be a checkpoint: then the directory is a run.
+            # Another numbered file may be a checkpoint, and the directory then a run.
             return []
     if len({shard.pattern for shard in shards}) != 1:
         return []
@@ -104,15 +110,15 @@ def find_shards(directory: Location) -> list[Shard]:
 
 
 def read_shards(directory: Location, shards: Sequence[Shard], key: str | None) -> Part:
-    """Read shards as one table.
+    """Read the shards of one model into a single table.
 
     Args:
         directory: The directory that holds them.
         shards: The result of ``find_shards``.
-        key: Dotted path of the entry that holds the weights; found by itself where None.
+        key: Dotted path of the entry that holds the weights; None to find the entry.
 
     Raises:
-        CheckpointError: A shard is missing or damaged, or the shards make up no whole tensors.
+        CheckpointError: A shard is missing or damaged, or the shards do not make up whole tensors.
     """
     _check_complete(directory, shards)
     tables = [read_file(shard.path, key) for shard in shards]
@@ -132,7 +138,7 @@ def read_shards(directory: Location, shards: Sequence[Shard], key: str | None) -
             error.remedy,
         ) from error
     first = tables[0]
-    # The offsets are those of one file's boxes, and untrue of the whole.
+    # The offsets describe the boxes of one file, and are untrue of the whole model.
     outdated = {_OFFSETS, _OFFSETS_VERSION}
     return replace(
         first,
@@ -149,11 +155,11 @@ def _is_training_state(name: str) -> bool:
 
 
 def _fit_together(shards: Sequence[Shard]) -> bool:
-    """Tell whether files are shards of one model, by their names or else by two headers."""
+    """Return True if files are shards of one model, by the names or else by two headers."""
     if shards[0].rank is not None:
         return True
     if shards[0].strict:
-        # So they are even if they do not fit: slices under such names have no mean.
+        # True even if the shards do not fit: slices of tensors must not be averaged as a run.
         return True
     if len(shards) == 1:
         return False
@@ -161,17 +167,18 @@ def _fit_together(shards: Sequence[Shard]) -> bool:
         first, second = (read_file(shard.path, None) for shard in shards[:2])
     except CheckpointError:
         return False
+    # Checkpoints of a run share the names of tensors. Shards do not, except for boxes.
     return _OFFSETS in first.metadata or not {*first.tensors} & {*second.tensors}
 
 
 def _check_complete(directory: Location, shards: Sequence[Shard]) -> None:
-    """Make sure that there is a shard of each number up to the count.
+    """Make sure that a set of shards is complete.
 
     Raises:
         CheckpointError: A shard is missing.
     """
     indices, count = {shard.index for shard in shards}, shards[0].count
-    # A set that counts from 0 has a shard of that number.
+    # A set that is counted from 0 has a shard with the number 0.
     first = min(indices | {1})
     if len(indices) == count and max(indices) - first + 1 == count:
         return
@@ -185,14 +192,14 @@ def _check_complete(directory: Location, shards: Sequence[Shard]) -> None:
 
 
 def _describe_absent_ranks(shards: Sequence[Shard]) -> str:
-    """Name the ranks below the highest that have no file, for a message; empty where all have."""
+    """List, for a message, the ranks without a file below the highest; return "" if none."""
     ranks = {shard.rank for shard in shards if shard.rank is not None}
     absent = [f"shard-{n:05d}" for n in range(1, max(ranks, default=0)) if n not in ranks]
     return f" (there is no {first_few(absent)})" if absent else ""
 
 
 class _Unfit(ValueError):
-    """The reason for which shards make up no whole tensors, and what to do about it."""
+    """The reason why shards do not make up whole tensors, with a remedy."""
 
     def __init__(self, reason: str, remedy: str = _GATHER) -> None:
         super().__init__(reason)
@@ -200,7 +207,7 @@ class _Unfit(ValueError):
 
 
 def _parse_offsets(table: Part) -> Mapping[str, tuple[int, ...]]:
-    """Read from a file's header at which index of each tensor the file's box begins.
+    """Read the index of each box in the whole tensor from the header of a shard.
 
     Raises:
         _Unfit: The header's text is malformed.
@@ -224,20 +231,20 @@ def _parse_offsets(table: Part) -> Mapping[str, tuple[int, ...]]:
 
 
 def _is_index(value: Any) -> TypeGuard[list[int]]:
-    # By the exact type: JSON's true would pass for 1.
+    # By the exact type, since JSON's true would pass for 1.
     return isinstance(value, list) and all(type(n) is int and 0 <= n < MOST_ELEMENTS for n in value)
 
 
 def _shift(name: str, box: Tensor, start: tuple[int, ...] | None) -> Tensor:
-    """Put a box at its index in the whole tensor, whose shape then ends with the box.
+    """Move a box to an index in the whole tensor, whose shape then ends with the box.
 
     Args:
         name: The tensor's name, for a message.
-        box: The tensor as one file has it.
-        start: Index of the box's first element in the whole; None where the file has the whole.
+        box: The tensor as stored in one file.
+        start: Index of the box's first element in the whole tensor; None if the box is the whole.
 
     Raises:
-        _Unfit: The index has another number of dimensions.
+        _Unfit: The index and the box differ in the number of dimensions.
     """
     if start is None:
         return box
@@ -252,10 +259,10 @@ def _add(left: Iterable[int], right: Iterable[int]) -> tuple[int, ...]:
 
 
 def _assemble(name: str, boxes: Sequence[Tensor]) -> Tensor:
-    """Make the whole tensor of its boxes.
+    """Assemble a whole tensor from boxes.
 
     Raises:
-        _Unfit: They leave holes, overlap or differ in their element types.
+        _Unfit: The boxes leave holes, overlap or differ in the element type.
     """
     first = boxes[0]
     if len(boxes) == 1 and not any(any(piece.start) for piece in first.pieces):
@@ -264,7 +271,7 @@ def _assemble(name: str, boxes: Sequence[Tensor]) -> Tensor:
         raise _Unfit(f"their pieces of {short(name)!r} differ in type")
     shape = tuple(max(extents) for extents in zip(*(box.shape for box in boxes), strict=True))
     pieces: list[Piece] = [p for box in boxes for p in box.pieces if math.prod(p.shape)]
-    # Bounded without the empty dimensions, whose zero would hide the others' extents.
+    # Empty dimensions count as 1: a zero would hide the extents of the others.
     if math.prod(n or 1 for n in shape) >= MOST_ELEMENTS or not tiles(shape, pieces):
         raise _Unfit(f"their pieces of {short(name)!r} overlap or leave holes")
     return Tensor(first.dtype, shape, tuple(pieces))

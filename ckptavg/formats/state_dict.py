@@ -1,4 +1,4 @@
-"""Which entry of a saved object holds the weights, and under which bare names."""
+"""The search for the weights in a saved object, and the bare names of the tensors."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ from ckptavg.formats.tree import (
     walk,
 )
 
+# Entries in which trainers keep the weights, in the order in which they are tried.
 KNOWN_ENTRIES = (
     "state_dict",
     "model_state_dict",
@@ -44,9 +45,11 @@ KNOWN_ENTRIES = (
     "network",
     "params",
 )
+# Prefixes that DDP, torch.compile, FSDP and activation checkpointing add.
 LEADING_WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+# The prefixes that are dropped inside a name too. There `module.` may be the model's own.
 INNER_WRAPPERS = LEADING_WRAPPERS[1:]
-# Models of averages count their updates beside `module.`: torch's AveragedModel, and mmengine's.
+# Counters of updates beside `module.` in averaged models: torch's AveragedModel, mmengine's.
 TORCH_COUNTER, MMENGINE_COUNTER = "n_averaged", "steps"
 COUNTERS = (TORCH_COUNTER, MMENGINE_COUNTER)
 
@@ -69,19 +72,21 @@ _MMCV_SWAPPED = (
     "each weight NAME has another as ema_NAME beside it: mmcv's EMAHook swaps the two at the end "
     "of an epoch, and NAME then is the moving average, ema_NAME the weight as trained"
 )
+# Levels below the saved object at which entries are suggested.
 _DEEPEST_ENTRY = 3
-_MOST_ENTRIES = 12  # that a message lists
+# Most entries that a message lists.
+_MOST_ENTRIES = 12
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights that were found in a saved object.
+    """The weights found in a saved object.
 
     Attributes:
-        key: Dotted path of the entry that holds them; empty if the object itself does.
-        entry: The state dict; of several networks what they hold, by path and name joined.
-        notes: What a person should know about the choice.
-        networks: Dotted path below the key → state dict, where there are several networks.
+        key: Dotted path of the entry that holds the weights; empty for the object itself.
+        entry: The state dict. For several networks the values of all, by joined path and name.
+        notes: Remarks for the user about the choice.
+        networks: Dotted path below the key → state dict, for several networks; else empty.
     """
 
     key: str
@@ -91,25 +96,30 @@ class Weights:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Dotted paths of the entries that hold them, from the object on."""
+        """Dotted paths from the saved object to the entries that hold the weights."""
         return tuple(join(self.key, path) for path in self.networks or ("",))
 
     @property
     def record_key(self) -> str:
-        """The path beside which training recorded its numbers: that of the first entry."""
+        """Path of the first entry: training recorded numbers beside that entry."""
         return self.paths[0]
 
 
 def find_weights(path: str, tree: Any, key: str | None) -> Weights:
-    """Find the weights in what a file holds: one state dict, or those of several networks.
+    """Find the weights in a saved object: one state dict, or the state dicts of several networks.
 
     Args:
         path: The file, for messages.
-        tree: What was saved.
-        key: Dotted path of the entry, if the user named one.
+        tree: The saved object.
+        key: Dotted path of the entry, if named by the user.
+
+    Returns:
+        The weights, with unknown objects that are made of tensors marked as refused.
 
     Raises:
-        CheckpointError: There is no such entry, or none that can be told to hold the weights.
+        CheckpointError: The named entry does not exist, or no entry can be identified as the
+            weights.
+        NoWeightsError: The object or the named entry holds no weights.
     """
     weights = _find_weights(path, tree, key)
     networks = {name: refuse_unknown(entry) for name, entry in weights.networks.items()}
@@ -121,6 +131,7 @@ def _find_weights(path: str, tree: Any, key: str | None) -> Weights:
         return _named_entry(path, tree, key)
     if count_tensors(tree) == 0:
         raise NoWeightsError(f"{path} holds no tensors ({_describe(tree)})", _suggest(tree))
+    # From the surest to the weakest sign: a whole module, known entries, then any networks.
     if pickled_module.is_module(tree):
         return Weights("", pickled_module.state_dict(tree), [_PICKLED])
     if isinstance(tree, dict):
@@ -141,9 +152,9 @@ def _find_weights(path: str, tree: Any, key: str | None) -> Weights:
 
 
 def _is_training_state(tree: Any) -> bool:
-    """Tell whether all tensors are those of optimizers, random generators and the like."""
+    """Return True if all tensors belong to optimizers, random generators and the like."""
     parts = children(tree)
-    # One part may stand under very many names, and very many parts may share a list.
+    # Counted once per part: one part may have very many names, and many parts may share a list.
     distinct = {id(part): part for _, part in parts}
     visited: set[int] = set()
     counts = {identifier: count_tensors(part, visited) for identifier, part in distinct.items()}
@@ -155,17 +166,19 @@ def _is_training_state(tree: Any) -> bool:
 
 
 def _find_known(tree: Mapping[Any, Any]) -> Weights | None:
-    """The weights where an object is a state dict, or holds one where trainers put it."""
+    """Find the weights of an object that is a state dict or has an entry of a known name."""
     distinct = {id(value): value for value in tree.values()}
     if holds_tensors(tree) and not any(map(holds_tensors, distinct.values())):
         return _with_nested("", tree, [])
     for name in KNOWN_ENTRIES:
         if holds_tensors(tree.get(name)):
             return _with_nested(name, tree[name], _note_other_weights(tree, name))
-    for name in (*KNOWN_ENTRIES, "ema"):  # where only the EMA was kept, it is the model
+    # The EMA is the model where only the EMA was kept.
+    for name in (*KNOWN_ENTRIES, "ema"):
         if pickled_module.is_module(tree.get(name)):
             notes = [_PICKLED, *_note_other_weights(tree, name)]
             return Weights(name, pickled_module.state_dict(tree[name]), notes)
+    # Otherwise each training state may have an entry "model" of its own.
     states = [
         name
         for name in tree
@@ -178,18 +191,21 @@ def _find_known(tree: Mapping[Any, Any]) -> Weights | None:
 
 
 def _find_networks(tree: Any, key: str = "") -> Weights | None:
-    """The weights of every network below an entry; None where there is none.
+    """Find the weights of all networks below an entry; return None if no network is found.
 
-    A single one is like any other state dict, several share a table by their paths.
+    A single network is treated as a plain state dict. Several networks share a table, with the path
+    of each network in front of the names.
     """
     entries = find_networks(tree)
     names = entries.names()
     values = {path: value_at(tree, path) for path in entries.networks}
     modules = {path for path, value in values.items() if pickled_module.is_module(value)}
+    # A path is misleading if names with dots lead to another value than the network.
     misled = [p for p, e in entries.networks.items() if values[p] is not e and p not in modules]
     if not entries.networks or names is None or misled:
         return None
     notes = [_PICKLED] if modules else []
+    # By identity: one average may be held under very many names.
     copies = {id(part): (path, part) for path, part in entries.averages.items()}
     some = islice(copies.values(), _MOST_ENTRIES)
     if averages := [path for path, part in some if count_tensors(part)]:
@@ -205,7 +221,7 @@ def _find_networks(tree: Any, key: str = "") -> Weights | None:
 
 
 def _with_nested(key: str, entry: Entry, notes: Sequence[str]) -> Weights:
-    """A state dict with those that are nested in it, as networks of their own."""
+    """Make weights of a state dict, with nested state dicts as separate networks."""
     nested = _find_networks(entry, key)
     if nested is None or "" not in nested.networks:
         return Weights(key, entry, notes)
@@ -213,16 +229,16 @@ def _with_nested(key: str, entry: Entry, notes: Sequence[str]) -> Weights:
 
 
 def _entry(tree: Mapping[Any, Any], name: str, inner: str) -> Any:
-    """What stands under a name in an entry, where there is such."""
+    """Return the value under an inner name in an entry; None if there is no such value."""
     below = tree.get(name)
     return below.get(inner) if isinstance(below, dict) else None
 
 
 def beside(tree: Any, paths: Sequence[str]) -> tuple[str, ...]:
-    """What a saved object holds besides the weights, entry by entry, and in how many tensors.
+    """Describe the entries that a saved object holds besides the weights, with tensor counts.
 
     Args:
-        tree: What was saved.
+        tree: The saved object.
         paths: Dotted paths of the entries that hold the weights.
     """
     levels: dict[str, Any] = {}
@@ -241,16 +257,17 @@ def beside(tree: Any, paths: Sequence[str]) -> tuple[str, ...]:
 
 
 def identity(view: TensorView) -> object:
-    """Equal for views of the very same elements."""
+    """Return a key that is equal for views of the very same elements."""
     return view.storage, view.dtype.name, view.offset, view.shape, view.stride
 
 
 def bare_names(names: list[str]) -> dict[str, str]:
-    """Names as a wrapper-free model has them: stored name → bare name.
+    """Map stored names to bare names, which the model has without wrappers.
 
-    The wrappers that DDP, torch.compile, FSDP and activation checkpointing add are dropped in front
-    where every name bears them, repeatedly, and the latter three inside a name too. The counter of
-    an averaged model goes with its wrapper. Names that would collide are left as they are.
+    DDP, torch.compile, FSDP and activation checkpointing add wrappers. A wrapper in front is
+    dropped if every name has that wrapper, repeatedly. Inside a name the latter three are dropped
+    too. The counter of an averaged model is dropped together with the wrapper. All names are left
+    unchanged if bare names would collide.
     """
     bare = dict(zip(names, names, strict=True))
     while wrapper := _common_wrapper([b for b in bare.values() if b not in COUNTERS]):
@@ -262,7 +279,7 @@ def bare_names(names: list[str]) -> dict[str, str]:
 
 
 def bare_network_names(networks: Mapping[str, list[str]]) -> dict[str, str]:
-    """Bare names of the tensors of several networks, each without its own wrapper.
+    """Map stored names to bare names, network by network, since each may have another wrapper.
 
     Args:
         networks: Dotted path → stored names.
@@ -280,12 +297,13 @@ def bare_network_names(networks: Mapping[str, list[str]]) -> dict[str, str]:
 
 
 def note_wrapper(names: list[str]) -> list[str]:
-    """A note where a prefix is dropped from the names that may be the model's own.
+    """Make a note if the dropped prefix ``module.`` may be part of the model.
 
-    A wrapper is called ``module`` by DDP, and so is the network in some people's models.
+    DDP's wrapper is named ``module``, but some models name a network so too.
     """
     bare = bare_names(names)
     dropped = {stored[: len(stored) - len(name)] for stored, name in bare.items()}
+    # A dropped counter proves that the prefix is a wrapper.
     if len(bare) < len(names) or dropped in (set(), {""}):
         return []
     return [_MODULE_DROPPED] if not {d.replace("module.", "") for d in dropped} - {""} else []
@@ -327,7 +345,7 @@ def _named_entry(path: str, tree: Any, key: str) -> Weights:
 
 
 def _is_optimizer_state(value: Any) -> bool:
-    """Tell the state of an optimizer, or a list of such, as Lightning keeps them."""
+    """Return True for the state of an optimizer, or a list of states as Lightning keeps."""
     states = value if isinstance(value, list) else [value]
     return bool(states) and all(
         isinstance(state, dict) and state.keys() >= OPTIMIZER_KEYS for state in states
@@ -336,6 +354,7 @@ def _is_optimizer_state(value: Any) -> bool:
 
 def _note_other_weights(tree: Mapping[Any, Any], chosen: str) -> list[str]:
     names = [name for name in tree if isinstance(name, str) and name != chosen]
+    # By identity: one entry may be held under very many names.
     entries = {id(tree[name]): tree[name] for name in names}
     networks = {same for same, entry in entries.items() if is_network(entry)}
     likely = [
@@ -349,7 +368,8 @@ def _note_other_weights(tree: Mapping[Any, Any], chosen: str) -> list[str]:
         for name in likely[:_MOST_ENTRIES]
         if count_tensors(tree[name]) and not _is_same(tree[name], tree[chosen])
     ]
-    if count_tensors(_entry(tree, "extra_state", "ema")):  # fairseq's
+    # fairseq keeps the EMA here.
+    if count_tensors(_entry(tree, "extra_state", "ema")):
         others.append("extra_state.ema")
     notes = _note_swap(tree, chosen)
     if notes:
@@ -361,7 +381,7 @@ def _note_other_weights(tree: Mapping[Any, Any], chosen: str) -> list[str]:
 
 
 def _note_swap(tree: Any, chosen: str) -> list[str]:
-    """A note where a trainer keeps a running average in the place of the weights."""
+    """Make a note if a trainer keeps a running average in the place of the weights."""
     if not isinstance(tree, dict) or chosen not in ("state_dict", _MMENGINE_EMA):
         return []
     average = tree.get(_MMENGINE_EMA)
@@ -373,7 +393,7 @@ def _note_swap(tree: Any, chosen: str) -> list[str]:
 
 
 def _holds_mmcv_copies(entry: Any) -> bool:
-    """Whether each copy ``ema_NAME`` has its weight beside it, named without dots in it."""
+    """Return True if each copy ``ema_NAME`` has a weight beside, named with dots as underscores."""
     names = [name for name in entry if isinstance(name, str)] if isinstance(entry, dict) else []
     copies = [name for name in names if name.startswith("ema_")]
     known = {name.replace(".", "_") for name in names}
@@ -381,7 +401,7 @@ def _holds_mmcv_copies(entry: Any) -> bool:
 
 
 def _is_same(one: Any, other: Any) -> bool:
-    """Whether two state dicts hold the very same tensors, under whatever names."""
+    """Return True if two state dicts hold the very same tensors, under any names."""
     if not isinstance(one, dict) or not isinstance(other, dict):
         return False
     held = [
@@ -410,7 +430,7 @@ def _describe(tree: Any) -> str:
 
 
 def _close_keys(tree: Any, key: str) -> list[str]:
-    """List the entries with tensors whose dotted paths are like a mistyped one."""
+    """List the entries with tensors whose dotted paths resemble a mistyped path."""
     entries = tree.state if isinstance(tree, Opaque) else tree
     if not isinstance(entries, dict):
         return []
@@ -429,7 +449,7 @@ def _suggest(tree: Any) -> str:
 
 
 def _entry_paths(tree: Mapping[Any, Any]) -> list[str]:
-    """Dotted paths of the entries that hold tensors by name, most tensors first."""
+    """List the dotted paths of entries that hold named tensors, most tensors first."""
     seen: set[int] = set()
     waiting: list[tuple[str, Mapping[Any, Any]]] = [("", tree)]
     found: list[tuple[int, str]] = []
