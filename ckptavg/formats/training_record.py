@@ -1,4 +1,4 @@
-"""What training recorded beside the weights: step, epoch, learning rate, metrics."""
+"""The numbers that training recorded beside the weights: step, epoch, learning rate, metrics."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from ckptavg.io.paths import Location
 
 Number = TypeVar("Number", int, float)
 
+# Names of the step counter, in the order of trial.
 STEP_NAMES = (
     "global_step", "global_steps", "step", "steps", "iter_num", "iteration", "iter", "num_updates",
     "train_step", "current_step", "total_steps", "batch_idx_train", "cur_step", "cur_iter",
@@ -28,31 +29,36 @@ EPOCH_NAMES = (
     "epoch", "epochs", "current_epoch", "cur_epoch", "completed_epochs", "epochs_done",
     "epochs_run", "epoch_idx", "epoch_num", "ep",
 )  # fmt: skip
-# Entries that trainers keep their counters in, if not beside the weights.
+# Entries in which trainers keep counters that are not beside the weights.
 _CLOCKS = (
     "meta", "trainer_state", "train_state", "training_state", "trainer", "progress",
     "train_progress", "state", "extra_state", "reporter", "counters", "info",
 )  # fmt: skip
+# Levels below the weights' neighbours at which counters are searched.
 _DEEPEST_CLOCK = 2
-# Entries that say where an optimization stood, which does not fit averaged weights.
-# What was chosen of an optimizer, and fairseq's account of it, say nothing of that.
+# Entries with the state of an optimization, which does not fit averaged weights. The settings of
+# an optimizer and fairseq's history of optimizers hold no such state.
 TRAINING_STATE = re.compile(
     r"(?i)(?=.*(?:optim|sched|(?<!up)(?<!down)scaler)).*(?<!config)(?<!cfg)(?<!args)(?<!params)(?<!history)(?<!name)"
 )
-OPTIMIZER_KEYS = frozenset(["state", "param_groups"])  # of its state, whatever that is called
+# Keys of an optimizer's state dict, by which the state is recognized under any name.
+OPTIMIZER_KEYS = frozenset(["state", "param_groups"])
 LR_NAMES = ("lr", "learning_rate")
 OPTIMIZER_NAMES = (
     "optimizer", "optimizer_state_dict", "optimizer_states", "optim", "optimizers",
     "last_optimizer_state",
 )  # fmt: skip
-# Entries that hold no metrics, whatever is in them.
+# Entries that hold no metrics, whatever the contents.
 _NOT_METRICS = SETTINGS | frozenset([
     "callbacks", "checkpoint_parallel_dimensions", "dp_world_size", "loops", "mp_world_size",
     "rng", "rng_state", "saver", "timestamp", "train_iterator", *STEP_NAMES, *EPOCH_NAMES,
     *LR_NAMES, *OPTIMIZER_NAMES,
 ])  # fmt: skip
+# Most metrics, and most tensors of one number that are read from a file.
 _MOST_METRICS = 200
-_MOST_LOOKED_AT = 100_000  # entries: a file can hold one dict under very many names
+# Most entries that are looked at, since a file can hold one dict under very many names.
+_MOST_LOOKED_AT = 100_000
+# Characters in the name of a metric.
 _LONGEST_NAME = 200
 
 
@@ -62,13 +68,17 @@ def from_tree(
     file_name: str = "",
     read: Callable[[TensorView], float | None] = lambda _: None,
 ) -> Record:
-    """Record of a ``torch.save`` file.
+    """Build the record of a ``torch.save`` file.
 
     Args:
-        tree: What was saved.
+        tree: The saved object.
         weights_key: Dotted path of the entry that holds the weights.
-        file_name: Under which some trainers list the file's score.
-        read: Gives the value of a 0-d tensor: some trainers record their numbers so.
+        file_name: The file's name, under which some trainers list the file's score.
+        read: Function that returns the value of a 0-d tensor, since some trainers record numbers as
+            tensors.
+
+    Returns:
+        The record; without metrics from nested entries if the object itself is the state dict.
     """
     if not isinstance(tree, dict) or weights_key == "":
         top = tree if isinstance(tree, dict) else {}
@@ -81,21 +91,22 @@ def from_tree(
 
 
 class _Numbers:
-    """Numbers among recorded values; tensors of one are read, but not without end."""
+    """A converter of recorded values to numbers, with a limit on the tensors that are read."""
 
     def __init__(self, read: Callable[[TensorView], float | None]) -> None:
         self._read, self._left = read, _MOST_METRICS
 
     def plain(self, value: Any) -> Any:
-        """The value, or the number in it if it is a 0-d tensor."""
+        """Return the number in a 0-d tensor, and any other value unchanged."""
         if not isinstance(value, TensorView) or value.shape or not self._left:
             return value
+        # Each tensor costs a read of the file, so an untrusted file gets a limited number.
         self._left -= 1
         return self._read(value)
 
 
 def _beside(tree: Mapping[Any, Any], weights_key: str) -> dict[Any, Any]:
-    """What stands beside the weights, and beside each entry that they lie in."""
+    """Collect the entries beside the weights, and beside each entry around the weights."""
     beside: dict[Any, Any] = {}
     entries: Any = tree
     for part in weights_key.split("."):
@@ -107,10 +118,11 @@ def _beside(tree: Mapping[Any, Any], weights_key: str) -> dict[Any, Any]:
 
 
 def _monitored(callbacks: Any, file_name: str, numbers: _Numbers) -> dict[str, float]:
-    """The scores that Lightning's ModelCheckpoint keeps, by the metric's name.
+    """Collect the scores that Lightning's ModelCheckpoint keeps, by the name of the metric.
 
-    Each instance lists the files that it keeps. The current score of one that did not write this
-    file can be that of an earlier one.
+    Each instance of ModelCheckpoint lists the files that are kept, with scores. Only the score
+    listed for this file is taken: an instance that did not write this file may hold the current
+    score of an earlier file.
     """
     found: dict[str, float] = {}
     states = callbacks.values() if isinstance(callbacks, dict) else ()
@@ -129,12 +141,12 @@ def _monitored(callbacks: Any, file_name: str, numbers: _Numbers) -> dict[str, f
 
 
 def last_part(path: str) -> str:
-    """The file's name in a path of this system or of Windows, where a checkpoint may come from."""
+    """Return the file's name in a path, even if the checkpoint was written on Windows."""
     return (PureWindowsPath(path) if "\\" in path else PurePath(path)).name
 
 
 def from_metadata(metadata: Mapping[str, str]) -> Record:
-    """Record of a safetensors file, from the numbers in its metadata."""
+    """Build the record of a safetensors file from the numbers in the metadata."""
     values: dict[str, Any] = {}
     for name, text in metadata.items():
         try:
@@ -145,7 +157,14 @@ def from_metadata(metadata: Mapping[str, str]) -> Record:
 
 
 def from_trainer_state(path: Location) -> Record | None:
-    """Record of a directory written by the Hugging Face Trainer; None where there is none."""
+    """Read the record that the Hugging Face Trainer wrote.
+
+    Args:
+        path: The file ``trainer_state.json``.
+
+    Returns:
+        The record; None if the file is no JSON object.
+    """
     try:
         state = bounded_json.read(path)
     except ValueError:
@@ -160,7 +179,7 @@ def from_trainer_state(path: Location) -> Record | None:
         logged = whole_number(entry.get("step")) if isinstance(entry, dict) else None
         if logged is None or step is None or logged > step:
             continue
-        # A rate holds until the next one; a metric is that of the weights at its own step.
+        # A rate is valid until the next rate. A metric is valid for the weights of one step.
         lr = number(entry.get("learning_rate")) if "learning_rate" in entry else lr
         if logged == step:
             metrics |= _measured(entry)
@@ -168,7 +187,7 @@ def from_trainer_state(path: Location) -> Record | None:
 
 
 def _measured(entry: Mapping[Any, Any]) -> dict[str, float]:
-    """The metrics in an entry of the Trainer's log."""
+    """Select the metrics in an entry of the Trainer's log."""
     return {
         str(name): float(value)
         for name, value in entry.items()
@@ -177,9 +196,10 @@ def _measured(entry: Mapping[Any, Any]) -> dict[str, float]:
 
 
 def number(value: Any) -> float | None:
-    """The value if it is a number that a float can hold (a bool is none)."""
+    """Return a value that is a number within the range of a float, else None (for a bool too)."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return None
+    # A float ends at 2**1024, and a pickle can hold an int of any size.
     return value if isinstance(value, float) or abs(value) < 2**1000 else None
 
 
@@ -189,7 +209,7 @@ def _finite(value: Any) -> float | None:
 
 
 def whole_number(value: Any) -> int | None:
-    """The value as an integer if it is a whole number."""
+    """Return a whole number as an integer; return None for any other value."""
     found = number(value)
     if found is None or not math.isfinite(found) or found != int(found):
         return None
@@ -199,7 +219,8 @@ def whole_number(value: Any) -> int | None:
 def _from_mapping(values: Mapping[Any, Any], numbers: _Numbers | None = None) -> Record:
     values = {**_clock(values), **values}
     step, epoch = _position(values, numbers)
-    if epoch is not None and epoch < 0:  # what a finished training leaves in the place of one
+    # Some trainers write a negative epoch at the end of training.
+    if epoch is not None and epoch < 0:
         epoch = None
     return Record(step, epoch, _learning_rate(values), _metrics(values, numbers))
 
@@ -207,9 +228,10 @@ def _from_mapping(values: Mapping[Any, Any], numbers: _Numbers | None = None) ->
 def _position(
     values: Mapping[Any, Any], numbers: _Numbers | None
 ) -> tuple[int | None, float | None]:
-    """Step and epoch as they stand among some values, or in what trainers keep counters in."""
+    """Find step and epoch among values, or in the nested entries that hold counters."""
     step: int | None = None
     epoch: float | None = None
+    # Level by level, so that the counters nearest to the weights are taken.
     level = [values]
     for _ in range(_DEEPEST_CLOCK + 1):
         for entries in level:
@@ -228,13 +250,13 @@ def _position(
 def _first(
     convert: Callable[[Any], Number | None], names: Sequence[str], values: Mapping[Any, Any]
 ) -> Number | None:
-    """The first of some names under which a number of a kind stands."""
+    """Return the first value that converts to a number, in the order of the names."""
     numbers = (convert(values.get(name)) for name in names)
     return next((value for value in numbers if value is not None), None)
 
 
 def _clock(values: Mapping[Any, Any]) -> dict[str, Any]:
-    """Step and epoch where they stand deeper: Composer's timestamp, fairseq's history."""
+    """Find step and epoch in Composer's timestamp or fairseq's history."""
     timestamp, history = values.get("timestamp"), values.get("optimizer_history")
     if isinstance(timestamp, dict):
         timestamp = timestamp.get("Timestamp", timestamp)
@@ -256,7 +278,8 @@ def _learning_rate(values: Mapping[Any, Any]) -> float | None:
         if isinstance(optimizer, (list, tuple)) and optimizer:
             optimizer = optimizer[0]
         if isinstance(optimizer, dict) and "param_groups" not in optimizer:
-            optimizer = next(iter(optimizer.values()), None)  # several, by name
+            # Several optimizers by name: the first counts.
+            optimizer = next(iter(optimizer.values()), None)
         groups = optimizer.get("param_groups") if isinstance(optimizer, dict) else None
         if isinstance(groups, (list, tuple)) and groups and isinstance(groups[0], dict):
             return _finite(groups[0].get("lr"))
@@ -264,13 +287,14 @@ def _learning_rate(values: Mapping[Any, Any]) -> float | None:
 
 
 def _metrics(values: Mapping[Any, Any], numbers: _Numbers | None) -> dict[str, float]:
-    """Every other number by dotted name, down to a few levels."""
+    """Collect the other numbers by dotted name, three levels deep."""
     found: dict[str, float] = {}
     looked_at = 0
     waiting: list[tuple[str, Mapping[Any, Any]]] = [("", values)]
     while waiting and len(found) < _MOST_METRICS and looked_at < _MOST_LOOKED_AT:
         prefix, entries = waiting.pop()
         looked_at += len(entries)
+        # Numbers in a nested state dict belong to a network, and are no metrics.
         if prefix and holds_weights(entries):
             continue
         for name, value in entries.items():
@@ -287,5 +311,5 @@ def _metrics(values: Mapping[Any, Any], numbers: _Numbers | None) -> dict[str, f
 
 
 def holds_weights(entries: Mapping[Any, Any]) -> bool:
-    """Whether tensors other than numbers stand among some entries."""
+    """Return True if a tensor with at least one dimension is among some entries."""
     return any(isinstance(value, TensorView) and value.shape for value in entries.values())

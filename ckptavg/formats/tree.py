@@ -1,4 +1,4 @@
-"""A saved object as a tree of containers: its tensors, and what stands at a dotted path."""
+"""A saved object as a tree of containers, with tensors and values at dotted paths."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from ckptavg.formats.safe_pickle import modules
 from ckptavg.formats.safe_pickle.values import Opaque, Refused, Sharded, Storage, TensorView
 from ckptavg.formats.training_record import TRAINING_STATE
 
-EXTRA_STATE = "_extra_state"  # a module's own values in its state dict
+# The entry of a state dict with the extra state of a module (get_extra_state).
+EXTRA_STATE = "_extra_state"
 TENSORS = (TensorView, Sharded, Refused)
 Entry = Mapping[Any, Any]
-# Characters. Nobody types a longer name, and a hostile file may have names of megabytes.
+# Characters. Nobody types a longer name, and an untrusted file may have names of megabytes.
 LONGEST_NAME = 500
-# Digits. No list is longer, and ``int`` takes quadratic time for very many.
+# Digits of an index. No list is longer, and ``int`` takes quadratic time for very many digits.
 _LONGEST_INDEX = 9
 
 
@@ -27,7 +28,7 @@ class Place:
     Attributes:
         value: The object that holds the weights.
         entry: The same object as a state dict.
-        within_plain: True where all containers around the object are dicts, lists and tuples.
+        within_plain: True if all containers around the object are dicts, lists and tuples.
     """
 
     value: Any
@@ -36,7 +37,7 @@ class Place:
 
     @property
     def pickled(self) -> bool:
-        """True where the weights are those of a module that was pickled whole."""
+        """True if the weights belong to a module that was pickled whole."""
         return self.entry is not self.value
 
 
@@ -46,18 +47,18 @@ def join(*parts: str) -> str:
 
 
 def holds_tensors(value: Any) -> bool:
-    """Tell whether a value is a dict that holds tensors by name."""
+    """Return True if a value is a dict with named tensors."""
     return isinstance(value, dict) and any(
         isinstance(name, str) and isinstance(entry, TENSORS) for name, entry in value.items()
     )
 
 
 def count_tensors(tree: Any, visited: set[int] | None = None) -> int:
-    """Count the tensors that a saved value holds. A container held many times counts once.
+    """Count the tensors in a saved value. A container that is held many times counts once.
 
     Args:
         tree: The value.
-        visited: Identities of containers whose tensors have been counted; those met are added.
+        visited: Identities of containers that have been counted. Containers met here are added.
     """
     visited = set() if visited is None else visited
     waiting, count = [tree], 0
@@ -78,7 +79,8 @@ def count_tensors(tree: Any, visited: set[int] | None = None) -> int:
 def refuse_unknown(entry: Entry) -> Entry:
     """Mark the objects in an entry that are made of tensors or storages as refused tensors.
 
-    A tensor of a library's own class is such an object. Taken for a plain value it would be lost.
+    A tensor of a class that a library defines is one example. As a plain value the tensor would be
+    lost without notice.
     """
     made_of_tensors: dict[int, bool] = {}
     objects: dict[str, Refused] = {}
@@ -87,7 +89,7 @@ def refuse_unknown(entry: Entry) -> Entry:
             continue
         contents = (value.args, value.state)
         for content in contents:
-            # Many objects may share one state, which is looked through once.
+            # Many objects may share one state, which is searched once.
             if id(content) not in made_of_tensors:
                 made_of_tensors[id(content)] = _is_made_of_tensors(content)
         if any(made_of_tensors[id(content)] for content in contents):
@@ -96,14 +98,14 @@ def refuse_unknown(entry: Entry) -> Entry:
 
 
 def _may_be_tensor(name: Any) -> bool:
-    """Tell whether a name is neither that of a module's own values nor of training state."""
+    """Return True unless a name is that of a module's extra state or of training state."""
     if not isinstance(name, str) or len(name) > LONGEST_NAME or name.endswith(EXTRA_STATE):
         return False
     return not TRAINING_STATE.fullmatch(name)
 
 
 def _is_made_of_tensors(content: Any) -> bool:
-    """Tell whether a container directly holds a tensor or a storage."""
+    """Return True if a container directly holds a tensor or a storage."""
     if not isinstance(content, (dict, list, tuple)):
         return False
     values = content.values() if isinstance(content, dict) else content
@@ -111,11 +113,11 @@ def _is_made_of_tensors(content: Any) -> bool:
 
 
 def locate(tree: Any, key: str) -> Place | None:
-    """Find an entry by its dotted path; None where the path leads nowhere.
+    """Find an entry by dotted path; return None if the path leads nowhere.
 
     Args:
         tree: The saved object.
-        key: The path. The names in it may have dots themselves.
+        key: The path. The names in the path may contain dots.
 
     Raises:
         MalformedPickle: A module at the end of the path holds itself.
@@ -131,15 +133,16 @@ def locate(tree: Any, key: str) -> Place | None:
 
 
 def walk(tree: Any, key: str) -> list[tuple[str, Any]] | None:
-    """List the values on a dotted path, from the tree itself to the one that the path names.
+    """List the values on a dotted path, from the tree to the value that the path names.
 
     Returns:
-        Dotted path and value of each step; None where the path leads nowhere.
+        Dotted path and value of each step; None if the path leads nowhere.
     """
     steps: list[tuple[str, Any]] = [("", tree)]
     remaining = key
     while remaining:
         above, value = steps[-1]
+        # The longest name that exists is taken, since names may contain dots.
         match = next((k for k in prefixes(remaining) if child(value, k) is not None), None)
         if match is None:
             return None
@@ -149,15 +152,15 @@ def walk(tree: Any, key: str) -> list[tuple[str, Any]] | None:
 
 
 def value_at(tree: Any, key: str) -> Any:
-    """Return the value that a dotted path names; None where it leads nowhere."""
+    """Return the value that a dotted path names; None if the path leads nowhere."""
     steps = walk(tree, key)
     return None if steps is None else steps[-1][1]
 
 
 def child(container: Any, name: str) -> Any:
-    """Return the value under a name in a dict, or at an index in a list; None where none is.
+    """Return the value under a name in a dict, or at an index in a list; None if absent.
 
-    Of an object the attributes count.
+    For an object of an unknown class, the name is that of an attribute.
     """
     container = container.state if isinstance(container, Opaque) else container
     if isinstance(container, dict) and name in container:
@@ -165,6 +168,7 @@ def child(container: Any, name: str) -> Any:
     if len(name) > _LONGEST_INDEX or not (name.isascii() and name.isdecimal()):
         return None
     index = int(name)
+    # A dict may have integers as keys, as the state of an optimizer does.
     if isinstance(container, (list, tuple)):
         return container[index] if index < len(container) else None
     return container.get(index) if isinstance(container, dict) else None
@@ -176,7 +180,7 @@ def children(container: Any) -> list[tuple[str, Any]]:
         return [(str(index), value) for index, value in enumerate(container)]
     if not isinstance(container, dict):
         return []
-    # By the exact type: True is an int too, and no path names it.
+    # By the exact type: True is an int too, but no path can name True.
     return [
         (str(name), value)
         for name, value in container.items()
@@ -187,7 +191,7 @@ def children(container: Any) -> list[tuple[str, Any]]:
 def prefixes(dotted: str) -> list[str]:
     """List the beginnings of a dotted path, longest first: ``a.b.c``, ``a.b``, ``a``.
 
-    Names may themselves contain dots, so any of them may be one name.
+    Names may contain dots, so each beginning may be a single name.
     """
     names = dotted.split(".")
     return [".".join(names[:count]) for count in range(len(names), 0, -1)]
