@@ -1,4 +1,4 @@
-"""One model while data goes through it: what its layers find, and what they are given for it."""
+"""Collection of layer moments of one model during a pass, and new statistics from the moments."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ckptavg.models.memory_format import Channels
 
 log = logging.getLogger("ckptavg")
 Key = tuple[str, Names]
-"""A layer, and those of its statistics that some moments are for."""
+"""Name of a layer, and names of the layer's statistics that some moments are for."""
 
 _KEPT: Mapping[Kept | None, tuple[int, str]] = {
     None: (logging.WARNING, "no data went through %s: statistics left as they were"),
@@ -36,22 +36,22 @@ _KEPT: Mapping[Kept | None, tuple[int, str]] = {
         "it is not known how layers update their statistics, which are left as they were: %s",
     ),
 }
-"""What is said of layers that were not written, by why they were not."""
+"""Level and text of the message on layers that were not recomputed, by reason."""
 
 
 @dataclass(frozen=True)
 class BatchNormResult:
-    """What a pass over the data did.
+    """Result of a pass over the data.
 
     Attributes:
         layers: Number of layers whose statistics were recomputed.
-        batches: Batches seen, by this process.
-        samples: Samples seen, by this process.
-        unreached: Layers that no batch went through; they keep their statistics.
-        written: The entries of the model's state dict that were recomputed: means and variances,
-            under each of the names of a layer that has several.
-        frozen: Layers that do not change their statistics in training, and keep them.
-        unknown: Layers that keep their statistics since it is not known how they update them.
+        batches: Batches that this process passed.
+        samples: Samples that this process passed.
+        unreached: Layers that no batch went through. Their statistics are kept.
+        written: Entries of the model's state dict that were recomputed: means and variances. A
+            layer with several names has an entry under each name.
+        frozen: Layers that do not change their statistics in training. Their statistics are kept.
+        unknown: Layers whose update rule is unknown. Their statistics are kept.
     """
 
     layers: int
@@ -63,7 +63,7 @@ class BatchNormResult:
     unknown: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        """One line, which does not grow with the model."""
+        """Format the result in one line of bounded length, however many layers there are."""
         parts = [f"layers={self.layers}, batches={self.batches}, samples={self.samples}"]
         for name in ("unreached", "frozen", "unknown"):
             if layers := getattr(self, name):
@@ -73,7 +73,13 @@ class BatchNormResult:
 
 @dataclass(frozen=True)
 class Change:
-    """A buffer, and what it is to hold."""
+    """A new value for a buffer of a layer, not yet written.
+
+    Attributes:
+        name: Name of the buffer in the model.
+        buffer: The buffer to write into.
+        value: The new value, in the shape and dtype of ``buffer``.
+    """
 
     name: str
     buffer: torch.Tensor
@@ -82,7 +88,14 @@ class Change:
 
 @dataclass(frozen=True)
 class Through:
-    """Takes a model through a batch."""
+    """A forward pass of one batch, for any of the models.
+
+    Attributes:
+        forward: ``forward(model, batch)``.
+        runtime: Device and precision of the pass.
+        channels: Memory format of the models and the batch.
+        batch: The batch, on the device and in the memory format.
+    """
 
     forward: Forward
     runtime: Runtime
@@ -90,9 +103,16 @@ class Through:
     batch: Any
 
     def __call__(self, model: nn.Module, begin: Callable[[], None]) -> None:
-        """Do it; ``begin`` is called first, and again if it starts anew."""
+        """Run the model on the batch.
+
+        Args:
+            model: The model to run.
+            begin: Called before the forward pass, and again if the pass starts anew in another
+                memory format.
+        """
 
         def attempt(batch: Any) -> None:
+            """Run the forward pass once."""
             begin()
             with self.runtime.autocast():
                 self.forward(model, batch)
@@ -102,12 +122,13 @@ class Through:
 
 @dataclass
 class _Seen:
-    """What a batch left behind in a model, until that is known to be accurate.
+    """Moments of one batch that are not merged yet, until their accuracy is known.
 
     Attributes:
-        landings: What the kernels left; a layer's second call has the second one, and so on.
-        moments: What was reduced in float64, in the order of the calls.
-        doubt: Which of the kernels' statistics may be off.
+        through: The forward pass, kept so that the batch can be run again.
+        landings: Buffers with the kernels' statistics. The nth call of a layer has the nth landing.
+        moments: Moments that were reduced in float64, in the order of the calls.
+        doubt: The kernels' statistics that may be off.
     """
 
     through: Through
@@ -117,9 +138,9 @@ class _Seen:
 
 
 class _Collector:
-    """Takes in what the layers of a model see, batch by batch.
+    """A collector of the moments of a model's layers, batch by batch.
 
-    It does not know the layers, so that a model is gone as soon as nobody else holds it.
+    The collector holds no reference to layers, so that a model is freed with its last user.
     """
 
     def __init__(self, kernels: KernelMoments) -> None:
@@ -127,9 +148,10 @@ class _Collector:
         self._seen: _Seen
 
     def see(self, model: nn.Module, through: Through) -> _Seen:
-        """Take a model through a batch."""
+        """Run a model on a batch and return the moments of the batch."""
 
         def begin() -> None:
+            """Discard the moments of an earlier attempt."""
             self._seen = _Seen(through)
 
         through(model, begin)
@@ -137,7 +159,16 @@ class _Collector:
         return self._seen
 
     def land(self, slot: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where a kernel is to leave mean and variance of so many values a channel."""
+        """Reserve buffers for a kernel's mean and variance.
+
+        Args:
+            slot: Number of the layer among the layers with a usable kernel.
+            count: Values per channel that the kernel reduces.
+
+        Returns:
+            The buffers of the mean and the variance, each (channels,) float32.
+        """
+        # A layer that is called several times per batch needs a landing for each call.
         landings = self._seen.landings
         landing = next((one for one in landings if not one.counts[slot]), None)
         if landing is None:
@@ -147,12 +178,30 @@ class _Collector:
         return landing.mean[slot], landing.variance[slot]
 
     def add(self, layer: str, statistics: Names, moments: Moments) -> None:
-        """Take in the moments that some statistics of a layer are to become."""
+        """Add moments for some statistics of a layer.
+
+        Args:
+            layer: Name of the layer.
+            statistics: Names of the buffers that the moments are for.
+            moments: Moments of one call's input.
+        """
         self._seen.moments.append(((layer, statistics), moments))
 
 
 class ModelPass:
-    """The layers of one model while data goes through it."""
+    """A pass over data of one model, with the moments of the model's layers.
+
+    Args:
+        model: The model; the layers inside its wrappers are watched.
+        exclude: Names of layers that keep their statistics.
+        device: Device of the model.
+
+    Attributes:
+        model: The model without wrappers.
+        layers: Watched layers by name.
+        moments: Merged moments by layer and statistics.
+        collector: The collector that the layers add their moments to.
+    """
 
     def __init__(self, model: nn.Module, exclude: Collection[str], device: torch.device) -> None:
         self._given, self.model = model, bare_module(model)
@@ -172,19 +221,21 @@ class ModelPass:
         sizes, eps = [n.num_features for n in norms], [n.eps for n in norms]
         self.collector = _Collector(KernelMoments(sizes, eps, device))
         self._waiting: deque[_Seen] = deque()
+        # On CUDA one batch stays open, so that the check never waits for the GPU.
         self._late = 1 if device.type == "cuda" else 0
 
     def take(self, through: Through) -> None:
-        """Take the model through a batch, and take in what its layers saw.
+        """Run the model on a batch and collect the layers' moments.
 
-        A GPU is asked about a batch when it has the next one to work on, so that it never waits.
+        On a GPU the accuracy of a batch is checked after the next batch was queued, so that the GPU
+        never waits.
         """
         self._waiting.append(self._see(through))
         if len(self._waiting) > self._late:
             self._settle()
 
     def end(self) -> None:
-        """Settle what is left, and put together what each layer saw."""
+        """Merge the batches that are left, and gather the moments of all layers on the CPU."""
         while self._waiting:
             self._settle()
         self.moments = {key: moments.on_cpu() for key, moments in self.moments.items()}
@@ -193,18 +244,22 @@ class ModelPass:
                 self._merge((layer.name, layer.statistics), moments)
 
     def plain(self) -> list[Any]:
-        """What this process saw, as plain values."""
+        """Convert this process's moments to plain values."""
         return [[layer, [*names], m.plain()] for (layer, names), m in self.moments.items()]
 
     def replace(self, parts: Iterable[Sequence[Any]]) -> None:
-        """Take over what all processes saw, in place of what this one did."""
+        """Replace this process's moments by the merged moments of all processes.
+
+        Args:
+            parts: Results of ``plain``, one per process.
+        """
         self.moments = {}
         for part in parts:
             for layer, names, values in part:
                 self._merge((layer, tuple(names)), Moments.of_plain(values))
 
     def check(self) -> None:
-        """Raise an error unless what data went through have statistics.
+        """Raise an error if the moments of a layer give no statistics.
 
         Raises:
             BatchNormError: A layer saw a single value, or one that is not finite.
@@ -213,13 +268,13 @@ class ModelPass:
             _check(layer, moments)
 
     def changes(self, batches: int) -> list[Change]:
-        """The new statistics of the layers, which do not have them yet.
+        """Compute the new statistics of the layers, without writing the statistics.
 
         Args:
-            batches: How many went through the model, in all processes.
+            batches: Number of batches that went through the model, in all processes.
 
         Raises:
-            BatchNormError: They do not fit a layer, or are too large for its type.
+            BatchNormError: Statistics do not fit a layer, or are too large for the layer's dtype.
         """
         changes: list[Change] = []
         for name, layer in self.layers.items():
@@ -228,7 +283,14 @@ class ModelPass:
         return changes
 
     def result(self, batches: int, samples: int) -> BatchNormResult:
-        """What the pass did, which is said where a layer was left out."""
+        """Build the result of the pass, and log the layers that were left out.
+
+        Layers with new statistics end training first (``WatchedLayer.end_training``).
+
+        Args:
+            batches: Number of batches that this process passed.
+            samples: Number of samples that this process passed.
+        """
         written = {name for name, _ in self.moments}
         for name in written:
             self.layers[name].end_training()
@@ -253,10 +315,11 @@ class ModelPass:
         )
 
     def _moments_of(self, layer: str) -> dict[Names, Moments]:
+        """Select the moments of a layer, by the names of the statistics."""
         return {names: m for (name, names), m in self.moments.items() if name == layer}
 
     def _written(self) -> frozenset[str]:
-        """Names of the statistics that layers were given, as in the given model's state dict."""
+        """List the recomputed statistics by the names in the given model's state dict."""
         written: dict[nn.Module, Names] = {}
         for name, names in self.moments:
             layer = self.layers[name].layer
@@ -268,15 +331,17 @@ class ModelPass:
         )
 
     def _see(self, through: Through) -> _Seen:
+        """Run the model on a batch and return the moments of the batch."""
         scripted = [layer for layer in self.layers.values() if isinstance(layer, ScriptedLayer)]
         with KernelDispatch(scripted) if scripted else nullcontext():
             return self.collector.see(self.model, through)
 
     def _settle(self) -> None:
-        """Merge the oldest batch once nothing about it is in doubt.
+        """Merge the oldest batch that is not merged yet, once its moments are accurate.
 
-        Where something is, it goes through the model again, which does the same as before: in
-        training mode a layer does not heed its running statistics.
+        A batch with doubtful moments goes through the model again, with the doubtful layers reduced
+        in float64. The outputs are the same as before, since a layer in training mode ignores its
+        running statistics.
         """
         while doubted := self._waiting[0].doubt.layers():
             for slot in doubted:
@@ -294,6 +359,7 @@ class ModelPass:
             self._merge(key, moments)
 
     def _merge(self, key: Key, moments: Moments) -> None:
+        """Merge moments into those of the same layer and statistics."""
         if key in self.moments:
             self.moments[key].merge(moments)
         else:
@@ -304,13 +370,19 @@ class ModelPass:
 def collecting(
     model: nn.Module, exclude: Collection[str], channels: Channels
 ) -> Iterator[ModelPass]:
-    """Prepare a model for the pass, and leave it as it was afterwards."""
+    """Prepare a model for a pass, and restore the model's state afterwards.
+
+    Args:
+        model: The model. It is moved to the device and into the memory format of ``channels``.
+        exclude: Names of layers that keep their statistics.
+        channels: Device and memory format of the pass.
+    """
     channels.place(model)
     model_pass = ModelPass(model, exclude, channels.device)
     state = ModelState(model)
     with _uncompiled(model):
         try:
-            # not .eval(): some modules merge their weights in it
+            # Not .eval(): some modules merge their weights in eval().
             for module in model.modules():
                 module.training = False
             stop_observers(model)
@@ -325,7 +397,10 @@ def collecting(
 
 @contextmanager
 def _uncompiled(model: nn.Module) -> Iterator[None]:
-    """Let parts that are compiled run as they are written, where the layers' calls are seen."""
+    """Run compiled parts of a model without compilation.
+
+    Only then can the calls of layers inside be intercepted.
+    """
     if any(hasattr(m, "_orig_mod") or m._compiled_call_impl for m in model.modules()):
         with torch.compiler.set_stance("force_eager"):
             yield
@@ -334,10 +409,18 @@ def _uncompiled(model: nn.Module) -> Iterator[None]:
 
 
 def finish(passes: Sequence[ModelPass], batches: int, peers: Peers) -> int:
-    """Merge what all processes saw, in the order of their ranks, and check it.
+    """Merge the moments of all processes, in the order of ranks, and check the result.
+
+    Args:
+        passes: The passes of this process, one per model.
+        batches: Number of batches that this process passed.
+        peers: The processes that share the data.
 
     Returns:
-        The batches that all of them saw.
+        The number of batches of all processes together.
+
+    Raises:
+        BatchNormError: There are no batches, or the moments of a layer give no statistics.
     """
     for model_pass in passes:
         model_pass.end()
@@ -354,7 +437,7 @@ def finish(passes: Sequence[ModelPass], batches: int, peers: Peers) -> int:
 
 
 def replace_all(changes: Sequence[Change]) -> None:
-    """Give the layers their new statistics: all of them, or none if that fails.
+    """Write the new statistics into the layers: all, or none if an error occurs.
 
     Raises:
         BatchNormError: A buffer cannot be written.
@@ -365,7 +448,7 @@ def replace_all(changes: Sequence[Change]) -> None:
             try:
                 change.buffer.copy_(change.value)
             except Exception as error:
-                # the one that failed, too: torch may refuse after it has written
+                # Restore the buffer that failed too: torch may raise after it has written values.
                 for done, value in zip(changes[: number + 1], before, strict=False):
                     with torch.inference_mode(done.buffer.is_inference()), suppress(RuntimeError):
                         done.buffer.copy_(value)
@@ -376,6 +459,12 @@ def replace_all(changes: Sequence[Change]) -> None:
 
 
 def _change(name: str, buffer: torch.Tensor | None, value: torch.Tensor) -> Change:
+    """Fit a new value to the shape and dtype of a buffer.
+
+    Raises:
+        BatchNormError: The value does not fit the buffer, or is too large for its dtype.
+    """
+    # A complex value arrives as two real numbers.
     if buffer is None or buffer.numel() * (1 + buffer.is_complex()) != value.numel():
         raise BatchNormError(
             f"{name} does not have a value per channel of what goes through its layer",
@@ -393,6 +482,7 @@ def _change(name: str, buffer: torch.Tensor | None, value: torch.Tensor) -> Chan
 
 
 def _check(name: str, moments: Moments) -> None:
+    """Raise an error if moments have too few values, or values that are not finite."""
     if moments.count < 2 and not moments.instances:
         raise BatchNormError(
             f"the layer {name} saw a single value a channel, which has no variance",

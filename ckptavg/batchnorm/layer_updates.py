@@ -1,13 +1,14 @@
-"""What a layer itself makes of its inputs, found by running a copy of it.
+"""Update rules of custom normalization layers, found by running a copy of the layer.
 
-A subclass of BatchNorm, or a normalization layer that is none, may turn its argument round, mask
-it, or take its moments by itself. Its statistics are of what it writes into its buffers: in
-training mode a step of a moving average, ``(1 - a) · old + a · batch``. A copy of the layer in
-float64, given old values at will, tells ``a`` and what the layer found in the batch.
+A custom layer (a subclass of BatchNorm, or any other normalization layer) may transpose its
+argument, mask it, or compute its moments itself. In training mode the layer writes a step of a
+moving average into its buffers: ``(1 - a) · old + a · batch``. A copy of the layer in float64 runs
+with chosen old values. The results give ``a`` and the batch's own statistics.
 
-From how many values n a mean and a variance are is told by one of them, moved by d. The mean moves
-by s · d / n, and an unbiased variance has the second difference 2 · s² · d² / n, whatever factor s
-the layer scales its inputs by: so n is a ratio of the two. Padding moves nothing.
+The number n of values in a mean and a variance is found by moving one value by d. The mean moves by
+s · d / n, where s is the factor by which the layer scales its inputs. An unbiased variance has the
+second difference 2 · s² · d² / n. So n follows from a ratio of the two, whatever s is. Moving a
+value of the padding changes nothing.
 """
 
 from __future__ import annotations
@@ -30,13 +31,20 @@ from ckptavg.models.batches import map_tensors, tensors_of
 from ckptavg.models.device import is_out_of_memory
 
 Rule = Literal["argument", "kernel", "own", "frozen", "unknown"]
-"""``argument``: torch's kernel takes the moments of the layer's only argument, and the buffers keep
-them. ``kernel``: it takes those of something else. ``own``: the layer takes them by itself.
-``frozen``: they stay in training mode, too. ``unknown``: the layer keeps no moving average."""
+"""Rules by which a layer updates its running statistics.
 
-_CLOSE = 1e-4  # a layer may work in float32 whatever it is given
-_CANDIDATES = 16  # values whose influence is tried
-_SAMPLE = 1 << 20  # values of an argument that tell the rule
+``argument``: torch's kernel computes the moments of the layer's only argument into the buffers.
+``kernel``: torch's kernel computes the moments of another tensor. ``own``: the layer computes the
+moments itself. ``frozen``: the statistics stay in training mode too. ``unknown``: the layer keeps
+no moving average.
+"""
+
+# Tolerance of comparisons: a layer may compute in float32, whatever the type of its input.
+_CLOSE = 1e-4
+# Number of values whose influence on the mean is tried.
+_CANDIDATES = 16
+# Number of values of an argument from which the rule is found.
+_SAMPLE = 1 << 20
 _COUNTER = re.compile(r"(?:^|_)(?:count|counter|num_batches\w*|num_updates|steps?)$")
 _KERNELS: Mapping[Callable[..., Any], tuple[str, ...]] = {
     nn.functional.batch_norm: (
@@ -53,15 +61,17 @@ _KERNELS: Mapping[Callable[..., Any], tuple[str, ...]] = {
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Convert = Callable[[torch.Tensor], torch.Tensor]
 Values = dict[str, torch.Tensor]
-"""Per statistic, its values in float64, flat; a complex one has two each."""
+"""Values per statistic: flat, float64; a complex value counts as two."""
 
 
 class KernelCalls(TorchFunctionMode):
-    """Calls of torch's batch normalization that update a layer's statistics.
+    """A function mode that reports calls of torch's batch normalization for one layer.
+
+    Only calls that update the layer's running statistics are reported.
 
     Args:
-        layer: It.
-        take: Called with the input, (N, C, ...), before the kernel is.
+        layer: The layer whose calls are reported.
+        take: Called with the input, (N, C, ...), before the kernel runs.
     """
 
     def __init__(self, layer: nn.Module, take: Callable[[torch.Tensor], None]) -> None:
@@ -71,7 +81,7 @@ class KernelCalls(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Do what is asked for."""
+        """Run a function of torch, after its input was reported."""
         kwargs = kwargs or {}
         if func in _KERNELS:
             bound = dict(zip(_KERNELS[func], args, strict=False)) | kwargs
@@ -81,20 +91,21 @@ class KernelCalls(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _is_own(self, tensor: torch.Tensor) -> bool:
+        """Return True if a tensor shares its memory with a buffer of the layer."""
         own = (value for value in self._layer._buffers.values() if value is not None)
         return any(tensor.data_ptr() == value.data_ptr() for value in own)
 
 
 class LayerUpdate:
-    """How a layer updates its running statistics.
+    """The rule by which a layer updates its running statistics.
 
     Args:
-        layer: A layer, which is not run itself.
-        statistics: Names of these buffers, the mean first.
+        layer: A layer. Only copies of the layer are run.
+        statistics: Names of the buffers that hold running statistics, the mean first.
         forward: The forward pass that the layer has in place of its class's.
 
     Attributes:
-        estimates: Whether the numbers of values had to be guessed by the arguments' sizes.
+        estimates: True if a number of values had to be guessed from the arguments' sizes.
     """
 
     def __init__(self, layer: nn.Module, statistics: tuple[str, ...], forward: Any = None) -> None:
@@ -107,15 +118,16 @@ class LayerUpdate:
         self.estimates = False
 
     def rule(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rule:
-        """Find out by a call's arguments, which stay as they are, what the layer does."""
-        # float32 at worst: compiled kernels may take nothing else
+        """Find the rule of the layer from a call's arguments, which are not changed."""
+        # Try float64 first, then the own types: compiled kernels may accept only float32.
         for convert in (_wide, _as_it_is):
             self._widen(convert)
             for given in _samples(args, kwargs):
                 try:
                     with _undisturbed():
                         return self._rule(given)
-                except Exception as error:  # whatever a layer says to a copy
+                # A user's layer may raise any error in a copy.
+                except Exception as error:
                     if is_out_of_memory(error):
                         raise
         return "unknown"
@@ -123,15 +135,16 @@ class LayerUpdate:
     def moments(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> dict[tuple[str, ...], Moments]:
-        """Find what the layer makes of a call's arguments, which stay as they are.
+        """Compute the layer's moments of a call's arguments, which are not changed.
 
         Returns:
-            Moments by the names of the statistics that they are for: of all values for a mean and
-            a variance; else each statistic by itself, the mean over batches by their samples.
+            Moments by the names of the statistics. A mean and a variance share the moments of all
+            values. Any other statistic stands alone, as a mean over batches weighted by samples.
         """
         given = args, kwargs
         with _undisturbed():
-            self._widen(self._convert)  # a model may give its layer a mask by an attribute
+            # Copy the layer anew: a model may pass a mask as an attribute of the layer.
+            self._widen(self._convert)
             values = self._found(self._run(given))
             if isinstance(self._copy, _InstanceNorm):
                 count = next(tensors_of(given)).shape[0]
@@ -144,12 +157,13 @@ class LayerUpdate:
         return {(n,): Moments(samples, v, zero(v), instances=True) for n, v in values.items()}
 
     def _widen(self, convert: Convert) -> None:
-        """Make the copy, whose tensors and arguments are converted."""
+        """Copy the layer with converted tensors; arguments of later runs are converted alike."""
         self._convert = convert
         self._copy = _copy_of(self._layer, convert, self._forward)
         self._buffers = dict(self._copy._buffers)
 
     def _rule(self, given: Arguments) -> Rule:
+        """Find the rule from runs of the copy on a call's arguments."""
         inputs: list[tuple[torch.Tensor, bool]] = []
         base = self._run(given, inputs)
         self._factors = self._measure_factors(given, base)
@@ -169,11 +183,16 @@ class LayerUpdate:
         ):
             if value.shape != expected.shape or not _close(value, expected.to(value)):
                 return "own"
+        # The copy's momentum is 1. A factor other than 1 means that the layer uses its own.
         honoured = all(factor == 1 for factor in self._factors.values())
         return "argument" if is_argument and honoured else "kernel"
 
     def _measure_factors(self, given: Arguments, base: Values) -> dict[str, float]:
-        """The weight of a batch in each statistic; none if that is not what happens."""
+        """Measure the weight of a batch in each statistic.
+
+        Returns:
+            Weights from 0 to 1 by statistic; empty if the layer does not take a moving average.
+        """
         start, factors = self._start, {}
         shifts = {name: 1.0 + base[name].abs().max().item() for name in base}
         for name, shift in shifts.items():
@@ -185,21 +204,24 @@ class LayerUpdate:
             expected = base | {name: base[name] + (1 - factors[name]) * shift}
             if not _all_close(moved, expected):
                 return {}
-        # twice as far in all of them at once: the step is linear, and each heeds its own old value
+        # Move all old values at once, twice as far. This confirms that the step is linear and that
+        # each statistic depends on its own old value only.
         moved = self._run(given, start={n: start[n] + 2 * shift for n, shift in shifts.items()})
         expected = {n: base[n] + (1 - factors[n]) * 2 * shift for n, shift in shifts.items()}
         return factors if _all_close(moved, expected) else {}
 
     def _found(self, new: Values) -> Values:
-        """What a batch itself has put into new statistics."""
+        """Solve new statistics for the batch's own, given the old values and the weights."""
         return {
             name: (new[name] - (1 - factor) * self._start[name]) / factor
             for name, factor in self._factors.items()
         }
 
     def _pooled(self, given: Arguments, values: Values) -> Moments:
+        """Build moments from a batch's mean and variance, with the number of values found."""
         mean, variance = (values[name] for name in self._names)
         counts = self._count(given, values)
+        # The number of values could not be measured: guess by the largest argument's size.
         if counts is None:
             self.estimates = True
             numel = max((t.numel() for t in tensors_of(given)), default=1)
@@ -208,9 +230,14 @@ class LayerUpdate:
         return Moments(counts[0], mean, variance * counts[1])
 
     def _count(self, given: Arguments, values: Values) -> tuple[int, int] | None:
-        """From how many values a mean is, and the divisor of its variance."""
+        """Find the number of values in a mean and the divisor of the variance.
+
+        Returns:
+            The two counts; None if no value that was tried gives them.
+        """
         floats = [t for t in tensors_of(given) if t.is_floating_point() and t.numel() > 1]
         for which, tensor in enumerate(floats):
+            # So large a distance moves the mean well beyond the noise of float32.
             distance = tensor.numel() * tensor.abs().max().double().item()
             for index in _spread_indices(tensor):
                 push = distance if tensor[index] > 0 else -distance
@@ -222,6 +249,7 @@ class LayerUpdate:
                 moved = near[mean] - values[mean]
                 at = int(moved.abs().argmax())
                 share = moved[at].item() / push
+                # The value has no part in the mean: it is padding or masked.
                 if abs(share) * tensor.numel() < _CLOSE:
                     continue
                 bend = (far[variance] - 2 * near[variance] + values[variance])[at].item() / 2
@@ -235,13 +263,14 @@ class LayerUpdate:
         start: Mapping[str, float] | None = None,
         moved: tuple[int, tuple[int, ...], float] | None = None,
     ) -> Values:
-        """Run the copy; what it has in its buffers afterwards.
+        """Run the copy and return the statistics in its buffers afterwards.
 
         Args:
             given: The arguments.
-            inputs: Takes the inputs of torch's kernel, and whether each is the only argument.
-            start: What the statistics are before.
-            moved: Which of the floating tensors has which value changed by how much.
+            inputs: Receives the inputs of torch's kernel, each with a flag that is True for the
+                call's only argument.
+            start: Values of the statistics before the run.
+            moved: One value to change: number of the floating tensor, index, distance.
         """
         args, kwargs = given = map_tensors(given, self._convert)
         if moved is not None:
@@ -252,6 +281,7 @@ class LayerUpdate:
         only = only_tensor(args, kwargs)
 
         def take(value: torch.Tensor) -> None:
+            """Record an input of torch's kernel."""
             if inputs is not None:
                 inputs.append((value.clone(), value is only))
 
@@ -260,7 +290,7 @@ class LayerUpdate:
         return {name: _flat(self._copy._buffers[name]) for name in self._names}
 
     def _prepare(self, start: Mapping[str, float]) -> None:
-        """Give the copy its buffers anew: the statistics as said, counters at 0."""
+        """Reset the copy's buffers: statistics to start values, counters to 0."""
         for name, value in self._buffers.items():
             if value is None:
                 continue
@@ -274,7 +304,10 @@ class LayerUpdate:
 
 
 def _samples(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Arguments]:
-    """A part of a single argument, which is told apart from others by its first axis; then all."""
+    """Yield a call's arguments: a part of a single large argument first, then all.
+
+    The part consists of the first rows along the first axis.
+    """
     only = only_tensor(args, kwargs)
     if only is not None and only.dim() > 1:
         rows = max(2, _SAMPLE // max(1, only[0].numel()))
@@ -285,15 +318,15 @@ def _samples(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Argument
 
 
 def only_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
-    """A call's only argument, if it is a tensor."""
+    """Return a call's only argument if the argument is a tensor, otherwise None."""
     values = [*args, *kwargs.values()]
     return values[0] if len(values) == 1 and isinstance(values[0], torch.Tensor) else None
 
 
 def _copy_of(layer: nn.Module, convert: Convert, forward: Any = None) -> nn.Module:
-    """A copy of a layer with converted tensors, in training mode, without hooks.
+    """Copy a layer with converted tensors, in training mode, without hooks.
 
-    What else it refers to is shared: a layer may know of its model, or of a trainer.
+    All other attributes are shared with the layer, which may refer to its model or a trainer.
     """
     copy: nn.Module = layer.__new__(type(layer))
     state = vars(copy)
@@ -309,36 +342,39 @@ def _copy_of(layer: nn.Module, convert: Convert, forward: Any = None) -> nn.Modu
     for name, part in layer._modules.items():
         copy._modules[name] = None if part is None else _copy_of(part, convert)
     for part in copy.modules():
+        # Parts of the layer, dropout for instance, stay in evaluation mode.
         vars(part)["training"] = part is copy
     if isinstance(forward, types.MethodType) and forward.__self__ is layer:
         forward = types.MethodType(forward.__func__, copy)
     if forward is not None:
         state["forward"] = forward
     if isinstance(copy, _NormBase):
+        # With a momentum of 1 the buffers then hold the batch's own statistics.
         copy.momentum = 1.0
     return copy
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in float64, where the device has it, if it holds floats."""
+    """Copy a tensor; floats become float64 where the device supports float64."""
     real = tensor.is_floating_point() and home_of(tensor.device) == tensor.device
     return tensor.detach().to(torch.float64 if real else tensor.dtype, copy=True)
 
 
 def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in the same type."""
+    """Copy a tensor in the same dtype."""
     return tensor.detach().clone()
 
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """No gradients, and no autocast, which would narrow what is float64."""
+    """Turn off gradients and autocast, which would narrow float64 values."""
     kinds = {"cpu", "cuda"} if torch.cuda.is_available() else {"cpu"}
     with torch.no_grad():
         yield from _without_autocast(sorted(kinds))
 
 
 def _without_autocast(kinds: list[str]) -> Iterator[None]:
+    """Turn off autocast on several kinds of device."""
     if not kinds:
         yield
         return
@@ -347,6 +383,7 @@ def _without_autocast(kinds: list[str]) -> Iterator[None]:
 
 
 def _flat(value: torch.Tensor | None) -> torch.Tensor:
+    """Flatten a statistic to float64; a complex value becomes two."""
     if value is None:
         raise TypeError("a layer has no statistics any more")
     real = torch.view_as_real(value) if value.is_complex() else value
@@ -354,22 +391,24 @@ def _flat(value: torch.Tensor | None) -> torch.Tensor:
 
 
 def _close(value: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether values are as expected up to float32's precision; never if they are not finite."""
+    """Return True if values are as expected up to float32's precision, and finite."""
     room = _CLOSE * (1 + expected.abs().max())
     return bool(((value - expected).abs() <= room).all())
 
 
 def _all_close(values: Values, expected: Values) -> bool:
+    """Return True if all statistics are as expected."""
     return all(_close(values[name], expected[name]) for name in expected)
 
 
 def _rounded(factor: float) -> float:
-    """A factor, 0 and 1 without the noise of rounding."""
+    """Remove the noise of rounding from a factor of 0 or 1."""
     return float(round(factor)) if abs(factor - round(factor)) < 1e-6 else factor
 
 
 def _spread_indices(tensor: torch.Tensor) -> Iterator[tuple[int, ...]]:
-    """Where some values are that are not 0: the first, the last, some between."""
+    """Yield the indices of some values that are not 0: first, last, several between."""
+    # Multiples of the golden ratio spread the indices evenly and avoid periods in the data.
     last = tensor.numel() - 1
     steps = [0, last, *(int(last * (i * 0.6180339887 % 1)) for i in range(1, _CANDIDATES - 1))]
     for step in steps:
@@ -379,20 +418,24 @@ def _spread_indices(tensor: torch.Tensor) -> Iterator[tuple[int, ...]]:
 
 
 def _counts(share: float, bend: float) -> tuple[int, int] | None:
-    """Numbers of values and degrees of freedom; None if it is no plain mean and variance.
+    """Find the number of values in a mean and the degrees of freedom of the variance.
 
     Args:
-        share: How much a mean moves with one of its values.
-        bend: How much the variance does with the square of that.
+        share: Change of the mean per change of one value.
+        bend: Change of the variance per squared change of that value.
+
+    Returns:
+        The two counts; None if the statistics are not a plain mean and variance.
     """
     ratio = bend / share**2
     whole = round(ratio)
     if whole < 1 or abs(ratio - whole) > _CLOSE * whole + 0.01:
         return None
-    # without a factor the mean tells n as well, which is one more than the ratio of a biased one
+    # If the layer does not scale its inputs, the mean alone gives n. For a biased variance, n is
+    # one more than the ratio.
     if abs(1 / share - (whole + 1)) < 0.25 and abs(1 / share - whole) > 0.25:
         return whole + 1, whole + 1
-    # a variance made up of parts, such as those of instances, has a bend of its own
+    # A variance that combines parts, such as instances, has another bend. Then the mean gives n.
     plain = round(1 / share)
     if whole != plain > 1 and abs(1 / share - plain) < _CLOSE and 0.75 < whole / plain < 1.33:
         return plain, plain

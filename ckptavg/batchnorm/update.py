@@ -1,15 +1,15 @@
-"""Running statistics recomputed for fixed weights.
+"""Recomputation of BatchNorm running statistics for fixed weights.
 
-Averaged weights need statistics of their own (Izmailov et al. 2018, 3.2). What is computed here are
-the population statistics of Wu & Johnson 2021 ("Rethinking 'Batch' in BatchNorm", 3): each layer's
-mean and variance over all samples, given the layer's inputs, by merging count, mean and sum of
-squared deviations batch by batch in float64 (Chan et al. 1979). ``torch.optim.swa_utils.update_bn``
-averages the batches' variances instead, which leaves out how the batches' means differ.
+Averaged weights need statistics of their own (Izmailov et al. 2018, 3.2). This module computes the
+population statistics of Wu & Johnson 2021 ("Rethinking 'Batch' in BatchNorm", 3): each layer's mean
+and variance over all samples, given the layer's inputs. Count, mean and sum of squared deviations
+are merged batch by batch in float64 (Chan et al. 1979). ``torch.optim.swa_utils.update_bn``
+averages the batches' variances instead, which ignores the differences between the batches' means.
 
-A batch's own mean and variance are those that the layer's kernel computes anyway to normalize it.
-Where they may be off by more than ``moments.TOLERANCE``, the batch goes through the model once more
-and that layer's inputs are reduced in float64, from then on too. A layer whose forward pass is not
-torch's is asked what it makes of a batch (``layer_updates``).
+The mean and variance of a batch come from the layer's kernel, which computes both to normalize the
+batch. Where the kernel may be off by more than ``moments.TOLERANCE``, the batch goes through the
+model once more. From then on that layer's inputs are reduced in float64. For a layer with a custom
+forward pass, the statistics of a batch are found with a copy of the layer (``layer_updates``).
 """
 
 from __future__ import annotations
@@ -60,45 +60,49 @@ def update_bn(
 ) -> BatchNormResult:
     """Recompute a model's BatchNorm statistics in one pass over data.
 
-    Weights stay as they are; only the BatchNorm layers (and other layers that keep running
-    statistics, InstanceNorm's or a user's own) are in training mode during the pass, and only in
-    their own forward pass. Layers that do not change their statistics in training, since they never
-    do or since the model's own ``train()`` keeps them in evaluation mode, are left and named in the
-    result, as are those of which it is not known how they change them; a model without any is no
+    Weights are not changed. Only BatchNorm layers, and other layers that keep running statistics
+    (InstanceNorm, or a user's own), are in training mode, each during its own forward pass. Some
+    layers do not change their statistics in training: by their class, or because the model's own
+    ``train()`` keeps these layers in evaluation mode. Such layers are left alone and named in the
+    result, and so are layers whose update rule is unknown. A model without running statistics is no
     error.
 
-    At a layer whose inputs do not depend on the batch, the first above all, the result is the same
-    for any split into batches: a batch's own mean and variance are exact up to
+    If a layer's inputs do not depend on the split into batches, neither does the result; this holds
+    for the first layer above all. A batch's own mean and variance are exact up to
     ``moments.TOLERANCE``, and merged in float64. Deeper layers see activations that were normalized
-    batch by batch, as in training, so there one pass is not invariant to the batch size. If
-    anything fails, the model is as it was before.
+    batch by batch, as in training, so at deeper layers one pass is not invariant to the batch size.
+    If an error occurs, the model is restored.
 
-    A batch may go through the model a second time, so its forward pass must not change its input.
+    A batch may go through the model a second time, so the forward pass must not change its input.
 
     Under an initialized ``torch.distributed`` process group, each process passes its own part of
-    the data, and all end with the statistics of the whole.
+    the data. All processes end with the statistics of the whole data.
 
     Args:
-        model: Any module. With ``device`` it is moved there; on CUDA its convolutions' weights come
-            to lie in memory as channels_last.
-        data: A Dataset, read in seeded random order; or a loader, used as it is.
-        device: ``auto``, ``cpu``, ``cuda[:N]``, ``mps``; the model's own where None.
-        forward: ``forward(model, batch)``, for batches of which the signature of the model's own
-            forward does not tell what it gets (``ckptavg.models.calling``).
-        exclude: Shell patterns of layers to leave alone (frozen ones), by their modules' names.
+        model: Any module. It is moved to ``device`` if that is given. On CUDA the weights of its
+            convolutions are stored as channels_last.
+        data: A Dataset, read in seeded random order, or a loader, used as is.
+        device: ``auto``, ``cpu``, ``cuda[:N]``, ``mps``; the model's own device where None.
+        forward: ``forward(model, batch)``, for batches that cannot be matched to the signature of
+            the model's own forward (``ckptavg.models.calling``).
+        exclude: Shell patterns of layers to leave alone (frozen layers), by module name.
         amp: ``off``, ``bf16`` or ``fp16``: autocast of the forward pass.
-        batch_size: Of a Dataset.
-        workers: Processes that load a Dataset.
-        seed: Of a Dataset's order, and of whatever the data draws: its augmentation.
-        bn_samples: How many samples of the data, drawn at random, or a
-            ``ckptavg.data.loaders.Subset``, which may be stratified; all of them where None.
+        batch_size: Samples per batch, for a Dataset.
+        workers: Number of processes that load a Dataset.
+        seed: Seed of a Dataset's order, and of random draws in the data such as augmentation.
+        bn_samples: Number of samples, drawn at random from the data, or a
+            ``ckptavg.data.loaders.Subset``, which may be stratified; all samples where None.
         progress: True for a bar, a bar of tqdm, or a function of (phase, done, total) in samples;
             see ``ckptavg.display.progress``.
 
+    Returns:
+        Counts of layers, batches and samples, and the names of layers that were left alone.
+
     Raises:
-        BatchNormError: There are no data, or a layer saw a single value or one that is not finite.
-        UsageError: The model is no module, the data is none, or a pattern of ``exclude`` matches
-            no layer.
+        BatchNormError: There is no data, or a layer saw a single value or a value that is not
+            finite.
+        UsageError: ``model`` is not a module, ``data`` is not data, or a pattern of ``exclude``
+            matches no layer.
     """
     check_model(model)
     layers = tracked_layers(bare_module(model))
@@ -125,7 +129,7 @@ def update_bn(
 
 
 def _find_frozen(model: nn.Module, excluded: Collection[str]) -> tuple[str, ...]:
-    """Find the layers that a model's own ``train()`` freezes, and say so."""
+    """Find the layers that a model's own ``train()`` freezes, and log their names."""
     never = never_trained_layers(model).difference(excluded)
     frozen = [layer for layer in tracked_layers(model) if layer in never]
     if frozen:
@@ -143,17 +147,21 @@ def recompute(
     exclude: Sequence[Collection[str]] | None = None,
     peers: Peers | None = None,
 ) -> list[BatchNormResult]:
-    """``update_bn`` for several models that share one pass over the data.
+    """Recompute the statistics of several models in one shared pass over the data.
 
-    A batch may go through a model twice, so the forward pass must not change it in place.
+    ``update_bn`` describes the statistics. A batch may go through a model twice, so the forward
+    pass must not change the batch in place.
 
     Args:
-        models: Modules of one kind; they are moved to the runtime's device.
+        models: Modules of the same kind. They are moved to the runtime's device.
         batches: This process's part of the data.
-        runtime: Where and how the models run.
+        runtime: Device, precision and batch size of the pass.
         forward: ``forward(model, batch)`` for unusual batches.
-        exclude: For each model, names of the layers to leave alone; none where None.
-        peers: The processes that share the data; all end with the statistics of the whole.
+        exclude: Names of the layers to leave alone, per model; no layers where None.
+        peers: The processes that share the data. All end with the statistics of the whole data.
+
+    Returns:
+        One result per model.
 
     Raises:
         BatchNormError: As for ``update_bn``.
@@ -168,6 +176,7 @@ def recompute(
             stack.enter_context(collecting(model, excluded, channels))
             for model, excluded in zip(models, exclude or [()] * len(models), strict=True)
         ]
+        # All models see a batch before the next is read, so the data is read once.
         for batch in moved(batches, runtime.device):
             here = channels.arrange(batch.here)
             through = Through(forward or call, runtime, channels, here)
@@ -176,5 +185,6 @@ def recompute(
             seen += 1
             samples += size_of(batch.given)
         of_all = finish(passes, seen, peers or Alone())
+    # Written at the very end and for all models at once, so that an error changes no model.
     replace_all([change for model_pass in passes for change in model_pass.changes(of_all)])
     return [model_pass.result(seen, samples) for model_pass in passes]
