@@ -1,1 +1,1 @@
-"""A directory → an ordered run of checkpoints without repeats."""
+"""Ordered runs of checkpoints without repeats."""

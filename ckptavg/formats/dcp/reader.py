@@ -1,8 +1,8 @@
-"""Directories of ``torch.distributed.checkpoint``: shards, and a pickle that places them.
+"""Reader of ``torch.distributed.checkpoint`` directories: shards, and a pickle that locates boxes.
 
-``.metadata`` says which box of each tensor lies where in which file. A box is a ``torch.save`` file
-inside that file, so that all of it comes down to byte ranges, read by one process however many
-wrote them. The pickle is read inertly like any other.
+``.metadata`` records for each box of a tensor the file and the offset. A box is a ``torch.save``
+file inside that file. The whole checkpoint is therefore a set of byte ranges, which one process
+can read, however many processes wrote it. The pickle is read inertly.
 """
 
 from __future__ import annotations
@@ -31,10 +31,12 @@ from ckptavg.io.paths import Location, open_binary
 from ckptavg.io.stamp import FileStamp
 
 METADATA = ".metadata"
-SUFFIX = ".distcp"  # of its shards
+# Suffix of the shards.
+SUFFIX = ".distcp"
 MODULE = "torch.distributed.checkpoint.metadata"
-_MOST_VALUES = 2000  # small pickles beside the tensors that are looked into
-_MOST_BYTES = unpickler.MAX_PICKLE  # of them together
+# Limits on the pickles beside the tensors: their number, and the bytes of all together.
+_MOST_VALUES = 2000
+_MOST_BYTES = unpickler.MAX_PICKLE
 _MOST_DIMENSIONS = 64
 
 ItemPath = tuple[str | int, ...]
@@ -42,14 +44,14 @@ ItemPath = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class Box:
-    """One box of a tensor.
+    """Box of a tensor: a rectangular part that a single shard stores.
 
     Attributes:
-        start: Index in the tensor of its first element.
-        shape: Its extent.
-        file: Name of the file that holds it.
-        offset: Of the ``torch.save`` file in that one, in bytes.
-        length: Of the same.
+        start: Index of the first element in the tensor.
+        shape: Extent of the box.
+        file: Name of the file that holds the box.
+        offset: Offset of the box's ``torch.save`` file in that file, in bytes.
+        length: Length of the box's ``torch.save`` file, in bytes.
     """
 
     start: tuple[int, ...]
@@ -61,17 +63,16 @@ class Box:
 
 @dataclass
 class Distributed:
-    """An opened directory.
+    """An opened ``torch.distributed.checkpoint`` directory.
 
     Attributes:
         path: The directory.
-        tree: What was saved, nested as it was; tensors as ``Sharded``, other objects inertly.
-        items: Full name of each item → what the tree holds of it; an optimizer's values are not
-            read.
-        paths: Full name of each item → the keys that led to it in what was saved.
-        boxes: Full name of a tensor → where it lies.
-        stamps: Of the metadata and of the files that it names, by path.
-        version: Of the format.
+        tree: The saved object with its nesting; tensors as ``Sharded``, other objects inert.
+        items: Full name of each item → value in the tree. Values of an optimizer are not read.
+        paths: Full name of each item → keys that led to the item in the saved object.
+        boxes: Full name of a tensor → boxes of the tensor.
+        stamps: Path → stamp, for the metadata and the files that the metadata names.
+        version: Version of the format.
     """
 
     path: Location
@@ -83,10 +84,10 @@ class Distributed:
     version: str | None
 
     def tensor(self, sharded: Sharded) -> Tensor:
-        """The table entry of a tensor in the tree.
+        """Return the table entry of a tensor in the tree.
 
         Raises:
-            CheckpointError: A box of it is damaged, or is not what the metadata says.
+            CheckpointError: A box of the tensor is damaged, or contradicts the metadata.
         """
         pieces = [
             self._piece(sharded.name, box, sharded.dtype)
@@ -96,12 +97,12 @@ class Distributed:
         return Tensor(sharded.dtype, sharded.shape, tuple(pieces))
 
     def stamps_of(self, tensors: Mapping[str, Tensor]) -> tuple[FileStamp, ...]:
-        """Stamps of the metadata and of the files that tensors lie in."""
+        """Return the stamps of the metadata and of the files that hold tensors."""
         names = {piece.file for tensor in tensors.values() for piece in tensor.pieces}
         return tuple(self.stamps[name] for name in (str(self.path / METADATA), *sorted(names)))
 
     def training_state(self, path: ItemPath) -> ItemPath:
-        """The optimizer or scheduler that an item belongs to, by its path; empty if to none."""
+        """Return the path of the optimizer or scheduler that holds an item; empty if none does."""
         return _training_state(path, self._entries_with_models)
 
     @cached_property
@@ -109,6 +110,7 @@ class Distributed:
         return _applications(self.paths)
 
     def _piece(self, name: str, box: Box, dtype: DType) -> Piece:
+        """Open the ``torch.save`` file of a box, and return the piece of the tensor."""
         file = self.path / box.file
         opened = zip_reader.read(file, (box.offset, box.length))
         view = opened.tree
@@ -119,15 +121,15 @@ class Distributed:
 
 
 def is_distributed(directory: Location) -> bool:
-    """Whether a directory is such a checkpoint."""
+    """Return True if a directory is a ``torch.distributed.checkpoint``."""
     return (directory / METADATA).is_file()
 
 
 def read(directory: Location) -> Distributed:
-    """Open a directory: its metadata and the values beside the tensors.
+    """Open a directory: read the metadata and the values beside the tensors.
 
     Raises:
-        CheckpointError: It is damaged, or names files outside.
+        CheckpointError: The metadata is damaged, or names files outside the directory.
     """
     metadata = directory / METADATA
     stamp = _stamp(directory, METADATA)
@@ -143,6 +145,7 @@ def read(directory: Location) -> Distributed:
 
 
 def _parse(directory: Location, saved: Any, stamp: FileStamp) -> Distributed:
+    """Parse the metadata, and read the values beside the tensors."""
     state = _attributes(saved, "Metadata")
     items, places = state.get("state_dict_metadata"), state.get("storage_data")
     if not isinstance(items, dict) or not isinstance(places, dict):
@@ -171,7 +174,7 @@ def _parse(directory: Location, saved: Any, stamp: FileStamp) -> Distributed:
 
 
 def _attributes(value: Any, name: str) -> dict[str, Any]:
-    """The attributes of an object of one of torch's metadata classes."""
+    """Return the attributes of an object of a metadata class of torch."""
     known = isinstance(value, Opaque) and isinstance(value.type, Global) and value.type.name == name
     if not known or not isinstance(value.state, dict):
         raise MalformedPickle(f"it holds something else where a {name} belongs")
@@ -180,28 +183,33 @@ def _attributes(value: Any, name: str) -> dict[str, Any]:
 
 
 def _item_path(name: str, path: Any) -> ItemPath:
+    """Return the keys that lead to an item; the full name alone where they are not usable."""
     usable = isinstance(path, tuple) and path and all(map(_is_step, path))
     return path if usable else (name,)
 
 
 def _is_step(part: Any) -> bool:
-    """Tell what leads from a container to what is in it: a name or an index."""
+    """Return True if a value is a key of a container: a name or an index."""
     return isinstance(part, str) or (type(part) is int and 0 <= part < _LARGEST_INDEX)
 
 
 def _begin(index: tuple[int, ...] | None) -> str:
-    """The index of a first element as a key: the hash of a text cannot be made to collide."""
+    """Convert the index of a first element to a text key.
+
+    Texts cannot be made to collide in a dict, as integers can.
+    """
     return "" if index is None else str(index)
 
 
 Stored = Mapping[str, Mapping[str, tuple[str, int, int]]]
-"""Item → where in it something begins, as text → file, offset and length."""
+"""Item → index of a box's first element, as text → file, offset and length in bytes."""
 
-_LARGEST_INDEX = 2**31  # of an element of a list: what is larger may be made to collide in a dict
+# Index of an element of a list. Larger integers may be made to collide in a dict.
+_LARGEST_INDEX = 2**31
 
 
 def _stored(directory: Location, places: Mapping[Any, Any], stamps: dict[str, FileStamp]) -> Stored:
-    """Find where each item lies; and the stamps of the files."""
+    """Find file, offset and length of each item, and add the stamps of the files to ``stamps``."""
     found: dict[str, dict[str, tuple[str, int, int]]] = defaultdict(dict)
     for key, value in places.items():
         index, info = _attributes(key, "MetadataIndex"), _attributes(value, "_StorageInfo")
@@ -226,7 +234,10 @@ def _stored(directory: Location, places: Mapping[Any, Any], stamps: dict[str, Fi
 
 
 def _check_apart(directory: Location, stored: Stored) -> None:
-    """Refuse items that share bytes: a small directory could hold one pickle ever so often."""
+    """Refuse items that share bytes.
+
+    Otherwise a small directory could name the same pickle any number of times.
+    """
     places = sorted(place for boxes in stored.values() for place in boxes.values())
     for (file, start, length), (other, after, _) in pairwise(places):
         if file == other and start + length > after:
@@ -234,10 +245,10 @@ def _check_apart(directory: Location, stored: Stored) -> None:
 
 
 def _stamp(directory: Location, name: str) -> FileStamp:
-    """Stamp of a file that the metadata names, which lies in its directory, if as a link.
+    """Return the stamp of a file that the metadata names, in the directory or linked there.
 
     Raises:
-        CheckpointError: It is not there, or would lie elsewhere.
+        CheckpointError: The file is missing, or outside the directory.
     """
     path = directory / name
     try:
@@ -259,6 +270,7 @@ def _stamp(directory: Location, name: str) -> FileStamp:
 
 
 def _is_extent(value: Any) -> TypeGuard[tuple[int, ...]]:
+    """Return True if a value is a shape or an index of a plausible size."""
     return (
         isinstance(value, tuple)
         and len(value) <= _MOST_DIMENSIONS
@@ -267,6 +279,7 @@ def _is_extent(value: Any) -> TypeGuard[tuple[int, ...]]:
 
 
 def _is_span(value: tuple[Any, Any]) -> TypeGuard[tuple[int, int]]:
+    """Return True if a value is an offset and a length."""
     return _is_extent(value)
 
 
@@ -292,7 +305,7 @@ def _tensor(name: str, item: Opaque, stored: Stored) -> tuple[Sharded, list[Box]
 
 
 def _dtype_name(properties: Any) -> str:
-    """The element type, the first of what a TensorProperties pickles."""
+    """Return the name of the element type, the first value in a pickled ``TensorProperties``."""
     state = properties.state if isinstance(properties, Opaque) else None
     first = state[0] if isinstance(state, tuple) and state else None
     return first.name if isinstance(first, Global) else ""
@@ -301,7 +314,7 @@ def _dtype_name(properties: Any) -> str:
 def _other_values(
     directory: Location, names: Sequence[str], paths: Mapping[str, ItemPath], stored: Stored
 ) -> dict[str, Any]:
-    """The objects beside the tensors, as far as they are small, an optimizer's aside."""
+    """Read the small objects beside the tensors, except the state of optimizers."""
     applications = _applications(paths)
     wanted = [name for name in names if not _training_state(paths[name], applications)]
     found: dict[str, Any] = {}
@@ -319,11 +332,11 @@ def _other_values(
 
 
 def _training_state(path: ItemPath, applications: Collection[str | int]) -> ItemPath:
-    """The optimizer or scheduler that an item belongs to; empty if to none.
+    """Return the path of the optimizer or scheduler that holds an item; empty if none does.
 
     Args:
-        path: The item's.
-        applications: Entries that hold a model beside its optimizer, not only one of them.
+        path: Path of the item.
+        applications: Entries that hold both a model and an optimizer.
     """
     depth = 2 if path[0] in applications else 1
     part = path[depth - 1 : depth]
@@ -332,12 +345,12 @@ def _training_state(path: ItemPath, applications: Collection[str | int]) -> Item
 
 
 def _applications(paths: Mapping[str, ItemPath]) -> set[str | int]:
-    """The entries that hold a model beside other things."""
+    """Return the entries that hold a model beside other state."""
     return {path[0] for path in paths.values() if len(path) > 2 and path[1] in KNOWN_ENTRIES}
 
 
 def _nested(values: Mapping[str, Any], paths: Mapping[str, ItemPath]) -> dict[Any, Any]:
-    """What was saved, with the state dict of a model in one dict, whatever it is nested in."""
+    """Rebuild the saved object from the items, with each model's state dict as a flat dict."""
     tree: dict[Any, Any] = {}
     for name, value in values.items():
         branch = tree
@@ -353,7 +366,7 @@ def _nested(values: Mapping[str, Any], paths: Mapping[str, ItemPath]) -> dict[An
 
 
 def _flattened(path: ItemPath) -> ItemPath:
-    """An item's place in the tree: what lies below a model's entry bears one dotted name."""
+    """Return the path of an item in the tree, with one dotted name below a model's entry."""
     for depth, part in enumerate(path[:2]):
         if part in KNOWN_ENTRIES and len(path) > depth + 1:
             return (*path[: depth + 1], ".".join(map(str, path[depth + 1 :])))

@@ -1,4 +1,7 @@
-"""An output for ``dcp.load``: one file of tensors, each a ``torch.save`` file, and its metadata."""
+"""Writer of directories for ``dcp.load``: one file of items, and the metadata.
+
+Each item is a ``torch.save`` file of its own within the file of items.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +29,16 @@ _FILE = "__0_0.distcp"
 def lay_out(tensors: Sequence[OutputTensor], provenance: str, template: Checkpoint) -> Layout:
     """Plan a directory like the last input.
 
-    Weights keep their full names and their place; of the rest, what may go out is kept.
+    Weights keep their full names and their place. Other entries are kept as far as the allowlist
+    of ``safe_pickle`` permits.
 
     Args:
-        tensors: What it will hold, under bare names.
-        provenance: How it was made, as JSON.
+        tensors: Tensors of the output, under bare names.
+        provenance: Record of how the output was made, as JSON.
         template: The last input, a directory of the same kind.
+
+    Returns:
+        The layout, with notes about entries that are left out.
     """
     template.files[0].verify()
     source = reader.read(template.path)
@@ -49,6 +56,7 @@ def lay_out(tensors: Sequence[OutputTensor], provenance: str, template: Checkpoi
         [f"not taken over from the last checkpoint: {first_few(dropped, 30)}"] if dropped else []
     )
     layout = Layout(True, [file.layout], {reader.METADATA: file.metadata(source.version)})
+    # The output writes these files anew, so they are not copied.
     anew = {*source.stamps, str(template.path / lightning.META)}
     beside = companions.gather(template.path, anew)
     layout.copies = beside.copies
@@ -61,7 +69,7 @@ def lay_out(tensors: Sequence[OutputTensor], provenance: str, template: Checkpoi
 
 
 class _Builder:
-    """A file of items being laid out, and the metadata of what is in it."""
+    """Plan of a file of items, with the metadata of the items."""
 
     def __init__(self) -> None:
         self.layout = FileLayout(_FILE, 0, [], {})
@@ -70,7 +78,7 @@ class _Builder:
         self._paths: dict[str, reader.ItemPath] = {}
 
     def tensor(self, path: reader.ItemPath, tensor: OutputTensor) -> None:
-        """Add a tensor, whose bytes will come."""
+        """Add a tensor, and reserve room for the bytes."""
         storage = StorageStub("0", tensor.dtype, tensor.numel)
         archive = Archive()
         archive.add("data.pkl", dumps(TensorStub(storage, tensor.dtype, tensor.shape)))
@@ -87,7 +95,7 @@ class _Builder:
         self._items[_name(path)] = metadata.TensorStorageMetadata(properties, shape, [chunk])
 
     def value(self, path: reader.ItemPath, value: Any) -> None:
-        """Add a value that is no tensor."""
+        """Add a value that is not a tensor."""
         archive = Archive()
         archive.add("data.pkl", dumps(value))
         archive.add("byteorder", b"little")
@@ -95,7 +103,7 @@ class _Builder:
         self._items[_name(path)] = metadata.BytesStorageMetadata()
 
     def metadata(self, version: str | None) -> bytes:
-        """The contents of the metadata file."""
+        """Encode the contents of the metadata file."""
         made = metadata.Metadata(self._items, self._paths, self._places)
         if version is not None:
             made.version = version
@@ -104,6 +112,16 @@ class _Builder:
     def _append(
         self, path: reader.ItemPath, archive: Archive, first: tuple[int, ...] | None
     ) -> int:
+        """Append the archive of an item, and record the item's place.
+
+        Args:
+            path: Path of the item.
+            archive: The ``torch.save`` file of the item, not closed yet.
+            first: Index of a box's first element; None for a value that is not a tensor.
+
+        Returns:
+            Offset of the archive in the file, in bytes.
+        """
         archive.add("version", b"3\n")
         start = self.layout.size
         self.layout.parts += [(start + at, content) for at, content in archive.close()]
@@ -116,15 +134,17 @@ class _Builder:
 
 
 def _name(path: reader.ItemPath) -> str:
+    """Join a path to a dotted name."""
     return ".".join(map(str, path))
 
 
 def _entry_path(template: Checkpoint) -> reader.ItemPath:
+    """Return the path of the entry that holds the weights."""
     return tuple(template.key.split(".")) if template.key else ()
 
 
 def _full_names(source: reader.Distributed, template: Checkpoint) -> dict[str, reader.ItemPath]:
-    """Bare name of a weight → the keys that led to it in what was saved."""
+    """Map bare names of weights to paths in the saved object."""
     full: dict[str, str] = {}
     for path in template.networks or ("",):
         place = locate(source.tree, join(template.key, path))
@@ -140,7 +160,7 @@ def _full_names(source: reader.Distributed, template: Checkpoint) -> dict[str, r
 def _other_values(
     source: reader.Distributed, taken: Collection[reader.ItemPath]
 ) -> tuple[Mapping[reader.ItemPath, Any], list[str]]:
-    """What is kept beside the weights, and the names of what is not."""
+    """Collect the values beside the weights that are kept, and the names of dropped values."""
     keeper = Keeper(key="", plain=False, tensor=lambda *_: None, replaced={})
     optimizers = {_above(path, "param_groups") for path in source.paths.values()}
     kept: dict[reader.ItemPath, Any] = {}
@@ -156,6 +176,7 @@ def _other_values(
             kept[path] = found[name]
         else:
             lost.append(path)
+    # A list with a missing element would shift the others, so the whole list is dropped.
     broken = {_list_of(path) for path in lost} - {()}
     lost = [_list_of(path) or path for path in lost]
     whole = {path: value for path, value in kept.items() if _list_of(path) not in broken}
@@ -163,19 +184,22 @@ def _other_values(
 
 
 def _above(path: reader.ItemPath, part: str) -> reader.ItemPath:
-    """The keys that lead to a part of a path; empty if it has no such part."""
+    """Return the keys above a part of a path; empty if the path lacks the part."""
     return path[: path.index(part)] if part in path else ()
 
 
 def _training_state(
     source: reader.Distributed, path: reader.ItemPath, optimizers: Collection[reader.ItemPath]
 ) -> reader.ItemPath:
-    """The optimizer or scheduler that an item belongs to, whatever it is called; empty if none."""
+    """Return the path of the optimizer or scheduler that holds an item; empty if none does.
+
+    An optimizer under an unusual name is recognized by ``param_groups``.
+    """
     above = (path[:depth] for depth in range(1, len(path)))
     return source.training_state(path) or next((part for part in above if part in optimizers), ())
 
 
 def _list_of(path: reader.ItemPath) -> reader.ItemPath:
-    """The list that an item is an element of, which has to be whole; empty if of none."""
+    """Return the path of the list that holds an item; empty if no list does."""
     indices = [i for i, part in enumerate(path) if isinstance(part, int)]
     return path[: indices[0]] if indices else ()

@@ -1,1 +1,1 @@
-"""Hugging Face directories, read and written."""
+"""Reader and writer of Hugging Face directories."""

@@ -1,1 +1,1 @@
-"""Pickles read without running anything of theirs."""
+"""Unpickler that runs no code of a pickle."""

@@ -1,1 +1,1 @@
-"""Files of ``torch.save``, read and written."""
+"""Reader and writer of ``torch.save`` files."""

@@ -1,4 +1,4 @@
-"""What ``torch.save`` would write, laid out without holding the tensors."""
+"""Layout of a ``torch.save`` file, planned without the tensors in memory."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 
 from ckptavg.formats.checkpoint import DType, row_major
 
+# Bytes. torch.save begins each entry at a multiple of this.
 _ALIGNMENT = 64
 _PREFIX = "archive/"
 _TYPED_STORAGES = {
@@ -33,10 +34,10 @@ _TYPED_STORAGES = {
 
 
 class StorageStub:
-    """Stands for a storage in a tree to be pickled.
+    """Stand-in for a storage in a tree to be pickled.
 
     Args:
-        key: Its name in the archive.
+        key: Name of the storage in the archive.
         dtype: Element type.
         numel: Number of elements.
     """
@@ -46,26 +47,27 @@ class StorageStub:
 
 
 class TensorStub:
-    """Stands for a contiguous tensor that begins where its storage does."""
+    """Stand-in for a contiguous tensor that begins at the first byte of a storage."""
 
     def __init__(self, storage: StorageStub, dtype: DType, shape: tuple[int, ...]) -> None:
         self.storage, self.dtype, self.shape = storage, dtype, shape
 
 
 def dumps(tree: Any) -> bytes:
-    """The ``data.pkl`` of a file that holds a tree of plain values and stubs."""
+    """Pickle a tree of plain values and stubs as the ``data.pkl`` of a file."""
     buffer = io.BytesIO()
     _Pickler(buffer, protocol=2).dump(tree)
     return buffer.getvalue()
 
 
 class Archive:
-    """A zip file being laid out: small entries by value, large ones as reserved ranges.
+    """Plan of a zip file: small entries by value, large entries as reserved ranges.
 
     Attributes:
-        size: Bytes so far.
-        offsets: Tensor name → where its reserved bytes begin.
-        checksums: Tensor name → where the CRC-32 of its bytes belongs.
+        size: Number of bytes planned so far.
+        offsets: Tensor name → offset of the first reserved byte.
+        checksums: Tensor name → the two offsets at which the CRC-32 of the bytes is stored: in the
+            local header and, after ``close``, in the directory.
     """
 
     def __init__(self) -> None:
@@ -81,23 +83,31 @@ class Archive:
         self._parts.append((start, content))
 
     def reserve(self, name: str, size: int, tensor: str) -> None:
-        """Append an entry whose bytes will be those of a tensor."""
+        """Reserve an entry for the bytes of a tensor.
+
+        Args:
+            name: Name of the entry.
+            size: Number of bytes.
+            tensor: Name of the tensor, under which the offsets are recorded.
+        """
         self.offsets[tensor] = self._begin(name, size, 0, tensor)
 
     def close(self) -> list[tuple[int, bytes]]:
-        """Append the directory.
+        """Append the directory of the zip file.
 
         Returns:
-            Offset and contents of everything but the reserved ranges.
+            Offset and contents of all parts of the file except the reserved ranges.
         """
         start = self.size
         for name, size, crc, at, tensor in self._directory:
+            # The zip64 field holds sizes and offset: 32 bits are too few for large tensors.
             large = struct.pack("<HHQQQ", 1, 24, size, size, at)
             header = struct.pack(
                 "<IHHHHHHIIIHHHHHII",
                 0x02014B50, 45, 45, 0x800, zipfile.ZIP_STORED, 0, 0x21, crc,
                 0xFFFFFFFF, 0xFFFFFFFF, len(name), len(large), 0, 0, 0, 0, 0xFFFFFFFF,
             )  # fmt: skip
+            # The CRC is known only once the tensor is written, so its place is recorded.
             if tensor is not None:
                 self.checksums[tensor].append(self.size + 16)
             self._append(header + name + large)
@@ -105,9 +115,10 @@ class Archive:
         return self._parts
 
     def _begin(self, name: str, size: int, crc: int, tensor: str | None) -> int:
-        """Append an entry's local header, padded so that its bytes are aligned."""
+        """Append the local header of an entry, with padding that aligns the contents."""
         at, raw = self.size, (_PREFIX + name).encode()
         large = struct.pack("<HHQQ", 1, 16, size, size)
+        # 30 bytes of fixed header, and 4 bytes of kind and length before the padding.
         unpadded = at + 30 + len(raw) + len(large) + 4
         padding = -unpadded % _ALIGNMENT
         extra = large + struct.pack("<2sH", b"FB", padding) + b"Z" * padding
@@ -125,11 +136,13 @@ class Archive:
         return start
 
     def _append(self, content: bytes) -> None:
+        """Append bytes by value."""
         self._parts.append((self.size, content))
         self.size += len(content)
 
 
 def _end_of_directory(start: int, size: int, count: int) -> bytes:
+    """Encode the records at the end of a zip file: zip64 record, zip64 locator, end record."""
     end = start + size
     return (
         struct.pack("<IQHHIIQQQQ", 0x06064B50, 44, 45, 45, 0, 0, count, count, size, start)
@@ -139,17 +152,20 @@ def _end_of_directory(start: int, size: int, count: int) -> bytes:
 
 
 class _Pickler(pickle.Pickler):
-    """Writes the stubs as torch writes tensors and storages."""
+    """Pickler that writes stubs as torch writes tensors and storages."""
 
     def persistent_id(self, obj: Any) -> Any:
+        """Return the persistent id of a storage stub, in the form of torch's own ids."""
         if not isinstance(obj, StorageStub):
             return None
+        # Newer dtypes, such as float8, have no storage class: an untyped storage counts bytes.
         name = _TYPED_STORAGES.get(obj.dtype.name)
         kind = getattr(torch, name) if name else torch.UntypedStorage
         numel = obj.numel if name else obj.dtype.nbytes(obj.numel)
         return ("storage", kind, obj.key, "cpu", numel)
 
     def reducer_override(self, obj: Any) -> Any:
+        """Reduce a tensor stub to a call of torch's function that rebuilds a tensor."""
         if not isinstance(obj, TensorStub):
             return NotImplemented
         view: tuple[Any, ...] = (

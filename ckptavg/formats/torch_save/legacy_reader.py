@@ -1,4 +1,7 @@
-"""What ``torch.save`` wrote before version 1.6: several pickles, then the storages in a row."""
+"""Reader for files of ``torch.save`` before version 1.6.
+
+Such a file is several pickles, followed by all storages in a row.
+"""
 
 from __future__ import annotations
 
@@ -15,26 +18,28 @@ from ckptavg.io.paths import Location, is_url, open_binary
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PICKLED_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-START = b"\x80\x02" + _PICKLED_MAGIC  # as protocol 2 begins; later ones put a frame between
-HEAD = 32  # bytes that tell such a file
+# The beginning under pickle protocol 2. Later protocols put a frame between the two parts.
+START = b"\x80\x02" + _PICKLED_MAGIC
+# Bytes at the beginning that suffice to recognize such a file.
+HEAD = 32
 _PROTOCOL = 1001
 
 
 def looks_like(start: bytes) -> bool:
-    """Tell a file of ``torch.save`` before version 1.6 by its beginning."""
+    """Return True if the first bytes are those of a ``torch.save`` file before version 1.6."""
     framed = start[:1] == b"\x80" and _PICKLED_MAGIC in start[:HEAD]
     return framed or (START.startswith(start[: len(START)]) and len(start) > 2)
 
 
 @dataclass(frozen=True)
 class LegacyFile:
-    """What such a file holds.
+    """Contents of a ``torch.save`` file before version 1.6.
 
     Attributes:
-        tree: What was saved.
-        pickle_start: Byte offset of its pickle.
-        offsets: Byte offset of each storage by its key.
-        arrays: Whether its tensors are NumPy arrays.
+        tree: The saved object.
+        pickle_start: Byte offset of the pickle of the object.
+        offsets: Key of a storage → byte offset of the elements.
+        arrays: True if the tensors are NumPy arrays.
     """
 
     tree: Any
@@ -43,7 +48,7 @@ class LegacyFile:
     arrays: bool
 
     def offset(self, stored: Storage) -> int:
-        """Byte offset of a storage's elements."""
+        """Return the byte offset of a storage's elements."""
         if stored.span is not None:
             return self.pickle_start + stored.span.start
         return self.offsets[stored.key]
@@ -54,7 +59,7 @@ def read(place: str | Location, size: int) -> LegacyFile:
 
     Args:
         place: The file.
-        size: Its size in bytes.
+        size: Size of the file in bytes.
 
     Raises:
         MalformedPickle: A pickle or the row of storages is damaged.
@@ -68,6 +73,7 @@ def read(place: str | Location, size: int) -> LegacyFile:
 
 def _read(place: str | Location, size: int) -> LegacyFile:
     with open_binary(place) as file:
+        # Three small pickles come first, and then the object.
         magic, protocol, system = (unpickler.load(file)[0] for _ in range(3))
         if magic != _MAGIC or protocol != _PROTOCOL or not isinstance(system, dict):
             raise MalformedPickle("its protocol is unknown")
@@ -88,10 +94,17 @@ def _read(place: str | Location, size: int) -> LegacyFile:
 def _locate(
     file: BinaryIO, size: int, keys: list[str], storages: dict[str, Storage], *, counted: bool
 ) -> dict[str, int]:
-    """Walk the row of storages: each is its number of elements, then their bytes.
+    """Find the offset of each storage in the row after the pickles.
 
-    Where every number would be a request of its own, they are not ``counted``: it has to do that
-    the storages end where the file does.
+    A storage is its number of elements (8 bytes), followed by the bytes of the elements.
+
+    Args:
+        file: The file, positioned behind the last pickle.
+        size: Size of the file in bytes.
+        keys: Keys of the storages, in the order of the row.
+        storages: Key → storage, as the pickle describes it.
+        counted: True to read and compare the numbers of elements. On a remote file each number
+            would cost a request. There it is enough that the storages end where the file ends.
     """
     found: dict[str, int] = {}
     position = file.tell()

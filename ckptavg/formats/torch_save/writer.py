@@ -1,7 +1,7 @@
-"""What a ``torch.save`` output holds.
+"""Writer of ``torch.save`` outputs.
 
-As a rule all that the last of its inputs held, but for the weights: what loads the inputs then
-loads the output. A ``.pt`` is for everybody else as well.
+As a rule an output holds all that the last input held, with other weights. Programs that load the
+inputs then load the output. A ``.pt`` also loads in programs that do not know the inputs.
 """
 
 from __future__ import annotations
@@ -28,10 +28,13 @@ from ckptavg.formats.tree import Place, join, locate
 PLAIN_SUFFIX = ".pt"
 STATE_DICT = "state_dict"
 _FASTAI_MODEL = "model"
-_FASTAI = frozenset([_FASTAI_MODEL, "opt"])  # entries of a file of fastai's
-_FASTAI_STATE = frozenset(["hypers", "state"])  # of its optimizer
-_SMALL = 1 << 14  # elements of a tensor that counts as a value where it stands among others
-_MOST_VALUES, _MOST_BYTES = 10_000, 1 << 24  # of those: a small file can hold them by the million
+# Entries of a file that fastai saves, and of fastai's optimizer state.
+_FASTAI = frozenset([_FASTAI_MODEL, "opt"])
+_FASTAI_STATE = frozenset(["hypers", "state"])
+# Elements. A tensor among other values counts as a value itself up to this size.
+_SMALL = 1 << 14
+# Limits on the kept small tensors: a small file can hold millions of views of one storage.
+_MOST_VALUES, _MOST_BYTES = 10_000, 1 << 24
 _BARE = "the weights stand under 'state_dict'; -o OUT.pth gives a bare state dict like the inputs"
 _LISTED = (
     "the weights stand under 'state_dict'; -o OUT.pth gives a list or a tuple like the inputs'"
@@ -41,12 +44,12 @@ _MODULE = "a pickled module is written as its state dict: its class is not known
 
 @dataclass
 class Contents:
-    """What goes into a file.
+    """Contents of an output file.
 
     Attributes:
-        tree: The object, with stubs for tensors.
-        records: Further entries of the zip, where the object has no room for them.
-        notes: What of the input is not in it.
+        tree: The object to pickle, with stubs for tensors.
+        records: Further entries of the zip, for facts that have no place in the object.
+        notes: Remarks about parts of the input that are left out.
     """
 
     tree: Any
@@ -59,21 +62,23 @@ def lay_out(
 ) -> tuple[FileLayout, Sequence[str]]:
     """Plan a ``torch.save`` file.
 
-    Inputs from ``torch.save`` give an output like the last of them: weights replaced in the entry
-    and under the names that they had (and in the one that loaders look into, if it has the same
-    names and another was averaged), the rest kept as far as it may go out (``harmless``). A
-    ``.pt`` has the weights under ``state_dict`` with bare names besides, or only there if the
-    input was a bare state dict, and loads by the safe default of ``torch.load``. So has an output
-    of other inputs, whatever its suffix.
+    Inputs from ``torch.save`` give an output like the last input. The weights are replaced in the
+    entry of the input and under the names of the input. If another entry than the usual one was
+    averaged, and the usual entry has the same names, the weights go into the usual entry as well.
+    The rest of the input is kept as far as the allowlist of ``safe_pickle`` permits.
+
+    A ``.pt`` also has the weights under ``state_dict`` with bare names. If the input was a bare
+    state dict, they stand only there. A ``.pt`` loads by the safe default of ``torch.load``. An
+    output of other inputs has the same form, with any suffix.
 
     Args:
-        path: Decides by its suffix.
-        tensors: What it will hold, under bare names.
-        provenance: How it was made, as JSON.
+        path: The output, whose suffix decides the form.
+        tensors: Tensors of the output, under bare names.
+        provenance: Record of how the output was made, as JSON.
         template: The last input.
 
     Returns:
-        The layout, and notes about what is left out.
+        The layout, and notes about parts of the input that are left out.
     """
     book = _Storages(tensors)
     contents = _contents(Path(path).suffix, provenance, template, book)
@@ -96,10 +101,10 @@ def lay_out(
 
 
 class _Storages:
-    """The tensors of an output by their bare names, and the few that are kept by value.
+    """Tensors of an output by bare name, and small tensors that are kept by value.
 
     Attributes:
-        stubs: Bare name → what stands for the tensor; tied ones share their storage.
+        stubs: Bare name → stub of the tensor. Tied tensors share a storage.
         values: Storage key → bytes of a tensor beside the weights.
     """
 
@@ -116,6 +121,11 @@ class _Storages:
             self.stubs[tensor.name] = TensorStub(storage, tensor.dtype, tensor.shape)
 
     def keep(self, view: TensorView, file: TorchFile) -> TensorStub | None:
+        """Keep a small tensor beside the weights by value.
+
+        Returns:
+            The stub of the tensor; None where the limits on kept values are reached.
+        """
         """A small tensor with its values; None if there are too many."""
         same = state_dict.identity(view)
         room = len(self._kept) < _MOST_VALUES and self._bytes < _MOST_BYTES
@@ -124,6 +134,7 @@ class _Storages:
         return self._kept.get(same)
 
     def _read(self, view: TensorView, file: TorchFile) -> TensorStub:
+        """Read the bytes of a tensor into a new storage."""
         numel = math.prod(view.shape)
         value = bytearray(numel * view.dtype.size)
         reader = Reader()
@@ -139,6 +150,7 @@ class _Storages:
 
 
 def _contents(suffix: str, provenance: str, template: Checkpoint, book: _Storages) -> Contents:
+    """Choose the contents of an output by the layout of the last input."""
     plain = suffix == PLAIN_SUFFIX
     if template.layout == "torch":
         return _like_file(plain, provenance, template, book)
@@ -148,7 +160,7 @@ def _contents(suffix: str, provenance: str, template: Checkpoint, book: _Storage
 
 
 def _like_file(plain: bool, provenance: str, template: Checkpoint, book: _Storages) -> Contents:
-    """What a file of ``torch.save`` gives: all that it held, with other weights."""
+    """Plan an output like a ``torch.save`` file: all entries kept, the weights replaced."""
     bare = OrderedDict(book.stubs)
     alone = {STATE_DICT: bare, PROVENANCE: provenance}
     template.files[0].verify()
@@ -159,7 +171,8 @@ def _like_file(plain: bool, provenance: str, template: Checkpoint, book: _Storag
     if not places or not all(place.within_plain for place in places.values()):
         return Contents(alone, {}, notes)
     whole = any(place.value is file.tree for place in places.values())
-    unnamed = not isinstance(file.tree, dict)  # there is no name to put more under
+    # A list or a tuple has no names under which further entries could stand.
+    unnamed = not isinstance(file.tree, dict)
     if plain and (unnamed or (whole and not template.networks)):
         return Contents(alone, {}, notes or [_LISTED if unnamed else _BARE])
     if whole and pickled:
@@ -181,7 +194,10 @@ def _like_file(plain: bool, provenance: str, template: Checkpoint, book: _Storag
 
 
 def _like_shards(plain: bool, provenance: str, template: Checkpoint, book: _Storages) -> Contents:
-    """What a directory of shards gives: of Lightning's Trainer, a checkpoint as it loads it."""
+    """Plan an output for a directory of shards.
+
+    Shards of Lightning's Trainer give a checkpoint that the Trainer loads.
+    """
     meta = lightning.read_meta(template.path, plain=plain)
     if meta is None or not meta.of_trainer:
         return Contents({STATE_DICT: OrderedDict(book.stubs), PROVENANCE: provenance}, {})
@@ -194,9 +210,10 @@ def _like_shards(plain: bool, provenance: str, template: Checkpoint, book: _Stor
 def _like_fastai(
     own: OrderedDict[Any, Any], provenance: str, file: TorchFile, keeper: Keeper
 ) -> Contents:
-    """What fastai's Learner.load takes: exactly these two entries, or a bare state dict.
+    """Plan an output that fastai's ``Learner.load`` accepts.
 
-    It starts the optimizer anew where it finds none, and warns.
+    ``Learner.load`` takes exactly the entries ``model`` and ``opt``, or a bare state dict. Without
+    an optimizer state it warns, and starts the optimizer anew.
     """
     held = file.tree["opt"]
     state = isinstance(held, dict) and held.keys() >= _FASTAI_STATE
@@ -207,7 +224,11 @@ def _like_fastai(
 
 
 def _places(file: TorchFile, template: Checkpoint) -> dict[str, Place]:
-    """Where the weights lie, by the network's path below the key; none if that cannot be told."""
+    """Locate the weights of each network in a file.
+
+    Returns:
+        Path of the network below the key → the place; empty if a network cannot be located.
+    """
     places: dict[str, Place] = {}
     for path in template.networks or ("",):
         place = locate(file.tree, join(template.key, path))
@@ -218,13 +239,18 @@ def _places(file: TorchFile, template: Checkpoint) -> dict[str, Place]:
 
 
 def _with_state_dict(tree: Any, bare: Mapping[str, TensorStub], plain: bool) -> Any:
+    """Add the weights under ``state_dict`` if the output is plain."""
     return {**tree, STATE_DICT: bare} if plain else tree
 
 
 def _usual_place(
     file: TorchFile, template: Checkpoint, places: Mapping[str, Place]
 ) -> Place | None:
-    """Where loaders look for the weights, if another entry of the same names was averaged."""
+    """Locate the entry that loaders read, if another entry with the same names was averaged.
+
+    Returns:
+        The place; None where there is no such entry.
+    """
     try:
         usual = state_dict.find_weights(file.path, file.tree, None)
     except (CheckpointError, MalformedPickle):
@@ -242,7 +268,7 @@ def _keeper(
     file: TorchFile,
     places: Mapping[str, Place],
 ) -> Keeper:
-    """Keeps, of tensors, those that are the weights under another name, and small ones."""
+    """Make a keeper that keeps small tensors, and further names of the weights."""
     bare = {stored: name for name, stored in template.stored_names.items()}
     same: dict[object, TensorStub] = {}
     for path, place in places.items():
@@ -252,6 +278,7 @@ def _keeper(
                 same[state_dict.identity(view)] = book.stubs[known]
 
     def tensor(view: TensorView, among_values: bool) -> TensorStub | None:
+        """Return the stub of a tensor that may go out; None for any other tensor."""
         if found := same.get(state_dict.identity(view)):
             return found
         small = not view.shape or (among_values and math.prod(view.shape) <= _SMALL)
@@ -263,9 +290,12 @@ def _keeper(
 def _own_entries(
     template: Checkpoint, book: _Storages, keeper: Keeper, places: Mapping[str, Place]
 ) -> dict[str, OrderedDict[Any, Any]]:
-    """The entries that hold the weights, by network, and the keeper told to put them in place.
+    """Build the entries that hold the weights, and set the keeper to put each entry in place.
 
-    One that lies in another is made before it.
+    An entry within another entry is built before the outer one.
+
+    Returns:
+        Path of a network → the entry.
     """
     file_entries: dict[str, OrderedDict[Any, Any]] = {}
     bare = {stored: name for name, stored in template.stored_names.items()}
@@ -276,7 +306,8 @@ def _own_entries(
         file_entries[path] = own
         replaced[id(places[path].value)] = own
     for name in book.stubs:
-        if name not in template.stored_names:  # what another base brings
+        # A tensor that the last input lacks comes from another base.
+        if name not in template.stored_names:
             stored = template.stored_name(name)
             homes = [path for path in places if stored.startswith(f"{path}." if path else "")]
             home = max(homes, key=len, default=next(iter(places)))
@@ -293,14 +324,14 @@ def _own_entry(
     place: Place,
     bare: Mapping[str, str],
 ) -> OrderedDict[Any, Any]:
-    """The weights under the names that they had, in their order, and what stood among them.
+    """Build the entry of a network: weights and kept values, under the input's names and order.
 
     Args:
         template: The last input.
         book: The output's tensors.
-        keeper: Says what may go out of what stands among the weights.
+        keeper: Filter for the values that stand among the weights.
         path: Dotted path of the entry.
-        place: Where it lies.
+        place: Place of the entry in the input.
         bare: Stored name of each weight → its bare name.
     """
     taken = {

@@ -1,9 +1,9 @@
-"""The directory of a zip file: its entries, as torch finds them.
+"""Directory of a zip file, read as torch reads the entries.
 
-Readers of zip files disagree about odd ones: which of two directories counts, whether what stands
-before an archive shifts it, which of two entries of nearly one name is meant. torch has a reader of
-its own (miniz), so that what any other makes of a file can be other weights. What is read here is
-what that one reads. Where it would guess, the file is refused.
+Readers of zip files disagree about unusual files: which of two directories counts, whether bytes
+before an archive shift it, which of two entries with nearly the same name is meant. torch has its
+own reader (miniz). Another reader may find other weights in the same file. This module reads what
+miniz reads. Where miniz would guess, the file is refused.
 """
 
 from __future__ import annotations
@@ -14,10 +14,14 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import BinaryIO
 
-STORED = 0  # the method of an entry that is not compressed
-LOCAL_HEADER = 30  # bytes before the name
-_LENGTHS = 26  # offset in a local header of the lengths of its name and extra field
-MAX_DIRECTORY = 64 * 2**20  # bytes
+# Compression method of an entry that is not compressed.
+STORED = 0
+# Bytes of a local header before the name.
+LOCAL_HEADER = 30
+# Offset in a local header at which the lengths of name and extra field are stored.
+_LENGTHS = 26
+# Bytes. A directory is read whole, and real ones are far smaller.
+MAX_DIRECTORY = 64 * 2**20
 SIZES_FOLLOW = 0x8  # flag: the local header was written before the sizes were known
 _ENCRYPTED = 0x1 | 0x40 | 0x2000  # flags: of the contents, strongly, of the headers
 _PATCH = 0x20  # flag: the contents are a difference to another file's
@@ -26,7 +30,8 @@ _LOCAL, _CENTRAL, _END = b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06"
 _END64, _LOCATOR = b"PK\x06\x06", b"PK\x06\x07"
 _END_SIZE, _END64_SIZE, _LOCATOR_SIZE, _CENTRAL_SIZE = 22, 56, 20, 46
 _LONGEST_COMMENT = 0xFFFF
-_MOST16, _MOST32 = 0xFFFF, 0xFFFFFFFF  # "a zip64 field has it"
+# Placeholders: the number itself is in a zip64 field.
+_MOST16, _MOST32 = 0xFFFF, 0xFFFFFFFF
 _ZIP64 = 1  # the extra field that holds large numbers
 
 
@@ -34,16 +39,16 @@ _NOT_ONE = "it is not one archive from its first byte to its directory"
 
 
 class MalformedZip(ValueError):
-    """A zip file that is damaged, or could be read in two ways."""
+    """Error for a zip file that is damaged or ambiguous."""
 
 
 class CutShort(MalformedZip):
-    """A zip file without its directory, which is written last."""
+    """Error for a zip file without a directory, which is written last."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One entry, as the directory has it.
+    """Entry of a zip file, as the directory lists it.
 
     Attributes:
         name: The entry's name. Bytes that are no UTF-8 are escaped as surrogates.
@@ -51,7 +56,7 @@ class Entry:
         size: Bytes of the contents.
         packed_size: Bytes that the contents take in the file.
         method: Method of compression; ``STORED`` where there is none.
-        crc: CRC-32 of the contents; 0 where torch was told to omit it.
+        crc: CRC-32 of the contents; 0 where torch was set to omit the checksum.
         flags: Flags of the writer, such as ``SIZES_FOLLOW``.
     """
 
@@ -65,24 +70,28 @@ class Entry:
 
     @property
     def raw_name(self) -> bytes:
-        """The name as it stands in the file."""
+        """Bytes of the name as stored in the file."""
         return self.name.encode("utf-8", "surrogateescape")
 
     @property
     def stored(self) -> bool:
-        """Its contents lie in the file as they are."""
+        """True if the contents are stored uncompressed."""
         return self.method == STORED and self.packed_size == self.size
 
 
 @dataclass(frozen=True)
 class Directory:
-    """The entries of a file, as listed, and the offset at which their list begins."""
+    """Entries of a zip file as listed, and the offset at which the list begins."""
 
     entries: Sequence[Entry]
     start: int
 
     def ends(self) -> dict[str, int]:
-        """Return the offset before which each entry has to end: the next one, or the list."""
+        """Return the offset before which each entry ends: the next entry, or the list.
+
+        Returns:
+            Name of an entry → the offset.
+        """
         ordered = sorted(self.entries, key=lambda entry: entry.header)
         begins = [*(entry.header for entry in ordered[1:]), self.start]
         return {entry.name: end for entry, end in zip(ordered, begins, strict=True)}
@@ -90,7 +99,7 @@ class Directory:
 
 @dataclass(frozen=True, slots=True)
 class _End:
-    """The record at the end of a zip file: entries, bytes of the directory, and its offset."""
+    """Record at the end of a zip file: number of entries, bytes and offset of the directory."""
 
     count: int
     size: int
@@ -102,11 +111,11 @@ def read_directory(file: BinaryIO, length: int) -> Directory:
 
     Args:
         file: The file.
-        length: Its size in bytes.
+        length: Size of the file in bytes.
 
     Raises:
-        CutShort: It has no directory.
-        MalformedZip: It is damaged, or readers would differ about it.
+        CutShort: The file has no directory.
+        MalformedZip: The file is damaged, or readers would differ about it.
     """
     end = _read_end(file, length)
     if end.size > MAX_DIRECTORY:
@@ -119,12 +128,12 @@ def read_directory(file: BinaryIO, length: int) -> Directory:
 
 
 def data_offset(entry: Entry, header: bytes, end: int) -> int:
-    """Return the offset of an entry's contents, by its local header.
+    """Return the offset of an entry's contents, read from the local header.
 
     Args:
         entry: The entry, as the directory has it.
-        header: The bytes from its local header on, as far as the end of the name there.
-        end: The offset before which its contents have to end.
+        header: Bytes of the local header, up to the end of the name.
+        end: Offset before which the contents have to end.
 
     Raises:
         MalformedZip: The local header contradicts the directory.
@@ -148,7 +157,7 @@ def lengths_before(entry: Entry, start: int) -> tuple[int, bytes]:
     """Encode the lengths of name and extra field in a local header that ends at ``start``.
 
     Returns:
-        Their offset in the file, and the bytes.
+        Offset of the lengths in the file, and the bytes.
     """
     name_length = len(entry.raw_name)
     extra_length = start - entry.header - LOCAL_HEADER - name_length
@@ -156,7 +165,7 @@ def lengths_before(entry: Entry, start: int) -> tuple[int, bytes]:
 
 
 def _tail(file: BinaryIO, length: int) -> bytes:
-    """Read the last bytes of a file, in which the record at its end is the last of its kind."""
+    """Read the last bytes of a file, which contain the record at the end of the zip."""
     file.seek(max(0, length - _END_SIZE))
     record = file.read(_END_SIZE)
     # Without a comment, as torch writes it, the record is the end itself.
@@ -167,7 +176,7 @@ def _tail(file: BinaryIO, length: int) -> bytes:
 
 
 def _read_end(file: BinaryIO, length: int) -> _End:
-    """Read the last record that there is, as torch looks for it: even one within a comment."""
+    """Read the last end record in a file, as torch does, even within a comment."""
     tail = _tail(file, length)
     within = tail.rfind(_END)
     if within < 0:
@@ -192,7 +201,11 @@ def _read_end(file: BinaryIO, length: int) -> _End:
 
 
 def _read_end64(file: BinaryIO, locator: bytes, small: _End, at: int) -> tuple[_End, int]:
-    """Read the record for large numbers; with its offset."""
+    """Read the zip64 end record.
+
+    Returns:
+        The record, and the offset of the record.
+    """
     disk, begin, disks = struct.unpack_from("<4xIQI", locator)
     if disk or disks > 1 or begin != at - _LOCATOR_SIZE - _END64_SIZE:
         raise MalformedZip(_NOT_ONE)
@@ -213,7 +226,7 @@ def _read_end64(file: BinaryIO, locator: bytes, small: _End, at: int) -> tuple[_
 
 
 def _parse(content: bytes, count: int) -> list[Entry]:
-    """Parse the entries of a directory, which has to hold as many as it says and nothing else."""
+    """Parse the entries of a directory, and refuse a wrong count or bytes in between."""
     entries: list[Entry] = []
     position = 0
     while position < len(content):
@@ -225,7 +238,11 @@ def _parse(content: bytes, count: int) -> list[Entry]:
 
 
 def _parse_entry(content: bytes, position: int) -> tuple[Entry, int]:
-    """Parse an entry at a position of the directory; return it, and the position behind it."""
+    """Parse the entry at a position of the directory.
+
+    Returns:
+        The entry, and the position behind the entry.
+    """
     record = content[position : position + _CENTRAL_SIZE]
     if len(record) < _CENTRAL_SIZE or not record.startswith(_CENTRAL):
         raise MalformedZip("its directory is damaged")
@@ -245,7 +262,7 @@ def _parse_entry(content: bytes, position: int) -> tuple[Entry, int]:
 
 
 def _large(extra: bytes, numbers: tuple[int, int, int]) -> tuple[int, ...]:
-    """Take those of size, packed size and offset that do not fit from the zip64 field."""
+    """Replace placeholders for size, packed size and offset by numbers of the zip64 field."""
     missing = sum(number == _MOST32 for number in numbers)
     if not missing:
         return numbers
@@ -261,7 +278,7 @@ def _large(extra: bytes, numbers: tuple[int, int, int]) -> tuple[int, ...]:
 
 
 def _check_names(entries: Sequence[Entry]) -> None:
-    """Refuse entries that could be taken for each other: torch heeds no capital letters."""
+    """Refuse entries whose names differ only in case, since torch ignores case."""
     names = {entry.raw_name.lower() for entry in entries}
     if len(names) < len(entries):
         raise MalformedZip("two of its zip entries have one name")
@@ -271,8 +288,8 @@ def _check_places(entries: Sequence[Entry], end: int) -> None:
     """Refuse entries that are encrypted, share bytes, or lie elsewhere than before the directory.
 
     Args:
-        entries: All that the file has.
-        end: The offset of the directory.
+        entries: All entries of the file.
+        end: Offset of the directory.
     """
     for entry in entries:
         if entry.flags & (_ENCRYPTED | _PATCH):

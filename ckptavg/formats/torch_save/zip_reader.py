@@ -1,4 +1,4 @@
-"""The files of ``torch.save``: the pickle read inertly, the storages as byte ranges."""
+"""Reader of ``torch.save`` files: the pickle read inertly, the storages as byte ranges."""
 
 from __future__ import annotations
 
@@ -29,11 +29,15 @@ from ckptavg.formats.torch_save.zip_directory import (
 from ckptavg.io import paths
 from ckptavg.io.paths import Location
 
-PROVENANCE_RECORD = "ckptavg.json"  # where a bare state dict has no room for an entry
+# Entry of the zip for the provenance, since a bare state dict has no room for it.
+PROVENANCE_RECORD = "ckptavg.json"
 START = b"PK\x03\x04"
-_CHUNK = 2**20  # bytes of an entry that are read at a time
-_DAMAGE = (MalformedZip, UnicodeDecodeError)  # what reading one raises
-_ALIGNMENT = 64  # of what torch.save stores
+# Bytes of an entry that are read at a time.
+_CHUNK = 2**20
+# Exceptions that reading a damaged zip file raises.
+_DAMAGE = (MalformedZip, UnicodeDecodeError)
+# Bytes. torch.save begins each entry at a multiple of this.
+_ALIGNMENT = 64
 _NUMBERS = {
     "float64": "d", "float32": "f", "float16": "e", "bfloat16": "f", "int64": "q", "int32": "i",
     "int16": "h", "int8": "b", "uint8": "B",
@@ -42,7 +46,7 @@ _NUMBERS = {
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """The offset of a storage in its file, and what has to stand there if that is a guess."""
+    """Offset of a storage in a file, with a guard to check where the offset is a guess."""
 
     offset: int
     guard: Guard | None = None
@@ -54,9 +58,9 @@ class TorchFile:
 
     Attributes:
         path: The file.
-        tree: What was saved, as plain values; tensors as ``TensorView`` or ``Refused``.
-        provenance: How ckptavg made it, as JSON, if that stands beside the object.
-        arrays: Whether its tensors are NumPy arrays.
+        tree: The saved object, as plain values; tensors as ``TensorView`` or ``Refused``.
+        provenance: Record of how ckptavg made the file, as JSON, if stored beside the object.
+        arrays: True if the tensors are NumPy arrays.
     """
 
     path: str
@@ -67,10 +71,10 @@ class TorchFile:
     _places: dict[Storage, _Place] = field(default_factory=dict, repr=False)
 
     def tensor(self, view: TensorView) -> Tensor:
-        """The table entry of a tensor in the tree.
+        """Return the table entry of a tensor in the tree.
 
         Raises:
-            CheckpointError: Its storage is missing from the file, compressed or too short.
+            CheckpointError: The storage is missing from the file, compressed or too short.
         """
         stored = view.storage
         if stored not in self._places:
@@ -81,7 +85,8 @@ class TorchFile:
             text = place.offset, stored.span.length
         else:
             start += place.offset
-        empty = 0 in view.shape  # strides that say nothing are made alike
+        # Strides without meaning are set to 0, so that equal tensors compare equal.
+        empty = 0 in view.shape
         stride = tuple(
             0 if empty or n == 1 else s for n, s in zip(view.shape, view.stride, strict=True)
         )
@@ -90,7 +95,7 @@ class TorchFile:
         return Tensor(view.dtype, view.shape, (piece,))
 
     def number(self, view: TensorView) -> float | None:
-        """The value of a 0-d tensor; None where it is no number, or not there."""
+        """Read the value of a 0-d tensor; None where the value is no number, or missing."""
         code = _NUMBERS.get(view.dtype.name)
         try:
             piece = self.tensor(view).pieces[0]
@@ -105,18 +110,20 @@ class TorchFile:
                     return None
             file.seek(piece.offset)
             raw = file.read(view.dtype.size)
-        if view.dtype.name == "bfloat16":  # the upper half of a float32
+        # A bfloat16 is the upper half of a float32.
+        if view.dtype.name == "bfloat16":
             raw = bytes(2) + raw
         value: float = struct.unpack("<" + code, raw)[0]
         return value
 
 
 def read(place: str | Location, within: tuple[int, int] | None = None) -> TorchFile:
-    """Open a ``torch.save`` file: its directory and its pickle, no tensor data.
+    """Open a ``torch.save`` file: read the directory and the pickle, but no tensor data.
 
     Args:
         place: The file.
-        within: Offset and length of the part of it that is the ``torch.save`` file, if not all.
+        within: Offset and length, in bytes, of the ``torch.save`` file in ``place``; None where
+            all of ``place`` is the file.
 
     Raises:
         CheckpointError: The file is damaged, or of another kind.
@@ -143,6 +150,7 @@ def read(place: str | Location, within: tuple[int, int] | None = None) -> TorchF
     base = within[0] if within else 0
 
     def locate(stored: Storage) -> _Place:
+        """Find the place of a storage in the file."""
         try:
             if stored.span is not None:
                 with _open(place, within) as file:
@@ -160,24 +168,36 @@ def read(place: str | Location, within: tuple[int, int] | None = None) -> TorchF
 
 
 def _open(place: str | Location, within: tuple[int, int] | None) -> BinaryIO:
+    """Open a file, or a part of a file, with limits on reads."""
     file = paths.open_binary(place)
     return cast(BinaryIO, _Part(file, *(within or (0, file.seek(0, io.SEEK_END)))))
 
 
 class _Part(io.RawIOBase):
-    """A part of a file as if it were a file, read in sips no longer than a zip directory may be."""
+    """View of a part of a file as a file, with a limit on the bytes per read."""
 
     def __init__(self, file: BinaryIO, start: int, length: int) -> None:
         self._file, self._start, self._length = file, start, length
         self._at = 0
 
     def seekable(self) -> bool:
+        """Return True."""
         return True
 
     def readable(self) -> bool:
+        """Return True."""
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Move to an offset within the part.
+
+        Args:
+            offset: Number of bytes from ``whence``.
+            whence: ``io.SEEK_SET``, ``io.SEEK_CUR`` or ``io.SEEK_END``.
+
+        Returns:
+            The position within the part.
+        """
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
         if base + offset < 0:
             raise MalformedZip("it begins before its beginning")
@@ -185,9 +205,11 @@ class _Part(io.RawIOBase):
         return self._at
 
     def tell(self) -> int:
+        """Return the position within the part."""
         return self._at
 
     def read(self, size: int = -1) -> bytes:
+        """Read at most ``size`` bytes; all that are left where negative."""
         left = max(self._length - self._at, 0)
         size = left if size < 0 else size
         if size > zip_directory.MAX_DIRECTORY:
@@ -198,6 +220,7 @@ class _Part(io.RawIOBase):
         return data
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
         super().close()
 
@@ -208,8 +231,8 @@ class _Archive:
 
     Attributes:
         path: The file.
-        entries: By their names without the folder inside it that holds them all.
-        ends: Where each entry has to end, by its whole name.
+        entries: Name without the common folder of the archive → entry.
+        ends: Whole name of an entry → offset before which the entry has to end.
     """
 
     path: str
@@ -221,8 +244,8 @@ class _Archive:
         """Read the directory of a file.
 
         Raises:
-            MalformedZip: It is damaged, or not what ``torch.save`` writes.
-            CheckpointError: It is an archive of another kind.
+            MalformedZip: The file is damaged, or ``torch.save`` did not write it.
+            CheckpointError: The file is an archive of another kind.
         """
         directory = _directory(file)
         names = [entry.name for entry in directory.entries]
@@ -235,10 +258,10 @@ class _Archive:
         return cls(path, entries, directory.ends())
 
     def check_byte_order(self, file: BinaryIO) -> None:
-        """Make sure that numbers are laid out as on this machine.
+        """Refuse a file whose numbers are big-endian.
 
         Raises:
-            CheckpointError: They are not.
+            CheckpointError: The numbers are big-endian.
         """
         order = self.entries.get("byteorder")
         if order and order.size == len("big") and self.content(file, "byteorder") == b"big":
@@ -247,11 +270,13 @@ class _Archive:
             )
 
     def content(self, file: BinaryIO, name: str) -> bytes:
-        """The bytes of a small entry. Checksums are not heeded: torch can be told to omit them.
+        """Read the bytes of a small entry.
+
+        Checksums are not compared, since torch can be set to omit them.
 
         Raises:
-            MalformedZip: It is compressed.
-            CheckpointError: It is huge.
+            MalformedZip: The entry is compressed.
+            CheckpointError: The entry is larger than a pickle may be.
         """
         entry = self.entries[name]
         if entry.size > unpickler.MAX_PICKLE and not entry.stored:
@@ -269,18 +294,18 @@ class _Archive:
         return file.read(entry.size)
 
     def offset(self, file: BinaryIO, entry: Entry) -> int:
-        """The offset of an entry's first byte.
+        """Return the offset of an entry's first byte.
 
         Raises:
-            MalformedZip: Its local header contradicts the directory.
+            MalformedZip: The local header contradicts the directory.
         """
         return _data_offset(file, entry, self.ends[entry.name])
 
     def storage(self, stored: Storage) -> Entry:
-        """The entry of a storage, checked.
+        """Return the entry of a storage after checks of presence, compression and size.
 
         Raises:
-            MalformedZip: It is missing, compressed, or of another size.
+            MalformedZip: The entry is missing, compressed, or of another size.
         """
         entry = self.entries.get(f"data/{stored.key}")
         if entry is None:
@@ -294,10 +319,14 @@ class _Archive:
         return entry
 
     def guess_starts(self, file: BinaryIO) -> dict[str, int]:
-        """Take entries to begin where their neighbours tell: each local header is a request.
+        """Guess the first byte of each entry from the offsets of the neighbours.
 
-        ``torch.save`` leaves no room between entries and begins each at a multiple of 64 bytes; a
-        file counts as its own if that holds of its pickle, whose local header is read.
+        On a remote file each local header would cost a request. ``torch.save`` leaves no room
+        between entries and begins each entry at a multiple of 64 bytes. The guess is used only if
+        it is right for the pickle, whose local header is read.
+
+        Returns:
+            Whole name of an entry → offset in bytes; empty where the guess is not used.
 
         Raises:
             MalformedZip: That local header contradicts the directory.
@@ -306,6 +335,7 @@ class _Archive:
         for entry in self.entries.values():
             least = _header_end(entry)
             follows = entry.flags & zip_directory.SIZES_FOLLOW
+            # A data descriptor behind the contents repeats CRC and sizes (64-bit above 4 GiB).
             descriptor = (24 if entry.size >> 32 else 16) if follows else 0
             start = self.ends[entry.name] - descriptor - entry.size
             if start % _ALIGNMENT == 0 and least <= start < least + 2 * _ALIGNMENT:
@@ -315,21 +345,23 @@ class _Archive:
 
 
 def _directory(file: BinaryIO) -> Directory:
+    """Read the directory of a whole zip file."""
     return zip_directory.read_directory(file, file.seek(0, io.SEEK_END))
 
 
 def _guard(entry: Entry, start: int, base: int) -> Guard:
-    """The lengths in an entry's local header, if its bytes begin at ``start``."""
+    """Make a guard: the lengths in the local header of an entry that begins at ``start``."""
     offset, lengths = zip_directory.lengths_before(entry, start)
     return Guard(base + offset, lengths)
 
 
 def _header_end(entry: Entry) -> int:
-    """The offset behind the name in an entry's local header, if it is the directory's."""
+    """Return the offset behind the name in a local header with the directory's name."""
     return entry.header + LOCAL_HEADER + len(entry.raw_name)
 
 
 def _data_offset(file: BinaryIO, entry: Entry, end: int) -> int:
+    """Read an entry's local header, and return the offset of the contents."""
     file.seek(entry.header)
     header = file.read(_header_end(entry) - entry.header)
     return zip_directory.data_offset(entry, header, end)
@@ -337,16 +369,16 @@ def _data_offset(file: BinaryIO, entry: Entry, end: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class StoredEntry:
-    """An entry that holds a storage, and the offset before which its bytes have to end."""
+    """Entry that holds a storage, and the offset before which the bytes have to end."""
 
     entry: Entry
     end: int
 
     def start(self, path: str) -> int:
-        """The offset of its first byte in its file.
+        """Return the offset of the storage's first byte in the file.
 
         Raises:
-            CheckpointError: The file cannot be read, or its local header contradicts the directory.
+            CheckpointError: The file cannot be read, or the local header contradicts the directory.
         """
         try:
             with guard_reads(path), _open(path, None) as file:
@@ -356,7 +388,9 @@ class StoredEntry:
 
 
 def storages(path: str) -> list[StoredEntry]:
-    """The entries that hold storages, as they lie; none where no one archive tells their CRCs.
+    """List the entries that hold storages, in the order of the file.
+
+    The list is empty where the file is not one archive with checksums.
 
     Raises:
         CheckpointError: The file cannot be read.
@@ -372,11 +406,11 @@ def storages(path: str) -> list[StoredEntry]:
 
 
 def damaged_entries(path: str) -> list[str] | None:
-    """The entries of a file that do not have the CRC-32 that its directory tells.
+    """Find the entries of a file whose CRC-32 differs from the CRC-32 in the directory.
 
     Returns:
-        Their names; None where there is nothing to compare: in other files, and where torch was
-        told to omit the checksums.
+        Names of the entries; None where there is nothing to compare: in files that are no zip
+        archive, and where torch was set to omit the checksums.
 
     Raises:
         CheckpointError: The file cannot be read.
@@ -394,7 +428,7 @@ def damaged_entries(path: str) -> list[str] | None:
 
 
 def _checked_directory(file: BinaryIO) -> Directory | None:
-    """The directory of a zip file with CRCs; None of others, and of one archive behind another."""
+    """Read the directory of a zip file with checksums; None for any other file."""
     try:
         directory = _directory(file)
     except _DAMAGE:
@@ -403,7 +437,7 @@ def _checked_directory(file: BinaryIO) -> Directory | None:
 
 
 def _crc(file: BinaryIO, entry: Entry, end: int) -> int:
-    """The CRC-32 of a stored entry."""
+    """Compute the CRC-32 of a stored entry."""
     file.seek(_data_offset(file, entry, end))
     crc, left = 0, entry.size
     while left:
@@ -415,5 +449,5 @@ def _crc(file: BinaryIO, entry: Entry, end: int) -> int:
 
 
 def looks_like(start: bytes) -> bool:
-    """Tell a file of ``torch.save``, or another zip file, by its beginning."""
+    """Return True if the first bytes are those of a ``torch.save`` file or a zip file."""
     return start.startswith(START) or legacy_reader.looks_like(start)

@@ -1,1 +1,1 @@
-"""The search for the checkpoints of a training."""
+"""Search for the checkpoints of a training."""
