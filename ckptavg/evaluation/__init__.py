@@ -1,1 +1,1 @@
-"""Candidates × one pass over the data."""
+"""Evaluation: scoring of candidates on the same data, comparison and tables."""

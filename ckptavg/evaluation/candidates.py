@@ -1,4 +1,4 @@
-"""What is scored: checkpoints, averages and ensembles."""
+"""Candidates for scoring: checkpoints, averages, ensembles and weights in memory."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ _STALE = ("stale", "partly recomputed")
 
 @dataclass(frozen=True)
 class Candidate:
-    """What is scored.
+    """Checkpoint, average or ensemble to score.
 
     Made by ``of_checkpoint``, ``of_weights``, ``of_average`` or ``of_ensemble``.
 
     Attributes:
-        name: Stands in the table.
+        name: Name in the table.
         kind: ``checkpoint``, ``average`` or ``ensemble``.
-        checkpoints: What it is made of.
+        checkpoints: The source checkpoints; empty for weights in memory.
         coefficients: One per checkpoint.
-        recompute: True if its BatchNorm statistics are recomputed before it is scored; None if they
-            are where they are stale and there is training data.
-        average: How it comes about, for an average.
-        last: True for the last checkpoint of the run, which an average is measured against.
-        weights: What is scored, for weights in memory.
+        recompute: True to recompute the BatchNorm statistics before scoring. None to recompute them
+            if they are stale and there is training data.
+        average: The planned average, if the kind is ``average``.
+        last: True for the last checkpoint of the run, the reference of an average.
+        weights: The weights, for weights in memory.
     """
 
     name: str
@@ -55,14 +55,14 @@ class Candidate:
 
     @property
     def provenance(self) -> Mapping[str, Any] | None:
-        """How ckptavg made the checkpoint or the weights, if it did and that is known."""
+        """Account of how ckptavg made the checkpoint or weights; None where unknown."""
         if self.weights is not None:
             return self.weights.made
         return self.checkpoints[0].provenance if self.kind == "checkpoint" else None
 
     @property
     def is_stale(self) -> bool:
-        """True for a checkpoint or weights whose account says so of their statistics."""
+        """True for a checkpoint or weights with BatchNorm statistics recorded as stale."""
         made = self.provenance
         return made is not None and made.get("bn") in _STALE
 
@@ -75,14 +75,14 @@ class Candidate:
         last: bool = False,
         recompute: bool | None = None,
     ) -> Candidate:
-        """A checkpoint.
+        """Create the candidate of a checkpoint.
 
         Args:
-            checkpoint: It, or its path.
-            name: Stands in the table; the file's own where None.
-            last: True if it is what an average is measured against.
-            recompute: True to recompute its statistics, False to leave them; None to recompute
-                them where they are stale and there is training data.
+            checkpoint: The checkpoint, or a path.
+            name: Name in the table; the file name where None.
+            last: True for the reference of an average.
+            recompute: True to recompute the BatchNorm statistics, False to keep them. None to
+                recompute them if they are stale and there is training data.
         """
         opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
         name = name or opened.path.name
@@ -96,12 +96,14 @@ class Candidate:
         *,
         recompute: bool | None = None,
     ) -> Candidate:
-        """Weights in memory, as they are when they are scored.
+        """Create the candidate of weights in memory, with their values at the time of scoring.
 
         Args:
-            weights: A state dict, or a module, whose state dict counts.
-            name: Stands in the table; of a module its class's where None.
-            recompute: As for ``of_checkpoint``. What ``average`` returned knows that it is stale.
+            weights: A state dict, or a module, whose state dict is used.
+            name: Name in the table. Where None, the class of a module, or the account of a state
+                dict.
+            recompute: As for ``of_checkpoint``. The return value of ``average`` carries an account
+                that records stale statistics.
         """
         if isinstance(weights, nn.Module):
             name = name or type(undistributed(weights)).__name__
@@ -122,14 +124,15 @@ class Candidate:
         weights: Sequence[float] | None = None,
         recompute: bool = False,
     ) -> Candidate:
-        """An average, with its statistics as averaged or recomputed; nothing is written.
+        """Create the candidate of an average, which is never written to a file.
 
         Args:
-            run: A run, or a selection of one, or its path; or an average that is planned.
-            name: Stands in the table; the number of checkpoints and the scheme where None.
+            run: A run, a selection of a run, or a path; or a planned average.
+            name: Name in the table; the number of checkpoints and the scheme where None.
             scheme: As for ``ckptavg.average``.
             weights: As for ``ckptavg.average``.
-            recompute: Whether its statistics are recomputed, from the training data.
+            recompute: True to recompute the BatchNorm statistics from the training data, False to
+                keep them as averaged.
         """
         planned = run if isinstance(run, Average) else plan_average(run, scheme, weights=weights)
         plan = planned.plan
@@ -140,7 +143,13 @@ class Candidate:
     def of_ensemble(
         cls, checkpoints: Run | Iterable[Checkpoint], name: str = "FGE ensemble"
     ) -> Candidate:
-        """The mean of the checkpoints' softmax outputs, each with its own statistics."""
+        """Create the candidate that averages the outputs of checkpoints.
+
+        Every checkpoint keeps its own BatchNorm statistics.
+
+        Raises:
+            UsageError: There are no checkpoints.
+        """
         members = tuple(checkpoints)
         if not members:
             raise UsageError("an ensemble needs at least one checkpoint")
@@ -158,17 +167,17 @@ def candidates_of(
     stale: bool = True,
     others: Mapping[str, Average] | None = None,
 ) -> list[Candidate]:
-    """The candidates that tell what averaging a run is worth.
+    """List the candidates for comparing averages of a run with the last checkpoint.
 
     Args:
-        run: All of the run, whose last checkpoint is what one would use otherwise.
-        selection: What is averaged.
-        planned: The selection's average.
-        each: Add every selected checkpoint.
-        ensemble: Add the output ensemble of the selection.
-        recompute: Add the averages with recomputed statistics.
-        stale: Add those with their statistics as averaged, too, where they can be recomputed.
-        others: Further averages, by their names.
+        run: The whole run; the last checkpoint is the reference.
+        selection: The checkpoints to average.
+        planned: The average of the selection.
+        each: True to add every selected checkpoint.
+        ensemble: True to add the output ensemble of the selection.
+        recompute: True to add averages with recomputed BatchNorm statistics.
+        stale: True to keep averages with statistics as averaged where recomputed ones are added.
+        others: Further averages by name.
     """
     last = run.last(1).checkpoints[-1]
     singles = [c for c in selection if each and c.path != last.path]
@@ -196,13 +205,14 @@ def candidates_of(
 def candidates_of_file(
     checkpoint: Checkpoint, name: str, *, recompute: bool = False, stale: bool = True
 ) -> list[Candidate]:
-    """The candidates that a single checkpoint makes: two, where stale statistics are recomputed.
+    """List the candidates of a single checkpoint: as stored, and with recomputed statistics.
 
     Args:
-        checkpoint: It.
-        name: Of both.
-        recompute: Add it with recomputed statistics if its own are stale.
-        stale: Add it with its own, too, where they are.
+        checkpoint: The checkpoint.
+        name: Name of both candidates in the table.
+        recompute: True to add the candidate with recomputed statistics if the stored ones are
+            stale.
+        stale: True to keep the candidate with stale statistics beside the recomputed one.
     """
     own = Candidate.of_checkpoint(checkpoint, name, recompute=False)
     if not (recompute and own.is_stale):
@@ -214,21 +224,22 @@ def candidates_of_file(
 CandidateLike: TypeAlias = (
     "Candidate | Checkpoint | str | os.PathLike[str] | nn.Module | Mapping[str, torch.Tensor]"
 )
-"""What can be scored: a candidate, or a checkpoint, its path, a module or a state dict."""
+"""Anything that can be scored: a candidate, a checkpoint, a path, a module or a state dict."""
 
 
 def as_candidates(
     given: Iterable[CandidateLike] | Mapping[str, CandidateLike], *, has_training: bool
 ) -> list[Candidate]:
-    """Make candidates of whatever people pass to be scored.
+    """Convert a caller's arguments to candidates.
 
     Args:
-        given: In the table's order, perhaps by the names that they are to have there.
-        has_training: True if there is data that stale statistics are recomputed from.
+        given: The values in the table's order; a mapping gives names for the table.
+        has_training: True if there is training data to recompute stale statistics from.
 
     Raises:
-        UsageError: Something cannot be scored.
+        UsageError: A value cannot be scored.
     """
+    # A path is iterable itself, so a single value is wrapped first.
     if isinstance(given, (str, os.PathLike, nn.Module, Candidate, Checkpoint)):
         given = [given]
     named = isinstance(given, Mapping)
@@ -279,7 +290,7 @@ def _average_name(count: int, scheme: str) -> str:
 
 
 def _name_of(weights: Weights) -> str:
-    """A name for a state dict: what its account tells, if it carries one."""
+    """Name a state dict by the account that ``average`` attached; "state dict" without one."""
     made = weights.made
     if made is None:
         return "state dict"
@@ -297,5 +308,5 @@ def layers_of(candidates: Iterable[Candidate]) -> list[str]:
 
 
 def reference_of(candidates: Sequence[Candidate]) -> Candidate:
-    """What the others are compared with: the last checkpoint of the run, or the first given."""
+    """Return the reference of comparisons: the last checkpoint of the run, or the first given."""
     return next((c for c in candidates if c.last), candidates[0])

@@ -1,4 +1,4 @@
-"""What averaging a run is worth: its last checkpoint, averages and ensemble on the same data."""
+"""Comparison of a run's last checkpoint, averages and ensemble on the same data."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def compare(
     bn_samples: int | Subset | None = None,
     progress: ProgressLike = None,
 ) -> Results:
-    """Score the last checkpoint of a run and averages of it on the same data.
+    """Score the last checkpoint and averages of a run on the same data.
 
     The same as ``ckptavg eval --run``: nothing is written, all averages come from one read of the
     checkpoints, and all that memory holds share a pass over the data::
@@ -72,20 +72,20 @@ def compare(
         print(results)
 
     Args:
-        run: The run, or its path. Its last checkpoint is what the others are compared with.
-        model: A module that the weights fit; it is copied, not changed.
-        data: What is scored on, a Dataset or a loader, as for ``evaluate``.
-        train_data: Training data: the averages stand there with recomputed statistics, too.
-        selection: What is averaged of the run; all of it where None.
+        run: The run, or a path. The last checkpoint is the reference of all comparisons.
+        model: A module that the weights fit; a copy is used, the module does not change.
+        data: Evaluation data, a Dataset or a loader, as for ``evaluate``.
+        train_data: Training data; with it, averages are also scored with recomputed statistics.
+        selection: The part of the run to average; the whole run where None.
         scheme: As for ``average``.
         weights: As for ``average``.
-        each: Score every selected checkpoint, too.
-        ensemble: Score the ensemble, too: the mean of the selected checkpoints' outputs.
-        stale: Score averages with their statistics as averaged where they are recomputed, too.
-        also: Further averages by their names, each as for ``average_many``.
-        candidates: Further candidates, as for ``evaluate``; they stand first.
+        each: True to score every selected checkpoint.
+        ensemble: True to score the ensemble: the mean of the selected checkpoints' outputs.
+        stale: True to score averages with statistics as averaged beside recomputed ones.
+        also: Further averages by name, each as for ``average_many``.
+        candidates: Further candidates, as for ``evaluate``; first in the table.
         include_tensors: Shell patterns of tensor names to average; all where empty.
-        exclude_tensors: Shell patterns of those not to.
+        exclude_tensors: Shell patterns of tensor names not to average.
         base: As for ``average``.
         dtype: As for ``average``.
         on_nonfinite: As for ``average``.
@@ -101,8 +101,8 @@ def compare(
         progress: As for ``evaluate``.
 
     Returns:
-        The results; their ``notes`` tell what is to be known of the run, too. An average none of
-        whose statistics could be recomputed stands there once.
+        The results; ``notes`` includes remarks on the run. An average whose statistics could not
+        be recomputed is listed once.
 
     Raises:
         CkptavgError: As for ``average`` and ``evaluate``.
@@ -136,10 +136,10 @@ def compare(
 
 
 def _checked(selection: Run | None, run: Run) -> Run:
-    """The selection, or the run where None.
+    """Return the selection, or the whole run where None.
 
     Raises:
-        UsageError: It is a selection of another run.
+        UsageError: The selection is not a part of the run.
     """
     if selection is None:
         return run

@@ -1,10 +1,10 @@
-"""Candidates × one pass over the data → metrics.
+"""Evaluation of candidates in as few passes over the data as memory allows.
 
-Every set of weights that some candidate needs is a network; as many networks as fit in memory go
-through a pass together. A pass reads their weights, averages from the stream, recomputes the
-statistics that are wanted over the training data, and scores over the evaluation data, the models
-staying where they are. What an ensemble needs of its members, their outputs, is computed once and
-shared with the members that are candidates themselves.
+Every set of weights that a candidate needs is a network. As many networks as fit in memory share a
+pass. A pass reads the weights (averages come from the stream), recomputes statistics over the
+training data where needed, and scores over the evaluation data. The models stay on the device
+throughout. Outputs of an ensemble's members are computed once and shared with members that are
+candidates themselves.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from ckptavg.tasks.named import as_task
 
 log = logging.getLogger("ckptavg")
 Progress = PhaseProgress
-"""Called as ``progress(phase, done, total)`` in samples; total is 0 where it is not known."""
+"""Called as ``progress(phase, done, total)`` in samples; total is 0 where unknown."""
 
 
 def evaluate(
@@ -167,21 +167,29 @@ def score(
     peers: Peers | None = None,
     on_results: Callable[[Sequence[Result]], None] | None = None,
 ) -> list[Result]:
-    """As ``evaluate``, for data whose batches this process has to itself.
+    """Score candidates as ``evaluate`` does, on loaders that are open already.
 
     Args:
-        candidates: What to score.
+        candidates: The candidates to score.
         model: As for ``evaluate``.
         data: This process's batches of the evaluation data.
-        runtime: Where and how the models run.
-        training: This process's batches of the training data.
+        runtime: Device, precision and batch size of the models.
+        training: This process's batches of the training data; None without any.
         task: As for ``evaluate``.
         forward: As for ``evaluate``.
         exclude: As for ``evaluate``.
         keep_nonfinite: As for ``evaluate``.
         progress: As for ``evaluate``.
-        peers: The processes that share the data.
-        on_results: Told after each pass what is known by then, once the reference is scored.
+        peers: The processes that share the data; this process alone where None.
+        on_results: Called after each pass with the results so far, once the reference is scored.
+
+    Returns:
+        One result per candidate, in order.
+
+    Raises:
+        UsageError: There are no candidates, or recomputing lacks training data.
+        ModelError: Weights do not fit the model.
+        EvaluationError: The data and the outputs do not fit, or an output is NaN.
     """
     if not candidates:
         raise UsageError("there is nothing to evaluate")
@@ -203,7 +211,7 @@ def score(
 
 
 class _Session:
-    """The passes of some candidates over the data."""
+    """One evaluation: candidates, their networks and the passes over the data."""
 
     def __init__(
         self,
@@ -228,7 +236,8 @@ class _Session:
             for candidate, members in zip(candidates, self.networks.members, strict=True)
         ]
         self.channels = Channels(model, runtime.device, scoring=True)
-        self.fingerprints: list[int] = []  # of the batches of the first pass, once it is over
+        # One checksum per batch of the first pass, to recognize other data in later passes.
+        self.fingerprints: list[int] = []
         self.known: dict[Board, Result] = {}
 
     def run(
@@ -237,13 +246,23 @@ class _Session:
         training: Batches | None,
         on_results: Callable[[Sequence[Result]], None],
     ) -> list[Result]:
-        """Every group of networks in a pass of its own."""
+        """Run one pass per group of networks.
+
+        Args:
+            data: This process's batches of the evaluation data.
+            training: This process's batches of the training data; None without any.
+            on_results: Called with the results so far, once the reference is scored.
+
+        Returns:
+            One result per candidate, in order.
+        """
         if self.peers.count > 1:
             _require_state(self.task)
+        # All processes must form the same groups, so the smallest device decides.
         size = min(self.peers.gather(fit(self.model, self.runtime.device)))
         chosen = reference_of(self.candidates)
         wanted = next({*b.members} for b in self.boards if b.candidate is chosen)
-        # The reference first: what is told of the others' results includes how they compare.
+        # The reference is scored first, since the other results include a comparison with it.
         groups = sorted(self.networks.groups(size), key=wanted.isdisjoint)
         say(len(self.candidates), len(groups))
         data = rereadable(data, len(groups))
@@ -253,6 +272,13 @@ class _Session:
         results: list[Result] = []
 
         def run_pass(group: Sequence[Network], number: int, of: int) -> None:
+            """Score one group and publish the results so far.
+
+            Args:
+                group: The networks of the pass.
+                number: Position of the pass, from 1.
+                of: Number of passes.
+            """
             phase = functools.partial(_phase, number=number, of=of)
             try:
                 self._pass(group, data, training, phase)
@@ -272,7 +298,7 @@ class _Session:
         training: Batches | None,
         phase: Callable[[str], str],
     ) -> None:
-        """Read a group's weights, recompute what statistics are wanted, score."""
+        """Load the weights of a group, recompute statistics where needed, and score."""
         weight_sets.load(group, self.model, self.runtime, keep_nonfinite=self.keep_nonfinite)
         wanting = [network for network in group if network.recompute]
         if wanting and training is not None:
@@ -287,6 +313,7 @@ class _Session:
             )
             for network, (_, statistics) in zip(wanting, done, strict=True):
                 network.statistics = statistics
+        # A pass that ran out of memory is repeated; ``begin`` discards its partial scores.
         for board in self.boards:
             board.begin()
         self._score(group, self._counted(data, phase("evaluation")))
@@ -305,7 +332,11 @@ class _Session:
         return self.task.run(model, batch)
 
     def _score(self, group: Sequence[Network], batches: Any) -> None:
-        """One pass over the data, which must be the same in every pass."""
+        """Score a group over the evaluation data, which must be the same in every pass.
+
+        Raises:
+            EvaluationError: The batches differ from those of the first pass, or do not fit.
+        """
         for network in group:
             self.channels.place(network.model)
         found: list[int] = []
@@ -332,6 +363,7 @@ class _Session:
         run = self.forward or self.task.forward
 
         def forward(inputs: Any) -> Any:
+            """Run the network on inputs under autocast."""
             with self.runtime.autocast():
                 return run(network.model, inputs)
 
@@ -341,7 +373,7 @@ class _Session:
             )
             self.task.check(outputs, batch.given)
             found = self.task.predict(outputs, batch.targets)
-            # Predictions may be on the CPU, where the device has no float64.
+            # Predictions are on the CPU if the device lacks float64.
             targets = map_tensors(batch.targets, lambda tensor: tensor.to(found.device))
             soundness.add(network.name, self.task.sound(found))
             samples = self.task.samples(found, targets)
@@ -349,7 +381,7 @@ class _Session:
                 board.add(batch.number, network, found, samples, targets)
 
     def _results(self, group: Sequence[Network]) -> list[Result]:
-        """The results of the candidates that are complete by now."""
+        """Return the results of all candidates that are complete so far."""
         complete = [board for board in self.boards if board.complete]
         for board in complete:
             if not board.heard.isdisjoint(group):
@@ -392,13 +424,13 @@ class _Session:
 
 @dataclass(frozen=True)
 class _Parts:
-    """What a batch holds.
+    """Parts of a batch.
 
     Attributes:
-        number: Which it is.
-        inputs: What the forward function gets, on the device.
-        targets: On the device.
-        given: The targets as the loader gave them.
+        number: Position of the batch in the pass.
+        inputs: Argument of the forward function, on the device.
+        targets: Targets on the device.
+        given: Targets as the loader yielded them.
     """
 
     number: int
@@ -408,7 +440,7 @@ class _Parts:
 
 
 def _fingerprint(targets: Any) -> int:
-    """A checksum of targets, by which two passes are found to differ."""
+    """Compute a checksum of targets, to recognize passes over different data."""
     found = 0
     for tensor in tensors_of(targets):
         found = zlib.crc32(bytes_of(tensor), found)
@@ -416,7 +448,11 @@ def _fingerprint(targets: Any) -> int:
 
 
 def _require_state(task: Task) -> None:
-    """Make sure that scores can be merged with those of other processes."""
+    """Make sure that the scores of a task can be merged across processes.
+
+    Raises:
+        EvaluationError: The scores have no ``state`` or no ``merge``.
+    """
     scores = task.scores()
     lacking = [name for name in ("state", "merge") if not hasattr(scores, name)]
     if lacking:

@@ -1,4 +1,4 @@
-"""The sets of weights that candidates need outputs of, and which of them run together."""
+"""Networks: the sets of weights that candidates need, in groups that fit in memory."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from ckptavg.outputs.target import StateDict
 
 @dataclass(eq=False)
 class Network:
-    """One set of weights that outputs are computed with.
+    """One set of weights to compute outputs with.
 
     Attributes:
-        name: For messages.
-        source: What its weights are: a checkpoint, a planned average, or weights in memory.
-        recompute: Whether its BatchNorm statistics are recomputed.
-        statistics: Their state, once they have been.
-        model: It, on the device, while it is in use.
+        name: Name in messages.
+        source: Source of the weights: a checkpoint, a planned average, or weights in memory.
+        recompute: True to recompute the BatchNorm statistics.
+        statistics: State of the statistics after recomputing; None before.
+        model: The module on the device, between ``load`` and ``release``.
     """
 
     name: str
@@ -42,17 +42,17 @@ class Network:
     model: nn.Module = field(default_factory=nn.Module, repr=False)
 
     def describe_statistics(self) -> Statistics:
-        """Tell the state of its statistics before they are recomputed."""
+        """Return the state of the BatchNorm statistics before recomputing."""
         if isinstance(self.source, Average):
             return self.source.statistics
         return statistics_of(self.source, self.model)
 
 
 class Networks:
-    """The networks of some candidates; those that have one in common share it.
+    """Distinct networks of all candidates; candidates with the same weights share a network.
 
     Attributes:
-        members: Of each candidate, the networks whose outputs it is made of.
+        members: Per candidate, the list of networks whose outputs are scored or averaged.
     """
 
     def __init__(self, candidates: Sequence[Candidate]) -> None:
@@ -82,10 +82,10 @@ class Networks:
         ]
 
     def groups(self, size: int) -> list[list[Network]]:
-        """The networks in groups of at most so many, an ensemble's members together if they fit.
+        """Divide the networks into groups, with the members of an ensemble together if they fit.
 
         Args:
-            size: Copies of the model that the memory holds.
+            size: Number of copies of the model that fit in memory, the most per group.
         """
         size = max(1, size)
         groups: list[list[Network]] = []
@@ -100,11 +100,12 @@ class Networks:
         return groups
 
     def _blocks(self) -> list[list[Network]]:
-        """The networks, those of one ensemble in a block, each network in its first.
+        """Arrange the networks in blocks, one per candidate, every network in one block only.
 
-        Those whose statistics are recomputed come together, so that they share what passes over the
-        training data they need.
+        Networks with statistics to recompute are adjacent, so that they share passes over the
+        training data.
         """
+        # Large ensembles come first: their members need the same pass, single networks fill gaps.
         blocks: list[list[Network]] = []
         taken: set[Network] = set()
         for members in sorted(self.members, key=lambda m: (-len(m), not m[0].recompute)):
@@ -118,16 +119,16 @@ class Networks:
 def load(
     group: Sequence[Network], template: nn.Module, runtime: Runtime, *, keep_nonfinite: bool = False
 ) -> None:
-    """Give each network of a group its model: where there are averages, all from one read.
+    """Load the models of a group onto the device; averages come from one read of all sources.
 
     Args:
-        group: The networks.
-        template: A module that the weights fit; it is copied.
-        runtime: Where the models go; they are in evaluation mode.
-        keep_nonfinite: Let averages that are not finite reach a model.
+        group: The networks; ``model`` is set to a module in evaluation mode.
+        template: A module that the weights fit; every network gets a copy.
+        runtime: The device of the models.
+        keep_nonfinite: True to allow averages that are not finite.
 
     Raises:
-        ModelError: Weights do not fit.
+        ModelError: Weights do not fit the template.
     """
     weights = _read_together(group, keep_nonfinite=keep_nonfinite)
     left = Counter(id(network.source) for network in group)
@@ -138,12 +139,17 @@ def load(
         elif isinstance(network.source, Checkpoint) and place not in weights:
             found = api.load(network.source)
         else:
+            # The last network of a source takes the weights, which frees the memory afterwards.
             found = weights[place] if left[place] else weights.pop(place)
         network.model = _placed(template, found, network.name, runtime)
 
 
 def _read_together(group: Sequence[Network], *, keep_nonfinite: bool) -> dict[int, StateDict]:
-    """The weights of a group with averages, by source; none without: those are read in turn."""
+    """Read all sources of a group at once if one is an average; return weights by source id.
+
+    Without an average the result is empty, and ``load`` reads one checkpoint after another, which
+    takes less memory.
+    """
     sources = {}
     for network in group:
         if not isinstance(network.source, Weights):
@@ -156,9 +162,10 @@ def _read_together(group: Sequence[Network], *, keep_nonfinite: bool) -> dict[in
 
 
 def _placed(template: nn.Module, weights: StateDict, name: str, runtime: Runtime) -> nn.Module:
-    # weights are loaded in training mode: some modules merge theirs when they leave it
+    # Weights are loaded in training mode, since some modules merge weights when leaving it.
     model = copy.deepcopy(template)
-    model.train()  # an overridden one may give back nothing
+    # Not chained: an overridden ``train`` may return None.
+    model.train()
     load_into(model, weights, name)
     stop_observers(model)
     model = model.to(runtime.device)
@@ -167,8 +174,9 @@ def _placed(template: nn.Module, weights: StateDict, name: str, runtime: Runtime
 
 
 def release(group: Iterable[Network], device: torch.device) -> None:
-    """Give the memory of a group's models back."""
+    """Free the memory of a group's models."""
     for network in group:
         network.model = nn.Module()
+    # The allocator caches freed blocks; this returns the memory to the device.
     if device.type == "cuda":
         torch.cuda.empty_cache()
