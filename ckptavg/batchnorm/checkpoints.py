@@ -1,4 +1,4 @@
-"""Checkpoints written with BatchNorm statistics recomputed for their weights."""
+"""Checkpoints and averages with recomputed BatchNorm statistics, written to outputs."""
 
 from __future__ import annotations
 
@@ -50,15 +50,15 @@ log = logging.getLogger("ckptavg")
 
 @dataclass(frozen=True)
 class Pass:
-    """How statistics are recomputed.
+    """Settings of a pass that recomputes statistics.
 
     Attributes:
-        model: Takes the weights.
+        model: The module that the weights are loaded into.
         training: This process's batches of the training data.
-        runtime: Where and how the model runs.
+        runtime: Device, precision and batch size of the pass.
         forward: ``forward(model, batch)`` for unusual batches.
-        progress: Told about the samples passed.
-        peers: The processes that share the data; the first of them writes.
+        progress: Called with the number of samples passed.
+        peers: The processes that share the data. The first process writes the outputs.
         exclude: Shell patterns of layers that keep their statistics.
     """
 
@@ -82,25 +82,25 @@ def write_averages(
     digests: bool = False,
     progress: Progress | None = None,
 ) -> list[tuple[BatchNormResult, Mapping[str, Any]]]:
-    """Compute averages, recompute their statistics, then write them.
+    """Compute averages, recompute running statistics, and write the results.
 
-    As many averages as memory holds come from one read and share a pass over the data.
+    As many averages as fit in memory are computed in one read and share a pass over the data.
 
     Args:
-        averages: What to compute.
-        outs: Where each goes, as for ``averaging.write``.
-        how: The model, the data, and where it runs.
-        order: The run that all of them are selections of.
+        averages: The averages to compute.
+        outs: Path of each output, as for ``averaging.write``.
+        how: The model, the data and the settings of the pass.
+        order: The run that all averages select their checkpoints from.
         overwrite: Replace existing outputs.
         keep_nonfinite: Write averages that are not finite as they are.
         digests: Record digests in the outputs, as for ``averaging.write``.
-        progress: Told about the bytes read.
+        progress: Called with the number of bytes read.
 
     Returns:
-        For each, what was recomputed, and its provenance as written.
+        Per average, the result of the pass and the provenance as written.
 
     Raises:
-        CkptavgError: Whatever is wrong; nothing is written then.
+        CkptavgError: Any failure. Nothing is written then.
     """
     exact_mean.require_models(c for planned in averages for c in planned.plan.checkpoints)
     excluded = match_layers(how.exclude, layers_of(averages))
@@ -116,9 +116,11 @@ def write_averages(
     with _opened(targets, how.peers) as sinks:
 
         def run_pass(group: Sequence[int], number: int, of: int) -> None:
+            """Compute, refresh and store one group of averages."""
             nonlocal hashed
             del number, of
-            if digests and not done:  # anew: a pass that failed may have seen half of a tensor
+            # Start the digests anew: a pass that failed may have hashed half of a tensor.
+            if digests and not done:
                 hashed = InputDigests(c for p in averages for c in p.plan.inputs)
             weights = api.in_memory_many(
                 [averages[i] for i in group], order=order, keep_nonfinite=keep_nonfinite,
@@ -146,7 +148,17 @@ def prepare_copy(
     *,
     overwrite: bool,
 ) -> outputs.Target:
-    """Prepare an output that takes all tensors of a checkpoint; see ``outputs.prepare``."""
+    """Prepare an output for a copy of all tensors of a checkpoint.
+
+    Args:
+        checkpoint: The checkpoint to copy.
+        out: Path of the output.
+        made: Provenance of the output.
+        overwrite: Replace an existing output.
+
+    Raises:
+        CkptavgError: As for ``outputs.prepare``.
+    """
     tensors = copy_plan(checkpoint).outputs
     return outputs.prepare(
         out, tensors, made, [checkpoint], is_run=leads_to_checkpoints, overwrite=overwrite
@@ -156,14 +168,24 @@ def prepare_copy(
 def update_checkpoint(
     checkpoint: Checkpoint, out: str | os.PathLike[str], how: Pass, *, overwrite: bool = False
 ) -> tuple[BatchNormResult, Mapping[str, Any]]:
-    """Write a copy of a checkpoint with recomputed statistics; see ``write_averages``.
+    """Write a copy of a checkpoint with recomputed statistics.
 
-    Layers whose statistics were frozen in training keep them, where the checkpoint is an average
-    that tells of them. The copy of an output with digests has them too, with its own in place of
-    the output's.
+    Layers that were frozen in training keep their statistics where the checkpoint is an average
+    that records frozen layers. If the checkpoint is an output with digests, the copy has digests
+    too: the copy's own digest replaces the output's.
+
+    Args:
+        checkpoint: The checkpoint to copy.
+        out: Path of the copy.
+        how: The model, the data and the settings of the pass.
+        overwrite: Replace an existing output.
 
     Returns:
-        What was recomputed, and the copy's provenance as written.
+        The result of the pass, and the copy's provenance as written.
+
+    Raises:
+        CkptavgError: As for ``write_averages``.
+        BatchNormError: No statistics of the checkpoint can be recomputed.
     """
     exact_mean.require_models([checkpoint])
     before = statistics_of(checkpoint, how.model)
@@ -190,6 +212,7 @@ def update_checkpoint(
     with _opened([target], how.peers) as (sink,):
 
         def run_pass(group: Sequence[Checkpoint], number: int, of: int) -> None:
+            """Refresh and store the copy."""
             del group, number, of
             weights = api.load(checkpoint)
             (found,) = refresh([weights], how, [str(checkpoint.path)], [before], excluded)
@@ -215,18 +238,23 @@ def refresh(
     before: Sequence[Statistics],
     excluded: Collection[str],
 ) -> list[tuple[BatchNormResult, Statistics]]:
-    """Replace the running statistics in state dicts by ones recomputed for their weights.
+    """Replace the running statistics in state dicts by recomputed statistics.
 
     Args:
-        weights: State dicts that share a pass over the data; changed.
-        how: The model, the data, and where it runs.
-        origins: What each state dict is, for messages.
-        before: The state of each one's statistics.
-        excluded: Names of layers that keep theirs.
+        weights: State dicts that share a pass over the data. The state dicts are changed.
+        how: The model, the data and the settings of the pass.
+        origins: Path of each state dict, for messages.
+        before: State of the statistics before the pass, per state dict.
+        excluded: Names of layers that keep their statistics.
 
     Returns:
-        For each, what was recomputed, with the batches and samples of all processes, and the state
-        of its statistics now.
+        Per state dict, the result of the pass, and the state of the statistics afterwards. The
+        result counts the batches and samples of all processes.
+
+    Raises:
+        BatchNormError: As for ``update_bn``.
+        ModelError: A state dict does not fit the model.
+        NonFiniteError: A statistic is too large for the dtype in which it is stored.
     """
     models = [how.model, *(copy.deepcopy(how.model) for _ in weights[1:])]
     for model, state_dict, origin in zip(models, weights, origins, strict=True):
@@ -240,6 +268,7 @@ def refresh(
         for name, value in _statistics(model, result.written).items():
             if name in state_dict:
                 state_dict[name] = _narrowed(name, value, state_dict[name])
+    # A model without layers to recompute takes no part in the pass and has counts of 0.
     passed = max((result for result, _ in results), key=lambda result: result.batches)
     seen = how.peers.gather([passed.batches, passed.samples])
     batches_of_all, samples_of_all = (sum(counts) for counts in zip(*seen, strict=True))
@@ -251,7 +280,10 @@ def refresh(
 
 @contextmanager
 def _opened(targets: Sequence[Target], peers: Peers) -> Iterator[Sequence[FileSink | None]]:
-    """Sinks for outputs in the first process, none in the others, which wait for it."""
+    """Open sinks for outputs in the first process.
+
+    Other processes get None for each output and wait until the first process has written.
+    """
     if peers.rank:
         yield [None] * len(targets)
     else:
@@ -261,8 +293,8 @@ def _opened(targets: Sequence[Target], peers: Peers) -> Iterator[Sequence[FileSi
 
 
 def _groups(count: int, how: Pass) -> list[range]:
-    """Which of so many averages go through the data together: as many as memory holds."""
-    # Each is there twice: as a state dict, and in its model.
+    """Divide averages into groups that fit in memory and share a pass over the data."""
+    # Each average is in memory twice: as a state dict, and in a copy of the model.
     size = max(1, min(how.peers.gather(fit(how.model, how.runtime.device) // 2)))
     groups = [range(i, min(i + size, count)) for i in range(0, count, size)]
     say(count, len(groups))
@@ -270,10 +302,10 @@ def _groups(count: int, how: Pass) -> list[range]:
 
 
 def _narrowed(name: str, value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A statistic in the type that the checkpoint stores it in.
+    """Convert a statistic to the dtype and shape in which the checkpoint stores it.
 
     Raises:
-        NonFiniteError: It is too large for that type.
+        NonFiniteError: The statistic is too large for that dtype.
     """
     narrowed = value.to(like.dtype).reshape(like.shape)
     if not bool(torch.isfinite(narrowed).all()):
@@ -285,14 +317,14 @@ def _narrowed(name: str, value: torch.Tensor, like: torch.Tensor) -> torch.Tenso
 
 
 def _statistics(model: nn.Module, written: frozenset[str]) -> Mapping[str, torch.Tensor]:
-    """The recomputed statistics of a model, and the counts of batches beside them.
+    """Select the recomputed statistics of a model, with the layers' counts of batches.
 
     Args:
-        model: It.
-        written: Names of the statistics in its state dict.
+        model: The model after the pass.
+        written: Names of the recomputed statistics in the model's state dict.
 
     Returns:
-        Tensors by bare names.
+        Tensors on the CPU, by bare name.
     """
     states = model.state_dict()
     bare = bare_names(list(states))

@@ -1,4 +1,4 @@
-"""A pass over training data that leaves alone what is to stay, and tells what it could not do."""
+"""Recomputation of statistics that keeps frozen and excluded layers and records the outcome."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ from ckptavg.models.device import Runtime
 from ckptavg.models.load import bare_module
 
 log = logging.getLogger("ckptavg")
-_CONSTANT = "Frozen"  # in the class's name: FrozenBatchNorm2d of torchvision, detectron2, timm
+# Part of the names of classes with constant statistics: FrozenBatchNorm2d of torchvision,
+# detectron2 and timm.
+_CONSTANT = "Frozen"
 
 
 def recompute_statistics(
@@ -42,22 +44,25 @@ def recompute_statistics(
     forward: Forward | None,
     peers: Peers,
 ) -> list[tuple[BatchNormResult, Statistics]]:
-    """Recompute the running statistics of models that share a pass over the data.
+    """Recompute the running statistics of models in one shared pass over the data.
 
-    Layers that were frozen in training keep theirs. Where that leaves nothing to recompute, there
-    is no pass.
+    Layers that were frozen in training keep their statistics. If no layer is left to recompute,
+    there is no pass.
 
     Args:
-        models: Modules of one kind, with their weights.
-        before: The state of each one's statistics.
-        excluded: Names of layers that keep theirs, by the checkpoint's names.
+        models: Modules of the same kind, with weights loaded.
+        before: State of the statistics before the pass, per model.
+        excluded: Names of layers that keep their statistics, as in the checkpoint.
         batches: This process's part of the data.
-        runtime: Where and how the models run.
+        runtime: Device, precision and batch size of the pass.
         forward: ``forward(model, batch)`` for unusual batches.
         peers: The processes that share the data.
 
     Returns:
-        For each, what was recomputed, and the state of its statistics now.
+        Per model, the result of the pass and the state of the statistics afterwards.
+
+    Raises:
+        BatchNormError: As for ``update_bn``.
     """
     before = [_with_constant_layers(s, m) for s, m in zip(before, models, strict=True)]
     kept = [_modules(m, {*s.frozen, *excluded}) for m, s in zip(models, before, strict=True)]
@@ -78,12 +83,15 @@ def recompute_statistics(
 
 
 def statistics_of(checkpoint: Checkpoint | Weights, model: nn.Module) -> Statistics:
-    """The state of a checkpoint's running statistics, as far as it and the model's classes tell.
+    """Find the state of a checkpoint's running statistics.
+
+    An average written by this package records the layers that were frozen in training. For other
+    checkpoints, the layers that the model does not update in training are taken as frozen: by their
+    class, or by the model's own ``train()``.
 
     Args:
-        checkpoint: Any; an average of ours tells what was frozen in training.
-        model: A module that its weights fit. Of checkpoints that do not tell, layers that it does
-            not update in training, by their class or by its ``train()``, are frozen.
+        checkpoint: A checkpoint or an average.
+        model: A module that the checkpoint's weights fit.
     """
     layers = batchnorm_layers(checkpoint.tensors)
     if not layers:
@@ -97,6 +105,8 @@ def statistics_of(checkpoint: Checkpoint | Weights, model: nn.Module) -> Statist
     if frozen is not None:
         return Statistics(state, layers, tuple(layer for layer in layers if layer in frozen))
     found = _with_constant_layers(Statistics(state, layers), model)
+    # Where all counts are missing, the checkpoint may have been written without counts, so missing
+    # counts are no sign of frozen layers.
     uncounted = uncounted_layers(checkpoint, model)
     if state != "own" or len(uncounted) == len(layers):
         return found
@@ -104,10 +114,10 @@ def statistics_of(checkpoint: Checkpoint | Weights, model: nn.Module) -> Statist
 
 
 def uncounted_layers(checkpoint: Checkpoint | Weights, model: nn.Module) -> list[str]:
-    """List the layers that count their batches in the model and do not in the checkpoint.
+    """List the layers with a count of batches in the model but not in the checkpoint.
 
-    In training they were of a class that keeps its statistics, as the backbones of detectors are;
-    or whoever wrote the checkpoint left all counts out.
+    There are two causes. In training the layers were of a class with constant statistics, as in
+    backbones of detectors. Or the program that wrote the checkpoint left all counts out.
     """
     known = {*bare_names(list(model.state_dict())).values()}
     layers = batchnorm_layers(checkpoint.tensors)
@@ -116,15 +126,15 @@ def uncounted_layers(checkpoint: Checkpoint | Weights, model: nn.Module) -> list
 
 
 def layers_of(averages: Iterable[Average]) -> list[str]:
-    """List the layers that keep running statistics in any of some averages."""
+    """List the layers with running statistics in at least one of several averages."""
     return list(dict.fromkeys(layer for planned in averages for layer in planned.statistics.layers))
 
 
 def _with_constant_layers(statistics: Statistics, model: nn.Module) -> Statistics:
-    """Count as frozen what the model never updates in training.
+    """Mark the layers as frozen that the model never updates in training.
 
-    That are layers of a class that never does, and those that the model's own ``train()`` leaves in
-    evaluation mode.
+    These are layers of a class with constant statistics, and layers that the model's own
+    ``train()`` leaves in evaluation mode.
     """
     if statistics.state != "own" or statistics.frozen:
         return statistics
@@ -140,10 +150,8 @@ def _with_constant_layers(statistics: Statistics, model: nn.Module) -> Statistic
 def _with_frozen(
     statistics: Statistics, model: nn.Module, layers: Collection[nn.Module]
 ) -> Statistics:
-    """Count layers as frozen, too, if the statistics are a single checkpoint's.
-
-    Of an average the checkpoints have told what was frozen.
-    """
+    """Mark more layers as frozen if the statistics are a single checkpoint's."""
+    # For an average, the frozen layers are known from the checkpoints already.
     if statistics.state != "own" or not layers:
         return statistics
     known = {*statistics.frozen, *_stored_names(model, layers)}
@@ -151,13 +159,13 @@ def _with_frozen(
 
 
 def _submodules(model: nn.Module, names: Collection[str]) -> set[nn.Module]:
-    """Find the modules that a pass knows by some names."""
+    """Find the modules with given names in a model without wrappers."""
     inner = bare_module(model)
     return {inner.get_submodule(name) for name in names}
 
 
 def _stored_names(model: nn.Module, layers: Collection[nn.Module]) -> set[str]:
-    """Find the names that layers have in a checkpoint."""
+    """Find the names of layers in a checkpoint."""
     bare = bare_names(list(model.state_dict()))
     names: set[str] = set()
     for name, layer in model.named_modules(remove_duplicate=False):
@@ -169,7 +177,10 @@ def _stored_names(model: nn.Module, layers: Collection[nn.Module]) -> set[str]:
 
 
 def _modules(model: nn.Module, layers: Collection[str]) -> set[str]:
-    """Find the modules that a pass knows of some layers, which have their names in a checkpoint."""
+    """Find the names in a pass of layers, given by their names in a checkpoint.
+
+    A shared layer has one name in a pass but may have several names in a checkpoint.
+    """
     inner = bare_module(model)
     bare = bare_names(list(inner.state_dict()))
     named: set[nn.Module] = set()
@@ -182,19 +193,20 @@ def _modules(model: nn.Module, layers: Collection[str]) -> set[str]:
 
 
 def _updated(model: nn.Module, written: Collection[str]) -> set[str]:
-    """Find the layers, by their names in a checkpoint, all of whose statistics were written."""
+    """Find the layers whose statistics were all written, by their names in a checkpoint."""
     bare = bare_names(list(model.state_dict()))
     names = {bare.get(name, name) for name in written}
     return updated_layers(layer_statistics(bare.values()), names)
 
 
 def _log(states: Sequence[Statistics], unreached: Collection[str]) -> None:
-    """Say what was not recomputed, and why.
+    """Log the layers that were not recomputed, with the reasons.
 
     Args:
-        states: Of some models after a pass.
-        unreached: Layers of which the pass itself has said that no data went through.
+        states: States of the models' statistics after a pass.
+        unreached: Layers without data. The pass itself has logged these layers.
     """
+    # Models of one kind often share a state, which is logged once.
     for after in dict.fromkeys(states):
         kept = {*after.frozen, *after.excluded}
         unknown = [layer for layer in after.not_recomputed if layer not in unreached]
@@ -208,7 +220,7 @@ def _log(states: Sequence[Statistics], unreached: Collection[str]) -> None:
 
 
 def _describe_kept(statistics: Statistics) -> str:
-    """Say why there is nothing to recompute, of which layers, and what could be done about it."""
+    """Describe why no layer is recomputed, with layers and a remedy."""
     if not statistics.layers:
         return "no BatchNorm layers: nothing to recompute"
     excluded = [layer for layer in statistics.excluded if layer not in statistics.frozen]
