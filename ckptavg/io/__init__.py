@@ -1,1 +1,1 @@
-"""Files and URLs; knows nothing of checkpoints."""
+"""Files and URLs; independent of checkpoints."""

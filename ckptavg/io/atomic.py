@@ -1,7 +1,7 @@
-"""Outputs that appear whole or not at all.
+"""Publication of outputs that appear whole or not at all.
 
-A temporary beside the output is written, flushed to the disk and renamed; ``leftovers`` is about
-what becomes of it if the run dies.
+A temporary beside the output is written, flushed to the disk and renamed. ``temporaries`` handles
+the temporaries of runs that have died.
 """
 
 from __future__ import annotations
@@ -21,24 +21,27 @@ from ckptavg.io import rename, temporaries
 from ckptavg.io.output_paths import check_replaceable, follow
 
 log = logging.getLogger("ckptavg")
-_TRIES = 100  # of a step that only other runs at the same moment can spoil
-_NO_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)  # of directories, on some file systems
+# Attempts at a step that fails only if other runs work on the same output at the same moment.
+_TRIES = 100
+# Some file systems cannot flush directories.
+_NO_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 class Publication:
-    """A temporary file or directory that becomes the output when published.
+    """Temporary file or directory that becomes the output when published.
 
-    Use as a context manager: leaving it without ``publish`` removes the temporary.
+    Use the publication as a context manager: leaving the context without ``publish`` removes the
+    temporary.
 
     Args:
         path: The output; a link is followed.
-        directory: Whether it is a directory.
-        overwrite: Whether an existing output is replaced.
-        replaceable: Files that may go from an existing directory beside those that are written
-            anew, by their paths below it.
+        directory: True if the output is a directory.
+        overwrite: True to replace an existing output.
+        replaceable: Files of an existing directory that may be removed, besides the files that are
+            written anew. They are given by paths relative to the directory.
 
     Attributes:
-        temporary: Where to write until then; it exists inside the context.
+        temporary: Path to write to before ``publish``; it exists inside the context.
     """
 
     def __init__(
@@ -77,12 +80,13 @@ class Publication:
             raise unwritable(self.path, error) from error
 
     def publish(self) -> None:
-        """Flush the temporary to the disk and put it in the output's place.
+        """Flush the temporary to the disk and rename the temporary to the output.
 
         Raises:
-            OutputError: The system does not let us, or something else stands there.
+            OutputError: The system refuses, or the output exists and must not be replaced.
         """
         with guard_writes(self.path):
+            # Before the rename: a power cut must not leave a complete name with half the contents.
             for path in [self.temporary, *self.temporary.rglob("*")]:
                 _fsync(path)
             if self.overwrite:
@@ -92,10 +96,16 @@ class Publication:
                 self._place()
         try:
             _fsync(self.path.parent)
-        except OSError as error:  # the output is there: it would be wrong to deny that
+        # A note, not an error: the output is in its place already.
+        except OSError as error:
             log.warning("%s is in its place, but may not survive a power cut: %s", self.path, error)
 
     def _create(self) -> None:
+        """Create and lock the temporary, under new names until this succeeds.
+
+        Raises:
+            OSError: The temporary cannot be created.
+        """
         for _ in range(_TRIES):
             if self._create_and_lock():
                 return
@@ -103,16 +113,21 @@ class Publication:
         raise OSError(errno.EBUSY, "other runs remove its temporary again and again")
 
     def _create_and_lock(self) -> bool:
-        """Whether the temporary is ours, and not taken or removed as a dead run's meanwhile."""
+        """Create and lock the temporary; return False if another run took or removed it meanwhile.
+
+        Until it is locked, another run may take the temporary for a leftover of a dead run.
+        """
         flags = os.O_RDONLY if self.directory else os.O_RDWR | os.O_CREAT | os.O_EXCL
         try:
             if self.directory:
                 self.temporary.mkdir()
-                if os.name == "nt":  # where a directory cannot be opened
+                # Windows cannot open directories.
+                if os.name == "nt":
                     return True
             self._lock = os.open(self.temporary, flags, 0o666)
         except FileExistsError:
             return False
+        # Another run removed the new directory, unless the output's own directory is gone.
         except FileNotFoundError:
             if not self.path.parent.is_dir():
                 raise
@@ -121,23 +136,25 @@ class Publication:
         held = temporaries.lock(self._lock, self.temporary)
         if held is False:
             self._discard()
-        elif held is None:  # Windows has no lock either, and renames no file that is open
+        # Without a lock there is no use for an open file, which Windows would not rename.
+        elif held is None:
             self._unlock()
         return held is not False
 
     def _take_permissions(self) -> None:
-        """Give each file the mode and the owner of the one that it replaces, as far as we may."""
+        """Copy the mode and the owner of each replaced file to the new file, if permitted."""
         for new in [self.temporary, *self.temporary.rglob("*")]:
             with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
                 old, fresh = (self.path / new.relative_to(self.temporary)).stat(), new.stat()
                 if stat.S_IFMT(old.st_mode) != stat.S_IFMT(fresh.st_mode):
                     continue
+                # The owner first: a change of owner clears some bits of the mode.
                 if (old.st_uid, old.st_gid) != (fresh.st_uid, fresh.st_gid):
                     os.chown(new, old.st_uid, old.st_gid)
                 new.chmod(stat.S_IMODE(old.st_mode))
 
     def _place(self) -> None:
-        """Rename without replacing anything."""
+        """Rename the temporary to the output without replacing anything."""
         try:
             rename.rename_new(self.temporary, self.path)
         except FileExistsError as error:
@@ -147,7 +164,7 @@ class Publication:
             ) from error
 
     def _replace(self) -> None:
-        """Rename over what is there, in one step as far as the system can."""
+        """Rename the temporary over the output, in one step if the system can."""
         if not self.directory:
             self.temporary.replace(self.path)
             return
@@ -157,20 +174,23 @@ class Publication:
         raise OSError(errno.EBUSY, "other runs write it at the same time")
 
     def _replace_directory(self) -> bool:
-        """Whether the temporary took the output's place; another run may come between.
+        """Replace a directory by the temporary; return False if another run came between.
 
-        What was there stands under the temporary's name then, or is gone.
+        The old directory then has the name of the temporary, or is removed.
         """
+        # There may be no output, or no longer: a rename is enough then.
         with suppress(FileExistsError):
             rename.rename_new(self.temporary, self.path)
             return True
         own = [path.relative_to(self.temporary).as_posix() for path in self.temporary.rglob("*")]
         try:
             check_replaceable(self.path, directory=True, names={*own, *self._replaceable})
-        except FileNotFoundError:  # another run replaces it at this moment
+        # Another run replaces the output at this moment.
+        except FileNotFoundError:
             return False
         if rename.exchange(self.temporary, self.path):
             return True
+        # No swap in one step here: for a moment there is no output, only the old one set aside.
         aside = temporaries.set_aside_name(self.temporary)
         try:
             self.path.rename(aside)
@@ -184,22 +204,27 @@ class Publication:
         return True
 
     def _discard(self) -> None:
+        """Remove the temporary and release the lock."""
         try:
             temporaries.remove(self.temporary)
-        except KeyboardInterrupt:  # a second one; the first may have brought us here
+        # A second Ctrl-C; the first may have been the reason for the removal.
+        except KeyboardInterrupt:
             temporaries.remove(self.temporary)
             raise
         finally:
             self._unlock()
 
     def _unlock(self) -> None:
+        """Close the file that holds the lock, if any."""
         if self._lock >= 0:
-            with suppress(OSError):  # nothing was written by it
+            # Nothing was written through this handle: no data can be lost.
+            with suppress(OSError):
                 os.close(self._lock)
             self._lock = -1
 
 
 def _fsync(path: Path) -> None:
+    """Flush a file or a directory to the disk."""
     directory = path.is_dir()
     if os.name == "nt" and directory:
         return

@@ -1,4 +1,4 @@
-"""Files copied whole, or not at all."""
+"""Verified copies of files."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from ckptavg.io import paths
 from ckptavg.io.stamp import FileStamp, changed
 
 _CHUNK = 1 << 20  # bytes
-# Seconds. A file that was written less long ago may still be half a file.
+# In seconds: a file that was written more recently may be incomplete.
 _FRESH = 0.1
 
 
 def copy(source: FileStamp, target: Path) -> None:
-    """Copy a file as it was when it was stamped.
+    """Copy a file in the state of a stamp.
 
-    What was written is read back and compared with the source, read once more: a rewrite within a
-    tick of the file system's clock changes no stamp.
+    The copy is read back and compared with the source. A local source is read once more: a rewrite
+    within a tick of the file system's clock changes no stamp.
 
     Args:
-        source: The file's stamp.
-        target: The copy's path, at which there is nothing yet.
+        source: Stamp of the file to copy.
+        target: Path of the copy, which must not exist.
 
     Raises:
-        CheckpointError: The source cannot be read, or is no longer what was stamped.
-        OSError: The target cannot be written.
+        CheckpointError: The source cannot be read, or has changed since it was stamped.
+        OSError: The target cannot be written, or is not read back as written.
     """
     source.verify()
     copied = hashlib.blake2b()
@@ -46,13 +46,14 @@ def copy(source: FileStamp, target: Path) -> None:
 
 
 def verify_settled(sources: Collection[FileStamp]) -> None:
-    """Make sure that files that were copied were whole, and not in the midst of being written.
+    """Verify that nobody was writing the files that were copied.
 
-    One that was written just now may be empty for a moment and look as if it stayed so.
+    A file that was written just now may be empty for a moment, with a stamp that looks final.
 
     Raises:
-        CheckpointError: One has changed.
+        CheckpointError: A file has changed.
     """
+    # The newest file decides. Clocks of file servers may be ahead, hence the absolute value.
     age = time.time() - max((source.mtime_ns for source in sources), default=0) / 1e9
     if abs(age) < _FRESH:
         time.sleep(_FRESH)
@@ -61,10 +62,10 @@ def verify_settled(sources: Collection[FileStamp]) -> None:
 
 
 def read(source: FileStamp) -> Iterator[bytes]:
-    """Read the contents of a file that was stamped, chunk by chunk.
+    """Read the contents of a stamped file in chunks.
 
     Raises:
-        CheckpointError: It cannot be read, or has another size than was stamped.
+        CheckpointError: The file cannot be read, or has another size than its stamp.
     """
     count = 0
     with paths.open_binary(source.path) as file:
@@ -80,10 +81,10 @@ def read(source: FileStamp) -> Iterator[bytes]:
 
 
 def read_whole(source: FileStamp) -> bytes:
-    """Read the contents of a small file, as it was when it was stamped.
+    """Read the contents of a small file in the state of a stamp.
 
     Raises:
-        CheckpointError: As for ``read``; or it has changed.
+        CheckpointError: The file cannot be read, or has changed.
     """
     content = b"".join(read(source))
     source.verify()
@@ -91,6 +92,7 @@ def read_whole(source: FileStamp) -> bytes:
 
 
 def _digest(chunks: Iterable[bytes]) -> bytes:
+    """Return the BLAKE2b digest of chunks."""
     digest = hashlib.blake2b()
     for chunk in chunks:
         digest.update(chunk)

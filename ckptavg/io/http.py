@@ -1,4 +1,7 @@
-"""Ranges of files at web servers: no more is read than was asked for, whatever is sent."""
+"""Reader of byte ranges of files at web servers.
+
+No more is read than was requested, however much a server sends.
+"""
 
 from __future__ import annotations
 
@@ -13,31 +16,36 @@ _MOST_AT_ONCE = 64  # requests
 
 
 def is_http(system: Any) -> bool:
-    """Tell fsspec's file system of web servers from its others."""
+    """Return True if a file system of fsspec is the one for web servers."""
+    # A text or several: fsspec allows both.
     protocol = system.protocol
     return "http" in ((protocol,) if isinstance(protocol, str) else protocol)
 
 
 def read_ranges(system: Any, ranges: Sequence[tuple[str, int, int]]) -> list[Any]:
-    """Read ranges of files at once.
+    """Read ranges of files concurrently.
 
     Args:
         system: fsspec's file system of web servers.
-        ranges: URL, first byte and end of each.
+        ranges: URL, first byte and end of each range; ends are exclusive.
 
     Returns:
-        The bytes of each range, as many as there are; or the exception that it ended in.
+        The bytes of each range, fewer if the file ends before the range. For a failed request, the
+        exception stands in place of the bytes.
     """
-    from fsspec.asyn import sync  # noqa: PLC0415 - only URLs need it
+    # Imported here: fsspec is optional, and only URLs need it.
+    from fsspec.asyn import sync  # noqa: PLC0415
 
     answers: list[Any] = sync(system.loop, _read_all, system, ranges)
     return answers
 
 
 async def _read_all(system: Any, ranges: Sequence[tuple[str, int, int]]) -> list[Any]:
+    """Read ranges concurrently, with a limit on the open requests."""
     turns = asyncio.Semaphore(_MOST_AT_ONCE)
 
     async def read_in_turn(url: str, start: int, end: int) -> bytes:
+        """Read a range once a request may be opened."""
         async with turns:
             return await _read(system, url, start, end)
 
@@ -46,16 +54,17 @@ async def _read_all(system: Any, ranges: Sequence[tuple[str, int, int]]) -> list
 
 
 async def _read(system: Any, url: str, start: int, end: int) -> bytes:
-    """Read a range.
+    """Read a range of a file.
 
     Raises:
-        CheckpointError: The server does not heed ranges. Its answer is not read on.
+        CheckpointError: The server ignores ranges; the rest of the answer is not read.
         FileNotFoundError: There is no such file.
     """
     options = dict(system.kwargs)
     headers = {
         **options.pop("headers", {}),
         "Range": f"bytes={start}-{end - 1}",
+        # Ranges of a compressed answer would count compressed bytes.
         "Accept-Encoding": "identity",
     }
     session = await system.set_session()
@@ -66,7 +75,7 @@ async def _read(system: Any, url: str, start: int, end: int) -> bytes:
             raise FileNotFoundError(url)
         answer.raise_for_status()
         content = bytearray()
-        # A server that heeds no ranges sends all of the file, which begins with a range from 0.
+        # The whole file, from a server that ignores ranges, answers a range from 0 to the end.
         if start == 0 or answer.status != _OK:
             async for chunk in answer.content.iter_any():
                 content += chunk

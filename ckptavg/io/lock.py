@@ -1,4 +1,4 @@
-"""A lock for those who read a file, change it and put a new one in its place."""
+"""Lock for processes that read a file, change the contents and replace the file."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from pathlib import Path
 from ckptavg.io import temporaries
 
 _LOCK = ".ckptavg-lock"
-_PATIENCE = 20.0  # seconds; whoever has the lock needs it for milliseconds
-_PAUSE = 0.01  # seconds between two tries
+# In seconds; a process holds the lock for milliseconds.
+_PATIENCE = 20.0
+_PAUSE = 0.01  # seconds between two attempts
 
 
 @contextmanager
 def lock_beside(path: Path) -> Iterator[None]:
     """Hold the lock of a file, which need not exist.
 
-    It is on an empty file beside it, which goes with the lock: the file itself is replaced, and a
-    lock on it with it. Where there are no locks (Windows, some network file systems), or somebody
-    never lets go, the work is done without.
+    The lock is on an empty side file, which is removed with the lock. A lock on the file itself
+    would be lost when the file is replaced. The work is done without a lock if there are no locks
+    (Windows, some network file systems), or if another process does not release the lock within 20
+    seconds.
 
     Args:
         path: The file.
@@ -29,20 +31,21 @@ def lock_beside(path: Path) -> Iterator[None]:
     side = path.with_name(f".{path.name}{_LOCK}")
     try:
         handle = _acquire(side)
-    except BaseException:  # such as Ctrl-C
+    # Ctrl-C may come between creating and locking the side file.
+    except BaseException:
         _remove_unlocked(side)
         raise
     try:
         yield
     finally:
         if handle is not None:
-            # Removed while it is locked: who waits for it sees that it is another's by then.
+            # Removed while locked: a process that waits then sees that the path has another file.
             temporaries.remove(side)
             _release(handle)
 
 
 def _remove_unlocked(side: Path) -> None:
-    """Remove a side file that nobody has the lock of."""
+    """Remove a side file unless another process holds the lock."""
     with suppress(OSError):
         handle = os.open(side, os.O_RDWR)
         try:
@@ -53,7 +56,7 @@ def _remove_unlocked(side: Path) -> None:
 
 
 def _acquire(side: Path) -> int | None:
-    """Open and lock a side file; None where that cannot be done."""
+    """Open and lock a side file; return None if there is no lock to be had."""
     deadline = time.monotonic() + _PATIENCE
     while time.monotonic() < deadline:
         try:
@@ -70,6 +73,7 @@ def _acquire(side: Path) -> int | None:
                 _release(handle)
         if locked:
             return handle
+        # Without locks, a side file would only be left over.
         if locked is None:
             temporaries.remove(side)
             return None
@@ -78,5 +82,6 @@ def _acquire(side: Path) -> int | None:
 
 
 def _release(handle: int) -> None:
+    """Close a side file, which releases the lock."""
     with suppress(OSError):
         os.close(handle)

@@ -1,4 +1,4 @@
-"""The paths near a missing one, for the errors that name them."""
+"""Suggestions of existing paths near a missing path."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ckptavg.io.paths import Location
 
 
 def suggest_neighbours(path: Location) -> str:
-    """Say what a missing path may have been meant for, or what lies near it, as a remedy."""
+    """Suggest paths similar to a missing path, or near it, as a remedy."""
     line = [path, *path.parents]
     above = next((i for i, p in enumerate(line[1:], 1) if p.is_dir()), None)
     if above is None:
@@ -16,6 +16,7 @@ def suggest_neighbours(path: Location) -> str:
     parent, missing = line[above], line[above - 1]
     below = sorted(p.name for p in parent.iterdir() if not p.name.startswith("."))
     rest = [p.name for p in reversed(line[: above - 1])]
+    # The name is listed, and yet the path does not exist.
     if missing.name in below:
         return "It is a link to what is gone."
     if close := close_names(missing.name, below):
@@ -25,7 +26,7 @@ def suggest_neighbours(path: Location) -> str:
 
 
 def _existing(path: Location, rest: list[str]) -> Location:
-    """Follow names below a path as far as there is something."""
+    """Append names to a path as long as the path exists."""
     for name in rest:
         if not (path / name).exists():
             break

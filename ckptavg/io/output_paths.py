@@ -1,4 +1,4 @@
-"""The paths of outputs, and the checks before anything there is written or replaced."""
+"""Paths of outputs, with checks before an output is written or replaced."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ckptavg.errors.printable import size_text
 from ckptavg.errors.system import guard_writes
 from ckptavg.io import temporaries
 
-# Kinds that a rename would replace by a file, with whatever reads or writes them cut off.
+# Kinds that a rename would replace by a file, which cuts off their readers and writers.
 _NO_FILES = {
     stat.S_ISCHR: "a device",
     stat.S_ISBLK: "a device",
@@ -22,23 +22,26 @@ _NO_FILES = {
     stat.S_ISSOCK: "a socket",
 }
 _MOUNTS = Path("/proc/self/mountinfo")
-_MOUNT_POINT = 4  # field of a line there
+_MOUNT_POINT = 4  # field of a line in ``_MOUNTS``, counted from 0
 
 
 def follow(path: Path) -> Path:
-    """Return the absolute path to write for an output. A link is written through, as by torch."""
+    """Return the absolute path to write for an output.
+
+    A link is followed, as by ``torch.save``.
+    """
     return Path(os.path.realpath(path)) if path.is_symlink() else path.absolute()
 
 
 def check_target(path: Path, *, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
-    """Make sure that an output may be written, before any work begins.
+    """Check that an output may be written, before any work begins.
 
-    Leftovers of dead runs are cleared first: they take room, or are the output itself.
+    Leftovers of runs that died are cleared first: they take room, or are the output itself.
 
     Args:
         path: The output.
         overwrite: True if an existing output may be replaced.
-        inputs: Checkpoints that are being read; none of them may be touched.
+        inputs: Checkpoints that are being read, which must not be changed.
 
     Raises:
         OutputError: The output may not be written.
@@ -47,7 +50,7 @@ def check_target(path: Path, *, overwrite: bool, inputs: Iterable[Path] = ()) ->
     with guard_writes(path):
         target = follow(path)
         _check_parent(target.parent)
-        # Before any look at the target: a run that died within a swap has set it aside.
+        # Before any look at the target: a run that died during a swap has set the target aside.
         temporaries.clear(target)
         _check_kind(target)
         if os.path.lexists(path) and not overwrite:
@@ -62,10 +65,10 @@ def check_target(path: Path, *, overwrite: bool, inputs: Iterable[Path] = ()) ->
 
 
 def check_no_input(path: Path, inputs: Iterable[Path]) -> None:
-    """Make sure that an output is none of its inputs, within none, and holds none.
+    """Check that an output is not an input, not within an input, and holds no input.
 
     Raises:
-        OutputError: It is.
+        OutputError: The output and an input overlap.
     """
     output = _resolve(path)
     for source in inputs:
@@ -75,15 +78,15 @@ def check_no_input(path: Path, inputs: Iterable[Path]) -> None:
 
 
 def check_replaceable(path: Path, *, directory: bool, names: Collection[str]) -> None:
-    """Make sure that an output replaces nothing but files that ckptavg writes.
+    """Check that an output replaces only files that ckptavg writes.
 
     Args:
         path: The output, which may exist.
         directory: True if the output will be a directory.
-        names: Paths below a directory of the files that may be replaced.
+        names: Relative paths of the files in a directory that may be replaced.
 
     Raises:
-        OutputError: Something else would be lost.
+        OutputError: Other files would be lost.
     """
     target = follow(path)
     try:
@@ -104,14 +107,14 @@ def check_replaceable(path: Path, *, directory: bool, names: Collection[str]) ->
 
 
 def check_room(path: Path, needed: int) -> None:
-    """Make sure that the disk has room for an output.
+    """Check that the disk has room for an output.
 
     Args:
         path: The output.
-        needed: Its bytes.
+        needed: Size of the output in bytes.
 
     Raises:
-        OutputError: The disk has not.
+        OutputError: The disk has less free space.
     """
     with guard_writes(path):
         free = shutil.disk_usage(follow(path).parent).free
@@ -124,16 +127,22 @@ def check_room(path: Path, needed: int) -> None:
 
 
 def _resolve(path: Path) -> str:
-    """Return a path with links resolved, and with a separator at its end."""
+    """Return a path with links resolved and a separator at the end."""
+    # The separator keeps /a/b from being a beginning of /a/bc.
     return os.path.realpath(path).rstrip(os.sep) + os.sep
 
 
 def _is_within(path: str, directory: str) -> bool:
-    """Tell whether a resolved path is a directory or lies below it."""
+    """Return True if a resolved path is the directory or below the directory."""
     return path.startswith(directory)
 
 
 def _check_parent(parent: Path) -> None:
+    """Check that the directory of an output exists and may be written to.
+
+    Raises:
+        OutputError: The directory does not exist, or may not be written to.
+    """
     if not parent.is_dir():
         raise OutputError(f"the directory {parent} does not exist", "Create it first.")
     if not os.access(parent, os.W_OK):
@@ -141,12 +150,16 @@ def _check_parent(parent: Path) -> None:
 
 
 def _check_kind(path: Path) -> None:
-    """Make sure that there is nothing at a path, or a file or a directory that can be renamed."""
+    """Check that a path is free, or has a file or a directory that can be renamed.
+
+    Raises:
+        OutputError: The path is a device, a pipe, a socket or a mount point.
+    """
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:
         return
-    # Still a link though followed: it leads to itself, and the system's own error says so.
+    # A link that is still one after ``follow`` leads to itself: let the system raise its error.
     if stat.S_ISLNK(mode):
         path.stat()
     for is_kind, kind in _NO_FILES.items():
@@ -159,8 +172,8 @@ def _check_kind(path: Path) -> None:
 
 
 def _is_mount_point(path: Path) -> bool:
-    """Tell whether a file system, or a part of one, is mounted at a path."""
-    # It looks at directories only, while containers mount single files too.
+    """Return True if a file system, or a part of a file system, is mounted at a path."""
+    # ``ismount`` alone misses bind mounts, by which containers mount single files, too.
     if os.path.ismount(path):
         return True
     if sys.platform != "linux" or not _MOUNTS.exists():
@@ -168,14 +181,14 @@ def _is_mount_point(path: Path) -> bool:
     lines = _MOUNTS.read_text(errors="surrogateescape").splitlines()
     mounts = {line.split(" ")[_MOUNT_POINT] for line in lines}
     escaped = os.path.realpath(path)
-    # The kernel writes these in octal. The backslash first, since it begins the others.
+    # The kernel writes these in octal. The backslash first: the other escapes begin with it.
     for character in "\\ \t\n":
         escaped = escaped.replace(character, f"\\{ord(character):03o}")
     return escaped in mounts
 
 
 def _strangers(directory: Path, names: Collection[str]) -> Iterator[str]:
-    """List the paths below a directory except some files and the directories of those."""
+    """List the paths below a directory except the files in ``names`` and the parent directories."""
     homes = {parent.as_posix() for name in names for parent in Path(name).parents}
     for folder, folders, files in os.walk(directory, onerror=_raise):
         below = Path(folder).relative_to(directory)
@@ -187,6 +200,7 @@ def _strangers(directory: Path, names: Collection[str]) -> Iterator[str]:
 
 
 def _raise(error: OSError) -> None:
-    # What another run takes away meanwhile cannot be lost by this one.
+    """Raise an error of ``os.walk``, unless a directory is gone."""
+    # A directory that another run removes meanwhile cannot be lost by this run.
     if not isinstance(error, FileNotFoundError):
         raise error

@@ -1,7 +1,7 @@
-"""Where inputs lie: local paths as ever, and URLs that are listed and read by ranges.
+"""Locations of inputs: local paths, and URLs that are listed and read by ranges.
 
-Any URL will do that fsspec knows (``s3://``, ``gs://``, ``https://``, ``hf://``, ...). Nothing is
-copied to the disk, and no file is asked for as a whole.
+Any URL that fsspec supports is accepted (``s3://``, ``gs://``, ``https://``, ``hf://``, ...).
+Nothing is copied to the disk, and no large file is requested as a whole.
 """
 
 from __future__ import annotations
@@ -25,26 +25,29 @@ from ckptavg.errors.system import guard_reads
 from ckptavg.io.remote import file_system, open_ranges, read_ranges, unreadable
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)(::.*)?://")
+# Entries of fsspec's file info that tell versions apart, the most reliable first: stores differ.
 _VERSIONS = (
     "ETag", "etag", "generation", "md5Hash", "blob_id", "mtime", "LastModified", "last_modified",
     "modified", "created",
 )  # fmt: skip
 _TIMES = ("LastModified", "last_modified", "mtime", "updated", "modified", "created")
+# An ETag of S3: an MD5 sum, with the number of parts after an upload in parts.
 _MD5 = re.compile(r"[0-9a-f]{32}(-\d+)?")
 
 
 class Stat(NamedTuple):
-    """What a file is known by.
+    """Size, times and identity of a file.
 
     Attributes:
-        size: In bytes.
-        mtime_ns: When its contents were last changed, as its owner may set it.
-        inode: Its number on its device; 0 if it is remote.
-        device: Where that is; 0 if it is remote.
-        token: The store's own word for its contents or version; empty if it is local.
-        ctime_ns: When anything of it was last changed, as the system keeps it; 0 if it is remote.
-        status: Its number of links, its mode and its owners: a change of these moves ``ctime_ns``,
-            too.
+        size: Size in bytes.
+        mtime_ns: Time of the last change of the contents, in ns since 1970; the owner may set it.
+        inode: Inode number on the device; 0 for a remote file.
+        device: Device number; 0 for a remote file.
+        token: Version or checksum that the store gives, after the name of the entry; empty for a
+            local file.
+        ctime_ns: Time of the last change of contents or status, in ns since 1970, which only the
+            system sets; 0 for a remote file.
+        status: Number of links, mode, user and group: a change of these moves ``ctime_ns``, too.
     """
 
     size: int
@@ -58,9 +61,10 @@ class Stat(NamedTuple):
 
 @dataclass(frozen=True, order=True)
 class RemotePath:
-    """A URL with as much of ``pathlib.Path`` as inputs need.
+    """URL with the part of the interface of ``pathlib.Path`` that inputs need.
 
-    What is known of it is kept: a directory is listed once, and that answers for what is in it.
+    Answers of the file system are kept: a directory is listed once, and the listing also answers
+    questions about its entries.
     """
 
     url: str
@@ -74,80 +78,85 @@ class RemotePath:
 
     @property
     def name(self) -> str:
-        """The last part."""
+        """Last part of the URL's path."""
+        # Queries are part of the name elsewhere: keys of a bucket may hold a question mark.
         last = self.url.rpartition("/")[2]
         return last.partition("?")[0] if self.url.startswith("http") else last
 
     @property
     def stem(self) -> str:
-        """The name without its suffix."""
+        """Name without the suffix."""
         return Path(self.name).stem
 
     @property
     def suffix(self) -> str:
-        """The suffix of the name."""
+        """Suffix of the name."""
         return Path(self.name).suffix
 
     @property
     def parent(self) -> RemotePath:
-        """The directory; a bucket or a host is its own."""
+        """Directory of the URL; the parent of a bucket or a host is the bucket or host itself."""
         scheme, _, rest = self.url.partition("://")
         above = rest.rpartition("/")[0]
         return self._home or (RemotePath(f"{scheme}://{above}") if above.strip("/") else self)
 
     @property
     def parents(self) -> list[RemotePath]:
-        """The directories from the nearest on."""
+        """Directories above the URL, the nearest first."""
         above = self.parent
         return [] if above == self else [above, *above.parents]
 
     def resolve(self) -> RemotePath:
-        """Itself: a URL has no links."""
+        """Return the same path, since a URL has no links."""
         return self
 
     def is_symlink(self) -> bool:
-        """No URL is."""
+        """Return False, since a URL is never a link."""
         return False
 
     @property
     def alone(self) -> RemotePath:
-        """The same, asked for by itself: some list a directory in other words."""
+        """The same URL with file info of its own, not out of the listing of a directory.
+
+        Some file systems describe a file differently in a listing.
+        """
         return RemotePath(self.url) if self._home is not None else self
 
     def exists(self) -> bool:
-        """Whether there is a file or a directory."""
+        """Return True if a file or a directory exists at the URL."""
         return self.info is not None
 
     def is_dir(self) -> bool:
-        """Whether it is a directory, or a prefix of keys in a bucket."""
+        """Return True if the URL is a directory, or a prefix of keys in a bucket."""
         return self.info is not None and self.info.get("type") == "directory"
 
     def is_file(self) -> bool:
-        """Whether it is a file."""
+        """Return True if the URL is a file."""
         return self.info is not None and self.info.get("type") == "file"
 
     def iterdir(self) -> Iterator[RemotePath]:
-        """What is in a directory."""
+        """Iterate over the entries of a directory."""
         return (self / name for name in self._listing)
 
     def glob(self, pattern: str) -> Iterator[RemotePath]:
-        """What in a directory has a name that matches."""
+        """Iterate over the entries of a directory with names that match a shell pattern."""
         return (self / name for name in self._listing if fnmatch.fnmatchcase(name, pattern))
 
     def read_bytes(self) -> bytes:
-        """All of a small file."""
+        """Read a small file."""
+        # A range of no bytes cannot be requested.
         size = stat(self).size
         return read_ranges([(self.url, 0, size)])[0] if size else b""
 
     def stat(self) -> os.stat_result:
-        """Size and time, for those who expect no more."""
+        """Return a stat result with size and times in whole seconds; other fields are dummies."""
         found = stat(self)
         seconds = found.mtime_ns // 10**9
         return os.stat_result((0, 0, 0, 1, 0, 0, found.size, seconds, seconds, seconds))
 
     @cached_property
     def info(self) -> Mapping[str, Any] | None:
-        """What the file system says about it; None where there is nothing."""
+        """File info of fsspec; None if nothing exists at the URL."""
         if self._home is not None:
             return self._home._listing.get(self.url.rpartition("/")[2])
         system, path = file_system(self.url)
@@ -162,6 +171,7 @@ class RemotePath:
 
     @cached_property
     def _listing(self) -> dict[str, Mapping[str, Any]]:
+        """File info of each entry of a directory by the entry's name."""
         system, path = file_system(self.url)
         try:
             entries = system.ls(path, detail=True)
@@ -169,6 +179,7 @@ class RemotePath:
             return {}
         except Exception as error:
             raise unreadable(self.url, error) from error
+        # Some stores list the directory itself, too.
         here = path.rstrip("/")
         below = [(str(e["name"]).rstrip("/"), e) for e in entries]
         return {name.rpartition("/")[2]: e for name, e in below if name != here}
@@ -179,18 +190,20 @@ Named: TypeAlias = str | os.PathLike[str] | RemotePath
 
 
 def is_url(name: str) -> bool:
-    """Whether a file's name is a URL; a path's text never has two slashes in a row."""
+    """Return True if the name of a file is a URL."""
+    # The text of a ``Path`` never has two slashes in a row.
     return "://" in name
 
 
 def locate(name: Named) -> Location:
-    """The place that a user or a table names.
+    """Make a location of a path or URL that a user or a table names.
 
-    A URL is looked at anew: what file systems remember of directories is forgotten.
+    The cache of directory listings of a URL's file system is cleared, so that the URL is inspected
+    anew.
 
     Raises:
-        UsageError: It is a URL of an unknown kind.
-        CkptavgError: What is needed to read such URLs is not installed.
+        UsageError: The URL is of an unknown kind.
+        CkptavgError: A package that is needed to read the URL is not installed.
     """
     if isinstance(name, RemotePath):
         return name
@@ -202,6 +215,7 @@ def locate(name: Named) -> Location:
         raise UsageError(f"{text} is a chain of URLs: a plain one is expected")
     if found[1].lower() == "file":
         return _local(text)
+    # A web server may answer differently without the last slash.
     url = text if text.startswith("http") else text.rstrip("/")
     if is_url(url):
         system, _ = file_system(url)
@@ -211,7 +225,7 @@ def locate(name: Named) -> Location:
 
 
 def ancestors(place: Location, levels: int) -> list[Location]:
-    """The directories above a place from the nearest on, as far as its path names them."""
+    """List up to ``levels`` directories above a location that the path names, the nearest first."""
     above: list[Location] = []
     while len(above) < levels and place.parent != place:
         place = place.parent
@@ -220,10 +234,10 @@ def ancestors(place: Location, levels: int) -> list[Location]:
 
 
 def check_output(name: Named) -> None:
-    """Make sure that an output is not a URL.
+    """Check that an output is not a URL.
 
     Raises:
-        UsageError: It is.
+        UsageError: The output is a URL.
     """
     text = str(name)
     if _URL.match(text):
@@ -233,7 +247,7 @@ def check_output(name: Named) -> None:
 
 
 def without_secrets(name: str) -> str:
-    """A name fit to be written into files: a URL without its user and what signs it."""
+    """Remove the credentials from a URL for writing into files; return other names unchanged."""
     if not is_url(name):
         return name
     scheme, _, location = name.partition("://")
@@ -241,10 +255,10 @@ def without_secrets(name: str) -> str:
 
 
 def stat(place: Named) -> Stat:
-    """Size and version of a file.
+    """Return size, times and identity of a file.
 
     Raises:
-        CheckpointError: It is not there, may not be read, or is no file that can be read to an end.
+        CheckpointError: The file does not exist, may not be read, or is not a regular file.
     """
     if isinstance(place, str) and is_url(place):
         place = locate(place)
@@ -266,23 +280,25 @@ def stat(place: Named) -> Stat:
 
 
 def content_of(token: str) -> str:
-    """The part of a token that is the same for the same contents anywhere; empty if none is.
+    """Return the checksum of the contents in a token; return an empty text if there is none.
 
-    An ETag is so where it is what S3 makes of MD5 sums; web servers make theirs of dates.
+    Equal contents have equal checksums anywhere. An ETag is a checksum if it has the form that S3
+    makes of MD5 sums. Web servers make ETags of dates.
     """
     kind, _, value = token.partition(" ")
     return value if kind == "ETag" and _MD5.fullmatch(value) else ""
 
 
 def open_binary(place: Named) -> BinaryIO:
-    """A file to read headers from: seeking is free, and reading takes few requests.
+    """Open a file to read headers: seeking is free, and reading takes few requests.
 
     Raises:
-        CheckpointError: It is not there, may not be read, or is no regular file; reading on may
-            raise this too.
+        CheckpointError: The file does not exist, may not be read, or is not a regular file. Reading
+            from the returned file may raise this, too.
     """
     if isinstance(place, str) and is_url(place):
-        place = RemotePath(place)  # what was known when it was found will do
+        # Not ``locate``, which would clear the cache of listings at each opening.
+        place = RemotePath(place)
     if not isinstance(place, RemotePath):
         return cast("BinaryIO", io.BufferedReader(open_unbuffered(place)))
     known = stat(place)
@@ -290,41 +306,45 @@ def open_binary(place: Named) -> BinaryIO:
 
 
 def open_unbuffered(path: str | os.PathLike[str]) -> io.FileIO:
-    """A local file to read from at any place.
+    """Open a local file to read at any offset, without a buffer.
 
     Raises:
-        CheckpointError: As for ``open_binary``.
+        CheckpointError: The file does not exist, may not be read, or is not a regular file.
     """
     with guard_reads(path):
         return _LocalFile(path, opener=_open_at_once)
 
 
 class _LocalFile(io.FileIO):
-    """A local file whose failures are told as ours.
+    """Local file that raises ckptavg errors instead of system errors.
 
-    Parsers such as zipfile take an ``OSError`` for damage of what they read.
+    Parsers such as ``zipfile`` take an ``OSError`` for damage of the file.
     """
 
     def readinto(self, buffer: Any) -> int | None:
+        """Read bytes into a buffer, and return the number of bytes."""
         with guard_reads(self.name):
             return super().readinto(buffer)
 
     def readall(self) -> bytes:
+        """Read all bytes up to the end."""
         with guard_reads(self.name):
             return super().readall()
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Move to an offset, and return the new position."""
         with guard_reads(self.name):
             return super().seek(offset, whence)
 
 
 def _open_at_once(path: str, flags: int) -> int:
-    """Open a regular file; what has come into its place, a pipe that waits for a writer, is not.
+    """Open a regular file without waiting, even if a pipe has replaced the file meanwhile.
 
     Raises:
-        OSError: It cannot be opened.
-        CheckpointError: It is no regular file.
+        OSError: The file cannot be opened.
+        CheckpointError: The path is not a regular file.
     """
+    # Opening a pipe would otherwise wait for a writer.
     handle = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
     try:
         _check_regular(path, os.fstat(handle))
@@ -335,17 +355,18 @@ def _open_at_once(path: str, flags: int) -> int:
 
 
 def _check_regular(path: object, info: os.stat_result) -> None:
-    """Make sure that a file can be read to an end.
+    """Check that a file can be read to an end.
 
     Raises:
-        CheckpointError: It is a pipe, a device or a directory.
+        CheckpointError: The path is a pipe, a device or a directory.
     """
     if not S_ISREG(info.st_mode):
         raise CheckpointError(f"{path} is not a regular file", "Name a file or a directory.")
 
 
 def _is_disguised(error: FileNotFoundError) -> bool:
-    """Whether a web server did not answer, or otherwise than that there is nothing."""
+    """Return True if a "not found" error hides a failed request or another HTTP status than 404."""
+    # fsspec raises ``FileNotFoundError`` for every failure of a web server, with the true cause.
     cause = error.__cause__
     if isinstance(cause, OSError):
         return not isinstance(cause, FileNotFoundError)
@@ -353,7 +374,11 @@ def _is_disguised(error: FileNotFoundError) -> bool:
 
 
 def _local(url: str) -> Path:
-    """The path that a ``file://`` URL names."""
+    """Convert a ``file://`` URL to a local path.
+
+    Raises:
+        UsageError: The URL names another host.
+    """
     host, slash, path = url.partition("://")[2].partition("/")
     if host not in ("", "localhost") or not slash:
         raise UsageError(f"{url} names the host {host!r}", "Expected file:///absolute/path.")
@@ -361,12 +386,12 @@ def _local(url: str) -> Path:
 
 
 def _plain(value: object) -> str:
-    """A version in one spelling: there are servers that quote it now and then."""
+    """Format a version without the quotes that some servers add now and then."""
     return str(value).strip('"')
 
 
 def _time(known: Mapping[str, Any]) -> int:
-    """When a file was last changed, in whole seconds given in ns; 0 where nobody says."""
+    """Return the time of a remote file's last change in ns, cut to whole seconds; 0 if unknown."""
     value = next((known[name] for name in _TIMES if known.get(name)), 0)
     if isinstance(value, datetime):
         value = value.timestamp()

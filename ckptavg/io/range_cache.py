@@ -1,4 +1,4 @@
-"""Ranges of remote files, asked for together and held while they are used."""
+"""Cache of ranges of remote files, which are requested together."""
 
 from __future__ import annotations
 
@@ -7,37 +7,49 @@ from collections.abc import Iterable, Sequence
 
 from ckptavg.io.remote import Range, read_ranges
 
-_GAP = 1 << 16  # bytes; shorter gaps are read along: a request costs more
+# In bytes. Shorter gaps between ranges are read, too: another request would take longer.
+_GAP = 1 << 16
 
 
 class Fetched:
-    """What one thread has fetched of remote files: as much as it needs next, and no more."""
+    """Ranges of remote files that one thread has fetched for the next reads."""
 
     def __init__(self) -> None:
         self._held: dict[str, list[tuple[int, bytes]]] = {}
 
     def clear(self) -> None:
-        """Let go of everything."""
+        """Drop all ranges."""
         self._held.clear()
 
     def fetch(self, wanted: Iterable[Range]) -> None:
-        """Replace what is held by these ranges; neighbours are read as one."""
+        """Replace all held ranges by new ranges, with near ranges read as one."""
+        # Before the requests: old and new ranges are never in memory together.
         self.clear()
         ranges = merged(wanted)
         for (url, start, _), content in zip(ranges, read_ranges(ranges), strict=True):
             self._held.setdefault(url, []).append((start, content))
 
     def hold(self, wanted: Sequence[Range]) -> None:
-        """Fetch these ranges, unless they are held already."""
+        """Fetch ranges, unless all ranges are held already."""
         if any(self._find(*part) is None for part in wanted):
             self.fetch(wanted)
 
     def read(self, url: str, start: int, end: int) -> bytes | memoryview:
-        """Bytes out of what is held, else by a request for just these; short at a file's end."""
+        """Read a range from the held ranges, or by a request.
+
+        Args:
+            url: The file.
+            start: First byte of the range.
+            end: End of the range, exclusive.
+
+        Returns:
+            The bytes, fewer at the end of the file.
+        """
         found = self._find(url, start, end)
         return read_ranges([(url, start, end)])[0] if found is None else found
 
     def _find(self, url: str, start: int, end: int) -> memoryview | None:
+        """Return a range without copying; None if the range is not held as a whole."""
         held = self._held.get(url, [])
         i = bisect_right(held, start, key=lambda part: part[0]) - 1
         first, content = held[i] if i >= 0 else (0, b"")
@@ -46,7 +58,7 @@ class Fetched:
 
 
 def merged(wanted: Iterable[Range]) -> list[Range]:
-    """Ranges in order, without overlaps or short gaps between them."""
+    """Sort ranges, and merge ranges that overlap or have a short gap between."""
     found: list[Range] = []
     for url, start, end in sorted(r for r in wanted if r[1] < r[2]):
         if found and found[-1][0] == url and start <= found[-1][2] + _GAP:

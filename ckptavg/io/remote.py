@@ -1,6 +1,6 @@
-"""Requests to remote file systems, which fsspec knows: ranges of files, and plain errors.
+"""Requests for ranges of files to the remote file systems of fsspec.
 
-fsspec is imported only when a URL is given.
+Errors are converted to ckptavg errors. fsspec is imported only when a URL is given.
 """
 
 from __future__ import annotations
@@ -14,24 +14,27 @@ from typing import Any, BinaryIO, cast
 from ckptavg.errors import CheckpointError, CkptavgError, UsageError
 from ckptavg.io import http
 
-HEAD = 1 << 18  # bytes; headers are small and requests slow, so they are read in pieces like this
-_MOST_HELD = 64  # pieces of a file
-_TRIES = 3  # of a request, where the file system makes none of its own
+# In bytes: the size of the pieces in which headers are read. Headers are small, requests slow.
+HEAD = 1 << 18
+_MOST_HELD = 64  # pieces per file
+# Attempts at a request, if the file system does not retry by itself.
+_TRIES = 3
 
 Range = tuple[str, int, int]
-"""A file and the first byte and the end of a range of it."""
+"""URL of a file, first byte of a range, and end of the range (exclusive)."""
 
 
 def file_system(url: str) -> tuple[Any, str]:
-    """The file system of a URL, and the URL's path in it.
+    """Return the file system of a URL, and the path of the URL in that file system.
 
     Raises:
-        UsageError: No file system is known for it.
+        UsageError: fsspec has no file system for the URL.
         CkptavgError: A package is missing.
     """
     s3 = url.startswith(("s3://", "s3a://"))
     try:
-        from fsspec.core import url_to_fs  # noqa: PLC0415 - only URLs need it
+        # Imported here: fsspec is optional, and only URLs need it.
+        from fsspec.core import url_to_fs  # noqa: PLC0415
     except ImportError as error:
         install = "pip install s3fs" if s3 else "pip install fsspec"
         raise CkptavgError(f"reading {url} needs fsspec", f"Install it with {install}.") from error
@@ -48,12 +51,15 @@ def file_system(url: str) -> tuple[Any, str]:
 
 
 def read_ranges(ranges: Sequence[Range]) -> list[bytes]:
-    """Read ranges of remote files, those of one file system at once.
+    """Read ranges of remote files, with concurrent requests per file system.
 
-    A range that ends beyond its file comes shortened.
+    A range that ends beyond the end of the file is shortened.
+
+    Returns:
+        The bytes of each range, in the order of the ranges.
 
     Raises:
-        CheckpointError: One cannot be read.
+        CheckpointError: A range cannot be read.
     """
     found: list[Any] = [None] * len(ranges)
     systems: dict[int, tuple[Any, list[tuple[int, str]]]] = {}
@@ -63,6 +69,7 @@ def read_ranges(ranges: Sequence[Range]) -> list[bytes]:
     for system, members in systems.values():
         waiting = members
         for attempt in range(1 if hasattr(system, "retries") else _TRIES):
+            # No pause before the first attempt, one second before the second, then two.
             time.sleep(attempt)
             _fetch(system, waiting, ranges, found)
             waiting = [(i, path) for i, path in waiting if _is_passing(found[i])]
@@ -77,19 +84,28 @@ def read_ranges(ranges: Sequence[Range]) -> list[bytes]:
 
 
 def open_ranges(url: str, size: int, token: str) -> BinaryIO:
-    """A file to read headers from; what was read of it is kept for a while if a token tells it."""
+    """Open a remote file to read headers.
+
+    If the file has a token, pieces that were read are kept for the next opening.
+
+    Args:
+        url: The file.
+        size: Size of the file in bytes.
+        token: Version or checksum of the file; empty if unknown.
+    """
     held = _held(url, size, token) if token else {}
     return cast("BinaryIO", io.BufferedReader(_RangeFile(url, size, held)))
 
 
 def unreadable(url: str, error: Exception) -> CkptavgError:
-    """The error for what a file system says of a URL."""
+    """Make the error for the failure of a file system at a URL."""
     if isinstance(error, CkptavgError):
         return error
     told = " ".join(str(getattr(error, "strerror", None) or error).split())
     if isinstance(error, FileNotFoundError):
         return CheckpointError(f"{url} is not there")
     denied = isinstance(error, PermissionError) or getattr(error, "status", 0) in (401, 403)
+    # By the name of the class: the packages of the stores need not be installed.
     if denied or "redential" in type(error).__name__:
         return CheckpointError(
             f"{url} may not be read: {told or 'access is denied'}",
@@ -103,7 +119,7 @@ def unreadable(url: str, error: Exception) -> CkptavgError:
 
 
 class _RangeFile(io.RawIOBase):
-    """A remote file read by ranges; those that were read are held, and shared by its readers."""
+    """Remote file that is read by ranges, which readers of the same version share."""
 
     def __init__(self, url: str, size: int, held: dict[int, bytes]) -> None:
         self._url = url
@@ -112,12 +128,15 @@ class _RangeFile(io.RawIOBase):
         self._at = 0
 
     def readable(self) -> bool:
+        """Return True."""
         return True
 
     def seekable(self) -> bool:
+        """Return True."""
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Move to an offset without a request, and return the new position."""
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
         if base + offset < 0:
             raise OSError("a negative position")
@@ -125,15 +144,18 @@ class _RangeFile(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: Any) -> int:
+        """Read bytes of one piece into a buffer, and return the number of bytes."""
         count = min(len(buffer), self._size - self._at)
         if count <= 0:
             return 0
         known = (s for s, raw in self._held.items() if s <= self._at < s + len(raw))
         start = next(known, None)
         if start is None:
+            # Aligned pieces, the last up to the end: a zip directory there takes one request.
             start = min(self._at - self._at % HEAD, max(self._size - HEAD, 0))
             end = min(max(self._at + count, start + HEAD), self._size)
             self._held[start] = read_ranges([(self._url, start, end)])[0]
+            # The oldest piece goes first.
             if len(self._held) > _MOST_HELD:
                 del self._held[next(iter(self._held))]
         part = self._held[start][self._at - start :][:count]
@@ -143,15 +165,16 @@ class _RangeFile(io.RawIOBase):
 
 
 @lru_cache(maxsize=4)
-def _held(url: str, size: int, token: str) -> dict[int, bytes]:  # noqa: ARG001 - they are the key
-    """What was read of a version of a file: it is opened several times in a row."""
+def _held(url: str, size: int, token: str) -> dict[int, bytes]:  # noqa: ARG001
+    """Return the pieces of a version of a file by their offsets, for several openings in a row."""
+    # The arguments are the key of the cache.
     return {}
 
 
 def _fetch(
     system: Any, members: list[tuple[int, str]], ranges: Sequence[Range], found: list[Any]
 ) -> None:
-    """Ask once; an exception stands where an answer would."""
+    """Request ranges once, and put an exception in place of each failed answer."""
     wanted = [(path, *ranges[i][1:]) for i, path in members]
     try:
         if http.is_http(system):
@@ -165,5 +188,5 @@ def _fetch(
 
 
 def _is_passing(answer: Any) -> bool:
-    """Whether a request failed in a way that another try may not."""
+    """Return True if a request failed, and another attempt may succeed."""
     return not isinstance(answer, (bytes, FileNotFoundError, PermissionError, CkptavgError))

@@ -1,6 +1,7 @@
-"""Renames in one step: never onto another thing, or two things for each other.
+"""Renames in one step, without replacing an existing path or as a swap of two paths.
 
-Linux has both as one system call; elsewhere, and on file systems without it, there are substitutes.
+Linux has a system call for both. There are substitutes for other systems, and for file systems
+without support.
 """
 
 from __future__ import annotations
@@ -12,40 +13,44 @@ import sys
 from pathlib import Path
 from typing import Any
 
+# Constants of Linux, from fcntl.h and linux/fs.h: Python does not have them.
 _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
 
 
 def rename_new(one: Path, other: Path) -> None:
-    """Rename without replacing anything.
+    """Rename a path without replacing anything.
 
     Raises:
-        FileExistsError: There is something under the new name.
-        OSError: The system does not let us.
+        FileExistsError: The new name exists.
+        OSError: The system refuses.
     """
     answer = _renameat2(one, other, _RENAME_NOREPLACE)
     if answer == errno.EEXIST:
         raise FileExistsError(answer, os.strerror(answer), os.fspath(other))
     if answer == 0 or _link_new(one, other):
         return
+    # The last resort, with a gap between check and rename: a file could be replaced in it.
     if os.path.lexists(other):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(other))
     try:
         one.rename(other)
     except OSError as error:
-        if os.path.lexists(other) and os.path.lexists(one):  # a directory came between
+        # A directory has appeared under the new name since the check.
+        if os.path.lexists(other) and os.path.lexists(one):
             raise FileExistsError(*error.args) from error
         raise
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Swap two paths in one step; False where that cannot be done."""
+    """Swap two paths in one step; return False if the system cannot."""
     return _renameat2(one, other, _RENAME_EXCHANGE) == 0
 
 
 def _link_new(one: Path, other: Path) -> bool:
-    """Give a file its new name before it loses the old; False where there are no hard links."""
+    """Rename a file by a hard link; return False if there are no hard links."""
+    # Linking to a link differs between systems, and directories have no hard links.
     if one.is_symlink() or not one.is_file():
         return False
     try:
@@ -59,7 +64,7 @@ def _link_new(one: Path, other: Path) -> bool:
 
 
 def _renameat2(one: Path, other: Path, flag: int) -> int:
-    """The system call's error number, 0 if it did its work."""
+    """Call ``renameat2`` of Linux; return the error number, or 0 for success."""
     if _SYSTEM is None:
         return errno.ENOSYS
     result: int = _SYSTEM(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), flag)
@@ -67,6 +72,7 @@ def _renameat2(one: Path, other: Path, flag: int) -> int:
 
 
 def _system_call() -> Any:
+    """Return ``renameat2`` of the C library; None if the library or the system has none."""
     if sys.platform != "linux":
         return None
     return getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)

@@ -1,4 +1,4 @@
-"""Stamps of files, which tell a file from a changed one."""
+"""Stamps of files, which detect changes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ckptavg.io.paths import Location
 
 
 def changed(path: object) -> CheckpointError:
-    """The error for an input that is not what it was when it was opened."""
+    """Make the error for an input that has changed since it was opened."""
     return CheckpointError(
         f"{path} changed while it was being read",
         "Wait until the training run has finished writing it, then try again.",
@@ -19,9 +19,9 @@ def changed(path: object) -> CheckpointError:
 
 @dataclass(frozen=True, slots=True)
 class FileStamp:
-    """What tells a file from a changed one: looked at on opening and again after reading.
+    """State of a file on opening, to be compared with the state after reading.
 
-    The fields are those of ``storage.Stat``.
+    The fields after ``path`` are the fields of ``paths.Stat``.
     """
 
     path: str
@@ -35,29 +35,30 @@ class FileStamp:
 
     @classmethod
     def of(cls, path: str | Location) -> FileStamp:
-        """Stamp of a file as it is now.
+        """Stamp a file in its present state.
 
         Raises:
-            CheckpointError: It is not there, may not be read, or is no regular file: a pipe may
-                never end.
+            CheckpointError: The file does not exist, may not be read, or is not a regular file: a
+                pipe may never end.
         """
         return cls(str(path), *paths.stat(path))
 
     @property
     def identity(self) -> tuple[object, ...]:
-        """Equal for two paths of the same file."""
+        """Key that is equal for two paths of the same file."""
         return (self.path,) if paths.is_url(self.path) else (self.device, self.inode)
 
     def verify(self) -> None:
-        """Make sure that the file is still the one that was opened.
+        """Check that the file has not changed since it was stamped.
 
         Raises:
-            CheckpointError: It changed or went away.
+            CheckpointError: The file has changed or was removed.
         """
         now = FileStamp.of(self.path)
-        if self.token:  # says more than the time, which stores round as they like
+        # The token is more reliable than the time, which stores round in different ways.
+        if self.token:
             now = replace(now, mtime_ns=self.mtime_ns)
-        # A trainer that links its newest checkpoint as the last one changes nothing in it.
+        # A trainer may link the newest checkpoint as the last, which does not change the contents.
         if now.status != self.status:
             now = replace(now, status=self.status, ctime_ns=self.ctime_ns)
         if now != self:

@@ -1,8 +1,9 @@
-"""What stands beside an output while it is made, and what a dead run leaves of it.
+"""Temporaries beside an output, and the removal of temporaries that a dead run has left.
 
-The temporary holds the new output; a lock on it, which the system lets go when the run dies, tells
-a dead run's from a living one's. Where two things cannot be swapped in one step, the old output is
-set aside under a name that goes with the temporary's; it is whole as long as it bears that name.
+The temporary holds the new output. A lock on the temporary tells whether its run is alive: the
+system releases the lock when the run dies. If two paths cannot be swapped in one step, the old
+output is set aside under a name that matches the name of the temporary. An output that is set aside
+is complete as long as it has that name.
 """
 
 from __future__ import annotations
@@ -28,32 +29,33 @@ except ImportError:  # Windows
 log = logging.getLogger("ckptavg")
 _TEMPORARY = ".ckptavg-tmp"
 _SET_ASIDE = ".ckptavg-old"
-_LONGEST_NAME = 255  # bytes, where the file system does not tell
+_LONGEST_NAME = 255  # bytes, if the file system does not say
 _REMOVALS = 3  # attempts
 
 
 def new_temporary(path: Path) -> Path:
-    """A name beside an output that nothing else has."""
+    """Return a new random path for a temporary beside an output."""
     return path.with_name(f"{_stem(path)}.{secrets.token_hex(4)}{_TEMPORARY}")
 
 
 def set_aside_name(temporary: Path) -> Path:
-    """The name of the old output for the moment in which a temporary takes its place."""
+    """Return the path at which the old output is set aside while a temporary replaces it."""
     return temporary.with_name(temporary.name.removesuffix(_TEMPORARY) + _SET_ASIDE)
 
 
 def lock(handle: int, path: Path) -> bool | None:
-    """Take the lock of an open temporary, without waiting.
+    """Take the lock of an open temporary without waiting.
 
-    Between making a temporary and locking it, another run may take it for a dead one's. Who removes
-    one holds its lock meanwhile, so a lock on what the path still leads to is a good one.
+    Between creation and lock, another run may take the temporary for a leftover of a dead run. A
+    run that removes a temporary holds the lock meanwhile. So a lock is valid if the path still
+    leads to the locked file.
 
     Returns:
-        True if it is held, False if another has it or has removed the temporary, None if the file
-        system has no locks.
+        True if the lock is taken. False if another process has the lock or has removed the
+        temporary. None if the file system has no locks.
 
     Raises:
-        OSError: The temporary cannot be looked at.
+        OSError: The temporary cannot be inspected.
     """
     if fcntl is None:
         return None
@@ -71,14 +73,15 @@ def lock(handle: int, path: Path) -> bool | None:
 
 
 def clear(path: Path) -> None:
-    """Remove what dead runs left beside an output; put back what one had set aside.
+    """Remove the leftovers of dead runs beside an output, and put back an output set aside.
 
-    What a living run has there stays, and so does what cannot be told from it, with a note.
+    Temporaries of living runs stay. Temporaries of runs that may be alive stay, too, with a note.
     """
     ours = re.compile(rf"({re.escape(_stem(path))}\.[0-9a-f]{{8}})({_TEMPORARY}|{_SET_ASIDE})")
     try:
         beside = [ours.fullmatch(other.name) for other in path.parent.iterdir()]
-    except PermissionError:  # a directory that takes files and does not show them
+    # A directory may be writable, but not readable.
+    except PermissionError:
         return
     for stem in sorted({match[1] for match in beside if match}):
         temporary = path.with_name(stem + _TEMPORARY)
@@ -92,22 +95,25 @@ def clear(path: Path) -> None:
 
 
 def settle(aside: Path, path: Path) -> None:
-    """Put back what was set aside, or remove it if the output's place is taken."""
+    """Put back an output that was set aside, or remove the old output if a new output exists."""
     if not os.path.lexists(aside):
         return
-    with suppress(FileNotFoundError):  # another run did it
+    # Another run may do the same at this moment.
+    with suppress(FileNotFoundError):
         try:
             rename_new(aside, path)
         except FileExistsError:
-            garbage = new_temporary(path)  # half removed, it must not be taken for whole
+            # Renamed first: the name of an output set aside promises that it is complete.
+            garbage = new_temporary(path)
             aside.rename(garbage)
             remove(garbage)
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a directory, even if others remove it, too; what stays is told.
+    """Remove a file or a directory, even if other processes remove the same path.
 
-    It never fails: what it is called for has succeeded, or failed for a reason that is to be told.
+    A path that cannot be removed causes a warning, never an error: the work before has succeeded,
+    or has failed with an error that matters more.
     """
     for _ in range(_REMOVALS):
         with suppress(OSError):
@@ -115,31 +121,36 @@ def remove(path: Path) -> None:
                 path.unlink()
             except FileNotFoundError:
                 return
-            except (IsADirectoryError, PermissionError):  # of a directory; not all systems say so
+            # Some systems raise ``PermissionError`` for a directory.
+            except (IsADirectoryError, PermissionError):
                 shutil.rmtree(path)
             return
     log.warning("%s could not be removed: remove it yourself", path)
 
 
 def _stem(path: Path) -> str:
-    """The beginning of the names beside an output: its own, shortened where that is long."""
+    """Return the beginning of the names beside an output: the output's name, shortened if long."""
     try:
         longest = os.pathconf(path.parent, "PC_NAME_MAX")
-    except (AttributeError, OSError, ValueError):  # Windows; no such directory; no such question
+    # Windows has no ``pathconf``; the directory may not exist, or the system not know the limit.
+    except (AttributeError, OSError, ValueError):
         longest = _LONGEST_NAME
     name = os.fsencode(path.name)
     room = longest - len(f"..12345678{_TEMPORARY}")
     if len(name) <= room:
         return f".{path.name}"
+    # Different long names must not share the names of their temporaries.
     digest = hashlib.sha256(name).hexdigest()[:8]
     return f".{name[: room - 1 - len(digest)].decode(errors='ignore')}~{digest}"
 
 
 @contextmanager
 def _claim(path: Path) -> Iterator[bool | None]:
-    """Hold the lock of a temporary that may be a dead run's.
+    """Hold the lock of a temporary that a dead run may have left.
 
-    Gives True if nobody else can have it now, False if somebody does, None if that cannot be told.
+    Yields:
+        True if no other process can have the lock, False if another process has it, None if
+        unknown.
     """
     try:
         mode = os.lstat(path).st_mode
@@ -168,6 +179,7 @@ def _claim(path: Path) -> Iterator[bool | None]:
 
 
 def _lock_or_doubt(handle: int, path: Path) -> bool | None:
+    """Take the lock of a temporary; return None if unknown, even for a system error."""
     try:
         return lock(handle, path)
     except OSError:
