@@ -1,1 +1,1 @@
-"""The processes and threads that share the work."""
+"""Processes and threads that share the work."""

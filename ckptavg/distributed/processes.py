@@ -1,8 +1,8 @@
-"""Processes that make one output together, as ``torchrun`` starts them.
+"""Processes that make one output together, as started by ``torchrun``.
 
-What they tell each other is small, goes through torch.distributed's gloo, and is JSON. One that
-fails leaves word in the launcher's store, where the others look while they work and while they
-wait; one that dies is noticed by its connections.
+The processes exchange small JSON messages through the gloo backend of torch.distributed. A process
+that fails leaves a message in the launcher's store. The other processes look there while they work
+and while they wait. The death of a process is noticed by its broken connections.
 """
 
 from __future__ import annotations
@@ -25,68 +25,78 @@ from ckptavg.errors import CkptavgError, PeerError, ProcessesError
 
 log = logging.getLogger("ckptavg")
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_PATIENCE = 5.0  # seconds of waiting before that is said
-_APPEARING = 600.0  # seconds in which every process has to begin: cold imports take their time
-_WORKING = timedelta(days=7)  # by which one may end before another
+_PATIENCE = 5.0  # seconds of waiting before a note
+# Seconds in which every process has to start: imports from a cold disk are slow.
+_APPEARING = 600.0
+# The longest wait for a slower process.
+_WORKING = timedelta(days=7)
 _LOOK = 0.5  # seconds between looks at the store
-_WAIT = 0.01  # between looks at a message that is under way
-_GRACE = 2.0  # in which a failure comes to be known by more than a closed connection
-_LAUNCHERS_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # what torchrun says so by
-_WORD = "failed"  # the store's entry for the first failure
-_INTERRUPTED = "interrupted"  # told, not failed
+_WAIT = 0.01  # seconds between looks at an exchange in progress
+# Seconds after a broken connection in which the failed process may still leave its message.
+_GRACE = 2.0
+# Set to "True" by torchrun if the store belongs to the launcher, not to process 0.
+_LAUNCHERS_STORE = "TORCHELASTIC_USE_AGENT_STORE"
+_WORD = "failed"  # the store's key for the message of the first failure
+# Message of a process that was interrupted, which is no failure of its own.
+_INTERRUPTED = "interrupted"
+# Numbers the groups of this process: each has its own keys in the store.
 _JOINED = counted_from()
 T = TypeVar("T")
 
 
 def several() -> bool:
-    """Whether this process was started as one of several that belong together."""
+    """Return True if this process was started as one of several processes of a group."""
     size = os.environ.get("WORLD_SIZE", "")
     return all(os.environ.get(n) for n in _NEEDED) and size.isdecimal() and int(size) > 1
 
 
 def local_rank() -> int:
-    """This process's number among those on its host, by which it takes one of its devices."""
+    """Return the number of this process on the host, which chooses the device."""
     return int(os.environ.get("LOCAL_RANK") or 0)
 
 
 def own_rank() -> int:
-    """This process's number among those that belong together; 0 where it is alone."""
+    """Return the rank of this process in the group; 0 for a single process."""
     return int(os.environ["RANK"]) if several() else 0
 
 
 class Peers(Protocol):
-    """Processes that work on one thing, as one of them sees them.
+    """Interface of a group of processes for one member.
 
     Attributes:
-        rank: This one's number, from 0.
-        count: How many there are.
+        rank: Number of this process, from 0.
+        count: Number of processes.
     """
 
     rank: int
     count: int
 
     def gather(self, value: Any) -> list[Any]:
-        """What every process hands in, plain values for JSON, in their order."""
+        """Gather a plain value for JSON from every process, in the order of ranks."""
 
     def check(self) -> None:
-        """Raise an error if another process is known to have failed."""
+        """Raise an error if another process is known to have failed.
+
+        Raises:
+            PeerError: Another process has failed.
+        """
 
 
 class Alone:
-    """A process by itself, as its own only peer."""
+    """Group of a single process."""
 
     rank, count = 0, 1
 
     def gather(self, value: Any) -> list[Any]:
-        """What this process hands in."""
+        """Return a list of the value of this process."""
         return [value]
 
     def check(self) -> None:
-        """There is no other process."""
+        """Do nothing, since there is no other process."""
 
 
 class Group:
-    """The processes of torch.distributed's default group, which a program has set up for itself."""
+    """Default process group of torch.distributed, as set up by the calling program."""
 
     def __init__(self) -> None:
         import torch.distributed as dist  # noqa: PLC0415 - as in _join
@@ -96,17 +106,17 @@ class Group:
         self.count = dist.get_world_size()
 
     def gather(self, value: Any) -> list[Any]:
-        """What every process hands in; returns once all have."""
+        """Gather a value from every process, in the order of ranks, once all values are there."""
         found: list[Any] = [None] * self.count
         self._dist.all_gather_object(found, value)
         return found
 
     def check(self) -> None:
-        """Another's failure is that program's to notice."""
+        """Do nothing, since the calling program handles failures of other processes."""
 
 
 def peers_of_group() -> Peers:
-    """The processes of torch.distributed's default group; this one alone where there is none."""
+    """Return the default process group of torch.distributed, or a group of this process alone."""
     import torch.distributed as dist  # noqa: PLC0415 - as in _join
 
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
@@ -115,18 +125,18 @@ def peers_of_group() -> Peers:
 
 
 class Processes:
-    """The processes that a launcher has started, as one of them sees them.
+    """Group of processes that a launcher has started.
 
     Args:
-        store: Where all of them can leave word.
-        rank: This one's number.
-        count: How many there are.
+        store: Key-value store of torch.distributed that all processes share.
+        rank: Number of this process, from 0.
+        count: Number of processes.
 
     Attributes:
-        rank: This one's number, from 0.
-        count: How many there are.
-        neighbours: How many of them share this machine's processors.
-        repeated: Whether another has failed before with the very message of this one's failure.
+        rank: Number of this process, from 0.
+        count: Number of processes.
+        neighbours: Number of processes that share the processors of this host.
+        repeated: True if another process has failed before with the same message as this process.
     """
 
     def __init__(self, store: Any, rank: int, count: int) -> None:
@@ -136,21 +146,26 @@ class Processes:
         self.repeated = False
         self._store = store
         self._looked = 0.0
+        # Empty for the first exchange, during which errors already look for dead peers.
         self._peers: list[tuple[str, int]] = []
         self._peers = [
             (host, pid) for host, pid in self.gather([socket.gethostname(), os.getpid()])
         ]
 
     def gather(self, value: Any) -> list[Any]:
-        """What every process hands in, in their order; returns once all have.
+        """Gather a value from every process, in the order of ranks, once all values are there.
 
         Args:
-            value: Plain values for JSON, where tuples come back as lists.
+            value: Plain value for JSON; tuples come back as lists.
+
+        Returns:
+            The values of all processes.
 
         Raises:
             PeerError: Another process has failed or died.
         """
         raw = json.dumps(value).encode()
+        # Two exchanges: parts of an exchange have equal sizes, so sizes are exchanged first.
         sizes = [
             int.from_bytes(part, "little")
             for part in self._exchange(bytearray(len(raw).to_bytes(8, "little")))
@@ -159,11 +174,12 @@ class Processes:
         return [json.loads(part) for part in parts]
 
     def check(self) -> None:
-        """Look whether another process has failed, if the last look is some time ago.
+        """Check that no other process has failed, unless the last check was moments ago.
 
         Raises:
-            PeerError: One has.
+            PeerError: Another process has failed.
         """
+        # Called very often during work: most calls must not ask the store.
         now = time.monotonic()
         if now - self._looked >= _LOOK:
             self._looked = now
@@ -171,13 +187,14 @@ class Processes:
                 raise PeerError(word["others"])
 
     def leave(self, error: BaseException) -> None:
-        """Let the others know that this process ends, and why.
+        """Leave a message for the other processes about the end of this process.
 
         Raises:
-            PeerError: It was interrupted because another has failed.
+            PeerError: This process was interrupted because another process has failed.
         """
         own = self._name(self.rank)
         if isinstance(error, KeyboardInterrupt):
+            # A launcher may interrupt all processes once one has failed: name that failure.
             if cause := self._failed_peer(interrupts=False):
                 raise PeerError(cause) from None
             self._leave_word(_INTERRUPTED, f"{own} was interrupted")
@@ -189,10 +206,15 @@ class Processes:
             word = self._leave_word(message, f"{own} has failed: {message}")
             self.repeated = word["rank"] != self.rank and word["message"] == message
         if self.rank == 0 and os.environ.get(_LAUNCHERS_STORE) != "True":
-            time.sleep(2 * _LOOK)  # the store ends with this process: let the others look
+            # The store ends with this process: give the other processes time to look.
+            time.sleep(2 * _LOOK)
 
     def _exchange(self, mine: bytearray) -> list[bytearray]:
-        """Everyone's bytes, of which all have as many."""
+        """Exchange byte strings of equal size with all processes.
+
+        Raises:
+            PeerError: Another process has failed or died.
+        """
         import torch  # noqa: PLC0415 - as in _join
         import torch.distributed as dist  # noqa: PLC0415
 
@@ -202,6 +224,7 @@ class Processes:
             work = dist.all_gather(
                 received, torch.frombuffer(mine, dtype=torch.uint8), async_op=True
             )
+            # Polled: a plain wait would see neither failures of other processes nor Ctrl-C.
             while not work.is_completed():
                 self.check()
                 time.sleep(_WAIT)
@@ -211,7 +234,7 @@ class Processes:
         return parts
 
     def _lose(self, error: RuntimeError) -> NoReturn:
-        """Raise the error for a connection that has broken, once it is clear whose."""
+        """Raise the error for a broken connection, and name the failed process if known in time."""
         until = time.monotonic() + _GRACE
         cause = self._failed_peer()
         while cause is None and time.monotonic() < until:
@@ -222,10 +245,13 @@ class Processes:
         ) from error
 
     def _failed_peer(self, *, interrupts: bool = True) -> str | None:
-        """Who has failed, if that can be told: by its own word, or because it is gone.
+        """Describe the process that has failed: by its message in the store, or as dead.
 
         Args:
-            interrupts: Whether one that was interrupted counts.
+            interrupts: True to count a process that was interrupted as failed.
+
+        Returns:
+            The description; None if no failed process is known.
         """
         with suppress(PeerError):
             if (word := self._word()) is not None:
@@ -234,7 +260,8 @@ class Processes:
         return self._gone()
 
     def _gone(self) -> str | None:
-        """The first process of this host that is no more."""
+        """Describe the first process of this host that is no longer alive; None if all are."""
+        # Processes of other hosts cannot be looked up by their ids.
         host = socket.gethostname()
         gone = [r for r, (at, pid) in enumerate(self._peers) if at == host and not _is_alive(pid)]
         return (
@@ -244,11 +271,16 @@ class Processes:
         )
 
     def _name(self, rank: int) -> str:
+        """Name a process for messages, with the host if there are several."""
         hosts = {host for host, _ in self._peers}
         return f"process {rank}" + (f" on {self._peers[rank][0]}" if len(hosts) > 1 else "")
 
     def _word(self) -> dict[str, Any] | None:
-        """What the first process that failed has left."""
+        """Read the message of the first process that failed; None if there is none.
+
+        Raises:
+            PeerError: The store is gone.
+        """
         try:
             found = self._store.check([_WORD]) and json.loads(self._store.get(_WORD))
         except RuntimeError as error:
@@ -257,9 +289,10 @@ class Processes:
         return found or None
 
     def _leave_word(self, message: str, others: str) -> dict[str, Any]:
-        """Leave word of a failure unless another has; returns the first one's."""
+        """Store the message of a failure unless there is one; return the first message."""
         mine = {"rank": self.rank, "message": message, "others": others}
-        with suppress(RuntimeError):  # the store may be gone as well
+        # The store may be gone as well.
+        with suppress(RuntimeError):
             found: dict[str, Any] = json.loads(self._store.compare_set(_WORD, "", json.dumps(mine)))
             return found
         return mine
@@ -267,11 +300,16 @@ class Processes:
 
 @contextmanager
 def joined() -> Iterator[Processes]:
-    """The processes that belong together, once all are there; if one fails, all do.
+    """Join the group of processes, and leave it at the end of the context.
+
+    If one process fails, all processes fail.
+
+    Yields:
+        The group, once all processes have started.
 
     Raises:
-        ProcessesError: They do not find each other.
-        PeerError: Another has failed or died meanwhile.
+        ProcessesError: The processes do not find each other.
+        PeerError: Another process has failed or died meanwhile.
     """
     processes = _join()
     try:
@@ -286,7 +324,13 @@ def joined() -> Iterator[Processes]:
 
 
 def _join() -> Processes:
-    import torch.distributed as dist  # noqa: PLC0415 - help and a process alone do without
+    """Start the gloo backend, and wait for all processes.
+
+    Raises:
+        ProcessesError: The processes do not find each other.
+    """
+    # Imported here: neither a single process nor a call for help needs torch.distributed.
+    import torch.distributed as dist  # noqa: PLC0415
     from torch.distributed.rendezvous import rendezvous  # noqa: PLC0415
 
     if not dist.is_available() or not dist.is_gloo_available():
@@ -294,6 +338,7 @@ def _join() -> Processes:
     try:
         wait = timedelta(seconds=_APPEARING)
         store, rank, count = _interruptible(lambda: next(iter(rendezvous("env://", timeout=wait))))
+        # Keys of a group before, or of the calling program, must not be taken for ours.
         own = dist.distributed_c10d.PrefixStore(f"ckptavg/{next(_JOINED)}", store)
         _await(own, rank, count)
         dist.init_process_group("gloo", store=own, rank=rank, world_size=count, timeout=_WORKING)
@@ -306,10 +351,14 @@ def _join() -> Processes:
 
 
 def _interruptible(wait: Callable[[], T]) -> T:
-    """Wait for something that no signal would end, in a thread that is left behind if one comes."""
+    """Call a function that signals cannot interrupt, so that Ctrl-C ends the wait.
+
+    The function runs in a daemon thread, which is abandoned if a signal comes.
+    """
     found: Future[T] = Future()
 
     def run() -> None:
+        """Call the function, and keep the result or the error."""
         try:
             found.set_result(wait())
         except BaseException as error:
@@ -326,7 +375,11 @@ def _interruptible(wait: Callable[[], T]) -> T:
 
 
 def _await(store: Any, rank: int, count: int) -> None:
-    """Wait until every process has begun."""
+    """Wait until every process has started.
+
+    Raises:
+        ProcessesError: A process has not started in time.
+    """
     store.set(f"here/{rank}", "")
     until = time.monotonic() + _APPEARING
     while not store.check([f"here/{r}" for r in range(count)]):
@@ -341,8 +394,9 @@ def _await(store: Any, rank: int, count: int) -> None:
 
 
 def _is_alive(pid: int) -> bool:
-    """Whether a process of this machine runs; taken to where that cannot be told."""
-    if os.name == "nt":  # where the call below would end it
+    """Return True if a process of this host is alive, or if that is unknown."""
+    # On Windows, ``os.kill`` would end the process.
+    if os.name == "nt":
         return True
     try:
         os.kill(pid, 0)

@@ -1,4 +1,4 @@
-"""The number of processor threads that compute."""
+"""Number of processor threads for computing."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from contextvars import ContextVar
 
 import torch
 
-_MOST = 4  # that an average is faster with
+# More threads do not make an average faster.
+_MOST = 4
 _limit: ContextVar[int | None] = ContextVar("limit", default=None)
 
 
 @contextmanager
 def limit_threads(count: int) -> Iterator[None]:
-    """Let torch and averages compute by some threads only; afterwards all is as before.
+    """Limit the threads of torch and of averages inside a context.
 
     Args:
-        count: Threads, at least 1.
+        count: Number of threads, at least 1.
     """
     usual = torch.get_num_threads()
     token = _limit.set(count)
@@ -31,10 +32,12 @@ def limit_threads(count: int) -> Iterator[None]:
 
 
 def default_threads(sharing: int = 1) -> int:
-    """As many threads for an average as processors, 4 at most, and no more than the limit.
+    """Return the number of threads for an average: one per processor, but at most 4.
+
+    The number is never greater than the limit of ``limit_threads``.
 
     Args:
-        sharing: Processes that share the processors.
+        sharing: Number of processes that share the processors.
     """
     usual = max(1, min(_MOST, (os.cpu_count() or 1) // sharing))
     return min(usual, _limit.get() or usual)
