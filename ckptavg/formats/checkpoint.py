@@ -278,13 +278,13 @@ class Checkpoint:
 
     @property
     def pattern(self) -> str:
-        """Shell pattern that matches the checkpoint's name with any other numbers."""
+        """Shell pattern that matches the checkpoint's name with any numbers."""
         return re.sub(r"\d+", "*", glob.escape(self.path.name))
 
     def stored_name(self, name: str) -> str:
-        """Return the name of a weight in the file.
+        """Return the name under which the file stores a weight.
 
-        A weight that the file lacks gets the wrapper of all other names, if there is only one.
+        A weight without a stored name gets the wrapper of all other names, if there is only one.
         """
         if name in self.stored_names:
             return self.stored_names[name]

@@ -87,7 +87,7 @@ def is_bookkeeping(name: str) -> bool:
 
 
 def prominence(path: str) -> tuple[object, ...]:
-    """Return a sort key for metrics, which puts the most telling about the weights first.
+    """Return a sort key for metrics, with the most informative about the weights first.
 
     Accuracies and losses come before other metrics. Validation comes before training. Best values
     so far come last, since an earlier checkpoint may have reached the best value.

@@ -1,4 +1,4 @@
-"""Entries of a saved object that hold one network each, such as a generator and a critic."""
+"""Entries of a saved object with a network each: encoder and decoder, a GAN's two networks."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def open_checkpoint(path: Named, key: str | None = None) -> Checkpoint:
 
 
 def is_checkpoint_directory(path: Location) -> bool:
-    """Return True if a path is the directory of one checkpoint, not a collection of checkpoints."""
+    """Return True if a path is the directory of a checkpoint, not of several checkpoints."""
     if not path.is_dir():
         return False
     own = huggingface.main_file(path) is not None or reader.is_distributed(path)

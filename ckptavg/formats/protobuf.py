@@ -61,7 +61,7 @@ def _fields(start: bytes) -> list[_Field]:
 
 
 def _varint(start: bytes, position: int) -> tuple[int, int]:
-    """Parse a number of variable length; return the number and the position behind."""
+    """Parse a number of variable length; return the number and the end position."""
     value = 0
     for i, byte in enumerate(start[position : position + _LONGEST_VARINT]):
         value |= (byte & 0x7F) << (7 * i)

@@ -293,7 +293,7 @@ def overlap(
 
 
 def boxes(shape: tuple[int, ...], start: int, end: int, limit: int) -> Iterator[tuple[int, int]]:
-    """Cut a range of a flattened tensor into (start, count) ranges that are boxes of the tensor.
+    """Cut a range of a flattened tensor into (start, count) ranges, each a box of the tensor.
 
     Args:
         shape: The tensor's extent.

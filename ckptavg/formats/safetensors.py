@@ -68,7 +68,7 @@ def looks_like(start: bytes) -> bool:
 def build_header(
     tensors: Iterable[tuple[str, DType, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> tuple[bytes, dict[str, int]]:
-    """Build the header of a safetensors file, and place the tensors behind.
+    """Build the header of a safetensors file, and place the tensors behind the header.
 
     The widest element types come first, in the order of the reference implementation. Thus every
     tensor is aligned to the size of an element.

@@ -163,7 +163,10 @@ def from_trainer_state(path: Location) -> Record | None:
         path: The file ``trainer_state.json``.
 
     Returns:
-        The record; None if the file is no JSON object.
+        The record; None if there is no such file, or if the file is no JSON object.
+
+    Raises:
+        CheckpointError: The file cannot be read to the end.
     """
     try:
         state = bounded_json.read(path)
