@@ -1,4 +1,4 @@
-"""What a candidate's evaluation found."""
+"""Results of an evaluation: metrics per candidate, comparisons, and the best result."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Result:
-    """A candidate's score.
+    """Scores of one candidate.
 
     Attributes:
-        candidate: What was scored.
-        metrics: By the keys of the task's metrics, and ``n``, the number of samples. For image
+        candidate: The scored candidate.
+        metrics: Values by key of the task's metrics, and ``n``, the number of samples. For image
             classification ``top1`` and ``top5`` in %, ``nll`` in nats, ``ece`` as a fraction.
-        bn: The state of its BatchNorm statistics, see ``running_statistics.State``.
-        versus: How it differs from the reference on the same samples, where the task can tell.
-        details: What else JSON says: bins of calibration, disagreement among an ensemble's members,
-            and under ``bn_layers`` the layers that ``bn`` does not hold for.
+        bn: State of the BatchNorm statistics, see ``running_statistics.State``.
+        versus: Comparison with the reference on the same samples; None for the reference, and where
+            the task has no per-sample values.
+        details: Further entries of the JSON: bins of calibration, disagreement among the members of
+            an ensemble, and under ``bn_layers`` the layers that ``bn`` does not hold for.
     """
 
     candidate: Candidate
@@ -42,7 +43,7 @@ class Result:
     details: Mapping[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        """One line: the candidate, its statistics, its metrics."""
+        """Return one line with the candidate, the state of statistics and the metrics."""
         known = {key: value for key, value in self.metrics.items() if value is not None}
         metrics = ", ".join(f"{key} {value:.5g}" for key, value in known.items())
         statistics = "" if self.bn == "none" else f", {self.bn}"
@@ -50,11 +51,11 @@ class Result:
 
     @property
     def forwards(self) -> int:
-        """Forward passes that one sample costs."""
+        """Number of forward passes per sample."""
         return len(self.candidate.checkpoints) if self.candidate.kind == "ensemble" else 1
 
     def as_json(self) -> dict[str, Any]:
-        """The result as plain values."""
+        """Return the result as plain values for JSON, without secrets in names and paths."""
         candidate = self.candidate
         return {
             "name": without_secrets(candidate.name),
@@ -70,7 +71,7 @@ class Result:
 
     @classmethod
     def of_json(cls, candidate: Candidate, value: Mapping[str, Any]) -> Result:
-        """The result of a candidate, from what ``as_json`` gave."""
+        """Restore the result of a candidate from the output of ``as_json``."""
         known = {"name", "kind", "checkpoints", "coefficients", "metrics", "bn", "forwards"}
         details = {k: v for k, v in value.items() if k not in known | {"versus", "key"}}
         versus = value.get("versus")
@@ -85,12 +86,12 @@ class Result:
 
 @dataclass(frozen=True)
 class Versus:
-    """A paired comparison: the same samples, the candidate less the reference.
+    """Paired comparison on the same samples: the candidate minus the reference.
 
     Attributes:
-        reference: Name of the candidate that it was compared with.
+        reference: Name of the reference candidate.
         metric: Key of the metric.
-        difference: In the metric's unit.
+        difference: Difference in the metric's unit.
     """
 
     reference: str
@@ -98,7 +99,7 @@ class Versus:
     difference: Difference
 
     def as_json(self) -> dict[str, Any]:
-        """The comparison as plain values."""
+        """Return the comparison as plain values for JSON."""
         d = self.difference
         return {
             "reference": without_secrets(self.reference),
@@ -113,7 +114,7 @@ class Versus:
 
     @classmethod
     def of_json(cls, value: Mapping[str, Any]) -> Versus:
-        """The comparison, from what ``as_json`` gave."""
+        """Restore a comparison from the output of ``as_json``."""
         parts = {name: value[name] for name in ("low", "high", "p", "test", "n")}
         return cls(
             value["reference"], value["metric"], Difference(value=value["difference"], **parts)
@@ -123,13 +124,14 @@ class Versus:
 class Results(Sequence[Result]):
     """Scores of candidates on the same data, in the table's order.
 
-    ``print(results)`` shows the table, and so does a notebook. A position gives a result, a slice
-    further ``Results``, and a name the candidate of that name; of an average that stands there with
-    stale and with recomputed statistics the latter, and ``results[name, "stale"]`` the former.
+    ``print(results)`` shows the table, and so does a notebook. ``results[position]`` is a result,
+    a slice is another ``Results``, and ``results[name]`` is the result of the candidate with that
+    name. If an average is listed with stale and with recomputed statistics, ``results[name]`` is
+    the recomputed one and ``results[name, "stale"]`` the stale one.
 
     Attributes:
-        task: What the candidates were scored by.
-        notes: What a person should know of how the scores came about.
+        task: The task that scored the candidates.
+        notes: Remarks on how the scores came about.
     """
 
     def __init__(self, results: Iterable[Result], task: Task, notes: Iterable[str] = ()) -> None:
@@ -163,7 +165,7 @@ class Results(Sequence[Result]):
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        """One line, for tracebacks."""
+        """Return one line for tracebacks."""
         names = first_few([printable(result.candidate.name) for result in self])
         count = "1 candidate" if len(self) == 1 else f"{len(self)} candidates"
         return f"<Results of {count}: {names}>"
@@ -184,14 +186,14 @@ class Results(Sequence[Result]):
         return scores_html(self, self.task) if self._results else escape(repr(self))
 
     def best(self, metric: str | None = None) -> Result:
-        """The best result; of equal ones the first.
+        """Return the best result; the first of equally good results.
 
         Args:
-            metric: Key of one of the task's metrics; the first that the task has where None.
+            metric: Key of one of the task's metrics; the first metric where None.
 
         Raises:
-            UsageError: The task has no such metric, or it does not say which values are better.
-            EvaluationError: There is no result that could be the best.
+            UsageError: The task has no metric of this key, or the metric has no better direction.
+            EvaluationError: No result has a value that is a number.
         """
         chosen = self._metric(metric)
         values = [(result.metrics.get(chosen.key, math.nan), result) for result in self]
@@ -202,7 +204,7 @@ class Results(Sequence[Result]):
         return pick(ranked, key=lambda pair: pair[0])[1]
 
     def to_frame(self) -> pandas.DataFrame:
-        """A pandas DataFrame: a row per candidate, a column per metric, the comparison beside them.
+        """Convert to a pandas DataFrame: rows are candidates, columns metrics and comparison.
 
         Raises:
             MissingPackageError: pandas is not installed.
@@ -235,7 +237,7 @@ class Results(Sequence[Result]):
 
 
 def _record(result: Result) -> dict[str, Any]:
-    """A result as a row of plain values."""
+    """Convert a result to a row of plain values."""
     row: dict[str, Any] = {
         "name": result.candidate.name,
         "kind": result.candidate.kind,
@@ -248,9 +250,9 @@ def _record(result: Result) -> dict[str, Any]:
 
 
 def without_repeats(results: Iterable[Result]) -> list[Result]:
-    """Leave out what repeats another result, since no statistics could be recomputed for it.
+    """Leave out results whose statistics could not be recomputed, if listed as stored, too.
 
-    The same weights with their statistics as they are stand beside it, and have the same scores.
+    Both have the same weights and statistics, and so the same scores.
     """
     results = list(results)
     as_they_are = [r.candidate for r in results if not r.candidate.recompute]
@@ -263,9 +265,16 @@ def without_repeats(results: Iterable[Result]) -> list[Result]:
 
 
 def is_worse(results: Sequence[Result], task: Task | None = None) -> bool:
-    """Whether the average does worse than the last checkpoint on the task's first metric.
+    """Return True if the average is worse than the last checkpoint on the task's first metric.
 
-    The average is the recomputed one where there is one. Expects what ``candidates_of`` made.
+    An average with recomputed statistics takes precedence.
+
+    Args:
+        results: Results of the candidates from ``candidates_of``.
+        task: The task that scored the candidates; image classification where None.
+
+    Raises:
+        UsageError: There is no average, or no last checkpoint.
     """
     averages = [r for r in results if r.candidate.kind == "average"]
     last = [r for r in results if r.candidate.last]
@@ -274,4 +283,5 @@ def is_worse(results: Sequence[Result], task: Task | None = None) -> bool:
     chosen = next((r for r in averages if r.bn in RECOMPUTED), averages[0])
     metric = (task or Classification()).metrics[0]
     mine, theirs = chosen.metrics[metric.key], last[0].metrics[metric.key]
-    return not (mine >= theirs if metric.higher else mine <= theirs)  # nor is NaN as good
+    # Negated, so that NaN, which compares False with anything, counts as worse.
+    return not (mine >= theirs if metric.higher else mine <= theirs)

@@ -1,4 +1,4 @@
-"""The file that keeps the scores of candidates, as JSON or CSV."""
+"""File of results, as JSON or CSV, that several processes may extend."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ Entry = Mapping[str, Any]
 
 _CANDIDATES = "candidates"
 _KEY = "key"
-_COLUMNS = {"name", "kind", "checkpoints", "coefficients"}  # of any CSV of results
+# Columns of every CSV file of results; a file without these is something else.
+_COLUMNS = {"name", "kind", "checkpoints", "coefficients"}
 _NESTED = ("metrics", "versus", "reliability", "bn_layers", _KEY)
 _ELSEWHERE = "Name another file for the results, or move that one away."
 
 
 class ResultsFile:
-    """Scores of candidates, each known by its key. Several processes may add to them at once.
+    """File of results with a key per candidate; several processes may add results concurrently.
 
-    A file that holds anything else is never replaced.
+    A file with other content is never replaced.
 
     Args:
-        path: Ends in ``.json`` or ``.csv``. A link is followed.
+        path: Path that ends in ``.json`` or ``.csv``. A link is followed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -43,50 +44,50 @@ class ResultsFile:
         self._format = _JsonFormat() if path.suffix == ".json" else _CsvFormat()
 
     def check(self, *, resume: bool = False) -> None:
-        """Make sure that results can be kept, before any work begins.
+        """Make sure before any work that results can be stored.
 
         Args:
-            resume: True if the results that the file holds are to be continued.
+            resume: True to continue the results in the file, which must exist.
 
         Raises:
-            OutputError: Results cannot be kept, or the file holds something else.
+            OutputError: Results cannot be stored, or the file has other content.
         """
         size = self._size()
         with self._refuse_strangers("cannot be resumed" if resume else "is not replaced"):
-            # An empty file is fine to begin with, as mktemp makes it, and not to continue.
+            # An empty file, as mktemp makes, is fine for new results but cannot be continued.
             if size or (resume and size is not None):
                 self._parse()
-        # Only trying tells whether the disk, the directory and its name let it be written.
+        # Only a trial shows whether disk, directory and file name permit writing.
         with guard_writes(self.path), self._publication():
             pass
 
     def entries(self) -> list[Entry]:
-        """Read the results that the file holds; none if it does not exist or is empty.
+        """Read the stored results; empty if the file is missing or empty.
 
         Raises:
-            OutputError: It holds something else.
+            OutputError: The file has other content.
         """
         with self._refuse_strangers("cannot be read"):
             return self._parse() if self._size() else []
 
     def merge(self, results: Sequence[Entry]) -> int:
-        """Add results to those that the file holds, and replace those with the same keys.
+        """Add results to the file and replace results with the same keys.
 
         Args:
-            results: As ``Result.as_json`` gives them, each with its ``key``.
+            results: Outputs of ``Result.as_json``, with a ``key`` each.
 
         Returns:
-            The number of other candidates' results that the file still holds.
+            The number of results of other candidates in the file.
 
         Raises:
-            OutputError: It holds something else, or cannot be written.
+            OutputError: The file has other content, or cannot be written.
         """
         added = [self._format.entry(result) for result in results]
         with lock_beside(self._target):
             stored = self.entries()
             others = _drop_superseded(stored, added)
             text = self._format.text([*others, *added])
-            # Equal text is not written again, since a write may fail.
+            # Unchanged text is not written again: a write on a full disk would fail needlessly.
             if not stored or text != self._format.text(stored):
                 self._write(text)
         return len(others)
@@ -104,10 +105,10 @@ class ResultsFile:
         return Publication(self._target, directory=False, overwrite=True)
 
     def _size(self) -> int | None:
-        """Return the file's size in bytes; None if it does not exist.
+        """Return the size of the file in bytes; None if the file does not exist.
 
         Raises:
-            OutputError: It is no regular file, or the system does not let us look.
+            OutputError: The path is not a regular file, or cannot be accessed.
         """
         with guard_writes(self.path):
             if not self._target.parent.is_dir():
@@ -138,7 +139,7 @@ class ResultsFile:
 
 
 class _JsonFormat:
-    """Results as they are, under ``candidates``. The file's other entries stay."""
+    """JSON layout: results under ``candidates``; other entries of the file are kept."""
 
     def __init__(self) -> None:
         self._other_entries: dict[str, Any] = {}
@@ -147,7 +148,7 @@ class _JsonFormat:
         """Read the results in a file.
 
         Raises:
-            ValueError: It holds something else.
+            ValueError: The file has other content.
         """
         content = bounded_json.read(path)
         if not isinstance(content, dict):
@@ -168,16 +169,17 @@ class _JsonFormat:
 
 
 class _CsvFormat:
-    """A row per result, with a column per figure of a comparison, no bins, and the key last."""
+    """CSV layout: a row per result, columns for metrics and comparison, no bins, the key last."""
 
     def parse(self, path: Path) -> list[Entry]:
         """Read the rows of a file.
 
         Raises:
-            ValueError: It holds something else.
+            ValueError: The file has other content.
         """
         text = bounded_json.read_text(path).decode("utf-8-sig")
-        # Lists of many checkpoints exceed the default limit, which is the process's own.
+        # Lists of many checkpoints exceed the default limit. The limit holds for the whole process,
+        # so it is restored below.
         limit = csv.field_size_limit(max(len(text), 1))
         try:
             reader = csv.DictReader(io.StringIO(text, newline=""))
@@ -208,7 +210,7 @@ class _CsvFormat:
 
 
 def _drop_superseded(stored: Sequence[Entry], added: Sequence[Entry]) -> list[Entry]:
-    """Drop the stored entries that others supersede. Entries without a key are known by name."""
+    """Drop stored entries that added entries supersede; entries without a key match by name."""
     keys = {entry[_KEY] for entry in added}
     names = {entry["name"] for entry in added}
     others = []
@@ -231,7 +233,7 @@ def _is_result(entry: Any) -> bool:
 
 
 def _cell(value: Any) -> Any:
-    """Return a value as a CSV file's cell has it; lists with semicolons between their items."""
+    """Convert a value to a CSV cell: lists joined by semicolons, text without secrets."""
     if isinstance(value, list):
         return ";".join(str(_cell(item)) for item in value)
     return escape_unseen(without_secrets(value)) if isinstance(value, str) else value

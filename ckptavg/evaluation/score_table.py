@@ -1,4 +1,4 @@
-"""The table that sets the scores of candidates side by side."""
+"""Table of the scores of candidates, as text and HTML."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ if TYPE_CHECKING:
     from ckptavg.evaluation.significance import Difference
     from ckptavg.tasks import Metric, Task
 
-SIGNIFICANT = 0.05  # a p below it
-_FEWEST_TO_CHOOSE = 3  # candidates beside the reference
+# A difference with a p below this is significant.
+SIGNIFICANT = 0.05
+# Candidates beside the reference from which on the choice of the best is noted.
+_FEWEST_TO_CHOOSE = 3
 _TESTS = {
     "mcnemar": "p: McNemar's exact test",
     "bootstrap": "95 %: paired bootstrap, p: randomization test",
 }
-# Where the width is short, the likelihood stays longest of what stands beside the first metric,
-# since it moves where accuracies are equal.
+# On a narrow terminal these metrics are left out first. The likelihood is left out late, since it
+# differs even where accuracies are equal.
 _EARLY_TO_LEAVE = ("top5", "ece")
 _LATE_TO_LEAVE = ("nll",)
-# The comparison and the statistics, which tell two averages of the same name apart, rather stay
-# than the names whole.
+# Names are cut to this before the comparison or the statistics are left out. The statistics are
+# needed to distinguish two averages with the same name.
 _SHORT_NAME = 10
 _PARTLY = "partly: some of its BatchNorm statistics were recomputed"
 
@@ -38,7 +40,7 @@ _Filled = tuple[Column, list[Cell]]
 
 @dataclass(frozen=True)
 class _Turns:
-    """In which turn columns are left out: those of metrics, by key, and the others."""
+    """Order in which columns are left out on a narrow terminal, as a number per column."""
 
     metrics: Mapping[str, int]
     p: int
@@ -47,36 +49,36 @@ class _Turns:
 
 
 def scores_text(results: Sequence[Result], task: Task, width: int | None = None) -> str:
-    """Draw some candidates' scores as plain text.
+    """Draw the scores of candidates as plain text.
 
     Args:
-        results: The scores, at least one, in the table's order.
-        task: The task that gave them.
-        width: In columns of a terminal; None for lines of any length, with all there is.
+        results: At least one result, in the table's order.
+        task: The task that scored the candidates.
+        width: Width in columns of a terminal; None for the whole table at any width.
     """
     return table_text(tabulate_scores(results, task), width)
 
 
 def scores_html(results: Sequence[Result], task: Task) -> str:
-    """Draw some candidates' scores as HTML.
+    """Draw the scores of candidates as HTML.
 
     Args:
-        results: The scores, at least one, in the table's order.
-        task: The task that gave them.
+        results: At least one result, in the table's order.
+        task: The task that scored the candidates.
     """
     return table_html(tabulate_scores(results, task))
 
 
 def tabulate_scores(results: Sequence[Result], task: Task) -> Table:
-    """Make the table of some candidates' scores.
+    """Make the table of candidates' scores.
 
-    The best by the task's first metric are marked, unless all are equally good. A difference from
-    the reference is marked where its p is below 0.05. A column that says nothing is left out: the
-    BatchNorm statistics of models without any, a metric that no candidate has.
+    The best candidates by the task's first metric are marked, unless all are equally good. A
+    difference from the reference is marked where p is below 0.05. Empty columns are left out: the
+    BatchNorm statistics of models without BatchNorm, a metric that no candidate has.
 
     Args:
-        results: The scores, at least one, in the table's order.
-        task: The task that gave them.
+        results: At least one result, in the table's order.
+        task: The task that scored the candidates.
     """
     metrics = [m for m in task.metrics if m is task.metrics[0] or _has_values(m, results)]
     turns = _turns_to_leave(metrics)
@@ -104,7 +106,7 @@ def _has_values(metric: Metric, results: Sequence[Result]) -> bool:
 
 
 def _turns_to_leave(metrics: Sequence[Metric]) -> _Turns:
-    """Number the columns in the order in which they are left out; the passes are the first."""
+    """Number the columns in the order of leaving out; the column of passes is number 1."""
     keys = [metric.key for metric in metrics[1:]]
     late = [key for key in _LATE_TO_LEAVE if key in keys]
     early = [key for key in _EARLY_TO_LEAVE if key in keys]
@@ -117,7 +119,7 @@ def _turns_to_leave(metrics: Sequence[Metric]) -> _Turns:
 
 
 def _best(results: Sequence[Result], metric: Metric) -> list[bool]:
-    """Tell for each candidate whether none is better; nobody is the best where all are equal."""
+    """Mark the best candidates by a metric; none where all are equal or no order is known."""
     values = [result.metrics.get(metric.key, math.nan) for result in results]
     ranked = [value for value in values if not math.isnan(value)]
     if metric.higher is None or not ranked:
@@ -164,9 +166,9 @@ def _metric_columns(
 
 
 def _comparison_columns(results: Sequence[Result], task: Task, turns: _Turns) -> list[_Filled]:
-    """Make the columns of the difference, with its interval, and of p; none without a comparison.
+    """Make the columns of difference with interval, and of p; no columns without a comparison.
 
-    The metric's unit stands in its own column: here % is the interval's.
+    The title has no unit of the metric, since % would be read as that of the interval.
     """
     key = next((result.versus.metric for result in results if result.versus is not None), None)
     if key is None:
@@ -196,7 +198,7 @@ def _bare(title: str) -> str:
 
 
 def _legend(results: Sequence[Result], task: Task, best: Sequence[bool]) -> list[str]:
-    """Say which candidate is the best, and what the columns mean."""
+    """Word the lines below the table: the best candidate and the meaning of columns."""
     lines = []
     if any(best):
         winners = [result for result, is_best in zip(results, best, strict=True) if is_best]
@@ -214,7 +216,7 @@ def _legend(results: Sequence[Result], task: Task, best: Sequence[bool]) -> list
 
 
 def _choice(winners: Sequence[Result], results: Sequence[Result]) -> list[str]:
-    """Say that the best one's significance is of a candidate that was not chosen by it."""
+    """Word the caution that p ignores the choice of the best among several candidates."""
     compared = sum(result.versus is not None for result in results)
     versus = winners[0].versus
     if len(winners) > 1 or versus is None or compared < _FEWEST_TO_CHOOSE:
@@ -225,7 +227,7 @@ def _choice(winners: Sequence[Result], results: Sequence[Result]) -> list[str]:
 
 
 def _name_alone(result: Result, results: Sequence[Result]) -> str:
-    """Name a candidate apart from others of its name, which have other statistics."""
+    """Name a candidate, with the state of statistics if another candidate has the same name."""
     name = result.candidate.name
     count = sum(other.candidate.name == name for other in results)
     if count == 1:
@@ -235,7 +237,7 @@ def _name_alone(result: Result, results: Sequence[Result]) -> str:
 
 
 def _winners_difference(winners: Sequence[Result], results: Sequence[Result], task: Task) -> str:
-    """Say how the best candidate differs from the reference; nothing where there are several."""
+    """Word the difference of the best candidate from the reference; empty for several winners."""
     versus = winners[0].versus
     if len(winners) > 1 or versus is None:
         return ""
@@ -247,12 +249,12 @@ def _winners_difference(winners: Sequence[Result], results: Sequence[Result], ta
 
 
 def _title_and_form(key: str, task: Task) -> tuple[str, str]:
-    """Return the title of a metric and how its values are written."""
+    """Return the title and the format specification of a metric."""
     return next(((m.title, m.form) for m in task.metrics if m.key == key), (key, ".4g"))
 
 
 def _disagreements(results: Sequence[Result]) -> list[str]:
-    """Say for each ensemble how often its members differ, where that is known."""
+    """Word the disagreement among members, a line per ensemble with known disagreement."""
     lines = []
     for result in results:
         if "disagreement" in result.details:

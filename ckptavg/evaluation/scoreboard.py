@@ -1,6 +1,6 @@
-"""Scores of candidates while data goes by.
+"""Accumulation of candidates' scores, batch by batch.
 
-A single network's are taken at once, an ensemble's when all of its members have been heard.
+A single network is scored at once, an ensemble when the outputs of all members are in.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from ckptavg.tasks.base import Mean, Samples, Scores, Task
 
 
 class Board:
-    """The scores of one candidate.
+    """Scores of one candidate, accumulated over passes.
 
-    A pass over the data may fail half way and be tried again with fewer networks at a time, so what
-    it adds counts once it is over: ``begin``; for every batch ``add`` for every network, then
+    A pass may run out of memory and be repeated with fewer networks, so scores count only after
+    ``commit``. The order of calls is ``begin``; per batch ``add`` for every network, then
     ``end_batch``; ``commit``.
     """
 
@@ -43,15 +43,16 @@ class Board:
         self.heard: set[Network] = set()
         self._parked: dict[int, Mean] = {}
         self._waiting: dict[int, Mean] = {}
-        self._agreed = copy.deepcopy(self.disagreement)  # as of the last pass
+        # State at the last commit, to which ``begin`` returns.
+        self._agreed = copy.deepcopy(self.disagreement)
 
     @property
     def complete(self) -> bool:
-        """Whether all of its networks have seen all of the data."""
+        """True if all networks of the candidate have seen all of the data."""
         return self.heard.issuperset(self.members)
 
     def begin(self) -> None:
-        """Start a pass, or start it again."""
+        """Start or restart a pass, discarding what was not committed."""
         if not self.complete:
             self.scores, self.samples = self.task.scores(), {}
             self.disagreement = copy.deepcopy(self._agreed)
@@ -65,7 +66,17 @@ class Board:
         samples: Samples | None,
         targets: Any,
     ) -> None:
-        """Take in the predictions of a network on a batch, if it is one of its own and is new."""
+        """Add the predictions of a network on a batch; ignore networks of other candidates.
+
+        A network that was committed before is ignored, too.
+
+        Args:
+            number: Position of the batch in the pass.
+            network: The network that made the predictions.
+            found: The predictions, as from ``Task.predict``.
+            samples: Per-sample values of the predictions; None if the task has none.
+            targets: Targets on the device of the predictions.
+        """
         times = self.times[network]
         if not times or network in self.heard:
             return
@@ -73,6 +84,7 @@ class Board:
             self._score(number, found, samples, targets)
             return
         mean = self._mean(number)
+        # A checkpoint may be a member of the ensemble more than once.
         for _ in range(times):
             mean.add(found, targets)
             if samples is not None and samples.answers is not None:
@@ -82,21 +94,24 @@ class Board:
             self._score(number, value, self.task.samples(value, targets), targets)
 
     def end_batch(self, number: int) -> None:
-        """Let an ensemble's outputs leave the device if further members come in a later pass."""
+        """Move an ensemble's outputs to the host if further members come in a later pass."""
         if number in self._waiting:
             self._waiting[number].park()
 
     def commit(self, group: Sequence[Network]) -> None:
-        """End a pass of some networks over all of the data."""
+        """Commit the pass of a group of networks over all of the data."""
         self.heard.update(n for n in group if n in self.times)
         self.disagreement.park()
-        # a pass without any of its networks adds nothing to what waits for further ones
+        # After a pass without networks of this candidate, parked outputs stay as they are.
         self._parked = {} if self.complete else self._parked | self._waiting
         self._waiting = {}
         self._agreed = copy.deepcopy(self.disagreement)
 
     def _mean(self, number: int) -> Mean:
-        """The ensemble's outputs on a batch so far; those of earlier passes stay as they are."""
+        """Return the running mean of the ensemble on a batch, continuing earlier passes.
+
+        Parked means are copied, so that a repeated pass starts from the same state.
+        """
         if number not in self._waiting:
             parked = self._parked.get(number)
             self._waiting[number] = self.task.mean() if parked is None else copy.deepcopy(parked)
@@ -106,18 +121,19 @@ class Board:
         self, number: int, found: torch.Tensor, samples: Samples | None, targets: Any
     ) -> None:
         self.scores.update(found, targets)
-        if samples is not None:  # its answers have been compared, or never will be
+        # The answers have served the disagreement already; dropping them saves memory.
+        if samples is not None:
             self.samples[number] = replace(samples, answers=None)
 
     def details(self) -> dict[str, Any]:
-        """What JSON says beside the metrics, as plain values."""
+        """Return further plain values for JSON: the task's details and the disagreement."""
         found = self.task.details(self.scores)
         if self.candidate.kind == "ensemble" and self.disagreement.count:
             found |= {k: v for k, v in self.disagreement.compute().items() if k != "n"}
         return found
 
     def describe_statistics(self) -> tuple[str, dict[str, list[str]]]:
-        """Tell the state of the running statistics, and the layers that stand out by kind."""
+        """Return the state of the running statistics, and lists of exceptional layers by kind."""
         candidate, network = self.candidate, self.members[0]
         if network.statistics is not None:
             return network.statistics.state, network.statistics.listed
@@ -130,9 +146,10 @@ class Board:
         return str(made.get("bn", "own")) if made else "own", {}
 
     def merge(self, peers: Peers) -> None:
-        """Take in what the other processes have seen; every process calls this alike."""
+        """Merge the scores of all processes; every process must call this."""
         if peers.count == 1:
             return
+        # Numbers over all processes: batches were dealt out in turn, every n-th to a process.
         mine = {number * peers.count + peers.rank: s for number, s in self.samples.items()}
         told = [self.scores.state(), self.disagreement.state(), _plain(mine)]
         scores, disagreement = self.task.scores(), Disagreement(len(self.members))
@@ -146,7 +163,7 @@ class Board:
 
 
 def joined(samples: Mapping[int, Samples]) -> Samples | None:
-    """The samples of all batches, in order, on the CPU; None where there are none."""
+    """Concatenate the samples of all batches in order on the CPU; None without samples."""
     if not samples:
         return None
     parts = [samples[number] for number in sorted(samples)]
@@ -176,7 +193,7 @@ def _samples(plain: Sequence[Any]) -> dict[int, Samples]:
 
 
 def _packed(values: torch.Tensor) -> list[str]:
-    """A tensor's type and bytes, as text."""
+    """Encode a tensor's dtype and bytes as text."""
     return [str(values.dtype).removeprefix("torch."), base64.b85encode(bytes_of(values)).decode()]
 
 
@@ -188,10 +205,10 @@ def _unpacked(packed: Sequence[str]) -> torch.Tensor:
 
 
 class Soundness:
-    """Whether predictions are finite.
+    """Deferred check that predictions are finite.
 
-    The flags of a batch are on their way to the host while the next one is computed, and are looked
-    at after that, so that the device never waits for the host to have looked.
+    The flags of a batch are copied to the host while the next batch is computed, and are checked
+    after that. So the device never waits for the host.
     """
 
     def __init__(self) -> None:
@@ -200,12 +217,17 @@ class Soundness:
         self._late: tuple[list[str], torch.Tensor, torch.cuda.Event | None] | None = None
 
     def add(self, name: str, sound: torch.Tensor) -> None:
-        """Note a network's flag for the current batch."""
+        """Record the flag of a network for the current batch.
+
+        Args:
+            name: Name of the network in the error.
+            sound: Bool tensor of shape (), True for finite predictions.
+        """
         self._names.append(name)
         self._flags.append(sound)
 
     def end_batch(self) -> None:
-        """Look at the flags of the batch before this one.
+        """Send the flags of this batch, and check the flags of the previous batch.
 
         Raises:
             EvaluationError: A network's predictions were not finite.
@@ -225,15 +247,16 @@ class Soundness:
                 )
 
     def end(self) -> None:
-        """Look at the flags of the last batch; raises as ``end_batch``."""
+        """Check the flags of the last batch; raise an error as ``end_batch`` does."""
         self.end_batch()
 
     def _sent(self) -> tuple[list[str], torch.Tensor, torch.cuda.Event | None] | None:
-        """The current batch's flags, under way to the host."""
+        """Start the copy of the current batch's flags to the host."""
         if not self._flags:
             return None
         flags = torch.stack(self._flags)
         if not flags.is_cuda:
             return self._names, flags, None
-        sent = flags.to("cpu", non_blocking=True)  # into pinned memory
+        # Non-blocking: torch copies to pinned memory, and the event tells when the copy is done.
+        sent = flags.to("cpu", non_blocking=True)
         return self._names, sent, torch.cuda.current_stream(flags.device).record_event()

@@ -1,7 +1,7 @@
-"""Whether a difference between candidates is more than noise, and what an ensemble's members add.
+"""Significance of differences between candidates, and disagreement within ensembles.
 
-Candidates are scored on the same samples, so they are compared in pairs, sample by sample: what
-makes a sample hard is common to both and cancels.
+Candidates are scored on the same samples and compared in pairs, sample by sample. The difficulty
+of a sample is common to both candidates and cancels.
 """
 
 from __future__ import annotations
@@ -18,24 +18,28 @@ from ckptavg.tasks.base import Samples
 from ckptavg.tasks.metrics import Totals
 
 RESAMPLES = 2000
-GROUPS = 10_000  # what a bootstrap draws from at most
-_CHUNK = 2**20  # draws at a time
-_Z = 1.959963984540054  # standard deviations of a normal distribution's central 95 %
-_ROUNDING = 1e-12  # of a sum of float64, relative to its terms
+# Most items that a bootstrap draws from; more samples are grouped.
+GROUPS = 10_000
+# Random numbers drawn at a time, which bounds memory.
+_CHUNK = 2**20
+# Half-width of a normal distribution's central 95 % in standard deviations.
+_Z = 1.959963984540054
+# Rounding error of a float64 sum relative to the sum of the absolute terms.
+_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
 class Difference:
-    """By how much one candidate's metric exceeds another's on the same samples.
+    """Difference of a metric between two candidates on the same samples.
 
     Attributes:
         value: The difference, mine − other, in the unit of the samples' values.
-        low: Lower end of its 95 % interval.
-        high: Upper end.
-        p: How often chance alone makes a difference of at least this size, either way, between
-            candidates that are equally good.
-        test: What gave interval and p: ``mcnemar`` or ``bootstrap``.
-        n: Samples that were compared.
+        low: Lower end of the 95 % interval.
+        high: Upper end of the 95 % interval.
+        p: Two-sided p value: the probability of a difference of at least this size between equally
+            good candidates.
+        test: The method of interval and p: ``mcnemar`` or ``bootstrap``.
+        n: Number of samples compared.
     """
 
     value: float
@@ -46,7 +50,7 @@ class Difference:
     n: int
 
     def scaled(self, factor: float) -> Difference:
-        """The difference in another unit: times a factor above 0, such as 100 for percentages."""
+        """Convert to another unit by a positive factor, such as 100 for percentages."""
         ends = {name: factor * getattr(self, name) for name in ("value", "low", "high")}
         return replace(self, **ends)
 
@@ -54,32 +58,37 @@ class Difference:
 def compare(mine: Samples, other: Samples, *, seed: int = 0) -> Difference:
     """Compare two candidates on the same samples.
 
-    Right or wrong (values of 0 and 1 without weights): the difference of the proportions, the exact
-    McNemar test (two-sided binomial on the samples that only one has right) and the adjusted
-    interval of Agresti & Min (2005): half a sample is added to each cell of the 2 × 2 table.
+    For right or wrong (values of 0 and 1 without weights): the difference of the proportions, the
+    exact McNemar test (two-sided binomial on the samples that only one candidate has right) and the
+    adjusted interval of Agresti & Min (2005), which adds half a sample to each cell of the 2 × 2
+    table.
 
-    Anything else: the difference of ``values.sum() / weights.sum()``, the percentile interval of a
-    paired bootstrap (Efron & Tibshirani 1993, ch. 13) of 2000 resamples, and a randomization test
-    that exchanges the two candidates sample by sample (Noreen 1989), whose p is at least 1/2001
-    (Phipson & Smyth 2010). Intervals of fewer than some tens of samples are too narrow; that of a
-    single one has no width. Of more than 10 000 samples, that many random groups are resampled and
-    exchanged instead of single ones, so time does not grow.
+    For other values: the difference of ``values.sum() / weights.sum()``, the percentile interval of
+    a paired bootstrap (Efron & Tibshirani 1993, ch. 13) with 2000 resamples, and a randomization
+    test that exchanges the two candidates sample by sample (Noreen 1989). Its p is at least 1/2001
+    (Phipson & Smyth 2010). Below some tens of samples the interval is too narrow; for a single
+    sample the width is 0. More than 10 000 samples are divided into 10 000 random groups, which are
+    resampled and exchanged as wholes, so the time does not grow.
 
-    The intervals and the tests are made in different ways, and may differ about a borderline case.
+    Interval and test are computed in different ways and may disagree in a borderline case.
 
     Args:
-        mine: One candidate's samples.
-        other: The other's, in the same order.
-        seed: Of the resampling.
+        mine: Samples of the first candidate.
+        other: Samples of the second candidate, in the same order.
+        seed: Seed of the resampling.
+
+    Returns:
+        The difference, first minus second candidate.
 
     Raises:
-        EvaluationError: The samples are none, or not the same, or not finite.
+        EvaluationError: There are no samples, or the samples differ or are not finite.
     """
     _check(mine, other)
     if mine.weights is None and _is_binary(mine.values) and _is_binary(other.values):
         return _compare_proportions(mine.values.bool().cpu(), other.values.bool().cpu())
     weights = torch.ones_like(mine.values) if mine.weights is None else mine.weights
-    counted = weights.cpu() > 0  # a text of one token has none to predict
+    # A text of a single token has no token to predict and a weight of 0.
+    counted = weights.cpu() > 0
     differences = (_float64(mine.values) - _float64(other.values))[counted]
     return _compare_means(differences, _float64(weights)[counted], seed)
 
@@ -119,7 +128,7 @@ def _compare_proportions(mine: torch.Tensor, other: torch.Tensor) -> Difference:
 
 
 def _agresti_min(only_mine: int, only_other: int, n: int) -> tuple[float, float]:
-    """The 95 % interval "Wald+2" of Agresti & Min 2005, Statistics in Medicine 24, 729–740."""
+    """Compute the 95 % interval "Wald+2" (Agresti & Min 2005, Stat. in Medicine 24, 729–740)."""
     centre = (only_mine - only_other) / (n + 2)
     variance = only_mine + only_other + 1 - (only_mine - only_other) ** 2 / (n + 2)
     reach = _Z * math.sqrt(variance) / (n + 2)
@@ -127,11 +136,12 @@ def _agresti_min(only_mine: int, only_other: int, n: int) -> tuple[float, float]
 
 
 def _mcnemar(only_mine: int, only_other: int) -> float:
-    """Twice the smaller tail of a binomial of one half, up to 1: exact for any count.
+    """Compute the exact McNemar p: twice the smaller tail of a binomial of 1/2, at most 1.
 
-    The tail is summed from its largest term outwards, each term from the one before. Terms beyond
-    10·√n of them are less than e⁻¹⁹⁰ of the largest.
+    The tail is summed from the largest term outwards, each term from the previous one. Terms beyond
+    the first 10·√n are less than e⁻¹⁹⁰ of the largest.
     """
+    # Logarithms of factorials, since the factorials themselves overflow for large counts.
     n, fewer = only_mine + only_other, min(only_mine, only_other)
     if n - 2 * fewer <= 1:
         return 1.0
@@ -158,10 +168,10 @@ def _compare_means(differences: torch.Tensor, weights: torch.Tensor, seed: int) 
 def _grouped(
     differences: torch.Tensor, weights: torch.Tensor, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums of samples' differences and weights in random groups of equal size, give or take one.
+    """Sum differences and weights of samples in random groups of equal size (± 1 sample).
 
-    Sums of random groups vary as their samples do: the variance of their mean is expected to be the
-    same. With so many groups it is within 1 %, less than what 2000 resamples leave open.
+    The mean over random groups has the same expected variance as the mean over samples. With 10 000
+    groups the variance is within 1 %, which is less than the error of 2000 resamples.
     """
     n = len(differences)
     if n <= GROUPS:
@@ -172,7 +182,7 @@ def _grouped(
 
 
 def _draws(n: int, generator: torch.Generator, below: int | None = None) -> Iterator[torch.Tensor]:
-    """Rows of n random integers below a bound, n unless given: 2000 in all, some at a time."""
+    """Yield 2000 rows of n random integers in chunks; integers are below n unless given."""
     rows = max(1, _CHUNK // n)
     for done in range(0, RESAMPLES, rows):
         size = (min(rows, RESAMPLES - done), n)
@@ -180,9 +190,9 @@ def _draws(n: int, generator: torch.Generator, below: int | None = None) -> Iter
 
 
 def _randomization(sums: torch.Tensor, generator: torch.Generator) -> float:
-    """P of exchanging the candidates at random, which turns the signs of their differences."""
+    """Compute p by exchanging the candidates at random, which flips signs of differences."""
     total, extreme = float(sums.sum()), 0
-    # Sums that are equal but for rounding, which is relative to their terms, are ties.
+    # Sums that differ by rounding only count as ties. Rounding is relative to the terms.
     least = abs(total) - _ROUNDING * float(sums.abs().sum())
     for turned in _draws(len(sums), generator, below=2):
         exchanged = total - 2 * (turned.double() @ sums)
@@ -191,27 +201,28 @@ def _randomization(sums: torch.Tensor, generator: torch.Generator) -> float:
 
 
 class Disagreement:
-    """How often the members of an ensemble choose different classes, batch by batch.
+    """Disagreement of an ensemble's members on the predicted class, batch by batch.
 
-    Members that always agree add nothing to each other, whatever their outputs; diverse ones are
-    what makes an ensemble better than its members (Fort et al. 2019).
+    Members that always agree do not improve each other. Diverse members make an ensemble better
+    than a single member (Fort et al. 2019).
 
     Args:
-        members: How many the ensemble has.
+        members: Number of members of the ensemble.
     """
 
     def __init__(self, members: int) -> None:
         self.members = members
         self.count = 0
-        self._totals = Totals(2)  # pairs of members that differ; samples on which any two do
+        # Pairs of members that differ; samples on which any two members differ.
+        self._totals = Totals(2)
         self._waiting: dict[int, list[torch.Tensor]] = {}
 
     def add(self, batch: int, answers: torch.Tensor) -> None:
-        """Take in a member's answers; its batch is counted once all members' are in.
+        """Add a member's answers; a batch is counted once all members have answered.
 
         Args:
-            batch: The batch's number; members may come in several passes over the data.
-            answers: (N,) integers, the class that was chosen for each sample.
+            batch: Number of the batch; members may come in several passes over the data.
+            answers: (N,) integers, the predicted class per sample.
         """
         waiting = self._waiting.setdefault(batch, [])
         waiting.append(answers)
@@ -220,14 +231,15 @@ class Disagreement:
             self._count(torch.stack(found))
 
     def park(self) -> None:
-        """Leave the device with what waits for further members."""
+        """Move answers that wait for further members to the host."""
         for waiting in self._waiting.values():
             waiting[:] = [answers.cpu() for answers in waiting]
 
     def compute(self) -> dict[str, float]:
-        """``disagreement``: the share of samples on which two members differ, mean over all pairs.
+        """Compute ``disagreement``: the share of samples on which two members differ.
 
-        ``not_unanimous`` is the share on which not all members agree, and ``n`` the samples.
+        This is the mean over all pairs of members. ``not_unanimous`` is the share of samples on
+        which not all members agree, and ``n`` the number of samples.
 
         Raises:
             EvaluationError: There were no samples, or some lack members.
@@ -245,16 +257,16 @@ class Disagreement:
         }
 
     def state(self) -> dict[str, Any]:
-        """What has been counted, as plain values for JSON."""
+        """Return the counts as plain values for JSON."""
         return {"n": self.count, "totals": self._totals.read().tolist()}
 
     def merge(self, state: dict[str, Any]) -> None:
-        """Take in what another process has counted of the same members."""
+        """Add the counts of another process for the same members."""
         self.count += state["n"]
         self._totals.add(torch.tensor(state["totals"], dtype=torch.float64))
 
     def _count(self, answers: torch.Tensor) -> None:
-        """Count a batch: answers of all members (members, N)."""
+        """Count the answers of all members on a batch: (members, N)."""
         self.count += answers.shape[1]
         differing = sum(
             ((answers[i] != answers[i + 1 :]).sum() for i in range(self.members - 1)),
