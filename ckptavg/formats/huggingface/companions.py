@@ -1,8 +1,8 @@
-"""The companions of a model's weights: files of its directory that an average takes along.
+"""Companions of a model's weights: files of the model's directory that an average takes along.
 
-A directory is more than its weights: configuration, tokenizer, pooling, code, a licence. All of it
-belongs to the average of such directories too, but for what is untrue of an average: the state of
-training, and tensors that were not averaged.
+A directory holds more than weights: configuration, tokenizer, pooling, code, a licence. These files
+belong to the average of several directories too. Left out are files that are not true of an
+average: the state of training, and tensors that were not averaged.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from ckptavg.io.stamp import FileStamp
 _MOST_FILES = 5000
 # Levels of directories: far above any model's, and below the interpreter's recursion limit.
 _DEEPEST = 16
-_MOST_NAMES = 20  # in a note
+# Names in a note.
+_MOST_NAMES = 20
 
 
 class Reason(Enum):
-    """A reason for not copying something of a directory, in a note's words."""
+    """Reason for not copying a file or directory, in the words of a note."""
 
     TRAINING = "the state and the records of training"
     TENSORS = "tensors that were not averaged"
@@ -67,11 +68,11 @@ _CODE = (".py", ".pkl", ".pickle", ".joblib")
 
 @dataclass
 class Companions:
-    """The files beside some weights.
+    """Files beside the weights of a model.
 
     Attributes:
-        copies: Path below the directory, with slashes → the file, which is copied as it is.
-        left_out: Paths that are not copied, each with the reason. A directory's ends in a slash.
+        copies: Path below the directory, with slashes → the file, which is copied unchanged.
+        left_out: Paths that are not copied, with reasons. Paths of directories end in a slash.
     """
 
     copies: dict[str, FileStamp] = field(default_factory=dict)
@@ -79,7 +80,7 @@ class Companions:
 
     @property
     def notes(self) -> list[str]:
-        """Remarks for the user: the files that are not copied, and the code that is."""
+        """Notes for the user about files that are not copied, and about copied code."""
         notes: list[str] = []
         for reason in Reason:
             names = [short(name) for name, why in self.left_out if why is reason]
@@ -99,15 +100,18 @@ def gather(
 ) -> Companions:
     """List the files that go along with the weights of a directory.
 
-    Links are followed: they are the user's own.
+    Links are followed, since the user made them.
 
     Args:
         directory: The model's directory.
-        weights: Paths of the files that the output has anew: not copied, and not worth a note.
+        weights: Paths of files that the output writes anew. They are neither copied nor noted.
         folders: Relative paths of the directories below that hold some of the weights. Any other
-            directory with tensors is another model, or the same one in another format, and stays
-            behind as a whole.
+            directory with tensors is another model, or the same model in another format. Such a
+            directory is left out as a whole.
         deep: True to take along the files in directories below, too.
+
+    Returns:
+        The files to copy, and the paths that are left out.
     """
     walk = _Walk(weights, folders)
     companions = Companions()
@@ -122,7 +126,7 @@ def gather(
 
 
 def is_alone(file: Location) -> bool:
-    """Tell whether a directory holds a configuration and no weights but those of a file."""
+    """Return True if a file has the only weights in a directory with a configuration."""
     with guard_reads(file.parent):
         names = [path.name for path in file.parent.iterdir() if path.is_file()]
     weights = [n for n in names if _TENSORS.fullmatch(n) and not _TRAINING.fullmatch(n)]
@@ -137,17 +141,17 @@ def _is_configuration(name: str) -> bool:
 
 
 class _TooManyError(Exception):
-    """A directory holds more than belongs to any model."""
+    """Signal that a directory holds more files than any model."""
 
 
 @dataclass
 class _Walk:
-    """A walk through the directories below one.
+    """Walk through the directories below a model's directory.
 
     Attributes:
         weights: As for ``gather``.
         folders: As for ``gather``.
-        remaining: Number of files that may still be looked at.
+        remaining: Number of files that the walk may still visit.
     """
 
     weights: Collection[str]
@@ -161,9 +165,9 @@ class _Walk:
 
         Args:
             path: The file or directory.
-            name: Its path below the model's directory.
-            above: The directories that it lies in.
-            companions: Gets it, among the copies or with the reason against it.
+            name: Path below the model's directory.
+            above: Directories above the path, outermost first.
+            companions: Companions that get the path, as a copy or with the reason against it.
         """
         if str(path) in self.weights:
             return
@@ -177,8 +181,8 @@ class _Walk:
     def _look_into(
         self, path: Location, name: str, above: tuple[Location, ...], companions: Companions
     ) -> None:
-        """Add a directory: its files one by one, or the reason against all of it."""
-        # Apart at first: all that is in a directory may tell that none of it is copied.
+        """Add a directory: the files one by one, or the reason against the whole directory."""
+        # Collected apart, since a single file may show that the whole directory is left out.
         within = Companions()
         reason = _reason_against_directory(path, above)
         if reason is None or self._is_way(name):
@@ -186,7 +190,7 @@ class _Walk:
                 for child in self._list_bounded(path):
                     self.look_at(child, f"{name}/{child.name}", (*above, path), within)
             except _TooManyError:
-                # Out to the uppermost directory, which is left out as a whole.
+                # Passed on to the uppermost directory, which is left out as a whole.
                 if len(above) > 1:
                     raise
                 within, reason = Companions(), Reason.DATA
@@ -199,14 +203,14 @@ class _Walk:
             companions.left_out.append((f"{name}/", reason))
 
     def _is_way(self, name: str) -> bool:
-        """Tell whether averaged weights lie in a directory or below it."""
+        """Return True if averaged weights are stored in a directory or below."""
         return any(f"{folder}/".startswith(f"{name}/") for folder in self.folders)
 
     def _list_bounded(self, directory: Location) -> list[Location]:
         """List a directory.
 
         Raises:
-            _TooManyError: It holds more files than may still be looked at.
+            _TooManyError: The directory holds more files than the walk may still visit.
         """
         children: list[Location] = []
         children += islice(directory.iterdir(), self.remaining + 1)
@@ -217,7 +221,7 @@ class _Walk:
 
 
 def _children(directory: Location) -> list[Location]:
-    """List a directory, in order, without the links to elsewhere that a web server lists."""
+    """List a directory in order, without the links to other places that a web server lists."""
     return sorted((path for path in directory.iterdir() if path.name), key=_name_of)
 
 
@@ -226,7 +230,7 @@ def _name_of(path: Location) -> str:
 
 
 def _reason_against(path: Location) -> Reason | None:
-    """Return the reason for not copying a file, if there is one."""
+    """Return the reason for not copying a file; None if the file is copied."""
     if path.name.startswith("."):
         return Reason.HIDDEN
     # A dangling link, a pipe, a socket.
@@ -238,7 +242,7 @@ def _reason_against(path: Location) -> Reason | None:
 
 
 def _reason_against_directory(path: Location, above: Sequence[Location]) -> Reason | None:
-    """Return the reason for not looking into a directory, if there is one."""
+    """Return the reason for not entering a directory; None if the directory is entered."""
     if path.name.startswith(".") or path.name in _CACHES:
         return Reason.HIDDEN
     if len(above) > _DEEPEST or (not is_url(str(path)) and _is_loop(path, above)):
@@ -249,12 +253,12 @@ def _reason_against_directory(path: Location, above: Sequence[Location]) -> Reas
 
 
 def _is_loop(path: Location, above: Sequence[Location]) -> bool:
-    """Tell whether a link leads back to a directory that it lies in."""
+    """Return True if a link leads back to a directory above the link."""
     return path.is_symlink() and path.resolve() in [other.resolve() for other in above]
 
 
 def _reason_against_whole(within: Companions) -> Reason | None:
-    """Return the reason for copying nothing of a directory, by all that is in it."""
+    """Return the reason for copying nothing of a directory, judged by the contents."""
     reasons = [reason for _, reason in within.left_out]
     if Reason.TENSORS in reasons:
         return Reason.TENSORS

@@ -1,8 +1,8 @@
-"""The components of models whose weights lie in several directories.
+"""Components of models whose weights are stored in several directories.
 
-Sentence-transformers lists its modules in ``modules.json``: a Dense one has weights in a directory
-as ``2_Dense/``. A router lists its branches in ``router_config.json``. A pipeline of diffusers
-lists its components in ``model_index.json``.
+Sentence-transformers lists the modules of a model in ``modules.json``: a Dense module has weights
+in a directory such as ``2_Dense/``. A router lists branches in ``router_config.json``. A pipeline
+of diffusers lists components in ``model_index.json``.
 """
 
 from __future__ import annotations
@@ -17,19 +17,21 @@ from ckptavg.io import bounded_json
 from ckptavg.io.paths import Location
 
 _MODULES, _ROUTER, _PIPELINE = "modules.json", "router_config.json", "model_index.json"
-_LARGEST = 1 << 20  # bytes of a list
+# Bytes of a list. Lists are untrusted, and real ones are far smaller.
+_LARGEST = 1 << 20
 _MOST_PARTS = 200
-_DEEPEST = 3  # levels: a router may lead to routers
+# Levels: a branch of a router may itself be a router.
+_DEEPEST = 3
 
 
 def find_components(directory: Location) -> list[str]:
-    """Find the directories below a model's that hold further weights of it.
+    """Find the directories with further weights below a model's directory.
 
     Returns:
-        Their relative paths.
+        Relative paths of the directories.
 
     Raises:
-        CheckpointError: A list names a directory outside of the model's.
+        CheckpointError: A list names a directory outside of the model's directory.
     """
     folders: dict[str, Location] = {"": directory}
     waiting = [""]
@@ -40,7 +42,7 @@ def find_components(directory: Location) -> list[str]:
             if folder not in folders and len(folders) <= _MOST_PARTS:
                 folders[folder] = component_directory(directory, folder)
                 waiting.append(folder)
-    # A tokenizer or a scheduler is listed too, and holds no weights.
+    # Tokenizers and schedulers are listed too, and hold no weights.
     return [
         folder
         for folder, location in folders.items()
@@ -56,18 +58,19 @@ def component_directory(directory: Location, folder: str) -> Location:
 
 
 def part_names(directory: Location) -> set[str]:
-    """Return the names of the directories directly below a model's that hold its components."""
+    """Return the names of a model's direct subdirectories that hold components."""
     return {folder.partition("/")[0] for folder in find_components(directory)}
 
 
 def _list_names(directory: Location) -> list[str]:
-    """Return the relative paths that a directory's own lists name, except the directory itself."""
+    """Return the relative paths in the lists of a directory, except the directory itself."""
     names = [
         *_parse_modules(_read(directory / _MODULES)),
         *_parse_router(_read(directory / _ROUTER)),
         *_parse_pipeline(_read(directory / _PIPELINE)),
     ]
-    # All are checked before any is used: a list that leads elsewhere is hostile as a whole.
+    # All paths are checked before the first is used: a list with a path to the outside is hostile
+    # as a whole.
     for name in names:
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
@@ -77,7 +80,7 @@ def _list_names(directory: Location) -> list[str]:
 
 
 def _read(path: Location) -> Any:
-    """Read a list; None where there is none that can be read."""
+    """Read a list; None where there is no readable list."""
     try:
         if not path.is_file() or path.stat().st_size > _LARGEST:
             return None
@@ -87,17 +90,20 @@ def _read(path: Location) -> Any:
 
 
 def _parse_modules(content: Any) -> list[str]:
+    """Return the paths of the modules in a ``modules.json``."""
     entries = content if isinstance(content, list) else []
     modules = [e for e in entries if isinstance(e, dict) and isinstance(e.get("type"), str)]
     return _texts(module.get("path") for module in modules)
 
 
 def _parse_router(content: Any) -> list[str]:
+    """Return the paths of the branches in a ``router_config.json``."""
     types = content.get("types") if isinstance(content, dict) else None
     return _texts(types) if isinstance(types, dict) else []
 
 
 def _parse_pipeline(content: Any) -> list[str]:
+    """Return the names of the components in a ``model_index.json``."""
     if not isinstance(content, Mapping) or "_class_name" not in content:
         return []
     pairs = {name: value for name, value in content.items() if isinstance(value, list)}
@@ -106,4 +112,5 @@ def _parse_pipeline(content: Any) -> list[str]:
 
 
 def _texts(values: Iterable[Any]) -> list[str]:
+    """Return the values that are texts."""
     return [value for value in values if isinstance(value, str)]

@@ -1,4 +1,4 @@
-"""Hugging Face directories: one weights file or shards with an index, and what lies beside them."""
+"""Layout of Hugging Face directories: names of weights files, shards, indices and variants."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from ckptavg.formats.huggingface import peft
 from ckptavg.io import bounded_json
 from ckptavg.io.paths import Location
 
+# Names of weights files and indices. The first file that exists is read.
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -31,16 +32,17 @@ _VARIANT_INDEX = re.compile(rf"({_STEMS})\.(safetensors|bin)\.index\.({_VARIANT}
 
 
 def main_file(directory: Location) -> Location | None:
-    """The weights file or index of a directory, of an adapter too; None if it is no checkpoint."""
+    """Find the weights file or index of a model or adapter; None if there is none."""
     found = (directory / name for name in WEIGHT_FILES)
     whole = next((path for path in found if path.is_file()), None)
     return whole or peft.weights_file(directory) or next(iter(variants(directory)), None)
 
 
 def variants(directory: Location) -> list[Location]:
-    """The weights of a directory that has a configuration, and weights as variants only.
+    """List the variants of the weights in a directory with a configuration.
 
-    A variant (``variant="fp16"`` of ``from_pretrained``) stands in the middle of the file's name.
+    A variant (``variant="fp16"`` of ``from_pretrained``) is named in the middle of the file's name.
+    Files of safetensors come first.
     """
     if not (directory / CONFIG).is_file():
         return []
@@ -49,7 +51,7 @@ def variants(directory: Location) -> list[Location]:
 
 
 def note_variants(directory: Location) -> list[str]:
-    """A note about variants of a directory's weights that are not taken."""
+    """Note the variants of a directory's weights that are not read."""
     taken, *others = [path.name for path in variants(directory)]
     if not others:
         return []
@@ -58,14 +60,14 @@ def note_variants(directory: Location) -> list[str]:
 
 
 def is_variant(main: str) -> bool:
-    """Whether a file of weights or an index is that of a variant, by its name."""
+    """Return True if the name of a weights file or index names a variant."""
     return bool(_VARIANT_FILE.fullmatch(main) or _VARIANT_INDEX.fullmatch(main))
 
 
 def single_name(main: str) -> str:
-    """The name that weights have in a single file, given that of the file or index they are in.
+    """Return the name of the single file for weights that are read from a file or an index.
 
-    Shards and the usual files of ``torch.save`` become safetensors; any other name is kept.
+    Shards and the usual files of ``torch.save`` become safetensors. Any other name is kept.
     """
     if match := _VARIANT_INDEX.fullmatch(main):
         return f"{_safetensors_stem(match[1])}.{match[3]}.safetensors"
@@ -76,29 +78,30 @@ def single_name(main: str) -> str:
 
 
 def _safetensors_stem(stem: str) -> str:
+    """Return the stem of a safetensors file for the stem of any weights file."""
     return "model" if stem == "pytorch_model" else stem
 
 
 def index_name(single: str) -> str:
-    """The name of the index of shards, given that of the file that they would be together."""
+    """Return the name of the index of shards for the name of a single file."""
     if match := _VARIANT_FILE.fullmatch(single):
         return f"{match[1]}.{match[3]}.index.{match[2]}.json"
     return f"{single}.index.json"
 
 
 def may_be_split(single: str) -> bool:
-    """Whether shards and an index are looked for in the place of a file."""
+    """Return True if loaders accept shards and an index in the place of a single file."""
     return single in WEIGHT_FILES or bool(_VARIANT_FILE.fullmatch(single))
 
 
 def other_models(main: Location) -> list[str]:
-    """Names of the further models' weights that Accelerate saves beside the first one's."""
+    """List the files of further models that Accelerate saves beside the first model."""
     numbered = re.compile(rf"{re.escape(main.stem)}_\d+{re.escape(main.suffix)}")
     return sorted(path.name for path in main.parent.iterdir() if numbered.fullmatch(path.name))
 
 
 def weight_map(index: Location) -> dict[str, str]:
-    """Tensor name → file name, as an index lists them.
+    """Read the map from tensor names to file names in an index.
 
     Raises:
         CheckpointError: The index is malformed, or names a file outside its directory or a
@@ -129,9 +132,11 @@ def weight_map(index: Location) -> dict[str, str]:
 
 
 def _is_file(path: Location) -> bool:
+    """Return True if a path is a file; False for a name that no file can have."""
     try:
         return path.is_file()
-    except ValueError:  # no name that a file can have
+    # Raised for names that no file can have, such as names with a NUL.
+    except ValueError:
         return False
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:

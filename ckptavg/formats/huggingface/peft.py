@@ -1,4 +1,4 @@
-"""PEFT adapters: a directory with adapter_config.json and the adapter's own tensors."""
+"""PEFT adapters: directories with ``adapter_config.json`` and the tensors of an adapter."""
 
 from __future__ import annotations
 
@@ -13,25 +13,27 @@ LAYOUT = "peft"
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 FILES = (WEIGHTS, "adapter_model.bin")
+# Settings of variants of LoRA whose merged weights are not linear in the product BA.
 _VARIANTS = (
     "use_dora", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config",
     "velora_config",
 )  # fmt: skip
-_PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # leave the base as it is
+# Initializations that leave the base model unchanged.
+_PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
 
 
 def weights_file(directory: Location) -> Location | None:
-    """The weights of an adapter's directory; None if it is none."""
+    """Return the weights file of an adapter; None if the directory is no adapter."""
     if not (directory / CONFIG).is_file():
         return None
     return next((directory / name for name in FILES if (directory / name).is_file()), None)
 
 
 def configuration(directory: Location) -> dict[str, Any]:
-    """What adapter_config.json says.
+    """Read ``adapter_config.json``.
 
     Raises:
-        CheckpointError: It cannot be read, or is no JSON object.
+        CheckpointError: The file cannot be read, or is no JSON object.
     """
     path = directory / CONFIG
     try:
@@ -44,7 +46,7 @@ def configuration(directory: Location) -> dict[str, Any]:
 
 
 def description(config: Mapping[str, Any]) -> str:
-    """What an adapter is and whether it can be averaged, for a note."""
+    """Describe an adapter for a note: the type, the rank, and obstacles to an average."""
     kind, rank = short(str(config.get("peft_type"))), short(str(config.get("r")))
     if why := without_mean(config):
         return f"an adapter of type {kind} that cannot be averaged: it {why}"
@@ -54,7 +56,10 @@ def description(config: Mapping[str, Any]) -> str:
 
 
 def without_mean(config: Mapping[str, Any]) -> str:
-    """Why the mean of such adapters' merged weights is no adapter of their kind; empty if it is."""
+    """Return the reason against averaging adapters of a configuration; empty if there is none.
+
+    The mean of the merged weights then is no adapter of the same kind.
+    """
     variants = [name for name in _VARIANTS if config.get(name)]
     start = config.get("init_lora_weights")
     if config.get("peft_type") != "LORA":

@@ -1,4 +1,4 @@
-"""A Hugging Face directory: its weights in the files that its input has, and what goes along."""
+"""Writer of Hugging Face directories: the weights in files like the input's, and companions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ckptavg.io import copying
 from ckptavg.io.paths import Location
 from ckptavg.io.stamp import FileStamp
 
-# Hugging Face's own default; it counts only where the input was not split already.
+# Default shard size of Hugging Face. Used only where the input is not split into shards.
 _SHARD_BYTES = 5_000_000_000
 # Layouts whose loaders expect the stored names: the output keeps them, wrappers included.
 _MODEL_LAYOUTS = ("huggingface", peft.LAYOUT)
@@ -28,13 +28,16 @@ _LARGEST_CONFIG = 16 << 20
 def lay_out(tensors: Sequence[OutputTensor], provenance: str, template: Checkpoint) -> Layout:
     """Plan an output directory like the last input's.
 
-    Its weights have the input's file names and shards. The other files of the input go along,
-    except those that ``companions`` leaves out.
+    The weights have the file names and shards of the input. The other files of the input are
+    copied, except those that ``companions`` leaves out.
 
     Args:
-        tensors: The output's tensors, under bare names.
-        provenance: How the output was made, as JSON.
+        tensors: Tensors of the output, under bare names.
+        provenance: Record of how the output was made, as JSON.
         template: The last input.
+
+    Returns:
+        The layout, with notes about parts of the input that are left out.
     """
     layout = Layout(directory=True, files=[])
     notes: list[str] = []
@@ -47,8 +50,8 @@ def lay_out(tensors: Sequence[OutputTensor], provenance: str, template: Checkpoi
         notes += planned.notes
     home = home_of(template)
     if home is not None:
-        # The directory of a single file may be anybody's (a home directory, downloads). Only a
-        # model's configuration shows that the directories below it belong to the model.
+        # A single file may be stored in any directory (a home directory, downloads). Only a
+        # model's configuration shows that the directories below belong to the model.
         deep = home == template.path or (home / huggingface.CONFIG).is_file()
         weights = _find_weight_files(template, home)
         gathered = companions.gather(home, weights, [*template.components], deep=deep)
@@ -63,10 +66,10 @@ def lay_out(tensors: Sequence[OutputTensor], provenance: str, template: Checkpoi
 
 
 def home_of(template: Checkpoint) -> Location | None:
-    """Return the directory whose files go along with a checkpoint; None where there is none.
+    """Return the directory whose files are copied along with a checkpoint; None if there is none.
 
-    A single file of weights has its directory for a home if a configuration stands there, and no
-    other file of weights.
+    The home of a single weights file is the file's directory, if a configuration is stored there
+    and no other weights file.
     """
     if template.layout in (*_MODEL_LAYOUTS, deepspeed.LAYOUT):
         return template.path
@@ -77,12 +80,12 @@ def home_of(template: Checkpoint) -> Location | None:
 
 @dataclass
 class _FolderLayout:
-    """The files that hold the weights of one directory.
+    """Plan of the weights files of a directory.
 
     Attributes:
-        files: The files, under their names in the directory.
-        indices: Contents of the shards' index, by its name; empty for a single file.
-        notes: Parts of the input that the files lack.
+        files: The files, under the names in the directory.
+        indices: Name of the index of shards → contents; empty for a single file.
+        notes: Notes about parts of the input that are left out.
     """
 
     files: list[FileLayout]
@@ -93,7 +96,7 @@ class _FolderLayout:
 def _group_by_folder(
     tensors: Sequence[OutputTensor], template: Checkpoint
 ) -> dict[str, list[OutputTensor]]:
-    """Group tensors by the directory below the output that their names begin with."""
+    """Group tensors by subdirectory of the output, which is the beginning of the name."""
     # Longest first, so that a directory within another one is found before the outer.
     folders = sorted(filter(None, template.components), key=len, reverse=True)
     groups: dict[str, list[OutputTensor]] = {folder: [] for folder in template.components}
@@ -105,7 +108,7 @@ def _group_by_folder(
 
 
 def _rename_within(folder: str, tensor: OutputTensor) -> OutputTensor:
-    """Give a tensor its name in a directory. Its tied partner lies in the same file."""
+    """Rename a tensor to the name within a directory, with the tied partner in the same file."""
     if not folder:
         return tensor
     prefix = f"{folder}/"
@@ -114,7 +117,7 @@ def _rename_within(folder: str, tensor: OutputTensor) -> OutputTensor:
 
 
 def _move_below(file: FileLayout, prefix: str) -> FileLayout:
-    """Put a file into a directory, whose name then begins the names of the file's tensors."""
+    """Move a file into a directory, and prefix the names of the tensors with the directory."""
     return replace(
         file,
         name=prefix + file.name,
@@ -126,7 +129,7 @@ def _move_below(file: FileLayout, prefix: str) -> FileLayout:
 def _lay_out_folder(
     tensors: Sequence[OutputTensor], provenance: str, template: Checkpoint
 ) -> _FolderLayout:
-    """Plan the files of weights of one directory."""
+    """Plan the weights files of a directory."""
     name = _single_file_name(template)
     if not name.endswith(".safetensors"):
         torch_template = replace(template, layout="torch")
@@ -145,7 +148,7 @@ def _lay_out_folder(
     planned = _FolderLayout([], notes=notes)
     for shard, members in shards.items():
         file = safetensors_layout.lay_out(shard, members, metadata)
-        # The writer asks for tensors by their bare names, whatever the header calls them.
+        # The writer asks for tensors by bare name, while the header has the stored names.
         file.offsets = {bare_names[stored]: offset for stored, offset in file.offsets.items()}
         planned.files.append(file)
     if len(shards) > 1:
@@ -154,7 +157,7 @@ def _lay_out_folder(
 
 
 def _single_file_name(template: Checkpoint) -> str:
-    """Name the file of weights that an output has if it has a single one."""
+    """Name the weights file of an output with a single file."""
     if template.layout == peft.LAYOUT:
         return peft.WEIGHTS
     main = huggingface.main_file(template.path) if template.layout == "huggingface" else None
@@ -167,7 +170,7 @@ def _single_file_name(template: Checkpoint) -> str:
 def _split_into_shards(
     name: str, tensors: Sequence[OutputTensor], template: Checkpoint
 ) -> dict[str, list[OutputTensor]]:
-    """Split tensors into files: as the template does, or by size where it has a single file.
+    """Split tensors into files like the template, or by size where the template has one file.
 
     Args:
         name: The name of a single file.
@@ -175,7 +178,7 @@ def _split_into_shards(
         template: The last input's component of the same directory.
 
     Returns:
-        File name → its tensors.
+        File name → tensors of the file.
     """
     groups: dict[object, list[OutputTensor]] = {}
     if template.layout == "huggingface" and len(template.files) > 1:
@@ -215,7 +218,7 @@ def _encode_index(shards: Mapping[str, Sequence[OutputTensor]]) -> bytes:
 
 
 def _find_weight_files(template: Checkpoint, home: Location) -> set[str]:
-    """Collect the paths of the files that the weights were read from, and of their indices."""
+    """Collect the paths of the weights files of the input, and of the indices."""
     paths = {stamp.path for stamp in template.files}
     for folder in template.components or [""]:
         directory = home / folder if folder else home
@@ -225,14 +228,14 @@ def _find_weight_files(template: Checkpoint, home: Location) -> set[str]:
 
 
 def _update_configs(layout: Layout, tensors: Sequence[OutputTensor], template: Checkpoint) -> None:
-    """Put the output's element type into the configurations that state one."""
+    """Set the output's element type in configurations that state an element type."""
     for folder, members in _group_by_folder(tensors, template).items():
         component = template.components.get(folder, template)
         before = {t.dtype.name for t in component.tensors.values() if t.dtype.kind == "float"}
         after = {t.dtype.name for t in members if t.dtype.kind == "float"}
         name = f"{folder}/{huggingface.CONFIG}" if folder else huggingface.CONFIG
         stamp = layout.copies.get(name)
-        # Of mixed types none is the model's: what the configuration says then stays.
+        # With mixed types there is no single type of the model, so the configuration stays.
         if stamp is not None and before != after and len(after) == 1:
             layout.put(_replace_dtype(name, stamp, next(iter(after))))
 
@@ -246,7 +249,7 @@ def _replace_dtype(name: str, stamp: FileStamp, dtype: str) -> dict[str, bytes]:
         dtype: The element type as written.
 
     Returns:
-        The new text by the name; empty if the configuration states no element type.
+        Name → new contents; empty if the configuration states no element type.
     """
     if stamp.size > _LARGEST_CONFIG:
         return {}
@@ -264,7 +267,7 @@ def _replace_dtype(name: str, stamp: FileStamp, dtype: str) -> dict[str, bytes]:
 
 
 def _note_missing_config(layout: Layout, home: Location | None, template: Checkpoint) -> list[str]:
-    """Note that the output lacks a configuration, where models of its layout have one."""
+    """Note a missing configuration, where models of the output's layout have one."""
     configured = any(name.rpartition("/")[2] == huggingface.CONFIG for name in layout.names)
     if configured or template.layout == peft.LAYOUT:
         return []

@@ -1,8 +1,9 @@
-"""What of an input's other contents goes out again: plain values and a few known harmless types.
+"""Filter for the contents of an input beside the weights: plain values and harmless types.
 
-A checkpoint holds more than weights, and what loads it wants some of that back: hyperparameters,
-arguments, the epoch. Nothing else of an input may leave under our name: not its other tensors,
-which are not those of the average, and no object whose class is not on the list below.
+A checkpoint holds more than weights. Programs that load the output need some of the rest:
+hyperparameters, arguments, the epoch. Nothing else of an input may go into an output. Other tensors
+may not, since they are not tensors of the average. Objects may not, unless the class is on the list
+below.
 """
 
 from __future__ import annotations
@@ -27,19 +28,26 @@ from ckptavg.formats.safe_pickle.values import Global, Opaque, Refused, TensorVi
 from ckptavg.formats.training_record import OPTIMIZER_KEYS, TRAINING_STATE, holds_weights, number
 from ckptavg.formats.tree import join
 
-_LONGEST_NAME = 1000  # characters: below long names many entries would take much memory
-_DEEPEST = 100  # levels; a pickler goes down by recursion
+# Characters. Dotted names of many entries below a long name would take much memory.
+_LONGEST_NAME = 1000
+# Levels. The pickler of the output recurses, and would exceed the recursion limit.
+_DEEPEST = 100
 _DEEPEST_METRIC = 4
 _MOST_NAMES = 30  # in a note
 _SCALARS = (str, bytes, int, float, bool, type(None))
 _DROPPED = object()
-_MEASURED = object()  # dropped, as all of it was measured on the input
-_CALLBACKS = "callbacks"  # whose states Lightning keeps by their names
+# Marks a value that is dropped because it was measured on the input.
+_MEASURED = object()
+# Entry in which Lightning keeps the states of callbacks, by name.
+_CALLBACKS = "callbacks"
 _CALLBACK_SCORES = frozenset(["best_model_score", "current_score", "best_score"])
 
 
 def _namespace(cls: Callable[..., Any]) -> Callable[[Any, Any], Any]:
+    """Return a builder of namespaces that refuses special names."""
+
     def make(_: Any, state: Any) -> Any:
+        """Build a namespace from the pickled state."""
         if any(isinstance(name, str) and name.startswith("__") for name in state):
             raise ValueError("names that a pickler looks up would be called by it")
         return cls(**{name: value for name, value in state.items() if isinstance(name, str)})
@@ -48,19 +56,22 @@ def _namespace(cls: Callable[..., Any]) -> Callable[[Any, Any], Any]:
 
 
 def _path(args: Any, _: Any) -> Any:
-    """A path of this system's own kind, which one of the other's is not."""
+    """Make a path: a pure path on Windows, where a ``PosixPath`` cannot be made."""
     return pathlib.PurePath(*args) if os.name == "nt" else pathlib.PosixPath(*args)
 
 
 def _built(cls: Callable[..., Any]) -> Callable[[Any, Any], Any]:
+    """Return a builder that calls a class with the pickled arguments."""
     return lambda args, _: cls(*args)
 
 
 def _uuid(_: Any, state: Any) -> Any:
+    """Build a UUID from the pickled state."""
     return uuid.UUID(int=state["int"])
 
 
-# Every type that goes out besides plain values: how one is made of its pickled parts.
+# All types that may go out besides plain values, with the function that builds an object from
+# the pickled arguments and state.
 HARMLESS: dict[tuple[str, str], Callable[[Any, Any], Any]] = {
     ("argparse", "Namespace"): _namespace(argparse.Namespace),
     ("types", "SimpleNamespace"): _namespace(types.SimpleNamespace),
@@ -76,30 +87,33 @@ HARMLESS: dict[tuple[str, str], Callable[[Any, Any], Any]] = {
     ("uuid", "UUID"): _uuid,
     ("torch", "device"): _built(torch.device),
 }
+# Python 3.13 pickles paths under this module.
 HARMLESS |= {
     ("pathlib._local", name): HARMLESS["pathlib", name]
     for _, name in [*HARMLESS]
     if ("pathlib", name) in HARMLESS
-}  # where Python 3.13 keeps them
-_PLAIN = {("torch", "device")}  # of these, what torch.load's safe default reads
+}
+# Harmless types that the safe default of torch.load reads.
+_PLAIN = {("torch", "device")}
 
 
 @dataclass
 class Keeper:
-    """Goes through a saved object and keeps what may go out again.
+    """Filter that walks through a saved object and keeps the parts that may go out.
 
     Args:
         key: Dotted path of the entry that holds the weights.
-        plain: Keep only what ``torch.load`` reads by its safe default.
-        tensor: What stands for a tensor in the output, given the tensor and whether it stands
-            among other values; None if it may not go out.
-        replaced: What to put in the place of an object, by the object's identity.
-        networks: Dotted paths below the key, where it holds several networks.
+        plain: True to keep only types that the safe default of ``torch.load`` reads.
+        tensor: Function that returns the stand-in for a tensor in the output; None if the tensor
+            may not go out. The second argument is True for a tensor among other values.
+        replaced: Identity of an object → replacement in the output.
+        networks: Dotted paths below the key, if the entry holds several networks.
         momentary: Names of recorded numbers that are true of the input alone.
 
     Attributes:
-        dropped: Dotted names of what was not kept.
-        measured: Dotted names of metrics of the input, which are not those of the output.
+        dropped: Dotted names of entries that were not kept.
+        measured: Dotted names of metrics that were measured on the input, and are not true of the
+            output.
     """
 
     key: str
@@ -115,7 +129,7 @@ class Keeper:
 
     @property
     def notes(self) -> list[str]:
-        """What a person should know of what was not kept."""
+        """Notes for the user about entries that were not kept."""
         notes: list[str] = []
         if self.dropped:
             names = first_few(self.dropped, _MOST_NAMES)
@@ -126,13 +140,19 @@ class Keeper:
         return notes
 
     def whole(self, saved: dict[Any, Any] | list[Any] | tuple[Any, ...]) -> Any:
-        """What was saved, without what may not go out."""
+        """Filter a whole saved object."""
         if isinstance(saved, dict):
             return self.entries(saved)
         return type(saved)(self.elements(saved))
 
     def elements(self, values: Sequence[Any], prefix: str = "", depth: int = 0) -> list[Any]:
-        """The elements of a list; None stands for one that may not go out."""
+        """Filter the elements of a list, with None in the place of each dropped element.
+
+        Args:
+            values: The elements.
+            prefix: Dotted path of the list, with a dot at the end; empty for the root.
+            depth: Level of the list in the saved object.
+        """
         kept: list[Any] = []
         for index, value in enumerate(values):
             where = _below(prefix, str(index))
@@ -145,9 +165,19 @@ class Keeper:
     def entries(
         self, values: Mapping[Any, Any], prefix: str = "", depth: int = 0
     ) -> dict[Any, Any]:
-        """The entries of a dict that may go out, as far as they may."""
+        """Filter the entries of a dict.
+
+        Args:
+            values: The dict.
+            prefix: Dotted path of the dict, with a dot at the end; empty for the root.
+            depth: Level of the dict in the saved object.
+
+        Returns:
+            The entries that may go out, themselves filtered.
+        """
         kept: dict[Any, Any] = {}
-        # Beside the weights a tensor is a random generator's state, and no weight called "score".
+        # A dict with tensors is a state dict, in which "score" is a weight and no metric. Only in a
+        # dict around the weights do tensors belong to random generators and the like.
         is_model = holds_weights(values) and not self._leads_to_weights(prefix)
         metrics = depth < _DEEPEST_METRIC and not is_model
         for name, value in values.items():
@@ -169,7 +199,7 @@ class Keeper:
         return kept
 
     def _is_measured(self, where: str, name: Any, value: Any) -> bool:
-        """Whether an entry is a metric of the input, or a callback's state that is kept by one."""
+        """Return True for a metric of the input, or the state of a callback that tracks one."""
         if not isinstance(name, str):
             return False
         if isinstance(value, dict):
@@ -178,25 +208,27 @@ class Keeper:
         scalar = isinstance(value, TensorView) and not value.shape
         if not scalar and number(value) is None:
             return False
-        # What stands beside the weights is recorded by its name there.
+        # Momentary numbers that stand beside the weights are recorded under the bare name.
         beside = self._leads_to_weights(where.removesuffix(name)) and name in self.momentary
         return is_metric(where) or where in self.momentary or beside
 
     def _is_training(self, prefix: str, name: Any, value: Any) -> bool:
-        """Whether an entry beside the weights is an optimizer's or a scheduler's state.
+        """Return True for the state of an optimizer or scheduler that stands beside the weights.
 
-        Only there: a hyperparameter may be called ``optimizer`` too, and so may a name.
+        Elsewhere the name proves nothing: a hyperparameter may be called ``optimizer`` too, and
+        its value may be the name of an optimizer.
         """
         if isinstance(value, _SCALARS) or not isinstance(name, str):
             return False
         return self._leads_to_weights(prefix) and bool(TRAINING_STATE.fullmatch(name))
 
     def _leads_to_weights(self, prefix: str) -> bool:
+        """Return True if a dotted prefix is on the way to an entry with weights."""
         return prefix in self._above_weights
 
     @cached_property
     def _above_weights(self) -> set[str]:
-        """What the dotted paths of entries with weights begin with, up to any of their dots."""
+        """All prefixes, up to a dot, of the dotted paths of entries with weights."""
         prefixes = {""}
         for entry in (self.key, *(join(self.key, path) for path in self.networks)):
             dots = (i for i, letter in enumerate(entry[:_LONGEST_NAME]) if letter == ".")
@@ -204,6 +236,10 @@ class Keeper:
         return prefixes
 
     def _keep(self, value: Any, prefix: str, depth: int) -> Any:
+        """Filter a value once, and remember the result by identity.
+
+        A pickle can share a value between many places, so that a walk without memory never ends.
+        """
         if id(value) in self.replaced:
             return self.replaced[id(value)]
         if isinstance(value, _SCALARS):
@@ -211,18 +247,21 @@ class Keeper:
         if depth > _DEEPEST:
             return _DROPPED
         if id(value) not in self._done:
-            self._done[id(value)] = _DROPPED, 0  # what holds itself
+            # Marked before the descent, so that a container within itself is dropped there.
+            self._done[id(value)] = _DROPPED, 0
             above, self._reached = self._reached, depth
             part = self._convert(value, prefix, depth)
             self._done[id(value)] = part, self._reached - depth
             self._reached = max(self._reached, above)
         part, levels = self._done[id(value)]
-        if depth + levels > _DEEPEST:  # shared with a place that is less deep
+        # The value was first met at a place that is less deep.
+        if depth + levels > _DEEPEST:
             return _DROPPED
         self._reached = max(self._reached, depth + levels)
         return part
 
     def _convert(self, value: Any, prefix: str, depth: int) -> Any:
+        """Filter a value by type."""
         if isinstance(value, dict):
             return self._mapping(value, prefix, depth)
         if isinstance(value, (list, tuple)) and self._leads_to_weights(prefix):
@@ -237,6 +276,7 @@ class Keeper:
         return self._leaf(value)
 
     def _leaf(self, value: Any) -> Any:
+        """Filter a value without children: a tensor, a dtype or a set of scalars."""
         if isinstance(value, TensorView):
             return _or_dropped(self.tensor(value, False))
         if isinstance(value, Global) and value.module == "torch" and value.name in DTYPES:
@@ -245,10 +285,11 @@ class Keeper:
         return value if plain else _DROPPED
 
     def _mapping(self, value: dict[Any, Any], prefix: str, depth: int) -> Any:
-        """A dict without what may not go out; none at all if nothing is left.
+        """Filter a dict, and drop the dict as a whole if nothing is left.
 
-        None either if it is weights (mostly tensors), of which only small ones would be left and
-        pass for a whole, or an optimizer's state, whatever it is called.
+        Dicts of weights (mostly tensors) are dropped as a whole too. Only the small tensors would
+        be left, and look like a complete state dict. The state of an optimizer is dropped under
+        any name.
         """
         if value.keys() >= OPTIMIZER_KEYS:
             return _DROPPED
@@ -259,12 +300,13 @@ class Keeper:
         kept = {} if weights else self.entries(value, prefix, depth)
         if not value or kept:
             return kept
-        # the parent names the whole
+        # The parent records the name of the whole dict instead of the names of the entries.
         whole = _MEASURED if len(self.measured) - measured == len(value) else _DROPPED
         del self.dropped[before:], self.measured[measured:]
         return whole
 
     def _object(self, value: Opaque, prefix: str, depth: int) -> Any:
+        """Rebuild an object of a harmless type, or drop the object."""
         name = name_of(value.type)
         make = HARMLESS.get(name)
         if make is None or value.items or (self.plain and name not in _PLAIN):
@@ -273,14 +315,16 @@ class Keeper:
         state = self._keep(value.state, prefix, depth + 1)
         try:
             return make(args, state)
-        except Exception:  # not the parts that this type is made of
+        # The pickled parts are untrusted, and may not be the parts of the type.
+        except Exception:
             return _DROPPED
 
 
 def _below(prefix: str, name: str) -> str:
-    """The dotted name of an entry, cut where it is longer than any that leads to weights."""
+    """Join the dotted name of an entry, and cut the name at the longest length in use."""
     return (prefix + name)[:_LONGEST_NAME]
 
 
 def _or_dropped(value: Any) -> Any:
+    """Return the mark of a dropped value in the place of None."""
     return _DROPPED if value is None else value

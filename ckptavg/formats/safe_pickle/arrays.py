@@ -1,4 +1,4 @@
-"""NumPy's arrays and numbers in a pickle, whose bytes lie in the pickle itself."""
+"""NumPy arrays and numbers, whose bytes are stored in the pickle itself."""
 
 from __future__ import annotations
 
@@ -31,11 +31,12 @@ _LAYOUTS = {
     "f8": "d", "f4": "f", "f2": "e", "i8": "q", "i4": "i", "i2": "h", "i1": "b",
     "u8": "Q", "u4": "I", "u2": "H", "u1": "B", "b1": "?",
 }  # fmt: skip
-_NO_NUMBERS = ("O", "S", "U", "V", "M", "m", "a")  # objects, texts, records, times
+# Element types without numbers: objects, texts, records, times.
+_NO_NUMBERS = ("O", "S", "U", "V", "M", "m", "a")
 
 
 def set_state(unpickler: Unpickler, array: NumpyArray, state: Any) -> None:
-    """Give an array the state that it was pickled with.
+    """Set the pickled state of an array.
 
     Args:
         unpickler: The unpickler of the array's pickle.
@@ -52,7 +53,11 @@ def set_state(unpickler: Unpickler, array: NumpyArray, state: Any) -> None:
 def _view(
     unpickler: Unpickler, data: Any, dtype: Any, shape: Any, fortran: bool
 ) -> TensorView | Refused | None:
-    """Make an array a view of the pickle's bytes; None where it holds no numbers."""
+    """View an array as a tensor over the bytes of the pickle.
+
+    Returns:
+        The view; a refusal where torch has no such tensor; None where the array holds no numbers.
+    """
     code, order = _element_type(dtype)
     if code.startswith(_NO_NUMBERS) or isinstance(data, list):
         return None
@@ -64,7 +69,7 @@ def _view(
     numel = math.prod(shape)
     if not isinstance(data, (bytes, bytearray, str)) or len(data) != element.nbytes(numel):
         return Refused("an array whose bytes do not fit its shape")
-    # Latin-1 bytes in an old pickle's text may be escaped, and so longer than the array.
+    # Protocol 2 stores bytes as Latin-1 text in UTF-8, where bytes above 127 take two bytes.
     span = unpickler.span(data) if numel else Span(0, 0)
     if span is None or (span.length != len(data) and not span.escaped):
         return Refused("an array whose bytes the pickle does not hold as such")
@@ -119,7 +124,7 @@ def _strides(shape: tuple[int, ...], fortran: bool) -> tuple[int, ...]:
 
 
 def _element_type(dtype: Any) -> tuple[str, str]:
-    """Return NumPy's code of an element type, and its byte order."""
+    """Return the NumPy code and the byte order of an element type."""
     if not isinstance(dtype, Opaque) or not dtype.args:
         return "?", "|"
     code = dtype.args[0]
@@ -129,17 +134,19 @@ def _element_type(dtype: Any) -> tuple[str, str]:
 
 
 def _reconstruct(_: Unpickler, *_parts: Any) -> NumpyArray:
+    """Return an empty array, as the stand-in for NumPy's ``_reconstruct``."""
     return NumpyArray()
 
 
 def _from_buffer(
     unpickler: Unpickler, data: Any, dtype: Any, shape: Sequence[int], order: Any = "C", *_: Any
 ) -> NumpyArray:
+    """Return an array over a buffer, as pickle protocol 5 stores arrays."""
     return NumpyArray(_view(unpickler, data, dtype, tuple(shape), order == "F"))
 
 
 def _scalar(_: Unpickler, dtype: Any, raw: Any = None) -> Any:
-    """Make a NumPy number a Python one: metrics are often recorded so."""
+    """Convert a NumPy number to Python, since training often records metrics as NumPy numbers."""
     code, order = _element_type(dtype)
     layout = _LAYOUTS.get(code)
     if layout is None or not isinstance(raw, bytes):

@@ -1,4 +1,4 @@
-"""The few calls in a pickle that are understood, and an inert stand-in for each."""
+"""Inert stand-ins for the few calls in a pickle that are understood."""
 
 from __future__ import annotations
 
@@ -34,6 +34,19 @@ def known_call(function: Any) -> Callable[..., Any] | None:
 def _view(
     storage: Any, dtype: DType | None, offset: Any, shape: Any, stride: Any, metadata: Any = None
 ) -> TensorView | Refused:
+    """Check the parts of a pickled tensor, and make a view of them.
+
+    Args:
+        storage: The storage.
+        dtype: Element type of the tensor.
+        offset: Offset of the first element in the storage, in elements.
+        shape: Shape of the tensor.
+        stride: Strides in elements.
+        metadata: Flags of lazy views (``conj``, ``neg``), if any.
+
+    Raises:
+        MalformedPickle: The parts do not fit each other or the storage.
+    """
     if not isinstance(storage, Storage) or dtype is None:
         raise MalformedPickle("a tensor has no typed storage")
     if not isinstance(shape, tuple) or not isinstance(stride, tuple) or len(shape) != len(stride):
@@ -56,6 +69,7 @@ def _view(
 def _tensor_v1(
     _: Unpickler, storage: Any, offset: Any, shape: Any, stride: Any, *_rest: Any
 ) -> Any:
+    """Stand in for ``torch._utils._rebuild_tensor``."""
     return _view(storage, getattr(storage, "dtype", None), offset, shape, stride)
 
 
@@ -69,6 +83,7 @@ def _tensor_v2(
     _hooks: Any = None,
     metadata: Any = None,
 ) -> Any:
+    """Stand in for ``torch._utils._rebuild_tensor_v2``."""
     return _view(storage, getattr(storage, "dtype", None), offset, shape, stride, metadata)
 
 
@@ -83,6 +98,7 @@ def _tensor_v3(
     dtype: Any,
     metadata: Any = None,
 ) -> Any:
+    """Stand in for ``torch._utils._rebuild_tensor_v3``, which names the element type."""
     name = dtype.name if isinstance(dtype, Global) else "?"
     if name not in DTYPES:
         return Refused(f"its element type {name} has no arithmetic")
@@ -90,54 +106,60 @@ def _tensor_v3(
 
 
 def _device_tensor(_: Unpickler, data: Any, dtype: Any, *_rest: Any) -> Any:
-    """Rebuild a tensor of a device whose memory torch cannot reach, from its copy for the CPU."""
+    """Rebuild a tensor of a device without storages from the pickled CPU copy."""
     name = dtype.name if isinstance(dtype, Global) else "?"
     data = data.view if isinstance(data, NumpyArray) else data
     if not isinstance(data, TensorView) or data.dtype.name == name:
         return data
     if (data.dtype.name, name) != ("float32", "bfloat16"):
         return Refused(f"kept as {data.dtype.name} but meant as {name}")
-    # NumPy has no bfloat16, so it is kept as the float32 of the same value. Its bits are the upper
-    # half of that, which is the second of two in little-endian order.
+    # NumPy has no bfloat16, so torch stores the float32 of the same value. The upper half of the
+    # float32 is the bfloat16, and comes second in little-endian order.
     stride = tuple(2 * step for step in data.stride)
     return TensorView(data.storage, DTYPES[name], 2 * data.offset + 1, data.shape, stride)
 
 
 def _wrapper_subclass(_: Unpickler, cls: Any, *_rest: Any) -> Refused:
+    """Refuse a tensor subclass without a storage, such as a ``DTensor``."""
     if name_of(cls)[1] == "DTensor":
         return Refused("a DTensor, which is one rank's part of it")
     return Refused(f"a tensor subclass without plain bytes, {cls}")
 
 
 def _encode(unpickler: Unpickler, text: str, encoding: str) -> bytes:
+    """Encode a text, and remember the encoded bytes' place in the pickle."""
     latin = encoding == "latin1"
     data = text.encode("latin-1" if latin else "utf-8")
     span = unpickler.span(text)
     if span is not None:
-        # Plain characters are their own bytes; others take two in UTF-8.
+        # ASCII characters take one byte in UTF-8, other Latin-1 characters take two.
         escaped = latin and span.length > len(data)
         unpickler.keep_span(data, Span(span.start, span.length, escaped))
     return data
 
 
 def _refuse(why: str) -> Callable[..., Refused]:
+    """Return a stand-in that refuses a tensor for a reason."""
     return lambda *_: Refused(why)
 
 
 def _first(_: Unpickler, data: Any, *_others: Any) -> Any:
+    """Return the first argument: the tensor that a parameter wraps."""
     return data
 
 
 def _mapping(machine: Unpickler, pairs: Any = ()) -> dict[Any, Any]:
-    """Make a dict of nothing, or of a list of pairs as OrderedDict is pickled."""
+    """Make a dict from pairs, the form in which ``OrderedDict`` is pickled."""
     return {machine.key(key): value for key, value in pairs}
 
 
 def _ordered_mapping(machine: Unpickler, pairs: Any = ()) -> OrderedEntries:
+    """Make the stand-in for an ``OrderedDict`` from pairs."""
     return OrderedEntries(_mapping(machine, pairs))
 
 
 def _set(machine: Unpickler, values: Any = ()) -> set[Any]:
+    """Make a set whose members hash in bounded time."""
     return set(map(machine.key, values))
 
 

@@ -1,4 +1,7 @@
-"""Objects of classes derived from dict, which a pickle fills item by item."""
+"""Conversion to dicts of pickled objects whose classes derive from dict.
+
+A pickle fills such objects item by item.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,14 @@ from typing import Any
 from ckptavg.formats.safe_pickle.values import NumpyArray, Opaque, Refused, TensorView
 
 _TENSORS = (TensorView, Refused, NumpyArray)
-_LEVELS = 2  # a checkpoint of such a class, and the state dict in it
+# Levels of containers: a checkpoint, and the state dict within.
+_LEVELS = 2
 
 
 def unfold_mappings(tree: Any) -> Any:
-    """Put dicts in the place of the objects that hold tensors by name.
+    """Replace objects that hold tensors by name with dicts.
 
-    Objects without tensors stay: what is known of their classes may be needed.
+    Objects without tensors stay, since their class may be needed later.
 
     Returns:
         The tree, whose dicts and lists are changed; a dict where the tree itself is such an object.
@@ -39,14 +43,14 @@ def unfold_mappings(tree: Any) -> Any:
 
 
 class _Mappings:
-    """The objects of a tree that are dicts, each unfolded once."""
+    """Converter of dict-like objects, which converts each object of a tree once."""
 
     def __init__(self) -> None:
         self._unfolded: dict[int, Any] = {}
         self._telling: dict[tuple[int, int], bool] = {}
 
     def unfold(self, value: Any) -> Any:
-        """The value, or a dict where it is an object that holds tensors by name."""
+        """Convert an object that holds tensors by name to a dict; other values are unchanged."""
         if not isinstance(value, Opaque) or not value.items:
             return value
         if id(value) not in self._unfolded:
@@ -55,6 +59,7 @@ class _Mappings:
         return self._unfolded[id(value)]
 
     def _names_tensors(self, value: Any, levels: int) -> bool:
+        """Return True if a value holds tensors by name, down to a number of levels."""
         key = (id(value), levels)
         if key not in self._telling:
             self._telling[key] = levels > 0 and any(
@@ -65,7 +70,7 @@ class _Mappings:
 
 
 def _values(value: Any) -> list[Any]:
-    """What a dict holds, or an object all of whose items have names."""
+    """List the values of a dict, or of an object whose items all have names."""
     if isinstance(value, dict):
         return [*value.values()]
     if isinstance(value, Opaque) and all(map(_is_pair, value.items)):
@@ -74,9 +79,10 @@ def _values(value: Any) -> list[Any]:
 
 
 def _places(container: dict[Any, Any] | list[Any]) -> Iterator[tuple[Any, Any]]:
+    """Return the keys or indices of a container with the values, safe against changes."""
     return iter([*container.items()] if isinstance(container, dict) else [*enumerate(container)])
 
 
 def _is_pair(item: Any) -> bool:
-    """Whether an item was stored under a name."""
+    """Return True if an item was stored under a name."""
     return isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)

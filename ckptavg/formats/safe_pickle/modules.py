@@ -1,4 +1,4 @@
-"""The state dict of a module that was pickled whole, without its class."""
+"""State dict of a pickled module, read without the class of the module."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from typing import Any
 
 from ckptavg.formats.safe_pickle.values import MalformedPickle, Opaque
 
+# Limits that end the walk when a module contains itself.
 _MOST_MODULES = 100_000
 _LONGEST_NAME = 1000
 
 
 def is_module(value: Any) -> bool:
-    """Whether a placeholder stands for a ``torch.nn.Module``, by the state that it was given."""
+    """Return True if a placeholder has the pickled state of a ``torch.nn.Module``."""
     if not isinstance(value, Opaque) or not isinstance(value.state, dict):
         return False
     parts = (value.state.get(key) for key in ("_parameters", "_buffers", "_modules"))
@@ -19,10 +20,10 @@ def is_module(value: Any) -> bool:
 
 
 def state_dict(module: Opaque) -> dict[str, Any]:
-    """What the module's ``state_dict()`` would hold, by dotted name, in the same order.
+    """Build the state dict of a module, with the names and order of ``Module.state_dict()``.
 
     Raises:
-        MalformedPickle: It holds more modules than any network does, or itself.
+        MalformedPickle: The module holds more modules than any network, or itself.
     """
     found: dict[str, Any] = {}
     waiting: list[tuple[str, Opaque]] = [("", module)]
@@ -45,5 +46,6 @@ def state_dict(module: Opaque) -> dict[str, Any]:
             for name, child in one.state["_modules"].items()
             if isinstance(name, str) and is_module(child)
         ]
+        # Reversed, since the last one in the list is visited first.
         waiting.extend(reversed(children))
     return found

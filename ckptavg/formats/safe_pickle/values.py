@@ -1,4 +1,4 @@
-"""What an inert pickle is made of: placeholders and tensors."""
+"""Values of an inert pickle: placeholders and tensors."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from ckptavg.formats.checkpoint import DTYPES, DType
 
 
 class MalformedPickle(ValueError):
-    """A pickle that does not follow its own protocol."""
+    """Error for a pickle that violates the pickle protocol."""
 
 
 class PickleCutShort(MalformedPickle):
-    """A pickle that ends before its end."""
+    """Error for a pickle that is cut short."""
 
 
 @dataclass(frozen=True, slots=True)
 class Global:
-    """A class or function, by name only."""
+    """Class or function in a pickle, by name only."""
 
     module: str
     name: str
@@ -29,13 +29,13 @@ class Global:
 
 @dataclass(eq=False, repr=False, slots=True)
 class Opaque:
-    """What stands for an object that was not built.
+    """Placeholder for an object that was not built.
 
     Attributes:
-        type: What would have been called or instantiated.
-        args: With which arguments.
-        state: What would have been set on it (the attributes, usually).
-        items: What would have been appended to it or stored in it.
+        type: Function or class that the pickle calls.
+        args: Arguments of the call.
+        state: State that the pickle sets on the object (usually the attributes).
+        items: Elements, or pairs of key and value, that the pickle adds to the object.
     """
 
     type: Any
@@ -44,15 +44,18 @@ class Opaque:
     items: list[Any] = field(default_factory=list)
 
     def __repr__(self) -> str:
-        """The type alone: contents can share their parts so often that spelling them never ends."""
+        """Name the type alone.
+
+        Contents can share parts so often that printing all of them would never end.
+        """
         return f"<{self.type if isinstance(self.type, Global) else 'object'}>"
 
 
 class OrderedEntries(dict[Any, Any]):
-    """What stands for an OrderedDict.
+    """Stand-in for an ``OrderedDict``.
 
     Attributes:
-        account: How ckptavg made the state dict that it is, as JSON, if it carries that.
+        account: Record of how ckptavg made the state dict, as JSON, if present.
     """
 
     account: str | None = None
@@ -60,12 +63,13 @@ class OrderedEntries(dict[Any, Any]):
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Bytes that a pickle itself holds.
+    """Range of bytes in a pickle that are the contents of a value.
 
     Attributes:
-        start: Offset in the pickle of the first.
-        length: How many bytes of the pickle they take.
-        escaped: Whether they are kept as UTF-8 text, each byte as the character of that number.
+        start: Offset of the first byte in the pickle.
+        length: Number of bytes in the pickle.
+        escaped: True if the contents are stored as UTF-8 text, with the character of the same
+            number for each byte.
     """
 
     start: int
@@ -75,9 +79,10 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """A flat run of elements in the file, by its key.
+    """Flat range of elements in a file, identified by a key.
 
-    ``dtype`` is None for an untyped one. With a ``span`` they lie in the pickle itself.
+    ``dtype`` is None for an untyped storage. With a ``span``, the elements are stored in the pickle
+    itself.
     """
 
     key: str
@@ -88,7 +93,7 @@ class Storage:
 
 @dataclass(eq=False, slots=True)
 class TensorView:
-    """A tensor as a view of a storage; offset and strides in elements."""
+    """Tensor as a view of a storage; offset and strides in elements."""
 
     storage: Storage
     dtype: DType
@@ -99,7 +104,7 @@ class TensorView:
 
 @dataclass(frozen=True, slots=True)
 class Sharded:
-    """A tensor whose pieces lie in several files, by its full name in the checkpoint."""
+    """Tensor whose pieces are stored in several files, by full name in the checkpoint."""
 
     name: str
     dtype: DType
@@ -108,43 +113,46 @@ class Sharded:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A tensor that is not a plain strided one, and why it cannot be averaged."""
+    """Tensor that is not plain and strided, with the reason against averaging."""
 
     why: str
 
 
 @dataclass(eq=False, repr=False, slots=True)
 class NumpyArray:
-    """A NumPy array. ``view`` is None until its state is set, and where it holds no numbers."""
+    """NumPy array in a pickle.
+
+    ``view`` is None until the state is set, and for an array without numbers.
+    """
 
     view: TensorView | Refused | None = None
 
 
 class Unpickler(Protocol):
-    """What the calls need to know of the pickle that they stand in."""
+    """Interface of the unpickler for the stand-ins of calls."""
 
     def key(self, value: Any) -> Any:
-        """The value, or a placeholder for it that is hashed in bounded time."""
+        """Return a dict key: the value if hashing takes bounded time, else a placeholder."""
 
     def span(self, value: str | bytes | bytearray) -> Span | None:
-        """Where in the pickle a value lies that was read a moment ago."""
+        """Return the place of a recently read value in the pickle; None if not known."""
 
     def keep_span(self, value: bytes, span: Span) -> None:
-        """Remember that for a value that was made of another."""
+        """Remember the place of a value that was made from another value of the pickle."""
 
 
 def name_of(function: Any) -> tuple[str, str]:
-    """Module and name of a global; Python 2's name of the builtins counts as ours."""
+    """Return module and name of a global, with Python 2's ``__builtin__`` as ``builtins``."""
     if not isinstance(function, Global):
         return "", ""
     return {"__builtin__": "builtins"}.get(function.module, function.module), function.name
 
 
 def storage_of(pid: Any) -> Storage:
-    """The storage that a persistent id names.
+    """Parse the storage that a persistent id describes.
 
     Raises:
-        MalformedPickle: It names none.
+        MalformedPickle: The id describes no storage.
     """
     if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
         raise MalformedPickle("a persistent id is not a tensor storage")
@@ -160,7 +168,8 @@ def storage_of(pid: Any) -> Storage:
     return Storage(key, _STORAGE_DTYPES[kind.name], numel)
 
 
-_UNTYPED = (  # the quantized ones never reach a plain tensor
+# Storages that count bytes, or whose elements never reach a plain tensor (the quantized ones).
+_UNTYPED = (
     "UntypedStorage", "_UntypedStorage", "QInt8Storage", "QUInt8Storage", "QInt32Storage",
     "QUInt4x2Storage", "QUInt2x4Storage",
 )  # fmt: skip
@@ -184,5 +193,5 @@ _STORAGE_DTYPES = {
 
 
 def is_natural(value: Any) -> bool:
-    """Whether a value is a count or a size that may be computed with."""
+    """Return True if a value is a count or a size that is safe to compute with."""
     return type(value) is int and 0 <= value < 2**62
