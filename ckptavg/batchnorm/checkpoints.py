@@ -57,7 +57,7 @@ class Pass:
         training: This process's batches of the training data.
         runtime: Device, precision and batch size of the pass.
         forward: ``forward(model, batch)`` for unusual batches.
-        progress: Called with the number of samples passed.
+        progress: Called as ``progress(done, total)`` in samples.
         peers: The processes that share the data. The first process writes the outputs.
         exclude: Shell patterns of layers that keep their statistics.
     """
@@ -94,7 +94,7 @@ def write_averages(
         overwrite: Replace existing outputs.
         keep_nonfinite: Write averages that are not finite as they are.
         digests: Record digests in the outputs, as for ``averaging.write``.
-        progress: Called with the number of bytes read.
+        progress: Called as ``progress(done, total)`` in bytes read.
 
     Returns:
         Per average, the result of the pass and the provenance as written.

@@ -1,1 +1,1 @@
-"""Modules on a device: weights in, memory, precision, and calling them on a batch."""
+"""Models on a device: loading weights, memory, precision, and calls on a batch."""

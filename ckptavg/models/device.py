@@ -1,4 +1,4 @@
-"""Where and how models run: device, precision, memory."""
+"""Device, precision and memory that models run with."""
 
 from __future__ import annotations
 
@@ -16,20 +16,22 @@ from ckptavg.distributed.processes import local_rank, several
 from ckptavg.errors import EvaluationError, UsageError
 
 _AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_SHARE = 0.6  # of the memory that is free; activations need the rest
+# Share of the free memory for copies of a model; activations need the rest.
+_SHARE = 0.6
+# Parts of the messages of RuntimeErrors of torch and its libraries.
 _EXHAUSTED = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where and how models run.
+    """Device, precision and data loading of models that run.
 
     Attributes:
-        device: Where.
+        device: Device of the models.
         amp: ``off``, or the reduced precision of autocast: ``bf16``, ``fp16``.
-        batch_size: Samples a batch, where a Dataset is given and not a loader.
-        workers: Processes that load data then.
-        seed: Of the order in which training data is read then.
+        batch_size: Samples per batch, for a Dataset.
+        workers: Number of processes that load a Dataset.
+        seed: Seed of the order in which a Dataset of training data is read.
     """
 
     device: torch.device
@@ -39,29 +41,33 @@ class Runtime:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        """Check the precision."""
         if self.amp != "off" and self.amp not in _AMP:
             raise UsageError(f"amp is expected to be one of off, bf16, fp16 but got {self.amp!r}")
 
     @classmethod
     def on(cls, device: str | torch.device | None, model: nn.Module, **options: Any) -> Runtime:
-        """A runtime on a device; on the model's own where None."""
+        """Make a runtime on a device, or on the model's own device where None."""
         if device is None:
             first = next(iter((*model.parameters(), *model.buffers())), None)
             return cls(torch.device("cpu") if first is None else first.device, **options)
         return cls(find_device(device), **options)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """The context that the forward pass runs in."""
+        """Return the autocast context of a forward pass."""
         if self.amp == "off":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, _AMP[self.amp])
 
 
 def find_device(name: str | torch.device) -> torch.device:
-    """A device by name; ``auto`` is the best one there is.
+    """Find a device by name.
+
+    Args:
+        name: A device of torch, or ``auto``: CUDA where available, else mps, else the CPU.
 
     Raises:
-        EvaluationError: It is not there.
+        EvaluationError: The device is not available.
         UsageError: There is no such kind of device.
     """
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
@@ -82,39 +88,42 @@ def find_device(name: str | torch.device) -> torch.device:
 
 
 def _own(device: torch.device) -> torch.device:
-    """The one of a host's devices that this process takes, where several share the host."""
+    """Choose this process's CUDA device if several processes share the host."""
     if device.type == "cuda" and device.index is None and several():
         return torch.device("cuda", local_rank() % torch.cuda.device_count())
     return device
 
 
 def fit(model: nn.Module, device: torch.device) -> int:
-    """How many copies of a model the free memory of a device holds beside the work on them.
+    """Compute the number of copies of a model that fit in the free memory of a device.
 
-    Averages are computed on the host before they move, so its memory counts as well. Processes that
-    share a host share its memory.
+    A share of the memory is left for activations. Averages are computed on the host before they
+    move to the device, so the host's memory counts too. Processes on the same host share its
+    memory.
     """
     tensors = (*model.parameters(), *model.buffers())
     size = sum(t.numel() * t.element_size() for t in tensors if not is_lazy(t))
     beside = int(os.environ.get("LOCAL_WORLD_SIZE") or 1) if several() else 1
     free = free_on_host() // beside
     if device.type == "cuda":
+        # Processes per device, rounded up.
         on_one = -(-beside // torch.cuda.device_count())
         free = min(free, torch.cuda.mem_get_info(device)[0] // on_one)
     return int(_SHARE * free / max(size, 1))
 
 
 def free_on_host(root: Path = Path("/")) -> int:
-    """Bytes that this process may still take: of the host's memory, and of its container's.
+    """Compute the bytes that this process may still allocate on the host and in a container.
 
-    What caches files counts as free, since the kernel gives it up.
+    Memory that caches files counts as free, since the kernel gives up the cache.
 
     Args:
-        root: Where the kernel's files are.
+        root: Directory that contains ``proc`` and ``sys``.
     """
     found = [_available(root / "proc" / "meminfo")]
     for line in _lines(root / "proc" / "self" / "cgroup"):
         _, controllers, place = line.split(":", 2)
+        # Version 2 of control groups lists no controllers here.
         if not controllers:
             found += _left_in(root / "sys/fs/cgroup", place, "memory.max", "memory.current")
         elif "memory" in controllers.split(","):
@@ -124,7 +133,7 @@ def free_on_host(root: Path = Path("/")) -> int:
 
 
 def _available(meminfo: Path) -> int:
-    """What Linux says is available; elsewhere what is free."""
+    """Return the available bytes on Linux, the free bytes elsewhere; 4 GiB where unknown."""
     for line in _lines(meminfo):
         if line.startswith("MemAvailable:"):
             return 1024 * int(line.split()[1])
@@ -134,10 +143,15 @@ def _available(meminfo: Path) -> int:
 
 
 def _left_in(mount: Path, place: str, limit: str, used: str) -> list[int]:
-    """What the limits of a control group and of those above it leave.
+    """List the bytes left under the limits of a control group and its parent groups.
 
-    A container may see its own as the root, whatever the name it has outside.
+    Args:
+        mount: Directory where the control groups are mounted.
+        place: Path of the process's group below ``mount``.
+        limit: Name of the file with the limit.
+        used: Name of the file with the usage.
     """
+    # A container may see its own group as the root, whatever the group's name outside.
     own = mount / place.strip("/")
     found = []
     for group in (own, *own.parents):
@@ -152,12 +166,13 @@ def _left_in(mount: Path, place: str, limit: str, used: str) -> list[int]:
 
 
 def _number(path: Path) -> int | None:
-    """The number in a file; none where there is no file, or it says ``max``."""
+    """Read the number in a file; None if there is no file or its text is ``max``."""
     lines = _lines(path)
     return int(lines[0]) if lines and lines[0].isdecimal() else None
 
 
 def _lines(path: Path) -> list[str]:
+    """Read the lines of a file; none if the file cannot be read."""
     try:
         return path.read_text(encoding="ascii").splitlines()
     except (OSError, ValueError):
@@ -165,7 +180,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the memory of the device or the host is exhausted."""
+    """Return True if an error reports that the device or the host is out of memory."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _EXHAUSTED)

@@ -1,4 +1,4 @@
-"""Copies of a model without its values, to try on them what would change the model."""
+"""Copies of a model without values, for trials that would change the model."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _COPIED = (nn.Module, torch.Tensor, types.MethodType)
 
 
 def real_tensors(model: nn.Module) -> list[torch.Tensor]:
-    """List a model's weights and buffers, but for those that a lazy module does not have yet."""
+    """List a model's weights and buffers, without the uninitialized tensors of lazy modules."""
     return [t for t in (*model.parameters(), *model.buffers()) if not is_lazy(t)]
 
 
 def stand_ins(tensors: Iterable[torch.Tensor]) -> dict[int, Any]:
-    """Give each tensor one without values, as ``copy.deepcopy`` takes it: by ``id``."""
+    """Map each tensor's ``id`` to a tensor without values, as a memo for ``copy.deepcopy``."""
     memo: dict[int, Any] = {}
     for tensor in tensors:
         empty = torch.empty_like(tensor, device="meta", requires_grad=False)
@@ -30,7 +30,11 @@ def stand_ins(tensors: Iterable[torch.Tensor]) -> dict[int, Any]:
 
 
 def hollow_copy(model: nn.Module) -> nn.Module:
-    """Copy a model without values. What its modules refer to besides, a trainer say, is shared."""
+    """Copy a model without values.
+
+    All other objects that the modules refer to, such as a trainer, are shared.
+    """
+    # An object in the memo is not copied by deepcopy. Containers are searched, not shared.
     memo = stand_ins(real_tensors(model))
     waiting: list[Any] = [value for module in model.modules() for value in vars(module).values()]
     seen: set[int] = set()

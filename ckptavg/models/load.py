@@ -1,4 +1,4 @@
-"""Weights into a module, by the names they have in common."""
+"""Loading of weights into a module, matched by name."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from ckptavg.errors import ModelError, first_few
 from ckptavg.formats.state_dict import bare_names
 from ckptavg.models.hollow import real_tensors, stand_ins
 
-_LARGE = 1 << 30  # bytes of a model that is not copied in order to try something
+# Bytes above which a model is too large to copy for a trial.
+_LARGE = 1 << 30
 
 
 def load_into(model: nn.Module, state_dict: Mapping[str, torch.Tensor], origin: str) -> None:
-    """Copy weights into a module. Wrappers' prefixes are of no account on either side.
+    """Copy weights into a module, regardless of wrappers' prefixes on either side.
 
     Args:
-        model: Takes them, converted to its own types.
-        state_dict: The weights, under bare names.
-        origin: Where they come from, for messages.
+        model: The module. Weights are converted to the module's own dtypes.
+        state_dict: The weights, by bare name.
+        origin: Path of the weights, for messages.
 
     Raises:
         ModelError: Names or shapes do not fit.
@@ -37,6 +38,7 @@ def load_into(model: nn.Module, state_dict: Mapping[str, torch.Tensor], origin: 
     extra = [name for name in state_dict if name not in places and not _is_beside(name, places)]
     lost = [name for name in places.values() if name not in given]
     reached = {own[name].data_ptr() for name in given if _is_real(own[name])}
+    # Counts of batches may be missing, and so may tensors that share memory with a loaded tensor.
     spare = {
         name
         for name in lost
@@ -61,12 +63,14 @@ def load_into(model: nn.Module, state_dict: Mapping[str, torch.Tensor], origin: 
 
 
 def _misfit(lost: list[str], extra: list[str]) -> str:
+    """Describe missing and extra names."""
     parts = [f"the model needs {first_few(lost)}"] if lost else []
     parts += [f"the checkpoint has {first_few(extra)}"] if extra else []
     return "; ".join(parts)
 
 
 def _misshape(name: str, given: torch.Tensor, own: torch.Tensor) -> str:
+    """Describe a weight whose shape does not fit."""
     shape, wanted = tuple(given.shape), tuple(own.shape)
     return f"{name} has the shape {shape} where the model has {wanted}"
 
@@ -74,16 +78,16 @@ def _misshape(name: str, given: torch.Tensor, own: torch.Tensor) -> str:
 def _torch_takes(
     model: nn.Module, state_dict: Mapping[str, torch.Tensor], spare: Collection[str]
 ) -> bool:
-    """Whether a model's own way of loading makes names and shapes fit.
+    """Return True if the model's own loading code makes names and shapes fit.
 
-    Observers size their buffers, and layers rename what older versions of them had. That is tried
-    on a copy, since torch keeps what it has loaded before it finds an error: one without values,
-    and of a model that is no large one a whole one, too.
+    Observers resize their buffers on loading. Layers rename the weights of older versions.
+    The load is tried on a copy, since torch keeps the weights that it has loaded before an error.
+    The first copy has no values. For a model that is not large, a whole copy is tried next.
 
     Args:
-        model: It.
-        state_dict: By the model's names.
-        spare: What may be missing.
+        model: The model.
+        state_dict: The weights, by the model's names.
+        spare: Names that may be missing.
     """
     tensors = real_tensors(model)
     hollow = stand_ins(tensors)
@@ -92,27 +96,30 @@ def _torch_takes(
     for kept in (hollow,) if is_large else (hollow, whole):
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that nothing is copied
+                # torch warns that nothing is copied into tensors without values.
+                warnings.simplefilter("ignore")
                 keys = copy.deepcopy(model, kept).load_state_dict(state_dict, strict=False)
-        except Exception:  # whatever a module of the user's says
+        # A user's module may raise any error.
+        except Exception:
             continue
         return not keys.unexpected_keys and {*keys.missing_keys} <= {*spare}
     return False
 
 
 def _is_beside(name: str, places: Mapping[str, str]) -> bool:
-    """Whether a weight is of a directory beside the model's, of which it knows nothing.
+    """Return True if a weight belongs to a directory beside the model's own.
 
-    ``hf:DIR`` is the model in the root of a sentence-transformer, and not its Dense module.
+    For example, ``hf:DIR`` names the model in the root of a sentence-transformer. The weights of
+    its Dense module are in a directory beside that model.
     """
     folder, slash, _ = name.rpartition("/")
     return bool(slash) and not any(place.startswith(f"{folder}/") for place in places)
 
 
 def undistributed(model: nn.Module) -> nn.Module:
-    """The module inside DistributedDataParallel.
+    """Return the module inside DistributedDataParallel.
 
-    Its first forward pass hands buffers round, and would wait for processes that have no data.
+    The wrapper's first forward pass broadcasts buffers. It would wait for processes without data.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):
         inner: nn.Module = model.module
@@ -121,10 +128,10 @@ def undistributed(model: nn.Module) -> nn.Module:
 
 
 def bare_module(model: nn.Module) -> nn.Module:
-    """The module inside torch.compile, DataParallel and DistributedDataParallel.
+    """Return the module inside torch.compile, DataParallel and DistributedDataParallel.
 
-    What is set at a layer does not reach into compiled code, and replicas would call it from
-    several threads.
+    Attributes that are set on a layer have no effect in compiled code. Replicas of DataParallel
+    would call the layer from several threads.
     """
     while True:
         model = undistributed(model)
@@ -137,7 +144,7 @@ def bare_module(model: nn.Module) -> nn.Module:
 
 
 def _remedy(model: set[str], checkpoint: set[str]) -> str:
-    """What to do about names that do not fit."""
+    """Suggest a remedy for names that do not fit."""
     for larger, smaller, is_so in (
         (checkpoint, model, "The checkpoint's names begin"),
         (model, checkpoint, "The model's names begin"),
@@ -145,6 +152,7 @@ def _remedy(model: set[str], checkpoint: set[str]) -> str:
         prefix = next((n[: -len(m)] for m in sorted(smaller) for n in larger if _ends(n, m)), "")
         if prefix and larger == {prefix + name for name in smaller}:
             return f"{is_so} with {prefix!r}: name a model whose modules are called as in training."
+    # A file with several networks has all of the model's names under one of its entries.
     first = min(model, default="")
     entries = sorted(name[: -len(first) - 1] for name in checkpoint if _ends(name, first))
     fitting = [e for e in entries if all(f"{e}.{name}" in checkpoint for name in model)]
@@ -155,9 +163,10 @@ def _remedy(model: set[str], checkpoint: set[str]) -> str:
 
 
 def _ends(name: str, tail: str) -> bool:
+    """Return True if a dotted name ends with another dotted name."""
     return name.endswith(f".{tail}")
 
 
 def _is_real(tensor: torch.Tensor) -> bool:
-    """Whether a tensor has elements yet; a lazy module's gets them with its first batch."""
+    """Return True if a tensor has elements; a lazy module's tensor has none before a batch."""
     return not is_lazy(tensor) and tensor.numel() > 0
