@@ -149,7 +149,7 @@ class _OneBar:
 
 
 class _BarPerPhase:
-    """One bar per phase, of a class like tqdm."""
+    """Bars of a class like tqdm, a separate bar per phase."""
 
     def __init__(self, make: Callable[..., Any], unit: Unit) -> None:
         self._make = make
@@ -169,7 +169,7 @@ class _BarPerPhase:
 
 
 class _RichPhases:
-    """One task per phase in a ``Progress`` of rich."""
+    """Tasks in a ``Progress`` of rich, a separate task per phase."""
 
     def __init__(self, bars: Any) -> None:
         self._bars = bars

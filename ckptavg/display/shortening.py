@@ -169,7 +169,7 @@ def _groups_of_same(shortened: Mapping[str, str]) -> list[list[str]]:
 
 
 def _show_differences(names: Sequence[str], room: int) -> dict[str, str]:
-    """Shorten names on both sides of the part in which they differ.
+    """Shorten names on both sides of the differing part.
 
     If that part leaves no room, the text before the part is cut first.
     """

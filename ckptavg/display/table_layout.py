@@ -190,7 +190,7 @@ def _head(table: Table, rooms: Sequence[int]) -> list[Line]:
 
 
 def _row_lines(row: Row, table: Table, rooms: Sequence[int]) -> list[Line]:
-    """Set a row, in several lines if prose does not fit in one line."""
+    """Set a row, in several lines if prose does not fit in a single line."""
     wrapped = []
     for cell, column, room in zip(row.cells, table.columns, rooms, strict=True):
         wrapped.append(_prose_lines(cell.text, room) if column.kind == "prose" else [cell.text])

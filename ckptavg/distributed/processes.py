@@ -1,4 +1,4 @@
-"""Processes that make one output together, as started by ``torchrun``.
+"""Processes that make an output together, as started by ``torchrun``.
 
 The processes exchange small JSON messages through the gloo backend of torch.distributed. A process
 that fails leaves a message in the launcher's store. The other processes look there while they work
@@ -45,7 +45,7 @@ T = TypeVar("T")
 
 
 def several() -> bool:
-    """Return True if this process was started as one of several processes of a group."""
+    """Return True if this process was started as part of a group of several processes."""
     size = os.environ.get("WORLD_SIZE", "")
     return all(os.environ.get(n) for n in _NEEDED) and size.isdecimal() and int(size) > 1
 
@@ -61,7 +61,7 @@ def own_rank() -> int:
 
 
 class Peers(Protocol):
-    """Interface of a group of processes for one member.
+    """Interface of a group of processes for a member.
 
     Attributes:
         rank: Number of this process, from 0.
@@ -300,9 +300,9 @@ class Processes:
 
 @contextmanager
 def joined() -> Iterator[Processes]:
-    """Join the group of processes, and leave it at the end of the context.
+    """Join the group of processes for the duration of a context.
 
-    If one process fails, all processes fail.
+    If any process fails, all processes fail.
 
     Yields:
         The group, once all processes have started.

@@ -43,7 +43,7 @@ class CheckpointError(CkptavgError):
 
 
 class NoWeightsError(CheckpointError):
-    """Error for a readable file without weights, such as an optimizer's state or a history."""
+    """Error for a readable file without weights, for example an optimizer's state or a history."""
 
 
 class PlacementError(CheckpointError):
@@ -75,7 +75,7 @@ class IntegrityError(CkptavgError):
 
 
 class ProcessesError(CkptavgError):
-    """Error for processes that cannot make one output together."""
+    """Error for processes that cannot make an output together."""
 
 
 class PeerError(ProcessesError):
@@ -118,7 +118,7 @@ def short(name: object) -> str:
 
 
 def first_few(names: list[str], count: int = 3) -> str:
-    """Join the first names of a list for a one-line message, with the number of further names."""
+    """Join the first names of a list for a short message, with the number of further names."""
     shown = ", ".join(names[:count])
     return shown if len(names) <= count else f"{shown} and {len(names) - count} more"
 

@@ -1,4 +1,4 @@
-"""Text that is safe to print: no control characters, no invisible ones, no secrets of URLs.
+"""Text that is safe to print, without control characters, invisible characters and secrets.
 
 Names come out of files, and files may be untrusted.
 """
@@ -34,7 +34,7 @@ _EXACT = 1e15
 
 
 def printable(text: str) -> str:
-    """Make a text one line of bounded length that is safe to print.
+    """Make a single line of bounded length that is safe to print.
 
     Characters that control a terminal or are invisible are escaped as in Python's strings.
     """

@@ -1,7 +1,7 @@
 """Publication of outputs that appear whole or not at all.
 
 A temporary beside the output is written, flushed to the disk and renamed. ``temporaries`` handles
-the temporaries of runs that have died.
+the temporaries of runs that have crashed.
 """
 
 from __future__ import annotations
@@ -113,9 +113,9 @@ class Publication:
         raise OSError(errno.EBUSY, "other runs remove its temporary again and again")
 
     def _create_and_lock(self) -> bool:
-        """Create and lock the temporary; return False if another run took or removed it meanwhile.
+        """Create and lock the temporary; return False if another run interferes.
 
-        Until it is locked, another run may take the temporary for a leftover of a dead run.
+        Before the lock is taken, another run may remove the temporary as a leftover of a crash.
         """
         flags = os.O_RDONLY if self.directory else os.O_RDWR | os.O_CREAT | os.O_EXCL
         try:
@@ -164,7 +164,7 @@ class Publication:
             ) from error
 
     def _replace(self) -> None:
-        """Rename the temporary over the output, in one step if the system can."""
+        """Rename the temporary over the output, in a single step if the system can."""
         if not self.directory:
             self.temporary.replace(self.path)
             return

@@ -16,7 +16,7 @@ _MOST_AT_ONCE = 64  # requests
 
 
 def is_http(system: Any) -> bool:
-    """Return True if a file system of fsspec is the one for web servers."""
+    """Return True if a file system of fsspec reads from web servers."""
     # A text or several: fsspec allows both.
     protocol = system.protocol
     return "http" in ((protocol,) if isinstance(protocol, str) else protocol)

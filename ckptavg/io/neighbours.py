@@ -8,7 +8,7 @@ from ckptavg.io.paths import Location
 
 
 def suggest_neighbours(path: Location) -> str:
-    """Suggest paths similar to a missing path, or near it, as a remedy."""
+    """Suggest existing paths that are similar to a missing path or nearby, as a remedy."""
     line = [path, *path.parents]
     above = next((i for i, p in enumerate(line[1:], 1) if p.is_dir()), None)
     if above is None:

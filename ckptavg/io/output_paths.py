@@ -36,7 +36,7 @@ def follow(path: Path) -> Path:
 def check_target(path: Path, *, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
     """Check that an output may be written, before any work begins.
 
-    Leftovers of runs that died are cleared first: they take room, or are the output itself.
+    Leftovers of crashed runs are cleared first: they take room, or are the output itself.
 
     Args:
         path: The output.
@@ -50,7 +50,7 @@ def check_target(path: Path, *, overwrite: bool, inputs: Iterable[Path] = ()) ->
     with guard_writes(path):
         target = follow(path)
         _check_parent(target.parent)
-        # Before any look at the target: a run that died during a swap has set the target aside.
+        # Before any look at the target: a run that crashed during a swap has set the target aside.
         temporaries.clear(target)
         _check_kind(target)
         if os.path.lexists(path) and not overwrite:

@@ -116,7 +116,7 @@ class RemotePath:
 
     @property
     def alone(self) -> RemotePath:
-        """The same URL with file info of its own, not out of the listing of a directory.
+        """The same URL with file info from a separate request, not from a directory listing.
 
         Some file systems describe a file differently in a listing.
         """
@@ -149,7 +149,7 @@ class RemotePath:
         return read_ranges([(self.url, 0, size)])[0] if size else b""
 
     def stat(self) -> os.stat_result:
-        """Return a stat result with size and times in whole seconds; other fields are dummies."""
+        """Return a stat result that has only the size and the times in whole seconds."""
         found = stat(self)
         seconds = found.mtime_ns // 10**9
         return os.stat_result((0, 0, 0, 1, 0, 0, found.size, seconds, seconds, seconds))
@@ -247,7 +247,7 @@ def check_output(name: Named) -> None:
 
 
 def without_secrets(name: str) -> str:
-    """Remove the credentials from a URL for writing into files; return other names unchanged."""
+    """Remove the credentials from a URL for writing into files; return a path unchanged."""
     if not is_url(name):
         return name
     scheme, _, location = name.partition("://")

@@ -144,7 +144,7 @@ class _RangeFile(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: Any) -> int:
-        """Read bytes of one piece into a buffer, and return the number of bytes."""
+        """Read bytes of a single piece into a buffer, and return the number of bytes."""
         count = min(len(buffer), self._size - self._at)
         if count <= 0:
             return 0

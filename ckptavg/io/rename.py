@@ -1,4 +1,4 @@
-"""Renames in one step, without replacing an existing path or as a swap of two paths.
+"""Atomic renames, without replacing an existing path or as a swap of two paths.
 
 Linux has a system call for both. There are substitutes for other systems, and for file systems
 without support.
@@ -44,7 +44,7 @@ def rename_new(one: Path, other: Path) -> None:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Swap two paths in one step; return False if the system cannot."""
+    """Swap two paths atomically; return False if the system cannot."""
     return _renameat2(one, other, _RENAME_EXCHANGE) == 0
 
 

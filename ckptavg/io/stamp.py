@@ -10,7 +10,7 @@ from ckptavg.io.paths import Location
 
 
 def changed(path: object) -> CheckpointError:
-    """Make the error for an input that has changed since it was opened."""
+    """Make the error for an input that has changed since the opening."""
     return CheckpointError(
         f"{path} changed while it was being read",
         "Wait until the training run has finished writing it, then try again.",
@@ -35,7 +35,7 @@ class FileStamp:
 
     @classmethod
     def of(cls, path: str | Location) -> FileStamp:
-        """Stamp a file in its present state.
+        """Stamp a file in the present state.
 
         Raises:
             CheckpointError: The file does not exist, may not be read, or is not a regular file: a
@@ -49,7 +49,7 @@ class FileStamp:
         return (self.path,) if paths.is_url(self.path) else (self.device, self.inode)
 
     def verify(self) -> None:
-        """Check that the file has not changed since it was stamped.
+        """Check that the file has not changed since the stamp was made.
 
         Raises:
             CheckpointError: The file has changed or was removed.

@@ -1,7 +1,7 @@
-"""Temporaries beside an output, and the removal of temporaries that a dead run has left.
+"""Temporaries beside an output, and the removal of temporaries that a crashed run has left.
 
-The temporary holds the new output. A lock on the temporary tells whether its run is alive: the
-system releases the lock when the run dies. If two paths cannot be swapped in one step, the old
+The temporary holds the new output. A lock on the temporary tells whether its run still works: the
+system releases the lock when the process ends. If two paths cannot be swapped in one step, the old
 output is set aside under a name that matches the name of the temporary. An output that is set aside
 is complete as long as it has that name.
 """
@@ -39,14 +39,14 @@ def new_temporary(path: Path) -> Path:
 
 
 def set_aside_name(temporary: Path) -> Path:
-    """Return the path at which the old output is set aside while a temporary replaces it."""
+    """Return the path at which the old output is set aside during a replacement."""
     return temporary.with_name(temporary.name.removesuffix(_TEMPORARY) + _SET_ASIDE)
 
 
 def lock(handle: int, path: Path) -> bool | None:
     """Take the lock of an open temporary without waiting.
 
-    Between creation and lock, another run may take the temporary for a leftover of a dead run. A
+    Between creation and lock, another run may take the temporary for a leftover of a crashed run. A
     run that removes a temporary holds the lock meanwhile. So a lock is valid if the path still
     leads to the locked file.
 
@@ -73,9 +73,9 @@ def lock(handle: int, path: Path) -> bool | None:
 
 
 def clear(path: Path) -> None:
-    """Remove the leftovers of dead runs beside an output, and put back an output set aside.
+    """Remove the leftovers of crashed runs beside an output, and put back an output set aside.
 
-    Temporaries of living runs stay. Temporaries of runs that may be alive stay, too, with a note.
+    Temporaries of runs that still work stay. In doubt, temporaries stay, too, with a note.
     """
     ours = re.compile(rf"({re.escape(_stem(path))}\.[0-9a-f]{{8}})({_TEMPORARY}|{_SET_ASIDE})")
     try:
@@ -110,7 +110,7 @@ def settle(aside: Path, path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a directory, even if other processes remove the same path.
+    """Remove a file or a directory, with tolerance for concurrent removals.
 
     A path that cannot be removed causes a warning, never an error: the work before has succeeded,
     or has failed with an error that matters more.
@@ -146,7 +146,7 @@ def _stem(path: Path) -> str:
 
 @contextmanager
 def _claim(path: Path) -> Iterator[bool | None]:
-    """Hold the lock of a temporary that a dead run may have left.
+    """Hold the lock of a temporary that a crashed run may have left.
 
     Yields:
         True if no other process can have the lock, False if another process has it, None if
