@@ -1,4 +1,4 @@
-"""Many averages of one run from one read of it."""
+"""Many averages of a run from a single read of the inputs."""
 
 from __future__ import annotations
 
@@ -72,38 +72,40 @@ def average_many(
 ) -> dict[str, StateDict] | dict[str, Path]:
     """Compute several averages of a run while each input byte is read once.
 
-    Each has the bits that ``average`` alone would give it::
+    Each average has the same bits as from a separate call of ``average``::
 
         run = ckptavg.open_run("runs/swa")
         windows = {f"last{k}": run.last(k) for k in (5, 10, 20)}
         ckptavg.average_many(run, windows | {"ema.pt": "ema:decay=0.9"}, out_dir="averages")
 
     Args:
-        run: What ``open_run`` returned, or a selection of it; or the path of a run.
-        averages: Name → a scheme for the run, a selection of it (averaged uniformly), or both; in
-            place of a scheme then also weights, one a checkpoint.
-        out_dir: Directory for the outputs, made if need be. A name's suffix decides the format as
-            for ``average``; without one it is a directory where the inputs are directories, else
-            ``.safetensors``. None returns state dicts instead.
+        run: The result of ``open_run``, or a selection of it; or the path of a run.
+        averages: Name → a scheme for the run, a selection of the run (averaged uniformly), or a
+            pair of a selection and a scheme. In a pair, weights may replace the scheme: one number
+            per checkpoint.
+        out_dir: Directory for the outputs, created where missing. A name's suffix decides the
+            format as for ``average``. An output whose name has no suffix is a directory where the
+            inputs are directories, else a ``.safetensors`` file. None returns state dicts instead.
         include: Shell patterns of tensor names to average; all where empty.
-        exclude: Shell patterns of those not to.
-        base: The checkpoint that the rest comes from; the last of each selection where None.
-        dtype: Of the outputs' floats, as for ``average``.
+        exclude: Shell patterns of tensor names not to average.
+        base: The checkpoint that all other tensors come from; the last one of each selection where
+            None.
+        dtype: Type of the outputs' floats, as for ``average``.
         overwrite: Replace existing outputs.
         on_nonfinite: ``error``, or ``keep`` to write averages that are not finite.
         digests: Record digests in the outputs, as for ``average``.
         progress: As for ``average``.
 
     Returns:
-        The state dict under bare names or the path of each output, by name.
+        Name → the state dict under bare names, or the path of the output.
 
     Warns:
         StaleStatisticsWarning: As ``average`` does.
 
     Raises:
-        UsageError: A selection is none of the run, or a name is no file name.
-        OutputError: An output may not or could not be written; no output appears then, unless
-            publishing some that were whole failed after others.
+        UsageError: A selection is not from the run, or a name is not a file name.
+        OutputError: An output may not or could not be written. No output appears then, except
+            where outputs were published before the publication of another one failed.
         CkptavgError: As for ``average``.
     """
     run = as_run(run)
@@ -142,13 +144,17 @@ def average_many(
 def plan_request(
     name: str, run: Run, asked: str | Run | tuple[Run, str | Sequence[float]], **rules: Any
 ) -> Average:
-    """Plan one of many averages.
+    """Plan an average from a value that ``average_many`` accepts.
 
     Args:
-        name: Its name, for messages.
-        run: The run that all of them are of.
-        asked: What ``average_many`` takes as a value.
-        rules: As for ``plan_average``.
+        name: Name of the average, for messages.
+        run: The run that all averages are selections of.
+        asked: A scheme, a selection of the run, or a pair of both.
+        rules: Keywords of ``plan_average``.
+
+    Raises:
+        UsageError: The value is not understood, or the selection is not from the run.
+        CkptavgError: As for ``plan_average``.
     """
     selection, scheme = _asked(name, run, asked)
     if isinstance(scheme, str):
@@ -158,7 +164,11 @@ def plan_request(
 
 @contextmanager
 def _directory(path: Path) -> Iterator[None]:
-    """A directory that is there, and no longer so if it was not and nothing came of it."""
+    """Create a directory where missing, and remove a created one again after an error.
+
+    Raises:
+        OutputError: The path is not a directory, or cannot be created.
+    """
     made = [place for place in (path, *path.parents) if not place.exists()]
     if not made and not path.is_dir():
         raise OutputError(f"{path} is no directory", "Choose another out_dir.")
@@ -169,7 +179,8 @@ def _directory(path: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        with suppress(OSError):  # it is not empty
+        # A directory that is not empty stays: an output was published into it.
+        with suppress(OSError):
             for place in made:
                 place.rmdir()
         raise
@@ -178,7 +189,11 @@ def _directory(path: Path) -> Iterator[None]:
 def _asked(
     name: str, run: Run, asked: str | Run | tuple[Run, str | Sequence[float]]
 ) -> tuple[Run, str | Sequence[float]]:
-    """The selection and the scheme of one of many averages."""
+    """Split a value that ``average_many`` accepts into the selection and the scheme.
+
+    Raises:
+        UsageError: The value is not understood, or the selection is not from the run.
+    """
     selection: Run
     scheme: str | Sequence[float]
     if isinstance(asked, str):
@@ -192,6 +207,7 @@ def _asked(
             f"{name!r} is expected to be a scheme, a selection of the run, or both as "
             f"(run.last(5), 'ema:decay=0.9'), but got {short(repr(asked))}"
         )
+    # All averages share one pass in the run's order, so that a selection must keep the order.
     places = {id(checkpoint): i for i, checkpoint in enumerate(run.opened)}
     order = [places.get(id(checkpoint), -1) for checkpoint in selection]
     if -1 in order or order != sorted(order):

@@ -1,4 +1,4 @@
-"""Which reads serve which outputs: several averages of one run are computed from one read of it."""
+"""Groups of tensors that share reads, so that several averages need each input byte only once."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ckptavg.outputs.sinks import Sink
 
 @dataclass(frozen=True)
 class Job:
-    """One output of a stream.
+    """An output of a stream.
 
     Attributes:
-        tensors: What to compute; tied ones are computed once, under their first name.
-        sink: Takes the blocks, from several threads and in any order.
+        tensors: The tensors to compute. Tied tensors are computed once, under the first name.
+        sink: Receives the blocks, from several threads and in any order.
         keep_nonfinite: Write an average that is not finite as it is.
     """
 
@@ -31,12 +31,12 @@ class Job:
 
 
 class Share(NamedTuple):
-    """One checkpoint's part in one of a group's averages.
+    """Part of a source in an average of the same group.
 
     Attributes:
-        member: Which of the group's members.
-        coefficient: What its values are multiplied by.
-        first: Whether the sum begins with it.
+        member: Position of the average among the group's members.
+        coefficient: Factor of the source's values.
+        first: True if the sum begins with the source.
     """
 
     member: int
@@ -46,12 +46,12 @@ class Share(NamedTuple):
 
 @dataclass(frozen=True)
 class Member:
-    """A tensor of one output within a group.
+    """A tensor of an output within a group.
 
     Attributes:
         job: Position of the output among the stream's jobs.
-        plan: How the tensor comes about.
-        places: Which of the group's sources it takes, in its order.
+        plan: Plan of the tensor.
+        places: Positions among the group's sources of the plan's inputs, in the plan's order.
     """
 
     job: int
@@ -60,22 +60,23 @@ class Member:
 
     @cached_property
     def divisor(self) -> float:
-        """What the weighted sum is divided by."""
+        """Divisor of the weighted sum."""
         plan = self.plan
         return math.fsum(plan.coefficients) if plan.divisor is None else plan.divisor
 
 
 @dataclass(frozen=True)
 class Group:
-    """Tensors of several outputs that are made of the same reads.
+    """Tensors of several outputs that are computed from the same reads.
 
     Attributes:
-        name: The tensor's, in all of them.
-        shape: Extent.
+        name: Name of the tensor in all outputs.
+        shape: Shape of the tensor.
         sources: The distinct tensors that are read, in the run's order.
-        members: What is made of them.
-        products: Which sources are multiplied with each other, for the run's geometry.
-        watched: Which sources are shown to the stream's watcher as they are read.
+        members: The tensors that are computed from the sources.
+        products: Positions of the sources that are multiplied with each other, for the geometry of
+            the run.
+        watched: Positions of the sources whose blocks the stream's watcher receives.
     """
 
     name: str
@@ -92,22 +93,25 @@ class Group:
 
     @cached_property
     def input_bytes(self) -> int:
-        """Bytes that are read for it."""
+        """Bytes to read for the group."""
         return sum(source.stored_bytes for source in self.sources)
 
     @cached_property
     def contiguous(self) -> bool:
-        """Whether every source lies in one row-major range."""
+        """True if every source is stored as one row-major range."""
         return all(source.contiguous for source in self.sources)
 
     @cached_property
     def averaged(self) -> bool:
-        """Whether its values are computed with, not only copied."""
+        """True if values are computed, and not only bytes copied."""
         return bool(self.products) or any(member.plan.averaged for member in self.members)
 
     @cached_property
     def rows(self) -> dict[int, list[int]]:
-        """For each source that is multiplied, its rows among them: several if it is named twice."""
+        """Position of each multiplied source → rows of that source in the matrix of products.
+
+        A source that is named twice has several rows.
+        """
         found: dict[int, list[int]] = {}
         for row, place in enumerate(self.products):
             found.setdefault(place, []).append(row)
@@ -115,7 +119,7 @@ class Group:
 
     @cached_property
     def shares(self) -> tuple[tuple[Share, ...], ...]:
-        """For each source, the averages that it goes into."""
+        """Parts of each source in the averages, by the position of the source."""
         found: list[list[Share]] = [[] for _ in self.sources]
         for number, member in enumerate(self.members):
             plan = member.plan
@@ -128,33 +132,37 @@ class Group:
 def grouped(
     jobs: Sequence[Job], order: Iterable[Checkpoint] = (), gram: Sequence[TensorPlan] = ()
 ) -> list[Group]:
-    """Put the tensors of several outputs together that can be made of the same reads.
+    """Group the tensors of several outputs that can be computed from the same reads.
 
     Args:
         jobs: The outputs.
-        order: The checkpoints in the order in which every output takes those that it takes; only
-            needed for several outputs. Tensors of none of them are read for one output each.
-        gram: Tensors of which the products between all sources are wanted.
+        order: The checkpoints in an order that agrees with every output's order; only needed for
+            several outputs. A tensor of another checkpoint comes before these in a group.
+        gram: Tensors whose sources are all multiplied with each other.
 
     Returns:
-        Groups in the order of the first output that has each.
+        Groups in the order of the outputs' tensors, the first output first.
     """
     ranks = {id(t): i for i, c in enumerate(order) for t in c.tensors.values()}
     alike: dict[object, list[tuple[int, TensorPlan]]] = {}
     for number, plans in enumerate([*(job.tensors for job in jobs), gram]):
         for plan in plans:
             if plan.tied_to is None and plan.output.numel:
+                # An averaged and a copied tensor of one name need different work on each block.
                 key = (plan.name, plan.shape, plan.averaged)
                 alike.setdefault(key, []).append((number, plan))
     return [_group(plans, ranks, len(jobs)) for plans in alike.values()]
 
 
 def watching(groups: Iterable[Group], tensors: Iterable[Tensor]) -> list[Group]:
-    """Groups that show each of some tensors to the watcher once, read for that if for nothing else.
+    """Mark the sources whose blocks the watcher receives, so that each tensor is watched once.
 
     Args:
-        groups: What is read anyhow.
-        tensors: What is to be seen.
+        groups: The groups that are read for outputs.
+        tensors: The tensors to watch.
+
+    Returns:
+        The marked groups, then one group per tensor that is read for the watcher alone.
     """
     wanted = {tensor: True for tensor in tensors if tensor.numel}
     found: list[Group] = []
@@ -168,7 +176,8 @@ def watching(groups: Iterable[Group], tensors: Iterable[Tensor]) -> list[Group]:
 def _group(plans: list[tuple[int, TensorPlan]], ranks: Mapping[int, int], jobs: int) -> Group:
     keyed = [(number, plan, _keys(plan)) for number, plan in plans]
     inputs = {key: t for _, plan, keys in keyed for key, t in zip(keys, plan.inputs, strict=True)}
-    if len(plans) > 1:  # stable, so that tensors of no rank stay in their output's order
+    if len(plans) > 1:
+        # The sort is stable: tensors without a rank stay in the order of their output.
         inputs = dict(sorted(inputs.items(), key=lambda item: ranks.get(item[0][0], -1)))
     place = {key: i for i, key in enumerate(inputs)}
     placed = [(number, plan, tuple(place[key] for key in keys)) for number, plan, keys in keyed]
@@ -179,7 +188,10 @@ def _group(plans: list[tuple[int, TensorPlan]], ranks: Mapping[int, int], jobs: 
 
 
 def _keys(plan: TensorPlan) -> list[tuple[int, int]]:
-    """What tells the inputs of a plan apart: one that comes again is read again, in its turn."""
+    """Return a key per input of a plan: the tensor and the number of its earlier occurrences.
+
+    A tensor that occurs twice in a plan is read twice, so that the order of the sum is kept.
+    """
     seen: Counter[int] = Counter()
     keys = []
     for tensor in plan.inputs:
@@ -189,12 +201,13 @@ def _keys(plan: TensorPlan) -> list[tuple[int, int]]:
 
 
 def common_order(sequences: Iterable[Sequence[Checkpoint]]) -> list[Checkpoint]:
-    """Find an order of checkpoints that agrees with all of some sequences; empty if none does."""
+    """Find an order of checkpoints that agrees with several sequences; empty if there is none."""
     known: dict[int, Checkpoint] = {}
     after: dict[int, dict[int, None]] = {}
     for sequence in sequences:
         known |= {id(checkpoint): checkpoint for checkpoint in sequence}
         for one, following in zip(sequence, (*sequence[1:], None), strict=True):
+            # Dicts are ordered sets here, so that the result is the same in every process.
             after.setdefault(id(one), {})
             if following is not None and following is not one:
                 after.setdefault(id(following), {})[id(one)] = None

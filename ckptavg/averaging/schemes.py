@@ -1,4 +1,4 @@
-"""What turns the steps of a run into coefficients."""
+"""Averaging schemes, which turn the steps of a run into coefficients."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Remark = Callable[[Sequence[float]], str]
 
 @dataclass(frozen=True)
 class Scheme:
-    """An averaging method: its name and options, ready to be applied to a run.
+    """An averaging method with options, ready to be applied to a run.
 
     Attributes:
         name: One of ``SCHEMES``, or ``weights``.
-        text: The whole specification, as it goes into the provenance.
+        text: The whole specification, as stored in the provenance.
     """
 
     name: str
@@ -30,10 +30,13 @@ class Scheme:
     _remark: Remark = field(default=lambda _: "", repr=False, compare=False)
 
     def coefficients(self, steps: Steps) -> list[float]:
-        """One coefficient a checkpoint, oldest first; their sum is positive but need not be 1.
+        """Compute the coefficients of a run.
 
         Args:
-            steps: The checkpoints' positions in training, None where unknown.
+            steps: The checkpoints' positions in training, oldest first; None where unknown.
+
+        Returns:
+            One coefficient per checkpoint, oldest first. The sum is positive but need not be 1.
 
         Raises:
             RunError: The scheme needs steps that are not known, or another number of checkpoints.
@@ -46,7 +49,7 @@ class Scheme:
         return found
 
     def note(self, coefficients: Sequence[float]) -> str:
-        """What may surprise in the coefficients that the scheme has given; empty if nothing does.
+        """Describe a surprising property of the scheme's coefficients; empty if there is none.
 
         Args:
             coefficients: One per checkpoint, oldest first.
@@ -55,18 +58,19 @@ class Scheme:
 
 
 def parse(text: str) -> Scheme:
-    """Read ``NAME[:key=value,...]``.
+    """Parse the specification of a scheme, ``NAME[:key=value,...]``.
 
-    ``uniform`` (SWA, Izmailov et al. 2018): every checkpoint alike. Algorithm 1 there counts the
-    start of the averaging phase as the first model; here that is a matter of what is selected.
+    ``uniform`` (SWA, Izmailov et al. 2018): equal coefficients. In the paper's Algorithm 1, the
+    first model of the average is the start of the averaging phase. Here the selection decides that.
 
-    ``ema:decay=D`` (Polyak averaging; also Lookahead's slow weights with α = 1 − D): seeded with
-    the first checkpoint. ``debias=true`` drops the seed's extra weight, ``per=step`` lets the decay
-    act per training step, so that uneven gaps count as they are.
+    ``ema:decay=D`` (Polyak averaging; also Lookahead's slow weights with α = 1 − D): an exponential
+    moving average that starts at the first checkpoint. ``debias=true`` removes the extra weight of
+    the first checkpoint. ``per=step`` applies the decay per training step, so that a larger gap
+    between checkpoints decays more.
 
-    ``linear`` (WMA): growing with the position.
+    ``linear`` (WMA): coefficients proportional to the position, 1, 2, 3, ...
 
-    ``lawa:k=K`` (Kaddour 2022): the last K alike.
+    ``lawa:k=K`` (Kaddour 2022): equal coefficients for the last K checkpoints, 0 for all others.
 
     Raises:
         UsageError: The name, an option or a value is unknown.
@@ -88,7 +92,7 @@ def _parse(text: str) -> Scheme:
 
 
 def _meant(text: str) -> list[str]:
-    """List the specification that a wrong one may have been meant for, if there is one."""
+    """Guess the specification that a user meant by a wrong text; empty without a guess."""
     start = _NAME.match(text)
     if start is None:
         return []
@@ -100,6 +104,7 @@ def _meant(text: str) -> list[str]:
     options = (
         [_meant_option(name, part) for part in re.split("[,;]", words)] if words else _USUAL[name]
     )
+    # Only a guess that parses is suggested.
     likely = f"{name}:{','.join(options)}" if options else name
     try:
         _parse(likely)
@@ -109,7 +114,7 @@ def _meant(text: str) -> list[str]:
 
 
 def _meant_option(name: str, part: str) -> str:
-    """Correct an option of a scheme: a value alone is that of the scheme's first one."""
+    """Correct the spelling of a scheme's option. A number alone is for the first option."""
     known = _OPTIONS[name]
     words = [word for word in _SEPARATORS.split(part) if word]
     if not words or not known:
@@ -126,10 +131,13 @@ def _meant_option(name: str, part: str) -> str:
 
 
 def explicit(weights: Sequence[float]) -> Scheme:
-    """The scheme of weights that were given one by one.
+    """Make a scheme from one weight per checkpoint.
+
+    Args:
+        weights: Finite numbers with a finite sum above 0.
 
     Raises:
-        UsageError: A weight is not finite, or they do not sum to more than 0.
+        UsageError: A weight is not a finite number, or the sum is not finite and above 0.
     """
     try:
         weights = [float(weight) for weight in weights]
@@ -143,6 +151,7 @@ def explicit(weights: Sequence[float]) -> Scheme:
         )
 
     def apply(steps: Steps) -> list[float]:
+        """Return the scaled weights, if there is one per checkpoint."""
         if len(steps) != len(weights):
             raise RunError(
                 f"{len(weights)} weights are given for {len(steps)} checkpoints",
@@ -150,13 +159,13 @@ def explicit(weights: Sequence[float]) -> Scheme:
             )
         return [math.ldexp(w, -scale) for w in weights]
 
-    # scaled by a power of two, which changes no ratio, where products could overflow
+    # Where products could overflow, weights are scaled by a power of two, which keeps the ratios.
     scale = max(0, math.frexp(max(map(abs, weights)))[1] - 100)
     return Scheme("weights", f"weights:{_listed(weights)}", apply)
 
 
 def normalized(coefficients: Sequence[float]) -> list[float]:
-    """The coefficients divided by their sum."""
+    """Divide coefficients by the sum of all coefficients."""
     total = math.fsum(coefficients)
     return [c / total for c in coefficients]
 
@@ -203,10 +212,13 @@ def _ema(options: Mapping[str, str]) -> Callable[[Steps], list[float]]:
     per_step = _choice("per", options.get("per", "checkpoint")) == "step"
 
     def apply(steps: Steps) -> list[float]:
+        """Return the coefficients of the moving average at the last checkpoint."""
         times = _increasing(steps) if per_step else [float(i) for i in range(len(steps))]
         ages = [decay ** (times[-1] - t) for t in times]
+        # The coefficients are normalized later, so that decay^age is the debiased average.
         if debias:
             return ages
+        # Each update over a gap g multiplies the average by D^g and adds 1 − D^g of the weights.
         gaps = [b - a for a, b in pairwise(times)]
         return [ages[0]] + [age * (1 - decay**gap) for age, gap in zip(ages[1:], gaps, strict=True)]
 
@@ -235,9 +247,10 @@ def _no_remark(_: Sequence[float]) -> str:
 
 
 def _remark_on_seed(options: Mapping[str, str]) -> Remark:
-    """Remark on an average that consists of its seed for the most part."""
+    """Make a remark for averages in which the first checkpoint, the seed, weighs most."""
 
     def remark(coefficients: Sequence[float]) -> str:
+        """Return the remark; empty where another checkpoint weighs more."""
         first, *others = coefficients
         if options.get("debias") == "true" or not others or first <= max(others):
             return ""
@@ -251,9 +264,10 @@ def _remark_on_seed(options: Mapping[str, str]) -> Remark:
 
 
 def _remark_on_few(options: Mapping[str, str]) -> Remark:
-    """Remark on a window that is longer than the run."""
+    """Make a remark for windows that are longer than the run."""
 
     def remark(coefficients: Sequence[float]) -> str:
+        """Return the remark; empty where the run is long enough."""
         count = len(coefficients)
         if count >= int(options["k"]):
             return ""

@@ -1,10 +1,12 @@
-"""An output that several processes make: whose part is which, and how the parts become one.
+"""Division of outputs among several processes, and assembly of the parts.
 
-The bytes of all files of an output, one after another, are cut into parts of equal size at page
-borders, so that hosts seldom write one page: at an element across a border, which only distributed
-checkpoints have, at what the first process writes between tensors, at borders between leaves that
-are hashed, and in outputs beside the first. Nothing is read of an output, so no host puts back what
-another has written. The bits do not depend on the cuts.
+The concatenated bytes of all files of an output are cut at page borders into parts of equal size,
+one per process. So two hosts seldom write to the same page. The exceptions are: an element across a
+border, which only distributed checkpoints have; the bytes between tensors, which the first process
+writes; borders between leaves that are hashed; and outputs after the first.
+
+Nothing is read from an output, so no host writes back a stale copy of bytes that another host has
+written. The bits of the output do not depend on the cuts.
 """
 
 from __future__ import annotations
@@ -41,16 +43,16 @@ T = TypeVar("T", TensorPlan, OutputTensor)
 
 
 def byte_ranges(sizes: Sequence[int], rank: int, count: int) -> list[tuple[int, int]]:
-    """One process's part of some files.
+    """Compute the part of each file that a process writes.
 
     Args:
-        sizes: Of the files, in bytes.
-        rank: The process, from 0.
-        count: How many processes there are.
+        sizes: Size of each file in bytes.
+        rank: Rank of the process, from 0.
+        count: Number of processes.
 
     Returns:
-        First byte and end of its part of each file. The parts of all processes cover each byte
-        once, in their order; borders within a file are multiples of ``PAGE``.
+        First byte and end (exclusive) of the part of each file. The parts of all processes cover
+        each byte once, in the order of the ranks. Borders within a file are multiples of ``PAGE``.
     """
     total = sum(sizes)
     found, before = [], 0
@@ -68,17 +70,20 @@ def _aligned(border: int, size: int) -> int:
 def element_ranges(
     layout: Layout, tensors: Iterable[OutputTensor], rank: int, count: int, grain: int = 1
 ) -> dict[tuple[str, int], tuple[int, int]]:
-    """One process's part of the tensors of an output; an element belongs where it begins.
+    """Compute the part of each tensor that a process computes.
+
+    An element belongs to the part in which the element's first byte is.
 
     Args:
-        layout: Of the output.
-        tensors: What is in it.
-        rank: The process, from 0.
-        count: How many processes there are.
-        grain: Elements that stay together, counted from a tensor's first.
+        layout: Layout of the output.
+        tensors: Tensors of the output.
+        rank: Rank of the process, from 0.
+        count: Number of processes.
+        grain: Number of elements that are not split, counted from the first element of a tensor.
 
     Returns:
-        First element and end by name and number of elements of each tensor that has a place.
+        Name and number of elements of each tensor with a place in the layout → first element and
+        end (exclusive).
     """
     ranges = byte_ranges([file.size for file in layout.files], rank, count)
     places = {
@@ -90,6 +95,7 @@ def element_ranges(
     for tensor in tensors:
         if tensor.name in places and tensor.numel:
             offset, begin, end = places[tensor.name]
+            # Rounded up to the grain: an element across a border belongs to the part before.
             first, stop = (
                 min(
                     tensor.numel,
@@ -102,9 +108,10 @@ def element_ranges(
 
 
 def untied(tensors: Iterable[T], layout: Layout) -> list[T]:
-    """Tensors that each stand for themselves wherever the layout has a place for each of them.
+    """Remove the ties of tensors that have places of their own in a layout.
 
-    The places of tied tensors may be parts of several processes, each of which makes its own.
+    The places of tied tensors may be in the parts of several processes. Each process then computes
+    the elements of its own part.
     """
     placed = {name for file in layout.files for name in file.offsets}
     return [
@@ -114,14 +121,14 @@ def untied(tensors: Iterable[T], layout: Layout) -> list[T]:
 
 @dataclass(frozen=True)
 class Split:
-    """Some outputs that several processes make.
+    """Outputs that several processes make together.
 
     Args:
-        processes: Who makes them.
+        processes: The processes.
         targets: The outputs.
-        plans: How they come about.
-        grain: Elements of a tensor that are not split; where it is not 1, borders are not quite
-            those of pages.
+        plans: Plan of each output.
+        grain: Number of elements of a tensor that are not split. Where it is not 1, borders are
+            only near page borders.
     """
 
     processes: Processes
@@ -131,14 +138,19 @@ class Split:
 
     @property
     def tensors(self) -> list[list[TensorPlan]]:
-        """What is computed for each output."""
+        """Plans of each output's tensors, without ties where each tied name has its own place."""
         both = zip(self.plans, self.targets, strict=True)
         return [untied(plan.tensors, target.layout) for plan, target in both]
 
     @property
     def parts(self) -> dict[tuple[str, int], tuple[int, int]]:
-        """What of it this process makes; several outputs are cut as the first of them."""
+        """Part of each tensor that this process computes.
+
+        One read serves all outputs, so that a tensor has the same part in every output. The first
+        output with a place for the tensor decides the part.
+        """
         found: dict[tuple[str, int], tuple[int, int]] = {}
+        # Reversed, since later entries replace earlier ones: the first output decides.
         for target in reversed(self.targets):
             own = self.processes.rank, self.processes.count, self.grain
             found |= element_ranges(target.layout, target.tensors, *own)
@@ -146,11 +158,12 @@ class Split:
 
     @contextmanager
     def opened(self) -> Iterator[list[FileSink]]:
-        """Sinks for this process's parts, published once every process has filled its own.
+        """Open sinks for this process's parts, and publish the outputs once all parts are written.
 
         Raises:
-            ProcessesError: The processes are not about to do the same, or another one has failed.
-            OutputError: An output cannot be written; nothing is published then.
+            ProcessesError: The processes have different inputs or outputs, or another process has
+                failed.
+            OutputError: An output cannot be written. Nothing is published then.
         """
         self._agree()
         targets = [
@@ -162,16 +175,33 @@ class Split:
         try:
             self.processes.gather("published")
         except PeerError as error:
+            # Process 0 has published by then. The others do not know whether it did.
             if self.processes.rank:
                 raise
             log.warning("%s, but only after the output was whole", error)
 
     def stream(self, jobs: Sequence[Job], extras: Extras, *, progress: Progress | None) -> Streamed:
-        """Compute this process's part; returns what has come of all processes' parts together."""
+        """Compute this process's part of the outputs, and gather the results of all processes.
+
+        Args:
+            jobs: The outputs.
+            extras: Further work on the tensors that are read.
+            progress: Called with the bytes read and the total of bytes to read, both estimated for
+                all processes together.
+
+        Returns:
+            The results of all processes together.
+
+        Raises:
+            ProcessesError: Another process has failed.
+            CkptavgError: As for ``ckptavg.averaging.stream.stream``.
+        """
 
         def look(done: int, total: int) -> None:
+            """Notice a failed process during the work, and report progress."""
             self.processes.check()
-            if progress is not None:  # by this one's pace, which is that of the others
+            if progress is not None:
+                # Equal parts go at about the same pace, so that this one stands for all.
                 progress(done * self.processes.count, total * self.processes.count)
 
         extras = replace(extras, parts=self._parts_beside(extras) | self.parts)
@@ -194,7 +224,7 @@ class Split:
         return streamed
 
     def unite(self, leaves: Sequence[Leaves]) -> None:
-        """Put together what all processes have hashed of the same tensors."""
+        """Merge the digests of leaves that all processes have hashed of the same tensors."""
         mine = [
             {number: b64encode(zlib.compress(done)).decode() for number, done in one.done.items()}
             for one in leaves
@@ -204,15 +234,16 @@ class Split:
                 one.merge({int(n): zlib.decompress(b64decode(text)) for n, text in done.items()})
 
     def _parts_beside(self, extras: Extras) -> dict[tuple[str, int], tuple[int, int]]:
-        """Of tensors that are read and have no place in an output, the first process does all."""
+        """Assign tensors that are read but have no place in an output to the first process."""
         keys = {(plan.name, plan.output.numel) for plan in extras.gram}
         keys |= {("", tensor.numel) for tensor in extras.watched}
         return {key: (0, 0 if self.processes.rank else key[1]) for key in keys}
 
     @contextmanager
     def _first(self, targets: Sequence[Target]) -> Iterator[list[FileSink]]:
-        """What the first process does: it makes the files, and publishes them in the end."""
+        """Create the files as the first process, and publish them after all processes are done."""
         with outputs.opened(targets) as sinks:
+            # On network file systems, other hosts see the files only once they are flushed.
             for sink in sinks:
                 sink.flush()
             self.processes.gather([str(sink.root) for sink in sinks])
@@ -223,7 +254,7 @@ class Split:
 
     @contextmanager
     def _other(self, targets: Sequence[Target]) -> Iterator[list[FileSink]]:
-        """What the others do: they fill the files in."""
+        """Open the files that the first process has created, and write this process's parts."""
         roots = map(Path, self.processes.gather([])[0])
         with ExitStack() as files, _as_output_errors(targets):
             sinks = [
@@ -238,7 +269,11 @@ class Split:
             self.processes.gather([sink.checksums() for sink in sinks])
 
     def _agree(self) -> None:
-        """Make sure that all processes see the same files and have the same in mind."""
+        """Make sure that all processes have the same inputs, plans and outputs.
+
+        Raises:
+            ProcessesError: Two processes differ.
+        """
         mine = {what: _digest(seen) for what, seen in self._account().items()}
         first, *others = self.processes.gather(mine)
         for rank, theirs in enumerate(others, 1):
@@ -250,7 +285,7 @@ class Split:
                 )
 
     def _account(self) -> dict[str, Iterable[object]]:
-        """What has to be the same for all processes, by what a person would call it."""
+        """List the values that must be the same in all processes, by a name for messages."""
         stamps = {s.path: s for plan in self.plans for c in plan.files for s in c.files}
         files = ((t.path, f.name, f.size, f.offsets) for t in self.targets for f in t.layout.files)
         return {
@@ -276,7 +311,7 @@ def _digest(values: Iterable[object]) -> str:
 
 @contextmanager
 def _as_output_errors(targets: Sequence[Target]) -> Iterator[None]:
-    """Turn the system's errors about an output's files into ours."""
+    """Convert the system's errors about an output's files into ``OutputError``."""
     path = targets[0].path
     try:
         yield

@@ -1,4 +1,4 @@
-"""The vectors of layers under spectral norm, written for weights that are averaged."""
+"""Singular vectors of layers under spectral norm, computed for averaged weights."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ def vector_names(plan: Plan) -> set[str]:
 
 
 def write_vectors(plan: Plan, tensors: Sequence[TensorPlan], sink: Sink) -> None:
-    """Iterate the vectors of an average and hand them to its output.
+    """Run the power iteration for an average's vectors, and write the vectors to the output.
 
-    A layer's weights are read once more, and averaged in memory; nothing is read of the output.
+    The weights of the layers are read again and averaged in memory. Nothing is read from the
+    output.
 
     Args:
         plan: The average.
-        tensors: The output's tensors: those of the plan, tied as the output's files are.
-        sink: Takes the vectors.
+        tensors: The output's tensors: the plan's tensors, tied as in the output's files.
+        sink: Receives the vectors.
 
     Raises:
         CheckpointError: A file cannot be read.
@@ -46,6 +47,7 @@ def write_vectors(plan: Plan, tensors: Sequence[TensorPlan], sink: Sink) -> None
     layers = [layer for layer in plan.spectral_norms if by_name[layer.u].tied_to is None]
     steps = most_steps([by_name[layer.weight].shape for layer in layers])
     values: dict[str, torch.Tensor] = {}
+    # A thread of its own, since the caller's may flush denormals or split operations.
     with start_threads(1) as thread:
         for group in _groups(layers, by_name):
             state = _read(group, by_name, plan.checkpoints[-1])
@@ -94,7 +96,16 @@ def _read(
 def _iterate(
     layers: Sequence[SpectralNorm], state: Mapping[str, torch.Tensor], steps: int
 ) -> StateDict:
-    """Iterate the vectors of layers, and return them by name, in the output's types."""
+    """Run the power iteration for several layers.
+
+    Args:
+        layers: The layers.
+        state: Averaged weights, the last checkpoint's weights and the vectors, by name.
+        steps: Largest number of steps per layer.
+
+    Returns:
+        Name → vector, in the shape and type of the output.
+    """
     values: StateDict = {}
     for layer in layers:
         names = [name for name in (layer.u, layer.v) if name]
@@ -108,5 +119,6 @@ def _iterate(
 
 
 def _write(sink: Sink, name: str, values: torch.Tensor) -> None:
+    # The bytes are passed by their address: NumPy, the usual way, lacks bfloat16.
     raw = (ctypes.c_uint8 * values.nbytes).from_address(values.data_ptr())
     sink.write(name, 0, memoryview(raw).cast("B"))

@@ -1,9 +1,9 @@
-"""The stream: byte ranges × coefficients → tensors, block by block, each input byte read once.
+"""The stream: computes averages block by block and reads each input byte once.
 
-For every block the same range is read from each checkpoint in turn and goes into every average that
-takes it; ``blocks`` says what is computed. Nothing depends on where blocks begin or which thread
-does them, so the bits do not either. A block is small enough for its sums to stay in the
-processor's second-level cache, and for torch not to split it over threads of its own.
+For every block, the same range is read from each checkpoint in turn, and is added to every average
+that the checkpoint contributes to. ``accumulate`` has the arithmetic. The bits of the result depend
+neither on the borders of blocks nor on the threads. A block is small enough for its sums to stay in
+the processor's second-level cache, and for torch not to split an operation over several threads.
 """
 
 from __future__ import annotations
@@ -27,33 +27,40 @@ from ckptavg.formats import Checkpoint, Tensor
 from ckptavg.formats.reader import boxes
 from ckptavg.io.paths import is_url
 
-BLOCK = 1 << 15  # elements; torch runs an operation on as many in the calling thread
-STRIDED_BLOCK = (
-    1 << 20
-)  # elements of a tensor that is not one contiguous range: fewer, longer reads
-TASK = 1 << 21  # elements that a thread takes at a time; tasks end at its multiples in a tensor
-READ_AHEAD = 64 << 20  # bytes that are on their way; of remote files, held
-_HELD = 1 << 20  # float64 that a thread holds at a time, at most
-_SETTING = threading.Lock()  # of torch's number of threads
+# Elements. torch runs operations of this size in the calling thread alone.
+BLOCK = 1 << 15
+# Elements, for tensors that are not one contiguous range. Larger, for fewer and longer reads.
+STRIDED_BLOCK = 1 << 20
+# Elements of a task, the work that a thread takes at a time. A task ends at multiples of this,
+# counted from the start of a tensor.
+TASK = 1 << 21
+# Bytes that are read ahead by all threads together. Those of remote files are held in memory.
+READ_AHEAD = 64 << 20
+# Largest number of float64 that a thread holds at a time, to bound its memory.
+_HELD = 1 << 20
+# Guards torch's number of threads.
+_SETTING = threading.Lock()
 
 Progress = Callable[[int, int], None]
-"""Called as ``progress(done, total)`` in bytes of input, from the calling thread."""
+"""Function called as ``progress(done, total)`` in bytes of input, from the calling thread."""
 
 Range = tuple[Group, int, int]
 Parts = Mapping[tuple[str, int], tuple[int, int]]
-"""First and last element, exclusive, of tensors, by name and number of elements."""
+"""Name and number of elements of a tensor → first element and end (exclusive)."""
 
 
 @dataclass
 class Extras:
-    """What a stream does beside its outputs.
+    """Further work of a stream besides the outputs.
 
     Attributes:
-        order: The checkpoints in the order that all outputs share; needed where there are several.
+        order: The checkpoints in an order that agrees with every output's order; needed for
+            several outputs.
         gram: Tensors whose sources are multiplied with each other: all of the same checkpoints.
-        watched: Tensors that are shown to the watcher, each once.
-        watcher: Sees their bytes.
-        parts: What of each tensor is done here; all of it where one is missing.
+        watched: Tensors whose bytes the watcher receives, each once.
+        watcher: Receives the bytes of the watched tensors.
+        parts: Part of each tensor that this stream computes. A tensor without an entry is computed
+            as a whole.
     """
 
     order: Sequence[Checkpoint] = ()
@@ -65,12 +72,12 @@ class Extras:
 
 @dataclass
 class Streamed:
-    """What came of a stream beside its outputs.
+    """Results of a stream besides the outputs.
 
     Attributes:
-        results: What was noticed about each output.
-        gram: Products of the first source and of the others minus the first, where asked for:
-            float64, (sources, sources).
+        results: Result of each output: names of tensors that the user should know about.
+        gram: Products of the first source, and of each further source minus the first: float64,
+            (sources, sources). None where no products were requested.
     """
 
     results: list[StreamResult]
@@ -85,18 +92,19 @@ def stream(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Streamed:
-    """Compute every tensor of some outputs and hand the blocks to their sinks.
+    """Compute every tensor of several outputs, and write the blocks to the outputs' sinks.
 
     Args:
         jobs: The outputs.
-        extras: What else is wanted of what is read.
-        block: Elements a block, at most. The result does not depend on it.
-        threads: How many; ``default_threads()`` where None. Nor on this.
-        progress: Told about the bytes read.
+        extras: Further work on the tensors that are read.
+        block: Largest number of elements per block. The result does not depend on the number.
+        threads: Number of threads; ``default_threads()`` where None. The result does not depend on
+            the number.
+        progress: Called with the bytes read and the total of bytes to read.
 
     Raises:
-        NonFiniteError: An average is not finite, and its job does not keep such.
-        CheckpointError: A file cannot be read, or changed.
+        NonFiniteError: An average is not finite, and the job does not keep such averages.
+        CheckpointError: A file cannot be read, or has changed.
     """
     extras = extras or Extras()
     groups = grouped(jobs, extras.order, extras.gram)
@@ -114,6 +122,8 @@ def stream(
         try:
             for task in _tasks(ranges, block):
                 running.append(pool.submit(shared.run, task))
+                # The queue is bounded, so that tasks of a large run do not fill the memory. Results
+                # are taken in the order of the tasks, on which the bits of the products depend.
                 if len(running) >= 4 * workers:
                     done += shared.take(running.popleft().result())
                     report(done, total)
@@ -129,7 +139,10 @@ def stream(
 
 @contextmanager
 def start_threads(count: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads whose arithmetic does not depend on the process's settings; ended on leaving."""
+    """Start threads whose arithmetic does not depend on the process's settings.
+
+    The threads end when the context manager is left.
+    """
     pool = ThreadPoolExecutor(count, "ckptavg", _set_up_thread)
     try:
         yield pool
@@ -144,17 +157,17 @@ def start_threads(count: int) -> Iterator[ThreadPoolExecutor]:
 
 
 def _set_up_thread() -> None:
-    """Give the calling thread the arithmetic that every result has, whatever the process set."""
+    """Set up the calling thread's arithmetic, independent of the process's settings."""
     # A thread begins with its parent's rounding of denormals. This sets it for this thread alone.
     torch.set_flush_denormal(False)
     _stay_alone()
 
 
 def _stay_alone() -> None:
-    """Keep torch from splitting the calling thread's operations over threads of its own.
+    """Keep torch from splitting operations of the calling thread over several threads.
 
-    torch takes the number of threads for the one that sets it and for those that begin later; the
-    latter is put back by another, so that nobody else is concerned.
+    torch applies a number of threads to the thread that sets it, and to threads that start later.
+    So another thread restores the number for later threads, and no other code is affected.
     """
     with _SETTING:
         usual = torch.get_num_threads()
@@ -170,10 +183,19 @@ def _input_bytes(part: Range) -> int:
 
 
 def _tasks(ranges: Sequence[Range], block: int) -> Iterator[list[Range]]:
-    """Blocks as (group, first element, count) in the order given, bundled into pieces of work."""
+    """Cut ranges into blocks, and collect the blocks into tasks.
+
+    Args:
+        ranges: Group, first element and end (exclusive) of each range.
+        block: Largest number of elements per block.
+
+    Yields:
+        Lists of blocks as (group, first element, count), in the order of the ranges.
+    """
     task: list[Range] = []
     filled = 0
     for group, begin, end in ranges:
+        # Tasks end at multiples of TASK, so that a thread has whole leaves of the digests.
         cuts = [begin, *range(begin // TASK * TASK + TASK, end, TASK), end]
         for start, stop in pairwise(cuts):
             task += [(group, at, count) for at, count in _blocks(group, start, stop, block)]
@@ -186,16 +208,24 @@ def _tasks(ranges: Sequence[Range], block: int) -> Iterator[list[Range]]:
 
 
 def _blocks(group: Group, start: int, end: int, block: int) -> Iterator[tuple[int, int]]:
-    held = len(group.members) + len(group.products) + 1  # float64 at a time for an element
+    # Number of float64 per element that a thread holds at a time.
+    held = len(group.members) + len(group.products) + 1
     if not group.contiguous:
-        fair = 2 * STRIDED_BLOCK // held  # and twice that where reads would be very short
+        # Up to twice this, where reads would be very short otherwise.
+        fair = 2 * STRIDED_BLOCK // held
         return boxes(group.shape, start, end, max(1, fair, min(block, 2 * fair)))
     size = max(1, min(block, _HELD // held))
     return ((at, min(size, end - at)) for at in range(start, end, size))
 
 
 def _bundles(task: list[Range], limit: int) -> Iterator[list[Range]]:
-    """Blocks that are asked for together: as many as the limit allows, in bytes of all sources."""
+    """Bundle the blocks of a task that are requested together.
+
+    Args:
+        task: The blocks.
+        limit: Largest number of bytes per bundle, over all sources. A larger block is a bundle of
+            its own.
+    """
     bundle: list[Range] = []
     filled = 0
     for block in task:
@@ -214,14 +244,15 @@ def _block_bytes(block: Range) -> int:
 
 
 class _Shared:
-    """What the threads of one stream have in common; each has a worker of its own."""
+    """State that the threads of a stream share. Each thread has a separate worker."""
 
     def __init__(
         self, jobs: Sequence[Job], watcher: Watcher | None, ahead: int, *, remote: bool
     ) -> None:
         self.jobs = jobs
         self.watcher = watcher
-        self.ahead = ahead  # bytes that are on their way to a thread before it uses them
+        # Bytes that are read ahead for each thread.
+        self.ahead = ahead
         self.remote = remote
         self.streamed = Streamed([StreamResult() for _ in jobs])
         self.stopped = threading.Event()
@@ -234,7 +265,12 @@ class _Shared:
             worker.close()
 
     def run(self, task: list[Range]) -> _Done:
-        """Do a piece of work."""
+        """Compute the blocks of a task.
+
+        Raises:
+            NonFiniteError: An average is not finite, and the job does not keep such averages.
+            CheckpointError: A file cannot be read.
+        """
         worker = getattr(self._local, "worker", None)
         if worker is None:
             worker = self._local.worker = Worker(self.jobs, self.streamed.results, self.watcher)
@@ -252,28 +288,33 @@ class _Shared:
         return _Done(done, worker.take_gram())
 
     def take(self, done: _Done) -> int:
-        """Add up what a piece of work has found, in the order of the pieces; returns its bytes."""
+        """Add the products of a finished task to the total, and return the task's bytes.
+
+        Tasks have to be taken in order, since the bits of a sum depend on the order.
+        """
         if done.gram is not None:
             before = self.streamed.gram
             self.streamed.gram = done.gram if before is None else before + done.gram
         return done.nbytes
 
     def _prepared(self, worker: Worker, task: list[Range]) -> Iterator[Range]:
-        """Blocks in turn, with the next ones on their way while some are computed."""
+        """Yield the blocks of a task in order, while the next blocks are read ahead."""
         bundles = list(_bundles(task, self.ahead))
         for i, bundle in enumerate(bundles):
             if self.stopped.is_set():
                 return
             if not self.remote:
+                # At first the present bundle and the next, then always the next one.
                 for soon in bundles[i and i + 1 : i + 2]:
                     worker.advise(soon)
-            elif sum(map(_block_bytes, bundle)) <= self.ahead:  # else it is read by parts
+            # A bundle that is too large to be held is read in parts, as the blocks need them.
+            elif sum(map(_block_bytes, bundle)) <= self.ahead:
                 worker.fetch(bundle)
             yield from bundle
 
 
 class _Done(NamedTuple):
-    """A finished piece of work: bytes read, and products if any."""
+    """Result of a finished task: the bytes read, and the products where requested."""
 
     nbytes: int
     gram: torch.Tensor | None
