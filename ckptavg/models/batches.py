@@ -1,4 +1,4 @@
-"""What a loader gives: batches of any kind, their tensors, and how many samples they hold."""
+"""Batches of any kind that loaders give: tensors in a batch, size, moves to a device."""
 
 from __future__ import annotations
 
@@ -18,29 +18,30 @@ from ckptavg.errors import first_few
 
 Batches = Iterable[Any]
 Forward = Callable[[nn.Module, Any], Any]
-"""A user's way to run a model on a batch: ``forward(model, batch)``."""
+"""A user's function that runs a model on a batch: ``forward(model, batch)``."""
 
 LABELS = ("labels", "label", "target", "targets", "y")
-"""The usual names of labels, in the order in which they are looked for."""
+"""Usual names of labels, in the order of the search."""
 
 BARE_IN_LIST = 2
 BARE_IN_STREAM = 4
-"""Axes from which a tensor by itself is taken for a batch: a stream's items are samples usually."""
+"""Number of axes from which a lone tensor is a batch; items of a stream are usually samples."""
 
 
 def is_sequence(value: Any) -> bool:
-    """Whether a value is a tuple or a list, and so has parts."""
+    """Return True if a value is a tuple or a list of parts; a PackedSequence is not."""
     return isinstance(value, (list, tuple)) and not isinstance(value, PackedSequence)
 
 
 def is_array(value: Any) -> bool:
-    """Whether a value is an array of numpy's that holds numbers."""
+    """Return True if a value is a numpy array of numbers."""
+    # numpy is not imported here: without numpy in the process there are no arrays.
     numpy = sys.modules.get("numpy")
     return numpy is not None and isinstance(value, numpy.ndarray) and value.dtype.kind in "biuf"
 
 
 def is_object(value: Any) -> bool:
-    """Whether a value is of a class of the user's or of a library's, such as a graph."""
+    """Return True if a value is of a user's or a library's class, such as a graph."""
     plain = (torch.Tensor, Mapping, list, tuple, str, bytes, bool, int, float, type(None))
     if isinstance(value, PackedSequence):
         return True
@@ -48,11 +49,14 @@ def is_object(value: Any) -> bool:
 
 
 def with_tensors_for_arrays(value: Any, device: torch.device | None = None) -> Any:
-    """A batch with tensors in the place of numpy's arrays; the same one where it has none.
+    """Replace the numpy arrays in a batch by tensors.
 
     Args:
         value: A batch.
-        device: Where the new tensors go; the CPU where None.
+        device: Device of the new tensors; the CPU where None.
+
+    Returns:
+        A new batch; the same object if the batch has no arrays.
     """
     if is_array(value):
         return torch.tensor(value, device=device)
@@ -69,7 +73,7 @@ def with_tensors_for_arrays(value: Any, device: torch.device | None = None) -> A
 
 
 def parts_of(value: Any) -> list[Any]:
-    """The parts of a mapping, a tuple or a list; an object's are its attributes."""
+    """List the parts of a mapping, a tuple or a list, or the attributes of an object."""
     if isinstance(value, Mapping):
         return [*value.values()]
     if is_sequence(value):
@@ -80,16 +84,20 @@ def parts_of(value: Any) -> list[Any]:
 def to_device(
     value: Any, device: torch.device, form: torch.memory_format = torch.preserve_format
 ) -> Any:
-    """A batch with its tensors moved; to CUDA from pinned memory, so that nothing waits.
+    """Move the tensors of a batch to a device.
 
-    Containers keep their types, and the batch itself stays as it is. An object is moved by its own
-    ``to`` if it has one. What is float64 stays where it is if the device is Apple's mps, which has
-    none.
+    Copies to CUDA come from pinned memory, so that the program does not wait for the copies.
+    Containers keep their types, and the given batch is not changed. An object with a ``to`` method
+    is moved by that method. Float64 tensors stay in place if the device is Apple's mps, which has
+    no float64.
 
     Args:
         value: A batch.
-        device: Where to.
+        device: Target device.
         form: Memory format of the tensors with four axes.
+
+    Returns:
+        A batch with the moved tensors.
     """
     if isinstance(value, torch.Tensor):
         return _tensor_to_device(value, device, form)
@@ -102,18 +110,19 @@ def to_device(
         parts = (to_device(part, device, form) for part in value)
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     if moves_itself(value):
-        moved = copy.copy(value)  # whose own tensors some classes replace
+        # Some classes replace their own tensors in to(), so a copy is moved.
+        moved = copy.copy(value)
         arrived = moved.to(device)
         return moved if arrived is None else arrived
     return _fields_to_device(value, device, form)
 
 
 def map_tensors(value: Any, convert: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """Copy dicts, lists and tuples with converted tensors in them; all else is the same object.
+    """Copy dicts, lists and tuples with converted tensors; all other objects are shared.
 
     Args:
-        value: A batch, or a part of one.
-        convert: Makes a tensor of a tensor.
+        value: A batch, or a part of a batch.
+        convert: Converts a tensor to a new tensor.
     """
     if isinstance(value, torch.Tensor):
         return convert(value)
@@ -129,18 +138,19 @@ def map_tensors(value: Any, convert: Callable[[torch.Tensor], torch.Tensor]) -> 
 
 
 def moves_itself(value: Any) -> bool:
-    """Whether a value is an object with a ``to`` of its own."""
+    """Return True if a value is an object or mapping with a ``to`` method."""
     return (is_object(value) or isinstance(value, Mapping)) and callable(getattr(value, "to", None))
 
 
 def _fields_to_device(value: Any, device: torch.device, form: torch.memory_format) -> Any:
-    """A dataclass, or a mapping that cannot be changed, with its tensors moved."""
+    """Move the tensors of a dataclass, or of a mapping that cannot be changed."""
     if isinstance(value, Mapping):
         return {key: to_device(part, device, form) for key, part in value.items()}
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return value
     moved = copy.copy(value)
     for name, part in vars(value).items():
+        # A frozen dataclass refuses setattr.
         object.__setattr__(moved, name, to_device(part, device, form))
     return moved
 
@@ -148,17 +158,19 @@ def _fields_to_device(value: Any, device: torch.device, form: torch.memory_forma
 def _tensor_to_device(
     value: torch.Tensor, device: torch.device, form: torch.memory_format
 ) -> torch.Tensor:
+    """Move a tensor to a device, without waiting for copies to CUDA."""
     if device.type == "mps" and value.dtype == torch.float64:
         return value
     if device.type == "cuda" and value.device.type == "cpu" and not value.is_pinned():
         value = value.pin_memory()
     form = form if value.dim() == 4 else torch.preserve_format
-    # the other way, what is read before the copy is over would be anything
+    # Only copies to CUDA may be asynchronous. After an asynchronous copy to the CPU, the program
+    # could read values before the copy ends.
     return value.to(device, non_blocking=device.type == "cuda", memory_format=form)
 
 
 def tensors_of(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors in a batch, but for those that an object keeps to itself."""
+    """Yield the tensors in a batch, except those inside objects other than dataclasses."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, Mapping) or is_sequence(value) or dataclasses.is_dataclass(value):
@@ -167,13 +179,13 @@ def tensors_of(value: Any) -> Iterator[torch.Tensor]:
 
 
 def bytes_of(tensor: torch.Tensor) -> bytes:
-    """A tensor's values in memory, row by row."""
+    """Return the bytes of a tensor's values, row by row."""
     values = tensor.detach().cpu().contiguous()
     return ctypes.string_at(values.data_ptr(), values.nbytes) if values.nbytes else b""
 
 
 def described(value: Any) -> str:
-    """Types and shapes of what a batch holds: ``(float32 of 8 × 3 × 224 × 224, int64 of 8)``."""
+    """Describe a batch by types and shapes: ``(float32 of 8 × 3 × 224 × 224, int64 of 8)``."""
     if isinstance(value, torch.Tensor):
         shape = " × ".join(map(str, value.shape)) or "one value"
         return f"{str(value.dtype).removeprefix('torch.')} of {shape}"
@@ -189,7 +201,7 @@ def described(value: Any) -> str:
 
 
 def is_batched(value: Any) -> bool:
-    """Whether a value is made up of tensors whose first axis is samples, as many in each."""
+    """Return True if a value consists of tensors with equally many samples on the first axis."""
     tensors, waiting = list[torch.Tensor](), [value]
     while waiting:
         part = waiting.pop()
@@ -203,9 +215,9 @@ def is_batched(value: Any) -> bool:
 
 
 def is_zipped(batch: Any) -> bool:
-    """Whether a batch is a list of the samples' values for each of their parts.
+    """Return True if a batch is a list of parts, each with a list of one value per sample.
 
-    That is what ``tuple(zip(*samples))`` makes, for images of different sizes and their targets.
+    ``tuple(zip(*samples))`` makes a batch of this form, for images of different sizes and targets.
     """
     if not is_sequence(batch) or len(batch) < 2 or not all(map(is_sequence, batch)):
         return False
@@ -216,7 +228,7 @@ def is_zipped(batch: Any) -> bool:
 
 
 def size_of(batch: Any) -> int:
-    """Samples in a batch; 0 where it does not tell."""
+    """Count the samples in a batch; 0 where the count is unknown."""
     if isinstance(batch, torch.Tensor) or is_array(batch):
         return int(batch.shape[0]) if batch.ndim else 1
     if is_object(batch):
@@ -234,11 +246,15 @@ def size_of(batch: Any) -> int:
 
 
 def _size_of_object(batch: Any) -> int:
-    """Samples in an object, as graphs, packed sequences and others tell it, or by a tensor."""
+    """Count the samples in an object, such as a graph or a packed sequence.
+
+    Without a count of its own, the object has as many samples as its first tensor has rows.
+    """
     if isinstance(batch, PackedSequence):
         return int(batch.batch_sizes[0])
     for name in ("num_graphs", "batch_size"):
         told = getattr(batch, name, None)
+        # TensorDict has a batch size per axis; the first axis is samples.
         if isinstance(told, (tuple, list)) and told:
             told = told[0]
         if isinstance(told, int):
@@ -248,7 +264,7 @@ def _size_of_object(batch: Any) -> int:
 
 
 def _are_samples(parts: Sequence[Any]) -> bool:
-    """Whether values are samples: images of several sizes, or mappings or objects of one each."""
+    """Return True if values are samples: images of different sizes, mappings, or objects."""
     if parts and all(isinstance(part, Mapping) for part in parts):
         return not any(is_batched(part) for part in parts)
     if parts and all(is_object(part) for part in parts):
@@ -258,11 +274,11 @@ def _are_samples(parts: Sequence[Any]) -> bool:
 
 
 def is_batch(item: Any, bare: int = BARE_IN_STREAM) -> bool:
-    """Whether an item has an axis of samples, by its tensors: the same first axis in all of them.
+    """Return True if an item is a batch: the first axis of all tensors has the same length.
 
     Args:
-        item: The first that some data gives.
-        bare: Axes from which a tensor by itself is a batch.
+        item: The first item of the data.
+        bare: Number of axes from which a lone tensor is a batch.
     """
     if is_zipped(item) or moves_itself(item):
         return True
@@ -276,12 +292,14 @@ def is_batch(item: Any, bare: int = BARE_IN_STREAM) -> bool:
         elif is_array(part):
             tensors.append(torch.empty(part.shape, device="meta"))
         elif is_sequence(part) and part and not any(map(_holds_more, part)):
-            lists.add(len(part))  # names, for instance
+            # For example, a list of the samples' names.
+            lists.add(len(part))
         elif isinstance(part, Mapping) or is_sequence(part):
             waiting += parts_of(part)
         elif is_object(part):
             waiting += [p for p in parts_of(part) if isinstance(p, torch.Tensor)]
-        elif isinstance(part, (bool, int, float)):  # one sample's label
+        # A plain number is the label of a single sample.
+        elif isinstance(part, (bool, int, float)):
             return False
     axes = max((tensor.dim() for tensor in tensors), default=0)
     if len(tensors) == 1 and not lists:
@@ -291,5 +309,6 @@ def is_batch(item: Any, bare: int = BARE_IN_STREAM) -> bool:
 
 
 def _holds_more(part: Any) -> bool:
+    """Return True if a part of a list has parts of its own, or is a tensor."""
     is_tensor = isinstance(part, torch.Tensor) or is_array(part)
     return is_tensor or isinstance(part, Mapping) or is_sequence(part) or is_object(part)

@@ -1,4 +1,4 @@
-"""Where images' channels lie in memory while models run: beside each other where that is faster."""
+"""Memory format of image batches and convolutions while models run: channels_last if faster."""
 
 from __future__ import annotations
 
@@ -17,24 +17,27 @@ from ckptavg.models.device import is_out_of_memory
 log = logging.getLogger("ckptavg")
 T = TypeVar("T")
 _REFUSALS = ("view size is not compatible", "Cannot view a tensor with shape")
-"""What torch and its compiler say to ``x.view(len(x), -1)`` of such activations."""
+"""Parts of the errors of torch and its compiler on ``x.view(len(x), -1)`` in channels_last."""
 
 
 class Channels:
     """The memory format of the models and batches of a pass.
 
-    With the channels as the last axis in memory most convolutions take 0.4 to 0.75 of the time, on
-    a CPU as well. But there BatchNorm sums its batches up in float32 then, which its statistics do
-    not bear. Some models do not bear it either: ``x.view(len(x), -1)`` wants the usual format,
-    which all go back to when one turns out to.
+    With channels_last, most convolutions take 0.4 to 0.75 of the time, on a CPU as well. But on a
+    CPU, BatchNorm in training mode then sums each batch in float32, which is too inaccurate for
+    running statistics. So on a CPU the format is used only for scoring.
+
+    Some models fail in channels_last: ``x.view(len(x), -1)`` needs the contiguous format. If one
+    model of a pass fails in this way, all models go back to the contiguous format.
 
     Args:
         model: One of the models.
-        device: Where they run.
-        scoring: Whether they are only scored, in evaluation mode.
+        device: Device of the models.
+        scoring: True if the models are only scored, in evaluation mode.
 
     Attributes:
-        form: Of tensors with four axes.
+        device: Device of the models.
+        form: Memory format of tensors with four axes.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, *, scoring: bool) -> None:
@@ -45,7 +48,7 @@ class Channels:
         self.form = torch.channels_last if fast and _convolves(model) else torch.preserve_format
 
     def place(self, model: nn.Module) -> nn.Module:
-        """Move a model to the device, its convolutions' weights in the format."""
+        """Move a model to the device, with the convolutions' weights in the memory format."""
         model.to(self.device)
         if self.form is not torch.preserve_format:
             for module in model.modules():
@@ -54,16 +57,19 @@ class Channels:
         return model
 
     def arrange(self, batch: Any) -> Any:
-        """A batch on the device, in the format."""
+        """Move a batch to the device and into the memory format."""
         return to_device(batch, self.device, self.form)
 
     def run(self, attempt: Callable[[Any], T], model: nn.Module, batch: Any) -> T:
-        """Take a model through a batch, and anew in the usual format if it does not bear another.
+        """Run a model on a batch, and retry in the contiguous format if channels_last fails.
 
         Args:
-            attempt: Does it; may fail half way and be called again.
-            model: As ``place`` left it.
-            batch: As ``arrange`` gave it.
+            attempt: Runs the model on a batch. It may fail half way and be called again.
+            model: The model, already placed by ``place``.
+            batch: The batch, already moved by ``arrange``.
+
+        Returns:
+            The result of ``attempt``.
 
         Raises:
             EvaluationError: The model fails on the batch.
@@ -73,6 +79,7 @@ class Channels:
         except CkptavgError:
             raise
         except Exception as error:
+            # Callers may try again with fewer models at a time, and need the original error.
             if is_out_of_memory(error):
                 raise
             raise EvaluationError(
@@ -83,6 +90,7 @@ class Channels:
             ) from error
 
     def _in_either_format(self, attempt: Callable[[Any], T], model: nn.Module, batch: Any) -> T:
+        """Run an attempt, and again in the contiguous format if channels_last fails."""
         try:
             return attempt(batch)
         except RuntimeError as error:
@@ -92,13 +100,14 @@ class Channels:
         if self.form is not torch.contiguous_format:
             log.debug("the model does not bear its channels as the last axis in memory")
         self.form = torch.contiguous_format
-        with torch.inference_mode(mode=False):  # weights are to stay ordinary tensors
+        # In inference mode the new weights would not be ordinary tensors.
+        with torch.inference_mode(mode=False):
             self.place(model)
         return attempt(self.arrange(batch))
 
 
 def _convolves(model: nn.Module) -> bool:
-    """Whether a model has convolutions of images, all of whose weights are there yet."""
+    """Return True if a model has convolutions of images and no uninitialized tensors."""
     if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
         return False
     return any(isinstance(module, nn.Conv2d) for module in model.modules())

@@ -1,4 +1,4 @@
-"""How many passes over the data: groups that fit in memory, smaller ones where they do not."""
+"""Passes over the data for groups of models, with smaller groups after running out of memory."""
 
 from __future__ import annotations
 
@@ -17,26 +17,30 @@ T = TypeVar("T")
 
 
 def say(count: int, passes: int) -> None:
-    """Say into how many passes some candidates go; of one by itself there is nothing to say."""
+    """Log the number of passes over the data if there are several candidates."""
     if count > 1:
         log.info("%d candidates, %d %s", count, passes, "pass" if passes == 1 else "passes")
 
 
 class ExhaustedElsewhereError(MemoryError):
-    """Memory is exhausted in another process, which this one hears when all hand something in."""
+    """An error of this process after another process ran out of memory.
+
+    The error is raised when the processes exchange values.
+    """
 
 
 class Together:
-    """Processes that start a pass again together where memory is exhausted in one of them.
+    """Processes that restart a pass together if one process runs out of memory.
 
-    Whatever they hand in during a pass goes through here, and something at its end: ``agree``.
+    All exchanges of a pass go through this class. A pass ends with a call of ``agree``, so that
+    each process learns of a failure before the next pass.
 
     Args:
         peers: The processes.
 
     Attributes:
-        rank: This one's number, from 0.
-        count: How many there are.
+        rank: Number of this process, from 0.
+        count: Number of processes.
     """
 
     def __init__(self, peers: Peers) -> None:
@@ -45,10 +49,10 @@ class Together:
         self._peers = peers
 
     def gather(self, value: Any) -> list[Any]:
-        """What every process hands in, in their order.
+        """Gather a value from every process, in the order of ranks.
 
         Raises:
-            ExhaustedElsewhereError: One of them has no memory left.
+            ExhaustedElsewhereError: Another process has run out of memory.
         """
         found = self._peers.gather([False, value])
         if any(exhausted for exhausted, _ in found):
@@ -60,11 +64,11 @@ class Together:
         self._peers.check()
 
     def agree(self) -> None:
-        """Wait until all are where this one is."""
+        """Wait until all processes reach this point."""
         self.gather(None)
 
     def tell(self) -> None:
-        """Let the others know that memory is exhausted, when they next hand something in."""
+        """Report to all processes, in the next exchange, that this process ran out of memory."""
         self._peers.gather([True, None])
 
 
@@ -74,19 +78,19 @@ def run_passes(
     runtime: Runtime,
     peers: Together,
 ) -> None:
-    """Run a pass for each group; where memory is exhausted, for parts of half its size.
+    """Run a pass for each group, and halve the groups after running out of memory.
 
-    The groups that are still to come are parted likewise, since they would not fit either.
+    The remaining groups are split in the same way, since these would not fit either.
 
     Args:
-        groups: What goes through the data together.
-        run: Called as ``run(group, number, of)``; must be able to start again after an error, and
-            lets the processes agree before it ends.
-        runtime: Where it runs.
-        peers: The processes that do the same.
+        groups: Groups of candidates that share a pass over the data.
+        run: Called as ``run(group, number, of)``. It must be able to start again after an error,
+            and must call ``agree`` on the processes before it returns.
+        runtime: Device and batch size of the pass, for the error message.
+        peers: The processes that run the same passes.
 
     Raises:
-        EvaluationError: Memory is too small for a single one.
+        EvaluationError: Memory is too small for a single candidate.
     """
     waiting, done = deque(groups), 0
     while waiting:
@@ -96,6 +100,7 @@ def run_passes(
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
+            # An error of another process is known to all processes already.
             if not isinstance(error, ExhaustedElsewhereError):
                 peers.tell()
             if len(group) == 1:
@@ -109,16 +114,18 @@ def run_passes(
             len(group),
             done + len(waiting),
         )
-        gc.collect()  # models that the error's frames held, if these are in a cycle
+        # Free the models that the error's frames held, in case the frames are in a cycle.
+        gc.collect()
 
 
 def _in_parts(groups: Iterable[Sequence[T]], size: int) -> Iterator[Sequence[T]]:
-    """Groups, those of more than so many in parts."""
+    """Split groups into parts of at most a given size."""
     for group in groups:
         yield from (group[at : at + size] for at in range(0, len(group), size))
 
 
 def _too_small(runtime: Runtime) -> EvaluationError:
+    """Build the error for a device whose memory is too small for a single model."""
     return EvaluationError(
         f"the memory of {runtime.device} is too small for a single model",
         f"Lower --batch-size (now {runtime.batch_size}), or name another --device.",
