@@ -1,9 +1,9 @@
-"""The exact mean of LoRA adapters that are one file each, as kohya's tools and diffusers write.
+"""The exact mean of LoRA adapters in single files, as written by kohya's tools and diffusers.
 
 As for PEFT's adapters, the ranks are stacked: the Aᵢ one below the other, the cᵢ·Bᵢ side by side,
 so that B'A' = Σ cᵢ·BᵢAᵢ. A tool that loads such a file takes the rank from the shapes, and scales
-the product by alpha / rank. Alpha stands in the file as a tensor, or in its header. It grows with
-the rank, so that the scale stays. Where it stands nowhere, the scale is 1.
+the product by alpha / rank. The file stores alpha as a tensor or in the header. Alpha is multiplied
+like the rank, so that the scale stays. Where a file has no alpha, the scale is 1.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def plan_stack(
 
 @dataclass(frozen=True)
 class _Stack:
-    """The arrangement of the factors of several adapters in one.
+    """Arrangement of the factors of several adapters in a single adapter.
 
     Attributes:
         pairs: The factors.
@@ -110,12 +110,12 @@ class _Stack:
 
     @cached_property
     def dimensions(self) -> Mapping[str, int]:
-        """Factor's name → its dimension that is the rank."""
+        """Name of each factor → the factor's dimension that is the rank."""
         ranks = {pair.first: 0 for pair in self.pairs}
         return ranks | {pair.second: 1 for pair in self.pairs}
 
     def place(self, checkpoint: Checkpoint, slot: int) -> Checkpoint:
-        """Give an adapter's factors the shape of the stack, with zeros outside their slot.
+        """Give an adapter's factors the shape of the stack, with zeros outside the slot.
 
         Args:
             checkpoint: The adapter.
@@ -127,7 +127,7 @@ class _Stack:
         return replace(checkpoint, tensors=tensors)
 
     def scale(self, planned: TensorPlan) -> TensorPlan:
-        """Change a tensor's plan: an A gets its plain values, an alpha its multiple."""
+        """Change a tensor's plan: plain values for an A, the multiple for an alpha."""
         # The coefficients belong to the B's alone, else each product would get its square.
         if self.dimensions.get(planned.name) == 0:
             return replace(planned, coefficients=(1.0,) * len(planned.sources), divisor=1.0)
@@ -146,7 +146,7 @@ class _Stack:
 
 
 def _choose_type(value: float, dtype: DType) -> DType:
-    """Choose the type of a value: float32 where a narrower one cannot hold it exactly."""
+    """Choose the type of a value: float32 where a narrower type would round the value."""
     if dtype.bits >= DTYPES["float32"].bits:
         return dtype
     exact = torch.tensor(value, dtype=torch.float64, device="cpu")
@@ -154,7 +154,7 @@ def _choose_type(value: float, dtype: DType) -> DType:
 
 
 def _are_plain(checkpoint: Checkpoint, pairs: Sequence[Pair], alphas: Collection[str]) -> bool:
-    """Tell whether a file holds products of two factors, under names that tell their scale.
+    """Tell whether a file holds plain products of two factors, under names of known scale.
 
     Args:
         checkpoint: The adapter.
@@ -270,13 +270,13 @@ def _grow_components(entries: Mapping[str, Any], count: int) -> dict[str, Any] |
 
 
 def _times(value: float, factor: float) -> float:
-    """Multiply a number; a whole number stays whole where its product is."""
+    """Multiply a number. An integer gives an integer where the product is whole."""
     product = value * factor
     return int(product) if isinstance(value, int) and product.is_integer() else product
 
 
 def _multiply(text: str, count: int) -> str:
-    """Multiply the number that a text is; return the text itself where it is no number."""
+    """Multiply a number in a text. A text that is not a number is returned unchanged."""
     try:
         return str(int(text) * count)
     except ValueError:

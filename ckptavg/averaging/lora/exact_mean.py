@@ -1,9 +1,10 @@
-"""The exact mean of LoRA adapters, by stacking their ranks.
+"""The exact mean of LoRA adapters, computed by stacking ranks.
 
-The mean of A and the mean of B do not make the mean of BA. Stacked, they do: with the Aᵢ one below
-the other and the n·cᵢ·Bᵢ side by side, B'A' = n·Σ cᵢ·BᵢAᵢ, and PEFT scales it by alpha / (n·r). So
-the merged weights are Σ cᵢ·s·BᵢAᵢ, at n times the rank. A stacked factor is planned as a sum over
-checkpoints each of which is zero outside its own place; with equal coefficients no value changes.
+The product of the mean of A and the mean of B is not the mean of BA. Stacked factors give the exact
+mean: with the Aᵢ one below the other and the n·cᵢ·Bᵢ side by side, B'A' = n·Σ cᵢ·BᵢAᵢ. PEFT scales
+this product by alpha / (n·r). So the merged weights are Σ cᵢ·s·BᵢAᵢ, at n times the rank. A stacked
+factor is planned as a sum over checkpoints, each of which is zero outside its own slot. With equal
+coefficients no value changes.
 """
 
 from __future__ import annotations
@@ -48,10 +49,10 @@ _MERGE = "Merge the adapters into their base models first (PeftModel.merge_and_u
 
 
 def are_adapters(checkpoints: Sequence[Checkpoint]) -> bool:
-    """Whether checkpoints are adapters.
+    """Return True if checkpoints are adapters.
 
     Raises:
-        MismatchError: Some are and some are not.
+        MismatchError: Only a part of the checkpoints are adapters.
     """
     kinds = {c.layout == peft.LAYOUT: c for c in checkpoints}
     if len(kinds) > 1:
@@ -63,10 +64,10 @@ def are_adapters(checkpoints: Sequence[Checkpoint]) -> bool:
 
 
 def require_models(checkpoints: Iterable[Checkpoint]) -> None:
-    """Make sure that checkpoints hold what a model can be run with.
+    """Make sure that checkpoints hold models, and not adapters.
 
     Raises:
-        ModelError: One is an adapter, which is nothing without its base model.
+        ModelError: A checkpoint is an adapter, which cannot run without a base model.
     """
     for checkpoint in checkpoints:
         if checkpoint.layout == peft.LAYOUT:
@@ -78,18 +79,25 @@ def plan_merge(
 ) -> Plan:
     """Plan the adapter whose merged weights are the mean of the adapters' merged weights.
 
-    Arguments as for ``make_plan``. What is no factor of a product is averaged as everywhere.
+    Tensors that are not factors of a product are averaged as in any checkpoint.
+
+    Args:
+        checkpoints: The adapters, in order.
+        coefficients: One per adapter, with a positive sum.
+        rules: The selection of the tensors to average, and the type of the output's floats.
 
     Raises:
-        UnsupportedTensorError: The adapters are of a kind whose mean is no such adapter.
-        MismatchError: They differ in their ranks or scales.
+        UnsupportedTensorError: The adapters are of a kind whose mean is not an adapter.
+        MismatchError: The adapters differ in ranks or scales.
         UsageError: The patterns leave factors out.
+        CheckpointError: A configuration has no valid ranks and alphas.
     """
     configs = [peft.configuration(checkpoint.path) for checkpoint in checkpoints]
     for checkpoint, config in zip(checkpoints, configs, strict=True):
         _check_kind(checkpoint, config)
         _check_alike(checkpoint, config, configs[-1])
         _check_factors(checkpoint, rules)
+    # An adapter of coefficient 0 gets no slot: it would only add zeros.
     stack = _Stack(tuple(c for c in coefficients if c != 0), configs[-1])
     if stack.config.get("ensure_weight_tying") and len(set(stack.coefficients)) > 1:
         raise UnsupportedTensorError(
@@ -111,9 +119,15 @@ def plan_merge(
 def plan_mean(
     checkpoints: Sequence[Checkpoint], coefficients: Sequence[float], rules: Rules
 ) -> Plan:
-    """Plan an average of models or of adapters, the latter exactly where that is possible.
+    """Plan an average of models or of adapters. Adapters get the exact mean where possible.
 
-    Arguments and errors as for ``make_plan`` and ``plan_merge``.
+    Args:
+        checkpoints: The selected checkpoints, in order.
+        coefficients: One per checkpoint, with a positive sum.
+        rules: The selection of the tensors to average, and the type of the output's floats.
+
+    Raises:
+        CkptavgError: As for ``make_plan`` and ``plan_merge``.
     """
     involved = checkpoints if rules.base is None else (*checkpoints, rules.base)
     if are_adapters(involved):
@@ -123,7 +137,7 @@ def plan_mean(
 
 
 def _noted(planned: Plan) -> Plan:
-    """A plan that says so if it takes the means of factors."""
+    """Add a note to a plan if the plan averages factors of low-rank products separately."""
     averaged = [t.name for t in planned.tensors if t.averaged and len(t.sources) > 1]
     names = set(averaged)
     tensors = {n: t for n, t in planned.checkpoints[-1].tensors.items() if n in names}
@@ -134,18 +148,23 @@ def _noted(planned: Plan) -> Plan:
 
 @dataclass(frozen=True)
 class _Stack:
-    """The arrangement of the factors of several adapters in one.
+    """Arrangement of the factors of several adapters in a single adapter.
 
     Attributes:
         coefficients: One per adapter that contributes.
-        config: The adapters' configuration.
+        config: Configuration of the last adapter. The others agree in ranks and scales.
     """
 
     coefficients: tuple[float, ...]
     config: Mapping[str, Any]
 
     def place(self, checkpoint: Checkpoint, slot: int) -> Checkpoint:
-        """Give an adapter's factors the shape of the stack, with zeros outside their slot."""
+        """Give an adapter's factors the shape of the stack, with zeros outside the slot.
+
+        Args:
+            checkpoint: The adapter.
+            slot: Position of the adapter among the adapters that contribute.
+        """
         tensors = dict(checkpoint.tensors)
         for name, match in _factors(checkpoint).items():
             dim = 0 if match[2] == "A" else 1
@@ -154,7 +173,8 @@ class _Stack:
         return replace(checkpoint, tensors=tensors)
 
     def scale(self, plan: TensorPlan) -> TensorPlan:
-        """A tensor's plan: of the A's plain values, of the B's n times the mean."""
+        """Change a tensor's plan: plain values for an A, n times the mean for a B."""
+        # The coefficients belong to the B's alone, else each product would get their square.
         match = _FACTOR.fullmatch(plan.name)
         if match and match[2] == "A":
             return replace(plan, coefficients=(1.0,) * len(plan.sources), divisor=1.0)
@@ -163,10 +183,15 @@ class _Stack:
         return plan
 
     def configuration(self) -> dict[str, Any]:
-        """The configuration with the rank of the stack, under which the scale is an n-th."""
+        """Return the configuration with n times the rank, which divides PEFT's scale by n.
+
+        Under rank-stabilized LoRA, PEFT divides alpha by the rank's square root. So alpha is
+        divided by the square root of n in addition.
+        """
         count = len(self.coefficients)
 
         def alpha(value: float) -> float:
+            """Return the alpha under which the scale is divided by n."""
             return value / math.sqrt(count) if self.config.get("use_rslora") else value
 
         ranks, alphas = (self.config.get(k) or {} for k in ("rank_pattern", "alpha_pattern"))
@@ -178,10 +203,10 @@ class _Stack:
         }
 
     def _groups(self, checkpoint: Checkpoint, match: re.Match[str]) -> int:
-        """How many stacks the rows of an A form: one a group of a convolution, or an expert.
+        """Count the stacks in the rows of an A: one per group of a convolution, or per expert.
 
-        A grouped convolution has the rank over its groups as columns of B; experts in one
-        parameter have as many rows and columns as there are pairs of an expert and a rank.
+        In a grouped convolution, B has rank / groups columns. Experts in one parameter have as many
+        rows of A and columns of B as there are pairs of an expert and a rank.
         """
         rows = checkpoint.tensors[match[0]].shape[0]
         columns = checkpoint.tensors[_partner(match)].shape[1]
@@ -190,13 +215,17 @@ class _Stack:
 
 
 def _factors(checkpoint: Checkpoint) -> dict[str, re.Match[str]]:
-    """The names of an adapter's factors."""
+    """Find an adapter's factors.
+
+    Returns:
+        Name of a factor → match of the name's parts: stem, A or B, ending.
+    """
     found = ((name, _FACTOR.fullmatch(name)) for name in checkpoint.tensors)
     return {name: match for name, match in found if match}
 
 
 def _partner(match: re.Match[str]) -> str:
-    """The name of the other factor of a product."""
+    """Return the name of the second factor that belongs to a factor of a product."""
     return f"{match[1]}{'B' if match[2] == 'A' else 'A'}{match[3]}"
 
 
@@ -229,7 +258,12 @@ def _check_alike(
 
 
 def _check_factors(checkpoint: Checkpoint, rules: Rules) -> None:
-    """Make sure that every product is whole, plain and to be averaged."""
+    """Make sure that every product has two plain factors, both of which are averaged.
+
+    Raises:
+        UnsupportedTensorError: A product has other parts, or a factor is not a matrix of floats.
+        UsageError: The patterns leave factors out.
+    """
     factors = _factors(checkpoint)
     others = [
         name

@@ -1,4 +1,4 @@
-"""Factors of low-rank products, under the names that the tools give them."""
+"""Factors of low-rank products, found by the names that different tools use."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def find_pairs(names: Iterable[str]) -> list[Pair]:
 
 
 def is_part_of_product(name: str) -> bool:
-    """Tell whether a tensor belongs to a low-rank product, by its name."""
+    """Tell by the name whether a tensor belongs to a low-rank product."""
     return bool(_LORA.search(name) or _OTHER_PRODUCTS.search(name))
 
 
 def find_bare_pairs(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Find the matrices called A and B that can only be the factors of one product."""
+    """Find the matrices called A and B that can only be the two factors of a product."""
     bare: list[str] = []
     for module, inner in Modules(tensors):
         for first, second in (("A", "B"), ("a", "b"), ("down", "up")):

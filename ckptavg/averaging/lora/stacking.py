@@ -1,4 +1,4 @@
-"""The slots of several adapters' factors in one stack."""
+"""Stacks of factors: each adapter's factor has a slot, and is zero elsewhere."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from ckptavg.formats.checkpoint import Piece, Tensor
 
 
 def place_factor(tensor: Tensor, dim: int, groups: int, slot: int, count: int) -> Tensor:
-    """Put a tensor into one slot of a stack; the other slots are zero.
+    """Put a tensor into a slot of a stack. All other slots are zero.
 
     Args:
         tensor: A factor.
-        dim: Its dimension that is the rank, along which the stack grows.
+        dim: The factor's dimension that is the rank, along which the stack grows.
         groups: Number of groups that the dimension is divided into, as by grouped convolutions.
             Each group has the slots.
         slot: Index of the slot.
@@ -29,7 +29,7 @@ def place_factor(tensor: Tensor, dim: int, groups: int, slot: int, count: int) -
 
 
 def _cut(piece: Piece, dim: int, low: int, extent: int, target: int, size: int) -> list[Piece]:
-    """Cut an interval along a dimension out of a piece, and shift it.
+    """Cut an interval along a dimension out of a piece, and shift the interval into the stack.
 
     Args:
         piece: A piece of a tensor.

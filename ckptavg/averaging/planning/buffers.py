@@ -1,4 +1,4 @@
-"""Float buffers that are no weights: their values have no mean."""
+"""Float buffers that are not weights, and whose values have no mean."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _COUNTER = re.compile(
 
 
 def find_buffers(modules: Modules, names: Iterable[str]) -> set[str]:
-    """Find the float buffers of a checkpoint that are no weights, by their neighbours.
+    """Find the float buffers of a checkpoint that are not weights, by name and neighbours.
 
     These are pruning masks, the ranges and the scale of a quantizer, the counts and sums of a
     codebook, and counters that are floats. Of masks and counters some values are read: a mask
@@ -77,7 +77,7 @@ def _find_quantizer_scales(tensors: Mapping[str, Tensor]) -> Iterator[str]:
 
 
 def _has_quantizer(leaves: Iterable[str]) -> bool:
-    """Tell whether the names of a module's tensors are those of a quantizer."""
+    """Tell whether a module has tensors with names of a quantizer."""
     return any(word in leaf for leaf in leaves for word in _OBSERVERS)
 
 
@@ -116,7 +116,7 @@ def _find_codebook_sums(floats: Mapping[str, Tensor]) -> Iterator[str]:
 
 
 def _find_masks(floats: Mapping[str, Tensor]) -> Iterator[str]:
-    """Find the masks of zeros and ones, by their names or by the pruned weight beside them."""
+    """Find the masks of zeros and ones, by the mask's name or by a pruned weight beside a mask."""
     for leaf, tensor in floats.items():
         # torch.nn.utils.prune keeps weight_orig and weight_mask.
         weight = floats.get(leaf.rpartition("_")[0] + "_orig")

@@ -1,4 +1,4 @@
-"""Checks that checkpoints fit each other, and that their tensors can be averaged or copied."""
+"""Checks that checkpoints fit each other, and that tensors can be averaged or copied."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _describe_networks(checkpoint: Checkpoint) -> str:
 
 
 def _suggest_pattern(first: Checkpoint, second: Checkpoint) -> str:
-    """Suggest to select one of two networks; empty where the files' names are alike."""
+    """Suggest a pattern that selects a single network; empty where the files' names are alike."""
     if first.pattern == second.pattern:
         return ""
     patterns = " or ".join(

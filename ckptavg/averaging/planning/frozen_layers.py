@@ -19,11 +19,11 @@ _COARSE_BITS = 16
 def find_frozen_layers(checkpoints: Sequence[Checkpoint]) -> tuple[str, ...]:
     """Find the layers whose running statistics were not updated while the weights were trained.
 
-    Statistics are read, and where all are equal as much of the weights as tells whether these
-    differ: checkpoints that repeat one another say nothing about training.
+    The statistics are read. Where all are equal, weights are read too, until a difference is found:
+    checkpoints with equal weights say nothing about training.
 
     Args:
-        checkpoints: Those that are averaged, of one network.
+        checkpoints: The checkpoints that are averaged, all of one network.
 
     Returns:
         Names of the layers, in order; none for a single checkpoint.
@@ -49,7 +49,7 @@ def find_frozen_layers(checkpoints: Sequence[Checkpoint]) -> tuple[str, ...]:
     for layer, names in layers.items():
         if layer not in same:
             continue
-        # What never tracks statistics, FrozenBatchNorm2d above all, keeps no count.
+        # A layer that never tracks statistics has no count, FrozenBatchNorm2d above all.
         if batch_count(layer) in last.tensors:
             counted = any(count.get(layer) != counts[0].get(layer) for count in counts)
             # An untouched layer has no statistics yet.
@@ -91,7 +91,7 @@ def _bytes_of(reader: Reader, tensor: Tensor) -> bytes:
 
 
 def _is_untouched(values: Sequence[tuple[str, bytes]]) -> bool:
-    """Tell whether statistics are the zeros and ones that a layer begins with."""
+    """Tell whether statistics are the initial zeros and ones of a layer."""
     for dtype, raw in values:
         if raw:
             tensor = torch.frombuffer(bytearray(raw), dtype=getattr(torch, dtype))

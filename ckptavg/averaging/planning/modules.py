@@ -1,4 +1,4 @@
-"""Tensors by the module that holds them, as their names tell."""
+"""Tensors of a checkpoint, grouped by module according to the tensors' names."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from ckptavg.formats.checkpoint import Tensor
 
 
 class Modules:
-    """The tensors of a checkpoint by module: the names of one module are alike up to the last dot.
+    """The tensors of a checkpoint by module. The module is the name up to the last dot.
 
     A colon separates as a dot does: the names of flattened tensor subclasses have one.
 
     Args:
-        tensors: The table of a checkpoint.
+        tensors: Name → tensor of a checkpoint.
 
     Attributes:
-        tensors: Module → last part of the name → tensor. The module's name ends in its separator.
+        tensors: Module → last part of the name → tensor. The module's name includes the separator
+            at its end.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -30,6 +31,6 @@ class Modules:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Split a tensor's name into the module, with its separator, and the last part."""
+    """Split a tensor's name into the module, including the separator, and the last part."""
     end = max(name.rfind("."), name.rfind(":")) + 1
     return name[:end], name[end:]

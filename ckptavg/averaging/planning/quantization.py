@@ -1,4 +1,4 @@
-"""Packed and quantized weights, told by their scales: such integers have no mean."""
+"""Detection of packed and quantized weights, which have no mean."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Packed:
 
 
 def check_not_quantized(checkpoints: Sequence[Checkpoint], averages: Callable[[str], bool]) -> None:
-    """Make sure that no quantized weights are averaged, nor scales of such weights.
+    """Make sure that neither quantized weights nor scales of quantized weights are averaged.
 
     Args:
         checkpoints: The selected checkpoints, in order.
@@ -103,7 +103,7 @@ def check_not_quantized(checkpoints: Sequence[Checkpoint], averages: Callable[[s
 
 
 def declared(checkpoint: Checkpoint) -> str:
-    """Return where a checkpoint states that its weights are quantized; empty where nowhere.
+    """Return the place where a checkpoint states quantized weights; empty where nowhere.
 
     The statement is an entry of a safetensors header, or of a configuration beside the weights.
     """
@@ -163,7 +163,7 @@ def _scale_leaves(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def _companions(name: str, scales_of: Mapping[str, Sequence[str]]) -> Iterator[str]:
-    """List the scales beside a tensor, and those below it as ``weight.absmax`` is."""
+    """List the scales beside a tensor, and the scales below the tensor as ``weight.absmax`` is."""
     for module in (split_name(name)[0], f"{name}.", f"{name}:"):
         for leaf in scales_of.get(module, ()):
             if module + leaf != name:
@@ -171,9 +171,9 @@ def _companions(name: str, scales_of: Mapping[str, Sequence[str]]) -> Iterator[s
 
 
 def _has_quant_state(name: str, modules: Modules) -> bool:
-    """Tell whether a float tensor holds the bytes of packed integers, as bitsandbytes stores them.
+    """Tell whether a float tensor holds the bytes of packed integers, as with bitsandbytes.
 
-    Their quantization state then stands below the tensor.
+    The quantization state of packed integers has names below the tensor's name.
     """
     inner = modules.tensors.get(f"{name}.", {})
     return bool({"absmax", "quant_map", "quant_state"} & {*inner}) or (
@@ -203,7 +203,7 @@ def _may_be_packed(tensor: Tensor) -> bool:
 
 
 def _has_matrix(tensors: Mapping[str, Tensor]) -> bool:
-    """Tell whether a module has a matrix of floats other than scales."""
+    """Tell whether a module has a matrix of floats, scales not counted."""
     return any(
         tensor.dtype.kind == "float" and len(tensor.shape) > 1 and min(tensor.shape) > 1
         for leaf, tensor in tensors.items()
@@ -239,7 +239,10 @@ def _fits(scale_name: str, scale: Tensor, name: str, packed: Tensor) -> bool:
 
 
 def _is_weight(name: str, tensor: Tensor) -> bool:
-    """Tell whether narrow integers are called a weight, whose scales may lie within it."""
+    """Tell whether a tensor of narrow integers has the name of a weight.
+
+    The scales of a packed weight may be stored within the weight.
+    """
     leaf = split_name(name)[1].lower()
     narrow = tensor.dtype.bits <= _WORD and len(tensor.shape) > 1
     return narrow and _WEIGHT.fullmatch(leaf) is not None
@@ -257,7 +260,7 @@ def _differs(name: str, checkpoints: Sequence[Checkpoint]) -> bool:
 
 
 def _find_beside(checkpoint: Checkpoint, name: str) -> Location | None:
-    """Return the path of a file beside the weights; None where looking for it costs requests."""
+    """Return the path of a file beside the weights; None where a look would cost requests."""
     if checkpoint.path.is_dir():
         return checkpoint.path / name
     return checkpoint.path.parent / name if isinstance(checkpoint.path, Path) else None

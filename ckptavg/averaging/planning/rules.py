@@ -34,23 +34,27 @@ class Rules:
             raise UsageError(f"dtype is expected to be one of {expected} but got {self.dtype!r}")
 
     def averages(self, name: str) -> bool:
-        """Tell whether a tensor is averaged, by its name."""
+        """Return True if the rules select a tensor name for averaging."""
         included = not self.include or _matches(name, self.include)
         return included and not _matches(name, self.exclude)
 
 
 def keeps_nonfinite(choice: str) -> bool:
-    """Whether averages that are not finite are written, by the option's name for it."""
+    """Return True if the choice ``on_nonfinite`` is to write averages that are not finite.
+
+    Raises:
+        UsageError: The choice is neither ``error`` nor ``keep``.
+    """
     if choice not in ("error", "keep"):
         raise UsageError(f"on_nonfinite is expected to be error or keep but got {choice!r}")
     return choice == "keep"
 
 
 def require_output(*, digests: bool) -> None:
-    """Make sure that there is an output where digests are to be recorded.
+    """Refuse digests for a result in memory, since digests are recorded in an output.
 
     Raises:
-        UsageError: There is none.
+        UsageError: Digests are requested.
     """
     if digests:
         raise UsageError("digests are recorded in an output, and none is named", "Name one.")

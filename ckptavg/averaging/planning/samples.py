@@ -20,11 +20,11 @@ def sample(tensor: Tensor) -> torch.Tensor:
     """Read elements from the beginning, the middle and the end of a tensor.
 
     Args:
-        tensor: Of a type of whole bytes.
+        tensor: A tensor of a type of whole bytes.
 
     Returns:
-        At most ``_STRETCHES`` stretches one after another, 1-d, in the tensor's type; all elements
-        of a small tensor, none of an empty one.
+        At most ``_STRETCHES`` concatenated stretches, 1-d, in the tensor's type; all elements of a
+        small tensor, none of an empty one.
 
     Raises:
         CheckpointError: The file cannot be read, or has become shorter.
@@ -36,18 +36,19 @@ def sample(tensor: Tensor) -> torch.Tensor:
 
 
 def first_values(tensors: Sequence[Tensor]) -> list[float]:
-    """Read the first element of each of some tensors that have one.
+    """Read the first element of each tensor. No tensor may be empty.
 
     Raises:
         CheckpointError: A file cannot be read, or has become shorter.
     """
     with closing(Reader()) as reader:
+        # Elements of remote files are requested together, not one request after another.
         reader.fetch((tensor, 0, 1) for tensor in tensors)
         return [float(_read(reader, tensor, 0, 1)[0]) for tensor in tensors]
 
 
 def _stretches(tensor: Tensor) -> Iterator[tuple[int, int]]:
-    """Choose the stretches to read: the index of the first element, and their number."""
+    """Choose the stretches to read, each as the first element's index and the number."""
     if not tensor.contiguous:
         row = tensor.shape[-1] if tensor.shape else 1
         if row <= _LONGEST_ROW:

@@ -1,4 +1,4 @@
-"""Layers under spectral norm, and the power iteration that gives their singular vectors.
+"""Layers under spectral norm, and the power iteration for the layers' singular vectors.
 
 Spectral norm divides a weight by its largest singular value. It keeps the two singular vectors, u
 and v, and computes the value as uᵀWv (Miyato et al. 2018, Algorithm 1). The mean of such vectors is
@@ -41,7 +41,7 @@ _STEP_COST = 300_000
 
 @dataclass(frozen=True)
 class SpectralNorm:
-    """A layer under spectral norm, by the names of its tensors.
+    """Names of the tensors of a layer under spectral norm.
 
     Attributes:
         weight: The weight that is divided by its largest singular value.
@@ -74,7 +74,7 @@ def find_layers(modules: Modules) -> list[SpectralNorm]:
 def _match_layer(
     modules: Modules, module: str, leaf: str, match: re.Match[str]
 ) -> SpectralNorm | None:
-    """Find the layer that a vector is the u of; None where there is none.
+    """Find the layer that has a vector as its u; None where there is no layer.
 
     Args:
         modules: The checkpoint's tensors.
@@ -101,7 +101,7 @@ def _match_layer(
 
 
 def _list_matrices(modules: Modules, module: str, stem: str) -> dict[str, Tensor]:
-    """List the matrices that vectors may belong to, those of the vectors' own name first."""
+    """List the matrices that vectors may belong to, matrices of the same name first."""
     parametrization = _PARAMETRIZATION.fullmatch(module)
     if parametrization and ".parametrizations." in f".{module}":
         home, likely = parametrization["weight"], ["original"]
@@ -121,7 +121,7 @@ def _is_matrix(tensor: Tensor) -> bool:
 
 
 def _is_vector(tensor: Tensor) -> bool:
-    """Tell whether floats are a vector: of one dimension, or of two with one of extent 1."""
+    """Tell whether floats are a vector: 1-d, or 2-d with an extent of 1."""
     if tensor.dtype.kind != "float" or not tensor.shape or len(tensor.shape) > 2:
         return False
     return tensor.numel == max(tensor.shape)
@@ -140,7 +140,7 @@ def most_steps(shapes: Sequence[Sequence[int]]) -> int:
 def iterate_vectors(
     weight: torch.Tensor, u: torch.Tensor, v: torch.Tensor | None, last: torch.Tensor, steps: int
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Run the power iteration to its end.
+    """Run the power iteration until convergence, or for the largest number of steps.
 
     Args:
         weight: The averaged weight, of any float type.
@@ -183,6 +183,7 @@ def _dimension(weight: torch.Tensor, u: torch.Tensor, v: torch.Tensor | None) ->
     left, right = (vector.flatten().to(torch.float64) for vector in (u, v))
 
     def singular_value(dimension: int) -> float:
+        """Return |uᵀWv| for the matrix along a dimension."""
         projected = _times(_matrix(weight, dimension), right)
         return float(_sum((projected * left)[None]).abs())
 
@@ -190,7 +191,7 @@ def _dimension(weight: torch.Tensor, u: torch.Tensor, v: torch.Tensor | None) ->
 
 
 def _matrix(weight: torch.Tensor, dimension: int) -> torch.Tensor:
-    """Return a weight as the normed matrix: float64, (extent of the dimension, all others)."""
+    """Return a weight as the normed matrix: float64, (extent of the dimension, all the rest)."""
     rows_first = weight.movedim(dimension, 0)
     return rows_first.reshape(rows_first.shape[0], -1).to(torch.float64)
 
@@ -218,7 +219,7 @@ def _sum(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _unit(vector: torch.Tensor) -> torch.Tensor | None:
-    """Scale a vector to length 1; None where it has no direction."""
+    """Scale a vector to length 1; None where the vector has no direction."""
     largest = float(vector.abs().max())
     if not math.isfinite(largest) or largest == 0:
         return None

@@ -1,4 +1,4 @@
-"""What becomes of each tensor: averaged, taken from the last checkpoint, or refused."""
+"""Plans of output tensors: averaged, copied from a checkpoint, or refused."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ from ckptavg.runs.metric_columns import momentary_numbers
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """How one output tensor comes about.
+    """Plan of an output tensor.
 
     Attributes:
-        name: Under which it is stored.
-        shape: Extent.
-        dtype: Element type of the output.
+        name: Name of the tensor in the output.
+        shape: Shape of the tensor.
+        dtype: Element type in the output.
         sources: The same tensor in each checkpoint that contributes, in the run's order.
-        owners: The checkpoints that the sources belong to.
-        coefficients: One a source.
-        averaged: False where the bytes of the only source are taken as they are.
-        compared: The tensors of the other checkpoints where only the last is taken: integers and
-            buffers that are no weights. A difference is noted.
+        owners: The checkpoint of each source.
+        coefficients: One per source.
+        averaged: False where the bytes of the only source are copied unchanged.
+        compared: The same tensor in the other checkpoints, where only the last checkpoint's is
+            copied: integers, and buffers that are not weights. Differences are noted.
         tied_to: Name of an earlier tensor that has the same bytes in every checkpoint.
-        divisor: What the weighted sum is divided by; the sum of the coefficients where None.
+        divisor: Divisor of the weighted sum; the sum of the coefficients where None.
     """
 
     name: str
@@ -61,30 +61,30 @@ class TensorPlan:
 
     @property
     def output(self) -> OutputTensor:
-        """What is written."""
+        """Description of the tensor in the output."""
         return OutputTensor(self.name, self.dtype, self.shape, self.tied_to)
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
-        """What is read for it, in the run's order: what is compared comes before what is taken."""
+        """All tensors to read, in the run's order: compared tensors come before the sources."""
         return (*self.compared, *self.sources)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole average before any tensor is read.
+    """Plan of a whole average, made before the tensors are read.
 
     Attributes:
-        checkpoints: What was selected, in order.
-        coefficients: One a checkpoint, normalized.
-        tensors: How each output tensor comes about.
-        notes: What a person should know.
-        companions: Contents of the files that must stand beside the weights, by name; where there
+        checkpoints: The selected checkpoints, in order.
+        coefficients: One per checkpoint, normalized.
+        tensors: Plan of each output tensor.
+        notes: Messages for the user.
+        companions: Contents of the files that must stand beside the weights, by name. Where there
             are any, the output has to be a directory.
-        missing: Tensors that no output can hold, and why: they are left out of this one.
-        metadata: Entries of a safetensors header that are not as in the last checkpoint's.
-        spectral_norms: Layers whose vectors are iterated on the averaged weight.
-        frozen: Layers whose running statistics were frozen in training: they are kept.
+        missing: Names of tensors that no output can hold, and the reasons. The output lacks them.
+        metadata: Entries of a safetensors header that differ from the last checkpoint's header.
+        spectral_norms: Layers whose singular vectors are computed from the averaged weight.
+        frozen: Layers whose running statistics were frozen in training and are kept.
     """
 
     checkpoints: tuple[Checkpoint, ...]
@@ -99,19 +99,19 @@ class Plan:
 
     @property
     def outputs(self) -> list[OutputTensor]:
-        """What is written."""
+        """Descriptions of the tensors in the output."""
         return [tensor.output for tensor in self.tensors]
 
     @property
     def template(self) -> Checkpoint:
-        """The checkpoint that outputs are laid out like."""
+        """The checkpoint whose layout outputs follow: the last one, with the plan's metadata."""
         last = self.checkpoints[-1]
         metadata = {**last.metadata, **self.metadata}
         return replace(last, metadata=metadata, momentary=momentary_numbers(self.checkpoints))
 
     @property
     def ties(self) -> list[list[str]]:
-        """Groups of output names that share their contents."""
+        """Groups of output names with shared contents."""
         groups: dict[str, list[str]] = {}
         for tensor in self.tensors:
             groups.setdefault(tensor.tied_to or tensor.name, []).append(tensor.name)
@@ -125,30 +125,31 @@ class Plan:
 
     @property
     def base(self) -> Checkpoint | None:
-        """The checkpoint that gives the rest, if it is none of those selected."""
+        """The checkpoint of copied tensors; None where only selected checkpoints are read."""
         selected = {(c.path, c.key) for c in self.checkpoints}
         return next((c for c in self.files if (c.path, c.key) not in selected), None)
 
     @property
     def inputs(self) -> list[Checkpoint]:
-        """The checkpoints as the provenance lists them: the selected ones, and the base."""
+        """The checkpoints in the provenance's order: the selected ones, then the base."""
         return [*self.checkpoints, *([] if self.base is None else [self.base])]
 
 
 def make_plan(
     checkpoints: Sequence[Checkpoint], coefficients: Sequence[float], rules: Rules
 ) -> Plan:
-    """Check that the checkpoints fit each other, and say what becomes of each tensor.
+    """Plan the average of checkpoints, after checks that the checkpoints fit each other.
 
     Args:
-        checkpoints: What was selected, in order.
-        coefficients: One a checkpoint; their sum is positive. Those with 0 are not read.
-        rules: What is averaged.
+        checkpoints: The selected checkpoints, in order.
+        coefficients: One per checkpoint, with a positive sum. Checkpoints with 0 are not read.
+        rules: The selection of the tensors to average, and the type of the output's floats.
 
     Raises:
         MismatchError: Names, shapes or kinds differ.
         UnsupportedTensorError: A tensor has no meaningful average.
         UsageError: The patterns leave nothing to average.
+        CheckpointError: A file cannot be read.
     """
     last, base = checkpoints[-1], rules.base or checkpoints[-1]
     names = [name for name in (*last.tensors, *last.refused) if rules.averages(name)]
@@ -176,6 +177,7 @@ def make_plan(
     tensors = [builder.averaged(name) for name in names] + [
         builder.copied(name, base) for name in rest
     ]
+    # The output keeps the base's order of tensors, copied and averaged ones mixed.
     tensors.sort(key=lambda t: order.get(t.name, len(order)))
     return Plan(
         checkpoints=tuple(checkpoints),
@@ -189,7 +191,7 @@ def make_plan(
 
 
 def _averaged_layers(modules: Modules, averaged: Collection[str]) -> tuple[SpectralNorm, ...]:
-    """Layers under spectral norm all of whose tensors are to be averaged."""
+    """Find the layers under spectral norm whose tensors are all to be averaged."""
     layers = spectral_norm.find_layers(modules)
     return tuple(
         layer
@@ -199,17 +201,18 @@ def _averaged_layers(modules: Modules, averaged: Collection[str]) -> tuple[Spect
 
 
 def _find_frozen(used: Sequence[Checkpoint], rules: Rules) -> dict[str, tuple[str, ...]]:
-    """Find the layers that were frozen in training, whose statistics the output has.
+    """Find the layers that were frozen in training and whose statistics the output keeps.
 
     Args:
         used: The checkpoints that contribute.
-        rules: What is averaged.
+        rules: The selection of the tensors to average.
 
     Returns:
-        Layer → names of its statistics.
+        Layer → names of the layer's statistics.
     """
     statistics = layer_statistics(used[-1].tensors)
     frozen = {layer: statistics[layer] for layer in find_frozen_layers(used)}
+    # Tensors outside the selection come from the base, whose statistics may be others.
     if rules.base is None:
         return frozen
     return {
@@ -218,7 +221,7 @@ def _find_frozen(used: Sequence[Checkpoint], rules: Rules) -> dict[str, tuple[st
 
 
 def _unmatched(rules: Rules, names: set[str]) -> list[str]:
-    """Notes about patterns that do nothing: a word mistyped, or one meant for files."""
+    """Make a note per pattern that matches no tensor: mistyped, or meant for files."""
     notes: list[str] = []
     for pattern in _idle_patterns(rules, names):
         meant = did_you_mean(close_patterns(pattern, sorted(names)))
@@ -228,7 +231,7 @@ def _unmatched(rules: Rules, names: set[str]) -> list[str]:
 
 
 def _meant_patterns(rules: Rules, names: set[str]) -> list[str]:
-    """List patterns that some which match no tensor may have been meant for."""
+    """List similar patterns that match tensors, for each pattern that matches no tensor."""
     idle = _idle_patterns(rules, names)
     return [p for pattern in idle for p in close_patterns(pattern, sorted(names))]
 
@@ -241,6 +244,19 @@ def _idle_patterns(rules: Rules, names: set[str]) -> list[str]:
 
 @dataclass
 class _Builder:
+    """Builder of tensor plans, which also collects notes about the tensors.
+
+    Attributes:
+        checkpoints: The selected checkpoints, in order.
+        coefficients: One per checkpoint.
+        rules: The selection of the tensors to average, and the type of the output's floats.
+        vectors: Names of the singular vectors of layers under spectral norm.
+        buffers: Names of float buffers that are not weights.
+        frozen: Layer that was frozen in training → names of the layer's statistics.
+        last_used: The last checkpoint that contributes.
+        mixed: Tensor whose floats have different widths → name of the output's type.
+    """
+
     checkpoints: tuple[Checkpoint, ...]
     coefficients: tuple[float, ...]
     rules: Rules
@@ -251,8 +267,10 @@ class _Builder:
     mixed: dict[str, str] = field(default_factory=dict)
 
     def averaged(self, name: str) -> TensorPlan:
+        """Plan a tensor of the selection: average it, or copy it where it has no mean."""
         tensors = [c.tensors[name] for c in self.checkpoints]
         last = tensors[-1]
+        # Copied for now. The vectors are computed once the averaged weights are known.
         if name in self.vectors:
             return self.copied(name, self.checkpoints[-1])
         if name in self._frozen_statistics:
@@ -274,14 +292,17 @@ class _Builder:
         )
 
     def copied(self, name: str, base: Checkpoint) -> TensorPlan:
+        """Plan a tensor that is copied from a checkpoint, converted where a type is requested."""
         tensor = base.tensors[name]
         dtype = tensor.dtype
         if dtype.kind == "float":
             dtype = self._output_dtype(name, [dtype])
+        # A conversion is the average of a single source.
         converted = dtype != tensor.dtype
         return TensorPlan(name, tensor.shape, dtype, (tensor,), (base,), (1.0,), converted)
 
     def notes(self) -> list[str]:
+        """Return notes about the planned tensors, once all are planned."""
         notes = []
         if self.frozen:
             of_all = len(batchnorm_layers(self.last_used.tensors))
@@ -318,28 +339,30 @@ class _Builder:
 
 
 def _wider(one: DType, other: DType) -> DType:
-    """The narrowest type that holds the values of both."""
+    """Return the narrowest type that holds all values of two types."""
     if one == other:
         return one
-    if one.bits == other.bits:  # bfloat16 and float16
+    # These are bfloat16 and float16, neither of which holds the other's values.
+    if one.bits == other.bits:
         return DTYPES["float32"]
     return one if one.bits > other.bits else other
 
 
 def _with_ties(tensors: Sequence[TensorPlan]) -> list[TensorPlan]:
-    """Mark the tensors that have the same bytes as an earlier one in every source."""
+    """Tie tensors to the first tensor that has the same bytes in every source."""
     seen: dict[object, str] = {}
     tied: list[TensorPlan] = []
     for plan in tensors:
         places = tuple(source.pieces for source in (*plan.sources, *plan.compared))
         identity = (places, plan.dtype.name, plan.coefficients, plan.averaged)
+        # Empty tensors have no bytes, so that two of them are not the same tensor.
         first = seen.setdefault(identity, plan.name) if math.prod(plan.shape) else plan.name
         tied.append(plan if first == plan.name else replace(plan, tied_to=first))
     return tied
 
 
 def copy_plan(checkpoint: Checkpoint) -> Plan:
-    """The plan that takes every tensor of one checkpoint as it is.
+    """Plan an unchanged copy of every tensor of a checkpoint.
 
     Raises:
         UnsupportedTensorError: A tensor has no plain bytes.
