@@ -1,1 +1,1 @@
-"""The strings of ``--model``, ``--data`` and their arguments → objects."""
+"""Specifications: strings of ``--model``, ``--data`` and ``--task`` converted to objects."""

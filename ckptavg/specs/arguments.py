@@ -1,4 +1,4 @@
-"""``key=value`` arguments of the command line, read as the function that gets them expects."""
+"""``key=value`` arguments of the command line, converted to the types of parameters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any, Literal, Union
 from ckptavg.errors import SpecError, UsageError
 
 Arguments = Mapping[str, Any]
-"""Keywords of a function: plain values, or ``Argument`` where they come from the command line."""
+"""Keywords of a function: plain values, or ``Argument`` for values from the command line."""
 
 _TRUE = ("true", "yes", "on")
 _FALSE = ("false", "no", "off")
@@ -27,7 +27,7 @@ _UNREADABLE = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
 
 @dataclass(frozen=True)
 class Argument:
-    """A value as it was typed.
+    """Argument value as typed.
 
     Attributes:
         text: The characters after ``=``.
@@ -37,7 +37,7 @@ class Argument:
 
     @property
     def value(self) -> Any:
-        """The value that the text has where no type is expected of it."""
+        """Value of the text where no type is expected."""
         return read_value(self.text)
 
 
@@ -45,7 +45,7 @@ def parse_arguments(pairs: Iterable[str]) -> dict[str, Argument]:
     """Split ``key=value`` strings.
 
     Raises:
-        UsageError: One has no ``=``, or no identifier before it.
+        UsageError: A string has no ``=``, or no identifier before ``=``.
     """
     arguments: dict[str, Argument] = {}
     for pair in pairs:
@@ -57,14 +57,14 @@ def parse_arguments(pairs: Iterable[str]) -> dict[str, Argument]:
 
 
 def read_value(text: str) -> Any:
-    """Read a value of no expected type: a word for a truth value or none, a literal, else text."""
+    """Read a value without an expected type: yes, no, none, a Python or JSON literal, else text."""
     word = text.strip().lower()
     if word in _TRUE or word in _FALSE:
         return word in _TRUE
     if word in _NONE:
         return None
     with warnings.catch_warnings():
-        # The compiler warns of escapes that it does not know.
+        # The compiler warns of unknown escapes, such as those in Windows paths.
         warnings.simplefilter("ignore")
         for read in (ast.literal_eval, _read_json, _read_list):
             try:
@@ -75,24 +75,24 @@ def read_value(text: str) -> Any:
 
 
 def plain_value(value: Any) -> Any:
-    """An argument's value, typed or not."""
+    """Return the plain value of an argument."""
     return value.value if isinstance(value, Argument) else value
 
 
 def text_of(value: Any) -> str:
-    """An argument as text, however it would be read."""
+    """Return an argument as text, unconverted."""
     return value.text if isinstance(value, Argument) else str(value)
 
 
 def fit_arguments(function: Callable[..., Any], arguments: Arguments) -> dict[str, Any]:
-    """Read typed arguments as the parameters that they are for expect.
+    """Convert typed arguments to the types that a function's parameters expect.
 
-    A parameter expects what it is annotated with, else the type of its default. Without either, an
-    argument has the value that ``read_value`` gives it.
+    The expected type is the annotation, else the type of the default. Without either,
+    ``read_value`` decides.
 
     Args:
-        function: The function that is going to be called.
-        arguments: Its keywords.
+        function: The function to be called.
+        arguments: Keywords of the function.
 
     Raises:
         SpecError: A text cannot be read as its parameter's type.
@@ -111,15 +111,15 @@ def fit_arguments(function: Callable[..., Any], arguments: Arguments) -> dict[st
 
 @dataclass(frozen=True)
 class _Expectation:
-    """The type that a parameter expects.
+    """Expected type of a parameter.
 
     Attributes:
-        name: The parameter.
-        kinds: Types, any of which will do; empty if nothing is known.
-        choices: The values of a ``Literal``; empty if it is none.
+        name: Name of the parameter.
+        kinds: Admitted types; empty if unknown.
+        choices: Values of a ``Literal``; empty for other types.
         strict: True for an annotation, which excludes other types; a default is only a hint.
         default: The default; ``inspect.Parameter.empty`` where there is none.
-        of_texts: True where several texts are expected.
+        of_texts: True where a list of texts is expected.
     """
 
     name: str
@@ -131,6 +131,7 @@ class _Expectation:
 
     @classmethod
     def of(cls, parameter: inspect.Parameter) -> _Expectation:
+        """Derive the expected type from annotation and default."""
         default = parameter.default
         kinds, choices = _split_hint(parameter.annotation)
         strict = bool(kinds or choices)
@@ -138,17 +139,17 @@ class _Expectation:
         if not strict and has_default and default is not None:
             kinds = (type(default),)
         elif strict and default is None:
-            # An old way to write "| None".
+            # A default of None beside an annotation is an old way to write "| None".
             kinds += (type(None),)
         return cls(
             parameter.name, kinds, choices, strict, default, _has_texts(parameter.annotation)
         )
 
     def read(self, text: str) -> Any:
-        """Read a text as this type.
+        """Read a text as the expected type.
 
         Raises:
-            SpecError: It cannot be read so.
+            SpecError: The text cannot be read as this type.
         """
         value = read_value(text)
         for choice in self.choices:
@@ -166,14 +167,14 @@ class _Expectation:
         is_kind = any(_is_instance(value, kind) for kind in self.kinds)
         known = {bool, int, float, str, list, tuple, type(None)}
         is_checked = bool in self.kinds or self.choices or (self.strict and {*self.kinds} <= known)
-        # A word may have a meaning of its own beside numbers, as "auto" has; a broken number none.
+        # A word may be meant where numbers are expected, such as "auto". A broken number is a typo.
         is_mistyped = {int, float} & {*self.kinds} and _begins_a_number(value)
         if (is_checked or is_mistyped) and not is_kind:
             raise SpecError(f"{self.name} is expected to be {self._wanted()} but got {text!r}")
         return value
 
     def _admits_none(self, text: str) -> bool:
-        """Tell whether a text means None; where text is the default, only as Python writes it."""
+        """Return True if a text means None; without an annotation only the exact text ``None``."""
         if type(None) in self.kinds:
             return True
         return text == "None" and not self.strict and bool not in self.kinds
@@ -196,7 +197,7 @@ def _read_truth(text: str, value: Any, kinds: tuple[Any, ...]) -> bool | None:
         return None
     if isinstance(value, bool):
         return value
-    # Not where numbers are expected, too.
+    # 0 and 1 are not truth values where numbers are expected, too.
     if type(value) is int and value in (0, 1) and not {int, float} & {*kinds}:
         return bool(value)
     del text
@@ -222,7 +223,7 @@ def _read_number(text: str, value: Any, kinds: tuple[Any, ...]) -> float | None:
 def _read_sequence(
     text: str, value: Any, kinds: tuple[Any, ...]
 ) -> list[Any] | tuple[Any, ...] | None:
-    """Read ``1,2``, ``a,b`` or one value where several are expected."""
+    """Read ``1,2``, ``a,b`` or a single value where a sequence is expected."""
     kind = next((kind for kind in kinds if kind in _LISTS), None)
     if kind is None or (str in kinds and not isinstance(value, (list, tuple))):
         return None
@@ -232,7 +233,7 @@ def _read_sequence(
 
 
 def _read_text(text: str, value: Any, kinds: tuple[Any, ...]) -> Any:
-    """Read a text or a path; quotes around it are none of it."""
+    """Read a text or a path, without surrounding quotes."""
     if not any(isinstance(kind, type) and issubclass(kind, (str, PurePath)) for kind in kinds):
         return None
     if type(value) is not str and type(value) in kinds:
@@ -255,7 +256,7 @@ def _is_instance(value: Any, kind: Any) -> bool:
 
 
 def _split_hint(hint: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Types that an annotation admits, and the choices of a ``Literal`` in it."""
+    """Split an annotation into admitted types and the choices of a ``Literal``."""
     hint = _BY_NAME.get(hint, hint) if isinstance(hint, str) else hint
     unknown = hint in (Any, object, inspect.Parameter.empty)
     if unknown or isinstance(hint, (str, typing.TypeVar)):
@@ -278,7 +279,7 @@ def _split_hint(hint: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
 
 
 def _has_texts(hint: Any) -> bool:
-    """Tell whether an annotation is of several texts: ``list[str]``, or that or None."""
+    """Return True for an annotation of several texts, such as ``list[str] | None``."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
         return any(map(_has_texts, arguments)) and str not in arguments
@@ -286,12 +287,13 @@ def _has_texts(hint: Any) -> bool:
 
 
 def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """Parameters that can be given by name; none where the function does not tell."""
+    """Return the parameters that can be passed by name; empty without a known signature."""
     try:
         parameters = inspect.signature(function, eval_str=True).parameters
     except (TypeError, ValueError):
         return {}
-    except Exception:  # names in annotations that only a type checker knows
+    # Annotations may hold names that only a type checker knows, and fail on evaluation.
+    except Exception:
         parameters = inspect.signature(function).parameters
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return {name: p for name, p in parameters.items() if p.kind in named}
@@ -307,7 +309,7 @@ def _read_json(text: str) -> Any:
 
 
 def _read_list(text: str) -> list[Any]:
-    """Read ``[a,b]``: words need no quotes."""
+    """Read ``[a,b]``, where words need no quotes."""
     inner = text.strip()
     if not (inner.startswith("[") and inner.endswith("]")) or any(c in inner[1:-1] for c in "[]{}"):
         raise ValueError(text)

@@ -1,4 +1,4 @@
-"""Models of Hugging Face directories, built from their configuration; nothing is downloaded."""
+"""Models from Hugging Face directories, built from the configuration without downloads."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
 
 
 def find_model_directory(name: str) -> Path:
-    """Find the directory with a model's configuration: itself, or of a run the last checkpoint's.
+    """Find the directory with a model's configuration; for a run, that of the last checkpoint.
 
     Args:
-        name: The directory, or that of a run.
+        name: The directory of a model or of a run.
 
     Raises:
-        SpecError: There is none.
+        SpecError: There is no such directory.
     """
     directory = Path(name)
     if (directory / CONFIG).is_file():
@@ -48,7 +48,7 @@ def find_model_directory(name: str) -> Path:
 
 
 def find_tokenizer_directory(directory: Path) -> Path:
-    """Find the directory with a model's tokenizer: its own, or the one above, of the run."""
+    """Find the directory with a model's tokenizer: the model's, else the parent (the run's)."""
     for home in (directory, directory.parent):
         if any(any(home.glob(pattern)) for pattern in _TOKENIZER_FILES):
             return home
@@ -56,7 +56,7 @@ def find_tokenizer_directory(directory: Path) -> Path:
 
 
 def _last_checkpoint(directory: Path) -> Path | None:
-    """The last checkpoint of a run, if it is a directory with a configuration."""
+    """Return the last checkpoint of a run if this is a directory with a configuration."""
     try:
         *_, last = open_run(directory).opened
     except CkptavgError:
@@ -68,13 +68,22 @@ def _last_checkpoint(directory: Path) -> Path | None:
 def build_model(name: str, **keywords: Any) -> Any:
     """Build the transformers model that a directory's configuration names, freshly initialized.
 
-    Nothing is downloaded, nor is the hub asked for anything.
+    Nothing is downloaded, and no request goes to the hub.
+
+    Args:
+        name: The directory of a model or of a run.
+        keywords: Settings for the configuration.
+
+    Raises:
+        SpecError: There is no configuration, or it names an unknown architecture or a backbone
+            whose configuration is not in the cache.
     """
     directory = str(find_model_directory(name))
     if Path(directory) != Path(name):
         log.info("the model is that of %s, the last checkpoint of the run", directory)
     transformers = import_optional("transformers", "transformers")
-    keywords.setdefault("trust_remote_code", False)  # else it asks on the terminal
+    # Without a value, transformers asks on the terminal.
+    keywords.setdefault("trust_remote_code", False)
     try:
         with offline():
             config = transformers.AutoConfig.from_pretrained(
@@ -85,6 +94,7 @@ def build_model(name: str, **keywords: Any) -> Any:
                 raise SpecError(
                     f"{directory}/config.json names no architecture that transformers knows"
                 )
+            # A pretrained backbone would be downloaded; the checkpoints hold its weights.
             for settings in _settings(config, transformers.PretrainedConfig):
                 if settings.get("use_pretrained_backbone"):
                     settings["use_pretrained_backbone"] = False
@@ -101,12 +111,13 @@ def build_model(name: str, **keywords: Any) -> Any:
 
 
 def _settings(config: Any, kind: type) -> Iterator[dict[str, Any]]:
-    """The settings of a configuration and of all that are in it.
+    """Yield the settings of a configuration and of all nested configurations.
 
     Args:
-        config: Plain values, or a configuration.
-        kind: The class of configurations.
+        config: A dict of plain values, or a configuration object.
+        kind: The class of configuration objects.
     """
+    # ``seen`` guards against configurations that refer to each other.
     waiting, seen = [config], set[int]()
     while waiting:
         value = waiting.pop()
@@ -120,7 +131,7 @@ def _settings(config: Any, kind: type) -> Iterator[dict[str, Any]]:
 
 
 def _lacking_backbone(directory: Path) -> str | None:
-    """The hub's name of a backbone that a configuration names and the cache does not have."""
+    """Return the hub name of a backbone whose configuration is not in the cache; None without."""
     try:
         config = bounded_json.read(directory / "config.json")
     except (OSError, ValueError, CheckpointError):

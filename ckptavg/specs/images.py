@@ -1,4 +1,4 @@
-"""Preparation of images for a model: by the user's transform, options, or a preset."""
+"""Preparation of images for a model, by a user's transform, by options or by a preset."""
 
 from __future__ import annotations
 
@@ -26,24 +26,27 @@ CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 CIFAR100 = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
 _KNOWN: dict[Any, str] = {IMAGENET: "ImageNet", CIFAR10: "CIFAR10", CIFAR100: "CIFAR100"}
 _CHANNELS = 3
-_FAR_LARGER = 2  # times as large as the images
-_MOST_LOOKED_AT = 16  # images
-# Parameters by which functions that return a transform are told that it is not for training.
+# Factor of enlargement from which on the user is warned.
+_FAR_LARGER = 2
+# Image files whose size is read.
+_MOST_LOOKED_AT = 16
+# Parameters of transform factories that choose between training and evaluation.
 _ROLES = ("train", "training", "is_train", "is_training")
 
 
 @dataclass(frozen=True)
 class Preset:
-    """The way in which a model's or a data set's images are usually prepared.
+    """Usual preparation of the images of a model or data set.
 
     Attributes:
-        name: The model that it comes from, for notes; empty where it comes from none.
-        size: Resized to, in pixels: the shorter side, or (height, width); None for no resizing.
-        crop: Side of the centre crop, or (height, width); None for none.
+        name: Name of the model in notes; empty for a preset of no model.
+        size: Size after resizing in pixels: the shorter side, or (height, width); None for no
+            resizing.
+        crop: Side of the centre crop in pixels, or (height, width); None for no crop.
         mean: Mean per channel; None for no normalization.
-        std: Standard deviation per channel.
-        transform: The whole of it, where its library makes one.
-        interpolation: As torchvision's ``Resize`` takes it; its own default where None.
+        std: Standard deviation per channel; None for no normalization.
+        transform: Complete transform from the model's library; None to build one from the fields.
+        interpolation: Argument of torchvision's ``Resize``; the default of ``Resize`` where None.
     """
 
     name: str
@@ -56,11 +59,11 @@ class Preset:
 
     @property
     def resize(self) -> int | None:
-        """The shorter side after resizing, in pixels."""
+        """Shorter side after resizing, in pixels."""
         return min(self.size) if isinstance(self.size, tuple) else self.size
 
     def describe(self) -> str:
-        """Word the note about what is done to images."""
+        """Word the note on the preparation of images."""
         steps: list[str] = []
         if self.size is not None:
             steps.append(f"resized to {_side_text(self.size)}")
@@ -93,7 +96,7 @@ class Preset:
         return composed
 
     def log(self) -> None:
-        """Note what is done to images."""
+        """Log the preparation of images."""
         if self.name:
             log.info("images are prepared by the preset of %s: %s", self.name, self.describe())
         else:
@@ -101,14 +104,17 @@ class Preset:
 
 
 USUAL = Preset("", 256, 224, *IMAGENET)
-"""The evaluation of most models that were trained on ImageNet."""
+"""Evaluation preset of most models trained on ImageNet."""
 
 
 def take_options(keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Take the transform and the options of a preset out of keywords.
+    """Remove the transform and the preset options from keywords.
 
     Returns:
         The specification of the transform, None where there is none; and the options by name.
+
+    Raises:
+        SpecError: Both a transform and options are given.
     """
     transform = keywords.pop("transform", None)
     options = {name: plain_value(keywords.pop(name)) for name in OPTIONS if name in keywords}
@@ -121,10 +127,10 @@ def take_options(keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 
 def load_transform(spec: Any) -> Transform:
-    """Load what ``transform=`` names: a transform, a function of the image, a class, a factory.
+    """Load the transform of ``transform=``: a transform, a function of the image, or a factory.
 
     Raises:
-        SpecError: It cannot be found, or gives no transform.
+        SpecError: The object cannot be found, or gives no transform.
     """
     text = text_of(spec)
     if text.lower() == "none":
@@ -146,11 +152,12 @@ def load_transform(spec: Any) -> Transform:
 
 
 def _factory_arguments(found: Any) -> Arguments | None:
-    """Arguments for a factory of a transform, None where the object is a transform itself."""
+    """Return the arguments for a transform factory; None for an object that is a transform."""
     if isinstance(found, type):
         return {}
     if not hasattr(found, "__code__") and not hasattr(found, "func"):
-        return None  # an object that is called with an image
+        # An object with ``__call__``, such as a torchvision Compose.
+        return None
     parameters = required_parameters(found)
     if not parameters:
         return None if _takes_anything(found) else {}
@@ -161,17 +168,18 @@ def _factory_arguments(found: Any) -> Arguments | None:
 
 def _takes_anything(function: Any) -> bool:
     code = getattr(function, "__code__", None)
-    return code is not None and bool(code.co_flags & 0x04)  # it has *args
+    # inspect.CO_VARARGS: the function has *args.
+    return code is not None and bool(code.co_flags & 0x04)
 
 
 class _ByKeyword:
-    """A transform of albumentations', which takes an array as ``image=`` and returns a dict."""
+    """Adapter of an albumentations transform, which takes ``image=array`` and returns a dict."""
 
     def __init__(self, transform: Callable[..., Mapping[str, Any]]) -> None:
         self.transform = transform
 
     def __call__(self, image: Any) -> Any:
-        """Transform an image of PIL's."""
+        """Transform a PIL image."""
         import numpy  # noqa: PLC0415 - which not everyone needs
 
         return self.transform(image=numpy.asarray(image))["image"]
@@ -186,11 +194,11 @@ def adapt_preset(preset: Preset, options: Mapping[str, Any]) -> Preset:
     """Change a preset by a user's options.
 
     Args:
-        preset: What is done without them.
-        options: By the names in ``OPTIONS``; None for a step that is to be left out.
+        preset: The preset without options.
+        options: Values by the names in ``OPTIONS``; None leaves a step out.
 
     Raises:
-        SpecError: An option is nothing that it can be.
+        SpecError: The value of an option is invalid.
     """
     size, crop = preset.size, preset.crop
     if "size" in options:
@@ -198,6 +206,7 @@ def adapt_preset(preset: Preset, options: Mapping[str, Any]) -> Preset:
         crop = size if isinstance(size, int) else None
     if "crop" in options:
         crop = _read_side("crop", options["crop"])
+        # The ratio of resize to crop stays that of the preset.
         if "size" not in options and isinstance(preset.size, int) and isinstance(crop, int):
             whole = preset.crop if isinstance(preset.crop, int) else preset.size
             size = round(crop * preset.size / whole)
@@ -238,11 +247,11 @@ def _read_channels(name: str, value: Any) -> tuple[float, ...] | None:
 
 
 def warn_of_small_images(sizes: Sequence[tuple[int, int]], resize: int | None) -> None:
-    """Warn of images that become several times larger than they are.
+    """Warn of images that resizing enlarges more than twofold.
 
     Args:
-        sizes: Width and height of some of them, in pixels.
-        resize: What their shorter side becomes; None where it stays.
+        sizes: Width and height of some images, in pixels.
+        resize: Shorter side after resizing, in pixels; None for no resizing.
     """
     if resize is None or not sizes or resize <= _FAR_LARGER * max(min(size) for size in sizes):
         return
@@ -254,7 +263,7 @@ def warn_of_small_images(sizes: Sequence[tuple[int, int]], resize: int | None) -
 
 
 def image_sizes(paths: Sequence[str | Path]) -> list[tuple[int, int]]:
-    """Look up width and height of a few of some image files; those that cannot be read aside."""
+    """Read width and height of a sample of image files, skipping unreadable files."""
     from PIL import Image  # noqa: PLC0415 - which not everyone needs
 
     sizes: list[tuple[int, int]] = []

@@ -1,4 +1,4 @@
-"""``package.module:name`` and ``path/file.py:name``: found, imported and called."""
+"""Import and call of the objects of ``package.module:name`` and ``path/file.py:name``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ckptavg.specs.user_modules import import_file, imports_from, is_library
 _OWN_CODE = "package.module:factory or path/file.py:factory"
 _DEBUG = "--debug shows where."
 LIGHTNING = "lightning"
-"""Before the class of a LightningModule, whose arguments its checkpoints record."""
+"""Prefix for the class of a LightningModule, whose arguments the checkpoints record."""
 
 
 def split_spec(spec: str, expected: str, remedy: str = "") -> tuple[str, str]:
@@ -30,11 +30,14 @@ def split_spec(spec: str, expected: str, remedy: str = "") -> tuple[str, str]:
 
     Args:
         spec: The specification.
-        expected: The forms that it may have.
-        remedy: What was probably meant by one that has none of them.
+        expected: The permitted forms, for the message.
+        remedy: A suggestion for a specification without these forms.
+
+    Returns:
+        The texts before and after the colon.
 
     Raises:
-        UsageError: It has no colon, or nothing on one of its sides.
+        UsageError: There is no colon, or no text on one side.
     """
     kind, separator, name = _partition(spec)
     if not separator or not kind or not name:
@@ -43,22 +46,28 @@ def split_spec(spec: str, expected: str, remedy: str = "") -> tuple[str, str]:
 
 
 def file_of(spec: str) -> Path | None:
-    """Find the file that a specification names, of Python, text or tokens; None if it is none."""
+    """Find the Python, text or token file in a specification; None if there is no such file."""
     kind, _, name = _partition(spec.removeprefix(f"{LIGHTNING}:"))
     named = Path(kind if kind.endswith(".py") else name)
-    with contextlib.suppress(OSError):  # too long for a file's name, for instance
+    # The text may be invalid as a file name, for instance too long.
+    with contextlib.suppress(OSError):
         return named if named.is_file() else None
     return None
 
 
 def _partition(spec: str) -> tuple[str, str, str]:
+    # The path of a file may hold colons itself, so the last colon counts there.
     if ".py:" in spec and not spec.startswith(f"{LIGHTNING}:"):
         return spec.rpartition(":")
     return spec.partition(":")
 
 
 def find_object(home: str, name: str) -> Any:
-    """Import what ``package.module:name`` or ``path/file.py:name`` names.
+    """Import the object of ``package.module:name`` or ``path/file.py:name``.
+
+    Args:
+        home: The module or file.
+        name: The attribute, with dots for nested attributes.
 
     Raises:
         SpecError: The module is not found or fails on import, or has no such attribute.
@@ -73,17 +82,18 @@ def find_object(home: str, name: str) -> Any:
 
 
 def _offered(module: ModuleType) -> list[str]:
-    """Names of what a module has to call, its own before those that it imports."""
+    """List the public callables of a module: its own, or the imported ones if it has none."""
     public = {n: v for n, v in vars(module).items() if callable(v) and not n.startswith("_")}
     own = [n for n, v in public.items() if getattr(v, "__module__", "") == module.__name__]
     return own or [*public]
 
 
 def find_factory(home: str, name: str) -> Callable[..., Any]:
-    """Import the function or class that ``package.module:name`` or ``path/file.py:name`` names.
+    """Import the function or class of ``package.module:name`` or ``path/file.py:name``.
 
     Raises:
-        SpecError: It is not found, its module fails on import, or it cannot be called.
+        SpecError: The object is not found, the module fails on import, or the object cannot be
+            called.
     """
     found = find_object(home, name)
     if not callable(found):
@@ -93,11 +103,11 @@ def find_factory(home: str, name: str) -> Callable[..., Any]:
 
 
 def find_forward(spec: str) -> Callable[..., Any]:
-    """The function ``fn(model, batch)`` that a specification names.
+    """Import the function ``fn(model, batch)`` of a specification.
 
     Raises:
-        UsageError: It has no colon, or nothing on one of its sides.
-        SpecError: It cannot be found, or does not take a model and a batch.
+        UsageError: The specification has no colon, or no text on one side.
+        SpecError: The function cannot be found, or does not take a model and a batch.
     """
     home, name = split_spec(spec, "path/file.py:function or package.module:function")
     function = find_factory(home, name)
@@ -111,17 +121,19 @@ def find_forward(spec: str) -> Callable[..., Any]:
 
 
 def _takes(function: Callable[..., Any], count: int) -> bool:
-    """Whether a callable takes so many positional arguments, as far as it tells."""
+    """Return True if a callable takes ``count`` positional arguments or has no signature."""
     try:
         inspect.signature(function).bind(*range(count))
     except TypeError:
         return False
-    except ValueError:  # compiled, for instance
+    # Compiled functions may have no signature.
+    except ValueError:
         return True
     return True
 
 
 def _module(name: str) -> ModuleType:
+    # A console script has its own directory on sys.path, not the working directory.
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
     try:
@@ -159,13 +171,13 @@ def _python_files(directory: Path) -> list[str]:
 
 @contextlib.contextmanager
 def _own_output() -> Iterator[None]:
-    """Let the users' code print to stderr: stdout is for results."""
+    """Redirect the output of users' code to stderr, since stdout is for results."""
     with contextlib.redirect_stdout(sys.stderr):
         yield
 
 
 def _imports_for(spec: str) -> AbstractContextManager[Any]:
-    """Let what a specification names import from its own directory, if it names a file."""
+    """Allow imports from the directory of a specification's file, if there is a file."""
     kind, _, _ = _partition(spec.removeprefix(f"{LIGHTNING}:"))
     return imports_from(Path(kind).parent) if kind.endswith(".py") else contextlib.nullcontext()
 
@@ -180,13 +192,13 @@ def _failed_import(name: str, error: BaseException) -> SpecError:
 
 
 def describe_failure(error: BaseException) -> str:
-    """Word an error out of the users' code: its type, what it says, and the line of theirs."""
+    """Word an error from users' code: type, message, and the line of users' code."""
     said = f": {error}" if str(error) else ""
     return f"{type(error).__name__}{said}{_line_of(error)}"
 
 
 def _line_of(error: BaseException) -> str:
-    """Name the innermost line of the users' own code that an error came through."""
+    """Name the innermost line of users' own code in the traceback of an error."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if not is_library(frame.filename):
             path = os.path.relpath(frame.filename)
@@ -197,25 +209,26 @@ def _line_of(error: BaseException) -> str:
 
 
 def call_factory(spec: str, arguments: Arguments | None = None) -> Any:
-    """Call what ``package.module:name`` or ``path/file.py:name`` names.
+    """Call the function or class of ``package.module:name`` or ``path/file.py:name``.
 
     Raises:
-        SpecError: It cannot be found, or fails.
+        SpecError: The function or class cannot be found, or the call fails.
     """
     home, name = split_spec(spec, _OWN_CODE)
     return call_named(spec, find_factory(home, name), (), arguments or {})
 
 
 def take_or_call(spec: str, arguments: Arguments, is_product: Callable[[Any], bool]) -> Any:
-    """Return the object that a specification names, or what the function or class returns.
+    """Return the object of a specification, or call the function or class of a specification.
 
     Args:
         spec: ``package.module:name`` or ``path/file.py:name``.
         arguments: Keywords of the function or class.
-        is_product: Tells an object that is wanted from a function that returns one.
+        is_product: Returns True for a finished object, False for a function that makes the object.
 
     Raises:
-        SpecError: It cannot be found, is neither, or fails.
+        SpecError: The object cannot be found or called, the call fails, or a finished object is
+            given arguments.
     """
     home, name = split_spec(spec, _OWN_CODE)
     found = find_object(home, name)
@@ -235,16 +248,17 @@ def take_or_call(spec: str, arguments: Arguments, is_product: Callable[[Any], bo
 def call_named(
     spec: str, factory: Callable[..., Any], args: tuple[Any, ...], arguments: Arguments
 ) -> Any:
-    """Call what a specification names.
+    """Call the function or class of a specification.
 
     Args:
         spec: The specification, for messages.
-        factory: What it names.
+        factory: The function or class.
         args: Positional arguments.
-        arguments: Keywords, read as the factory's parameters expect.
+        arguments: Keywords, converted to the types of the factory's parameters.
 
     Raises:
-        SpecError: It fails; the message says what it takes, where a keyword is not among that.
+        SpecError: The call fails, or an argument has the wrong type. The remedy lists the
+            parameters if a keyword is unknown.
     """
     try:
         keywords = fit_arguments(factory, arguments)
@@ -266,7 +280,7 @@ def _call_remedy(
     keywords: Arguments,
     error: BaseException,
 ) -> str:
-    """Word what to do about a call that failed: about its arguments where they do not fit."""
+    """Word the remedy for a failed call: unknown or missing arguments, else ``--debug``."""
     accepted = parameters_of(factory)
     if not isinstance(error, TypeError) or not accepted:
         return _DEBUG
@@ -282,12 +296,12 @@ def _call_remedy(
 
 
 def parameters_of(factory: Callable[..., Any]) -> list[str]:
-    """Names of a callable's parameters; none where it does not tell."""
+    """List the names of a callable's parameters; empty without a known signature."""
     return [*_signature(factory)]
 
 
 def required_parameters(factory: Callable[..., Any]) -> list[str]:
-    """Names of a callable's parameters that have no default; none where it does not tell."""
+    """List a callable's parameters without default; empty without a known signature."""
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return [
         name
@@ -304,5 +318,5 @@ def _signature(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 
 def similar(name: str, names: Iterable[str]) -> str:
-    """A remedy for a name that is not there: those that are like it."""
+    """Word the remedy for an unknown name by similar names."""
     return did_you_mean(close_names(name, names)) or "Check the name."

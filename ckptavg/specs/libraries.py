@@ -1,4 +1,4 @@
-"""Models of torchvision and timm by name, without their pretrained weights."""
+"""Models of torchvision and timm by name, without pretrained weights."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ckptavg.specs.importing import call_named, parameters_of, similar
 def import_torchvision(part: str) -> Any:
     """Import a part of torchvision.
 
-    Its compiled operators fit one torch only; beside another one, its import fails with
-    "operator torchvision::nms does not exist".
+    The compiled operators of torchvision fit a single version of torch. With another version the
+    import fails with "operator torchvision::nms does not exist".
 
     Raises:
-        SpecError: It cannot be imported; with the remedy for either reason.
+        SpecError: torchvision is not installed, or does not fit the installed torch.
     """
     try:
         return importlib.import_module(f"torchvision.{part}")
@@ -34,18 +34,37 @@ def import_torchvision(part: str) -> Any:
 
 
 def torchvision_model(spec: str, name: str, arguments: Arguments) -> Any:
-    """Build a torchvision model."""
+    """Build a torchvision model.
+
+    Args:
+        spec: The specification, for messages.
+        name: Name of the model.
+        arguments: Keywords of the model's builder.
+
+    Raises:
+        SpecError: There is no such model, or building fails.
+    """
     models = import_torchvision("models")
     if name not in models.list_models():
         raise SpecError(f"torchvision has no model {name!r}", similar(name, models.list_models()))
     builder = models.get_model_builder(name)
     if "weights_backbone" in parameters_of(builder):
-        arguments = {"weights_backbone": None, **arguments}  # else it would be downloaded
+        # By default, torchvision downloads the weights of a backbone.
+        arguments = {"weights_backbone": None, **arguments}
     return call_named(spec, builder, (), arguments)
 
 
 def timm_model(spec: str, name: str, arguments: Arguments) -> Any:
-    """Build a timm model."""
+    """Build a timm model.
+
+    Args:
+        spec: The specification, for messages.
+        name: Name of the model, with or without a tag.
+        arguments: Keywords of ``timm.create_model``.
+
+    Raises:
+        SpecError: There is no such model, or building fails.
+    """
     timm = import_optional("timm", "timm")
     keywords = {"pretrained": False, **arguments}
     try:

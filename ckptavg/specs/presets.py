@@ -1,4 +1,4 @@
-"""Presets that models bring along: torchvision's weights, timm's and Hugging Face's settings."""
+"""Image presets of models: from torchvision's weights, timm's and Hugging Face's settings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PROCESSOR = "preprocessor_config.json"
 
 
 def torchvision_preset(name: str) -> Preset | None:
-    """Look up the preset of a torchvision model's default weights; None where it has none."""
+    """Look up the preset of a torchvision model's default weights; None without such weights."""
     weights = import_torchvision("models").get_model_weights(name)
     default = getattr(weights, "DEFAULT", None)
     if default is None:
@@ -39,8 +39,11 @@ def timm_preset(name: str, settings: Mapping[str, Any]) -> Preset:
     """Resolve a timm model's data configuration, as timm's own validation does.
 
     Args:
-        name: The model's name, with or without a tag.
-        settings: The training's arguments, where they are known: ``img_size``, ``mean``, ...
+        name: Name of the model, with or without a tag.
+        settings: Arguments of the training, where known: ``img_size``, ``mean``, ...
+
+    Raises:
+        SpecError: timm cannot make a transform from the configuration.
     """
     data = import_optional("timm.data", "timm")
     models = import_optional("timm.models", "timm")
@@ -70,7 +73,11 @@ def timm_preset(name: str, settings: Mapping[str, Any]) -> Preset:
 
 
 def hugging_face_preset(directory: Path) -> Preset | None:
-    """Read the image processor that lies beside a Hugging Face model; None where there is none."""
+    """Read the image processor beside a Hugging Face model; None where there is none.
+
+    Raises:
+        SpecError: transformers cannot load the image processor.
+    """
     if not (directory / _PROCESSOR).is_file():
         return None
     transformers = import_optional("transformers", "transformers")
@@ -100,7 +107,7 @@ def hugging_face_preset(directory: Path) -> Preset | None:
 
 
 class ImageProcessor:
-    """An image processor of transformers as a transform of one image."""
+    """Adapter of a transformers image processor to a transform of one image."""
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
@@ -111,7 +118,7 @@ class ImageProcessor:
 
 
 def _side(sizes: Any) -> int | tuple[int, int] | None:
-    """A size as torchvision's presets keep it: a list of one or two sides."""
+    """Convert a size of a torchvision preset, a number or a list of one or two sides."""
     if isinstance(sizes, int):
         return sizes
     sides = tuple(sizes) if isinstance(sizes, (list, tuple)) else ()
@@ -121,6 +128,6 @@ def _side(sizes: Any) -> int | tuple[int, int] | None:
 
 
 def _interpolation(name: str) -> Any:
-    """Look up torchvision's interpolation of a name; None for its default."""
+    """Look up torchvision's interpolation mode by name; None for an unknown name."""
     modes = import_torchvision("transforms").InterpolationMode
     return {mode.value: mode for mode in modes}.get(name)

@@ -1,4 +1,4 @@
-"""Models as checkpoints record them: timm's arguments, Lightning's hyperparameters, HF's config."""
+"""Models recorded in checkpoints: timm's arguments, Lightning's hyperparameters, HF's config."""
 
 from __future__ import annotations
 
@@ -24,23 +24,25 @@ _TIMM_ARGUMENTS = {
     "num_classes": "num_classes", "in_chans": "in_chans", "gp": "global_pool", "bn_eps": "bn_eps",
 }  # fmt: skip
 _TIMM_IMAGES = ("img_size", "input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-_TIMM_VERSION = "version"  # of the layout that timm's CheckpointSaver writes
+# Key that timm's CheckpointSaver writes; distinguishes its checkpoints from others with args.
+_TIMM_VERSION = "version"
 _ARGUMENTS = "args"
 _HYPERPARAMETERS = "hyper_parameters"
 _HYPERPARAMETERS_NAME = "hparams_name"
-_SEPARATE = "kwargs"  # the name of hyperparameters that are arguments of their own
+# Value of ``hparams_name`` if hyperparameters are separate arguments, not a single object.
+_SEPARATE = "kwargs"
 _MOST_SHOWN = 8
 _LONGEST_VALUE = 40  # characters
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model by its specification and all that its factory gets.
+    """Specification of a model with the arguments of the factory.
 
     Attributes:
-        spec: As ``MODEL_HELP`` of ``ckptavg.specs.sources`` lists them.
-        arguments: Keywords of its factory.
-        image_settings: Settings of a timm training that are about images.
+        spec: One of the forms in ``MODEL_HELP`` of ``ckptavg.specs.sources``.
+        arguments: Keywords of the factory.
+        image_settings: Image settings of a timm training.
     """
 
     spec: str
@@ -49,10 +51,10 @@ class ModelSource:
 
 
 class Hyperparameters(dict[str, Any]):
-    """Hyperparameters in one object, read as attributes or as entries."""
+    """Hyperparameters in one object, readable as attributes or as entries."""
 
     def __getattr__(self, name: str) -> Any:
-        """Return the entry of a name; a mapping in the same way."""
+        """Return the entry of a name; wrap a nested dict in the same class."""
         try:
             value = self[name]
         except KeyError:
@@ -63,24 +65,24 @@ class Hyperparameters(dict[str, Any]):
 def complete_source(
     spec: str | None, arguments: Arguments, checkpoints: Iterable[Checkpoint]
 ) -> ModelSource | None:
-    """Complete a model's specification by what a checkpoint of its training records.
+    """Complete a model's specification by the settings recorded in a checkpoint.
 
-    Known are the arguments of timm's training script (and timm's ``config.json``), the
-    configuration of Hugging Face directories and the hyperparameters of a LightningModule, whose
-    class no checkpoint names. Arguments that are given are kept.
+    Sources are the arguments of timm's training script (and timm's ``config.json``), the
+    configuration of Hugging Face directories and the hyperparameters of a LightningModule. No
+    checkpoint names the class of a LightningModule. Given arguments take precedence.
 
     Args:
-        spec: As ``MODEL_HELP`` of ``ckptavg.specs.sources`` lists them; None to take the model that
-            is recorded.
-        arguments: Keywords of its factory that are given.
-        checkpoints: Checkpoints of the model; the first that records something counts.
+        spec: One of the forms in ``MODEL_HELP`` of ``ckptavg.specs.sources``; None to take the
+            recorded model.
+        arguments: Given keywords of the factory.
+        checkpoints: Checkpoints of the model; the first one with a record is used.
 
     Returns:
-        The completed source; None where no model is named and none is recorded.
+        The completed source; None where no model is given and none is recorded.
 
     Raises:
         SpecError: The class of a LightningModule cannot be found.
-        CheckpointError: A checkpoint cannot be read any more.
+        CheckpointError: A checkpoint cannot be read.
     """
     if spec is not None and (cls := _lightning_class(spec)) is not None:
         recorded = _first(_lightning_arguments(cls, c) for c in checkpoints)
@@ -104,7 +106,8 @@ def records_hyperparameters(checkpoint: Checkpoint) -> bool:
 
 
 def is_lightning_module(kind: object) -> bool:
-    """Tell a class that inherits from LightningModule, which need not be imported for it."""
+    """Return True for a class that inherits from LightningModule, by name and without an import."""
+    # The two packages of Lightning have a class of this name each.
     return isinstance(kind, type) and any(
         base.__name__ == "LightningModule" for base in kind.__mro__
     )
@@ -119,7 +122,7 @@ def _first(values: Iterable[Any]) -> Any:
 
 
 def _joined(recorded: Mapping[str, Any] | None, given: Arguments) -> Arguments:
-    """Join recorded arguments and given ones, which win; those that are taken are noted."""
+    """Join recorded and given arguments and log the recorded ones in use; given ones win."""
     taken = {name: value for name, value in (recorded or {}).items() if name not in given}
     if taken:
         log.info("arguments of the model from the checkpoint: %s", _describe(taken))
@@ -132,7 +135,7 @@ def _describe(arguments: Mapping[str, Any]) -> str:
 
 
 def _value_text(value: Any) -> str:
-    """Word a value for a note: itself where it is short, else its type."""
+    """Word a value for a note: a short value itself, a long value by type."""
     text = str(value)
     return short(text) if len(text) <= _LONGEST_VALUE else short(value)
 
@@ -144,7 +147,7 @@ def _note_model(source: ModelSource, given: Arguments) -> None:
 
 
 def _recorded_source(checkpoint: Checkpoint) -> ModelSource | None:
-    """Return the model that a checkpoint records, by name or by its configuration."""
+    """Return the model recorded in a checkpoint, by configuration or by timm's arguments."""
     directory = configured_directory(checkpoint)
     if directory is not None:
         return _configured_source(directory)
@@ -185,7 +188,7 @@ def _timm_source(arguments: Mapping[str, Any]) -> ModelSource | None:
 
 
 def _present(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """Return the values of some names, those that are set."""
+    """Return the entries of some names, without missing ones and None."""
     return {name: values[name] for name in names if values.get(name) is not None}
 
 
@@ -205,7 +208,7 @@ def _lightning_class(spec: str) -> type | None:
 def _lightning_arguments(kind: type, checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the arguments of a LightningModule that ``save_hyperparameters`` recorded.
 
-    Those that its constructor does not take are left out, as ``load_from_checkpoint`` does.
+    Arguments that the constructor does not take are left out, as in ``load_from_checkpoint``.
     """
     settings = read_settings(checkpoint)
     recorded = settings.get(_HYPERPARAMETERS)

@@ -1,4 +1,4 @@
-"""``--model`` and ``--data`` strings → a module, a Dataset or a DataLoader."""
+"""Modules, Datasets and DataLoaders from the strings of ``--model`` and ``--data``."""
 
 from __future__ import annotations
 
@@ -47,15 +47,15 @@ _TEXT: dict[str, Callable[..., Any]] = {
 def make_model(spec: str, arguments: Arguments | None = None) -> nn.Module:
     """Build the module that a specification names, without pretrained weights.
 
-    The layers that a LightningModule makes in ``configure_model`` are made, too.
+    For a LightningModule, ``configure_model`` is called, too, which may create layers.
 
     Args:
-        spec: As ``MODEL_HELP`` lists them.
+        spec: One of the forms in ``MODEL_HELP``.
         arguments: Keywords for the factory.
 
     Raises:
-        UsageError: It has none of these forms.
-        SpecError: It cannot be found, or fails.
+        UsageError: The specification has none of these forms.
+        SpecError: The model cannot be found, or building fails.
     """
     kind, name = split_spec(spec, MODEL_HELP, suggestions.suggest_model(spec))
     keywords = dict(arguments or {})
@@ -89,28 +89,34 @@ def make_data(
     """Build the Dataset or DataLoader that a specification names.
 
     Image folders and CIFAR directories take ``transform=path/file.py:fn`` or ``transform=none``.
-    Else they are prepared by the preset of the model: timm's and Hugging Face's own, for image
-    folders that of torchvision's weights, too. Without one an image folder gets the usual resize,
-    centre crop and normalization, and CIFAR its own normalization. ``size``, ``crop``, ``mean`` and
-    ``std`` change a preset. What is done is logged.
+    Without a transform, images are prepared by the preset of the model: of timm and Hugging Face
+    models, and for image folders also of torchvision models. Without a preset an image folder gets
+    the usual resize, centre crop and normalization, and CIFAR the normalization of CIFAR.
+    ``size``, ``crop``, ``mean`` and ``std`` change a preset. The preparation is logged.
 
-    A text file becomes tokens by the tokenizer of an ``hf:DIR`` model, or of ``tokenizer=DIR``. The
-    windows of it, or of a file of tokens, are as long as that model's context, 1024 at most and
-    where it is not known; ``length`` and ``stride`` say otherwise (``ckptavg.data.token_windows``).
+    A text file is tokenized by the tokenizer of an ``hf:DIR`` model, or of ``tokenizer=DIR``.
+    Windows of a text or of a file of tokens have the length of the model's context, at most 1024,
+    and 1024 where the context is unknown. ``length`` and ``stride`` override this (see
+    ``ckptavg.data.token_windows``).
 
-    A factory may return several data sets by name, or a Lightning DataModule: ``split`` says which
-    is meant where their names do not.
+    A factory may return several named data sets, or a Lightning DataModule. ``split`` names the one
+    to use where the names are not clear.
 
     Args:
-        spec: As ``DATA_HELP`` lists them.
+        spec: One of the forms in ``DATA_HELP``.
         arguments: Keywords for the factory.
-        train: Which split of a CIFAR directory, or of what a factory returns.
-        model_spec: The model that will see the data, for its preset, context and tokenizer.
-        image_settings: Arguments of a timm model's training that are about images.
+        train: True for the training split of a CIFAR directory or of a factory's return value,
+            False for the evaluation split.
+        model_spec: Specification of the model that gets the data, for preset, context and
+            tokenizer.
+        image_settings: Image settings of a timm model's training.
+
+    Returns:
+        A Dataset or a loader.
 
     Raises:
-        UsageError: It has none of these forms.
-        SpecError: It cannot be found, or fails.
+        UsageError: The specification has none of these forms.
+        SpecError: The data cannot be found, or building fails.
     """
     kind, name = split_spec(spec, DATA_HELP, suggestions.suggest_data(spec))
     keywords = dict(arguments or {})
@@ -124,8 +130,9 @@ def make_data(
 
 
 def _own_data(spec: str, keywords: dict[str, Any], *, train: bool) -> Any:
-    """Take the data that a user's object or factory gives."""
+    """Get the data from a user's object or factory."""
     split = None
+    # A factory with a parameter of this name gets the split; otherwise it selects from the result.
     if "split" in keywords and not _takes(spec, "split"):
         split = text_of(keywords.pop("split"))
     given = take_or_call(spec, keywords, lambda found: not callable(found) or _is_made(found))
@@ -140,13 +147,13 @@ def _own_data(spec: str, keywords: dict[str, Any], *, train: bool) -> Any:
 
 
 def _takes(spec: str, name: str) -> bool:
-    """Tell whether what a specification names takes an argument."""
+    """Return True if the object of a specification takes an argument of a name."""
     found = find_object(*split_spec(spec, DATA_HELP))
     return callable(found) and {name, "kwargs"} & {*parameters_of(found)} != set()
 
 
 def _is_made(found: Any) -> bool:
-    """Tell a data set that can be called, too, from a function that returns one."""
+    """Return True for a finished data set, even a callable one; False for a factory."""
     return isinstance(found, (Dataset, DataLoader))
 
 
@@ -190,7 +197,7 @@ def _image_data(
 def _preset_of(
     model_spec: str, settings: Mapping[str, Any], *, is_cifar: bool
 ) -> images.Preset | None:
-    """The preset that a model brings along; None where it has none."""
+    """Look up the image preset of a model; None for a model without a preset."""
     library, _, name = model_spec.partition(":")
     if library == "timm":
         return presets.timm_preset(name, settings)
@@ -202,7 +209,7 @@ def _preset_of(
 
 
 def _of_model(kind: str, model_spec: str) -> dict[str, Any]:
-    """Arguments of text data that an ``hf:DIR`` model gives unless the user does."""
+    """Return the default arguments of text data for an ``hf:DIR`` model."""
     library, _, name = model_spec.partition(":")
     directory = _directory_of(name) if library == "hf" else None
     if directory is None:
@@ -214,7 +221,8 @@ def _of_model(kind: str, model_spec: str) -> dict[str, Any]:
 
 
 def _directory_of(name: str) -> Path | None:
-    """The directory of an ``hf:DIR`` model; None where there is none, as building it will say."""
+    """Return the directory of an ``hf:DIR`` model; None where there is none."""
+    # Building the model reports a missing directory.
     try:
         return hugging_face.find_model_directory(name)
     except SpecError:

@@ -1,4 +1,4 @@
-"""The part of a data set that a command wants, of all that a factory returned."""
+"""Selection of the training or evaluation split from a factory's return value."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _HOOKS = ("train_dataloader", "val_dataloader", "test_dataloader")
 
 
 def is_data(value: Any) -> bool:
-    """Tell whether a value is a data set or a loader."""
+    """Return True if a value is a data set or a loader."""
     if isinstance(value, (Dataset, DataLoader)):
         return True
     if isinstance(value, (str, bytes, type, Mapping, nn.Module, torch.Tensor)):
@@ -35,11 +35,12 @@ def is_data(value: Any) -> bool:
 
 
 def are_columns(value: Any) -> bool:
-    """Tell whether a value is inputs and labels, each a whole column, and not several batches."""
+    """Return True for inputs and labels as whole columns, False for a list of batches."""
     if not isinstance(value, (tuple, list)) or not all(hasattr(part, "shape") for part in value):
         return False
     if isinstance(value, tuple):
         return True
+    # A list may hold batches. Columns have equal lengths, and labels no axes beside the samples.
     shapes = [tuple(part.shape) for part in value]
     return (
         len(shapes) > 1
@@ -51,17 +52,17 @@ def are_columns(value: Any) -> bool:
 def pick_split(spec: str, value: Any, split: str | None, *, train: bool) -> Any:
     """Pick the data for training or for scoring where there are several data sets.
 
-    Those by name are a ``datasets.DatasetDict`` or another mapping, a Lightning DataModule,
-    fastai's DataLoaders, and a tuple of loaders.
+    Several data sets are a ``datasets.DatasetDict`` or another mapping, a Lightning DataModule,
+    fastai's DataLoaders, or a tuple of loaders.
 
     Args:
-        spec: Where the value comes from, for messages.
+        spec: Specification of the value, for messages.
         value: One data set or loader, or several.
-        split: The name of the one to pick; by its role where None.
-        train: True for the data of training.
+        split: Name of the data set to pick; where None, the role decides.
+        train: True for training data, False for evaluation data.
 
     Raises:
-        SpecError: There is none, or it is not clear which.
+        SpecError: There is no matching data set, or several match.
     """
     if _is_data_module(value):
         return _from_data_module(spec, value, split, train=train)
@@ -87,7 +88,7 @@ def pick_split(spec: str, value: Any, split: str | None, *, train: bool) -> Any:
 
 
 def _find_role(names: Sequence[str], role: Sequence[str]) -> str | None:
-    """Find the one name that says a role: as a whole, else as a word in it."""
+    """Find the single name that stands for a role: as the whole name, else as a word within."""
     for word in role:
         whole = [name for name in names if name.lower() == word]
         named = whole or [name for name in names if word in re.split("[^a-z]+", name.lower())]
@@ -97,7 +98,7 @@ def _find_role(names: Sequence[str], role: Sequence[str]) -> str | None:
 
 
 def _named_parts(value: Any) -> dict[str, Any] | None:
-    """Data sets by name; None where the value is one data set."""
+    """Return several data sets by name; None for a single data set."""
     parts: dict[str, Any] | None = None
     if isinstance(value, Mapping):
         parts = {str(name): part for name, part in value.items()}
@@ -120,13 +121,14 @@ def _is_part(value: Any) -> bool:
 
 
 def _is_data_module(value: Any) -> bool:
-    """Tell a Lightning DataModule, of either of the two packages, from other objects."""
+    """Return True for a Lightning DataModule, from either of the two Lightning packages."""
+    # By methods, so that neither package is imported.
     needed = ("prepare_data", "setup", *_HOOKS)
     return not isinstance(value, type) and all(callable(getattr(value, n, None)) for n in needed)
 
 
 def _from_data_module(spec: str, module: Any, split: str | None, *, train: bool) -> Any:
-    """Have a DataModule make a loader, as its Trainer would."""
+    """Get a loader from a DataModule, with the calls that a Trainer makes."""
     names = [name.removesuffix("_dataloader") for name in _HOOKS]
     wanted = ["train"] if train else ["val", "test"]
     if split is not None:
@@ -159,5 +161,5 @@ def _from_data_module(spec: str, module: Any, split: str | None, *, train: bool)
 
 
 def _is_defined(hook: Callable[..., Any]) -> bool:
-    """Tell a hook of the user's from the one of the base class, which only raises."""
+    """Return True for a hook defined by the user; the hook of the base class only raises."""
     return not getattr(hook, "__qualname__", "").startswith("DataHooks.")

@@ -1,4 +1,4 @@
-"""Specifications that were probably meant by ones that lead to nothing, for their errors."""
+"""Suggestions for mistyped or incomplete specifications, as remedies of errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Kind = Literal["model", "data"]
 MODEL_PREFIXES = ("torchvision", "timm", "hf", LIGHTNING)
 DATA_PREFIXES = ("imagefolder", "cifar10", "cifar100", "text", "tokens")
 _PREFIXES: dict[Kind, tuple[str, ...]] = {"model": MODEL_PREFIXES, "data": DATA_PREFIXES}
-# Other words for a prefix, not like it in their letters.
+# Other words for a prefix that a comparison of spelling would not find.
 _SYNONYMS = {
     "huggingface": "hf", "transformers": "hf", "tv": "torchvision", "pl": LIGHTNING,
     "folder": "imagefolder", "images": "imagefolder", "imagenet": "imagefolder",
@@ -29,13 +29,15 @@ _TOKENS = (".npy", ".bin")
 _TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".h5", ".npz", ".pt", ".pth")
 _CIFAR_FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
 _HELD_OUT = ("val", "valid", "validation", "test", "train")
-_MOST_LOOKED_AT = 200  # entries of a directory
-_LONGEST_FILE = 10_000_000  # bytes
+# Entries of a directory that are read; data directories may hold millions.
+_MOST_LOOKED_AT = 200
+# Bytes of a Python file that is parsed for names.
+_LONGEST_FILE = 10_000_000
 _MOST_NAMED = 4
 
 
 def suggest_model(spec: str) -> str:
-    """Say which model was probably meant by a specification without a prefix; empty if unknown."""
+    """Suggest a model for a specification without a prefix; return empty text if unknown."""
     if ":" in spec.strip(":"):
         return ""
     spec = spec.strip(":")
@@ -50,7 +52,7 @@ def suggest_model(spec: str) -> str:
 
 
 def _suggest_library(name: str) -> str:
-    """Say which library has a model of a name, or one like it."""
+    """Suggest the library that has a model of the same or a similar name."""
     if name in _PREFIXES["model"]:
         return f"Name a model after it: {name}:NAME."
     libraries = [library for library in ("torchvision", "timm") if name in _list_models(library)]
@@ -61,7 +63,7 @@ def _suggest_library(name: str) -> str:
 
 
 def suggest_data(spec: str) -> str:
-    """Say which data was probably meant by a specification without a prefix; empty if unknown."""
+    """Suggest data for a specification without a prefix; return empty text if unknown."""
     if ":" in spec.strip(":"):
         return ""
     path = Path(spec.strip(":"))
@@ -87,17 +89,17 @@ def _suggest_file(path: Path) -> str:
 
 
 def _python_file(spec: str) -> Path | None:
-    """The Python file that a specification names, with or without its suffix."""
+    """Find the Python file of a specification, with or without suffix; None if missing."""
     path = Path(spec)
     file = path if path.suffix == ".py" or not path.name else path.with_name(f"{path.name}.py")
     return file if file.is_file() else None
 
 
 def refuse_mistyped(spec: str, kind: Kind) -> None:
-    """Make sure that what stands before the colon is a module or file, and no mistyped prefix.
+    """Make sure that the text before the colon is a module or file, not a mistyped prefix.
 
     Raises:
-        SpecError: It is like a prefix, or one of another kind.
+        SpecError: The text resembles a prefix, or is a prefix of the other kind.
     """
     word, _, name = spec.partition(":")
     if word.endswith(".py") or "/" in word or _is_module(word):
@@ -119,7 +121,8 @@ def check_image_folder(directory: Path) -> None:
     """Make sure that a directory has a folder per class.
 
     Raises:
-        SpecError: It does not exist, or holds none; with the one that was probably meant.
+        SpecError: The directory does not exist or has no folder per class. The remedy suggests
+            another directory.
     """
     if not directory.is_dir():
         near = _near(directory)
@@ -139,7 +142,7 @@ def check_cifar(kind: str, directory: Path) -> None:
     """Make sure that a directory holds a CIFAR data set.
 
     Raises:
-        SpecError: It does not; with the one that was probably meant.
+        SpecError: There is no CIFAR data set. The remedy suggests another directory.
     """
     folder = _CIFAR_FOLDERS[kind]
     if (directory / folder).is_dir():
@@ -181,7 +184,7 @@ def _suggest_cifar(directory: Path) -> str:
 
 
 def _is_image_folder(directory: Path) -> bool:
-    """Tell whether most folders directly below a directory hold images."""
+    """Return True if a folder directly below a directory holds images."""
     folders = [path for path in _entries(directory) if path.is_dir()]
     return any(map(_has_images, folders[:_MOST_LOOKED_AT]))
 
@@ -191,12 +194,12 @@ def _has_images(directory: Path) -> bool:
 
 
 def _leads_to_config(directory: Path) -> bool:
-    """Tell whether a directory, or one directly below it, is a model of Hugging Face's."""
+    """Return True if a directory or a direct subdirectory is a Hugging Face model."""
     return any((home / CONFIG).is_file() for home in (directory, *_entries(directory)))
 
 
 def _entries(directory: Path) -> list[Path]:
-    """The first entries of a directory, hidden ones aside; none where it cannot be listed."""
+    """List the first entries of a directory without hidden ones; empty if unreadable."""
     try:
         shown = (path for path in directory.iterdir() if not path.name.startswith("."))
         return [path for path, _ in zip(shown, range(_MOST_LOOKED_AT), strict=False)]
@@ -205,7 +208,7 @@ def _entries(directory: Path) -> list[Path]:
 
 
 def _near(path: Path) -> Path | None:
-    """The directory beside a missing one whose name is like its."""
+    """Find the directory with a similar name beside a missing directory; None if none."""
     names = [p.name for p in _entries(path.parent) if p.is_dir()]
     near = difflib.get_close_matches(path.name, names, 1, 0.6)
     return path.with_name(near[0]) if near else None
@@ -222,13 +225,13 @@ def _is_text(path: Path) -> bool:
 
 
 def _is_module(word: str) -> bool:
-    """Tell whether a word is the name of a module in the working directory."""
+    """Return True if a word is the name of a module in the working directory."""
     first = word.partition(".")[0]
     return Path(f"{first}.py").is_file() or (Path(first) / "__init__.py").is_file()
 
 
 def _name_functions(file: Path) -> str:
-    """Name the functions and classes of a Python file, which is not run."""
+    """Suggest the functions and classes of a Python file, without running the file."""
     names = [*_public_callables(file)]
     if len(names) == 1:
         return f"Did you mean {file}:{names[0]}?"
@@ -251,7 +254,7 @@ def _public_callables(file: Path) -> Iterator[str]:
 
 
 def _list_models(library: str) -> list[str]:
-    """Names of a library's models; none where it is not installed."""
+    """List the names of a library's models; empty if the library is not installed."""
     try:
         if library == "torchvision":
             from torchvision.models import list_models  # noqa: PLC0415 - slow to import

@@ -1,4 +1,4 @@
-"""The strings of ``--task`` → tasks."""
+"""Tasks from the strings of ``--task``."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _TEXT = ("text:", "tokens:")
 
 
 def make_task(spec: str, *, scoring: bool = True) -> Task:
-    """The task of a name, or of a user's own class as ``path/file.py:Task``.
+    """Make a task from a name, or from a user's class as ``path/file.py:Task``.
 
     Args:
         spec: The name or the class.
-        scoring: False where the task only calls models, and needs no metrics.
+        scoring: False if the task only calls models and needs no metrics.
 
     Raises:
-        UsageError: There is no such name.
-        SpecError: The class cannot be found, or is no task.
+        UsageError: There is no task of this name.
+        SpecError: The class cannot be found, or is not a complete task.
     """
     if spec in NAMED:
         made: Any = make_named(spec)
@@ -38,7 +38,7 @@ def make_task(spec: str, *, scoring: bool = True) -> Task:
 
 
 def usual_task(data: str) -> str:
-    """The name of the task that a data specification is for."""
+    """Return the name of the usual task for a data specification."""
     return "causal-lm" if data.startswith(_TEXT) else USUAL
 
 

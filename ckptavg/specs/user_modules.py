@@ -1,8 +1,8 @@
-"""Users' files as modules: the files of a directory find each other, not others of their names.
+"""Import of users' files, where files of one directory import each other by plain names.
 
-A file is a module of its own name where an import by it finds that file and what it imports in
-turn, in other processes too. Elsewhere it is a module below this one, whose name holds the path, so
-that it can be imported by that name alone: workers that are started anew do so.
+A file is a module of its own name if an import by this name finds the file and its imports, in
+other processes too. Otherwise the file is a submodule of this module, with the path in the name.
+Then the name alone is enough for an import, which spawned worker processes need.
 """
 
 from __future__ import annotations
@@ -22,16 +22,18 @@ from types import ModuleType
 
 import ckptavg
 
-__path__: list[str] = []  # modules can be below this one, and are found by what is said below
+# Makes this module a package, whose submodules ``_Finder`` finds.
+__path__: list[str] = []
 _LIBRARIES = {sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")}
 _LIBRARIES.add(str(Path(ckptavg.__file__).parent))
-_set_aside: dict[str, dict[str, ModuleType]] = {}  # directory → its modules of names in use
+# Per directory, the modules whose names other modules have; out of ``sys.modules`` between imports.
+_set_aside: dict[str, dict[str, ModuleType]] = {}
 
 
 def import_file(path: Path) -> ModuleType:
-    """Import a file of Python, once.
+    """Import a Python file, once.
 
-    Its directory stays on ``sys.path``, for processes that import it again.
+    The directory of the file stays on ``sys.path``, for processes that import the file again.
     """
     path = path.resolve()
     with imports_from(path.parent) as in_use:
@@ -40,17 +42,18 @@ def import_file(path: Path) -> ModuleType:
 
 @contextmanager
 def imports_from(home: Path) -> Iterator[Collection[str]]:
-    """Let imports find the files of a directory first.
+    """Make imports find the files of a directory first, within a context.
 
-    A user's module from elsewhere is set aside for so long where the directory has a file of its
-    name, and is back afterwards. What the directory has of such names is kept for the next time.
+    A user's module from elsewhere is set aside if the directory has a file of the same name, and is
+    restored on exit. The directory's own modules of such names are kept for the next context.
     Libraries are never set aside.
 
     Args:
         home: The directory.
 
     Yields:
-        Names of its modules that other modules have, or will have when they are imported.
+        Names of the directory's modules that modules from elsewhere have, or would have once
+        imported.
     """
     home = home.resolve()
     _add_to_path(str(home))
@@ -65,14 +68,15 @@ def imports_from(home: Path) -> Iterator[Collection[str]]:
         yield names
     finally:
         _FINDER.siblings = outer
-        with suppress(ValueError):  # the user's code may have changed it
+        # The user's code may have changed sys.path.
+        with suppress(ValueError):
             sys.path.remove(str(home))
         own.update(_take_out(names))
         sys.modules.update(others)
 
 
 def is_library(filename: str) -> bool:
-    """Tell a file of Python, of an installed package or of ckptavg from one of the users' own."""
+    """Return True for a file of Python, an installed package or ckptavg; False for users' code."""
     parents = map(str, Path(filename).parents)
     return filename[:1] == "<" or "dist-packages" in filename or not _LIBRARIES.isdisjoint(parents)
 
@@ -90,7 +94,8 @@ def _load(path: Path, in_use: Collection[str]) -> ModuleType:
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} cannot be imported")
     module = module_from_spec(spec)
-    names = {name, path.stem} - {*sys.modules}  # its siblings import it by the latter
+    # Other files of the directory import this file by the plain name.
+    names = {name, path.stem} - {*sys.modules}
     sys.modules.update(dict.fromkeys(names, module))
     try:
         spec.loader.exec_module(module)
@@ -102,19 +107,30 @@ def _load(path: Path, in_use: Collection[str]) -> ModuleType:
 
 
 def _name_below(path: Path) -> str:
-    """Name a file's module below this one, with the path in the name."""
+    """Return a file's name as a submodule of this module, with the path in the name."""
+    # Hexadecimal, since a path may hold characters that a module name cannot.
     stem = re.sub(r"\W", "_", path.stem)
     return f"{__name__}.{stem}_{os.fsencode(path).hex()}"
 
 
 class _Finder(MetaPathFinder):
-    """Finds the modules below this one, also by the names that a directory's files import."""
+    """Finder of the submodules of this module, and of plain names within a directory."""
 
     siblings: Mapping[str, Path] = {}
 
     def find_spec(
         self, name: str, _path: Sequence[str] | None = None, _target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        """Find a submodule of this module, or a file of the current directory by plain name.
+
+        Args:
+            name: Full name of the module.
+            _path: Unused; the search path of the parent package.
+            _target: Unused; the module to reload.
+
+        Returns:
+            The spec of the module; None for other modules.
+        """
         if name in self.siblings:
             return ModuleSpec(name, _Sibling(self.siblings[name]))
         if not name.startswith(f"{__name__}."):
@@ -124,26 +140,29 @@ class _Finder(MetaPathFinder):
 
 
 class _Loader(SourceFileLoader):
-    """Loads a file whose siblings may have names that are in use."""
+    """Loader of a file that may import files whose names are in use."""
 
     def exec_module(self, module: ModuleType) -> None:
+        """Run the file with imports from the directory of the file."""
         with imports_from(Path(self.path).parent):
             super().exec_module(module)
 
 
 class _Sibling(Loader):
-    """Takes the module below this one for an import by a file's own name."""
+    """Loader that returns the submodule of this module for an import by plain name."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
         self._spec: ModuleSpec | None = None
 
     def create_module(self, _spec: ModuleSpec) -> ModuleType:
+        """Import the submodule and return it in place of a new module."""
         module = import_module(_name_below(self._file))
         self._spec = module.__spec__
         return module
 
     def exec_module(self, module: ModuleType) -> None:
+        """Restore the spec of the submodule, which the import system has replaced."""
         module.__spec__ = self._spec
 
 
@@ -152,7 +171,7 @@ sys.meta_path.insert(0, _FINDER)
 
 
 def _add_to_path(home: str) -> None:
-    """Put a directory on ``sys.path``, behind those that are there but before the libraries."""
+    """Add a directory to ``sys.path``, after the user's directories and before the libraries."""
     if home not in sys.path:
         inside = [f"{path}/__init__.py" for path in sys.path]
         libraries = [i for i, file in enumerate(inside) if is_library(file)]
@@ -168,9 +187,9 @@ def _list_modules(home: Path) -> list[str]:
 
 
 def _is_in_use(name: str, home: Path) -> bool:
-    """Tell whether a name of a directory's module is that of a user's module from elsewhere.
+    """Return True if a directory's module has the same name as a user's module from elsewhere.
 
-    One that is not loaded counts too if imports find it before that of the directory.
+    A module that is not loaded counts, too, if an import finds it before the directory's module.
     """
     if name in sys.modules:
         place = _place_of(sys.modules[name])
@@ -182,7 +201,7 @@ def _is_in_use(name: str, home: Path) -> bool:
 
 
 def _place_of(module: ModuleType) -> Path | None:
-    """Find the file of a module, or the directory of a package; None if it has neither."""
+    """Find the file of a module, or the directory of a package; None without either."""
     paths = [*getattr(module, "__path__", ())]
     file = paths[0] if paths else getattr(module, "__file__", None)
     return Path(file) if isinstance(file, str) else None
@@ -195,6 +214,6 @@ def _has_module(home: Path, name: str) -> bool:
 
 
 def _take_out(names: Collection[str]) -> dict[str, ModuleType]:
-    """Take modules out of ``sys.modules``, and what is below them."""
+    """Remove modules and submodules from ``sys.modules`` and return the removed modules."""
     found = [name for name in sys.modules if name.partition(".")[0] in names]
     return {name: sys.modules.pop(name) for name in found}
