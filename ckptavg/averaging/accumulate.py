@@ -320,7 +320,7 @@ class _Buffers:
         return memoryview(memory)[:size]
 
     def doubles(self, name: object, count: int) -> torch.Tensor:
-        """Return a number of float64 elements. Their views are cached, as making them is slow."""
+        """Return a number of float64 elements, as a cached view where one exists."""
         found = self._doubles.get((name, count))
         if found is None:
             raw = self.raw(("float64", name), count * 8)

@@ -219,6 +219,7 @@ def _asked(
 
 
 def _file_name(name: str, run: Run) -> str:
+    # Path("..").name is "..", so that the comparison with the name does not refuse "..".
     if (
         not isinstance(name, str)
         or not name.isprintable()

@@ -54,6 +54,7 @@ class Average:
         state: State = "stale"
         if not layers:
             state = "none"
+        # All floats are from a single checkpoint, whose statistics belong to its weights.
         elif len(owners) == 1:
             state = "own"
         elif len(frozen) == len(layers):
@@ -127,6 +128,7 @@ def _open_base(path: str | os.PathLike[str], key: str) -> Checkpoint:
     try:
         return open_checkpoint(path, key or None)
     except CheckpointError:
+        # A base may be a bare state dict, although the run's checkpoints have an entry of weights.
         if not key:
             raise
         return open_checkpoint(path)

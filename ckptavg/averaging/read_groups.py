@@ -167,6 +167,7 @@ def watching(groups: Iterable[Group], tensors: Iterable[Tensor]) -> list[Group]:
     wanted = {tensor: True for tensor in tensors if tensor.numel}
     found: list[Group] = []
     for group in groups:
+        # Removed at the first occurrence, so that a tensor in several groups is watched once.
         seen = [i for i, t in enumerate(group.sources) if wanted.pop(t, None)]
         found.append(replace(group, watched=frozenset(seen)))
     found += (Group("", t.shape, (t,), (), watched=frozenset([0])) for t in wanted)
@@ -188,7 +189,7 @@ def _group(plans: list[tuple[int, TensorPlan]], ranks: Mapping[int, int], jobs: 
 
 
 def _keys(plan: TensorPlan) -> list[tuple[int, int]]:
-    """Return a key per input of a plan: the tensor and the number of its earlier occurrences.
+    """Return a key per input of a plan: the tensor's id and the number of earlier occurrences.
 
     A tensor that occurs twice in a plan is read twice, so that the order of the sum is kept.
     """

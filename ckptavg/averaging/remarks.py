@@ -37,6 +37,7 @@ def warn_of_stale(states: Mapping[str, Statistics]) -> None:
 
 def log_plans(plans: Sequence[Plan]) -> None:
     """Log the notes of plans, and the tensors that outputs cannot hold."""
+    # Averages of one run mostly have the same notes. Each note is logged once, in order.
     for note in dict.fromkeys(note for plan in plans for note in plan.notes):
         log.info(note)
     missing = {name: why for plan in plans for name, why in plan.missing.items()}

@@ -198,6 +198,7 @@ def _linear(_: Mapping[str, str]) -> Callable[[Steps], list[float]]:
 
 def _lawa(options: Mapping[str, str]) -> Callable[[Steps], list[float]]:
     text = options.get("k", "")
+    # int() alone would also accept signs, spaces and underscores.
     if not text.isdecimal() or int(text) < 1:
         raise UsageError(f"lawa:k=K is expected to have a positive integer K but got {text!r}")
     k = int(text)
@@ -229,6 +230,7 @@ def _decay(text: str) -> float:
     try:
         decay = float(text)
     except ValueError:
+        # NaN fails the check below, which has the message.
         decay = math.nan
     if not 0 <= decay < 1:
         raise UsageError(f"ema:decay=D is expected to have 0 <= D < 1 but got {text!r}")
@@ -278,6 +280,7 @@ def _remark_on_few(options: Mapping[str, str]) -> Remark:
 
 
 def _increasing(steps: Steps) -> list[float]:
+    # Between equal steps the decay is 1, so that the later checkpoint would get the coefficient 0.
     known = [step for step in steps if step is not None]
     if len(known) < len(steps) or any(b <= a for a, b in pairwise(known)):
         raise RunError(

@@ -108,7 +108,7 @@ def element_ranges(
 
 
 def untied(tensors: Iterable[T], layout: Layout) -> list[T]:
-    """Remove the ties of tensors that have places of their own in a layout.
+    """Remove the ties of tensors that have separate places in a layout.
 
     The places of tied tensors may be in the parts of several processes. Each process then computes
     the elements of its own part.
@@ -138,7 +138,7 @@ class Split:
 
     @property
     def tensors(self) -> list[list[TensorPlan]]:
-        """Plans of each output's tensors, without ties where each tied name has its own place."""
+        """Plans of each output's tensors, without ties where tied names have separate places."""
         both = zip(self.plans, self.targets, strict=True)
         return [untied(plan.tensors, target.layout) for plan, target in both]
 
@@ -201,7 +201,7 @@ class Split:
             """Notice a failed process during the work, and report progress."""
             self.processes.check()
             if progress is not None:
-                # Equal parts go at about the same pace, so that this one stands for all.
+                # The parts are equal, so that this process's pace is about that of all.
                 progress(done * self.processes.count, total * self.processes.count)
 
         extras = replace(extras, parts=self._parts_beside(extras) | self.parts)
@@ -211,6 +211,7 @@ class Split:
             "results": [[sorted(r.differing), sorted(r.nonfinite)] for r in streamed.results],
             "gram": None if streamed.gram is None else streamed.gram.tolist(),
         }
+        # Summed anew in the order of the ranks, so that all processes get the same bits.
         streamed.gram = None
         for theirs in self.processes.gather(mine):
             for result, (differing, nonfinite) in zip(
@@ -225,6 +226,7 @@ class Split:
 
     def unite(self, leaves: Sequence[Leaves]) -> None:
         """Merge the digests of leaves that all processes have hashed of the same tensors."""
+        # Compressed, since the leaves of other processes are zeros. Messages are text.
         mine = [
             {number: b64encode(zlib.compress(done)).decode() for number, done in one.done.items()}
             for one in leaves

@@ -88,6 +88,7 @@ def _read(
         )  # fmt: skip
         vectors = [replace(by_name[name], tied_to=None) for name in (layer.u, layer.v) if name]
         plans |= {tensor.name: tensor for tensor in (weight, last_weight, *vectors)}
+    # The stream of the outputs has already refused or noted values that are not finite.
     sink = MemorySink([tensor.output for tensor in plans.values()])
     stream([Job([*plans.values()], sink, keep_nonfinite=True)])
     return sink.state_dict

@@ -111,7 +111,7 @@ def prepare(
         made |= {_FILES: sorted(layout.names)}
         if digests.is_recorded(made):
             made = digests.sealed(made)
-        # The names of the files are known from the first layout only, and stand in the second.
+        # The provenance lists the files, whose names only a first layout gives: so lay out again.
         layout = _lay_out(out, tensors, made, inputs[-1], companions or {})
         replaceable = frozenset([*layout.names, *_recorded_files(path)])
     check_replaceable(path, directory=layout.directory, names=replaceable)

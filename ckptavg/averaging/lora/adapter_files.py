@@ -30,7 +30,7 @@ from ckptavg.formats.registry import FILE_LAYOUTS
 from ckptavg.io import bounded_json
 
 _STANDARD = re.compile(r"[^\n]*(?:lora_A|lora_down|lora\w{0,9}\.down)\.weight")
-# The beginning of PEFT's names. Its rank and alpha stand in adapter_config.json, not in the file.
+# The beginning of PEFT's names. PEFT stores rank and alpha in adapter_config.json, not in the file.
 _PEFT = "base_model.model."
 # Differences of whole tensors, which are added and not multiplied: their plain mean is exact.
 _DIFFERENCES = (".diff", ".diff_b", ".w_norm", ".b_norm")
@@ -56,7 +56,8 @@ def plan_stack(
         rules: The tensors to average, and the type of the output's floats.
 
     Returns:
-        None where the checkpoints are no such adapters, or their stack would not be their mean.
+        The plan. None where the checkpoints are not adapters of this kind, or where a stack would
+        not be the mean.
 
     Raises:
         CkptavgError: As ``make_plan`` does.
@@ -241,9 +242,9 @@ def _grow_arguments(entries: Mapping[str, Any], count: int) -> dict[str, Any]:
 def _grow_components(entries: Mapping[str, Any], count: int) -> dict[str, Any] | None:
     """Multiply the ranks and alphas in diffusers' entries.
 
-    They are PEFT's configurations of a pipeline's components, by dotted names. Alpha grows with the
-    rank, so that the scale stays: under rank-stabilized LoRA with the rank's square root
-    (Kalajdzievski 2023).
+    The entries are PEFT's configurations of a pipeline's components, by dotted names. Alpha grows
+    with the rank, so that the scale stays. Under rank-stabilized LoRA, alpha grows with the rank's
+    square root (Kalajdzievski 2023).
 
     Returns:
         All entries; None where the products would not be those of two factors, or a value is not

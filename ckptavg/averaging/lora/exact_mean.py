@@ -36,6 +36,7 @@ from ckptavg.formats.huggingface import peft
 _FACTOR = re.compile(r"(.*\.lora_(?:embedding_)?)([AB])((?:\.weight)?)")
 _FACTOR_BIAS = re.compile(r".*\.lora_B\.bias")
 _OTHER_PART = re.compile(r".*\.lora_\w+(\..*)?")
+# Entries of a configuration in which adapters must agree: they decide ranks, scales or layout.
 _ALIKE = (
     "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "bias",
     "target_parameters",

@@ -21,6 +21,8 @@ def place_factor(tensor: Tensor, dim: int, groups: int, slot: int, count: int) -
     extent = tensor.shape[dim] // groups
     pieces: list[Piece] = []
     for group in range(groups):
+        # A grouped convolution needs the rows of a group together, so that each group has its
+        # own slots.
         low, target = group * extent, (group * count + slot) * extent
         for piece in tensor.pieces:
             pieces += _cut(piece, dim, low, extent, target, tensor.dtype.size)

@@ -64,7 +64,7 @@ def find_buffers(modules: Modules, names: Iterable[str]) -> set[str]:
 
 
 def _find_quantizer_scales(tensors: Mapping[str, Tensor]) -> Iterator[str]:
-    """Find the scales that stand beside as many integer zero points."""
+    """Find the scales with the same number of integer zero points beside the scales."""
     for leaf, points in tensors.items():
         ending = next((e for e in _ZERO_POINTS if leaf.endswith(e)), None)
         if ending is None or points.dtype.kind != "int":

@@ -43,6 +43,7 @@ def find_frozen_layers(checkpoints: Sequence[Checkpoint]) -> tuple[str, ...]:
             if not same:
                 return ()
         counts = [_read(reader, c, _count_names(same)) for c in checkpoints]
+    # Where the same weights were saved several times, every layer looks frozen.
     if len(same) == len(layers) and not _are_trained(checkpoints):
         return ()
     frozen: list[str] = []

@@ -19,7 +19,7 @@ from ckptavg.io import bounded_json
 from ckptavg.io.paths import Location
 
 _BEFORE = "Average the checkpoints before quantization"
-# Endings of a packed tensor's name, and of scales that stand in their place.
+# Endings of a packed tensor's name, and the endings that the names of its scales have instead.
 _PAIRS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("weight", ("weight_scale", "weight_scale_inv", "weight_scales", "weight.scales")),
     ("", (".absmax", ".quant_map")),
@@ -43,7 +43,8 @@ _QUANTIZED = re.compile(r"quantization|quantized|quant_(?:method|type|config)")
 _FEWEST = 16
 # Bits. Weights are packed into words of at most 32; torch's own indices have 64.
 _WORD, _INDEX = 32, 64
-_CONFIGS: dict[str, tuple[str, ...]] = {  # file → entries one of which tells of quantization
+# File → entries. Each entry alone states that the weights are quantized.
+_CONFIGS: dict[str, tuple[str, ...]] = {
     "config.json": ("quantization_config", "quantization", "compression_config"),
     "hf_quant_config.json": ("quantization",),
     "quantize_config.json": ("bits",),
@@ -108,7 +109,7 @@ def declared(checkpoint: Checkpoint) -> str:
     The statement is an entry of a safetensors header, or of a configuration beside the weights.
     """
     for key, value in checkpoint.metadata.items():
-        # kohya's entries, which begin with ss_, tell of the training and not of the weights.
+        # kohya's entries, which begin with ss_, describe the training and not the weights.
         is_of_weights = not key.startswith("ss_")
         if (
             is_of_weights
@@ -152,7 +153,7 @@ def find_packed(checkpoint: Checkpoint) -> Iterator[Packed]:
 def _scale_leaves(tensors: Mapping[str, Tensor]) -> list[str]:
     """List the last parts of the names of a module's floats that are scales or codebooks.
 
-    Very many of them tell nothing: they belong to a table without modules, not to a layer.
+    A module with very many scales is a table without modules, not a layer: none is listed then.
     """
     leaves = [
         leaf
@@ -220,16 +221,17 @@ def _fits(scale_name: str, scale: Tensor, name: str, packed: Tensor) -> bool:
         name: The integers' name.
         packed: The integers.
     """
-    # The extent of a codebook tells nothing about the integers that point into it.
+    # The extent of a codebook does not depend on the number of integers that point into it.
     leaf = split_name(scale_name)[1].lower()
     if _CODEBOOK.search(leaf):
         return packed.dtype.bits < _INDEX
     # One scale for a whole tensor is usual for int8 only.
     if scale.numel == 1:
-        # Bytes in a row are bits of a grid or a generator's state, unless the scale is theirs.
+        # A 1-d tensor of bytes is mostly a bit field or a generator's state. It is a weight only
+        # if the scale's name begins like its own.
         own = leaf.partition("_")[0] == split_name(name)[1].lower().partition("_")[0]
         return packed.dtype.size == 1 and (len(packed.shape) > 1 or own)
-    # Scales of a quantizer, which stand beside as many zero points.
+    # As many scales as integers: the integers are the zero points of a quantizer.
     if scale.numel >= packed.numel:
         return False
     shared = any(extent > 1 and extent in packed.shape for extent in scale.shape)
@@ -267,11 +269,11 @@ def _find_beside(checkpoint: Checkpoint, name: str) -> Location | None:
 
 
 def _find_entry(path: Location, entries: Sequence[str]) -> str:
-    """Find the entry of a configuration that tells of quantization; empty where none does."""
+    """Find the entry of a configuration that states quantization; empty where none does."""
     try:
         config = bounded_json.read(path)
     except (OSError, ValueError):
-        # Without a configuration that can be read, the tensors tell.
+        # Without a readable configuration, the tensors decide.
         return ""
     if not isinstance(config, dict):
         return ""

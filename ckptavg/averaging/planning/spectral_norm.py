@@ -1,11 +1,11 @@
 """Layers under spectral norm, and the power iteration for the layers' singular vectors.
 
 Spectral norm divides a weight by its largest singular value. It keeps the two singular vectors, u
-and v, and computes the value as uᵀWv (Miyato et al. 2018, Algorithm 1). The mean of such vectors is
-no singular vector, and the sign of a pair is arbitrary. So they are iterated anew on the averaged
-weight.
+and v, and computes the value as uᵀWv (Miyato et al. 2018, Algorithm 1). The mean of singular
+vectors is not a singular vector, and the sign of a pair is arbitrary. So u and v are computed by
+power iteration on the averaged weight.
 
-Each product is rounded on its own, and sums are taken by halves. So the bits do not depend on the
+Each product is rounded separately, and sums are taken by halves. So the bits do not depend on the
 processor.
 """
 
@@ -146,7 +146,8 @@ def iterate_vectors(
         weight: The averaged weight, of any float type.
         u: The last checkpoint's left vector, from which the iteration starts.
         v: The last checkpoint's right vector, if it is kept.
-        last: The last checkpoint's weight, which tells the dimension that u goes along.
+        last: The last checkpoint's weight. With u and v it determines the dimension that u goes
+            along.
         steps: Largest number of steps.
 
     Returns:

@@ -185,6 +185,7 @@ def make_plan(
         tensors=tuple(_with_ties(tensors)),
         notes=(*builder.notes(), *_unmatched(rules, {*last.tensors, *last.refused})),
         missing={name: why for name, why in base.refused.items() if name not in averaged},
+        # The vectors of a single checkpoint already belong to its weights.
         spectral_norms=layers if len(used) > 1 else (),
         frozen=tuple(frozen),
     )
@@ -267,7 +268,7 @@ class _Builder:
     mixed: dict[str, str] = field(default_factory=dict)
 
     def averaged(self, name: str) -> TensorPlan:
-        """Plan a tensor of the selection: average it, or copy it where it has no mean."""
+        """Plan a tensor of the selection as an average, or as a copy where there is no mean."""
         tensors = [c.tensors[name] for c in self.checkpoints]
         last = tensors[-1]
         # Copied for now. The vectors are computed once the averaged weights are known.
