@@ -37,6 +37,7 @@ def check_data(data: object) -> None:
     # A mapping has __getitem__, too, but indices do not lead to samples.
     if isinstance(data, Mapping):
         _refuse_entries(data)
+    # A text is iterable and a class may have __getitem__, but neither yields samples.
     gives_items = isinstance(data, Iterable) or hasattr(data, "__getitem__")
     if gives_items and not isinstance(data, (str, bytes, os.PathLike, type)):
         return

@@ -99,6 +99,7 @@ def open_loader(
         one = min(1, runtime.workers)
         batched = Batched(data, runtime.batch_size, collate_of(data))
         stream = DataLoader(batched, batch_size=None, num_workers=one, pin_memory=pinned)
+        # A stream has no indices to share, so every process reads all and keeps every n-th batch.
         return share(stream, peers, runtime.seed, subset)
     if samples:
         generator = torch.Generator().manual_seed(runtime.seed)
@@ -152,6 +153,7 @@ def share(loader: Batches, peers: Peers, seed: int, subset: Subset | None = None
     drawn = getattr(loader, "batch_sampler", None)
     if drawn is None or type(loader) is not DataLoader:
         return _Some(loader, peers, limit)
+    # A stream has no indices, so batches cannot be skipped without reading.
     if isinstance(loader.dataset, IterableDataset):
         return _Some(loader, peers, limit)
     options = {name: getattr(loader, name) for name in _PASSED_ON}
@@ -253,6 +255,7 @@ class _Repeatable(DataLoader[Any]):
     """DataLoader whose workers draw the same random numbers in every pass."""
 
     def __iter__(self) -> Any:
+        # torch derives the seeds of the workers from this generator.
         self.generator.manual_seed(self.generator.initial_seed())
         return super().__iter__()
 
@@ -298,6 +301,7 @@ class _Drawn(Sampler[list[int]]):
         if self.peers.count == 1:
             yield from _up_to(self.sampler, self.limit, len)
             return
+        # A common seed makes all processes draw the same batches; the caller's generator is kept.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             batches = list(_up_to(self.sampler, self.limit, len))
@@ -321,6 +325,7 @@ class _Some:
                 seen = zlib.crc32(_labels(batch), seen)
             if number % self.peers.count == self.peers.rank:
                 yield batch
+        # One checksum over the whole pass, so that processes exchange values only once.
         _require_alike(seen, self.peers)
 
 

@@ -74,6 +74,7 @@ class Windows(Dataset[dict[str, torch.Tensor]]):
         return 1 + -(-(len(self.tokens) - self.length) // self.stride)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        # An IndexError ends a plain loop over the Dataset.
         if not 0 <= index < len(self):
             raise IndexError(f"there are {len(self)} windows, and none is number {index}")
         start = index * self.stride

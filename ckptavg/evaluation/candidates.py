@@ -181,6 +181,7 @@ def candidates_of(
     """
     last = run.last(1).checkpoints[-1]
     singles = [c for c in selection if each and c.path != last.path]
+    # Shortened together, so that names stay different from each other.
     *names, last_name = short_names([c.path for c in (*singles, last)])
     found = []
     for checkpoint, name in zip(singles, names, strict=True):

@@ -283,6 +283,7 @@ class _Session:
             try:
                 self._pass(group, data, training, phase)
             finally:
+                # Also after an out-of-memory error: the repeated pass needs the memory.
                 weight_sets.release(group, self.runtime.device)
             results[:] = self._results(group)
             if any(result.candidate is chosen for result in results):
@@ -342,6 +343,7 @@ class _Session:
         found: list[int] = []
         soundness = Soundness()
         for number, batch in enumerate(moved(batches, self.runtime.device)):
+            # Targets as loaded are on the host, so a checksum does not wait for the device.
             given = self.task.part(self.model, batch.given)[1]
             found.append(_fingerprint(given))
             if self.fingerprints and self.fingerprints[number : number + 1] != found[-1:]:

@@ -73,6 +73,7 @@ class Result:
     def of_json(cls, candidate: Candidate, value: Mapping[str, Any]) -> Result:
         """Restore the result of a candidate from the output of ``as_json``."""
         known = {"name", "kind", "checkpoints", "coefficients", "metrics", "bn", "forwards"}
+        # ``key`` belongs to the file of results, not to the result.
         details = {k: v for k, v in value.items() if k not in known | {"versus", "key"}}
         versus = value.get("versus")
         return cls(
@@ -162,6 +163,7 @@ class Results(Sequence[Result]):
             return list(self) == list(other)
         return NotImplemented
 
+    # Equality compares contents, so results are unhashable, as lists are.
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
@@ -171,15 +173,17 @@ class Results(Sequence[Result]):
         return f"<Results of {count}: {names}>"
 
     def __str__(self) -> str:
+        # Imported on demand: only a printed table needs the layout.
         from ckptavg.display.terminal import printed_table  # noqa: PLC0415
-        from ckptavg.evaluation.score_table import (  # noqa: PLC0415 - only people need it
+        from ckptavg.evaluation.score_table import (  # noqa: PLC0415
             tabulate_scores,
         )
 
         return printed_table(tabulate_scores(self, self.task)) if self._results else repr(self)
 
     def _repr_html_(self) -> str:
-        from ckptavg.evaluation.score_table import (  # noqa: PLC0415 - only notebooks need it
+        # Imported on demand: only notebooks need HTML.
+        from ckptavg.evaluation.score_table import (  # noqa: PLC0415
             scores_html,
         )
 

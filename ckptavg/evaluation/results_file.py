@@ -40,6 +40,7 @@ class ResultsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        # Publishing replaces the file at a path, which would replace a link instead of the target.
         self._target = Path(os.path.realpath(path))
         self._format = _JsonFormat() if path.suffix == ".json" else _CsvFormat()
 
@@ -83,6 +84,7 @@ class ResultsFile:
             OutputError: The file has other content, or cannot be written.
         """
         added = [self._format.entry(result) for result in results]
+        # Without the lock, results that another process adds in between would be lost.
         with lock_beside(self._target):
             stored = self.entries()
             others = _drop_superseded(stored, added)
@@ -177,6 +179,7 @@ class _CsvFormat:
         Raises:
             ValueError: The file has other content.
         """
+        # Spreadsheet programs write a byte-order mark.
         text = bounded_json.read_text(path).decode("utf-8-sig")
         # Lists of many checkpoints exceed the default limit. The limit holds for the whole process,
         # so it is restored below.
@@ -188,6 +191,7 @@ class _CsvFormat:
             raise ValueError("it is no CSV") from error
         finally:
             csv.field_size_limit(limit)
+        # DictReader keeps surplus cells of a row under None.
         if not _COLUMNS.issubset(reader.fieldnames or ()) or any(None in row for row in rows):
             raise ValueError("it has other columns")
         return rows

@@ -152,6 +152,7 @@ class Board:
         # Numbers over all processes: batches were dealt out in turn, every n-th to a process.
         mine = {number * peers.count + peers.rank: s for number, s in self.samples.items()}
         told = [self.scores.state(), self.disagreement.state(), _plain(mine)]
+        # The gathered states include that of this process, so merging starts from empty scores.
         scores, disagreement = self.task.scores(), Disagreement(len(self.members))
         samples: dict[int, Samples] = {}
         for other_scores, other_disagreement, others in peers.gather(told):
@@ -199,6 +200,7 @@ def _packed(values: torch.Tensor) -> list[str]:
 
 def _unpacked(packed: Sequence[str]) -> torch.Tensor:
     dtype, text = packed
+    # torch warns of memory that is not writable, and refuses an empty buffer.
     raw = bytearray(base64.b85decode(text))
     wanted = getattr(torch, dtype)
     return torch.frombuffer(raw, dtype=wanted) if raw else torch.empty(0, dtype=wanted)

@@ -143,6 +143,7 @@ def _mcnemar(only_mine: int, only_other: int) -> float:
     """
     # Logarithms of factorials, since the factorials themselves overflow for large counts.
     n, fewer = only_mine + only_other, min(only_mine, only_other)
+    # The two tails meet, and twice a tail is at least 1.
     if n - 2 * fewer <= 1:
         return 1.0
     ways = math.lgamma(n + 1) - math.lgamma(fewer + 1) - math.lgamma(n - fewer + 1)
@@ -195,8 +196,10 @@ def _randomization(sums: torch.Tensor, generator: torch.Generator) -> float:
     # Sums that differ by rounding only count as ties. Rounding is relative to the terms.
     least = abs(total) - _ROUNDING * float(sums.abs().sum())
     for turned in _draws(len(sums), generator, below=2):
+        # Flipping the sign of a sum lowers the total by twice that sum.
         exchanged = total - 2 * (turned.double() @ sums)
         extreme += int((exchanged.abs() >= least).sum())
+    # The observed arrangement counts as a resample, so p is never 0 (Phipson & Smyth 2010).
     return (extreme + 1) / (RESAMPLES + 1)
 
 
@@ -268,6 +271,7 @@ class Disagreement:
     def _count(self, answers: torch.Tensor) -> None:
         """Count the answers of all members on a batch: (members, N)."""
         self.count += answers.shape[1]
+        # Member by member: all pairs at once would take memory for members² rows.
         differing = sum(
             ((answers[i] != answers[i + 1 :]).sum() for i in range(self.members - 1)),
             start=torch.zeros((), dtype=torch.int64, device=answers.device),

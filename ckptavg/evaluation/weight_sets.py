@@ -74,6 +74,7 @@ class Networks:
         if candidate.weights is not None:
             network = Network(candidate.name, candidate.weights, recompute)
             return [self._found.setdefault((id(candidate.weights), recompute), network)]
+        # Resolved, so that two paths to a file share a network.
         return [
             self._found.setdefault(
                 (c.path.resolve(), c.key, recompute), Network(str(c.path), c, recompute)
@@ -91,6 +92,7 @@ class Networks:
         groups: list[list[Network]] = []
         for block in self._blocks():
             for part in (block[i : i + size] for i in range(0, len(block), size)):
+                # First fit: the first group with room takes the part.
                 room = (group for group in groups if len(group) + len(part) <= size)
                 group = next(room, None)
                 if group is None:

@@ -132,6 +132,8 @@ class Geometry:
     @property
     def to_mean(self) -> torch.Tensor:
         """Distances ‖wᵢ − w̄‖ to the uniform mean of all checkpoints, (n,)."""
+        # The mean squared distance to all points, less half the mean over all pairs, is the squared
+        # distance to their centroid.
         squares = self.distances.square()
         return (squares.mean(1) - squares.mean() / 2).clamp(min=0).sqrt()
 
@@ -147,6 +149,7 @@ class Geometry:
         links = sorted(_shortest_links(self.distances.tolist()), reverse=True)
         for count in range(1, len(links)) if len(self.run) > 3 else ():
             (shortest, *_), (usual, *_) = links[count - 1], links[count]
+            # Cutting the ``count`` longest links leaves count + 1 groups.
             if shortest > _GAP * usual:
                 parts = _connected(links[count:], len(self.run))
                 parts.sort(key=len, reverse=True)
@@ -209,6 +212,7 @@ def geometry(run: RunLike, *, progress: ProgressLike = None) -> Geometry:
     tensors = weights(run)
     with open_phase(progress, "measuring", "bytes") as told:
         products = stream([], Extras(gram=tensors), progress=told).gram
+    # A file that changed while being read makes the products meaningless. Shared files count once.
     for stamp in {stamp.path: stamp for c in run for stamp in c.files}.values():
         stamp.verify()
     return geometry_of(run, products)

@@ -115,6 +115,7 @@ def digest(checkpoint: Checkpoint, progress: Progress | None = None) -> str:
     """
     inputs = InputDigests([checkpoint])
     stream([], Extras(watched=inputs.tensors, watcher=inputs.watch), progress=progress)
+    # A file that changed while being read has no meaningful digest.
     for stamp in checkpoint.files:
         stamp.verify()
     return inputs.of(checkpoint)

@@ -22,6 +22,7 @@ _TRUE = ("true", "yes", "on")
 _FALSE = ("false", "no", "off")
 _NONE = ("none", "null")
 _LISTS = (list, tuple, Sequence, Iterable, Collection)
+# Errors of the readers for malformed, very long or deeply nested text.
 _UNREADABLE = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
 
 
@@ -153,6 +154,7 @@ class _Expectation:
         """
         value = read_value(text)
         for choice in self.choices:
+            # As text first: a choice such as "1" would be read as a number.
             if text == str(choice) or (type(value) is type(choice) and value == choice):
                 return choice
         if not self.kinds and not self.choices:
@@ -257,6 +259,7 @@ def _is_instance(value: Any, kind: Any) -> bool:
 
 def _split_hint(hint: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Split an annotation into admitted types and the choices of a ``Literal``."""
+    # Annotations stay strings if their evaluation failed.
     hint = _BY_NAME.get(hint, hint) if isinstance(hint, str) else hint
     unknown = hint in (Any, object, inspect.Parameter.empty)
     if unknown or isinstance(hint, (str, typing.TypeVar)):
@@ -271,6 +274,7 @@ def _split_hint(hint: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         choices: tuple[Any, ...] = ()
         for part in typing.get_args(hint):
             more_kinds, more_choices = _split_hint(part)
+            # An unknown part may admit any type, so nothing is known of the union.
             if not more_kinds and not more_choices:
                 return (), ()
             kinds, choices = kinds + more_kinds, choices + more_choices

@@ -99,6 +99,7 @@ def build_model(name: str, **keywords: Any) -> Any:
                 if settings.get("use_pretrained_backbone"):
                     settings["use_pretrained_backbone"] = False
             return getattr(transformers, names[0])(config)
+    # transformers raises errors of many types for a backbone without a configuration.
     except Exception as error:
         backbone = _lacking_backbone(Path(directory))
         if backbone is None:

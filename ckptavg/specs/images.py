@@ -21,6 +21,7 @@ Transform = Callable[[Any], Any]
 OPTIONS = ("size", "crop", "mean", "std")
 """Arguments of image data that change a preset."""
 
+# Mean and standard deviation per channel, for values from 0 to 1.
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 CIFAR100 = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
@@ -180,7 +181,8 @@ class _ByKeyword:
 
     def __call__(self, image: Any) -> Any:
         """Transform a PIL image."""
-        import numpy  # noqa: PLC0415 - which not everyone needs
+        # Imported on demand: only albumentations transforms need numpy here.
+        import numpy  # noqa: PLC0415
 
         return self.transform(image=numpy.asarray(image))["image"]
 
@@ -203,6 +205,7 @@ def adapt_preset(preset: Preset, options: Mapping[str, Any]) -> Preset:
     size, crop = preset.size, preset.crop
     if "size" in options:
         size = _read_side("size", options["size"])
+        # A single size is that of the shorter side, so only a crop makes images of one shape.
         crop = size if isinstance(size, int) else None
     if "crop" in options:
         crop = _read_side("crop", options["crop"])
@@ -215,6 +218,7 @@ def adapt_preset(preset: Preset, options: Mapping[str, Any]) -> Preset:
         mean = _read_channels("mean", options["mean"])
     if "std" in options:
         std = _read_channels("std", options["std"])
+    # Normalization needs both; without one of them there is none.
     if mean is None or std is None:
         mean = std = None
     return Preset("", size, crop, mean, std, interpolation=preset.interpolation)
@@ -264,7 +268,8 @@ def warn_of_small_images(sizes: Sequence[tuple[int, int]], resize: int | None) -
 
 def image_sizes(paths: Sequence[str | Path]) -> list[tuple[int, int]]:
     """Read width and height of a sample of image files, skipping unreadable files."""
-    from PIL import Image  # noqa: PLC0415 - which not everyone needs
+    # Imported on demand: only image data needs PIL.
+    from PIL import Image  # noqa: PLC0415
 
     sizes: list[tuple[int, int]] = []
     stride = -(-len(paths) // _MOST_LOOKED_AT) or 1

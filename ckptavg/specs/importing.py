@@ -140,6 +140,7 @@ def _module(name: str) -> ModuleType:
         with _own_output():
             return importlib.import_module(name)
     except ModuleNotFoundError as error:
+        # The module itself was found, and fails on an import of its own.
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise _failed_import(name, error) from error
         raise SpecError(
@@ -158,6 +159,7 @@ def _module_from_file(path: Path) -> ModuleType:
     try:
         with _own_output():
             return import_file(path)
+    # A script without a main guard may end the program on import.
     except (Exception, SystemExit) as error:
         raise _failed_import(str(path), error) from error
 
@@ -267,6 +269,7 @@ def call_named(
     try:
         with _own_output(), _imports_for(spec):
             return factory(*args, **keywords)
+    # An error of ckptavg's own has a better remedy than the general one below.
     except SpecError:
         raise
     except (Exception, SystemExit) as error:

@@ -184,6 +184,7 @@ def _image_data(
         preset = _preset_of(model_spec, settings, is_cifar=kind in _CIFAR) or usual
         preset = images.adapt_preset(preset, options) if options else preset
         preset.log()
+        # No warning of small images for a size that the user has chosen.
         transform, resize = preset.to_transform(), None if "size" in options else preset.resize
     data = call_named(spec, factory, (str(directory),), {"transform": transform, **keywords})
     if resize is not None:

@@ -141,6 +141,7 @@ def _from_data_module(spec: str, module: Any, split: str | None, *, train: bool)
         raise SpecError(f"{spec} gives a {type(module).__name__} that defines no {hooks}")
     hook = f"{defined[0]}_dataloader"
     try:
+        # Lightning's Trainer makes these calls in this order; setup("fit") makes validation data.
         module.prepare_data()
         module.setup("test" if defined[0] == "test" else "fit")
         loader = getattr(module, hook)()
@@ -149,6 +150,7 @@ def _from_data_module(spec: str, module: Any, split: str | None, *, train: bool)
             f"{spec}: {hook} of {type(module).__name__} failed: {describe_failure(error)}",
             "--debug shows where.",
         ) from error
+    # Lightning permits a list of loaders; a list of one is as clear as the loader.
     if isinstance(loader, (list, tuple)) and len(loader) == 1:
         loader = loader[0]
     if isinstance(loader, (list, tuple, Mapping)):

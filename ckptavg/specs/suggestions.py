@@ -244,6 +244,7 @@ def _public_callables(file: Path) -> Iterator[str]:
     try:
         if file.stat().st_size > _LONGEST_FILE:
             return
+        # Parsed and not imported, since an import would run the file.
         tree = ast.parse(file.read_bytes())
     except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
         return
@@ -255,9 +256,10 @@ def _public_callables(file: Path) -> Iterator[str]:
 
 def _list_models(library: str) -> list[str]:
     """List the names of a library's models; empty if the library is not installed."""
+    # Imported on demand, since both libraries are slow to import.
     try:
         if library == "torchvision":
-            from torchvision.models import list_models  # noqa: PLC0415 - slow to import
+            from torchvision.models import list_models  # noqa: PLC0415
         else:
             from timm import list_models  # noqa: PLC0415
         return list(list_models())

@@ -63,6 +63,7 @@ def imports_from(home: Path) -> Iterator[Collection[str]]:
     _FINDER.siblings = {n: home / f"{n}.py" for n in names if (home / f"{n}.py").is_file()}
     own = _set_aside.setdefault(str(home), {})
     sys.modules.update(own)
+    # First, for the time being: the entry from above may come after other directories.
     sys.path.insert(0, str(home))
     try:
         yield names
@@ -99,6 +100,7 @@ def _load(path: Path, in_use: Collection[str]) -> ModuleType:
     sys.modules.update(dict.fromkeys(names, module))
     try:
         spec.loader.exec_module(module)
+    # A failed import leaves no half-initialized module behind, as with ``import`` itself.
     except BaseException:
         for added in names:
             sys.modules.pop(added, None)

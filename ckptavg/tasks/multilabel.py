@@ -147,7 +147,8 @@ class MultiLabelMetrics:
         Raises:
             EvaluationError: There were no samples.
         """
-        from torchmetrics.functional import classification as by  # noqa: PLC0415 - takes seconds
+        # The import takes seconds.
+        from torchmetrics.functional import classification as by  # noqa: PLC0415
 
         if not self.count:
             raise EvaluationError("the evaluation data is empty", "Check --data.")
@@ -200,7 +201,8 @@ def _nll(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 def _mean_average_precision(scores: torch.Tensor, targets: torch.Tensor) -> float:
     """Compute the mean over labels with at least one sample, as a fraction; 0 without any."""
-    from torchmetrics.functional import classification as by  # noqa: PLC0415 - takes seconds
+    # The import takes seconds.
+    from torchmetrics.functional import classification as by  # noqa: PLC0415
 
     present = targets.any(0)
     labels = int(present.sum())
@@ -220,5 +222,6 @@ def _encoded(parts: list[torch.Tensor]) -> str:
 
 
 def _decoded(text: str, dtype: torch.dtype, labels: int) -> torch.Tensor:
+    # torch warns of memory that is not writable, such as that of bytes.
     raw = bytearray(base64.b85decode(text))
     return torch.frombuffer(raw, dtype=dtype).reshape(-1, labels)
