@@ -109,6 +109,7 @@ class Candidate:
             name = name or type(undistributed(weights)).__name__
             weights = weights.state_dict()
         given = {key: value for key, value in weights.items() if isinstance(value, torch.Tensor)}
+        # Wrappers, such as DistributedDataParallel, put a prefix before every name.
         bare = bare_names(list(given))
         tensors = {bare.get(key, key): value for key, value in given.items()}
         held = Weights(tensors, account_of(weights))
@@ -246,6 +247,7 @@ def as_candidates(
     named = isinstance(given, Mapping)
     pairs = given.items() if isinstance(given, Mapping) else ((None, one) for one in given)
     candidates = [_as_candidate(one, name) for name, one in pairs]
+    # Names from a mapping are the caller's own and stay.
     if not named:
         candidates = _told_apart(candidates)
     return [

@@ -392,6 +392,7 @@ class _Session:
         reference = next((board for board in complete if board.candidate is chosen), None)
         for board in complete:
             known = self.known.get(board)
+            # Results from before the reference was scored lack a comparison and are made again.
             if known is None or (known.versus is None and reference is not None):
                 self.known[board] = self._result(board, reference)
         return [self.known[board] for board in complete]
@@ -419,6 +420,7 @@ class _Session:
         mine, other = joined(board.samples), joined(reference.samples)
         if mine is None or other is None:
             return None
+        # From the unit of the samples, such as a fraction, to that of the metric, such as percent.
         difference = compare(mine, other, seed=self.runtime.seed).scaled(mine.scale)
         metric = mine.metric or self.task.metrics[0].key
         return Versus(reference.candidate.name, metric, difference)

@@ -221,6 +221,7 @@ def _choice(winners: Sequence[Result], results: Sequence[Result]) -> list[str]:
     versus = winners[0].versus
     if len(winners) > 1 or versus is None or compared < _FEWEST_TO_CHOOSE:
         return []
+    # Without a significant difference there is nothing that the choice could have caused.
     if versus.difference.p >= SIGNIFICANT:
         return []
     return [f"{BEST} is the best of {compared} on these samples, which its p leaves out of account"]

@@ -132,6 +132,7 @@ def load(
     Raises:
         ModelError: Weights do not fit the template.
     """
+    # A source may serve two networks: one as averaged, one with recomputed statistics.
     weights = _read_together(group, keep_nonfinite=keep_nonfinite)
     left = Counter(id(network.source) for network in group)
     for network in group:

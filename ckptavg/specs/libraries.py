@@ -70,6 +70,7 @@ def timm_model(spec: str, name: str, arguments: Arguments) -> Any:
     try:
         return call_named(spec, timm.create_model, (name,), keywords)
     except SpecError as error:
+        # The name is right, or that of another source such as hf-hub:, so the error is another.
         if ":" in name or timm.is_model(name):
             raise
         names = timm.list_models()

@@ -95,6 +95,7 @@ def complete_source(
     if spec is None:
         _note_model(source, arguments)
         return ModelSource(source.spec, {**source.arguments, **arguments}, source.image_settings)
+    # The record is of another model than the given one, so its arguments do not apply.
     if source.spec != spec:
         return ModelSource(spec, arguments)
     return ModelSource(spec, _joined(source.arguments, arguments), source.image_settings)
@@ -215,6 +216,7 @@ def _lightning_arguments(kind: type, checkpoint: Checkpoint) -> dict[str, Any]:
     name = settings.get(_HYPERPARAMETERS_NAME)
     if recorded is None:
         return {}
+    # The constructor takes all hyperparameters as one object, under the recorded name.
     if isinstance(name, str) and name != _SEPARATE:
         whole = Hyperparameters(recorded) if isinstance(recorded, dict) else recorded
         return {name: whole} if _takes(kind, name) else {}

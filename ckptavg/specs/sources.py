@@ -169,6 +169,7 @@ def _image_data(
 ) -> Any:
     """Build a Dataset of images, prepared for a model."""
     datasets = libraries.import_torchvision("datasets")
+    # Checked first: the errors of torchvision do not suggest another directory.
     if kind in _CIFAR:
         suggestions.check_cifar(kind, directory)
         name, moments = _CIFAR[kind]

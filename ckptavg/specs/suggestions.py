@@ -113,6 +113,7 @@ def refuse_mistyped(spec: str, kind: Kind) -> None:
     plain = re.sub(r"[^a-z0-9]", "", word.lower())
     meant = _SYNONYMS.get(plain, plain)
     near = difflib.get_close_matches(meant, _PREFIXES[kind], 1, 0.7)
+    # ``lightning`` is a package, too, so lightning:... may name a module.
     if near and word != LIGHTNING:
         raise SpecError(f"no module named {word!r} is found", f"Did you mean {near[0]}:{name}?")
 
