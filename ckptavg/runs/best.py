@@ -1,4 +1,4 @@
-"""The best checkpoints of a run by a metric that training recorded."""
+"""Best checkpoints of a run by a metric that training recorded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ckptavg.runs.metric_columns import metric_columns
 Mode = Literal["max", "min"]
 MODES: tuple[str, ...] = get_args(Mode)
 
-# Whatever they are of, an error is better where it is small: iou_loss, top1_error.
+# An error is better when small, whatever other words the name has: iou_loss, top1_error.
 _ERRORS = frozenset(["loss", "losses", "err", "error", "errors", "cost"])
 _LOWER = frozenset([
     "bpb", "bpc", "bpd", "brier", "cer", "dcf", "ece", "eer", "epe", "fid", "fnr", "fpr", "fvd",
@@ -31,7 +31,7 @@ _HIGHER = frozenset([
     "sensitivity", "sisdr", "sisnr", "snr", "spearman", "specificity", "spice", "ssim", "stoi",
     "success", "tnr", "top", "tpr", "winrate",
 ])  # fmt: skip
-# Words that say little beside others: brier_score.
+# Words that count only if no other word decides: a brier_score is better when low.
 _MOSTLY_HIGHER = frozenset([
     "elo", "fitness", "return", "returns", "rew", "reward", "rewards", "score", "scores",
 ])  # fmt: skip
@@ -40,7 +40,7 @@ _NEGATIONS = frozenset(["neg", "negative", "minus"])
 
 @dataclass(frozen=True)
 class Criterion:
-    """A recorded metric and which of its values are the better ones."""
+    """Recorded metric, and the direction in which values are better."""
 
     metric: str
     mode: Mode
@@ -49,16 +49,16 @@ class Criterion:
 def choose_criterion(
     checkpoints: Sequence[Checkpoint], metric: str | None, mode: str | None
 ) -> Criterion:
-    """Complete what a person says of the metric that checkpoints are chosen by.
+    """Complete the user's choice of a metric, by which checkpoints are ranked.
 
     Args:
-        checkpoints: Those to choose from.
-        metric: Name of a recorded metric; the only one that is recorded where None.
-        mode: ``max`` or ``min``; by the metric's name where None.
+        checkpoints: Checkpoints to choose from.
+        metric: Name of a recorded metric; None for the only metric that is recorded.
+        mode: ``max`` or ``min``; None to derive the mode from the metric's name.
 
     Raises:
         UsageError: There are several metrics, or the name does not tell which values are better.
-        RunError: No metric is recorded, or none of that name.
+        RunError: No metric is recorded, or no metric of that name.
     """
     if mode is not None and mode not in MODES:
         raise UsageError(f"mode is expected to be one of {', '.join(MODES)} but got {mode!r}")
@@ -78,7 +78,12 @@ def choose_criterion(
 def best_by(
     criterion: Criterion, checkpoints: Sequence[Checkpoint], count: int
 ) -> list[Checkpoint]:
-    """Take the ``count`` best checkpoints, in the order that they have; NaN is never among them.
+    """Select the ``count`` best checkpoints, in the given order.
+
+    Args:
+        criterion: Metric and mode.
+        checkpoints: Checkpoints to choose from.
+        count: Number of checkpoints. Fewer are returned if fewer have a finite value.
 
     Raises:
         RunError: A checkpoint does not record the metric.
@@ -95,9 +100,9 @@ def best_by(
 
 
 def mode_of(metric: str) -> Mode | None:
-    """Tell by a metric's dotted name which of its values are better; None if it does not say.
+    """Derive the mode from a metric's dotted name; None if the name does not tell.
 
-    The last part decides if it can, as in ``loss.accuracy``.
+    The last part of the name decides if possible, as in ``loss.accuracy``.
     """
     names = metric.split(".")
     for part in (names[-1], metric):
@@ -108,6 +113,7 @@ def mode_of(metric: str) -> Mode | None:
 
 
 def _mode_of_words(words: frozenset[str]) -> Mode | None:
+    """Derive the mode from the words of a name; None if the words do not decide."""
     lower = not words.isdisjoint(_LOWER)
     higher = not words.isdisjoint(_HIGHER)
     if not words.isdisjoint(_ERRORS):
@@ -134,8 +140,8 @@ def _only_metric(checkpoints: Sequence[Checkpoint]) -> str:
     """Return the name of the only metric that checkpoints record.
 
     Raises:
-        UsageError: There are several.
-        RunError: There is none.
+        UsageError: There are several metrics.
+        RunError: There is no metric.
     """
     names = metric_columns(checkpoints).names
     if not names:

@@ -1,4 +1,4 @@
-"""Files with a checkpoint's name that cannot be opened, and their positions in a run."""
+"""Damaged checkpoints: files that cannot be opened, with positions in a run."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from ckptavg.runs.discovery.steps_in_names import NamedStep
 
 @dataclass(frozen=True)
 class Damaged:
-    """A file with a checkpoint's name that cannot be opened.
+    """File with a checkpoint's name that cannot be opened.
 
     Attributes:
         path: The file or directory.
         error: The error of opening it.
-        position: Number of the training's other checkpoints that come before it, by the names;
-            None where that is not certain.
-        step: Its step, where the recorded steps of the others are those in their names.
+        position: Number of the training's opened checkpoints before the file, by the names; None
+            where that is not certain.
+        step: Step in the name, if the recorded steps of the opened checkpoints agree with the
+            steps in the names; else None.
     """
 
     path: Location
@@ -33,13 +34,13 @@ class Damaged:
     step: float | None = None
 
     def lies_outside(self, ordered: Sequence[Checkpoint], low: float, high: float) -> bool:
-        """Tell whether its step is certainly outside a range of steps.
+        """Return True if the step of the file is certainly outside a range of steps.
 
         Args:
-            ordered: The checkpoints that its position is among. A step that is not known lies
-                between those of its neighbours.
-            low: The first step of the range.
-            high: The last step, which is in the range too.
+            ordered: The opened checkpoints, to which the position refers. A step that is not known
+                is between the steps of the neighbours.
+            low: First step of the range.
+            high: Last step of the range, included.
         """
         if self.step is not None:
             return not low <= self.step <= high
@@ -51,7 +52,7 @@ class Damaged:
 
 
 def raise_for(damaged: Sequence[Damaged]) -> None:
-    """Raise the error of the first damaged file, if any, with the way to leave it out.
+    """Raise the error of the first damaged file, if any, with a hint to leave out the file.
 
     Raises:
         CkptavgError: There is a damaged file.
@@ -73,12 +74,13 @@ def place_damaged(
 ) -> tuple[Damaged, ...]:
     """Find the positions of damaged files among the checkpoints of a training.
 
-    They are certain where all names count in one unit, in the order that the run has.
+    Positions are certain if all names count in one unit, in the order of the run.
 
     Args:
-        errors: The error of opening each of the damaged files.
+        errors: Damaged file → error of opening.
         ordered: The training's checkpoints.
-        named: The steps in the names of both; without a value where a name tells no step.
+        named: Steps in the names of opened and damaged files; without a value where a name tells
+            no step.
     """
     values: list[int] = []
     indices: list[int] = []
@@ -102,16 +104,16 @@ def place_damaged(
 
 
 def _position(value: int, values: Sequence[int], indices: Sequence[int], count: int) -> int | None:
-    """Count the checkpoints of a run that come before a step; None where that is not certain.
+    """Count the checkpoints of a run before a step; None where the count is not certain.
 
     Args:
         value: The step.
         values: Increasing steps of the checkpoints that have one in their names.
-        indices: The indices of these checkpoints in the run, which may have others between them.
+        indices: Indices of these checkpoints in the run, which may have others in between.
         count: Number of the run's checkpoints.
     """
     rank = bisect.bisect_left(values, value)
-    # Before or after a checkpoint of the same step?
+    # The file may come before or after a checkpoint of the same step.
     if values[rank : rank + 1] == [value]:
         return None
     before = indices[rank - 1] if rank else -1

@@ -1,4 +1,4 @@
-"""Checkpoints with the same weights, found by reading as little as possible."""
+"""Search for checkpoints with the same weights, by as few reads as possible."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ from ckptavg.formats.checkpoint import Checkpoint, Piece, Tensor
 from ckptavg.formats.torch_save import zip_reader
 from ckptavg.io import paths
 
-_HEAD = 4096  # bytes of each tensor that are looked at first: most differ there already
+# Bytes at the beginning of each tensor that are compared first. Most tensors differ there already.
+_HEAD = 4096
+# Bytes per read.
 _BLOCK = 1 << 20
 Extent = Literal["head", "whole"]
 
 
 class SameWeights:
-    """Some checkpoints, among which one with the same tensors as another is found.
+    """Collection of checkpoints with a search for equal tensors.
 
-    No byte is read twice, however many checkpoints there are, and none where the checksums of zip
-    files or a remote store tell.
+    No byte is read twice, however many checkpoints there are. No byte is read where the checksums
+    of zip files or of a remote store decide.
 
     Args:
-        contents: What is known of the bytes in their files; several of these may share it.
+        contents: Cache of checksums and digests, which several collections may share.
     """
 
     def __init__(self, contents: Contents) -> None:
@@ -33,7 +35,7 @@ class SameWeights:
         self._families: dict[object, _Family] = {}
 
     def find(self, checkpoint: Checkpoint) -> Checkpoint | None:
-        """The first of them that holds the same tensors, whatever else the files hold.
+        """Find the first added checkpoint with the same tensors, whatever else the files hold.
 
         Raises:
             CheckpointError: A file cannot be read.
@@ -42,7 +44,7 @@ class SameWeights:
         return None if family is None else family.find(checkpoint)
 
     def add(self, checkpoint: Checkpoint) -> None:
-        """Put one more among them; it is read once it has to be compared."""
+        """Add a checkpoint, which is read only when a comparison needs the bytes."""
         form = _form(checkpoint)
         if form not in self._families:
             self._families[form] = _Family(self._contents)
@@ -51,7 +53,7 @@ class SameWeights:
 
 @dataclass(frozen=True, slots=True)
 class _Range:
-    """The bytes that a piece of a tensor spans in its file."""
+    """Range of bytes that a piece of a tensor spans in a file."""
 
     file: str
     start: int
@@ -60,7 +62,7 @@ class _Range:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Where in its storage a range begins, and the storage's size and checksum."""
+    """Part of a storage: offset of a range, and the storage's size and checksum."""
 
     within: int
     size: int
@@ -68,7 +70,7 @@ class _Part:
 
 
 class Contents:
-    """What is known of ranges of files: the checksums of zip files, digests of what was read."""
+    """Cache of known contents of files: checksums in zip files, digests of ranges already read."""
 
     def __init__(self) -> None:
         self._entries: dict[str, tuple[list[int], list[zip_reader.StoredEntry]]] = {}
@@ -76,7 +78,7 @@ class Contents:
         self._digests: dict[tuple[_Range, Extent], bytes] = {}
 
     def part(self, span: _Range) -> _Part | None:
-        """The part of a storage that a range is; None where the storage has no checksum."""
+        """Return the part of a storage that a range covers; None for a storage without checksum."""
         if span.file not in self._entries:
             entries = zip_reader.storages(span.file)
             self._entries[span.file] = [stored.entry.header for stored in entries], entries
@@ -85,20 +87,21 @@ class Contents:
         if i < 0:
             return None
         entry = entries[i].entry
-        if span.size == entry.size:  # all of it: where it begins need not be read
+        # A range of the whole size begins at 0, so the local header need not be read.
+        if span.size == entry.size:
             return _Part(0, entry.size, entry.crc)
         within = span.start - self._start(span.file, i)
         fits = within >= 0 and within + span.size <= entry.size
         return _Part(within, entry.size, entry.crc) if fits else None
 
     def _start(self, path: str, i: int) -> int:
-        """The offset in its file of a storage's first byte."""
+        """Return the offset of a storage's first byte in the file."""
         if (path, i) not in self._starts:
             self._starts[path, i] = self._entries[path][1][i].start(path)
         return self._starts[path, i]
 
     def digest(self, span: _Range, extent: Extent) -> bytes:
-        """A digest of a range's first bytes, or of all of them."""
+        """Return the digest of the first bytes of a range, or of the whole range."""
         if (span, extent) not in self._digests:
             digest = hashlib.blake2b(digest_size=16)
             for block in _blocks(span, _HEAD if extent == "head" else None):
@@ -108,7 +111,7 @@ class Contents:
 
 
 class _Family:
-    """Checkpoints whose tensors are laid out alike, by their contents."""
+    """Collection of checkpoints with the same layout of tensors, searched by contents."""
 
     def __init__(self, contents: Contents) -> None:
         self._contents = contents
@@ -116,16 +119,20 @@ class _Family:
         self._by_store: dict[object, Checkpoint] = {}
         self._by_checksums: dict[object, Checkpoint] = {}
         self._by_bytes = _Tree(contents)
-        self._summed: list[Checkpoint] = []  # by checksums, and not by bytes as yet
+        # Members that are in ``_by_checksums``, and not yet in ``_by_bytes``.
+        self._summed: list[Checkpoint] = []
 
     def add(self, checkpoint: Checkpoint) -> None:
+        """Add a checkpoint, which is read only when a search needs the bytes."""
         self._new.append(checkpoint)
         if contents := _stored_contents(checkpoint):
             self._by_store.setdefault(contents, checkpoint)
 
     def find(self, checkpoint: Checkpoint) -> Checkpoint | None:
+        """Find a member with the same tensors, by the cheapest test that decides."""
         known = self._by_store.get(_stored_contents(checkpoint))
-        if known is not None:  # before anything is read
+        # First, since this reads nothing.
+        if known is not None:
             return known
         for member in self._new:
             self._sort_in(member)
@@ -141,6 +148,7 @@ class _Family:
         return self._by_bytes.find(checkpoint)
 
     def _sort_in(self, member: Checkpoint) -> None:
+        """Index a member by checksums if these decide, else by bytes."""
         parts = self._parts(member)
         if parts is not None:
             self._by_checksums.setdefault(parts, member)
@@ -150,7 +158,7 @@ class _Family:
             self._by_bytes.add(member)
 
     def _parts(self, checkpoint: Checkpoint) -> tuple[_Part, ...] | None:
-        """The parts of storages that its tensors are; None where a checksum lacks."""
+        """Return the parts of storages with the tensors; None where a checksum is missing."""
         parts: list[_Part] = []
         for span in _ranges(checkpoint):
             part = self._contents.part(span)
@@ -161,21 +169,21 @@ class _Family:
 
 
 def _is_decided(checkpoint: Checkpoint, parts: Sequence[_Part] | None) -> bool:
-    """Whether checksums tell it from all others that have them: each is of one tensor alone."""
+    """Return True if each checksum covers exactly one tensor, so that checksums alone decide."""
     if parts is None:
         return False
     return all(s.size == p.size for s, p in zip(_ranges(checkpoint), parts, strict=True))
 
 
 def _stored_contents(checkpoint: Checkpoint) -> object:
-    """Equal where a remote store knows the files to be the same; None where it does not tell."""
+    """Return a key of the files' contents in a remote store; None where the store has no key."""
     contents = tuple(paths.content_of(stamp.token) for stamp in checkpoint.files)
     return contents if all(contents) else None
 
 
 @dataclass(frozen=True)
 class _Member:
-    """A checkpoint and the ranges that are compared of it, in their order."""
+    """Checkpoint with the ranges to compare, in order."""
 
     checkpoint: Checkpoint
     looks: list[tuple[_Range, Extent]]
@@ -183,11 +191,11 @@ class _Member:
 
 @dataclass
 class _Node:
-    """Checkpoints that are equal in some first ranges.
+    """Node of the tree: checkpoints that are equal in the first ranges.
 
     Attributes:
-        member: The only one, if there is one only, or if no range is left to tell them apart.
-        children: The nodes of several, by the digest of the next range.
+        member: The only checkpoint of the node; None if there are several.
+        children: Digest of the next range → node, if there are several checkpoints.
     """
 
     member: _Member | None = None
@@ -195,9 +203,10 @@ class _Node:
 
 
 class _Tree:
-    """Checkpoints by the bytes of their ranges, of which as many are read as tell them apart.
+    """Search tree of checkpoints by the bytes of the ranges.
 
-    The heads of all ranges come first.
+    Only as many ranges are read as are needed to tell the checkpoints apart. The heads of all
+    ranges come first.
     """
 
     def __init__(self, contents: Contents) -> None:
@@ -205,14 +214,14 @@ class _Tree:
         self._root: _Node | None = None
 
     def find(self, checkpoint: Checkpoint) -> Checkpoint | None:
-        """The member whose ranges all have the same bytes."""
+        """Find the member whose ranges all have the same bytes."""
         if self._root is None:
             return None
         node, _ = self._descend(self._root, _looks(checkpoint))
         return None if node.member is None else node.member.checkpoint
 
     def add(self, checkpoint: Checkpoint) -> None:
-        """Put a checkpoint in, unless an equal one is there."""
+        """Add a checkpoint, unless the tree has an equal checkpoint."""
         member = _Member(checkpoint, _looks(checkpoint))
         if self._root is None:
             self._root = _Node(member)
@@ -224,12 +233,15 @@ class _Tree:
     def _descend(
         self, node: _Node, looks: Sequence[tuple[_Range, Extent]]
     ) -> tuple[_Node, bytes | None]:
-        """The last node on a checkpoint's way, and the digest that leads no further from there.
+        """Follow the ranges of a checkpoint down the tree.
 
-        The digest is None at the end of the ranges.
+        Returns:
+            The last node that matches, and the digest without a child there; None in the place of
+            the digest at the end of the ranges.
         """
         for depth, look in enumerate(looks):
-            if node.member is not None:  # it has not been read this far
+            # A single member has not been read this far, so it moves down one level.
+            if node.member is not None:
                 digest = self._contents.digest(*node.member.looks[depth])
                 node.children[digest] = _Node(node.member)
                 node.member = None
@@ -241,34 +253,36 @@ class _Tree:
 
 
 def _looks(checkpoint: Checkpoint) -> list[tuple[_Range, Extent]]:
-    """The ranges in the order in which they are compared: the heads of all, then the long ones."""
+    """List the ranges in the order of comparison: first all heads, then the long ranges."""
     ranges = _ranges(checkpoint)
     heads: list[tuple[_Range, Extent]] = [(span, "head") for span in ranges]
     return heads + [(span, "whole") for span in ranges if span.size > _HEAD]
 
 
 def _form(checkpoint: Checkpoint) -> object:
-    """Equal for checkpoints whose tensors are laid out alike under the same names."""
+    """Return a key of the layout, equal for checkpoints with equal names, shapes and types."""
     tensors = tuple((name, _form_of(tensor)) for name, tensor in _by_name(checkpoint))
     return tensors, frozenset(checkpoint.refused.items())
 
 
 def _by_name(checkpoint: Checkpoint) -> list[tuple[str, Tensor]]:
+    """List the tensors in the order of the names."""
     return sorted(checkpoint.tensors.items(), key=lambda item: item[0])
 
 
 def _form_of(tensor: Tensor) -> object:
+    """Return a key of a tensor's layout: element type, shape and pieces."""
     return tensor.dtype.name, tensor.shape, tuple(map(_form_of_piece, tensor.pieces))
 
 
 def _form_of_piece(piece: Piece) -> object:
-    """Equal for pieces whose elements follow each other alike: some strides mean nothing."""
+    """Return a key of a piece's layout, without the strides that have no meaning."""
     strides = [s for n, s in zip(piece.shape, piece.stride, strict=True) if n > 1]
     return piece.shape, piece.start, () if 0 in piece.shape else tuple(strides)
 
 
 def _ranges(checkpoint: Checkpoint) -> list[_Range]:
-    """The bytes of all tensors, in the order of their names."""
+    """List the byte ranges of all tensors, in the order of the names."""
     return [
         _Range(piece.file, *(piece.text or (piece.offset, tensor.dtype.nbytes(_span(piece)))))
         for _, tensor in _by_name(checkpoint)
@@ -278,11 +292,12 @@ def _ranges(checkpoint: Checkpoint) -> list[_Range]:
 
 
 def _span(piece: Piece) -> int:
-    """Elements from a piece's first to its last, in the file."""
+    """Count the elements in the file from a piece's first to the last, gaps included."""
     return 1 + sum((n - 1) * s for n, s in zip(piece.shape, piece.stride, strict=True))
 
 
 def _blocks(span: _Range, limit: int | None) -> Iterator[bytes]:
+    """Read a range in blocks, up to a limit in bytes."""
     size = span.size if limit is None else min(span.size, limit)
     with guard_reads(span.file), paths.open_binary(span.file) as file:
         file.seek(span.start)

@@ -1,4 +1,4 @@
-"""The recorded metrics of a run as columns of a table, those first that tell most."""
+"""Recorded metrics of a run as columns of a table, the most informative first."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _Column = tuple[float | None, ...]
 
 @dataclass(frozen=True)
 class MetricColumns:
-    """The metrics that some checkpoints record.
+    """Metrics that some checkpoints record.
 
     Attributes:
-        names: The metrics that say something of their own, in the order of a table.
-        repeats: Name of each other metric → the column that has the same values, or a whole part
-            of them.
+        names: Metrics with values of their own, in the order of a table.
+        repeats: Name of a metric without values of its own → the column that has the same values.
+            The metric may also be a multiple of a clock, such as "4 × step".
         constants: Settings and counts that are the same in all checkpoints.
     """
 
@@ -35,7 +35,7 @@ def metric_columns(checkpoints: Sequence[Checkpoint]) -> MetricColumns:
             columns.setdefault(name, [None] * len(checkpoints))[row] = value
     constant = {name for name, values in columns.items() if _is_constant(values)}
     ordered = sorted(columns, key=lambda name: (name in constant, prominence(name)))
-    # Of one checkpoint any two values may be equal.
+    # With one checkpoint, any two values may be equal by chance.
     if len(checkpoints) < 2:
         return MetricColumns(tuple(ordered), {}, {})
     known = _clocks(checkpoints)
@@ -47,7 +47,7 @@ def metric_columns(checkpoints: Sequence[Checkpoint]) -> MetricColumns:
         if name in constant and not is_metric(name) and column[0] is not None:
             constants[name] = column[0]
             continue
-        # A metric may stand still as an epoch does, by chance.
+        # A constant metric may equal a constant epoch by chance.
         if column in known and not (name in constant and is_metric(name)):
             repeats[name] = known[column]
             continue
@@ -60,7 +60,7 @@ def metric_columns(checkpoints: Sequence[Checkpoint]) -> MetricColumns:
 
 
 def _multiple_of_clock(column: _Column, checkpoints: Sequence[Checkpoint]) -> str:
-    """Name the clock that a column of whole numbers is a multiple of; empty if there is none."""
+    """Name the clock, with the factor, for a column that is a whole multiple; else empty."""
     for clock, name in _clocks(checkpoints).items():
         if name == "LR" or len(set(column)) < 2:
             continue
@@ -75,10 +75,10 @@ def _multiple_of_clock(column: _Column, checkpoints: Sequence[Checkpoint]) -> st
 
 
 def momentary_numbers(checkpoints: Sequence[Checkpoint]) -> frozenset[str]:
-    """Name the recorded numbers that change from checkpoint to checkpoint, and count nothing.
+    """Name the recorded numbers that change from checkpoint to checkpoint, and are no counts.
 
-    They were measured on a checkpoint, whatever they are called, and are not true of an average.
-    Settings are aside: some follow a schedule.
+    Such numbers were measured on a checkpoint, whatever the name, and are not true of an average.
+    Settings are excluded, since some of them follow a schedule.
     """
     columns: dict[str, set[float]] = {}
     for checkpoint in checkpoints:
@@ -94,7 +94,7 @@ def momentary_numbers(checkpoints: Sequence[Checkpoint]) -> frozenset[str]:
 
 
 def _clocks(checkpoints: Sequence[Checkpoint]) -> dict[_Column, str]:
-    """Return the columns that any run has, by their values."""
+    """Return the columns of every run (rate, epoch, step): values → name."""
     records = [checkpoint.record for checkpoint in checkpoints]
     return {
         tuple(record.lr for record in records): "LR",
@@ -105,5 +105,5 @@ def _clocks(checkpoints: Sequence[Checkpoint]) -> dict[_Column, str]:
 
 
 def _is_constant(values: Sequence[float | None]) -> bool:
-    """Tell whether several checkpoints all have the same value."""
+    """Return True if several checkpoints all have the same value."""
     return len(values) > 1 and len(set(values)) == 1

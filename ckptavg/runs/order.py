@@ -1,4 +1,4 @@
-"""The checkpoints of one training opened, ordered, and freed of what repeats another."""
+"""Opening and ordering of the checkpoints of a training, with repeats removed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from ckptavg.runs.duplicates import Contents, SameWeights
 
 @dataclass
 class Opened:
-    """The checkpoints of one training, ordered and without repeats.
+    """Opened checkpoints of a training, ordered and without repeats.
 
     Attributes:
         checkpoints: The checkpoints that could be opened.
@@ -51,15 +51,16 @@ class Opened:
 def open_members(
     paths: Sequence[Location], key: str | None, broken: Mapping[Location, RunError]
 ) -> Opened:
-    """Open the checkpoints of one training, order them and drop what repeats another.
+    """Open the checkpoints of a training, sort by step, and drop repeats.
 
     Args:
         paths: The checkpoints.
-        key: Dotted path of the entry that holds the weights; found by itself where None.
-        broken: Errors of paths that were found to hold no weights; other paths' are ignored.
+        key: Dotted path of the entry that holds the weights; None to search for the entry.
+        broken: Errors of paths that were found to hold no weights. Errors of other paths are
+            ignored.
 
     Raises:
-        CheckpointError: None can be opened.
+        CheckpointError: No checkpoint can be opened.
     """
     opened: list[Checkpoint] = []
     left_out: list[LeftOut] = []
@@ -70,14 +71,14 @@ def open_members(
         try:
             opened.append(open_checkpoint(path, key))
         except NoWeightsError as error:
-            # The only checkpoint of a run was meant to be one; among others it is passed over.
+            # The only path of a run was meant as a checkpoint. Among others it is passed over.
             if len(paths) == 1:
                 raise
             left_out.append((path, error.message.removeprefix(f"{path} ")))
         except CheckpointError as error:
             errors[path] = error
     averages = [c for c in opened if c.is_average]
-    # Averages alone are a run of their own: somebody averages averages.
+    # A run of averages alone is meant: the user averages averages.
     if len(averages) < len(opened):
         left_out += [(c.path, "an average that ckptavg wrote") for c in averages]
         opened = [c for c in opened if not c.is_average]
@@ -97,7 +98,7 @@ def open_members(
 def _order_damaged(
     errors: Mapping[Location, CkptavgError], ordered: Sequence[Checkpoint]
 ) -> tuple[Damaged, ...]:
-    """Give each checkpoint that cannot be opened its position, by the step in its name."""
+    """Find the position of each damaged checkpoint by the step in the name."""
     if not errors:
         return ()
     paths = [*(c.path for c in ordered), *errors]
@@ -112,7 +113,7 @@ def _order_damaged(
 def _split_refreshed(
     checkpoints: Sequence[Checkpoint],
 ) -> tuple[list[Checkpoint], list[LeftOut]]:
-    """Split off the copies with recomputed statistics whose sources are members too."""
+    """Split off copies with recomputed statistics if the source is a member too."""
     names = Counter(c.path.name for c in checkpoints)
     by_name = {(c.path.name, c.size): c for c in checkpoints if names[c.path.name] == 1}
     members: list[Checkpoint] = []
@@ -128,9 +129,9 @@ def _split_refreshed(
 
 
 def _source_of(checkpoint: Checkpoint) -> tuple[str, int] | None:
-    """Return name and size of the checkpoint that a copy with other statistics was made of.
+    """Return name and size in bytes of the source of a copy with recomputed statistics.
 
-    Its directories do not count: a run may have moved since.
+    The directories of the source do not count, since a run may have moved.
     """
     provenance = checkpoint.provenance
     if provenance is None or checkpoint.is_average or not provenance["checkpoints"]:
@@ -143,10 +144,14 @@ def _source_of(checkpoint: Checkpoint) -> tuple[str, int] | None:
 def _split_repeats(
     checkpoints: Sequence[Checkpoint],
 ) -> tuple[list[Checkpoint], list[tuple[Checkpoint, Checkpoint]]]:
-    """Split off the repeats, each with the checkpoint that it repeats.
+    """Split off checkpoints that repeat another checkpoint.
 
-    The same files repeat each other. Weights are compared only where a repeat is likely: where a
-    name tells no step, or where two checkpoints record the same step (or epoch, without steps).
+    Two paths to the same files are repeats. Weights are compared only where a repeat is likely:
+    where a name tells no step, or where two checkpoints record the same step (or epoch, without
+    steps).
+
+    Returns:
+        The checkpoints without repeats, and pairs of repeat and original.
     """
     aliases, labels = _aliases(checkpoints), labels_of([c.path for c in checkpoints])
     contents = Contents()
@@ -155,7 +160,7 @@ def _split_repeats(
     by_files: dict[object, Checkpoint] = {}
     by_weights = SameWeights(contents)
     by_moment: dict[object, SameWeights] = defaultdict(lambda: SameWeights(contents))
-    # Aliases and links last, so that of two equals the numbered file counts as the original.
+    # Aliases and links come last, so that a numbered file counts as the original of its copies.
     for checkpoint in sorted(
         checkpoints,
         key=lambda c: (c.path in aliases, c.path.is_symlink(), natural(labels[c.path])),
@@ -176,9 +181,10 @@ def _split_repeats(
 
 
 def _moment(checkpoint: Checkpoint) -> object:
-    """Return the step that a checkpoint records, or the epoch; None where it records neither.
+    """Return the recorded step of a checkpoint, else the recorded epoch, else None.
 
-    Beside a step the epoch does not count: the end of one is the beginning of the next.
+    With a step the epoch does not count: the end of an epoch may be recorded as the beginning of
+    the next.
     """
     step, epoch = checkpoint.record.step, checkpoint.record.epoch
     if step is not None:
@@ -189,9 +195,10 @@ def _moment(checkpoint: Checkpoint) -> object:
 def _split_strangers(
     checkpoints: Sequence[Checkpoint],
 ) -> tuple[list[Checkpoint], list[LeftOut]]:
-    """Split off the checkpoints whose names tell that they are no step of the training.
+    """Split off checkpoints that are no step of the training, by name.
 
-    All are members where fewer than two would be: such names are then those of the run itself.
+    If fewer than two members would be left, all checkpoints are members: the words in the names
+    then belong to the run itself.
     """
     members: list[Checkpoint] = []
     strangers: list[LeftOut] = []
@@ -206,9 +213,10 @@ def _split_strangers(
 
 
 def _note_lone_best(checkpoints: Sequence[Checkpoint]) -> list[str]:
-    """Note the best checkpoint of a run where it repeats none of the numbered ones.
+    """Note a best checkpoint that repeats no numbered checkpoint of a run.
 
-    It may be from long before them, where training has deleted the others of its time.
+    Such a checkpoint may be far older than the numbered checkpoints, if training has deleted older
+    ones.
     """
     best = [checkpoint.path.name for checkpoint in checkpoints if is_best_name(checkpoint.path)]
     numbered = [checkpoint for checkpoint in checkpoints if not is_alias_name(checkpoint.path)]
@@ -218,7 +226,7 @@ def _note_lone_best(checkpoints: Sequence[Checkpoint]) -> list[str]:
 
 
 def _aliases(checkpoints: Sequence[Checkpoint]) -> set[Location]:
-    """Find the checkpoints that may repeat another one: by name, or as a parent of the others."""
+    """Find checkpoints that may be repeats: by name, or as the directory above the rest."""
     labels = labels_of([c.path for c in checkpoints])
     roots = roots_of([c.path for c in checkpoints])
     return {path for path, label in labels.items() if path in roots or is_alias_name(label)}
@@ -226,11 +234,11 @@ def _aliases(checkpoints: Sequence[Checkpoint]) -> set[Location]:
 
 @dataclass(frozen=True)
 class _Clock:
-    """The positions of checkpoints in training, one for each, in the checkpoints' order.
+    """Positions in training, one per checkpoint, in the order of the checkpoints.
 
     Attributes:
-        positions: The positions; None where one is not known.
-        within: Second positions, which order the checkpoints of equal first ones.
+        positions: The positions; None where a position is not known.
+        within: Second positions, which order checkpoints of equal first positions.
     """
 
     positions: Sequence[float | None]
@@ -238,22 +246,23 @@ class _Clock:
 
     @property
     def is_complete(self) -> bool:
-        """True where every checkpoint has a position."""
+        """True if every checkpoint has a position."""
         return None not in self.positions
 
     @property
     def stands_still(self) -> bool:
-        """True where there are several checkpoints, all of one position."""
+        """True if there are several checkpoints with the same position."""
         return len(self.positions) > 1 and len(set(self.positions)) == 1
 
 
 def _order(checkpoints: Sequence[Checkpoint]) -> tuple[tuple[Checkpoint, ...], list[str]]:
-    """Sort by step, then epoch, then the numbers in the names, and give each its position."""
+    """Sort checkpoints by step, then epoch, then numbers in the names, and set the steps."""
     clock, notes = _choose_clock(checkpoints)
     aliases, labels = _aliases(checkpoints), labels_of([c.path for c in checkpoints])
     positions, is_complete = clock.positions, clock.is_complete
 
     def sort_key(index: int) -> tuple[object, ...]:
+        """Return the sort key of a checkpoint; by name alone if the clock is not complete."""
         path = checkpoints[index].path
         by_name = (path in aliases, natural(labels[path]))
         if not is_complete:
@@ -266,12 +275,12 @@ def _order(checkpoints: Sequence[Checkpoint]) -> tuple[tuple[Checkpoint, ...], l
 
 
 def _or_before(position: float | None) -> float:
-    """Return a position, or one before all others where it is not known."""
+    """Return a position; a number below all positions for None."""
     return -1.0 if position is None else position
 
 
 def _choose_clock(checkpoints: Sequence[Checkpoint]) -> tuple[_Clock, list[str]]:
-    """Choose the clock that orders the checkpoints: one that all of them have.
+    """Choose a clock on which all checkpoints have a position.
 
     Recorded steps come first, then recorded epochs, then the steps in the names.
 
@@ -305,7 +314,7 @@ def _choose_clock(checkpoints: Sequence[Checkpoint]) -> tuple[_Clock, list[str]]
 
 
 def _named_steps(paths: Sequence[Location]) -> dict[Location, NamedStep]:
-    """Read the steps in the names; a directory that holds the other checkpoints has none."""
+    """Read the steps in the names, without a step for a directory above the checkpoints."""
     labels = labels_of(paths)
     roots = roots_of(paths)
     numbered = [path for path in paths if path not in roots]
@@ -315,14 +324,14 @@ def _named_steps(paths: Sequence[Location]) -> dict[Location, NamedStep]:
 
 
 def _tell_apart(named: Sequence[NamedStep]) -> bool:
-    """Tell whether names differ in their steps, and all name the same unit: ``epoch_1``."""
+    """Return True if the names have different steps in the same unit, as ``epoch_1``."""
     units = {step.unit for step in named}
     values = {step.value for step in named}
     return len(units) == 1 and not {None} & units and None not in values and len(values) > 1
 
 
 def _lack_order(checkpoints: Sequence[Checkpoint]) -> bool:
-    """Tell whether in one epoch some checkpoints record a step and others do not."""
+    """Return True if only some checkpoints of an epoch record a step."""
     stepless: dict[float | None, set[bool]] = defaultdict(set)
     for checkpoint in checkpoints:
         stepless[checkpoint.record.epoch].add(checkpoint.record.step is None)
@@ -330,17 +339,17 @@ def _lack_order(checkpoints: Sequence[Checkpoint]) -> bool:
 
 
 def _refuse_two_units(checkpoints: Sequence[Checkpoint], named: Sequence[NamedStep]) -> None:
-    """Make sure that names do not count in different units, such as epochs and batches.
+    """Refuse names that count in different units, such as epochs and batches.
 
     Raises:
-        RunError: They do: several count epochs, several others do not.
+        RunError: Several names count epochs, and several others do not.
     """
     patterns: dict[bool, list[str]] = {True: [], False: []}
     for checkpoint, step in zip(checkpoints, named, strict=True):
         if step.value is not None and not is_alias_name(checkpoint.path):
-            # Steps, batches and bare numbers count as one unit: a bare number may be any.
+            # Steps, batches and bare numbers count as one unit, since a bare number may be any.
             patterns[step.unit == "epoch"].append(checkpoint.pattern)
-    # A single odd name is no second series.
+    # A single unusual name is no second series.
     if min(map(len, patterns.values())) < 2:
         return
     shown = [f"'{pattern}'" for pattern in dict.fromkeys(patterns[True] + patterns[False])]
@@ -352,15 +361,15 @@ def _refuse_two_units(checkpoints: Sequence[Checkpoint], named: Sequence[NamedSt
 
 
 def refuse_two_series(ordered: Sequence[Checkpoint]) -> None:
-    """Make sure that a directory does not hold a checkpoint of each of two networks per step.
+    """Refuse a directory with checkpoints of several networks for each step.
 
     Raises:
-        RunError: It does: two patterns of names have a checkpoint for each step.
+        RunError: Several patterns of names have a checkpoint for each step.
     """
     named = _named_steps([c.path for c in ordered])
     steps: dict[str, list[object]] = defaultdict(list)
     for checkpoint in ordered:
-        # Steps that count anew in each epoch tell the checkpoints of one apart.
+        # Steps that restart in each epoch tell apart the checkpoints of one epoch.
         within = named[checkpoint.path].within
         if checkpoint.step == checkpoint.record.epoch:
             within = checkpoint.record.step
@@ -379,9 +388,9 @@ def refuse_two_series(ordered: Sequence[Checkpoint]) -> None:
 
 
 def _series(checkpoint: Checkpoint) -> str:
-    """Return the shell pattern of a checkpoint's name with another step in it.
+    """Return the shell pattern of a checkpoint's name with the step replaced by a star.
 
-    If the step is not in the name, all numbers give way.
+    If the step is not in the name, all numbers are replaced.
     """
     name = checkpoint.path.name
     is_whole = checkpoint.step is not None and float(checkpoint.step).is_integer()
@@ -389,20 +398,20 @@ def _series(checkpoint: Checkpoint) -> str:
     matches = [m for m in re.finditer(r"\d+", name) if (m[0].lstrip("0") or "0") == step]
     if not matches:
         return checkpoint.pattern
-    # The last: what stands before it names the network or the experiment.
+    # The last match, since numbers further left belong to the network or the experiment.
     begin, end = matches[-1].span()
     return f"{glob.escape(name[:begin])}*{glob.escape(name[end:])}"
 
 
 def _note_doubts(ordered: Sequence[Checkpoint], within: Sequence[float | None]) -> list[str]:
-    """Note where the order may not be what the user thinks.
+    """Note doubts about the order of the checkpoints.
 
     Args:
         ordered: The checkpoints.
         within: Positions that order checkpoints of equal steps.
     """
     notes = []
-    # One pair is enough for each doubt: the remedy is the same for all.
+    # One pair per doubt is enough, since the remedy is the same for all pairs.
     for (former, earlier), (latter, later) in pairwise(zip(ordered, within, strict=True)):
         if former.step is None or former.step != latter.step:
             continue
@@ -432,7 +441,7 @@ def _note_doubts(ordered: Sequence[Checkpoint], within: Sequence[float | None]) 
 
 
 def _restarts(checkpoints: Sequence[Checkpoint]) -> bool:
-    """Tell whether steps count anew in each epoch: one step is recorded in several epochs."""
+    """Return True if steps restart in each epoch, so that epochs share a recorded step."""
     epochs_of: dict[int | None, set[float | None]] = defaultdict(set)
     for checkpoint in checkpoints:
         epochs_of[checkpoint.record.step].add(checkpoint.record.epoch)

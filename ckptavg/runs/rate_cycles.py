@@ -1,4 +1,4 @@
-"""Cycles of the learning rates that a training recorded."""
+"""Cycles of the recorded learning rates of a training."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
-_SAME = 1e-6  # relative
+# Relative difference up to which two rates count as equal.
+_SAME = 1e-6
 _FEWEST_CYCLES = 2
 
 
 def find_minima(rates: Sequence[float]) -> list[int]:
-    """Return the positions of the minima, the ends included; all where the rate is constant.
+    """Return the positions of the minima, the ends included.
+
+    With a constant rate, all positions are minima.
 
     Args:
-        rates: In the order of training.
+        rates: Learning rates in the order of training.
     """
     levels = _find_levels(rates)
     values = [math.inf, *(rates[level[0]] for level in levels), math.inf]
@@ -28,17 +31,18 @@ def find_minima(rates: Sequence[float]) -> list[int]:
 def find_restarts(rates: Sequence[float], *, after_step: bool = False) -> list[int]:
     """Return the positions of cycles' ends that record the first rate of the next cycle.
 
-    A scheduler that is stepped before a checkpoint is saved has begun a new cycle by the end of
-    one. Such a run reaches the highest rate straight from each minimum and ends with it. A run
-    whose rates are those that its weights were trained with begins with it instead.
+    Some trainings step the scheduler before they save a checkpoint. At the end of a cycle, the
+    scheduler has then begun the next cycle. The rates of such a run rise straight from each minimum
+    to the highest rate, and the run ends with the highest rate. If the recorded rates are those
+    that the weights were trained with, the run begins with the highest rate instead.
 
     Args:
-        rates: In the order of training.
-        after_step: Whether it is known that the scheduler is stepped before. The run then may
-            begin and end anywhere.
+        rates: Learning rates in the order of training.
+        after_step: True if the scheduler is known to be stepped before the save. The run then may
+            begin and end anywhere in a cycle.
 
     Returns:
-        Nothing if the rates are no such, or tell of fewer than two cycles.
+        The positions; empty if the rates do not fit, or show fewer than two cycles.
     """
     levels = _find_levels(rates)
     values = [rates[level[0]] for level in levels]
@@ -55,13 +59,13 @@ def find_restarts(rates: Sequence[float], *, after_step: bool = False) -> list[i
 
 
 def find_length(positions: Sequence[int]) -> int | None:
-    """Return the common distance of two positions or more; None if it differs."""
+    """Return the common distance between positions; None if the distances differ."""
     lengths = {after - before for before, after in pairwise(positions)}
     return lengths.pop() if len(lengths) == 1 else None
 
 
 def _find_levels(rates: Sequence[float]) -> list[list[int]]:
-    """Return the positions of neighbours that share a rate."""
+    """Group the positions of neighbours with the same rate."""
     levels: list[list[int]] = []
     for position, rate in enumerate(rates):
         if levels and math.isclose(rates[levels[-1][0]], rate, rel_tol=_SAME):

@@ -1,4 +1,4 @@
-"""A directory → an ordered, de-duplicated run of checkpoints, and selections of it."""
+"""Runs: ordered checkpoints without repeats, with selections."""
 
 from __future__ import annotations
 
@@ -37,21 +37,22 @@ Follow = Callable[[Picked, Damaged], Damaged | None]
 
 @dataclass(frozen=True)
 class Run:
-    """The checkpoints of one training in order, or of several trainings one after another.
+    """Ordered checkpoints of one training, or of several trainings one after another.
 
     Selections return a new run and apply to each training by itself, so ``open_run(a, b).last(1)``
-    holds the final checkpoints of both. Iterating gives the checkpoints of all trainings; positions
-    are theirs, so ``run[-1]`` is the last checkpoint and ``run[2:5]`` a run of three.
-    ``print(run)`` shows a table, and so does a notebook.
+    holds the final checkpoints of both. Iteration gives the checkpoints of all trainings.
+    Positions count through all trainings, so ``run[-1]`` is the last checkpoint and ``run[2:5]`` a
+    run of three. ``print(run)`` shows a table, and so does a notebook.
 
     Attributes:
         trainings: The checkpoints of each training, ordered by step.
-        left_out: Files that were found and not taken, and why.
-        notes: What a person should know about the order and the duplicates.
-        named: Whether each checkpoint was named by itself, not found in a directory.
-        members: Paths of all that was found, whatever a selection takes of it.
-        damaged: Of each training what cannot be opened, and may belong to it. Whatever needs all
-            checkpoints raises the error; a selection that certainly leaves it out does not.
+        left_out: Files that were found and not taken, each with the reason.
+        notes: Remarks for the user about the order and the duplicates.
+        named: True if each checkpoint was named itself, not found in a directory.
+        members: Paths of all found files, whatever a selection takes.
+        damaged: Files of each training that cannot be opened, and may belong to the training. Uses
+            of all checkpoints raise the error of such a file. A selection that certainly leaves
+            out the file does not.
     """
 
     trainings: tuple[tuple[Checkpoint, ...], ...]
@@ -84,7 +85,7 @@ class Run:
         return checkpoints[position]
 
     def __repr__(self) -> str:
-        """One line, for tracebacks: how many checkpoints, the first and the last."""
+        """Describe the run in a line, for tracebacks: number of checkpoints, first and last."""
         opened = self.opened
         names = short_names([checkpoint.path for checkpoint in (opened[0], opened[-1])])
         ends = names[0] if len(opened) == 1 else f"{names[0]} ... {names[-1]}"
@@ -103,7 +104,7 @@ class Run:
         return table_html(self._table())
 
     def to_frame(self) -> pandas.DataFrame:
-        """A pandas DataFrame: a row per checkpoint, a column per recorded metric.
+        """Make a pandas DataFrame: a row per checkpoint, a column per recorded metric.
 
         Raises:
             MissingPackageError: pandas is not installed.
@@ -115,24 +116,25 @@ class Run:
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
-        """All checkpoints, one training after another.
+        """All checkpoints, in order, one training after another.
 
         Raises:
-            CheckpointError: One cannot be opened.
+            CheckpointError: A checkpoint cannot be opened.
         """
         raise_for([*chain(*self.damaged)])
         return self.opened
 
     @property
     def opened(self) -> tuple[Checkpoint, ...]:
-        """The checkpoints that can be opened, one training after another."""
+        """Checkpoints that could be opened, one training after another."""
         return tuple(chain(*self.trainings))
 
     def last(self, count: int) -> Run:
-        """The last ``count`` checkpoints."""
+        """Select the last ``count`` checkpoints."""
         _check_positive("last", count)
 
         def follow(before: Picked, damaged: Damaged) -> Damaged | None:
+            """Return a damaged file with the position in the selection; None if outside."""
             if damaged.position is None:
                 return damaged
             outside = len(before) - damaged.position >= count
@@ -145,24 +147,26 @@ class Run:
         return self._each(lambda c: c[-count:], f"last {count}", follow, asked=count)
 
     def every(self, stride: int) -> Run:
-        """Every ``stride``-th checkpoint, counted back from the last, which is kept."""
+        """Select every ``stride``-th checkpoint, counted back from the last, which is kept."""
         _check_positive("every", stride)
 
         def follow(before: Picked, damaged: Damaged) -> Damaged:
+            """Return a damaged file with the position in the selection; None if outside."""
             if damaged.position is None:
                 return damaged
-            # Those after it are picked in any case, those before it perhaps others.
+            # The picks after the damaged file are certain. Before the file they depend on whether
+            # the file counts.
             after = len(before[damaged.position :][::-1][::stride])
             return replace(damaged, position=len(before[::-1][::stride]) - after)
 
         return self._each(lambda c: c[::-1][::stride][::-1], f"every {stride}", follow)
 
     def cycle(self, length: int, offset: int | None = None) -> Run:
-        """The checkpoints at positions offset, offset + length, ... of the run, counted from 1.
+        """Select the checkpoints at positions offset, offset + length, ..., counted from 1.
 
         Args:
-            length: Checkpoints a cycle.
-            offset: Position of the first one; the cycle's end, ``length``, where None.
+            length: Checkpoints per cycle.
+            offset: Position of the first checkpoint; None for the cycle's end, ``length``.
         """
         offset = length if offset is None else offset
         _check_positive("cycle", length)
@@ -170,17 +174,19 @@ class Run:
         return self._each(lambda c: c[offset - 1 :: length], f"cycle {length}:{offset}")
 
     def steps(self, first: float | None = None, last: float | None = None) -> Run:
-        """The checkpoints from step ``first`` to step ``last``, both included.
+        """Select the checkpoints from step ``first`` to step ``last``, both included.
 
         Raises:
-            RunError: A checkpoint has no step, or none lies between the two.
+            RunError: A checkpoint has no step, or no checkpoint is in the range.
         """
         low, high = -math.inf if first is None else first, math.inf if last is None else last
 
         def pick(checkpoints: Picked) -> Picked:
+            """Select the checkpoints within the range of steps."""
             return [c for c in checkpoints if low <= _step(c) <= high]
 
         def follow(before: Picked, damaged: Damaged) -> Damaged | None:
+            """Return a damaged file with the position in the selection; None if outside."""
             if damaged.lies_outside(before, low, high):
                 return None
             if damaged.position is None:
@@ -190,10 +196,11 @@ class Run:
         return self._each(pick, f"steps {step_text(low)} to {step_text(high)}", follow)
 
     def at_lr_min(self) -> Run:
-        """The checkpoints at the minima of the recorded learning rate, the ends included.
+        """Select the checkpoints at minima of the recorded learning rate, the ends included.
 
-        On a constant learning rate that is all of them, on a cyclical one the end of each cycle. A
-        note tells where the rates look like those of the next epoch, so that the ends follow.
+        With a constant learning rate, these are all checkpoints. With a cyclical learning rate,
+        these are the ends of cycles. If the rates look like rates of the next epoch, the cycles end
+        one checkpoint after the minima, and a note says so.
 
         Raises:
             RunError: A checkpoint records no learning rate.
@@ -203,19 +210,20 @@ class Run:
         return replace(run, notes=(*run.notes, *dict.fromkeys(late)))
 
     def best(self, count: int, metric: str | None = None, mode: Mode | None = None) -> Run:
-        """The ``count`` checkpoints that do best on a recorded metric, in the run's order.
+        """Select the ``count`` best checkpoints by a recorded metric, in the run's order.
 
         Args:
-            count: How many.
-            metric: Name of the metric as ``inspect`` shows it; the only one that is recorded where
-                None.
-            mode: ``max`` or ``min``: which is better. Names of common metrics tell it themselves:
-                ``val_acc`` and ``eval/bleu`` are better high, ``val_loss`` and ``wer`` low.
+            count: Number of checkpoints.
+            metric: Name of the metric as in the table of ``inspect``; None for the only metric that
+                is recorded.
+            mode: ``max`` or ``min``, the better direction. None derives the mode from the name of a
+                common metric: ``val_acc`` and ``eval/bleu`` are better high, ``val_loss`` and
+                ``wer`` low.
 
         Raises:
             RunError: A checkpoint does not record the metric.
-            UsageError: Several metrics are recorded and none is named, or the name does not tell
-                the mode.
+            UsageError: Several metrics are recorded and no metric is named, or the name does not
+                tell the mode.
         """
         _check_positive("best", count)
         criterion = choose_criterion(self.opened, metric, mode)
@@ -227,16 +235,16 @@ class Run:
         return replace(run, notes=(*run.notes, note))
 
     def sample(self, count: int, seed: int = 0) -> Run:
-        """``count`` checkpoints drawn at random without replacement, in the run's order.
+        """Draw ``count`` checkpoints at random without replacement, in the run's order.
 
         Raises:
-            RunError: There are fewer.
+            RunError: There are fewer checkpoints.
         """
         _check_positive("sample", count)
         return self._each(lambda c: _sample(c, count, seed), f"sample {count}")
 
     def _slice(self, positions: slice) -> Run:
-        """The checkpoints at some positions among those of all trainings."""
+        """Select checkpoints by a slice of positions through all trainings."""
         if (positions.step or 1) < 0:
             raise UsageError("a run keeps its order: the step of a slice has to be positive")
         kept = {id(checkpoint) for checkpoint in self.checkpoints[positions]}
@@ -244,6 +252,7 @@ class Run:
         return self._each(lambda c: [one for one in c if id(one) in kept], f"[{start}:{stop}]")
 
     def _table(self) -> Table:
+        """Make the table of the run."""
         from ckptavg.runs.run_table import tabulate_run  # noqa: PLC0415
 
         return tabulate_run(self.opened, self.notes)
@@ -258,11 +267,12 @@ class Run:
         """Apply a selection to each training.
 
         Args:
-            pick: Selects of a training's checkpoints.
+            pick: Function that selects from a training's checkpoints.
             what: The selection in words.
-            follow: Gives for those checkpoints, and one that cannot be opened, the latter with its
-                position in the selection; None if it is certainly outside.
-            asked: Checkpoints of each training that it would take; fewer are noted.
+            follow: Function of a training's checkpoints and a damaged file. It returns the file
+                with the position in the selection; None if the file is certainly outside.
+            asked: Number of checkpoints per training that the selection asks for. A training with
+                fewer checkpoints gets a note; None for no note.
         """
         trainings: list[tuple[Checkpoint, ...]] = []
         pending: list[tuple[Damaged, ...]] = []
@@ -297,24 +307,25 @@ class Run:
 def open_run(
     *paths: Named, glob: str | None = None, skip: str | Sequence[str] = (), key: str | None = None
 ) -> Run:
-    """Open the checkpoints below some directories, or named one by one.
+    """Open the checkpoints below directories, or checkpoints named one by one.
 
-    Checkpoints that are named themselves form a run with their neighbours from the same directory,
-    so that ``runs/swa/*.pt`` is one run and ``runs/*/final.pt`` several. What lies at the same
-    place below directories that are called after steps (``checkpoint-*/unet``) is one run, too.
-    Each run is ordered by recorded step, then epoch, then the numbers in the names.
+    Named checkpoints from the same directory form one run, so that ``runs/swa/*.pt`` is one run and
+    ``runs/*/final.pt`` several. Checkpoints at the same place below directories that are named
+    after steps (``checkpoint-*/unet``) are one run, too. Each run is ordered by recorded step, then
+    epoch, then the numbers in the names.
 
     Args:
         paths: Run directories and checkpoints, mixed; paths or URLs (``s3://bucket/run``).
-        glob: Shell pattern that the checkpoints' names must match, or as many of the last parts of
-            their paths as it has (``*/unet``).
-        skip: Shell patterns of the names of checkpoints to leave out, and of directories.
-        key: Dotted path of the entry that holds the weights; found by itself where None.
+        glob: Shell pattern that the names of checkpoints must match. A pattern with slashes
+            (``*/unet``) is matched with as many of the last parts of the paths.
+        skip: Shell patterns of the names of checkpoints and directories to leave out.
+        key: Dotted path of the entry that holds the weights; None to search for the entry.
 
     Raises:
         RunError: A path holds no run, or several.
-        CheckpointError: A checkpoint cannot be opened, and its place in the run is not certain. If
-            it is, the run raises this when it is used, unless a selection leaves the place out.
+        CheckpointError: A checkpoint cannot be opened, and the position in the run is not certain.
+            With a certain position, the run raises the error when used, unless a selection leaves
+            out the position.
     """
     if not paths:
         raise UsageError("no path is given")
@@ -358,14 +369,14 @@ def open_run(
 
 
 RunLike: TypeAlias = "Run | Iterable[Checkpoint] | Iterable[Named] | Named"
-"""A run, its path or paths, or checkpoints in their order."""
+"""A run, one or several paths of a run, or checkpoints in order."""
 
 
 def as_run(run: RunLike) -> Run:
-    """The run itself, the run that a path holds, or a run of these checkpoints in this order.
+    """Return a run as given, open the run of a path, or make a run of checkpoints in order.
 
     Raises:
-        UsageError: It is none of these.
+        UsageError: The argument is neither a run, nor paths, nor checkpoints.
     """
     if isinstance(run, Run):
         return run
@@ -391,7 +402,7 @@ def _note_fewer(what: str, picked: Picked, trainings: int) -> str:
 
 
 def _describe_steps(checkpoints: Picked) -> str:
-    """Say between which steps some checkpoints lie, as a remedy."""
+    """Word the range of steps of some checkpoints, as a remedy."""
     steps = [checkpoint.step for checkpoint in checkpoints if checkpoint.step is not None]
     if not steps:
         return "`ckptavg inspect` shows the run."
@@ -399,10 +410,12 @@ def _describe_steps(checkpoints: Picked) -> str:
 
 
 def _why(left_out: list[tuple[Location, str]]) -> str:
+    """Word the remedy that lists the paths left out, with reasons."""
     return "Left out: " + first_few([f"{path.name} ({why})" for path, why in left_out]) + "."
 
 
 def _check_positive(name: str, value: int) -> None:
+    """Refuse a value that is no positive whole number."""
     if not isinstance(value, SupportsIndex):
         raise UsageError(f"{name} is expected to be a whole number but got {short(repr(value))}")
     if value < 1:
@@ -410,11 +423,12 @@ def _check_positive(name: str, value: int) -> None:
 
 
 def _lost(damaged: Damaged) -> Damaged:
-    """What cannot be opened, after a selection that it may have changed."""
+    """Forget the position of a damaged file, after a selection that depends on the file."""
     return replace(damaged, position=None, step=None)
 
 
 def _step(checkpoint: Checkpoint) -> float:
+    """Return the step of a checkpoint, or raise an error without one."""
     if checkpoint.step is None:
         raise RunError(
             f"{checkpoint.path} records no step or epoch and has none in its name",
@@ -424,6 +438,7 @@ def _step(checkpoint: Checkpoint) -> float:
 
 
 def _at_lr_min(checkpoints: Picked) -> Picked:
+    """Select the checkpoints at minima of the learning rate."""
     missing = [str(c.path) for c in checkpoints if c.record.lr is None]
     if missing:
         raise RunError(
@@ -435,6 +450,7 @@ def _at_lr_min(checkpoints: Picked) -> Picked:
 
 
 def _sample(checkpoints: Picked, count: int, seed: int) -> Picked:
+    """Draw checkpoints at random, and keep the run's order."""
     if count > len(checkpoints):
         raise RunError(f"cannot draw {count} of {len(checkpoints)} checkpoints", "Ask for fewer.")
     picked = random.Random(seed).sample(range(len(checkpoints)), count)

@@ -1,4 +1,4 @@
-"""The table that shows a run's checkpoints and what training recorded of them."""
+"""Table of a run's checkpoints with the values that training recorded."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from ckptavg.formats import Checkpoint
 from ckptavg.runs.discovery.numbered import short_names
 from ckptavg.runs.metric_columns import metric_columns
 
-_MOST_METRICS = 3  # columns
+# Columns of metrics. Further metrics are named below the table.
+_MOST_METRICS = 3
 
 
 def tabulate_run(checkpoints: Sequence[Checkpoint], notes: Sequence[str] = ()) -> Table:
     """Make the table of a run.
 
     Args:
-        checkpoints: In the run's order; at least one.
+        checkpoints: Checkpoints in the run's order; at least one.
         notes: Lines below the table.
     """
     metrics = metric_columns(checkpoints)
@@ -48,7 +49,7 @@ def tabulate_run(checkpoints: Sequence[Checkpoint], notes: Sequence[str] = ()) -
 
 
 def records_of(checkpoints: Sequence[Checkpoint]) -> list[dict[str, Any]]:
-    """List what is known of each checkpoint as plain values, all recorded metrics included."""
+    """List the recorded values of each checkpoint as plain values, with all metrics."""
     rows = []
     for name, checkpoint in zip(
         short_names([c.path for c in checkpoints]), checkpoints, strict=True
@@ -62,7 +63,7 @@ def records_of(checkpoints: Sequence[Checkpoint]) -> list[dict[str, Any]]:
             "size": checkpoint.size,
             "path": without_secrets(str(checkpoint.path)),
         }
-        # A metric may be called like a column of our own.
+        # The name of a metric may equal the name of a fixed column.
         row |= {key if key not in row else f"metrics.{key}": v for key, v in record.metrics.items()}
         rows.append(row)
     return rows

@@ -1,4 +1,4 @@
-"""Notes on a run and on what is selected of it."""
+"""Notes on a run and on a selection from the run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FEWEST_CYCLES = 2
 
 
 def note_run(run: Run) -> None:
-    """Note what a person should know of how a run was found and read."""
+    """Log the notes about the search for a run and about the opened checkpoints."""
     for note in run.notes:
         log.info(note)
     for path, why in run.left_out:
@@ -30,12 +30,12 @@ def note_run(run: Run) -> None:
 
 
 def note_selection(run: Run, selection: Run, *, in_shell: bool = False) -> None:
-    """Note what a selection of a run took, and that the ends of cycles are another one.
+    """Log the notes of a selection, and advise the ends of cycles where these differ.
 
     Args:
-        run: All of the run.
-        selection: What is averaged of it.
-        in_shell: Whether to name options of the command line, not methods.
+        run: The whole run.
+        selection: Checkpoints of the run to average.
+        in_shell: True to name options of the command line, not methods.
     """
     for note in selection.notes[len(run.notes) :]:
         log.info(note)
@@ -43,15 +43,15 @@ def note_selection(run: Run, selection: Run, *, in_shell: bool = False) -> None:
 
 
 def note_cycles(run: Run, selection: Run, *, in_shell: bool = False) -> None:
-    """Note that a selection has more of a cyclical run than the ends of its cycles.
+    """Log a note if a selection has more of a cyclical run than the ends of cycles.
 
     Checkpoints from the middle of a cycle were saved at a high learning rate, and averages without
     them do better (Izmailov et al. 2018, 3.2).
 
     Args:
         run: All checkpoints of a training.
-        selection: What is averaged of them.
-        in_shell: Whether to name options of the command line, not methods.
+        selection: Checkpoints of the run to average.
+        in_shell: True to name options of the command line, not methods.
     """
     if len(run.trainings) != 1 or any(run.damaged):
         return
@@ -62,7 +62,8 @@ def note_cycles(run: Run, selection: Run, *, in_shell: bool = False) -> None:
     after_step = saves_after_step(checkpoints)
     restarts = find_restarts(rates, after_step=after_step)
     ends = restarts or find_minima(rates)
-    # A warm-up begins at a minimum, too, which ends no cycle. Neighbours share a rate.
+    # The minimum at the beginning of a warm-up ends no cycle. Neighbours with the same rate count
+    # once.
     cycles = [position for position in ends if position and position - 1 not in ends]
     if len(cycles) < _FEWEST_CYCLES or len(ends) == len(checkpoints):
         return
@@ -79,13 +80,13 @@ def note_cycles(run: Run, selection: Run, *, in_shell: bool = False) -> None:
 
 
 def note_restarts(checkpoints: Sequence[Checkpoint]) -> list[str]:
-    """Tell that minima of the recorded rate stand one checkpoint before the ends of cycles.
+    """Word the note that minima of the recorded rate are one checkpoint before cycle ends.
 
     Args:
-        checkpoints: All of a training, in order.
+        checkpoints: All checkpoints of a training, in order.
 
     Returns:
-        The note; nothing where the minima are the ends.
+        The note; empty where the minima are the ends.
     """
     after_step = saves_after_step(checkpoints)
     restarts = find_restarts(recorded_rates(checkpoints), after_step=after_step)
@@ -101,24 +102,24 @@ def note_restarts(checkpoints: Sequence[Checkpoint]) -> list[str]:
 
 
 def saves_after_step(checkpoints: Sequence[Checkpoint]) -> bool:
-    """Tell whether rates are known to be those of the next epoch: Lightning's always are."""
+    """Return True if rates are known to be rates of the next epoch, as with Lightning."""
     return all("pytorch-lightning_version" in checkpoint.beside for checkpoint in checkpoints)
 
 
 def recorded_rates(checkpoints: Sequence[Checkpoint]) -> list[float]:
-    """Return the learning rate of each checkpoint; nothing where one records none."""
+    """Return the learning rate of each checkpoint; empty if a checkpoint records no rate."""
     rates = [checkpoint.record.lr for checkpoint in checkpoints if checkpoint.record.lr is not None]
     return rates if len(rates) == len(checkpoints) else []
 
 
 def _advise(restarts: Sequence[int], count: int, *, after_step: bool, in_shell: bool) -> str:
-    """Say what takes the ends of cycles.
+    """Word the selection that takes the ends of cycles.
 
     Args:
-        restarts: Positions of the ends if they record the next cycle's first rate.
-        count: How many ends there are.
-        after_step: Whether it is known that they do.
-        in_shell: Whether to name options of the command line, not methods.
+        restarts: Positions of cycle ends that record the next cycle's first rate, if any.
+        count: Number of cycle ends.
+        after_step: True if the ends are known to record the next cycle's first rate.
+        in_shell: True to name options of the command line, not methods.
     """
     if not restarts:
         what = "--at-lr-min" if in_shell else "at_lr_min()"
