@@ -104,11 +104,13 @@ def write_averages(
     """
     exact_mean.require_models(c for planned in averages for c in planned.plan.checkpoints)
     excluded = match_layers(how.exclude, layers_of(averages))
+    # Outputs are prepared before the pass, so that a wrong path fails at once.
     targets = api.prepare_many(
         list(zip(averages, outs, strict=True)), overwrite=overwrite, digests=digests
     )
     peers = Together(how.peers)
     groups = _groups(len(averages), how)
+    # Each group reads the data once more.
     how = replace(how, training=rereadable(how.training, len(groups)), peers=peers)
     hashed: InputDigests | None = None
     done: dict[int, tuple[BatchNormResult, Mapping[str, Any]]] = {}
@@ -256,6 +258,7 @@ def refresh(
         ModelError: A state dict does not fit the model.
         NonFiniteError: A statistic is too large for the dtype in which it is stored.
     """
+    # Each state dict needs a module of its own, since all go through one pass together.
     models = [how.model, *(copy.deepcopy(how.model) for _ in weights[1:])]
     for model, state_dict, origin in zip(models, weights, origins, strict=True):
         load_into(model, state_dict, origin)
@@ -302,7 +305,7 @@ def _groups(count: int, how: Pass) -> list[range]:
 
 
 def _narrowed(name: str, value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Convert a statistic to the dtype and shape in which the checkpoint stores it.
+    """Convert a statistic to the dtype and shape of the checkpoint.
 
     Raises:
         NonFiniteError: The statistic is too large for that dtype.

@@ -73,13 +73,7 @@ class BatchNormResult:
 
 @dataclass(frozen=True)
 class Change:
-    """A new value for a buffer of a layer, not yet written.
-
-    Attributes:
-        name: Name of the buffer in the model.
-        buffer: The buffer to write into.
-        value: The new value, in the shape and dtype of ``buffer``.
-    """
+    """A new value for a named buffer, in the buffer's shape and dtype, not yet written."""
 
     name: str
     buffer: torch.Tensor
@@ -88,14 +82,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Through:
-    """A forward pass of one batch, for any of the models.
-
-    Attributes:
-        forward: ``forward(model, batch)``.
-        runtime: Device and precision of the pass.
-        channels: Memory format of the models and the batch.
-        batch: The batch, on the device and in the memory format.
-    """
+    """A forward pass of one batch, already on the device, for any of the models."""
 
     forward: Forward
     runtime: Runtime
@@ -103,13 +90,7 @@ class Through:
     batch: Any
 
     def __call__(self, model: nn.Module, begin: Callable[[], None]) -> None:
-        """Run the model on the batch.
-
-        Args:
-            model: The model to run.
-            begin: Called before the forward pass, and again if the pass starts anew in another
-                memory format.
-        """
+        """Run a model on the batch, after calling ``begin`` at each attempt."""
 
         def attempt(batch: Any) -> None:
             """Run the forward pass once."""
@@ -122,7 +103,7 @@ class Through:
 
 @dataclass
 class _Seen:
-    """Moments of one batch that are not merged yet, until their accuracy is known.
+    """Moments of a batch before merging, until the accuracy is known.
 
     Attributes:
         through: The forward pass, kept so that the batch can be run again.
@@ -159,15 +140,7 @@ class _Collector:
         return self._seen
 
     def land(self, slot: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Reserve buffers for a kernel's mean and variance.
-
-        Args:
-            slot: Number of the layer among the layers with a usable kernel.
-            count: Values per channel that the kernel reduces.
-
-        Returns:
-            The buffers of the mean and the variance, each (channels,) float32.
-        """
+        """Reserve buffers for a kernel's mean and variance, as ``Sink.land`` describes."""
         # A layer that is called several times per batch needs a landing for each call.
         landings = self._seen.landings
         landing = next((one for one in landings if not one.counts[slot]), None)
@@ -178,13 +151,7 @@ class _Collector:
         return landing.mean[slot], landing.variance[slot]
 
     def add(self, layer: str, statistics: Names, moments: Moments) -> None:
-        """Add moments for some statistics of a layer.
-
-        Args:
-            layer: Name of the layer.
-            statistics: Names of the buffers that the moments are for.
-            moments: Moments of one call's input.
-        """
+        """Add moments for some statistics of a layer, as ``Sink.add`` describes."""
         self._seen.moments.append(((layer, statistics), moments))
 
 
@@ -195,12 +162,6 @@ class ModelPass:
         model: The model; the layers inside its wrappers are watched.
         exclude: Names of layers that keep their statistics.
         device: Device of the model.
-
-    Attributes:
-        model: The model without wrappers.
-        layers: Watched layers by name.
-        moments: Merged moments by layer and statistics.
-        collector: The collector that the layers add their moments to.
     """
 
     def __init__(self, model: nn.Module, exclude: Collection[str], device: torch.device) -> None:
@@ -221,7 +182,7 @@ class ModelPass:
         sizes, eps = [n.num_features for n in norms], [n.eps for n in norms]
         self.collector = _Collector(KernelMoments(sizes, eps, device))
         self._waiting: deque[_Seen] = deque()
-        # On CUDA one batch stays open, so that the check never waits for the GPU.
+        # On CUDA, batches are checked one batch late, as ``take`` explains.
         self._late = 1 if device.type == "cuda" else 0
 
     def take(self, through: Through) -> None:
@@ -248,11 +209,7 @@ class ModelPass:
         return [[layer, [*names], m.plain()] for (layer, names), m in self.moments.items()]
 
     def replace(self, parts: Iterable[Sequence[Any]]) -> None:
-        """Replace this process's moments by the merged moments of all processes.
-
-        Args:
-            parts: Results of ``plain``, one per process.
-        """
+        """Replace this process's moments by the merged results of ``plain`` of all processes."""
         self.moments = {}
         for part in parts:
             for layer, names, values in part:
@@ -262,7 +219,7 @@ class ModelPass:
         """Raise an error if the moments of a layer give no statistics.
 
         Raises:
-            BatchNormError: A layer saw a single value, or one that is not finite.
+            BatchNormError: A layer saw a single value, or a value that is not finite.
         """
         for (layer, _), moments in self.moments.items():
             _check(layer, moments)
@@ -286,10 +243,6 @@ class ModelPass:
         """Build the result of the pass, and log the layers that were left out.
 
         Layers with new statistics end training first (``WatchedLayer.end_training``).
-
-        Args:
-            batches: Number of batches that this process passed.
-            samples: Number of samples that this process passed.
         """
         written = {name for name, _ in self.moments}
         for name in written:
@@ -345,6 +298,7 @@ class ModelPass:
         """
         while doubted := self._waiting[0].doubt.layers():
             for slot in doubted:
+                # Later batches are likely to be doubtful too.
                 self._slots[slot].trusted = False
             log.info(
                 "what the kernels find at %s may be off by more than %g: reduced in float64",
@@ -359,7 +313,7 @@ class ModelPass:
             self._merge(key, moments)
 
     def _merge(self, key: Key, moments: Moments) -> None:
-        """Merge moments into those of the same layer and statistics."""
+        """Merge moments by layer and statistics."""
         if key in self.moments:
             self.moments[key].merge(moments)
         else:
@@ -397,10 +351,7 @@ def collecting(
 
 @contextmanager
 def _uncompiled(model: nn.Module) -> Iterator[None]:
-    """Run compiled parts of a model without compilation.
-
-    Only then can the calls of layers inside be intercepted.
-    """
+    """Run compiled parts of a model uncompiled, so that calls of layers can be intercepted."""
     if any(hasattr(m, "_orig_mod") or m._compiled_call_impl for m in model.modules()):
         with torch.compiler.set_stance("force_eager"):
             yield
@@ -442,6 +393,7 @@ def replace_all(changes: Sequence[Change]) -> None:
     Raises:
         BatchNormError: A buffer cannot be written.
     """
+    # The old values undo a partial write.
     before = [change.buffer.detach().clone() for change in changes]
     with torch.no_grad():
         for number, change in enumerate(changes):
@@ -449,6 +401,8 @@ def replace_all(changes: Sequence[Change]) -> None:
                 change.buffer.copy_(change.value)
             except Exception as error:
                 # Restore the buffer that failed too: torch may raise after it has written values.
+                # Inference tensors can be written in inference mode only. A buffer that refused
+                # the new value may refuse the old value as well.
                 for done, value in zip(changes[: number + 1], before, strict=False):
                     with torch.inference_mode(done.buffer.is_inference()), suppress(RuntimeError):
                         done.buffer.copy_(value)

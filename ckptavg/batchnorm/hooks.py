@@ -91,6 +91,7 @@ class WatchedLayer:
         forward passes are seen too.
         """
         self._sink, layer = sink, self.layer
+        # torch's SyncBatchNorm would wait for other processes in its forward pass.
         if isinstance(layer, nn.SyncBatchNorm):
             layer.__class__ = _apart(type(layer))
         self._forward = layer.forward
@@ -134,6 +135,7 @@ class WatchedLayer:
         A layer that normalizes parts of a batch separately may combine their statistics then.
         """
         if not self.layer.training and type(self.layer).train is not nn.Module.train:
+            # eval() may do nothing in a layer that is in evaluation mode already.
             vars(self.layer)["training"] = True
             self.layer.eval()
 
@@ -147,6 +149,7 @@ class WatchedLayer:
         The moments come from the kernel where its statistics are accurate enough, otherwise from a
         float64 reduction.
         """
+        # An empty batch has no moments. torch itself reports a wrong number of axes.
         if given.dim() < 2 or not given.numel():
             return self._run(args, kwargs, self._scratch())
         if isinstance(self.layer, _InstanceNorm):
@@ -190,6 +193,7 @@ class WatchedLayer:
         buffers, own = layer._buffers, dict(layer._buffers)
         momentum = state["momentum"]
         buffers["running_mean"], buffers["running_var"] = statistics
+        # A temporary counter, since the layer's own counter must not advance.
         if (counter := own.get("num_batches_tracked")) is not None:
             if self._counter is None:
                 self._counter = torch.zeros_like(counter)
@@ -266,7 +270,7 @@ class CustomLayer(WatchedLayer):
         return rule
 
     def _hear(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the forward pass and reduce the inputs of torch's kernel in it."""
+        """Run the forward pass and reduce the inputs of torch's kernel calls."""
         inputs: list[Moments] = []
         with KernelCalls(self.layer, lambda value: inputs.append(batch_moments(value))):
             outputs = self._run_with_copies(args, kwargs)
@@ -327,7 +331,7 @@ def _apart(kind: type[nn.SyncBatchNorm]) -> type[nn.SyncBatchNorm]:
 
 
 def _with_batch_axis(layer: _InstanceNorm, values: torch.Tensor) -> torch.Tensor:
-    """Add the batch axis to an input that is a single sample; others stay (N, C, ...)."""
+    """Add the batch axis to a single sample, for an input of shape (N, C, ...)."""
     alone = values.dim() == layer._get_no_batch_dim()  # type: ignore[no-untyped-call]
     return values.unsqueeze(0) if alone else values
 

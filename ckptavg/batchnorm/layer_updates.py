@@ -81,7 +81,7 @@ class KernelCalls(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Run a function of torch, after its input was reported."""
+        """Run a function of torch, after reporting the input."""
         kwargs = kwargs or {}
         if func in _KERNELS:
             bound = dict(zip(_KERNELS[func], args, strict=False)) | kwargs
@@ -91,13 +91,14 @@ class KernelCalls(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _is_own(self, tensor: torch.Tensor) -> bool:
-        """Return True if a tensor shares its memory with a buffer of the layer."""
+        """Return True if a tensor and a buffer of the layer share memory."""
+        # The kernel may get a view of a buffer, so addresses are compared.
         own = (value for value in self._layer._buffers.values() if value is not None)
         return any(tensor.data_ptr() == value.data_ptr() for value in own)
 
 
 class LayerUpdate:
-    """The rule by which a layer updates its running statistics.
+    """The update rule of a layer's running statistics.
 
     Args:
         layer: A layer. Only copies of the layer are run.
@@ -263,7 +264,7 @@ class LayerUpdate:
         start: Mapping[str, float] | None = None,
         moved: tuple[int, tuple[int, ...], float] | None = None,
     ) -> Values:
-        """Run the copy and return the statistics in its buffers afterwards.
+        """Run the copy and return the new statistics in the buffers.
 
         Args:
             given: The arguments.
@@ -276,6 +277,7 @@ class LayerUpdate:
         if moved is not None:
             which, index, distance = moved
             floats = [t for t in tensors_of(given) if t.is_floating_point() and t.numel() > 1]
+            # The conversion has copied the tensors, so the caller's values stay.
             floats[which][index] += distance
         self._prepare(start or self._start)
         only = only_tensor(args, kwargs)
@@ -328,6 +330,7 @@ def _copy_of(layer: nn.Module, convert: Convert, forward: Any = None) -> nn.Modu
 
     All other attributes are shared with the layer, which may refer to its model or a trainer.
     """
+    # Not by __init__, whose arguments are unknown.
     copy: nn.Module = layer.__new__(type(layer))
     state = vars(copy)
     state.update(vars(nn.Module()) | {"training": True})
@@ -344,6 +347,7 @@ def _copy_of(layer: nn.Module, convert: Convert, forward: Any = None) -> nn.Modu
     for part in copy.modules():
         # Parts of the layer, dropout for instance, stay in evaluation mode.
         vars(part)["training"] = part is copy
+    # A forward that is bound to the layer must run on the copy.
     if isinstance(forward, types.MethodType) and forward.__self__ is layer:
         forward = types.MethodType(forward.__func__, copy)
     if forward is not None:

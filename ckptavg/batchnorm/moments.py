@@ -53,7 +53,7 @@ class Moments:
     instances: bool = False
 
     def merge(self, other: Moments) -> None:
-        """Merge the moments of another set of values into these (Chan et al. 1979)."""
+        """Merge in the moments of another set of values (Chan et al. 1979)."""
         total = self.count + other.count
         delta = other.mean - self.mean
         if not self.instances:
@@ -118,6 +118,7 @@ def _blocks(values: torch.Tensor) -> Iterator[torch.Tensor]:
     if values.is_contiguous():
         rows = values.reshape(values.shape[0], channels, -1)
     else:
+        # In channels_last this is a view, without a copy.
         rows = values.movedim(1, -1).reshape(-1, channels, 1)
     for samples in torch.split(rows, max(1, _BLOCK // rows[0].numel())):
         yield from torch.split(samples, max(1, _BLOCK // channels), 2)
@@ -200,7 +201,7 @@ class Doubt:
             self._copied = torch.cuda.current_stream(doubtful.device).record_event()
 
     def layers(self) -> list[int]:
-        """List the layers of the doubtful channels, after the device has found them."""
+        """List the layers of the doubtful channels, after waiting for the device."""
         if self._copied is not None:
             self._copied.synchronize()
         return sorted(set(self._layer[self._found].tolist())) if self._found.any() else []
@@ -258,8 +259,10 @@ class KernelMoments:
         mean, variance = landing.both.to(self._home).to(torch.float64)
         count = self._counts(landing.counts)
         total = self._count + count
+        # Without the clamp, layers without data would divide 0 by 0.
         share = count / total.clamp(min=1)
         delta = mean - self._mean
+        # The kernels' variances are unbiased: count - 1 gives back the sum of squared deviations.
         self._spread += variance * (count - 1).clamp(min=0) + delta.square() * share * self._count
         self._mean += delta * share
         self._count = total

@@ -1,4 +1,4 @@
-"""BatchNorm layers inside TorchScript, followed by their calls of torch's kernels."""
+"""BatchNorm layers inside TorchScript, followed through calls of torch's kernels."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class KernelDispatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Run a kernel, after its layer has seen the input."""
+        """Run a kernel, after passing the input on to the scripted layer."""
         kwargs = kwargs or {}
         names = [argument.name for argument in func._schema.arguments]
         if "running_mean" in names:
@@ -68,6 +68,6 @@ class KernelDispatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def is_scripted(module: nn.Module) -> bool:
-    """Return True if a module is one of torch's BatchNorm layers inside TorchScript."""
+    """Return True if a module is a BatchNorm layer of torch inside TorchScript."""
     scripted = isinstance(module, torch.jit.ScriptModule)
     return scripted and str(getattr(module, "original_name", "")).startswith("BatchNorm")

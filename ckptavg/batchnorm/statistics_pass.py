@@ -126,7 +126,7 @@ def uncounted_layers(checkpoint: Checkpoint | Weights, model: nn.Module) -> list
 
 
 def layers_of(averages: Iterable[Average]) -> list[str]:
-    """List the layers with running statistics in at least one of several averages."""
+    """List the layers with running statistics in any of the averages."""
     return list(dict.fromkeys(layer for planned in averages for layer in planned.statistics.layers))
 
 
@@ -177,7 +177,7 @@ def _stored_names(model: nn.Module, layers: Collection[nn.Module]) -> set[str]:
 
 
 def _modules(model: nn.Module, layers: Collection[str]) -> set[str]:
-    """Find the names in a pass of layers, given by their names in a checkpoint.
+    """Convert names of layers in a checkpoint to names in a pass.
 
     A shared layer has one name in a pass but may have several names in a checkpoint.
     """
@@ -193,7 +193,7 @@ def _modules(model: nn.Module, layers: Collection[str]) -> set[str]:
 
 
 def _updated(model: nn.Module, written: Collection[str]) -> set[str]:
-    """Find the layers whose statistics were all written, by their names in a checkpoint."""
+    """Find the layers with all statistics written, by names in a checkpoint."""
     bare = bare_names(list(model.state_dict()))
     names = {bare.get(name, name) for name in written}
     return updated_layers(layer_statistics(bare.values()), names)

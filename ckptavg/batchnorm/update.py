@@ -129,7 +129,7 @@ def update_bn(
 
 
 def _find_frozen(model: nn.Module, excluded: Collection[str]) -> tuple[str, ...]:
-    """Find the layers that a model's own ``train()`` freezes, and log their names."""
+    """Find the layers that a model's own ``train()`` freezes, and log the names."""
     never = never_trained_layers(model).difference(excluded)
     frozen = [layer for layer in tracked_layers(model) if layer in never]
     if frozen:

@@ -118,7 +118,7 @@ def to_device(
 
 
 def map_tensors(value: Any, convert: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """Copy dicts, lists and tuples with converted tensors; all other objects are shared.
+    """Copy dicts, lists and tuples with converted tensors, and share all else.
 
     Args:
         value: A batch, or a part of a batch.
@@ -215,7 +215,7 @@ def is_batched(value: Any) -> bool:
 
 
 def is_zipped(batch: Any) -> bool:
-    """Return True if a batch is a list of parts, each with a list of one value per sample.
+    """Return True if a batch is a list of parts, each a list with a value per sample.
 
     ``tuple(zip(*samples))`` makes a batch of this form, for images of different sizes and targets.
     """
@@ -309,6 +309,6 @@ def is_batch(item: Any, bare: int = BARE_IN_STREAM) -> bool:
 
 
 def _holds_more(part: Any) -> bool:
-    """Return True if a part of a list has parts of its own, or is a tensor."""
+    """Return True if an element of a list is a container, an object or a tensor."""
     is_tensor = isinstance(part, torch.Tensor) or is_array(part)
     return is_tensor or isinstance(part, Mapping) or is_sequence(part) or is_object(part)

@@ -143,7 +143,7 @@ def _available(meminfo: Path) -> int:
 
 
 def _left_in(mount: Path, place: str, limit: str, used: str) -> list[int]:
-    """List the bytes left under the limits of a control group and its parent groups.
+    """List the bytes left under the limits of a control group and the parent groups.
 
     Args:
         mount: Directory where the control groups are mounted.
@@ -166,7 +166,7 @@ def _left_in(mount: Path, place: str, limit: str, used: str) -> list[int]:
 
 
 def _number(path: Path) -> int | None:
-    """Read the number in a file; None if there is no file or its text is ``max``."""
+    """Read the number in a file; None if there is no file or the text is ``max``."""
     lines = _lines(path)
     return int(lines[0]) if lines and lines[0].isdecimal() else None
 

@@ -30,7 +30,7 @@ class ExhaustedElsewhereError(MemoryError):
 
 
 class Together:
-    """Processes that restart a pass together if one process runs out of memory.
+    """Processes that restart a pass together if any process runs out of memory.
 
     All exchanges of a pass go through this class. A pass ends with a call of ``agree``, so that
     each process learns of a failure before the next pass.
