@@ -23,7 +23,7 @@ FLOORS = (
     ("__main__", "__init__"),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-LARGEST_FILE = 450  # lines
+LARGEST_FILE = 500  # lines, docstrings included
 PUBLIC = [
     "average", "average_many", "update_bn", "CkptavgError", "StaleStatisticsWarning", "Candidate",
     "evaluate", "compare", "Result", "Results", "Checkpoint", "open_checkpoint", "geometry", "Run",
