@@ -426,11 +426,7 @@ def _distributed(loader: Batches) -> DistributedSampler[Any] | None:
 
 
 def _require_exact(sampler: DistributedSampler[Any], peers: Peers) -> None:
-    """Make sure that the parts of all processes cover the data without overlap.
-
-    Raises:
-        EvaluationError: The sampler is for other processes, or drops or repeats samples.
-    """
+    """Make sure that the parts of all processes cover the data without overlap."""
     if sampler.num_replicas != peers.count:
         wrong = f"is for {sampler.num_replicas} processes, but {peers.count} share the data"
     elif sampler.rank != peers.rank:

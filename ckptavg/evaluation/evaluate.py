@@ -1,10 +1,9 @@
 """Evaluation of candidates in as few passes over the data as memory allows.
 
-Every set of weights that a candidate needs is a network. As many networks as fit in memory share a
-pass. A pass reads the weights (averages come from the stream), recomputes statistics over the
-training data where needed, and scores over the evaluation data. The models stay on the device
-throughout. Outputs of an ensemble's members are computed once and shared with members that are
-candidates themselves.
+A network is a set of weights that candidates need. As many networks as fit in memory share a pass:
+weights are read (averages from the stream), statistics recomputed over the training data where
+needed, and outputs scored. The models stay on the device throughout. Outputs of an ensemble's
+members are computed once and shared with members that are candidates themselves.
 """
 
 from __future__ import annotations
@@ -75,43 +74,38 @@ def evaluate(
     keep_nonfinite: bool = False,
     progress: ProgressLike = None,
 ) -> Results:
-    """Score candidates on the same data, as many as fit in memory in one pass.
+    """Score candidates on the same data, with as many candidates per pass as fit in memory.
 
-    The statistics of all averages that are to be recomputed share passes over the training data
-    likewise. The model given is only a template: it is copied, not changed. Under an initialized
-    ``torch.distributed`` process group all processes call this alike and get the same results; a
-    Dataset is shared among them batch by batch, a loader is each process's own part of the data.
+    Passes over the training data are shared in the same way. The model is copied and not changed.
+    In an initialized ``torch.distributed`` group all processes must call this and get the same
+    results. Processes share a Dataset batch by batch; a loader is the calling process's own part.
 
     Args:
-        candidates: Candidates, checkpoints and their paths, modules and state dicts, mixed; or a
-            dict of them by the names that they are to have. A module counts by its weights.
+        candidates: Candidates, checkpoints, paths, modules, state dicts; or a dict by name.
         model: A module that the weights fit.
-        data: A Dataset, or a loader that gives (inputs, labels) or a dict with labels.
-        train_loader: Training data, as a Dataset or a loader, that BatchNorm statistics are
-            recomputed from: those of candidates with ``recompute``, and those of checkpoints and
-            state dicts that are recorded as stale.
-        task: How to call the model and what to compute: a Task, or the name of one such as
-            ``causal-lm``; image classification where None.
+        data: A Dataset, or a loader that yields (inputs, labels) or a dict with labels.
+        train_loader: Training data, a Dataset or a loader, for recomputing BatchNorm statistics: of
+            candidates with ``recompute``, and of weights whose statistics are recorded as stale.
+        task: A Task, or a name such as ``causal-lm``; image classification where None.
         device: ``auto``, ``cpu``, ``cuda[:N]``, ``mps``; the model's own where None.
-        forward: ``forward(model, batch)`` runs a model on a batch as the loader gives it, of either
-            data; the task's own way where None.
-        exclude: Shell patterns of BatchNorm layers that keep their statistics where those of
-            others are recomputed.
+        forward: ``forward(model, batch)`` runs a model on a batch of either data as the loader
+            yields it; the task decides where None.
+        exclude: Shell patterns of BatchNorm layers that keep their statistics.
         amp: ``off``, ``bf16`` or ``fp16``.
-        batch_size: Of a Dataset; the task's own where None, 128 for images.
+        batch_size: Samples per batch of a Dataset; the task's default where None, 128 for images.
         workers: Processes that load a Dataset.
-        seed: Of the training data's order, and of whatever data draws: their augmentation.
-        bn_samples: How many samples of the training data, drawn at random, the statistics are
-            recomputed from, or a ``ckptavg.data.loaders.Subset``; all of them where None.
-        keep_nonfinite: Let averages that are not finite reach the model.
+        seed: Seed of the training data's order and of random augmentation.
+        bn_samples: Number of training samples, drawn at random, to recompute statistics from, or a
+            ``ckptavg.data.loaders.Subset``; all samples where None.
+        keep_nonfinite: True to allow averages that are not finite.
         progress: True for a bar, a bar of tqdm, or a function of (phase, done, total) in samples;
             see ``ckptavg.display.progress``.
 
     Returns:
-        One result per candidate, in their order; they draw themselves as a table.
+        One result per candidate, in order; printed as a table.
 
     Raises:
-        UsageError: The model is no module, or the data none.
+        UsageError: The model is not a module, or the data is no data.
         ModelError: Weights do not fit the model.
         EvaluationError: The data and the outputs do not fit, or an output is NaN.
     """
@@ -167,7 +161,7 @@ def score(
     peers: Peers | None = None,
     on_results: Callable[[Sequence[Result]], None] | None = None,
 ) -> list[Result]:
-    """Score candidates as ``evaluate`` does, on loaders that are open already.
+    """Score candidates as ``evaluate`` does, in the same order, on loaders that are open already.
 
     Args:
         candidates: The candidates to score.
@@ -183,13 +177,9 @@ def score(
         peers: The processes that share the data; this process alone where None.
         on_results: Called after each pass with the results so far, once the reference is scored.
 
-    Returns:
-        One result per candidate, in order.
-
     Raises:
         UsageError: There are no candidates, or recomputing lacks training data.
-        ModelError: Weights do not fit the model.
-        EvaluationError: The data and the outputs do not fit, or an output is NaN.
+        CkptavgError: As for ``evaluate``.
     """
     if not candidates:
         raise UsageError("there is nothing to evaluate")
@@ -252,9 +242,6 @@ class _Session:
             data: This process's batches of the evaluation data.
             training: This process's batches of the training data; None without any.
             on_results: Called with the results so far, once the reference is scored.
-
-        Returns:
-            One result per candidate, in order.
         """
         if self.peers.count > 1:
             _require_state(self.task)
@@ -272,13 +259,7 @@ class _Session:
         results: list[Result] = []
 
         def run_pass(group: Sequence[Network], number: int, of: int) -> None:
-            """Score one group and publish the results so far.
-
-            Args:
-                group: The networks of the pass.
-                number: Position of the pass, from 1.
-                of: Number of passes.
-            """
+            """Score one group and publish the results so far."""
             phase = functools.partial(_phase, number=number, of=of)
             try:
                 self._pass(group, data, training, phase)
@@ -333,11 +314,7 @@ class _Session:
         return self.task.run(model, batch)
 
     def _score(self, group: Sequence[Network], batches: Any) -> None:
-        """Score a group over the evaluation data, which must be the same in every pass.
-
-        Raises:
-            EvaluationError: The batches differ from those of the first pass, or do not fit.
-        """
+        """Score a group over the evaluation data, which must be the same in every pass."""
         for network in group:
             self.channels.place(network.model)
         found: list[int] = []
@@ -420,7 +397,6 @@ class _Session:
         mine, other = joined(board.samples), joined(reference.samples)
         if mine is None or other is None:
             return None
-        # From the unit of the samples, such as a fraction, to that of the metric, such as percent.
         difference = compare(mine, other, seed=self.runtime.seed).scaled(mine.scale)
         metric = mine.metric or self.task.metrics[0].key
         return Versus(reference.candidate.name, metric, difference)
@@ -452,11 +428,7 @@ def _fingerprint(targets: Any) -> int:
 
 
 def _require_state(task: Task) -> None:
-    """Make sure that the scores of a task can be merged across processes.
-
-    Raises:
-        EvaluationError: The scores have no ``state`` or no ``merge``.
-    """
+    """Make sure that the scores of a task can be merged across processes."""
     scores = task.scores()
     lacking = [name for name in ("state", "merge") if not hasattr(scores, name)]
     if lacking:
