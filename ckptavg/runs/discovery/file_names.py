@@ -1,4 +1,4 @@
-"""The names of files: what they tell of contents and of steps, and how they sort."""
+"""Rules for names of files: kinds of contents, kinds of checkpoints, and a sort order."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ OTHER_STATE = re.compile(
 _TEMPORARY = re.compile(r"(.*[-_.])?te?mp")
 EMA_COPY = "an EMA copy, by its name"
 _EMA_WORD = re.compile(r"(?<![a-z])ema(?![a-z])")
+# Names of checkpoints that are no step of a training, with the reason to leave them out.
 STRANGERS = (
     (re.compile(r"(?<![a-z])(ave|avg|averaged?)(?![a-z])"), "an average already, by its name"),
     (_EMA_WORD, EMA_COPY),
@@ -30,7 +31,7 @@ _BEST_WORD = re.compile(r"(?<![a-z])best(?![a-z])")
 
 
 def why_not(stem: str) -> str:
-    """Return the reason for not opening a file of a name; empty if it is opened."""
+    """Return the reason for not opening a file of a name; empty if the file is opened."""
     if OTHER_STATE.fullmatch(stem):
         return NOT_WEIGHTS
     return "a temporary file, by its name" if _TEMPORARY.fullmatch(stem) else ""
@@ -38,7 +39,7 @@ def why_not(stem: str) -> str:
 
 def stem_of(path: Location) -> str:
     """Return a path's name without a checkpoint's suffix."""
-    # A directory has none: checkpoint-1.5 is whole.
+    # A directory has no suffix: checkpoint-1.5 is the whole name.
     if path.is_dir():
         return path.name
     suffix = max((s for s in SUFFIXES if path.name.endswith(s)), key=len, default="")
@@ -46,12 +47,12 @@ def stem_of(path: Location) -> str:
 
 
 def is_ema_name(name: str) -> bool:
-    """Tell whether a name is that of an exponential moving average."""
+    """Return True if a name is the name of an exponential moving average."""
     return bool(_EMA_WORD.search(name.lower()))
 
 
 def original_names(name: str) -> list[str]:
-    """List the names that the original of an EMA copy may have; none where a name is no copy's."""
+    """List possible names of the original of an EMA copy; empty for other names."""
     match = _EMA_WORD.search(name.lower())
     if match is None:
         return []
@@ -60,19 +61,19 @@ def original_names(name: str) -> list[str]:
 
 
 def matches(path: Location, pattern: str) -> bool:
-    """Tell whether a path's last names match a shell pattern: as many as the pattern has."""
+    """Return True if a path matches a shell pattern, in as many last names as the pattern has."""
     absolute = path.absolute() if isinstance(path, Path) else path
     line = [absolute, *ancestors(absolute, pattern.count("/"))]
     return fnmatch.fnmatchcase("/".join(location.name for location in reversed(line)), pattern)
 
 
 def text_and_numbers(name: str) -> list[str]:
-    """Split a name into text and numbers by turns: text at even indices, numbers at odd ones."""
+    """Split a name into text (at even indices) and numbers (at odd indices)."""
     return re.split(r"(\d+)", name.lower())
 
 
 def natural(path: Location) -> tuple[object, ...]:
-    """Return a sort key: 2 comes before 10, and names without a number after all that have one."""
+    """Return a natural sort key: 2 comes before 10, and names without a step come last."""
     segments = text_and_numbers(stem_of(path))
     key = [_magnitude(segment) if i % 2 else segment for i, segment in enumerate(segments)]
     return (is_alias_name(path), *key)
@@ -80,17 +81,17 @@ def natural(path: Location) -> tuple[object, ...]:
 
 def _magnitude(digits: str) -> tuple[int, str]:
     """Return a sort key of a whole number of any length."""
-    # By length and text, since Python converts no more than 4300 digits to an int.
+    # Compared by length and text, since Python converts at most 4300 digits to an int.
     significant = digits.lstrip("0")
     return len(significant), significant
 
 
 def is_alias_name(path: Location) -> bool:
-    """Tell whether a name tells no step: it has no number, or a word like last or best."""
+    """Return True if a name tells no step: no number, or a word like last or best."""
     stem = stem_of(path).lower()
     return not re.search(r"\d", stem) or bool(_ALIAS_WORD.search(stem))
 
 
 def is_best_name(path: Location) -> bool:
-    """Tell whether a name says that a checkpoint is the best of its run."""
+    """Return True if a name marks the best checkpoint of a run."""
     return bool(_BEST_WORD.search(stem_of(path).lower()))

@@ -1,4 +1,4 @@
-"""The search below paths for checkpoints, and their grouping by training."""
+"""Search for checkpoints below paths, and grouping by training."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ class Findings:
     Attributes:
         groups: The paths, training by training.
         left_out: Paths that are not opened, each with the reason.
-        named: True where the user gave each of the paths one by one.
-        broken: Errors of members that hold no weights although their names promise some.
-        entered: Directory that is no run → the only run below it, which is taken.
-        skipping: Patterns that have skipped something.
+        named: True if the user named each of the paths.
+        broken: Errors of members that hold no weights, although the names look like checkpoints.
+        entered: Directory that is no run → the only run below, which is taken.
+        skipping: Patterns that have skipped a path.
     """
 
     groups: list[list[Location]]
@@ -71,7 +71,7 @@ class Findings:
     skipping: set[str] = field(default_factory=set)
 
     def root_of(self, path: Location) -> Location:
-        """Return the run that is taken for a directory: the only one below, or itself."""
+        """Return the run that is taken for a directory: the only run below, or the directory."""
         while path in self.entered:
             path = self.entered[path]
         return path
@@ -79,9 +79,9 @@ class Findings:
 
 @dataclass(frozen=True)
 class Patterns:
-    """The shell patterns by which a user selects the checkpoints of a run.
+    """Shell patterns by which a user selects the checkpoints of a run.
 
-    A pattern of several names, as ``unet/*``, is matched with as many of a path's last names.
+    A pattern with slashes, such as ``unet/*``, is matched with as many of a path's last names.
 
     Attributes:
         glob: Pattern that a checkpoint must match; None admits all.
@@ -92,11 +92,11 @@ class Patterns:
     skip: tuple[str, ...] = ()
 
     def skipping(self, path: Location, root: Location) -> set[str]:
-        """Return the patterns that skip a checkpoint, or a directory between a root and it."""
+        """Return the patterns that skip a checkpoint, or a directory below the root."""
         if not self.skip:
             return set()
         line = [path]
-        # Names above the root do not count, nor the root's own where the path lies below it.
+        # Names above the root do not count. The name of the root counts only for the root itself.
         while root not in (line[-1], line[-1].parent) and line[-1].parent != line[-1]:
             line.append(line[-1].parent)
         return {p for p in self.skip if any(matches(ancestor, p) for ancestor in line)}
@@ -126,7 +126,8 @@ def find(paths: Sequence[Location], patterns: Patterns) -> Findings:
     if not any(groups.values()) and patterns.glob is not None:
         raise describe_no_match(patterns.glob, findings.left_out)
     groups = {home: members for home, members in groups.items() if members}
-    # Parts of one model first: read alone they would pass for networks or for damage below.
+    # Parts of one model are sorted out first. The checks below would take a single part for a
+    # network of its own, or for a damaged file.
     groups = _without_replicas(groups, findings)
     groups, copies = split_copies(groups, listing.unnamed)
     findings.left_out += [(path, EMA_COPY) for path in copies]
@@ -139,7 +140,7 @@ def find(paths: Sequence[Location], patterns: Patterns) -> Findings:
 
 
 def _without_replicas(groups: Groups, findings: Findings) -> Groups:
-    """Return the groups with the first rank's file of those that hold the same, and note the rest.
+    """Drop the files of ranks that repeat the first rank's file, and record the reason.
 
     Raises:
         CheckpointError: Files are parts of one model.
@@ -150,7 +151,7 @@ def _without_replicas(groups: Groups, findings: Findings) -> Groups:
         together = set(members)
         kept[home] = []
         for path in members:
-            # What another run holds too is no replica.
+            # A file whose first rank is in another run is no replica.
             if replicas.get(path) in together:
                 findings.left_out.append((path, REPLICA))
             else:
@@ -161,7 +162,7 @@ def _without_replicas(groups: Groups, findings: Findings) -> Groups:
 def _without_skipped(
     paths: Sequence[Location], root: Location, patterns: Patterns, findings: Findings
 ) -> list[Location]:
-    """Return the paths that no pattern skips, and note the others."""
+    """Drop the paths that a pattern skips, and record the reason."""
     kept: list[Location] = []
     for path in paths:
         if skipping := patterns.skipping(path, root):
@@ -174,12 +175,12 @@ def _without_skipped(
 
 @dataclass
 class _Listing:
-    """The checkpoints before they are grouped.
+    """List of checkpoints before grouping.
 
     Attributes:
-        homes: The checkpoints, by the directory that keeps them together.
-        apart: Directories below those of steps, which may hold one network each.
-        unnamed: The checkpoints that the user did not name, but a directory above them.
+        homes: Directory that keeps checkpoints together → the checkpoints.
+        apart: Directories below directories of steps, which may hold one network each.
+        unnamed: Checkpoints that were found below a directory, not named by the user.
     """
 
     homes: dict[Location, list[Location]] = field(default_factory=dict)
@@ -189,19 +190,19 @@ class _Listing:
     def add(
         self, path: Location, members: Sequence[Location], selected: Sequence[Location]
     ) -> None:
-        """Add the checkpoints that a path has led to.
+        """Add the checkpoints at or below a path.
 
         Args:
-            path: The path that the user gave.
-            members: The checkpoints at or below it.
-            selected: Those of the members that are not skipped.
+            path: Path that the user gave.
+            members: Checkpoints at or below the path.
+            selected: Members that are not skipped.
         """
         is_named = members == [path]
         if not is_named:
             self.unnamed.update(selected)
         for member in selected:
             is_direct = not is_named and member in (path, path / member.name)
-            # Resolved, so that two spellings of a directory make one group.
+            # Resolved, so that two paths to one directory make one group.
             home = (path if is_direct else member.parent).resolve()
             self.homes.setdefault(home, []).append(member)
             if not is_direct and not is_named:
@@ -212,13 +213,13 @@ def _replace_parts(paths: Sequence[Location]) -> list[Location]:
     """Replace files that are parts of a checkpoint by the directory that is the checkpoint.
 
     Raises:
-        CheckpointError: Some of a model's shards are named, and not the others.
+        CheckpointError: Only some of a model's shards are named.
     """
     shards: dict[Location, set[str]] = defaultdict(set)
     for path in paths:
         if parse_name(path) is not None:
             shards[path.parent].add(path.name)
-    # A single shard that is named is opened alone: its user asks for it.
+    # A single named shard is opened alone, as the user asks.
     sharded = [home for home, files in shards.items() if len(files) > 1 and find_shards(home)]
     for home in sharded:
         names = [shard.path.name for shard in find_shards(home)]
@@ -233,13 +234,13 @@ def _replace_parts(paths: Sequence[Location]) -> list[Location]:
 
 
 def _replace_part(path: Location) -> Location:
-    """Replace a file of an adapter or of a rank by its directory; other paths stay."""
+    """Replace a file of an adapter or of a rank by the directory; other paths stay."""
     is_adapter = path.name in peft.FILES and peft.weights_file(path.parent) is not None
     return path.parent if is_adapter or path.suffix == reader.SUFFIX else path
 
 
 def _select(members: list[Location], pattern: str | None, findings: Findings) -> list[Location]:
-    """Return the members that a run is made of, each once."""
+    """Select the members of a run, without duplicates."""
     selected: dict[tuple[Location, str], Location] = {}
     for path in members:
         if pattern is not None and not matches(path, pattern):
@@ -247,16 +248,16 @@ def _select(members: list[Location], pattern: str | None, findings: Findings) ->
         elif len(members) > 1 and path.is_file() and OTHER_STATE.fullmatch(stem_of(path)):
             findings.left_out.append((path, NOT_WEIGHTS))
         else:
-            # A link counts under its own name: what it leads to may be a member too.
+            # A link counts under the name of the link, since the target may be a member too.
             selected.setdefault((path.parent.resolve(), path.name), path)
     return list(selected.values())
 
 
 def _members(directory: Location, patterns: Patterns, findings: Findings) -> list[Location]:
-    """Find the checkpoints of a directory: the directory itself, or those below it.
+    """Find the checkpoints of a directory: the directory itself, or checkpoints below.
 
     Raises:
-        RunError: There are none, or several runs below, or one was left half-written.
+        RunError: There is no checkpoint, or several runs below, or an unfinished checkpoint.
     """
     shown = sorted((p for p in directory.iterdir() if not p.name.startswith(".")), key=natural)
     below = _without_skipped(shown, directory, patterns, findings)
@@ -271,7 +272,8 @@ def _members(directory: Location, patterns: Patterns, findings: Findings) -> lis
         (nested if is_checkpoint_directory(path) and not is_part else folders).append(path)
     broken = find_unfinished(folders)
     steps = [path for path in nested if mask_step(path.name) is not None]
-    # An unfinished step among finished ones is a damaged member; else the save itself failed.
+    # An unfinished step among finished steps is a damaged member. Without finished steps, the
+    # error is raised at once.
     if broken and (not steps or any(mask_step(path.name) is None for path in broken)):
         raise next(iter(broken.values()))
     findings.broken |= broken
@@ -288,11 +290,12 @@ def _members(directory: Location, patterns: Patterns, findings: Findings) -> lis
         return deeper
     members = [*nested, *broken, *files]
     runs = [path for path in folders if path not in broken and holds_checkpoints(path)]
-    # Files such as best.pt and last.pt beside runs belong to one of these, or to none.
+    # Files such as best.pt and last.pt beside runs belong to one of the runs, or to no run.
     few = len(members) < 2 or (members == files and all(is_alias_name(path) for path in files))
     deeper = runs_below(directory, _admits(directory, patterns)) if few else []
     if not members and not deeper and len(below) < len(shown):
-        return []  # nothing is there but what the user skips
+        # All contents are skipped by the user.
+        return []
     if not members or (few and runs) or len(deeper) > 1:
         return _enter(directory, patterns, findings, loose=members)
     findings.left_out += [(path, "a run of its own") for path in runs]
@@ -302,16 +305,16 @@ def _members(directory: Location, patterns: Patterns, findings: Findings) -> lis
 def _enter(
     directory: Location, patterns: Patterns, findings: Findings, loose: Sequence[Location] = ()
 ) -> list[Location]:
-    """Find the checkpoints of the only run below a directory that is none itself.
+    """Find the checkpoints of the only run below a directory that is no run itself.
 
     Args:
         directory: The directory that the user named.
         patterns: Selection of the checkpoints.
-        findings: Gets the run that is taken.
-        loose: Checkpoints directly in the directory, too few to be what was meant.
+        findings: Findings that record the run that is taken.
+        loose: Checkpoints directly in the directory, too few to be the run that was meant.
 
     Raises:
-        RunError: There are several, or none.
+        RunError: There are several runs, or no run.
     """
     run = find_only_run(directory, _admits(directory, patterns), loose)
     findings.entered[directory] = run
@@ -319,19 +322,20 @@ def _enter(
 
 
 def _admits(root: Location, patterns: Patterns) -> Callable[[Location], bool]:
+    """Return a test for paths that the user does not skip."""
     return lambda path: not patterns.skipping(path, root)
 
 
 def _weights_files(
     files: Sequence[Location], patterns: Patterns, findings: Findings, *, alone: bool
 ) -> list[Location]:
-    """Find the files of a directory that are checkpoints by their names.
+    """Find the files of a directory that are checkpoints by name.
 
     Args:
         files: All files of the directory.
         patterns: Selection of the checkpoints.
-        findings: Gets the files that are left out.
-        alone: True where no directory beside the files is a checkpoint.
+        findings: Findings that record the files that are left out.
+        alone: True if no directory beside the files is a checkpoint.
     """
     candidates, passed_over = split_by_suffix(files, patterns.glob, alone=alone)
     findings.left_out += [(path, PASSED_OVER) for path in passed_over]
@@ -347,12 +351,12 @@ def _weights_files(
 def _around_root(
     root: Location, nested: list[Location], folders: list[Location], findings: Findings
 ) -> list[Location]:
-    """Find the checkpoints of a run that has a model at its root: the numbered ones and it."""
+    """Find the checkpoints of a run with a model at the root: numbered checkpoints and root."""
     numbered = [path for path in nested if re.search(r"\d", path.name)]
     findings.left_out += [(path, _UNLIKE) for path in nested if numbered and path not in numbered]
     steps = [path for path in folders if mask_step(path.name) is not None]
     members = numbered or [path for step in steps for path in weights_below(step)]
-    # The root is then a pipeline, of which one network was trained.
+    # The root is a pipeline of several networks, and the steps hold the one that was trained.
     if members and part_names(root) and not any(map(part_names, members)):
         findings.left_out.append((root, "a model of several directories, unlike its steps"))
         return members
@@ -367,13 +371,13 @@ def _below_steps(
     folders: list[Location],
     findings: Findings,
 ) -> list[Location]:
-    """Find the checkpoints below the directories that are called after steps.
+    """Find the checkpoints below directories that are named after steps.
 
     Returns:
-        The checkpoints; none where the directory's own files or directories are the run.
+        The checkpoints; empty where the directory's own files or directories are the run.
 
     Raises:
-        CheckpointError: They are parts of models.
+        CheckpointError: The files are parts of models.
     """
     if len(files) > 1 or any(mask_step(path.name) is not None for path in nested):
         return []
@@ -383,14 +387,14 @@ def _below_steps(
     deeper = [path for members in steps.values() for path in members]
     places = [place for path in deeper if (place := place_of(path)) is not None]
     networks = {place.below[0] for place in places}
-    # Several models beside the steps are the run, unless the steps have networks of their names.
+    # Several models beside the steps are the run, unless the steps have networks of equal names.
     if len(nested) > 1 and not networks & {glob.escape(path.name) for path in nested}:
         return []
     by_parent: dict[Location, list[Location]] = defaultdict(list)
     for path in deeper:
         by_parent[path.parent].append(path)
     neighbours = [members for members in by_parent.values() if len(members) > 1]
-    # A run within a directory that is called after a step, or a date, is not this directory's.
+    # A run within a directory named after a step or a date does not belong to this directory.
     if any(is_series(members) and not are_parts(members) for members in neighbours):
         return []
     if len({place.base for place in places}) > 1 and not are_parts(deeper):
@@ -403,7 +407,7 @@ def _below_steps(
 
 
 def _numbered_below(directory: Location) -> bool:
-    """Tell whether a directory holds a run of checkpoint directories."""
+    """Return True if a directory holds a run of checkpoint directories."""
     components = part_names(directory)
     for path in directory.iterdir():
         if not re.search(r"\d", path.name) or path.name in components:

@@ -1,4 +1,4 @@
-"""Paths that are no part of a run, the reasons, and the notes about them."""
+"""Paths that are left out of a run, with reasons and notes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NO_MATCH = "does not match "
 def tell(left_out: Sequence[LeftOut]) -> list[str]:
     """Word the notes about the paths that were left out.
 
-    Paths that nobody would expect in a run get no note. Equal names below many steps share one.
+    Paths that no user expects in a run get no note. Equal names below many steps share a note.
     """
     notes: list[str] = []
     groups: dict[LeftOut | tuple[str, str], list[Location]] = defaultdict(list)
@@ -39,7 +39,7 @@ def tell(left_out: Sequence[LeftOut]) -> list[str]:
 
 
 def describe_no_match(pattern: str, left_out: Sequence[LeftOut]) -> RunError:
-    """Word the error for a pattern that no checkpoint matches, with names that are there."""
+    """Word the error for a pattern that no checkpoint matches, with existing names."""
     depth = pattern.count("/") + 1
     lines = [path for path, why in left_out if why.startswith(NO_MATCH)]
     names = ["/".join(str(path).split("/")[-depth:]) for path in lines]

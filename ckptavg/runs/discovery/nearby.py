@@ -1,4 +1,4 @@
-"""The runs near a path that holds none, for the errors that name them."""
+"""Search for runs near a path without a run, for use or for error messages."""
 
 from __future__ import annotations
 
@@ -11,24 +11,28 @@ from ckptavg.runs.discovery.file_names import OTHER_STATE, SUFFIXES, natural, st
 from ckptavg.runs.discovery.numbered import mask_step, step_directory, weights_below
 from ckptavg.runs.discovery.ranks import find_replicas
 
-# Levels, and directories per level, in which runs to name are looked for.
+# Limits of the search for runs: levels, and directories per level.
 _DEEPEST_RUN, _MOST_LOOKED_INTO = 4, 200
 
 
 def find_only_run(
     directory: Location, admits: Callable[[Location], bool], loose: Sequence[Location] = ()
 ) -> Location:
-    """Find the only run below a directory that is none itself.
+    """Find the only run below a directory that is no run itself.
 
     Args:
         directory: The directory that the user named.
-        admits: Tells whether the user lets a directory be looked into.
-        loose: Checkpoints directly in it, too few to be what was meant.
+        admits: Test for directories that the user does not skip.
+        loose: Checkpoints directly in the directory, too few to be the run that was meant.
+
+    Returns:
+        The directory of the run.
 
     Raises:
-        RunError: There are several runs or none, or it is not certain which is meant.
-        CheckpointError: The directory holds the parts of different ranks, which says more.
+        RunError: There are several runs or no run, or it is not certain which is meant.
+        CheckpointError: The directory holds the parts of different ranks.
     """
+    # First, since the error about parts of ranks says more than the errors below.
     find_replicas(weights_below(directory))
     runs = runs_below(directory, admits)
     if len(runs) > 1:
@@ -51,12 +55,12 @@ def find_only_run(
 
 
 def leads_to_checkpoints(directory: Location) -> bool:
-    """Tell whether checkpoints lie in a directory or, as those of a training do, below it."""
+    """Return True if a directory holds checkpoints, directly or in runs below."""
     return holds_checkpoints(directory) or bool(runs_below(directory, lambda _: True))
 
 
 def runs_below(directory: Location, admits: Callable[[Location], bool]) -> list[Location]:
-    """Find the uppermost directories below one that hold checkpoints."""
+    """Find the uppermost directories with checkpoints below a directory."""
     runs: dict[Location, None] = {}
     level = [directory]
     for _ in range(_DEEPEST_RUN):
@@ -71,7 +75,7 @@ def runs_below(directory: Location, admits: Callable[[Location], bool]) -> list[
 
 
 def _is_of_a_run(directory: Location) -> bool:
-    """Tell whether a directory holds checkpoints, or is a step's with some further down."""
+    """Return True if a directory holds checkpoints, or is a step with checkpoints below."""
     if holds_checkpoints(directory):
         return True
     return mask_step(directory.name) is not None and bool(weights_below(directory))
@@ -80,7 +84,7 @@ def _is_of_a_run(directory: Location) -> bool:
 def _training_of(holder: Location, directory: Location) -> Location:
     """Return the directory that a user names to get the checkpoints in a holder.
 
-    It is the one above the directories of steps, if that lies below the directory of the search.
+    This is the directory above the steps, if it is below the directory of the search.
     """
     step = holder if mask_step(holder.name) is not None else step_directory(holder)
     if step is None or directory not in step.parents or step.parent == directory:
@@ -89,13 +93,13 @@ def _training_of(holder: Location, directory: Location) -> Location:
 
 
 def _folders(directory: Location) -> list[Location]:
-    """List the directories directly below one, in natural order."""
+    """List the visible subdirectories of a directory, in natural order."""
     shown = (p for p in directory.iterdir() if p.is_dir() and not p.name.startswith("."))
     return sorted(shown, key=natural)
 
 
 def holds_checkpoints(directory: Location) -> bool:
-    """Tell whether a checkpoint lies directly below a directory."""
+    """Return True if a checkpoint is stored directly in a directory."""
     for path in directory.iterdir():
         if path.name.startswith("."):
             continue

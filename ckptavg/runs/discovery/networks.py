@@ -1,4 +1,4 @@
-"""Several networks below the directories of one training's steps, and EMA copies of them."""
+"""Rules for several networks per step of a training, and for EMA copies."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def with_roots(groups: Groups) -> Groups:
     for home, members in list(groups.items()):
         if isinstance(home, Place) or len(members) != 1:
             continue
-        # With several networks at each step, nothing tells which of them the root is.
+        # With several networks per step, it is unknown to which network the root belongs.
         series = runs[members[0].resolve()]
         if len(series) == 1:
             groups[series[0]] += groups.pop(home)
@@ -61,26 +61,26 @@ def split_copies(groups: Groups, listed: Set[Location]) -> tuple[Groups, list[Lo
 
 
 def _copies_among(neighbours: Sequence[Location]) -> set[Location]:
-    """Find the directories that are the EMA copy of a neighbour, by their names."""
+    """Find the directories that are EMA copies of a neighbour, by name."""
     names = {path.name for path in neighbours}
     return {p for p in neighbours if names & {*original_names(p.name)} and p.is_dir()}
 
 
 def split_weightless(groups: Groups, listed: Set[Location]) -> tuple[Groups, list[Location]]:
-    """Split off what each step has beside its network and is no weights: a counter, a schedule.
+    """Split off files without weights beside the network of each step: a counter, a schedule.
 
     Args:
         groups: The checkpoints of each training.
         listed: Checkpoints that the user did not name.
 
     Returns:
-        The groups with weights, and the members of the others.
+        The groups with weights, and the members of the groups without.
     """
     weightless: set[Location | Place] = set()
     for places in _several_networks(groups, listed).values():
-        # One member tells for all.
+        # One member per place is opened, and decides for all members of the place.
         contents = {place: _content_of(groups[place][-1]) for place in places}
-        # The state of a random generator or of a loader is bytes and counts.
+        # Tensors of integers alone are the state of a random generator or a data loader.
         weightless_kinds: set[_Content] = {"nothing"}
         weightless_kinds |= {"integers"} if "weights" in contents.values() else set()
         weightless |= {place for place in places if contents[place] in weightless_kinds}
@@ -89,30 +89,31 @@ def split_weightless(groups: Groups, listed: Set[Location]) -> tuple[Groups, lis
 
 
 def _content_of(path: Location) -> _Content:
-    """Tell what a file or directory holds, as far as it opens."""
+    """Classify the contents of a file or directory."""
     try:
         checkpoint = open_checkpoint(path)
     except NoWeightsError:
         return "nothing"
     except CheckpointError:
-        # What is damaged, or a pointer to weights, is no reason to pass it over.
+        # A damaged file may hold weights, and a pointer stands for weights, so neither is passed
+        # over. A text holds no weights.
         return "nothing" if path.is_file() and is_text(path) else "unknown"
     all_integers = all(tensor.dtype.kind == "int" for tensor in checkpoint.tensors.values())
     return "integers" if all_integers and not checkpoint.refused else "weights"
 
 
 def refuse_networks(groups: Groups, listed: Set[Location]) -> None:
-    """Make sure that a directory holds one network at each step.
+    """Refuse a directory that holds several networks at each step.
 
     Args:
         groups: The checkpoints of each training.
         listed: Checkpoints that the user did not name.
 
     Raises:
-        RunError: It holds several, and the user named none.
+        RunError: The directory holds several networks, and the user named none.
     """
     for base, networks in _several_networks(groups, listed).items():
-        # Two series of steps may have a network of one name: the pattern then names the series.
+        # Two series of steps may have networks of equal names. The pattern then names the series.
         share_names = len({place.name for place in networks}) < len(networks)
         patterns = [
             f"'{place.full_pattern if share_names else place.pattern}'" for place in networks
@@ -124,7 +125,11 @@ def refuse_networks(groups: Groups, listed: Set[Location]) -> None:
 
 
 def _several_networks(groups: Groups, listed: Set[Location]) -> dict[Location, list[Place]]:
-    """Find the directories below whose steps several networks lie, each with their places."""
+    """Find the directories with several networks per step.
+
+    Returns:
+        Directory → places of the networks.
+    """
     places: dict[Location, list[Place]] = defaultdict(list)
     for home, members in groups.items():
         if isinstance(home, Place) and all(path in listed for path in members):

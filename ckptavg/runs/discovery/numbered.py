@@ -1,7 +1,7 @@
-"""The directories that are called after steps, and the checkpoints at one place below them.
+"""Directories that are named after steps, and places of checkpoints below.
 
-Trainers save ``checkpoint-500/unet/`` or ``global_step_500/actor/huggingface/``: the step stands
-above the checkpoint, and ``unet`` below each of the steps is one run.
+Trainers save ``checkpoint-500/unet/`` or ``global_step_500/actor/huggingface/``: the step is in the
+name of a directory above the checkpoint. The ``unet`` below all steps is one run.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from ckptavg.io.paths import Location, ancestors
 from ckptavg.runs.discovery.file_names import SUFFIXES, stem_of, why_not
 from ckptavg.runs.discovery.steps_in_names import DATE
 
-DEEPEST = 5  # levels between a checkpoint and the directory that is called after its step
-# Directories of a level below one step's: a data set may lie there too.
+# Levels between a checkpoint and the directory that is named after the step.
+DEEPEST = 5
+# Directories per level below a step, since a data set may be stored there too.
 _MOST_LOOKED_INTO = 200
 _WORDS = r"(?:global_?)?steps?|iter(?:ation)?s?|epochs?|checkpoints?|ckpts?|chkpts?"
 _STEP_IN_NAME = re.compile(
@@ -36,11 +37,11 @@ _BARE_NUMBER = re.compile(r"\d+(?:[-_.: T]\d+)*")
 
 @dataclass(frozen=True)
 class Place:
-    """A place at which each step of a training has a checkpoint.
+    """Place at which each step of a training has a checkpoint.
 
     Attributes:
-        base: The directory of the training.
-        series: Shell pattern of the directories that are called after the training's steps.
+        base: Directory of the training.
+        series: Shell pattern of the directories that are named after the training's steps.
         below: Shell patterns of the names from a step's directory down to the checkpoint.
     """
 
@@ -60,34 +61,35 @@ class Place:
 
     @property
     def name(self) -> str:
-        """The path below each step."""
+        """Path below each step."""
         return "/".join(self.below)
 
 
 def mask_step(name: str) -> str | None:
-    """Return the shell pattern of a name with any step in it; None where a name tells no step."""
+    """Replace the step in a name by a star; None where the name tells no step."""
     if _BARE_NUMBER.fullmatch(name):
         return "*"
     if not DATE.search(name) and not _STEP_IN_NAME.search(name):
         return None
-    # A NUL, which no name has, holds each star's place while the other characters are escaped.
+    # A NUL, which no name has, marks the place of each star while the rest is escaped.
     masked = DATE.sub("\0", name)
     masked = _STEP_IN_NAME.sub(lambda step: _COUNT.sub("\0", step[0]), masked)
     return glob.escape(_SCORE.sub("\0", masked)).replace("\0", "*")
 
 
 def step_directory(path: Location) -> Location | None:
-    """Find the nearest directory above a checkpoint that is called after a step."""
+    """Find the nearest directory above a checkpoint that is named after a step."""
     above = ancestors(path, DEEPEST)
     return next((parent for parent in above if mask_step(parent.name) is not None), None)
 
 
 def place_of(path: Location, *, masked: bool = False) -> Place | None:
-    """Return the place of a checkpoint below the directory that is called after its step, if any.
+    """Return the place of a checkpoint below the directory of the step; None without a step.
 
     Args:
         path: The checkpoint.
-        masked: Also take the same step out of names further down: ``checkpoint-5/global_step5``.
+        masked: True to replace the same step in names further down, too:
+            ``checkpoint-5/global_step5``.
     """
     home = step_directory(path)
     if home is None:
@@ -102,14 +104,14 @@ def place_of(path: Location, *, masked: bool = False) -> Place | None:
 
 
 def labels_of(paths: Sequence[Location]) -> dict[Location, Location]:
-    """Find for each path the one whose name tells its step: itself, or a directory above it.
+    """Find the label of each path: the path, or a directory above, whose name tells the step.
 
-    The names on the lowest level on which they are not all the same are the labels.
+    The labels are on the lowest level on which the names are not all the same.
     """
     roots = roots_of(paths)
     members = [path for path in paths if path not in roots]
     labels = {path: path for path in paths}
-    # With one member there is nothing to compare: then the name itself has to tell.
+    # With one member there are no other names to compare, so the name itself decides.
     if len(members) == 1:
         return labels | {members[0]: _label_of(members[0])}
     lines = {path: [path, *ancestors(path, DEEPEST + 1)] for path in members}
@@ -120,7 +122,7 @@ def labels_of(paths: Sequence[Location]) -> dict[Location, Location]:
 
 
 def short_names(paths: Sequence[Location]) -> list[str]:
-    """Name the paths, with as many directories as it takes to tell all of them apart."""
+    """Name the paths, with as many directories as are needed to make the names unique."""
     names = [path.name for path in paths]
     for level in range(1, DEEPEST + 2):
         if len({*names}) == len({*paths}):
@@ -131,7 +133,7 @@ def short_names(paths: Sequence[Location]) -> list[str]:
 
 
 def roots_of(paths: Sequence[Location]) -> set[Location]:
-    """Find the paths that others of the paths lie in."""
+    """Find the paths that are directories above other paths."""
     above = {parent for path in paths for parent in ancestors(path, DEEPEST + 1)}
     return {path for path in paths if path in above}
 
@@ -139,7 +141,7 @@ def roots_of(paths: Sequence[Location]) -> set[Location]:
 def weights_below(directory: Location) -> list[Location]:
     """Find the checkpoints below a directory, on any level: directories, or else files.
 
-    A file beside a model's directory is another state: that of a data loader, or of a rank.
+    A file beside a model's directory holds another state: of a data loader, or of a rank.
     """
     directories: list[Location] = []
     level = [directory]
@@ -156,14 +158,14 @@ def weights_below(directory: Location) -> list[Location]:
                 deeper.append(path)
             elif path.name.endswith(SUFFIXES):
                 level_files.append(path)
-        # Only those of the uppermost level that has some.
+        # Only the files of the uppermost level with files count.
         files = files or level_files
         level = deeper[:_MOST_LOOKED_INTO]
     return directories or files
 
 
 def is_series(members: Sequence[Location]) -> bool:
-    """Tell by their names whether neighbours are several steps, and not several networks."""
+    """Return True if neighbours are several steps by name, and not several networks."""
     if any(mask_step(stem_of(path)) is not None for path in members):
         return True
     files = Counter(re.sub(r"\d+", "*", path.name) for path in members if path.is_file())
@@ -173,17 +175,17 @@ def is_series(members: Sequence[Location]) -> bool:
 def group_by_place(
     homes: Mapping[Location, Sequence[Location]], apart: Collection[Location]
 ) -> dict[Location | Place, list[Location]]:
-    """Group the checkpoints by training: those at one place below the directories of steps.
+    """Group checkpoints by training, which is the place below the directories of steps.
 
-    Neighbours stay together where they are a series themselves, or where no other step has a
-    checkpoint at the place of one of them.
+    Neighbours stay together if they are a series themselves, or if no other step has a checkpoint
+    at the place of a neighbour.
 
     Args:
-        homes: Checkpoints by the directory that they were found in.
+        homes: Directory → checkpoints that were found in the directory.
         apart: Directories whose members are several networks in any case.
 
     Returns:
-        Place, or directory of a run without places → its checkpoints.
+        Place, or directory of a run without places → checkpoints.
     """
     places = _find_places([path for members in homes.values() for path in members])
     shared = Counter(places.values())
@@ -200,11 +202,11 @@ def group_by_place(
 
 
 def _find_places(paths: Sequence[Location]) -> dict[Location, Place]:
-    """Find the places of the paths that have one.
+    """Find the places of the paths below directories of steps.
 
-    A path that is alone at its place may repeat its step further down, which is then masked.
+    The only path at a place may repeat the step further down. The repeated step is then masked.
     """
-    # The directories resolved, but not the name: a link is a checkpoint of its own name.
+    # Only the directories are resolved: a link counts under the name of the link.
     real = {path: path.parent.resolve() / path.name for path in paths}
     places = {path: place for path in paths if (place := place_of(real[path])) is not None}
     shared = Counter(places.values())
@@ -215,7 +217,7 @@ def _find_places(paths: Sequence[Location]) -> dict[Location, Place]:
 
 
 def _label_of(path: Location) -> Location:
-    """Return the path whose name tells a single checkpoint's step: itself, or one above it."""
+    """Return the label of a single checkpoint: the path, or the directory of the step."""
     numbered_file = not path.is_dir() and re.search(r"\d", stem_of(path))
     if numbered_file or mask_step(stem_of(path)) is not None:
         return path

@@ -1,7 +1,8 @@
 """Files that ranks of a parallel training wrote: parts of one model, which have no mean.
 
-Tensor-parallel ranks hold slices under the same names, pipeline stages count their layers from
-zero, and FSDP's local shards are flat. What does not say how it fits cannot be put together.
+Tensor-parallel ranks hold slices under the same names. Pipeline stages count layers from zero.
+Local shards of FSDP are flat. Such files do not record how the parts fit together, so the model
+cannot be rebuilt from the parts.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ckptavg.runs.discovery.file_names import natural
 from ckptavg.runs.discovery.numbered import mask_step
 from ckptavg.runs.duplicates import Contents, SameWeights
 
-# Levels above a file in which the number of its rank is looked for.
+# Levels above a file whose names may have the number of the rank.
 _DEEPEST = 3
 _RANK = re.compile(
     r"(?<![a-z])consolidated\.\d\d(?=\.)|"
@@ -32,7 +33,8 @@ _RANK = re.compile(
     r"(?<![a-z])shards?[-_]?\d+",
     re.IGNORECASE,
 )
-# Said of further axes only beside one of the above: ep5 alone is an epoch, cp_100 a checkpoint.
+# Further axes count only beside a match of the pattern above: ep5 alone is an epoch, and cp_100 a
+# checkpoint.
 _AXIS = re.compile(r"(?<![a-z])(?:cp|dp|ep|etp|edp|mp|sp|vpp|zo|zero)[-_]?(\d+)", re.IGNORECASE)
 _REMEDIES = (
     (
@@ -64,18 +66,18 @@ _USUAL_REMEDY = (
     "training (one full state dict, or torch.distributed.checkpoint), then average that."
 )
 _NAMED_RUN = "If they are of several steps of a training, name each of them."
-# Vectors of two checkpoints that are read: so many tell as much as all would.
+# Vectors of two checkpoints that are read at most. More would not change the decision.
 _MOST_COMPARED = 64
 
 
 @dataclass(frozen=True)
 class RankFile:
-    """A file whose path names the rank that wrote it, and so the part of a model that it holds.
+    """File whose path names the rank that wrote the file, and so the part of a model.
 
     Attributes:
         path: The file.
-        model: The path without the numbers of ranks: equal for the parts of one model.
-        ranks: The numbers of ranks, without leading zeros.
+        model: Path without the numbers of ranks, equal for the parts of one model.
+        ranks: Numbers of ranks, without leading zeros.
     """
 
     path: Location
@@ -84,7 +86,7 @@ class RankFile:
 
 
 def parse_rank(path: Location) -> RankFile | None:
-    """Take the ranks out of a path; None where it names none."""
+    """Parse the ranks in a path; None for a path without ranks."""
     line = [path, *ancestors(path, _DEEPEST)]
     names = [location.name for location in line]
     if not any(map(_RANK.search, names)):
@@ -93,7 +95,7 @@ def parse_rank(path: Location) -> RankFile | None:
     masked: list[str] = []
     for name in names:
         text = name
-        # The rank of an adapter is an extent, not a process.
+        # The rank of an adapter is a matrix dimension, not a process.
         for pattern in () if "lora" in name.lower() else (_RANK, _AXIS):
             for match in pattern.finditer(text):
                 ranks += [n.lstrip("0") or "0" for n in re.findall(r"\d+", match[0])]
@@ -103,7 +105,7 @@ def parse_rank(path: Location) -> RankFile | None:
 
 
 def are_parts(paths: Sequence[Location]) -> bool:
-    """Tell whether paths name the parts of different ranks."""
+    """Return True if paths name the parts of different ranks."""
     return bool(_group_by_model(paths))
 
 
@@ -111,10 +113,10 @@ def find_replicas(paths: Iterable[Location]) -> dict[Location, Location]:
     """Find the files in which ranks of data-parallel training repeat the first rank's weights.
 
     Returns:
-        Each such file → that of the first rank.
+        File with repeated weights → file of the first rank.
 
     Raises:
-        CheckpointError: Files are different ranks' parts of one model, or one cannot be opened.
+        CheckpointError: Files are parts of one model, or a file cannot be opened.
     """
     replicas: dict[Location, Location] = {}
     for group in _group_by_model(paths):
@@ -122,7 +124,7 @@ def find_replicas(paths: Iterable[Location]) -> dict[Location, Location]:
         copies: list[Location] = []
         for path in group[1:]:
             other = open_checkpoint(path)
-            # Of files that record different steps the numbers are no ranks.
+            # Files that record different steps are no ranks, whatever the numbers in the names.
             if _moment(first) != _moment(other):
                 break
             if not _are_replicas(first, other):
@@ -134,14 +136,14 @@ def find_replicas(paths: Iterable[Location]) -> dict[Location, Location]:
 
 
 def _group_by_model(paths: Iterable[Location]) -> list[list[Location]]:
-    """Group the files of each model that several ranks wrote, one file per rank."""
+    """Group the files of several ranks by model, one file per rank."""
     models: dict[object, dict[tuple[str, ...], Location]] = defaultdict(dict)
     for path in sorted(paths, key=natural):
         if (file := parse_rank(path)) is not None:
             models[file.model].setdefault(file.ranks, path)
     groups: list[list[Location]] = []
     for files in models.values():
-        # Processes count from 0 or 1. Without a first one the numbers are something else, such
+        # Processes count from 0 or 1. Without a first number, the numbers are something else, such
         # as the ranks of adapters.
         has_first = any({"0", "1"} & {*numbers} for numbers in files)
         if len(files) > 1 and has_first:
@@ -150,21 +152,23 @@ def _group_by_model(paths: Iterable[Location]) -> list[list[Location]]:
 
 
 def _are_replicas(first: Checkpoint, second: Checkpoint) -> bool:
-    """Tell whether two ranks hold the same weights.
+    """Return True if two ranks hold the same weights.
 
-    Their running statistics may differ: without SyncBatchNorm each has those of its own batches.
+    The running statistics may differ: without SyncBatchNorm each rank has the statistics of the
+    rank's own batches.
     """
     return _hold_same(_drop_statistics(first), _drop_statistics(second), Contents())
 
 
 def _drop_statistics(checkpoint: Checkpoint) -> Checkpoint:
+    """Return the checkpoint without running statistics."""
     statistics = running_statistics(checkpoint.tensors)
     weights = {name: t for name, t in checkpoint.tensors.items() if name not in statistics}
     return replace(checkpoint, tensors=weights)
 
 
 def _hold_same(first: Checkpoint, second: Checkpoint, contents: Contents) -> bool:
-    """Tell whether two checkpoints hold the same tensors."""
+    """Return True if two checkpoints hold the same tensors."""
     weights = SameWeights(contents)
     weights.add(first)
     return weights.find(second) is not None
@@ -180,7 +184,7 @@ def _describe_parts(group: Sequence[Location], kind: str, remedy: str) -> Checkp
     """Word the error for files that hold parts of one model.
 
     Args:
-        group: The files. They are named below the nearest directory that holds all of them.
+        group: The files. The error names them below the nearest common directory.
         kind: Noun for the files, in the plural.
         remedy: The error's remedy.
     """
@@ -194,21 +198,22 @@ def _describe_parts(group: Sequence[Location], kind: str, remedy: str) -> Checkp
 
 
 def _common_ancestors(group: Sequence[Location]) -> set[Location]:
-    """Find the directories that all files of a group lie in."""
+    """Find the directories above all files of a group."""
     above = [set(ancestors(path, _DEEPEST + 2)) for path in group]
     return set.intersection(*above)
 
 
 def refuse_parts(checkpoints: Sequence[Checkpoint]) -> None:
-    """Make sure that no checkpoints of one step are parts of one model, by their tensors.
+    """Refuse checkpoints of one step that are parts of one model, judged by the tensors.
 
     Raises:
-        CheckpointError: Two are: they share no names, or are cut along a dimension.
+        CheckpointError: Two checkpoints share no names, are cut along a dimension, or share most
+            vectors and no matrix.
     """
     for former, latter in pairwise(checkpoints):
         if former.pattern != latter.pattern:
             continue
-        # The cheapest test first: the last one reads values.
+        # The cheapest tests come first: only the last test reads values.
         if _are_disjoint(former, latter) or _are_cut(former, latter) or _are_halves(former, latter):
             group = [c.path for c in checkpoints if _moment(c) == _moment(former)]
             raise _describe_parts(group, "files", f"{_USUAL_REMEDY} {_NAMED_RUN}")
@@ -220,21 +225,21 @@ def _moment(checkpoint: Checkpoint) -> tuple[int | None, float | None]:
 
 
 def _same_step(one: Checkpoint, other: Checkpoint) -> bool:
-    """Tell whether two checkpoints record the same step and the same epoch, or one of the two."""
+    """Return True if two checkpoints record a step or an epoch, and agree in both."""
     return _moment(one) == _moment(other) != (None, None)
 
 
 def _are_disjoint(one: Checkpoint, other: Checkpoint) -> bool:
-    """Tell whether two checkpoints share no names, though nothing tells different steps."""
+    """Return True if two checkpoints share no names, and show no different steps."""
     if _moment(one) != _moment(other) or mask_step(one.path.name) is not None:
         return False
-    # A generator and a discriminator share no names either, and are no parts.
+    # A generator and a discriminator share no names, and yet are no parts of one model.
     same_networks = set(one.networks) == set(other.networks)
     return same_networks and not one.tensors.keys() & other.tensors.keys()
 
 
 def _are_cut(one: Checkpoint, other: Checkpoint) -> bool:
-    """Tell whether at the same step tensors differ in the extent of a single dimension."""
+    """Return True if at the same step tensors differ in the extent of a single dimension."""
     if not _same_step(one, other) or one.tensors.keys() != other.tensors.keys():
         return False
     pairs = [(tensor.shape, other.tensors[name].shape) for name, tensor in one.tensors.items()]
@@ -245,10 +250,10 @@ def _are_cut(one: Checkpoint, other: Checkpoint) -> bool:
 
 
 def _are_halves(one: Checkpoint, other: Checkpoint) -> bool:
-    """Tell whether at the same step all matrices differ and most vectors are the same.
+    """Return True if at the same step all matrices differ and most vectors are the same.
 
-    The slices of tensor-parallel ranks are so: each rank has the whole of each norm. Between two
-    steps of a training nearly all vectors differ.
+    This holds for slices of tensor-parallel ranks, since each rank has the whole of each norm.
+    Between two steps of a training nearly all vectors differ.
     """
     if not _same_step(one, other) or not _first_numbers(one, other):
         return False
@@ -267,13 +272,13 @@ def _are_halves(one: Checkpoint, other: Checkpoint) -> bool:
 
 
 def _is_same(name: str, one: Checkpoint, other: Checkpoint, contents: Contents) -> bool:
-    """Tell whether one tensor is the same in two checkpoints."""
+    """Return True if a tensor is the same in two checkpoints."""
     pair = [replace(c, tensors={name: c.tensors[name]}, refused={}) for c in (one, other)]
     return _hold_same(pair[0], pair[1], contents)
 
 
 def _first_numbers(one: Checkpoint, other: Checkpoint) -> bool:
-    """Tell whether names differ in one number, which is 0 and 1."""
+    """Return True if the names differ in a single number, 0 in the first and 1 in the second."""
     numbers = [re.findall(r"\d+", checkpoint.path.name) for checkpoint in (one, other)]
     differing = [(a, b) for a, b in zip(*numbers, strict=True) if a != b]
     return [(a.lstrip("0"), b.lstrip("0")) for a, b in differing] == [("", "1")]

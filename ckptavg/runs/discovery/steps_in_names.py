@@ -1,4 +1,4 @@
-"""Steps that stand in names of checkpoints, where training recorded none."""
+"""Steps in names of checkpoints, for use where training recorded no step."""
 
 from __future__ import annotations
 
@@ -34,23 +34,25 @@ DATE = re.compile(
     re.IGNORECASE,
 )
 _LONGEST_WORD, _MOST_DIGITS = 40, 300
-# Of METRIC_WORDS, what a checkpoint may be called for another reason than its score.
+# Words of METRIC_WORDS that have other meanings in the names of checkpoints.
 _OTHER_MEANINGS = frozenset(
     ["ap", "ar", "em", "fid", "kl", "map", "metric", "metrics", "result", "results", "success"]
 )
 _SCORES = METRIC_WORDS - _OTHER_MEANINGS
-_ENDS_OF_SCORES = ("loss", "acc", "accuracy", "score")  # valloss, bestacc
-_CUTOFFS = frozenset(["1", "2", "3", "5", "10", "50", "75", "95"])  # of a metric: top5, f1
+# Endings of compound words for scores: valloss, bestacc.
+_ENDS_OF_SCORES = ("loss", "acc", "accuracy", "score")
+# Numbers in the names of metrics: top5, f1.
+_CUTOFFS = frozenset(["1", "2", "3", "5", "10", "50", "75", "95"])
 
 
 @dataclass(frozen=True)
 class NamedStep:
-    """The step in a name.
+    """Step in the name of a checkpoint.
 
     Attributes:
-        value: A whole number; None where the name has none that may be a step.
-        unit: The unit that a word in the name states; None where none does.
-        within: The step within the epoch that the value is, where steps count anew in each.
+        value: A whole number; None where the name has no number that may be a step.
+        unit: Unit that a word in the name states; None without such a word.
+        within: Step within the epoch, if the value is an epoch and steps restart in each epoch.
     """
 
     value: int | None
@@ -59,11 +61,11 @@ class NamedStep:
 
 
 def steps_in_names(stems: Sequence[str]) -> list[NamedStep]:
-    """Read the steps in names: the numbers after a word like step or epoch, if there is one.
+    """Read the steps in names: the numbers after a word like step or epoch, if any.
 
-    Without such a word it is the first number that tells the names apart, or the last one of a
-    single name. A date is one number, with its year in front. Scores are no steps: numbers that
-    are not whole, and those after the name of a metric.
+    Without such a word, the step is the first number that tells the names apart, or the last number
+    of a single name. A date is one number, with the year in front. Scores are no steps: numbers
+    that are not whole, and numbers after the name of a metric.
 
     Args:
         stems: The names of a run's checkpoints, without suffixes.
@@ -88,7 +90,7 @@ def steps_in_names(stems: Sequence[str]) -> list[NamedStep]:
 
 
 def unit_in_name(stem: str) -> Unit | None:
-    """Read the unit of the number in a name, by the word beside it."""
+    """Read the unit of the number in a name from the word beside the number."""
     name = stem.lower()
     for unit in _WORDS:
         if _by_word(name, unit) is not None:
@@ -97,10 +99,10 @@ def unit_in_name(stem: str) -> Unit | None:
 
 
 def _common_word(names: Sequence[str]) -> list[NamedStep] | None:
-    """Read the steps by a word that all names have, best by one that tells the names apart."""
+    """Read the steps by a word in all names, preferably a word that tells the names apart."""
     constant: list[NamedStep] | None = None
     by_unit = {unit: [_by_word(name, unit) for name in names] for unit in _WORDS}
-    # First, since steps that start again in each epoch tell names apart, too, but do not order.
+    # First, since steps that restart in each epoch also tell names apart, but give no order.
     if (restarting := _steps_of_epochs(by_unit["epoch"], by_unit["step"])) is not None:
         return restarting
     for unit, values in by_unit.items():
@@ -116,14 +118,15 @@ def _common_word(names: Sequence[str]) -> list[NamedStep] | None:
 def _steps_of_epochs(
     epochs: Sequence[int | None], steps: Sequence[int | None]
 ) -> list[NamedStep] | None:
-    """Read steps that start again in each epoch.
+    """Read steps that restart in each epoch.
 
     Args:
         epochs: The epoch in each name, if any.
         steps: The step in each name, if any.
 
     Returns:
-        None where steps count on over the epochs, or where some name lacks one of the two.
+        Epochs with the steps within; None where steps count on over the epochs, or where a name
+        lacks an epoch or a step.
     """
     pairs: list[tuple[int, int]] = []
     for epoch, step in zip(epochs, steps, strict=True):
@@ -154,11 +157,11 @@ def _by_word(name: str, unit: Unit) -> int | None:
 
 
 def _read_whole(number: re.Match[str]) -> int | None:
-    """Return the value of a number with or without a factor; None where it is not whole."""
+    """Return the value of a number with or without a factor; None if not whole."""
     digits, factor = number[1], number[2]
     if len(digits) > _MOST_DIGITS or digits.count(".") > 1 or ("." in digits and not factor):
         return None
-    # Exact, since in floats 1.001k is not whole.
+    # Computed exactly, since in floats 1.001k is not whole.
     value = Fraction(digits) * _FACTORS[factor or ""]
     return int(value) if value.denominator == 1 else None
 
@@ -170,7 +173,7 @@ def _whole_numbers(name: str) -> list[int]:
     for number in _NUMBER.finditer(name):
         between, end = name[end : number.start()], number.end()
         word = _WORD_BEFORE.search(between[-_LONGEST_WORD:])
-        # The 76 of top1_76: the metric's name ends in a number, and its value follows.
+        # The 76 of top1_76: a value follows the name of a metric that ends in a number.
         if word is None and value_follows:
             value_follows = False
         elif word is not None and _names_score(word[1], number[0]):
@@ -181,16 +184,16 @@ def _whole_numbers(name: str) -> list[int]:
 
 
 def _names_score(word: str, number: str) -> bool:
-    """Tell whether a word is a metric's name, alone or with the number behind it."""
+    """Return True if a word is a metric's name, alone or with the number behind."""
     return word in _SCORES or word + number in _SCORES or word.endswith(_ENDS_OF_SCORES)
 
 
 def _split_dotted(name: str, number: re.Match[str]) -> list[int]:
-    """Split numbers with dots between them; a decimal number is a score and gives none.
+    """Split numbers with dots in between; a decimal number is a score and gives no number.
 
     Args:
         name: The whole name.
-        number: A match of digits and dots in it.
+        number: Match of digits and dots in the name.
     """
     digits = number[1].split(".")
     is_list = len(digits) > 2 or (digits[0] != "0" and name[: number.start()].endswith("."))

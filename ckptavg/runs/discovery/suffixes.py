@@ -22,10 +22,11 @@ _SET_ASIDE = re.compile(r"(~|\.(bak|backup|old|orig|te?mp|part|partial|incomplet
 def split_by_suffix(
     files: Sequence[Location], pattern: str | None, *, alone: bool = True
 ) -> tuple[list[Location], list[Location]]:
-    """Split the files of a directory into those that a run is made of, and those passed over.
+    """Split the files of a directory into files of the run and files passed over.
 
-    Other suffixes than the usual ones count where a pattern matches, where no file has a usual one,
-    or where a numbered series has no other checkpoints beside it than such as ``model.pt``.
+    Files with unusual suffixes belong to the run in three cases: the user's pattern matches, no
+    file has a usual suffix, or the files are a numbered series and all files with usual suffixes
+    have names without a step, such as ``model.pt``.
 
     Args:
         files: All files of the directory.
@@ -33,8 +34,8 @@ def split_by_suffix(
         alone: True if no directory beside the files is a checkpoint.
 
     Returns:
-        The files of the run, whose names are not yet looked at; and the files passed over, which
-        begin as checkpoints do.
+        The files of the run, whose names are not checked yet; and the files passed over, whose
+        first bytes are those of checkpoints.
     """
     usual = [path for path in files if path.name.endswith(SUFFIXES)]
     others = [path for path in files if not path.name.endswith(SUFFIXES)]
@@ -53,13 +54,13 @@ def split_by_suffix(
 
 
 def _find_series(files: Sequence[Location], saved: Sequence[Location]) -> list[Location]:
-    """Find the files of numbered series of which several begin as checkpoints do.
+    """Find the files of numbered series in which several files begin like checkpoints.
 
-    Damaged files of such a series are among them, so that they are told and not passed over.
+    Damaged files of such a series are included, so that they are reported and not passed over.
 
     Args:
-        files: All files of unusual suffixes.
-        saved: The files among them that begin as checkpoints do.
+        files: All files with unusual suffixes.
+        saved: Files with unusual suffixes whose first bytes are those of checkpoints.
     """
     counts = Counter(_mask_numbers(path) for path in saved if not _is_set_aside(path))
     series = {name for name, count in counts.items() if count > 1}
@@ -67,26 +68,29 @@ def _find_series(files: Sequence[Location], saved: Sequence[Location]) -> list[L
 
 
 def _mask_numbers(path: Location) -> str:
+    """Replace the numbers in a name by stars."""
     return re.sub(r"\d+", "*", path.name)
 
 
 def _bare_stem(path: Location) -> str:
-    """Return the beginning of a name before a checkpoint's suffix and all that follows it."""
+    """Return the beginning of a name, before the first suffix of a checkpoint."""
     suffix = _ANY_SUFFIX.search(path.name)
     return path.name if suffix is None else path.name[: suffix.start()].lower()
 
 
 def _may_hold_weights(path: Location) -> bool:
+    """Return True if the name has a checkpoint's suffix anywhere, or the first bytes match."""
     return _ANY_SUFFIX.search(path.name) is not None or _is_saved(path)
 
 
 def _is_saved(path: Location) -> bool:
-    """Tell whether a file is a checkpoint: by its first bytes, or by its name if it is remote."""
-    # There each file's first bytes would cost a request.
+    """Return True if a file is a checkpoint, by the first bytes, or by name for a remote file."""
+    # The first bytes of each remote file would cost a request.
     if not isinstance(path, Path):
         return _ANY_SUFFIX.search(path.name) is not None
     return path.is_file() and begins_as_checkpoint(path)
 
 
 def _is_set_aside(path: Location) -> bool:
+    """Return True if a name marks a copy that was set aside."""
     return _SET_ASIDE.search(path.name) is not None

@@ -1,4 +1,4 @@
-"""Directories that a crash while saving has left of checkpoints."""
+"""Directories of unfinished checkpoints, left by a crash during the save."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ckptavg.runs.discovery.numbered import weights_below
 
 
 def find_unfinished(directories: Sequence[Location]) -> dict[Location, RunError]:
-    """Those that a crash while saving has left of checkpoints, with the errors for them."""
+    """Find the directories of unfinished checkpoints, each with an error."""
     errors = {path: why_unfinished(path) for path in directories}
     return {path: error for path, error in errors.items() if error is not None}
 
 
 def why_unfinished(directory: Location) -> RunError | None:
-    """Word the error for a directory whose save was not finished; None where it is none."""
+    """Word the error for a directory whose save was not finished; None for other directories."""
     numbered = re.fullmatch(r"checkpoint[-_]\d+", directory.name)
     if numbered and any(directory.glob("adapter_model.*")):
         return RunError(
