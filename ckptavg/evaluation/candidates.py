@@ -241,7 +241,7 @@ def as_candidates(
     Raises:
         UsageError: A value cannot be scored.
     """
-    # A path is iterable itself, so a single value is wrapped first.
+    # A text and some modules are iterable themselves, so a single value is wrapped first.
     if isinstance(given, (str, os.PathLike, nn.Module, Candidate, Checkpoint)):
         given = [given]
     named = isinstance(given, Mapping)

@@ -48,7 +48,7 @@ class ResultsFile:
         """Make sure before any work that results can be stored.
 
         Args:
-            resume: True to continue the results in the file, which must exist.
+            resume: True to continue the results in the file, if there is one.
 
         Raises:
             OutputError: Results cannot be stored, or the file has other content.

@@ -183,7 +183,7 @@ def _grouped(
 
 
 def _draws(n: int, generator: torch.Generator, below: int | None = None) -> Iterator[torch.Tensor]:
-    """Yield 2000 rows of n random integers in chunks; integers are below n unless given."""
+    """Yield 2000 rows of n random integers in chunks; the bound is n where ``below`` is None."""
     rows = max(1, _CHUNK // n)
     for done in range(0, RESAMPLES, rows):
         size = (min(rows, RESAMPLES - done), n)
