@@ -93,8 +93,10 @@ def best_by(
         if metric not in checkpoint.record.metrics:
             raise _unknown_metric(metric, checkpoint)
     sign = -1.0 if criterion.mode == "max" else 1.0
+    # NaN and infinity are never the best, and NaN would break the sort.
     finite = [c for c in checkpoints if math.isfinite(c.record.metrics[metric])]
     ranked = sorted(finite, key=lambda c: sign * c.record.metrics[metric])
+    # By identity, so that the order of the run is kept.
     chosen = {id(checkpoint) for checkpoint in ranked[:count]}
     return [checkpoint for checkpoint in checkpoints if id(checkpoint) in chosen]
 
@@ -122,6 +124,7 @@ def _mode_of_words(words: frozenset[str]) -> Mode | None:
         higher = True
     if lower == higher:
         return None
+    # neg_loss: the sign is reversed.
     if not words.isdisjoint(_NEGATIONS):
         lower = not lower
     return "min" if lower else "max"

@@ -90,6 +90,7 @@ def place_damaged(
             values.append(value)
             indices.append(index)
     units = {step.unit for step in named.values() if step.value is not None}
+    # A step in a name gives a position only if the run is in the order of the names.
     in_order = all(a < b for a, b in pairwise(values))
     if len(units) != 1 or not in_order:
         return tuple(Damaged(path, error) for path, error in errors.items())

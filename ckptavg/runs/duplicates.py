@@ -73,6 +73,7 @@ class Contents:
     """Cache of known contents of files: checksums in zip files, digests of ranges already read."""
 
     def __init__(self) -> None:
+        # Path → offsets of the local headers, for bisection, and the entries in the same order.
         self._entries: dict[str, tuple[list[int], list[zip_reader.StoredEntry]]] = {}
         self._starts: dict[tuple[str, int], int] = {}
         self._digests: dict[tuple[_Range, Extent], bytes] = {}
@@ -256,6 +257,7 @@ def _looks(checkpoint: Checkpoint) -> list[tuple[_Range, Extent]]:
     """List the ranges in the order of comparison: first all heads, then the long ranges."""
     ranges = _ranges(checkpoint)
     heads: list[tuple[_Range, Extent]] = [(span, "head") for span in ranges]
+    # A range no longer than a head is already read whole.
     return heads + [(span, "whole") for span in ranges if span.size > _HEAD]
 
 

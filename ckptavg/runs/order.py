@@ -305,6 +305,7 @@ def _choose_clock(checkpoints: Sequence[Checkpoint]) -> tuple[_Clock, list[str]]
         partly = any(value is not None for value in (*steps, *epochs))
         why = "not every checkpoint records a step or an epoch: ordered by name"
         return by_name, [why] if partly else []
+    # Names count only if they state the unit, since bare numbers may be anything.
     if clock.stands_still and _tell_apart(named):
         why = f"every checkpoint records {step_text(clock.positions[0] or 0)}: ordered by name"
         return by_name, [why]
@@ -435,6 +436,7 @@ def _note_doubts(ordered: Sequence[Checkpoint], within: Sequence[float | None]) 
         order = "placed last" if len(stepless) < len(ordered) else "in the order of their names"
         notes.append(f"no step is known of {first_few(stepless)}: {order}")
     epochs = [c.record.epoch for c in ordered if c.record.epoch is not None]
+    # The checkpoints are sorted by step, so epochs that go back contradict the steps.
     if any(a > b for a, b in pairwise(epochs)):
         notes.append("recorded steps and epochs disagree on the order: the steps decide")
     return notes

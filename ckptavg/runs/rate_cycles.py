@@ -20,6 +20,7 @@ def find_minima(rates: Sequence[float]) -> list[int]:
         rates: Learning rates in the order of training.
     """
     levels = _find_levels(rates)
+    # Infinity beside both ends, so that the ends count as minima too.
     values = [math.inf, *(rates[level[0]] for level in levels), math.inf]
     minima = []
     for level, before, value, after in zip(levels, values, values[1:], values[2:], strict=False):
@@ -49,6 +50,7 @@ def find_restarts(rates: Sequence[float], *, after_step: bool = False) -> list[i
     top = max(values, default=0.0)
     restarts = [n for n, value in enumerate(values) if math.isclose(value, top, rel_tol=_SAME)]
     is_such = after_step or (bool(restarts) and restarts[0] > 0 and restarts[-1] == len(values) - 1)
+    # The first level begins a cycle, and ends none.
     restarts = [n for n in restarts if n > 0]
     if len(restarts) < _FEWEST_CYCLES or not is_such:
         return []

@@ -206,6 +206,7 @@ class Run:
             RunError: A checkpoint records no learning rate.
         """
         run = self._each(_at_lr_min, "minima of the learning rate")
+        # A scheduler stepped before the save shifts the ends of cycles by one checkpoint.
         late = [note for training in self.trainings for note in note_restarts(training)]
         return replace(run, notes=(*run.notes, *dict.fromkeys(late)))
 
@@ -247,6 +248,7 @@ class Run:
         """Select checkpoints by a slice of positions through all trainings."""
         if (positions.step or 1) < 0:
             raise UsageError("a run keeps its order: the step of a slice has to be positive")
+        # By identity, since the positions of a slice count through all trainings.
         kept = {id(checkpoint) for checkpoint in self.checkpoints[positions]}
         start, stop = (("" if p is None else p) for p in (positions.start, positions.stop))
         return self._each(lambda c: [one for one in c if id(one) in kept], f"[{start}:{stop}]")
@@ -282,6 +284,7 @@ class Run:
             outside += [d for d, inside in followed if inside is None]
             remaining = tuple(inside for _, inside in followed if inside is not None)
             picked = tuple(pick(training))
+            # A damaged file may be the only one that the selection would take.
             if not picked:
                 raise_for(remaining)
                 continue
@@ -342,6 +345,7 @@ def open_run(
         if opened.checkpoints:
             trainings.append(opened.checkpoints)
             damaged.append(opened.damaged)
+            # Without a certain position, no selection can leave out the damaged file.
             raise_for([d for d in opened.damaged if d.position is None])
     if not trainings:
         raise RunError(
@@ -454,4 +458,5 @@ def _sample(checkpoints: Picked, count: int, seed: int) -> Picked:
     if count > len(checkpoints):
         raise RunError(f"cannot draw {count} of {len(checkpoints)} checkpoints", "Ask for fewer.")
     picked = random.Random(seed).sample(range(len(checkpoints)), count)
+    # Sorted, since a run keeps the order of training.
     return [checkpoints[i] for i in sorted(picked)]

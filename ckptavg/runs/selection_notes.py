@@ -37,6 +37,7 @@ def note_selection(run: Run, selection: Run, *, in_shell: bool = False) -> None:
         selection: Checkpoints of the run to average.
         in_shell: True to name options of the command line, not methods.
     """
+    # The notes of the run come first in the selection, and are logged by ``note_run``.
     for note in selection.notes[len(run.notes) :]:
         log.info(note)
     note_cycles(run, selection, in_shell=in_shell)
@@ -53,6 +54,7 @@ def note_cycles(run: Run, selection: Run, *, in_shell: bool = False) -> None:
         selection: Checkpoints of the run to average.
         in_shell: True to name options of the command line, not methods.
     """
+    # With a missing checkpoint, positions in the cycle are not certain.
     if len(run.trainings) != 1 or any(run.damaged):
         return
     (checkpoints,) = run.trainings

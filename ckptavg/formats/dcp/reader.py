@@ -92,6 +92,7 @@ class Distributed:
         pieces = [
             self._piece(sharded.name, box, sharded.dtype)
             for box in self.boxes[sharded.name]
+            # Empty boxes have no bytes to read.
             if math.prod(box.shape)
         ]
         return Tensor(sharded.dtype, sharded.shape, tuple(pieces))
@@ -252,6 +253,7 @@ def _stamp(directory: Location, name: str) -> FileStamp:
     """
     path = directory / name
     try:
+        # The metadata is untrusted, and must not name files elsewhere on the machine.
         inside = Path(name).name == name and name not in ("", "..")
         if not inside:
             raise CheckpointError(
@@ -299,6 +301,7 @@ def _tensor(name: str, item: Opaque, stored: Stored) -> tuple[Sharded, list[Box]
         if place is None:
             raise MalformedPickle(f"a piece of {short(name)!r} is nowhere")
         boxes.append(Box(start, extent, *place))
+    # Holes would leave elements of the tensor undefined.
     if not tiles(shape, [box for box in boxes if math.prod(box.shape)]):
         raise MalformedPickle(f"the pieces of {short(name)!r} overlap or leave holes")
     return Sharded(name, dtype, shape), boxes
@@ -324,6 +327,7 @@ def _other_values(
         if place is None:
             raise MalformedPickle(f"the value {short(name)!r} is nowhere")
         file, offset, length = place
+        # Values beyond the limit are dropped, since only weights are needed.
         if length > left:
             continue
         left -= length
@@ -338,6 +342,7 @@ def _training_state(path: ItemPath, applications: Collection[str | int]) -> Item
         path: Path of the item.
         applications: Entries that hold both a model and an optimizer.
     """
+    # An application nests its model and optimizer one level deeper.
     depth = 2 if path[0] in applications else 1
     part = path[depth - 1 : depth]
     known = part and isinstance(part[0], str) and TRAINING_STATE.fullmatch(part[0])
@@ -355,6 +360,7 @@ def _nested(values: Mapping[str, Any], paths: Mapping[str, ItemPath]) -> dict[An
     for name, value in values.items():
         branch = tree
         path = _flattened(paths[name])
+        # Paths are untrusted: two items may claim one place, or a value as a container.
         for part in path[:-1]:
             branch = branch.setdefault(part, {})
             if not isinstance(branch, dict):

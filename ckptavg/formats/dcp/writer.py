@@ -40,6 +40,7 @@ def lay_out(tensors: Sequence[OutputTensor], provenance: str, template: Checkpoi
     Returns:
         The layout, with notes about entries that are left out.
     """
+    # The input may have changed since it was opened.
     template.files[0].verify()
     source = reader.read(template.path)
     file = _Builder()
@@ -64,6 +65,7 @@ def lay_out(tensors: Sequence[OutputTensor], provenance: str, template: Checkpoi
     if (meta := lightning.read_meta(template.path)) is not None:
         layout.companions[lightning.META] = meta.to_file()
         notes += meta.notes
+    # Without duplicates, in order.
     layout.notes = tuple(dict.fromkeys(notes))
     return layout
 
@@ -90,6 +92,7 @@ class _Builder:
             start + place for place in archive.checksums[tensor.name]
         ]
         shape = torch.Size(tensor.shape)
+        # One box per tensor, as a single process writes.
         chunk = metadata.ChunkStorageMetadata(torch.Size([0] * len(shape)), shape)
         properties = metadata.TensorProperties(getattr(torch, tensor.dtype.name))
         self._items[_name(path)] = metadata.TensorStorageMetadata(properties, shape, [chunk])
@@ -105,6 +108,7 @@ class _Builder:
     def metadata(self, version: str | None) -> bytes:
         """Encode the contents of the metadata file."""
         made = metadata.Metadata(self._items, self._paths, self._places)
+        # Directories of older versions of torch record no version of the format.
         if version is not None:
             made.version = version
         return pickle.dumps(made)

@@ -33,7 +33,8 @@ _LONGEST_NAME = 1000
 # Levels. The pickler of the output recurses, and would exceed the recursion limit.
 _DEEPEST = 100
 _DEEPEST_METRIC = 4
-_MOST_NAMES = 30  # in a note
+# Names in a note.
+_MOST_NAMES = 30
 _SCALARS = (str, bytes, int, float, bool, type(None))
 _DROPPED = object()
 # Marks a value that is dropped because it was measured on the input.

@@ -27,6 +27,7 @@ class Global:
         return f"{self.module}.{self.name}"
 
 
+# Compared and hashed by identity, since a comparison of shared contents may never end.
 @dataclass(eq=False, repr=False, slots=True)
 class Opaque:
     """Placeholder for an object that was not built.

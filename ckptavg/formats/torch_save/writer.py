@@ -90,6 +90,7 @@ def lay_out(
             archive.reserve(
                 f"data/{book.stubs[tensor.name].storage.key}", tensor.nbytes, tensor.name
             )
+    # Small tensors beside the weights are stored at once, without a reserved range.
     for key, value in book.values.items():
         archive.add(f"data/{key}", value)
     archive.add("version", b"3\n")
@@ -170,6 +171,7 @@ def _like_file(plain: bool, provenance: str, template: Checkpoint, book: _Storag
     notes = [_MODULE] if pickled or not places else []
     if not places or not all(place.within_plain for place in places.values()):
         return Contents(alone, {}, notes)
+    # A bare state dict: the whole object is the weights.
     whole = any(place.value is file.tree for place in places.values())
     # A list or a tuple has no names under which further entries could stand.
     unnamed = not isinstance(file.tree, dict)
@@ -301,6 +303,7 @@ def _own_entries(
     bare = {stored: name for name, stored in template.stored_names.items()}
     replaced = dict(keeper.replaced)
     keeper.replaced = replaced
+    # Longest paths first, so that an entry within another is replaced there.
     for path in sorted(places, key=len, reverse=True):
         own = _own_entry(template, book, keeper, path, places[path], bare)
         file_entries[path] = own

@@ -22,9 +22,12 @@ LOCAL_HEADER = 30
 _LENGTHS = 26
 # Bytes. A directory is read whole, and real ones are far smaller.
 MAX_DIRECTORY = 64 * 2**20
-SIZES_FOLLOW = 0x8  # flag: the local header was written before the sizes were known
-_ENCRYPTED = 0x1 | 0x40 | 0x2000  # flags: of the contents, strongly, of the headers
-_PATCH = 0x20  # flag: the contents are a difference to another file's
+# Flag of an entry whose local header was written before the sizes were known.
+SIZES_FOLLOW = 0x8
+# Flags of encryption: of the contents, strong, of the headers.
+_ENCRYPTED = 0x1 | 0x40 | 0x2000
+# Flag of an entry whose contents are a difference to another file.
+_PATCH = 0x20
 
 _LOCAL, _CENTRAL, _END = b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06"
 _END64, _LOCATOR = b"PK\x06\x06", b"PK\x06\x07"
@@ -32,7 +35,8 @@ _END_SIZE, _END64_SIZE, _LOCATOR_SIZE, _CENTRAL_SIZE = 22, 56, 20, 46
 _LONGEST_COMMENT = 0xFFFF
 # Placeholders: the number itself is in a zip64 field.
 _MOST16, _MOST32 = 0xFFFF, 0xFFFFFFFF
-_ZIP64 = 1  # the extra field that holds large numbers
+# Kind of the extra field that holds large numbers.
+_ZIP64 = 1
 
 
 _NOT_ONE = "it is not one archive from its first byte to its directory"

@@ -140,6 +140,7 @@ def read(place: str | Location, within: tuple[int, int] | None = None) -> TorchF
             arrays = name_arrays(tree)
             made = PROVENANCE_RECORD in archive.entries
             text = archive.content(file, PROVENANCE_RECORD).decode() if made else None
+            # Local headers are read only from local files: on a URL each costs a request.
             guesses = archive.guess_starts(file) if paths.is_url(path) else {}
     except MalformedPickle as error:
         raise damaged(path, f"its pickle is malformed: {error}") from error
@@ -152,6 +153,7 @@ def read(place: str | Location, within: tuple[int, int] | None = None) -> TorchF
     def locate(stored: Storage) -> _Place:
         """Find the place of a storage in the file."""
         try:
+            # The contents of a NumPy array are stored in the pickle itself.
             if stored.span is not None:
                 with _open(place, within) as file:
                     pickled = archive.offset(file, archive.entries["data.pkl"])
@@ -401,6 +403,7 @@ def storages(path: str) -> list[StoredEntry]:
         return []
     ends = directory.ends()
     entries = [e for e in directory.entries if "/data/" in e.name and e.stored]
+    # In file order, since callers search by offset.
     entries.sort(key=lambda entry: entry.header)
     return [StoredEntry(entry, ends[entry.name]) for entry in entries]
 

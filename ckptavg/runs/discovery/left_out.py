@@ -40,6 +40,7 @@ def tell(left_out: Sequence[LeftOut]) -> list[str]:
 
 def describe_no_match(pattern: str, left_out: Sequence[LeftOut]) -> RunError:
     """Word the error for a pattern that no checkpoint matches, with existing names."""
+    # Names are shown with as many last parts of the path as the pattern has.
     depth = pattern.count("/") + 1
     lines = [path for path, why in left_out if why.startswith(NO_MATCH)]
     names = ["/".join(str(path).split("/")[-depth:]) for path in lines]

@@ -21,6 +21,7 @@ def find_unfinished(directories: Sequence[Location]) -> dict[Location, RunError]
 def why_unfinished(directory: Location) -> RunError | None:
     """Word the error for a directory whose save was not finished; None for other directories."""
     numbered = re.fullmatch(r"checkpoint[-_]\d+", directory.name)
+    # Without its configuration, an adapter is not recognized as a checkpoint.
     if numbered and any(directory.glob("adapter_model.*")):
         return RunError(
             f"{directory} holds an adapter without its {peft.CONFIG}",
