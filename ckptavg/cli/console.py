@@ -86,11 +86,11 @@ class Report:
     def table(
         self, columns: Sequence[str | Column], rows: Sequence[Sequence[str]], *, title: str = ""
     ) -> None:
-        """A table on stdout; columns of numbers are set flush right. Nothing with ``as_json``."""
+        """Print a table on stdout, numbers flush right. Nothing with ``as_json``."""
         self.draw(Table(title, _columns(columns, rows), rows_of_texts(rows)))
 
     def draw(self, table: Table) -> None:
-        """A table on stdout, as wide as the terminal. Nothing with ``as_json``."""
+        """Print a table on stdout, as wide as the terminal. Nothing with ``as_json``."""
         if self.as_json:
             return
         has_bold = self._out.color_system is not None
@@ -157,7 +157,7 @@ class Report:
 
 
 def rate_text(speed: float) -> str:
-    """Samples a second."""
+    """Samples per second."""
     return f"{three_digits(speed)} samples/s"
 
 
@@ -242,7 +242,7 @@ class _NoteHandler(logging.Handler):
 
 
 class _Rate(ProgressColumn):
-    """Samples a second."""
+    """Samples per second."""
 
     def render(self, task: Task) -> Text:
         return Text(rate_text(task.speed) if task.speed else "")

@@ -1,4 +1,4 @@
-"""How a batch reaches a model: the signature of the model's ``forward`` says what of it is passed.
+"""Calls of a model on a batch: the signature of ``forward`` decides which parts are passed.
 
 - Of a mapping, a named tuple or an object, what bears the names of parameters goes by keyword.
 - Of a tuple or list, the first goes in: (x, y); or as many as are required: (a, b, y), ((a, b), y).
@@ -67,7 +67,7 @@ def call(model: nn.Module, batch: Any) -> Any:
 
 
 def call_on_inputs(model: nn.Module, inputs: Any) -> Any:
-    """Run a model on the inputs of a batch, which has been parted from its labels.
+    """Run a model on the inputs of a batch, without the labels.
 
     Args:
         model: Any module.
@@ -97,7 +97,7 @@ def call_on_inputs(model: nn.Module, inputs: Any) -> Any:
 
 
 def split_batch(model: nn.Module, batch: Any) -> tuple[Any, torch.Tensor]:
-    """Part a batch into what ``call_on_inputs`` takes and the labels.
+    """Part a batch into inputs, as ``call_on_inputs`` takes them, and labels.
 
     Labels stand behind the inputs that the model requires, or under one of the usual names. Those
     with a name do not reach a model that does without.
@@ -110,7 +110,7 @@ def split_batch(model: nn.Module, batch: Any) -> tuple[Any, torch.Tensor]:
 
 
 def split_labels(batch: Any) -> tuple[Any, torch.Tensor]:
-    """As ``split_batch``, for any model of one input.
+    """Part a batch as ``split_batch`` does, for any model with a single input.
 
     Raises:
         EvaluationError: There are no labels.
@@ -120,7 +120,7 @@ def split_labels(batch: Any) -> tuple[Any, torch.Tensor]:
 
 
 def inputs_of(model: nn.Module, batch: Any) -> Any:
-    """What ``call_on_inputs`` takes of a batch with or without labels."""
+    """Return the inputs of a batch with or without labels, as ``call_on_inputs`` takes them."""
     batch = _plain(model, batch)
     try:
         return split_batch(model, batch)[0]
@@ -159,7 +159,7 @@ def _split(signature: Signature, batch: Any, known: str = "") -> tuple[Any, torc
 
 
 def _as_labels(part: Any) -> Any:
-    """The labels that a part of a batch is, holds by name, or lists; None if it does not."""
+    """Return the labels that a part of a batch is, holds by name or lists; None without any."""
     if isinstance(part, torch.Tensor):
         return part
     if isinstance(part, Mapping):
@@ -170,7 +170,7 @@ def _as_labels(part: Any) -> Any:
 
 
 def _plain(model: nn.Module | None, batch: Any) -> Any:
-    """A batch with tensors for arrays, and without the list around it that a pipeline puts there.
+    """Replace arrays by tensors, and take a mapping out of a pipeline's list of one.
 
     Pipelines on several GPUs give a list of one mapping for each.
     """
@@ -181,7 +181,7 @@ def _plain(model: nn.Module | None, batch: Any) -> Any:
 
 
 def _ends_in_labels(signature: Signature, inputs: Any) -> bool:
-    """Whether the model requires the labels that are scored as the last of its inputs."""
+    """Return True if the model requires the scored labels as the last input."""
     names = [p.name for p in signature.required]
     return (
         isinstance(inputs, tuple)
@@ -193,7 +193,7 @@ def _ends_in_labels(signature: Signature, inputs: Any) -> bool:
 
 
 def _is_record(signature: Signature, value: Any) -> bool:
-    """Whether a value is a named tuple whose fields are what the model requires."""
+    """Return True for a named tuple whose fields are the model's required parameters."""
     fields = getattr(value, "_fields", None)
     if not isinstance(value, tuple) or not is_sequence(value) or not fields:
         return False
@@ -202,7 +202,7 @@ def _is_record(signature: Signature, value: Any) -> bool:
 
 
 def _attributes(signature: Signature, value: Any) -> dict[str, Any]:
-    """The attributes of an object that a model wants; none if it wants the object itself.
+    """Return the attributes of an object that a model takes; none if it takes the object.
 
     Labels that it does not require are left out.
     """
@@ -219,7 +219,7 @@ def _attributes(signature: Signature, value: Any) -> dict[str, Any]:
 
 
 def _lead(signature: Signature, batch: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
-    """What of a tuple or list are the inputs, as ``call_on_inputs`` takes them, and the rest.
+    """Part a tuple or list into inputs, as ``call_on_inputs`` takes them, and the rest.
 
     Raises:
         EvaluationError: It is empty.
@@ -238,7 +238,7 @@ def _lead(signature: Signature, batch: Sequence[Any]) -> tuple[Any, Sequence[Any
 
 
 def _in_order(signature: Signature, batch: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
-    """The inputs and the rest, by how many the model requires."""
+    """Part a tuple or list by the number of inputs that the model requires."""
     first, count = batch[0], len(signature.required)
     if is_sequence(first):
         if len(first) == 1:
@@ -254,7 +254,7 @@ def _in_order(signature: Signature, batch: Sequence[Any]) -> tuple[Any, Sequence
 def _with_masks(
     signature: Signature, batch: Sequence[Any]
 ) -> tuple[dict[str, Any], Sequence[Any]] | None:
-    """The inputs by name and the rest, if a mask is among them.
+    """Return the inputs by name and the rest, if a mask is among the inputs.
 
     It may stand with the input, ((x, mask), y), or behind it, (x, mask, y) and (x, y, mask).
     """
@@ -271,7 +271,7 @@ def _with_masks(
 
 
 def _with_mask(signature: Signature, parts: Sequence[Any], *, sure: bool) -> dict[str, Any] | None:
-    """Inputs by name, if the last is a mask that the model has a place for behind the others.
+    """Return inputs by name, if the last is a mask with a parameter behind the other inputs.
 
     Args:
         signature: The model's.
@@ -294,7 +294,7 @@ def _with_mask(signature: Signature, parts: Sequence[Any], *, sure: bool) -> dic
 
 
 def _may_lack(signature: Signature, inputs: Any, rest: Sequence[Any]) -> bool:
-    """Whether a model may be meant to get some of what stands behind its inputs.
+    """Return True if parts behind the inputs may be further inputs of the model.
 
     Something stands between them and what is last, and is no label by its shape, or lengths by the
     name of a parameter; and the model has a place for it.
@@ -310,7 +310,7 @@ def _may_lack(signature: Signature, inputs: Any, rest: Sequence[Any]) -> bool:
 
 
 def _is_one_list(signature: Signature, batch: Sequence[Any]) -> bool:
-    """Whether a list is one input: of images, or of samples that no loader has put together."""
+    """Return True if a list is one input: a list of images, or of samples without a collate."""
     first = signature.first
     if first is not None and _speaks_of(first, ("list", "sequence")):
         shapes = {part.dim() if isinstance(part, torch.Tensor) else None for part in batch}
@@ -324,7 +324,7 @@ def _is_one_list(signature: Signature, batch: Sequence[Any]) -> bool:
 
 
 def _call_by_name(model: nn.Module, signature: Signature, inputs: Mapping[str, Any]) -> Any:
-    """Run a model on the parts of a mapping that it names."""
+    """Run a model on the parts of a mapping that bear the names of parameters."""
     known = not signature.names.isdisjoint(inputs)
     if known and all(p.name in inputs for p in signature.required):
         return _call_with_keywords(model, signature, inputs)
@@ -340,7 +340,7 @@ def _call_by_name(model: nn.Module, signature: Signature, inputs: Mapping[str, A
 
 
 def _call_with_keywords(model: nn.Module, signature: Signature, named: Mapping[str, Any]) -> Any:
-    """Run a model on what it names; ``**inputs`` gets the other tensors, labels aside."""
+    """Run a model on keywords; ``**inputs`` gets the remaining tensors, labels aside."""
     keywords = {name: value for name, value in named.items() if name in signature.names}
     if signature.further:
         for name, value in named.items():
@@ -352,7 +352,7 @@ def _call_with_keywords(model: nn.Module, signature: Signature, named: Mapping[s
 
 
 def _call_in_order(model: nn.Module, signature: Signature, inputs: Sequence[Any]) -> Any:
-    """Run a model on a list, which is one input, or on a tuple of inputs."""
+    """Run a model on a list as one input, or on a tuple of inputs."""
     if len(signature.required) < 2 and (
         isinstance(inputs, list) or not signature.takes(len(inputs))
     ):
@@ -376,7 +376,7 @@ def _wants_whole(parameter: Parameter) -> bool:
 
 
 def _speaks_of(parameter: Parameter, kinds: tuple[str, ...]) -> bool:
-    """Whether a parameter is annotated as one of some kinds of container."""
+    """Return True if a parameter is annotated as a container of the given kinds."""
     noted = parameter.annotation
     is_class = isinstance(noted, type) and not hasattr(noted, "__origin__")  # not list[Tensor]
     text = str(noted.__name__ if is_class else noted).lower()

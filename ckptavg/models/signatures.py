@@ -14,7 +14,7 @@ PLACED = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 
 @dataclass(frozen=True)
 class Signature:
-    """What a model's forward takes.
+    """Parameters of a model's ``forward``.
 
     Attributes:
         parameters: Those that have a name of their own, in order.
@@ -28,7 +28,7 @@ class Signature:
 
     @classmethod
     def of(cls, model: nn.Module) -> Signature:
-        """The signature of a model, or of the one that a wrapper hands everything on to."""
+        """Return the signature of a model; of a wrapper that passes all on, the inner model's."""
         found = _signature(model)
         while not found.parameters and found.further:
             inner = [*model.children()]
@@ -40,12 +40,12 @@ class Signature:
 
     @property
     def required(self) -> list[Parameter]:
-        """The parameters without a default, in order."""
+        """Parameters without a default, in order."""
         return [p for p in self.parameters if p.default is Parameter.empty]
 
     @property
     def names(self) -> set[str]:
-        """The names that can be passed by keyword."""
+        """Names that can be passed by keyword."""
         return {p.name for p in self.parameters if p.kind in NAMED}
 
     @property
@@ -54,7 +54,7 @@ class Signature:
         return next((p for p in self.parameters if p.kind in PLACED), None)
 
     def takes(self, count: int) -> bool:
-        """Whether a tuple of several inputs is one that it requires as such."""
+        """Return True if a tuple of this many inputs is taken as several inputs."""
         if not self.parameters:
             return self.many
         places = sum(p.kind in PLACED for p in self.parameters)
@@ -68,7 +68,7 @@ class Signature:
 
 
 def _signature(model: nn.Module) -> Signature:
-    """The signature of a model's own forward; anything goes where it does not tell."""
+    """Return the signature of a model's own forward; any arguments where there is none."""
     try:
         parameters = [*inspect.signature(model.forward).parameters.values()]
     except (TypeError, ValueError):
@@ -81,7 +81,7 @@ def _signature(model: nn.Module) -> Signature:
 
 
 def _scripted(model: nn.Module) -> list[Parameter]:
-    """The parameters of a scripted or traced forward."""
+    """Return the parameters of a scripted or traced forward."""
     schema = getattr(model.forward, "schema", None)
     found = []
     for argument in schema.arguments[1:] if schema is not None else ():
