@@ -84,11 +84,11 @@ class Leaves:
 
     def merge(self, done: Mapping[int, bytes | bytearray]) -> None:
         """Add the digests of leaves that another process has hashed of the same tensors."""
-        for number, theirs in done.items():
-            mine = self.done[number]
-            for at in range(0, len(mine), _SIZE):
-                if mine[at : at + _SIZE] == _MISSING:
-                    mine[at : at + _SIZE] = theirs[at : at + _SIZE]
+        for number, incoming in done.items():
+            digests = self.done[number]
+            for at in range(0, len(digests), _SIZE):
+                if digests[at : at + _SIZE] == _MISSING:
+                    digests[at : at + _SIZE] = incoming[at : at + _SIZE]
 
     def of(self, number: int) -> bytes:
         """Return the concatenated digests of a tensor's leaves.
@@ -96,10 +96,10 @@ class Leaves:
         Raises:
             RuntimeError: A leaf has not been hashed completely.
         """
-        found = bytes(self.done[number])
-        if any(found[at : at + _SIZE] == _MISSING for at in range(0, len(found), _SIZE)):
+        hashes = bytes(self.done[number])
+        if any(hashes[at : at + _SIZE] == _MISSING for at in range(0, len(hashes), _SIZE)):
             raise RuntimeError(f"not all of tensor {number} has been read")
-        return found
+        return hashes
 
     def _feed(self, leaf: tuple[int, int], within: int, part: memoryview, length: int) -> None:
         expected, state = self._begun.pop(leaf, (0, None))
@@ -111,8 +111,8 @@ class Leaves:
         if end < length:
             self._begun[leaf] = end, state
             return
-        number, place = leaf
-        self.done[number][place * _SIZE : (place + 1) * _SIZE] = state.digest()
+        number, index = leaf
+        self.done[number][index * _SIZE : (index + 1) * _SIZE] = state.digest()
 
 
 class InputDigests:
@@ -200,11 +200,11 @@ class OutputDigest:
 
 def combined(rows: Iterable[Row]) -> str:
     """Combine the digests of leaves into the digest of a table of tensors."""
-    whole = hashlib.sha256()
+    table_hash = hashlib.sha256()
     for name, dtype, shape, leaves in sorted(rows, key=lambda row: row[0]):
         digests = [leaves[at : at + _SIZE].hex() for at in range(0, len(leaves), _SIZE)]
-        whole.update(f"{json.dumps([name, dtype.name, shape, digests])}\n".encode())
-    return _WEIGHTS + whole.hexdigest()
+        table_hash.update(f"{json.dumps([name, dtype.name, shape, digests])}\n".encode())
+    return _WEIGHTS + table_hash.hexdigest()
 
 
 def recorded(
@@ -225,19 +225,19 @@ def recorded(
         A copy of the provenance with digests and a seal.
     """
     accounts = [account for _, account in accounts_of(made)]
-    told = [
+    hashed_accounts = [
         {**account, DIGEST: of(checkpoint)} | ({KEY: checkpoint.key} if checkpoint.key else {})
         for account, checkpoint in zip(accounts, inputs, strict=True)
     ]
     count = len(made["checkpoints"])
-    base = {"base": told[count]} if told[count:] else {}
-    return sealed({**made, "checkpoints": told[:count], **base, DIGEST: output})
+    base = {"base": hashed_accounts[count]} if hashed_accounts[count:] else {}
+    return sealed({**made, "checkpoints": hashed_accounts[:count], **base, DIGEST: output})
 
 
 def accounts_of(made: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     """List the provenance's entries about inputs, each with the role ``input`` or ``base``."""
-    found = [("input", account) for account in made["checkpoints"]]
-    return found + ([("base", made["base"])] if isinstance(made.get("base"), dict) else [])
+    accounts = [("input", account) for account in made["checkpoints"]]
+    return accounts + ([("base", made["base"])] if isinstance(made.get("base"), dict) else [])
 
 
 def sealed(made: Mapping[str, Any]) -> dict[str, Any]:

@@ -259,25 +259,25 @@ class FileSink:
             raise unwritable(self._path, errors[0]) from errors[0]
 
     def _store_checksums(self, handle: int, file: FileLayout) -> None:
-        for name, places in file.checksums.items():
+        for name, offsets in file.checksums.items():
             first = self._first[name]
             stretches = _joined(self._crcs[first.name])
-            whole = [(0, first.nbytes)] if first.nbytes else []
-            if [(start, length) for start, length, _ in stretches] != whole:
+            expected = [(0, first.nbytes)] if first.nbytes else []
+            if [(start, length) for start, length, _ in stretches] != expected:
                 raise RuntimeError(f"not all of {name} has been written")
             crc = stretches[0][2] if stretches else 0
-            for place in places:
-                self._write_at(handle, memoryview(struct.pack("<I", crc)), place)
+            for offset in offsets:
+                self._write_at(handle, memoryview(struct.pack("<I", crc)), offset)
 
     def _write_at(self, handle: int, data: memoryview, offset: int) -> None:
-        done = 0
-        while done < len(data):
+        written = 0
+        while written < len(data):
             if hasattr(os, "pwrite"):
-                done += os.pwrite(handle, data[done:], offset + done)
+                written += os.pwrite(handle, data[written:], offset + written)
             else:
                 with self._lock:
-                    os.lseek(handle, offset + done, os.SEEK_SET)
-                    done += os.write(handle, data[done:])
+                    os.lseek(handle, offset + written, os.SEEK_SET)
+                    written += os.write(handle, data[written:])
 
 
 def _make_directory(path: Path) -> None:
@@ -294,14 +294,14 @@ def _joined(stretches: Mapping[int, tuple[int, int]]) -> list[tuple[int, int, in
     Returns:
         Offset in bytes, length in bytes and CRC-32 of as few stretches as possible, in order.
     """
-    found: list[tuple[int, int, int]] = []
+    joined: list[tuple[int, int, int]] = []
     for start, end, crc in sorted((start, end, crc) for end, (start, crc) in stretches.items()):
-        before, size, first = found[-1] if found else (0, 0, 0)
-        if found and before + size == start:
-            found[-1] = (before, end - before, crc32_combine(first, crc, end - start))
+        before, size, first = joined[-1] if joined else (0, 0, 0)
+        if joined and before + size == start:
+            joined[-1] = (before, end - before, crc32_combine(first, crc, end - start))
         else:
-            found.append((start, end - start, crc))
-    return found
+            joined.append((start, end - start, crc))
+    return joined
 
 
 def _preallocate(handle: int, size: int) -> None:
@@ -351,12 +351,12 @@ def _multiply(a: int, b: int) -> int:
 def _power_of_x(exponent: int) -> int:
     if exponent not in _CACHE:
         result, square = 1 << 31, 1 << 30  # x^0, x^1
-        rest = exponent
-        while rest:
-            if rest & 1:
+        remaining = exponent
+        while remaining:
+            if remaining & 1:
                 result = _multiply(square, result)
             square = _multiply(square, square)
-            rest >>= 1
+            remaining >>= 1
         _CACHE[exponent] = result
     return _CACHE[exponent]
 

@@ -96,10 +96,10 @@ def prepare(
     """
     check_output(out)
     path = Path(out)
-    places = [str(name) for c in inputs for name in (c.path, *(f.path for f in c.files))]
+    input_paths = [str(name) for c in inputs for name in (c.path, *(f.path for f in c.files))]
     # A dict is an ordered set here: a run may be of thousands of files, most of them named twice.
-    names = dict.fromkeys(Path(place) for place in places if not is_url(place))
-    _check_neighbours(path, [place for place in neighbours if place not in names])
+    names = dict.fromkeys(Path(name) for name in input_paths if not is_url(name))
+    _check_neighbours(path, [n for n in neighbours if n not in names])
     check_no_input(path, names)
     _check_no_run(path, is_run, overwrite=overwrite)
     check_target(path, overwrite=overwrite)
@@ -150,11 +150,11 @@ def _check_neighbours(path: Path, neighbours: Iterable[Location]) -> None:
     """
     if not os.path.lexists(path):
         return
-    place = os.path.realpath(path)
-    if all(isinstance(n, RemotePath) or os.path.realpath(n) != place for n in neighbours):
+    real_path = os.path.realpath(path)
+    if all(isinstance(n, RemotePath) or os.path.realpath(n) != real_path for n in neighbours):
         return
     with suppress(CkptavgError):
-        if open_checkpoint(place).is_average:
+        if open_checkpoint(real_path).is_average:
             return
     raise OutputError(
         f"the output {path} is a file of the run that is averaged", "Choose another -o."
@@ -192,11 +192,11 @@ def _recorded_files(path: Path) -> list[str]:
     if not path.is_dir():
         return []
     try:
-        made = open_checkpoint(path).provenance or {}
+        origin = open_checkpoint(path).provenance or {}
     except CkptavgError:
         # ckptavg did not write this directory.
         return []
-    names = made.get(_FILES)
+    names = origin.get(_FILES)
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
@@ -270,15 +270,15 @@ def _publish(targets: Sequence[Target], written: Sequence[Publication]) -> None:
                 f"{target.path} has appeared while it was being made",
                 "Pass --overwrite (in Python overwrite=True) to replace it.",
             )
-    done: list[str] = []
+    published: list[str] = []
     for target, publication in zip(targets, written, strict=True):
         try:
             publication.publish()
         except OutputError as error:
-            if done:
-                error.message += f" ({first_few(done)} had been written)"
+            if published:
+                error.message += f" ({first_few(published)} had been written)"
             raise
-        done.append(str(target.path))
+        published.append(str(target.path))
 
 
 def fill(
@@ -380,7 +380,7 @@ def provenance(
         ``bn_layers`` (the layers that ``bn`` does not hold for, by kind), ``base`` and ``tied``
         names. The provenance of a directory later gets ``files`` too, the names of all files.
     """
-    made: dict[str, Any] = {
+    origin: dict[str, Any] = {
         "version": __version__,
         "scheme": scheme,
         "checkpoints": [
@@ -389,8 +389,8 @@ def provenance(
         ],
         **statistics.plain,
     }
-    made |= {} if base is None else {"base": _account(base)}
-    return made | ({"tied": [list(group) for group in ties]} if ties else {})
+    origin |= {} if base is None else {"base": _account(base)}
+    return origin | ({"tied": [list(group) for group in ties]} if ties else {})
 
 
 def _account(checkpoint: Checkpoint, **part: float | None) -> dict[str, Any]:
