@@ -103,9 +103,9 @@ def prominence(path: str) -> tuple[object, ...]:
 
 def _split(words: frozenset[str]) -> int:
     """Rank the data that a metric was measured on: validation 0, test 1, unknown 2, training 3."""
-    for place, names in enumerate((_VALIDATION, _TEST)):
+    for rank, names in enumerate((_VALIDATION, _TEST)):
         if words & names:
-            return place
+            return rank
     return 3 if words & _TRAINING else 2
 
 

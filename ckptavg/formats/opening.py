@@ -43,21 +43,21 @@ def open_checkpoint(path: Named, key: str | None = None) -> Checkpoint:
         CheckpointError: The checkpoint cannot be read, is damaged, or holds no weights that can be
             found.
     """
-    place = locate(path)
-    with guard_reads(place):
-        if place.is_dir():
-            return _open_directory(place, key)
-        if isinstance(place, Path) and not place.exists() and not place.is_symlink():
-            raise CheckpointError(f"{place} does not exist", suggest_neighbours(place))
-        return _checkpoint_of(place, read_file(place, key))
+    location = locate(path)
+    with guard_reads(location):
+        if location.is_dir():
+            return _open_directory(location, key)
+        if isinstance(location, Path) and not location.exists() and not location.is_symlink():
+            raise CheckpointError(f"{location} does not exist", suggest_neighbours(location))
+        return _checkpoint_of(location, read_file(location, key))
 
 
 def is_checkpoint_directory(path: Location) -> bool:
     """Return True if a path is the directory of a checkpoint, not of several checkpoints."""
     if not path.is_dir():
         return False
-    own = huggingface.main_file(path) is not None or reader.is_distributed(path)
-    if own or deepspeed.tag_of(path) is not None or shards.find_shards(path):
+    has_weights = huggingface.main_file(path) is not None or reader.is_distributed(path)
+    if has_weights or deepspeed.tag_of(path) is not None or shards.find_shards(path):
         return True
     return bool(components.find_components(path))
 
@@ -143,10 +143,10 @@ def _open_own_weights(path: Location, key: str | None) -> Checkpoint:
     # Other variants may be stored beside the one taken, such as fp16 and bf16.
     if huggingface.is_variant(main.name):
         notes += huggingface.note_variants(path)
-    if others := huggingface.other_models(main):
+    if unused := huggingface.other_models(main):
         notes.append(
-            f"weights are taken from {main.name}; {first_few(others)} beside it is another model's "
-            f"(name the files to average those: .../*/{others[0]})"
+            f"weights are taken from {main.name}; {first_few(unused)} beside it is another model's "
+            f"(name the files to average those: .../*/{unused[0]})"
         )
     opened = _checkpoint(path, layout, parts, trainer or parts[0].record)
     return replace(opened, notes=(*opened.notes, *notes))
@@ -182,14 +182,14 @@ def _read_shards(index: Location, key: str | None) -> list[Part]:
     """
     mapping = huggingface.weight_map(index)
     shards = {name: read_file(index.parent / name, key) for name in sorted(set(mapping.values()))}
-    held = {name: {*shard.tensors, *shard.refused} for name, shard in shards.items()}
-    lost = [name for name, shard in mapping.items() if name not in held[shard]]
+    names_by_shard = {name: {*shard.tensors, *shard.refused} for name, shard in shards.items()}
+    lost = [name for name, shard in mapping.items() if name not in names_by_shard[shard]]
     if lost:
         raise CheckpointError(
             f"{index} lists tensors that are not in their shards: {first_few(lost)}",
             "Copy the directory again, or leave it out.",
         )
-    twice = [name for name, n in Counter(chain(*held.values())).items() if n > 1]
+    twice = [name for name, n in Counter(chain(*names_by_shard.values())).items() if n > 1]
     if twice:
         raise CheckpointError(f"{index.parent} holds tensors in two shards: {first_few(twice)}")
     return list(shards.values())
@@ -203,8 +203,11 @@ def _trainers_record(directory: Location) -> Record | None:
     """
     above = ancestors(directory, _DEEPEST_WEIGHTS)
     homes = [directory, *(parent for parent in above if _TRAINERS.fullmatch(parent.name))]
-    found = (training_record.from_trainer_state(home / huggingface.TRAINER_STATE) for home in homes)
-    return next((trainer for trainer in found if trainer is not None), None)
+    for home in homes:
+        record = training_record.from_trainer_state(home / huggingface.TRAINER_STATE)
+        if record is not None:
+            return record
+    return None
 
 
 def _checkpoint_of(path: Location, part: Part) -> Checkpoint:
@@ -233,14 +236,16 @@ def _checkpoint(path: Location, layout: str, parts: list[Part], recorded: Record
         raise CheckpointError(f"{path}: a tensor's name is over {_LONGEST_NAME} characters long")
     networks = parts[0].networks
     bare = state_dict.bare_network_names(networks) if networks else state_dict.bare_names(names)
-    wrappers = dict.fromkeys(
-        chain(*(state_dict.note_wrapper(own) for own in networks.values() or [names]))
-    )
-    made = next((part.provenance for part in parts if part.provenance), None)
+    wrappers = dict.fromkeys(chain(*map(state_dict.note_wrapper, networks.values() or [names])))
+    provenance = next((part.provenance for part in parts if part.provenance), None)
     # New statistics alone do not move a checkpoint: the step stays that of the original.
-    if made is not None and made.get("scheme") == REFRESHED and made["checkpoints"]:
+    if (
+        provenance is not None
+        and provenance.get("scheme") == REFRESHED
+        and provenance["checkpoints"]
+    ):
         recorded = replace(
-            recorded, step=training_record.whole_number(made["checkpoints"][0].get("step"))
+            recorded, step=training_record.whole_number(provenance["checkpoints"][0].get("step"))
         )
     checkpoint = Checkpoint(
         path=path,
@@ -252,7 +257,7 @@ def _checkpoint(path: Location, layout: str, parts: list[Part], recorded: Record
         refused={bare[name]: why for name, why in refused.items() if name in bare},
         files=tuple(stamp for part in parts for stamp in part.stamps),
         record=recorded,
-        provenance=made,
+        provenance=provenance,
         step=recorded.epoch if recorded.step is None else recorded.step,
         notes=(*chain(*(part.notes for part in parts)), *wrappers),
         beside=parts[0].beside,

@@ -75,8 +75,8 @@ def read_file(path: Location, key: str | None) -> Part:
 def _read_safetensors(path: Location, stamp: FileStamp) -> Part:
     tensors, metadata = safetensors.read_header(path, stamp.size)
     recorded, provenance = training_record.from_metadata(metadata), _provenance(metadata)
-    own = {name: text for name, text in metadata.items() if name != PROVENANCE}
-    return Part("safetensors", (stamp,), tensors, {}, recorded, provenance, metadata=own)
+    texts = {name: text for name, text in metadata.items() if name != PROVENANCE}
+    return Part("safetensors", (stamp,), tensors, {}, recorded, provenance, metadata=texts)
 
 
 def _read_torch(path: Location, stamp: FileStamp, key: str | None) -> Part:
@@ -86,23 +86,23 @@ def _read_torch(path: Location, stamp: FileStamp, key: str | None) -> Part:
             f"{path} was written by torch.save, not as safetensors", f"Call it {path.stem}.pt."
         )
     try:
-        found = state_dict.find_weights(str(path), opened.tree, key)
+        weights = state_dict.find_weights(str(path), opened.tree, key)
     except MalformedPickle as error:
         raise damaged(path, str(error)) from error
-    views = _of_kind(found.entry, TensorView)
+    views = _of_kind(weights.entry, TensorView)
     tensors = {name: opened.tensor(view) for name, view in views.items()}
     deepspeed.refuse_placeholders(path, opened.tree, tensors)
     return Part(
         layout="torch",
         stamps=(stamp,),
         tensors=tensors,
-        refused={name: value.why for name, value in _of_kind(found.entry, Refused).items()},
-        record=training_record.from_tree(opened.tree, found.record_key, path.name, opened.number),
-        provenance=_find_provenance(opened, found.key),
-        key=found.key,
-        networks={path: _tensor_names(entry) for path, entry in found.networks.items()},
-        notes=(*found.notes, *_note_others(found.entry), *([_ARRAYS] if opened.arrays else [])),
-        beside=state_dict.beside(opened.tree, found.paths),
+        refused={name: value.why for name, value in _of_kind(weights.entry, Refused).items()},
+        record=training_record.from_tree(opened.tree, weights.record_key, path.name, opened.number),
+        provenance=_find_provenance(opened, weights.key),
+        key=weights.key,
+        networks={path: _tensor_names(entry) for path, entry in weights.networks.items()},
+        notes=(*weights.notes, *_note_others(weights.entry), *([_ARRAYS] if opened.arrays else [])),
+        beside=state_dict.beside(opened.tree, weights.paths),
     )
 
 
@@ -116,33 +116,33 @@ def _tensor_names(entry: Mapping[Any, Any]) -> list[str]:
 
 def _note_others(entry: Mapping[Any, Any]) -> list[str]:
     """Make a note about the values in an entry that are no tensors."""
-    others = [
+    non_tensors = [
         name
         for name, value in entry.items()
         if not isinstance(name, str) or not isinstance(value, tree.TENSORS)
     ]
-    if not others:
+    if not non_tensors:
         return []
-    shown = first_few([short(name) for name in others[:4]])
-    return [f"{len(others)} values beside the tensors are not taken: {shown}"]
+    shown = first_few([short(name) for name in non_tensors[:4]])
+    return [f"{len(non_tensors)} values beside the tensors are not taken: {shown}"]
 
 
 def read_distributed(path: Location, key: str | None) -> Part:
     """Read the metadata of a directory of ``torch.distributed.checkpoint``, like ``read_file``."""
     opened = reader.read(path)
-    found = state_dict.find_weights(str(path), opened.tree, key)
-    tensors = {n: opened.tensor(t) for n, t in _of_kind(found.entry, Sharded).items()}
+    weights = state_dict.find_weights(str(path), opened.tree, key)
+    tensors = {n: opened.tensor(t) for n, t in _of_kind(weights.entry, Sharded).items()}
     return Part(
         layout="distributed",
         stamps=opened.stamps_of(tensors),
         tensors=tensors,
         refused={},
-        record=training_record.from_tree(opened.tree, found.record_key),
+        record=training_record.from_tree(opened.tree, weights.record_key),
         provenance=_provenance(opened.tree),
-        key=found.key,
-        networks={path: _tensor_names(entry) for path, entry in found.networks.items()},
-        notes=(*found.notes, *_note_others(found.entry)),
-        beside=state_dict.beside(opened.tree, found.paths),
+        key=weights.key,
+        networks={path: _tensor_names(entry) for path, entry in weights.networks.items()},
+        notes=(*weights.notes, *_note_others(weights.entry)),
+        beside=state_dict.beside(opened.tree, weights.paths),
     )
 
 
@@ -172,11 +172,11 @@ def _is_safetensors(path: Location) -> bool:
 
 def _find_provenance(opened: zip_reader.TorchFile, key: str) -> Mapping[str, Any] | None:
     """Find the provenance of a file: beside the weights, or attached to the state dict."""
-    made = parse_provenance(opened.provenance) or _provenance(opened.tree)
+    provenance = parse_provenance(opened.provenance) or _provenance(opened.tree)
     entry = tree.value_at(opened.tree, key)
-    if made is None and isinstance(entry, OrderedEntries):
+    if provenance is None and isinstance(entry, OrderedEntries):
         return parse_provenance(entry.account)
-    return made
+    return provenance
 
 
 def _provenance(beside: Any) -> Mapping[str, Any] | None:
@@ -193,8 +193,8 @@ def parse_provenance(text: Any) -> Mapping[str, Any] | None:
     except ValueError:
         return None
     # Another tool may use the same name for an entry, so the form is checked.
-    made = value.get("checkpoints") if isinstance(value, dict) else None
-    if not isinstance(made, list) or not all(map(_is_account, made)):
+    checkpoints = value.get("checkpoints") if isinstance(value, dict) else None
+    if not isinstance(checkpoints, list) or not all(map(_is_account, checkpoints)):
         return None
     return dict(value)
 

@@ -158,8 +158,8 @@ class Reader:
 
     def _decode(self, piece: Piece) -> bytearray:
         """Decode the bytes that a piece stores as text; the last few results are cached."""
-        place = (piece.file, piece.text)
-        if place not in self._decoded:
+        cache_key = (piece.file, piece.text)
+        if cache_key not in self._decoded:
             start, length = piece.text or (0, 0)
             text = bytearray(length)
             self._read_bytes(piece.file, start, memoryview(text))
@@ -170,8 +170,8 @@ class Reader:
                 raise _cut_short(piece.file, start + length) from error
             while self._decoded and sum(map(len, self._decoded.values())) > _MOST_DECODED:
                 self._decoded.popitem(last=False)
-            self._decoded[place] = data
-        return self._decoded[place]
+            self._decoded[cache_key] = data
+        return self._decoded[cache_key]
 
     def _read_strided(
         self, path: str, offset: int, stride: tuple[int, ...], target: torch.Tensor
@@ -202,14 +202,14 @@ class Reader:
             out[:] = content
             return
         file = self._open(path)
-        done = 0
+        bytes_read = 0
         with guard_reads(path):
-            while done < len(out):
+            while bytes_read < len(out):
                 # A system call may return fewer bytes than were asked for.
-                got = _read_at(file, out[done:], offset + done)
+                got = _read_at(file, out[bytes_read:], offset + bytes_read)
                 if not got:
                     raise _cut_short(path, offset + len(out))
-                done += got
+                bytes_read += got
 
     def _close_one(self) -> None:
         """Close the file that was used longest ago."""
@@ -304,14 +304,14 @@ def boxes(shape: tuple[int, ...], start: int, end: int, limit: int) -> Iterator[
     rows = [math.prod(shape[i:]) for i in range(len(shape) + 1)]
     # Each box is made of the largest whole rows that begin at the start and fit.
     while start < end:
-        whole, row = next(
+        larger_row, row = next(
             (
-                (whole, row)
-                for whole, row in zip([math.inf, *rows], rows, strict=False)
+                (larger_row, row)
+                for larger_row, row in zip([math.inf, *rows], rows, strict=False)
                 if start % row == 0 and row <= max(1, min(limit, end - start))
             )
         )
-        stop = min(end, start + limit, start - start % whole + whole)
+        stop = min(end, start + limit, start - start % larger_row + larger_row)
         count = int(stop - start) // row * row
         yield start, count
         start += count

@@ -63,8 +63,8 @@ class Statistics:
             excluded: Layers that the user excluded from the pass.
             written: Layers that got new statistics in the pass.
         """
-        kept = {*self.frozen, *excluded}
-        wanted = [layer for layer in self.layers if layer not in kept]
+        skipped = {*self.frozen, *excluded}
+        wanted = [layer for layer in self.layers if layer not in skipped]
         missed = tuple(layer for layer in wanted if layer not in written)
         # Without a single recomputed layer the state stays.
         state = self.state
@@ -89,15 +89,17 @@ def match_layers(patterns: str | Sequence[str], layers: Iterable[str]) -> set[st
     Raises:
         UsageError: A pattern matches no layer.
     """
-    known = list(layers)
+    layer_names = list(layers)
     matched: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        names = [name for name in known if fnmatch.fnmatchcase(name, pattern)]
+        names = [name for name in layer_names if fnmatch.fnmatchcase(name, pattern)]
         if not names:
-            listed = f"The layers are {first_few(known, 6)}." if known else "There are none."
+            listed = (
+                f"The layers are {first_few(layer_names, 6)}." if layer_names else "There are none."
+            )
             raise UsageError(
                 f"{pattern!r} matches no BatchNorm layer",
-                did_you_mean(close_patterns(pattern, known)) or listed,
+                did_you_mean(close_patterns(pattern, layer_names)) or listed,
             )
         matched.update(names)
     return matched
@@ -107,15 +109,15 @@ def listed_layers(made: Mapping[str, Any]) -> dict[str, list[str]]:
     """Return the exceptional layers that provenance lists beside ``bn``, by kind."""
     # Provenance comes from a file: malformed lists are left out.
     listed = made.get(LAYERS)
-    known = listed.items() if isinstance(listed, Mapping) else ()
+    entries = listed.items() if isinstance(listed, Mapping) else ()
     return {
         kind: layers
-        for kind, layers in known
+        for kind, layers in entries
         if isinstance(layers, list) and all(isinstance(layer, str) for layer in layers)
     }
 
 
 def with_statistics(made: Mapping[str, Any], statistics: Statistics) -> dict[str, Any]:
     """Return a copy of provenance with another state of the running statistics."""
-    rest = {key: value for key, value in made.items() if key != LAYERS}
-    return {**rest, **statistics.plain}
+    without_layers = {key: value for key, value in made.items() if key != LAYERS}
+    return {**without_layers, **statistics.plain}

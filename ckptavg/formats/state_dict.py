@@ -137,8 +137,8 @@ def _find_weights(path: str, tree: Any, key: str | None) -> Weights:
     if isinstance(tree, dict):
         if tree.keys() >= OPTIMIZER_KEYS:
             raise NoWeightsError(f"{path} is an optimizer's state", "Name the model's checkpoint.")
-        if (known := _find_known(tree)) is not None:
-            return known
+        if (weights := _find_known(tree)) is not None:
+            return weights
     if (networks := _find_networks(tree)) is not None:
         return networks
     if _is_training_state(tree):
@@ -247,12 +247,12 @@ def beside(tree: Any, paths: Sequence[str]) -> tuple[str, ...]:
     homes = set(paths)
     shown: list[str] = []
     for above, level in levels.items():
-        others = [] if above in homes else children(level)
-        named = [(join(above, name), value) for name, value in others if name != PROVENANCE]
+        entries = [] if above in homes else children(level)
+        named = [(join(above, name), value) for name, value in entries if name != PROVENANCE]
         for name, value in [part for part in named if part[0] not in levels][:_MOST_ENTRIES]:
             count = count_tensors(value)
-            held = f" ({count} tensor{'s' * (count != 1)})" if count else ""
-            shown.append(f"{short(name)}{held}")
+            count_text = f" ({count} tensor{'s' * (count != 1)})" if count else ""
+            shown.append(f"{short(name)}{count_text}")
     return tuple(shown)
 
 
@@ -289,8 +289,8 @@ def bare_network_names(networks: Mapping[str, list[str]]) -> dict[str, str]:
     """
     bare: dict[str, str] = {}
     for path, names in networks.items():
-        own = bare_names(names).items()
-        bare |= {join(path, stored): join(path, name) for stored, name in own}
+        name_pairs = bare_names(names).items()
+        bare |= {join(path, stored): join(path, name) for stored, name in name_pairs}
     if len(set(bare.values())) < len(bare):
         return {join(path, name): join(path, name) for path in networks for name in networks[path]}
     return bare
@@ -320,23 +320,23 @@ def _without_inner(name: str) -> str:
 
 
 def _named_entry(path: str, tree: Any, key: str) -> Weights:
-    place = locate(tree, key)
-    if place is None:
+    located = locate(tree, key)
+    if located is None:
         raise CheckpointError(
             f"{path} has no entry {key!r} ({_describe(tree)})",
             did_you_mean(_close_keys(tree, key)) or "Choose one with --key.",
         )
-    if _is_optimizer_state(place.value):
-        known = _find_known(tree) if isinstance(tree, dict) else None
-        found = [known.key] if known is not None and known.key else []
+    if _is_optimizer_state(located.value):
+        weights = _find_known(tree) if isinstance(tree, dict) else None
+        suggestions = [weights.key] if weights is not None and weights.key else []
         raise NoWeightsError(
             f"{path}: the entry {key!r} is an optimizer's state, not weights",
-            did_you_mean(found) or "Choose another one with --key.",
+            did_you_mean(suggestions) or "Choose another one with --key.",
         )
     notes = _note_swap(tree, key)
-    if place.pickled or holds_tensors(place.entry):
-        return Weights(key, place.entry, notes)
-    if (networks := _find_networks(place.value, key)) is not None:
+    if located.pickled or holds_tensors(located.entry):
+        return Weights(key, located.entry, notes)
+    if (networks := _find_networks(located.value, key)) is not None:
         return networks
     raise CheckpointError(
         f"{path}: the entry {key!r} holds no tensors by name ({_describe(tree)})",
@@ -363,19 +363,21 @@ def _note_other_weights(tree: Mapping[Any, Any], chosen: str) -> list[str]:
         if _sounds_like_weights(name)
         or (id(tree[name]) in networks and may_hold_networks(name, tree[name]))
     ]
-    others = [
+    alternatives = [
         name
         for name in likely[:_MOST_ENTRIES]
         if count_tensors(tree[name]) and not _is_same(tree[name], tree[chosen])
     ]
     # fairseq keeps the EMA here.
     if count_tensors(_entry(tree, "extra_state", "ema")):
-        others.append("extra_state.ema")
+        alternatives.append("extra_state.ema")
     notes = _note_swap(tree, chosen)
     if notes:
-        others = [name for name in others if name not in (_MMENGINE_EMA, _LIGHTNING_TRAINED)]
-    if others:
-        shown = first_few(others)
+        alternatives = [
+            name for name in alternatives if name not in (_MMENGINE_EMA, _LIGHTNING_TRAINED)
+        ]
+    if alternatives:
+        shown = first_few(alternatives)
         notes.append(f"weights are taken from {chosen!r}; {shown} also holds some (--key)")
     return notes
 
@@ -396,18 +398,18 @@ def _holds_mmcv_copies(entry: Any) -> bool:
     """Return True if each copy ``ema_NAME`` has a weight beside, named with dots as underscores."""
     names = [name for name in entry if isinstance(name, str)] if isinstance(entry, dict) else []
     copies = [name for name in names if name.startswith("ema_")]
-    known = {name.replace(".", "_") for name in names}
-    return bool(copies) and all(name.removeprefix("ema_") in known for name in copies)
+    underscored = {name.replace(".", "_") for name in names}
+    return bool(copies) and all(name.removeprefix("ema_") in underscored for name in copies)
 
 
 def _is_same(one: Any, other: Any) -> bool:
     """Return True if two state dicts hold the very same tensors, under any names."""
     if not isinstance(one, dict) or not isinstance(other, dict):
         return False
-    held = [
+    identities = [
         {identity(v) for v in entry.values() if isinstance(v, TensorView)} for entry in (one, other)
     ]
-    return held[0] == held[1]
+    return identities[0] == identities[1]
 
 
 def _sounds_like_weights(name: str) -> bool:
@@ -450,19 +452,19 @@ def _suggest(tree: Any) -> str:
 
 def _entry_paths(tree: Mapping[Any, Any]) -> list[str]:
     """List the dotted paths of entries that hold named tensors, most tensors first."""
-    seen: set[int] = set()
+    visited: set[int] = set()
     waiting: list[tuple[str, Mapping[Any, Any]]] = [("", tree)]
-    found: list[tuple[int, str]] = []
+    counted_paths: list[tuple[int, str]] = []
     while waiting:
         prefix, entries = waiting.pop()
         for name, value in entries.items():
             typed = isinstance(name, str) and len(name) <= LONGEST_NAME
-            if not typed or not isinstance(value, dict) or id(value) in seen:
+            if not typed or not isinstance(value, dict) or id(value) in visited:
                 continue
-            seen.add(id(value))
+            visited.add(id(value))
             if holds_tensors(value):
-                held = sum(isinstance(v, TENSORS) for v in value.values())
-                found.append((-held, prefix + name))
+                tensor_count = sum(isinstance(v, TENSORS) for v in value.values())
+                counted_paths.append((-tensor_count, prefix + name))
             elif prefix.count(".") < _DEEPEST_ENTRY:
                 waiting.append((f"{prefix}{name}.", value))
-    return [path for _, path in sorted(found)]
+    return [path for _, path in sorted(counted_paths)]

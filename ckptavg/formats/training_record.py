@@ -83,11 +83,11 @@ def from_tree(
     if not isinstance(tree, dict) or weights_key == "":
         top = tree if isinstance(tree, dict) else {}
         return _from_mapping({k: v for k, v in top.items() if number(v) is not None})
-    beside = _beside(tree, weights_key)
+    neighbours = _beside(tree, weights_key)
     numbers = _Numbers(read)
-    found = _from_mapping({k: numbers.plain(v) for k, v in beside.items()}, numbers)
-    monitored = _monitored(beside.get("callbacks"), file_name, numbers)
-    return replace(found, metrics={**found.metrics, **monitored})
+    record = _from_mapping({k: numbers.plain(v) for k, v in neighbours.items()}, numbers)
+    monitored = _monitored(neighbours.get("callbacks"), file_name, numbers)
+    return replace(record, metrics={**record.metrics, **monitored})
 
 
 class _Numbers:
@@ -107,14 +107,14 @@ class _Numbers:
 
 def _beside(tree: Mapping[Any, Any], weights_key: str) -> dict[Any, Any]:
     """Collect the entries beside the weights, and beside each entry around the weights."""
-    beside: dict[Any, Any] = {}
+    neighbours: dict[Any, Any] = {}
     entries: Any = tree
     for part in weights_key.split("."):
         if not isinstance(entries, dict):
             break
-        beside.update((name, value) for name, value in entries.items() if name != part)
+        neighbours.update((name, value) for name, value in entries.items() if name != part)
         entries = entries.get(part)
-    return beside
+    return neighbours
 
 
 def _monitored(callbacks: Any, file_name: str, numbers: _Numbers) -> dict[str, float]:
@@ -124,20 +124,20 @@ def _monitored(callbacks: Any, file_name: str, numbers: _Numbers) -> dict[str, f
     listed for this file is taken: an instance that did not write this file may hold the current
     score of an earlier file.
     """
-    found: dict[str, float] = {}
+    scores: dict[str, float] = {}
     states = callbacks.values() if isinstance(callbacks, dict) else ()
-    left = _MOST_LOOKED_AT
+    files_left = _MOST_LOOKED_AT
     for state in islice(states, _MOST_METRICS):
         name = state.get("monitor") if isinstance(state, dict) else None
-        kept = state.get("best_k_models") if isinstance(name, str) else None
-        if not isinstance(kept, dict) or len(kept) > left:
+        scored_files = state.get("best_k_models") if isinstance(name, str) else None
+        if not isinstance(scored_files, dict) or len(scored_files) > files_left:
             continue
-        left -= len(kept)
-        for path, score in kept.items():
+        files_left -= len(scored_files)
+        for path, score in scored_files.items():
             if isinstance(path, str) and last_part(path) == file_name:
                 value = number(numbers.plain(score))
-                found |= {} if value is None else {str(name): float(value)}
-    return found
+                scores |= {} if value is None else {str(name): float(value)}
+    return scores
 
 
 def last_part(path: str) -> str:
@@ -207,16 +207,16 @@ def number(value: Any) -> float | None:
 
 
 def _finite(value: Any) -> float | None:
-    found = number(value)
-    return found if found is not None and math.isfinite(found) else None
+    converted = number(value)
+    return converted if converted is not None and math.isfinite(converted) else None
 
 
 def whole_number(value: Any) -> int | None:
     """Return a whole number as an integer; return None for any other value."""
-    found = number(value)
-    if found is None or not math.isfinite(found) or found != int(found):
+    converted = number(value)
+    if converted is None or not math.isfinite(converted) or converted != int(converted):
         return None
-    return int(found)
+    return int(converted)
 
 
 def _from_mapping(values: Mapping[Any, Any], numbers: _Numbers | None = None) -> Record:
@@ -291,10 +291,10 @@ def _learning_rate(values: Mapping[Any, Any]) -> float | None:
 
 def _metrics(values: Mapping[Any, Any], numbers: _Numbers | None) -> dict[str, float]:
     """Collect the other numbers by dotted name, three levels deep."""
-    found: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     looked_at = 0
     waiting: list[tuple[str, Mapping[Any, Any]]] = [("", values)]
-    while waiting and len(found) < _MOST_METRICS and looked_at < _MOST_LOOKED_AT:
+    while waiting and len(metrics) < _MOST_METRICS and looked_at < _MOST_LOOKED_AT:
         prefix, entries = waiting.pop()
         looked_at += len(entries)
         # Numbers in a nested state dict belong to a network, and are no metrics.
@@ -309,8 +309,8 @@ def _metrics(values: Mapping[Any, Any], numbers: _Numbers | None) -> dict[str, f
                 continue
             plain = numbers.plain(value) if numbers else value
             if number(plain) is not None and not is_bookkeeping(name):
-                found[prefix + name] = float(plain)
-    return found
+                metrics[prefix + name] = float(plain)
+    return metrics
 
 
 def holds_weights(entries: Mapping[Any, Any]) -> bool:
