@@ -41,15 +41,15 @@ def shorten_names(names: Sequence[str], room: int) -> list[str]:
     if not long:
         return list(names)
     # A shortened name must not equal a name that fits.
-    whole = [name for name in different if cell_len(name) <= room]
+    fitting = [name for name in different if cell_len(name) <= room]
     shortened = _cut_before_marks(long, room)
-    if len({*shortened.values(), *whole}) < len(different):
-        cut = _cut_alike(long, room, whole)
+    if len({*shortened.values(), *fitting}) < len(different):
+        cut = _cut_alike(long, room, fitting)
         windows = dict(cut)
         for group in _groups_of_same(cut):
             windows |= _show_differences(group, room)
         ways = (shortened, cut, windows, _show_differences(long, room))
-        shortened = max(ways, key=lambda way: len({*way.values(), *whole}))
+        shortened = max(ways, key=lambda way: len({*way.values(), *fitting}))
     return [shortened.get(name, name) for name in names]
 
 
@@ -80,19 +80,19 @@ def _cut_before_marks(names: Sequence[str], room: int) -> dict[str, str]:
     marks = {name: name[len(stem) :] for name, stem in stems.items()}
     tell_apart = len({*stems.values()}) < len(names)
     least = max(room // 3 if tell_apart else (room + 1) // 2, _FEWEST)
-    kept = {mark: mark for mark in marks.values()}
-    if max(map(cell_len, kept)) > room - least:
-        kept = _shorten_marks(list(kept), room - least) if tell_apart else {}
-    if not any(kept):
+    short_marks = {mark: mark for mark in marks.values()}
+    if max(map(cell_len, short_marks)) > room - least:
+        short_marks = _shorten_marks(list(short_marks), room - least) if tell_apart else {}
+    if not any(short_marks):
         return {}
     shortened = {}
     for mark in dict.fromkeys(marks.values()):
         marked = [name for name in names if marks[name] == mark]
-        left = room - cell_len(kept[mark])
+        stem_room = room - cell_len(short_marks[mark])
         for name, stem in zip(
-            marked, shorten_names([stems[name] for name in marked], left), strict=True
+            marked, shorten_names([stems[name] for name in marked], stem_room), strict=True
         ):
-            shortened[name] = stem + kept[mark]
+            shortened[name] = stem + short_marks[mark]
     return shortened
 
 
@@ -101,9 +101,9 @@ def _shorten_marks(marks: Sequence[str], room: int) -> dict[str, str]:
     texts = list(dict.fromkeys(text for mark in marks for _, text, _ in _MARK.findall(mark)))
     for most in range(max(map(cell_len, texts)), _FEWEST - 1, -1):
         short = dict(zip(texts, shorten_names(texts, most), strict=True))
-        kept = {mark: _replace_texts(mark, short) for mark in marks}
-        if max(map(cell_len, kept.values())) <= room:
-            return kept
+        short_marks = {mark: _replace_texts(mark, short) for mark in marks}
+        if max(map(cell_len, short_marks.values())) <= room:
+            return short_marks
     return {}
 
 
@@ -180,10 +180,10 @@ def _show_differences(names: Sequence[str], room: int) -> dict[str, str]:
     start = max(beginning - before, 1)
     shortened = {}
     for name in names:
-        rest = name[start:]
-        if cell_len(rest) > room - 1:
-            rest = _take(rest, room - 2) + ELLIPSIS
-        shortened[name] = ELLIPSIS + rest
+        tail = name[start:]
+        if cell_len(tail) > room - 1:
+            tail = _take(tail, room - 2) + ELLIPSIS
+        shortened[name] = ELLIPSIS + tail
     for group in _groups_of_same(shortened):
         # A group of all names would be the same again, without end.
         if len(group) < len(names):

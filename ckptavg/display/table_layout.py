@@ -85,9 +85,9 @@ def wrap_note(text: str, width: int | None) -> list[str]:
     if width is None:
         return [text]
     first = wrap_words(text, width)[0]
-    rest = text[len(first) + 1 :]
-    others = wrap_words(rest, width - len(_GAP)) if rest else []
-    return [first, *(_GAP + line for line in others)]
+    remainder = text[len(first) + 1 :]
+    further_lines = wrap_words(remainder, width - len(_GAP)) if remainder else []
+    return [first, *(_GAP + line for line in further_lines)]
 
 
 def _make_printable(table: Table) -> Table:
@@ -107,15 +107,16 @@ def _leave_out(table: Table, width: int) -> tuple[Table, list[str]]:
     Returns:
         The remaining table, and the titles of the omitted columns from left to right.
     """
-    kept = dict(enumerate(table.columns))
-    for i in sorted(kept, key=lambda i: table.columns[i].leaves):
+    remaining = dict(enumerate(table.columns))
+    for i in sorted(remaining, key=lambda i: table.columns[i].leaves):
         column = table.columns[i]
         if not column.leaves:
             continue
-        if _needed(table.without({*range(len(table.columns))} - {*kept}), column.shortens) <= width:
+        narrowed = table.without({*range(len(table.columns))} - {*remaining})
+        if _needed(narrowed, column.shortens) <= width:
             break
-        del kept[i]
-    positions = {*range(len(table.columns))} - {*kept}
+        del remaining[i]
+    positions = {*range(len(table.columns))} - {*remaining}
     return table.without(positions), [table.columns[i].title for i in sorted(positions)]
 
 
@@ -154,12 +155,12 @@ def _rooms(table: Table, width: int | None) -> list[int]:
     if width is None:
         return rooms
     flexible = [i for i, column in enumerate(table.columns) if _is_flexible(column)]
-    left = width - _between(table) - sum(rooms) + sum(rooms[i] for i in flexible)
+    free_width = width - _between(table) - sum(rooms) + sum(rooms[i] for i in flexible)
     # The narrowest first: the room that they do not need goes to the wider columns.
     flexible.sort(key=lambda i: rooms[i])
     for count, i in zip(range(len(flexible), 0, -1), flexible, strict=True):
-        rooms[i] = min(rooms[i], max(left // count, _LEAST))
-        left -= rooms[i]
+        rooms[i] = min(rooms[i], max(free_width // count, _LEAST))
+        free_width -= rooms[i]
     return rooms
 
 

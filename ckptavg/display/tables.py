@@ -73,9 +73,9 @@ class Table:
 
     def without(self, positions: set[int]) -> Table:
         """Return the table without the columns at some positions, counted from 0."""
-        kept = [i for i in range(len(self.columns)) if i not in positions]
-        rows = [Row(tuple(row.cells[i] for i in kept), row.best) for row in self.rows]
-        columns = tuple(self.columns[i] for i in kept)
+        remaining = [i for i in range(len(self.columns)) if i not in positions]
+        rows = [Row(tuple(row.cells[i] for i in remaining), row.best) for row in self.rows]
+        columns = tuple(self.columns[i] for i in remaining)
         return Table(self.title, columns, tuple(rows), self.legend, self.significance)
 
 

@@ -128,8 +128,8 @@ def _without_traceback(message: str) -> str:
 
     A message without such a traceback is returned unchanged.
     """
-    _, found, traceback = message.partition("\nOriginal Traceback (most recent call last):\n")
+    _, heading, traceback = message.partition("\nOriginal Traceback (most recent call last):\n")
     lines = traceback.rstrip().split("\n")
     # Lines of the traceback are indented; the text of the error follows the last of these.
-    own = next((i for i in range(len(lines), 0, -1) if lines[i - 1].startswith("  ")), 0)
-    return "\n".join(lines[own:]) if found and lines[own:] else message
+    text_start = next((i for i in range(len(lines), 0, -1) if lines[i - 1].startswith("  ")), 0)
+    return "\n".join(lines[text_start:]) if heading and lines[text_start:] else message

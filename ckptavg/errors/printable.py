@@ -73,9 +73,9 @@ def escape_unseen(
 
 def without_secrets(text: str) -> str:
     """Remove passwords of users and queries with signatures from the URLs in a text."""
-    before, *others = text.split("://")
+    before, *later_parts = text.split("://")
     parts = [before]
-    for part in others:
+    for part in later_parts:
         end = _END_OF_URL.search(part)
         size = end.start() if end else len(part)
         parts.append(bare_location(before, part[:size]) + part[size:])

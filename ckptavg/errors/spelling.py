@@ -33,28 +33,28 @@ def close_names(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     if not name or len(name) > _LONGEST_NAME:
         return []
     by_lower: dict[str, str] = {}
-    for other in islice(known, _MOST_NAMES):
-        if len(other) <= _LONGEST_NAME:
-            by_lower.setdefault(other.lower(), other)
+    for candidate in islice(known, _MOST_NAMES):
+        if len(candidate) <= _LONGEST_NAME:
+            by_lower.setdefault(candidate.lower(), candidate)
     lower = name.lower()
     if lower in by_lower:
         return [by_lower[lower]]
     words = _words(lower)
     # Names with all the words come first: difflib misses those that are much longer.
-    fuller = [other for other in by_lower if words and words <= _words(other)]
-    fuller.sort(key=lambda other: len(_words(other)))
+    fuller = [candidate for candidate in by_lower if words and words <= _words(candidate)]
+    fuller.sort(key=lambda candidate: len(_words(candidate)))
     alike = difflib.get_close_matches(lower, list(by_lower), count, _LIKENESS)
-    ends = [other for other in by_lower if lower.endswith(f".{other}")]
+    ends = [candidate for candidate in by_lower if lower.endswith(f".{candidate}")]
     close = dict.fromkeys([*fuller, *alike, *ends])
-    return [by_lower[other] for other in close][:count]
+    return [by_lower[candidate] for candidate in close][:count]
 
 
 def did_you_mean(names: Sequence[str]) -> str:
     """Format names as a question for a remedy; return an empty text for no names."""
     if not names:
         return ""
-    *others, last = names
-    return f"Did you mean {', '.join(others)} or {last}?" if others else f"Did you mean {last}?"
+    *earlier, last = names
+    return f"Did you mean {', '.join(earlier)} or {last}?" if earlier else f"Did you mean {last}?"
 
 
 def close_patterns(pattern: str, names: Iterable[str], count: int = 3) -> list[str]:
@@ -83,8 +83,8 @@ def close_patterns(pattern: str, names: Iterable[str], count: int = 3) -> list[s
     inner = bare
     while "." in inner:
         inner = inner.partition(".")[2]
-        if inner in parts and _matches_any(other := _replace(pattern, bare, inner), names):
-            return [other]
+        if inner in parts and _matches_any(candidate := _replace(pattern, bare, inner), names):
+            return [candidate]
     # Then a typing mistake: parts with as many segments come first.
     depth = bare.count(".")
     close = close_names(bare, [part for part in parts if part.count(".") == depth], count)

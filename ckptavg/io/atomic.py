@@ -133,13 +133,13 @@ class Publication:
                 raise
             self._discard()
             return False
-        held = temporaries.lock(self._lock, self.temporary)
-        if held is False:
+        locked = temporaries.lock(self._lock, self.temporary)
+        if locked is False:
             self._discard()
         # Without a lock there is no use for an open file, which Windows would not rename.
-        elif held is None:
+        elif locked is None:
             self._unlock()
-        return held is not False
+        return locked is not False
 
     def _take_permissions(self) -> None:
         """Copy the mode and the owner of each replaced file to the new file, if permitted."""
@@ -182,9 +182,11 @@ class Publication:
         with suppress(FileExistsError):
             rename.rename_new(self.temporary, self.path)
             return True
-        own = [path.relative_to(self.temporary).as_posix() for path in self.temporary.rglob("*")]
+        entries = [
+            path.relative_to(self.temporary).as_posix() for path in self.temporary.rglob("*")
+        ]
         try:
-            check_replaceable(self.path, directory=True, names={*own, *self._replaceable})
+            check_replaceable(self.path, directory=True, names={*entries, *self._replaceable})
         # Another run replaces the output at this moment.
         except FileNotFoundError:
             return False

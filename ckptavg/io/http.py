@@ -49,7 +49,7 @@ async def _read_all(system: Any, ranges: Sequence[tuple[str, int, int]]) -> list
         async with turns:
             return await _read(system, url, start, end)
 
-    reads = [read_in_turn(*each) for each in ranges]
+    reads = [read_in_turn(url, start, end) for url, start, end in ranges]
     return await asyncio.gather(*reads, return_exceptions=True)
 
 

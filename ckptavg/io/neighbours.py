@@ -15,12 +15,12 @@ def suggest_neighbours(path: Location) -> str:
         return "Check its first part, and what your credentials let you see."
     parent, missing = line[above], line[above - 1]
     below = sorted(p.name for p in parent.iterdir() if not p.name.startswith("."))
-    rest = [p.name for p in reversed(line[: above - 1])]
+    lower_parts = [p.name for p in reversed(line[: above - 1])]
     # The name is listed, and yet the path does not exist.
     if missing.name in below:
         return "It is a link to what is gone."
     if close := close_names(missing.name, below):
-        return did_you_mean([str(_existing(parent / name, rest)) for name in close])
+        return did_you_mean([str(_existing(parent / name, lower_parts)) for name in close])
     names = [str(parent / name) for name in below]
     return f"{parent} holds {first_few(names, 5)}." if names else f"{parent} is empty."
 

@@ -96,8 +96,8 @@ class RemotePath:
     @property
     def parent(self) -> RemotePath:
         """Directory of the URL; the parent of a bucket or a host is the bucket or host itself."""
-        scheme, _, rest = self.url.partition("://")
-        above = rest.rpartition("/")[0]
+        scheme, _, host_and_path = self.url.partition("://")
+        above = host_and_path.rpartition("/")[0]
         return self._home or (RemotePath(f"{scheme}://{above}") if above.strip("/") else self)
 
     @property
@@ -150,9 +150,9 @@ class RemotePath:
 
     def stat(self) -> os.stat_result:
         """Return a stat result that has only the size and the times in whole seconds."""
-        found = stat(self)
-        seconds = found.mtime_ns // 10**9
-        return os.stat_result((0, 0, 0, 1, 0, 0, found.size, seconds, seconds, seconds))
+        file_stat = stat(self)
+        seconds = file_stat.mtime_ns // 10**9
+        return os.stat_result((0, 0, 0, 1, 0, 0, file_stat.size, seconds, seconds, seconds))
 
     @cached_property
     def info(self) -> Mapping[str, Any] | None:
@@ -180,9 +180,9 @@ class RemotePath:
         except Exception as error:
             raise unreadable(self.url, error) from error
         # Some stores list the directory itself, too.
-        here = path.rstrip("/")
+        directory = path.rstrip("/")
         below = [(str(e["name"]).rstrip("/"), e) for e in entries]
-        return {name.rpartition("/")[2]: e for name, e in below if name != here}
+        return {name.rpartition("/")[2]: e for name, e in below if name != directory}
 
 
 Location: TypeAlias = Path | RemotePath
@@ -208,12 +208,12 @@ def locate(name: Named) -> Location:
     if isinstance(name, RemotePath):
         return name
     text = os.fspath(name)
-    found = _URL.match(text)
-    if found is None:
+    url_match = _URL.match(text)
+    if url_match is None:
         return Path(text)
-    if found[2]:
+    if url_match[2]:
         raise UsageError(f"{text} is a chain of URLs: a plain one is expected")
-    if found[1].lower() == "file":
+    if url_match[1].lower() == "file":
         return _local(text)
     # A web server may answer differently without the last slash.
     url = text if text.startswith("http") else text.rstrip("/")
@@ -269,14 +269,16 @@ def stat(place: Named) -> Stat:
         status = (info.st_nlink, info.st_mode, info.st_uid, info.st_gid)
         times = info.st_mtime_ns, info.st_ctime_ns
         return Stat(info.st_size, times[0], info.st_ino, info.st_dev, "", times[1], status)
-    known = place.alone.info
-    if known is None:
+    file_info = place.alone.info
+    if file_info is None:
         raise CheckpointError(f"{place} is not there")
-    size = known.get("size")
+    size = file_info.get("size")
     if not isinstance(size, int):
         raise CheckpointError(f"{place} cannot be read by ranges: its server tells no size")
-    token = next((f"{name} {_plain(known[name])}" for name in _VERSIONS if known.get(name)), "")
-    return Stat(size, _time(known), 0, 0, token)
+    token = next(
+        (f"{name} {_plain(file_info[name])}" for name in _VERSIONS if file_info.get(name)), ""
+    )
+    return Stat(size, _time(file_info), 0, 0, token)
 
 
 def content_of(token: str) -> str:
@@ -301,8 +303,8 @@ def open_binary(place: Named) -> BinaryIO:
         place = RemotePath(place)
     if not isinstance(place, RemotePath):
         return cast("BinaryIO", io.BufferedReader(open_unbuffered(place)))
-    known = stat(place)
-    return open_ranges(place.url, known.size, known.token)
+    file_stat = stat(place)
+    return open_ranges(place.url, file_stat.size, file_stat.token)
 
 
 def open_unbuffered(path: str | os.PathLike[str]) -> io.FileIO:

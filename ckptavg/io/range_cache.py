@@ -45,24 +45,24 @@ class Fetched:
         Returns:
             The bytes, fewer at the end of the file.
         """
-        found = self._find(url, start, end)
-        return read_ranges([(url, start, end)])[0] if found is None else found
+        content = self._find(url, start, end)
+        return read_ranges([(url, start, end)])[0] if content is None else content
 
     def _find(self, url: str, start: int, end: int) -> memoryview | None:
         """Return a range without copying; None if the range is not held as a whole."""
-        held = self._held.get(url, [])
-        i = bisect_right(held, start, key=lambda part: part[0]) - 1
-        first, content = held[i] if i >= 0 else (0, b"")
+        ranges = self._held.get(url, [])
+        i = bisect_right(ranges, start, key=lambda part: part[0]) - 1
+        first, content = ranges[i] if i >= 0 else (0, b"")
         inside = end <= first + len(content)
         return memoryview(content)[start - first : end - first] if inside else None
 
 
 def merged(wanted: Iterable[Range]) -> list[Range]:
     """Sort ranges, and merge ranges that overlap or have a short gap between."""
-    found: list[Range] = []
+    merged_ranges: list[Range] = []
     for url, start, end in sorted(r for r in wanted if r[1] < r[2]):
-        if found and found[-1][0] == url and start <= found[-1][2] + _GAP:
-            found[-1] = (url, found[-1][1], max(end, found[-1][2]))
+        if merged_ranges and merged_ranges[-1][0] == url and start <= merged_ranges[-1][2] + _GAP:
+            merged_ranges[-1] = (url, merged_ranges[-1][1], max(end, merged_ranges[-1][2]))
         else:
-            found.append((url, start, end))
-    return found
+            merged_ranges.append((url, start, end))
+    return merged_ranges

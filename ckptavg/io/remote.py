@@ -61,7 +61,7 @@ def read_ranges(ranges: Sequence[Range]) -> list[bytes]:
     Raises:
         CheckpointError: A range cannot be read.
     """
-    found: list[Any] = [None] * len(ranges)
+    contents: list[Any] = [None] * len(ranges)
     systems: dict[int, tuple[Any, list[tuple[int, str]]]] = {}
     for i, (url, _, _) in enumerate(ranges):
         system, path = file_system(url)
@@ -71,16 +71,16 @@ def read_ranges(ranges: Sequence[Range]) -> list[bytes]:
         for attempt in range(1 if hasattr(system, "retries") else _TRIES):
             # No pause before the first attempt, one second before the second, then two.
             time.sleep(attempt)
-            _fetch(system, waiting, ranges, found)
-            waiting = [(i, path) for i, path in waiting if _is_passing(found[i])]
+            _fetch(system, waiting, ranges, contents)
+            waiting = [(i, path) for i, path in waiting if _is_passing(contents[i])]
             if not waiting:
                 break
-    for (url, start, end), content in zip(ranges, found, strict=True):
+    for (url, start, end), content in zip(ranges, contents, strict=True):
         if not isinstance(content, bytes):
             raise unreadable(url, content) from content
         if len(content) > end - start:
             raise CheckpointError(f"{url} cannot be read by ranges: its server sends all of it")
-    return found
+    return contents
 
 
 def open_ranges(url: str, size: int, token: str) -> BinaryIO:
@@ -93,27 +93,27 @@ def open_ranges(url: str, size: int, token: str) -> BinaryIO:
         size: Size of the file in bytes.
         token: Version or checksum of the file; empty if unknown.
     """
-    held = _held(url, size, token) if token else {}
-    return cast("BinaryIO", io.BufferedReader(_RangeFile(url, size, held)))
+    pieces = _held(url, size, token) if token else {}
+    return cast("BinaryIO", io.BufferedReader(_RangeFile(url, size, pieces)))
 
 
 def unreadable(url: str, error: Exception) -> CkptavgError:
     """Make the error for the failure of a file system at a URL."""
     if isinstance(error, CkptavgError):
         return error
-    told = " ".join(str(getattr(error, "strerror", None) or error).split())
+    reason = " ".join(str(getattr(error, "strerror", None) or error).split())
     if isinstance(error, FileNotFoundError):
         return CheckpointError(f"{url} is not there")
     denied = isinstance(error, PermissionError) or getattr(error, "status", 0) in (401, 403)
     # By the name of the class: the packages of the stores need not be installed.
     if denied or "redential" in type(error).__name__:
         return CheckpointError(
-            f"{url} may not be read: {told or 'access is denied'}",
+            f"{url} may not be read: {reason or 'access is denied'}",
             "Give credentials where the store's own tools look for them, in the environment or "
             "their files (FSSPEC_S3_ANON=true for a public bucket).",
         )
     return CheckpointError(
-        f"{url} cannot be read: {told or type(error).__name__}",
+        f"{url} cannot be read: {reason or type(error).__name__}",
         "Check the URL and the connection, then try again.",
     )
 
@@ -148,8 +148,8 @@ class _RangeFile(io.RawIOBase):
         count = min(len(buffer), self._size - self._at)
         if count <= 0:
             return 0
-        known = (s for s, raw in self._held.items() if s <= self._at < s + len(raw))
-        start = next(known, None)
+        starts = (s for s, raw in self._held.items() if s <= self._at < s + len(raw))
+        start = next(starts, None)
         if start is None:
             # Aligned pieces, the last up to the end: a zip directory there takes one request.
             start = min(self._at - self._at % HEAD, max(self._size - HEAD, 0))

@@ -79,11 +79,11 @@ def clear(path: Path) -> None:
     """
     ours = re.compile(rf"({re.escape(_stem(path))}\.[0-9a-f]{{8}})({_TEMPORARY}|{_SET_ASIDE})")
     try:
-        beside = [ours.fullmatch(other.name) for other in path.parent.iterdir()]
+        matches = [ours.fullmatch(entry.name) for entry in path.parent.iterdir()]
     # A directory may be writable, but not readable.
     except PermissionError:
         return
-    for stem in sorted({match[1] for match in beside if match}):
+    for stem in sorted({match[1] for match in matches if match}):
         temporary = path.with_name(stem + _TEMPORARY)
         with _claim(temporary) as dead:
             if dead is not False:
