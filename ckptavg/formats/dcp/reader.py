@@ -148,11 +148,11 @@ def read(directory: Location) -> Distributed:
 def _parse(directory: Location, saved: Any, stamp: FileStamp) -> Distributed:
     """Parse the metadata, and read the values beside the tensors."""
     state = _attributes(saved, "Metadata")
-    items, places = state.get("state_dict_metadata"), state.get("storage_data")
-    if not isinstance(items, dict) or not isinstance(places, dict):
+    items, storage = state.get("state_dict_metadata"), state.get("storage_data")
+    if not isinstance(items, dict) or not isinstance(storage, dict):
         raise MalformedPickle("it lists no items")
     stamps = {stamp.path: stamp}
-    stored = _stored(directory, places, stamps)
+    stored = _stored(directory, storage, stamps)
     mapping = state.get("planner_data")
     paths = {
         name: _item_path(name, mapping.get(name) if isinstance(mapping, dict) else None)
@@ -168,16 +168,20 @@ def _parse(directory: Location, saved: Any, stamp: FileStamp) -> Distributed:
         directory, [name for name in paths if name not in tensors], paths, stored
     )
     boxes = {name: parts for name, (_, parts) in tensors.items()}
-    found = {name: values[name] for name in paths if name in values}
+    entries = {name: values[name] for name in paths if name in values}
     version = state.get("version")
-    known = version if isinstance(version, str) else None
-    return Distributed(directory, _nested(found, paths), found, paths, boxes, stamps, known)
+    format_version = version if isinstance(version, str) else None
+    return Distributed(
+        directory, _nested(entries, paths), entries, paths, boxes, stamps, format_version
+    )
 
 
 def _attributes(value: Any, name: str) -> dict[str, Any]:
     """Return the attributes of an object of a metadata class of torch."""
-    known = isinstance(value, Opaque) and isinstance(value.type, Global) and value.type.name == name
-    if not known or not isinstance(value.state, dict):
+    has_type = (
+        isinstance(value, Opaque) and isinstance(value.type, Global) and value.type.name == name
+    )
+    if not has_type or not isinstance(value.state, dict):
         raise MalformedPickle(f"it holds something else where a {name} belongs")
     attributes: dict[str, Any] = value.state
     return attributes
@@ -211,7 +215,7 @@ _LARGEST_INDEX = 2**31
 
 def _stored(directory: Location, places: Mapping[Any, Any], stamps: dict[str, FileStamp]) -> Stored:
     """Find file, offset and length of each item, and add the stamps of the files to ``stamps``."""
-    found: dict[str, dict[str, tuple[str, int, int]]] = defaultdict(dict)
+    stored: dict[str, dict[str, tuple[str, int, int]]] = defaultdict(dict)
     for key, value in places.items():
         index, info = _attributes(key, "MetadataIndex"), _attributes(value, "_StorageInfo")
         name, at = index.get("fqn"), index.get("offset")
@@ -229,9 +233,9 @@ def _stored(directory: Location, places: Mapping[Any, Any], stamps: dict[str, Fi
             stamps[path] = _stamp(directory, file)
         if sum(span) > stamps[path].size:
             raise damaged(directory / file, f"{short(name)!r} runs past its end")
-        found[name][_begin(at)] = (file, *span)
-    _check_apart(directory, found)
-    return found
+        stored[name][_begin(at)] = (file, *span)
+    _check_apart(directory, stored)
+    return stored
 
 
 def _check_apart(directory: Location, stored: Stored) -> None:
@@ -239,9 +243,9 @@ def _check_apart(directory: Location, stored: Stored) -> None:
 
     Otherwise a small directory could name the same pickle any number of times.
     """
-    places = sorted(place for boxes in stored.values() for place in boxes.values())
-    for (file, start, length), (other, after, _) in pairwise(places):
-        if file == other and start + length > after:
+    spans = sorted(span for boxes in stored.values() for span in boxes.values())
+    for (file, start, length), (next_file, after, _) in pairwise(spans):
+        if file == next_file and start + length > after:
             raise damaged(directory / file, "two items share bytes of it")
 
 
@@ -297,10 +301,10 @@ def _tensor(name: str, item: Opaque, stored: Stored) -> tuple[Sharded, list[Box]
         start, extent = attributes.get("offsets"), attributes.get("sizes")
         if not _is_extent(start) or not _is_extent(extent):
             raise MalformedPickle(f"a piece of {short(name)!r} is malformed")
-        place = stored.get(name, {}).get(_begin(start))
-        if place is None:
+        span = stored.get(name, {}).get(_begin(start))
+        if span is None:
             raise MalformedPickle(f"a piece of {short(name)!r} is nowhere")
-        boxes.append(Box(start, extent, *place))
+        boxes.append(Box(start, extent, *span))
     # Holes would leave elements of the tensor undefined.
     if not tiles(shape, [box for box in boxes if math.prod(box.shape)]):
         raise MalformedPickle(f"the pieces of {short(name)!r} overlap or leave holes")
@@ -320,19 +324,19 @@ def _other_values(
     """Read the small objects beside the tensors, except the state of optimizers."""
     applications = _applications(paths)
     wanted = [name for name in names if not _training_state(paths[name], applications)]
-    found: dict[str, Any] = {}
-    left = _MOST_BYTES
+    values: dict[str, Any] = {}
+    bytes_left = _MOST_BYTES
     for name in wanted[:_MOST_VALUES]:
-        place = stored.get(name, {}).get(_begin(None))
-        if place is None:
+        span = stored.get(name, {}).get(_begin(None))
+        if span is None:
             raise MalformedPickle(f"the value {short(name)!r} is nowhere")
-        file, offset, length = place
+        file, offset, length = span
         # Values beyond the limit are dropped, since only weights are needed.
-        if length > left:
+        if length > bytes_left:
             continue
-        left -= length
-        found[name] = zip_reader.read(directory / file, (offset, length)).tree
-    return found
+        bytes_left -= length
+        values[name] = zip_reader.read(directory / file, (offset, length)).tree
+    return values
 
 
 def _training_state(path: ItemPath, applications: Collection[str | int]) -> ItemPath:
@@ -345,8 +349,8 @@ def _training_state(path: ItemPath, applications: Collection[str | int]) -> Item
     # An application nests its model and optimizer one level deeper.
     depth = 2 if path[0] in applications else 1
     part = path[depth - 1 : depth]
-    known = part and isinstance(part[0], str) and TRAINING_STATE.fullmatch(part[0])
-    return path[:depth] if known else ()
+    is_training = part and isinstance(part[0], str) and TRAINING_STATE.fullmatch(part[0])
+    return path[:depth] if is_training else ()
 
 
 def _applications(paths: Mapping[str, ItemPath]) -> set[str | int]:

@@ -59,9 +59,9 @@ def lay_out(tensors: Sequence[OutputTensor], provenance: str, template: Checkpoi
     layout = Layout(True, [file.layout], {reader.METADATA: file.metadata(source.version)})
     # The output writes these files anew, so they are not copied.
     anew = {*source.stamps, str(template.path / lightning.META)}
-    beside = companions.gather(template.path, anew)
-    layout.copies = beside.copies
-    notes += beside.notes
+    other_files = companions.gather(template.path, anew)
+    layout.copies = other_files.copies
+    notes += other_files.notes
     if (meta := lightning.read_meta(template.path)) is not None:
         layout.companions[lightning.META] = meta.to_file()
         notes += meta.notes
@@ -89,7 +89,7 @@ class _Builder:
         start = self._append(path, archive, (0,) * len(tensor.shape))
         self.layout.offsets[tensor.name] = start + archive.offsets[tensor.name]
         self.layout.checksums[tensor.name] = [
-            start + place for place in archive.checksums[tensor.name]
+            start + offset for offset in archive.checksums[tensor.name]
         ]
         shape = torch.Size(tensor.shape)
         # One box per tensor, as a single process writes.
@@ -107,11 +107,11 @@ class _Builder:
 
     def metadata(self, version: str | None) -> bytes:
         """Encode the contents of the metadata file."""
-        made = metadata.Metadata(self._items, self._paths, self._places)
+        contents = metadata.Metadata(self._items, self._paths, self._places)
         # Directories of older versions of torch record no version of the format.
         if version is not None:
-            made.version = version
-        return pickle.dumps(made)
+            contents.version = version
+        return pickle.dumps(contents)
 
     def _append(
         self, path: reader.ItemPath, archive: Archive, first: tuple[int, ...] | None
@@ -151,9 +151,9 @@ def _full_names(source: reader.Distributed, template: Checkpoint) -> dict[str, r
     """Map bare names of weights to paths in the saved object."""
     full: dict[str, str] = {}
     for path in template.networks or ("",):
-        place = locate(source.tree, join(template.key, path))
-        held = {} if place is None else place.entry
-        full |= {join(path, n): v.name for n, v in held.items() if isinstance(v, Sharded)}
+        network = locate(source.tree, join(template.key, path))
+        entry = {} if network is None else network.entry
+        full |= {join(path, n): v.name for n, v in entry.items() if isinstance(v, Sharded)}
     return {
         bare: source.paths[full[stored]]
         for bare, stored in template.stored_names.items()
@@ -167,7 +167,7 @@ def _other_values(
     """Collect the values beside the weights that are kept, and the names of dropped values."""
     keeper = Keeper(key="", plain=False, tensor=lambda *_: None, replaced={})
     optimizers = {_above(path, "param_groups") for path in source.paths.values()}
-    kept: dict[reader.ItemPath, Any] = {}
+    values: dict[reader.ItemPath, Any] = {}
     lost: list[reader.ItemPath] = []
     for name, path in source.paths.items():
         if path in taken or path == (PROVENANCE,):
@@ -175,16 +175,16 @@ def _other_values(
         if state := _training_state(source, path, optimizers):
             lost.append(state)
             continue
-        found = keeper.entries({name: source.items[name]}) if name in source.items else {}
-        if found:
-            kept[path] = found[name]
+        allowed = keeper.entries({name: source.items[name]}) if name in source.items else {}
+        if allowed:
+            values[path] = allowed[name]
         else:
             lost.append(path)
     # A list with a missing element would shift the others, so the whole list is dropped.
     broken = {_list_of(path) for path in lost} - {()}
     lost = [_list_of(path) or path for path in lost]
-    whole = {path: value for path, value in kept.items() if _list_of(path) not in broken}
-    return whole, list(dict.fromkeys(map(_name, lost)))
+    complete = {path: value for path, value in values.items() if _list_of(path) not in broken}
+    return complete, list(dict.fromkeys(map(_name, lost)))
 
 
 def _above(path: reader.ItemPath, part: str) -> reader.ItemPath:

@@ -254,7 +254,7 @@ def _reason_against_directory(path: Location, above: Sequence[Location]) -> Reas
 
 def _is_loop(path: Location, above: Sequence[Location]) -> bool:
     """Return True if a link leads back to a directory above the link."""
-    return path.is_symlink() and path.resolve() in [other.resolve() for other in above]
+    return path.is_symlink() and path.resolve() in [directory.resolve() for directory in above]
 
 
 def _reason_against_whole(within: Companions) -> Reason | None:

@@ -33,9 +33,9 @@ _VARIANT_INDEX = re.compile(rf"({_STEMS})\.(safetensors|bin)\.index\.({_VARIANT}
 
 def main_file(directory: Location) -> Location | None:
     """Find the weights file or index of a model or adapter; None if there is none."""
-    found = (directory / name for name in WEIGHT_FILES)
-    whole = next((path for path in found if path.is_file()), None)
-    return whole or peft.weights_file(directory) or next(iter(variants(directory)), None)
+    candidates = (directory / name for name in WEIGHT_FILES)
+    weights = next((path for path in candidates if path.is_file()), None)
+    return weights or peft.weights_file(directory) or next(iter(variants(directory)), None)
 
 
 def variants(directory: Location) -> list[Location]:
@@ -52,11 +52,11 @@ def variants(directory: Location) -> list[Location]:
 
 def note_variants(directory: Location) -> list[str]:
     """Note the variants of a directory's weights that are not read."""
-    taken, *others = [path.name for path in variants(directory)]
-    if not others:
+    chosen, *unread = [path.name for path in variants(directory)]
+    if not unread:
         return []
-    named = f"{first_few(others)} beside it is another variant"
-    return [f"weights are taken from {taken}; {named}"]
+    named = f"{first_few(unread)} beside it is another variant"
+    return [f"weights are taken from {chosen}; {named}"]
 
 
 def is_variant(main: str) -> bool:

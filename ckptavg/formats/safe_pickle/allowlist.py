@@ -154,14 +154,14 @@ class Keeper:
             prefix: Dotted path of the list, with a dot at the end; empty for the root.
             depth: Level of the list in the saved object.
         """
-        kept: list[Any] = []
+        filtered: list[Any] = []
         for index, value in enumerate(values):
             where = _below(prefix, str(index))
             part = self._keep(value, where + ".", depth + 1)
             if part is _DROPPED:
                 self.dropped.append(where)
-            kept.append(None if part is _DROPPED else part)
-        return kept
+            filtered.append(None if part is _DROPPED else part)
+        return filtered
 
     def entries(
         self, values: Mapping[Any, Any], prefix: str = "", depth: int = 0
@@ -176,7 +176,7 @@ class Keeper:
         Returns:
             The entries that may go out, themselves filtered.
         """
-        kept: dict[Any, Any] = {}
+        filtered: dict[Any, Any] = {}
         # A dict with tensors is a state dict, in which "score" is a weight and no metric. Only in a
         # dict around the weights do tensors belong to random generators and the like.
         is_model = holds_weights(values) and not self._leads_to_weights(prefix)
@@ -196,22 +196,22 @@ class Keeper:
             elif part is _DROPPED or not isinstance(name, (str, int, float, tuple, type(None))):
                 self.dropped.append(where)
             else:
-                kept[name] = part
-        return kept
+                filtered[name] = part
+        return filtered
 
     def _is_measured(self, where: str, name: Any, value: Any) -> bool:
         """Return True for a metric of the input, or the state of a callback that tracks one."""
         if not isinstance(name, str):
             return False
         if isinstance(value, dict):
-            place = where.removesuffix(short(name)).split(".")
-            return _CALLBACKS in place and not _CALLBACK_SCORES.isdisjoint(value)
+            parents = where.removesuffix(short(name)).split(".")
+            return _CALLBACKS in parents and not _CALLBACK_SCORES.isdisjoint(value)
         scalar = isinstance(value, TensorView) and not value.shape
         if not scalar and number(value) is None:
             return False
         # Momentary numbers that stand beside the weights are recorded under the bare name.
-        beside = self._leads_to_weights(where.removesuffix(name)) and name in self.momentary
-        return is_metric(where) or where in self.momentary or beside
+        is_momentary = self._leads_to_weights(where.removesuffix(name)) and name in self.momentary
+        return is_metric(where) or where in self.momentary or is_momentary
 
     def _is_training(self, prefix: str, name: Any, value: Any) -> bool:
         """Return True for the state of an optimizer or scheduler that stands beside the weights.
@@ -295,16 +295,16 @@ class Keeper:
         if value.keys() >= OPTIMIZER_KEYS:
             return _DROPPED
         tensors = [v for v in value.values() if isinstance(v, (TensorView, Refused))]
-        others = [t for t in tensors if isinstance(t, Refused) or self.tensor(t, False) is None]
-        weights = others and 2 * len(tensors) > len(value)
+        withheld = [t for t in tensors if isinstance(t, Refused) or self.tensor(t, False) is None]
+        weights = withheld and 2 * len(tensors) > len(value)
         before, measured = len(self.dropped), len(self.measured)
-        kept = {} if weights else self.entries(value, prefix, depth)
-        if not value or kept:
-            return kept
+        entries = {} if weights else self.entries(value, prefix, depth)
+        if not value or entries:
+            return entries
         # The parent records the name of the whole dict instead of the names of the entries.
-        whole = _MEASURED if len(self.measured) - measured == len(value) else _DROPPED
+        outcome = _MEASURED if len(self.measured) - measured == len(value) else _DROPPED
         del self.dropped[before:], self.measured[measured:]
-        return whole
+        return outcome
 
     def _object(self, value: Opaque, prefix: str, depth: int) -> Any:
         """Rebuild an object of a harmless type, or drop the object."""

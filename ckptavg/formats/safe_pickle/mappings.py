@@ -25,19 +25,19 @@ def unfold_mappings(tree: Any) -> Any:
     """
     root = [tree]
     waiting: list[Any] = [root]
-    seen: set[int] = set()
+    visited: set[int] = set()
     finder = _Mappings()
     while waiting:
         container = waiting.pop()
-        if id(container) in seen or not isinstance(container, (dict, list, tuple, Opaque)):
+        if id(container) in visited or not isinstance(container, (dict, list, tuple, Opaque)):
             continue
-        seen.add(id(container))
+        visited.add(id(container))
         if isinstance(container, Opaque):
             waiting.append(container.state)
             continue
         if not isinstance(container, tuple):
-            for place, value in _places(container):
-                container[place] = finder.unfold(value)
+            for key, value in _places(container):
+                container[key] = finder.unfold(value)
         waiting.extend(container.values() if isinstance(container, dict) else container)
     return root[0]
 

@@ -25,27 +25,27 @@ def state_dict(module: Opaque) -> dict[str, Any]:
     Raises:
         MalformedPickle: The module holds more modules than any network, or itself.
     """
-    found: dict[str, Any] = {}
+    tensors: dict[str, Any] = {}
     waiting: list[tuple[str, Opaque]] = [("", module)]
     visited = 0
     while waiting:
-        prefix, one = waiting.pop()
+        prefix, submodule = waiting.pop()
         visited += 1
         if visited > _MOST_MODULES or len(prefix) > _LONGEST_NAME:
             raise MalformedPickle("a module holds more others than any network does")
-        hidden = one.state.get("_non_persistent_buffers_set")
+        hidden = submodule.state.get("_non_persistent_buffers_set")
         hidden = hidden if isinstance(hidden, (set, frozenset)) else ()
-        own = {**one.state["_parameters"], **one.state["_buffers"]}
-        found |= {
+        entries = {**submodule.state["_parameters"], **submodule.state["_buffers"]}
+        tensors |= {
             prefix + name: value
-            for name, value in own.items()
+            for name, value in entries.items()
             if isinstance(name, str) and value is not None and name not in hidden
         }
         children = [
             (f"{prefix}{name}.", child)
-            for name, child in one.state["_modules"].items()
+            for name, child in submodule.state["_modules"].items()
             if isinstance(name, str) and is_module(child)
         ]
         # Reversed, since the last one in the list is visited first.
         waiting.extend(reversed(children))
-    return found
+    return tensors

@@ -193,7 +193,7 @@ class _Machine:
 
     def span(self, value: Any) -> Span | None:
         """Return the place of a text or bytes in the pickle; None if read too long ago."""
-        spans = (span for known, span in reversed(self.recent) if known is value)
+        spans = (span for candidate, span in reversed(self.recent) if candidate is value)
         single = self.single.get(value) if isinstance(value, (str, bytes)) else None
         return next(spans, single)
 
@@ -351,10 +351,10 @@ class _Machine:
         """Create an object of a class with arguments from the stack."""
         keywords = self.pop() if with_keywords else None
         args, cls = self.pop(), self.pop()
-        made = self.call(cls, args)
-        if keywords and isinstance(made, Opaque):
-            made.state = keywords
-        self.stack.append(made)
+        instance = self.call(cls, args)
+        if keywords and isinstance(instance, Opaque):
+            instance.state = keywords
+        self.stack.append(instance)
 
     def build(self) -> None:
         """Set a state from the stack on the object below."""

@@ -106,11 +106,11 @@ def _locate(
         counted: True to read and compare the numbers of elements. On a remote file each number
             would cost a request. There it is enough that the storages end where the file ends.
     """
-    found: dict[str, int] = {}
+    offsets: dict[str, int] = {}
     position = file.tell()
     for key in keys:
         storage = storages.get(key)
-        if storage is None or key in found:
+        if storage is None or key in offsets:
             raise MalformedPickle("its list of storages does not fit its tensors")
         count = storage.numel
         if counted:
@@ -119,8 +119,8 @@ def _locate(
         nbytes = storage.numel * (storage.dtype.size if storage.dtype else 1)
         if count != storage.numel or position + 8 + nbytes > size:
             raise PickleCutShort(f"the storage {key!r} runs past the end of the file")
-        found[key] = position + 8
+        offsets[key] = position + 8
         position += 8 + nbytes
-    if found.keys() != storages.keys() or position != size:
+    if offsets.keys() != storages.keys() or position != size:
         raise MalformedPickle("its storages do not end where the file does")
-    return found
+    return offsets

@@ -166,28 +166,28 @@ def _like_file(plain: bool, provenance: str, template: Checkpoint, book: _Storag
     alone = {STATE_DICT: bare, PROVENANCE: provenance}
     template.files[0].verify()
     file = zip_reader.read(template.files[0].path)
-    places = _places(file, template)
-    pickled = any(place.pickled for place in places.values())
-    notes = [_MODULE] if pickled or not places else []
-    if not places or not all(place.within_plain for place in places.values()):
+    networks = _places(file, template)
+    pickled = any(network.pickled for network in networks.values())
+    notes = [_MODULE] if pickled or not networks else []
+    if not networks or not all(network.within_plain for network in networks.values()):
         return Contents(alone, {}, notes)
     # A bare state dict: the whole object is the weights.
-    whole = any(place.value is file.tree for place in places.values())
+    is_bare = any(network.value is file.tree for network in networks.values())
     # A list or a tuple has no names under which further entries could stand.
     unnamed = not isinstance(file.tree, dict)
-    if plain and (unnamed or (whole and not template.networks)):
+    if plain and (unnamed or (is_bare and not template.networks)):
         return Contents(alone, {}, notes or [_LISTED if unnamed else _BARE])
-    if whole and pickled:
+    if is_bare and pickled:
         return Contents(alone, {}, notes)
-    keeper = _keeper(plain, template, book, file, places)
-    own = _own_entries(template, book, keeper, places)
+    keeper = _keeper(plain, template, book, file, networks)
+    entries = _own_entries(template, book, keeper, networks)
     fastai = not unnamed and file.tree.keys() == _FASTAI and template.key == _FASTAI_MODEL
     if fastai and not plain:
-        return _like_fastai(own[""], provenance, file, keeper)
-    if not whole and (usual := _usual_place(file, template, places)) is not None:
-        keeper.replaced = {**keeper.replaced, id(usual.value): own[""]}
-    tree = own[""] if whole else keeper.whole(file.tree)
-    if whole or unnamed:
+        return _like_fastai(entries[""], provenance, file, keeper)
+    if not is_bare and (usual := _usual_place(file, template, networks)) is not None:
+        keeper.replaced = {**keeper.replaced, id(usual.value): entries[""]}
+    tree = entries[""] if is_bare else keeper.whole(file.tree)
+    if is_bare or unnamed:
         records = {PROVENANCE_RECORD: provenance.encode()}
         return Contents(_with_state_dict(tree, bare, plain), records, notes + keeper.notes)
     return Contents(
@@ -217,11 +217,11 @@ def _like_fastai(
     ``Learner.load`` takes exactly the entries ``model`` and ``opt``, or a bare state dict. Without
     an optimizer state it warns, and starts the optimizer anew.
     """
-    held = file.tree["opt"]
-    state = isinstance(held, dict) and held.keys() >= _FASTAI_STATE
-    kept = {} if state else keeper.entries({"opt": held})
-    keeper.dropped += ["opt"] if state else []
-    tree = {_FASTAI_MODEL: own, "opt": kept.get("opt")}
+    optimizer = file.tree["opt"]
+    has_state = isinstance(optimizer, dict) and optimizer.keys() >= _FASTAI_STATE
+    entries = {} if has_state else keeper.entries({"opt": optimizer})
+    keeper.dropped += ["opt"] if has_state else []
+    tree = {_FASTAI_MODEL: own, "opt": entries.get("opt")}
     return Contents(tree, {PROVENANCE_RECORD: provenance.encode()}, keeper.notes)
 
 
@@ -231,13 +231,13 @@ def _places(file: TorchFile, template: Checkpoint) -> dict[str, Place]:
     Returns:
         Path of the network below the key → the place; empty if a network cannot be located.
     """
-    places: dict[str, Place] = {}
+    networks: dict[str, Place] = {}
     for path in template.networks or ("",):
-        place = locate(file.tree, join(template.key, path))
-        if place is None:
+        network = locate(file.tree, join(template.key, path))
+        if network is None:
             return {}
-        places[path] = place
-    return places
+        networks[path] = network
+    return networks
 
 
 def _with_state_dict(tree: Any, bare: Mapping[str, TensorStub], plain: bool) -> Any:
@@ -259,8 +259,8 @@ def _usual_place(
         return None
     if template.networks or usual.networks or usual.entry.keys() != places[""].entry.keys():
         return None
-    found = locate(file.tree, usual.key)
-    return found if found and found.within_plain and found.value is not file.tree else None
+    network = locate(file.tree, usual.key)
+    return network if network and network.within_plain and network.value is not file.tree else None
 
 
 def _keeper(
@@ -273,16 +273,16 @@ def _keeper(
     """Make a keeper that keeps small tensors, and further names of the weights."""
     bare = {stored: name for name, stored in template.stored_names.items()}
     same: dict[object, TensorStub] = {}
-    for path, place in places.items():
-        for name, view in place.entry.items():
-            known = isinstance(view, TensorView) and bare.get(join(path, name))
-            if known in book.stubs:
-                same[state_dict.identity(view)] = book.stubs[known]
+    for path, network in places.items():
+        for name, view in network.entry.items():
+            bare_name = isinstance(view, TensorView) and bare.get(join(path, name))
+            if bare_name in book.stubs:
+                same[state_dict.identity(view)] = book.stubs[bare_name]
 
     def tensor(view: TensorView, among_values: bool) -> TensorStub | None:
         """Return the stub of a tensor that may go out; None for any other tensor."""
-        if found := same.get(state_dict.identity(view)):
-            return found
+        if stub := same.get(state_dict.identity(view)):
+            return stub
         small = not view.shape or (among_values and math.prod(view.shape) <= _SMALL)
         return book.keep(view, file) if small and view.dtype.size else None
 
@@ -305,9 +305,9 @@ def _own_entries(
     keeper.replaced = replaced
     # Longest paths first, so that an entry within another is replaced there.
     for path in sorted(places, key=len, reverse=True):
-        own = _own_entry(template, book, keeper, path, places[path], bare)
-        file_entries[path] = own
-        replaced[id(places[path].value)] = own
+        entry = _own_entry(template, book, keeper, path, places[path], bare)
+        file_entries[path] = entry
+        replaced[id(places[path].value)] = entry
     for name in book.stubs:
         # A tensor that the last input lacks comes from another base.
         if name not in template.stored_names:
@@ -337,18 +337,18 @@ def _own_entry(
         place: Place of the entry in the input.
         bare: Stored name of each weight → its bare name.
     """
-    taken = {
+    bare_names = {
         name: bare[join(path, name)]
         for name in place.entry
         if isinstance(name, str) and join(path, name) in bare
     }
-    others = {name: value for name, value in place.entry.items() if name not in taken}
+    values = {name: value for name, value in place.entry.items() if name not in bare_names}
     above = join(template.key, path)
-    kept = keeper.entries(others, f"{above}." if above else "")
-    own: OrderedDict[Any, Any] = OrderedDict()
+    filtered = keeper.entries(values, f"{above}." if above else "")
+    entry: OrderedDict[Any, Any] = OrderedDict()
     for name in place.entry:
-        if name in kept:
-            own[name] = kept[name]
-        elif taken.get(name) in book.stubs:
-            own[name] = book.stubs[taken[name]]
-    return own
+        if name in filtered:
+            entry[name] = filtered[name]
+        elif bare_names.get(name) in book.stubs:
+            entry[name] = book.stubs[bare_names[name]]
+    return entry

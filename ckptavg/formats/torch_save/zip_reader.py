@@ -79,19 +79,19 @@ class TorchFile:
         stored = view.storage
         if stored not in self._places:
             self._places[stored] = self._locate(stored)
-        place, text = self._places[stored], None
+        location, text = self._places[stored], None
         start = view.offset * view.dtype.size
         if stored.span is not None and stored.span.escaped:
-            text = place.offset, stored.span.length
+            text = location.offset, stored.span.length
         else:
-            start += place.offset
+            start += location.offset
         # Strides without meaning are set to 0, so that equal tensors compare equal.
         empty = 0 in view.shape
         stride = tuple(
             0 if empty or n == 1 else s for n, s in zip(view.shape, view.stride, strict=True)
         )
         first = (0,) * len(view.shape)
-        piece = Piece(self.path, start, view.shape, stride, first, place.guard, text)
+        piece = Piece(self.path, start, view.shape, stride, first, location.guard, text)
         return Tensor(view.dtype, view.shape, (piece,))
 
     def number(self, view: TensorView) -> float | None:
@@ -138,8 +138,8 @@ def read(place: str | Location, within: tuple[int, int] | None = None) -> TorchF
             archive.check_byte_order(file)
             tree = unpickler.loads(archive.content(file, "data.pkl"))
             arrays = name_arrays(tree)
-            made = PROVENANCE_RECORD in archive.entries
-            text = archive.content(file, PROVENANCE_RECORD).decode() if made else None
+            has_provenance = PROVENANCE_RECORD in archive.entries
+            text = archive.content(file, PROVENANCE_RECORD).decode() if has_provenance else None
             # Local headers are read only from local files: on a URL each costs a request.
             guesses = archive.guess_starts(file) if paths.is_url(path) else {}
     except MalformedPickle as error:
@@ -212,12 +212,12 @@ class _Part(io.RawIOBase):
 
     def read(self, size: int = -1) -> bytes:
         """Read at most ``size`` bytes; all that are left where negative."""
-        left = max(self._length - self._at, 0)
-        size = left if size < 0 else size
+        remaining = max(self._length - self._at, 0)
+        size = remaining if size < 0 else size
         if size > zip_directory.MAX_DIRECTORY:
             raise MalformedZip(f"a part of it claims {size} bytes")
         self._file.seek(self._start + self._at)
-        data = self._file.read(min(size, left))
+        data = self._file.read(min(size, remaining))
         self._at += len(data)
         return data
 
@@ -442,12 +442,12 @@ def _checked_directory(file: BinaryIO) -> Directory | None:
 def _crc(file: BinaryIO, entry: Entry, end: int) -> int:
     """Compute the CRC-32 of a stored entry."""
     file.seek(_data_offset(file, entry, end))
-    crc, left = 0, entry.size
-    while left:
-        content = file.read(min(left, _CHUNK))
+    crc, remaining = 0, entry.size
+    while remaining:
+        content = file.read(min(remaining, _CHUNK))
         if not content:
             raise MalformedZip(f"{entry.name!r} is cut short")
-        crc, left = zlib.crc32(content, crc), left - len(content)
+        crc, remaining = zlib.crc32(content, crc), remaining - len(content)
     return crc
 
 
