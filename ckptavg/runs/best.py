@@ -132,9 +132,9 @@ def _mode_of_words(words: frozenset[str]) -> Mode | None:
 
 def _unknown_metric(metric: str, checkpoint: Checkpoint) -> RunError:
     """Word the error for a metric that a checkpoint does not record."""
-    known = sorted(checkpoint.record.metrics, key=prominence)
-    remedy = f"It records {first_few(known, 8)}." if known else "It records none at all."
-    if close := close_names(metric, known):
+    names = sorted(checkpoint.record.metrics, key=prominence)
+    remedy = f"It records {first_few(names, 8)}." if names else "It records none at all."
+    if close := close_names(metric, names):
         remedy = did_you_mean(close)
     return RunError(f"{checkpoint.path} records no metric {metric!r}", remedy)
 

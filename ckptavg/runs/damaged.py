@@ -60,8 +60,8 @@ def raise_for(damaged: Sequence[Damaged]) -> None:
     if not damaged:
         return
     error = damaged[0].error
-    others = [other.path.name for other in damaged[1:]]
-    more = f" (nor can {first_few(others)} be opened)" if others else ""
+    names = [member.path.name for member in damaged[1:]]
+    more = f" (nor can {first_few(names)} be opened)" if names else ""
     pattern = shlex.quote(glob.escape(damaged[0].path.name))
     leave_out = f"--skip {pattern} leaves it out."
     raise type(error)(error.message + more, f"{error.remedy} {leave_out}".strip()) from error

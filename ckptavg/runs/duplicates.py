@@ -131,17 +131,17 @@ class _Family:
 
     def find(self, checkpoint: Checkpoint) -> Checkpoint | None:
         """Find a member with the same tensors, by the cheapest test that decides."""
-        known = self._by_store.get(_stored_contents(checkpoint))
+        duplicate = self._by_store.get(_stored_contents(checkpoint))
         # First, since this reads nothing.
-        if known is not None:
-            return known
+        if duplicate is not None:
+            return duplicate
         for member in self._new:
             self._sort_in(member)
         self._new = []
         parts = self._parts(checkpoint)
-        known = None if parts is None else self._by_checksums.get(parts)
-        if known is not None:
-            return known
+        duplicate = None if parts is None else self._by_checksums.get(parts)
+        if duplicate is not None:
+            return duplicate
         if not _is_decided(checkpoint, parts):
             for member in self._summed:
                 self._by_bytes.add(member)
@@ -303,5 +303,5 @@ def _blocks(span: _Range, limit: int | None) -> Iterator[bytes]:
     size = span.size if limit is None else min(span.size, limit)
     with guard_reads(span.file), paths.open_binary(span.file) as file:
         file.seek(span.start)
-        for done in range(0, size, _BLOCK):
-            yield file.read(min(_BLOCK, size - done))
+        for bytes_read in range(0, size, _BLOCK):
+            yield file.read(min(_BLOCK, size - bytes_read))

@@ -38,7 +38,7 @@ def metric_columns(checkpoints: Sequence[Checkpoint]) -> MetricColumns:
     # With one checkpoint, any two values may be equal by chance.
     if len(checkpoints) < 2:
         return MetricColumns(tuple(ordered), {}, {})
-    known = _clocks(checkpoints)
+    names_by_column = _clocks(checkpoints)
     names: list[str] = []
     repeats: dict[str, str] = {}
     constants: dict[str, float] = {}
@@ -48,14 +48,14 @@ def metric_columns(checkpoints: Sequence[Checkpoint]) -> MetricColumns:
             constants[name] = column[0]
             continue
         # A constant metric may equal a constant epoch by chance.
-        if column in known and not (name in constant and is_metric(name)):
-            repeats[name] = known[column]
+        if column in names_by_column and not (name in constant and is_metric(name)):
+            repeats[name] = names_by_column[column]
             continue
         if not is_metric(name) and (clock := _multiple_of_clock(column, checkpoints)):
             repeats[name] = clock
             continue
         names.append(name)
-        known.setdefault(column, name)
+        names_by_column.setdefault(column, name)
     return MetricColumns(tuple(names), repeats, constants)
 
 

@@ -375,8 +375,8 @@ def refuse_two_series(ordered: Sequence[Checkpoint]) -> None:
         if checkpoint.step == checkpoint.record.epoch:
             within = checkpoint.record.step
         steps[_series(checkpoint)].append((checkpoint.step, within))
-    first, *others = steps.values()
-    if not others or len(first) < 2 or any(first != other for other in others):
+    first, *further = steps.values()
+    if not further or len(first) < 2 or any(first != series for series in further):
         return
     if any(checkpoint.step is None for checkpoint in ordered):
         return

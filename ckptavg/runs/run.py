@@ -249,9 +249,12 @@ class Run:
         if (positions.step or 1) < 0:
             raise UsageError("a run keeps its order: the step of a slice has to be positive")
         # By identity, since the positions of a slice count through all trainings.
-        kept = {id(checkpoint) for checkpoint in self.checkpoints[positions]}
+        selected = {id(checkpoint) for checkpoint in self.checkpoints[positions]}
         start, stop = (("" if p is None else p) for p in (positions.start, positions.stop))
-        return self._each(lambda c: [one for one in c if id(one) in kept], f"[{start}:{stop}]")
+        return self._each(
+            lambda c: [checkpoint for checkpoint in c if id(checkpoint) in selected],
+            f"[{start}:{stop}]",
+        )
 
     def _table(self) -> Table:
         """Make the table of the run."""
@@ -334,12 +337,12 @@ def open_run(
         raise UsageError("no path is given")
     with guard_reads(first_few([str(path) for path in paths])):
         patterns = find.Patterns(glob, (skip,) if isinstance(skip, str) else tuple(skip))
-        found = find.find([locate(path) for path in paths], patterns)
+        findings = find.find([locate(path) for path in paths], patterns)
     trainings: list[tuple[Checkpoint, ...]] = []
     damaged: list[tuple[Damaged, ...]] = []
-    left_out, notes = list(found.left_out), list[str]()
-    for members in found.groups:
-        opened = order.open_members(members, key, found.broken)
+    left_out, notes = list(findings.left_out), list[str]()
+    for members in findings.groups:
+        opened = order.open_members(members, key, findings.broken)
         left_out += opened.left_out
         notes += opened.notes
         if opened.checkpoints:
@@ -353,20 +356,20 @@ def open_run(
         )
     entered = [
         f"{directory} holds no checkpoint itself: {run} is taken"
-        for directory, run in found.entered.items()
+        for directory, run in findings.entered.items()
     ]
     idle = [
         f"the pattern {pattern!r} skips nothing"
         for pattern in patterns.skip
-        if pattern not in found.skipping
+        if pattern not in findings.skipping
     ]
     notes = [*entered, *idle, *tell(left_out), *notes]
-    everything = (*chain(*found.groups), *(path for path, _ in left_out))
+    everything = (*chain(*findings.groups), *(path for path, _ in left_out))
     return Run(
         tuple(trainings),
         tuple(left_out),
         tuple(dict.fromkeys(notes)),
-        found.named,
+        findings.named,
         everything,
         tuple(damaged),
     )

@@ -124,14 +124,14 @@ def _advise(restarts: Sequence[int], count: int, *, after_step: bool, in_shell: 
         in_shell: True to name options of the command line, not methods.
     """
     if not restarts:
-        what = "--at-lr-min" if in_shell else "at_lr_min()"
-        return f": {what} takes the {count} at the ends of cycles"
+        selection = "--at-lr-min" if in_shell else "at_lr_min()"
+        return f": {selection} takes the {count} at the ends of cycles"
     length, offset = find_length(restarts), restarts[0] + 1
     if length is None:
         return ""
     if in_shell:
-        what = f"--cycle {length}" if offset == length else f"--cycle {length}:{offset}"
+        selection = f"--cycle {length}" if offset == length else f"--cycle {length}:{offset}"
     else:
-        what = f"cycle({length})" if offset == length else f"cycle({length}, {offset})"
+        selection = f"cycle({length})" if offset == length else f"cycle({length}, {offset})"
     condition = "" if after_step else ", if training saves after scheduler.step()"
-    return f": {what} takes the {count} at the ends of cycles{condition}"
+    return f": {selection} takes the {count} at the ends of cycles{condition}"

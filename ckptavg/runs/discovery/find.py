@@ -146,31 +146,31 @@ def _without_replicas(groups: Groups, findings: Findings) -> Groups:
         CheckpointError: Files are parts of one model.
     """
     replicas = find_replicas(chain(*groups.values()))
-    kept: Groups = {}
+    remaining: Groups = {}
     for home, members in groups.items():
         together = set(members)
-        kept[home] = []
+        remaining[home] = []
         for path in members:
             # A file whose first rank is in another run is no replica.
             if replicas.get(path) in together:
                 findings.left_out.append((path, REPLICA))
             else:
-                kept[home].append(path)
-    return kept
+                remaining[home].append(path)
+    return remaining
 
 
 def _without_skipped(
     paths: Sequence[Location], root: Location, patterns: Patterns, findings: Findings
 ) -> list[Location]:
     """Drop the paths that a pattern skips, and record the reason."""
-    kept: list[Location] = []
+    remaining: list[Location] = []
     for path in paths:
         if skipping := patterns.skipping(path, root):
             findings.skipping |= skipping
             findings.left_out.append((path, SKIPPED))
         else:
-            kept.append(path)
-    return kept
+            remaining.append(path)
+    return remaining
 
 
 @dataclass
@@ -283,8 +283,8 @@ def _members(directory: Location, patterns: Patterns, findings: Findings) -> lis
         raise error
     if any(_numbered_below(path) for path in nested):
         return _enter(directory, patterns, findings)
-    others = [path for path in below if not path.is_dir()]
-    files = _weights_files(others, patterns, findings, alone=not nested)
+    candidates = [path for path in below if not path.is_dir()]
+    files = _weights_files(candidates, patterns, findings, alone=not nested)
     if not broken and (deeper := _below_steps(directory, nested, files, folders, findings)):
         findings.left_out += [(path, _UNLIKE) for path in [*nested, *files]]
         return deeper
@@ -385,8 +385,8 @@ def _below_steps(
     if not any(steps.values()) and not nested and not files and mask_step(directory.name):
         steps = {directory: weights_below(directory)}
     deeper = [path for members in steps.values() for path in members]
-    places = [place for path in deeper if (place := place_of(path)) is not None]
-    networks = {place.below[0] for place in places}
+    trainings = [training for path in deeper if (training := place_of(path)) is not None]
+    networks = {training.below[0] for training in trainings}
     # Several models beside the steps are the run, unless the steps have networks of equal names.
     if len(nested) > 1 and not networks & {glob.escape(path.name) for path in nested}:
         return []
@@ -397,7 +397,7 @@ def _below_steps(
     # A run within a directory named after a step or a date does not belong to this directory.
     if any(is_series(members) and not are_parts(members) for members in neighbours):
         return []
-    if len({place.base for place in places}) > 1 and not are_parts(deeper):
+    if len({training.base for training in trainings}) > 1 and not are_parts(deeper):
         return []
     series = {mask_step(step.name) for step, members in steps.items() if members}
     for step, members in steps.items():

@@ -46,7 +46,5 @@ def describe_no_match(pattern: str, left_out: Sequence[LeftOut]) -> RunError:
     names = ["/".join(str(path).split("/")[-depth:]) for path in lines]
     close = close_names(pattern, names)
     shown = first_few([name for name in names if name in close] or names)
-    there = f": there are {shown}" if names else ""
-    return RunError(
-        f"no checkpoint matches {pattern!r}", f"Quote the pattern, or loosen it{there}."
-    )
+    hint = f": there are {shown}" if names else ""
+    return RunError(f"no checkpoint matches {pattern!r}", f"Quote the pattern, or loosen it{hint}.")

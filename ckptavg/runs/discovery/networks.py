@@ -20,9 +20,9 @@ _Content = Literal["weights", "integers", "nothing", "unknown"]
 def with_roots(groups: Groups) -> Groups:
     """Move each model at the root of a run to the end of that run's group."""
     runs: dict[Location, list[Place]] = defaultdict(list)
-    for place in groups:
-        if isinstance(place, Place):
-            runs[place.base].append(place)
+    for home in groups:
+        if isinstance(home, Place):
+            runs[home.base].append(home)
     for home, members in list(groups.items()):
         if isinstance(home, Place) or len(members) != 1:
             continue
@@ -43,8 +43,8 @@ def split_copies(groups: Groups, listed: Set[Location]) -> tuple[Groups, list[Lo
     Returns:
         The groups without copies, and the copies.
     """
-    places = [home for home in groups if isinstance(home, Place)]
-    with_originals = {place.base for place in places if not is_ema_name(place.name)}
+    networks = [home for home in groups if isinstance(home, Place)]
+    with_originals = {network.base for network in networks if not is_ema_name(network.name)}
     originals: Groups = {}
     split: list[Location] = []
     for home, members in groups.items():
@@ -55,8 +55,8 @@ def split_copies(groups: Groups, listed: Set[Location]) -> tuple[Groups, list[Lo
             copies = {*members}
         copies &= listed
         split += [path for path in members if path in copies]
-        if others := [path for path in members if path not in copies]:
-            originals[home] = others
+        if remaining := [path for path in members if path not in copies]:
+            originals[home] = remaining
     return originals, split
 
 
@@ -77,15 +77,15 @@ def split_weightless(groups: Groups, listed: Set[Location]) -> tuple[Groups, lis
         The groups with weights, and the members of the groups without.
     """
     weightless: set[Location | Place] = set()
-    for places in _several_networks(groups, listed).values():
+    for siblings in _several_networks(groups, listed).values():
         # One member per place is opened, and decides for all members of the place.
-        contents = {place: _content_of(groups[place][-1]) for place in places}
+        contents = {network: _content_of(groups[network][-1]) for network in siblings}
         # Tensors of integers alone are the state of a random generator or a data loader.
         weightless_kinds: set[_Content] = {"nothing"}
         weightless_kinds |= {"integers"} if "weights" in contents.values() else set()
-        weightless |= {place for place in places if contents[place] in weightless_kinds}
+        weightless |= {network for network in siblings if contents[network] in weightless_kinds}
     networks = {home: members for home, members in groups.items() if home not in weightless}
-    return networks, [path for place in weightless for path in groups[place]]
+    return networks, [path for home in weightless for path in groups[home]]
 
 
 def _content_of(path: Location) -> _Content:
@@ -114,9 +114,9 @@ def refuse_networks(groups: Groups, listed: Set[Location]) -> None:
     """
     for base, networks in _several_networks(groups, listed).items():
         # Two series of steps may have networks of equal names. The pattern then names the series.
-        share_names = len({place.name for place in networks}) < len(networks)
+        share_names = len({network.name for network in networks}) < len(networks)
         patterns = [
-            f"'{place.full_pattern if share_names else place.pattern}'" for place in networks
+            f"'{network.full_pattern if share_names else network.pattern}'" for network in networks
         ]
         raise RunError(
             f"{base} holds {len(networks)} networks side by side: {first_few(patterns, 8)}",
@@ -130,8 +130,8 @@ def _several_networks(groups: Groups, listed: Set[Location]) -> dict[Location, l
     Returns:
         Directory → places of the networks.
     """
-    places: dict[Location, list[Place]] = defaultdict(list)
+    by_base: dict[Location, list[Place]] = defaultdict(list)
     for home, members in groups.items():
         if isinstance(home, Place) and all(path in listed for path in members):
-            places[home.base].append(home)
-    return {base: networks for base, networks in places.items() if len(networks) > 1}
+            by_base[home.base].append(home)
+    return {base: networks for base, networks in by_base.items() if len(networks) > 1}

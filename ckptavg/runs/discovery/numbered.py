@@ -187,17 +187,19 @@ def group_by_place(
     Returns:
         Place, or directory of a run without places → checkpoints.
     """
-    places = _find_places([path for members in homes.values() for path in members])
-    shared = Counter(places.values())
+    places_by_path = _find_places([path for members in homes.values() for path in members])
+    shared = Counter(places_by_path.values())
     groups: dict[Location | Place, list[Location]] = defaultdict(list)
     for home, members in homes.items():
-        has_others = any(shared[places[path]] > 1 for path in members if path in places)
+        has_others = any(
+            shared[places_by_path[path]] > 1 for path in members if path in places_by_path
+        )
         is_split = home in apart
         if has_others and not is_split:
             is_split = len(members) == 1 or not is_series(members)
         for path in members:
-            place = places.get(path)
-            groups[place if is_split and place is not None else home].append(path)
+            training = places_by_path.get(path)
+            groups[training if is_split and training is not None else home].append(path)
     return groups
 
 
@@ -208,12 +210,14 @@ def _find_places(paths: Sequence[Location]) -> dict[Location, Place]:
     """
     # Only the directories are resolved: a link counts under the name of the link.
     real = {path: path.parent.resolve() / path.name for path in paths}
-    places = {path: place for path in paths if (place := place_of(real[path])) is not None}
-    shared = Counter(places.values())
-    for path, place in places.items():
-        if shared[place] == 1:
-            places[path] = place_of(real[path], masked=True) or place
-    return places
+    places_by_path = {
+        path: unmasked for path in paths if (unmasked := place_of(real[path])) is not None
+    }
+    shared = Counter(places_by_path.values())
+    for path, unmasked in places_by_path.items():
+        if shared[unmasked] == 1:
+            places_by_path[path] = place_of(real[path], masked=True) or unmasked
+    return places_by_path
 
 
 def _label_of(path: Location) -> Location:

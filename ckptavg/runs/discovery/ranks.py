@@ -123,11 +123,11 @@ def find_replicas(paths: Iterable[Location]) -> dict[Location, Location]:
         first = open_checkpoint(group[0])
         copies: list[Location] = []
         for path in group[1:]:
-            other = open_checkpoint(path)
+            candidate = open_checkpoint(path)
             # Files that record different steps are no ranks, whatever the numbers in the names.
-            if _moment(first) != _moment(other):
+            if _moment(first) != _moment(candidate):
                 break
-            if not _are_replicas(first, other):
+            if not _are_replicas(first, candidate):
                 raise _describe_parts(group, "ranks", _remedy(group))
             copies.append(path)
         else:

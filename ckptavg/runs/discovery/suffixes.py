@@ -38,15 +38,17 @@ def split_by_suffix(
         first bytes are those of checkpoints.
     """
     usual = [path for path in files if path.name.endswith(SUFFIXES)]
-    others = [path for path in files if not path.name.endswith(SUFFIXES)]
-    others = [path for path in others if not why_not(_bare_stem(path))]
+    candidates = [path for path in files if not path.name.endswith(SUFFIXES)]
+    candidates = [path for path in candidates if not why_not(_bare_stem(path))]
     if pattern is not None:
-        matching = [path for path in others if matches(path, pattern) and _may_hold_weights(path)]
+        matching = [
+            path for path in candidates if matches(path, pattern) and _may_hold_weights(path)
+        ]
         return [*usual, *matching], []
-    saved = [path for path in others[:_MOST_LOOKED_INTO] if _is_saved(path)]
+    saved = [path for path in candidates[:_MOST_LOOKED_INTO] if _is_saved(path)]
     if alone and all(is_alias_name(path) or why_not(stem_of(path)) for path in usual):
         unusual = (
-            _find_series(others, saved) if usual else [p for p in saved if not _is_set_aside(p)]
+            _find_series(candidates, saved) if usual else [p for p in saved if not _is_set_aside(p)]
         )
     else:
         unusual = []
