@@ -63,8 +63,8 @@ class Candidate:
     @property
     def is_stale(self) -> bool:
         """True for a checkpoint or weights with BatchNorm statistics recorded as stale."""
-        made = self.provenance
-        return made is not None and made.get("bn") in _STALE
+        provenance = self.provenance
+        return provenance is not None and provenance.get("bn") in _STALE
 
     @classmethod
     def of_checkpoint(
@@ -108,12 +108,12 @@ class Candidate:
         if isinstance(weights, nn.Module):
             name = name or type(undistributed(weights)).__name__
             weights = weights.state_dict()
-        given = {key: value for key, value in weights.items() if isinstance(value, torch.Tensor)}
+        stored = {key: value for key, value in weights.items() if isinstance(value, torch.Tensor)}
         # Wrappers, such as DistributedDataParallel, put a prefix before every name.
-        bare = bare_names(list(given))
-        tensors = {bare.get(key, key): value for key, value in given.items()}
-        held = Weights(tensors, account_of(weights))
-        return cls(name or _name_of(held), "checkpoint", (), (), recompute, weights=held)
+        bare = bare_names(list(stored))
+        tensors = {bare.get(key, key): value for key, value in stored.items()}
+        state = Weights(tensors, account_of(weights))
+        return cls(name or _name_of(state), "checkpoint", (), (), recompute, weights=state)
 
     @classmethod
     def of_average(
@@ -184,11 +184,11 @@ def candidates_of(
     singles = [c for c in selection if each and c.path != last.path]
     # Shortened together, so that names stay different from each other.
     *names, last_name = short_names([c.path for c in (*singles, last)])
-    found = []
+    candidates = []
     for checkpoint, name in zip(singles, names, strict=True):
-        found.append(Candidate.of_checkpoint(checkpoint, name, recompute=False))
+        candidates.append(Candidate.of_checkpoint(checkpoint, name, recompute=False))
     name = f"{last_name} (last)"
-    found.append(Candidate.of_checkpoint(last, name, last=True, recompute=False))
+    candidates.append(Candidate.of_checkpoint(last, name, last=True, recompute=False))
     if recompute and planned.batchnorm in ("none", "frozen"):
         why = "no BatchNorm layers" if planned.batchnorm == "none" else "all BatchNorm is frozen"
         log.info("%s: nothing to recompute from the training data", why)
@@ -196,12 +196,12 @@ def candidates_of(
     for name, average in {text: planned, **(others or {})}.items():
         refreshed = recompute and average.batchnorm in ("own", "stale")
         if stale or not refreshed:
-            found.append(Candidate.of_average(average, name, recompute=False))
+            candidates.append(Candidate.of_average(average, name, recompute=False))
         if refreshed:
-            found.append(Candidate.of_average(average, name, recompute=True))
+            candidates.append(Candidate.of_average(average, name, recompute=True))
     if ensemble:
-        found.append(Candidate.of_ensemble(selection, f"FGE ensemble of {len(selection)}"))
-    return found
+        candidates.append(Candidate.of_ensemble(selection, f"FGE ensemble of {len(selection)}"))
+    return candidates
 
 
 def candidates_of_file(
@@ -216,11 +216,11 @@ def candidates_of_file(
             stale.
         stale: True to keep the candidate with stale statistics beside the recomputed one.
     """
-    own = Candidate.of_checkpoint(checkpoint, name, recompute=False)
-    if not (recompute and own.is_stale):
-        return [own]
-    refreshed = replace(own, recompute=True)
-    return [own, refreshed] if stale else [refreshed]
+    stored = Candidate.of_checkpoint(checkpoint, name, recompute=False)
+    if not (recompute and stored.is_stale):
+        return [stored]
+    refreshed = replace(stored, recompute=True)
+    return [stored, refreshed] if stale else [refreshed]
 
 
 CandidateLike: TypeAlias = (
@@ -245,8 +245,8 @@ def as_candidates(
     if isinstance(given, (str, os.PathLike, nn.Module, Candidate, Checkpoint)):
         given = [given]
     named = isinstance(given, Mapping)
-    pairs = given.items() if isinstance(given, Mapping) else ((None, one) for one in given)
-    candidates = [_as_candidate(one, name) for name, one in pairs]
+    pairs = given.items() if isinstance(given, Mapping) else ((None, value) for value in given)
+    candidates = [_as_candidate(value, name) for name, value in pairs]
     # Names from a mapping are the caller's own and stay.
     if not named:
         candidates = _told_apart(candidates)
@@ -277,13 +277,13 @@ def _holds_tensors(given: Mapping[Any, Any]) -> bool:
 def _told_apart(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Number the weights in memory whose names are the same."""
     names = Counter(c.name for c in candidates if c.weights is not None)
-    seen: Counter[str] = Counter()
+    numbers: Counter[str] = Counter()
     numbered = []
     for candidate in candidates:
         name = candidate.name
         if candidate.weights is not None and names[name] > 1:
-            seen[name] += 1
-            name = f"{name} {seen[name]}"
+            numbers[name] += 1
+            name = f"{name} {numbers[name]}"
         numbered.append(candidate if name == candidate.name else replace(candidate, name=name))
     return numbered
 
@@ -294,10 +294,10 @@ def _average_name(count: int, scheme: str) -> str:
 
 def _name_of(weights: Weights) -> str:
     """Name a state dict by the account that ``average`` attached; "state dict" without one."""
-    made = weights.made
-    if made is None:
+    provenance = weights.made
+    if provenance is None:
         return "state dict"
-    return _average_name(len(made["checkpoints"]), str(made["scheme"]))
+    return _average_name(len(provenance["checkpoints"]), str(provenance["scheme"]))
 
 
 def layers_of(candidates: Iterable[Candidate]) -> list[str]:

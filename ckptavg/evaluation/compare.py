@@ -114,18 +114,18 @@ def compare(
         "include": include_tensors, "exclude": exclude_tensors, "base": base, "dtype": dtype,
     }  # fmt: skip
     with collect_notes() as notes:
-        whole = as_run(run)
-        note_run(whole)
-        selection = _checked(selection, whole)
-        note_selection(whole, selection)
-        others = {}
+        opened_run = as_run(run)
+        note_run(opened_run)
+        selection = _checked(selection, opened_run)
+        note_selection(opened_run, selection)
+        further_averages = {}
         for name, asked in (also or {}).items():
-            others[name] = plan_request(name, whole, asked, **rules)
+            further_averages[name] = plan_request(name, opened_run, asked, **rules)
         planned = plan_average(selection, scheme, weights=weights, **rules)
         every = as_candidates(candidates, has_training=train_data is not None)
         every += candidates_of(
-            whole, selection, planned, each=each, ensemble=ensemble,
-            recompute=train_data is not None, stale=stale, others=others,
+            opened_run, selection, planned, each=each, ensemble=ensemble,
+            recompute=train_data is not None, stale=stale, others=further_averages,
         )  # fmt: skip
         results = evaluate(
             every, model, data, train_loader=train_data, task=task, device=device,
@@ -148,8 +148,8 @@ def _checked(selection: Run | None, run: Run) -> Run:
             f"selection is expected to be a part of the run but is {short(repr(selection))}",
             "Select from the very run that is passed: selection=run.last(5).",
         )
-    known = {id(checkpoint) for checkpoint in run.opened}
-    if any(id(checkpoint) not in known for checkpoint in selection.opened):
+    run_ids = {id(checkpoint) for checkpoint in run.opened}
+    if any(id(checkpoint) not in run_ids for checkpoint in selection.opened):
         raise UsageError(
             "the selection has checkpoints that the run does not have",
             "Select from the very run that is passed: selection=run.last(5).",

@@ -115,7 +115,7 @@ def evaluate(
     runtime = Runtime.on(device, model, amp=amp, batch_size=size, workers=workers, seed=seed)
     peers = peers_of_group()
     subset = as_subset(bn_samples)
-    with collect_notes() as notes, open_progress(progress, "samples") as told:
+    with collect_notes() as notes, open_progress(progress, "samples") as reporter:
         scored = as_candidates(candidates, has_training=train_loader is not None)
         training = None
         if train_loader is not None and any(candidate.recompute for candidate in scored):
@@ -132,7 +132,7 @@ def evaluate(
             forward=forward,
             exclude=exclude,
             keep_nonfinite=keep_nonfinite,
-            progress=told,
+            progress=reporter,
             peers=peers,
         )
     return Results(results, task, notes)
@@ -284,7 +284,7 @@ class _Session:
         weight_sets.load(group, self.model, self.runtime, keep_nonfinite=self.keep_nonfinite)
         wanting = [network for network in group if network.recompute]
         if wanting and training is not None:
-            done = recompute_statistics(
+            recomputed = recompute_statistics(
                 [network.model for network in wanting],
                 [network.describe_statistics() for network in wanting],
                 self.excluded,
@@ -293,7 +293,7 @@ class _Session:
                 self._forward_on_batch,
                 self.peers,
             )
-            for network, (_, statistics) in zip(wanting, done, strict=True):
+            for network, (_, statistics) in zip(wanting, recomputed, strict=True):
                 network.statistics = statistics
         # A pass that ran out of memory is repeated; ``begin`` discards its partial scores.
         for board in self.boards:
@@ -317,26 +317,26 @@ class _Session:
         """Score a group over the evaluation data, which must be the same in every pass."""
         for network in group:
             self.channels.place(network.model)
-        found: list[int] = []
+        fingerprints: list[int] = []
         soundness = Soundness()
         for number, batch in enumerate(moved(batches, self.runtime.device)):
             # Targets as loaded are on the host, so a checksum does not wait for the device.
-            given = self.task.part(self.model, batch.given)[1]
-            found.append(_fingerprint(given))
-            if self.fingerprints and self.fingerprints[number : number + 1] != found[-1:]:
+            host_targets = self.task.part(self.model, batch.given)[1]
+            fingerprints.append(_fingerprint(host_targets))
+            if self.fingerprints and self.fingerprints[number : number + 1] != fingerprints[-1:]:
                 raise _another_order()
             inputs, targets = self.task.part(self.model, batch.here)
             wanted = inputs if self.forward is None else batch.here
-            parts = _Parts(number, self.channels.arrange(wanted), targets, given)
+            parts = _Parts(number, self.channels.arrange(wanted), targets, host_targets)
             for network in group:
                 self._score_batch(network, parts, soundness)
             for board in self.boards:
                 board.end_batch(number)
             soundness.end_batch()
         soundness.end()
-        if self.fingerprints and len(found) != len(self.fingerprints):
+        if self.fingerprints and len(fingerprints) != len(self.fingerprints):
             raise _another_order()
-        self.fingerprints = found
+        self.fingerprints = fingerprints
 
     def _score_batch(self, network: Network, batch: _Parts, soundness: Soundness) -> None:
         run = self.forward or self.task.forward
@@ -351,13 +351,13 @@ class _Session:
                 lambda: self.channels.run(forward, network.model, batch.inputs)
             )
             self.task.check(outputs, batch.given)
-            found = self.task.predict(outputs, batch.targets)
+            predictions = self.task.predict(outputs, batch.targets)
             # Predictions are on the CPU if the device lacks float64.
-            targets = map_tensors(batch.targets, lambda tensor: tensor.to(found.device))
-            soundness.add(network.name, self.task.sound(found))
-            samples = self.task.samples(found, targets)
+            targets = map_tensors(batch.targets, lambda tensor: tensor.to(predictions.device))
+            soundness.add(network.name, self.task.sound(predictions))
+            samples = self.task.samples(predictions, targets)
             for board in self.boards:
-                board.add(batch.number, network, found, samples, targets)
+                board.add(batch.number, network, predictions, samples, targets)
 
     def _results(self, group: Sequence[Network]) -> list[Result]:
         """Return the results of all candidates that are complete so far."""
@@ -368,9 +368,9 @@ class _Session:
         chosen = reference_of(self.candidates)
         reference = next((board for board in complete if board.candidate is chosen), None)
         for board in complete:
-            known = self.known.get(board)
+            result = self.known.get(board)
             # Results from before the reference was scored lack a comparison and are made again.
-            if known is None or (known.versus is None and reference is not None):
+            if result is None or (result.versus is None and reference is not None):
                 self.known[board] = self._result(board, reference)
         return [self.known[board] for board in complete]
 
@@ -394,11 +394,11 @@ class _Session:
     def _versus(self, board: Board, reference: Board | None) -> Versus | None:
         if reference is None or board is reference:
             return None
-        mine, other = joined(board.samples), joined(reference.samples)
-        if mine is None or other is None:
+        samples, baseline = joined(board.samples), joined(reference.samples)
+        if samples is None or baseline is None:
             return None
-        difference = compare(mine, other, seed=self.runtime.seed).scaled(mine.scale)
-        metric = mine.metric or self.task.metrics[0].key
+        difference = compare(samples, baseline, seed=self.runtime.seed).scaled(samples.scale)
+        metric = samples.metric or self.task.metrics[0].key
         return Versus(reference.candidate.name, metric, difference)
 
 
@@ -421,10 +421,10 @@ class _Parts:
 
 def _fingerprint(targets: Any) -> int:
     """Compute a checksum of targets, to recognize passes over different data."""
-    found = 0
+    checksum = 0
     for tensor in tensors_of(targets):
-        found = zlib.crc32(bytes_of(tensor), found)
-    return found
+        checksum = zlib.crc32(bytes_of(tensor), checksum)
+    return checksum
 
 
 def _require_state(task: Task) -> None:

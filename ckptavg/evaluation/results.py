@@ -44,8 +44,8 @@ class Result:
 
     def __repr__(self) -> str:
         """Return one line with the candidate, the state of statistics and the metrics."""
-        known = {key: value for key, value in self.metrics.items() if value is not None}
-        metrics = ", ".join(f"{key} {value:.5g}" for key, value in known.items())
+        computed = {key: value for key, value in self.metrics.items() if value is not None}
+        metrics = ", ".join(f"{key} {value:.5g}" for key, value in computed.items())
         statistics = "" if self.bn == "none" else f", {self.bn}"
         return f"<Result of {printable(self.candidate.name)}{statistics}: {metrics}>"
 
@@ -72,9 +72,9 @@ class Result:
     @classmethod
     def of_json(cls, candidate: Candidate, value: Mapping[str, Any]) -> Result:
         """Restore the result of a candidate from the output of ``as_json``."""
-        known = {"name", "kind", "checkpoints", "coefficients", "metrics", "bn", "forwards"}
+        field_keys = {"name", "kind", "checkpoints", "coefficients", "metrics", "bn", "forwards"}
         # ``key`` belongs to the file of results, not to the result.
-        details = {k: v for k, v in value.items() if k not in known | {"versus", "key"}}
+        details = {k: v for k, v in value.items() if k not in field_keys | {"versus", "key"}}
         versus = value.get("versus")
         return cls(
             candidate,
@@ -217,10 +217,10 @@ class Results(Sequence[Result]):
 
     def _metric(self, key: str | None) -> Metric:
         metrics = self.task.metrics
-        known = [metric.key for metric in metrics]
-        if key is not None and key not in known:
-            raise UsageError(f"metric is expected to be one of {', '.join(known)} but got {key!r}")
-        chosen = metrics[0] if key is None else metrics[known.index(key)]
+        keys = [metric.key for metric in metrics]
+        if key is not None and key not in keys:
+            raise UsageError(f"metric is expected to be one of {', '.join(keys)} but got {key!r}")
+        chosen = metrics[0] if key is None else metrics[keys.index(key)]
         if chosen.higher is None:
             raise UsageError(f"the metric {chosen.key} does not say which of its values are better")
         return chosen
@@ -235,9 +235,9 @@ class Results(Sequence[Result]):
             return results[0]
         if results:
             raise KeyError(f"{len(results)} candidates are called {name!r}: take one by position")
-        known = [result.candidate.name for result in self]
+        names = [result.candidate.name for result in self]
         state = "" if bn is None else f" with {bn} statistics"
-        raise KeyError(f"no candidate{state} is called {name!r}; there are {first_few(known, 8)}")
+        raise KeyError(f"no candidate{state} is called {name!r}; there are {first_few(names, 8)}")
 
 
 def _record(result: Result) -> dict[str, Any]:
@@ -260,12 +260,12 @@ def without_repeats(results: Iterable[Result]) -> list[Result]:
     """
     results = list(results)
     as_they_are = [r.candidate for r in results if not r.candidate.recompute]
-    kept = []
+    distinct = []
     for result in results:
         failed = result.candidate.recompute and result.bn not in RECOMPUTED
         if not (failed and replace(result.candidate, recompute=False) in as_they_are):
-            kept.append(result)
-    return kept
+            distinct.append(result)
+    return distinct
 
 
 def is_worse(results: Sequence[Result], task: Task | None = None) -> bool:
@@ -286,6 +286,6 @@ def is_worse(results: Sequence[Result], task: Task | None = None) -> bool:
         raise UsageError("an average and a last checkpoint are needed, as candidates_of gives")
     chosen = next((r for r in averages if r.bn in RECOMPUTED), averages[0])
     metric = (task or Classification()).metrics[0]
-    mine, theirs = chosen.metrics[metric.key], last[0].metrics[metric.key]
+    score, last_score = chosen.metrics[metric.key], last[0].metrics[metric.key]
     # Negated, so that NaN, which compares False with anything, counts as worse.
-    return not (mine >= theirs if metric.higher else mine <= theirs)
+    return not (score >= last_score if metric.higher else score <= last_score)

@@ -87,12 +87,12 @@ class ResultsFile:
         # Without the lock, results that another process adds in between would be lost.
         with lock_beside(self._target):
             stored = self.entries()
-            others = _drop_superseded(stored, added)
-            text = self._format.text([*others, *added])
+            retained = _drop_superseded(stored, added)
+            text = self._format.text([*retained, *added])
             # Unchanged text is not written again: a write on a full disk would fail needlessly.
             if not stored or text != self._format.text(stored):
                 self._write(text)
-        return len(others)
+        return len(retained)
 
     def _parse(self) -> list[Entry]:
         with guard_reads(self.path):
@@ -217,13 +217,13 @@ def _drop_superseded(stored: Sequence[Entry], added: Sequence[Entry]) -> list[En
     """Drop stored entries that added entries supersede; entries without a key match by name."""
     keys = {entry[_KEY] for entry in added}
     names = {entry["name"] for entry in added}
-    others = []
+    retained = []
     for entry in stored:
         key = entry.get(_KEY)
         is_superseded = key in keys if key else entry["name"] in names
         if not is_superseded:
-            others.append(entry)
-    return others
+            retained.append(entry)
+    return retained
 
 
 def _is_result(entry: Any) -> bool:

@@ -180,10 +180,10 @@ def _comparison_columns(results: Sequence[Result], task: Task, turns: _Turns) ->
             differences.append(Cell(NOTHING))
             chances.append(Cell(NOTHING))
             continue
-        found = result.versus.difference
-        mark: Mark | None = "significant" if found.p < SIGNIFICANT else None
-        differences.append(Cell(_difference_text(found, form), mark))
-        chances.append(Cell(f"{found.p:.2g}", mark))
+        estimate = result.versus.difference
+        mark: Mark | None = "significant" if estimate.p < SIGNIFICANT else None
+        differences.append(Cell(_difference_text(estimate, form), mark))
+        chances.append(Cell(f"{estimate.p:.2g}", mark))
     difference = Column(f"Δ {_bare(title)} [95 %]", "number", turns.difference, _SHORT_NAME)
     return [(difference, differences), (Column("p", "number", turns.p), chances)]
 
@@ -230,7 +230,7 @@ def _choice(winners: Sequence[Result], results: Sequence[Result]) -> list[str]:
 def _name_alone(result: Result, results: Sequence[Result]) -> str:
     """Name a candidate, with the state of statistics if another candidate has the same name."""
     name = result.candidate.name
-    count = sum(other.candidate.name == name for other in results)
+    count = sum(row.candidate.name == name for row in results)
     if count == 1:
         return name
     statistics = "partly recomputed" if _statistics_text(result.bn) == "partly" else result.bn
@@ -245,8 +245,8 @@ def _winners_difference(winners: Sequence[Result], results: Sequence[Result], ta
     last = [result.candidate.name for result in results if result.candidate.last]
     reference = "the last checkpoint" if last == [versus.reference] else versus.reference
     title, form = _title_and_form(versus.metric, task)
-    what = "Δ" if versus.metric == task.metrics[0].key else f"Δ {_bare(title)}"
-    return f"; {what} to {reference} {_difference_text(versus.difference, form)}"
+    label = "Δ" if versus.metric == task.metrics[0].key else f"Δ {_bare(title)}"
+    return f"; {label} to {reference} {_difference_text(versus.difference, form)}"
 
 
 def _title_and_form(key: str, task: Task) -> tuple[str, str]:

@@ -127,10 +127,10 @@ class Board:
 
     def details(self) -> dict[str, Any]:
         """Return further plain values for JSON: the task's details and the disagreement."""
-        found = self.task.details(self.scores)
+        details = self.task.details(self.scores)
         if self.candidate.kind == "ensemble" and self.disagreement.count:
-            found |= {k: v for k, v in self.disagreement.compute().items() if k != "n"}
-        return found
+            details |= {k: v for k, v in self.disagreement.compute().items() if k != "n"}
+        return details
 
     def describe_statistics(self) -> tuple[str, dict[str, list[str]]]:
         """Return the state of the running statistics, and lists of exceptional layers by kind."""
@@ -142,23 +142,23 @@ class Board:
         first = candidate.weights or candidate.checkpoints[0]
         if not batchnorm_layers(first.tensors):
             return "none", {}
-        made = candidate.provenance
-        return str(made.get("bn", "own")) if made else "own", {}
+        provenance = candidate.provenance
+        return str(provenance.get("bn", "own")) if provenance else "own", {}
 
     def merge(self, peers: Peers) -> None:
         """Merge the scores of all processes; every process must call this."""
         if peers.count == 1:
             return
         # Numbers over all processes: batches were dealt out in turn, every n-th to a process.
-        mine = {number * peers.count + peers.rank: s for number, s in self.samples.items()}
-        told = [self.scores.state(), self.disagreement.state(), _plain(mine)]
+        own_samples = {number * peers.count + peers.rank: s for number, s in self.samples.items()}
+        state = [self.scores.state(), self.disagreement.state(), _plain(own_samples)]
         # The gathered states include that of this process, so merging starts from empty scores.
         scores, disagreement = self.task.scores(), Disagreement(len(self.members))
         samples: dict[int, Samples] = {}
-        for other_scores, other_disagreement, others in peers.gather(told):
+        for other_scores, other_disagreement, other_samples in peers.gather(state):
             scores.merge(other_scores)
             disagreement.merge(other_disagreement)
-            samples |= _samples(others)
+            samples |= _samples(other_samples)
         self.scores, self.disagreement = scores, disagreement
         self.samples = dict(sorted(samples.items()))
 

@@ -185,8 +185,8 @@ def _grouped(
 def _draws(n: int, generator: torch.Generator, below: int | None = None) -> Iterator[torch.Tensor]:
     """Yield 2000 rows of n random integers in chunks; the bound is n where ``below`` is None."""
     rows = max(1, _CHUNK // n)
-    for done in range(0, RESAMPLES, rows):
-        size = (min(rows, RESAMPLES - done), n)
+    for start in range(0, RESAMPLES, rows):
+        size = (min(rows, RESAMPLES - start), n)
         yield torch.randint(n if below is None else below, size, generator=generator)
 
 
@@ -230,8 +230,8 @@ class Disagreement:
         waiting = self._waiting.setdefault(batch, [])
         waiting.append(answers)
         if len(waiting) == self.members:
-            found = [some.to(answers.device) for some in self._waiting.pop(batch)]
-            self._count(torch.stack(found))
+            gathered = [labels.to(answers.device) for labels in self._waiting.pop(batch)]
+            self._count(torch.stack(gathered))
 
     def park(self) -> None:
         """Move answers that wait for further members to the host."""

@@ -109,10 +109,10 @@ class Networks:
         """
         # Large ensembles come first: their members need the same pass, single networks fill gaps.
         blocks: list[list[Network]] = []
-        taken: set[Network] = set()
+        assigned: set[Network] = set()
         for members in sorted(self.members, key=lambda m: (-len(m), not m[0].recompute)):
-            block = [n for n in dict.fromkeys(members) if n not in taken]
-            taken |= {*block}
+            block = [n for n in dict.fromkeys(members) if n not in assigned]
+            assigned |= {*block}
             if block:
                 blocks.append(block)
         return blocks
@@ -134,17 +134,17 @@ def load(
     """
     # A source may serve two networks: one as averaged, one with recomputed statistics.
     weights = _read_together(group, keep_nonfinite=keep_nonfinite)
-    left = Counter(id(network.source) for network in group)
+    uses_left = Counter(id(network.source) for network in group)
     for network in group:
-        left[place := id(network.source)] -= 1
+        uses_left[source_id := id(network.source)] -= 1
         if isinstance(network.source, Weights):
-            found = dict(network.source.tensors)
-        elif isinstance(network.source, Checkpoint) and place not in weights:
-            found = api.load(network.source)
+            tensors = dict(network.source.tensors)
+        elif isinstance(network.source, Checkpoint) and source_id not in weights:
+            tensors = api.load(network.source)
         else:
             # The last network of a source takes the weights, which frees the memory afterwards.
-            found = weights[place] if left[place] else weights.pop(place)
-        network.model = _placed(template, found, network.name, runtime)
+            tensors = weights[source_id] if uses_left[source_id] else weights.pop(source_id)
+        network.model = _placed(template, tensors, network.name, runtime)
 
 
 def _read_together(group: Sequence[Network], *, keep_nonfinite: bool) -> dict[int, StateDict]:
@@ -160,8 +160,8 @@ def _read_together(group: Sequence[Network], *, keep_nonfinite: bool) -> dict[in
     if not any(isinstance(source, Average) for source in sources.values()):
         return {}
     planned = [s if isinstance(s, Average) else api.alone(s) for s in sources.values()]
-    made = api.in_memory_many(planned, keep_nonfinite=keep_nonfinite, stale=False)
-    return dict(zip(sources, made, strict=True))
+    state_dicts = api.in_memory_many(planned, keep_nonfinite=keep_nonfinite, stale=False)
+    return dict(zip(sources, state_dicts, strict=True))
 
 
 def _placed(template: nn.Module, weights: StateDict, name: str, runtime: Runtime) -> nn.Module:

@@ -167,8 +167,10 @@ class _Expectation:
             if (reading := read(text, value, self.kinds)) is not None:
                 return reading
         is_kind = any(_is_instance(value, kind) for kind in self.kinds)
-        known = {bool, int, float, str, list, tuple, type(None)}
-        is_checked = bool in self.kinds or self.choices or (self.strict and {*self.kinds} <= known)
+        plain_types = {bool, int, float, str, list, tuple, type(None)}
+        is_checked = (
+            bool in self.kinds or self.choices or (self.strict and {*self.kinds} <= plain_types)
+        )
         # A word may be meant where numbers are expected, such as "auto". A broken number is a typo.
         is_mistyped = {int, float} & {*self.kinds} and _begins_a_number(value)
         if (is_checked or is_mistyped) and not is_kind:
@@ -190,8 +192,10 @@ class _Expectation:
                 words.append("none")
             else:
                 words.append(f"{getattr(kind, '__name__', kind)}")
-        told = f" (its default is {self.default!r})" if type(self.default) in self.kinds else ""
-        return " or ".join(dict.fromkeys(words)) + told
+        default_text = (
+            f" (its default is {self.default!r})" if type(self.default) in self.kinds else ""
+        )
+        return " or ".join(dict.fromkeys(words)) + default_text
 
 
 def _read_truth(text: str, value: Any, kinds: tuple[Any, ...]) -> bool | None:
@@ -208,8 +212,10 @@ def _read_truth(text: str, value: Any, kinds: tuple[Any, ...]) -> bool | None:
 
 def _read_number(text: str, value: Any, kinds: tuple[Any, ...]) -> float | None:
     """Read a number of an expected kind: ``1e3`` may be whole, ``inf`` and ``nan`` are floats."""
-    whole = isinstance(value, float) and value.is_integer() and int in kinds and float not in kinds
-    if whole:
+    is_whole = (
+        isinstance(value, float) and value.is_integer() and int in kinds and float not in kinds
+    )
+    if is_whole:
         return int(value)
     if type(value) in (int, float) and (type(value) in kinds or float in kinds):
         number: float = value

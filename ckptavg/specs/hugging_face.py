@@ -118,13 +118,13 @@ def _settings(config: Any, kind: type) -> Iterator[dict[str, Any]]:
         config: A dict of plain values, or a configuration object.
         kind: The class of configuration objects.
     """
-    # ``seen`` guards against configurations that refer to each other.
-    waiting, seen = [config], set[int]()
+    # ``visited`` guards against configurations that refer to each other.
+    waiting, visited = [config], set[int]()
     while waiting:
         value = waiting.pop()
-        if id(value) in seen:
+        if id(value) in visited:
             continue
-        seen.add(id(value))
+        visited.add(id(value))
         settings = vars(value) if isinstance(value, kind) else value
         if isinstance(settings, dict):
             waiting += settings.values()

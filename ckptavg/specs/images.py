@@ -72,8 +72,8 @@ class Preset:
             steps.append(f"cropped to {_side_text(self.crop)}")
         if self.mean is None:
             steps.append("not normalized")
-        elif (known := _KNOWN.get((self.mean, self.std))) is not None:
-            steps.append(f"normalized as {known}'s")
+        elif (dataset := _KNOWN.get((self.mean, self.std))) is not None:
+            steps.append(f"normalized as {dataset}'s")
         else:
             steps.append(f"normalized by mean {_numbers(self.mean)} and std {_numbers(self.std)}")
         *first, last = steps
@@ -139,16 +139,16 @@ def load_transform(spec: Any) -> Transform:
         only_tensors: Transform = import_torchvision("transforms").ToTensor()
         return only_tensors
     kind, name = split_spec(text, "transform=path/file.py:fn or transform=none")
-    found = find_object(kind, name)
+    value = find_object(kind, name)
     log.info("images are prepared by %s", text)
-    if (arguments := _factory_arguments(found)) is not None:
-        found = call_named(text, found, (), arguments)
-    if not callable(found):
+    if (arguments := _factory_arguments(value)) is not None:
+        value = call_named(text, value, (), arguments)
+    if not callable(value):
         raise SpecError(
             f"{text} is expected to be a function of an image, or to return one, "
-            f"but gives a {type(found).__name__}"
+            f"but gives a {type(value).__name__}"
         )
-    transform: Transform = found
+    transform: Transform = value
     return _by_keyword(transform)
 
 
@@ -211,8 +211,8 @@ def adapt_preset(preset: Preset, options: Mapping[str, Any]) -> Preset:
         crop = _read_side("crop", options["crop"])
         # The ratio of resize to crop stays that of the preset.
         if "size" not in options and isinstance(preset.size, int) and isinstance(crop, int):
-            whole = preset.crop if isinstance(preset.crop, int) else preset.size
-            size = round(crop * preset.size / whole)
+            preset_crop = preset.crop if isinstance(preset.crop, int) else preset.size
+            size = round(crop * preset.size / preset_crop)
     mean, std = preset.mean, preset.std
     if "mean" in options:
         mean = _read_channels("mean", options["mean"])

@@ -73,19 +73,19 @@ def find_object(home: str, name: str) -> Any:
         SpecError: The module is not found or fails on import, or has no such attribute.
     """
     module = _module_from_file(Path(home)) if home.endswith(".py") else _module(home)
-    found: Any = module
+    value: Any = module
     for part in name.split("."):
-        if not hasattr(found, part):
+        if not hasattr(value, part):
             raise SpecError(f"{home} has no attribute {name!r}", similar(name, _offered(module)))
-        found = getattr(found, part)
-    return found
+        value = getattr(value, part)
+    return value
 
 
 def _offered(module: ModuleType) -> list[str]:
     """List the public callables of a module: its own, or the imported ones if it has none."""
     public = {n: v for n, v in vars(module).items() if callable(v) and not n.startswith("_")}
-    own = [n for n, v in public.items() if getattr(v, "__module__", "") == module.__name__]
-    return own or [*public]
+    defined = [n for n, v in public.items() if getattr(v, "__module__", "") == module.__name__]
+    return defined or [*public]
 
 
 def find_factory(home: str, name: str) -> Callable[..., Any]:
@@ -95,10 +95,10 @@ def find_factory(home: str, name: str) -> Callable[..., Any]:
         SpecError: The object is not found, the module fails on import, or the object cannot be
             called.
     """
-    found = find_object(home, name)
-    if not callable(found):
-        raise SpecError(f"{home}:{name} is expected to be callable but is a {type(found).__name__}")
-    factory: Callable[..., Any] = found
+    value = find_object(home, name)
+    if not callable(value):
+        raise SpecError(f"{home}:{name} is expected to be callable but is a {type(value).__name__}")
+    factory: Callable[..., Any] = value
     return factory
 
 
@@ -134,8 +134,8 @@ def _takes(function: Callable[..., Any], count: int) -> bool:
 
 def _module(name: str) -> ModuleType:
     # A console script has its own directory on sys.path, not the working directory.
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)
+    if (directory := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, directory)
     try:
         with _own_output():
             return importlib.import_module(name)
@@ -195,8 +195,8 @@ def _failed_import(name: str, error: BaseException) -> SpecError:
 
 def describe_failure(error: BaseException) -> str:
     """Word an error from users' code: type, message, and the line of users' code."""
-    said = f": {error}" if str(error) else ""
-    return f"{type(error).__name__}{said}{_line_of(error)}"
+    message = f": {error}" if str(error) else ""
+    return f"{type(error).__name__}{message}{_line_of(error)}"
 
 
 def _line_of(error: BaseException) -> str:
@@ -233,18 +233,18 @@ def take_or_call(spec: str, arguments: Arguments, is_product: Callable[[Any], bo
             given arguments.
     """
     home, name = split_spec(spec, _OWN_CODE)
-    found = find_object(home, name)
-    if isinstance(found, type) or not is_product(found):
-        if not callable(found):
-            kind = type(found).__name__
+    value = find_object(home, name)
+    if isinstance(value, type) or not is_product(value):
+        if not callable(value):
+            kind = type(value).__name__
             raise SpecError(f"{spec} is expected to be callable but is a {kind}")
-        return call_named(spec, found, (), arguments)
+        return call_named(spec, value, (), arguments)
     if arguments:
         raise SpecError(
-            f"{spec} is a {type(found).__name__} that is made already, and takes no arguments",
+            f"{spec} is a {type(value).__name__} that is made already, and takes no arguments",
             "Name a function or a class to pass some.",
         )
-    return found
+    return value
 
 
 def call_named(
@@ -289,7 +289,7 @@ def _call_remedy(
         return _DEBUG
     unknown = set(keywords) - set(accepted)
     if unknown and "kwargs" not in accepted:
-        close = [name for given in sorted(unknown) for name in close_names(given, accepted, 1)]
+        close = [name for keyword in sorted(unknown) for name in close_names(keyword, accepted, 1)]
         return did_you_mean(close) or f"It takes {', '.join(accepted)}."
     needed = required_parameters(factory)[len(args) :]
     lacking = [name for name in needed if name not in keywords]

@@ -48,10 +48,10 @@ def timm_preset(name: str, settings: Mapping[str, Any]) -> Preset:
     data = import_optional("timm.data", "timm")
     models = import_optional("timm.models", "timm")
     configured = models.get_pretrained_cfg(name)
-    known = {} if configured is None else configured.to_dict()
-    tag = known.get("tag")
+    pretrained = {} if configured is None else configured.to_dict()
+    tag = pretrained.get("tag")
     try:
-        config = data.resolve_data_config({"in_chans": None, **settings}, pretrained_cfg=known)
+        config = data.resolve_data_config({"in_chans": None, **settings}, pretrained_cfg=pretrained)
         transform = data.create_transform(**config, is_training=False)
     except Exception as error:
         raise SpecError(

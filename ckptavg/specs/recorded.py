@@ -124,10 +124,10 @@ def _first(values: Iterable[Any]) -> Any:
 
 def _joined(recorded: Mapping[str, Any] | None, given: Arguments) -> Arguments:
     """Join recorded and given arguments and log the recorded ones in use; given ones win."""
-    taken = {name: value for name, value in (recorded or {}).items() if name not in given}
-    if taken:
-        log.info("arguments of the model from the checkpoint: %s", _describe(taken))
-    return {**taken, **given}
+    adopted = {name: value for name, value in (recorded or {}).items() if name not in given}
+    if adopted:
+        log.info("arguments of the model from the checkpoint: %s", _describe(adopted))
+    return {**adopted, **given}
 
 
 def _describe(arguments: Mapping[str, Any]) -> str:
@@ -142,8 +142,8 @@ def _value_text(value: Any) -> str:
 
 
 def _note_model(source: ModelSource, given: Arguments) -> None:
-    taken = {name: value for name, value in source.arguments.items() if name not in given}
-    described = f", with {_describe(taken)}" if taken else ""
+    adopted = {name: value for name, value in source.arguments.items() if name not in given}
+    described = f", with {_describe(adopted)}" if adopted else ""
     log.info("the model is %s, as the checkpoint records%s", source.spec, described)
 
 
@@ -181,11 +181,11 @@ def _timm_source(arguments: Mapping[str, Any]) -> ModelSource | None:
     if not isinstance(name, str) or "num_classes" not in arguments:
         return None
     keywords = arguments.get("model_kwargs")
-    found = dict(keywords) if isinstance(keywords, dict) else {}
-    for theirs, ours in _TIMM_ARGUMENTS.items():
-        if arguments.get(theirs) is not None:
-            found[ours] = arguments[theirs]
-    return ModelSource(f"timm:{name}", found, _present(arguments, _TIMM_IMAGES))
+    model_arguments = dict(keywords) if isinstance(keywords, dict) else {}
+    for option, keyword in _TIMM_ARGUMENTS.items():
+        if arguments.get(option) is not None:
+            model_arguments[keyword] = arguments[option]
+    return ModelSource(f"timm:{name}", model_arguments, _present(arguments, _TIMM_IMAGES))
 
 
 def _present(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
@@ -195,13 +195,13 @@ def _present(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
 
 def _lightning_class(spec: str) -> type | None:
     """Return the class of a LightningModule that a specification names; None for anything else."""
-    own = spec.removeprefix(f"{LIGHTNING}:")
-    home, _, name = own.rpartition(":") if ".py:" in own else own.partition(":")
-    if not home or not name or (own == spec and home in suggestions.MODEL_PREFIXES):
+    target = spec.removeprefix(f"{LIGHTNING}:")
+    home, _, name = target.rpartition(":") if ".py:" in target else target.partition(":")
+    if not home or not name or (target == spec and home in suggestions.MODEL_PREFIXES):
         return None
-    suggestions.refuse_mistyped(own, "model")
+    suggestions.refuse_mistyped(target, "model")
     kind = find_object(home, name)
-    if isinstance(kind, type) and (own != spec or is_lightning_module(kind)):
+    if isinstance(kind, type) and (target != spec or is_lightning_module(kind)):
         return kind
     return None
 
@@ -218,8 +218,8 @@ def _lightning_arguments(kind: type, checkpoint: Checkpoint) -> dict[str, Any]:
         return {}
     # The constructor takes all hyperparameters as one object, under the recorded name.
     if isinstance(name, str) and name != _SEPARATE:
-        whole = Hyperparameters(recorded) if isinstance(recorded, dict) else recorded
-        return {name: whole} if _takes(kind, name) else {}
+        hyperparameters = Hyperparameters(recorded) if isinstance(recorded, dict) else recorded
+        return {name: hyperparameters} if _takes(kind, name) else {}
     values = vars(recorded) if isinstance(recorded, argparse.Namespace) else recorded
     if not isinstance(values, dict):
         return {}

@@ -67,10 +67,10 @@ def make_model(spec: str, arguments: Arguments | None = None) -> nn.Module:
         model = call_named(spec, hugging_face.build_model, (name,), keywords)
     else:
         suggestions.refuse_mistyped(spec, "model")
-        own = name if kind == LIGHTNING else spec
-        model = take_or_call(own, keywords, lambda found: isinstance(found, nn.Module))
+        user_spec = name if kind == LIGHTNING else spec
+        model = take_or_call(user_spec, keywords, lambda found: isinstance(found, nn.Module))
         if is_lightning_module(type(model)):
-            call_named(f"{own}.configure_model", model.configure_model, (), {})
+            call_named(f"{user_spec}.configure_model", model.configure_model, (), {})
     if not isinstance(model, nn.Module):
         raise SpecError(
             f"{spec} is expected to return a torch.nn.Module but returned a {type(model).__name__}"
@@ -135,8 +135,8 @@ def _own_data(spec: str, keywords: dict[str, Any], *, train: bool) -> Any:
     # A factory with a parameter of this name gets the split; otherwise it selects from the result.
     if "split" in keywords and not _takes(spec, "split"):
         split = text_of(keywords.pop("split"))
-    given = take_or_call(spec, keywords, lambda found: not callable(found) or _is_made(found))
-    data = pick_split(spec, given, split, train=train)
+    result = take_or_call(spec, keywords, lambda found: not callable(found) or _is_made(found))
+    data = pick_split(spec, result, split, train=train)
     if not is_data(data):
         raise SpecError(
             f"{spec} is expected to return a Dataset or a DataLoader "
@@ -148,8 +148,8 @@ def _own_data(spec: str, keywords: dict[str, Any], *, train: bool) -> Any:
 
 def _takes(spec: str, name: str) -> bool:
     """Return True if the object of a specification takes an argument of a name."""
-    found = find_object(*split_spec(spec, DATA_HELP))
-    return callable(found) and {name, "kwargs"} & {*parameters_of(found)} != set()
+    value = find_object(*split_spec(spec, DATA_HELP))
+    return callable(value) and {name, "kwargs"} & {*parameters_of(value)} != set()
 
 
 def _is_made(found: Any) -> bool:
@@ -178,9 +178,9 @@ def _image_data(
     else:
         suggestions.check_image_folder(directory)
         factory, usual = datasets.ImageFolder, images.USUAL
-    own, options = images.take_options(keywords)
-    if own is not None:
-        transform, resize = images.load_transform(own), None
+    transform_spec, options = images.take_options(keywords)
+    if transform_spec is not None:
+        transform, resize = images.load_transform(transform_spec), None
     else:
         preset = _preset_of(model_spec, settings, is_cifar=kind in _CIFAR) or usual
         preset = images.adapt_preset(preset, options) if options else preset

@@ -90,8 +90,8 @@ def pick_split(spec: str, value: Any, split: str | None, *, train: bool) -> Any:
 def _find_role(names: Sequence[str], role: Sequence[str]) -> str | None:
     """Find the single name that stands for a role: as the whole name, else as a word within."""
     for word in role:
-        whole = [name for name in names if name.lower() == word]
-        named = whole or [name for name in names if word in re.split("[^a-z]+", name.lower())]
+        exact = [name for name in names if name.lower() == word]
+        named = exact or [name for name in names if word in re.split("[^a-z]+", name.lower())]
         if named:
             return named[0] if len(named) == 1 else None
     return None
@@ -108,8 +108,8 @@ def _named_parts(value: Any) -> dict[str, Any] | None:
         parts = {"train": value.train, "valid": value.valid}
     if not parts:
         return None
-    told = isinstance(value, Mapping) and {*map(str.lower, parts)} <= {*_TRAINING, *_EVALUATION}
-    return parts if told or all(map(_is_part, parts.values())) else None
+    by_role = isinstance(value, Mapping) and {*map(str.lower, parts)} <= {*_TRAINING, *_EVALUATION}
+    return parts if by_role or all(map(_is_part, parts.values())) else None
 
 
 def _is_part(value: Any) -> bool:

@@ -104,10 +104,10 @@ def refuse_mistyped(spec: str, kind: Kind) -> None:
     word, _, name = spec.partition(":")
     if word.endswith(".py") or "/" in word or _is_module(word):
         return
-    other: Kind = "data" if kind == "model" else "model"
-    if word in _PREFIXES[other]:
+    other_kind: Kind = "data" if kind == "model" else "model"
+    if word in _PREFIXES[other_kind]:
         raise SpecError(
-            f"{spec} names {_article(other)}, not {_article(kind)}",
+            f"{spec} names {_article(other_kind)}, not {_article(kind)}",
             f"Expected {', '.join(f'{p}:' for p in _PREFIXES[kind])} or path/file.py:function.",
         )
     plain = re.sub(r"[^a-z0-9]", "", word.lower())

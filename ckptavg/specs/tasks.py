@@ -25,16 +25,16 @@ def make_task(spec: str, *, scoring: bool = True) -> Task:
         SpecError: The class cannot be found, or is not a complete task.
     """
     if spec in NAMED:
-        made: Any = make_named(spec)
+        task: Any = make_named(spec)
     elif ":" in spec:
-        made = call_factory(spec)
+        task = call_factory(spec)
     else:
         raise UsageError(
             f"task is expected to be one of {', '.join(NAMED)}, or path/file.py:Task, "
             f"but got {spec!r}",
             did_you_mean(close_names(spec, NAMED, 1)),
         )
-    return _checked(spec, made, scoring=scoring)
+    return _checked(spec, task, scoring=scoring)
 
 
 def usual_task(data: str) -> str:

@@ -58,11 +58,11 @@ def imports_from(home: Path) -> Iterator[Collection[str]]:
     home = home.resolve()
     _add_to_path(str(home))
     names = {name for name in _list_modules(home) if _is_in_use(name, home)}
-    others = _take_out(names)
+    displaced = _take_out(names)
     outer = _FINDER.siblings
     _FINDER.siblings = {n: home / f"{n}.py" for n in names if (home / f"{n}.py").is_file()}
-    own = _set_aside.setdefault(str(home), {})
-    sys.modules.update(own)
+    own_modules = _set_aside.setdefault(str(home), {})
+    sys.modules.update(own_modules)
     # First, for the time being: the entry from above may come after other directories.
     sys.path.insert(0, str(home))
     try:
@@ -72,8 +72,8 @@ def imports_from(home: Path) -> Iterator[Collection[str]]:
         # The user's code may have changed sys.path.
         with suppress(ValueError):
             sys.path.remove(str(home))
-        own.update(_take_out(names))
-        sys.modules.update(others)
+        own_modules.update(_take_out(names))
+        sys.modules.update(displaced)
 
 
 def is_library(filename: str) -> bool:
@@ -194,12 +194,12 @@ def _is_in_use(name: str, home: Path) -> bool:
     A module that is not loaded counts, too, if an import finds it before the directory's module.
     """
     if name in sys.modules:
-        place = _place_of(sys.modules[name])
-        is_elsewhere = place is not None and place.resolve().parent != home
-        return is_elsewhere and not is_library(str(place)) and _has_module(home, name)
-    places = [Path(place) for place in sys.path[: sys.path.index(str(home))]]
-    found = next((place for place in places if _has_module(place, name)), home)
-    return found.resolve() != home and _has_module(home, name)
+        path = _place_of(sys.modules[name])
+        is_elsewhere = path is not None and path.resolve().parent != home
+        return is_elsewhere and not is_library(str(path)) and _has_module(home, name)
+    directories = [Path(entry) for entry in sys.path[: sys.path.index(str(home))]]
+    first = next((directory for directory in directories if _has_module(directory, name)), home)
+    return first.resolve() != home and _has_module(home, name)
 
 
 def _place_of(module: ModuleType) -> Path | None:
@@ -217,5 +217,5 @@ def _has_module(home: Path, name: str) -> bool:
 
 def _take_out(names: Collection[str]) -> dict[str, ModuleType]:
     """Remove modules and submodules from ``sys.modules`` and return the removed modules."""
-    found = [name for name in sys.modules if name.partition(".")[0] in names]
-    return {name: sys.modules.pop(name) for name in found}
+    loaded = [name for name in sys.modules if name.partition(".")[0] in names]
+    return {name: sys.modules.pop(name) for name in loaded}

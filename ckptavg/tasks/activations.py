@@ -59,8 +59,8 @@ class ActivationWatch(TorchFunctionMode):
 
     def origin_of(self, value: object) -> Activation | None:
         """Return the activation that a tensor comes from; None if there is none."""
-        known = isinstance(value, torch.Tensor) and value in self._origins
-        return self._origins[value] if known else None
+        has_origin = isinstance(value, torch.Tensor) and value in self._origins
+        return self._origins[value] if has_origin else None
 
 
 class TaskOnLogits(Task):

@@ -61,15 +61,15 @@ class Classification(activations.TaskOnLogits):
     def predict(self, outputs: Any, targets: Any) -> torch.Tensor:
         """Return log-probabilities (N, classes) in float64; (N, 2) from a single logit."""
         del targets
-        given = _rows(take_output(outputs).detach())
-        values, are_probabilities = in_float64(given), self.gives_probabilities(given)
+        raw = _rows(take_output(outputs).detach())
+        values, are_probabilities = in_float64(raw), self.gives_probabilities(raw)
         if values.shape[1] > 1:
             if are_probabilities:
-                return activations.log_of_probabilities(values, given.dtype)
+                return activations.log_of_probabilities(values, raw.dtype)
             return values.log_softmax(1)
         if are_probabilities:
-            absent = activations.log_of_complements(values, given.dtype)
-            present = activations.log_of_probabilities(values, given.dtype)
+            absent = activations.log_of_complements(values, raw.dtype)
+            present = activations.log_of_probabilities(values, raw.dtype)
         else:
             absent, present = logsigmoid(-values), logsigmoid(values)
         return torch.cat((absent, present), 1)
@@ -157,8 +157,10 @@ def _check_labels(labels: torch.Tensor, classes: int, *, binary: bool) -> None:
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= classes:
         wrong = low if low < 0 else high
-        told = "tells 0 from 1 by one output" if binary else f"has {classes} classes"
-        raise EvaluationError(f"the data has the label {wrong}, but the model {told}", _TOGETHER)
+        described = "tells 0 from 1 by one output" if binary else f"has {classes} classes"
+        raise EvaluationError(
+            f"the data has the label {wrong}, but the model {described}", _TOGETHER
+        )
 
 
 def _other_task(logits: torch.Tensor, targets: Any) -> str:

@@ -165,8 +165,8 @@ class CausalLM(Task):
 
         Logits of other tokens may be −∞, which excludes those tokens.
         """
-        found = _scored.get(predictions, predictions)
-        logs = found.chunk(2, 1)[0] if found.dim() == 2 else found
+        scores = _scored.get(predictions, predictions)
+        logs = scores.chunk(2, 1)[0] if scores.dim() == 2 else scores
         return torch.isfinite(logs).all()
 
     def mean(self) -> TokenMean:
@@ -182,9 +182,9 @@ class CausalLM(Task):
 
         A window is one sample of a comparison, since the tokens of a window are not independent.
         """
-        found = _score(predictions, targets)
+        scores = _score(predictions, targets)
         length = targets.shape[1]
-        return Samples(-found[:, :length].sum(1), (targets >= 0).sum(1).to(found.device))
+        return Samples(-scores[:, :length].sum(1), (targets >= 0).sum(1).to(scores.device))
 
     def _note_range(self, ids: torch.Tensor) -> None:
         """Update the largest token id, for comparison with the model's embedding.
@@ -206,10 +206,10 @@ class TokenScores:
 
     def update(self, predictions: torch.Tensor, targets: torch.Tensor) -> None:
         """Add a batch, without waiting for the device."""
-        found = _score(predictions, targets)
+        scores = _score(predictions, targets)
         length = targets.shape[1]
-        nll, right = -found[:, :length].sum(), found[:, length:].sum()
-        tokens = (targets >= 0).sum().to(found)
+        nll, right = -scores[:, :length].sum(), scores[:, length:].sum()
+        tokens = (targets >= 0).sum().to(scores)
         self._totals.add(torch.stack((nll, right, tokens)))
 
     def compute(self) -> dict[str, float]:
@@ -221,12 +221,12 @@ class TokenScores:
         nll, right, tokens = self._totals.read().tolist()
         if not tokens:
             raise EvaluationError("the evaluation data has no tokens to score", "Check --data.")
-        found = {"nll": nll / tokens, "perplexity": _exp(nll / tokens)}
+        metrics = {"nll": nll / tokens, "perplexity": _exp(nll / tokens)}
         if math.isnan(right):
             log.info("the accuracy of an ensemble whose members came in several passes is unknown")
         else:
-            found["accuracy"] = 100 * right / tokens
-        return {**found, "n": int(tokens)}
+            metrics["accuracy"] = 100 * right / tokens
+        return {**metrics, "n": int(tokens)}
 
     def state(self) -> list[float | None]:
         """Return the sums of NLL, right tokens (None if unknown) and tokens."""
@@ -262,23 +262,23 @@ class TokenMean:
         self.members += 1
         self._targets = targets
         if self._parked is not None:
-            found = _score(predictions, targets)[:, : targets.shape[1]].cpu()
-            self._parked = torch.logaddexp(self._parked, found)
+            logs = _score(predictions, targets)[:, : targets.shape[1]].cpu()
+            self._parked = torch.logaddexp(self._parked, logs)
             return
         dtype = _softmax_dtype(predictions)
         first = self._sum is None
         if self._sum is None:
             self._sum = torch.empty(predictions.shape, dtype=dtype, device=predictions.device)
         for rows, total in zip(_chunks(predictions), _chunks(self._sum), strict=True):
-            found = rows.log_softmax(1, dtype=dtype)
-            total.copy_(found if first else torch.logaddexp(total, found))
+            logs = rows.log_softmax(1, dtype=dtype)
+            total.copy_(logs if first else torch.logaddexp(total, logs))
 
     @torch.inference_mode()
     def park(self) -> None:
         """Keep only the targets' log-probabilities, on the host."""
         if self._sum is not None:
-            found = score_tokens(self._sum, self._targets)[:, : self._targets.shape[1]]
-            self._parked = found.cpu() + math.log(self.members)
+            logs = score_tokens(self._sum, self._targets)[:, : self._targets.shape[1]]
+            self._parked = logs.cpu() + math.log(self.members)
             self._sum = None
         self._targets = self._targets.cpu()
 
@@ -290,9 +290,9 @@ class TokenMean:
             EvaluationError: No member was added.
         """
         if self._parked is not None:
-            known = self._targets.cpu() >= 0
-            found = torch.where(known, self._parked - math.log(self.members), 0.0)
-            return torch.cat((found, torch.where(known, math.nan, 0.0).to(found)), 1)
+            scored = self._targets.cpu() >= 0
+            logs = torch.where(scored, self._parked - math.log(self.members), 0.0)
+            return torch.cat((logs, torch.where(scored, math.nan, 0.0).to(logs)), 1)
         if self._sum is None:
             raise EvaluationError("an ensemble has no members")
         # The softmax of the log-sums divides by the number of members.
@@ -316,9 +316,9 @@ def score_tokens(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         start += len(rows)
         logs = rows.log_softmax(1, dtype=_softmax_dtype(rows)).gather(1, goal)
         parts.append(torch.cat((logs, rows.argmax(1, keepdim=True) == goal), 1))
-    found = in_float64(torch.cat(parts)).reshape(*targets.shape, 2)
-    scored = (targets >= 0).to(found.device)
-    return torch.where(scored[:, None], found.movedim(2, 1), 0.0).flatten(1)
+    scores = in_float64(torch.cat(parts)).reshape(*targets.shape, 2)
+    scored = (targets >= 0).to(scores.device)
+    return torch.where(scored[:, None], scores.movedim(2, 1), 0.0).flatten(1)
 
 
 def _score(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -326,10 +326,10 @@ def _score(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     # Two dimensions: predictions that are scores already, such as those of ``TokenMean``.
     if predictions.dim() == 2:
         return predictions
-    found = _scored.get(predictions)
-    if found is None:
-        found = _scored[predictions] = score_tokens(predictions, targets)
-    return found
+    scores = _scored.get(predictions)
+    if scores is None:
+        scores = _scored[predictions] = score_tokens(predictions, targets)
+    return scores
 
 
 def _chunks(logits: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -380,10 +380,10 @@ def _tokens_of(batch: Mapping[str, Any], key: str) -> torch.Tensor:
 
 
 def _integers(value: Any, name: str) -> torch.Tensor:
-    what = f"{value.dtype} of shape {tuple(value.shape)}" if hasattr(value, "shape") else "none"
+    form = f"{value.dtype} of shape {tuple(value.shape)}" if hasattr(value, "shape") else "none"
     if not isinstance(value, torch.Tensor) or value.dim() != 2 or value.is_floating_point():
         raise EvaluationError(
-            f"{name} is expected to be a tensor of integers of shape (N, T) but is {what}",
+            f"{name} is expected to be a tensor of integers of shape (N, T) but is {form}",
             "The task causal-lm scores tokens.",
         )
     return value

@@ -59,12 +59,12 @@ class ClassificationMetrics:
         """
         self._classes = log_probabilities.shape[1]
         labels = class_indices(labels, self._classes)
-        here = labels.to(log_probabilities.device, torch.int64)[:, None]
-        own = log_probabilities.gather(1, here)
-        place = _place(log_probabilities, own, here)
-        hit = (place == 0).double()
+        indices = labels.to(log_probabilities.device, torch.int64)[:, None]
+        label_logs = log_probabilities.gather(1, indices)
+        rank = _place(log_probabilities, label_logs, indices)
+        hit = (rank == 0).double()
         self.count += len(labels)
-        self._totals.add(torch.stack((hit.sum(), (place < _FIVE).double().sum(), -own.sum())))
+        self._totals.add(torch.stack((hit.sum(), (rank < _FIVE).double().sum(), -label_logs.sum())))
         self._bins.add(_binned(log_probabilities.amax(1).exp(), hit))
 
     def compute(self) -> dict[str, float]:
@@ -155,5 +155,5 @@ def _binned(confidence: torch.Tensor, correct: torch.Tensor) -> torch.Tensor:
     # bucketize closes a bin at the upper end, as the definition of the error does.
     edges = torch.linspace(0, 1, ECE_BINS + 1, dtype=torch.float64, device=confidence.device)
     bins = torch.bucketize(confidence, edges[1:-1])
-    found = torch.stack((torch.ones_like(correct), correct, confidence))
-    return found.new_zeros(3, ECE_BINS).index_add_(1, bins, found)
+    summands = torch.stack((torch.ones_like(correct), correct, confidence))
+    return summands.new_zeros(3, ECE_BINS).index_add_(1, bins, summands)

@@ -63,9 +63,9 @@ def take_output(
 def _named_output(outputs: object) -> object:
     """Return the entry or attribute ``logits`` or ``out``; None if there is neither."""
     for name in _NAMES:
-        held = outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
-        if held is not None:
-            return held
+        output = outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
+        if output is not None:
+            return output
     return None
 
 

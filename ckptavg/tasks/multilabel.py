@@ -74,11 +74,11 @@ class MultiLabel(activations.TaskOnLogits):
     def predict(self, outputs: Any, targets: Any) -> torch.Tensor:
         """Return log p and log(1 − p) per label: (N, labels, 2), float64."""
         del targets
-        given = take_output(outputs).detach()
-        values = in_float64(given)
-        if self.gives_probabilities(given):
-            present = activations.log_of_probabilities(values, given.dtype)
-            absent = activations.log_of_complements(values, given.dtype)
+        raw = take_output(outputs).detach()
+        values = in_float64(raw)
+        if self.gives_probabilities(raw):
+            present = activations.log_of_probabilities(values, raw.dtype)
+            absent = activations.log_of_complements(values, raw.dtype)
         else:
             present, absent = logsigmoid(values), logsigmoid(-values)
         return torch.stack((present, absent), dim=-1)
@@ -96,10 +96,10 @@ class MultiLabel(activations.TaskOnLogits):
         self, outputs: torch.Tensor, activation: activations.Activation | None
     ) -> bool:
         """Tell whether the first outputs of a pass are probabilities, with a note if so."""
-        found = activation == "sigmoid" and activations.lie_between_0_and_1(outputs)
-        if found:
+        after_sigmoid = activation == "sigmoid" and activations.lie_between_0_and_1(outputs)
+        if after_sigmoid:
             self.note(activations.GIVES_PROBABILITIES.format("sigmoid"))
-        return found
+        return after_sigmoid
 
     def samples(self, predictions: torch.Tensor, targets: Any) -> Samples:
         """Return the NLL per sample, mean over labels."""

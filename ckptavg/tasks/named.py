@@ -40,5 +40,5 @@ def make_named(name: str) -> Task:
     """Make the task of a name in ``NAMED``."""
     # Imported on demand: a run needs only one task's module.
     module, kind = NAMED[name]
-    made: Task = getattr(importlib.import_module(f"ckptavg.tasks.{module}"), kind)()
-    return made
+    task: Task = getattr(importlib.import_module(f"ckptavg.tasks.{module}"), kind)()
+    return task

@@ -35,11 +35,11 @@ class Regression(Task):
         Raises:
             EvaluationError: Shapes do not fit, or a target is not finite.
         """
-        found = take_output(outputs)
-        if not _fit(found.shape, targets.shape):
+        values = take_output(outputs)
+        if not _fit(values.shape, targets.shape):
             raise EvaluationError(
                 "outputs and targets with as many values a sample are expected, but got shapes "
-                f"{tuple(found.shape)} and {tuple(targets.shape)}",
+                f"{tuple(values.shape)} and {tuple(targets.shape)}",
                 "Check that the model and the data belong together.",
             )
         if not bool(torch.isfinite(targets).all()):
@@ -164,9 +164,13 @@ def _fit(outputs: torch.Size, targets: torch.Size) -> bool:
     """Return True if shapes are equal except for axes of length 1, or if one shape is flat."""
     if not outputs or not targets or outputs[0] != targets[0]:
         return False
-    one, other = ([n for n in shape[1:] if n != 1] for shape in (outputs, targets))
-    flat = len(one) < 2 or len(other) < 2
-    return 0 not in one and (one == other or (flat and math.prod(one) == math.prod(other)))
+    output_sizes = [n for n in outputs[1:] if n != 1]
+    target_sizes = [n for n in targets[1:] if n != 1]
+    if 0 in output_sizes:
+        return False
+    flat = len(output_sizes) < 2 or len(target_sizes) < 2
+    same_count = math.prod(output_sizes) == math.prod(target_sizes)
+    return output_sizes == target_sizes or (flat and same_count)
 
 
 def _rows(values: torch.Tensor) -> torch.Tensor:
