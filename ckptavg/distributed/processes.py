@@ -107,9 +107,9 @@ class Group:
 
     def gather(self, value: Any) -> list[Any]:
         """Gather a value from every process, in the order of ranks, once all values are there."""
-        found: list[Any] = [None] * self.count
-        self._dist.all_gather_object(found, value)
-        return found
+        values: list[Any] = [None] * self.count
+        self._dist.all_gather_object(values, value)
+        return values
 
     def check(self) -> None:
         """Do nothing, since the calling program handles failures of other processes."""
@@ -192,18 +192,20 @@ class Processes:
         Raises:
             PeerError: This process was interrupted because another process has failed.
         """
-        own = self._name(self.rank)
+        name = self._name(self.rank)
         if isinstance(error, KeyboardInterrupt):
             # A launcher may interrupt all processes once one has failed: name that failure.
             if cause := self._failed_peer(interrupts=False):
                 raise PeerError(cause) from None
-            self._leave_word(_INTERRUPTED, f"{own} was interrupted")
+            self._leave_word(_INTERRUPTED, f"{name} was interrupted")
         elif isinstance(error, PeerError):
             self._leave_word("", error.message)
         else:
-            known = isinstance(error, CkptavgError)
-            message = str(error if known else CkptavgError(f"{type(error).__name__}: {error}"))
-            word = self._leave_word(message, f"{own} has failed: {message}")
+            is_own_error = isinstance(error, CkptavgError)
+            message = str(
+                error if is_own_error else CkptavgError(f"{type(error).__name__}: {error}")
+            )
+            word = self._leave_word(message, f"{name} has failed: {message}")
             self.repeated = word["rank"] != self.rank and word["message"] == message
         if self.rank == 0 and os.environ.get(_LAUNCHERS_STORE) != "True":
             # The store ends with this process: give the other processes time to look.
@@ -282,20 +284,21 @@ class Processes:
             PeerError: The store is gone.
         """
         try:
-            found = self._store.check([_WORD]) and json.loads(self._store.get(_WORD))
+            word = self._store.check([_WORD]) and json.loads(self._store.get(_WORD))
         except RuntimeError as error:
             gone = self._gone() or "the launcher, or its host, has gone"
             raise PeerError(gone) from error
-        return found or None
+        return word or None
 
     def _leave_word(self, message: str, others: str) -> dict[str, Any]:
         """Store the message of a failure unless there is one; return the first message."""
-        mine = {"rank": self.rank, "message": message, "others": others}
+        word = {"rank": self.rank, "message": message, "others": others}
         # The store may be gone as well.
         with suppress(RuntimeError):
-            found: dict[str, Any] = json.loads(self._store.compare_set(_WORD, "", json.dumps(mine)))
-            return found
-        return mine
+            stored = self._store.compare_set(_WORD, "", json.dumps(word))
+            first_word: dict[str, Any] = json.loads(stored)
+            return first_word
+        return word
 
 
 @contextmanager
@@ -339,15 +342,17 @@ def _join() -> Processes:
         wait = timedelta(seconds=_APPEARING)
         store, rank, count = _interruptible(lambda: next(iter(rendezvous("env://", timeout=wait))))
         # Keys of a group before, or of the calling program, must not be taken for ours.
-        own = dist.distributed_c10d.PrefixStore(f"ckptavg/{next(_JOINED)}", store)
-        _await(own, rank, count)
-        dist.init_process_group("gloo", store=own, rank=rank, world_size=count, timeout=_WORKING)
+        group_store = dist.distributed_c10d.PrefixStore(f"ckptavg/{next(_JOINED)}", store)
+        _await(group_store, rank, count)
+        dist.init_process_group(
+            "gloo", store=group_store, rank=rank, world_size=count, timeout=_WORKING
+        )
     except (RuntimeError, ValueError) as error:
         raise ProcessesError(
             f"the processes do not find each other ({error})",
             "Check that the hosts reach each other, or name the network by GLOO_SOCKET_IFNAME.",
         ) from error
-    return Processes(own, rank, count)
+    return Processes(group_store, rank, count)
 
 
 def _interruptible(wait: Callable[[], T]) -> T:
@@ -355,23 +360,23 @@ def _interruptible(wait: Callable[[], T]) -> T:
 
     The function runs in a daemon thread, which is abandoned if a signal comes.
     """
-    found: Future[T] = Future()
+    future: Future[T] = Future()
 
     def run() -> None:
         """Call the function, and keep the result or the error."""
         try:
-            found.set_result(wait())
+            future.set_result(wait())
         except BaseException as error:
-            found.set_exception(error)
+            future.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
     until = time.monotonic() + _PATIENCE
-    while not found.done():
+    while not future.done():
         time.sleep(_WAIT)
         if time.monotonic() > until:
             log.info("waiting for the other processes that WORLD_SIZE tells of")
             until = math.inf
-    return found.result()
+    return future.result()
 
 
 def _await(store: Any, rank: int, count: int) -> None:
