@@ -53,9 +53,9 @@ class Also:
             has_suffix,
         )
 
-        beside = Path(out)
-        suffix = "" if has_suffix(self.name) or not has_suffix(out) else beside.suffix
-        return str(beside.parent / (self.name + suffix))
+        output = Path(out)
+        suffix = "" if has_suffix(self.name) or not has_suffix(out) else output.suffix
+        return str(output.parent / (self.name + suffix))
 
 
 def also(text: str) -> Also:
@@ -64,8 +64,8 @@ def also(text: str) -> Also:
     Raises:
         click.BadParameter: It is otherwise.
     """
-    name, separator, rest = text.partition("=")
-    scheme, at, selection = rest.partition("@")
+    name, separator, definition = text.partition("=")
+    scheme, at, selection = definition.partition("@")
     if (
         not name
         or not name.isprintable()
@@ -96,22 +96,22 @@ def planned_also(one: Also, run: Run, selection: Run, settings: Mapping[str, Any
 
 
 def _picks(text: str) -> dict[str, Any]:
-    found: dict[str, Any] = dict.fromkeys(SELECTION) | {"at_lr_min": False}
-    seen: set[str] = set()
+    picks: dict[str, Any] = dict.fromkeys(SELECTION) | {"at_lr_min": False}
+    keys: set[str] = set()
     for part in text.split(","):
         key, separator, value = part.strip().partition("=")
-        if key in seen:
+        if key in keys:
             raise click.BadParameter(f"{key!r} is given twice in {text!r}")
-        seen.add(key)
+        keys.add(key)
         if key in _FLAGS and not separator:
-            found[_FLAGS[key]] = True
+            picks[_FLAGS[key]] = True
         elif key in _VALUES and value:
             name, convert = _VALUES[key]
-            found[name] = _converted(part, value, convert)
+            picks[name] = _converted(part, value, convert)
         else:
             expected = ", ".join([*(f"{name}=..." for name in _VALUES), *_FLAGS])
             raise click.BadParameter(f"expected one of {expected} after @ but got {part!r}")
-    return found
+    return picks
 
 
 def _converted(part: str, value: str, convert: Callable[[str], Any]) -> Any:

@@ -89,14 +89,14 @@ def statistics_pass(
     """Prepare the pass over ``--train-data`` that recomputes statistics."""
     source = model_source(settings, checkpoints)
     kind = task(settings)
-    own = forward(settings)
+    custom_forward = forward(settings)
     model, runtime = model_and_runtime(settings, source, kind)
     training = training_data(settings, source, runtime, processes)
     return Pass(
         model,
         training,
         runtime,
-        own or kind.run,
+        custom_forward or kind.run,
         progress,
         processes or Alone(),
         settings["bn_exclude"],

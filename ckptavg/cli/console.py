@@ -228,16 +228,16 @@ class _NoteHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         word = "warning" if record.levelno >= logging.WARNING else "note"
-        told = f"{word}: {record.getMessage()}"
-        if told in self._told:
+        message = f"{word}: {record.getMessage()}"
+        if message in self._told:
             return
-        self._told.add(told)
-        first, *others = wrap_note(told, _width(self._console))
+        self._told.add(message)
+        first, *further_lines = wrap_note(message, _width(self._console))
         text = Text.assemble(
             (f"{word}:", _styles(self._console)[word]), first.removeprefix(f"{word}:")
         )
         self._console.print(text, soft_wrap=True)
-        for line in others:
+        for line in further_lines:
             self._console.print(Text(line), soft_wrap=True)
 
 

@@ -42,13 +42,13 @@ def show_in_one_line(debug: bool) -> Iterator[None]:
 
 def _make_printable(error: BaseException | None) -> None:
     """Escape the text of an error and of the causes, for Python's traceback."""
-    seen: set[int] = set()
+    visited: set[int] = set()
     waiting = [error]
     while waiting:
         error = waiting.pop()
-        if error is None or id(error) in seen:
+        if error is None or id(error) in visited:
             continue
-        seen.add(id(error))
+        visited.add(id(error))
         error.args = tuple(
             escape_unseen(without_secrets(arg), keep="\n\t") if isinstance(arg, str) else arg
             for arg in error.args

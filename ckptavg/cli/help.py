@@ -92,8 +92,8 @@ class GroupedCommand(click.Command):
         groups = ", ".join(group.partition(" (")[0].lower() for group in further)
         formatter.write_paragraph()
         hidden = f"{ctx.command_path} --help-all shows {sum(further.values())} more: {groups}."
-        own = f" {OWN_CODE_HINT}" if self._runs_a_model(ctx) else ""
-        formatter.write_text(hidden + own)
+        hint = f" {OWN_CODE_HINT}" if self._runs_a_model(ctx) else ""
+        formatter.write_text(hidden + hint)
 
     def format_full_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write all options in groups, in the order of each group's first option."""

@@ -299,8 +299,8 @@ def _outputs(
     **_: Any,
 ) -> list[str]:
     """Return the paths of a command's outputs."""
-    beside = [one.path(out) for one in further] if out else []
-    return [str(path) for path in (out, results) if path] + beside
+    further_outputs = [extra.path(out) for extra in further] if out else []
+    return [str(path) for path in (out, results) if path] + further_outputs
 
 
 def check_statistics_options(settings: Mapping[str, Any]) -> None:

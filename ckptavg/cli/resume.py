@@ -61,11 +61,13 @@ class Keeper:
         self.file = file if own_rank() == 0 else None
         reference = reference_of(candidates)
         self.keys = keys_of(candidates, reference, settings)
-        held = _whole_results(self.file) if resume and self.file is not None else {}
+        kept_results = _whole_results(self.file) if resume and self.file is not None else {}
         if processes is not None:  # hosts may see other paths and times: the first decides
-            self.keys, held = processes.gather([self.keys, held])[0]
-        self.held = {key: held[key] for key in self.keys if key in held}
-        lacking = [c for c, key in zip(candidates, self.keys, strict=True) if key not in held]
+            self.keys, kept_results = processes.gather([self.keys, kept_results])[0]
+        self.held = {key: kept_results[key] for key in self.keys if key in kept_results}
+        lacking = [
+            c for c, key in zip(candidates, self.keys, strict=True) if key not in kept_results
+        ]
         if lacking and not any(c is reference for c in lacking):
             lacking.insert(0, reference)
         self.missing = lacking
@@ -78,13 +80,13 @@ class Keeper:
         from ckptavg.evaluation.results import Result  # noqa: PLC0415
 
         new = {id(result.candidate): result for result in scored}
-        found = []
+        results = []
         for candidate, key in zip(self.candidates, self.keys, strict=True):
             if key in self.held:
-                found.append(Result.of_json(candidate, self.held[key]))
+                results.append(Result.of_json(candidate, self.held[key]))
             elif id(candidate) in new:
-                found.append(new[id(candidate)])
-        return found
+                results.append(new[id(candidate)])
+        return results
 
     def outcome(self, results: Sequence[Result]) -> dict[str, Any]:
         """Return results as plain values, each with the candidate's key."""

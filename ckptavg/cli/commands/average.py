@@ -102,34 +102,38 @@ def average(
     from ckptavg.averaging import api, remarks  # noqa: PLC0415 - help is shown without torch
 
     planned = [plan_selection(selection, settings)]
-    planned += [planned_also(one, run, selection, settings) for one in further]
+    planned += [planned_also(extra, run, selection, settings) for extra in further]
     gram = _measured_weights(selection, settings) if measured else []
-    outs = [] if out is None else [out, *(one.path(out) for one in further)]
+    outs = [] if out is None else [out, *(extra.path(out) for extra in further)]
     targets = api.prepare_many(
         list(zip(planned, outs, strict=bool(outs))), overwrite=overwrite, digests=digests
     )
     if dry_run:
-        remarks.log_plans([one.plan for one in planned])
+        remarks.log_plans([planned_average.plan for planned_average in planned])
         for note in _layout_notes(targets):
             log.info(note)
     how = None if dry_run else _prepare_pass(settings, selection, processes)
     if dry_run or report.verbosity >= 0:
-        for one, name in zip(planned, ["", *(one.name for one in further)], strict=True):
-            _show_plan(report, one, name)
+        names = ["", *(extra.name for extra in further)]
+        for planned_average, name in zip(planned, names, strict=True):
+            _show_plan(report, planned_average, name)
     if out is None or dry_run:
-        _result(report, [one.provenance() | {"output": None} for one in planned], further)
+        records = [planned_average.provenance() | {"output": None} for planned_average in planned]
+        _result(report, records, further)
         return
     if how is not None:
         care = {"overwrite": overwrite, "digests": digests}
-        done = _write_refreshed(report, planned, outs, how, run, care, settings)
+        written = _write_refreshed(report, planned, outs, how, run, care, settings)
     else:
-        done = _write(report, processes, planned, targets, run, gram, digests, settings)
+        written = _write(report, processes, planned, targets, run, gram, digests, settings)
     if processes is not None and processes.rank:  # the first has looked at the output for all
         return
-    made = [_written(report, *one) for one in zip(done.made, outs, strict=True)]
+    records = []
+    for provenance, path in zip(written.made, outs, strict=True):
+        records.append(_written(report, provenance, path))
     if measured:
-        made[0] |= _geometry(report, selection, done.gram)
-    _result(report, made, further)
+        records[0] |= _geometry(report, selection, written.gram)
+    _result(report, records, further)
 
 
 def _layout_notes(targets: Sequence[Target]) -> Iterable[str]:
@@ -210,12 +214,12 @@ def _write_refreshed(
 
     with report.samples_progress() as progress:
         how = replace(how, progress=lambda *done: progress("BatchNorm", *done))
-        done = refresh.write_averages(
+        written = refresh.write_averages(
             planned, outs, how, order=run.opened, **care,
             keep_nonfinite=settings["on_nonfinite"] == "keep",
             progress=lambda *done: progress("averaging (bytes)", *done),
         )  # fmt: skip
-    return api.Written([made for _, made in done], None)
+    return api.Written([record for _, record in written], None)
 
 
 def _measured_weights(selection: Run, settings: dict[str, Any]) -> list[TensorPlan]:
@@ -231,13 +235,13 @@ def _geometry(report: Report, selection: Run, gram: torch.Tensor | None) -> dict
     from ckptavg.inspection import geometry as weight_space  # noqa: PLC0415
 
     try:
-        found = weight_space.geometry_of(selection, gram)
+        measured = weight_space.geometry_of(selection, gram)
     except NonFiniteError as error:
         log.warning("no geometry: %s", error.message)
         return {"geometry": None}
     report.line("")
-    geometry.show(report, found)
-    return {"geometry": geometry.values(found)}
+    geometry.show(report, measured)
+    return {"geometry": geometry.values(measured)}
 
 
 def _written(report: Report, made: Mapping[str, Any], out: str) -> dict[str, Any]:
@@ -253,8 +257,10 @@ def _written(report: Report, made: Mapping[str, Any], out: str) -> dict[str, Any
 
 def _result(report: Report, made: list[dict[str, Any]], further: tuple[Also, ...]) -> None:
     """Emit the command's average as JSON, further averages under ``also``."""
-    others = [{"name": one.name} | m for one, m in zip(further, made[1:], strict=True)]
-    report.result(made[0] | ({"also": others} if others else {}))
+    further_records = [
+        {"name": extra.name} | record for extra, record in zip(further, made[1:], strict=True)
+    ]
+    report.result(made[0] | ({"also": further_records} if further_records else {}))
 
 
 def _note_order(given: tuple[str, ...], ordered: list[str]) -> None:

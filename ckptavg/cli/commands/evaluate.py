@@ -146,7 +146,7 @@ def _scored(
     )
     from ckptavg.evaluation import evaluate as evaluation  # noqa: PLC0415
 
-    own = forward(settings)
+    custom_forward = forward(settings)
     model, runtime = model_and_runtime(settings, source, task)
     training = None
     if any(candidate.recompute for candidate in keeper.missing):
@@ -157,7 +157,7 @@ def _scored(
     _warn_of_training_data(settings, data, training)
     with report.samples_progress() as progress:
         scored = evaluation.score(
-            keeper.missing, model, data, runtime, training, task=task, forward=own,
+            keeper.missing, model, data, runtime, training, task=task, forward=custom_forward,
             progress=progress,
             keep_nonfinite=settings["on_nonfinite"] == "keep", peers=processes,
             on_results=keeper.keep_so_far,
@@ -200,13 +200,13 @@ def _check(
     run = settings["run_path"]
     if not paths and run is None:
         raise UsageError("Nothing to evaluate: name checkpoints, or a run with --run")
-    given = click.get_current_context().get_parameter_source
+    source_of = click.get_current_context().get_parameter_source
     for name in _OF_A_RUN:
-        if run is None and given(name) is ParameterSource.COMMANDLINE:
+        if run is None and source_of(name) is ParameterSource.COMMANDLINE:
             raise UsageError(f"--{name.replace('_', '-')} needs --run")
     if run is None and further:
         raise UsageError("--also needs --run")
-    names = [one.name for one in further]
+    names = [extra.name for extra in further]
     if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise UsageError(f"two averages are called {repeated[0]}: give each its own name")
     if results is not None and Path(results).suffix not in (".json", ".csv"):
@@ -238,11 +238,11 @@ def _open_results(path: str | None, *, resume: bool) -> ResultsFile | None:
 def _keep(keeper: Keeper, scored: list[Result]) -> OutputError | None:
     """Keep all results; return a failure, so that the scores are shown before the error."""
     try:
-        others = keeper.keep(scored)
+        other_count = keeper.keep(scored)
     except OutputError as error:
         return error
-    if others and keeper.file is not None:
-        log.info("%s goes on to hold results of others: %d", keeper.file.path, others)
+    if other_count and keeper.file is not None:
+        log.info("%s goes on to hold results of others: %d", keeper.file.path, other_count)
     return None
 
 
@@ -276,8 +276,8 @@ def _check_path(path: str) -> None:
     from ckptavg.formats import is_checkpoint_directory  # noqa: PLC0415
     from ckptavg.io.paths import locate  # noqa: PLC0415
 
-    place = locate(path)
-    if place.is_dir() and not is_checkpoint_directory(place):
+    location = locate(path)
+    if location.is_dir() and not is_checkpoint_directory(location):
         raise UsageError(f"{path} is no checkpoint: a run goes after --run")
 
 
@@ -302,10 +302,12 @@ def _candidates_of_key(
         [settings["run_path"]], settings["glob"], settings["skip"], key, settings
     )
     planned = plan_selection(selection, settings)
-    others = {one.name: planned_also(one, run, selection, settings) for one in further}
+    extra_averages = {
+        extra.name: planned_also(extra, run, selection, settings) for extra in further
+    }
     return files + candidates.candidates_of(
         run, selection, planned, each=settings["each"],
-        ensemble=settings["compare"] == "fge", others=others, **which,
+        ensemble=settings["compare"] == "fge", others=extra_averages, **which,
     )  # fmt: skip
 
 

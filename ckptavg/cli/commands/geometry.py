@@ -53,8 +53,8 @@ def _verdict(geometry: Geometry) -> str:
     odd, groups = geometry.odd, geometry.groups
     if odd is not None:
         paths = [checkpoint.path for checkpoint in geometry.checkpoints]
-        known = dict(zip(paths, short_names(paths), strict=True))
-        names = [known[checkpoint.path] for checkpoint in odd.checkpoints]
+        name_by_path = dict(zip(paths, short_names(paths), strict=True))
+        names = [name_by_path[checkpoint.path] for checkpoint in odd.checkpoints]
         return (
             f"{first_few(names)} {'stands' if len(names) == 1 else 'stand'} apart: "
             f"{odd.distance:.4g} to the nearest of the others, which all have one within "

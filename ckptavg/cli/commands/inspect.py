@@ -81,9 +81,9 @@ def inspect(
     if measured and verify:
         raise UsageError("--geometry and --verify exclude each other: ask for one at a time")
     selection.check_picks(picks)
-    whole = open_run(path, glob=glob, skip=skip, key=key)
-    run = selection.select(whole, **picks)
-    is_selection = run is not whole
+    full_run = open_run(path, glob=glob, skip=skip, key=key)
+    run = selection.select(full_run, **picks)
+    is_selection = run is not full_run
     if verify:
         from ckptavg.cli.commands import (  # noqa: PLC0415 - needs torch, the rest does not
             verification,
@@ -91,12 +91,12 @@ def inspect(
 
         verification.show(report, path, run, key)
     elif measured:
-        _show_run(report, run, whole, _measured(report, run))
+        _show_run(report, run, full_run, _measured(report, run))
     elif not is_selection and len(run) == 1 and run.checkpoints[0].path == locate(path):
         _show_checkpoint(report, run.checkpoints[0])
     else:
-        _show_run(report, run, whole)
-    note_cycles(whole, run, in_shell=True)
+        _show_run(report, run, full_run)
+    note_cycles(full_run, run, in_shell=True)
 
 
 def _measured(report: Report, run: Run) -> Geometry:
@@ -140,11 +140,13 @@ def _show_run(report: Report, run: Run, whole: Run, geometry: Geometry | None = 
         names = short_names([path for path, _ in run.left_out])
         reasons = [why for _, why in run.left_out]
         report.table(("left out", "why"), list(zip(names, reasons, strict=True)))
-    known = {f"{path} {is_so}" for path, _ in run.left_out for is_so in ("repeats", "is left out")}
-    told = (note for note in run.notes if not note.startswith(tuple(known)))
-    notes = dict.fromkeys((*told, *(note for c in run for note in c.notes)))
-    if beside := run.checkpoints[-1].beside:
-        report.line(f"beside the weights, not averaged: {', '.join(beside)}")
+    repeated_prefixes = {
+        f"{path} {is_so}" for path, _ in run.left_out for is_so in ("repeats", "is left out")
+    }
+    run_notes = (note for note in run.notes if not note.startswith(tuple(repeated_prefixes)))
+    notes = dict.fromkeys((*run_notes, *(note for c in run for note in c.notes)))
+    if extra_entries := run.checkpoints[-1].beside:
+        report.line(f"beside the weights, not averaged: {', '.join(extra_entries)}")
     for note in notes:
         report.line(f"note: {note}")
     if geometry is not None:
@@ -205,10 +207,10 @@ def _show_checkpoint(report: Report, checkpoint: Checkpoint) -> None:
         name: {"dtype": t.dtype.name, "shape": list(t.shape)}
         for name, t in checkpoint.tensors.items()
     }
-    made = None if checkpoint.provenance is None else dict(checkpoint.provenance)
+    provenance = None if checkpoint.provenance is None else dict(checkpoint.provenance)
     report.result(
         _summary(checkpoint)
-        | {"tensors": tensors, "batchnorm": list(layers), "tied": ties, "ckptavg": made}
+        | {"tensors": tensors, "batchnorm": list(layers), "tied": ties, "ckptavg": provenance}
     )
 
 

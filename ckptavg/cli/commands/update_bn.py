@@ -56,12 +56,12 @@ def update_bn(
         how = statistics_pass(
             settings, [opened], processes, lambda *done: progress("BatchNorm", *done)
         )
-        result, made = checkpoints.update_checkpoint(opened, out, how, overwrite=overwrite)
-    report.line(f"wrote {out} ({_describe(result, made['bn'])})")
+        result, provenance = checkpoints.update_checkpoint(opened, out, how, overwrite=overwrite)
+    report.line(f"wrote {out} ({_describe(result, provenance['bn'])})")
     report.result(
         {
             "output": out,
-            **{name: made[name] for name in ("bn", "bn_layers") if name in made},
+            **{name: provenance[name] for name in ("bn", "bn_layers") if name in provenance},
             "layers": result.layers,
             "samples": result.samples,
             "batches": result.batches,
@@ -77,5 +77,5 @@ def _describe(result: BatchNormResult, state: str) -> str:
     if not result.layers:
         return f"its statistics unchanged: {state}"
     layers, samples = counted(result.layers, "layer"), counted(result.samples, "sample")
-    rest = "" if state == "recomputed" else f", {state}"
-    return f"statistics of {layers} from {samples}{rest}"
+    state_suffix = "" if state == "recomputed" else f", {state}"
+    return f"statistics of {layers} from {samples}{state_suffix}"

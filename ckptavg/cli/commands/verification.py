@@ -25,30 +25,30 @@ def show(report: Report, path: str, run: Run, key: str | None) -> None:
     """
     with report.bytes_progress("verifying") as progress:
         verifier = Verifier(progress)
-        found = [
+        findings = [
             finding
             for checkpoint in (*run, *_averages(run, key))
             for finding in verifier.verify(checkpoint) or [_unknown(checkpoint)]
         ]
-    if all(f.state == UNKNOWN for f in found):
+    if all(f.state == UNKNOWN for f in findings):
         raise IntegrityError(
             f"nothing was recorded that {path} could be verified by",
             "`ckptavg average --hash` records digests.",
         )
-    directory, names = split_directory([finding.path for finding in found])
+    directory, names = split_directory([finding.path for finding in findings])
     rows = []
-    for name, finding in zip(names, found, strict=True):
+    for name, finding in zip(names, findings, strict=True):
         state = finding.state.upper() if finding.state == CHANGED else finding.state
         rows.append((name, finding.part, state))
     report.table(("file", "part", "result"), rows, title=directory)
-    for finding in found:
+    for finding in findings:
         if finding.why:
             report.line(f"{finding.path}: {finding.why}")
-    report.result({"path": path, "verified": [asdict(finding) for finding in found]})
-    wrong = [f for f in found if f.wrong]
+    report.result({"path": path, "verified": [asdict(finding) for finding in findings]})
+    wrong = [f for f in findings if f.wrong]
     if wrong:
         raise _failure(wrong)
-    states = Counter(f.state for f in found)
+    states = Counter(f.state for f in findings)
     report.line(", ".join(f"{count} {state}" for state, count in states.items()))
 
 
@@ -68,8 +68,8 @@ def _averages(run: Run, key: str | None) -> Iterator[Checkpoint]:
 
 
 def _failure(wrong: list[Finding]) -> IntegrityError:
-    told = [f"{f.part} {f.path} ({f.state})" for f in wrong]
+    descriptions = [f"{f.part} {f.path} ({f.state})" for f in wrong]
     return IntegrityError(
-        f"not what was recorded: {first_few(told)}",
+        f"not what was recorded: {first_few(descriptions)}",
         "Restore the file from a copy, or average again from intact checkpoints.",
     )
