@@ -65,10 +65,10 @@ def with_tensors_for_arrays(value: Any, device: torch.device | None = None) -> A
         is_same = all(parts[key] is part for key, part in value.items())
         return value if is_same else parts
     if is_sequence(value):
-        found = [with_tensors_for_arrays(part, device) for part in value]
-        if all(new is old for new, old in zip(found, value, strict=True)):
+        converted = [with_tensors_for_arrays(part, device) for part in value]
+        if all(new is old for new, old in zip(converted, value, strict=True)):
             return value
-        return type(value)(*found) if hasattr(value, "_fields") else type(value)(found)
+        return type(value)(*converted) if hasattr(value, "_fields") else type(value)(converted)
     return value
 
 
@@ -192,11 +192,11 @@ def described(value: Any) -> str:
     if is_array(value):
         return f"array of {value.dtype} of {' × '.join(map(str, value.shape)) or 'one value'}"
     if isinstance(value, Mapping) and value:
-        held = [f"{key}: {described(part)}" for key, part in value.items()]
-        return f"{{{first_few(held, 6)}}}"
+        contents = first_few([f"{key}: {described(part)}" for key, part in value.items()], 6)
+        return f"{{{contents}}}"
     if is_sequence(value) and len(value):
-        held = [described(part) for part in value]
-        return f"({first_few(held)})" if isinstance(value, tuple) else f"[{first_few(held)}]"
+        contents = first_few([described(part) for part in value])
+        return f"({contents})" if isinstance(value, tuple) else f"[{contents}]"
     return f"a {type(value).__name__}"
 
 
@@ -238,10 +238,10 @@ def size_of(batch: Any) -> int:
         return len(parts[0])
     if is_sequence(batch) and _are_samples(parts):
         return sum(max(size_of(part), 1) if is_object(part) else 1 for part in parts)
-    wholes = (part for part in parts if isinstance(part, torch.Tensor) or is_array(part))
-    whole = next((part for part in wholes if part.ndim), None)
-    if whole is not None:
-        return int(whole.shape[0])
+    tensors = (part for part in parts if isinstance(part, torch.Tensor) or is_array(part))
+    batched = next((part for part in tensors if part.ndim), None)
+    if batched is not None:
+        return int(batched.shape[0])
     return next((n for part in parts if (n := size_of(part))), 0)
 
 
@@ -253,12 +253,12 @@ def _size_of_object(batch: Any) -> int:
     if isinstance(batch, PackedSequence):
         return int(batch.batch_sizes[0])
     for name in ("num_graphs", "batch_size"):
-        told = getattr(batch, name, None)
+        size = getattr(batch, name, None)
         # TensorDict has a batch size per axis; the first axis is samples.
-        if isinstance(told, (tuple, list)) and told:
-            told = told[0]
-        if isinstance(told, int):
-            return told
+        if isinstance(size, (tuple, list)) and size:
+            size = size[0]
+        if isinstance(size, int):
+            return size
     parts = (part for part in parts_of(batch) if isinstance(part, torch.Tensor) and part.dim())
     return next((part.shape[0] for part in parts), 0)
 

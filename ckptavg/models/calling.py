@@ -32,7 +32,8 @@ from ckptavg.models.batches import (
 from ckptavg.models.signatures import NAMED, Signature
 
 log = logging.getLogger("ckptavg")
-_told: Any = WeakIdKeyDictionary()  # models of which it was said that they get less than there is
+# Models for which the warning about parts that the model does not get was logged.
+_warned_models: Any = WeakIdKeyDictionary()
 _REMEDY = (
     "Say how it is called by a function fn(model, batch): forward=fn in Python, "
     "--forward path/file.py:fn on the command line."
@@ -53,14 +54,14 @@ def call(model: nn.Module, batch: Any) -> Any:
     signature = Signature.of(model)
     batch = _plain(model, batch)
     if is_sequence(batch) and not _is_record(signature, batch):
-        inputs, rest = _lead(signature, batch)
-        if _may_lack(signature, inputs, rest) and model not in _told:
-            _told[model] = True
+        inputs, other_parts = _lead(signature, batch)
+        if _may_lack(signature, inputs, other_parts) and model not in _warned_models:
+            _warned_models[model] = True
             log.warning(
                 "of the %d parts of a batch the model's %s gets %d; if it takes more, name a "
                 "function fn(model, batch) that passes them: forward=fn in Python, "
                 "--forward path/file.py:fn on the command line",
-                len(batch), signature, len(batch) - len(rest),
+                len(batch), signature, len(batch) - len(other_parts),
             )  # fmt: skip
         batch = inputs
     return call_on_inputs(model, batch)
@@ -140,11 +141,11 @@ def _split(signature: Signature, batch: Any, known: str = "") -> tuple[Any, torc
             inputs = {k: v for k, v in named.items() if k != key or k in required}
             return inputs, _as_labels(named[key])
     elif is_sequence(batch):
-        inputs, rest = _lead(signature, batch) if batch else (batch, ())
-        labels = _as_labels(rest[0]) if rest else None
+        inputs, other_parts = _lead(signature, batch) if batch else (batch, ())
+        labels = _as_labels(other_parts[0]) if other_parts else None
         if labels is not None:
             return inputs, labels
-        if not rest and _ends_in_labels(signature, inputs):
+        if not other_parts and _ends_in_labels(signature, inputs):
             return inputs, inputs[-1]
     elif is_object(batch):
         for key in LABELS:
@@ -278,9 +279,9 @@ def _with_mask(signature: Signature, parts: Sequence[Any], *, sure: bool) -> dic
         parts: What may be the inputs.
         sure: Whether labels stand elsewhere; else a mask is known by its type alone.
     """
-    places = [p.name for p in signature.parameters if "mask" in p.name and p.default is None]
+    mask_names = [p.name for p in signature.parameters if "mask" in p.name and p.default is None]
     led = signature.required or [p for p in (signature.first,) if p is not None]
-    if not places or len(parts) != len(led) + 1 or any(p.kind not in NAMED for p in led):
+    if not mask_names or len(parts) != len(led) + 1 or any(p.kind not in NAMED for p in led):
         return None
     first, mask = parts[0], parts[-1]
     if not isinstance(first, torch.Tensor) or not isinstance(mask, torch.Tensor):
@@ -290,7 +291,7 @@ def _with_mask(signature: Signature, parts: Sequence[Any], *, sure: bool) -> dic
     if mask.dtype != torch.bool and not (sure and bool(((mask == 0) | (mask == 1)).all())):
         return None
     names = [p.name for p in led]
-    return dict(zip([*names, places[0]], parts, strict=True))
+    return dict(zip([*names, mask_names[0]], parts, strict=True))
 
 
 def _may_lack(signature: Signature, inputs: Any, rest: Sequence[Any]) -> bool:
@@ -301,8 +302,8 @@ def _may_lack(signature: Signature, inputs: Any, rest: Sequence[Any]) -> bool:
     """
     if len(rest) < 2 or not isinstance(rest[0], torch.Tensor):
         return False
-    taken = inputs.keys() if isinstance(inputs, Mapping) else ()
-    free = [p.name for p in signature.parameters if p.default is None and p.name not in taken]
+    input_names = inputs.keys() if isinstance(inputs, Mapping) else ()
+    free = [p.name for p in signature.parameters if p.default is None and p.name not in input_names]
     free = [name for name in free if name not in LABELS]
     if not free:
         return signature.many and not signature.parameters and rest[0].dim() > 1
@@ -325,12 +326,12 @@ def _is_one_list(signature: Signature, batch: Sequence[Any]) -> bool:
 
 def _call_by_name(model: nn.Module, signature: Signature, inputs: Mapping[str, Any]) -> Any:
     """Run a model on the parts of a mapping that bear the names of parameters."""
-    known = not signature.names.isdisjoint(inputs)
-    if known and all(p.name in inputs for p in signature.required):
+    has_known_names = not signature.names.isdisjoint(inputs)
+    if has_known_names and all(p.name in inputs for p in signature.required):
         return _call_with_keywords(model, signature, inputs)
     if not signature.parameters and signature.further:
         return model(**{k: v for k, v in inputs.items() if k not in LABELS})
-    if known or len(signature.required) > 1:
+    if has_known_names or len(signature.required) > 1:
         raise _undecided(signature, inputs)
     # None of the names is known: the one tensor, unless the model wants the whole.
     tensors = [v for k, v in inputs.items() if k not in LABELS and isinstance(v, torch.Tensor)]

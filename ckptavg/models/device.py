@@ -79,10 +79,10 @@ def find_device(name: str | torch.device) -> torch.device:
         raise UsageError(
             f"device is expected to be one of auto, cpu, cuda[:N], mps but got {name!r}"
         ) from error
-    here = {"cpu": True, "cuda": cuda, "mps": mps}.get(device.type, True)
+    available = {"cpu": True, "cuda": cuda, "mps": mps}.get(device.type, True)
     if device.type == "cuda" and cuda and (device.index or 0) >= torch.cuda.device_count():
-        here = False
-    if not here:
+        available = False
+    if not available:
         raise EvaluationError(f"the device {device} is not available", "Use --device auto or cpu.")
     return _own(device)
 
@@ -103,12 +103,12 @@ def fit(model: nn.Module, device: torch.device) -> int:
     """
     tensors = (*model.parameters(), *model.buffers())
     size = sum(t.numel() * t.element_size() for t in tensors if not is_lazy(t))
-    beside = int(os.environ.get("LOCAL_WORLD_SIZE") or 1) if several() else 1
-    free = free_on_host() // beside
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1) if several() else 1
+    free = free_on_host() // processes
     if device.type == "cuda":
         # Processes per device, rounded up.
-        on_one = -(-beside // torch.cuda.device_count())
-        free = min(free, torch.cuda.mem_get_info(device)[0] // on_one)
+        per_device = -(-processes // torch.cuda.device_count())
+        free = min(free, torch.cuda.mem_get_info(device)[0] // per_device)
     return int(_SHARE * free / max(size, 1))
 
 
@@ -120,16 +120,16 @@ def free_on_host(root: Path = Path("/")) -> int:
     Args:
         root: Directory that contains ``proc`` and ``sys``.
     """
-    found = [_available(root / "proc" / "meminfo")]
+    free_bytes = [_available(root / "proc" / "meminfo")]
     for line in _lines(root / "proc" / "self" / "cgroup"):
-        _, controllers, place = line.split(":", 2)
+        _, controllers, group = line.split(":", 2)
         # Version 2 of control groups lists no controllers here.
         if not controllers:
-            found += _left_in(root / "sys/fs/cgroup", place, "memory.max", "memory.current")
+            free_bytes += _left_in(root / "sys/fs/cgroup", group, "memory.max", "memory.current")
         elif "memory" in controllers.split(","):
             names = "memory.limit_in_bytes", "memory.usage_in_bytes"
-            found += _left_in(root / "sys/fs/cgroup/memory", place, *names)
-    return min(found)
+            free_bytes += _left_in(root / "sys/fs/cgroup/memory", group, *names)
+    return min(free_bytes)
 
 
 def _available(meminfo: Path) -> int:
@@ -152,17 +152,17 @@ def _left_in(mount: Path, place: str, limit: str, used: str) -> list[int]:
         used: Name of the file with the usage.
     """
     # A container may see its own group as the root, whatever the group's name outside.
-    own = mount / place.strip("/")
-    found = []
-    for group in (own, *own.parents):
+    innermost = mount / place.strip("/")
+    free_bytes = []
+    for group in (innermost, *innermost.parents):
         if not group.is_relative_to(mount):
             break
         most, now = _number(group / limit), _number(group / used)
         if most is not None and now is not None:
             cached = (line.split() for line in _lines(group / "memory.stat"))
             given_up = next((int(n) for name, n in cached if name == "inactive_file"), 0)
-            found.append(max(0, most - now + given_up))
-    return found
+            free_bytes.append(max(0, most - now + given_up))
+    return free_bytes
 
 
 def _number(path: Path) -> int | None:

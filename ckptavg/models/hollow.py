@@ -37,12 +37,12 @@ def hollow_copy(model: nn.Module) -> nn.Module:
     # An object in the memo is not copied by deepcopy. Containers are searched, not shared.
     memo = stand_ins(real_tensors(model))
     waiting: list[Any] = [value for module in model.modules() for value in vars(module).values()]
-    seen: set[int] = set()
+    visited: set[int] = set()
     while waiting:
         value = waiting.pop()
-        if isinstance(value, _COPIED) or id(value) in seen:
+        if isinstance(value, _COPIED) or id(value) in visited:
             continue
-        seen.add(id(value))
+        visited.add(id(value))
         if isinstance(value, (dict, list, tuple, set)):
             waiting += value.values() if isinstance(value, dict) else value
         else:

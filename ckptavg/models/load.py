@@ -31,35 +31,44 @@ def load_into(model: nn.Module, state_dict: Mapping[str, torch.Tensor], origin: 
         ModelError: Names or shapes do not fit.
     """
     states = model.state_dict(keep_vars=True)
-    own = {name: value for name, value in states.items() if isinstance(value, torch.Tensor)}
-    bare = bare_names(list(own))
-    places = {bare[name]: name for name in own if name in bare}
-    given = {places[name]: tensor for name, tensor in state_dict.items() if name in places}
-    extra = [name for name in state_dict if name not in places and not _is_beside(name, places)]
-    lost = [name for name in places.values() if name not in given]
-    reached = {own[name].data_ptr() for name in given if _is_real(own[name])}
+    tensors = {name: value for name, value in states.items() if isinstance(value, torch.Tensor)}
+    bare = bare_names(list(tensors))
+    full_names = {bare[name]: name for name in tensors if name in bare}
+    loadable = {
+        full_names[name]: tensor for name, tensor in state_dict.items() if name in full_names
+    }
+    extra = [
+        name for name in state_dict if name not in full_names and not _is_beside(name, full_names)
+    ]
+    lost = [name for name in full_names.values() if name not in loadable]
+    reached = {tensors[name].data_ptr() for name in loadable if _is_real(tensors[name])}
     # Counts of batches may be missing, and so may tensors that share memory with a loaded tensor.
     spare = {
         name
         for name in lost
         if name.endswith("num_batches_tracked")
-        or (_is_real(own[name]) and own[name].data_ptr() in reached)
+        or (_is_real(tensors[name]) and tensors[name].data_ptr() in reached)
     }
     lost = [name for name in lost if name not in spare]
-    misshapen = [n for n, t in given.items() if not is_lazy(own[n]) and own[n].shape != t.shape]
+    misshapen = [
+        name
+        for name, tensor in loadable.items()
+        if not is_lazy(tensors[name]) and tensors[name].shape != tensor.shape
+    ]
     if lost or extra or misshapen:
-        prefix = next((place.removesuffix(name) for name, place in places.items()), "")
-        given |= {prefix + name: state_dict[name] for name in extra}
-        if not _torch_takes(model, given, spare):
+        prefix = next((full_name.removesuffix(name) for name, full_name in full_names.items()), "")
+        loadable |= {prefix + name: state_dict[name] for name in extra}
+        if not _torch_takes(model, loadable, spare):
             if lost or extra:
-                what, remedy = _misfit(lost, extra), _remedy(set(places), set(state_dict))
+                misfit, remedy = _misfit(lost, extra), _remedy(set(full_names), set(state_dict))
             else:
-                what = _misshape(misshapen[0], given[misshapen[0]], own[misshapen[0]])
+                first = misshapen[0]
+                misfit = _misshape(first, loadable[first], tensors[first])
                 remedy = (
                     "Check the model and its arguments, such as num_classes (--model, --model-arg)."
                 )
-            raise ModelError(f"{origin} does not fit the model: {what}", remedy)
-    model.load_state_dict(given, strict=False)
+            raise ModelError(f"{origin} does not fit the model: {misfit}", remedy)
+    model.load_state_dict(loadable, strict=False)
 
 
 def _misfit(lost: list[str], extra: list[str]) -> str:
@@ -91,14 +100,14 @@ def _torch_takes(
     """
     tensors = real_tensors(model)
     hollow = stand_ins(tensors)
-    whole: dict[int, Any] = {}
+    empty_memo: dict[int, Any] = {}
     is_large = sum(tensor.nbytes for tensor in tensors) > _LARGE
-    for kept in (hollow,) if is_large else (hollow, whole):
+    for memo in (hollow,) if is_large else (hollow, empty_memo):
         try:
             with warnings.catch_warnings():
                 # torch warns that nothing is copied into tensors without values.
                 warnings.simplefilter("ignore")
-                keys = copy.deepcopy(model, kept).load_state_dict(state_dict, strict=False)
+                keys = copy.deepcopy(model, memo).load_state_dict(state_dict, strict=False)
         # A user's module may raise any error.
         except Exception:
             continue
@@ -113,7 +122,7 @@ def _is_beside(name: str, places: Mapping[str, str]) -> bool:
     its Dense module are in a directory beside that model.
     """
     folder, slash, _ = name.rpartition("/")
-    return bool(slash) and not any(place.startswith(f"{folder}/") for place in places)
+    return bool(slash) and not any(bare_name.startswith(f"{folder}/") for bare_name in places)
 
 
 def undistributed(model: nn.Module) -> nn.Module:

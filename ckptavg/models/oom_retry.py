@@ -54,10 +54,10 @@ class Together:
         Raises:
             ExhaustedElsewhereError: Another process has run out of memory.
         """
-        found = self._peers.gather([False, value])
-        if any(exhausted for exhausted, _ in found):
+        answers = self._peers.gather([False, value])
+        if any(exhausted for exhausted, _ in answers):
             raise ExhaustedElsewhereError
-        return [given for _, given in found]
+        return [answer for _, answer in answers]
 
     def check(self) -> None:
         """Raise an error if another process is known to have failed."""
@@ -92,11 +92,11 @@ def run_passes(
     Raises:
         EvaluationError: Memory is too small for a single candidate.
     """
-    waiting, done = deque(groups), 0
+    waiting, passes_done = deque(groups), 0
     while waiting:
         group = waiting.popleft()
         try:
-            run(group, done + 1, done + 1 + len(waiting))
+            run(group, passes_done + 1, passes_done + 1 + len(waiting))
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -106,13 +106,13 @@ def run_passes(
             if len(group) == 1:
                 raise _too_small(runtime) from error
         else:
-            done += 1
+            passes_done += 1
             continue
         waiting = deque(_in_parts([group, *waiting], (len(group) + 1) // 2))
         log.info(
             "memory is too small for %d models at a time: trying fewer, in %d passes",
             len(group),
-            done + len(waiting),
+            passes_done + len(waiting),
         )
         # Free the models that the error's frames held, in case the frames are in a cycle.
         gc.collect()

@@ -29,14 +29,14 @@ class Signature:
     @classmethod
     def of(cls, model: nn.Module) -> Signature:
         """Return the signature of a model; of a wrapper that passes all on, the inner model's."""
-        found = _signature(model)
-        while not found.parameters and found.further:
+        signature = _signature(model)
+        while not signature.parameters and signature.further:
             inner = [*model.children()]
             if len(inner) != 1:
                 break
             model = inner[0]
-            found = _signature(model)
-        return found
+            signature = _signature(model)
+        return signature
 
     @property
     def required(self) -> list[Parameter]:
@@ -57,9 +57,9 @@ class Signature:
         """Return True if a tuple of this many inputs is taken as several inputs."""
         if not self.parameters:
             return self.many
-        places = sum(p.kind in PLACED for p in self.parameters)
-        places += sum(p.kind is Parameter.KEYWORD_ONLY for p in self.required)
-        return 1 < len(self.required) <= count and (count <= places or self.many)
+        slots = sum(p.kind in PLACED for p in self.parameters)
+        slots += sum(p.kind is Parameter.KEYWORD_ONLY for p in self.required)
+        return 1 < len(self.required) <= count and (count <= slots or self.many)
 
     def __str__(self) -> str:
         shown = [p.name if p.default is Parameter.empty else f"{p.name}=" for p in self.parameters]
@@ -75,16 +75,20 @@ def _signature(model: nn.Module) -> Signature:
         parameters = _scripted(model)
         if not parameters:
             return Signature((), many=True, further=True)
-    own = tuple(p for p in parameters if p.kind in (*NAMED, Parameter.POSITIONAL_ONLY))
+    plain_parameters = tuple(p for p in parameters if p.kind in (*NAMED, Parameter.POSITIONAL_ONLY))
     kinds = {p.kind for p in parameters}
-    return Signature(own, Parameter.VAR_POSITIONAL in kinds, Parameter.VAR_KEYWORD in kinds)
+    return Signature(
+        plain_parameters, Parameter.VAR_POSITIONAL in kinds, Parameter.VAR_KEYWORD in kinds
+    )
 
 
 def _scripted(model: nn.Module) -> list[Parameter]:
     """Return the parameters of a scripted or traced forward."""
     schema = getattr(model.forward, "schema", None)
-    found = []
+    parameters = []
     for argument in schema.arguments[1:] if schema is not None else ():
         default = argument.default_value if argument.has_default_value() else Parameter.empty
-        found.append(Parameter(argument.name, Parameter.POSITIONAL_OR_KEYWORD, default=default))
-    return found
+        parameters.append(
+            Parameter(argument.name, Parameter.POSITIONAL_OR_KEYWORD, default=default)
+        )
+    return parameters
