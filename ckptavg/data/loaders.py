@@ -96,9 +96,9 @@ def open_loader(
     samples = is_dataset(data)
     if samples and isinstance(data, IterableDataset):
         # Each of several workers would yield the whole stream.
-        one = min(1, runtime.workers)
+        workers = min(1, runtime.workers)
         batched = Batched(data, runtime.batch_size, collate_of(data))
-        stream = DataLoader(batched, batch_size=None, num_workers=one, pin_memory=pinned)
+        stream = DataLoader(batched, batch_size=None, num_workers=workers, pin_memory=pinned)
         # A stream has no indices to share, so every process reads all and keeps every n-th batch.
         return share(stream, peers, runtime.seed, subset)
     if samples:
@@ -226,8 +226,8 @@ def _stratified(order: torch.Tensor, targets: torch.Tensor, count: int) -> torch
     """
     sizes = torch.unique(targets, return_counts=True)[1]
     shares, remainders = sizes * count // len(targets), sizes * count % len(targets)
-    rest = count - int(shares.sum())
-    shares[remainders.argsort(descending=True, stable=True)[:rest]] += 1
+    remaining = count - int(shares.sum())
+    shares[remainders.argsort(descending=True, stable=True)[:remaining]] += 1
     classes = torch.split(order[targets[order].argsort(stable=True)], sizes.tolist())
     return torch.cat([of[:share] for of, share in zip(classes, shares.tolist(), strict=True)])
 
@@ -240,15 +240,15 @@ def _targets(data: Dataset[Any]) -> torch.Tensor:
     """
     targets = getattr(data, "targets", None)
     try:
-        found = torch.as_tensor(targets)
+        classes = torch.as_tensor(targets)
     except (TypeError, ValueError, RuntimeError):
-        found = torch.empty(0)
-    if found.dim() != 1 or len(found) != len(data):  # type: ignore[arg-type]
+        classes = torch.empty(0)
+    if classes.dim() != 1 or len(classes) != len(data):  # type: ignore[arg-type]
         raise UsageError(
             "a stratified subset needs data that tells its classes: one of `targets` a sample",
             "Leave :stratified out, or give the Dataset such an attribute.",
         )
-    return found
+    return classes
 
 
 class _Repeatable(DataLoader[Any]):
@@ -319,14 +319,14 @@ class _Some:
         self.limit = limit
 
     def __iter__(self) -> Iterator[Any]:
-        seen = 0
+        checksum = 0
         for number, batch in enumerate(_up_to(self.loader, self.limit, size_of)):
             if self.peers.count > 1:
-                seen = zlib.crc32(_labels(batch), seen)
+                checksum = zlib.crc32(_labels(batch), checksum)
             if number % self.peers.count == self.peers.rank:
                 yield batch
         # One checksum over the whole pass, so that processes exchange values only once.
-        _require_alike(seen, self.peers)
+        _require_alike(checksum, self.peers)
 
 
 class _Once:
@@ -347,8 +347,8 @@ def _labels(batch: Any) -> bytes:
 
     Images and other floating-point tensors are left out, since augmentation changes them.
     """
-    whole = (t for t in tensors_of(batch) if t.dim() < 3 and not t.is_floating_point())
-    return b"".join((str(size_of(batch)).encode(), *map(bytes_of, whole)))
+    integers = (t for t in tensors_of(batch) if t.dim() < 3 and not t.is_floating_point())
+    return b"".join((str(size_of(batch)).encode(), *map(bytes_of, integers)))
 
 
 def _require_alike(drawn: int, peers: Peers) -> None:
@@ -406,13 +406,13 @@ def _up_to_its_part(loader: Batches, peers: Peers, subset: Subset) -> Batches:
 
 def _up_to(batches: Iterable[Any], limit: int | None, size: Callable[[Any], int]) -> Iterator[Any]:
     """Yield batches until a number of samples is reached; all batches where the limit is None."""
-    seen = 0
+    samples = 0
     if limit == 0:
         return
     for batch in batches:
         yield batch
-        seen += size(batch)
-        if limit is not None and seen >= limit:
+        samples += size(batch)
+        if limit is not None and samples >= limit:
             return
 
 
@@ -432,8 +432,8 @@ def _require_exact(sampler: DistributedSampler[Any], peers: Peers) -> None:
     elif sampler.rank != peers.rank:
         wrong = f"gives the part of process {sampler.rank} in another process too"
     elif sampler.drop_last or len(sampler.dataset) % sampler.num_replicas:  # type: ignore[arg-type]
-        what = "drops" if sampler.drop_last else "repeats"
-        wrong = f"{what} samples to give every process as many"
+        verb = "drops" if sampler.drop_last else "repeats"
+        wrong = f"{verb} samples to give every process as many"
     else:
         return
     raise EvaluationError(

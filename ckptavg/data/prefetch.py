@@ -26,12 +26,12 @@ def counted(loader: Batches, progress: Progress, peers: Peers, seed: int = 0) ->
         peers: The processes of the pass; the known failure of another process raises an error.
         seed: Seed of the generators while batches are loaded.
     """
-    done, total = 0, samples_in(loader)
+    samples_done, total = 0, samples_in(loader)
     for batch in _seeded(loader, seed):
         peers.check()
         yield batch
-        done += size_of(batch)
-        progress(done, total)
+        samples_done += size_of(batch)
+        progress(samples_done, total)
 
 
 def _seeded(loader: Batches, seed: int) -> Iterator[Any]:

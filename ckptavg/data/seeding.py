@@ -50,10 +50,10 @@ def seed_all(seed: int) -> None:
 
 def _states() -> dict[str, Any]:
     """Return the states of the global generators by name; numpy only where imported."""
-    found: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
     if (numpy := sys.modules.get("numpy")) is not None:
-        found["numpy"] = numpy.random.get_state()
-    return found
+        states["numpy"] = numpy.random.get_state()
+    return states
 
 
 def _seed(name: str, seed: int) -> None:

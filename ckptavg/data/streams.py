@@ -90,8 +90,8 @@ class Batched(IterableDataset[Any]):
 
 def collate_of(data: Any) -> Collate:
     """Return the collate function of a Dataset: its own ``collate_fn`` or torch's default."""
-    own: Collate | None = getattr(data, "collate_fn", None)
-    return own if callable(own) else collate
+    collate_fn: Collate | None = getattr(data, "collate_fn", None)
+    return collate_fn if callable(collate_fn) else collate
 
 
 def collate(samples: list[Any]) -> Any:
@@ -116,6 +116,6 @@ def collate(samples: list[Any]) -> Any:
 
 def _loads_itself(data: Any) -> bool:
     """Return True if a stream holds a DataLoader, as an attribute or in a pipeline list."""
-    held: list[Any] = [*vars(data).values()] if isinstance(data, IterableDataset) else []
-    inner: Sequence[Any] = [part for value in held if is_sequence(value) for part in value]
-    return any(isinstance(value, DataLoader) for value in (*held, *inner))
+    attributes: list[Any] = [*vars(data).values()] if isinstance(data, IterableDataset) else []
+    inner: Sequence[Any] = [part for value in attributes if is_sequence(value) for part in value]
+    return any(isinstance(value, DataLoader) for value in (*attributes, *inner))

@@ -193,8 +193,8 @@ def default_length(directory: Path) -> int:
     except (OSError, ValueError):
         # Building the model reports the broken configuration.
         config = None
-    known = config if isinstance(config, dict) else {}
-    context: list[int] = [known[key] for key in _CONTEXT if type(known.get(key)) is int]
+    settings = config if isinstance(config, dict) else {}
+    context: list[int] = [settings[key] for key in _CONTEXT if type(settings.get(key)) is int]
     return min([_LENGTH, *(length for length in context if length > 1)])
 
 
@@ -218,7 +218,7 @@ def _check_file(path: Path) -> None:
 
 def _files_beside(path: Path) -> list[str]:
     try:
-        return sorted(other.name for other in path.parent.iterdir() if other.is_file())
+        return sorted(sibling.name for sibling in path.parent.iterdir() if sibling.is_file())
     except OSError:
         return []
 
