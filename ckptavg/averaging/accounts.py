@@ -51,9 +51,9 @@ def with_account(
         made: Provenance, as plain values.
     """
     # A plain dict takes no attributes. An OrderedDict does, and is what ``state_dict()`` returns.
-    told: OrderedDict[str, torch.Tensor] = OrderedDict(state_dict)
-    vars(told)[PROVENANCE] = json.dumps(dict(made))
-    return told
+    average: OrderedDict[str, torch.Tensor] = OrderedDict(state_dict)
+    vars(average)[PROVENANCE] = json.dumps(dict(made))
+    return average
 
 
 def account_of(state_dict: Mapping[str, torch.Tensor]) -> Mapping[str, Any] | None:

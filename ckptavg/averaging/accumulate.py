@@ -117,10 +117,10 @@ class Worker:
         # A complex number is averaged as two floats.
         floats = count * (2 if group.sources[0].dtype.kind == "complex" else 1)
         rows = self._empty_rows(len(group.products), floats)
-        for place, source in enumerate(group.sources):
-            values = _view(self._read(group, place, start, count), source.dtype)
-            own = [rows[i] for i in group.rows.get(place, ())]
-            self._add(group.shares[place], values, own)
+        for position, source in enumerate(group.sources):
+            values = _view(self._read(group, position, start, count), source.dtype)
+            product_rows = [rows[i] for i in group.rows.get(position, ())]
+            self._add(group.shares[position], values, product_rows)
         if group.products:
             self._multiply(rows)
         for number, member in enumerate(group.members):
@@ -210,13 +210,13 @@ class Worker:
 
     def _copy(self, group: Group, start: int, count: int) -> Iterator[tuple[Member, memoryview]]:
         """Yield the bytes of each member's last source, and note members whose sources differ."""
-        for place, source in enumerate(group.sources):
-            raw = self._read(group, place, start, count)
-            for number, _, first in group.shares[place]:
+        for position, source in enumerate(group.sources):
+            raw = self._read(group, position, start, count)
+            for number, _, first in group.shares[position]:
                 member = group.members[number]
-                if not first and self._differs(group, number, place, raw):
+                if not first and self._differs(group, number, position, raw):
                     self._results[member.job].differing.add(member.plan.name)
-                if place == member.places[-1]:
+                if position == member.places[-1]:
                     yield member, raw
                 else:
                     # Kept for the comparison with the member's next source.
@@ -231,13 +231,15 @@ class Worker:
             place: Position of the source in the group.
             raw: Bytes of the source's block.
         """
-        places = group.members[number].places
-        before, dtype = (group.sources[p].dtype for p in (places[places.index(place) - 1], place))
+        positions = group.members[number].places
+        before, dtype = (
+            group.sources[p].dtype for p in (positions[positions.index(place) - 1], place)
+        )
         count = len(raw) // dtype.size
-        kept = _view(self._buffers.raw(number, count * before.size), before)
+        earlier = _view(self._buffers.raw(number, count * before.size), before)
         # The types may have different widths, so that bytes cannot be compared.
         wide = torch.int64 if dtype.kind == "int" else torch.float64
-        return not torch.equal(_view(raw, dtype).to(wide), kept.to(wide))
+        return not torch.equal(_view(raw, dtype).to(wide), earlier.to(wide))
 
     def _handle_nonfinite(self, member: Member, start: int, count: int, out: torch.Tensor) -> None:
         """Handle a block of an average that is not finite everywhere.
@@ -281,9 +283,9 @@ class Worker:
                     f"{plan.name} is {kind} in {owner.path}",
                     "Leave the checkpoint out, or pass --on-nonfinite keep.",
                 )
-        what = "the average of" if len(plan.sources) > 1 else ""
+        prefix = "the average of" if len(plan.sources) > 1 else ""
         raise NonFiniteError(
-            f"{what} {plan.name} is too large for {plan.dtype.name}".lstrip(),
+            f"{prefix} {plan.name} is too large for {plan.dtype.name}".lstrip(),
             "Write a wider type with --dtype float32 or float64.",
         )
 
@@ -321,14 +323,14 @@ class _Buffers:
 
     def doubles(self, name: object, count: int) -> torch.Tensor:
         """Return a number of float64 elements, as a cached view where one exists."""
-        found = self._doubles.get((name, count))
-        if found is None:
+        view = self._doubles.get((name, count))
+        if view is None:
             raw = self.raw(("float64", name), count * 8)
             if len(self._doubles) > _MOST_VIEWS:
                 self._doubles.clear()
-            found = torch.frombuffer(raw, dtype=torch.float64) if count else _NOTHING
-            self._doubles[name, count] = found
-        return found
+            view = torch.frombuffer(raw, dtype=torch.float64) if count else _NOTHING
+            self._doubles[name, count] = view
+        return view
 
     def singles(self, count: int) -> torch.Tensor:
         """Return a number of float32 elements."""

@@ -118,19 +118,19 @@ def average(
         run, scheme, weights=weights, include=include, exclude=exclude, base=base, dtype=dtype
     )
     keep = keeps_nonfinite(on_nonfinite)
-    made: StateDict | Path
-    with open_phase(progress, "averaging", "bytes") as told:
+    result: StateDict | Path
+    with open_phase(progress, "averaging", "bytes") as report:
         if out is None:
             require_output(digests=digests)
-            made = in_memory(planned, keep_nonfinite=keep, progress=told, stale=False)
-            made = with_account(made, planned.provenance())
+            result = in_memory(planned, keep_nonfinite=keep, progress=report, stale=False)
+            result = with_account(result, planned.provenance())
         else:
-            made = write(
+            result = write(
                 planned, out, overwrite=overwrite, keep_nonfinite=keep, digests=digests,
-                progress=told, stale=False,
+                progress=report, stale=False,
             )  # fmt: skip
     remarks.warn_of_stale({"": planned.statistics})
-    return made
+    return result
 
 
 def write(
@@ -246,14 +246,14 @@ def _compute_hashed(
     products = _compute(averages, sinks, extras, inputs=inputs, split=split, **settings)
     if split is not None:
         split.unite([inputs.leaves, *(sink.leaves for sink in sinks)])
-    told: list[Mapping[str, Any]] = []
+    provenances: list[Mapping[str, Any]] = []
     for planned, target, file, sink in zip(averages, targets, files, sinks, strict=True):
-        made = recorded(target.made, planned.plan.inputs, inputs.of, sink.digest)
+        provenance = recorded(target.made, planned.plan.inputs, inputs.of, sink.digest)
         # The other processes write tensors only.
         if split is None or split.processes.rank == 0:
-            outputs.rewrite_provenance(target, file, made)
-        told.append(made)
-    return Written(told, products)
+            outputs.rewrite_provenance(target, file, provenance)
+        provenances.append(provenance)
+    return Written(provenances, products)
 
 
 def in_memory(
@@ -319,7 +319,11 @@ def in_memory_many(
     }  # fmt: skip
     order = order or common_order([planned.plan.checkpoints for planned in averages])
     if not order and len(averages) > 1:
-        return [found for one in averages for found in in_memory_many([one], **settings)]
+        return [
+            state_dict
+            for planned in averages
+            for state_dict in in_memory_many([planned], **settings)
+        ]
     sinks = [MemorySink(planned.plan.outputs) for planned in averages]
     _compute(averages, sinks, Extras(order), **settings)
     return [sink.state_dict for sink in sinks]
@@ -346,11 +350,11 @@ def prepare(
         OutputError: The output may not be written, or there is too little room.
         UsageError: The path does not decide a format that can hold the average.
     """
-    plan, made = planned.plan, planned.provenance()
+    plan, provenance = planned.plan, planned.provenance()
     return outputs.prepare(
         out,
         plan.outputs,
-        recorded(made, plan.inputs) if digests else made,
+        recorded(provenance, plan.inputs) if digests else provenance,
         [*others, *plan.files, plan.template],
         is_run=leads_to_checkpoints,
         companions=plan.companions,
@@ -427,9 +431,9 @@ def _compute(
     plans = [planned.plan for planned in averages]
     tensors = [plan.tensors for plan in plans] if split is None else split.tensors
     jobs: list[Job] = []
-    for plan, each, sink in zip(plans, tensors, sinks, strict=True):
+    for plan, plan_tensors, sink in zip(plans, tensors, sinks, strict=True):
         vectors = spectral_vectors.vector_names(plan)
-        jobs.append(Job([t for t in each if t.name not in vectors], sink, keep_nonfinite))
+        jobs.append(Job([t for t in plan_tensors if t.name not in vectors], sink, keep_nonfinite))
     if inputs is not None:
         extras = replace(extras, watched=inputs.tensors, watcher=inputs.watch)
     compute = stream if split is None else split.stream
@@ -440,8 +444,8 @@ def _compute(
         _verify(plans)
         raise
     if split is None or split.processes.rank == 0:
-        for plan, each, sink in zip(plans, tensors, sinks, strict=True):
-            spectral_vectors.write_vectors(plan, each, sink)
+        for plan, plan_tensors, sink in zip(plans, tensors, sinks, strict=True):
+            spectral_vectors.write_vectors(plan, plan_tensors, sink)
     _verify(plans)
     stale = stale and any(planned.batchnorm == "stale" for planned in averages)
     remarks.log_results(plans, streamed.results, stale=stale)

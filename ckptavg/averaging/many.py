@@ -120,25 +120,25 @@ def average_many(
     if not planned:
         raise UsageError("no average is asked for")
     settings: dict[str, Any] = {"order": run.opened, "keep_nonfinite": keep, "stale": False}
-    made: dict[str, StateDict] | dict[str, Path]
-    with open_phase(progress, "averaging", "bytes") as told:
+    result: dict[str, StateDict] | dict[str, Path]
+    with open_phase(progress, "averaging", "bytes") as report:
         if out_dir is None:
             require_output(digests=digests)
-            computed = in_memory_many(list(planned.values()), progress=told, **settings)
-            made = {
-                name: with_account(state_dict, one.provenance())
-                for (name, one), state_dict in zip(planned.items(), computed, strict=True)
+            computed = in_memory_many(list(planned.values()), progress=report, **settings)
+            result = {
+                name: with_account(state_dict, average.provenance())
+                for (name, average), state_dict in zip(planned.items(), computed, strict=True)
             }
         else:
-            made = {name: Path(out_dir) / _file_name(name, run) for name in planned}
+            result = {name: Path(out_dir) / _file_name(name, run) for name in planned}
             paths.check_output(out_dir)
             with _directory(Path(out_dir)):
-                outputs = [(planned[name], path) for name, path in made.items()]
+                outputs = [(planned[name], path) for name, path in result.items()]
                 targets = prepare_many(outputs, overwrite=overwrite, digests=digests)
                 ordered = list(planned.values())
-                write_many(ordered, targets, digests=digests, progress=told, **settings)
-    warn_of_stale({name: one.statistics for name, one in planned.items()})
-    return made
+                write_many(ordered, targets, digests=digests, progress=report, **settings)
+    warn_of_stale({name: average.statistics for name, average in planned.items()})
+    return result
 
 
 def plan_request(
@@ -169,8 +169,8 @@ def _directory(path: Path) -> Iterator[None]:
     Raises:
         OutputError: The path is not a directory, or cannot be created.
     """
-    made = [place for place in (path, *path.parents) if not place.exists()]
-    if not made and not path.is_dir():
+    missing = [directory for directory in (path, *path.parents) if not directory.exists()]
+    if not missing and not path.is_dir():
         raise OutputError(f"{path} is no directory", "Choose another out_dir.")
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -181,8 +181,8 @@ def _directory(path: Path) -> Iterator[None]:
     except BaseException:
         # A directory that is not empty stays: an output was published into it.
         with suppress(OSError):
-            for place in made:
-                place.rmdir()
+            for directory in missing:
+                directory.rmdir()
         raise
 
 
@@ -208,8 +208,8 @@ def _asked(
             f"(run.last(5), 'ema:decay=0.9'), but got {short(repr(asked))}"
         )
     # All averages share one pass in the run's order, so that a selection must keep the order.
-    places = {id(checkpoint): i for i, checkpoint in enumerate(run.opened)}
-    order = [places.get(id(checkpoint), -1) for checkpoint in selection]
+    positions = {id(checkpoint): i for i, checkpoint in enumerate(run.opened)}
+    order = [positions.get(id(checkpoint), -1) for checkpoint in selection]
     if -1 in order or order != sorted(order):
         raise UsageError(
             f"the checkpoints of {name!r} are no selection of the run that is averaged",

@@ -112,21 +112,21 @@ class Group:
 
         A source that is named twice has several rows.
         """
-        found: dict[int, list[int]] = {}
-        for row, place in enumerate(self.products):
-            found.setdefault(place, []).append(row)
-        return found
+        rows: dict[int, list[int]] = {}
+        for row, position in enumerate(self.products):
+            rows.setdefault(position, []).append(row)
+        return rows
 
     @cached_property
     def shares(self) -> tuple[tuple[Share, ...], ...]:
         """Parts of each source in the averages, by the position of the source."""
-        found: list[list[Share]] = [[] for _ in self.sources]
+        shares: list[list[Share]] = [[] for _ in self.sources]
         for number, member in enumerate(self.members):
             plan = member.plan
             weights = plan.coefficients if plan.averaged else (1.0,) * len(member.places)
-            for i, place in enumerate(member.places):
-                found[place].append(Share(number, weights[i], i == 0))
-        return tuple(map(tuple, found))
+            for i, position in enumerate(member.places):
+                shares[position].append(Share(number, weights[i], i == 0))
+        return tuple(map(tuple, shares))
 
 
 def grouped(
@@ -165,13 +165,13 @@ def watching(groups: Iterable[Group], tensors: Iterable[Tensor]) -> list[Group]:
         The marked groups, then one group per tensor that is read for the watcher alone.
     """
     wanted = {tensor: True for tensor in tensors if tensor.numel}
-    found: list[Group] = []
+    marked: list[Group] = []
     for group in groups:
         # Removed at the first occurrence, so that a tensor in several groups is watched once.
-        seen = [i for i, t in enumerate(group.sources) if wanted.pop(t, None)]
-        found.append(replace(group, watched=frozenset(seen)))
-    found += (Group("", t.shape, (t,), (), watched=frozenset([0])) for t in wanted)
-    return found
+        positions = [i for i, t in enumerate(group.sources) if wanted.pop(t, None)]
+        marked.append(replace(group, watched=frozenset(positions)))
+    marked += (Group("", t.shape, (t,), (), watched=frozenset([0])) for t in wanted)
+    return marked
 
 
 def _group(plans: list[tuple[int, TensorPlan]], ranks: Mapping[int, int], jobs: int) -> Group:
@@ -180,12 +180,17 @@ def _group(plans: list[tuple[int, TensorPlan]], ranks: Mapping[int, int], jobs: 
     if len(plans) > 1:
         # The sort is stable: tensors without a rank stay in the order of their output.
         inputs = dict(sorted(inputs.items(), key=lambda item: ranks.get(item[0][0], -1)))
-    place = {key: i for i, key in enumerate(inputs)}
-    placed = [(number, plan, tuple(place[key] for key in keys)) for number, plan, keys in keyed]
-    members = tuple(Member(*one) for one in placed if one[0] < jobs)
-    products = next((places for number, _, places in placed if number == jobs), ())
+    index = {key: i for i, key in enumerate(inputs)}
+    members: list[Member] = []
+    products: tuple[int, ...] = ()
+    for number, plan, keys in keyed:
+        positions = tuple(index[key] for key in keys)
+        if number < jobs:
+            members.append(Member(number, plan, positions))
+        else:
+            products = products or positions
     first = plans[0][1]
-    return Group(first.name, first.shape, tuple(inputs.values()), members, products)
+    return Group(first.name, first.shape, tuple(inputs.values()), tuple(members), products)
 
 
 def _keys(plan: TensorPlan) -> list[tuple[int, int]]:
@@ -193,26 +198,26 @@ def _keys(plan: TensorPlan) -> list[tuple[int, int]]:
 
     A tensor that occurs twice in a plan is read twice, so that the order of the sum is kept.
     """
-    seen: Counter[int] = Counter()
+    occurrences: Counter[int] = Counter()
     keys = []
     for tensor in plan.inputs:
-        keys.append((id(tensor), seen[id(tensor)]))
-        seen[id(tensor)] += 1
+        keys.append((id(tensor), occurrences[id(tensor)]))
+        occurrences[id(tensor)] += 1
     return keys
 
 
 def common_order(sequences: Iterable[Sequence[Checkpoint]]) -> list[Checkpoint]:
     """Find an order of checkpoints that agrees with several sequences; empty if there is none."""
-    known: dict[int, Checkpoint] = {}
+    checkpoints: dict[int, Checkpoint] = {}
     after: dict[int, dict[int, None]] = {}
     for sequence in sequences:
-        known |= {id(checkpoint): checkpoint for checkpoint in sequence}
-        for one, following in zip(sequence, (*sequence[1:], None), strict=True):
+        checkpoints |= {id(checkpoint): checkpoint for checkpoint in sequence}
+        for checkpoint, following in zip(sequence, (*sequence[1:], None), strict=True):
             # Dicts are ordered sets here, so that the result is the same in every process.
-            after.setdefault(id(one), {})
-            if following is not None and following is not one:
-                after.setdefault(id(following), {})[id(one)] = None
+            after.setdefault(id(checkpoint), {})
+            if following is not None and following is not checkpoint:
+                after.setdefault(id(following), {})[id(checkpoint)] = None
     try:
-        return [known[place] for place in TopologicalSorter(after).static_order()]
+        return [checkpoints[key] for key in TopologicalSorter(after).static_order()]
     except CycleError:
         return []

@@ -25,11 +25,11 @@ def warn_of_stale(states: Mapping[str, Statistics]) -> None:
         of = f" of {first_few(stale)}" if stale[0] else ""
         frozen = dict.fromkeys(layer for name in stale for layer in states[name].frozen)
         exclude = f", exclude=[{first_few([repr(layer) for layer in frozen])}]" if frozen else ""
-        kept = ", which leaves out what was frozen in training" if frozen else ""
+        explanation = ", which leaves out what was frozen in training" if frozen else ""
         warnings.warn(
             f"the BatchNorm statistics{of} are not those of the averaged weights (stale): once a "
             "model has the weights, recompute them with "
-            f"ckptavg.update_bn(model, train_loader{exclude}){kept}",
+            f"ckptavg.update_bn(model, train_loader{exclude}){explanation}",
             StaleStatisticsWarning,
             stacklevel=3,
         )
@@ -59,10 +59,10 @@ def log_results(plans: Sequence[Plan], results: Sequence[StreamResult], *, stale
         tensor.name for plan in plans for tensor in plan.tensors if tensor.dtype.kind != "int"
     }
     differing = {name for result in results for name in result.differing}
-    for what, names in (("integers", differing - floats), ("buffers", differing & floats)):
+    for kind, names in (("integers", differing - floats), ("buffers", differing & floats)):
         if names:
             which = first_few(sorted(names))
-            log.info("%s are not averaged but taken from the last checkpoint: %s", what, which)
+            log.info("%s are not averaged but taken from the last checkpoint: %s", kind, which)
     if nonfinite := {name for result in results for name in result.nonfinite}:
         log.warning("not finite and kept: %s", first_few(sorted(nonfinite)))
     if stale:

@@ -43,10 +43,10 @@ class Scheme:
         """
         if not steps:
             raise RunError("there is no checkpoint to average")
-        found = self._apply(steps)
-        if not math.fsum(found) > 0:
+        coefficients = self._apply(steps)
+        if not math.fsum(coefficients) > 0:
             raise RunError(f"the coefficients of {self.text} do not have a positive sum")
-        return found
+        return coefficients
 
     def note(self, coefficients: Sequence[float]) -> str:
         """Describe a surprising property of the scheme's coefficients; empty if there is none.
@@ -83,10 +83,10 @@ def parse(text: str) -> Scheme:
 
 
 def _parse(text: str) -> Scheme:
-    name, _, rest = text.partition(":")
+    name, _, option_text = text.partition(":")
     if name not in SCHEMES:
         raise UsageError(f"scheme is expected to be one of {', '.join(SCHEMES)} but got {name!r}")
-    options = _options(name, rest)
+    options = _options(name, option_text)
     remark = _REMARKS[name](options) if name in _REMARKS else _no_remark
     return Scheme(name, text, SCHEMES[name](options), remark)
 
@@ -96,11 +96,11 @@ def _meant(text: str) -> list[str]:
     start = _NAME.match(text)
     if start is None:
         return []
-    word, rest = start[1].lower(), text[start.end() :]
+    word, remainder = start[1].lower(), text[start.end() :]
     name = _OTHER_NAMES.get(word) or next(iter(close_names(word, SCHEMES, 1)), None)
     if name is None:
         return []
-    words = rest.strip(" :=(),")
+    words = remainder.strip(" :=(),")
     options = (
         [_meant_option(name, part) for part in re.split("[,;]", words)] if words else _USUAL[name]
     )
@@ -115,14 +115,15 @@ def _meant(text: str) -> list[str]:
 
 def _meant_option(name: str, part: str) -> str:
     """Correct the spelling of a scheme's option. A number alone is for the first option."""
-    known = _OPTIONS[name]
+    option_names = _OPTIONS[name]
     words = [word for word in _SEPARATORS.split(part) if word]
-    if not words or not known:
+    if not words or not option_names:
         return part
     key, value = words[0], " ".join(words[1:])
     if not value and _NUMBER.fullmatch(key):
-        return f"{known[0]}={key}"
-    key = next(iter(close_names(key, known, 1)), known[0] if len(known) == 1 else key)
+        return f"{option_names[0]}={key}"
+    fallback = option_names[0] if len(option_names) == 1 else key
+    key = next(iter(close_names(key, option_names, 1)), fallback)
     choices = _CHOICES.get(key, (value,))
     if value not in choices:
         close = close_names(value, choices, 1)
@@ -175,12 +176,12 @@ def _listed(weights: Sequence[float]) -> str:
 
 
 def _options(name: str, text: str) -> dict[str, str]:
-    known = _OPTIONS[name]
+    option_names = _OPTIONS[name]
     options: dict[str, str] = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
         key, separator, value = part.partition("=")
-        if key not in known or not separator or key in options:
-            expected = ", ".join(f"{k}=..." for k in known) or "none"
+        if key not in option_names or not separator or key in options:
+            expected = ", ".join(f"{k}=..." for k in option_names) or "none"
             raise UsageError(
                 f"the options of {name} are expected to be {expected} but got {part!r}"
             )
@@ -253,8 +254,8 @@ def _remark_on_seed(options: Mapping[str, str]) -> Remark:
 
     def remark(coefficients: Sequence[float]) -> str:
         """Return the remark; empty where another checkpoint weighs more."""
-        first, *others = coefficients
-        if options.get("debias") == "true" or not others or first <= max(others):
+        first, *later = coefficients
+        if options.get("debias") == "true" or not later or first <= max(later):
             return ""
         return (
             f"the oldest of {len(coefficients)} checkpoints weighs most "
@@ -281,13 +282,13 @@ def _remark_on_few(options: Mapping[str, str]) -> Remark:
 
 def _increasing(steps: Steps) -> list[float]:
     # Between equal steps the decay is 1, so that the later checkpoint would get the coefficient 0.
-    known = [step for step in steps if step is not None]
-    if len(known) < len(steps) or any(b <= a for a, b in pairwise(known)):
+    known_steps = [step for step in steps if step is not None]
+    if len(known_steps) < len(steps) or any(b <= a for a, b in pairwise(known_steps)):
         raise RunError(
             "per=step needs a step for every checkpoint, each greater than the one before",
             "`ckptavg inspect` shows the steps; leave per=step out to decay per checkpoint.",
         )
-    return known
+    return known_steps
 
 
 SCHEMES: dict[str, Callable[[Mapping[str, str]], Callable[[Steps], list[float]]]] = {

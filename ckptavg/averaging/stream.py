@@ -115,8 +115,8 @@ def stream(
     remote = any(is_url(piece.file) for g in groups for t in g.sources for piece in t.pieces)
     shared = _Shared(jobs, extras.watcher, READ_AHEAD // workers, remote=remote)
     report = progress or (lambda *_: None)
-    total, done = sum(map(_input_bytes, ranges)), 0
-    report(done, total)
+    total, bytes_done = sum(map(_input_bytes, ranges)), 0
+    report(bytes_done, total)
     with closing(shared), start_threads(workers) as pool:
         running: deque[Future[_Done]] = deque()
         try:
@@ -125,11 +125,11 @@ def stream(
                 # The queue is bounded, so that tasks of a large run do not fill the memory. Results
                 # are taken in the order of the tasks, on which the bits of the products depend.
                 if len(running) >= 4 * workers:
-                    done += shared.take(running.popleft().result())
-                    report(done, total)
+                    bytes_done += shared.take(running.popleft().result())
+                    report(bytes_done, total)
             while running:
-                done += shared.take(running.popleft().result())
-                report(done, total)
+                bytes_done += shared.take(running.popleft().result())
+                report(bytes_done, total)
         finally:
             shared.stopped.set()
             for future in running:
@@ -172,9 +172,9 @@ def _stay_alone() -> None:
     with _SETTING:
         usual = torch.get_num_threads()
         torch.set_num_threads(1)
-        other = threading.Thread(target=torch.set_num_threads, args=(usual,))
-        other.start()
-        other.join()
+        thread = threading.Thread(target=torch.set_num_threads, args=(usual,))
+        thread.start()
+        thread.join()
 
 
 def _input_bytes(part: Range) -> int:
@@ -209,12 +209,12 @@ def _tasks(ranges: Sequence[Range], block: int) -> Iterator[list[Range]]:
 
 def _blocks(group: Group, start: int, end: int, block: int) -> Iterator[tuple[int, int]]:
     # Number of float64 per element that a thread holds at a time.
-    held = len(group.members) + len(group.products) + 1
+    doubles = len(group.members) + len(group.products) + 1
     if not group.contiguous:
         # Up to twice this, where reads would be very short otherwise.
-        fair = 2 * STRIDED_BLOCK // held
+        fair = 2 * STRIDED_BLOCK // doubles
         return boxes(group.shape, start, end, max(1, fair, min(block, 2 * fair)))
-    size = max(1, min(block, _HELD // held))
+    size = max(1, min(block, _HELD // doubles))
     return ((at, min(size, end - at)) for at in range(start, end, size))
 
 
@@ -275,17 +275,17 @@ class _Shared:
         if worker is None:
             worker = self._local.worker = Worker(self.jobs, self.streamed.results, self.watcher)
             self.workers.append(worker)
-        done = 0
+        bytes_done = 0
         try:
             for block in self._prepared(worker, task):
                 if self.stopped.is_set():
                     break
                 worker.block(*block)
-                done += _block_bytes(block)
+                bytes_done += _block_bytes(block)
         except BaseException:
             self.stopped.set()
             raise
-        return _Done(done, worker.take_gram())
+        return _Done(bytes_done, worker.take_gram())
 
     def take(self, done: _Done) -> int:
         """Add the products of a finished task to the total, and return the task's bytes.

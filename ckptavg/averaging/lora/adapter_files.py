@@ -163,10 +163,10 @@ def _are_plain(checkpoint: Checkpoint, pairs: Sequence[Pair], alphas: Collection
         alphas: Names of its tensors that hold a product's alpha.
     """
     factors = {name for pair in pairs for name in (pair.first, pair.second)}
-    others = {*checkpoint.tensors} - factors - {*alphas}
+    unpaired = {*checkpoint.tensors} - factors - {*alphas}
     if checkpoint.layout not in FILE_LAYOUTS or checkpoint.refused:
         return False
-    if not all(name.endswith(_DIFFERENCES) for name in others):
+    if not all(name.endswith(_DIFFERENCES) for name in unpaired):
         return False
     for pair in pairs:
         if pair.first.startswith(_PEFT) or not _STANDARD.fullmatch(pair.first):

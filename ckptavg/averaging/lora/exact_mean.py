@@ -221,8 +221,8 @@ def _factors(checkpoint: Checkpoint) -> dict[str, re.Match[str]]:
     Returns:
         Name of a factor → match of the name's parts: stem, A or B, ending.
     """
-    found = ((name, _FACTOR.fullmatch(name)) for name in checkpoint.tensors)
-    return {name: match for name, match in found if match}
+    matches = ((name, _FACTOR.fullmatch(name)) for name in checkpoint.tensors)
+    return {name: match for name, match in matches if match}
 
 
 def _partner(match: re.Match[str]) -> str:
@@ -239,9 +239,9 @@ def _check_kind(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
 def _check_numbers(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
     ranks, alphas = (config.get(k) or {} for k in ("rank_pattern", "alpha_pattern"))
     if isinstance(ranks, dict) and isinstance(alphas, dict):
-        whole = all(type(r) is int and r > 0 for r in (config.get("r"), *ranks.values()))
+        ranks_valid = all(type(r) is int and r > 0 for r in (config.get("r"), *ranks.values()))
         scales = (config.get("lora_alpha"), *alphas.values())
-        if whole and all(type(a) in (int, float) for a in scales):
+        if ranks_valid and all(type(a) in (int, float) for a in scales):
             return
     raise CheckpointError(f"{checkpoint.path / peft.CONFIG} has no whole ranks and numeric alphas")
 
@@ -266,13 +266,15 @@ def _check_factors(checkpoint: Checkpoint, rules: Rules) -> None:
         UsageError: The patterns leave factors out.
     """
     factors = _factors(checkpoint)
-    others = [
+    other_parts = [
         name
         for name in (*checkpoint.tensors, *checkpoint.refused)
         if _OTHER_PART.fullmatch(name) and name not in factors and not _FACTOR_BIAS.fullmatch(name)
     ]
-    if others or not factors:
-        why = f"has parts other than A and B: {first_few(others)}" if others else "has no A and B"
+    if other_parts or not factors:
+        why = "has no A and B"
+        if other_parts:
+            why = f"has parts other than A and B: {first_few(other_parts)}"
         raise UnsupportedTensorError(f"the adapter {checkpoint.path} {why}", _MERGE)
     for name, match in factors.items():
         tensor, partner = checkpoint.tensors[name], checkpoint.tensors.get(_partner(match))
@@ -283,10 +285,10 @@ def _check_factors(checkpoint: Checkpoint, rules: Rules) -> None:
                 "It may have been saved without gathering its shards; save it again, or leave the "
                 "checkpoint out.",
             )
-    left = [name for name in factors if not rules.averages(name)]
-    if left:
+    excluded = [name for name in factors if not rules.averages(name)]
+    if excluded:
         raise UsageError(
-            f"the patterns leave out {first_few(left)}: the rank of all factors grows together",
+            f"the patterns leave out {first_few(excluded)}: the rank of all factors grows together",
             "Leave out only tensors that are averaged as they are (modules_to_save, biases).",
         )
 

@@ -74,13 +74,15 @@ def _read(
     """
     tensors: dict[str, list[Tensor]] = {}
     for layer, names in layers.items():
-        known = [checkpoint.tensors[name] for name in names if name in checkpoint.tensors]
-        if len(known) == len(names) and all(tensor.dtype.size for tensor in known):
-            tensors[layer] = known
-    reader.fetch((t, 0, t.numel) for known in tensors.values() for t in known if t.numel)
+        layer_tensors = [checkpoint.tensors[name] for name in names if name in checkpoint.tensors]
+        if len(layer_tensors) == len(names) and all(tensor.dtype.size for tensor in layer_tensors):
+            tensors[layer] = layer_tensors
+    reader.fetch(
+        (t, 0, t.numel) for layer_tensors in tensors.values() for t in layer_tensors if t.numel
+    )
     return {
-        layer: [(tensor.dtype.name, _bytes_of(reader, tensor)) for tensor in known]
-        for layer, known in tensors.items()
+        layer: [(tensor.dtype.name, _bytes_of(reader, tensor)) for tensor in layer_tensors]
+        for layer, layer_tensors in tensors.items()
     }
 
 

@@ -229,8 +229,8 @@ def _fits(scale_name: str, scale: Tensor, name: str, packed: Tensor) -> bool:
     if scale.numel == 1:
         # A 1-d tensor of bytes is mostly a bit field or a generator's state. It is a weight only
         # if the scale's name begins like its own.
-        own = leaf.partition("_")[0] == split_name(name)[1].lower().partition("_")[0]
-        return packed.dtype.size == 1 and (len(packed.shape) > 1 or own)
+        names_match = leaf.partition("_")[0] == split_name(name)[1].lower().partition("_")[0]
+        return packed.dtype.size == 1 and (len(packed.shape) > 1 or names_match)
     # As many scales as integers: the integers are the zero points of a quantizer.
     if scale.numel >= packed.numel:
         return False

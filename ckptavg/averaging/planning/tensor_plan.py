@@ -171,11 +171,11 @@ def make_plan(
     builder = _Builder(
         tuple(checkpoints), tuple(coefficients), rules, vectors, buffers, frozen, used[-1]
     )
-    rest = [name for name in base.tensors if name not in averaged]
-    check_copied(base, set(rest))
+    copied = [name for name in base.tensors if name not in averaged]
+    check_copied(base, set(copied))
     order = {name: i for i, name in enumerate(base.tensors)}
     tensors = [builder.averaged(name) for name in names] + [
-        builder.copied(name, base) for name in rest
+        builder.copied(name, base) for name in copied
     ]
     # The output keeps the base's order of tensors, copied and averaged ones mixed.
     tensors.sort(key=lambda t: order.get(t.name, len(order)))
@@ -278,8 +278,8 @@ class _Builder:
             return self.copied(name, self.last_used)
         if last.dtype.kind == "int" or name in self.buffers:
             plan = self.copied(name, self.checkpoints[-1])
-            others = () if plan.averaged else tuple(t for t in tensors[:-1] if t is not last)
-            return replace(plan, compared=others)
+            compared = () if plan.averaged else tuple(t for t in tensors[:-1] if t is not last)
+            return replace(plan, compared=compared)
         used = [i for i, c in enumerate(self.coefficients) if c != 0]
         dtype = self._output_dtype(name, [tensors[i].dtype for i in used])
         return TensorPlan(
@@ -351,13 +351,13 @@ def _wider(one: DType, other: DType) -> DType:
 
 def _with_ties(tensors: Sequence[TensorPlan]) -> list[TensorPlan]:
     """Tie tensors to the first tensor that has the same bytes in every source."""
-    seen: dict[object, str] = {}
+    first_names: dict[object, str] = {}
     tied: list[TensorPlan] = []
     for plan in tensors:
-        places = tuple(source.pieces for source in (*plan.sources, *plan.compared))
-        identity = (places, plan.dtype.name, plan.coefficients, plan.averaged)
+        pieces = tuple(source.pieces for source in (*plan.sources, *plan.compared))
+        identity = (pieces, plan.dtype.name, plan.coefficients, plan.averaged)
         # Empty tensors have no bytes, so that two of them are not the same tensor.
-        first = seen.setdefault(identity, plan.name) if math.prod(plan.shape) else plan.name
+        first = first_names.setdefault(identity, plan.name) if math.prod(plan.shape) else plan.name
         tied.append(plan if first == plan.name else replace(plan, tied_to=first))
     return tied
 
