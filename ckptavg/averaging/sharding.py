@@ -55,12 +55,12 @@ def byte_ranges(sizes: Sequence[int], rank: int, count: int) -> list[tuple[int, 
         each byte once, in the order of the ranks. Borders within a file are multiples of ``PAGE``.
     """
     total = sum(sizes)
-    found, before = [], 0
+    ranges, before = [], 0
     for size in sizes:
         begin, end = (_aligned(total * k // count - before, size) for k in (rank, rank + 1))
-        found.append((begin, end))
+        ranges.append((begin, end))
         before += size
-    return found
+    return ranges
 
 
 def _aligned(border: int, size: int) -> int:
@@ -86,15 +86,15 @@ def element_ranges(
         end (exclusive).
     """
     ranges = byte_ranges([file.size for file in layout.files], rank, count)
-    places = {
+    locations = {
         name: (offset, *borders)
         for file, borders in zip(layout.files, ranges, strict=True)
         for name, offset in file.offsets.items()
     }
-    found: dict[tuple[str, int], tuple[int, int]] = {}
+    parts: dict[tuple[str, int], tuple[int, int]] = {}
     for tensor in tensors:
-        if tensor.name in places and tensor.numel:
-            offset, begin, end = places[tensor.name]
+        if tensor.name in locations and tensor.numel:
+            offset, begin, end = locations[tensor.name]
             # Rounded up to the grain: an element across a border belongs to the part before.
             first, stop = (
                 min(
@@ -103,8 +103,8 @@ def element_ranges(
                 )
                 for border in (begin, end)
             )
-            found[tensor.name, tensor.numel] = (first, stop)
-    return found
+            parts[tensor.name, tensor.numel] = (first, stop)
+    return parts
 
 
 def untied(tensors: Iterable[T], layout: Layout) -> list[T]:
@@ -139,8 +139,8 @@ class Split:
     @property
     def tensors(self) -> list[list[TensorPlan]]:
         """Plans of each output's tensors, without ties where tied names have separate places."""
-        both = zip(self.plans, self.targets, strict=True)
-        return [untied(plan.tensors, target.layout) for plan, target in both]
+        pairs = zip(self.plans, self.targets, strict=True)
+        return [untied(plan.tensors, target.layout) for plan, target in pairs]
 
     @property
     def parts(self) -> dict[tuple[str, int], tuple[int, int]]:
@@ -149,12 +149,12 @@ class Split:
         One read serves all outputs, so that a tensor has the same part in every output. The first
         output with a place for the tensor decides the part.
         """
-        found: dict[tuple[str, int], tuple[int, int]] = {}
+        parts: dict[tuple[str, int], tuple[int, int]] = {}
         # Reversed, since later entries replace earlier ones: the first output decides.
         for target in reversed(self.targets):
-            own = self.processes.rank, self.processes.count, self.grain
-            found |= element_ranges(target.layout, target.tensors, *own)
-        return found
+            share = self.processes.rank, self.processes.count, self.grain
+            parts |= element_ranges(target.layout, target.tensors, *share)
+        return parts
 
     @contextmanager
     def opened(self) -> Iterator[list[FileSink]]:
@@ -207,33 +207,35 @@ class Split:
         extras = replace(extras, parts=self._parts_beside(extras) | self.parts)
         threads = default_threads(self.processes.neighbours)
         streamed = stream(jobs, extras, threads=threads, progress=look)
-        mine = {
+        own_outcome = {
             "results": [[sorted(r.differing), sorted(r.nonfinite)] for r in streamed.results],
             "gram": None if streamed.gram is None else streamed.gram.tolist(),
         }
         # Summed anew in the order of the ranks, so that all processes get the same bits.
         streamed.gram = None
-        for theirs in self.processes.gather(mine):
+        for outcome in self.processes.gather(own_outcome):
             for result, (differing, nonfinite) in zip(
-                streamed.results, theirs["results"], strict=True
+                streamed.results, outcome["results"], strict=True
             ):
                 result.differing.update(differing)
                 result.nonfinite.update(nonfinite)
-            if theirs["gram"] is not None:
-                gram = torch.tensor(theirs["gram"], dtype=torch.float64)
+            if outcome["gram"] is not None:
+                gram = torch.tensor(outcome["gram"], dtype=torch.float64)
                 streamed.gram = gram if streamed.gram is None else streamed.gram + gram
         return streamed
 
     def unite(self, leaves: Sequence[Leaves]) -> None:
         """Merge the digests of leaves that all processes have hashed of the same tensors."""
         # Compressed, since the leaves of other processes are zeros. Messages are text.
-        mine = [
-            {number: b64encode(zlib.compress(done)).decode() for number, done in one.done.items()}
-            for one in leaves
-        ]
-        for theirs in self.processes.gather(mine):
-            for one, done in zip(leaves, theirs, strict=True):
-                one.merge({int(n): zlib.decompress(b64decode(text)) for n, text in done.items()})
+        messages: list[dict[int, str]] = []
+        for digests in leaves:
+            packed = {n: b64encode(zlib.compress(raw)).decode() for n, raw in digests.done.items()}
+            messages.append(packed)
+        for gathered in self.processes.gather(messages):
+            for digests, texts in zip(leaves, gathered, strict=True):
+                digests.merge(
+                    {int(n): zlib.decompress(b64decode(text)) for n, text in texts.items()}
+                )
 
     def _parts_beside(self, extras: Extras) -> dict[tuple[str, int], tuple[int, int]]:
         """Assign tensors that are read but have no place in an output to the first process."""
@@ -250,8 +252,8 @@ class Split:
                 sink.flush()
             self.processes.gather([str(sink.root) for sink in sinks])
             yield sinks
-            for theirs in self.processes.gather([])[1:]:
-                for sink, checksums in zip(sinks, theirs, strict=True):
+            for rank_checksums in self.processes.gather([])[1:]:
+                for sink, checksums in zip(sinks, rank_checksums, strict=True):
                     sink.take_checksums(checksums)
 
     @contextmanager
@@ -276,10 +278,10 @@ class Split:
         Raises:
             ProcessesError: Two processes differ.
         """
-        mine = {what: _digest(seen) for what, seen in self._account().items()}
-        first, *others = self.processes.gather(mine)
-        for rank, theirs in enumerate(others, 1):
-            differing = [what for what in first if theirs[what] != first[what]]
+        digests = {subject: _digest(values) for subject, values in self._account().items()}
+        first, *following = self.processes.gather(digests)
+        for rank, gathered in enumerate(following, 1):
+            differing = [subject for subject in first if gathered[subject] != first[subject]]
             if differing:
                 raise ProcessesError(
                     f"processes 0 and {rank} do not have the same {differing[0]}",
@@ -305,10 +307,10 @@ class Split:
 
 
 def _digest(values: Iterable[object]) -> str:
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     for value in values:
-        found.update(repr(value).encode("utf-8", "backslashreplace"))
-    return found.hexdigest()
+        hasher.update(repr(value).encode("utf-8", "backslashreplace"))
+    return hasher.hexdigest()
 
 
 @contextmanager

@@ -94,9 +94,9 @@ class Geometry:
     def distances(self) -> torch.Tensor:
         """Distances ‖wᵢ − wⱼ‖, (n, n); 0 where below the rounding of distances to the first."""
         inner = self._differences
-        both = inner.diagonal() + inner.diagonal()[:, None]
-        squares = both - 2 * inner
-        squares[squares <= _RESOLVED * both] = 0
+        norm_sums = inner.diagonal() + inner.diagonal()[:, None]
+        squares = norm_sums - 2 * inner
+        squares[squares <= _RESOLVED * norm_sums] = 0
         return squares.sqrt()
 
     @property
@@ -210,8 +210,8 @@ def geometry(run: RunLike, *, progress: ProgressLike = None) -> Geometry:
     # Planning an average raises the errors for checkpoints that do not fit together.
     plan_average(run)
     tensors = weights(run)
-    with open_phase(progress, "measuring", "bytes") as told:
-        products = stream([], Extras(gram=tensors), progress=told).gram
+    with open_phase(progress, "measuring", "bytes") as report:
+        products = stream([], Extras(gram=tensors), progress=report).gram
     # A file that changed while being read makes the products meaningless. Shared files count once.
     for stamp in {stamp.path: stamp for c in run for stamp in c.files}.values():
         stamp.verify()
@@ -244,16 +244,16 @@ def weights(run: RunLike, rules: Rules | None = None) -> list[TensorPlan]:
     checkpoints = as_run(run).checkpoints
     plan = make_plan(checkpoints, [1.0] * len(checkpoints), rules or Rules())
     statistics = running_statistics(tensor.name for tensor in plan.tensors)
-    found = [
+    tensors = [
         tensor
         for tensor in plan.tensors
         if tensor.averaged
         and len(tensor.sources) == len(checkpoints)
         and tensor.name not in statistics
     ]
-    if not sum(tensor.sources[0].numel for tensor in found):
+    if not sum(tensor.sources[0].numel for tensor in tensors):
         raise CheckpointError(f"{checkpoints[-1].path} holds no floating-point weights")
-    return found
+    return tensors
 
 
 def geometry_of(run: RunLike, products: torch.Tensor | None) -> Geometry:
@@ -309,7 +309,7 @@ def _connected(links: Iterable[tuple[float, int, int]], count: int) -> list[list
         count: Number of checkpoints.
     """
     part = {i: {i} for i in range(count)}
-    for _, one, other in links:
-        joined = part[one] | part[other]
+    for _, first, second in links:
+        joined = part[first] | part[second]
         part |= dict.fromkeys(joined, joined)
     return [sorted(joined) for joined in {id(joined): joined for joined in part.values()}.values()]

@@ -63,15 +63,17 @@ class Verifier:
         Returns:
             The findings; empty where nothing was recorded.
         """
-        found = _check_archives(checkpoint)
-        made = checkpoint.provenance
-        if made is None or not is_recorded(made):
-            return found
+        findings = _check_archives(checkpoint)
+        provenance = checkpoint.provenance
+        if provenance is None or not is_recorded(provenance):
+            return findings
         path = str(checkpoint.path)
-        found.append(Finding(path, "record", SAME if is_sealed(made) else CHANGED))
-        found.append(self._compare(checkpoint, "weights", path, made[DIGEST]))
+        findings.append(Finding(path, "record", SAME if is_sealed(provenance) else CHANGED))
+        findings.append(self._compare(checkpoint, "weights", path, provenance[DIGEST]))
         home = checkpoint.path.parent
-        return found + [self._input(part, told, home) for part, told in accounts_of(made)]
+        return findings + [
+            self._input(part, account, home) for part, account in accounts_of(provenance)
+        ]
 
     def _input(self, part: str, told: Mapping[str, Any], home: Location) -> Finding:
         """Compare an input at every place where it may be; a file that is the same wins."""
@@ -80,8 +82,8 @@ class Verifier:
             return Finding(short(name), part, UNREADABLE, "the record of it is malformed")
         finding = Finding(str(name), part, MISSING)
         try:
-            for place in _places(str(name), home):
-                now = self._opened(place, part, str(key), str(expected))
+            for candidate in _places(str(name), home):
+                now = self._opened(candidate, part, str(key), str(expected))
                 if now.state == SAME:
                     return now
                 finding = now if finding.state == MISSING else finding
@@ -98,13 +100,13 @@ class Verifier:
         return self._compare(checkpoint, part, str(place), expected)
 
     def _compare(self, checkpoint: Checkpoint, part: str, path: str, expected: str) -> Finding:
-        known = (path, checkpoint.key)
+        key = (path, checkpoint.key)
         try:
-            if known not in self._known:
-                self._known[known] = digest(checkpoint, self._progress)
+            if key not in self._known:
+                self._known[key] = digest(checkpoint, self._progress)
         except CkptavgError as error:
             return Finding(path, part, UNREADABLE, error.message)
-        return Finding(path, part, SAME if self._known[known] == expected else CHANGED)
+        return Finding(path, part, SAME if self._known[key] == expected else CHANGED)
 
 
 def digest(checkpoint: Checkpoint, progress: Progress | None = None) -> str:
@@ -123,18 +125,18 @@ def digest(checkpoint: Checkpoint, progress: Progress | None = None) -> str:
 
 def _check_archives(checkpoint: Checkpoint) -> list[Finding]:
     """Check the entries of a checkpoint's zip files against the CRC-32, which torch ignores."""
-    found: list[Finding] = []
+    findings: list[Finding] = []
     for stamp in checkpoint.files:
         try:
             damaged = zip_reader.damaged_entries(stamp.path)
         except CkptavgError as error:
-            found.append(Finding(stamp.path, "archive", UNREADABLE, error.message))
+            findings.append(Finding(stamp.path, "archive", UNREADABLE, error.message))
             continue
         if damaged is not None:
             state = CHANGED if damaged else SAME
             why = f"not what their CRC-32 tells: {first_few(damaged)}" if damaged else ""
-            found.append(Finding(stamp.path, "archive", state, why))
-    return found
+            findings.append(Finding(stamp.path, "archive", state, why))
+    return findings
 
 
 def _places(name: str, home: Location) -> Iterator[Location]:
@@ -148,17 +150,17 @@ def _places(name: str, home: Location) -> Iterator[Location]:
         CkptavgError: The name is a URL that cannot be reached.
     """
     if is_url(name):
-        places: list[Location] = [locate(name)]
+        candidates: list[Location] = [locate(name)]
     elif Path(name).is_absolute():
-        places = [Path(name)]
+        candidates = [Path(name)]
     elif isinstance(home, Path):
         above = home.absolute()
-        places = [Path(name), *(place / name for place in (above, *above.parents))]
+        candidates = [Path(name), *(directory / name for directory in (above, *above.parents))]
     else:
-        places = [Path(name), locate(f"{home}/{name}")]
-    for place in dict.fromkeys(places):
-        if _is_there(place):
-            yield place
+        candidates = [Path(name), locate(f"{home}/{name}")]
+    for candidate in dict.fromkeys(candidates):
+        if _is_there(candidate):
+            yield candidate
 
 
 def _is_there(place: Location) -> bool:
