@@ -167,10 +167,8 @@ class _Expectation:
             if (reading := read(text, value, self.kinds)) is not None:
                 return reading
         is_kind = any(_is_instance(value, kind) for kind in self.kinds)
-        plain_types = {bool, int, float, str, list, tuple, type(None)}
-        is_checked = (
-            bool in self.kinds or self.choices or (self.strict and {*self.kinds} <= plain_types)
-        )
+        plain = {bool, int, float, str, list, tuple, type(None)}
+        is_checked = bool in self.kinds or self.choices or (self.strict and {*self.kinds} <= plain)
         # A word may be meant where numbers are expected, such as "auto". A broken number is a typo.
         is_mistyped = {int, float} & {*self.kinds} and _begins_a_number(value)
         if (is_checked or is_mistyped) and not is_kind:
@@ -192,10 +190,8 @@ class _Expectation:
                 words.append("none")
             else:
                 words.append(f"{getattr(kind, '__name__', kind)}")
-        default_text = (
-            f" (its default is {self.default!r})" if type(self.default) in self.kinds else ""
-        )
-        return " or ".join(dict.fromkeys(words)) + default_text
+        note = f" (its default is {self.default!r})" if type(self.default) in self.kinds else ""
+        return " or ".join(dict.fromkeys(words)) + note
 
 
 def _read_truth(text: str, value: Any, kinds: tuple[Any, ...]) -> bool | None:
