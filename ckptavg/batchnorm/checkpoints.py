@@ -113,7 +113,7 @@ def write_averages(
     # Each group reads the data once more.
     how = replace(how, training=rereadable(how.training, len(groups)), peers=peers)
     hashed: InputDigests | None = None
-    done: dict[int, tuple[BatchNormResult, Mapping[str, Any]]] = {}
+    written: dict[int, tuple[BatchNormResult, Mapping[str, Any]]] = {}
 
     with _opened(targets, how.peers) as sinks:
 
@@ -122,25 +122,25 @@ def write_averages(
             nonlocal hashed
             del number, of
             # Start the digests anew: a pass that failed may have hashed half of a tensor.
-            if digests and not done:
+            if digests and not written:
                 hashed = InputDigests(c for p in averages for c in p.plan.inputs)
             weights = api.in_memory_many(
                 [averages[i] for i in group], order=order, keep_nonfinite=keep_nonfinite,
-                inputs=None if done else hashed, progress=progress, stale=False,
+                inputs=None if written else hashed, progress=progress, stale=False,
             )  # fmt: skip
             before = [averages[i].statistics for i in group]
             results = refresh(weights, how, [str(outs[i]) for i in group], before, excluded)
             for i, state_dict, (result, after) in zip(group, weights, results, strict=True):
-                made = with_statistics(targets[i].made, after)
-                target = outputs.change_provenance(targets[i], sinks[i], made)
-                made = dict(target.made)
+                provenance = with_statistics(targets[i].made, after)
+                target = outputs.change_provenance(targets[i], sinks[i], provenance)
+                provenance = dict(target.made)
                 if hashed is not None:
-                    made = recorded(made, averages[i].plan.inputs, hashed.of)
-                done[i] = result, outputs.fill(target, sinks[i], state_dict, made)
+                    provenance = recorded(provenance, averages[i].plan.inputs, hashed.of)
+                written[i] = result, outputs.fill(target, sinks[i], state_dict, provenance)
             peers.agree()
 
         run_passes(groups, run_pass, how.runtime, peers)
-    return [done[i] for i in range(len(averages))]
+    return [written[i] for i in range(len(averages))]
 
 
 def prepare_copy(
@@ -202,23 +202,23 @@ def update_checkpoint(
             "the checkpoint counts no batches, as where BatchNorm was frozen in training: if it was"
             ", keep its statistics by exclude='*', --bn-exclude '*' on the command line"
         )
-    made = with_statistics(
+    provenance = with_statistics(
         checkpoint.provenance or outputs.provenance(REFRESHED, [checkpoint], [1.0], before), before
     )
-    if is_recorded(made):
-        made = sealed(made | {DIGEST: PENDING})
-    target = prepare_copy(checkpoint, out, made, overwrite=overwrite)
+    if is_recorded(provenance):
+        provenance = sealed(provenance | {DIGEST: PENDING})
+    target = prepare_copy(checkpoint, out, provenance, overwrite=overwrite)
     peers = Together(how.peers)
     how = replace(how, peers=peers)
-    done: list[tuple[BatchNormResult, Mapping[str, Any]]] = []
+    written: list[tuple[BatchNormResult, Mapping[str, Any]]] = []
     with _opened([target], how.peers) as (sink,):
 
         def run_pass(group: Sequence[Checkpoint], number: int, of: int) -> None:
             """Refresh and store the copy."""
             del group, number, of
             weights = api.load(checkpoint)
-            (found,) = refresh([weights], how, [str(checkpoint.path)], [before], excluded)
-            result, after = found
+            (refreshed,) = refresh([weights], how, [str(checkpoint.path)], [before], excluded)
+            result, after = refreshed
             if after.not_recomputed and not result.layers:
                 raise BatchNormError(
                     f"no statistics of {checkpoint.path} can be recomputed: not those of "
@@ -226,11 +226,11 @@ def update_checkpoint(
                     "Recompute them with the model's own code.",
                 )
             filled = outputs.change_provenance(target, sink, with_statistics(target.made, after))
-            done.append((result, outputs.fill(filled, sink, weights, filled.made)))
+            written.append((result, outputs.fill(filled, sink, weights, filled.made)))
             peers.agree()
 
         run_passes([[checkpoint]], run_pass, how.runtime, peers)
-    return done[0]
+    return written[0]
 
 
 def refresh(
@@ -273,8 +273,8 @@ def refresh(
                 state_dict[name] = _narrowed(name, value, state_dict[name])
     # A model without layers to recompute takes no part in the pass and has counts of 0.
     passed = max((result for result, _ in results), key=lambda result: result.batches)
-    seen = how.peers.gather([passed.batches, passed.samples])
-    batches_of_all, samples_of_all = (sum(counts) for counts in zip(*seen, strict=True))
+    counts_of_peers = how.peers.gather([passed.batches, passed.samples])
+    batches_of_all, samples_of_all = (sum(counts) for counts in zip(*counts_of_peers, strict=True))
     return [
         (replace(r, batches=batches_of_all, samples=samples_of_all) if r.layers else r, after)
         for r, after in results

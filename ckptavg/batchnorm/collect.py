@@ -143,7 +143,7 @@ class _Collector:
         """Reserve buffers for a kernel's mean and variance, as ``Sink.land`` describes."""
         # A layer that is called several times per batch needs a landing for each call.
         landings = self._seen.landings
-        landing = next((one for one in landings if not one.counts[slot]), None)
+        landing = next((candidate for candidate in landings if not candidate.counts[slot]), None)
         if landing is None:
             landing = self.kernels.landing()
             landings.append(landing)
@@ -247,11 +247,15 @@ class ModelPass:
         written = {name for name, _ in self.moments}
         for name in written:
             self.layers[name].end_training()
-        others = [layer for name, layer in self.layers.items() if name not in written]
-        kept = {why: tuple(layer.name for layer in others if layer.kept == why) for why in _KEPT}
-        for why, (level, text) in _KEPT.items():
-            if kept[why]:
-                log.log(level, text, first_few([name or "the model" for name in kept[why]]))
+        unwritten = [layer for name, layer in self.layers.items() if name not in written]
+        by_reason = {
+            reason: tuple(layer.name for layer in unwritten if layer.kept == reason)
+            for reason in _KEPT
+        }
+        for reason, (level, text) in _KEPT.items():
+            names = [name or "the model" for name in by_reason[reason]]
+            if names:
+                log.log(level, text, first_few(names))
         if self._unwatched:
             log.warning(
                 "what goes through %s cannot be seen: statistics left as they were",
@@ -261,10 +265,10 @@ class ModelPass:
             len(written),
             batches,
             samples,
-            kept[None],
+            by_reason[None],
             self._written(),
-            kept["frozen"],
-            (*kept["unknown"], *self._unwatched),
+            by_reason["frozen"],
+            (*by_reason["unknown"], *self._unwatched),
         )
 
     def _moments_of(self, layer: str) -> dict[Names, Moments]:
@@ -306,10 +310,10 @@ class ModelPass:
                 TOLERANCE,
             )
             self._waiting[0] = self._see(self._waiting[0].through)
-        seen = self._waiting.popleft()
-        for landing in seen.landings:
+        oldest = self._waiting.popleft()
+        for landing in oldest.landings:
             self.collector.kernels.merge(landing)
-        for key, moments in seen.moments:
+        for key, moments in oldest.moments:
             self._merge(key, moments)
 
     def _merge(self, key: Key, moments: Moments) -> None:
@@ -403,9 +407,12 @@ def replace_all(changes: Sequence[Change]) -> None:
                 # Restore the buffer that failed too: torch may raise after it has written values.
                 # Inference tensors can be written in inference mode only. A buffer that refused
                 # the new value may refuse the old value as well.
-                for done, value in zip(changes[: number + 1], before, strict=False):
-                    with torch.inference_mode(done.buffer.is_inference()), suppress(RuntimeError):
-                        done.buffer.copy_(value)
+                for written, value in zip(changes[: number + 1], before, strict=False):
+                    with (
+                        torch.inference_mode(written.buffer.is_inference()),
+                        suppress(RuntimeError),
+                    ):
+                        written.buffer.copy_(value)
                 raise BatchNormError(
                     f"{change.name} cannot be written: {type(error).__name__}: {error}",
                     "The statistics of all layers are as they were.",

@@ -190,11 +190,11 @@ class WatchedLayer:
     ) -> Any:
         """Run the forward pass with a temporary mean and variance as running statistics."""
         layer, state = self.layer, vars(self.layer)
-        buffers, own = layer._buffers, dict(layer._buffers)
+        buffers, originals = layer._buffers, dict(layer._buffers)
         momentum = state["momentum"]
         buffers["running_mean"], buffers["running_var"] = statistics
         # A temporary counter, since the layer's own counter must not advance.
-        if (counter := own.get("num_batches_tracked")) is not None:
+        if (counter := originals.get("num_batches_tracked")) is not None:
             if self._counter is None:
                 self._counter = torch.zeros_like(counter)
             buffers["num_batches_tracked"] = self._counter
@@ -204,7 +204,7 @@ class WatchedLayer:
         try:
             return self._forward(*args, **kwargs)
         finally:
-            buffers.update(own)
+            buffers.update(originals)
             state["training"], state["momentum"] = False, momentum
 
     def _scratch(self) -> tuple[torch.Tensor | None, ...]:
@@ -235,16 +235,16 @@ class CustomLayer(WatchedLayer):
         self.trusted = False
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
-        given = only_tensor(args, kwargs)
-        if given is not None and not given.numel():
+        tensor = only_tensor(args, kwargs)
+        if tensor is not None and not tensor.numel():
             return self._forward(*args, **kwargs)
-        if given is not None and self._is_single(given):
-            self._add(batch_moments(given))
-            return self._run_on_single(given, args, kwargs)
+        if tensor is not None and self._is_single(tensor):
+            self._add(batch_moments(tensor))
+            return self._run_on_single(tensor, args, kwargs)
         if self._rule is None:
             self._rule = self._find_rule(args, kwargs)
-        if self._rule == "argument" and given is not None:
-            return self._take(given, args, kwargs)
+        if self._rule == "argument" and tensor is not None:
+            return self._take(tensor, args, kwargs)
         if self._rule in {"frozen", "unknown"}:
             return self._forward(*args, **kwargs)
         if self._rule == "kernel":
@@ -295,13 +295,13 @@ class CustomLayer(WatchedLayer):
     def _run_with_copies(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the forward pass in training mode on copies of the buffers."""
         buffers, state = self.layer._buffers, vars(self.layer)
-        own = dict(buffers)
-        buffers.update({k: v if v is None else v.clone() for k, v in own.items()})
+        originals = dict(buffers)
+        buffers.update({k: v if v is None else v.clone() for k, v in originals.items()})
         state["training"] = True
         try:
             return self._forward(*args, **kwargs)
         finally:
-            buffers.update(own)
+            buffers.update(originals)
             state["training"] = False
 
 
@@ -312,8 +312,8 @@ def watch(name: str, layer: nn.Module) -> WatchedLayer:
 
 def _forward_is_torchs(layer: nn.Module) -> bool:
     """Return True if a layer's forward pass is that of torch's own BatchNorm or InstanceNorm."""
-    own = (_BatchNorm.forward, _InstanceNorm.forward, nn.SyncBatchNorm.forward)
-    return "forward" not in vars(layer) and type(layer).forward in own
+    torch_forwards = (_BatchNorm.forward, _InstanceNorm.forward, nn.SyncBatchNorm.forward)
+    return "forward" not in vars(layer) and type(layer).forward in torch_forwards
 
 
 class _Apart(nn.SyncBatchNorm):

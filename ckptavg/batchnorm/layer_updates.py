@@ -93,8 +93,8 @@ class KernelCalls(TorchFunctionMode):
     def _is_own(self, tensor: torch.Tensor) -> bool:
         """Return True if a tensor and a buffer of the layer share memory."""
         # The kernel may get a view of a buffer, so addresses are compared.
-        own = (value for value in self._layer._buffers.values() if value is not None)
-        return any(tensor.data_ptr() == value.data_ptr() for value in own)
+        buffers = (value for value in self._layer._buffers.values() if value is not None)
+        return any(tensor.data_ptr() == value.data_ptr() for value in buffers)
 
 
 class LayerUpdate:
@@ -123,10 +123,10 @@ class LayerUpdate:
         # Try float64 first, then the own types: compiled kernels may accept only float32.
         for convert in (_wide, _as_it_is):
             self._widen(convert)
-            for given in _samples(args, kwargs):
+            for arguments in _samples(args, kwargs):
                 try:
                     with _undisturbed():
-                        return self._rule(given)
+                        return self._rule(arguments)
                 # A user's layer may raise any error in a copy.
                 except Exception as error:
                     if is_out_of_memory(error):
@@ -142,18 +142,18 @@ class LayerUpdate:
             Moments by the names of the statistics. A mean and a variance share the moments of all
             values. Any other statistic stands alone, as a mean over batches weighted by samples.
         """
-        given = args, kwargs
+        arguments = args, kwargs
         with _undisturbed():
             # Copy the layer anew: a model may pass a mask as an attribute of the layer.
             self._widen(self._convert)
-            values = self._found(self._run(given))
+            values = self._found(self._run(arguments))
             if isinstance(self._copy, _InstanceNorm):
-                count = next(tensors_of(given)).shape[0]
+                count = next(tensors_of(arguments)).shape[0]
                 mean, variance = (values[name] for name in self._names)
                 return {self._names: Moments(count, mean, variance * count, instances=True)}
             if self._pair:
-                return {self._names: self._pooled(given, values)}
-        samples = next((len(t) for t in tensors_of(given) if t.dim()), 1)
+                return {self._names: self._pooled(arguments, values)}
+        samples = next((len(t) for t in tensors_of(arguments) if t.dim()), 1)
         zero = torch.zeros_like
         return {(n,): Moments(samples, v, zero(v), instances=True) for n, v in values.items()}
 
@@ -198,8 +198,8 @@ class LayerUpdate:
         shifts = {name: 1.0 + base[name].abs().max().item() for name in base}
         for name, shift in shifts.items():
             moved = self._run(given, start=start | {name: start[name] + shift})
-            kept = (moved[name] - base[name]) / shift
-            factors[name] = _rounded(1 - kept.mean().item())
+            old_weights = (moved[name] - base[name]) / shift
+            factors[name] = _rounded(1 - old_weights.mean().item())
             if not -_CLOSE < factors[name] < 1 + _CLOSE:
                 return {}
             expected = base | {name: base[name] + (1 - factors[name]) * shift}
@@ -273,10 +273,10 @@ class LayerUpdate:
             start: Values of the statistics before the run.
             moved: One value to change: number of the floating tensor, index, distance.
         """
-        args, kwargs = given = map_tensors(given, self._convert)
+        args, kwargs = arguments = map_tensors(given, self._convert)
         if moved is not None:
             which, index, distance = moved
-            floats = [t for t in tensors_of(given) if t.is_floating_point() and t.numel() > 1]
+            floats = [t for t in tensors_of(arguments) if t.is_floating_point() and t.numel() > 1]
             # The conversion has copied the tensors, so the caller's values stay.
             floats[which][index] += distance
         self._prepare(start or self._start)
@@ -297,8 +297,9 @@ class LayerUpdate:
             if value is None:
                 continue
             if name in start:
-                both = complex(start[name], start[name]) if value.is_complex() else start[name]
-                self._copy._buffers[name] = torch.full_like(value, both)
+                real = start[name]
+                start_value = complex(real, real) if value.is_complex() else real
+                self._copy._buffers[name] = torch.full_like(value, start_value)
             elif value.numel() == 1 and (not value.is_floating_point() or _COUNTER.search(name)):
                 self._copy._buffers[name] = torch.zeros_like(value)
             else:
@@ -432,15 +433,15 @@ def _counts(share: float, bend: float) -> tuple[int, int] | None:
         The two counts; None if the statistics are not a plain mean and variance.
     """
     ratio = bend / share**2
-    whole = round(ratio)
-    if whole < 1 or abs(ratio - whole) > _CLOSE * whole + 0.01:
+    rounded = round(ratio)
+    if rounded < 1 or abs(ratio - rounded) > _CLOSE * rounded + 0.01:
         return None
     # If the layer does not scale its inputs, the mean alone gives n. For a biased variance, n is
     # one more than the ratio.
-    if abs(1 / share - (whole + 1)) < 0.25 and abs(1 / share - whole) > 0.25:
-        return whole + 1, whole + 1
+    if abs(1 / share - (rounded + 1)) < 0.25 and abs(1 / share - rounded) > 0.25:
+        return rounded + 1, rounded + 1
     # A variance that combines parts, such as instances, has another bend. Then the mean gives n.
     plain = round(1 / share)
-    if whole != plain > 1 and abs(1 / share - plain) < _CLOSE and 0.75 < whole / plain < 1.33:
+    if rounded != plain > 1 and abs(1 / share - plain) < _CLOSE and 0.75 < rounded / plain < 1.33:
         return plain, plain
-    return whole, whole - 1
+    return rounded, rounded - 1

@@ -49,10 +49,12 @@ class _ModuleState:
         if _has_plain_attributes(module):
             self._attributes = {k: v for k, v in vars(module).items() if k not in _INTERNAL}
             self._contents = {k: _contents_of(v) for k, v in self._attributes.items()}
-        own = module.parameters(recurse=False)
-        self._weights = [(weight, weight.data) for weight in own if not is_lazy(weight)]
-        held = [*self._buffers.values(), *tensors_of(self._attributes)]
-        self._values = [_Value(tensor) for tensor in held if not isinstance(tensor, nn.Parameter)]
+        parameters = module.parameters(recurse=False)
+        self._weights = [(weight, weight.data) for weight in parameters if not is_lazy(weight)]
+        tensors = [*self._buffers.values(), *tensors_of(self._attributes)]
+        self._values = [
+            _Value(tensor) for tensor in tensors if not isinstance(tensor, nn.Parameter)
+        ]
 
     def restore(self) -> None:
         """Restore the module's mode, buffers, attributes and replaced weights."""

@@ -103,9 +103,9 @@ def batch_moments(values: torch.Tensor) -> Moments:
         variance, mean = torch.var_mean(values.double(), axes, correction=0)
         count = values.numel() // values.shape[1]
         return Moments(count, mean, variance * count)
-    first, *others = map(_block_moments, _blocks(values))
-    for other in others:
-        first.merge(other)
+    first, *later_blocks = map(_block_moments, _blocks(values))
+    for block in later_blocks:
+        first.merge(block)
     return first
 
 
@@ -272,13 +272,13 @@ class KernelMoments:
     def moments(self) -> list[Moments | None]:
         """Return the moments of each layer on the CPU; None for a layer without data."""
         parts = torch.stack((self._count, self._mean, self._spread)).cpu()
-        each = torch.split(parts, self._sizes.tolist(), dim=1)
-        return [Moments(int(n[0]), m.clone(), s.clone()) if n[0] else None for n, m, s in each]
+        by_layer = torch.split(parts, self._sizes.tolist(), dim=1)
+        return [Moments(int(n[0]), m.clone(), s.clone()) if n[0] else None for n, m, s in by_layer]
 
     def _counts(self, counts: list[int]) -> torch.Tensor:
         """Return a batch's counts per channel as a tensor."""
         # Most batches have the counts of the batch before, so the tensor is kept.
         if self._known is None or self._known[0] != counts:
-            each = torch.tensor(counts, dtype=torch.float64).repeat_interleave(self._sizes)
-            self._known = counts, each.to(self._home)
+            per_channel = torch.tensor(counts, dtype=torch.float64).repeat_interleave(self._sizes)
+            self._known = counts, per_channel.to(self._home)
         return self._known[1]

@@ -58,12 +58,12 @@ class KernelDispatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         names = [argument.name for argument in func._schema.arguments]
         if "running_mean" in names:
-            given = dict(zip(names, args, strict=False)) | kwargs
-            mean = given["running_mean"]
+            arguments = dict(zip(names, args, strict=False)) | kwargs
+            mean = arguments["running_mean"]
             # The kernels name the training flag differently; some only have a momentum.
-            trains = given.get("training", given.get("train", "momentum" in given))
+            trains = arguments.get("training", arguments.get("train", "momentum" in arguments))
             if trains and mean is not None and mean.data_ptr() in self._layers:
-                self._layers[mean.data_ptr()].hear(given["input"])
+                self._layers[mean.data_ptr()].hear(arguments["input"])
         return func(*args, **kwargs)
 
 

@@ -65,19 +65,25 @@ def recompute_statistics(
         BatchNormError: As for ``update_bn``.
     """
     before = [_with_constant_layers(s, m) for s, m in zip(before, models, strict=True)]
-    kept = [_modules(m, {*s.frozen, *excluded}) for m, s in zip(models, before, strict=True)]
-    wanting = [i for i, m in enumerate(models) if tracked_layers(bare_module(m)).keys() - kept[i]]
+    excluded_modules = [
+        _modules(m, {*s.frozen, *excluded}) for m, s in zip(models, before, strict=True)
+    ]
+    wanting = [
+        i
+        for i, m in enumerate(models)
+        if tracked_layers(bare_module(m)).keys() - excluded_modules[i]
+    ]
     results = {i: BatchNormResult(0, 0, 0) for i in range(len(models))}
     if wanting:
-        done = recompute(
+        recomputed = recompute(
             [models[i] for i in wanting], batches, runtime, forward,
-            [kept[i] for i in wanting], peers,
+            [excluded_modules[i] for i in wanting], peers,
         )  # fmt: skip
-        results |= dict(zip(wanting, done, strict=True))
+        results |= dict(zip(wanting, recomputed, strict=True))
     states: list[Statistics] = []
     for i, model in enumerate(models):
-        found = _with_frozen(before[i], model, _submodules(model, results[i].frozen))
-        states.append(found.after(excluded, _updated(model, results[i].written)))
+        statistics = _with_frozen(before[i], model, _submodules(model, results[i].frozen))
+        states.append(statistics.after(excluded, _updated(model, results[i].written)))
     _log(states, {layer for result in results.values() for layer in result.unreached})
     return [(results[i], state) for i, state in enumerate(states)]
 
@@ -96,21 +102,22 @@ def statistics_of(checkpoint: Checkpoint | Weights, model: nn.Module) -> Statist
     layers = batchnorm_layers(checkpoint.tensors)
     if not layers:
         return Statistics("none")
-    made = checkpoint.provenance or {}
+    provenance = checkpoint.provenance or {}
     state: State = "stale" if checkpoint.is_average else "own"
-    for known in get_args(State):
-        if made.get("bn") == known:
-            state = known
-    frozen = listed_layers(made).get("frozen")
+    for candidate in get_args(State):
+        if provenance.get("bn") == candidate:
+            state = candidate
+    frozen = listed_layers(provenance).get("frozen")
     if frozen is not None:
         return Statistics(state, layers, tuple(layer for layer in layers if layer in frozen))
-    found = _with_constant_layers(Statistics(state, layers), model)
+    statistics = _with_constant_layers(Statistics(state, layers), model)
     # Where all counts are missing, the checkpoint may have been written without counts, so missing
     # counts are no sign of frozen layers.
     uncounted = uncounted_layers(checkpoint, model)
     if state != "own" or len(uncounted) == len(layers):
-        return found
-    return replace(found, frozen=tuple(n for n in layers if n in {*found.frozen, *uncounted}))
+        return statistics
+    frozen_names = {*statistics.frozen, *uncounted}
+    return replace(statistics, frozen=tuple(n for n in layers if n in frozen_names))
 
 
 def uncounted_layers(checkpoint: Checkpoint | Weights, model: nn.Module) -> list[str]:
@@ -119,10 +126,12 @@ def uncounted_layers(checkpoint: Checkpoint | Weights, model: nn.Module) -> list
     There are two causes. In training the layers were of a class with constant statistics, as in
     backbones of detectors. Or the program that wrote the checkpoint left all counts out.
     """
-    known = {*bare_names(list(model.state_dict())).values()}
+    names_in_model = {*bare_names(list(model.state_dict())).values()}
     layers = batchnorm_layers(checkpoint.tensors)
     counts = {layer: batch_count(layer) for layer in layers}
-    return [n for n in layers if counts[n] in known and counts[n] not in checkpoint.tensors]
+    return [
+        n for n in layers if counts[n] in names_in_model and counts[n] not in checkpoint.tensors
+    ]
 
 
 def layers_of(averages: Iterable[Average]) -> list[str]:
@@ -154,8 +163,8 @@ def _with_frozen(
     # For an average, the frozen layers are known from the checkpoints already.
     if statistics.state != "own" or not layers:
         return statistics
-    known = {*statistics.frozen, *_stored_names(model, layers)}
-    return replace(statistics, frozen=tuple(n for n in statistics.layers if n in known))
+    frozen_names = {*statistics.frozen, *_stored_names(model, layers)}
+    return replace(statistics, frozen=tuple(n for n in statistics.layers if n in frozen_names))
 
 
 def _submodules(model: nn.Module, names: Collection[str]) -> set[nn.Module]:
@@ -208,14 +217,14 @@ def _log(states: Sequence[Statistics], unreached: Collection[str]) -> None:
     """
     # Models of one kind often share a state, which is logged once.
     for after in dict.fromkeys(states):
-        kept = {*after.frozen, *after.excluded}
+        frozen_or_excluded = {*after.frozen, *after.excluded}
         unknown = [layer for layer in after.not_recomputed if layer not in unreached]
         if unknown:
             log.warning(
                 "the running statistics of %d of %d layers cannot be recomputed: %s",
                 len(unknown), len(after.layers), first_few(unknown),
             )  # fmt: skip
-        elif kept.issuperset(after.layers):
+        elif frozen_or_excluded.issuperset(after.layers):
             log.info("%s", _describe_kept(after))
 
 

@@ -119,10 +119,10 @@ def update_bn(
         return BatchNormResult(0, 0, 0, frozen=frozen)
     peers = peers_of_group()
     loader = open_loader(data, runtime, shuffle=True, subset=as_subset(bn_samples), peers=peers)
-    with open_phase(progress, "BatchNorm", "samples") as told, malloc.kept(runtime.device):
-        batches = counted(loader, told or (lambda *_: None), peers, seed)
-        kept = {*excluded, *frozen}
-        result = recompute([model], batches, runtime, forward, [kept], peers)[0]
+    with open_phase(progress, "BatchNorm", "samples") as report, malloc.kept(runtime.device):
+        batches = counted(loader, report or (lambda *_: None), peers, seed)
+        frozen_or_excluded = {*excluded, *frozen}
+        result = recompute([model], batches, runtime, forward, [frozen_or_excluded], peers)[0]
     return replace(
         result, frozen=(*frozen, *result.frozen), unknown=(*result.unknown, *unreachable)
     )
@@ -169,7 +169,7 @@ def recompute(
     if not any(tracked_layers(bare_module(model)) for model in models):
         log.info("the model has no BatchNorm layers with running statistics: nothing to recompute")
         return [BatchNormResult(0, 0, 0) for _ in models]
-    seen, samples = 0, 0
+    batches_read, samples = 0, 0
     channels = Channels(models[0], runtime.device, scoring=False)
     with ExitStack() as stack, torch.no_grad():
         passes = [
@@ -178,13 +178,13 @@ def recompute(
         ]
         # All models see a batch before the next is read, so the data is read once.
         for batch in moved(batches, runtime.device):
-            here = channels.arrange(batch.here)
-            through = Through(forward or call, runtime, channels, here)
+            batch_on_device = channels.arrange(batch.here)
+            through = Through(forward or call, runtime, channels, batch_on_device)
             for model_pass in passes:
                 model_pass.take(through)
-            seen += 1
+            batches_read += 1
             samples += size_of(batch.given)
-        of_all = finish(passes, seen, peers or Alone())
+        of_all = finish(passes, batches_read, peers or Alone())
     # Written at the very end and for all models at once, so that an error changes no model.
     replace_all([change for model_pass in passes for change in model_pass.changes(of_all)])
-    return [model_pass.result(seen, samples) for model_pass in passes]
+    return [model_pass.result(batches_read, samples) for model_pass in passes]
