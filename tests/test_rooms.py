@@ -23,7 +23,16 @@ FLOORS = (
     ("__main__", "__init__"),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-LARGEST_FILE = 500  # lines, docstrings included
+LARGEST_FILE = 450  # lines, docstrings included
+# Files that want a wall moved: the list may only shrink.
+STILL_LONG = {
+    "averaging/api.py",
+    "batchnorm/collect.py",
+    "formats/state_dict.py",
+    "formats/safe_pickle/unpickler.py",
+    "formats/torch_save/zip_reader.py",
+    "runs/run.py",
+}
 PUBLIC = [
     "average", "average_many", "update_bn", "CkptavgError", "StaleStatisticsWarning", "Candidate",
     "evaluate", "compare", "Result", "Results", "Checkpoint", "open_checkpoint", "geometry", "Run",
@@ -74,8 +83,12 @@ def test_root_holds_few_modules():
 
 
 def test_files_are_short():
-    long = [str(m) for m in MODULES if len(m.read_text().splitlines()) > LARGEST_FILE]
-    assert not long
+    long = {
+        module.relative_to(PACKAGE).as_posix()
+        for module in MODULES
+        if len(module.read_text().splitlines()) > LARGEST_FILE
+    }
+    assert long == STILL_LONG
 
 
 def test_public_names_are_known():
