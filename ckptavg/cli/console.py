@@ -27,6 +27,7 @@ from rich.text import Text
 from rich.theme import Theme
 
 from ckptavg.cli.lasting_stream import LastingStream
+from ckptavg.cli.wording import for_shell
 from ckptavg.display.json_text import json_text
 from ckptavg.display.table_layout import Line, lay_out, wrap_note
 from ckptavg.display.tables import Column, Table, rows_of_texts
@@ -111,12 +112,12 @@ class Report:
         """A line on stdout. Nothing with ``as_json``."""
         if self.as_json:
             return
-        for line in wrap_note(printable(text), _width(self._out)):
+        for line in wrap_note(printable(for_shell(text)), _width(self._out)):
             self._out.print(Text(line), soft_wrap=True)
 
     def remark(self, text: str) -> None:
         """A line on stderr, however quiet the command is to be."""
-        for line in wrap_note(printable(text), _width(self._err)):
+        for line in wrap_note(printable(for_shell(text)), _width(self._err)):
             self._err.print(Text(line), soft_wrap=True)
 
     def result(self, value: Any) -> None:
@@ -228,7 +229,7 @@ class _NoteHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         word = "warning" if record.levelno >= logging.WARNING else "note"
-        message = f"{word}: {record.getMessage()}"
+        message = f"{word}: {for_shell(record.getMessage())}"
         if message in self._told:
             return
         self._told.add(message)

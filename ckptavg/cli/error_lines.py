@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import click
 
+from ckptavg.cli.wording import for_shell
 from ckptavg.errors import CkptavgError, UsageError
 from ckptavg.errors.printable import escape_unseen, without_secrets
 from ckptavg.errors.system import unreadable
@@ -18,7 +19,7 @@ class Failure(click.ClickException):
     """Error of this package, shown by click in one line with the error's exit code."""
 
     def __init__(self, error: CkptavgError) -> None:
-        super().__init__(str(error))
+        super().__init__(for_shell(str(error)))
         self.exit_code = error.exit_code  # type: ignore[misc]
 
 
@@ -34,7 +35,7 @@ def show_in_one_line(debug: bool) -> Iterator[None]:
             _make_printable(error)
             raise
         if isinstance(error, UsageError):
-            raise click.UsageError(str(error)) from error
+            raise click.UsageError(for_shell(str(error))) from error
         if isinstance(error, CkptavgError):
             raise Failure(error) from error
         raise Failure(_as_ours(error)) from error

@@ -11,6 +11,7 @@ from ckptavg.cli import options, selection
 from ckptavg.cli.commands import geometry as shown
 from ckptavg.cli.console import Report, counted, number_text
 from ckptavg.cli.help import GroupedCommand
+from ckptavg.cli.wording import for_shell
 from ckptavg.display.tables import Column
 from ckptavg.errors import UsageError, first_few
 from ckptavg.errors.printable import size_text, split_directory
@@ -138,7 +139,7 @@ def _show_run(report: Report, run: Run, whole: Run, geometry: Geometry | None = 
         report.line(f"the same in all: {', '.join(pairs)}")
     if run.left_out:
         names = short_names([path for path, _ in run.left_out])
-        reasons = [why for _, why in run.left_out]
+        reasons = [for_shell(why) for _, why in run.left_out]
         report.table(("left out", "why"), list(zip(names, reasons, strict=True)))
     repeated_prefixes = {
         f"{path} {is_so}" for path, _ in run.left_out for is_so in ("repeats", "is left out")
@@ -154,8 +155,11 @@ def _show_run(report: Report, run: Run, whole: Run, geometry: Geometry | None = 
     report.result(
         {
             "checkpoints": [_summary(c) for c in run],
-            "left_out": [{"path": without_secrets(str(p)), "why": why} for p, why in run.left_out],
-            "notes": list(notes),
+            "left_out": [
+                {"path": without_secrets(str(path)), "why": for_shell(why)}
+                for path, why in run.left_out
+            ],
+            "notes": [for_shell(note) for note in notes],
         }
         | ({} if geometry is None else {"geometry": shown.values(geometry)})
     )
