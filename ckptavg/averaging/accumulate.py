@@ -24,8 +24,8 @@ from ckptavg.formats.reader import Reader
 # Cached float64 views per thread. Blocks of ever new sizes would collect views without end.
 _MOST_VIEWS = 256
 
-Watcher = Callable[[Tensor, int, memoryview], None]
-"""Function that receives the bytes of blocks as ``watcher(source, start, data)``.
+Observer = Callable[[Tensor, int, memoryview], None]
+"""Function that receives the bytes of blocks as ``observer(source, start, data)``.
 
 ``start`` is the index of the block's first element in the tensor ``source``. Threads call the
 function at the same time. The blocks of one task come from one thread, in order."""
@@ -51,15 +51,15 @@ class Worker:
     Args:
         jobs: The stream's outputs.
         results: Result of each output, to which the worker adds names.
-        watcher: Receives the blocks of the sources that a group lists as ``watched``.
+        observer: Receives the blocks of the sources that a group lists as ``observed``.
     """
 
     def __init__(
-        self, jobs: Sequence[Job], results: Sequence[StreamResult], watcher: Watcher | None
+        self, jobs: Sequence[Job], results: Sequence[StreamResult], observer: Observer | None
     ) -> None:
         self._jobs = jobs
         self._results = results
-        self._watcher = watcher
+        self._observer = observer
         self._reader = Reader()
         self._buffers = _Buffers()
         self._rows = _NOTHING
@@ -300,8 +300,8 @@ class Worker:
         source = group.sources[place]
         raw = self._buffers.raw("in", count * source.dtype.size)
         self._reader.read(source, start, count, raw)
-        if self._watcher is not None and place in group.watched:
-            self._watcher(source, start, raw)
+        if self._observer is not None and place in group.observed:
+            self._observer(source, start, raw)
         return raw
 
 

@@ -17,7 +17,7 @@ from ckptavg.averaging.planning.rules import keeps_nonfinite, require_output
 from ckptavg.averaging.planning.tensor_plan import Plan, TensorPlan, copy_plan
 from ckptavg.averaging.read_groups import Job, common_order
 from ckptavg.averaging.sharding import Split
-from ckptavg.averaging.stream import Extras, Progress, stream
+from ckptavg.averaging.stream import Progress, StreamRequests, stream
 from ckptavg.display.progress import ProgressLike, open_phase
 from ckptavg.distributed.processes import Processes
 from ckptavg.errors import NonFiniteError, PlacementError
@@ -223,8 +223,10 @@ def write_many(
         split = Split(processes, targets, [planned.plan for planned in averages], grain)
     with outputs.opened(targets) if split is None else split.opened() as files:
         if digests:
-            return _compute_hashed(averages, targets, files, Extras(order, gram), split, settings)
-        products = _compute(averages, files, Extras(order, gram), split=split, **settings)
+            return _compute_hashed(
+                averages, targets, files, StreamRequests(order, gram), split, settings
+            )
+        products = _compute(averages, files, StreamRequests(order, gram), split=split, **settings)
     return Written([target.made for target in targets], products)
 
 
@@ -232,7 +234,7 @@ def _compute_hashed(
     averages: Sequence[Average],
     targets: Sequence[Target],
     files: Sequence[FileSink],
-    extras: Extras,
+    requests: StreamRequests,
     split: Split | None,
     settings: Mapping[str, Any],
 ) -> Written:
@@ -243,7 +245,7 @@ def _compute_hashed(
     """
     inputs = InputDigests(c for planned in averages for c in planned.plan.inputs)
     sinks = [OutputDigest(f, t.tensors) for f, t in zip(files, targets, strict=True)]
-    products = _compute(averages, sinks, extras, inputs=inputs, split=split, **settings)
+    products = _compute(averages, sinks, requests, inputs=inputs, split=split, **settings)
     if split is not None:
         split.unite([inputs.leaves, *(sink.leaves for sink in sinks)])
     provenances: list[Mapping[str, Any]] = []
@@ -325,7 +327,7 @@ def in_memory_many(
             for state_dict in in_memory_many([planned], **settings)
         ]
     sinks = [MemorySink(planned.plan.outputs) for planned in averages]
-    _compute(averages, sinks, Extras(order), **settings)
+    _compute(averages, sinks, StreamRequests(order), **settings)
     return [sink.state_dict for sink in sinks]
 
 
@@ -419,7 +421,7 @@ def alone(checkpoint: Checkpoint) -> Average:
 def _compute(
     averages: Sequence[Average],
     sinks: Sequence[Sink],
-    extras: Extras,
+    requests: StreamRequests,
     *,
     keep_nonfinite: bool,
     progress: Progress | None,
@@ -427,7 +429,7 @@ def _compute(
     stale: bool = True,
     split: Split | None = None,
 ) -> torch.Tensor | None:
-    """Stream averages into sinks, and return the products that the extras request."""
+    """Stream averages into sinks, and return the products that are requested."""
     plans = [planned.plan for planned in averages]
     tensors = [plan.tensors for plan in plans] if split is None else split.tensors
     jobs: list[Job] = []
@@ -435,10 +437,10 @@ def _compute(
         vectors = spectral_vectors.vector_names(plan)
         jobs.append(Job([t for t in plan_tensors if t.name not in vectors], sink, keep_nonfinite))
     if inputs is not None:
-        extras = replace(extras, watched=inputs.tensors, watcher=inputs.watch)
+        requests = replace(requests, observed=inputs.tensors, observer=inputs.watch)
     compute = stream if split is None else split.stream
     try:
-        streamed = compute(jobs, extras, progress=progress)
+        outcome = compute(jobs, requests, progress=progress)
     except (NonFiniteError, PlacementError):
         # An input that another program rewrites may be the cause, and is then the better report.
         _verify(plans)
@@ -448,8 +450,8 @@ def _compute(
             spectral_vectors.write_vectors(plan, plan_tensors, sink)
     _verify(plans)
     stale = stale and any(planned.batchnorm == "stale" for planned in averages)
-    remarks.log_results(plans, streamed.results, stale=stale)
-    return streamed.gram
+    remarks.log_results(plans, outcome.results, stale=stale)
+    return outcome.gram
 
 
 def _verify(plans: Iterable[Plan]) -> None:

@@ -76,7 +76,7 @@ class Group:
         members: The tensors that are computed from the sources.
         products: Positions of the sources that are multiplied with each other, for the geometry of
             the run.
-        watched: Positions of the sources whose blocks the stream's watcher receives.
+        observed: Positions of the sources whose blocks the stream's observer receives.
     """
 
     name: str
@@ -84,7 +84,7 @@ class Group:
     sources: tuple[Tensor, ...]
     members: tuple[Member, ...]
     products: tuple[int, ...] = ()
-    watched: frozenset[int] = field(default=frozenset())
+    observed: frozenset[int] = field(default=frozenset())
 
     @cached_property
     def numel(self) -> int:
@@ -129,7 +129,7 @@ class Group:
         return tuple(map(tuple, shares))
 
 
-def grouped(
+def group_reads(
     jobs: Sequence[Job], order: Iterable[Checkpoint] = (), gram: Sequence[TensorPlan] = ()
 ) -> list[Group]:
     """Group the tensors of several outputs that can be computed from the same reads.
@@ -154,23 +154,23 @@ def grouped(
     return [_group(plans, ranks, len(jobs)) for plans in alike.values()]
 
 
-def watching(groups: Iterable[Group], tensors: Iterable[Tensor]) -> list[Group]:
-    """Mark the sources whose blocks the watcher receives, so that each tensor is watched once.
+def add_observed(groups: Iterable[Group], tensors: Iterable[Tensor]) -> list[Group]:
+    """Mark the sources whose blocks the observer receives, so that each tensor is observed once.
 
     Args:
         groups: The groups that are read for outputs.
-        tensors: The tensors to watch.
+        tensors: The tensors to observe.
 
     Returns:
-        The marked groups, then one group per tensor that is read for the watcher alone.
+        The marked groups, then one group per tensor that is read for the observer alone.
     """
     wanted = {tensor: True for tensor in tensors if tensor.numel}
     marked: list[Group] = []
     for group in groups:
-        # Removed at the first occurrence, so that a tensor in several groups is watched once.
+        # Removed at the first occurrence, so that a tensor in several groups is observed once.
         positions = [i for i, t in enumerate(group.sources) if wanted.pop(t, None)]
-        marked.append(replace(group, watched=frozenset(positions)))
-    marked += (Group("", t.shape, (t,), (), watched=frozenset([0])) for t in wanted)
+        marked.append(replace(group, observed=frozenset(positions)))
+    marked += (Group("", t.shape, (t,), (), observed=frozenset([0])) for t in wanted)
     return marked
 
 

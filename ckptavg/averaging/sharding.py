@@ -26,7 +26,7 @@ import torch
 from ckptavg._version import __version__
 from ckptavg.averaging.planning.tensor_plan import Plan, TensorPlan
 from ckptavg.averaging.read_groups import Job
-from ckptavg.averaging.stream import Extras, Progress, Streamed, stream
+from ckptavg.averaging.stream import Progress, StreamOutcome, StreamRequests, stream
 from ckptavg.distributed.processes import Processes
 from ckptavg.distributed.threads import default_threads
 from ckptavg.errors import OutputError, PeerError, ProcessesError
@@ -180,12 +180,14 @@ class Split:
                 raise
             log.warning("%s, but only after the output was whole", error)
 
-    def stream(self, jobs: Sequence[Job], extras: Extras, *, progress: Progress | None) -> Streamed:
+    def stream(
+        self, jobs: Sequence[Job], requests: StreamRequests, *, progress: Progress | None
+    ) -> StreamOutcome:
         """Compute this process's part of the outputs, and gather the results of all processes.
 
         Args:
             jobs: The outputs.
-            extras: Further work on the tensors that are read.
+            requests: Further work on the tensors that are read.
             progress: Called with the bytes read and the total of bytes to read, both estimated for
                 all processes together.
 
@@ -204,25 +206,25 @@ class Split:
                 # The parts are equal, so that this process's pace is about that of all.
                 progress(done * self.processes.count, total * self.processes.count)
 
-        extras = replace(extras, parts=self._parts_beside(extras) | self.parts)
+        requests = replace(requests, parts=self._parts_beside(requests) | self.parts)
         threads = default_threads(self.processes.neighbours)
-        streamed = stream(jobs, extras, threads=threads, progress=look)
+        outcome = stream(jobs, requests, threads=threads, progress=look)
         own_outcome = {
-            "results": [[sorted(r.differing), sorted(r.nonfinite)] for r in streamed.results],
-            "gram": None if streamed.gram is None else streamed.gram.tolist(),
+            "results": [[sorted(r.differing), sorted(r.nonfinite)] for r in outcome.results],
+            "gram": None if outcome.gram is None else outcome.gram.tolist(),
         }
         # Summed anew in the order of the ranks, so that all processes get the same bits.
-        streamed.gram = None
-        for outcome in self.processes.gather(own_outcome):
+        outcome.gram = None
+        for rank_outcome in self.processes.gather(own_outcome):
             for result, (differing, nonfinite) in zip(
-                streamed.results, outcome["results"], strict=True
+                outcome.results, rank_outcome["results"], strict=True
             ):
                 result.differing.update(differing)
                 result.nonfinite.update(nonfinite)
-            if outcome["gram"] is not None:
-                gram = torch.tensor(outcome["gram"], dtype=torch.float64)
-                streamed.gram = gram if streamed.gram is None else streamed.gram + gram
-        return streamed
+            if rank_outcome["gram"] is not None:
+                gram = torch.tensor(rank_outcome["gram"], dtype=torch.float64)
+                outcome.gram = gram if outcome.gram is None else outcome.gram + gram
+        return outcome
 
     def unite(self, leaves: Sequence[Leaves]) -> None:
         """Merge the digests of leaves that all processes have hashed of the same tensors."""
@@ -237,10 +239,10 @@ class Split:
                     {int(n): zlib.decompress(b64decode(text)) for n, text in texts.items()}
                 )
 
-    def _parts_beside(self, extras: Extras) -> dict[tuple[str, int], tuple[int, int]]:
+    def _parts_beside(self, requests: StreamRequests) -> dict[tuple[str, int], tuple[int, int]]:
         """Assign tensors that are read but have no place in an output to the first process."""
-        keys = {(plan.name, plan.output.numel) for plan in extras.gram}
-        keys |= {("", tensor.numel) for tensor in extras.watched}
+        keys = {(plan.name, plan.output.numel) for plan in requests.gram}
+        keys |= {("", tensor.numel) for tensor in requests.observed}
         return {key: (0, 0 if self.processes.rank else key[1]) for key in keys}
 
     @contextmanager

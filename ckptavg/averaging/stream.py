@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 import torch
 
-from ckptavg.averaging.accumulate import StreamResult, Watcher, Worker
+from ckptavg.averaging.accumulate import Observer, StreamResult, Worker
 from ckptavg.averaging.planning.tensor_plan import TensorPlan
-from ckptavg.averaging.read_groups import Group, Job, grouped, watching
+from ckptavg.averaging.read_groups import Group, Job, add_observed, group_reads
 from ckptavg.distributed.threads import default_threads
 from ckptavg.formats import Checkpoint, Tensor
 from ckptavg.formats.reader import boxes
@@ -50,28 +50,28 @@ Parts = Mapping[tuple[str, int], tuple[int, int]]
 
 
 @dataclass
-class Extras:
+class StreamRequests:
     """Further work of a stream besides the outputs.
 
     Attributes:
         order: The checkpoints in an order that agrees with every output's order; needed for
             several outputs.
         gram: Tensors whose sources are multiplied with each other: all of the same checkpoints.
-        watched: Tensors whose bytes the watcher receives, each once.
-        watcher: Receives the bytes of the watched tensors.
+        observed: Tensors whose bytes the observer receives, each once.
+        observer: Receives the bytes of the observed tensors.
         parts: Part of each tensor that this stream computes. A tensor without an entry is computed
             as a whole.
     """
 
     order: Sequence[Checkpoint] = ()
     gram: Sequence[TensorPlan] = ()
-    watched: Sequence[Tensor] = ()
-    watcher: Watcher | None = None
+    observed: Sequence[Tensor] = ()
+    observer: Observer | None = None
     parts: Parts = field(default_factory=dict)
 
 
 @dataclass
-class Streamed:
+class StreamOutcome:
     """Results of a stream besides the outputs.
 
     Attributes:
@@ -86,17 +86,17 @@ class Streamed:
 
 def stream(
     jobs: Sequence[Job],
-    extras: Extras | None = None,
+    requests: StreamRequests | None = None,
     *,
     block: int = BLOCK,
     threads: int | None = None,
     progress: Progress | None = None,
-) -> Streamed:
+) -> StreamOutcome:
     """Compute every tensor of several outputs, and write the blocks to the outputs' sinks.
 
     Args:
         jobs: The outputs.
-        extras: Further work on the tensors that are read.
+        requests: Further work on the tensors that are read.
         block: Largest number of elements per block. The result does not depend on the number.
         threads: Number of threads; ``default_threads()`` where None. The result does not depend on
             the number.
@@ -106,14 +106,14 @@ def stream(
         NonFiniteError: An average is not finite, and the job does not keep such averages.
         CheckpointError: A file cannot be read, or has changed.
     """
-    extras = extras or Extras()
-    groups = grouped(jobs, extras.order, extras.gram)
-    if extras.watcher is not None:
-        groups = watching(groups, extras.watched)
-    ranges = [(g, *extras.parts.get((g.name, g.numel), (0, g.numel))) for g in groups]
+    requests = requests or StreamRequests()
+    groups = group_reads(jobs, requests.order, requests.gram)
+    if requests.observer is not None:
+        groups = add_observed(groups, requests.observed)
+    ranges = [(g, *requests.parts.get((g.name, g.numel), (0, g.numel))) for g in groups]
     workers = threads or default_threads()
     remote = any(is_url(piece.file) for g in groups for t in g.sources for piece in t.pieces)
-    shared = _Shared(jobs, extras.watcher, READ_AHEAD // workers, remote=remote)
+    shared = _Shared(jobs, requests.observer, READ_AHEAD // workers, remote=remote)
     report = progress or (lambda *_: None)
     total, bytes_done = sum(map(_input_bytes, ranges)), 0
     report(bytes_done, total)
@@ -134,7 +134,7 @@ def stream(
             shared.stopped.set()
             for future in running:
                 future.cancel()
-    return shared.streamed
+    return shared.outcome
 
 
 @contextmanager
@@ -247,14 +247,14 @@ class _Shared:
     """State that the threads of a stream share. Each thread has a separate worker."""
 
     def __init__(
-        self, jobs: Sequence[Job], watcher: Watcher | None, ahead: int, *, remote: bool
+        self, jobs: Sequence[Job], observer: Observer | None, ahead: int, *, remote: bool
     ) -> None:
         self.jobs = jobs
-        self.watcher = watcher
+        self.observer = observer
         # Bytes that are read ahead for each thread.
         self.ahead = ahead
         self.remote = remote
-        self.streamed = Streamed([StreamResult() for _ in jobs])
+        self.outcome = StreamOutcome([StreamResult() for _ in jobs])
         self.stopped = threading.Event()
         self.workers: list[Worker] = []
         self._local = threading.local()
@@ -273,7 +273,7 @@ class _Shared:
         """
         worker = getattr(self._local, "worker", None)
         if worker is None:
-            worker = self._local.worker = Worker(self.jobs, self.streamed.results, self.watcher)
+            worker = self._local.worker = Worker(self.jobs, self.outcome.results, self.observer)
             self.workers.append(worker)
         bytes_done = 0
         try:
@@ -293,8 +293,8 @@ class _Shared:
         Tasks have to be taken in order, since the bits of a sum depend on the order.
         """
         if done.gram is not None:
-            before = self.streamed.gram
-            self.streamed.gram = done.gram if before is None else before + done.gram
+            before = self.outcome.gram
+            self.outcome.gram = done.gram if before is None else before + done.gram
         return done.nbytes
 
     def _prepared(self, worker: Worker, task: list[Range]) -> Iterator[Range]:

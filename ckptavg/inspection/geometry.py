@@ -13,7 +13,7 @@ import torch
 from ckptavg.averaging.plan import plan_average
 from ckptavg.averaging.planning.rules import Rules
 from ckptavg.averaging.planning.tensor_plan import TensorPlan, make_plan
-from ckptavg.averaging.stream import Extras, stream
+from ckptavg.averaging.stream import StreamRequests, stream
 from ckptavg.display.progress import ProgressLike, open_phase
 from ckptavg.errors import CheckpointError, NonFiniteError, UsageError, first_few
 from ckptavg.formats import Checkpoint
@@ -211,7 +211,7 @@ def geometry(run: RunLike, *, progress: ProgressLike = None) -> Geometry:
     plan_average(run)
     tensors = weights(run)
     with open_phase(progress, "measuring", "bytes") as report:
-        products = stream([], Extras(gram=tensors), progress=report).gram
+        products = stream([], StreamRequests(gram=tensors), progress=report).gram
     # A file that changed while being read makes the products meaningless. Shared files count once.
     for stamp in {stamp.path: stamp for c in run for stamp in c.files}.values():
         stamp.verify()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckptavg.averaging.stream import Extras, Progress, stream
+from ckptavg.averaging.stream import Progress, StreamRequests, stream
 from ckptavg.errors import CkptavgError, first_few, short
 from ckptavg.formats import Checkpoint, open_checkpoint
 from ckptavg.formats.torch_save import zip_reader
@@ -116,7 +116,7 @@ def digest(checkpoint: Checkpoint, progress: Progress | None = None) -> str:
         CheckpointError: The checkpoint cannot be read, or changes while being read.
     """
     inputs = InputDigests([checkpoint])
-    stream([], Extras(watched=inputs.tensors, watcher=inputs.watch), progress=progress)
+    stream([], StreamRequests(observed=inputs.tensors, observer=inputs.watch), progress=progress)
     # A file that changed while being read has no meaningful digest.
     for stamp in checkpoint.files:
         stamp.verify()

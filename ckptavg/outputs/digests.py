@@ -134,7 +134,7 @@ class InputDigests:
         self._found: dict[int, tuple[Checkpoint, str]] = {}
 
     def watch(self, source: Tensor, start: int, data: memoryview) -> None:
-        """Hash a block of a tensor. The method is a ``Watcher`` of a stream.
+        """Hash a block of a tensor. The method is a ``Observer`` of a stream.
 
         Args:
             source: The tensor.

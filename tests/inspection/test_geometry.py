@@ -21,7 +21,7 @@ import ckptavg
 from ckptavg.averaging import stream as stream_module
 from ckptavg.averaging.planning.tensor_plan import Rules, make_plan
 from ckptavg.averaging.read_groups import Job
-from ckptavg.averaging.stream import Extras, stream
+from ckptavg.averaging.stream import StreamRequests, stream
 from ckptavg.errors import CheckpointError, MismatchError, NonFiniteError, UsageError
 from ckptavg.formats import open_checkpoint
 from ckptavg.inspection.geometry import geometry, geometry_of, weights
@@ -47,7 +47,7 @@ def side_by_side(states):
 
 
 def products(checkpoints, **options):
-    return stream([], Extras(gram=weights(checkpoints)), **options).gram
+    return stream([], StreamRequests(gram=weights(checkpoints)), **options).gram
 
 
 def expected_products(rows):
@@ -164,7 +164,7 @@ def test_products_come_with_averages_of_the_same_read(tmp_path, vectors):
     calls = []
     both = stream(
         [Job(plan.tensors, sink) for plan, sink in zip(plans, sinks, strict=True)],
-        Extras(order=checkpoints, gram=weights(checkpoints)),
+        StreamRequests(order=checkpoints, gram=weights(checkpoints)),
         progress=lambda *call: calls.append(call),
     )
     near(both.gram, expected_products(side_by_side(states)))
@@ -284,7 +284,7 @@ def test_the_statistics_of_a_bare_layer_are_no_weights(tmp_path):
 def test_what_is_not_averaged_does_not_count(tmp_path):
     states = [{"a": torch.tensor([3.0 * i]), "b": torch.tensor([4.0 * i])} for i in (0, 1)]
     checkpoints = opened(tmp_path, states)
-    found = stream([], Extras(gram=weights(checkpoints, Rules(exclude=("b",))))).gram
+    found = stream([], StreamRequests(gram=weights(checkpoints, Rules(exclude=("b",))))).gram
     assert geometry_of(checkpoints, found).distances[0, 1] == 3
 
 

@@ -30,7 +30,7 @@ from ckptavg.averaging.api import load
 from ckptavg.averaging.plan import plan_average
 from ckptavg.averaging.planning.tensor_plan import Rules, make_plan
 from ckptavg.averaging.read_groups import Job
-from ckptavg.averaging.stream import Extras, stream
+from ckptavg.averaging.stream import StreamRequests, stream
 from ckptavg.batchnorm.checkpoints import Pass, update_checkpoint, write_averages
 from ckptavg.errors import CheckpointError, UsageError
 from ckptavg.inspection.verify import Verifier, digest
@@ -99,9 +99,9 @@ def test_digests_are_those_of_the_rule_whatever_the_layout_blocks_and_threads(
         plan = make_plan(checkpoints, coefficients, Rules(exclude=("f8",)))
         sink = MemorySink(plan.outputs)
         inputs, output = InputDigests(checkpoints), OutputDigest(sink, plan.outputs)
-        extras = Extras(checkpoints, watched=inputs.tensors, watcher=inputs.watch)
+        requests = StreamRequests(checkpoints, observed=inputs.tensors, observer=inputs.watch)
         job = Job(plan.tensors, output, keep_nonfinite=True)
-        stream([job], extras, block=block, threads=threads)
+        stream([job], requests, block=block, threads=threads)
     assert [inputs.of(c) for c in checkpoints] == [by_rule(state, leaf) for state in states]
     assert output.digest == by_rule(sink.state_dict, leaf)
 
@@ -115,8 +115,8 @@ def test_leaves_end_at_every_2_to_the_20th_element(tmp_path, threads):
     }
     checkpoints = opened(tmp_path, [state])
     inputs = InputDigests(checkpoints)
-    extras = Extras(watched=inputs.tensors, watcher=inputs.watch)
-    stream([], extras, threads=threads)
+    requests = StreamRequests(observed=inputs.tensors, observer=inputs.watch)
+    stream([], requests, threads=threads)
     assert inputs.of(checkpoints[0]) == by_rule(state)
 
 
