@@ -19,7 +19,7 @@ from ckptavg.averaging.read_groups import Job, common_order
 from ckptavg.averaging.sharding import Split
 from ckptavg.averaging.stream import Progress, StreamRequests, stream
 from ckptavg.display.progress import ProgressLike, open_phase
-from ckptavg.distributed.processes import Processes
+from ckptavg.distributed.torchrun import TorchrunGroup
 from ckptavg.errors import NonFiniteError, PlacementError
 from ckptavg.formats import Checkpoint
 from ckptavg.io.stamp import FileStamp
@@ -190,7 +190,7 @@ def write_many(
     gram: Sequence[TensorPlan] = (),
     progress: Progress | None = None,
     stale: bool = True,
-    processes: Processes | None = None,
+    processes: TorchrunGroup | None = None,
 ) -> Written:
     """Compute several averages from one read of the inputs, and write the outputs block by block.
 

@@ -27,8 +27,8 @@ from ckptavg._version import __version__
 from ckptavg.averaging.planning.tensor_plan import Plan, TensorPlan
 from ckptavg.averaging.read_groups import Job
 from ckptavg.averaging.stream import Progress, StreamOutcome, StreamRequests, stream
-from ckptavg.distributed.processes import Processes
 from ckptavg.distributed.threads import default_threads
+from ckptavg.distributed.torchrun import TorchrunGroup
 from ckptavg.errors import OutputError, PeerError, ProcessesError
 from ckptavg.errors.system import unwritable
 from ckptavg.formats.file_layout import Layout, OutputTensor
@@ -131,7 +131,7 @@ class Split:
             only near page borders.
     """
 
-    processes: Processes
+    processes: TorchrunGroup
     targets: Sequence[Target]
     plans: Sequence[Plan]
     grain: int = 1
@@ -152,7 +152,7 @@ class Split:
         parts: dict[tuple[str, int], tuple[int, int]] = {}
         # Reversed, since later entries replace earlier ones: the first output decides.
         for target in reversed(self.targets):
-            share = self.processes.rank, self.processes.count, self.grain
+            share = self.processes.rank, self.processes.world_size, self.grain
             parts |= element_ranges(target.layout, target.tensors, *share)
         return parts
 
@@ -204,7 +204,7 @@ class Split:
             self.processes.check()
             if progress is not None:
                 # The parts are equal, so that this process's pace is about that of all.
-                progress(done * self.processes.count, total * self.processes.count)
+                progress(done * self.processes.world_size, total * self.processes.world_size)
 
         requests = replace(requests, parts=self._parts_beside(requests) | self.parts)
         threads = default_threads(self.processes.neighbours)

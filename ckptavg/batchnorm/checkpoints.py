@@ -28,7 +28,7 @@ from ckptavg.batchnorm.update import BatchNormResult
 from ckptavg.data.loaders import Progress as SampleProgress
 from ckptavg.data.loaders import rereadable
 from ckptavg.data.prefetch import counted
-from ckptavg.distributed.processes import Alone, Peers
+from ckptavg.distributed.peers import Peers, SingleProcess
 from ckptavg.errors import BatchNormError, NonFiniteError, first_few
 from ckptavg.formats import Checkpoint
 from ckptavg.formats.checkpoint import REFRESHED
@@ -67,7 +67,7 @@ class Pass:
     runtime: Runtime
     forward: Forward | None = None
     progress: SampleProgress = lambda *_: None
-    peers: Peers = field(default_factory=Alone)
+    peers: Peers = field(default_factory=SingleProcess)
     exclude: Sequence[str] = ()
 
 

@@ -17,7 +17,7 @@ from ckptavg.batchnorm.model_state import ModelState, stop_observers
 from ckptavg.batchnorm.moments import TOLERANCE, Doubt, KernelMoments, Landing, Moments
 from ckptavg.batchnorm.norm_layers import is_watchable, keeps_nothing, tracked_layers
 from ckptavg.batchnorm.scripted_layers import KernelDispatch, ScriptedLayer, is_scripted
-from ckptavg.distributed.processes import Peers
+from ckptavg.distributed.peers import Peers
 from ckptavg.errors import BatchNormError, first_few
 from ckptavg.models.batches import Forward
 from ckptavg.models.device import Runtime
@@ -379,7 +379,7 @@ def finish(passes: Sequence[ModelPass], batches: int, peers: Peers) -> int:
     """
     for model_pass in passes:
         model_pass.end()
-    if peers.count > 1:
+    if peers.world_size > 1:
         parts = peers.gather([batches, [model_pass.plain() for model_pass in passes]])
         batches = sum(count for count, _ in parts)
         for i, model_pass in enumerate(passes):

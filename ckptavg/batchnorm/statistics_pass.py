@@ -14,7 +14,7 @@ from ckptavg.averaging.plan import Average
 from ckptavg.batchnorm.norm_layers import never_trained_layers, tracked_layers
 from ckptavg.batchnorm.norm_layers import statistics_of as buffers_of_statistics
 from ckptavg.batchnorm.update import BatchNormResult, recompute
-from ckptavg.distributed.processes import Peers
+from ckptavg.distributed.peers import Peers
 from ckptavg.errors import first_few
 from ckptavg.formats import Checkpoint
 from ckptavg.formats.names import (

@@ -30,7 +30,7 @@ from ckptavg.data.argument_checks import check_model
 from ckptavg.data.loaders import Subset, as_subset, open_loader
 from ckptavg.data.prefetch import counted, moved
 from ckptavg.display.progress import ProgressLike, open_phase
-from ckptavg.distributed.processes import Alone, Peers, peers_of_group
+from ckptavg.distributed.peers import Peers, SingleProcess, find_peers
 from ckptavg.errors import first_few
 from ckptavg.formats.running_statistics import match_layers
 from ckptavg.models import malloc
@@ -117,7 +117,7 @@ def update_bn(
     runtime = Runtime.on(device, model, amp=amp, batch_size=batch_size, workers=workers, seed=seed)
     if frozen and layers.keys() == {*frozen}:
         return BatchNormResult(0, 0, 0, frozen=frozen)
-    peers = peers_of_group()
+    peers = find_peers()
     loader = open_loader(data, runtime, shuffle=True, subset=as_subset(bn_samples), peers=peers)
     with open_phase(progress, "BatchNorm", "samples") as report, malloc.kept(runtime.device):
         batches = counted(loader, report or (lambda *_: None), peers, seed)
@@ -184,7 +184,7 @@ def recompute(
                 model_pass.take(through)
             batches_read += 1
             samples += size_of(batch.given)
-        of_all = finish(passes, batches_read, peers or Alone())
+        of_all = finish(passes, batches_read, peers or SingleProcess())
     # Written at the very end and for all models at once, so that an error changes no model.
     replace_all([change for model_pass in passes for change in model_pass.changes(of_all)])
     return [model_pass.result(batches_read, samples) for model_pass in passes]

@@ -11,7 +11,7 @@ from ckptavg.batchnorm.checkpoints import Pass
 from ckptavg.data.loaders import Progress, Subset, open_loader, share
 from ckptavg.data.seeding import seed_all
 from ckptavg.data.streams import is_dataset
-from ckptavg.distributed.processes import Alone, Peers
+from ckptavg.distributed.peers import Peers, SingleProcess
 from ckptavg.errors import UsageError
 from ckptavg.formats import Checkpoint
 from ckptavg.models.batches import Batches, Forward
@@ -77,7 +77,9 @@ def training_data(
     """Open this process's batches of ``--train-data``."""
     wanted: tuple[int, bool] | None = settings["bn_samples"]
     subset = None if wanted is None else Subset(*wanted)
-    return _batches(settings, "train_data", source, runtime, peers or Alone(), subset, train=True)
+    return _batches(
+        settings, "train_data", source, runtime, peers or SingleProcess(), subset, train=True
+    )
 
 
 def statistics_pass(
@@ -98,7 +100,7 @@ def statistics_pass(
         runtime,
         custom_forward or kind.run,
         progress,
-        processes or Alone(),
+        processes or SingleProcess(),
         settings["bn_exclude"],
     )
 
@@ -110,7 +112,7 @@ def evaluation_data(
     peers: Peers | None = None,
 ) -> Batches:
     """Open this process's batches of ``--data``."""
-    return _batches(settings, "data", source, runtime, peers or Alone(), None, train=False)
+    return _batches(settings, "data", source, runtime, peers or SingleProcess(), None, train=False)
 
 
 def _batches(
@@ -131,6 +133,6 @@ def _batches(
         model_spec=source.spec,
         image_settings=source.image_settings,
     )
-    if peers.count > 1 and not is_dataset(data):  # a loader that all of them have alike
+    if peers.world_size > 1 and not is_dataset(data):  # a loader that all of them have alike
         return share(data, peers, runtime.seed, subset)
     return open_loader(data, runtime, shuffle=train, subset=subset, peers=peers)

@@ -10,44 +10,45 @@ import click
 from rich.console import Console
 
 from ckptavg.cli.console import Report
-from ckptavg.distributed.processes import Processes, own_rank, several
-from ckptavg.distributed.processes import joined as all_joined
+from ckptavg.distributed.peers import global_rank, is_distributed
+from ckptavg.distributed.torchrun import TorchrunGroup, process_group
 from ckptavg.errors import UsageError
 
 
-def report(*, as_json: bool, verbosity: int) -> Report:
+def open_report(*, as_json: bool, verbosity: int) -> Report:
     """Make the report of a command; only the first of several processes prints."""
-    if own_rank() == 0:
+    if global_rank() == 0:
         return Report(as_json=as_json, verbosity=verbosity)
     return Report(verbosity=-1, stdout=Console(file=io.StringIO()))
 
 
-def refuse(what: str) -> None:
-    """Refuse several processes for a command that is the work of one.
+def refuse_several(command: str) -> None:
+    """Refuse several processes for a command of a single process.
 
     Raises:
-        UsageError: It was.
+        UsageError: A launcher has started several.
     """
-    if several():
+    if is_distributed():
         raise UsageError(
-            f"{what} is the work of one process", "Start it without torchrun and WORLD_SIZE."
+            f"{command} is the work of one process", "Start it without torchrun and WORLD_SIZE."
         )
 
 
 @contextmanager
-def joined() -> Iterator[Processes | None]:
+def join_processes() -> Iterator[TorchrunGroup | None]:
     """Join the processes that share a command; yield None for a single process.
 
-    An error that all of them meet is shown by one.
+    An error that occurs in every process is shown by the first.
     """
-    if not several():
+    if not is_distributed():
         yield None
         return
-    together: Processes | None = None
+    processes: TorchrunGroup | None = None
     try:
-        with all_joined() as together:
-            yield together
-    except Exception as error:  # the user's model and data raise what they like
-        if together is not None and together.repeated:
+        with process_group() as processes:
+            yield processes
+    # Users' models and data may raise any error.
+    except Exception as error:
+        if processes is not None and processes.repeated:
             raise click.exceptions.Exit(getattr(error, "exit_code", 1)) from error
         raise

@@ -219,7 +219,7 @@ def everywhere(function: F) -> F:
 
     @functools.wraps(function)
     def run(**values: Any) -> Any:
-        launcher.refuse(f"ckptavg {click.get_current_context().info_name}")
+        launcher.refuse_several(f"ckptavg {click.get_current_context().info_name}")
         return function(**values)
 
     return _everywhere(run)  # type: ignore[return-value]
@@ -230,7 +230,7 @@ def everywhere_by_several(function: F) -> F:
 
     @functools.wraps(function)
     def run(**values: Any) -> Any:
-        with launcher.joined() as processes:
+        with launcher.join_processes() as processes:
             return function(processes=processes, **values)
 
     return _everywhere(run)  # type: ignore[return-value]
@@ -266,7 +266,7 @@ def _everywhere(function: F) -> F:
         debug: bool,
         **values: Any,
     ) -> Any:
-        report = launcher.report(as_json=as_json, verbosity=-1 if quiet else verbose)
+        report = launcher.open_report(as_json=as_json, verbosity=-1 if quiet else verbose)
         warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # which nobody needs here
         with (
             ending.by_signals() as signals,

@@ -8,7 +8,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ckptavg.distributed.processes import Processes, own_rank
+from ckptavg.distributed.peers import global_rank
+from ckptavg.distributed.torchrun import TorchrunGroup
 from ckptavg.errors import OutputError
 from ckptavg.specs.importing import file_of
 
@@ -51,14 +52,14 @@ class Keeper:
         file: ResultsFile | None,
         *,
         resume: bool,
-        processes: Processes | None,
+        processes: TorchrunGroup | None,
     ) -> None:
         from ckptavg.evaluation.candidates import (  # noqa: PLC0415 - help is shown without torch
             reference_of,
         )
 
         self.candidates = candidates
-        self.file = file if own_rank() == 0 else None
+        self.file = file if global_rank() == 0 else None
         reference = reference_of(candidates)
         self.keys = keys_of(candidates, reference, settings)
         kept_results = _whole_results(self.file) if resume and self.file is not None else {}

@@ -22,7 +22,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from ckptavg.data.argument_checks import check_data
 from ckptavg.data.streams import Batched, collate_of, in_batches, is_dataset, with_tensors
-from ckptavg.distributed.processes import Alone, Peers
+from ckptavg.distributed.peers import Peers, SingleProcess
 from ckptavg.errors import EvaluationError, UsageError
 from ckptavg.models.batches import Batches, bytes_of, size_of, tensors_of
 from ckptavg.models.device import Runtime
@@ -90,7 +90,7 @@ def open_loader(
         EvaluationError: The parts of a distributed loader overlap, or leave samples out.
     """
     check_data(data)
-    peers = peers or Alone()
+    peers = peers or SingleProcess()
     pinned = runtime.device.type == "cuda"
     data = with_tensors(data)
     samples = is_dataset(data)
@@ -108,7 +108,7 @@ def open_loader(
         batches = [order[i : i + size] for i in range(0, len(order), size)]
         return _Repeatable(
             data,
-            batch_sampler=_Listed(batches[peers.rank :: peers.count]),
+            batch_sampler=_Listed(batches[peers.rank :: peers.world_size]),
             num_workers=runtime.workers,
             pin_memory=pinned,
             generator=generator,
@@ -117,7 +117,7 @@ def open_loader(
     # Only plain iterators and generators. A user's loader may be its own iterator and restart.
     if isinstance(data, Iterator) and type(data).__module__ in {"builtins", "itertools"}:
         data = in_batches(data, runtime.batch_size)
-    if peers.count > 1 and (sampler := _distributed(data)) is not None:
+    if peers.world_size > 1 and (sampler := _distributed(data)) is not None:
         _require_exact(sampler, peers)
     if not shuffle and getattr(data, "drop_last", False):
         log.info("the data loader leaves its last, smaller batch out (drop_last)")
@@ -147,7 +147,7 @@ def share(loader: Batches, peers: Peers, seed: int, subset: Subset | None = None
         _require_exact(sampler, peers)
         return loader if subset is None else _up_to_its_part(loader, peers, subset)
     limit = None if subset is None else _count_of_loader(subset)
-    if limit is None and peers.count == 1:
+    if limit is None and peers.world_size == 1:
         return loader
     # A subclass may yield batches in its own way, so only a plain DataLoader is rebuilt.
     drawn = getattr(loader, "batch_sampler", None)
@@ -295,10 +295,10 @@ class _Drawn(Sampler[list[int]]):
         if self.limit is not None:
             total = min(total, -(-self.limit // size) * size)
         sizes = [min(size, total - at) for at in range(0, total, size)]
-        return sum(sizes[self.peers.rank :: self.peers.count])
+        return sum(sizes[self.peers.rank :: self.peers.world_size])
 
     def __iter__(self) -> Iterator[list[int]]:
-        if self.peers.count == 1:
+        if self.peers.world_size == 1:
             yield from _up_to(self.sampler, self.limit, len)
             return
         # A common seed makes all processes draw the same batches; the caller's generator is kept.
@@ -307,7 +307,7 @@ class _Drawn(Sampler[list[int]]):
             batches = list(_up_to(self.sampler, self.limit, len))
         drawn = zlib.crc32(json.dumps(batches, default=_plain).encode())
         _require_alike(drawn, self.peers)
-        yield from batches[self.peers.rank :: self.peers.count]
+        yield from batches[self.peers.rank :: self.peers.world_size]
 
 
 class _Some:
@@ -321,9 +321,9 @@ class _Some:
     def __iter__(self) -> Iterator[Any]:
         checksum = 0
         for number, batch in enumerate(_up_to(self.loader, self.limit, size_of)):
-            if self.peers.count > 1:
+            if self.peers.world_size > 1:
                 checksum = zlib.crc32(_labels(batch), checksum)
-            if number % self.peers.count == self.peers.rank:
+            if number % self.peers.world_size == self.peers.rank:
                 yield batch
         # One checksum over the whole pass, so that processes exchange values only once.
         _require_alike(checksum, self.peers)
@@ -400,8 +400,8 @@ def _count_of_loader(subset: Subset) -> int:
 def _up_to_its_part(loader: Batches, peers: Peers, subset: Subset) -> Batches:
     """Limit a process's own loader to this process's share of a subset, in whole batches."""
     count = _count_of_loader(subset)
-    before, after = (count * rank // peers.count for rank in (peers.rank, peers.rank + 1))
-    return _Some(loader, Alone(), after - before)
+    before, after = (count * rank // peers.world_size for rank in (peers.rank, peers.rank + 1))
+    return _Some(loader, SingleProcess(), after - before)
 
 
 def _up_to(batches: Iterable[Any], limit: int | None, size: Callable[[Any], int]) -> Iterator[Any]:
@@ -427,8 +427,8 @@ def _distributed(loader: Batches) -> DistributedSampler[Any] | None:
 
 def _require_exact(sampler: DistributedSampler[Any], peers: Peers) -> None:
     """Make sure that the parts of all processes cover the data without overlap."""
-    if sampler.num_replicas != peers.count:
-        wrong = f"is for {sampler.num_replicas} processes, but {peers.count} share the data"
+    if sampler.num_replicas != peers.world_size:
+        wrong = f"is for {sampler.num_replicas} processes, but {peers.world_size} share the data"
     elif sampler.rank != peers.rank:
         wrong = f"gives the part of process {sampler.rank} in another process too"
     elif sampler.drop_last or len(sampler.dataset) % sampler.num_replicas:  # type: ignore[arg-type]

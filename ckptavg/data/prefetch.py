@@ -10,7 +10,7 @@ import torch
 
 from ckptavg.data.loaders import Progress, samples_in
 from ckptavg.data.seeding import Generators
-from ckptavg.distributed.processes import Peers
+from ckptavg.distributed.peers import Peers
 from ckptavg.models.batches import Batches, size_of, tensors_of, to_device
 
 

@@ -25,7 +25,7 @@ from ckptavg.data.argument_checks import check_model
 from ckptavg.data.loaders import Subset, as_subset, open_loader, rereadable
 from ckptavg.data.prefetch import counted, moved
 from ckptavg.display.progress import PhaseProgress, ProgressLike, open_progress
-from ckptavg.distributed.processes import Alone, Peers, peers_of_group
+from ckptavg.distributed.peers import Peers, SingleProcess, find_peers
 from ckptavg.errors import EvaluationError, UsageError
 from ckptavg.errors.notes import collect_notes
 from ckptavg.evaluation import weight_sets
@@ -113,7 +113,7 @@ def evaluate(
     task = as_task(task)
     size = batch_size or task.batch_size
     runtime = Runtime.on(device, model, amp=amp, batch_size=size, workers=workers, seed=seed)
-    peers = peers_of_group()
+    peers = find_peers()
     subset = as_subset(bn_samples)
     with collect_notes() as notes, open_progress(progress, "samples") as reporter:
         scored = as_candidates(candidates, has_training=train_loader is not None)
@@ -188,9 +188,8 @@ def score(
     )
     if training is None and any(c.recompute for c in candidates):
         raise UsageError("recomputing statistics needs training data (train_loader)")
-    session = _Session(
-        candidates, undistributed(model), runtime, task or Classification(), peers or Alone()
-    )
+    peers = peers or SingleProcess()
+    session = _Session(candidates, undistributed(model), runtime, task or Classification(), peers)
     session.forward = forward
     session.progress = progress or session.progress
     session.keep_nonfinite = keep_nonfinite
@@ -243,7 +242,7 @@ class _Session:
             training: This process's batches of the training data; None without any.
             on_results: Called with the results so far, once the reference is scored.
         """
-        if self.peers.count > 1:
+        if self.peers.world_size > 1:
             _require_state(self.task)
         # All processes must form the same groups, so the smallest device decides.
         size = min(self.peers.gather(fit(self.model, self.runtime.device)))

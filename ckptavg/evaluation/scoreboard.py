@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ckptavg.distributed.processes import Peers
+from ckptavg.distributed.peers import Peers
 from ckptavg.errors import EvaluationError
 from ckptavg.evaluation.candidates import Candidate
 from ckptavg.evaluation.significance import Disagreement
@@ -147,10 +147,12 @@ class Board:
 
     def merge(self, peers: Peers) -> None:
         """Merge the scores of all processes; every process must call this."""
-        if peers.count == 1:
+        if peers.world_size == 1:
             return
         # Numbers over all processes: batches were dealt out in turn, every n-th to a process.
-        own_samples = {number * peers.count + peers.rank: s for number, s in self.samples.items()}
+        own_samples = {}
+        for number, scored in self.samples.items():
+            own_samples[number * peers.world_size + peers.rank] = scored
         state = [self.scores.state(), self.disagreement.state(), _plain(own_samples)]
         # The gathered states include that of this process, so merging starts from empty scores.
         scores, disagreement = self.task.scores(), Disagreement(len(self.members))

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from ckptavg.distributed.processes import local_rank, several
+from ckptavg.distributed.peers import is_distributed, local_rank
 from ckptavg.errors import EvaluationError, UsageError
 
 _AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -89,7 +89,7 @@ def find_device(name: str | torch.device) -> torch.device:
 
 def _own(device: torch.device) -> torch.device:
     """Choose this process's CUDA device if several processes share the host."""
-    if device.type == "cuda" and device.index is None and several():
+    if device.type == "cuda" and device.index is None and is_distributed():
         return torch.device("cuda", local_rank() % torch.cuda.device_count())
     return device
 
@@ -103,7 +103,7 @@ def fit(model: nn.Module, device: torch.device) -> int:
     """
     tensors = (*model.parameters(), *model.buffers())
     size = sum(t.numel() * t.element_size() for t in tensors if not is_lazy(t))
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1) if several() else 1
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1) if is_distributed() else 1
     free = free_on_host() // processes
     if device.type == "cuda":
         # Processes per device, rounded up.

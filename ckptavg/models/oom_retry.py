@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from ckptavg.distributed.processes import Peers
+from ckptavg.distributed.peers import Peers
 from ckptavg.errors import EvaluationError
 from ckptavg.models.device import Runtime, is_out_of_memory
 
@@ -45,7 +45,7 @@ class Together:
 
     def __init__(self, peers: Peers) -> None:
         self.rank = peers.rank
-        self.count = peers.count
+        self.world_size = peers.world_size
         self._peers = peers
 
     def gather(self, value: Any) -> list[Any]:

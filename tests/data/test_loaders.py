@@ -24,7 +24,7 @@ from torch.utils.data import (
 
 from ckptavg.data.loaders import Subset, open_loader, rereadable, samples_in, share
 from ckptavg.data.prefetch import counted, moved
-from ckptavg.distributed.processes import Alone
+from ckptavg.distributed.peers import SingleProcess
 from ckptavg.errors import EvaluationError, UsageError
 from ckptavg.models.device import Runtime
 
@@ -436,7 +436,7 @@ def test_a_stratified_subset_needs_a_class_a_sample(targets):
 @pytest.mark.parametrize("enter", [opened, shared])
 def test_a_stratified_subset_of_a_loader_is_wrong_usage(enter):
     with pytest.raises(UsageError, match="drawn from a Dataset with targets"):
-        enter(batches_of_two(), Alone(), subset=Subset(5, stratified=True))
+        enter(batches_of_two(), SingleProcess(), subset=Subset(5, stratified=True))
 
 
 @pytest.mark.parametrize("count", [20, 21, 1000])
@@ -501,7 +501,7 @@ def test_a_loader_tells_how_many_samples_it_gives_if_it_can(loader, samples):
 def test_progress_is_told_after_each_batch_and_the_others_are_looked_at():
     told, looks = [], []
 
-    class Looking(Alone):
+    class Looking(SingleProcess):
         def check(self):
             looks.append(len(told))
 
@@ -526,7 +526,7 @@ def broken():
 
 
 def test_an_error_of_the_loader_is_not_changed_on_its_way():
-    batches = moved(counted(broken(), lambda *_: None, Alone()), CPU)
+    batches = moved(counted(broken(), lambda *_: None, SingleProcess()), CPU)
     assert next(batches).here.tolist() == [1, 1]
     with pytest.raises(OSError, match="the disk is gone"):
         next(batches)
@@ -534,7 +534,7 @@ def test_an_error_of_the_loader_is_not_changed_on_its_way():
 
 @pytest.mark.parametrize("loader", [[], iter(()), DataLoader(TensorDataset(torch.ones(0, 2)), 2)])
 def test_a_loader_that_gives_nothing_gives_nothing(loader):
-    assert list(moved(counted(loader, lambda *_: None, Alone()), CPU)) == []
+    assert list(moved(counted(loader, lambda *_: None, SingleProcess()), CPU)) == []
 
 
 def test_what_can_be_read_once_only_refuses_to_be_read_again():

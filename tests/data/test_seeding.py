@@ -12,7 +12,7 @@ from ckptavg import evaluate, update_bn
 from ckptavg.data.loaders import open_loader
 from ckptavg.data.prefetch import counted
 from ckptavg.data.seeding import Generators
-from ckptavg.distributed.processes import Alone
+from ckptavg.distributed.peers import SingleProcess
 from ckptavg.models.device import Runtime
 
 
@@ -51,7 +51,7 @@ def read(data, seed=0, workers=0):
     runtime = Runtime(torch.device("cpu"), batch_size=5, seed=seed, workers=workers)
     loader = open_loader(data, runtime, shuffle=True)
     disturb()
-    return torch.cat([x for x, _ in counted(loader, lambda *_: None, Alone(), seed)])
+    return torch.cat([x for x, _ in counted(loader, lambda *_: None, SingleProcess(), seed)])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -80,7 +80,8 @@ def test_every_pass_over_a_loader_draws_the_same(workers):
     runtime = Runtime(torch.device("cpu"), batch_size=5, workers=workers)
     loader = open_loader(Augmented(), runtime, shuffle=True)
     first, second = (
-        torch.cat([x for x, _ in counted(loader, lambda *_: None, Alone())]) for _ in range(2)
+        torch.cat([x for x, _ in counted(loader, lambda *_: None, SingleProcess())])
+        for _ in range(2)
     )
     assert torch.equal(first, second)
 
@@ -93,7 +94,7 @@ def states():
 def test_the_callers_generators_are_left_as_they_were():
     disturb()
     before = states()
-    batches = counted(DataLoader(Augmented(), 5, shuffle=True), lambda *_: None, Alone())
+    batches = counted(DataLoader(Augmented(), 5, shuffle=True), lambda *_: None, SingleProcess())
     next(batches)
     assert states() == before  # between two batches, too
     list(batches)

@@ -413,7 +413,7 @@ def test_however_a_process_fails_all_end_and_nothing_is_written(home: Path) -> N
     for result in killed:
         assert result.count(None) == 1
         for of_one in filter(None, result):
-            assert "has died without a word: its own output may say why" in error_of(of_one)
+            assert "has died without a message: its own output may say why" in error_of(of_one)
     for result in [*broken, started_all[6]]:
         said = [error_of(of_one) for of_one in result]
         assert all("OSError: image 17 is" in line and "Traceback" not in line for line in said)

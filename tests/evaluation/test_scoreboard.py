@@ -9,7 +9,7 @@ from fellows import Echo, together
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptavg.distributed.processes import Alone
+from ckptavg.distributed.peers import SingleProcess
 from ckptavg.errors import EvaluationError
 from ckptavg.evaluation.candidates import Candidate
 from ckptavg.evaluation.scoreboard import Board, Soundness, joined
@@ -205,7 +205,7 @@ def test_processes_merge_to_what_one_would_have_found(kind, count):
         board = board_of(members, kind)
         mine = list(zip(*(t.split(SIZES) for t in (LABELS, *logits.values())), strict=True))
         board.begin()
-        for number, (labels, *outputs) in enumerate(mine[peers.rank :: peers.count]):
+        for number, (labels, *outputs) in enumerate(mine[peers.rank :: peers.world_size]):
             for network, some in zip(members, outputs, strict=True):
                 found = TASK.predict(some, labels)
                 board.add(number, network, found, TASK.samples(found, labels), labels)
@@ -223,7 +223,7 @@ def test_samples_with_weights_are_merged_in_the_order_of_the_batches():
     def work(peers):
         board = Board(Candidate("x", "checkpoint", (), ()), networks_of(1), Regression())
         for number in range(2 if peers.rank == 0 else 1):
-            at = float(number * peers.count + peers.rank)
+            at = float(number * peers.world_size + peers.rank)
             board.samples[number] = Samples(
                 torch.tensor([at, at + 0.5], dtype=torch.float64),
                 torch.tensor([2 * at, 1.0]),
@@ -243,7 +243,7 @@ def test_samples_with_weights_are_merged_in_the_order_of_the_batches():
 def test_a_process_by_itself_has_nothing_to_merge():
     board = board_of(networks_of(1), "checkpoint")
     scores = board.scores
-    board.merge(Alone())
+    board.merge(SingleProcess())
     assert board.scores is scores
 
 

@@ -6,7 +6,7 @@ from fellows import together
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptavg.distributed.processes import Alone
+from ckptavg.distributed.peers import SingleProcess
 from ckptavg.errors import EvaluationError
 from ckptavg.models.device import Runtime
 from ckptavg.models.oom_retry import Together, run_passes, say
@@ -47,7 +47,7 @@ def parted(count, size):
 @given(st.integers(0, 50), st.integers(1, 50), st.integers(1, 50))
 def test_everything_runs_once_in_order_in_groups_that_fit(count, size, most):
     memory = Memory(most)
-    run_passes(parted(count, size), memory, CPU, Together(Alone()))
+    run_passes(parted(count, size), memory, CPU, Together(SingleProcess()))
     assert [one for group in memory.run for one in group] == [*range(count)]
     assert all(len(group) <= most for group in memory.run)
     numbers = [number for number, _ in memory.told]
@@ -57,7 +57,7 @@ def test_everything_runs_once_in_order_in_groups_that_fit(count, size, most):
 
 def test_a_size_that_does_not_fit_is_tried_once_only():
     memory = Memory(12)
-    run_passes(parted(96, 24), memory, CPU, Together(Alone()))
+    run_passes(parted(96, 24), memory, CPU, Together(SingleProcess()))
     assert memory.tried == [24] + [12] * 8
 
 
@@ -65,7 +65,7 @@ def test_a_size_that_does_not_fit_is_tried_once_only():
 def test_exhausted_memory_is_said_and_met_by_fewer(caplog, error):
     caplog.set_level("INFO", "ckptavg")
     memory = Memory(2, lambda: raised(error))
-    run_passes(parted(6, 6), memory, CPU, Together(Alone()))
+    run_passes(parted(6, 6), memory, CPU, Together(SingleProcess()))
     assert memory.run == [[0, 1], [2], [3, 4], [5]]
     assert "memory is too small for 6 models at a time: trying fewer" in caplog.text
 
@@ -78,7 +78,7 @@ def raised(error):
 @EXHAUSTED
 def test_memory_that_is_too_small_for_one_is_an_error_of_one_line(error):
     with pytest.raises(EvaluationError) as told:
-        run_passes(parted(3, 3), Memory(0, lambda: raised(error)), CPU, Together(Alone()))
+        run_passes(parted(3, 3), Memory(0, lambda: raised(error)), CPU, Together(SingleProcess()))
     assert str(told.value) == (
         "the memory of cpu is too small for a single model. "
         "Lower --batch-size (now 32), or name another --device."
@@ -123,7 +123,7 @@ def test_processes_end_together_where_one_has_too_little_memory_for_one():
 def test_any_other_error_comes_through_as_it_is(error):
     memory = Memory(0, lambda: raised(lambda: error))
     with pytest.raises(type(error)) as told:
-        run_passes(parted(4, 4), memory, CPU, Together(Alone()))
+        run_passes(parted(4, 4), memory, CPU, Together(SingleProcess()))
     assert told.value is error
     assert memory.tried == [4]
 

@@ -16,10 +16,10 @@ class Echo:
 
     def __init__(self, rank: int, count: int) -> None:
         self.rank = rank
-        self.count = count
+        self.world_size = count
 
     def gather(self, value: Any) -> list[Any]:
-        return [value] * self.count
+        return [value] * self.world_size
 
     def check(self) -> None:
         pass
@@ -30,7 +30,7 @@ class Fellow:
 
     def __init__(self, rank: int, values: list[Any], barrier: threading.Barrier) -> None:
         self.rank = rank
-        self.count = len(values)
+        self.world_size = len(values)
         self._values = values
         self._barrier = barrier
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ckptavg.averaging.plan import Average
     from ckptavg.averaging.planning.tensor_plan import TensorPlan
     from ckptavg.batchnorm.checkpoints import Pass
-    from ckptavg.distributed.processes import Processes
+    from ckptavg.distributed.torchrun import TorchrunGroup
     from ckptavg.outputs.target import Target
     from ckptavg.runs.run import Run
 
@@ -69,7 +69,7 @@ log = logging.getLogger("ckptavg")
 @options.everywhere_by_several
 def average(
     report: Report,
-    processes: Processes | None,
+    processes: TorchrunGroup | None,
     paths: tuple[str, ...],
     out: str | None,
     further: tuple[Also, ...],
@@ -160,7 +160,7 @@ def _check_usage(
 
 def _write(
     report: Report,
-    processes: Processes | None,
+    processes: TorchrunGroup | None,
     planned: Sequence[Average],
     targets: Sequence[Target],
     run: Run,
@@ -185,7 +185,7 @@ def _write(
 
 
 def _prepare_pass(
-    settings: dict[str, Any], selection: Run, processes: Processes | None
+    settings: dict[str, Any], selection: Run, processes: TorchrunGroup | None
 ) -> Pass | None:
     """Make the model and open the data before a plan is shown, as neither may be usable.
 

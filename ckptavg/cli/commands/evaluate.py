@@ -17,7 +17,8 @@ from ckptavg.cli.console import Report
 from ckptavg.cli.help import GroupedCommand
 from ckptavg.cli.resume import Keeper
 from ckptavg.cli.selection import open_selection, plan_selection
-from ckptavg.distributed.processes import Processes, own_rank
+from ckptavg.distributed.peers import global_rank
+from ckptavg.distributed.torchrun import TorchrunGroup
 from ckptavg.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ _WORSE = 3  # exit code of --fail-if-worse
 @options.everywhere_by_several
 def evaluate(
     report: Report,
-    processes: Processes | None,
+    processes: TorchrunGroup | None,
     paths: tuple[str, ...],
     further: tuple[Also, ...],
     results: str | None,
@@ -122,14 +123,14 @@ def evaluate(
     if fail_if_worse and is_worse(scored, task):
         if processes is not None:
             processes.gather(None)  # a launcher ends all when one exits: the first has written
-        if not own_rank():
+        if not global_rank():
             report.remark("The average does worse than the last checkpoint.")
         raise click.exceptions.Exit(_WORSE)
 
 
 def _scored(
     report: Report,
-    processes: Processes | None,
+    processes: TorchrunGroup | None,
     keeper: Keeper,
     source: ModelSource,
     task: Task,
@@ -230,7 +231,7 @@ def _open_results(path: str | None, *, resume: bool) -> ResultsFile | None:
 
     check_output(path)
     file = ResultsFile(Path(path))
-    if own_rank() == 0:
+    if global_rank() == 0:
         file.check(resume=resume)
     return file
 

@@ -9,7 +9,7 @@ import click
 from ckptavg.cli import options, param_types
 from ckptavg.cli.console import Report, counted
 from ckptavg.cli.help import GroupedCommand
-from ckptavg.distributed.processes import Processes
+from ckptavg.distributed.torchrun import TorchrunGroup
 
 if TYPE_CHECKING:
     from ckptavg.batchnorm.update import BatchNormResult
@@ -34,7 +34,7 @@ _OUT = "Output"
 @options.everywhere_by_several
 def update_bn(
     report: Report,
-    processes: Processes | None,
+    processes: TorchrunGroup | None,
     checkpoint: str,
     out: str,
     overwrite: bool,

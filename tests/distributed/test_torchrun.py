@@ -26,6 +26,7 @@ from ckptavg.formats.file_layout import FileLayout, Layout, OutputTensor
 from ckptavg.formats.registry import lay_out
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="starts processes by fork")
+DEATH = "has died without a message: its own output may say why"
 
 
 def weights(seed: int) -> dict[str, torch.Tensor]:
@@ -276,7 +277,7 @@ def test_however_one_process_fails_nothing_is_written(home: Path) -> None:
 
     assert killed[1] is None
     for of_one in (killed[0], killed[2]):
-        assert error_of(of_one) == "process 1 has died without a word: its own output may say why"
+        assert error_of(of_one) == f"process 1 {DEATH}"
     assert error_of(broke[1]) == "the disk of this test is broken"
     for of_one in (broke[0], broke[2]):
         assert error_of(of_one) == "process 1 has failed: the disk of this test is broken"
@@ -290,7 +291,7 @@ def test_however_one_process_fails_nothing_is_written(home: Path) -> None:
     assert "out/new.pt has appeared while it was being made. Pass" in error_of(appeared[0])
     assert error_of(appeared[1]) == f"process 0 has failed: {error_of(appeared[0])}"
     assert headless[0] is None
-    assert error_of(headless[2]) == "process 0 has died without a word: its own output may say why"
+    assert error_of(headless[2]) == f"process 0 {DEATH}"
 
     mine, left = sorted(listing(home / "out"), reverse=True)
     assert (home / "out" / mine).read_text() == "mine"
@@ -317,7 +318,7 @@ def test_waiting_for_others_ends_when_it_is_told_to(home: Path, rank: str) -> No
     place = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from ckptavg.distributed import processes; processes._PATIENCE = 0.0\n"
+        "from ckptavg.distributed import torchrun; torchrun._NOTE_AFTER = 0.0\n"
         "from ckptavg.cli import main; main()"
     )
     waiting = subprocess.Popen(

@@ -17,140 +17,78 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from datetime import timedelta
-from itertools import count as counted_from
-from typing import Any, NoReturn, Protocol, TypeVar
+from itertools import count as count_from
+from typing import Any, NoReturn, TypeVar
 
 from ckptavg.errors import CkptavgError, PeerError, ProcessesError
 
 log = logging.getLogger("ckptavg")
-_NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_PATIENCE = 5.0  # seconds of waiting before a note
+_NOTE_AFTER = 5.0  # seconds of waiting before a note
 # Seconds in which every process has to start: imports from a cold disk are slow.
-_APPEARING = 600.0
+_START_TIMEOUT = 600.0
 # The longest wait for a slower process.
-_WORKING = timedelta(days=7)
-_LOOK = 0.5  # seconds between looks at the store
-_WAIT = 0.01  # seconds between looks at an exchange in progress
+_WORK_TIMEOUT = timedelta(days=7)
+_CHECK_INTERVAL = 0.5  # seconds between looks at the store
+_POLL_INTERVAL = 0.01  # seconds between looks at an exchange in progress
 # Seconds after a broken connection in which the failed process may still leave its message.
-_GRACE = 2.0
+_NOTICE_TIMEOUT = 2.0
 # Set to "True" by torchrun if the store belongs to the launcher, not to process 0.
 _LAUNCHERS_STORE = "TORCHELASTIC_USE_AGENT_STORE"
-_WORD = "failed"  # the store's key for the message of the first failure
+_NOTICE_KEY = "failed"  # the store's key for the message of the first failure
 # Message of a process that was interrupted, which is no failure of its own.
 _INTERRUPTED = "interrupted"
 # Numbers the groups of this process: each has its own keys in the store.
-_JOINED = counted_from()
+_GROUP_NUMBERS = count_from()
 T = TypeVar("T")
 
 
-def several() -> bool:
-    """Return True if this process was started as part of a group of several processes."""
-    size = os.environ.get("WORLD_SIZE", "")
-    return all(os.environ.get(n) for n in _NEEDED) and size.isdecimal() and int(size) > 1
-
-
-def local_rank() -> int:
-    """Return the number of this process on the host, which chooses the device."""
-    return int(os.environ.get("LOCAL_RANK") or 0)
-
-
-def own_rank() -> int:
-    """Return the rank of this process in the group; 0 for a single process."""
-    return int(os.environ["RANK"]) if several() else 0
-
-
-class Peers(Protocol):
-    """Interface of a group of processes for a member.
+@dataclass(frozen=True)
+class FailureNotice:
+    """Message of a process that failed, for the other processes.
 
     Attributes:
-        rank: Number of this process, from 0.
-        count: Number of processes.
+        rank: Number of the process.
+        message: Text of the error; empty for an error that reports another process's failure.
+        others: Text of the error that the other processes raise.
     """
 
     rank: int
-    count: int
+    message: str
+    others: str
 
-    def gather(self, value: Any) -> list[Any]:
-        """Gather a plain value for JSON from every process, in the order of ranks."""
-
-    def check(self) -> None:
-        """Raise an error if another process is known to have failed.
-
-        Raises:
-            PeerError: Another process has failed.
-        """
+    @classmethod
+    def from_json(cls, text: str | bytes) -> FailureNotice:
+        """Read a notice from the JSON text in the store."""
+        return cls(**json.loads(text))
 
 
-class Alone:
-    """Group of a single process."""
-
-    rank, count = 0, 1
-
-    def gather(self, value: Any) -> list[Any]:
-        """Return a list of the value of this process."""
-        return [value]
-
-    def check(self) -> None:
-        """Do nothing, since there is no other process."""
-
-
-class Group:
-    """Default process group of torch.distributed, as set up by the calling program."""
-
-    def __init__(self) -> None:
-        import torch.distributed as dist  # noqa: PLC0415 - as in _join
-
-        self._dist = dist
-        self.rank = dist.get_rank()
-        self.count = dist.get_world_size()
-
-    def gather(self, value: Any) -> list[Any]:
-        """Gather a value from every process, in the order of ranks, once all values are there."""
-        values: list[Any] = [None] * self.count
-        self._dist.all_gather_object(values, value)
-        return values
-
-    def check(self) -> None:
-        """Do nothing, since the calling program handles failures of other processes."""
-
-
-def peers_of_group() -> Peers:
-    """Return the default process group of torch.distributed, or a group of this process alone."""
-    import torch.distributed as dist  # noqa: PLC0415 - as in _join
-
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        return Group()
-    return Alone()
-
-
-class Processes:
+class TorchrunGroup:
     """Group of processes that a launcher has started.
 
     Args:
         store: Key-value store of torch.distributed that all processes share.
         rank: Number of this process, from 0.
-        count: Number of processes.
+        world_size: Number of processes.
 
     Attributes:
         rank: Number of this process, from 0.
-        count: Number of processes.
+        world_size: Number of processes.
         neighbours: Number of processes that share the processors of this host.
         repeated: True if another process has failed before with the same message as this process.
     """
 
-    def __init__(self, store: Any, rank: int, count: int) -> None:
+    def __init__(self, store: Any, rank: int, world_size: int) -> None:
         self.rank = rank
-        self.count = count
+        self.world_size = world_size
         self.neighbours = max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
         self.repeated = False
         self._store = store
-        self._looked = 0.0
+        self._last_check = 0.0
         # Empty for the first exchange, during which errors already look for dead peers.
         self._peers: list[tuple[str, int]] = []
-        self._peers = [
-            (host, pid) for host, pid in self.gather([socket.gethostname(), os.getpid()])
-        ]
+        self._peers = self.gather([socket.gethostname(), os.getpid()])
 
     def gather(self, value: Any) -> list[Any]:
         """Gather a value from every process, in the order of ranks, once all values are there.
@@ -166,11 +104,9 @@ class Processes:
         """
         raw = json.dumps(value).encode()
         # Two exchanges: parts of an exchange have equal sizes, so sizes are exchanged first.
-        sizes = [
-            int.from_bytes(part, "little")
-            for part in self._exchange(bytearray(len(raw).to_bytes(8, "little")))
-        ]
-        parts = self._exchange(bytearray(raw.ljust(max(sizes), b" ")))
+        size_parts = self._exchange(bytearray(len(raw).to_bytes(8, "little")))
+        longest = max(int.from_bytes(part, "little") for part in size_parts)
+        parts = self._exchange(bytearray(raw.ljust(longest, b" ")))
         return [json.loads(part) for part in parts]
 
     def check(self) -> None:
@@ -181,10 +117,10 @@ class Processes:
         """
         # Called very often during work: most calls must not ask the store.
         now = time.monotonic()
-        if now - self._looked >= _LOOK:
-            self._looked = now
-            if (word := self._word()) is not None:
-                raise PeerError(word["others"])
+        if now - self._last_check >= _CHECK_INTERVAL:
+            self._last_check = now
+            if (notice := self._failure_notice()) is not None:
+                raise PeerError(notice.others)
 
     def leave(self, error: BaseException) -> None:
         """Leave a message for the other processes about the end of this process.
@@ -197,19 +133,18 @@ class Processes:
             # A launcher may interrupt all processes once one has failed: name that failure.
             if cause := self._failed_peer(interrupts=False):
                 raise PeerError(cause) from None
-            self._leave_word(_INTERRUPTED, f"{name} was interrupted")
+            self._post_failure_notice(_INTERRUPTED, f"{name} was interrupted")
         elif isinstance(error, PeerError):
-            self._leave_word("", error.message)
+            self._post_failure_notice("", error.message)
         else:
-            is_own_error = isinstance(error, CkptavgError)
-            message = str(
-                error if is_own_error else CkptavgError(f"{type(error).__name__}: {error}")
-            )
-            word = self._leave_word(message, f"{name} has failed: {message}")
-            self.repeated = word["rank"] != self.rank and word["message"] == message
+            if not isinstance(error, CkptavgError):
+                error = CkptavgError(f"{type(error).__name__}: {error}")
+            message = str(error)
+            notice = self._post_failure_notice(message, f"{name} has failed: {message}")
+            self.repeated = notice.rank != self.rank and notice.message == message
         if self.rank == 0 and os.environ.get(_LAUNCHERS_STORE) != "True":
             # The store ends with this process: give the other processes time to look.
-            time.sleep(2 * _LOOK)
+            time.sleep(2 * _CHECK_INTERVAL)
 
     def _exchange(self, mine: bytearray) -> list[bytearray]:
         """Exchange byte strings of equal size with all processes.
@@ -220,7 +155,7 @@ class Processes:
         import torch  # noqa: PLC0415 - as in _join
         import torch.distributed as dist  # noqa: PLC0415
 
-        parts = [bytearray(len(mine)) for _ in range(self.count)]
+        parts = [bytearray(len(mine)) for _ in range(self.world_size)]
         received = [torch.frombuffer(part, dtype=torch.uint8) for part in parts]
         try:
             work = dist.all_gather(
@@ -229,18 +164,18 @@ class Processes:
             # Polled: a plain wait would see neither failures of other processes nor Ctrl-C.
             while not work.is_completed():
                 self.check()
-                time.sleep(_WAIT)
+                time.sleep(_POLL_INTERVAL)
             work.wait()
         except RuntimeError as error:
-            self._lose(error)
+            self._raise_lost_connection(error)
         return parts
 
-    def _lose(self, error: RuntimeError) -> NoReturn:
+    def _raise_lost_connection(self, error: RuntimeError) -> NoReturn:
         """Raise the error for a broken connection, and name the failed process if known in time."""
-        until = time.monotonic() + _GRACE
+        until = time.monotonic() + _NOTICE_TIMEOUT
         cause = self._failed_peer()
         while cause is None and time.monotonic() < until:
-            time.sleep(_WAIT)
+            time.sleep(_POLL_INTERVAL)
             cause = self._failed_peer()
         raise PeerError(
             cause or "another process has died, or its host cannot be reached"
@@ -256,53 +191,54 @@ class Processes:
             The description; None if no failed process is known.
         """
         with suppress(PeerError):
-            if (word := self._word()) is not None:
-                counts = interrupts or word["message"] != _INTERRUPTED
-                return str(word["others"]) if counts else None
-        return self._gone()
+            if (notice := self._failure_notice()) is not None:
+                if notice.message == _INTERRUPTED and not interrupts:
+                    return None
+                return notice.others
+        return self._find_dead_process()
 
-    def _gone(self) -> str | None:
+    def _find_dead_process(self) -> str | None:
         """Describe the first process of this host that is no longer alive; None if all are."""
         # Processes of other hosts cannot be looked up by their ids.
         host = socket.gethostname()
-        gone = [r for r, (at, pid) in enumerate(self._peers) if at == host and not _is_alive(pid)]
-        return (
-            f"{self._name(gone[0])} has died without a word: its own output may say why"
-            if gone
-            else None
-        )
+        for rank, (peer_host, pid) in enumerate(self._peers):
+            if peer_host == host and not _is_alive(pid):
+                return f"{self._name(rank)} has died without a message: its own output may say why"
+        return None
 
     def _name(self, rank: int) -> str:
         """Name a process for messages, with the host if there are several."""
         hosts = {host for host, _ in self._peers}
-        return f"process {rank}" + (f" on {self._peers[rank][0]}" if len(hosts) > 1 else "")
+        if len(hosts) > 1:
+            return f"process {rank} on {self._peers[rank][0]}"
+        return f"process {rank}"
 
-    def _word(self) -> dict[str, Any] | None:
+    def _failure_notice(self) -> FailureNotice | None:
         """Read the message of the first process that failed; None if there is none.
 
         Raises:
             PeerError: The store is gone.
         """
         try:
-            word = self._store.check([_WORD]) and json.loads(self._store.get(_WORD))
+            if not self._store.check([_NOTICE_KEY]):
+                return None
+            return FailureNotice.from_json(self._store.get(_NOTICE_KEY))
         except RuntimeError as error:
-            gone = self._gone() or "the launcher, or its host, has gone"
-            raise PeerError(gone) from error
-        return word or None
+            cause = self._find_dead_process() or "the launcher, or its host, has gone"
+            raise PeerError(cause) from error
 
-    def _leave_word(self, message: str, others: str) -> dict[str, Any]:
+    def _post_failure_notice(self, message: str, others: str) -> FailureNotice:
         """Store the message of a failure unless there is one; return the first message."""
-        word = {"rank": self.rank, "message": message, "others": others}
+        notice = FailureNotice(self.rank, message, others)
         # The store may be gone as well.
         with suppress(RuntimeError):
-            stored = self._store.compare_set(_WORD, "", json.dumps(word))
-            first_word: dict[str, Any] = json.loads(stored)
-            return first_word
-        return word
+            stored = self._store.compare_set(_NOTICE_KEY, "", json.dumps(asdict(notice)))
+            return FailureNotice.from_json(stored)
+        return notice
 
 
 @contextmanager
-def joined() -> Iterator[Processes]:
+def process_group() -> Iterator[TorchrunGroup]:
     """Join the group of processes for the duration of a context.
 
     If any process fails, all processes fail.
@@ -326,7 +262,7 @@ def joined() -> Iterator[Processes]:
     dist.destroy_process_group()
 
 
-def _join() -> Processes:
+def _join() -> TorchrunGroup:
     """Start the gloo backend, and wait for all processes.
 
     Raises:
@@ -339,23 +275,25 @@ def _join() -> Processes:
     if not dist.is_available() or not dist.is_gloo_available():
         raise ProcessesError("this build of torch has no gloo", "Start one process alone.")
     try:
-        wait = timedelta(seconds=_APPEARING)
-        store, rank, count = _interruptible(lambda: next(iter(rendezvous("env://", timeout=wait))))
+        wait = timedelta(seconds=_START_TIMEOUT)
+        store, rank, world_size = _wait_interruptibly(
+            lambda: next(iter(rendezvous("env://", timeout=wait)))
+        )
         # Keys of a group before, or of the calling program, must not be taken for ours.
-        group_store = dist.distributed_c10d.PrefixStore(f"ckptavg/{next(_JOINED)}", store)
-        _await(group_store, rank, count)
+        group_store = dist.distributed_c10d.PrefixStore(f"ckptavg/{next(_GROUP_NUMBERS)}", store)
+        _wait_for_all(group_store, rank, world_size)
         dist.init_process_group(
-            "gloo", store=group_store, rank=rank, world_size=count, timeout=_WORKING
+            "gloo", store=group_store, rank=rank, world_size=world_size, timeout=_WORK_TIMEOUT
         )
     except (RuntimeError, ValueError) as error:
         raise ProcessesError(
             f"the processes do not find each other ({error})",
             "Check that the hosts reach each other, or name the network by GLOO_SOCKET_IFNAME.",
         ) from error
-    return Processes(group_store, rank, count)
+    return TorchrunGroup(group_store, rank, world_size)
 
 
-def _interruptible(wait: Callable[[], T]) -> T:
+def _wait_interruptibly(wait: Callable[[], T]) -> T:
     """Call a function that signals cannot interrupt, so that Ctrl-C ends the wait.
 
     The function runs in a daemon thread, which is abandoned if a signal comes.
@@ -370,32 +308,33 @@ def _interruptible(wait: Callable[[], T]) -> T:
             future.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
-    until = time.monotonic() + _PATIENCE
+    until = time.monotonic() + _NOTE_AFTER
     while not future.done():
-        time.sleep(_WAIT)
+        time.sleep(_POLL_INTERVAL)
         if time.monotonic() > until:
-            log.info("waiting for the other processes that WORLD_SIZE tells of")
+            log.info("waiting for the other processes of WORLD_SIZE")
             until = math.inf
     return future.result()
 
 
-def _await(store: Any, rank: int, count: int) -> None:
+def _wait_for_all(store: Any, rank: int, world_size: int) -> None:
     """Wait until every process has started.
 
     Raises:
         ProcessesError: A process has not started in time.
     """
     store.set(f"here/{rank}", "")
-    until = time.monotonic() + _APPEARING
-    while not store.check([f"here/{r}" for r in range(count)]):
+    keys = [f"here/{number}" for number in range(world_size)]
+    until = time.monotonic() + _START_TIMEOUT
+    while not store.check(keys):
         if time.monotonic() > until:
-            lacking = [str(r) for r in range(count) if not store.check([f"here/{r}"])]
+            missing = [str(number) for number, key in enumerate(keys) if not store.check([key])]
             raise ProcessesError(
-                f"of {count} processes, {', '.join(lacking)} did not begin within "
-                f"{_APPEARING:.0f} seconds",
+                f"of {world_size} processes, {', '.join(missing)} did not begin within "
+                f"{_START_TIMEOUT:.0f} seconds",
                 "Start all of them by torchrun, or one alone without WORLD_SIZE.",
             )
-        time.sleep(_WAIT)
+        time.sleep(_POLL_INTERVAL)
 
 
 def _is_alive(pid: int) -> bool:
