@@ -1,231 +1,24 @@
-"""Opening and ordering of the checkpoints of a training, with repeats removed."""
+"""Order of the checkpoints of a training, by recorded clocks or by names."""
 
 from __future__ import annotations
 
 import glob
 import re
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from ckptavg.errors import CheckpointError, CkptavgError, NoWeightsError, RunError, first_few
+from ckptavg.errors import RunError, first_few
 from ckptavg.errors.printable import step_text
-from ckptavg.formats import (
-    Checkpoint,
-    open_checkpoint,
-)
-from ckptavg.formats.training_record import last_part
+from ckptavg.formats import Checkpoint
 from ckptavg.io.paths import Location
-from ckptavg.runs.damaged import Damaged, place_damaged
-from ckptavg.runs.discovery.file_names import (
-    STRANGERS,
-    is_alias_name,
-    is_best_name,
-    natural,
-    stem_of,
-)
-from ckptavg.runs.discovery.left_out import LeftOut
+from ckptavg.runs.discovery.file_names import is_alias_name, natural, stem_of
 from ckptavg.runs.discovery.numbered import labels_of, roots_of
 from ckptavg.runs.discovery.steps_in_names import NamedStep, steps_in_names
-from ckptavg.runs.duplicates import Contents, SameWeights
 
 
-@dataclass
-class Opened:
-    """Opened checkpoints of a training, ordered and without repeats.
-
-    Attributes:
-        checkpoints: The checkpoints that could be opened.
-        left_out: Paths that are no checkpoints of the training, each with the reason.
-        notes: Remarks about the order, for the user.
-        damaged: The checkpoints that could not be opened.
-    """
-
-    checkpoints: tuple[Checkpoint, ...]
-    left_out: list[LeftOut]
-    notes: list[str]
-    damaged: tuple[Damaged, ...]
-
-
-def open_members(
-    paths: Sequence[Location], key: str | None, broken: Mapping[Location, RunError]
-) -> Opened:
-    """Open the checkpoints of a training, sort by step, and drop repeats.
-
-    Args:
-        paths: The checkpoints.
-        key: Dotted path of the entry that holds the weights; None to search for the entry.
-        broken: Errors of paths that were found to hold no weights. Errors of other paths are
-            ignored.
-
-    Raises:
-        CheckpointError: No checkpoint can be opened.
-    """
-    opened: list[Checkpoint] = []
-    left_out: list[LeftOut] = []
-    errors: dict[Location, CkptavgError] = {p: broken[p] for p in paths if p in broken}
-    for path in paths:
-        if path in errors:
-            continue
-        try:
-            opened.append(open_checkpoint(path, key))
-        except NoWeightsError as error:
-            # The only path of a run was meant as a checkpoint. Among others it is passed over.
-            if len(paths) == 1:
-                raise
-            left_out.append((path, error.message.removeprefix(f"{path} ")))
-        except CheckpointError as error:
-            errors[path] = error
-    averages = [c for c in opened if c.is_average]
-    # A run of averages alone is meant: the user averages averages.
-    if len(averages) < len(opened):
-        left_out += [(c.path, "an average that ckptavg wrote") for c in averages]
-        opened = [c for c in opened if not c.is_average]
-    opened, refreshed = _split_refreshed(opened)
-    left_out += refreshed
-    members, repeats = _split_repeats(opened)
-    left_out += [(alias.path, f"repeats {original.path.name}") for alias, original in repeats]
-    members, strangers = _split_strangers(members)
-    left_out += strangers
-    if errors and not members:
-        raise next(iter(errors.values()))
-    ordered, notes = _order(members)
-    notes += _note_lone_best(ordered)
-    return Opened(ordered, left_out, notes, _order_damaged(errors, ordered))
-
-
-def _order_damaged(
-    errors: Mapping[Location, CkptavgError], ordered: Sequence[Checkpoint]
-) -> tuple[Damaged, ...]:
-    """Find the position of each damaged checkpoint by the step in the name."""
-    if not errors:
-        return ()
-    paths = [*(c.path for c in ordered), *errors]
-    labels = labels_of(paths)
-    named = {
-        path: NamedStep(None) if is_alias_name(labels[path]) else step
-        for path, step in _named_steps(paths).items()
-    }
-    return place_damaged(errors, ordered, named)
-
-
-def _split_refreshed(
-    checkpoints: Sequence[Checkpoint],
-) -> tuple[list[Checkpoint], list[LeftOut]]:
-    """Split off copies with recomputed statistics if the source is a member too."""
-    names = Counter(c.path.name for c in checkpoints)
-    by_name = {(c.path.name, c.size): c for c in checkpoints if names[c.path.name] == 1}
-    members: list[Checkpoint] = []
-    left_out: list[LeftOut] = []
-    for checkpoint in checkpoints:
-        source = by_name.get(_source_of(checkpoint) or ("", 0))
-        if source is None or source is checkpoint:
-            members.append(checkpoint)
-        else:
-            why = f"a copy of {source.path.name} with recomputed statistics"
-            left_out.append((checkpoint.path, why))
-    return members, left_out
-
-
-def _source_of(checkpoint: Checkpoint) -> tuple[str, int] | None:
-    """Return name and size in bytes of the source of a copy with recomputed statistics.
-
-    The directories of the source do not count, since a run may have moved.
-    """
-    provenance = checkpoint.provenance
-    if provenance is None or checkpoint.is_average or not provenance["checkpoints"]:
-        return None
-    source = provenance["checkpoints"][0]
-    path, size = source.get("path"), source.get("size")
-    return (last_part(path), size) if isinstance(path, str) and isinstance(size, int) else None
-
-
-def _split_repeats(
-    checkpoints: Sequence[Checkpoint],
-) -> tuple[list[Checkpoint], list[tuple[Checkpoint, Checkpoint]]]:
-    """Split off checkpoints that repeat another checkpoint.
-
-    Two paths to the same files are repeats. Weights are compared only where a repeat is likely:
-    where a name tells no step, or where two checkpoints record the same step (or epoch, without
-    steps).
-
-    Returns:
-        The checkpoints without repeats, and pairs of repeat and original.
-    """
-    aliases, labels = _aliases(checkpoints), labels_of([c.path for c in checkpoints])
-    contents = Contents()
-    members: list[Checkpoint] = []
-    repeats: list[tuple[Checkpoint, Checkpoint]] = []
-    by_files: dict[object, Checkpoint] = {}
-    by_weights = SameWeights(contents)
-    by_moment: dict[object, SameWeights] = defaultdict(lambda: SameWeights(contents))
-    # Aliases and links come last, so that a numbered file counts as the original of its copies.
-    for checkpoint in sorted(
-        checkpoints,
-        key=lambda c: (c.path in aliases, c.path.is_symlink(), natural(labels[c.path])),
-    ):
-        identity = tuple(stamp.identity for stamp in checkpoint.files)
-        moment = _moment(checkpoint)
-        likely = by_weights if checkpoint.path in aliases else by_moment[moment]
-        original = by_files.get(identity) or likely.find(checkpoint)
-        if original is not None:
-            repeats.append((checkpoint, original))
-            continue
-        members.append(checkpoint)
-        by_files[identity] = checkpoint
-        by_weights.add(checkpoint)
-        if moment is not None:
-            by_moment[moment].add(checkpoint)
-    return members, repeats
-
-
-def _moment(checkpoint: Checkpoint) -> object:
-    """Return the recorded step of a checkpoint, else the recorded epoch, else None.
-
-    With a step the epoch does not count: the end of an epoch may be recorded as the beginning of
-    the next.
-    """
-    step, epoch = checkpoint.record.step, checkpoint.record.epoch
-    if step is not None:
-        return "step", step
-    return None if epoch is None else ("epoch", epoch)
-
-
-def _split_strangers(
-    checkpoints: Sequence[Checkpoint],
-) -> tuple[list[Checkpoint], list[LeftOut]]:
-    """Split off checkpoints that are no step of the training, by name.
-
-    If fewer than two members would be left, all checkpoints are members: the words in the names
-    then belong to the run itself.
-    """
-    members: list[Checkpoint] = []
-    strangers: list[LeftOut] = []
-    for checkpoint in checkpoints:
-        stem = stem_of(checkpoint.path).lower()
-        why = next((why for word, why in STRANGERS if word.search(stem)), None)
-        if why is None:
-            members.append(checkpoint)
-        else:
-            strangers.append((checkpoint.path, why))
-    return (members, strangers) if len(members) > 1 else (list(checkpoints), [])
-
-
-def _note_lone_best(checkpoints: Sequence[Checkpoint]) -> list[str]:
-    """Note a best checkpoint that repeats no numbered checkpoint of a run.
-
-    Such a checkpoint may be far older than the numbered checkpoints, if training has deleted older
-    ones.
-    """
-    best = [checkpoint.path.name for checkpoint in checkpoints if is_best_name(checkpoint.path)]
-    numbered = [checkpoint for checkpoint in checkpoints if not is_alias_name(checkpoint.path)]
-    if len(best) != 1 or not numbered:
-        return []
-    return [f"{best[0]} repeats no other checkpoint, and counts as one of its own"]
-
-
-def _aliases(checkpoints: Sequence[Checkpoint]) -> set[Location]:
+def find_aliases(checkpoints: Sequence[Checkpoint]) -> set[Location]:
     """Find checkpoints that may be repeats: by name, or as the directory above the rest."""
     labels = labels_of([c.path for c in checkpoints])
     roots = roots_of([c.path for c in checkpoints])
@@ -255,10 +48,12 @@ class _Clock:
         return len(self.positions) > 1 and len(set(self.positions)) == 1
 
 
-def _order(checkpoints: Sequence[Checkpoint]) -> tuple[tuple[Checkpoint, ...], list[str]]:
+def order_checkpoints(
+    checkpoints: Sequence[Checkpoint],
+) -> tuple[tuple[Checkpoint, ...], list[str]]:
     """Sort checkpoints by step, then epoch, then numbers in the names, and set the steps."""
     clock, notes = _choose_clock(checkpoints)
-    aliases, labels = _aliases(checkpoints), labels_of([c.path for c in checkpoints])
+    aliases, labels = find_aliases(checkpoints), labels_of([c.path for c in checkpoints])
     positions, is_complete = clock.positions, clock.is_complete
 
     def sort_key(index: int) -> tuple[object, ...]:
@@ -297,7 +92,7 @@ def _choose_clock(checkpoints: Sequence[Checkpoint]) -> tuple[_Clock, list[str]]
     recorded = [clock for clock in (*clocks, by_epoch) if clock.is_complete]
     # A trainer that never counts its steps up still records a step of 0 everywhere.
     clock = next((c for c in recorded if not c.stands_still), next(iter(recorded), None))
-    named = [*_named_steps([c.path for c in checkpoints]).values()]
+    named = [*named_steps([c.path for c in checkpoints]).values()]
     positions = [None if step.value is None else float(step.value) for step in named]
     by_name = _Clock(positions, [step.within for step in named])
     if clock is None:
@@ -314,7 +109,7 @@ def _choose_clock(checkpoints: Sequence[Checkpoint]) -> tuple[_Clock, list[str]]
     return clock, []
 
 
-def _named_steps(paths: Sequence[Location]) -> dict[Location, NamedStep]:
+def named_steps(paths: Sequence[Location]) -> dict[Location, NamedStep]:
     """Read the steps in the names, without a step for a directory above the checkpoints."""
     labels = labels_of(paths)
     roots = roots_of(paths)
@@ -367,7 +162,7 @@ def refuse_two_series(ordered: Sequence[Checkpoint]) -> None:
     Raises:
         RunError: Several patterns of names have a checkpoint for each step.
     """
-    named = _named_steps([c.path for c in ordered])
+    named = named_steps([c.path for c in ordered])
     steps: dict[str, list[object]] = defaultdict(list)
     for checkpoint in ordered:
         # Steps that restart in each epoch tell apart the checkpoints of one epoch.

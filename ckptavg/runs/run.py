@@ -15,12 +15,13 @@ from ckptavg.errors.printable import printable, step_text
 from ckptavg.errors.system import guard_reads
 from ckptavg.formats import Checkpoint
 from ckptavg.io.paths import Location, Named, RemotePath, locate
-from ckptavg.runs import order
 from ckptavg.runs.best import Mode, best_by, choose_criterion
 from ckptavg.runs.damaged import Damaged, raise_for
 from ckptavg.runs.discovery import find
-from ckptavg.runs.discovery.left_out import tell
+from ckptavg.runs.discovery.excluded import describe_excluded
 from ckptavg.runs.discovery.numbered import short_names
+from ckptavg.runs.discovery.reason import LeftOut, Reason
+from ckptavg.runs.members import open_members
 from ckptavg.runs.rate_cycles import find_minima
 from ckptavg.runs.selection_notes import note_restarts
 
@@ -46,7 +47,7 @@ class Run:
 
     Attributes:
         trainings: The checkpoints of each training, ordered by step.
-        left_out: Files that were found and not taken, each with the reason.
+        excluded: Files that were found and not taken, each with the reason.
         notes: Remarks for the user about the order and the duplicates.
         named: True if each checkpoint was named itself, not found in a directory.
         members: Paths of all found files, whatever a selection takes.
@@ -56,7 +57,7 @@ class Run:
     """
 
     trainings: tuple[tuple[Checkpoint, ...], ...]
-    left_out: tuple[tuple[Location, str], ...] = ()
+    excluded: tuple[LeftOut, ...] = ()
     notes: tuple[str, ...] = ()
     named: bool = True
     members: tuple[Location, ...] = ()
@@ -128,6 +129,11 @@ class Run:
     def opened(self) -> tuple[Checkpoint, ...]:
         """Checkpoints that could be opened, one training after another."""
         return tuple(chain(*self.trainings))
+
+    @property
+    def left_out(self) -> tuple[tuple[Location, str], ...]:
+        """Path and reason in words of each file in ``excluded``."""
+        return tuple((left_out.path, left_out.why) for left_out in self.excluded)
 
     def last(self, count: int) -> Run:
         """Select the last ``count`` checkpoints."""
@@ -298,14 +304,14 @@ class Run:
                 f"the selection ({what}) leaves none of {len(self.opened)} checkpoints",
                 _describe_steps(self.opened),
             )
-        left_out = [(d.path, "cannot be opened, and lies outside the selection") for d in outside]
+        excluded = [LeftOut(d.path, Reason.DAMAGED) for d in outside]
         few = [] if asked is None else [c for c in trainings if len(c) < asked]
         fewer = [_note_fewer(what, c, len(trainings)) for c in few]
         return replace(
             self,
             trainings=tuple(trainings),
-            left_out=(*self.left_out, *left_out),
-            notes=(*self.notes, *tell(left_out), *fewer),
+            excluded=(*self.excluded, *excluded),
+            notes=(*self.notes, *describe_excluded(excluded), *fewer),
             damaged=tuple(pending),
         )
 
@@ -340,10 +346,10 @@ def open_run(
         findings = find.find([locate(path) for path in paths], patterns)
     trainings: list[tuple[Checkpoint, ...]] = []
     damaged: list[tuple[Damaged, ...]] = []
-    left_out, notes = list(findings.left_out), list[str]()
+    excluded, notes = list(findings.excluded), list[str]()
     for members in findings.groups:
-        opened = order.open_members(members, key, findings.broken)
-        left_out += opened.left_out
+        opened = open_members(members, key, findings.broken)
+        excluded += opened.excluded
         notes += opened.notes
         if opened.checkpoints:
             trainings.append(opened.checkpoints)
@@ -352,7 +358,7 @@ def open_run(
             raise_for([d for d in opened.damaged if d.position is None])
     if not trainings:
         raise RunError(
-            f"no checkpoint is left in {first_few([str(path) for path in paths])}", _why(left_out)
+            f"no checkpoint is left in {first_few([str(path) for path in paths])}", _why(excluded)
         )
     entered = [
         f"{directory} holds no checkpoint itself: {run} is taken"
@@ -363,11 +369,11 @@ def open_run(
         for pattern in patterns.skip
         if pattern not in findings.skipping
     ]
-    notes = [*entered, *idle, *tell(left_out), *notes]
-    everything = (*chain(*findings.groups), *(path for path, _ in left_out))
+    notes = [*entered, *idle, *describe_excluded(excluded), *notes]
+    everything = (*chain(*findings.groups), *(left_out.path for left_out in excluded))
     return Run(
         tuple(trainings),
-        tuple(left_out),
+        tuple(excluded),
         tuple(dict.fromkeys(notes)),
         findings.named,
         everything,
@@ -416,9 +422,13 @@ def _describe_steps(checkpoints: Picked) -> str:
     return f"Their steps are {step_text(min(steps))} to {step_text(max(steps))}."
 
 
-def _why(left_out: list[tuple[Location, str]]) -> str:
+def _why(excluded: Sequence[LeftOut]) -> str:
     """Word the remedy that lists the paths left out, with reasons."""
-    return "Left out: " + first_few([f"{path.name} ({why})" for path, why in left_out]) + "."
+    return (
+        "Left out: "
+        + first_few([f"{left_out.path.name} ({left_out.why})" for left_out in excluded])
+        + "."
+    )
 
 
 def _check_positive(name: str, value: int) -> None:

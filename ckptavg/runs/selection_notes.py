@@ -20,8 +20,8 @@ def note_run(run: Run) -> None:
     """Log the notes about the search for a run and about the opened checkpoints."""
     for note in run.notes:
         log.info(note)
-    for path, why in run.left_out:
-        log.debug("%s is left out: %s", path, why)
+    for left_out in run.excluded:
+        log.debug("%s is left out: %s", left_out.path, left_out.why)
     for checkpoint in run.opened:
         for note in checkpoint.notes:
             log.debug("%s: %s", checkpoint.path, note)

@@ -11,7 +11,7 @@ from helpers import names, save_weight
 from ckptavg import open_run
 from ckptavg.cli import main
 from ckptavg.errors import CkptavgError, RunError
-from ckptavg.runs.discovery.left_out import SKIPPED
+from ckptavg.runs.discovery.reason import LeftOut, Reason
 
 
 @pytest.fixture
@@ -39,7 +39,9 @@ def test_what_matches_is_left_out(run, skip, expected, named):
     opened = open_run(*(sorted(run.iterdir()) if named else [run]), skip=skip)
     assert names(opened) == [f"epoch_{i}.pt" for i in expected]
     left_out = {1, 2, 3, 4} - set(expected)
-    assert opened.left_out == tuple((run / f"epoch_{i}.pt", SKIPPED) for i in sorted(left_out))
+    assert opened.excluded == tuple(
+        LeftOut(run / f"epoch_{i}.pt", Reason.SKIPPED) for i in sorted(left_out)
+    )
     idle = [skip] if skip and not left_out else []
     assert opened.notes == tuple(f"the pattern {pattern!r} skips nothing" for pattern in idle)
 
@@ -94,7 +96,7 @@ def test_skipping_all_is_an_error_that_says_so(run):
 def test_inspect_lists_what_is_skipped(run):
     listed = CliRunner().invoke(main, ["inspect", str(run), "--skip", "*_1.pt", "--skip", "*_2.pt"])
     assert listed.exit_code == 0, listed.output
-    assert listed.stdout.count(SKIPPED) == 2
+    assert listed.stdout.count(Reason.SKIPPED.value) == 2
 
 
 def test_eval_needs_a_run_to_skip_of(run):

@@ -10,7 +10,7 @@ from helpers import names, save_weight
 
 from ckptavg import open_run
 from ckptavg.errors import CheckpointError, RunError
-from ckptavg.runs.discovery.suffixes import PASSED_OVER
+from ckptavg.runs.discovery.reason import Reason
 
 SUFFIXES = [".tar", ".pyth", ".PT", ".PTH", ".Ckpt", ".SAFETENSORS", ".model", ".th", ".pt.ep5"]
 
@@ -46,7 +46,9 @@ def test_what_a_run_passes_over_is_said_and_a_pattern_takes_it(tmp_path, suffix)
         save_as(tmp_path / f"other_{i}{suffix}", -i)
     run = open_run(tmp_path)
     assert names(run) == ["epoch_1.pth", "epoch_2.pth"]
-    assert run.left_out == tuple((tmp_path / f"other_{i}{suffix}", PASSED_OVER) for i in (1, 2))
+    assert run.left_out == tuple(
+        (tmp_path / f"other_{i}{suffix}", Reason.SUFFIX.value) for i in (1, 2)
+    )
     (note,) = run.notes
     assert f"other_1{suffix} and 1 more are left out" in note
     assert names(open_run(tmp_path, glob="other*")) == [f"other_{i}{suffix}" for i in (1, 2)]
@@ -71,7 +73,7 @@ def test_a_copy_or_an_export_beside_a_model_does_not_join_it(tmp_path, name):
     save_as(tmp_path / name, 2)
     run = open_run(tmp_path)
     assert names(run) == ["best.pt"]
-    assert run.left_out == ((tmp_path / name, PASSED_OVER),)
+    assert run.left_out == ((tmp_path / name, Reason.SUFFIX.value),)
 
 
 def test_files_that_are_no_checkpoints_are_not_mentioned(tmp_path):
@@ -92,7 +94,7 @@ def test_files_that_are_no_checkpoints_are_not_mentioned(tmp_path):
 def test_files_before_zip_were_the_format_are_known_too(tmp_path):
     save_weight(tmp_path / "epoch_1.pt", 1)
     torch.save({"w": torch.ones(1)}, tmp_path / "x.t7", _use_new_zipfile_serialization=False)
-    assert open_run(tmp_path).left_out == ((tmp_path / "x.t7", PASSED_OVER),)
+    assert open_run(tmp_path).left_out == ((tmp_path / "x.t7", Reason.SUFFIX.value),)
 
 
 def test_a_directory_of_other_files_says_that_they_may_be_named(tmp_path):

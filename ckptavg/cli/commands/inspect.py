@@ -137,14 +137,13 @@ def _show_run(report: Report, run: Run, whole: Run, geometry: Geometry | None = 
     if metrics.constants:
         pairs = [f"{name} {number_text(value)}" for name, value in metrics.constants.items()]
         report.line(f"the same in all: {', '.join(pairs)}")
-    if run.left_out:
-        names = short_names([path for path, _ in run.left_out])
-        reasons = [for_shell(why) for _, why in run.left_out]
+    if run.excluded:
+        names = short_names([left_out.path for left_out in run.excluded])
+        reasons = [for_shell(left_out.why) for left_out in run.excluded]
         report.table(("left out", "why"), list(zip(names, reasons, strict=True)))
-    repeated_prefixes = {
-        f"{path} {is_so}" for path, _ in run.left_out for is_so in ("repeats", "is left out")
-    }
-    run_notes = (note for note in run.notes if not note.startswith(tuple(repeated_prefixes)))
+    # The table of excluded paths says the same.
+    in_table = {left_out.note for left_out in run.excluded}
+    run_notes = (note for note in run.notes if note not in in_table)
     notes = dict.fromkeys((*run_notes, *(note for c in run for note in c.notes)))
     if extra_entries := run.checkpoints[-1].beside:
         report.line(f"beside the weights, not averaged: {', '.join(extra_entries)}")
@@ -156,8 +155,8 @@ def _show_run(report: Report, run: Run, whole: Run, geometry: Geometry | None = 
         {
             "checkpoints": [_summary(c) for c in run],
             "left_out": [
-                {"path": without_secrets(str(path)), "why": for_shell(why)}
-                for path, why in run.left_out
+                {"path": without_secrets(str(left_out.path)), "why": for_shell(left_out.why)}
+                for left_out in run.excluded
             ],
             "notes": [for_shell(note) for note in notes],
         }

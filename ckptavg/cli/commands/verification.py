@@ -58,9 +58,9 @@ def _unknown(checkpoint: Checkpoint) -> Finding:
 
 def _averages(run: Run, key: str | None) -> Iterator[Checkpoint]:
     """Return averages beside the checkpoints of a run that record digests."""
-    for path, _ in run.left_out:
+    for left_out in run.excluded:
         try:
-            checkpoint = open_checkpoint(path, key)
+            checkpoint = open_checkpoint(left_out.path, key)
         except CkptavgError:
             continue
         if is_recorded(checkpoint.provenance):

@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 
 from ckptavg.io.paths import Location, ancestors
+from ckptavg.runs.discovery.reason import Reason
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".pt.tar", ".pth.tar", ".ckpt.tar")
-NOT_WEIGHTS = "not a model's weights"
 OTHER_STATE = re.compile(
     r"(optimizer|optim|distrib_optim|lr_scheduler|scheduler|rng_state|rng|random_states?|"
     r"training_args|scaler|sampler|trainer_state|extra_state|zero_pp_rank_.*|.*optim_states)"
@@ -18,23 +18,33 @@ OTHER_STATE = re.compile(
 )
 # Files that a crash while saving leaves.
 _TEMPORARY = re.compile(r"(.*[-_.])?te?mp")
-EMA_COPY = "an EMA copy, by its name"
 _EMA_WORD = re.compile(r"(?<![a-z])ema(?![a-z])")
 # Names of checkpoints that are no step of a training, with the reason to leave them out.
-STRANGERS = (
-    (re.compile(r"(?<![a-z])(ave|avg|averaged?)(?![a-z])"), "an average already, by its name"),
-    (_EMA_WORD, EMA_COPY),
-    (re.compile(r"(?<![a-z])init(ial)?(?![a-z])"), "from before training, by its name"),
+_EXCLUDED_NAMES = (
+    (re.compile(r"(?<![a-z])(ave|avg|averaged?)(?![a-z])"), Reason.NAMED_AVERAGE),
+    (_EMA_WORD, Reason.NAMED_EMA),
+    (re.compile(r"(?<![a-z])init(ial)?(?![a-z])"), Reason.NAMED_INITIAL),
 )
 _ALIAS_WORD = re.compile(r"(?<![a-z])(last|latest|best|final|newest|current)(?![a-z])")
 _BEST_WORD = re.compile(r"(?<![a-z])best(?![a-z])")
 
 
-def why_not(stem: str) -> str:
-    """Return the reason for not opening a file of a name; empty if the file is opened."""
+def why_not(stem: str) -> Reason | None:
+    """Return the reason for not opening a file of a name; None if the file is opened."""
     if OTHER_STATE.fullmatch(stem):
-        return NOT_WEIGHTS
-    return "a temporary file, by its name" if _TEMPORARY.fullmatch(stem) else ""
+        return Reason.NOT_WEIGHTS
+    if _TEMPORARY.fullmatch(stem):
+        return Reason.TEMPORARY
+    return None
+
+
+def why_no_step(stem: str) -> Reason | None:
+    """Return the reason for which a name is no name of a training's step; None for others."""
+    lower = stem.lower()
+    for word, reason in _EXCLUDED_NAMES:
+        if word.search(lower):
+            return reason
+    return None
 
 
 def stem_of(path: Location) -> str:

@@ -17,9 +17,8 @@ from ckptavg.formats.huggingface.components import part_names
 from ckptavg.formats.shards import find_shards, parse_name
 from ckptavg.io.neighbours import suggest_neighbours
 from ckptavg.io.paths import Location
+from ckptavg.runs.discovery.excluded import describe_no_match
 from ckptavg.runs.discovery.file_names import (
-    EMA_COPY,
-    NOT_WEIGHTS,
     OTHER_STATE,
     is_alias_name,
     matches,
@@ -27,7 +26,6 @@ from ckptavg.runs.discovery.file_names import (
     stem_of,
     why_not,
 )
-from ckptavg.runs.discovery.left_out import NO_MATCH, REPLICA, SKIPPED, LeftOut, describe_no_match
 from ckptavg.runs.discovery.nearby import find_only_run, holds_checkpoints, runs_below
 from ckptavg.runs.discovery.networks import (
     Groups,
@@ -44,10 +42,9 @@ from ckptavg.runs.discovery.numbered import (
     weights_below,
 )
 from ckptavg.runs.discovery.ranks import are_parts, find_replicas
-from ckptavg.runs.discovery.suffixes import PASSED_OVER, split_by_suffix
+from ckptavg.runs.discovery.reason import LeftOut, Reason
+from ckptavg.runs.discovery.suffixes import split_by_suffix
 from ckptavg.runs.discovery.unfinished import find_unfinished, why_unfinished
-
-_UNLIKE = "without a number, unlike its neighbours"
 
 
 @dataclass
@@ -56,7 +53,7 @@ class Findings:
 
     Attributes:
         groups: The paths, training by training.
-        left_out: Paths that are not opened, each with the reason.
+        excluded: Paths that are not opened.
         named: True if the user named each of the paths.
         broken: Errors of members that hold no weights, although the names look like checkpoints.
         entered: Directory that is no run → the only run below, which is taken.
@@ -64,7 +61,7 @@ class Findings:
     """
 
     groups: list[list[Location]]
-    left_out: list[LeftOut]
+    excluded: list[LeftOut]
     named: bool = True
     broken: dict[Location, RunError] = field(default_factory=dict)
     entered: dict[Location, Location] = field(default_factory=dict)
@@ -124,15 +121,15 @@ def find(paths: Sequence[Location], patterns: Patterns) -> Findings:
     groups = with_roots(group_by_place(listing.homes, listing.apart))
     groups = {home: _select(members, patterns.glob, findings) for home, members in groups.items()}
     if not any(groups.values()) and patterns.glob is not None:
-        raise describe_no_match(patterns.glob, findings.left_out)
+        raise describe_no_match(patterns.glob, findings.excluded)
     groups = {home: members for home, members in groups.items() if members}
     # Parts of one model are sorted out first. The checks below would take a single part for a
     # network of its own, or for a damaged file.
     groups = _without_replicas(groups, findings)
     groups, copies = split_copies(groups, listing.unnamed)
-    findings.left_out += [(path, EMA_COPY) for path in copies]
+    findings.excluded += [LeftOut(path, Reason.NAMED_EMA) for path in copies]
     groups, weightless = split_weightless(groups, listing.unnamed)
-    findings.left_out += [(path, NOT_WEIGHTS) for path in weightless]
+    findings.excluded += [LeftOut(path, Reason.NOT_WEIGHTS) for path in weightless]
     refuse_networks(groups, listing.unnamed)
     findings.groups = list(groups.values())
     refuse_partitioned(chain(*findings.groups))
@@ -153,7 +150,7 @@ def _without_replicas(groups: Groups, findings: Findings) -> Groups:
         for path in members:
             # A file whose first rank is in another run is no replica.
             if replicas.get(path) in together:
-                findings.left_out.append((path, REPLICA))
+                findings.excluded.append(LeftOut(path, Reason.REPLICA))
             else:
                 remaining[home].append(path)
     return remaining
@@ -167,7 +164,7 @@ def _without_skipped(
     for path in paths:
         if skipping := patterns.skipping(path, root):
             findings.skipping |= skipping
-            findings.left_out.append((path, SKIPPED))
+            findings.excluded.append(LeftOut(path, Reason.SKIPPED))
         else:
             remaining.append(path)
     return remaining
@@ -244,9 +241,9 @@ def _select(members: list[Location], pattern: str | None, findings: Findings) ->
     selected: dict[tuple[Location, str], Location] = {}
     for path in members:
         if pattern is not None and not matches(path, pattern):
-            findings.left_out.append((path, f"{NO_MATCH}{pattern}"))
+            findings.excluded.append(LeftOut(path, Reason.NO_MATCH, pattern))
         elif len(members) > 1 and path.is_file() and OTHER_STATE.fullmatch(stem_of(path)):
-            findings.left_out.append((path, NOT_WEIGHTS))
+            findings.excluded.append(LeftOut(path, Reason.NOT_WEIGHTS))
         else:
             # A link counts under the name of the link, since the target may be a member too.
             selected.setdefault((path.parent.resolve(), path.name), path)
@@ -286,7 +283,7 @@ def _members(directory: Location, patterns: Patterns, findings: Findings) -> lis
     candidates = [path for path in below if not path.is_dir()]
     files = _weights_files(candidates, patterns, findings, alone=not nested)
     if not broken and (deeper := _below_steps(directory, nested, files, folders, findings)):
-        findings.left_out += [(path, _UNLIKE) for path in [*nested, *files]]
+        findings.excluded += [LeftOut(path, Reason.UNNUMBERED) for path in [*nested, *files]]
         return deeper
     members = [*nested, *broken, *files]
     runs = [path for path in folders if path not in broken and holds_checkpoints(path)]
@@ -298,7 +295,7 @@ def _members(directory: Location, patterns: Patterns, findings: Findings) -> lis
         return []
     if not members or (few and runs) or len(deeper) > 1:
         return _enter(directory, patterns, findings, loose=members)
-    findings.left_out += [(path, "a run of its own") for path in runs]
+    findings.excluded += [LeftOut(path, Reason.OWN_RUN) for path in runs]
     return sorted(members, key=natural)
 
 
@@ -338,11 +335,11 @@ def _weights_files(
         alone: True if no directory beside the files is a checkpoint.
     """
     candidates, passed_over = split_by_suffix(files, patterns.glob, alone=alone)
-    findings.left_out += [(path, PASSED_OVER) for path in passed_over]
+    findings.excluded += [LeftOut(path, Reason.SUFFIX) for path in passed_over]
     members: list[Location] = []
     for path in candidates:
-        if why := why_not(stem_of(path)):
-            findings.left_out.append((path, why))
+        if reason := why_not(stem_of(path)):
+            findings.excluded.append(LeftOut(path, reason))
         else:
             members.append(path)
     return members
@@ -353,12 +350,14 @@ def _around_root(
 ) -> list[Location]:
     """Find the checkpoints of a run with a model at the root: numbered checkpoints and root."""
     numbered = [path for path in nested if re.search(r"\d", path.name)]
-    findings.left_out += [(path, _UNLIKE) for path in nested if numbered and path not in numbered]
+    findings.excluded += [
+        LeftOut(path, Reason.UNNUMBERED) for path in nested if numbered and path not in numbered
+    ]
     steps = [path for path in folders if mask_step(path.name) is not None]
     members = numbered or [path for step in steps for path in weights_below(step)]
     # The root is a pipeline of several networks, and the steps hold the one that was trained.
     if members and part_names(root) and not any(map(part_names, members)):
-        findings.left_out.append((root, "a model of several directories, unlike its steps"))
+        findings.excluded.append(LeftOut(root, Reason.PIPELINE))
         return members
     is_run = bool(numbered) or len({place_of(path) for path in members}) == 1
     return [*members, root] if is_run else [root]
@@ -402,7 +401,7 @@ def _below_steps(
     series = {mask_step(step.name) for step, members in steps.items() if members}
     for step, members in steps.items():
         if not members and mask_step(step.name) in series:
-            findings.left_out.append((step, "holds no weights, unlike its neighbours"))
+            findings.excluded.append(LeftOut(step, Reason.WITHOUT_WEIGHTS))
     return deeper
 
 

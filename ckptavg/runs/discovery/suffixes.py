@@ -11,7 +11,6 @@ from ckptavg.formats.signatures import begins_as_checkpoint
 from ckptavg.io.paths import Location
 from ckptavg.runs.discovery.file_names import SUFFIXES, is_alias_name, matches, stem_of, why_not
 
-PASSED_OVER = "its suffix is none of the usual ones; name it, or match it by --glob"
 # Files of a directory whose first bytes are read: it may be a data set of images.
 _MOST_LOOKED_INTO = 1000
 _ANY_SUFFIX = re.compile(r"\.(safetensors|pth|pt|ckpt|bin|tar|pyth)(?![a-z])", re.IGNORECASE)
