@@ -58,8 +58,9 @@ class ResultsFile:
             # An empty file, as mktemp makes, is fine for new results but cannot be continued.
             if size or (resume and size is not None):
                 self._parse()
-        # Only a trial shows whether disk, directory and file name permit writing.
-        with guard_writes(self.path), self._publication():
+        # Only a trial shows whether disk, directory and file name permit writing. Another process
+        # that adds results at this moment must not be disturbed.
+        with guard_writes(self.path), lock_beside(self._target), self._publication():
             pass
 
     def entries(self) -> list[Entry]:

@@ -1,7 +1,8 @@
 """Publication of outputs that appear whole or not at all.
 
 A temporary beside the output is written, flushed to the disk and renamed. ``temporaries`` handles
-the temporaries of runs that have crashed.
+the temporaries of runs that have crashed. Of runs that write the same output at the same moment,
+some may fail with an error; the output is whole in any case.
 """
 
 from __future__ import annotations
@@ -21,8 +22,6 @@ from ckptavg.io import rename, temporaries
 from ckptavg.io.output_paths import check_replaceable, follow
 
 log = logging.getLogger("ckptavg")
-# Attempts at a step that fails only if other runs work on the same output at the same moment.
-_TRIES = 100
 # Some file systems cannot flush directories.
 _NO_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
 
@@ -62,7 +61,7 @@ class Publication:
     def __enter__(self) -> Publication:
         try:
             with guard_writes(self.path):
-                temporaries.clear(self.path)
+                temporaries.remove_stale(self.path)
                 self._create()
         except BaseException:
             self._discard()
@@ -101,45 +100,25 @@ class Publication:
             log.warning("%s is in its place, but may not survive a power cut: %s", self.path, error)
 
     def _create(self) -> None:
-        """Create and lock the temporary, under new names until this succeeds.
+        """Create and lock the temporary.
 
         Raises:
-            OSError: The temporary cannot be created.
+            OSError: The temporary cannot be created, or was taken for stale by another run.
         """
-        for _ in range(_TRIES):
-            if self._create_and_lock():
+        if self.directory:
+            self.temporary.mkdir()
+            # Windows cannot open directories.
+            if os.name == "nt":
                 return
-            self.temporary = temporaries.new_temporary(self.path)
-        raise OSError(errno.EBUSY, "other runs remove its temporary again and again")
-
-    def _create_and_lock(self) -> bool:
-        """Create and lock the temporary; return False if another run interferes.
-
-        Before the lock is taken, another run may remove the temporary as a leftover of a crash.
-        """
-        flags = os.O_RDONLY if self.directory else os.O_RDWR | os.O_CREAT | os.O_EXCL
-        try:
-            if self.directory:
-                self.temporary.mkdir()
-                # Windows cannot open directories.
-                if os.name == "nt":
-                    return True
-            self._lock = os.open(self.temporary, flags, 0o666)
-        except FileExistsError:
-            return False
-        # Another run removed the new directory, unless the output's own directory is gone.
-        except FileNotFoundError:
-            if not self.path.parent.is_dir():
-                raise
-            self._discard()
-            return False
+            self._lock = os.open(self.temporary, os.O_RDONLY)
+        else:
+            self._lock = os.open(self.temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         locked = temporaries.lock(self._lock, self.temporary)
         if locked is False:
-            self._discard()
+            raise OSError(errno.EBUSY, "another run writes it at the same time")
         # Without a lock there is no use for an open file, which Windows would not rename.
-        elif locked is None:
+        if locked is None:
             self._unlock()
-        return locked is not False
 
     def _take_permissions(self) -> None:
         """Copy the mode and the owner of each replaced file to the new file, if permitted."""
@@ -160,50 +139,33 @@ class Publication:
         except FileExistsError as error:
             raise OutputError(
                 f"{self.path} has appeared while it was being made",
-                "Pass --overwrite (in Python overwrite=True) to replace it.",
+                "Pass `overwrite=True` to replace it.",
             ) from error
 
     def _replace(self) -> None:
         """Rename the temporary over the output, in a single step if the system can."""
         if not self.directory:
             self.temporary.replace(self.path)
-            return
-        for _ in range(_TRIES):
-            if self._replace_directory():
-                return
-        raise OSError(errno.EBUSY, "other runs write it at the same time")
+        elif os.path.lexists(self.path):
+            self._replace_directory()
+        else:
+            self._place()
 
-    def _replace_directory(self) -> bool:
-        """Replace a directory by the temporary; return False if another run came between.
-
-        The old directory then has the name of the temporary, or is removed.
-        """
-        # There may be no output, or no longer: a rename is enough then.
-        with suppress(FileExistsError):
-            rename.rename_new(self.temporary, self.path)
-            return True
+    def _replace_directory(self) -> None:
+        """Replace the old directory by the temporary; the old directory is removed."""
         entries = [
             path.relative_to(self.temporary).as_posix() for path in self.temporary.rglob("*")
         ]
-        try:
-            check_replaceable(self.path, directory=True, names={*entries, *self._replaceable})
-        # Another run replaces the output at this moment.
-        except FileNotFoundError:
-            return False
+        check_replaceable(self.path, directory=True, names={*entries, *self._replaceable})
         if rename.exchange(self.temporary, self.path):
-            return True
-        # No swap in one step here: for a moment there is no output, only the old one set aside.
-        aside = temporaries.set_aside_name(self.temporary)
+            return
+        # No swap in one step here: for a moment there is no output, only its backup.
+        backup = temporaries.backup_of(self.temporary)
         try:
-            self.path.rename(aside)
-            rename.rename_new(self.temporary, self.path)
-        except (FileExistsError, FileNotFoundError):
-            if not os.path.lexists(self.temporary):
-                raise
-            return False
+            self.path.rename(backup)
+            self._place()
         finally:
-            temporaries.settle(aside, self.path)
-        return True
+            temporaries.recover_previous(backup, self.path)
 
     def _discard(self) -> None:
         """Remove the temporary and release the lock."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from ckptavg.io import temporaries
@@ -29,29 +29,13 @@ def lock_beside(path: Path) -> Iterator[None]:
         path: The file.
     """
     side = path.with_name(f".{path.name}{_LOCK}")
-    try:
-        handle = _acquire(side)
-    # Ctrl-C may come between creating and locking the side file.
-    except BaseException:
-        _remove_unlocked(side)
-        raise
+    handle = _acquire(side)
     try:
         yield
     finally:
         if handle is not None:
             # Removed while locked: a process that waits then sees that the path has another file.
             temporaries.remove(side)
-            _release(handle)
-
-
-def _remove_unlocked(side: Path) -> None:
-    """Remove a side file unless another process holds the lock."""
-    with suppress(OSError):
-        handle = os.open(side, os.O_RDWR)
-        try:
-            if temporaries.lock(handle, side) is not False:
-                temporaries.remove(side)
-        finally:
             os.close(handle)
 
 
@@ -63,25 +47,13 @@ def _acquire(side: Path) -> int | None:
             handle = os.open(side, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError:
             return None
-        locked: bool | None = False
-        try:
-            locked = temporaries.lock(handle, side)
-        except OSError:
-            locked = None
-        finally:
-            if not locked:
-                _release(handle)
+        locked = temporaries.lock(handle, side)
         if locked:
             return handle
+        os.close(handle)
         # Without locks, a side file would only be left over.
         if locked is None:
             temporaries.remove(side)
             return None
         time.sleep(_PAUSE)
     return None
-
-
-def _release(handle: int) -> None:
-    """Close a side file, which releases the lock."""
-    with suppress(OSError):
-        os.close(handle)

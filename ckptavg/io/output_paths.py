@@ -51,12 +51,12 @@ def check_target(path: Path, *, overwrite: bool, inputs: Iterable[Path] = ()) ->
         target = follow(path)
         _check_parent(target.parent)
         # Before any look at the target: a run that crashed during a swap has set the target aside.
-        temporaries.clear(target)
+        temporaries.remove_stale(target)
         _check_kind(target)
         if os.path.lexists(path) and not overwrite:
             raise OutputError(
                 f"{path} exists already",
-                "Pass --overwrite (in Python overwrite=True) to replace it.",
+                "Pass `overwrite=True` to replace it.",
             )
         if not os.access(target, os.W_OK) and target.exists():
             raise OutputError(

@@ -1,8 +1,4 @@
-"""Atomic renames, without replacing an existing path or as a swap of two paths.
-
-Linux has a system call for both. There are substitutes for other systems, and for file systems
-without support.
-"""
+"""Renames without replacing an existing path, and the swap of two paths in one step."""
 
 from __future__ import annotations
 
@@ -15,67 +11,60 @@ from typing import Any
 
 # Constants of Linux, from fcntl.h and linux/fs.h: Python does not have them.
 _AT_FDCWD = -100
-_RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
 
 
-def rename_new(one: Path, other: Path) -> None:
-    """Rename a path without replacing anything.
+def rename_new(old: Path, new: Path) -> None:
+    """Rename a path without replacing a file, or a directory that is not empty.
 
     Raises:
         FileExistsError: The new name exists.
         OSError: The system refuses.
     """
-    answer = _renameat2(one, other, _RENAME_NOREPLACE)
-    if answer == errno.EEXIST:
-        raise FileExistsError(answer, os.strerror(answer), os.fspath(other))
-    if answer == 0 or _link_new(one, other):
+    if not old.is_dir() and _link_new(old, new):
         return
-    # The last resort, with a gap between check and rename: a file could be replaced in it.
-    if os.path.lexists(other):
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(other))
+    # Without hard links there is a gap between check and rename: a file could be replaced in it.
+    if os.path.lexists(new):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(new))
     try:
-        one.rename(other)
+        old.rename(new)
     except OSError as error:
         # A directory has appeared under the new name since the check.
-        if os.path.lexists(other) and os.path.lexists(one):
+        if os.path.lexists(new) and os.path.lexists(old):
             raise FileExistsError(*error.args) from error
         raise
 
 
-def exchange(one: Path, other: Path) -> bool:
-    """Swap two paths atomically; return False if the system cannot."""
-    return _renameat2(one, other, _RENAME_EXCHANGE) == 0
-
-
-def _link_new(one: Path, other: Path) -> bool:
-    """Rename a file by a hard link; return False if there are no hard links."""
-    # Linking to a link differs between systems, and directories have no hard links.
-    if one.is_symlink() or not one.is_file():
+def exchange(path: Path, other: Path) -> bool:
+    """Swap two paths in one step; return False if the system or the file system cannot."""
+    if _RENAMEAT2 is None:
         return False
+    names = os.fsencode(path), os.fsencode(other)
+    failed = _RENAMEAT2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE)
+    return not failed
+
+
+def _link_new(old: Path, new: Path) -> bool:
+    """Rename a file by a hard link; return False if there are no hard links.
+
+    Raises:
+        FileExistsError: The new name exists.
+    """
     try:
-        other.hardlink_to(one)
+        new.hardlink_to(old)
     except FileExistsError:
         raise
     except OSError:
         return False
-    one.unlink()
+    old.unlink()
     return True
 
 
-def _renameat2(one: Path, other: Path, flag: int) -> int:
-    """Call ``renameat2`` of Linux; return the error number, or 0 for success."""
-    if _SYSTEM is None:
-        return errno.ENOSYS
-    result: int = _SYSTEM(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), flag)
-    return ctypes.get_errno() if result else 0
-
-
 def _system_call() -> Any:
-    """Return ``renameat2`` of the C library; None if the library or the system has none."""
+    """Return ``renameat2`` of the C library of Linux; None if there is none."""
     if sys.platform != "linux":
         return None
-    return getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    return getattr(ctypes.CDLL(None), "renameat2", None)
 
 
-_SYSTEM = _system_call()
+_RENAMEAT2 = _system_call()

@@ -2,8 +2,8 @@
 
 The temporary holds the new output. A lock on the temporary tells whether its run still works: the
 system releases the lock when the process ends. If two paths cannot be swapped in one step, the old
-output is set aside under a name that matches the name of the temporary. An output that is set aside
-is complete as long as it has that name.
+output becomes a backup, with a name that matches the name of the temporary. A backup is complete as
+long as it has that name.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import os
 import re
 import secrets
 import shutil
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,9 +27,8 @@ except ImportError:  # Windows
 
 log = logging.getLogger("ckptavg")
 _TEMPORARY = ".ckptavg-tmp"
-_SET_ASIDE = ".ckptavg-old"
+_BACKUP = ".ckptavg-old"
 _LONGEST_NAME = 255  # bytes, if the file system does not say
-_REMOVALS = 3  # attempts
 
 
 def new_temporary(path: Path) -> Path:
@@ -38,9 +36,9 @@ def new_temporary(path: Path) -> Path:
     return path.with_name(f"{_stem(path)}.{secrets.token_hex(4)}{_TEMPORARY}")
 
 
-def set_aside_name(temporary: Path) -> Path:
-    """Return the path at which the old output is set aside during a replacement."""
-    return temporary.with_name(temporary.name.removesuffix(_TEMPORARY) + _SET_ASIDE)
+def backup_of(temporary: Path) -> Path:
+    """Return the path at which the old output is kept while a temporary takes its place."""
+    return temporary.with_name(temporary.name.removesuffix(_TEMPORARY) + _BACKUP)
 
 
 def lock(handle: int, path: Path) -> bool | None:
@@ -50,12 +48,13 @@ def lock(handle: int, path: Path) -> bool | None:
     run that removes a temporary holds the lock meanwhile. So a lock is valid if the path still
     leads to the locked file.
 
+    Args:
+        handle: Descriptor of the open temporary.
+        path: Path of the temporary.
+
     Returns:
         True if the lock is taken. False if another process has the lock or has removed the
         temporary. None if the file system has no locks.
-
-    Raises:
-        OSError: The temporary cannot be inspected.
     """
     if fcntl is None:
         return None
@@ -68,64 +67,68 @@ def lock(handle: int, path: Path) -> bool | None:
         return None
     try:
         return os.path.samestat(os.fstat(handle), os.lstat(path))
-    except FileNotFoundError:
+    except OSError:
         return False
 
 
-def clear(path: Path) -> None:
-    """Remove the leftovers of crashed runs beside an output, and put back an output set aside.
+def remove_stale(path: Path) -> None:
+    """Remove what crashed runs have left beside an output, and recover an output from its backup.
 
     Temporaries of runs that still work stay. In doubt, temporaries stay, too, with a note.
+
+    Args:
+        path: The output.
     """
-    ours = re.compile(rf"({re.escape(_stem(path))}\.[0-9a-f]{{8}})({_TEMPORARY}|{_SET_ASIDE})")
+    name = re.compile(rf"({re.escape(_stem(path))}\.[0-9a-f]{{8}})({_TEMPORARY}|{_BACKUP})")
     try:
-        matches = [ours.fullmatch(entry.name) for entry in path.parent.iterdir()]
+        matches = [name.fullmatch(entry.name) for entry in path.parent.iterdir()]
     # A directory may be writable, but not readable.
     except PermissionError:
         return
     for stem in sorted({match[1] for match in matches if match}):
         temporary = path.with_name(stem + _TEMPORARY)
-        with _claim(temporary) as dead:
-            if dead is not False:
-                settle(set_aside_name(temporary), path)
-            if dead:
+        with _lock_if_stale(temporary) as stale:
+            if stale is not False:
+                recover_previous(backup_of(temporary), path)
+            if stale:
                 remove(temporary)
-            elif dead is None:
-                log.info("%s may be of a run that died: remove it if none is at work", temporary)
+            elif stale is None:
+                log.info("%s may be of a crashed run: remove it if no run is at work", temporary)
 
 
-def settle(aside: Path, path: Path) -> None:
-    """Put back an output that was set aside, or remove the old output if a new output exists."""
-    if not os.path.lexists(aside):
+def recover_previous(backup: Path, path: Path) -> None:
+    """Rename the backup of an output to the output, or remove the backup if there is an output.
+
+    Args:
+        backup: The backup, which need not exist.
+        path: The output.
+    """
+    if not os.path.lexists(backup):
         return
     # Another run may do the same at this moment.
     with suppress(FileNotFoundError):
         try:
-            rename_new(aside, path)
+            rename_new(backup, path)
         except FileExistsError:
-            # Renamed first: the name of an output set aside promises that it is complete.
+            # Renamed first: the name of a backup promises that it is complete.
             garbage = new_temporary(path)
-            aside.rename(garbage)
+            backup.rename(garbage)
             remove(garbage)
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a directory, with tolerance for concurrent removals.
+    """Remove a file or a directory, which another run may remove at the same time.
 
     A path that cannot be removed causes a warning, never an error: the work before has succeeded,
     or has failed with an error that matters more.
     """
-    for _ in range(_REMOVALS):
-        with suppress(OSError):
-            try:
-                path.unlink()
-            except FileNotFoundError:
-                return
-            # Some systems raise ``PermissionError`` for a directory.
-            except (IsADirectoryError, PermissionError):
-                shutil.rmtree(path)
-            return
-    log.warning("%s could not be removed: remove it yourself", path)
+    try:
+        path.unlink()
+    # A directory, for which systems raise different errors; or nothing is there any more.
+    except OSError:
+        shutil.rmtree(path, ignore_errors=True)
+    if os.path.lexists(path):
+        log.warning("%s could not be removed: remove it yourself", path)
 
 
 def _stem(path: Path) -> str:
@@ -145,42 +148,23 @@ def _stem(path: Path) -> str:
 
 
 @contextmanager
-def _claim(path: Path) -> Iterator[bool | None]:
+def _lock_if_stale(temporary: Path) -> Iterator[bool | None]:
     """Hold the lock of a temporary that a crashed run may have left.
 
     Yields:
-        True if no other process can have the lock, False if another process has it, None if
-        unknown.
+        True if no other run uses the temporary, False if another run does, None if unknown.
     """
     try:
-        mode = os.lstat(path).st_mode
+        # Network file systems want a file open for writing, and no system a directory.
+        handle = os.open(temporary, os.O_RDONLY if temporary.is_dir() else os.O_RDWR)
+    # Only the backup is left.
     except FileNotFoundError:
         yield True
         return
     except OSError:
         yield None
         return
-    if fcntl is None or not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        yield None
-        return
     try:
-        handle = os.open(path, os.O_RDONLY if stat.S_ISDIR(mode) else os.O_RDWR)
-    except FileNotFoundError:
-        yield False
-        return
-    except OSError:
-        yield None
-        return
-    try:
-        yield _lock_or_doubt(handle, path)
+        yield lock(handle, temporary)
     finally:
-        with suppress(OSError):
-            os.close(handle)
-
-
-def _lock_or_doubt(handle: int, path: Path) -> bool | None:
-    """Take the lock of a temporary; return None if unknown, even for a system error."""
-    try:
-        return lock(handle, path)
-    except OSError:
-        return None
+        os.close(handle)

@@ -594,7 +594,7 @@ def output_has_no_directory(run_dir, out):
         (is_truncated, CheckpointError, r"epoch_2\.pt .*truncated"),
         (is_an_empty_directory, RunError, "run holds no checkpoint"),
         (keeps_its_weights_under_an_unknown_entry, CheckpointError, r"epoch_2\.pt.*--key"),
-        (output_exists, OutputError, "exists already.*--overwrite"),
+        (output_exists, OutputError, "exists already.*`overwrite=True`"),
         (output_has_no_directory, OutputError, "does not exist"),
     ],
 )

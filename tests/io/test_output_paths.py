@@ -45,7 +45,7 @@ def test_an_existing_output_needs_overwrite(tmp_path, existing):
         out.symlink_to(tmp_path / "target")
         if existing == "link":
             (tmp_path / "target").write_text("old")
-    assert "--overwrite" in refused(out, overwrite=False)
+    assert "`overwrite=True`" in refused(out, overwrite=False)
     check_target(out, overwrite=True, inputs=[])
 
 

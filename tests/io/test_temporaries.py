@@ -6,14 +6,14 @@ import errno
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from output_files import content_of, fill, names, write
 
 from ckptavg.errors import OutputError
-from ckptavg.io import atomic, temporaries
-from ckptavg.io import rename as renaming
+from ckptavg.io import atomic, rename, temporaries
 from ckptavg.io.atomic import Publication
 from ckptavg.io.output_paths import check_target
 
@@ -23,9 +23,9 @@ kinds = pytest.mark.parametrize("directory", [False, True], ids=["file", "direct
 PROCESS = """
 import os, sys
 from pathlib import Path
-from ckptavg.io import atomic as publish
+from ckptavg.io.atomic import Publication
 out, directory = Path(sys.argv[1]), sys.argv[2] == "directory"
-with publish.Publication(out, directory=directory, overwrite=True) as publication:
+with Publication(out, directory=directory, overwrite=True) as publication:
     file = publication.temporary / "model.safetensors" if directory else publication.temporary
     file.write_text("theirs")
     print("ready", flush=True)
@@ -140,17 +140,18 @@ def test_leftovers_of_an_output_with_an_odd_name_are_cleared(tmp_path, name):
 CRASH = """
 import os, sys
 from pathlib import Path
-from ckptavg.io import atomic as publish, rename as renaming
+from ckptavg.io import rename
+from ckptavg.io.atomic import Publication
 out, steps = Path(sys.argv[1]), int(sys.argv[2])
-renaming._renameat2 = lambda one, other, flag: 38
-rename, done = Path.rename, []
+rename._RENAMEAT2 = None
+rename_path, done = Path.rename, []
 def crash(self, target):
     if len(done) == steps:
         os._exit(9)
     done.append(target)
-    return rename(self, target)
+    return rename_path(self, target)
 Path.rename = crash
-with publish.Publication(
+with Publication(
     out, directory=True, overwrite=True, replaceable=["config.json"]
 ) as publication:
     (publication.temporary / "model.safetensors").write_text("new")
@@ -194,62 +195,61 @@ def test_a_file_system_without_locks_still_takes_outputs(tmp_path, monkeypatch, 
 @posix
 @kinds
 @pytest.mark.parametrize("moment", ["before the lock", "while it is locked for removal"])
-def test_a_temporary_that_is_cleared_before_it_is_locked_is_made_anew(
+def test_a_temporary_that_is_cleared_before_it_is_locked_is_an_error(
     tmp_path, monkeypatch, directory, moment
 ):
     """Another run's cleaning comes between making a temporary and locking it."""
-    out, taken, lock = tmp_path / "out", [], temporaries.lock
+    out, lock = tmp_path / "out", temporaries.lock
 
     def disturbed(handle, path):
-        if not taken:
-            taken.append(path)
-            monkeypatch.setattr(temporaries, "lock", lock)
-            if moment == "before the lock":
-                temporaries.clear(out)
-            else:
-                claim = temporaries._claim(path)
-                assert claim.__enter__()
-                taken.append(claim)  # and goes on to hold it
-        return lock(handle, path)
+        monkeypatch.setattr(temporaries, "lock", lock)
+        if moment == "before the lock":
+            temporaries.remove_stale(out)
+            return lock(handle, path)
+        with temporaries._lock_if_stale(path) as stale:
+            assert stale
+            return lock(handle, path)
 
     monkeypatch.setattr(temporaries, "lock", disturbed)
-    with Publication(out, directory=directory, overwrite=False) as publication:
-        assert publication.temporary != taken[0]
-        temporaries.clear(out)
-        write(publication)
-        publication.publish()
-    if len(taken) > 1:
-        taken.pop().__exit__(None, None, None)
-        temporaries.clear(out)
-    assert content_of(out) == "new"
-    assert names(tmp_path) == {"out"}
+    with (
+        pytest.raises(OutputError, match="another run writes it at the same time"),
+        Publication(out, directory=directory, overwrite=False),
+    ):
+        pytest.fail("it was opened")
+    assert names(tmp_path) == set()
 
 
 CLEANER = """
 import sys
 from pathlib import Path
-from ckptavg.io import temporaries as leftovers
+from ckptavg.io import temporaries
 print("ready", flush=True)
 while True:
-    leftovers.clear(Path(sys.argv[1]))
+    temporaries.remove_stale(Path(sys.argv[1]))
 """
 
 
 @posix
 @kinds
 def test_runs_and_a_tireless_cleaner_at_the_same_time_lose_nothing(tmp_path, directory):
-    out = tmp_path / "out"
+    """Each run publishes, or is told that another disturbed it; what was published stays."""
+    out, published = tmp_path / "out", []
     command = [sys.executable, "-c", CLEANER, os.fspath(out)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as cleaner:
         assert cleaner.stdout.readline() == "ready\n"
         for i in range(150):
-            with Publication(out, directory=directory, overwrite=True) as publication:
+            with (
+                suppress(OutputError),
+                Publication(out, directory=directory, overwrite=True) as publication,
+            ):
                 write(publication, str(i))
                 publication.publish()
-            assert content_of(out) == str(i)
+                published.append(str(i))
+            assert not published or content_of(out) == published[-1]
         assert cleaner.poll() is None
         cleaner.kill()
-    temporaries.clear(out)
+    temporaries.remove_stale(out)
+    assert published
     assert names(tmp_path) == {"out"}
 
 
@@ -259,13 +259,13 @@ def test_what_a_living_run_has_set_aside_stays(tmp_path, other_process):
     out = fill(tmp_path / "out")
     process = other_process(out, "directory")
     (temporary,) = (path for path in tmp_path.iterdir() if path != out)
-    aside = temporaries.set_aside_name(temporary)
+    aside = temporaries.backup_of(temporary)
     out.rename(aside)
-    temporaries.clear(out)
+    temporaries.remove_stale(out)
     assert names(tmp_path) == {temporary.name, aside.name}
     process.kill()
     process.wait()
-    temporaries.clear(out)
+    temporaries.remove_stale(out)
     assert names(tmp_path) == {"out"}
     assert content_of(out) == "old"
 
@@ -274,21 +274,21 @@ def test_what_a_living_run_has_set_aside_stays(tmp_path, other_process):
 def test_a_replacement_in_two_steps_that_is_interrupted_puts_the_old_one_back(
     tmp_path, monkeypatch
 ):
-    out, rename, done = fill(tmp_path / "out"), Path.rename, []
+    out, rename_path, done = fill(tmp_path / "out"), Path.rename, []
 
     def interrupted(self, target):
         if len(done) == 1:
             done.append(self)
             raise KeyboardInterrupt
         done.append(self)
-        return rename(self, target)
+        return rename_path(self, target)
 
     def work():
         with Publication(out, directory=True, overwrite=True) as publication:
             write(publication)
             publication.publish()
 
-    monkeypatch.setattr(renaming, "_renameat2", lambda *_: errno.ENOSYS)
+    monkeypatch.setattr(rename, "_RENAMEAT2", None)
     monkeypatch.setattr(Path, "rename", interrupted)
     with pytest.raises(KeyboardInterrupt):
         work()
@@ -301,24 +301,26 @@ def test_a_replacement_in_two_steps_that_is_interrupted_puts_the_old_one_back(
 def test_an_output_that_another_run_places_while_a_directory_is_replaced(
     tmp_path, monkeypatch, steps
 ):
-    """It comes between the look at the place and the rename; the later run wins, all is whole."""
+    """It comes between the look at the place and the rename; it stays, and this run is told."""
     out, theirs = tmp_path / "out", fill(tmp_path / "theirs", content="theirs")
-    rename_new, calls = renaming.rename_new, []
+    rename_new = rename.rename_new
 
-    def raced(one, other):
-        calls.append(one)
-        if len(calls) == 2 - (not steps):
-            theirs.rename(out)
-        return rename_new(one, other)
+    def raced(old, new):
+        theirs.rename(out)
+        rename_new(old, new)
+
+    def work():
+        with Publication(out, directory=True, overwrite=True) as publication:
+            write(publication)
+            publication.publish()
 
     if steps:
         fill(out)
-        monkeypatch.setattr(renaming, "_renameat2", lambda *_: errno.ENOSYS)
-    monkeypatch.setattr(renaming, "rename_new", raced)
-    with Publication(out, directory=True, overwrite=True) as publication:
-        write(publication)
-        publication.publish()
-    assert content_of(out) == "new"
+        monkeypatch.setattr(rename, "_RENAMEAT2", None)
+    monkeypatch.setattr(rename, "rename_new", raced)
+    with pytest.raises(OutputError, match="has appeared"):
+        work()
+    assert content_of(out) == "theirs"
     assert names(tmp_path) == {"out"}
 
 
@@ -367,10 +369,10 @@ def test_what_was_set_aside_is_never_half_removed_under_that_name(tmp_path, monk
     monkeypatch.setattr(
         temporaries, "remove", lambda path: (path / "model.safetensors").unlink(missing_ok=True)
     )
-    temporaries.clear(out)
+    temporaries.remove_stale(out)
     assert not aside.exists()
     monkeypatch.undo()
-    temporaries.clear(out)
+    temporaries.remove_stale(out)
     assert names(tmp_path) == {"out"}
     assert content_of(out) == "new"
 
@@ -429,7 +431,7 @@ def test_without_locks_nothing_is_removed_and_a_note_says_so(
         write(publication)
         publication.publish()
     assert names(tmp_path) == {"out", left.name}
-    assert any(f"{left} may be of a run that died" in line for line in caplog.messages)
+    assert any(f"{left} may be of a crashed run" in line for line in caplog.messages)
 
 
 @posix
