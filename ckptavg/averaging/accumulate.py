@@ -16,7 +16,7 @@ from typing import NoReturn
 import torch
 
 from ckptavg.averaging.planning.tensor_plan import TensorPlan
-from ckptavg.averaging.read_groups import Group, Job, Member, Share
+from ckptavg.averaging.read_groups import Group, Job, OutputTerm, Term
 from ckptavg.errors import NonFiniteError
 from ckptavg.formats.checkpoint import DType, Tensor
 from ckptavg.formats.reader import Reader
@@ -62,6 +62,7 @@ class Worker:
         self._observer = observer
         self._reader = Reader()
         self._buffers = _Buffers()
+        # float64, flat: memory of the rows that are multiplied with each other.
         self._rows = _NOTHING
         self._gram: torch.Tensor | None = None
 
@@ -77,8 +78,8 @@ class Worker:
 
     def advise(self, blocks: Sequence[tuple[Group, int, int]]) -> None:
         """Advise the operating system of blocks of local files that will be read soon."""
-        for _, parts in itertools.groupby(blocks, key=lambda block: id(block[0])):
-            run = list(parts)
+        for _, blocks_of_group in itertools.groupby(blocks, key=lambda block: id(block[0])):
+            run = list(blocks_of_group)
             (group, first, _), (_, last, count) = run[0], run[-1]
             for source in group.sources:
                 # A block of any other tensor is not one range of a file, as the advice needs.
@@ -98,9 +99,9 @@ class Worker:
             CheckpointError: A file cannot be read.
         """
         compute = self._average if group.averaged else self._copy
-        for member, raw in compute(group, start, count):
-            offset = start * member.plan.dtype.size
-            self._jobs[member.job].sink.write(member.plan.name, offset, raw)
+        for output, raw in compute(group, start, count):
+            offset = start * output.plan.dtype.size
+            self._jobs[output.job].sink.write(output.plan.name, offset, raw)
 
     def take_gram(self) -> torch.Tensor | None:
         """Return the Gram matrix of the blocks since the last call, and start a new matrix.
@@ -113,59 +114,70 @@ class Worker:
         gram, self._gram = self._gram, None
         return gram
 
-    def _average(self, group: Group, start: int, count: int) -> Iterator[tuple[Member, memoryview]]:
-        # A complex number is averaged as two floats.
-        floats = count * (2 if group.sources[0].dtype.kind == "complex" else 1)
+    def _average(
+        self, group: Group, start: int, count: int
+    ) -> Iterator[tuple[OutputTerm, memoryview]]:
+        """Yield each output of a group with the bytes of its averaged block."""
+        floats = count
+        if group.sources[0].dtype.kind == "complex":
+            # A complex number is averaged as two floats.
+            floats = 2 * count
         rows = self._empty_rows(len(group.products), floats)
         for position, source in enumerate(group.sources):
             values = _view(self._read(group, position, start, count), source.dtype)
             product_rows = [rows[i] for i in group.rows.get(position, ())]
-            self._add(group.shares[position], values, product_rows)
+            self._add(group.terms[position], values, product_rows)
         if group.products:
             self._multiply(rows)
-        for number, member in enumerate(group.members):
+        for number, output in enumerate(group.outputs):
             total = self._buffers.doubles(number, floats)
             # Division by 1 changes no bits, and would be one more pass over the block.
-            if member.divisor != 1.0:
-                total.div_(member.divisor)
-            raw = self._buffers.raw("out", count * member.plan.dtype.size)
-            out = _view(raw, member.plan.dtype)
-            out.copy_(total)
-            if not _is_finite(out):
-                self._handle_nonfinite(member, start, count, out)
-            yield member, raw
+            if output.divisor != 1.0:
+                total.div_(output.divisor)
+            raw = self._buffers.raw("out", count * output.plan.dtype.size)
+            average = _view(raw, output.plan.dtype)
+            average.copy_(total)
+            if not _is_finite(average):
+                self._handle_nonfinite(output, start, count, average)
+            yield output, raw
 
     def _add(
-        self, shares: Sequence[Share], values: torch.Tensor, rows: Sequence[torch.Tensor]
+        self, terms: Sequence[Term], values: torch.Tensor, rows: Sequence[torch.Tensor]
     ) -> None:
         """Add a block of one source to the sums of the averages that the source contributes to.
 
         Args:
-            shares: The source's part in each average.
+            terms: The source's term in each sum.
             values: The block.
             rows: float64, (floats,) each: rows of the matrix for products, which get the block's
                 values.
         """
         floats = values.numel()
+        is_single = len(terms) == 1 and not rows
         # The first source of a single average is converted straight into the sum, without a copy.
-        alone = len(shares) == 1 and shares[0].first and not rows
-        name = shares[0].member if alone else "wide"
-        wide = rows[0] if rows else self._buffers.doubles(name, floats)
+        in_place = is_single and terms[0].first
+        if in_place:
+            wide = self._buffers.doubles(terms[0].output, floats)
+        elif rows:
+            wide = rows[0]
+        else:
+            wide = self._buffers.doubles("wide", floats)
         self._widen(values, wide)
         for row in rows[1:]:
             row.copy_(wide)
-        # Nothing else needs the values then, so that the product may overwrite them.
-        last = len(shares) == 1 and not rows
-        for member, coefficient, first in shares:
-            product = wide
+        # Nothing else needs the values of a single term, so that the product overwrites them.
+        product = wide
+        for output, coefficient, first in terms:
+            term = wide
             if coefficient != 1.0:
-                product = wide if last else self._buffers.doubles("product", floats)
-                torch.mul(wide, coefficient, out=product)
-            total = self._buffers.doubles(member, floats)
+                if not is_single:
+                    product = self._buffers.doubles("product", floats)
+                term = torch.mul(wide, coefficient, out=product)
+            total = self._buffers.doubles(output, floats)
             if not first:
-                total.add_(product)
-            elif not alone:
-                total.copy_(product)
+                total.add_(term)
+            elif not in_place:
+                total.copy_(term)
 
     def _widen(self, values: torch.Tensor, wide: torch.Tensor) -> None:
         """Convert values to float64.
@@ -206,42 +218,51 @@ class Worker:
             _drop_masks(rows)
         rows[1:].sub_(rows[0])
         product = rows @ rows.T
-        self._gram = product if self._gram is None else self._gram.add_(product)
+        if self._gram is None:
+            self._gram = product
+        else:
+            self._gram.add_(product)
 
-    def _copy(self, group: Group, start: int, count: int) -> Iterator[tuple[Member, memoryview]]:
-        """Yield the bytes of each member's last source, and note members whose sources differ."""
+    def _copy(
+        self, group: Group, start: int, count: int
+    ) -> Iterator[tuple[OutputTerm, memoryview]]:
+        """Yield the bytes of each output's last source, and note outputs whose sources differ."""
         for position, source in enumerate(group.sources):
             raw = self._read(group, position, start, count)
-            for number, _, first in group.shares[position]:
-                member = group.members[number]
+            for number, _, first in group.terms[position]:
+                output = group.outputs[number]
                 if not first and self._differs(group, number, position, raw):
-                    self._results[member.job].differing.add(member.plan.name)
-                if position == member.places[-1]:
-                    yield member, raw
+                    self._results[output.job].differing.add(output.plan.name)
+                if position == output.source_indices[-1]:
+                    yield output, raw
                 else:
-                    # Kept for the comparison with the member's next source.
+                    # Kept for the comparison with the output's next source.
                     self._buffers.raw(number, count * source.dtype.size)[:] = raw
 
-    def _differs(self, group: Group, number: int, place: int, raw: memoryview) -> bool:
-        """Return True if a block differs from the same block of the member's previous source.
+    def _differs(self, group: Group, number: int, position: int, raw: memoryview) -> bool:
+        """Return True if a block differs from the same block of the output's previous source.
 
         Args:
             group: The tensors that are read.
-            number: Position of the member in the group.
-            place: Position of the source in the group.
+            number: Position of the output in the group.
+            position: Position of the source in the group.
             raw: Bytes of the source's block.
         """
-        positions = group.members[number].places
-        before, dtype = (
-            group.sources[p].dtype for p in (positions[positions.index(place) - 1], place)
-        )
+        indices = group.outputs[number].source_indices
+        previous = indices[indices.index(position) - 1]
+        dtype, previous_dtype = group.sources[position].dtype, group.sources[previous].dtype
         count = len(raw) // dtype.size
-        earlier = _view(self._buffers.raw(number, count * before.size), before)
+        previous_raw = self._buffers.raw(number, count * previous_dtype.size)
         # The types may have different widths, so that bytes cannot be compared.
-        wide = torch.int64 if dtype.kind == "int" else torch.float64
-        return not torch.equal(_view(raw, dtype).to(wide), earlier.to(wide))
+        wide = torch.float64
+        if dtype.kind == "int":
+            wide = torch.int64
+        values, previous_values = _view(raw, dtype), _view(previous_raw, previous_dtype)
+        return not torch.equal(values.to(wide), previous_values.to(wide))
 
-    def _handle_nonfinite(self, member: Member, start: int, count: int, out: torch.Tensor) -> None:
+    def _handle_nonfinite(
+        self, output: OutputTerm, start: int, count: int, average: torch.Tensor
+    ) -> None:
         """Handle a block of an average that is not finite everywhere.
 
         An element that has the same infinite or NaN value in every source keeps that value, as in
@@ -249,44 +270,62 @@ class Worker:
         keeps such averages.
 
         Args:
-            member: The tensor.
+            output: The tensor.
             start: Index of the block's first element.
             count: Number of elements in the block.
-            out: The averaged block, which is changed in place.
+            average: The averaged block, which is changed in place.
 
         Raises:
             NonFiniteError: Other elements are not finite, and the job does not keep such averages.
         """
-        suspect = ~torch.isfinite(out)
+        suspect = ~torch.isfinite(average)
         agreed = suspect.clone()
         first: torch.Tensor | None = None
-        for source in member.plan.sources:
+        for source in output.plan.sources:
             values = self._values(source, start, count).to(torch.float64, copy=True)
-            first = values if first is None else first
+            if first is None:
+                first = values
             agreed &= ~torch.isfinite(values)
             agreed &= (values == first) | (values.isnan() & first.isnan())
         if first is not None:
-            out[agreed] = first[agreed].to(out.dtype)
+            average[agreed] = first[agreed].to(average.dtype)
         wrong = suspect & ~agreed
         if not bool(wrong.any()):
             return
-        if not self._jobs[member.job].keep_nonfinite:
-            self._refuse(member.plan, start, count, wrong)
-        self._results[member.job].nonfinite.add(member.plan.name)
+        if not self._jobs[output.job].keep_nonfinite:
+            self._refuse(output.plan, start, count, wrong)
+        self._results[output.job].nonfinite.add(output.plan.name)
 
     def _refuse(self, plan: TensorPlan, start: int, count: int, wrong: torch.Tensor) -> NoReturn:
+        """Raise an error that names the first checkpoint in which elements are not finite.
+
+        Args:
+            plan: Plan of the tensor.
+            start: Index of the block's first element.
+            count: Number of elements in the block.
+            wrong: bool: the elements of the average that are not finite.
+
+        Raises:
+            NonFiniteError: Always.
+        """
         for source, owner in zip(plan.sources, plan.owners, strict=True):
-            values = self._values(source, start, count)
-            if bool((wrong & ~torch.isfinite(values)).any()):
-                kind = "NaN" if bool((wrong & values.isnan()).any()) else "infinite"
+            values = self._values(source, start, count)[wrong]
+            kind = ""
+            if bool(values.isnan().any()):
+                kind = "NaN"
+            elif bool(values.isinf().any()):
+                kind = "infinite"
+            if kind:
                 raise NonFiniteError(
                     f"{plan.name} is {kind} in {owner.path}",
-                    "Leave the checkpoint out, or pass --on-nonfinite keep.",
+                    "Leave the checkpoint out, or pass `on_nonfinite='keep'`.",
                 )
-        prefix = "the average of" if len(plan.sources) > 1 else ""
+        subject = plan.name
+        if len(plan.sources) > 1:
+            subject = f"the average of {plan.name}"
         raise NonFiniteError(
-            f"{prefix} {plan.name} is too large for {plan.dtype.name}".lstrip(),
-            "Write a wider type with --dtype float32 or float64.",
+            f"{subject} is too large for {plan.dtype.name}",
+            "Write a wider type: `dtype='float32'` or `dtype='float64'`.",
         )
 
     def _values(self, source: Tensor, start: int, count: int) -> torch.Tensor:
@@ -295,12 +334,12 @@ class Worker:
         self._reader.read(source, start, count, raw)
         return _view(raw, source.dtype)
 
-    def _read(self, group: Group, place: int, start: int, count: int) -> memoryview:
+    def _read(self, group: Group, position: int, start: int, count: int) -> memoryview:
         """Read a block of a group's source. The next read overwrites the bytes."""
-        source = group.sources[place]
+        source = group.sources[position]
         raw = self._buffers.raw("in", count * source.dtype.size)
         self._reader.read(source, start, count, raw)
-        if self._observer is not None and place in group.observed:
+        if self._observer is not None and position in group.observed:
             self._observer(source, start, raw)
         return raw
 
@@ -328,7 +367,10 @@ class _Buffers:
             raw = self.raw(("float64", name), count * 8)
             if len(self._doubles) > _MOST_VIEWS:
                 self._doubles.clear()
-            view = torch.frombuffer(raw, dtype=torch.float64) if count else _NOTHING
+            view = _NOTHING
+            # torch refuses a buffer of no bytes.
+            if count:
+                view = torch.frombuffer(raw, dtype=torch.float64)
             self._doubles[name, count] = view
         return view
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
+from itertools import pairwise
 from typing import NamedTuple
 
 from ckptavg.averaging.planning.tensor_plan import TensorPlan
@@ -30,39 +31,48 @@ class Job:
     keep_nonfinite: bool = False
 
 
-class Share(NamedTuple):
-    """Part of a source in an average of the same group.
+class Term(NamedTuple):
+    """Product of a source and a coefficient, which a sum of the same group contains.
 
     Attributes:
-        member: Position of the average among the group's members.
+        output: Position of the sum among the group's outputs.
         coefficient: Factor of the source's values.
         first: True if the sum begins with the source.
     """
 
-    member: int
+    output: int
     coefficient: float
     first: bool
 
 
 @dataclass(frozen=True)
-class Member:
-    """A tensor of an output within a group.
+class OutputTerm:
+    """A tensor of an output that a group computes.
 
     Attributes:
         job: Position of the output among the stream's jobs.
         plan: Plan of the tensor.
-        places: Positions among the group's sources of the plan's inputs, in the plan's order.
+        source_indices: Positions among the group's sources of the plan's inputs, in the plan's
+            order.
     """
 
     job: int
     plan: TensorPlan
-    places: tuple[int, ...]
+    source_indices: tuple[int, ...]
 
     @cached_property
     def divisor(self) -> float:
         """Divisor of the weighted sum."""
-        plan = self.plan
-        return math.fsum(plan.coefficients) if plan.divisor is None else plan.divisor
+        if self.plan.divisor is not None:
+            return self.plan.divisor
+        return math.fsum(self.plan.coefficients)
+
+    @property
+    def coefficients(self) -> Sequence[float]:
+        """Factor of each input: 1 for each input of a tensor that is copied."""
+        if self.plan.averaged:
+            return self.plan.coefficients
+        return (1.0,) * len(self.source_indices)
 
 
 @dataclass(frozen=True)
@@ -73,7 +83,7 @@ class Group:
         name: Name of the tensor in all outputs.
         shape: Shape of the tensor.
         sources: The distinct tensors that are read, in the run's order.
-        members: The tensors that are computed from the sources.
+        outputs: The tensors that are computed from the sources.
         products: Positions of the sources that are multiplied with each other, for the geometry of
             the run.
         observed: Positions of the sources whose blocks the stream's observer receives.
@@ -82,7 +92,7 @@ class Group:
     name: str
     shape: tuple[int, ...]
     sources: tuple[Tensor, ...]
-    members: tuple[Member, ...]
+    outputs: tuple[OutputTerm, ...]
     products: tuple[int, ...] = ()
     observed: frozenset[int] = field(default=frozenset())
 
@@ -104,7 +114,7 @@ class Group:
     @cached_property
     def averaged(self) -> bool:
         """True if values are computed, and not only bytes copied."""
-        return bool(self.products) or any(member.plan.averaged for member in self.members)
+        return bool(self.products) or any(output.plan.averaged for output in self.outputs)
 
     @cached_property
     def rows(self) -> dict[int, list[int]]:
@@ -118,15 +128,33 @@ class Group:
         return rows
 
     @cached_property
-    def shares(self) -> tuple[tuple[Share, ...], ...]:
-        """Parts of each source in the averages, by the position of the source."""
-        shares: list[list[Share]] = [[] for _ in self.sources]
-        for number, member in enumerate(self.members):
-            plan = member.plan
-            weights = plan.coefficients if plan.averaged else (1.0,) * len(member.places)
-            for i, position in enumerate(member.places):
-                shares[position].append(Share(number, weights[i], i == 0))
-        return tuple(map(tuple, shares))
+    def terms(self) -> tuple[tuple[Term, ...], ...]:
+        """Terms of each source, by the position of the source."""
+        terms: list[list[Term]] = [[] for _ in self.sources]
+        for number, output in enumerate(self.outputs):
+            coefficients = output.coefficients
+            for i, source in enumerate(output.source_indices):
+                terms[source].append(Term(number, coefficients[i], i == 0))
+        return tuple(map(tuple, terms))
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """A tensor to compute, or to multiply, before its group is known.
+
+    Attributes:
+        job: Position of the tensor's output among the stream's jobs; None for products.
+        plan: Plan of the tensor.
+        input_keys: One key per input of the plan, see ``_list_input_keys``.
+    """
+
+    job: int | None
+    plan: TensorPlan
+    input_keys: Sequence[_InputKey]
+
+
+_InputKey = tuple[int, int]
+_Requests = dict[tuple[str, tuple[int, ...], bool], list[_Request]]
 
 
 def group_reads(
@@ -143,15 +171,76 @@ def group_reads(
     Returns:
         Groups in the order of the outputs' tensors, the first output first.
     """
-    ranks = {id(t): i for i, c in enumerate(order) for t in c.tensors.values()}
-    alike: dict[object, list[tuple[int, TensorPlan]]] = {}
-    for number, plans in enumerate([*(job.tensors for job in jobs), gram]):
-        for plan in plans:
-            if plan.tied_to is None and plan.output.numel:
-                # An averaged and a copied tensor of one name need different work on each block.
-                key = (plan.name, plan.shape, plan.averaged)
-                alike.setdefault(key, []).append((number, plan))
-    return [_group(plans, ranks, len(jobs)) for plans in alike.values()]
+    ranks: dict[int, int] = {}
+    for rank, checkpoint in enumerate(order):
+        ranks.update(dict.fromkeys(map(id, checkpoint.tensors.values()), rank))
+    requests: _Requests = {}
+    for number, job in enumerate(jobs):
+        _collect(requests, number, job.tensors)
+    _collect(requests, None, gram)
+    return [_group(alike, ranks) for alike in requests.values()]
+
+
+def _collect(requests: _Requests, job: int | None, plans: Iterable[TensorPlan]) -> None:
+    """Add the tensors of an output to the requests that can share reads with them."""
+    for plan in plans:
+        if plan.tied_to is None and plan.output.numel:
+            # An averaged and a copied tensor of one name need different work on each block.
+            key = (plan.name, plan.shape, plan.averaged)
+            requests.setdefault(key, []).append(_Request(job, plan, _list_input_keys(plan)))
+
+
+def _group(requests: Sequence[_Request], ranks: Mapping[int, int]) -> Group:
+    """Group tensors of the same name and shape.
+
+    Args:
+        requests: The tensors.
+        ranks: Identity of an input → position of the input's checkpoint in the common order.
+    """
+    sources = _merge_inputs(requests, ranks)
+    indices = dict(zip(sources, range(len(sources)), strict=True))
+    outputs: list[OutputTerm] = []
+    products: tuple[int, ...] = ()
+    for request in requests:
+        source_indices = tuple(indices[key] for key in request.input_keys)
+        if request.job is not None:
+            outputs.append(OutputTerm(request.job, request.plan, source_indices))
+        elif not products:
+            products = source_indices
+    plan = requests[0].plan
+    return Group(plan.name, plan.shape, tuple(sources.values()), tuple(outputs), products)
+
+
+def _merge_inputs(
+    requests: Sequence[_Request], ranks: Mapping[int, int]
+) -> dict[_InputKey, Tensor]:
+    """List the distinct inputs of tensors, in an order that agrees with each tensor's own."""
+    inputs: dict[_InputKey, Tensor] = {}
+    for request in requests:
+        inputs.update(zip(request.input_keys, request.plan.inputs, strict=True))
+    if len(requests) == 1:
+        return inputs
+
+    def rank(key: _InputKey) -> int:
+        """Return the position of an input's checkpoint in the common order."""
+        return ranks.get(key[0], -1)
+
+    # The sort is stable: tensors without a rank stay in the order of their output.
+    return {key: inputs[key] for key in sorted(inputs, key=rank)}
+
+
+def _list_input_keys(plan: TensorPlan) -> list[_InputKey]:
+    """Return a key per input of a plan: the tensor's identity and the number of its repetition.
+
+    A tensor that occurs twice in a plan is read twice, so that the order of the sum is kept. Equal
+    tensors of two checkpoints are different inputs.
+    """
+    occurrences: Counter[int] = Counter()
+    keys = []
+    for tensor in plan.inputs:
+        keys.append((id(tensor), occurrences[id(tensor)]))
+        occurrences[id(tensor)] += 1
+    return keys
 
 
 def add_observed(groups: Iterable[Group], tensors: Iterable[Tensor]) -> list[Group]:
@@ -164,46 +253,16 @@ def add_observed(groups: Iterable[Group], tensors: Iterable[Tensor]) -> list[Gro
     Returns:
         The marked groups, then one group per tensor that is read for the observer alone.
     """
-    wanted = {tensor: True for tensor in tensors if tensor.numel}
+    # A dict is an ordered set here.
+    remaining = {tensor: True for tensor in tensors if tensor.numel}
     marked: list[Group] = []
     for group in groups:
         # Removed at the first occurrence, so that a tensor in several groups is observed once.
-        positions = [i for i, t in enumerate(group.sources) if wanted.pop(t, None)]
-        marked.append(replace(group, observed=frozenset(positions)))
-    marked += (Group("", t.shape, (t,), (), observed=frozenset([0])) for t in wanted)
+        observed = [i for i, source in enumerate(group.sources) if remaining.pop(source, False)]
+        marked.append(replace(group, observed=frozenset(observed)))
+    for tensor in remaining:
+        marked.append(Group("", tensor.shape, (tensor,), (), observed=frozenset([0])))
     return marked
-
-
-def _group(plans: list[tuple[int, TensorPlan]], ranks: Mapping[int, int], jobs: int) -> Group:
-    keyed = [(number, plan, _keys(plan)) for number, plan in plans]
-    inputs = {key: t for _, plan, keys in keyed for key, t in zip(keys, plan.inputs, strict=True)}
-    if len(plans) > 1:
-        # The sort is stable: tensors without a rank stay in the order of their output.
-        inputs = dict(sorted(inputs.items(), key=lambda item: ranks.get(item[0][0], -1)))
-    index = {key: i for i, key in enumerate(inputs)}
-    members: list[Member] = []
-    products: tuple[int, ...] = ()
-    for number, plan, keys in keyed:
-        positions = tuple(index[key] for key in keys)
-        if number < jobs:
-            members.append(Member(number, plan, positions))
-        else:
-            products = products or positions
-    first = plans[0][1]
-    return Group(first.name, first.shape, tuple(inputs.values()), tuple(members), products)
-
-
-def _keys(plan: TensorPlan) -> list[tuple[int, int]]:
-    """Return a key per input of a plan: the tensor's id and the number of earlier occurrences.
-
-    A tensor that occurs twice in a plan is read twice, so that the order of the sum is kept.
-    """
-    occurrences: Counter[int] = Counter()
-    keys = []
-    for tensor in plan.inputs:
-        keys.append((id(tensor), occurrences[id(tensor)]))
-        occurrences[id(tensor)] += 1
-    return keys
 
 
 def common_order(sequences: Iterable[Sequence[Checkpoint]]) -> list[Checkpoint]:
@@ -211,13 +270,15 @@ def common_order(sequences: Iterable[Sequence[Checkpoint]]) -> list[Checkpoint]:
     checkpoints: dict[int, Checkpoint] = {}
     after: dict[int, dict[int, None]] = {}
     for sequence in sequences:
-        checkpoints |= {id(checkpoint): checkpoint for checkpoint in sequence}
-        for checkpoint, following in zip(sequence, (*sequence[1:], None), strict=True):
+        for checkpoint in sequence:
+            checkpoints[id(checkpoint)] = checkpoint
             # Dicts are ordered sets here, so that the result is the same in every process.
             after.setdefault(id(checkpoint), {})
-            if following is not None and following is not checkpoint:
-                after.setdefault(id(following), {})[id(checkpoint)] = None
+        for checkpoint, following in pairwise(sequence):
+            if following is not checkpoint:
+                after[id(following)][id(checkpoint)] = None
     try:
-        return [checkpoints[key] for key in TopologicalSorter(after).static_order()]
+        order = list(TopologicalSorter(after).static_order())
     except CycleError:
         return []
+    return [checkpoints[key] for key in order]

@@ -45,6 +45,11 @@ Progress = Callable[[int, int], None]
 """Function called as ``progress(done, total)`` in bytes of input, from the calling thread."""
 
 Range = tuple[Group, int, int]
+"""Group, index of the first element, end (exclusive)."""
+
+Block = tuple[Group, int, int]
+"""Group, index of the first element, number of elements."""
+
 Parts = Mapping[tuple[str, int], tuple[int, int]]
 """Name and number of elements of a tensor → first element and end (exclusive)."""
 
@@ -102,6 +107,9 @@ def stream(
             the number.
         progress: Called with the bytes read and the total of bytes to read.
 
+    Returns:
+        The results besides the outputs.
+
     Raises:
         NonFiniteError: An average is not finite, and the job does not keep such averages.
         CheckpointError: A file cannot be read, or has changed.
@@ -110,11 +118,11 @@ def stream(
     groups = group_reads(jobs, requests.order, requests.gram)
     if requests.observer is not None:
         groups = add_observed(groups, requests.observed)
-    ranges = [(g, *requests.parts.get((g.name, g.numel), (0, g.numel))) for g in groups]
+    ranges = _choose_ranges(groups, requests.parts)
     workers = threads or default_threads()
-    remote = any(is_url(piece.file) for g in groups for t in g.sources for piece in t.pieces)
+    remote = any(map(_is_remote, groups))
     shared = _Shared(jobs, requests.observer, READ_AHEAD // workers, remote=remote)
-    report = progress or (lambda *_: None)
+    report = progress or _report_nothing
     total, bytes_done = sum(map(_input_bytes, ranges)), 0
     report(bytes_done, total)
     with closing(shared), start_threads(workers) as pool:
@@ -160,21 +168,39 @@ def _set_up_thread() -> None:
     """Set up the calling thread's arithmetic, independent of the process's settings."""
     # A thread begins with its parent's rounding of denormals. This sets it for this thread alone.
     torch.set_flush_denormal(False)
-    _stay_alone()
+    _keep_to_one_thread()
 
 
-def _stay_alone() -> None:
+def _keep_to_one_thread() -> None:
     """Keep torch from splitting operations of the calling thread over several threads.
 
     torch applies a number of threads to the thread that sets it, and to threads that start later.
     So another thread restores the number for later threads, and no other code is affected.
     """
     with _SETTING:
-        usual = torch.get_num_threads()
+        count = torch.get_num_threads()
         torch.set_num_threads(1)
-        thread = threading.Thread(target=torch.set_num_threads, args=(usual,))
+        thread = threading.Thread(target=torch.set_num_threads, args=(count,))
         thread.start()
         thread.join()
+
+
+def _report_nothing(_done: int, _total: int) -> None:
+    """Take the place of a progress function where there is none."""
+
+
+def _choose_ranges(groups: Sequence[Group], parts: Parts) -> list[Range]:
+    """Return the elements of each group that the stream computes."""
+    ranges: list[Range] = []
+    for group in groups:
+        start, end = parts.get((group.name, group.numel), (0, group.numel))
+        ranges.append((group, start, end))
+    return ranges
+
+
+def _is_remote(group: Group) -> bool:
+    """Tell whether bytes of a group are read from a URL."""
+    return any(is_url(piece.file) for source in group.sources for piece in source.pieces)
 
 
 def _input_bytes(part: Range) -> int:
@@ -182,7 +208,7 @@ def _input_bytes(part: Range) -> int:
     return group.input_bytes * (end - start) // group.numel
 
 
-def _tasks(ranges: Sequence[Range], block: int) -> Iterator[list[Range]]:
+def _tasks(ranges: Sequence[Range], block: int) -> Iterator[list[Block]]:
     """Cut ranges into blocks, and collect the blocks into tasks.
 
     Args:
@@ -192,13 +218,13 @@ def _tasks(ranges: Sequence[Range], block: int) -> Iterator[list[Range]]:
     Yields:
         Lists of blocks as (group, first element, count), in the order of the ranges.
     """
-    task: list[Range] = []
+    task: list[Block] = []
     filled = 0
     for group, begin, end in ranges:
         # Tasks end at multiples of TASK, so that a thread has whole leaves of the digests.
         cuts = [begin, *range(begin // TASK * TASK + TASK, end, TASK), end]
         for start, stop in pairwise(cuts):
-            task += [(group, at, count) for at, count in _blocks(group, start, stop, block)]
+            task += _blocks(group, start, stop, block)
             filled += stop - start
             if filled >= TASK:
                 yield task
@@ -207,18 +233,33 @@ def _tasks(ranges: Sequence[Range], block: int) -> Iterator[list[Range]]:
         yield task
 
 
-def _blocks(group: Group, start: int, end: int, block: int) -> Iterator[tuple[int, int]]:
+def _blocks(group: Group, start: int, end: int, block: int) -> Iterator[Block]:
+    """Cut a range of a group into blocks.
+
+    Args:
+        group: The tensors.
+        start: Index of the first element.
+        end: Index after the last element.
+        block: Largest number of elements per block.
+
+    Yields:
+        Each block as (group, first element, count).
+    """
     # Number of float64 per element that a thread holds at a time.
-    doubles = len(group.members) + len(group.products) + 1
+    doubles = len(group.outputs) + len(group.products) + 1
     if not group.contiguous:
         # Up to twice this, where reads would be very short otherwise.
         fair = 2 * STRIDED_BLOCK // doubles
-        return boxes(group.shape, start, end, max(1, fair, min(block, 2 * fair)))
+        size = max(1, fair, min(block, 2 * fair))
+        for first, count in boxes(group.shape, start, end, size):
+            yield group, first, count
+        return
     size = max(1, min(block, _HELD // doubles))
-    return ((at, min(size, end - at)) for at in range(start, end, size))
+    for first in range(start, end, size):
+        yield group, first, min(size, end - first)
 
 
-def _bundles(task: list[Range], limit: int) -> Iterator[list[Range]]:
+def _bundles(task: list[Block], limit: int) -> Iterator[list[Block]]:
     """Bundle the blocks of a task that are requested together.
 
     Args:
@@ -226,7 +267,7 @@ def _bundles(task: list[Range], limit: int) -> Iterator[list[Range]]:
         limit: Largest number of bytes per bundle, over all sources. A larger block is a bundle of
             its own.
     """
-    bundle: list[Range] = []
+    bundle: list[Block] = []
     filled = 0
     for block in task:
         nbytes = _block_bytes(block)
@@ -238,7 +279,7 @@ def _bundles(task: list[Range], limit: int) -> Iterator[list[Range]]:
     yield bundle
 
 
-def _block_bytes(block: Range) -> int:
+def _block_bytes(block: Block) -> int:
     group, _, count = block
     return group.input_bytes * count // group.numel
 
@@ -264,7 +305,7 @@ class _Shared:
         for worker in self.workers:
             worker.close()
 
-    def run(self, task: list[Range]) -> _Done:
+    def run(self, task: list[Block]) -> _Done:
         """Compute the blocks of a task.
 
         Raises:
@@ -277,7 +318,7 @@ class _Shared:
             self.workers.append(worker)
         bytes_done = 0
         try:
-            for block in self._prepared(worker, task):
+            for block in self._read_ahead(worker, task):
                 if self.stopped.is_set():
                     break
                 worker.block(*block)
@@ -293,11 +334,13 @@ class _Shared:
         Tasks have to be taken in order, since the bits of a sum depend on the order.
         """
         if done.gram is not None:
-            before = self.outcome.gram
-            self.outcome.gram = done.gram if before is None else before + done.gram
+            if self.outcome.gram is None:
+                self.outcome.gram = done.gram
+            else:
+                self.outcome.gram = self.outcome.gram + done.gram
         return done.nbytes
 
-    def _prepared(self, worker: Worker, task: list[Range]) -> Iterator[Range]:
+    def _read_ahead(self, worker: Worker, task: list[Block]) -> Iterator[Block]:
         """Yield the blocks of a task in order, while the next blocks are read ahead."""
         bundles = list(_bundles(task, self.ahead))
         for i, bundle in enumerate(bundles):

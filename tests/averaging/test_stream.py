@@ -245,7 +245,7 @@ def test_nonfinite_values_are_kept_on_request_and_noticed(tmp_path, dtype):
 
 def test_an_overflow_of_the_output_type_is_an_error_with_a_wider_one_as_remedy(tmp_path):
     checkpoints = one_weight(tmp_path, [1.0, 7e4], [1.0, 7e4])
-    with pytest.raises(NonFiniteError, match=r"w is too large for float16.*--dtype float32"):
+    with pytest.raises(NonFiniteError, match=r"w is too large for float16.*`dtype=.float32.`"):
         compute(checkpoints, [1.0, 1.0], Rules(dtype="float16"))
     found, result = compute(checkpoints, [1.0, 1.0], Rules(dtype="float16"), keep_nonfinite=True)
     assert found["w"].tolist() == [1.0, INF]
