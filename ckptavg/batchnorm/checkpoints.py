@@ -263,7 +263,7 @@ def refresh(
     for model, state_dict, origin in zip(models, weights, origins, strict=True):
         load_into(model, state_dict, origin)
     batches = counted(how.training, how.progress, how.peers, how.runtime.seed)
-    with malloc.kept(how.runtime.device):
+    with malloc.keep_freed_memory(how.runtime.device):
         results = recompute_statistics(
             models, before, excluded, batches, how.runtime, how.forward, how.peers
         )

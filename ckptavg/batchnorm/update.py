@@ -119,7 +119,10 @@ def update_bn(
         return BatchNormResult(0, 0, 0, frozen=frozen)
     peers = find_peers()
     loader = open_loader(data, runtime, shuffle=True, subset=as_subset(bn_samples), peers=peers)
-    with open_phase(progress, "BatchNorm", "samples") as report, malloc.kept(runtime.device):
+    with (
+        open_phase(progress, "BatchNorm", "samples") as report,
+        malloc.keep_freed_memory(runtime.device),
+    ):
         batches = counted(loader, report or (lambda *_: None), peers, seed)
         frozen_or_excluded = {*excluded, *frozen}
         result = recompute([model], batches, runtime, forward, [frozen_or_excluded], peers)[0]

@@ -195,7 +195,7 @@ def score(
     session.keep_nonfinite = keep_nonfinite
     if exclude:
         session.excluded = match_layers(exclude, layers_of(candidates))
-    with malloc.kept(runtime.device):
+    with malloc.keep_freed_memory(runtime.device):
         return session.run(data, training, on_results or (lambda _: None))
 
 

@@ -1,14 +1,18 @@
-"""Memory that models on a CPU run in, as a process of its own sees it.
+"""Memory that models on a CPU run in, as malloc of a process of its own accounts for it.
 
-Of its own, since a process whose memory was once exhausted gets large blocks in another way.
+Only malloc's account of the process is read: the load of the machine has no part in it.
 """
 
+import ctypes
 import json
 import mmap
 import os
 import subprocess
 import sys
+import threading
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,71 +22,88 @@ from ckptavg import evaluate, update_bn
 from ckptavg.models import malloc
 
 CPU = torch.device("cpu")
-ELEMENTS = 1 << 24  # 64 MB: more than malloc ever keeps by itself
-PAGES = ELEMENTS * 4 // mmap.PAGESIZE
-LARGER = 4  # times as much: more than what was kept can hold
+MIB = 1 << 20
+BLOCK = 64 * MIB  # more than malloc ever keeps by itself
+HIGHEST = 32 * MIB - mmap.PAGESIZE  # of malloc's own mmap thresholds
+LARGER = 1024 * MIB  # more than what was kept can hold
 BATCHES = 12
-# A freed block may be parted by whatever else is allocated, more often on a busy machine, so that
-# the next one takes new pages once more. Where nothing is kept, every one does.
 FEWEST_IN_KEPT_MEMORY = 3
 
 
-def faults_of(work, times):
-    """New pages that each of several calls took."""
-    import resource
+class Account(ctypes.Structure):
+    """malloc's ``struct mallinfo2``."""
 
-    found = []
-    for _ in range(times):
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        work()
-        found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-    return found
-
-
-def layer(times=1):
-    torch.empty(times * ELEMENTS).fill_(1.0)
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks",
+            "fordblks", "keepcost",
+        )
+    ]  # fmt: skip
 
 
-def in_kept_memory(found):
-    """How many calls took hardly any new page."""
-    return sum(faults < PAGES / 100 for faults in found)
+def account():
+    libc = ctypes.CDLL(None)
+    libc.mallinfo2.restype = Account
+    return libc.mallinfo2()
 
 
-def larger():
-    layer(LARGER)
+def has_mallinfo2():
+    return hasattr(ctypes.CDLL(None), "mallinfo2")
+
+
+def is_mapped(tensor):
+    """Tell whether a tensor has pages of its own, which the system takes back at once."""
+    size = ctypes.c_size_t.from_address(tensor.data_ptr() - ctypes.sizeof(ctypes.c_size_t))
+    return bool(size.value & 2)
+
+
+def block():
+    return torch.empty(BLOCK // 4).fill_(1.0)
+
+
+def mapped_blocks(times=3, size=BLOCK):
+    """Tell of several blocks, each freed before the next, whether they were mapped."""
+    return [is_mapped(torch.empty(size // 4)) for _ in range(times)]
+
+
+def thresholds():
+    """Tell which sizes of blocks get a mapping of their own."""
+    sizes = [HIGHEST - 1 * MIB, HIGHEST - mmap.PAGESIZE, HIGHEST + 1, 33 * MIB, BLOCK]
+    return [is_mapped(torch.empty(size // 4)) for size in sizes]
 
 
 def resident():
-    return int(Path("/proc/self/statm").read_text().split()[1])
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
 class Wide(nn.Module):
-    """Notes how many new pages a batch takes."""
+    """Notes of each batch whether its block was mapped, and the size of the heap."""
 
-    def __init__(self, taken):
+    def __init__(self, seen):
         super().__init__()
         self.norm = nn.BatchNorm1d(2)
-        self.taken = taken
+        self.seen = seen
 
     def forward(self, x):
-        self.taken += faults_of(layer, 1)
+        self.seen.append([is_mapped(block()), account().arena])
         return self.norm(x)
 
     def __deepcopy__(self, memo):
-        return Wide(self.taken)
+        return Wide(self.seen)
 
 
 def kept_and_given_back():
     before = resident()
-    with malloc.kept(CPU):
-        parts = [torch.ones(ELEMENTS // 4) for _ in range(4)]
+    with malloc.keep_freed_memory(CPU):
+        parts = [torch.ones(BLOCK // 16) for _ in range(4)]
         del parts
-        kept = resident() - before
+        kept = account().fordblks
     return [kept, resident() - before]
 
 
 def batches_of(stage, directory):
-    model = Wide(taken := [])
+    model = Wide(seen := [])
     batches = [(torch.randn(4, 2), torch.zeros(4, dtype=torch.int64))] * BATCHES
     if stage == "evaluate":
         path = Path(directory, "one.pt")
@@ -90,81 +111,166 @@ def batches_of(stage, directory):
         evaluate([path], model, batches, device="cpu")
     else:
         update_bn(model, batches, device="cpu")
-    return taken
+    return seen
+
+
+def in_two_threads():
+    """Blocks while two threads keep memory, while only the second does, and afterwards.
+
+    The heap of a thread beside the first holds blocks of less than 64 MiB.
+    """
+    seen, second_in, first_out = [], threading.Event(), threading.Event()
+
+    def second():
+        with malloc.keep_freed_memory(CPU):
+            second_in.set()
+            first_out.wait(60)
+            seen.append(mapped_blocks(1, 40 * MIB)[0])
+
+    thread = threading.Thread(target=second)
+    with malloc.keep_freed_memory(CPU):
+        thread.start()
+        second_in.wait(60)
+        seen.append(mapped_blocks(1)[0])
+    first_out.set()
+    thread.join()
+    return [*seen, mapped_blocks(1, LARGER)[0]]
 
 
 def measure(directory):
     """What this process sees, in order."""
-    found = {"before": faults_of(layer, 3)}
-    with malloc.kept(CPU):
-        found["kept"] = faults_of(layer, BATCHES)
-    found["after"] = faults_of(larger, 3)
-    with malloc.kept(torch.device("cuda")):
-        found["cuda"] = faults_of(larger, 3)
+    mapped_blocks(1, 32 * MIB - 2 * mmap.PAGESIZE)  # malloc's own thresholds are the highest now
+    seen = {"before": mapped_blocks(), "thresholds before": thresholds()}
+    with malloc.keep_freed_memory(CPU):
+        pass
+    seen["thresholds after"] = thresholds()
+    with malloc.keep_freed_memory(CPU):
+        seen["short"] = mapped_blocks(1)
+    if directory is None:
+        return seen
+    with malloc.keep_freed_memory(CPU):
+        seen["kept"] = mapped_blocks(BATCHES)
+        with malloc.keep_freed_memory(CPU):
+            seen["kept twice"] = mapped_blocks()
+        seen["kept once"] = mapped_blocks()
+    seen["after"] = mapped_blocks(size=LARGER)
+    with malloc.keep_freed_memory(torch.device("cuda")):
+        seen["cuda"] = mapped_blocks(size=LARGER)
     try:
-        with malloc.kept(CPU):
+        with malloc.keep_freed_memory(CPU):
             raise ValueError
     except ValueError:
-        found["error"] = faults_of(larger, 3)
-    found["resident"] = kept_and_given_back()
+        seen["error"] = mapped_blocks(size=LARGER)
+    seen["threads"] = in_two_threads()
+    seen["resident"] = kept_and_given_back()
     for stage in ("evaluate", "update_bn"):
-        found[stage] = batches_of(stage, directory)
-    return found
+        seen[stage] = batches_of(stage, directory)
+    return seen
 
 
-def measured(directory, **environment):
+def measured(*arguments, **environment):
+    """Run ``measure`` in a process of its own, for a directory or after a call of mallopt."""
     done = subprocess.run(
-        [sys.executable, __file__, str(directory)],
-        check=False, capture_output=True, text=True, env=os.environ | environment,
+        [sys.executable, __file__, *map(str, arguments)],
+        check=False, capture_output=True, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-def huge_pages():
-    mode = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    return mode.exists() and "[always]" in mode.read_text()
-
-
-pytestmark = [
-    pytest.mark.skipif(malloc._glibc() is None, reason="only glibc's malloc is told what to keep"),
-    pytest.mark.skipif(huge_pages(), reason="with huge pages a new block takes hardly any faults"),
-]
+pytestmark = pytest.mark.skipif(
+    malloc._adjustable_glibc() is None or not has_mallinfo2(),
+    reason="only glibc's malloc is told what to keep, and accounts for it",
+)
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def seen(tmp_path_factory):
     return measured(tmp_path_factory.mktemp("heap"))
 
 
-def test_what_is_freed_is_used_again_until_the_end(found):
-    assert min(found["before"]) >= PAGES / 2
-    assert in_kept_memory(found["before"]) == 0
-    assert in_kept_memory(found["kept"]) >= FEWEST_IN_KEPT_MEMORY
-    assert min(found["after"]) >= LARGER * PAGES / 2
+def test_blocks_come_from_the_heap_until_the_end(seen):
+    assert all(seen["before"])
+    assert not any(seen["kept"])
+    assert all(seen["after"])
 
 
-def test_another_device_and_an_error_change_nothing(found):
-    assert min(found["cuda"]) >= LARGER * PAGES / 2
-    assert min(found["error"]) >= LARGER * PAGES / 2
+def test_a_context_inside_another_leaves_the_outer_one_in_force(seen):
+    assert not any(seen["kept twice"])
+    assert not any(seen["kept once"])
 
 
-def test_what_was_kept_is_given_back_at_the_end(found):
-    kept, left = found["resident"]
-    assert kept > PAGES / 2
-    assert left < PAGES / 4
+def test_two_threads_at_once_keep_memory_until_both_are_done(seen):
+    assert seen["threads"] == [False, False, True]
+
+
+def test_another_device_and_an_error_change_nothing(seen):
+    assert all(seen["cuda"])
+    assert all(seen["error"])
+
+
+def test_thresholds_are_afterwards_as_they_were_before(seen):
+    assert seen["thresholds after"] == seen["thresholds before"]
+
+
+def test_the_last_user_restores_what_malloc_sets_itself():
+    calls = []
+    library = SimpleNamespace(
+        mallopt=lambda option, value: calls.append((option, value)),
+        malloc_trim=lambda _: calls.append("trim"),
+    )
+    shared = malloc._Thresholds()
+    shared._libc = library
+    assert shared.acquire()
+    assert shared.acquire()
+    first = len(calls)
+    shared.release()
+    assert len(calls) == first
+    shared.release()
+    restored = dict(calls[first:-1])
+    assert restored.keys() == dict(calls[:first]).keys() | {malloc._MMAP_THRESHOLD}
+    assert restored[malloc._TRIM_THRESHOLD] == 2 * restored[malloc._MMAP_THRESHOLD] == 2 * HIGHEST
+    assert calls[-1] == "trim"
+
+
+def test_what_was_kept_is_given_back_at_the_end(seen):
+    kept, left = seen["resident"]
+    assert kept > BLOCK / 2
+    assert left < BLOCK / 4
 
 
 @pytest.mark.parametrize("stage", ["evaluate", "update_bn"])
-def test_batches_run_in_the_memory_of_those_before(found, stage):
-    assert len(found[stage]) == BATCHES
-    assert in_kept_memory(found[stage]) >= FEWEST_IN_KEPT_MEMORY
+def test_batches_run_in_the_memory_of_those_before(seen, stage):
+    mapped, heap_sizes = zip(*seen[stage], strict=True)
+    assert len(mapped) == BATCHES
+    assert not any(mapped)
+    grown = sum(after > before for before, after in pairwise(heap_sizes))
+    assert BATCHES - 1 - grown >= FEWEST_IN_KEPT_MEMORY
 
 
-def test_what_the_environment_asks_of_malloc_stays(tmp_path):
-    asked = measured(tmp_path, MALLOC_MMAP_THRESHOLD_="1048576")
-    assert min(asked["kept"]) >= PAGES / 2
+def test_what_the_environment_asks_of_malloc_stays():
+    asked = measured(MALLOC_MMAP_THRESHOLD_="1048576")
+    assert all(asked["short"])
+    assert asked["thresholds after"] == asked["thresholds before"]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "mapped"),
+    [
+        (malloc._MMAP_THRESHOLD, MIB, True),
+        (malloc._MMAP_THRESHOLD, 1 << 30, False),
+        (malloc._MMAP_MAX, 0, False),
+    ],
+)
+def test_what_the_program_asks_of_malloc_stays(option, value, mapped):
+    asked = measured(option, value)
+    assert asked["before"] == [mapped] * 3
+    assert asked["short"] == [mapped]
+    assert asked["thresholds after"] == asked["thresholds before"]
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(sys.argv[1])))
+    if sys.argv[2:]:
+        ctypes.CDLL(None).mallopt(*map(int, sys.argv[1:]))
+    print(json.dumps(measure(sys.argv[1] if len(sys.argv) == 2 else None)))
