@@ -15,7 +15,7 @@ from ckptavg.errors import CheckpointError, PlacementError
 from ckptavg.errors.system import guard_reads
 from ckptavg.formats.checkpoint import Piece, Tensor
 from ckptavg.io.paths import is_url, open_unbuffered
-from ckptavg.io.range_cache import Fetched
+from ckptavg.io.range_cache import RangeCache
 from ckptavg.io.remote import Range
 
 try:
@@ -41,7 +41,7 @@ class Reader:
     def __init__(self) -> None:
         self._files: OrderedDict[str, io.FileIO] = OrderedDict()
         self._most_open = _most_open_files()
-        self._fetched = Fetched()
+        self._fetched = RangeCache()
         self._decoded: OrderedDict[object, bytearray] = OrderedDict()
 
     def close(self) -> None:
@@ -102,7 +102,7 @@ class Reader:
             piece = tensor.pieces[0]
             self._read_bytes(piece.file, piece.offset + start * size, out[: count * size])
             return
-        self._fetched.hold(_ranges(tensor, start, count))
+        self._fetched.fetch_missing(_ranges(tensor, start, count))
         if start == 0:
             self._check_guards(tensor)
         low, extent = box_of(tensor.shape, start, count)

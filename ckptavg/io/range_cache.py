@@ -11,31 +11,31 @@ from ckptavg.io.remote import Range, read_ranges
 _GAP = 1 << 16
 
 
-class Fetched:
+class RangeCache:
     """Ranges of remote files that one thread has fetched for the next reads."""
 
     def __init__(self) -> None:
-        self._held: dict[str, list[tuple[int, bytes]]] = {}
+        self._contents: dict[str, list[tuple[int, bytes]]] = {}
 
     def clear(self) -> None:
         """Drop all ranges."""
-        self._held.clear()
+        self._contents.clear()
 
     def fetch(self, wanted: Iterable[Range]) -> None:
-        """Replace all held ranges by new ranges, with near ranges read as one."""
+        """Replace all cached ranges by new ranges, with near ranges read as one."""
         # Before the requests: old and new ranges are never in memory together.
         self.clear()
-        ranges = merged(wanted)
+        ranges = merge_ranges(wanted)
         for (url, start, _), content in zip(ranges, read_ranges(ranges), strict=True):
-            self._held.setdefault(url, []).append((start, content))
+            self._contents.setdefault(url, []).append((start, content))
 
-    def hold(self, wanted: Sequence[Range]) -> None:
-        """Fetch ranges, unless all ranges are held already."""
+    def fetch_missing(self, wanted: Sequence[Range]) -> None:
+        """Fetch ranges, unless all ranges are cached already."""
         if any(self._find(*part) is None for part in wanted):
             self.fetch(wanted)
 
     def read(self, url: str, start: int, end: int) -> bytes | memoryview:
-        """Read a range from the held ranges, or by a request.
+        """Read a range from the cached ranges, or by a request.
 
         Args:
             url: The file.
@@ -46,23 +46,33 @@ class Fetched:
             The bytes, fewer at the end of the file.
         """
         content = self._find(url, start, end)
-        return read_ranges([(url, start, end)])[0] if content is None else content
+        if content is None:
+            return read_ranges([(url, start, end)])[0]
+        return content
 
     def _find(self, url: str, start: int, end: int) -> memoryview | None:
-        """Return a range without copying; None if the range is not held as a whole."""
-        ranges = self._held.get(url, [])
+        """Return a range without copying; None if the range is not cached as a whole."""
+        ranges = self._contents.get(url, [])
         i = bisect_right(ranges, start, key=lambda part: part[0]) - 1
-        first, content = ranges[i] if i >= 0 else (0, b"")
-        inside = end <= first + len(content)
-        return memoryview(content)[start - first : end - first] if inside else None
+        if i < 0:
+            return None
+        first, content = ranges[i]
+        if end > first + len(content):
+            return None
+        return memoryview(content)[start - first : end - first]
 
 
-def merged(wanted: Iterable[Range]) -> list[Range]:
-    """Sort ranges, and merge ranges that overlap or have a short gap between."""
-    merged_ranges: list[Range] = []
-    for url, start, end in sorted(r for r in wanted if r[1] < r[2]):
-        if merged_ranges and merged_ranges[-1][0] == url and start <= merged_ranges[-1][2] + _GAP:
-            merged_ranges[-1] = (url, merged_ranges[-1][1], max(end, merged_ranges[-1][2]))
+def merge_ranges(wanted: Iterable[Range]) -> list[Range]:
+    """Sort ranges, and merge ranges that overlap or have a short gap between.
+
+    fsspec's own function, in versions that we support, shortens a range that contains another.
+    """
+    ranges: list[Range] = []
+    for url, start, end in sorted(wanted):
+        if start >= end:
+            continue
+        if ranges and ranges[-1][0] == url and start <= ranges[-1][2] + _GAP:
+            ranges[-1] = (url, ranges[-1][1], max(end, ranges[-1][2]))
         else:
-            merged_ranges.append((url, start, end))
-    return merged_ranges
+            ranges.append((url, start, end))
+    return ranges

@@ -29,7 +29,7 @@ from ckptavg.cli import main
 from ckptavg.errors import CheckpointError, CkptavgError, RunError, UsageError
 from ckptavg.formats import open_checkpoint
 from ckptavg.io import paths as storage
-from ckptavg.io.range_cache import merged
+from ckptavg.io.range_cache import merge_ranges
 from ckptavg.io.stamp import FileStamp
 
 
@@ -351,7 +351,7 @@ def test_a_request_that_fails_for_good_is_one_line(store, tmp_path, error, words
 def test_a_server_without_ranges_is_told_of(store, tmp_path, monkeypatch):
     url = upload(save(tmp_path / "a.pt", {"w": torch.randn(1000, 1000)}), "a.pt")
     monkeypatch.setattr(Store, "cat_file", lambda self, path, *_, **__: bytes(9 << 20))
-    assert "sends all of it" in refusal(url)
+    assert "sends the whole file" in refusal(url)
 
 
 def test_a_file_url_is_a_local_path(tmp_path, monkeypatch):
@@ -470,7 +470,7 @@ intervals = st.tuples(st.sampled_from("ab"), st.integers(0, 10**6), st.integers(
 
 @given(st.lists(intervals, max_size=12))
 def test_neighbours_are_read_as_one(wanted):
-    found = merged(wanted)
+    found = merge_ranges(wanted)
     for one, other in pairwise(found):
         assert one[0] < other[0] or other[1] - one[2] > 1 << 16
     for url, start, end in wanted:

@@ -66,7 +66,7 @@ def s3(server):
     """The server with an empty bucket."""
     for key in server.client.list_objects_v2(Bucket="bucket").get("Contents", ()):
         server.client.delete_object(Bucket="bucket", Key=key["Key"])
-    remote._held.cache_clear()
+    remote._shared_pieces.cache_clear()
     s3fs.S3FileSystem.clear_instance_cache()
     server.requests.clear()
     yield server

@@ -81,7 +81,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    remote._held.cache_clear()
+    remote._shared_pieces.cache_clear()
     monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
     server = Server()
     thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -119,7 +119,7 @@ MANY = 4 << 30  # bytes that a server tells of, or sends
 def test_a_server_without_ranges_is_not_read_to_the_end(server, tmp_path, endless):
     server.serve(saved(tmp_path, 100_000), claimed=MANY)
     server.heeds_ranges, server.endless = False, endless
-    with pytest.raises(CheckpointError, match=rf"{server.url}.* its server sends all of it"):
+    with pytest.raises(CheckpointError, match=rf"{server.url}.* its server sends the whole file"):
         open_checkpoint(server.url)
     assert server.sent < 64 << 20  # what the system's buffers hold
 
@@ -127,6 +127,6 @@ def test_a_server_without_ranges_is_not_read_to_the_end(server, tmp_path, endles
 def test_a_range_that_never_ends_is_refused(server, tmp_path):
     server.serve(saved(tmp_path, 100_000), claimed=MANY)
     server.endless = True
-    with pytest.raises(CheckpointError, match="its server sends all of it"):
+    with pytest.raises(CheckpointError, match="its server sends the whole file"):
         open_checkpoint(server.url)
     assert server.sent < 64 << 20

@@ -49,7 +49,7 @@ def open_store(monkeypatch: Any) -> Store:
         monkeypatch.setattr(Store, name, value)
     monkeypatch.setattr(Store, "pseudo_dirs", [""])
     monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
-    remote._held.cache_clear()
+    remote._shared_pieces.cache_clear()
     return Store()
 
 
