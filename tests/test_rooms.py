@@ -31,7 +31,6 @@ STILL_LONG = {
     "formats/state_dict.py",
     "formats/safe_pickle/unpickler.py",
     "formats/torch_save/zip_reader.py",
-    "runs/run.py",
 }
 PUBLIC = [
     "average", "average_many", "update_bn", "CkptavgError", "StaleStatisticsWarning", "Candidate",

@@ -77,7 +77,7 @@ def open_selection(
     run = open_run(*paths, glob=glob, skip=skip, key=key)
     note_run(run)
     selection = select_for_average(run, picks)
-    note_selection(run, selection, in_shell=True)
+    note_selection(run, selection)
     return run, selection
 
 

@@ -285,7 +285,8 @@ def _check_finite(checkpoints: Sequence[Checkpoint], products: torch.Tensor) -> 
     else:
         wrong = [str(c.path) for c, ok in zip(checkpoints, finite, strict=True) if not ok]
     raise NonFiniteError(
-        f"NaN, infinite or huge weights in {first_few(wrong)}", "Leave the checkpoint out (--glob)."
+        f"NaN, infinite or huge weights in {first_few(wrong)}",
+        "Leave the checkpoint out: `skip=NAME`.",
     )
 
 

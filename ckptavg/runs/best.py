@@ -47,7 +47,7 @@ class Criterion:
 
 
 def choose_criterion(
-    checkpoints: Sequence[Checkpoint], metric: str | None, mode: str | None
+    checkpoints: Sequence[Checkpoint], metric: str | None, mode: Mode | None
 ) -> Criterion:
     """Complete the user's choice of a metric, by which checkpoints are ranked.
 
@@ -72,7 +72,7 @@ def choose_criterion(
             f"the name of the metric {metric!r} does not tell which of its values are better",
             "Name the mode: max or min.",
         )
-    return Criterion(metric, "max" if chosen == "max" else "min")
+    return Criterion(metric, chosen)
 
 
 def best_by(
@@ -92,13 +92,13 @@ def best_by(
     for checkpoint in checkpoints:
         if metric not in checkpoint.record.metrics:
             raise _unknown_metric(metric, checkpoint)
-    sign = -1.0 if criterion.mode == "max" else 1.0
+    values = [checkpoint.record.metrics[metric] for checkpoint in checkpoints]
     # NaN and infinity are never the best, and NaN would break the sort.
-    finite = [c for c in checkpoints if math.isfinite(c.record.metrics[metric])]
-    ranked = sorted(finite, key=lambda c: sign * c.record.metrics[metric])
-    # By identity, so that the order of the run is kept.
-    chosen = {id(checkpoint) for checkpoint in ranked[:count]}
-    return [checkpoint for checkpoint in checkpoints if id(checkpoint) in chosen]
+    finite = [position for position, value in enumerate(values) if math.isfinite(value)]
+    # Of equal values the first is taken, in both modes.
+    sign = -1.0 if criterion.mode == "max" else 1.0
+    ranked = sorted(finite, key=lambda position: sign * values[position])
+    return [checkpoints[position] for position in sorted(ranked[:count])]
 
 
 def mode_of(metric: str) -> Mode | None:
@@ -133,10 +133,12 @@ def _mode_of_words(words: frozenset[str]) -> Mode | None:
 def _unknown_metric(metric: str, checkpoint: Checkpoint) -> RunError:
     """Word the error for a metric that a checkpoint does not record."""
     names = sorted(checkpoint.record.metrics, key=prominence)
-    remedy = f"It records {first_few(names, 8)}." if names else "It records none at all."
+    message = f"{checkpoint.path} records no metric {metric!r}"
+    if not names:
+        return RunError(message, "It records none at all.")
     if close := close_names(metric, names):
-        remedy = did_you_mean(close)
-    return RunError(f"{checkpoint.path} records no metric {metric!r}", remedy)
+        return RunError(message, did_you_mean(close))
+    return RunError(message, f"It records {first_few(names, 8)}.")
 
 
 def _only_metric(checkpoints: Sequence[Checkpoint]) -> str:
@@ -148,7 +150,7 @@ def _only_metric(checkpoints: Sequence[Checkpoint]) -> str:
     """
     names = metric_columns(checkpoints).names
     if not names:
-        raise RunError("the checkpoints record no metric that the best could be chosen by")
+        raise RunError("the checkpoints record no metric to choose the best by")
     if len(names) > 1:
         raise UsageError(
             f"the best by which metric? The checkpoints record {first_few(list(names), 8)}",

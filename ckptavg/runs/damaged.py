@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import glob
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -46,9 +45,14 @@ class Damaged:
             return not low <= self.step <= high
         if self.position is None:
             return False
-        before = [c.step for c in ordered[: self.position][-1:] if c.step is not None]
-        after = [c.step for c in ordered[self.position :][:1] if c.step is not None]
-        return any(step >= high for step in before) or any(step <= low for step in after)
+        if self.position > 0:
+            step = ordered[self.position - 1].step
+            if step is not None and step >= high:
+                return True
+        if self.position < len(ordered):
+            step = ordered[self.position].step
+            return step is not None and step <= low
+        return False
 
 
 def raise_for(damaged: Sequence[Damaged]) -> None:
@@ -59,12 +63,13 @@ def raise_for(damaged: Sequence[Damaged]) -> None:
     """
     if not damaged:
         return
-    error = damaged[0].error
-    names = [member.path.name for member in damaged[1:]]
-    more = f" (nor can {first_few(names)} be opened)" if names else ""
-    pattern = shlex.quote(glob.escape(damaged[0].path.name))
-    leave_out = f"--skip {pattern} leaves it out."
-    raise type(error)(error.message + more, f"{error.remedy} {leave_out}".strip()) from error
+    first, *further = damaged
+    error, message = first.error, first.error.message
+    if further:
+        names = [file.path.name for file in further]
+        message += f" (nor can {first_few(names)} be opened)"
+    leave_out = f"`skip={glob.escape(first.path.name)!r}` leaves it out."
+    raise type(error)(message, f"{error.remedy} {leave_out}".strip()) from error
 
 
 def place_damaged(

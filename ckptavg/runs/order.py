@@ -148,11 +148,11 @@ def _refuse_two_units(checkpoints: Sequence[Checkpoint], named: Sequence[NamedSt
     # A single unusual name is no second series.
     if min(map(len, patterns.values())) < 2:
         return
-    shown = [f"'{pattern}'" for pattern in dict.fromkeys(patterns[True] + patterns[False])]
+    shown = list(dict.fromkeys(map(repr, patterns[True] + patterns[False])))
     raise RunError(
         f"{checkpoints[0].path.parent} holds checkpoints that count epochs and others that do not, "
         f"and no clock that all of them record: {first_few(shown)}",
-        f"Select one series with --glob {shown[0]}.",
+        f"Select one series with `glob={shown[0]}`.",
     )
 
 
@@ -175,11 +175,11 @@ def refuse_two_series(ordered: Sequence[Checkpoint]) -> None:
         return
     if any(checkpoint.step is None for checkpoint in ordered):
         return
-    patterns = [f"'{pattern}'" for pattern in sorted(steps)]
+    patterns = list(map(repr, sorted(steps)))
     raise RunError(
         f"{ordered[0].path.parent} holds {len(steps)} checkpoints of each step, as of different "
         f"networks or runs: {first_few(patterns)}",
-        f"Select one with --glob {patterns[0]}.",
+        f"Select one with `glob={patterns[0]}`.",
     )
 
 
@@ -215,7 +215,7 @@ def _note_doubts(ordered: Sequence[Checkpoint], within: Sequence[float | None]) 
             notes.append(
                 f"{former.path.name} and {latter.path.name} share the step "
                 f"{step_text(former.step)}: "
-                "if they are of different runs, tell them apart with --glob"
+                "if they are of different runs, tell them apart with `glob`"
             )
             break
     for former, latter in pairwise(ordered):
@@ -223,7 +223,7 @@ def _note_doubts(ordered: Sequence[Checkpoint], within: Sequence[float | None]) 
         if is_disjoint and former.pattern != latter.pattern:
             notes.append(
                 f"{former.path.name} and {latter.path.name} hold different networks: "
-                f"tell them apart with --glob '{former.pattern}' or '{latter.pattern}'"
+                f"tell them apart with `glob={former.pattern!r}` or `glob={latter.pattern!r}`"
             )
             break
     stepless = [c.path.name for c in ordered if c.step is None]

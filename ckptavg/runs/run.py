@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
 from typing import TYPE_CHECKING, SupportsIndex, TypeAlias, overload
@@ -15,25 +14,31 @@ from ckptavg.errors.printable import printable, step_text
 from ckptavg.errors.system import guard_reads
 from ckptavg.formats import Checkpoint
 from ckptavg.io.paths import Location, Named, RemotePath, locate
-from ckptavg.runs.best import Mode, best_by, choose_criterion
+from ckptavg.runs.best import Mode, choose_criterion
 from ckptavg.runs.damaged import Damaged, raise_for
 from ckptavg.runs.discovery import find
 from ckptavg.runs.discovery.excluded import describe_excluded
 from ckptavg.runs.discovery.numbered import short_names
 from ckptavg.runs.discovery.reason import LeftOut, Reason
 from ckptavg.runs.members import open_members
-from ckptavg.runs.rate_cycles import find_minima
 from ckptavg.runs.selection_notes import note_restarts
+from ckptavg.runs.selections import (
+    Best,
+    Cycle,
+    Every,
+    Last,
+    RateMinima,
+    Sample,
+    Selection,
+    Steps,
+)
 
 if TYPE_CHECKING:
     import pandas
 
     from ckptavg.display.tables import Table
 
-Picked = Sequence[Checkpoint]
-Pick = Callable[[Picked], Picked]
 _PATHS = (str, os.PathLike, RemotePath)
-Follow = Callable[[Picked, Damaged], Damaged | None]
 
 
 @dataclass(frozen=True)
@@ -88,11 +93,14 @@ class Run:
     def __repr__(self) -> str:
         """Describe the run in a line, for tracebacks: number of checkpoints, first and last."""
         opened = self.opened
-        names = short_names([checkpoint.path for checkpoint in (opened[0], opened[-1])])
-        ends = names[0] if len(opened) == 1 else f"{names[0]} ... {names[-1]}"
-        count = "1 checkpoint" if len(opened) == 1 else f"{len(opened)} checkpoints"
-        several = f" of {len(self.trainings)} trainings" if len(self.trainings) > 1 else ""
-        return f"<Run of {count}{several}: {printable(ends)}>"
+        if len(opened) == 1:
+            count, ends = "1 checkpoint", opened[0].path.name
+        else:
+            first, last = short_names([opened[0].path, opened[-1].path])
+            count, ends = f"{len(opened)} checkpoints", f"{first} ... {last}"
+        if len(self.trainings) > 1:
+            count += f" of {len(self.trainings)} trainings"
+        return f"<Run of {count}: {printable(ends)}>"
 
     def __str__(self) -> str:
         from ckptavg.display.terminal import printed_table  # noqa: PLC0415 - only people need it
@@ -138,34 +146,12 @@ class Run:
     def last(self, count: int) -> Run:
         """Select the last ``count`` checkpoints."""
         _check_positive("last", count)
-
-        def follow(before: Picked, damaged: Damaged) -> Damaged | None:
-            """Return a damaged file with the position in the selection; None if outside."""
-            if damaged.position is None:
-                return damaged
-            outside = len(before) - damaged.position >= count
-            return (
-                None
-                if outside
-                else replace(damaged, position=max(damaged.position - len(before[:-count]), 0))
-            )
-
-        return self._each(lambda c: c[-count:], f"last {count}", follow, asked=count)
+        return self._each(Last(count))
 
     def every(self, stride: int) -> Run:
         """Select every ``stride``-th checkpoint, counted back from the last, which is kept."""
         _check_positive("every", stride)
-
-        def follow(before: Picked, damaged: Damaged) -> Damaged:
-            """Return a damaged file with the position in the selection; None if outside."""
-            if damaged.position is None:
-                return damaged
-            # The picks after the damaged file are certain. Before the file they depend on whether
-            # the file counts.
-            after = len(before[damaged.position :][::-1][::stride])
-            return replace(damaged, position=len(before[::-1][::stride]) - after)
-
-        return self._each(lambda c: c[::-1][::stride][::-1], f"every {stride}", follow)
+        return self._each(Every(stride))
 
     def cycle(self, length: int, offset: int | None = None) -> Run:
         """Select the checkpoints at positions offset, offset + length, ..., counted from 1.
@@ -174,10 +160,11 @@ class Run:
             length: Checkpoints per cycle.
             offset: Position of the first checkpoint; None for the cycle's end, ``length``.
         """
-        offset = length if offset is None else offset
+        if offset is None:
+            offset = length
         _check_positive("cycle", length)
         _check_positive("the cycle's offset", offset)
-        return self._each(lambda c: c[offset - 1 :: length], f"cycle {length}:{offset}")
+        return self._each(Cycle(length, offset))
 
     def steps(self, first: float | None = None, last: float | None = None) -> Run:
         """Select the checkpoints from step ``first`` to step ``last``, both included.
@@ -185,21 +172,9 @@ class Run:
         Raises:
             RunError: A checkpoint has no step, or no checkpoint is in the range.
         """
-        low, high = -math.inf if first is None else first, math.inf if last is None else last
-
-        def pick(checkpoints: Picked) -> Picked:
-            """Select the checkpoints within the range of steps."""
-            return [c for c in checkpoints if low <= _step(c) <= high]
-
-        def follow(before: Picked, damaged: Damaged) -> Damaged | None:
-            """Return a damaged file with the position in the selection; None if outside."""
-            if damaged.lies_outside(before, low, high):
-                return None
-            if damaged.position is None:
-                return damaged
-            return replace(damaged, position=len(pick(before[: damaged.position])))
-
-        return self._each(pick, f"steps {step_text(low)} to {step_text(high)}", follow)
+        low = -math.inf if first is None else first
+        high = math.inf if last is None else last
+        return self._each(Steps(low, high))
 
     def at_lr_min(self) -> Run:
         """Select the checkpoints at minima of the recorded learning rate, the ends included.
@@ -211,10 +186,10 @@ class Run:
         Raises:
             RunError: A checkpoint records no learning rate.
         """
-        run = self._each(_at_lr_min, "minima of the learning rate")
+        run = self._each(RateMinima())
         # A scheduler stepped before the save shifts the ends of cycles by one checkpoint.
-        late = [note for training in self.trainings for note in note_restarts(training)]
-        return replace(run, notes=(*run.notes, *dict.fromkeys(late)))
+        notes = chain.from_iterable(map(note_restarts, self.trainings))
+        return replace(run, notes=(*run.notes, *dict.fromkeys(notes)))
 
     def best(self, count: int, metric: str | None = None, mode: Mode | None = None) -> Run:
         """Select the ``count`` best checkpoints by a recorded metric, in the run's order.
@@ -234,11 +209,11 @@ class Run:
         """
         _check_positive("best", count)
         criterion = choose_criterion(self.opened, metric, mode)
-        run = self._each(lambda c: best_by(criterion, c, count), f"best {count}", asked=count)
+        run = self._each(Best(count, criterion))
         if metric is not None and mode is not None:
             return run
-        better = "highest" if criterion.mode == "max" else "lowest"
-        note = f"the best {count} are those with the {better} {criterion.metric}"
+        direction = {"max": "highest", "min": "lowest"}[criterion.mode]
+        note = f"the best {count} are those with the {direction} {criterion.metric}"
         return replace(run, notes=(*run.notes, note))
 
     def sample(self, count: int, seed: int = 0) -> Run:
@@ -248,19 +223,23 @@ class Run:
             RunError: There are fewer checkpoints.
         """
         _check_positive("sample", count)
-        return self._each(lambda c: _sample(c, count, seed), f"sample {count}")
+        return self._each(Sample(count, seed))
 
     def _slice(self, positions: slice) -> Run:
         """Select checkpoints by a slice of positions through all trainings."""
         if (positions.step or 1) < 0:
             raise UsageError("a run keeps its order: the step of a slice has to be positive")
-        # By identity, since the positions of a slice count through all trainings.
-        selected = {id(checkpoint) for checkpoint in self.checkpoints[positions]}
-        start, stop = (("" if p is None else p) for p in (positions.start, positions.stop))
-        return self._each(
-            lambda c: [checkpoint for checkpoint in c if id(checkpoint) in selected],
-            f"[{start}:{stop}]",
-        )
+        # The positions of a slice count through all trainings.
+        selected = range(len(self.checkpoints))[positions]
+        trainings: list[tuple[Checkpoint, ...]] = []
+        first = 0
+        for training in self.trainings:
+            trainings.append(tuple(c for i, c in enumerate(training, first) if i in selected))
+            first += len(training)
+        start = "" if positions.start is None else positions.start
+        stop = "" if positions.stop is None else positions.stop
+        self._check_any(trainings, f"[{start}:{stop}]")
+        return replace(self, trainings=tuple(filter(None, trainings)), damaged=())
 
     def _table(self) -> Table:
         """Make the table of the run."""
@@ -268,52 +247,42 @@ class Run:
 
         return tabulate_run(self.opened, self.notes)
 
-    def _each(
-        self,
-        pick: Pick,
-        what: str,
-        follow: Follow = lambda _, d: _lost(d),
-        asked: int | None = None,
-    ) -> Run:
-        """Apply a selection to each training.
-
-        Args:
-            pick: Function that selects from a training's checkpoints.
-            what: The selection in words.
-            follow: Function of a training's checkpoints and a damaged file. It returns the file
-                with the position in the selection; None if the file is certainly outside.
-            asked: Number of checkpoints per training that the selection asks for. A training with
-                fewer checkpoints gets a note; None for no note.
-        """
+    def _each(self, selection: Selection) -> Run:
+        """Apply a selection to each training."""
         trainings: list[tuple[Checkpoint, ...]] = []
         pending: list[tuple[Damaged, ...]] = []
-        outside: list[Damaged] = []
+        excluded: list[LeftOut] = []
         for training, damaged in zip_longest(self.trainings, self.damaged, fillvalue=()):
-            followed = [(d, follow(training, d)) for d in damaged]
-            outside += [d for d, inside in followed if inside is None]
-            remaining = tuple(inside for _, inside in followed if inside is not None)
-            picked = tuple(pick(training))
-            # A damaged file may be the only one that the selection would take.
-            if not picked:
+            remaining: list[Damaged] = []
+            for file in damaged:
+                followed = selection.follow(training, file)
+                if followed is None:
+                    excluded.append(LeftOut(file.path, Reason.DAMAGED))
+                else:
+                    remaining.append(followed)
+            picked = tuple(selection.pick(training))
+            if picked:
+                trainings.append(picked)
+                pending.append(tuple(remaining))
+            else:
+                # A damaged file may be the only one that the selection would take.
                 raise_for(remaining)
-                continue
-            trainings.append(picked)
-            pending.append(remaining)
-        if not trainings:
-            raise RunError(
-                f"the selection ({what}) leaves none of {len(self.opened)} checkpoints",
-                _describe_steps(self.opened),
-            )
-        excluded = [LeftOut(d.path, Reason.DAMAGED) for d in outside]
-        few = [] if asked is None else [c for c in trainings if len(c) < asked]
-        fewer = [_note_fewer(what, c, len(trainings)) for c in few]
+        self._check_any(trainings, str(selection))
         return replace(
             self,
             trainings=tuple(trainings),
             excluded=(*self.excluded, *excluded),
-            notes=(*self.notes, *describe_excluded(excluded), *fewer),
+            notes=(*self.notes, *describe_excluded(excluded), *_note_fewer(selection, trainings)),
             damaged=tuple(pending),
         )
+
+    def _check_any(self, trainings: Sequence[Sequence[Checkpoint]], selection: str) -> None:
+        """Refuse a selection that leaves no checkpoint of any training."""
+        if not any(trainings):
+            raise RunError(
+                f"the selection ({selection}) leaves none of {len(self.opened)} checkpoints",
+                _describe_steps(self.opened),
+            )
 
 
 def open_run(
@@ -341,12 +310,16 @@ def open_run(
     """
     if not paths:
         raise UsageError("no path is given")
-    with guard_reads(first_few([str(path) for path in paths])):
-        patterns = find.Patterns(glob, (skip,) if isinstance(skip, str) else tuple(skip))
-        findings = find.find([locate(path) for path in paths], patterns)
+    if isinstance(skip, str):
+        skip = [skip]
+    directories = first_few(list(map(str, paths)))
+    with guard_reads(directories):
+        patterns = find.Patterns(glob, tuple(skip))
+        findings = find.find(list(map(locate, paths)), patterns)
     trainings: list[tuple[Checkpoint, ...]] = []
     damaged: list[tuple[Damaged, ...]] = []
-    excluded, notes = list(findings.excluded), list[str]()
+    excluded = list(findings.excluded)
+    notes: list[str] = []
     for members in findings.groups:
         opened = open_members(members, key, findings.broken)
         excluded += opened.excluded
@@ -355,30 +328,29 @@ def open_run(
             trainings.append(opened.checkpoints)
             damaged.append(opened.damaged)
             # Without a certain position, no selection can leave out the damaged file.
-            raise_for([d for d in opened.damaged if d.position is None])
+            raise_for([file for file in opened.damaged if file.position is None])
     if not trainings:
-        raise RunError(
-            f"no checkpoint is left in {first_few([str(path) for path in paths])}", _why(excluded)
-        )
-    entered = [
-        f"{directory} holds no checkpoint itself: {run} is taken"
-        for directory, run in findings.entered.items()
-    ]
-    idle = [
-        f"the pattern {pattern!r} skips nothing"
-        for pattern in patterns.skip
-        if pattern not in findings.skipping
-    ]
-    notes = [*entered, *idle, *describe_excluded(excluded), *notes]
-    everything = (*chain(*findings.groups), *(left_out.path for left_out in excluded))
+        raise RunError(f"no checkpoint is left in {directories}", _list_excluded(excluded))
+    notes = [*_note_search(findings, patterns), *describe_excluded(excluded), *notes]
     return Run(
         tuple(trainings),
         tuple(excluded),
         tuple(dict.fromkeys(notes)),
         findings.named,
-        everything,
+        (*chain(*findings.groups), *(left_out.path for left_out in excluded)),
         tuple(damaged),
     )
+
+
+def _note_search(findings: find.Findings, patterns: find.Patterns) -> list[str]:
+    """Note runs that were found below a directory, and patterns that match nothing."""
+    notes: list[str] = []
+    for directory, run in findings.entered.items():
+        notes.append(f"{directory} holds no checkpoint itself: {run} is taken")
+    for pattern in patterns.skip:
+        if pattern not in findings.skipping:
+            notes.append(f"the pattern {pattern!r} skips nothing")
+    return notes
 
 
 RunLike: TypeAlias = "Run | Iterable[Checkpoint] | Iterable[Named] | Named"
@@ -396,25 +368,37 @@ def as_run(run: RunLike) -> Run:
     if isinstance(run, _PATHS):
         return open_run(run)
     members = tuple(run) if isinstance(run, Iterable) else (run,)
-    if members and all(isinstance(member, _PATHS) for member in members):
-        return open_run(*(member for member in members if isinstance(member, _PATHS)))
-    checkpoints = tuple(member for member in members if isinstance(member, Checkpoint))
+    paths: list[Named] = []
+    checkpoints: list[Checkpoint] = []
+    for member in members:
+        if isinstance(member, Checkpoint):
+            checkpoints.append(member)
+        elif isinstance(member, _PATHS):
+            paths.append(member)
+    if paths and len(paths) == len(members):
+        return open_run(*paths)
     if len(checkpoints) < len(members):
         raise UsageError(
             f"a run is expected, its path, or its checkpoints, but got {short(repr(run))}",
             "Open it first: ckptavg.open_run(PATH).",
         )
-    return Run((checkpoints,))
+    return Run((tuple(checkpoints),))
 
 
-def _note_fewer(what: str, picked: Picked, trainings: int) -> str:
-    """Note that a training has fewer checkpoints than a selection asks for."""
-    where = f" in {picked[0].path.parent}" if trainings > 1 else ""
-    are = "is" if len(picked) == 1 else "are"
-    return f"the {what} are asked for, and there {are} only {len(picked)}{where}"
+def _note_fewer(selection: Selection, trainings: Sequence[Sequence[Checkpoint]]) -> list[str]:
+    """Note the trainings that have fewer checkpoints than a selection asks for."""
+    notes: list[str] = []
+    for picked in trainings:
+        count = len(picked)
+        if selection.wanted is None or count >= selection.wanted:
+            continue
+        are = "is" if count == 1 else "are"
+        where = f" in {picked[0].path.parent}" if len(trainings) > 1 else ""
+        notes.append(f"the {selection} are asked for, and there {are} only {count}{where}")
+    return notes
 
 
-def _describe_steps(checkpoints: Picked) -> str:
+def _describe_steps(checkpoints: Sequence[Checkpoint]) -> str:
     """Word the range of steps of some checkpoints, as a remedy."""
     steps = [checkpoint.step for checkpoint in checkpoints if checkpoint.step is not None]
     if not steps:
@@ -422,7 +406,7 @@ def _describe_steps(checkpoints: Picked) -> str:
     return f"Their steps are {step_text(min(steps))} to {step_text(max(steps))}."
 
 
-def _why(excluded: Sequence[LeftOut]) -> str:
+def _list_excluded(excluded: Sequence[LeftOut]) -> str:
     """Word the remedy that lists the paths left out, with reasons."""
     return (
         "Left out: "
@@ -437,39 +421,3 @@ def _check_positive(name: str, value: int) -> None:
         raise UsageError(f"{name} is expected to be a whole number but got {short(repr(value))}")
     if value < 1:
         raise UsageError(f"{name} is expected to be at least 1 but got {value}")
-
-
-def _lost(damaged: Damaged) -> Damaged:
-    """Forget the position of a damaged file, after a selection that depends on the file."""
-    return replace(damaged, position=None, step=None)
-
-
-def _step(checkpoint: Checkpoint) -> float:
-    """Return the step of a checkpoint, or raise an error without one."""
-    if checkpoint.step is None:
-        raise RunError(
-            f"{checkpoint.path} records no step or epoch and has none in its name",
-            "Select by --last, --every or --glob instead.",
-        )
-    return checkpoint.step
-
-
-def _at_lr_min(checkpoints: Picked) -> Picked:
-    """Select the checkpoints at minima of the learning rate."""
-    missing = [str(c.path) for c in checkpoints if c.record.lr is None]
-    if missing:
-        raise RunError(
-            f"no learning rate is recorded in {first_few(missing)}",
-            "Select the cycle's ends by position with --cycle C.",
-        )
-    rates = [checkpoint.record.lr or 0.0 for checkpoint in checkpoints]
-    return [checkpoints[position] for position in find_minima(rates)]
-
-
-def _sample(checkpoints: Picked, count: int, seed: int) -> Picked:
-    """Draw checkpoints at random, and keep the run's order."""
-    if count > len(checkpoints):
-        raise RunError(f"cannot draw {count} of {len(checkpoints)} checkpoints", "Ask for fewer.")
-    picked = random.Random(seed).sample(range(len(checkpoints)), count)
-    # Sorted, since a run keeps the order of training.
-    return [checkpoints[i] for i in sorted(picked)]

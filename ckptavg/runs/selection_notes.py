@@ -22,28 +22,29 @@ def note_run(run: Run) -> None:
         log.info(note)
     for left_out in run.excluded:
         log.debug("%s is left out: %s", left_out.path, left_out.why)
+    notes: dict[str, None] = {}
     for checkpoint in run.opened:
         for note in checkpoint.notes:
             log.debug("%s: %s", checkpoint.path, note)
-    for note in dict.fromkeys(note for checkpoint in run.opened for note in checkpoint.notes):
+            notes.setdefault(note)
+    for note in notes:
         log.info(note)
 
 
-def note_selection(run: Run, selection: Run, *, in_shell: bool = False) -> None:
+def note_selection(run: Run, selection: Run) -> None:
     """Log the notes of a selection, and advise the ends of cycles where these differ.
 
     Args:
         run: The whole run.
         selection: Checkpoints of the run to average.
-        in_shell: True to name options of the command line, not methods.
     """
     # The notes of the run come first in the selection, and are logged by ``note_run``.
     for note in selection.notes[len(run.notes) :]:
         log.info(note)
-    note_cycles(run, selection, in_shell=in_shell)
+    note_cycles(run, selection)
 
 
-def note_cycles(run: Run, selection: Run, *, in_shell: bool = False) -> None:
+def note_cycles(run: Run, selection: Run) -> None:
     """Log a note if a selection has more of a cyclical run than the ends of cycles.
 
     Checkpoints from the middle of a cycle were saved at a high learning rate, and averages without
@@ -52,7 +53,6 @@ def note_cycles(run: Run, selection: Run, *, in_shell: bool = False) -> None:
     Args:
         run: All checkpoints of a training.
         selection: Checkpoints of the run to average.
-        in_shell: True to name options of the command line, not methods.
     """
     # With a missing checkpoint, positions in the cycle are not certain.
     if len(run.trainings) != 1 or any(run.damaged):
@@ -72,12 +72,11 @@ def note_cycles(run: Run, selection: Run, *, in_shell: bool = False) -> None:
     paths = {checkpoints[position].path for position in ends}
     between = sum(checkpoint.path not in paths for checkpoint in selection.opened)
     if between:
-        advice = _advise(restarts, len(ends), after_step=after_step, in_shell=in_shell)
-        selected = "" if selection is run else "selected "
+        noun = "checkpoints" if selection is run else "selected checkpoints"
+        advice = _advise(restarts, len(ends), after_step=after_step)
         log.info(
-            "the learning rate is cyclical, and %d of %d %scheckpoints are from the middle of a "
-            "cycle%s",
-            between, len(selection), selected, advice,
+            "the learning rate is cyclical, and %d of %d %s are from the middle of a cycle%s",
+            between, len(selection), noun, advice,
         )  # fmt: skip
 
 
@@ -94,12 +93,9 @@ def note_restarts(checkpoints: Sequence[Checkpoint]) -> list[str]:
     restarts = find_restarts(recorded_rates(checkpoints), after_step=after_step)
     if not restarts:
         return []
-    why = (
-        "Lightning saves after the scheduler's step:"
-        if after_step
-        else "the last checkpoint records the highest rate: if training saves after "
-        "scheduler.step(),"
-    )
+    why = "the last checkpoint records the highest rate: if training saves after scheduler.step(),"
+    if after_step:
+        why = "Lightning saves after the scheduler's step:"
     return [f"{why} the cycles end one checkpoint after these minima"]
 
 
@@ -110,28 +106,29 @@ def saves_after_step(checkpoints: Sequence[Checkpoint]) -> bool:
 
 def recorded_rates(checkpoints: Sequence[Checkpoint]) -> list[float]:
     """Return the learning rate of each checkpoint; empty if a checkpoint records no rate."""
-    rates = [checkpoint.record.lr for checkpoint in checkpoints if checkpoint.record.lr is not None]
-    return rates if len(rates) == len(checkpoints) else []
+    rates: list[float] = []
+    for checkpoint in checkpoints:
+        if checkpoint.record.lr is None:
+            return []
+        rates.append(checkpoint.record.lr)
+    return rates
 
 
-def _advise(restarts: Sequence[int], count: int, *, after_step: bool, in_shell: bool) -> str:
+def _advise(restarts: Sequence[int], count: int, *, after_step: bool) -> str:
     """Word the selection that takes the ends of cycles.
 
     Args:
         restarts: Positions of cycle ends that record the next cycle's first rate, if any.
         count: Number of cycle ends.
         after_step: True if the ends are known to record the next cycle's first rate.
-        in_shell: True to name options of the command line, not methods.
     """
     if not restarts:
-        selection = "--at-lr-min" if in_shell else "at_lr_min()"
-        return f": {selection} takes the {count} at the ends of cycles"
+        return f": `.at_lr_min()` takes the {count} at the ends of cycles"
     length, offset = find_length(restarts), restarts[0] + 1
     if length is None:
         return ""
-    if in_shell:
-        selection = f"--cycle {length}" if offset == length else f"--cycle {length}:{offset}"
-    else:
-        selection = f"cycle({length})" if offset == length else f"cycle({length}, {offset})"
-    condition = "" if after_step else ", if training saves after scheduler.step()"
-    return f": {selection} takes the {count} at the ends of cycles{condition}"
+    selection = f".cycle({length})" if offset == length else f".cycle({length}, {offset})"
+    advice = f": `{selection}` takes the {count} at the ends of cycles"
+    if after_step:
+        return advice
+    return f"{advice}, if training saves after scheduler.step()"

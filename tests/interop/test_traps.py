@@ -135,7 +135,7 @@ def gan(tmp_path):
 
 def test_two_networks_in_one_directory_are_an_error_that_says_how_to_select_one(gan):
     with pytest.raises(
-        RunError, match=r"'D_\*.pth', 'G_\*.pth'. Select one with --glob 'D_\*.pth'"
+        RunError, match=r"'D_\*.pth', 'G_\*.pth'. Select one with `glob='D_\*.pth'`"
     ):
         average(open_run(gan))
 

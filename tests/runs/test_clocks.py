@@ -50,7 +50,7 @@ def test_two_series_without_a_common_clock_are_an_error_that_names_both(tmp_path
     for i in (1, 2, 3):
         save_weight(tmp_path / f"epoch-{i}.pt", i)
         save_weight(tmp_path / f"checkpoint-{i}000.pt", i / 2)
-    with pytest.raises(RunError, match=r"'epoch-\*\.pt', 'checkpoint-\*\.pt'.*--glob 'epoch-\*"):
+    with pytest.raises(RunError, match=r"'epoch-\*\.pt', 'checkpoint-\*\.pt'.*`glob='epoch-\*"):
         open_run(tmp_path)
     assert len(open_run(tmp_path, glob="epoch-*.pt")) == 3
     assert [c.step for c in open_run(tmp_path, glob="checkpoint-*")] == [1000, 2000, 3000]

@@ -333,7 +333,7 @@ def test_files_of_other_kinds_are_not_looked_at(tmp_path):
 def test_a_damaged_file_with_a_checkpoints_name_is_an_error(tmp_path, content):
     numbered(tmp_path, 2)
     (tmp_path / "epoch_3.pt").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"epoch_3\.pt.*--skip epoch_3\.pt leaves it out"):
+    with pytest.raises(CheckpointError, match=r"epoch_3\.pt.*`skip=.epoch_3\.pt.` leaves it out"):
         average(open_run(tmp_path))
 
 
@@ -705,7 +705,9 @@ def test_the_learning_rate_is_that_of_the_optimizers_first_group(tmp_path):
 def test_minima_need_a_recorded_learning_rate(tmp_path):
     numbered(tmp_path, 2, lr=[0.1, 0.1])
     save_weight(tmp_path / "epoch_3.pt")
-    with pytest.raises(RunError, match=r"no learning rate is recorded in .*epoch_3\.pt.*--cycle"):
+    with pytest.raises(
+        RunError, match=r"no learning rate is recorded in .*epoch_3\.pt.*`\.cycle\(C\)`"
+    ):
         open_run(tmp_path).at_lr_min()
 
 
@@ -929,7 +931,7 @@ def test_two_series_of_the_same_steps_in_one_directory_are_an_error(tmp_path, se
         for i, name in enumerate(series):
             save_weight(tmp_path / name.format(step), float(i))
     with pytest.raises(
-        RunError, match=re.escape(f"Select one with --glob '{patterns[0]}'")
+        RunError, match=re.escape(f"Select one with `glob='{patterns[0]}'`")
     ) as error:
         average(open_run(tmp_path))
     assert all(pattern in str(error.value) for pattern in patterns)

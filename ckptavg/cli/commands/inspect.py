@@ -97,7 +97,7 @@ def inspect(
         _show_checkpoint(report, run.checkpoints[0])
     else:
         _show_run(report, run, full_run)
-    note_cycles(full_run, run, in_shell=True)
+    note_cycles(full_run, run)
 
 
 def _measured(report: Report, run: Run) -> Geometry:

@@ -115,12 +115,13 @@ def refuse_networks(groups: Groups, listed: Set[Location]) -> None:
     for base, networks in _several_networks(groups, listed).items():
         # Two series of steps may have networks of equal names. The pattern then names the series.
         share_names = len({network.name for network in networks}) < len(networks)
-        patterns = [
-            f"'{network.full_pattern if share_names else network.pattern}'" for network in networks
-        ]
+        patterns: list[str] = []
+        for network in networks:
+            pattern = network.full_pattern if share_names else network.pattern
+            patterns.append(repr(pattern))
         raise RunError(
             f"{base} holds {len(networks)} networks side by side: {first_few(patterns, 8)}",
-            f"Select one with --glob {patterns[0]}.",
+            f"Select one with `glob={patterns[0]}`.",
         )
 
 

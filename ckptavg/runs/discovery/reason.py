@@ -25,7 +25,7 @@ class Reason(Enum):
     REPEATS = "repeats {}"
     REPLICA = "the same weights as those of the first rank"
     SKIPPED = "skipped, as asked for"
-    SUFFIX = "its suffix is none of the usual ones; name it, or match it by --glob"
+    SUFFIX = "its suffix is none of the default ones; name it, or match it by `glob`"
     TEMPORARY = "a temporary file, by its name"
     UNNUMBERED = "without a number, unlike its neighbours"
     WITHOUT_WEIGHTS = "holds no weights, unlike its neighbours"
