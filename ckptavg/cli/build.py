@@ -19,7 +19,7 @@ from ckptavg.models.device import Runtime
 from ckptavg.specs import sources
 from ckptavg.specs.importing import find_forward
 from ckptavg.specs.recorded import ModelSource, complete_source, records_hyperparameters
-from ckptavg.specs.tasks import make_task, usual_task
+from ckptavg.specs.tasks import default_task, make_task
 from ckptavg.tasks import Task
 
 
@@ -65,7 +65,7 @@ def task(settings: Mapping[str, Any]) -> Task:
     """Make the task that ``--task`` names, or the default task of the data."""
     scored = settings.get("data")
     data = scored or settings["train_data"]
-    return make_task(settings["task"] or usual_task(data), scoring=scored is not None)
+    return make_task(settings["task"] or default_task(data), scoring=scored is not None)
 
 
 def training_data(

@@ -353,7 +353,7 @@ class _Session:
             predictions = self.task.predict(outputs, batch.targets)
             # Predictions are on the CPU if the device lacks float64.
             targets = map_tensors(batch.targets, lambda tensor: tensor.to(predictions.device))
-            soundness.add(network.name, self.task.sound(predictions))
+            soundness.add(network.name, self.task.is_finite(predictions))
             samples = self.task.samples(predictions, targets)
             for board in self.boards:
                 board.add(batch.number, network, predictions, samples, targets)

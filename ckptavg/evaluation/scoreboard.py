@@ -96,12 +96,12 @@ class Board:
     def end_batch(self, number: int) -> None:
         """Move an ensemble's outputs to the host if further members come in a later pass."""
         if number in self._waiting:
-            self._waiting[number].park()
+            self._waiting[number].offload()
 
     def commit(self, group: Sequence[Network]) -> None:
         """Commit the pass of a group of networks over all of the data."""
         self.heard.update(n for n in group if n in self.times)
-        self.disagreement.park()
+        self.disagreement.offload()
         # After a pass without networks of this candidate, parked outputs stay as they are.
         self._parked = {} if self.complete else self._parked | self._waiting
         self._waiting = {}

@@ -233,7 +233,7 @@ class Disagreement:
             gathered = [labels.to(answers.device) for labels in self._waiting.pop(batch)]
             self._count(torch.stack(gathered))
 
-    def park(self) -> None:
+    def offload(self) -> None:
         """Move answers that wait for further members to the host."""
         for waiting in self._waiting.values():
             waiting[:] = [answers.cpu() for answers in waiting]

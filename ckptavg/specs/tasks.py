@@ -8,7 +8,7 @@ from ckptavg.errors import SpecError, UsageError
 from ckptavg.errors.spelling import close_names, did_you_mean
 from ckptavg.specs.importing import call_factory
 from ckptavg.tasks.base import Task
-from ckptavg.tasks.named import NAMED, USUAL, make_named
+from ckptavg.tasks.named import DEFAULT_TASK, NAMED, make_named
 
 _TEXT = ("text:", "tokens:")
 
@@ -37,9 +37,9 @@ def make_task(spec: str, *, scoring: bool = True) -> Task:
     return _checked(spec, task, scoring=scoring)
 
 
-def usual_task(data: str) -> str:
-    """Return the name of the usual task for a data specification."""
-    return "causal-lm" if data.startswith(_TEXT) else USUAL
+def default_task(data: str) -> str:
+    """Return the name of the default task for a data specification."""
+    return "causal-lm" if data.startswith(_TEXT) else DEFAULT_TASK
 
 
 def _checked(spec: str, made: Any, *, scoring: bool) -> Task:

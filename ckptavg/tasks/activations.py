@@ -59,8 +59,10 @@ class ActivationWatch(TorchFunctionMode):
 
     def origin_of(self, value: object) -> Activation | None:
         """Return the activation that a tensor comes from; None if there is none."""
-        has_origin = isinstance(value, torch.Tensor) and value in self._origins
-        return self._origins[value] if has_origin else None
+        if not isinstance(value, torch.Tensor) or value not in self._origins:
+            return None
+        origin: Activation = self._origins[value]
+        return origin
 
 
 class TaskOnLogits(Task):
@@ -126,7 +128,10 @@ def are_distributions(outputs: torch.Tensor, activation: Activation | None = Non
         activation: The activation that the outputs come from; None if none was seen.
     """
     # Apple's mps has no float64.
-    values = outputs.double() if outputs.device.type != "mps" else outputs.float()
+    dtype = torch.float64
+    if outputs.device.type == "mps":
+        dtype = torch.float32
+    values = outputs.to(dtype)
     tolerance = max(_SUM_TOLERANCE, _ROUNDINGS * torch.finfo(outputs.dtype).eps)
     if not bool((values >= 0).all() & ((values.sum(1) - 1).abs() <= tolerance).all()):
         return False
@@ -135,7 +140,7 @@ def are_distributions(outputs: torch.Tensor, activation: Activation | None = Non
     )
 
 
-def lie_between_0_and_1(outputs: torch.Tensor) -> bool:
+def are_between_0_and_1(outputs: torch.Tensor) -> bool:
     """Return True if every value is between 0 and 1."""
     return bool(((outputs >= 0) & (outputs <= 1)).all())
 

@@ -1,6 +1,6 @@
 """Base class of tasks: calling a model, scoring outputs, combining the members of an ensemble.
 
-A custom task is a subclass that overrides the methods that differ; ``--task path/file.py:MyTask``.
+A custom task is a subclass that overrides the methods that differ.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Mean(Protocol):
     def add(self, predictions: torch.Tensor, targets: Any) -> None:
         """Add the predictions of a member."""
 
-    def park(self) -> None:
+    def offload(self) -> None:
         """Shrink and move to the host until further members come in a later pass."""
 
     def value(self) -> torch.Tensor:
@@ -109,7 +109,7 @@ class ArithmeticMean:
         else:
             self._sum = self._join(self._sum.to(predictions.device), predictions)
 
-    def park(self) -> None:
+    def offload(self) -> None:
         """Move to the host until further members come in a later pass."""
         if self._sum is not None:
             self._sum = self._sum.cpu()
@@ -122,23 +122,23 @@ class ArithmeticMean:
         """
         if self._sum is None:
             raise EvaluationError("an ensemble has no members")
-        return self._divided(self._sum)
+        return self._divide(self._sum)
 
-    def _join(self, found: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
-        return found + more
+    def _join(self, total: torch.Tensor, predictions: torch.Tensor) -> torch.Tensor:
+        return total + predictions
 
-    def _divided(self, found: torch.Tensor) -> torch.Tensor:
-        return found / self.members
+    def _divide(self, total: torch.Tensor) -> torch.Tensor:
+        return total / self.members
 
 
 class LogMean(ArithmeticMean):
     """Mean of the members' probabilities, from and to logarithms."""
 
-    def _join(self, found: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
-        return torch.logaddexp(found, more)
+    def _join(self, total: torch.Tensor, predictions: torch.Tensor) -> torch.Tensor:
+        return torch.logaddexp(total, predictions)
 
-    def _divided(self, found: torch.Tensor) -> torch.Tensor:
-        return found - math.log(self.members)
+    def _divide(self, total: torch.Tensor) -> torch.Tensor:
+        return total - math.log(self.members)
 
 
 class Task:
@@ -148,7 +148,7 @@ class Task:
     defaults.
 
     Attributes:
-        metrics: The metrics in the table's order. The first one decides ``--fail-if-worse``.
+        metrics: The metrics in the table's order. The first one decides which candidate is best.
         counts: The unit of ``n``, such as samples or tokens.
         batch_size: Default number of samples per batch.
     """
@@ -183,7 +183,9 @@ class Task:
         try:
             return self.split(batch)[0]
         except EvaluationError:
-            return batch[0] if isinstance(batch, (list, tuple)) and batch else batch
+            if isinstance(batch, (list, tuple)) and batch:
+                return batch[0]
+            return batch
 
     def forward(self, model: nn.Module, inputs: Any) -> Any:
         """Run the model on inputs."""
@@ -228,7 +230,7 @@ class Task:
         """
         raise NotImplementedError
 
-    def sound(self, predictions: torch.Tensor) -> torch.Tensor:
+    def is_finite(self, predictions: torch.Tensor) -> torch.Tensor:
         """Return a bool tensor of shape (): True if all predictions are finite.
 
         The tensor stays on the device of the predictions, so the caller need not wait.
@@ -259,5 +261,7 @@ class Task:
 
 def in_float64(values: torch.Tensor) -> torch.Tensor:
     """Convert values to float64; on the CPU if the device lacks float64 (Apple's mps)."""
-    where = torch.device("cpu") if values.device.type == "mps" else values.device
-    return values.detach().to(where, torch.float64)
+    device = values.device
+    if device.type == "mps":
+        device = torch.device("cpu")
+    return values.detach().to(device, torch.float64)

@@ -1,4 +1,4 @@
-"""Image classification, and any other task with one class per sample."""
+"""Classification of images, or of anything else, with a class per sample."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from ckptavg.tasks.base import LogMean, Metric, Samples, Scores, in_float64
 from ckptavg.tasks.metrics import ClassificationMetrics, class_indices
 from ckptavg.tasks.model_outputs import take_output
 
-_TOGETHER = "Check that the model and the data belong together."
+_BELONG_TOGETHER = "Check that the model and the data belong together."
+_GIVE_CLASSES = "Let the evaluation data give classes."
 # Outputs of fewer samples may all be between 0 and 1 by chance.
-_TELLING = 16
+_ENOUGH_TO_TELL = 16
 
 
 class Classification(activations.TaskOnLogits):
@@ -53,7 +54,7 @@ class Classification(activations.TaskOnLogits):
         if not logits.is_floating_point():
             raise EvaluationError(
                 f"the model returns {logits.dtype}, classes instead of logits",
-                "Let it return what their argmax is taken of.",
+                "Let the model return the logits that the classes are the argmax of.",
             )
         if len(targets):
             _check_labels(targets, max(logits.shape[1], 2), binary=logits.shape[1] == 1)
@@ -108,15 +109,15 @@ class Classification(activations.TaskOnLogits):
                     "NLL and ECE are of their softmax"
                 )
             return False
-        if not activations.lie_between_0_and_1(outputs):
+        if not activations.are_between_0_and_1(outputs):
             return False
         if activation == "sigmoid":
             self.note(activations.GIVES_PROBABILITIES.format("sigmoid"))
         # Without a sigmoid that was seen, these may be the logits of a weak classifier.
-        elif len(outputs) >= _TELLING:
+        elif len(outputs) >= _ENOUGH_TO_TELL:
             self.note(
-                "the model's output lies between 0 and 1 and is taken for a logit: if it is a "
-                "probability, return the logit instead"
+                "the model's output is between 0 and 1 and is taken for a logit: if that is wrong, "
+                "let the model return the logit instead of the probability"
             )
         return activation == "sigmoid"
 
@@ -125,11 +126,13 @@ def _rows(outputs: torch.Tensor) -> torch.Tensor:
     """Reshape outputs to (N, classes): drop trailing axes of length 1, and make (N,) (N, 1)."""
     while outputs.dim() > 2 and outputs.shape[-1] == 1:
         outputs = outputs.squeeze(-1)
-    return outputs[:, None] if outputs.dim() == 1 else outputs
+    if outputs.dim() == 1:
+        return outputs[:, None]
+    return outputs
 
 
 def _check_labels(labels: torch.Tensor, classes: int, *, binary: bool) -> None:
-    """Make sure that labels are classes or one-hot.
+    """Check that labels are classes or one-hot.
 
     Args:
         labels: (N,), (N, 1) or (N, classes), N at least 1.
@@ -146,45 +149,49 @@ def _check_labels(labels: torch.Tensor, classes: int, *, binary: bool) -> None:
         raise EvaluationError(
             f"labels of shape (N,), (N, 1) or one-hot (N, {classes}) are expected, but got "
             f"{tuple(labels.shape)}",
-            _TOGETHER,
+            _BELONG_TOGETHER,
         )
     if labels.is_floating_point() and not torch.equal(labels, labels.round()):
         raise EvaluationError(
             "the data has labels that are no whole numbers: soft labels, as of mixup, are not "
             "scored",
-            "Let --data give classes.",
+            _GIVE_CLASSES,
         )
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= classes:
-        wrong = low if low < 0 else high
-        described = "tells 0 from 1 by one output" if binary else f"has {classes} classes"
+        wrong = high
+        if low < 0:
+            wrong = low
+        description = f"has {classes} classes"
+        if binary:
+            description = "tells 0 from 1 by a single output"
         raise EvaluationError(
-            f"the data has the label {wrong}, but the model {described}", _TOGETHER
+            f"the data has the label {wrong}, but the model {description}", _BELONG_TOGETHER
         )
 
 
 def _other_task(logits: torch.Tensor, targets: Any) -> str:
     """Suggest a task that fits the shapes of outputs and labels."""
     if logits.dim() == 3 and logits.shape[:2] == targets.shape:
-        return "Name the task causal-lm if this is a language model."
+        return "Pass `task='causal-lm'` if this is a language model."
     return (
-        "Name the task (causal-lm, multi-label, regression), or write one of your own, if "
-        "samples have something else than one class."
+        "If samples have something else than one class, pass another `task` (causal-lm, "
+        "multi-label, regression) or a task of your own."
     )
 
 
 def _check_one_hot(labels: torch.Tensor) -> None:
-    """Make sure that each row of labels is 1 for one class and 0 for the others."""
+    """Check that each row of labels is 1 for a single class and 0 elsewhere."""
     if not bool(((labels == 0) | (labels == 1)).all()):
         raise EvaluationError(
             "the data has a number per class that is neither 0 nor 1: soft labels, as of mixup, "
             "are not scored",
-            "Let --data give classes.",
+            _GIVE_CLASSES,
         )
     counts = labels.sum(1, dtype=torch.int64)
     wrong = counts[counts != 1]
     if len(wrong):
         raise EvaluationError(
-            f"the data has a sample of {int(wrong[0])} labels, where one class each is expected",
-            "Name a model of several labels a sample by --task multi-label.",
+            f"the data has a sample with {int(wrong[0])} labels, but one class is expected",
+            "Pass `task='multi-label'` for a model with several labels per sample.",
         )

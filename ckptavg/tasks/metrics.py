@@ -9,7 +9,8 @@ import torch
 from ckptavg.errors import EvaluationError
 
 ECE_BINS = 15
-_FIVE = 5  # top-5
+# Number of classes that top-5 accuracy looks at.
+_TOP = 5
 
 
 class Totals:
@@ -25,12 +26,15 @@ class Totals:
 
     def add(self, more: torch.Tensor) -> None:
         """Add a float64 tensor, without waiting for the device."""
-        self._sum = more if self._sum is None else self._sum.to(more.device) + more
+        if self._sum is not None:
+            more = self._sum.to(more.device) + more
+        self._sum = more
 
     def read(self) -> torch.Tensor:
         """Return the sums on the CPU; zeros if nothing was added."""
-        empty = torch.zeros(self._shape, dtype=torch.float64)
-        return empty if self._sum is None else self._sum.cpu()
+        if self._sum is None:
+            return torch.zeros(self._shape, dtype=torch.float64)
+        return self._sum.cpu()
 
 
 class ClassificationMetrics:
@@ -47,8 +51,10 @@ class ClassificationMetrics:
     def __init__(self) -> None:
         self.count = 0
         self._classes = 0
-        self._totals = Totals(3)  # top-1 and top-5 hits, negative log-likelihood
-        self._bins = Totals(3, ECE_BINS)  # samples, correct, confidence
+        # Top-1 and top-5 hits, negative log-likelihood.
+        self._totals = Totals(3)
+        # Samples, correct samples and confidence per bin.
+        self._bins = Totals(3, ECE_BINS)
 
     def update(self, log_probabilities: torch.Tensor, labels: torch.Tensor) -> None:
         """Add a batch, without waiting for the device.
@@ -61,10 +67,10 @@ class ClassificationMetrics:
         labels = class_indices(labels, self._classes)
         indices = labels.to(log_probabilities.device, torch.int64)[:, None]
         label_logs = log_probabilities.gather(1, indices)
-        rank = _place(log_probabilities, label_logs, indices)
+        rank = _rank(log_probabilities, label_logs, indices)
         hit = (rank == 0).double()
         self.count += len(labels)
-        self._totals.add(torch.stack((hit.sum(), (rank < _FIVE).double().sum(), -label_logs.sum())))
+        self._totals.add(torch.stack((hit.sum(), (rank < _TOP).double().sum(), -label_logs.sum())))
         self._bins.add(_binned(log_probabilities.amax(1).exp(), hit))
 
     def compute(self) -> dict[str, float]:
@@ -78,14 +84,13 @@ class ClassificationMetrics:
         self._require_samples()
         top1, top5, nll = self._totals.read().tolist()
         _, correct, confidence = self._bins.read()
-        among_five = {"top5": 100 * top5 / self.count} if self._classes > _FIVE else {}
-        return {
-            "top1": 100 * top1 / self.count,
-            **among_five,
-            "nll": nll / self.count,
-            "ece": float((correct - confidence).abs().sum()) / self.count,
-            "n": self.count,
-        }
+        metrics = {"top1": 100 * top1 / self.count}
+        if self._classes > _TOP:
+            metrics["top5"] = 100 * top5 / self.count
+        metrics["nll"] = nll / self.count
+        metrics["ece"] = float((correct - confidence).abs().sum()) / self.count
+        metrics["n"] = self.count
+        return metrics
 
     def reliability(self) -> list[dict[str, float | None]]:
         """Return the bins of the calibration error for a reliability diagram.
@@ -98,16 +103,13 @@ class ClassificationMetrics:
             EvaluationError: There were no samples.
         """
         self._require_samples()
-        return [
-            {
-                "low": i / ECE_BINS,
-                "high": (i + 1) / ECE_BINS,
-                "n": int(n),
-                "confidence": confidence / n if n else None,
-                "accuracy": correct / n if n else None,
-            }
-            for i, (n, correct, confidence) in enumerate(self._bins.read().T.tolist())
-        ]
+        bins = []
+        for i, (n, correct, confidence) in enumerate(self._bins.read().T.tolist()):
+            means: dict[str, float | None] = {"confidence": None, "accuracy": None}
+            if n:
+                means = {"confidence": confidence / n, "accuracy": correct / n}
+            bins.append({"low": i / ECE_BINS, "high": (i + 1) / ECE_BINS, "n": int(n), **means})
+        return bins
 
     def state(self) -> dict[str, Any]:
         """Return the accumulated sums as plain values for JSON."""
@@ -123,7 +125,7 @@ class ClassificationMetrics:
 
     def _require_samples(self) -> None:
         if not self.count:
-            raise EvaluationError("the evaluation data is empty", "Check --data.")
+            raise EvaluationError("the evaluation data is empty", "Check the evaluation data.")
 
 
 def class_indices(labels: torch.Tensor, classes: int) -> torch.Tensor:
@@ -138,11 +140,17 @@ def class_indices(labels: torch.Tensor, classes: int) -> torch.Tensor:
     return labels.reshape(len(labels))
 
 
-def _place(values: torch.Tensor, own: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Count the classes that rank before each sample's own class: (N,)."""
+def _rank(values: torch.Tensor, label_values: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Count the classes that rank before each sample's label: (N,).
+
+    Args:
+        values: (N, C).
+        label_values: (N, 1), the value of each sample's label.
+        labels: (N, 1), integers.
+    """
     # Of classes with equal values the lower index ranks first, as with argmax.
     first = torch.arange(values.shape[1], device=values.device) < labels
-    return ((values > own) | ((values == own) & first)).sum(1)
+    return ((values > label_values) | ((values == label_values) & first)).sum(1)
 
 
 def _binned(confidence: torch.Tensor, correct: torch.Tensor) -> torch.Tensor:

@@ -10,11 +10,9 @@ import torch
 from ckptavg.errors import EvaluationError, first_few
 
 _NAMES = ("logits", "out")  # transformers' outputs and most dicts, torchvision's segmentation
-_REMEDY = (
-    "Give a forward function that returns it alone: fn(model, batch), by --forward path/file.py:fn "
-    "or in Python forward=fn."
-)
-_LISTED = 4  # outputs that an error lists
+_REMEDY = "Pass `forward=fn`, a function fn(model, batch) that returns the tensor to score alone."
+# Number of outputs that an error lists.
+_MOST_LISTED = 4
 
 
 def take_output(
@@ -40,30 +38,41 @@ def take_output(
     named = _named_output(outputs)
     if named is not None:
         return take_output(named, fits)
-    candidates = [(path, tensor) for path, tensor in _tensors_in(outputs) if tensor.dim()]
-    if len(candidates) > 1 and fits is not None:
-        fitting = [(path, tensor) for path, tensor in candidates if fits(tensor)]
-        candidates = fitting if len(fitting) == 1 else candidates
+    candidates = {}
+    for path, tensor in _tensors_in(outputs):
+        if tensor.dim():
+            candidates[path] = tensor
+    if len(candidates) == 1:
+        return next(iter(candidates.values()))
+    if fits is not None:
+        fitting = [tensor for tensor in candidates.values() if fits(tensor)]
+        if len(fitting) == 1:
+            return fitting[0]
+    raise _ambiguous(outputs, candidates)
+
+
+def _ambiguous(outputs: object, candidates: Mapping[str, torch.Tensor]) -> EvaluationError:
+    """Word the error about outputs without a tensor to score, or with several by path."""
     if not candidates:
-        raise EvaluationError(
+        return EvaluationError(
             f"the model is expected to return logits but returned a {type(outputs).__name__} "
             "without any",
             _REMEDY,
         )
-    if len(candidates) > 1:
-        shapes = [f"{path} of shape {tuple(tensor.shape)}" for path, tensor in candidates]
-        raise EvaluationError(
-            f"the model returns {len(candidates)} tensors and which of them is to be scored is not "
-            f"said: {first_few(shapes, _LISTED)}",
-            _REMEDY,
-        )
-    return candidates[0][1]
+    shapes = [f"{path} of shape {tuple(tensor.shape)}" for path, tensor in candidates.items()]
+    return EvaluationError(
+        f"the model returns {len(candidates)} tensors and it is unknown which to score: "
+        f"{first_few(shapes, _MOST_LISTED)}",
+        _REMEDY,
+    )
 
 
 def _named_output(outputs: object) -> object:
     """Return the entry or attribute ``logits`` or ``out``; None if there is neither."""
     for name in _NAMES:
-        output = outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
+        output = getattr(outputs, name, None)
+        if isinstance(outputs, Mapping):
+            output = outputs.get(name)
         if output is not None:
             return output
     return None
@@ -73,14 +82,12 @@ def _tensors_in(outputs: object, path: str = "") -> Iterator[tuple[str, torch.Te
     """Yield the tensors in nested outputs with a path each: ``[0]``, ``['pred'][1]``."""
     if isinstance(outputs, torch.Tensor):
         yield path, outputs
-        return
-    parts: list[tuple[str, object]] = []
-    if isinstance(outputs, Mapping):
-        parts = [(f"[{key!r}]", part) for key, part in outputs.items()]
+    elif isinstance(outputs, Mapping):
+        for key, part in outputs.items():
+            yield from _tensors_in(part, f"{path}[{key!r}]")
     elif isinstance(outputs, (list, tuple)):
-        parts = [(f"[{number}]", part) for number, part in enumerate(outputs)]
+        for number, part in enumerate(outputs):
+            yield from _tensors_in(part, f"{path}[{number}]")
     elif dataclasses.is_dataclass(outputs) and not isinstance(outputs, type):
-        names = [field.name for field in dataclasses.fields(outputs)]
-        parts = [(f".{name}", getattr(outputs, name)) for name in names]
-    for step, part in parts:
-        yield from _tensors_in(part, path + step)
+        for field in dataclasses.fields(outputs):
+            yield from _tensors_in(getattr(outputs, field.name), f"{path}.{field.name}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import importlib.util
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch.nn.functional import logsigmoid
@@ -16,8 +16,8 @@ from ckptavg.tasks.base import LogMean, Metric, Samples, Scores, in_float64
 from ckptavg.tasks.metrics import Totals
 from ckptavg.tasks.model_outputs import take_output
 
-# Scores on the device before they are moved to the host; 80 MiB with targets.
-_HELD = 2**24
+# Scores that may stay on the device before they are moved to the host; 80 MiB with targets.
+_MOST_ON_DEVICE = 2**24
 
 
 class MultiLabel(activations.TaskOnLogits):
@@ -57,7 +57,7 @@ class MultiLabel(activations.TaskOnLogits):
         if logits.dim() != 2 or logits.shape != targets.shape or not logits.shape[1]:
             remedy = "Check that the model and the data belong together."
             if targets.shape == logits.shape[:1]:
-                remedy = "Models of one class a sample are scored by --task image-classification."
+                remedy = "Pass `task='image-classification'` for a model with one class per sample."
             raise EvaluationError(
                 f"outputs and targets of shape (N, labels) are expected, but got "
                 f"{tuple(logits.shape)} and {tuple(targets.shape)}",
@@ -68,7 +68,7 @@ class MultiLabel(activations.TaskOnLogits):
             raise EvaluationError(
                 f"the data has the target {targets[wrong][0].item()}, but 0 or 1 is expected for "
                 "each label",
-                "Check --data.",
+                "Check the evaluation data.",
             )
 
     def predict(self, outputs: Any, targets: Any) -> torch.Tensor:
@@ -96,7 +96,7 @@ class MultiLabel(activations.TaskOnLogits):
         self, outputs: torch.Tensor, activation: activations.Activation | None
     ) -> bool:
         """Tell whether the first outputs of a pass are probabilities, with a note if so."""
-        after_sigmoid = activation == "sigmoid" and activations.lie_between_0_and_1(outputs)
+        after_sigmoid = activation == "sigmoid" and activations.are_between_0_and_1(outputs)
         if after_sigmoid:
             self.note(activations.GIVES_PROBABILITIES.format("sigmoid"))
         return after_sigmoid
@@ -118,7 +118,7 @@ class MultiLabelMetrics:
         self._nll = Totals()
         self._scores: list[torch.Tensor] = []  # (N, labels) float32, log-odds
         self._targets: list[torch.Tensor] = []  # (N, labels) uint8
-        self._held = 0
+        self._count_on_device = 0
 
     def update(self, predictions: torch.Tensor, targets: Any) -> None:
         """Add a batch; waits for the device only once in many millions of scores.
@@ -133,8 +133,8 @@ class MultiLabelMetrics:
         # outputs have equal scores.
         self._scores.append((predictions[..., 0] - predictions[..., 1]).float())
         self._targets.append(targets.to(predictions.device, torch.uint8))
-        self._held += targets.numel()
-        if self._held >= _HELD:
+        self._count_on_device += targets.numel()
+        if self._count_on_device >= _MOST_ON_DEVICE:
             self._leave_device()
 
     def compute(self) -> dict[str, float]:
@@ -147,35 +147,32 @@ class MultiLabelMetrics:
         Raises:
             EvaluationError: There were no samples.
         """
-        # The import takes seconds.
-        from torchmetrics.functional import classification as by  # noqa: PLC0415
-
         if not self.count:
-            raise EvaluationError("the evaluation data is empty", "Check --data.")
+            raise EvaluationError("the evaluation data is empty", "Check the evaluation data.")
         self._leave_device()
         scores, targets = torch.cat(self._scores), torch.cat(self._targets).long()
         count, labels = scores.shape
         chosen = (scores > 0).long()
-        f1 = {
-            f"f1_{kind}": 100
-            * float(
-                by.multilabel_f1_score(chosen, targets, labels, average=kind, validate_args=False)
-            )
-            for kind in ("micro", "macro")
+        return {
+            "map": 100 * _mean_average_precision(scores, targets),
+            "f1_micro": 100 * _f1(chosen, targets, "micro"),
+            "f1_macro": 100 * _f1(chosen, targets, "macro"),
+            "nll": float(self._nll.read()) / (count * labels),
+            "n": count,
         }
-        nll = float(self._nll.read()) / (count * labels)
-        return {"map": 100 * _mean_average_precision(scores, targets), **f1, "nll": nll, "n": count}
 
     def state(self) -> dict[str, Any]:
         """Return the accumulated values as plain values for JSON; scores as base85 text."""
         self._leave_device()
-        labels = self._scores[0].shape[1] if self._scores else 0
+        labels = 0
+        if self._scores:
+            labels = self._scores[0].shape[1]
         return {
             "n": self.count,
             "labels": labels,
             "nll": float(self._nll.read()),
-            "scores": _encoded(self._scores),
-            "targets": _encoded(self._targets),
+            "scores": _encode(self._scores),
+            "targets": _encode(self._targets),
         }
 
     def merge(self, state: dict[str, Any]) -> None:
@@ -184,13 +181,13 @@ class MultiLabelMetrics:
             return
         self.count += state["n"]
         self._nll.add(torch.tensor(state["nll"], dtype=torch.float64))
-        self._scores.append(_decoded(state["scores"], torch.float32, state["labels"]))
-        self._targets.append(_decoded(state["targets"], torch.uint8, state["labels"]))
+        self._scores.append(_decode(state["scores"], torch.float32, state["labels"]))
+        self._targets.append(_decode(state["targets"], torch.uint8, state["labels"]))
 
     def _leave_device(self) -> None:
-        self._scores = [some.cpu() for some in self._scores]
-        self._targets = [some.cpu() for some in self._targets]
-        self._held = 0
+        self._scores = [scores.cpu() for scores in self._scores]
+        self._targets = [targets.cpu() for targets in self._targets]
+        self._count_on_device = 0
 
 
 def _nll(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -199,10 +196,25 @@ def _nll(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return -torch.where(present, predictions[..., 0], predictions[..., 1])
 
 
-def _mean_average_precision(scores: torch.Tensor, targets: torch.Tensor) -> float:
-    """Compute the mean over labels with at least one sample, as a fraction; 0 without any."""
+def _f1(
+    predicted: torch.Tensor, targets: torch.Tensor, average: Literal["micro", "macro"]
+) -> float:
+    """Compute the F1 score of predicted labels (N, labels), as a fraction."""
     # The import takes seconds.
-    from torchmetrics.functional import classification as by  # noqa: PLC0415
+    from torchmetrics.functional.classification import multilabel_f1_score  # noqa: PLC0415
+
+    labels = predicted.shape[1]
+    return float(
+        multilabel_f1_score(predicted, targets, labels, average=average, validate_args=False)
+    )
+
+
+def _mean_average_precision(scores: torch.Tensor, targets: torch.Tensor) -> float:
+    """Compute the mean over the labels with samples, as a fraction; 0 if no label has samples."""
+    # The import takes seconds.
+    from torchmetrics.functional.classification import (  # noqa: PLC0415
+        multilabel_average_precision,
+    )
 
     present = targets.any(0)
     labels = int(present.sum())
@@ -213,15 +225,17 @@ def _mean_average_precision(scores: torch.Tensor, targets: torch.Tensor) -> floa
     odds = scores[:, present].double()
     ranks = (1 + odds / (1 + odds.abs())) / 2
     return float(
-        by.multilabel_average_precision(ranks, targets[:, present], labels, validate_args=False)
+        multilabel_average_precision(ranks, targets[:, present], labels, validate_args=False)
     )
 
 
-def _encoded(parts: list[torch.Tensor]) -> str:
-    return base64.b85encode(bytes_of(torch.cat(parts)) if parts else b"").decode()
+def _encode(parts: list[torch.Tensor]) -> str:
+    if not parts:
+        return ""
+    return base64.b85encode(bytes_of(torch.cat(parts))).decode()
 
 
-def _decoded(text: str, dtype: torch.dtype, labels: int) -> torch.Tensor:
+def _decode(text: str, dtype: torch.dtype, labels: int) -> torch.Tensor:
     # torch warns of memory that is not writable, such as that of bytes.
     raw = bytearray(base64.b85decode(text))
     return torch.frombuffer(raw, dtype=dtype).reshape(-1, labels)

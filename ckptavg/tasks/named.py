@@ -7,9 +7,9 @@ import importlib
 from ckptavg.errors import UsageError, short
 from ckptavg.tasks.base import Task
 
-USUAL = "image-classification"
+DEFAULT_TASK = "image-classification"
 NAMED = {
-    USUAL: ("classification", "Classification"),
+    DEFAULT_TASK: ("classification", "Classification"),
     "causal-lm": ("language", "CausalLM"),
     "multi-label": ("multilabel", "MultiLabel"),
     "regression": ("regression", "Regression"),
@@ -28,7 +28,7 @@ def as_task(task: object) -> Task:
     if isinstance(task, Task):
         return task
     if task is None or (isinstance(task, str) and task in NAMED):
-        return make_named(task or USUAL)
+        return make_named(task or DEFAULT_TASK)
     expected = f"task is expected to be a ckptavg.Task or one of {', '.join(NAMED)}"
     if isinstance(task, type) and issubclass(task, Task):
         name = short(task.__name__)

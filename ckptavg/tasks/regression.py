@@ -1,4 +1,4 @@
-"""Regression: one or several numbers per sample."""
+"""Regression: a number per sample, or several."""
 
 from __future__ import annotations
 
@@ -38,12 +38,14 @@ class Regression(Task):
         values = take_output(outputs)
         if not _fit(values.shape, targets.shape):
             raise EvaluationError(
-                "outputs and targets with as many values a sample are expected, but got shapes "
+                "outputs and targets with as many values per sample are expected, but got shapes "
                 f"{tuple(values.shape)} and {tuple(targets.shape)}",
                 "Check that the model and the data belong together.",
             )
         if not bool(torch.isfinite(targets).all()):
-            raise EvaluationError("the data has targets that are not finite", "Check --data.")
+            raise EvaluationError(
+                "the data has targets that are not finite", "Check the evaluation data."
+            )
 
     def predict(self, outputs: Any, targets: Any) -> torch.Tensor:
         """Return the outputs as (N, D), float64."""
@@ -70,8 +72,8 @@ class RegressionMetrics:
 
     def __init__(self) -> None:
         self.count = 0
-        # (4, D), the rows as in ``_of_batch``.
-        self._found: torch.Tensor | None = None
+        # (4, D), the rows as in ``_sum_batch``.
+        self._sums: torch.Tensor | None = None
 
     def update(self, predictions: torch.Tensor, targets: Any) -> None:
         """Add a batch, without waiting for the device.
@@ -81,8 +83,8 @@ class RegressionMetrics:
             targets: As many values per sample, any dtype.
         """
         if len(predictions):
-            more = _of_batch(predictions, _rows(in_float64(targets)))
-            self._take(len(predictions), more)
+            more = _sum_batch(predictions, _rows(in_float64(targets)))
+            self._add(len(predictions), more)
 
     def compute(self) -> dict[str, float]:
         """Compute ``rmse``, ``mae``, ``mse`` over all values, ``r2`` and ``n`` samples.
@@ -93,9 +95,9 @@ class RegressionMetrics:
         Raises:
             EvaluationError: There were no samples.
         """
-        if self._found is None:
-            raise EvaluationError("the evaluation data is empty", "Check --data.")
-        squared, absolute, mean, spread = self._found.cpu()
+        if self._sums is None:
+            raise EvaluationError("the evaluation data is empty", "Check the evaluation data.")
+        squared, absolute, mean, spread = self._sums.cpu()
         mse = float(squared.mean()) / self.count
         constant = spread <= self.count * (_CONSTANT * mean).square()
         r2 = torch.where(constant, (squared == 0).double(), 1 - squared / spread)
@@ -109,46 +111,47 @@ class RegressionMetrics:
 
     def state(self) -> dict[str, Any]:
         """Return the accumulated sums as plain values for JSON."""
-        return {"n": self.count, "found": [] if self._found is None else self._found.tolist()}
+        sums = []
+        if self._sums is not None:
+            sums = self._sums.tolist()
+        return {"n": self.count, "sums": sums}
 
     def merge(self, state: dict[str, Any]) -> None:
         """Add the state of another process."""
         if state["n"]:
-            self._take(state["n"], torch.tensor(state["found"], dtype=torch.float64))
+            self._add(state["n"], torch.tensor(state["sums"], dtype=torch.float64))
 
-    def _take(self, count: int, more: torch.Tensor) -> None:
+    def _add(self, count: int, more: torch.Tensor) -> None:
         """Add errors, and join means and spreads (Chan et al. 1983, eq. 2.1).
 
         Args:
             count: Samples in ``more``.
-            more: (4, D), as from ``_of_batch``.
+            more: (4, D), as from ``_sum_batch``.
 
         Raises:
             EvaluationError: The number of outputs D has changed.
         """
-        if self._found is None:
-            self.count, self._found = count, more
+        if self._sums is None:
+            self.count, self._sums = count, more
             return
-        if self._found.shape != more.shape:
+        if self._sums.shape != more.shape:
             raise EvaluationError(
-                f"the model gave {self._found.shape[1]} values a sample and then {more.shape[1]}"
+                f"the model gave {self._sums.shape[1]} values per sample and then {more.shape[1]}"
             )
         total = self.count + count
-        squared, absolute, mean, spread = self._found.to(more.device)
-        step = more[2] - mean
-        joined = step.square() * (self.count * count / total)
-        self._found = torch.stack(
-            (
-                squared + more[0],
-                absolute + more[1],
-                mean + step * (count / total),
-                spread + more[3] + joined,
-            )
+        squared, absolute, mean, spread = self._sums.to(more.device)
+        more_squared, more_absolute, more_mean, more_spread = more
+        step = more_mean - mean
+        between = step.square() * (self.count * count / total)
+        joined_mean = mean + step * (count / total)
+        joined_spread = spread + more_spread + between
+        self._sums = torch.stack(
+            (squared + more_squared, absolute + more_absolute, joined_mean, joined_spread)
         )
         self.count = total
 
 
-def _of_batch(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def _sum_batch(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Sum a batch per output: (4, D).
 
     The rows are the squared errors, the absolute errors, the mean of the targets and the squared
@@ -161,11 +164,11 @@ def _of_batch(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def _fit(outputs: torch.Size, targets: torch.Size) -> bool:
-    """Return True if shapes are equal except for axes of length 1, or if one shape is flat."""
+    """Return True if shapes are equal except for axes of length 1, or if either is flat."""
     if not outputs or not targets or outputs[0] != targets[0]:
         return False
-    output_sizes = [n for n in outputs[1:] if n != 1]
-    target_sizes = [n for n in targets[1:] if n != 1]
+    output_sizes = _long_axes(outputs)
+    target_sizes = _long_axes(targets)
     if 0 in output_sizes:
         return False
     flat = len(output_sizes) < 2 or len(target_sizes) < 2
@@ -173,6 +176,13 @@ def _fit(outputs: torch.Size, targets: torch.Size) -> bool:
     return output_sizes == target_sizes or (flat and same_count)
 
 
+def _long_axes(shape: torch.Size) -> list[int]:
+    """List the lengths of a sample's axes, except for axes of length 1."""
+    return [length for length in shape[1:] if length != 1]
+
+
 def _rows(values: torch.Tensor) -> torch.Tensor:
     """Reshape values to (N, D)."""
-    return values.flatten(1) if values.dim() > 1 else values[:, None]
+    if values.dim() == 1:
+        return values[:, None]
+    return values.flatten(1)

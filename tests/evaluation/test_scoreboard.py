@@ -145,18 +145,18 @@ def test_what_waits_for_further_members_leaves_the_device_batch_by_batch(monkeyp
     """All of the outputs of a pass would not fit there."""
     networks = networks_of(3)
     logits = dict(zip(networks, logits_of(0, 3), strict=True))
-    board, parked = board_of(networks), []
-    monkeypatch.setattr(LogMean, "park", lambda mean: parked.append(mean.members))
+    board, offloaded = board_of(networks), []
+    monkeypatch.setattr(LogMean, "offload", lambda mean: offloaded.append(mean.members))
     board.begin()
     for number in range(2):
         for network in networks[:2]:
             hear(board, network, logits[network], [number])
-        assert len(parked) == number
+        assert len(offloaded) == number
         board.end_batch(number)
-    assert parked == [2, 2]
+    assert offloaded == [2, 2]
     hear(board, networks[2], logits[networks[2]], [0])
     board.end_batch(0)
-    assert parked == [2, 2]  # it is complete
+    assert offloaded == [2, 2]  # it is complete
 
 
 def test_only_an_ensemble_tells_disagreement():

@@ -343,7 +343,7 @@ def test_members_may_come_in_several_passes():
         for number, batch in enumerate(group.split(3, dim=1)):
             for member in batch:
                 found.add(number, member)
-        found.park()
+        found.offload()
     assert found.compute() == disagreement(answers).compute()
 
 

@@ -169,15 +169,19 @@ def test_bools_are_labels_of_a_binary_classifier(tmp_path):
 @pytest.mark.parametrize(
     ("outputs", "labels", "message"),
     [
-        ((2, 1), [0, 2], "label 2, but the model tells 0 from 1 by one output"),
-        ((2, 1), [-1, 1], "label -1, but the model tells 0 from 1 by one output"),
+        ((2, 1), [0, 2], "label 2, but the model tells 0 from 1 by a single output"),
+        ((2, 1), [-1, 1], "label -1, but the model tells 0 from 1 by a single output"),
         ((2,), [0.3, 1.0], "no whole numbers: soft labels"),
         ((2, 4), [0, 4], "label 4, but the model has 4 classes"),
         ((2, 4), [[0.5, 0.5, 0, 0], [1, 0, 0, 0]], "neither 0 nor 1: soft labels"),
-        ((2, 4), [[1, 1, 0, 0], [1, 0, 0, 0]], "a sample of 2 labels.* --task multi-label"),
-        ((2, 4), [[0, 0, 0, 0], [1, 0, 0, 0]], "a sample of 0 labels"),
+        ((2, 4), [[1, 1, 0, 0], [1, 0, 0, 0]], "a sample with 2 labels.* `task='multi-label'`"),
+        ((2, 4), [[0, 0, 0, 0], [1, 0, 0, 0]], "a sample with 0 labels"),
         ((2, 4), [[0, 1, 0], [1, 0, 0]], r"one-hot \(N, 4\) are expected, but got \(2, 3\)"),
-        ((2, 4, 3, 3), [[[0] * 3] * 3] * 2, r"\(2, 4, 3, 3\) and \(2, 3, 3\).* Name the task"),
+        (
+            (2, 4, 3, 3),
+            [[[0] * 3] * 3] * 2,
+            r"\(2, 4, 3, 3\) and \(2, 3, 3\).* pass another `task`",
+        ),
         ((2, 4, 5), [0, 1], r"\(2, 4, 5\) and \(2,\)"),
     ],
 )
@@ -275,11 +279,11 @@ def test_a_certain_softmax_has_a_finite_likelihood(tmp_path):
     task = Classification()
     outputs = task.watch(lambda: torch.tensor([[200.0, 0.0], [1.0, 0.0]]).softmax(1))
     found = task.predict(outputs, None)
-    assert bool(task.sound(found))
+    assert bool(task.is_finite(found))
     assert found[0].tolist() == pytest.approx([0, np.log(torch.finfo(torch.float32).tiny)])
     task.scores()
     one = task.watch(lambda: torch.tensor([200.0, -200.0]).sigmoid())
-    assert bool(task.sound(task.predict(one, None)))
+    assert bool(task.is_finite(task.predict(one, None)))
 
 
 def test_weak_logits_are_logits_with_a_note(caplog):

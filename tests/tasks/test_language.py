@@ -4,6 +4,7 @@ import copy
 import gc
 import json
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -23,8 +24,9 @@ from ckptavg.evaluation import evaluate as evaluation
 from ckptavg.models.load import load_into
 from ckptavg.runs.run import as_run
 from ckptavg.specs.sources import make_model
-from ckptavg.tasks import language
-from ckptavg.tasks.language import CausalLM, score_tokens
+from ckptavg.tasks import token_scores
+from ckptavg.tasks.language import CausalLM
+from ckptavg.tasks.token_scores import score_tokens
 
 VOCABULARY = 29
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -81,7 +83,7 @@ def predictions(task, model, batch):
         outputs = task.forward(model, inputs)
         task.check(outputs, targets)
         found = task.predict(outputs, targets)
-    assert bool(task.sound(found))
+    assert bool(task.is_finite(found))
     return found, targets
 
 
@@ -102,10 +104,10 @@ def ensemble(models, batches, park_after=None):
         for number, model in enumerate(models, 1):
             mean.add(*predictions(task, model, batch))
             if number == park_after:
-                mean.park()
+                mean.offload()
                 mean = copy.deepcopy(mean)  # a pass that fails begins anew with it
         value = mean.value()
-        assert bool(task.sound(value))
+        assert bool(task.is_finite(value))
         assert mean.members == len(models)
         scores.update(value, task.split(batch)[1])
     return scores.compute()
@@ -207,7 +209,7 @@ def test_scores_do_not_depend_on_how_many_rows_are_looked_at_in_one_go(
     logs = logits.double().log_softmax(2).gather(2, targets.clamp(min=0)[..., None])[..., 0]
     hits = logits.argmax(2) == targets
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(language, "_CHUNK", chunk)
+        patch.setattr(token_scores, "_CHUNK", chunk)
         found = score_tokens(logits, targets)
     assert found.dtype == torch.float64
     expected = torch.cat((torch.where(targets < 0, 0, logs), hits.double()), 1)
@@ -296,7 +298,7 @@ BAD_BATCHES = {
         {"input_ids": torch.ones(1, 3, dtype=int)},
         "no labels but input_ids. Labels are",
     ),
-    "no ids": ({"tokens": torch.ones(1, 3)}, "no input_ids but tokens. Let it give"),
+    "no ids": ({"tokens": torch.ones(1, 3)}, "no input_ids but tokens. Let the data give"),
     "a tensor": (torch.ones(2, 3, dtype=int), "but is a Tensor"),
     "one of a tuple": ((torch.ones(2, 3, dtype=int),), "but is a tuple"),
     "floats": ((torch.ones(2, 3), torch.ones(2, 3)), "batch[0] is expected to be a tensor of int"),
@@ -319,7 +321,7 @@ def test_labels_at_the_places_of_the_other_kind_of_batch_are_refused():
     ids = tokens(9)[None]
     assert "repeats x" in error_of(CausalLM().split, (ids, ids))
     shifted = {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}
-    assert "are one before" in error_of(CausalLM().split, shifted)
+    assert "are one position before" in error_of(CausalLM().split, shifted)
 
 
 @pytest.mark.parametrize("labels", [[[5, 5, 5]], [[-100, -100, 5]], [[-1, -1, -1]]])
@@ -346,8 +348,8 @@ def test_logits_of_the_last_position_only_are_refused_with_a_remedy():
 
     batches = list(DataLoader(windows(), 3))
     message = error_of(scored, Last(), batches)
-    assert "logits of shape (3, 1, 29), for one position only, where windows have 12" in message
-    assert "--task path/file.py:Task" in message
+    assert "logits of shape (3, 1, 29), for one position only, but windows have 12" in message
+    assert "`task=Task`" in message
     assert scored(Last(), batches, Task()) == scored(Bigrams(), batches)
 
 
@@ -396,7 +398,7 @@ def test_token_ids_beyond_the_logits_are_named():
 def test_windows_beyond_the_models_context():
     message = error_of(scored, gpt2(), DataLoader(windows(100, 40), 2))
     assert "fails on windows of 40 tokens" in message
-    assert "--data-arg length=N" in message
+    assert "the length of the windows" in message
 
 
 @pytest.mark.parametrize(
@@ -406,16 +408,16 @@ def test_logits_of_tokens_that_are_excluded_are_sound_and_nan_is_not(value, soun
     task, logits = CausalLM(), torch.zeros(2, 3, 4)
     logits[1, 1, 2] = value
     targets = torch.zeros(2, 3, dtype=int)
-    assert bool(task.sound(task.predict(logits, targets))) == sound
+    assert bool(task.is_finite(task.predict(logits, targets))) == sound
     targets[1, 1] = IGNORED
-    assert bool(task.sound(task.predict(logits.clone(), targets)))  # where nothing is scored
+    assert bool(task.is_finite(task.predict(logits.clone(), targets)))  # where nothing is scored
 
 
 def test_a_target_that_is_held_for_impossible_is_not_sound():
     logits, targets = torch.zeros(1, 2, 4), torch.tensor([[1, 3]])
     logits[0, 1, 3] = -math.inf
     task = CausalLM()
-    assert not bool(task.sound(task.predict(logits, targets)))
+    assert not bool(task.is_finite(task.predict(logits, targets)))
 
 
 def test_data_without_a_token_to_score():
@@ -453,7 +455,7 @@ def test_a_parked_ensemble_is_small():
     task, ids = CausalLM(), tokens(8)[None]
     mean = task.mean()
     mean.add(*predictions(task, Bigrams(), (ids[:, :-1], ids[:, 1:])))
-    mean.park()
+    mean.offload()
     kept = [v for v in vars(mean).values() if isinstance(v, torch.Tensor)]
     assert max(v.numel() for v in kept) == 7
 
@@ -502,7 +504,7 @@ def test_a_state_without_accuracy_merges_through_json():
     targets = torch.tensor([[1, 2]])
     mean, scores, merged = task.mean(), task.scores(), task.scores()
     mean.add(task.predict(torch.zeros(1, 2, 4), targets), targets)
-    mean.park()
+    mean.offload()
     scores.update(mean.value(), targets)
     merged.merge(json.loads(json.dumps(scores.state(), allow_nan=False)))
     assert merged.compute() == pytest.approx({"nll": math.log(4), "perplexity": 4, "n": 2})
@@ -515,7 +517,7 @@ def test_a_sample_is_a_window_of_tokens(parked):
     if parked:
         mean = task.mean()
         mean.add(found, targets)
-        mean.park()
+        mean.offload()
         found = mean.value()
     samples = task.samples(found, targets)
     assert samples.answers is None
@@ -555,7 +557,7 @@ class Watch(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_scoring_holds_little_beside_the_logits(monkeypatch, dtype):
     """An ensemble holds one sum in float32; nothing of the size is held in float64."""
-    monkeypatch.setattr(language, "_CHUNK", 1000)
+    monkeypatch.setattr(token_scores, "_CHUNK", 1000)
     task, targets = CausalLM(), torch.zeros(8, 64, dtype=int)
     logits = torch.randn(8, 64, 100).to(dtype)
     with Watch() as watch:
@@ -563,7 +565,7 @@ def test_scoring_holds_little_beside_the_logits(monkeypatch, dtype):
         scores = task.scores()
         scores.update(found, targets)
         task.samples(found, targets)
-        task.sound(found)
+        task.is_finite(found)
     assert watch.largest[torch.float32] <= 4 * max(1000, 2 * targets.numel())
     assert watch.largest[torch.float64] == 8 * 2 * targets.numel()
     with Watch() as watch:
@@ -578,7 +580,7 @@ def test_scoring_holds_little_beside_the_logits(monkeypatch, dtype):
 def test_logits_are_looked_at_once_for_all_that_ask(monkeypatch):
     task, calls = CausalLM(), []
     monkeypatch.setattr(
-        language, "score_tokens", lambda *args: calls.append(args) or score_tokens(*args)
+        token_scores, "score_tokens", lambda *args: calls.append(args) or score_tokens(*args)
     )
     ids = tokens(8)[None]
     found, targets = predictions(task, Bigrams(), (ids[:, :-1], ids[:, 1:]))
@@ -589,13 +591,40 @@ def test_logits_are_looked_at_once_for_all_that_ask(monkeypatch):
 
 
 def test_logits_are_not_held_any_longer_than_by_others():
-    gc.collect()
-    before = len(language._scored)
     task, ids = CausalLM(), tokens(8)[None]
-    found, _ = predictions(task, Bigrams(), (ids[:, :-1], ids[:, 1:]))
-    assert len(language._scored) == before + 1
+    found, targets = predictions(task, Bigrams(), (ids[:, :-1], ids[:, 1:]))
+    logits, scores = weakref.ref(found), weakref.ref(task._token_scorer.score(found, targets))
     del found
-    assert len(language._scored) == before
+    gc.collect()
+    assert logits() is None
+    assert scores() is None
+
+
+def test_tasks_do_not_share_scores(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        token_scores, "score_tokens", lambda *args: calls.append(args) or score_tokens(*args)
+    )
+    logits, targets = torch.randn(2, 3, 5), torch.ones(2, 3, dtype=int)
+    for task in (CausalLM(), CausalLM()):
+        task.predict(logits, targets)
+    assert len(calls) == 2
+
+
+def test_a_copied_mean_scores_logits_only_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        token_scores, "score_tokens", lambda *args: calls.append(args) or score_tokens(*args)
+    )
+    task, targets = CausalLM(), torch.ones(2, 3, dtype=int)
+    logits = task.predict(torch.randn(2, 3, 5), targets)
+    mean = task.mean()
+    mean.add(logits, targets)
+    mean.offload()
+    calls.clear()
+    more = task.predict(torch.randn(2, 3, 5), targets)
+    copy.deepcopy(mean).add(more, targets)
+    assert len(calls) == 1
 
 
 # Checkpoints of transformers
@@ -664,5 +693,5 @@ def test_python_names_the_task_as_the_command_line_does(call, tmp_path):
 def test_another_task_is_named_where_the_outputs_are_of_a_language_model(tmp_path):
     torch.save(Bigrams().state_dict(), tmp_path / "a.pt")
     ids = torch.zeros(2, 6, dtype=torch.int64)
-    with pytest.raises(EvaluationError, match="Name the task causal-lm if this is a language"):
+    with pytest.raises(EvaluationError, match="Pass `task='causal-lm'` if this is a language"):
         evaluate([tmp_path / "a.pt"], Bigrams(), [(ids, ids)])

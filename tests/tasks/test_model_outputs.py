@@ -72,7 +72,7 @@ def test_the_only_tensor_that_can_be_meant_is_taken(outputs):
 def test_of_several_tensors_none_is_taken(outputs, listed):
     with pytest.raises(EvaluationError, match=listed) as caught:
         take_output(outputs)
-    assert "--forward path/file.py:fn" in str(caught.value)
+    assert "`forward=fn`" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

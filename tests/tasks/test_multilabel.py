@@ -176,7 +176,7 @@ def test_updates_do_not_wait_for_the_device():
 def test_many_scores_leave_the_device(monkeypatch):
     left = []
     leave = multilabel.MultiLabelMetrics._leave_device
-    monkeypatch.setattr(multilabel, "_HELD", 600)
+    monkeypatch.setattr(multilabel, "_MOST_ON_DEVICE", 600)
     monkeypatch.setattr(
         multilabel.MultiLabelMetrics, "_leave_device", lambda s: (left.append(s.count), leave(s))
     )
@@ -193,7 +193,7 @@ def test_an_ensemble_averages_probabilities_and_not_logits():
     mean, scores = TASK.mean(), TASK.scores()
     for logits in members:
         mean.add(TASK.predict(logits, targets), targets)
-        mean.park()
+        mean.offload()
     scores.update(mean.value(), targets)
     expected = expected_of(torch.stack(members).double().sigmoid().mean(0), targets)
     assert scores.compute() == pytest.approx(expected, rel=1e-5)
@@ -245,16 +245,16 @@ def test_outputs_and_targets_of_other_shapes_are_an_error(outputs, targets):
 
 
 def test_one_class_a_sample_is_said_to_be_another_task():
-    with pytest.raises(EvaluationError, match="--task image-classification"):
+    with pytest.raises(EvaluationError, match="Pass `task='image-classification'`"):
         TASK.check(torch.zeros(4, 1), torch.zeros(4))
 
 
 def test_outputs_that_are_not_finite_are_not_sound():
     logits, targets = data(samples=4)
-    assert bool(TASK.sound(TASK.predict(logits, targets)))
+    assert bool(TASK.is_finite(TASK.predict(logits, targets)))
     for value in (math.nan, math.inf):
         logits[2, 1] = value
-        assert not bool(TASK.sound(TASK.predict(logits, targets)))
+        assert not bool(TASK.is_finite(TASK.predict(logits, targets)))
 
 
 def test_logits_are_found_in_what_a_model_returns():

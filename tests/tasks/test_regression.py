@@ -162,7 +162,7 @@ def test_an_ensemble_is_the_mean_of_outputs():
     mean, scores = TASK.mean(), TASK.scores()
     for outputs in members:
         mean.add(TASK.predict(outputs, targets), targets)
-        mean.park()
+        mean.offload()
     scores.update(mean.value(), targets)
     expected = expected_of(torch.stack(members).mean(0), targets)
     assert scores.compute() == pytest.approx(expected, rel=1e-12)
@@ -196,7 +196,7 @@ def test_checkpoints_are_compared_and_their_ensemble_is_scored(tmp_path):
     ],
 )
 def test_outputs_and_targets_that_do_not_correspond_are_an_error(outputs, targets):
-    with pytest.raises(EvaluationError, match="as many values a sample") as caught:
+    with pytest.raises(EvaluationError, match="as many values per sample") as caught:
         TASK.check(torch.zeros(outputs), torch.zeros(targets))
     assert f"{tuple(outputs)} and {tuple(targets)}" in str(caught.value)
 
@@ -212,7 +212,7 @@ def test_targets_that_are_not_finite_are_an_error(value):
 def test_another_number_of_outputs_midway_is_an_error():
     scores = metrics_of(*data(shape=(3,)))
     outputs, targets = data(shape=(1,))
-    with pytest.raises(EvaluationError, match="3 values a sample and then 1"):
+    with pytest.raises(EvaluationError, match="3 values per sample and then 1"):
         scores.update(TASK.predict(outputs, targets), targets)
 
 

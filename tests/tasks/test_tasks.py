@@ -13,7 +13,7 @@ from torch import nn
 from ckptavg import Candidate, evaluate
 from ckptavg.averaging.plan import plan_average
 from ckptavg.errors import EvaluationError, SpecError, UsageError
-from ckptavg.specs.tasks import make_task, usual_task
+from ckptavg.specs.tasks import default_task, make_task
 from ckptavg.tasks import Metric, Samples, Task
 from ckptavg.tasks.base import ArithmeticMean, LogMean, in_float64
 from ckptavg.tasks.classification import Classification
@@ -142,7 +142,7 @@ def test_a_task_may_refuse_what_cannot_be(lines):
 
 def test_a_task_decides_what_is_sound(lines):
     class Lenient(Squares):
-        def sound(self, predictions):
+        def is_finite(self, predictions):
             return torch.tensor(True)
 
     data = [(torch.full((2, 1), torch.inf), torch.zeros(2))]
@@ -180,7 +180,7 @@ def test_means_are_those_of_numpy_wherever_they_are_parked(data, parks):
     kept = given_values.clone()
     for i, some in enumerate(given_values):
         if i in parks:
-            mean.park()
+            mean.offload()
             mean = copy.deepcopy(mean)
         mean.add(some, None)
     assert mean.members == len(values)
@@ -200,7 +200,7 @@ def test_probabilities_of_zero_and_of_tiny_size_are_averaged():
 @pytest.mark.parametrize("kind", [ArithmeticMean, LogMean])
 def test_an_ensemble_without_members_is_an_error(kind):
     mean = kind()
-    mean.park()
+    mean.offload()
     with pytest.raises(EvaluationError, match="no members"):
         mean.value()
 
@@ -305,8 +305,8 @@ def test_an_unknown_task_is_wrong_usage_that_lists_the_known():
         ("cifar10:data", "image-classification"),
     ],
 )
-def test_the_data_tell_the_usual_task(data, expected):
-    assert usual_task(data) == expected
+def test_the_data_tell_the_default_task(data, expected):
+    assert default_task(data) == expected
 
 
 TASK_FILE = """
