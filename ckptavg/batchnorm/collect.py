@@ -23,6 +23,7 @@ from ckptavg.models.batches import Forward
 from ckptavg.models.device import Runtime
 from ckptavg.models.load import bare_module
 from ckptavg.models.memory_format import Channels
+from ckptavg.models.shared_context import SharedContext
 
 log = logging.getLogger("ckptavg")
 Key = tuple[str, Names]
@@ -353,11 +354,15 @@ def collecting(
             state.restore()
 
 
+# The stance of the compiler holds for the whole process.
+_eager = SharedContext(lambda: torch.compiler.set_stance("force_eager"))
+
+
 @contextmanager
 def _uncompiled(model: nn.Module) -> Iterator[None]:
     """Run compiled parts of a model uncompiled, so that calls of layers can be intercepted."""
     if any(hasattr(m, "_orig_mod") or m._compiled_call_impl for m in model.modules()):
-        with torch.compiler.set_stance("force_eager"):
+        with _eager.in_use():
             yield
     else:
         yield

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+from ckptavg.models.shared_context import SharedContext
 from ckptavg.optional import import_optional
 
 
-@contextmanager
-def offline() -> Iterator[None]:
+def offline() -> AbstractContextManager[None]:
     """Keep the Hugging Face libraries offline within a context: local files and the cache only.
 
-    A request to the hub fails at once. On exit the caller's mode is restored, and sessions that
-    were opened in offline mode are closed.
+    A request to the hub fails at once. Once the last of several threads has left the context, the
+    caller's mode is restored, and sessions that were opened in offline mode are closed.
     """
+    return _offline.in_use()
+
+
+@contextmanager
+def _go_offline() -> Iterator[None]:
+    """Set the mode of the libraries, which holds for the whole process."""
     hub = import_optional("huggingface_hub", "huggingface_hub")
     constants = import_optional("huggingface_hub.constants", "huggingface_hub")
     # The environment variable is read on import only, so the constant itself is changed.
@@ -27,6 +33,9 @@ def offline() -> Iterator[None]:
     finally:
         constants.HF_HUB_OFFLINE, hub.HfApi.repo_exists = mode, repo_exists
         _forget_sessions()
+
+
+_offline = SharedContext(_go_offline)
 
 
 def is_cached(repository: str) -> bool:
@@ -44,6 +53,7 @@ def is_cached(repository: str) -> bool:
 
 
 def _answer_by_cache(_: Any, repo_id: str, **__: Any) -> bool:
+    """Answer ``HfApi.repo_exists`` without a request."""
     return is_cached(repo_id)
 
 

@@ -21,6 +21,7 @@ from torch.utils.data import (
 from torch.utils.data.distributed import DistributedSampler
 
 from ckptavg.data.argument_checks import check_data
+from ckptavg.data.seeding import seeded_torch
 from ckptavg.data.streams import Batched, collate_of, in_batches, is_dataset, with_tensors
 from ckptavg.distributed.peers import Peers, SingleProcess
 from ckptavg.errors import EvaluationError, UsageError
@@ -302,8 +303,7 @@ class _Drawn(Sampler[list[int]]):
             yield from _up_to(self.sampler, self.limit, len)
             return
         # A common seed makes all processes draw the same batches; the caller's generator is kept.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+        with seeded_torch(self.seed):
             batches = list(_up_to(self.sampler, self.limit, len))
         drawn = zlib.crc32(json.dumps(batches, default=_plain).encode())
         _require_alike(drawn, self.peers)

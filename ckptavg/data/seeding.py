@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import random
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+# The generators are global. A loader may read from another loader, hence the reentrant lock.
+_in_use = threading.RLock()
 
 
 class Generators:
@@ -16,7 +20,7 @@ class Generators:
 
     Data loading draws crops, flips and orders from the global generators. Within ``in_use`` the
     generators continue from the end of the previous ``in_use``. On exit the caller's states are
-    restored.
+    restored. One thread at a time is within ``in_use`` of any ``Generators``; the others wait.
 
     Args:
         seed: Initial seed of every generator.
@@ -29,16 +33,29 @@ class Generators:
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """Swap the private states in for the duration of a context."""
-        callers = _states()
-        # numpy may be imported between two uses; a generator is seeded when first seen.
-        for name in callers.keys() - self._states.keys():
-            _seed(name, self.seed)
-        _restore(self._states)
+        with _in_use:
+            callers = _states()
+            # numpy may be imported between two uses; a generator is seeded when first seen.
+            for name in callers.keys() - self._states.keys():
+                _seed(name, self.seed)
+            _restore(self._states)
+            try:
+                yield
+            finally:
+                self._states = _states()
+                _restore(callers)
+
+
+@contextmanager
+def seeded_torch(seed: int) -> Iterator[None]:
+    """Seed torch's global generator of the CPU within a context, and restore its state on exit."""
+    with _in_use:
+        state = torch.get_rng_state()
+        _seed("torch", seed)
         try:
             yield
         finally:
-            self._states = _states()
-            _restore(callers)
+            torch.set_rng_state(state)
 
 
 def seed_all(seed: int) -> None:
@@ -57,6 +74,7 @@ def _states() -> dict[str, Any]:
 
 
 def _seed(name: str, seed: int) -> None:
+    """Seed a global generator."""
     if name == "torch":
         torch.default_generator.manual_seed(seed)
     elif name == "python":
@@ -67,6 +85,7 @@ def _seed(name: str, seed: int) -> None:
 
 
 def _restore(states: dict[str, Any]) -> None:
+    """Set the states of global generators."""
     for name, state in states.items():
         if name == "torch":
             torch.set_rng_state(state)

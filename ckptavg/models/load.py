@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -17,6 +16,8 @@ from ckptavg.models.hollow import real_tensors, stand_ins
 
 # Bytes above which a model is too large to copy for a trial.
 _LARGE = 1 << 30
+_Trial = tuple[dict[int, Any], dict[str, bool]]
+"""Memo of ``copy.deepcopy``, and options of ``load_state_dict``."""
 
 
 def load_into(model: nn.Module, state_dict: Mapping[str, torch.Tensor], origin: str) -> None:
@@ -91,7 +92,8 @@ def _torch_takes(
 
     Observers resize their buffers on loading. Layers rename the weights of older versions.
     The load is tried on a copy, since torch keeps the weights that it has loaded before an error.
-    The first copy has no values. For a model that is not large, a whole copy is tried next.
+    The first copy has no values. Weights are assigned to it, since torch warns about copies into
+    tensors without values. For a model that is not large, a whole copy is tried next.
 
     Args:
         model: The model.
@@ -99,15 +101,13 @@ def _torch_takes(
         spare: Names that may be missing.
     """
     tensors = real_tensors(model)
-    hollow = stand_ins(tensors)
-    empty_memo: dict[int, Any] = {}
-    is_large = sum(tensor.nbytes for tensor in tensors) > _LARGE
-    for memo in (hollow,) if is_large else (hollow, empty_memo):
+    trials: list[_Trial] = [(stand_ins(tensors), {"assign": True})]
+    if sum(tensor.nbytes for tensor in tensors) <= _LARGE:
+        trials.append(({}, {}))
+    for memo, options in trials:
         try:
-            with warnings.catch_warnings():
-                # torch warns that nothing is copied into tensors without values.
-                warnings.simplefilter("ignore")
-                keys = copy.deepcopy(model, memo).load_state_dict(state_dict, strict=False)
+            trial = copy.deepcopy(model, memo)
+            keys = trial.load_state_dict(state_dict, strict=False, **options)
         # A user's module may raise any error.
         except Exception:
             continue

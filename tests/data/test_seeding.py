@@ -1,6 +1,7 @@
 """Figures repeat under augmentation, and the caller's generators stay as they were."""
 
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from ckptavg import evaluate, update_bn
 from ckptavg.data.loaders import open_loader
 from ckptavg.data.prefetch import counted
-from ckptavg.data.seeding import Generators
+from ckptavg.data.seeding import Generators, seeded_torch
 from ckptavg.distributed.peers import SingleProcess
 from ckptavg.models.device import Runtime
 
@@ -117,3 +118,45 @@ def test_three_calls_find_the_same(tmp_path):
         figures.append(result.metrics["nll"])
     assert statistics[0] == statistics[1] == statistics[2]
     assert figures[0] == figures[1] == figures[2]
+
+
+def test_two_threads_leave_the_callers_generators_as_they_were():
+    """The second begins while the first is within, and would end after it."""
+    disturb()
+    before = states()
+    second_in, first_out = threading.Event(), threading.Event()
+
+    def second():
+        with Generators(2).in_use():
+            second_in.set()
+            first_out.wait(60)
+            disturb()
+
+    thread = threading.Thread(target=second)
+    with Generators(1).in_use():
+        thread.start()
+        second_in.wait(0.2)
+        disturb()
+    first_out.set()
+    thread.join()
+    assert states() == before
+
+
+def test_a_loader_may_read_from_a_loader_within_the_same_thread():
+    outer, inner = Generators(1), Generators(1)
+    with outer.in_use():
+        drawn = torch.rand(2)
+        with inner.in_use():
+            assert torch.equal(torch.rand(2), drawn)
+        following = torch.rand(2)
+    with Generators(1).in_use():
+        assert torch.equal(torch.rand(4), torch.cat([drawn, following]))
+
+
+def test_torch_is_seeded_within_a_context_only():
+    before = states()
+    with seeded_torch(3):
+        drawn = torch.rand(2)
+    assert states() == before
+    with seeded_torch(3):
+        assert torch.equal(torch.rand(2), drawn)
