@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from ckptavg.formats.checkpoint import PROVENANCE
-from ckptavg.formats.parts import parse_provenance
+from ckptavg.formats.provenance import PROVENANCE, Provenance
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,25 +17,20 @@ class Weights:
 
     Attributes:
         tensors: The tensors, under bare names.
-        made: The provenance; None where the weights carry none.
+        provenance: The provenance; None where the weights carry none.
     """
 
     tensors: Mapping[str, torch.Tensor]
-    made: Mapping[str, Any] | None = None
-
-    @property
-    def provenance(self) -> Mapping[str, Any] | None:
-        """The provenance, under the name that a checkpoint has for it."""
-        return self.made
+    provenance: Provenance | None = None
 
     @property
     def is_average(self) -> bool:
         """True if the weights carry a provenance: then ckptavg made the weights."""
-        return self.made is not None
+        return self.provenance is not None
 
 
-def with_account(
-    state_dict: Mapping[str, torch.Tensor], made: Mapping[str, Any]
+def with_provenance(
+    state_dict: Mapping[str, torch.Tensor], provenance: Provenance
 ) -> dict[str, torch.Tensor]:
     """Copy a state dict without copying the tensors, and attach a provenance.
 
@@ -48,14 +40,14 @@ def with_account(
 
     Args:
         state_dict: The weights.
-        made: Provenance, as plain values.
+        provenance: The provenance.
     """
     # A plain dict takes no attributes. An OrderedDict does, and is what ``state_dict()`` returns.
     average: OrderedDict[str, torch.Tensor] = OrderedDict(state_dict)
-    vars(average)[PROVENANCE] = json.dumps(dict(made))
+    vars(average)[PROVENANCE] = provenance.to_json()
     return average
 
 
-def account_of(state_dict: Mapping[str, torch.Tensor]) -> Mapping[str, Any] | None:
+def provenance_of(state_dict: Mapping[str, torch.Tensor]) -> Provenance | None:
     """Return the provenance that is attached to a state dict; None where there is none."""
-    return parse_provenance(getattr(state_dict, PROVENANCE, None))
+    return Provenance.from_json(getattr(state_dict, PROVENANCE, None))

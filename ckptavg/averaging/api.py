@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 
 from ckptavg.averaging import remarks, schemes, spectral_vectors
-from ckptavg.averaging.accounts import with_account
+from ckptavg.averaging.accounts import with_provenance
 from ckptavg.averaging.plan import Average, Planned, plan_average
 from ckptavg.averaging.planning.rules import keeps_nonfinite, require_output
 from ckptavg.averaging.planning.tensor_plan import Plan, TensorPlan, copy_plan
@@ -22,9 +22,11 @@ from ckptavg.display.progress import ProgressLike, open_phase
 from ckptavg.distributed.torchrun import TorchrunGroup
 from ckptavg.errors import NonFiniteError, PlacementError
 from ckptavg.formats import Checkpoint
+from ckptavg.formats.provenance import Provenance
 from ckptavg.io.stamp import FileStamp
 from ckptavg.outputs import target as outputs
-from ckptavg.outputs.digests import LEAF, InputDigests, OutputDigest, recorded
+from ckptavg.outputs.digests import LEAF, InputDigests, OutputDigest
+from ckptavg.outputs.provenance import with_digests
 from ckptavg.outputs.sinks import FileSink, MemorySink, Sink
 from ckptavg.outputs.target import StateDict, Target
 from ckptavg.runs.discovery.nearby import leads_to_checkpoints
@@ -123,7 +125,7 @@ def average(
         if out is None:
             require_output(digests=digests)
             result = in_memory(planned, keep_nonfinite=keep, progress=report, stale=False)
-            result = with_account(result, planned.provenance())
+            result = with_provenance(result, planned.provenance())
         else:
             result = write(
                 planned, out, overwrite=overwrite, keep_nonfinite=keep, digests=digests,
@@ -172,11 +174,11 @@ class Written:
     """Result of writing outputs.
 
     Attributes:
-        made: The provenance of each output.
+        provenances: The provenance of each output.
         gram: The requested products: float64, (sources, sources); None where none were requested.
     """
 
-    made: Sequence[Mapping[str, Any]]
+    provenances: Sequence[Provenance]
     gram: torch.Tensor | None
 
 
@@ -227,7 +229,7 @@ def write_many(
                 averages, targets, files, StreamRequests(order, gram), split, settings
             )
         products = _compute(averages, files, StreamRequests(order, gram), split=split, **settings)
-    return Written([target.made for target in targets], products)
+    return Written([target.provenance for target in targets], products)
 
 
 def _compute_hashed(
@@ -248,9 +250,9 @@ def _compute_hashed(
     products = _compute(averages, sinks, requests, inputs=inputs, split=split, **settings)
     if split is not None:
         split.unite([inputs.leaves, *(sink.leaves for sink in sinks)])
-    provenances: list[Mapping[str, Any]] = []
+    provenances: list[Provenance] = []
     for planned, target, file, sink in zip(averages, targets, files, sinks, strict=True):
-        provenance = recorded(target.made, planned.plan.inputs, inputs.of, sink.digest)
+        provenance = with_digests(target.provenance, planned.plan.inputs, inputs.of, sink.digest)
         # The other processes write tensors only.
         if split is None or split.processes.rank == 0:
             outputs.rewrite_provenance(target, file, provenance)
@@ -356,7 +358,7 @@ def prepare(
     return outputs.prepare(
         out,
         plan.outputs,
-        recorded(provenance, plan.inputs) if digests else provenance,
+        with_digests(provenance, plan.inputs) if digests else provenance,
         [*others, *plan.files, plan.template],
         is_run=leads_to_checkpoints,
         companions=plan.companions,

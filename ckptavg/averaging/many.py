@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
-from ckptavg.averaging.accounts import with_account
+from ckptavg.averaging.accounts import with_provenance
 from ckptavg.averaging.api import in_memory_many, prepare_many, write_many
 from ckptavg.averaging.plan import Average, plan_average
 from ckptavg.averaging.planning.rules import keeps_nonfinite, require_output
@@ -126,7 +126,7 @@ def average_many(
             require_output(digests=digests)
             computed = in_memory_many(list(planned.values()), progress=report, **settings)
             result = {
-                name: with_account(state_dict, average.provenance())
+                name: with_provenance(state_dict, average.provenance())
                 for (name, average), state_dict in zip(planned.items(), computed, strict=True)
             }
         else:

@@ -6,7 +6,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 from ckptavg.averaging import schemes
 from ckptavg.averaging.lora import exact_mean
@@ -16,9 +15,10 @@ from ckptavg.averaging.schemes import Scheme
 from ckptavg.errors import CheckpointError, UsageError
 from ckptavg.formats import Checkpoint, open_checkpoint
 from ckptavg.formats.names import batchnorm_layers
+from ckptavg.formats.provenance import Provenance
 from ckptavg.formats.running_statistics import State, Statistics
 from ckptavg.io.paths import Location
-from ckptavg.outputs import target
+from ckptavg.outputs.provenance import build_provenance
 from ckptavg.runs.discovery.ranks import refuse_parts
 from ckptavg.runs.order import refuse_two_series
 from ckptavg.runs.run import RunLike, as_run
@@ -61,9 +61,9 @@ class Average:
             state = "frozen"
         return Statistics(state, layers, frozen)
 
-    def provenance(self) -> dict[str, Any]:
-        """Describe the origin of the average as plain values for JSON."""
-        return target.provenance(
+    def provenance(self) -> Provenance:
+        """Record the origin of the average."""
+        return build_provenance(
             self.scheme.text,
             self.plan.checkpoints,
             self.plan.coefficients,

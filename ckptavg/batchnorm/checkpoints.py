@@ -8,7 +8,6 @@ import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -31,8 +30,8 @@ from ckptavg.data.prefetch import counted
 from ckptavg.distributed.peers import Peers, SingleProcess
 from ckptavg.errors import BatchNormError, NonFiniteError, first_few
 from ckptavg.formats import Checkpoint
-from ckptavg.formats.checkpoint import REFRESHED
-from ckptavg.formats.running_statistics import Statistics, match_layers, with_statistics
+from ckptavg.formats.provenance import REFRESHED, Provenance
+from ckptavg.formats.running_statistics import Statistics, match_layers
 from ckptavg.formats.state_dict import bare_names
 from ckptavg.models import malloc
 from ckptavg.models.batches import Batches, Forward
@@ -40,7 +39,8 @@ from ckptavg.models.device import Runtime, fit
 from ckptavg.models.load import load_into
 from ckptavg.models.oom_retry import Together, run_passes, say
 from ckptavg.outputs import target as outputs
-from ckptavg.outputs.digests import DIGEST, PENDING, InputDigests, is_recorded, recorded, sealed
+from ckptavg.outputs.digests import InputDigests
+from ckptavg.outputs.provenance import build_provenance, with_digests
 from ckptavg.outputs.sinks import FileSink
 from ckptavg.outputs.target import StateDict, Target
 from ckptavg.runs.discovery.nearby import leads_to_checkpoints
@@ -81,7 +81,7 @@ def write_averages(
     keep_nonfinite: bool = False,
     digests: bool = False,
     progress: Progress | None = None,
-) -> list[tuple[BatchNormResult, Mapping[str, Any]]]:
+) -> list[tuple[BatchNormResult, Provenance]]:
     """Compute averages, recompute running statistics, and write the results.
 
     As many averages as fit in memory are computed in one read and share a pass over the data.
@@ -113,7 +113,7 @@ def write_averages(
     # Each group reads the data once more.
     how = replace(how, training=rereadable(how.training, len(groups)), peers=peers)
     hashed: InputDigests | None = None
-    written: dict[int, tuple[BatchNormResult, Mapping[str, Any]]] = {}
+    written: dict[int, tuple[BatchNormResult, Provenance]] = {}
 
     with _opened(targets, how.peers) as sinks:
 
@@ -131,11 +131,11 @@ def write_averages(
             before = [averages[i].statistics for i in group]
             results = refresh(weights, how, [str(outs[i]) for i in group], before, excluded)
             for i, state_dict, (result, after) in zip(group, weights, results, strict=True):
-                provenance = with_statistics(targets[i].made, after)
+                provenance = targets[i].provenance.with_statistics(after)
                 target = outputs.change_provenance(targets[i], sinks[i], provenance)
-                provenance = dict(target.made)
+                provenance = target.provenance
                 if hashed is not None:
-                    provenance = recorded(provenance, averages[i].plan.inputs, hashed.of)
+                    provenance = with_digests(provenance, averages[i].plan.inputs, hashed.of)
                 written[i] = result, outputs.fill(target, sinks[i], state_dict, provenance)
             peers.agree()
 
@@ -146,7 +146,7 @@ def write_averages(
 def prepare_copy(
     checkpoint: Checkpoint,
     out: str | os.PathLike[str],
-    made: Mapping[str, Any],
+    provenance: Provenance,
     *,
     overwrite: bool,
 ) -> outputs.Target:
@@ -155,7 +155,7 @@ def prepare_copy(
     Args:
         checkpoint: The checkpoint to copy.
         out: Path of the output.
-        made: Provenance of the output.
+        provenance: Provenance of the output.
         overwrite: Replace an existing output.
 
     Raises:
@@ -163,13 +163,13 @@ def prepare_copy(
     """
     tensors = copy_plan(checkpoint).outputs
     return outputs.prepare(
-        out, tensors, made, [checkpoint], is_run=leads_to_checkpoints, overwrite=overwrite
+        out, tensors, provenance, [checkpoint], is_run=leads_to_checkpoints, overwrite=overwrite
     )
 
 
 def update_checkpoint(
     checkpoint: Checkpoint, out: str | os.PathLike[str], how: Pass, *, overwrite: bool = False
-) -> tuple[BatchNormResult, Mapping[str, Any]]:
+) -> tuple[BatchNormResult, Provenance]:
     """Write a copy of a checkpoint with recomputed statistics.
 
     Layers that were frozen in training keep their statistics where the checkpoint is an average
@@ -202,15 +202,14 @@ def update_checkpoint(
             "the checkpoint counts no batches, as where BatchNorm was frozen in training: if it was"
             ", keep its statistics by exclude='*', --bn-exclude '*' on the command line"
         )
-    provenance = with_statistics(
-        checkpoint.provenance or outputs.provenance(REFRESHED, [checkpoint], [1.0], before), before
-    )
-    if is_recorded(provenance):
-        provenance = sealed(provenance | {DIGEST: PENDING})
+    provenance = checkpoint.provenance or build_provenance(REFRESHED, [checkpoint], [1.0], before)
+    provenance = provenance.with_statistics(before)
+    if provenance.digest is not None:
+        provenance = provenance.with_digest()
     target = prepare_copy(checkpoint, out, provenance, overwrite=overwrite)
     peers = Together(how.peers)
     how = replace(how, peers=peers)
-    written: list[tuple[BatchNormResult, Mapping[str, Any]]] = []
+    written: list[tuple[BatchNormResult, Provenance]] = []
     with _opened([target], how.peers) as (sink,):
 
         def run_pass(group: Sequence[Checkpoint], number: int, of: int) -> None:
@@ -225,8 +224,10 @@ def update_checkpoint(
                     f"{first_few(list(after.not_recomputed))}",
                     "Recompute them with the model's own code.",
                 )
-            filled = outputs.change_provenance(target, sink, with_statistics(target.made, after))
-            written.append((result, outputs.fill(filled, sink, weights, filled.made)))
+            filled = outputs.change_provenance(
+                target, sink, target.provenance.with_statistics(after)
+            )
+            written.append((result, outputs.fill(filled, sink, weights, filled.provenance)))
             peers.agree()
 
         run_passes([[checkpoint]], run_pass, how.runtime, peers)

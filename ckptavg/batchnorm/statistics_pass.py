@@ -23,7 +23,7 @@ from ckptavg.formats.names import (
     layer_statistics,
     updated_layers,
 )
-from ckptavg.formats.running_statistics import State, Statistics, listed_layers
+from ckptavg.formats.running_statistics import State, Statistics
 from ckptavg.formats.state_dict import bare_names
 from ckptavg.models.batches import Forward
 from ckptavg.models.device import Runtime
@@ -102,12 +102,12 @@ def statistics_of(checkpoint: Checkpoint | Weights, model: nn.Module) -> Statist
     layers = batchnorm_layers(checkpoint.tensors)
     if not layers:
         return Statistics("none")
-    provenance = checkpoint.provenance or {}
+    provenance = checkpoint.provenance
     state: State = "stale" if checkpoint.is_average else "own"
     for candidate in get_args(State):
-        if provenance.get("bn") == candidate:
+        if provenance is not None and provenance.bn == candidate:
             state = candidate
-    frozen = listed_layers(provenance).get("frozen")
+    frozen = None if provenance is None else provenance.bn_layers.get("frozen")
     if frozen is not None:
         return Statistics(state, layers, tuple(layer for layer in layers if layer in frozen))
     statistics = _with_constant_layers(Statistics(state, layers), model)

@@ -12,11 +12,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from ckptavg.averaging.accounts import Weights, account_of
+from ckptavg.averaging.accounts import Weights, provenance_of
 from ckptavg.averaging.plan import Average, plan_average
 from ckptavg.errors import UsageError, short
 from ckptavg.formats import Checkpoint, open_checkpoint
 from ckptavg.formats.names import batchnorm_layers
+from ckptavg.formats.provenance import Provenance
 from ckptavg.formats.state_dict import bare_names
 from ckptavg.models.load import undistributed
 from ckptavg.runs.discovery.numbered import short_names
@@ -54,17 +55,17 @@ class Candidate:
     weights: Weights | None = field(default=None, repr=False)
 
     @property
-    def provenance(self) -> Mapping[str, Any] | None:
-        """Account of how ckptavg made the checkpoint or weights; None where unknown."""
+    def provenance(self) -> Provenance | None:
+        """Record of how ckptavg made the checkpoint or weights; None where unknown."""
         if self.weights is not None:
-            return self.weights.made
+            return self.weights.provenance
         return self.checkpoints[0].provenance if self.kind == "checkpoint" else None
 
     @property
     def is_stale(self) -> bool:
         """True for a checkpoint or weights with BatchNorm statistics recorded as stale."""
         provenance = self.provenance
-        return provenance is not None and provenance.get("bn") in _STALE
+        return provenance is not None and provenance.bn in _STALE
 
     @classmethod
     def of_checkpoint(
@@ -112,7 +113,7 @@ class Candidate:
         # Wrappers, such as DistributedDataParallel, put a prefix before every name.
         bare = bare_names(list(stored))
         tensors = {bare.get(key, key): value for key, value in stored.items()}
-        state = Weights(tensors, account_of(weights))
+        state = Weights(tensors, provenance_of(weights))
         return cls(name or _name_of(state), "checkpoint", (), (), recompute, weights=state)
 
     @classmethod
@@ -294,10 +295,10 @@ def _average_name(count: int, scheme: str) -> str:
 
 def _name_of(weights: Weights) -> str:
     """Name a state dict by the account that ``average`` attached; "state dict" without one."""
-    provenance = weights.made
+    provenance = weights.provenance
     if provenance is None:
         return "state dict"
-    return _average_name(len(provenance["checkpoints"]), str(provenance["scheme"]))
+    return _average_name(len(provenance.inputs), str(provenance.scheme))
 
 
 def layers_of(candidates: Iterable[Candidate]) -> list[str]:

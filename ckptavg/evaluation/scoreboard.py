@@ -143,7 +143,8 @@ class Board:
         if not batchnorm_layers(first.tensors):
             return "none", {}
         provenance = candidate.provenance
-        return str(provenance.get("bn", "own")) if provenance else "own", {}
+        state = None if provenance is None else provenance.bn
+        return state or "own", {}
 
     def merge(self, peers: Peers) -> None:
         """Merge the scores of all processes; every process must call this."""

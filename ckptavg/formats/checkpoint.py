@@ -8,17 +8,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
+from ckptavg.formats.provenance import Provenance
 from ckptavg.io.paths import Location
 from ckptavg.io.stamp import FileStamp
 
-# The entry or the metadata that says how an output was made.
-PROVENANCE = "ckptavg"
 # Bound on the product of all nonzero dimensions: torch can compute the sizes of smaller tensors.
 MOST_ELEMENTS = 2**58
-# The scheme in the provenance of one checkpoint with new statistics.
-REFRESHED = "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +219,7 @@ class Checkpoint:
         refused: Name → reason, for tensors that cannot be averaged since they lack plain bytes.
         files: Stamps of the files that hold the bytes.
         record: The numbers that training recorded beside the weights.
-        provenance: The account of how ckptavg made the checkpoint; None for other checkpoints.
+        provenance: The record of how ckptavg made the checkpoint; None for other checkpoints.
         notes: Remarks for the user about the way the checkpoint was read.
         beside: Descriptions of the other entries, which are left out of an average.
         step: Position in training: the recorded step, else the epoch. In a run without either, the
@@ -243,7 +239,7 @@ class Checkpoint:
     refused: Mapping[str, str]
     files: tuple[FileStamp, ...]
     record: Record = field(default_factory=Record)
-    provenance: Mapping[str, Any] | None = None
+    provenance: Provenance | None = None
     notes: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
     step: float | None = None
@@ -269,7 +265,7 @@ class Checkpoint:
     @property
     def is_average(self) -> bool:
         """True for outputs of ckptavg, except a single checkpoint with refreshed statistics."""
-        return self.provenance is not None and self.provenance.get("scheme") != REFRESHED
+        return self.provenance is not None and self.provenance.is_average
 
     @property
     def size(self) -> int:

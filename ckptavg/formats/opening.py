@@ -13,7 +13,7 @@ from ckptavg.errors import CheckpointError, first_few, short
 from ckptavg.errors.printable import size_text
 from ckptavg.errors.system import guard_reads
 from ckptavg.formats import deepspeed, shards, state_dict, training_record
-from ckptavg.formats.checkpoint import REFRESHED, Checkpoint, Record
+from ckptavg.formats.checkpoint import Checkpoint, Record
 from ckptavg.formats.dcp import reader
 from ckptavg.formats.huggingface import components, peft
 from ckptavg.formats.huggingface import layout as huggingface
@@ -239,14 +239,9 @@ def _checkpoint(path: Location, layout: str, parts: list[Part], recorded: Record
     wrappers = dict.fromkeys(chain(*map(state_dict.note_wrapper, networks.values() or [names])))
     provenance = next((part.provenance for part in parts if part.provenance), None)
     # New statistics alone do not move a checkpoint: the step stays that of the original.
-    if (
-        provenance is not None
-        and provenance.get("scheme") == REFRESHED
-        and provenance["checkpoints"]
-    ):
-        recorded = replace(
-            recorded, step=training_record.whole_number(provenance["checkpoints"][0].get("step"))
-        )
+    if provenance is not None and not provenance.is_average and provenance.inputs:
+        step = training_record.whole_number(provenance.inputs[0].step)
+        recorded = replace(recorded, step=step)
     checkpoint = Checkpoint(
         path=path,
         layout=layout,

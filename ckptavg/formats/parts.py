@@ -8,9 +8,10 @@ from typing import Any, TypeVar
 
 from ckptavg.errors import CheckpointError, first_few, short
 from ckptavg.formats import deepspeed, foreign, safetensors, state_dict, training_record, tree
-from ckptavg.formats.checkpoint import PROVENANCE, Record, Tensor
+from ckptavg.formats.checkpoint import Record, Tensor
 from ckptavg.formats.damage import damaged
 from ckptavg.formats.dcp import reader
+from ckptavg.formats.provenance import PROVENANCE, Provenance
 from ckptavg.formats.safe_pickle.values import (
     MalformedPickle,
     OrderedEntries,
@@ -19,7 +20,7 @@ from ckptavg.formats.safe_pickle.values import (
     TensorView,
 )
 from ckptavg.formats.torch_save import zip_reader
-from ckptavg.io import bounded_json, paths
+from ckptavg.io import paths
 from ckptavg.io.paths import Location
 from ckptavg.io.stamp import FileStamp
 
@@ -37,7 +38,7 @@ class Part:
         tensors: Stored name → tensor.
         refused: Name → the reason why a tensor cannot be averaged.
         record: The numbers that training recorded beside the weights.
-        provenance: The account of how ckptavg made the file; None for other files.
+        provenance: The record of how ckptavg made the file; None for other files.
         key: Dotted path of the entry that holds the weights.
         networks: Dotted path below the key → names of the network's tensors; empty for a single
             state dict.
@@ -51,7 +52,7 @@ class Part:
     tensors: Mapping[str, Tensor]
     refused: Mapping[str, str]
     record: Record
-    provenance: Mapping[str, Any] | None
+    provenance: Provenance | None
     key: str = ""
     networks: Mapping[str, list[str]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -170,38 +171,15 @@ def _is_safetensors(path: Location) -> bool:
     )
 
 
-def _find_provenance(opened: zip_reader.TorchFile, key: str) -> Mapping[str, Any] | None:
+def _find_provenance(opened: zip_reader.TorchFile, key: str) -> Provenance | None:
     """Find the provenance of a file: beside the weights, or attached to the state dict."""
-    provenance = parse_provenance(opened.provenance) or _provenance(opened.tree)
+    provenance = Provenance.from_json(opened.provenance) or _provenance(opened.tree)
     entry = tree.value_at(opened.tree, key)
     if provenance is None and isinstance(entry, OrderedEntries):
-        return parse_provenance(entry.account)
+        return Provenance.from_json(entry.account)
     return provenance
 
 
-def _provenance(beside: Any) -> Mapping[str, Any] | None:
+def _provenance(beside: Any) -> Provenance | None:
     """Parse the provenance beside the weights; return None for a file not made by ckptavg."""
-    return parse_provenance(beside.get(PROVENANCE) if isinstance(beside, Mapping) else None)
-
-
-def parse_provenance(text: Any) -> Mapping[str, Any] | None:
-    """Parse the text of provenance; return None for any other value."""
-    if not isinstance(text, str):
-        return None
-    try:
-        value = bounded_json.loads(text.encode())
-    except ValueError:
-        return None
-    # Another tool may use the same name for an entry, so the form is checked.
-    checkpoints = value.get("checkpoints") if isinstance(value, dict) else None
-    if not isinstance(checkpoints, list) or not all(map(_is_account, checkpoints)):
-        return None
-    return dict(value)
-
-
-def _is_account(entry: Any) -> bool:
-    """Return True if an entry of provenance describes one checkpoint as ckptavg does."""
-    return isinstance(entry, dict) and all(
-        entry.get(key) is None or training_record.number(entry[key]) is not None
-        for key in ("step", "coefficient")
-    )
+    return Provenance.from_json(beside.get(PROVENANCE)) if isinstance(beside, Mapping) else None

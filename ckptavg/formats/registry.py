@@ -5,15 +5,14 @@ The offset of every byte is known before the first byte is written.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ckptavg.errors import UsageError
 from ckptavg.formats import Checkpoint, safetensors_layout
 from ckptavg.formats.file_layout import Layout, OutputTensor
 from ckptavg.formats.huggingface import writer as huggingface_writer
+from ckptavg.formats.provenance import Provenance
 from ckptavg.formats.torch_save import writer as torch_writer
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".tar")
@@ -22,14 +21,14 @@ FILE_LAYOUTS = ("safetensors", "torch")
 
 
 def lay_out(
-    path: str, tensors: Sequence[OutputTensor], provenance: Mapping[str, Any], template: Checkpoint
+    path: str, tensors: Sequence[OutputTensor], provenance: Provenance, template: Checkpoint
 ) -> Layout:
     """Plan an output in the format that the suffix of the path names.
 
     Args:
         path: ``.safetensors``, one of ``TORCH_SUFFIXES``, or no suffix for a directory.
         tensors: The output's tensors, under bare names.
-        provenance: The account of how the output was made.
+        provenance: The record of how the output was made.
         template: The last checkpoint, whose layout, configuration and shards are followed.
 
     Returns:
@@ -40,7 +39,7 @@ def lay_out(
         UnsupportedTensorError: The format cannot store one of the element types.
     """
     suffix = Path(path).suffix
-    text = json.dumps(dict(provenance))
+    text = provenance.to_json()
     if suffix == ".safetensors":
         metadata, untrue = safetensors_layout.header_metadata(
             text, template.metadata, template.momentary

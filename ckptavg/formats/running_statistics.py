@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -103,21 +103,3 @@ def match_layers(patterns: str | Sequence[str], layers: Iterable[str]) -> set[st
             )
         matched.update(names)
     return matched
-
-
-def listed_layers(made: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Return the exceptional layers that provenance lists beside ``bn``, by kind."""
-    # Provenance comes from a file: malformed lists are left out.
-    listed = made.get(LAYERS)
-    entries = listed.items() if isinstance(listed, Mapping) else ()
-    return {
-        kind: layers
-        for kind, layers in entries
-        if isinstance(layers, list) and all(isinstance(layer, str) for layer in layers)
-    }
-
-
-def with_statistics(made: Mapping[str, Any], statistics: Statistics) -> dict[str, Any]:
-    """Return a copy of provenance with another state of the running statistics."""
-    without_layers = {key: value for key, value in made.items() if key != LAYERS}
-    return {**without_layers, **statistics.plain}

@@ -7,9 +7,9 @@ from collections.abc import Collection, Mapping, Sequence
 
 from ckptavg.errors import first_few, short
 from ckptavg.formats import safetensors
-from ckptavg.formats.checkpoint import PROVENANCE
 from ckptavg.formats.file_layout import FileLayout, OutputTensor
 from ckptavg.formats.metric_names import is_metric
+from ckptavg.formats.provenance import PROVENANCE
 
 # Entries that describe the layout of the input file. The output is laid out anew.
 _FILE_ENTRIES = ("format", "DCP_SHARDING_INFO", "DCP_VERSION")

@@ -9,13 +9,13 @@ from typing import Any
 
 from ckptavg.errors import CheckpointError, NoWeightsError, first_few, short
 from ckptavg.errors.spelling import close_names, did_you_mean
-from ckptavg.formats.checkpoint import PROVENANCE
 from ckptavg.formats.network_entries import (
     find_networks,
     is_average,
     is_network,
     may_hold_networks,
 )
+from ckptavg.formats.provenance import PROVENANCE
 from ckptavg.formats.safe_pickle import modules as pickled_module
 from ckptavg.formats.safe_pickle.values import Opaque, TensorView
 from ckptavg.formats.training_record import OPTIMIZER_KEYS, TRAINING_STATE

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ckptavg.averaging.stream import Progress, StreamRequests, stream
 from ckptavg.errors import CkptavgError, first_few, short
 from ckptavg.formats import Checkpoint, open_checkpoint
+from ckptavg.formats.provenance import Role, Source
 from ckptavg.formats.torch_save import zip_reader
 from ckptavg.io.paths import Location, is_url, locate
-from ckptavg.outputs.digests import DIGEST, KEY, InputDigests, accounts_of, is_recorded, is_sealed
+from ckptavg.outputs.digests import InputDigests
 
 SAME, CHANGED, MISSING, UNREADABLE = "same", "changed", "not there", "unreadable"
 
@@ -65,34 +65,35 @@ class Verifier:
         """
         findings = _check_archives(checkpoint)
         provenance = checkpoint.provenance
-        if provenance is None or not is_recorded(provenance):
+        if provenance is None or provenance.digest is None:
             return findings
         path = str(checkpoint.path)
-        findings.append(Finding(path, "record", SAME if is_sealed(provenance) else CHANGED))
-        findings.append(self._compare(checkpoint, "weights", path, provenance[DIGEST]))
+        findings.append(Finding(path, "record", SAME if provenance.is_intact else CHANGED))
+        findings.append(self._compare(checkpoint, "weights", path, provenance.digest))
         home = checkpoint.path.parent
-        return findings + [
-            self._input(part, account, home) for part, account in accounts_of(provenance)
-        ]
+        for role, source in provenance.sources:
+            findings.append(self._verify_source(role, source, home))
+        return findings
 
-    def _input(self, part: str, told: Mapping[str, Any], home: Location) -> Finding:
-        """Compare an input at every place where it may be; a file that is the same wins."""
-        name, expected, key = told.get("path"), told.get(DIGEST), told.get(KEY, "")
-        if not all(isinstance(value, str) for value in (name, expected, key)):
-            return Finding(short(name), part, UNREADABLE, "the record of it is malformed")
-        finding = Finding(str(name), part, MISSING)
+    def _verify_source(self, role: Role, source: Source, home: Location) -> Finding:
+        """Compare a source at every place where it may be; a file that is the same wins."""
+        path, digest, key = source.path, source.digest, source.key
+        if path is None or digest is None or key is None:
+            return Finding(short(path), role, UNREADABLE, "the record of it is malformed")
+        finding = Finding(path, role, MISSING)
         try:
-            for candidate in _places(str(name), home):
-                now = self._opened(candidate, part, str(key), str(expected))
-                if now.state == SAME:
-                    return now
-                finding = now if finding.state == MISSING else finding
+            for candidate in _places(path, home):
+                comparison = self._open_and_compare(candidate, role, key, digest)
+                if comparison.state == SAME:
+                    return comparison
+                if finding.state == MISSING:
+                    finding = comparison
         # A remote store may not answer, or the scheme of its URL may be unknown.
         except CkptavgError as error:
-            return Finding(str(name), part, MISSING, error.message)
+            return Finding(path, role, MISSING, error.message)
         return finding
 
-    def _opened(self, place: Location, part: str, key: str, expected: str) -> Finding:
+    def _open_and_compare(self, place: Location, part: str, key: str, expected: str) -> Finding:
         try:
             checkpoint = open_checkpoint(place, key)
         except CkptavgError as error:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ckptavg.formats import Checkpoint, Tensor
@@ -27,15 +27,9 @@ from ckptavg.outputs.sinks import Sink
 
 # Elements. It divides the stream's TASK, so that a single thread sees each leaf, in order.
 LEAF = 1 << 20
-# Keys in the provenance.
-DIGEST, SEAL, KEY = "digest", "seal", "key"
 _SIZE = 32  # bytes of a SHA-256
 _MISSING = bytes(_SIZE)
 _WEIGHTS = "sha256-tree:"
-_RECORD = "sha256:"
-# Stands for a digest that is not known yet. Its length is that of any digest, so that the digest
-# can later be written over it in place.
-PENDING = _WEIGHTS + "0" * 2 * _SIZE
 
 Row = tuple[str, DType, tuple[int, ...], bytes]
 """Name, dtype and shape of a tensor, and the concatenated digests of the tensor's leaves."""
@@ -205,57 +199,3 @@ def combined(rows: Iterable[Row]) -> str:
         digests = [leaves[at : at + _SIZE].hex() for at in range(0, len(leaves), _SIZE)]
         table_hash.update(f"{json.dumps([name, dtype.name, shape, digests])}\n".encode())
     return _WEIGHTS + table_hash.hexdigest()
-
-
-def recorded(
-    made: Mapping[str, Any],
-    inputs: Sequence[Checkpoint],
-    of: Callable[[Checkpoint], str] = lambda _: PENDING,
-    output: str = PENDING,
-) -> dict[str, Any]:
-    """Add digests to a provenance, whose length then does not depend on the digests' values.
-
-    Args:
-        made: The provenance without digests.
-        inputs: The checkpoints that the provenance lists, then the base if it names one.
-        of: Returns the digest of a checkpoint. By default a placeholder of the same length.
-        output: The digest of the output.
-
-    Returns:
-        A copy of the provenance with digests and a seal.
-    """
-    accounts = [account for _, account in accounts_of(made)]
-    hashed_accounts = [
-        {**account, DIGEST: of(checkpoint)} | ({KEY: checkpoint.key} if checkpoint.key else {})
-        for account, checkpoint in zip(accounts, inputs, strict=True)
-    ]
-    count = len(made["checkpoints"])
-    base = {"base": hashed_accounts[count]} if hashed_accounts[count:] else {}
-    return sealed({**made, "checkpoints": hashed_accounts[:count], **base, DIGEST: output})
-
-
-def accounts_of(made: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    """List the provenance's entries about inputs, each with the role ``input`` or ``base``."""
-    accounts = [("input", account) for account in made["checkpoints"]]
-    return accounts + ([("base", made["base"])] if isinstance(made.get("base"), dict) else [])
-
-
-def sealed(made: Mapping[str, Any]) -> dict[str, Any]:
-    """Add a digest of the provenance itself, so that damage to the record is detected."""
-    return {**made, SEAL: _seal(made)}
-
-
-def is_recorded(made: Mapping[str, Any] | None) -> bool:
-    """Return True if a provenance holds digests."""
-    return made is not None and isinstance(made.get(DIGEST), str)
-
-
-def is_sealed(made: Mapping[str, Any]) -> bool:
-    """Return True if a provenance with digests has not changed since the record was written."""
-    return bool(made.get(SEAL) == _seal(made))
-
-
-def _seal(made: Mapping[str, Any]) -> str:
-    # With sorted keys, a tool that rewrites the JSON in another order does not break the seal.
-    text = json.dumps({k: v for k, v in made.items() if k != SEAL}, sort_keys=True)
-    return _RECORD + hashlib.sha256(text.encode()).hexdigest()

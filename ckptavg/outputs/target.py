@@ -9,17 +9,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from ckptavg._version import __version__
 from ckptavg.errors import CkptavgError, OutputError, UsageError, first_few
 from ckptavg.errors.system import guard_reads, guard_writes
 from ckptavg.formats import Checkpoint, is_checkpoint_directory, open_checkpoint
 from ckptavg.formats.file_layout import Layout, OutputTensor
+from ckptavg.formats.provenance import Provenance
 from ckptavg.formats.registry import lay_out
-from ckptavg.formats.running_statistics import Statistics
 from ckptavg.io.atomic import Publication
 from ckptavg.io.output_paths import (
     check_no_input,
@@ -28,15 +26,13 @@ from ckptavg.io.output_paths import (
     check_target,
     follow,
 )
-from ckptavg.io.paths import Location, RemotePath, check_output, is_url, without_secrets
+from ckptavg.io.paths import Location, RemotePath, check_output, is_url
 from ckptavg.io.stamp import changed
 from ckptavg.outputs import digests
 from ckptavg.outputs.sinks import FileSink
 
 log = logging.getLogger("ckptavg")
 StateDict = dict[str, torch.Tensor]
-# Key in the provenance of a directory.
-_FILES = "files"
 
 
 @dataclass(frozen=True)
@@ -48,7 +44,7 @@ class Target:
         tensors: Tensors of the output, under bare names.
         layout: Files of the output, and the position of each tensor in the files.
         overwrite: True if an existing output is replaced.
-        made: Provenance of the output.
+        provenance: Provenance of the output.
         template: The checkpoint whose layout and configuration the output follows.
         replaceable: Files that may be removed from an existing directory at the path, by their
             paths below the directory.
@@ -58,7 +54,7 @@ class Target:
     tensors: Sequence[OutputTensor]
     layout: Layout
     overwrite: bool
-    made: Mapping[str, Any]
+    provenance: Provenance
     template: Checkpoint
     replaceable: frozenset[str] = frozenset()
 
@@ -66,7 +62,7 @@ class Target:
 def prepare(
     out: str | os.PathLike[str],
     tensors: Sequence[OutputTensor],
-    made: Mapping[str, Any],
+    provenance: Provenance,
     inputs: Sequence[Checkpoint],
     *,
     is_run: Callable[[Path], bool],
@@ -79,7 +75,7 @@ def prepare(
     Args:
         out: Path of the output. The suffix decides the format, see ``lay_out``.
         tensors: Tensors of the output, under bare names.
-        made: Provenance of the output.
+        provenance: Provenance of the output.
         inputs: The checkpoints that the output is made of. The output must not replace an input.
             The output follows the layout and configuration of the last input.
         is_run: Returns True for a directory with checkpoints of a training, which must not be
@@ -104,32 +100,30 @@ def prepare(
     _check_no_run(path, is_run, overwrite=overwrite)
     check_target(path, overwrite=overwrite)
     # The provenance may be copied from an input, whose list of files is not this output's.
-    made = {key: value for key, value in made.items() if key != _FILES}
-    layout = _lay_out(out, tensors, made, inputs[-1], companions or {})
+    provenance = provenance.with_files([])
+    layout = _lay_out(out, tensors, provenance, inputs[-1], companions or {})
     replaceable = frozenset[str]()
     if layout.directory:
-        made |= {_FILES: sorted(layout.names)}
-        if digests.is_recorded(made):
-            made = digests.sealed(made)
+        provenance = provenance.with_files(layout.names).with_checksum()
         # The provenance lists the files, whose names only a first layout gives: so lay out again.
-        layout = _lay_out(out, tensors, made, inputs[-1], companions or {})
+        layout = _lay_out(out, tensors, provenance, inputs[-1], companions or {})
         replaceable = frozenset([*layout.names, *_recorded_files(path)])
     check_replaceable(path, directory=layout.directory, names=replaceable)
     check_room(path, layout.size)
     if path.is_symlink():
         log.info("%s is a link: %s is written", path, follow(path))
-    return Target(path, tensors, layout, overwrite, made, inputs[-1], replaceable)
+    return Target(path, tensors, layout, overwrite, provenance, inputs[-1], replaceable)
 
 
 def _lay_out(
     out: str | os.PathLike[str],
     tensors: Sequence[OutputTensor],
-    made: Mapping[str, Any],
+    provenance: Provenance,
     template: Checkpoint,
     companions: Mapping[str, bytes],
 ) -> Layout:
     with guard_reads(template.path):
-        layout = lay_out(os.fspath(out), tensors, made, template)
+        layout = lay_out(os.fspath(out), tensors, provenance, template)
     if companions and not layout.directory:
         raise UsageError(
             f"{out} would be a file, but {first_few(list(companions))} has to stand beside the "
@@ -192,12 +186,11 @@ def _recorded_files(path: Path) -> list[str]:
     if not path.is_dir():
         return []
     try:
-        origin = open_checkpoint(path).provenance or {}
+        provenance = open_checkpoint(path).provenance
     except CkptavgError:
         # ckptavg did not write this directory.
         return []
-    names = origin.get(_FILES)
-    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    return [] if provenance is None else provenance.files
 
 
 def check_together(targets: Sequence[Target]) -> None:
@@ -285,22 +278,22 @@ def fill(
     target: Target,
     file: FileSink | None,
     state_dict: Mapping[str, torch.Tensor],
-    made: Mapping[str, Any],
-) -> Mapping[str, Any]:
+    provenance: Provenance,
+) -> Provenance:
     """Write tensors that are in memory into an opened output.
 
     Args:
         target: The output.
         file: The output's sink; None where another process writes the output.
         state_dict: The output's tensors, under bare names.
-        made: The output's provenance. A digest in it is replaced by the digest of the tensors.
+        provenance: The output's provenance. A digest in it is replaced by that of the tensors.
 
     Returns:
         The provenance as written.
     """
     if file is None:
-        return made
-    sink = digests.OutputDigest(file, target.tensors) if digests.is_recorded(made) else file
+        return provenance
+    sink = digests.OutputDigest(file, target.tensors) if provenance.digest is not None else file
     for tensor in target.tensors:
         if tensor.tied_to is None and state_dict[tensor.name].numel():
             # The bytes are passed by their address: NumPy, the usual way, lacks bfloat16.
@@ -308,18 +301,18 @@ def fill(
             raw = (ctypes.c_uint8 * values.nbytes).from_address(values.data_ptr())
             sink.write(tensor.name, 0, memoryview(raw).cast("B"))
     if isinstance(sink, digests.OutputDigest):
-        made = digests.sealed({**made, digests.DIGEST: sink.digest})
-        rewrite_provenance(target, file, made)
-    return made
+        provenance = provenance.with_digest(sink.digest)
+        rewrite_provenance(target, file, provenance)
+    return provenance
 
 
-def change_provenance(target: Target, file: FileSink | None, made: Mapping[str, Any]) -> Target:
+def change_provenance(target: Target, file: FileSink | None, provenance: Provenance) -> Target:
     """Replace an output's provenance by one of any length, while no tensor has been written.
 
     Args:
         target: The output, opened.
         file: The output's sink; None where another process writes the output.
-        made: The new provenance.
+        provenance: The new provenance.
 
     Returns:
         The output with the new provenance and a layout for it.
@@ -327,78 +320,28 @@ def change_provenance(target: Target, file: FileSink | None, made: Mapping[str, 
     Raises:
         OutputError: There is not enough room.
     """
-    if made == target.made:
+    if provenance == target.provenance:
         return target
-    if digests.is_recorded(made):
-        made = digests.sealed(made)
+    provenance = provenance.with_checksum()
     companions = target.layout.companions
-    layout = _lay_out(target.path, target.tensors, made, target.template, companions)
+    layout = _lay_out(target.path, target.tensors, provenance, target.template, companions)
     if file is not None:
         file.begin_anew(layout)
-    return replace(target, layout=layout, made=made)
+    return replace(target, layout=layout, provenance=provenance)
 
 
-def rewrite_provenance(target: Target, sink: FileSink, made: Mapping[str, Any]) -> None:
+def rewrite_provenance(target: Target, sink: FileSink, provenance: Provenance) -> None:
     """Replace the provenance of an output that is being written by one of the same length.
 
     Args:
         target: The output, opened.
         sink: The output's sink.
-        made: The new provenance.
+        provenance: The new provenance.
 
     Raises:
         CheckpointError: The layout would be different now: the template has changed.
     """
-    layout = lay_out(os.fspath(target.path), target.tensors, made, target.template)
+    layout = lay_out(os.fspath(target.path), target.tensors, provenance, target.template)
     if not target.layout.fits(layout):
         raise changed(target.template.path)
     sink.replace(layout)
-
-
-def provenance(
-    scheme: str,
-    checkpoints: Sequence[Checkpoint],
-    coefficients: Sequence[float],
-    statistics: Statistics,
-    ties: Sequence[Sequence[str]] = (),
-    base: Checkpoint | None = None,
-) -> dict[str, Any]:
-    """Describe the origin of an output as plain values for JSON.
-
-    Args:
-        scheme: The scheme's whole specification.
-        checkpoints: The selected checkpoints, in order.
-        coefficients: One per checkpoint, normalized.
-        statistics: The state of the BatchNorm running statistics.
-        ties: Groups of names that share their contents.
-        base: The checkpoint that the tensors outside the average come from, where it is not one of
-            ``checkpoints``.
-
-    Returns:
-        ``version``, ``scheme``, ``checkpoints`` (each with ``path``, ``step``, ``coefficient``,
-        ``size`` in bytes and ``mtime`` in seconds) and ``bn``. Where there are any, also
-        ``bn_layers`` (the layers that ``bn`` does not hold for, by kind), ``base`` and ``tied``
-        names. The provenance of a directory later gets ``files`` too, the names of all files.
-    """
-    origin: dict[str, Any] = {
-        "version": __version__,
-        "scheme": scheme,
-        "checkpoints": [
-            _account(c, step=c.step, coefficient=coefficient)
-            for c, coefficient in zip(checkpoints, coefficients, strict=True)
-        ],
-        **statistics.plain,
-    }
-    origin |= {} if base is None else {"base": _account(base)}
-    return origin | ({"tied": [list(group) for group in ties]} if ties else {})
-
-
-def _account(checkpoint: Checkpoint, **part: float | None) -> dict[str, Any]:
-    """Describe a checkpoint, and the checkpoint's part in the output, for the provenance."""
-    return {
-        # A URL may hold credentials, which must not be stored in the output.
-        "path": without_secrets(str(checkpoint.path)),
-        **part,
-        "size": checkpoint.size,
-        "mtime": max(stamp.mtime_ns for stamp in checkpoint.files) / 1e9,
-    }

@@ -128,11 +128,12 @@ def _source_of(checkpoint: Checkpoint) -> tuple[str, int] | None:
     The directories of the source do not count, since a run may have moved.
     """
     provenance = checkpoint.provenance
-    if provenance is None or checkpoint.is_average or not provenance["checkpoints"]:
+    if provenance is None or provenance.is_average or not provenance.inputs:
         return None
-    source = provenance["checkpoints"][0]
-    path, size = source.get("path"), source.get("size")
-    return (last_part(path), size) if isinstance(path, str) and isinstance(size, int) else None
+    source = provenance.inputs[0]
+    if source.path is None or source.size is None:
+        return None
+    return last_part(source.path), source.size
 
 
 def _split_repeats(

@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import ckptavg
 from ckptavg import average, average_many, open_run
-from ckptavg.averaging.accounts import account_of
+from ckptavg.averaging.accounts import provenance_of
 from ckptavg.averaging.api import load
 from ckptavg.averaging.plan import plan_average
 from ckptavg.batchnorm.checkpoints import prepare_copy
@@ -38,6 +38,7 @@ from ckptavg.errors import (
     UsageError,
 )
 from ckptavg.formats import open_checkpoint
+from ckptavg.formats.provenance import Provenance
 from ckptavg.outputs.target import fill
 from ckptavg.outputs.target import opened as opened_outputs
 
@@ -347,9 +348,11 @@ def test_state_in_memory_is_written_with_its_ties(tmp_path):
     weight = torch.randn(3, 3)
     state = {"a": weight, "b": weight, "t": torch.randn(3, 2).t(), "e": torch.ones(0)}
     checkpoint = open_checkpoint(save(tmp_path / "in.pt", state))
-    target = prepare_copy(checkpoint, tmp_path / "out.pt", {"checkpoints": []}, overwrite=False)
+    target = prepare_copy(
+        checkpoint, tmp_path / "out.pt", Provenance({"checkpoints": []}), overwrite=False
+    )
     with opened_outputs([target]) as (file,):
-        assert fill(target, file, state, target.made) == {"checkpoints": []}
+        assert fill(target, file, state, target.provenance).entries == {"checkpoints": []}
     found = read(tmp_path / "out.pt")
     assert all(same_bits(found[name], t) for name, t in state.items())
     assert found["a"].data_ptr() == found["b"].data_ptr()
@@ -480,11 +483,11 @@ def test_the_command_notes_stale_statistics_once_and_does_not_warn(tmp_path):
 def test_an_average_in_memory_tells_how_it_was_made_and_is_saved_with_it(tmp_path):
     run = open_run(normalized_net(tmp_path / "run"))
     state = average(run)
-    assert account_of(state)["bn"] == "stale"
-    assert account_of(dict(state)) is None
+    assert provenance_of(state).bn == "stale"
+    assert provenance_of(dict(state)) is None
     torch.save(state, tmp_path / "kept.pth")
     loaded = torch.load(tmp_path / "kept.pth", weights_only=True)
-    assert account_of(loaded) == account_of(state)
+    assert provenance_of(loaded) == provenance_of(state)
     assert all(same_bits(loaded[name], state[name]) for name in state)
     torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2)).load_state_dict(state)
 
@@ -498,7 +501,7 @@ def test_what_torch_saves_of_an_average_in_memory_tells_how_it_was_made(tmp_path
     torch.save(saved, tmp_path / "kept.pth", _use_new_zipfile_serialization=as_zip)
     kept = open_checkpoint(tmp_path / "kept.pth")
     assert (kept.key, kept.is_average) == (key, True)
-    assert kept.provenance == account_of(state)
+    assert kept.provenance == provenance_of(state)
     if key:
         assert open_checkpoint(tmp_path / "kept.pth", "ema").provenance is None
     shutil.copy(tmp_path / "kept.pth", tmp_path / "run" / "epoch_9.pth")

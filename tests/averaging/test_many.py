@@ -246,8 +246,8 @@ def test_every_output_says_how_it_was_made(run, tmp_path):
         run, {"last2": run.last(2), "ema": "ema:decay=0.9"}, out_dir=tmp_path / "out"
     )
     made = {name: ckptavg.open_checkpoint(path).provenance for name, path in paths.items()}
-    assert [len(made[name]["checkpoints"]) for name in ("last2", "ema")] == [2, 6]
-    assert made["ema"]["scheme"] == "ema:decay=0.9"
+    assert [len(made[name].inputs) for name in ("last2", "ema")] == [2, 6]
+    assert made["ema"].scheme == "ema:decay=0.9"
 
 
 def command(*arguments):

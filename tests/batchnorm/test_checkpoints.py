@@ -189,7 +189,7 @@ def test_a_directory_is_copied_with_its_configuration(tmp_path):
     update_checkpoint(checkpoint, tmp_path / "out", Pass(Net(), BATCHES, RUNTIME))
     assert_refreshed(tmp_path / "out", state_of(1))
     assert (tmp_path / "out" / "config.json").read_text() == '{"model_type": "net"}'
-    assert open_checkpoint(tmp_path / "out").provenance["bn"] == "recomputed"
+    assert open_checkpoint(tmp_path / "out").provenance.bn == "recomputed"
 
 
 def test_a_dataset_passes_in_the_runtimes_batches(tmp_path):
@@ -248,18 +248,18 @@ def test_the_progress_of_both_phases_is_told(tmp_path, planned):
 def test_an_average_says_that_its_statistics_are_recomputed(tmp_path, planned, checkpoints):
     write_average(planned, tmp_path / "out.pt", Pass(Net(), BATCHES, RUNTIME))
     made = open_checkpoint(tmp_path / "out.pt").provenance
-    assert made["bn"] == "recomputed"
-    assert made["scheme"] == "uniform"
-    assert [c["path"] for c in made["checkpoints"]] == [str(c.path) for c in checkpoints]
-    assert [c["coefficient"] for c in made["checkpoints"]] == pytest.approx([1 / 3] * 3)
+    assert made.bn == "recomputed"
+    assert made.scheme == "uniform"
+    assert [source.path for source in made.inputs] == [str(c.path) for c in checkpoints]
+    assert [source.coefficient for source in made.inputs] == pytest.approx([1 / 3] * 3)
 
 
 def test_a_checkpoint_says_what_it_was_made_of(tmp_path):
     checkpoint = open_checkpoint(save(tmp_path / "in.pt", state_of(1)))
     update_checkpoint(checkpoint, tmp_path / "out.safetensors", Pass(Net(), BATCHES, RUNTIME))
     made = open_checkpoint(tmp_path / "out.safetensors").provenance
-    assert made["bn"] == "recomputed"
-    assert [c["path"] for c in made["checkpoints"]] == [str(tmp_path / "in.pt")]
+    assert made.bn == "recomputed"
+    assert [source.path for source in made.inputs] == [str(tmp_path / "in.pt")]
 
 
 def test_an_average_that_is_refreshed_later_keeps_its_history(tmp_path, planned, states):
@@ -270,8 +270,8 @@ def test_an_average_that_is_refreshed_later_keeps_its_history(tmp_path, planned,
     update_checkpoint(stale, tmp_path / "fresh.pt", Pass(Net(), BATCHES, RUNTIME))
     assert_refreshed(tmp_path / "fresh.pt", average_of(states))
     made = open_checkpoint(tmp_path / "fresh.pt").provenance
-    assert (stale.provenance["bn"], made["bn"]) == ("stale", "recomputed")
-    assert made["checkpoints"] == stale.provenance["checkpoints"]
+    assert (stale.provenance.bn, made.bn) == ("stale", "recomputed")
+    assert made.inputs == stale.provenance.inputs
 
 
 def test_nothing_is_said_of_stale_statistics(tmp_path, planned, caplog):
@@ -310,7 +310,7 @@ def test_an_existing_output_is_refused_before_the_data_are_read(tmp_path, run):
 def test_an_existing_output_is_replaced_if_that_was_asked_for(tmp_path, run):
     (tmp_path / "out.pt").write_text("mine")
     run(tmp_path / "out.pt", Net(), BATCHES, overwrite=True)
-    assert open_checkpoint(tmp_path / "out.pt").provenance["bn"] == "recomputed"
+    assert open_checkpoint(tmp_path / "out.pt").provenance.bn == "recomputed"
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -359,7 +359,7 @@ def test_a_model_without_batchnorm_has_nothing_to_recompute(tmp_path, caplog):
     checkpoint = open_checkpoint(save(tmp_path / "in.pt", state))
     how = Pass(nn.Linear(4, 3), BATCHES, RUNTIME)
     result, made = update_checkpoint(checkpoint, tmp_path / "out.pt", how)
-    assert (result.layers, made["bn"]) == (0, "none")
+    assert (result.layers, made.bn) == (0, "none")
     assert "nothing to recompute" in caplog.text
     assert torch.equal(load(open_checkpoint(tmp_path / "out.pt"))["weight"], state["weight"])
 

@@ -34,7 +34,7 @@ def test_digests_are_recorded_shown_and_verified(run):
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)
     assert [c["digest"] for c in told["checkpoints"]] == [by_rule(randoms(i)) for i in (1, 2, 3)]
-    recorded = open_checkpoint(run.parent / "o.pt").provenance
+    recorded = open_checkpoint(run.parent / "o.pt").provenance.entries
     assert told == {**recorded, "output": "o.pt", "bytes": told["bytes"]}
     assert verified("o.pt") == [
         ("archive", "same"), ("record", "same"), ("weights", "same"), *[("input", "same")] * 3,
@@ -48,7 +48,7 @@ def test_digests_are_recorded_shown_and_verified(run):
 
 def test_without_hash_nothing_is_recorded(run):
     ckptavg("average", "run", "-o", "o.safetensors")
-    made = open_checkpoint(run.parent / "o.safetensors").provenance
+    made = open_checkpoint(run.parent / "o.safetensors").provenance.entries
     assert set(made) == {"version", "scheme", "checkpoints", "bn"}
     line = one_line_error(ckptavg("inspect", "o.safetensors", "--verify"))
     assert "nothing was recorded" in line
@@ -114,7 +114,7 @@ def test_every_further_average_has_its_digests(run):
     )
     told = json.loads(result.stdout)
     for path, made in (("all.pt", told), ("two.pt", told["also"][0])):
-        assert made["digest"] == open_checkpoint(run.parent / path).provenance["digest"]
+        assert made["digest"] == open_checkpoint(run.parent / path).provenance.digest
         assert {state for _, state in verified(path)} == {"same"}
 
 

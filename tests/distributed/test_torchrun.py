@@ -23,6 +23,7 @@ from ckptavg.averaging import sharding
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.checkpoint import DTYPES
 from ckptavg.formats.file_layout import FileLayout, Layout, OutputTensor
+from ckptavg.formats.provenance import Provenance
 from ckptavg.formats.registry import lay_out
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="starts processes by fork")
@@ -156,7 +157,7 @@ def test_no_element_of_our_layouts_lies_across_a_border(runs: Path) -> None:
     ]:
         checkpoint = open_checkpoint(runs / template)
         tensors = [OutputTensor(n, t.dtype, t.shape) for n, t in checkpoint.tensors.items()]
-        layout = lay_out(name, tensors, {}, checkpoint)
+        layout = lay_out(name, tensors, Provenance({}), checkpoint)
         places = {n: at for file in layout.files for n, at in file.offsets.items()}
         assert len(places) == 12
         assert all(places[t.name] % t.dtype.size == 0 for t in tensors)

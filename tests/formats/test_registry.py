@@ -25,6 +25,7 @@ from ckptavg.errors import UnsupportedTensorError, UsageError
 from ckptavg.formats import open_checkpoint, registry
 from ckptavg.formats.checkpoint import DTYPES
 from ckptavg.formats.huggingface import writer
+from ckptavg.formats.provenance import Provenance
 from ckptavg.formats.registry import TORCH_SUFFIXES, OutputTensor, lay_out
 from ckptavg.formats.torch_save import archive as torch_pickle
 from ckptavg.outputs.sinks import FileSink, MemorySink, crc32_combine
@@ -73,7 +74,7 @@ def blocks(tensors, tied=(), seed=0, most=50):
 
 
 def write(path: Path, tensors, template, tied=None, seed=0, threads=0) -> registry.Layout:
-    planned = lay_out(str(path), outputs(tensors, tied), MADE, template)
+    planned = lay_out(str(path), outputs(tensors, tied), Provenance(MADE), template)
     if planned.directory:
         path.mkdir()
     with FileSink(planned, path, outputs(tensors, tied)) as sink:
@@ -121,7 +122,7 @@ def test_a_torch_file_loads_with_weights_only_and_says_how_it_was_made(tmp_path,
     loaded = torch.load(path, weights_only=True)
     assert same(loaded["state_dict"], tensors)
     assert json.loads(loaded["ckptavg"]) == MADE
-    assert open_checkpoint(path).provenance == MADE
+    assert open_checkpoint(path).provenance.entries == MADE
 
 
 @settings(max_examples=25, deadline=None)
@@ -176,7 +177,7 @@ def test_a_safetensors_file_holds_every_name_and_how_it_was_made(tmp_path, plain
     with safe_open(path, "pt") as file:
         assert file.metadata()["format"] == "pt"
         assert json.loads(file.metadata()["ckptavg"]) == MADE
-    assert open_checkpoint(path).provenance == MADE
+    assert open_checkpoint(path).provenance.entries == MADE
 
 
 @pytest.mark.parametrize("name", ["out.pt", "out.safetensors", "out"])
@@ -184,7 +185,7 @@ def test_a_path_that_is_not_unicode_can_be_told(tmp_path, plain, name, monkeypat
     made = MADE | {"checkpoints": [{"path": os.fsdecode(b"caf\xe9.pt"), "step": 1}]}
     monkeypatch.setattr(f"{__name__}.MADE", made)
     write(tmp_path / name, {"a": torch.rand(2)}, plain)
-    assert open_checkpoint(tmp_path / name).provenance == made
+    assert open_checkpoint(tmp_path / name).provenance.entries == made
 
 
 @pytest.mark.parametrize("name", ["out.pt", "out.safetensors", "out"])
@@ -231,7 +232,7 @@ def test_torch_reads_a_file_of_more_than_4_gib(tmp_path, plain):
         OutputTensor("large", DTYPES["uint8"], (5 << 30,)),
         OutputTensor("small", DTYPES["float32"], (3,)),
     ]
-    (file,) = lay_out("out.pt", tensors, MADE, plain).files
+    (file,) = lay_out("out.pt", tensors, Provenance(MADE), plain).files
     path = tmp_path / "out.pt"
     with path.open("wb") as handle:
         for at, content in file.parts:
@@ -247,7 +248,7 @@ def test_torch_reads_a_file_of_more_than_4_gib(tmp_path, plain):
 @pytest.mark.parametrize("path", ["out.onnx", "out.h5", "out.pt.zip", "out.safetensors.bak"])
 def test_an_unknown_suffix_is_wrong_usage_that_lists_the_known(plain, path):
     with pytest.raises(UsageError, match="safetensors") as caught:
-        lay_out(path, [], MADE, plain)
+        lay_out(path, [], Provenance(MADE), plain)
     assert Path(path).suffix in str(caught.value)
 
 
@@ -256,7 +257,9 @@ def test_an_unknown_suffix_is_wrong_usage_that_lists_the_known(plain, path):
     [("out", True), ("run-1.5", True), ("out.d/", True), ("x.pth.tar", False), ("a.b/c.pt", False)],
 )
 def test_the_suffix_decides_between_file_and_directory(plain, path, directory):
-    assert lay_out(path, outputs({"a": torch.rand(1)}), MADE, plain).directory == directory
+    assert (
+        lay_out(path, outputs({"a": torch.rand(1)}), Provenance(MADE), plain).directory == directory
+    )
 
 
 # -------------------------------------------------------------------------------------- directories
@@ -287,7 +290,7 @@ def test_from_pretrained_loads_what_is_written(language_model, tmp_path, options
     state = loaded.state_dict()
     assert all(torch.equal(state[name], tensors[name]) for name in tensors)
     assert loaded.lm_head.weight is loaded.transformer.wte.weight
-    assert open_checkpoint(tmp_path / "out").provenance == MADE
+    assert open_checkpoint(tmp_path / "out").provenance.entries == MADE
 
 
 def test_shards_and_companions_are_those_of_the_input(language_model, tmp_path):
@@ -390,7 +393,7 @@ def test_laying_out_many_tensors_takes_little_time(tmp_path):
     save_file(tensors, tmp_path / "in" / "model.safetensors")
     template = open_checkpoint(tmp_path / "in")
     begun = time.process_time()
-    lay_out(str(tmp_path / "out"), outputs(tensors), MADE, template)
+    lay_out(str(tmp_path / "out"), outputs(tensors), Provenance(MADE), template)
     assert time.process_time() - begun < 1
 
 
@@ -409,7 +412,7 @@ def test_a_full_disk_shows_before_the_work_and_leaves_no_file_open(tmp_path, pla
     tensors = outputs({"a": torch.rand(2)})
     with (
         pytest.raises(OSError, match="No space"),
-        FileSink(lay_out("out.pt", tensors, MADE, plain), tmp_path / "out.pt", tensors),
+        FileSink(lay_out("out.pt", tensors, Provenance(MADE), plain), tmp_path / "out.pt", tensors),
     ):
         pytest.fail("the files were opened")
     assert opened

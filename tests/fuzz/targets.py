@@ -33,11 +33,12 @@ import torch.distributed.checkpoint as dcp
 from assembler import get, glob, number, numbers, put, storage, tensor, text
 from watch import watched
 
-from ckptavg.averaging.accounts import with_account
+from ckptavg.averaging.accounts import with_provenance
 from ckptavg.averaging.api import average
 from ckptavg.errors import CheckpointError, CkptavgError
 from ckptavg.formats import open_checkpoint, state_dict, training_record
 from ckptavg.formats.checkpoint import DTYPES
+from ckptavg.formats.provenance import Provenance
 from ckptavg.formats.safe_pickle import unpickler
 from ckptavg.formats.safe_pickle.calls import KNOWN_CALLS
 from ckptavg.formats.safe_pickle.values import (
@@ -288,6 +289,7 @@ def _trees() -> list[Any]:
     base = torch.arange(16.0)
     module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
     optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    made = Provenance({"scheme": "uniform", "checkpoints": [{"step": 1}]})
     return [
         {"w": base.view(4, 4).t(), "v": base[::2], "n": torch.tensor(3)},
         {"state_dict": module.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 3},
@@ -295,7 +297,7 @@ def _trees() -> list[Any]:
         OrderedDict({"module.a": torch.nn.Parameter(base), "n_averaged": torch.tensor(1)}),
         {"state": {"model": {"e": base[:1].expand(4)}}, "lr": [1e-3], "val": {"acc": 0.5}},
         {"q": torch.eye(2).to_sparse(), "c": torch.zeros(2, dtype=torch.complex64).conj()},
-        {"model": with_account({"a": base}, {"scheme": "uniform", "checkpoints": [{"step": 1}]})},
+        {"model": with_provenance({"a": base}, made)},
     ]
 
 

@@ -460,7 +460,7 @@ def test_provenance_names_the_urls(store, tmp_path):
     url = upload(tmp_path / "run")
     out = ckptavg.average(ckptavg.open_run(url), out=tmp_path / "out.pt")
     made = open_checkpoint(out).provenance
-    assert [c["path"] for c in made["checkpoints"]] == [f"{url}/epoch_{i}.pt" for i in (1, 2, 3)]
+    assert [source.path for source in made.inputs] == [f"{url}/epoch_{i}.pt" for i in (1, 2, 3)]
 
 
 intervals = st.tuples(st.sampled_from("ab"), st.integers(0, 10**6), st.integers(0, 10**5)).map(

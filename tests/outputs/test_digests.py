@@ -33,6 +33,7 @@ from ckptavg.averaging.read_groups import Job
 from ckptavg.averaging.stream import StreamRequests, stream
 from ckptavg.batchnorm.checkpoints import Pass, update_checkpoint, write_averages
 from ckptavg.errors import CheckpointError, UsageError
+from ckptavg.formats.provenance import Provenance
 from ckptavg.inspection.verify import Verifier, digest
 from ckptavg.outputs import digests as digests_module
 from ckptavg.outputs import target
@@ -45,7 +46,7 @@ FLOAT8 = [torch.float8_e4m3fn, torch.float8_e5m2]
 def recorded(path):
     """The digests in an output: its own, and those of what it is made of."""
     made = open_checkpoint(path).provenance
-    return made["digest"], [c["digest"] for c in made["checkpoints"]]
+    return made.digest, [source.digest for source in made.inputs]
 
 
 def outcome(path, **options):
@@ -243,8 +244,8 @@ def test_what_the_average_does_not_take_counts_too(tmp_path):
     )  # fmt: skip
     assert recorded(tmp_path / "o.pt")[1] == [by_rule(state) for state in states]
     made = open_checkpoint(tmp_path / "o.pt").provenance
-    assert made["base"]["path"] == str(base)
-    assert made["base"]["digest"] == by_rule(randoms(9) | {"odd": torch.zeros(1)})
+    assert made.base.path == str(base)
+    assert made.base.digest == by_rule(randoms(9) | {"odd": torch.zeros(1)})
     assert ("base", "base.pt", "same") in outcome(tmp_path / "o.pt")
 
 
@@ -264,12 +265,12 @@ def test_digests_change_nothing_else(tmp_path):
         ckptavg.average(run, out=tmp_path / f"{digests}.pt", digests=digests)
     told, plain = (open_checkpoint(tmp_path / f"{d}.pt") for d in (True, False))
     assert by_rule(load(told)) == by_rule(load(plain))
-    made = dict(told.provenance)
+    made = dict(told.provenance.entries)
     del made["digest"], made["seal"]
     made["checkpoints"] = [
         {k: v for k, v in c.items() if k != "digest"} for c in made["checkpoints"]
     ]
-    assert made == plain.provenance
+    assert made == plain.provenance.entries
 
 
 def test_every_one_of_many_averages_has_its_own(tmp_path):
@@ -328,7 +329,12 @@ def test_an_output_whose_template_changes_meanwhile_is_not_written(tmp_path, mon
 
     def lay_out(path, tensors, made, template):
         calls.append(path)
-        return real(path, tensors, {**made, "more": "x" * 64 * (len(calls) > 1)}, template)
+        return real(
+            path,
+            tensors,
+            Provenance({**made.entries, "more": "x" * 64 * (len(calls) > 1)}),
+            template,
+        )
 
     real = target.lay_out
     monkeypatch.setattr(target, "lay_out", lay_out)
@@ -511,5 +517,5 @@ def test_a_checkpoint_that_comes_again_is_shown_once(tmp_path):
     one, two = opened(tmp_path, [{"w": torch.randn(9)} for _ in range(2)])
     ckptavg.average([one, two, one], out=tmp_path / "out.pt", digests=True)
     made = ckptavg.open_checkpoint(tmp_path / "out.pt").provenance
-    digests = [account["digest"] for account in made["checkpoints"]]
+    digests = [source.digest for source in made.inputs]
     assert digests[0] == digests[2] != digests[1]

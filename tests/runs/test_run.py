@@ -837,11 +837,12 @@ def test_a_run_below_another_is_left_out_and_said(tmp_path):
 def test_a_refreshed_checkpoint_keeps_its_place_in_a_run(tmp_path):
     from ckptavg.averaging.api import load
     from ckptavg.batchnorm.checkpoints import prepare_copy
-    from ckptavg.outputs.target import fill, opened, provenance
+    from ckptavg.outputs.provenance import build_provenance
+    from ckptavg.outputs.target import fill, opened
 
     numbered(tmp_path / "run", 2)
     for checkpoint in open_run(tmp_path / "run"):
-        made = provenance("none", [checkpoint], [1.0], Statistics("recomputed"))
+        made = build_provenance("none", [checkpoint], [1.0], Statistics("recomputed"))
         out = tmp_path / f"{'ba'[int(checkpoint.step) - 1]}.pt"
         target = prepare_copy(checkpoint, out, made, overwrite=False)
         with opened([target]) as (file,):

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ckptavg.averaging.planning.tensor_plan import TensorPlan
     from ckptavg.batchnorm.checkpoints import Pass
     from ckptavg.distributed.torchrun import TorchrunGroup
+    from ckptavg.formats.provenance import Provenance
     from ckptavg.outputs.target import Target
     from ckptavg.runs.run import Run
 
@@ -118,7 +119,7 @@ def average(
         for planned_average, name in zip(planned, names, strict=True):
             _show_plan(report, planned_average, name)
     if out is None or dry_run:
-        records = [planned_average.provenance() | {"output": None} for planned_average in planned]
+        records = [{**average.provenance().entries, "output": None} for average in planned]
         _result(report, records, further)
         return
     if how is not None:
@@ -129,7 +130,7 @@ def average(
     if processes is not None and processes.rank:  # the first has looked at the output for all
         return
     records = []
-    for provenance, path in zip(written.made, outs, strict=True):
+    for provenance, path in zip(written.provenances, outs, strict=True):
         records.append(_written(report, provenance, path))
     if measured:
         records[0] |= _geometry(report, selection, written.gram)
@@ -244,15 +245,15 @@ def _geometry(report: Report, selection: Run, gram: torch.Tensor | None) -> dict
     return {"geometry": geometry.values(measured)}
 
 
-def _written(report: Report, made: Mapping[str, Any], out: str) -> dict[str, Any]:
+def _written(report: Report, provenance: Provenance, out: str) -> dict[str, Any]:
     """Print the written output, and return the same as plain values."""
     size = _size(Path(out))
     facts = [] if size is None else [size_text(size)]
-    facts += [] if made["bn"] == "none" else [f"BatchNorm statistics: {made['bn']}"]
+    facts += [] if provenance.bn == "none" else [f"BatchNorm statistics: {provenance.bn}"]
     report.line(f"wrote {out}" + (f" ({', '.join(facts)})" if facts else ""))
-    if "digest" in made:
-        report.line(f"digest of its weights: {made['digest']}")
-    return {**made, "output": out, "bytes": size}
+    if provenance.digest is not None:
+        report.line(f"digest of its weights: {provenance.digest}")
+    return {**provenance.entries, "output": out, "bytes": size}
 
 
 def _result(report: Report, made: list[dict[str, Any]], further: tuple[Also, ...]) -> None:

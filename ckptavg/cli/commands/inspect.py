@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,7 +17,7 @@ from ckptavg.errors import UsageError, first_few
 from ckptavg.errors.printable import size_text, split_directory
 from ckptavg.formats import Checkpoint
 from ckptavg.formats.names import batchnorm_layers
-from ckptavg.formats.running_statistics import listed_layers
+from ckptavg.formats.provenance import Provenance
 from ckptavg.io.paths import locate, without_secrets
 from ckptavg.runs.discovery.numbered import short_names
 from ckptavg.runs.metric_columns import metric_columns
@@ -210,7 +210,7 @@ def _show_checkpoint(report: Report, checkpoint: Checkpoint) -> None:
         name: {"dtype": t.dtype.name, "shape": list(t.shape)}
         for name, t in checkpoint.tensors.items()
     }
-    provenance = None if checkpoint.provenance is None else dict(checkpoint.provenance)
+    provenance = None if checkpoint.provenance is None else dict(checkpoint.provenance.entries)
     report.result(
         _summary(checkpoint)
         | {"tensors": tensors, "batchnorm": list(layers), "tied": ties, "ckptavg": provenance}
@@ -223,22 +223,23 @@ def _entries_text(checkpoint: Checkpoint) -> str:
     return f"weights under {checkpoint.key}" if checkpoint.key else "a state dict itself"
 
 
-def _show_provenance(report: Report, made: Mapping[str, Any]) -> None:
-    checkpoints = made["checkpoints"]
-    directory, names = split_directory([str(checkpoint.get("path")) for checkpoint in checkpoints])
+def _show_provenance(report: Report, provenance: Provenance) -> None:
+    sources = provenance.inputs
+    directory, names = split_directory([str(source.path) for source in sources])
     rows = []
-    for name, checkpoint in zip(names, checkpoints, strict=True):
-        step, coefficient = checkpoint.get("step"), checkpoint.get("coefficient")
-        rows.append((name, number_text(step), number_text(coefficient)))
+    for name, source in zip(names, sources, strict=True):
+        rows.append((name, number_text(source.step), number_text(source.coefficient)))
     title = (
-        f"made by ckptavg {made.get('version')}: {made.get('scheme')}, "
-        f"BatchNorm statistics {made.get('bn')}{f', from {directory}' if directory else ''}"
+        f"made by ckptavg {provenance.version}: {provenance.scheme}, "
+        f"BatchNorm statistics {provenance.bn}"
     )
+    if directory:
+        title += f", from {directory}"
     report.table(("checkpoint", "step", "coefficient"), rows, title=title)
-    for kind, layers in listed_layers(made).items():
+    for kind, layers in provenance.bn_layers.items():
         report.line(f"BatchNorm {kind.replace('_', ' ')}: {first_few(layers)}")
-    if "digest" in made:
-        report.line(f"digest of its weights: {made['digest']} (--verify compares)")
+    if provenance.digest is not None:
+        report.line(f"digest of its weights: {provenance.digest} (--verify compares)")
 
 
 def _summary(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from ckptavg.distributed.torchrun import TorchrunGroup
 
 if TYPE_CHECKING:
     from ckptavg.batchnorm.update import BatchNormResult
+    from ckptavg.formats.provenance import Provenance
 
 _OUT = "Output"
 
@@ -57,11 +58,11 @@ def update_bn(
             settings, [opened], processes, lambda *done: progress("BatchNorm", *done)
         )
         result, provenance = checkpoints.update_checkpoint(opened, out, how, overwrite=overwrite)
-    report.line(f"wrote {out} ({_describe(result, provenance['bn'])})")
+    report.line(f"wrote {out} ({_describe(result, provenance.bn)})")
     report.result(
         {
             "output": out,
-            **{name: provenance[name] for name in ("bn", "bn_layers") if name in provenance},
+            **_recorded_statistics(provenance),
             "layers": result.layers,
             "samples": result.samples,
             "batches": result.batches,
@@ -70,7 +71,12 @@ def update_bn(
     )
 
 
-def _describe(result: BatchNormResult, state: str) -> str:
+def _recorded_statistics(provenance: Provenance) -> dict[str, Any]:
+    layers = provenance.bn_layers
+    return {"bn": provenance.bn} | ({"bn_layers": layers} if layers else {})
+
+
+def _describe(result: BatchNormResult, state: str | None) -> str:
     """Describe the state of the statistics."""
     if state == "none":
         return "no BatchNorm statistics"

@@ -11,7 +11,6 @@ from ckptavg.errors import CkptavgError, IntegrityError, first_few
 from ckptavg.errors.printable import split_directory
 from ckptavg.formats import Checkpoint, open_checkpoint
 from ckptavg.inspection.verify import CHANGED, Finding, Verifier
-from ckptavg.outputs.digests import is_recorded
 from ckptavg.runs.run import Run
 
 UNKNOWN = "nothing recorded"
@@ -63,7 +62,8 @@ def _averages(run: Run, key: str | None) -> Iterator[Checkpoint]:
             checkpoint = open_checkpoint(left_out.path, key)
         except CkptavgError:
             continue
-        if is_recorded(checkpoint.provenance):
+        provenance = checkpoint.provenance
+        if provenance is not None and provenance.digest is not None:
             yield checkpoint
 
 

@@ -14,10 +14,11 @@ from torch.distributed.checkpoint import filesystem, metadata
 
 from ckptavg.errors import first_few
 from ckptavg.formats import lightning
-from ckptavg.formats.checkpoint import PROVENANCE, Checkpoint
+from ckptavg.formats.checkpoint import Checkpoint
 from ckptavg.formats.dcp import reader
 from ckptavg.formats.file_layout import FileLayout, Layout, OutputTensor
 from ckptavg.formats.huggingface import companions
+from ckptavg.formats.provenance import PROVENANCE
 from ckptavg.formats.safe_pickle.allowlist import Keeper
 from ckptavg.formats.safe_pickle.values import Sharded
 from ckptavg.formats.torch_save.archive import Archive, StorageStub, TensorStub, dumps

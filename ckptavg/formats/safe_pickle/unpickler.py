@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any, BinaryIO
 
 from ckptavg.errors.printable import size_text
-from ckptavg.formats.checkpoint import PROVENANCE
+from ckptavg.formats.provenance import PROVENANCE
 from ckptavg.formats.safe_pickle import arrays
 from ckptavg.formats.safe_pickle.calls import known_call
 from ckptavg.formats.safe_pickle.mappings import unfold_mappings

@@ -15,8 +15,9 @@ from typing import Any
 
 from ckptavg.errors import CheckpointError
 from ckptavg.formats import lightning, state_dict
-from ckptavg.formats.checkpoint import PROVENANCE, Checkpoint
+from ckptavg.formats.checkpoint import Checkpoint
 from ckptavg.formats.file_layout import FileLayout, OutputTensor
+from ckptavg.formats.provenance import PROVENANCE
 from ckptavg.formats.reader import Reader
 from ckptavg.formats.safe_pickle.allowlist import Keeper
 from ckptavg.formats.safe_pickle.values import MalformedPickle, TensorView

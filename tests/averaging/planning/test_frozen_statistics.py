@@ -238,7 +238,7 @@ def test_layers_without_a_count_are_frozen_whatever_their_values(tmp_path):
     assert planned.batchnorm == "frozen"
     out = ckptavg.average(run, out=tmp_path / "out.pt")
     made = open_checkpoint(out).provenance
-    assert (made["bn"], made["bn_layers"]) == ("frozen", {"frozen": [STEM, BODY]})
+    assert (made.bn, made.bn_layers) == ("frozen", {"frozen": [STEM, BODY]})
 
 
 def test_only_checkpoints_that_contribute_decide(tmp_path):
@@ -293,8 +293,8 @@ def test_frozen_layers_are_left_alone_where_others_are_recomputed(tmp_path, froz
     planned = plan_average(saved(tmp_path / "run", states))
     ((result, made),) = write_averages([planned], [tmp_path / name], how(net()))
     assert result.layers == 2 - len(frozen)
-    assert made["bn"] == "recomputed"
-    assert made.get("bn_layers", {}) == ({"frozen": [STEM]} if frozen else {})
+    assert made.bn == "recomputed"
+    assert made.bn_layers == ({"frozen": [STEM]} if frozen else {})
     assert open_checkpoint(tmp_path / name).provenance == made
     state = mean_of(states)
     found = assert_statistics(tmp_path / name, recomputed_by_hand(state, frozen))
@@ -307,7 +307,7 @@ def test_excluded_layers_keep_their_averaged_statistics(tmp_path):
     planned = plan_average(saved(tmp_path / "run", states))
     outs = [tmp_path / "a.pt"]
     ((_, made),) = write_averages([planned], outs, how(net(), ["1*"]), digests=True)
-    assert made["bn_layers"] == {"excluded": [STEM]}
+    assert made.bn_layers == {"excluded": [STEM]}
     state = mean_of(states)
     found = assert_statistics(outs[0], recomputed_by_hand(state, [STEM]))
     assert same_bits(found[f"{STEM}.running_mean"], state[f"{STEM}.running_mean"])
@@ -337,8 +337,8 @@ def test_a_layer_of_no_known_class_is_named_and_not_called_recomputed(
     planned = plan_average(saved(tmp_path / "run", states))
     outs = [tmp_path / name]
     ((_, made),) = write_averages([planned], outs, how(net(body=RenormLike)), digests=digests)
-    assert made["bn"] == "partly recomputed"
-    assert made["bn_layers"] == {"not_recomputed": [BODY]}
+    assert made.bn == "partly recomputed"
+    assert made.bn_layers == {"not_recomputed": [BODY]}
     assert open_checkpoint(outs[0]).provenance == made
     assert f"1 of 2 layers cannot be recomputed: {BODY}" in caplog.text
     expected = {k: v for k, v in recomputed_by_hand(mean_of(states), []).items() if k[0] == STEM}
@@ -354,8 +354,8 @@ def test_an_average_of_layers_of_no_known_class_is_written_and_stays_stale(tmp_p
         state[f"{BODY}.running_mean"] += i
     run = saved(tmp_path / "run", states)
     ((result, made),) = write_averages([plan_average(run)], [tmp_path / "a.pt"], how(model))
-    assert (result.layers, made["bn"]) == (0, "stale")
-    assert made["bn_layers"] == {"not_recomputed": [STEM, BODY]}
+    assert (result.layers, made.bn) == (0, "stale")
+    assert made.bn_layers == {"not_recomputed": [STEM, BODY]}
     assert "2 of 2 layers cannot be recomputed: 1, 3" in caplog.text
     with pytest.raises(BatchNormError, match=r"can be recomputed: not those of 1, 3"):
         update_checkpoint(open_checkpoint(tmp_path / "a.pt"), tmp_path / "b.pt", how(model))
@@ -366,24 +366,24 @@ def test_a_network_without_batchnorm_is_averaged_and_said_so(tmp_path, caplog):
     model = net(nn.LayerNorm, nn.LayerNorm)
     run = saved(tmp_path / "run", train(model))
     ((_, made),) = write_averages([plan_average(run)], [tmp_path / "a.pt"], how(model))
-    assert made["bn"] == "none"
+    assert made.bn == "none"
     assert "no BatchNorm layers: nothing to recompute" in caplog.text
     _, made = update_checkpoint(run.checkpoints[0], tmp_path / "b.pt", how(model))
-    assert made["bn"] == "none"
+    assert made.bn == "none"
 
 
 def test_an_average_tells_later_passes_what_was_frozen(tmp_path):
     states = train(net(), frozen=[STEM])
     out = ckptavg.average(saved(tmp_path / "run", states), out=tmp_path / "a.safetensors")
     _, made = update_checkpoint(open_checkpoint(out), tmp_path / "b.safetensors", how(net()))
-    assert (made["bn"], made["bn_layers"]) == ("recomputed", {"frozen": [STEM]})
+    assert (made.bn, made.bn_layers) == ("recomputed", {"frozen": [STEM]})
     assert_statistics(tmp_path / "b.safetensors", recomputed_by_hand(mean_of(states), [STEM]))
 
 
 def test_one_checkpoint_has_frozen_layers_where_the_class_says_so(tmp_path):
     path = save(tmp_path / "one.pt", train(net(FrozenNorm))[-1])
     _, made = update_checkpoint(open_checkpoint(path), tmp_path / "b.pt", how(net(FrozenNorm)))
-    assert (made["bn"], made["bn_layers"]) == ("recomputed", {"frozen": [STEM]})
+    assert (made.bn, made.bn_layers) == ("recomputed", {"frozen": [STEM]})
 
 
 @pytest.mark.parametrize(
@@ -403,7 +403,7 @@ def test_a_model_that_is_built_unfrozen_keeps_what_counts_no_batches(
     state = train(net(*kinds))[-1]
     path = save(tmp_path / "one.pt", state)
     _, made = update_checkpoint(open_checkpoint(path), tmp_path / "b.pt", how(net()))
-    assert made.get("bn_layers", {}).get("frozen", []) == frozen
+    assert made.bn_layers.get("frozen", []) == frozen
     assert ("--bn-exclude '*'" in caplog.text) == is_said
     assert_statistics(tmp_path / "b.pt", recomputed_by_hand(state, frozen))
 
@@ -428,7 +428,7 @@ def test_one_checkpoint_has_frozen_layers_where_they_do_as_in_evaluation(
     weights = train(net(Affine, body))[-1]
     path = save(tmp_path / "one.pt", weights)
     _, made = update_checkpoint(open_checkpoint(path), tmp_path / "b.pt", how(net(Affine, body)))
-    assert (made["bn"], made["bn_layers"]) == (state, {"frozen": frozen})
+    assert (made.bn, made.bn_layers) == (state, {"frozen": frozen})
     assert "cannot be recomputed" not in caplog.text
     found = load(open_checkpoint(tmp_path / "b.pt"))
     for layer in frozen:
@@ -547,7 +547,7 @@ def test_one_checkpoint_has_frozen_layers_where_train_says_so(tmp_path, caplog):
     state = train(net(), 1)[-1]
     path = save(tmp_path / "one.pt", state)
     _, made = update_checkpoint(open_checkpoint(path), tmp_path / "b.pt", how(keeping(KeepsStem)))
-    assert (made["bn"], made["bn_layers"]) == ("recomputed", {"frozen": [STEM]})
+    assert (made.bn, made.bn_layers) == ("recomputed", {"frozen": [STEM]})
     assert "1 of 2 BatchNorm layers are frozen in training" in caplog.text
     found = assert_statistics(tmp_path / "b.pt", recomputed_by_hand(state, [STEM]))
     assert same_bits(found[f"{STEM}.running_var"], state[f"{STEM}.running_var"])
@@ -558,8 +558,8 @@ def test_several_checkpoints_know_better_than_train(tmp_path):
     states = train(net())
     planned = plan_average(saved(tmp_path, states))
     ((_, made),) = write_averages([planned], [tmp_path / "a.pt"], how(keeping(KeepsStem)))
-    assert made["bn"] == "recomputed"
-    assert "bn_layers" not in made
+    assert made.bn == "recomputed"
+    assert not made.bn_layers
     assert_statistics(tmp_path / "a.pt", recomputed_by_hand(mean_of(states), []))
 
 

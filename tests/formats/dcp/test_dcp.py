@@ -155,7 +155,7 @@ def test_an_output_replaces_only_a_directory_of_its_kind(run, tmp_path):
     directory, _ = run
     out = ckptavg.average(ckptavg.open_run(directory), out=tmp_path / "average")
     ckptavg.average(ckptavg.open_run(directory).last(1), out=out, overwrite=True)
-    assert len(open_checkpoint(out).provenance["checkpoints"]) == 1
+    assert len(open_checkpoint(out).provenance.inputs) == 1
     (out / "notes.txt").write_text("mine")
     with pytest.raises(ckptavg.CkptavgError, match=r"notes\.txt"):
         ckptavg.average(ckptavg.open_run(directory), out=out, overwrite=True)

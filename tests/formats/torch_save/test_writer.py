@@ -139,7 +139,7 @@ def test_a_bare_state_dict_stays_bare_and_yet_says_how_it_was_made(tmp_path):
     assert holds_the_mean(found, models)
     reopened = open_checkpoint(tmp_path / "out.pth")
     assert reopened.is_average
-    assert len(reopened.provenance["checkpoints"]) == 3
+    assert len(reopened.provenance.inputs) == 3
 
 
 def test_an_average_in_a_run_is_left_out_whatever_its_layout(tmp_path):
