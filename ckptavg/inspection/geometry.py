@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import chain, pairwise
+from typing import NamedTuple
 
 import torch
 
@@ -18,27 +20,43 @@ from ckptavg.display.progress import ProgressLike, open_phase
 from ckptavg.errors import CheckpointError, NonFiniteError, UsageError, first_few
 from ckptavg.formats import Checkpoint
 from ckptavg.formats.names import running_statistics
+from ckptavg.io.stamp import FileStamp
 from ckptavg.runs.run import Run, RunLike, as_run
 
 # A link this many times as long as the next longest one separates two groups.
 _GAP = 2.5
 # A squared distance is a difference of squares; below this fraction of them only rounding is left.
 _RESOLVED = 1e-14
+# Fewer checkpoints form one group.
+_FEWEST_TO_SPLIT = 4
+
+
+class _Link(NamedTuple):
+    """Link of a spanning tree between two checkpoints, given by positions in the run."""
+
+    length: float
+    first: int
+    second: int
 
 
 @dataclass(frozen=True)
-class Odd:
+class Outliers:
     """Outlying checkpoints of a run.
 
     Attributes:
         checkpoints: The outliers, at most a quarter of the run.
         distance: Shortest link that separates groups of the run.
-        usual: Longest of the other links; see ``Geometry.groups``.
+        typical: Longest of the other links; see ``Geometry.groups``.
     """
 
     checkpoints: tuple[Checkpoint, ...]
     distance: float
-    usual: float
+    typical: float
+
+    @property
+    def usual(self) -> float:
+        """Former name of ``typical``."""
+        return self.typical
 
 
 @dataclass(frozen=True)
@@ -48,12 +66,19 @@ class Groups:
     Attributes:
         members: The checkpoints of each group in the order of the run, the largest group first.
         distance: Shortest link between two groups; infinite for a single group.
-        usual: Longest link within a group; see ``Geometry.groups``.
+        typical: Longest link within a group; see ``Geometry.groups``.
+        positions: Positions of the members in the run.
     """
 
     members: tuple[tuple[Checkpoint, ...], ...]
     distance: float
-    usual: float
+    typical: float
+    positions: tuple[tuple[int, ...], ...]
+
+    @property
+    def usual(self) -> float:
+        """Former name of ``typical``."""
+        return self.typical
 
 
 @dataclass(frozen=True)
@@ -107,27 +132,32 @@ class Geometry:
     @property
     def steps(self) -> torch.Tensor:
         """Step lengths ‖wᵢ₊₁ − wᵢ‖ within each training, (n − number of trainings,)."""
-        pairs = [pair for part in self._parts for pair in pairwise(part)]
-        return torch.tensor([self.distances[pair] for pair in pairs], dtype=torch.float64)
+        lengths: list[torch.Tensor] = []
+        for training in self._trainings:
+            lengths += [self.distances[a, b] for a, b in pairwise(training)]
+        return torch.tensor(lengths, dtype=torch.float64)
 
     @property
-    def turns(self) -> torch.Tensor:
+    def step_cosines(self) -> torch.Tensor:
         """Cosines between successive steps; NaN beside a step of length 0.
 
         The mean describes the motion of a run: 1 for one direction, 0 for a random walk, −0.5 for
         points scattered around a centre.
         """
         # The law of cosines gives the angles from the distances alone.
-        triples = [part[i : i + 3] for part in self._parts for i in range(len(part) - 2)]
-        squares = self.distances.square()
-        return torch.tensor(
-            [
-                (squares[a, c] - squares[a, b] - squares[b, c])
-                / (2 * self.distances[a, b] * self.distances[b, c])
-                for a, b, c in triples
-            ],
-            dtype=torch.float64,
-        ).clamp(-1, 1)
+        lengths = self.distances
+        squares = lengths.square()
+        cosines: list[torch.Tensor] = []
+        for training in self._trainings:
+            for a, b, c in zip(training, training[1:], training[2:], strict=False):
+                numerator = squares[a, c] - squares[a, b] - squares[b, c]
+                cosines.append(numerator / (2 * lengths[a, b] * lengths[b, c]))
+        return torch.tensor(cosines, dtype=torch.float64).clamp(-1, 1)
+
+    @property
+    def turns(self) -> torch.Tensor:
+        """Former name of ``step_cosines``."""
+        return self.step_cosines
 
     @property
     def to_mean(self) -> torch.Tensor:
@@ -147,28 +177,43 @@ class Geometry:
         not separated. Fewer than 4 checkpoints form one group.
         """
         links = sorted(_shortest_links(self.distances.tolist()), reverse=True)
-        for count in range(1, len(links)) if len(self.run) > 3 else ():
-            (shortest, *_), (usual, *_) = links[count - 1], links[count]
-            # Cutting the ``count`` longest links leaves count + 1 groups.
-            if shortest > _GAP * usual:
-                parts = _connected(links[count:], len(self.run))
-                parts.sort(key=len, reverse=True)
-                members = tuple(tuple(self.checkpoints[i] for i in part) for part in parts)
-                return Groups(members, shortest, usual)
-        return Groups((self.checkpoints,), math.inf, links[0][0] if links else 0.0)
+        lengths = [link.length for link in links]
+        if len(self.run) >= _FEWEST_TO_SPLIT:
+            for cut, (shortest, typical) in enumerate(pairwise(lengths), 1):
+                # Cutting the ``cut`` longest links leaves cut + 1 groups.
+                if shortest > _GAP * typical:
+                    parts = _split_connected(links[cut:], len(self.run))
+                    parts.sort(key=len, reverse=True)
+                    return self._groups(parts, shortest, typical)
+        whole = list(range(len(self.run)))
+        return self._groups([whole], math.inf, max(lengths, default=0.0))
+
+    def _groups(self, parts: Sequence[Sequence[int]], distance: float, typical: float) -> Groups:
+        """Make the groups with the checkpoints at some positions."""
+        checkpoints = self.checkpoints
+        members: list[tuple[Checkpoint, ...]] = []
+        for part in parts:
+            members.append(tuple(checkpoints[position] for position in part))
+        return Groups(tuple(members), distance, typical, tuple(map(tuple, parts)))
 
     @property
-    def odd(self) -> Odd | None:
+    def outliers(self) -> Outliers | None:
         """Outliers: checkpoints of another training, diverged, or from before a restart.
 
         These are the checkpoints outside the largest group. None if there are no such checkpoints,
         as in most runs, or if they are more than a quarter of the run.
         """
-        apart = {id(c) for group in self.groups.members[1:] for c in group}
-        if not 0 < len(apart) <= len(self.run) // 4:
+        groups = self.groups
+        outside = sorted(chain.from_iterable(groups.positions[1:]))
+        if not 0 < len(outside) <= len(self.run) // 4:
             return None
-        odd = tuple(c for c in self.checkpoints if id(c) in apart)
-        return Odd(odd, self.groups.distance, self.groups.usual)
+        checkpoints = tuple(self.checkpoints[position] for position in outside)
+        return Outliers(checkpoints, groups.distance, groups.typical)
+
+    @property
+    def odd(self) -> Outliers | None:
+        """Former name of ``outliers``."""
+        return self.outliers
 
     @property
     def _differences(self) -> torch.Tensor:
@@ -178,12 +223,14 @@ class Geometry:
         return inner
 
     @property
-    def _parts(self) -> list[range]:
+    def _trainings(self) -> list[range]:
         """Positions of the checkpoints of each training."""
-        ends = [0]
+        positions: list[range] = []
+        start = 0
         for training in self.run.trainings:
-            ends.append(ends[-1] + len(training))
-        return [range(*pair) for pair in pairwise(ends)]
+            positions.append(range(start, start + len(training)))
+            start += len(training)
+        return positions
 
 
 def geometry(run: RunLike, *, progress: ProgressLike = None) -> Geometry:
@@ -209,11 +256,15 @@ def geometry(run: RunLike, *, progress: ProgressLike = None) -> Geometry:
     check_several(run)
     # Planning an average raises the errors for checkpoints that do not fit together.
     plan_average(run)
-    tensors = weights(run)
+    tensors = list_weights(run)
     with open_phase(progress, "measuring", "bytes") as report:
         products = stream([], StreamRequests(gram=tensors), progress=report).gram
     # A file that changed while being read makes the products meaningless. Shared files count once.
-    for stamp in {stamp.path: stamp for c in run for stamp in c.files}.values():
+    stamps: dict[str, FileStamp] = {}
+    for checkpoint in run:
+        for stamp in checkpoint.files:
+            stamps[stamp.path] = stamp
+    for stamp in stamps.values():
         stamp.verify()
     return geometry_of(run, products)
 
@@ -230,7 +281,7 @@ def check_several(run: Run) -> None:
         )
 
 
-def weights(run: RunLike, rules: Rules | None = None) -> list[TensorPlan]:
+def list_weights(run: RunLike, rules: Rules | None = None) -> list[TensorPlan]:
     """List the tensors that count in a run's geometry, for ``stream`` to multiply.
 
     Args:
@@ -244,14 +295,14 @@ def weights(run: RunLike, rules: Rules | None = None) -> list[TensorPlan]:
     checkpoints = as_run(run).checkpoints
     plan = make_plan(checkpoints, [1.0] * len(checkpoints), rules or Rules())
     statistics = running_statistics(tensor.name for tensor in plan.tensors)
-    tensors = [
-        tensor
-        for tensor in plan.tensors
-        if tensor.averaged
-        and len(tensor.sources) == len(checkpoints)
-        and tensor.name not in statistics
-    ]
-    if not sum(tensor.sources[0].numel for tensor in tensors):
+    tensors: list[TensorPlan] = []
+    numel = 0
+    for tensor in plan.tensors:
+        is_in_all = len(tensor.sources) == len(checkpoints)
+        if tensor.averaged and is_in_all and tensor.name not in statistics:
+            tensors.append(tensor)
+            numel += tensor.sources[0].numel
+    if numel == 0:
         raise CheckpointError(f"{checkpoints[-1].path} holds no floating-point weights")
     return tensors
 
@@ -268,49 +319,68 @@ def geometry_of(run: RunLike, products: torch.Tensor | None) -> Geometry:
         NonFiniteError: A checkpoint's weights are not finite.
     """
     run = as_run(run)
-    if products is None or products.shape != (len(run), len(run)):
-        shape = None if products is None else tuple(products.shape)
+    shape = None
+    if products is not None:
+        shape = tuple(products.shape)
+    if products is None or shape != (len(run), len(run)):
         raise UsageError(f"products of {len(run)} checkpoints are expected but got {shape}")
     _check_finite(run.checkpoints, products)
     return Geometry(run, (products + products.T) / 2)
 
 
 def _check_finite(checkpoints: Sequence[Checkpoint], products: torch.Tensor) -> None:
+    """Refuse products of weights that are not finite.
+
+    Raises:
+        NonFiniteError: A checkpoint's weights are not finite.
+    """
+    wrong: list[str] = []
     finite = products.diagonal().isfinite().tolist()
-    if all(finite):
+    for checkpoint, is_finite in zip(checkpoints, finite, strict=True):
+        if not is_finite:
+            wrong.append(str(checkpoint.path))
+    if not wrong:
         return
     # All differences are to the first checkpoint; if it is not finite, no product is.
     if not finite[0]:
-        wrong = [str(checkpoints[0].path)]
-    else:
-        wrong = [str(c.path) for c, ok in zip(checkpoints, finite, strict=True) if not ok]
+        wrong = wrong[:1]
     raise NonFiniteError(
         f"NaN, infinite or huge weights in {first_few(wrong)}",
         "Leave the checkpoint out: `skip=NAME`.",
     )
 
 
-def _shortest_links(distances: Sequence[Sequence[float]]) -> list[tuple[float, int, int]]:
-    """Compute the minimum spanning tree by Prim's algorithm: (length, one end, other end)."""
-    best = {i: (length, 0) for i, length in enumerate(distances[0]) if i}
-    links: list[tuple[float, int, int]] = []
-    while best:
-        new = min(best, key=best.__getitem__)
-        length, old = best.pop(new)
-        links.append((length, old, new))
-        best = {i: min(link, (distances[new][i], new)) for i, link in best.items()}
+def _shortest_links(distances: Sequence[Sequence[float]]) -> list[_Link]:
+    """Compute the minimum spanning tree of some points by Prim's algorithm."""
+    links: list[_Link] = []
+    # Point outside the tree → length of the shortest link to the tree, and the end in the tree.
+    nearest = {point: (length, 0) for point, length in enumerate(distances[0]) if point != 0}
+    while nearest:
+        new = min(nearest, key=nearest.__getitem__)
+        length, end = nearest.pop(new)
+        links.append(_Link(length, end, new))
+        for point, shortest in nearest.items():
+            nearest[point] = min(shortest, (distances[new][point], new))
     return links
 
 
-def _connected(links: Iterable[tuple[float, int, int]], count: int) -> list[list[int]]:
-    """Split checkpoints into connected parts by a list of links.
+def _split_connected(links: Iterable[_Link], count: int) -> list[list[int]]:
+    """Split points into connected parts by a list of links.
 
     Args:
-        links: (length, one end, other end) each.
-        count: Number of checkpoints.
+        links: Links between the points.
+        count: Number of points.
+
+    Returns:
+        The points of each part.
     """
-    part = {i: {i} for i in range(count)}
-    for _, first, second in links:
-        joined = part[first] | part[second]
-        part |= dict.fromkeys(joined, joined)
-    return [sorted(joined) for joined in {id(joined): joined for joined in part.values()}.values()]
+    label = list(range(count))
+    for link in links:
+        joined, replaced = label[link.first], label[link.second]
+        for point in range(count):
+            if label[point] == replaced:
+                label[point] = joined
+    parts: dict[int, list[int]] = defaultdict(list)
+    for point in range(count):
+        parts[label[point]].append(point)
+    return list(parts.values())

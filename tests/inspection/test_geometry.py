@@ -24,7 +24,7 @@ from ckptavg.averaging.read_groups import Job
 from ckptavg.averaging.stream import StreamRequests, stream
 from ckptavg.errors import CheckpointError, MismatchError, NonFiniteError, UsageError
 from ckptavg.formats import open_checkpoint
-from ckptavg.inspection.geometry import geometry, geometry_of, weights
+from ckptavg.inspection.geometry import geometry, geometry_of, list_weights
 from ckptavg.outputs.sinks import MemorySink
 from ckptavg.runs.run import Run
 
@@ -47,7 +47,7 @@ def side_by_side(states):
 
 
 def products(checkpoints, **options):
-    return stream([], StreamRequests(gram=weights(checkpoints)), **options).gram
+    return stream([], StreamRequests(gram=list_weights(checkpoints)), **options).gram
 
 
 def expected_products(rows):
@@ -164,7 +164,7 @@ def test_products_come_with_averages_of_the_same_read(tmp_path, vectors):
     calls = []
     both = stream(
         [Job(plan.tensors, sink) for plan, sink in zip(plans, sinks, strict=True)],
-        StreamRequests(order=checkpoints, gram=weights(checkpoints)),
+        StreamRequests(order=checkpoints, gram=list_weights(checkpoints)),
         progress=lambda *call: calls.append(call),
     )
     near(both.gram, expected_products(side_by_side(states)))
@@ -215,7 +215,7 @@ def test_lengths_distances_and_angles_are_those_of_the_weights(tmp_path):
         (found.distances, apart),
         (found.cosines, rows @ rows.T / np.outer(norms, norms)),
         (found.steps, along),
-        (found.turns, turns),
+        (found.step_cosines, turns),
         (found.to_mean, np.linalg.norm(rows - rows.mean(0), axis=1)),
     ]:
         assert ours.dtype == torch.float64
@@ -254,15 +254,15 @@ def test_steps_are_taken_within_each_training(tmp_path):
     checkpoints = [open_checkpoint(place) for place in places]
     found = geometry(Run((tuple(checkpoints[:3]), tuple(checkpoints[3:]))))
     assert found.steps.tolist() == [1, 2, 4]
-    assert found.turns.tolist() == [1]
+    assert found.step_cosines.tolist() == [1]
 
 
 def test_two_single_checkpoints_have_no_steps(tmp_path):
     one, two = opened(tmp_path, [{"w": torch.ones(3)}, {"w": torch.zeros(3)}])
     found = geometry(Run(((one,), (two,))))
     assert found.steps.tolist() == []
-    assert found.turns.tolist() == []
-    assert found.odd is None
+    assert found.step_cosines.tolist() == []
+    assert found.outliers is None
 
 
 def test_running_statistics_and_counters_are_no_weights(tmp_path):
@@ -284,7 +284,7 @@ def test_the_statistics_of_a_bare_layer_are_no_weights(tmp_path):
 def test_what_is_not_averaged_does_not_count(tmp_path):
     states = [{"a": torch.tensor([3.0 * i]), "b": torch.tensor([4.0 * i])} for i in (0, 1)]
     checkpoints = opened(tmp_path, states)
-    found = stream([], StreamRequests(gram=weights(checkpoints, Rules(exclude=("b",))))).gram
+    found = stream([], StreamRequests(gram=list_weights(checkpoints, Rules(exclude=("b",))))).gram
     assert geometry_of(checkpoints, found).distances[0, 1] == 3
 
 
@@ -361,7 +361,7 @@ def test_products_of_another_number_of_checkpoints_are_refused(tmp_path):
 def odd_ones(directory, rows):
     """Positions that are pointed at, for vectors of weights."""
     run = opened(directory, [{"w": torch.from_numpy(np.asarray(row))} for row in rows])
-    found = geometry(run).odd
+    found = geometry(run).outliers
     return [] if found is None else [run.index(c) for c in found.checkpoints]
 
 
@@ -426,8 +426,8 @@ def test_halves_of_a_run_are_not_odd(tmp_path):
 
 def test_the_distance_of_the_odd_one_is_that_to_its_nearest(tmp_path):
     rows = [[0.0], [1.0], [2.0], [4.0], [14.0]]
-    found = geometry(opened(tmp_path, [{"w": torch.tensor(row)} for row in rows])).odd
-    assert (found.distance, found.usual) == (10, 2)
+    found = geometry(opened(tmp_path, [{"w": torch.tensor(row)} for row in rows])).outliers
+    assert (found.distance, found.typical) == (10, 2)
 
 
 def test_halves_of_two_trainings_are_groups_and_none_of_them_is_odd(tmp_path):
@@ -437,7 +437,7 @@ def test_halves_of_two_trainings_are_groups_and_none_of_them_is_odd(tmp_path):
         start = torch.randn(500, generator=rng)
         made += [{"w": start + 0.05 * torch.randn(500, generator=rng)} for _ in range(3)]
     found = ckptavg.geometry(opened(tmp_path, made))
-    assert found.odd is None
+    assert found.outliers is None
     names = [[c.path.name for c in group] for group in found.groups.members]
     assert names == [[f"epoch_{i}.pt" for i in part] for part in ((1, 2, 3), (4, 5, 6))]
     least = min(found.distances[i, j] for i in range(3) for j in range(3, 6))

@@ -228,7 +228,7 @@ def _measured_weights(selection: Run, settings: dict[str, Any]) -> list[TensorPl
 
     weight_space.check_several(selection)
     rules = Rules(tuple(settings["include"]), tuple(settings["exclude"]))
-    return weight_space.weights(selection, rules)
+    return weight_space.list_weights(selection, rules)
 
 
 def _geometry(report: Report, selection: Run, gram: torch.Tensor | None) -> dict[str, Any]:

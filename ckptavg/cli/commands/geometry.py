@@ -26,8 +26,8 @@ def show(report: Report, geometry: Geometry) -> None:
     names = short_names([c.path for c in geometry.checkpoints])
     title = "geometry of the weights (Euclidean; step: from the one before)"
     report.table(("checkpoint", *columns), list(zip(names, *texts, strict=True)), title=title)
-    if geometry.turns.isfinite().any():
-        cosine = geometry.turns.nanmean()
+    if geometry.step_cosines.isfinite().any():
+        cosine = geometry.step_cosines.nanmean()
         report.line(
             f"successive steps: mean cosine {cosine:.2f} (1 straight, 0 random walk, -0.5 scatter)"
         )
@@ -50,21 +50,21 @@ def _length_text(value: float | None) -> str:
 
 def _verdict(geometry: Geometry) -> str:
     """Word a line about checkpoints that stand apart."""
-    odd, groups = geometry.odd, geometry.groups
-    if odd is not None:
+    outliers, groups = geometry.outliers, geometry.groups
+    if outliers is not None:
         paths = [checkpoint.path for checkpoint in geometry.checkpoints]
         name_by_path = dict(zip(paths, short_names(paths), strict=True))
-        names = [name_by_path[checkpoint.path] for checkpoint in odd.checkpoints]
+        names = [name_by_path[checkpoint.path] for checkpoint in outliers.checkpoints]
         return (
             f"{first_few(names)} {'stands' if len(names) == 1 else 'stand'} apart: "
-            f"{odd.distance:.4g} to the nearest of the others, which all have one within "
-            f"{odd.usual:.4g}"
+            f"{outliers.distance:.4g} to the nearest of the others, which all have one within "
+            f"{outliers.typical:.4g}"
         )
     if len(groups.members) > 1:
         sizes = " and ".join(str(len(group)) for group in groups.members)
         return (
             f"the checkpoints fall into groups of {sizes}: {groups.distance:.4g} apart at least, "
-            f"where those of a group are linked within {groups.usual:.4g}. Is it one training?"
+            f"where those of a group are linked within {groups.typical:.4g}. Is it one training?"
         )
     few = len(geometry.checkpoints) < 4
     return f"{'too few to tell whether one' if few else 'no checkpoint'} stands apart"
@@ -72,14 +72,22 @@ def _verdict(geometry: Geometry) -> str:
 
 def values(geometry: Geometry) -> dict[str, Any]:
     """Return a geometry as plain values for JSON."""
-    names = ("gram", "distances", "cosines", "norms", "steps", "turns", "to_mean")
-    odd = geometry.odd
-    return {name: getattr(geometry, name).tolist() for name in names} | {
-        "odd": odd
-        and {
-            "checkpoints": [str(c.path) for c in odd.checkpoints],
-            "distance": odd.distance,
-            "usual": odd.usual,
-        },
+    outliers = geometry.outliers
+    odd = None
+    if outliers is not None:
+        odd = {
+            "checkpoints": [str(c.path) for c in outliers.checkpoints],
+            "distance": outliers.distance,
+            "usual": outliers.typical,
+        }
+    return {
+        "gram": geometry.gram.tolist(),
+        "distances": geometry.distances.tolist(),
+        "cosines": geometry.cosines.tolist(),
+        "norms": geometry.norms.tolist(),
+        "steps": geometry.steps.tolist(),
+        "turns": geometry.step_cosines.tolist(),
+        "to_mean": geometry.to_mean.tolist(),
+        "odd": odd,
         "groups": [[str(c.path) for c in group] for group in geometry.groups.members],
     }
