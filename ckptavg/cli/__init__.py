@@ -16,7 +16,7 @@ from ckptavg.cli.commands.average import average
 from ckptavg.cli.commands.evaluate import evaluate
 from ckptavg.cli.commands.inspect import inspect
 from ckptavg.cli.commands.update_bn import update_bn
-from ckptavg.cli.help import CommandGroup
+from ckptavg.cli.options.help import CommandGroup
 from ckptavg.display.table_layout import wrap_note
 from ckptavg.errors.printable import escape_unseen
 
@@ -27,19 +27,21 @@ class _Commands(CommandGroup):
     """Command group that ends on a signal as its commands do, before any of them has begun."""
 
     def make_context(self, *args: Any, **options: Any) -> click.Context:
-        with _end_when_told(), _printable_errors():
+        """Parse the arguments of the group."""
+        with _end_on_signals(), _printable_errors():
             return super().make_context(*args, **options)
 
     def invoke(self, ctx: click.Context) -> Any:
-        with _end_when_told(), _printable_errors():
+        """Parse the arguments of a command, and run the command."""
+        with _end_on_signals(), _printable_errors():
             return super().invoke(ctx)
 
 
 @contextmanager
-def _end_when_told() -> Iterator[None]:
+def _end_on_signals() -> Iterator[None]:
     """End by a signal as a command does that has written nothing."""
-    # The first is for a signal that comes while the others come to their end.
-    with signals.by_interrupts(None), signals.by_signals(), signals.by_interrupts([]):
+    # The outer report is for a signal that comes while the inner contexts end.
+    with signals.report_interrupt(None), signals.unwind_on_signals(), signals.report_interrupt([]):
         yield
 
 
@@ -60,10 +62,11 @@ def _printable_errors() -> Iterator[None]:
 
 
 def _wrap(message: str, width: int) -> str:
-    """Wrap what click shows after a word of its own."""
-    lines = f"{_ERROR}{message}".split("\n")
-    wrapped = "\n".join(part for line in lines for part in wrap_note(line, width))
-    return wrapped[len(_ERROR) :].lstrip()
+    """Wrap a message that click shows after ``Error:``."""
+    lines: list[str] = []
+    for line in f"{_ERROR}{message}".split("\n"):
+        lines += wrap_note(line, width)
+    return "\n".join(lines)[len(_ERROR) :].lstrip()
 
 
 @click.group(

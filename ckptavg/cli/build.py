@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 from torch import nn
 
 from ckptavg.batchnorm.checkpoints import Pass
+from ckptavg.cli.options.running import RunningOptions, Source
 from ckptavg.data.loaders import Progress, Subset, open_loader, share
 from ckptavg.data.seeding import seed_all
 from ckptavg.data.streams import is_dataset
 from ckptavg.distributed.peers import Peers, SingleProcess
+from ckptavg.distributed.torchrun import TorchrunGroup
 from ckptavg.errors import UsageError
 from ckptavg.formats import Checkpoint
 from ckptavg.models.batches import Batches, Forward
@@ -23,15 +24,14 @@ from ckptavg.specs.tasks import default_task, make_task
 from ckptavg.tasks import Task
 
 
-def model_source(settings: Mapping[str, Any], checkpoints: Iterable[Checkpoint]) -> ModelSource:
-    """Return the model that is named or recorded, with the arguments that checkpoints record.
+def find_model(model: Source, checkpoints: Iterable[Checkpoint]) -> ModelSource:
+    """Return the given or recorded model, with the arguments that checkpoints record.
 
     Raises:
-        UsageError: None is named, and none is recorded.
+        UsageError: No model is given, and none is recorded.
     """
     checkpoints = list(checkpoints)
-    arguments = sources.parse_arguments(settings["model_arg"])
-    source = complete_source(settings["model_spec"], arguments, checkpoints)
+    source = complete_source(model.spec, model.arguments, checkpoints)
     if source is not None:
         return source
     if any(map(records_hyperparameters, checkpoints)):
@@ -45,79 +45,115 @@ def model_source(settings: Mapping[str, Any], checkpoints: Iterable[Checkpoint])
     )
 
 
-def model_and_runtime(
-    settings: Mapping[str, Any], source: ModelSource, kind: Task
+def build_model(
+    running: RunningOptions, source: ModelSource, task: Task
 ) -> tuple[nn.Module, Runtime]:
-    """Build the model, and the runtime with its device, precision and loader options."""
-    seed_all(settings["seed"])  # of what a forward pass draws, and what factories do
+    """Build the model, and the runtime with device, precision and loader options.
+
+    Args:
+        running: Options of the command.
+        source: The model.
+        task: The task, which has a default batch size.
+    """
+    loader = running.loader
+    # Before the model is made: factories and forward passes draw random numbers, too.
+    seed_all(loader.seed)
     model = sources.make_model(source.spec, source.arguments)
-    options = {name: settings[name] for name in ("amp", "workers", "seed")}
-    options["batch_size"] = settings["batch_size"] or kind.batch_size
-    return model, Runtime.on(settings["device"], model, **options)
+    runtime = Runtime.on(
+        loader.device,
+        model,
+        amp=loader.amp,
+        workers=loader.workers,
+        seed=loader.seed,
+        batch_size=loader.batch_size or task.batch_size,
+    )
+    return model, runtime
 
 
-def forward(settings: Mapping[str, Any]) -> Forward | None:
-    """Find the function that ``--forward`` names."""
-    return find_forward(settings["forward"]) if settings["forward"] else None
+def build_forward(running: RunningOptions) -> Forward | None:
+    """Import the function of ``--forward``; None where the option is not given."""
+    if not running.forward:
+        return None
+    return find_forward(running.forward)
 
 
-def task(settings: Mapping[str, Any]) -> Task:
-    """Make the task that ``--task`` names, or the default task of the data."""
-    scored = settings.get("data")
-    data = scored or settings["train_data"]
-    return make_task(settings["task"] or default_task(data), scoring=scored is not None)
+def build_task(running: RunningOptions) -> Task:
+    """Make the task of ``--task``, or the default task of the data."""
+    is_scoring = running.data.spec is not None
+    data = running.data.spec or running.training.spec or ""
+    return make_task(running.task or default_task(data), scoring=is_scoring)
 
 
-def training_data(
-    settings: Mapping[str, Any],
+def open_training_data(
+    running: RunningOptions,
     source: ModelSource,
     runtime: Runtime,
     peers: Peers | None = None,
 ) -> Batches:
-    """Open this process's batches of ``--train-data``."""
-    wanted: tuple[int, bool] | None = settings["bn_samples"]
-    subset = None if wanted is None else Subset(*wanted)
-    return _batches(
-        settings, "train_data", source, runtime, peers or SingleProcess(), subset, train=True
-    )
+    """Open this process's batches of ``--train-data``.
+
+    Args:
+        running: Options of the command.
+        source: The model, whose preset prepares images.
+        runtime: Options of the loader.
+        peers: Processes that share the data; this process alone where None.
+    """
+    samples = running.statistics.samples
+    subset = None if samples is None else Subset(*samples)
+    peers = peers or SingleProcess()
+    return _open_batches(running.training, source, runtime, peers, subset, train=True)
 
 
-def statistics_pass(
-    settings: Mapping[str, Any],
+def open_evaluation_data(
+    running: RunningOptions,
+    source: ModelSource,
+    runtime: Runtime,
+    peers: Peers | None = None,
+) -> Batches:
+    """Open this process's batches of ``--data``.
+
+    Args:
+        running: Options of the command.
+        source: The model, whose preset prepares images.
+        runtime: Options of the loader.
+        peers: Processes that share the data; this process alone where None.
+    """
+    peers = peers or SingleProcess()
+    return _open_batches(running.data, source, runtime, peers, None, train=False)
+
+
+def build_statistics_pass(
+    running: RunningOptions,
     checkpoints: Iterable[Checkpoint],
-    processes: Peers | None,
+    processes: TorchrunGroup | None,
     progress: Progress = lambda *_: None,
 ) -> Pass:
-    """Prepare the pass over ``--train-data`` that recomputes statistics."""
-    source = model_source(settings, checkpoints)
-    kind = task(settings)
-    custom_forward = forward(settings)
-    model, runtime = model_and_runtime(settings, source, kind)
-    training = training_data(settings, source, runtime, processes)
+    """Prepare the pass over ``--train-data`` that recomputes statistics.
+
+    Args:
+        running: Options of the command.
+        checkpoints: Checkpoints that may record the model.
+        processes: Processes that share the data; None for this process alone.
+        progress: Function that receives the progress of the pass.
+    """
+    source = find_model(running.model, checkpoints)
+    task = build_task(running)
+    forward = build_forward(running)
+    model, runtime = build_model(running, source, task)
+    training = open_training_data(running, source, runtime, processes)
     return Pass(
         model,
         training,
         runtime,
-        custom_forward or kind.run,
+        forward or task.run,
         progress,
         processes or SingleProcess(),
-        settings["bn_exclude"],
+        running.statistics.exclude,
     )
 
 
-def evaluation_data(
-    settings: Mapping[str, Any],
-    source: ModelSource,
-    runtime: Runtime,
-    peers: Peers | None = None,
-) -> Batches:
-    """Open this process's batches of ``--data``."""
-    return _batches(settings, "data", source, runtime, peers or SingleProcess(), None, train=False)
-
-
-def _batches(
-    settings: Mapping[str, Any],
-    name: str,
+def _open_batches(
+    data_source: Source,
     source: ModelSource,
     runtime: Runtime,
     peers: Peers,
@@ -125,14 +161,14 @@ def _batches(
     *,
     train: bool,
 ) -> Batches:
-    arguments = sources.parse_arguments(settings[f"{name}_arg"])
     data = sources.make_data(
-        settings[name],
-        arguments,
+        data_source.spec or "",
+        data_source.arguments,
         train=train,
         model_spec=source.spec,
         image_settings=source.image_settings,
     )
-    if peers.world_size > 1 and not is_dataset(data):  # a loader that all of them have alike
+    # Every process has the same loader; a Dataset is divided by sample.
+    if peers.world_size > 1 and not is_dataset(data):
         return share(data, peers, runtime.seed, subset)
     return open_loader(data, runtime, shuffle=train, subset=subset, peers=peers)

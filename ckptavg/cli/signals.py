@@ -60,7 +60,7 @@ _USUAL: dict[int, Any] = {
 
 
 @contextmanager
-def by_signals() -> Iterator[Signals]:
+def unwind_on_signals() -> Iterator[Signals]:
     """Handle SIGTERM and Ctrl-C by ``Signals``, unless handlers are installed already.
 
     Signals that are ignored, or have another handler, keep that.
@@ -86,7 +86,9 @@ def by_signals() -> Iterator[Signals]:
 
 
 @contextmanager
-def by_interrupts(outputs: Sequence[str] | None, signals: Signals | None = None) -> Iterator[None]:
+def report_interrupt(
+    outputs: Sequence[str] | None, signals: Signals | None = None
+) -> Iterator[None]:
     """Report in one line an interrupted command's outputs, and exit as shells expect.
 
     Args:

@@ -19,9 +19,8 @@ from click.testing import CliRunner, Result
 from helpers import listing, save, save_states
 
 from ckptavg.averaging import api
-from ckptavg.cli import main
-from ckptavg.cli import signals as ending
-from ckptavg.cli.signals import Terminated, by_signals
+from ckptavg.cli import main, signals
+from ckptavg.cli.signals import Terminated, unwind_on_signals
 from ckptavg.runs import run
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
@@ -112,8 +111,8 @@ def test_a_signal_while_the_threads_are_busy_leaves_nothing(large, tmp_path, bur
 
 CHILD = """
 import os, signal, sys
-from ckptavg.cli.signals import by_signals
-with by_signals():
+from ckptavg.cli.signals import unwind_on_signals
+with unwind_on_signals():
     child = os.fork()
     if child == 0:
         signal.raise_signal(getattr(signal, sys.argv[1]))
@@ -178,19 +177,19 @@ def test_an_output_that_was_there_before_is_not_claimed(
 @pytest.mark.parametrize("existing", [False, True])
 def test_a_signal_while_a_command_ends_is_heard(home, monkeypatch, number, word, code, existing):
     """Whether the command has done its work or failed."""
-    by_interrupts, ended = ending.by_interrupts, []
+    report_interrupt, ended = signals.report_interrupt, []
 
     @contextmanager
     def ends_slowly(outputs, *signals):
         try:
-            with by_interrupts(outputs, *signals):
+            with report_interrupt(outputs, *signals):
                 yield
         finally:
             ended.append(outputs)
             if outputs == [] and ended.count([]) == 2:  # the first is of reading the command line
                 signal.raise_signal(number)
 
-    monkeypatch.setattr(ending, "by_interrupts", ends_slowly)
+    monkeypatch.setattr(signals, "report_interrupt", ends_slowly)
     out = home / "swa.pt"
     if existing:
         save(out, {"w": torch.zeros(1)})
@@ -290,7 +289,7 @@ def test_commands_put_the_handlers_back(home):
 def test_handlers_of_others_stay(number, theirs):
     before = signal.signal(number, theirs)
     try:
-        with by_signals():
+        with unwind_on_signals():
             assert signal.getsignal(number) == theirs
             signal.raise_signal(number)
     finally:
@@ -311,7 +310,7 @@ def test_the_second_signal_waits_and_the_third_is_not_waited_for():
     after: list[str] = []
 
     def work() -> None:
-        with by_signals():
+        with unwind_on_signals():
             try:
                 signal.raise_signal(signal.SIGTERM)
             finally:

@@ -11,12 +11,22 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptavg.averaging.planning.rules import Rules
-from ckptavg.cli import options, param_types
-from ckptavg.cli.also import Also, also, planned_also
+from ckptavg.cli.command import command
 from ckptavg.cli.commands import geometry
 from ckptavg.cli.console import Report, counted, number_text
-from ckptavg.cli.help import GroupedCommand
-from ckptavg.cli.selection import open_selection, plan_selection
+from ckptavg.cli.options.also import AlsoAverage, read_also
+from ckptavg.cli.options.averaging import (
+    TensorOptions,
+    WeightingOptions,
+    key_option,
+    plan_selection,
+    tensor_options,
+    weighting_options,
+)
+from ckptavg.cli.options.declare import option
+from ckptavg.cli.options.param_types import output
+from ckptavg.cli.options.running import RunningOptions, running_options
+from ckptavg.cli.options.selection import SelectionOptions, selection_options
 from ckptavg.errors import NonFiniteError, UsageError
 from ckptavg.errors.printable import size_text
 from ckptavg.runs.discovery.numbered import short_names
@@ -37,51 +47,47 @@ _OUT = "Output"
 log = logging.getLogger("ckptavg")
 
 
-@click.command(cls=GroupedCommand)
+@command(shared=True)
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
-@options.option(
-    _OUT, "-o", "--out", metavar="OUT", type=param_types.output, common=True,
+@option(
+    _OUT, "-o", "--out", metavar="OUT", type=output, common=True,
     help="FILE.safetensors, FILE.pt, a file with the inputs' suffix, or a directory.",
 )  # fmt: skip
-@options.option(
-    _OUT, "--also", "further", multiple=True, type=also, metavar="NAME=SCHEME[@SELECTION]",
+@option(
+    _OUT, "--also", "further", multiple=True, type=read_also, metavar="NAME=SCHEME[@SELECTION]",
     help="One more average beside OUT, from the same read. SELECTION is of the whole run, in the "
     "words of the options: last5=uniform@last=5, few=@from=100,every=2.",
 )  # fmt: skip
-@options.option(
+@option(
     _OUT, "--geometry", "measured", is_flag=True,
     help="Show norms and distances of the checkpoints, too, from the same read.",
 )  # fmt: skip
-@options.option(_OUT, "--dry-run", is_flag=True, common=True, help="Show the plan, write nothing.")
-@options.option(_OUT, "--overwrite", is_flag=True, common=True, help="Replace an existing output.")
-@options.option(
+@option(_OUT, "--dry-run", is_flag=True, common=True, help="Show the plan, write nothing.")
+@option(_OUT, "--overwrite", is_flag=True, common=True, help="Replace an existing output.")
+@option(
     _OUT, "--digests", "--hash", "digests", is_flag=True,
     help="Record digests of inputs and output, which `inspect --verify` compares.",
 )  # fmt: skip
-@options.selection_options
-@options.scheme_options
-@options.key_option
-@options.tensor_options
-@options.model_options
-@options.data_options(
-    "train-data", "Training data, to recompute BatchNorm statistics", required=False
-)
-@options.loader_options
-@options.everywhere_by_several
+@selection_options
+@weighting_options
+@key_option
+@tensor_options
+@running_options("Training data, to recompute BatchNorm statistics")
 def average(
     report: Report,
     processes: TorchrunGroup | None,
     paths: tuple[str, ...],
     out: str | None,
-    further: tuple[Also, ...],
+    further: tuple[AlsoAverage, ...],
     dry_run: bool,
     overwrite: bool,
     digests: bool,
     measured: bool,
-    glob: str | None,
-    skip: tuple[str, ...],
     key: str | None,
-    **settings: Any,
+    select: SelectionOptions,
+    weighting: WeightingOptions,
+    tensors: TensorOptions,
+    running: RunningOptions,
 ) -> None:
     """Average the checkpoints of a run into one model.
 
@@ -96,15 +102,15 @@ def average(
       ckptavg average runs/swa -o swa.pt \\
           --model torchvision:resnet50 --train-data imagefolder:train
     """
-    _check_usage(out, dry_run, measured, settings)
-    run, selection = open_selection(paths, glob, skip, key, settings)
-    if settings["weights"]:
+    _check_usage(out, dry_run, measured, running)
+    run, selection = select.open(paths, key)
+    if weighting.weights:
         _note_order(paths, [str(c.path) for c in selection])
     from ckptavg.averaging import api, remarks  # noqa: PLC0415 - help is shown without torch
 
-    planned = [plan_selection(selection, settings)]
-    planned += [planned_also(extra, run, selection, settings) for extra in further]
-    gram = _measured_weights(selection, settings) if measured else []
+    planned = [plan_selection(selection, weighting, tensors)]
+    planned += [extra.plan(run, selection, tensors) for extra in further]
+    gram = _measured_weights(selection, tensors) if measured else []
     outs = [] if out is None else [out, *(extra.path(out) for extra in further)]
     targets = api.prepare_many(
         list(zip(planned, outs, strict=bool(outs))), overwrite=overwrite, digests=digests
@@ -113,7 +119,7 @@ def average(
         remarks.log_plans([planned_average.plan for planned_average in planned])
         for note in _layout_notes(targets):
             log.info(note)
-    how = None if dry_run else _prepare_pass(settings, selection, processes)
+    how = None if dry_run else _prepare_pass(running, selection, processes)
     if dry_run or report.verbosity >= 0:
         names = ["", *(extra.name for extra in further)]
         for planned_average, name in zip(planned, names, strict=True):
@@ -124,9 +130,9 @@ def average(
         return
     if how is not None:
         care = {"overwrite": overwrite, "digests": digests}
-        written = _write_refreshed(report, planned, outs, how, run, care, settings)
+        written = _write_refreshed(report, planned, outs, how, run, care, tensors)
     else:
-        written = _write(report, processes, planned, targets, run, gram, digests, settings)
+        written = _write(report, processes, planned, targets, run, gram, digests, tensors)
     if processes is not None and processes.rank:  # the first has looked at the output for all
         return
     records = []
@@ -145,18 +151,18 @@ def _check_usage(
     out: str | None,
     dry_run: bool,
     measured: bool,
-    settings: dict[str, Any],
+    running: RunningOptions,
 ) -> None:
     if out is None and not dry_run:
         raise UsageError("Missing option '-o': where the average goes (or pass --dry-run)")
-    if settings["model_spec"] and not settings["train_data"]:
+    if running.model.spec and not running.training.spec:
         raise UsageError("--model and --train-data go together: they recompute BatchNorm")
-    if measured and (dry_run or settings["train_data"]):
+    if measured and (dry_run or running.training.spec):
         raise UsageError(
             f"--geometry and {'--dry-run' if dry_run else '--train-data'} exclude each other: "
             "`ckptavg inspect --geometry` shows it by itself"
         )
-    options.check_statistics_options(settings)
+    running.check_statistics()
 
 
 def _write(
@@ -167,7 +173,7 @@ def _write(
     run: Run,
     gram: Sequence[TensorPlan],
     digests: bool,
-    settings: Mapping[str, Any],
+    tensors: TensorOptions,
 ) -> api.Written:
     """Write the averages, from one read."""
     from ckptavg.averaging import api  # noqa: PLC0415
@@ -177,7 +183,7 @@ def _write(
             planned,
             targets,
             order=run.opened,
-            keep_nonfinite=settings["on_nonfinite"] == "keep",
+            keep_nonfinite=tensors.keep_nonfinite,
             digests=digests,
             gram=gram,
             progress=progress,
@@ -186,18 +192,18 @@ def _write(
 
 
 def _prepare_pass(
-    settings: dict[str, Any], selection: Run, processes: TorchrunGroup | None
+    running: RunningOptions, selection: Run, processes: TorchrunGroup | None
 ) -> Pass | None:
     """Make the model and open the data before a plan is shown, as neither may be usable.
 
     Returns:
         None where statistics are not to be recomputed.
     """
-    if not settings["train_data"]:
+    if not running.training.spec:
         return None
-    from ckptavg.cli.build import statistics_pass  # noqa: PLC0415 - imports torch
+    from ckptavg.cli.build import build_statistics_pass  # noqa: PLC0415 - imports torch
 
-    return statistics_pass(settings, selection.opened[-1:], processes)
+    return build_statistics_pass(running, selection.opened[-1:], processes)
 
 
 def _write_refreshed(
@@ -207,7 +213,7 @@ def _write_refreshed(
     how: Pass,
     run: Run,
     care: Mapping[str, bool],
-    settings: dict[str, Any],
+    tensors: TensorOptions,
 ) -> api.Written:
     """Write the averages with recomputed statistics."""
     from ckptavg.averaging import api  # noqa: PLC0415
@@ -217,17 +223,17 @@ def _write_refreshed(
         how = replace(how, progress=lambda *done: progress("BatchNorm", *done))
         written = refresh.write_averages(
             planned, outs, how, order=run.opened, **care,
-            keep_nonfinite=settings["on_nonfinite"] == "keep",
+            keep_nonfinite=tensors.keep_nonfinite,
             progress=lambda *done: progress("averaging (bytes)", *done),
         )  # fmt: skip
     return api.Written([record for _, record in written], None)
 
 
-def _measured_weights(selection: Run, settings: dict[str, Any]) -> list[TensorPlan]:
+def _measured_weights(selection: Run, tensors: TensorOptions) -> list[TensorPlan]:
     from ckptavg.inspection import geometry as weight_space  # noqa: PLC0415
 
     weight_space.check_several(selection)
-    rules = Rules(tuple(settings["include"]), tuple(settings["exclude"]))
+    rules = Rules(tensors.include, tensors.exclude)
     return weight_space.list_weights(selection, rules)
 
 
@@ -256,7 +262,7 @@ def _written(report: Report, provenance: Provenance, out: str) -> dict[str, Any]
     return {**provenance.entries, "output": out, "bytes": size}
 
 
-def _result(report: Report, made: list[dict[str, Any]], further: tuple[Also, ...]) -> None:
+def _result(report: Report, made: list[dict[str, Any]], further: tuple[AlsoAverage, ...]) -> None:
     """Emit the command's average as JSON, further averages under ``also``."""
     further_records = [
         {"name": extra.name} | record for extra, record in zip(further, made[1:], strict=True)

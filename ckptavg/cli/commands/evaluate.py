@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence, Sized
-from dataclasses import replace
+from collections.abc import Sequence, Sized
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
-from ckptavg.cli import options
-from ckptavg.cli.also import Also, also, planned_also
+from ckptavg.cli.command import command
 from ckptavg.cli.console import Report
-from ckptavg.cli.help import GroupedCommand
+from ckptavg.cli.options.also import AlsoAverage, read_also
+from ckptavg.cli.options.averaging import (
+    TensorOptions,
+    WeightingOptions,
+    keys_option,
+    plan_selection,
+    tensor_options,
+    weighting_options,
+)
+from ckptavg.cli.options.declare import bundle, option
+from ckptavg.cli.options.running import RunningOptions, running_options
+from ckptavg.cli.options.selection import SelectionOptions, selection_options
 from ckptavg.cli.resume import Keeper
-from ckptavg.cli.selection import open_selection, plan_selection
 from ckptavg.distributed.peers import global_rank
 from ckptavg.distributed.torchrun import TorchrunGroup
 from ckptavg.errors import OutputError, UsageError
@@ -40,80 +49,158 @@ _OF_A_RUN = (
 _WORSE = 3  # exit code of --fail-if-worse
 
 
-@click.command("eval", cls=GroupedCommand)
+@dataclass(frozen=True)
+class CandidateOptions:
+    """Options that name candidates.
+
+    Attributes:
+        paths: Checkpoints to score as they are.
+        run_path: Run with the last checkpoint and the averages to score.
+        each: True to score every selected checkpoint, too.
+        further: Further averages of the run.
+        compare: ``fge`` to score the ensemble, too.
+        no_stale: True to score averages with recomputed statistics only.
+        keys: Entries that hold the weights; empty to find the entry.
+    """
+
+    paths: tuple[str, ...]
+    run_path: str | None
+    each: bool
+    further: tuple[AlsoAverage, ...]
+    compare: str | None
+    no_stale: bool
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ResultsOptions:
+    """Options on the results.
+
+    Attributes:
+        results: File that holds the results.
+        resume: True to score only what the file does not hold.
+        fail_if_worse: True to fail if the average does worse than the last checkpoint.
+    """
+
+    results: str | None
+    resume: bool
+    fail_if_worse: bool
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """All options of the command.
+
+    Attributes:
+        candidates: Names of candidates.
+        select: Selection of checkpoints of the run.
+        weighting: Weights of the run's average.
+        tensors: Options on the tensors of averages.
+        running: Model, data and loaders.
+        output: Options on the results.
+    """
+
+    candidates: CandidateOptions
+    select: SelectionOptions
+    weighting: WeightingOptions
+    tensors: TensorOptions
+    running: RunningOptions
+    output: ResultsOptions
+
+    def decisive(self) -> dict[str, Any]:
+        """Return the options that decide scores, by the names that keys of results are made of."""
+        running, tensors = self.running, self.tensors
+        loader, statistics = running.loader, running.statistics
+        return {
+            "model_spec": running.model.spec,
+            "model_arg": running.model.pairs,
+            "data": running.data.spec,
+            "data_arg": running.data.pairs,
+            "train_data": running.training.spec,
+            "train_data_arg": running.training.pairs,
+            "task": running.task,
+            "forward": running.forward,
+            "amp": loader.amp,
+            "batch_size": loader.batch_size,
+            "seed": loader.seed,
+            "bn_samples": statistics.samples,
+            "bn_exclude": statistics.exclude,
+            "include": tensors.include,
+            "exclude": tensors.exclude,
+            "base": tensors.base,
+            "dtype": tensors.dtype,
+            "on_nonfinite": tensors.on_nonfinite,
+        }
+
+
+@command("eval", shared=True)
 @click.argument("paths", nargs=-1, metavar="[PATH...]")
-@options.option(
+@option(
     _CANDIDATES, "--run", "run_path", metavar="RUN", common=True,
     help="Score its last checkpoint and the average of the selected ones.",
 )  # fmt: skip
-@options.option(
+@option(
     _CANDIDATES, "--each", is_flag=True, common=True, help="Score every selected checkpoint, too."
 )
-@options.option(
-    _CANDIDATES, "--also", "further", multiple=True, type=also, metavar="NAME=SCHEME[@SELECTION]",
+@option(
+    _CANDIDATES, "--also", "further", multiple=True, type=read_also,
+    metavar="NAME=SCHEME[@SELECTION]",
     help="Score one more average. SELECTION is of the whole run, in the words of the options: "
     "last5=uniform@last=5.",
 )  # fmt: skip
-@options.option(
+@option(
     _CANDIDATES, "--compare", type=click.Choice(["fge"]), common=True,
     help="Score the ensemble, too: the mean of the selected checkpoints' outputs.",
 )  # fmt: skip
-@options.option(
+@option(
     _CANDIDATES, "--no-stale", is_flag=True,
     help="Score no average with its BatchNorm statistics as averaged beside the recomputed ones.",
 )  # fmt: skip
-@options.option(
+@option(
     _RESULTS, "--results", type=click.Path(dir_okay=False), metavar="FILE", common=True,
     help="Keep the results in FILE.json or FILE.csv, beside what it holds.",
 )  # fmt: skip
-@options.option(
+@option(
     _RESULTS, "--resume", is_flag=True,
     help="Score only what FILE.json of --results does not hold yet.",
 )  # fmt: skip
-@options.option(
+@option(
     _RESULTS, "--fail-if-worse", is_flag=True,
     help="Exit 3 if the average does worse than the last checkpoint by the first metric.",
 )  # fmt: skip
-@options.model_options
-@options.data_options("data", "What is scored on", required=True)
-@options.data_options("train-data", "Recomputes the averages' BatchNorm", required=False)
-@options.loader_options
-@options.selection_options
-@options.scheme_options
-@options.keys_option
-@options.tensor_options
-@options.everywhere_by_several
-def evaluate(
-    report: Report,
-    processes: TorchrunGroup | None,
-    paths: tuple[str, ...],
-    further: tuple[Also, ...],
-    results: str | None,
-    resume: bool,
-    fail_if_worse: bool,
-    **settings: Any,
-) -> None:
+@running_options("Recomputes the averages' BatchNorm", scoring="What is scored on")
+@selection_options
+@weighting_options
+@keys_option
+@tensor_options
+@bundle("candidates", CandidateOptions)
+@bundle("output", ResultsOptions)
+@bundle("options", EvaluationOptions)
+def evaluate(report: Report, processes: TorchrunGroup | None, options: EvaluationOptions) -> None:
     """Score checkpoints, an average and the FGE ensemble side by side on the same data.
 
     \b
       ckptavg eval --run runs/swa --model torchvision:resnet50 \\
           --data imagefolder:val --train-data imagefolder:train --each --compare fge
     """
-    _check(paths, results, resume, further, settings)
-    file = _open_results(results, resume=resume)
-    candidates = _candidates(paths, further, settings)
+    _check(options)
+    file = _open_results(options.output)
+    candidates = _make_candidates(options)
     from ckptavg.cli import build  # noqa: PLC0415 - help is shown without torch
     from ckptavg.evaluation.results import is_worse, without_repeats  # noqa: PLC0415
 
-    source = build.model_source(settings, _recorders(candidates))
-    task = build.task(settings)
+    source = build.find_model(options.running.model, _recorders(candidates))
+    task = build.build_task(options.running)
+    fail_if_worse = options.output.fail_if_worse
     if fail_if_worse and task.metrics[0].higher is None:
         raise UsageError(
             f"--fail-if-worse needs a first metric that says which is better: "
             f"{task.metrics[0].key} does not"
         )
-    keeper = Keeper(candidates, settings, file, resume=resume, processes=processes)
-    scored = _scored(report, processes, keeper, source, task, settings)
+    keeper = Keeper(
+        candidates, options.decisive(), file, resume=options.output.resume, processes=processes
+    )
+    scored = _score(report, processes, keeper, source, task, options)
     failure = _keep(keeper, scored)
     scored = without_repeats(scored)
     _show(report, scored, task)
@@ -122,62 +209,56 @@ def evaluate(
         raise failure
     if fail_if_worse and is_worse(scored, task):
         if processes is not None:
-            processes.gather(None)  # a launcher ends all when one exits: the first has written
+            # A launcher ends all processes when one exits: wait until the first has written.
+            processes.gather(None)
         if not global_rank():
             report.remark("The average does worse than the last checkpoint.")
         raise click.exceptions.Exit(_WORSE)
 
 
-def _scored(
+def _score(
     report: Report,
     processes: TorchrunGroup | None,
     keeper: Keeper,
     source: ModelSource,
     task: Task,
-    settings: dict[str, Any],
+    options: EvaluationOptions,
 ) -> list[Result]:
     """Score the candidates without a kept result, and return the results of all."""
     if not keeper.missing:
         return keeper.merged([])
-    from ckptavg.cli.build import (  # noqa: PLC0415
-        evaluation_data,
-        forward,
-        model_and_runtime,
-        training_data,
-    )
+    from ckptavg.cli import build  # noqa: PLC0415
     from ckptavg.evaluation import evaluate as evaluation  # noqa: PLC0415
 
-    custom_forward = forward(settings)
-    model, runtime = model_and_runtime(settings, source, task)
+    running = options.running
+    forward = build.build_forward(running)
+    model, runtime = build.build_model(running, source, task)
     training = None
     if any(candidate.recompute for candidate in keeper.missing):
-        training = training_data(settings, source, runtime, processes)
-    elif settings["train_data"]:
+        training = build.open_training_data(running, source, runtime, processes)
+    elif running.training.spec:
         evaluation.note_idle_training(keeper.missing)
-    data = evaluation_data(settings, source, runtime, processes)
-    _warn_of_training_data(settings, data, training)
+    data = build.open_evaluation_data(running, source, runtime, processes)
+    _warn_of_training_data(running, data, training)
     with report.samples_progress() as progress:
         scored = evaluation.score(
-            keeper.missing, model, data, runtime, training, task=task, forward=custom_forward,
-            progress=progress,
-            keep_nonfinite=settings["on_nonfinite"] == "keep", peers=processes,
-            on_results=keeper.keep_so_far,
-            exclude=settings["bn_exclude"],
+            keeper.missing, model, data, runtime, training, task=task, forward=forward,
+            progress=progress, keep_nonfinite=options.tensors.keep_nonfinite, peers=processes,
+            on_results=keeper.keep_so_far, exclude=running.statistics.exclude,
         )  # fmt: skip
     return keeper.merged(scored)
 
 
 def _warn_of_training_data(
-    settings: Mapping[str, Any], data: Batches, training: Batches | None
+    running: RunningOptions, data: Batches, training: Batches | None
 ) -> None:
     """Warn of scores on the training data, where a function's argument was forgotten.
 
     The same function gives other data where it is asked for a split by name: a module of data
     loaders, say. Such are told from the same by their number of samples.
     """
-    named = [(settings[name], settings[f"{name}_arg"]) for name in ("data", "train_data")]
     scored, trained = _count_samples(data), _count_samples(training)
-    if named[0] == named[1] and scored is not None and scored == trained:
+    if running.data == running.training and scored is not None and scored == trained:
         log.warning(
             "--data and --train-data name the same %d samples: the scores are on training data",
             scored,
@@ -187,52 +268,66 @@ def _warn_of_training_data(
 def _count_samples(batches: Batches | None) -> int | None:
     """Return the number of samples that a loader reads from; None where it has no such number."""
     dataset = getattr(batches, "dataset", None)
-    return len(dataset) if isinstance(dataset, Sized) else None
+    if not isinstance(dataset, Sized):
+        return None
+    return len(dataset)
 
 
-def _check(
-    paths: tuple[str, ...],
-    results: str | None,
-    resume: bool,
-    further: tuple[Also, ...],
-    settings: dict[str, Any],
-) -> None:
+def _check(options: EvaluationOptions) -> None:
     """Refuse combinations of options before any file is opened."""
-    run = settings["run_path"]
-    if not paths and run is None:
-        raise UsageError("Nothing to evaluate: name checkpoints, or a run with --run")
-    source_of = click.get_current_context().get_parameter_source
-    for name in _OF_A_RUN:
-        if run is None and source_of(name) is ParameterSource.COMMANDLINE:
-            raise UsageError(f"--{name.replace('_', '-')} needs --run")
-    if run is None and further:
-        raise UsageError("--also needs --run")
-    names = [extra.name for extra in further]
-    if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
-        raise UsageError(f"two averages are called {repeated[0]}: give each its own name")
-    if results is not None and Path(results).suffix not in (".json", ".csv"):
-        raise UsageError(f"--results is expected to end in .json or .csv but got {results}")
-    if resume and (results is None or Path(results).suffix != ".json"):
-        raise UsageError("--resume goes on from the file of --results, which has to be a .json")
-    if settings["no_stale"] and not settings["train_data"]:
+    candidates, running = options.candidates, options.running
+    if candidates.run_path is None:
+        if not candidates.paths:
+            raise UsageError("Nothing to evaluate: name checkpoints, or a run with --run")
+        _refuse_run_options(candidates)
+    names: set[str] = set()
+    for average in candidates.further:
+        if average.name in names:
+            raise UsageError(f"two averages are called {average.name}: give each its own name")
+        names.add(average.name)
+    _check_results(options.output)
+    if candidates.no_stale and not running.training.spec:
         raise UsageError(
             "--no-stale leaves out averages whose statistics are recomputed as well, which needs "
             "--train-data"
         )
-    options.check_statistics_options(settings)
+    running.check_statistics()
 
 
-def _open_results(path: str | None, *, resume: bool) -> ResultsFile | None:
+def _refuse_run_options(candidates: CandidateOptions) -> None:
+    """Refuse options of a run where no run is named."""
+    source_of = click.get_current_context().get_parameter_source
+    for name in _OF_A_RUN:
+        if source_of(name) is ParameterSource.COMMANDLINE:
+            raise UsageError(f"--{name.replace('_', '-')} needs --run")
+    if candidates.further:
+        raise UsageError("--also needs --run")
+
+
+def _check_results(output: ResultsOptions) -> None:
+    if output.results is None:
+        suffix = ""
+    else:
+        suffix = Path(output.results).suffix
+        if suffix not in (".json", ".csv"):
+            raise UsageError(
+                f"--results is expected to end in .json or .csv but got {output.results}"
+            )
+    if output.resume and suffix != ".json":
+        raise UsageError("--resume goes on from the file of --results, which has to be a .json")
+
+
+def _open_results(output: ResultsOptions) -> ResultsFile | None:
     """Open the file of ``--results``; the process that writes checks that writing works."""
-    if path is None:
+    if output.results is None:
         return None
     from ckptavg.evaluation.results_file import ResultsFile  # noqa: PLC0415
     from ckptavg.io.paths import check_output  # noqa: PLC0415 - help is shown without torch
 
-    check_output(path)
-    file = ResultsFile(Path(path))
+    check_output(output.results)
+    file = ResultsFile(Path(output.results))
     if global_rank() == 0:
-        file.check(resume=resume)
+        file.check(resume=output.resume)
     return file
 
 
@@ -247,18 +342,18 @@ def _keep(keeper: Keeper, scored: list[Result]) -> OutputError | None:
     return None
 
 
-def _candidates(
-    paths: tuple[str, ...], further: tuple[Also, ...], settings: dict[str, Any]
-) -> list[Candidate]:
+def _make_candidates(options: EvaluationOptions) -> list[Candidate]:
     """Make the candidates of each ``--key``, with the key in their names if there are several."""
-    for path in paths:
+    for path in options.candidates.paths:
         _check_path(path)
-    keys = list(dict.fromkeys(settings["keys"]))
-    if len(keys) < 2:
-        return _candidates_of_key(keys[0] if keys else None, paths, further, settings)
+    keys = list(dict.fromkeys(options.candidates.keys))
+    if not keys:
+        return _candidates_of_key(None, options)
+    if len(keys) == 1:
+        return _candidates_of_key(keys[0], options)
     candidates = []
     for key in keys:
-        for candidate in _candidates_of_key(key, paths, further, settings):
+        for candidate in _candidates_of_key(key, options):
             candidates.append(replace(candidate, name=f"{candidate.name} [{key}]"))
     return candidates
 
@@ -267,10 +362,14 @@ def _recorders(candidates: Sequence[Candidate]) -> list[Checkpoint]:
     """Return checkpoints that may record the model: the baseline first, then the named files."""
     from ckptavg.evaluation.candidates import reference_of  # noqa: PLC0415
 
-    singles = [c for c in candidates if c.kind == "checkpoint" and not c.average]
-    ordered = [reference_of(candidates), *singles]
-    last = [candidate.checkpoints[-1] for candidate in ordered if candidate.checkpoints]
-    return list({str(checkpoint.path): checkpoint for checkpoint in last}.values())
+    by_path: dict[str, Checkpoint] = {}
+    baseline = reference_of(candidates)
+    for candidate in (baseline, *candidates):
+        is_file = candidate.kind == "checkpoint" and not candidate.average
+        if candidate.checkpoints and (is_file or candidate is baseline):
+            checkpoint = candidate.checkpoints[-1]
+            by_path[str(checkpoint.path)] = checkpoint
+    return list(by_path.values())
 
 
 def _check_path(path: str) -> None:
@@ -282,34 +381,29 @@ def _check_path(path: str) -> None:
         raise UsageError(f"{path} is no checkpoint: a run goes after --run")
 
 
-def _candidates_of_key(
-    key: str | None,
-    paths: tuple[str, ...],
-    further: tuple[Also, ...],
-    settings: Mapping[str, Any],
-) -> list[Candidate]:
+def _candidates_of_key(key: str | None, options: EvaluationOptions) -> list[Candidate]:
     """Make the candidates whose weights an entry holds; the default entry where None."""
     from ckptavg.evaluation import candidates  # noqa: PLC0415
     from ckptavg.formats import open_checkpoint  # noqa: PLC0415
 
-    which = {"recompute": bool(settings["train_data"]), "stale": not settings["no_stale"]}
-    files = []
-    for path in paths:
-        files += candidates.candidates_of_file(open_checkpoint(path, key), path, **which)
-    if settings["run_path"] is None:
-        return files
-    settings = dict(settings)
-    run, selection = open_selection(
-        [settings["run_path"]], settings["glob"], settings["skip"], key, settings
-    )
-    planned = plan_selection(selection, settings)
-    extra_averages = {
-        extra.name: planned_also(extra, run, selection, settings) for extra in further
-    }
-    return files + candidates.candidates_of(
-        run, selection, planned, each=settings["each"],
-        ensemble=settings["compare"] == "fge", others=extra_averages, **which,
+    named = options.candidates
+    recompute, stale = bool(options.running.training.spec), not named.no_stale
+    made: list[Candidate] = []
+    for path in named.paths:
+        checkpoint = open_checkpoint(path, key)
+        made += candidates.candidates_of_file(checkpoint, path, recompute=recompute, stale=stale)
+    if named.run_path is None:
+        return made
+    run, selection = options.select.open([named.run_path], key)
+    planned = plan_selection(selection, options.weighting, options.tensors)
+    further = {}
+    for average in named.further:
+        further[average.name] = average.plan(run, selection, options.tensors)
+    made += candidates.candidates_of(
+        run, selection, planned, each=named.each, ensemble=named.compare == "fge", others=further,
+        recompute=recompute, stale=stale,
     )  # fmt: skip
+    return made
 
 
 def _show(report: Report, scored: list[Result], task: Task) -> None:

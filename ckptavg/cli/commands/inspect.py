@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptavg.cli import options, selection
+from ckptavg.cli.command import command
 from ckptavg.cli.commands import geometry as shown
 from ckptavg.cli.console import Report, counted, number_text
-from ckptavg.cli.help import GroupedCommand
+from ckptavg.cli.options.declare import option
+from ckptavg.cli.options.selection import SelectionOptions, selection_options
 from ckptavg.cli.wording import for_shell
 from ckptavg.display.tables import Column
 from ckptavg.errors import UsageError, first_few
@@ -40,32 +41,29 @@ _LAYOUTS = {
 }
 
 
-@click.command(cls=GroupedCommand)
+@command()
 @click.argument("path", metavar="PATH")
-@options.option(
+@option(
     _WHAT, "--key", metavar="KEY", common=True,
     help="The entry that holds the weights.  [default: found]",
 )  # fmt: skip
-@options.option(
+@option(
     _WHAT, "--geometry", "measured", is_flag=True, common=True,
     help="Read a run's weights, too: norms, steps, distances, the odd one out.",
 )  # fmt: skip
-@options.option(
+@option(
     _WHAT, "--verify", is_flag=True, common=True,
     help="Read everything and compare it with the digests that `average --hash` recorded.",
 )  # fmt: skip
-@options.selection_options
-@options.everywhere
+@selection_options
 def inspect(
     report: Report,
     path: str,
-    glob: str | None,
-    skip: tuple[str, ...],
     key: str | None,
     *,
     measured: bool,
     verify: bool,
-    **picks: Any,
+    select: SelectionOptions,
 ) -> None:
     """Show what a run or a checkpoint holds.
 
@@ -81,9 +79,9 @@ def inspect(
     """
     if measured and verify:
         raise UsageError("--geometry and --verify exclude each other: ask for one at a time")
-    selection.check_picks(picks)
-    full_run = open_run(path, glob=glob, skip=skip, key=key)
-    run = selection.select(full_run, **picks)
+    select.check()
+    full_run = open_run(path, glob=select.glob, skip=select.skip, key=key)
+    run = select.select(full_run)
     is_selection = run is not full_run
     if verify:
         from ckptavg.cli.commands import (  # noqa: PLC0415 - needs torch, the rest does not

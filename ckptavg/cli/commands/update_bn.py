@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptavg.cli import options, param_types
+from ckptavg.cli.command import command
 from ckptavg.cli.console import Report, counted
-from ckptavg.cli.help import GroupedCommand
+from ckptavg.cli.options.declare import option
+from ckptavg.cli.options.param_types import output
+from ckptavg.cli.options.running import RunningOptions, running_options
 from ckptavg.distributed.torchrun import TorchrunGroup
 
 if TYPE_CHECKING:
@@ -18,21 +20,18 @@ if TYPE_CHECKING:
 _OUT = "Output"
 
 
-@click.command("update-bn", cls=GroupedCommand)
+@command("update-bn", shared=True)
 @click.argument("checkpoint", metavar="CKPT")
-@options.option(
-    _OUT, "-o", "--out", required=True, metavar="OUT", type=param_types.output, common=True,
+@option(
+    _OUT, "-o", "--out", required=True, metavar="OUT", type=output, common=True,
     help="Where the copy goes.",
 )  # fmt: skip
-@options.option(_OUT, "--overwrite", is_flag=True, common=True, help="Replace an existing output.")
-@options.option(
+@option(_OUT, "--overwrite", is_flag=True, common=True, help="Replace an existing output.")
+@option(
     _OUT, "--key", metavar="KEY", common=True,
     help="The entry that holds the weights.  [default: found]",
 )  # fmt: skip
-@options.model_options
-@options.data_options("train-data", "Training data", required=True)
-@options.loader_options
-@options.everywhere_by_several
+@running_options("Training data", required=True)
 def update_bn(
     report: Report,
     processes: TorchrunGroup | None,
@@ -40,7 +39,7 @@ def update_bn(
     out: str,
     overwrite: bool,
     key: str | None,
-    **settings: Any,
+    running: RunningOptions,
 ) -> None:
     """Recompute a checkpoint's BatchNorm statistics with a pass over training data.
 
@@ -49,13 +48,13 @@ def update_bn(
           --train-data imagefolder:train -o swa_bn.safetensors
     """
     from ckptavg.batchnorm import checkpoints  # noqa: PLC0415 - help is shown without torch
-    from ckptavg.cli.build import statistics_pass  # noqa: PLC0415
+    from ckptavg.cli.build import build_statistics_pass  # noqa: PLC0415
     from ckptavg.formats import open_checkpoint  # noqa: PLC0415
 
     opened = open_checkpoint(checkpoint, key)
     with report.samples_progress() as progress:
-        how = statistics_pass(
-            settings, [opened], processes, lambda *done: progress("BatchNorm", *done)
+        how = build_statistics_pass(
+            running, [opened], processes, lambda *done: progress("BatchNorm", *done)
         )
         result, provenance = checkpoints.update_checkpoint(opened, out, how, overwrite=overwrite)
     report.line(f"wrote {out} ({_describe(result, provenance.bn)})")

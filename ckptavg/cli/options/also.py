@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptavg.cli.param_types import pair, positive
-from ckptavg.cli.param_types import scheme as read_scheme
-from ckptavg.cli.selection import SELECTION, check_picks, plan_selection, select_for_average
+from ckptavg.cli.options.averaging import TensorOptions, WeightingOptions, plan_selection
+from ckptavg.cli.options.param_types import pair, positive
+from ckptavg.cli.options.param_types import scheme as read_scheme
+from ckptavg.cli.options.selection import Picks
 from ckptavg.errors import CkptavgError
 
 if TYPE_CHECKING:
@@ -34,18 +35,18 @@ _FLAGS = {"at-lr-min": "at_lr_min"}
 
 
 @dataclass(frozen=True)
-class Also:
+class AlsoAverage:
     """A further average.
 
     Attributes:
-        name: Of its output.
-        scheme: How it is weighted.
-        picks: Its own selection, by the names in ``SELECTION``; None for the command's.
+        name: Name of the output.
+        scheme: Name of a scheme, with its options.
+        picks: Its own selection of the whole run; None for the command's selection.
     """
 
     name: str
     scheme: str
-    picks: dict[str, Any] | None
+    picks: Picks | None
 
     def path(self, out: str) -> str:
         """Return the output's path: beside the command's, in the same format without a suffix."""
@@ -54,49 +55,56 @@ class Also:
         )
 
         output = Path(out)
-        suffix = "" if has_suffix(self.name) or not has_suffix(out) else output.suffix
-        return str(output.parent / (self.name + suffix))
+        name = self.name
+        if has_suffix(out) and not has_suffix(name):
+            name += output.suffix
+        return str(output.parent / name)
+
+    def plan(self, run: Run, selection: Run, tensors: TensorOptions) -> Average:
+        """Plan the average.
+
+        Args:
+            run: The whole run.
+            selection: The command's selection, used without an own one.
+            tensors: Options on the tensors.
+
+        Raises:
+            CkptavgError: The checkpoints cannot be averaged so.
+        """
+        if self.picks is not None:
+            self.picks.check()
+            selection = self.picks.select_for_average(run)
+        try:
+            return plan_selection(selection, WeightingOptions(self.scheme), tensors)
+        except CkptavgError as error:
+            error.message = f"--also {self.name}: {error.message}"
+            raise
 
 
-def also(text: str) -> Also:
+def read_also(text: str) -> AlsoAverage:
     """Read ``NAME=SCHEME[@SELECTION]``; an empty scheme is uniform.
 
     Raises:
-        click.BadParameter: It is otherwise.
+        click.BadParameter: The text has another form.
     """
     name, separator, definition = text.partition("=")
     scheme, at, selection = definition.partition("@")
-    if (
-        not name
-        or not name.isprintable()
-        or not separator
-        or Path(name).name != name
-        or name == ".."
-    ):
+    is_file_name = bool(name) and name.isprintable() and Path(name).name == name and name != ".."
+    if not separator or not is_file_name:
         raise click.BadParameter(
             f"expected NAME=SCHEME[@SELECTION], as in last5=uniform@last=5, but got {text!r}"
         )
+    scheme = scheme or _UNIFORM
     try:
-        read_scheme(scheme or _UNIFORM)
+        read_scheme(scheme)
     except click.BadParameter as error:
         raise click.BadParameter(f"{name}: {error.message}") from None
-    return Also(name, scheme or _UNIFORM, _picks(selection) if at else None)
+    picks = _read_picks(selection) if at else None
+    return AlsoAverage(name, scheme, picks)
 
 
-def planned_also(one: Also, run: Run, selection: Run, settings: Mapping[str, Any]) -> Average:
-    """Plan a further average: of a selection of the whole run, or of the command's selection."""
-    if one.picks is not None:
-        check_picks(one.picks)
-        selection = select_for_average(run, one.picks)
-    try:
-        return plan_selection(selection, settings, scheme=one.scheme)
-    except CkptavgError as error:
-        error.message = f"--also {one.name}: {error.message}"
-        raise
-
-
-def _picks(text: str) -> dict[str, Any]:
-    picks: dict[str, Any] = dict.fromkeys(SELECTION) | {"at_lr_min": False}
+def _read_picks(text: str) -> Picks:
+    picks: dict[str, Any] = {}
     keys: set[str] = set()
     for part in text.split(","):
         key, separator, value = part.strip().partition("=")
@@ -107,14 +115,15 @@ def _picks(text: str) -> dict[str, Any]:
             picks[_FLAGS[key]] = True
         elif key in _VALUES and value:
             name, convert = _VALUES[key]
-            picks[name] = _converted(part, value, convert)
+            picks[name] = _convert(part, value, convert)
         else:
-            expected = ", ".join([*(f"{name}=..." for name in _VALUES), *_FLAGS])
+            forms = [f"{name}=..." for name in _VALUES]
+            expected = ", ".join([*forms, *_FLAGS])
             raise click.BadParameter(f"expected one of {expected} after @ but got {part!r}")
-    return picks
+    return Picks(**picks)
 
 
-def _converted(part: str, value: str, convert: Callable[[str], Any]) -> Any:
+def _convert(part: str, value: str, convert: Callable[[str], Any]) -> Any:
     try:
         return convert(value)
     except ValueError:

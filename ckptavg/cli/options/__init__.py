@@ -1,0 +1,1 @@
+"""Options of the command line, in named groups, and the dataclasses of their values."""
