@@ -25,8 +25,8 @@ from ckptavg.batchnorm.statistics_pass import (
 )
 from ckptavg.batchnorm.update import BatchNormResult
 from ckptavg.data.loaders import Progress as SampleProgress
-from ckptavg.data.loaders import rereadable
-from ckptavg.data.prefetch import counted
+from ckptavg.data.loaders import require_reiterable
+from ckptavg.data.prefetch import with_progress
 from ckptavg.distributed.peers import Peers, SingleProcess
 from ckptavg.errors import BatchNormError, NonFiniteError, first_few
 from ckptavg.formats import Checkpoint
@@ -35,9 +35,9 @@ from ckptavg.formats.running_statistics import Statistics, match_layers
 from ckptavg.formats.state_dict import bare_names
 from ckptavg.models import malloc
 from ckptavg.models.batches import Batches, Forward
-from ckptavg.models.device import Runtime, fit
+from ckptavg.models.device import Runtime, count_models_that_fit
 from ckptavg.models.load import load_into
-from ckptavg.models.oom_retry import Together, run_passes, say
+from ckptavg.models.oom_retry import OomSynchronizedPeers, log_pass_count, run_in_groups_that_fit
 from ckptavg.outputs import target as outputs
 from ckptavg.outputs.digests import InputDigests
 from ckptavg.outputs.provenance import build_provenance, with_digests
@@ -108,10 +108,10 @@ def write_averages(
     targets = api.prepare_many(
         list(zip(averages, outs, strict=True)), overwrite=overwrite, digests=digests
     )
-    peers = Together(how.peers)
+    peers = OomSynchronizedPeers(how.peers)
     groups = _groups(len(averages), how)
     # Each group reads the data once more.
-    how = replace(how, training=rereadable(how.training, len(groups)), peers=peers)
+    how = replace(how, training=require_reiterable(how.training, len(groups)), peers=peers)
     hashed: InputDigests | None = None
     written: dict[int, tuple[BatchNormResult, Provenance]] = {}
 
@@ -139,7 +139,7 @@ def write_averages(
                 written[i] = result, outputs.fill(target, sinks[i], state_dict, provenance)
             peers.agree()
 
-        run_passes(groups, run_pass, how.runtime, peers)
+        run_in_groups_that_fit(groups, run_pass, how.runtime, peers)
     return [written[i] for i in range(len(averages))]
 
 
@@ -207,7 +207,7 @@ def update_checkpoint(
     if provenance.digest is not None:
         provenance = provenance.with_digest()
     target = prepare_copy(checkpoint, out, provenance, overwrite=overwrite)
-    peers = Together(how.peers)
+    peers = OomSynchronizedPeers(how.peers)
     how = replace(how, peers=peers)
     written: list[tuple[BatchNormResult, Provenance]] = []
     with _opened([target], how.peers) as (sink,):
@@ -230,7 +230,7 @@ def update_checkpoint(
             written.append((result, outputs.fill(filled, sink, weights, filled.provenance)))
             peers.agree()
 
-        run_passes([[checkpoint]], run_pass, how.runtime, peers)
+        run_in_groups_that_fit([[checkpoint]], run_pass, how.runtime, peers)
     return written[0]
 
 
@@ -263,7 +263,7 @@ def refresh(
     models = [how.model, *(copy.deepcopy(how.model) for _ in weights[1:])]
     for model, state_dict, origin in zip(models, weights, origins, strict=True):
         load_into(model, state_dict, origin)
-    batches = counted(how.training, how.progress, how.peers, how.runtime.seed)
+    batches = with_progress(how.training, how.progress, how.peers, how.runtime.seed)
     with malloc.keep_freed_memory(how.runtime.device):
         results = recompute_statistics(
             models, before, excluded, batches, how.runtime, how.forward, how.peers
@@ -299,9 +299,9 @@ def _opened(targets: Sequence[Target], peers: Peers) -> Iterator[Sequence[FileSi
 def _groups(count: int, how: Pass) -> list[range]:
     """Divide averages into groups that fit in memory and share a pass over the data."""
     # Each average is in memory twice: as a state dict, and in a copy of the model.
-    size = max(1, min(how.peers.gather(fit(how.model, how.runtime.device) // 2)))
+    size = max(1, min(how.peers.gather(count_models_that_fit(how.model, how.runtime.device) // 2)))
     groups = [range(i, min(i + size, count)) for i in range(0, count, size)]
-    say(count, len(groups))
+    log_pass_count(count, len(groups))
     return groups
 
 

@@ -22,7 +22,7 @@ from ckptavg.errors import BatchNormError, first_few
 from ckptavg.models.batches import Forward
 from ckptavg.models.device import Runtime
 from ckptavg.models.load import bare_module
-from ckptavg.models.memory_format import Channels
+from ckptavg.models.memory_format import MemoryFormat
 from ckptavg.models.shared_context import SharedContext
 
 log = logging.getLogger("ckptavg")
@@ -87,7 +87,7 @@ class Through:
 
     forward: Forward
     runtime: Runtime
-    channels: Channels
+    memory_format: MemoryFormat
     batch: Any
 
     def __call__(self, model: nn.Module, begin: Callable[[], None]) -> None:
@@ -99,7 +99,7 @@ class Through:
             with self.runtime.autocast():
                 self.forward(model, batch)
 
-        self.channels.run(attempt, model, self.batch)
+        self.memory_format.run(attempt, model, self.batch)
 
 
 @dataclass
@@ -327,17 +327,17 @@ class ModelPass:
 
 @contextmanager
 def collecting(
-    model: nn.Module, exclude: Collection[str], channels: Channels
+    model: nn.Module, exclude: Collection[str], memory_format: MemoryFormat
 ) -> Iterator[ModelPass]:
     """Prepare a model for a pass, and restore the model's state afterwards.
 
     Args:
-        model: The model. It is moved to the device and into the memory format of ``channels``.
+        model: The model. It is moved to the device and into the memory format of ``memory_format``.
         exclude: Names of layers that keep their statistics.
-        channels: Device and memory format of the pass.
+        memory_format: Device and memory format of the pass.
     """
-    channels.place(model)
-    model_pass = ModelPass(model, exclude, channels.device)
+    memory_format.place(model)
+    model_pass = ModelPass(model, exclude, memory_format.device)
     state = ModelState(model)
     with _uncompiled(model):
         try:

@@ -28,7 +28,7 @@ from ckptavg.batchnorm.collect import BatchNormResult, Through, collecting, fini
 from ckptavg.batchnorm.norm_layers import never_trained_layers, tracked_layers, unreachable_layers
 from ckptavg.data.argument_checks import check_model
 from ckptavg.data.loaders import Subset, as_subset, open_loader
-from ckptavg.data.prefetch import counted, moved
+from ckptavg.data.prefetch import prefetch_to_device, with_progress
 from ckptavg.display.progress import ProgressLike, open_phase
 from ckptavg.distributed.peers import Peers, SingleProcess, find_peers
 from ckptavg.errors import first_few
@@ -38,7 +38,7 @@ from ckptavg.models.batches import Batches, Forward, size_of
 from ckptavg.models.calling import call
 from ckptavg.models.device import Runtime
 from ckptavg.models.load import bare_module
-from ckptavg.models.memory_format import Channels
+from ckptavg.models.memory_format import MemoryFormat
 
 __all__ = ["BatchNormResult", "recompute", "tracked_layers", "update_bn"]
 log = logging.getLogger("ckptavg")
@@ -123,7 +123,7 @@ def update_bn(
         open_phase(progress, "BatchNorm", "samples") as report,
         malloc.keep_freed_memory(runtime.device),
     ):
-        batches = counted(loader, report or (lambda *_: None), peers, seed)
+        batches = with_progress(loader, report or (lambda *_: None), peers, seed)
         frozen_or_excluded = {*excluded, *frozen}
         result = recompute([model], batches, runtime, forward, [frozen_or_excluded], peers)[0]
     return replace(
@@ -173,20 +173,20 @@ def recompute(
         log.info("the model has no BatchNorm layers with running statistics: nothing to recompute")
         return [BatchNormResult(0, 0, 0) for _ in models]
     batches_read, samples = 0, 0
-    channels = Channels(models[0], runtime.device, scoring=False)
+    memory_format = MemoryFormat(models[0], runtime.device, scoring=False)
     with ExitStack() as stack, torch.no_grad():
         passes = [
-            stack.enter_context(collecting(model, excluded, channels))
+            stack.enter_context(collecting(model, excluded, memory_format))
             for model, excluded in zip(models, exclude or [()] * len(models), strict=True)
         ]
         # All models see a batch before the next is read, so the data is read once.
-        for batch in moved(batches, runtime.device):
-            batch_on_device = channels.arrange(batch.here)
-            through = Through(forward or call, runtime, channels, batch_on_device)
+        for batch in prefetch_to_device(batches, runtime.device):
+            batch_on_device = memory_format.to_device(batch.on_device)
+            through = Through(forward or call, runtime, memory_format, batch_on_device)
             for model_pass in passes:
                 model_pass.take(through)
             batches_read += 1
-            samples += size_of(batch.given)
+            samples += size_of(batch.loaded)
         of_all = finish(passes, batches_read, peers or SingleProcess())
     # Written at the very end and for all models at once, so that an error changes no model.
     replace_all([change for model_pass in passes for change in model_pass.changes(of_all)])

@@ -8,7 +8,7 @@ from torch import nn
 
 from ckptavg.batchnorm.checkpoints import Pass
 from ckptavg.cli.options.running import RunningOptions, Source
-from ckptavg.data.loaders import Progress, Subset, open_loader, share
+from ckptavg.data.loaders import Progress, Subset, open_loader, shard_loader
 from ckptavg.data.seeding import seed_all
 from ckptavg.data.streams import is_dataset
 from ckptavg.distributed.peers import Peers, SingleProcess
@@ -170,5 +170,5 @@ def _open_batches(
     )
     # Every process has the same loader; a Dataset is divided by sample.
     if peers.world_size > 1 and not is_dataset(data):
-        return share(data, peers, runtime.seed, subset)
+        return shard_loader(data, peers, runtime.seed, subset)
     return open_loader(data, runtime, shuffle=train, subset=subset, peers=peers)

@@ -101,7 +101,7 @@ def open_loader(
         batched = Batched(data, runtime.batch_size, collate_of(data))
         stream = DataLoader(batched, batch_size=None, num_workers=workers, pin_memory=pinned)
         # A stream has no indices to share, so every process reads all and keeps every n-th batch.
-        return share(stream, peers, runtime.seed, subset)
+        return shard_loader(stream, peers, runtime.seed, subset)
     if samples:
         generator = torch.Generator().manual_seed(runtime.seed)
         order = _order(data, subset, generator, shuffle=shuffle)
@@ -130,7 +130,7 @@ def open_loader(
     return data if subset is None else _up_to_its_part(data, peers, subset)
 
 
-def share(loader: Batches, peers: Peers, seed: int, subset: Subset | None = None) -> Batches:
+def shard_loader(loader: Batches, peers: Peers, seed: int, subset: Subset | None = None) -> Batches:
     """Return this process's share of a loader that is the same everywhere: every n-th batch.
 
     Args:
@@ -162,7 +162,7 @@ def share(loader: Batches, peers: Peers, seed: int, subset: Subset | None = None
     return DataLoader(loader.dataset, batch_sampler=part, **options)
 
 
-def rereadable(batches: Batches, passes: int) -> Batches:
+def require_reiterable(batches: Batches, passes: int) -> Batches:
     """Return batches for several passes; an iterator raises an error on a second pass.
 
     Args:

@@ -14,7 +14,9 @@ from ckptavg.distributed.peers import Peers
 from ckptavg.models.batches import Batches, size_of, tensors_of, to_device
 
 
-def counted(loader: Batches, progress: Progress, peers: Peers, seed: int = 0) -> Iterator[Any]:
+def with_progress(
+    loader: Batches, progress: Progress, peers: Peers, seed: int = 0
+) -> Iterator[Any]:
     """Yield the batches of a loader, report progress and check the other processes.
 
     All random numbers of the loader, such as crops and the order, follow from the seed alone. The
@@ -48,32 +50,32 @@ def _seeded(loader: Batches, seed: int) -> Iterator[Any]:
 
 
 @dataclass(frozen=True)
-class Moved:
+class DeviceBatch:
     """A batch before and after the copy to the device.
 
     Attributes:
-        given: The batch as the loader yielded it.
-        here: The batch on the device.
+        loaded: The batch as the loader yielded it.
+        on_device: The batch on the device.
     """
 
-    given: Any
-    here: Any
+    loaded: Any
+    on_device: Any
 
 
-def moved(loader: Iterable[Any], device: torch.device) -> Iterator[Moved]:
+def prefetch_to_device(loader: Iterable[Any], device: torch.device) -> Iterator[DeviceBatch]:
     """Prefetch batches to the device; on CUDA, the next copy overlaps the current computation."""
     if device.type != "cuda":
         for batch in loader:
-            yield Moved(batch, to_device(batch, device))
+            yield DeviceBatch(batch, to_device(batch, device))
         return
     copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    waiting: tuple[Moved, Any] | None = None
+    waiting: tuple[DeviceBatch, Any] | None = None
     for batch in loader:
         # A batch that is on the device already may still be being computed on the main stream.
         if any(tensor.is_cuda for tensor in tensors_of(batch)):
             copies.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(copies):
-            under_way = Moved(batch, to_device(batch, device)), copies.record_event()
+            under_way = DeviceBatch(batch, to_device(batch, device)), copies.record_event()
         if waiting is not None:
             yield _arrived(*waiting, device)
         waiting = under_way
@@ -81,13 +83,13 @@ def moved(loader: Iterable[Any], device: torch.device) -> Iterator[Moved]:
         yield _arrived(*waiting, device)
 
 
-def _arrived(batch: Moved, copied: Any, device: torch.device) -> Moved:
+def _arrived(batch: DeviceBatch, copied: Any, device: torch.device) -> DeviceBatch:
     """Make the current stream wait for the copy of a batch; return the batch."""
     stream = torch.cuda.current_stream(device)
     stream.wait_event(copied)
     # The tensors were allocated on the copy stream. Without this, the allocator could reuse the
     # memory while the current stream still reads the batch.
-    for tensor in tensors_of(batch.here):
+    for tensor in tensors_of(batch.on_device):
         if tensor.is_cuda:
             tensor.record_stream(stream)
     return batch

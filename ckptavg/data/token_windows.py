@@ -136,7 +136,7 @@ class TokenFile:
             ) from error
 
 
-def of_tokens(
+def open_tokens(
     path: str, *, length: int = _LENGTH, stride: int | None = None, dtype: str | None = None
 ) -> Windows:
     """Make windows from a file of token ids.
@@ -154,10 +154,10 @@ def of_tokens(
         raise SpecError(f"dtype is expected to be one of {', '.join(_DTYPES)} but got {dtype!r}")
     if dtype is not None and path.endswith(".npy"):
         raise SpecError(f"{path} says itself of which type it is", "Leave dtype out.")
-    return _told(path, Windows(TokenFile(Path(path), dtype or "uint16"), length, stride))
+    return _log_size(path, Windows(TokenFile(Path(path), dtype or "uint16"), length, stride))
 
 
-def of_text(
+def open_text(
     path: str, *, tokenizer: str | None = None, length: int = _LENGTH, stride: int | None = None
 ) -> Windows:
     """Make windows from a UTF-8 text file, which is tokenized as a whole.
@@ -183,7 +183,7 @@ def of_text(
     except UnicodeDecodeError as error:
         raise SpecError(f"{path} is no UTF-8 text: {error}", "Convert it first.") from error
     ids = _load_tokenizer(Path(tokenizer))(content, verbose=False)["input_ids"]
-    return _told(path, Windows(torch.tensor(ids, dtype=torch.int64), length, stride))
+    return _log_size(path, Windows(torch.tensor(ids, dtype=torch.int64), length, stride))
 
 
 def default_length(directory: Path) -> int:
@@ -198,7 +198,7 @@ def default_length(directory: Path) -> int:
     return min([_LENGTH, *(length for length in context if length > 1)])
 
 
-def _told(path: str, windows: Windows) -> Windows:
+def _log_size(path: str, windows: Windows) -> Windows:
     log.info(
         "%s: %d tokens in %d windows of %d, %d apart",
         path, len(windows.tokens), len(windows), windows.length, windows.stride,

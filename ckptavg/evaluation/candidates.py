@@ -19,7 +19,7 @@ from ckptavg.formats import Checkpoint, open_checkpoint
 from ckptavg.formats.names import batchnorm_layers
 from ckptavg.formats.provenance import Provenance
 from ckptavg.formats.state_dict import bare_names
-from ckptavg.models.load import undistributed
+from ckptavg.models.load import unwrap_distributed
 from ckptavg.runs.discovery.numbered import short_names
 from ckptavg.runs.run import Run, RunLike
 
@@ -107,7 +107,7 @@ class Candidate:
                 that records stale statistics.
         """
         if isinstance(weights, nn.Module):
-            name = name or type(undistributed(weights)).__name__
+            name = name or type(unwrap_distributed(weights)).__name__
             weights = weights.state_dict()
         stored = {key: value for key, value in weights.items() if isinstance(value, torch.Tensor)}
         # Wrappers, such as DistributedDataParallel, put a prefix before every name.

@@ -22,8 +22,8 @@ from torch.utils.data import Dataset
 from ckptavg.averaging.lora import exact_mean
 from ckptavg.batchnorm.statistics_pass import recompute_statistics
 from ckptavg.data.argument_checks import check_model
-from ckptavg.data.loaders import Subset, as_subset, open_loader, rereadable
-from ckptavg.data.prefetch import counted, moved
+from ckptavg.data.loaders import Subset, as_subset, open_loader, require_reiterable
+from ckptavg.data.prefetch import prefetch_to_device, with_progress
 from ckptavg.display.progress import PhaseProgress, ProgressLike, open_progress
 from ckptavg.distributed.peers import Peers, SingleProcess, find_peers
 from ckptavg.errors import EvaluationError, UsageError
@@ -43,10 +43,10 @@ from ckptavg.evaluation.weight_sets import Network, Networks
 from ckptavg.formats.running_statistics import LAYERS, match_layers
 from ckptavg.models import malloc
 from ckptavg.models.batches import Batches, Forward, bytes_of, map_tensors, tensors_of
-from ckptavg.models.device import Runtime, fit
-from ckptavg.models.load import undistributed
-from ckptavg.models.memory_format import Channels
-from ckptavg.models.oom_retry import Together, run_passes, say
+from ckptavg.models.device import Runtime, count_models_that_fit
+from ckptavg.models.load import unwrap_distributed
+from ckptavg.models.memory_format import MemoryFormat
+from ckptavg.models.oom_retry import OomSynchronizedPeers, log_pass_count, run_in_groups_that_fit
 from ckptavg.tasks import Task
 from ckptavg.tasks.classification import Classification
 from ckptavg.tasks.named import as_task
@@ -189,7 +189,8 @@ def score(
     if training is None and any(c.recompute for c in candidates):
         raise UsageError("recomputing statistics needs training data (train_loader)")
     peers = peers or SingleProcess()
-    session = _Session(candidates, undistributed(model), runtime, task or Classification(), peers)
+    inner = unwrap_distributed(model)
+    session = _Session(candidates, inner, runtime, task or Classification(), peers)
     session.forward = forward
     session.progress = progress or session.progress
     session.keep_nonfinite = keep_nonfinite
@@ -214,7 +215,7 @@ class _Session:
         self.model = model
         self.runtime = runtime
         self.task = task
-        self.peers = Together(peers)
+        self.peers = OomSynchronizedPeers(peers)
         self.forward: Forward | None = None
         self.progress: Progress = lambda *_: None
         self.keep_nonfinite = False
@@ -224,7 +225,7 @@ class _Session:
             Board(candidate, members, task)
             for candidate, members in zip(candidates, self.networks.members, strict=True)
         ]
-        self.channels = Channels(model, runtime.device, scoring=True)
+        self.memory_format = MemoryFormat(model, runtime.device, scoring=True)
         # One checksum per batch of the first pass, to recognize other data in later passes.
         self.fingerprints: list[int] = []
         self.known: dict[Board, Result] = {}
@@ -245,16 +246,16 @@ class _Session:
         if self.peers.world_size > 1:
             _require_state(self.task)
         # All processes must form the same groups, so the smallest device decides.
-        size = min(self.peers.gather(fit(self.model, self.runtime.device)))
+        size = min(self.peers.gather(count_models_that_fit(self.model, self.runtime.device)))
         chosen = reference_of(self.candidates)
         wanted = next({*b.members} for b in self.boards if b.candidate is chosen)
         # The reference is scored first, since the other results include a comparison with it.
         groups = sorted(self.networks.groups(size), key=wanted.isdisjoint)
-        say(len(self.candidates), len(groups))
-        data = rereadable(data, len(groups))
+        log_pass_count(len(self.candidates), len(groups))
+        data = require_reiterable(data, len(groups))
         if training is not None:
             wanting = sum(any(network.recompute for network in group) for group in groups)
-            training = rereadable(training, wanting)
+            training = require_reiterable(training, wanting)
         results: list[Result] = []
 
         def run_pass(group: Sequence[Network], number: int, of: int) -> None:
@@ -269,7 +270,7 @@ class _Session:
             if any(result.candidate is chosen for result in results):
                 on_results([*results])
 
-        run_passes(groups, run_pass, self.runtime, self.peers)
+        run_in_groups_that_fit(groups, run_pass, self.runtime, self.peers)
         return results
 
     def _pass(
@@ -303,7 +304,7 @@ class _Session:
             board.commit(group)
 
     def _counted(self, batches: Batches, phase: str) -> Batches:
-        return counted(
+        return with_progress(
             batches, functools.partial(self.progress, phase), self.peers, self.runtime.seed
         )
 
@@ -315,18 +316,18 @@ class _Session:
     def _score(self, group: Sequence[Network], batches: Any) -> None:
         """Score a group over the evaluation data, which must be the same in every pass."""
         for network in group:
-            self.channels.place(network.model)
+            self.memory_format.place(network.model)
         fingerprints: list[int] = []
         soundness = Soundness()
-        for number, batch in enumerate(moved(batches, self.runtime.device)):
+        for number, batch in enumerate(prefetch_to_device(batches, self.runtime.device)):
             # Targets as loaded are on the host, so a checksum does not wait for the device.
-            host_targets = self.task.part(self.model, batch.given)[1]
+            host_targets = self.task.part(self.model, batch.loaded)[1]
             fingerprints.append(_fingerprint(host_targets))
             if self.fingerprints and self.fingerprints[number : number + 1] != fingerprints[-1:]:
                 raise _another_order()
-            inputs, targets = self.task.part(self.model, batch.here)
-            wanted = inputs if self.forward is None else batch.here
-            parts = _Parts(number, self.channels.arrange(wanted), targets, host_targets)
+            inputs, targets = self.task.part(self.model, batch.on_device)
+            wanted = inputs if self.forward is None else batch.on_device
+            parts = _Parts(number, self.memory_format.to_device(wanted), targets, host_targets)
             for network in group:
                 self._score_batch(network, parts, soundness)
             for board in self.boards:
@@ -347,7 +348,7 @@ class _Session:
 
         with torch.inference_mode():
             outputs = self.task.watch(
-                lambda: self.channels.run(forward, network.model, batch.inputs)
+                lambda: self.memory_format.run(forward, network.model, batch.inputs)
             )
             self.task.check(outputs, batch.given)
             predictions = self.task.predict(outputs, batch.targets)

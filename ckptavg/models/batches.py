@@ -184,7 +184,7 @@ def bytes_of(tensor: torch.Tensor) -> bytes:
     return ctypes.string_at(values.data_ptr(), values.nbytes) if values.nbytes else b""
 
 
-def described(value: Any) -> str:
+def describe_batch(value: Any) -> str:
     """Describe a batch by types and shapes: ``(float32 of 8 × 3 × 224 × 224, int64 of 8)``."""
     if isinstance(value, torch.Tensor):
         shape = " × ".join(map(str, value.shape)) or "one value"
@@ -192,10 +192,10 @@ def described(value: Any) -> str:
     if is_array(value):
         return f"array of {value.dtype} of {' × '.join(map(str, value.shape)) or 'one value'}"
     if isinstance(value, Mapping) and value:
-        contents = first_few([f"{key}: {described(part)}" for key, part in value.items()], 6)
+        contents = first_few([f"{key}: {describe_batch(part)}" for key, part in value.items()], 6)
         return f"{{{contents}}}"
     if is_sequence(value) and len(value):
-        contents = first_few([described(part) for part in value])
+        contents = first_few([describe_batch(part) for part in value])
         return f"({contents})" if isinstance(value, tuple) else f"[{contents}]"
     return f"a {type(value).__name__}"
 

@@ -22,7 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ckptavg.errors import EvaluationError
 from ckptavg.models.batches import (
     LABELS,
-    described,
+    describe_batch,
     is_batch,
     is_object,
     is_sequence,
@@ -153,7 +153,7 @@ def _split(signature: Signature, batch: Any, known: str = "") -> tuple[Any, torc
                 return batch, getattr(batch, key)
     raise EvaluationError(
         f"a batch is expected to be (inputs, labels), or a dict with one of {', '.join(LABELS)}, "
-        f"but is {described(batch)}{known}",
+        f"but is {describe_batch(batch)}{known}",
         "Let the data give one of these, or name a task of your own whose split() knows it: "
         "--task path/file.py:Task on the command line.",
     )
@@ -387,6 +387,6 @@ def _speaks_of(parameter: Parameter, kinds: tuple[str, ...]) -> bool:
 
 def _undecided(signature: Signature, batch: Any) -> EvaluationError:
     return EvaluationError(
-        f"a batch is {described(batch)}, from which the model's {signature} cannot be called",
+        f"a batch is {describe_batch(batch)}, from which the model's {signature} cannot be called",
         _REMEDY,
     )

@@ -94,7 +94,7 @@ def _own(device: torch.device) -> torch.device:
     return device
 
 
-def fit(model: nn.Module, device: torch.device) -> int:
+def count_models_that_fit(model: nn.Module, device: torch.device) -> int:
     """Compute the number of copies of a model that fit in the free memory of a device.
 
     A share of the memory is left for activations. Averages are computed on the host before they

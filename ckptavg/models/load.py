@@ -125,7 +125,7 @@ def _is_beside(name: str, places: Mapping[str, str]) -> bool:
     return bool(slash) and not any(bare_name.startswith(f"{folder}/") for bare_name in places)
 
 
-def undistributed(model: nn.Module) -> nn.Module:
+def unwrap_distributed(model: nn.Module) -> nn.Module:
     """Return the module inside DistributedDataParallel.
 
     The wrapper's first forward pass broadcasts buffers. It would wait for processes without data.
@@ -143,7 +143,7 @@ def bare_module(model: nn.Module) -> nn.Module:
     would call the layer from several threads.
     """
     while True:
-        model = undistributed(model)
+        model = unwrap_distributed(model)
         inner = getattr(model, "_orig_mod", None)
         if isinstance(model, nn.DataParallel):
             inner = model.module

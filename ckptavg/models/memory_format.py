@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ckptavg.errors import CkptavgError, EvaluationError
-from ckptavg.models.batches import described, to_device
+from ckptavg.models.batches import describe_batch, to_device
 from ckptavg.models.device import is_out_of_memory
 
 log = logging.getLogger("ckptavg")
@@ -20,7 +20,7 @@ _REFUSALS = ("view size is not compatible", "Cannot view a tensor with shape")
 """Parts of the errors of torch and its compiler on ``x.view(len(x), -1)`` in channels_last."""
 
 
-class Channels:
+class MemoryFormat:
     """The memory format of the models and batches of a pass.
 
     With channels_last, most convolutions take 0.4 to 0.75 of the time, on a CPU as well. But on a
@@ -37,7 +37,7 @@ class Channels:
 
     Attributes:
         device: Device of the models.
-        form: Memory format of tensors with four axes.
+        format: Memory format of tensors with four axes.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, *, scoring: bool) -> None:
@@ -45,20 +45,20 @@ class Channels:
         fast = device.type == "cuda" or (
             scoring and device.type == "cpu" and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         )
-        self.form = torch.channels_last if fast and _convolves(model) else torch.preserve_format
+        self.format = torch.channels_last if fast and _convolves(model) else torch.preserve_format
 
     def place(self, model: nn.Module) -> nn.Module:
         """Move a model to the device, with the convolutions' weights in the memory format."""
         model.to(self.device)
-        if self.form is not torch.preserve_format:
+        if self.format is not torch.preserve_format:
             for module in model.modules():
                 if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-                    module.weight.data = module.weight.data.contiguous(memory_format=self.form)
+                    module.weight.data = module.weight.data.contiguous(memory_format=self.format)
         return model
 
-    def arrange(self, batch: Any) -> Any:
+    def to_device(self, batch: Any) -> Any:
         """Move a batch to the device and into the memory format."""
-        return to_device(batch, self.device, self.form)
+        return to_device(batch, self.device, self.format)
 
     def run(self, attempt: Callable[[Any], T], model: nn.Module, batch: Any) -> T:
         """Run a model on a batch, and retry in the contiguous format if channels_last fails.
@@ -66,7 +66,7 @@ class Channels:
         Args:
             attempt: Runs the model on a batch. It may fail half way and be called again.
             model: The model, already placed by ``place``.
-            batch: The batch, already moved by ``arrange``.
+            batch: The batch, already moved by ``to_device``.
 
         Returns:
             The result of ``attempt``.
@@ -83,7 +83,7 @@ class Channels:
             if is_out_of_memory(error):
                 raise
             raise EvaluationError(
-                f"the model fails on a batch of {described(batch)}: "
+                f"the model fails on a batch of {describe_batch(batch)}: "
                 f"{type(error).__name__}: {error}",
                 "Check that the data gives what the model takes; forward=fn in Python, --forward "
                 "path/file.py:fn on the command line, says how fn(model, batch) calls it.",
@@ -95,15 +95,15 @@ class Channels:
             return attempt(batch)
         except RuntimeError as error:
             refused = any(words in str(error) for words in _REFUSALS)
-            if self.form is torch.preserve_format or not refused:
+            if self.format is torch.preserve_format or not refused:
                 raise
-        if self.form is not torch.contiguous_format:
+        if self.format is not torch.contiguous_format:
             log.debug("the model does not bear its channels as the last axis in memory")
-        self.form = torch.contiguous_format
+        self.format = torch.contiguous_format
         # In inference mode the new weights would not be ordinary tensors.
         with torch.inference_mode(mode=False):
             self.place(model)
-        return attempt(self.arrange(batch))
+        return attempt(self.to_device(batch))
 
 
 def _convolves(model: nn.Module) -> bool:

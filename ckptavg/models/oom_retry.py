@@ -16,7 +16,7 @@ log = logging.getLogger("ckptavg")
 T = TypeVar("T")
 
 
-def say(count: int, passes: int) -> None:
+def log_pass_count(count: int, passes: int) -> None:
     """Log the number of passes over the data if there are several candidates."""
     if count > 1:
         log.info("%d candidates, %d %s", count, passes, "pass" if passes == 1 else "passes")
@@ -29,7 +29,7 @@ class ExhaustedElsewhereError(MemoryError):
     """
 
 
-class Together:
+class OomSynchronizedPeers:
     """Processes that restart a pass together if any process runs out of memory.
 
     All exchanges of a pass go through this class. A pass ends with a call of ``agree``, so that
@@ -67,16 +67,16 @@ class Together:
         """Wait until all processes reach this point."""
         self.gather(None)
 
-    def tell(self) -> None:
+    def report_oom(self) -> None:
         """Report to all processes, in the next exchange, that this process ran out of memory."""
         self._peers.gather([True, None])
 
 
-def run_passes(
+def run_in_groups_that_fit(
     groups: Iterable[Sequence[T]],
     run: Callable[[Sequence[T], int, int], None],
     runtime: Runtime,
-    peers: Together,
+    peers: OomSynchronizedPeers,
 ) -> None:
     """Run a pass for each group, and halve the groups after running out of memory.
 
@@ -102,7 +102,7 @@ def run_passes(
                 raise
             # An error of another process is known to all processes already.
             if not isinstance(error, ExhaustedElsewhereError):
-                peers.tell()
+                peers.report_oom()
             if len(group) == 1:
                 raise _too_small(runtime) from error
         else:

@@ -39,8 +39,8 @@ DATA_HELP = (
 )
 _CIFAR = {"cifar10": ("CIFAR10", images.CIFAR10), "cifar100": ("CIFAR100", images.CIFAR100)}
 _TEXT: dict[str, Callable[..., Any]] = {
-    "text": token_windows.of_text,
-    "tokens": token_windows.of_tokens,
+    "text": token_windows.open_text,
+    "tokens": token_windows.open_tokens,
 }
 
 

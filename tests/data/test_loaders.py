@@ -22,8 +22,8 @@ from torch.utils.data import (
     TensorDataset,
 )
 
-from ckptavg.data.loaders import Subset, open_loader, rereadable, samples_in, share
-from ckptavg.data.prefetch import counted, moved
+from ckptavg.data.loaders import Subset, open_loader, require_reiterable, samples_in, shard_loader
+from ckptavg.data.prefetch import prefetch_to_device, with_progress
 from ckptavg.distributed.peers import SingleProcess
 from ckptavg.errors import EvaluationError, UsageError
 from ckptavg.models.device import Runtime
@@ -101,7 +101,7 @@ class Pipeline:
         if self.given == 20:
             raise StopIteration
         self.given += 5
-        return torch.arange(self.given - 5, self.given)[:, None]
+        return torch.arange(self.given - 5, self.loaded)[:, None]
 
 
 @pytest.mark.parametrize("loader", [DataLoader(Numbers(), 4), [torch.ones(1, 2)], Pipeline()])
@@ -192,7 +192,7 @@ def test_a_loader_is_shared_batch_by_batch(size, batch, count, shuffle, drop_las
             torch.manual_seed(rank)  # which is of no account
             loader = DataLoader(data, batch, shuffle=shuffle, drop_last=drop_last)
             subset = None if limit is None else Subset(limit)
-            loaders.append(share(loader, Echo(rank, count), seed=3, subset=subset))
+            loaders.append(shard_loader(loader, Echo(rank, count), seed=3, subset=subset))
         return loaders
 
     shared = parts(count)
@@ -221,7 +221,7 @@ def test_every_kind_of_loader_is_shared(kind, count):
             "workers": lambda: DataLoader(Numbers(), 3, num_workers=1),
         }[kind]()
 
-    parts = [list(share(loader(), Echo(rank, count), seed=0)) for rank in range(count)]
+    parts = [list(shard_loader(loader(), Echo(rank, count), seed=0)) for rank in range(count)]
     together = [batch.tolist() for batch in interleaved(parts)]
     assert together == [batch.tolist() for batch in loader()]
 
@@ -233,7 +233,7 @@ def test_batches_of_other_processes_are_not_even_read():
             return super().__getitem__(index)
 
     read = []
-    list(share(DataLoader(Watched(), 4), Echo(1, 2), seed=0))
+    list(shard_loader(DataLoader(Watched(), 4), Echo(1, 2), seed=0))
     assert read == [*range(4, 8), *range(12, 16)]
 
 
@@ -244,7 +244,7 @@ def doubled(samples):
 def test_what_a_loader_does_beside_its_order_is_kept():
     sampler = SequentialSampler(range(10, 16))
     loader = DataLoader(Numbers(), 2, sampler=sampler, collate_fn=doubled)
-    part = share(loader, Echo(1, 2), seed=0)
+    part = shard_loader(loader, Echo(1, 2), seed=0)
     assert batches_of(part) == [[4.0, 6.0]]
     assert part.collate_fn is doubled
 
@@ -253,12 +253,14 @@ def test_what_a_loader_does_beside_its_order_is_kept():
 def test_batch_samplers_may_give_indices_of_any_kind(of):
     drawn = [of([3, 1]), of([0, 7]), of([5])]
     loader = DataLoader(Numbers(), batch_sampler=drawn)
-    assert batches_of(share(loader, Echo(0, 2), seed=0)) == [[3, 1], [5]]
+    assert batches_of(shard_loader(loader, Echo(0, 2), seed=0)) == [[3, 1], [5]]
     assert samples_in(loader) == 0  # it does not tell
 
 
 def test_sharing_leaves_the_global_generator_alone():
-    part = share(DataLoader(Numbers(), 4, shuffle=True, generator=torch.Generator()), Echo(0, 2), 0)
+    part = shard_loader(
+        DataLoader(Numbers(), 4, shuffle=True, generator=torch.Generator()), Echo(0, 2), 0
+    )
     before = torch.get_rng_state()
     list(part)
     assert torch.equal(torch.get_rng_state(), before)
@@ -279,7 +281,7 @@ class Others(Echo):
 def test_samplers_that_differ_between_processes_are_an_error():
     loader = DataLoader(Numbers(), 4, sampler=Unseeded(Numbers()))
     with pytest.raises(EvaluationError, match="draws other batches in each process"):
-        list(share(loader, Others(0, 2), seed=0))
+        list(shard_loader(loader, Others(0, 2), seed=0))
 
 
 def distributed(count, rank, size=20, **how):
@@ -300,7 +302,7 @@ def opened(loader, peers, **how):
 
 
 def shared(loader, peers, **how):
-    return share(loader, peers, 0, **how)
+    return shard_loader(loader, peers, 0, **how)
 
 
 ENTRANCES = pytest.mark.parametrize("enter", [opened, shared])
@@ -505,7 +507,7 @@ def test_progress_is_told_after_each_batch_and_the_others_are_looked_at():
         def check(self):
             looks.append(len(told))
 
-    batches = counted(DataLoader(Numbers(), 8), lambda *at: told.append(at), Looking())
+    batches = with_progress(DataLoader(Numbers(), 8), lambda *at: told.append(at), Looking())
     next(batches)
     assert (told, looks) == ([], [0])
     list(batches)
@@ -515,9 +517,9 @@ def test_progress_is_told_after_each_batch_and_the_others_are_looked_at():
 
 def test_on_the_host_a_batch_is_what_the_loader_gave():
     x, y = torch.ones(2, 3), torch.tensor([0, 1])
-    (batch,) = moved([(x, y, "name")], CPU)
-    assert batch.given[0] is batch.here[0] is x
-    assert batch.here[1:] == (y, "name")
+    (batch,) = prefetch_to_device([(x, y, "name")], CPU)
+    assert batch.loaded[0] is batch.on_device[0] is x
+    assert batch.on_device[1:] == (y, "name")
 
 
 def broken():
@@ -526,29 +528,31 @@ def broken():
 
 
 def test_an_error_of_the_loader_is_not_changed_on_its_way():
-    batches = moved(counted(broken(), lambda *_: None, SingleProcess()), CPU)
-    assert next(batches).here.tolist() == [1, 1]
+    batches = prefetch_to_device(with_progress(broken(), lambda *_: None, SingleProcess()), CPU)
+    assert next(batches).on_device.tolist() == [1, 1]
     with pytest.raises(OSError, match="the disk is gone"):
         next(batches)
 
 
 @pytest.mark.parametrize("loader", [[], iter(()), DataLoader(TensorDataset(torch.ones(0, 2)), 2)])
 def test_a_loader_that_gives_nothing_gives_nothing(loader):
-    assert list(moved(counted(loader, lambda *_: None, SingleProcess()), CPU)) == []
+    assert (
+        list(prefetch_to_device(with_progress(loader, lambda *_: None, SingleProcess()), CPU)) == []
+    )
 
 
 def test_what_can_be_read_once_only_refuses_to_be_read_again():
-    batches = rereadable(iter([1, 2, 3]), passes=1)
+    batches = require_reiterable(iter([1, 2, 3]), passes=1)
     assert list(batches) == [1, 2, 3]
     with pytest.raises(EvaluationError, match=r"read only once.*DataLoader"):
         list(batches)
     with pytest.raises(EvaluationError, match="read only once"):
-        rereadable(iter([1]), passes=2)
+        require_reiterable(iter([1]), passes=2)
 
 
 def test_what_can_be_read_again_is_left_as_it_is():
     loader = DataLoader(Numbers(), 2)
-    assert rereadable(loader, passes=2) is loader
+    assert require_reiterable(loader, passes=2) is loader
 
 
 def test_so_does_some_of_what_can_be_read_once_only():
@@ -556,8 +560,8 @@ def test_so_does_some_of_what_can_be_read_once_only():
         iter(torch.arange(20).split(4)), Runtime(CPU), shuffle=True, subset=Subset(8)
     )
     with pytest.raises(EvaluationError, match="read only once"):
-        rereadable(part, passes=2)
-    batches = rereadable(part, passes=1)
+        require_reiterable(part, passes=2)
+    batches = require_reiterable(part, passes=1)
     assert torch.cat(list(batches)).tolist() == [*range(8)]
     with pytest.raises(EvaluationError, match="read only once"):
         list(batches)

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ckptavg import evaluate, update_bn
 from ckptavg.data.loaders import open_loader
-from ckptavg.data.prefetch import counted
+from ckptavg.data.prefetch import with_progress
 from ckptavg.data.seeding import Generators, seeded_torch
 from ckptavg.distributed.peers import SingleProcess
 from ckptavg.models.device import Runtime
@@ -52,7 +52,7 @@ def read(data, seed=0, workers=0):
     runtime = Runtime(torch.device("cpu"), batch_size=5, seed=seed, workers=workers)
     loader = open_loader(data, runtime, shuffle=True)
     disturb()
-    return torch.cat([x for x, _ in counted(loader, lambda *_: None, SingleProcess(), seed)])
+    return torch.cat([x for x, _ in with_progress(loader, lambda *_: None, SingleProcess(), seed)])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -81,7 +81,7 @@ def test_every_pass_over_a_loader_draws_the_same(workers):
     runtime = Runtime(torch.device("cpu"), batch_size=5, workers=workers)
     loader = open_loader(Augmented(), runtime, shuffle=True)
     first, second = (
-        torch.cat([x for x, _ in counted(loader, lambda *_: None, SingleProcess())])
+        torch.cat([x for x, _ in with_progress(loader, lambda *_: None, SingleProcess())])
         for _ in range(2)
     )
     assert torch.equal(first, second)
@@ -95,7 +95,9 @@ def states():
 def test_the_callers_generators_are_left_as_they_were():
     disturb()
     before = states()
-    batches = counted(DataLoader(Augmented(), 5, shuffle=True), lambda *_: None, SingleProcess())
+    batches = with_progress(
+        DataLoader(Augmented(), 5, shuffle=True), lambda *_: None, SingleProcess()
+    )
     next(batches)
     assert states() == before  # between two batches, too
     list(batches)

@@ -16,8 +16,8 @@ from ckptavg.data.token_windows import (
     TokenFile,
     Windows,
     default_length,
-    of_text,
-    of_tokens,
+    open_text,
+    open_tokens,
 )
 from ckptavg.errors import SpecError
 
@@ -150,7 +150,7 @@ def test_fewer_tokens_than_two_have_nothing_to_predict(count):
 def test_a_numpy_file_of_any_integers(tmp_path, dtype, order):
     ids = np.array([3, 1, 100, 5, 9], dtype=np.dtype(dtype).newbyteorder(order))
     np.save(tmp_path / "ids.npy", ids)
-    windows = of_tokens(str(tmp_path / "ids.npy"), length=3)
+    windows = open_tokens(str(tmp_path / "ids.npy"), length=3)
     assert windows[0]["input_ids"].dtype == torch.int64
     assert ids_of(windows) == [3, 1, 100, 5, 9]
 
@@ -161,12 +161,12 @@ def test_raw_integers(tmp_path, dtype):
     ids = np.array([3, 1, 200, 5, 9])
     ids.astype(np.dtype(dtype or "uint16").newbyteorder("<")).tofile(tmp_path / "val.bin")
     arguments = {} if dtype is None else {"dtype": dtype}
-    assert ids_of(of_tokens(str(tmp_path / "val.bin"), **arguments)) == ids.tolist()
+    assert ids_of(open_tokens(str(tmp_path / "val.bin"), **arguments)) == ids.tolist()
 
 
 def test_a_file_of_tokens_goes_to_workers_by_its_name_and_not_its_contents(tmp_path):
     np.save(tmp_path / "ids.npy", np.arange(100_000, dtype=np.uint32))
-    windows = of_tokens(str(tmp_path / "ids.npy"), length=64)
+    windows = open_tokens(str(tmp_path / "ids.npy"), length=64)
     sent = pickle.dumps(windows)
     assert len(sent) < 1000
     assert pickle.loads(sent)[5]["input_ids"].tolist() == windows[5]["input_ids"].tolist()
@@ -190,20 +190,20 @@ NO_TOKENS = {
 @pytest.mark.parametrize(("content", "said"), NO_TOKENS.values(), ids=NO_TOKENS)
 def test_a_numpy_file_that_holds_no_tokens(tmp_path, content, said):
     np.save(tmp_path / "ids.npy", content, allow_pickle=True)
-    assert said in error_of(of_tokens, str(tmp_path / "ids.npy"))
+    assert said in error_of(open_tokens, str(tmp_path / "ids.npy"))
 
 
 @pytest.mark.parametrize("content", [b"abc", b"PK\x03\x04zzz", pickle.dumps([1]), b"\x93NUMPY"])
 def test_a_file_that_is_no_numpy_file(tmp_path, content):
     (tmp_path / "ids.npy").write_bytes(content)
-    assert "cannot be read as token ids" in error_of(of_tokens, str(tmp_path / "ids.npy"))
+    assert "cannot be read as token ids" in error_of(open_tokens, str(tmp_path / "ids.npy"))
 
 
 def test_a_numpy_file_that_was_cut_off(tmp_path):
     np.save(tmp_path / "ids.npy", np.arange(100))
     with open(tmp_path / "ids.npy", "r+b") as file:
         file.truncate(500)
-    assert "cannot be read as token ids" in error_of(of_tokens, str(tmp_path / "ids.npy"))
+    assert "cannot be read as token ids" in error_of(open_tokens, str(tmp_path / "ids.npy"))
 
 
 def test_a_pickle_in_a_numpy_file_is_not_executed(tmp_path):
@@ -212,24 +212,24 @@ def test_a_pickle_in_a_numpy_file_is_not_executed(tmp_path):
             return (open, (str(tmp_path / "touched"), "w"))
 
     np.save(tmp_path / "ids.npy", np.array([Hostile()], dtype=object), allow_pickle=True)
-    error_of(of_tokens, str(tmp_path / "ids.npy"))
+    error_of(open_tokens, str(tmp_path / "ids.npy"))
     assert not (tmp_path / "touched").exists()
 
 
 def test_raw_bytes_that_are_no_whole_number_of_integers(tmp_path):
     (tmp_path / "val.bin").write_bytes(b"abc")
-    assert "val.bin cannot be read as token ids" in error_of(of_tokens, str(tmp_path / "val.bin"))
+    assert "val.bin cannot be read as token ids" in error_of(open_tokens, str(tmp_path / "val.bin"))
 
 
 def test_types_that_raw_integers_cannot_have(tmp_path):
     (tmp_path / "val.bin").write_bytes(b"abcd")
     np.save(tmp_path / "ids.npy", np.arange(4))
-    message = error_of(of_tokens, str(tmp_path / "val.bin"), dtype="float16")
+    message = error_of(open_tokens, str(tmp_path / "val.bin"), dtype="float16")
     assert "dtype is expected to be one of uint8, int16, uint16" in message
-    assert "says itself" in error_of(of_tokens, str(tmp_path / "ids.npy"), dtype="uint16")
+    assert "says itself" in error_of(open_tokens, str(tmp_path / "ids.npy"), dtype="uint16")
 
 
-@pytest.mark.parametrize("build", [of_text, of_tokens])
+@pytest.mark.parametrize("build", [open_text, open_tokens])
 def test_a_file_that_is_not_there_or_empty(tmp_path, build):
     assert "none.npy does not exist. Expected" in error_of(build, str(tmp_path / "none.npy"))
     assert "is no file" in error_of(build, str(tmp_path))
@@ -242,41 +242,41 @@ def test_a_file_that_is_not_there_or_empty(tmp_path, build):
 def test_numpy_that_is_missing_is_named(tmp_path, monkeypatch):
     np.save(tmp_path / "ids.npy", np.arange(4))
     monkeypatch.setitem(sys.modules, "numpy", None)
-    assert "pip install numpy" in error_of(of_tokens, str(tmp_path / "ids.npy"))
+    assert "pip install numpy" in error_of(open_tokens, str(tmp_path / "ids.npy"))
 
 
 # Text
 
 
 def test_a_text_is_tokenized_as_a_whole(tmp_path, tokenizer):
-    windows = of_text(text_file(tmp_path), tokenizer=tokenizer, length=4)
+    windows = open_text(text_file(tmp_path), tokenizer=tokenizer, length=4)
     assert ids_of(windows) == [1, 2, 3, 4, 1, 5, 1, 6, 3]
     assert len(windows) == 3
 
 
 def test_a_text_keeps_what_the_tokenizer_puts_in_front(tmp_path):
     directory = save_tokenizer(tmp_path / "tokenizer", first="on")
-    assert ids_of(of_text(text_file(tmp_path, "the cat"), tokenizer=directory)) == [4, 1, 2]
+    assert ids_of(open_text(text_file(tmp_path, "the cat"), tokenizer=directory)) == [4, 1, 2]
 
 
 def test_the_log_says_how_many_tokens_and_windows_there_are(tmp_path, tokenizer, caplog):
     caplog.set_level("INFO", "ckptavg")
-    of_text(text_file(tmp_path), tokenizer=tokenizer, length=4, stride=2)
+    open_text(text_file(tmp_path), tokenizer=tokenizer, length=4, stride=2)
     assert "9 tokens in 4 windows of 4, 2 apart" in caplog.text
 
 
 def test_bytes_that_are_no_text(tmp_path, tokenizer):
     path = text_file(tmp_path, b"the \xff cat")
-    assert "text.txt is no UTF-8 text" in error_of(of_text, path, tokenizer=tokenizer)
+    assert "text.txt is no UTF-8 text" in error_of(open_text, path, tokenizer=tokenizer)
 
 
 def test_a_text_of_one_token(tmp_path, tokenizer):
     path = text_file(tmp_path, "cat\n")
-    assert "the data has 1 tokens" in error_of(of_text, path, tokenizer=tokenizer)
+    assert "the data has 1 tokens" in error_of(open_text, path, tokenizer=tokenizer)
 
 
 def test_a_text_needs_a_tokenizer(tmp_path):
-    message = error_of(of_text, text_file(tmp_path))
+    message = error_of(open_text, text_file(tmp_path))
     assert "tokenizer=DIR" in message
     assert "hf:DIR" in message
 
@@ -296,7 +296,7 @@ def test_a_directory_without_a_tokenizer(tmp_path, files):
     directory.mkdir()
     for name, content in files.items():
         (directory / name).write_text(content)
-    message = error_of(of_text, text_file(tmp_path), tokenizer=str(directory))
+    message = error_of(open_text, text_file(tmp_path), tokenizer=str(directory))
     assert f"{directory} holds no tokenizer" in message
     assert "\n" not in message
 
@@ -309,12 +309,12 @@ def test_a_tokenizer_is_never_downloaded(tmp_path, monkeypatch):
 
     monkeypatch.setattr(socket, "create_connection", refuse)
     monkeypatch.chdir(tmp_path)
-    assert "gpt2 holds no tokenizer" in error_of(of_text, text_file(tmp_path), tokenizer="gpt2")
+    assert "gpt2 holds no tokenizer" in error_of(open_text, text_file(tmp_path), tokenizer="gpt2")
 
 
 def test_transformers_that_is_missing_is_named(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    message = error_of(of_text, text_file(tmp_path), tokenizer=tokenizer)
+    message = error_of(open_text, text_file(tmp_path), tokenizer=tokenizer)
     assert "pip install transformers" in message
 
 

@@ -12,7 +12,7 @@ import torch
 from torch.nn.utils.rnn import pack_sequence
 
 from ckptavg.models.batches import (
-    described,
+    describe_batch,
     is_zipped,
     map_tensors,
     size_of,
@@ -188,7 +188,7 @@ def test_batches_that_are_lists_of_samples_parts_are_known(batch, expected):
     ],
 )
 def test_a_batch_is_described_by_types_and_shapes(batch, expected):
-    assert described(batch) == expected
+    assert describe_batch(batch) == expected
 
 
 @pytest.mark.parametrize(

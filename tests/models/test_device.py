@@ -6,7 +6,13 @@ from torch import nn
 
 from ckptavg.errors import EvaluationError, UsageError
 from ckptavg.models import device
-from ckptavg.models.device import Runtime, find_device, fit, free_on_host, is_out_of_memory
+from ckptavg.models.device import (
+    Runtime,
+    count_models_that_fit,
+    find_device,
+    free_on_host,
+    is_out_of_memory,
+)
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -68,19 +74,19 @@ def test_an_unknown_amp_is_wrong_usage():
 
 def test_fit_counts_the_copies_that_free_memory_holds():
     small, large = nn.Linear(1000, 100), nn.Linear(1000, 1000)
-    assert fit(small, CPU) > fit(large, CPU) > 10
-    assert fit(nn.ReLU(), CPU) > 1
+    assert count_models_that_fit(small, CPU) > count_models_that_fit(large, CPU) > 10
+    assert count_models_that_fit(nn.ReLU(), CPU) > 1
 
 
 def test_processes_on_one_host_share_what_is_free(monkeypatch):
     monkeypatch.setattr(device, "free_on_host", lambda: 8 * 10**6)
     model = nn.Linear(100, 100, bias=False)
-    alone = fit(model, CPU)
+    alone = count_models_that_fit(model, CPU)
     assert alone == int(0.6 * 8 * 10**6 / 40_000)
     for name, value in {"RANK": 0, "WORLD_SIZE": 8, "MASTER_ADDR": "a", "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert fit(model, CPU) == alone // 4
+    assert count_models_that_fit(model, CPU) == alone // 4
 
 
 GIB = 2**30

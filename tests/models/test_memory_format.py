@@ -10,7 +10,7 @@ from torch import nn
 from ckptavg import evaluate, update_bn
 from ckptavg.batchnorm import update
 from ckptavg.errors import EvaluationError
-from ckptavg.models.memory_format import Channels
+from ckptavg.models.memory_format import MemoryFormat
 
 CPU = torch.device("cpu")
 
@@ -46,7 +46,7 @@ def batches(count=3, size=7):
 )  # fmt: skip
 def test_channels_are_last_where_that_is_fast_and_exact(device, scoring, fast):
     def form(model):
-        return Channels(model, torch.device(device), scoring=scoring).form
+        return MemoryFormat(model, torch.device(device), scoring=scoring).format
 
     wanted = torch.channels_last if fast else torch.preserve_format
     assert form(nn.Sequential(nn.Conv2d(3, 4, 3))) is wanted
@@ -56,16 +56,16 @@ def test_channels_are_last_where_that_is_fast_and_exact(device, scoring, fast):
 
 def test_a_model_that_is_scored_has_its_channels_last():
     conv = nn.Conv2d(3, 4, 3)
-    Channels(conv, CPU, scoring=False).place(conv)
+    MemoryFormat(conv, CPU, scoring=False).place(conv)
     assert conv.weight.is_contiguous()
-    Channels(conv, CPU, scoring=True).place(conv)
+    MemoryFormat(conv, CPU, scoring=True).place(conv)
     assert conv.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_only_convolutions_of_images_change_their_format():
     model = Viewing(video=True)
     model.table = nn.Parameter(torch.randn(1, 2, 3, 4))
-    Channels(model, CPU, scoring=True).place(model)
+    MemoryFormat(model, CPU, scoring=True).place(model)
     assert model.conv.weight.is_contiguous(memory_format=torch.channels_last)
     assert model.other.weight.is_contiguous()
     assert model.table.is_contiguous()
@@ -87,14 +87,14 @@ def test_a_model_that_views_its_activations_is_scored(tmp_path, compiled):
 
 
 def test_statistics_of_a_model_that_views_its_activations_count_each_batch_once(monkeypatch):
-    class Scoring(Channels):
+    class Scoring(MemoryFormat):
         def __init__(self, model, device, *, scoring):
             super().__init__(model, device, scoring=not scoring)
 
     model = Viewing()
     expected = copy.deepcopy(model)
     update_bn(expected, batches())
-    monkeypatch.setattr(update, "Channels", Scoring)
+    monkeypatch.setattr(update, "MemoryFormat", Scoring)
     update_bn(model, batches())
     assert model.conv.weight.is_contiguous()
     torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=1e-6, atol=1e-7)
@@ -108,5 +108,5 @@ def test_other_errors_of_a_model_are_told_at_once():
     calls, conv = [], nn.Conv2d(3, 4, 3)
     told = r"fails on a batch of float32 of 1 × 3 × 5 × 5: RuntimeError: shapes cannot be mult"
     with pytest.raises(EvaluationError, match=told):
-        Channels(conv, CPU, scoring=True).run(attempt, conv, torch.zeros(1, 3, 5, 5))
+        MemoryFormat(conv, CPU, scoring=True).run(attempt, conv, torch.zeros(1, 3, 5, 5))
     assert len(calls) == 1

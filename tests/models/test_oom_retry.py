@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from ckptavg.distributed.peers import SingleProcess
 from ckptavg.errors import EvaluationError
 from ckptavg.models.device import Runtime
-from ckptavg.models.oom_retry import Together, run_passes, say
+from ckptavg.models.oom_retry import OomSynchronizedPeers, log_pass_count, run_in_groups_that_fit
 
 CPU = Runtime(torch.device("cpu"), batch_size=32)
 ERRORS = {
@@ -47,7 +47,7 @@ def parted(count, size):
 @given(st.integers(0, 50), st.integers(1, 50), st.integers(1, 50))
 def test_everything_runs_once_in_order_in_groups_that_fit(count, size, most):
     memory = Memory(most)
-    run_passes(parted(count, size), memory, CPU, Together(SingleProcess()))
+    run_in_groups_that_fit(parted(count, size), memory, CPU, OomSynchronizedPeers(SingleProcess()))
     assert [one for group in memory.run for one in group] == [*range(count)]
     assert all(len(group) <= most for group in memory.run)
     numbers = [number for number, _ in memory.told]
@@ -57,7 +57,7 @@ def test_everything_runs_once_in_order_in_groups_that_fit(count, size, most):
 
 def test_a_size_that_does_not_fit_is_tried_once_only():
     memory = Memory(12)
-    run_passes(parted(96, 24), memory, CPU, Together(SingleProcess()))
+    run_in_groups_that_fit(parted(96, 24), memory, CPU, OomSynchronizedPeers(SingleProcess()))
     assert memory.tried == [24] + [12] * 8
 
 
@@ -65,7 +65,7 @@ def test_a_size_that_does_not_fit_is_tried_once_only():
 def test_exhausted_memory_is_said_and_met_by_fewer(caplog, error):
     caplog.set_level("INFO", "ckptavg")
     memory = Memory(2, lambda: raised(error))
-    run_passes(parted(6, 6), memory, CPU, Together(SingleProcess()))
+    run_in_groups_that_fit(parted(6, 6), memory, CPU, OomSynchronizedPeers(SingleProcess()))
     assert memory.run == [[0, 1], [2], [3, 4], [5]]
     assert "memory is too small for 6 models at a time: trying fewer" in caplog.text
 
@@ -78,7 +78,12 @@ def raised(error):
 @EXHAUSTED
 def test_memory_that_is_too_small_for_one_is_an_error_of_one_line(error):
     with pytest.raises(EvaluationError) as told:
-        run_passes(parted(3, 3), Memory(0, lambda: raised(error)), CPU, Together(SingleProcess()))
+        run_in_groups_that_fit(
+            parted(3, 3),
+            Memory(0, lambda: raised(error)),
+            CPU,
+            OomSynchronizedPeers(SingleProcess()),
+        )
     assert str(told.value) == (
         "the memory of cpu is too small for a single model. "
         "Lower --batch-size (now 32), or name another --device."
@@ -90,14 +95,14 @@ def shared(memories, count):
     """Passes of several processes, each with its own memory."""
 
     def work(fellow):
-        peers, memory = Together(fellow), memories[fellow.rank]
+        peers, memory = OomSynchronizedPeers(fellow), memories[fellow.rank]
 
         def run(group, number, of):
             peers.gather(number)
             memory(group, number, of)
             peers.agree()
 
-        run_passes(parted(count, count), run, CPU, peers)
+        run_in_groups_that_fit(parted(count, count), run, CPU, peers)
 
     together(len(memories), work)
     return memories
@@ -123,7 +128,7 @@ def test_processes_end_together_where_one_has_too_little_memory_for_one():
 def test_any_other_error_comes_through_as_it_is(error):
     memory = Memory(0, lambda: raised(lambda: error))
     with pytest.raises(type(error)) as told:
-        run_passes(parted(4, 4), memory, CPU, Together(SingleProcess()))
+        run_in_groups_that_fit(parted(4, 4), memory, CPU, OomSynchronizedPeers(SingleProcess()))
     assert told.value is error
     assert memory.tried == [4]
 
@@ -134,5 +139,5 @@ def test_any_other_error_comes_through_as_it_is(error):
 )
 def test_the_number_of_passes_is_said_of_several(caplog, count, passes, said):
     caplog.set_level("INFO", "ckptavg")
-    say(count, passes)
+    log_pass_count(count, passes)
     assert caplog.messages == said
