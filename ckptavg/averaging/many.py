@@ -17,7 +17,7 @@ from ckptavg.display.progress import ProgressLike, open_phase
 from ckptavg.errors import OutputError, UsageError, short
 from ckptavg.errors.system import unwritable
 from ckptavg.formats import Checkpoint
-from ckptavg.formats.registry import FILE_LAYOUTS, has_suffix
+from ckptavg.formats.registry import has_suffix
 from ckptavg.io import paths
 from ckptavg.outputs.target import StateDict
 from ckptavg.runs.run import Run, RunLike, as_run
@@ -228,6 +228,6 @@ def _file_name(name: str, run: Run) -> str:
         or name == ".."
     ):
         raise UsageError(f"the name of an average is expected to be a file name but got {name!r}")
-    if has_suffix(name) or run.opened[-1].layout not in FILE_LAYOUTS:
+    if has_suffix(name) or run.opened[-1].format.is_directory:
         return name
     return f"{name}.safetensors"

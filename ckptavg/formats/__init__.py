@@ -4,7 +4,8 @@ Opening a checkpoint reads headers only and runs no code.
 """
 
 from ckptavg.formats.checkpoint import Checkpoint, Record, Tensor
-from ckptavg.formats.opening import is_checkpoint_directory, open_checkpoint, refuse_partitioned
+from ckptavg.formats.opening import open_checkpoint
+from ckptavg.formats.registry import is_checkpoint_directory, refuse_partitioned
 from ckptavg.io.stamp import FileStamp
 
 __all__ = [

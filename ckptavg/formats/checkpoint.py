@@ -8,10 +8,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from ckptavg.formats.provenance import Provenance
 from ckptavg.io.paths import Location
 from ckptavg.io.stamp import FileStamp
+
+if TYPE_CHECKING:
+    from ckptavg.formats.format import Format
 
 # Bound on the product of all nonzero dimensions: torch can compute the sizes of smaller tensors.
 MOST_ELEMENTS = 2**58
@@ -201,6 +205,11 @@ class Record:
     lr: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def position(self) -> float | None:
+        """Position in training: the step, else the epoch; None if neither is recorded."""
+        return self.epoch if self.step is None else self.step
+
 
 @dataclass(frozen=True, repr=False)
 class Checkpoint:
@@ -208,9 +217,7 @@ class Checkpoint:
 
     Attributes:
         path: The file or directory.
-        layout: For a file ``safetensors`` or ``torch`` (torch.save). For a directory
-            ``huggingface``, ``peft`` (an adapter), ``deepspeed`` or ``distributed``
-            (torch.distributed.checkpoint).
+        format: The checkpoint's format.
         key: Dotted path of the entry that holds the weights; empty if the file is the state dict.
         networks: Dotted paths of several networks below the key. The names of a network's tensors
             begin with the path. Empty if there is a single state dict.
@@ -232,7 +239,7 @@ class Checkpoint:
     """
 
     path: Location
-    layout: str
+    format: Format
     key: str
     tensors: Mapping[str, Tensor]
     stored_names: Mapping[str, str]
@@ -250,6 +257,15 @@ class Checkpoint:
 
     def __repr__(self) -> str:
         return f"<Checkpoint {self.path}: {len(self.tensors)} tensors, step {self.step}>"
+
+    @property
+    def layout(self) -> str:
+        """Name of the format: ``safetensors`` or ``torch`` (torch.save) for a file.
+
+        For a directory ``huggingface``, ``peft`` (an adapter), ``deepspeed`` or ``distributed``
+        (torch.distributed.checkpoint).
+        """
+        return self.format.name
 
     @property
     def entries(self) -> tuple[str, ...]:

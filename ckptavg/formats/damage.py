@@ -31,3 +31,10 @@ def cut_short(path: str | Location, why: str, kind: str = "checkpoint") -> Check
         f"{path} is not a readable {kind}: {why}",
         "It may be truncated or still being written; copy it again or leave it out.",
     )
+
+
+def not_a_checkpoint(directory: Location) -> CheckpointError:
+    """Word the error for a directory that no format reads."""
+    return CheckpointError(
+        f"{directory} is not itself a checkpoint", "Name one checkpoint; average a run first."
+    )

@@ -1,31 +1,28 @@
-"""The files of a checkpoint, each read into names and byte ranges of tensors."""
+"""The contents of a checkpoint's files, and the checkpoint that is built of them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, TypeVar
 
 from ckptavg.errors import CheckpointError, first_few, short
-from ckptavg.formats import deepspeed, foreign, safetensors, state_dict, training_record, tree
-from ckptavg.formats.checkpoint import Record, Tensor
-from ckptavg.formats.damage import damaged
-from ckptavg.formats.dcp import reader
+from ckptavg.errors.printable import size_text
+from ckptavg.formats import state_dict, training_record, tree
+from ckptavg.formats.checkpoint import Checkpoint, Record, Tensor
+from ckptavg.formats.format import Format
 from ckptavg.formats.provenance import PROVENANCE, Provenance
-from ckptavg.formats.safe_pickle.values import (
-    MalformedPickle,
-    OrderedEntries,
-    Refused,
-    Sharded,
-    TensorView,
-)
-from ckptavg.formats.torch_save import zip_reader
-from ckptavg.io import paths
 from ckptavg.io.paths import Location
 from ckptavg.io.stamp import FileStamp
 
 Kind = TypeVar("Kind")
-_ARRAYS = "the weights are NumPy arrays, which an output has as tensors of torch's"
+# Characters of a tensor's name.
+_LONGEST_NAME = 2000
+# Bound on the bytes of all views: so many times the size of the file, plus so many bytes.
+_MOST_REPEATED, _SPARE = 8, 256 * 2**20
+# Names of values in a note.
+_MOST_SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -33,7 +30,7 @@ class Part:
     """A file of weights, or a set of shards, with tensors under stored names.
 
     Attributes:
-        layout: The kind of file.
+        format: The format of the file or the set.
         stamps: Stamps of the files that store the bytes.
         tensors: Stored name → tensor.
         refused: Name → the reason why a tensor cannot be averaged.
@@ -47,7 +44,7 @@ class Part:
         metadata: Text of a safetensors header besides tensors and provenance, by name.
     """
 
-    layout: str
+    format: Format
     stamps: tuple[FileStamp, ...]
     tensors: Mapping[str, Tensor]
     refused: Mapping[str, str]
@@ -60,126 +57,97 @@ class Part:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
-def read_file(path: Location, key: str | None) -> Part:
-    """Read the header of a file of weights of any kind.
-
-    Raises:
-        CheckpointError: The file cannot be read, is damaged, or holds no weights that can be found.
-    """
-    # Before the file is opened: opening a pipe may wait for ever.
-    stamp = FileStamp.of(path)
-    if _is_safetensors(path):
-        return _read_safetensors(path, stamp)
-    return _read_torch(path, stamp, key)
-
-
-def _read_safetensors(path: Location, stamp: FileStamp) -> Part:
-    tensors, metadata = safetensors.read_header(path, stamp.size)
-    recorded, provenance = training_record.from_metadata(metadata), _provenance(metadata)
-    texts = {name: text for name, text in metadata.items() if name != PROVENANCE}
-    return Part("safetensors", (stamp,), tensors, {}, recorded, provenance, metadata=texts)
-
-
-def _read_torch(path: Location, stamp: FileStamp, key: str | None) -> Part:
-    opened = zip_reader.read(path)
-    if path.suffix == ".safetensors":
-        raise CheckpointError(
-            f"{path} was written by torch.save, not as safetensors", f"Call it {path.stem}.pt."
-        )
-    try:
-        weights = state_dict.find_weights(str(path), opened.tree, key)
-    except MalformedPickle as error:
-        raise damaged(path, str(error)) from error
-    views = _of_kind(weights.entry, TensorView)
-    tensors = {name: opened.tensor(view) for name, view in views.items()}
-    deepspeed.refuse_placeholders(path, opened.tree, tensors)
-    return Part(
-        layout="torch",
-        stamps=(stamp,),
-        tensors=tensors,
-        refused={name: value.why for name, value in _of_kind(weights.entry, Refused).items()},
-        record=training_record.from_tree(opened.tree, weights.record_key, path.name, opened.number),
-        provenance=_find_provenance(opened, weights.key),
-        key=weights.key,
-        networks={path: _tensor_names(entry) for path, entry in weights.networks.items()},
-        notes=(*weights.notes, *_note_others(weights.entry), *([_ARRAYS] if opened.arrays else [])),
-        beside=state_dict.beside(opened.tree, weights.paths),
-    )
-
-
-def _of_kind(entry: Mapping[Any, Any], kind: type[Kind]) -> dict[str, Kind]:
+def select(entry: Mapping[Any, Any], kind: type[Kind]) -> dict[str, Kind]:
+    """Select the named values of a kind from a state dict."""
     return {n: v for n, v in entry.items() if isinstance(n, str) and isinstance(v, kind)}
 
 
-def _tensor_names(entry: Mapping[Any, Any]) -> list[str]:
+def tensor_names(entry: Mapping[Any, Any]) -> list[str]:
+    """List the names of the tensors in a state dict."""
     return [n for n, v in entry.items() if isinstance(n, str) and isinstance(v, tree.TENSORS)]
 
 
-def _note_others(entry: Mapping[Any, Any]) -> list[str]:
-    """Make a note about the values in an entry that are no tensors."""
-    non_tensors = [
-        name
-        for name, value in entry.items()
-        if not isinstance(name, str) or not isinstance(value, tree.TENSORS)
-    ]
-    if not non_tensors:
+def note_non_tensors(entry: Mapping[Any, Any]) -> list[str]:
+    """Make a note about the values in a state dict that are no tensors."""
+    names: list[Any] = []
+    for name, value in entry.items():
+        if not isinstance(name, str) or not isinstance(value, tree.TENSORS):
+            names.append(name)
+    if not names:
         return []
-    shown = first_few([short(name) for name in non_tensors[:4]])
-    return [f"{len(non_tensors)} values beside the tensors are not taken: {shown}"]
+    shown = first_few([short(name) for name in names[:_MOST_SHOWN]])
+    return [f"{len(names)} values beside the tensors are not taken: {shown}"]
 
 
-def read_distributed(path: Location, key: str | None) -> Part:
-    """Read the metadata of a directory of ``torch.distributed.checkpoint``, like ``read_file``."""
-    opened = reader.read(path)
-    weights = state_dict.find_weights(str(path), opened.tree, key)
-    tensors = {n: opened.tensor(t) for n, t in _of_kind(weights.entry, Sharded).items()}
-    return Part(
-        layout="distributed",
-        stamps=opened.stamps_of(tensors),
-        tensors=tensors,
-        refused={},
-        record=training_record.from_tree(opened.tree, weights.record_key),
-        provenance=_provenance(opened.tree),
-        key=weights.key,
-        networks={path: _tensor_names(entry) for path, entry in weights.networks.items()},
-        notes=(*weights.notes, *_note_others(weights.entry)),
-        beside=state_dict.beside(opened.tree, weights.paths),
-    )
+def build_checkpoint(
+    path: Location, format: Format, parts: Sequence[Part], record: Record
+) -> Checkpoint:
+    """Build a checkpoint from the tensors of all parts, under bare names.
 
-
-def _is_safetensors(path: Location) -> bool:
-    """Return True for safetensors and False for ``torch.save``, by content, else by suffix.
+    Args:
+        path: The file or directory.
+        format: The checkpoint's format.
+        parts: The files or sets of shards, read.
+        record: The numbers that training recorded.
 
     Raises:
-        CheckpointError: The file cannot be read, or is of another kind.
+        CheckpointError: There are no tensors, a name is too long, or the views repeat too many
+            elements.
     """
-    if stranger := foreign.identify_name(path):
-        raise stranger.refusal(path)
-    with paths.open_binary(path) as file:
-        start = file.read(foreign.HEAD)
-        if safetensors.looks_like(start):
-            return True
-        if zip_reader.looks_like(start):
-            return False
-        if stranger := foreign.identify(path, file, start):
-            raise stranger.refusal(path)
-    if path.suffix == ".safetensors":
-        return True
-    raise CheckpointError(
-        f"{path} is of no known kind: neither a torch.save file nor safetensors",
-        "Name a file of weights, or leave it out.",
+    tensors: dict[str, Tensor] = {}
+    refused: dict[str, str] = {}
+    for part in parts:
+        tensors |= part.tensors
+        refused |= part.refused
+    if not tensors and not refused:
+        raise CheckpointError(f"{path} holds no tensors")
+    names = [*tensors, *refused]
+    if max(map(len, names)) > _LONGEST_NAME:
+        raise CheckpointError(f"{path}: a tensor's name is over {_LONGEST_NAME} characters long")
+    networks = parts[0].networks
+    bare = state_dict.bare_network_names(networks) if networks else state_dict.bare_names(names)
+    notes = list(chain(*(part.notes for part in parts)))
+    notes += dict.fromkeys(chain(*map(state_dict.note_wrapper, networks.values() or [names])))
+    provenance = next((part.provenance for part in parts if part.provenance), None)
+    record = _with_original_step(record, provenance)
+    checkpoint = Checkpoint(
+        path=path,
+        format=format,
+        key=parts[0].key,
+        networks=tuple(networks),
+        tensors={bare[name]: tensor for name, tensor in tensors.items() if name in bare},
+        stored_names={bare[name]: name for name in tensors if name in bare},
+        refused={bare[name]: why for name, why in refused.items() if name in bare},
+        files=tuple(chain(*(part.stamps for part in parts))),
+        record=record,
+        provenance=provenance,
+        step=record.position,
+        notes=tuple(notes),
+        beside=parts[0].beside,
+        metadata=parts[0].metadata,
     )
+    _check_repeats(checkpoint)
+    return checkpoint
 
 
-def _find_provenance(opened: zip_reader.TorchFile, key: str) -> Provenance | None:
-    """Find the provenance of a file: beside the weights, or attached to the state dict."""
-    provenance = Provenance.from_json(opened.provenance) or _provenance(opened.tree)
-    entry = tree.value_at(opened.tree, key)
-    if provenance is None and isinstance(entry, OrderedEntries):
-        return Provenance.from_json(entry.account)
-    return provenance
+def _with_original_step(record: Record, provenance: Provenance | None) -> Record:
+    """Return the record with the step of the checkpoint whose statistics were refreshed."""
+    if provenance is None or provenance.is_average or not provenance.inputs:
+        return record
+    # New statistics alone do not move a checkpoint: the step stays that of the original.
+    return replace(record, step=training_record.whole_number(provenance.inputs[0].step))
 
 
-def _provenance(beside: Any) -> Provenance | None:
-    """Parse the provenance beside the weights; return None for a file not made by ckptavg."""
+def _check_repeats(checkpoint: Checkpoint) -> None:
+    """Refuse views that make a small file huge: expanded views, or many views of one storage."""
+    if checkpoint.nbytes > _MOST_REPEATED * checkpoint.size + _SPARE:
+        raise CheckpointError(
+            f"{checkpoint.path} would unfold to {size_text(checkpoint.nbytes)}: its tensors repeat "
+            "their elements",
+            "Save clones of them instead of expanded or overlapping views.",
+        )
+
+
+def find_provenance(beside: Any) -> Provenance | None:
+    """Find the provenance beside the weights; return None for a file not made by ckptavg."""
     return Provenance.from_json(beside.get(PROVENANCE)) if isinstance(beside, Mapping) else None

@@ -1,23 +1,117 @@
-"""The choice of an output's format: the path's suffix decides which layout is planned.
+"""The registry of formats: which format a directory has, and which format an output gets.
 
-The offset of every byte is known before the first byte is written.
+The offset of every byte of an output is known before the first byte is written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ckptavg.errors import UsageError
-from ckptavg.formats import Checkpoint, safetensors_layout
+from ckptavg.formats.checkpoint import Checkpoint
+from ckptavg.formats.dcp.format import DISTRIBUTED
+from ckptavg.formats.deepspeed.format import DEEPSPEED
+from ckptavg.formats.file_formats import FILE_FORMATS, output_format, output_suffixes
 from ckptavg.formats.file_layout import Layout, OutputTensor
-from ckptavg.formats.huggingface import writer as huggingface_writer
+from ckptavg.formats.format import DirectoryFormat, Unfinished
+from ckptavg.formats.huggingface.format import HUGGINGFACE, PEFT
 from ckptavg.formats.provenance import Provenance
-from ckptavg.formats.torch_save import writer as torch_writer
+from ckptavg.formats.shards import UNINDEXED_SHARDS
+from ckptavg.io.paths import Location
 
-TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".tar")
-# Layouts of checkpoints that are one file.
-FILE_LAYOUTS = ("safetensors", "torch")
+# In the order in which they are tried. A format of directories is added here, a format of files in
+# ``file_formats``.
+DIRECTORY_FORMATS: tuple[DirectoryFormat, ...] = (
+    PEFT,
+    HUGGINGFACE,
+    DISTRIBUTED,
+    UNINDEXED_SHARDS,
+    DEEPSPEED,
+)
+
+
+def open_directory(directory: Location, key: str | None) -> Checkpoint | None:
+    """Open a directory by the first format that reads it; return None if there is none.
+
+    Args:
+        directory: Any directory.
+        key: Dotted path of the entry that holds the weights; None to find the entry.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged, or holds no weights that can be found.
+    """
+    for format in DIRECTORY_FORMATS:
+        checkpoint = format.open(directory, key)
+        if checkpoint is not None:
+            return checkpoint
+    return None
+
+
+def is_checkpoint_directory(path: Location) -> bool:
+    """Return True if a path is the directory of a checkpoint, not of several checkpoints."""
+    return path.is_dir() and any(format.detects(path) for format in DIRECTORY_FORMATS)
+
+
+def refuse_partitioned(paths: Iterable[Location]) -> None:
+    """Make sure that no checkpoint has weights spread over ranks.
+
+    Raises:
+        CheckpointError: The weights of a checkpoint are spread. The error holds the commands that
+            convert the checkpoints concerned.
+    """
+    directories = [path for path in paths if path.is_dir()]
+    for format in DIRECTORY_FORMATS:
+        format.check_run(directories)
+
+
+def find_homes(paths: Sequence[Location]) -> dict[Location, Location]:
+    """Find the files that are parts of a checkpoint.
+
+    Args:
+        paths: Files and directories that a user named.
+
+    Returns:
+        File → the directory that is the checkpoint.
+
+    Raises:
+        CheckpointError: The files make up a part of a checkpoint only.
+    """
+    homes: dict[Location, Location] = {}
+    for format in DIRECTORY_FORMATS:
+        homes |= format.find_homes(paths)
+    return homes
+
+
+def component_names(directory: Location) -> set[str]:
+    """Return the names of a checkpoint's subdirectories that hold further weights of it.
+
+    Raises:
+        CheckpointError: A list of the components names a directory outside.
+    """
+    names: set[str] = set()
+    for format in DIRECTORY_FORMATS:
+        names |= format.component_names(directory)
+    return names
+
+
+def is_nested_state(directory: Location) -> bool:
+    """Return True if a directory within a checkpoint holds state that belongs to it."""
+    return any(format.is_nested_state(directory) for format in DIRECTORY_FORMATS)
+
+
+def why_unfinished(directory: Location) -> Unfinished | None:
+    """Describe a directory whose save was interrupted; return None for any other directory."""
+    for format in DIRECTORY_FORMATS:
+        unfinished = format.why_unfinished(directory)
+        if unfinished is not None:
+            return unfinished
+    return None
+
+
+def holds_tensors(name: str) -> bool:
+    """Return True if a file holds tensors in a known format, judged by the file's name."""
+    return any(format.owns(name) for format in (*FILE_FORMATS, *DIRECTORY_FORMATS))
 
 
 def lay_out(
@@ -26,10 +120,10 @@ def lay_out(
     """Plan an output in the format that the suffix of the path names.
 
     Args:
-        path: ``.safetensors``, one of ``TORCH_SUFFIXES``, or no suffix for a directory.
+        path: The output, with the suffix of a file format, or no suffix for a directory.
         tensors: The output's tensors, under bare names.
         provenance: The record of how the output was made.
-        template: The last checkpoint, whose layout, configuration and shards are followed.
+        template: The last checkpoint, whose format, configuration and shards are followed.
 
     Returns:
         The layout of all files of the output.
@@ -40,31 +134,24 @@ def lay_out(
     """
     suffix = Path(path).suffix
     text = provenance.to_json()
-    if suffix == ".safetensors":
-        metadata, untrue = safetensors_layout.header_metadata(
-            text, template.metadata, template.momentary
-        )
-        single = safetensors_layout.lay_out("", tensors, metadata)
-        return Layout(False, [single], notes=tuple(untrue))
-    if suffix in TORCH_SUFFIXES:
-        file, notes = torch_writer.lay_out(path, tensors, text, template)
-        return Layout(False, [file], notes=tuple(notes))
+    file_format = output_format(suffix)
+    if file_format is not None:
+        return file_format.lay_out(path, tensors, text, template)
     # A trailing slash and a suffix of digits (step.500) are those of directories.
     if suffix and not path.endswith("/") and not suffix[1:].isdigit():
-        expected = ", ".join((".safetensors", *TORCH_SUFFIXES))
         raise UsageError(
-            f"the output's suffix is expected to be one of {expected}, or none for a directory, "
-            f"but got {suffix!r}"
+            f"the output's suffix is expected to be one of {', '.join(output_suffixes())}, or none "
+            f"for a directory, but got {suffix!r}"
         )
-    if template.layout == "distributed":
-        from ckptavg.formats.dcp import (  # noqa: PLC0415 - loads torch's, which is large
-            writer as dcp_writer,
-        )
+    return _directory_format(template).lay_out(tensors, text, template)
 
-        return dcp_writer.lay_out(tensors, text, template)
-    return huggingface_writer.lay_out(tensors, text, template)
+
+def _directory_format(template: Checkpoint) -> DirectoryFormat:
+    """Choose the format of an output directory: the input's own where that is written."""
+    own = template.format
+    return own if isinstance(own, DirectoryFormat) and own.is_written else HUGGINGFACE
 
 
 def has_suffix(name: str) -> bool:
     """Return True if the suffix of a name makes the output a single file."""
-    return Path(name).suffix in (".safetensors", *TORCH_SUFFIXES)
+    return output_format(Path(name).suffix) is not None

@@ -17,9 +17,13 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
 from ckptavg.errors import CheckpointError, first_few, short
-from ckptavg.formats.checkpoint import MOST_ELEMENTS, Piece, Tensor
-from ckptavg.formats.parts import Part, read_file
+from ckptavg.formats.checkpoint import MOST_ELEMENTS, Checkpoint, Piece, Tensor
+from ckptavg.formats.file_formats import read_file
+from ckptavg.formats.format import DirectoryFormat
+from ckptavg.formats.huggingface.format import HUGGINGFACE
+from ckptavg.formats.parts import Part, build_checkpoint
 from ckptavg.formats.tiling import tiles
+from ckptavg.formats.trainer_state import find_record
 from ckptavg.formats.training_record import TRAINING_STATE
 from ckptavg.io import bounded_json
 from ckptavg.io.paths import Location
@@ -275,3 +279,47 @@ def _assemble(name: str, boxes: Sequence[Tensor]) -> Tensor:
     if math.prod(n or 1 for n in shape) >= MOST_ELEMENTS or not tiles(shape, pieces):
         raise _Unfit(f"their pieces of {short(name)!r} overlap or leave holes")
     return Tensor(first.dtype, shape, tuple(pieces))
+
+
+class UnindexedShards(DirectoryFormat):
+    """Directories of shards without an index, which are opened as those of Hugging Face."""
+
+    name = HUGGINGFACE.name
+    label = HUGGINGFACE.label
+
+    def detects(self, directory: Location) -> bool:
+        """Return True if the files of a directory are shards of one model."""
+        return bool(find_shards(directory))
+
+    def open(self, directory: Location, key: str | None) -> Checkpoint | None:
+        """Open the shards of a directory as one model."""
+        shards = find_shards(directory)
+        if not shards:
+            return None
+        part = read_shards(directory, shards, key)
+        record = find_record(directory) or part.record
+        return build_checkpoint(directory, HUGGINGFACE, [part], record)
+
+    def find_homes(self, paths: Sequence[Location]) -> dict[Location, Location]:
+        """Find the files in directories whose shards are all named."""
+        named: dict[Location, set[str]] = defaultdict(set)
+        for path in paths:
+            if parse_name(path) is not None:
+                named[path.parent].add(path.name)
+        sharded: set[Location] = set()
+        for directory, names in named.items():
+            # A single named shard is opened alone, as the user asks.
+            shards = find_shards(directory) if len(names) > 1 else []
+            unnamed = [shard.path.name for shard in shards if shard.path.name not in names]
+            if unnamed:
+                raise CheckpointError(
+                    f"the files named of {directory} are parts of one model, without "
+                    f"{first_few(unnamed)}",
+                    "Name the directory.",
+                )
+            if shards:
+                sharded.add(directory)
+        return {path: path.parent for path in paths if path.parent in sharded}
+
+
+UNINDEXED_SHARDS = UnindexedShards()

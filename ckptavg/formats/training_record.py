@@ -13,8 +13,6 @@ from typing import Any, TypeVar
 from ckptavg.formats.checkpoint import Record
 from ckptavg.formats.metric_names import SETTINGS, is_bookkeeping
 from ckptavg.formats.safe_pickle.values import TensorView
-from ckptavg.io import bounded_json
-from ckptavg.io.paths import Location
 
 Number = TypeVar("Number", int, float)
 
@@ -156,48 +154,6 @@ def from_metadata(metadata: Mapping[str, str]) -> Record:
     return _from_mapping(values)
 
 
-def from_trainer_state(path: Location) -> Record | None:
-    """Read the record that the Hugging Face Trainer wrote.
-
-    Args:
-        path: The file ``trainer_state.json``.
-
-    Returns:
-        The record; None if there is no such file, or if the file is no JSON object.
-
-    Raises:
-        CheckpointError: The file cannot be read to the end.
-    """
-    try:
-        state = bounded_json.read(path)
-    except ValueError:
-        return None
-    if not isinstance(state, dict):
-        return None
-    step, epoch = whole_number(state.get("global_step")), _finite(state.get("epoch"))
-    lr: float | None = None
-    metrics: dict[str, float] = {}
-    history = state.get("log_history")
-    for entry in history if isinstance(history, list) else []:
-        logged = whole_number(entry.get("step")) if isinstance(entry, dict) else None
-        if logged is None or step is None or logged > step:
-            continue
-        # A rate is valid until the next rate. A metric is valid for the weights of one step.
-        lr = number(entry.get("learning_rate")) if "learning_rate" in entry else lr
-        if logged == step:
-            metrics |= _measured(entry)
-    return Record(step, epoch, lr, metrics)
-
-
-def _measured(entry: Mapping[Any, Any]) -> dict[str, float]:
-    """Select the metrics in an entry of the Trainer's log."""
-    return {
-        str(name): float(value)
-        for name, value in entry.items()
-        if number(value) is not None and not is_bookkeeping(str(name))
-    }
-
-
 def number(value: Any) -> float | None:
     """Return a value that is a number within the range of a float, else None (for a bool too)."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
@@ -206,7 +162,8 @@ def number(value: Any) -> float | None:
     return value if isinstance(value, float) or abs(value) < 2**1000 else None
 
 
-def _finite(value: Any) -> float | None:
+def finite(value: Any) -> float | None:
+    """Return a finite number; return None for any other value."""
     converted = number(value)
     return converted if converted is not None and math.isfinite(converted) else None
 
@@ -244,7 +201,7 @@ def _position(
                 if name in entries
             }
             step = _first(whole_number, STEP_NAMES, plain) if step is None else step
-            epoch = _first(_finite, EPOCH_NAMES, plain) if epoch is None else epoch
+            epoch = _first(finite, EPOCH_NAMES, plain) if epoch is None else epoch
         inner = [entries.get(name) for entries in level for name in _CLOCKS]
         level = [e for e in inner if isinstance(e, dict) and not OPTIMIZER_KEYS & e.keys()]
     return step, epoch
@@ -274,8 +231,8 @@ def _learning_rate(values: Mapping[Any, Any]) -> float | None:
     for name in LR_NAMES:
         value = values.get(name)
         value = value[0] if isinstance(value, (list, tuple)) and value else value
-        if _finite(value) is not None:
-            return _finite(value)
+        if finite(value) is not None:
+            return finite(value)
     for name in OPTIMIZER_NAMES:
         optimizer = values.get(name)
         if isinstance(optimizer, (list, tuple)) and optimizer:
@@ -285,7 +242,7 @@ def _learning_rate(values: Mapping[Any, Any]) -> float | None:
             optimizer = next(iter(optimizer.values()), None)
         groups = optimizer.get("param_groups") if isinstance(optimizer, dict) else None
         if isinstance(groups, (list, tuple)) and groups and isinstance(groups[0], dict):
-            return _finite(groups[0].get("lr"))
+            return finite(groups[0].get("lr"))
     return None
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ckptavg.errors import first_few, short
 from ckptavg.formats.checkpoint import Checkpoint
-from ckptavg.formats.settings import configured_directory, read_configuration, read_settings
+from ckptavg.formats.huggingface.configuration import configured_directory, read_configuration
 from ckptavg.specs import suggestions
 from ckptavg.specs.arguments import Arguments
 from ckptavg.specs.importing import LIGHTNING, find_object, parameters_of
@@ -103,7 +103,7 @@ def complete_source(
 
 def records_hyperparameters(checkpoint: Checkpoint) -> bool:
     """Tell whether a checkpoint holds hyperparameters of a LightningModule."""
-    return _HYPERPARAMETERS in read_settings(checkpoint)
+    return _HYPERPARAMETERS in checkpoint.format.read_settings(checkpoint)
 
 
 def is_lightning_module(kind: object) -> bool:
@@ -152,7 +152,7 @@ def _recorded_source(checkpoint: Checkpoint) -> ModelSource | None:
     directory = configured_directory(checkpoint)
     if directory is not None:
         return _configured_source(directory)
-    settings = read_settings(checkpoint)
+    settings = checkpoint.format.read_settings(checkpoint)
     arguments = settings.get(_ARGUMENTS)
     if _TIMM_VERSION not in settings or not isinstance(arguments, argparse.Namespace):
         return None
@@ -211,7 +211,7 @@ def _lightning_arguments(kind: type, checkpoint: Checkpoint) -> dict[str, Any]:
 
     Arguments that the constructor does not take are left out, as in ``load_from_checkpoint``.
     """
-    settings = read_settings(checkpoint)
+    settings = checkpoint.format.read_settings(checkpoint)
     recorded = settings.get(_HYPERPARAMETERS)
     name = settings.get(_HYPERPARAMETERS_NAME)
     if recorded is None:

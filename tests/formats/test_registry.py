@@ -26,8 +26,9 @@ from ckptavg.formats import open_checkpoint, registry
 from ckptavg.formats.checkpoint import DTYPES
 from ckptavg.formats.huggingface import writer
 from ckptavg.formats.provenance import Provenance
-from ckptavg.formats.registry import TORCH_SUFFIXES, OutputTensor, lay_out
+from ckptavg.formats.registry import OutputTensor, lay_out
 from ckptavg.formats.torch_save import archive as torch_pickle
+from ckptavg.formats.torch_save.format import TORCH_SAVE
 from ckptavg.outputs.sinks import FileSink, MemorySink, crc32_combine
 
 MADE = {"version": "0", "scheme": "uniform", "checkpoints": [{"path": "é.pt"}], "bn": "none"}
@@ -115,7 +116,7 @@ def plain(tmp_path):
 # ------------------------------------------------------------------------------------- single files
 
 
-@pytest.mark.parametrize("suffix", TORCH_SUFFIXES)
+@pytest.mark.parametrize("suffix", TORCH_SAVE.output_suffixes)
 def test_a_torch_file_loads_with_weights_only_and_says_how_it_was_made(tmp_path, plain, suffix):
     path, tensors = tmp_path / f"out{suffix}", state_dict()
     write(path, tensors, plain, TIED)

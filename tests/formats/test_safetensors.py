@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from ckptavg.errors import CheckpointError, UnsupportedTensorError
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.checkpoint import DTYPES
-from ckptavg.formats.safetensors import BY_CODE, MAX_HEADER, build_header, read_header
+from ckptavg.formats.safetensors.header import BY_CODE, MAX_HEADER, build_header, read_header
 
 TORCH_NAMES = sorted(d.name for d in BY_CODE.values() if hasattr(torch, d.name))
 

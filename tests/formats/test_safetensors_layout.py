@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import ckptavg
-from ckptavg.formats.safetensors_layout import header_metadata
+from ckptavg.formats.safetensors.layout import header_metadata
 
 KOHYA = {
     "ss_network_module": "networks.lora",

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from ckptavg.formats import Record, open_checkpoint, training_record
+from ckptavg.formats import Record, open_checkpoint
+from ckptavg.formats.trainer_state import read_record
 
 
 def weights() -> dict[str, torch.Tensor]:
@@ -166,7 +167,7 @@ HISTORY = [
 def trainer_state(tmp_path, content) -> Record | None:
     path = tmp_path / "trainer_state.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
-    return training_record.from_trainer_state(path)
+    return read_record(tmp_path)
 
 
 def test_the_state_of_the_hugging_face_trainer_is_read_up_to_its_step(tmp_path):
@@ -226,7 +227,7 @@ def test_an_odd_trainer_state_does_no_harm(tmp_path, content, expected):
 
 
 def test_a_directory_without_a_trainer_state_has_none(tmp_path):
-    assert training_record.from_trainer_state(tmp_path / "trainer_state.json") is None
+    assert read_record(tmp_path) is None
 
 
 # ------------------------------------------------------------------------- tensors for numbers

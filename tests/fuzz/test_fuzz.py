@@ -14,8 +14,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from run import mutations
 from targets import CORPUS, TARGETS
 
-from ckptavg.formats import opening, safetensors
+from ckptavg.formats import parts
 from ckptavg.formats.safe_pickle import unpickler
+from ckptavg.formats.safetensors import header
 from ckptavg.formats.torch_save import zip_reader
 
 RUNS = {"average": 20}
@@ -60,9 +61,9 @@ def unpickled(_data):
     ("name", "place", "breakage"),
     [
         ("torch_pickle", (unpickler, "loads"), unpickled),
-        ("torch_pickle", (opening, "_MOST_REPEATED"), 2**60),
+        ("torch_pickle", (parts, "_MOST_REPEATED"), 2**60),
         ("torch_zip", (zip_reader, "_DAMAGE"), ()),
-        ("safetensors", (safetensors, "_check_ranges"), lambda *_: None),
+        ("safetensors", (header, "_check_ranges"), lambda *_: None),
     ],
 )
 def test_a_broken_parser_is_found(name, place, breakage, tmp_path, monkeypatch):

@@ -8,7 +8,6 @@ from click.testing import CliRunner
 
 from ckptavg.cli import main
 from ckptavg.formats import open_checkpoint
-from ckptavg.formats.settings import read_settings
 from ckptavg.specs.recorded import complete_source
 
 WEIGHTS = {"weight": torch.zeros(2, 2)}
@@ -31,7 +30,7 @@ def timm_like(**changes):
 
 def test_settings_are_plain_values_without_the_weights():
     opened = saved(args=argparse.Namespace(a=1), hyper_parameters={"width": 3, "net": object})
-    settings = read_settings(opened)
+    settings = opened.format.read_settings(opened)
     assert settings["args"] == argparse.Namespace(a=1)
     assert settings["hyper_parameters"] == {"width": 3}
     assert "state_dict" not in settings

@@ -26,7 +26,6 @@ from ckptavg.averaging.planning.samples import first_values
 from ckptavg.averaging.planning.tensor_plan import Plan, TensorPlan, make_plan
 from ckptavg.formats import Checkpoint
 from ckptavg.formats.checkpoint import DTYPES, DType
-from ckptavg.formats.registry import FILE_LAYOUTS
 from ckptavg.io import bounded_json
 
 _STANDARD = re.compile(r"[^\n]*(?:lora_A|lora_down|lora\w{0,9}\.down)\.weight")
@@ -164,7 +163,7 @@ def _are_plain(checkpoint: Checkpoint, pairs: Sequence[Pair], alphas: Collection
     """
     factors = {name for pair in pairs for name in (pair.first, pair.second)}
     unpaired = {*checkpoint.tensors} - factors - {*alphas}
-    if checkpoint.layout not in FILE_LAYOUTS or checkpoint.refused:
+    if checkpoint.format.is_directory or checkpoint.refused:
         return False
     if not all(name.endswith(_DIFFERENCES) for name in unpaired):
         return False

@@ -32,6 +32,7 @@ from ckptavg.errors import (
 )
 from ckptavg.formats import Checkpoint
 from ckptavg.formats.huggingface import peft
+from ckptavg.formats.huggingface.format import PEFT
 
 _FACTOR = re.compile(r"(.*\.lora_(?:embedding_)?)([AB])((?:\.weight)?)")
 _FACTOR_BIAS = re.compile(r".*\.lora_B\.bias")
@@ -55,7 +56,7 @@ def are_adapters(checkpoints: Sequence[Checkpoint]) -> bool:
     Raises:
         MismatchError: Only a part of the checkpoints are adapters.
     """
-    kinds = {c.layout == peft.LAYOUT: c for c in checkpoints}
+    kinds = {c.format is PEFT: c for c in checkpoints}
     if len(kinds) > 1:
         raise MismatchError(
             f"{kinds[True].path} holds an adapter and {kinds[False].path} does not",
@@ -71,7 +72,7 @@ def require_models(checkpoints: Iterable[Checkpoint]) -> None:
         ModelError: A checkpoint is an adapter, which cannot run without a base model.
     """
     for checkpoint in checkpoints:
-        if checkpoint.layout == peft.LAYOUT:
+        if checkpoint.format is PEFT:
             raise ModelError(f"{checkpoint.path} holds an adapter and no model", _MERGE)
 
 

@@ -14,7 +14,7 @@ from ckptavg.averaging.planning.modules import Modules, split_name
 from ckptavg.averaging.planning.samples import sample
 from ckptavg.errors import UnsupportedTensorError, first_few, short
 from ckptavg.formats import Checkpoint, Tensor
-from ckptavg.formats.huggingface import peft
+from ckptavg.formats.huggingface.format import PEFT
 from ckptavg.io import bounded_json
 from ckptavg.io.paths import Location
 
@@ -118,7 +118,7 @@ def declared(checkpoint: Checkpoint) -> str:
         ):
             return f"{short(key)} in its header"
     # An adapter's weights are floats, whatever its base model is.
-    if checkpoint.layout == peft.LAYOUT:
+    if checkpoint.format is PEFT:
         return ""
     for name, entries in _CONFIGS.items():
         path = _find_beside(checkpoint, name)

@@ -31,14 +31,6 @@ if TYPE_CHECKING:
 _WHAT = "What"
 _MOST_METRICS = 3  # columns
 _MOST_LISTED = 12  # in a line
-_LAYOUTS = {
-    "safetensors": "safetensors",
-    "torch": "torch.save",
-    "huggingface": "Hugging Face directories",
-    "distributed": "torch.distributed.checkpoint directories",
-    "peft": "PEFT adapters",
-    "deepspeed": "DeepSpeed directories",
-}
 
 
 @command()
@@ -123,7 +115,7 @@ def _show_run(report: Report, run: Run, whole: Run, geometry: Geometry | None = 
         for name, checkpoint in zip(short_names([c.path for c in run]), run, strict=True)
     ]
     columns = _run_columns(shown_metrics)
-    kinds = ", ".join(dict.fromkeys(_LAYOUTS[checkpoint.layout] for checkpoint in run))
+    kinds = ", ".join(dict.fromkeys(checkpoint.format.label for checkpoint in run))
     of = "" if run is whole else f"{len(run)} of "
     title = f"{of}{counted(len(whole.opened), 'checkpoint')} in order ({kinds})"
     report.table(columns, rows, title=title)

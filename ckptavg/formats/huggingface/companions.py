@@ -15,6 +15,7 @@ from itertools import islice
 
 from ckptavg.errors import first_few, short
 from ckptavg.errors.system import guard_reads
+from ckptavg.formats import registry
 from ckptavg.io.paths import Location, is_url
 from ckptavg.io.stamp import FileStamp
 
@@ -37,8 +38,9 @@ class Reason(Enum):
     DATA = f"more than {_MOST_FILES} files"
 
 
-_TENSORS = re.compile(
-    r".*(\.(safetensors|pt|pth|bin|ckpt|tar|distcp|h5|hdf5|keras|msgpack|npz|onnx|onnx_data|ort|gguf"
+# Files of other tools that hold tensors, and indices.
+_OTHER_TENSORS = re.compile(
+    r".*(\.(h5|hdf5|keras|msgpack|npz|onnx|onnx_data|ort|gguf"
     r"|ggml|ot|tflite|pb|pte|pt2|ptl|torchscript|nemo|mlmodel|engine|trt|pdparams|pdmodel|dduf)"
     r"|\.ckpt\.(index|meta|data-\d+-of-\d+)|\.(safetensors|bin|msgpack|h5)\.index(\.\w+)?\.json)",
     re.IGNORECASE,
@@ -129,9 +131,14 @@ def is_alone(file: Location) -> bool:
     """Return True if a file has the only weights in a directory with a configuration."""
     with guard_reads(file.parent):
         names = [path.name for path in file.parent.iterdir() if path.is_file()]
-    weights = [n for n in names if _TENSORS.fullmatch(n) and not _TRAINING.fullmatch(n)]
+    weights = [n for n in names if _holds_tensors(n) and not _TRAINING.fullmatch(n)]
     configured = file.name in _ALWAYS_ALONE or any(map(_is_configuration, names))
     return weights == [file.name] and configured
+
+
+def _holds_tensors(name: str) -> bool:
+    """Return True if a file holds tensors in any format, judged by the file's name."""
+    return registry.holds_tensors(name) or bool(_OTHER_TENSORS.fullmatch(name))
 
 
 def _is_configuration(name: str) -> bool:
@@ -238,7 +245,7 @@ def _reason_against(path: Location) -> Reason | None:
         return Reason.UNREADABLE
     if _TRAINING.fullmatch(path.name):
         return Reason.TRAINING
-    return Reason.TENSORS if _TENSORS.fullmatch(path.name) else None
+    return Reason.TENSORS if _holds_tensors(path.name) else None
 
 
 def _reason_against_directory(path: Location, above: Sequence[Location]) -> Reason | None:

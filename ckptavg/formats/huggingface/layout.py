@@ -23,7 +23,6 @@ WEIGHT_FILES = (
     "diffusion_pytorch_model.bin.index.json",
 )
 SUFFIXES = (".safetensors", ".bin")
-TRAINER_STATE = "trainer_state.json"
 CONFIG = "config.json"
 _STEMS = "model|pytorch_model|diffusion_pytorch_model"
 _VARIANT = r"(?:fp|bf|nf|int|float|bfloat)\d+\w*|(?:non_)?ema"

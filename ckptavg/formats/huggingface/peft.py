@@ -9,7 +9,6 @@ from ckptavg.errors import CheckpointError, short
 from ckptavg.io import bounded_json
 from ckptavg.io.paths import Location
 
-LAYOUT = "peft"
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 FILES = (WEIGHTS, "adapter_model.bin")

@@ -7,20 +7,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ckptavg.formats import deepspeed, safetensors_layout
 from ckptavg.formats.checkpoint import Checkpoint
 from ckptavg.formats.file_layout import FileLayout, Layout, OutputTensor
 from ckptavg.formats.huggingface import companions, peft
 from ckptavg.formats.huggingface import layout as huggingface
+from ckptavg.formats.huggingface.format import HUGGINGFACE, PEFT
+from ckptavg.formats.safetensors.layout import header_metadata
+from ckptavg.formats.safetensors.layout import lay_out as lay_out_safetensors
 from ckptavg.formats.torch_save import writer
+from ckptavg.formats.torch_save.format import TORCH_SAVE
 from ckptavg.io import copying
 from ckptavg.io.paths import Location
 from ckptavg.io.stamp import FileStamp
 
 # Default shard size of Hugging Face. Used only where the input is not split into shards.
 _SHARD_BYTES = 5_000_000_000
-# Layouts whose loaders expect the stored names: the output keeps them, wrappers included.
-_MODEL_LAYOUTS = ("huggingface", peft.LAYOUT)
+# Formats whose loaders expect the stored names: the output keeps them, wrappers included.
+_MODEL_FORMATS = (HUGGINGFACE, PEFT)
 # Bytes. A configuration is read whole, and real ones are far smaller.
 _LARGEST_CONFIG = 16 << 20
 
@@ -71,11 +74,11 @@ def home_of(template: Checkpoint) -> Location | None:
     The home of a single weights file is the file's directory, if a configuration is stored there
     and no other weights file.
     """
-    if template.layout in (*_MODEL_LAYOUTS, deepspeed.LAYOUT):
+    if template.format.is_directory:
         return template.path
-    directory = template.path.parent
-    single = template.layout in ("safetensors", "torch") and isinstance(template.path, Path)
-    return directory if single and companions.is_alone(template.path) else None
+    if isinstance(template.path, Path) and companions.is_alone(template.path):
+        return template.path.parent
+    return None
 
 
 @dataclass
@@ -132,22 +135,20 @@ def _lay_out_folder(
     """Plan the weights files of a directory."""
     name = _single_file_name(template)
     if not name.endswith(".safetensors"):
-        torch_template = replace(template, layout="torch")
+        torch_template = replace(template, format=TORCH_SAVE)
         file, dropped = writer.lay_out(name, tensors, provenance, torch_template)
         return _FolderLayout([replace(file, name=name)], notes=list(dropped))
-    keeps_names = template.layout in _MODEL_LAYOUTS
+    keeps_names = template.format in _MODEL_FORMATS
     bare_names: dict[str, str] = {}
     for tensor in tensors:
         stored_name = template.stored_name(tensor.name) if keeps_names else tensor.name
         bare_names[stored_name] = tensor.name
     renamed = [replace(t, name=stored) for stored, t in zip(bare_names, tensors, strict=True)]
-    metadata, notes = safetensors_layout.header_metadata(
-        provenance, template.metadata, template.momentary
-    )
+    metadata, notes = header_metadata(provenance, template.metadata, template.momentary)
     shards = _split_into_shards(name, renamed, template)
     planned = _FolderLayout([], notes=notes)
     for shard, members in shards.items():
-        file = safetensors_layout.lay_out(shard, members, metadata)
+        file = lay_out_safetensors(shard, members, metadata)
         # The writer asks for tensors by bare name, while the header has the stored names.
         file.offsets = {bare_names[stored]: offset for stored, offset in file.offsets.items()}
         planned.files.append(file)
@@ -158,9 +159,9 @@ def _lay_out_folder(
 
 def _single_file_name(template: Checkpoint) -> str:
     """Name the weights file of an output with a single file."""
-    if template.layout == peft.LAYOUT:
+    if template.format is PEFT:
         return peft.WEIGHTS
-    main = huggingface.main_file(template.path) if template.layout == "huggingface" else None
+    main = huggingface.main_file(template.path) if template.format is HUGGINGFACE else None
     if main is not None:
         return huggingface.single_name(main.name)
     has_home = template.path.suffix in huggingface.SUFFIXES and home_of(template) is not None
@@ -181,7 +182,7 @@ def _split_into_shards(
         File name → tensors of the file.
     """
     groups: dict[object, list[OutputTensor]] = {}
-    if template.layout == "huggingface" and len(template.files) > 1:
+    if template.format is HUGGINGFACE and len(template.files) > 1:
         input_files: dict[str, object] = {}
         for bare_name, stored_tensor in template.tensors.items():
             input_files[template.stored_names[bare_name]] = stored_tensor.pieces[0].file
@@ -269,7 +270,7 @@ def _replace_dtype(name: str, stamp: FileStamp, dtype: str) -> dict[str, bytes]:
 def _note_missing_config(layout: Layout, home: Location | None, template: Checkpoint) -> list[str]:
     """Note a missing configuration, where models of the output's layout have one."""
     configured = any(name.rpartition("/")[2] == huggingface.CONFIG for name in layout.names)
-    if configured or template.layout == peft.LAYOUT:
+    if configured or template.format is PEFT:
         return []
     neighbour = template.path.parent / huggingface.CONFIG
     if home is None and isinstance(neighbour, Path) and neighbour.is_file():

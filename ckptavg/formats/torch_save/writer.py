@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptavg.errors import CheckpointError
-from ckptavg.formats import lightning, state_dict
+from ckptavg.formats import state_dict
 from ckptavg.formats.checkpoint import Checkpoint
 from ckptavg.formats.file_layout import FileLayout, OutputTensor
 from ckptavg.formats.provenance import PROVENANCE
@@ -23,6 +23,7 @@ from ckptavg.formats.safe_pickle.allowlist import Keeper
 from ckptavg.formats.safe_pickle.values import MalformedPickle, TensorView
 from ckptavg.formats.torch_save import zip_reader
 from ckptavg.formats.torch_save.archive import Archive, StorageStub, TensorStub, dumps
+from ckptavg.formats.torch_save.format import TORCH_SAVE
 from ckptavg.formats.torch_save.zip_reader import PROVENANCE_RECORD, TorchFile
 from ckptavg.formats.tree import Place, join, locate
 
@@ -154,11 +155,9 @@ class _Storages:
 def _contents(suffix: str, provenance: str, template: Checkpoint, book: _Storages) -> Contents:
     """Choose the contents of an output by the layout of the last input."""
     plain = suffix == PLAIN_SUFFIX
-    if template.layout == "torch":
+    if template.format is TORCH_SAVE:
         return _like_file(plain, provenance, template, book)
-    if template.layout == "distributed":
-        return _like_shards(plain, provenance, template, book)
-    return Contents({STATE_DICT: OrderedDict(book.stubs), PROVENANCE: provenance}, {})
+    return _like_other_format(plain, provenance, template, book)
 
 
 def _like_file(plain: bool, provenance: str, template: Checkpoint, book: _Storages) -> Contents:
@@ -196,12 +195,14 @@ def _like_file(plain: bool, provenance: str, template: Checkpoint, book: _Storag
     )
 
 
-def _like_shards(plain: bool, provenance: str, template: Checkpoint, book: _Storages) -> Contents:
-    """Plan an output for a directory of shards.
+def _like_other_format(
+    plain: bool, provenance: str, template: Checkpoint, book: _Storages
+) -> Contents:
+    """Plan an output for a checkpoint that is no ``torch.save`` file.
 
     Shards of Lightning's Trainer give a checkpoint that the Trainer loads.
     """
-    meta = lightning.read_meta(template.path, plain=plain)
+    meta = template.format.read_meta(template, plain=plain)
     if meta is None or not meta.of_trainer:
         return Contents({STATE_DICT: OrderedDict(book.stubs), PROVENANCE: provenance}, {})
     names = {name: name if plain else template.stored_name(name) for name in book.stubs}

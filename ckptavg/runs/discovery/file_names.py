@@ -6,10 +6,10 @@ import fnmatch
 import re
 from pathlib import Path
 
+from ckptavg.formats.file_formats import checkpoint_suffixes
 from ckptavg.io.paths import Location, ancestors
 from ckptavg.runs.discovery.reason import Reason
 
-SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".pt.tar", ".pth.tar", ".ckpt.tar")
 OTHER_STATE = re.compile(
     r"(optimizer|optim|distrib_optim|lr_scheduler|scheduler|rng_state|rng|random_states?|"
     r"training_args|scaler|sampler|trainer_state|extra_state|zero_pp_rank_.*|.*optim_states)"
@@ -52,8 +52,13 @@ def stem_of(path: Location) -> str:
     # A directory has no suffix: checkpoint-1.5 is the whole name.
     if path.is_dir():
         return path.name
-    suffix = max((s for s in SUFFIXES if path.name.endswith(s)), key=len, default="")
-    return path.name[: len(path.name) - len(suffix)]
+    matching = [suffix for suffix in checkpoint_suffixes() if path.name.endswith(suffix)]
+    return path.name.removesuffix(max(matching, key=len, default=""))
+
+
+def has_suffix(path: Location) -> bool:
+    """Return True if a name ends in a checkpoint's suffix."""
+    return path.name.endswith(checkpoint_suffixes())
 
 
 def is_ema_name(name: str) -> bool:

@@ -9,12 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
-from ckptavg.errors import CheckpointError, RunError, first_few
-from ckptavg.formats import deepspeed, is_checkpoint_directory, refuse_partitioned
-from ckptavg.formats.dcp import reader
-from ckptavg.formats.huggingface import peft
-from ckptavg.formats.huggingface.components import part_names
-from ckptavg.formats.shards import find_shards, parse_name
+from ckptavg.errors import RunError
+from ckptavg.formats import is_checkpoint_directory, refuse_partitioned
+from ckptavg.formats.registry import component_names, find_homes, is_nested_state
 from ckptavg.io.neighbours import suggest_neighbours
 from ckptavg.io.paths import Location
 from ckptavg.runs.discovery.excluded import describe_no_match
@@ -212,28 +209,8 @@ def _replace_parts(paths: Sequence[Location]) -> list[Location]:
     Raises:
         CheckpointError: Only some of a model's shards are named.
     """
-    shards: dict[Location, set[str]] = defaultdict(set)
-    for path in paths:
-        if parse_name(path) is not None:
-            shards[path.parent].add(path.name)
-    # A single named shard is opened alone, as the user asks.
-    sharded = [home for home, files in shards.items() if len(files) > 1 and find_shards(home)]
-    for home in sharded:
-        names = [shard.path.name for shard in find_shards(home)]
-        unnamed = [name for name in names if name not in shards[home]]
-        if unnamed:
-            raise CheckpointError(
-                f"the files named of {home} are parts of one model, without {first_few(unnamed)}",
-                "Name the directory.",
-            )
-    checkpoints = [p.parent if p.parent in sharded else _replace_part(p) for p in paths]
-    return list(dict.fromkeys(checkpoints))
-
-
-def _replace_part(path: Location) -> Location:
-    """Replace a file of an adapter or of a rank by the directory; other paths stay."""
-    is_adapter = path.name in peft.FILES and peft.weights_file(path.parent) is not None
-    return path.parent if is_adapter or path.suffix == reader.SUFFIX else path
+    homes = find_homes(paths)
+    return list(dict.fromkeys(homes.get(path, path) for path in paths))
 
 
 def _select(members: list[Location], pattern: str | None, findings: Findings) -> list[Location]:
@@ -262,10 +239,10 @@ def _members(directory: Location, patterns: Patterns, findings: Findings) -> lis
     directories = [p for p in below if p.is_dir() and not OTHER_STATE.fullmatch(p.name)]
     nested: list[Location] = []
     folders: list[Location] = []
-    components = part_names(directory) if itself else set()
+    components = component_names(directory) if itself else set()
     for path in directories:
         # The states that DeepSpeed resumes from are part of a checkpoint.
-        is_part = itself and (path.name in components or deepspeed.is_tag(path))
+        is_part = itself and (path.name in components or is_nested_state(path))
         (nested if is_checkpoint_directory(path) and not is_part else folders).append(path)
     broken = find_unfinished(folders)
     steps = [path for path in nested if mask_step(path.name) is not None]
@@ -356,7 +333,7 @@ def _around_root(
     steps = [path for path in folders if mask_step(path.name) is not None]
     members = numbered or [path for step in steps for path in weights_below(step)]
     # The root is a pipeline of several networks, and the steps hold the one that was trained.
-    if members and part_names(root) and not any(map(part_names, members)):
+    if members and component_names(root) and not any(map(component_names, members)):
         findings.excluded.append(LeftOut(root, Reason.PIPELINE))
         return members
     is_run = bool(numbered) or len({place_of(path) for path in members}) == 1
@@ -407,10 +384,10 @@ def _below_steps(
 
 def _numbered_below(directory: Location) -> bool:
     """Return True if a directory holds a run of checkpoint directories."""
-    components = part_names(directory)
+    components = component_names(directory)
     for path in directory.iterdir():
         if not re.search(r"\d", path.name) or path.name in components:
             continue
-        if is_checkpoint_directory(path) and not deepspeed.is_tag(path):
+        if is_checkpoint_directory(path) and not is_nested_state(path):
             return True
     return False

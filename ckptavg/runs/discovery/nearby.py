@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 
 from ckptavg.errors import RunError, first_few
 from ckptavg.formats import is_checkpoint_directory
+from ckptavg.formats.file_formats import checkpoint_suffixes
 from ckptavg.io.paths import Location
-from ckptavg.runs.discovery.file_names import OTHER_STATE, SUFFIXES, natural, stem_of
+from ckptavg.runs.discovery.file_names import OTHER_STATE, has_suffix, natural, stem_of
 from ckptavg.runs.discovery.numbered import mask_step, step_directory, weights_below
 from ckptavg.runs.discovery.ranks import find_replicas
 
@@ -49,9 +50,14 @@ def find_only_run(
         return runs[0]
     raise RunError(
         f"{directory} holds no checkpoint",
-        "Expected .safetensors, .pt, .pth, .ckpt or .bin files, or Hugging Face directories; name "
-        "files of other suffixes themselves.",
+        f"Expected directories of a known format, or files with the suffixes {_list_suffixes()}; "
+        "name files of other suffixes themselves.",
     )
+
+
+def _list_suffixes() -> str:
+    """List the suffixes of checkpoints for a message, without pairs such as .pt.tar."""
+    return ", ".join(suffix for suffix in checkpoint_suffixes() if suffix.count(".") == 1)
 
 
 def leads_to_checkpoints(directory: Location) -> bool:
@@ -105,7 +111,7 @@ def holds_checkpoints(directory: Location) -> bool:
             continue
         if is_checkpoint_directory(path):
             return True
-        is_file = path.is_file() and path.name.endswith(SUFFIXES)
+        is_file = path.is_file() and has_suffix(path)
         if is_file and not OTHER_STATE.fullmatch(stem_of(path)):
             return True
     return False

@@ -15,7 +15,7 @@ from itertools import chain
 
 from ckptavg.formats import is_checkpoint_directory
 from ckptavg.io.paths import Location, ancestors
-from ckptavg.runs.discovery.file_names import SUFFIXES, stem_of, why_not
+from ckptavg.runs.discovery.file_names import has_suffix, stem_of, why_not
 from ckptavg.runs.discovery.steps_in_names import DATE
 
 # Levels between a checkpoint and the directory that is named after the step.
@@ -156,7 +156,7 @@ def weights_below(directory: Location) -> list[Location]:
                 directories.append(path)
             elif path.is_dir():
                 deeper.append(path)
-            elif path.name.endswith(SUFFIXES):
+            elif has_suffix(path):
                 level_files.append(path)
         # Only the files of the uppermost level with files count.
         files = files or level_files

@@ -7,13 +7,18 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from ckptavg.formats.signatures import begins_as_checkpoint
+from ckptavg.formats.file_formats import begins_as_checkpoint, find_suffix
 from ckptavg.io.paths import Location
-from ckptavg.runs.discovery.file_names import SUFFIXES, is_alias_name, matches, stem_of, why_not
+from ckptavg.runs.discovery.file_names import (
+    has_suffix,
+    is_alias_name,
+    matches,
+    stem_of,
+    why_not,
+)
 
 # Files of a directory whose first bytes are read: it may be a data set of images.
 _MOST_LOOKED_INTO = 1000
-_ANY_SUFFIX = re.compile(r"\.(safetensors|pth|pt|ckpt|bin|tar|pyth)(?![a-z])", re.IGNORECASE)
 # Endings that editors, downloads and careful people give to copies beside a file.
 _SET_ASIDE = re.compile(r"(~|\.(bak|backup|old|orig|te?mp|part|partial|incomplete|swp))$", re.I)
 
@@ -36,8 +41,8 @@ def split_by_suffix(
         The files of the run, whose names are not checked yet; and the files passed over, whose
         first bytes are those of checkpoints.
     """
-    usual = [path for path in files if path.name.endswith(SUFFIXES)]
-    candidates = [path for path in files if not path.name.endswith(SUFFIXES)]
+    usual = [path for path in files if has_suffix(path)]
+    candidates = [path for path in files if not has_suffix(path)]
     candidates = [path for path in candidates if not why_not(_bare_stem(path))]
     if pattern is not None:
         matching = [
@@ -75,20 +80,20 @@ def _mask_numbers(path: Location) -> str:
 
 def _bare_stem(path: Location) -> str:
     """Return the beginning of a name, before the first suffix of a checkpoint."""
-    suffix = _ANY_SUFFIX.search(path.name)
-    return path.name if suffix is None else path.name[: suffix.start()].lower()
+    end = find_suffix(path.name)
+    return path.name if end is None else path.name[:end].lower()
 
 
 def _may_hold_weights(path: Location) -> bool:
     """Return True if the name has a checkpoint's suffix anywhere, or the first bytes match."""
-    return _ANY_SUFFIX.search(path.name) is not None or _is_saved(path)
+    return find_suffix(path.name) is not None or _is_saved(path)
 
 
 def _is_saved(path: Location) -> bool:
     """Return True if a file is a checkpoint, by the first bytes, or by name for a remote file."""
     # The first bytes of each remote file would cost a request.
     if not isinstance(path, Path):
-        return _ANY_SUFFIX.search(path.name) is not None
+        return find_suffix(path.name) is not None
     return path.is_file() and begins_as_checkpoint(path)
 
 

@@ -6,10 +6,16 @@ import re
 from collections.abc import Sequence
 
 from ckptavg.errors import RunError
-from ckptavg.formats.dcp import reader
-from ckptavg.formats.huggingface import layout, peft
+from ckptavg.formats import registry
+from ckptavg.formats.format import Unfinished
+from ckptavg.formats.trainer_state import TRAINER_STATE
 from ckptavg.io.paths import Location
 from ckptavg.runs.discovery.numbered import weights_below
+
+_COPY_AGAIN = (
+    "It may have been interrupted while being saved: copy it again, or name the other checkpoints "
+    "one by one."
+)
 
 
 def find_unfinished(directories: Sequence[Location]) -> dict[Location, RunError]:
@@ -20,25 +26,12 @@ def find_unfinished(directories: Sequence[Location]) -> dict[Location, RunError]
 
 def why_unfinished(directory: Location) -> RunError | None:
     """Word the error for a directory whose save was not finished; None for other directories."""
-    numbered = re.fullmatch(r"checkpoint[-_]\d+", directory.name)
-    # Without its configuration, an adapter is not recognized as a checkpoint.
-    if numbered and any(directory.glob("adapter_model.*")):
-        return RunError(
-            f"{directory} holds an adapter without its {peft.CONFIG}",
-            "Copy that file beside it: it holds the rank and the scale.",
-        )
-    why = ""
-    if any(directory.glob(f"*{reader.SUFFIX}")):
-        why = (
-            f"holds parts of one model but no {reader.METADATA}, which is written last and says "
-            "how they fit"
-        )
-    elif numbered and (directory / layout.TRAINER_STATE).is_file() and not weights_below(directory):
-        why = "looks like a checkpoint but holds no weights"
-    if not why:
-        return None
-    return RunError(
-        f"{directory} {why}",
-        "It may have been interrupted while being saved: copy it again, or name the other "
-        "checkpoints one by one.",
-    )
+    unfinished = registry.why_unfinished(directory)
+    if unfinished is None:
+        # The Trainer's own file marks a checkpoint, whatever the format of the weights.
+        is_numbered = re.fullmatch(r"checkpoint[-_]\d+", directory.name)
+        has_state = is_numbered and (directory / TRAINER_STATE).is_file()
+        if not has_state or weights_below(directory):
+            return None
+        unfinished = Unfinished("looks like a checkpoint but holds no weights")
+    return RunError(f"{directory} {unfinished.reason}", unfinished.remedy or _COPY_AGAIN)

@@ -6,10 +6,10 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 
 from ckptavg.errors import first_few, short
-from ckptavg.formats import safetensors
 from ckptavg.formats.file_layout import FileLayout, OutputTensor
 from ckptavg.formats.metric_names import is_metric
 from ckptavg.formats.provenance import PROVENANCE
+from ckptavg.formats.safetensors.header import build_header
 
 # Entries that describe the layout of the input file. The output is laid out anew.
 _FILE_ENTRIES = ("format", "DCP_SHARDING_INFO", "DCP_VERSION")
@@ -35,9 +35,7 @@ def lay_out(name: str, tensors: Sequence[OutputTensor], metadata: Mapping[str, s
     Raises:
         UnsupportedTensorError: The format cannot store one of the element types.
     """
-    header, offsets = safetensors.build_header(
-        ((t.name, t.dtype, t.shape) for t in tensors), metadata
-    )
+    header, offsets = build_header(((t.name, t.dtype, t.shape) for t in tensors), metadata)
     end = max((offsets[t.name] + t.nbytes for t in tensors), default=len(header))
     return FileLayout(name, end, [(0, header)], offsets)
 

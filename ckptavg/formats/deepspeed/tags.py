@@ -17,7 +17,6 @@ from ckptavg.errors import CheckpointError, first_few
 from ckptavg.formats.checkpoint import Tensor
 from ckptavg.io.paths import Location
 
-LAYOUT = "deepspeed"
 WHOLE = "mp_rank_00_model_states.pt"
 # The model file of one rank under ZeRO stage 3.
 _PARTITION = re.compile(r"zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt")

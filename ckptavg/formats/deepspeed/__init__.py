@@ -1,0 +1,1 @@
+"""DeepSpeed checkpoints: directories with the states of each rank."""

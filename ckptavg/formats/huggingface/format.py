@@ -1,0 +1,201 @@
+"""The formats of Hugging Face directories, as entries of the registry: models and adapters."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
+
+from ckptavg.errors import CheckpointError, first_few, short
+from ckptavg.formats.checkpoint import Checkpoint, Tensor
+from ckptavg.formats.damage import not_a_checkpoint
+from ckptavg.formats.file_formats import read_file
+from ckptavg.formats.file_layout import Layout, OutputTensor
+from ckptavg.formats.format import DirectoryFormat, Unfinished
+from ckptavg.formats.huggingface import components, layout, peft
+from ckptavg.formats.parts import Part, build_checkpoint
+from ckptavg.formats.trainer_state import find_record, read_record
+from ckptavg.io.paths import Location
+
+# Names of directories in a message.
+_MOST_FOLDERS = 8
+
+
+class HuggingFace(DirectoryFormat):
+    """Directories of models: one file of weights, shards with an index, or several directories."""
+
+    name = "huggingface"
+    label = "Hugging Face directories"
+    is_written = True
+
+    def detects(self, directory: Location) -> bool:
+        """Return True if weights or an index are in a directory, or in directories it lists."""
+        return layout.main_file(directory) is not None or bool(
+            components.find_components(directory)
+        )
+
+    def open(self, directory: Location, key: str | None) -> Checkpoint | None:
+        """Open the weights in a directory, and in the directories that it lists."""
+        own = layout.main_file(directory)
+        folders = components.find_components(directory)
+        if not folders:
+            return None if own is None else _open_weights(directory, own, key)
+        opened: dict[str, Checkpoint] = {}
+        for folder in folders:
+            component = components.component_directory(directory, folder)
+            main = layout.main_file(component)
+            if main is None:
+                raise not_a_checkpoint(component)
+            opened[folder] = _open_weights(component, main, key)
+        if own is not None:
+            opened = {"": _open_weights(directory, own, key), **opened}
+        return _join(directory, opened)
+
+    def component_names(self, directory: Location) -> set[str]:
+        """Return the names of subdirectories that a model's lists name."""
+        return components.part_names(directory)
+
+    def lay_out(
+        self, tensors: Sequence[OutputTensor], provenance: str, template: Checkpoint
+    ) -> Layout:
+        """Plan a directory like the last input, with the files beside the weights."""
+        from ckptavg.formats.huggingface import writer  # noqa: PLC0415 - needs torch
+
+        return writer.lay_out(tensors, provenance, template)
+
+
+class Peft(HuggingFace):
+    """Directories of adapters."""
+
+    name = "peft"
+    label = "PEFT adapters"
+
+    def detects(self, directory: Location) -> bool:
+        """Return True if a directory holds an adapter, and no whole model."""
+        return self._find_weights(directory) is not None
+
+    def open(self, directory: Location, key: str | None) -> Checkpoint | None:
+        """Open the weights of an adapter."""
+        weights = self._find_weights(directory)
+        return None if weights is None else _open_weights(directory, weights, key)
+
+    def _find_weights(self, directory: Location) -> Location | None:
+        """Return the weights file of an adapter; None if the directory holds a whole model."""
+        weights = peft.weights_file(directory)
+        if weights is None or layout.main_file(directory) != weights:
+            return None
+        return None if components.find_components(directory) else weights
+
+    def is_part(self, path: Location) -> bool:
+        """Return True for the weights file of an adapter."""
+        return path.name in peft.FILES and peft.weights_file(path.parent) is not None
+
+    def why_unfinished(self, directory: Location) -> Unfinished | None:
+        """Describe an adapter without its configuration, in a directory that the Trainer named."""
+        # Without its configuration, an adapter is not recognized as a checkpoint.
+        is_numbered = re.fullmatch(r"checkpoint[-_]\d+", directory.name)
+        if not is_numbered or not any(directory.glob("adapter_model.*")):
+            return None
+        return Unfinished(
+            f"holds an adapter without its {peft.CONFIG}",
+            "Copy that file beside it: it holds the rank and the scale.",
+        )
+
+
+HUGGINGFACE, PEFT = HuggingFace(), Peft()
+
+
+def _open_weights(directory: Location, main: Location, key: str | None) -> Checkpoint:
+    """Open the weights directly in a directory, without subdirectories.
+
+    Args:
+        directory: The directory of a model or an adapter.
+        main: The weights file or the index of shards in the directory.
+        key: Dotted path of the entry that holds the weights; None to find the entry.
+    """
+    parts = _read_shards(main, key) if main.suffix == ".json" else [read_file(main, key)]
+    record = find_record(directory) or parts[0].record
+    format, notes = HUGGINGFACE, list[str]()
+    if main.name in peft.FILES:
+        format, notes = PEFT, [peft.description(peft.configuration(directory))]
+    # Other variants may be stored beside the one taken, such as fp16 and bf16.
+    if layout.is_variant(main.name):
+        notes += layout.note_variants(directory)
+    if unused := layout.other_models(main):
+        notes.append(
+            f"weights are taken from {main.name}; {first_few(unused)} beside it is another model's "
+            f"(name the files to average those: .../*/{unused[0]})"
+        )
+    opened = build_checkpoint(directory, format, parts, record)
+    return replace(opened, notes=(*opened.notes, *notes))
+
+
+def _read_shards(index: Location, key: str | None) -> list[Part]:
+    """Read each shard that an index names.
+
+    Raises:
+        CheckpointError: A shard is damaged, or the index and the shards disagree.
+    """
+    mapping = layout.weight_map(index)
+    shards = {name: read_file(index.parent / name, key) for name in sorted(set(mapping.values()))}
+    names_by_shard = {name: {*shard.tensors, *shard.refused} for name, shard in shards.items()}
+    lost = [name for name, shard in mapping.items() if name not in names_by_shard[shard]]
+    if lost:
+        raise CheckpointError(
+            f"{index} lists tensors that are not in their shards: {first_few(lost)}",
+            "Copy the directory again, or leave it out.",
+        )
+    counts = Counter(chain(*names_by_shard.values()))
+    repeated = [name for name, count in counts.items() if count > 1]
+    if repeated:
+        raise CheckpointError(f"{index.parent} holds tensors in two shards: {first_few(repeated)}")
+    return list(shards.values())
+
+
+def _join(path: Location, opened: Mapping[str, Checkpoint]) -> Checkpoint:
+    """Join several directories with weights into one checkpoint.
+
+    Args:
+        path: The model's directory.
+        opened: Directory below the path → opened weights. The empty name stands for the path
+            itself.
+
+    Raises:
+        CheckpointError: Two tensors have the same name.
+    """
+    tensors: dict[str, Tensor] = {}
+    stored_names: dict[str, str] = {}
+    refused: dict[str, str] = {}
+    count = 0
+    for folder, component in opened.items():
+        prefix = f"{folder}/" if folder else ""
+        tensors |= {prefix + name: tensor for name, tensor in component.tensors.items()}
+        stored_names |= {prefix + n: prefix + s for n, s in component.stored_names.items()}
+        refused |= {prefix + name: why for name, why in component.refused.items()}
+        count += len(component.tensors) + len(component.refused)
+    if len(tensors) + len(refused) < count:
+        raise CheckpointError(f"{path} holds tensors of the same name in two directories")
+    components = list(opened.values())
+    record = read_record(path) or components[0].record
+    folders = first_few([short(folder) for folder in opened if folder], _MOST_FOLDERS)
+    notes = list(chain(*(component.notes for component in components)))
+    notes.append(
+        f"one model of several directories, whose names its tensors bear in front: {folders}"
+    )
+    return replace(
+        components[0],
+        path=path,
+        format=HUGGINGFACE,
+        tensors=tensors,
+        stored_names=stored_names,
+        refused=refused,
+        files=tuple(chain(*(component.files for component in components))),
+        record=record,
+        provenance=next((c.provenance for c in components if c.provenance), None),
+        step=record.position,
+        notes=tuple(dict.fromkeys(notes)),
+        metadata=opened[""].metadata if "" in opened else {},
+        components=opened,
+    )

@@ -1,0 +1,1 @@
+"""The safetensors format: a JSON header, followed by the bytes of all tensors."""
