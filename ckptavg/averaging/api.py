@@ -13,8 +13,8 @@ import torch
 from ckptavg.averaging import remarks, schemes, spectral_vectors
 from ckptavg.averaging.accounts import with_provenance
 from ckptavg.averaging.plan import Average, Planned, plan_average
-from ckptavg.averaging.planning.rules import keeps_nonfinite, require_output
-from ckptavg.averaging.planning.tensor_plan import Plan, TensorPlan, copy_plan
+from ckptavg.averaging.planning.rules import parse_on_nonfinite, require_output
+from ckptavg.averaging.planning.tensor_plan import Plan, TensorPlan, plan_copy
 from ckptavg.averaging.read_groups import Job, common_order
 from ckptavg.averaging.sharding import Split
 from ckptavg.averaging.stream import Progress, StreamRequests, stream
@@ -119,7 +119,7 @@ def average(
     planned = plan_average(
         run, scheme, weights=weights, include=include, exclude=exclude, base=base, dtype=dtype
     )
-    keep = keeps_nonfinite(on_nonfinite)
+    keep = parse_on_nonfinite(on_nonfinite)
     result: StateDict | Path
     with open_phase(progress, "averaging", "bytes") as report:
         if out is None:
@@ -399,7 +399,7 @@ def load(checkpoint: Checkpoint) -> StateDict:
         UnsupportedTensorError: A tensor has no plain bytes.
         CheckpointError: A file cannot be read, or has changed.
     """
-    plan = copy_plan(checkpoint)
+    plan = plan_copy(checkpoint)
     sink = MemorySink(plan.outputs)
     stream([Job(plan.tensors, sink)])
     _verify([plan])
@@ -414,7 +414,7 @@ def alone(checkpoint: Checkpoint) -> Average:
     Raises:
         UnsupportedTensorError: A tensor has no plain bytes.
     """
-    plan = copy_plan(checkpoint)
+    plan = plan_copy(checkpoint)
     # Only tensors that are alike averaged or alike copied share a read with other averages.
     tensors = (replace(t, averaged=t.dtype.kind in ("float", "complex")) for t in plan.tensors)
     return Average(replace(plan, tensors=tuple(tensors)), schemes.parse("uniform"))

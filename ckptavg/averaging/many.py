@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, overload
 from ckptavg.averaging.accounts import with_provenance
 from ckptavg.averaging.api import in_memory_many, prepare_many, write_many
 from ckptavg.averaging.plan import Average, plan_average
-from ckptavg.averaging.planning.rules import keeps_nonfinite, require_output
+from ckptavg.averaging.planning.rules import parse_on_nonfinite, require_output
 from ckptavg.averaging.remarks import warn_of_stale
 from ckptavg.display.progress import ProgressLike, open_phase
 from ckptavg.errors import OutputError, UsageError, short
@@ -109,7 +109,7 @@ def average_many(
         CkptavgError: As for ``average``.
     """
     run = as_run(run)
-    keep = keeps_nonfinite(on_nonfinite)
+    keep = parse_on_nonfinite(on_nonfinite)
     if not isinstance(averages, Mapping):
         raise UsageError(f"averages are expected by name but got {short(repr(averages))}")
     planned: dict[str, Average] = {}

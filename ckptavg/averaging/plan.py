@@ -112,7 +112,7 @@ def plan_average(
     checkpoints = run.checkpoints
     if weights is not None and scheme != "uniform":
         raise UsageError("a scheme and weights exclude each other: give one of them")
-    chosen = schemes.parse(scheme) if weights is None else schemes.explicit(weights)
+    chosen = schemes.parse(scheme) if weights is None else schemes.from_weights(weights)
     coefficients = chosen.coefficients([c.step for c in checkpoints])
     if base is not None and not isinstance(base, Checkpoint):
         base = _open_base(base, checkpoints[-1].key)

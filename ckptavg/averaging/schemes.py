@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -12,6 +12,7 @@ from ckptavg.errors import RunError, UsageError
 from ckptavg.errors.spelling import close_names, did_you_mean
 
 Steps = Sequence[float | None]
+Coefficients = Callable[[Steps], list[float]]
 Remark = Callable[[Sequence[float]], str]
 
 
@@ -26,8 +27,8 @@ class Scheme:
 
     name: str
     text: str
-    _apply: Callable[[Steps], list[float]] = field(repr=False, compare=False)
-    _remark: Remark = field(default=lambda _: "", repr=False, compare=False)
+    _apply: Coefficients = field(repr=False, compare=False)
+    _remark: Remark | None = field(default=None, repr=False, compare=False)
 
     def coefficients(self, steps: Steps) -> list[float]:
         """Compute the coefficients of a run.
@@ -54,6 +55,8 @@ class Scheme:
         Args:
             coefficients: One per checkpoint, oldest first.
         """
+        if self._remark is None:
+            return ""
         return self._remark(coefficients)
 
 
@@ -78,7 +81,7 @@ def parse(text: str) -> Scheme:
     try:
         return _parse(text.strip())
     except UsageError as error:
-        error.remedy = error.remedy or did_you_mean(_meant(text))
+        error.remedy = error.remedy or did_you_mean(_suggest(text))
         raise
 
 
@@ -86,34 +89,46 @@ def _parse(text: str) -> Scheme:
     name, _, option_text = text.partition(":")
     if name not in SCHEMES:
         raise UsageError(f"scheme is expected to be one of {', '.join(SCHEMES)} but got {name!r}")
-    options = _options(name, option_text)
-    remark = _REMARKS[name](options) if name in _REMARKS else _no_remark
+    options = _parse_options(name, option_text)
+    remark: Remark | None = None
+    if name in _REMARKS:
+        remark = _REMARKS[name](options)
     return Scheme(name, text, SCHEMES[name](options), remark)
 
 
-def _meant(text: str) -> list[str]:
+def _suggest(text: str) -> list[str]:
     """Guess the specification that a user meant by a wrong text; empty without a guess."""
     start = _NAME.match(text)
     if start is None:
         return []
     word, remainder = start[1].lower(), text[start.end() :]
-    name = _OTHER_NAMES.get(word) or next(iter(close_names(word, SCHEMES, 1)), None)
-    if name is None:
+    name = _OTHER_NAMES.get(word) or _closest(word, SCHEMES, "")
+    if not name:
         return []
     words = remainder.strip(" :=(),")
-    options = (
-        [_meant_option(name, part) for part in re.split("[,;]", words)] if words else _USUAL[name]
-    )
+    options = _EXAMPLES[name]
+    if words:
+        options = [_correct_option(name, part) for part in re.split("[,;]", words)]
+    suggestion = name
+    if options:
+        suggestion = f"{name}:{','.join(options)}"
     # Only a guess that parses is suggested.
-    likely = f"{name}:{','.join(options)}" if options else name
     try:
-        _parse(likely)
+        _parse(suggestion)
     except UsageError:
         return []
-    return [likely]
+    return [suggestion]
 
 
-def _meant_option(name: str, part: str) -> str:
+def _closest(word: str, choices: Iterable[str], default: str) -> str:
+    """Return the choice that is spelled most like a word; the default where none is close."""
+    close = close_names(word, choices, 1)
+    if close:
+        return close[0]
+    return default
+
+
+def _correct_option(name: str, part: str) -> str:
     """Correct the spelling of a scheme's option. A number alone is for the first option."""
     option_names = _OPTIONS[name]
     words = [word for word in _SEPARATORS.split(part) if word]
@@ -122,17 +137,18 @@ def _meant_option(name: str, part: str) -> str:
     key, value = words[0], " ".join(words[1:])
     if not value and _NUMBER.fullmatch(key):
         return f"{option_names[0]}={key}"
-    fallback = option_names[0] if len(option_names) == 1 else key
-    key = next(iter(close_names(key, option_names, 1)), fallback)
+    fallback = key
+    if len(option_names) == 1:
+        fallback = option_names[0]
+    key = _closest(key, option_names, fallback)
     choices = _CHOICES.get(key, (value,))
     if value not in choices:
-        close = close_names(value, choices, 1)
-        value = _OTHER_VALUES.get(value.lower(), close[0] if close else value)
+        value = _OTHER_VALUES.get(value.lower()) or _closest(value, choices, value)
     return f"{key}={value}"
 
 
-def explicit(weights: Sequence[float]) -> Scheme:
-    """Make a scheme from one weight per checkpoint.
+def from_weights(weights: Sequence[float]) -> Scheme:
+    """Make a scheme that has a given weight for each checkpoint.
 
     Args:
         weights: Finite numbers with a finite sum above 0.
@@ -144,60 +160,60 @@ def explicit(weights: Sequence[float]) -> Scheme:
         weights = [float(weight) for weight in weights]
     except (TypeError, ValueError) as error:
         raise UsageError(f"weights are expected to be numbers but got {weights!r}") from error
-    if not weights or not all(math.isfinite(w) for w in weights):
-        raise UsageError(f"weights are expected to be finite but got {_listed(weights)}")
+    text = ",".join(f"{weight:g}" for weight in weights)
+    if not weights or not all(map(math.isfinite, weights)):
+        raise UsageError(f"weights are expected to be finite but got {text}")
     if not 0 < sum(weights) < math.inf:
-        raise UsageError(
-            f"weights are expected to have a finite sum above 0 but got {_listed(weights)}"
-        )
+        raise UsageError(f"weights are expected to have a finite sum above 0 but got {text}")
+    # Where products could overflow, weights are scaled by a power of two, which keeps the ratios.
+    exponent = max(0, math.frexp(max(map(abs, weights)))[1] - 100)
+    coefficients = [math.ldexp(weight, -exponent) for weight in weights]
 
     def apply(steps: Steps) -> list[float]:
-        """Return the scaled weights, if there is one per checkpoint."""
+        """Return the scaled weights, if their number is that of the checkpoints."""
         if len(steps) != len(weights):
             raise RunError(
                 f"{len(weights)} weights are given for {len(steps)} checkpoints",
-                "Give one weight per checkpoint, in the run's order; --dry-run shows it.",
+                "Give one weight per checkpoint, in the run's order.",
             )
-        return [math.ldexp(w, -scale) for w in weights]
+        return list(coefficients)
 
-    # Where products could overflow, weights are scaled by a power of two, which keeps the ratios.
-    scale = max(0, math.frexp(max(map(abs, weights)))[1] - 100)
-    return Scheme("weights", f"weights:{_listed(weights)}", apply)
+    return Scheme("weights", f"weights:{text}", apply)
 
 
-def normalized(coefficients: Sequence[float]) -> list[float]:
+def normalize(coefficients: Sequence[float]) -> list[float]:
     """Divide coefficients by the sum of all coefficients."""
     total = math.fsum(coefficients)
-    return [c / total for c in coefficients]
+    return [coefficient / total for coefficient in coefficients]
 
 
-def _listed(weights: Sequence[float]) -> str:
-    return ",".join(f"{w:g}" for w in weights)
-
-
-def _options(name: str, text: str) -> dict[str, str]:
+def _parse_options(name: str, text: str) -> dict[str, str]:
+    """Parse the options of a scheme, ``key=value,...``."""
     option_names = _OPTIONS[name]
     options: dict[str, str] = {}
-    for part in filter(None, (p.strip() for p in text.split(","))):
-        key, separator, value = part.partition("=")
+    for part in text.split(","):
+        stripped = part.strip()
+        if not stripped:
+            continue
+        key, separator, value = stripped.partition("=")
         if key not in option_names or not separator or key in options:
-            expected = ", ".join(f"{k}=..." for k in option_names) or "none"
+            expected = ", ".join(f"{option}=..." for option in option_names) or "none"
             raise UsageError(
-                f"the options of {name} are expected to be {expected} but got {part!r}"
+                f"the options of {name} are expected to be {expected} but got {stripped!r}"
             )
         options[key] = value
     return options
 
 
-def _uniform(_: Mapping[str, str]) -> Callable[[Steps], list[float]]:
+def _uniform(_: Mapping[str, str]) -> Coefficients:
     return lambda steps: [1.0] * len(steps)
 
 
-def _linear(_: Mapping[str, str]) -> Callable[[Steps], list[float]]:
+def _linear(_: Mapping[str, str]) -> Coefficients:
     return lambda steps: [float(i) for i in range(1, len(steps) + 1)]
 
 
-def _lawa(options: Mapping[str, str]) -> Callable[[Steps], list[float]]:
+def _lawa(options: Mapping[str, str]) -> Coefficients:
     text = options.get("k", "")
     # int() alone would also accept signs, spaces and underscores.
     if not text.isdecimal() or int(text) < 1:
@@ -206,7 +222,7 @@ def _lawa(options: Mapping[str, str]) -> Callable[[Steps], list[float]]:
     return lambda steps: [float(i >= len(steps) - k) for i in range(len(steps))]
 
 
-def _ema(options: Mapping[str, str]) -> Callable[[Steps], list[float]]:
+def _ema(options: Mapping[str, str]) -> Coefficients:
     if "decay" not in options:
         raise UsageError("ema is expected to have its decay")
     decay = _decay(options["decay"])
@@ -215,14 +231,18 @@ def _ema(options: Mapping[str, str]) -> Callable[[Steps], list[float]]:
 
     def apply(steps: Steps) -> list[float]:
         """Return the coefficients of the moving average at the last checkpoint."""
-        times = _increasing(steps) if per_step else [float(i) for i in range(len(steps))]
-        ages = [decay ** (times[-1] - t) for t in times]
+        times = [float(position) for position in range(len(steps))]
+        if per_step:
+            times = _require_increasing(steps)
+        ages = [decay ** (times[-1] - time) for time in times]
         # The coefficients are normalized later, so that decay^age is the debiased average.
         if debias:
             return ages
         # Each update over a gap g multiplies the average by D^g and adds 1 − D^g of the weights.
-        gaps = [b - a for a, b in pairwise(times)]
-        return [ages[0]] + [age * (1 - decay**gap) for age, gap in zip(ages[1:], gaps, strict=True)]
+        coefficients = [ages[0]]
+        for (before, time), age in zip(pairwise(times), ages[1:], strict=True):
+            coefficients.append(age * (1 - decay ** (time - before)))
+        return coefficients
 
     return apply
 
@@ -243,10 +263,6 @@ def _choice(name: str, value: str) -> str:
     if value not in choices:
         raise UsageError(f"{name} is expected to be one of {', '.join(choices)} but got {value!r}")
     return value
-
-
-def _no_remark(_: Sequence[float]) -> str:
-    return ""
 
 
 def _remark_on_seed(options: Mapping[str, str]) -> Remark:
@@ -280,7 +296,12 @@ def _remark_on_few(options: Mapping[str, str]) -> Remark:
     return remark
 
 
-def _increasing(steps: Steps) -> list[float]:
+def _require_increasing(steps: Steps) -> list[float]:
+    """Return the steps of a run, each of which must be known and greater than the one before.
+
+    Raises:
+        RunError: A step is unknown or not greater.
+    """
     # Between equal steps the decay is 1, so that the later checkpoint would get the coefficient 0.
     known_steps = [step for step in steps if step is not None]
     if len(known_steps) < len(steps) or any(b <= a for a, b in pairwise(known_steps)):
@@ -291,7 +312,7 @@ def _increasing(steps: Steps) -> list[float]:
     return known_steps
 
 
-SCHEMES: dict[str, Callable[[Mapping[str, str]], Callable[[Steps], list[float]]]] = {
+SCHEMES: dict[str, Callable[[Mapping[str, str]], Coefficients]] = {
     "uniform": _uniform,
     "ema": _ema,
     "linear": _linear,
@@ -320,7 +341,7 @@ _OTHER_VALUES = {
     "1": "true", "on": "true", "yes": "true", "0": "false", "no": "false", "off": "false",
     "": "true",
 }  # fmt: skip
-_USUAL: dict[str, list[str]] = {
+_EXAMPLES: dict[str, list[str]] = {
     "uniform": [],
     "ema": ["decay=0.9"],
     "linear": [],

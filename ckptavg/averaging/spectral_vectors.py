@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from ckptavg.averaging.planning.spectral_norm import SpectralNorm, iterate_vectors, most_steps
+from ckptavg.averaging.planning.spectral_norm import SpectralNorm, iterate_vectors, limit_steps
 from ckptavg.averaging.planning.tensor_plan import Plan, TensorPlan
 from ckptavg.averaging.read_groups import Job
 from ckptavg.averaging.stream import start_threads, stream
@@ -19,12 +19,12 @@ from ckptavg.outputs.target import StateDict
 # Follows a weight's name for the last checkpoint's own. No tensor's name has a NUL.
 _LAST = "\0last"
 # Elements of the weights that are read at once, which bounds the memory of many small layers.
-_TOGETHER = 1 << 22
+_MOST_ELEMENTS = 1 << 22
 
 
 def vector_names(plan: Plan) -> set[str]:
     """Return the names of the vectors that are iterated for an average."""
-    return {name for layer in plan.spectral_norms for name in (layer.u, layer.v) if name}
+    return set().union(*(layer.vectors for layer in plan.spectral_norms))
 
 
 def write_vectors(plan: Plan, tensors: Sequence[TensorPlan], sink: Sink) -> None:
@@ -45,7 +45,7 @@ def write_vectors(plan: Plan, tensors: Sequence[TensorPlan], sink: Sink) -> None
         return
     by_name = {tensor.name: tensor for tensor in plan.tensors}
     layers = [layer for layer in plan.spectral_norms if by_name[layer.u].tied_to is None]
-    steps = most_steps([by_name[layer.weight].shape for layer in layers])
+    steps = limit_steps([by_name[layer.weight].shape for layer in layers])
     values: dict[str, torch.Tensor] = {}
     # A thread of its own, since the caller's may flush denormals or split operations.
     with start_threads(1) as thread:
@@ -66,7 +66,7 @@ def _groups(
     filled = 0
     for layer in layers:
         size = by_name[layer.weight].output.numel
-        if group and filled + size > _TOGETHER:
+        if group and filled + size > _MOST_ELEMENTS:
             yield group
             group, filled = [], 0
         group.append(layer)
@@ -86,8 +86,9 @@ def _read(
             weight, name=layer.weight + _LAST, sources=(last.tensors[layer.weight],),
             owners=(last,), coefficients=(1.0,), divisor=None,
         )  # fmt: skip
-        vectors = [replace(by_name[name], tied_to=None) for name in (layer.u, layer.v) if name]
-        plans |= {tensor.name: tensor for tensor in (weight, last_weight, *vectors)}
+        vectors = [replace(by_name[name], tied_to=None) for name in layer.vectors]
+        for tensor in (weight, last_weight, *vectors):
+            plans[tensor.name] = tensor
     # The stream of the outputs has already refused or noted values that are not finite.
     sink = MemorySink([tensor.output for tensor in plans.values()])
     stream([Job([*plans.values()], sink, keep_nonfinite=True)])
@@ -109,17 +110,16 @@ def _iterate(
     """
     values: StateDict = {}
     for layer in layers:
-        names = [name for name in (layer.u, layer.v) if name]
-        u, v = state[layer.u], None if layer.v is None else state[layer.v]
+        vectors = [state[name] for name in layer.vectors]
         weight, last = state[layer.weight], state[layer.weight + _LAST]
-        vectors = iterate_vectors(weight, u, v, last, steps)
-        for name, vector in zip(names, vectors or (u, v), strict=False):
-            if vector is not None:
-                values[name] = vector.to(state[name].dtype).reshape(state[name].shape)
+        # The vectors that are right as they are stay.
+        iterated = iterate_vectors(weight, vectors, last, steps) or vectors
+        for name, vector in zip(layer.vectors, iterated, strict=False):
+            values[name] = vector.to(state[name].dtype).reshape(state[name].shape)
     return values
 
 
 def _write(sink: Sink, name: str, values: torch.Tensor) -> None:
-    # The bytes are passed by their address: NumPy, the usual way, lacks bfloat16.
+    # The bytes are passed by address, since NumPy has no bfloat16.
     raw = (ctypes.c_uint8 * values.nbytes).from_address(values.data_ptr())
     sink.write(name, 0, memoryview(raw).cast("B"))

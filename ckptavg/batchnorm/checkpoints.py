@@ -15,7 +15,7 @@ from torch import nn
 from ckptavg.averaging import api
 from ckptavg.averaging.lora import exact_mean
 from ckptavg.averaging.plan import Average
-from ckptavg.averaging.planning.tensor_plan import copy_plan
+from ckptavg.averaging.planning.tensor_plan import plan_copy
 from ckptavg.averaging.stream import Progress
 from ckptavg.batchnorm.statistics_pass import (
     layers_of,
@@ -161,7 +161,7 @@ def prepare_copy(
     Raises:
         CkptavgError: As for ``outputs.prepare``.
     """
-    tensors = copy_plan(checkpoint).outputs
+    tensors = plan_copy(checkpoint).outputs
     return outputs.prepare(
         out, tensors, provenance, [checkpoint], is_run=leads_to_checkpoints, overwrite=overwrite
     )

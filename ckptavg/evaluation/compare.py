@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from ckptavg.averaging.many import Asked, plan_request
 from ckptavg.averaging.plan import plan_average
-from ckptavg.averaging.planning.rules import keeps_nonfinite
+from ckptavg.averaging.planning.rules import parse_on_nonfinite
 from ckptavg.data.argument_checks import check_model
 from ckptavg.data.loaders import Subset
 from ckptavg.display.progress import ProgressLike
@@ -109,7 +109,7 @@ def compare(
     """
     check_model(model)
     task = as_task(task)
-    keep_nonfinite = keeps_nonfinite(on_nonfinite)
+    keep_nonfinite = parse_on_nonfinite(on_nonfinite)
     rules: dict[str, Any] = {
         "include": include_tensors, "exclude": exclude_tensors, "base": base, "dtype": dtype,
     }  # fmt: skip

@@ -389,7 +389,7 @@ def test_integers_come_from_the_last_checkpoint_and_a_note_names_those_that_diff
 def test_what_an_output_cannot_hold_is_left_out_with_a_warning(tmp_path, caplog):
     states = [{"adj": torch.eye(4).to_sparse(), "w": torch.full((3,), float(i))} for i in (1, 3)]
     save_states(tmp_path / "run", states)
-    with pytest.raises(UnsupportedTensorError, match=r"adj \(a sparse tensor\).*--exclude"):
+    with pytest.raises(UnsupportedTensorError, match=r"adj \(a sparse tensor\).*`exclude`"):
         average(open_run(tmp_path / "run"))
     out = average(open_run(tmp_path / "run"), exclude="adj", out=tmp_path / "swa.pt")
     assert read(out).keys() == {"w"}
@@ -596,7 +596,7 @@ def output_has_no_directory(run_dir, out):
         (holds_float8, UnsupportedTensorError, r"epoch_2\.pt.*a \(float8_e5m2\)"),
         (is_truncated, CheckpointError, r"epoch_2\.pt .*truncated"),
         (is_an_empty_directory, RunError, "run holds no checkpoint"),
-        (keeps_its_weights_under_an_unknown_entry, CheckpointError, r"epoch_2\.pt.*--key"),
+        (keeps_its_weights_under_an_unknown_entry, CheckpointError, r"epoch_2\.pt.*`key`"),
         (output_exists, OutputError, "exists already.*`overwrite=True`"),
         (output_has_no_directory, OutputError, "does not exist"),
     ],

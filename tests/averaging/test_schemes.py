@@ -19,7 +19,7 @@ def weighted(coefficients, values):
 
 
 def coefficients(text, steps):
-    return schemes.normalized(schemes.parse(text).coefficients(steps))
+    return schemes.normalize(schemes.parse(text).coefficients(steps))
 
 
 @pytest.mark.parametrize(
@@ -240,12 +240,12 @@ def test_specification_may_be_spaced():
 
 
 def test_weights_are_taken_as_they_are_and_normalized():
-    scheme = schemes.explicit([2, 3, 5])
-    assert schemes.normalized(scheme.coefficients([None] * 3)) == [0.2, 0.3, 0.5]
+    scheme = schemes.from_weights([2, 3, 5])
+    assert schemes.normalize(scheme.coefficients([None] * 3)) == [0.2, 0.3, 0.5]
 
 
 def test_weights_may_be_negative():
-    assert schemes.normalized(schemes.explicit([-1, 3]).coefficients([1, 2])) == [-0.5, 1.5]
+    assert schemes.normalize(schemes.from_weights([-1, 3]).coefficients([1, 2])) == [-0.5, 1.5]
 
 
 @pytest.mark.parametrize(
@@ -254,16 +254,16 @@ def test_weights_may_be_negative():
 )
 def test_weights_without_a_usable_sum_are_refused(weights):
     with pytest.raises(UsageError, match="weights are expected"):
-        schemes.explicit(weights)
+        schemes.from_weights(weights)
 
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_weights_must_be_one_a_checkpoint(count):
     with pytest.raises(RunError, match=f"3 weights are given for {count} checkpoints"):
-        schemes.explicit([1, 1, 1]).coefficients([1.0] * count)
+        schemes.from_weights([1, 1, 1]).coefficients([1.0] * count)
 
 
-@pytest.mark.parametrize("scheme", [schemes.parse("uniform"), schemes.explicit([1])])
+@pytest.mark.parametrize("scheme", [schemes.parse("uniform"), schemes.from_weights([1])])
 def test_nothing_to_average_is_an_error(scheme):
     with pytest.raises(RunError, match="no checkpoint"):
         scheme.coefficients([])

@@ -244,7 +244,7 @@ def test_networks_that_not_every_checkpoint_has_are_an_error_that_names_them(tmp
     torch.save(two(1.0), tmp_path / "step_1.pt")
     torch.save(network(1.0), tmp_path / "step_2.pt")
     opened = [open_checkpoint(tmp_path / f"step_{step}.pt") for step in (1, 2)]
-    with pytest.raises(CheckpointError, match=r"encoder, decoder against .*the file itself.*--key"):
+    with pytest.raises(CheckpointError, match=r"encoder, decoder against .*the file itself.*`key`"):
         ckptavg.average(opened)
 
 

@@ -158,7 +158,7 @@ def test_two_networks_with_equal_names_are_told_apart_too(tmp_path):
         save(tmp_path / f"netG_{i}.pth", nn.Sequential(nn.Linear(2, 3)).state_dict())
         save(tmp_path / f"netD_{i}.pth", nn.Sequential(nn.Linear(2, 1)).state_dict())
     (tmp_path / "netD_1.pth").unlink()  # so that they are not two series of the same steps
-    with pytest.raises(MismatchError, match=r"--glob 'netD_\*\.pth' or --glob 'netG_\*\.pth'"):
+    with pytest.raises(MismatchError, match=r"`glob='netD_\*\.pth'` or `glob='netG_\*\.pth'`"):
         average(open_run(tmp_path))
 
 

@@ -22,7 +22,7 @@ from ckptavg.averaging.lora.factors import Pair, find_pairs
 from ckptavg.averaging.lora.stacking import place_factor
 from ckptavg.averaging.planning.modules import split_name
 from ckptavg.averaging.planning.rules import Rules
-from ckptavg.averaging.planning.samples import first_values
+from ckptavg.averaging.planning.samples import read_first_values
 from ckptavg.averaging.planning.tensor_plan import Plan, TensorPlan, make_plan
 from ckptavg.formats import Checkpoint
 from ckptavg.formats.checkpoint import DTYPES, DType
@@ -75,7 +75,7 @@ def plan_stack(
     header = _grow_header(last.metadata, count)
     if header is None:
         return None
-    values = first_values([last.tensors[name] for name in alphas])
+    values = read_first_values([last.tensors[name] for name in alphas])
     stack = _Stack(tuple(pairs), dict(zip(alphas, values, strict=True)), count)
     # A checkpoint of coefficient 0 gets no slot of its own: it would only add zeros.
     slots = [sum(c != 0 for c in coefficients[:i]) for i in range(len(coefficients))]
@@ -192,7 +192,7 @@ def _are_alike(checkpoint: Checkpoint, last: Checkpoint, alphas: Sequence[str]) 
     if any(checkpoint.metadata.get(name) != last.metadata.get(name) for name in _SCALES):
         return False
     values, last_values = (
-        first_values([c.tensors[name] for name in alphas]) for c in (checkpoint, last)
+        read_first_values([c.tensors[name] for name in alphas]) for c in (checkpoint, last)
     )
     return values == last_values
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 
 from ckptavg.averaging.planning.modules import Modules, split_name
 from ckptavg.averaging.planning.samples import sample
@@ -25,7 +26,7 @@ _COUNTER = re.compile(
 
 
 def find_buffers(modules: Modules, names: Iterable[str]) -> set[str]:
-    """Find the float buffers of a checkpoint that are not weights, by name and neighbours.
+    """Find the float buffers of a checkpoint, none of which is a weight, by name and neighbours.
 
     These are pruning masks, the ranges and the scale of a quantizer, the counts and sums of a
     codebook, and counters that are floats. Of masks and counters some values are read: a mask
@@ -47,33 +48,40 @@ def find_buffers(modules: Modules, names: Iterable[str]) -> set[str]:
     for module, tensors in modules:
         # Fake quantizers keep the scale, and the observer below them the range.
         parent = split_name(module[:-1])[0]
-        floats = {
-            leaf: tensor
-            for leaf, tensor in tensors.items()
-            if tensor.dtype.kind == "float" and module + leaf in considered
-        }
-        for leaves in (
+        is_observed = observed[module] or observed.get(parent, False)
+        floats: dict[str, Tensor] = {}
+        for leaf, tensor in tensors.items():
+            if tensor.dtype.kind == "float" and module + leaf in considered:
+                floats[leaf] = tensor
+        leaves = chain(
             _find_quantizer_scales(tensors),
-            _find_ranges(floats, observed=observed[module] or observed.get(parent, False)),
+            _find_ranges(floats, observed=is_observed),
             _find_codebook_sums(floats),
             _find_masks(floats),
             _find_counters(floats),
-        ):
-            buffers.update(module + leaf for leaf in leaves if leaf in floats)
+        )
+        buffers.update(module + leaf for leaf in leaves if leaf in floats)
     return buffers
 
 
 def _find_quantizer_scales(tensors: Mapping[str, Tensor]) -> Iterator[str]:
     """Find the scales with the same number of integer zero points beside the scales."""
     for leaf, points in tensors.items():
-        ending = next((e for e in _ZERO_POINTS if leaf.endswith(e)), None)
-        if ending is None or points.dtype.kind != "int":
+        if points.dtype.kind != "int":
             continue
-        stem = leaf.removesuffix(ending)
-        for name in _SCALES:
-            scale = tensors.get(stem + name)
-            if scale is not None and scale.numel == points.numel:
-                yield stem + name
+        for ending in _ZERO_POINTS:
+            if leaf.endswith(ending):
+                stem = leaf.removesuffix(ending)
+                yield from _list_scales(tensors, stem, points.numel)
+                break
+
+
+def _list_scales(tensors: Mapping[str, Tensor], stem: str, numel: int) -> Iterator[str]:
+    """List the scales of a stem that have a number of elements."""
+    for ending in _SCALES:
+        scale = tensors.get(stem + ending)
+        if scale is not None and scale.numel == numel:
+            yield stem + ending
 
 
 def _has_quantizer(leaves: Iterable[str]) -> bool:
@@ -99,24 +107,30 @@ def _find_ranges(floats: Mapping[str, Tensor], *, observed: bool) -> Iterator[st
 
 def _find_codebook_sums(floats: Mapping[str, Tensor]) -> Iterator[str]:
     """Find the counts of a codebook's entries, and the sums over the counted vectors."""
-    extents: set[tuple[int, int]] = set()
-    for tensor in floats.values():
-        extents.update((len(tensor.shape) - 1, extent) for extent in tensor.shape)
     # Counts have one dimension less than their codebook, and end with the number of its entries.
+    countable: set[tuple[int, int]] = set()
+    for tensor in floats.values():
+        countable.update(_list_count_shapes(tensor))
     counted: set[tuple[int, int]] = set()
     for leaf, counts in floats.items():
-        key = (len(counts.shape), counts.shape[-1] if counts.shape else 0)
-        if counts.numel > 1 and key in extents and _COUNTS.fullmatch(leaf):
-            counted.add(key)
-            yield leaf
+        if counts.numel > 1 and counts.shape and _COUNTS.fullmatch(leaf):
+            shape = (len(counts.shape), counts.shape[-1])
+            if shape in countable:
+                counted.add(shape)
+                yield leaf
     for leaf, tensor in floats.items():
-        keys = {(len(tensor.shape) - 1, extent) for extent in tensor.shape}
-        if keys & counted and _SUMS.fullmatch(leaf):
+        if not counted.isdisjoint(_list_count_shapes(tensor)) and _SUMS.fullmatch(leaf):
             yield leaf
+
+
+def _list_count_shapes(codebook: Tensor) -> Iterator[tuple[int, int]]:
+    """List the dimensions and the last extents that the counts of a codebook may have."""
+    for extent in codebook.shape:
+        yield len(codebook.shape) - 1, extent
 
 
 def _find_masks(floats: Mapping[str, Tensor]) -> Iterator[str]:
-    """Find the masks of zeros and ones, by the mask's name or by a pruned weight beside a mask."""
+    """Find the masks of zeros and ones, by name or by a pruned weight beside the mask."""
     for leaf, tensor in floats.items():
         # torch.nn.utils.prune keeps weight_orig and weight_mask.
         weight = floats.get(leaf.rpartition("_")[0] + "_orig")

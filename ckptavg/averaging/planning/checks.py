@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from typing import NoReturn
 
 from ckptavg.averaging.planning.quantization import check_not_quantized
 from ckptavg.errors import (
@@ -20,7 +21,7 @@ _PLAIN = "Save plain tensors in their place (to_dense(), dequantize(), full_tens
 def check_names(
     checkpoints: Sequence[Checkpoint], names: Sequence[str], averages: Callable[[str], bool]
 ) -> None:
-    """Make sure that all checkpoints hold the same tensors to be averaged.
+    """Require the same tensors to be averaged in all checkpoints.
 
     Args:
         checkpoints: The selected checkpoints, in order.
@@ -33,50 +34,72 @@ def check_names(
     """
     last, expected = checkpoints[-1], set(names)
     for checkpoint in checkpoints[:-1]:
-        present = {n for n in (*checkpoint.tensors, *checkpoint.refused) if averages(n)}
+        present = set(filter(averages, (*checkpoint.tensors, *checkpoint.refused)))
         missing, extra = sorted(expected - present), sorted(present - expected)
-        if not missing and not extra:
-            continue
-        if set(checkpoint.networks) != set(last.networks):
-            raise CheckpointError(
-                f"{checkpoint.path} and {last.path} hold different networks: "
-                f"{_describe_networks(checkpoint)} against {_describe_networks(last)}",
-                "Name the entry that holds the weights of both with --key.",
-            )
-        # No name in common is more than a missing tensor: these are two models.
-        if present and not present & expected:
-            raise MismatchError(
-                f"{checkpoint.path} and {last.path} hold different networks: no tensor name in "
-                f"common ({extra[0]!r} against {missing[0]!r})",
-                _suggest_pattern(checkpoint, last)
-                or "Select one network's checkpoints with --glob.",
-            )
-        differences = []
-        if missing:
-            differences.append(f"lacks {len(missing)} tensors ({first_few(missing)})")
-        if extra:
-            differences.append(f"has {len(extra)} more ({first_few(extra)})")
-        raise MismatchError(
-            f"{checkpoint.path} {' and '.join(differences)}, compared with {last.path}",
-            _suggest_pattern(checkpoint, last)
-            or "Leave the checkpoint out, or the tensors with --exclude.",
+        if missing or extra:
+            _refuse_names(checkpoint, last, missing, extra, are_disjoint=present <= set(extra))
+
+
+def _refuse_names(
+    checkpoint: Checkpoint,
+    last: Checkpoint,
+    missing: list[str],
+    extra: list[str],
+    *,
+    are_disjoint: bool,
+) -> NoReturn:
+    """Raise an error that tells how a checkpoint's names differ from the last checkpoint's.
+
+    Args:
+        checkpoint: The checkpoint.
+        last: The last checkpoint.
+        missing: Names that only the last checkpoint has.
+        extra: Names that only the checkpoint has.
+        are_disjoint: True if the two have no name in common.
+
+    Raises:
+        MismatchError: The names differ.
+        CheckpointError: The checkpoint holds other networks than the last one.
+    """
+    if set(checkpoint.networks) != set(last.networks):
+        raise CheckpointError(
+            f"{checkpoint.path} and {last.path} hold different networks: "
+            f"{_describe_networks(checkpoint)} against {_describe_networks(last)}",
+            "Name the entry that holds the weights of both with `key`.",
         )
+    # No name in common is more than a missing tensor: these are two models.
+    if extra and are_disjoint:
+        raise MismatchError(
+            f"{checkpoint.path} and {last.path} hold different networks: no tensor name in "
+            f"common ({extra[0]!r} against {missing[0]!r})",
+            _suggest_pattern(checkpoint, last) or "Select one network's checkpoints with `glob`.",
+        )
+    differences = []
+    if missing:
+        differences.append(f"lacks {len(missing)} tensors ({first_few(missing)})")
+    if extra:
+        differences.append(f"has {len(extra)} more ({first_few(extra)})")
+    raise MismatchError(
+        f"{checkpoint.path} {' and '.join(differences)}, compared with {last.path}",
+        _suggest_pattern(checkpoint, last)
+        or "Leave the checkpoint out, or the tensors with `exclude`.",
+    )
 
 
 def _describe_networks(checkpoint: Checkpoint) -> str:
     """Name the entries that a checkpoint's networks come from, for a message."""
     entries = [short(entry) or "the file itself" for entry in checkpoint.entries]
-    return f"those under {first_few(entries)}" if checkpoint.networks else f"one, {entries[0]}"
+    if checkpoint.networks:
+        return f"those under {first_few(entries)}"
+    return f"one, {entries[0]}"
 
 
 def _suggest_pattern(first: Checkpoint, second: Checkpoint) -> str:
     """Suggest a pattern that selects a single network; empty where the files' names are alike."""
     if first.pattern == second.pattern:
         return ""
-    patterns = " or ".join(
-        f"--glob '{pattern}'" for pattern in sorted({first.pattern, second.pattern})
-    )
-    return f"If these are different networks, select one with {patterns}."
+    pattern, other = sorted({first.pattern, second.pattern})
+    return f"If these are different networks, select one: `glob={pattern!r}` or `glob={other!r}`."
 
 
 def check_supported(
@@ -93,23 +116,24 @@ def check_supported(
         UnsupportedTensorError: Some are no plain tensors, or 8-bit floats, or quantized weights.
     """
     for checkpoint in checkpoints:
-        refused = [f"{n} ({checkpoint.refused[n]})" for n in names if n in checkpoint.refused]
+        refused: list[str] = []
+        packed: list[str] = []
+        for name in names:
+            if name in checkpoint.refused:
+                refused.append(f"{name} ({checkpoint.refused[name]})")
+            elif checkpoint.tensors[name].dtype.kind == "packed":
+                packed.append(f"{name} ({checkpoint.tensors[name].dtype.name})")
         if refused:
             raise UnsupportedTensorError(
                 f"{checkpoint.path} holds tensors that cannot be averaged: {first_few(refused)}",
-                f"{_PLAIN}, or leave them out with --exclude: the output will lack them.",
+                f"{_PLAIN}, or leave them out with `exclude`: the output will lack them.",
             )
-        packed = [
-            f"{name} ({checkpoint.tensors[name].dtype.name})"
-            for name in names
-            if checkpoint.tensors[name].dtype.kind == "packed"
-        ]
         if packed:
             raise UnsupportedTensorError(
                 f"{checkpoint.path}: 8-bit floats are quantized weights, which have no meaningful "
                 f"mean without their scales: {first_few(packed)}",
                 "Average the checkpoints before quantization, or leave the tensors out, scales "
-                "too, with --exclude.",
+                "too, with `exclude`.",
             )
     check_not_quantized(checkpoints, averages)
 
@@ -128,16 +152,20 @@ def check_alike(name: str, checkpoints: Sequence[Checkpoint]) -> None:
             raise MismatchError(
                 f"{name} has the shape {tensor.shape} in {checkpoint.path} "
                 f"but {expected.shape} in {last.path}",
-                _suggest_pattern(checkpoint, last)
-                or f"Leave the checkpoint out, or the tensor with --exclude '{name}'.",
+                _suggest_pattern(checkpoint, last) or _leave_out(name),
             )
         # Floats of different width may mix.
         if tensor.dtype.kind != expected.dtype.kind:
             raise MismatchError(
                 f"{name} is {tensor.dtype.name} in {checkpoint.path} "
                 f"but {expected.dtype.name} in {last.path}",
-                f"Leave the checkpoint out, or the tensor with --exclude '{name}'.",
+                _leave_out(name),
             )
+
+
+def _leave_out(name: str) -> str:
+    """Return the remedy for a tensor that differs in one of the checkpoints."""
+    return f"Leave the checkpoint out, or the tensor: `exclude={name!r}`."
 
 
 def check_copied(checkpoint: Checkpoint, names: Collection[str]) -> None:
@@ -150,14 +178,16 @@ def check_copied(checkpoint: Checkpoint, names: Collection[str]) -> None:
     Raises:
         UnsupportedTensorError: Some are no plain tensors, or smaller than a byte per element.
     """
-    special = [f"{n} ({why})" for n, why in checkpoint.refused.items() if n in names]
+    special = [f"{name} ({why})" for name, why in checkpoint.refused.items() if name in names]
     if special:
         raise UnsupportedTensorError(
             f"{checkpoint.path} holds tensors without plain bytes: {first_few(special)}",
             f"{_PLAIN}.",
         )
-    tensors = checkpoint.tensors.items()
-    small = [f"{n} ({t.dtype.name})" for n, t in tensors if n in names and t.dtype.size == 0]
+    small: list[str] = []
+    for name, tensor in checkpoint.tensors.items():
+        if name in names and tensor.dtype.size == 0:
+            small.append(f"{name} ({tensor.dtype.name})")
     if small:
         raise UnsupportedTensorError(
             f"{checkpoint.path} holds tensors without plain bytes: {first_few(small)}",

@@ -14,6 +14,8 @@ from ckptavg.formats.reader import Reader
 from ckptavg.runs.duplicates import Contents, SameWeights
 
 _COARSE_BITS = 16
+_Contents = list[tuple[str, bytes]]
+"""Type and bytes of each tensor."""
 
 
 def find_frozen_layers(checkpoints: Sequence[Checkpoint]) -> tuple[str, ...]:
@@ -36,54 +38,86 @@ def find_frozen_layers(checkpoints: Sequence[Checkpoint]) -> tuple[str, ...]:
     last = checkpoints[-1]
     layers = layer_statistics(last.tensors)
     with closing(Reader()) as reader:
-        same = _read(reader, checkpoints[0], layers)
-        for checkpoint in checkpoints[1:]:
-            values = _read(reader, checkpoint, {layer: layers[layer] for layer in same})
-            same = {layer: same[layer] for layer in values if values[layer] == same[layer]}
-            if not same:
-                return ()
-        counts = [_read(reader, c, _count_names(same)) for c in checkpoints]
+        same = _find_same_statistics(reader, checkpoints, layers)
+        counted = _find_counted(reader, checkpoints, same)
     # Where the same weights were saved several times, every layer looks frozen.
-    if len(same) == len(layers) and not _are_trained(checkpoints):
+    if not same or (len(same) == len(layers) and not _are_trained(checkpoints)):
         return ()
     frozen: list[str] = []
     for layer, names in layers.items():
         if layer not in same:
             continue
         # A layer that never tracks statistics has no count, FrozenBatchNorm2d above all.
-        if batch_count(layer) in last.tensors:
-            counted = any(count.get(layer) != counts[0].get(layer) for count in counts)
-            # An untouched layer has no statistics yet.
-            if _is_untouched(same[layer]) or (counted and _is_coarse(last, names)):
-                continue
+        has_count = batch_count(layer) in last.tensors
+        may_have_changed = layer in counted and _is_coarse(last, names)
+        # An untouched layer has no statistics yet.
+        if has_count and (may_have_changed or _is_untouched(same[layer])):
+            continue
         frozen.append(layer)
     return tuple(frozen)
 
 
-def _count_names(layers: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    return {layer: (batch_count(layer),) for layer in layers}
+def _find_same_statistics(
+    reader: Reader, checkpoints: Sequence[Checkpoint], layers: Mapping[str, Sequence[str]]
+) -> dict[str, _Contents]:
+    """Find the layers whose statistics are the same in all checkpoints.
+
+    Args:
+        reader: Reads the files.
+        checkpoints: The checkpoints.
+        layers: Layer → names of the layer's statistics.
+
+    Returns:
+        Layer → the statistics.
+    """
+    same = _read(reader, checkpoints[0], layers)
+    for checkpoint in checkpoints[1:]:
+        # No further layer is read once all differ.
+        contents = _read(reader, checkpoint, {layer: layers[layer] for layer in same})
+        same = {layer: same[layer] for layer in contents if contents[layer] == same[layer]}
+    return same
+
+
+def _find_counted(
+    reader: Reader, checkpoints: Sequence[Checkpoint], layers: Iterable[str]
+) -> set[str]:
+    """Find the layers whose number of batches differs between checkpoints."""
+    names = {layer: (batch_count(layer),) for layer in layers}
+    first = _read(reader, checkpoints[0], names)
+    counted: set[str] = set()
+    for checkpoint in checkpoints[1:]:
+        counts = _read(reader, checkpoint, names)
+        counted.update(layer for layer in names if counts.get(layer) != first.get(layer))
+    return counted
 
 
 def _read(
     reader: Reader, checkpoint: Checkpoint, layers: Mapping[str, Sequence[str]]
-) -> dict[str, list[tuple[str, bytes]]]:
+) -> dict[str, _Contents]:
     """Read tensors of layers.
 
+    Args:
+        reader: Reads the files.
+        checkpoint: The checkpoint.
+        layers: Layer → names of tensors.
+
     Returns:
-        Layer → type and bytes of each, for the layers that have all of them as plain bytes.
+        Layer → contents, for the layers that have all of these tensors as plain bytes.
     """
     tensors: dict[str, list[Tensor]] = {}
+    requests: list[tuple[Tensor, int, int]] = []
     for layer, names in layers.items():
         layer_tensors = [checkpoint.tensors[name] for name in names if name in checkpoint.tensors]
         if len(layer_tensors) == len(names) and all(tensor.dtype.size for tensor in layer_tensors):
             tensors[layer] = layer_tensors
-    reader.fetch(
-        (t, 0, t.numel) for layer_tensors in tensors.values() for t in layer_tensors if t.numel
-    )
-    return {
-        layer: [(tensor.dtype.name, _bytes_of(reader, tensor)) for tensor in layer_tensors]
-        for layer, layer_tensors in tensors.items()
-    }
+            requests += [(tensor, 0, tensor.numel) for tensor in layer_tensors if tensor.numel]
+    reader.fetch(requests)
+    contents: dict[str, _Contents] = {}
+    for layer, layer_tensors in tensors.items():
+        contents[layer] = [
+            (tensor.dtype.name, _bytes_of(reader, tensor)) for tensor in layer_tensors
+        ]
+    return contents
 
 
 def _bytes_of(reader: Reader, tensor: Tensor) -> bytes:
@@ -93,9 +127,9 @@ def _bytes_of(reader: Reader, tensor: Tensor) -> bytes:
     return bytes(raw)
 
 
-def _is_untouched(values: Sequence[tuple[str, bytes]]) -> bool:
+def _is_untouched(statistics: _Contents) -> bool:
     """Tell whether statistics are the initial zeros and ones of a layer."""
-    for dtype, raw in values:
+    for dtype, raw in statistics:
         if raw:
             tensor = torch.frombuffer(bytearray(raw), dtype=getattr(torch, dtype))
             if not bool((tensor == 0).all()) and not bool((tensor == 1).all()):
@@ -112,10 +146,15 @@ def _are_trained(checkpoints: Sequence[Checkpoint]) -> bool:
     """Tell whether the weights of some checkpoint differ from the first's."""
     weights = SameWeights(Contents())
     weights.add(_without_statistics(checkpoints[0]))
-    return any(weights.find(_without_statistics(c)) is None for c in checkpoints[1:])
+    for checkpoint in checkpoints[1:]:
+        if weights.find(_without_statistics(checkpoint)) is None:
+            return True
+    return False
 
 
 def _without_statistics(checkpoint: Checkpoint) -> Checkpoint:
     statistics = running_statistics(checkpoint.tensors)
-    tensors = {name: t for name, t in checkpoint.tensors.items() if name not in statistics}
+    tensors = dict(checkpoint.tensors)
+    for name in statistics:
+        tensors.pop(name, None)
     return replace(checkpoint, tensors=tensors)

@@ -81,7 +81,7 @@ def check_not_quantized(checkpoints: Sequence[Checkpoint], averages: Callable[[s
         CheckpointError: The values of a doubtful tensor cannot be read.
     """
     last = checkpoints[-1]
-    if why := declared(last):
+    if why := find_declaration(last):
         raise UnsupportedTensorError(
             f"{last.path} holds quantized weights: {why} says so", f"{_BEFORE}."
         )
@@ -99,23 +99,20 @@ def check_not_quantized(checkpoints: Sequence[Checkpoint], averages: Callable[[s
         pattern = glob.escape(module or leaf) + "*"
         raise UnsupportedTensorError(
             f"{last.path} holds quantized weights{scales}: {names}",
-            f"{_BEFORE}, or leave such layers out as a whole, scales too: --exclude '{pattern}'.",
+            f"{_BEFORE}, or leave such layers out as a whole, scales too: `exclude={pattern!r}`.",
         )
 
 
-def declared(checkpoint: Checkpoint) -> str:
+def find_declaration(checkpoint: Checkpoint) -> str:
     """Return the place where a checkpoint states quantized weights; empty where nowhere.
 
     The statement is an entry of a safetensors header, or of a configuration beside the weights.
     """
     for key, value in checkpoint.metadata.items():
         # kohya's entries, which begin with ss_, describe the training and not the weights.
-        is_of_weights = not key.startswith("ss_")
-        if (
-            is_of_weights
-            and _QUANTIZED.search(key.lower())
-            and value.strip().lower() not in _NOTHING
-        ):
+        if key.startswith("ss_") or not _QUANTIZED.search(key.lower()):
+            continue
+        if value.strip().lower() not in _NOTHING:
             return f"{short(key)} in its header"
     # An adapter's weights are floats, whatever its base model is.
     if checkpoint.format is PEFT:
@@ -143,11 +140,11 @@ def find_packed(checkpoint: Checkpoint) -> Iterator[Packed]:
         elif tensor.dtype.kind == "packed" or _is_paired(name, checkpoint.tensors):
             yield Packed(name, scales, certain=True)
         elif tensor.dtype.kind == "int" and _may_be_packed(tensor):
-            index = tensor.dtype.bits >= _INDEX and split_name(name)[0] in with_matrix
-            fitting = (s for s in scales if _fits(s, checkpoint.tensors[s], name, tensor))
-            scales = () if index else tuple(fitting)
-            if scales or _is_weight(name, tensor):
-                yield Packed(name, scales, certain=False)
+            fitting: tuple[str, ...] = ()
+            if tensor.dtype.bits < _INDEX or split_name(name)[0] not in with_matrix:
+                fitting = tuple(s for s in scales if _fits(s, name, checkpoint.tensors))
+            if fitting or _is_weight(name, tensor):
+                yield Packed(name, fitting, certain=False)
 
 
 def _scale_leaves(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -155,12 +152,13 @@ def _scale_leaves(tensors: Mapping[str, Tensor]) -> list[str]:
 
     A module with very many scales is a table without modules, not a layer: none is listed then.
     """
-    leaves = [
-        leaf
-        for leaf, tensor in tensors.items()
-        if tensor.dtype.kind == "float" and _MEANING.search(leaf.lower())
-    ]
-    return leaves if len(leaves) <= _MOST_SCALES else []
+    leaves: list[str] = []
+    for leaf, tensor in tensors.items():
+        if tensor.dtype.kind == "float" and _MEANING.search(leaf.lower()):
+            leaves.append(leaf)
+    if len(leaves) > _MOST_SCALES:
+        return []
+    return leaves
 
 
 def _companions(name: str, scales_of: Mapping[str, Sequence[str]]) -> Iterator[str]:
@@ -205,27 +203,27 @@ def _may_be_packed(tensor: Tensor) -> bool:
 
 def _has_matrix(tensors: Mapping[str, Tensor]) -> bool:
     """Tell whether a module has a matrix of floats, scales not counted."""
-    return any(
-        tensor.dtype.kind == "float" and len(tensor.shape) > 1 and min(tensor.shape) > 1
-        for leaf, tensor in tensors.items()
-        if not _MEANING.search(leaf.lower())
-    )
+    for leaf, tensor in tensors.items():
+        is_matrix = len(tensor.shape) > 1 and min(tensor.shape) > 1
+        if is_matrix and tensor.dtype.kind == "float" and not _MEANING.search(leaf.lower()):
+            return True
+    return False
 
 
-def _fits(scale_name: str, scale: Tensor, name: str, packed: Tensor) -> bool:
+def _fits(scale_name: str, name: str, tensors: Mapping[str, Tensor]) -> bool:
     """Tell whether scales are as many as the rows, columns or groups of a tensor.
 
     Args:
         scale_name: The scales' name.
-        scale: The scales.
         name: The integers' name.
-        packed: The integers.
+        tensors: The checkpoint's tensors.
     """
+    scale, packed = tensors[scale_name], tensors[name]
     # The extent of a codebook does not depend on the number of integers that point into it.
     leaf = split_name(scale_name)[1].lower()
     if _CODEBOOK.search(leaf):
         return packed.dtype.bits < _INDEX
-    # One scale for a whole tensor is usual for int8 only.
+    # One scale for a whole tensor is common for int8 only.
     if scale.numel == 1:
         # A 1-d tensor of bytes is mostly a bit field or a generator's state. It is a weight only
         # if the scale's name begins like its own.
@@ -234,10 +232,10 @@ def _fits(scale_name: str, scale: Tensor, name: str, packed: Tensor) -> bool:
     # As many scales as integers: the integers are the zero points of a quantizer.
     if scale.numel >= packed.numel:
         return False
-    shared = any(extent > 1 and extent in packed.shape for extent in scale.shape)
+    if any(extent > 1 and extent in packed.shape for extent in scale.shape):
+        return True
     # A byte packs up to eight weights, so eight times the elements is what groups divide.
-    grouped = packed.dtype.bits < _INDEX and 8 * packed.numel % max(1, scale.numel) == 0
-    return shared or grouped
+    return packed.dtype.bits < _INDEX and 8 * packed.numel % max(1, scale.numel) == 0
 
 
 def _is_weight(name: str, tensor: Tensor) -> bool:
@@ -252,20 +250,26 @@ def _is_weight(name: str, tensor: Tensor) -> bool:
 
 def _differs(name: str, checkpoints: Sequence[Checkpoint]) -> bool:
     """Tell whether a sample of a tensor differs between the first checkpoint and the last."""
-    first, last = (checkpoint.tensors.get(name) for checkpoint in (checkpoints[0], checkpoints[-1]))
+    first, last = checkpoints[0].tensors.get(name), checkpoints[-1].tensors.get(name)
     if first is None or last is None or first is last:
         return False
     if (first.dtype, first.shape) != (last.dtype, last.shape) or not last.dtype.size:
         return True
-    values = (sample(tensor).contiguous().view(torch.uint8) for tensor in (first, last))
-    return not torch.equal(*values)
+    return not torch.equal(_sample_bytes(first), _sample_bytes(last))
+
+
+def _sample_bytes(tensor: Tensor) -> torch.Tensor:
+    """Read a sample of a tensor as bytes: uint8, 1-d."""
+    return sample(tensor).contiguous().view(torch.uint8)
 
 
 def _find_beside(checkpoint: Checkpoint, name: str) -> Location | None:
     """Return the path of a file beside the weights; None where a look would cost requests."""
     if checkpoint.path.is_dir():
         return checkpoint.path / name
-    return checkpoint.path.parent / name if isinstance(checkpoint.path, Path) else None
+    if isinstance(checkpoint.path, Path):
+        return checkpoint.path.parent / name
+    return None
 
 
 def _find_entry(path: Location, entries: Sequence[str]) -> str:
@@ -277,6 +281,8 @@ def _find_entry(path: Location, entries: Sequence[str]) -> str:
         return ""
     if not isinstance(config, dict):
         return ""
-    # By the exact type: false is an int too, and states the opposite.
-    stated = (entry for entry in entries if type(config.get(entry)) in (dict, int))
-    return next((entry for entry in stated if config[entry]), "")
+    for entry in entries:
+        # By the exact type: false is an int too, and states the opposite.
+        if type(config.get(entry)) in (dict, int) and config[entry]:
+            return entry
+    return ""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ckptavg.errors import UsageError
+from ckptavg.errors.spelling import close_patterns, did_you_mean
 from ckptavg.formats import Checkpoint
 
 OUTPUT_DTYPES = ("keep", "float32", "bfloat16", "float16", "float64")
@@ -39,8 +40,8 @@ class Rules:
         return included and not _matches(name, self.exclude)
 
 
-def keeps_nonfinite(choice: str) -> bool:
-    """Return True if the choice ``on_nonfinite`` is to write averages that are not finite.
+def parse_on_nonfinite(choice: str) -> bool:
+    """Parse the argument ``on_nonfinite``: True if averages that are not finite are written.
 
     Raises:
         UsageError: The choice is neither ``error`` nor ``keep``.
@@ -62,3 +63,53 @@ def require_output(*, digests: bool) -> None:
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _all_names(checkpoint: Checkpoint) -> list[str]:
+    """List the names of a checkpoint's tensors, refused tensors last."""
+    return [*checkpoint.tensors, *checkpoint.refused]
+
+
+def select_names(last: Checkpoint, rules: Rules) -> list[str]:
+    """List the names of the tensors to average.
+
+    Raises:
+        UsageError: The patterns leave nothing to average.
+    """
+    all_names = _all_names(last)
+    names = [name for name in all_names if rules.averages(name)]
+    if not names:
+        raise UsageError(
+            f"no tensor of {last.path} matches the include and exclude patterns",
+            did_you_mean(_suggest_patterns(rules, all_names)),
+        )
+    return names
+
+
+def note_idle_patterns(last: Checkpoint, rules: Rules) -> list[str]:
+    """Make a note per pattern that matches no tensor: mistyped, or meant for files."""
+    names = _all_names(last)
+    notes: list[str] = []
+    for pattern in _idle_patterns(rules, names):
+        remedy = " (`glob` selects files)"
+        if close := close_patterns(pattern, sorted(names)):
+            remedy = f". {did_you_mean(close)}"
+        notes.append(f"the pattern {pattern!r} matches no tensor{remedy}")
+    return notes
+
+
+def _suggest_patterns(rules: Rules, names: Sequence[str]) -> list[str]:
+    """List similar patterns that match tensors, for each pattern that matches no tensor."""
+    suggestions: list[str] = []
+    for pattern in _idle_patterns(rules, names):
+        suggestions += close_patterns(pattern, sorted(names))
+    return suggestions
+
+
+def _idle_patterns(rules: Rules, names: Sequence[str]) -> list[str]:
+    """List the patterns that match no name."""
+    idle: list[str] = []
+    for pattern in (*rules.include, *rules.exclude):
+        if not any(_matches(name, (pattern,)) for name in names):
+            idle.append(pattern)
+    return idle

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from itertools import islice
 
 import torch
 
@@ -31,11 +32,12 @@ def sample(tensor: Tensor) -> torch.Tensor:
     """
     with closing(Reader()) as reader:
         stretches = [_read(reader, tensor, start, count) for start, count in _stretches(tensor)]
-    dtype = getattr(torch, tensor.dtype.name)
-    return torch.cat(stretches) if stretches else torch.empty(0, dtype=dtype, device="cpu")
+    if not stretches:
+        return torch.empty(0, dtype=getattr(torch, tensor.dtype.name), device="cpu")
+    return torch.cat(stretches)
 
 
-def first_values(tensors: Sequence[Tensor]) -> list[float]:
+def read_first_values(tensors: Sequence[Tensor]) -> list[float]:
     """Read the first element of each tensor. No tensor may be empty.
 
     Raises:
@@ -50,10 +52,9 @@ def first_values(tensors: Sequence[Tensor]) -> list[float]:
 def _stretches(tensor: Tensor) -> Iterator[tuple[int, int]]:
     """Choose the stretches to read, each as the first element's index and the number."""
     if not tensor.contiguous:
-        row = tensor.shape[-1] if tensor.shape else 1
+        row = (1, *tensor.shape)[-1]
         if row <= _LONGEST_ROW:
-            ranges = boxes(tensor.shape, 0, tensor.numel, max(row, _STRETCH))
-            yield from (box for box, _ in zip(ranges, range(_STRETCHES), strict=False))
+            yield from islice(boxes(tensor.shape, 0, tensor.numel, max(row, _STRETCH)), _STRETCHES)
         return
     if tensor.numel <= _STRETCHES * _STRETCH:
         if tensor.numel:

@@ -53,6 +53,13 @@ class SpectralNorm:
     u: str
     v: str | None
 
+    @property
+    def vectors(self) -> tuple[str, ...]:
+        """Names of the singular vectors that are kept."""
+        if self.v is None:
+            return (self.u,)
+        return (self.u, self.v)
+
 
 def find_layers(modules: Modules) -> list[SpectralNorm]:
     """Find the layers under spectral norm in a checkpoint.
@@ -63,40 +70,38 @@ def find_layers(modules: Modules) -> list[SpectralNorm]:
     """
     layers: list[SpectralNorm] = []
     for module, tensors in modules:
-        for leaf, u in tensors.items():
+        for leaf, tensor in tensors.items():
             match = _U.fullmatch(leaf)
-            if match and _is_vector(u):
-                layer = _match_layer(modules, module, leaf, match)
-                layers += [layer] if layer else []
+            if match and _is_vector(tensor):
+                layer = _match_layer(modules, module, match)
+                if layer is not None:
+                    layers.append(layer)
     return layers
 
 
-def _match_layer(
-    modules: Modules, module: str, leaf: str, match: re.Match[str]
-) -> SpectralNorm | None:
-    """Find the layer that has a vector as its u; None where there is no layer.
+def _match_layer(modules: Modules, module: str, match: re.Match[str]) -> SpectralNorm | None:
+    """Find the layer under spectral norm that a vector is the u of, if there is such a layer.
 
     Args:
         modules: The checkpoint's tensors.
         module: The vector's module.
-        leaf: The vector's name in it.
-        match: The name's parts.
+        match: The parts of the vector's name in the module.
     """
     tensors = modules.tensors[module]
     stem, number = match["stem"], match["number"]
-    v = tensors.get(f"{stem}v{number}")
-    sigma = any(f"{stem}{name}{number}" in tensors for name in ("sv", "sigma"))
-    weights = _list_matrices(modules, module, stem)
+    u, v_leaf = tensors[match[0]], f"{stem}v{number}"
+    matrices = _list_matrices(modules, module, stem)
+    v = tensors.get(v_leaf)
+    v_name: str | None = None
     if v is not None and _is_vector(v):
-        fitting = [n for n, t in weights.items() if t.numel == tensors[leaf].numel * v.numel]
-    elif sigma or stem + "orig" in tensors:
-        v, fitting = None, list(weights)
-    else:
+        numel = u.numel * v.numel
+        matrices = {name: matrix for name, matrix in matrices.items() if matrix.numel == numel}
+        v_name = module + v_leaf
+    elif not any(f"{stem}{name}" in tensors for name in (f"sv{number}", f"sigma{number}", "orig")):
         return None
-    for name in fitting:
-        if tensors[leaf].numel in weights[name].shape:
-            partner = None if v is None else f"{module}{stem}v{number}"
-            return SpectralNorm(name, module + leaf, partner)
+    for name, matrix in matrices.items():
+        if u.numel in matrix.shape:
+            return SpectralNorm(name, module + match[0], v_name)
     return None
 
 
@@ -108,11 +113,16 @@ def _list_matrices(modules: Modules, module: str, stem: str) -> dict[str, Tensor
     else:
         home, likely = module, [stem.removesuffix("_") + ending for ending in (*_RAW, "")]
     tensors = modules.tensors.get(home, {})
+    # A dict is an ordered set here.
     leaves = dict.fromkeys([*likely, "weight"])
     if len(tensors) <= _MOST_TENSORS:
         leaves |= dict.fromkeys(tensors)
-    matrices = {home + leaf: tensors[leaf] for leaf in leaves if leaf in tensors}
-    return {name: tensor for name, tensor in matrices.items() if _is_matrix(tensor)}
+    matrices: dict[str, Tensor] = {}
+    for leaf in leaves:
+        tensor = tensors.get(leaf)
+        if tensor is not None and _is_matrix(tensor):
+            matrices[home + leaf] = tensor
+    return matrices
 
 
 def _is_matrix(tensor: Tensor) -> bool:
@@ -127,8 +137,8 @@ def _is_vector(tensor: Tensor) -> bool:
     return tensor.numel == max(tensor.shape)
 
 
-def most_steps(shapes: Sequence[Sequence[int]]) -> int:
-    """Return the number of steps of the power iteration that each weight may take.
+def limit_steps(shapes: Sequence[Sequence[int]]) -> int:
+    """Limit the steps of the power iteration per weight.
 
     Args:
         shapes: The shapes of all weights under spectral norm.
@@ -138,61 +148,67 @@ def most_steps(shapes: Sequence[Sequence[int]]) -> int:
 
 
 def iterate_vectors(
-    weight: torch.Tensor, u: torch.Tensor, v: torch.Tensor | None, last: torch.Tensor, steps: int
+    weight: torch.Tensor, vectors: Sequence[torch.Tensor], last: torch.Tensor, steps: int
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Run the power iteration until convergence, or for the largest number of steps.
 
     Args:
         weight: The averaged weight, of any float type.
-        u: The last checkpoint's left vector, from which the iteration starts.
-        v: The last checkpoint's right vector, if it is kept.
-        last: The last checkpoint's weight. With u and v it determines the dimension that u goes
+        vectors: The last checkpoint's u, from which the iteration starts, and v if it is kept.
+        last: The last checkpoint's weight. With the vectors it determines the dimension that u goes
             along.
         steps: Largest number of steps.
 
     Returns:
-        u and v, float64, 1-d. None where u and v are right as they are: the weight is the last
+        u and v, float64, 1-d. None where the vectors are right as they are: the weight is the last
         checkpoint's own, or has no singular vectors.
     """
     if torch.equal(weight, last):
         return None
-    matrix = _matrix(weight, _dimension(last, u, v))
-    start = u.flatten().to(torch.float64)
-    left = _unit(start)
+    matrix = _matrix(weight, _dimension(last, vectors))
+    start = vectors[0].flatten().to(torch.float64)
+    u_unit = _unit(start)
     # A vector of zeros or NaN has no direction to start from.
-    if left is None:
-        left = _unit(torch.ones_like(start))
-    right: torch.Tensor | None = None
+    if u_unit is None:
+        u_unit = _unit(torch.ones_like(start))
+    v_unit: torch.Tensor | None = None
     for _ in range(steps):
-        before = left
-        right = None if before is None else _unit(_times(matrix.T, before))
-        left = None if right is None else _unit(_times(matrix, right))
-        if before is None or left is None or float((left - before).abs().max()) <= _CLOSE:
+        if u_unit is None:
+            return None
+        previous = u_unit
+        v_unit = _unit(_times(matrix.T, previous))
+        if v_unit is None:
+            return None
+        u_unit = _unit(_times(matrix, v_unit))
+        if u_unit is None or float((u_unit - previous).abs().max()) <= _CLOSE:
             break
-    return None if left is None or right is None else (left, right)
+    if u_unit is None or v_unit is None:
+        return None
+    return u_unit, v_unit
 
 
-def _dimension(weight: torch.Tensor, u: torch.Tensor, v: torch.Tensor | None) -> int:
+def _dimension(weight: torch.Tensor, vectors: Sequence[torch.Tensor]) -> int:
     """Tell the dimension of a weight that u goes along.
 
     Where several are as long as u, it is the one for which |uᵀWv| is largest: u and v are singular
     vectors of that matrix alone.
     """
-    dimensions = [i for i, extent in enumerate(weight.shape) if extent == u.numel()]
-    if v is None or len(dimensions) == 1:
+    numel = vectors[0].numel()
+    dimensions = [i for i, extent in enumerate(weight.shape) if extent == numel]
+    if len(vectors) == 1 or len(dimensions) == 1:
         return dimensions[0]
-    left, right = (vector.flatten().to(torch.float64) for vector in (u, v))
+    u, v = (vector.flatten().to(torch.float64) for vector in vectors)
 
     def singular_value(dimension: int) -> float:
         """Return |uᵀWv| for the matrix along a dimension."""
-        projected = _times(_matrix(weight, dimension), right)
-        return float(_sum((projected * left)[None]).abs())
+        projected = _times(_matrix(weight, dimension), v)
+        return float(_sum((projected * u)[None]).abs())
 
     return max(dimensions, key=singular_value)
 
 
 def _matrix(weight: torch.Tensor, dimension: int) -> torch.Tensor:
-    """Return a weight as the normed matrix: float64, (extent of the dimension, all the rest)."""
+    """Return a weight as the normed matrix: float64, the dimension first, all others second."""
     rows_first = weight.movedim(dimension, 0)
     return rows_first.reshape(rows_first.shape[0], -1).to(torch.float64)
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fnmatch
-import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -18,11 +16,10 @@ from ckptavg.averaging.planning.checks import (
 )
 from ckptavg.averaging.planning.frozen_layers import find_frozen_layers
 from ckptavg.averaging.planning.modules import Modules
-from ckptavg.averaging.planning.rules import Rules
+from ckptavg.averaging.planning.rules import Rules, note_idle_patterns, select_names
 from ckptavg.averaging.planning.spectral_norm import SpectralNorm
-from ckptavg.averaging.schemes import normalized
-from ckptavg.errors import UsageError, first_few
-from ckptavg.errors.spelling import close_patterns, did_you_mean
+from ckptavg.averaging.schemes import normalize
+from ckptavg.errors import first_few
 from ckptavg.formats import Checkpoint, Tensor
 from ckptavg.formats.checkpoint import DTYPES, DType
 from ckptavg.formats.file_layout import OutputTensor
@@ -104,7 +101,7 @@ class Plan:
 
     @property
     def template(self) -> Checkpoint:
-        """The checkpoint whose layout outputs follow: the last one, with the plan's metadata."""
+        """The checkpoint of the layout that outputs have: the last, with the plan's metadata."""
         last = self.checkpoints[-1]
         metadata = {**last.metadata, **self.metadata}
         return replace(last, metadata=metadata, momentary=momentary_numbers(self.checkpoints))
@@ -120,25 +117,34 @@ class Plan:
     @property
     def files(self) -> list[Checkpoint]:
         """Every checkpoint that is read, each once."""
-        owners = (owner for tensor in self.tensors for owner in tensor.owners)
-        return list({id(c): c for c in (*self.checkpoints, *owners)}.values())
+        files = {id(checkpoint): checkpoint for checkpoint in self.checkpoints}
+        for tensor in self.tensors:
+            for owner in tensor.owners:
+                files.setdefault(id(owner), owner)
+        return list(files.values())
 
     @property
     def base(self) -> Checkpoint | None:
         """The checkpoint of copied tensors; None where only selected checkpoints are read."""
-        selected = {(c.path, c.key) for c in self.checkpoints}
-        return next((c for c in self.files if (c.path, c.key) not in selected), None)
+        selected = {(checkpoint.path, checkpoint.key) for checkpoint in self.checkpoints}
+        for checkpoint in self.files:
+            if (checkpoint.path, checkpoint.key) not in selected:
+                return checkpoint
+        return None
 
     @property
     def inputs(self) -> list[Checkpoint]:
-        """The checkpoints in the provenance's order: the selected ones, then the base."""
-        return [*self.checkpoints, *([] if self.base is None else [self.base])]
+        """Checkpoints in the provenance's order: the selected checkpoints, then the base."""
+        base = self.base
+        if base is None:
+            return list(self.checkpoints)
+        return [*self.checkpoints, base]
 
 
 def make_plan(
     checkpoints: Sequence[Checkpoint], coefficients: Sequence[float], rules: Rules
 ) -> Plan:
-    """Plan the average of checkpoints, after checks that the checkpoints fit each other.
+    """Check that checkpoints fit each other, and plan their average.
 
     Args:
         checkpoints: The selected checkpoints, in order.
@@ -152,95 +158,88 @@ def make_plan(
         CheckpointError: A file cannot be read.
     """
     last, base = checkpoints[-1], rules.base or checkpoints[-1]
-    names = [name for name in (*last.tensors, *last.refused) if rules.averages(name)]
-    if not names:
-        raise UsageError(
-            f"no tensor of {last.path} matches the include and exclude patterns",
-            did_you_mean(_meant_patterns(rules, {*last.tensors, *last.refused})),
-        )
+    names = select_names(last, rules)
     check_names(checkpoints, names, rules.averages)
     check_supported(checkpoints, names, rules.averages)
     for name in names:
         check_alike(name, checkpoints)
-    modules, averaged = Modules(last.tensors), set(names)
-    layers = _averaged_layers(modules, averaged)
-    vectors = {vector for layer in layers for vector in (layer.u, layer.v) if vector}
-    used = [c for c, coefficient in zip(checkpoints, coefficients, strict=True) if coefficient]
-    frozen = _find_frozen(used, rules)
-    buffers = find_buffers(modules, averaged)
-    builder = _Builder(
-        tuple(checkpoints), tuple(coefficients), rules, vectors, buffers, frozen, used[-1]
-    )
+    averaged = set(names)
     copied = [name for name in base.tensors if name not in averaged]
+    builder = _make_builder(checkpoints, coefficients, rules, averaged)
     check_copied(base, set(copied))
-    order = {name: i for i, name in enumerate(base.tensors)}
-    tensors = [builder.averaged(name) for name in names] + [
-        builder.copied(name, base) for name in copied
-    ]
+    tensors = [builder.average(name) for name in names]
+    tensors += [builder.copy(name, base) for name in copied]
     # The output keeps the base's order of tensors, copied and averaged ones mixed.
-    tensors.sort(key=lambda t: order.get(t.name, len(order)))
+    order = {name: position for position, name in enumerate(base.tensors)}
+    tensors.sort(key=lambda tensor: order.get(tensor.name, len(order)))
     return Plan(
         checkpoints=tuple(checkpoints),
-        coefficients=tuple(normalized(coefficients)),
+        coefficients=tuple(normalize(coefficients)),
         tensors=tuple(_with_ties(tensors)),
-        notes=(*builder.notes(), *_unmatched(rules, {*last.tensors, *last.refused})),
+        notes=(*builder.notes(), *note_idle_patterns(last, rules)),
         missing={name: why for name, why in base.refused.items() if name not in averaged},
-        # The vectors of a single checkpoint already belong to its weights.
-        spectral_norms=layers if len(used) > 1 else (),
-        frozen=tuple(frozen),
+        spectral_norms=builder.iterated_layers,
+        frozen=tuple(builder.frozen),
     )
 
 
-def _averaged_layers(modules: Modules, averaged: Collection[str]) -> tuple[SpectralNorm, ...]:
+def _make_builder(
+    checkpoints: Sequence[Checkpoint],
+    coefficients: Sequence[float],
+    rules: Rules,
+    averaged: Set[str],
+) -> _Builder:
+    """Find the tensors of an average that have no mean, and make a builder that knows them.
+
+    Args:
+        checkpoints: The selected checkpoints, in order.
+        coefficients: One per checkpoint.
+        rules: The selection of the tensors to average.
+        averaged: Names of the tensors to average.
+
+    Raises:
+        CheckpointError: A file cannot be read.
+    """
+    modules = Modules(checkpoints[-1].tensors)
+    contributions = tuple(
+        (checkpoint, coefficient)
+        for checkpoint, coefficient in zip(checkpoints, coefficients, strict=True)
+        if coefficient
+    )
+    return _Builder(
+        checkpoints=tuple(checkpoints),
+        contributions=contributions,
+        rules=rules,
+        layers=_averaged_layers(modules, averaged),
+        frozen=_find_frozen([checkpoint for checkpoint, _ in contributions], rules),
+        buffers=find_buffers(modules, averaged),
+    )
+
+
+def _averaged_layers(modules: Modules, averaged: Set[str]) -> tuple[SpectralNorm, ...]:
     """Find the layers under spectral norm whose tensors are all to be averaged."""
     layers = spectral_norm.find_layers(modules)
-    return tuple(
-        layer
-        for layer in layers
-        if layer.weight in averaged and layer.u in averaged and (layer.v or layer.u) in averaged
-    )
+    return tuple(layer for layer in layers if averaged >= {layer.weight, *layer.vectors})
 
 
-def _find_frozen(used: Sequence[Checkpoint], rules: Rules) -> dict[str, tuple[str, ...]]:
+def _find_frozen(contributing: Sequence[Checkpoint], rules: Rules) -> dict[str, tuple[str, ...]]:
     """Find the layers that were frozen in training and whose statistics the output keeps.
 
     Args:
-        used: The checkpoints that contribute.
+        contributing: The checkpoints with a coefficient other than 0.
         rules: The selection of the tensors to average.
 
     Returns:
         Layer → names of the layer's statistics.
     """
-    statistics = layer_statistics(used[-1].tensors)
-    frozen = {layer: statistics[layer] for layer in find_frozen_layers(used)}
-    # Tensors outside the selection come from the base, whose statistics may be others.
-    if rules.base is None:
-        return frozen
-    return {
-        layer: names for layer, names in frozen.items() if all(rules.averages(n) for n in names)
-    }
-
-
-def _unmatched(rules: Rules, names: set[str]) -> list[str]:
-    """Make a note per pattern that matches no tensor: mistyped, or meant for files."""
-    notes: list[str] = []
-    for pattern in _idle_patterns(rules, names):
-        meant = did_you_mean(close_patterns(pattern, sorted(names)))
-        remedy = f". {meant}" if meant else " (--glob selects files)"
-        notes.append(f"the pattern {pattern!r} matches no tensor{remedy}")
-    return notes
-
-
-def _meant_patterns(rules: Rules, names: set[str]) -> list[str]:
-    """List similar patterns that match tensors, for each pattern that matches no tensor."""
-    idle = _idle_patterns(rules, names)
-    return [p for pattern in idle for p in close_patterns(pattern, sorted(names))]
-
-
-def _idle_patterns(rules: Rules, names: set[str]) -> list[str]:
-    """List the patterns that match no name."""
-    patterns = (*rules.include, *rules.exclude)
-    return [p for p in patterns if not any(fnmatch.fnmatchcase(name, p) for name in names)]
+    statistics = layer_statistics(contributing[-1].tensors)
+    frozen: dict[str, tuple[str, ...]] = {}
+    for layer in find_frozen_layers(contributing):
+        names = statistics[layer]
+        # Tensors outside the selection come from the base, whose statistics may be others.
+        if rules.base is None or all(map(rules.averages, names)):
+            frozen[layer] = names
+    return frozen
 
 
 @dataclass
@@ -249,64 +248,61 @@ class _Builder:
 
     Attributes:
         checkpoints: The selected checkpoints, in order.
-        coefficients: One per checkpoint.
+        contributions: Each checkpoint with a coefficient other than 0, and the coefficient.
         rules: The selection of the tensors to average, and the type of the output's floats.
-        vectors: Names of the singular vectors of layers under spectral norm.
-        buffers: Names of float buffers that are not weights.
+        layers: Layers under spectral norm.
         frozen: Layer that was frozen in training → names of the layer's statistics.
-        last_used: The last checkpoint that contributes.
+        buffers: Names of float buffers that are not weights.
         mixed: Tensor whose floats have different widths → name of the output's type.
     """
 
     checkpoints: tuple[Checkpoint, ...]
-    coefficients: tuple[float, ...]
+    contributions: tuple[tuple[Checkpoint, float], ...]
     rules: Rules
-    vectors: Collection[str]
-    buffers: Collection[str]
+    layers: tuple[SpectralNorm, ...]
     frozen: Mapping[str, Sequence[str]]
-    last_used: Checkpoint
+    buffers: Collection[str]
     mixed: dict[str, str] = field(default_factory=dict)
 
-    def averaged(self, name: str) -> TensorPlan:
+    def average(self, name: str) -> TensorPlan:
         """Plan a tensor of the selection as an average, or as a copy where there is no mean."""
-        tensors = [c.tensors[name] for c in self.checkpoints]
-        last = tensors[-1]
+        last = self.checkpoints[-1]
         # Copied for now. The vectors are computed once the averaged weights are known.
-        if name in self.vectors:
-            return self.copied(name, self.checkpoints[-1])
+        if name in self._vectors:
+            return self.copy(name, last)
         if name in self._frozen_statistics:
-            return self.copied(name, self.last_used)
-        if last.dtype.kind == "int" or name in self.buffers:
-            plan = self.copied(name, self.checkpoints[-1])
-            compared = () if plan.averaged else tuple(t for t in tensors[:-1] if t is not last)
-            return replace(plan, compared=compared)
-        used = [i for i, c in enumerate(self.coefficients) if c != 0]
-        dtype = self._output_dtype(name, [tensors[i].dtype for i in used])
+            return self.copy(name, self._last_contributing)
+        if last.tensors[name].dtype.kind == "int" or name in self.buffers:
+            plan = self.copy(name, last)
+            if plan.averaged:
+                return plan
+            return replace(plan, compared=self._other_tensors(name))
+        sources = tuple(checkpoint.tensors[name] for checkpoint in self._owners)
         return TensorPlan(
             name,
-            last.shape,
-            dtype,
-            tuple(tensors[i] for i in used),
-            tuple(self.checkpoints[i] for i in used),
-            tuple(self.coefficients[i] for i in used),
-            True,
+            last.tensors[name].shape,
+            self._choose_dtype(name, [source.dtype for source in sources]),
+            sources,
+            self._owners,
+            self._coefficients,
+            averaged=True,
         )
 
-    def copied(self, name: str, base: Checkpoint) -> TensorPlan:
+    def copy(self, name: str, base: Checkpoint) -> TensorPlan:
         """Plan a tensor that is copied from a checkpoint, converted where a type is requested."""
         tensor = base.tensors[name]
         dtype = tensor.dtype
         if dtype.kind == "float":
-            dtype = self._output_dtype(name, [dtype])
+            dtype = self._choose_dtype(name, [dtype])
         # A conversion is the average of a single source.
-        converted = dtype != tensor.dtype
-        return TensorPlan(name, tensor.shape, dtype, (tensor,), (base,), (1.0,), converted)
+        is_converted = dtype != tensor.dtype
+        return TensorPlan(name, tensor.shape, dtype, (tensor,), (base,), (1.0,), is_converted)
 
     def notes(self) -> list[str]:
         """Return notes about the planned tensors, once all are planned."""
         notes = []
         if self.frozen:
-            of_all = len(batchnorm_layers(self.last_used.tensors))
+            of_all = len(batchnorm_layers(self._last_contributing.tensors))
             notes.append(
                 f"{len(self.frozen)} of {of_all} BatchNorm layers were frozen in training (the "
                 "same statistics in all checkpoints) and are kept as they are: "
@@ -317,18 +313,49 @@ class _Builder:
             notes.append(
                 f"floats of different width meet; written as the widest: {first_few(shown)}"
             )
-        if self.vectors and len(self.checkpoints) > 1:
+        if self._vectors and len(self.checkpoints) > 1:
             notes.append(
                 "the vectors of layers under spectral norm are not averaged but iterated on the "
-                f"averaged weights: {first_few(sorted(self.vectors))}"
+                f"averaged weights: {first_few(sorted(self._vectors))}"
             )
         return notes
 
+    @property
+    def iterated_layers(self) -> tuple[SpectralNorm, ...]:
+        """Layers whose singular vectors are computed from the averaged weight."""
+        # The vectors of a single checkpoint already belong to its weights.
+        if len(self.contributions) == 1:
+            return ()
+        return self.layers
+
+    @cached_property
+    def _owners(self) -> tuple[Checkpoint, ...]:
+        return tuple(checkpoint for checkpoint, _ in self.contributions)
+
+    @cached_property
+    def _coefficients(self) -> tuple[float, ...]:
+        return tuple(coefficient for _, coefficient in self.contributions)
+
+    @property
+    def _last_contributing(self) -> Checkpoint:
+        return self.contributions[-1][0]
+
+    @cached_property
+    def _vectors(self) -> set[str]:
+        return set().union(*(layer.vectors for layer in self.layers))
+
     @cached_property
     def _frozen_statistics(self) -> set[str]:
-        return {name for names in self.frozen.values() for name in names}
+        return set().union(*self.frozen.values())
 
-    def _output_dtype(self, name: str, dtypes: Sequence[DType]) -> DType:
+    def _other_tensors(self, name: str) -> tuple[Tensor, ...]:
+        """Return a tensor of all checkpoints but the last, without the last's own."""
+        last = self.checkpoints[-1].tensors[name]
+        earlier = (checkpoint.tensors[name] for checkpoint in self.checkpoints[:-1])
+        return tuple(tensor for tensor in earlier if tensor is not last)
+
+    def _choose_dtype(self, name: str, dtypes: Sequence[DType]) -> DType:
+        """Choose the type of a tensor in the output, and note where widths are mixed."""
         widest = dtypes[0]
         for dtype in dtypes[1:]:
             widest = _wider(widest, dtype)
@@ -339,14 +366,14 @@ class _Builder:
         return widest
 
 
-def _wider(one: DType, other: DType) -> DType:
+def _wider(dtype: DType, other: DType) -> DType:
     """Return the narrowest type that holds all values of two types."""
-    if one == other:
-        return one
+    if dtype == other:
+        return dtype
     # These are bfloat16 and float16, neither of which holds the other's values.
-    if one.bits == other.bits:
+    if dtype.bits == other.bits:
         return DTYPES["float32"]
-    return one if one.bits > other.bits else other
+    return max(dtype, other, key=lambda candidate: candidate.bits)
 
 
 def _with_ties(tensors: Sequence[TensorPlan]) -> list[TensorPlan]:
@@ -356,21 +383,29 @@ def _with_ties(tensors: Sequence[TensorPlan]) -> list[TensorPlan]:
     for plan in tensors:
         pieces = tuple(source.pieces for source in (*plan.sources, *plan.compared))
         identity = (pieces, plan.dtype.name, plan.coefficients, plan.averaged)
+        first = plan.name
         # Empty tensors have no bytes, so that two of them are not the same tensor.
-        first = first_names.setdefault(identity, plan.name) if math.prod(plan.shape) else plan.name
-        tied.append(plan if first == plan.name else replace(plan, tied_to=first))
+        if 0 not in plan.shape:
+            first = first_names.setdefault(identity, plan.name)
+        if first == plan.name:
+            tied.append(plan)
+        else:
+            tied.append(replace(plan, tied_to=first))
     return tied
 
 
-def copy_plan(checkpoint: Checkpoint) -> Plan:
+def plan_copy(checkpoint: Checkpoint) -> Plan:
     """Plan an unchanged copy of every tensor of a checkpoint.
 
     Raises:
         UnsupportedTensorError: A tensor has no plain bytes.
     """
     check_copied(checkpoint, {*checkpoint.tensors, *checkpoint.refused})
-    tensors = [
-        TensorPlan(name, t.shape, t.dtype, (t,), (checkpoint,), (1.0,), averaged=False)
-        for name, t in checkpoint.tensors.items()
-    ]
+    tensors: list[TensorPlan] = []
+    for name, tensor in checkpoint.tensors.items():
+        tensors.append(
+            TensorPlan(
+                name, tensor.shape, tensor.dtype, (tensor,), (checkpoint,), (1.0,), averaged=False
+            )
+        )
     return Plan((checkpoint,), (1.0,), tuple(_with_ties(tensors)))

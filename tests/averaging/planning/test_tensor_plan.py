@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import opened, save
 
-from ckptavg.averaging.planning.tensor_plan import Rules, copy_plan, make_plan
+from ckptavg.averaging.planning.tensor_plan import Rules, make_plan, plan_copy
 from ckptavg.errors import CkptavgError, MismatchError, UnsupportedTensorError, UsageError
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.names import batchnorm_layers
@@ -96,7 +96,7 @@ def test_a_renamed_tensor_is_both_missing_and_extra(tmp_path):
 
 def test_different_networks_are_told_apart(tmp_path):
     fails(
-        MismatchError, r"hold different networks.*'u' against 'w'.*--glob",
+        MismatchError, r"hold different networks.*'u' against 'w'.*`glob",
         tmp_path, {"u": torch.ones(1)}, ONE,
     )  # fmt: skip
 
@@ -252,7 +252,7 @@ def test_float8_is_refused(tmp_path, dtype, suffix):
 def test_quantized_weights_with_scales_are_refused(tmp_path, packed, scale):
     state = {packed: torch.ones(2, 2, dtype=torch.int8), scale: torch.ones(2)}
     fails(
-        UnsupportedTensorError, rf"quantized weights with scales: {packed}.*--exclude",
+        UnsupportedTensorError, rf"quantized weights with scales: {packed}.*`exclude",
         tmp_path, state, state,
     )  # fmt: skip
 
@@ -279,9 +279,7 @@ def test_a_float_beside_a_scale_is_averaged(tmp_path):
 )
 def test_tensors_without_plain_bytes_are_refused_with_the_reason(tmp_path, make, why):
     state = {**ONE, "odd": make()}
-    fails(
-        UnsupportedTensorError, rf"epoch_1\.pt .*odd \(.*{why}.*--exclude", tmp_path, state, state
-    )
+    fails(UnsupportedTensorError, rf"epoch_1\.pt .*odd \(.*{why}.*`exclude", tmp_path, state, state)
 
 
 def test_float8_that_is_excluded_is_copied(tmp_path):
@@ -408,7 +406,7 @@ def test_a_copy_takes_every_tensor_of_one_checkpoint(tmp_path):
         "n": torch.tensor(1),
         "f8": torch.ones(1).to(torch.float8_e5m2),
     }
-    plan = copy_plan(open_checkpoint(save(tmp_path / "a.pt", state)))
+    plan = plan_copy(open_checkpoint(save(tmp_path / "a.pt", state)))
     assert {name: kind for name, (kind, _) in table(plan).items()} == {
         "w": "bfloat16", "n": "int64", "f8": "float8_e5m2",
     }  # fmt: skip
@@ -418,13 +416,13 @@ def test_a_copy_takes_every_tensor_of_one_checkpoint(tmp_path):
 def test_a_copy_of_what_has_no_plain_bytes_is_refused(tmp_path):
     checkpoint = open_checkpoint(save(tmp_path / "a.pt", {**ONE, "s": torch.ones(2).to_sparse()}))
     with pytest.raises(CkptavgError, match="without plain bytes: s"):
-        copy_plan(checkpoint)
+        plan_copy(checkpoint)
 
 
 def test_a_pattern_that_matches_nothing_is_said(tmp_path):
     checkpoints = opened(tmp_path, [{"a": torch.zeros(1)}, {"a": torch.ones(1)}])
     notes = make_plan(checkpoints, [1, 1], Rules(exclude=("epoch_2*",))).notes
-    assert notes == ("the pattern 'epoch_2*' matches no tensor (--glob selects files)",)
+    assert notes == ("the pattern 'epoch_2*' matches no tensor (`glob` selects files)",)
 
 
 def test_a_mistyped_pattern_gets_the_one_that_was_meant(tmp_path):
