@@ -412,7 +412,7 @@ def write_all(averages, directory, model=None, data=BATCHES, **care):
 
 def fitting(monkeypatch, count):
     """Let memory hold so many averages: each is there twice."""
-    monkeypatch.setattr(refresh, "fit", lambda *_: 2 * count)
+    monkeypatch.setattr(refresh, "count_models_that_fit", lambda *_: 2 * count)
 
 
 @pytest.fixture

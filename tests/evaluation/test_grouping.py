@@ -119,7 +119,7 @@ def assert_same(found, expected):
 
 
 def fitting(monkeypatch, count):
-    monkeypatch.setattr(evaluation, "fit", lambda *_: count)
+    monkeypatch.setattr(evaluation, "count_models_that_fit", lambda *_: count)
 
 
 # Groups and order
@@ -378,7 +378,7 @@ def test_processes_between_them_find_what_one_does(monkeypatch, candidates, expe
 
 def test_processes_take_the_groups_that_the_smallest_memory_holds(monkeypatch, checkpoints):
     runtime, sizes = Runtime(CPU, batch_size=SIZE), iter([4, 2])
-    monkeypatch.setattr(evaluation, "fit", lambda *_: next(sizes))
+    monkeypatch.setattr(evaluation, "count_models_that_fit", lambda *_: next(sizes))
     wanted = [Candidate.of_checkpoint(c) for c in checkpoints[:4]]
 
     def work(peers):
