@@ -14,7 +14,6 @@ import stat
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 
 from ckptavg.errors import OutputError
 from ckptavg.errors.system import guard_writes, unwritable
@@ -68,12 +67,7 @@ class Publication:
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, at: object) -> None:
         self._discard()
         if isinstance(error, OSError):
             raise unwritable(self.path, error) from error
