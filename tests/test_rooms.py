@@ -29,8 +29,6 @@ STILL_LONG = {
     "averaging/api.py",
     "batchnorm/collect.py",
     "formats/state_dict.py",
-    "formats/safe_pickle/unpickler.py",
-    "formats/torch_save/zip_reader.py",
 }
 PUBLIC = [
     "average", "average_many", "update_bn", "CkptavgError", "StaleStatisticsWarning", "Candidate",

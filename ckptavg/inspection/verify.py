@@ -11,7 +11,7 @@ from ckptavg.averaging.stream import Progress, StreamRequests, stream
 from ckptavg.errors import CkptavgError, first_few, short
 from ckptavg.formats import Checkpoint, open_checkpoint
 from ckptavg.formats.provenance import Role, Source
-from ckptavg.formats.torch_save import zip_reader
+from ckptavg.formats.torch_save import zip_checksums
 from ckptavg.io.paths import Location, is_url, locate
 from ckptavg.outputs.digests import InputDigests
 
@@ -129,7 +129,7 @@ def _check_archives(checkpoint: Checkpoint) -> list[Finding]:
     findings: list[Finding] = []
     for stamp in checkpoint.files:
         try:
-            damaged = zip_reader.damaged_entries(stamp.path)
+            damaged = zip_checksums.damaged_entries(stamp.path)
         except CkptavgError as error:
             findings.append(Finding(stamp.path, "archive", UNREADABLE, error.message))
             continue

@@ -10,7 +10,7 @@ from typing import Literal
 
 from ckptavg.errors.system import guard_reads
 from ckptavg.formats.checkpoint import Checkpoint, Piece, Tensor
-from ckptavg.formats.torch_save import zip_reader
+from ckptavg.formats.torch_save import zip_checksums
 from ckptavg.io import paths
 
 # Bytes at the beginning of each tensor that are compared first. Most tensors differ there already.
@@ -74,14 +74,14 @@ class Contents:
 
     def __init__(self) -> None:
         # Path → offsets of the local headers, for bisection, and the entries in the same order.
-        self._entries: dict[str, tuple[list[int], list[zip_reader.StoredEntry]]] = {}
+        self._entries: dict[str, tuple[list[int], list[zip_checksums.StoredEntry]]] = {}
         self._starts: dict[tuple[str, int], int] = {}
         self._digests: dict[tuple[_Range, Extent], bytes] = {}
 
     def part(self, span: _Range) -> _Part | None:
         """Return the part of a storage that a range covers; None for a storage without checksum."""
         if span.file not in self._entries:
-            entries = zip_reader.storages(span.file)
+            entries = zip_checksums.storages(span.file)
             self._entries[span.file] = [stored.entry.header for stored in entries], entries
         offsets, entries = self._entries[span.file]
         i = bisect.bisect_right(offsets, span.start) - 1

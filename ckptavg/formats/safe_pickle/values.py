@@ -91,6 +91,11 @@ class Storage:
     numel: int
     span: Span | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the elements; the elements of an untyped storage are bytes."""
+        return self.numel * (self.dtype.size if self.dtype else 1)
+
 
 @dataclass(eq=False, slots=True)
 class TensorView:

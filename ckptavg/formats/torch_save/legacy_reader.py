@@ -116,11 +116,11 @@ def _locate(
         if counted:
             file.seek(position)
             count = int.from_bytes(file.read(8), "little", signed=True)
-        nbytes = storage.numel * (storage.dtype.size if storage.dtype else 1)
-        if count != storage.numel or position + 8 + nbytes > size:
+        end = position + 8 + storage.nbytes
+        if count != storage.numel or end > size:
             raise PickleCutShort(f"the storage {key!r} runs past the end of the file")
         offsets[key] = position + 8
-        position += 8 + nbytes
+        position = end
     if offsets.keys() != storages.keys() or position != size:
         raise MalformedPickle("its storages do not end where the file does")
     return offsets

@@ -8,6 +8,7 @@ miniz reads. Where miniz would guess, the file is refused.
 
 from __future__ import annotations
 
+import io
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,6 +51,45 @@ class CutShort(MalformedZip):
     """Error for a zip file without a directory, which is written last."""
 
 
+class FileSlice:
+    """Part of a file, with a limit on the bytes per read.
+
+    Use the slice as a context manager, which closes the file.
+
+    Args:
+        file: The whole file.
+        within: Offset and length of the part in bytes; None for the whole file.
+
+    Attributes:
+        length: Number of bytes.
+    """
+
+    def __init__(self, file: BinaryIO, within: tuple[int, int] | None = None) -> None:
+        self._file = file
+        if within is None:
+            within = 0, file.seek(0, io.SEEK_END)
+        self._start, self.length = within
+
+    def __enter__(self) -> FileSlice:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+    def read_at(self, offset: int, size: int) -> bytes:
+        """Read bytes at an offset within the part; fewer at the end of the part.
+
+        Raises:
+            MalformedZip: The offset is negative, or the size above the limit.
+        """
+        if offset < 0:
+            raise MalformedZip("it begins before its beginning")
+        if size > MAX_DIRECTORY:
+            raise MalformedZip(f"a part of it claims {size} bytes")
+        self._file.seek(self._start + offset)
+        return self._file.read(max(min(size, self.length - offset), 0))
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """Entry of a zip file, as the directory lists it.
@@ -76,6 +116,18 @@ class Entry:
     def raw_name(self) -> bytes:
         """Bytes of the name as stored in the file."""
         return self.name.encode("utf-8", "surrogateescape")
+
+    @property
+    def header_length(self) -> int:
+        """Bytes of the local header, up to the end of the name."""
+        return LOCAL_HEADER + len(self.raw_name)
+
+    @property
+    def descriptor_length(self) -> int:
+        """Bytes behind the contents that repeat CRC and sizes (64-bit above 4 GiB)."""
+        if not self.flags & SIZES_FOLLOW:
+            return 0
+        return 24 if self.size >> 32 else 16
 
     @property
     def stored(self) -> bool:
@@ -110,38 +162,34 @@ class _End:
     start: int
 
 
-def read_directory(file: BinaryIO, length: int) -> Directory:
+def read_directory(file: FileSlice) -> Directory:
     """Read the directory of a zip file.
-
-    Args:
-        file: The file.
-        length: Size of the file in bytes.
 
     Raises:
         CutShort: The file has no directory.
         MalformedZip: The file is damaged, or readers would differ about it.
     """
-    end = _read_end(file, length)
+    end = _read_end(file)
     if end.size > MAX_DIRECTORY:
         raise MalformedZip(f"its directory claims {end.size} bytes")
-    file.seek(end.start)
-    entries = _parse(file.read(end.size), end.count)
+    entries = _parse(file.read_at(end.start, end.size), end.count)
     _check_names(entries)
     _check_places(entries, end.start)
     return Directory(entries, end.start)
 
 
-def data_offset(entry: Entry, header: bytes, end: int) -> int:
-    """Return the offset of an entry's contents, read from the local header.
+def read_offset(file: FileSlice, entry: Entry, end: int) -> int:
+    """Read the offset of an entry's contents from the local header.
 
     Args:
+        file: The archive.
         entry: The entry, as the directory has it.
-        header: Bytes of the local header, up to the end of the name.
         end: Offset before which the contents have to end.
 
     Raises:
         MalformedZip: The local header contradicts the directory.
     """
+    header = file.read_at(entry.header, entry.header_length)
     if len(header) < LOCAL_HEADER or not header.startswith(_LOCAL):
         raise MalformedZip(f"the zip entry {entry.name!r} has no header")
     flags, size = struct.unpack_from("<6xH10xI", header)
@@ -168,24 +216,23 @@ def lengths_before(entry: Entry, start: int) -> tuple[int, bytes]:
     return entry.header + _LENGTHS, struct.pack("<HH", name_length, extra_length)
 
 
-def _tail(file: BinaryIO, length: int) -> bytes:
+def _tail(file: FileSlice) -> bytes:
     """Read the last bytes of a file, which contain the record at the end of the zip."""
-    file.seek(max(0, length - _END_SIZE))
-    record = file.read(_END_SIZE)
+    record = file.read_at(max(0, file.length - _END_SIZE), _END_SIZE)
     # Without a comment, as torch writes it, the record is the end itself.
     if record.rfind(_END) == 0:
         return record
-    file.seek(max(0, length - _END_SIZE - _LONGEST_COMMENT))
-    return file.read(_END_SIZE + _LONGEST_COMMENT)
+    longest = _END_SIZE + _LONGEST_COMMENT
+    return file.read_at(max(0, file.length - longest), longest)
 
 
-def _read_end(file: BinaryIO, length: int) -> _End:
+def _read_end(file: FileSlice) -> _End:
     """Read the last end record in a file, as torch does, even within a comment."""
-    tail = _tail(file, length)
+    tail = _tail(file)
     within = tail.rfind(_END)
     if within < 0:
         raise CutShort("it has no directory, which is written last")
-    at = length - len(tail) + within
+    at = file.length - len(tail) + within
     record = tail[within : within + _END_SIZE]
     if len(record) < _END_SIZE:
         raise CutShort("its directory is cut short")
@@ -194,8 +241,7 @@ def _read_end(file: BinaryIO, length: int) -> _End:
         raise MalformedZip("it is one of several volumes")
     end, begin = _End(count, size, start), at
     if at >= _LOCATOR_SIZE:
-        file.seek(at - _LOCATOR_SIZE)
-        locator = file.read(_LOCATOR_SIZE)
+        locator = file.read_at(at - _LOCATOR_SIZE, _LOCATOR_SIZE)
         if locator.startswith(_LOCATOR):
             end, begin = _read_end64(file, locator, end, at)
     # Bytes between the two would be a second archive, or would shift the first.
@@ -204,7 +250,7 @@ def _read_end(file: BinaryIO, length: int) -> _End:
     return end
 
 
-def _read_end64(file: BinaryIO, locator: bytes, small: _End, at: int) -> tuple[_End, int]:
+def _read_end64(file: FileSlice, locator: bytes, small: _End, at: int) -> tuple[_End, int]:
     """Read the zip64 end record.
 
     Returns:
@@ -213,8 +259,7 @@ def _read_end64(file: BinaryIO, locator: bytes, small: _End, at: int) -> tuple[_
     disk, begin, disks = struct.unpack_from("<4xIQI", locator)
     if disk or disks > 1 or begin != at - _LOCATOR_SIZE - _END64_SIZE:
         raise MalformedZip(_NOT_ONE)
-    file.seek(begin)
-    record = file.read(_END64_SIZE)
+    record = file.read_at(begin, _END64_SIZE)
     if len(record) < _END64_SIZE or not record.startswith(_END64):
         raise MalformedZip("its directory is elsewhere than it says")
     disk, first_disk, disk_count, count, size, start = struct.unpack_from("<16xIIQQQQ", record)
@@ -260,14 +305,14 @@ def _parse_entry(content: bytes, position: int) -> tuple[Entry, int]:
     behind = extras + extra_length + comment_length
     if behind > len(content):
         raise MalformedZip("its directory is damaged")
-    numbers = _large(content[extras : extras + extra_length], (size, packed, header))
+    size, packed, header = _large(content[extras : extras + extra_length], [size, packed, header])
     name = content[names:extras].decode("utf-8", "surrogateescape")
-    return Entry(name, numbers[2], numbers[0], numbers[1], method, crc, flags), behind
+    return Entry(name, header, size, packed, method, crc, flags), behind
 
 
-def _large(extra: bytes, numbers: tuple[int, int, int]) -> tuple[int, ...]:
+def _large(extra: bytes, numbers: list[int]) -> list[int]:
     """Replace placeholders for size, packed size and offset by numbers of the zip64 field."""
-    missing = sum(number == _MOST32 for number in numbers)
+    missing = numbers.count(_MOST32)
     if not missing:
         return numbers
     position = 0
@@ -275,8 +320,11 @@ def _large(extra: bytes, numbers: tuple[int, int, int]) -> tuple[int, ...]:
         kind, length = struct.unpack_from("<HH", extra, position)
         field = extra[position + 4 : position + 4 + length]
         if kind == _ZIP64 and len(field) == length >= 8 * missing:
-            values = iter(struct.unpack_from(f"<{missing}Q", field))
-            return tuple(next(values) if n == _MOST32 else n for n in numbers)
+            values = list(struct.unpack_from(f"<{missing}Q", field))
+            for i in reversed(range(len(numbers))):
+                if numbers[i] == _MOST32:
+                    numbers[i] = values.pop()
+            return numbers
         position += 4 + length
     raise MalformedZip("the size of an entry is missing")
 
@@ -289,7 +337,7 @@ def _check_names(entries: Sequence[Entry]) -> None:
 
 
 def _check_places(entries: Sequence[Entry], end: int) -> None:
-    """Refuse entries that are encrypted, share bytes, or lie elsewhere than before the directory.
+    """Refuse entries that are encrypted, share bytes, or are not before the directory.
 
     Args:
         entries: All entries of the file.
@@ -299,7 +347,7 @@ def _check_places(entries: Sequence[Entry], end: int) -> None:
         if entry.flags & (_ENCRYPTED | _PATCH):
             raise MalformedZip("it is encrypted, which torch.save never does")
         if entry.header + LOCAL_HEADER + entry.packed_size > end:
-            raise MalformedZip(f"the zip entry {entry.name!r} lies outside the file")
+            raise MalformedZip(f"the zip entry {entry.name!r} is outside the file")
     ordered = sorted(entries, key=lambda entry: entry.header)
     for before, after in pairwise(ordered):
         if before.header + LOCAL_HEADER + before.packed_size > after.header:

@@ -134,5 +134,5 @@ def test_tensors_of_a_device_that_went_through_numpy_are_read_as_torch_reads_the
 def test_a_pickle_that_is_too_large_says_why_it_is(tmp_path, monkeypatch):
     torch.save({"w": np.zeros(1000)}, tmp_path / "step_1.pt")
     monkeypatch.setattr(unpickler, "MAX_PICKLE", 2**12)
-    with pytest.raises(CheckpointError, match=r"NumPy's arrays lie there.*from_numpy"):
+    with pytest.raises(CheckpointError, match=r"NumPy's arrays are stored there.*from_numpy"):
         open_checkpoint(tmp_path / "step_1.pt")

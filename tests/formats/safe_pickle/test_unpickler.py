@@ -28,7 +28,7 @@ from assembler import get, glob, put, storage, tensor, text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptavg.formats.safe_pickle import unpickler
+from ckptavg.formats.safe_pickle import machine, unpickler
 from ckptavg.formats.safe_pickle.values import Global, MalformedPickle, Opaque, Refused, TensorView
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
@@ -295,7 +295,7 @@ REPEATS = {
 
 @pytest.mark.parametrize("part", REPEATS.values(), ids=REPEATS)
 def test_what_takes_memory_is_counted(part, monkeypatch):
-    monkeypatch.setattr(unpickler, "_MOST_CONTAINERS", 100)
+    monkeypatch.setattr(machine, "_MOST_CONTAINERS", 100)
     few, many = (MARK + part * n + TUPLE + STOP for n in (30, 101))
     assert len(unpickler.loads(few)) == 30
     with pytest.raises(MalformedPickle, match="more than 100"):

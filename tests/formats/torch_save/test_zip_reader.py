@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from ckptavg.errors import CheckpointError
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.reader import Reader
-from ckptavg.formats.torch_save import zip_reader
+from ckptavg.formats.torch_save import zip_checksums
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64,
           torch.int64, torch.int8, torch.uint16, torch.uint32, torch.bool,
@@ -109,7 +109,7 @@ def test_a_file_saved_without_checksums_is_read(tmp_path):
     finally:
         torch.serialization.set_crc32_options(True)
     assert read(open_checkpoint(path).tensors["a"]) == as_bytes(torch.arange(3.0))
-    assert zip_reader.storages(str(path)) == []
+    assert zip_checksums.storages(str(path)) == []
 
 
 def test_checksums_tell_contents_and_not_file_names(tmp_path):
@@ -118,7 +118,7 @@ def test_checksums_tell_contents_and_not_file_names(tmp_path):
     torch.save({"a": value.clone()}, tmp_path / "two.pt")
     torch.save({"a": value + 1}, tmp_path / "xyz.pt")
     one, two, three = (
-        [(s.entry.size, s.entry.crc) for s in zip_reader.storages(str(tmp_path / f"{name}.pt"))]
+        [(s.entry.size, s.entry.crc) for s in zip_checksums.storages(str(tmp_path / f"{name}.pt"))]
         for name in ("one", "two", "xyz")
     )
     assert len(one) == 1
