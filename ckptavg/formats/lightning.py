@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptavg.errors import CheckpointError
-from ckptavg.formats.safe_pickle.allowlist import Keeper
+from ckptavg.formats.safe_pickle.allowlist import CarryOver
 from ckptavg.formats.torch_save import zip_reader
 from ckptavg.formats.torch_save.archive import Archive, dumps
 from ckptavg.io.paths import Location
@@ -68,5 +68,5 @@ def read_meta(directory: Location, *, plain: bool = False) -> Meta | None:
     stamp.verify()
     if not isinstance(tree, dict):
         return None
-    keeper = Keeper(key="", plain=plain, tensor=lambda *_: None, replaced={})
-    return Meta(keeper.entries(tree), keeper.notes)
+    carry_over = CarryOver(key="", plain=plain, tensor=lambda *_: None, replaced={})
+    return Meta(carry_over.entries(tree), carry_over.notes)

@@ -19,7 +19,7 @@ from ckptavg.formats.dcp import reader
 from ckptavg.formats.file_layout import FileLayout, Layout, OutputTensor
 from ckptavg.formats.huggingface import companions
 from ckptavg.formats.provenance import PROVENANCE
-from ckptavg.formats.safe_pickle.allowlist import Keeper
+from ckptavg.formats.safe_pickle.allowlist import CarryOver
 from ckptavg.formats.safe_pickle.values import Sharded
 from ckptavg.formats.torch_save.archive import Archive, StorageStub, TensorStub, dumps
 from ckptavg.formats.tree import join, locate
@@ -166,7 +166,7 @@ def _other_values(
     source: reader.Distributed, taken: Collection[reader.ItemPath]
 ) -> tuple[Mapping[reader.ItemPath, Any], list[str]]:
     """Collect the values beside the weights that are kept, and the names of dropped values."""
-    keeper = Keeper(key="", plain=False, tensor=lambda *_: None, replaced={})
+    carry_over = CarryOver(key="", plain=False, tensor=lambda *_: None, replaced={})
     optimizers = {_above(path, "param_groups") for path in source.paths.values()}
     values: dict[reader.ItemPath, Any] = {}
     lost: list[reader.ItemPath] = []
@@ -176,7 +176,7 @@ def _other_values(
         if state := _training_state(source, path, optimizers):
             lost.append(state)
             continue
-        allowed = keeper.entries({name: source.items[name]}) if name in source.items else {}
+        allowed = carry_over.entries({name: source.items[name]}) if name in source.items else {}
         if allowed:
             values[path] = allowed[name]
         else:

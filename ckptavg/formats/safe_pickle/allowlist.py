@@ -99,7 +99,7 @@ _PLAIN = {("torch", "device")}
 
 
 @dataclass
-class Keeper:
+class CarryOver:
     """Filter that walks through a saved object and keeps the parts that may go out.
 
     Args:

@@ -93,7 +93,7 @@ class TorchSave(FileFormat):
 
     def read_settings(self, checkpoint: Checkpoint) -> Mapping[Any, Any]:
         """Read the entries beside the weights, as plain values."""
-        from ckptavg.formats.safe_pickle.allowlist import Keeper  # noqa: PLC0415 - needs torch
+        from ckptavg.formats.safe_pickle.allowlist import CarryOver  # noqa: PLC0415 - needs torch
 
         # Without a key the file is the state dict itself, and nothing is beside the weights.
         if not checkpoint.key:
@@ -103,8 +103,8 @@ class TorchSave(FileFormat):
             return {}
         weights = checkpoint.key.partition(".")[0]
         others = {name: value for name, value in saved.items() if name != weights}
-        keeper = Keeper(key=checkpoint.key, plain=False, tensor=lambda *_: None, replaced={})
-        return keeper.entries(others)
+        carry_over = CarryOver(key=checkpoint.key, plain=False, tensor=lambda *_: None, replaced={})
+        return carry_over.entries(others)
 
     def lay_out(
         self, path: str, tensors: Sequence[OutputTensor], provenance: str, template: Checkpoint

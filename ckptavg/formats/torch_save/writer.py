@@ -19,7 +19,7 @@ from ckptavg.formats.checkpoint import Checkpoint
 from ckptavg.formats.file_layout import FileLayout, OutputTensor
 from ckptavg.formats.provenance import PROVENANCE
 from ckptavg.formats.reader import Reader
-from ckptavg.formats.safe_pickle.allowlist import Keeper
+from ckptavg.formats.safe_pickle.allowlist import CarryOver
 from ckptavg.formats.safe_pickle.values import MalformedPickle, TensorView
 from ckptavg.formats.torch_save import zip_reader
 from ckptavg.formats.torch_save.archive import Archive, StorageStub, TensorStub, dumps
@@ -179,19 +179,19 @@ def _like_file(plain: bool, provenance: str, template: Checkpoint, book: _Storag
         return Contents(alone, {}, notes or [_LISTED if unnamed else _BARE])
     if is_bare and pickled:
         return Contents(alone, {}, notes)
-    keeper = _keeper(plain, template, book, file, networks)
-    entries = _own_entries(template, book, keeper, networks)
+    carry_over = _carry_over(plain, template, book, file, networks)
+    entries = _own_entries(template, book, carry_over, networks)
     fastai = not unnamed and file.tree.keys() == _FASTAI and template.key == _FASTAI_MODEL
     if fastai and not plain:
-        return _like_fastai(entries[""], provenance, file, keeper)
+        return _like_fastai(entries[""], provenance, file, carry_over)
     if not is_bare and (usual := _usual_place(file, template, networks)) is not None:
-        keeper.replaced = {**keeper.replaced, id(usual.value): entries[""]}
-    tree = entries[""] if is_bare else keeper.whole(file.tree)
+        carry_over.replaced = {**carry_over.replaced, id(usual.value): entries[""]}
+    tree = entries[""] if is_bare else carry_over.whole(file.tree)
     if is_bare or unnamed:
         records = {PROVENANCE_RECORD: provenance.encode()}
-        return Contents(_with_state_dict(tree, bare, plain), records, notes + keeper.notes)
+        return Contents(_with_state_dict(tree, bare, plain), records, notes + carry_over.notes)
     return Contents(
-        _with_state_dict(tree | {PROVENANCE: provenance}, bare, plain), {}, notes + keeper.notes
+        _with_state_dict(tree | {PROVENANCE: provenance}, bare, plain), {}, notes + carry_over.notes
     )
 
 
@@ -212,7 +212,7 @@ def _like_other_format(
 
 
 def _like_fastai(
-    own: OrderedDict[Any, Any], provenance: str, file: TorchFile, keeper: Keeper
+    own: OrderedDict[Any, Any], provenance: str, file: TorchFile, carry_over: CarryOver
 ) -> Contents:
     """Plan an output that fastai's ``Learner.load`` accepts.
 
@@ -221,10 +221,10 @@ def _like_fastai(
     """
     optimizer = file.tree["opt"]
     has_state = isinstance(optimizer, dict) and optimizer.keys() >= _FASTAI_STATE
-    entries = {} if has_state else keeper.entries({"opt": optimizer})
-    keeper.dropped += ["opt"] if has_state else []
+    entries = {} if has_state else carry_over.entries({"opt": optimizer})
+    carry_over.dropped += ["opt"] if has_state else []
     tree = {_FASTAI_MODEL: own, "opt": entries.get("opt")}
-    return Contents(tree, {PROVENANCE_RECORD: provenance.encode()}, keeper.notes)
+    return Contents(tree, {PROVENANCE_RECORD: provenance.encode()}, carry_over.notes)
 
 
 def _places(file: TorchFile, template: Checkpoint) -> dict[str, Place]:
@@ -265,14 +265,14 @@ def _usual_place(
     return network if network and network.within_plain and network.value is not file.tree else None
 
 
-def _keeper(
+def _carry_over(
     plain: bool,
     template: Checkpoint,
     book: _Storages,
     file: TorchFile,
     places: Mapping[str, Place],
-) -> Keeper:
-    """Make a keeper that keeps small tensors, and further names of the weights."""
+) -> CarryOver:
+    """Make the filter, which keeps small tensors, and further names of the weights."""
     bare = {stored: name for name, stored in template.stored_names.items()}
     same: dict[object, TensorStub] = {}
     for path, network in places.items():
@@ -288,13 +288,13 @@ def _keeper(
         small = not view.shape or (among_values and math.prod(view.shape) <= _SMALL)
         return book.keep(view, file) if small and view.dtype.size else None
 
-    return Keeper(template.key, plain, tensor, {}, template.networks, template.momentary)
+    return CarryOver(template.key, plain, tensor, {}, template.networks, template.momentary)
 
 
 def _own_entries(
-    template: Checkpoint, book: _Storages, keeper: Keeper, places: Mapping[str, Place]
+    template: Checkpoint, book: _Storages, carry_over: CarryOver, places: Mapping[str, Place]
 ) -> dict[str, OrderedDict[Any, Any]]:
-    """Build the entries that hold the weights, and set the keeper to put each entry in place.
+    """Build the entries that hold the weights, and set the filter to put each entry in place.
 
     An entry within another entry is built before the outer one.
 
@@ -303,11 +303,11 @@ def _own_entries(
     """
     file_entries: dict[str, OrderedDict[Any, Any]] = {}
     bare = {stored: name for name, stored in template.stored_names.items()}
-    replaced = dict(keeper.replaced)
-    keeper.replaced = replaced
+    replaced = dict(carry_over.replaced)
+    carry_over.replaced = replaced
     # Longest paths first, so that an entry within another is replaced there.
     for path in sorted(places, key=len, reverse=True):
-        entry = _own_entry(template, book, keeper, path, places[path], bare)
+        entry = _own_entry(template, book, carry_over, path, places[path], bare)
         file_entries[path] = entry
         replaced[id(places[path].value)] = entry
     for name in book.stubs:
@@ -324,7 +324,7 @@ def _own_entries(
 def _own_entry(
     template: Checkpoint,
     book: _Storages,
-    keeper: Keeper,
+    carry_over: CarryOver,
     path: str,
     place: Place,
     bare: Mapping[str, str],
@@ -334,7 +334,7 @@ def _own_entry(
     Args:
         template: The last input.
         book: The output's tensors.
-        keeper: Filter for the values that stand among the weights.
+        carry_over: Filter for the values that stand among the weights.
         path: Dotted path of the entry.
         place: Place of the entry in the input.
         bare: Stored name of each weight → its bare name.
@@ -346,7 +346,7 @@ def _own_entry(
     }
     values = {name: value for name, value in place.entry.items() if name not in bare_names}
     above = join(template.key, path)
-    filtered = keeper.entries(values, f"{above}." if above else "")
+    filtered = carry_over.entries(values, f"{above}." if above else "")
     entry: OrderedDict[Any, Any] = OrderedDict()
     for name in place.entry:
         if name in filtered:

@@ -575,7 +575,7 @@ def values():
 
 @given(values())
 def test_plain_values_are_all_kept(value):
-    keeper = allowlist.Keeper(key="model", plain=True, tensor=lambda *_: None, replaced={})
-    kept = keeper.entries({"it": value})
+    carry_over = allowlist.CarryOver(key="model", plain=True, tensor=lambda *_: None, replaced={})
+    kept = carry_over.entries({"it": value})
     assert repr(kept) == repr({"it": value})
-    assert not keeper.dropped
+    assert not carry_over.dropped
