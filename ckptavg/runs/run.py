@@ -16,8 +16,10 @@ from ckptavg.formats import Checkpoint
 from ckptavg.io.paths import Location, Named, RemotePath, locate
 from ckptavg.runs.best import Mode, choose_criterion
 from ckptavg.runs.damaged import Damaged, raise_for
-from ckptavg.runs.discovery import find
+from ckptavg.runs.discovery.directory import Findings
 from ckptavg.runs.discovery.excluded import describe_excluded
+from ckptavg.runs.discovery.file_names import Patterns
+from ckptavg.runs.discovery.find import find
 from ckptavg.runs.discovery.numbered import short_names
 from ckptavg.runs.discovery.reason import LeftOut, Reason
 from ckptavg.runs.members import open_members
@@ -314,8 +316,8 @@ def open_run(
         skip = [skip]
     directories = first_few(list(map(str, paths)))
     with guard_reads(directories):
-        patterns = find.Patterns(glob, tuple(skip))
-        findings = find.find(list(map(locate, paths)), patterns)
+        patterns = Patterns(glob, tuple(skip))
+        findings = find(list(map(locate, paths)), patterns)
     trainings: list[tuple[Checkpoint, ...]] = []
     damaged: list[tuple[Damaged, ...]] = []
     excluded = list(findings.excluded)
@@ -342,7 +344,7 @@ def open_run(
     )
 
 
-def _note_search(findings: find.Findings, patterns: find.Patterns) -> list[str]:
+def _note_search(findings: Findings, patterns: Patterns) -> list[str]:
     """Note runs that were found below a directory, and patterns that match nothing."""
     notes: list[str] = []
     for directory, run in findings.entered.items():

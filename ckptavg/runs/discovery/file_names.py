@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from ckptavg.formats.file_formats import checkpoint_suffixes
@@ -27,6 +28,35 @@ _EXCLUDED_NAMES = (
 )
 _ALIAS_WORD = re.compile(r"(?<![a-z])(last|latest|best|final|newest|current)(?![a-z])")
 _BEST_WORD = re.compile(r"(?<![a-z])best(?![a-z])")
+
+
+@dataclass(frozen=True)
+class Patterns:
+    """Shell patterns by which a user selects the checkpoints of a run.
+
+    A pattern with slashes, such as ``unet/*``, is matched with as many of a path's last names.
+
+    Attributes:
+        glob: Pattern that a checkpoint must match; None admits all.
+        skip: Patterns that neither a checkpoint nor a directory on the way to it may match.
+    """
+
+    glob: str | None = None
+    skip: tuple[str, ...] = ()
+
+    def skipping(self, path: Location, root: Location) -> set[str]:
+        """Return the patterns that skip a checkpoint, or a directory below the root."""
+        if not self.skip:
+            return set()
+        line = [path]
+        # Names above the root do not count. The name of the root counts only for the root itself.
+        while root not in (line[-1], line[-1].parent) and line[-1].parent != line[-1]:
+            line.append(line[-1].parent)
+        skipping: set[str] = set()
+        for pattern in self.skip:
+            if any(matches(ancestor, pattern) for ancestor in line):
+                skipping.add(pattern)
+        return skipping
 
 
 def why_not(stem: str) -> Reason | None:

@@ -9,7 +9,7 @@ from ckptavg.formats import is_checkpoint_directory
 from ckptavg.formats.file_formats import checkpoint_suffixes
 from ckptavg.io.paths import Location
 from ckptavg.runs.discovery.file_names import OTHER_STATE, has_suffix, natural, stem_of
-from ckptavg.runs.discovery.numbered import mask_step, step_directory, weights_below
+from ckptavg.runs.discovery.numbered import names_step, step_directory, weights_below
 from ckptavg.runs.discovery.ranks import find_replicas
 
 # Limits of the search for runs: levels, and directories per level.
@@ -84,7 +84,7 @@ def _is_of_a_run(directory: Location) -> bool:
     """Return True if a directory holds checkpoints, or is a step with checkpoints below."""
     if holds_checkpoints(directory):
         return True
-    return mask_step(directory.name) is not None and bool(weights_below(directory))
+    return names_step(directory.name) and bool(weights_below(directory))
 
 
 def _training_of(holder: Location, directory: Location) -> Location:
@@ -92,7 +92,7 @@ def _training_of(holder: Location, directory: Location) -> Location:
 
     This is the directory above the steps, if it is below the directory of the search.
     """
-    step = holder if mask_step(holder.name) is not None else step_directory(holder)
+    step = holder if names_step(holder.name) else step_directory(holder)
     if step is None or directory not in step.parents or step.parent == directory:
         return holder
     return step.parent

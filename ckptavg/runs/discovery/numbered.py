@@ -77,10 +77,17 @@ def mask_step(name: str) -> str | None:
     return glob.escape(_SCORE.sub("\0", masked)).replace("\0", "*")
 
 
+def names_step(name: str) -> bool:
+    """Return True if a name tells a step."""
+    return mask_step(name) is not None
+
+
 def step_directory(path: Location) -> Location | None:
     """Find the nearest directory above a checkpoint that is named after a step."""
-    above = ancestors(path, DEEPEST)
-    return next((parent for parent in above if mask_step(parent.name) is not None), None)
+    for parent in ancestors(path, DEEPEST):
+        if names_step(parent.name):
+            return parent
+    return None
 
 
 def place_of(path: Location, *, masked: bool = False) -> Place | None:
@@ -166,7 +173,7 @@ def weights_below(directory: Location) -> list[Location]:
 
 def is_series(members: Sequence[Location]) -> bool:
     """Return True if neighbours are several steps by name, and not several networks."""
-    if any(mask_step(stem_of(path)) is not None for path in members):
+    if any(names_step(stem_of(path)) for path in members):
         return True
     files = Counter(re.sub(r"\d+", "*", path.name) for path in members if path.is_file())
     return any(count > 1 for count in files.values())
@@ -223,7 +230,7 @@ def _find_places(paths: Sequence[Location]) -> dict[Location, Place]:
 def _label_of(path: Location) -> Location:
     """Return the label of a single checkpoint: the path, or the directory of the step."""
     numbered_file = not path.is_dir() and re.search(r"\d", stem_of(path))
-    if numbered_file or mask_step(stem_of(path)) is not None:
+    if numbered_file or names_step(stem_of(path)):
         return path
     return step_directory(path) or path
 

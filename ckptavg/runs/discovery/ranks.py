@@ -18,7 +18,7 @@ from ckptavg.formats import Checkpoint, open_checkpoint
 from ckptavg.formats.names import running_statistics
 from ckptavg.io.paths import Location, ancestors
 from ckptavg.runs.discovery.file_names import natural
-from ckptavg.runs.discovery.numbered import mask_step
+from ckptavg.runs.discovery.numbered import names_step
 from ckptavg.runs.duplicates import Contents, SameWeights
 
 # Levels above a file whose names may have the number of the rank.
@@ -231,7 +231,7 @@ def _same_step(one: Checkpoint, other: Checkpoint) -> bool:
 
 def _are_disjoint(one: Checkpoint, other: Checkpoint) -> bool:
     """Return True if two checkpoints share no names, and show no different steps."""
-    if _moment(one) != _moment(other) or mask_step(one.path.name) is not None:
+    if _moment(one) != _moment(other) or names_step(one.path.name):
         return False
     # A generator and a discriminator share no names, and yet are no parts of one model.
     same_networks = set(one.networks) == set(other.networks)
