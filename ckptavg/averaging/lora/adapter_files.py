@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ckptavg.averaging.lora.factors import Pair, find_pairs
-from ckptavg.averaging.lora.stacking import place_factor
+from ckptavg.averaging.lora.stacking import assign_slots, place_factor
 from ckptavg.averaging.planning.modules import split_name
 from ckptavg.averaging.planning.rules import Rules
 from ckptavg.averaging.planning.samples import read_first_values
@@ -61,28 +61,19 @@ def plan_stack(
     Raises:
         CkptavgError: As ``make_plan`` does.
     """
-    count = sum(c != 0 for c in coefficients)
-    last = checkpoints[-1]
-    pairs = find_pairs(last.tensors)
-    alphas = [f"{pair.module}.alpha" for pair in pairs]
-    alphas = [name for name in alphas if name in last.tensors]
     # A product with one factor left out is no mean of products.
-    is_whole = rules.base is None and all(map(rules.averages, last.tensors))
-    if count < 2 or not pairs or not is_whole or not _are_plain(last, pairs, alphas):
+    if rules.base is not None or not all(map(rules.averages, checkpoints[-1].tensors)):
         return None
-    if not all(_are_alike(checkpoint, last, alphas) for checkpoint in checkpoints[:-1]):
+    stack = _make_stack(checkpoints, len(list(filter(None, coefficients))))
+    if stack is None:
         return None
-    header = _grow_header(last.metadata, count)
+    header = _grow_header(checkpoints[-1].metadata, stack.count)
     if header is None:
         return None
-    values = read_first_values([last.tensors[name] for name in alphas])
-    stack = _Stack(tuple(pairs), dict(zip(alphas, values, strict=True)), count)
-    # A checkpoint of coefficient 0 gets no slot of its own: it would only add zeros.
-    slots = [sum(c != 0 for c in coefficients[:i]) for i in range(len(coefficients))]
-    stacked = [stack.place(c, slot) for c, slot in zip(checkpoints, slots, strict=True)]
-    planned = make_plan(stacked, coefficients, rules)
+    slots = assign_slots(coefficients)
+    planned = make_plan(list(map(stack.place, checkpoints, slots)), coefficients, rules)
     note = (
-        f"LoRA adapters: merged exactly by stacking their ranks, {count} times as many "
+        f"LoRA adapters: merged exactly by stacking their ranks, {stack.count} times as many "
         "(the mean of A and the mean of B is not the mean of BA)"
     )
     return replace(
@@ -92,6 +83,28 @@ def plan_stack(
         notes=(*planned.notes, note),
         metadata=header,
     )
+
+
+def _make_stack(checkpoints: Sequence[Checkpoint], count: int) -> _Stack | None:
+    """Arrange the factors of adapters in a stack; None where a stack would not be the mean.
+
+    Args:
+        checkpoints: The adapters, in order.
+        count: Number of adapters that contribute.
+    """
+    last = checkpoints[-1]
+    pairs = find_pairs(last.tensors)
+    if count < 2 or not pairs:
+        return None
+    names = (f"{pair.module}.alpha" for pair in pairs)
+    alphas = [name for name in names if name in last.tensors]
+    if not _are_plain(last, pairs, alphas):
+        return None
+    for checkpoint in checkpoints[:-1]:
+        if not _are_alike(checkpoint, last, alphas):
+            return None
+    values = read_first_values([last.tensors[name] for name in alphas])
+    return _Stack(tuple(pairs), dict(zip(alphas, values, strict=True)), count)
 
 
 @dataclass(frozen=True)
@@ -111,8 +124,10 @@ class _Stack:
     @cached_property
     def dimensions(self) -> Mapping[str, int]:
         """Name of each factor → the factor's dimension that is the rank."""
-        ranks = {pair.first: 0 for pair in self.pairs}
-        return ranks | {pair.second: 1 for pair in self.pairs}
+        dimensions: dict[str, int] = {}
+        for pair in self.pairs:
+            dimensions |= {pair.first: 0, pair.second: 1}
+        return dimensions
 
     def place(self, checkpoint: Checkpoint, slot: int) -> Checkpoint:
         """Give an adapter's factors the shape of the stack, with zeros outside the slot.
@@ -150,7 +165,9 @@ def _choose_type(value: float, dtype: DType) -> DType:
     if dtype.bits >= DTYPES["float32"].bits:
         return dtype
     exact = torch.tensor(value, dtype=torch.float64, device="cpu")
-    return dtype if exact.to(getattr(torch, dtype.name)) == exact else DTYPES["float32"]
+    if exact.to(getattr(torch, dtype.name)) == exact:
+        return dtype
+    return DTYPES["float32"]
 
 
 def _are_plain(checkpoint: Checkpoint, pairs: Sequence[Pair], alphas: Collection[str]) -> bool:
@@ -161,21 +178,28 @@ def _are_plain(checkpoint: Checkpoint, pairs: Sequence[Pair], alphas: Collection
         pairs: The factors in it.
         alphas: Names of its tensors that hold a product's alpha.
     """
-    factors = {name for pair in pairs for name in (pair.first, pair.second)}
-    unpaired = {*checkpoint.tensors} - factors - {*alphas}
     if checkpoint.format.is_directory or checkpoint.refused:
         return False
-    if not all(name.endswith(_DIFFERENCES) for name in unpaired):
-        return False
+    factors: set[str] = set()
     for pair in pairs:
-        if pair.first.startswith(_PEFT) or not _STANDARD.fullmatch(pair.first):
+        factors |= {pair.first, pair.second}
+        if not _is_plain_pair(checkpoint, pair):
             return False
-        first, second = (checkpoint.tensors[name] for name in (pair.first, pair.second))
-        if any(t.dtype.kind != "float" or len(t.shape) < 2 or not t.numel for t in (first, second)):
-            return False
-        if first.shape[0] != second.shape[1]:
+    for name in checkpoint.tensors.keys() - factors - {*alphas}:
+        if not name.endswith(_DIFFERENCES):
             return False
     return all(checkpoint.tensors[name].numel == 1 for name in alphas)
+
+
+def _is_plain_pair(checkpoint: Checkpoint, pair: Pair) -> bool:
+    """Tell whether two factors are matrices of floats under names of known scale."""
+    if pair.first.startswith(_PEFT) or not _STANDARD.fullmatch(pair.first):
+        return False
+    first, second = checkpoint.tensors[pair.first], checkpoint.tensors[pair.second]
+    for factor in (first, second):
+        if factor.dtype.kind != "float" or len(factor.shape) < 2 or not factor.numel:
+            return False
+    return first.shape[0] == second.shape[1]
 
 
 def _are_alike(checkpoint: Checkpoint, last: Checkpoint, alphas: Sequence[str]) -> bool:
@@ -186,15 +210,18 @@ def _are_alike(checkpoint: Checkpoint, last: Checkpoint, alphas: Sequence[str]) 
         last: The last adapter.
         alphas: Names of the tensors that hold a product's alpha.
     """
-    shapes = {name: (t.shape, t.dtype.kind) for name, t in checkpoint.tensors.items()}
-    if shapes != {name: (t.shape, t.dtype.kind) for name, t in last.tensors.items()}:
+    if _list_shapes(checkpoint) != _list_shapes(last):
         return False
-    if any(checkpoint.metadata.get(name) != last.metadata.get(name) for name in _SCALES):
-        return False
-    values, last_values = (
-        read_first_values([c.tensors[name] for name in alphas]) for c in (checkpoint, last)
-    )
-    return values == last_values
+    for entry in _SCALES:
+        if checkpoint.metadata.get(entry) != last.metadata.get(entry):
+            return False
+    values = read_first_values([checkpoint.tensors[name] for name in alphas])
+    return values == read_first_values([last.tensors[name] for name in alphas])
+
+
+def _list_shapes(checkpoint: Checkpoint) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Return the shape and the kind of each tensor, by name."""
+    return {name: (t.shape, t.dtype.kind) for name, t in checkpoint.tensors.items()}
 
 
 def _grow_header(metadata: Mapping[str, str], count: int) -> dict[str, str] | None:
@@ -207,13 +234,18 @@ def _grow_header(metadata: Mapping[str, str], count: int) -> dict[str, str] | No
     Returns:
         The entries that change; None where one of them is not understood.
     """
-    if any(_RANK.fullmatch(name) for name in metadata if name not in _SCALES):
+    if any(map(_RANK.fullmatch, metadata.keys() - {*_SCALES})):
         return None
-    grown = {name: _multiply(metadata[name], count) for name in _KOHYA if name in metadata}
+    grown: dict[str, str] = {}
+    for name in _KOHYA:
+        if name in metadata:
+            grown[name] = _multiply(metadata[name], count)
     for name, grow in ((_HEADER, _grow_components), (_KOHYA_ARGUMENTS, _grow_arguments)):
         if name in metadata:
             entries = _parse(metadata[name])
-            changed = None if entries is None else grow(entries, count)
+            if entries is None:
+                return None
+            changed = grow(entries, count)
             if changed is None:
                 return None
             grown[name] = json.dumps(changed)
@@ -226,7 +258,9 @@ def _parse(text: str) -> dict[str, Any] | None:
         entries = bounded_json.loads(text.encode())
     except (ValueError, UnicodeEncodeError):
         return None
-    return entries if isinstance(entries, dict) else None
+    if isinstance(entries, dict):
+        return entries
+    return None
 
 
 def _grow_arguments(entries: Mapping[str, Any], count: int) -> dict[str, Any]:
@@ -263,16 +297,18 @@ def _grow_components(entries: Mapping[str, Any], count: int) -> dict[str, Any] |
         if setting in ("r", "lora_alpha") and type(value) in (int, float):
             grown[name] = _times(value, factor)
         elif setting in ("rank_pattern", "alpha_pattern") and isinstance(value, dict):
-            if not all(type(v) in (int, float) for v in value.values()):
+            if not {int, float}.issuperset(map(type, value.values())):
                 return None
-            grown[name] = {key: _times(v, factor) for key, v in value.items()}
+            grown[name] = {key: _times(number, factor) for key, number in value.items()}
     return grown
 
 
 def _times(value: float, factor: float) -> float:
     """Multiply a number. An integer gives an integer where the product is whole."""
     product = value * factor
-    return int(product) if isinstance(value, int) and product.is_integer() else product
+    if isinstance(value, int) and product.is_integer():
+        return int(product)
+    return product
 
 
 def _multiply(text: str, count: int) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 from ckptavg.averaging.lora import adapter_files
 from ckptavg.averaging.lora.factors import find_bare_pairs, is_part_of_product
-from ckptavg.averaging.lora.stacking import place_factor
+from ckptavg.averaging.lora.stacking import assign_slots, place_factor
 from ckptavg.averaging.planning.rules import Rules
 from ckptavg.averaging.planning.tensor_plan import Plan, TensorPlan, make_plan
 from ckptavg.errors import (
@@ -30,7 +30,7 @@ from ckptavg.errors import (
     first_few,
     short,
 )
-from ckptavg.formats import Checkpoint
+from ckptavg.formats import Checkpoint, Tensor
 from ckptavg.formats.huggingface import peft
 from ckptavg.formats.huggingface.format import PEFT
 
@@ -56,13 +56,19 @@ def are_adapters(checkpoints: Sequence[Checkpoint]) -> bool:
     Raises:
         MismatchError: Only a part of the checkpoints are adapters.
     """
-    kinds = {c.format is PEFT: c for c in checkpoints}
-    if len(kinds) > 1:
+    adapters: list[Checkpoint] = []
+    models: list[Checkpoint] = []
+    for checkpoint in checkpoints:
+        if checkpoint.format is PEFT:
+            adapters.append(checkpoint)
+        else:
+            models.append(checkpoint)
+    if adapters and models:
         raise MismatchError(
-            f"{kinds[True].path} holds an adapter and {kinds[False].path} does not",
-            "Select one kind with --glob.",
+            f"{adapters[-1].path} holds an adapter and {models[-1].path} does not",
+            "Select one kind with `glob`.",
         )
-    return True in kinds
+    return bool(adapters)
 
 
 def require_models(checkpoints: Iterable[Checkpoint]) -> None:
@@ -100,14 +106,14 @@ def plan_merge(
         _check_alike(checkpoint, config, configs[-1])
         _check_factors(checkpoint, rules)
     # An adapter of coefficient 0 gets no slot: it would only add zeros.
-    stack = _Stack(tuple(c for c in coefficients if c != 0), configs[-1])
+    stack = _Stack(tuple(filter(None, coefficients)), configs[-1])
     if stack.config.get("ensure_weight_tying") and len(set(stack.coefficients)) > 1:
         raise UnsupportedTensorError(
             f"{checkpoints[-1].path} ties its factors, which unequal coefficients would untie",
             _MERGE,
         )
-    slots = [sum(c != 0 for c in coefficients[:i]) for i in range(len(coefficients))]
-    stacked = [stack.place(c, slot) for c, slot in zip(checkpoints, slots, strict=True)]
+    slots = assign_slots(coefficients)
+    stacked = list(map(stack.place, checkpoints, slots))
     planned = make_plan(stacked, coefficients, rules)
     return replace(
         planned,
@@ -135,17 +141,18 @@ def plan_mean(
     if are_adapters(involved):
         return plan_merge(checkpoints, coefficients, rules)
     stacked = adapter_files.plan_stack(checkpoints, coefficients, rules)
-    return stacked or _noted(make_plan(checkpoints, coefficients, rules))
+    return stacked or _add_note(make_plan(checkpoints, coefficients, rules))
 
 
-def _noted(planned: Plan) -> Plan:
+def _add_note(plan: Plan) -> Plan:
     """Add a note to a plan if the plan averages factors of low-rank products separately."""
-    averaged = [t.name for t in planned.tensors if t.averaged and len(t.sources) > 1]
-    names = set(averaged)
-    tensors = {n: t for n, t in planned.checkpoints[-1].tensors.items() if n in names}
-    if not any(map(is_part_of_product, averaged)) and not find_bare_pairs(tensors):
-        return planned
-    return replace(planned, notes=(*planned.notes, _INEXACT))
+    averaged: dict[str, Tensor] = {}
+    for tensor in plan.tensors:
+        if tensor.averaged and len(tensor.sources) > 1:
+            averaged[tensor.name] = plan.checkpoints[-1].tensors[tensor.name]
+    if any(map(is_part_of_product, averaged)) or find_bare_pairs(averaged):
+        return replace(plan, notes=(*plan.notes, _INEXACT))
+    return plan
 
 
 @dataclass(frozen=True)
@@ -167,11 +174,13 @@ class _Stack:
             checkpoint: The adapter.
             slot: Position of the adapter among the adapters that contribute.
         """
-        tensors = dict(checkpoint.tensors)
+        tensors, count = dict(checkpoint.tensors), len(self.coefficients)
         for name, match in _factors(checkpoint).items():
-            dim = 0 if match[2] == "A" else 1
-            groups = 1 if dim else self._groups(checkpoint, match)
-            tensors[name] = place_factor(tensors[name], dim, groups, slot, len(self.coefficients))
+            if match[2] == "A":
+                groups = self._groups(checkpoint, match)
+                tensors[name] = place_factor(tensors[name], 0, groups, slot, count)
+            else:
+                tensors[name] = place_factor(tensors[name], 1, 1, slot, count)
         return replace(checkpoint, tensors=tensors)
 
     def scale(self, plan: TensorPlan) -> TensorPlan:
@@ -191,29 +200,31 @@ class _Stack:
         divided by the square root of n in addition.
         """
         count = len(self.coefficients)
-
-        def alpha(value: float) -> float:
-            """Return the alpha under which the scale is divided by n."""
-            return value / math.sqrt(count) if self.config.get("use_rslora") else value
-
-        ranks, alphas = (self.config.get(k) or {} for k in ("rank_pattern", "alpha_pattern"))
+        ranks: Mapping[str, int] = self.config.get("rank_pattern") or {}
+        alphas: Mapping[str, float] = self.config.get("alpha_pattern") or {}
+        lora_alpha: float = self.config["lora_alpha"]
+        if self.config.get("use_rslora"):
+            lora_alpha /= math.sqrt(count)
+            alphas = {name: alpha / math.sqrt(count) for name, alpha in alphas.items()}
         return dict(self.config) | {
             "r": self.config["r"] * count,
-            "lora_alpha": alpha(self.config["lora_alpha"]),
+            "lora_alpha": lora_alpha,
             "rank_pattern": {name: rank * count for name, rank in ranks.items()},
-            "alpha_pattern": {name: alpha(value) for name, value in alphas.items()},
+            "alpha_pattern": dict(alphas),
         }
 
     def _groups(self, checkpoint: Checkpoint, match: re.Match[str]) -> int:
-        """Count the stacks in the rows of an A: one per group of a convolution, or per expert.
+        """Count the stacks in the rows of an A: per group of a convolution, or per expert, one.
 
         In a grouped convolution, B has rank / groups columns. Experts in one parameter have as many
         rows of A and columns of B as there are pairs of an expert and a rank.
         """
         rows = checkpoint.tensors[match[0]].shape[0]
         columns = checkpoint.tensors[_partner(match)].shape[1]
-        rank = self.config["r"] if self.config.get("target_parameters") else columns
-        return rows // min(rank, columns)
+        rank = columns
+        if self.config.get("target_parameters"):
+            rank = min(self.config["r"], columns)
+        return rows // rank
 
 
 def _factors(checkpoint: Checkpoint) -> dict[str, re.Match[str]]:
@@ -222,13 +233,16 @@ def _factors(checkpoint: Checkpoint) -> dict[str, re.Match[str]]:
     Returns:
         Name of a factor → match of the name's parts: stem, A or B, ending.
     """
-    matches = ((name, _FACTOR.fullmatch(name)) for name in checkpoint.tensors)
-    return {name: match for name, match in matches if match}
+    factors: dict[str, re.Match[str]] = {}
+    for name in checkpoint.tensors:
+        if match := _FACTOR.fullmatch(name):
+            factors[name] = match
+    return factors
 
 
 def _partner(match: re.Match[str]) -> str:
     """Return the name of the second factor that belongs to a factor of a product."""
-    return f"{match[1]}{'B' if match[2] == 'A' else 'A'}{match[3]}"
+    return match[1] + {"A": "B", "B": "A"}[match[2]] + match[3]
 
 
 def _check_kind(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
@@ -238,11 +252,13 @@ def _check_kind(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
 
 
 def _check_numbers(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
-    ranks, alphas = (config.get(k) or {} for k in ("rank_pattern", "alpha_pattern"))
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     if isinstance(ranks, dict) and isinstance(alphas, dict):
-        ranks_valid = all(type(r) is int and r > 0 for r in (config.get("r"), *ranks.values()))
-        scales = (config.get("lora_alpha"), *alphas.values())
-        if ranks_valid and all(type(a) in (int, float) for a in scales):
+        all_ranks = (config.get("r"), *ranks.values())
+        all_alphas = (config.get("lora_alpha"), *alphas.values())
+        # By the exact type, since a bool is an int too.
+        ranks_valid = all(type(rank) is int and rank > 0 for rank in all_ranks)
+        if ranks_valid and {int, float}.issuperset(map(type, all_alphas)):
             return
     raise CheckpointError(f"{checkpoint.path / peft.CONFIG} has no whole ranks and numeric alphas")
 
@@ -267,11 +283,11 @@ def _check_factors(checkpoint: Checkpoint, rules: Rules) -> None:
         UsageError: The patterns leave factors out.
     """
     factors = _factors(checkpoint)
-    other_parts = [
-        name
-        for name in (*checkpoint.tensors, *checkpoint.refused)
-        if _OTHER_PART.fullmatch(name) and name not in factors and not _FACTOR_BIAS.fullmatch(name)
-    ]
+    other_parts: list[str] = []
+    for name in (*checkpoint.tensors, *checkpoint.refused):
+        is_known = name in factors or _FACTOR_BIAS.fullmatch(name)
+        if not is_known and _OTHER_PART.fullmatch(name):
+            other_parts.append(name)
     if other_parts or not factors:
         why = "has no A and B"
         if other_parts:
@@ -300,7 +316,7 @@ def _notes(stack: _Stack, configs: Sequence[Mapping[str, Any]]) -> list[str]:
         f"LoRA adapters: merged exactly by stacking their ranks, {count} × {rank} = {count * rank} "
         "(the mean of A and the mean of B is not the mean of BA)"
     ]
-    bases = sorted({short(str(c.get("base_model_name_or_path"))) for c in configs})
+    bases = sorted({short(str(config.get("base_model_name_or_path"))) for config in configs})
     if len(bases) > 1:
         notes.append(f"the adapters name different base models: {first_few(bases)}")
     return notes

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from ckptavg.formats.checkpoint import Piece, Tensor
 
 
+def assign_slots(coefficients: Sequence[float]) -> list[int]:
+    """Return the index of each adapter's slot.
+
+    An adapter of coefficient 0 takes no slot from the next one: it would only add zeros.
+    """
+    slots: list[int] = []
+    used = 0
+    for coefficient in coefficients:
+        slots.append(used)
+        if coefficient != 0:
+            used += 1
+    return slots
+
+
 def place_factor(tensor: Tensor, dim: int, groups: int, slot: int, count: int) -> Tensor:
-    """Put a tensor into a slot of a stack. All other slots are zero.
+    """Put a tensor into a slot of a stack, with zeros in all other slots.
 
     Args:
         tensor: A factor.
@@ -42,7 +57,7 @@ def _cut(piece: Piece, dim: int, low: int, extent: int, target: int, size: int) 
         size: Bytes per element.
 
     Returns:
-        The shifted piece; none where the piece lies outside the interval.
+        The shifted piece; none where the piece is outside the interval.
     """
     begin = max(low, piece.start[dim])
     end = min(low + extent, piece.start[dim] + piece.shape[dim])
