@@ -55,12 +55,12 @@ class Keeper:
         processes: TorchrunGroup | None,
     ) -> None:
         from ckptavg.evaluation.candidates import (  # noqa: PLC0415 - help is shown without torch
-            reference_of,
+            baseline_of,
         )
 
         self.candidates = candidates
         self.file = file if global_rank() == 0 else None
-        reference = reference_of(candidates)
+        reference = baseline_of(candidates)
         self.keys = keys_of(candidates, reference, settings)
         kept_results = _whole_results(self.file) if resume and self.file is not None else {}
         if processes is not None:  # hosts may see other paths and times: the first decides

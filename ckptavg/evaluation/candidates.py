@@ -311,6 +311,6 @@ def layers_of(candidates: Iterable[Candidate]) -> list[str]:
     return list(dict.fromkeys(layer for t in tables.values() for layer in batchnorm_layers(t)))
 
 
-def reference_of(candidates: Sequence[Candidate]) -> Candidate:
+def baseline_of(candidates: Sequence[Candidate]) -> Candidate:
     """Return the reference of comparisons: the last checkpoint of the run, or the first given."""
     return next((c for c in candidates if c.last), candidates[0])

@@ -39,7 +39,7 @@ class Result:
     candidate: Candidate
     metrics: Mapping[str, float]
     bn: str
-    versus: Versus | None = None
+    versus: Comparison | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
@@ -80,13 +80,13 @@ class Result:
             candidate,
             value["metrics"],
             value["bn"],
-            None if versus is None else Versus.of_json(versus),
+            None if versus is None else Comparison.of_json(versus),
             details,
         )
 
 
 @dataclass(frozen=True)
-class Versus:
+class Comparison:
     """Paired comparison on the same samples: the candidate minus the reference.
 
     Attributes:
@@ -114,7 +114,7 @@ class Versus:
         }
 
     @classmethod
-    def of_json(cls, value: Mapping[str, Any]) -> Versus:
+    def of_json(cls, value: Mapping[str, Any]) -> Comparison:
         """Restore a comparison from the output of ``as_json``."""
         parts = {name: value[name] for name in ("low", "high", "p", "test", "n")}
         return cls(

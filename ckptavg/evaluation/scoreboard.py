@@ -1,6 +1,6 @@
 """Accumulation of candidates' scores, batch by batch.
 
-A single network is scored at once, an ensemble when the outputs of all members are in.
+A single weight set is scored at once, an ensemble when the outputs of all members are in.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import base64
 import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,109 +18,127 @@ from ckptavg.distributed.peers import Peers
 from ckptavg.errors import EvaluationError
 from ckptavg.evaluation.candidates import Candidate
 from ckptavg.evaluation.significance import Disagreement
-from ckptavg.evaluation.weight_sets import Network
+from ckptavg.evaluation.weight_sets import WeightSet
 from ckptavg.formats.names import batchnorm_layers
 from ckptavg.models.batches import bytes_of
 from ckptavg.tasks.base import Mean, Samples, Scores, Task
 
 
-class Board:
-    """Scores of one candidate, accumulated over passes.
+class CandidateScore:
+    """Scores of a candidate, accumulated over passes.
 
-    A pass may run out of memory and be repeated with fewer networks, so scores count only after
-    ``commit``. The order of calls is ``begin``; per batch ``add`` for every network, then
+    A pass may run out of memory and be repeated with fewer weight sets, so scores count only after
+    ``commit``. The order of calls is ``begin``; per batch ``add`` for every weight set, then
     ``end_batch``; ``commit``.
+
+    Args:
+        candidate: The candidate.
+        members: The weight sets whose outputs are scored or averaged, repeated ones included.
+        task: The task that scores.
+
+    Attributes:
+        scores: Metrics of the batches so far.
+        samples: Per-sample values by number of the batch.
+        disagreement: Disagreement among the members.
+        finished: Members that have seen all of the data.
     """
 
-    def __init__(self, candidate: Candidate, members: Sequence[Network], task: Task) -> None:
+    def __init__(self, candidate: Candidate, members: Sequence[WeightSet], task: Task) -> None:
         self.candidate = candidate
         self.members = members
-        self.times = Counter(members)
+        self._repeats = Counter(members)
         self.task = task
         self.scores: Scores = task.scores()
         self.samples: dict[int, Samples] = {}
         self.disagreement = Disagreement(len(members))
-        self.heard: set[Network] = set()
-        self._parked: dict[int, Mean] = {}
+        self.finished: set[WeightSet] = set()
+        self._offloaded: dict[int, Mean] = {}
         self._waiting: dict[int, Mean] = {}
         # State at the last commit, to which ``begin`` returns.
-        self._agreed = copy.deepcopy(self.disagreement)
+        self._committed = copy.deepcopy(self.disagreement)
 
     @property
     def complete(self) -> bool:
-        """True if all networks of the candidate have seen all of the data."""
-        return self.heard.issuperset(self.members)
+        """True if all members have seen all of the data."""
+        return self.finished.issuperset(self.members)
 
     def begin(self) -> None:
         """Start or restart a pass, discarding what was not committed."""
         if not self.complete:
             self.scores, self.samples = self.task.scores(), {}
-            self.disagreement = copy.deepcopy(self._agreed)
+            self.disagreement = copy.deepcopy(self._committed)
             self._waiting = {}
 
     def add(
         self,
         number: int,
-        network: Network,
-        found: torch.Tensor,
+        weight_set: WeightSet,
+        predictions: torch.Tensor,
         samples: Samples | None,
         targets: Any,
     ) -> None:
-        """Add the predictions of a network on a batch; ignore networks of other candidates.
+        """Add the predictions of a member on a batch.
 
-        A network that was committed before is ignored, too.
+        Weight sets of other candidates are ignored, and so are members committed before.
 
         Args:
             number: Position of the batch in the pass.
-            network: The network that made the predictions.
-            found: The predictions, as from ``Task.predict``.
+            weight_set: The weight set that made the predictions.
+            predictions: The predictions, as from ``Task.predict``.
             samples: Per-sample values of the predictions; None if the task has none.
             targets: Targets on the device of the predictions.
         """
-        times = self.times[network]
-        if not times or network in self.heard:
+        repeats = self._repeats[weight_set]
+        if not repeats or weight_set in self.finished:
             return
         if self.candidate.kind != "ensemble":
-            self._score(number, found, samples, targets)
+            self._score(number, predictions, samples, targets)
             return
         mean = self._mean(number)
         # A checkpoint may be a member of the ensemble more than once.
-        for _ in range(times):
-            mean.add(found, targets)
+        for _ in range(repeats):
+            mean.add(predictions, targets)
             if samples is not None and samples.answers is not None:
                 self.disagreement.add(number, samples.answers)
         if mean.members == len(self.members):
-            value = self._waiting.pop(number).value()
-            self._score(number, value, self.task.samples(value, targets), targets)
+            mean_predictions = self._waiting.pop(number).value()
+            mean_samples = self.task.samples(mean_predictions, targets)
+            self._score(number, mean_predictions, mean_samples, targets)
 
     def end_batch(self, number: int) -> None:
         """Move an ensemble's outputs to the host if further members come in a later pass."""
         if number in self._waiting:
             self._waiting[number].offload()
 
-    def commit(self, group: Sequence[Network]) -> None:
-        """Commit the pass of a group of networks over all of the data."""
-        self.heard.update(n for n in group if n in self.times)
+    def commit(self, group: Sequence[WeightSet]) -> None:
+        """Commit the pass of a group of weight sets over all of the data."""
+        self.finished.update(self._repeats.keys() & set(group))
         self.disagreement.offload()
-        # After a pass without networks of this candidate, parked outputs stay as they are.
-        self._parked = {} if self.complete else self._parked | self._waiting
+        # After a pass without members of this candidate, offloaded outputs stay as they are.
+        self._offloaded |= self._waiting
+        if self.complete:
+            self._offloaded = {}
         self._waiting = {}
-        self._agreed = copy.deepcopy(self.disagreement)
+        self._committed = copy.deepcopy(self.disagreement)
 
     def _mean(self, number: int) -> Mean:
         """Return the running mean of the ensemble on a batch, continuing earlier passes.
 
-        Parked means are copied, so that a repeated pass starts from the same state.
+        Offloaded means are copied, so that a repeated pass starts from the same state.
         """
-        if number not in self._waiting:
-            parked = self._parked.get(number)
-            self._waiting[number] = self.task.mean() if parked is None else copy.deepcopy(parked)
-        return self._waiting[number]
+        if number in self._waiting:
+            mean = self._waiting[number]
+        elif number in self._offloaded:
+            mean = copy.deepcopy(self._offloaded[number])
+        else:
+            mean = self.task.mean()
+        self._waiting[number] = mean
+        return mean
 
     def _score(
-        self, number: int, found: torch.Tensor, samples: Samples | None, targets: Any
+        self, number: int, predictions: torch.Tensor, samples: Samples | None, targets: Any
     ) -> None:
-        self.scores.update(found, targets)
+        self.scores.update(predictions, targets)
         # The answers have served the disagreement already; dropping them saves memory.
         if samples is not None:
             self.samples[number] = replace(samples, answers=None)
@@ -129,14 +147,18 @@ class Board:
         """Return further plain values for JSON: the task's details and the disagreement."""
         details = self.task.details(self.scores)
         if self.candidate.kind == "ensemble" and self.disagreement.count:
-            details |= {k: v for k, v in self.disagreement.compute().items() if k != "n"}
+            disagreement = self.disagreement.compute()
+            # The number of samples is among the metrics.
+            disagreement.pop("n")
+            details |= disagreement
         return details
 
     def describe_statistics(self) -> tuple[str, dict[str, list[str]]]:
         """Return the state of the running statistics, and lists of exceptional layers by kind."""
-        candidate, network = self.candidate, self.members[0]
-        if network.statistics is not None:
-            return network.statistics.state, network.statistics.listed
+        candidate = self.candidate
+        statistics = self.members[0].statistics
+        if statistics is not None:
+            return statistics.state, statistics.listed
         if candidate.average is not None:
             return candidate.average.batchnorm, candidate.average.statistics.listed
         first = candidate.weights or candidate.checkpoints[0]
@@ -151,65 +173,66 @@ class Board:
         if peers.world_size == 1:
             return
         # Numbers over all processes: batches were dealt out in turn, every n-th to a process.
-        own_samples = {}
-        for number, scored in self.samples.items():
-            own_samples[number * peers.world_size + peers.rank] = scored
-        state = [self.scores.state(), self.disagreement.state(), _plain(own_samples)]
+        plain_samples = []
+        for number, samples in self.samples.items():
+            plain_samples.append([number * peers.world_size + peers.rank, *_to_plain(samples)])
+        state = [self.scores.state(), self.disagreement.state(), plain_samples]
         # The gathered states include that of this process, so merging starts from empty scores.
-        scores, disagreement = self.task.scores(), Disagreement(len(self.members))
-        samples: dict[int, Samples] = {}
-        for other_scores, other_disagreement, other_samples in peers.gather(state):
-            scores.merge(other_scores)
-            disagreement.merge(other_disagreement)
-            samples |= _samples(other_samples)
-        self.scores, self.disagreement = scores, disagreement
-        self.samples = dict(sorted(samples.items()))
+        self.scores, self.disagreement = self.task.scores(), Disagreement(len(self.members))
+        merged: dict[int, Samples] = {}
+        for scores, disagreement, plain_samples in peers.gather(state):
+            self.scores.merge(scores)
+            self.disagreement.merge(disagreement)
+            for number, *plain in plain_samples:
+                merged[number] = _from_plain(plain)
+        self.samples = dict(sorted(merged.items()))
 
 
-def joined(samples: Mapping[int, Samples]) -> Samples | None:
+def concatenate_samples(samples: Mapping[int, Samples]) -> Samples | None:
     """Concatenate the samples of all batches in order on the CPU; None without samples."""
     if not samples:
         return None
     parts = [samples[number] for number in sorted(samples)]
-    weights = [part.weights for part in parts if part.weights is not None]
-    return Samples(
-        torch.cat([part.values for part in parts]).cpu(),
-        torch.cat(weights).cpu() if weights else None,
-        metric=parts[0].metric,
-        scale=parts[0].scale,
-    )
+    values = torch.cat([part.values for part in parts]).cpu()
+    weights = None
+    part_weights = [part.weights for part in parts if part.weights is not None]
+    if part_weights:
+        weights = torch.cat(part_weights).cpu()
+    return Samples(values, weights, metric=parts[0].metric, scale=parts[0].scale)
 
 
-def _plain(samples: Mapping[int, Samples]) -> list[Any]:
-    return [
-        [number, s.metric, s.scale, _packed(s.values), s.weights is not None and _packed(s.weights)]
-        for number, s in samples.items()
-    ]
+def _to_plain(samples: Samples) -> list[Any]:
+    """Convert the samples of a batch to plain values for JSON."""
+    weights = None
+    if samples.weights is not None:
+        weights = _encode(samples.weights)
+    return [samples.metric, samples.scale, _encode(samples.values), weights]
 
 
-def _samples(plain: Sequence[Any]) -> dict[int, Samples]:
-    return {
-        number: Samples(
-            _unpacked(values), _unpacked(weights) if weights else None, None, metric, scale
-        )
-        for number, metric, scale, values, weights in plain
-    }
+def _from_plain(plain: Sequence[Any]) -> Samples:
+    """Restore samples from the output of ``_to_plain``."""
+    metric, scale, values, weights = plain
+    if weights is not None:
+        weights = _decode(weights)
+    return Samples(_decode(values), weights, None, metric, scale)
 
 
-def _packed(values: torch.Tensor) -> list[str]:
+def _encode(values: torch.Tensor) -> list[str]:
     """Encode a tensor's dtype and bytes as text."""
     return [str(values.dtype).removeprefix("torch."), base64.b85encode(bytes_of(values)).decode()]
 
 
-def _unpacked(packed: Sequence[str]) -> torch.Tensor:
-    dtype, text = packed
-    # torch warns of memory that is not writable, and refuses an empty buffer.
-    raw = bytearray(base64.b85decode(text))
-    wanted = getattr(torch, dtype)
-    return torch.frombuffer(raw, dtype=wanted) if raw else torch.empty(0, dtype=wanted)
+def _decode(encoded: Sequence[str]) -> torch.Tensor:
+    dtype_name, text = encoded
+    dtype = getattr(torch, dtype_name)
+    if not text:
+        # frombuffer refuses an empty buffer.
+        return torch.empty(0, dtype=dtype)
+    # torch warns of memory that is not writable, such as that of bytes.
+    return torch.frombuffer(bytearray(base64.b85decode(text)), dtype=dtype)
 
 
-class Soundness:
+class FiniteCheck:
     """Deferred check that predictions are finite.
 
     The flags of a batch are copied to the host while the next batch is computed, and are checked
@@ -219,49 +242,69 @@ class Soundness:
     def __init__(self) -> None:
         self._names: list[str] = []
         self._flags: list[torch.Tensor] = []
-        self._late: tuple[list[str], torch.Tensor, torch.cuda.Event | None] | None = None
+        self._previous: _BatchFlags | None = None
 
-    def add(self, name: str, sound: torch.Tensor) -> None:
-        """Record the flag of a network for the current batch.
+    def add(self, name: str, is_finite: torch.Tensor) -> None:
+        """Record the flag of a weight set for the current batch.
 
         Args:
-            name: Name of the network in the error.
-            sound: Bool tensor of shape (), True for finite predictions.
+            name: Name of the weight set in the error.
+            is_finite: Bool tensor of shape (), True for finite predictions.
         """
         self._names.append(name)
-        self._flags.append(sound)
+        self._flags.append(is_finite)
 
     def end_batch(self) -> None:
         """Send the flags of this batch, and check the flags of the previous batch.
 
         Raises:
-            EvaluationError: A network's predictions were not finite.
+            EvaluationError: Predictions of a weight set were not finite.
         """
-        late, self._late = self._late, self._sent()
+        previous = self._previous
+        self._previous = None
+        if self._flags:
+            self._previous = _BatchFlags.send(self._names, self._flags)
         self._names, self._flags = [], []
-        if late is None:
-            return
-        names, flags, arrived = late
-        if arrived is not None:
-            arrived.synchronize()
-        for name, sound in zip(names, flags.tolist(), strict=True):
-            if not sound:
-                raise EvaluationError(
-                    f"{name}: the outputs are not finite",
-                    "Recompute its BatchNorm statistics, look at the weights, or pass --amp off.",
-                )
+        if previous is not None:
+            previous.check()
 
     def end(self) -> None:
         """Check the flags of the last batch; raise an error as ``end_batch`` does."""
         self.end_batch()
 
-    def _sent(self) -> tuple[list[str], torch.Tensor, torch.cuda.Event | None] | None:
-        """Start the copy of the current batch's flags to the host."""
-        if not self._flags:
-            return None
-        flags = torch.stack(self._flags)
-        if not flags.is_cuda:
-            return self._names, flags, None
+
+@dataclass(frozen=True)
+class _BatchFlags:
+    """Flags of a batch on the way to the host.
+
+    Attributes:
+        names: A name per weight set.
+        flags: (weight sets,), bool, on the host; valid once the copy is complete.
+        copied: Event after the copy; None where nothing is copied.
+    """
+
+    names: Sequence[str]
+    flags: torch.Tensor
+    copied: torch.cuda.Event | None
+
+    @classmethod
+    def send(cls, names: Sequence[str], flags: Sequence[torch.Tensor]) -> _BatchFlags:
+        """Start the copy of flags to the host."""
+        stacked = torch.stack(list(flags))
+        if not stacked.is_cuda:
+            return cls(names, stacked, None)
         # Non-blocking: torch copies to pinned memory, and the event tells when the copy is done.
-        sent = flags.to("cpu", non_blocking=True)
-        return self._names, sent, torch.cuda.current_stream(flags.device).record_event()
+        on_host = stacked.to("cpu", non_blocking=True)
+        stream = torch.cuda.current_stream(stacked.device)
+        return cls(names, on_host, stream.record_event())
+
+    def check(self) -> None:
+        """Wait for the flags, and raise an error if predictions were not finite."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        for name, is_finite in zip(self.names, self.flags.tolist(), strict=True):
+            if not is_finite:
+                raise EvaluationError(
+                    f"{name}: the outputs are not finite",
+                    "Recompute its BatchNorm statistics, look at the weights, or pass `amp='off'`.",
+                )

@@ -1,4 +1,4 @@
-"""Networks: the sets of weights that candidates need, in groups that fit in memory."""
+"""Sets of weights that candidates need, in groups that fit in memory."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from ckptavg.outputs.target import StateDict
 
 
 @dataclass(eq=False)
-class Network:
-    """One set of weights to compute outputs with.
+class WeightSet:
+    """Weights to compute outputs with.
 
     Attributes:
         name: Name in messages.
         source: Source of the weights: a checkpoint, a planned average, or weights in memory.
         recompute: True to recompute the BatchNorm statistics.
         statistics: State of the statistics after recomputing; None before.
-        model: The module on the device, between ``load`` and ``release``.
+        model: The module on the device, between ``load_models`` and ``release_models``.
     """
 
     name: str
@@ -48,123 +48,139 @@ class Network:
         return statistics_of(self.source, self.model)
 
 
-class Networks:
-    """Distinct networks of all candidates; candidates with the same weights share a network.
+class WeightSets:
+    """Distinct weight sets of all candidates; candidates with the same weights share a set.
 
     Attributes:
-        members: Per candidate, the list of networks whose outputs are scored or averaged.
+        members: Per candidate, the list of weight sets whose outputs are scored or averaged.
     """
 
     def __init__(self, candidates: Sequence[Candidate]) -> None:
-        self._found: dict[object, Network] = {}
-        self.members = [self._of(candidate) for candidate in candidates]
+        self._by_source: dict[object, WeightSet] = {}
+        self.members = [self._members_of(candidate) for candidate in candidates]
 
-    def __iter__(self) -> Iterator[Network]:
-        return iter(self._found.values())
+    def __iter__(self) -> Iterator[WeightSet]:
+        return iter(self._by_source.values())
 
     def __len__(self) -> int:
-        return len(self._found)
+        return len(self._by_source)
 
-    def _of(self, candidate: Candidate) -> list[Network]:
-        if candidate.average is not None:
-            planned, recompute = candidate.average, bool(candidate.recompute)
-            network = Network(candidate.name, planned, recompute)
-            return [self._found.setdefault((id(planned), recompute), network)]
+    def _members_of(self, candidate: Candidate) -> list[WeightSet]:
         recompute = bool(candidate.recompute)
-        if candidate.weights is not None:
-            network = Network(candidate.name, candidate.weights, recompute)
-            return [self._found.setdefault((id(candidate.weights), recompute), network)]
-        # Resolved, so that two paths to a file share a network.
-        return [
-            self._found.setdefault(
-                (c.path.resolve(), c.key, recompute), Network(str(c.path), c, recompute)
-            )
-            for c in candidate.checkpoints
-        ]
+        source = candidate.average or candidate.weights
+        if source is not None:
+            # Planned averages, and weights in memory, are the same only if they are one object.
+            key: object = (id(source), recompute)
+            return [self._add(key, WeightSet(candidate.name, source, recompute))]
+        members = []
+        for checkpoint in candidate.checkpoints:
+            # Resolved, so that two paths to a file share a weight set.
+            key = (checkpoint.path.resolve(), checkpoint.key, recompute)
+            weight_set = WeightSet(str(checkpoint.path), checkpoint, recompute)
+            members.append(self._add(key, weight_set))
+        return members
 
-    def groups(self, size: int) -> list[list[Network]]:
-        """Divide the networks into groups, with the members of an ensemble together if they fit.
+    def _add(self, key: object, weight_set: WeightSet) -> WeightSet:
+        """Add a weight set, or return the known one with the same key."""
+        return self._by_source.setdefault(key, weight_set)
+
+    def groups(self, size: int) -> list[list[WeightSet]]:
+        """Divide the weight sets into groups; members of an ensemble stay together if they fit.
 
         Args:
             size: Number of copies of the model that fit in memory, the most per group.
         """
         size = max(1, size)
-        groups: list[list[Network]] = []
+        groups: list[list[WeightSet]] = []
         for block in self._blocks():
-            for part in (block[i : i + size] for i in range(0, len(block), size)):
+            for start in range(0, len(block), size):
+                part = block[start : start + size]
                 # First fit: the first group with room takes the part.
-                room = (group for group in groups if len(group) + len(part) <= size)
-                group = next(room, None)
-                if group is None:
-                    groups.append([*part])
+                for group in groups:
+                    if len(group) + len(part) <= size:
+                        group.extend(part)
+                        break
                 else:
-                    group += part
+                    groups.append(part)
         return groups
 
-    def _blocks(self) -> list[list[Network]]:
-        """Arrange the networks in blocks, one per candidate, every network in one block only.
+    def _blocks(self) -> list[list[WeightSet]]:
+        """Arrange the weight sets in blocks, a block per candidate, each set in a single block.
 
-        Networks with statistics to recompute are adjacent, so that they share passes over the
-        training data.
+        Sets with statistics to recompute are adjacent, so that they share passes over the training
+        data.
         """
-        # Large ensembles come first: their members need the same pass, single networks fill gaps.
-        blocks: list[list[Network]] = []
-        assigned: set[Network] = set()
-        for members in sorted(self.members, key=lambda m: (-len(m), not m[0].recompute)):
-            block = [n for n in dict.fromkeys(members) if n not in assigned]
-            assigned |= {*block}
+        # Large ensembles come first: their members need the same pass, single sets fill gaps.
+        blocks: list[list[WeightSet]] = []
+        assigned: set[WeightSet] = set()
+        for members in sorted(self.members, key=_order_of_blocks):
+            block = [member for member in dict.fromkeys(members) if member not in assigned]
+            assigned.update(block)
             if block:
                 blocks.append(block)
         return blocks
 
 
-def load(
-    group: Sequence[Network], template: nn.Module, runtime: Runtime, *, keep_nonfinite: bool = False
+def _order_of_blocks(members: Sequence[WeightSet]) -> tuple[int, bool]:
+    return -len(members), not members[0].recompute
+
+
+def load_models(
+    group: Sequence[WeightSet],
+    template: nn.Module,
+    runtime: Runtime,
+    *,
+    keep_nonfinite: bool = False,
 ) -> None:
-    """Load the models of a group onto the device; averages come from one read of all sources.
+    """Load the models of a group onto the device; a single read serves all averages.
 
     Args:
-        group: The networks; ``model`` is set to a module in evaluation mode.
-        template: A module that the weights fit; every network gets a copy.
+        group: The weight sets; ``model`` is set to a module in evaluation mode.
+        template: A module that the weights fit; every weight set gets a copy.
         runtime: The device of the models.
         keep_nonfinite: True to allow averages that are not finite.
 
     Raises:
         ModelError: Weights do not fit the template.
     """
-    # A source may serve two networks: one as averaged, one with recomputed statistics.
+    # A source may serve two weight sets: one as averaged, one with recomputed statistics.
     weights = _read_together(group, keep_nonfinite=keep_nonfinite)
-    uses_left = Counter(id(network.source) for network in group)
-    for network in group:
-        uses_left[source_id := id(network.source)] -= 1
-        if isinstance(network.source, Weights):
-            tensors = dict(network.source.tensors)
-        elif isinstance(network.source, Checkpoint) and source_id not in weights:
-            tensors = api.load(network.source)
+    uses_left = Counter(id(weight_set.source) for weight_set in group)
+    for weight_set in group:
+        source_id = id(weight_set.source)
+        uses_left[source_id] -= 1
+        if isinstance(weight_set.source, Weights):
+            tensors = dict(weight_set.source.tensors)
+        elif isinstance(weight_set.source, Checkpoint) and source_id not in weights:
+            tensors = api.load(weight_set.source)
+        elif uses_left[source_id]:
+            tensors = weights[source_id]
         else:
-            # The last network of a source takes the weights, which frees the memory afterwards.
-            tensors = weights[source_id] if uses_left[source_id] else weights.pop(source_id)
-        network.model = _placed(template, tensors, network.name, runtime)
+            # The last user of a source takes the weights, which frees the memory afterwards.
+            tensors = weights.pop(source_id)
+        weight_set.model = _load_copy(template, tensors, weight_set.name, runtime)
 
 
-def _read_together(group: Sequence[Network], *, keep_nonfinite: bool) -> dict[int, StateDict]:
-    """Read all sources of a group at once if one is an average; return weights by source id.
+def _read_together(group: Sequence[WeightSet], *, keep_nonfinite: bool) -> dict[int, StateDict]:
+    """Read all sources of a group at once if there is an average; return weights by source id.
 
-    Without an average the result is empty, and ``load`` reads one checkpoint after another, which
-    takes less memory.
+    Without an average the result is empty, and ``load_models`` reads checkpoint after checkpoint,
+    which takes less memory.
     """
-    sources = {}
-    for network in group:
-        if not isinstance(network.source, Weights):
-            sources[id(network.source)] = network.source
+    sources: dict[int, Checkpoint | Average] = {}
+    for weight_set in group:
+        if not isinstance(weight_set.source, Weights):
+            sources[id(weight_set.source)] = weight_set.source
     if not any(isinstance(source, Average) for source in sources.values()):
         return {}
-    planned = [s if isinstance(s, Average) else api.alone(s) for s in sources.values()]
-    state_dicts = api.in_memory_many(planned, keep_nonfinite=keep_nonfinite, stale=False)
+    averages = []
+    for source in sources.values():
+        averages.append(source if isinstance(source, Average) else api.alone(source))
+    state_dicts = api.in_memory_many(averages, keep_nonfinite=keep_nonfinite, stale=False)
     return dict(zip(sources, state_dicts, strict=True))
 
 
-def _placed(template: nn.Module, weights: StateDict, name: str, runtime: Runtime) -> nn.Module:
+def _load_copy(template: nn.Module, weights: StateDict, name: str, runtime: Runtime) -> nn.Module:
     # Weights are loaded in training mode, since some modules merge weights when leaving it.
     model = copy.deepcopy(template)
     # Not chained: an overridden ``train`` may return None.
@@ -176,10 +192,10 @@ def _placed(template: nn.Module, weights: StateDict, name: str, runtime: Runtime
     return model
 
 
-def release(group: Iterable[Network], device: torch.device) -> None:
+def release_models(group: Iterable[WeightSet], device: torch.device) -> None:
     """Free the memory of a group's models."""
-    for network in group:
-        network.model = nn.Module()
+    for weight_set in group:
+        weight_set.model = nn.Module()
     # The allocator caches freed blocks; this returns the memory to the device.
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -20,7 +20,7 @@ from torch import nn
 
 from ckptavg.cli import main
 from ckptavg.cli.resume import Keeper
-from ckptavg.evaluation import evaluate
+from ckptavg.evaluation import session
 from ckptavg.specs import sources
 
 NET = """
@@ -179,20 +179,20 @@ def error(result: Result, code: int = 1) -> str:
 def scored(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the candidates that were scored, as they come."""
     names: list[str] = []
-    score = evaluate.score
+    score = session.score
 
     def noted(candidates: Any, *args: Any, **options: Any) -> Any:
         names.extend(f"{c.name}{' anew' * c.recompute}" for c in candidates)
         return score(candidates, *args, **options)
 
-    monkeypatch.setattr(evaluate, "score", noted)
+    monkeypatch.setattr(session, "score", noted)
     return names
 
 
 @pytest.fixture
 def one_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory for a single model."""
-    monkeypatch.setattr(evaluate, "fit", lambda *_: 1)
+    monkeypatch.setattr(session, "count_models_that_fit", lambda *_: 1)
 
 
 def interrupt_after(monkeypatch: pytest.MonkeyPatch, passes: int) -> None:

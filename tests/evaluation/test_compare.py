@@ -127,7 +127,7 @@ def test_its_notes_are_those_of_the_command_in_the_words_of_python(home):
     results = compare("run", network(), data(1))
     assert any("last.pt repeats" in note for note in results.notes)
     (cycles,) = [note for note in results.notes if "cyclical" in note]
-    assert "at_lr_min() takes the 2 at the ends" in cycles
+    assert "`.at_lr_min()` takes the 2 at the ends" in cycles
     told = command("--run", "run").stderr
     assert set(results.notes) - {cycles} <= {
         line.removeprefix("note: ").removeprefix("warning: ") for line in told.splitlines()

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from ckptavg import Candidate, evaluate, open_checkpoint, update_bn
 from ckptavg.averaging.plan import plan_average
 from ckptavg.errors import EvaluationError, ModelError, UsageError
-from ckptavg.evaluation import evaluate as evaluation
+from ckptavg.evaluation import session
 from ckptavg.evaluation.candidates import candidates_of
 from ckptavg.evaluation.results import Result, is_worse
 from ckptavg.runs.run import as_run
@@ -284,7 +284,7 @@ def test_scores_do_not_depend_on_how_many_networks_fit(monkeypatch, checkpoints,
     candidates = [*every_kind(checkpoints), average_of(checkpoints[1:], True, "another")]
     train = TensorDataset(TRAIN)
     expected = evaluate(candidates, Net(), batches(), train_loader=train, batch_size=16)
-    monkeypatch.setattr(evaluation, "count_models_that_fit", lambda *_: together)
+    monkeypatch.setattr(session, "count_models_that_fit", lambda *_: together)
     data = batches()
     found = evaluate(candidates, Net(), data, train_loader=train, batch_size=16)
     assert [r.metrics for r in found] == [r.metrics for r in expected]
@@ -296,7 +296,7 @@ def test_the_number_of_passes_is_said(monkeypatch, caplog, checkpoints):
     caplog.set_level("INFO", "ckptavg")
     evaluate(checkpoints, Net(), batches())
     assert "3 candidates, 1 pass" in caplog.text
-    monkeypatch.setattr(evaluation, "count_models_that_fit", lambda *_: 2)
+    monkeypatch.setattr(session, "count_models_that_fit", lambda *_: 2)
     evaluate(checkpoints, Net(), batches())
     assert "3 candidates, 2 passes" in caplog.text
 
@@ -327,7 +327,7 @@ ONE_PASS_DATA = {
 @pytest.mark.parametrize("data", ONE_PASS_DATA.values(), ids=ONE_PASS_DATA)
 def test_data_that_differ_from_pass_to_pass_are_an_error(monkeypatch, checkpoints, data):
     torch.manual_seed(0)
-    monkeypatch.setattr(evaluation, "count_models_that_fit", lambda *_: 1)
+    monkeypatch.setattr(session, "count_models_that_fit", lambda *_: 1)
     with pytest.raises(EvaluationError, match="pass"):
         evaluate(checkpoints, Net(), data())
 
@@ -340,7 +340,7 @@ def test_one_pass_may_have_any_order(checkpoints, data):
 def test_a_loader_that_shuffles_does_so_alike_in_each_pass(monkeypatch, checkpoints):
     loader = DataLoader(TensorDataset(X, Y), 16, shuffle=True)
     together = evaluate(checkpoints, Net(), loader)
-    monkeypatch.setattr(evaluation, "count_models_that_fit", lambda *_: 1)
+    monkeypatch.setattr(session, "count_models_that_fit", lambda *_: 1)
     apart = evaluate(checkpoints, Net(), loader)
     assert [r.metrics for r in apart] == [r.metrics for r in together]
 
@@ -672,7 +672,7 @@ def test_no_more_copies_of_the_model_live_than_fit(monkeypatch, checkpoints):
             return made
 
     most: list[int] = []
-    monkeypatch.setattr(evaluation, "count_models_that_fit", lambda *_: 1)
+    monkeypatch.setattr(session, "count_models_that_fit", lambda *_: 1)
     train = TensorDataset(TRAIN)
     evaluate(every_kind(checkpoints), Counted(), batches(), train_loader=train)
     assert max(most) == 1

@@ -16,8 +16,8 @@ from ckptavg import Candidate, evaluate
 from ckptavg.averaging.plan import plan_average
 from ckptavg.data.loaders import open_loader
 from ckptavg.errors import BatchNormError, EvaluationError, ModelError, UsageError
-from ckptavg.evaluation import evaluate as evaluation
-from ckptavg.evaluation.evaluate import score
+from ckptavg.evaluation import session
+from ckptavg.evaluation.session import score
 from ckptavg.evaluation.significance import compare
 from ckptavg.models.device import Runtime
 from ckptavg.tasks import Samples
@@ -119,7 +119,7 @@ def assert_same(found, expected):
 
 
 def fitting(monkeypatch, count):
-    monkeypatch.setattr(evaluation, "count_models_that_fit", lambda *_: count)
+    monkeypatch.setattr(session, "count_models_that_fit", lambda *_: count)
 
 
 # Groups and order
@@ -378,7 +378,7 @@ def test_processes_between_them_find_what_one_does(monkeypatch, candidates, expe
 
 def test_processes_take_the_groups_that_the_smallest_memory_holds(monkeypatch, checkpoints):
     runtime, sizes = Runtime(CPU, batch_size=SIZE), iter([4, 2])
-    monkeypatch.setattr(evaluation, "count_models_that_fit", lambda *_: next(sizes))
+    monkeypatch.setattr(session, "count_models_that_fit", lambda *_: next(sizes))
     wanted = [Candidate.of_checkpoint(c) for c in checkpoints[:4]]
 
     def work(peers):

@@ -16,7 +16,7 @@ from helpers import listing, save_states
 from launching import TORCHRUN, error_of, launch, run_alone
 from torch import nn
 
-from ckptavg.evaluation import evaluate as evaluation
+from ckptavg.evaluation import session
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="starts processes by fork")
 CLOSE = 1e-6  # relative, of figures and statistics
@@ -38,7 +38,7 @@ def synchronized():
     return nn.SyncBatchNorm.convert_sync_batchnorm(model())
 
 def tight():
-    ckptavg.evaluation.evaluate.count_models_that_fit = lambda *_: 2  # models at a time
+    ckptavg.evaluation.session.count_models_that_fit = lambda *_: 2  # models at a time
     return model()
 
 class Images(Dataset):
@@ -427,7 +427,7 @@ def test_however_a_process_fails_all_end_and_nothing_is_written(home: Path) -> N
 
 def test_what_was_interrupted_goes_on(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        evaluation, "count_models_that_fit", evaluation.count_models_that_fit
+        session, "count_models_that_fit", session.count_models_that_fit
     )  # which the model's factory changes
     command = [*ALL, *DATA, "--model", "net.py:tight", "-b", "8", "--results"]
     expected = json.loads(run_alone(*command, "alone/r.json"))

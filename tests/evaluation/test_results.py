@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptavg.evaluation.candidates import Candidate
-from ckptavg.evaluation.results import Result, Versus, is_worse
+from ckptavg.evaluation.results import Comparison, Result, is_worse
 from ckptavg.evaluation.significance import Difference
 from ckptavg.tasks import Metric, Task
 
@@ -27,7 +27,7 @@ DETAILS = st.dictionaries(
 @given(
     st.dictionaries(st.text(), FLOATS, min_size=1),
     st.sampled_from(["own", "stale", "recomputed", "none"]),
-    st.none() | st.builds(Versus, st.text(), st.text(), DIFFERENCES),
+    st.none() | st.builds(Comparison, st.text(), st.text(), DIFFERENCES),
     DETAILS,
 )
 def test_a_result_comes_back_from_json_as_it_was(metrics, bn, versus, details):
@@ -68,7 +68,7 @@ def test_json_has_the_entries_that_were_promised(tmp_path):
 
 
 def test_a_comparison_stands_in_json_with_its_test():
-    versus = Versus("last", "top1", Difference(0.2, -0.1, 0.5, 0.3, "mcnemar", 1000))
+    versus = Comparison("last", "top1", Difference(0.2, -0.1, 0.5, 0.3, "mcnemar", 1000))
     found = Result(Candidate("x", "checkpoint", (), ()), {}, "own", versus).as_json()
     assert found["versus"] == {
         "reference": "last", "metric": "top1", "difference": 0.2, "low": -0.1, "high": 0.5,

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from ckptavg.evaluation.candidates import Candidate
-from ckptavg.evaluation.results import Result, Versus
+from ckptavg.evaluation.results import Comparison, Result
 from ckptavg.evaluation.score_table import scores_html, scores_text, tabulate_scores
 from ckptavg.evaluation.significance import Difference
 from ckptavg.tasks import Metric, Task
@@ -17,7 +17,7 @@ def result(name, bn="own", *, p=None, forwards=1, metric="top1", **metrics):
     """A candidate's result; with ``p``, compared with a candidate called last."""
     versus = None
     if p is not None:
-        versus = Versus("last", metric, Difference(1.5, 0.46, 2.554, p, "mcnemar", 100))
+        versus = Comparison("last", metric, Difference(1.5, 0.46, 2.554, p, "mcnemar", 100))
     kind = "checkpoint" if forwards == 1 else "ensemble"
     candidate = Candidate(name, kind, (None,) * forwards, (1 / forwards,) * forwards)
     return Result(candidate, {"n": 100, **metrics}, bn, versus)
@@ -152,7 +152,7 @@ def test_an_ensemble_says_how_often_its_members_differ():
 def test_the_winners_line_says_what_was_compared_with_what():
     last = Candidate("epoch_9.pt (last)", "checkpoint", (None,), (1,), last=True)
     found = Difference(-0.25, -0.5, -0.125, 0.001, "bootstrap", 100)
-    versus = Versus(last.name, "nll", found)
+    versus = Comparison(last.name, "nll", found)
     results = [Result(last, {"n": 9, **scores(1)}, "own"),
                Result(result("a").candidate, {"n": 9, **scores(2)}, "own", versus)]  # fmt: skip
     line = tabulate_scores(results, Classification()).legend[0]

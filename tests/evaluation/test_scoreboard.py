@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from ckptavg.distributed.peers import SingleProcess
 from ckptavg.errors import EvaluationError
 from ckptavg.evaluation.candidates import Candidate
-from ckptavg.evaluation.scoreboard import Board, Soundness, joined
-from ckptavg.evaluation.weight_sets import Network
+from ckptavg.evaluation.scoreboard import CandidateScore, FiniteCheck, concatenate_samples
+from ckptavg.evaluation.weight_sets import WeightSet
 from ckptavg.tasks import Samples
 from ckptavg.tasks.base import LogMean
 from ckptavg.tasks.classification import Classification
@@ -33,12 +33,12 @@ def logits_of(seed, members):
 LABELS = torch.randint(CLASSES, (N,), generator=torch.Generator().manual_seed(9))
 
 
-def networks_of(count):
-    return [Network(f"network {i}", None) for i in range(count)]
+def weight_sets_of(count):
+    return [WeightSet(f"network {i}", None) for i in range(count)]
 
 
 def board_of(members, kind="ensemble"):
-    return Board(Candidate("x", kind, (), ()), members, TASK)
+    return CandidateScore(Candidate("x", kind, (), ()), members, TASK)
 
 
 def hear(board, network, logits, batches=None):
@@ -51,7 +51,7 @@ def hear(board, network, logits, batches=None):
 
 
 def run_pass(boards, group, logits, stops=None):
-    """One pass of some networks; one that breaks off after ``stops`` batches is not committed."""
+    """One pass of some weight sets; one that breaks off after ``stops`` batches does not count."""
     for board in boards:
         board.begin()
     whole = stops is None
@@ -78,7 +78,7 @@ def assert_scores(board, probabilities):
     nll = -np.log(probabilities[range(N), labels]).mean()
     assert found["nll"] == pytest.approx(nll, rel=1e-12)
     right = (probabilities.argmax(1) == labels).tolist()
-    assert joined(board.samples).values.tolist() == right
+    assert concatenate_samples(board.samples).values.tolist() == right
 
 
 def disagreement_by_hand(answers):
@@ -93,12 +93,12 @@ def disagreement_by_hand(answers):
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_passes_and_retries_in_any_number_count_every_member_once(data):
-    """Members may be named twice; a board may hear of networks that are none of its own."""
+    """Members may be named twice; a board may hear of weight_sets that are none of its own."""
     count = data.draw(st.integers(1, 5))
-    networks = networks_of(count + 1)
-    members = data.draw(st.lists(st.sampled_from(networks[:count]), min_size=1, max_size=6))
-    logits = dict(zip(networks, logits_of(count, count + 1), strict=True))
-    order = data.draw(st.permutations(networks))
+    weight_sets = weight_sets_of(count + 1)
+    members = data.draw(st.lists(st.sampled_from(weight_sets[:count]), min_size=1, max_size=6))
+    logits = dict(zip(weight_sets, logits_of(count, count + 1), strict=True))
+    order = data.draw(st.permutations(weight_sets))
     cuts = sorted(data.draw(st.sets(st.integers(1, count), max_size=count)))
     board = board_of(members)
     single = board_of([members[0]], "checkpoint")
@@ -118,9 +118,9 @@ def test_passes_and_retries_in_any_number_count_every_member_once(data):
 
 
 def test_a_board_is_complete_when_all_of_its_members_have_seen_all_of_the_data():
-    first, second = networks = networks_of(2)
-    logits = dict(zip(networks, logits_of(0, 2), strict=True))
-    board = board_of(networks)
+    first, second = weight_sets = weight_sets_of(2)
+    logits = dict(zip(weight_sets, logits_of(0, 2), strict=True))
+    board = board_of(weight_sets)
     run_pass([board], [first, second], logits, stops=2)
     assert not board.complete
     run_pass([board], [second], logits)
@@ -130,8 +130,8 @@ def test_a_board_is_complete_when_all_of_its_members_have_seen_all_of_the_data()
 
 
 def test_a_complete_board_is_left_alone_by_later_passes():
-    first, second = networks = networks_of(2)
-    logits = dict(zip(networks, logits_of(0, 2), strict=True))
+    first, second = weight_sets = weight_sets_of(2)
+    logits = dict(zip(weight_sets, logits_of(0, 2), strict=True))
     board = board_of([first], "checkpoint")
     run_pass([board], [first], logits)
     expected = board.scores.compute()
@@ -143,24 +143,24 @@ def test_a_complete_board_is_left_alone_by_later_passes():
 
 def test_what_waits_for_further_members_leaves_the_device_batch_by_batch(monkeypatch):
     """All of the outputs of a pass would not fit there."""
-    networks = networks_of(3)
-    logits = dict(zip(networks, logits_of(0, 3), strict=True))
-    board, offloaded = board_of(networks), []
+    weight_sets = weight_sets_of(3)
+    logits = dict(zip(weight_sets, logits_of(0, 3), strict=True))
+    board, offloaded = board_of(weight_sets), []
     monkeypatch.setattr(LogMean, "offload", lambda mean: offloaded.append(mean.members))
     board.begin()
     for number in range(2):
-        for network in networks[:2]:
+        for network in weight_sets[:2]:
             hear(board, network, logits[network], [number])
         assert len(offloaded) == number
         board.end_batch(number)
     assert offloaded == [2, 2]
-    hear(board, networks[2], logits[networks[2]], [0])
+    hear(board, weight_sets[2], logits[weight_sets[2]], [0])
     board.end_batch(0)
     assert offloaded == [2, 2]  # it is complete
 
 
 def test_only_an_ensemble_tells_disagreement():
-    network = networks_of(1)
+    network = weight_sets_of(1)
     logits = {network[0]: logits_of(0, 1)[0]}
     board = board_of(network, "checkpoint")
     run_pass([board], network, logits)
@@ -168,16 +168,16 @@ def test_only_an_ensemble_tells_disagreement():
 
 
 def test_disagreement_by_hand():
-    networks = networks_of(3)
+    weight_sets = weight_sets_of(3)
     answers = torch.tensor([[0] * N, [0] * N, [0] * (N - 3) + [1, 1, 2]])
-    logits = dict(zip(networks, torch.nn.functional.one_hot(answers, 3) * 5.0, strict=True))
+    logits = dict(zip(weight_sets, torch.nn.functional.one_hot(answers, 3) * 5.0, strict=True))
     global_labels = LABELS.clamp(max=2)
-    board = board_of(networks)
+    board = board_of(weight_sets)
     board.begin()
-    for network in networks:
+    for network in weight_sets:
         found = TASK.predict(logits[network], global_labels)
         board.add(0, network, found, TASK.samples(found, global_labels), global_labels)
-    board.commit(networks)
+    board.commit(weight_sets)
     assert board.details()["disagreement"] == pytest.approx(2 * 3 / (3 * N))
     assert board.details()["not_unanimous"] == pytest.approx(3 / N)
 
@@ -196,7 +196,7 @@ def figures(details):
 @pytest.mark.parametrize("kind", ["checkpoint", "ensemble"])
 def test_processes_merge_to_what_one_would_have_found(kind, count):
     """With six processes and four batches, two of them have none."""
-    members = networks_of(1 if kind == "checkpoint" else 3)
+    members = weight_sets_of(1 if kind == "checkpoint" else 3)
     logits = dict(zip(members, logits_of(1, len(members)), strict=True))
     whole = board_of(members, kind)
     run_pass([whole], members, logits)
@@ -216,12 +216,16 @@ def test_processes_merge_to_what_one_would_have_found(kind, count):
     for board in together(count, work):
         assert board.scores.compute() == pytest.approx(whole.scores.compute(), rel=1e-12)
         assert figures(board.details()) == pytest.approx(figures(whole.details()), rel=1e-12)
-        assert torch.equal(joined(board.samples).values, joined(whole.samples).values)
+        assert torch.equal(
+            concatenate_samples(board.samples).values, concatenate_samples(whole.samples).values
+        )
 
 
 def test_samples_with_weights_are_merged_in_the_order_of_the_batches():
     def work(peers):
-        board = Board(Candidate("x", "checkpoint", (), ()), networks_of(1), Regression())
+        board = CandidateScore(
+            Candidate("x", "checkpoint", (), ()), weight_sets_of(1), Regression()
+        )
         for number in range(2 if peers.rank == 0 else 1):
             at = float(number * peers.world_size + peers.rank)
             board.samples[number] = Samples(
@@ -231,7 +235,7 @@ def test_samples_with_weights_are_merged_in_the_order_of_the_batches():
                 scale=3.0,
             )
         board.merge(peers)
-        return joined(board.samples)
+        return concatenate_samples(board.samples)
 
     for found in together(2, work):
         assert found.values.tolist() == [0, 0.5, 1, 1.5, 2, 2.5]
@@ -241,38 +245,38 @@ def test_samples_with_weights_are_merged_in_the_order_of_the_batches():
 
 
 def test_a_process_by_itself_has_nothing_to_merge():
-    board = board_of(networks_of(1), "checkpoint")
+    board = board_of(weight_sets_of(1), "checkpoint")
     scores = board.scores
     board.merge(SingleProcess())
     assert board.scores is scores
 
 
 def test_processes_without_any_samples_have_none_to_compare():
-    board = board_of(networks_of(1), "checkpoint")
+    board = board_of(weight_sets_of(1), "checkpoint")
     board.merge(Echo(0, 2))
-    assert joined(board.samples) is None
+    assert concatenate_samples(board.samples) is None
     with pytest.raises(EvaluationError, match="data is empty"):
         board.scores.compute()
 
 
-# Soundness
+# FiniteCheck
 
 GOOD, BAD = torch.tensor(True), torch.tensor(False)
 
 
 @settings(max_examples=60)
 @given(st.integers(1, 4), st.integers(1, 4), st.data())
-def test_the_network_whose_outputs_are_not_finite_is_named(batches, networks, data):
-    bad = data.draw(st.tuples(st.integers(0, batches - 1), st.integers(0, networks - 1)))
-    soundness, ended = Soundness(), []
+def test_the_network_whose_outputs_are_not_finite_is_named(batches, weight_sets, data):
+    bad = data.draw(st.tuples(st.integers(0, batches - 1), st.integers(0, weight_sets - 1)))
+    finite_check, ended = FiniteCheck(), []
 
     def look():
         for batch in range(batches):
-            for network in range(networks):
-                soundness.add(f"network {network}", BAD if (batch, network) == bad else GOOD)
-            soundness.end_batch()
+            for network in range(weight_sets):
+                finite_check.add(f"network {network}", BAD if (batch, network) == bad else GOOD)
+            finite_check.end_batch()
             ended.append(batch)
-        soundness.end()
+        finite_check.end()
 
     with pytest.raises(EvaluationError, match=f"^network {bad[1]}: the outputs are not finite"):
         look()
@@ -280,27 +284,27 @@ def test_the_network_whose_outputs_are_not_finite_is_named(batches, networks, da
 
 
 def test_finite_outputs_are_no_error():
-    soundness = Soundness()
-    soundness.end()
+    finite_check = FiniteCheck()
+    finite_check.end()
     for _ in range(3):
-        soundness.add("a", GOOD)
-        soundness.end_batch()
-    soundness.end()
+        finite_check.add("a", GOOD)
+        finite_check.end_batch()
+    finite_check.end()
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_flags_on_a_gpu_are_not_waited_for():
-    soundness = Soundness()
+    finite_check = FiniteCheck()
     busy = torch.randn(4096, 4096, device="cuda")
     for _ in range(3):
         for _ in range(50):
             busy = (busy @ busy).clamp(-1, 1)
-        soundness.add("a", torch.isfinite(busy).all())
+        finite_check.add("a", torch.isfinite(busy).all())
         done = torch.cuda.current_stream().record_event()
-        soundness.end_batch()
+        finite_check.end_batch()
         assert not done.query()
-    soundness.add("b", torch.isinf(busy).all())
-    soundness.end_batch()
+    finite_check.add("b", torch.isinf(busy).all())
+    finite_check.end_batch()
     with pytest.raises(EvaluationError, match="b: the outputs"):
-        soundness.end()
+        finite_check.end()

@@ -16,7 +16,7 @@ from ckptavg.averaging.api import alone, in_memory, in_memory_many
 from ckptavg.averaging.plan import Average, plan_average
 from ckptavg.errors import ModelError
 from ckptavg.evaluation.candidates import Candidate
-from ckptavg.evaluation.weight_sets import Networks, load, release
+from ckptavg.evaluation.weight_sets import WeightSets, load_models, release_models
 from ckptavg.models.device import Runtime
 from ckptavg.runs.run import as_run
 
@@ -67,9 +67,9 @@ def test_a_checkpoint_is_one_network_however_often_it_is_needed(checkpoints):
         ensemble(checkpoints, [1, 2]),
         Candidate.of_checkpoint(again),
     ]
-    networks = Networks(candidates)
-    assert len(networks) == 3
-    one, many, few, reopened = networks.members
+    weight_sets = WeightSets(candidates)
+    assert len(weight_sets) == 3
+    one, many, few, reopened = weight_sets.members
     assert one == reopened == [many[1]] == [few[0]]
     assert many[0] is many[2]
 
@@ -77,16 +77,16 @@ def test_a_checkpoint_is_one_network_however_often_it_is_needed(checkpoints):
 def test_other_weights_of_one_file_are_another_network(tmp_path):
     path = save(tmp_path / "two.pt", {"w": torch.ones(1)}, ema={"w": torch.zeros(1)})
     candidates = [Candidate.of_checkpoint(open_checkpoint(path, k)) for k in ("state_dict", "ema")]
-    assert len(Networks(candidates)) == 2
+    assert len(WeightSets(candidates)) == 2
 
 
-def test_networks_whose_statistics_are_recomputed_come_together(checkpoints):
+def test_weight_sets_whose_statistics_are_recomputed_come_together(checkpoints):
     candidates = [
         candidate
         for place in range(4)
         for candidate in (single(checkpoints, place), average(checkpoints, [place], recompute=True))
     ]
-    groups = Networks(candidates).groups(4)
+    groups = WeightSets(candidates).groups(4)
     assert [[network.recompute for network in group] for group in groups] == [
         [True] * 4,
         [False] * 4,
@@ -99,7 +99,7 @@ def test_an_average_is_one_network_as_it_is_and_another_recomputed(checkpoints):
         Candidate.of_average(planned, name, recompute=recompute)
         for name, recompute in (("a", False), ("b", True), ("c", False))
     )
-    members = Networks([stale, fresh, again]).members
+    members = WeightSets([stale, fresh, again]).members
     assert members[0] == members[2] != members[1]
     assert members[1][0].recompute
 
@@ -130,30 +130,30 @@ def candidate_of(checkpoints, asked):
 @settings(max_examples=80, deadline=None)
 @given(asked=ASKED, size=st.integers(0, 12))
 def test_every_network_is_in_one_group_and_no_group_is_too_large(checkpoints, asked, size):
-    networks = Networks([candidate_of(checkpoints, one) for one in asked])
-    groups = networks.groups(size)
+    weight_sets = WeightSets([candidate_of(checkpoints, one) for one in asked])
+    groups = weight_sets.groups(size)
     in_groups = [id(network) for group in groups for network in group]
-    assert sorted(in_groups) == sorted(map(id, networks))
+    assert sorted(in_groups) == sorted(map(id, weight_sets))
     assert all(1 <= len(group) <= max(1, size) for group in groups)
-    longest = max(networks.members, key=len)
+    longest = max(weight_sets.members, key=len)
     if len({*longest}) <= size:
         assert sum(not {*longest}.isdisjoint(group) for group in groups) == 1
 
 
 @settings(max_examples=30, deadline=None)
 @given(count=st.integers(1, COUNT), size=st.integers(1, 10))
-def test_single_networks_fill_as_few_groups_as_can_be(checkpoints, count, size):
-    networks = Networks([single(checkpoints, place) for place in range(count)])
-    assert len(networks.groups(size)) == -(-count // size)
+def test_single_weight_sets_fill_as_few_groups_as_can_be(checkpoints, count, size):
+    weight_sets = WeightSets([single(checkpoints, place) for place in range(count)])
+    assert len(weight_sets.groups(size)) == -(-count // size)
 
 
 @pytest.mark.parametrize("first", [True, False])
 def test_ensembles_stay_together_where_they_fit(checkpoints, first):
     ensembles = [ensemble(checkpoints, places) for places in ([0, 1, 2], [3, 4, 5], [6, 7])]
     singles = [single(checkpoints, place) for place in range(COUNT)]
-    networks = Networks([*ensembles, *singles] if first else [*singles, *ensembles])
-    groups = networks.groups(4)
-    for members in networks.members:
+    weight_sets = WeightSets([*ensembles, *singles] if first else [*singles, *ensembles])
+    groups = weight_sets.groups(4)
+    for members in weight_sets.members:
         assert sum(not {*members}.isdisjoint(group) for group in groups) == 1
 
 
@@ -161,9 +161,9 @@ def test_ensembles_stay_together_where_they_fit(checkpoints, first):
 
 
 def loaded(candidates, **how):
-    networks = Networks(candidates)
-    group = [*networks]
-    load(group, template(), CPU, **how)
+    weight_sets = WeightSets(candidates)
+    group = [*weight_sets]
+    load_models(group, template(), CPU, **how)
     return group
 
 
@@ -228,9 +228,9 @@ def test_an_average_has_the_bits_that_it_has_alone(checkpoints, selections):
 def test_each_network_has_its_own_weights_in_evaluation_mode(checkpoints):
     one = template()
     before = copy.deepcopy(one.state_dict())
-    networks = Networks([single(checkpoints, 2), ensemble(checkpoints, [3, 4])])
-    group = [*networks]
-    load(group, one.train(), CPU)
+    weight_sets = WeightSets([single(checkpoints, 2), ensemble(checkpoints, [3, 4])])
+    group = [*weight_sets]
+    load_models(group, one.train(), CPU)
     for network, state in zip(group, STATES[2:5], strict=True):
         assert all(torch.equal(v, state[k]) for k, v in network.model.state_dict().items())
         assert not network.model.training
@@ -239,7 +239,7 @@ def test_each_network_has_its_own_weights_in_evaluation_mode(checkpoints):
     assert all(torch.equal(v, before[k]) for k, v in one.state_dict().items())
 
 
-def test_one_average_in_two_networks_is_two_models(checkpoints):
+def test_one_average_in_two_weight_sets_is_two_models(checkpoints):
     planned = plan_average(checkpoints)
     stale, fresh = loaded(
         [Candidate.of_average(planned, str(r), recompute=r) for r in (False, True)]
@@ -251,7 +251,7 @@ def test_one_average_in_two_networks_is_two_models(checkpoints):
 def test_models_are_given_back_after_the_pass(checkpoints):
     group = loaded([single(checkpoints, 0), average(checkpoints, [1, 2])])
     models = [weakref.ref(network.model) for network in group]
-    release(group, CPU.device)
+    release_models(group, CPU.device)
     gc.collect()
     assert [model() for model in models] == [None, None]
 

@@ -20,7 +20,7 @@ from ckptavg.averaging import api
 from ckptavg.averaging.plan import plan_average
 from ckptavg.data.token_windows import IGNORED, Windows
 from ckptavg.errors import EvaluationError
-from ckptavg.evaluation import evaluate as evaluation
+from ckptavg.evaluation import session
 from ckptavg.models.load import load_into
 from ckptavg.runs.run import as_run
 from ckptavg.specs.sources import make_model
@@ -645,7 +645,7 @@ def test_a_saved_model_is_scored_as_it_was(tmp_path, make):
 @pytest.mark.parametrize("at_a_time", [1, 2, 5])
 def test_candidates_are_scored_by_hand_however_many_go_together(tmp_path, monkeypatch, at_a_time):
     """Two checkpoints, their average and their ensemble, whose accuracy needs one pass."""
-    monkeypatch.setattr(evaluation, "count_models_that_fit", lambda *_: at_a_time)
+    monkeypatch.setattr(session, "count_models_that_fit", lambda *_: at_a_time)
     models, data = [Bigrams(seed=seed) for seed in range(2)], windows(60, 9, 4)
     paths = [tmp_path / f"{i}.pt" for i in range(2)]
     for model, path in zip(models, paths, strict=True):

@@ -228,7 +228,8 @@ def _score(
     if not keeper.missing:
         return keeper.merged([])
     from ckptavg.cli import build  # noqa: PLC0415
-    from ckptavg.evaluation import evaluate as evaluation  # noqa: PLC0415
+    from ckptavg.evaluation import session  # noqa: PLC0415
+    from ckptavg.evaluation.evaluate import note_idle_training  # noqa: PLC0415
 
     running = options.running
     forward = build.build_forward(running)
@@ -237,11 +238,11 @@ def _score(
     if any(candidate.recompute for candidate in keeper.missing):
         training = build.open_training_data(running, source, runtime, processes)
     elif running.training.spec:
-        evaluation.note_idle_training(keeper.missing)
+        note_idle_training(keeper.missing)
     data = build.open_evaluation_data(running, source, runtime, processes)
     _warn_of_training_data(running, data, training)
     with report.samples_progress() as progress:
-        scored = evaluation.score(
+        scored = session.score(
             keeper.missing, model, data, runtime, training, task=task, forward=forward,
             progress=progress, keep_nonfinite=options.tensors.keep_nonfinite, peers=processes,
             on_results=keeper.keep_so_far, exclude=running.statistics.exclude,
@@ -360,10 +361,10 @@ def _make_candidates(options: EvaluationOptions) -> list[Candidate]:
 
 def _recorders(candidates: Sequence[Candidate]) -> list[Checkpoint]:
     """Return checkpoints that may record the model: the baseline first, then the named files."""
-    from ckptavg.evaluation.candidates import reference_of  # noqa: PLC0415
+    from ckptavg.evaluation.candidates import baseline_of  # noqa: PLC0415
 
     by_path: dict[str, Checkpoint] = {}
-    baseline = reference_of(candidates)
+    baseline = baseline_of(candidates)
     for candidate in (baseline, *candidates):
         is_file = candidate.kind == "checkpoint" and not candidate.average
         if candidate.checkpoints and (is_file or candidate is baseline):

@@ -1,0 +1,350 @@
+"""Scoring of candidates in as few passes over the data as memory allows.
+
+As many weight sets as fit in memory share a pass: weights are read (averages from the stream),
+statistics recomputed over the training data where needed, and outputs scored. The models stay on
+the device throughout. Outputs of an ensemble's members are computed once and shared with members
+that are candidates themselves.
+"""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ckptavg.averaging.lora import exact_mean
+from ckptavg.batchnorm.statistics_pass import recompute_statistics
+from ckptavg.data.loaders import require_reiterable
+from ckptavg.data.prefetch import prefetch_to_device, with_progress
+from ckptavg.display.progress import PhaseProgress
+from ckptavg.distributed.peers import Peers, SingleProcess
+from ckptavg.errors import EvaluationError, UsageError
+from ckptavg.evaluation.candidates import Candidate, baseline_of, layers_of
+from ckptavg.evaluation.results import Comparison, Result
+from ckptavg.evaluation.scoreboard import CandidateScore, FiniteCheck, concatenate_samples
+from ckptavg.evaluation.significance import compare
+from ckptavg.evaluation.weight_sets import WeightSet, WeightSets, load_models, release_models
+from ckptavg.formats.running_statistics import LAYERS, match_layers
+from ckptavg.models import malloc
+from ckptavg.models.batches import Batches, Forward, bytes_of, map_tensors, tensors_of
+from ckptavg.models.device import Runtime, count_models_that_fit
+from ckptavg.models.load import unwrap_distributed
+from ckptavg.models.memory_format import MemoryFormat
+from ckptavg.models.oom_retry import OomSynchronizedPeers, log_pass_count, run_in_groups_that_fit
+from ckptavg.tasks import Task
+from ckptavg.tasks.classification import Classification
+
+
+def score(
+    candidates: Sequence[Candidate],
+    model: nn.Module,
+    data: Batches,
+    runtime: Runtime,
+    training: Batches | None = None,
+    *,
+    task: Task | None = None,
+    forward: Forward | None = None,
+    exclude: str | Sequence[str] = (),
+    keep_nonfinite: bool = False,
+    progress: PhaseProgress | None = None,
+    peers: Peers | None = None,
+    on_results: Callable[[Sequence[Result]], None] | None = None,
+) -> list[Result]:
+    """Score candidates as ``evaluate`` does, in the same order, on loaders that are open already.
+
+    Args:
+        candidates: The candidates to score.
+        model: As for ``evaluate``.
+        data: This process's batches of the evaluation data.
+        runtime: Device, precision and batch size of the models.
+        training: This process's batches of the training data; None without any.
+        task: As for ``evaluate``.
+        forward: As for ``evaluate``.
+        exclude: As for ``evaluate``.
+        keep_nonfinite: As for ``evaluate``.
+        progress: Called as ``progress(phase, done, total)`` in samples; total is 0 where unknown.
+        peers: The processes that share the data; this process alone where None.
+        on_results: Called after each pass with the results so far, once the baseline is scored.
+
+    Raises:
+        UsageError: There are no candidates, or recomputing lacks training data.
+        CkptavgError: As for ``evaluate``.
+    """
+    if not candidates:
+        raise UsageError("there is nothing to evaluate")
+    exact_mean.require_models(
+        checkpoint for candidate in candidates for checkpoint in candidate.checkpoints
+    )
+    if training is None and any(c.recompute for c in candidates):
+        raise UsageError("recomputing statistics needs training data (`train_loader`)")
+    peers = peers or SingleProcess()
+    session = _Session(
+        candidates, unwrap_distributed(model), runtime, task or Classification(), peers
+    )
+    session.forward = forward
+    session.progress = progress or session.progress
+    session.keep_nonfinite = keep_nonfinite
+    if exclude:
+        session.excluded = match_layers(exclude, layers_of(candidates))
+    with malloc.keep_freed_memory(runtime.device):
+        return session.run(data, training, on_results or (lambda _: None))
+
+
+class _Session:
+    """One evaluation: candidates, their weight sets and the passes over the data."""
+
+    def __init__(
+        self,
+        candidates: Sequence[Candidate],
+        model: nn.Module,
+        runtime: Runtime,
+        task: Task,
+        peers: Peers,
+    ) -> None:
+        self.candidates = candidates
+        self.model = model
+        self.runtime = runtime
+        self.task = task
+        self.peers = OomSynchronizedPeers(peers)
+        self.forward: Forward | None = None
+        self.progress: PhaseProgress = lambda *_: None
+        self.keep_nonfinite = False
+        self.excluded: Collection[str] = ()
+        self.weight_sets = WeightSets(candidates)
+        self.scores: list[CandidateScore] = []
+        for candidate, members in zip(candidates, self.weight_sets.members, strict=True):
+            self.scores.append(CandidateScore(candidate, members, task))
+        baseline = baseline_of(candidates)
+        self.baseline = next(score for score in self.scores if score.candidate is baseline)
+        self.memory_format = MemoryFormat(model, runtime.device, scoring=True)
+        # One checksum per batch of the first pass, to recognize other data in later passes.
+        self.fingerprints: list[int] = []
+        self.results: dict[CandidateScore, Result] = {}
+
+    def run(
+        self,
+        data: Batches,
+        training: Batches | None,
+        on_results: Callable[[Sequence[Result]], None],
+    ) -> list[Result]:
+        """Run one pass per group of weight sets.
+
+        Args:
+            data: This process's batches of the evaluation data.
+            training: This process's batches of the training data; None without any.
+            on_results: Called with the results so far, once the baseline is scored.
+        """
+        if self.peers.world_size > 1:
+            _require_state(self.task)
+        # All processes must form the same groups, so the smallest device decides.
+        size = min(self.peers.gather(count_models_that_fit(self.model, self.runtime.device)))
+        # The baseline is scored first, since the other results include a comparison with it.
+        baseline_members = set(self.baseline.members)
+        groups = sorted(self.weight_sets.groups(size), key=baseline_members.isdisjoint)
+        log_pass_count(len(self.candidates), len(groups))
+        data = require_reiterable(data, len(groups))
+        if training is not None:
+            training_passes = sum(_recomputes(group) for group in groups)
+            training = require_reiterable(training, training_passes)
+        results: list[Result] = []
+
+        def run_pass(group: Sequence[WeightSet], number: int, of: int) -> None:
+            """Score one group and publish the results so far."""
+            numbering = ""
+            if of > 1:
+                numbering = f", pass {number} of {of}"
+            try:
+                self._pass(group, data, training, numbering)
+            finally:
+                # Also after an out-of-memory error: the repeated pass needs the memory.
+                release_models(group, self.runtime.device)
+            results[:] = self._results(group)
+            if self.baseline in self.results:
+                on_results([*results])
+
+        run_in_groups_that_fit(groups, run_pass, self.runtime, self.peers)
+        return results
+
+    def _pass(
+        self,
+        group: Sequence[WeightSet],
+        data: Batches,
+        training: Batches | None,
+        numbering: str,
+    ) -> None:
+        """Load the models of a group, recompute statistics where needed, and score."""
+        load_models(group, self.model, self.runtime, keep_nonfinite=self.keep_nonfinite)
+        if training is not None and _recomputes(group):
+            self._recompute(group, self._counted(training, f"BatchNorm{numbering}"))
+        # A pass that ran out of memory is repeated; ``begin`` discards its partial scores.
+        for score in self.scores:
+            score.begin()
+        self._score(group, self._counted(data, f"evaluation{numbering}"))
+        self.peers.agree()
+        for score in self.scores:
+            score.commit(group)
+
+    def _recompute(self, group: Sequence[WeightSet], training: Batches) -> None:
+        """Recompute the statistics of the weight sets that ask for it."""
+        chosen = [weight_set for weight_set in group if weight_set.recompute]
+        recomputed = recompute_statistics(
+            [weight_set.model for weight_set in chosen],
+            [weight_set.describe_statistics() for weight_set in chosen],
+            self.excluded,
+            training,
+            self.runtime,
+            self._forward_on_batch,
+            self.peers,
+        )
+        for weight_set, (_, statistics) in zip(chosen, recomputed, strict=True):
+            weight_set.statistics = statistics
+
+    def _counted(self, batches: Batches, phase: str) -> Batches:
+        return with_progress(
+            batches, functools.partial(self.progress, phase), self.peers, self.runtime.seed
+        )
+
+    def _forward_on_batch(self, model: nn.Module, batch: Any) -> Any:
+        if self.forward is not None:
+            return self.forward(model, batch)
+        return self.task.run(model, batch)
+
+    def _score(self, group: Sequence[WeightSet], batches: Batches) -> None:
+        """Score a group over the evaluation data, which must be the same in every pass."""
+        for weight_set in group:
+            self.memory_format.place(weight_set.model)
+        fingerprints: list[int] = []
+        finite_check = FiniteCheck()
+        for number, batch in enumerate(prefetch_to_device(batches, self.runtime.device)):
+            # Targets as loaded are on the host, so a checksum does not wait for the device.
+            host_targets = self.task.part(self.model, batch.loaded)[1]
+            fingerprints.append(_fingerprint(host_targets))
+            if self.fingerprints and self.fingerprints[number : number + 1] != fingerprints[-1:]:
+                raise _another_order()
+            inputs, targets = self.task.part(self.model, batch.on_device)
+            if self.forward is not None:
+                inputs = batch.on_device
+            parts = _Parts(number, self.memory_format.to_device(inputs), targets, host_targets)
+            for weight_set in group:
+                self._score_batch(weight_set, parts, finite_check)
+            for score in self.scores:
+                score.end_batch(number)
+            finite_check.end_batch()
+        finite_check.end()
+        if self.fingerprints and len(fingerprints) != len(self.fingerprints):
+            raise _another_order()
+        self.fingerprints = fingerprints
+
+    def _score_batch(self, weight_set: WeightSet, batch: _Parts, finite_check: FiniteCheck) -> None:
+        run = self.forward or self.task.forward
+
+        def forward(inputs: Any) -> Any:
+            """Run the model on inputs under autocast."""
+            with self.runtime.autocast():
+                return run(weight_set.model, inputs)
+
+        with torch.inference_mode():
+            outputs = self.task.watch(
+                lambda: self.memory_format.run(forward, weight_set.model, batch.inputs)
+            )
+            self.task.check(outputs, batch.host_targets)
+            predictions = self.task.predict(outputs, batch.targets)
+            # Predictions are on the CPU if the device lacks float64.
+            targets = map_tensors(batch.targets, lambda tensor: tensor.to(predictions.device))
+            finite_check.add(weight_set.name, self.task.is_finite(predictions))
+            samples = self.task.samples(predictions, targets)
+            for score in self.scores:
+                score.add(batch.number, weight_set, predictions, samples, targets)
+
+    def _results(self, group: Sequence[WeightSet]) -> list[Result]:
+        """Return the results of all candidates that are complete so far."""
+        complete = [score for score in self.scores if score.complete]
+        for score in complete:
+            if not score.finished.isdisjoint(group):
+                score.merge(self.peers)
+        baseline = self.baseline if self.baseline.complete else None
+        for score in complete:
+            result = self.results.get(score)
+            # Results from before the baseline was scored lack a comparison and are made again.
+            if result is None or (result.versus is None and baseline is not None):
+                self.results[score] = self._result(score, baseline)
+        return [self.results[score] for score in complete]
+
+    def _result(self, score: CandidateScore, baseline: CandidateScore | None) -> Result:
+        metrics = score.scores.compute()
+        details = score.details()
+        missing = {"n", self.task.metrics[0].key} - metrics.keys()
+        if missing:
+            raise EvaluationError(
+                f"the scores of {type(self.task).__name__} lack {', '.join(sorted(missing))}",
+                "Let compute() return metrics by their keys, and n, the number of samples.",
+            )
+        state, layers = score.describe_statistics()
+        if layers:
+            details = details | {LAYERS: layers}
+        return Result(score.candidate, metrics, state, self._compare(score, baseline), details)
+
+    def _compare(self, score: CandidateScore, baseline: CandidateScore | None) -> Comparison | None:
+        if baseline is None or score is baseline:
+            return None
+        samples = concatenate_samples(score.samples)
+        baseline_samples = concatenate_samples(baseline.samples)
+        if samples is None or baseline_samples is None:
+            return None
+        difference = compare(samples, baseline_samples, seed=self.runtime.seed)
+        metric = samples.metric or self.task.metrics[0].key
+        return Comparison(baseline.candidate.name, metric, difference.scaled(samples.scale))
+
+
+def _recomputes(group: Sequence[WeightSet]) -> bool:
+    """Return True if statistics of a group are to be recomputed."""
+    return any(weight_set.recompute for weight_set in group)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Parts of a batch.
+
+    Attributes:
+        number: Position of the batch in the pass.
+        inputs: Argument of the forward function, on the device.
+        targets: Targets on the device.
+        host_targets: Targets as the loader yielded them.
+    """
+
+    number: int
+    inputs: Any
+    targets: Any
+    host_targets: Any
+
+
+def _fingerprint(targets: Any) -> int:
+    """Compute a checksum of targets, to recognize passes over different data."""
+    checksum = 0
+    for tensor in tensors_of(targets):
+        checksum = zlib.crc32(bytes_of(tensor), checksum)
+    return checksum
+
+
+def _require_state(task: Task) -> None:
+    """Make sure that the scores of a task can be merged across processes."""
+    scores = task.scores()
+    missing = [name for name in ("state", "merge") if not hasattr(scores, name)]
+    if missing:
+        raise EvaluationError(
+            f"the scores of {type(task).__name__} have no {' and no '.join(missing)}, "
+            "which several processes need to share scores",
+            "Define these methods, or start a single process.",
+        )
+
+
+def _another_order() -> EvaluationError:
+    return EvaluationError(
+        "the data loader gives other samples, or another order, in each pass",
+        "Use shuffle=False to evaluate.",
+    )
