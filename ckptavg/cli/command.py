@@ -108,6 +108,8 @@ def _report(function: Callable[..., Any]) -> Callable[..., Any]:
         **values: Any,
     ) -> Any:
         """Call the function with a report."""
+        from ckptavg.specs.user_modules import keep_imports  # noqa: PLC0415 - not for help
+
         verbosity = -1 if quiet else verbose
         report = launcher.open_report(as_json=as_json, verbosity=verbosity)
         with (
@@ -118,6 +120,7 @@ def _report(function: Callable[..., Any]) -> Callable[..., Any]:
             report.notes(),
             silence_libraries(verbose=bool(verbose)),
             _limited(threads),
+            keep_imports(),
         ):
             # Nothing here converts tensors to NumPy.
             warnings.filterwarnings("ignore", "Failed to initialize NumPy")

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import inspect
 import os
-import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +15,13 @@ from typing import Any
 from ckptavg.errors import SpecError, UsageError
 from ckptavg.errors.spelling import close_names, did_you_mean
 from ckptavg.specs.arguments import Arguments, fit_arguments
-from ckptavg.specs.user_modules import import_file, imports_from, is_library
+from ckptavg.specs.user_modules import (
+    import_file,
+    import_module_by_name,
+    imports_from,
+    is_library,
+    users_code,
+)
 
 _OWN_CODE = "package.module:factory or path/file.py:factory"
 _DEBUG = "--debug shows where."
@@ -133,12 +137,9 @@ def _takes(function: Callable[..., Any], count: int) -> bool:
 
 
 def _module(name: str) -> ModuleType:
-    # A console script has its own directory on sys.path, not the working directory.
-    if (directory := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, directory)
     try:
-        with _own_output():
-            return importlib.import_module(name)
+        with users_code():
+            return import_module_by_name(name)
     except ModuleNotFoundError as error:
         # The module itself was found, and fails on an import of its own.
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
@@ -157,7 +158,7 @@ def _module_from_file(path: Path) -> ModuleType:
         remedy = did_you_mean([str(path.with_name(name)) for name in near]) or "Check the path."
         raise SpecError(f"the file {path} does not exist", remedy)
     try:
-        with _own_output():
+        with users_code():
             return import_file(path)
     # A script without a main guard may end the program on import.
     except (Exception, SystemExit) as error:
@@ -169,13 +170,6 @@ def _python_files(directory: Path) -> list[str]:
         return [path.name for path in directory.iterdir() if path.suffix == ".py"]
     except OSError:
         return []
-
-
-@contextlib.contextmanager
-def _own_output() -> Iterator[None]:
-    """Redirect the output of users' code to stderr, since stdout is for results."""
-    with contextlib.redirect_stdout(sys.stderr):
-        yield
 
 
 def _imports_for(spec: str) -> AbstractContextManager[Any]:
@@ -267,7 +261,7 @@ def call_named(
     except SpecError as error:
         raise SpecError(f"{spec}: {error.message}", error.remedy) from error
     try:
-        with _own_output(), _imports_for(spec):
+        with users_code(), _imports_for(spec):
             return factory(*args, **keywords)
     # An error of ckptavg's own has a better remedy than the general one below.
     except SpecError:

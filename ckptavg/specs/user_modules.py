@@ -11,8 +11,17 @@ import os
 import re
 import sys
 import sysconfig
+import threading
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import (
+    AbstractContextManager,
+    contextmanager,
+    nullcontext,
+    redirect_stdout,
+    suppress,
+)
+from contextvars import ContextVar
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, SourceFileLoader
@@ -24,16 +33,58 @@ import ckptavg
 
 # Makes this module a package, whose submodules ``_Finder`` finds.
 __path__: list[str] = []
+# Held while users' code is imported or called: threads share ``sys.path`` and ``sys.modules``.
+_lock = threading.RLock()
+# Directories that this module has added to ``sys.path``, by the number of contexts that need each.
+_added: Counter[str] = Counter()
+# Directories that the current context of ``keep_imports`` needs; None outside such a context.
+_needed: ContextVar[set[str] | None] = ContextVar("needed", default=None)
 _LIBRARIES = {sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")}
 _LIBRARIES.add(str(Path(ckptavg.__file__).parent))
 # Per directory, the modules whose names other modules have; out of ``sys.modules`` between imports.
 _set_aside: dict[str, dict[str, ModuleType]] = {}
 
 
+@contextmanager
+def keep_imports() -> Iterator[None]:
+    """Keep the directories of users' modules on ``sys.path`` until the context ends.
+
+    Users' functions may import neighbours when they are called, and processes that are started
+    anew import the files again. Afterwards ``sys.path`` is as before. Contexts may be nested, and
+    open in several threads at once.
+    """
+    needed: set[str] = set()
+    token = _needed.set(needed)
+    try:
+        yield
+    finally:
+        _needed.reset(token)
+        with _lock:
+            for directory in needed:
+                _release(directory)
+
+
+@contextmanager
+def users_code() -> Iterator[None]:
+    """Run users' code alone among threads, with output to stderr, since stdout is for results."""
+    with _lock, redirect_stdout(sys.stderr):
+        yield
+
+
+def import_module_by_name(name: str) -> ModuleType:
+    """Import a module, also from the working directory.
+
+    A console script has its own directory on ``sys.path`` instead.
+    """
+    with _lock, _kept():
+        _add_to_path(str(Path.cwd()), first=True)
+        return import_module(name)
+
+
 def import_file(path: Path) -> ModuleType:
     """Import a Python file, once.
 
-    The directory of the file stays on ``sys.path``, for processes that import the file again.
+    Within a context of ``keep_imports``, the directory of the file stays on ``sys.path``.
     """
     path = path.resolve()
     with imports_from(path.parent) as in_use:
@@ -56,24 +107,23 @@ def imports_from(home: Path) -> Iterator[Collection[str]]:
         imported.
     """
     home = home.resolve()
-    _add_to_path(str(home))
-    names = {name for name in _list_modules(home) if _is_in_use(name, home)}
-    displaced = _take_out(names)
-    outer = _FINDER.siblings
-    _FINDER.siblings = {n: home / f"{n}.py" for n in names if (home / f"{n}.py").is_file()}
-    own_modules = _set_aside.setdefault(str(home), {})
-    sys.modules.update(own_modules)
-    # First, for the time being: the entry from above may come after other directories.
-    sys.path.insert(0, str(home))
-    try:
-        yield names
-    finally:
-        _FINDER.siblings = outer
-        # The user's code may have changed sys.path.
-        with suppress(ValueError):
-            sys.path.remove(str(home))
-        own_modules.update(_take_out(names))
-        sys.modules.update(displaced)
+    with _lock, _kept():
+        _add_to_path(str(home))
+        names = {name for name in _list_modules(home) if _is_in_use(name, home)}
+        displaced = _take_out(names)
+        outer = _FINDER.siblings
+        _FINDER.siblings = _files_of(home, names)
+        own_modules = _set_aside.setdefault(str(home), {})
+        sys.modules.update(own_modules)
+        # First, for the time being: the entry from above may come after other directories.
+        sys.path.insert(0, str(home))
+        try:
+            yield names
+        finally:
+            _FINDER.siblings = outer
+            _remove_from_path(str(home))
+            own_modules.update(_take_out(names))
+            sys.modules.update(displaced)
 
 
 def is_library(filename: str) -> bool:
@@ -172,20 +222,74 @@ _FINDER = _Finder()
 sys.meta_path.insert(0, _FINDER)
 
 
-def _add_to_path(home: str) -> None:
-    """Add a directory to ``sys.path``, after the user's directories and before the libraries."""
-    if home not in sys.path:
-        inside = [f"{path}/__init__.py" for path in sys.path]
-        libraries = [i for i, file in enumerate(inside) if is_library(file)]
-        sys.path.insert(min(libraries, default=len(sys.path)), home)
+def _kept() -> AbstractContextManager[None]:
+    """Return a context of ``keep_imports``, unless there is one already."""
+    if _needed.get() is None:
+        return keep_imports()
+    return nullcontext()
+
+
+def _add_to_path(directory: str, *, first: bool = False) -> None:
+    """Add a directory to ``sys.path`` for the current context of ``keep_imports``.
+
+    Args:
+        directory: The directory. An entry of the calling program is left as it is.
+        first: True for the first place; otherwise the directory comes after the user's directories
+            and before the libraries.
+    """
+    needed = _needed.get()
+    if needed is None or directory in needed:
+        return
+    if directory not in sys.path:
+        sys.path.insert(0 if first else _end_of_users_path(), directory)
+    elif not _added[directory]:
+        return
+    _added[directory] += 1
+    needed.add(directory)
+
+
+def _release(directory: str) -> None:
+    """Remove a directory from ``sys.path`` if no context needs it any more."""
+    _added[directory] -= 1
+    if not _added[directory]:
+        del _added[directory]
+        _remove_from_path(directory)
+
+
+def _remove_from_path(directory: str) -> None:
+    # The user's code may have changed sys.path.
+    with suppress(ValueError):
+        sys.path.remove(directory)
+
+
+def _end_of_users_path() -> int:
+    """Return the position of the first library's directory on ``sys.path``."""
+    for i, path in enumerate(sys.path):
+        if is_library(f"{path}/__init__.py"):
+            return i
+    return len(sys.path)
+
+
+def _forget_threads() -> None:
+    """Make a new lock in a forked process: a thread of the parent may have held the old one."""
+    global _lock  # noqa: PLW0603 - a lock cannot be reset
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_threads)
 
 
 def _list_modules(home: Path) -> list[str]:
     with os.scandir(home) as entries:
-        names = [
-            Path(entry).stem if entry.name.endswith(".py") else entry.name for entry in entries
-        ]
+        names = [entry.name.removesuffix(".py") for entry in entries]
     return [name for name in names if name.isidentifier() and not name.startswith("__")]
+
+
+def _files_of(home: Path, names: Collection[str]) -> dict[str, Path]:
+    """Find the files of modules in a directory, by name; packages are left out."""
+    files = {name: home / f"{name}.py" for name in names}
+    return {name: file for name, file in files.items() if file.is_file()}
 
 
 def _is_in_use(name: str, home: Path) -> bool:
@@ -194,19 +298,24 @@ def _is_in_use(name: str, home: Path) -> bool:
     A module that is not loaded counts, too, if an import finds it before the directory's module.
     """
     if name in sys.modules:
-        path = _place_of(sys.modules[name])
-        is_elsewhere = path is not None and path.resolve().parent != home
-        return is_elsewhere and not is_library(str(path)) and _has_module(home, name)
-    directories = [Path(entry) for entry in sys.path[: sys.path.index(str(home))]]
-    first = next((directory for directory in directories if _has_module(directory, name)), home)
-    return first.resolve() != home and _has_module(home, name)
+        path = _location_of(sys.modules[name])
+        if path is None or path.resolve().parent == home or is_library(str(path)):
+            return False
+        return _has_module(home, name)
+    if not _has_module(home, name):
+        return False
+    for entry in sys.path[: sys.path.index(str(home))]:
+        if _has_module(Path(entry), name):
+            return Path(entry).resolve() != home
+    return False
 
 
-def _place_of(module: ModuleType) -> Path | None:
+def _location_of(module: ModuleType) -> Path | None:
     """Find the file of a module, or the directory of a package; None without either."""
-    paths = [*getattr(module, "__path__", ())]
-    file = paths[0] if paths else getattr(module, "__file__", None)
-    return Path(file) if isinstance(file, str) else None
+    directories = [*getattr(module, "__path__", ()), getattr(module, "__file__", None)]
+    if not isinstance(directories[0], str):
+        return None
+    return Path(directories[0])
 
 
 def _has_module(home: Path, name: str) -> bool:

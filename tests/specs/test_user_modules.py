@@ -1,16 +1,23 @@
 """Users' files as modules: those of a directory find each other."""
 
 import importlib
+import os
 import pickle
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+import torch
+from click.testing import CliRunner
+from helpers import save
 from spec_helpers import error_of, write
 
-from ckptavg.specs.importing import find_object
+from ckptavg.cli import main
+from ckptavg.specs.importing import call_factory, find_object
 from ckptavg.specs.sources import make_model
+from ckptavg.specs.user_modules import keep_imports
 
 
 def test_files_of_the_same_name_stay_the_same_when_they_are_named_again():
@@ -73,14 +80,111 @@ def test_other_processes_import_the_same_files():
         write(f"run{width}/uses.py", "import sizes\ndef tell(): return sizes.WIDTH")
     write("run4/more.py", "import sizes\ndef tell(): return 100 * sizes.WIDTH")
     named = ["run3/uses.py", "run4/uses.py", "run4/sizes.py", "run4/more.py", "run3/sizes.py"]
-    functions = [find_object(path, "tell") for path in named]
-    for order in (functions, functions[::-1]):
-        code = (
-            f"import pickle, sys; sys.path = {sys.path!r}\n"
-            f"print([tell() for tell in pickle.loads({pickle.dumps(order)!r})])"
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=False
-        )
-        assert done.stdout.strip() == str([tell() for tell in order]), done.stderr
-    assert [tell() for tell in functions] == [3, 4, 40, 400, 30]
+    with keep_imports():
+        functions = [find_object(path, "tell") for path in named]
+        for order in (functions, functions[::-1]):
+            code = (
+                f"import pickle, sys; sys.path = {sys.path!r}\n"
+                f"print([tell() for tell in pickle.loads({pickle.dumps(order)!r})])"
+            )
+            done = subprocess.run(
+                [sys.executable, "-c", code], capture_output=True, text=True, check=False
+            )
+            assert done.stdout.strip() == str([tell() for tell in order]), done.stderr
+        assert [tell() for tell in functions] == [3, 4, 40, 400, 30]
+
+
+def test_the_path_is_as_before_when_all_is_imported():
+    write("run3/sizes.py", "WIDTH = 3")
+    write("run3/uses.py", "import sizes\ndef make(): return sizes.WIDTH")
+    write("own/nets.py", "WIDTH = 4")
+    before = list(sys.path)
+    assert find_object("own.nets", "WIDTH") == 4
+    assert call_factory("run3/uses.py:make") == 3
+    assert error_of(find_object, "run3/none.py", "WIDTH")
+    assert sys.path == before
+
+
+def test_a_directory_that_the_caller_has_on_the_path_stays_there(tmp_path):
+    write("run3/sizes.py", "WIDTH = 3")
+    sys.path.append(str(tmp_path / "run3"))
+    before = list(sys.path)
+    with keep_imports():
+        assert find_object("run3/sizes.py", "WIDTH") == 3
+        assert sys.path == before
+    assert sys.path == before
+
+
+def test_functions_import_their_neighbours_late_while_imports_are_kept():
+    for name in ("late", "later"):
+        write(f"run3/{name}.py", "WIDTH = 3")
+    write("run3/uses.py", "def late():\n    import late\n    return late.WIDTH\n"
+          "def later():\n    import later\n    return later.WIDTH")  # fmt: skip
+    before = list(sys.path)
+    with keep_imports():
+        late, later = (find_object("run3/uses.py", name) for name in ("late", "later"))
+        with keep_imports():
+            find_object("run3/uses.py", "late")
+        assert late() == 3
+        assert sys.path != before
+    assert sys.path == before
+    with pytest.raises(ModuleNotFoundError):
+        later()
+
+
+def test_threads_find_the_files_of_their_own_directories():
+    for width in (3, 4):
+        write(f"run{width}/sizes.py", f"import time\ntime.sleep(0.05)\nWIDTH = {width}")
+        write(f"run{width}/uses.py", "def make():\n    import sizes\n    return sizes.WIDTH")
+    before, output = list(sys.path), sys.stdout
+    opened, results = threading.Barrier(2), {}
+
+    def use(width):
+        with keep_imports():
+            opened.wait(60)
+            results[width] = [call_factory(f"run{width}/uses.py:make") for _ in range(3)]
+            opened.wait(60)
+
+    threads = [threading.Thread(target=use, args=(width,)) for width in (3, 4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert results == {3: [3] * 3, 4: [4] * 3}
+    assert sys.path == before
+    assert sys.stdout is output
+
+
+@pytest.mark.parametrize("own", ["nets.py", "run3/nets.py"])
+def test_a_command_leaves_the_path_as_it_was(own):
+    """The neighbour is imported by the loader, long after the file of the data."""
+    write(own, "import torch\n"
+          "def net(): return torch.nn.Linear(3, 2)\n"
+          "class Rows(torch.utils.data.Dataset):\n"
+          "    def __len__(self): return 4\n"
+          "    def __getitem__(self, i):\n"
+          "        import late\n"
+          "        return torch.full((3,), late.WIDTH), 0")  # fmt: skip
+    write(Path(own).with_name("late.py"), "WIDTH = 3.0")
+    save(Path("a.pt"), {"weight": torch.ones(2, 3), "bias": torch.zeros(2)})
+    before = list(sys.path)
+    arguments = ["eval", "a.pt", "--model", f"{own}:net", "--data", f"{own}:Rows"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    assert sys.path == before
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_forked_process_imports_although_a_thread_of_its_parent_did():
+    write("run3/slow.py", "import time\nfor _ in range(40): time.sleep(0.02)")
+    write("run4/sizes.py", "WIDTH = 4")
+    thread = threading.Thread(target=lambda: find_object("run3/slow.py", "time"))
+    thread.start()
+    child = os.fork()
+    if child == 0:
+        os._exit(find_object("run4/sizes.py", "WIDTH"))
+    _, status = os.waitpid(child, 0)
+    assert thread.is_alive()
+    assert os.waitstatus_to_exitcode(status) == 4
+    thread.join(60)
