@@ -177,7 +177,7 @@ def is_row_major(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     return all(n == 1 or s == r for n, s, r in zip(shape, stride, row_major(shape), strict=True))
 
 
-def whole(file: str, offset: int, dtype: DType, shape: tuple[int, ...]) -> Tensor:
+def contiguous_tensor(file: str, offset: int, dtype: DType, shape: tuple[int, ...]) -> Tensor:
     """Make a tensor whose bytes are stored in a single row-major range.
 
     Args:
@@ -228,7 +228,7 @@ class Checkpoint:
         record: The numbers that training recorded beside the weights.
         provenance: The record of how ckptavg made the checkpoint; None for other checkpoints.
         notes: Remarks for the user about the way the checkpoint was read.
-        beside: Descriptions of the other entries, which are left out of an average.
+        other_entries: Descriptions of the other entries, which are left out of an average.
         step: Position in training: the recorded step, else the epoch. In a run without either, the
             number in the file's name. None if all of these are missing.
         metadata: Text of the safetensors headers besides tensors and provenance, by name.
@@ -248,7 +248,7 @@ class Checkpoint:
     record: Record = field(default_factory=Record)
     provenance: Provenance | None = None
     notes: tuple[str, ...] = ()
-    beside: tuple[str, ...] = ()
+    other_entries: tuple[str, ...] = ()
     step: float | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
     components: Mapping[str, Checkpoint] = field(default_factory=dict)

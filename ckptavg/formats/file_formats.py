@@ -37,15 +37,15 @@ def _identify(path: Location) -> FileFormat:
     Raises:
         CheckpointError: The file cannot be read, or is of another kind.
     """
-    if stranger := foreign.identify_name(path):
-        raise stranger.refusal(path)
+    if kind := foreign.identify_name(path):
+        raise kind.refusal(path)
     with paths.open_binary(path) as file:
         start = file.read(foreign.HEAD)
         for format in FILE_FORMATS:
             if format.looks_like(start):
                 return format
-        if stranger := foreign.identify(path, file, start):
-            raise stranger.refusal(path)
+        if kind := foreign.identify(path, file, start):
+            raise kind.refusal(path)
     for format in FILE_FORMATS:
         if format.claims(path):
             return format

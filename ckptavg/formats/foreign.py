@@ -24,7 +24,7 @@ _MOST_MEMBERS = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Stranger:
+class ForeignKind:
     """A kind of file that is no checkpoint.
 
     Attributes:
@@ -40,9 +40,9 @@ class Stranger:
         return CheckpointError(f"{path} is {self.what}, not a checkpoint", self.remedy)
 
 
-def _packed(tool: str, command: str) -> Stranger:
+def _packed(tool: str, command: str) -> ForeignKind:
     """Describe the kind of files that a tool compressed."""
-    return Stranger(
+    return ForeignKind(
         f"compressed by {tool}", f"Decompress it first ({command}), then name the result."
     )
 
@@ -52,61 +52,67 @@ _RESAVE = "Save its weights as tensors, with torch.save or safetensors, and aver
 _NAME_DIRECTORY = "Name the directory that it lies in."
 _ASK_AGAIN = "Download the file itself: such a text comes where a link, a login or a limit fails."
 
-_EMPTY = Stranger("empty", "It may be still being written; copy it again or leave it out.")
-_ZEROS = Stranger(
+_EMPTY = ForeignKind("empty", "It may be still being written; copy it again or leave it out.")
+_ZEROS = ForeignKind(
     "nothing but zeros at its beginning",
     "A crash or an unfinished download leaves that; copy it again or leave it out.",
 )
-_LFS = Stranger("a Git LFS pointer to the file", "Fetch the file itself with git lfs pull.")
-_ANNEX = Stranger("a git-annex pointer to the file", "Fetch the file itself with git annex get.")
-_HTML = Stranger("an HTML page", _ASK_AGAIN)
-_XML = Stranger("an XML text", _ASK_AGAIN)
-_JSON = Stranger("a JSON text", "Name a file of weights, or leave it out.")
-_TEXT = Stranger("a text", "Name a file of weights, or leave it out.")
-_INDEX = Stranger("an index of shards", _NAME_DIRECTORY)
-_SHARD = Stranger("a shard of a distributed checkpoint", _NAME_DIRECTORY)
-_METADATA = Stranger("the metadata of a distributed checkpoint", _NAME_DIRECTORY)
-_TENSORFLOW = Stranger("a part of a TensorFlow checkpoint", f"Load it with TensorFlow. {_RESAVE}")
-_SAVED_MODEL = Stranger("a TensorFlow SavedModel", f"Load it with TensorFlow. {_RESAVE}")
-_ONNX = Stranger("an ONNX model", _BEFORE_EXPORT)
-_PICKLE = Stranger(
+_LFS = ForeignKind("a Git LFS pointer to the file", "Fetch the file itself with git lfs pull.")
+_ANNEX = ForeignKind("a git-annex pointer to the file", "Fetch the file itself with git annex get.")
+_HTML = ForeignKind("an HTML page", _ASK_AGAIN)
+_XML = ForeignKind("an XML text", _ASK_AGAIN)
+_JSON = ForeignKind("a JSON text", "Name a file of weights, or leave it out.")
+_TEXT = ForeignKind("a text", "Name a file of weights, or leave it out.")
+_INDEX = ForeignKind("an index of shards", _NAME_DIRECTORY)
+_SHARD = ForeignKind("a shard of a distributed checkpoint", _NAME_DIRECTORY)
+_METADATA = ForeignKind("the metadata of a distributed checkpoint", _NAME_DIRECTORY)
+_TENSORFLOW = ForeignKind(
+    "a part of a TensorFlow checkpoint", f"Load it with TensorFlow. {_RESAVE}"
+)
+_SAVED_MODEL = ForeignKind("a TensorFlow SavedModel", f"Load it with TensorFlow. {_RESAVE}")
+_ONNX = ForeignKind("an ONNX model", _BEFORE_EXPORT)
+_PICKLE = ForeignKind(
     "a plain pickle", f"If you trust who made it, load it with pickle.load. {_RESAVE}"
 )
-_PADDLE = Stranger("a PaddlePaddle state", f"Load it with paddle.load. {_RESAVE}")
-_FLAX = Stranger("a MessagePack file, as Flax writes it", f"Load it with Flax. {_RESAVE}")
-_NEMO = Stranger(
+_PADDLE = ForeignKind("a PaddlePaddle state", f"Load it with paddle.load. {_RESAVE}")
+_FLAX = ForeignKind("a MessagePack file, as Flax writes it", f"Load it with Flax. {_RESAVE}")
+_NEMO = ForeignKind(
     "a NeMo archive", "Unpack each (tar xf), and name the model_weights.ckpt that it held."
 )
-_OLD_TORCH = Stranger(
+_OLD_TORCH = ForeignKind(
     "a tar file of torch 0.1",
     "If you trust who made it, load it with torch.load(weights_only=False) and save it again.",
 )
-_TAR = Stranger("a tar archive", "Unpack it (tar xf), and name a checkpoint that it held.")
-_ZIP = Stranger("a zip archive of other files", "Unpack it, and name a checkpoint that it held.")
-_TORCHSCRIPT = Stranger(
+_TAR = ForeignKind("a tar archive", "Unpack it (tar xf), and name a checkpoint that it held.")
+_ZIP = ForeignKind("a zip archive of other files", "Unpack it, and name a checkpoint that it held.")
+_TORCHSCRIPT = ForeignKind(
     "a TorchScript archive", "Save the module's state_dict() with torch.save and average that."
 )
-_EXPORTED = Stranger(
+_EXPORTED = ForeignKind(
     "a torch.export archive",
     "Save the state_dict of torch.export.load(...) with torch.save and average that.",
 )
-_PACKAGE = Stranger("a torch.package archive", _BEFORE_EXPORT)
-_KERAS = Stranger("a Keras model", f"Load it with Keras. {_RESAVE}")
-_ARRAYS = Stranger("a NumPy file", f"Load it with numpy.load. {_RESAVE}")
+_PACKAGE = ForeignKind("a torch.package archive", _BEFORE_EXPORT)
+_KERAS = ForeignKind("a Keras model", f"Load it with Keras. {_RESAVE}")
+_ARRAYS = ForeignKind("a NumPy file", f"Load it with numpy.load. {_RESAVE}")
 
 # Byte offset, the bytes at the offset, and the kind of file.
-_MAGIC: tuple[tuple[int, bytes, Stranger], ...] = (
-    (0, b"GGUF", Stranger("a GGUF model", _BEFORE_EXPORT)),
+_MAGIC: tuple[tuple[int, bytes, ForeignKind], ...] = (
+    (0, b"GGUF", ForeignKind("a GGUF model", _BEFORE_EXPORT)),
     *(
-        (0, magic, Stranger("a GGML model", _BEFORE_EXPORT))
+        (0, magic, ForeignKind("a GGML model", _BEFORE_EXPORT))
         for magic in (b"lmgg", b"fmgg", b"tjgg", b"algg")
     ),
-    (0, b"\x89HDF\r\n\x1a\n", Stranger("an HDF5 file, as Keras writes it", f"Load it. {_RESAVE}")),
+    (
+        0,
+        b"\x89HDF\r\n\x1a\n",
+        ForeignKind("an HDF5 file, as Keras writes it", f"Load it. {_RESAVE}"),
+    ),
     (0, b"\x93NUMPY", _ARRAYS),
-    (0, b"\x12\x01\0\0\0\0\0\0", Stranger("an MXNet file", f"Load it with MXNet. {_RESAVE}")),
-    (4, b"ET12", Stranger("an ExecuTorch program", _BEFORE_EXPORT)),
-    (4, b"TFL3", Stranger("a TensorFlow Lite model", _BEFORE_EXPORT)),
-    (4, b"PTMF", Stranger("a PyTorch Mobile module", _BEFORE_EXPORT)),
+    (0, b"\x12\x01\0\0\0\0\0\0", ForeignKind("an MXNet file", f"Load it with MXNet. {_RESAVE}")),
+    (4, b"ET12", ForeignKind("an ExecuTorch program", _BEFORE_EXPORT)),
+    (4, b"TFL3", ForeignKind("a TensorFlow Lite model", _BEFORE_EXPORT)),
+    (4, b"PTMF", ForeignKind("a PyTorch Mobile module", _BEFORE_EXPORT)),
     (0, b"\x1f\x8b", _packed("gzip", "gzip -dc FILE > COPY")),
     (0, b"\x28\xb5\x2f\xfd", _packed("zstd", "zstd -dc FILE > COPY")),
     (0, b"\xfd7zXZ\0", _packed("xz", "xz -dc FILE > COPY")),
@@ -144,7 +150,7 @@ class _Sample:
         return self.file.read(_TAIL)
 
 
-def identify(path: Location, file: BinaryIO, start: bytes) -> Stranger | None:
+def identify(path: Location, file: BinaryIO, start: bytes) -> ForeignKind | None:
     """Identify the kind of an unsupported file; return None if no kind matches.
 
     Args:
@@ -155,8 +161,8 @@ def identify(path: Location, file: BinaryIO, start: bytes) -> Stranger | None:
     sample = _Sample(path, file, start)
     # From the surest sign to the weakest: any file may happen to look like a short message.
     for recognize in (_match_magic, _match_tar, _match_pickle, _match_message, _match_text):
-        if stranger := recognize(sample):
-            return stranger
+        if kind := recognize(sample):
+            return kind
     return None
 
 
@@ -166,7 +172,7 @@ def is_text(path: Location) -> bool:
         return identify(path, file, file.read(HEAD)) in (_JSON, _TEXT)
 
 
-def identify_name(path: Location) -> Stranger | None:
+def identify_name(path: Location) -> ForeignKind | None:
     """Identify the kind of a file by name; return None if the name is of no known kind."""
     # The contents of these files do not show the kind: shards and pickles begin like other files.
     if path.suffix == ".distcp":
@@ -174,7 +180,7 @@ def identify_name(path: Location) -> Stranger | None:
     return _METADATA if path.name == ".metadata" else None
 
 
-def identify_archive(names: Collection[str]) -> Stranger | None:
+def identify_archive(names: Collection[str]) -> ForeignKind | None:
     """Identify a zip file by the names of the entries; return None for a ``torch.save`` file."""
     leaves = {name.rpartition("/")[2] for name in names}
     if leaves & {"constants.pkl", "bytecode.pkl"}:
@@ -190,16 +196,16 @@ def identify_archive(names: Collection[str]) -> Stranger | None:
     return None if "data.pkl" in leaves else _ZIP
 
 
-def _match_magic(sample: _Sample) -> Stranger | None:
-    for offset, magic, stranger in _MAGIC:
+def _match_magic(sample: _Sample) -> ForeignKind | None:
+    for offset, magic, kind in _MAGIC:
         if sample.start.startswith(magic, offset):
-            return stranger
+            return kind
     if not sample.start.strip(b"\0"):
         return _ZEROS if sample.start else _EMPTY
     return None
 
 
-def _match_tar(sample: _Sample) -> Stranger | None:
+def _match_tar(sample: _Sample) -> ForeignKind | None:
     # The magic number of a tar header is at offset 257.
     if sample.start[257:262] != b"ustar":
         return None
@@ -233,7 +239,7 @@ def _tar_members(file: BinaryIO) -> set[str]:
     return names
 
 
-def _match_pickle(sample: _Sample) -> Stranger | None:
+def _match_pickle(sample: _Sample) -> ForeignKind | None:
     # Protocols 2 to 5 begin with a byte 0x80 and the number of the protocol.
     framed = sample.start[:1] == b"\x80" and sample.start[1:2] in (b"\2", b"\3", b"\4", b"\5")
     if not framed and not _OLD_PICKLE.match(sample.start):
@@ -243,7 +249,7 @@ def _match_pickle(sample: _Sample) -> Stranger | None:
     return _PADDLE if paddle else _PICKLE
 
 
-def _match_message(sample: _Sample) -> Stranger | None:
+def _match_message(sample: _Sample) -> ForeignKind | None:
     """Identify protocol buffers and other formats without a magic number."""
     if is_onnx(sample.start):
         return _ONNX
@@ -268,7 +274,7 @@ def _is_message_pack(start: bytes) -> bool:
     return 0 < length < 256 and len(key) == length and key.isascii() and key.decode().isprintable()
 
 
-def _match_text(sample: _Sample) -> Stranger | None:
+def _match_text(sample: _Sample) -> ForeignKind | None:
     text = _decode(sample.start)
     if text is None or not all(c.isprintable() or c in "\t\r\n\f" for c in text):
         return None

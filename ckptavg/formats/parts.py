@@ -40,7 +40,7 @@ class Part:
         networks: Dotted path below the key → names of the network's tensors; empty for a single
             state dict.
         notes: Remarks for the user about the way the file was read.
-        beside: Descriptions of the other entries.
+        other_entries: Descriptions of the other entries.
         metadata: Text of a safetensors header besides tensors and provenance, by name.
     """
 
@@ -53,7 +53,7 @@ class Part:
     key: str = ""
     networks: Mapping[str, list[str]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    beside: tuple[str, ...] = ()
+    other_entries: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -123,7 +123,7 @@ def build_checkpoint(
         provenance=provenance,
         step=record.position,
         notes=tuple(notes),
-        beside=parts[0].beside,
+        other_entries=parts[0].other_entries,
         metadata=parts[0].metadata,
     )
     _check_repeats(checkpoint)
@@ -148,6 +148,8 @@ def _check_repeats(checkpoint: Checkpoint) -> None:
         )
 
 
-def find_provenance(beside: Any) -> Provenance | None:
-    """Find the provenance beside the weights; return None for a file not made by ckptavg."""
-    return Provenance.from_json(beside.get(PROVENANCE)) if isinstance(beside, Mapping) else None
+def find_provenance(entries: Any) -> Provenance | None:
+    """Find the provenance among entries; return None for a file not made by ckptavg."""
+    if not isinstance(entries, Mapping):
+        return None
+    return Provenance.from_json(entries.get(PROVENANCE))

@@ -234,7 +234,7 @@ def _entry(tree: Mapping[Any, Any], name: str, inner: str) -> Any:
     return below.get(inner) if isinstance(below, dict) else None
 
 
-def beside(tree: Any, paths: Sequence[str]) -> tuple[str, ...]:
+def describe_other_entries(tree: Any, paths: Sequence[str]) -> tuple[str, ...]:
     """Describe the entries that a saved object holds besides the weights, with tensor counts.
 
     Args:

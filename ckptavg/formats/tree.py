@@ -22,7 +22,7 @@ _LONGEST_INDEX = 9
 
 
 @dataclass(frozen=True)
-class Place:
+class EntryLocation:
     """The location of the weights in a saved object.
 
     Attributes:
@@ -112,7 +112,7 @@ def _is_made_of_tensors(content: Any) -> bool:
     return any(isinstance(value, (*TENSORS, Storage)) for value in values)
 
 
-def locate(tree: Any, key: str) -> Place | None:
+def locate(tree: Any, key: str) -> EntryLocation | None:
     """Find an entry by dotted path; return None if the path leads nowhere.
 
     Args:
@@ -128,8 +128,8 @@ def locate(tree: Any, key: str) -> Place | None:
     within_plain = not any(isinstance(value, Opaque) for _, value in steps[:-1])
     value = steps[-1][1]
     if modules.is_module(value):
-        return Place(value, modules.state_dict(value), within_plain)
-    return Place(value, value, within_plain)
+        return EntryLocation(value, modules.state_dict(value), within_plain)
+    return EntryLocation(value, value, within_plain)
 
 
 def walk(tree: Any, key: str) -> list[tuple[str, Any]] | None:

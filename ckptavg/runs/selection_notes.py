@@ -101,7 +101,9 @@ def note_restarts(checkpoints: Sequence[Checkpoint]) -> list[str]:
 
 def saves_after_step(checkpoints: Sequence[Checkpoint]) -> bool:
     """Return True if rates are known to be rates of the next epoch, as with Lightning."""
-    return all("pytorch-lightning_version" in checkpoint.beside for checkpoint in checkpoints)
+    return all(
+        "pytorch-lightning_version" in checkpoint.other_entries for checkpoint in checkpoints
+    )
 
 
 def recorded_rates(checkpoints: Sequence[Checkpoint]) -> list[float]:

@@ -206,7 +206,7 @@ def test_networks_are_named_in_a_note_and_step_and_rate_are_read(tmp_path):
     checkpoint = saved(tmp_path, two(1.0) | {"optimizer": optimizer, "global_step": 70})
     assert (checkpoint.step, checkpoint.record.epoch, checkpoint.record.lr) == (70, 3, 0.5)
     assert checkpoint.entries == ("encoder", "decoder")
-    assert checkpoint.beside == ("epoch", "optimizer", "global_step")
+    assert checkpoint.other_entries == ("epoch", "optimizer", "global_step")
     (note,) = checkpoint.notes
     assert note == (
         "2 networks, each averaged at its own place: encoder, decoder (--key picks one)"

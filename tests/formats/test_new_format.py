@@ -12,7 +12,7 @@ from command_line import ckptavg as command
 import ckptavg
 from ckptavg.errors import UsageError
 from ckptavg.formats import file_formats, registry
-from ckptavg.formats.checkpoint import DTYPES, Record, whole
+from ckptavg.formats.checkpoint import DTYPES, Record, contiguous_tensor
 from ckptavg.formats.file_formats import read_file
 from ckptavg.formats.file_layout import FileLayout, Layout
 from ckptavg.formats.format import DirectoryFormat, FileFormat
@@ -38,7 +38,7 @@ class Tiny(FileFormat):
         header = json.loads(raw[8:end])
         tensors = {}
         for name, shape in header["shapes"].items():
-            tensors[name] = whole(str(path), end, DTYPES["float32"], tuple(shape))
+            tensors[name] = contiguous_tensor(str(path), end, DTYPES["float32"], tuple(shape))
             end += 4 * math.prod(shape)
         provenance = Provenance.from_json(header.get(PROVENANCE))
         return Part(self, (stamp,), tensors, {}, Record(header.get("step")), provenance)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from ckptavg.errors import CheckpointError
 from ckptavg.formats import reader as reading
-from ckptavg.formats.checkpoint import DTYPES, Piece, Tensor, row_major, whole
+from ckptavg.formats.checkpoint import DTYPES, Piece, Tensor, contiguous_tensor, row_major
 from ckptavg.formats.reader import Reader, box_of, boxes
 
 DTYPE_NAMES = ["float32", "float64", "bfloat16", "int8", "complex64"]
@@ -113,7 +113,7 @@ def test_a_tensor_in_pieces_is_put_together(tmp_path_factory, data):
 
 def test_any_range_of_a_contiguous_tensor_can_be_read(tmp_path):
     value = torch.randn(4, 5)
-    tensor = whole(stored(tmp_path / "x", value, 3), 3, DTYPES["float32"], (4, 5))
+    tensor = contiguous_tensor(stored(tmp_path / "x", value, 3), 3, DTYPES["float32"], (4, 5))
     for start, end in itertools.combinations(range(21), 2):
         assert read(tensor, start, end - start) == as_bytes(value.view(-1)[start:end])
 
@@ -156,7 +156,7 @@ def test_a_scalar_is_one_box():
 @pytest.fixture
 def written(tmp_path):
     path = tmp_path / "weights"
-    return path, whole(stored(path, torch.arange(10.0)), 0, DTYPES["float32"], (10,))
+    return path, contiguous_tensor(stored(path, torch.arange(10.0)), 0, DTYPES["float32"], (10,))
 
 
 def test_a_file_that_became_shorter_is_an_error_that_names_it(written):
@@ -176,7 +176,9 @@ def test_a_file_that_went_away_is_an_error_that_names_it(written):
 
 def test_a_reader_keeps_few_files_open_and_closes_them(tmp_path):
     tensors = [
-        whole(stored(tmp_path / str(i), torch.tensor([float(i)])), 0, DTYPES["float32"], (1,))
+        contiguous_tensor(
+            stored(tmp_path / str(i), torch.tensor([float(i)])), 0, DTYPES["float32"], (1,)
+        )
         for i in range(9)
     ]
     with mock.patch.object(reading, "_MOST_OPEN_FILES", 4):

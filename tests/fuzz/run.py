@@ -93,7 +93,8 @@ def _instrumented() -> ModuleType | None:
     except ImportError:
         return None
     with atheris.instrument_imports(include=["ckptavg.formats", "pickletools", "zipfile"]):
-        import ckptavg.formats.registry  # noqa: F401
+        import ckptavg.formats.registry
+        import ckptavg.formats.torch_save.writer  # noqa: F401
     return atheris
 
 

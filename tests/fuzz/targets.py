@@ -49,7 +49,9 @@ from ckptavg.formats.safe_pickle.values import (
     Storage,
     TensorView,
 )
-from ckptavg.formats.torch_save import legacy_reader
+
+# The writer is imported ahead: an import while a file is read would count as a finding.
+from ckptavg.formats.torch_save import legacy_reader, writer  # noqa: F401
 from ckptavg.runs.run import open_run
 
 torch.set_num_threads(1)
@@ -99,7 +101,7 @@ def _look_into(tree: Any) -> None:
         with suppress(CkptavgError, MalformedPickle):
             found = state_dict.find_weights("file", tree, key)
             training_record.from_tree(tree, found.record_key)
-            state_dict.beside(tree, found.paths)
+            state_dict.describe_other_entries(tree, found.paths)
             state_dict.bare_names([name for name in found.entry if isinstance(name, str)])
 
 

@@ -135,7 +135,7 @@ def _show_run(report: Report, run: Run, whole: Run, geometry: Geometry | None = 
     in_table = {left_out.note for left_out in run.excluded}
     run_notes = (note for note in run.notes if note not in in_table)
     notes = dict.fromkeys((*run_notes, *(note for c in run for note in c.notes)))
-    if extra_entries := run.checkpoints[-1].beside:
+    if extra_entries := run.checkpoints[-1].other_entries:
         report.line(f"beside the weights, not averaged: {', '.join(extra_entries)}")
     for note in notes:
         report.line(f"note: {note}")
@@ -187,8 +187,8 @@ def _show_checkpoint(report: Report, checkpoint: Checkpoint) -> None:
     report.line(
         f"BatchNorm layers: {len(layers)}" + (f" ({first_few([*layers])})" if layers else "")
     )
-    if checkpoint.beside:
-        report.line(f"beside the weights: {', '.join(checkpoint.beside)}")
+    if checkpoint.other_entries:
+        report.line(f"beside the weights: {', '.join(checkpoint.other_entries)}")
     for group in ties:
         report.line(f"tied: {' = '.join(group)}")
     for note in checkpoint.notes:
@@ -244,5 +244,5 @@ def _summary(checkpoint: Checkpoint) -> dict[str, Any]:
         "lr": record.lr,
         "metrics": dict(record.metrics),
         "size": checkpoint.size,
-        "beside": list(checkpoint.beside),
+        "beside": list(checkpoint.other_entries),
     }

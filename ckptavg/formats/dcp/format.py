@@ -61,7 +61,7 @@ class Distributed(DirectoryFormat):
             key=weights.key,
             networks={name: tensor_names(entry) for name, entry in weights.networks.items()},
             notes=(*weights.notes, *note_non_tensors(weights.entry)),
-            beside=state_dict.beside(opened.tree, weights.paths),
+            other_entries=state_dict.describe_other_entries(opened.tree, weights.paths),
         )
 
     def owns(self, name: str) -> bool:

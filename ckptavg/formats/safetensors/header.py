@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from ckptavg.errors import UnsupportedTensorError, first_few
-from ckptavg.formats.checkpoint import DTYPES, MOST_ELEMENTS, DType, Tensor, whole
+from ckptavg.formats.checkpoint import DTYPES, MOST_ELEMENTS, DType, Tensor, contiguous_tensor
 from ckptavg.formats.damage import cut_short, damaged
 from ckptavg.io import bounded_json, paths
 from ckptavg.io.paths import Location
@@ -54,7 +54,8 @@ def read_header(place: str | Location, size: int) -> tuple[dict[str, Tensor], di
     entries.sort(key=lambda entry: (entry[3], entry[4]))
     _check_ranges(path, entries, size - begin)
     tensors = {
-        name: whole(path, begin + start, dtype, shape) for name, dtype, shape, start, _ in entries
+        name: contiguous_tensor(path, begin + start, dtype, shape)
+        for name, dtype, shape, start, _ in entries
     }
     return tensors, metadata
 

@@ -88,7 +88,7 @@ class TorchSave(FileFormat):
             key=weights.key,
             networks={name: tensor_names(entry) for name, entry in weights.networks.items()},
             notes=tuple(notes),
-            beside=state_dict.beside(opened.tree, weights.paths),
+            other_entries=state_dict.describe_other_entries(opened.tree, weights.paths),
         )
 
     def read_settings(self, checkpoint: Checkpoint) -> Mapping[Any, Any]:

@@ -25,7 +25,7 @@ from ckptavg.formats.torch_save import zip_reader
 from ckptavg.formats.torch_save.archive import Archive, StorageStub, TensorStub, dumps
 from ckptavg.formats.torch_save.format import TORCH_SAVE
 from ckptavg.formats.torch_save.zip_reader import PROVENANCE_RECORD, TorchFile
-from ckptavg.formats.tree import Place, join, locate
+from ckptavg.formats.tree import EntryLocation, join, locate
 
 PLAIN_SUFFIX = ".pt"
 STATE_DICT = "state_dict"
@@ -166,7 +166,7 @@ def _like_file(plain: bool, provenance: str, template: Checkpoint, book: _Storag
     alone = {STATE_DICT: bare, PROVENANCE: provenance}
     template.files[0].verify()
     file = zip_reader.read(template.files[0].path)
-    networks = _places(file, template)
+    networks = _locate_networks(file, template)
     pickled = any(network.pickled for network in networks.values())
     notes = [_MODULE] if pickled or not networks else []
     if not networks or not all(network.within_plain for network in networks.values()):
@@ -184,8 +184,8 @@ def _like_file(plain: bool, provenance: str, template: Checkpoint, book: _Storag
     fastai = not unnamed and file.tree.keys() == _FASTAI and template.key == _FASTAI_MODEL
     if fastai and not plain:
         return _like_fastai(entries[""], provenance, file, carry_over)
-    if not is_bare and (usual := _usual_place(file, template, networks)) is not None:
-        carry_over.replaced = {**carry_over.replaced, id(usual.value): entries[""]}
+    if not is_bare and (default := _locate_default_entry(file, template, networks)) is not None:
+        carry_over.replaced = {**carry_over.replaced, id(default.value): entries[""]}
     tree = entries[""] if is_bare else carry_over.whole(file.tree)
     if is_bare or unnamed:
         records = {PROVENANCE_RECORD: provenance.encode()}
@@ -227,13 +227,13 @@ def _like_fastai(
     return Contents(tree, {PROVENANCE_RECORD: provenance.encode()}, carry_over.notes)
 
 
-def _places(file: TorchFile, template: Checkpoint) -> dict[str, Place]:
+def _locate_networks(file: TorchFile, template: Checkpoint) -> dict[str, EntryLocation]:
     """Locate the weights of each network in a file.
 
     Returns:
-        Path of the network below the key → the place; empty if a network cannot be located.
+        Path of the network below the key → its location; empty if a network cannot be located.
     """
-    networks: dict[str, Place] = {}
+    networks: dict[str, EntryLocation] = {}
     for path in template.networks or ("",):
         network = locate(file.tree, join(template.key, path))
         if network is None:
@@ -247,21 +247,21 @@ def _with_state_dict(tree: Any, bare: Mapping[str, TensorStub], plain: bool) -> 
     return {**tree, STATE_DICT: bare} if plain else tree
 
 
-def _usual_place(
-    file: TorchFile, template: Checkpoint, places: Mapping[str, Place]
-) -> Place | None:
+def _locate_default_entry(
+    file: TorchFile, template: Checkpoint, locations: Mapping[str, EntryLocation]
+) -> EntryLocation | None:
     """Locate the entry that loaders read, if another entry with the same names was averaged.
 
     Returns:
-        The place; None where there is no such entry.
+        Its location; None where there is no such entry.
     """
     try:
-        usual = state_dict.find_weights(file.path, file.tree, None)
+        default = state_dict.find_weights(file.path, file.tree, None)
     except (CheckpointError, MalformedPickle):
         return None
-    if template.networks or usual.networks or usual.entry.keys() != places[""].entry.keys():
+    if template.networks or default.networks or default.entry.keys() != locations[""].entry.keys():
         return None
-    network = locate(file.tree, usual.key)
+    network = locate(file.tree, default.key)
     return network if network and network.within_plain and network.value is not file.tree else None
 
 
@@ -270,12 +270,12 @@ def _carry_over(
     template: Checkpoint,
     book: _Storages,
     file: TorchFile,
-    places: Mapping[str, Place],
+    locations: Mapping[str, EntryLocation],
 ) -> CarryOver:
     """Make the filter, which keeps small tensors, and further names of the weights."""
     bare = {stored: name for name, stored in template.stored_names.items()}
     same: dict[object, TensorStub] = {}
-    for path, network in places.items():
+    for path, network in locations.items():
         for name, view in network.entry.items():
             bare_name = isinstance(view, TensorView) and bare.get(join(path, name))
             if bare_name in book.stubs:
@@ -292,7 +292,10 @@ def _carry_over(
 
 
 def _own_entries(
-    template: Checkpoint, book: _Storages, carry_over: CarryOver, places: Mapping[str, Place]
+    template: Checkpoint,
+    book: _Storages,
+    carry_over: CarryOver,
+    locations: Mapping[str, EntryLocation],
 ) -> dict[str, OrderedDict[Any, Any]]:
     """Build the entries that hold the weights, and set the filter to put each entry in place.
 
@@ -306,16 +309,16 @@ def _own_entries(
     replaced = dict(carry_over.replaced)
     carry_over.replaced = replaced
     # Longest paths first, so that an entry within another is replaced there.
-    for path in sorted(places, key=len, reverse=True):
-        entry = _own_entry(template, book, carry_over, path, places[path], bare)
+    for path in sorted(locations, key=len, reverse=True):
+        entry = _own_entry(template, book, carry_over, path, locations[path], bare)
         file_entries[path] = entry
-        replaced[id(places[path].value)] = entry
+        replaced[id(locations[path].value)] = entry
     for name in book.stubs:
         # A tensor that the last input lacks comes from another base.
         if name not in template.stored_names:
             stored = template.stored_name(name)
-            homes = [path for path in places if stored.startswith(f"{path}." if path else "")]
-            home = max(homes, key=len, default=next(iter(places)))
+            homes = [path for path in locations if stored.startswith(f"{path}." if path else "")]
+            home = max(homes, key=len, default=next(iter(locations)))
             within = stored.removeprefix(f"{home}.") if home else stored
             file_entries[home][within] = book.stubs[name]
     return file_entries
@@ -326,7 +329,7 @@ def _own_entry(
     book: _Storages,
     carry_over: CarryOver,
     path: str,
-    place: Place,
+    location: EntryLocation,
     bare: Mapping[str, str],
 ) -> OrderedDict[Any, Any]:
     """Build the entry of a network: weights and kept values, under the input's names and order.
@@ -336,19 +339,19 @@ def _own_entry(
         book: The output's tensors.
         carry_over: Filter for the values that stand among the weights.
         path: Dotted path of the entry.
-        place: Place of the entry in the input.
+        location: Location of the entry in the input.
         bare: Stored name of each weight → its bare name.
     """
     bare_names = {
         name: bare[join(path, name)]
-        for name in place.entry
+        for name in location.entry
         if isinstance(name, str) and join(path, name) in bare
     }
-    values = {name: value for name, value in place.entry.items() if name not in bare_names}
+    values = {name: value for name, value in location.entry.items() if name not in bare_names}
     above = join(template.key, path)
     filtered = carry_over.entries(values, f"{above}." if above else "")
     entry: OrderedDict[Any, Any] = OrderedDict()
-    for name in place.entry:
+    for name in location.entry:
         if name in filtered:
             entry[name] = filtered[name]
         elif bare_names.get(name) in book.stubs:

@@ -140,7 +140,7 @@ def test_an_optimizer_below_another_entry_is_named_and_its_neighbours_kept(tmp_p
     assert loaded == {"app": {"step": 2}, "hparams": {"optimizer": "adam"}}
     told = next(r.getMessage() for r in caplog.records if "not taken over" in r.getMessage())
     assert told.endswith(": app.optim")
-    assert open_checkpoint(out).beside == ("hparams", "app.step")
+    assert open_checkpoint(out).other_entries == ("hparams", "app.step")
 
 
 def test_an_average_among_its_inputs_is_left_out(run):
