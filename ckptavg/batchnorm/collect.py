@@ -5,18 +5,25 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from ckptavg.batchnorm.hooks import Kept, Names, watch
+from ckptavg.batchnorm.buffer_updates import BufferUpdate
+from ckptavg.batchnorm.hooks import KeepReason, LayerHooks, Names, hook_layer
 from ckptavg.batchnorm.model_state import ModelState, stop_observers
-from ckptavg.batchnorm.moments import TOLERANCE, Doubt, KernelMoments, Landing, Moments
-from ckptavg.batchnorm.norm_layers import is_watchable, keeps_nothing, tracked_layers
-from ckptavg.batchnorm.scripted_layers import KernelDispatch, ScriptedLayer, is_scripted
+from ckptavg.batchnorm.moments import (
+    TOLERANCE,
+    AccuracyCheck,
+    KernelBuffers,
+    KernelStatistics,
+    Moments,
+)
+from ckptavg.batchnorm.norm_layers import is_hookable, keeps_nothing, tracked_layers
+from ckptavg.batchnorm.scripted_layers import KernelDispatch, ScriptedLayerHooks, is_scripted
 from ckptavg.distributed.peers import Peers
 from ckptavg.errors import BatchNormError, first_few
 from ckptavg.models.batches import Forward
@@ -29,7 +36,7 @@ log = logging.getLogger("ckptavg")
 Key = tuple[str, Names]
 """Name of a layer, and names of the layer's statistics that some moments are for."""
 
-_KEPT: Mapping[Kept | None, tuple[int, str]] = {
+_MESSAGES: Mapping[KeepReason | None, tuple[int, str]] = {
     None: (logging.WARNING, "no data went through %s: statistics left as they were"),
     "frozen": (logging.INFO, "statistics that do not change in training are kept: %s"),
     "unknown": (
@@ -73,16 +80,7 @@ class BatchNormResult:
 
 
 @dataclass(frozen=True)
-class Change:
-    """A new value for a named buffer, in the buffer's shape and dtype, not yet written."""
-
-    name: str
-    buffer: torch.Tensor
-    value: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Through:
+class ForwardPass:
     """A forward pass of one batch, already on the device, for any of the models."""
 
     forward: Forward
@@ -103,118 +101,146 @@ class Through:
 
 
 @dataclass
-class _Seen:
+class _BatchStatistics:
     """Moments of a batch before merging, until the accuracy is known.
 
     Attributes:
-        through: The forward pass, kept so that the batch can be run again.
-        landings: Buffers with the kernels' statistics. The nth call of a layer has the nth landing.
+        forward_pass: The forward pass, kept so that the batch can be run again.
+        buffers: Buffers with the kernels' statistics. The nth call of a layer has the nth buffers.
         moments: Moments that were reduced in float64, in the order of the calls.
-        doubt: The kernels' statistics that may be off.
+        accuracy: The kernels' statistics that may be off.
     """
 
-    through: Through
-    landings: list[Landing] = field(default_factory=list)
+    forward_pass: ForwardPass
+    buffers: list[KernelBuffers] = field(default_factory=list)
     moments: list[tuple[Key, Moments]] = field(default_factory=list)
-    doubt: Doubt = field(init=False)
+    accuracy: AccuracyCheck = field(init=False)
 
 
-class _Collector:
+class _StatisticsCollector:
     """A collector of the moments of a model's layers, batch by batch.
 
     The collector holds no reference to layers, so that a model is freed with its last user.
     """
 
-    def __init__(self, kernels: KernelMoments) -> None:
+    def __init__(self, kernels: KernelStatistics) -> None:
         self.kernels = kernels
-        self._seen: _Seen
+        self._batch: _BatchStatistics
 
-    def see(self, model: nn.Module, through: Through) -> _Seen:
+    def run(self, model: nn.Module, forward_pass: ForwardPass) -> _BatchStatistics:
         """Run a model on a batch and return the moments of the batch."""
 
         def begin() -> None:
             """Discard the moments of an earlier attempt."""
-            self._seen = _Seen(through)
+            self._batch = _BatchStatistics(forward_pass)
 
-        through(model, begin)
-        self._seen.doubt = self.kernels.doubt(self._seen.landings)
-        return self._seen
+        forward_pass(model, begin)
+        self._batch.accuracy = self.kernels.check_accuracy(self._batch.buffers)
+        return self._batch
 
-    def land(self, slot: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Reserve buffers for a kernel's mean and variance, as ``Sink.land`` describes."""
-        # A layer that is called several times per batch needs a landing for each call.
-        landings = self._seen.landings
-        landing = next((candidate for candidate in landings if not candidate.counts[slot]), None)
-        if landing is None:
-            landing = self.kernels.landing()
-            landings.append(landing)
-        landing.counts[slot] = count
-        return landing.mean[slot], landing.variance[slot]
+    def buffers_for(self, slot: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Reserve a kernel's buffers, as ``MomentsSink.buffers_for`` describes."""
+        buffers = self._unwritten_buffers(slot)
+        buffers.counts[slot] = count
+        return buffers.mean[slot], buffers.variance[slot]
+
+    def _unwritten_buffers(self, slot: int) -> KernelBuffers:
+        """Return buffers that the layer has not written in this batch."""
+        for buffers in self._batch.buffers:
+            if not buffers.counts[slot]:
+                return buffers
+        # A layer that is called several times per batch needs buffers for each call.
+        buffers = self.kernels.take_buffers()
+        self._batch.buffers.append(buffers)
+        return buffers
 
     def add(self, layer: str, statistics: Names, moments: Moments) -> None:
-        """Add moments for some statistics of a layer, as ``Sink.add`` describes."""
-        self._seen.moments.append(((layer, statistics), moments))
+        """Add moments for some statistics of a layer, as ``MomentsSink.add`` describes.
+
+        Args:
+            layer: Name of the layer.
+            statistics: Names of the buffers that the moments are for.
+            moments: Moments of one call's input.
+        """
+        self._batch.moments.append(((layer, statistics), moments))
 
 
 class ModelPass:
     """A pass over data of one model, with the moments of the model's layers.
 
     Args:
-        model: The model; the layers inside its wrappers are watched.
+        model: The model; the layers inside its wrappers get hooks.
         exclude: Names of layers that keep their statistics.
         device: Device of the model.
     """
 
     def __init__(self, model: nn.Module, exclude: Collection[str], device: torch.device) -> None:
-        self._given, self.model = model, bare_module(model)
-        plain = [n for n, m in self.model.named_modules() if keeps_nothing(m)]
-        if plain:
-            log.info("layers without running statistics are skipped: %s", first_few(plain))
-        tracked = {n: m for n, m in tracked_layers(self.model).items() if n not in exclude}
-        self.layers = {n: watch(n, layer) for n, layer in tracked.items() if is_watchable(layer)}
-        scripted = {n: ScriptedLayer(n, m) for n, m in tracked.items() if is_scripted(m)}
-        self.layers.update(scripted)
-        self._unwatched = tuple(name for name in tracked if name not in self.layers)
+        self._outer_model, self.model = model, bare_module(model)
+        self.layers: dict[str, LayerHooks] = {}
+        self._scripted: list[ScriptedLayerHooks] = []
+        self._add_hooks(exclude)
         self.moments: dict[Key, Moments] = {}
         self._slots = [layer for layer in self.layers.values() if layer.suits_kernel()]
+        sizes: list[int] = []
+        eps: list[float] = []
         for slot, layer in enumerate(self._slots):
             layer.slot = slot
-        norms: list[Any] = [layer.layer for layer in self._slots]
-        sizes, eps = [n.num_features for n in norms], [n.eps for n in norms]
-        self.collector = _Collector(KernelMoments(sizes, eps, device))
-        self._waiting: deque[_Seen] = deque()
+            norm: Any = layer.layer
+            sizes.append(norm.num_features)
+            eps.append(norm.eps)
+        self.collector = _StatisticsCollector(KernelStatistics(sizes, eps, device))
+        self._waiting: deque[_BatchStatistics] = deque()
         # On CUDA, batches are checked one batch late, as ``take`` explains.
-        self._late = 1 if device.type == "cuda" else 0
+        self._late = int(device.type == "cuda")
 
-    def take(self, through: Through) -> None:
+    def _add_hooks(self, exclude: Collection[str]) -> None:
+        """Make hooks for the layers, and log the layers without running statistics."""
+        untracked = [name for name, layer in self.model.named_modules() if keeps_nothing(layer)]
+        if untracked:
+            log.info("layers without running statistics are skipped: %s", first_few(untracked))
+        unhookable: list[str] = []
+        for name, layer in tracked_layers(self.model).items():
+            if name in exclude:
+                continue
+            if is_hookable(layer):
+                self.layers[name] = hook_layer(name, layer)
+            elif is_scripted(layer):
+                self._scripted.append(ScriptedLayerHooks(name, layer))
+            else:
+                unhookable.append(name)
+        for hooks in self._scripted:
+            self.layers[hooks.name] = hooks
+        self._unhookable = tuple(unhookable)
+
+    def take(self, forward_pass: ForwardPass) -> None:
         """Run the model on a batch and collect the layers' moments.
 
         On a GPU the accuracy of a batch is checked after the next batch was queued, so that the GPU
         never waits.
         """
-        self._waiting.append(self._see(through))
+        self._waiting.append(self._run(forward_pass))
         if len(self._waiting) > self._late:
-            self._settle()
+            self._merge_oldest()
 
     def end(self) -> None:
         """Merge the batches that are left, and gather the moments of all layers on the CPU."""
         while self._waiting:
-            self._settle()
+            self._merge_oldest()
         self.moments = {key: moments.on_cpu() for key, moments in self.moments.items()}
         for layer, moments in zip(self._slots, self.collector.kernels.moments(), strict=True):
             if moments is not None:
                 self._merge((layer.name, layer.statistics), moments)
 
-    def plain(self) -> list[Any]:
+    def to_plain(self) -> list[Any]:
         """Convert this process's moments to plain values."""
-        return [[layer, [*names], m.plain()] for (layer, names), m in self.moments.items()]
+        return [[layer, [*names], m.to_plain()] for (layer, names), m in self.moments.items()]
 
     def replace(self, parts: Iterable[Sequence[Any]]) -> None:
-        """Replace this process's moments by the merged results of ``plain`` of all processes."""
+        """Replace this process's moments by the merged results of ``to_plain`` of all processes."""
         self.moments = {}
         for part in parts:
             for layer, names, values in part:
-                self._merge((layer, tuple(names)), Moments.of_plain(values))
+                self._merge((layer, tuple(names)), Moments.from_plain(values))
 
     def check(self) -> None:
         """Raise an error if the moments of a layer give no statistics.
@@ -223,9 +249,9 @@ class ModelPass:
             BatchNormError: A layer saw a single value, or a value that is not finite.
         """
         for (layer, _), moments in self.moments.items():
-            _check(layer, moments)
+            _require_statistics(layer, moments)
 
-    def changes(self, batches: int) -> list[Change]:
+    def updates(self, batches: int) -> list[BufferUpdate]:
         """Compute the new statistics of the layers, without writing the statistics.
 
         Args:
@@ -234,43 +260,46 @@ class ModelPass:
         Raises:
             BatchNormError: Statistics do not fit a layer, or are too large for the layer's dtype.
         """
-        changes: list[Change] = []
+        updates: list[BufferUpdate] = []
         for name, layer in self.layers.items():
-            for buffer, value in layer.new_values(self._moments_of(name), batches).items():
-                changes.append(_change(f"{name}.{buffer}", getattr(layer.layer, buffer), value))
-        return changes
+            for buffer_name, value in layer.new_values(self._moments_of(name), batches).items():
+                buffer = getattr(layer.layer, buffer_name)
+                updates.append(BufferUpdate.fit(f"{name}.{buffer_name}", buffer, value))
+        return updates
 
     def result(self, batches: int, samples: int) -> BatchNormResult:
         """Build the result of the pass, and log the layers that were left out.
 
-        Layers with new statistics end training first (``WatchedLayer.end_training``).
+        Layers with new statistics end training first (``LayerHooks.end_training``).
         """
-        written = {name for name, _ in self.moments}
-        for name in written:
-            self.layers[name].end_training()
-        unwritten = [layer for name, layer in self.layers.items() if name not in written]
-        by_reason = {
-            reason: tuple(layer.name for layer in unwritten if layer.kept == reason)
-            for reason in _KEPT
-        }
-        for reason, (level, text) in _KEPT.items():
-            names = [name or "the model" for name in by_reason[reason]]
-            if names:
-                log.log(level, text, first_few(names))
-        if self._unwatched:
+        recomputed = {name for name, _ in self.moments}
+        unchanged: dict[KeepReason | None, list[str]] = {reason: [] for reason in _MESSAGES}
+        for name, layer in self.layers.items():
+            if name in recomputed:
+                layer.end_training()
+            else:
+                unchanged[layer.keep_reason].append(name)
+        self._log_unchanged(unchanged)
+        return BatchNormResult(
+            layers=len(recomputed),
+            batches=batches,
+            samples=samples,
+            unreached=tuple(unchanged[None]),
+            written=self._written(),
+            frozen=tuple(unchanged["frozen"]),
+            unknown=(*unchanged["unknown"], *self._unhookable),
+        )
+
+    def _log_unchanged(self, unchanged: Mapping[KeepReason | None, Sequence[str]]) -> None:
+        """Log the names of the layers that were not recomputed, by reason."""
+        for reason, (level, text) in _MESSAGES.items():
+            if unchanged[reason]:
+                log.log(level, text, first_few([name or "the model" for name in unchanged[reason]]))
+        if self._unhookable:
             log.warning(
                 "what goes through %s cannot be seen: statistics left as they were",
-                first_few([*self._unwatched]),
+                first_few([*self._unhookable]),
             )
-        return BatchNormResult(
-            len(written),
-            batches,
-            samples,
-            by_reason[None],
-            self._written(),
-            by_reason["frozen"],
-            (*by_reason["unknown"], *self._unwatched),
-        )
 
     def _moments_of(self, layer: str) -> dict[Names, Moments]:
         """Select the moments of a layer, by the names of the statistics."""
@@ -282,38 +311,39 @@ class ModelPass:
         for name, names in self.moments:
             layer = self.layers[name].layer
             written[layer] = (*written.get(layer, ()), *names)
-        return frozenset(
-            f"{prefix}.{name}".lstrip(".")
-            for prefix, module in self._given.named_modules(remove_duplicate=False)
-            for name in written.get(module, ())
-        )
+        entries: set[str] = set()
+        for prefix, module in self._outer_model.named_modules(remove_duplicate=False):
+            for name in written.get(module, ()):
+                entries.add(f"{prefix}.{name}".lstrip("."))
+        return frozenset(entries)
 
-    def _see(self, through: Through) -> _Seen:
+    def _run(self, forward_pass: ForwardPass) -> _BatchStatistics:
         """Run the model on a batch and return the moments of the batch."""
-        scripted = [layer for layer in self.layers.values() if isinstance(layer, ScriptedLayer)]
-        with KernelDispatch(scripted) if scripted else nullcontext():
-            return self.collector.see(self.model, through)
+        if not self._scripted:
+            return self.collector.run(self.model, forward_pass)
+        with KernelDispatch(self._scripted):
+            return self.collector.run(self.model, forward_pass)
 
-    def _settle(self) -> None:
+    def _merge_oldest(self) -> None:
         """Merge the oldest batch that is not merged yet, once its moments are accurate.
 
         A batch with doubtful moments goes through the model again, with the doubtful layers reduced
         in float64. The outputs are the same as before, since a layer in training mode ignores its
         running statistics.
         """
-        while doubted := self._waiting[0].doubt.layers():
-            for slot in doubted:
+        while inaccurate := self._waiting[0].accuracy.inaccurate_layers():
+            for slot in inaccurate:
                 # Later batches are likely to be doubtful too.
-                self._slots[slot].trusted = False
+                self._slots[slot].uses_kernel = False
             log.info(
-                "what the kernels find at %s may be off by more than %g: reduced in float64",
-                first_few([self._slots[slot].name for slot in doubted]),
+                "the kernels' statistics of %s may be off by more than %g: reduced in float64",
+                first_few([self._slots[slot].name for slot in inaccurate]),
                 TOLERANCE,
             )
-            self._waiting[0] = self._see(self._waiting[0].through)
+            self._waiting[0] = self._run(self._waiting[0].forward_pass)
         oldest = self._waiting.popleft()
-        for landing in oldest.landings:
-            self.collector.kernels.merge(landing)
+        for written in oldest.buffers:
+            self.collector.kernels.merge(written)
         for key, moments in oldest.moments:
             self._merge(key, moments)
 
@@ -326,7 +356,7 @@ class ModelPass:
 
 
 @contextmanager
-def collecting(
+def collect_moments(
     model: nn.Module, exclude: Collection[str], memory_format: MemoryFormat
 ) -> Iterator[ModelPass]:
     """Prepare a model for a pass, and restore the model's state afterwards.
@@ -346,11 +376,11 @@ def collecting(
                 module.training = False
             stop_observers(model)
             for layer in model_pass.layers.values():
-                layer.enter(model_pass.collector)
+                layer.attach(model_pass.collector)
             yield model_pass
         finally:
             for layer in model_pass.layers.values():
-                layer.leave()
+                layer.detach()
             state.restore()
 
 
@@ -361,11 +391,12 @@ _eager = SharedContext(lambda: torch.compiler.set_stance("force_eager"))
 @contextmanager
 def _uncompiled(model: nn.Module) -> Iterator[None]:
     """Run compiled parts of a model uncompiled, so that calls of layers can be intercepted."""
-    if any(hasattr(m, "_orig_mod") or m._compiled_call_impl for m in model.modules()):
-        with _eager.in_use():
-            yield
-    else:
-        yield
+    for module in model.modules():
+        if hasattr(module, "_orig_mod") or module._compiled_call_impl:
+            with _eager.in_use():
+                yield
+            return
+    yield
 
 
 def finish(passes: Sequence[ModelPass], batches: int, peers: Peers) -> int:
@@ -385,77 +416,27 @@ def finish(passes: Sequence[ModelPass], batches: int, peers: Peers) -> int:
     for model_pass in passes:
         model_pass.end()
     if peers.world_size > 1:
-        parts = peers.gather([batches, [model_pass.plain() for model_pass in passes]])
-        batches = sum(count for count, _ in parts)
-        for i, model_pass in enumerate(passes):
-            model_pass.replace(of_passes[i] for _, of_passes in parts)
+        parts = peers.gather([batches, [model_pass.to_plain() for model_pass in passes]])
+        counts, moments_of_peers = zip(*parts, strict=True)
+        batches = sum(counts)
+        for model_pass, moments in zip(passes, zip(*moments_of_peers, strict=True), strict=True):
+            model_pass.replace(moments)
     if not batches:
-        raise BatchNormError("the training data is empty", "Check --train-data.")
+        raise BatchNormError("the training data is empty", "Check the training data.")
     for model_pass in passes:
         model_pass.check()
     return batches
 
 
-def replace_all(changes: Sequence[Change]) -> None:
-    """Write the new statistics into the layers: all, or none if an error occurs.
-
-    Raises:
-        BatchNormError: A buffer cannot be written.
-    """
-    # The old values undo a partial write.
-    before = [change.buffer.detach().clone() for change in changes]
-    with torch.no_grad():
-        for number, change in enumerate(changes):
-            try:
-                change.buffer.copy_(change.value)
-            except Exception as error:
-                # Restore the buffer that failed too: torch may raise after it has written values.
-                # Inference tensors can be written in inference mode only. A buffer that refused
-                # the new value may refuse the old value as well.
-                for written, value in zip(changes[: number + 1], before, strict=False):
-                    with (
-                        torch.inference_mode(written.buffer.is_inference()),
-                        suppress(RuntimeError),
-                    ):
-                        written.buffer.copy_(value)
-                raise BatchNormError(
-                    f"{change.name} cannot be written: {type(error).__name__}: {error}",
-                    "The statistics of all layers are as they were.",
-                ) from error
-
-
-def _change(name: str, buffer: torch.Tensor | None, value: torch.Tensor) -> Change:
-    """Fit a new value to the shape and dtype of a buffer.
-
-    Raises:
-        BatchNormError: The value does not fit the buffer, or is too large for its dtype.
-    """
-    # A complex value arrives as two real numbers.
-    if buffer is None or buffer.numel() * (1 + buffer.is_complex()) != value.numel():
-        raise BatchNormError(
-            f"{name} does not have a value per channel of what goes through its layer",
-            "Leave the layer out (exclude).",
-        )
-    if buffer.is_complex():
-        value = torch.view_as_complex(value.reshape(*buffer.shape, 2))
-    narrowed = value.reshape(buffer.shape).to(buffer.dtype)
-    if not bool(torch.isfinite(narrowed).all()):
-        raise BatchNormError(
-            f"{name} is too large for {str(buffer.dtype).removeprefix('torch.')}",
-            "Take the model in a wider type.",
-        )
-    return Change(name, buffer, narrowed)
-
-
-def _check(name: str, moments: Moments) -> None:
+def _require_statistics(name: str, moments: Moments) -> None:
     """Raise an error if moments have too few values, or values that are not finite."""
     if moments.count < 2 and not moments.instances:
         raise BatchNormError(
-            f"the layer {name} saw a single value a channel, which has no variance",
+            f"the layer {name} saw a single value per channel, which has no variance",
             "Pass more training data.",
         )
-    if not bool(torch.isfinite(moments.mean).all() and torch.isfinite(moments.spread).all()):
+    if not bool(torch.isfinite(moments.mean).all() and torch.isfinite(moments.m2).all()):
         raise BatchNormError(
             f"the inputs of the layer {name} are not finite",
-            "Look at the data and the weights; --amp off may help.",
+            "Look at the data and the weights; `amp='off'` may help.",
         )

@@ -20,16 +20,16 @@ from ckptavg.errors import BatchNormError
 from ckptavg.models.batches import tensors_of
 
 log = logging.getLogger("ckptavg")
-Kept = Literal["frozen", "unknown"]
+KeepReason = Literal["frozen", "unknown"]
 """Why a layer keeps its statistics: it never updates them in training, or its rule is unknown."""
 
 Names = tuple[str, ...]
 
 
-class Sink(Protocol):
+class MomentsSink(Protocol):
     """Collector of the moments of layers."""
 
-    def land(self, slot: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def buffers_for(self, slot: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Reserve buffers for a kernel's mean and variance.
 
         Args:
@@ -50,7 +50,7 @@ class Sink(Protocol):
         """
 
 
-class WatchedLayer:
+class LayerHooks:
     """A layer with running statistics whose calls are intercepted during a pass.
 
     The layer is in training mode only during its own forward pass. Temporary buffers then replace
@@ -62,20 +62,20 @@ class WatchedLayer:
 
     Attributes:
         slot: Number among the layers with a usable kernel; None for a layer without one.
-        trusted: True if the kernel's statistics are used; otherwise the layer's inputs are reduced
-            in float64.
-        kept: Reason why the statistics stay, where there is a known reason.
+        uses_kernel: True if the kernel's statistics are used; False if the layer's inputs are
+            reduced in float64.
+        keep_reason: Reason why the statistics stay, where there is a known reason.
     """
 
     def __init__(self, name: str, layer: nn.Module) -> None:
         self.name, self.layer = name, layer
         self.statistics = statistics_of(layer)
         self.slot: int | None = None
-        self.trusted = False
-        self.kept: Kept | None = None
-        self._sink: Sink
+        self.uses_kernel = False
+        self.keep_reason: KeepReason | None = None
+        self._sink: MomentsSink
         self._kind = type(layer)
-        self._own_forward = vars(layer).get("forward")
+        self._instance_forward = vars(layer).get("forward")
         self._counter: torch.Tensor | None = None
 
     def suits_kernel(self) -> bool:
@@ -84,7 +84,7 @@ class WatchedLayer:
         is_there = mean is not None and not is_lazy(mean) and mean.dtype == torch.float32
         return isinstance(self.layer, _BatchNorm) and is_there
 
-    def enter(self, sink: Sink) -> None:
+    def attach(self, sink: MomentsSink) -> None:
         """Intercept the layer's calls.
 
         The instance's ``forward`` is replaced, so that calls from hooks and from other layers'
@@ -93,7 +93,7 @@ class WatchedLayer:
         self._sink, layer = sink, self.layer
         # torch's SyncBatchNorm would wait for other processes in its forward pass.
         if isinstance(layer, nn.SyncBatchNorm):
-            layer.__class__ = _apart(type(layer))
+            layer.__class__ = _local_class(type(layer))
         self._forward = layer.forward
 
         # A batch is passed to a model by the signature of its forward, so the signature must stay.
@@ -103,14 +103,14 @@ class WatchedLayer:
             return self._call(*args, **kwargs)
 
         vars(layer)["forward"] = forward
-        self.trusted = self.slot is not None
+        self.uses_kernel = self.slot is not None
 
-    def leave(self) -> None:
+    def detach(self) -> None:
         """Stop intercepting the layer's calls."""
         vars(self.layer).pop("forward", None)
-        if self._own_forward is not None:
-            vars(self.layer)["forward"] = self._own_forward
-        if isinstance(self.layer, _Apart):
+        if self._instance_forward is not None:
+            vars(self.layer)["forward"] = self._instance_forward
+        if isinstance(self.layer, _LocalSyncBatchNorm):
             self.layer.__class__ = self._kind  # type: ignore[assignment]
 
     def new_values(self, moments: Mapping[Names, Moments], batches: int) -> dict[str, torch.Tensor]:
@@ -121,9 +121,10 @@ class WatchedLayer:
             batches: Number of batches that went through the model.
         """
         values: dict[str, torch.Tensor] = {}
-        for names, of_them in moments.items():
-            parts = (of_them.mean, of_them.variance) if len(names) == 2 else (of_them.mean,)
-            values |= dict(zip(names, parts, strict=True))
+        for names, merged in moments.items():
+            values[names[0]] = merged.mean
+            if len(names) == 2:
+                values[names[1]] = merged.variance
         if values and isinstance(self.layer, (_NormBase, torch.jit.ScriptModule)):
             values["num_batches_tracked"] = torch.tensor(batches)
         buffers = dict(self.layer.named_buffers(recurse=False))
@@ -141,30 +142,31 @@ class WatchedLayer:
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layer's forward pass and collect the moments of the input."""
-        return self._take(args[0] if args else kwargs["input"], args, kwargs)
+        inputs, *_ = args or (kwargs["input"],)
+        return self._collect(inputs, args, kwargs)
 
-    def _take(self, given: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _collect(self, inputs: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the forward pass and collect moments of the argument.
 
         The moments come from the kernel where its statistics are accurate enough, otherwise from a
         float64 reduction.
         """
         # An empty batch has no moments. torch itself reports a wrong number of axes.
-        if given.dim() < 2 or not given.numel():
+        if inputs.dim() < 2 or not inputs.numel():
             return self._run(args, kwargs, self._scratch())
         if isinstance(self.layer, _InstanceNorm):
-            self._add(instance_moments(_with_batch_axis(self.layer, given)))
+            self._add(instance_moments(_with_batch_axis(self.layer, inputs)))
             return self._run(args, kwargs, self._scratch())
-        count = given.numel() // given.shape[1]
-        if self.trusted and self.slot is not None and count > 1 and suits_kernel(given):
-            return self._run(args, kwargs, self._sink.land(self.slot, count))
-        self._add(batch_moments(given))
+        count = inputs.numel() // inputs.shape[1]
+        if self.uses_kernel and self.slot is not None and count > 1 and suits_kernel(inputs):
+            return self._run(args, kwargs, self._sink.buffers_for(self.slot, count))
+        self._add(batch_moments(inputs))
         if count == 1:
-            return self._run_on_single(given, args, kwargs)
+            return self._run_on_single(inputs, args, kwargs)
         return self._run(args, kwargs, self._scratch())
 
     def _run_on_single(
-        self, given: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, inputs: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run the forward pass on a single value per channel.
 
@@ -173,7 +175,7 @@ class WatchedLayer:
         """
         mean, variance = self._scratch()
         if mean is not None:
-            mean.copy_(given.detach().reshape(-1))
+            mean.copy_(inputs.detach().reshape(-1))
         return self._run(args, kwargs, (mean, variance), training=False)
 
     def _add(self, moments: Moments) -> None:
@@ -216,7 +218,7 @@ class WatchedLayer:
         return tuple(None if value is None else torch.zeros_like(value) for value in buffers)
 
 
-class CustomLayer(WatchedLayer):
+class CustomLayerHooks(LayerHooks):
     """A layer with a custom forward pass, whose update of statistics is found by trial.
 
     ``LayerUpdate`` runs a copy of the layer to find which values the statistics are of.
@@ -226,15 +228,16 @@ class CustomLayer(WatchedLayer):
         super().__init__(name, layer)
         self._update: LayerUpdate
         self._rule: Rule | None = None
-        self._said = False
+        self._has_noted_estimate = False
 
-    def enter(self, sink: Sink) -> None:
+    def attach(self, sink: MomentsSink) -> None:
         """Intercept the layer's calls."""
-        super().enter(sink)
+        super().attach(sink)
         # The kernel is trusted once the first call has shown that it takes the layer's argument.
-        self.trusted = False
+        self.uses_kernel = False
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer's forward pass and collect moments by the layer's rule."""
         tensor = only_tensor(args, kwargs)
         if tensor is not None and not tensor.numel():
             return self._forward(*args, **kwargs)
@@ -244,32 +247,33 @@ class CustomLayer(WatchedLayer):
         if self._rule is None:
             self._rule = self._find_rule(args, kwargs)
         if self._rule == "argument" and tensor is not None:
-            return self._take(tensor, args, kwargs)
+            return self._collect(tensor, args, kwargs)
         if self._rule in {"frozen", "unknown"}:
             return self._forward(*args, **kwargs)
         if self._rule == "kernel":
-            return self._hear(args, kwargs)
-        self._ask(args, kwargs)
+            return self._observe_kernel(args, kwargs)
+        self._use_copy(args, kwargs)
         return self._run_with_copies(args, kwargs)
 
-    def _is_single(self, given: torch.Tensor) -> bool:
+    def _is_single(self, inputs: torch.Tensor) -> bool:
         """Return True if a BatchNorm layer gets one value per channel."""
-        channels = self.layer.num_features if isinstance(self.layer, _BatchNorm) else None
-        return given.dim() > 1 and given.numel() == given.shape[1] == channels
+        if not isinstance(self.layer, _BatchNorm) or inputs.dim() < 2:
+            return False
+        return inputs.numel() == inputs.shape[1] == self.layer.num_features
 
     def _find_rule(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rule:
         """Find by which rule the layer updates its statistics, from the first call."""
-        self._update = LayerUpdate(self.layer, self.statistics, self._own_forward)
+        self._update = LayerUpdate(self.layer, self.statistics, self._instance_forward)
         rule = self._update.rule(args, kwargs)
         if rule == "frozen":
-            self.kept = "frozen"
+            self.keep_reason = "frozen"
         elif rule == "unknown":
-            self.kept = "unknown"
+            self.keep_reason = "unknown"
             _require_finite(self.name, (args, kwargs))
-        self.trusted = rule == "argument" and self.slot is not None
+        self.uses_kernel = rule == "argument" and self.slot is not None
         return rule
 
-    def _hear(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _observe_kernel(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the forward pass and reduce the inputs of torch's kernel calls."""
         inputs: list[Moments] = []
         with KernelCalls(self.layer, lambda value: inputs.append(batch_moments(value))):
@@ -278,17 +282,17 @@ class CustomLayer(WatchedLayer):
             self._add(moments)
         # The kernel may be called in some forward passes only.
         if not inputs:
-            self._ask(args, kwargs)
+            self._use_copy(args, kwargs)
         return outputs
 
-    def _ask(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _use_copy(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Collect the moments that a copy of the layer computes from the arguments."""
         for names, moments in self._update.moments(args, kwargs).items():
             self._sink.add(self.name, names, moments)
-        if self._update.estimates and not self._said:
-            self._said = True
+        if self._update.estimates and not self._has_noted_estimate:
+            self._has_noted_estimate = True
             log.info(
-                "of how many values the statistics of %s are is estimated by its argument's size",
+                "the number of values in the statistics of %s is estimated by its argument's size",
                 self.name,
             )
 
@@ -296,7 +300,9 @@ class CustomLayer(WatchedLayer):
         """Run the forward pass in training mode on copies of the buffers."""
         buffers, state = self.layer._buffers, vars(self.layer)
         originals = dict(buffers)
-        buffers.update({k: v if v is None else v.clone() for k, v in originals.items()})
+        for name, value in originals.items():
+            if value is not None:
+                buffers[name] = value.clone()
         state["training"] = True
         try:
             return self._forward(*args, **kwargs)
@@ -305,9 +311,11 @@ class CustomLayer(WatchedLayer):
             state["training"] = False
 
 
-def watch(name: str, layer: nn.Module) -> WatchedLayer:
-    """Wrap a layer by the kind of its forward pass: torch's own, or custom."""
-    return (WatchedLayer if _forward_is_torchs(layer) else CustomLayer)(name, layer)
+def hook_layer(name: str, layer: nn.Module) -> LayerHooks:
+    """Make the hooks for the kind of a layer's forward pass: torch's own, or custom."""
+    if _forward_is_torchs(layer):
+        return LayerHooks(name, layer)
+    return CustomLayerHooks(name, layer)
 
 
 def _forward_is_torchs(layer: nn.Module) -> bool:
@@ -316,7 +324,7 @@ def _forward_is_torchs(layer: nn.Module) -> bool:
     return "forward" not in vars(layer) and type(layer).forward in torch_forwards
 
 
-class _Apart(nn.SyncBatchNorm):
+class _LocalSyncBatchNorm(nn.SyncBatchNorm):
     """A SyncBatchNorm layer that does not communicate with other processes.
 
     Other processes may have fewer batches, and the layer would wait for them forever.
@@ -325,18 +333,21 @@ class _Apart(nn.SyncBatchNorm):
     forward = _BatchNorm.forward
 
 
-def _apart(kind: type[nn.SyncBatchNorm]) -> type[nn.SyncBatchNorm]:
-    """Derive a class of SyncBatchNorm layer whose forward pass is that of ``_Apart``."""
-    return _Apart if kind is nn.SyncBatchNorm else type(kind.__name__, (kind, _Apart), {})
+def _local_class(kind: type[nn.SyncBatchNorm]) -> type[nn.SyncBatchNorm]:
+    """Derive a class of SyncBatchNorm layer with the forward pass of ``_LocalSyncBatchNorm``."""
+    if kind is nn.SyncBatchNorm:
+        return _LocalSyncBatchNorm
+    return type(kind.__name__, (kind, _LocalSyncBatchNorm), {})
 
 
 def _with_batch_axis(layer: _InstanceNorm, values: torch.Tensor) -> torch.Tensor:
     """Add the batch axis to a single sample, for an input of shape (N, C, ...)."""
-    alone = values.dim() == layer._get_no_batch_dim()  # type: ignore[no-untyped-call]
-    return values.unsqueeze(0) if alone else values
+    if values.dim() == layer._get_no_batch_dim():  # type: ignore[no-untyped-call]
+        return values.unsqueeze(0)
+    return values
 
 
-def _require_finite(name: str, given: Any) -> None:
+def _require_finite(name: str, arguments: Any) -> None:
     """Raise an error if a call's arguments are not finite.
 
     Values that are not finite explain why the layer's rule cannot be found.
@@ -344,7 +355,7 @@ def _require_finite(name: str, given: Any) -> None:
     Raises:
         BatchNormError: A tensor in the arguments is not finite.
     """
-    if all(bool(torch.isfinite(tensor).all()) for tensor in tensors_of(list(given))):
+    if all(bool(torch.isfinite(tensor).all()) for tensor in tensors_of(list(arguments))):
         return
     raise BatchNormError(
         f"the inputs of the layer {name} are not finite", "Look at the data and the weights."

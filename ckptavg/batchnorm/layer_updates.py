@@ -25,7 +25,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.overrides import TorchFunctionMode
 
-from ckptavg.batchnorm.moments import Moments, batch_moments, home_of
+from ckptavg.batchnorm.moments import Moments, batch_moments, merging_device
 from ckptavg.batchnorm.norm_layers import is_pair
 from ckptavg.models.batches import map_tensors, tensors_of
 from ckptavg.models.device import is_out_of_memory
@@ -113,7 +113,7 @@ class LayerUpdate:
         self._layer, self._forward = layer, forward
         self._names = statistics
         self._pair = is_pair(layer, statistics)
-        self._widen(_wide)
+        self._recopy(_copy_wide)
         self._start = dict.fromkeys(statistics, 1.0) | {statistics[0]: 0.0}
         self._factors: dict[str, float] = {}
         self.estimates = False
@@ -121,11 +121,11 @@ class LayerUpdate:
     def rule(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rule:
         """Find the rule of the layer from a call's arguments, which are not changed."""
         # Try float64 first, then the own types: compiled kernels may accept only float32.
-        for convert in (_wide, _as_it_is):
-            self._widen(convert)
+        for convert in (_copy_wide, _copy_as_is):
+            self._recopy(convert)
             for arguments in _samples(args, kwargs):
                 try:
-                    with _undisturbed():
+                    with _plain_precision():
                         return self._rule(arguments)
                 # A user's layer may raise any error in a copy.
                 except Exception as error:
@@ -143,38 +143,38 @@ class LayerUpdate:
             values. Any other statistic stands alone, as a mean over batches weighted by samples.
         """
         arguments = args, kwargs
-        with _undisturbed():
+        with _plain_precision():
             # Copy the layer anew: a model may pass a mask as an attribute of the layer.
-            self._widen(self._convert)
-            values = self._found(self._run(arguments))
+            self._recopy(self._convert)
+            values = self._solve(self._run(arguments))
             if isinstance(self._copy, _InstanceNorm):
                 count = next(tensors_of(arguments)).shape[0]
                 mean, variance = (values[name] for name in self._names)
                 return {self._names: Moments(count, mean, variance * count, instances=True)}
             if self._pair:
-                return {self._names: self._pooled(arguments, values)}
+                return {self._names: self._pool(arguments, values)}
         samples = next((len(t) for t in tensors_of(arguments) if t.dim()), 1)
         zero = torch.zeros_like
         return {(n,): Moments(samples, v, zero(v), instances=True) for n, v in values.items()}
 
-    def _widen(self, convert: Convert) -> None:
+    def _recopy(self, convert: Convert) -> None:
         """Copy the layer with converted tensors; arguments of later runs are converted alike."""
         self._convert = convert
         self._copy = _copy_of(self._layer, convert, self._forward)
         self._buffers = dict(self._copy._buffers)
 
-    def _rule(self, given: Arguments) -> Rule:
+    def _rule(self, arguments: Arguments) -> Rule:
         """Find the rule from runs of the copy on a call's arguments."""
         inputs: list[tuple[torch.Tensor, bool]] = []
-        base = self._run(given, inputs)
-        self._factors = self._measure_factors(given, base)
+        base = self._run(arguments, inputs)
+        self._factors = self._measure_factors(arguments, base)
         if not self._factors:
             return "unknown"
         if not any(self._factors.values()):
             return "frozen"
         if not all(self._factors.values()):
             return "unknown"
-        values = self._found(base)
+        values = self._solve(base)
         if not self._pair or len(inputs) != 1:
             return "own"
         kernel, is_argument = inputs[0]
@@ -182,13 +182,13 @@ class LayerUpdate:
         for value, expected in zip(
             (values[name] for name in self._names), (moments.mean, moments.variance), strict=True
         ):
-            if value.shape != expected.shape or not _close(value, expected.to(value)):
+            if value.shape != expected.shape or not _is_close(value, expected.to(value)):
                 return "own"
         # The copy's momentum is 1. A factor other than 1 means that the layer uses its own.
         honoured = all(factor == 1 for factor in self._factors.values())
         return "argument" if is_argument and honoured else "kernel"
 
-    def _measure_factors(self, given: Arguments, base: Values) -> dict[str, float]:
+    def _measure_factors(self, arguments: Arguments, base: Values) -> dict[str, float]:
         """Measure the weight of a batch in each statistic.
 
         Returns:
@@ -197,53 +197,53 @@ class LayerUpdate:
         start, factors = self._start, {}
         shifts = {name: 1.0 + base[name].abs().max().item() for name in base}
         for name, shift in shifts.items():
-            moved = self._run(given, start=start | {name: start[name] + shift})
+            moved = self._run(arguments, start=start | {name: start[name] + shift})
             old_weights = (moved[name] - base[name]) / shift
-            factors[name] = _rounded(1 - old_weights.mean().item())
+            factors[name] = _without_noise(1 - old_weights.mean().item())
             if not -_CLOSE < factors[name] < 1 + _CLOSE:
                 return {}
             expected = base | {name: base[name] + (1 - factors[name]) * shift}
-            if not _all_close(moved, expected):
+            if not _are_all_close(moved, expected):
                 return {}
         # Move all old values at once, twice as far. This confirms that the step is linear and that
         # each statistic depends on its own old value only.
-        moved = self._run(given, start={n: start[n] + 2 * shift for n, shift in shifts.items()})
+        moved = self._run(arguments, start={n: start[n] + 2 * shift for n, shift in shifts.items()})
         expected = {n: base[n] + (1 - factors[n]) * 2 * shift for n, shift in shifts.items()}
-        return factors if _all_close(moved, expected) else {}
+        return factors if _are_all_close(moved, expected) else {}
 
-    def _found(self, new: Values) -> Values:
+    def _solve(self, new: Values) -> Values:
         """Solve new statistics for the batch's own, given the old values and the weights."""
         return {
             name: (new[name] - (1 - factor) * self._start[name]) / factor
             for name, factor in self._factors.items()
         }
 
-    def _pooled(self, given: Arguments, values: Values) -> Moments:
+    def _pool(self, arguments: Arguments, values: Values) -> Moments:
         """Build moments from a batch's mean and variance, with the number of values found."""
         mean, variance = (values[name] for name in self._names)
-        counts = self._count(given, values)
+        counts = self._count_values(arguments, values)
         # The number of values could not be measured: guess by the largest argument's size.
         if counts is None:
             self.estimates = True
-            numel = max((t.numel() for t in tensors_of(given)), default=1)
+            numel = max((t.numel() for t in tensors_of(arguments)), default=1)
             count = max(2, numel // mean.numel())
             counts = count, count - 1
         return Moments(counts[0], mean, variance * counts[1])
 
-    def _count(self, given: Arguments, values: Values) -> tuple[int, int] | None:
+    def _count_values(self, arguments: Arguments, values: Values) -> tuple[int, int] | None:
         """Find the number of values in a mean and the divisor of the variance.
 
         Returns:
             The two counts; None if no value that was tried gives them.
         """
-        floats = [t for t in tensors_of(given) if t.is_floating_point() and t.numel() > 1]
+        floats = [t for t in tensors_of(arguments) if t.is_floating_point() and t.numel() > 1]
         for which, tensor in enumerate(floats):
             # So large a distance moves the mean well beyond the noise of float32.
             distance = tensor.numel() * tensor.abs().max().double().item()
-            for index in _spread_indices(tensor):
+            for index in _indices_to_try(tensor):
                 push = distance if tensor[index] > 0 else -distance
                 near, far = (
-                    self._found(self._run(given, moved=(which, index, times * push)))
+                    self._solve(self._run(arguments, moved=(which, index, times * push)))
                     for times in (1, 2)
                 )
                 mean, variance = self._names
@@ -254,12 +254,12 @@ class LayerUpdate:
                 if abs(share) * tensor.numel() < _CLOSE:
                     continue
                 bend = (far[variance] - 2 * near[variance] + values[variance])[at].item() / 2
-                return _counts(share, bend / push**2)
+                return _counts_from_shifts(share, bend / push**2)
         return None
 
     def _run(
         self,
-        given: Arguments,
+        arguments: Arguments,
         inputs: list[tuple[torch.Tensor, bool]] | None = None,
         start: Mapping[str, float] | None = None,
         moved: tuple[int, tuple[int, ...], float] | None = None,
@@ -267,16 +267,16 @@ class LayerUpdate:
         """Run the copy and return the new statistics in the buffers.
 
         Args:
-            given: The arguments.
+            arguments: The arguments.
             inputs: Receives the inputs of torch's kernel, each with a flag that is True for the
                 call's only argument.
             start: Values of the statistics before the run.
             moved: One value to change: number of the floating tensor, index, distance.
         """
-        args, kwargs = arguments = map_tensors(given, self._convert)
+        args, kwargs = converted = map_tensors(arguments, self._convert)
         if moved is not None:
             which, index, distance = moved
-            floats = [t for t in tensors_of(arguments) if t.is_floating_point() and t.numel() > 1]
+            floats = [t for t in tensors_of(converted) if t.is_floating_point() and t.numel() > 1]
             # The conversion has copied the tensors, so the caller's values stay.
             floats[which][index] += distance
         self._prepare(start or self._start)
@@ -289,7 +289,7 @@ class LayerUpdate:
 
         with KernelCalls(self._copy, take):
             self._copy.forward(*args, **kwargs)
-        return {name: _flat(self._copy._buffers[name]) for name in self._names}
+        return {name: _flatten(self._copy._buffers[name]) for name in self._names}
 
     def _prepare(self, start: Mapping[str, float]) -> None:
         """Reset the copy's buffers: statistics to start values, counters to 0."""
@@ -359,19 +359,19 @@ def _copy_of(layer: nn.Module, convert: Convert, forward: Any = None) -> nn.Modu
     return copy
 
 
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
+def _copy_wide(tensor: torch.Tensor) -> torch.Tensor:
     """Copy a tensor; floats become float64 where the device supports float64."""
-    real = tensor.is_floating_point() and home_of(tensor.device) == tensor.device
+    real = tensor.is_floating_point() and merging_device(tensor.device) == tensor.device
     return tensor.detach().to(torch.float64 if real else tensor.dtype, copy=True)
 
 
-def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+def _copy_as_is(tensor: torch.Tensor) -> torch.Tensor:
     """Copy a tensor in the same dtype."""
     return tensor.detach().clone()
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
+def _plain_precision() -> Iterator[None]:
     """Turn off gradients and autocast, which would narrow float64 values."""
     kinds = {"cpu", "cuda"} if torch.cuda.is_available() else {"cpu"}
     with torch.no_grad():
@@ -387,31 +387,31 @@ def _without_autocast(kinds: list[str]) -> Iterator[None]:
         yield from _without_autocast(kinds[1:])
 
 
-def _flat(value: torch.Tensor | None) -> torch.Tensor:
+def _flatten(value: torch.Tensor | None) -> torch.Tensor:
     """Flatten a statistic to float64; a complex value becomes two."""
     if value is None:
         raise TypeError("a layer has no statistics any more")
     real = torch.view_as_real(value) if value.is_complex() else value
-    return real.detach().to(home_of(real.device)).double().reshape(-1)
+    return real.detach().to(merging_device(real.device)).double().reshape(-1)
 
 
-def _close(value: torch.Tensor, expected: torch.Tensor) -> bool:
+def _is_close(value: torch.Tensor, expected: torch.Tensor) -> bool:
     """Return True if values are as expected up to float32's precision, and finite."""
     room = _CLOSE * (1 + expected.abs().max())
     return bool(((value - expected).abs() <= room).all())
 
 
-def _all_close(values: Values, expected: Values) -> bool:
+def _are_all_close(values: Values, expected: Values) -> bool:
     """Return True if all statistics are as expected."""
-    return all(_close(values[name], expected[name]) for name in expected)
+    return all(_is_close(values[name], expected[name]) for name in expected)
 
 
-def _rounded(factor: float) -> float:
+def _without_noise(factor: float) -> float:
     """Remove the noise of rounding from a factor of 0 or 1."""
     return float(round(factor)) if abs(factor - round(factor)) < 1e-6 else factor
 
 
-def _spread_indices(tensor: torch.Tensor) -> Iterator[tuple[int, ...]]:
+def _indices_to_try(tensor: torch.Tensor) -> Iterator[tuple[int, ...]]:
     """Yield the indices of some values that are not 0: first, last, several between."""
     # Multiples of the golden ratio spread the indices evenly and avoid periods in the data.
     last = tensor.numel() - 1
@@ -422,7 +422,7 @@ def _spread_indices(tensor: torch.Tensor) -> Iterator[tuple[int, ...]]:
             yield index
 
 
-def _counts(share: float, bend: float) -> tuple[int, int] | None:
+def _counts_from_shifts(share: float, bend: float) -> tuple[int, int] | None:
     """Find the number of values in a mean and the degrees of freedom of the variance.
 
     Args:

@@ -20,7 +20,7 @@ The error of the mean is a fraction of a standard deviation, that of the varianc
 variance, with eps included in both. A layer's output is then off by no more than this.
 """
 
-_STEEPEST = {"cpu": 100.0}
+_LARGEST_MEAN = {"cpu": 100.0}
 """Largest mean, in standard deviations, up to which a kernel keeps within the tolerance.
 
 Measured with torch 2.15 on CPU, contiguous float32: the variance is off by 1e-7 at any mean, the
@@ -28,7 +28,7 @@ mean by 4e-8 of the mean.
 """
 # On other devices the kernel is the vendor's. Even a difference of sums of squares in float32 stays
 # within the tolerance up to this limit: its error of 1e-7 grows with the square of the mean.
-_STEEPEST_ELSEWHERE = 10.0
+_LARGEST_MEAN_ELSEWHERE = 10.0
 # Values that are reduced at once on a CPU; in float64 they fit into its cache.
 _BLOCK = 1 << 16
 
@@ -37,19 +37,19 @@ _BLOCK = 1 << 16
 class Moments:
     """Count, mean and sum of squared deviations per channel, in float64.
 
-    The running statistics of InstanceNorm are means over instances. For InstanceNorm, ``spread`` is
+    The running statistics of InstanceNorm are means over instances. For InstanceNorm, ``m2`` is
     the sum of the instances' variances instead.
 
     Attributes:
         count: Values per channel; instances where ``instances`` is set.
         mean: (channels) float64.
-        spread: (channels) float64: sum of squared deviations, or of the instances' variances.
+        m2: (channels) float64: sum of squared deviations, or of the instances' variances.
         instances: True if the moments are means over instances.
     """
 
     count: int
     mean: torch.Tensor
-    spread: torch.Tensor
+    m2: torch.Tensor
     instances: bool = False
 
     def merge(self, other: Moments) -> None:
@@ -57,33 +57,33 @@ class Moments:
         total = self.count + other.count
         delta = other.mean - self.mean
         if not self.instances:
-            self.spread += delta.square() * (self.count * other.count / total)
-        self.spread += other.spread
+            self.m2 += delta.square() * (self.count * other.count / total)
+        self.m2 += other.m2
         self.mean += delta * (other.count / total)
         self.count = total
 
     @property
     def variance(self) -> torch.Tensor:
         """Variance for ``running_var``: unbiased, as torch stores it."""
-        return self.spread / (self.count if self.instances else self.count - 1)
+        return self.m2 / (self.count if self.instances else self.count - 1)
 
     def on_cpu(self) -> Moments:
         """Copy the moments to the CPU."""
-        return Moments(self.count, self.mean.cpu(), self.spread.cpu(), self.instances)
+        return Moments(self.count, self.mean.cpu(), self.m2.cpu(), self.instances)
 
-    def plain(self) -> list[Any]:
+    def to_plain(self) -> list[Any]:
         """Convert the moments to plain values, which JSON carries without loss."""
-        return [self.count, self.mean.tolist(), self.spread.tolist(), self.instances]
+        return [self.count, self.mean.tolist(), self.m2.tolist(), self.instances]
 
     @classmethod
-    def of_plain(cls, values: Sequence[Any]) -> Moments:
-        """Build moments from the values that ``plain`` returned."""
-        count, mean, spread, instances = values
-        parts = torch.tensor([mean, spread], dtype=torch.float64)
+    def from_plain(cls, values: Sequence[Any]) -> Moments:
+        """Build moments from the values that ``to_plain`` returned."""
+        count, mean, m2, instances = values
+        parts = torch.tensor([mean, m2], dtype=torch.float64)
         return cls(count, parts[0], parts[1], instances)
 
 
-def home_of(device: torch.device) -> torch.device:
+def merging_device(device: torch.device) -> torch.device:
     """Return the device that merges a device's results in float64.
 
     It is the device itself, except for Apple's mps: mps has no float64, so the CPU merges.
@@ -97,7 +97,7 @@ def batch_moments(values: torch.Tensor) -> Moments:
     Args:
         values: Shape (N, C, ...), not empty.
     """
-    values = values.detach().to(home_of(values.device))
+    values = values.detach().to(merging_device(values.device))
     if not values.is_cpu:
         axes = [axis for axis in range(values.dim()) if axis != 1]
         variance, mean = torch.var_mean(values.double(), axes, correction=0)
@@ -138,7 +138,7 @@ def instance_moments(values: torch.Tensor) -> Moments:
     Args:
         values: Shape (N, C, ...).
     """
-    wide = values.detach().to(home_of(values.device)).double().flatten(2)
+    wide = values.detach().to(merging_device(values.device)).double().flatten(2)
     variance, mean = torch.var_mean(wide, 2, correction=1)
     return Moments(values.shape[0], mean.mean(0), variance.sum(0), instances=True)
 
@@ -156,7 +156,7 @@ def suits_kernel(values: torch.Tensor) -> bool:
     return values.dtype in {torch.float32, torch.float16, torch.bfloat16}
 
 
-class Landing:
+class KernelBuffers:
     """Per-batch buffers that the BatchNorm kernels of a model write into.
 
     Args:
@@ -182,7 +182,7 @@ class Landing:
         self.counts = [0] * len(self.counts)
 
 
-class Doubt:
+class AccuracyCheck:
     """Deferred list of channels whose statistics may be off by more than the tolerance.
 
     The list is known once the device has worked through the batch.
@@ -195,19 +195,19 @@ class Doubt:
     def __init__(self, doubtful: torch.Tensor, layer: torch.Tensor) -> None:
         self._layer = layer
         # The copy from CUDA does not block; the event says when the values may be read.
-        self._found = doubtful.to("cpu", non_blocking=doubtful.is_cuda)
+        self._on_cpu = doubtful.to("cpu", non_blocking=doubtful.is_cuda)
         self._copied: torch.cuda.Event | None = None
         if doubtful.is_cuda:
             self._copied = torch.cuda.current_stream(doubtful.device).record_event()
 
-    def layers(self) -> list[int]:
+    def inaccurate_layers(self) -> list[int]:
         """List the layers of the doubtful channels, after waiting for the device."""
         if self._copied is not None:
             self._copied.synchronize()
-        return sorted(set(self._layer[self._found].tolist())) if self._found.any() else []
+        return sorted(set(self._layer[self._on_cpu].tolist())) if self._on_cpu.any() else []
 
 
-class KernelMoments:
+class KernelStatistics:
     """Moments of all layers of a model, merged from kernel statistics in few operations per batch.
 
     Args:
@@ -219,66 +219,70 @@ class KernelMoments:
     def __init__(self, sizes: Sequence[int], eps: Sequence[float], device: torch.device) -> None:
         self._sizes = torch.tensor([*sizes], dtype=torch.long)
         self._device = device
-        self._home = home_of(device)
+        self._merging_device = merging_device(device)
         self._layer = torch.arange(len(sizes)).repeat_interleave(self._sizes)
         self._eps = torch.tensor([*eps]).repeat_interleave(self._sizes).to(device)
         shape = (3, int(self._sizes.sum()))
-        self._count, self._mean, self._spread = torch.zeros(
-            shape, dtype=torch.float64, device=self._home
+        self._count, self._mean, self._m2 = torch.zeros(
+            shape, dtype=torch.float64, device=self._merging_device
         )
-        self._known: tuple[list[int], torch.Tensor] | None = None
-        self._spare: list[Landing] = []
+        self._last_counts: tuple[list[int], torch.Tensor] | None = None
+        self._unused: list[KernelBuffers] = []
 
-    def landing(self) -> Landing:
-        """Take an empty landing, reused where possible."""
-        return self._spare.pop() if self._spare else Landing(self._sizes.tolist(), self._device)
+    def take_buffers(self) -> KernelBuffers:
+        """Take empty buffers, reused where possible."""
+        return (
+            self._unused.pop()
+            if self._unused
+            else KernelBuffers(self._sizes.tolist(), self._device)
+        )
 
-    def doubt(self, landings: Sequence[Landing]) -> Doubt:
+    def check_accuracy(self, buffers: Sequence[KernelBuffers]) -> AccuracyCheck:
         """Find the statistics that may exceed the tolerance, from the kernels' own values.
 
         Statistics that are not finite are doubtful too.
         """
-        steepest = _STEEPEST.get(self._device.type, _STEEPEST_ELSEWHERE)
+        largest_mean = _LARGEST_MEAN.get(self._device.type, _LARGEST_MEAN_ELSEWHERE)
         doubtful = torch.zeros_like(self._eps, dtype=torch.bool)
-        for landing in landings:
-            mean, variance = landing.both
-            fine = mean.square() <= steepest**2 * (variance + self._eps)
+        for written in buffers:
+            mean, variance = written.both
+            fine = mean.square() <= largest_mean**2 * (variance + self._eps)
             fine &= variance < torch.inf
             # A CPU kernel subtracts the mean before it squares, so a variance of 0 is exact there:
             # the channel is dead.
             if self._device.type == "cpu":
                 fine |= (variance == 0) & mean.isfinite()
             doubtful |= ~fine
-        return Doubt(doubtful, self._layer)
+        return AccuracyCheck(doubtful, self._layer)
 
-    def merge(self, landing: Landing) -> None:
+    def merge(self, buffers: KernelBuffers) -> None:
         """Merge a batch into the moments of all layers at once (Chan et al. 1979).
 
-        The landing is cleared and may be used again.
+        The buffers are cleared and may be used again.
         """
-        mean, variance = landing.both.to(self._home).to(torch.float64)
-        count = self._counts(landing.counts)
+        mean, variance = buffers.both.to(self._merging_device).to(torch.float64)
+        count = self._counts(buffers.counts)
         total = self._count + count
         # Without the clamp, layers without data would divide 0 by 0.
         share = count / total.clamp(min=1)
         delta = mean - self._mean
         # The kernels' variances are unbiased: count - 1 gives back the sum of squared deviations.
-        self._spread += variance * (count - 1).clamp(min=0) + delta.square() * share * self._count
+        self._m2 += variance * (count - 1).clamp(min=0) + delta.square() * share * self._count
         self._mean += delta * share
         self._count = total
-        landing.clear()
-        self._spare.append(landing)
+        buffers.clear()
+        self._unused.append(buffers)
 
     def moments(self) -> list[Moments | None]:
         """Return the moments of each layer on the CPU; None for a layer without data."""
-        parts = torch.stack((self._count, self._mean, self._spread)).cpu()
+        parts = torch.stack((self._count, self._mean, self._m2)).cpu()
         by_layer = torch.split(parts, self._sizes.tolist(), dim=1)
         return [Moments(int(n[0]), m.clone(), s.clone()) if n[0] else None for n, m, s in by_layer]
 
     def _counts(self, counts: list[int]) -> torch.Tensor:
         """Return a batch's counts per channel as a tensor."""
         # Most batches have the counts of the batch before, so the tensor is kept.
-        if self._known is None or self._known[0] != counts:
+        if self._last_counts is None or self._last_counts[0] != counts:
             per_channel = torch.tensor(counts, dtype=torch.float64).repeat_interleave(self._sizes)
-            self._known = counts, per_channel.to(self._home)
-        return self._known[1]
+            self._last_counts = counts, per_channel.to(self._merging_device)
+        return self._last_counts[1]

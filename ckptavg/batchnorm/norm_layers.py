@@ -103,7 +103,7 @@ def keeps_nothing(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) and not module.track_running_stats
 
 
-def is_watchable(module: nn.Module) -> bool:
+def is_hookable(module: nn.Module) -> bool:
     """Return True if a layer's calls can be followed from Python.
 
     A module that is not torch's own is not followed if it contains another layer with running

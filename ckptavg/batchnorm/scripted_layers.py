@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ckptavg.batchnorm.hooks import Sink, WatchedLayer
+from ckptavg.batchnorm.hooks import LayerHooks, MomentsSink
 from ckptavg.batchnorm.moments import batch_moments
 
 
-class ScriptedLayer(WatchedLayer):
+class ScriptedLayerHooks(LayerHooks):
     """A scripted BatchNorm layer of torch.
 
     A traced layer keeps normalizing in the mode in which it was traced.
@@ -23,15 +23,15 @@ class ScriptedLayer(WatchedLayer):
         """Return False: a compiled call cannot be given other buffers."""
         return False
 
-    def enter(self, sink: Sink) -> None:
+    def attach(self, sink: MomentsSink) -> None:
         """Put the layer in training mode."""
         self._sink = sink
         self.layer.training = True
 
-    def leave(self) -> None:
+    def detach(self) -> None:
         """Do nothing: ``ModelState`` restores the layer's mode and buffers with the model's."""
 
-    def hear(self, inputs: torch.Tensor) -> None:
+    def observe(self, inputs: torch.Tensor) -> None:
         """Collect the moments of an input of a kernel that updates the layer's statistics."""
         self._add(batch_moments(inputs))
 
@@ -44,7 +44,7 @@ class KernelDispatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             tensors are recognized by address.
     """
 
-    def __init__(self, layers: Iterable[ScriptedLayer]) -> None:
+    def __init__(self, layers: Iterable[ScriptedLayerHooks]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._layers = {
             layer.layer.running_mean.data_ptr(): layer  # type: ignore[operator]
@@ -63,7 +63,7 @@ class KernelDispatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             # The kernels name the training flag differently; some only have a momentum.
             trains = arguments.get("training", arguments.get("train", "momentum" in arguments))
             if trains and mean is not None and mean.data_ptr() in self._layers:
-                self._layers[mean.data_ptr()].hear(arguments["input"])
+                self._layers[mean.data_ptr()].observe(arguments["input"])
         return func(*args, **kwargs)
 
 

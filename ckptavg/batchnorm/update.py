@@ -24,7 +24,13 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from ckptavg.batchnorm.collect import BatchNormResult, Through, collecting, finish, replace_all
+from ckptavg.batchnorm.buffer_updates import write_updates
+from ckptavg.batchnorm.collect import (
+    BatchNormResult,
+    ForwardPass,
+    collect_moments,
+    finish,
+)
 from ckptavg.batchnorm.norm_layers import never_trained_layers, tracked_layers, unreachable_layers
 from ckptavg.data.argument_checks import check_model
 from ckptavg.data.loaders import Subset, as_subset, open_loader
@@ -176,18 +182,18 @@ def recompute(
     memory_format = MemoryFormat(models[0], runtime.device, scoring=False)
     with ExitStack() as stack, torch.no_grad():
         passes = [
-            stack.enter_context(collecting(model, excluded, memory_format))
+            stack.enter_context(collect_moments(model, excluded, memory_format))
             for model, excluded in zip(models, exclude or [()] * len(models), strict=True)
         ]
         # All models see a batch before the next is read, so the data is read once.
         for batch in prefetch_to_device(batches, runtime.device):
             batch_on_device = memory_format.to_device(batch.on_device)
-            through = Through(forward or call, runtime, memory_format, batch_on_device)
+            through = ForwardPass(forward or call, runtime, memory_format, batch_on_device)
             for model_pass in passes:
                 model_pass.take(through)
             batches_read += 1
             samples += size_of(batch.loaded)
         of_all = finish(passes, batches_read, peers or SingleProcess())
     # Written at the very end and for all models at once, so that an error changes no model.
-    replace_all([change for model_pass in passes for change in model_pass.changes(of_all)])
+    write_updates([update for model_pass in passes for update in model_pass.updates(of_all)])
     return [model_pass.result(batches_read, samples) for model_pass in passes]

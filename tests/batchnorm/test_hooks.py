@@ -129,7 +129,7 @@ def test_a_layer_in_doubt_is_reduced_in_float64_from_then_on(reduced, offset, ca
     if offset:
         assert reduced == {(5, 3, 6, 6): 1, (6, 3, 6, 6): 1, (2, 3, 6, 6): 1}
         assert len(calls) == 5
-        assert "the kernels find at first may be off by more than 1e-05" in caplog.text
+        assert "the kernels' statistics of first may be off by more than 1e-05" in caplog.text
     else:
         assert not reduced
 
@@ -318,7 +318,7 @@ class Thread:
     """One of several peers, each of them a thread; all they hand in goes through JSON."""
 
     def __init__(self, rank, count, shared):
-        self.rank, self.count = rank, count
+        self.rank, self.world_size = rank, count
         self.shared, self.gathered, self.checks = shared, 0, 0
 
     def gather(self, value):

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from ckptavg.batchnorm import moments
 from ckptavg.batchnorm.moments import (
     TOLERANCE,
-    KernelMoments,
+    KernelStatistics,
     Moments,
     batch_moments,
-    home_of,
     instance_moments,
+    merging_device,
     suits_kernel,
 )
 
@@ -68,10 +68,10 @@ def test_a_batchs_moments_are_numpys_in_any_layout(shape, axes, layout, dtype, o
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(moments, "_BLOCK", block)
         found = batch_moments(values)
-    mean, spread = by_numpy(values)
+    mean, m2 = by_numpy(values)
     assert found.count == values.numel() // shape[1]
     np.testing.assert_allclose(found.mean, mean, rtol=1e-13, atol=1e-13)
-    np.testing.assert_allclose(found.spread, spread, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(found.m2, m2, rtol=1e-9, atol=1e-9)
     assert torch.equal(values, before)
 
 
@@ -91,30 +91,30 @@ def test_no_copy_of_a_whole_batch_is_made(monkeypatch):
 
 def test_moments_go_through_json_bit_by_bit():
     for found in (batch_moments(normal(7, 3, offset=0.1)), instance_moments(normal(2, 3, 5))):
-        again = Moments.of_plain(json.loads(json.dumps(found.plain())))
+        again = Moments.from_plain(json.loads(json.dumps(found.to_plain())))
         assert (again.count, again.instances) == (found.count, found.instances)
         assert torch.equal(again.mean, found.mean)
-        assert torch.equal(again.spread, found.spread)
+        assert torch.equal(again.m2, found.m2)
 
 
 def test_apples_gpus_have_no_float64():
-    assert home_of(torch.device("mps")) == CPU
-    assert home_of(torch.device("cuda:1")) == torch.device("cuda:1")
+    assert merging_device(torch.device("mps")) == CPU
+    assert merging_device(torch.device("cuda:1")) == torch.device("cuda:1")
 
 
 # From kernels
 
 
-def landed(kernels, batches):
-    """A landing with the kernel's statistics of a batch for each layer, None for no call."""
-    landing = kernels.landing()
+def written(kernels, batches):
+    """Buffers with the kernel's statistics of a batch for each layer, None for no call."""
+    buffers = kernels.take_buffers()
     for slot, values in enumerate(batches):
         if values is not None:
             mean, variance = kernel_of(values)
-            landing.mean[slot].copy_(mean)
-            landing.variance[slot].copy_(variance)
-            landing.counts[slot] = values.numel() // values.shape[1]
-    return landing
+            buffers.mean[slot].copy_(mean)
+            buffers.variance[slot].copy_(variance)
+            buffers.counts[slot] = values.numel() // values.shape[1]
+    return buffers
 
 
 @settings(max_examples=40, deadline=None)
@@ -125,42 +125,42 @@ def landed(kernels, batches):
 )
 def test_all_layers_merged_at_once_are_each_merged_alone(sizes, calls, offset):
     """Whether or not a layer was called on a batch, and on how many samples."""
-    kernels, seen = KernelMoments(sizes, [EPS] * len(sizes), CPU), [[] for _ in sizes]
+    kernels, seen = KernelStatistics(sizes, [EPS] * len(sizes), CPU), [[] for _ in sizes]
     for i, samples in enumerate(calls):
         batches = [
             normal(n, size, 3, seed=i * 7 + n, offset=offset) if n else None
             for n, size in zip(samples, sizes, strict=False)
         ]
-        kernels.merge(landed(kernels, batches))
+        kernels.merge(written(kernels, batches))
         for of_layer, values in zip(seen, batches, strict=True):
             of_layer.extend([] if values is None else [values])
     for found, values in zip(kernels.moments(), seen, strict=True):
         if not values:
             assert found is None
             continue
-        mean, spread = by_numpy(torch.cat(values))
+        mean, m2 = by_numpy(torch.cat(values))
         assert found.count == sum(v.shape[0] * 3 for v in values)
         np.testing.assert_allclose(found.mean, mean, rtol=1e-6, atol=1e-6)
-        np.testing.assert_allclose(found.spread, spread, rtol=TOLERANCE, atol=1e-6)
+        np.testing.assert_allclose(found.m2, m2, rtol=TOLERANCE, atol=1e-6)
 
 
 def test_a_landing_is_used_again_and_empty_then():
-    kernels = KernelMoments([2, 1], [EPS, EPS], CPU)
-    landing = landed(kernels, [normal(4, 2, 3), None])
-    landing.both[1, 0] = torch.nan
-    kernels.merge(landing)
-    assert kernels.landing() is landing
-    assert landing.counts == [0, 0]
-    assert not landing.both.any()
+    kernels = KernelStatistics([2, 1], [EPS, EPS], CPU)
+    buffers = written(kernels, [normal(4, 2, 3), None])
+    buffers.both[1, 0] = torch.nan
+    kernels.merge(buffers)
+    assert kernels.take_buffers() is buffers
+    assert buffers.counts == [0, 0]
+    assert not buffers.both.any()
 
 
 def doubted(means, variances, eps=EPS, device=CPU):
     """Which of layers of one channel each are in doubt."""
-    kernels = KernelMoments([1] * len(means), [eps] * len(means), CPU)
-    empty, landing = kernels.landing(), kernels.landing()
-    landing.both.copy_(torch.tensor([means, variances]))
+    kernels = KernelStatistics([1] * len(means), [eps] * len(means), CPU)
+    empty, buffers = kernels.take_buffers(), kernels.take_buffers()
+    buffers.both.copy_(torch.tensor([means, variances]))
     kernels._device = device
-    return kernels.doubt([empty, landing]).layers()
+    return kernels.check_accuracy([empty, buffers]).inaccurate_layers()
 
 
 def test_a_mean_that_is_large_beside_its_deviations_is_in_doubt():
@@ -190,10 +190,10 @@ def test_what_is_not_finite_is_in_doubt(device, value):
 
 
 def test_layers_are_told_once_each():
-    kernels = KernelMoments([3, 2], [EPS, EPS], CPU)
-    landing = kernels.landing()
-    landing.mean[0][:2], landing.variance[0][:2] = 1e6, 1.0
-    assert kernels.doubt([landing]).layers() == [0]
+    kernels = KernelStatistics([3, 2], [EPS, EPS], CPU)
+    buffers = kernels.take_buffers()
+    buffers.mean[0][:2], buffers.variance[0][:2] = 1e6, 1.0
+    assert kernels.check_accuracy([buffers]).inaccurate_layers() == [0]
 
 
 @settings(max_examples=30, deadline=None)
@@ -211,8 +211,8 @@ def test_a_kernel_that_is_not_in_doubt_is_within_the_tolerance(
     values = scale * ((values.relu() if after_relu else values) + offset)
     assert suits_kernel(values)
     mean, variance = kernel_of(values)
-    kernels = KernelMoments([4], [EPS], CPU)
-    if not kernels.doubt([landed(kernels, [values])]).layers():
+    kernels = KernelStatistics([4], [EPS], CPU)
+    if not kernels.check_accuracy([written(kernels, [values])]).inaccurate_layers():
         exact = batch_moments(values)
         room = exact.variance + EPS
         assert ((mean - exact.mean).abs() <= TOLERANCE * room.sqrt()).all()
