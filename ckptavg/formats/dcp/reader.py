@@ -22,7 +22,14 @@ from ckptavg.errors.system import unreadable
 from ckptavg.formats.checkpoint import DTYPES, DType, Piece, Tensor
 from ckptavg.formats.damage import damaged
 from ckptavg.formats.safe_pickle import unpickler
-from ckptavg.formats.safe_pickle.values import Global, MalformedPickle, Opaque, Sharded, TensorView
+from ckptavg.formats.safe_pickle.values import (
+    Global,
+    MalformedPickle,
+    Opaque,
+    Sharded,
+    TensorView,
+    is_natural,
+)
 from ckptavg.formats.state_dict import KNOWN_ENTRIES
 from ckptavg.formats.tiling import tiles
 from ckptavg.formats.torch_save import zip_reader
@@ -39,7 +46,20 @@ _MOST_VALUES = 2000
 _MOST_BYTES = unpickler.MAX_PICKLE
 _MOST_DIMENSIONS = 64
 
+_TENSOR = Global(MODULE, "TensorStorageMetadata")
+# Index of an element of a list. Larger integers may be made to collide in a dict.
+_LARGEST_INDEX = 2**31
+
 ItemPath = tuple[str | int, ...]
+FileRange = tuple[str, int, int]
+"""File name, offset and length in bytes."""
+Locations = Mapping[str, Mapping[str, FileRange]]
+"""Item → index of the first element of a box → place of the box.
+
+Indices are texts: texts cannot be made to collide in a dict, as integers can. For a value that is
+not a tensor, the index is None.
+"""
+_NO_BOX = str(None)
 
 
 @dataclass(frozen=True)
@@ -89,18 +109,21 @@ class Distributed:
         Raises:
             CheckpointError: A box of the tensor is damaged, or contradicts the metadata.
         """
-        pieces = [
-            self._piece(sharded.name, box, sharded.dtype)
-            for box in self.boxes[sharded.name]
+        pieces: list[Piece] = []
+        for box in self.boxes[sharded.name]:
             # Empty boxes have no bytes to read.
-            if math.prod(box.shape)
-        ]
+            if math.prod(box.shape):
+                pieces.append(self._piece(sharded.name, box, sharded.dtype))
         return Tensor(sharded.dtype, sharded.shape, tuple(pieces))
 
     def stamps_of(self, tensors: Mapping[str, Tensor]) -> tuple[FileStamp, ...]:
         """Return the stamps of the metadata and of the files that hold tensors."""
-        names = {piece.file for tensor in tensors.values() for piece in tensor.pieces}
-        return tuple(self.stamps[name] for name in (str(self.path / METADATA), *sorted(names)))
+        paths: set[str] = set()
+        for tensor in tensors.values():
+            paths.update(piece.file for piece in tensor.pieces)
+        stamps = [self.stamps[str(self.path / METADATA)]]
+        stamps += [self.stamps[path] for path in sorted(paths)]
+        return tuple(stamps)
 
     def training_state(self, path: ItemPath) -> ItemPath:
         """Return the path of the optimizer or scheduler that holds an item; empty if none does."""
@@ -152,75 +175,82 @@ def _parse(directory: Location, saved: Any, stamp: FileStamp) -> Distributed:
     if not isinstance(items, dict) or not isinstance(storage, dict):
         raise MalformedPickle("it lists no items")
     stamps = {stamp.path: stamp}
-    stored = _stored(directory, storage, stamps)
-    mapping = state.get("planner_data")
-    paths = {
-        name: _item_path(name, mapping.get(name) if isinstance(mapping, dict) else None)
-        for name in items
-        if isinstance(name, str)
-    }
-    tensors = {
-        name: _tensor(name, items[name], stored)
-        for name in paths
-        if getattr(items[name], "type", None) == Global(MODULE, "TensorStorageMetadata")
-    }
-    values = {name: tensor for name, (tensor, _) in tensors.items()} | _other_values(
-        directory, [name for name in paths if name not in tensors], paths, stored
-    )
-    boxes = {name: parts for name, (_, parts) in tensors.items()}
+    locations = _locate_items(directory, storage, stamps)
+    paths = _item_paths(items, state.get("planner_data"))
+    values: dict[str, Any] = {}
+    boxes: dict[str, Sequence[Box]] = {}
+    others: list[str] = []
+    for name in paths:
+        item = items[name]
+        if isinstance(item, Opaque) and item.type == _TENSOR:
+            values[name], boxes[name] = _parse_tensor(name, item, locations)
+        else:
+            others.append(name)
+    values |= _read_values(directory, others, paths, locations)
+    # In the order of the metadata, tensors and other values by turns.
     entries = {name: values[name] for name in paths if name in values}
     version = state.get("version")
-    format_version = version if isinstance(version, str) else None
-    return Distributed(
-        directory, _nested(entries, paths), entries, paths, boxes, stamps, format_version
-    )
+    if not isinstance(version, str):
+        version = None
+    tree = _nest(entries, paths)
+    return Distributed(directory, tree, entries, paths, boxes, stamps, version)
 
 
 def _attributes(value: Any, name: str) -> dict[str, Any]:
     """Return the attributes of an object of a metadata class of torch."""
-    has_type = (
-        isinstance(value, Opaque) and isinstance(value.type, Global) and value.type.name == name
-    )
-    if not has_type or not isinstance(value.state, dict):
-        raise MalformedPickle(f"it holds something else where a {name} belongs")
-    attributes: dict[str, Any] = value.state
-    return attributes
+    if isinstance(value, Opaque) and isinstance(value.type, Global) and value.type.name == name:
+        attributes: Any = value.state
+        if isinstance(attributes, dict):
+            return attributes
+    raise MalformedPickle(f"it holds something else where a {name} belongs")
 
 
-def _item_path(name: str, path: Any) -> ItemPath:
-    """Return the keys that lead to an item; the full name alone where they are not usable."""
-    usable = isinstance(path, tuple) and path and all(map(_is_step, path))
-    return path if usable else (name,)
+def _item_paths(items: Mapping[Any, Any], recorded: Any) -> dict[str, ItemPath]:
+    """Return the keys that lead to each item in the saved object.
+
+    The full name alone stands for keys that are not recorded, or not usable.
+
+    Args:
+        items: The items by full name.
+        recorded: The paths as recorded in the metadata, by full name.
+    """
+    paths: dict[str, ItemPath] = {}
+    for name in items:
+        if not isinstance(name, str):
+            continue
+        paths[name] = (name,)
+        if isinstance(recorded, dict):
+            path = recorded.get(name)
+            if isinstance(path, tuple) and path and all(map(_is_key, path)):
+                paths[name] = path
+    return paths
 
 
-def _is_step(part: Any) -> bool:
+def _is_key(part: Any) -> bool:
     """Return True if a value is a key of a container: a name or an index."""
     return isinstance(part, str) or (type(part) is int and 0 <= part < _LARGEST_INDEX)
 
 
-def _begin(index: tuple[int, ...] | None) -> str:
-    """Convert the index of a first element to a text key.
+def _locate_items(
+    directory: Location, storage: Mapping[Any, Any], stamps: dict[str, FileStamp]
+) -> Locations:
+    """Find file, offset and length of each item.
 
-    Texts cannot be made to collide in a dict, as integers can.
+    Args:
+        directory: The directory.
+        storage: The locations as recorded in the metadata.
+        stamps: Path → stamp of a file. Stamps of files that the metadata names are added.
+
+    Raises:
+        MalformedPickle: A location is malformed.
+        CheckpointError: A file is missing or too short, or items share bytes.
     """
-    return "" if index is None else str(index)
-
-
-Stored = Mapping[str, Mapping[str, tuple[str, int, int]]]
-"""Item → index of a box's first element, as text → file, offset and length in bytes."""
-
-# Index of an element of a list. Larger integers may be made to collide in a dict.
-_LARGEST_INDEX = 2**31
-
-
-def _stored(directory: Location, places: Mapping[Any, Any], stamps: dict[str, FileStamp]) -> Stored:
-    """Find file, offset and length of each item, and add the stamps of the files to ``stamps``."""
-    stored: dict[str, dict[str, tuple[str, int, int]]] = defaultdict(dict)
-    for key, value in places.items():
+    locations: dict[str, dict[str, FileRange]] = defaultdict(dict)
+    for key, value in storage.items():
         index, info = _attributes(key, "MetadataIndex"), _attributes(value, "_StorageInfo")
-        name, at = index.get("fqn"), index.get("offset")
+        name, first = index.get("fqn"), index.get("offset")
         file, span = info.get("relative_path"), (info.get("offset"), info.get("length"))
-        if not isinstance(name, str) or not (at is None or _is_extent(at)):
+        if not isinstance(name, str) or not (first is None or _is_extent(first)):
             raise MalformedPickle("an item is not named as it ought to be")
         if info.get("transform_descriptors"):
             raise CheckpointError(
@@ -233,19 +263,22 @@ def _stored(directory: Location, places: Mapping[Any, Any], stamps: dict[str, Fi
             stamps[path] = _stamp(directory, file)
         if sum(span) > stamps[path].size:
             raise damaged(directory / file, f"{short(name)!r} runs past its end")
-        stored[name][_begin(at)] = (file, *span)
-    _check_apart(directory, stored)
-    return stored
+        locations[name][str(first)] = (file, *span)
+    _check_apart(directory, locations)
+    return locations
 
 
-def _check_apart(directory: Location, stored: Stored) -> None:
+def _check_apart(directory: Location, locations: Locations) -> None:
     """Refuse items that share bytes.
 
     Otherwise a small directory could name the same pickle any number of times.
     """
-    spans = sorted(span for boxes in stored.values() for span in boxes.values())
-    for (file, start, length), (next_file, after, _) in pairwise(spans):
-        if file == next_file and start + length > after:
+    ranges: list[FileRange] = []
+    for boxes in locations.values():
+        ranges += boxes.values()
+    ranges.sort()
+    for (file, start, length), (next_file, next_start, _) in pairwise(ranges):
+        if file == next_file and start + length > next_start:
             raise damaged(directory / file, "two items share bytes of it")
 
 
@@ -258,8 +291,7 @@ def _stamp(directory: Location, name: str) -> FileStamp:
     path = directory / name
     try:
         # The metadata is untrusted, and must not name files elsewhere on the machine.
-        inside = Path(name).name == name and name not in ("", "..")
-        if not inside:
+        if Path(name).name != name or name in ("", ".."):
             raise CheckpointError(
                 f"{directory / METADATA} names a file outside its directory: {short(name)!r}"
             )
@@ -277,11 +309,9 @@ def _stamp(directory: Location, name: str) -> FileStamp:
 
 def _is_extent(value: Any) -> TypeGuard[tuple[int, ...]]:
     """Return True if a value is a shape or an index of a plausible size."""
-    return (
-        isinstance(value, tuple)
-        and len(value) <= _MOST_DIMENSIONS
-        and all(type(n) is int and 0 <= n < 2**62 for n in value)
-    )
+    if not isinstance(value, tuple) or len(value) > _MOST_DIMENSIONS:
+        return False
+    return all(map(is_natural, value))
 
 
 def _is_span(value: tuple[Any, Any]) -> TypeGuard[tuple[int, int]]:
@@ -289,10 +319,11 @@ def _is_span(value: tuple[Any, Any]) -> TypeGuard[tuple[int, int]]:
     return _is_extent(value)
 
 
-def _tensor(name: str, item: Opaque, stored: Stored) -> tuple[Sharded, list[Box]]:
+def _parse_tensor(name: str, item: Opaque, locations: Locations) -> tuple[Sharded, list[Box]]:
+    """Parse the metadata of a tensor: element type, shape and boxes."""
     state = _attributes(item, "TensorStorageMetadata")
-    properties, shape, chunks = (state.get(k) for k in ("properties", "size", "chunks"))
-    dtype = DTYPES.get(_dtype_name(properties))
+    shape, chunks = state.get("size"), state.get("chunks")
+    dtype = DTYPES.get(_dtype_name(state.get("properties")))
     if dtype is None or not _is_extent(shape) or not isinstance(chunks, list):
         raise MalformedPickle(f"the tensor {short(name)!r} is malformed")
     boxes: list[Box] = []
@@ -301,10 +332,10 @@ def _tensor(name: str, item: Opaque, stored: Stored) -> tuple[Sharded, list[Box]
         start, extent = attributes.get("offsets"), attributes.get("sizes")
         if not _is_extent(start) or not _is_extent(extent):
             raise MalformedPickle(f"a piece of {short(name)!r} is malformed")
-        span = stored.get(name, {}).get(_begin(start))
-        if span is None:
+        location = locations.get(name, {}).get(str(start))
+        if location is None:
             raise MalformedPickle(f"a piece of {short(name)!r} is nowhere")
-        boxes.append(Box(start, extent, *span))
+        boxes.append(Box(start, extent, *location))
     # Holes would leave elements of the tensor undefined.
     if not tiles(shape, [box for box in boxes if math.prod(box.shape)]):
         raise MalformedPickle(f"the pieces of {short(name)!r} overlap or leave holes")
@@ -313,24 +344,33 @@ def _tensor(name: str, item: Opaque, stored: Stored) -> tuple[Sharded, list[Box]
 
 def _dtype_name(properties: Any) -> str:
     """Return the name of the element type, the first value in a pickled ``TensorProperties``."""
-    state = properties.state if isinstance(properties, Opaque) else None
-    first = state[0] if isinstance(state, tuple) and state else None
-    return first.name if isinstance(first, Global) else ""
+    if isinstance(properties, Opaque) and isinstance(properties.state, tuple):
+        for value in properties.state[:1]:
+            if isinstance(value, Global):
+                return value.name
+    return ""
 
 
-def _other_values(
-    directory: Location, names: Sequence[str], paths: Mapping[str, ItemPath], stored: Stored
+def _read_values(
+    directory: Location, names: Sequence[str], paths: Mapping[str, ItemPath], locations: Locations
 ) -> dict[str, Any]:
-    """Read the small objects beside the tensors, except the state of optimizers."""
+    """Read the small objects beside the tensors, except the state of optimizers.
+
+    Args:
+        directory: The directory.
+        names: Full names of the objects.
+        paths: Full name of each item → keys that lead to the item.
+        locations: File, offset and length of each item.
+    """
     applications = _applications(paths)
     wanted = [name for name in names if not _training_state(paths[name], applications)]
     values: dict[str, Any] = {}
     bytes_left = _MOST_BYTES
     for name in wanted[:_MOST_VALUES]:
-        span = stored.get(name, {}).get(_begin(None))
-        if span is None:
+        location = locations.get(name, {}).get(_NO_BOX)
+        if location is None:
             raise MalformedPickle(f"the value {short(name)!r} is nowhere")
-        file, offset, length = span
+        file, offset, length = location
         # Values beyond the limit are dropped, since only weights are needed.
         if length > bytes_left:
             continue
@@ -347,37 +387,40 @@ def _training_state(path: ItemPath, applications: Collection[str | int]) -> Item
         applications: Entries that hold both a model and an optimizer.
     """
     # An application nests its model and optimizer one level deeper.
-    depth = 2 if path[0] in applications else 1
-    part = path[depth - 1 : depth]
-    is_training = part and isinstance(part[0], str) and TRAINING_STATE.fullmatch(part[0])
-    return path[:depth] if is_training else ()
+    depth = 1
+    if path[0] in applications:
+        depth = 2
+    for part in path[depth - 1 : depth]:
+        if isinstance(part, str) and TRAINING_STATE.fullmatch(part):
+            return path[:depth]
+    return ()
 
 
 def _applications(paths: Mapping[str, ItemPath]) -> set[str | int]:
-    """Return the entries that hold a model beside other state."""
+    """Return the names of entries that hold a model beside other state."""
     return {path[0] for path in paths.values() if len(path) > 2 and path[1] in KNOWN_ENTRIES}
 
 
-def _nested(values: Mapping[str, Any], paths: Mapping[str, ItemPath]) -> dict[Any, Any]:
+def _nest(values: Mapping[str, Any], paths: Mapping[str, ItemPath]) -> dict[Any, Any]:
     """Rebuild the saved object from the items, with each model's state dict as a flat dict."""
     tree: dict[Any, Any] = {}
     for name, value in values.items():
         branch = tree
-        path = _flattened(paths[name])
+        path = _flatten_model(paths[name])
         # Paths are untrusted: two items may claim one place, or a value as a container.
         for part in path[:-1]:
             branch = branch.setdefault(part, {})
             if not isinstance(branch, dict):
-                raise MalformedPickle(f"{short(name)!r} lies below something that is no dict")
+                raise MalformedPickle(f"{short(name)!r} is below something that is no dict")
         if path[-1] in branch:
             raise MalformedPickle(f"two items have the place of {short(name)!r}")
         branch[path[-1]] = value
     return tree
 
 
-def _flattened(path: ItemPath) -> ItemPath:
-    """Return the path of an item in the tree, with one dotted name below a model's entry."""
-    for depth, part in enumerate(path[:2]):
-        if part in KNOWN_ENTRIES and len(path) > depth + 1:
-            return (*path[: depth + 1], ".".join(map(str, path[depth + 1 :])))
+def _flatten_model(path: ItemPath) -> ItemPath:
+    """Return the path of an item in the tree: a model's entry, and a dotted name in the entry."""
+    for depth, part in enumerate(path[:2], 1):
+        if part in KNOWN_ENTRIES and len(path) > depth:
+            return (*path[:depth], ".".join(map(str, path[depth:])))
     return path

@@ -1,4 +1,4 @@
-"""Writer of directories for ``dcp.load``: one file of items, and the metadata.
+"""Writer of directories for ``dcp.load``: a single file of items, and the metadata.
 
 Each item is a ``torch.save`` file of its own within the file of items.
 """
@@ -45,18 +45,20 @@ def lay_out(tensors: Sequence[OutputTensor], provenance: str, template: Checkpoi
     template.files[0].verify()
     source = reader.read(template.path)
     file = _Builder()
-    names = _full_names(source, template)
+    paths = _paths_of_weights(source, template)
+    entry_path: reader.ItemPath = ()
+    if template.key:
+        entry_path = tuple(template.key.split("."))
     for tensor in tensors:
-        added = (*_entry_path(template), template.stored_name(tensor.name))
-        path = names.get(tensor.name, added)
-        file.tensor(path, tensor)
-    values, dropped = _other_values(source, names.values())
+        added = (*entry_path, template.stored_name(tensor.name))
+        file.tensor(paths.get(tensor.name, added), tensor)
+    values, dropped = _carry_values_over(source, set(paths.values()))
     for path, value in values.items():
         file.value(path, value)
     file.value((PROVENANCE,), provenance)
-    notes = (
-        [f"not taken over from the last checkpoint: {first_few(dropped, 30)}"] if dropped else []
-    )
+    notes: list[str] = []
+    if dropped:
+        notes.append(f"not taken over from the last checkpoint: {first_few(dropped, 30)}")
     layout = Layout(True, [file.layout], {reader.METADATA: file.metadata(source.version)})
     # The output writes these files anew, so they are not copied.
     anew = {*source.stamps, str(template.path / lightning.META)}
@@ -89,9 +91,8 @@ class _Builder:
         archive.reserve("data/0", tensor.nbytes, tensor.name)
         start = self._append(path, archive, (0,) * len(tensor.shape))
         self.layout.offsets[tensor.name] = start + archive.offsets[tensor.name]
-        self.layout.checksums[tensor.name] = [
-            start + offset for offset in archive.checksums[tensor.name]
-        ]
+        offsets = archive.checksums[tensor.name]
+        self.layout.checksums[tensor.name] = [start + offset for offset in offsets]
         shape = torch.Size(tensor.shape)
         # One box per tensor, as a single process writes.
         chunk = metadata.ChunkStorageMetadata(torch.Size([0] * len(shape)), shape)
@@ -143,54 +144,66 @@ def _name(path: reader.ItemPath) -> str:
     return ".".join(map(str, path))
 
 
-def _entry_path(template: Checkpoint) -> reader.ItemPath:
-    """Return the path of the entry that holds the weights."""
-    return tuple(template.key.split(".")) if template.key else ()
-
-
-def _full_names(source: reader.Distributed, template: Checkpoint) -> dict[str, reader.ItemPath]:
+def _paths_of_weights(
+    source: reader.Distributed, template: Checkpoint
+) -> dict[str, reader.ItemPath]:
     """Map bare names of weights to paths in the saved object."""
-    full: dict[str, str] = {}
+    full_names: dict[str, str] = {}
     for path in template.networks or ("",):
         network = locate(source.tree, join(template.key, path))
-        entry = {} if network is None else network.entry
-        full |= {join(path, n): v.name for n, v in entry.items() if isinstance(v, Sharded)}
-    return {
-        bare: source.paths[full[stored]]
-        for bare, stored in template.stored_names.items()
-        if stored in full
-    }
+        if network is None:
+            continue
+        for name, value in network.entry.items():
+            if isinstance(value, Sharded):
+                full_names[join(path, name)] = value.name
+    paths: dict[str, reader.ItemPath] = {}
+    for bare, stored in template.stored_names.items():
+        if stored in full_names:
+            paths[bare] = source.paths[full_names[stored]]
+    return paths
 
 
-def _other_values(
-    source: reader.Distributed, taken: Collection[reader.ItemPath]
+def _carry_values_over(
+    source: reader.Distributed, weights: Collection[reader.ItemPath]
 ) -> tuple[Mapping[reader.ItemPath, Any], list[str]]:
-    """Collect the values beside the weights that are kept, and the names of dropped values."""
+    """Collect the values beside the weights that go into the output.
+
+    Args:
+        source: The input.
+        weights: Paths of the weights.
+
+    Returns:
+        Path → value; and the dotted names of values that are dropped.
+    """
     carry_over = CarryOver(key="", plain=False, tensor=lambda *_: None, replaced={})
     optimizers = {_above(path, "param_groups") for path in source.paths.values()}
     values: dict[reader.ItemPath, Any] = {}
-    lost: list[reader.ItemPath] = []
+    dropped: list[reader.ItemPath] = []
     for name, path in source.paths.items():
-        if path in taken or path == (PROVENANCE,):
+        if path in weights or path == (PROVENANCE,):
             continue
         if state := _training_state(source, path, optimizers):
-            lost.append(state)
+            dropped.append(state)
             continue
-        allowed = carry_over.entries({name: source.items[name]}) if name in source.items else {}
+        allowed: Mapping[Any, Any] = {}
+        if name in source.items:
+            allowed = carry_over.entries({name: source.items[name]})
         if allowed:
             values[path] = allowed[name]
         else:
-            lost.append(path)
+            dropped.append(path)
     # A list with a missing element would shift the others, so the whole list is dropped.
-    broken = {_list_of(path) for path in lost} - {()}
-    lost = [_list_of(path) or path for path in lost]
+    broken = {_list_of(path) for path in dropped} - {()}
     complete = {path: value for path, value in values.items() if _list_of(path) not in broken}
-    return complete, list(dict.fromkeys(map(_name, lost)))
+    names = dict.fromkeys(_name(_list_of(path) or path) for path in dropped)
+    return complete, list(names)
 
 
 def _above(path: reader.ItemPath, part: str) -> reader.ItemPath:
     """Return the keys above a part of a path; empty if the path lacks the part."""
-    return path[: path.index(part)] if part in path else ()
+    if part not in path:
+        return ()
+    return path[: path.index(part)]
 
 
 def _training_state(
@@ -200,11 +213,17 @@ def _training_state(
 
     An optimizer under an unusual name is recognized by ``param_groups``.
     """
-    above = (path[:depth] for depth in range(1, len(path)))
-    return source.training_state(path) or next((part for part in above if part in optimizers), ())
+    if state := source.training_state(path):
+        return state
+    for depth in range(1, len(path)):
+        if path[:depth] in optimizers:
+            return path[:depth]
+    return ()
 
 
 def _list_of(path: reader.ItemPath) -> reader.ItemPath:
     """Return the path of the list that holds an item; empty if no list does."""
-    indices = [i for i, part in enumerate(path) if isinstance(part, int)]
-    return path[: indices[0]] if indices else ()
+    for i, part in enumerate(path):
+        if isinstance(part, int):
+            return path[:i]
+    return ()
