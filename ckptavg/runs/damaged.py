@@ -96,16 +96,18 @@ def place_damaged(
             indices.append(index)
     units = {step.unit for step in named.values() if step.value is not None}
     # A step in a name gives a position only if the run is in the order of the names.
-    in_order = all(a < b for a, b in pairwise(values))
-    if len(units) != 1 or not in_order:
-        return tuple(Damaged(path, error) for path, error in errors.items())
-    counted = all(ordered[i].step == value for i, value in zip(indices, values, strict=True))
+    is_certain = len(units) == 1 and all(a < b for a, b in pairwise(values))
+    recorded = [ordered[index].step for index in indices]
     placed: list[Damaged] = []
     for path, error in errors.items():
+        file = Damaged(path, error)
         value = named[path].value
-        position = None if value is None else _position(value, values, indices, len(ordered))
-        step = value if counted and position is not None else None
-        placed.append(Damaged(path, error, position, step))
+        if is_certain and value is not None:
+            position = _position(value, values, indices, len(ordered))
+            if position is not None:
+                step = value if recorded == values else None
+                file = Damaged(path, error, position, step)
+        placed.append(file)
     return tuple(placed)
 
 
@@ -122,7 +124,9 @@ def _position(value: int, values: Sequence[int], indices: Sequence[int], count: 
     # The file may come before or after a checkpoint of the same step.
     if values[rank : rank + 1] == [value]:
         return None
-    before = indices[rank - 1] if rank else -1
-    after = indices[rank] if rank < len(indices) else count
+    bounds = [-1, *indices, count]
+    before, after = bounds[rank], bounds[rank + 1]
     # A checkpoint without a step in its name may belong on either side.
-    return after if after - before == 1 else None
+    if after - before > 1:
+        return None
+    return after

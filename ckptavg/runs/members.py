@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from ckptavg.errors import CheckpointError, CkptavgError, NoWeightsError, RunError
 from ckptavg.formats import Checkpoint, open_checkpoint
@@ -23,6 +24,9 @@ from ckptavg.runs.discovery.reason import LeftOut, Reason
 from ckptavg.runs.discovery.steps_in_names import NamedStep
 from ckptavg.runs.duplicates import Contents, SameWeights
 from ckptavg.runs.order import find_aliases, named_steps, order_checkpoints
+
+# Members of a training, and other checkpoints that were opened with the members.
+_Split: TypeAlias = tuple[list[Checkpoint], list[LeftOut]]
 
 
 @dataclass
@@ -56,14 +60,14 @@ def open_members(
     Raises:
         CheckpointError: No checkpoint can be opened.
     """
-    opened: list[Checkpoint] = []
+    members: list[Checkpoint] = []
     excluded: list[LeftOut] = []
     errors: dict[Location, CkptavgError] = {p: broken[p] for p in paths if p in broken}
     for path in paths:
         if path in errors:
             continue
         try:
-            opened.append(open_checkpoint(path, key))
+            members.append(open_checkpoint(path, key))
         except NoWeightsError as error:
             # The only path of a run was meant as a checkpoint. Among others it is passed over.
             if len(paths) == 1:
@@ -72,17 +76,9 @@ def open_members(
             excluded.append(LeftOut(path, Reason.NO_WEIGHTS, what))
         except CheckpointError as error:
             errors[path] = error
-    averages = [c for c in opened if c.is_average]
-    # A run of averages alone is meant: the user averages averages.
-    if len(averages) < len(opened):
-        excluded += [LeftOut(c.path, Reason.AVERAGE) for c in averages]
-        opened = [c for c in opened if not c.is_average]
-    opened, refreshed = _split_refreshed(opened)
-    excluded += refreshed
-    members, repeats = _split_repeats(opened)
-    excluded += repeats
-    members, misnamed = _split_by_name(members)
-    excluded += misnamed
+    for split in (_split_averages, _split_refreshed, _split_repeats, _split_by_name):
+        members, others = split(members)
+        excluded += others
     if errors and not members:
         raise next(iter(errors.values()))
     ordered, notes = order_checkpoints(members)
@@ -98,23 +94,37 @@ def _order_damaged(
         return ()
     paths = [*(c.path for c in ordered), *errors]
     labels = labels_of(paths)
-    named = {
-        path: NamedStep(None) if is_alias_name(labels[path]) else step
-        for path, step in named_steps(paths).items()
-    }
+    named = named_steps(paths)
+    for path in paths:
+        if is_alias_name(labels[path]):
+            named[path] = NamedStep(None)
     return place_damaged(errors, ordered, named)
 
 
-def _split_refreshed(
-    checkpoints: Sequence[Checkpoint],
-) -> tuple[list[Checkpoint], list[LeftOut]]:
+def _split_averages(checkpoints: Sequence[Checkpoint]) -> _Split:
+    """Split off averages that ckptavg wrote, unless all checkpoints are averages."""
+    members: list[Checkpoint] = []
+    averages: list[LeftOut] = []
+    for checkpoint in checkpoints:
+        if checkpoint.is_average:
+            averages.append(LeftOut(checkpoint.path, Reason.AVERAGE))
+        else:
+            members.append(checkpoint)
+    # A run of averages alone is meant: the user averages averages.
+    if not members:
+        return list(checkpoints), []
+    return members, averages
+
+
+def _split_refreshed(checkpoints: Sequence[Checkpoint]) -> _Split:
     """Split off copies with recomputed statistics if the source is a member too."""
-    names = Counter(c.path.name for c in checkpoints)
-    by_name = {(c.path.name, c.size): c for c in checkpoints if names[c.path.name] == 1}
+    by_name: dict[str, list[Checkpoint]] = defaultdict(list)
+    for checkpoint in checkpoints:
+        by_name[checkpoint.path.name].append(checkpoint)
     members: list[Checkpoint] = []
     excluded: list[LeftOut] = []
     for checkpoint in checkpoints:
-        source = by_name.get(_source_of(checkpoint) or ("", 0))
+        source = _find_source(checkpoint, by_name)
         if source is None or source is checkpoint:
             members.append(checkpoint)
         else:
@@ -122,8 +132,10 @@ def _split_refreshed(
     return members, excluded
 
 
-def _source_of(checkpoint: Checkpoint) -> tuple[str, int] | None:
-    """Return name and size in bytes of the source of a copy with recomputed statistics.
+def _find_source(
+    checkpoint: Checkpoint, by_name: Mapping[str, Sequence[Checkpoint]]
+) -> Checkpoint | None:
+    """Find the source of a copy with recomputed statistics by name and size.
 
     The directories of the source do not count, since a run may have moved.
     """
@@ -133,12 +145,14 @@ def _source_of(checkpoint: Checkpoint) -> tuple[str, int] | None:
     source = provenance.inputs[0]
     if source.path is None or source.size is None:
         return None
-    return last_part(source.path), source.size
+    candidates = by_name.get(last_part(source.path), [])
+    # Of several checkpoints of one name, the source is not certain.
+    if len(candidates) == 1 and candidates[0].size == source.size:
+        return candidates[0]
+    return None
 
 
-def _split_repeats(
-    checkpoints: Sequence[Checkpoint],
-) -> tuple[list[Checkpoint], list[LeftOut]]:
+def _split_repeats(checkpoints: Sequence[Checkpoint]) -> _Split:
     """Split off checkpoints that repeat another checkpoint.
 
     Two paths to the same files are repeats. Weights are compared only where a repeat is likely:
@@ -155,11 +169,14 @@ def _split_repeats(
     by_files: dict[object, Checkpoint] = {}
     by_weights = SameWeights(contents)
     by_moment: dict[object, SameWeights] = defaultdict(lambda: SameWeights(contents))
-    # Aliases and links come last, so that a numbered file counts as the original of its copies.
-    for checkpoint in sorted(
-        checkpoints,
-        key=lambda c: (c.path in aliases, c.path.is_symlink(), natural(labels[c.path])),
-    ):
+
+    def sort_key(checkpoint: Checkpoint) -> tuple[object, ...]:
+        """Return the sort key of a checkpoint."""
+        # Aliases and links come last, so that a numbered file is the original of its copies.
+        path = checkpoint.path
+        return path in aliases, path.is_symlink(), natural(labels[path])
+
+    for checkpoint in sorted(checkpoints, key=sort_key):
         identity = tuple(stamp.identity for stamp in checkpoint.files)
         moment = _moment(checkpoint)
         likely = by_weights if checkpoint.path in aliases else by_moment[moment]
@@ -184,12 +201,12 @@ def _moment(checkpoint: Checkpoint) -> object:
     step, epoch = checkpoint.record.step, checkpoint.record.epoch
     if step is not None:
         return "step", step
-    return None if epoch is None else ("epoch", epoch)
+    if epoch is not None:
+        return "epoch", epoch
+    return None
 
 
-def _split_by_name(
-    checkpoints: Sequence[Checkpoint],
-) -> tuple[list[Checkpoint], list[LeftOut]]:
+def _split_by_name(checkpoints: Sequence[Checkpoint]) -> _Split:
     """Split off checkpoints that are no step of the training, by name.
 
     If fewer than two members would be left, all checkpoints are members: the words in the names
@@ -214,8 +231,8 @@ def _note_lone_best(checkpoints: Sequence[Checkpoint]) -> list[str]:
     Such a checkpoint may be far older than the numbered checkpoints, if training has deleted older
     ones.
     """
-    best = [checkpoint.path.name for checkpoint in checkpoints if is_best_name(checkpoint.path)]
-    numbered = [checkpoint for checkpoint in checkpoints if not is_alias_name(checkpoint.path)]
-    if len(best) != 1 or not numbered:
+    paths = [checkpoint.path for checkpoint in checkpoints]
+    best = [path.name for path in paths if is_best_name(path)]
+    if len(best) != 1 or all(map(is_alias_name, paths)):
         return []
     return [f"{best[0]} repeats no other checkpoint, and counts as one of its own"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -20,9 +21,12 @@ from ckptavg.runs.discovery.steps_in_names import NamedStep, steps_in_names
 
 def find_aliases(checkpoints: Sequence[Checkpoint]) -> set[Location]:
     """Find checkpoints that may be repeats: by name, or as the directory above the rest."""
-    labels = labels_of([c.path for c in checkpoints])
-    roots = roots_of([c.path for c in checkpoints])
-    return {path for path, label in labels.items() if path in roots or is_alias_name(label)}
+    paths = [checkpoint.path for checkpoint in checkpoints]
+    aliases = roots_of(paths)
+    for path, label in labels_of(paths).items():
+        if is_alias_name(label):
+            aliases.add(path)
+    return aliases
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,11 @@ class _Clock:
     def is_complete(self) -> bool:
         """True if every checkpoint has a position."""
         return None not in self.positions
+
+    @property
+    def is_empty(self) -> bool:
+        """True if no checkpoint has a position."""
+        return set(self.positions) <= {None}
 
     @property
     def stands_still(self) -> bool:
@@ -62,16 +71,15 @@ def order_checkpoints(
         by_name = (path in aliases, natural(labels[path]))
         if not is_complete:
             return by_name
-        return positions[index], _or_before(clock.within[index]), *by_name
+        within = clock.within[index]
+        return positions[index], within is not None, within, *by_name
 
-    indices = sorted(range(len(checkpoints)), key=sort_key)
-    ordered = tuple(replace(checkpoints[i], step=positions[i]) for i in indices)
-    return ordered, notes + _note_doubts(ordered, [clock.within[i] for i in indices])
-
-
-def _or_before(position: float | None) -> float:
-    """Return a position; a number below all positions for None."""
-    return -1.0 if position is None else position
+    ordered: list[Checkpoint] = []
+    within: list[float | None] = []
+    for index in sorted(range(len(checkpoints)), key=sort_key):
+        ordered.append(replace(checkpoints[index], step=positions[index]))
+        within.append(clock.within[index])
+    return tuple(ordered), notes + _note_doubts(ordered, within)
 
 
 def _choose_clock(checkpoints: Sequence[Checkpoint]) -> tuple[_Clock, list[str]]:
@@ -88,25 +96,46 @@ def _choose_clock(checkpoints: Sequence[Checkpoint]) -> tuple[_Clock, list[str]]
     steps = [c.record.step for c in checkpoints]
     epochs = [c.record.epoch for c in checkpoints]
     by_step, by_epoch = _Clock(steps, epochs), _Clock(epochs, steps)
-    clocks = [] if _restarts(checkpoints) else [by_step]
-    recorded = [clock for clock in (*clocks, by_epoch) if clock.is_complete]
-    # A trainer that never counts its steps up still records a step of 0 everywhere.
-    clock = next((c for c in recorded if not c.stands_still), next(iter(recorded), None))
-    named = [*named_steps([c.path for c in checkpoints]).values()]
-    positions = [None if step.value is None else float(step.value) for step in named]
-    by_name = _Clock(positions, [step.within for step in named])
+    # Steps that restart in each epoch give no order.
+    recorded = [by_epoch] if _restarts(checkpoints) else [by_step, by_epoch]
+    clock = _choose_recorded(recorded)
+    named = list(named_steps([c.path for c in checkpoints]).values())
     if clock is None:
         _refuse_two_units(checkpoints, named)
-        partly = any(value is not None for value in (*steps, *epochs))
+        if by_step.is_empty and by_epoch.is_empty:
+            return _clock_of_names(named), []
         why = "not every checkpoint records a step or an epoch: ordered by name"
-        return by_name, [why] if partly else []
+        return _clock_of_names(named), [why]
     # Names count only if they state the unit, since bare numbers may be anything.
     if clock.stands_still and _tell_apart(named):
         why = f"every checkpoint records {step_text(clock.positions[0] or 0)}: ordered by name"
-        return by_name, [why]
+        return _clock_of_names(named), [why]
     if clock is by_epoch and _lack_order(checkpoints):
         _refuse_two_units(checkpoints, named)
     return clock, []
+
+
+def _choose_recorded(clocks: Sequence[_Clock]) -> _Clock | None:
+    """Choose the first complete clock that moves, else the first complete clock, if any."""
+    standing: _Clock | None = None
+    for clock in clocks:
+        if not clock.is_complete:
+            continue
+        # A trainer that never counts its steps up still records a step of 0 everywhere.
+        if not clock.stands_still:
+            return clock
+        standing = standing or clock
+    return standing
+
+
+def _clock_of_names(named: Sequence[NamedStep]) -> _Clock:
+    """Make the clock of the steps in the names."""
+    positions: list[float | None] = []
+    within: list[float | None] = []
+    for step in named:
+        positions.append(None if step.value is None else float(step.value))
+        within.append(step.within)
+    return _Clock(positions, within)
 
 
 def named_steps(paths: Sequence[Location]) -> dict[Location, NamedStep]:
@@ -114,16 +143,19 @@ def named_steps(paths: Sequence[Location]) -> dict[Location, NamedStep]:
     labels = labels_of(paths)
     roots = roots_of(paths)
     numbered = [path for path in paths if path not in roots]
-    steps = steps_in_names([stem_of(labels[path]) for path in numbered])
-    named = dict(zip(numbered, steps, strict=True))
-    return {path: named.get(path, NamedStep(None)) for path in paths}
+    stems = [stem_of(labels[path]) for path in numbered]
+    named = dict.fromkeys(paths, NamedStep(None))
+    named.update(zip(numbered, steps_in_names(stems), strict=True))
+    return named
 
 
 def _tell_apart(named: Sequence[NamedStep]) -> bool:
     """Return True if the names have different steps in the same unit, as ``epoch_1``."""
     units = {step.unit for step in named}
     values = {step.value for step in named}
-    return len(units) == 1 and not {None} & units and None not in values and len(values) > 1
+    if None in units or None in values:
+        return False
+    return len(units) == 1 and len(values) > 1
 
 
 def _lack_order(checkpoints: Sequence[Checkpoint]) -> bool:
@@ -140,15 +172,20 @@ def _refuse_two_units(checkpoints: Sequence[Checkpoint], named: Sequence[NamedSt
     Raises:
         RunError: Several names count epochs, and several others do not.
     """
-    patterns: dict[bool, list[str]] = {True: [], False: []}
+    of_epochs: list[str] = []
+    # Steps, batches and bare numbers count as one unit, since a bare number may be any.
+    of_others: list[str] = []
     for checkpoint, step in zip(checkpoints, named, strict=True):
-        if step.value is not None and not is_alias_name(checkpoint.path):
-            # Steps, batches and bare numbers count as one unit, since a bare number may be any.
-            patterns[step.unit == "epoch"].append(checkpoint.pattern)
+        if step.value is None or is_alias_name(checkpoint.path):
+            continue
+        if step.unit == "epoch":
+            of_epochs.append(checkpoint.pattern)
+        else:
+            of_others.append(checkpoint.pattern)
     # A single unusual name is no second series.
-    if min(map(len, patterns.values())) < 2:
+    if min(len(of_epochs), len(of_others)) < 2:
         return
-    shown = list(dict.fromkeys(map(repr, patterns[True] + patterns[False])))
+    shown = list(dict.fromkeys(map(repr, of_epochs + of_others)))
     raise RunError(
         f"{checkpoints[0].path.parent} holds checkpoints that count epochs and others that do not, "
         f"and no clock that all of them record: {first_few(shown)}",
@@ -189,14 +226,20 @@ def _series(checkpoint: Checkpoint) -> str:
     If the step is not in the name, all numbers are replaced.
     """
     name = checkpoint.path.name
-    is_whole = checkpoint.step is not None and float(checkpoint.step).is_integer()
-    step = str(int(checkpoint.step or 0)) if is_whole else ""
-    matches = [m for m in re.finditer(r"\d+", name) if (m[0].lstrip("0") or "0") == step]
-    if not matches:
+    if checkpoint.step is None:
         return checkpoint.pattern
-    # The last match, since numbers further left belong to the network or the experiment.
-    begin, end = matches[-1].span()
-    return f"{glob.escape(name[:begin])}*{glob.escape(name[end:])}"
+    # The last match counts, since numbers further left belong to the network or the experiment.
+    for number in reversed(list(re.finditer(r"\d+", name))):
+        if _is_number(number[0], checkpoint.step):
+            begin, end = number.span()
+            return f"{glob.escape(name[:begin])}*{glob.escape(name[end:])}"
+    return checkpoint.pattern
+
+
+def _is_number(digits: str, value: float) -> bool:
+    """Return True if digits are a number's value."""
+    # Compared as text, since Python converts at most 4300 digits to an int.
+    return float(value).is_integer() and (digits.lstrip("0") or "0") == str(int(value))
 
 
 def _note_doubts(ordered: Sequence[Checkpoint], within: Sequence[float | None]) -> list[str]:
@@ -206,35 +249,62 @@ def _note_doubts(ordered: Sequence[Checkpoint], within: Sequence[float | None]) 
         ordered: The checkpoints.
         within: Positions that order checkpoints of equal steps.
     """
-    notes = []
-    # One pair per doubt is enough, since the remedy is the same for all pairs.
+    notes = (
+        _note_shared_step(ordered, within),
+        _note_networks(ordered),
+        _note_stepless(ordered),
+        _note_disagreement(ordered),
+    )
+    return [note for note in notes if note]
+
+
+def _note_shared_step(ordered: Sequence[Checkpoint], within: Sequence[float | None]) -> str:
+    """Note the first two checkpoints with the same position; empty without such."""
     for (former, earlier), (latter, later) in pairwise(zip(ordered, within, strict=True)):
         if former.step is None or former.step != latter.step:
             continue
         if former.record == latter.record and earlier == later:
-            notes.append(
+            return (
                 f"{former.path.name} and {latter.path.name} share the step "
-                f"{step_text(former.step)}: "
-                "if they are of different runs, tell them apart with `glob`"
+                f"{step_text(former.step)}: if they are of different runs, tell them apart with "
+                "`glob`"
             )
-            break
+    return ""
+
+
+def _note_networks(ordered: Sequence[Checkpoint]) -> str:
+    """Note the first two neighbours without a tensor name in common; empty without such."""
     for former, latter in pairwise(ordered):
-        is_disjoint = not former.tensors.keys() & latter.tensors.keys()
+        is_disjoint = former.tensors.keys().isdisjoint(latter.tensors)
         if is_disjoint and former.pattern != latter.pattern:
-            notes.append(
+            return (
                 f"{former.path.name} and {latter.path.name} hold different networks: "
                 f"tell them apart with `glob={former.pattern!r}` or `glob={latter.pattern!r}`"
             )
-            break
-    stepless = [c.path.name for c in ordered if c.step is None]
-    if stepless and len(ordered) > 1:
-        order = "placed last" if len(stepless) < len(ordered) else "in the order of their names"
-        notes.append(f"no step is known of {first_few(stepless)}: {order}")
-    epochs = [c.record.epoch for c in ordered if c.record.epoch is not None]
-    # The checkpoints are sorted by step, so epochs that go back contradict the steps.
-    if any(a > b for a, b in pairwise(epochs)):
-        notes.append("recorded steps and epochs disagree on the order: the steps decide")
-    return notes
+    return ""
+
+
+def _note_stepless(ordered: Sequence[Checkpoint]) -> str:
+    """Note checkpoints without a step; empty if all have a step, or for a single checkpoint."""
+    stepless = [checkpoint.path.name for checkpoint in ordered if checkpoint.step is None]
+    if not stepless or len(ordered) == 1:
+        return ""
+    place = "placed last" if len(stepless) < len(ordered) else "in the order of their names"
+    return f"no step is known of {first_few(stepless)}: {place}"
+
+
+def _note_disagreement(ordered: Sequence[Checkpoint]) -> str:
+    """Note that epochs contradict the steps; empty if they agree."""
+    previous = -math.inf
+    for checkpoint in ordered:
+        epoch = checkpoint.record.epoch
+        if epoch is None:
+            continue
+        # The checkpoints are sorted by step, so epochs that go back contradict the steps.
+        if epoch < previous:
+            return "recorded steps and epochs disagree on the order: the steps decide"
+        previous = epoch
+    return ""
 
 
 def _restarts(checkpoints: Sequence[Checkpoint]) -> bool:
