@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
@@ -29,76 +29,58 @@ from ckptavg.tasks import Task
 from ckptavg.tasks.named import as_task
 
 
-def compare(
-    run: RunLike,
-    model: nn.Module,
-    data: Batches | Dataset[Any],
-    *,
+class TensorRules(TypedDict):
+    """Keywords of ``plan_average`` on the tensors of an average."""
+
+    include: str | Sequence[str]
+    exclude: str | Sequence[str]
+    base: str | os.PathLike[str] | Checkpoint | None
+    dtype: str
+
+
+def compare(  # noqa: D417 - arguments of `evaluate` and `average` share a line
+    run: RunLike, model: nn.Module, data: Batches | Dataset[Any], *,
     train_data: Batches | Dataset[Any] | None = None,
     selection: Run | None = None,
-    scheme: str = "uniform",
-    weights: Sequence[float] | None = None,
-    each: bool = False,
-    ensemble: bool = False,
-    stale: bool = True,
+    scheme: str = "uniform", weights: Sequence[float] | None = None,
+    each: bool = False, ensemble: bool = False, stale: bool = True,
     also: Asked | None = None,
     candidates: Iterable[CandidateLike] | Mapping[str, CandidateLike] = (),
-    include_tensors: str | Sequence[str] = (),
-    exclude_tensors: str | Sequence[str] = (),
+    include_tensors: str | Sequence[str] = (), exclude_tensors: str | Sequence[str] = (),
     base: str | os.PathLike[str] | Checkpoint | None = None,
-    dtype: str = "keep",
-    on_nonfinite: str = "error",
-    task: Task | str | None = None,
-    device: str | torch.device | None = None,
-    forward: Forward | None = None,
-    exclude: str | Sequence[str] = (),
-    amp: str = "off",
-    batch_size: int | None = None,
-    workers: int = 0,
-    seed: int = 0,
+    dtype: str = "keep", on_nonfinite: str = "error",
+    task: Task | str | None = None, device: str | torch.device | None = None,
+    forward: Forward | None = None, exclude: str | Sequence[str] = (),
+    amp: str = "off", batch_size: int | None = None, workers: int = 0, seed: int = 0,
     bn_samples: int | Subset | None = None,
+    results: str | os.PathLike[str] | None = None, resume: bool = False,
     progress: ProgressLike = None,
-) -> Results:
+) -> Results:  # fmt: skip
     """Score the last checkpoint and averages of a run on the same data.
 
-    The same as ``ckptavg eval --run``: nothing is written, all averages come from one read of the
-    checkpoints, and all that memory holds share a pass over the data::
+    The same as ``ckptavg eval`` of a run: no checkpoint is written, all averages come from one read
+    of the checkpoints, and all that memory holds share a pass over the data::
 
         run = ckptavg.open_run("runs/swa")
-        results = ckptavg.compare(
-            run, model, val_data, train_data=train_data, each=True, ensemble=True,
-            also={"last 5": run.last(5), "ema": "ema:decay=0.9"},
-        )
+        results = ckptavg.compare(run, model, val_data, train_data=train_data, each=True,
+                                  also={"last 5": run.last(5), "ema": "ema:decay=0.9"})
         print(results)
 
     Args:
-        run: The run, or a path. The last checkpoint is the reference of all comparisons.
+        run: The run, or a path. The last checkpoint is the baseline of all comparisons.
         model: A module that the weights fit; a copy is used, the module does not change.
         data: Evaluation data, a Dataset or a loader, as for ``evaluate``.
         train_data: Training data; with it, averages are also scored with recomputed statistics.
         selection: The part of the run to average; the whole run where None.
-        scheme: As for ``average``.
-        weights: As for ``average``.
+        scheme, weights, base, dtype, on_nonfinite: As for ``average``.
         each: True to score every selected checkpoint.
         ensemble: True to score the ensemble: the mean of the selected checkpoints' outputs.
         stale: True to score averages with statistics as averaged beside recomputed ones.
         also: Further averages by name, each as for ``average_many``.
         candidates: Further candidates, as for ``evaluate``; first in the table.
-        include_tensors: Shell patterns of tensor names to average; all where empty.
-        exclude_tensors: Shell patterns of tensor names not to average.
-        base: As for ``average``.
-        dtype: As for ``average``.
-        on_nonfinite: As for ``average``.
-        task: As for ``evaluate``.
-        device: As for ``evaluate``.
-        forward: As for ``evaluate``.
-        exclude: Shell patterns of BatchNorm layers that keep their statistics, as for ``evaluate``.
-        amp: As for ``evaluate``.
-        batch_size: As for ``evaluate``.
-        workers: As for ``evaluate``.
-        seed: As for ``evaluate``.
-        bn_samples: As for ``evaluate``.
-        progress: As for ``evaluate``.
+        include_tensors, exclude_tensors: As include and exclude of ``average``.
+        task, device, forward, exclude, amp, batch_size, workers, seed, bn_samples, results, resume,
+            progress: As for ``evaluate``.
 
     Returns:
         The results; ``notes`` includes remarks on the run. An average whose statistics could not
@@ -110,32 +92,37 @@ def compare(
     check_model(model)
     task = as_task(task)
     keep_nonfinite = parse_on_nonfinite(on_nonfinite)
-    rules: dict[str, Any] = {
-        "include": include_tensors, "exclude": exclude_tensors, "base": base, "dtype": dtype,
-    }  # fmt: skip
+    rules = TensorRules(include=include_tensors, exclude=exclude_tensors, base=base, dtype=dtype)
+    recompute = train_data is not None
     with collect_notes() as notes:
-        opened_run = as_run(run)
-        note_run(opened_run)
-        selection = _checked(selection, opened_run)
-        note_selection(opened_run, selection)
-        further_averages = {}
+        run, selection = _open_selection(run, selection)
+        others = {}
         for name, asked in (also or {}).items():
-            further_averages[name] = plan_request(name, opened_run, asked, **rules)
+            others[name] = plan_request(name, run, asked, **rules)
         planned = plan_average(selection, scheme, weights=weights, **rules)
-        every = as_candidates(candidates, has_training=train_data is not None)
-        every += candidates_of(
-            opened_run, selection, planned, each=each, ensemble=ensemble,
-            recompute=train_data is not None, stale=stale, others=further_averages,
+        every = as_candidates(candidates, has_training=recompute) + candidates_of(
+            run, selection, planned, each=each, ensemble=ensemble, recompute=recompute,
+            stale=stale, others=others,
         )  # fmt: skip
-        results = evaluate(
+        scored = evaluate(
             every, model, data, train_loader=train_data, task=task, device=device,
             forward=forward, exclude=exclude, amp=amp, batch_size=batch_size, workers=workers,
-            seed=seed, bn_samples=bn_samples, keep_nonfinite=keep_nonfinite, progress=progress,
+            seed=seed, bn_samples=bn_samples, keep_nonfinite=keep_nonfinite, results=results,
+            resume=resume, progress=progress,
         )  # fmt: skip
-    return Results(without_repeats(results), results.task, notes)
+    return Results(without_repeats(scored), scored.task, notes)
 
 
-def _checked(selection: Run | None, run: Run) -> Run:
+def _open_selection(run: RunLike, selection: Run | None) -> tuple[Run, Run]:
+    """Open a run, check the selection, and note remarks on both."""
+    opened = as_run(run)
+    note_run(opened)
+    selection = _check_selection(selection, opened)
+    note_selection(opened, selection)
+    return opened, selection
+
+
+def _check_selection(selection: Run | None, run: Run) -> Run:
     """Return the selection, or the whole run where None.
 
     Raises:
@@ -148,8 +135,9 @@ def _checked(selection: Run | None, run: Run) -> Run:
             f"selection is expected to be a part of the run but is {short(repr(selection))}",
             "Select from the very run that is passed: selection=run.last(5).",
         )
+    # Compared by identity: an equal checkpoint of a run that was opened again does not count.
     run_ids = {id(checkpoint) for checkpoint in run.opened}
-    if any(id(checkpoint) not in run_ids for checkpoint in selection.opened):
+    if not run_ids.issuperset(map(id, selection.opened)):
         raise UsageError(
             "the selection has checkpoints that the run does not have",
             "Select from the very run that is passed: selection=run.last(5).",

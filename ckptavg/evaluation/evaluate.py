@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,11 +13,14 @@ from torch.utils.data import Dataset
 
 from ckptavg.data.argument_checks import check_model
 from ckptavg.data.loaders import Subset, as_subset, open_loader
-from ckptavg.display.progress import ProgressLike, open_progress
+from ckptavg.display.progress import PhaseProgress, ProgressLike, open_progress
 from ckptavg.distributed.peers import find_peers
 from ckptavg.errors.notes import collect_notes
 from ckptavg.evaluation.candidates import Candidate, CandidateLike, as_candidates
-from ckptavg.evaluation.results import Results
+from ckptavg.evaluation.identity import EvaluationCall
+from ckptavg.evaluation.results import Result, Results
+from ckptavg.evaluation.results_file import ResultsFile, open_results
+from ckptavg.evaluation.resume import ResultStore
 from ckptavg.evaluation.session import score
 from ckptavg.models.batches import Batches, Forward
 from ckptavg.models.device import Runtime
@@ -42,6 +46,8 @@ def evaluate(
     seed: int = 0,
     bn_samples: int | Subset | None = None,
     keep_nonfinite: bool = False,
+    results: str | os.PathLike[str] | None = None,
+    resume: bool = False,
     progress: ProgressLike = None,
 ) -> Results:
     """Score candidates on the same data, with as many candidates per pass as fit in memory.
@@ -68,6 +74,10 @@ def evaluate(
         bn_samples: Number of training samples, drawn at random, to recompute statistics from, or a
             ``ckptavg.data.loaders.Subset``; all samples where None.
         keep_nonfinite: True to allow averages that are not finite.
+        results: File to store the results in, after each pass, beside what it holds: ``.json`` or
+            ``.csv``.
+        resume: True to score only what ``results``, a JSON file, does not hold for the same
+            weights, model, data and options; see ``ckptavg.evaluation.identity``.
         progress: True for a bar, a bar of tqdm, or a function of (phase, done, total) in samples;
             see ``ckptavg.display.progress``.
 
@@ -76,6 +86,7 @@ def evaluate(
 
     Raises:
         UsageError: The model is not a module, or the data is no data.
+        OutputError: The file of results has other content, or cannot be written.
         ModelError: Weights do not fit the model.
         EvaluationError: The data and the outputs do not fit, or an output is NaN.
     """
@@ -83,29 +94,76 @@ def evaluate(
     task = as_task(task)
     size = batch_size or task.batch_size
     runtime = Runtime.on(device, model, amp=amp, batch_size=size, workers=workers, seed=seed)
-    peers = find_peers()
-    subset = as_subset(bn_samples)
+    call = EvaluationCall(
+        model, data, train_loader, task, forward, runtime, exclude, as_subset(bn_samples),
+        keep_nonfinite,
+    )  # fmt: skip
+    file = open_results(results, resume=resume)
     with collect_notes() as notes, open_progress(progress, "samples") as reporter:
-        scored = as_candidates(candidates, has_training=train_loader is not None)
-        training = None
-        if train_loader is not None and any(candidate.recompute for candidate in scored):
-            training = open_loader(train_loader, runtime, shuffle=True, subset=subset, peers=peers)
-        elif train_loader is not None:
-            note_idle_training(scored)
-        results = score(
-            scored,
-            model,
-            open_loader(data, runtime, shuffle=False, peers=peers),
-            runtime,
-            training,
-            task=task,
-            forward=forward,
-            exclude=exclude,
-            keep_nonfinite=keep_nonfinite,
-            progress=reporter,
-            peers=peers,
+        every = as_candidates(candidates, has_training=train_loader is not None)
+        if file is None:
+            scored = _score(call, every, reporter)
+        else:
+            scored = _score_into(file, call, every, reporter, resume=resume)
+    return Results(scored, task, notes)
+
+
+def _score_into(
+    file: ResultsFile,
+    call: EvaluationCall,
+    candidates: Sequence[Candidate],
+    progress: PhaseProgress | None,
+    *,
+    resume: bool,
+) -> list[Result]:
+    """Score candidates, and store the results; with ``resume`` what the file lacks only.
+
+    Results that cannot be stored in the end are returned with a warning: the scores took longer
+    than another file will.
+    """
+    peers = find_peers()
+    if peers.rank == 0:
+        file.check(resume=resume)
+    store = ResultStore(candidates, call.identify, file, resume=resume, peers=peers)
+    scored = []
+    if store.missing:
+        scored = _score(call, store.missing, progress, store.save_so_far)
+    results = store.merge(scored)
+    failure = store.save_all(results)
+    if failure is not None:
+        log.warning("%s", failure)
+    return results
+
+
+def _score(
+    call: EvaluationCall,
+    candidates: Sequence[Candidate],
+    progress: PhaseProgress | None,
+    on_results: Callable[[Sequence[Result]], None] | None = None,
+) -> list[Result]:
+    """Open the loaders that candidates need, and score."""
+    peers = find_peers()
+    training = None
+    if call.training is not None and any(candidate.recompute for candidate in candidates):
+        training = open_loader(
+            call.training, call.runtime, shuffle=True, subset=call.subset, peers=peers
         )
-    return Results(results, task, notes)
+    elif call.training is not None:
+        note_idle_training(candidates)
+    return score(
+        candidates,
+        call.model,
+        open_loader(call.data, call.runtime, shuffle=False, peers=peers),
+        call.runtime,
+        training,
+        task=call.task,
+        forward=call.forward,
+        exclude=call.excluded,
+        keep_nonfinite=call.keep_nonfinite,
+        progress=progress,
+        peers=peers,
+        on_results=on_results,
+    )
 
 
 def note_idle_training(candidates: Sequence[Candidate]) -> None:

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from ckptavg.display.json_text import json_text
-from ckptavg.errors import OutputError
+from ckptavg.errors import OutputError, UsageError
 from ckptavg.errors.printable import escape_unseen, without_secrets
 from ckptavg.errors.system import guard_reads, guard_writes
 from ckptavg.io import bounded_json
 from ckptavg.io.atomic import Publication
 from ckptavg.io.lock import lock_beside
+from ckptavg.io.paths import check_output
 
 Entry = Mapping[str, Any]
 
@@ -27,6 +28,29 @@ _KEY = "key"
 _COLUMNS = {"name", "kind", "checkpoints", "coefficients"}
 _NESTED = ("metrics", "versus", "reliability", "bn_layers", _KEY)
 _ELSEWHERE = "Name another file for the results, or move that one away."
+
+
+def open_results(path: str | os.PathLike[str] | None, *, resume: bool) -> ResultsFile | None:
+    """Return the file of results at a path; None where no file is wanted.
+
+    Args:
+        path: Local path that ends in ``.json`` or ``.csv``.
+        resume: True to continue the results in the file, which only JSON allows.
+
+    Raises:
+        UsageError: The path has another suffix or is a URL, or CSV is to be continued.
+    """
+    suffix = ""
+    if path is not None:
+        suffix = Path(path).suffix
+        if suffix not in (".json", ".csv"):
+            raise UsageError(f"`results` is expected to end in .json or .csv but got {path}")
+    if resume and suffix != ".json":
+        raise UsageError("`resume` goes on from the file of `results`, which has to be a .json")
+    if path is None:
+        return None
+    check_output(path)
+    return ResultsFile(Path(path))
 
 
 class ResultsFile:
@@ -54,7 +78,10 @@ class ResultsFile:
             OutputError: Results cannot be stored, or the file has other content.
         """
         size = self._size()
-        with self._refuse_strangers("cannot be resumed" if resume else "is not replaced"):
+        outcome = "is not replaced"
+        if resume:
+            outcome = "cannot be resumed"
+        with self._refuse_other_content(outcome):
             # An empty file, as mktemp makes, is fine for new results but cannot be continued.
             if size or (resume and size is not None):
                 self._parse()
@@ -69,8 +96,10 @@ class ResultsFile:
         Raises:
             OutputError: The file has other content.
         """
-        with self._refuse_strangers("cannot be read"):
-            return self._parse() if self._size() else []
+        if not self._size():
+            return []
+        with self._refuse_other_content("cannot be read"):
+            return self._parse()
 
     def merge(self, results: Sequence[Entry]) -> int:
         """Add results to the file and replace results with the same keys.
@@ -127,7 +156,7 @@ class ResultsFile:
         return info.st_size
 
     @contextmanager
-    def _refuse_strangers(self, outcome: str) -> Iterator[None]:
+    def _refuse_other_content(self, outcome: str) -> Iterator[None]:
         """Turn the error of a file that does not parse into a refusal.
 
         Args:
@@ -201,12 +230,18 @@ class _CsvFormat:
         """Make a result's row."""
         row = {name: value for name, value in result.items() if name not in _NESTED}
         row |= result["metrics"]
-        row |= {f"versus_{name}": value for name, value in result.get("versus", {}).items()}
-        return {name: _cell(value) for name, value in row.items()} | {_KEY: result[_KEY]}
+        for name, value in result.get("versus", {}).items():
+            row[f"versus_{name}"] = value
+        cells = {name: _cell(value) for name, value in row.items()}
+        return cells | {_KEY: result[_KEY]}
 
     def text(self, entries: Sequence[Entry]) -> str:
         """Write the file's text."""
-        columns = dict.fromkeys(name for row in entries for name in row if name != _KEY)
+        # A dict for the order of first appearance.
+        columns: dict[str, None] = {}
+        for row in entries:
+            columns |= dict.fromkeys(row)
+        columns.pop(_KEY, None)
         buffer = io.StringIO()
         writer = csv.DictWriter(buffer, [*columns, _KEY], lineterminator="\n")
         writer.writeheader()
@@ -220,8 +255,9 @@ def _drop_superseded(stored: Sequence[Entry], added: Sequence[Entry]) -> list[En
     names = {entry["name"] for entry in added}
     retained = []
     for entry in stored:
-        key = entry.get(_KEY)
-        is_superseded = key in keys if key else entry["name"] in names
+        is_superseded = entry["name"] in names
+        if entry.get(_KEY):
+            is_superseded = entry[_KEY] in keys
         if not is_superseded:
             retained.append(entry)
     return retained
@@ -229,16 +265,16 @@ def _drop_superseded(stored: Sequence[Entry], added: Sequence[Entry]) -> list[En
 
 def _is_result(entry: Any) -> bool:
     """Tell a candidate's result from whatever else a JSON file may list."""
-    return (
-        isinstance(entry, dict)
-        and all(isinstance(entry.get(name), str) for name in ("name", "kind", "bn"))
-        and isinstance(entry.get("metrics"), dict)
-        and isinstance(entry.get(_KEY, ""), str)
-    )
+    if not isinstance(entry, dict) or not isinstance(entry.get("metrics"), dict):
+        return False
+    texts = (entry.get("name"), entry.get("kind"), entry.get("bn"), entry.get(_KEY, ""))
+    return all(isinstance(text, str) for text in texts)
 
 
 def _cell(value: Any) -> Any:
     """Convert a value to a CSV cell: lists joined by semicolons, text without secrets."""
     if isinstance(value, list):
         return ";".join(str(_cell(item)) for item in value)
-    return escape_unseen(without_secrets(value)) if isinstance(value, str) else value
+    if isinstance(value, str):
+        return escape_unseen(without_secrets(value))
+    return value

@@ -19,8 +19,8 @@ from helpers import listing, save_states
 from torch import nn
 
 from ckptavg.cli import main
-from ckptavg.cli.resume import Keeper
 from ckptavg.evaluation import session
+from ckptavg.evaluation.resume import ResultStore
 from ckptavg.specs import sources
 
 NET = """
@@ -197,16 +197,16 @@ def one_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def interrupt_after(monkeypatch: pytest.MonkeyPatch, passes: int) -> None:
     """Ctrl-C once the results of so many passes are in the file."""
-    keep, kept = Keeper.keep, []
+    save, saved = ResultStore.save, []
 
-    def interrupted(self: Keeper, results: Any) -> int:
-        others = keep(self, results)
-        kept.append(results)
-        if len(kept) == passes:
+    def interrupted(self: ResultStore, results: Any) -> int:
+        others = save(self, results)
+        saved.append(results)
+        if len(saved) == passes:
             raise KeyboardInterrupt
         return others
 
-    monkeypatch.setattr(Keeper, "keep", interrupted)
+    monkeypatch.setattr(ResultStore, "save", interrupted)
 
 
 # Going on

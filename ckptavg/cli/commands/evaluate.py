@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -25,15 +25,16 @@ from ckptavg.cli.options.averaging import (
 from ckptavg.cli.options.declare import bundle, option
 from ckptavg.cli.options.running import RunningOptions, running_options
 from ckptavg.cli.options.selection import SelectionOptions, selection_options
-from ckptavg.cli.resume import Keeper
-from ckptavg.distributed.peers import global_rank
+from ckptavg.cli.resume import identify
+from ckptavg.distributed.peers import SingleProcess, global_rank
 from ckptavg.distributed.torchrun import TorchrunGroup
-from ckptavg.errors import OutputError, UsageError
+from ckptavg.errors import UsageError
 
 if TYPE_CHECKING:
     from ckptavg.evaluation.candidates import Candidate
     from ckptavg.evaluation.results import Result
     from ckptavg.evaluation.results_file import ResultsFile
+    from ckptavg.evaluation.resume import ResultStore
     from ckptavg.formats import Checkpoint
     from ckptavg.models.batches import Batches
     from ckptavg.specs.recorded import ModelSource
@@ -188,6 +189,7 @@ def evaluate(report: Report, processes: TorchrunGroup | None, options: Evaluatio
     candidates = _make_candidates(options)
     from ckptavg.cli import build  # noqa: PLC0415 - help is shown without torch
     from ckptavg.evaluation.results import is_worse, without_repeats  # noqa: PLC0415
+    from ckptavg.evaluation.resume import ResultStore  # noqa: PLC0415
 
     source = build.find_model(options.running.model, _recorders(candidates))
     task = build.build_task(options.running)
@@ -197,14 +199,19 @@ def evaluate(report: Report, processes: TorchrunGroup | None, options: Evaluatio
             f"--fail-if-worse needs a first metric that says which is better: "
             f"{task.metrics[0].key} does not"
         )
-    keeper = Keeper(
-        candidates, options.decisive(), file, resume=options.output.resume, processes=processes
+    store = ResultStore(
+        candidates,
+        functools.partial(identify, options=options.decisive()),
+        file,
+        resume=options.output.resume,
+        peers=processes or SingleProcess(),
     )
-    scored = _score(report, processes, keeper, source, task, options)
-    failure = _keep(keeper, scored)
+    scored = _score(report, processes, store, source, task, options)
+    # The scores are shown before a failure to store them.
+    failure = store.save_all(scored)
     scored = without_repeats(scored)
     _show(report, scored, task)
-    report.result(keeper.outcome(scored))
+    report.result(store.to_json(scored))
     if failure is not None:
         raise failure
     if fail_if_worse and is_worse(scored, task):
@@ -219,14 +226,14 @@ def evaluate(report: Report, processes: TorchrunGroup | None, options: Evaluatio
 def _score(
     report: Report,
     processes: TorchrunGroup | None,
-    keeper: Keeper,
+    store: ResultStore,
     source: ModelSource,
     task: Task,
     options: EvaluationOptions,
 ) -> list[Result]:
     """Score the candidates without a kept result, and return the results of all."""
-    if not keeper.missing:
-        return keeper.merged([])
+    if not store.missing:
+        return store.merge([])
     from ckptavg.cli import build  # noqa: PLC0415
     from ckptavg.evaluation import session  # noqa: PLC0415
     from ckptavg.evaluation.evaluate import note_idle_training  # noqa: PLC0415
@@ -235,19 +242,19 @@ def _score(
     forward = build.build_forward(running)
     model, runtime = build.build_model(running, source, task)
     training = None
-    if any(candidate.recompute for candidate in keeper.missing):
+    if any(candidate.recompute for candidate in store.missing):
         training = build.open_training_data(running, source, runtime, processes)
     elif running.training.spec:
-        note_idle_training(keeper.missing)
+        note_idle_training(store.missing)
     data = build.open_evaluation_data(running, source, runtime, processes)
     _warn_of_training_data(running, data, training)
     with report.samples_progress() as progress:
         scored = session.score(
-            keeper.missing, model, data, runtime, training, task=task, forward=forward,
+            store.missing, model, data, runtime, training, task=task, forward=forward,
             progress=progress, keep_nonfinite=options.tensors.keep_nonfinite, peers=processes,
-            on_results=keeper.keep_so_far, exclude=running.statistics.exclude,
+            on_results=store.save_so_far, exclude=running.statistics.exclude,
         )  # fmt: skip
-    return keeper.merged(scored)
+    return store.merge(scored)
 
 
 def _warn_of_training_data(
@@ -286,7 +293,6 @@ def _check(options: EvaluationOptions) -> None:
         if average.name in names:
             raise UsageError(f"two averages are called {average.name}: give each its own name")
         names.add(average.name)
-    _check_results(options.output)
     if candidates.no_stale and not running.training.spec:
         raise UsageError(
             "--no-stale leaves out averages whose statistics are recomputed as well, which needs "
@@ -305,42 +311,14 @@ def _refuse_run_options(candidates: CandidateOptions) -> None:
         raise UsageError("--also needs --run")
 
 
-def _check_results(output: ResultsOptions) -> None:
-    if output.results is None:
-        suffix = ""
-    else:
-        suffix = Path(output.results).suffix
-        if suffix not in (".json", ".csv"):
-            raise UsageError(
-                f"--results is expected to end in .json or .csv but got {output.results}"
-            )
-    if output.resume and suffix != ".json":
-        raise UsageError("--resume goes on from the file of --results, which has to be a .json")
-
-
 def _open_results(output: ResultsOptions) -> ResultsFile | None:
     """Open the file of ``--results``; the process that writes checks that writing works."""
-    if output.results is None:
-        return None
-    from ckptavg.evaluation.results_file import ResultsFile  # noqa: PLC0415
-    from ckptavg.io.paths import check_output  # noqa: PLC0415 - help is shown without torch
+    from ckptavg.evaluation.results_file import open_results  # noqa: PLC0415
 
-    check_output(output.results)
-    file = ResultsFile(Path(output.results))
-    if global_rank() == 0:
+    file = open_results(output.results, resume=output.resume)
+    if file is not None and global_rank() == 0:
         file.check(resume=output.resume)
     return file
-
-
-def _keep(keeper: Keeper, scored: list[Result]) -> OutputError | None:
-    """Keep all results; return a failure, so that the scores are shown before the error."""
-    try:
-        other_count = keeper.keep(scored)
-    except OutputError as error:
-        return error
-    if other_count and keeper.file is not None:
-        log.info("%s goes on to hold results of others: %d", keeper.file.path, other_count)
-    return None
 
 
 def _make_candidates(options: EvaluationOptions) -> list[Candidate]:
