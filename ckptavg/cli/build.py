@@ -18,6 +18,7 @@ from ckptavg.formats import Checkpoint
 from ckptavg.models.batches import Batches, Forward
 from ckptavg.models.device import Runtime
 from ckptavg.specs import sources
+from ckptavg.specs.forms import MODEL_HELP
 from ckptavg.specs.importing import find_forward
 from ckptavg.specs.recorded import ModelSource, complete_source, records_hyperparameters
 from ckptavg.specs.tasks import default_task, make_task
@@ -41,7 +42,7 @@ def find_model(model: Source, checkpoints: Iterable[Checkpoint]) -> ModelSource:
         )
     raise UsageError(
         "Missing option '--model': the checkpoints do not record which model they are of",
-        f"Name it: {sources.MODEL_HELP}.",
+        f"Name it: {MODEL_HELP}.",
     )
 
 

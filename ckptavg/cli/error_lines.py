@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import click
 
 from ckptavg.cli.wording import for_shell
-from ckptavg.errors import CkptavgError, UsageError
+from ckptavg.errors import CkptavgError, SpecError, UsageError
 from ckptavg.errors.printable import escape_unseen, without_secrets
 from ckptavg.errors.system import unreadable
 
@@ -19,7 +19,10 @@ class Failure(click.ClickException):
     """Error of this package, shown by click in one line with the error's exit code."""
 
     def __init__(self, error: CkptavgError) -> None:
-        super().__init__(for_shell(str(error)))
+        text = str(error)
+        if _is_of_users_code(error):
+            text = str(CkptavgError(error.message, _WHERE))
+        super().__init__(for_shell(text))
         self.exit_code = error.exit_code  # type: ignore[misc]
 
 
@@ -39,6 +42,12 @@ def show_in_one_line(debug: bool) -> Iterator[None]:
         if isinstance(error, CkptavgError):
             raise Failure(error) from error
         raise Failure(_as_ours(error)) from error
+
+
+def _is_of_users_code(error: CkptavgError) -> bool:
+    """Return True for the failure of users' code without a remedy."""
+    is_caused = error.__cause__ is not None and not isinstance(error.__cause__, CkptavgError)
+    return isinstance(error, SpecError) and is_caused and not error.remedy
 
 
 def _make_printable(error: BaseException | None) -> None:

@@ -1,1 +1,1 @@
-"""Specifications: strings of ``--model``, ``--data`` and ``--task`` converted to objects."""
+"""Specifications: strings that name models, data and tasks, converted to objects."""

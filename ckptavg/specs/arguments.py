@@ -9,6 +9,7 @@ import types
 import typing
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, Literal, Union
@@ -77,12 +78,16 @@ def read_value(text: str) -> Any:
 
 def plain_value(value: Any) -> Any:
     """Return the plain value of an argument."""
-    return value.value if isinstance(value, Argument) else value
+    if isinstance(value, Argument):
+        return value.value
+    return value
 
 
 def text_of(value: Any) -> str:
     """Return an argument as text, unconverted."""
-    return value.text if isinstance(value, Argument) else str(value)
+    if isinstance(value, Argument):
+        return value.text
+    return str(value)
 
 
 def fit_arguments(function: Callable[..., Any], arguments: Arguments) -> dict[str, Any]:
@@ -162,11 +167,11 @@ class _Expectation:
         if value is None and self._admits_none(text):
             return None
         if self.of_texts and isinstance(value, (str, bool, int, float, type(None))):
-            value = [part.strip() for part in text.split(",")]
+            value = _split_list(text)
         for read in (_read_truth, _read_number, _read_sequence, _read_text):
             if (reading := read(text, value, self.kinds)) is not None:
                 return reading
-        is_kind = any(_is_instance(value, kind) for kind in self.kinds)
+        is_kind = _is_instance_of_any(value, self.kinds)
         plain = {bool, int, float, str, list, tuple, type(None)}
         is_checked = bool in self.kinds or self.choices or (self.strict and {*self.kinds} <= plain)
         # A word may be meant where numbers are expected, such as "auto". A broken number is a typo.
@@ -190,8 +195,10 @@ class _Expectation:
                 words.append("none")
             else:
                 words.append(f"{getattr(kind, '__name__', kind)}")
-        note = f" (its default is {self.default!r})" if type(self.default) in self.kinds else ""
-        return " or ".join(dict.fromkeys(words)) + note
+        wanted = " or ".join(dict.fromkeys(words))
+        if type(self.default) in self.kinds:
+            wanted += f" (its default is {self.default!r})"
+        return wanted
 
 
 def _read_truth(text: str, value: Any, kinds: tuple[Any, ...]) -> bool | None:
@@ -228,41 +235,51 @@ def _read_sequence(
     text: str, value: Any, kinds: tuple[Any, ...]
 ) -> list[Any] | tuple[Any, ...] | None:
     """Read ``1,2``, ``a,b`` or a single value where a sequence is expected."""
-    kind = next((kind for kind in kinds if kind in _LISTS), None)
-    if kind is None or (str in kinds and not isinstance(value, (list, tuple))):
+    sequences = [kind for kind in kinds if kind in _LISTS]
+    if not sequences or (str in kinds and not isinstance(value, (list, tuple))):
         return None
     if not isinstance(value, (list, tuple)):
-        value = [read_value(part) for part in text.split(",")]
-    return list(value) if kind is list else tuple(value)
+        value = list(map(read_value, text.split(",")))
+    if sequences[0] is list:
+        return list(value)
+    return tuple(value)
 
 
 def _read_text(text: str, value: Any, kinds: tuple[Any, ...]) -> Any:
     """Read a text or a path, without surrounding quotes."""
-    if not any(isinstance(kind, type) and issubclass(kind, (str, PurePath)) for kind in kinds):
+    if not any(map(_is_text_or_path, kinds)):
         return None
     if type(value) is not str and type(value) in kinds:
         return value
-    content = value if isinstance(value, str) else text
+    if isinstance(value, str):
+        text = value
     if str in kinds:
-        return content
-    return Path(content)
+        return text
+    return Path(text)
+
+
+def _is_text_or_path(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, (str, PurePath))
 
 
 def _begins_a_number(value: Any) -> bool:
     return isinstance(value, str) and value.lstrip("+-.")[:1].isdigit()
 
 
-def _is_instance(value: Any, kind: Any) -> bool:
-    try:
-        return isinstance(value, kind)
-    except TypeError:
-        return False
+def _is_instance_of_any(value: Any, kinds: Iterable[Any]) -> bool:
+    for kind in kinds:
+        # Some kinds, such as protocols, take no part in ``isinstance``.
+        with suppress(TypeError):
+            if isinstance(value, kind):
+                return True
+    return False
 
 
 def _split_hint(hint: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Split an annotation into admitted types and the choices of a ``Literal``."""
     # Annotations stay strings if their evaluation failed.
-    hint = _BY_NAME.get(hint, hint) if isinstance(hint, str) else hint
+    if isinstance(hint, str):
+        hint = _BY_NAME.get(hint, hint)
     unknown = hint in (Any, object, inspect.Parameter.empty)
     if unknown or isinstance(hint, (str, typing.TypeVar)):
         return (), ()
@@ -317,6 +334,11 @@ def _read_json(text: str) -> Any:
 def _read_list(text: str) -> list[Any]:
     """Read ``[a,b]``, where words need no quotes."""
     inner = text.strip()
-    if not (inner.startswith("[") and inner.endswith("]")) or any(c in inner[1:-1] for c in "[]{}"):
+    if not (inner.startswith("[") and inner.endswith("]")) or {*"[]{}"} & {*inner[1:-1]}:
         raise ValueError(text)
-    return [read_value(part.strip()) for part in inner[1:-1].split(",")]
+    return list(map(read_value, _split_list(inner[1:-1])))
+
+
+def _split_list(text: str) -> list[str]:
+    """Split a text at commas, without the blanks around."""
+    return [part.strip() for part in text.split(",")]

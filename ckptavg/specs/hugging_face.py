@@ -32,8 +32,7 @@ def find_model_directory(name: str) -> Path:
     directory = Path(name)
     if (directory / CONFIG).is_file():
         return directory
-    last = _last_checkpoint(directory) if directory.is_dir() else None
-    if last is not None:
+    if directory.is_dir() and (last := _last_checkpoint(directory)) is not None:
         return last
     if directory.exists():
         raise SpecError(
@@ -50,8 +49,9 @@ def find_model_directory(name: str) -> Path:
 def find_tokenizer_directory(directory: Path) -> Path:
     """Find the directory with a model's tokenizer: the model's, else the parent (the run's)."""
     for home in (directory, directory.parent):
-        if any(any(home.glob(pattern)) for pattern in _TOKENIZER_FILES):
-            return home
+        for pattern in _TOKENIZER_FILES:
+            if any(home.glob(pattern)):
+                return home
     return directory
 
 
@@ -62,7 +62,9 @@ def _last_checkpoint(directory: Path) -> Path | None:
     except CkptavgError:
         return None
     path = Path(str(last.path))
-    return path if (path / CONFIG).is_file() else None
+    if not (path / CONFIG).is_file():
+        return None
+    return path
 
 
 def build_model(name: str, **keywords: Any) -> Any:
@@ -125,10 +127,11 @@ def _settings(config: Any, kind: type) -> Iterator[dict[str, Any]]:
         if id(value) in visited:
             continue
         visited.add(id(value))
-        settings = vars(value) if isinstance(value, kind) else value
-        if isinstance(settings, dict):
-            waiting += settings.values()
-            yield settings
+        if isinstance(value, kind):
+            value = vars(value)
+        if isinstance(value, dict):
+            waiting += value.values()
+            yield value
 
 
 def _lacking_backbone(directory: Path) -> str | None:

@@ -37,7 +37,7 @@ _ROLES = ("train", "training", "is_train", "is_training")
 
 @dataclass(frozen=True)
 class Preset:
-    """Usual preparation of the images of a model or data set.
+    """Default preparation of the images of a model or data set.
 
     Attributes:
         name: Name of the model in notes; empty for a preset of no model.
@@ -61,7 +61,9 @@ class Preset:
     @property
     def resize(self) -> int | None:
         """Shorter side after resizing, in pixels."""
-        return min(self.size) if isinstance(self.size, tuple) else self.size
+        if isinstance(self.size, tuple):
+            return min(self.size)
+        return self.size
 
     def describe(self) -> str:
         """Word the note on the preparation of images."""
@@ -76,8 +78,10 @@ class Preset:
             steps.append(f"normalized as {dataset}'s")
         else:
             steps.append(f"normalized by mean {_numbers(self.mean)} and std {_numbers(self.std)}")
-        *first, last = steps
-        return f"{', '.join(first)} and {last}" if first else last
+        *earlier, last = steps
+        if not earlier:
+            return last
+        return f"{', '.join(earlier)} and {last}"
 
     def to_transform(self) -> Transform:
         """Make the transform from an image to a tensor."""
@@ -86,8 +90,10 @@ class Preset:
         transforms = import_torchvision("transforms")
         steps: list[Any] = []
         if self.size is not None:
-            how = {} if self.interpolation is None else {"interpolation": self.interpolation}
-            steps.append(transforms.Resize(self.size, **how))
+            resizing = {}
+            if self.interpolation is not None:
+                resizing["interpolation"] = self.interpolation
+            steps.append(transforms.Resize(self.size, **resizing))
         if self.crop is not None:
             steps.append(transforms.CenterCrop(self.crop))
         steps.append(transforms.ToTensor())
@@ -104,7 +110,7 @@ class Preset:
             log.info("images are %s", self.describe())
 
 
-USUAL = Preset("", 256, 224, *IMAGENET)
+DEFAULT_PRESET = Preset("", 256, 224, *IMAGENET)
 """Evaluation preset of most models trained on ImageNet."""
 
 
@@ -152,16 +158,16 @@ def load_transform(spec: Any) -> Transform:
     return _by_keyword(transform)
 
 
-def _factory_arguments(found: Any) -> Arguments | None:
+def _factory_arguments(value: Any) -> Arguments | None:
     """Return the arguments for a transform factory; None for an object that is a transform."""
-    if isinstance(found, type):
+    if isinstance(value, type):
         return {}
-    if not hasattr(found, "__code__") and not hasattr(found, "func"):
+    if not hasattr(value, "__code__") and not hasattr(value, "func"):
         # An object with ``__call__``, such as a torchvision Compose.
         return None
-    parameters = required_parameters(found)
-    if not parameters:
-        return None if _takes_anything(found) else {}
+    parameters = required_parameters(value)
+    if not parameters and not _takes_anything(value):
+        return {}
     if len(parameters) == 1 and parameters[0] in _ROLES:
         return {parameters[0]: False}
     return None
@@ -189,7 +195,9 @@ class _ByKeyword:
 
 def _by_keyword(transform: Transform) -> Transform:
     home = type(transform).__module__.partition(".")[0]
-    return _ByKeyword(transform) if home in ("albumentations", "albucore") else transform
+    if home in ("albumentations", "albucore"):
+        return _ByKeyword(transform)
+    return transform
 
 
 def adapt_preset(preset: Preset, options: Mapping[str, Any]) -> Preset:
@@ -206,12 +214,16 @@ def adapt_preset(preset: Preset, options: Mapping[str, Any]) -> Preset:
     if "size" in options:
         size = _read_side("size", options["size"])
         # A single size is that of the shorter side, so only a crop makes images of one shape.
-        crop = size if isinstance(size, int) else None
+        crop = None
+        if isinstance(size, int):
+            crop = size
     if "crop" in options:
         crop = _read_side("crop", options["crop"])
         # The ratio of resize to crop stays that of the preset.
         if "size" not in options and isinstance(preset.size, int) and isinstance(crop, int):
-            preset_crop = preset.crop if isinstance(preset.crop, int) else preset.size
+            preset_crop = preset.size
+            if isinstance(preset.crop, int):
+                preset_crop = preset.crop
             size = round(crop * preset.size / preset_crop)
     mean, std = preset.mean, preset.std
     if "mean" in options:
@@ -227,20 +239,25 @@ def adapt_preset(preset: Preset, options: Mapping[str, Any]) -> Preset:
 def _read_side(name: str, value: Any) -> int | tuple[int, int] | None:
     if value is None or value is False:
         return None
-    if type(value) is int and value > 0:
-        return value
-    pair = tuple(value) if isinstance(value, (list, tuple)) else ()
-    if len(pair) == 2 and all(type(side) is int and side > 0 for side in pair):
-        return pair[0], pair[1]
+    if _is_side(value):
+        return int(value)
+    if isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_side, value)):
+        return value[0], value[1]
     raise SpecError(
         f"{name} is expected to be a number of pixels, HEIGHT,WIDTH or none but got {value!r}"
     )
 
 
+def _is_side(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
 def _read_channels(name: str, value: Any) -> tuple[float, ...] | None:
     if value is None or value is False:
         return None
-    values = value if isinstance(value, (list, tuple)) else [value] * _CHANNELS
+    values = value
+    if not isinstance(value, (list, tuple)):
+        values = [value] * _CHANNELS
     numbers = tuple(float(v) for v in values if type(v) in (int, float))
     if len(numbers) != _CHANNELS or (name == "std" and min(numbers) <= 0):
         raise SpecError(
@@ -257,9 +274,10 @@ def warn_of_small_images(sizes: Sequence[tuple[int, int]], resize: int | None) -
         sizes: Width and height of some images, in pixels.
         resize: Shorter side after resizing, in pixels; None for no resizing.
     """
-    if resize is None or not sizes or resize <= _FAR_LARGER * max(min(size) for size in sizes):
+    if resize is None or not sizes or resize <= _FAR_LARGER * max(map(min, sizes)):
         return
-    width, height = (round(statistics.median(sides)) for sides in zip(*sizes, strict=True))
+    widths, heights = zip(*sizes, strict=True)
+    width, height = round(statistics.median(widths)), round(statistics.median(heights))
     log.warning(
         "images are %dx%d but are resized to %d: the argument size=%d leaves them as they are",
         width, height, resize, min(width, height),
@@ -283,7 +301,9 @@ def image_sizes(paths: Sequence[str | Path]) -> list[tuple[int, int]]:
 
 
 def _side_text(side: int | tuple[int, int]) -> str:
-    return str(side) if isinstance(side, int) else f"{side[0]}x{side[1]}"
+    if isinstance(side, int):
+        return str(side)
+    return f"{side[0]}x{side[1]}"
 
 
 def _numbers(values: Sequence[float] | None) -> str:

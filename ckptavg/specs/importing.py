@@ -15,6 +15,7 @@ from typing import Any
 from ckptavg.errors import SpecError, UsageError
 from ckptavg.errors.spelling import close_names, did_you_mean
 from ckptavg.specs.arguments import Arguments, fit_arguments
+from ckptavg.specs.forms import LIGHTNING, OWN_CODE
 from ckptavg.specs.user_modules import (
     import_file,
     import_module_by_name,
@@ -22,11 +23,6 @@ from ckptavg.specs.user_modules import (
     is_library,
     users_code,
 )
-
-_OWN_CODE = "package.module:factory or path/file.py:factory"
-_DEBUG = "--debug shows where."
-LIGHTNING = "lightning"
-"""Prefix for the class of a LightningModule, whose arguments the checkpoints record."""
 
 
 def split_spec(spec: str, expected: str, remedy: str = "") -> tuple[str, str]:
@@ -43,7 +39,7 @@ def split_spec(spec: str, expected: str, remedy: str = "") -> tuple[str, str]:
     Raises:
         UsageError: There is no colon, or no text on one side.
     """
-    kind, separator, name = _partition(spec)
+    kind, separator, name = partition_spec(spec)
     if not separator or not kind or not name:
         raise UsageError(f"expected {expected} but got {spec!r}", remedy)
     return kind, name
@@ -51,15 +47,19 @@ def split_spec(spec: str, expected: str, remedy: str = "") -> tuple[str, str]:
 
 def file_of(spec: str) -> Path | None:
     """Find the Python, text or token file in a specification; None if there is no such file."""
-    kind, _, name = _partition(spec.removeprefix(f"{LIGHTNING}:"))
-    named = Path(kind if kind.endswith(".py") else name)
+    kind, _, name = partition_spec(spec.removeprefix(f"{LIGHTNING}:"))
+    file = Path(name)
+    if kind.endswith(".py"):
+        file = Path(kind)
     # The text may be invalid as a file name, for instance too long.
     with contextlib.suppress(OSError):
-        return named if named.is_file() else None
+        if file.is_file():
+            return file
     return None
 
 
-def _partition(spec: str) -> tuple[str, str, str]:
+def partition_spec(spec: str) -> tuple[str, str, str]:
+    """Partition a specification at the colon before the name."""
     # The path of a file may hold colons itself, so the last colon counts there.
     if ".py:" in spec and not spec.startswith(f"{LIGHTNING}:"):
         return spec.rpartition(":")
@@ -76,7 +76,7 @@ def find_object(home: str, name: str) -> Any:
     Raises:
         SpecError: The module is not found or fails on import, or has no such attribute.
     """
-    module = _module_from_file(Path(home)) if home.endswith(".py") else _module(home)
+    module = _import_home(home)
     value: Any = module
     for part in name.split("."):
         if not hasattr(value, part):
@@ -87,9 +87,14 @@ def find_object(home: str, name: str) -> Any:
 
 def _offered(module: ModuleType) -> list[str]:
     """List the public callables of a module: its own, or the imported ones if it has none."""
-    public = {n: v for n, v in vars(module).items() if callable(v) and not n.startswith("_")}
-    defined = [n for n, v in public.items() if getattr(v, "__module__", "") == module.__name__]
-    return defined or [*public]
+    public: list[str] = []
+    defined: list[str] = []
+    for name, value in vars(module).items():
+        if callable(value) and not name.startswith("_"):
+            public.append(name)
+            if getattr(value, "__module__", "") == module.__name__:
+                defined.append(name)
+    return defined or public
 
 
 def find_factory(home: str, name: str) -> Callable[..., Any]:
@@ -136,7 +141,13 @@ def _takes(function: Callable[..., Any], count: int) -> bool:
     return True
 
 
-def _module(name: str) -> ModuleType:
+def _import_home(home: str) -> ModuleType:
+    if home.endswith(".py"):
+        return _module_from_file(Path(home))
+    return _module_by_name(home)
+
+
+def _module_by_name(name: str) -> ModuleType:
     try:
         with users_code():
             return import_module_by_name(name)
@@ -174,8 +185,10 @@ def _python_files(directory: Path) -> list[str]:
 
 def _imports_for(spec: str) -> AbstractContextManager[Any]:
     """Allow imports from the directory of a specification's file, if there is a file."""
-    kind, _, _ = _partition(spec.removeprefix(f"{LIGHTNING}:"))
-    return imports_from(Path(kind).parent) if kind.endswith(".py") else contextlib.nullcontext()
+    kind, _, _ = partition_spec(spec.removeprefix(f"{LIGHTNING}:"))
+    if not kind.endswith(".py"):
+        return contextlib.nullcontext()
+    return imports_from(Path(kind).parent)
 
 
 def _failed_import(name: str, error: BaseException) -> SpecError:
@@ -184,13 +197,15 @@ def _failed_import(name: str, error: BaseException) -> SpecError:
             f"importing {name} ended the program{_line_of(error)}",
             'Put what it runs as a script below if __name__ == "__main__":.',
         )
-    return SpecError(f"importing {name} failed: {describe_failure(error)}", _DEBUG)
+    return SpecError(f"importing {name} failed: {describe_failure(error)}")
 
 
 def describe_failure(error: BaseException) -> str:
     """Word an error from users' code: type, message, and the line of users' code."""
-    message = f": {error}" if str(error) else ""
-    return f"{type(error).__name__}{message}{_line_of(error)}"
+    description = type(error).__name__
+    if str(error):
+        description += f": {error}"
+    return description + _line_of(error)
 
 
 def _line_of(error: BaseException) -> str:
@@ -198,9 +213,12 @@ def _line_of(error: BaseException) -> str:
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if not is_library(frame.filename):
             path = os.path.relpath(frame.filename)
-            path = frame.filename if path.startswith(os.pardir) else path
-            inside = "" if frame.name.startswith("<") else f" in {frame.name}"
-            return f" ({path}:{frame.lineno}{inside})"
+            if path.startswith(os.pardir):
+                path = frame.filename
+            line = f"{path}:{frame.lineno}"
+            if not frame.name.startswith("<"):
+                line += f" in {frame.name}"
+            return f" ({line})"
     return ""
 
 
@@ -210,7 +228,7 @@ def call_factory(spec: str, arguments: Arguments | None = None) -> Any:
     Raises:
         SpecError: The function or class cannot be found, or the call fails.
     """
-    home, name = split_spec(spec, _OWN_CODE)
+    home, name = split_spec(spec, OWN_CODE)
     return call_named(spec, find_factory(home, name), (), arguments or {})
 
 
@@ -226,7 +244,7 @@ def take_or_call(spec: str, arguments: Arguments, is_product: Callable[[Any], bo
         SpecError: The object cannot be found or called, the call fails, or a finished object is
             given arguments.
     """
-    home, name = split_spec(spec, _OWN_CODE)
+    home, name = split_spec(spec, OWN_CODE)
     value = find_object(home, name)
     if isinstance(value, type) or not is_product(value):
         if not callable(value):
@@ -277,19 +295,21 @@ def _call_remedy(
     keywords: Arguments,
     error: BaseException,
 ) -> str:
-    """Word the remedy for a failed call: unknown or missing arguments, else ``--debug``."""
+    """Word the remedy for a failed call: unknown or missing arguments; empty for other errors."""
     accepted = parameters_of(factory)
     if not isinstance(error, TypeError) or not accepted:
-        return _DEBUG
+        return ""
     unknown = set(keywords) - set(accepted)
     if unknown and "kwargs" not in accepted:
-        close = [name for keyword in sorted(unknown) for name in close_names(keyword, accepted, 1)]
+        close: list[str] = []
+        for keyword in sorted(unknown):
+            close += close_names(keyword, accepted, 1)
         return did_you_mean(close) or f"It takes {', '.join(accepted)}."
     needed = required_parameters(factory)[len(args) :]
-    lacking = [name for name in needed if name not in keywords]
-    if lacking:
-        return f"Pass {' and '.join(f'{name}=VALUE' for name in lacking)} among its arguments."
-    return _DEBUG
+    missing = [f"{name}=VALUE" for name in needed if name not in keywords]
+    if missing:
+        return f"Pass {' and '.join(missing)} among its arguments."
+    return ""
 
 
 def parameters_of(factory: Callable[..., Any]) -> list[str]:
@@ -300,11 +320,11 @@ def parameters_of(factory: Callable[..., Any]) -> list[str]:
 def required_parameters(factory: Callable[..., Any]) -> list[str]:
     """List a callable's parameters without default; empty without a known signature."""
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return [
-        name
-        for name, parameter in _signature(factory).items()
-        if parameter.default is inspect.Parameter.empty and parameter.kind not in variable
-    ]
+    names: list[str] = []
+    for name, parameter in _signature(factory).items():
+        if parameter.default is inspect.Parameter.empty and parameter.kind not in variable:
+            names.append(name)
+    return names
 
 
 def _signature(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:

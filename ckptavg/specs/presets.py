@@ -23,13 +23,12 @@ def torchvision_preset(name: str) -> Preset | None:
     if default is None:
         return None
     transform = default.transforms()
-    mean, std = getattr(transform, "mean", None), getattr(transform, "std", None)
     return Preset(
         str(default),
         _side(getattr(transform, "resize_size", None)),
         _side(getattr(transform, "crop_size", None)),
-        None if mean is None else tuple(mean),
-        None if std is None else tuple(std),
+        _channels(getattr(transform, "mean", None)),
+        _channels(getattr(transform, "std", None)),
         transform,
         getattr(transform, "interpolation", None),
     )
@@ -48,8 +47,9 @@ def timm_preset(name: str, settings: Mapping[str, Any]) -> Preset:
     data = import_optional("timm.data", "timm")
     models = import_optional("timm.models", "timm")
     configured = models.get_pretrained_cfg(name)
-    pretrained = {} if configured is None else configured.to_dict()
-    tag = pretrained.get("tag")
+    pretrained: dict[str, Any] = {}
+    if configured is not None:
+        pretrained = configured.to_dict()
     try:
         config = data.resolve_data_config({"in_chans": None, **settings}, pretrained_cfg=pretrained)
         transform = data.create_transform(**config, is_training=False)
@@ -59,10 +59,13 @@ def timm_preset(name: str, settings: Mapping[str, Any]) -> Preset:
             "Name one by transform=path/file.py:fn.",
         ) from error
     side = min(config["input_size"][-2:])
-    full = f"{name}.{tag}" if tag and "." not in name else name
-    trained = f", with the training's own {', '.join(settings)}" if settings else ""
+    title = f"timm's {name}"
+    if pretrained.get("tag") and "." not in name:
+        title += f".{pretrained['tag']}"
+    if settings:
+        title += f", with the training's own {', '.join(settings)}"
     return Preset(
-        f"timm's {full}{trained}",
+        title,
         math.floor(side / config["crop_pct"]),
         side,
         tuple(config["mean"]),
@@ -91,19 +94,42 @@ def hugging_face_preset(directory: Path) -> Preset | None:
             f"{directory / _PROCESSOR} cannot be used: {type(error).__name__}: {error}",
             "Name a transform by transform=path/file.py:fn.",
         ) from error
-    settings = dict(processor.size or {}) if getattr(processor, "do_resize", False) else {}
-    sides = [side for side in settings.values() if isinstance(side, int)]
-    crops = dict(getattr(processor, "crop_size", None) or {})
-    is_cropped = getattr(processor, "do_center_crop", False)
-    is_normalized = getattr(processor, "do_normalize", False)
     return Preset(
         f"{directory / _PROCESSOR}",
-        min(sides, default=None),
-        min(crops.values(), default=None) if is_cropped else None,
-        tuple(processor.image_mean) if is_normalized else None,
-        tuple(processor.image_std) if is_normalized else None,
+        _shortest_side(processor, "do_resize", "size"),
+        _shortest_side(processor, "do_center_crop", "crop_size"),
+        _normalization(processor, "image_mean"),
+        _normalization(processor, "image_std"),
         ImageProcessor(processor),
     )
+
+
+def _shortest_side(processor: Any, step: str, name: str) -> int | None:
+    """Return the shortest side of an image processor's size; None without the step.
+
+    Args:
+        processor: An image processor of transformers.
+        step: Attribute that is True if the step is done.
+        name: Attribute with the sides in pixels, by name.
+    """
+    if not getattr(processor, step, False):
+        return None
+    sizes = dict(getattr(processor, name, None) or {})
+    return min((side for side in sizes.values() if isinstance(side, int)), default=None)
+
+
+def _normalization(processor: Any, name: str) -> tuple[float, ...] | None:
+    """Return the mean or standard deviation of an image processor; None without either."""
+    if not getattr(processor, "do_normalize", False):
+        return None
+    return tuple(getattr(processor, name))
+
+
+def _channels(values: Any) -> tuple[float, ...] | None:
+    """Return values per channel as a tuple."""
+    if values is None:
+        return None
+    return tuple(values)
 
 
 class ImageProcessor:
@@ -121,10 +147,12 @@ def _side(sizes: Any) -> int | tuple[int, int] | None:
     """Convert a size of a torchvision preset, a number or a list of one or two sides."""
     if isinstance(sizes, int):
         return sizes
-    sides = tuple(sizes) if isinstance(sizes, (list, tuple)) else ()
-    if len(sides) == 2:
-        return sides[0], sides[1]
-    return sides[0] if sides else None
+    if not isinstance(sizes, (list, tuple)) or not sizes:
+        return None
+    if len(sizes) == 2:
+        return sizes[0], sizes[1]
+    side: int = sizes[0]
+    return side
 
 
 def _interpolation(name: str) -> Any:

@@ -15,7 +15,8 @@ from ckptavg.formats.checkpoint import Checkpoint
 from ckptavg.formats.huggingface.configuration import configured_directory, read_configuration
 from ckptavg.specs import suggestions
 from ckptavg.specs.arguments import Arguments
-from ckptavg.specs.importing import LIGHTNING, find_object, parameters_of
+from ckptavg.specs.forms import LIGHTNING, MODEL_PREFIXES
+from ckptavg.specs.importing import find_object, parameters_of, partition_spec
 
 log = logging.getLogger("ckptavg")
 
@@ -40,7 +41,7 @@ class ModelSource:
     """Specification of a model with the arguments of the factory.
 
     Attributes:
-        spec: One of the forms in ``MODEL_HELP`` of ``ckptavg.specs.sources``.
+        spec: One of the forms in ``MODEL_HELP`` of ``ckptavg.specs.forms``.
         arguments: Keywords of the factory.
         image_settings: Image settings of a timm training.
     """
@@ -59,7 +60,9 @@ class Hyperparameters(dict[str, Any]):
             value = self[name]
         except KeyError:
             raise AttributeError(name) from None
-        return Hyperparameters(value) if type(value) is dict else value
+        if type(value) is dict:
+            return Hyperparameters(value)
+        return value
 
 
 def complete_source(
@@ -72,7 +75,7 @@ def complete_source(
     checkpoint names the class of a LightningModule. Given arguments take precedence.
 
     Args:
-        spec: One of the forms in ``MODEL_HELP`` of ``ckptavg.specs.sources``; None to take the
+        spec: One of the forms in ``MODEL_HELP`` of ``ckptavg.specs.forms``; None to take the
             recorded model.
         arguments: Given keywords of the factory.
         checkpoints: Checkpoints of the model; the first one with a record is used.
@@ -86,19 +89,19 @@ def complete_source(
     """
     if spec is not None and (cls := _lightning_class(spec)) is not None:
         recorded = _first(_lightning_arguments(cls, c) for c in checkpoints)
-        return ModelSource(spec, _joined(recorded, arguments))
+        return ModelSource(spec, _merge_arguments(recorded, arguments))
     if spec is not None and not spec.startswith("timm:"):
         return ModelSource(spec, arguments)
     source = _first(_recorded_source(checkpoint) for checkpoint in checkpoints)
-    if source is None:
-        return None if spec is None else ModelSource(spec, arguments)
     if spec is None:
+        if source is None:
+            return None
         _note_model(source, arguments)
         return ModelSource(source.spec, {**source.arguments, **arguments}, source.image_settings)
-    # The record is of another model than the given one, so its arguments do not apply.
-    if source.spec != spec:
+    # The record may be of another model than the given one, so that its arguments do not apply.
+    if source is None or source.spec != spec:
         return ModelSource(spec, arguments)
-    return ModelSource(spec, _joined(source.arguments, arguments), source.image_settings)
+    return ModelSource(spec, _merge_arguments(source.arguments, arguments), source.image_settings)
 
 
 def records_hyperparameters(checkpoint: Checkpoint) -> bool:
@@ -122,29 +125,36 @@ def _first(values: Iterable[Any]) -> Any:
     return None
 
 
-def _joined(recorded: Mapping[str, Any] | None, given: Arguments) -> Arguments:
-    """Join recorded and given arguments and log the recorded ones in use; given ones win."""
-    adopted = {name: value for name, value in (recorded or {}).items() if name not in given}
-    if adopted:
-        log.info("arguments of the model from the checkpoint: %s", _describe(adopted))
-    return {**adopted, **given}
+def _merge_arguments(recorded: Mapping[str, Any] | None, given: Arguments) -> Arguments:
+    """Merge recorded and given arguments and log the recorded ones in use; given ones win."""
+    recorded = recorded or {}
+    if adopted := _describe_adopted(recorded, given):
+        log.info("arguments of the model from the checkpoint: %s", adopted)
+    return {**recorded, **given}
 
 
-def _describe(arguments: Mapping[str, Any]) -> str:
-    pairs = [f"{name}={_value_text(value)}" for name, value in arguments.items()]
+def _describe_adopted(recorded: Mapping[str, Any], given: Arguments) -> str:
+    """Describe recorded arguments that are in use; return empty text for none."""
+    pairs: list[str] = []
+    for name, value in recorded.items():
+        if name not in given:
+            pairs.append(f"{name}={_value_text(value)}")
     return first_few(pairs, _MOST_SHOWN)
 
 
 def _value_text(value: Any) -> str:
     """Word a value for a note: a short value itself, a long value by type."""
     text = str(value)
-    return short(text) if len(text) <= _LONGEST_VALUE else short(value)
+    if len(text) > _LONGEST_VALUE:
+        return short(value)
+    return short(text)
 
 
 def _note_model(source: ModelSource, given: Arguments) -> None:
-    adopted = {name: value for name, value in source.arguments.items() if name not in given}
-    described = f", with {_describe(adopted)}" if adopted else ""
-    log.info("the model is %s, as the checkpoint records%s", source.spec, described)
+    description = f"{source.spec}, as the checkpoint records"
+    if adopted := _describe_adopted(source.arguments, given):
+        description += f", with {adopted}"
+    log.info("the model is %s", description)
 
 
 def _recorded_source(checkpoint: Checkpoint) -> ModelSource | None:
@@ -167,8 +177,7 @@ def _configured_source(directory: Any) -> ModelSource | None:
     name, images = configuration.get("architecture"), configuration.get("pretrained_cfg")
     if not isinstance(name, str) or not isinstance(images, dict):
         return None
-    keywords = configuration.get("model_args")
-    arguments = dict(keywords) if isinstance(keywords, dict) else {}
+    arguments = _dict_or_empty(configuration.get("model_args"))
     for key in ("num_classes", "global_pool"):
         if configuration.get(key) is not None:
             arguments[key] = configuration[key]
@@ -180,12 +189,18 @@ def _timm_source(arguments: Mapping[str, Any]) -> ModelSource | None:
     name = arguments.get("model")
     if not isinstance(name, str) or "num_classes" not in arguments:
         return None
-    keywords = arguments.get("model_kwargs")
-    model_arguments = dict(keywords) if isinstance(keywords, dict) else {}
+    model_arguments = _dict_or_empty(arguments.get("model_kwargs"))
     for option, keyword in _TIMM_ARGUMENTS.items():
         if arguments.get(option) is not None:
             model_arguments[keyword] = arguments[option]
     return ModelSource(f"timm:{name}", model_arguments, _present(arguments, _TIMM_IMAGES))
+
+
+def _dict_or_empty(value: object) -> dict[str, Any]:
+    """Copy a dict; return an empty dict for any other value."""
+    if not isinstance(value, dict):
+        return {}
+    return dict(value)
 
 
 def _present(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
@@ -196,8 +211,8 @@ def _present(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
 def _lightning_class(spec: str) -> type | None:
     """Return the class of a LightningModule that a specification names; None for anything else."""
     target = spec.removeprefix(f"{LIGHTNING}:")
-    home, _, name = target.rpartition(":") if ".py:" in target else target.partition(":")
-    if not home or not name or (target == spec and home in suggestions.MODEL_PREFIXES):
+    home, _, name = partition_spec(target)
+    if not home or not name or (target == spec and home in MODEL_PREFIXES):
         return None
     suggestions.refuse_mistyped(target, "model")
     kind = find_object(home, name)
@@ -218,12 +233,13 @@ def _lightning_arguments(kind: type, checkpoint: Checkpoint) -> dict[str, Any]:
         return {}
     # The constructor takes all hyperparameters as one object, under the recorded name.
     if isinstance(name, str) and name != _SEPARATE:
-        hyperparameters = Hyperparameters(recorded) if isinstance(recorded, dict) else recorded
-        return {name: hyperparameters} if _takes(kind, name) else {}
-    values = vars(recorded) if isinstance(recorded, argparse.Namespace) else recorded
-    if not isinstance(values, dict):
-        return {}
-    return {key: value for key, value in values.items() if _takes(kind, key)}
+        if isinstance(recorded, dict):
+            recorded = Hyperparameters(recorded)
+        recorded = {name: recorded}
+    elif isinstance(recorded, argparse.Namespace):
+        recorded = vars(recorded)
+    arguments = _dict_or_empty(recorded)
+    return {key: value for key, value in arguments.items() if _takes(kind, key)}
 
 
 def _takes(kind: type, name: object) -> bool:

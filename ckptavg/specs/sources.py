@@ -1,4 +1,4 @@
-"""Modules, Datasets and DataLoaders from the strings of ``--model`` and ``--data``."""
+"""Modules, Datasets and DataLoaders from specifications."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader, Dataset
 from ckptavg.data import token_windows
 from ckptavg.errors import SpecError
 from ckptavg.specs import hugging_face, images, libraries, presets, suggestions
-from ckptavg.specs.arguments import Arguments, parse_arguments, text_of
+from ckptavg.specs.arguments import Arguments, text_of
+from ckptavg.specs.forms import DATA_HELP, LIGHTNING, MODEL_HELP
 from ckptavg.specs.importing import (
-    LIGHTNING,
     call_named,
     find_object,
     parameters_of,
@@ -25,18 +25,8 @@ from ckptavg.specs.importing import (
 from ckptavg.specs.recorded import is_lightning_module
 from ckptavg.specs.splits import are_columns, is_data, pick_split
 
-__all__ = ["make_data", "make_model", "parse_arguments"]
-
 log = logging.getLogger("ckptavg")
 
-MODEL_HELP = (
-    "torchvision:NAME, timm:NAME, hf:DIR, lightning:path/file.py:Class, "
-    "package.module:factory or path/file.py:factory"
-)
-DATA_HELP = (
-    "imagefolder:DIR, cifar10:DIR, cifar100:DIR, text:FILE, tokens:FILE, "
-    "package.module:factory or path/file.py:factory"
-)
 _CIFAR = {"cifar10": ("CIFAR10", images.CIFAR10), "cifar100": ("CIFAR100", images.CIFAR100)}
 _TEXT: dict[str, Callable[..., Any]] = {
     "text": token_windows.open_text,
@@ -67,8 +57,10 @@ def make_model(spec: str, arguments: Arguments | None = None) -> nn.Module:
         model = call_named(spec, hugging_face.build_model, (name,), keywords)
     else:
         suggestions.refuse_mistyped(spec, "model")
-        user_spec = name if kind == LIGHTNING else spec
-        model = take_or_call(user_spec, keywords, lambda found: isinstance(found, nn.Module))
+        user_spec = spec
+        if kind == LIGHTNING:
+            user_spec = name
+        model = take_or_call(user_spec, keywords, lambda value: isinstance(value, nn.Module))
         if is_lightning_module(type(model)):
             call_named(f"{user_spec}.configure_model", model.configure_model, (), {})
     if not isinstance(model, nn.Module):
@@ -124,7 +116,9 @@ def make_data(
         settings = image_settings or {}
         return _image_data(spec, kind, Path(name), keywords, model_spec, settings, train=train)
     if kind in _TEXT:
-        return call_named(spec, _TEXT[kind], (name,), {**_of_model(kind, model_spec), **keywords})
+        return call_named(
+            spec, _TEXT[kind], (name,), {**_text_arguments(kind, model_spec), **keywords}
+        )
     suggestions.refuse_mistyped(spec, "data")
     return _own_data(spec, keywords, train=train)
 
@@ -135,13 +129,16 @@ def _own_data(spec: str, keywords: dict[str, Any], *, train: bool) -> Any:
     # A factory with a parameter of this name gets the split; otherwise it selects from the result.
     if "split" in keywords and not _takes(spec, "split"):
         split = text_of(keywords.pop("split"))
-    result = take_or_call(spec, keywords, lambda found: not callable(found) or _is_made(found))
+    result = take_or_call(spec, keywords, _is_finished)
     data = pick_split(spec, result, split, train=train)
     if not is_data(data):
+        remedy = ""
+        if are_columns(data):
+            remedy = "Return torch.utils.data.TensorDataset(inputs, labels)."
         raise SpecError(
             f"{spec} is expected to return a Dataset or a DataLoader "
             f"but returned a {type(data).__name__}",
-            "Return torch.utils.data.TensorDataset(inputs, labels)." if are_columns(data) else "",
+            remedy,
         )
     return data
 
@@ -152,9 +149,9 @@ def _takes(spec: str, name: str) -> bool:
     return callable(value) and {name, "kwargs"} & {*parameters_of(value)} != set()
 
 
-def _is_made(found: Any) -> bool:
+def _is_finished(value: Any) -> bool:
     """Return True for a finished data set, even a callable one; False for a factory."""
-    return isinstance(found, (Dataset, DataLoader))
+    return not callable(value) or isinstance(value, (Dataset, DataLoader))
 
 
 def _image_data(
@@ -173,26 +170,31 @@ def _image_data(
     if kind in _CIFAR:
         suggestions.check_cifar(kind, directory)
         name, moments = _CIFAR[kind]
-        factory, usual = getattr(datasets, name), images.Preset("", None, None, *moments)
+        factory, default_preset = getattr(datasets, name), images.Preset("", None, None, *moments)
         keywords = {"train": train, **keywords}
     else:
         suggestions.check_image_folder(directory)
-        factory, usual = datasets.ImageFolder, images.USUAL
+        factory, default_preset = datasets.ImageFolder, images.DEFAULT_PRESET
     transform_spec, options = images.take_options(keywords)
+    resize = None
     if transform_spec is not None:
-        transform, resize = images.load_transform(transform_spec), None
+        transform = images.load_transform(transform_spec)
     else:
-        preset = _preset_of(model_spec, settings, is_cifar=kind in _CIFAR) or usual
-        preset = images.adapt_preset(preset, options) if options else preset
+        preset = _preset_of(model_spec, settings, is_cifar=kind in _CIFAR) or default_preset
+        if options:
+            preset = images.adapt_preset(preset, options)
         preset.log()
+        transform = preset.to_transform()
         # No warning of small images for a size that the user has chosen.
-        transform, resize = preset.to_transform(), None if "size" in options else preset.resize
+        if "size" not in options:
+            resize = preset.resize
     data = call_named(spec, factory, (str(directory),), {"transform": transform, **keywords})
     if resize is not None:
-        paths = [path for path, _ in getattr(data, "samples", ())]
-        images.warn_of_small_images(
-            [(32, 32)] if kind in _CIFAR else images.image_sizes(paths), resize
-        )
+        sizes = [(32, 32)]
+        if kind not in _CIFAR:
+            paths = [path for path, _ in getattr(data, "samples", ())]
+            sizes = images.image_sizes(paths)
+        images.warn_of_small_images(sizes, resize)
     return data
 
 
@@ -210,11 +212,10 @@ def _preset_of(
     return None
 
 
-def _of_model(kind: str, model_spec: str) -> dict[str, Any]:
+def _text_arguments(kind: str, model_spec: str) -> dict[str, Any]:
     """Return the default arguments of text data for an ``hf:DIR`` model."""
     library, _, name = model_spec.partition(":")
-    directory = _directory_of(name) if library == "hf" else None
-    if directory is None:
+    if library != "hf" or (directory := _directory_of(name)) is None:
         return {}
     arguments: dict[str, Any] = {"length": token_windows.default_length(directory)}
     if kind == "text":

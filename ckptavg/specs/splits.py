@@ -18,7 +18,10 @@ log = logging.getLogger("ckptavg")
 
 _TRAINING = ("train", "training")
 _EVALUATION = ("validation", "valid", "val", "eval", "dev", "test", "testing")
-_HOOKS = ("train_dataloader", "val_dataloader", "test_dataloader")
+# Method of a DataModule → stage of its ``setup``.
+_STAGES = {"train_dataloader": "fit", "val_dataloader": "fit", "test_dataloader": "test"}
+_HOOKS = tuple(_STAGES)
+_SPLITS = {"validation": "val", "valid": "val"}
 
 
 def is_data(value: Any) -> bool:
@@ -36,8 +39,11 @@ def is_data(value: Any) -> bool:
 
 def are_columns(value: Any) -> bool:
     """Return True for inputs and labels as whole columns, False for a list of batches."""
-    if not isinstance(value, (tuple, list)) or not all(hasattr(part, "shape") for part in value):
+    if not isinstance(value, (tuple, list)):
         return False
+    for part in value:
+        if not hasattr(part, "shape"):
+            return False
     if isinstance(value, tuple):
         return True
     # A list may hold batches. Columns have equal lengths, and labels no axes beside the samples.
@@ -72,14 +78,17 @@ def pick_split(spec: str, value: Any, split: str | None, *, train: bool) -> Any:
             kind = type(value).__name__
             raise SpecError(f"{spec} gives a {kind}, of which there are no splits", "Leave split=.")
         return value
-    if split is None:
-        name = _find_role(list(parts), _TRAINING if train else _EVALUATION)
-        lacking = f"not one alone is for {'training' if train else 'scoring'} by its name"
-    else:
-        name = split if split in parts else None
+    if split is not None:
+        name: str | None = split
         lacking = f"none is called {split!r}"
-    if name is None:
-        names = ", ".join(short(name) for name in parts)
+    elif train:
+        name = _find_role(list(parts), _TRAINING)
+        lacking = "not one alone is for training by its name"
+    else:
+        name = _find_role(list(parts), _EVALUATION)
+        lacking = "not one alone is for scoring by its name"
+    if name is None or name not in parts:
+        names = ", ".join(map(short, parts))
         raise SpecError(
             f"{spec} gives several data sets ({names}), of which {lacking}", "Pass split=NAME."
         )
@@ -90,10 +99,18 @@ def pick_split(spec: str, value: Any, split: str | None, *, train: bool) -> Any:
 def _find_role(names: Sequence[str], role: Sequence[str]) -> str | None:
     """Find the single name that stands for a role: as the whole name, else as a word within."""
     for word in role:
-        exact = [name for name in names if name.lower() == word]
-        named = exact or [name for name in names if word in re.split("[^a-z]+", name.lower())]
+        exact: list[str] = []
+        within: list[str] = []
+        for name in names:
+            if name.lower() == word:
+                exact.append(name)
+            elif word in re.split("[^a-z]+", name.lower()):
+                within.append(name)
+        named = exact or within
+        if len(named) == 1:
+            return named[0]
         if named:
-            return named[0] if len(named) == 1 else None
+            return None
     return None
 
 
@@ -109,7 +126,9 @@ def _named_parts(value: Any) -> dict[str, Any] | None:
     if not parts:
         return None
     by_role = isinstance(value, Mapping) and {*map(str.lower, parts)} <= {*_TRAINING, *_EVALUATION}
-    return parts if by_role or all(map(_is_part, parts.values())) else None
+    if by_role or all(map(_is_part, parts.values())):
+        return parts
+    return None
 
 
 def _is_part(value: Any) -> bool:
@@ -123,32 +142,23 @@ def _is_part(value: Any) -> bool:
 def _is_data_module(value: Any) -> bool:
     """Return True for a Lightning DataModule, from either of the two Lightning packages."""
     # By methods, so that neither package is imported.
-    needed = ("prepare_data", "setup", *_HOOKS)
-    return not isinstance(value, type) and all(callable(getattr(value, n, None)) for n in needed)
+    if isinstance(value, type):
+        return False
+    methods = [getattr(value, name, None) for name in ("prepare_data", "setup", *_HOOKS)]
+    return all(map(callable, methods))
 
 
 def _from_data_module(spec: str, module: Any, split: str | None, *, train: bool) -> Any:
     """Get a loader from a DataModule, with the calls that a Trainer makes."""
-    names = [name.removesuffix("_dataloader") for name in _HOOKS]
-    wanted = ["train"] if train else ["val", "test"]
-    if split is not None:
-        wanted = [{"validation": "val", "valid": "val"}.get(split, split)]
-        if wanted[0] not in names:
-            raise SpecError(f"{spec} has no split {split!r}", f"It has {', '.join(names)}.")
-    defined = [name for name in wanted if _is_defined(getattr(module, f"{name}_dataloader"))]
-    if not defined:
-        hooks = " or ".join(f"{name}_dataloader" for name in wanted)
-        raise SpecError(f"{spec} gives a {type(module).__name__} that defines no {hooks}")
-    hook = f"{defined[0]}_dataloader"
+    hook = _choose_hook(spec, module, split, train=train)
     try:
         # Lightning's Trainer makes these calls in this order; setup("fit") makes validation data.
         module.prepare_data()
-        module.setup("test" if defined[0] == "test" else "fit")
+        module.setup(_STAGES[hook])
         loader = getattr(module, hook)()
     except Exception as error:
         raise SpecError(
-            f"{spec}: {hook} of {type(module).__name__} failed: {describe_failure(error)}",
-            "--debug shows where.",
+            f"{spec}: {hook} of {type(module).__name__} failed: {describe_failure(error)}"
         ) from error
     # Lightning permits a list of loaders; a list of one is as clear as the loader.
     if isinstance(loader, (list, tuple)) and len(loader) == 1:
@@ -160,6 +170,27 @@ def _from_data_module(spec: str, module: Any, split: str | None, *, train: bool)
         )
     log.info("the batches of %s are those of its %s", spec, hook)
     return loader
+
+
+def _choose_hook(spec: str, module: Any, split: str | None, *, train: bool) -> str:
+    """Choose the first defined method of a DataModule that gives the loader of a split.
+
+    Raises:
+        SpecError: There is no such split, or the user has defined no such method.
+    """
+    if split is not None:
+        hooks = [f"{_SPLITS.get(split, split)}_dataloader"]
+        if hooks[0] not in _HOOKS:
+            names = ", ".join(_HOOKS).replace("_dataloader", "")
+            raise SpecError(f"{spec} has no split {split!r}", f"It has {names}.")
+    elif train:
+        hooks = ["train_dataloader"]
+    else:
+        hooks = ["val_dataloader", "test_dataloader"]
+    for hook in hooks:
+        if _is_defined(getattr(module, hook)):
+            return hook
+    raise SpecError(f"{spec} gives a {type(module).__name__} that defines no {' or '.join(hooks)}")
 
 
 def _is_defined(hook: Callable[..., Any]) -> bool:

@@ -5,19 +5,15 @@ from __future__ import annotations
 import ast
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal
 
 from ckptavg.errors import SpecError, first_few
 from ckptavg.formats.huggingface.layout import CONFIG
-from ckptavg.specs.importing import LIGHTNING
+from ckptavg.specs.forms import LIGHTNING, PREFIXES, Kind
 
-Kind = Literal["model", "data"]
-
-MODEL_PREFIXES = ("torchvision", "timm", "hf", LIGHTNING)
-DATA_PREFIXES = ("imagefolder", "cifar10", "cifar100", "text", "tokens")
-_PREFIXES: dict[Kind, tuple[str, ...]] = {"model": MODEL_PREFIXES, "data": DATA_PREFIXES}
+_OTHER_KIND: dict[Kind, Kind] = {"model": "data", "data": "model"}
+_WITH_ARTICLE: dict[Kind, str] = {"model": "a model", "data": "data"}
 # Other words for a prefix that a comparison of spelling would not find.
 _SYNONYMS = {
     "huggingface": "hf", "transformers": "hf", "tv": "torchvision", "pl": LIGHTNING,
@@ -53,13 +49,17 @@ def suggest_model(spec: str) -> str:
 
 def _suggest_library(name: str) -> str:
     """Suggest the library that has a model of the same or a similar name."""
-    if name in _PREFIXES["model"]:
+    if name in PREFIXES["model"]:
         return f"Name a model after it: {name}:NAME."
-    libraries = [library for library in ("torchvision", "timm") if name in _list_models(library)]
-    if not libraries:
-        near = difflib.get_close_matches(name, _list_models("torchvision"), 1, 0.7)
-        return f"Did you mean torchvision:{near[0]}?" if near else ""
-    return f"Did you mean {' or '.join(f'{library}:{name}' for library in libraries)}?"
+    meant: list[str] = []
+    for library in ("torchvision", "timm"):
+        if name in _list_models(library):
+            meant.append(f"{library}:{name}")
+    if meant:
+        return f"Did you mean {' or '.join(meant)}?"
+    for similar in difflib.get_close_matches(name, _list_models("torchvision"), 1, 0.7):
+        return f"Did you mean torchvision:{similar}?"
+    return ""
 
 
 def suggest_data(spec: str) -> str:
@@ -73,11 +73,10 @@ def suggest_data(spec: str) -> str:
         return _name_functions(module)
     if path.is_file():
         return _suggest_file(path)
-    near = difflib.get_close_matches(path.name, [p.name for p in _entries(path.parent)], 1, 0.7)
-    if near and path.name:
-        meant = path.with_name(near[0])
-        return suggest_data(str(meant)) or f"Did you mean {meant}?"
-    return f"{path} does not exist." if path.suffix else ""
+    meant = _find_similar(path, _entries(path.parent), 0.7)
+    if meant is None:
+        return path.suffix and f"{path} does not exist."
+    return suggest_data(str(meant)) or f"Did you mean {meant}?"
 
 
 def _suggest_file(path: Path) -> str:
@@ -91,8 +90,11 @@ def _suggest_file(path: Path) -> str:
 def _python_file(spec: str) -> Path | None:
     """Find the Python file of a specification, with or without suffix; None if missing."""
     path = Path(spec)
-    file = path if path.suffix == ".py" or not path.name else path.with_name(f"{path.name}.py")
-    return file if file.is_file() else None
+    if path.name and path.suffix != ".py":
+        path = path.with_name(f"{path.name}.py")
+    if not path.is_file():
+        return None
+    return path
 
 
 def refuse_mistyped(spec: str, kind: Kind) -> None:
@@ -104,15 +106,16 @@ def refuse_mistyped(spec: str, kind: Kind) -> None:
     word, _, name = spec.partition(":")
     if word.endswith(".py") or "/" in word or _is_module(word):
         return
-    other_kind: Kind = "data" if kind == "model" else "model"
-    if word in _PREFIXES[other_kind]:
+    other_kind = _OTHER_KIND[kind]
+    if word in PREFIXES[other_kind]:
+        expected = ":, ".join(PREFIXES[kind])
         raise SpecError(
-            f"{spec} names {_article(other_kind)}, not {_article(kind)}",
-            f"Expected {', '.join(f'{p}:' for p in _PREFIXES[kind])} or path/file.py:function.",
+            f"{spec} names {_WITH_ARTICLE[other_kind]}, not {_WITH_ARTICLE[kind]}",
+            f"Expected {expected}: or path/file.py:function.",
         )
     plain = re.sub(r"[^a-z0-9]", "", word.lower())
     meant = _SYNONYMS.get(plain, plain)
-    near = difflib.get_close_matches(meant, _PREFIXES[kind], 1, 0.7)
+    near = difflib.get_close_matches(meant, PREFIXES[kind], 1, 0.7)
     # ``lightning`` is a package, too, so lightning:... may name a module.
     if near and word != LIGHTNING:
         raise SpecError(f"no module named {word!r} is found", f"Did you mean {near[0]}:{name}?")
@@ -125,14 +128,15 @@ def check_image_folder(directory: Path) -> None:
         SpecError: The directory does not exist or has no folder per class. The remedy suggests
             another directory.
     """
+    remedy = "Expected imagefolder:DIR with DIR/CLASS/*.png."
     if not directory.is_dir():
-        near = _near(directory)
-        remedy = f"Did you mean imagefolder:{near}?" if near else _folder_remedy()
+        if (meant := _find_similar(directory, _folders(directory.parent), 0.6)) is not None:
+            remedy = f"Did you mean imagefolder:{meant}?"
         raise SpecError(f"{directory} does not exist", remedy)
-    if not any(child.is_dir() for child in _entries(directory)):
-        above = directory.parent
-        remedy = f"Did you mean imagefolder:{above}?" if _has_images(directory) else ""
-        raise SpecError(f"{directory} has no folder per class", remedy or _folder_remedy())
+    if not _folders(directory):
+        if _has_images(directory):
+            remedy = f"Did you mean imagefolder:{directory.parent}?"
+        raise SpecError(f"{directory} has no folder per class", remedy)
     if not _is_image_folder(directory):
         suggestion = _suggest_directory(directory)
         if suggestion:
@@ -152,14 +156,6 @@ def check_cifar(kind: str, directory: Path) -> None:
     if suggestion := _suggest_cifar(directory):
         remedy = suggestion
     raise SpecError(f"{directory} does not hold {folder}", remedy)
-
-
-def _folder_remedy() -> str:
-    return "Expected imagefolder:DIR with DIR/CLASS/*.png."
-
-
-def _article(kind: Kind) -> str:
-    return "data" if kind == "data" else "a model"
 
 
 def _suggest_directory(directory: Path) -> str:
@@ -186,8 +182,7 @@ def _suggest_cifar(directory: Path) -> str:
 
 def _is_image_folder(directory: Path) -> bool:
     """Return True if a folder directly below a directory holds images."""
-    folders = [path for path in _entries(directory) if path.is_dir()]
-    return any(map(_has_images, folders[:_MOST_LOOKED_AT]))
+    return any(map(_has_images, _folders(directory)))
 
 
 def _has_images(directory: Path) -> bool:
@@ -201,18 +196,39 @@ def _leads_to_config(directory: Path) -> bool:
 
 def _entries(directory: Path) -> list[Path]:
     """List the first entries of a directory without hidden ones; empty if unreadable."""
+    entries: list[Path] = []
     try:
-        shown = (path for path in directory.iterdir() if not path.name.startswith("."))
-        return [path for path, _ in zip(shown, range(_MOST_LOOKED_AT), strict=False)]
+        for path in directory.iterdir():
+            if path.name.startswith("."):
+                continue
+            entries.append(path)
+            if len(entries) == _MOST_LOOKED_AT:
+                break
     except OSError:
         return []
+    return entries
 
 
-def _near(path: Path) -> Path | None:
-    """Find the directory with a similar name beside a missing directory; None if none."""
-    names = [p.name for p in _entries(path.parent) if p.is_dir()]
-    near = difflib.get_close_matches(path.name, names, 1, 0.6)
-    return path.with_name(near[0]) if near else None
+def _folders(directory: Path) -> list[Path]:
+    """List the directories among the first entries of a directory."""
+    return [path for path in _entries(directory) if path.is_dir()]
+
+
+def _find_similar(path: Path, neighbours: Iterable[Path], cutoff: float) -> Path | None:
+    """Find the neighbour of a missing path whose name is most similar.
+
+    Args:
+        path: The missing path.
+        neighbours: Existing paths in the same directory.
+        cutoff: Least similarity, from 0 to 1.
+
+    Returns:
+        The path of the neighbour; None where no name is similar.
+    """
+    names = [neighbour.name for neighbour in neighbours]
+    for name in difflib.get_close_matches(path.name, names, 1, cutoff):
+        return path.with_name(name)
+    return None
 
 
 def _is_text(path: Path) -> bool:
@@ -233,12 +249,12 @@ def _is_module(word: str) -> bool:
 
 def _name_functions(file: Path) -> str:
     """Suggest the functions and classes of a Python file, without running the file."""
-    names = [*_public_callables(file)]
-    if len(names) == 1:
-        return f"Did you mean {file}:{names[0]}?"
-    if not names:
+    specs = [f"{file}:{name}" for name in _public_callables(file)]
+    if len(specs) == 1:
+        return f"Did you mean {specs[0]}?"
+    if not specs:
         return f"Name a function of it: {file}:FUNCTION."
-    return f"Name one of its functions: {first_few([f'{file}:{n}' for n in names], _MOST_NAMED)}."
+    return f"Name one of its functions: {first_few(specs, _MOST_NAMED)}."
 
 
 def _public_callables(file: Path) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Tasks from the strings of ``--task``."""
+"""Tasks from names and specifications."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from typing import Any
 
 from ckptavg.errors import SpecError, UsageError
 from ckptavg.errors.spelling import close_names, did_you_mean
+from ckptavg.specs.forms import TEXT_PREFIXES
 from ckptavg.specs.importing import call_factory
 from ckptavg.tasks.base import Task
 from ckptavg.tasks.named import DEFAULT_TASK, NAMED, make_named
-
-_TEXT = ("text:", "tokens:")
 
 
 def make_task(spec: str, *, scoring: bool = True) -> Task:
@@ -34,25 +33,34 @@ def make_task(spec: str, *, scoring: bool = True) -> Task:
             f"but got {spec!r}",
             did_you_mean(close_names(spec, NAMED, 1)),
         )
-    return _checked(spec, task, scoring=scoring)
+    return _check(spec, task, scoring=scoring)
 
 
 def default_task(data: str) -> str:
     """Return the name of the default task for a data specification."""
-    return "causal-lm" if data.startswith(_TEXT) else DEFAULT_TASK
+    if data.partition(":")[0] in TEXT_PREFIXES:
+        return "causal-lm"
+    return DEFAULT_TASK
 
 
-def _checked(spec: str, made: Any, *, scoring: bool) -> Task:
-    if not isinstance(made, Task):
+def _check(spec: str, task: Any, *, scoring: bool) -> Task:
+    """Return a task that is complete.
+
+    Raises:
+        SpecError: The object is no task, or lacks what scoring needs.
+    """
+    if not isinstance(task, Task):
         raise SpecError(
-            f"{spec} is expected to give a ckptavg.tasks.Task but gives a {type(made).__name__}",
+            f"{spec} is expected to give a ckptavg.tasks.Task but gives a {type(task).__name__}",
             "Make it a subclass.",
         )
     if not scoring:
-        return made
-    if not made.metrics:
+        return task
+    if not task.metrics:
         raise SpecError(f"{spec} has no metrics", "Name them: metrics = (Metric(...),).")
-    needed = [n for n in ("predict", "scores") if getattr(type(made), n) is getattr(Task, n)]
-    if needed:
-        raise SpecError(f"{spec} does not define {' and '.join(needed)}", "A task needs both.")
-    return made
+    inherited = [
+        name for name in ("predict", "scores") if getattr(type(task), name) is getattr(Task, name)
+    ]
+    if inherited:
+        raise SpecError(f"{spec} does not define {' and '.join(inherited)}", "A task needs both.")
+    return task

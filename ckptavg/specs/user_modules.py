@@ -140,7 +140,9 @@ def _loaded(path: Path) -> ModuleType | None:
 
 
 def _load(path: Path, in_use: Collection[str]) -> ModuleType:
-    name = _name_below(path) if in_use or path.stem in sys.modules else path.stem
+    name = path.stem
+    if in_use or name in sys.modules:
+        name = _name_below(path)
     spec = spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} cannot be imported")
@@ -241,7 +243,10 @@ def _add_to_path(directory: str, *, first: bool = False) -> None:
     if needed is None or directory in needed:
         return
     if directory not in sys.path:
-        sys.path.insert(0 if first else _end_of_users_path(), directory)
+        position = 0
+        if not first:
+            position = _end_of_users_path()
+        sys.path.insert(position, directory)
     elif not _added[directory]:
         return
     _added[directory] += 1
@@ -288,8 +293,12 @@ def _list_modules(home: Path) -> list[str]:
 
 def _files_of(home: Path, names: Collection[str]) -> dict[str, Path]:
     """Find the files of modules in a directory, by name; packages are left out."""
-    files = {name: home / f"{name}.py" for name in names}
-    return {name: file for name, file in files.items() if file.is_file()}
+    files: dict[str, Path] = {}
+    for name in names:
+        file = home / f"{name}.py"
+        if file.is_file():
+            files[name] = file
+    return files
 
 
 def _is_in_use(name: str, home: Path) -> bool:
@@ -326,5 +335,8 @@ def _has_module(home: Path, name: str) -> bool:
 
 def _take_out(names: Collection[str]) -> dict[str, ModuleType]:
     """Remove modules and submodules from ``sys.modules`` and return the removed modules."""
-    loaded = [name for name in sys.modules if name.partition(".")[0] in names]
-    return {name: sys.modules.pop(name) for name in loaded}
+    removed: dict[str, ModuleType] = {}
+    for name in list(sys.modules):
+        if name.partition(".")[0] in names:
+            removed[name] = sys.modules.pop(name)
+    return removed

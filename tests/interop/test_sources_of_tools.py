@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from ckptavg.errors import SpecError
-from ckptavg.specs.sources import make_data, make_model, parse_arguments
+from ckptavg.specs.arguments import parse_arguments
+from ckptavg.specs.sources import make_data, make_model
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,8 @@ from PIL import Image
 from spec_helpers import CIFAR10, COLOUR, IMAGENET, assert_uniform, error_of, normalized, write
 from torchvision import models, transforms
 
-from ckptavg.specs.sources import make_data, parse_arguments
+from ckptavg.specs.arguments import parse_arguments
+from ckptavg.specs.sources import make_data
 
 TRANSFORMS = """
 import functools

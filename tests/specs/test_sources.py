@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import models
 
 from ckptavg.errors import SpecError, UsageError
-from ckptavg.specs.arguments import plain_value
-from ckptavg.specs.sources import make_data, make_model, parse_arguments
+from ckptavg.specs.arguments import parse_arguments, plain_value
+from ckptavg.specs.sources import make_data, make_model
 
 # Arguments
 

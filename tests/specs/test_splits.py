@@ -4,7 +4,8 @@ import pytest
 from spec_helpers import error_of, write
 from torch.utils.data import DataLoader
 
-from ckptavg.specs.sources import make_data, parse_arguments
+from ckptavg.specs.arguments import parse_arguments
+from ckptavg.specs.sources import make_data
 
 FILE = """
 import torch

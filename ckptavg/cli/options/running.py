@@ -11,14 +11,13 @@ import click
 from ckptavg.cli.options.declare import bundle, option, together
 from ckptavg.cli.options.param_types import positive, subset, whole
 from ckptavg.errors import UsageError
+from ckptavg.specs.forms import DATA_FORMS, IMAGE_FORMS, MODEL_FORMS
 
 if TYPE_CHECKING:
     from ckptavg.specs.arguments import Arguments
 
 F = TypeVar("F", bound=Callable[..., Any])
 _RUN = "Running the model"
-_IMAGES = "imagefolder:DIR, cifar10:DIR, cifar100:DIR"
-_TEXT = ", text:FILE, tokens:FILE"
 _OWN = " or file.py:function."
 
 
@@ -146,7 +145,7 @@ def _read_options(
 _model_options = together(
     option(
         _RUN, "--model", "model_spec", metavar="SPEC", common=True,
-        help="The network: torchvision:NAME, timm:NAME, hf:DIR, lightning:file.py:Class, "
+        help=f"The network: {MODEL_FORMS}, "
         "package.module:function or file.py:function.  [default: what timm or Hugging Face "
         "recorded in the checkpoint]",
     ),
@@ -228,6 +227,6 @@ def running_options(
     """
     data_options = []
     if scoring is not None:
-        data_options.append(_data_options("data", scoring, _IMAGES + _TEXT, required=True))
-    data_options.append(_data_options("train-data", training, _IMAGES, required=required))
+        data_options.append(_data_options("data", scoring, DATA_FORMS, required=True))
+    data_options.append(_data_options("train-data", training, IMAGE_FORMS, required=required))
     return bundle("running", _read_options, _model_options, *data_options, _loader_options)
