@@ -75,8 +75,8 @@ def read(source: FileStamp) -> Iterator[bytes]:
     if count != source.size:
         source.verify()
         raise CheckpointError(
-            f"{source.path} has {source.size} bytes, but {count} could be read of it",
-            "Make sure that its disk is well, then try again.",
+            f"{source.path} has {source.size} bytes, of which {count} could be read",
+            "Check its disk, then try again.",
         )
 
 

@@ -9,25 +9,27 @@ from ckptavg.io.paths import Location
 
 def suggest_neighbours(path: Location) -> str:
     """Suggest existing paths that are similar to a missing path or nearby, as a remedy."""
-    line = [path, *path.parents]
-    above = next((i for i, p in enumerate(line[1:], 1) if p.is_dir()), None)
-    if above is None:
-        return "Check its first part, and what your credentials let you see."
-    parent, missing = line[above], line[above - 1]
+    missing, lower_names = path, list[str]()
+    while not missing.parent.is_dir():
+        if missing.parent == missing:
+            return "Check its first part, and what your credentials let you see."
+        lower_names.insert(0, missing.name)
+        missing = missing.parent
+    parent = missing.parent
     below = sorted(p.name for p in parent.iterdir() if not p.name.startswith("."))
-    lower_parts = [p.name for p in reversed(line[: above - 1])]
+    if not below:
+        return f"{parent} is empty."
     # The name is listed, and yet the path does not exist.
     if missing.name in below:
-        return "It is a link to what is gone."
+        return "It is a link to a path that does not exist."
     if close := close_names(missing.name, below):
-        return did_you_mean([str(_existing(parent / name, lower_parts)) for name in close])
-    names = [str(parent / name) for name in below]
-    return f"{parent} holds {first_few(names, 5)}." if names else f"{parent} is empty."
+        return did_you_mean([str(_descend(parent / name, lower_names)) for name in close])
+    return f"{parent} holds {first_few([str(parent / name) for name in below], 5)}."
 
 
-def _existing(path: Location, rest: list[str]) -> Location:
+def _descend(path: Location, names: list[str]) -> Location:
     """Append names to a path as long as the path exists."""
-    for name in rest:
+    for name in names:
         if not (path / name).exists():
             break
         path = path / name

@@ -30,7 +30,9 @@ def follow(path: Path) -> Path:
 
     A link is followed, as by ``torch.save``.
     """
-    return Path(os.path.realpath(path)) if path.is_symlink() else path.absolute()
+    if path.is_symlink():
+        return Path(os.path.realpath(path))
+    return path.absolute()
 
 
 def check_target(path: Path, *, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
@@ -60,7 +62,8 @@ def check_target(path: Path, *, overwrite: bool, inputs: Iterable[Path] = ()) ->
             )
         if not os.access(target, os.W_OK) and target.exists():
             raise OutputError(
-                f"{path} may not be written to", "Give yourself the right to, or choose another -o."
+                f"{path} may not be written to",
+                "Give yourself the right to, or choose another `out`.",
             )
 
 
@@ -74,7 +77,7 @@ def check_no_input(path: Path, inputs: Iterable[Path]) -> None:
     for source in inputs:
         resolved = _resolve(source)
         if _is_within(resolved, output) or _is_within(output, resolved):
-            raise OutputError(f"the output {path} is an input ({source})", "Choose another -o.")
+            raise OutputError(f"the output {path} is an input ({source})", "Choose another `out`.")
 
 
 def check_replaceable(path: Path, *, directory: bool, names: Collection[str]) -> None:
@@ -94,15 +97,19 @@ def check_replaceable(path: Path, *, directory: bool, names: Collection[str]) ->
     except FileNotFoundError:
         return
     if directory != stat.S_ISDIR(mode):
-        kinds = ("a directory", "a file") if directory else ("a file", "a directory")
+        kinds = ["a file", "a directory"]
         raise OutputError(
-            f"{path} is {kinds[1]} and is not replaced by {kinds[0]}", "Choose another -o."
+            f"{path} is {kinds[not directory]} and is not replaced by {kinds[directory]}",
+            "Choose another `out`.",
         )
-    strangers = sorted(_strangers(target, names)) if directory else []
-    if strangers:
+    if not directory:
+        return
+    others = sorted(_list_others(target, names))
+    if others:
         raise OutputError(
-            f"{path} is not replaced: it holds what ckptavg did not write, {first_few(strangers)}",
-            "Move that elsewhere, or choose another -o.",
+            f"{path} is not replaced: it holds files that ckptavg did not write, "
+            f"{first_few(others)}",
+            "Move them elsewhere, or choose another `out`.",
         )
 
 
@@ -122,7 +129,7 @@ def check_room(path: Path, needed: int) -> None:
         raise OutputError(
             f"{path} needs {size_text(needed)} where {size_text(free)} are free, "
             f"{size_text(needed - free)} too little",
-            "Make room or choose another disk with -o.",
+            "Make room, or choose `out` on another disk.",
         )
 
 
@@ -146,7 +153,7 @@ def _check_parent(parent: Path) -> None:
     if not parent.is_dir():
         raise OutputError(f"the directory {parent} does not exist", "Create it first.")
     if not os.access(parent, os.W_OK):
-        raise OutputError(f"the directory {parent} may not be written to", "Choose another -o.")
+        raise OutputError(f"the directory {parent} may not be written to", "Choose another `out`.")
 
 
 def _check_kind(path: Path) -> None:
@@ -187,9 +194,11 @@ def _is_mount_point(path: Path) -> bool:
     return escaped in mounts
 
 
-def _strangers(directory: Path, names: Collection[str]) -> Iterator[str]:
+def _list_others(directory: Path, names: Collection[str]) -> Iterator[str]:
     """List the paths below a directory except the files in ``names`` and the parent directories."""
-    homes = {parent.as_posix() for name in names for parent in Path(name).parents}
+    homes: set[str] = set()
+    for name in names:
+        homes.update(parent.as_posix() for parent in Path(name).parents)
     for folder, folders, files in os.walk(directory, onerror=_raise):
         below = Path(folder).relative_to(directory)
         for entries, expected in ((folders, homes), (files, names)):

@@ -81,7 +81,9 @@ class RemotePath:
         """Last part of the URL's path."""
         # Queries are part of the name elsewhere: keys of a bucket may hold a question mark.
         last = self.url.rpartition("/")[2]
-        return last.partition("?")[0] if self.url.startswith("http") else last
+        if self.url.startswith("http"):
+            return last.partition("?")[0]
+        return last
 
     @property
     def stem(self) -> str:
@@ -96,15 +98,21 @@ class RemotePath:
     @property
     def parent(self) -> RemotePath:
         """Directory of the URL; the parent of a bucket or a host is the bucket or host itself."""
+        if self._home is not None:
+            return self._home
         scheme, _, host_and_path = self.url.partition("://")
         above = host_and_path.rpartition("/")[0]
-        return self._home or (RemotePath(f"{scheme}://{above}") if above.strip("/") else self)
+        if not above.strip("/"):
+            return self
+        return RemotePath(f"{scheme}://{above}")
 
     @property
     def parents(self) -> list[RemotePath]:
         """Directories above the URL, the nearest first."""
         above = self.parent
-        return [] if above == self else [above, *above.parents]
+        if above == self:
+            return []
+        return [above, *above.parents]
 
     def resolve(self) -> RemotePath:
         """Return the same path, since a URL has no links."""
@@ -113,14 +121,6 @@ class RemotePath:
     def is_symlink(self) -> bool:
         """Return False, since a URL is never a link."""
         return False
-
-    @property
-    def alone(self) -> RemotePath:
-        """The same URL with file info from a separate request, not from a directory listing.
-
-        Some file systems describe a file differently in a listing.
-        """
-        return RemotePath(self.url) if self._home is not None else self
 
     def exists(self) -> bool:
         """Return True if a file or a directory exists at the URL."""
@@ -139,20 +139,22 @@ class RemotePath:
         return (self / name for name in self._listing)
 
     def glob(self, pattern: str) -> Iterator[RemotePath]:
-        """Iterate over the entries of a directory with names that match a shell pattern."""
+        """Iterate over the entries of a directory whose names match a shell pattern."""
         return (self / name for name in self._listing if fnmatch.fnmatchcase(name, pattern))
 
     def read_bytes(self) -> bytes:
         """Read a small file."""
         # A range of no bytes cannot be requested.
         size = stat(self).size
-        return read_ranges([(self.url, 0, size)])[0] if size else b""
+        if size == 0:
+            return b""
+        return read_ranges([(self.url, 0, size)])[0]
 
     def stat(self) -> os.stat_result:
         """Return a stat result that has only the size and the times in whole seconds."""
-        file_stat = stat(self)
-        seconds = file_stat.mtime_ns // 10**9
-        return os.stat_result((0, 0, 0, 1, 0, 0, file_stat.size, seconds, seconds, seconds))
+        status = stat(self)
+        seconds = status.mtime_ns // 10**9
+        return os.stat_result((0, 0, 0, 1, 0, 0, status.size, seconds, seconds, seconds))
 
     @cached_property
     def info(self) -> Mapping[str, Any] | None:
@@ -181,8 +183,12 @@ class RemotePath:
             raise unreadable(self.url, error) from error
         # Some stores list the directory itself, too.
         directory = path.rstrip("/")
-        below = [(str(e["name"]).rstrip("/"), e) for e in entries]
-        return {name.rpartition("/")[2]: e for name, e in below if name != directory}
+        listing: dict[str, Mapping[str, Any]] = {}
+        for entry in entries:
+            entry_path = str(entry["name"]).rstrip("/")
+            if entry_path != directory:
+                listing[entry_path.rpartition("/")[2]] = entry
+        return listing
 
 
 Location: TypeAlias = Path | RemotePath
@@ -224,12 +230,12 @@ def locate(name: Named) -> Location:
     raise UsageError(f"{text} names no file or directory")
 
 
-def ancestors(place: Location, levels: int) -> list[Location]:
+def ancestors(path: Location, levels: int) -> list[Location]:
     """List up to ``levels`` directories above a location that the path names, the nearest first."""
     above: list[Location] = []
-    while len(above) < levels and place.parent != place:
-        place = place.parent
-        above.append(place)
+    while len(above) < levels and path.parent != path:
+        path = path.parent
+        above.append(path)
     return above
 
 
@@ -254,31 +260,48 @@ def without_secrets(name: str) -> str:
     return f"{scheme}://{bare_location(scheme, location)}"
 
 
-def stat(place: Named) -> Stat:
+def stat(path: Named) -> Stat:
     """Return size, times and identity of a file.
 
     Raises:
         CheckpointError: The file does not exist, may not be read, or is not a regular file.
     """
-    if isinstance(place, str) and is_url(place):
-        place = locate(place)
-    if not isinstance(place, RemotePath):
-        with guard_reads(place):
-            info = os.stat(place)
-        _check_regular(place, info)
-        status = (info.st_nlink, info.st_mode, info.st_uid, info.st_gid)
-        times = info.st_mtime_ns, info.st_ctime_ns
-        return Stat(info.st_size, times[0], info.st_ino, info.st_dev, "", times[1], status)
-    file_info = place.alone.info
-    if file_info is None:
-        raise CheckpointError(f"{place} is not there")
-    size = file_info.get("size")
-    if not isinstance(size, int):
-        raise CheckpointError(f"{place} cannot be read by ranges: its server tells no size")
-    token = next(
-        (f"{name} {_plain(file_info[name])}" for name in _VERSIONS if file_info.get(name)), ""
+    if isinstance(path, str) and is_url(path):
+        path = locate(path)
+    if isinstance(path, RemotePath):
+        return _stat_remote(path)
+    with guard_reads(path):
+        info = os.stat(path)
+    _check_regular(path, info)
+    return Stat(
+        info.st_size,
+        info.st_mtime_ns,
+        info.st_ino,
+        info.st_dev,
+        token="",
+        ctime_ns=info.st_ctime_ns,
+        status=(info.st_nlink, info.st_mode, info.st_uid, info.st_gid),
     )
-    return Stat(size, _time(file_info), 0, 0, token)
+
+
+def _stat_remote(path: RemotePath) -> Stat:
+    """Return size, time and version of a remote file."""
+    # A path of its own gets the info by a separate request: some file systems describe a file
+    # differently in a listing of the directory.
+    info = RemotePath(path.url).info
+    if info is None:
+        raise CheckpointError(f"{path} is not there")
+    size = info.get("size")
+    if not isinstance(size, int):
+        raise CheckpointError(f"{path} cannot be read by ranges: its server tells no size")
+    token = ""
+    for name in _VERSIONS:
+        if info.get(name):
+            # Some servers add quotes now and then.
+            version = str(info[name]).strip('"')
+            token = f"{name} {version}"
+            break
+    return Stat(size, _read_time(info), 0, 0, token)
 
 
 def content_of(token: str) -> str:
@@ -288,23 +311,25 @@ def content_of(token: str) -> str:
     makes of MD5 sums. Web servers make ETags of dates.
     """
     kind, _, value = token.partition(" ")
-    return value if kind == "ETag" and _MD5.fullmatch(value) else ""
+    if kind != "ETag" or not _MD5.fullmatch(value):
+        return ""
+    return value
 
 
-def open_binary(place: Named) -> BinaryIO:
+def open_binary(path: Named) -> BinaryIO:
     """Open a file to read headers: seeking is free, and reading takes few requests.
 
     Raises:
         CheckpointError: The file does not exist, may not be read, or is not a regular file. Reading
             from the returned file may raise this, too.
     """
-    if isinstance(place, str) and is_url(place):
+    if isinstance(path, str) and is_url(path):
         # Not ``locate``, which would clear the cache of listings at each opening.
-        place = RemotePath(place)
-    if not isinstance(place, RemotePath):
-        return cast("BinaryIO", io.BufferedReader(open_unbuffered(place)))
-    file_stat = stat(place)
-    return open_ranges(place.url, file_stat.size, file_stat.token)
+        path = RemotePath(path)
+    if not isinstance(path, RemotePath):
+        return cast("BinaryIO", io.BufferedReader(open_unbuffered(path)))
+    status = stat(path)
+    return open_ranges(path.url, status.size, status.token)
 
 
 def open_unbuffered(path: str | os.PathLike[str]) -> io.FileIO:
@@ -387,14 +412,11 @@ def _local(url: str) -> Path:
     return Path(url2pathname(slash + path))
 
 
-def _plain(value: object) -> str:
-    """Format a version without the quotes that some servers add now and then."""
-    return str(value).strip('"')
-
-
-def _time(known: Mapping[str, Any]) -> int:
+def _read_time(info: Mapping[str, Any]) -> int:
     """Return the time of a remote file's last change in ns, cut to whole seconds; 0 if unknown."""
-    value = next((known[name] for name in _TIMES if known.get(name)), 0)
+    value = next(filter(None, map(info.get, _TIMES)), 0)
     if isinstance(value, datetime):
         value = value.timestamp()
-    return int(value) * 10**9 if isinstance(value, (int, float)) else 0
+    if not isinstance(value, (int, float)):
+        return 0
+    return int(value) * 10**9

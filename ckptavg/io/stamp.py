@@ -46,7 +46,9 @@ class FileStamp:
     @property
     def identity(self) -> tuple[object, ...]:
         """Key that is equal for two paths of the same file."""
-        return (self.path,) if paths.is_url(self.path) else (self.device, self.inode)
+        if paths.is_url(self.path):
+            return (self.path,)
+        return (self.device, self.inode)
 
     def verify(self) -> None:
         """Check that the file has not changed since the stamp was made.

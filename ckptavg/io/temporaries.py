@@ -80,12 +80,15 @@ def remove_stale(path: Path) -> None:
         path: The output.
     """
     name = re.compile(rf"({re.escape(_stem(path))}\.[0-9a-f]{{8}})({_TEMPORARY}|{_BACKUP})")
+    stems: set[str] = set()
     try:
-        matches = [name.fullmatch(entry.name) for entry in path.parent.iterdir()]
+        for entry in path.parent.iterdir():
+            if match := name.fullmatch(entry.name):
+                stems.add(match[1])
     # A directory may be writable, but not readable.
     except PermissionError:
         return
-    for stem in sorted({match[1] for match in matches if match}):
+    for stem in sorted(stems):
         temporary = path.with_name(stem + _TEMPORARY)
         with _lock_if_stale(temporary) as stale:
             if stale is not False:

@@ -28,7 +28,7 @@ from ckptavg.averaging import stream
 from ckptavg.cli import main
 from ckptavg.errors import CheckpointError, CkptavgError, RunError, UsageError
 from ckptavg.formats import open_checkpoint
-from ckptavg.io import paths as storage
+from ckptavg.io import paths
 from ckptavg.io.range_cache import merge_ranges
 from ckptavg.io.stamp import FileStamp
 
@@ -247,7 +247,7 @@ def test_a_stamp_goes_by_what_the_store_says(store, tmp_path):
     ],
 )
 def test_only_sums_of_contents_stand_for_them(token, content):
-    assert storage.content_of(token) == content
+    assert paths.content_of(token) == content
 
 
 def test_every_byte_is_read_once_in_few_requests_that_stay_in_the_budget(
@@ -361,9 +361,9 @@ def test_a_file_url_is_a_local_path(tmp_path, monkeypatch):
     run = ckptavg.open_run(path.parent.as_uri())
     assert [c.path for c in run] == [path]
     assert open_checkpoint(path.as_uri()).path == path
-    assert storage.locate(f"file://localhost{path}") == path
+    assert paths.locate(f"file://localhost{path}") == path
     with pytest.raises(UsageError, match=r"names the host 'server'.*file:///absolute/path"):
-        storage.locate("file://server/a.pt")
+        paths.locate("file://server/a.pt")
 
 
 @pytest.mark.parametrize("name", ["exp::3", "s3:", "a:b"])
@@ -417,7 +417,7 @@ def test_an_output_is_local(store, tmp_path, out):
     ],
 )
 def test_what_is_written_down_holds_no_secrets(url, shown):
-    assert storage.without_secrets(url) == (shown or url)
+    assert paths.without_secrets(url) == (shown or url)
 
 
 NET = """

@@ -391,7 +391,7 @@ def test_a_missing_path_names_what_is_near(tmp_path):
         ("constnat/epoch_9.pt", "Did you mean ROOT/constant?"),
         ("constant/epohc_1.pt", "Did you mean ROOT/constant/epoch_1.pt?"),
         ("zebra", "ROOT holds ROOT/broken.pt, ROOT/constant, ROOT/swa.safetensors."),
-        ("broken.pt", "It is a link to what is gone."),
+        ("broken.pt", "It is a link to a path that does not exist."),
     ],
 )
 def test_a_mistyped_path_gets_the_one_that_was_meant(tmp_path, typed, meant):

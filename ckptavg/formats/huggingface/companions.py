@@ -85,7 +85,7 @@ class Companions:
         """Notes for the user about files that are not copied, and about copied code."""
         notes: list[str] = []
         for reason in Reason:
-            names = [short(name) for name, why in self.left_out if why is reason]
+            names = [short(name) for name, against in self.left_out if against is reason]
             if names:
                 notes.append(f"not copied ({reason.value}): {first_few(names, _MOST_NAMES)}")
         if code := [name for name in self.copies if name.endswith(_CODE)]:
@@ -131,9 +131,14 @@ def is_alone(file: Location) -> bool:
     """Return True if a file has the only weights in a directory with a configuration."""
     with guard_reads(file.parent):
         names = [path.name for path in file.parent.iterdir() if path.is_file()]
-    weights = [n for n in names if _holds_tensors(n) and not _TRAINING.fullmatch(n)]
+    weights = [name for name in names if _is_weights(name)]
     configured = file.name in _ALWAYS_ALONE or any(map(_is_configuration, names))
     return weights == [file.name] and configured
+
+
+def _is_weights(name: str) -> bool:
+    """Return True if a file holds weights, judged by the file's name."""
+    return _holds_tensors(name) and not _TRAINING.fullmatch(name)
 
 
 def _holds_tensors(name: str) -> bool:
@@ -228,8 +233,8 @@ class _Walk:
 
 
 def _children(directory: Location) -> list[Location]:
-    """List a directory in order, without the links to other places that a web server lists."""
-    return sorted((path for path in directory.iterdir() if path.name), key=_name_of)
+    """List a directory in order, without links to other places, as web servers list them."""
+    return sorted(filter(_name_of, directory.iterdir()), key=_name_of)
 
 
 def _name_of(path: Location) -> str:
@@ -245,7 +250,9 @@ def _reason_against(path: Location) -> Reason | None:
         return Reason.UNREADABLE
     if _TRAINING.fullmatch(path.name):
         return Reason.TRAINING
-    return Reason.TENSORS if _holds_tensors(path.name) else None
+    if _holds_tensors(path.name):
+        return Reason.TENSORS
+    return None
 
 
 def _reason_against_directory(path: Location, above: Sequence[Location]) -> Reason | None:
@@ -256,7 +263,9 @@ def _reason_against_directory(path: Location, above: Sequence[Location]) -> Reas
         return Reason.UNREADABLE
     if _TRAINING_DIRECTORIES.fullmatch(path.name):
         return Reason.TRAINING
-    return Reason.CHECKPOINT if _CHECKPOINTS.fullmatch(path.name) else None
+    if _CHECKPOINTS.fullmatch(path.name):
+        return Reason.CHECKPOINT
+    return None
 
 
 def _is_loop(path: Location, above: Sequence[Location]) -> bool:
@@ -269,4 +278,6 @@ def _reason_against_whole(within: Companions) -> Reason | None:
     reasons = [reason for _, reason in within.left_out]
     if Reason.TENSORS in reasons:
         return Reason.TENSORS
-    return reasons[0] if reasons and not within.copies else None
+    if reasons and not within.copies:
+        return reasons[0]
+    return None

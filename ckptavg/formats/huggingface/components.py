@@ -37,22 +37,23 @@ def find_components(directory: Location) -> list[str]:
     waiting = [""]
     while waiting:
         above = waiting.pop()
-        for name in _list_names(folders[above]) if above.count("/") < _DEEPEST else ():
-            folder = f"{above}/{name}" if above else name
+        if above.count("/") >= _DEEPEST:
+            continue
+        for name in _list_names(folders[above]):
+            folder = f"{above}/{name}".removeprefix("/")
             if folder not in folders and len(folders) <= _MOST_PARTS:
                 folders[folder] = component_directory(directory, folder)
                 waiting.append(folder)
+    del folders[""]
     # Tokenizers and schedulers are listed too, and hold no weights.
-    return [
-        folder
-        for folder, location in folders.items()
-        if folder and layout.main_file(location) is not None
-    ]
+    return [name for name, path in folders.items() if layout.main_file(path) is not None]
 
 
 def component_directory(directory: Location, folder: str) -> Location:
     """Return the directory of a component; the model's own for the empty path."""
-    for name in folder.split("/") if folder else ():
+    if not folder:
+        return directory
+    for name in folder.split("/"):
         directory = directory / name
     return directory
 
@@ -75,7 +76,7 @@ def _list_names(directory: Location) -> list[str]:
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
             raise CheckpointError(f"{directory} lists a part outside of it: {short(name)!r}")
-    paths = (str(PurePosixPath(name)) for name in names[:_MOST_PARTS])
+    paths = [str(PurePosixPath(name)) for name in names[:_MOST_PARTS]]
     return [path for path in paths if path != "."]
 
 
@@ -91,24 +92,32 @@ def _read(path: Location) -> Any:
 
 def _parse_modules(content: Any) -> list[str]:
     """Return the paths of the modules in a ``modules.json``."""
-    entries = content if isinstance(content, list) else []
-    modules = [e for e in entries if isinstance(e, dict) and isinstance(e.get("type"), str)]
-    return _texts(module.get("path") for module in modules)
+    if not isinstance(content, list):
+        return []
+    paths: list[Any] = []
+    for module in content:
+        if isinstance(module, dict) and isinstance(module.get("type"), str):
+            paths.append(module.get("path"))
+    return _texts(paths)
 
 
 def _parse_router(content: Any) -> list[str]:
     """Return the paths of the branches in a ``router_config.json``."""
-    types = content.get("types") if isinstance(content, dict) else None
-    return _texts(types) if isinstance(types, dict) else []
+    if not isinstance(content, dict) or not isinstance(content.get("types"), dict):
+        return []
+    return _texts(content["types"])
 
 
 def _parse_pipeline(content: Any) -> list[str]:
     """Return the names of the components in a ``model_index.json``."""
     if not isinstance(content, Mapping) or "_class_name" not in content:
         return []
-    pairs = {name: value for name, value in content.items() if isinstance(value, list)}
-    # Library and class; a component that the pipeline lacks has null for its class.
-    return _texts(name for name, value in pairs.items() if len(value) == 2 and value[1])
+    names: list[Any] = []
+    for name, value in content.items():
+        # Library and class; a component that the pipeline lacks has null for its class.
+        if isinstance(value, list) and len(value) == 2 and value[1]:
+            names.append(name)
+    return _texts(names)
 
 
 def _texts(values: Iterable[Any]) -> list[str]:

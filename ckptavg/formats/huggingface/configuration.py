@@ -21,7 +21,9 @@ def configured_directory(checkpoint: Checkpoint) -> Location | None:
         directory = directory.parent
     elif checkpoint.format is not HUGGINGFACE:
         return None
-    return directory if (directory / layout.CONFIG).is_file() else None
+    if not (directory / layout.CONFIG).is_file():
+        return None
+    return directory
 
 
 def read_configuration(directory: Location) -> Mapping[str, Any]:
@@ -30,4 +32,6 @@ def read_configuration(directory: Location) -> Mapping[str, Any]:
         configuration = bounded_json.read(directory / layout.CONFIG)
     except (OSError, ValueError, CheckpointError):
         return {}
-    return configuration if isinstance(configuration, dict) else {}
+    if not isinstance(configuration, dict):
+        return {}
+    return configuration

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import re
 from pathlib import Path
+from typing import Any
 
 from ckptavg.errors import CheckpointError, first_few
 from ckptavg.formats.huggingface import peft
@@ -32,9 +33,10 @@ _VARIANT_INDEX = re.compile(rf"({_STEMS})\.(safetensors|bin)\.index\.({_VARIANT}
 
 def main_file(directory: Location) -> Location | None:
     """Find the weights file or index of a model or adapter; None if there is none."""
-    candidates = (directory / name for name in WEIGHT_FILES)
-    weights = next((path for path in candidates if path.is_file()), None)
-    return weights or peft.weights_file(directory) or next(iter(variants(directory)), None)
+    for name in WEIGHT_FILES:
+        if (directory / name).is_file():
+            return directory / name
+    return peft.weights_file(directory) or next(iter(variants(directory)), None)
 
 
 def variants(directory: Location) -> list[Location]:
@@ -54,8 +56,7 @@ def note_variants(directory: Location) -> list[str]:
     chosen, *unread = [path.name for path in variants(directory)]
     if not unread:
         return []
-    named = f"{first_few(unread)} beside it is another variant"
-    return [f"weights are taken from {chosen}; {named}"]
+    return [f"weights are taken from {chosen}; {first_few(unread)} beside it is another variant"]
 
 
 def is_variant(main: str) -> bool:
@@ -78,7 +79,9 @@ def single_name(main: str) -> str:
 
 def _safetensors_stem(stem: str) -> str:
     """Return the stem of a safetensors file for the stem of any weights file."""
-    return "model" if stem == "pytorch_model" else stem
+    if stem == "pytorch_model":
+        return "model"
+    return stem
 
 
 def index_name(single: str) -> str:
@@ -110,12 +113,8 @@ def weight_map(index: Location) -> dict[str, str]:
         content = bounded_json.read(index)
     except ValueError as error:
         raise CheckpointError(f"{index} cannot be read: {error}"[:300]) from error
-    names = content.get("weight_map") if isinstance(content, dict) else None
-    if (
-        not isinstance(names, dict)
-        or not names
-        or not all(isinstance(v, str) for v in names.values())
-    ):
+    names = _parse_weight_map(content)
+    if not names:
         raise CheckpointError(f"{index} has no weight_map of tensor name → file")
     wanted = set(names.values())
     for name in sorted(wanted):
@@ -127,6 +126,16 @@ def weight_map(index: Location) -> dict[str, str]:
             f"{index} names shards that are not there: {first_few(missing)}",
             "Copy the directory again, or leave it out.",
         )
+    return names
+
+
+def _parse_weight_map(content: Any) -> dict[str, str]:
+    """Return the map in the contents of an index; empty where the contents are malformed."""
+    if not isinstance(content, dict) or not isinstance(content.get("weight_map"), dict):
+        return {}
+    names: dict[str, str] = content["weight_map"]
+    if not all(isinstance(name, str) for name in names.values()):
+        return {}
     return names
 
 

@@ -25,7 +25,10 @@ def weights_file(directory: Location) -> Location | None:
     """Return the weights file of an adapter; None if the directory is no adapter."""
     if not (directory / CONFIG).is_file():
         return None
-    return next((directory / name for name in FILES if (directory / name).is_file()), None)
+    for name in FILES:
+        if (directory / name).is_file():
+            return directory / name
+    return None
 
 
 def configuration(directory: Location) -> dict[str, Any]:

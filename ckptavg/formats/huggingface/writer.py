@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ckptavg.formats.checkpoint import Checkpoint
+from ckptavg.formats.checkpoint import Checkpoint, Tensor
 from ckptavg.formats.file_layout import FileLayout, Layout, OutputTensor
 from ckptavg.formats.huggingface import companions, peft
 from ckptavg.formats.huggingface import layout as huggingface
+from ckptavg.formats.huggingface.components import component_directory
 from ckptavg.formats.huggingface.format import HUGGINGFACE, PEFT
 from ckptavg.formats.safetensors.layout import header_metadata
 from ckptavg.formats.safetensors.layout import lay_out as lay_out_safetensors
@@ -47,9 +48,10 @@ def lay_out(tensors: Sequence[OutputTensor], provenance: str, template: Checkpoi
     for folder, members in _group_by_folder(tensors, template).items():
         component = template.components.get(folder, template)
         planned = _lay_out_folder(members, provenance, component)
-        prefix = f"{folder}/" if folder else ""
+        prefix = _prefix(folder)
         layout.files += [_move_below(file, prefix) for file in planned.files]
-        layout.companions |= {prefix + name: text for name, text in planned.indices.items()}
+        for name, content in planned.indices.items():
+            layout.companions[prefix + name] = content
         notes += planned.notes
     home = home_of(template)
     if home is not None:
@@ -102,19 +104,26 @@ def _group_by_folder(
     """Group tensors by subdirectory of the output, which is the beginning of the name."""
     # Longest first, so that a directory within another one is found before the outer.
     folders = sorted(filter(None, template.components), key=len, reverse=True)
+    # Every name begins with the empty prefix of the output's own directory.
+    prefixes = [_prefix(folder) for folder in [*folders, ""]]
     groups: dict[str, list[OutputTensor]] = {folder: [] for folder in template.components}
     for tensor in tensors:
-        matching = (folder for folder in folders if tensor.name.startswith(f"{folder}/"))
-        folder = next(matching, "")
+        prefix = next(filter(tensor.name.startswith, prefixes))
+        folder = prefix.removesuffix("/")
         groups.setdefault(folder, []).append(_rename_within(folder, tensor))
     return groups
+
+
+def _prefix(folder: str) -> str:
+    """Return the beginning of names in a subdirectory; empty for the output's own directory."""
+    return f"{folder}/".removeprefix("/")
 
 
 def _rename_within(folder: str, tensor: OutputTensor) -> OutputTensor:
     """Rename a tensor to the name within a directory, with the tied partner in the same file."""
     if not folder:
         return tensor
-    prefix = f"{folder}/"
+    prefix = _prefix(folder)
     tied = tensor.tied_to and tensor.tied_to.removeprefix(prefix)
     return replace(tensor, name=tensor.name.removeprefix(prefix), tied_to=tied)
 
@@ -140,10 +149,13 @@ def _lay_out_folder(
         return _FolderLayout([replace(file, name=name)], notes=list(dropped))
     keeps_names = template.format in _MODEL_FORMATS
     bare_names: dict[str, str] = {}
+    renamed: list[OutputTensor] = []
     for tensor in tensors:
-        stored_name = template.stored_name(tensor.name) if keeps_names else tensor.name
+        stored_name = tensor.name
+        if keeps_names:
+            stored_name = template.stored_name(tensor.name)
         bare_names[stored_name] = tensor.name
-    renamed = [replace(t, name=stored) for stored, t in zip(bare_names, tensors, strict=True)]
+        renamed.append(replace(tensor, name=stored_name))
     metadata, notes = header_metadata(provenance, template.metadata, template.momentary)
     shards = _split_into_shards(name, renamed, template)
     planned = _FolderLayout([], notes=notes)
@@ -161,17 +173,20 @@ def _single_file_name(template: Checkpoint) -> str:
     """Name the weights file of an output with a single file."""
     if template.format is PEFT:
         return peft.WEIGHTS
-    main = huggingface.main_file(template.path) if template.format is HUGGINGFACE else None
-    if main is not None:
-        return huggingface.single_name(main.name)
+    if template.format is HUGGINGFACE:
+        main = huggingface.main_file(template.path)
+        if main is not None:
+            return huggingface.single_name(main.name)
     has_home = template.path.suffix in huggingface.SUFFIXES and home_of(template) is not None
-    return template.path.name if has_home and not template.path.is_dir() else "model.safetensors"
+    if has_home and not template.path.is_dir():
+        return template.path.name
+    return "model.safetensors"
 
 
 def _split_into_shards(
     name: str, tensors: Sequence[OutputTensor], template: Checkpoint
 ) -> dict[str, list[OutputTensor]]:
-    """Split tensors into files like the template, or by size where the template has one file.
+    """Split tensors into files like the template, or by size where the template is a single file.
 
     Args:
         name: The name of a single file.
@@ -200,10 +215,10 @@ def _split_into_shards(
     if len(groups) < 2:
         return {name: list(tensors)}
     stem, count = name.removesuffix(".safetensors"), len(groups)
-    return {
-        f"{stem}-{i:05d}-of-{count:05d}.safetensors": group
-        for i, group in enumerate(groups.values(), 1)
-    }
+    shards: dict[str, list[OutputTensor]] = {}
+    for i, group in enumerate(groups.values(), 1):
+        shards[f"{stem}-{i:05d}-of-{count:05d}.safetensors"] = group
+    return shards
 
 
 def _encode_index(shards: Mapping[str, Sequence[OutputTensor]]) -> bytes:
@@ -222,9 +237,9 @@ def _find_weight_files(template: Checkpoint, home: Location) -> set[str]:
     """Collect the paths of the weights files of the input, and of the indices."""
     paths = {stamp.path for stamp in template.files}
     for folder in template.components or [""]:
-        directory = home / folder if folder else home
-        main = huggingface.main_file(directory)
-        paths |= set() if main is None else {str(main)}
+        main = huggingface.main_file(component_directory(home, folder))
+        if main is not None:
+            paths.add(str(main))
     return paths
 
 
@@ -232,13 +247,18 @@ def _update_configs(layout: Layout, tensors: Sequence[OutputTensor], template: C
     """Set the output's element type in configurations that state an element type."""
     for folder, members in _group_by_folder(tensors, template).items():
         component = template.components.get(folder, template)
-        before = {t.dtype.name for t in component.tensors.values() if t.dtype.kind == "float"}
-        after = {t.dtype.name for t in members if t.dtype.kind == "float"}
-        name = f"{folder}/{huggingface.CONFIG}" if folder else huggingface.CONFIG
+        before = _float_types(component.tensors.values())
+        after = _float_types(members)
+        name = _prefix(folder) + huggingface.CONFIG
         stamp = layout.copies.get(name)
         # With mixed types there is no single type of the model, so the configuration stays.
         if stamp is not None and before != after and len(after) == 1:
-            layout.put(_replace_dtype(name, stamp, next(iter(after))))
+            layout.put(_replace_dtype(name, stamp, after.pop()))
+
+
+def _float_types(tensors: Iterable[Tensor | OutputTensor]) -> set[str]:
+    """Return the names of the floating-point element types of tensors."""
+    return {tensor.dtype.name for tensor in tensors if tensor.dtype.kind == "float"}
 
 
 def _replace_dtype(name: str, stamp: FileStamp, dtype: str) -> dict[str, bytes]:
@@ -268,14 +288,14 @@ def _replace_dtype(name: str, stamp: FileStamp, dtype: str) -> dict[str, bytes]:
 
 
 def _note_missing_config(layout: Layout, home: Location | None, template: Checkpoint) -> list[str]:
-    """Note a missing configuration, where models of the output's layout have one."""
+    """Note a missing configuration, except for adapters, which have none."""
     configured = any(name.rpartition("/")[2] == huggingface.CONFIG for name in layout.names)
     if configured or template.format is PEFT:
         return []
     neighbour = template.path.parent / huggingface.CONFIG
     if home is None and isinstance(neighbour, Path) and neighbour.is_file():
         return [
-            f"the output has no {huggingface.CONFIG}: {neighbour} stands beside several "
+            f"the output has no {huggingface.CONFIG}: {neighbour} is beside several "
             "checkpoints; copy it if it is the model's"
         ]
     return [f"the output has no {huggingface.CONFIG}, which the input lacks too"]

@@ -198,7 +198,7 @@ def test_files_of_a_run_have_no_directory_of_their_own(tmp_path, caplog):
         save(tmp_path / "run" / f"step_{step}.safetensors", {"w": torch.ones(1)})
     fill(tmp_path / "run", {"config.json": "{}", "train.py": "1"})
     assert listing(averaged(tmp_path / "run")) == ["model.safetensors"]
-    assert any("config.json stands beside several" in r.message for r in caplog.records)
+    assert any("config.json is beside several" in r.message for r in caplog.records)
 
 
 @pytest.mark.parametrize("where", ["config.json", "1_Pooling/config.json", "README.md"])
@@ -235,7 +235,7 @@ def test_a_short_read_is_no_copy(run, monkeypatch):
         return file
 
     monkeypatch.setattr(copying.paths, "open_binary", shortened)
-    with pytest.raises(CheckpointError, match="has 8 bytes, but 0 could be read"):
+    with pytest.raises(CheckpointError, match="has 8 bytes, of which 0 could be read"):
         averaged(run)
     assert not (run.parent / "out").exists()
 
