@@ -70,7 +70,9 @@ def _view(
     if not isinstance(data, (bytes, bytearray, str)) or len(data) != element.nbytes(numel):
         return Refused("an array whose bytes do not fit its shape")
     # Protocol 2 stores bytes as Latin-1 text in UTF-8, where bytes above 127 take two bytes.
-    span = unpickler.span(data) if numel else Span(0, 0)
+    span: Span | None = Span(0, 0)
+    if numel:
+        span = unpickler.span(data)
     if span is None or (span.length != len(data) and not span.escaped):
         return Refused("an array whose bytes the pickle does not hold as such")
     storage = Storage(f"array at {span.start}", element, numel, span)
@@ -120,17 +122,24 @@ def name_arrays(tree: Any) -> bool:
 
 def _strides(shape: tuple[int, ...], fortran: bool) -> tuple[int, ...]:
     """Return the strides of an array without gaps, in elements."""
-    return row_major(shape[::-1])[::-1] if fortran else row_major(shape)
+    if fortran:
+        return row_major(shape[::-1])[::-1]
+    return row_major(shape)
 
 
 def _element_type(dtype: Any) -> tuple[str, str]:
     """Return the NumPy code and the byte order of an element type."""
     if not isinstance(dtype, Opaque) or not dtype.args:
         return "?", "|"
-    code = dtype.args[0]
-    order = dtype.state[1] if isinstance(dtype.state, tuple) and len(dtype.state) > 1 else "|"
-    code = code.name if isinstance(code, Global) else code
-    return code if isinstance(code, str) else "?", order if isinstance(order, str) else "|"
+    code: Any = dtype.args[0]
+    if isinstance(code, Global):
+        code = code.name
+    if not isinstance(code, str):
+        code = "?"
+    order: Any = "|"
+    if isinstance(dtype.state, tuple) and len(dtype.state) > 1 and isinstance(dtype.state[1], str):
+        order = dtype.state[1]
+    return code, order
 
 
 def _reconstruct(_: Unpickler, *_parts: Any) -> NumpyArray:
@@ -151,7 +160,9 @@ def _scalar(_: Unpickler, dtype: Any, raw: Any = None) -> Any:
     layout = _LAYOUTS.get(code)
     if layout is None or not isinstance(raw, bytes):
         return Opaque(Global("numpy", "generic"), (dtype, raw))
-    return struct.unpack((">" if order == ">" else "<") + layout, raw)[0]
+    if order == ">":
+        return struct.unpack(">" + layout, raw)[0]
+    return struct.unpack("<" + layout, raw)[0]
 
 
 KNOWN_CALLS: dict[tuple[str, str], Callable[..., Any]] = {

@@ -34,7 +34,7 @@ def known_call(function: Any) -> Callable[..., Any] | None:
 def _view(
     storage: Any, dtype: DType | None, offset: Any, shape: Any, stride: Any, metadata: Any = None
 ) -> TensorView | Refused:
-    """Check the parts of a pickled tensor, and make a view of them.
+    """Check the parts of a pickled tensor, and make a view.
 
     Args:
         storage: The storage.
@@ -57,9 +57,7 @@ def _view(
         return Refused("a lazily conjugated or negated view; save it after .resolve_conj()")
     if math.prod(n or 1 for n in shape) >= MOST_ELEMENTS:
         raise MalformedPickle("a tensor has more elements than can be counted")
-    element = 1 if storage.dtype is None else storage.dtype.size
-    # An untyped storage counts bytes, a typed one elements of its own type.
-    capacity = storage.numel * element // dtype.size
+    capacity = storage.nbytes // dtype.size
     last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
     if 0 not in shape and last >= capacity:
         raise MalformedPickle("a tensor runs past the end of its storage")
@@ -99,16 +97,24 @@ def _tensor_v3(
     metadata: Any = None,
 ) -> Any:
     """Stand in for ``torch._utils._rebuild_tensor_v3``, which names the element type."""
-    name = dtype.name if isinstance(dtype, Global) else "?"
+    name = _dtype_name(dtype)
     if name not in DTYPES:
         return Refused(f"its element type {name} has no arithmetic")
     return _view(storage, DTYPES[name], offset, shape, stride, metadata)
 
 
+def _dtype_name(dtype: Any) -> str:
+    """Return the name of a pickled element type; "?" for anything else."""
+    if not isinstance(dtype, Global):
+        return "?"
+    return dtype.name
+
+
 def _device_tensor(_: Unpickler, data: Any, dtype: Any, *_rest: Any) -> Any:
     """Rebuild a tensor of a device without storages from the pickled CPU copy."""
-    name = dtype.name if isinstance(dtype, Global) else "?"
-    data = data.view if isinstance(data, NumpyArray) else data
+    name = _dtype_name(dtype)
+    if isinstance(data, NumpyArray):
+        data = data.view
     if not isinstance(data, TensorView) or data.dtype.name == name:
         return data
     if (data.dtype.name, name) != ("float32", "bfloat16"):
@@ -128,12 +134,14 @@ def _wrapper_subclass(_: Unpickler, cls: Any, *_rest: Any) -> Refused:
 
 def _encode(unpickler: Unpickler, text: str, encoding: str) -> bytes:
     """Encode a text, and remember the encoded bytes' place in the pickle."""
-    latin = encoding == "latin1"
-    data = text.encode("latin-1" if latin else "utf-8")
+    codec = "utf-8"
+    if encoding == "latin1":
+        codec = "latin-1"
+    data = text.encode(codec)
     span = unpickler.span(text)
     if span is not None:
         # ASCII characters take one byte in UTF-8, other Latin-1 characters take two.
-        escaped = latin and span.length > len(data)
+        escaped = codec == "latin-1" and span.length > len(data)
         unpickler.keep_span(data, Span(span.start, span.length, escaped))
     return data
 

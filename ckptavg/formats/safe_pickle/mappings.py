@@ -38,7 +38,10 @@ def unfold_mappings(tree: Any) -> Any:
         if not isinstance(container, tuple):
             for key, value in _places(container):
                 container[key] = finder.unfold(value)
-        waiting.extend(container.values() if isinstance(container, dict) else container)
+        if isinstance(container, dict):
+            waiting.extend(container.values())
+        else:
+            waiting.extend(container)
     return root[0]
 
 
@@ -50,12 +53,13 @@ class _Mappings:
         self._telling: dict[tuple[int, int], bool] = {}
 
     def unfold(self, value: Any) -> Any:
-        """Convert an object that holds tensors by name to a dict; other values are unchanged."""
+        """Convert an object that holds tensors by name to a dict; return any other value."""
         if not isinstance(value, Opaque) or not value.items:
             return value
         if id(value) not in self._unfolded:
-            holds = self._names_tensors(value, _LEVELS)
-            self._unfolded[id(value)] = dict(value.items) if holds else value
+            self._unfolded[id(value)] = value
+            if self._names_tensors(value, _LEVELS):
+                self._unfolded[id(value)] = dict(value.items)
         return self._unfolded[id(value)]
 
     def _names_tensors(self, value: Any, levels: int) -> bool:
@@ -79,8 +83,11 @@ def _values(value: Any) -> list[Any]:
 
 
 def _places(container: dict[Any, Any] | list[Any]) -> Iterator[tuple[Any, Any]]:
-    """Return the keys or indices of a container with the values, safe against changes."""
-    return iter([*container.items()] if isinstance(container, dict) else [*enumerate(container)])
+    """Yield the keys or indices of a container with the values, safe against changes."""
+    if isinstance(container, dict):
+        yield from list(container.items())
+    else:
+        yield from list(enumerate(container))
 
 
 def _is_pair(item: Any) -> bool:

@@ -33,19 +33,23 @@ def state_dict(module: Opaque) -> dict[str, Any]:
         visited += 1
         if visited > _MOST_MODULES or len(prefix) > _LONGEST_NAME:
             raise MalformedPickle("a module holds more others than any network does")
-        hidden = submodule.state.get("_non_persistent_buffers_set")
-        hidden = hidden if isinstance(hidden, (set, frozenset)) else ()
-        entries = {**submodule.state["_parameters"], **submodule.state["_buffers"]}
-        tensors |= {
-            prefix + name: value
-            for name, value in entries.items()
-            if isinstance(name, str) and value is not None and name not in hidden
-        }
-        children = [
-            (f"{prefix}{name}.", child)
-            for name, child in submodule.state["_modules"].items()
-            if isinstance(name, str) and is_module(child)
-        ]
-        # Reversed, since the last one in the list is visited first.
-        waiting.extend(reversed(children))
+        for name, value in _persistent_tensors(submodule).items():
+            tensors[prefix + name] = value
+        children = [*submodule.state["_modules"].items()]
+        # Reversed, since the last of the list is visited first.
+        for name, child in reversed(children):
+            if isinstance(name, str) and is_module(child):
+                waiting.append((f"{prefix}{name}.", child))
+    return tensors
+
+
+def _persistent_tensors(module: Opaque) -> dict[str, Any]:
+    """Return the parameters and persistent buffers of a module, without those of submodules."""
+    hidden = module.state.get("_non_persistent_buffers_set")
+    if not isinstance(hidden, (set, frozenset)):
+        hidden = set()
+    tensors: dict[str, Any] = {}
+    for name, value in {**module.state["_parameters"], **module.state["_buffers"]}.items():
+        if isinstance(name, str) and value is not None and name not in hidden:
+            tensors[name] = value
     return tensors

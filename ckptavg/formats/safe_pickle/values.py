@@ -94,7 +94,9 @@ class Storage:
     @property
     def nbytes(self) -> int:
         """Bytes of the elements; the elements of an untyped storage are bytes."""
-        return self.numel * (self.dtype.size if self.dtype else 1)
+        if self.dtype is None:
+            return self.numel
+        return self.dtype.nbytes(self.numel)
 
 
 @dataclass(eq=False, slots=True)

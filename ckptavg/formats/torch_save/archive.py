@@ -160,9 +160,10 @@ class _Pickler(pickle.Pickler):
             return None
         # Newer dtypes, such as float8, have no storage class: an untyped storage counts bytes.
         name = _TYPED_STORAGES.get(obj.dtype.name)
-        kind = getattr(torch, name) if name else torch.UntypedStorage
-        numel = obj.numel if name else obj.dtype.nbytes(obj.numel)
-        return ("storage", kind, obj.key, "cpu", numel)
+        if name is None:
+            nbytes = obj.dtype.nbytes(obj.numel)
+            return ("storage", torch.UntypedStorage, obj.key, "cpu", nbytes)
+        return ("storage", getattr(torch, name), obj.key, "cpu", obj.numel)
 
     def reducer_override(self, obj: Any) -> Any:
         """Reduce a tensor stub to a call of torch's function that rebuilds a tensor."""

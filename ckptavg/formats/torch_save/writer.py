@@ -37,9 +37,13 @@ _FASTAI_STATE = frozenset(["hypers", "state"])
 _SMALL = 1 << 14
 # Limits on the kept small tensors: a small file can hold millions of views of one storage.
 _MOST_VALUES, _MOST_BYTES = 10_000, 1 << 24
-_BARE = "the weights stand under 'state_dict'; -o OUT.pth gives a bare state dict like the inputs"
+_BARE = (
+    "the weights are stored under 'state_dict'; `out='OUT.pth'` gives a bare state dict like the "
+    "inputs"
+)
 _LISTED = (
-    "the weights stand under 'state_dict'; -o OUT.pth gives a list or a tuple like the inputs'"
+    "the weights are stored under 'state_dict'; `out='OUT.pth'` gives a list or a tuple like the "
+    "inputs'"
 )
 _MODULE = "a pickled module is written as its state dict: its class is not known here"
 
@@ -129,7 +133,6 @@ class _Storages:
         Returns:
             The stub of the tensor; None where the limits on kept values are reached.
         """
-        """A small tensor with its values; None if there are too many."""
         same = state_dict.identity(view)
         room = len(self._kept) < _MOST_VALUES and self._bytes < _MOST_BYTES
         if same not in self._kept and room:
@@ -168,15 +171,19 @@ def _like_file(plain: bool, provenance: str, template: Checkpoint, book: _Storag
     file = zip_reader.read(template.files[0].path)
     networks = _locate_networks(file, template)
     pickled = any(network.pickled for network in networks.values())
-    notes = [_MODULE] if pickled or not networks else []
+    notes: list[str] = []
+    if pickled or not networks:
+        notes.append(_MODULE)
     if not networks or not all(network.within_plain for network in networks.values()):
         return Contents(alone, {}, notes)
     # A bare state dict: the whole object is the weights.
     is_bare = any(network.value is file.tree for network in networks.values())
     # A list or a tuple has no names under which further entries could stand.
     unnamed = not isinstance(file.tree, dict)
-    if plain and (unnamed or (is_bare and not template.networks)):
-        return Contents(alone, {}, notes or [_LISTED if unnamed else _BARE])
+    if plain and unnamed:
+        return Contents(alone, {}, notes or [_LISTED])
+    if plain and is_bare and not template.networks:
+        return Contents(alone, {}, notes or [_BARE])
     if is_bare and pickled:
         return Contents(alone, {}, notes)
     carry_over = _carry_over(plain, template, book, file, networks)
@@ -184,15 +191,21 @@ def _like_file(plain: bool, provenance: str, template: Checkpoint, book: _Storag
     fastai = not unnamed and file.tree.keys() == _FASTAI and template.key == _FASTAI_MODEL
     if fastai and not plain:
         return _like_fastai(entries[""], provenance, file, carry_over)
-    if not is_bare and (default := _locate_default_entry(file, template, networks)) is not None:
-        carry_over.replaced = {**carry_over.replaced, id(default.value): entries[""]}
-    tree = entries[""] if is_bare else carry_over.whole(file.tree)
+    if is_bare:
+        tree: Any = entries[""]
+    else:
+        default = _locate_default_entry(file, template, networks)
+        if default is not None:
+            carry_over.replaced = {**carry_over.replaced, id(default.value): entries[""]}
+        tree = carry_over.whole(file.tree)
+    records: dict[str, bytes] = {}
     if is_bare or unnamed:
-        records = {PROVENANCE_RECORD: provenance.encode()}
-        return Contents(_with_state_dict(tree, bare, plain), records, notes + carry_over.notes)
-    return Contents(
-        _with_state_dict(tree | {PROVENANCE: provenance}, bare, plain), {}, notes + carry_over.notes
-    )
+        records[PROVENANCE_RECORD] = provenance.encode()
+    else:
+        tree = {**tree, PROVENANCE: provenance}
+    if plain:
+        tree = {**tree, STATE_DICT: bare}
+    return Contents(tree, records, notes + carry_over.notes)
 
 
 def _like_other_format(
@@ -205,8 +218,12 @@ def _like_other_format(
     meta = template.format.read_meta(template, plain=plain)
     if meta is None or not meta.of_trainer:
         return Contents({STATE_DICT: OrderedDict(book.stubs), PROVENANCE: provenance}, {})
-    names = {name: name if plain else template.stored_name(name) for name in book.stubs}
-    state = OrderedDict((names[name], stub) for name, stub in book.stubs.items())
+    state: OrderedDict[str, TensorStub] = OrderedDict()
+    for name, stub in book.stubs.items():
+        if plain:
+            state[name] = stub
+        else:
+            state[template.stored_name(name)] = stub
     tree = {**meta.entries, STATE_DICT: state, PROVENANCE: provenance}
     return Contents(tree, {}, meta.notes)
 
@@ -220,9 +237,11 @@ def _like_fastai(
     an optimizer state it warns, and starts the optimizer anew.
     """
     optimizer = file.tree["opt"]
-    has_state = isinstance(optimizer, dict) and optimizer.keys() >= _FASTAI_STATE
-    entries = {} if has_state else carry_over.entries({"opt": optimizer})
-    carry_over.dropped += ["opt"] if has_state else []
+    entries: dict[Any, Any] = {}
+    if isinstance(optimizer, dict) and optimizer.keys() >= _FASTAI_STATE:
+        carry_over.dropped.append("opt")
+    else:
+        entries = carry_over.entries({"opt": optimizer})
     tree = {_FASTAI_MODEL: own, "opt": entries.get("opt")}
     return Contents(tree, {PROVENANCE_RECORD: provenance.encode()}, carry_over.notes)
 
@@ -242,11 +261,6 @@ def _locate_networks(file: TorchFile, template: Checkpoint) -> dict[str, EntryLo
     return networks
 
 
-def _with_state_dict(tree: Any, bare: Mapping[str, TensorStub], plain: bool) -> Any:
-    """Add the weights under ``state_dict`` if the output is plain."""
-    return {**tree, STATE_DICT: bare} if plain else tree
-
-
 def _locate_default_entry(
     file: TorchFile, template: Checkpoint, locations: Mapping[str, EntryLocation]
 ) -> EntryLocation | None:
@@ -262,7 +276,9 @@ def _locate_default_entry(
     if template.networks or default.networks or default.entry.keys() != locations[""].entry.keys():
         return None
     network = locate(file.tree, default.key)
-    return network if network and network.within_plain and network.value is not file.tree else None
+    if network is None or not network.within_plain or network.value is file.tree:
+        return None
+    return network
 
 
 def _carry_over(
@@ -282,11 +298,13 @@ def _carry_over(
                 same[state_dict.identity(view)] = book.stubs[bare_name]
 
     def tensor(view: TensorView, among_values: bool) -> TensorStub | None:
-        """Return the stub of a tensor that may go out; None for any other tensor."""
+        """Return the stub of a tensor that may go out, else None."""
         if stub := same.get(state_dict.identity(view)):
             return stub
         small = not view.shape or (among_values and math.prod(view.shape) <= _SMALL)
-        return book.keep(view, file) if small and view.dtype.size else None
+        if not small or not view.dtype.size:
+            return None
+        return book.keep(view, file)
 
     return CarryOver(template.key, plain, tensor, {}, template.networks, template.momentary)
 
@@ -317,10 +335,9 @@ def _own_entries(
         # A tensor that the last input lacks comes from another base.
         if name not in template.stored_names:
             stored = template.stored_name(name)
-            homes = [path for path in locations if stored.startswith(f"{path}." if path else "")]
+            homes = [path for path in locations if stored.startswith(_prefix(path))]
             home = max(homes, key=len, default=next(iter(locations)))
-            within = stored.removeprefix(f"{home}.") if home else stored
-            file_entries[home][within] = book.stubs[name]
+            file_entries[home][stored.removeprefix(_prefix(home))] = book.stubs[name]
     return file_entries
 
 
@@ -342,14 +359,14 @@ def _own_entry(
         location: Location of the entry in the input.
         bare: Stored name of each weight → its bare name.
     """
-    bare_names = {
-        name: bare[join(path, name)]
-        for name in location.entry
-        if isinstance(name, str) and join(path, name) in bare
-    }
-    values = {name: value for name, value in location.entry.items() if name not in bare_names}
-    above = join(template.key, path)
-    filtered = carry_over.entries(values, f"{above}." if above else "")
+    bare_names: dict[str, str] = {}
+    values: dict[Any, Any] = {}
+    for name, value in location.entry.items():
+        if isinstance(name, str) and join(path, name) in bare:
+            bare_names[name] = bare[join(path, name)]
+        else:
+            values[name] = value
+    filtered = carry_over.entries(values, _prefix(join(template.key, path)))
     entry: OrderedDict[Any, Any] = OrderedDict()
     for name in location.entry:
         if name in filtered:
@@ -357,3 +374,10 @@ def _own_entry(
         elif bare_names.get(name) in book.stubs:
             entry[name] = book.stubs[bare_names[name]]
     return entry
+
+
+def _prefix(path: str) -> str:
+    """Return the beginning of names below a dotted path; empty for the root."""
+    if not path:
+        return ""
+    return f"{path}."

@@ -119,7 +119,7 @@ def test_a_pt_file_of_bare_state_dicts_says_where_the_weights_are(tmp_path, capl
     caplog.set_level("INFO", "ckptavg")
     models = run_of(tmp_path / "run", lambda m, _: m.state_dict(), suffix=".pt")
     assert holds_the_mean(averaged(tmp_path / "run", "out.pt")["state_dict"], models)
-    assert any("-o OUT.pth" in record.getMessage() for record in caplog.records)
+    assert any("`out='OUT.pth'`" in record.getMessage() for record in caplog.records)
 
 
 def test_a_file_of_other_inputs_holds_the_weights_under_state_dict(tmp_path):
