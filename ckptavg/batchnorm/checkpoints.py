@@ -32,7 +32,7 @@ from ckptavg.errors import BatchNormError, NonFiniteError, first_few
 from ckptavg.formats import Checkpoint
 from ckptavg.formats.provenance import REFRESHED, Provenance
 from ckptavg.formats.running_statistics import Statistics, match_layers
-from ckptavg.formats.state_dict import bare_names
+from ckptavg.formats.wrappers import bare_names
 from ckptavg.models import malloc
 from ckptavg.models.batches import Batches, Forward
 from ckptavg.models.device import Runtime, count_models_that_fit

@@ -24,7 +24,7 @@ from ckptavg.formats.names import (
     updated_layers,
 )
 from ckptavg.formats.running_statistics import State, Statistics
-from ckptavg.formats.state_dict import bare_names
+from ckptavg.formats.wrappers import bare_names
 from ckptavg.models.batches import Forward
 from ckptavg.models.device import Runtime
 from ckptavg.models.load import bare_module

@@ -18,7 +18,7 @@ from ckptavg.errors import UsageError, short
 from ckptavg.formats import Checkpoint, open_checkpoint
 from ckptavg.formats.names import batchnorm_layers
 from ckptavg.formats.provenance import Provenance
-from ckptavg.formats.state_dict import bare_names
+from ckptavg.formats.wrappers import bare_names
 from ckptavg.models.load import unwrap_distributed
 from ckptavg.runs.discovery.numbered import short_names
 from ckptavg.runs.run import Run, RunLike

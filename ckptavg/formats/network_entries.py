@@ -14,6 +14,11 @@ from ckptavg.formats.safe_pickle.values import Refused, Sharded, TensorView
 from ckptavg.formats.training_record import OPTIMIZER_KEYS, TRAINING_STATE
 from ckptavg.formats.tree import Entry
 
+# Entries in which trainers keep the weights, in the order in which they are tried.
+KNOWN_ENTRIES = (
+    "state_dict", "model_state_dict", "model", "module", "net", "weights", "model_state", "network",
+    "params",
+)  # fmt: skip
 # Levels of entries: trainers nest two or three.
 _DEEPEST = 4
 # Most entries that are looked at, besides the tensors of networks. Training saves fewer.

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from ckptavg.errors import CheckpointError, first_few, short
 from ckptavg.errors.printable import size_text
-from ckptavg.formats import state_dict, training_record, tree
+from ckptavg.formats import training_record, tree, wrappers
 from ckptavg.formats.checkpoint import Checkpoint, Record, Tensor
 from ckptavg.formats.format import Format
 from ckptavg.formats.provenance import PROVENANCE, Provenance
@@ -105,9 +105,9 @@ def build_checkpoint(
     if max(map(len, names)) > _LONGEST_NAME:
         raise CheckpointError(f"{path}: a tensor's name is over {_LONGEST_NAME} characters long")
     networks = parts[0].networks
-    bare = state_dict.bare_network_names(networks) if networks else state_dict.bare_names(names)
+    bare = wrappers.bare_network_names(networks) if networks else wrappers.bare_names(names)
     notes = list(chain(*(part.notes for part in parts)))
-    notes += dict.fromkeys(chain(*map(state_dict.note_wrapper, networks.values() or [names])))
+    notes += dict.fromkeys(chain(*map(wrappers.note_wrapper, networks.values() or [names])))
     provenance = next((part.provenance for part in parts if part.provenance), None)
     record = _with_original_step(record, provenance)
     checkpoint = Checkpoint(

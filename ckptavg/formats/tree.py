@@ -174,6 +174,23 @@ def child(container: Any, name: str) -> Any:
     return container.get(index) if isinstance(container, dict) else None
 
 
+def entry_within(tree: Mapping[Any, Any], name: str, inner: str) -> Any:
+    """Return the value under an inner name in an entry; None if there is no such value.
+
+    Args:
+        tree: The saved object.
+        name: Name of the entry.
+        inner: Name in the entry.
+    """
+    entry = tree.get(name)
+    return entry.get(inner) if isinstance(entry, dict) else None
+
+
+def identity(view: TensorView) -> object:
+    """Return a key that is equal for views of the very same elements."""
+    return view.storage, view.dtype.name, view.offset, view.shape, view.stride
+
+
 def children(container: Any) -> list[tuple[str, Any]]:
     """List the values in a dict, a list or a tuple that a dotted path can name, in order."""
     if isinstance(container, (list, tuple)):

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ckptavg.errors import ModelError, first_few
-from ckptavg.formats.state_dict import bare_names
+from ckptavg.formats.wrappers import bare_names
 from ckptavg.models.hollow import real_tensors, stand_ins
 
 # Bytes above which a model is too large to copy for a trial.

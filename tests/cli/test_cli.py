@@ -261,7 +261,7 @@ BREAKAGES = {
     "truncated file": (lambda run: os.truncate(run / "epoch_2.pt", 900), "epoch_2.pt"),
     "unknown entry": (
         lambda run: torch.save({"ema": network().state_dict()}, run / "epoch_2.pt"),
-        "ema: 9 tensors). Name the entry with --key, for instance --key ema",
+        "ema: 9 tensors). Name the entry by --key, for instance --key ema",
     ),
 }
 

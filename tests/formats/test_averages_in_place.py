@@ -43,7 +43,7 @@ def mmengine_checkpoint() -> dict[str, object]:
 def test_mmengine_s_swap_is_told_the_right_way_round(opened, key):
     (note,) = opened(mmengine_checkpoint(), key).notes
     assert "'state_dict' holds the moving average" in note
-    assert "'ema_state_dict' the weights as trained (--key ema_state_dict)" in note
+    assert "'ema_state_dict' the weights as trained (`key='ema_state_dict'`)" in note
 
 
 def test_mmengine_s_weights_as_trained_have_the_names_of_the_average(opened):
@@ -55,7 +55,7 @@ def test_mmengine_s_weights_as_trained_have_the_names_of_the_average(opened):
 
 def test_an_ema_that_is_not_swapped_is_named_as_ever(opened):
     (note,) = opened({"state_dict": weights(1.0), "ema_state_dict": weights(0.5)}).notes
-    assert note == "weights are taken from 'state_dict'; ema_state_dict also holds some (--key)"
+    assert note == "weights are taken from 'state_dict'; ema_state_dict also holds some (see `key`)"
 
 
 def test_a_weight_called_steps_is_no_counter(opened):

@@ -209,7 +209,7 @@ def test_networks_are_named_in_a_note_and_step_and_rate_are_read(tmp_path):
     assert checkpoint.other_entries == ("epoch", "optimizer", "global_step")
     (note,) = checkpoint.notes
     assert note == (
-        "2 networks, each averaged at its own place: encoder, decoder (--key picks one)"
+        "2 networks, each averaged at its own place: encoder, decoder (`key` picks one)"
     )
 
 
@@ -230,7 +230,7 @@ def test_a_known_entry_goes_before_other_networks_which_are_told_of(tmp_path):
     checkpoint = saved(tmp_path, {"model": network(1.0), "discriminator": network(2.0, 4)})
     assert (checkpoint.key, checkpoint.networks) == ("model", ())
     (note,) = checkpoint.notes
-    assert note == "weights are taken from 'model'; discriminator also holds some (--key)"
+    assert note == "weights are taken from 'model'; discriminator also holds some (see `key`)"
 
 
 def test_a_key_may_name_what_several_networks_lie_in(tmp_path):
@@ -250,7 +250,7 @@ def test_networks_that_not_every_checkpoint_has_are_an_error_that_names_them(tmp
 
 def test_networks_whose_names_run_together_ask_for_a_key(tmp_path):
     state = {"a": {"b.weight": torch.ones(2)}, "a.b": {"weight": torch.ones(2)}}
-    with pytest.raises(CheckpointError, match="Name the entry with --key"):
+    with pytest.raises(CheckpointError, match="Name the entry by `key`"):
         saved(tmp_path, state)
 
 

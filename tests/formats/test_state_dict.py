@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from ckptavg.errors import CheckpointError, NoWeightsError
 from ckptavg.formats import open_checkpoint
-from ckptavg.formats.state_dict import bare_names
+from ckptavg.formats.wrappers import bare_names
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def test_averages_without_a_network_are_an_error_that_counts_tensors_and_suggest
     assert "ema1: 1 tensors" in text
     assert "swa: 3 tensors" in text
     assert "epoch: 0 tensors" in text
-    assert "--key ema1" in text or "--key swa.core" in text
+    assert "`key='ema1'`" in text or "`key='swa.core'`" in text
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ def test_arrays_of_a_class_of_its_own_are_read(opened):
 @pytest.mark.parametrize("kind", [argparse.Namespace, types.SimpleNamespace, UserDict])
 def test_the_key_that_is_named_for_an_object_opens_it(opened, refused, kind):
     value = kind(trained=weights(), epoch=1)
-    key = re.search(r"--key (\S+)\.", refused(value))[1]
+    key = re.search(r"`key='(\S+)'`", refused(value))[1]
     assert list(opened(value, key).tensors) == list(weights())
 
 
@@ -312,8 +312,8 @@ def test_the_key_that_is_named_for_an_object_opens_it(opened, refused, kind):
         ("ema", "Did you mean state_dict_ema?"),
         ("model", "Did you mean train.model?"),
         ("train.modle", "Did you mean train.model or train?"),
-        ("optimizr", "Choose one with --key."),
-        ("epoch", "Choose another one with --key."),
+        ("optimizr", "Choose one by `key`."),
+        ("epoch", "Choose another one by `key`."),
     ],
 )
 def test_a_mistyped_key_gets_the_one_that_was_meant(tmp_path, key, meant):

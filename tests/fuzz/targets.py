@@ -36,8 +36,9 @@ from watch import watched
 from ckptavg.averaging.accounts import with_provenance
 from ckptavg.averaging.api import average
 from ckptavg.errors import CheckpointError, CkptavgError
-from ckptavg.formats import open_checkpoint, state_dict, training_record
+from ckptavg.formats import open_checkpoint, state_dict, training_record, wrappers
 from ckptavg.formats.checkpoint import DTYPES
+from ckptavg.formats.network_entries import KNOWN_ENTRIES
 from ckptavg.formats.provenance import Provenance
 from ckptavg.formats.safe_pickle import unpickler
 from ckptavg.formats.safe_pickle.calls import KNOWN_CALLS
@@ -102,7 +103,7 @@ def _look_into(tree: Any) -> None:
             found = state_dict.find_weights("file", tree, key)
             training_record.from_tree(tree, found.record_key)
             state_dict.describe_other_entries(tree, found.paths)
-            state_dict.bare_names([name for name in found.entry if isinstance(name, str)])
+            wrappers.bare_names([name for name in found.entry if isinstance(name, str)])
 
 
 def _file(name: str) -> Callable[[bytes, Path], None]:
@@ -278,7 +279,7 @@ _PARTS = [
 _LEAVES = (_VIEW, _VIEW, _VIEW, Refused("quantized"), None, 1, -(2**2000), 1e308, float("nan"), "x",
            b"", True, Global("os", "system"), {"lr": 0.1}, [{"lr": 2**900}], {"a"})  # fmt: skip
 _NAMES = (
-    *state_dict.KNOWN_ENTRIES, *state_dict.LEADING_WRAPPERS,
+    *KNOWN_ENTRIES, *wrappers.LEADING_WRAPPERS,
     *training_record.STEP_NAMES, *training_record.LR_NAMES, *training_record.EPOCH_NAMES,
     *training_record.OPTIMIZER_NAMES, "ema", "state", "param_groups", "n_averaged",
     "a", "b", "", "module.module.a", "_parameters", "_buffers", "_modules", "ckptavg",

@@ -102,7 +102,7 @@ def test_an_average_that_a_callback_keeps_in_the_weights_place_is_noted(weight_a
     for checkpoint in run:
         (note,) = checkpoint.notes
         assert "running average" in note
-        assert "--key current_model_state" in note
+        assert "`key='current_model_state'`" in note
 
 
 def test_the_weights_as_trained_are_under_a_key_of_their_own(weight_averaging):

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from ckptavg.errors import ModelError
-from ckptavg.formats.state_dict import bare_names
+from ckptavg.formats.wrappers import bare_names
 from ckptavg.models.load import load_into
 
 

@@ -21,6 +21,7 @@ from ckptavg.errors.printable import size_text
 from ckptavg.errors.system import unreadable
 from ckptavg.formats.checkpoint import DTYPES, DType, Piece, Tensor
 from ckptavg.formats.damage import damaged
+from ckptavg.formats.network_entries import KNOWN_ENTRIES
 from ckptavg.formats.safe_pickle import unpickler
 from ckptavg.formats.safe_pickle.values import (
     Global,
@@ -30,7 +31,6 @@ from ckptavg.formats.safe_pickle.values import (
     TensorView,
     is_natural,
 )
-from ckptavg.formats.state_dict import KNOWN_ENTRIES
 from ckptavg.formats.tiling import tiles
 from ckptavg.formats.torch_save import zip_reader
 from ckptavg.formats.training_record import TRAINING_STATE

@@ -25,7 +25,7 @@ from ckptavg.formats.torch_save import zip_reader
 from ckptavg.formats.torch_save.archive import Archive, StorageStub, TensorStub, dumps
 from ckptavg.formats.torch_save.format import TORCH_SAVE
 from ckptavg.formats.torch_save.zip_reader import PROVENANCE_RECORD, TorchFile
-from ckptavg.formats.tree import EntryLocation, join, locate
+from ckptavg.formats.tree import EntryLocation, identity, join, locate
 
 PLAIN_SUFFIX = ".pt"
 STATE_DICT = "state_dict"
@@ -133,7 +133,7 @@ class _Storages:
         Returns:
             The stub of the tensor; None where the limits on kept values are reached.
         """
-        same = state_dict.identity(view)
+        same = identity(view)
         room = len(self._kept) < _MOST_VALUES and self._bytes < _MOST_BYTES
         if same not in self._kept and room:
             self._kept[same] = self._read(view, file)
@@ -295,11 +295,11 @@ def _carry_over(
         for name, view in network.entry.items():
             bare_name = isinstance(view, TensorView) and bare.get(join(path, name))
             if bare_name in book.stubs:
-                same[state_dict.identity(view)] = book.stubs[bare_name]
+                same[identity(view)] = book.stubs[bare_name]
 
     def tensor(view: TensorView, among_values: bool) -> TensorStub | None:
         """Return the stub of a tensor that may go out, else None."""
-        if stub := same.get(state_dict.identity(view)):
+        if stub := same.get(identity(view)):
             return stub
         small = not view.shape or (among_values and math.prod(view.shape) <= _SMALL)
         if not small or not view.dtype.size:
