@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import dataclasses
+import operator
 import sys
 from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ Forward = Callable[[nn.Module, Any], Any]
 """A user's function that runs a model on a batch: ``forward(model, batch)``."""
 
 LABELS = ("labels", "label", "target", "targets", "y")
-"""Usual names of labels, in the order of the search."""
+"""Common names of labels, in the order of the search."""
 
 BARE_IN_LIST = 2
 BARE_IN_STREAM = 4
@@ -41,7 +42,7 @@ def is_array(value: Any) -> bool:
 
 
 def is_object(value: Any) -> bool:
-    """Return True if a value is of a user's or a library's class, such as a graph."""
+    """Return True if a value is an object of a class beyond tensors and plain types."""
     plain = (torch.Tensor, Mapping, list, tuple, str, bytes, bool, int, float, type(None))
     if isinstance(value, PackedSequence):
         return True
@@ -62,14 +63,22 @@ def with_tensors_for_arrays(value: Any, device: torch.device | None = None) -> A
         return torch.tensor(value, device=device)
     if isinstance(value, dict):
         parts = {key: with_tensors_for_arrays(part, device) for key, part in value.items()}
-        is_same = all(parts[key] is part for key, part in value.items())
-        return value if is_same else parts
+        if all(parts[key] is part for key, part in value.items()):
+            return value
+        return parts
     if is_sequence(value):
         converted = [with_tensors_for_arrays(part, device) for part in value]
-        if all(new is old for new, old in zip(converted, value, strict=True)):
+        if all(map(operator.is_, converted, value)):
             return value
-        return type(value)(*converted) if hasattr(value, "_fields") else type(value)(converted)
+        return _sequence_like(value, converted)
     return value
+
+
+def _sequence_like(value: Any, parts: list[Any]) -> Any:
+    """Make a tuple, a list or a named tuple of new parts."""
+    if hasattr(value, "_fields"):
+        return type(value)(*parts)
+    return type(value)(parts)
 
 
 def parts_of(value: Any) -> list[Any]:
@@ -78,11 +87,13 @@ def parts_of(value: Any) -> list[Any]:
         return [*value.values()]
     if is_sequence(value):
         return [*value]
-    return [*vars(value).values()] if is_object(value) and hasattr(value, "__dict__") else []
+    if is_object(value) and hasattr(value, "__dict__"):
+        return [*vars(value).values()]
+    return []
 
 
 def to_device(
-    value: Any, device: torch.device, form: torch.memory_format = torch.preserve_format
+    value: Any, device: torch.device, memory_format: torch.memory_format = torch.preserve_format
 ) -> Any:
     """Move the tensors of a batch to a device.
 
@@ -94,27 +105,29 @@ def to_device(
     Args:
         value: A batch.
         device: Target device.
-        form: Memory format of the tensors with four axes.
+        memory_format: Memory format of the tensors with four axes.
 
     Returns:
         A batch with the moved tensors.
     """
     if isinstance(value, torch.Tensor):
-        return _tensor_to_device(value, device, form)
+        return _tensor_to_device(value, device, memory_format)
     if isinstance(value, (dict, UserDict)):
         moved = copy.copy(value)
         for key, part in value.items():
-            moved[key] = to_device(part, device, form)
+            moved[key] = to_device(part, device, memory_format)
         return moved
     if is_sequence(value):
-        parts = (to_device(part, device, form) for part in value)
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+        return _sequence_like(value, [to_device(part, device, memory_format) for part in value])
     if moves_itself(value):
         # Some classes replace their own tensors in to(), so a copy is moved.
         moved = copy.copy(value)
-        arrived = moved.to(device)
-        return moved if arrived is None else arrived
-    return _fields_to_device(value, device, form)
+        returned = moved.to(device)
+        # Some classes move themselves in place and return None.
+        if returned is None:
+            return moved
+        return returned
+    return _fields_to_device(value, device, memory_format)
 
 
 def map_tensors(value: Any, convert: Callable[[torch.Tensor], torch.Tensor]) -> Any:
@@ -132,8 +145,7 @@ def map_tensors(value: Any, convert: Callable[[torch.Tensor], torch.Tensor]) -> 
             copied[key] = map_tensors(part, convert)
         return copied
     if isinstance(value, (list, tuple)):
-        parts = [map_tensors(part, convert) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+        return _sequence_like(value, [map_tensors(part, convert) for part in value])
     return value
 
 
@@ -142,31 +154,32 @@ def moves_itself(value: Any) -> bool:
     return (is_object(value) or isinstance(value, Mapping)) and callable(getattr(value, "to", None))
 
 
-def _fields_to_device(value: Any, device: torch.device, form: torch.memory_format) -> Any:
+def _fields_to_device(value: Any, device: torch.device, memory_format: torch.memory_format) -> Any:
     """Move the tensors of a dataclass, or of a mapping that cannot be changed."""
     if isinstance(value, Mapping):
-        return {key: to_device(part, device, form) for key, part in value.items()}
+        return {key: to_device(part, device, memory_format) for key, part in value.items()}
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return value
     moved = copy.copy(value)
     for name, part in vars(value).items():
         # A frozen dataclass refuses setattr.
-        object.__setattr__(moved, name, to_device(part, device, form))
+        object.__setattr__(moved, name, to_device(part, device, memory_format))
     return moved
 
 
 def _tensor_to_device(
-    value: torch.Tensor, device: torch.device, form: torch.memory_format
+    value: torch.Tensor, device: torch.device, memory_format: torch.memory_format
 ) -> torch.Tensor:
     """Move a tensor to a device, without waiting for copies to CUDA."""
     if device.type == "mps" and value.dtype == torch.float64:
         return value
     if device.type == "cuda" and value.device.type == "cpu" and not value.is_pinned():
         value = value.pin_memory()
-    form = form if value.dim() == 4 else torch.preserve_format
+    if value.dim() != 4:
+        memory_format = torch.preserve_format
     # Only copies to CUDA may be asynchronous. After an asynchronous copy to the CPU, the program
     # could read values before the copy ends.
-    return value.to(device, non_blocking=device.type == "cuda", memory_format=form)
+    return value.to(device, non_blocking=device.type == "cuda", memory_format=memory_format)
 
 
 def tensors_of(value: Any) -> Iterator[torch.Tensor]:
@@ -181,23 +194,31 @@ def tensors_of(value: Any) -> Iterator[torch.Tensor]:
 def bytes_of(tensor: torch.Tensor) -> bytes:
     """Return the bytes of a tensor's values, row by row."""
     values = tensor.detach().cpu().contiguous()
-    return ctypes.string_at(values.data_ptr(), values.nbytes) if values.nbytes else b""
+    if not values.nbytes:
+        return b""
+    return ctypes.string_at(values.data_ptr(), values.nbytes)
 
 
 def describe_batch(value: Any) -> str:
     """Describe a batch by types and shapes: ``(float32 of 8 × 3 × 224 × 224, int64 of 8)``."""
     if isinstance(value, torch.Tensor):
-        shape = " × ".join(map(str, value.shape)) or "one value"
-        return f"{str(value.dtype).removeprefix('torch.')} of {shape}"
+        return f"{str(value.dtype).removeprefix('torch.')} of {_describe_shape(value.shape)}"
     if is_array(value):
-        return f"array of {value.dtype} of {' × '.join(map(str, value.shape)) or 'one value'}"
+        return f"array of {value.dtype} of {_describe_shape(value.shape)}"
     if isinstance(value, Mapping) and value:
-        contents = first_few([f"{key}: {describe_batch(part)}" for key, part in value.items()], 6)
-        return f"{{{contents}}}"
+        entries = [f"{key}: {describe_batch(part)}" for key, part in value.items()]
+        return f"{{{first_few(entries, 6)}}}"
     if is_sequence(value) and len(value):
-        contents = first_few([describe_batch(part) for part in value])
-        return f"({contents})" if isinstance(value, tuple) else f"[{contents}]"
+        parts = first_few([describe_batch(part) for part in value])
+        if isinstance(value, tuple):
+            return f"({parts})"
+        return f"[{parts}]"
     return f"a {type(value).__name__}"
+
+
+def _describe_shape(shape: Sequence[int]) -> str:
+    """Describe a shape: ``8 × 3``; a shape without axes is one value."""
+    return " × ".join(map(str, shape)) or "one value"
 
 
 def is_batched(value: Any) -> bool:
@@ -211,7 +232,9 @@ def is_batched(value: Any) -> bool:
             waiting += parts_of(part)
         elif part is not None:
             return False
-    return bool(tensors) and len({t.shape[:1] for t in tensors}) == 1 and bool(tensors[0].dim())
+    if not tensors or not tensors[0].dim():
+        return False
+    return all(tensor.shape[:1] == tensors[0].shape[:1] for tensor in tensors)
 
 
 def is_zipped(batch: Any) -> bool:
@@ -221,28 +244,57 @@ def is_zipped(batch: Any) -> bool:
     """
     if not is_sequence(batch) or len(batch) < 2 or not all(map(is_sequence, batch)):
         return False
-    if {len(part) for part in batch} != {len(batch[0])} or not batch[0]:
+    if not batch[0] or any(len(part) != len(batch[0]) for part in batch):
         return False
-    by_sample = any(isinstance(value, Mapping) for part in batch for value in part)
-    return by_sample or not is_batched(batch)
+    for part in batch:
+        if any(isinstance(value, Mapping) for value in part):
+            return True
+    return not is_batched(batch)
 
 
 def size_of(batch: Any) -> int:
     """Count the samples in a batch; 0 where the count is unknown."""
-    if isinstance(batch, torch.Tensor) or is_array(batch):
-        return int(batch.shape[0]) if batch.ndim else 1
+    if _is_tensor_or_array(batch):
+        return _size_of_tensor(batch)
     if is_object(batch):
         return _size_of_object(batch)
     parts = parts_of(batch)
     if is_zipped(parts):
         return len(parts[0])
     if is_sequence(batch) and _are_samples(parts):
-        return sum(max(size_of(part), 1) if is_object(part) else 1 for part in parts)
-    tensors = (part for part in parts if isinstance(part, torch.Tensor) or is_array(part))
-    batched = next((part for part in tensors if part.ndim), None)
-    if batched is not None:
-        return int(batched.shape[0])
-    return next((n for part in parts if (n := size_of(part))), 0)
+        return sum(map(_size_of_sample, parts))
+    return _size_of_parts(parts)
+
+
+def _size_of_parts(parts: Sequence[Any]) -> int:
+    """Count the samples by the first tensor with rows, or the first part with samples."""
+    for part in parts:
+        if _is_tensor_or_array(part) and part.ndim:
+            return int(part.shape[0])
+    for part in parts:
+        size = size_of(part)
+        if size:
+            return size
+    return 0
+
+
+def _is_tensor_or_array(value: Any) -> bool:
+    """Return True if a value is a tensor or a numpy array of numbers."""
+    return isinstance(value, torch.Tensor) or is_array(value)
+
+
+def _size_of_tensor(value: Any) -> int:
+    """Count the samples in a tensor or array: rows, or one value without axes."""
+    if value.ndim == 0:
+        return 1
+    return int(value.shape[0])
+
+
+def _size_of_sample(value: Any) -> int:
+    """Count the samples in an element of a list: an object may hold several."""
+    if is_object(value):
+        return max(size_of(value), 1)
+    return 1
 
 
 def _size_of_object(batch: Any) -> int:
@@ -259,18 +311,25 @@ def _size_of_object(batch: Any) -> int:
             size = size[0]
         if isinstance(size, int):
             return size
-    parts = (part for part in parts_of(batch) if isinstance(part, torch.Tensor) and part.dim())
-    return next((part.shape[0] for part in parts), 0)
+    for part in parts_of(batch):
+        if isinstance(part, torch.Tensor) and part.dim():
+            return part.shape[0]
+    return 0
 
 
 def _are_samples(parts: Sequence[Any]) -> bool:
     """Return True if values are samples: images of different sizes, mappings, or objects."""
     if parts and all(isinstance(part, Mapping) for part in parts):
-        return not any(is_batched(part) for part in parts)
-    if parts and all(is_object(part) for part in parts):
+        return not any(map(is_batched, parts))
+    if parts and all(map(is_object, parts)):
         return True
-    images = [part.shape for part in parts if isinstance(part, torch.Tensor) and part.dim() == 3]
-    return len(images) == len(parts) and len({*images}) > 1 and len({s[0] for s in images}) == 1
+    shapes: set[torch.Size] = set()
+    for part in parts:
+        if not isinstance(part, torch.Tensor) or part.dim() != 3:
+            return False
+        shapes.add(part.shape)
+    channels = {shape[0] for shape in shapes}
+    return len(shapes) > 1 and len(channels) == 1
 
 
 def is_batch(item: Any, bare: int = BARE_IN_STREAM) -> bool:
@@ -282,7 +341,7 @@ def is_batch(item: Any, bare: int = BARE_IN_STREAM) -> bool:
     """
     if is_zipped(item) or moves_itself(item):
         return True
-    tensors, lists, waiting = list[torch.Tensor](), set[int](), [item]
+    tensors, list_lengths, waiting = list[torch.Tensor](), set[int](), [item]
     while waiting:
         part = waiting.pop()
         if isinstance(part, PackedSequence):
@@ -293,7 +352,7 @@ def is_batch(item: Any, bare: int = BARE_IN_STREAM) -> bool:
             tensors.append(torch.empty(part.shape, device="meta"))
         elif is_sequence(part) and part and not any(map(_holds_more, part)):
             # For example, a list of the samples' names.
-            lists.add(len(part))
+            list_lengths.add(len(part))
         elif isinstance(part, Mapping) or is_sequence(part):
             waiting += parts_of(part)
         elif is_object(part):
@@ -301,14 +360,21 @@ def is_batch(item: Any, bare: int = BARE_IN_STREAM) -> bool:
         # A plain number is the label of a single sample.
         elif isinstance(part, (bool, int, float)):
             return False
-    axes = max((tensor.dim() for tensor in tensors), default=0)
-    if len(tensors) == 1 and not lists:
-        return axes >= bare
-    lengths = lists | {tensor.shape[0] if tensor.dim() else 0 for tensor in tensors}
-    return axes > 1 and len(lengths) == 1 and 0 not in lengths
+    if len(tensors) == 1 and not list_lengths:
+        return tensors[0].dim() >= bare
+    lengths = list_lengths | set(map(_length_of, tensors))
+    has_rows = any(tensor.dim() > 1 for tensor in tensors)
+    return has_rows and len(lengths) == 1 and 0 not in lengths
+
+
+def _length_of(tensor: torch.Tensor) -> int:
+    """Return the length of a tensor's first axis; 0 without axes."""
+    if tensor.dim() == 0:
+        return 0
+    return tensor.shape[0]
 
 
 def _holds_more(part: Any) -> bool:
     """Return True if an element of a list is a container, an object or a tensor."""
-    is_tensor = isinstance(part, torch.Tensor) or is_array(part)
-    return is_tensor or isinstance(part, Mapping) or is_sequence(part) or is_object(part)
+    is_container = isinstance(part, Mapping) or is_sequence(part) or is_object(part)
+    return is_container or _is_tensor_or_array(part)

@@ -17,7 +17,7 @@ from ckptavg.errors import EvaluationError, UsageError
 
 _AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Share of the free memory for copies of a model; activations need the rest.
-_SHARE = 0.6
+_SHARE_OF_MEMORY = 0.6
 # Parts of the messages of RuntimeErrors of torch and its libraries.
 _EXHAUSTED = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
 
@@ -49,8 +49,9 @@ class Runtime:
     def on(cls, device: str | torch.device | None, model: nn.Module, **options: Any) -> Runtime:
         """Make a runtime on a device, or on the model's own device where None."""
         if device is None:
-            first = next(iter((*model.parameters(), *model.buffers())), None)
-            return cls(torch.device("cpu") if first is None else first.device, **options)
+            for tensor in (*model.parameters(), *model.buffers()):
+                return cls(tensor.device, **options)
+            return cls(torch.device("cpu"), **options)
         return cls(find_device(device), **options)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -72,7 +73,7 @@ def find_device(name: str | torch.device) -> torch.device:
     """
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
-        return _own(torch.device("cuda" if cuda else "mps" if mps else "cpu"))
+        return _choose_cuda_device(_best_device(cuda=cuda, mps=mps))
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -83,11 +84,22 @@ def find_device(name: str | torch.device) -> torch.device:
     if device.type == "cuda" and cuda and (device.index or 0) >= torch.cuda.device_count():
         available = False
     if not available:
-        raise EvaluationError(f"the device {device} is not available", "Use --device auto or cpu.")
-    return _own(device)
+        raise EvaluationError(
+            f"the device {device} is not available", "Use `device='auto'` or `device='cpu'`."
+        )
+    return _choose_cuda_device(device)
 
 
-def _own(device: torch.device) -> torch.device:
+def _best_device(*, cuda: bool, mps: bool) -> torch.device:
+    """Return the fastest kind of device, given which are available."""
+    if cuda:
+        return torch.device("cuda")
+    if mps:
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def _choose_cuda_device(device: torch.device) -> torch.device:
     """Choose this process's CUDA device if several processes share the host."""
     if device.type == "cuda" and device.index is None and is_distributed():
         return torch.device("cuda", local_rank() % torch.cuda.device_count())
@@ -103,13 +115,15 @@ def count_models_that_fit(model: nn.Module, device: torch.device) -> int:
     """
     tensors = (*model.parameters(), *model.buffers())
     size = sum(t.numel() * t.element_size() for t in tensors if not is_lazy(t))
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1) if is_distributed() else 1
+    processes = 1
+    if is_distributed():
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     free = free_on_host() // processes
     if device.type == "cuda":
         # Processes per device, rounded up.
         per_device = -(-processes // torch.cuda.device_count())
         free = min(free, torch.cuda.mem_get_info(device)[0] // per_device)
-    return int(_SHARE * free / max(size, 1))
+    return int(_SHARE_OF_MEMORY * free / max(size, 1))
 
 
 def free_on_host(root: Path = Path("/")) -> int:
@@ -159,16 +173,25 @@ def _left_in(mount: Path, place: str, limit: str, used: str) -> list[int]:
             break
         most, now = _number(group / limit), _number(group / used)
         if most is not None and now is not None:
-            cached = (line.split() for line in _lines(group / "memory.stat"))
-            given_up = next((int(n) for name, n in cached if name == "inactive_file"), 0)
-            free_bytes.append(max(0, most - now + given_up))
+            free_bytes.append(max(0, most - now + _cache_in(group)))
     return free_bytes
+
+
+def _cache_in(group: Path) -> int:
+    """Return the bytes of a control group that cache files and are not in use."""
+    for line in _lines(group / "memory.stat"):
+        name, size = line.split()
+        if name == "inactive_file":
+            return int(size)
+    return 0
 
 
 def _number(path: Path) -> int | None:
     """Read the number in a file; None if there is no file or the text is ``max``."""
     lines = _lines(path)
-    return int(lines[0]) if lines and lines[0].isdecimal() else None
+    if lines and lines[0].isdecimal():
+        return int(lines[0])
+    return None
 
 
 def _lines(path: Path) -> list[str]:

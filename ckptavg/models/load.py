@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,58 +32,102 @@ def load_into(model: nn.Module, state_dict: Mapping[str, torch.Tensor], origin: 
     Raises:
         ModelError: Names or shapes do not fit.
     """
-    states = model.state_dict(keep_vars=True)
-    tensors = {name: value for name, value in states.items() if isinstance(value, torch.Tensor)}
-    bare = bare_names(list(tensors))
-    full_names = {bare[name]: name for name in tensors if name in bare}
-    loadable = {
-        full_names[name]: tensor for name, tensor in state_dict.items() if name in full_names
-    }
-    extra = [
-        name for name in state_dict if name not in full_names and not _is_beside(name, full_names)
-    ]
-    lost = [name for name in full_names.values() if name not in loadable]
-    reached = {tensors[name].data_ptr() for name in loadable if _is_real(tensors[name])}
-    # Counts of batches may be missing, and so may tensors that share memory with a loaded tensor.
-    spare = {
-        name
-        for name in lost
-        if name.endswith("num_batches_tracked")
-        or (_is_real(tensors[name]) and tensors[name].data_ptr() in reached)
-    }
-    lost = [name for name in lost if name not in spare]
-    misshapen = [
-        name
-        for name, tensor in loadable.items()
-        if not is_lazy(tensors[name]) and tensors[name].shape != tensor.shape
-    ]
-    if lost or extra or misshapen:
-        prefix = next((full_name.removesuffix(name) for name, full_name in full_names.items()), "")
-        loadable |= {prefix + name: state_dict[name] for name in extra}
+    tensors: dict[str, torch.Tensor] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if isinstance(value, torch.Tensor):
+            tensors[name] = value
+    match = _match_names(tensors, state_dict)
+    spare = _spare_names(tensors, match)
+    missing = [name for name in match.missing if name not in spare]
+    misshapen: list[str] = []
+    for name, tensor in match.loadable.items():
+        if not is_lazy(tensors[name]) and tensors[name].shape != tensor.shape:
+            misshapen.append(name)
+    loadable = match.loadable
+    if missing or match.extra or misshapen:
+        # Names that the model lacks are in the same place as the names that it has.
+        for name in match.extra:
+            loadable[match.prefix + name] = state_dict[name]
         if not _torch_takes(model, loadable, spare):
-            if lost or extra:
-                misfit, remedy = _misfit(lost, extra), _remedy(set(full_names), set(state_dict))
+            if missing or match.extra:
+                misfit = _describe_names(missing, match.extra)
+                remedy = _remedy(set(match.full_names), set(state_dict))
             else:
-                first = misshapen[0]
-                misfit = _misshape(first, loadable[first], tensors[first])
-                remedy = (
-                    "Check the model and its arguments, such as num_classes (--model, --model-arg)."
-                )
+                name = misshapen[0]
+                misfit = _describe_shapes(name, loadable[name], tensors[name])
+                remedy = "Check `model` and its arguments, such as num_classes."
             raise ModelError(f"{origin} does not fit the model: {misfit}", remedy)
     model.load_state_dict(loadable, strict=False)
 
 
-def _misfit(lost: list[str], extra: list[str]) -> str:
+@dataclass(frozen=True)
+class _NameMatch:
+    """Weights of a state dict beside the tensors of a model.
+
+    Attributes:
+        full_names: The model's names, by bare name.
+        loadable: Weights by the model's names.
+        extra: Bare names of weights that the model lacks.
+        missing: The model's names of tensors without a weight.
+    """
+
+    full_names: dict[str, str]
+    loadable: dict[str, torch.Tensor]
+    extra: list[str]
+    missing: list[str]
+
+    @property
+    def prefix(self) -> str:
+        """Prefix of the wrappers around the model."""
+        for bare_name, full_name in self.full_names.items():
+            return full_name.removesuffix(bare_name)
+        return ""
+
+
+def _match_names(
+    tensors: Mapping[str, torch.Tensor], state_dict: Mapping[str, torch.Tensor]
+) -> _NameMatch:
+    """Match weights and tensors of a model by bare name."""
+    bare = bare_names(list(tensors))
+    full_names = {bare[name]: name for name in tensors if name in bare}
+    loadable: dict[str, torch.Tensor] = {}
+    extra: list[str] = []
+    for name, tensor in state_dict.items():
+        if name in full_names:
+            loadable[full_names[name]] = tensor
+        elif not _is_beside(name, full_names):
+            extra.append(name)
+    missing = [name for name in full_names.values() if name not in loadable]
+    return _NameMatch(full_names, loadable, extra, missing)
+
+
+def _spare_names(tensors: Mapping[str, torch.Tensor], match: _NameMatch) -> set[str]:
+    """List the missing names that may be missing.
+
+    These are counts of batches, and tensors that share memory with a loaded tensor.
+    """
+    loaded = {tensors[name].data_ptr() for name in match.loadable if _is_real(tensors[name])}
+    spare: set[str] = set()
+    for name in match.missing:
+        is_shared = _is_real(tensors[name]) and tensors[name].data_ptr() in loaded
+        if is_shared or name.endswith("num_batches_tracked"):
+            spare.add(name)
+    return spare
+
+
+def _describe_names(missing: list[str], extra: list[str]) -> str:
     """Describe missing and extra names."""
-    parts = [f"the model needs {first_few(lost)}"] if lost else []
-    parts += [f"the checkpoint has {first_few(extra)}"] if extra else []
+    parts: list[str] = []
+    if missing:
+        parts.append(f"the model needs {first_few(missing)}")
+    if extra:
+        parts.append(f"the checkpoint has {first_few(extra)}")
     return "; ".join(parts)
 
 
-def _misshape(name: str, given: torch.Tensor, own: torch.Tensor) -> str:
+def _describe_shapes(name: str, weight: torch.Tensor, expected: torch.Tensor) -> str:
     """Describe a weight whose shape does not fit."""
-    shape, wanted = tuple(given.shape), tuple(own.shape)
-    return f"{name} has the shape {shape} where the model has {wanted}"
+    return f"{name} has the shape {tuple(weight.shape)} where the model has {tuple(expected.shape)}"
 
 
 def _torch_takes(
@@ -122,7 +167,9 @@ def _is_beside(name: str, places: Mapping[str, str]) -> bool:
     its Dense module are in a directory beside that model.
     """
     folder, slash, _ = name.rpartition("/")
-    return bool(slash) and not any(bare_name.startswith(f"{folder}/") for bare_name in places)
+    if not slash:
+        return False
+    return not any(bare_name.startswith(f"{folder}/") for bare_name in places)
 
 
 def unwrap_distributed(model: nn.Module) -> nn.Module:
@@ -158,17 +205,36 @@ def _remedy(model: set[str], checkpoint: set[str]) -> str:
         (checkpoint, model, "The checkpoint's names begin"),
         (model, checkpoint, "The model's names begin"),
     ):
-        prefix = next((n[: -len(m)] for m in sorted(smaller) for n in larger if _ends(n, m)), "")
-        if prefix and larger == {prefix + name for name in smaller}:
+        prefix = _common_prefix(larger, smaller)
+        if prefix:
             return f"{is_so} with {prefix!r}: name a model whose modules are called as in training."
-    # A file with several networks has all of the model's names under one of its entries.
+    keys = [f"`key={entry!r}`" for entry in _entries_that_fit(model, checkpoint)]
+    if keys:
+        return f"If the file has several networks, take the one that fits: {first_few(keys)}."
+    return "Check `model` and its arguments."
+
+
+def _common_prefix(larger: set[str], smaller: set[str]) -> str:
+    """Return the prefix that makes one set of names of the other; empty if there is none."""
+    for name in sorted(smaller):
+        for full_name in larger:
+            if _ends(full_name, name):
+                prefix = full_name.removesuffix(name)
+                if larger == {prefix + name for name in smaller}:
+                    return prefix
+                return ""
+    return ""
+
+
+def _entries_that_fit(model: set[str], checkpoint: set[str]) -> list[str]:
+    """List the entries of a file with several networks that have all of a model's names."""
     first = min(model, default="")
-    entries = sorted(name[: -len(first) - 1] for name in checkpoint if _ends(name, first))
-    fitting = [e for e in entries if all(f"{e}.{name}" in checkpoint for name in model)]
-    if fitting:
-        keys = first_few([f"--key {entry}" for entry in fitting])
-        return f"If the file has several networks, take the one that fits: {keys}."
-    return "Check the model and its arguments (--model, --model-arg)."
+    entries: list[str] = []
+    for full_name in sorted(checkpoint):
+        entry = full_name.removesuffix(f".{first}")
+        if entry != full_name and all(f"{entry}.{name}" in checkpoint for name in model):
+            entries.append(entry)
+    return entries
 
 
 def _ends(name: str, tail: str) -> bool:

@@ -42,10 +42,12 @@ class MemoryFormat:
 
     def __init__(self, model: nn.Module, device: torch.device, *, scoring: bool) -> None:
         self.device = device
-        fast = device.type == "cuda" or (
+        is_fast = device.type == "cuda" or (
             scoring and device.type == "cpu" and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         )
-        self.format = torch.channels_last if fast and _convolves(model) else torch.preserve_format
+        self.format = torch.preserve_format
+        if is_fast and _convolves(model):
+            self.format = torch.channels_last
 
     def place(self, model: nn.Module) -> nn.Module:
         """Move a model to the device, with the convolutions' weights in the memory format."""
@@ -85,8 +87,8 @@ class MemoryFormat:
             raise EvaluationError(
                 f"the model fails on a batch of {describe_batch(batch)}: "
                 f"{type(error).__name__}: {error}",
-                "Check that the data gives what the model takes; forward=fn in Python, --forward "
-                "path/file.py:fn on the command line, says how fn(model, batch) calls it.",
+                "Check that the data gives what the model takes, or name a function "
+                "fn(model, batch) that calls the model, by `forward=fn`.",
             ) from error
 
     def _in_either_format(self, attempt: Callable[[Any], T], model: nn.Module, batch: Any) -> T:
@@ -98,7 +100,7 @@ class MemoryFormat:
             if self.format is torch.preserve_format or not refused:
                 raise
         if self.format is not torch.contiguous_format:
-            log.debug("the model does not bear its channels as the last axis in memory")
+            log.debug("the model cannot run in channels_last")
         self.format = torch.contiguous_format
         # In inference mode the new weights would not be ordinary tensors.
         with torch.inference_mode(mode=False):

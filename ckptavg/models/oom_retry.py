@@ -19,7 +19,10 @@ T = TypeVar("T")
 def log_pass_count(count: int, passes: int) -> None:
     """Log the number of passes over the data if there are several candidates."""
     if count > 1:
-        log.info("%d candidates, %d %s", count, passes, "pass" if passes == 1 else "passes")
+        noun = "passes"
+        if passes == 1:
+            noun = "pass"
+        log.info("%d candidates, %d %s", count, passes, noun)
 
 
 class ExhaustedElsewhereError(MemoryError):
@@ -54,10 +57,12 @@ class OomSynchronizedPeers:
         Raises:
             ExhaustedElsewhereError: Another process has run out of memory.
         """
-        answers = self._peers.gather([False, value])
-        if any(exhausted for exhausted, _ in answers):
-            raise ExhaustedElsewhereError
-        return [answer for _, answer in answers]
+        values: list[Any] = []
+        for is_exhausted, peer_value in self._peers.gather([False, value]):
+            if is_exhausted:
+                raise ExhaustedElsewhereError
+            values.append(peer_value)
+        return values
 
     def check(self) -> None:
         """Raise an error if another process is known to have failed."""
@@ -121,12 +126,13 @@ def run_in_groups_that_fit(
 def _in_parts(groups: Iterable[Sequence[T]], size: int) -> Iterator[Sequence[T]]:
     """Split groups into parts of at most a given size."""
     for group in groups:
-        yield from (group[at : at + size] for at in range(0, len(group), size))
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
 
 
 def _too_small(runtime: Runtime) -> EvaluationError:
     """Build the error for a device whose memory is too small for a single model."""
     return EvaluationError(
         f"the memory of {runtime.device} is too small for a single model",
-        f"Lower --batch-size (now {runtime.batch_size}), or name another --device.",
+        f"Lower `batch_size` (now {runtime.batch_size}), or name another `device`.",
     )

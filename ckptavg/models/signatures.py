@@ -17,9 +17,9 @@ class Signature:
     """Parameters of a model's ``forward``.
 
     Attributes:
-        parameters: Those that have a name of their own, in order.
-        many: Whether it takes any number of inputs beside them: ``*inputs``.
-        further: Whether it takes any keywords beside them: ``**inputs``.
+        parameters: Named parameters, in order.
+        many: True if any number of further inputs is taken: ``*inputs``.
+        further: True if any further keywords are taken: ``**inputs``.
     """
 
     parameters: tuple[Parameter, ...]
@@ -44,6 +44,11 @@ class Signature:
         return [p for p in self.parameters if p.default is Parameter.empty]
 
     @property
+    def required_names(self) -> list[str]:
+        """Names of the parameters without a default, in order."""
+        return [p.name for p in self.required]
+
+    @property
     def names(self) -> set[str]:
         """Names that can be passed by keyword."""
         return {p.name for p in self.parameters if p.kind in NAMED}
@@ -51,7 +56,18 @@ class Signature:
     @property
     def first(self) -> Parameter | None:
         """The parameter that a single input goes to."""
-        return next((p for p in self.parameters if p.kind in PLACED), None)
+        for parameter in self.parameters:
+            if parameter.kind in PLACED:
+                return parameter
+        return None
+
+    @property
+    def mask_name(self) -> str | None:
+        """Name of the first optional mask; None without a mask."""
+        for parameter in self.parameters:
+            if "mask" in parameter.name and parameter.default is None:
+                return parameter.name
+        return None
 
     def takes(self, count: int) -> bool:
         """Return True if a tuple of this many inputs is taken as several inputs."""
@@ -62,9 +78,12 @@ class Signature:
         return 1 < len(self.required) <= count and (count <= slots or self.many)
 
     def __str__(self) -> str:
-        shown = [p.name if p.default is Parameter.empty else f"{p.name}=" for p in self.parameters]
-        shown += ["*inputs"] * self.many + ["**inputs"] * self.further
-        return f"forward({', '.join(shown)})"
+        words: list[str] = []
+        for parameter in self.parameters:
+            is_required = parameter.default is Parameter.empty
+            words.append(parameter.name + "=" * (not is_required))
+        words += ["*inputs"] * self.many + ["**inputs"] * self.further
+        return f"forward({', '.join(words)})"
 
 
 def _signature(model: nn.Module) -> Signature:
@@ -72,23 +91,43 @@ def _signature(model: nn.Module) -> Signature:
     try:
         parameters = [*inspect.signature(model.forward).parameters.values()]
     except (TypeError, ValueError):
-        parameters = _scripted(model)
+        parameters = _scripted_parameters(model)
         if not parameters:
             return Signature((), many=True, further=True)
-    plain_parameters = tuple(p for p in parameters if p.kind in (*NAMED, Parameter.POSITIONAL_ONLY))
-    kinds = {p.kind for p in parameters}
-    return Signature(
-        plain_parameters, Parameter.VAR_POSITIONAL in kinds, Parameter.VAR_KEYWORD in kinds
-    )
+    named: list[Parameter] = []
+    many = further = False
+    for parameter in parameters:
+        if parameter.kind is Parameter.VAR_POSITIONAL:
+            many = True
+        elif parameter.kind is Parameter.VAR_KEYWORD:
+            further = True
+        else:
+            named.append(parameter)
+    return Signature(tuple(named), many, further)
 
 
-def _scripted(model: nn.Module) -> list[Parameter]:
+def _scripted_parameters(model: nn.Module) -> list[Parameter]:
     """Return the parameters of a scripted or traced forward."""
     schema = getattr(model.forward, "schema", None)
-    parameters = []
-    for argument in schema.arguments[1:] if schema is not None else ():
-        default = argument.default_value if argument.has_default_value() else Parameter.empty
+    if schema is None:
+        return []
+    parameters: list[Parameter] = []
+    for argument in schema.arguments[1:]:
+        default = Parameter.empty
+        if argument.has_default_value():
+            default = argument.default_value
         parameters.append(
             Parameter(argument.name, Parameter.POSITIONAL_OR_KEYWORD, default=default)
         )
     return parameters
+
+
+def is_annotated_as(parameter: Parameter, kinds: tuple[str, ...]) -> bool:
+    """Return True if a parameter is annotated as a container of the given kinds."""
+    annotation = parameter.annotation
+    text = str(annotation)
+    # list[Tensor] is a class as well, but has no name of its own.
+    if isinstance(annotation, type) and not hasattr(annotation, "__origin__"):
+        text = annotation.__name__
+    text = text.lower().replace("typing.", "").replace("collections.abc.", "")
+    return text.removeprefix("optional[").startswith(kinds)

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from ckptavg.errors import EvaluationError
-from ckptavg.models.calling import call, call_on_inputs, inputs_of, split_batch, split_labels
+from ckptavg.models.calling import call, call_on_inputs
+from ckptavg.models.inputs import inputs_of, split_batch, split_labels
 
 
 @dataclass(frozen=True)

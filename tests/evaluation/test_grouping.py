@@ -279,7 +279,7 @@ def test_memory_for_not_even_one_model_is_an_error_of_one_line(scarce, candidate
         run(candidates, scarce(0, stage))
     assert str(told.value) == (
         "the memory of cpu is too small for a single model. "
-        f"Lower --batch-size (now {SIZE}), or name another --device."
+        f"Lower `batch_size` (now {SIZE}), or name another `device`."
     )
 
 

@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from ckptavg.errors import EvaluationError
-from ckptavg.models.calling import call, call_on_inputs, inputs_of, split_batch, split_labels
+from ckptavg.models.calling import call, call_on_inputs
+from ckptavg.models.inputs import inputs_of, split_batch, split_labels
 
 A, B, C = torch.rand(4, 2), torch.rand(4, 3), torch.rand(4, 2)
 Y, L = torch.tensor([0, 1, 1, 2]), torch.tensor([2, 2, 1, 1])
@@ -360,7 +361,7 @@ def test_a_model_that_does_not_tell_gets_what_is_no_label(batch, expected):
     ],
 )
 def test_what_cannot_be_decided_is_an_error_that_says_both(model, batch, held):
-    with pytest.raises(EvaluationError, match=f"a batch is {held}.* forward=fn"):
+    with pytest.raises(EvaluationError, match=f"a batch is {held}.* by `forward=fn`"):
         call(model(), batch)
 
 
@@ -473,7 +474,7 @@ def test_what_may_be_an_input_and_is_not_passed_is_said_once(caplog, model, batc
     made = model()
     for _ in range(2):
         call(made, batch)
-    warned = [text for text in caplog.messages if "--forward path/file.py:fn" in text]
+    warned = [text for text in caplog.messages if "by `forward=fn`" in text]
     assert len(warned) == is_said
     assert all("of the 3 parts of a batch the model's forward(" in text for text in warned)
 

@@ -35,7 +35,7 @@ def test_auto_prefers_cuda(monkeypatch):
 @pytest.mark.parametrize("name", ["cuda", "cuda:0", "mps"])
 def test_an_absent_device_is_an_error_that_names_it(monkeypatch, name):
     without_accelerators(monkeypatch)
-    with pytest.raises(EvaluationError, match=f"{name} is not available.*--device"):
+    with pytest.raises(EvaluationError, match=f"{name} is not available.*`device='auto'`"):
         find_device(name)
 
 

@@ -125,7 +125,7 @@ def test_num_batches_tracked_may_be_missing():
 def test_any_other_tensor_that_is_missing_is_an_error(name):
     states = checkpoint_of(Net())
     del states[name]
-    with pytest.raises(ModelError, match=f"a.pt does not fit.*the model needs {name}.*--model"):
+    with pytest.raises(ModelError, match=f"a.pt does not fit.*the model needs {name}.*`model`"):
         load_into(Net(), states, "a.pt")
 
 
@@ -145,7 +145,7 @@ def test_the_first_few_of_many_names_are_listed():
 def test_another_shape_is_an_error_that_names_both_and_the_remedy():
     with pytest.raises(ModelError) as caught:
         load_into(Net(classes=2), checkpoint_of(Net(classes=7)), "a.pt")
-    for part in ("a.pt", "head.weight", "(7, 4)", "(2, 4)", "--model-arg", "num_classes"):
+    for part in ("a.pt", "head.weight", "(7, 4)", "(2, 4)", "`model`", "num_classes"):
         assert part in str(caught.value)
 
 
@@ -196,13 +196,13 @@ def test_names_that_differ_by_what_is_in_front_of_all_say_so(prefix_of, said):
 def test_the_networks_of_a_file_that_fit_the_model_are_named():
     state = Net().state_dict()
     both = {f"{network}.{name}": t for network in ("critic", "actor") for name, t in state.items()}
-    with pytest.raises(ModelError, match=r"the one that fits: --key actor, --key critic\.$"):
+    with pytest.raises(ModelError, match=r"the one that fits: `key='actor'`, `key='critic'`\.$"):
         load_into(Net(), both, "step_1.pt")
     both |= {"critic.extra": torch.zeros(1)}
-    with pytest.raises(ModelError, match="--key actor, --key critic"):
+    with pytest.raises(ModelError, match="`key='actor'`, `key='critic'`"):
         load_into(Net(), both, "step_1.pt")
     del both["actor.head.bias"]
-    with pytest.raises(ModelError, match=r"the one that fits: --key critic\.$"):
+    with pytest.raises(ModelError, match=r"the one that fits: `key='critic'`\.$"):
         load_into(Net(), both, "step_1.pt")
 
 

@@ -86,7 +86,7 @@ def test_memory_that_is_too_small_for_one_is_an_error_of_one_line(error):
         )
     assert str(told.value) == (
         "the memory of cpu is too small for a single model. "
-        "Lower --batch-size (now 32), or name another --device."
+        "Lower `batch_size` (now 32), or name another `device`."
     )
     assert told.value.__cause__ is not None
 
