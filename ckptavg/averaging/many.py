@@ -5,13 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
-from ckptavg.averaging.accounts import with_provenance
-from ckptavg.averaging.api import in_memory_many, prepare_many, write_many
+from ckptavg.averaging.pipeline import (
+    WriteOptions,
+    compute_averages,
+    prepare_targets,
+    write_averages,
+)
 from ckptavg.averaging.plan import Average, plan_average
-from ckptavg.averaging.planning.rules import parse_on_nonfinite, require_output
+from ckptavg.averaging.planning.rules import parse_on_nonfinite
 from ckptavg.averaging.remarks import warn_of_stale
 from ckptavg.display.progress import ProgressLike, open_phase
 from ckptavg.errors import OutputError, UsageError, short
@@ -19,7 +24,7 @@ from ckptavg.errors.system import unwritable
 from ckptavg.formats import Checkpoint
 from ckptavg.formats.registry import has_suffix
 from ckptavg.io import paths
-from ckptavg.outputs.target import StateDict
+from ckptavg.outputs.sinks import StateDict
 from ckptavg.runs.run import Run, RunLike, as_run
 
 if TYPE_CHECKING:
@@ -109,7 +114,7 @@ def average_many(
         CkptavgError: As for ``average``.
     """
     run = as_run(run)
-    keep = parse_on_nonfinite(on_nonfinite)
+    options = WriteOptions(overwrite, parse_on_nonfinite(on_nonfinite), digests)
     if not isinstance(averages, Mapping):
         raise UsageError(f"averages are expected by name but got {short(repr(averages))}")
     planned: dict[str, Average] = {}
@@ -119,24 +124,20 @@ def average_many(
         )
     if not planned:
         raise UsageError("no average is asked for")
-    settings: dict[str, Any] = {"order": run.opened, "keep_nonfinite": keep, "stale": False}
+    ordered = list(planned.values())
     result: dict[str, StateDict] | dict[str, Path]
     with open_phase(progress, "averaging", "bytes") as report:
+        options = replace(options, progress=report)
         if out_dir is None:
-            require_output(digests=digests)
-            computed = in_memory_many(list(planned.values()), progress=report, **settings)
-            result = {
-                name: with_provenance(state_dict, average.provenance())
-                for (name, average), state_dict in zip(planned.items(), computed, strict=True)
-            }
+            state_dicts = compute_averages(ordered, options, order=run.opened)
+            result = dict(zip(planned, state_dicts, strict=True))
         else:
             result = {name: Path(out_dir) / _file_name(name, run) for name in planned}
             paths.check_output(out_dir)
             with _directory(Path(out_dir)):
-                outputs = [(planned[name], path) for name, path in result.items()]
-                targets = prepare_many(outputs, overwrite=overwrite, digests=digests)
-                ordered = list(planned.values())
-                write_many(ordered, targets, digests=digests, progress=report, **settings)
+                pairs = list(zip(ordered, result.values(), strict=True))
+                targets = prepare_targets(pairs, options)
+                write_averages(ordered, targets, options, order=run.opened)
     warn_of_stale({name: average.statistics for name, average in planned.items()})
     return result
 

@@ -46,13 +46,12 @@ def log_plans(plans: Sequence[Plan]) -> None:
         log.warning("left out of the output, which cannot hold them: %s", lost)
 
 
-def log_results(plans: Sequence[Plan], results: Sequence[StreamResult], *, stale: bool) -> None:
+def log_results(plans: Sequence[Plan], results: Sequence[StreamResult]) -> None:
     """Log the notes of plans, and the results of the stream that computed the averages.
 
     Args:
         plans: The averages.
         results: The stream's result for each average.
-        stale: True if BatchNorm statistics are not those of the weights.
     """
     log_plans(plans)
     floats = {
@@ -65,8 +64,3 @@ def log_results(plans: Sequence[Plan], results: Sequence[StreamResult], *, stale
             log.info("%s are not averaged but taken from the last checkpoint: %s", kind, which)
     if nonfinite := {name for result in results for name in result.nonfinite}:
         log.warning("not finite and kept: %s", first_few(sorted(nonfinite)))
-    if stale:
-        log.info(
-            "BatchNorm statistics are not those of the averaged weights (stale): recompute them "
-            "with `ckptavg update-bn`, or by --model and --train-data"
-        )

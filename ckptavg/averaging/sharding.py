@@ -32,10 +32,10 @@ from ckptavg.distributed.torchrun import TorchrunGroup
 from ckptavg.errors import OutputError, PeerError, ProcessesError
 from ckptavg.errors.system import unwritable
 from ckptavg.formats.file_layout import Layout, OutputTensor
-from ckptavg.outputs import target as outputs
-from ckptavg.outputs.digests import Leaves
+from ckptavg.outputs.digests import LEAF, Leaves
 from ckptavg.outputs.sinks import FileSink
 from ckptavg.outputs.target import Target
+from ckptavg.outputs.writing import OpenTargets, open_targets
 
 log = logging.getLogger("ckptavg")
 PAGE = 4096  # bytes
@@ -107,7 +107,7 @@ def element_ranges(
     return parts
 
 
-def untied(tensors: Iterable[T], layout: Layout) -> list[T]:
+def expand_ties(tensors: Iterable[T], layout: Layout) -> list[T]:
     """Remove the ties of tensors that have separate places in a layout.
 
     The places of tied tensors may be in the parts of several processes. Each process then computes
@@ -120,27 +120,34 @@ def untied(tensors: Iterable[T], layout: Layout) -> list[T]:
 
 
 @dataclass(frozen=True)
-class Split:
+class ShardedWrite:
     """Outputs that several processes make together.
 
     Args:
         processes: The processes.
         targets: The outputs.
         plans: Plan of each output.
-        grain: Number of elements of a tensor that are not split. Where it is not 1, borders are
-            only near page borders.
     """
 
     processes: TorchrunGroup
     targets: Sequence[Target]
     plans: Sequence[Plan]
-    grain: int = 1
+
+    @property
+    def grain(self) -> int:
+        """Number of elements of a tensor that are not split.
+
+        Where it is not 1, borders are only near page borders.
+        """
+        # A leaf is hashed by a single process.
+        hashed = any(target.provenance.digest is not None for target in self.targets)
+        return LEAF if hashed else 1
 
     @property
     def tensors(self) -> list[list[TensorPlan]]:
         """Plans of each output's tensors, without ties where tied names have separate places."""
         pairs = zip(self.plans, self.targets, strict=True)
-        return [untied(plan.tensors, target.layout) for plan, target in pairs]
+        return [expand_ties(plan.tensors, target.layout) for plan, target in pairs]
 
     @property
     def parts(self) -> dict[tuple[str, int], tuple[int, int]]:
@@ -157,8 +164,8 @@ class Split:
         return parts
 
     @contextmanager
-    def opened(self) -> Iterator[list[FileSink]]:
-        """Open sinks for this process's parts, and publish the outputs once all parts are written.
+    def open(self) -> Iterator[OpenTargets]:
+        """Open the outputs for this process's parts, and publish them once all parts are written.
 
         Raises:
             ProcessesError: The processes have different inputs or outputs, or another process has
@@ -166,12 +173,9 @@ class Split:
             OutputError: An output cannot be written. Nothing is published then.
         """
         self._agree()
-        targets = [
-            replace(target, tensors=untied(target.tensors, target.layout))
-            for target in self.targets
-        ]
-        with self._first(targets) if self.processes.rank == 0 else self._other(targets) as sinks:
-            yield sinks
+        with self._create() if self.processes.rank == 0 else self._join() as outputs:
+            yield outputs
+            self._gather_leaves(outputs.leaves)
         try:
             self.processes.gather("published")
         except PeerError as error:
@@ -226,8 +230,10 @@ class Split:
                 outcome.gram = gram if outcome.gram is None else outcome.gram + gram
         return outcome
 
-    def unite(self, leaves: Sequence[Leaves]) -> None:
+    def _gather_leaves(self, leaves: Sequence[Leaves]) -> None:
         """Merge the digests of leaves that all processes have hashed of the same tensors."""
+        if not leaves:
+            return
         # Compressed, since the leaves of other processes are zeros. Messages are text.
         messages: list[dict[int, str]] = []
         for digests in leaves:
@@ -246,33 +252,36 @@ class Split:
         return {key: (0, 0 if self.processes.rank else key[1]) for key in keys}
 
     @contextmanager
-    def _first(self, targets: Sequence[Target]) -> Iterator[list[FileSink]]:
+    def _create(self) -> Iterator[OpenTargets]:
         """Create the files as the first process, and publish them after all processes are done."""
-        with outputs.opened(targets) as sinks:
+        with open_targets(self.targets, self._written_tensors()) as outputs:
+            files = [writer.files for writer in outputs.writers]
             # On network file systems, other hosts see the files only once they are flushed.
-            for sink in sinks:
+            for sink in files:
                 sink.flush()
-            self.processes.gather([str(sink.root) for sink in sinks])
-            yield sinks
+            self.processes.gather([str(sink.root) for sink in files])
+            yield outputs
             for rank_checksums in self.processes.gather([])[1:]:
-                for sink, checksums in zip(sinks, rank_checksums, strict=True):
+                for sink, checksums in zip(files, rank_checksums, strict=True):
                     sink.take_checksums(checksums)
 
     @contextmanager
-    def _other(self, targets: Sequence[Target]) -> Iterator[list[FileSink]]:
+    def _join(self) -> Iterator[OpenTargets]:
         """Open the files that the first process has created, and write this process's parts."""
-        roots = map(Path, self.processes.gather([])[0])
-        with ExitStack() as files, _as_output_errors(targets):
-            sinks = [
-                files.enter_context(
-                    FileSink(target.layout, root, target.tensors, path=target.path, made=True)
-                )
-                for target, root in zip(targets, roots, strict=True)
-            ]
-            yield sinks
-            for sink in sinks:
+        roots = self.processes.gather([])[0]
+        with ExitStack() as open_files, _as_output_errors(self.targets):
+            files: list[FileSink] = []
+            tensors = self._written_tensors()
+            for target, root, names in zip(self.targets, roots, tensors, strict=True):
+                sink = FileSink(target.layout, Path(root), names, path=target.path, join=True)
+                files.append(open_files.enter_context(sink))
+            yield OpenTargets.of(self.targets, files)
+            for sink in files:
                 sink.flush()
-            self.processes.gather([sink.checksums() for sink in sinks])
+            self.processes.gather([sink.checksums() for sink in files])
+
+    def _written_tensors(self) -> list[list[OutputTensor]]:
+        return [expand_ties(target.tensors, target.layout) for target in self.targets]
 
     def _agree(self) -> None:
         """Make sure that all processes have the same inputs, plans and outputs.

@@ -13,8 +13,7 @@ from ckptavg.averaging.planning.tensor_plan import Plan, TensorPlan
 from ckptavg.averaging.read_groups import Job
 from ckptavg.averaging.stream import start_threads, stream
 from ckptavg.formats import Checkpoint
-from ckptavg.outputs.sinks import MemorySink, Sink
-from ckptavg.outputs.target import StateDict
+from ckptavg.outputs.sinks import MemorySink, Sink, StateDict
 
 # Follows a weight's name for the last checkpoint's own. No tensor's name has a NUL.
 _LAST = "\0last"

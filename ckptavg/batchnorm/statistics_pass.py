@@ -10,7 +10,6 @@ from typing import Any, get_args
 from torch import nn
 
 from ckptavg.averaging.accounts import Weights
-from ckptavg.averaging.plan import Average
 from ckptavg.batchnorm.norm_layers import never_trained_layers, tracked_layers
 from ckptavg.batchnorm.norm_layers import statistics_of as buffers_of_statistics
 from ckptavg.batchnorm.update import BatchNormResult, recompute
@@ -132,11 +131,6 @@ def uncounted_layers(checkpoint: Checkpoint | Weights, model: nn.Module) -> list
     return [
         n for n in layers if counts[n] in names_in_model and counts[n] not in checkpoint.tensors
     ]
-
-
-def layers_of(averages: Iterable[Average]) -> list[str]:
-    """List the layers with running statistics in any of the averages."""
-    return list(dict.fromkeys(layer for planned in averages for layer in planned.statistics.layers))
 
 
 def _with_constant_layers(statistics: Statistics, model: nn.Module) -> Statistics:

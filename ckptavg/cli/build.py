@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from ckptavg.batchnorm.checkpoints import Pass
+from ckptavg.batchnorm.recompute import StatisticsPass
 from ckptavg.cli.options.running import RunningOptions, Source
 from ckptavg.data.loaders import Progress, Subset, open_loader, shard_loader
 from ckptavg.data.seeding import seed_all
@@ -128,7 +128,7 @@ def build_statistics_pass(
     checkpoints: Iterable[Checkpoint],
     processes: TorchrunGroup | None,
     progress: Progress = lambda *_: None,
-) -> Pass:
+) -> StatisticsPass:
     """Prepare the pass over ``--train-data`` that recomputes statistics.
 
     Args:
@@ -142,7 +142,7 @@ def build_statistics_pass(
     forward = build_forward(running)
     model, runtime = build_model(running, source, task)
     training = open_training_data(running, source, runtime, processes)
-    return Pass(
+    return StatisticsPass(
         model,
         training,
         runtime,

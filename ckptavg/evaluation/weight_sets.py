@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from ckptavg.averaging import api
 from ckptavg.averaging.accounts import Weights
+from ckptavg.averaging.compute import as_average, compute_state_dicts, read_state_dict
 from ckptavg.averaging.plan import Average
 from ckptavg.batchnorm.model_state import stop_observers
 from ckptavg.batchnorm.statistics_pass import statistics_of
@@ -20,7 +20,7 @@ from ckptavg.formats import Checkpoint
 from ckptavg.formats.running_statistics import Statistics
 from ckptavg.models.device import Runtime
 from ckptavg.models.load import load_into
-from ckptavg.outputs.target import StateDict
+from ckptavg.outputs.sinks import StateDict
 
 
 @dataclass(eq=False)
@@ -152,7 +152,7 @@ def load_models(
         if isinstance(weight_set.source, Weights):
             tensors = dict(weight_set.source.tensors)
         elif isinstance(weight_set.source, Checkpoint) and source_id not in weights:
-            tensors = api.load(weight_set.source)
+            tensors = read_state_dict(weight_set.source)
         elif uses_left[source_id]:
             tensors = weights[source_id]
         else:
@@ -175,8 +175,8 @@ def _read_together(group: Sequence[WeightSet], *, keep_nonfinite: bool) -> dict[
         return {}
     averages = []
     for source in sources.values():
-        averages.append(source if isinstance(source, Average) else api.alone(source))
-    state_dicts = api.in_memory_many(averages, keep_nonfinite=keep_nonfinite, stale=False)
+        averages.append(source if isinstance(source, Average) else as_average(source))
+    state_dicts = compute_state_dicts(averages, keep_nonfinite=keep_nonfinite)
     return dict(zip(sources, state_dicts, strict=True))
 
 

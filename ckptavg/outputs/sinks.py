@@ -20,6 +20,8 @@ from ckptavg.errors.system import unwritable
 from ckptavg.formats.file_layout import FileLayout, Layout, OutputTensor
 from ckptavg.io import copying
 
+StateDict = dict[str, torch.Tensor]
+
 
 class Sink(Protocol):
     """Receiver of the blocks of an average, from several threads and in any order."""
@@ -45,7 +47,7 @@ class MemorySink:
     """
 
     def __init__(self, tensors: Iterable[OutputTensor]) -> None:
-        self.state_dict: dict[str, torch.Tensor] = {}
+        self.state_dict: StateDict = {}
         self._bytes: dict[str, torch.Tensor] = {}
         # Ordinary tensors of the CPU, whatever mode and default device the caller has.
         with torch.inference_mode(mode=False):
@@ -84,7 +86,7 @@ class FileSink:
         tensors: The tensors that will be written. A tied name is written at each place that the
             layout has for it.
         path: Path of the output in error messages; ``root`` where None.
-        made: True if another process has created the files, and this process only fills its part.
+        join: True to open files that another process has created, and to write a part of them.
 
     Attributes:
         root: The output file, or the directory of the layout's files.
@@ -97,12 +99,12 @@ class FileSink:
         tensors: Iterable[OutputTensor],
         *,
         path: Path | None = None,
-        made: bool = False,
+        join: bool = False,
     ) -> None:
         self.root = root
         self._path = path or root
         self._layout = layout
-        self._made = made
+        self._join = join
         self._tied: dict[str, list[str]] = {}
         # Name → the tensor whose bytes it has: itself, or the first of the tied names.
         self._first: dict[str, OutputTensor] = {}
@@ -122,7 +124,7 @@ class FileSink:
         try:
             for file in self._layout.files:
                 self._prepare(file)
-            if not self._made:
+            if not self._join:
                 self._write_companions()
         except BaseException:
             with suppress(OutputError):
@@ -230,16 +232,17 @@ class FileSink:
 
     def _prepare(self, file: FileLayout) -> None:
         path = self.root / file.name if file.name else self.root
-        if not self._made:
-            _make_directory(path.parent)
-        create = 0 if self._made else os.O_CREAT
         # O_BINARY exists on Windows alone, which would translate line ends without it.
-        handle = os.open(path, os.O_WRONLY | create | getattr(os, "O_BINARY", 0), 0o666)
+        flags = os.O_WRONLY | getattr(os, "O_BINARY", 0)
+        if not self._join:
+            _make_directory(path.parent)
+            flags |= os.O_CREAT
+        handle = os.open(path, flags, 0o666)
         self._handles.append(handle)
-        if not self._made:
+        if not self._join:
             _preallocate(handle, file.size)
-        for offset, content in () if self._made else file.parts:
-            self._write_at(handle, memoryview(content), offset)
+            for offset, content in file.parts:
+                self._write_at(handle, memoryview(content), offset)
         for name, offset in file.offsets.items():
             self._targets.setdefault(name, []).append((handle, offset))
         self._crcs |= {self._first[name].name: {} for name in file.checksums}

@@ -1,16 +1,13 @@
-"""Outputs: laid out and checked before any work, opened together, published when complete."""
+"""Outputs: laid out, and checked for permission and room, before any work."""
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from ckptavg.errors import CkptavgError, OutputError, UsageError, first_few
 from ckptavg.errors.system import guard_reads, guard_writes
@@ -18,7 +15,6 @@ from ckptavg.formats import Checkpoint, is_checkpoint_directory, open_checkpoint
 from ckptavg.formats.file_layout import Layout, OutputTensor
 from ckptavg.formats.provenance import Provenance
 from ckptavg.formats.registry import lay_out
-from ckptavg.io.atomic import Publication
 from ckptavg.io.output_paths import (
     check_no_input,
     check_replaceable,
@@ -27,12 +23,9 @@ from ckptavg.io.output_paths import (
     follow,
 )
 from ckptavg.io.paths import Location, RemotePath, check_output, is_url
-from ckptavg.io.stamp import changed
-from ckptavg.outputs import digests
-from ckptavg.outputs.sinks import FileSink
+from ckptavg.outputs.provenance import with_digests
 
 log = logging.getLogger("ckptavg")
-StateDict = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -40,7 +33,7 @@ class Target:
     """An output that has been checked: there is permission and room to write the output.
 
     Attributes:
-        path: Path of the output.
+        out: Path of the output as given. The suffix or a slash at the end decides the format.
         tensors: Tensors of the output, under bare names.
         layout: Files of the output, and the position of each tensor in the files.
         overwrite: True if an existing output is replaced.
@@ -48,15 +41,23 @@ class Target:
         template: The checkpoint whose layout and configuration the output follows.
         replaceable: Files that may be removed from an existing directory at the path, by their
             paths below the directory.
+        sources: The checkpoints that the provenance lists, in its order, where the output records
+            digests of them.
     """
 
-    path: Path
+    out: str
     tensors: Sequence[OutputTensor]
     layout: Layout
     overwrite: bool
     provenance: Provenance
     template: Checkpoint
     replaceable: frozenset[str] = frozenset()
+    sources: Sequence[Checkpoint] = ()
+
+    @property
+    def path(self) -> Path:
+        """Path of the output."""
+        return Path(self.out)
 
 
 def prepare(
@@ -69,6 +70,7 @@ def prepare(
     companions: Mapping[str, bytes] | None = None,
     overwrite: bool = False,
     neighbours: Iterable[Location] = (),
+    hashed: Sequence[Checkpoint] = (),
 ) -> Target:
     """Lay an output out, and check permission and room before any work.
 
@@ -84,6 +86,8 @@ def prepare(
         overwrite: Replace an existing output.
         neighbours: Files of the inputs' runs, selected or not. Of these files the output may
             replace only an average.
+        hashed: The checkpoints that the provenance lists, in its order, to record digests of these
+            and of the output; empty to record none.
 
     Raises:
         OutputError: The output may not be written, or there is too little room.
@@ -101,6 +105,8 @@ def prepare(
     check_target(path, overwrite=overwrite)
     # The provenance may be copied from an input, whose list of files is not this output's.
     provenance = provenance.with_files([])
+    if hashed:
+        provenance = with_digests(provenance, hashed)
     layout = _lay_out(out, tensors, provenance, inputs[-1], companions or {})
     replaceable = frozenset[str]()
     if layout.directory:
@@ -112,7 +118,23 @@ def prepare(
     check_room(path, layout.size)
     if path.is_symlink():
         log.info("%s is a link: %s is written", path, follow(path))
-    return Target(path, tensors, layout, overwrite, provenance, inputs[-1], replaceable)
+    return Target(
+        os.fspath(out), tensors, layout, overwrite, provenance, inputs[-1], replaceable, hashed
+    )
+
+
+def lay_out_target(target: Target, provenance: Provenance) -> Layout:
+    """Lay an output out anew with another provenance.
+
+    Args:
+        target: The output.
+        provenance: The new provenance.
+
+    Raises:
+        CheckpointError: The checkpoint that the output follows cannot be read.
+    """
+    companions = target.layout.companions
+    return _lay_out(target.out, target.tensors, provenance, target.template, companions)
 
 
 def _lay_out(
@@ -213,135 +235,3 @@ def check_together(targets: Sequence[Target]) -> None:
             device = path.parent.stat().st_dev
         rooms[device] = rooms.get(device, 0) + target.layout.size
         check_room(path, rooms[device])
-
-
-@contextmanager
-def opened(targets: Sequence[Target]) -> Iterator[list[FileSink]]:
-    """Open sinks for outputs, and publish the outputs once all are complete.
-
-    Raises:
-        OutputError: An output cannot be written. Outputs that are not published yet are dropped.
-    """
-    with ExitStack() as publications:
-        written = [
-            publications.enter_context(
-                Publication(
-                    t.path,
-                    directory=t.layout.directory,
-                    overwrite=t.overwrite,
-                    replaceable=t.replaceable,
-                )
-            )
-            for t in targets
-        ]
-        with ExitStack() as files:
-            sinks = [
-                files.enter_context(
-                    FileSink(t.layout, publication.temporary, t.tensors, path=t.path)
-                )
-                for t, publication in zip(targets, written, strict=True)
-            ]
-            yield sinks
-            for sink in sinks:
-                sink.finish()
-        _publish(targets, written)
-    for note in dict.fromkeys(note for t in targets for note in t.layout.notes):
-        log.info(note)
-
-
-def _publish(targets: Sequence[Target], written: Sequence[Publication]) -> None:
-    """Move outputs to the final paths.
-
-    Raises:
-        OutputError: An output cannot be published. The message names the published outputs.
-    """
-    # All paths are checked before any output is published. The first output needs no check here:
-    # its own publication makes the check, before anything is published.
-    for target in targets[1:]:
-        if not target.overwrite and os.path.lexists(target.path):
-            raise OutputError(
-                f"{target.path} has appeared while it was being made",
-                "Pass --overwrite (in Python overwrite=True) to replace it.",
-            )
-    published: list[str] = []
-    for target, publication in zip(targets, written, strict=True):
-        try:
-            publication.publish()
-        except OutputError as error:
-            if published:
-                error.message += f" ({first_few(published)} had been written)"
-            raise
-        published.append(str(target.path))
-
-
-def fill(
-    target: Target,
-    file: FileSink | None,
-    state_dict: Mapping[str, torch.Tensor],
-    provenance: Provenance,
-) -> Provenance:
-    """Write tensors that are in memory into an opened output.
-
-    Args:
-        target: The output.
-        file: The output's sink; None where another process writes the output.
-        state_dict: The output's tensors, under bare names.
-        provenance: The output's provenance. A digest in it is replaced by that of the tensors.
-
-    Returns:
-        The provenance as written.
-    """
-    if file is None:
-        return provenance
-    sink = digests.OutputDigest(file, target.tensors) if provenance.digest is not None else file
-    for tensor in target.tensors:
-        if tensor.tied_to is None and state_dict[tensor.name].numel():
-            # The bytes are passed by their address: NumPy, the usual way, lacks bfloat16.
-            values = state_dict[tensor.name].detach().cpu().contiguous()
-            raw = (ctypes.c_uint8 * values.nbytes).from_address(values.data_ptr())
-            sink.write(tensor.name, 0, memoryview(raw).cast("B"))
-    if isinstance(sink, digests.OutputDigest):
-        provenance = provenance.with_digest(sink.digest)
-        rewrite_provenance(target, file, provenance)
-    return provenance
-
-
-def change_provenance(target: Target, file: FileSink | None, provenance: Provenance) -> Target:
-    """Replace an output's provenance by one of any length, while no tensor has been written.
-
-    Args:
-        target: The output, opened.
-        file: The output's sink; None where another process writes the output.
-        provenance: The new provenance.
-
-    Returns:
-        The output with the new provenance and a layout for it.
-
-    Raises:
-        OutputError: There is not enough room.
-    """
-    if provenance == target.provenance:
-        return target
-    provenance = provenance.with_checksum()
-    companions = target.layout.companions
-    layout = _lay_out(target.path, target.tensors, provenance, target.template, companions)
-    if file is not None:
-        file.begin_anew(layout)
-    return replace(target, layout=layout, provenance=provenance)
-
-
-def rewrite_provenance(target: Target, sink: FileSink, provenance: Provenance) -> None:
-    """Replace the provenance of an output that is being written by one of the same length.
-
-    Args:
-        target: The output, opened.
-        sink: The output's sink.
-        provenance: The new provenance.
-
-    Raises:
-        CheckpointError: The layout would be different now: the template has changed.
-    """
-    layout = lay_out(os.fspath(target.path), target.tensors, provenance, target.template)
-    if not target.layout.fits(layout):
-        raise changed(target.template.path)
-    sink.replace(layout)

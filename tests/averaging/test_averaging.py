@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import ckptavg
 from ckptavg import average, average_many, open_run
 from ckptavg.averaging.accounts import provenance_of
-from ckptavg.averaging.api import load
+from ckptavg.averaging.compute import read_state_dict
 from ckptavg.averaging.plan import plan_average
 from ckptavg.batchnorm.checkpoints import prepare_copy
 from ckptavg.cli import main
@@ -39,8 +39,7 @@ from ckptavg.errors import (
 )
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.provenance import Provenance
-from ckptavg.outputs.target import fill
-from ckptavg.outputs.target import opened as opened_outputs
+from ckptavg.outputs.writing import open_targets
 
 OUTPUTS = ["swa.safetensors", "swa.pt", "swa"]
 
@@ -257,7 +256,7 @@ def test_an_output_holds_the_bits_of_the_average_in_memory(run_dir, tmp_path, na
 def test_an_output_loads_as_the_inputs_did(run_dir, tmp_path, name):
     out = open_checkpoint(average(open_run(run_dir), out=tmp_path / name))
     expected = average(open_run(run_dir))
-    assert all(same_bits(t, expected[name]) for name, t in load(out).items())
+    assert all(same_bits(t, expected[name]) for name, t in read_state_dict(out).items())
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".ckpt", ".bin", ".pt.tar"])
@@ -351,8 +350,9 @@ def test_state_in_memory_is_written_with_its_ties(tmp_path):
     target = prepare_copy(
         checkpoint, tmp_path / "out.pt", Provenance({"checkpoints": []}), overwrite=False
     )
-    with opened_outputs([target]) as (file,):
-        assert fill(target, file, state, target.provenance).entries == {"checkpoints": []}
+    with open_targets([target]) as outputs:
+        outputs.writers[0].write_state_dict(state)
+    assert outputs.provenances[0].entries == {"checkpoints": []}
     found = read(tmp_path / "out.pt")
     assert all(same_bits(found[name], t) for name, t in state.items())
     assert found["a"].data_ptr() == found["b"].data_ptr()
@@ -422,7 +422,7 @@ def normalized_net(directory):
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_averaged_running_statistics_are_marked_stale(tmp_path, name):
     run = open_run(normalized_net(tmp_path / "run"))
-    statistics = [load(c)["1.running_var"].double() for c in run]
+    statistics = [read_state_dict(c)["1.running_var"].double() for c in run]
     with pytest.warns(StaleStatisticsWarning, match="stale"):
         out = average(run, out=tmp_path / name)
     assert account(out)["bn"] == "stale"

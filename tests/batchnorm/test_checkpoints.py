@@ -7,14 +7,18 @@ import pytest
 import torch
 from helpers import average_by_hand, counted_reads, listing, opened, same_bits, save
 from norm_network import BATCHES, RUNTIME, Net, X, state_of
+from recomputed import write_averages
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from ckptavg import open_checkpoint
-from ckptavg.averaging.api import load
+from ckptavg.averaging import pipeline
+from ckptavg.averaging.compute import read_state_dict
+from ckptavg.averaging.pipeline import WriteOptions, prepare_targets
 from ckptavg.averaging.plan import plan_average
-from ckptavg.batchnorm import checkpoints as refresh
-from ckptavg.batchnorm.checkpoints import Pass, update_checkpoint, write_averages
+from ckptavg.batchnorm import recompute
+from ckptavg.batchnorm.checkpoints import update_checkpoint
+from ckptavg.batchnorm.recompute import StatisticsPass
 from ckptavg.data.loaders import open_loader
 from ckptavg.errors import (
     BatchNormError,
@@ -23,6 +27,7 @@ from ckptavg.errors import (
     NonFiniteError,
     OutputError,
 )
+from ckptavg.outputs.writing import OutputWriter
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -62,7 +67,7 @@ def is_statistic(name):
 
 def assert_refreshed(path, state, **tolerance):
     """The file has the weights of the state, to the last bit, and its statistics for X."""
-    found = load(open_checkpoint(path))
+    found = read_state_dict(open_checkpoint(path))
     assert found.keys() == state.keys()
     for name in state:
         if not is_statistic(name):
@@ -112,7 +117,9 @@ OUTPUTS = ("out.safetensors", "out.pt")
 def test_a_checkpoint_is_copied_with_its_statistics_recomputed(tmp_path, name, source):
     state = state_of(1)
     checkpoint = open_checkpoint(save(tmp_path / f"in{source}", state))
-    result, _ = update_checkpoint(checkpoint, tmp_path / name, Pass(Net(), BATCHES, RUNTIME))
+    result, _ = update_checkpoint(
+        checkpoint, tmp_path / name, StatisticsPass(Net(), BATCHES, RUNTIME)
+    )
     found = assert_refreshed(tmp_path / name, state)
     assert found["norm.num_batches_tracked"] == 4
     assert (result.layers, result.batches, result.samples) == (1, 4, 50)
@@ -121,14 +128,16 @@ def test_a_checkpoint_is_copied_with_its_statistics_recomputed(tmp_path, name, s
 def test_the_input_is_left_as_it_is(tmp_path):
     path = save(tmp_path / "in.pt", state_of(1))
     before = path.read_bytes()
-    update_checkpoint(open_checkpoint(path), tmp_path / "out.pt", Pass(Net(), BATCHES, RUNTIME))
+    update_checkpoint(
+        open_checkpoint(path), tmp_path / "out.pt", StatisticsPass(Net(), BATCHES, RUNTIME)
+    )
     assert path.read_bytes() == before
     assert listing(tmp_path) == ["in.pt", "out.pt"]
 
 
 def test_the_output_loads_where_the_input_loaded(tmp_path):
     checkpoint = open_checkpoint(save(tmp_path / "in.pt", state_of(1)))
-    update_checkpoint(checkpoint, tmp_path / "out.pt", Pass(Net(), BATCHES, RUNTIME))
+    update_checkpoint(checkpoint, tmp_path / "out.pt", StatisticsPass(Net(), BATCHES, RUNTIME))
     model = Net()
     model.load_state_dict(torch.load(tmp_path / "out.pt", weights_only=True)["state_dict"])
     expected = statistics_by_hand(state_of(1))["norm.running_mean"]
@@ -139,7 +148,7 @@ def test_the_output_loads_where_the_input_loaded(tmp_path):
 def test_the_types_of_the_checkpoint_are_kept(tmp_path, dtype):
     state = state_of(1, dtype=dtype)
     checkpoint = open_checkpoint(save(tmp_path / "in.pt", state))
-    update_checkpoint(checkpoint, tmp_path / "out.pt", Pass(Net(), BATCHES, RUNTIME))
+    update_checkpoint(checkpoint, tmp_path / "out.pt", StatisticsPass(Net(), BATCHES, RUNTIME))
     precision = max(torch.finfo(dtype).eps, 1e-5)
     assert_refreshed(tmp_path / "out.pt", state, rtol=precision, atol=precision)
 
@@ -148,7 +157,7 @@ def test_a_checkpoint_without_num_batches_tracked_stays_without_it(tmp_path):
     state = state_of(1)
     del state["norm.num_batches_tracked"]
     checkpoint = open_checkpoint(save(tmp_path / "in.pt", state))
-    update_checkpoint(checkpoint, tmp_path / "out.pt", Pass(Net(), BATCHES, RUNTIME))
+    update_checkpoint(checkpoint, tmp_path / "out.pt", StatisticsPass(Net(), BATCHES, RUNTIME))
     assert_refreshed(tmp_path / "out.pt", state)
 
 
@@ -156,14 +165,14 @@ def test_a_checkpoint_without_num_batches_tracked_stays_without_it(tmp_path):
 def test_a_wrapped_checkpoint_is_written_under_bare_names(tmp_path, wrapper):
     wrapped = {wrapper + name: value for name, value in state_of(1).items()}
     checkpoint = open_checkpoint(save(tmp_path / "in.pt", wrapped))
-    update_checkpoint(checkpoint, tmp_path / "out.pt", Pass(Net(), BATCHES, RUNTIME))
+    update_checkpoint(checkpoint, tmp_path / "out.pt", StatisticsPass(Net(), BATCHES, RUNTIME))
     assert_refreshed(tmp_path / "out.pt", state_of(1))
 
 
 def test_a_wrapped_model_refreshes_a_bare_checkpoint(tmp_path):
     checkpoint = open_checkpoint(save(tmp_path / "in.pt", state_of(1)))
     model = nn.DataParallel(Net())
-    update_checkpoint(checkpoint, tmp_path / "out.pt", Pass(model, BATCHES, RUNTIME))
+    update_checkpoint(checkpoint, tmp_path / "out.pt", StatisticsPass(model, BATCHES, RUNTIME))
     assert_refreshed(tmp_path / "out.pt", state_of(1))
 
 
@@ -174,8 +183,8 @@ def test_a_layer_under_two_names_is_refreshed_under_both(tmp_path, name, held):
     state = TwoNames().state_dict()
     kept = {k: v for k, v in state.items() if k.startswith((*held, "body"))}
     checkpoint = open_checkpoint(save(tmp_path / "in.pt", kept))
-    update_checkpoint(checkpoint, tmp_path / name, Pass(TwoNames(), BATCHES, RUNTIME))
-    found = load(open_checkpoint(tmp_path / name))
+    update_checkpoint(checkpoint, tmp_path / name, StatisticsPass(TwoNames(), BATCHES, RUNTIME))
+    found = read_state_dict(open_checkpoint(tmp_path / name))
     for layer in held:
         for statistic in ("running_mean", "running_var"):
             expected = statistics_by_hand(state)[f"norm.{statistic}"].float()
@@ -186,7 +195,7 @@ def test_a_directory_is_copied_with_its_configuration(tmp_path):
     save(tmp_path / "in" / "model.safetensors", state_of(1))
     (tmp_path / "in" / "config.json").write_text('{"model_type": "net"}')
     checkpoint = open_checkpoint(tmp_path / "in")
-    update_checkpoint(checkpoint, tmp_path / "out", Pass(Net(), BATCHES, RUNTIME))
+    update_checkpoint(checkpoint, tmp_path / "out", StatisticsPass(Net(), BATCHES, RUNTIME))
     assert_refreshed(tmp_path / "out", state_of(1))
     assert (tmp_path / "out" / "config.json").read_text() == '{"model_type": "net"}'
     assert open_checkpoint(tmp_path / "out").provenance.bn == "recomputed"
@@ -196,7 +205,7 @@ def test_a_dataset_passes_in_the_runtimes_batches(tmp_path):
     checkpoint = open_checkpoint(save(tmp_path / "in.pt", state_of(1)))
     told = []
     loader = open_loader(TensorDataset(X), RUNTIME, shuffle=True)
-    how = Pass(Net(), loader, RUNTIME, progress=lambda *at: told.append(at))
+    how = StatisticsPass(Net(), loader, RUNTIME, progress=lambda *at: told.append(at))
     update_checkpoint(checkpoint, tmp_path / "out.pt", how)
     assert_refreshed(tmp_path / "out.pt", state_of(1))
     assert [total for _, total in told] == [len(X)] * 4
@@ -206,7 +215,7 @@ def test_a_dataset_passes_in_the_runtimes_batches(tmp_path):
 def test_a_forward_of_the_users_runs_the_batches(tmp_path):
     checkpoint = open_checkpoint(save(tmp_path / "in.pt", state_of(1)))
     batches = [{"image": x} for x in BATCHES]
-    how = Pass(Net(), batches, RUNTIME, lambda model, batch: model(batch["image"]))
+    how = StatisticsPass(Net(), batches, RUNTIME, lambda model, batch: model(batch["image"]))
     update_checkpoint(checkpoint, tmp_path / "out.pt", how)
     assert_refreshed(tmp_path / "out.pt", state_of(1))
 
@@ -216,7 +225,7 @@ def test_a_forward_of_the_users_runs_the_batches(tmp_path):
 
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_an_average_is_written_with_its_statistics_recomputed(tmp_path, planned, states, name):
-    result, _ = write_average(planned, tmp_path / name, Pass(Net(), BATCHES, RUNTIME))
+    result, _ = write_average(planned, tmp_path / name, StatisticsPass(Net(), BATCHES, RUNTIME))
     assert_refreshed(tmp_path / name, average_of(states))
     assert result.layers == 1
 
@@ -224,7 +233,7 @@ def test_an_average_is_written_with_its_statistics_recomputed(tmp_path, planned,
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_an_average_keeps_the_type_that_was_asked_for(tmp_path, checkpoints, states, dtype):
     planned = plan_average(checkpoints, dtype=dtype)
-    write_average(planned, tmp_path / "out.pt", Pass(Net(), BATCHES, RUNTIME))
+    write_average(planned, tmp_path / "out.pt", StatisticsPass(Net(), BATCHES, RUNTIME))
     kind = getattr(torch, dtype)
     precision = max(torch.finfo(kind).eps, 1e-5)
     assert_refreshed(tmp_path / "out.pt", average_of(states, kind), rtol=precision, atol=precision)
@@ -235,7 +244,7 @@ def test_the_progress_of_both_phases_is_told(tmp_path, planned):
     write_average(
         planned,
         tmp_path / "out.pt",
-        Pass(Net(), BATCHES, RUNTIME, progress=lambda *at: passed.append(at)),
+        StatisticsPass(Net(), BATCHES, RUNTIME, progress=lambda *at: passed.append(at)),
         progress=lambda *at: read.append(at),
     )
     assert read[-1][0] == read[-1][1] > 0
@@ -246,7 +255,7 @@ def test_the_progress_of_both_phases_is_told(tmp_path, planned):
 
 
 def test_an_average_says_that_its_statistics_are_recomputed(tmp_path, planned, checkpoints):
-    write_average(planned, tmp_path / "out.pt", Pass(Net(), BATCHES, RUNTIME))
+    write_average(planned, tmp_path / "out.pt", StatisticsPass(Net(), BATCHES, RUNTIME))
     made = open_checkpoint(tmp_path / "out.pt").provenance
     assert made.bn == "recomputed"
     assert made.scheme == "uniform"
@@ -256,18 +265,20 @@ def test_an_average_says_that_its_statistics_are_recomputed(tmp_path, planned, c
 
 def test_a_checkpoint_says_what_it_was_made_of(tmp_path):
     checkpoint = open_checkpoint(save(tmp_path / "in.pt", state_of(1)))
-    update_checkpoint(checkpoint, tmp_path / "out.safetensors", Pass(Net(), BATCHES, RUNTIME))
+    update_checkpoint(
+        checkpoint, tmp_path / "out.safetensors", StatisticsPass(Net(), BATCHES, RUNTIME)
+    )
     made = open_checkpoint(tmp_path / "out.safetensors").provenance
     assert made.bn == "recomputed"
     assert [source.path for source in made.inputs] == [str(tmp_path / "in.pt")]
 
 
 def test_an_average_that_is_refreshed_later_keeps_its_history(tmp_path, planned, states):
-    from ckptavg.averaging import api
-
-    api.write(planned, tmp_path / "stale.pt")
+    options = WriteOptions()
+    targets = prepare_targets([(planned, tmp_path / "stale.pt")], options)
+    pipeline.write_averages([planned], targets, options)
     stale = open_checkpoint(tmp_path / "stale.pt")
-    update_checkpoint(stale, tmp_path / "fresh.pt", Pass(Net(), BATCHES, RUNTIME))
+    update_checkpoint(stale, tmp_path / "fresh.pt", StatisticsPass(Net(), BATCHES, RUNTIME))
     assert_refreshed(tmp_path / "fresh.pt", average_of(states))
     made = open_checkpoint(tmp_path / "fresh.pt").provenance
     assert (stale.provenance.bn, made.bn) == ("stale", "recomputed")
@@ -276,7 +287,7 @@ def test_an_average_that_is_refreshed_later_keeps_its_history(tmp_path, planned,
 
 def test_nothing_is_said_of_stale_statistics(tmp_path, planned, caplog):
     caplog.set_level("INFO", "ckptavg")
-    write_average(planned, tmp_path / "out.pt", Pass(Net(), BATCHES, RUNTIME))
+    write_average(planned, tmp_path / "out.pt", StatisticsPass(Net(), BATCHES, RUNTIME))
     assert "stale" not in caplog.text
 
 
@@ -287,7 +298,7 @@ def refreshed(kind, planned, checkpoint, out, model, data, **keywords):
     write, what = {"average": (write_average, planned), "copy": (update_checkpoint, checkpoint)}[
         kind
     ]
-    return write(what, out, Pass(model, data, RUNTIME), **keywords)
+    return write(what, out, StatisticsPass(model, data, RUNTIME), **keywords)
 
 
 @pytest.fixture(params=["average", "copy"])
@@ -357,11 +368,13 @@ def test_a_model_without_batchnorm_has_nothing_to_recompute(tmp_path, caplog):
     caplog.set_level("INFO", "ckptavg")
     state = nn.Linear(4, 3).state_dict()
     checkpoint = open_checkpoint(save(tmp_path / "in.pt", state))
-    how = Pass(nn.Linear(4, 3), BATCHES, RUNTIME)
+    how = StatisticsPass(nn.Linear(4, 3), BATCHES, RUNTIME)
     result, made = update_checkpoint(checkpoint, tmp_path / "out.pt", how)
     assert (result.layers, made.bn) == (0, "none")
     assert "nothing to recompute" in caplog.text
-    assert torch.equal(load(open_checkpoint(tmp_path / "out.pt"))["weight"], state["weight"])
+    assert torch.equal(
+        read_state_dict(open_checkpoint(tmp_path / "out.pt"))["weight"], state["weight"]
+    )
 
 
 def test_statistics_too_large_for_their_type_are_an_error(tmp_path):
@@ -373,7 +386,9 @@ def test_statistics_too_large_for_their_type_are_an_error(tmp_path):
     data = [1e4 * torch.randn(50, 2)]
     with pytest.raises(NonFiniteError, match=r"0\.running_var is too large for float16"):
         update_checkpoint(
-            open_checkpoint(tmp_path / "half.pt"), tmp_path / "out.pt", Pass(model, data, RUNTIME)
+            open_checkpoint(tmp_path / "half.pt"),
+            tmp_path / "out.pt",
+            StatisticsPass(model, data, RUNTIME),
         )
     assert not (tmp_path / "out.pt").exists()
 
@@ -406,13 +421,13 @@ def averages(checkpoints):
 
 def write_all(averages, directory, model=None, data=BATCHES, **care):
     directory.mkdir(exist_ok=True)
-    how = Pass(model or Net(), data, RUNTIME)
+    how = StatisticsPass(model or Net(), data, RUNTIME)
     return write_averages(averages, [directory / name for name in NAMES], how, **care)
 
 
 def fitting(monkeypatch, count):
     """Let memory hold so many averages: each is there twice."""
-    monkeypatch.setattr(refresh, "count_models_that_fit", lambda *_: 2 * count)
+    monkeypatch.setattr(recompute, "count_models_that_fit", lambda *_: 2 * count)
 
 
 @pytest.fixture
@@ -420,7 +435,7 @@ def alone(tmp_path, averages):
     """What each of the averages is when it is written by itself."""
     (tmp_path / "alone").mkdir()
     for planned, name in zip(averages, NAMES, strict=True):
-        write_average(planned, tmp_path / "alone" / name, Pass(Net(), BATCHES, RUNTIME))
+        write_average(planned, tmp_path / "alone" / name, StatisticsPass(Net(), BATCHES, RUNTIME))
     return tmp_path / "alone"
 
 
@@ -460,7 +475,7 @@ def test_several_have_the_digests_that_each_has_alone(monkeypatch, tmp_path, ave
     fitting(monkeypatch, together)
     done = write_all(averages, tmp_path / "out", digests=True)
     for planned, name, (_, made) in zip(averages, NAMES, done, strict=True):
-        how = Pass(Net(), BATCHES, RUNTIME)
+        how = StatisticsPass(Net(), BATCHES, RUNTIME)
         _, expected = write_average(planned, tmp_path / f"alone-{name}", how, digests=True)
         assert made == expected
         assert open_checkpoint(tmp_path / "out" / name).provenance == expected
@@ -534,15 +549,15 @@ def test_memory_that_is_exhausted_while_weights_are_read_does_not_spoil_digests(
 def test_memory_that_is_exhausted_while_one_is_written_does_not_count_another_twice(
     monkeypatch, tmp_path, averages, alone
 ):
-    fill, filled = refresh.outputs.fill, []
+    write, filled = OutputWriter.write_state_dict, []
 
-    def exhausted(target, *rest):
-        filled.append(target.path.name)
+    def exhausted(self, state_dict):
+        filled.append(self.target.path.name)
         if len(filled) == 2:
             raise MemoryError
-        return fill(target, *rest)
+        return write(self, state_dict)
 
-    monkeypatch.setattr(refresh.outputs, "fill", exhausted)
+    monkeypatch.setattr(OutputWriter, "write_state_dict", exhausted)
     assert len(write_all(averages, tmp_path / "out")) == 4
     assert filled[:3] == [NAMES[0], NAMES[1], NAMES[0]]
     assert_as_alone(tmp_path / "out", alone)
@@ -618,7 +633,7 @@ def test_ties_and_views_are_written_right(tmp_path, name, kind):
                 value.copy_(torch.rand(value.shape))
         states.append({**model.state_dict()})
     checkpoints = opened(tmp_path / "run", states)
-    how, out = Pass(Tied(), BATCHES, RUNTIME), tmp_path / name
+    how, out = StatisticsPass(Tied(), BATCHES, RUNTIME), tmp_path / name
     if kind == "copy":
         update_checkpoint(checkpoints[0], out, how)
         expected = states[0]

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from helpers import same_bits, save
 
 from ckptavg import open_checkpoint
-from ckptavg.averaging.api import load
+from ckptavg.averaging.compute import read_state_dict
 from ckptavg.cli import main
 
 NET = """
@@ -60,7 +60,7 @@ def make_run(tmp_path, norm="batch", frozen=()):
 
 
 def statistics(path):
-    found = load(open_checkpoint(path))
+    found = read_state_dict(open_checkpoint(path))
     return {name: value for name, value in found.items() if "running" in name}
 
 

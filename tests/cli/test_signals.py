@@ -18,7 +18,7 @@ import torch
 from click.testing import CliRunner, Result
 from helpers import listing, save, save_states
 
-from ckptavg.averaging import api
+from ckptavg.averaging import pipeline
 from ckptavg.cli import main, signals
 from ckptavg.cli.signals import Terminated, unwind_on_signals
 from ckptavg.runs import run
@@ -149,7 +149,7 @@ def test_what_had_been_written_is_not_denied(home, monkeypatch, number, word, co
     out = home / "swa.pt"
     if existing:
         save(out, {"w": torch.zeros(1)})
-    monkeypatch.setattr(api, "write_many", raised(number, api.write_many))
+    monkeypatch.setattr(pipeline, "write_averages", raised(number, pipeline.write_averages))
     result = average(home, "-o", str(out), "--overwrite")
     assert result.exit_code == code
     assert result.stderr.splitlines()[-1] == f"{word}: {out} had been written."
@@ -207,18 +207,18 @@ def test_a_signal_that_does_not_get_through_is_heard(
     home, monkeypatch, number, word, code, moment, fate
 ):
     """Destructors swallow exceptions, and libraries in C++ make others of them."""
-    write_many, out = api.write_many, home / "swa.pt"
+    write_averages, out = pipeline.write_averages, home / "swa.pt"
 
     def disturbed(*arguments: object, **keywords: object) -> object:
-        answer = write_many(*arguments, **keywords) if moment == "after" else None
+        answer = write_averages(*arguments, **keywords) if moment == "after" else None
         try:
             signal.raise_signal(number)
         except KeyboardInterrupt:
             if fate == "another error":
                 raise RuntimeError("an error of C++") from None
-        return write_many(*arguments, **keywords) if moment == "before" else answer
+        return write_averages(*arguments, **keywords) if moment == "before" else answer
 
-    monkeypatch.setattr(api, "write_many", disturbed)
+    monkeypatch.setattr(pipeline, "write_averages", disturbed)
     result = average(home, "-o", str(out))
     assert result.exit_code == code
     left = f"{out} had been written" if out.exists() else "nothing was written"

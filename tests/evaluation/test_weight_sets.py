@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ckptavg import open_checkpoint
-from ckptavg.averaging.api import alone, in_memory, in_memory_many
+from ckptavg.averaging.compute import as_average, compute_state_dicts
 from ckptavg.averaging.plan import Average, plan_average
 from ckptavg.errors import ModelError
 from ckptavg.evaluation.candidates import Candidate
@@ -197,7 +197,7 @@ def test_a_checkpoint_beside_averages_keeps_its_bits(tmp_path, dtype):
         for number, sign in enumerate((1, -1))
     ]
     run = opened(tmp_path, states)
-    found = in_memory_many([plan_average(run[1:]), *map(alone, run)])
+    found = compute_state_dicts([plan_average(run[1:]), *map(as_average, run)])
     for state, weights in zip([states[1], *states], found, strict=True):
         assert state.keys() == weights.keys()
         assert all(same_bits(weights[name], value) for name, value in state.items())
@@ -221,7 +221,7 @@ def test_an_average_has_the_bits_that_it_has_alone(checkpoints, selections):
         weight = average_by_hand([s["weight"] for s in states], [1] * len(places), torch.float64)
         assert same_bits(network.model.weight.detach(), weight)
         assert isinstance(network.source, Average)
-        alone = in_memory(network.source)
+        (alone,) = compute_state_dicts([network.source])
         assert all(same_bits(v, alone[k]) for k, v in network.model.state_dict().items())
 
 

@@ -20,18 +20,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from norm_network import BATCHES, RUNTIME, Net, state_of
 from random_runs import COMPLEX, FLOATS, INTEGERS, lay_out, random_values
+from recomputed import write_averages
 from stores import upload
 from writers import WRITERS, write_trainer_checkpoint
 
 import ckptavg
 from ckptavg import open_checkpoint, open_run
 from ckptavg.averaging import stream as stream_module
-from ckptavg.averaging.api import load
+from ckptavg.averaging.compute import read_state_dict
 from ckptavg.averaging.plan import plan_average
 from ckptavg.averaging.planning.tensor_plan import Rules, make_plan
 from ckptavg.averaging.read_groups import Job
 from ckptavg.averaging.stream import StreamRequests, stream
-from ckptavg.batchnorm.checkpoints import Pass, update_checkpoint, write_averages
+from ckptavg.batchnorm.checkpoints import update_checkpoint
+from ckptavg.batchnorm.recompute import StatisticsPass
 from ckptavg.errors import CheckpointError, UsageError
 from ckptavg.formats.provenance import Provenance
 from ckptavg.inspection.verify import Verifier, digest
@@ -216,7 +218,7 @@ def write_run(directory, kind):
 def test_every_kind_of_output_records_its_digest_and_its_inputs(tmp_path, kind, name):
     states, out = write_run(tmp_path / "run", kind), tmp_path / name
     ckptavg.average(open_run(tmp_path / "run"), out=out, digests=True)
-    written = load(open_checkpoint(out))
+    written = read_state_dict(open_checkpoint(out))
     assert recorded(out) == (by_rule(written), [by_rule(state) for state in states])
     plain = ckptavg.average(open_run(tmp_path / "run"))
     assert by_rule(plain) == by_rule(written)
@@ -264,7 +266,7 @@ def test_digests_change_nothing_else(tmp_path):
     for digests in (True, False):
         ckptavg.average(run, out=tmp_path / f"{digests}.pt", digests=digests)
     told, plain = (open_checkpoint(tmp_path / f"{d}.pt") for d in (True, False))
-    assert by_rule(load(told)) == by_rule(load(plain))
+    assert by_rule(read_state_dict(told)) == by_rule(read_state_dict(plain))
     made = dict(told.provenance.entries)
     del made["digest"], made["seal"]
     made["checkpoints"] = [
@@ -282,14 +284,17 @@ def test_every_one_of_many_averages_has_its_own(tmp_path):
     )
     known = [by_rule(state) for state in states]
     for name, inputs in (("two", known[2:]), ("ema.pt", known)):
-        assert recorded(paths[name]) == (by_rule(load(open_checkpoint(paths[name]))), inputs)
+        assert recorded(paths[name]) == (
+            by_rule(read_state_dict(open_checkpoint(paths[name]))),
+            inputs,
+        )
 
 
 def test_of_adapters_those_count_that_were_given(tmp_path):
     states = [factors(i) for i in range(3)]
     run = open_run(write_adapters(tmp_path / "run", states))
     ckptavg.average(run, weights=[1, 2, 5], out=tmp_path / "o", digests=True)
-    out = load(open_checkpoint(tmp_path / "o"))
+    out = read_state_dict(open_checkpoint(tmp_path / "o"))
     assert out[A].shape[0] == 3 * states[0][A].shape[0]
     assert out[B].shape[1] == 3 * states[0][B].shape[1]
     assert recorded(tmp_path / "o") == (by_rule(out), [by_rule(state) for state in states])
@@ -299,9 +304,12 @@ def test_an_average_with_recomputed_statistics_records_what_is_written(tmp_path)
     states = [state_of(i) for i in range(3)]
     planned = plan_average(opened(tmp_path, states))
     out = tmp_path / "o.pt"
-    how = Pass(Net(), BATCHES, RUNTIME)
+    how = StatisticsPass(Net(), BATCHES, RUNTIME)
     ((_, made),) = write_averages([planned], [out], how, digests=True)
-    assert recorded(out) == (by_rule(load(open_checkpoint(out))), list(map(by_rule, states)))
+    assert recorded(out) == (
+        by_rule(read_state_dict(open_checkpoint(out))),
+        list(map(by_rule, states)),
+    )
     assert made == open_checkpoint(out).provenance
     assert {state for _, _, state in outcome(out)} == {"same"}
 
@@ -310,8 +318,11 @@ def test_a_refreshed_copy_of_an_average_has_its_own_digest(tmp_path):
     states = [state_of(i) for i in range(3)]
     ckptavg.average(opened(tmp_path, states), out=tmp_path / "o.pt", digests=True)
     checkpoint, out = open_checkpoint(tmp_path / "o.pt"), tmp_path / "n.safetensors"
-    update_checkpoint(checkpoint, out, Pass(Net(), BATCHES, RUNTIME))
-    assert recorded(out) == (by_rule(load(open_checkpoint(out))), list(map(by_rule, states)))
+    update_checkpoint(checkpoint, out, StatisticsPass(Net(), BATCHES, RUNTIME))
+    assert recorded(out) == (
+        by_rule(read_state_dict(open_checkpoint(out))),
+        list(map(by_rule, states)),
+    )
     assert recorded(out)[0] != recorded(tmp_path / "o.pt")[0]
     assert {state for _, _, state in outcome(out)} == {"same"}
 
@@ -404,7 +415,7 @@ def test_a_file_cut_short_cannot_be_read_and_one_that_is_gone_is_not_there(made)
 
 
 def test_the_same_weights_in_another_file_are_the_same(made):
-    state = load(open_checkpoint(made / "epoch_1.pt"))
+    state = read_state_dict(open_checkpoint(made / "epoch_1.pt"))
     torch.save({"state_dict": dict(reversed(state.items())), "epoch": 5}, made / "epoch_1.pt")
     assert outcome(made / "o.safetensors") == INTACT
 
@@ -415,7 +426,10 @@ def test_what_changes_in_an_output_unnoticed_is_neither_its_weights_nor_its_reco
     for i in (1, 2, 3):
         (made / f"epoch_{i}.pt").unlink()
     whole, unnoticed = path.read_bytes(), 0
-    record, weights = open_checkpoint(path).provenance, by_rule(load(open_checkpoint(path)))
+    record, weights = (
+        open_checkpoint(path).provenance,
+        by_rule(read_state_dict(open_checkpoint(path))),
+    )
     for at in range(0, len(whole), 7):
         flip(path, at)
         try:
@@ -426,7 +440,7 @@ def test_what_changes_in_an_output_unnoticed_is_neither_its_weights_nor_its_reco
         if seen == ["same", "same"]:
             unnoticed += 1
             assert checkpoint.provenance == record
-            assert by_rule(load(checkpoint)) == weights
+            assert by_rule(read_state_dict(checkpoint)) == weights
         path.write_bytes(whole)
     assert unnoticed < 5
 

@@ -10,7 +10,8 @@ import torch
 from helpers import names, save, save_weight
 
 from ckptavg import average, open_run
-from ckptavg.batchnorm.checkpoints import Pass, update_checkpoint
+from ckptavg.batchnorm.checkpoints import update_checkpoint
+from ckptavg.batchnorm.recompute import StatisticsPass
 from ckptavg.errors import CheckpointError, CkptavgError, RunError, UsageError
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.running_statistics import Statistics
@@ -835,18 +836,18 @@ def test_a_run_below_another_is_left_out_and_said(tmp_path):
 
 
 def test_a_refreshed_checkpoint_keeps_its_place_in_a_run(tmp_path):
-    from ckptavg.averaging.api import load
+    from ckptavg.averaging.compute import read_state_dict
     from ckptavg.batchnorm.checkpoints import prepare_copy
     from ckptavg.outputs.provenance import build_provenance
-    from ckptavg.outputs.target import fill, opened
+    from ckptavg.outputs.writing import open_targets
 
     numbered(tmp_path / "run", 2)
     for checkpoint in open_run(tmp_path / "run"):
         made = build_provenance("none", [checkpoint], [1.0], Statistics("recomputed"))
         out = tmp_path / f"{'ba'[int(checkpoint.step) - 1]}.pt"
         target = prepare_copy(checkpoint, out, made, overwrite=False)
-        with opened([target]) as (file,):
-            fill(target, file, load(checkpoint), made)
+        with open_targets([target]) as outputs:
+            outputs.writers[0].write_state_dict(read_state_dict(checkpoint))
     assert names(open_run(tmp_path / "a.pt", tmp_path / "b.pt")) == ["b.pt", "a.pt"]
 
 
@@ -857,7 +858,7 @@ def test_a_copy_with_new_statistics_counts_once_beside_its_source(tmp_path, suff
     run = tmp_path / "run"
     for i in (1, 2, 3):
         save(run / f"epoch_{i}{suffix}", model.state_dict() | {"0.bias": torch.full((2,), i)})
-    how = Pass(model, [torch.randn(8, 3)], Runtime(torch.device("cpu")))
+    how = StatisticsPass(model, [torch.randn(8, 3)], Runtime(torch.device("cpu")))
     copy = run / f"epoch_3_bn{suffix}"
     update_checkpoint(open_checkpoint(run / f"epoch_3{suffix}"), copy, how)
     moved = run.rename(tmp_path / "moved")  # since then the path in its provenance is another

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from ckptavg import Candidate, compare, evaluate, open_checkpoint
-from ckptavg.averaging import api
+from ckptavg.averaging.compute import read_state_dict
 from ckptavg.averaging.plan import plan_average
 from ckptavg.data.token_windows import IGNORED, Windows
 from ckptavg.errors import EvaluationError
@@ -638,7 +638,7 @@ def test_a_saved_model_is_scored_as_it_was(tmp_path, make):
     built = make_model(f"hf:{tmp_path / 'checkpoint-10'}").eval()
     assert scored(built, loader)["nll"] != pytest.approx(scored(model, loader)["nll"], rel=1e-3)
     checkpoint = open_checkpoint(tmp_path / "checkpoint-10")
-    load_into(built, api.load(checkpoint), "checkpoint-10")
+    load_into(built, read_state_dict(checkpoint), "checkpoint-10")
     assert scored(built, loader) == scored(model, loader)
 
 

@@ -51,16 +51,6 @@ def parse_on_nonfinite(choice: str) -> bool:
     return choice == "keep"
 
 
-def require_output(*, digests: bool) -> None:
-    """Refuse digests for a result in memory, since digests are recorded in an output.
-
-    Raises:
-        UsageError: Digests are requested.
-    """
-    if digests:
-        raise UsageError("digests are recorded in an output, and none is named", "Name one.")
-
-
 def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,10 +35,10 @@ from ckptavg.runs.discovery.numbered import short_names
 if TYPE_CHECKING:
     import torch
 
-    from ckptavg.averaging import api
+    from ckptavg.averaging.pipeline import WriteOptions, Written
     from ckptavg.averaging.plan import Average
     from ckptavg.averaging.planning.tensor_plan import TensorPlan
-    from ckptavg.batchnorm.checkpoints import Pass
+    from ckptavg.batchnorm.recompute import StatisticsPass
     from ckptavg.distributed.torchrun import TorchrunGroup
     from ckptavg.formats.provenance import Provenance
     from ckptavg.outputs.target import Target
@@ -106,20 +107,19 @@ def average(
     run, selection = select.open(paths, key)
     if weighting.weights:
         _note_order(paths, [str(c.path) for c in selection])
-    from ckptavg.averaging import api, remarks  # noqa: PLC0415 - help is shown without torch
+    from ckptavg.averaging import pipeline, remarks  # noqa: PLC0415 - help is shown without torch
 
     planned = [plan_selection(selection, weighting, tensors)]
     planned += [extra.plan(run, selection, tensors) for extra in further]
     gram = _measured_weights(selection, tensors) if measured else []
     outs = [] if out is None else [out, *(extra.path(out) for extra in further)]
-    targets = api.prepare_many(
-        list(zip(planned, outs, strict=bool(outs))), overwrite=overwrite, digests=digests
-    )
+    write_options = pipeline.WriteOptions(overwrite, tensors.keep_nonfinite, digests)
+    targets = pipeline.prepare_targets(list(zip(planned, outs, strict=bool(outs))), write_options)
     if dry_run:
         remarks.log_plans([planned_average.plan for planned_average in planned])
         for note in _layout_notes(targets):
             log.info(note)
-    how = None if dry_run else _prepare_pass(running, selection, processes)
+    statistics_pass = None if dry_run else _prepare_pass(running, selection, processes)
     if dry_run or report.verbosity >= 0:
         names = ["", *(extra.name for extra in further)]
         for planned_average, name in zip(planned, names, strict=True):
@@ -128,11 +128,10 @@ def average(
         records = [{**average.provenance().entries, "output": None} for average in planned]
         _result(report, records, further)
         return
-    if how is not None:
-        care = {"overwrite": overwrite, "digests": digests}
-        written = _write_refreshed(report, planned, outs, how, run, care, tensors)
+    if statistics_pass is None:
+        written = _write(report, planned, targets, write_options, run, gram, processes)
     else:
-        written = _write(report, processes, planned, targets, run, gram, digests, tensors)
+        written = _write_recomputed(report, planned, targets, write_options, run, statistics_pass)
     if processes is not None and processes.rank:  # the first has looked at the output for all
         return
     records = []
@@ -165,35 +164,9 @@ def _check_usage(
     running.check_statistics()
 
 
-def _write(
-    report: Report,
-    processes: TorchrunGroup | None,
-    planned: Sequence[Average],
-    targets: Sequence[Target],
-    run: Run,
-    gram: Sequence[TensorPlan],
-    digests: bool,
-    tensors: TensorOptions,
-) -> api.Written:
-    """Write the averages, from one read."""
-    from ckptavg.averaging import api  # noqa: PLC0415
-
-    with report.bytes_progress("averaging") as progress:
-        return api.write_many(
-            planned,
-            targets,
-            order=run.opened,
-            keep_nonfinite=tensors.keep_nonfinite,
-            digests=digests,
-            gram=gram,
-            progress=progress,
-            processes=processes,
-        )
-
-
 def _prepare_pass(
     running: RunningOptions, selection: Run, processes: TorchrunGroup | None
-) -> Pass | None:
+) -> StatisticsPass | None:
     """Make the model and open the data before a plan is shown, as neither may be usable.
 
     Returns:
@@ -206,27 +179,56 @@ def _prepare_pass(
     return build_statistics_pass(running, selection.opened[-1:], processes)
 
 
-def _write_refreshed(
+def _write(
     report: Report,
     planned: Sequence[Average],
-    outs: Sequence[str],
-    how: Pass,
+    targets: Sequence[Target],
+    write_options: WriteOptions,
     run: Run,
-    care: Mapping[str, bool],
-    tensors: TensorOptions,
-) -> api.Written:
+    gram: Sequence[TensorPlan],
+    processes: TorchrunGroup | None,
+) -> Written:
+    """Write the averages, from one read."""
+    from ckptavg.averaging.pipeline import write_averages  # noqa: PLC0415
+
+    with report.bytes_progress("averaging") as progress:
+        written = write_averages(
+            planned,
+            targets,
+            replace(write_options, progress=progress),
+            order=run.opened,
+            gram=gram,
+            processes=processes,
+        )
+    if any(planned_average.batchnorm == "stale" for planned_average in planned):
+        log.info(
+            "BatchNorm statistics are not those of the averaged weights (stale): recompute them "
+            "with `ckptavg update-bn`, or by --model and --train-data"
+        )
+    return written
+
+
+def _write_recomputed(
+    report: Report,
+    planned: Sequence[Average],
+    targets: Sequence[Target],
+    write_options: WriteOptions,
+    run: Run,
+    statistics_pass: StatisticsPass,
+) -> Written:
     """Write the averages with recomputed statistics."""
-    from ckptavg.averaging import api  # noqa: PLC0415
-    from ckptavg.batchnorm import checkpoints as refresh  # noqa: PLC0415
+    from ckptavg.averaging.pipeline import write_averages  # noqa: PLC0415
 
     with report.samples_progress() as progress:
-        how = replace(how, progress=lambda *done: progress("BatchNorm", *done))
-        written = refresh.write_averages(
-            planned, outs, how, order=run.opened, **care,
-            keep_nonfinite=tensors.keep_nonfinite,
-            progress=lambda *done: progress("averaging (bytes)", *done),
-        )  # fmt: skip
-    return api.Written([record for _, record in written], None)
+        report_reading = functools.partial(progress, "averaging (bytes)")
+        report_pass = functools.partial(progress, "BatchNorm")
+        return write_averages(
+            planned,
+            targets,
+            replace(write_options, progress=report_reading),
+            order=run.opened,
+            statistics_pass=replace(statistics_pass, progress=report_pass),
+        )
 
 
 def _measured_weights(selection: Run, tensors: TensorOptions) -> list[TensorPlan]:

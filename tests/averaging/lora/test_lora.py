@@ -58,13 +58,13 @@ def test_an_element_is_rounded_once(tmp_path):
 
 @pytest.mark.parametrize("weights", [None, [1, 2, 3]])
 def test_bytes_are_counted_once(tmp_path, weights):
-    from ckptavg.averaging.api import in_memory
+    from ckptavg.averaging.compute import compute_state_dicts
     from ckptavg.averaging.plan import plan_average
 
     states = [factors(i) for i in range(3)]
     planned = plan_average(open_run(write_adapters(tmp_path, states)), weights=weights)
     calls = []
-    in_memory(planned, progress=lambda *call: calls.append(call))
+    compute_state_dicts([planned], progress=lambda *call: calls.append(call))
     total = sum(t.nbytes for s in states for t in s.values())
     assert calls[-1] == (total, total)
 

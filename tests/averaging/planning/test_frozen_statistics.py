@@ -6,15 +6,17 @@ import threading
 import pytest
 import torch
 from helpers import average_by_hand, same_bits, save
+from recomputed import write_averages
 from torch import nn
 from torch.utils.data import TensorDataset
 
 import ckptavg
 from ckptavg import Candidate, evaluate, open_checkpoint, open_run
-from ckptavg.averaging.api import load
+from ckptavg.averaging.compute import read_state_dict
 from ckptavg.averaging.plan import plan_average
 from ckptavg.averaging.planning.frozen_layers import find_frozen_layers
-from ckptavg.batchnorm.checkpoints import Pass, update_checkpoint, write_averages
+from ckptavg.batchnorm.checkpoints import update_checkpoint
+from ckptavg.batchnorm.recompute import StatisticsPass
 from ckptavg.errors import BatchNormError, StaleStatisticsWarning, UsageError
 from ckptavg.evaluation.results import is_worse
 from ckptavg.formats.names import layer_statistics
@@ -138,14 +140,14 @@ def recomputed_by_hand(state, frozen):
 
 
 def assert_statistics(path, expected):
-    found = load(open_checkpoint(path))
+    found = read_state_dict(open_checkpoint(path))
     for name, value in expected.items():
         torch.testing.assert_close(found[name].double(), value, rtol=1e-4, atol=1e-5)
     return found
 
 
 def how(model, exclude=()):
-    return Pass(model, [inputs()], CPU, exclude=exclude)
+    return StatisticsPass(model, [inputs()], CPU, exclude=exclude)
 
 
 # What is frozen
@@ -430,7 +432,7 @@ def test_one_checkpoint_has_frozen_layers_where_they_do_as_in_evaluation(
     _, made = update_checkpoint(open_checkpoint(path), tmp_path / "b.pt", how(net(Affine, body)))
     assert (made.bn, made.bn_layers) == (state, {"frozen": frozen})
     assert "cannot be recomputed" not in caplog.text
-    found = load(open_checkpoint(tmp_path / "b.pt"))
+    found = read_state_dict(open_checkpoint(tmp_path / "b.pt"))
     for layer in frozen:
         assert same_bits(found[f"{layer}.running_mean"], weights[f"{layer}.running_mean"])
 

@@ -19,7 +19,8 @@ from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import ckptavg
-from ckptavg.batchnorm.checkpoints import Pass, update_checkpoint
+from ckptavg.batchnorm.checkpoints import update_checkpoint
+from ckptavg.batchnorm.recompute import StatisticsPass
 from ckptavg.errors import CheckpointError, RunError
 from ckptavg.formats import is_checkpoint_directory, open_checkpoint
 from ckptavg.formats.dcp import reader as our_dcp
@@ -478,7 +479,9 @@ def test_new_statistics_keep_the_layout(tmp_path):
     net = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3))
     dcp.save({"model": net.state_dict(), "epoch": 4}, checkpoint_id=tmp_path / "one")
     out, cpu = tmp_path / "refreshed", Runtime(torch.device("cpu"))
-    update_checkpoint(open_checkpoint(tmp_path / "one"), out, Pass(net, [torch.randn(8, 5)], cpu))
+    update_checkpoint(
+        open_checkpoint(tmp_path / "one"), out, StatisticsPass(net, [torch.randn(8, 5)], cpu)
+    )
     loaded = {"model": nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)).state_dict(), "epoch": 0}
     dcp.load(loaded, checkpoint_id=out)
     assert loaded["epoch"] == 4

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from ckptavg.averaging.api import average, load
+from ckptavg.averaging.api import average
+from ckptavg.averaging.compute import read_state_dict
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.safe_pickle import modules
 from ckptavg.formats.safe_pickle.values import Global, Opaque
@@ -32,7 +33,7 @@ class Net(nn.Module):
 
 
 def read(path) -> dict[str, torch.Tensor]:
-    return load(open_checkpoint(path))
+    return read_state_dict(open_checkpoint(path))
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -60,7 +61,7 @@ def test_its_weights_are_those_of_its_state_dict(tmp_path, wrap, key, legacy):
 def test_it_can_be_named(tmp_path):
     one, other = nn.Linear(2, 2), nn.Linear(2, 2)
     torch.save({"model": one, "teacher": other}, tmp_path / "x.pt")
-    found = load(open_checkpoint(tmp_path / "x.pt", "teacher"))
+    found = read_state_dict(open_checkpoint(tmp_path / "x.pt", "teacher"))
     assert torch.equal(found["weight"], other.weight)
 
 

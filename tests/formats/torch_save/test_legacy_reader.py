@@ -12,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptavg.averaging.api import average, load
+from ckptavg.averaging.api import average
+from ckptavg.averaging.compute import read_state_dict
 from ckptavg.errors import CheckpointError
 from ckptavg.formats import open_checkpoint
 from ckptavg.runs.run import open_run
@@ -44,7 +45,7 @@ def test_every_tensor_is_read_to_the_bit(tmp_path):
     saved = views()
     value = {"state_dict": saved, "epoch": 3, "args": argparse.Namespace(lr=0.1)}
     checkpoint = open_checkpoint(legacy(tmp_path / "old.pth", value))
-    found = load(checkpoint)
+    found = read_state_dict(checkpoint)
     assert found.keys() == saved.keys()
     assert all(torch.equal(found[name], saved[name]) for name in saved)
     assert checkpoint.record.epoch == 3
@@ -113,7 +114,7 @@ def test_no_damage_raises_anything_but_checkpoint_error(tmp_path_factory, data):
     end = data.draw(st.integers(at, min(len(good), at + 12)))
     path.write_bytes(good[:at] + data.draw(st.binary(max_size=6)) + good[end:])
     try:
-        found = load(open_checkpoint(path))
+        found = read_state_dict(open_checkpoint(path))
     except CheckpointError:
         return
     assert sum(tensor.numel() for tensor in found.values()) <= 16

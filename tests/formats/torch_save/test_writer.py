@@ -20,7 +20,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import ckptavg
-from ckptavg.batchnorm.checkpoints import Pass, update_checkpoint
+from ckptavg.batchnorm.checkpoints import update_checkpoint
+from ckptavg.batchnorm.recompute import StatisticsPass
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.metric_names import is_metric
 from ckptavg.formats.safe_pickle import allowlist
@@ -344,7 +345,7 @@ def test_new_statistics_keep_the_layout_too(tmp_path, suffix):
     update_checkpoint(
         swa,
         tmp_path / f"bn{suffix}",
-        Pass(model(), [torch.randn(8, 3)], Runtime(torch.device("cpu"))),
+        StatisticsPass(model(), [torch.randn(8, 3)], Runtime(torch.device("cpu"))),
     )
     found, before = (torch.load(tmp_path / f"{n}{suffix}") for n in ("bn", "swa"))
     assert found["epoch"] == 2
