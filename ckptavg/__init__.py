@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ckptavg._version import __version__ as __version__
     from ckptavg.averaging.api import average as average
     from ckptavg.averaging.many import average_many as average_many
+    from ckptavg.batchnorm.recompute import Recompute as Recompute
     from ckptavg.batchnorm.update import update_bn as update_bn
     from ckptavg.data.loaders import Subset as Subset
     from ckptavg.errors import CkptavgError as CkptavgError
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "average": "averaging.api",
     "average_many": "averaging.many",
+    "Recompute": "batchnorm.recompute",
     "update_bn": "batchnorm.update",
     "CkptavgError": "errors",
     "StaleStatisticsWarning": "errors",

@@ -27,7 +27,8 @@ LARGEST_FILE = 450  # lines, docstrings included
 # Files that want a wall moved: the list may only shrink.
 STILL_LONG: set[str] = set()
 PUBLIC = [
-    "average", "average_many", "update_bn", "CkptavgError", "StaleStatisticsWarning", "Candidate",
+    "average", "average_many", "Recompute", "update_bn", "CkptavgError", "StaleStatisticsWarning",
+    "Candidate",
     "evaluate", "compare", "Result", "Results", "Checkpoint", "open_checkpoint", "geometry", "Run",
     "open_run", "Subset", "Task", "__version__",
 ]  # fmt: skip

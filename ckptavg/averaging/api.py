@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
+from ckptavg.averaging.accounts import provenance_of
 from ckptavg.averaging.pipeline import (
+    RecomputeLike,
     WriteOptions,
     compute_averages,
+    open_pass,
     prepare_targets,
     write_averages,
 )
 from ckptavg.averaging.plan import plan_average
 from ckptavg.averaging.planning.rules import parse_on_nonfinite
 from ckptavg.averaging.remarks import warn_of_stale
-from ckptavg.display.progress import ProgressLike, open_phase
+from ckptavg.display.progress import ProgressLike
 from ckptavg.formats import Checkpoint
 from ckptavg.outputs.sinks import StateDict
 from ckptavg.runs.run import RunLike
@@ -67,6 +69,7 @@ def average(
     overwrite: bool = False,
     on_nonfinite: str = "error",
     digests: bool = False,
+    recompute: RecomputeLike | None = None,
     progress: ProgressLike = None,
 ) -> StateDict | Path:
     """Average the checkpoints of a run.
@@ -74,7 +77,7 @@ def average(
     Floats are averaged in float64 and rounded once to the output type. Integers and bools come from
     the last checkpoint. Memory does not grow with the number of checkpoints and, with ``out``, not
     with their size. BatchNorm statistics are averaged too, which makes them stale. A warning says
-    so: see ``update_bn``.
+    so: recompute the statistics by ``recompute``, or later by ``update_bn``.
 
     Args:
         run: The result of ``open_run``, or a selection of it; or the path of a run.
@@ -91,8 +94,10 @@ def average(
         on_nonfinite: ``error``, or ``keep`` to write an average that is not finite.
         digests: Record digests of the inputs and of the output in the output, see
             ``ckptavg.outputs.digests``. All weights of the inputs are read then.
+        recompute: A ``ckptavg.Recompute``: the model and the data by which BatchNorm statistics are
+            recomputed before the average is returned or written. The average is in memory then.
         progress: True for a bar, a bar of tqdm, or a function of (phase, done, total) in bytes
-            read; see ``ckptavg.display.progress``.
+            read (of samples during a pass that recomputes); see ``ckptavg.display.progress``.
 
     Returns:
         The state dict under bare names, or the path of the output.
@@ -110,14 +115,15 @@ def average(
         run, scheme, weights=weights, include=include, exclude=exclude, base=base, dtype=dtype
     )
     options = WriteOptions(overwrite, parse_on_nonfinite(on_nonfinite), digests)
-    with open_phase(progress, "averaging", "bytes") as report:
-        options = replace(options, progress=report)
-        result: StateDict | Path
+    result: StateDict | Path
+    with open_pass(recompute, options, progress) as (options, statistics_pass):
         if out is None:
-            (result,) = compute_averages([planned], options)
+            (result,) = compute_averages([planned], options, statistics_pass=statistics_pass)
+            provenance = provenance_of(result)
         else:
             result = Path(out)
             targets = prepare_targets([(planned, out)], options)
-            write_averages([planned], targets, options)
-    warn_of_stale({"": planned.statistics})
+            written = write_averages([planned], targets, options, statistics_pass=statistics_pass)
+            (provenance,) = written.provenances
+    warn_of_stale({"": planned.statistics}, {"": provenance})
     return result

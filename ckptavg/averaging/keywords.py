@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import TypedDict
 
+from ckptavg.averaging.pipeline import RecomputeLike
 from ckptavg.display.progress import ProgressLike
 from ckptavg.formats import Checkpoint
 
@@ -20,6 +21,7 @@ class ManyOptions(TypedDict, total=False):
     overwrite: bool
     on_nonfinite: str
     digests: bool
+    recompute: RecomputeLike | None
     progress: ProgressLike
 
 

@@ -5,20 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
+from ckptavg.averaging.accounts import provenance_of
 from ckptavg.averaging.pipeline import (
+    RecomputeLike,
     WriteOptions,
     compute_averages,
+    open_pass,
     prepare_targets,
     write_averages,
 )
 from ckptavg.averaging.plan import Average, plan_average
 from ckptavg.averaging.planning.rules import parse_on_nonfinite
 from ckptavg.averaging.remarks import warn_of_stale
-from ckptavg.display.progress import ProgressLike, open_phase
+from ckptavg.display.progress import ProgressLike
 from ckptavg.errors import OutputError, UsageError, short
 from ckptavg.errors.system import unwritable
 from ckptavg.formats import Checkpoint
@@ -73,6 +75,7 @@ def average_many(
     overwrite: bool = False,
     on_nonfinite: str = "error",
     digests: bool = False,
+    recompute: RecomputeLike | None = None,
     progress: ProgressLike = None,
 ) -> dict[str, StateDict] | dict[str, Path]:
     """Compute several averages of a run while each input byte is read once.
@@ -99,6 +102,8 @@ def average_many(
         overwrite: Replace existing outputs.
         on_nonfinite: ``error``, or ``keep`` to write averages that are not finite.
         digests: Record digests in the outputs, as for ``average``.
+        recompute: Model and data by which BatchNorm statistics are recomputed, as for ``average``.
+            As many averages as fit in memory share a pass over the data.
         progress: As for ``average``.
 
     Returns:
@@ -126,19 +131,25 @@ def average_many(
         raise UsageError("no average is asked for")
     ordered = list(planned.values())
     result: dict[str, StateDict] | dict[str, Path]
-    with open_phase(progress, "averaging", "bytes") as report:
-        options = replace(options, progress=report)
+    with open_pass(recompute, options, progress) as (options, statistics_pass):
         if out_dir is None:
-            state_dicts = compute_averages(ordered, options, order=run.opened)
+            state_dicts = compute_averages(
+                ordered, options, order=run.opened, statistics_pass=statistics_pass
+            )
             result = dict(zip(planned, state_dicts, strict=True))
+            provenances = [provenance_of(state_dict) for state_dict in state_dicts]
         else:
             result = {name: Path(out_dir) / _file_name(name, run) for name in planned}
             paths.check_output(out_dir)
             with _directory(Path(out_dir)):
                 pairs = list(zip(ordered, result.values(), strict=True))
                 targets = prepare_targets(pairs, options)
-                write_averages(ordered, targets, options, order=run.opened)
-    warn_of_stale({name: average.statistics for name, average in planned.items()})
+                written = write_averages(
+                    ordered, targets, options, order=run.opened, statistics_pass=statistics_pass
+                )
+            provenances = [*written.provenances]
+    statistics = {name: average.statistics for name, average in planned.items()}
+    warn_of_stale(statistics, dict(zip(planned, provenances, strict=True)))
     return result
 
 

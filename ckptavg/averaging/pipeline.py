@@ -7,6 +7,7 @@ and all outputs are published together.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,10 +22,10 @@ from ckptavg.averaging.plan import Average, Planned
 from ckptavg.averaging.planning.tensor_plan import TensorPlan
 from ckptavg.averaging.sharding import ShardedWrite
 from ckptavg.averaging.stream import Progress
-from ckptavg.display.progress import PhaseProgress
+from ckptavg.display.progress import PhaseProgress, ProgressLike, open_phase, open_progress
 from ckptavg.distributed.peers import Peers
 from ckptavg.distributed.torchrun import TorchrunGroup
-from ckptavg.errors import UsageError
+from ckptavg.errors import UsageError, short
 from ckptavg.formats import Checkpoint
 from ckptavg.formats.provenance import Provenance
 from ckptavg.formats.running_statistics import Statistics
@@ -115,6 +116,38 @@ class RecomputeLike(Protocol):
         Args:
             progress: Called with phase, done and total, in samples; None to report none.
         """
+
+
+@contextmanager
+def open_pass(
+    recompute: RecomputeLike | None, options: WriteOptions, progress: ProgressLike
+) -> Iterator[tuple[WriteOptions, StatisticsPassLike[object] | None]]:
+    """Open a display of progress, and the pass over training data if there is one.
+
+    Args:
+        recompute: Model, data and settings of the pass; None for no pass.
+        options: Options of the outputs.
+        progress: Any value of a ``progress`` parameter.
+
+    Yields:
+        The options with progress, and the pass.
+
+    Raises:
+        UsageError: A setting of the pass is wrong.
+    """
+    if recompute is None:
+        with open_phase(progress, "averaging", "bytes") as report_bytes:
+            yield replace(options, progress=report_bytes), None
+        return
+    if not hasattr(recompute, "open_pass"):
+        raise UsageError(
+            f"recompute is expected to be a ckptavg.Recompute but got {short(repr(recompute))}",
+            "Pass ckptavg.Recompute(model, train_loader).",
+        )
+    with open_progress(progress, "samples") as report:
+        if report is not None:
+            options = replace(options, progress=functools.partial(report, "averaging (bytes)"))
+        yield options, recompute.open_pass(report)
 
 
 def prepare_targets(averages: Sequence[Planned], options: WriteOptions) -> list[Target]:

@@ -9,18 +9,23 @@ from ckptavg.averaging.accumulate import StreamResult
 from ckptavg.averaging.planning.tensor_plan import Plan
 from ckptavg.errors import StaleStatisticsWarning, first_few
 from ckptavg.errors.notes import log
+from ckptavg.formats.provenance import Provenance
 from ckptavg.formats.running_statistics import Statistics
 
 
-def warn_of_stale(states: Mapping[str, Statistics]) -> None:
+def warn_of_stale(
+    states: Mapping[str, Statistics], provenances: Mapping[str, Provenance | None]
+) -> None:
     """Warn of averages whose running statistics are stale, at the line of the caller's caller.
 
     The warning names functions of Python, not options of the command line.
 
     Args:
-        states: Name of each average → its statistics. The name is empty where there is only one.
+        states: Name of each average → its statistics as averaged. The name is empty where there is
+            only one.
+        provenances: Name of each average → its provenance, after a recomputation if there was one.
     """
-    stale = [name for name, statistics in states.items() if statistics.state == "stale"]
+    stale = [name for name, record in provenances.items() if record and record.bn == "stale"]
     if stale:
         of = f" of {first_few(stale)}" if stale[0] else ""
         frozen = dict.fromkeys(layer for name in stale for layer in states[name].frozen)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 
 from ckptavg.batchnorm.statistics_pass import recompute_statistics
 from ckptavg.batchnorm.update import BatchNormResult
+from ckptavg.data.argument_checks import check_model
 from ckptavg.data.loaders import Progress as SampleProgress
-from ckptavg.data.loaders import require_reiterable
+from ckptavg.data.loaders import Subset, as_subset, open_loader, require_reiterable
 from ckptavg.data.prefetch import with_progress
-from ckptavg.distributed.peers import Peers, SingleProcess
+from ckptavg.display.progress import PhaseProgress
+from ckptavg.distributed.peers import Peers, SingleProcess, find_peers
 from ckptavg.errors import BatchNormError, NonFiniteError, first_few
 from ckptavg.formats.running_statistics import Statistics, match_layers
 from ckptavg.formats.wrappers import bare_names
@@ -24,6 +29,74 @@ from ckptavg.models.device import Runtime, count_models_that_fit
 from ckptavg.models.load import load_into
 from ckptavg.models.oom_retry import OomSynchronizedPeers, log_pass_count, run_in_groups_that_fit
 from ckptavg.outputs.sinks import StateDict
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """Model, data and settings by which ``average`` recomputes BatchNorm statistics.
+
+    The statistics are those of ``update_bn``::
+
+        recompute = ckptavg.Recompute(model, train_loader, device="auto")
+        ckptavg.average(run, out="swa.pt", recompute=recompute)
+
+    The model holds an average and its statistics afterwards: its own weights are overwritten.
+    Several averages of ``average_many`` share a pass over the data, each with a copy of the model,
+    and the model holds the first average of the last pass.
+
+    Under an initialized ``torch.distributed`` process group, each process passes its own part of
+    the data. The first process writes the outputs.
+
+    Attributes:
+        model: The module that the averages are loaded into. It is moved to ``device`` if that is
+            given.
+        data: A Dataset, read in seeded random order, or a loader, used as is.
+        device: ``auto``, ``cpu``, ``cuda[:N]``, ``mps``; the model's own device where None.
+        forward: ``forward(model, batch)``, for batches that cannot be matched to the signature of
+            the model's own forward.
+        exclude: Shell patterns of layers that keep their statistics, by names in the checkpoints.
+        amp: ``off``, ``bf16`` or ``fp16``: autocast of the forward pass.
+        batch_size: Samples per batch, for a Dataset.
+        workers: Number of processes that load a Dataset.
+        seed: Seed of a Dataset's order, and of random draws in the data such as augmentation.
+        bn_samples: Number of samples, drawn at random from the data, or a ``ckptavg.Subset``, which
+            may be stratified; all samples where None.
+    """
+
+    model: nn.Module = field(repr=False)
+    data: Batches | Dataset[Any] = field(repr=False)
+    device: str | torch.device | None = None
+    forward: Forward | None = None
+    exclude: str | Sequence[str] = ()
+    amp: str = "off"
+    batch_size: int = 128
+    workers: int = 0
+    seed: int = 0
+    bn_samples: int | Subset | None = None
+
+    def open_pass(self, progress: PhaseProgress | None) -> StatisticsPass:
+        """Check the settings and open the data; ``average`` calls this.
+
+        Args:
+            progress: Called with phase, done and total, in samples; None to report none.
+
+        Raises:
+            UsageError: ``model`` is not a module, or ``data`` is not data.
+        """
+        check_model(self.model)
+        runtime = Runtime.on(
+            self.device, self.model, amp=self.amp, batch_size=self.batch_size,
+            workers=self.workers, seed=self.seed,
+        )  # fmt: skip
+        peers = find_peers()
+        subset = as_subset(self.bn_samples)
+        training = open_loader(self.data, runtime, shuffle=True, subset=subset, peers=peers)
+        opened = StatisticsPass(
+            self.model, training, runtime, self.forward, peers=peers, exclude=self.exclude
+        )
+        if progress is None:
+            return opened
+        return replace(opened, progress=functools.partial(progress, "BatchNorm"))
 
 
 @dataclass(frozen=True)
@@ -47,7 +120,7 @@ class StatisticsPass:
     forward: Forward | None = None
     progress: SampleProgress = lambda *_: None
     peers: Peers = field(default_factory=SingleProcess)
-    exclude: Sequence[str] = ()
+    exclude: str | Sequence[str] = ()
     required: bool = False
 
     def check(self, before: Sequence[Statistics]) -> None:
@@ -200,7 +273,8 @@ def _narrowed(name: str, value: torch.Tensor, like: torch.Tensor) -> torch.Tenso
     Raises:
         NonFiniteError: The statistic is too large for that dtype.
     """
-    narrowed = value.to(like.dtype).reshape(like.shape)
+    # A copy, since the next pass changes the model's own tensor.
+    narrowed = value.to(like.dtype, copy=True).reshape(like.shape)
     if not bool(torch.isfinite(narrowed).all()):
         raise NonFiniteError(
             f"{name} is too large for {str(like.dtype).removeprefix('torch.')}",
