@@ -32,16 +32,18 @@ class HuggingFace(DirectoryFormat):
 
     def detects(self, directory: Location) -> bool:
         """Return True if weights or an index are in a directory, or in directories it lists."""
-        return layout.main_file(directory) is not None or bool(
-            components.find_components(directory)
-        )
+        if layout.main_file(directory) is not None:
+            return True
+        return bool(components.find_components(directory))
 
     def open(self, directory: Location, key: str | None) -> Checkpoint | None:
         """Open the weights in a directory, and in the directories that it lists."""
         own = layout.main_file(directory)
         folders = components.find_components(directory)
+        if not folders and own is not None:
+            return _open_weights(directory, own, key)
         if not folders:
-            return None if own is None else _open_weights(directory, own, key)
+            return None
         opened: dict[str, Checkpoint] = {}
         for folder in folders:
             component = components.component_directory(directory, folder)
@@ -79,14 +81,18 @@ class Peft(HuggingFace):
     def open(self, directory: Location, key: str | None) -> Checkpoint | None:
         """Open the weights of an adapter."""
         weights = self._find_weights(directory)
-        return None if weights is None else _open_weights(directory, weights, key)
+        if weights is None:
+            return None
+        return _open_weights(directory, weights, key)
 
     def _find_weights(self, directory: Location) -> Location | None:
         """Return the weights file of an adapter; None if the directory holds a whole model."""
         weights = peft.weights_file(directory)
         if weights is None or layout.main_file(directory) != weights:
             return None
-        return None if components.find_components(directory) else weights
+        if components.find_components(directory):
+            return None
+        return weights
 
     def is_part(self, path: Location) -> bool:
         """Return True for the weights file of an adapter."""
@@ -170,10 +176,13 @@ def _join(path: Location, opened: Mapping[str, Checkpoint]) -> Checkpoint:
     refused: dict[str, str] = {}
     count = 0
     for folder, component in opened.items():
-        prefix = f"{folder}/" if folder else ""
-        tensors |= {prefix + name: tensor for name, tensor in component.tensors.items()}
-        stored_names |= {prefix + n: prefix + s for n, s in component.stored_names.items()}
-        refused |= {prefix + name: why for name, why in component.refused.items()}
+        prefix = f"{folder}/".removeprefix("/")
+        for name, tensor in component.tensors.items():
+            tensors[prefix + name] = tensor
+        for name, stored_name in component.stored_names.items():
+            stored_names[prefix + name] = prefix + stored_name
+        for name, reason in component.refused.items():
+            refused[prefix + name] = reason
         count += len(component.tensors) + len(component.refused)
     if len(tensors) + len(refused) < count:
         raise CheckpointError(f"{path} holds tensors of the same name in two directories")

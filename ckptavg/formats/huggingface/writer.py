@@ -10,9 +10,16 @@ from pathlib import Path
 from ckptavg.formats.checkpoint import Checkpoint, Tensor
 from ckptavg.formats.file_layout import FileLayout, Layout, OutputTensor
 from ckptavg.formats.huggingface import companions, peft
-from ckptavg.formats.huggingface import layout as huggingface
 from ckptavg.formats.huggingface.components import component_directory
 from ckptavg.formats.huggingface.format import HUGGINGFACE, PEFT
+from ckptavg.formats.huggingface.layout import (
+    CONFIG,
+    SUFFIXES,
+    index_name,
+    main_file,
+    may_be_split,
+    single_name,
+)
 from ckptavg.formats.safetensors.layout import header_metadata
 from ckptavg.formats.safetensors.layout import lay_out as lay_out_safetensors
 from ckptavg.formats.torch_save import writer
@@ -57,7 +64,7 @@ def lay_out(tensors: Sequence[OutputTensor], provenance: str, template: Checkpoi
     if home is not None:
         # A single file may be stored in any directory (a home directory, downloads). Only a
         # model's configuration shows that the directories below belong to the model.
-        deep = home == template.path or (home / huggingface.CONFIG).is_file()
+        deep = home == template.path or (home / CONFIG).is_file()
         weights = _find_weight_files(template, home)
         gathered = companions.gather(home, weights, [*template.components], deep=deep)
         layout.copies = gathered.copies
@@ -165,7 +172,7 @@ def _lay_out_folder(
         file.offsets = {bare_names[stored]: offset for stored, offset in file.offsets.items()}
         planned.files.append(file)
     if len(shards) > 1:
-        planned.indices[huggingface.index_name(name)] = _encode_index(shards)
+        planned.indices[index_name(name)] = _encode_index(shards)
     return planned
 
 
@@ -174,10 +181,10 @@ def _single_file_name(template: Checkpoint) -> str:
     if template.format is PEFT:
         return peft.WEIGHTS
     if template.format is HUGGINGFACE:
-        main = huggingface.main_file(template.path)
+        main = main_file(template.path)
         if main is not None:
-            return huggingface.single_name(main.name)
-    has_home = template.path.suffix in huggingface.SUFFIXES and home_of(template) is not None
+            return single_name(main.name)
+    has_home = template.path.suffix in SUFFIXES and home_of(template) is not None
     if has_home and not template.path.is_dir():
         return template.path.name
     return "model.safetensors"
@@ -204,7 +211,7 @@ def _split_into_shards(
         first = template.files[0].path
         for tensor in tensors:
             groups.setdefault(input_files.get(tensor.name, first), []).append(tensor)
-    elif huggingface.may_be_split(name):
+    elif may_be_split(name):
         filled, number = 0, 0
         for tensor in tensors:
             # A tensor above the limit by itself gets a shard of its own.
@@ -237,7 +244,7 @@ def _find_weight_files(template: Checkpoint, home: Location) -> set[str]:
     """Collect the paths of the weights files of the input, and of the indices."""
     paths = {stamp.path for stamp in template.files}
     for folder in template.components or [""]:
-        main = huggingface.main_file(component_directory(home, folder))
+        main = main_file(component_directory(home, folder))
         if main is not None:
             paths.add(str(main))
     return paths
@@ -249,7 +256,7 @@ def _update_configs(layout: Layout, tensors: Sequence[OutputTensor], template: C
         component = template.components.get(folder, template)
         before = _float_types(component.tensors.values())
         after = _float_types(members)
-        name = _prefix(folder) + huggingface.CONFIG
+        name = _prefix(folder) + CONFIG
         stamp = layout.copies.get(name)
         # With mixed types there is no single type of the model, so the configuration stays.
         if stamp is not None and before != after and len(after) == 1:
@@ -289,13 +296,13 @@ def _replace_dtype(name: str, stamp: FileStamp, dtype: str) -> dict[str, bytes]:
 
 def _note_missing_config(layout: Layout, home: Location | None, template: Checkpoint) -> list[str]:
     """Note a missing configuration, except for adapters, which have none."""
-    configured = any(name.rpartition("/")[2] == huggingface.CONFIG for name in layout.names)
+    configured = any(name.rpartition("/")[2] == CONFIG for name in layout.names)
     if configured or template.format is PEFT:
         return []
-    neighbour = template.path.parent / huggingface.CONFIG
+    neighbour = template.path.parent / CONFIG
     if home is None and isinstance(neighbour, Path) and neighbour.is_file():
         return [
-            f"the output has no {huggingface.CONFIG}: {neighbour} is beside several "
+            f"the output has no {CONFIG}: {neighbour} is beside several "
             "checkpoints; copy it if it is the model's"
         ]
-    return [f"the output has no {huggingface.CONFIG}, which the input lacks too"]
+    return [f"the output has no {CONFIG}, which the input lacks too"]

@@ -58,10 +58,12 @@ def _namespace(cls: Callable[..., Any]) -> Callable[[Any, Any], Any]:
 
 def _path(args: Any, _: Any) -> Any:
     """Make a path: a pure path on Windows, where a ``PosixPath`` cannot be made."""
-    return pathlib.PurePath(*args) if os.name == "nt" else pathlib.PosixPath(*args)
+    if os.name == "nt":
+        return pathlib.PurePath(*args)
+    return pathlib.PosixPath(*args)
 
 
-def _built(cls: Callable[..., Any]) -> Callable[[Any, Any], Any]:
+def _constructor(cls: Callable[..., Any]) -> Callable[[Any, Any], Any]:
     """Return a builder that calls a class with the pickled arguments."""
     return lambda args, _: cls(*args)
 
@@ -77,23 +79,20 @@ HARMLESS: dict[tuple[str, str], Callable[[Any, Any], Any]] = {
     ("argparse", "Namespace"): _namespace(argparse.Namespace),
     ("types", "SimpleNamespace"): _namespace(types.SimpleNamespace),
     ("pathlib", "PosixPath"): _path,
-    ("pathlib", "PurePosixPath"): _built(pathlib.PurePosixPath),
-    ("pathlib", "WindowsPath"): _built(pathlib.PureWindowsPath),
-    ("pathlib", "PureWindowsPath"): _built(pathlib.PureWindowsPath),
-    ("datetime", "datetime"): _built(datetime.datetime),
-    ("datetime", "date"): _built(datetime.date),
-    ("datetime", "time"): _built(datetime.time),
-    ("datetime", "timedelta"): _built(datetime.timedelta),
-    ("datetime", "timezone"): _built(datetime.timezone),
+    ("pathlib", "PurePosixPath"): _constructor(pathlib.PurePosixPath),
+    ("pathlib", "WindowsPath"): _constructor(pathlib.PureWindowsPath),
+    ("pathlib", "PureWindowsPath"): _constructor(pathlib.PureWindowsPath),
+    ("datetime", "datetime"): _constructor(datetime.datetime),
+    ("datetime", "date"): _constructor(datetime.date),
+    ("datetime", "time"): _constructor(datetime.time),
+    ("datetime", "timedelta"): _constructor(datetime.timedelta),
+    ("datetime", "timezone"): _constructor(datetime.timezone),
     ("uuid", "UUID"): _uuid,
-    ("torch", "device"): _built(torch.device),
+    ("torch", "device"): _constructor(torch.device),
 }
 # Python 3.13 pickles paths under this module.
-HARMLESS |= {
-    ("pathlib._local", name): HARMLESS["pathlib", name]
-    for _, name in [*HARMLESS]
-    if ("pathlib", name) in HARMLESS
-}
+for _name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"):
+    HARMLESS["pathlib._local", _name] = HARMLESS["pathlib", _name]
 # Harmless types that the safe default of torch.load reads.
 _PLAIN = {("torch", "device")}
 
@@ -160,7 +159,8 @@ class CarryOver:
             part = self._keep(value, where + ".", depth + 1)
             if part is _DROPPED:
                 self.dropped.append(where)
-            filtered.append(None if part is _DROPPED else part)
+                part = None
+            filtered.append(part)
         return filtered
 
     def entries(
@@ -200,7 +200,7 @@ class CarryOver:
         return filtered
 
     def _is_measured(self, where: str, name: Any, value: Any) -> bool:
-        """Return True for a metric of the input, or the state of a callback that tracks one."""
+        """Return True for a metric of the input, or the state of a callback that tracks metrics."""
         if not isinstance(name, str):
             return False
         if isinstance(value, dict):
@@ -231,9 +231,11 @@ class CarryOver:
     def _above_weights(self) -> set[str]:
         """All prefixes, up to a dot, of the dotted paths of entries with weights."""
         prefixes = {""}
-        for entry in (self.key, *(join(self.key, path) for path in self.networks)):
-            dots = (i for i, letter in enumerate(entry[:_LONGEST_NAME]) if letter == ".")
-            prefixes.update(entry[: i + 1] for i in dots)
+        for path in ["", *self.networks]:
+            entry = join(self.key, path)
+            for i, letter in enumerate(entry[:_LONGEST_NAME]):
+                if letter == ".":
+                    prefixes.add(entry[: i + 1])
         return prefixes
 
     def _keep(self, value: Any, prefix: str, depth: int) -> Any:
@@ -268,13 +270,22 @@ class CarryOver:
         if isinstance(value, (list, tuple)) and self._leads_to_weights(prefix):
             return type(value)(self.elements(value, prefix, depth))
         if isinstance(value, (list, tuple)):
-            parts = [
-                self._keep(part, _below(prefix, f"{i}."), depth + 1) for i, part in enumerate(value)
-            ]
-            return _DROPPED if any(part is _DROPPED for part in parts) else type(value)(parts)
+            return self._sequence(value, prefix, depth)
         if isinstance(value, Opaque):
             return self._object(value, prefix, depth)
         return self._leaf(value)
+
+    def _sequence(self, value: list[Any] | tuple[Any, ...], prefix: str, depth: int) -> Any:
+        """Filter a list or a tuple, and drop the whole if an element is dropped."""
+        complete = True
+        parts: list[Any] = []
+        for i, element in enumerate(value):
+            part = self._keep(element, _below(prefix, f"{i}."), depth + 1)
+            complete = complete and part is not _DROPPED
+            parts.append(part)
+        if not complete:
+            return _DROPPED
+        return type(value)(parts)
 
     def _leaf(self, value: Any) -> Any:
         """Filter a value without children: a tensor, a dtype or a set of scalars."""
@@ -282,8 +293,9 @@ class CarryOver:
             return _or_dropped(self.tensor(value, False))
         if isinstance(value, Global) and value.module == "torch" and value.name in DTYPES:
             return getattr(torch, value.name)
-        plain = isinstance(value, set) and all(isinstance(part, _SCALARS) for part in value)
-        return value if plain else _DROPPED
+        if isinstance(value, set) and all(isinstance(part, _SCALARS) for part in value):
+            return value
+        return _DROPPED
 
     def _mapping(self, value: dict[Any, Any], prefix: str, depth: int) -> Any:
         """Filter a dict, and drop the dict as a whole if nothing is left.
@@ -294,16 +306,20 @@ class CarryOver:
         """
         if value.keys() >= OPTIMIZER_KEYS:
             return _DROPPED
-        tensors = [v for v in value.values() if isinstance(v, (TensorView, Refused))]
+        # All are looked at, since the stand-ins are numbered in the order of the first look.
+        tensors = [part for part in value.values() if isinstance(part, (TensorView, Refused))]
         withheld = [t for t in tensors if isinstance(t, Refused) or self.tensor(t, False) is None]
-        weights = withheld and 2 * len(tensors) > len(value)
-        before, measured = len(self.dropped), len(self.measured)
-        entries = {} if weights else self.entries(value, prefix, depth)
+        if withheld and 2 * len(tensors) > len(value):
+            return _DROPPED
+        dropped, measured = len(self.dropped), len(self.measured)
+        entries = self.entries(value, prefix, depth)
         if not value or entries:
             return entries
+        outcome = _DROPPED
+        if len(self.measured) - measured == len(value):
+            outcome = _MEASURED
         # The parent records the name of the whole dict instead of the names of the entries.
-        outcome = _MEASURED if len(self.measured) - measured == len(value) else _DROPPED
-        del self.dropped[before:], self.measured[measured:]
+        del self.dropped[dropped:], self.measured[measured:]
         return outcome
 
     def _object(self, value: Opaque, prefix: str, depth: int) -> Any:
@@ -328,4 +344,6 @@ def _below(prefix: str, name: str) -> str:
 
 def _or_dropped(value: Any) -> Any:
     """Return the mark of a dropped value in the place of None."""
-    return _DROPPED if value is None else value
+    if value is None:
+        return _DROPPED
+    return value
