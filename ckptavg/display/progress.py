@@ -87,11 +87,11 @@ def open_phase(
             yield None
             return
 
-        def tell(done: int, total: int) -> None:
+        def report(done: int, total: int) -> None:
             """Report the progress of the phase."""
             opened(phase, done, total)
 
-        yield tell
+        yield report
 
 
 def _as_phase_progress(progress: Any) -> PhaseProgress:
@@ -153,7 +153,9 @@ class _BarPerPhase:
 
     def __init__(self, make: Callable[..., Any], unit: Unit) -> None:
         self._make = make
-        self._settings = {"unit": "B", "unit_scale": True} if unit == "bytes" else {"unit": unit}
+        self._settings: dict[str, Any] = {"unit": unit}
+        if unit == "bytes":
+            self._settings = {"unit": "B", "unit_scale": True}
         self._bars: dict[str, Any] = {}
 
     def __call__(self, phase: str, done: int, total: int) -> None:
@@ -194,6 +196,6 @@ def _rich_progress(unit: Unit) -> Any:
         TimeRemainingColumn,
     )
 
-    counts = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
+    counts = {"bytes": DownloadColumn, "samples": MofNCompleteColumn}[unit]()
     columns = (TextColumn("{task.description}"), BarColumn(), counts, TimeRemainingColumn())
     return Progress(*columns, console=Console(stderr=True))

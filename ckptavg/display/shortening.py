@@ -37,11 +37,16 @@ def shorten_names(names: Sequence[str], room: int) -> list[str]:
     """
     room = max(room, _FEWEST)
     different = list(dict.fromkeys(names))
-    long = [name for name in different if cell_len(name) > room]
+    # A shortened name must not equal a name that fits.
+    long: list[str] = []
+    fitting: list[str] = []
+    for name in different:
+        if cell_len(name) > room:
+            long.append(name)
+        else:
+            fitting.append(name)
     if not long:
         return list(names)
-    # A shortened name must not equal a name that fits.
-    fitting = [name for name in different if cell_len(name) <= room]
     shortened = _cut_before_marks(long, room)
     if len({*shortened.values(), *fitting}) < len(different):
         cut = _cut_alike(long, room, fitting)
@@ -76,29 +81,41 @@ def wrap_words(text: str, room: int) -> list[str]:
 
 def _cut_before_marks(names: Sequence[str], room: int) -> dict[str, str]:
     """Shorten the part of names before the marks; return nothing if the room is too small."""
-    stems = {name: _MARKS.sub("", name) for name in names}
-    marks = {name: name[len(stem) :] for name, stem in stems.items()}
-    tell_apart = len({*stems.values()}) < len(names)
-    least = max(room // 3 if tell_apart else (room + 1) // 2, _FEWEST)
-    short_marks = {mark: mark for mark in marks.values()}
-    if max(map(cell_len, short_marks)) > room - least:
-        short_marks = _shorten_marks(list(short_marks), room - least) if tell_apart else {}
+    # Mark → stem of each name with this mark, by name.
+    stems_by_mark: dict[str, dict[str, str]] = {}
+    different_stems: set[str] = set()
+    for name in names:
+        stem = _MARKS.sub("", name)
+        stems_by_mark.setdefault(name[len(stem) :], {})[name] = stem
+        different_stems.add(stem)
+    marks = list(stems_by_mark)
+    marks_distinguish = len(different_stems) < len(names)
+    least = max((room + 1) // 2, _FEWEST)
+    if marks_distinguish:
+        least = max(room // 3, _FEWEST)
+    short_marks = dict(zip(marks, marks, strict=True))
+    if max(map(cell_len, marks)) > room - least:
+        if not marks_distinguish:
+            return {}
+        short_marks = _shorten_marks(marks, room - least)
     if not any(short_marks):
         return {}
     shortened = {}
-    for mark in dict.fromkeys(marks.values()):
-        marked = [name for name in names if marks[name] == mark]
-        stem_room = room - cell_len(short_marks[mark])
-        for name, stem in zip(
-            marked, shorten_names([stems[name] for name in marked], stem_room), strict=True
-        ):
-            shortened[name] = stem + short_marks[mark]
+    for mark, stems in stems_by_mark.items():
+        short_mark = short_marks[mark]
+        short_stems = shorten_names(list(stems.values()), room - cell_len(short_mark))
+        for name, stem in zip(stems, short_stems, strict=True):
+            shortened[name] = stem + short_mark
     return shortened
 
 
 def _shorten_marks(marks: Sequence[str], room: int) -> dict[str, str]:
     """Shorten the texts in marks as little as necessary; return nothing if that does not fit."""
-    texts = list(dict.fromkeys(text for mark in marks for _, text, _ in _MARK.findall(mark)))
+    texts_in_order: dict[str, None] = {}
+    for mark in marks:
+        for _, text, _ in _MARK.findall(mark):
+            texts_in_order[text] = None
+    texts = list(texts_in_order)
     for most in range(max(map(cell_len, texts)), _FEWEST - 1, -1):
         short = dict(zip(texts, shorten_names(texts, most), strict=True))
         short_marks = {mark: _replace_texts(mark, short) for mark in marks}
@@ -127,8 +144,10 @@ def _cut_alike(names: Sequence[str], room: int, whole: Sequence[str]) -> dict[st
     for tail in tails:
         shortened = {name: _cut(name, room, tail) for name in names}
         count = len({*shortened.values(), *whole})
-        intact = sum(not _cuts_number(*pair) for pair in shortened.items())
-        numbered = sum(_keeps_step(*pair) for pair in shortened.items())
+        intact = numbered = 0
+        for name, short in shortened.items():
+            intact += not _cuts_number(name, short)
+            numbered += _keeps_step(name, short)
         if (count, intact, numbered) > highest:
             best, highest = shortened, (count, intact, numbered)
         if highest == (len(names) + len(whole), len(names), len(names)):
@@ -195,8 +214,10 @@ def _common_beginning(names: Sequence[str]) -> int:
     """Return the number of first characters that different names share."""
     # In sorted order, the first and the last name differ earliest.
     first, last = min(names), max(names)
-    pairs = enumerate(zip(first, last, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(last)))
+    for i, (left, right) in enumerate(zip(first, last, strict=False)):
+        if left != right:
+            return i
+    return min(len(first), len(last))
 
 
 def _take(text: str, width: int) -> str:

@@ -30,7 +30,9 @@ def table_html(table: Table) -> str:
     for row in table.rows:
         lines.append(f"<tr>{_cells(row, table.columns)}</tr>")
     lines += ["</tbody>", "</table>"]
-    legend = [*table.legend, *([table.significance] if table.significance else [])]
+    legend = list(table.legend)
+    if table.significance:
+        legend.append(table.significance)
     if legend:
         lines.append(f"<p>{'<br>'.join(map(_text, legend))}</p>")
     return "\n".join([*lines, "</div>"])
@@ -38,24 +40,29 @@ def table_html(table: Table) -> str:
 
 def _cells(row: Row, columns: tuple[Column, ...]) -> str:
     """Draw the cells of a row, with a star in the first cell of a best row."""
+    texts = [_text(cell.text) for cell in row.cells]
+    if row.best:
+        texts[0] = f"{BEST} {texts[0]}"
     parts = []
-    for i, (cell, column) in enumerate(zip(row.cells, columns, strict=True)):
-        mark = f"{BEST} " if row.best and not i else ""
-        parts.append(f'<td style="{_style(column)}">{_marked(mark, cell)}</td>')
+    for text, cell, column in zip(texts, row.cells, columns, strict=True):
+        parts.append(f'<td style="{_style(column)}">{_mark_text(text, cell)}</td>')
     return "".join(parts)
 
 
-def _marked(mark: str, cell: Cell) -> str:
-    """Draw the text of a cell in the style of the cell's mark."""
-    text = mark + _text(cell.text)
+def _mark_text(text: str, cell: Cell) -> str:
+    """Draw a text in the style of the cell's mark."""
     if cell.mark == "best":
         return f'<b style="color: {BEST_COLOR}">{text}</b>'
-    return f"<b>{text}</b>" if cell.mark == "significant" else text
+    if cell.mark == "significant":
+        return f"<b>{text}</b>"
+    return text
 
 
 def _style(column: Column) -> str:
     """Return the CSS style of the cells of a column."""
-    return f"{_CELL} {'right' if column.kind == 'number' else 'left'}"
+    if column.kind == "number":
+        return f"{_CELL} right"
+    return f"{_CELL} left"
 
 
 def _text(text: str) -> str:

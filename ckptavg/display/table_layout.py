@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Literal
 
@@ -48,7 +48,7 @@ def lay_out(table: Table, width: int | None, *, has_bold: bool = False) -> list[
         The lines, each a tuple of pieces.
     """
     table = _make_printable(table)
-    fitted, left_out = (table, []) if width is None else _leave_out(table, width)
+    fitted, left_out = _leave_out(table, width)
     rooms = _rooms(fitted, width)
     lines: list[Line] = []
     if table.title:
@@ -65,7 +65,8 @@ def lay_out(table: Table, width: int | None, *, has_bold: bool = False) -> list[
         below.append(f"not shown at this width: {', '.join(left_out)}")
     if table.rows and below:
         lines.append((Piece(""),))
-    lines += [(Piece(text),) for line in below for text in wrap_note(line, width)]
+    for line in below:
+        lines += [(Piece(text),) for text in wrap_note(line, width)]
     return lines
 
 
@@ -76,7 +77,9 @@ def table_text(table: Table, width: int | None = None) -> str:
         table: The content.
         width: Width in columns of a terminal; None for a whole table with lines of any length.
     """
-    lines = ["".join(piece.text for piece in line) for line in lay_out(table, width)]
+    lines = []
+    for line in lay_out(table, width):
+        lines.append("".join(piece.text for piece in line))
     return "\n".join(lines)
 
 
@@ -84,15 +87,16 @@ def wrap_note(text: str, width: int | None) -> list[str]:
     """Wrap a line of prose between words, with further lines indented by two columns."""
     if width is None:
         return [text]
-    first = wrap_words(text, width)[0]
-    remainder = text[len(first) + 1 :]
-    further_lines = wrap_words(remainder, width - len(_GAP)) if remainder else []
-    return [first, *(_GAP + line for line in further_lines)]
+    lines = [wrap_words(text, width)[0]]
+    remainder = text[len(lines[0]) + 1 :]
+    if remainder:
+        lines += [_GAP + line for line in wrap_words(remainder, width - len(_GAP))]
+    return lines
 
 
 def _make_printable(table: Table) -> Table:
     """Make all texts of a table printable."""
-    columns = [Column(printable(c.title), c.kind, c.leaves, c.shortens) for c in table.columns]
+    columns = [replace(column, title=printable(column.title)) for column in table.columns]
     rows = []
     for row in table.rows:
         cells = tuple(Cell(printable(cell.text), cell.mark) for cell in row.cells)
@@ -101,46 +105,53 @@ def _make_printable(table: Table) -> Table:
     return Table(printable(table.title), tuple(columns), tuple(rows), legend, table.significance)
 
 
-def _leave_out(table: Table, width: int) -> tuple[Table, list[str]]:
+def _leave_out(table: Table, width: int | None) -> tuple[Table, list[str]]:
     """Leave out columns, in the order of ``Column.leaves``, until the table fits a width.
 
     Returns:
         The remaining table, and the titles of the omitted columns from left to right.
     """
-    remaining = dict(enumerate(table.columns))
-    for i in sorted(remaining, key=lambda i: table.columns[i].leaves):
-        column = table.columns[i]
+    if width is None:
+        return table, []
+    omitted: set[int] = set()
+    for i, column in sorted(enumerate(table.columns), key=lambda pair: pair[1].leaves):
         if not column.leaves:
             continue
-        narrowed = table.without({*range(len(table.columns))} - {*remaining})
-        if _needed(narrowed, column.shortens) <= width:
+        if _needed(table.without(omitted), column.shortens) <= width:
             break
-        del remaining[i]
-    positions = {*range(len(table.columns))} - {*remaining}
-    return table.without(positions), [table.columns[i].title for i in sorted(positions)]
+        omitted.add(i)
+    return table.without(omitted), [table.columns[i].title for i in sorted(omitted)]
 
 
 def _needed(table: Table, shortest: int) -> int:
     """Return the width of a table with names and prose cut to at most ``shortest`` columns."""
     total = _between(table)
     for column, natural in zip(table.columns, _naturals(table), strict=True):
-        total += min(natural, shortest) if _is_flexible(column) else natural
+        if _is_flexible(column):
+            total += min(natural, shortest)
+        else:
+            total += natural
     return total
 
 
 def _between(table: Table) -> int:
     """Return the width of the gaps between the columns and of the margin for the mark."""
-    mark = len(BEST) + 1 if table.has_best else 0
-    return mark + len(_GAP) * (len(table.columns) - 1)
+    return len(_margin(table)) + len(_GAP) * (len(table.columns) - 1)
+
+
+def _margin(table: Table) -> str:
+    """Return the blanks before a row that is not the best; empty if no row is marked."""
+    if not table.has_best:
+        return ""
+    return " " * (len(BEST) + 1)
 
 
 def _naturals(table: Table) -> list[int]:
     """Return the width of each column without shortening."""
-    widths = []
-    for i, column in enumerate(table.columns):
-        widths.append(
-            max(map(cell_len, (column.title, *(row.cells[i].text for row in table.rows))))
-        )
+    widths = [cell_len(column.title) for column in table.columns]
+    for row in table.rows:
+        for i, cell in enumerate(row.cells):
+            widths[i] = max(widths[i], cell_len(cell.text))
     return widths
 
 
@@ -170,7 +181,9 @@ def _shorten(table: Table, rooms: Sequence[int]) -> Table:
     columns = []
     for i, (column, room) in enumerate(zip(table.columns, rooms, strict=True)):
         texts = [row.cells[i].text for row in table.rows]
-        columns.append(shorten_names(texts, room) if column.kind == "name" else texts)
+        if column.kind == "name":
+            texts = shorten_names(texts, room)
+        columns.append(texts)
     rows = []
     for number, row in enumerate(table.rows):
         cells = [Cell(columns[i][number], cell.mark) for i, cell in enumerate(row.cells)]
@@ -182,10 +195,11 @@ def _head(table: Table, rooms: Sequence[int]) -> list[Line]:
     """Set the titles of the columns and the rule below."""
     titles = []
     for column, room in zip(table.columns, rooms, strict=True):
-        (title,) = shorten_names([column.title], room) if _is_flexible(column) else [column.title]
+        title = column.title
+        if _is_flexible(column):
+            (title,) = shorten_names([title], room)
         titles.append(_set(title, column, room))
-    margin = " " * (len(BEST) + 1) if table.has_best else ""
-    text = (margin + _GAP.join(titles)).rstrip()
+    text = (_margin(table) + _GAP.join(titles)).rstrip()
     rule = "─" * (_between(table) + sum(rooms))
     return [(Piece(text, "head"),), (Piece(rule, "rule"),)]
 
@@ -194,36 +208,47 @@ def _row_lines(row: Row, table: Table, rooms: Sequence[int]) -> list[Line]:
     """Set a row, in several lines if prose does not fit in a single line."""
     wrapped = []
     for cell, column, room in zip(row.cells, table.columns, rooms, strict=True):
-        wrapped.append(_prose_lines(cell.text, room) if column.kind == "prose" else [cell.text])
+        wrapped.append(_cell_lines(cell.text, column, room))
     marks = [cell.mark for cell in row.cells]
     lines = []
     for number, texts in enumerate(zip_longest(*wrapped, fillvalue="")):
         parts = []
         for text, column, room in zip(texts, table.columns, rooms, strict=True):
             parts.append(_set(text, column, room))
-        is_marked = row.best and not number
-        mark = f"{BEST if is_marked else ' '} " if table.has_best else ""
-        lines.append(_join(mark, parts, marks))
+        margin = _margin(table)
+        if row.best and not number:
+            margin = f"{BEST} "
+        lines.append(_join(margin, parts, marks))
     return lines
 
 
-def _prose_lines(text: str, room: int) -> list[str]:
-    """Wrap a text, with words that are longer than a line shortened like names."""
+def _cell_lines(text: str, column: Column, room: int) -> list[str]:
+    """Wrap prose, with words that are longer than a line shortened like names."""
+    if column.kind != "prose":
+        return [text]
     return shorten_names(wrap_words(text, room), room)
 
 
 def _set(text: str, column: Column, room: int) -> str:
     """Pad a text to the width of a column: numbers flush right, other texts flush left."""
     blank = " " * (room - cell_len(text))
-    return blank + text if column.kind == "number" else text + blank
+    if column.kind == "number":
+        return blank + text
+    return text + blank
 
 
 def _join(margin: str, texts: Sequence[str], marks: Sequence[Mark | None]) -> Line:
     """Join the cells of a line without trailing blanks."""
-    pieces = [Piece(margin, "best" if margin.strip() else None)] if margin else []
-    last = max((i for i, text in enumerate(texts) if text.strip()), default=0)
-    for i, (text, mark) in enumerate(zip(texts[: last + 1], marks, strict=False)):
-        if i:
-            pieces.append(Piece(_GAP))
-        pieces.append(Piece(text.rstrip() if i == last else text, mark))
+    pieces: list[Piece] = []
+    if margin.strip():
+        pieces.append(Piece(margin, "best"))
+    elif margin:
+        pieces.append(Piece(margin))
+    shown = list(zip(texts, marks, strict=False))
+    while len(shown) > 1 and not shown[-1][0].strip():
+        shown.pop()
+    for text, mark in shown[:-1]:
+        pieces += [Piece(text, mark), Piece(_GAP)]
+    for text, mark in shown[-1:]:
+        pieces.append(Piece(text.rstrip(), mark))
     return tuple(pieces)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
+T = TypeVar("T")
 NOTHING = "–"  # a cell without a value
 
 Mark = Literal["best", "significant"]
@@ -73,10 +74,16 @@ class Table:
 
     def without(self, positions: set[int]) -> Table:
         """Return the table without the columns at some positions, counted from 0."""
-        remaining = [i for i in range(len(self.columns)) if i not in positions]
-        rows = [Row(tuple(row.cells[i] for i in remaining), row.best) for row in self.rows]
-        columns = tuple(self.columns[i] for i in remaining)
+        columns = tuple(_leave_out(self.columns, positions))
+        rows: list[Row] = []
+        for row in self.rows:
+            rows.append(Row(tuple(_leave_out(row.cells, positions)), row.best))
         return Table(self.title, columns, tuple(rows), self.legend, self.significance)
+
+
+def _leave_out(items: Sequence[T], positions: set[int]) -> list[T]:
+    """Return a sequence without the items at some positions."""
+    return [item for i, item in enumerate(items) if i not in positions]
 
 
 def rows_of_texts(rows: Sequence[Sequence[str]]) -> tuple[Row, ...]:

@@ -12,5 +12,6 @@ from ckptavg.display.tables import Table
 def printed_table(table: Table) -> str:
     """Draw a table for stdout: as wide as the terminal, or whole if stdout is no terminal."""
     # Programs without a console (pythonw) have no stdout.
-    is_terminal = sys.stdout is not None and sys.stdout.isatty()
-    return table_text(table, shutil.get_terminal_size().columns if is_terminal else None)
+    if sys.stdout is None or not sys.stdout.isatty():
+        return table_text(table)
+    return table_text(table, shutil.get_terminal_size().columns)

@@ -28,8 +28,9 @@ class CkptavgError(Exception):
     def __str__(self) -> str:
         if not self.remedy:
             return self.message
-        stop = "" if self.message.endswith((".", "?", "!")) else "."
-        return f"{self.message}{stop} {self.remedy}"
+        if self.message.endswith((".", "?", "!")):
+            return f"{self.message} {self.remedy}"
+        return f"{self.message}. {self.remedy}"
 
 
 class UsageError(CkptavgError, ValueError):
@@ -114,13 +115,17 @@ def short(name: object) -> str:
 
     A file may have any object as a name: the type stands for an object that is no string.
     """
-    return printable(name[:200]) if isinstance(name, str) else f"a {type(name).__name__}"
+    if not isinstance(name, str):
+        return f"a {type(name).__name__}"
+    return printable(name[:200])
 
 
 def first_few(names: list[str], count: int = 3) -> str:
     """Join the first names of a list for a short message, with the number of further names."""
     shown = ", ".join(names[:count])
-    return shown if len(names) <= count else f"{shown} and {len(names) - count} more"
+    if len(names) <= count:
+        return shown
+    return f"{shown} and {len(names) - count} more"
 
 
 def _without_traceback(message: str) -> str:
@@ -129,7 +134,12 @@ def _without_traceback(message: str) -> str:
     A message without such a traceback is returned unchanged.
     """
     _, heading, traceback = message.partition("\nOriginal Traceback (most recent call last):\n")
+    if not heading:
+        return message
     lines = traceback.rstrip().split("\n")
     # Lines of the traceback are indented; the text of the error follows the last of these.
-    text_start = next((i for i in range(len(lines), 0, -1) if lines[i - 1].startswith("  ")), 0)
-    return "\n".join(lines[text_start:]) if heading and lines[text_start:] else message
+    text_start = 0
+    for number, line in enumerate(lines, 1):
+        if line.startswith("  "):
+            text_start = number
+    return "\n".join(lines[text_start:]) or message

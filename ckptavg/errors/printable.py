@@ -11,21 +11,18 @@ from collections.abc import Callable, Sequence
 _LONGEST = 1200  # characters per line
 # Characters that Python calls printable although a terminal shows nothing for them: Unicode's
 # default ignorable code points, and the blank of Braille.
-_BLANKS = frozenset(
-    chr(code)
-    for first, last in (
-        (0x034F, 0x034F),  # combining grapheme joiner
-        (0x115F, 0x1160),  # fillers of Hangul
-        (0x17B4, 0x17B5),  # inherent vowels of Khmer
-        (0x180B, 0x180F),  # variation selectors and separators of Mongolian
-        (0x2800, 0x2800),
-        (0x3164, 0x3164),
-        (0xFE00, 0xFE0F),  # variation selectors
-        (0xFFA0, 0xFFA0),
-        (0xE0100, 0xE01EF),
-    )
-    for code in range(first, last + 1)
+_BLANK_RANGES = (
+    (0x034F, 0x034F),  # combining grapheme joiner
+    (0x115F, 0x1160),  # fillers of Hangul
+    (0x17B4, 0x17B5),  # inherent vowels of Khmer
+    (0x180B, 0x180F),  # variation selectors and separators of Mongolian
+    (0x2800, 0x2800),
+    (0x3164, 0x3164),
+    (0xFE00, 0xFE0F),  # variation selectors
+    (0xFFA0, 0xFFA0),
+    (0xE0100, 0xE01EF),
 )
+_BLANKS = frozenset(chr(code) for first, last in _BLANK_RANGES for code in range(first, last + 1))
 _END_OF_URL = re.compile(r"[\s\"'<>]")
 _END_OF_HOST = re.compile(r"[/?#]")
 _THOUSAND = 1e3
@@ -63,12 +60,11 @@ def escape_unseen(
     Returns:
         The text with escapes.
     """
-    escapes = {
-        ord(c): escape(c)
-        for c in set(text)
-        if (not c.isprintable() or c in _BLANKS) and c not in keep
-    }
-    return text.translate(escapes) if escapes else text
+    escapes: dict[int, str] = {}
+    for character in {*text} - {*keep}:
+        if not character.isprintable() or character in _BLANKS:
+            escapes[ord(character)] = escape(character)
+    return text.translate(escapes)
 
 
 def without_secrets(text: str) -> str:
@@ -76,11 +72,17 @@ def without_secrets(text: str) -> str:
     before, *later_parts = text.split("://")
     parts = [before]
     for part in later_parts:
-        end = _END_OF_URL.search(part)
-        size = end.start() if end else len(part)
-        parts.append(bare_location(before, part[:size]) + part[size:])
+        location, remainder = _split_before(_END_OF_URL, part)
+        parts.append(bare_location(before, location) + remainder)
         before = part
     return "://".join(parts)
+
+
+def _split_before(end: re.Pattern[str], text: str) -> tuple[str, str]:
+    """Split a text before the first match of a pattern, or at the end."""
+    if (match := end.search(text)) is None:
+        return text, ""
+    return text[: match.start()], text[match.start() :]
 
 
 def bare_location(scheme: str, location: str) -> str:
@@ -90,14 +92,15 @@ def bare_location(scheme: str, location: str) -> str:
         scheme: Text that ends with the URL's scheme.
         location: Text after ``://``.
     """
-    web = scheme.lower().endswith(("http", "https"))
-    end = _END_OF_HOST.search(location)
-    size = end.start() if end else len(location)
-    user, _, bare = location[:size].rpartition("@")
+    is_web = scheme.lower().endswith(("http", "https"))
+    host, path = _split_before(_END_OF_HOST, location)
+    user, _, bare_host = host.rpartition("@")
     # The user of a web address may be a token; a bucket's may be its name.
-    host = bare if web or ":" in user else location[:size]
-    path = location[size:]
-    return host + (path.partition("?")[0] if web else path)
+    if is_web or ":" in user:
+        host = bare_host
+    if is_web:
+        path = path.partition("?")[0]
+    return host + path
 
 
 def split_directory(paths: Sequence[str]) -> tuple[str, list[str]]:
@@ -106,14 +109,14 @@ def split_directory(paths: Sequence[str]) -> tuple[str, list[str]]:
     Returns:
         The shared directory, empty if there is none, and each path relative to this directory.
     """
-    parents = [path.split("/")[:-1] for path in paths]
-    shared = 0
-    for names in zip(*parents, strict=False):
+    parts = [path.split("/") for path in paths]
+    shared: list[str] = []
+    # The last part of each path is a name, and no directory.
+    for names in zip(*(names[:-1] for names in parts), strict=False):
         if len({*names}) > 1:
             break
-        shared += 1
-    directory = "/".join(parents[0][:shared]) if parents else ""
-    return directory, ["/".join(path.split("/")[shared:]) for path in paths]
+        shared.append(names[0])
+    return "/".join(shared), ["/".join(names[len(shared) :]) for names in parts]
 
 
 def step_text(step: float) -> str:
@@ -122,7 +125,9 @@ def step_text(step: float) -> str:
     Whole steps below 1e15 are written in full, without an exponent. All other steps get six
     significant digits.
     """
-    return f"{step:.0f}" if step == round(step, 0) and abs(step) < _EXACT else f"{step:.6g}"
+    if step == round(step, 0) and abs(step) < _EXACT:
+        return f"{step:.0f}"
+    return f"{step:.6g}"
 
 
 def size_text(count: float) -> str:
@@ -138,4 +143,6 @@ def size_text(count: float) -> str:
 def three_digits(value: float) -> str:
     """Format a positive number to three significant digits without an exponent."""
     rounded = float(f"{value:.3g}")
-    return f"{rounded:,.0f}" if rounded >= _THOUSAND else f"{rounded:.3g}"
+    if rounded >= _THOUSAND:
+        return f"{rounded:,.0f}"
+    return f"{rounded:.3g}"

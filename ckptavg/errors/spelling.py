@@ -6,7 +6,7 @@ import difflib
 import fnmatch
 import re
 from collections.abc import Iterable, Sequence
-from itertools import islice
+from itertools import accumulate, islice
 
 _MOST_NAMES = 10_000  # that are compared
 # In characters: comparing takes time quadratic in the length.
@@ -54,7 +54,9 @@ def did_you_mean(names: Sequence[str]) -> str:
     if not names:
         return ""
     *earlier, last = names
-    return f"Did you mean {', '.join(earlier)} or {last}?" if earlier else f"Did you mean {last}?"
+    if not earlier:
+        return f"Did you mean {last}?"
+    return f"Did you mean {', '.join(earlier)} or {last}?"
 
 
 def close_patterns(pattern: str, names: Iterable[str], count: int = 3) -> list[str]:
@@ -91,8 +93,10 @@ def close_patterns(pattern: str, names: Iterable[str], count: int = 3) -> list[s
     corrected: list[str] = []
     for part in close or close_names(bare, parts, count):
         replaced = _replace(pattern, bare, part)
-        matching = [p for p in (replaced, f"*.{replaced}") if _matches_any(p, names)]
-        corrected += matching[:1]
+        for candidate in (replaced, f"*.{replaced}"):
+            if _matches_any(candidate, names):
+                corrected.append(candidate)
+                break
     return list(dict.fromkeys(corrected))
 
 
@@ -101,7 +105,7 @@ def _parts(names: Iterable[str]) -> list[str]:
     parts: dict[str, None] = {}
     for name in names:
         segments = name.split(".")
-        parts |= dict.fromkeys(".".join(segments[:end]) for end in range(1, len(segments) + 1))
+        parts |= dict.fromkeys(accumulate(segments, "{}.{}".format))
         parts |= dict.fromkeys(segments)
     return list(parts)
 
@@ -110,7 +114,9 @@ def _replace(pattern: str, bare: str, part: str) -> str:
     """Replace the literal text of a pattern by part of a name, and keep the wildcards around."""
     if bare in pattern:
         return pattern.replace(bare, part)
-    return f"{'*' if _WILDCARDS.match(pattern) else ''}{part}*"
+    if _WILDCARDS.match(pattern):
+        return f"*{part}*"
+    return f"{part}*"
 
 
 def _words(name: str) -> frozenset[str]:

@@ -20,7 +20,7 @@ _REMEDIES = {
     errno.ETIMEDOUT: "Check the connection to the file system, then try again.",
     errno.EINTR: "Try again.",
     errno.EAGAIN: "Try again.",
-    errno.ELOOP: "Mend its links: they lead to each other.",
+    errno.ELOOP: "Mend the symbolic links: they lead to each other.",
     errno.ENAMETOOLONG: "Choose a shorter name: this file system has no room for it.",
     errno.ENOTDIR: "Check its path: a part of it is a file, not a directory.",
     errno.EROFS: "Choose another disk: this one is mounted for reading alone.",
@@ -46,10 +46,10 @@ def unreadable(path: object, error: OSError) -> CheckpointError:
         error: The system's error.
     """
     # The name is a number where the error is about an open file.
-    named = isinstance(error.filename, (str, bytes))
-    name = os.fsdecode(error.filename) if named else path
+    if isinstance(error.filename, (str, bytes)):
+        path = os.fsdecode(error.filename)
     remedy = (_REMEDIES | _OF_READING).get(error.errno or 0, _ANY_READING)
-    return CheckpointError(f"{name} cannot be read: {error.strerror or error}", remedy)
+    return CheckpointError(f"{path} cannot be read: {error.strerror or error}", remedy)
 
 
 def unwritable(path: object, error: OSError) -> OutputError:
