@@ -185,8 +185,8 @@ class Geometry:
                     parts = _split_connected(links[cut:], len(self.run))
                     parts.sort(key=len, reverse=True)
                     return self._groups(parts, shortest, typical)
-        whole = list(range(len(self.run)))
-        return self._groups([whole], math.inf, max(lengths, default=0.0))
+        positions = range(len(self.run))
+        return self._groups([positions], math.inf, max(lengths, default=0.0))
 
     def _groups(self, parts: Sequence[Sequence[int]], distance: float, typical: float) -> Groups:
         """Make the groups with the checkpoints at some positions."""

@@ -127,7 +127,9 @@ def _mode_of_words(words: frozenset[str]) -> Mode | None:
     # neg_loss: the sign is reversed.
     if not words.isdisjoint(_NEGATIONS):
         lower = not lower
-    return "min" if lower else "max"
+    if lower:
+        return "min"
+    return "max"
 
 
 def _unknown_metric(metric: str, checkpoint: Checkpoint) -> RunError:

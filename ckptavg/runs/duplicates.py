@@ -41,7 +41,9 @@ class SameWeights:
             CheckpointError: A file cannot be read.
         """
         family = self._families.get(_form(checkpoint))
-        return None if family is None else family.find(checkpoint)
+        if family is None:
+            return None
+        return family.find(checkpoint)
 
     def add(self, checkpoint: Checkpoint) -> None:
         """Add a checkpoint, which is read only when a comparison needs the bytes."""
@@ -92,8 +94,9 @@ class Contents:
         if span.size == entry.size:
             return _Part(0, entry.size, entry.crc)
         within = span.start - self._start(span.file, i)
-        fits = within >= 0 and within + span.size <= entry.size
-        return _Part(within, entry.size, entry.crc) if fits else None
+        if within < 0 or within + span.size > entry.size:
+            return None
+        return _Part(within, entry.size, entry.crc)
 
     def _start(self, path: str, i: int) -> int:
         """Return the offset of a storage's first byte in the file."""
@@ -105,7 +108,8 @@ class Contents:
         """Return the digest of the first bytes of a range, or of the whole range."""
         if (span, extent) not in self._digests:
             digest = hashlib.blake2b(digest_size=16)
-            for block in _blocks(span, _HEAD if extent == "head" else None):
+            size = min(span.size, _HEAD) if extent == "head" else span.size
+            for block in _blocks(span, size):
                 digest.update(block)
             self._digests[span, extent] = digest.digest()
         return self._digests[span, extent]
@@ -139,9 +143,8 @@ class _Family:
             self._sort_in(member)
         self._new = []
         parts = self._parts(checkpoint)
-        duplicate = None if parts is None else self._by_checksums.get(parts)
-        if duplicate is not None:
-            return duplicate
+        if parts is not None and parts in self._by_checksums:
+            return self._by_checksums[parts]
         if not _is_decided(checkpoint, parts):
             for member in self._summed:
                 self._by_bytes.add(member)
@@ -179,7 +182,9 @@ def _is_decided(checkpoint: Checkpoint, parts: Sequence[_Part] | None) -> bool:
 def _stored_contents(checkpoint: Checkpoint) -> object:
     """Return a key of the files' contents in a remote store; None where the store has no key."""
     contents = tuple(paths.content_of(stamp.token) for stamp in checkpoint.files)
-    return contents if all(contents) else None
+    if not all(contents):
+        return None
+    return contents
 
 
 @dataclass(frozen=True)
@@ -219,7 +224,9 @@ class _Tree:
         if self._root is None:
             return None
         node, _ = self._descend(self._root, _looks(checkpoint))
-        return None if node.member is None else node.member.checkpoint
+        if node.member is None:
+            return None
+        return node.member.checkpoint
 
     def add(self, checkpoint: Checkpoint) -> None:
         """Add a checkpoint, unless the tree has an equal checkpoint."""
@@ -279,18 +286,23 @@ def _form_of(tensor: Tensor) -> object:
 
 def _form_of_piece(piece: Piece) -> object:
     """Return a key of a piece's layout, without the strides that have no meaning."""
+    if 0 in piece.shape:
+        return piece.shape, piece.start, ()
     strides = [s for n, s in zip(piece.shape, piece.stride, strict=True) if n > 1]
-    return piece.shape, piece.start, () if 0 in piece.shape else tuple(strides)
+    return piece.shape, piece.start, tuple(strides)
 
 
 def _ranges(checkpoint: Checkpoint) -> list[_Range]:
     """List the byte ranges of all tensors, in the order of the names."""
-    return [
-        _Range(piece.file, *(piece.text or (piece.offset, tensor.dtype.nbytes(_span(piece)))))
-        for _, tensor in _by_name(checkpoint)
-        for piece in tensor.pieces
-        if 0 not in piece.shape
-    ]
+    ranges: list[_Range] = []
+    for _, tensor in _by_name(checkpoint):
+        for piece in tensor.pieces:
+            if 0 in piece.shape:
+                continue
+            # A text that stores the bytes is compared as it is.
+            start, size = piece.text or (piece.offset, tensor.dtype.nbytes(_span(piece)))
+            ranges.append(_Range(piece.file, start, size))
+    return ranges
 
 
 def _span(piece: Piece) -> int:
@@ -298,9 +310,13 @@ def _span(piece: Piece) -> int:
     return 1 + sum((n - 1) * s for n, s in zip(piece.shape, piece.stride, strict=True))
 
 
-def _blocks(span: _Range, limit: int | None) -> Iterator[bytes]:
-    """Read a range in blocks, up to a limit in bytes."""
-    size = span.size if limit is None else min(span.size, limit)
+def _blocks(span: _Range, size: int) -> Iterator[bytes]:
+    """Read the first bytes of a range in blocks.
+
+    Args:
+        span: The range.
+        size: Number of bytes to read.
+    """
     with guard_reads(span.file), paths.open_binary(span.file) as file:
         file.seek(span.start)
         for bytes_read in range(0, size, _BLOCK):

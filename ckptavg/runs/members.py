@@ -23,7 +23,7 @@ from ckptavg.runs.discovery.numbered import labels_of
 from ckptavg.runs.discovery.reason import LeftOut, Reason
 from ckptavg.runs.discovery.steps_in_names import NamedStep
 from ckptavg.runs.duplicates import Contents, SameWeights
-from ckptavg.runs.order import find_aliases, named_steps, order_checkpoints
+from ckptavg.runs.order import find_aliases, named_steps, order_checkpoints, paths_of
 
 # Members of a training, and other checkpoints that were opened with the members.
 _Split: TypeAlias = tuple[list[Checkpoint], list[LeftOut]]
@@ -72,13 +72,13 @@ def open_members(
             # The only path of a run was meant as a checkpoint. Among others it is passed over.
             if len(paths) == 1:
                 raise
-            what = error.message.removeprefix(f"{path} ")
-            excluded.append(LeftOut(path, Reason.NO_WEIGHTS, what))
+            contents = error.message.removeprefix(f"{path} ")
+            excluded.append(LeftOut(path, Reason.NO_WEIGHTS, contents))
         except CheckpointError as error:
             errors[path] = error
     for split in (_split_averages, _split_refreshed, _split_repeats, _split_by_name):
-        members, others = split(members)
-        excluded += others
+        members, left_out = split(members)
+        excluded += left_out
     if errors and not members:
         raise next(iter(errors.values()))
     ordered, notes = order_checkpoints(members)
@@ -92,7 +92,7 @@ def _order_damaged(
     """Find the position of each damaged checkpoint by the step in the name."""
     if not errors:
         return ()
-    paths = [*(c.path for c in ordered), *errors]
+    paths = [*paths_of(ordered), *errors]
     labels = labels_of(paths)
     named = named_steps(paths)
     for path in paths:
@@ -162,7 +162,7 @@ def _split_repeats(checkpoints: Sequence[Checkpoint]) -> _Split:
     Returns:
         The checkpoints without repeats, and the repeats.
     """
-    aliases, labels = find_aliases(checkpoints), labels_of([c.path for c in checkpoints])
+    aliases, labels = find_aliases(checkpoints), labels_of(paths_of(checkpoints))
     contents = Contents()
     members: list[Checkpoint] = []
     repeats: list[LeftOut] = []
@@ -231,7 +231,7 @@ def _note_lone_best(checkpoints: Sequence[Checkpoint]) -> list[str]:
     Such a checkpoint may be far older than the numbered checkpoints, if training has deleted older
     ones.
     """
-    paths = [checkpoint.path for checkpoint in checkpoints]
+    paths = paths_of(checkpoints)
     best = [path.name for path in paths if is_best_name(path)]
     if len(best) != 1 or all(map(is_alias_name, paths)):
         return []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -33,7 +34,10 @@ def metric_columns(checkpoints: Sequence[Checkpoint]) -> MetricColumns:
     for row, checkpoint in enumerate(checkpoints):
         for name, value in checkpoint.record.metrics.items():
             columns.setdefault(name, [None] * len(checkpoints))[row] = value
-    constant = {name for name, values in columns.items() if _is_constant(values)}
+    constant: set[str] = set()
+    for name, values in columns.items():
+        if _is_constant(values):
+            constant.add(name)
     ordered = sorted(columns, key=lambda name: (name in constant, prominence(name)))
     # With one checkpoint, any two values may be equal by chance.
     if len(checkpoints) < 2:
@@ -64,14 +68,20 @@ def _multiple_of_clock(column: _Column, checkpoints: Sequence[Checkpoint]) -> st
     for clock, name in _clocks(checkpoints).items():
         if name == "LR" or len(set(column)) < 2:
             continue
-        ratios = {
-            value / tick if value is not None and tick else 0.0
-            for value, tick in zip(column, clock, strict=True)
-        }
-        ratio = ratios.pop()
-        if not ratios and ratio > 1 and ratio.is_integer():
+        ratio = _common_ratio(column, clock)
+        if ratio > 1 and ratio.is_integer():
             return f"{ratio:g} × {name}"
     return ""
+
+
+def _common_ratio(column: _Column, clock: _Column) -> float:
+    """Return the ratio of the values to those of a clock; 0 if the ratios differ."""
+    ratios: set[float] = set()
+    for value, tick in zip(column, clock, strict=True):
+        if value is None or not tick:
+            return 0.0
+        ratios.add(value / tick)
+    return ratios.pop() if len(ratios) == 1 else 0.0
 
 
 def momentary_numbers(checkpoints: Sequence[Checkpoint]) -> frozenset[str]:
@@ -80,17 +90,16 @@ def momentary_numbers(checkpoints: Sequence[Checkpoint]) -> frozenset[str]:
     Such numbers were measured on a checkpoint, whatever the name, and are not true of an average.
     Settings are excluded, since some of them follow a schedule.
     """
-    columns: dict[str, set[float]] = {}
+    columns: dict[str, set[float]] = defaultdict(set)
     for checkpoint in checkpoints:
         for name, value in checkpoint.record.metrics.items():
-            columns.setdefault(name, set()).add(value)
-    changing = {name for name, values in columns.items() if len(values) > 1}
-    return frozenset(
-        name
-        for name in changing
-        if not is_setting(name.rpartition(".")[2])
-        and not all(value.is_integer() for value in columns[name])
-    )
+            columns[name].add(value)
+    momentary: set[str] = set()
+    for name, values in columns.items():
+        is_count = all(value.is_integer() for value in values)
+        if len(values) > 1 and not is_count and not is_setting(name.rpartition(".")[2]):
+            momentary.add(name)
+    return frozenset(momentary)
 
 
 def _clocks(checkpoints: Sequence[Checkpoint]) -> dict[_Column, str]:

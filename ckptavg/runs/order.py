@@ -19,9 +19,14 @@ from ckptavg.runs.discovery.numbered import labels_of, roots_of
 from ckptavg.runs.discovery.steps_in_names import NamedStep, steps_in_names
 
 
+def paths_of(checkpoints: Sequence[Checkpoint]) -> list[Location]:
+    """Return the path of each checkpoint."""
+    return [checkpoint.path for checkpoint in checkpoints]
+
+
 def find_aliases(checkpoints: Sequence[Checkpoint]) -> set[Location]:
     """Find checkpoints that may be repeats: by name, or as the directory above the rest."""
-    paths = [checkpoint.path for checkpoint in checkpoints]
+    paths = paths_of(checkpoints)
     aliases = roots_of(paths)
     for path, label in labels_of(paths).items():
         if is_alias_name(label):
@@ -62,7 +67,7 @@ def order_checkpoints(
 ) -> tuple[tuple[Checkpoint, ...], list[str]]:
     """Sort checkpoints by step, then epoch, then numbers in the names, and set the steps."""
     clock, notes = _choose_clock(checkpoints)
-    aliases, labels = find_aliases(checkpoints), labels_of([c.path for c in checkpoints])
+    aliases, labels = find_aliases(checkpoints), labels_of(paths_of(checkpoints))
     positions, is_complete = clock.positions, clock.is_complete
 
     def sort_key(index: int) -> tuple[object, ...]:
@@ -99,7 +104,7 @@ def _choose_clock(checkpoints: Sequence[Checkpoint]) -> tuple[_Clock, list[str]]
     # Steps that restart in each epoch give no order.
     recorded = [by_epoch] if _restarts(checkpoints) else [by_step, by_epoch]
     clock = _choose_recorded(recorded)
-    named = list(named_steps([c.path for c in checkpoints]).values())
+    named = list(named_steps(paths_of(checkpoints)).values())
     if clock is None:
         _refuse_two_units(checkpoints, named)
         if by_step.is_empty and by_epoch.is_empty:
@@ -199,7 +204,7 @@ def refuse_two_series(ordered: Sequence[Checkpoint]) -> None:
     Raises:
         RunError: Several patterns of names have a checkpoint for each step.
     """
-    named = named_steps([c.path for c in ordered])
+    named = named_steps(paths_of(ordered))
     steps: dict[str, list[object]] = defaultdict(list)
     for checkpoint in ordered:
         # Steps that restart in each epoch tell apart the checkpoints of one epoch.
@@ -289,8 +294,8 @@ def _note_stepless(ordered: Sequence[Checkpoint]) -> str:
     stepless = [checkpoint.path.name for checkpoint in ordered if checkpoint.step is None]
     if not stepless or len(ordered) == 1:
         return ""
-    place = "placed last" if len(stepless) < len(ordered) else "in the order of their names"
-    return f"no step is known of {first_few(stepless)}: {place}"
+    order = "placed last" if len(stepless) < len(ordered) else "in the order of their names"
+    return f"no step is known of {first_few(stepless)}: {order}"
 
 
 def _note_disagreement(ordered: Sequence[Checkpoint]) -> str:

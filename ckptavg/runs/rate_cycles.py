@@ -22,9 +22,9 @@ def find_minima(rates: Sequence[float]) -> list[int]:
     levels = _find_levels(rates)
     # Infinity beside both ends, so that the ends count as minima too.
     values = [math.inf, *(rates[level[0]] for level in levels), math.inf]
-    minima = []
-    for level, before, value, after in zip(levels, values, values[1:], values[2:], strict=False):
-        if before > value < after:
+    minima: list[int] = []
+    for index, level in enumerate(levels, 1):
+        if values[index - 1] > values[index] < values[index + 1]:
             minima += level
     return minima
 
@@ -48,22 +48,28 @@ def find_restarts(rates: Sequence[float], *, after_step: bool = False) -> list[i
     levels = _find_levels(rates)
     values = [rates[level[0]] for level in levels]
     top = max(values, default=0.0)
-    restarts = [n for n, value in enumerate(values) if math.isclose(value, top, rel_tol=_SAME)]
-    is_such = after_step or (bool(restarts) and restarts[0] > 0 and restarts[-1] == len(values) - 1)
-    # The first level begins a cycle, and ends none.
-    restarts = [n for n in restarts if n > 0]
-    if len(restarts) < _FEWEST_CYCLES or not is_such:
+    is_top = [math.isclose(value, top, rel_tol=_SAME) for value in values]
+    # The run begins below the highest rate, and ends with it.
+    if not after_step and (not values or is_top[0] or not is_top[-1]):
         return []
-    for n, (before, value) in enumerate(pairwise(values), 1):
-        if before < value and n not in restarts:
+    restarts: list[int] = []
+    # The first level begins a cycle, and ends none.
+    for index in range(1, len(values)):
+        if is_top[index]:
+            restarts.append(levels[index][0])
+        elif values[index - 1] < values[index]:
             return []
-    return [levels[restart][0] for restart in restarts]
+    if len(restarts) < _FEWEST_CYCLES:
+        return []
+    return restarts
 
 
 def find_length(positions: Sequence[int]) -> int | None:
     """Return the common distance between positions; None if the distances differ."""
     lengths = {after - before for before, after in pairwise(positions)}
-    return lengths.pop() if len(lengths) == 1 else None
+    if len(lengths) != 1:
+        return None
+    return lengths.pop()
 
 
 def _find_levels(rates: Sequence[float]) -> list[list[int]]:

@@ -10,6 +10,7 @@ from ckptavg.errors.printable import step_text, without_secrets
 from ckptavg.formats import Checkpoint
 from ckptavg.runs.discovery.numbered import short_names
 from ckptavg.runs.metric_columns import metric_columns
+from ckptavg.runs.order import paths_of
 
 # Columns of metrics. Further metrics are named below the table.
 _MOST_METRICS = 3
@@ -30,32 +31,36 @@ def tabulate_run(checkpoints: Sequence[Checkpoint], notes: Sequence[str] = ()) -
         Column("epoch", "number", len(shown) + 2),
         Column("LR", "number", len(shown) + 1),
     ]
-    columns += [Column(name, "number", len(shown) - i) for i, name in enumerate(shown)]
-    rows = []
-    for name, checkpoint in zip(
-        short_names([c.path for c in checkpoints]), checkpoints, strict=True
-    ):
+    for position, name in enumerate(shown):
+        columns.append(Column(name, "number", len(shown) - position))
+    names = short_names(paths_of(checkpoints))
+    rows: list[list[str]] = []
+    for name, checkpoint in zip(names, checkpoints, strict=True):
         record = checkpoint.record
         numbers = [checkpoint.step, record.epoch, record.lr, *map(record.metrics.get, shown)]
-        rows.append([name, *(NOTHING if n is None else step_text(n) for n in numbers)])
-    count = len(checkpoints)
-    legend = [f"note: {note}" for note in notes]
+        rows.append([name, *map(_number_text, numbers)])
+    legend: list[str] = []
     if more := metrics.names[_MOST_METRICS:]:
-        legend.insert(0, f"more metrics: {', '.join(more)}")
-    return Table(
-        "1 checkpoint" if count == 1 else f"{count} checkpoints in order",
-        tuple(columns), rows_of_texts(rows), tuple(legend),
-    )  # fmt: skip
+        legend.append(f"more metrics: {', '.join(more)}")
+    legend += [f"note: {note}" for note in notes]
+    title = "1 checkpoint"
+    if len(checkpoints) > 1:
+        title = f"{len(checkpoints)} checkpoints in order"
+    return Table(title, tuple(columns), rows_of_texts(rows), tuple(legend))
+
+
+def _number_text(value: float | None) -> str:
+    """Write a recorded value for the table."""
+    return NOTHING if value is None else step_text(value)
 
 
 def records_of(checkpoints: Sequence[Checkpoint]) -> list[dict[str, Any]]:
     """List the recorded values of each checkpoint as plain values, with all metrics."""
-    rows = []
-    for name, checkpoint in zip(
-        short_names([c.path for c in checkpoints]), checkpoints, strict=True
-    ):
+    names = short_names(paths_of(checkpoints))
+    rows: list[dict[str, Any]] = []
+    for name, checkpoint in zip(names, checkpoints, strict=True):
         record = checkpoint.record
-        row = {
+        row: dict[str, Any] = {
             "name": name,
             "step": checkpoint.step,
             "epoch": record.epoch,
@@ -63,7 +68,9 @@ def records_of(checkpoints: Sequence[Checkpoint]) -> list[dict[str, Any]]:
             "size": checkpoint.size,
             "path": without_secrets(str(checkpoint.path)),
         }
-        # The name of a metric may equal the name of a fixed column.
-        row |= {key if key not in row else f"metrics.{key}": v for key, v in record.metrics.items()}
+        fixed = frozenset(row)
+        for metric, value in record.metrics.items():
+            # The name of a metric may equal the name of a fixed column.
+            row[f"metrics.{metric}" if metric in fixed else metric] = value
         rows.append(row)
     return rows

@@ -17,6 +17,7 @@ from ckptavg.runs.discovery.file_names import (
     OTHER_STATE,
     Patterns,
     is_alias_name,
+    list_visible,
     natural,
     stem_of,
     why_not,
@@ -90,7 +91,7 @@ class DirectorySearch:
         Raises:
             RunError: There is no checkpoint, or several runs below, or an unfinished checkpoint.
         """
-        shown = [path for path in directory.iterdir() if not path.name.startswith(".")]
+        shown = list_visible(directory)
         below = self.drop_skipped(sorted(shown, key=natural), directory)
         is_checkpoint = is_checkpoint_directory(directory)
         nested, folders = _split_directories(directory, below, is_checkpoint=is_checkpoint)
@@ -267,10 +268,9 @@ def _is_run_of_steps(paths: Sequence[Location], nested: Collection[Location]) ->
     by_parent: dict[Location, list[Location]] = defaultdict(list)
     for path in paths:
         by_parent[path.parent].append(path)
-        place = place_of(path)
-        if place is not None:
-            bases.add(place.base)
-            networks.add(place.below[0])
+        if (training := place_of(path)) is not None:
+            bases.add(training.base)
+            networks.add(training.below[0])
     # Several models beside the steps are the run, unless the steps have networks of equal names.
     if len(nested) > 1 and networks.isdisjoint(glob.escape(path.name) for path in nested):
         return False

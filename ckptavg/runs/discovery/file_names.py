@@ -82,8 +82,11 @@ def stem_of(path: Location) -> str:
     # A directory has no suffix: checkpoint-1.5 is the whole name.
     if path.is_dir():
         return path.name
-    matching = [suffix for suffix in checkpoint_suffixes() if path.name.endswith(suffix)]
-    return path.name.removesuffix(max(matching, key=len, default=""))
+    longest = ""
+    for suffix in checkpoint_suffixes():
+        if path.name.endswith(suffix) and len(suffix) > len(longest):
+            longest = suffix
+    return path.name.removesuffix(longest)
 
 
 def has_suffix(path: Location) -> bool:
@@ -108,8 +111,22 @@ def original_names(name: str) -> list[str]:
 def matches(path: Location, pattern: str) -> bool:
     """Return True if a path matches a shell pattern, in as many last names as the pattern has."""
     absolute = path.absolute() if isinstance(path, Path) else path
-    line = [absolute, *ancestors(absolute, pattern.count("/"))]
-    return fnmatch.fnmatchcase("/".join(location.name for location in reversed(line)), pattern)
+    return fnmatch.fnmatchcase(last_names(absolute, pattern.count("/")), pattern)
+
+
+def last_names(path: Location, levels: int) -> str:
+    """Return the name of a path below the directory some levels above its own."""
+    line = [path, *ancestors(path, levels)]
+    return "/".join(location.name for location in reversed(line))
+
+
+def list_visible(directory: Location) -> list[Location]:
+    """List the files and directories in a directory that are not hidden, in order of names."""
+    visible: list[Location] = []
+    for path in directory.iterdir():
+        if not path.name.startswith("."):
+            visible.append(path)
+    return sorted(visible, key=lambda path: path.name)
 
 
 def text_and_numbers(name: str) -> list[str]:
@@ -119,9 +136,11 @@ def text_and_numbers(name: str) -> list[str]:
 
 def natural(path: Location) -> tuple[object, ...]:
     """Return a natural sort key: 2 comes before 10, and names without a step come last."""
-    segments = text_and_numbers(stem_of(path))
-    key = [_magnitude(segment) if i % 2 else segment for i, segment in enumerate(segments)]
-    return (is_alias_name(path), *key)
+    key: list[object] = [is_alias_name(path)]
+    for index, segment in enumerate(text_and_numbers(stem_of(path))):
+        is_number = index % 2 == 1
+        key.append(_magnitude(segment) if is_number else segment)
+    return tuple(key)
 
 
 def _magnitude(digits: str) -> tuple[int, str]:

@@ -138,8 +138,9 @@ class _Listing:
             self.unnamed.update(selected)
         for member in selected:
             is_direct = not is_named and member in (path, path / member.name)
+            home = path if is_direct else member.parent
             # Resolved, so that two paths to one directory make one group.
-            home = (path if is_direct else member.parent).resolve()
+            home = home.resolve()
             self.homes.setdefault(home, []).append(member)
             if not is_direct and not is_named:
                 self.apart.add(home)

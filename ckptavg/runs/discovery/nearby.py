@@ -8,7 +8,13 @@ from ckptavg.errors import RunError, first_few
 from ckptavg.formats import is_checkpoint_directory
 from ckptavg.formats.file_formats import checkpoint_suffixes
 from ckptavg.io.paths import Location
-from ckptavg.runs.discovery.file_names import OTHER_STATE, has_suffix, natural, stem_of
+from ckptavg.runs.discovery.file_names import (
+    OTHER_STATE,
+    has_suffix,
+    list_visible,
+    natural,
+    stem_of,
+)
 from ckptavg.runs.discovery.numbered import names_step, step_directory, weights_below
 from ckptavg.runs.discovery.ranks import find_replicas
 
@@ -70,9 +76,11 @@ def runs_below(directory: Location, admits: Callable[[Location], bool]) -> list[
     runs: dict[Location, None] = {}
     level = [directory]
     for _ in range(_DEEPEST_RUN):
-        below = [p for d in level for p in _folders(d) if admits(p)][:_MOST_LOOKED_INTO]
+        below: list[Location] = []
+        for parent in level:
+            below += [path for path in _folders(parent) if admits(path)]
         level = []
-        for path in below:
+        for path in below[:_MOST_LOOKED_INTO]:
             if _is_of_a_run(path):
                 runs.setdefault(_training_of(path, directory))
             else:
@@ -92,7 +100,9 @@ def _training_of(holder: Location, directory: Location) -> Location:
 
     This is the directory above the steps, if it is below the directory of the search.
     """
-    step = holder if names_step(holder.name) else step_directory(holder)
+    step = step_directory(holder)
+    if names_step(holder.name):
+        step = holder
     if step is None or directory not in step.parents or step.parent == directory:
         return holder
     return step.parent
@@ -100,8 +110,8 @@ def _training_of(holder: Location, directory: Location) -> Location:
 
 def _folders(directory: Location) -> list[Location]:
     """List the visible subdirectories of a directory, in natural order."""
-    shown = (p for p in directory.iterdir() if p.is_dir() and not p.name.startswith("."))
-    return sorted(shown, key=natural)
+    folders = [path for path in list_visible(directory) if path.is_dir()]
+    return sorted(folders, key=natural)
 
 
 def holds_checkpoints(directory: Location) -> bool:

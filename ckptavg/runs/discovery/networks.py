@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from typing import Literal
 
 from ckptavg.errors import CheckpointError, NoWeightsError, RunError, first_few
@@ -33,7 +33,7 @@ def with_roots(groups: Groups) -> Groups:
     return groups
 
 
-def split_copies(groups: Groups, listed: Set[Location]) -> tuple[Groups, list[Location]]:
+def split_copies(groups: Groups, listed: set[Location]) -> tuple[Groups, list[Location]]:
     """Split off the EMA copies of other checkpoints.
 
     Args:
@@ -43,30 +43,40 @@ def split_copies(groups: Groups, listed: Set[Location]) -> tuple[Groups, list[Lo
     Returns:
         The groups without copies, and the copies.
     """
-    networks = [home for home in groups if isinstance(home, Place)]
-    with_originals = {network.base for network in networks if not is_ema_name(network.name)}
+    with_originals: set[Location] = set()
+    for home in groups:
+        if isinstance(home, Place) and not is_ema_name(home.name):
+            with_originals.add(home.base)
     originals: Groups = {}
-    split: list[Location] = []
+    copies: list[Location] = []
     for home, members in groups.items():
-        copies: set[Location] = set()
+        named_as_copies: set[Location] = set()
         if not isinstance(home, Place):
-            copies = _copies_among(members)
+            named_as_copies = _copies_among(members)
         elif is_ema_name(home.name) and home.base in with_originals:
-            copies = {*members}
-        copies &= listed
-        split += [path for path in members if path in copies]
-        if remaining := [path for path in members if path not in copies]:
+            named_as_copies = set(members)
+        remaining: list[Location] = []
+        for path in members:
+            if path in named_as_copies and path in listed:
+                copies.append(path)
+            else:
+                remaining.append(path)
+        if remaining:
             originals[home] = remaining
-    return originals, split
+    return originals, copies
 
 
 def _copies_among(neighbours: Sequence[Location]) -> set[Location]:
     """Find the directories that are EMA copies of a neighbour, by name."""
     names = {path.name for path in neighbours}
-    return {p for p in neighbours if names & {*original_names(p.name)} and p.is_dir()}
+    copies: set[Location] = set()
+    for path in neighbours:
+        if not names.isdisjoint(original_names(path.name)) and path.is_dir():
+            copies.add(path)
+    return copies
 
 
-def split_weightless(groups: Groups, listed: Set[Location]) -> tuple[Groups, list[Location]]:
+def split_weightless(groups: Groups, listed: set[Location]) -> tuple[Groups, list[Location]]:
     """Split off files without weights beside the network of each step: a counter, a schedule.
 
     Args:
@@ -76,16 +86,21 @@ def split_weightless(groups: Groups, listed: Set[Location]) -> tuple[Groups, lis
     Returns:
         The groups with weights, and the members of the groups without.
     """
-    weightless: set[Location | Place] = set()
+    weightless: list[Place] = []
     for siblings in _several_networks(groups, listed).values():
         # One member per place is opened, and decides for all members of the place.
         contents = {network: _content_of(groups[network][-1]) for network in siblings}
-        # Tensors of integers alone are the state of a random generator or a data loader.
-        weightless_kinds: set[_Content] = {"nothing"}
-        weightless_kinds |= {"integers"} if "weights" in contents.values() else set()
-        weightless |= {network for network in siblings if contents[network] in weightless_kinds}
-    networks = {home: members for home, members in groups.items() if home not in weightless}
-    return networks, [path for home in weightless for path in groups[home]]
+        has_weights = "weights" in contents.values()
+        for network, content in contents.items():
+            # Beside weights, tensors of integers alone are the state of a random generator or a
+            # data loader.
+            if content == "nothing" or (content == "integers" and has_weights):
+                weightless.append(network)
+    networks = dict(groups)
+    paths: list[Location] = []
+    for network in weightless:
+        paths += networks.pop(network)
+    return networks, paths
 
 
 def _content_of(path: Location) -> _Content:
@@ -97,12 +112,16 @@ def _content_of(path: Location) -> _Content:
     except CheckpointError:
         # A damaged file may hold weights, and a pointer stands for weights, so neither is passed
         # over. A text holds no weights.
-        return "nothing" if path.is_file() and is_text(path) else "unknown"
+        if path.is_file() and is_text(path):
+            return "nothing"
+        return "unknown"
     all_integers = all(tensor.dtype.kind == "int" for tensor in checkpoint.tensors.values())
-    return "integers" if all_integers and not checkpoint.refused else "weights"
+    if all_integers and not checkpoint.refused:
+        return "integers"
+    return "weights"
 
 
-def refuse_networks(groups: Groups, listed: Set[Location]) -> None:
+def refuse_networks(groups: Groups, listed: set[Location]) -> None:
     """Refuse a directory that holds several networks at each step.
 
     Args:
@@ -125,7 +144,7 @@ def refuse_networks(groups: Groups, listed: Set[Location]) -> None:
         )
 
 
-def _several_networks(groups: Groups, listed: Set[Location]) -> dict[Location, list[Place]]:
+def _several_networks(groups: Groups, listed: set[Location]) -> dict[Location, list[Place]]:
     """Find the directories with several networks per step.
 
     Returns:
@@ -133,6 +152,6 @@ def _several_networks(groups: Groups, listed: Set[Location]) -> dict[Location, l
     """
     by_base: dict[Location, list[Place]] = defaultdict(list)
     for home, members in groups.items():
-        if isinstance(home, Place) and all(path in listed for path in members):
+        if isinstance(home, Place) and listed.issuperset(members):
             by_base[home.base].append(home)
     return {base: networks for base, networks in by_base.items() if len(networks) > 1}

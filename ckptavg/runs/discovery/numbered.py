@@ -15,7 +15,7 @@ from itertools import chain
 
 from ckptavg.formats import is_checkpoint_directory
 from ckptavg.io.paths import Location, ancestors
-from ckptavg.runs.discovery.file_names import has_suffix, stem_of, why_not
+from ckptavg.runs.discovery.file_names import has_suffix, last_names, list_visible, stem_of, why_not
 from ckptavg.runs.discovery.steps_in_names import DATE
 
 # Levels between a checkpoint and the directory that is named after the step.
@@ -117,32 +117,37 @@ def labels_of(paths: Sequence[Location]) -> dict[Location, Location]:
     """
     roots = roots_of(paths)
     members = [path for path in paths if path not in roots]
-    labels = {path: path for path in paths}
+    labels = dict(zip(paths, paths, strict=True))
     # With one member there are no other names to compare, so the name itself decides.
     if len(members) == 1:
-        return labels | {members[0]: _label_of(members[0])}
-    lines = {path: [path, *ancestors(path, DEEPEST + 1)] for path in members}
-    for level in range(min(map(len, lines.values()), default=0)):
-        if len({line[level].name for line in lines.values()}) > 1:
-            return labels | {path: line[level] for path, line in lines.items()}
+        labels[members[0]] = _label_of(members[0])
+        return labels
+    lines = [[path, *ancestors(path, DEEPEST + 1)] for path in members]
+    # A level of the lines: each path, then the directory above each path, and so on.
+    for level in zip(*lines, strict=False):
+        names = {location.name for location in level}
+        if len(names) > 1:
+            labels.update(zip(members, level, strict=True))
+            return labels
     return labels
 
 
 def short_names(paths: Sequence[Location]) -> list[str]:
     """Name the paths, with as many directories as are needed to make the names unique."""
-    names = [path.name for path in paths]
-    for level in range(1, DEEPEST + 2):
-        if len({*names}) == len({*paths}):
+    names: list[str] = []
+    for level in range(DEEPEST + 2):
+        names = [last_names(path, level) for path in paths]
+        if len(set(names)) == len(set(paths)):
             break
-        lines = [[*ancestors(path, level)[::-1], path] for path in paths]
-        names = ["/".join(segment.name for segment in line) for line in lines]
     return names
 
 
 def roots_of(paths: Sequence[Location]) -> set[Location]:
     """Find the paths that are directories above other paths."""
-    above = {parent for path in paths for parent in ancestors(path, DEEPEST + 1)}
-    return {path for path in paths if path in above}
+    above: set[Location] = set()
+    for path in paths:
+        above.update(ancestors(path, DEEPEST + 1))
+    return above.intersection(paths)
 
 
 def weights_below(directory: Location) -> list[Location]:
@@ -156,7 +161,7 @@ def weights_below(directory: Location) -> list[Location]:
     for _ in range(DEEPEST):
         deeper: list[Location] = []
         level_files: list[Location] = []
-        for path in chain(*map(_visible, level)):
+        for path in chain.from_iterable(map(list_visible, level)):
             if why_not(stem_of(path)):
                 continue
             if is_checkpoint_directory(path):
@@ -194,19 +199,20 @@ def group_by_place(
     Returns:
         Place, or directory of a run without places → checkpoints.
     """
-    places_by_path = _find_places([path for members in homes.values() for path in members])
-    shared = Counter(places_by_path.values())
+    place_by_path = _find_places(list(chain.from_iterable(homes.values())))
+    counts = Counter(place_by_path.values())
     groups: dict[Location | Place, list[Location]] = defaultdict(list)
+    shared = {path for path, place in place_by_path.items() if counts[place] > 1}
     for home, members in homes.items():
-        has_others = any(
-            shared[places_by_path[path]] > 1 for path in members if path in places_by_path
-        )
         is_split = home in apart
-        if has_others and not is_split:
+        # The names are looked at only where another step has a checkpoint at the same place.
+        if not is_split and not shared.isdisjoint(members):
             is_split = len(members) == 1 or not is_series(members)
         for path in members:
-            training = places_by_path.get(path)
-            groups[training if is_split and training is not None else home].append(path)
+            if is_split and path in place_by_path:
+                groups[place_by_path[path]].append(path)
+            else:
+                groups[home].append(path)
     return groups
 
 
@@ -216,15 +222,18 @@ def _find_places(paths: Sequence[Location]) -> dict[Location, Place]:
     The only path at a place may repeat the step further down. The repeated step is then masked.
     """
     # Only the directories are resolved: a link counts under the name of the link.
-    real = {path: path.parent.resolve() / path.name for path in paths}
-    places_by_path = {
-        path: unmasked for path in paths if (unmasked := place_of(real[path])) is not None
-    }
-    shared = Counter(places_by_path.values())
-    for path, unmasked in places_by_path.items():
-        if shared[unmasked] == 1:
-            places_by_path[path] = place_of(real[path], masked=True) or unmasked
-    return places_by_path
+    resolved: dict[Location, Location] = {}
+    place_by_path: dict[Location, Place] = {}
+    for path in paths:
+        resolved[path] = path.parent.resolve() / path.name
+        unmasked = place_of(resolved[path])
+        if unmasked is not None:
+            place_by_path[path] = unmasked
+    counts = Counter(place_by_path.values())
+    for path, unmasked in place_by_path.items():
+        if counts[unmasked] == 1:
+            place_by_path[path] = place_of(resolved[path], masked=True) or unmasked
+    return place_by_path
 
 
 def _label_of(path: Location) -> Location:
@@ -233,12 +242,6 @@ def _label_of(path: Location) -> Location:
     if numbered_file or names_step(stem_of(path)):
         return path
     return step_directory(path) or path
-
-
-def _visible(directory: Location) -> list[Location]:
-    """List the files and directories in a directory that are not hidden, in order of names."""
-    paths: list[Location] = [p for p in directory.iterdir() if not p.name.startswith(".")]
-    return sorted(paths, key=lambda path: path.name)
 
 
 def _numbers(name: str) -> set[str]:

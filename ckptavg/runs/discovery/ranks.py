@@ -11,7 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 
 from ckptavg.errors import CheckpointError, first_few
 from ckptavg.formats import Checkpoint, open_checkpoint
@@ -61,10 +61,12 @@ _REMEDIES = (
         "those.",
     ),
 )
-_USUAL_REMEDY = (
+_DEFAULT_REMEDY = (
     "Join them first with the conversion tool of the trainer, or save the whole model from "
     "training (one full state dict, or torch.distributed.checkpoint), then average that."
 )
+# Numbers of the first rank.
+_FIRST = frozenset(["0", "1"])
 _NAMED_RUN = "If they are of several steps of a training, name each of them."
 # Vectors of two checkpoints that are read at most. More would not change the decision.
 _MOST_COMPARED = 64
@@ -92,15 +94,20 @@ def parse_rank(path: Location) -> RankFile | None:
     if not any(map(_RANK.search, names)):
         return None
     ranks: list[str] = []
+
+    def mask(match: re.Match[str]) -> str:
+        """Replace the numbers of ranks by stars, and collect the numbers."""
+        for digits in re.findall(r"\d+", match[0]):
+            ranks.append(digits.lstrip("0") or "0")
+        return re.sub(r"\d+", "*", match[0])
+
     masked: list[str] = []
     for name in names:
-        text = name
         # The rank of an adapter is a matrix dimension, not a process.
-        for pattern in () if "lora" in name.lower() else (_RANK, _AXIS):
-            for match in pattern.finditer(text):
-                ranks += [n.lstrip("0") or "0" for n in re.findall(r"\d+", match[0])]
-            text = pattern.sub(lambda match: re.sub(r"\d+", "*", match[0]), text)
-        masked.append(text)
+        if "lora" in name.lower():
+            masked.append(name)
+        else:
+            masked.append(_AXIS.sub(mask, _RANK.sub(mask, name)))
     return RankFile(path, (line[-1].parent, *masked), tuple(ranks))
 
 
@@ -145,8 +152,8 @@ def _group_by_model(paths: Iterable[Location]) -> list[list[Location]]:
     for files in models.values():
         # Processes count from 0 or 1. Without a first number, the numbers are something else, such
         # as the ranks of adapters.
-        has_first = any({"0", "1"} & {*numbers} for numbers in files)
-        if len(files) > 1 and has_first:
+        numbers = set(chain.from_iterable(files))
+        if len(files) > 1 and not numbers.isdisjoint(_FIRST):
             groups.append(list(files.values()))
     return groups
 
@@ -177,7 +184,10 @@ def _hold_same(first: Checkpoint, second: Checkpoint, contents: Contents) -> boo
 def _remedy(group: Sequence[Location]) -> str:
     """Choose the remedy of the trainer that the paths are typical of."""
     path = str(group[0])
-    return next((remedy for word, remedy in _REMEDIES if word in path), _USUAL_REMEDY)
+    for word, remedy in _REMEDIES:
+        if word in path:
+            return remedy
+    return _DEFAULT_REMEDY
 
 
 def _describe_parts(group: Sequence[Location], kind: str, remedy: str) -> CheckpointError:
@@ -188,19 +198,21 @@ def _describe_parts(group: Sequence[Location], kind: str, remedy: str) -> Checkp
         kind: Noun for the files, in the plural.
         remedy: The error's remedy.
     """
-    common = _common_ancestors(group)
-    home = next(parent for parent in ancestors(group[0], _DEEPEST + 2) if parent in common)
-    depth = len(str(home).rstrip("/")) + 1 if str(home) != "." else 0
-    names = [str(path)[depth:] for path in group]
+    home = _common_directory(group)
+    prefix = "" if str(home) == "." else f"{str(home).rstrip('/')}/"
+    names = [str(path).removeprefix(prefix) for path in group]
     return CheckpointError(
         f"{home} holds parts of one model: {len(group)} {kind} ({first_few(names)})", remedy
     )
 
 
-def _common_ancestors(group: Sequence[Location]) -> set[Location]:
-    """Find the directories above all files of a group."""
-    above = [set(ancestors(path, _DEEPEST + 2)) for path in group]
-    return set.intersection(*above)
+def _common_directory(group: Sequence[Location]) -> Location:
+    """Find the nearest directory above all files of a group."""
+    common = ancestors(group[0], _DEEPEST + 2)
+    for path in group[1:]:
+        above = set(ancestors(path, _DEEPEST + 2))
+        common = [directory for directory in common if directory in above]
+    return common[0]
 
 
 def refuse_parts(checkpoints: Sequence[Checkpoint]) -> None:
@@ -216,7 +228,7 @@ def refuse_parts(checkpoints: Sequence[Checkpoint]) -> None:
         # The cheapest tests come first: only the last test reads values.
         if _are_disjoint(former, latter) or _are_cut(former, latter) or _are_halves(former, latter):
             group = [c.path for c in checkpoints if _moment(c) == _moment(former)]
-            raise _describe_parts(group, "files", f"{_USUAL_REMEDY} {_NAMED_RUN}")
+            raise _describe_parts(group, "files", f"{_DEFAULT_REMEDY} {_NAMED_RUN}")
 
 
 def _moment(checkpoint: Checkpoint) -> tuple[int | None, float | None]:
@@ -242,11 +254,14 @@ def _are_cut(one: Checkpoint, other: Checkpoint) -> bool:
     """Return True if at the same step tensors differ in the extent of a single dimension."""
     if not _same_step(one, other) or one.tensors.keys() != other.tensors.keys():
         return False
-    pairs = [(tensor.shape, other.tensors[name].shape) for name, tensor in one.tensors.items()]
-    if any(len(a) != len(b) for a, b in pairs):
-        return False
-    differing = [sum(n != m for n, m in zip(a, b, strict=True)) for a, b in pairs]
-    return max(differing, default=0) == 1
+    most = 0
+    for name, tensor in one.tensors.items():
+        shape, other_shape = tensor.shape, other.tensors[name].shape
+        if len(shape) != len(other_shape):
+            return False
+        differing = [n for n, m in zip(shape, other_shape, strict=True) if n != m]
+        most = max(most, len(differing))
+    return most == 1
 
 
 def _are_halves(one: Checkpoint, other: Checkpoint) -> bool:
@@ -257,28 +272,43 @@ def _are_halves(one: Checkpoint, other: Checkpoint) -> bool:
     """
     if not _same_step(one, other) or not _first_numbers(one, other):
         return False
-    shapes = [{name: t.shape for name, t in c.tensors.items()} for c in (one, other)]
-    if shapes[0] != shapes[1]:
+    if _shapes_of(one) != _shapes_of(other):
         return False
-    contents = Contents()
-    floats = {name: t for name, t in one.tensors.items() if t.dtype.kind == "float" and t.numel}
-    matrices = [name for name, tensor in floats.items() if len(tensor.shape) > 1]
-    vectors = [name for name, tensor in floats.items() if len(tensor.shape) == 1]
+    matrices: list[str] = []
+    vectors: list[str] = []
+    for name, tensor in one.tensors.items():
+        if tensor.dtype.kind != "float" or not tensor.numel:
+            continue
+        if len(tensor.shape) > 1:
+            matrices.append(name)
+        elif len(tensor.shape) == 1:
+            vectors.append(name)
     vectors = vectors[:_MOST_COMPARED]
+    contents = Contents()
     equal = [name for name in vectors if _is_same(name, one, other, contents)]
     if not matrices or 2 * len(equal) <= len(vectors):
         return False
     return not any(_is_same(name, one, other, contents) for name in matrices)
 
 
+def _shapes_of(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor."""
+    return {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+
+
 def _is_same(name: str, one: Checkpoint, other: Checkpoint, contents: Contents) -> bool:
     """Return True if a tensor is the same in two checkpoints."""
-    pair = [replace(c, tensors={name: c.tensors[name]}, refused={}) for c in (one, other)]
-    return _hold_same(pair[0], pair[1], contents)
+    first = replace(one, tensors={name: one.tensors[name]}, refused={})
+    second = replace(other, tensors={name: other.tensors[name]}, refused={})
+    return _hold_same(first, second, contents)
 
 
 def _first_numbers(one: Checkpoint, other: Checkpoint) -> bool:
     """Return True if the names differ in a single number, 0 in the first and 1 in the second."""
-    numbers = [re.findall(r"\d+", checkpoint.path.name) for checkpoint in (one, other)]
-    differing = [(a, b) for a, b in zip(*numbers, strict=True) if a != b]
-    return [(a.lstrip("0"), b.lstrip("0")) for a, b in differing] == [("", "1")]
+    numbers = re.findall(r"\d+", one.path.name)
+    other_numbers = re.findall(r"\d+", other.path.name)
+    differing: list[tuple[str, str]] = []
+    for digits, other_digits in zip(numbers, other_numbers, strict=True):
+        if digits != other_digits:
+            differing.append((digits.lstrip("0"), other_digits.lstrip("0")))
+    return differing == [("", "1")]

@@ -79,14 +79,20 @@ def steps_in_names(stems: Sequence[str]) -> list[NamedStep]:
     if (by_date := _dates(names)) is not None:
         return by_date
     numbers = [_whole_numbers(name) for name in names]
-    numbered = [values for values in numbers if values]
-    indices = range(min(map(len, numbered), default=0))
-    index = next((i for i in indices if len({values[i] for values in numbered}) > 1), -1)
-    units = [unit_in_name(name) for name in names]
-    return [
-        NamedStep(values[index] if values else None, unit)
-        for values, unit in zip(numbers, units, strict=True)
-    ]
+    index = _differing_index([values for values in numbers if values])
+    steps: list[NamedStep] = []
+    for name, values in zip(names, numbers, strict=True):
+        value = values[index] if values else None
+        steps.append(NamedStep(value, unit_in_name(name)))
+    return steps
+
+
+def _differing_index(numbers: Sequence[Sequence[int]]) -> int:
+    """Return the index of the first number that differs between names; -1 where none does."""
+    for index, values in enumerate(zip(*numbers, strict=False)):
+        if len(set(values)) > 1:
+            return index
+    return -1
 
 
 def unit_in_name(stem: str) -> Unit | None:
@@ -100,11 +106,13 @@ def unit_in_name(stem: str) -> Unit | None:
 
 def _common_word(names: Sequence[str]) -> list[NamedStep] | None:
     """Read the steps by a word in all names, preferably a word that tells the names apart."""
-    constant: list[NamedStep] | None = None
-    by_unit = {unit: [_by_word(name, unit) for name in names] for unit in _WORDS}
+    by_unit: dict[Unit, list[int | None]] = {}
+    for unit in _WORDS:
+        by_unit[unit] = [_by_word(name, unit) for name in names]
     # First, since steps that restart in each epoch also tell names apart, but give no order.
     if (restarting := _steps_of_epochs(by_unit["epoch"], by_unit["step"])) is not None:
         return restarting
+    constant: list[NamedStep] | None = None
     for unit, values in by_unit.items():
         if None in values:
             continue
@@ -140,8 +148,13 @@ def _steps_of_epochs(
 
 def _dates(names: Sequence[str]) -> list[NamedStep] | None:
     """Read the steps by the date that all names have, written to the same precision."""
-    dates = [re.sub(r"\D", "", date[0]) for name in names if (date := DATE.search(name))]
-    if not dates or len(dates) < len(names) or len(set(map(len, dates))) > 1:
+    dates: list[str] = []
+    for name in names:
+        date = DATE.search(name)
+        if date is None:
+            return None
+        dates.append(re.sub(r"\D", "", date[0]))
+    if len(set(map(len, dates))) != 1:
         return None
     return [NamedStep(int(date)) for date in dates]
 
@@ -153,7 +166,9 @@ def _by_word(name: str, unit: Unit) -> int | None:
         if number is not None and (value := _read_whole(number)) is not None:
             return value
     number = _NUMBER_FIRST[unit].search(name)
-    return None if number is None else _read_whole(number)
+    if number is None:
+        return None
+    return _read_whole(number)
 
 
 def _read_whole(number: re.Match[str]) -> int | None:
@@ -163,7 +178,9 @@ def _read_whole(number: re.Match[str]) -> int | None:
         return None
     # Computed exactly, since in floats 1.001k is not whole.
     value = Fraction(digits) * _FACTORS[factor or ""]
-    return int(value) if value.denominator == 1 else None
+    if value.denominator != 1:
+        return None
+    return int(value)
 
 
 def _whole_numbers(name: str) -> list[int]:
@@ -200,4 +217,6 @@ def _split_dotted(name: str, number: re.Match[str]) -> list[int]:
     if len(digits) > 1 and is_list and number[2] is None:
         return [int(text) for text in digits if len(text) <= _MOST_DIGITS]
     value = _read_whole(number)
-    return [] if value is None else [value]
+    if value is None:
+        return []
+    return [value]

@@ -28,9 +28,9 @@ def split_by_suffix(
 ) -> tuple[list[Location], list[Location]]:
     """Split the files of a directory into files of the run and files passed over.
 
-    Files with unusual suffixes belong to the run in three cases: the user's pattern matches, no
-    file has a usual suffix, or the files are a numbered series and all files with usual suffixes
-    have names without a step, such as ``model.pt``.
+    Files with other suffixes than a checkpoint's belong to the run in three cases: the user's
+    pattern matches, no file has a checkpoint's suffix, or the files are a numbered series and all
+    files with a checkpoint's suffix have names without a step, such as ``model.pt``.
 
     Args:
         files: All files of the directory.
@@ -41,22 +41,30 @@ def split_by_suffix(
         The files of the run, whose names are not checked yet; and the files passed over, whose
         first bytes are those of checkpoints.
     """
-    usual = [path for path in files if has_suffix(path)]
-    candidates = [path for path in files if not has_suffix(path)]
-    candidates = [path for path in candidates if not why_not(_bare_stem(path))]
+    members: list[Location] = []
+    candidates: list[Location] = []
+    for path in files:
+        if has_suffix(path):
+            members.append(path)
+        elif not why_not(_bare_stem(path)):
+            candidates.append(path)
     if pattern is not None:
-        matching = [
-            path for path in candidates if matches(path, pattern) and _may_hold_weights(path)
-        ]
-        return [*usual, *matching], []
+        for path in candidates:
+            if matches(path, pattern) and _may_hold_weights(path):
+                members.append(path)
+        return members, []
     saved = [path for path in candidates[:_MOST_LOOKED_INTO] if _is_saved(path)]
-    if alone and all(is_alias_name(path) or why_not(stem_of(path)) for path in usual):
-        unusual = (
-            _find_series(candidates, saved) if usual else [p for p in saved if not _is_set_aside(p)]
-        )
-    else:
-        unusual = []
-    return [*usual, *unusual], [path for path in saved if path not in {*unusual}]
+    if alone and not members:
+        members = [path for path in saved if not _is_set_aside(path)]
+    elif alone and not any(map(_is_step, members)):
+        members += _find_series(candidates, saved)
+    selected = set(members)
+    return members, [path for path in saved if path not in selected]
+
+
+def _is_step(path: Location) -> bool:
+    """Return True if a name is that of a checkpoint with a step."""
+    return not is_alias_name(path) and not why_not(stem_of(path))
 
 
 def _find_series(files: Sequence[Location], saved: Sequence[Location]) -> list[Location]:
@@ -65,12 +73,11 @@ def _find_series(files: Sequence[Location], saved: Sequence[Location]) -> list[L
     Damaged files of such a series are included, so that they are reported and not passed over.
 
     Args:
-        files: All files with unusual suffixes.
-        saved: Files with unusual suffixes whose first bytes are those of checkpoints.
+        files: All files with other suffixes than a checkpoint's.
+        saved: Those of the files whose first bytes are those of checkpoints.
     """
     counts = Counter(_mask_numbers(path) for path in saved if not _is_set_aside(path))
-    series = {name for name, count in counts.items() if count > 1}
-    return [path for path in files if _mask_numbers(path) in series]
+    return [path for path in files if counts[_mask_numbers(path)] > 1]
 
 
 def _mask_numbers(path: Location) -> str:
@@ -81,7 +88,9 @@ def _mask_numbers(path: Location) -> str:
 def _bare_stem(path: Location) -> str:
     """Return the beginning of a name, before the first suffix of a checkpoint."""
     end = find_suffix(path.name)
-    return path.name if end is None else path.name[:end].lower()
+    if end is None:
+        return path.name
+    return path.name[:end].lower()
 
 
 def _may_hold_weights(path: Location) -> bool:

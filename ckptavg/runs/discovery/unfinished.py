@@ -20,8 +20,12 @@ _COPY_AGAIN = (
 
 def find_unfinished(directories: Sequence[Location]) -> dict[Location, RunError]:
     """Find the directories of unfinished checkpoints, each with an error."""
-    errors = {path: why_unfinished(path) for path in directories}
-    return {path: error for path, error in errors.items() if error is not None}
+    errors: dict[Location, RunError] = {}
+    for path in directories:
+        error = why_unfinished(path)
+        if error is not None:
+            errors[path] = error
+    return errors
 
 
 def why_unfinished(directory: Location) -> RunError | None:
