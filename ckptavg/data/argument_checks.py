@@ -55,8 +55,9 @@ def check_data(data: object) -> None:
 def _refuse_entries(data: Mapping[Any, Any]) -> None:
     """Refuse a dict of named data sets, or a single batch in a dict."""
     names = [str(key) for key in data]
-    is_batch = any(isinstance(value, torch.Tensor) for value in data.values())
-    remedy = "Put it in a list, if it is a batch." if is_batch else "Pass one of them."
+    remedy = "Pass one of them."
+    if any(isinstance(value, torch.Tensor) for value in data.values()):
+        remedy = "Put it in a list, if it is a batch."
     raise UsageError(
         f"data is expected to be a Dataset or a loader of batches but is {_describe(data)} of "
         f"{short(first_few(names))}",

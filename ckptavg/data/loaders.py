@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,24 +13,31 @@ from torch.utils.data import (
     DataLoader,
     Dataset,
     IterableDataset,
-    Sampler,
     SequentialSampler,
 )
 from torch.utils.data.distributed import DistributedSampler
 
 from ckptavg.data.argument_checks import check_data
-from ckptavg.data.seeding import seeded_torch
-from ckptavg.data.streams import Batched, collate_of, in_batches, is_dataset, with_tensors
+from ckptavg.data.samplers import (
+    FixedBatchSampler,
+    RepeatableLoader,
+    ShardedBatchSampler,
+    ShardedIterable,
+    SingleUseIterable,
+    samples_in_sampler,
+    single_use_error,
+)
+from ckptavg.data.streams import BatchStream, batch_samples, collate_of, is_dataset, with_tensors
 from ckptavg.distributed.peers import Peers, SingleProcess
 from ckptavg.errors import EvaluationError, UsageError
-from ckptavg.models.batches import Batches, bytes_of, size_of, tensors_of
+from ckptavg.models.batches import Batches
 from ckptavg.models.device import Runtime
 
 log = logging.getLogger("ckptavg")
 Progress = Callable[[int, int], None]
 """Called as ``progress(done, total)`` in samples; total is 0 where the data cannot tell."""
 
-_PASSED_ON = (
+_COPIED_OPTIONS = (
     "num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn",
     "multiprocessing_context", "generator", "prefetch_factor", "persistent_workers",
 )  # fmt: skip
@@ -60,7 +65,9 @@ class Subset:
 
 def as_subset(samples: int | Subset | None) -> Subset | None:
     """Return a subset for a number of samples; a plain number is not stratified by class."""
-    return samples if samples is None or isinstance(samples, Subset) else Subset(samples)
+    if samples is None or isinstance(samples, Subset):
+        return samples
+    return Subset(samples)
 
 
 def open_loader(
@@ -92,34 +99,60 @@ def open_loader(
     """
     check_data(data)
     peers = peers or SingleProcess()
-    pinned = runtime.device.type == "cuda"
     data = with_tensors(data)
-    samples = is_dataset(data)
-    if samples and isinstance(data, IterableDataset):
-        # Each of several workers would yield the whole stream.
-        workers = min(1, runtime.workers)
-        batched = Batched(data, runtime.batch_size, collate_of(data))
-        stream = DataLoader(batched, batch_size=None, num_workers=workers, pin_memory=pinned)
-        # A stream has no indices to share, so every process reads all and keeps every n-th batch.
-        return shard_loader(stream, peers, runtime.seed, subset)
-    if samples:
-        generator = torch.Generator().manual_seed(runtime.seed)
-        order = _order(data, subset, generator, shuffle=shuffle)
-        size = runtime.batch_size
-        batches = [order[i : i + size] for i in range(0, len(order), size)]
-        return _Repeatable(
-            data,
-            batch_sampler=_Listed(batches[peers.rank :: peers.world_size]),
-            num_workers=runtime.workers,
-            pin_memory=pinned,
-            generator=generator,
-            collate_fn=collate_of(data),
-        )
+    if is_dataset(data):
+        if isinstance(data, IterableDataset):
+            return _open_stream(data, runtime, peers, subset)
+        return _open_samples(data, runtime, peers, subset, shuffle=shuffle)
     # Only plain iterators and generators. A user's loader may be its own iterator and restart.
     if isinstance(data, Iterator) and type(data).__module__ in {"builtins", "itertools"}:
-        data = in_batches(data, runtime.batch_size)
-    if peers.world_size > 1 and (sampler := _distributed(data)) is not None:
-        _require_exact(sampler, peers)
+        data = batch_samples(data, runtime.batch_size)
+    if peers.world_size > 1:
+        sampler = _find_distributed_sampler(data)
+        if sampler is not None:
+            _require_exact(sampler, peers)
+    _log_loader_settings(data, shuffle=shuffle)
+    loader: Batches = data
+    if subset is None:
+        return loader
+    return _limit_to_share(loader, peers, subset)
+
+
+def _open_stream(
+    data: IterableDataset[Any], runtime: Runtime, peers: Peers, subset: Subset | None
+) -> Batches:
+    """Open a stream of samples as batches."""
+    stream = DataLoader(
+        BatchStream(data, runtime.batch_size, collate_of(data)),
+        batch_size=None,
+        # Each of several workers would yield the whole stream.
+        num_workers=min(1, runtime.workers),
+        pin_memory=runtime.device.type == "cuda",
+    )
+    # A stream has no indices to share, so every process reads all and keeps every n-th batch.
+    return shard_loader(stream, peers, runtime.seed, subset)
+
+
+def _open_samples(
+    data: Any, runtime: Runtime, peers: Peers, subset: Subset | None, *, shuffle: bool
+) -> Batches:
+    """Open samples with indices as batches."""
+    generator = torch.Generator().manual_seed(runtime.seed)
+    order = _draw_order(data, subset, generator, shuffle=shuffle)
+    size = runtime.batch_size
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    return RepeatableLoader(
+        data,
+        batch_sampler=FixedBatchSampler(batches[peers.rank :: peers.world_size]),
+        num_workers=runtime.workers,
+        pin_memory=runtime.device.type == "cuda",
+        generator=generator,
+        collate_fn=collate_of(data),
+    )
+
+
+def _log_loader_settings(data: Any, *, shuffle: bool) -> None:
+    """Log settings of a loader that change the results."""
     if not shuffle and getattr(data, "drop_last", False):
         log.info("the data loader leaves its last, smaller batch out (drop_last)")
     if shuffle and isinstance(data, DataLoader) and _is_sequential(data):
@@ -127,7 +160,6 @@ def open_loader(
             "the training data loader does not shuffle: if its samples are sorted by class, "
             "batches of one class distort the statistics below the first layer"
         )
-    return data if subset is None else _up_to_its_part(data, peers, subset)
 
 
 def shard_loader(loader: Batches, peers: Peers, seed: int, subset: Subset | None = None) -> Batches:
@@ -144,21 +176,26 @@ def shard_loader(loader: Batches, peers: Peers, seed: int, subset: Subset | None
         UsageError: The subset is stratified, which a loader does not allow.
         EvaluationError: The sampler pads or cuts the parts to one length, or they overlap.
     """
-    if (sampler := _distributed(loader)) is not None:
+    sampler = _find_distributed_sampler(loader)
+    if sampler is not None:
         _require_exact(sampler, peers)
-        return loader if subset is None else _up_to_its_part(loader, peers, subset)
-    limit = None if subset is None else _count_of_loader(subset)
+        if subset is None:
+            return loader
+        return _limit_to_share(loader, peers, subset)
+    limit = None
+    if subset is not None:
+        limit = _require_count(subset)
     if limit is None and peers.world_size == 1:
         return loader
     # A subclass may yield batches in its own way, so only a plain DataLoader is rebuilt.
     drawn = getattr(loader, "batch_sampler", None)
     if drawn is None or type(loader) is not DataLoader:
-        return _Some(loader, peers, limit)
+        return ShardedIterable(loader, peers, limit)
     # A stream has no indices, so batches cannot be skipped without reading.
     if isinstance(loader.dataset, IterableDataset):
-        return _Some(loader, peers, limit)
-    options = {name: getattr(loader, name) for name in _PASSED_ON}
-    part = _Drawn(drawn, peers, seed, limit)
+        return ShardedIterable(loader, peers, limit)
+    options = {name: getattr(loader, name) for name in _COPIED_OPTIONS}
+    part = ShardedBatchSampler(drawn, peers, seed, limit)
     return DataLoader(loader.dataset, batch_sampler=part, **options)
 
 
@@ -172,22 +209,25 @@ def require_reiterable(batches: Batches, passes: int) -> Batches:
     Raises:
         EvaluationError: Several passes are planned, and the batches can be read only once.
     """
-    if not isinstance(batches.loader if isinstance(batches, _Some) else batches, Iterator):
+    source = batches
+    if isinstance(batches, ShardedIterable):
+        source = batches.loader
+    if not isinstance(source, Iterator):
         return batches
     if passes > 1:
-        raise _read_once()
-    return _Once(iter(batches))
+        raise single_use_error()
+    return SingleUseIterable(iter(batches))
 
 
 def samples_in(loader: Batches) -> int:
     """Return the number of samples that a loader yields; 0 where unknown."""
     batches = getattr(loader, "batch_sampler", None)
-    if isinstance(batches, (_Listed, _Drawn)):
+    if isinstance(batches, (FixedBatchSampler, ShardedBatchSampler)):
         return batches.samples
-    return _samples_drawn(batches)
+    return samples_in_sampler(batches)
 
 
-def _order(
+def _draw_order(
     data: Dataset[Any], subset: Subset | None, generator: torch.Generator, *, shuffle: bool
 ) -> list[int]:
     """Draw the indices of a Dataset's samples in the order of the pass.
@@ -199,25 +239,25 @@ def _order(
         total = len(data)  # type: ignore[arg-type]
     except TypeError as error:
         raise UsageError(
-            f"the data, a {type(data).__name__}, does not tell its length",
+            f"the data, a {type(data).__name__}, has no length",
             "Give it __len__, or make it an IterableDataset.",
         ) from error
+    if subset is None and not shuffle:
+        return list(range(total))
     if subset is None:
-        return (
-            torch.randperm(total, generator=generator) if shuffle else torch.arange(total)
-        ).tolist()
+        return torch.randperm(total, generator=generator).tolist()
     if subset.count >= total:
         log.info("%d samples are asked for and the data has %d: all are taken", subset.count, total)
         return torch.randperm(total, generator=generator).tolist()
     order = torch.randperm(total, generator=generator)
     if subset.stratified:
         # The result is sorted by class and would make batches of one class; hence the shuffle.
-        order = _stratified(order, _targets(data), subset.count)
+        order = _draw_stratified(order, _targets(data), subset.count)
         return order[torch.randperm(len(order), generator=generator)].tolist()
     return order[: subset.count].tolist()
 
 
-def _stratified(order: torch.Tensor, targets: torch.Tensor, count: int) -> torch.Tensor:
+def _draw_stratified(order: torch.Tensor, targets: torch.Tensor, count: int) -> torch.Tensor:
     """Select the first samples of each class in proportion to its size.
 
     Args:
@@ -230,7 +270,8 @@ def _stratified(order: torch.Tensor, targets: torch.Tensor, count: int) -> torch
     remaining = count - int(shares.sum())
     shares[remainders.argsort(descending=True, stable=True)[:remaining]] += 1
     classes = torch.split(order[targets[order].argsort(stable=True)], sizes.tolist())
-    return torch.cat([of[:share] for of, share in zip(classes, shares.tolist(), strict=True)])
+    drawn = [indices[:share] for indices, share in zip(classes, shares.tolist(), strict=True)]
+    return torch.cat(drawn)
 
 
 def _targets(data: Dataset[Any]) -> torch.Tensor:
@@ -246,144 +287,13 @@ def _targets(data: Dataset[Any]) -> torch.Tensor:
         classes = torch.empty(0)
     if classes.dim() != 1 or len(classes) != len(data):  # type: ignore[arg-type]
         raise UsageError(
-            "a stratified subset needs data that tells its classes: one of `targets` a sample",
+            "a stratified subset needs data with `targets`, one class per sample",
             "Leave :stratified out, or give the Dataset such an attribute.",
         )
     return classes
 
 
-class _Repeatable(DataLoader[Any]):
-    """DataLoader whose workers draw the same random numbers in every pass."""
-
-    def __iter__(self) -> Any:
-        # torch derives the seeds of the workers from this generator.
-        self.generator.manual_seed(self.generator.initial_seed())
-        return super().__iter__()
-
-
-class _Listed(Sampler[list[int]]):
-    """Batch sampler with a fixed list of batches."""
-
-    def __init__(self, batches: Sequence[list[int]]) -> None:
-        self.batches = batches
-        self.samples = sum(map(len, batches))
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self.batches)
-
-
-class _Drawn(Sampler[list[int]]):
-    """Batch sampler of one process: every n-th batch of a sampler that all processes share."""
-
-    def __init__(
-        self, sampler: Iterable[list[int]], peers: Peers, seed: int, limit: int | None
-    ) -> None:
-        self.sampler = sampler
-        self.peers = peers
-        self.seed = seed
-        self.limit = limit
-
-    @property
-    def samples(self) -> int:
-        """Number of samples in this process's batches; 0 where unknown."""
-        size, total = getattr(self.sampler, "batch_size", 0), _samples_drawn(self.sampler)
-        if not total:
-            return 0
-        # The limit is reached within a batch, and that batch counts as a whole.
-        if self.limit is not None:
-            total = min(total, -(-self.limit // size) * size)
-        sizes = [min(size, total - at) for at in range(0, total, size)]
-        return sum(sizes[self.peers.rank :: self.peers.world_size])
-
-    def __iter__(self) -> Iterator[list[int]]:
-        if self.peers.world_size == 1:
-            yield from _up_to(self.sampler, self.limit, len)
-            return
-        # A common seed makes all processes draw the same batches; the caller's generator is kept.
-        with seeded_torch(self.seed):
-            batches = list(_up_to(self.sampler, self.limit, len))
-        drawn = zlib.crc32(json.dumps(batches, default=_plain).encode())
-        _require_alike(drawn, self.peers)
-        yield from batches[self.peers.rank :: self.peers.world_size]
-
-
-class _Some:
-    """Share of one process in an iterable: every n-th batch; all processes read all batches."""
-
-    def __init__(self, loader: Batches, peers: Peers, limit: int | None) -> None:
-        self.loader = loader
-        self.peers = peers
-        self.limit = limit
-
-    def __iter__(self) -> Iterator[Any]:
-        checksum = 0
-        for number, batch in enumerate(_up_to(self.loader, self.limit, size_of)):
-            if self.peers.world_size > 1:
-                checksum = zlib.crc32(_labels(batch), checksum)
-            if number % self.peers.world_size == self.peers.rank:
-                yield batch
-        # One checksum over the whole pass, so that processes exchange values only once.
-        _require_alike(checksum, self.peers)
-
-
-class _Once:
-    """Single-use batches that raise an error on a second pass."""
-
-    def __init__(self, batches: Iterator[Any]) -> None:
-        self._batches: Iterator[Any] | None = batches
-
-    def __iter__(self) -> Iterator[Any]:
-        if self._batches is None:
-            raise _read_once()
-        batches, self._batches = self._batches, None
-        return batches
-
-
-def _labels(batch: Any) -> bytes:
-    """Return the bytes that identify a batch: the size and the integer tensors.
-
-    Images and other floating-point tensors are left out, since augmentation changes them.
-    """
-    integers = (t for t in tensors_of(batch) if t.dim() < 3 and not t.is_floating_point())
-    return b"".join((str(size_of(batch)).encode(), *map(bytes_of, integers)))
-
-
-def _require_alike(drawn: int, peers: Peers) -> None:
-    """Make sure that all processes have drawn the same batches, by comparing checksums."""
-    if len({*peers.gather(drawn)}) > 1:
-        raise EvaluationError(
-            "the data loader draws other batches in each process",
-            "Seed it, and let it give every process the whole: ckptavg shares it out.",
-        )
-
-
-def _read_once() -> EvaluationError:
-    return EvaluationError(
-        "the data can be read only once, and more than one pass over it is needed",
-        "Pass a DataLoader, a list or a Dataset.",
-    )
-
-
-def _plain(indices: Any) -> Any:
-    """Convert indices for JSON: tensors and numpy arrays to plain values, other types to text."""
-    return indices.tolist() if hasattr(indices, "tolist") else repr(indices)
-
-
-def _samples_drawn(batches: Any) -> int:
-    """Count the samples of torch's own batch sampler; 0 for any other sampler."""
-    if type(batches) is not BatchSampler:
-        return 0
-    try:
-        total = len(batches.sampler)  # type: ignore[arg-type]
-    except TypeError:
-        return 0
-    return total - total % batches.batch_size if batches.drop_last else total
-
-
-def _count_of_loader(subset: Subset) -> int:
+def _require_count(subset: Subset) -> int:
     """Return the number of samples that a subset takes from a loader.
 
     Raises:
@@ -397,26 +307,15 @@ def _count_of_loader(subset: Subset) -> int:
     return subset.count
 
 
-def _up_to_its_part(loader: Batches, peers: Peers, subset: Subset) -> Batches:
+def _limit_to_share(loader: Batches, peers: Peers, subset: Subset) -> Batches:
     """Limit a process's own loader to this process's share of a subset, in whole batches."""
-    count = _count_of_loader(subset)
-    before, after = (count * rank // peers.world_size for rank in (peers.rank, peers.rank + 1))
-    return _Some(loader, SingleProcess(), after - before)
+    count = _require_count(subset)
+    start = count * peers.rank // peers.world_size
+    end = count * (peers.rank + 1) // peers.world_size
+    return ShardedIterable(loader, SingleProcess(), end - start)
 
 
-def _up_to(batches: Iterable[Any], limit: int | None, size: Callable[[Any], int]) -> Iterator[Any]:
-    """Yield batches until a number of samples is reached; all batches where the limit is None."""
-    samples = 0
-    if limit == 0:
-        return
-    for batch in batches:
-        yield batch
-        samples += size(batch)
-        if limit is not None and samples >= limit:
-            return
-
-
-def _distributed(loader: Batches) -> DistributedSampler[Any] | None:
+def _find_distributed_sampler(loader: Batches) -> DistributedSampler[Any] | None:
     """Find the DistributedSampler of a loader, directly or below the batch sampler."""
     below = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
     for sampler in (getattr(loader, "sampler", None), below):
@@ -432,13 +331,15 @@ def _require_exact(sampler: DistributedSampler[Any], peers: Peers) -> None:
     elif sampler.rank != peers.rank:
         wrong = f"gives the part of process {sampler.rank} in another process too"
     elif sampler.drop_last or len(sampler.dataset) % sampler.num_replicas:  # type: ignore[arg-type]
-        verb = "drops" if sampler.drop_last else "repeats"
+        verb = "repeats"
+        if sampler.drop_last:
+            verb = "drops"
         wrong = f"{verb} samples to give every process as many"
     else:
         return
     raise EvaluationError(
         f"the data loader's DistributedSampler {wrong}",
-        "Return the Dataset or a plain DataLoader: ckptavg shares it out, each sample once.",
+        "Return the Dataset or a plain DataLoader: ckptavg divides it, each sample once.",
     )
 
 

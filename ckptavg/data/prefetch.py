@@ -29,14 +29,14 @@ def with_progress(
         seed: Seed of the generators while batches are loaded.
     """
     samples_done, total = 0, samples_in(loader)
-    for batch in _seeded(loader, seed):
+    for batch in _load_seeded(loader, seed):
         peers.check()
         yield batch
         samples_done += size_of(batch)
         progress(samples_done, total)
 
 
-def _seeded(loader: Batches, seed: int) -> Iterator[Any]:
+def _load_seeded(loader: Batches, seed: int) -> Iterator[Any]:
     """Yield the batches of a loader, each loaded with the seeded generators."""
     generators, end = Generators(seed), object()
     with generators.in_use():
@@ -75,15 +75,15 @@ def prefetch_to_device(loader: Iterable[Any], device: torch.device) -> Iterator[
         if any(tensor.is_cuda for tensor in tensors_of(batch)):
             copies.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(copies):
-            under_way = DeviceBatch(batch, to_device(batch, device)), copies.record_event()
+            copying = DeviceBatch(batch, to_device(batch, device)), copies.record_event()
         if waiting is not None:
-            yield _arrived(*waiting, device)
-        waiting = under_way
+            yield _await_copy(*waiting, device)
+        waiting = copying
     if waiting is not None:
-        yield _arrived(*waiting, device)
+        yield _await_copy(*waiting, device)
 
 
-def _arrived(batch: DeviceBatch, copied: Any, device: torch.device) -> DeviceBatch:
+def _await_copy(batch: DeviceBatch, copied: Any, device: torch.device) -> DeviceBatch:
     """Make the current stream wait for the copy of a batch; return the batch."""
     stream = torch.cuda.current_stream(device)
     stream.wait_event(copied)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain, islice
 from typing import Any
 
@@ -33,9 +33,12 @@ def is_dataset(data: Any) -> bool:
 
 def with_tensors(data: Any) -> Any:
     """Switch a Hugging Face data set from plain lists to tensors; return other data unchanged."""
-    # The IterableDataset of Hugging Face has no ``format`` but keeps it in ``_formatting``.
-    form = getattr(data, "format", None)
-    kind = form.get("type", "") if isinstance(form, Mapping) else getattr(data, "_formatting", "")
+    settings = getattr(data, "format", None)
+    if isinstance(settings, Mapping):
+        kind = settings.get("type", "")
+    else:
+        # The IterableDataset of Hugging Face has no ``format`` but an attribute ``_formatting``.
+        kind = getattr(data, "_formatting", "")
     if kind is not None or not callable(getattr(data, "with_format", None)):
         return data
     return data.with_format("torch")
@@ -43,15 +46,21 @@ def with_tensors(data: Any) -> Any:
 
 def is_sample(item: Any) -> bool:
     """Return True if an item is certainly one sample: a row or image with a scalar label."""
-    parts = parts_of(item) if isinstance(item, Mapping) or is_sequence(item) else []
-    tensors = [p for p in parts if isinstance(p, torch.Tensor) or is_array(p)]
-    numbers = [p for p in parts if isinstance(p, int)]
-    numbers += [t for t in tensors if not t.ndim]
-    axes = {t.ndim for t in tensors if t.ndim}
-    return bool(numbers) and axes <= {1, 3} and bool(axes)
+    if not isinstance(item, Mapping) and not is_sequence(item):
+        return False
+    axes: set[int] = set()
+    has_number = False
+    for part in parts_of(item):
+        if isinstance(part, torch.Tensor) or is_array(part):
+            axes.add(part.ndim)
+        elif isinstance(part, int):
+            has_number = True
+    has_number |= 0 in axes
+    axes.discard(0)
+    return has_number and bool(axes) and axes <= {1, 3}
 
 
-def in_batches(items: Iterator[Any], size: int) -> Iterator[Any]:
+def batch_samples(items: Iterator[Any], size: int) -> Iterator[Any]:
     """Collate the samples of an iterator into batches; pass batches through unchanged."""
     # The first item decides; chain puts it back.
     first = [*islice(items, 1)]
@@ -63,7 +72,7 @@ def in_batches(items: Iterator[Any], size: int) -> Iterator[Any]:
         yield collate(samples)
 
 
-class Batched(IterableDataset[Any]):
+class BatchStream(IterableDataset[Any]):
     """Stream of batches: collated samples, or the items of a stream that yields batches.
 
     Args:
@@ -91,7 +100,9 @@ class Batched(IterableDataset[Any]):
 def collate_of(data: Any) -> Collate:
     """Return the collate function of a Dataset: its own ``collate_fn`` or torch's default."""
     collate_fn: Collate | None = getattr(data, "collate_fn", None)
-    return collate_fn if callable(collate_fn) else collate
+    if callable(collate_fn):
+        return collate_fn
+    return collate
 
 
 def collate(samples: list[Any]) -> Any:
@@ -116,6 +127,11 @@ def collate(samples: list[Any]) -> Any:
 
 def _loads_itself(data: Any) -> bool:
     """Return True if a stream holds a DataLoader, as an attribute or in a pipeline list."""
-    attributes: list[Any] = [*vars(data).values()] if isinstance(data, IterableDataset) else []
-    inner: Sequence[Any] = [part for value in attributes if is_sequence(value) for part in value]
-    return any(isinstance(value, DataLoader) for value in (*attributes, *inner))
+    if not isinstance(data, IterableDataset):
+        return False
+    for value in vars(data).values():
+        if isinstance(value, DataLoader):
+            return True
+        if is_sequence(value) and any(isinstance(part, DataLoader) for part in value):
+            return True
+    return False

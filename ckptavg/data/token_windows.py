@@ -153,7 +153,7 @@ def open_tokens(
     if dtype is not None and dtype not in _DTYPES:
         raise SpecError(f"dtype is expected to be one of {', '.join(_DTYPES)} but got {dtype!r}")
     if dtype is not None and path.endswith(".npy"):
-        raise SpecError(f"{path} says itself of which type it is", "Leave dtype out.")
+        raise SpecError(f"the header of {path} gives the type", "Leave dtype out.")
     return _log_size(path, Windows(TokenFile(Path(path), dtype or "uint16"), length, stride))
 
 
@@ -175,8 +175,8 @@ def open_text(
     _check_file(Path(path))
     if tokenizer is None:
         raise SpecError(
-            f"which tokenizer turns {path} into tokens is not said",
-            "Pass --data-arg tokenizer=DIR, or name the model by hf:DIR.",
+            f"{path} needs a tokenizer",
+            "Pass the argument tokenizer=DIR of the data, or name the model by hf:DIR.",
         )
     try:
         content = Path(path).read_bytes().decode()
@@ -193,12 +193,16 @@ def default_length(directory: Path) -> int:
     except (OSError, ValueError):
         # Building the model reports the broken configuration.
         config = None
-    settings = config if isinstance(config, dict) else {}
-    context: list[int] = [settings[key] for key in _CONTEXT if type(settings.get(key)) is int]
-    return min([_LENGTH, *(length for length in context if length > 1)])
+    length = _LENGTH
+    if isinstance(config, dict):
+        for key in _CONTEXT:
+            if type(config.get(key)) is int and config[key] > 1:
+                length = min(length, config[key])
+    return length
 
 
 def _log_size(path: str, windows: Windows) -> Windows:
+    """Log the numbers of tokens and windows; return the windows."""
     log.info(
         "%s: %d tokens in %d windows of %d, %d apart",
         path, len(windows.tokens), len(windows), windows.length, windows.stride,
@@ -207,16 +211,22 @@ def _log_size(path: str, windows: Windows) -> Windows:
 
 
 def _check_file(path: Path) -> None:
+    """Make sure that there is a file with content."""
     if not path.is_file():
-        state = "is no file" if path.exists() else "does not exist"
+        state = "does not exist"
+        if path.exists():
+            state = "is no file"
         near = [str(path.with_name(name)) for name in close_names(path.name, _files_beside(path))]
-        remedy = did_you_mean(near) if near else "Expected text:FILE or tokens:FILE."
+        remedy = "Expected text:FILE or tokens:FILE."
+        if near:
+            remedy = did_you_mean(near)
         raise SpecError(f"{path} {state}", remedy)
     if not path.stat().st_size:
         raise SpecError(f"{path} is empty")
 
 
 def _files_beside(path: Path) -> list[str]:
+    """List the names of the files in a file's directory."""
     try:
         return sorted(sibling.name for sibling in path.parent.iterdir() if sibling.is_file())
     except OSError:
@@ -226,8 +236,9 @@ def _files_beside(path: Path) -> list[str]:
 def _load_tokenizer(directory: Path) -> Any:
     """Load the tokenizer of a directory without downloads and without running code from it."""
     transformers = import_optional("transformers", "transformers")
-    remedy = "Pass --data-arg tokenizer=DIR with what tokenizer.save_pretrained(DIR) has written."
-    if not any(any(directory.glob(p)) for p in ("tokenizer*", "vocab*", "*.model")):
+    remedy = "Pass tokenizer=DIR, a directory that tokenizer.save_pretrained(DIR) has written."
+    files = [*directory.glob("tokenizer*"), *directory.glob("vocab*"), *directory.glob("*.model")]
+    if not files:
         # transformers would make an empty tokenizer from the model's configuration.
         raise SpecError(f"{directory} holds no tokenizer", remedy)
     try:

@@ -624,7 +624,7 @@ def test_the_subset_follows_the_seed(home: Path) -> None:
         ("data", "0", "expected N or N:stratified"),
         ("data", "-3", "expected N or N:stratified"),
         ("data", "5:strat", "expected N or N:stratified"),
-        ("data", "5:stratified", "needs data that tells its classes"),
+        ("data", "5:stratified", "needs data with `targets`"),
         ("batches", "5:stratified", "drawn from a Dataset with targets, not from a loader"),
     ],
 )

@@ -431,7 +431,7 @@ def test_a_stratified_subset_needs_a_class_a_sample(targets):
     data = Numbers()
     if targets is not None:
         data.targets = targets
-    with pytest.raises(UsageError, match=r"needs data that tells its classes.*:stratified"):
+    with pytest.raises(UsageError, match=r"needs data with `targets`.*:stratified"):
         open_loader(data, Runtime(CPU), shuffle=True, subset=Subset(5, stratified=True))
 
 
@@ -469,7 +469,7 @@ def test_data_without_a_length_are_wrong_usage():
         def __getitem__(self, index):
             return torch.tensor(0.0)
 
-    with pytest.raises(UsageError, match=r"Endless, does not tell its length.*IterableDataset"):
+    with pytest.raises(UsageError, match=r"Endless, has no length.*IterableDataset"):
         open_loader(Endless(), Runtime(CPU), shuffle=False)
 
 

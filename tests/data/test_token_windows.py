@@ -226,7 +226,7 @@ def test_types_that_raw_integers_cannot_have(tmp_path):
     np.save(tmp_path / "ids.npy", np.arange(4))
     message = error_of(open_tokens, str(tmp_path / "val.bin"), dtype="float16")
     assert "dtype is expected to be one of uint8, int16, uint16" in message
-    assert "says itself" in error_of(open_tokens, str(tmp_path / "ids.npy"), dtype="uint16")
+    assert "the header of" in error_of(open_tokens, str(tmp_path / "ids.npy"), dtype="uint16")
 
 
 @pytest.mark.parametrize("build", [open_text, open_tokens])
