@@ -6,7 +6,6 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
 
 from ckptavg.errors import CheckpointError, first_few, short
 from ckptavg.formats.checkpoint import Checkpoint, Tensor
@@ -16,8 +15,10 @@ from ckptavg.formats.file_layout import Layout, OutputTensor
 from ckptavg.formats.format import DirectoryFormat, Unfinished
 from ckptavg.formats.huggingface import components, layout, peft
 from ckptavg.formats.parts import Part, build_checkpoint
+from ckptavg.formats.provenance import Provenance
 from ckptavg.formats.trainer_state import find_record, read_record
 from ckptavg.io.paths import Location
+from ckptavg.io.stamp import FileStamp
 
 # Names of directories in a message.
 _MOST_FOLDERS = 8
@@ -146,14 +147,19 @@ def _read_shards(index: Location, key: str | None) -> list[Part]:
     """
     mapping = layout.weight_map(index)
     shards = {name: read_file(index.parent / name, key) for name in sorted(set(mapping.values()))}
-    names_by_shard = {name: {*shard.tensors, *shard.refused} for name, shard in shards.items()}
-    lost = [name for name, shard in mapping.items() if name not in names_by_shard[shard]]
+    lost: list[str] = []
+    for name, shard_name in mapping.items():
+        shard = shards[shard_name]
+        if name not in shard.tensors and name not in shard.refused:
+            lost.append(name)
     if lost:
         raise CheckpointError(
             f"{index} lists tensors that are not in their shards: {first_few(lost)}",
             "Copy the directory again, or leave it out.",
         )
-    counts = Counter(chain(*names_by_shard.values()))
+    counts: Counter[str] = Counter()
+    for shard in shards.values():
+        counts.update(shard.tensors.keys() | shard.refused.keys())
     repeated = [name for name, count in counts.items() if count > 1]
     if repeated:
         raise CheckpointError(f"{index.parent} holds tensors in two shards: {first_few(repeated)}")
@@ -174,6 +180,9 @@ def _join(path: Location, opened: Mapping[str, Checkpoint]) -> Checkpoint:
     tensors: dict[str, Tensor] = {}
     stored_names: dict[str, str] = {}
     refused: dict[str, str] = {}
+    files: list[FileStamp] = []
+    notes: list[str] = []
+    provenance: Provenance | None = None
     count = 0
     for folder, component in opened.items():
         prefix = f"{folder}/".removeprefix("/")
@@ -184,27 +193,30 @@ def _join(path: Location, opened: Mapping[str, Checkpoint]) -> Checkpoint:
         for name, reason in component.refused.items():
             refused[prefix + name] = reason
         count += len(component.tensors) + len(component.refused)
+        files += component.files
+        notes += component.notes
+        provenance = provenance or component.provenance
     if len(tensors) + len(refused) < count:
         raise CheckpointError(f"{path} holds tensors of the same name in two directories")
-    components = list(opened.values())
-    record = read_record(path) or components[0].record
+    first = next(iter(opened.values()))
+    record = read_record(path) or first.record
+    metadata: Mapping[str, str] = {}
+    if "" in opened:
+        metadata = opened[""].metadata
     folders = first_few([short(folder) for folder in opened if folder], _MOST_FOLDERS)
-    notes = list(chain(*(component.notes for component in components)))
-    notes.append(
-        f"one model of several directories, whose names its tensors bear in front: {folders}"
-    )
+    notes.append(f"one model of several directories, which begin the names of tensors: {folders}")
     return replace(
-        components[0],
+        first,
         path=path,
         format=HUGGINGFACE,
         tensors=tensors,
         stored_names=stored_names,
         refused=refused,
-        files=tuple(chain(*(component.files for component in components))),
+        files=tuple(files),
         record=record,
-        provenance=next((c.provenance for c in components if c.provenance), None),
+        provenance=provenance,
         step=record.position,
         notes=tuple(dict.fromkeys(notes)),
-        metadata=opened[""].metadata if "" in opened else {},
+        metadata=metadata,
         components=opened,
     )

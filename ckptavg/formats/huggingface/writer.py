@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 from ckptavg.formats.checkpoint import Checkpoint, Tensor
 from ckptavg.formats.file_layout import FileLayout, Layout, OutputTensor
@@ -28,6 +29,7 @@ from ckptavg.io import copying
 from ckptavg.io.paths import Location
 from ckptavg.io.stamp import FileStamp
 
+_T = TypeVar("_T")
 # Default shard size of Hugging Face. Used only where the input is not split into shards.
 _SHARD_BYTES = 5_000_000_000
 # Formats whose loaders expect the stored names: the output keeps them, wrappers included.
@@ -57,8 +59,7 @@ def lay_out(tensors: Sequence[OutputTensor], provenance: str, template: Checkpoi
         planned = _lay_out_folder(members, provenance, component)
         prefix = _prefix(folder)
         layout.files += [_move_below(file, prefix) for file in planned.files]
-        for name, content in planned.indices.items():
-            layout.companions[prefix + name] = content
+        layout.companions |= _prefix_keys(prefix, planned.indices)
         notes += planned.notes
     home = home_of(template)
     if home is not None:
@@ -112,7 +113,7 @@ def _group_by_folder(
     # Longest first, so that a directory within another one is found before the outer.
     folders = sorted(filter(None, template.components), key=len, reverse=True)
     # Every name begins with the empty prefix of the output's own directory.
-    prefixes = [_prefix(folder) for folder in [*folders, ""]]
+    prefixes = [*map(_prefix, folders), ""]
     groups: dict[str, list[OutputTensor]] = {folder: [] for folder in template.components}
     for tensor in tensors:
         prefix = next(filter(tensor.name.startswith, prefixes))
@@ -140,9 +141,14 @@ def _move_below(file: FileLayout, prefix: str) -> FileLayout:
     return replace(
         file,
         name=prefix + file.name,
-        offsets={prefix + name: offset for name, offset in file.offsets.items()},
-        checksums={prefix + name: offset for name, offset in file.checksums.items()},
+        offsets=_prefix_keys(prefix, file.offsets),
+        checksums=_prefix_keys(prefix, file.checksums),
     )
+
+
+def _prefix_keys(prefix: str, values: Mapping[str, _T]) -> dict[str, _T]:
+    """Put a prefix before the keys of a dict."""
+    return {prefix + key: value for key, value in values.items()}
 
 
 def _lay_out_folder(
