@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import nn
@@ -18,13 +18,15 @@ from ckptavg.errors import UsageError, short
 from ckptavg.formats import Checkpoint, open_checkpoint
 from ckptavg.formats.names import batchnorm_layers
 from ckptavg.formats.provenance import Provenance
+from ckptavg.formats.running_statistics import State
 from ckptavg.formats.wrappers import bare_names
 from ckptavg.models.load import unwrap_distributed
 from ckptavg.runs.discovery.numbered import short_names
 from ckptavg.runs.run import Run, RunLike
 
 log = logging.getLogger("ckptavg")
-_STALE = ("stale", "partly recomputed")
+Kind = Literal["checkpoint", "average", "ensemble"]
+_STALE: tuple[State, ...] = ("stale", "partly recomputed")
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Candidate:
     """
 
     name: str
-    kind: str
+    kind: Kind
     checkpoints: tuple[Checkpoint, ...] = field(repr=False)
     coefficients: tuple[float, ...]
     recompute: bool | None = False
@@ -59,7 +61,9 @@ class Candidate:
         """Record of how ckptavg made the checkpoint or weights; None where unknown."""
         if self.weights is not None:
             return self.weights.provenance
-        return self.checkpoints[0].provenance if self.kind == "checkpoint" else None
+        if self.kind == "checkpoint":
+            return self.checkpoints[0].provenance
+        return None
 
     @property
     def is_stale(self) -> bool:
@@ -85,9 +89,10 @@ class Candidate:
             recompute: True to recompute the BatchNorm statistics, False to keep them. None to
                 recompute them if they are stale and there is training data.
         """
-        opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
-        name = name or opened.path.name
-        return cls(name, "checkpoint", (opened,), (1.0,), recompute, last=last)
+        if not isinstance(checkpoint, Checkpoint):
+            checkpoint = open_checkpoint(checkpoint)
+        name = name or checkpoint.path.name
+        return cls(name, "checkpoint", (checkpoint,), (1.0,), recompute, last=last)
 
     @classmethod
     def of_weights(
@@ -136,10 +141,11 @@ class Candidate:
             recompute: True to recompute the BatchNorm statistics from the training data, False to
                 keep them as averaged.
         """
-        planned = run if isinstance(run, Average) else plan_average(run, scheme, weights=weights)
-        plan = planned.plan
-        name = name or _average_name(len(plan.checkpoints), planned.scheme.text)
-        return cls(name, "average", plan.checkpoints, plan.coefficients, recompute, planned)
+        if not isinstance(run, Average):
+            run = plan_average(run, scheme, weights=weights)
+        plan = run.plan
+        name = name or _average_name(len(plan.checkpoints), run.scheme.text)
+        return cls(name, "average", plan.checkpoints, plan.coefficients, recompute, run)
 
     @classmethod
     def of_ensemble(
@@ -155,7 +161,8 @@ class Candidate:
         members = tuple(checkpoints)
         if not members:
             raise UsageError("an ensemble needs at least one checkpoint")
-        return cls(name, "ensemble", members, tuple(1 / len(members) for _ in members))
+        coefficients = (1 / len(members),) * len(members)
+        return cls(name, "ensemble", members, coefficients)
 
 
 def candidates_of(
@@ -182,19 +189,22 @@ def candidates_of(
         others: Further averages by name.
     """
     last = run.last(1).checkpoints[-1]
-    singles = [c for c in selection if each and c.path != last.path]
+    singles = []
+    if each:
+        singles = [checkpoint for checkpoint in selection if checkpoint.path != last.path]
     # Shortened together, so that names stay different from each other.
-    *names, last_name = short_names([c.path for c in (*singles, last)])
+    *names, last_name = short_names([checkpoint.path for checkpoint in (*singles, last)])
     candidates = []
     for checkpoint, name in zip(singles, names, strict=True):
         candidates.append(Candidate.of_checkpoint(checkpoint, name, recompute=False))
     name = f"{last_name} (last)"
     candidates.append(Candidate.of_checkpoint(last, name, last=True, recompute=False))
-    if recompute and planned.batchnorm in ("none", "frozen"):
-        why = "no BatchNorm layers" if planned.batchnorm == "none" else "all BatchNorm is frozen"
-        log.info("%s: nothing to recompute from the training data", why)
-    text = _average_name(len(selection), planned.scheme.text)
-    for name, average in {text: planned, **(others or {})}.items():
+    if recompute and planned.batchnorm == "none":
+        log.info("no BatchNorm layers: nothing to recompute from the training data")
+    elif recompute and planned.batchnorm == "frozen":
+        log.info("all BatchNorm is frozen: nothing to recompute from the training data")
+    averages = {_average_name(len(selection), planned.scheme.text): planned, **(others or {})}
+    for name, average in averages.items():
         refreshed = recompute and average.batchnorm in ("own", "stale")
         if stale or not refreshed:
             candidates.append(Candidate.of_average(average, name, recompute=False))
@@ -221,7 +231,9 @@ def candidates_of_file(
     if not (recompute and stored.is_stale):
         return [stored]
     refreshed = replace(stored, recompute=True)
-    return [stored, refreshed] if stale else [refreshed]
+    if stale:
+        return [stored, refreshed]
+    return [refreshed]
 
 
 CandidateLike: TypeAlias = (
@@ -231,51 +243,54 @@ CandidateLike: TypeAlias = (
 
 
 def as_candidates(
-    given: Iterable[CandidateLike] | Mapping[str, CandidateLike], *, has_training: bool
+    values: Iterable[CandidateLike] | Mapping[str, CandidateLike], *, has_training: bool
 ) -> list[Candidate]:
     """Convert a caller's arguments to candidates.
 
     Args:
-        given: The values in the table's order; a mapping gives names for the table.
+        values: The values in the table's order; a mapping gives names for the table.
         has_training: True if there is training data to recompute stale statistics from.
 
     Raises:
         UsageError: A value cannot be scored.
     """
     # A text and some modules are iterable themselves, so a single value is wrapped first.
-    if isinstance(given, (str, os.PathLike, nn.Module, Candidate, Checkpoint)):
-        given = [given]
-    named = isinstance(given, Mapping)
-    pairs = given.items() if isinstance(given, Mapping) else ((None, value) for value in given)
-    candidates = [_as_candidate(value, name) for name, value in pairs]
-    # Names from a mapping are the caller's own and stay.
-    if not named:
-        candidates = _told_apart(candidates)
-    return [
-        replace(c, recompute=True) if c.recompute is None and has_training and c.is_stale else c
-        for c in candidates
-    ]
+    if isinstance(values, (str, os.PathLike, nn.Module, Candidate, Checkpoint)):
+        values = [values]
+    candidates = []
+    if isinstance(values, Mapping):
+        # Names from a mapping are the caller's own and stay.
+        for name, value in values.items():
+            candidates.append(_as_candidate(value, name))
+    else:
+        candidates = _number_names([_as_candidate(value, None) for value in values])
+    for i, candidate in enumerate(candidates):
+        if candidate.recompute is None and has_training and candidate.is_stale:
+            candidates[i] = replace(candidate, recompute=True)
+    return candidates
 
 
-def _as_candidate(given: CandidateLike, name: str | None) -> Candidate:
-    if isinstance(given, Candidate):
-        return given if name is None else replace(given, name=name)
-    if isinstance(given, (Checkpoint, str, os.PathLike)):
-        return Candidate.of_checkpoint(given, name)
-    if isinstance(given, nn.Module) or (isinstance(given, Mapping) and _holds_tensors(given)):
-        return Candidate.of_weights(given, name)
+def _as_candidate(value: CandidateLike, name: str | None) -> Candidate:
+    if isinstance(value, Candidate):
+        if name is None:
+            return value
+        return replace(value, name=name)
+    if isinstance(value, (Checkpoint, str, os.PathLike)):
+        return Candidate.of_checkpoint(value, name)
+    if isinstance(value, nn.Module) or (isinstance(value, Mapping) and _holds_tensors(value)):
+        return Candidate.of_weights(value, name)
     raise UsageError(
-        "what is scored is expected to be a checkpoint, its path, a module, a state dict or a "
-        f"Candidate but is {short(given)}",
+        "a candidate is expected to be a checkpoint, its path, a module, a state dict or a "
+        f"Candidate but is {short(value)}",
         "Candidate.of_average and Candidate.of_ensemble take a run.",
     )
 
 
-def _holds_tensors(given: Mapping[Any, Any]) -> bool:
-    return any(isinstance(value, torch.Tensor) for value in given.values())
+def _holds_tensors(entries: Mapping[Any, Any]) -> bool:
+    return any(isinstance(value, torch.Tensor) for value in entries.values())
 
 
-def _told_apart(candidates: Sequence[Candidate]) -> list[Candidate]:
+def _number_names(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Number the weights in memory whose names are the same."""
     names = Counter(c.name for c in candidates if c.weights is not None)
     numbers: Counter[str] = Counter()
@@ -284,8 +299,8 @@ def _told_apart(candidates: Sequence[Candidate]) -> list[Candidate]:
         name = candidate.name
         if candidate.weights is not None and names[name] > 1:
             numbers[name] += 1
-            name = f"{name} {numbers[name]}"
-        numbered.append(candidate if name == candidate.name else replace(candidate, name=name))
+            candidate = replace(candidate, name=f"{name} {numbers[name]}")  # noqa: PLW2901
+        numbered.append(candidate)
     return numbered
 
 
@@ -303,14 +318,29 @@ def _name_of(weights: Weights) -> str:
 
 def layers_of(candidates: Iterable[Candidate]) -> list[str]:
     """List the layers of all candidates that keep running statistics."""
+    # Each source is looked at once, although many candidates may share it.
     tables: dict[int, Mapping[str, Any]] = {}
     for candidate in candidates:
-        tables |= {id(c): c.tensors for c in candidate.checkpoints}
+        for checkpoint in candidate.checkpoints:
+            tables[id(checkpoint)] = checkpoint.tensors
         if candidate.weights is not None:
             tables[id(candidate.weights)] = candidate.weights.tensors
-    return list(dict.fromkeys(layer for t in tables.values() for layer in batchnorm_layers(t)))
+    # A dict for the order of first appearance.
+    layers: dict[str, None] = {}
+    for tensors in tables.values():
+        layers |= dict.fromkeys(batchnorm_layers(tensors))
+    return list(layers)
 
 
 def baseline_of(candidates: Sequence[Candidate]) -> Candidate:
-    """Return the reference of comparisons: the last checkpoint of the run, or the first given."""
-    return next((c for c in candidates if c.last), candidates[0])
+    """Return the baseline of comparisons: the last checkpoint of the run, or the first candidate.
+
+    Raises:
+        UsageError: There are no candidates.
+    """
+    if not candidates:
+        raise UsageError("there is nothing to evaluate")
+    for candidate in candidates:
+        if candidate.last:
+            return candidate
+    return candidates[0]

@@ -21,6 +21,12 @@ if TYPE_CHECKING:
     import pandas
 
 
+# Keys of a result's JSON that are not among the details. ``key`` is of the file of results.
+_FIELDS = frozenset(
+    {"name", "kind", "checkpoints", "coefficients", "metrics", "bn", "forwards", "versus", "key"}
+)
+
+
 @dataclass(frozen=True)
 class Result:
     """Scores of one candidate.
@@ -29,8 +35,9 @@ class Result:
         candidate: The scored candidate.
         metrics: Values by key of the task's metrics, and ``n``, the number of samples. For image
             classification ``top1`` and ``top5`` in %, ``nll`` in nats, ``ece`` as a fraction.
-        bn: State of the BatchNorm statistics, see ``running_statistics.State``.
-        versus: Comparison with the reference on the same samples; None for the reference, and where
+        bn: State of the BatchNorm statistics: a ``running_statistics.State``, or the text that a
+            checkpoint records.
+        versus: Comparison with the baseline on the same samples; None for the baseline, and where
             the task has no per-sample values.
         details: Further entries of the JSON: bins of calibration, disagreement among the members of
             an ensemble, and under ``bn_layers`` the layers that ``bn`` does not hold for.
@@ -44,20 +51,26 @@ class Result:
 
     def __repr__(self) -> str:
         """Return one line with the candidate, the state of statistics and the metrics."""
-        computed = {key: value for key, value in self.metrics.items() if value is not None}
-        metrics = ", ".join(f"{key} {value:.5g}" for key, value in computed.items())
-        statistics = "" if self.bn == "none" else f", {self.bn}"
-        return f"<Result of {printable(self.candidate.name)}{statistics}: {metrics}>"
+        title = printable(self.candidate.name)
+        if self.bn != "none":
+            title += f", {self.bn}"
+        figures = []
+        for key, value in self.metrics.items():
+            if value is not None:
+                figures.append(f"{key} {value:.5g}")
+        return f"<Result of {title}: {', '.join(figures)}>"
 
     @property
     def forwards(self) -> int:
         """Number of forward passes per sample."""
-        return len(self.candidate.checkpoints) if self.candidate.kind == "ensemble" else 1
+        if self.candidate.kind == "ensemble":
+            return len(self.candidate.checkpoints)
+        return 1
 
     def as_json(self) -> dict[str, Any]:
         """Return the result as plain values for JSON, without secrets in names and paths."""
         candidate = self.candidate
-        return {
+        plain = {
             "name": without_secrets(candidate.name),
             "kind": candidate.kind,
             "checkpoints": [without_secrets(str(c.path)) for c in candidate.checkpoints],
@@ -65,32 +78,27 @@ class Result:
             "metrics": dict(self.metrics),
             "bn": self.bn,
             "forwards": self.forwards,
-            **({} if self.versus is None else {"versus": self.versus.as_json()}),
-            **self.details,
         }
+        if self.versus is not None:
+            plain["versus"] = self.versus.as_json()
+        return plain | dict(self.details)
 
     @classmethod
     def of_json(cls, candidate: Candidate, value: Mapping[str, Any]) -> Result:
         """Restore the result of a candidate from the output of ``as_json``."""
-        field_keys = {"name", "kind", "checkpoints", "coefficients", "metrics", "bn", "forwards"}
-        # ``key`` belongs to the file of results, not to the result.
-        details = {k: v for k, v in value.items() if k not in field_keys | {"versus", "key"}}
-        versus = value.get("versus")
-        return cls(
-            candidate,
-            value["metrics"],
-            value["bn"],
-            None if versus is None else Comparison.of_json(versus),
-            details,
-        )
+        details = {key: entry for key, entry in value.items() if key not in _FIELDS}
+        comparison = None
+        if value.get("versus") is not None:
+            comparison = Comparison.of_json(value["versus"])
+        return cls(candidate, value["metrics"], value["bn"], comparison, details)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Paired comparison on the same samples: the candidate minus the reference.
+    """Paired comparison on the same samples: the candidate minus the baseline.
 
     Attributes:
-        reference: Name of the reference candidate.
+        reference: Name of the baseline.
         metric: Key of the metric.
         difference: Difference in the metric's unit.
     """
@@ -101,25 +109,25 @@ class Comparison:
 
     def as_json(self) -> dict[str, Any]:
         """Return the comparison as plain values for JSON."""
-        d = self.difference
+        difference = self.difference
         return {
             "reference": without_secrets(self.reference),
             "metric": self.metric,
-            "difference": d.value,
-            "low": d.low,
-            "high": d.high,
-            "p": d.p,
-            "test": d.test,
-            "n": d.n,
+            "difference": difference.value,
+            "low": difference.low,
+            "high": difference.high,
+            "p": difference.p,
+            "test": difference.test,
+            "n": difference.n,
         }
 
     @classmethod
     def of_json(cls, value: Mapping[str, Any]) -> Comparison:
         """Restore a comparison from the output of ``as_json``."""
-        parts = {name: value[name] for name in ("low", "high", "p", "test", "n")}
-        return cls(
-            value["reference"], value["metric"], Difference(value=value["difference"], **parts)
+        difference = Difference(
+            value["difference"], value["low"], value["high"], value["p"], value["test"], value["n"]
         )
+        return cls(value["reference"], value["metric"], difference)
 
 
 class Results(Sequence[Result]):
@@ -169,25 +177,29 @@ class Results(Sequence[Result]):
     def __repr__(self) -> str:
         """Return one line for tracebacks."""
         names = first_few([printable(result.candidate.name) for result in self])
-        count = "1 candidate" if len(self) == 1 else f"{len(self)} candidates"
-        return f"<Results of {count}: {names}>"
+        plural = "" if len(self) == 1 else "s"
+        return f"<Results of {len(self)} candidate{plural}: {names}>"
 
     def __str__(self) -> str:
+        if not self._results:
+            return repr(self)
         # Imported on demand: only a printed table needs the layout.
         from ckptavg.display.terminal import printed_table  # noqa: PLC0415
         from ckptavg.evaluation.score_table import (  # noqa: PLC0415
             tabulate_scores,
         )
 
-        return printed_table(tabulate_scores(self, self.task)) if self._results else repr(self)
+        return printed_table(tabulate_scores(self, self.task))
 
     def _repr_html_(self) -> str:
+        if not self._results:
+            return escape(repr(self))
         # Imported on demand: only notebooks need HTML.
         from ckptavg.evaluation.score_table import (  # noqa: PLC0415
             scores_html,
         )
 
-        return scores_html(self, self.task) if self._results else escape(repr(self))
+        return scores_html(self, self.task)
 
     def best(self, metric: str | None = None) -> Result:
         """Return the best result; the first of equally good results.
@@ -200,12 +212,17 @@ class Results(Sequence[Result]):
             EvaluationError: No result has a value that is a number.
         """
         chosen = self._metric(metric)
-        values = [(result.metrics.get(chosen.key, math.nan), result) for result in self]
-        ranked = [(value, result) for value, result in values if not math.isnan(value)]
-        if not ranked:
+        best, best_value = None, math.nan
+        for result in self:
+            value = result.metrics.get(chosen.key, math.nan)
+            if math.isnan(value):
+                continue
+            is_better = value > best_value if chosen.higher else value < best_value
+            if best is None or is_better:
+                best, best_value = result, value
+        if best is None:
             raise EvaluationError(f"no candidate has a {chosen.key} that is a number")
-        pick = max if chosen.higher else min
-        return pick(ranked, key=lambda pair: pair[0])[1]
+        return best
 
     def to_frame(self) -> pandas.DataFrame:
         """Convert to a pandas DataFrame: rows are candidates, columns metrics and comparison.
@@ -216,11 +233,13 @@ class Results(Sequence[Result]):
         return data_frame([_record(result) for result in self])
 
     def _metric(self, key: str | None) -> Metric:
-        metrics = self.task.metrics
-        keys = [metric.key for metric in metrics]
-        if key is not None and key not in keys:
-            raise UsageError(f"metric is expected to be one of {', '.join(keys)} but got {key!r}")
-        chosen = metrics[0] if key is None else metrics[keys.index(key)]
+        metrics = {metric.key: metric for metric in self.task.metrics}
+        chosen = self.task.metrics[0]
+        if key is not None:
+            if key not in metrics:
+                expected = ", ".join(metrics)
+                raise UsageError(f"metric is expected to be one of {expected} but got {key!r}")
+            chosen = metrics[key]
         if chosen.higher is None:
             raise UsageError(f"the metric {chosen.key} does not say which of its values are better")
         return chosen
@@ -235,9 +254,11 @@ class Results(Sequence[Result]):
             return results[0]
         if results:
             raise KeyError(f"{len(results)} candidates are called {name!r}: take one by position")
-        names = [result.candidate.name for result in self]
-        state = "" if bn is None else f" with {bn} statistics"
-        raise KeyError(f"no candidate{state} is called {name!r}; there are {first_few(names, 8)}")
+        names = first_few([result.candidate.name for result in self], 8)
+        wanted = "no candidate"
+        if bn is not None:
+            wanted += f" with {bn} statistics"
+        raise KeyError(f"{wanted} is called {name!r}; there are {names}")
 
 
 def _record(result: Result) -> dict[str, Any]:
@@ -249,8 +270,10 @@ def _record(result: Result) -> dict[str, Any]:
         **result.metrics,
         "forwards": result.forwards,
     }
-    versus = {} if result.versus is None else result.versus.as_json()
-    return row | {f"versus_{key}": value for key, value in versus.items()}
+    if result.versus is not None:
+        for key, value in result.versus.as_json().items():
+            row[f"versus_{key}"] = value
+    return row
 
 
 def without_repeats(results: Iterable[Result]) -> list[Result]:
@@ -259,11 +282,11 @@ def without_repeats(results: Iterable[Result]) -> list[Result]:
     Both have the same weights and statistics, and so the same scores.
     """
     results = list(results)
-    as_they_are = [r.candidate for r in results if not r.candidate.recompute]
+    as_stored = [result.candidate for result in results if not result.candidate.recompute]
     distinct = []
     for result in results:
         failed = result.candidate.recompute and result.bn not in RECOMPUTED
-        if not (failed and replace(result.candidate, recompute=False) in as_they_are):
+        if not (failed and replace(result.candidate, recompute=False) in as_stored):
             distinct.append(result)
     return distinct
 
@@ -280,12 +303,15 @@ def is_worse(results: Sequence[Result], task: Task | None = None) -> bool:
     Raises:
         UsageError: There is no average, or no last checkpoint.
     """
-    averages = [r for r in results if r.candidate.kind == "average"]
-    last = [r for r in results if r.candidate.last]
+    averages = [result for result in results if result.candidate.kind == "average"]
+    last = [result for result in results if result.candidate.last]
     if not averages or not last:
         raise UsageError("an average and a last checkpoint are needed, as candidates_of gives")
-    chosen = next((r for r in averages if r.bn in RECOMPUTED), averages[0])
+    recomputed = [result for result in averages if result.bn in RECOMPUTED]
+    average = (recomputed or averages)[0]
     metric = (task or Classification()).metrics[0]
-    score, last_score = chosen.metrics[metric.key], last[0].metrics[metric.key]
+    score, last_score = average.metrics[metric.key], last[0].metrics[metric.key]
     # Negated, so that NaN, which compares False with anything, counts as worse.
-    return not (score >= last_score if metric.higher else score <= last_score)
+    if metric.higher:
+        return not score >= last_score
+    return not score <= last_score

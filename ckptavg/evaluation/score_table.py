@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,13 +14,13 @@ from ckptavg.display.tables import NOTHING, Cell, Column, Mark, Row, Table
 from ckptavg.errors import first_few
 
 if TYPE_CHECKING:
-    from ckptavg.evaluation.results import Result
+    from ckptavg.evaluation.results import Comparison, Result
     from ckptavg.evaluation.significance import Difference
     from ckptavg.tasks import Metric, Task
 
 # A difference with a p below this is significant.
 SIGNIFICANT = 0.05
-# Candidates beside the reference from which on the choice of the best is noted.
+# Candidates beside the baseline from which on the choice of the best is noted.
 _FEWEST_TO_CHOOSE = 3
 _TESTS = {
     "mcnemar": "p: McNemar's exact test",
@@ -35,12 +36,24 @@ _SHORT_NAME = 10
 _PARTLY = "partly: some of its BatchNorm statistics were recomputed"
 
 
-_Filled = tuple[Column, list[Cell]]
+@dataclass(frozen=True)
+class _FilledColumn:
+    """A column with a cell per result."""
+
+    column: Column
+    cells: list[Cell]
 
 
 @dataclass(frozen=True)
-class _Turns:
-    """Order in which columns are left out on a narrow terminal, as a number per column."""
+class _Priorities:
+    """Order in which columns are left out on a narrow terminal, as a number per column.
+
+    Attributes:
+        metrics: Numbers of the metrics' columns by key; 0 for a column that stays.
+        p: Number of the column of p.
+        difference: Number of the column of the difference.
+        statistics: Number of the column of BatchNorm statistics.
+    """
 
     metrics: Mapping[str, int]
     p: int
@@ -73,31 +86,38 @@ def tabulate_scores(results: Sequence[Result], task: Task) -> Table:
     """Make the table of candidates' scores.
 
     The best candidates by the task's first metric are marked, unless all are equally good. A
-    difference from the reference is marked where p is below 0.05. Empty columns are left out: the
+    difference from the baseline is marked where p is below 0.05. Empty columns are left out: the
     BatchNorm statistics of models without BatchNorm, a metric that no candidate has.
 
     Args:
         results: At least one result, in the table's order.
         task: The task that scored the candidates.
     """
-    metrics = [m for m in task.metrics if m is task.metrics[0] or _has_values(m, results)]
-    turns = _turns_to_leave(metrics)
+    metrics = [task.metrics[0]]
+    for metric in task.metrics[1:]:
+        if _has_values(metric, results):
+            metrics.append(metric)
+    priorities = _priorities(metrics)
     best = _best(results, metrics[0])
     columns = [
         _name_column(results, best),
-        *_statistics_column(results, turns),
-        *_metric_columns(results, metrics, turns, best),
-        *_comparison_columns(results, task, turns),
-        (Column("passes", "number", 1), [Cell(str(result.forwards)) for result in results]),
+        *_statistics_column(results, priorities),
+        *_metric_columns(results, metrics, priorities, best),
+        *_comparison_columns(results, task, priorities),
+        _passes_column(results),
     ]
-    rows = zip(*(cells for _, cells in columns), strict=True)
-    is_compared = any(result.versus is not None for result in results)
+    rows = []
+    for i, is_best in enumerate(best):
+        rows.append(Row(tuple(filled.cells[i] for filled in columns), is_best))
+    mark_legend = ""
+    if any(result.versus is not None for result in results):
+        mark_legend = f"bold Δ: p < {SIGNIFICANT}"
     return Table(
         f"{results[0].metrics['n']:.0f} {task.counts}",
-        tuple(column for column, _ in columns),
-        tuple(Row(cells, is_best) for cells, is_best in zip(rows, best, strict=True)),
+        tuple(filled.column for filled in columns),
+        tuple(rows),
         (*_legend(results, task, best), *_disagreements(results)),
-        f"bold Δ: p < {SIGNIFICANT}" if is_compared else "",
+        mark_legend,
     )
 
 
@@ -105,75 +125,100 @@ def _has_values(metric: Metric, results: Sequence[Result]) -> bool:
     return any(result.metrics.get(metric.key) is not None for result in results)
 
 
-def _turns_to_leave(metrics: Sequence[Metric]) -> _Turns:
+def _priorities(metrics: Sequence[Metric]) -> _Priorities:
     """Number the columns in the order of leaving out; the column of passes is number 1."""
     keys = [metric.key for metric in metrics[1:]]
     late = [key for key in _LATE_TO_LEAVE if key in keys]
     early = [key for key in _EARLY_TO_LEAVE if key in keys]
     early += [key for key in reversed(keys) if key not in (*early, *late)]
     p = 2 + len(early)
-    turns = {key: turn for turn, key in enumerate(early, 2)}
-    turns |= {key: turn for turn, key in enumerate(late, p + 1)}
     last = p + len(late)
-    return _Turns(turns, p, difference=last + 1, statistics=last + 2)
+    numbers = {key: number for number, key in enumerate(early, 2)}
+    numbers |= {key: number for number, key in enumerate(late, p + 1)}
+    return _Priorities(numbers, p, difference=last + 1, statistics=last + 2)
 
 
 def _best(results: Sequence[Result], metric: Metric) -> list[bool]:
     """Mark the best candidates by a metric; none where all are equal or no order is known."""
     values = [result.metrics.get(metric.key, math.nan) for result in results]
-    ranked = [value for value in values if not math.isnan(value)]
-    if metric.higher is None or not ranked:
+    numbers = [value for value in values if not math.isnan(value)]
+    if metric.higher is None or not numbers:
         return [False] * len(values)
-    top = max(ranked) if metric.higher else min(ranked)
+    top = min(numbers)
+    if metric.higher:
+        top = max(numbers)
     best = [value == top for value in values]
-    return [False] * len(values) if all(best) else best
+    if all(best):
+        return [False] * len(values)
+    return best
 
 
-def _name_column(results: Sequence[Result], best: Sequence[bool]) -> _Filled:
+def _name_column(results: Sequence[Result], best: Sequence[bool]) -> _FilledColumn:
     cells = []
     for result, is_best in zip(results, best, strict=True):
-        cells.append(Cell(result.candidate.name, "best" if is_best else None))
-    return Column("candidate", "name"), cells
+        cells.append(Cell(result.candidate.name, _mark("best", is_best)))
+    return _FilledColumn(Column("candidate", "name"), cells)
 
 
-def _statistics_column(results: Sequence[Result], turns: _Turns) -> list[_Filled]:
+def _mark(mark: Mark, is_marked: bool) -> Mark | None:
+    if is_marked:
+        return mark
+    return None
+
+
+def _passes_column(results: Sequence[Result]) -> _FilledColumn:
+    cells = [Cell(str(result.forwards)) for result in results]
+    return _FilledColumn(Column("passes", "number", 1), cells)
+
+
+def _statistics_column(results: Sequence[Result], priorities: _Priorities) -> list[_FilledColumn]:
     """Make the column of BatchNorm statistics; none if no candidate has any."""
     if all(result.bn == "none" for result in results):
         return []
     cells = [Cell(_statistics_text(result.bn)) for result in results]
-    return [(Column("BatchNorm", "text", turns.statistics, _SHORT_NAME), cells)]
+    column = Column("BatchNorm", "text", priorities.statistics, _SHORT_NAME)
+    return [_FilledColumn(column, cells)]
 
 
 def _statistics_text(bn: str) -> str:
     """Return the word for a candidate's statistics, short: partly, of partly recomputed."""
-    return "partly" if bn.startswith("partly") else bn
+    if bn.startswith("partly"):
+        return "partly"
+    return bn
 
 
 def _metric_columns(
-    results: Sequence[Result], metrics: Sequence[Metric], turns: _Turns, best: Sequence[bool]
-) -> list[_Filled]:
+    results: Sequence[Result],
+    metrics: Sequence[Metric],
+    priorities: _Priorities,
+    best: Sequence[bool],
+) -> list[_FilledColumn]:
     """Make a column per metric; in the first, the best candidates' cells are marked."""
     columns = []
     for metric in metrics:
         cells = []
         for result, is_best in zip(results, best, strict=True):
             value = result.metrics.get(metric.key)
-            mark: Mark | None = "best" if is_best and metric is metrics[0] else None
-            cells.append(Cell(NOTHING if value is None else f"{value:{metric.form}}", mark))
-        turn = turns.metrics.get(metric.key, 0)
-        columns.append((Column(metric.title, "number", turn), cells))
+            text = NOTHING
+            if value is not None:
+                text = f"{value:{metric.form}}"
+            cells.append(Cell(text, _mark("best", is_best and metric is metrics[0])))
+        priority = priorities.metrics.get(metric.key, 0)
+        columns.append(_FilledColumn(Column(metric.title, "number", priority), cells))
     return columns
 
 
-def _comparison_columns(results: Sequence[Result], task: Task, turns: _Turns) -> list[_Filled]:
+def _comparison_columns(
+    results: Sequence[Result], task: Task, priorities: _Priorities
+) -> list[_FilledColumn]:
     """Make the columns of difference with interval, and of p; no columns without a comparison.
 
     The title has no unit of the metric, since % would be read as that of the interval.
     """
-    key = next((result.versus.metric for result in results if result.versus is not None), None)
-    if key is None:
+    comparisons = _comparisons(results)
+    if not comparisons:
         return []
-    title, form = _title_and_form(key, task)
+    title, form = _title_and_form(comparisons[0].metric, task)
     differences, chances = [], []
     for result in results:
         if result.versus is None:
@@ -181,15 +226,22 @@ def _comparison_columns(results: Sequence[Result], task: Task, turns: _Turns) ->
             chances.append(Cell(NOTHING))
             continue
         estimate = result.versus.difference
-        mark: Mark | None = "significant" if estimate.p < SIGNIFICANT else None
+        mark = _mark("significant", estimate.p < SIGNIFICANT)
         differences.append(Cell(_difference_text(estimate, form), mark))
         chances.append(Cell(f"{estimate.p:.2g}", mark))
-    difference = Column(f"Δ {_bare(title)} [95 %]", "number", turns.difference, _SHORT_NAME)
-    return [(difference, differences), (Column("p", "number", turns.p), chances)]
+    difference = Column(f"Δ {_bare(title)} [95 %]", "number", priorities.difference, _SHORT_NAME)
+    p = Column("p", "number", priorities.p)
+    return [_FilledColumn(difference, differences), _FilledColumn(p, chances)]
 
 
-def _difference_text(found: Difference, form: str) -> str:
-    return f"{found.value:+{form}} [{found.low:+{form}}, {found.high:+{form}}]"
+def _comparisons(results: Sequence[Result]) -> list[Comparison]:
+    """List the comparisons of the candidates that have one."""
+    return [result.versus for result in results if result.versus is not None]
+
+
+def _difference_text(difference: Difference, form: str) -> str:
+    interval = f"[{difference.low:+{form}}, {difference.high:+{form}}]"
+    return f"{difference.value:+{form}} {interval}"
 
 
 def _bare(title: str) -> str:
@@ -201,15 +253,15 @@ def _legend(results: Sequence[Result], task: Task, best: Sequence[bool]) -> list
     """Word the lines below the table: the best candidate and the meaning of columns."""
     lines = []
     if any(best):
-        winners = [result for result, is_best in zip(results, best, strict=True) if is_best]
-        names = first_few([_name_alone(result, results) for result in winners])
+        winners = list(itertools.compress(results, best))
+        names = first_few([_distinct_name(result, results) for result in winners])
         difference = _winners_difference(winners, results, task)
         lines.append(f"{BEST} best by {_bare(task.metrics[0].title)}: {names}{difference}")
         lines += _choice(winners, results)
-    compared = [result.versus for result in results if result.versus is not None]
-    if compared:
-        test = _TESTS[compared[0].difference.test]
-        lines.append(f"Δ: less {compared[0].reference} on the same samples; {test}")
+    comparisons = _comparisons(results)
+    if comparisons:
+        test = _TESTS[comparisons[0].difference.test]
+        lines.append(f"Δ: less {comparisons[0].reference} on the same samples; {test}")
     if any(_statistics_text(result.bn) == "partly" for result in results):
         lines.append(_PARTLY)
     return lines
@@ -217,7 +269,7 @@ def _legend(results: Sequence[Result], task: Task, best: Sequence[bool]) -> list
 
 def _choice(winners: Sequence[Result], results: Sequence[Result]) -> list[str]:
     """Word the caution that p ignores the choice of the best among several candidates."""
-    compared = sum(result.versus is not None for result in results)
+    compared = len(_comparisons(results))
     versus = winners[0].versus
     if len(winners) > 1 or versus is None or compared < _FEWEST_TO_CHOOSE:
         return []
@@ -227,31 +279,40 @@ def _choice(winners: Sequence[Result], results: Sequence[Result]) -> list[str]:
     return [f"{BEST} is the best of {compared} on these samples, which its p leaves out of account"]
 
 
-def _name_alone(result: Result, results: Sequence[Result]) -> str:
+def _distinct_name(result: Result, results: Sequence[Result]) -> str:
     """Name a candidate, with the state of statistics if another candidate has the same name."""
     name = result.candidate.name
     count = sum(row.candidate.name == name for row in results)
     if count == 1:
         return name
-    statistics = "partly recomputed" if _statistics_text(result.bn) == "partly" else result.bn
+    statistics = result.bn
+    if _statistics_text(statistics) == "partly":
+        statistics = "partly recomputed"
     return f"{name} with {statistics} statistics"
 
 
 def _winners_difference(winners: Sequence[Result], results: Sequence[Result], task: Task) -> str:
-    """Word the difference of the best candidate from the reference; empty for several winners."""
+    """Word the difference of the best candidate from the baseline; empty for several winners."""
     versus = winners[0].versus
     if len(winners) > 1 or versus is None:
         return ""
     last = [result.candidate.name for result in results if result.candidate.last]
-    reference = "the last checkpoint" if last == [versus.reference] else versus.reference
+    baseline = versus.reference
+    if last == [baseline]:
+        baseline = "the last checkpoint"
     title, form = _title_and_form(versus.metric, task)
-    label = "Δ" if versus.metric == task.metrics[0].key else f"Δ {_bare(title)}"
-    return f"; {label} to {reference} {_difference_text(versus.difference, form)}"
+    label = "Δ"
+    if versus.metric != task.metrics[0].key:
+        label += f" {_bare(title)}"
+    return f"; {label} to {baseline} {_difference_text(versus.difference, form)}"
 
 
 def _title_and_form(key: str, task: Task) -> tuple[str, str]:
     """Return the title and the format specification of a metric."""
-    return next(((m.title, m.form) for m in task.metrics if m.key == key), (key, ".4g"))
+    for metric in task.metrics:
+        if metric.key == key:
+            return metric.title, metric.form
+    return key, ".4g"
 
 
 def _disagreements(results: Sequence[Result]) -> list[str]:

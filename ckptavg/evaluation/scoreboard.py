@@ -164,9 +164,10 @@ class CandidateScore:
         first = candidate.weights or candidate.checkpoints[0]
         if not batchnorm_layers(first.tensors):
             return "none", {}
-        provenance = candidate.provenance
-        state = None if provenance is None else provenance.bn
-        return state or "own", {}
+        recorded = None
+        if candidate.provenance is not None:
+            recorded = candidate.provenance.bn
+        return recorded or "own", {}
 
     def merge(self, peers: Peers) -> None:
         """Merge the scores of all processes; every process must call this."""

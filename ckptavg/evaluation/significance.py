@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -28,17 +28,20 @@ _Z = 1.959963984540054
 _ROUNDING = 1e-12
 
 
+Test = Literal["mcnemar", "bootstrap"]
+
+
 @dataclass(frozen=True)
 class Difference:
     """Difference of a metric between two candidates on the same samples.
 
     Attributes:
-        value: The difference, mine − other, in the unit of the samples' values.
+        value: The difference, first minus second, in the unit of the samples' values.
         low: Lower end of the 95 % interval.
         high: Upper end of the 95 % interval.
         p: Two-sided p value: the probability of a difference of at least this size between equally
             good candidates.
-        test: The method of interval and p: ``mcnemar`` or ``bootstrap``.
+        test: The method of interval and p.
         n: Number of samples compared.
     """
 
@@ -46,16 +49,17 @@ class Difference:
     low: float
     high: float
     p: float
-    test: str
+    test: Test
     n: int
 
     def scaled(self, factor: float) -> Difference:
-        """Convert to another unit by a positive factor, such as 100 for percentages."""
-        ends = {name: factor * getattr(self, name) for name in ("value", "low", "high")}
-        return replace(self, **ends)
+        """Multiply by a positive factor to change the unit, as by 100 for percentages."""
+        return replace(
+            self, value=factor * self.value, low=factor * self.low, high=factor * self.high
+        )
 
 
-def compare(mine: Samples, other: Samples, *, seed: int = 0) -> Difference:
+def compare(first: Samples, second: Samples, *, seed: int = 0) -> Difference:
     """Compare two candidates on the same samples.
 
     For right or wrong (values of 0 and 1 without weights): the difference of the proportions, the
@@ -73,8 +77,8 @@ def compare(mine: Samples, other: Samples, *, seed: int = 0) -> Difference:
     Interval and test are computed in different ways and may disagree in a borderline case.
 
     Args:
-        mine: Samples of the first candidate.
-        other: Samples of the second candidate, in the same order.
+        first: Samples of the first candidate.
+        second: Samples of the second candidate, in the same order.
         seed: Seed of the resampling.
 
     Returns:
@@ -83,32 +87,35 @@ def compare(mine: Samples, other: Samples, *, seed: int = 0) -> Difference:
     Raises:
         EvaluationError: There are no samples, or the samples differ or are not finite.
     """
-    _check(mine, other)
-    if mine.weights is None and _is_binary(mine.values) and _is_binary(other.values):
-        return _compare_proportions(mine.values.bool().cpu(), other.values.bool().cpu())
-    weights = torch.ones_like(mine.values) if mine.weights is None else mine.weights
+    _check(first, second)
+    weights = first.weights
+    if weights is None:
+        if _is_binary(first.values) and _is_binary(second.values):
+            return _compare_proportions(first.values.bool().cpu(), second.values.bool().cpu())
+        weights = torch.ones_like(first.values)
     # A text of a single token has no token to predict and a weight of 0.
-    counted = weights.cpu() > 0
-    differences = (_float64(mine.values) - _float64(other.values))[counted]
-    return _compare_means(differences, _float64(weights)[counted], seed)
+    counts = weights.cpu() > 0
+    differences = (_float64(first.values) - _float64(second.values))[counts]
+    return _compare_means(differences, _float64(weights)[counts], seed)
 
 
-def _check(mine: Samples, other: Samples) -> None:
-    if mine.metric != other.metric:
-        raise EvaluationError(f"samples of {mine.metric} and {other.metric} cannot be compared")
-    if mine.values.shape != other.values.shape or not _same(mine.weights, other.weights):
+def _check(first: Samples, second: Samples) -> None:
+    if first.metric != second.metric:
+        raise EvaluationError(f"samples of {first.metric} and {second.metric} cannot be compared")
+    if first.values.shape != second.values.shape or not _equal(first.weights, second.weights):
         raise EvaluationError("candidates that were scored on other samples cannot be compared")
-    for values in (mine.values, other.values, mine.weights):
+    for values in (first.values, second.values, first.weights):
         if values is not None and not bool(torch.isfinite(values).all()):
             raise EvaluationError("samples that are not finite cannot be compared")
-    if not len(mine.values) or (mine.weights is not None and not bool((mine.weights > 0).any())):
-        raise EvaluationError("the evaluation data is empty", "Check --data.")
+    has_weight = first.weights is None or bool((first.weights > 0).any())
+    if not len(first.values) or not has_weight:
+        raise EvaluationError("the evaluation data is empty", "Check the evaluation data.")
 
 
-def _same(mine: torch.Tensor | None, other: torch.Tensor | None) -> bool:
-    if mine is None or other is None:
-        return mine is other
-    return torch.equal(mine.cpu(), other.cpu())
+def _equal(first: torch.Tensor | None, second: torch.Tensor | None) -> bool:
+    if first is None or second is None:
+        return first is second
+    return torch.equal(first.cpu(), second.cpu())
 
 
 def _is_binary(values: torch.Tensor) -> bool:
@@ -119,30 +126,30 @@ def _float64(values: torch.Tensor) -> torch.Tensor:
     return values.cpu().double()
 
 
-def _compare_proportions(mine: torch.Tensor, other: torch.Tensor) -> Difference:
-    only_mine, only_other = int((mine & ~other).sum()), int((other & ~mine).sum())
-    n = len(mine)
-    low, high = _agresti_min(only_mine, only_other, n)
-    p = _mcnemar(only_mine, only_other)
-    return Difference((only_mine - only_other) / n, low, high, p, "mcnemar", n)
+def _compare_proportions(first: torch.Tensor, second: torch.Tensor) -> Difference:
+    only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
+    n = len(first)
+    low, high = _agresti_min(only_first, only_second, n)
+    p = _mcnemar(only_first, only_second)
+    return Difference((only_first - only_second) / n, low, high, p, "mcnemar", n)
 
 
-def _agresti_min(only_mine: int, only_other: int, n: int) -> tuple[float, float]:
+def _agresti_min(only_first: int, only_second: int, n: int) -> tuple[float, float]:
     """Compute the 95 % interval "Wald+2" (Agresti & Min 2005, Stat. in Medicine 24, 729–740)."""
-    centre = (only_mine - only_other) / (n + 2)
-    variance = only_mine + only_other + 1 - (only_mine - only_other) ** 2 / (n + 2)
+    centre = (only_first - only_second) / (n + 2)
+    variance = only_first + only_second + 1 - (only_first - only_second) ** 2 / (n + 2)
     reach = _Z * math.sqrt(variance) / (n + 2)
     return max(-1.0, centre - reach), min(1.0, centre + reach)
 
 
-def _mcnemar(only_mine: int, only_other: int) -> float:
+def _mcnemar(only_first: int, only_second: int) -> float:
     """Compute the exact McNemar p: twice the smaller tail of a binomial of 1/2, at most 1.
 
     The tail is summed from the largest term outwards, each term from the previous one. Terms beyond
     the first 10·√n are less than e⁻¹⁹⁰ of the largest.
     """
     # Logarithms of factorials, since the factorials themselves overflow for large counts.
-    n, fewer = only_mine + only_other, min(only_mine, only_other)
+    n, fewer = only_first + only_second, min(only_first, only_second)
     # The two tails meet, and twice a tail is at least 1.
     if n - 2 * fewer <= 1:
         return 1.0
@@ -155,10 +162,11 @@ def _mcnemar(only_mine: int, only_other: int) -> float:
 
 def _compare_means(differences: torch.Tensor, weights: torch.Tensor, seed: int) -> Difference:
     generator = torch.Generator().manual_seed(seed)
-    sums, sizes = _grouped(differences, weights, generator)
-    resampled = torch.cat(
-        [sums[drawn].sum(1) / sizes[drawn].sum(1) for drawn in _draws(len(sums), generator)]
-    )
+    sums, sizes = _group(differences, weights, generator)
+    means = []
+    for drawn in _draws(len(sums), generator):
+        means.append(sums[drawn].sum(1) / sizes[drawn].sum(1))
+    resampled = torch.cat(means)
     ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
     low, high = torch.quantile(resampled, ends).tolist()
     p = _randomization(sums, generator)
@@ -166,7 +174,7 @@ def _compare_means(differences: torch.Tensor, weights: torch.Tensor, seed: int) 
     return Difference(value, low, high, p, "bootstrap", len(differences))
 
 
-def _grouped(
+def _group(
     differences: torch.Tensor, weights: torch.Tensor, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum differences and weights of samples in random groups of equal size (± 1 sample).
@@ -185,9 +193,11 @@ def _grouped(
 def _draws(n: int, generator: torch.Generator, below: int | None = None) -> Iterator[torch.Tensor]:
     """Yield 2000 rows of n random integers in chunks; the bound is n where ``below`` is None."""
     rows = max(1, _CHUNK // n)
+    if below is None:
+        below = n
     for start in range(0, RESAMPLES, rows):
         size = (min(rows, RESAMPLES - start), n)
-        yield torch.randint(n if below is None else below, size, generator=generator)
+        yield torch.randint(below, size, generator=generator)
 
 
 def _randomization(sums: torch.Tensor, generator: torch.Generator) -> float:
@@ -250,11 +260,14 @@ class Disagreement:
         if self._waiting:
             raise EvaluationError("members of an ensemble have not answered all batches")
         if not self.count:
-            raise EvaluationError("the evaluation data is empty", "Check --data.")
+            raise EvaluationError("the evaluation data is empty", "Check the evaluation data.")
         differing, divided = self._totals.read().tolist()
         pairs = math.comb(self.members, 2)
+        disagreement = 0.0
+        if pairs:
+            disagreement = differing / (pairs * self.count)
         return {
-            "disagreement": differing / (pairs * self.count) if pairs else 0.0,
+            "disagreement": disagreement,
             "not_unanimous": divided / self.count,
             "n": self.count,
         }
@@ -271,10 +284,9 @@ class Disagreement:
     def _count(self, answers: torch.Tensor) -> None:
         """Count the answers of all members on a batch: (members, N)."""
         self.count += answers.shape[1]
+        differing = torch.zeros((), dtype=torch.int64, device=answers.device)
         # Member by member: all pairs at once would take memory for members² rows.
-        differing = sum(
-            ((answers[i] != answers[i + 1 :]).sum() for i in range(self.members - 1)),
-            start=torch.zeros((), dtype=torch.int64, device=answers.device),
-        )
+        for i in range(self.members - 1):
+            differing += (answers[i] != answers[i + 1 :]).sum()
         divided = (answers != answers[0]).any(0).sum()
         self._totals.add(torch.stack((differing, divided)).double())
