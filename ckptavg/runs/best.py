@@ -66,7 +66,7 @@ def choose_criterion(
         metric = _only_metric(checkpoints)
     elif checkpoints and not any(metric in c.record.metrics for c in checkpoints):
         raise _unknown_metric(metric, checkpoints[-1])
-    chosen = mode or mode_of(metric)
+    chosen = mode or derive_mode(metric)
     if chosen is None:
         raise UsageError(
             f"the name of the metric {metric!r} does not tell which of its values are better",
@@ -75,7 +75,7 @@ def choose_criterion(
     return Criterion(metric, chosen)
 
 
-def best_by(
+def select_best(
     criterion: Criterion, checkpoints: Sequence[Checkpoint], count: int
 ) -> list[Checkpoint]:
     """Select the ``count`` best checkpoints, in the given order.
@@ -101,7 +101,7 @@ def best_by(
     return [checkpoints[position] for position in sorted(ranked[:count])]
 
 
-def mode_of(metric: str) -> Mode | None:
+def derive_mode(metric: str) -> Mode | None:
     """Derive the mode from a metric's dotted name; None if the name does not tell.
 
     The last part of the name decides if possible, as in ``loss.accuracy``.

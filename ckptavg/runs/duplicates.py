@@ -223,14 +223,14 @@ class _Tree:
         """Find the member whose ranges all have the same bytes."""
         if self._root is None:
             return None
-        node, _ = self._descend(self._root, _looks(checkpoint))
+        node, _ = self._descend(self._root, _list_looks(checkpoint))
         if node.member is None:
             return None
         return node.member.checkpoint
 
     def add(self, checkpoint: Checkpoint) -> None:
         """Add a checkpoint, unless the tree has an equal checkpoint."""
-        member = _Member(checkpoint, _looks(checkpoint))
+        member = _Member(checkpoint, _list_looks(checkpoint))
         if self._root is None:
             self._root = _Node(member)
             return
@@ -260,7 +260,7 @@ class _Tree:
         return node, None
 
 
-def _looks(checkpoint: Checkpoint) -> list[tuple[_Range, Extent]]:
+def _list_looks(checkpoint: Checkpoint) -> list[tuple[_Range, Extent]]:
     """List the ranges in the order of comparison: first all heads, then the long ranges."""
     ranges = _ranges(checkpoint)
     heads: list[tuple[_Range, Extent]] = [(span, "head") for span in ranges]

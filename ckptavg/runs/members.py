@@ -15,11 +15,11 @@ from ckptavg.runs.damaged import Damaged, place_damaged
 from ckptavg.runs.discovery.file_names import (
     is_alias_name,
     is_best_name,
-    natural,
+    natural_key,
     stem_of,
     why_no_step,
 )
-from ckptavg.runs.discovery.numbered import labels_of
+from ckptavg.runs.discovery.numbered import find_labels
 from ckptavg.runs.discovery.reason import LeftOut, Reason
 from ckptavg.runs.discovery.steps_in_names import NamedStep
 from ckptavg.runs.duplicates import Contents, SameWeights
@@ -93,7 +93,7 @@ def _order_damaged(
     if not errors:
         return ()
     paths = [*paths_of(ordered), *errors]
-    labels = labels_of(paths)
+    labels = find_labels(paths)
     named = named_steps(paths)
     for path in paths:
         if is_alias_name(labels[path]):
@@ -162,7 +162,7 @@ def _split_repeats(checkpoints: Sequence[Checkpoint]) -> _Split:
     Returns:
         The checkpoints without repeats, and the repeats.
     """
-    aliases, labels = find_aliases(checkpoints), labels_of(paths_of(checkpoints))
+    aliases, labels = find_aliases(checkpoints), find_labels(paths_of(checkpoints))
     contents = Contents()
     members: list[Checkpoint] = []
     repeats: list[LeftOut] = []
@@ -174,7 +174,7 @@ def _split_repeats(checkpoints: Sequence[Checkpoint]) -> _Split:
         """Return the sort key of a checkpoint."""
         # Aliases and links come last, so that a numbered file is the original of its copies.
         path = checkpoint.path
-        return path in aliases, path.is_symlink(), natural(labels[path])
+        return path in aliases, path.is_symlink(), natural_key(labels[path])
 
     for checkpoint in sorted(checkpoints, key=sort_key):
         identity = tuple(stamp.identity for stamp in checkpoint.files)

@@ -14,9 +14,9 @@ from ckptavg.errors import RunError, first_few
 from ckptavg.errors.printable import step_text
 from ckptavg.formats import Checkpoint
 from ckptavg.io.paths import Location
-from ckptavg.runs.discovery.file_names import is_alias_name, natural, stem_of
-from ckptavg.runs.discovery.numbered import labels_of, roots_of
-from ckptavg.runs.discovery.steps_in_names import NamedStep, steps_in_names
+from ckptavg.runs.discovery.file_names import is_alias_name, natural_key, stem_of
+from ckptavg.runs.discovery.numbered import find_labels, find_roots
+from ckptavg.runs.discovery.steps_in_names import NamedStep, read_steps
 
 
 def paths_of(checkpoints: Sequence[Checkpoint]) -> list[Location]:
@@ -27,8 +27,8 @@ def paths_of(checkpoints: Sequence[Checkpoint]) -> list[Location]:
 def find_aliases(checkpoints: Sequence[Checkpoint]) -> set[Location]:
     """Find checkpoints that may be repeats: by name, or as the directory above the rest."""
     paths = paths_of(checkpoints)
-    aliases = roots_of(paths)
-    for path, label in labels_of(paths).items():
+    aliases = find_roots(paths)
+    for path, label in find_labels(paths).items():
         if is_alias_name(label):
             aliases.add(path)
     return aliases
@@ -67,13 +67,13 @@ def order_checkpoints(
 ) -> tuple[tuple[Checkpoint, ...], list[str]]:
     """Sort checkpoints by step, then epoch, then numbers in the names, and set the steps."""
     clock, notes = _choose_clock(checkpoints)
-    aliases, labels = find_aliases(checkpoints), labels_of(paths_of(checkpoints))
+    aliases, labels = find_aliases(checkpoints), find_labels(paths_of(checkpoints))
     positions, is_complete = clock.positions, clock.is_complete
 
     def sort_key(index: int) -> tuple[object, ...]:
         """Return the sort key of a checkpoint; by name alone if the clock is not complete."""
         path = checkpoints[index].path
-        by_name = (path in aliases, natural(labels[path]))
+        by_name = (path in aliases, natural_key(labels[path]))
         if not is_complete:
             return by_name
         within = clock.within[index]
@@ -145,12 +145,12 @@ def _clock_of_names(named: Sequence[NamedStep]) -> _Clock:
 
 def named_steps(paths: Sequence[Location]) -> dict[Location, NamedStep]:
     """Read the steps in the names, without a step for a directory above the checkpoints."""
-    labels = labels_of(paths)
-    roots = roots_of(paths)
+    labels = find_labels(paths)
+    roots = find_roots(paths)
     numbered = [path for path in paths if path not in roots]
     stems = [stem_of(labels[path]) for path in numbered]
     named = dict.fromkeys(paths, NamedStep(None))
-    named.update(zip(numbered, steps_in_names(stems), strict=True))
+    named.update(zip(numbered, read_steps(stems), strict=True))
     return named
 
 

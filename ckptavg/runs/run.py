@@ -121,9 +121,9 @@ class Run:
             MissingPackageError: pandas is not installed.
         """
         from ckptavg.display.data_frames import data_frame  # noqa: PLC0415
-        from ckptavg.runs.run_table import records_of  # noqa: PLC0415
+        from ckptavg.runs.run_table import list_records  # noqa: PLC0415
 
-        return data_frame(records_of(self.opened))
+        return data_frame(list_records(self.opened))
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:

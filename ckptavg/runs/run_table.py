@@ -54,7 +54,7 @@ def _number_text(value: float | None) -> str:
     return NOTHING if value is None else step_text(value)
 
 
-def records_of(checkpoints: Sequence[Checkpoint]) -> list[dict[str, Any]]:
+def list_records(checkpoints: Sequence[Checkpoint]) -> list[dict[str, Any]]:
     """List the recorded values of each checkpoint as plain values, with all metrics."""
     names = short_names(paths_of(checkpoints))
     rows: list[dict[str, Any]] = []

@@ -58,7 +58,7 @@ def note_cycles(run: Run, selection: Run) -> None:
     if len(run.trainings) != 1 or any(run.damaged):
         return
     (checkpoints,) = run.trainings
-    rates = recorded_rates(checkpoints)
+    rates = list_rates(checkpoints)
     if not rates:
         return
     after_step = saves_after_step(checkpoints)
@@ -90,7 +90,7 @@ def note_restarts(checkpoints: Sequence[Checkpoint]) -> list[str]:
         The note; empty where the minima are the ends.
     """
     after_step = saves_after_step(checkpoints)
-    restarts = find_restarts(recorded_rates(checkpoints), after_step=after_step)
+    restarts = find_restarts(list_rates(checkpoints), after_step=after_step)
     if not restarts:
         return []
     why = "the last checkpoint records the highest rate: if training saves after scheduler.step(),"
@@ -106,7 +106,7 @@ def saves_after_step(checkpoints: Sequence[Checkpoint]) -> bool:
     )
 
 
-def recorded_rates(checkpoints: Sequence[Checkpoint]) -> list[float]:
+def list_rates(checkpoints: Sequence[Checkpoint]) -> list[float]:
     """Return the learning rate of each checkpoint; empty if a checkpoint records no rate."""
     rates: list[float] = []
     for checkpoint in checkpoints:

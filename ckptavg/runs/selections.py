@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from ckptavg.errors import RunError, first_few
 from ckptavg.errors.printable import step_text
 from ckptavg.formats import Checkpoint
-from ckptavg.runs.best import Criterion, best_by
+from ckptavg.runs.best import Criterion, select_best
 from ckptavg.runs.damaged import Damaged
 from ckptavg.runs.rate_cycles import find_minima
 
@@ -181,7 +181,7 @@ class Best(Selection):
 
     def pick(self, checkpoints: Sequence[Checkpoint]) -> Sequence[Checkpoint]:
         """Select the best checkpoints, in the order of the run."""
-        return best_by(self.criterion, checkpoints, self.count)
+        return select_best(self.criterion, checkpoints, self.count)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from ckptavg import average, open_run
 from ckptavg.formats.training_record import TRAINING_STATE
 from ckptavg.io.paths import RemotePath
-from ckptavg.runs.discovery.file_names import OTHER_STATE, natural
+from ckptavg.runs.discovery.file_names import OTHER_STATE, natural_key
 
 _LIMITED = """
 import resource, sys, time
@@ -198,7 +198,7 @@ def test_numbers_of_any_length_order_files(monkeypatch):
     numbers = ["9", f"{'0' * 5000}10", f"1{'0' * 5000}", f"2{'0' * 5000}"]
     paths = [RemotePath(f"s3://bucket/epoch_{number}.pt") for number in numbers]
     paths.reverse()
-    assert sorted(paths, key=natural) == paths[::-1]
+    assert sorted(paths, key=natural_key) == paths[::-1]
 
 
 @pytest.mark.parametrize(

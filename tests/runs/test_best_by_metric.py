@@ -7,7 +7,7 @@ from helpers import names, save_weight
 
 from ckptavg import open_run
 from ckptavg.errors import RunError, UsageError
-from ckptavg.runs.best import mode_of
+from ckptavg.runs.best import derive_mode
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,8 @@ from ckptavg.runs.best import mode_of
     ],
 )
 def test_names_of_common_metrics_tell_which_values_are_better(mode, metrics):
-    assert {name: mode_of(name) for name in metrics.split()} == dict.fromkeys(metrics.split(), mode)
+    names = metrics.split()
+    assert {name: derive_mode(name) for name in names} == dict.fromkeys(names, mode)
 
 
 def recorded(directory, **columns):

@@ -82,7 +82,7 @@ def test_what_lies_before_the_selection_is_told_and_does_not_matter(
     shutil.copytree(intact, directory)
     damage(directory, number)
     run = SELECTIONS[select](open_run(directory))
-    told = "cannot be opened, and lies outside the selection"
+    told = "cannot be opened, and is outside the selection"
     assert run.left_out == ((directory / f"epoch_{number}.pt", told),)
     assert any(f"epoch_{number}.pt is left out: {told}" in note for note in run.notes)
     whole = average(SELECTIONS[select](open_run(intact)))

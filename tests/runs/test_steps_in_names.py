@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptavg.runs.discovery.steps_in_names import NamedStep, steps_in_names
+from ckptavg.runs.discovery.steps_in_names import NamedStep, read_steps
 
 
 def values(*stems: str) -> list[int | None]:
-    return [step.value for step in steps_in_names(stems)]
+    return [step.value for step in read_steps(stems)]
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_a_list_of_numbers_is_no_decimal_number():
 
 
 def test_the_unit_is_that_of_the_word():
-    assert steps_in_names(["epoch-3", "checkpoint-8000", "iter_9"]) == [
+    assert read_steps(["epoch-3", "checkpoint-8000", "iter_9"]) == [
         NamedStep(3, "epoch"), NamedStep(8000, None), NamedStep(9, "step"),
     ]  # fmt: skip
 
@@ -87,12 +87,12 @@ def test_the_step_is_found_wherever_the_score_stands(step, score, metric, first)
 @settings(deadline=None)
 @given(st.text(max_size=60))
 def test_any_name_is_read(stem):
-    (step,) = steps_in_names([stem])
+    (step,) = read_steps([stem])
     assert step.value is None or step.value >= 0
 
 
 @pytest.mark.parametrize("part", ["9", "top", "1.", "step_", "epoch1k", "loss0.5", "ab@", "1 step"])
 def test_long_names_are_read_in_linear_time(part):
     begin = time.process_time()
-    steps_in_names([part * (100_000 // len(part)), "x"])
+    read_steps([part * (100_000 // len(part)), "x"])
     assert time.process_time() - begin < 5

@@ -18,17 +18,17 @@ from ckptavg.runs.discovery.file_names import (
     Patterns,
     is_alias_name,
     list_visible,
-    natural,
+    natural_key,
     stem_of,
-    why_not,
+    why_no_weights,
 )
-from ckptavg.runs.discovery.nearby import find_only_run, holds_checkpoints, runs_below
+from ckptavg.runs.discovery.nearby import find_only_run, find_runs_below, holds_checkpoints
 from ckptavg.runs.discovery.numbered import (
+    find_place,
+    find_weights_below,
     is_series,
     mask_step,
     names_step,
-    place_of,
-    weights_below,
 )
 from ckptavg.runs.discovery.ranks import are_parts
 from ckptavg.runs.discovery.reason import LeftOut, Reason
@@ -92,7 +92,7 @@ class DirectorySearch:
             RunError: There is no checkpoint, or several runs below, or an unfinished checkpoint.
         """
         shown = list_visible(directory)
-        below = self.drop_skipped(sorted(shown, key=natural), directory)
+        below = self.drop_skipped(sorted(shown, key=natural_key), directory)
         is_checkpoint = is_checkpoint_directory(directory)
         nested, folders = _split_directories(directory, below, is_checkpoint=is_checkpoint)
         broken = find_unfinished(folders)
@@ -112,14 +112,14 @@ class DirectorySearch:
         runs = [path for path in folders if path not in broken and holds_checkpoints(path)]
         # Files such as best.pt and last.pt beside runs belong to one of the runs, or to no run.
         few = len(members) < 2 or (members == files and all(map(is_alias_name, files)))
-        deeper = runs_below(directory, self._admits(directory)) if few else []
+        deeper = find_runs_below(directory, self._admits(directory)) if few else []
         if not members and not deeper and len(below) < len(shown):
             # All contents are skipped by the user.
             return []
         if not members or (few and runs) or len(deeper) > 1:
             return self._enter(directory, loose=members)
         self._findings.exclude(runs, Reason.OWN_RUN)
-        return sorted(members, key=natural)
+        return sorted(members, key=natural_key)
 
     def drop_skipped(self, paths: Sequence[Location], root: Location) -> list[Location]:
         """Drop the paths that a pattern skips, and record the reason.
@@ -166,7 +166,7 @@ class DirectorySearch:
         self._findings.exclude(passed_over, Reason.SUFFIX)
         members: list[Location] = []
         for path in candidates:
-            if reason := why_not(stem_of(path)):
+            if reason := why_no_weights(stem_of(path)):
                 self._findings.exclude([path], reason)
             else:
                 members.append(path)
@@ -183,12 +183,12 @@ class DirectorySearch:
             self._findings.exclude(unnumbered, Reason.UNNUMBERED)
         else:
             steps = [path for path in folders if names_step(path.name)]
-            members = list(chain.from_iterable(map(weights_below, steps)))
+            members = list(chain.from_iterable(map(find_weights_below, steps)))
         # The root is a pipeline of several networks, and the steps hold the one that was trained.
         if members and component_names(root) and not any(map(component_names, members)):
             self._findings.exclude([root], Reason.PIPELINE)
             return members
-        if numbered or len(set(map(place_of, members))) == 1:
+        if numbered or len(set(map(find_place, members))) == 1:
             return [*members, root]
         return [root]
 
@@ -209,9 +209,9 @@ class DirectorySearch:
         """
         if len(files) > 1 or any(names_step(path.name) for path in nested):
             return []
-        steps = {path: weights_below(path) for path in folders if names_step(path.name)}
+        steps = {path: find_weights_below(path) for path in folders if names_step(path.name)}
         if not any(steps.values()) and not nested and not files and names_step(directory.name):
-            steps = {directory: weights_below(directory)}
+            steps = {directory: find_weights_below(directory)}
         deeper = list(chain.from_iterable(steps.values()))
         if not _is_run_of_steps(deeper, nested):
             return []
@@ -268,7 +268,7 @@ def _is_run_of_steps(paths: Sequence[Location], nested: Collection[Location]) ->
     by_parent: dict[Location, list[Location]] = defaultdict(list)
     for path in paths:
         by_parent[path.parent].append(path)
-        if (training := place_of(path)) is not None:
+        if (training := find_place(path)) is not None:
             bases.add(training.base)
             networks.add(training.below[0])
     # Several models beside the steps are the run, unless the steps have networks of equal names.

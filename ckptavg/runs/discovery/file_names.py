@@ -59,7 +59,7 @@ class Patterns:
         return skipping
 
 
-def why_not(stem: str) -> Reason | None:
+def why_no_weights(stem: str) -> Reason | None:
     """Return the reason for not opening a file of a name; None if the file is opened."""
     if OTHER_STATE.fullmatch(stem):
         return Reason.NOT_WEIGHTS
@@ -99,7 +99,7 @@ def is_ema_name(name: str) -> bool:
     return bool(_EMA_WORD.search(name.lower()))
 
 
-def original_names(name: str) -> list[str]:
+def possible_originals(name: str) -> list[str]:
     """List possible names of the original of an EMA copy; empty for other names."""
     match = _EMA_WORD.search(name.lower())
     if match is None:
@@ -129,15 +129,15 @@ def list_visible(directory: Location) -> list[Location]:
     return sorted(visible, key=lambda path: path.name)
 
 
-def text_and_numbers(name: str) -> list[str]:
+def split_numbers(name: str) -> list[str]:
     """Split a name into text (at even indices) and numbers (at odd indices)."""
     return re.split(r"(\d+)", name.lower())
 
 
-def natural(path: Location) -> tuple[object, ...]:
+def natural_key(path: Location) -> tuple[object, ...]:
     """Return a natural sort key: 2 comes before 10, and names without a step come last."""
     key: list[object] = [is_alias_name(path)]
-    for index, segment in enumerate(text_and_numbers(stem_of(path))):
+    for index, segment in enumerate(split_numbers(stem_of(path))):
         is_number = index % 2 == 1
         key.append(_magnitude(segment) if is_number else segment)
     return tuple(key)

@@ -16,10 +16,10 @@ from ckptavg.runs.discovery.excluded import describe_no_match
 from ckptavg.runs.discovery.file_names import OTHER_STATE, Patterns, matches, stem_of
 from ckptavg.runs.discovery.networks import (
     Groups,
+    merge_roots,
     refuse_networks,
     split_copies,
     split_weightless,
-    with_roots,
 )
 from ckptavg.runs.discovery.numbered import group_by_place
 from ckptavg.runs.discovery.ranks import find_replicas
@@ -45,7 +45,7 @@ def find(paths: Sequence[Location], patterns: Patterns) -> Findings:
         members = search.find(path) if path.is_dir() else [path]
         findings.named &= members == [path]
         listing.add(findings.root_of(path), members, search.drop_skipped(members, path))
-    groups = with_roots(group_by_place(listing.homes, listing.apart))
+    groups = merge_roots(group_by_place(listing.homes, listing.apart))
     groups = _select_members(groups, patterns.glob, findings)
     # Parts of one model are sorted out first. The checks below would take a single part for a
     # network of its own, or for a damaged file.

@@ -12,10 +12,10 @@ from ckptavg.runs.discovery.file_names import (
     OTHER_STATE,
     has_suffix,
     list_visible,
-    natural,
+    natural_key,
     stem_of,
 )
-from ckptavg.runs.discovery.numbered import names_step, step_directory, weights_below
+from ckptavg.runs.discovery.numbered import find_weights_below, names_step, step_directory
 from ckptavg.runs.discovery.ranks import find_replicas
 
 # Limits of the search for runs: levels, and directories per level.
@@ -40,8 +40,8 @@ def find_only_run(
         CheckpointError: The directory holds the parts of different ranks.
     """
     # First, since the error about parts of ranks says more than the errors below.
-    find_replicas(weights_below(directory))
-    runs = runs_below(directory, admits)
+    find_replicas(find_weights_below(directory))
+    runs = find_runs_below(directory, admits)
     if len(runs) > 1:
         raise RunError(
             f"{directory} holds {len(runs)} runs: {first_few([*map(str, runs)], 8)}",
@@ -68,10 +68,10 @@ def _list_suffixes() -> str:
 
 def leads_to_checkpoints(directory: Location) -> bool:
     """Return True if a directory holds checkpoints, directly or in runs below."""
-    return holds_checkpoints(directory) or bool(runs_below(directory, lambda _: True))
+    return holds_checkpoints(directory) or bool(find_runs_below(directory, lambda _: True))
 
 
-def runs_below(directory: Location, admits: Callable[[Location], bool]) -> list[Location]:
+def find_runs_below(directory: Location, admits: Callable[[Location], bool]) -> list[Location]:
     """Find the uppermost directories with checkpoints below a directory."""
     runs: dict[Location, None] = {}
     level = [directory]
@@ -92,7 +92,7 @@ def _is_of_a_run(directory: Location) -> bool:
     """Return True if a directory holds checkpoints, or is a step with checkpoints below."""
     if holds_checkpoints(directory):
         return True
-    return names_step(directory.name) and bool(weights_below(directory))
+    return names_step(directory.name) and bool(find_weights_below(directory))
 
 
 def _training_of(holder: Location, directory: Location) -> Location:
@@ -111,7 +111,7 @@ def _training_of(holder: Location, directory: Location) -> Location:
 def _folders(directory: Location) -> list[Location]:
     """List the visible subdirectories of a directory, in natural order."""
     folders = [path for path in list_visible(directory) if path.is_dir()]
-    return sorted(folders, key=natural)
+    return sorted(folders, key=natural_key)
 
 
 def holds_checkpoints(directory: Location) -> bool:

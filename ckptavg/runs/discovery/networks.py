@@ -10,14 +10,14 @@ from ckptavg.errors import CheckpointError, NoWeightsError, RunError, first_few
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.foreign import is_text
 from ckptavg.io.paths import Location
-from ckptavg.runs.discovery.file_names import is_ema_name, original_names
+from ckptavg.runs.discovery.file_names import is_ema_name, possible_originals
 from ckptavg.runs.discovery.numbered import Place
 
 Groups = dict[Location | Place, list[Location]]
 _Content = Literal["weights", "integers", "nothing", "unknown"]
 
 
-def with_roots(groups: Groups) -> Groups:
+def merge_roots(groups: Groups) -> Groups:
     """Move each model at the root of a run to the end of that run's group."""
     runs: dict[Location, list[Place]] = defaultdict(list)
     for home in groups:
@@ -71,7 +71,7 @@ def _copies_among(neighbours: Sequence[Location]) -> set[Location]:
     names = {path.name for path in neighbours}
     copies: set[Location] = set()
     for path in neighbours:
-        if not names.isdisjoint(original_names(path.name)) and path.is_dir():
+        if not names.isdisjoint(possible_originals(path.name)) and path.is_dir():
             copies.add(path)
     return copies
 

@@ -15,7 +15,13 @@ from itertools import chain
 
 from ckptavg.formats import is_checkpoint_directory
 from ckptavg.io.paths import Location, ancestors
-from ckptavg.runs.discovery.file_names import has_suffix, last_names, list_visible, stem_of, why_not
+from ckptavg.runs.discovery.file_names import (
+    has_suffix,
+    last_names,
+    list_visible,
+    stem_of,
+    why_no_weights,
+)
 from ckptavg.runs.discovery.steps_in_names import DATE
 
 # Levels between a checkpoint and the directory that is named after the step.
@@ -90,7 +96,7 @@ def step_directory(path: Location) -> Location | None:
     return None
 
 
-def place_of(path: Location, *, masked: bool = False) -> Place | None:
+def find_place(path: Location, *, masked: bool = False) -> Place | None:
     """Return the place of a checkpoint below the directory of the step; None without a step.
 
     Args:
@@ -110,12 +116,12 @@ def place_of(path: Location, *, masked: bool = False) -> Place | None:
     return Place(home.parent, mask_step(home.name) or "", tuple(reversed(names)))
 
 
-def labels_of(paths: Sequence[Location]) -> dict[Location, Location]:
+def find_labels(paths: Sequence[Location]) -> dict[Location, Location]:
     """Find the label of each path: the path, or a directory above, whose name tells the step.
 
     The labels are on the lowest level on which the names are not all the same.
     """
-    roots = roots_of(paths)
+    roots = find_roots(paths)
     members = [path for path in paths if path not in roots]
     labels = dict(zip(paths, paths, strict=True))
     # With one member there are no other names to compare, so the name itself decides.
@@ -142,7 +148,7 @@ def short_names(paths: Sequence[Location]) -> list[str]:
     return names
 
 
-def roots_of(paths: Sequence[Location]) -> set[Location]:
+def find_roots(paths: Sequence[Location]) -> set[Location]:
     """Find the paths that are directories above other paths."""
     above: set[Location] = set()
     for path in paths:
@@ -150,7 +156,7 @@ def roots_of(paths: Sequence[Location]) -> set[Location]:
     return above.intersection(paths)
 
 
-def weights_below(directory: Location) -> list[Location]:
+def find_weights_below(directory: Location) -> list[Location]:
     """Find the checkpoints below a directory, on any level: directories, or else files.
 
     A file beside a model's directory holds another state: of a data loader, or of a rank.
@@ -162,7 +168,7 @@ def weights_below(directory: Location) -> list[Location]:
         deeper: list[Location] = []
         level_files: list[Location] = []
         for path in chain.from_iterable(map(list_visible, level)):
-            if why_not(stem_of(path)):
+            if why_no_weights(stem_of(path)):
                 continue
             if is_checkpoint_directory(path):
                 directories.append(path)
@@ -226,13 +232,13 @@ def _find_places(paths: Sequence[Location]) -> dict[Location, Place]:
     place_by_path: dict[Location, Place] = {}
     for path in paths:
         resolved[path] = path.parent.resolve() / path.name
-        unmasked = place_of(resolved[path])
+        unmasked = find_place(resolved[path])
         if unmasked is not None:
             place_by_path[path] = unmasked
     counts = Counter(place_by_path.values())
     for path, unmasked in place_by_path.items():
         if counts[unmasked] == 1:
-            place_by_path[path] = place_of(resolved[path], masked=True) or unmasked
+            place_by_path[path] = find_place(resolved[path], masked=True) or unmasked
     return place_by_path
 
 

@@ -17,7 +17,7 @@ from ckptavg.errors import CheckpointError, first_few
 from ckptavg.formats import Checkpoint, open_checkpoint
 from ckptavg.formats.names import running_statistics
 from ckptavg.io.paths import Location, ancestors
-from ckptavg.runs.discovery.file_names import natural
+from ckptavg.runs.discovery.file_names import natural_key
 from ckptavg.runs.discovery.numbered import names_step
 from ckptavg.runs.duplicates import Contents, SameWeights
 
@@ -145,7 +145,7 @@ def find_replicas(paths: Iterable[Location]) -> dict[Location, Location]:
 def _group_by_model(paths: Iterable[Location]) -> list[list[Location]]:
     """Group the files of several ranks by model, one file per rank."""
     models: dict[object, dict[tuple[str, ...], Location]] = defaultdict(dict)
-    for path in sorted(paths, key=natural):
+    for path in sorted(paths, key=natural_key):
         if (file := parse_rank(path)) is not None:
             models[file.model].setdefault(file.ranks, path)
     groups: list[list[Location]] = []

@@ -12,7 +12,7 @@ class Reason(Enum):
     """Reason for leaving a path out of a run, in words; ``{}`` stands for a detail."""
 
     AVERAGE = "an average that ckptavg wrote"
-    DAMAGED = "cannot be opened, and lies outside the selection"
+    DAMAGED = "cannot be opened, and is outside the selection"
     NAMED_AVERAGE = "an average already, by its name"
     NAMED_EMA = "an EMA copy, by its name"
     NAMED_INITIAL = "from before training, by its name"

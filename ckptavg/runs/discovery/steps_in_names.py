@@ -60,7 +60,7 @@ class NamedStep:
     within: int | None = None
 
 
-def steps_in_names(stems: Sequence[str]) -> list[NamedStep]:
+def read_steps(stems: Sequence[str]) -> list[NamedStep]:
     """Read the steps in names: the numbers after a word like step or epoch, if any.
 
     Without such a word, the step is the first number that tells the names apart, or the last number
@@ -83,7 +83,7 @@ def steps_in_names(stems: Sequence[str]) -> list[NamedStep]:
     steps: list[NamedStep] = []
     for name, values in zip(names, numbers, strict=True):
         value = values[index] if values else None
-        steps.append(NamedStep(value, unit_in_name(name)))
+        steps.append(NamedStep(value, read_unit(name)))
     return steps
 
 
@@ -95,7 +95,7 @@ def _differing_index(numbers: Sequence[Sequence[int]]) -> int:
     return -1
 
 
-def unit_in_name(stem: str) -> Unit | None:
+def read_unit(stem: str) -> Unit | None:
     """Read the unit of the number in a name from the word beside the number."""
     name = stem.lower()
     for unit in _WORDS:

@@ -14,7 +14,7 @@ from ckptavg.runs.discovery.file_names import (
     is_alias_name,
     matches,
     stem_of,
-    why_not,
+    why_no_weights,
 )
 
 # Files of a directory whose first bytes are read: it may be a data set of images.
@@ -46,7 +46,7 @@ def split_by_suffix(
     for path in files:
         if has_suffix(path):
             members.append(path)
-        elif not why_not(_bare_stem(path)):
+        elif not why_no_weights(_bare_stem(path)):
             candidates.append(path)
     if pattern is not None:
         for path in candidates:
@@ -64,7 +64,7 @@ def split_by_suffix(
 
 def _is_step(path: Location) -> bool:
     """Return True if a name is that of a checkpoint with a step."""
-    return not is_alias_name(path) and not why_not(stem_of(path))
+    return not is_alias_name(path) and not why_no_weights(stem_of(path))
 
 
 def _find_series(files: Sequence[Location], saved: Sequence[Location]) -> list[Location]:

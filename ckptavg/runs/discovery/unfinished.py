@@ -10,7 +10,7 @@ from ckptavg.formats import registry
 from ckptavg.formats.format import Unfinished
 from ckptavg.formats.trainer_state import TRAINER_STATE
 from ckptavg.io.paths import Location
-from ckptavg.runs.discovery.numbered import weights_below
+from ckptavg.runs.discovery.numbered import find_weights_below
 
 _COPY_AGAIN = (
     "It may have been interrupted while being saved: copy it again, or name the other checkpoints "
@@ -35,7 +35,7 @@ def why_unfinished(directory: Location) -> RunError | None:
         # The Trainer's own file marks a checkpoint, whatever the format of the weights.
         is_numbered = re.fullmatch(r"checkpoint[-_]\d+", directory.name)
         has_state = is_numbered and (directory / TRAINER_STATE).is_file()
-        if not has_state or weights_below(directory):
+        if not has_state or find_weights_below(directory):
             return None
         unfinished = Unfinished("looks like a checkpoint but holds no weights")
     return RunError(f"{directory} {unfinished.reason}", unfinished.remedy or _COPY_AGAIN)
