@@ -57,8 +57,8 @@ class FileLayout:
     checksums: dict[str, list[int]] = field(default_factory=dict)
 
     @property
-    def places(self) -> object:
-        """Key of the layout: equal for files that differ in the contents of the parts alone."""
+    def positions(self) -> object:
+        """Key that is equal for files that differ in the contents of the parts alone."""
         parts = [(offset, len(content)) for offset, content in self.parts]
         return self.name, self.size, parts, self.offsets, self.checksums
 
@@ -93,11 +93,14 @@ class Layout:
 
     def fits(self, other: Layout) -> bool:
         """Return True if the files with tensors are laid out as in another layout."""
-        return [file.places for file in self.files] == [file.places for file in other.files]
+        return [file.positions for file in self.files] == [file.positions for file in other.files]
 
     @property
     def size(self) -> int:
         """Bytes on disk."""
-        copied = sum(stamp.size for stamp in self.copies.values())
-        written = sum(map(len, self.companions.values()))
-        return sum(file.size for file in self.files) + copied + written
+        size = sum(map(len, self.companions.values()))
+        for file in self.files:
+            size += file.size
+        for stamp in self.copies.values():
+            size += stamp.size
+        return size

@@ -28,16 +28,16 @@ class ForeignKind:
     """A kind of file that is no checkpoint.
 
     Attributes:
-        what: Noun phrase for the kind, with an article.
+        noun: Noun phrase for the kind, with an article.
         remedy: The way from such a file to an average.
     """
 
-    what: str
+    noun: str
     remedy: str
 
     def refusal(self, path: str | Location) -> CheckpointError:
         """Word the error for a file of this kind."""
-        return CheckpointError(f"{path} is {self.what}, not a checkpoint", self.remedy)
+        return CheckpointError(f"{path} is {self.noun}, not a checkpoint", self.remedy)
 
 
 def _packed(tool: str, command: str) -> ForeignKind:
@@ -49,8 +49,10 @@ def _packed(tool: str, command: str) -> ForeignKind:
 
 _BEFORE_EXPORT = "Average the checkpoints that it was made of, then export the average."
 _RESAVE = "Save its weights as tensors, with torch.save or safetensors, and average those files."
-_NAME_DIRECTORY = "Name the directory that it lies in."
-_ASK_AGAIN = "Download the file itself: such a text comes where a link, a login or a limit fails."
+_NAME_DIRECTORY = "Name the directory that holds it."
+_ASK_AGAIN = (
+    "Download the file itself: servers send such a text where a link, a login or a limit fails."
+)
 
 _EMPTY = ForeignKind("empty", "It may be still being written; copy it again or leave it out.")
 _ZEROS = ForeignKind(
@@ -93,16 +95,17 @@ _EXPORTED = ForeignKind(
     "Save the state_dict of torch.export.load(...) with torch.save and average that.",
 )
 _PACKAGE = ForeignKind("a torch.package archive", _BEFORE_EXPORT)
+_GGML = ForeignKind("a GGML model", _BEFORE_EXPORT)
 _KERAS = ForeignKind("a Keras model", f"Load it with Keras. {_RESAVE}")
 _ARRAYS = ForeignKind("a NumPy file", f"Load it with numpy.load. {_RESAVE}")
 
 # Byte offset, the bytes at the offset, and the kind of file.
 _MAGIC: tuple[tuple[int, bytes, ForeignKind], ...] = (
     (0, b"GGUF", ForeignKind("a GGUF model", _BEFORE_EXPORT)),
-    *(
-        (0, magic, ForeignKind("a GGML model", _BEFORE_EXPORT))
-        for magic in (b"lmgg", b"fmgg", b"tjgg", b"algg")
-    ),
+    (0, b"lmgg", _GGML),
+    (0, b"fmgg", _GGML),
+    (0, b"tjgg", _GGML),
+    (0, b"algg", _GGML),
     (
         0,
         b"\x89HDF\r\n\x1a\n",
@@ -177,7 +180,9 @@ def identify_name(path: Location) -> ForeignKind | None:
     # The contents of these files do not show the kind: shards and pickles begin like other files.
     if path.suffix == ".distcp":
         return _SHARD
-    return _METADATA if path.name == ".metadata" else None
+    if path.name == ".metadata":
+        return _METADATA
+    return None
 
 
 def identify_archive(names: Collection[str]) -> ForeignKind | None:
@@ -200,8 +205,10 @@ def _match_magic(sample: _Sample) -> ForeignKind | None:
     for offset, magic, kind in _MAGIC:
         if sample.start.startswith(magic, offset):
             return kind
+    if not sample.start:
+        return _EMPTY
     if not sample.start.strip(b"\0"):
-        return _ZEROS if sample.start else _EMPTY
+        return _ZEROS
     return None
 
 
@@ -212,7 +219,9 @@ def _match_tar(sample: _Sample) -> ForeignKind | None:
     members = _tar_members(sample.file)
     if any(name.endswith("model_weights.ckpt") for name in members):
         return _NEMO
-    return _OLD_TORCH if {"sys_info", "pickle", "storages"} <= members else _TAR
+    if {"sys_info", "pickle", "storages"} <= members:
+        return _OLD_TORCH
+    return _TAR
 
 
 def _tar_members(file: BinaryIO) -> set[str]:
@@ -245,8 +254,9 @@ def _match_pickle(sample: _Sample) -> ForeignKind | None:
     if not framed and not _OLD_PICKLE.match(sample.start):
         return None
     # PaddlePaddle pickles plainly: only the suffix or the table of names tells the two apart.
-    paddle = sample.path.suffix in (".pdparams", ".pdopt") or _PADDLE_NAMES in sample.end()
-    return _PADDLE if paddle else _PICKLE
+    if sample.path.suffix in (".pdparams", ".pdopt") or _PADDLE_NAMES in sample.end():
+        return _PADDLE
+    return _PICKLE
 
 
 def _match_message(sample: _Sample) -> ForeignKind | None:
@@ -257,19 +267,24 @@ def _match_message(sample: _Sample) -> ForeignKind | None:
         return _SAVED_MODEL
     if _is_message_pack(sample.start):
         return _FLAX
-    data = _TENSORFLOW_DATA.fullmatch(sample.path.name)
-    return _TENSORFLOW if data or sample.end().endswith(_TENSORFLOW_INDEX) else None
+    is_data = _TENSORFLOW_DATA.fullmatch(sample.path.name)
+    if is_data or sample.end().endswith(_TENSORFLOW_INDEX):
+        return _TENSORFLOW
+    return None
 
 
 def _is_message_pack(start: bytes) -> bool:
     """Return True if a file begins with a MessagePack map whose first key is a name."""
     # Maps: of up to 15 entries (0x8n), or with a length of 2 or 4 bytes (0xDE, 0xDF).
-    head = {0xDE: 3, 0xDF: 5}.get(start[0], 1 if 0x81 <= start[0] <= 0x8F else 0)
+    head = {0xDE: 3, 0xDF: 5}.get(start[0], 0)
+    if 0x81 <= start[0] <= 0x8F:
+        head = 1
     if not head or len(start) < head + 2:
         return False
-    kind = start[head]
-    # Strings: with a length of one byte (0xD9), or of up to 31 bytes (0xA0 + length).
-    length, begin = (start[head + 1], head + 2) if kind == 0xD9 else (kind - 0xA0, head + 1)
+    # Strings: of up to 31 bytes (0xA0 + length), or with a length of one byte (0xD9).
+    length, begin = start[head] - 0xA0, head + 1
+    if start[head] == 0xD9:
+        length, begin = start[head + 1], head + 2
     key = start[begin : begin + length]
     return 0 < length < 256 and len(key) == length and key.isascii() and key.decode().isprintable()
 
@@ -285,7 +300,9 @@ def _match_text(sample: _Sample) -> ForeignKind | None:
         return _XML
     if sample.path.name.endswith(".index.json"):
         return _INDEX
-    return _JSON if begin.startswith(("{", "[")) else _TEXT
+    if begin.startswith(("{", "[")):
+        return _JSON
+    return _TEXT
 
 
 def _decode(start: bytes) -> str | None:
@@ -295,5 +312,6 @@ def _decode(start: bytes) -> str | None:
         return raw.decode()
     except UnicodeDecodeError as error:
         # The last character may be cut off where the read bytes end.
-        is_cut = len(start) == HEAD and error.start > len(raw) - 4
-        return raw[: error.start].decode() if is_cut else None
+        if len(start) != HEAD or error.start <= len(raw) - 4:
+            return None
+        return raw[: error.start].decode()

@@ -43,8 +43,9 @@ def layer_statistics(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
         # Without a weight, mean and var are the constants that images are normalized with.
         if not spreads and not means and not _WEIGHTS.isdisjoint(leaves):
             spreads = [leaf for leaf in leaves if _PLAIN_SPREAD.fullmatch(leaf)]
-            means = [leaf for leaf in leaves if spreads and _PLAIN_MEAN.fullmatch(leaf)]
-            spreads = spreads if means else []
+            means = [leaf for leaf in leaves if _PLAIN_MEAN.fullmatch(leaf)]
+            if not spreads or not means:
+                continue
         # A spread without a mean is an observer's, unless the layer also has a weight.
         if spreads and (means or "weight" in leaves):
             layers[module] = tuple(_join(module, leaf) for leaf in (*means, *spreads))
@@ -58,9 +59,11 @@ def batchnorm_layers(names: Iterable[str]) -> tuple[str, ...]:
 
 def running_statistics(names: Iterable[str]) -> set[str]:
     """Return the names of all running statistics and of all layers' batch counters."""
-    layers = layer_statistics(names)
-    counts = {batch_count(layer) for layer in layers}
-    return {name for statistics in layers.values() for name in statistics} | counts
+    tensors: set[str] = set()
+    for layer, statistics in layer_statistics(names).items():
+        tensors.update(statistics)
+        tensors.add(batch_count(layer))
+    return tensors
 
 
 def batch_count(layer: str) -> str:

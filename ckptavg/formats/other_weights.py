@@ -104,6 +104,7 @@ def _hold_same_tensors(first: Any, second: Any) -> bool:
 
 
 def _identities(entry: Mapping[Any, Any]) -> set[object]:
+    """Return the identities of the tensors in a state dict."""
     return {identity(value) for value in entry.values() if isinstance(value, TensorView)}
 
 

@@ -6,7 +6,7 @@ import io
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 
 import torch
@@ -62,9 +62,10 @@ class Reader:
         Raises:
             CheckpointError: A file cannot be read.
         """
-        self._fetched.fetch(
-            part for tensor, start, count in wanted for part in _ranges(tensor, start, count)
-        )
+        ranges: list[Range] = []
+        for tensor, start, count in wanted:
+            ranges += _ranges(tensor, start, count)
+        self._fetched.fetch(ranges)
 
     def advise(self, tensor: Tensor, start: int, count: int) -> None:
         """Advise the system that elements of a contiguous tensor are going to be read soon.
@@ -150,8 +151,7 @@ class Reader:
             return
         data = self._decode(piece)
         steps = tuple(step * size for step in piece.stride)
-        span = sum((n - 1) * step for n, step in zip(target.shape, steps, strict=False)) + size
-        if offset + span > len(data):
+        if offset + _span(target.shape[:-1], piece.stride) * size > len(data):
             raise _cut_short(piece.file, sum(piece.text))
         flat = torch.frombuffer(data, dtype=torch.uint8)
         target.copy_(flat.as_strided(target.shape, (*steps, 1), offset))
@@ -180,7 +180,7 @@ class Reader:
         *shape, size = target.shape
         # The stride of a dimension of extent 1 does not matter, and may be any number.
         steps = [s if n > 1 else 0 for n, s in zip(shape, stride, strict=True)]
-        span = 1 + sum((n - 1) * s for n, s in zip(shape, steps, strict=True))
+        span = _span(shape, steps)
         # Expanded dimensions have stride 0 and repeat the same bytes.
         distinct = math.prod(n for n, s in zip(shape, steps, strict=True) if s)
         if span <= distinct or span * size <= _SMALL_SPAN:
@@ -228,12 +228,27 @@ class Reader:
         return file
 
 
+def _span(shape: Sequence[int], stride: Sequence[int]) -> int:
+    """Count the elements from the first to the last of a strided box, gaps included.
+
+    Args:
+        shape: The box's extent, in elements; no dimension is empty.
+        stride: Step between neighbours along each dimension, in elements.
+    """
+    span = 1
+    for n, step in zip(shape, stride, strict=True):
+        span += (n - 1) * step
+    return span
+
+
 def _most_open_files() -> int:
     """Choose how many files a reader keeps open: other readers and outputs need files too."""
     if resource is None:
         return _MOST_OPEN_FILES
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return _MOST_OPEN_FILES if limit < 0 else max(1, min(_MOST_OPEN_FILES, limit // 8))
+    if limit < 0:
+        return _MOST_OPEN_FILES
+    return max(1, min(_MOST_OPEN_FILES, limit // 8))
 
 
 def _cut_short(path: str, end: int) -> CheckpointError:
@@ -263,9 +278,8 @@ def _ranges(tensor: Tensor, start: int, count: int) -> list[Range]:
         begin, end, skipped = overlap(piece, *box_of(tensor.shape, start, count))
         extent = [b - a for a, b in zip(begin, end, strict=True)]
         if min(extent, default=1) > 0:
-            span = 1 + sum((n - 1) * s for n, s in zip(extent, piece.stride, strict=True))
             at = piece.offset + skipped * size
-            ranges.append((piece.file, at, at + span * size))
+            ranges.append((piece.file, at, at + _span(extent, piece.stride) * size))
     return ranges
 
 
@@ -284,11 +298,13 @@ def overlap(
         piece's first element to that of the common part. The part is empty where an end is not
         above the first index.
     """
-    begin = [max(a, b) for a, b in zip(low, piece.start, strict=True)]
-    end = [
-        min(a + n, b + m) for a, n, b, m in zip(low, extent, piece.start, piece.shape, strict=True)
-    ]
-    skipped = sum((a - b) * s for a, b, s in zip(begin, piece.start, piece.stride, strict=True))
+    begin: list[int] = []
+    end: list[int] = []
+    skipped = 0
+    for i, first in enumerate(piece.start):
+        begin.append(max(low[i], first))
+        end.append(min(low[i] + extent[i], first + piece.shape[i]))
+        skipped += (begin[i] - first) * piece.stride[i]
     return begin, end, skipped
 
 
@@ -301,18 +317,20 @@ def boxes(shape: tuple[int, ...], start: int, end: int, limit: int) -> Iterator[
         end: One past the range's last element.
         limit: Most elements per box; at least 1.
     """
+    # Elements per row: the whole tensor, then its slices along ever more dimensions, one element.
     rows = [math.prod(shape[i:]) for i in range(len(shape) + 1)]
-    # Each box is made of the largest whole rows that begin at the start and fit.
     while start < end:
-        larger_row, row = next(
-            (
-                (larger_row, row)
-                for larger_row, row in zip([math.inf, *rows], rows, strict=False)
-                if start % row == 0 and row <= max(1, min(limit, end - start))
-            )
-        )
-        stop = min(end, start + limit, start - start % larger_row + larger_row)
-        count = int(stop - start) // row * row
+        stop = min(end, start + limit)
+        most = max(1, stop - start)
+        larger_row = rows[0]
+        # Each box is made of the largest whole rows that begin at the start and fit.
+        for row in rows:
+            if start % row == 0 and row <= most:
+                break
+            larger_row = row
+        # A box ends where the larger row around it ends.
+        stop = min(stop, start - start % larger_row + larger_row)
+        count = (stop - start) // row * row
         yield start, count
         start += count
 

@@ -14,6 +14,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, TypeGuard
 
 from ckptavg.errors import CheckpointError, first_few, short
@@ -70,8 +71,10 @@ class Shard:
 
     def sibling(self, index: int) -> str:
         """Return the name of the shard with another number."""
-        # Unpadded numbers keep their own width.
-        width = len(str(self.index)) if not self.strict else _STRICT_DIGITS
+        width = _STRICT_DIGITS
+        if not self.strict:
+            # Unpadded numbers keep their own width.
+            width = len(str(self.index))
         return self.pattern.replace("*", f"{index:0{width}d}", 1)
 
 
@@ -81,13 +84,13 @@ def parse_name(path: Location) -> Shard | None:
     if match is None or not path.name.endswith(_SUFFIXES):
         return None
     begin, end = match.span(1)
-    name = f"{path.name[:begin]}*{path.name[end:]}"
-    rank = _RANK.match(name)
+    pattern = f"{path.name[:begin]}*{path.name[end:]}"
     # Zero-padded counts are a shard's, unless a word such as epoch stands before the number.
     padded = len(match[1]) == len(match[3]) == _STRICT_DIGITS
     strict = padded and not _STEP_WORD.search(path.name[:begin])
-    pattern = name[rank.end() :] if rank else name
-    number = int(rank[1]) if rank else None
+    number = None
+    if rank := _RANK.match(pattern):
+        pattern, number = pattern[rank.end() :], int(rank[1])
     return Shard(path, int(match[1]), int(match[3]), pattern, strict, number)
 
 
@@ -98,9 +101,9 @@ def find_shards(directory: Location) -> list[Shard]:
     checkpoints of a run.
     """
     shards: list[Shard] = []
-    files: list[Location] = [p for p in directory.iterdir() if p.name.endswith(_SUFFIXES)]
+    files: list[Location] = list(directory.iterdir())
     for path in sorted(files, key=lambda p: p.name):
-        if path.name.startswith("."):
+        if path.name.startswith(".") or not path.name.endswith(_SUFFIXES):
             continue
         shard = parse_name(path)
         if shard is not None:
@@ -108,9 +111,9 @@ def find_shards(directory: Location) -> list[Shard]:
         elif re.search(r"\d", path.name) and not _is_training_state(path.name):
             # Another numbered file may be a checkpoint, and the directory then a run.
             return []
-    if len({shard.pattern for shard in shards}) != 1:
+    if len({shard.pattern for shard in shards}) != 1 or not _fit_together(shards):
         return []
-    return shards if _fit_together(shards) else []
+    return shards
 
 
 def read_shards(directory: Location, shards: Sequence[Shard], key: str | None) -> Part:
@@ -141,16 +144,20 @@ def read_shards(directory: Location, shards: Sequence[Shard], key: str | None) -
             f"{_describe_absent_ranks(shards)}",
             error.remedy,
         ) from error
-    first = tables[0]
+    refused: dict[str, str] = {}
+    for table in tables:
+        refused |= table.refused
+    metadata = dict(tables[0].metadata)
     # The offsets describe the boxes of one file, and are untrue of the whole model.
-    outdated = {_OFFSETS, _OFFSETS_VERSION}
+    for outdated in (_OFFSETS, _OFFSETS_VERSION):
+        metadata.pop(outdated, None)
     return replace(
-        first,
-        stamps=tuple(stamp for table in tables for stamp in table.stamps),
+        tables[0],
+        stamps=tuple(chain(*(table.stamps for table in tables))),
         tensors=tensors,
-        refused={name: why for table in tables for name, why in table.refused.items()},
-        notes=tuple(dict.fromkeys(note for table in tables for note in table.notes)),
-        metadata={name: text for name, text in first.metadata.items() if name not in outdated},
+        refused=refused,
+        notes=tuple(dict.fromkeys(chain(*(table.notes for table in tables)))),
+        metadata=metadata,
     )
 
 
@@ -186,8 +193,8 @@ def _check_complete(directory: Location, shards: Sequence[Shard]) -> None:
     first = min(indices | {1})
     if len(indices) == count and max(indices) - first + 1 == count:
         return
-    expected = range(first, first + min(count, _MOST_MISSING))
-    missing = [shards[0].sibling(index) for index in expected if index not in indices]
+    expected = set(range(first, first + min(count, _MOST_MISSING)))
+    missing = [shards[0].sibling(index) for index in sorted(expected - indices)]
     raise CheckpointError(
         f"{directory} holds parts of one model: {len(indices)} of {count} shards, without "
         f"{first_few(missing)}",
@@ -198,8 +205,10 @@ def _check_complete(directory: Location, shards: Sequence[Shard]) -> None:
 def _describe_absent_ranks(shards: Sequence[Shard]) -> str:
     """List, for a message, the ranks without a file below the highest; return "" if none."""
     ranks = {shard.rank for shard in shards if shard.rank is not None}
-    absent = [f"shard-{n:05d}" for n in range(1, max(ranks, default=0)) if n not in ranks]
-    return f" (there is no {first_few(absent)})" if absent else ""
+    absent = sorted(set(range(1, max(ranks, default=0))) - ranks)
+    if not absent:
+        return ""
+    return f" (there is no {first_few([f'shard-{rank:05d}' for rank in absent])})"
 
 
 class _Unfit(ValueError):
@@ -227,7 +236,9 @@ def _parse_offsets(table: Part) -> Mapping[str, tuple[int, ...]]:
         raise _Unfit(f"{_OFFSETS} of {table.stamps[0].path} is malformed")
     offsets: dict[str, tuple[int, ...]] = {}
     for name, entry in entries.items():
-        start = entry.get("saved_offsets") if isinstance(entry, dict) else None
+        start = None
+        if isinstance(entry, dict):
+            start = entry.get("saved_offsets")
         if not _is_index(start):
             raise _Unfit(f"the offsets of {short(name)!r} are malformed")
         offsets[name] = tuple(start)
@@ -271,10 +282,13 @@ def _assemble(name: str, boxes: Sequence[Tensor]) -> Tensor:
     first = boxes[0]
     if len(boxes) == 1 and not any(any(piece.start) for piece in first.pieces):
         return first
-    if any(box.dtype != first.dtype or len(box.shape) != len(first.shape) for box in boxes):
-        raise _Unfit(f"their pieces of {short(name)!r} differ in type")
-    shape = tuple(max(extents) for extents in zip(*(box.shape for box in boxes), strict=True))
-    pieces: list[Piece] = [p for box in boxes for p in box.pieces if math.prod(p.shape)]
+    shape = first.shape
+    pieces: list[Piece] = []
+    for box in boxes:
+        if box.dtype != first.dtype or len(box.shape) != len(shape):
+            raise _Unfit(f"their pieces of {short(name)!r} differ in type")
+        shape = tuple(map(max, shape, box.shape))
+        pieces += [piece for piece in box.pieces if math.prod(piece.shape)]
     # Empty dimensions count as 1: a zero would hide the extents of the others.
     if math.prod(n or 1 for n in shape) >= MOST_ELEMENTS or not tiles(shape, pieces):
         raise _Unfit(f"their pieces of {short(name)!r} overlap or leave holes")

@@ -78,10 +78,11 @@ def from_tree(
     Returns:
         The record; without metrics from nested entries if the object itself is the state dict.
     """
-    if not isinstance(tree, dict) or weights_key == "":
-        top = tree if isinstance(tree, dict) else {}
-        return _from_mapping({k: v for k, v in top.items() if number(v) is not None})
-    neighbours = _beside(tree, weights_key)
+    if not isinstance(tree, dict):
+        return Record()
+    if weights_key == "":
+        return _from_mapping({k: v for k, v in tree.items() if number(v) is not None})
+    neighbours = _entries_beside(tree, weights_key)
     numbers = _Numbers(read)
     record = _from_mapping({k: numbers.plain(v) for k, v in neighbours.items()}, numbers)
     monitored = _monitored(neighbours.get("callbacks"), file_name, numbers)
@@ -103,14 +104,14 @@ class _Numbers:
         return self._read(value)
 
 
-def _beside(tree: Mapping[Any, Any], weights_key: str) -> dict[Any, Any]:
+def _entries_beside(tree: Mapping[Any, Any], weights_key: str) -> dict[Any, Any]:
     """Collect the entries beside the weights, and beside each entry around the weights."""
     neighbours: dict[Any, Any] = {}
     entries: Any = tree
     for part in weights_key.split("."):
         if not isinstance(entries, dict):
             break
-        neighbours.update((name, value) for name, value in entries.items() if name != part)
+        neighbours |= {name: value for name, value in entries.items() if name != part}
         entries = entries.get(part)
     return neighbours
 
@@ -123,24 +124,29 @@ def _monitored(callbacks: Any, file_name: str, numbers: _Numbers) -> dict[str, f
     score of an earlier file.
     """
     scores: dict[str, float] = {}
-    states = callbacks.values() if isinstance(callbacks, dict) else ()
+    if not isinstance(callbacks, dict):
+        return scores
     files_left = _MOST_LOOKED_AT
-    for state in islice(states, _MOST_METRICS):
-        name = state.get("monitor") if isinstance(state, dict) else None
-        scored_files = state.get("best_k_models") if isinstance(name, str) else None
+    for state in islice(callbacks.values(), _MOST_METRICS):
+        if not isinstance(state, dict) or not isinstance(state.get("monitor"), str):
+            continue
+        scored_files = state.get("best_k_models")
         if not isinstance(scored_files, dict) or len(scored_files) > files_left:
             continue
         files_left -= len(scored_files)
         for path, score in scored_files.items():
             if isinstance(path, str) and last_part(path) == file_name:
                 value = number(numbers.plain(score))
-                scores |= {} if value is None else {str(name): float(value)}
+                if value is not None:
+                    scores[state["monitor"]] = float(value)
     return scores
 
 
 def last_part(path: str) -> str:
     """Return the file's name in a path, even if the checkpoint was written on Windows."""
-    return (PureWindowsPath(path) if "\\" in path else PurePath(path)).name
+    if "\\" in path:
+        return PureWindowsPath(path).name
+    return PurePath(path).name
 
 
 def from_metadata(metadata: Mapping[str, str]) -> Record:
@@ -159,13 +165,17 @@ def number(value: Any) -> float | None:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return None
     # A float ends at 2**1024, and a pickle can hold an int of any size.
-    return value if isinstance(value, float) or abs(value) < 2**1000 else None
+    if isinstance(value, int) and abs(value) >= 2**1000:
+        return None
+    return value
 
 
 def finite(value: Any) -> float | None:
     """Return a finite number; return None for any other value."""
     converted = number(value)
-    return converted if converted is not None and math.isfinite(converted) else None
+    if converted is None or not math.isfinite(converted):
+        return None
+    return converted
 
 
 def whole_number(value: Any) -> int | None:
@@ -195,24 +205,44 @@ def _position(
     level = [values]
     for _ in range(_DEEPEST_CLOCK + 1):
         for entries in level:
-            plain = {
-                name: numbers.plain(entries[name]) if numbers else entries[name]
-                for name in (*STEP_NAMES, *EPOCH_NAMES)
-                if name in entries
-            }
-            step = _first(whole_number, STEP_NAMES, plain) if step is None else step
-            epoch = _first(finite, EPOCH_NAMES, plain) if epoch is None else epoch
-        inner = [entries.get(name) for entries in level for name in _CLOCKS]
-        level = [e for e in inner if isinstance(e, dict) and not OPTIMIZER_KEYS & e.keys()]
+            plain = _plain_counters(entries, numbers)
+            if step is None:
+                step = _first(whole_number, STEP_NAMES, plain)
+            if epoch is None:
+                epoch = _first(finite, EPOCH_NAMES, plain)
+        level = _clocks_below(level)
     return step, epoch
+
+
+def _plain_counters(entries: Mapping[Any, Any], numbers: _Numbers | None) -> dict[str, Any]:
+    """Select the entries with names of steps and epochs, as numbers."""
+    counters: dict[str, Any] = {}
+    for name in (*STEP_NAMES, *EPOCH_NAMES):
+        if name in entries:
+            counters[name] = numbers.plain(entries[name]) if numbers else entries[name]
+    return counters
+
+
+def _clocks_below(level: Sequence[Mapping[Any, Any]]) -> list[Mapping[Any, Any]]:
+    """List the nested entries that hold counters, and are no state of an optimizer."""
+    clocks: list[Mapping[Any, Any]] = []
+    for entries in level:
+        for name in _CLOCKS:
+            entry = entries.get(name)
+            if isinstance(entry, dict) and not OPTIMIZER_KEYS & entry.keys():
+                clocks.append(entry)
+    return clocks
 
 
 def _first(
     convert: Callable[[Any], Number | None], names: Sequence[str], values: Mapping[Any, Any]
 ) -> Number | None:
     """Return the first value that converts to a number, in the order of the names."""
-    numbers = (convert(values.get(name)) for name in names)
-    return next((value for value in numbers if value is not None), None)
+    for name in names:
+        value = convert(values.get(name))
+        if value is not None:
+            return value
+    return None
 
 
 def _clock(values: Mapping[Any, Any]) -> dict[str, Any]:
@@ -228,22 +258,26 @@ def _clock(values: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _learning_rate(values: Mapping[Any, Any]) -> float | None:
+    """Find the learning rate, beside the weights or in the first group of an optimizer."""
     for name in LR_NAMES:
-        value = values.get(name)
-        value = value[0] if isinstance(value, (list, tuple)) and value else value
-        if finite(value) is not None:
-            return finite(value)
+        rate = finite(_first_element(values.get(name)))
+        if rate is not None:
+            return rate
     for name in OPTIMIZER_NAMES:
-        optimizer = values.get(name)
-        if isinstance(optimizer, (list, tuple)) and optimizer:
-            optimizer = optimizer[0]
+        optimizer = _first_element(values.get(name))
         if isinstance(optimizer, dict) and "param_groups" not in optimizer:
             # Several optimizers by name: the first counts.
             optimizer = next(iter(optimizer.values()), None)
-        groups = optimizer.get("param_groups") if isinstance(optimizer, dict) else None
-        if isinstance(groups, (list, tuple)) and groups and isinstance(groups[0], dict):
-            return finite(groups[0].get("lr"))
+        if isinstance(optimizer, dict):
+            groups = optimizer.get("param_groups")
+            if isinstance(groups, (list, tuple)) and groups and isinstance(groups[0], dict):
+                return finite(groups[0].get("lr"))
     return None
+
+
+def _first_element(value: Any) -> Any:
+    """Return the first element of a list or a tuple, and any other value unchanged."""
+    return value[0] if isinstance(value, (list, tuple)) and value else value
 
 
 def _metrics(values: Mapping[Any, Any], numbers: _Numbers | None) -> dict[str, float]:

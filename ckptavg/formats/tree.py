@@ -71,8 +71,10 @@ def count_tensors(tree: Any, visited: set[int] | None = None) -> int:
         visited.add(id(value))
         if isinstance(value, Opaque):
             waiting.append(value.state)
+        elif isinstance(value, dict):
+            waiting.extend(value.values())
         else:
-            waiting.extend(value.values() if isinstance(value, dict) else value)
+            waiting.extend(value)
     return count
 
 
@@ -106,10 +108,11 @@ def _may_be_tensor(name: Any) -> bool:
 
 def _is_made_of_tensors(content: Any) -> bool:
     """Return True if a container directly holds a tensor or a storage."""
-    if not isinstance(content, (dict, list, tuple)):
+    if isinstance(content, dict):
+        content = content.values()
+    elif not isinstance(content, (list, tuple)):
         return False
-    values = content.values() if isinstance(content, dict) else content
-    return any(isinstance(value, (*TENSORS, Storage)) for value in values)
+    return any(isinstance(value, (*TENSORS, Storage)) for value in content)
 
 
 def locate(tree: Any, key: str) -> EntryLocation | None:
@@ -127,9 +130,10 @@ def locate(tree: Any, key: str) -> EntryLocation | None:
         return None
     within_plain = not any(isinstance(value, Opaque) for _, value in steps[:-1])
     value = steps[-1][1]
+    entry = value
     if modules.is_module(value):
-        return EntryLocation(value, modules.state_dict(value), within_plain)
-    return EntryLocation(value, value, within_plain)
+        entry = modules.state_dict(value)
+    return EntryLocation(value, entry, within_plain)
 
 
 def walk(tree: Any, key: str) -> list[tuple[str, Any]] | None:
@@ -143,18 +147,23 @@ def walk(tree: Any, key: str) -> list[tuple[str, Any]] | None:
     while remaining:
         above, value = steps[-1]
         # The longest name that exists is taken, since names may contain dots.
-        match = next((k for k in prefixes(remaining) if child(value, k) is not None), None)
-        if match is None:
+        for name in prefixes(remaining):
+            below = child(value, name)
+            if below is not None:
+                steps.append((join(above, name), below))
+                remaining = remaining[len(name) + 1 :]
+                break
+        else:
             return None
-        steps.append((join(above, match), child(value, match)))
-        remaining = remaining[len(match) + 1 :]
     return steps
 
 
 def value_at(tree: Any, key: str) -> Any:
     """Return the value that a dotted path names; None if the path leads nowhere."""
     steps = walk(tree, key)
-    return None if steps is None else steps[-1][1]
+    if steps is None:
+        return None
+    return steps[-1][1]
 
 
 def child(container: Any, name: str) -> Any:
@@ -162,16 +171,19 @@ def child(container: Any, name: str) -> Any:
 
     For an object of an unknown class, the name is that of an attribute.
     """
-    container = container.state if isinstance(container, Opaque) else container
+    if isinstance(container, Opaque):
+        container = container.state
     if isinstance(container, dict) and name in container:
         return container[name]
     if len(name) > _LONGEST_INDEX or not (name.isascii() and name.isdecimal()):
         return None
     index = int(name)
+    if isinstance(container, (list, tuple)) and index < len(container):
+        return container[index]
     # A dict may have integers as keys, as the state of an optimizer does.
-    if isinstance(container, (list, tuple)):
-        return container[index] if index < len(container) else None
-    return container.get(index) if isinstance(container, dict) else None
+    if isinstance(container, dict):
+        return container.get(index)
+    return None
 
 
 def entry_within(tree: Mapping[Any, Any], name: str, inner: str) -> Any:
@@ -197,12 +209,12 @@ def children(container: Any) -> list[tuple[str, Any]]:
         return [(str(index), value) for index, value in enumerate(container)]
     if not isinstance(container, dict):
         return []
-    # By the exact type: True is an int too, but no path can name True.
-    return [
-        (str(name), value)
-        for name, value in container.items()
-        if type(name) is int or (isinstance(name, str) and len(name) <= LONGEST_NAME)
-    ]
+    named: list[tuple[str, Any]] = []
+    for name, value in container.items():
+        # By the exact type: True is an int too, but no path can name True.
+        if type(name) is int or (isinstance(name, str) and len(name) <= LONGEST_NAME):
+            named.append((str(name), value))
+    return named
 
 
 def prefixes(dotted: str) -> list[str]:

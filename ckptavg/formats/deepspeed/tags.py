@@ -15,6 +15,7 @@ from typing import Any
 
 from ckptavg.errors import CheckpointError, first_few
 from ckptavg.formats.checkpoint import Tensor
+from ckptavg.formats.trainer_state import TRAINER_STATE
 from ckptavg.io.paths import Location
 
 WHOLE = "mp_rank_00_model_states.pt"
@@ -63,8 +64,9 @@ def tag_of(directory: Location) -> Location | None:
     if len(tags) != 1:
         return None
     # DeepSpeed alone writes such tags directly into a run; the Trainer's file marks a checkpoint.
-    within = (directory / "trainer_state.json").is_file()
-    return tags[0] if within or not tags[0].name.startswith("global_step") else None
+    if tags[0].name.startswith("global_step") and not (directory / TRAINER_STATE).is_file():
+        return None
+    return tags[0]
 
 
 def model_file(tag: Location) -> Location:
@@ -75,7 +77,8 @@ def model_file(tag: Location) -> Location:
     """
     names = sorted(path.name for path in tag.glob("*model_states.pt"))
     for pattern, holder in _SPLIT:
-        if split := [name for name in names if pattern.fullmatch(name)]:
+        split = [name for name in names if pattern.fullmatch(name)]
+        if split:
             raise CheckpointError(
                 f"{tag} is split: {holder} the model ({first_few(split)})",
                 "Save whole models from DeepSpeed (engine.save_16bit_model) and average those.",
@@ -86,8 +89,10 @@ def model_file(tag: Location) -> Location:
 
 def notes(tag: Location, tensors: Mapping[str, Tensor]) -> list[str]:
     """Make the notes for the user about the precision of a tag's weights."""
-    narrow = any(t.dtype.kind == "float" and t.dtype.bits == 16 for t in tensors.values())
-    return [_SIXTEEN_BIT] if narrow and any(tag.glob("*optim_states.pt")) else []
+    floats = {t.dtype.bits for t in tensors.values() if t.dtype.kind == "float"}
+    if 16 in floats and any(tag.glob("*optim_states.pt")):
+        return [_SIXTEEN_BIT]
+    return []
 
 
 def refuse_partitioned(directories: Iterable[Location]) -> None:
@@ -96,38 +101,40 @@ def refuse_partitioned(directories: Iterable[Location]) -> None:
     Raises:
         CheckpointError: At least one is. The error holds the commands that convert the tags.
     """
-    tags = [tag for path in directories if (tag := tag_of(path)) is not None]
-    parted = [t for t in tags if any(_PARTITION.fullmatch(p.name) for p in t.iterdir())]
-    # The paths "." and ".." hide the name of the directory, which the commands need.
-    parted = [t if t.name not in ("", "..") else t.resolve() for t in parted]
-    if not parted:
+    partitioned: list[Location] = []
+    for path in directories:
+        tag = tag_of(path)
+        if tag is not None and any(_PARTITION.fullmatch(file.name) for file in tag.iterdir()):
+            # The paths "." and ".." hide the name of the directory, which the commands need.
+            partitioned.append(tag.resolve() if tag.name in ("", "..") else tag)
+    if not partitioned:
         return
-    files = (
-        "the model's files hold placeholders, and the weights are spread over the optimizer's "
-        "files, a part a rank"
-    )
     raise CheckpointError(
-        f"{first_few([str(tag) for tag in parted])}: saved with DeepSpeed ZeRO stage 3, where "
-        f"{files}",
-        f"Convert, then average {_outputs(parted)}: {_commands(parted)}",
+        f"{first_few([*map(str, partitioned)])}: saved with DeepSpeed ZeRO stage 3, where the "
+        "model's files hold placeholders, and the weights are spread over the optimizer's files, "
+        "one part per rank",
+        f"Convert, then average {_list_outputs(partitioned)}: {_list_commands(partitioned)}",
     )
 
 
 def _target(tag: Location) -> Location:
     """Choose the directory of a converted checkpoint: beside the run, with the step in the name."""
-    alone = not tag.name.startswith("global_step")
-    within = alone or (tag.parent / "trainer_state.json").is_file()
-    checkpoint = tag.parent if within else tag
+    checkpoint = tag
+    is_run = tag.name.startswith("global_step") and not (tag.parent / TRAINER_STATE).is_file()
+    if not is_run:
+        checkpoint = tag.parent
     run = checkpoint.parent
-    named = run.name not in ("", "..")
-    return (run.parent / f"{run.name}-fp32" if named else run / "fp32") / checkpoint.name
+    if run.name in ("", ".."):
+        return run / "fp32" / checkpoint.name
+    return run.parent / f"{run.name}-fp32" / checkpoint.name
 
 
-def _outputs(tags: Sequence[Location]) -> str:
+def _list_outputs(tags: Sequence[Location]) -> str:
+    """List the directories of converted checkpoints, quoted for a shell."""
     return " and ".join(dict.fromkeys(shlex.quote(str(_target(tag).parent)) for tag in tags))
 
 
-def _commands(tags: Sequence[Location]) -> str:
+def _list_commands(tags: Sequence[Location]) -> str:
     """Write one shell command per tag, up to the length that fits a message."""
     shown: list[str] = []
     for tag in tags:
@@ -152,8 +159,10 @@ def refuse_placeholders(path: Location, tree: Any, tensors: Mapping[str, Tensor]
         CheckpointError: A parameter is empty although ``param_shapes`` lists a shape for the name.
     """
     groups = tree.get("param_shapes") if isinstance(tree, dict) else None
-    shapes = groups if isinstance(groups, list) else []
-    names = {name for group in shapes if isinstance(group, dict) for name in group}
+    names: set[Any] = set()
+    for group in groups if isinstance(groups, list) else ():
+        if isinstance(group, dict):
+            names.update(group)
     empty = [name for name, tensor in tensors.items() if name in names and not tensor.numel]
     if empty:
         # Tried first: the error for a whole tag holds the commands to convert the weights.
@@ -161,5 +170,5 @@ def refuse_placeholders(path: Location, tree: Any, tensors: Mapping[str, Tensor]
         raise CheckpointError(
             f"{path} holds placeholders and no weights, as DeepSpeed ZeRO stage 3 writes them: "
             f"{first_few(empty)}",
-            f"Convert the whole checkpoint with the {_CONVERTER} that lies above it.",
+            f"Convert the whole checkpoint with the {_CONVERTER} in a directory above.",
         )

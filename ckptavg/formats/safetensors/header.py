@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from ckptavg.errors import UnsupportedTensorError, first_few
 from ckptavg.formats.checkpoint import DTYPES, MOST_ELEMENTS, DType, Tensor, contiguous_tensor
@@ -19,14 +19,25 @@ MAX_HEADER = bounded_json.MAX_TEXT
 MAX_DIMENSIONS = 64
 _damaged = partial(damaged, kind="safetensors file")
 _cut_short = partial(cut_short, kind="safetensors file")
+_WRITE_TORCH = "Write a .pt file instead (`out='OUT.pt'`)."
 BY_CODE = {dtype.code: dtype for dtype in DTYPES.values() if dtype.code}
 
 
-def read_header(place: str | Location, size: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+class _Entry(NamedTuple):
+    """An entry of a header: a tensor with its first byte and the end, behind the header."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def read_header(location: str | Location, size: int) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read the header of a safetensors file into a table of tensors.
 
     Args:
-        place: The file.
+        location: The file.
         size: The file's size in bytes. Every range is checked against the size.
 
     Returns:
@@ -35,8 +46,8 @@ def read_header(place: str | Location, size: int) -> tuple[dict[str, Tensor], di
     Raises:
         CheckpointError: The file is damaged, cut short, or no safetensors file.
     """
-    path = str(place)
-    with paths.open_binary(place) as file:
+    path = str(location)
+    with paths.open_binary(location) as file:
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
         # Checked before reading: an untrusted header may claim any length.
@@ -51,12 +62,12 @@ def read_header(place: str | Location, size: int) -> tuple[dict[str, Tensor], di
     begin = 8 + length
     entries = [_entry(path, name, value) for name, value in header.items()]
     # Sorted by byte range, so that one pass finds overlaps and holes.
-    entries.sort(key=lambda entry: (entry[3], entry[4]))
+    entries.sort(key=lambda entry: (entry.start, entry.end))
     _check_ranges(path, entries, size - begin)
-    tensors = {
-        name: contiguous_tensor(path, begin + start, dtype, shape)
-        for name, dtype, shape, start, _ in entries
-    }
+    tensors: dict[str, Tensor] = {}
+    for entry in entries:
+        offset = begin + entry.start
+        tensors[entry.name] = contiguous_tensor(path, offset, entry.dtype, entry.shape)
     return tensors, metadata
 
 
@@ -89,13 +100,13 @@ def build_header(
     if odd:
         raise UnsupportedTensorError(
             f"safetensors cannot store tensors named {first_few([repr(n) for n in odd])}",
-            "Write a .pt file instead (-o OUT.pt).",
+            _WRITE_TORCH,
         )
     unknown = [f"{name} ({dtype.name})" for name, dtype, _ in tensors if dtype.code is None]
     if unknown:
         raise UnsupportedTensorError(
             f"safetensors cannot store {first_few(unknown)}",
-            "Write a .pt file instead (-o OUT.pt).",
+            _WRITE_TORCH,
         )
     ordered = sorted(tensors, key=lambda t: -t[1].bits)
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -145,14 +156,23 @@ def _is_natural(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
-def _entry(path: str, name: str, value: Any) -> tuple[str, DType, tuple[int, ...], int, int]:
+def _entry(path: str, name: str, value: Any) -> _Entry:
+    """Check an entry of an untrusted header.
+
+    Args:
+        path: The file, for messages.
+        name: The tensor's name.
+        value: The entry as parsed.
+
+    Raises:
+        CheckpointError: The entry is malformed.
+    """
     if not _is_text(name):
         raise _damaged(path, "a name is not valid Unicode")
     if not isinstance(value, dict):
         raise _damaged(path, f"the entry of {name!r} is not an object")
     code, shape, offsets = (value.get(k) for k in ("dtype", "shape", "data_offsets"))
-    dtype = BY_CODE.get(code) if isinstance(code, str) else None
-    if dtype is None:
+    if not isinstance(code, str) or (dtype := BY_CODE.get(code)) is None:
         raise _damaged(path, f"{name!r} has the unknown dtype {str(code)[:40]!r}")
     if (
         not isinstance(shape, list)
@@ -167,17 +187,29 @@ def _entry(path: str, name: str, value: Any) -> tuple[str, DType, tuple[int, ...
     start, end = offsets
     if end - start != dtype.nbytes(math.prod(shape)):
         raise _damaged(path, f"the bytes of {name!r} do not fit its shape and dtype")
-    return name, dtype, tuple(shape), start, end
+    return _Entry(name, dtype, tuple(shape), start, end)
 
 
-def _check_ranges(
-    path: str, entries: list[tuple[str, DType, tuple[int, ...], int, int]], available: int
-) -> None:
+def _check_ranges(path: str, entries: Sequence[_Entry], available: int) -> None:
+    """Make sure that tensors fill the file behind the header.
+
+    Args:
+        path: The file, for messages.
+        entries: The tensors, in order.
+        available: Number of bytes behind the header.
+
+    Raises:
+        CheckpointError: Tensors overlap, leave a hole, or end elsewhere than the file.
+    """
     position = 0
-    for name, _, _, start, end in entries:
-        if start != position:
-            raise _damaged(path, f"the bytes of {name!r} overlap another tensor's or leave a hole")
-        position = end
-    if position != available:
-        why = f"its tensors take {position} bytes where the file holds {available}"
-        raise _cut_short(path, why) if position > available else _damaged(path, why)
+    for entry in entries:
+        if entry.start != position:
+            raise _damaged(
+                path, f"the bytes of {entry.name!r} overlap another tensor's or leave a hole"
+            )
+        position = entry.end
+    why = f"its tensors take {position} bytes where the file holds {available}"
+    if position > available:
+        raise _cut_short(path, why)
+    if position < available:
+        raise _damaged(path, why)

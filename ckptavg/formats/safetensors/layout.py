@@ -53,12 +53,11 @@ def header_metadata(
     Returns:
         The metadata, and notes about the entries that were left out as untrue.
     """
-    untrue = [
-        name
-        for name, value in template.items()
-        if _is_of_these_weights(name, value)
-        or (name in momentary and not name.startswith(_TRAINER))
-    ]
+    untrue: list[str] = []
+    for name, value in template.items():
+        is_momentary = name in momentary and not name.startswith(_TRAINER)
+        if is_momentary or _is_of_these_weights(name, value):
+            untrue.append(name)
     left_out = {*_FILE_ENTRIES, *untrue}
     entries = {name: value for name, value in template.items() if name not in left_out}
     notes = []
