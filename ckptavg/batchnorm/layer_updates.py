@@ -14,9 +14,8 @@ value of the padding changes nothing.
 from __future__ import annotations
 
 import re
-import types
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -29,6 +28,7 @@ from ckptavg.batchnorm.moments import Moments, batch_moments, merging_device
 from ckptavg.batchnorm.norm_layers import is_pair
 from ckptavg.models.batches import map_tensors, tensors_of
 from ckptavg.models.device import is_out_of_memory
+from ckptavg.models.hollow import TensorConversion, copy_layer
 
 Rule = Literal["argument", "kernel", "own", "frozen", "unknown"]
 """Rules by which a layer updates its running statistics.
@@ -59,7 +59,6 @@ _KERNELS: Mapping[Callable[..., Any], tuple[str, ...]] = {
 }
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-Convert = Callable[[torch.Tensor], torch.Tensor]
 Values = dict[str, torch.Tensor]
 """Values per statistic: flat, float64; a complex value counts as two."""
 
@@ -93,8 +92,10 @@ class KernelCalls(TorchFunctionMode):
     def _is_own(self, tensor: torch.Tensor) -> bool:
         """Return True if a tensor and a buffer of the layer share memory."""
         # The kernel may get a view of a buffer, so addresses are compared.
-        buffers = (value for value in self._layer._buffers.values() if value is not None)
-        return any(tensor.data_ptr() == value.data_ptr() for value in buffers)
+        for value in self._layer._buffers.values():
+            if value is not None and tensor.data_ptr() == value.data_ptr():
+                return True
+        return False
 
 
 class LayerUpdate:
@@ -153,14 +154,20 @@ class LayerUpdate:
                 return {self._names: Moments(count, mean, variance * count, instances=True)}
             if self._pair:
                 return {self._names: self._pool(arguments, values)}
-        samples = next((len(t) for t in tensors_of(arguments) if t.dim()), 1)
-        zero = torch.zeros_like
-        return {(n,): Moments(samples, v, zero(v), instances=True) for n, v in values.items()}
+        samples = _count_samples(arguments)
+        alone: dict[tuple[str, ...], Moments] = {}
+        for name, value in values.items():
+            alone[(name,)] = Moments(samples, value, torch.zeros_like(value), instances=True)
+        return alone
 
-    def _recopy(self, convert: Convert) -> None:
+    def _recopy(self, convert: TensorConversion) -> None:
         """Copy the layer with converted tensors; arguments of later runs are converted alike."""
         self._convert = convert
-        self._copy = _copy_of(self._layer, convert, self._forward)
+        self._copy = copy_layer(self._layer, convert, self._forward)
+        for part in self._copy.modules():
+            if isinstance(part, _NormBase):
+                # With a momentum of 1 the buffers then hold the batch's own statistics.
+                part.momentum = 1.0
         self._buffers = dict(self._copy._buffers)
 
     def _rule(self, arguments: Arguments) -> Rule:
@@ -168,25 +175,29 @@ class LayerUpdate:
         inputs: list[tuple[torch.Tensor, bool]] = []
         base = self._run(arguments, inputs)
         self._factors = self._measure_factors(arguments, base)
-        if not self._factors:
-            return "unknown"
-        if not any(self._factors.values()):
+        if self._factors and not any(self._factors.values()):
             return "frozen"
-        if not all(self._factors.values()):
+        if not self._factors or not all(self._factors.values()):
             return "unknown"
         values = self._solve(base)
         if not self._pair or len(inputs) != 1:
             return "own"
-        kernel, is_argument = inputs[0]
-        moments = batch_moments(kernel)
-        for value, expected in zip(
-            (values[name] for name in self._names), (moments.mean, moments.variance), strict=True
-        ):
-            if value.shape != expected.shape or not _is_close(value, expected.to(value)):
-                return "own"
+        kernel_input, is_argument = inputs[0]
+        if not self._are_moments_of(kernel_input, values):
+            return "own"
         # The copy's momentum is 1. A factor other than 1 means that the layer uses its own.
-        honoured = all(factor == 1 for factor in self._factors.values())
-        return "argument" if is_argument and honoured else "kernel"
+        if is_argument and all(factor == 1 for factor in self._factors.values()):
+            return "argument"
+        return "kernel"
+
+    def _are_moments_of(self, tensor: torch.Tensor, values: Values) -> bool:
+        """Return True if a mean and a variance are those of a tensor."""
+        moments = batch_moments(tensor)
+        for name, expected in zip(self._names, (moments.mean, moments.variance), strict=True):
+            value = values[name]
+            if value.shape != expected.shape or not _is_close(value, expected.to(value)):
+                return False
+        return True
 
     def _measure_factors(self, arguments: Arguments, base: Values) -> dict[str, float]:
         """Measure the weight of a batch in each statistic.
@@ -207,16 +218,21 @@ class LayerUpdate:
                 return {}
         # Move all old values at once, twice as far. This confirms that the step is linear and that
         # each statistic depends on its own old value only.
-        moved = self._run(arguments, start={n: start[n] + 2 * shift for n, shift in shifts.items()})
-        expected = {n: base[n] + (1 - factors[n]) * 2 * shift for n, shift in shifts.items()}
-        return factors if _are_all_close(moved, expected) else {}
+        expected = dict(base)
+        shifted = dict(start)
+        for name, shift in shifts.items():
+            shifted[name] = start[name] + 2 * shift
+            expected[name] = base[name] + (1 - factors[name]) * 2 * shift
+        if _are_all_close(self._run(arguments, start=shifted), expected):
+            return factors
+        return {}
 
     def _solve(self, new: Values) -> Values:
         """Solve new statistics for the batch's own, given the old values and the weights."""
-        return {
-            name: (new[name] - (1 - factor) * self._start[name]) / factor
-            for name, factor in self._factors.items()
-        }
+        values: Values = {}
+        for name, factor in self._factors.items():
+            values[name] = (new[name] - (1 - factor) * self._start[name]) / factor
+        return values
 
     def _pool(self, arguments: Arguments, values: Values) -> Moments:
         """Build moments from a batch's mean and variance, with the number of values found."""
@@ -236,16 +252,15 @@ class LayerUpdate:
         Returns:
             The two counts; None if no value that was tried gives them.
         """
-        floats = [t for t in tensors_of(arguments) if t.is_floating_point() and t.numel() > 1]
-        for which, tensor in enumerate(floats):
+        for which, tensor in enumerate(_movable_tensors(arguments)):
             # So large a distance moves the mean well beyond the noise of float32.
             distance = tensor.numel() * tensor.abs().max().double().item()
             for index in _indices_to_try(tensor):
-                push = distance if tensor[index] > 0 else -distance
-                near, far = (
-                    self._solve(self._run(arguments, moved=(which, index, times * push)))
-                    for times in (1, 2)
-                )
+                push = distance
+                if tensor[index] <= 0:
+                    push = -distance
+                near = self._solve(self._run(arguments, moved=(which, index, push)))
+                far = self._solve(self._run(arguments, moved=(which, index, 2 * push)))
                 mean, variance = self._names
                 moved = near[mean] - values[mean]
                 at = int(moved.abs().argmax())
@@ -276,9 +291,8 @@ class LayerUpdate:
         args, kwargs = converted = map_tensors(arguments, self._convert)
         if moved is not None:
             which, index, distance = moved
-            floats = [t for t in tensors_of(converted) if t.is_floating_point() and t.numel() > 1]
             # The conversion has copied the tensors, so the caller's values stay.
-            floats[which][index] += distance
+            _movable_tensors(converted)[which][index] += distance
         self._prepare(start or self._start)
         only = only_tensor(args, kwargs)
 
@@ -297,9 +311,9 @@ class LayerUpdate:
             if value is None:
                 continue
             if name in start:
-                real = start[name]
-                start_value = complex(real, real) if value.is_complex() else real
-                self._copy._buffers[name] = torch.full_like(value, start_value)
+                self._copy._buffers[name] = torch.full_like(value, start[name])
+                if value.is_complex():
+                    self._copy._buffers[name] = torch.full_like(value, start[name] * (1 + 1j))
             elif value.numel() == 1 and (not value.is_floating_point() or _COUNTER.search(name)):
                 self._copy._buffers[name] = torch.zeros_like(value)
             else:
@@ -316,53 +330,40 @@ def _samples(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Argument
         rows = max(2, _SAMPLE // max(1, only[0].numel()))
         if len(only) > rows:
             part = only[:rows]
-            yield ((part,), {}) if args else ((), dict.fromkeys(kwargs, part))
+            if args:
+                yield (part,), {}
+            else:
+                yield (), dict.fromkeys(kwargs, part)
     yield args, kwargs
+
+
+def _count_samples(arguments: Arguments) -> int:
+    """Count the samples in a call's arguments: the rows of the first tensor with axes."""
+    for tensor in tensors_of(arguments):
+        if tensor.dim():
+            return len(tensor)
+    return 1
+
+
+def _movable_tensors(arguments: Arguments) -> list[torch.Tensor]:
+    """List the floating-point tensors of a call's arguments that have several values."""
+    return [t for t in tensors_of(arguments) if t.is_floating_point() and t.numel() > 1]
 
 
 def only_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
     """Return a call's only argument if the argument is a tensor, otherwise None."""
     values = [*args, *kwargs.values()]
-    return values[0] if len(values) == 1 and isinstance(values[0], torch.Tensor) else None
-
-
-def _copy_of(layer: nn.Module, convert: Convert, forward: Any = None) -> nn.Module:
-    """Copy a layer with converted tensors, in training mode, without hooks.
-
-    All other attributes are shared with the layer, which may refer to its model or a trainer.
-    """
-    # Not by __init__, whose arguments are unknown.
-    copy: nn.Module = layer.__new__(type(layer))
-    state = vars(copy)
-    state.update(vars(nn.Module()) | {"training": True})
-    for name, value in vars(layer).items():
-        if name not in state and name != "forward":
-            state[name] = convert(value) if isinstance(value, torch.Tensor) else value
-    for name, parameter in layer._parameters.items():
-        wide = None if parameter is None else nn.Parameter(convert(parameter), requires_grad=False)
-        copy._parameters[name] = wide
-    for name, buffer in layer._buffers.items():
-        copy._buffers[name] = None if buffer is None else convert(buffer)
-    for name, part in layer._modules.items():
-        copy._modules[name] = None if part is None else _copy_of(part, convert)
-    for part in copy.modules():
-        # Parts of the layer, dropout for instance, stay in evaluation mode.
-        vars(part)["training"] = part is copy
-    # A forward that is bound to the layer must run on the copy.
-    if isinstance(forward, types.MethodType) and forward.__self__ is layer:
-        forward = types.MethodType(forward.__func__, copy)
-    if forward is not None:
-        state["forward"] = forward
-    if isinstance(copy, _NormBase):
-        # With a momentum of 1 the buffers then hold the batch's own statistics.
-        copy.momentum = 1.0
-    return copy
+    if len(values) == 1 and isinstance(values[0], torch.Tensor):
+        return values[0]
+    return None
 
 
 def _copy_wide(tensor: torch.Tensor) -> torch.Tensor:
     """Copy a tensor; floats become float64 where the device supports float64."""
-    real = tensor.is_floating_point() and merging_device(tensor.device) == tensor.device
-    return tensor.detach().to(torch.float64 if real else tensor.dtype, copy=True)
+    dtype = tensor.dtype
+    if tensor.is_floating_point() and merging_device(tensor.device) == tensor.device:
+        dtype = torch.float64
+    return tensor.detach().to(dtype, copy=True)
 
 
 def _copy_as_is(tensor: torch.Tensor) -> torch.Tensor:
@@ -373,26 +374,24 @@ def _copy_as_is(tensor: torch.Tensor) -> torch.Tensor:
 @contextmanager
 def _plain_precision() -> Iterator[None]:
     """Turn off gradients and autocast, which would narrow float64 values."""
-    kinds = {"cpu", "cuda"} if torch.cuda.is_available() else {"cpu"}
-    with torch.no_grad():
-        yield from _without_autocast(sorted(kinds))
-
-
-def _without_autocast(kinds: list[str]) -> Iterator[None]:
-    """Turn off autocast on several kinds of device."""
-    if not kinds:
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), _without_cuda_autocast():
         yield
-        return
-    with torch.autocast(kinds[0], enabled=False):
-        yield from _without_autocast(kinds[1:])
+
+
+def _without_cuda_autocast() -> AbstractContextManager[Any]:
+    """Turn off autocast on CUDA, where CUDA is available."""
+    if torch.cuda.is_available():
+        return torch.autocast("cuda", enabled=False)
+    return nullcontext()
 
 
 def _flatten(value: torch.Tensor | None) -> torch.Tensor:
     """Flatten a statistic to float64; a complex value becomes two."""
     if value is None:
         raise TypeError("a layer has no statistics any more")
-    real = torch.view_as_real(value) if value.is_complex() else value
-    return real.detach().to(merging_device(real.device)).double().reshape(-1)
+    if value.is_complex():
+        value = torch.view_as_real(value)
+    return value.detach().to(merging_device(value.device)).double().reshape(-1)
 
 
 def _is_close(value: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -408,16 +407,20 @@ def _are_all_close(values: Values, expected: Values) -> bool:
 
 def _without_noise(factor: float) -> float:
     """Remove the noise of rounding from a factor of 0 or 1."""
-    return float(round(factor)) if abs(factor - round(factor)) < 1e-6 else factor
+    if abs(factor - round(factor)) < 1e-6:
+        return float(round(factor))
+    return factor
 
 
 def _indices_to_try(tensor: torch.Tensor) -> Iterator[tuple[int, ...]]:
     """Yield the indices of some values that are not 0: first, last, several between."""
     # Multiples of the golden ratio spread the indices evenly and avoid periods in the data.
     last = tensor.numel() - 1
-    steps = [0, last, *(int(last * (i * 0.6180339887 % 1)) for i in range(1, _CANDIDATES - 1))]
+    steps = [0, last]
+    for i in range(1, _CANDIDATES - 1):
+        steps.append(int(last * (i * 0.6180339887 % 1)))
     for step in steps:
-        index = tuple(int(i) for i in torch.unravel_index(torch.tensor(step), tensor.shape))
+        index = tuple(map(int, torch.unravel_index(torch.tensor(step), tensor.shape)))
         if tensor[index] != 0:
             yield index
 

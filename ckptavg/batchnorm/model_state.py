@@ -42,19 +42,25 @@ class _ModuleState:
 
     def __init__(self, module: nn.Module) -> None:
         self._module, self._training = module, module.training
-        buffers = dict(module.named_buffers(recurse=False, remove_duplicate=False))
-        self._buffers = {name: value for name, value in buffers.items() if not is_lazy(value)}
+        self._buffers: dict[str, torch.Tensor] = {}
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+            if not is_lazy(buffer):
+                self._buffers[name] = buffer
         self._attributes: dict[str, Any] = {}
         self._contents: dict[str, Any] = {}
         if _has_plain_attributes(module):
-            self._attributes = {k: v for k, v in vars(module).items() if k not in _INTERNAL}
-            self._contents = {k: _contents_of(v) for k, v in self._attributes.items()}
-        parameters = module.parameters(recurse=False)
-        self._weights = [(weight, weight.data) for weight in parameters if not is_lazy(weight)]
-        tensors = [*self._buffers.values(), *tensors_of(self._attributes)]
-        self._values = [
-            _Value(tensor) for tensor in tensors if not isinstance(tensor, nn.Parameter)
-        ]
+            for name, value in vars(module).items():
+                if name not in _INTERNAL:
+                    self._attributes[name] = value
+                    self._contents[name] = _contents_of(value)
+        self._weights: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for weight in module.parameters(recurse=False):
+            if not is_lazy(weight):
+                self._weights.append((weight, weight.data))
+        self._values: list[_Value] = []
+        for tensor in (*self._buffers.values(), *tensors_of(self._attributes)):
+            if not isinstance(tensor, nn.Parameter):
+                self._values.append(_Value(tensor))
 
     def restore(self) -> None:
         """Restore the module's mode, buffers, attributes and replaced weights."""
@@ -80,7 +86,7 @@ class _ModuleState:
         if not _has_plain_attributes(self._module):
             return
         present: MutableMapping[str, Any] = vars(self._module)
-        for name in [name for name in present if name not in _INTERNAL]:
+        for name in present.keys() - _INTERNAL:
             if name in self._attributes:
                 _refill(self._attributes[name], self._contents[name])
                 if present[name] is not self._attributes[name] and _holds_tensors(
@@ -130,9 +136,9 @@ def _has_plain_attributes(module: nn.Module) -> bool:
     A lazy module replaces its attributes in the first forward pass. The attributes of a scripted
     module are not plain Python attributes.
     """
-    return not isinstance(
-        module, (torch.jit.ScriptModule, nn.modules.lazy.LazyModuleMixin)
-    ) and not any(value is not None and is_lazy(value) for value in module._parameters.values())
+    if isinstance(module, (torch.jit.ScriptModule, nn.modules.lazy.LazyModuleMixin)):
+        return False
+    return not any(map(is_lazy, module.parameters(recurse=False)))
 
 
 def _holds_tensors(value: Any) -> bool:
@@ -142,7 +148,9 @@ def _holds_tensors(value: Any) -> bool:
 
 def _contents_of(value: Any) -> Any:
     """Copy a list or a dict one level deep; return None for any other value."""
-    return type(value)(value) if type(value) in (list, dict) else None
+    if type(value) in (list, dict):
+        return type(value)(value)
+    return None
 
 
 def _refill(container: Any, contents: Iterable[Any] | Mapping[Any, Any] | None) -> None:

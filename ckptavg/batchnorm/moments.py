@@ -65,7 +65,9 @@ class Moments:
     @property
     def variance(self) -> torch.Tensor:
         """Variance for ``running_var``: unbiased, as torch stores it."""
-        return self.m2 / (self.count if self.instances else self.count - 1)
+        if self.instances:
+            return self.m2 / self.count
+        return self.m2 / (self.count - 1)
 
     def on_cpu(self) -> Moments:
         """Copy the moments to the CPU."""
@@ -88,7 +90,9 @@ def merging_device(device: torch.device) -> torch.device:
 
     It is the device itself, except for Apple's mps: mps has no float64, so the CPU merges.
     """
-    return torch.device("cpu") if device.type == "mps" else device
+    if device.type == "mps":
+        return torch.device("cpu")
+    return device
 
 
 def batch_moments(values: torch.Tensor) -> Moments:
@@ -204,7 +208,9 @@ class AccuracyCheck:
         """List the layers of the doubtful channels, after waiting for the device."""
         if self._copied is not None:
             self._copied.synchronize()
-        return sorted(set(self._layer[self._on_cpu].tolist())) if self._on_cpu.any() else []
+        if not self._on_cpu.any():
+            return []
+        return sorted(set(self._layer[self._on_cpu].tolist()))
 
 
 class KernelStatistics:
@@ -277,7 +283,14 @@ class KernelStatistics:
         """Return the moments of each layer on the CPU; None for a layer without data."""
         parts = torch.stack((self._count, self._mean, self._m2)).cpu()
         by_layer = torch.split(parts, self._sizes.tolist(), dim=1)
-        return [Moments(int(n[0]), m.clone(), s.clone()) if n[0] else None for n, m, s in by_layer]
+        moments: list[Moments | None] = []
+        for counts, mean, m2 in by_layer:
+            count = int(counts[0])
+            if count:
+                moments.append(Moments(count, mean.clone(), m2.clone()))
+            else:
+                moments.append(None)
+        return moments
 
     def _counts(self, counts: list[int]) -> torch.Tensor:
         """Return a batch's counts per channel as a tensor."""

@@ -29,25 +29,25 @@ def tracked_layers(model: nn.Module) -> dict[str, nn.Module]:
 def statistics_of(module: nn.Module) -> tuple[str, ...]:
     """List the names of a module's running-statistics buffers, the mean first."""
     if isinstance(module, _NormBase):
-        tracks = isinstance(module, (_BatchNorm, _InstanceNorm)) and module.track_running_stats
-        return ("running_mean", "running_var") if tracks else ()
-    buffers = [
-        name
-        for name, value in module.named_buffers(recurse=False)
-        if not is_lazy(value) and (value.is_floating_point() or value.is_complex())
-    ]
+        if isinstance(module, (_BatchNorm, _InstanceNorm)) and module.track_running_stats:
+            return ("running_mean", "running_var")
+        return ()
+    buffers: list[str] = []
+    for name, value in module.named_buffers(recurse=False):
+        if not is_lazy(value) and (value.is_floating_point() or value.is_complex()):
+            buffers.append(name)
     return tuple(name for name in _named_statistics(module, buffers) if name in buffers)
 
 
 def unreachable_layers(model: nn.Module) -> list[str]:
     """List the names of layers whose running statistics are not buffers."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if not isinstance(module, _NormBase)
-        and _named_statistics(module)
-        and not statistics_of(module)
-    ]
+    unreachable: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, _NormBase) or statistics_of(module):
+            continue
+        if _named_statistics(module):
+            unreachable.append(name)
+    return unreachable
 
 
 def _named_statistics(module: nn.Module, buffers: Sequence[str] = ()) -> tuple[str, ...]:
@@ -63,7 +63,7 @@ def never_trained_layers(model: nn.Module) -> set[str]:
     of mmdetection's backbones, and ``super().train(mode)`` followed by ``self.stem.eval()``. The
     method is tried on a copy, since it may do more, such as splitting merged weights.
     """
-    if all(_trains_as_usual(module) for module in model.modules()):
+    if all(map(_trains_by_default, model.modules())):
         return set()
     modes = {module: module.training for module in model.modules()}
     try:
@@ -81,7 +81,7 @@ def never_trained_layers(model: nn.Module) -> set[str]:
                 module.training = mode
 
 
-def _trains_as_usual(module: nn.Module) -> bool:
+def _trains_by_default(module: nn.Module) -> bool:
     """Return True if a module's ``train()`` is torch's own."""
     if isinstance(module, torch.jit.ScriptModule):
         return True
@@ -92,7 +92,7 @@ def is_pair(module: nn.Module, names: tuple[str, ...]) -> bool:
     """Return True if statistics are a mean and a variance per channel, which merge exactly."""
     if len(names) != 2 or not _VARIANCE.fullmatch(names[1]):
         return False
-    mean, variance = (module._buffers.get(name) for name in names)
+    mean, variance = module._buffers.get(names[0]), module._buffers.get(names[1])
     if mean is None or variance is None or mean.is_complex() or variance.is_complex():
         return False
     return mean.shape == variance.shape
@@ -114,7 +114,7 @@ def is_hookable(module: nn.Module) -> bool:
     if isinstance(module, _NormBase):
         return True
     # A module that is not torch's own may wait for other processes, which have other batches.
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if several and torch.distributed.get_world_size() > 1:
+    has_group = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if has_group and torch.distributed.get_world_size() > 1:
         return False
-    return not any(part is not module and statistics_of(part) for part in module.modules())
+    return tracked_layers(module).keys() <= {""}

@@ -118,7 +118,9 @@ def update_bn(
             "the running statistics of %s are no buffers: left as they were",
             first_few(unreachable),
         )
-    excluded = match_layers(exclude, layers) if layers else set()
+    excluded: set[str] = set()
+    if layers:
+        excluded = match_layers(exclude, layers)
     frozen = _find_frozen(bare_module(model), excluded)
     runtime = Runtime.on(device, model, amp=amp, batch_size=batch_size, workers=workers, seed=seed)
     if frozen and layers.keys() == {*frozen}:
