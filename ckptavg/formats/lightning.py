@@ -69,4 +69,4 @@ def read_meta(directory: Location, *, plain: bool = False) -> Meta | None:
     if not isinstance(tree, dict):
         return None
     carry_over = CarryOver(key="", plain=plain, tensor=lambda *_: None, replaced={})
-    return Meta(carry_over.entries(tree), carry_over.notes)
+    return Meta(carry_over.filter_entries(tree), carry_over.notes)

@@ -12,10 +12,10 @@ from ckptavg.formats.damage import not_a_checkpoint
 from ckptavg.formats.file_formats import read_file
 from ckptavg.formats.parts import build_checkpoint
 from ckptavg.io.neighbours import suggest_neighbours
-from ckptavg.io.paths import Location, Named, locate
+from ckptavg.io.paths import Location, PathOrUrl, locate
 
 
-def open_checkpoint(path: Named, key: str | None = None) -> Checkpoint:
+def open_checkpoint(path: PathOrUrl, key: str | None = None) -> Checkpoint:
     """Open a checkpoint: read the headers, move no tensor data, run no code.
 
     Args:

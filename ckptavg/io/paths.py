@@ -192,7 +192,7 @@ class RemotePath:
 
 
 Location: TypeAlias = Path | RemotePath
-Named: TypeAlias = str | os.PathLike[str] | RemotePath
+PathOrUrl: TypeAlias = str | os.PathLike[str] | RemotePath
 
 
 def is_url(name: str) -> bool:
@@ -201,7 +201,7 @@ def is_url(name: str) -> bool:
     return "://" in name
 
 
-def locate(name: Named) -> Location:
+def locate(name: PathOrUrl) -> Location:
     """Make a location of a path or URL that a user or a table names.
 
     The cache of directory listings of a URL's file system is cleared, so that the URL is inspected
@@ -239,7 +239,7 @@ def ancestors(path: Location, levels: int) -> list[Location]:
     return above
 
 
-def check_output(name: Named) -> None:
+def check_output(name: PathOrUrl) -> None:
     """Check that an output is not a URL.
 
     Raises:
@@ -260,7 +260,7 @@ def without_secrets(name: str) -> str:
     return f"{scheme}://{bare_location(scheme, location)}"
 
 
-def stat(path: Named) -> Stat:
+def stat(path: PathOrUrl) -> Stat:
     """Return size, times and identity of a file.
 
     Raises:
@@ -316,7 +316,7 @@ def content_of(token: str) -> str:
     return value
 
 
-def open_binary(path: Named) -> BinaryIO:
+def open_binary(path: PathOrUrl) -> BinaryIO:
     """Open a file to read headers: seeking is free, and reading takes few requests.
 
     Raises:

@@ -13,7 +13,7 @@ from ckptavg.errors import RunError, UsageError, first_few, short
 from ckptavg.errors.printable import printable, step_text
 from ckptavg.errors.system import guard_reads
 from ckptavg.formats import Checkpoint
-from ckptavg.io.paths import Location, Named, RemotePath, locate
+from ckptavg.io.paths import Location, PathOrUrl, RemotePath, locate
 from ckptavg.runs.best import Mode, choose_criterion
 from ckptavg.runs.damaged import Damaged, raise_for
 from ckptavg.runs.discovery.directory import Findings
@@ -288,7 +288,10 @@ class Run:
 
 
 def open_run(
-    *paths: Named, glob: str | None = None, skip: str | Sequence[str] = (), key: str | None = None
+    *paths: PathOrUrl,
+    glob: str | None = None,
+    skip: str | Sequence[str] = (),
+    key: str | None = None,
 ) -> Run:
     """Open the checkpoints below directories, or checkpoints named one by one.
 
@@ -355,7 +358,7 @@ def _note_search(findings: Findings, patterns: Patterns) -> list[str]:
     return notes
 
 
-RunLike: TypeAlias = "Run | Iterable[Checkpoint] | Iterable[Named] | Named"
+RunLike: TypeAlias = "Run | Iterable[Checkpoint] | Iterable[PathOrUrl] | PathOrUrl"
 """A run, one or several paths of a run, or checkpoints in order."""
 
 
@@ -370,7 +373,7 @@ def as_run(run: RunLike) -> Run:
     if isinstance(run, _PATHS):
         return open_run(run)
     members = tuple(run) if isinstance(run, Iterable) else (run,)
-    paths: list[Named] = []
+    paths: list[PathOrUrl] = []
     checkpoints: list[Checkpoint] = []
     for member in members:
         if isinstance(member, Checkpoint):

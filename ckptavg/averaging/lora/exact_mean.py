@@ -100,7 +100,7 @@ def plan_merge(
         UsageError: The patterns leave factors out.
         CheckpointError: A configuration has no valid ranks and alphas.
     """
-    configs = [peft.configuration(checkpoint.path) for checkpoint in checkpoints]
+    configs = [peft.read_configuration(checkpoint.path) for checkpoint in checkpoints]
     for checkpoint, config in zip(checkpoints, configs, strict=True):
         _check_kind(checkpoint, config)
         _check_alike(checkpoint, config, configs[-1])
@@ -246,7 +246,7 @@ def _partner(match: re.Match[str]) -> str:
 
 
 def _check_kind(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
-    if why := peft.without_mean(config):
+    if why := peft.why_no_mean(config):
         raise UnsupportedTensorError(f"the adapter {checkpoint.path} {why}", _MERGE)
     _check_numbers(checkpoint, config)
 

@@ -125,13 +125,13 @@ class Distributed:
         stamps += [self.stamps[path] for path in sorted(paths)]
         return tuple(stamps)
 
-    def training_state(self, path: ItemPath) -> ItemPath:
+    def find_training_state(self, path: ItemPath) -> ItemPath:
         """Return the path of the optimizer or scheduler that holds an item; empty if none does."""
-        return _training_state(path, self._entries_with_models)
+        return _find_training_state(path, self._entries_with_models)
 
     @cached_property
     def _entries_with_models(self) -> set[str | int]:
-        return _applications(self.paths)
+        return _find_applications(self.paths)
 
     def _piece(self, name: str, box: Box, dtype: DType) -> Piece:
         """Open the ``torch.save`` file of a box, and return the piece of the tensor."""
@@ -156,7 +156,7 @@ def read(directory: Location) -> Distributed:
         CheckpointError: The metadata is damaged, or names files outside the directory.
     """
     metadata = directory / METADATA
-    stamp = _stamp(directory, METADATA)
+    stamp = _stamp_file(directory, METADATA)
     try:
         if stamp.size > unpickler.MAX_PICKLE:
             raise MalformedPickle(f"it is larger than {size_text(unpickler.MAX_PICKLE)}")
@@ -170,7 +170,7 @@ def read(directory: Location) -> Distributed:
 
 def _parse(directory: Location, saved: Any, stamp: FileStamp) -> Distributed:
     """Parse the metadata, and read the values beside the tensors."""
-    state = _attributes(saved, "Metadata")
+    state = _read_attributes(saved, "Metadata")
     items, storage = state.get("state_dict_metadata"), state.get("storage_data")
     if not isinstance(items, dict) or not isinstance(storage, dict):
         raise MalformedPickle("it lists no items")
@@ -196,7 +196,7 @@ def _parse(directory: Location, saved: Any, stamp: FileStamp) -> Distributed:
     return Distributed(directory, tree, entries, paths, boxes, stamps, version)
 
 
-def _attributes(value: Any, name: str) -> dict[str, Any]:
+def _read_attributes(value: Any, name: str) -> dict[str, Any]:
     """Return the attributes of an object of a metadata class of torch."""
     if isinstance(value, Opaque) and isinstance(value.type, Global) and value.type.name == name:
         attributes: Any = value.state
@@ -247,7 +247,8 @@ def _locate_items(
     """
     locations: dict[str, dict[str, FileRange]] = defaultdict(dict)
     for key, value in storage.items():
-        index, info = _attributes(key, "MetadataIndex"), _attributes(value, "_StorageInfo")
+        index = _read_attributes(key, "MetadataIndex")
+        info = _read_attributes(value, "_StorageInfo")
         name, first = index.get("fqn"), index.get("offset")
         file, span = info.get("relative_path"), (info.get("offset"), info.get("length"))
         if not isinstance(name, str) or not (first is None or _is_extent(first)):
@@ -260,7 +261,7 @@ def _locate_items(
             raise MalformedPickle(f"the place of {short(name)!r} is malformed")
         path = str(directory / file)
         if path not in stamps:
-            stamps[path] = _stamp(directory, file)
+            stamps[path] = _stamp_file(directory, file)
         if sum(span) > stamps[path].size:
             raise damaged(directory / file, f"{short(name)!r} runs past its end")
         locations[name][str(first)] = (file, *span)
@@ -282,7 +283,7 @@ def _check_apart(directory: Location, locations: Locations) -> None:
             raise damaged(directory / file, "two items share bytes of it")
 
 
-def _stamp(directory: Location, name: str) -> FileStamp:
+def _stamp_file(directory: Location, name: str) -> FileStamp:
     """Return the stamp of a file that the metadata names, in the directory or linked there.
 
     Raises:
@@ -321,14 +322,14 @@ def _is_span(value: tuple[Any, Any]) -> TypeGuard[tuple[int, int]]:
 
 def _parse_tensor(name: str, item: Opaque, locations: Locations) -> tuple[Sharded, list[Box]]:
     """Parse the metadata of a tensor: element type, shape and boxes."""
-    state = _attributes(item, "TensorStorageMetadata")
+    state = _read_attributes(item, "TensorStorageMetadata")
     shape, chunks = state.get("size"), state.get("chunks")
-    dtype = DTYPES.get(_dtype_name(state.get("properties")))
+    dtype = DTYPES.get(_read_dtype_name(state.get("properties")))
     if dtype is None or not _is_extent(shape) or not isinstance(chunks, list):
         raise MalformedPickle(f"the tensor {short(name)!r} is malformed")
     boxes: list[Box] = []
     for chunk in chunks:
-        attributes = _attributes(chunk, "ChunkStorageMetadata")
+        attributes = _read_attributes(chunk, "ChunkStorageMetadata")
         start, extent = attributes.get("offsets"), attributes.get("sizes")
         if not _is_extent(start) or not _is_extent(extent):
             raise MalformedPickle(f"a piece of {short(name)!r} is malformed")
@@ -342,7 +343,7 @@ def _parse_tensor(name: str, item: Opaque, locations: Locations) -> tuple[Sharde
     return Sharded(name, dtype, shape), boxes
 
 
-def _dtype_name(properties: Any) -> str:
+def _read_dtype_name(properties: Any) -> str:
     """Return the name of the element type, the first value in a pickled ``TensorProperties``."""
     if isinstance(properties, Opaque) and isinstance(properties.state, tuple):
         for value in properties.state[:1]:
@@ -362,8 +363,8 @@ def _read_values(
         paths: Full name of each item → keys that lead to the item.
         locations: File, offset and length of each item.
     """
-    applications = _applications(paths)
-    wanted = [name for name in names if not _training_state(paths[name], applications)]
+    applications = _find_applications(paths)
+    wanted = [name for name in names if not _find_training_state(paths[name], applications)]
     values: dict[str, Any] = {}
     bytes_left = _MOST_BYTES
     for name in wanted[:_MOST_VALUES]:
@@ -379,7 +380,7 @@ def _read_values(
     return values
 
 
-def _training_state(path: ItemPath, applications: Collection[str | int]) -> ItemPath:
+def _find_training_state(path: ItemPath, applications: Collection[str | int]) -> ItemPath:
     """Return the path of the optimizer or scheduler that holds an item; empty if none does.
 
     Args:
@@ -396,7 +397,7 @@ def _training_state(path: ItemPath, applications: Collection[str | int]) -> Item
     return ()
 
 
-def _applications(paths: Mapping[str, ItemPath]) -> set[str | int]:
+def _find_applications(paths: Mapping[str, ItemPath]) -> set[str | int]:
     """Return the names of entries that hold a model beside other state."""
     return {path[0] for path in paths.values() if len(path) > 2 and path[1] in KNOWN_ENTRIES}
 

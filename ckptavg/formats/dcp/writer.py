@@ -51,15 +51,15 @@ def lay_out(tensors: Sequence[OutputTensor], provenance: str, template: Checkpoi
         entry_path = tuple(template.key.split("."))
     for tensor in tensors:
         added = (*entry_path, template.stored_name(tensor.name))
-        file.tensor(paths.get(tensor.name, added), tensor)
+        file.add_tensor(paths.get(tensor.name, added), tensor)
     values, dropped = _carry_values_over(source, set(paths.values()))
     for path, value in values.items():
-        file.value(path, value)
-    file.value((PROVENANCE,), provenance)
+        file.add_value(path, value)
+    file.add_value((PROVENANCE,), provenance)
     notes: list[str] = []
     if dropped:
         notes.append(f"not taken over from the last checkpoint: {first_few(dropped, 30)}")
-    layout = Layout(True, [file.layout], {reader.METADATA: file.metadata(source.version)})
+    layout = Layout(True, [file.layout], {reader.METADATA: file.encode_metadata(source.version)})
     # The output writes these files anew, so they are not copied.
     anew = {*source.stamps, str(template.path / lightning.META)}
     other_files = companions.gather(template.path, anew)
@@ -82,7 +82,7 @@ class _Builder:
         self._places: dict[metadata.MetadataIndex, filesystem._StorageInfo] = {}
         self._paths: dict[str, reader.ItemPath] = {}
 
-    def tensor(self, path: reader.ItemPath, tensor: OutputTensor) -> None:
+    def add_tensor(self, path: reader.ItemPath, tensor: OutputTensor) -> None:
         """Add a tensor, and reserve room for the bytes."""
         storage = StorageStub("0", tensor.dtype, tensor.numel)
         archive = Archive()
@@ -97,17 +97,17 @@ class _Builder:
         # One box per tensor, as a single process writes.
         chunk = metadata.ChunkStorageMetadata(torch.Size([0] * len(shape)), shape)
         properties = metadata.TensorProperties(getattr(torch, tensor.dtype.name))
-        self._items[_name(path)] = metadata.TensorStorageMetadata(properties, shape, [chunk])
+        self._items[_join_name(path)] = metadata.TensorStorageMetadata(properties, shape, [chunk])
 
-    def value(self, path: reader.ItemPath, value: Any) -> None:
+    def add_value(self, path: reader.ItemPath, value: Any) -> None:
         """Add a value that is not a tensor."""
         archive = Archive()
         archive.add("data.pkl", dumps(value))
         archive.add("byteorder", b"little")
         self._append(path, archive, None)
-        self._items[_name(path)] = metadata.BytesStorageMetadata()
+        self._items[_join_name(path)] = metadata.BytesStorageMetadata()
 
-    def metadata(self, version: str | None) -> bytes:
+    def encode_metadata(self, version: str | None) -> bytes:
         """Encode the contents of the metadata file."""
         contents = metadata.Metadata(self._items, self._paths, self._places)
         # Directories of older versions of torch record no version of the format.
@@ -132,14 +132,14 @@ class _Builder:
         start = self.layout.size
         self.layout.parts += [(start + at, content) for at, content in archive.close()]
         self.layout.size += archive.size
-        name = _name(path)
+        name = _join_name(path)
         index = metadata.MetadataIndex(name, first)
         self._places[index] = filesystem._StorageInfo(_FILE, start, archive.size)
         self._paths[name] = path
         return start
 
 
-def _name(path: reader.ItemPath) -> str:
+def _join_name(path: reader.ItemPath) -> str:
     """Join a path to a dotted name."""
     return ".".join(map(str, path))
 
@@ -182,20 +182,20 @@ def _carry_values_over(
     for name, path in source.paths.items():
         if path in weights or path == (PROVENANCE,):
             continue
-        if state := _training_state(source, path, optimizers):
+        if state := _find_training_state(source, path, optimizers):
             dropped.append(state)
             continue
         allowed: Mapping[Any, Any] = {}
         if name in source.items:
-            allowed = carry_over.entries({name: source.items[name]})
+            allowed = carry_over.filter_entries({name: source.items[name]})
         if allowed:
             values[path] = allowed[name]
         else:
             dropped.append(path)
     # A list with a missing element would shift the others, so the whole list is dropped.
-    broken = {_list_of(path) for path in dropped} - {()}
-    complete = {path: value for path, value in values.items() if _list_of(path) not in broken}
-    names = dict.fromkeys(_name(_list_of(path) or path) for path in dropped)
+    broken = {_find_list(path) for path in dropped} - {()}
+    complete = {path: value for path, value in values.items() if _find_list(path) not in broken}
+    names = dict.fromkeys(_join_name(_find_list(path) or path) for path in dropped)
     return complete, list(names)
 
 
@@ -206,14 +206,14 @@ def _above(path: reader.ItemPath, part: str) -> reader.ItemPath:
     return path[: path.index(part)]
 
 
-def _training_state(
+def _find_training_state(
     source: reader.Distributed, path: reader.ItemPath, optimizers: Collection[reader.ItemPath]
 ) -> reader.ItemPath:
     """Return the path of the optimizer or scheduler that holds an item; empty if none does.
 
     An optimizer under an unusual name is recognized by ``param_groups``.
     """
-    if state := source.training_state(path):
+    if state := source.find_training_state(path):
         return state
     for depth in range(1, len(path)):
         if path[:depth] in optimizers:
@@ -221,7 +221,7 @@ def _training_state(
     return ()
 
 
-def _list_of(path: reader.ItemPath) -> reader.ItemPath:
+def _find_list(path: reader.ItemPath) -> reader.ItemPath:
     """Return the path of the list that holds an item; empty if no list does."""
     for i, part in enumerate(path):
         if isinstance(part, int):

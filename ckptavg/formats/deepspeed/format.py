@@ -43,7 +43,7 @@ class DeepSpeed(DirectoryFormat):
     def check_run(self, directories: Sequence[Location]) -> None:
         """Refuse weights that are spread over ranks, with the commands that convert them."""
         # Whole weights beside the ranks' files are usable as they are.
-        tags.refuse_partitioned(p for p in directories if layout.main_file(p) is None)
+        tags.refuse_partitioned(p for p in directories if layout.find_main_file(p) is None)
 
 
 DEEPSPEED = DeepSpeed()

@@ -42,14 +42,14 @@ def find_components(directory: Location) -> list[str]:
         for name in _list_names(folders[above]):
             folder = f"{above}/{name}".removeprefix("/")
             if folder not in folders and len(folders) <= _MOST_PARTS:
-                folders[folder] = component_directory(directory, folder)
+                folders[folder] = join_component(directory, folder)
                 waiting.append(folder)
     del folders[""]
     # Tokenizers and schedulers are listed too, and hold no weights.
-    return [name for name, path in folders.items() if layout.main_file(path) is not None]
+    return [name for name, path in folders.items() if layout.find_main_file(path) is not None]
 
 
-def component_directory(directory: Location, folder: str) -> Location:
+def join_component(directory: Location, folder: str) -> Location:
     """Return the directory of a component; the model's own for the empty path."""
     if not folder:
         return directory
@@ -58,7 +58,7 @@ def component_directory(directory: Location, folder: str) -> Location:
     return directory
 
 
-def part_names(directory: Location) -> set[str]:
+def find_part_names(directory: Location) -> set[str]:
     """Return the names of a model's direct subdirectories that hold components."""
     return {folder.partition("/")[0] for folder in find_components(directory)}
 

@@ -33,13 +33,13 @@ class HuggingFace(DirectoryFormat):
 
     def detects(self, directory: Location) -> bool:
         """Return True if weights or an index are in a directory, or in directories it lists."""
-        if layout.main_file(directory) is not None:
+        if layout.find_main_file(directory) is not None:
             return True
         return bool(components.find_components(directory))
 
     def open(self, directory: Location, key: str | None) -> Checkpoint | None:
         """Open the weights in a directory, and in the directories that it lists."""
-        own = layout.main_file(directory)
+        own = layout.find_main_file(directory)
         folders = components.find_components(directory)
         if not folders and own is not None:
             return _open_weights(directory, own, key)
@@ -47,8 +47,8 @@ class HuggingFace(DirectoryFormat):
             return None
         opened: dict[str, Checkpoint] = {}
         for folder in folders:
-            component = components.component_directory(directory, folder)
-            main = layout.main_file(component)
+            component = components.join_component(directory, folder)
+            main = layout.find_main_file(component)
             if main is None:
                 raise not_a_checkpoint(component)
             opened[folder] = _open_weights(component, main, key)
@@ -58,7 +58,7 @@ class HuggingFace(DirectoryFormat):
 
     def component_names(self, directory: Location) -> set[str]:
         """Return the names of subdirectories that a model's lists name."""
-        return components.part_names(directory)
+        return components.find_part_names(directory)
 
     def lay_out(
         self, tensors: Sequence[OutputTensor], provenance: str, template: Checkpoint
@@ -88,8 +88,8 @@ class Peft(HuggingFace):
 
     def _find_weights(self, directory: Location) -> Location | None:
         """Return the weights file of an adapter; None if the directory holds a whole model."""
-        weights = peft.weights_file(directory)
-        if weights is None or layout.main_file(directory) != weights:
+        weights = peft.find_weights(directory)
+        if weights is None or layout.find_main_file(directory) != weights:
             return None
         if components.find_components(directory):
             return None
@@ -97,7 +97,7 @@ class Peft(HuggingFace):
 
     def is_part(self, path: Location) -> bool:
         """Return True for the weights file of an adapter."""
-        return path.name in peft.FILES and peft.weights_file(path.parent) is not None
+        return path.name in peft.FILES and peft.find_weights(path.parent) is not None
 
     def why_unfinished(self, directory: Location) -> Unfinished | None:
         """Describe an adapter without its configuration, in a directory that the Trainer named."""
@@ -126,11 +126,11 @@ def _open_weights(directory: Location, main: Location, key: str | None) -> Check
     record = find_record(directory) or parts[0].record
     format, notes = HUGGINGFACE, list[str]()
     if main.name in peft.FILES:
-        format, notes = PEFT, [peft.description(peft.configuration(directory))]
+        format, notes = PEFT, [peft.describe(peft.read_configuration(directory))]
     # Other variants may be stored beside the one taken, such as fp16 and bf16.
     if layout.is_variant(main.name):
         notes += layout.note_variants(directory)
-    if unused := layout.other_models(main):
+    if unused := layout.find_other_models(main):
         notes.append(
             f"weights are taken from {main.name}; {first_few(unused)} beside it is another model's "
             f"(name the files to average those: .../*/{unused[0]})"
@@ -145,7 +145,7 @@ def _read_shards(index: Location, key: str | None) -> list[Part]:
     Raises:
         CheckpointError: A shard is damaged, or the index and the shards disagree.
     """
-    mapping = layout.weight_map(index)
+    mapping = layout.read_weight_map(index)
     shards = {name: read_file(index.parent / name, key) for name in sorted(set(mapping.values()))}
     lost: list[str] = []
     for name, shard_name in mapping.items():

@@ -31,15 +31,15 @@ _VARIANT_FILE = re.compile(rf"({_STEMS})\.({_VARIANT})\.(safetensors|bin)")
 _VARIANT_INDEX = re.compile(rf"({_STEMS})\.(safetensors|bin)\.index\.({_VARIANT})\.json")
 
 
-def main_file(directory: Location) -> Location | None:
+def find_main_file(directory: Location) -> Location | None:
     """Find the weights file or index of a model or adapter; None if there is none."""
     for name in WEIGHT_FILES:
         if (directory / name).is_file():
             return directory / name
-    return peft.weights_file(directory) or next(iter(variants(directory)), None)
+    return peft.find_weights(directory) or next(iter(find_variants(directory)), None)
 
 
-def variants(directory: Location) -> list[Location]:
+def find_variants(directory: Location) -> list[Location]:
     """List the variants of the weights in a directory with a configuration.
 
     A variant (``variant="fp16"`` of ``from_pretrained``) is named in the middle of the file's name.
@@ -53,7 +53,7 @@ def variants(directory: Location) -> list[Location]:
 
 def note_variants(directory: Location) -> list[str]:
     """Note the variants of a directory's weights that are not read."""
-    chosen, *unread = [path.name for path in variants(directory)]
+    chosen, *unread = [path.name for path in find_variants(directory)]
     if not unread:
         return []
     return [f"weights are taken from {chosen}; {first_few(unread)} beside it is another variant"]
@@ -64,10 +64,10 @@ def is_variant(main: str) -> bool:
     return bool(_VARIANT_FILE.fullmatch(main) or _VARIANT_INDEX.fullmatch(main))
 
 
-def single_name(main: str) -> str:
+def name_single_file(main: str) -> str:
     """Return the name of the single file for weights that are read from a file or an index.
 
-    Shards and the usual files of ``torch.save`` become safetensors. Any other name is kept.
+    Shards and the default files of ``torch.save`` become safetensors. Any other name is kept.
     """
     if match := _VARIANT_INDEX.fullmatch(main):
         return f"{_safetensors_stem(match[1])}.{match[3]}.safetensors"
@@ -84,25 +84,25 @@ def _safetensors_stem(stem: str) -> str:
     return stem
 
 
-def index_name(single: str) -> str:
+def name_index(single: str) -> str:
     """Return the name of the index of shards for the name of a single file."""
     if match := _VARIANT_FILE.fullmatch(single):
         return f"{match[1]}.{match[3]}.index.{match[2]}.json"
     return f"{single}.index.json"
 
 
-def may_be_split(single: str) -> bool:
+def can_be_split(single: str) -> bool:
     """Return True if loaders accept shards and an index in the place of a single file."""
     return single in WEIGHT_FILES or bool(_VARIANT_FILE.fullmatch(single))
 
 
-def other_models(main: Location) -> list[str]:
+def find_other_models(main: Location) -> list[str]:
     """List the files of further models that Accelerate saves beside the first model."""
     numbered = re.compile(rf"{re.escape(main.stem)}_\d+{re.escape(main.suffix)}")
     return sorted(path.name for path in main.parent.iterdir() if numbered.fullmatch(path.name))
 
 
-def weight_map(index: Location) -> dict[str, str]:
+def read_weight_map(index: Location) -> dict[str, str]:
     """Read the map from tensor names to file names in an index.
 
     Raises:

@@ -21,7 +21,7 @@ _VARIANTS = (
 _PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
 
 
-def weights_file(directory: Location) -> Location | None:
+def find_weights(directory: Location) -> Location | None:
     """Return the weights file of an adapter; None if the directory is no adapter."""
     if not (directory / CONFIG).is_file():
         return None
@@ -31,7 +31,7 @@ def weights_file(directory: Location) -> Location | None:
     return None
 
 
-def configuration(directory: Location) -> dict[str, Any]:
+def read_configuration(directory: Location) -> dict[str, Any]:
     """Read ``adapter_config.json``.
 
     Raises:
@@ -47,17 +47,17 @@ def configuration(directory: Location) -> dict[str, Any]:
     return config
 
 
-def description(config: Mapping[str, Any]) -> str:
+def describe(config: Mapping[str, Any]) -> str:
     """Describe an adapter for a note: the type, the rank, and obstacles to an average."""
     kind, rank = short(str(config.get("peft_type"))), short(str(config.get("r")))
-    if why := without_mean(config):
+    if why := why_no_mean(config):
         return f"an adapter of type {kind} that cannot be averaged: it {why}"
     return (
         f"a LoRA adapter of rank {rank}; an average of several is exact, with their ranks stacked"
     )
 
 
-def without_mean(config: Mapping[str, Any]) -> str:
+def why_no_mean(config: Mapping[str, Any]) -> str:
     """Return the reason against averaging adapters of a configuration; empty if there is none.
 
     The mean of the merged weights then is no adapter of the same kind.

@@ -11,15 +11,15 @@ from typing import TypeVar
 from ckptavg.formats.checkpoint import Checkpoint, Tensor
 from ckptavg.formats.file_layout import FileLayout, Layout, OutputTensor
 from ckptavg.formats.huggingface import companions, peft
-from ckptavg.formats.huggingface.components import component_directory
+from ckptavg.formats.huggingface.components import join_component
 from ckptavg.formats.huggingface.format import HUGGINGFACE, PEFT
 from ckptavg.formats.huggingface.layout import (
     CONFIG,
     SUFFIXES,
-    index_name,
-    main_file,
-    may_be_split,
-    single_name,
+    can_be_split,
+    find_main_file,
+    name_index,
+    name_single_file,
 )
 from ckptavg.formats.safetensors.layout import header_metadata
 from ckptavg.formats.safetensors.layout import lay_out as lay_out_safetensors
@@ -61,7 +61,7 @@ def lay_out(tensors: Sequence[OutputTensor], provenance: str, template: Checkpoi
         layout.files += [_move_below(file, prefix) for file in planned.files]
         layout.companions |= _prefix_keys(prefix, planned.indices)
         notes += planned.notes
-    home = home_of(template)
+    home = find_home(template)
     if home is not None:
         # A single file may be stored in any directory (a home directory, downloads). Only a
         # model's configuration shows that the directories below belong to the model.
@@ -78,7 +78,7 @@ def lay_out(tensors: Sequence[OutputTensor], provenance: str, template: Checkpoi
     return layout
 
 
-def home_of(template: Checkpoint) -> Location | None:
+def find_home(template: Checkpoint) -> Location | None:
     """Return the directory whose files are copied along with a checkpoint; None if there is none.
 
     The home of a single weights file is the file's directory, if a configuration is stored there
@@ -178,7 +178,7 @@ def _lay_out_folder(
         file.offsets = {bare_names[stored]: offset for stored, offset in file.offsets.items()}
         planned.files.append(file)
     if len(shards) > 1:
-        planned.indices[index_name(name)] = _encode_index(shards)
+        planned.indices[name_index(name)] = _encode_index(shards)
     return planned
 
 
@@ -187,10 +187,10 @@ def _single_file_name(template: Checkpoint) -> str:
     if template.format is PEFT:
         return peft.WEIGHTS
     if template.format is HUGGINGFACE:
-        main = main_file(template.path)
+        main = find_main_file(template.path)
         if main is not None:
-            return single_name(main.name)
-    has_home = template.path.suffix in SUFFIXES and home_of(template) is not None
+            return name_single_file(main.name)
+    has_home = template.path.suffix in SUFFIXES and find_home(template) is not None
     if has_home and not template.path.is_dir():
         return template.path.name
     return "model.safetensors"
@@ -217,7 +217,7 @@ def _split_into_shards(
         first = template.files[0].path
         for tensor in tensors:
             groups.setdefault(input_files.get(tensor.name, first), []).append(tensor)
-    elif may_be_split(name):
+    elif can_be_split(name):
         filled, number = 0, 0
         for tensor in tensors:
             # A tensor above the limit by itself gets a shard of its own.
@@ -250,7 +250,7 @@ def _find_weight_files(template: Checkpoint, home: Location) -> set[str]:
     """Collect the paths of the weights files of the input, and of the indices."""
     paths = {stamp.path for stamp in template.files}
     for folder in template.components or [""]:
-        main = main_file(component_directory(home, folder))
+        main = find_main_file(join_component(home, folder))
         if main is not None:
             paths.add(str(main))
     return paths

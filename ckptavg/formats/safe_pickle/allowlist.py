@@ -139,13 +139,13 @@ class CarryOver:
             notes.append(f"measured on the last checkpoint, so not taken over: {names}")
         return notes
 
-    def whole(self, saved: dict[Any, Any] | list[Any] | tuple[Any, ...]) -> Any:
+    def filter_object(self, saved: dict[Any, Any] | list[Any] | tuple[Any, ...]) -> Any:
         """Filter a whole saved object."""
         if isinstance(saved, dict):
-            return self.entries(saved)
-        return type(saved)(self.elements(saved))
+            return self.filter_entries(saved)
+        return type(saved)(self.filter_elements(saved))
 
-    def elements(self, values: Sequence[Any], prefix: str = "", depth: int = 0) -> list[Any]:
+    def filter_elements(self, values: Sequence[Any], prefix: str = "", depth: int = 0) -> list[Any]:
         """Filter the elements of a list, with None in the place of each dropped element.
 
         Args:
@@ -156,14 +156,14 @@ class CarryOver:
         filtered: list[Any] = []
         for index, value in enumerate(values):
             where = _below(prefix, str(index))
-            part = self._keep(value, where + ".", depth + 1)
+            part = self._filter(value, where + ".", depth + 1)
             if part is _DROPPED:
                 self.dropped.append(where)
                 part = None
             filtered.append(part)
         return filtered
 
-    def entries(
+    def filter_entries(
         self, values: Mapping[Any, Any], prefix: str = "", depth: int = 0
     ) -> dict[Any, Any]:
         """Filter the entries of a dict.
@@ -190,7 +190,7 @@ class CarryOver:
             elif self._is_training(prefix, name, value):
                 part = _DROPPED
             else:
-                part = self._keep(value, where + ".", depth + 1)
+                part = self._filter(value, where + ".", depth + 1)
             if part is _MEASURED:
                 self.measured.append(where)
             elif part is _DROPPED or not isinstance(name, (str, int, float, tuple, type(None))):
@@ -238,7 +238,7 @@ class CarryOver:
                     prefixes.add(entry[: i + 1])
         return prefixes
 
-    def _keep(self, value: Any, prefix: str, depth: int) -> Any:
+    def _filter(self, value: Any, prefix: str, depth: int) -> Any:
         """Filter a value once, and remember the result by identity.
 
         A pickle can share a value between many places, so that a walk without memory never ends.
@@ -266,28 +266,28 @@ class CarryOver:
     def _convert(self, value: Any, prefix: str, depth: int) -> Any:
         """Filter a value by type."""
         if isinstance(value, dict):
-            return self._mapping(value, prefix, depth)
+            return self._filter_mapping(value, prefix, depth)
         if isinstance(value, (list, tuple)) and self._leads_to_weights(prefix):
-            return type(value)(self.elements(value, prefix, depth))
+            return type(value)(self.filter_elements(value, prefix, depth))
         if isinstance(value, (list, tuple)):
-            return self._sequence(value, prefix, depth)
+            return self._filter_sequence(value, prefix, depth)
         if isinstance(value, Opaque):
-            return self._object(value, prefix, depth)
-        return self._leaf(value)
+            return self._filter_placeholder(value, prefix, depth)
+        return self._filter_leaf(value)
 
-    def _sequence(self, value: list[Any] | tuple[Any, ...], prefix: str, depth: int) -> Any:
+    def _filter_sequence(self, value: list[Any] | tuple[Any, ...], prefix: str, depth: int) -> Any:
         """Filter a list or a tuple, and drop the whole if an element is dropped."""
         complete = True
         parts: list[Any] = []
         for i, element in enumerate(value):
-            part = self._keep(element, _below(prefix, f"{i}."), depth + 1)
+            part = self._filter(element, _below(prefix, f"{i}."), depth + 1)
             complete = complete and part is not _DROPPED
             parts.append(part)
         if not complete:
             return _DROPPED
         return type(value)(parts)
 
-    def _leaf(self, value: Any) -> Any:
+    def _filter_leaf(self, value: Any) -> Any:
         """Filter a value without children: a tensor, a dtype or a set of scalars."""
         if isinstance(value, TensorView):
             return _or_dropped(self.tensor(value, False))
@@ -297,7 +297,7 @@ class CarryOver:
             return value
         return _DROPPED
 
-    def _mapping(self, value: dict[Any, Any], prefix: str, depth: int) -> Any:
+    def _filter_mapping(self, value: dict[Any, Any], prefix: str, depth: int) -> Any:
         """Filter a dict, and drop the dict as a whole if nothing is left.
 
         Dicts of weights (mostly tensors) are dropped as a whole too. Only the small tensors would
@@ -312,7 +312,7 @@ class CarryOver:
         if withheld and 2 * len(tensors) > len(value):
             return _DROPPED
         dropped, measured = len(self.dropped), len(self.measured)
-        entries = self.entries(value, prefix, depth)
+        entries = self.filter_entries(value, prefix, depth)
         if not value or entries:
             return entries
         outcome = _DROPPED
@@ -322,14 +322,14 @@ class CarryOver:
         del self.dropped[dropped:], self.measured[measured:]
         return outcome
 
-    def _object(self, value: Opaque, prefix: str, depth: int) -> Any:
+    def _filter_placeholder(self, value: Opaque, prefix: str, depth: int) -> Any:
         """Rebuild an object of a harmless type, or drop the object."""
         name = name_of(value.type)
         make = HARMLESS.get(name)
         if make is None or value.items or (self.plain and name not in _PLAIN):
             return _DROPPED
-        args = self._keep(value.args, prefix, depth + 1)
-        state = self._keep(value.state, prefix, depth + 1)
+        args = self._filter(value.args, prefix, depth + 1)
+        state = self._filter(value.state, prefix, depth + 1)
         try:
             return make(args, state)
         # The pickled parts are untrusted, and may not be the parts of the type.

@@ -72,7 +72,7 @@ def _view(
     # Protocol 2 stores bytes as Latin-1 text in UTF-8, where bytes above 127 take two bytes.
     span: Span | None = Span(0, 0)
     if numel:
-        span = unpickler.span(data)
+        span = unpickler.find_span(data)
     if span is None or (span.length != len(data) and not span.escaped):
         return Refused("an array whose bytes the pickle does not hold as such")
     storage = Storage(f"array at {span.start}", element, numel, span)

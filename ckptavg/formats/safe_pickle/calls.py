@@ -138,7 +138,7 @@ def _encode(unpickler: Unpickler, text: str, encoding: str) -> bytes:
     if encoding == "latin1":
         codec = "latin-1"
     data = text.encode(codec)
-    span = unpickler.span(text)
+    span = unpickler.find_span(text)
     if span is not None:
         # ASCII characters take one byte in UTF-8, other Latin-1 characters take two.
         escaped = codec == "latin-1" and span.length > len(data)
@@ -158,7 +158,7 @@ def _first(_: Unpickler, data: Any, *_others: Any) -> Any:
 
 def _mapping(machine: Unpickler, pairs: Any = ()) -> dict[Any, Any]:
     """Make a dict from pairs, the form in which ``OrderedDict`` is pickled."""
-    return {machine.key(key): value for key, value in pairs}
+    return {machine.make_key(key): value for key, value in pairs}
 
 
 def _ordered_mapping(machine: Unpickler, pairs: Any = ()) -> OrderedEntries:
@@ -168,7 +168,7 @@ def _ordered_mapping(machine: Unpickler, pairs: Any = ()) -> OrderedEntries:
 
 def _set(machine: Unpickler, values: Any = ()) -> set[Any]:
     """Make a set whose members hash in bounded time."""
-    return set(map(machine.key, values))
+    return set(map(machine.make_key, values))
 
 
 _CALLS: dict[tuple[str, str], Callable[..., Any]] = {

@@ -126,7 +126,7 @@ class Machine:
         if len(value) == 1 and not isinstance(value, bytearray):
             self._single[value] = span
 
-    def span(self, value: Any) -> Span | None:
+    def find_span(self, value: Any) -> Span | None:
         """Return the place of a text or bytes in the pickle; None if read too long ago."""
         span: Span | None
         for candidate, span in reversed(self._recent):
@@ -152,7 +152,7 @@ class Machine:
                 return items
         raise MalformedPickle("a mark is missing")
 
-    def drop_to_mark(self) -> None:
+    def discard_to_mark(self) -> None:
         """Discard all values down to the last mark, and the mark."""
         self.pop_mark()
 
@@ -181,11 +181,11 @@ class Machine:
         """Take the top of the stack as the result."""
         self.result = self.pop()
 
-    def pop_one(self) -> None:
+    def discard(self) -> None:
         """Discard the top of the stack."""
         self.stack.pop()
 
-    def tuple_of(self, count: int) -> None:
+    def push_tuple(self, count: int) -> None:
         """Replace the last ``count`` values on the stack by a tuple."""
         self.stack.append(tuple(reversed([self.pop() for _ in range(count)])))
 
@@ -203,7 +203,7 @@ class Machine:
         """Add keys and values by turns to the container at the top of the stack."""
         target = self.top()
         if isinstance(target, dict):
-            target.update(self.pairs(values))
+            target.update(self.make_dict(values))
         elif isinstance(target, Opaque):
             self.filled = True
             target.items.extend(zip(values[::2], values[1::2], strict=True))
@@ -215,9 +215,9 @@ class Machine:
         target = self.top()
         if not isinstance(target, set):
             raise MalformedPickle(f"it adds items to a {type(target).__name__}")
-        target.update(map(self.key, values))
+        target.update(map(self.make_key, values))
 
-    def stack_global(self) -> None:
+    def push_global(self) -> None:
         """Push the global whose module and name are on the stack."""
         name, module = self.pop(), self.pop()
         if not isinstance(name, str) or not isinstance(module, str):
@@ -230,7 +230,7 @@ class Machine:
         if self._spent > self._source.done + _SPARE_BUDGET:
             raise MalformedPickle("it copies its contents over and over")
 
-    def key(self, value: Any) -> Any:
+    def make_key(self, value: Any) -> Any:
         """Return a dict key: the value if hashing takes bounded time, else a placeholder.
 
         Nested tuples can share parts, and hashing then takes time exponential in the input.
@@ -269,9 +269,9 @@ class Machine:
         if self._collisions > _MOST_COLLISIONS:
             raise MalformedPickle("its keys are made to collide")
 
-    def pairs(self, values: list[Any]) -> dict[Any, Any]:
+    def make_dict(self, values: list[Any]) -> dict[Any, Any]:
         """Make a dict from keys and values by turns."""
-        return {self.key(k): v for k, v in zip(values[::2], values[1::2], strict=True)}
+        return {self.make_key(k): v for k, v in zip(values[::2], values[1::2], strict=True)}
 
     def call(self, function: Any, args: Any) -> Any:
         """Evaluate a call: a plain value if the function is known, else a placeholder.
@@ -296,12 +296,12 @@ class Machine:
         except Exception as error:
             raise MalformedPickle(f"{function} is called with unfit arguments") from error
 
-    def reduce(self) -> None:
+    def call_function(self) -> None:
         """Call a function with arguments, both from the stack."""
         args, function = self.pop(), self.pop()
         self.stack.append(self.call(function, args))
 
-    def new_object(self, with_keywords: bool) -> None:
+    def make_object(self, with_keywords: bool) -> None:
         """Create an object of a class with arguments from the stack."""
         keywords = None
         if with_keywords:
@@ -312,7 +312,7 @@ class Machine:
             instance.state = keywords
         self.stack.append(instance)
 
-    def build(self) -> None:
+    def set_state(self) -> None:
         """Set a state from the stack on the object below."""
         state = self.pop()
         target = self.top()
@@ -335,12 +335,12 @@ class Machine:
         self.spend(len(attributes) + len(slots))
         return {**attributes, **slots}
 
-    def object_from_mark(self) -> None:
+    def make_object_from_mark(self) -> None:
         """Create an object from a class and arguments above the last mark."""
         cls, *args = self.pop_mark()
         self.stack.append(self.call(cls, tuple(args)))
 
-    def persistent(self, pid: Any) -> None:
+    def push_storage(self, pid: Any) -> None:
         """Push the storage that a persistent id names."""
         if isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module":
             # Before torch 1.6, the class of a module was stored together with the source code.

@@ -139,10 +139,10 @@ class NumpyArray:
 class Unpickler(Protocol):
     """Interface of the unpickler for the stand-ins of calls."""
 
-    def key(self, value: Any) -> Any:
+    def make_key(self, value: Any) -> Any:
         """Return a dict key: the value if hashing takes bounded time, else a placeholder."""
 
-    def span(self, value: str | bytes | bytearray) -> Span | None:
+    def find_span(self, value: str | bytes | bytearray) -> Span | None:
         """Return the place of a recently read value in the pickle; None if not known."""
 
     def keep_span(self, value: bytes, span: Span) -> None:

@@ -104,7 +104,7 @@ class TorchSave(FileFormat):
         weights = checkpoint.key.partition(".")[0]
         others = {name: value for name, value in saved.items() if name != weights}
         carry_over = CarryOver(key=checkpoint.key, plain=False, tensor=lambda *_: None, replaced={})
-        return carry_over.entries(others)
+        return carry_over.filter_entries(others)
 
     def lay_out(
         self, path: str, tensors: Sequence[OutputTensor], provenance: str, template: Checkpoint

@@ -69,13 +69,13 @@ def lay_out(
     """Plan a ``torch.save`` file.
 
     Inputs from ``torch.save`` give an output like the last input. The weights are replaced in the
-    entry of the input and under the names of the input. If another entry than the usual one was
-    averaged, and the usual entry has the same names, the weights go into the usual entry as well.
-    The rest of the input is kept as far as the allowlist of ``safe_pickle`` permits.
+    entry of the input and under the names of the input. If another entry than the default one was
+    averaged, and the default entry has the same names, the weights go into that entry as well. The
+    rest of the input is kept as far as the allowlist of ``safe_pickle`` permits.
 
     A ``.pt`` also has the weights under ``state_dict`` with bare names. If the input was a bare
-    state dict, they stand only there. A ``.pt`` loads by the safe default of ``torch.load``. An
-    output of other inputs has the same form, with any suffix.
+    state dict, they are stored only there. A ``.pt`` loads by the safe default of ``torch.load``.
+    An output of other inputs has the same form, with any suffix.
 
     Args:
         path: The output, whose suffix decides the form.
@@ -86,18 +86,18 @@ def lay_out(
     Returns:
         The layout, and notes about parts of the input that are left out.
     """
-    book = _Storages(tensors)
-    contents = _contents(Path(path).suffix, provenance, template, book)
+    storages = _Storages(tensors)
+    contents = _plan_contents(Path(path).suffix, provenance, template, storages)
     archive = Archive()
     archive.add("data.pkl", dumps(contents.tree))
     archive.add("byteorder", b"little")
     for tensor in tensors:
         if tensor.tied_to is None:
             archive.reserve(
-                f"data/{book.stubs[tensor.name].storage.key}", tensor.nbytes, tensor.name
+                f"data/{storages.stubs[tensor.name].storage.key}", tensor.nbytes, tensor.name
             )
     # Small tensors beside the weights are stored at once, without a reserved range.
-    for key, value in book.values.items():
+    for key, value in storages.values.items():
         archive.add(f"data/{key}", value)
     archive.add("version", b"3\n")
     for name, content in contents.records.items():
@@ -155,17 +155,21 @@ class _Storages:
         return TensorStub(StorageStub(key, view.dtype, numel), view.dtype, view.shape)
 
 
-def _contents(suffix: str, provenance: str, template: Checkpoint, book: _Storages) -> Contents:
+def _plan_contents(
+    suffix: str, provenance: str, template: Checkpoint, storages: _Storages
+) -> Contents:
     """Choose the contents of an output by the layout of the last input."""
     plain = suffix == PLAIN_SUFFIX
     if template.format is TORCH_SAVE:
-        return _like_file(plain, provenance, template, book)
-    return _like_other_format(plain, provenance, template, book)
+        return _plan_like_file(plain, provenance, template, storages)
+    return _plan_like_other_format(plain, provenance, template, storages)
 
 
-def _like_file(plain: bool, provenance: str, template: Checkpoint, book: _Storages) -> Contents:
+def _plan_like_file(
+    plain: bool, provenance: str, template: Checkpoint, storages: _Storages
+) -> Contents:
     """Plan an output like a ``torch.save`` file: all entries kept, the weights replaced."""
-    bare = OrderedDict(book.stubs)
+    bare = OrderedDict(storages.stubs)
     alone = {STATE_DICT: bare, PROVENANCE: provenance}
     template.files[0].verify()
     file = zip_reader.read(template.files[0].path)
@@ -186,18 +190,18 @@ def _like_file(plain: bool, provenance: str, template: Checkpoint, book: _Storag
         return Contents(alone, {}, notes or [_BARE])
     if is_bare and pickled:
         return Contents(alone, {}, notes)
-    carry_over = _carry_over(plain, template, book, file, networks)
-    entries = _own_entries(template, book, carry_over, networks)
+    carry_over = _make_filter(plain, template, storages, file, networks)
+    entries = _build_entries(template, storages, carry_over, networks)
     fastai = not unnamed and file.tree.keys() == _FASTAI and template.key == _FASTAI_MODEL
     if fastai and not plain:
-        return _like_fastai(entries[""], provenance, file, carry_over)
+        return _plan_like_fastai(entries[""], provenance, file, carry_over)
     if is_bare:
         tree: Any = entries[""]
     else:
         default = _locate_default_entry(file, template, networks)
         if default is not None:
             carry_over.replaced = {**carry_over.replaced, id(default.value): entries[""]}
-        tree = carry_over.whole(file.tree)
+        tree = carry_over.filter_object(file.tree)
     records: dict[str, bytes] = {}
     if is_bare or unnamed:
         records[PROVENANCE_RECORD] = provenance.encode()
@@ -208,8 +212,8 @@ def _like_file(plain: bool, provenance: str, template: Checkpoint, book: _Storag
     return Contents(tree, records, notes + carry_over.notes)
 
 
-def _like_other_format(
-    plain: bool, provenance: str, template: Checkpoint, book: _Storages
+def _plan_like_other_format(
+    plain: bool, provenance: str, template: Checkpoint, storages: _Storages
 ) -> Contents:
     """Plan an output for a checkpoint that is no ``torch.save`` file.
 
@@ -217,9 +221,9 @@ def _like_other_format(
     """
     meta = template.format.read_meta(template, plain=plain)
     if meta is None or not meta.of_trainer:
-        return Contents({STATE_DICT: OrderedDict(book.stubs), PROVENANCE: provenance}, {})
+        return Contents({STATE_DICT: OrderedDict(storages.stubs), PROVENANCE: provenance}, {})
     state: OrderedDict[str, TensorStub] = OrderedDict()
-    for name, stub in book.stubs.items():
+    for name, stub in storages.stubs.items():
         if plain:
             state[name] = stub
         else:
@@ -228,8 +232,8 @@ def _like_other_format(
     return Contents(tree, {}, meta.notes)
 
 
-def _like_fastai(
-    own: OrderedDict[Any, Any], provenance: str, file: TorchFile, carry_over: CarryOver
+def _plan_like_fastai(
+    weights: OrderedDict[Any, Any], provenance: str, file: TorchFile, carry_over: CarryOver
 ) -> Contents:
     """Plan an output that fastai's ``Learner.load`` accepts.
 
@@ -241,8 +245,8 @@ def _like_fastai(
     if isinstance(optimizer, dict) and optimizer.keys() >= _FASTAI_STATE:
         carry_over.dropped.append("opt")
     else:
-        entries = carry_over.entries({"opt": optimizer})
-    tree = {_FASTAI_MODEL: own, "opt": entries.get("opt")}
+        entries = carry_over.filter_entries({"opt": optimizer})
+    tree = {_FASTAI_MODEL: weights, "opt": entries.get("opt")}
     return Contents(tree, {PROVENANCE_RECORD: provenance.encode()}, carry_over.notes)
 
 
@@ -281,10 +285,10 @@ def _locate_default_entry(
     return network
 
 
-def _carry_over(
+def _make_filter(
     plain: bool,
     template: Checkpoint,
-    book: _Storages,
+    storages: _Storages,
     file: TorchFile,
     locations: Mapping[str, EntryLocation],
 ) -> CarryOver:
@@ -294,8 +298,8 @@ def _carry_over(
     for path, network in locations.items():
         for name, view in network.entry.items():
             bare_name = isinstance(view, TensorView) and bare.get(join(path, name))
-            if bare_name in book.stubs:
-                same[identity(view)] = book.stubs[bare_name]
+            if bare_name in storages.stubs:
+                same[identity(view)] = storages.stubs[bare_name]
 
     def tensor(view: TensorView, among_values: bool) -> TensorStub | None:
         """Return the stub of a tensor that may go out, else None."""
@@ -304,14 +308,14 @@ def _carry_over(
         small = not view.shape or (among_values and math.prod(view.shape) <= _SMALL)
         if not small or not view.dtype.size:
             return None
-        return book.keep(view, file)
+        return storages.keep(view, file)
 
     return CarryOver(template.key, plain, tensor, {}, template.networks, template.momentary)
 
 
-def _own_entries(
+def _build_entries(
     template: Checkpoint,
-    book: _Storages,
+    storages: _Storages,
     carry_over: CarryOver,
     locations: Mapping[str, EntryLocation],
 ) -> dict[str, OrderedDict[Any, Any]]:
@@ -328,22 +332,22 @@ def _own_entries(
     carry_over.replaced = replaced
     # Longest paths first, so that an entry within another is replaced there.
     for path in sorted(locations, key=len, reverse=True):
-        entry = _own_entry(template, book, carry_over, path, locations[path], bare)
+        entry = _build_entry(template, storages, carry_over, path, locations[path], bare)
         file_entries[path] = entry
         replaced[id(locations[path].value)] = entry
-    for name in book.stubs:
+    for name in storages.stubs:
         # A tensor that the last input lacks comes from another base.
         if name not in template.stored_names:
             stored = template.stored_name(name)
             homes = [path for path in locations if stored.startswith(_prefix(path))]
             home = max(homes, key=len, default=next(iter(locations)))
-            file_entries[home][stored.removeprefix(_prefix(home))] = book.stubs[name]
+            file_entries[home][stored.removeprefix(_prefix(home))] = storages.stubs[name]
     return file_entries
 
 
-def _own_entry(
+def _build_entry(
     template: Checkpoint,
-    book: _Storages,
+    storages: _Storages,
     carry_over: CarryOver,
     path: str,
     location: EntryLocation,
@@ -353,7 +357,7 @@ def _own_entry(
 
     Args:
         template: The last input.
-        book: The output's tensors.
+        storages: The output's tensors.
         carry_over: Filter for the values that stand among the weights.
         path: Dotted path of the entry.
         location: Location of the entry in the input.
@@ -366,13 +370,13 @@ def _own_entry(
             bare_names[name] = bare[join(path, name)]
         else:
             values[name] = value
-    filtered = carry_over.entries(values, _prefix(join(template.key, path)))
+    filtered = carry_over.filter_entries(values, _prefix(join(template.key, path)))
     entry: OrderedDict[Any, Any] = OrderedDict()
     for name in location.entry:
         if name in filtered:
             entry[name] = filtered[name]
-        elif bare_names.get(name) in book.stubs:
-            entry[name] = book.stubs[bare_names[name]]
+        elif bare_names.get(name) in storages.stubs:
+            entry[name] = storages.stubs[bare_names[name]]
     return entry
 
 

@@ -216,7 +216,7 @@ def lengths_before(entry: Entry, start: int) -> tuple[int, bytes]:
     return entry.header + _LENGTHS, struct.pack("<HH", name_length, extra_length)
 
 
-def _tail(file: FileSlice) -> bytes:
+def _read_tail(file: FileSlice) -> bytes:
     """Read the last bytes of a file, which contain the record at the end of the zip."""
     record = file.read_at(max(0, file.length - _END_SIZE), _END_SIZE)
     # Without a comment, as torch writes it, the record is the end itself.
@@ -228,7 +228,7 @@ def _tail(file: FileSlice) -> bytes:
 
 def _read_end(file: FileSlice) -> _End:
     """Read the last end record in a file, as torch does, even within a comment."""
-    tail = _tail(file)
+    tail = _read_tail(file)
     within = tail.rfind(_END)
     if within < 0:
         raise CutShort("it has no directory, which is written last")
@@ -305,12 +305,14 @@ def _parse_entry(content: bytes, position: int) -> tuple[Entry, int]:
     behind = extras + extra_length + comment_length
     if behind > len(content):
         raise MalformedZip("its directory is damaged")
-    size, packed, header = _large(content[extras : extras + extra_length], [size, packed, header])
+    size, packed, header = _resolve_zip64(
+        content[extras : extras + extra_length], [size, packed, header]
+    )
     name = content[names:extras].decode("utf-8", "surrogateescape")
     return Entry(name, header, size, packed, method, crc, flags), behind
 
 
-def _large(extra: bytes, numbers: list[int]) -> list[int]:
+def _resolve_zip64(extra: bytes, numbers: list[int]) -> list[int]:
     """Replace placeholders for size, packed size and offset by numbers of the zip64 field."""
     missing = numbers.count(_MOST32)
     if not missing:
