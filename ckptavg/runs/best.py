@@ -11,7 +11,7 @@ from ckptavg.errors import RunError, UsageError, first_few
 from ckptavg.errors.spelling import close_names, did_you_mean
 from ckptavg.formats import Checkpoint
 from ckptavg.formats.metric_names import prominence, words_of
-from ckptavg.runs.metric_columns import metric_columns
+from ckptavg.runs.metric_columns import choose_metric_columns
 
 Mode = Literal["max", "min"]
 MODES: tuple[str, ...] = get_args(Mode)
@@ -150,7 +150,7 @@ def _only_metric(checkpoints: Sequence[Checkpoint]) -> str:
         UsageError: There are several metrics.
         RunError: There is no metric.
     """
-    names = metric_columns(checkpoints).names
+    names = choose_metric_columns(checkpoints).names
     if not names:
         raise RunError("the checkpoints record no metric to choose the best by")
     if len(names) > 1:

@@ -28,7 +28,7 @@ class MetricColumns:
     constants: Mapping[str, float]
 
 
-def metric_columns(checkpoints: Sequence[Checkpoint]) -> MetricColumns:
+def choose_metric_columns(checkpoints: Sequence[Checkpoint]) -> MetricColumns:
     """Choose the columns for the metrics of some checkpoints, in the run's order."""
     columns: dict[str, list[float | None]] = {}
     for row, checkpoint in enumerate(checkpoints):
@@ -84,7 +84,7 @@ def _common_ratio(column: _Column, clock: _Column) -> float:
     return ratios.pop() if len(ratios) == 1 else 0.0
 
 
-def momentary_numbers(checkpoints: Sequence[Checkpoint]) -> frozenset[str]:
+def find_momentary_numbers(checkpoints: Sequence[Checkpoint]) -> frozenset[str]:
     """Name the recorded numbers that change from checkpoint to checkpoint, and are no counts.
 
     Such numbers were measured on a checkpoint, whatever the name, and are not true of an average.
@@ -104,13 +104,12 @@ def momentary_numbers(checkpoints: Sequence[Checkpoint]) -> frozenset[str]:
 
 def _clocks(checkpoints: Sequence[Checkpoint]) -> dict[_Column, str]:
     """Return the columns of every run (rate, epoch, step): values → name."""
-    records = [checkpoint.record for checkpoint in checkpoints]
-    return {
-        tuple(record.lr for record in records): "LR",
-        tuple(record.epoch for record in records): "epoch",
-        tuple(record.step for record in records): "step",
-        tuple(checkpoint.step for checkpoint in checkpoints): "step",
-    }
+    rows: list[_Column] = []
+    for checkpoint in checkpoints:
+        record = checkpoint.record
+        rows.append((record.lr, record.epoch, record.step, checkpoint.step))
+    rates, epochs, recorded_steps, steps = zip(*rows, strict=True)
+    return {rates: "LR", epochs: "epoch", recorded_steps: "step", steps: "step"}
 
 
 def _is_constant(values: Sequence[float | None]) -> bool:

@@ -254,52 +254,53 @@ def _note_doubts(ordered: Sequence[Checkpoint], within: Sequence[float | None]) 
         ordered: The checkpoints.
         within: Positions that order checkpoints of equal steps.
     """
-    notes = (
-        _note_shared_step(ordered, within),
-        _note_networks(ordered),
-        _note_stepless(ordered),
-        _note_disagreement(ordered),
-    )
-    return [note for note in notes if note]
+    return [
+        *_note_shared_step(ordered, within),
+        *_note_networks(ordered),
+        *_note_stepless(ordered),
+        *_note_disagreement(ordered),
+    ]
 
 
-def _note_shared_step(ordered: Sequence[Checkpoint], within: Sequence[float | None]) -> str:
-    """Note the first two checkpoints with the same position; empty without such."""
+def _note_shared_step(ordered: Sequence[Checkpoint], within: Sequence[float | None]) -> list[str]:
+    """Note the first two checkpoints with the same position; no note without such."""
     for (former, earlier), (latter, later) in pairwise(zip(ordered, within, strict=True)):
         if former.step is None or former.step != latter.step:
             continue
         if former.record == latter.record and earlier == later:
-            return (
+            note = (
                 f"{former.path.name} and {latter.path.name} share the step "
                 f"{step_text(former.step)}: if they are of different runs, tell them apart with "
                 "`glob`"
             )
-    return ""
+            return [note]
+    return []
 
 
-def _note_networks(ordered: Sequence[Checkpoint]) -> str:
-    """Note the first two neighbours without a tensor name in common; empty without such."""
+def _note_networks(ordered: Sequence[Checkpoint]) -> list[str]:
+    """Note the first two neighbours without a tensor name in common; no note without such."""
     for former, latter in pairwise(ordered):
         is_disjoint = former.tensors.keys().isdisjoint(latter.tensors)
         if is_disjoint and former.pattern != latter.pattern:
-            return (
+            note = (
                 f"{former.path.name} and {latter.path.name} hold different networks: "
                 f"tell them apart with `glob={former.pattern!r}` or `glob={latter.pattern!r}`"
             )
-    return ""
+            return [note]
+    return []
 
 
-def _note_stepless(ordered: Sequence[Checkpoint]) -> str:
-    """Note checkpoints without a step; empty if all have a step, or for a single checkpoint."""
+def _note_stepless(ordered: Sequence[Checkpoint]) -> list[str]:
+    """Note checkpoints without a step; no note if all have a step, or for a single checkpoint."""
     stepless = [checkpoint.path.name for checkpoint in ordered if checkpoint.step is None]
     if not stepless or len(ordered) == 1:
-        return ""
+        return []
     order = "placed last" if len(stepless) < len(ordered) else "in the order of their names"
-    return f"no step is known of {first_few(stepless)}: {order}"
+    return [f"no step is known of {first_few(stepless)}: {order}"]
 
 
-def _note_disagreement(ordered: Sequence[Checkpoint]) -> str:
-    """Note that epochs contradict the steps; empty if they agree."""
+def _note_disagreement(ordered: Sequence[Checkpoint]) -> list[str]:
+    """Note that epochs contradict the steps; no note if they agree."""
     previous = -math.inf
     for checkpoint in ordered:
         epoch = checkpoint.record.epoch
@@ -307,9 +308,9 @@ def _note_disagreement(ordered: Sequence[Checkpoint]) -> str:
             continue
         # The checkpoints are sorted by step, so epochs that go back contradict the steps.
         if epoch < previous:
-            return "recorded steps and epochs disagree on the order: the steps decide"
+            return ["recorded steps and epochs disagree on the order: the steps decide"]
         previous = epoch
-    return ""
+    return []
 
 
 def _restarts(checkpoints: Sequence[Checkpoint]) -> bool:

@@ -148,12 +148,12 @@ class Run:
     def last(self, count: int) -> Run:
         """Select the last ``count`` checkpoints."""
         _check_positive("last", count)
-        return self._each(Last(count))
+        return self._select(Last(count))
 
     def every(self, stride: int) -> Run:
         """Select every ``stride``-th checkpoint, counted back from the last, which is kept."""
         _check_positive("every", stride)
-        return self._each(Every(stride))
+        return self._select(Every(stride))
 
     def cycle(self, length: int, offset: int | None = None) -> Run:
         """Select the checkpoints at positions offset, offset + length, ..., counted from 1.
@@ -166,7 +166,7 @@ class Run:
             offset = length
         _check_positive("cycle", length)
         _check_positive("the cycle's offset", offset)
-        return self._each(Cycle(length, offset))
+        return self._select(Cycle(length, offset))
 
     def steps(self, first: float | None = None, last: float | None = None) -> Run:
         """Select the checkpoints from step ``first`` to step ``last``, both included.
@@ -176,7 +176,7 @@ class Run:
         """
         low = -math.inf if first is None else first
         high = math.inf if last is None else last
-        return self._each(Steps(low, high))
+        return self._select(Steps(low, high))
 
     def at_lr_min(self) -> Run:
         """Select the checkpoints at minima of the recorded learning rate, the ends included.
@@ -188,7 +188,7 @@ class Run:
         Raises:
             RunError: A checkpoint records no learning rate.
         """
-        run = self._each(RateMinima())
+        run = self._select(RateMinima())
         # A scheduler stepped before the save shifts the ends of cycles by one checkpoint.
         notes = chain.from_iterable(map(note_restarts, self.trainings))
         return replace(run, notes=(*run.notes, *dict.fromkeys(notes)))
@@ -211,7 +211,7 @@ class Run:
         """
         _check_positive("best", count)
         criterion = choose_criterion(self.opened, metric, mode)
-        run = self._each(Best(count, criterion))
+        run = self._select(Best(count, criterion))
         if metric is not None and mode is not None:
             return run
         direction = {"max": "highest", "min": "lowest"}[criterion.mode]
@@ -225,7 +225,7 @@ class Run:
             RunError: There are fewer checkpoints.
         """
         _check_positive("sample", count)
-        return self._each(Sample(count, seed))
+        return self._select(Sample(count, seed))
 
     def _slice(self, positions: slice) -> Run:
         """Select checkpoints by a slice of positions through all trainings."""
@@ -249,7 +249,7 @@ class Run:
 
         return tabulate_run(self.opened, self.notes)
 
-    def _each(self, selection: Selection) -> Run:
+    def _select(self, selection: Selection) -> Run:
         """Apply a selection to each training."""
         trainings: list[tuple[Checkpoint, ...]] = []
         pending: list[tuple[Damaged, ...]] = []

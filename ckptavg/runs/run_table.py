@@ -9,7 +9,7 @@ from ckptavg.display.tables import NOTHING, Column, Table, rows_of_texts
 from ckptavg.errors.printable import step_text, without_secrets
 from ckptavg.formats import Checkpoint
 from ckptavg.runs.discovery.numbered import short_names
-from ckptavg.runs.metric_columns import metric_columns
+from ckptavg.runs.metric_columns import choose_metric_columns
 from ckptavg.runs.order import paths_of
 
 # Columns of metrics. Further metrics are named below the table.
@@ -23,7 +23,7 @@ def tabulate_run(checkpoints: Sequence[Checkpoint], notes: Sequence[str] = ()) -
         checkpoints: Checkpoints in the run's order; at least one.
         notes: Lines below the table.
     """
-    metrics = metric_columns(checkpoints)
+    metrics = choose_metric_columns(checkpoints)
     shown = metrics.names[:_MOST_METRICS]
     columns = [
         Column("checkpoint", "name"),

@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 
 from ckptavg import open_run
 from ckptavg.formats import Record, open_checkpoint
-from ckptavg.runs.metric_columns import metric_columns, momentary_numbers
+from ckptavg.runs.metric_columns import choose_metric_columns, find_momentary_numbers
 
 
 def columns(tmp_path, **recorded):
     """The columns of a run, given each entry's values in its checkpoints."""
     for i, values in enumerate(zip(*recorded.values(), strict=True), 1):
         save_weight(tmp_path / f"epoch_{i}.pt", i, **dict(zip(recorded, values, strict=True)))
-    return metric_columns(open_run(tmp_path).checkpoints)
+    return choose_metric_columns(open_run(tmp_path).checkpoints)
 
 
 def test_copies_of_the_clock_and_of_the_rate_are_no_columns(tmp_path):
@@ -66,8 +66,8 @@ def test_numbers_that_change_and_count_nothing_are_of_one_checkpoint(tmp_path):
         beside = {"va": i / 7, "top1": 70 + i, "n": 40 * i, "tau": 0.5, "kl_weight": i / 10}
         save_weight(tmp_path / f"epoch_{i}.pt", i, epoch=i, **beside)
     run = open_run(tmp_path)
-    assert momentary_numbers(run.checkpoints) == {"va"}
-    assert momentary_numbers(run.last(1).checkpoints) == frozenset()
+    assert find_momentary_numbers(run.checkpoints) == {"va"}
+    assert find_momentary_numbers(run.last(1).checkpoints) == frozenset()
 
 
 def test_a_perfect_accuracy_in_the_first_epoch_is_a_column(tmp_path):
@@ -91,5 +91,5 @@ def test_each_metric_is_a_column_or_repeats_one(tmp_path_factory, recorded):
         Record(step=i, metrics={n: v[i] for n, v in recorded.items() if v[i] is not None})
         for i in range(3)
     ]
-    found = metric_columns([replace(checkpoint, record=row) for row in rows])
+    found = choose_metric_columns([replace(checkpoint, record=row) for row in rows])
     assert sorted([*found.names, *found.repeats, *found.constants]) == sorted(recorded)

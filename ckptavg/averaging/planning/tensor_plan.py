@@ -24,7 +24,7 @@ from ckptavg.formats import Checkpoint, Tensor
 from ckptavg.formats.checkpoint import DTYPES, DType
 from ckptavg.formats.file_layout import OutputTensor
 from ckptavg.formats.names import batchnorm_layers, layer_statistics
-from ckptavg.runs.metric_columns import momentary_numbers
+from ckptavg.runs.metric_columns import find_momentary_numbers
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Plan:
         """The checkpoint of the layout that outputs have: the last, with the plan's metadata."""
         last = self.checkpoints[-1]
         metadata = {**last.metadata, **self.metadata}
-        return replace(last, metadata=metadata, momentary=momentary_numbers(self.checkpoints))
+        return replace(last, metadata=metadata, momentary=find_momentary_numbers(self.checkpoints))
 
     @property
     def ties(self) -> list[list[str]]:

@@ -21,7 +21,7 @@ from ckptavg.formats.names import batchnorm_layers
 from ckptavg.formats.provenance import Provenance
 from ckptavg.io.paths import locate, without_secrets
 from ckptavg.runs.discovery.numbered import short_names
-from ckptavg.runs.metric_columns import metric_columns
+from ckptavg.runs.metric_columns import choose_metric_columns
 from ckptavg.runs.run import Run, open_run
 from ckptavg.runs.selection_notes import note_cycles
 
@@ -100,7 +100,7 @@ def _measured(report: Report, run: Run) -> Geometry:
 
 
 def _show_run(report: Report, run: Run, whole: Run, geometry: Geometry | None = None) -> None:
-    metrics = metric_columns(run.checkpoints)
+    metrics = choose_metric_columns(run.checkpoints)
     shown_metrics = metrics.names[:_MOST_METRICS]
     rows = [
         (
@@ -181,7 +181,7 @@ def _show_checkpoint(report: Report, checkpoint: Checkpoint) -> None:
         f"step {number_text(record.step)}, epoch {number_text(record.epoch)}, "
         f"LR {number_text(record.lr)}"
     )
-    if metrics := metric_columns([checkpoint]).names[:_MOST_LISTED]:
+    if metrics := choose_metric_columns([checkpoint]).names[:_MOST_LISTED]:
         values = [f"{name} {number_text(record.metrics[name])}" for name in metrics]
         report.line(f"recorded: {', '.join(values)}")
     report.line(

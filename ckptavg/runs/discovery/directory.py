@@ -182,7 +182,7 @@ class DirectorySearch:
             unnumbered = [path for path in nested if path not in numbered]
             self._findings.exclude(unnumbered, Reason.UNNUMBERED)
         else:
-            steps = [path for path in folders if names_step(path.name)]
+            steps = _list_steps(folders)
             members = list(chain.from_iterable(map(find_weights_below, steps)))
         # The root is a pipeline of several networks, and the steps hold the one that was trained.
         if members and component_names(root) and not any(map(component_names, members)):
@@ -207,9 +207,9 @@ class DirectorySearch:
         Raises:
             CheckpointError: The files are parts of models.
         """
-        if len(files) > 1 or any(names_step(path.name) for path in nested):
+        if len(files) > 1 or _list_steps(nested):
             return []
-        steps = {path: find_weights_below(path) for path in folders if names_step(path.name)}
+        steps = {path: find_weights_below(path) for path in _list_steps(folders)}
         if not any(steps.values()) and not nested and not files and names_step(directory.name):
             steps = {directory: find_weights_below(directory)}
         deeper = list(chain.from_iterable(steps.values()))
@@ -251,9 +251,13 @@ def _check_unfinished(broken: Mapping[Location, RunError], nested: Iterable[Loca
     """
     if not broken:
         return
-    has_steps = any(names_step(path.name) for path in nested)
-    if not has_steps or not all(names_step(path.name) for path in broken):
+    if not _list_steps(nested) or len(_list_steps(broken)) < len(broken):
         raise next(iter(broken.values()))
+
+
+def _list_steps(paths: Iterable[Location]) -> list[Location]:
+    """List the paths whose names tell a step."""
+    return [path for path in paths if names_step(path.name)]
 
 
 def _is_run_of_steps(paths: Sequence[Location], nested: Collection[Location]) -> bool:
