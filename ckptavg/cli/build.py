@@ -100,7 +100,9 @@ def open_training_data(
         peers: Processes that share the data; this process alone where None.
     """
     samples = running.statistics.samples
-    subset = None if samples is None else Subset(*samples)
+    subset = None
+    if samples is not None:
+        subset = Subset(*samples)
     peers = peers or SingleProcess()
     return _open_batches(running.training, source, runtime, peers, subset, train=True)
 

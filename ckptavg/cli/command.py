@@ -55,7 +55,9 @@ def command(
 
     def decorate(function: Callable[..., Any]) -> click.Command:
         """Make the command."""
-        run = _share(function) if shared else _refuse_several(function)
+        run = _refuse_several(function)
+        if shared:
+            run = _share(function)
         return click.command(name, cls=_Command)(_report(run))
 
     return decorate
@@ -107,10 +109,21 @@ def _report(function: Callable[..., Any]) -> Callable[..., Any]:
         debug: bool,
         **values: Any,
     ) -> Any:
-        """Call the function with a report."""
+        """Call the function with a report.
+
+        Args:
+            as_json: Print the result as JSON.
+            threads: Processor threads that compute; None for the default.
+            quiet: Show no notes and no progress.
+            verbose: More for more notes.
+            debug: Show tracebacks.
+            values: All other options of the command.
+        """
         from ckptavg.specs.user_modules import keep_imports  # noqa: PLC0415 - not for help
 
-        verbosity = -1 if quiet else verbose
+        verbosity = verbose
+        if quiet:
+            verbosity = -1
         report = launcher.open_report(as_json=as_json, verbosity=verbosity)
         with (
             warnings.catch_warnings(),

@@ -30,7 +30,7 @@ from ckptavg.cli.lasting_stream import LastingStream
 from ckptavg.cli.wording import for_shell
 from ckptavg.display.json_text import json_text
 from ckptavg.display.table_layout import Line, lay_out, wrap_note
-from ckptavg.display.tables import Column, Table, rows_of_texts
+from ckptavg.display.tables import NOTHING, Column, Kind, Table, rows_of_texts
 from ckptavg.errors.printable import printable, step_text, three_digits
 
 _NUMBER = re.compile(r"–||-?\d[\d.,e+-]*( [kMGT]?B)?|-?inf|nan")
@@ -87,7 +87,13 @@ class Report:
     def table(
         self, columns: Sequence[str | Column], rows: Sequence[Sequence[str]], *, title: str = ""
     ) -> None:
-        """Print a table on stdout, numbers flush right. Nothing with ``as_json``."""
+        """Print a table on stdout, numbers flush right. Nothing with ``as_json``.
+
+        Args:
+            columns: Titles, or columns; the kind of a title's column follows from the cells.
+            rows: Texts of the cells.
+            title: Text above the table.
+        """
         self.draw(Table(title, _columns(columns, rows), rows_of_texts(rows)))
 
     def draw(self, table: Table) -> None:
@@ -100,28 +106,29 @@ class Report:
         self.line("")
 
     def _styled(self, line: Line) -> Text:
-        is_plain = not _has_unicode(self._out)
         styles = _styles(self._out)
+        replaced: dict[int, int] = {}
+        if not _has_unicode(self._out):
+            replaced = _PLAIN
         text = Text()
         for piece in line:
-            shown = piece.text.translate(_PLAIN) if is_plain else piece.text
-            text.append(shown, styles.get(piece.style or "", ""))
+            text.append(piece.text.translate(replaced), styles.get(piece.style or "", ""))
         return text
 
     def line(self, text: str) -> None:
-        """A line on stdout. Nothing with ``as_json``."""
+        """Print a line on stdout. Nothing with ``as_json``."""
         if self.as_json:
             return
         for line in wrap_note(printable(for_shell(text)), _width(self._out)):
             self._out.print(Text(line), soft_wrap=True)
 
     def remark(self, text: str) -> None:
-        """A line on stderr, however quiet the command is to be."""
+        """Print a line on stderr, however quiet the command is to be."""
         for line in wrap_note(printable(for_shell(text)), _width(self._err)):
             self._err.print(Text(line), soft_wrap=True)
 
     def result(self, value: Any) -> None:
-        """The result as JSON on stdout, with ``as_json``."""
+        """Print the result as JSON on stdout, with ``as_json``."""
         if self.as_json:
             self._out.file.write(json_text(value, ascii_only=not _has_unicode(self._out)))
             self._out.file.flush()
@@ -135,7 +142,7 @@ class Report:
 
     @contextmanager
     def samples_progress(self) -> Iterator[Any]:
-        """A bar of samples, rate and time left for each phase; gives the callback."""
+        """Draw a bar of samples, rate and time left per phase, and yield the callback."""
         with self._bar(MofNCompleteColumn(), _Rate(), TimeRemainingColumn()) as move:
             yield move
 
@@ -149,6 +156,13 @@ class Report:
         tasks: dict[str, Any] = {}
 
         def move(phase: str, done: int, total: int) -> None:
+            """Move the bar of a phase.
+
+            Args:
+                phase: Name of the phase.
+                done: Count of what is done.
+                total: Count of all; 0 if unknown.
+            """
             if phase not in tasks:
                 tasks[phase] = bar.add_task(escape(printable(phase)), total=total or None)
             bar.update(tasks[phase], completed=done, total=total or None)
@@ -158,18 +172,22 @@ class Report:
 
 
 def rate_text(speed: float) -> str:
-    """Samples per second."""
+    """Format a rate in samples per second."""
     return f"{three_digits(speed)} samples/s"
 
 
-def counted(count: int, thing: str) -> str:
+def count_text(count: int, noun: str) -> str:
     """Format a count and a noun."""
-    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
+    if count == 1:
+        return f"{count} {noun}"
+    return f"{count} {noun}s"
 
 
 def number_text(value: float | None) -> str:
     """Format a recorded number: whole numbers in full, a dash for None."""
-    return "–" if value is None else step_text(value)
+    if value is None:
+        return NOTHING
+    return step_text(value)
 
 
 def _is_number(cell: str) -> bool:
@@ -184,18 +202,30 @@ def _columns(titles: Sequence[str | Column], rows: Sequence[Sequence[str]]) -> t
             columns.append(title)
             continue
         cells = [row[i] for row in rows]
-        if rows and all(map(_is_number, cells)):
-            columns.append(Column(title, "number"))
-        elif any(len(cell) > _PROSE and " " in cell for cell in cells) and i:
-            columns.append(Column(title, "prose"))
-        else:
-            columns.append(Column(title, "text" if i else "name"))
+        columns.append(Column(title, _kind_of(cells, is_first=i == 0)))
     return tuple(columns)
+
+
+def _kind_of(cells: Sequence[str], *, is_first: bool) -> Kind:
+    """Return the kind of a column by the texts of the cells."""
+    if cells and all(map(_is_number, cells)):
+        return "number"
+    if is_first:
+        return "name"
+    if any(map(_is_prose, cells)):
+        return "prose"
+    return "text"
+
+
+def _is_prose(cell: str) -> bool:
+    return len(cell) > _PROSE and " " in cell
 
 
 def _width(console: Console) -> int | None:
     """Return the width of a terminal; None where lines may be of any length."""
-    return console.width if console.is_terminal else None
+    if not console.is_terminal:
+        return None
+    return console.width
 
 
 def _has_unicode(console: Console) -> bool:
@@ -204,8 +234,9 @@ def _has_unicode(console: Console) -> bool:
 
 def _styles(console: Console) -> dict[str, str]:
     """Return the styles of marked cells, as far as the terminal has colors."""
-    few = console.color_system in (None, "standard", "windows")
-    return _WEIGHTS | (_FEW_COLORS if few else _MANY_COLORS)
+    if console.color_system in (None, "standard", "windows"):
+        return _WEIGHTS | _FEW_COLORS
+    return _WEIGHTS | _MANY_COLORS
 
 
 def _console(stream: Any) -> Console:
@@ -225,14 +256,17 @@ class _NoteHandler(logging.Handler):
     def __init__(self, console: Console) -> None:
         super().__init__()
         self._console = console
-        self._told: set[str] = set()
+        self._shown: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        word = "warning" if record.levelno >= logging.WARNING else "note"
+        """Print a record."""
+        word = "note"
+        if record.levelno >= logging.WARNING:
+            word = "warning"
         message = f"{word}: {for_shell(record.getMessage())}"
-        if message in self._told:
+        if message in self._shown:
             return
-        self._told.add(message)
+        self._shown.add(message)
         first, *further_lines = wrap_note(message, _width(self._console))
         text = Text.assemble(
             (f"{word}:", _styles(self._console)[word]), first.removeprefix(f"{word}:")
@@ -246,4 +280,7 @@ class _Rate(ProgressColumn):
     """Samples per second."""
 
     def render(self, task: Task) -> Text:
-        return Text(rate_text(task.speed) if task.speed else "")
+        """Draw the rate of a task; nothing before it is known."""
+        if not task.speed:
+            return Text()
+        return Text(rate_text(task.speed))

@@ -41,7 +41,7 @@ def show_in_one_line(debug: bool) -> Iterator[None]:
             raise click.UsageError(for_shell(str(error))) from error
         if isinstance(error, CkptavgError):
             raise Failure(error) from error
-        raise Failure(_as_ours(error)) from error
+        raise Failure(_to_ckptavg_error(error)) from error
 
 
 def _is_of_users_code(error: CkptavgError) -> bool:
@@ -59,14 +59,18 @@ def _make_printable(error: BaseException | None) -> None:
         if error is None or id(error) in visited:
             continue
         visited.add(id(error))
-        error.args = tuple(
-            escape_unseen(without_secrets(arg), keep="\n\t") if isinstance(arg, str) else arg
-            for arg in error.args
-        )
+        error.args = tuple(map(_printable_argument, error.args))
         waiting += [error.__cause__, error.__context__]
 
 
-def _as_ours(error: Exception) -> CkptavgError:
+def _printable_argument(argument: object) -> object:
+    """Escape an argument of an error if it is a text."""
+    if not isinstance(argument, str):
+        return argument
+    return escape_unseen(without_secrets(argument), keep="\n\t")
+
+
+def _to_ckptavg_error(error: Exception) -> CkptavgError:
     """Word the error for a failure in user code or in this package."""
     if isinstance(error, OSError) and error.filename is not None:
         return unreadable(error.filename, error)

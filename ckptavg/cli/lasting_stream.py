@@ -23,7 +23,7 @@ class LastingStream:
     """
 
     def __init__(self, stream: TextIO | None, *, essential: bool) -> None:
-        self._stream = io.StringIO() if stream is None else stream
+        self._stream = stream or io.StringIO()
         self._essential = essential
 
     def __getattr__(self, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Ends of commands by SIGTERM and Ctrl-C: no partial output, and one true line."""
+"""Ends of commands by SIGTERM and Ctrl-C: no partial output, and a line that says so."""
 
 from __future__ import annotations
 
@@ -45,15 +45,16 @@ class Signals:
         """
         self._count += 1
         if os.getpid() != self._process or self._count >= _LAST:  # a child has a copy of handlers
-            signal.signal(number, _USUAL[number])
+            signal.signal(number, _DEFAULT_HANDLERS[number])
             signal.raise_signal(number)
         elif self._count == 1:
             self.first = signal.Signals(number)
-            raise _KINDS[self.first]
+            raise _EXCEPTIONS[self.first]
 
 
-_KINDS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
-_USUAL: dict[int, Any] = {
+_WORDS = {signal.SIGINT: "Interrupted", signal.SIGTERM: "Terminated"}
+_EXCEPTIONS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
+_DEFAULT_HANDLERS: dict[int, Any] = {
     signal.SIGINT: signal.default_int_handler,
     signal.SIGTERM: signal.SIG_DFL,
 }
@@ -68,21 +69,21 @@ def unwind_on_signals() -> Iterator[Signals]:
     if threading.current_thread() is not threading.main_thread():
         yield Signals()
         return
-    handlers = {number: signal.getsignal(number) for number in _USUAL}
+    handlers = {number: signal.getsignal(number) for number in _DEFAULT_HANDLERS}
     for handler in handlers.values():
         outer = getattr(handler, "__self__", None)
         if isinstance(outer, Signals):
             yield outer
             return
     signals = Signals()
-    ours = [number for number, handler in handlers.items() if handler == _USUAL[number]]
+    ours = [number for number, handler in handlers.items() if handler == _DEFAULT_HANDLERS[number]]
     try:
         for number in ours:
             signal.signal(number, signals.handle)
         yield signals
     finally:
         for number in ours:
-            signal.signal(number, _USUAL[number])
+            signal.signal(number, _DEFAULT_HANDLERS[number])
 
 
 @contextmanager
@@ -99,26 +100,33 @@ def report_interrupt(
     number: signal.Signals | None = None
     try:
         yield
-    except KeyboardInterrupt as error:
-        number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
+    except Terminated:
+        number = signal.SIGTERM
+    except KeyboardInterrupt:
+        number = signal.SIGINT
     except Exception as error:
-        # That another process has died tells more than the signal that its launcher sends for it.
-        of_peers = isinstance(error.__cause__, PeerError)
-        number = None if signals is None or of_peers else signals.first
-        if number is None:
+        # The death of another process tells more than the signal that its launcher sends for it.
+        if signals is None or signals.first is None or isinstance(error.__cause__, PeerError):
             raise
+        number = signals.first
     else:
-        number = None if signals is None else signals.first
-    if number is not None:
-        word = "Terminated" if number == signal.SIGTERM else "Interrupted"
-        text = f"{word}." if outputs is None else f"{word}: {_left(before)}."
-        click.echo(printable(text), err=True)
-        raise click.exceptions.Exit(_BY_SIGNAL + number) from None
+        if signals is not None:
+            number = signals.first
+    if number is None:
+        return
+    text = _WORDS[number]
+    if outputs is not None:
+        text += f": {_describe_written(before)}"
+    click.echo(printable(f"{text}."), err=True)
+    raise click.exceptions.Exit(_BY_SIGNAL + number) from None
 
 
-def _left(before: Mapping[str, object]) -> str:
+def _describe_written(before: Mapping[str, object]) -> str:
+    """Name the outputs that have changed since their stamps were taken."""
     written = [path for path, stamp in before.items() if _stamp(path) != stamp]
-    return f"{' and '.join(written)} had been written" if written else "nothing was written"
+    if not written:
+        return "nothing was written"
+    return f"{' and '.join(written)} had been written"
 
 
 def _stamp(path: str) -> tuple[int, ...] | None:

@@ -67,7 +67,9 @@ def for_shell(text: str) -> str:
 
 def _replace_span(match: re.Match[str]) -> str:
     flags = flags_of(match[1])
-    return match[0] if flags is None else flags
+    if flags is None:
+        return match[0]
+    return flags
 
 
 def flags_of(span: str) -> str | None:
@@ -81,7 +83,7 @@ def flags_of(span: str) -> str | None:
     """
     if span.isidentifier():
         flag = _flag(span)
-        return f"--{flag}" if flag else None
+        return flag and f"--{flag}"
     if span.startswith("."):
         return _selection_flags(_parse_call(f"run{span}"))
     if span.startswith("update_bn("):
@@ -94,7 +96,9 @@ def _parse_call(source: str) -> ast.Call | None:
         expression = ast.parse(source, mode="eval").body
     except (SyntaxError, ValueError):
         return None
-    return expression if isinstance(expression, ast.Call) else None
+    if not isinstance(expression, ast.Call):
+        return None
+    return expression
 
 
 def _flag(name: str) -> str | None:
@@ -122,7 +126,9 @@ def _with_values(flag: str, value: ast.expr) -> list[str]:
     """Return a flag with its value, once per value of a list."""
     if isinstance(value, ast.Constant) and value.value is True:
         return [f"--{flag}"]
-    values = value.elts if isinstance(value, ast.List | ast.Tuple) else [value]
+    values = [value]
+    if isinstance(value, ast.List | ast.Tuple):
+        values = value.elts
     return [f"--{flag} {_shell_word(item)}" for item in values]
 
 

@@ -226,7 +226,10 @@ def test_inspect_a_checkpoint_and_how_it_was_made(home: Path) -> None:
         (["average", "run", "-o", "no/such/dir/o.pt"], ["does not exist"]),
         (["eval", "--run", "run", *EVAL[:1], "nomodule:f", *EVAL[2:]], ["nomodule", "no module"]),
         (["eval", "--run", "run", *EVAL[:1], "net.py:modle", *EVAL[2:]], ["modle", "model?"]),
-        (["eval", "--run", "run", *EVAL, "--model-arg", "classes=7"], ["shape", "--model-arg"]),
+        (
+            ["eval", "--run", "run", *EVAL, "--model-arg", "classes=7"],
+            ["shape", "--model and its arguments"],
+        ),
         (["eval", "--run", "run", *EVAL, "--model-arg", "depth=7"], ["depth", "It takes classes"]),
         (["eval", "--run", "run", *EVAL[:3], "net.py:broken"], ["RuntimeError", "--forward"]),
         (["eval", "--run", "run", *EVAL, "--device", "cuda:99"], ["cuda:99", "not available"]),

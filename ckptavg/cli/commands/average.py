@@ -14,7 +14,7 @@ import click
 from ckptavg.averaging.planning.rules import Rules
 from ckptavg.cli.command import command
 from ckptavg.cli.commands import geometry
-from ckptavg.cli.console import Report, counted, number_text
+from ckptavg.cli.console import Report, count_text, number_text
 from ckptavg.cli.options.also import AlsoAverage, read_also
 from ckptavg.cli.options.averaging import (
     TensorOptions,
@@ -290,7 +290,7 @@ def _show_plan(report: Report, planned: Average, name: str) -> None:
         step, lr = number_text(checkpoint.step), number_text(checkpoint.record.lr)
         rows.append((short, step, lr, f"{coefficient:.6g}"))
     of = f"{name}: " if name else ""
-    title = f"{of}{counted(len(rows), 'checkpoint')}, {planned.scheme.text}"
+    title = f"{of}{count_text(len(rows), 'checkpoint')}, {planned.scheme.text}"
     report.table(("checkpoint", "step", "LR", "coefficient"), rows, title=title)
 
 

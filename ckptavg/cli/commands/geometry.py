@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ckptavg.cli.console import Report
+from ckptavg.display.tables import NOTHING
 from ckptavg.errors import first_few
 from ckptavg.runs.discovery.numbered import short_names
 
 if TYPE_CHECKING:
+    from ckptavg.formats import Checkpoint
     from ckptavg.inspection.geometry import Geometry
 
 
@@ -22,10 +25,12 @@ def show(report: Report, geometry: Geometry) -> None:
         "to nearest": ordered[:, 1].tolist(),
         "to farthest": ordered[:, -1].tolist(),
     }
-    texts = [list(map(_length_text, values)) for values in columns.values()]
-    names = short_names([c.path for c in geometry.checkpoints])
+    names = short_names([checkpoint.path for checkpoint in geometry.checkpoints])
+    rows = []
+    for name, *lengths in zip(names, *columns.values(), strict=True):
+        rows.append((name, *map(_length_text, lengths)))
     title = "geometry of the weights (Euclidean; step: from the one before)"
-    report.table(("checkpoint", *columns), list(zip(names, *texts, strict=True)), title=title)
+    report.table(("checkpoint", *columns), rows, title=title)
     if geometry.step_cosines.isfinite().any():
         cosine = geometry.step_cosines.nanmean()
         report.line(
@@ -36,29 +41,32 @@ def show(report: Report, geometry: Geometry) -> None:
 
 def _by_checkpoint(geometry: Geometry) -> list[float | None]:
     """Return the length of the step to each checkpoint; None for the first of a training."""
-    steps = iter(geometry.steps.tolist())
-    return [
-        next(steps) if i else None
-        for training in geometry.run.trainings
-        for i in range(len(training))
-    ]
+    steps = geometry.steps.tolist()
+    lengths: list[float | None] = []
+    for training in geometry.run.trainings:
+        count = len(training) - 1
+        lengths += [None, *steps[:count]]
+        steps = steps[count:]
+    return lengths
 
 
 def _length_text(value: float | None) -> str:
-    return "–" if value is None else f"{value:#.4g}".rstrip(".")
+    if value is None:
+        return NOTHING
+    return f"{value:#.4g}".rstrip(".")
 
 
 def _verdict(geometry: Geometry) -> str:
     """Word a line about checkpoints that stand apart."""
     outliers, groups = geometry.outliers, geometry.groups
     if outliers is not None:
-        paths = [checkpoint.path for checkpoint in geometry.checkpoints]
-        name_by_path = dict(zip(paths, short_names(paths), strict=True))
-        names = [name_by_path[checkpoint.path] for checkpoint in outliers.checkpoints]
+        names = _names_within(geometry, outliers.checkpoints)
+        verb = "stand"
+        if len(names) == 1:
+            verb = "stands"
         return (
-            f"{first_few(names)} {'stands' if len(names) == 1 else 'stand'} apart: "
-            f"{outliers.distance:.4g} to the nearest of the others, which all have one within "
-            f"{outliers.typical:.4g}"
+            f"{first_few(names)} {verb} apart: {outliers.distance:.4g} to the nearest of the "
+            f"others, which all have one within {outliers.typical:.4g}"
         )
     if len(groups.members) > 1:
         sizes = " and ".join(str(len(group)) for group in groups.members)
@@ -66,8 +74,16 @@ def _verdict(geometry: Geometry) -> str:
             f"the checkpoints fall into groups of {sizes}: {groups.distance:.4g} apart at least, "
             f"where those of a group are linked within {groups.typical:.4g}. Is it one training?"
         )
-    few = len(geometry.checkpoints) < 4
-    return f"{'too few to tell whether one' if few else 'no checkpoint'} stands apart"
+    if len(geometry.checkpoints) < 4:
+        return "too few to tell whether one stands apart"
+    return "no checkpoint stands apart"
+
+
+def _names_within(geometry: Geometry, checkpoints: Sequence[Checkpoint]) -> list[str]:
+    """Return names of some checkpoints, as short as the table has them."""
+    paths = [checkpoint.path for checkpoint in geometry.checkpoints]
+    name_by_path = dict(zip(paths, short_names(paths), strict=True))
+    return [name_by_path[checkpoint.path] for checkpoint in checkpoints]
 
 
 def values(geometry: Geometry) -> dict[str, Any]:
@@ -76,7 +92,7 @@ def values(geometry: Geometry) -> dict[str, Any]:
     odd = None
     if outliers is not None:
         odd = {
-            "checkpoints": [str(c.path) for c in outliers.checkpoints],
+            "checkpoints": _paths(outliers.checkpoints),
             "distance": outliers.distance,
             "usual": outliers.typical,
         }
@@ -89,5 +105,9 @@ def values(geometry: Geometry) -> dict[str, Any]:
         "turns": geometry.step_cosines.tolist(),
         "to_mean": geometry.to_mean.tolist(),
         "odd": odd,
-        "groups": [[str(c.path) for c in group] for group in geometry.groups.members],
+        "groups": list(map(_paths, geometry.groups.members)),
     }
+
+
+def _paths(checkpoints: Iterable[Checkpoint]) -> list[str]:
+    return [str(checkpoint.path) for checkpoint in checkpoints]

@@ -9,7 +9,7 @@ import click
 
 from ckptavg.cli.command import command
 from ckptavg.cli.commands import geometry as shown
-from ckptavg.cli.console import Report, counted, number_text
+from ckptavg.cli.console import Report, count_text, number_text
 from ckptavg.cli.options.declare import option
 from ckptavg.cli.options.selection import SelectionOptions, selection_options
 from ckptavg.cli.wording import for_shell
@@ -117,7 +117,7 @@ def _show_run(report: Report, run: Run, whole: Run, geometry: Geometry | None = 
     columns = _run_columns(shown_metrics)
     kinds = ", ".join(dict.fromkeys(checkpoint.format.label for checkpoint in run))
     of = "" if run is whole else f"{len(run)} of "
-    title = f"{of}{counted(len(whole.opened), 'checkpoint')} in order ({kinds})"
+    title = f"{of}{count_text(len(whole.opened), 'checkpoint')} in order ({kinds})"
     report.table(columns, rows, title=title)
     if more := metrics.names[_MOST_METRICS:]:
         report.line(f"more metrics: {', '.join(more)}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptavg.cli.command import command
-from ckptavg.cli.console import Report, counted
+from ckptavg.cli.console import Report, count_text
 from ckptavg.cli.options.declare import option
 from ckptavg.cli.options.param_types import output
 from ckptavg.cli.options.running import RunningOptions, running_options
@@ -81,6 +81,6 @@ def _describe(result: BatchNormResult, state: str | None) -> str:
         return "no BatchNorm statistics"
     if not result.layers:
         return f"its statistics unchanged: {state}"
-    layers, samples = counted(result.layers, "layer"), counted(result.samples, "sample")
+    layers, samples = count_text(result.layers, "layer"), count_text(result.samples, "sample")
     state_suffix = "" if state == "recomputed" else f", {state}"
     return f"statistics of {layers} from {samples}{state_suffix}"

@@ -31,7 +31,7 @@ _VALUES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "sample": ("sample", pair),
     "last": ("last", positive),
 }
-_FLAGS = {"at-lr-min": "at_lr_min"}
+_SWITCHES = {"at-lr-min": "at_lr_min"}
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,9 @@ def read_also(text: str) -> AlsoAverage:
         read_scheme(scheme)
     except click.BadParameter as error:
         raise click.BadParameter(f"{name}: {error.message}") from None
-    picks = _read_picks(selection) if at else None
-    return AlsoAverage(name, scheme, picks)
+    if not at:
+        return AlsoAverage(name, scheme, None)
+    return AlsoAverage(name, scheme, _read_picks(selection))
 
 
 def _read_picks(text: str) -> Picks:
@@ -111,14 +112,14 @@ def _read_picks(text: str) -> Picks:
         if key in keys:
             raise click.BadParameter(f"{key!r} is given twice in {text!r}")
         keys.add(key)
-        if key in _FLAGS and not separator:
-            picks[_FLAGS[key]] = True
+        if key in _SWITCHES and not separator:
+            picks[_SWITCHES[key]] = True
         elif key in _VALUES and value:
             name, convert = _VALUES[key]
             picks[name] = _convert(part, value, convert)
         else:
             forms = [f"{name}=..." for name in _VALUES]
-            expected = ", ".join([*forms, *_FLAGS])
+            expected = ", ".join([*forms, *_SWITCHES])
             raise click.BadParameter(f"expected one of {expected} after @ but got {part!r}")
     return Picks(**picks)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from typing import Any
 
 import click
@@ -64,7 +65,9 @@ class GroupedCommand(click.Command):
         Raises:
             click.UsageError: An argument could be either.
         """
-        for arg in () if ctx.resilient_parsing else args:
+        if ctx.resilient_parsing:
+            return super().parse_args(ctx, args)
+        for arg in args:
             if arg.startswith("-") and os.path.lexists(arg):
                 raise click.UsageError(
                     f"{arg} is the name of a file in this directory, and would be taken for an "
@@ -78,7 +81,7 @@ class GroupedCommand(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the common options, and how to see the rest."""
         records = []
-        further: dict[str, int] = {}
+        further: Counter[str] = Counter()
         for option in self._options(ctx):
             record = option.get_help_record(ctx)
             if record is None:
@@ -86,14 +89,15 @@ class GroupedCommand(click.Command):
             if option.common:
                 records.append(record)
             else:
-                further[option.group] = further.get(option.group, 0) + 1
+                further[option.group] += 1
         with formatter.section("Options"):
             formatter.write_dl([*records, ("-h, --help", "Show this message and exit.")])
-        groups = ", ".join(group.partition(" (")[0].lower() for group in further)
+        titles = [group.partition(" (")[0].lower() for group in further]
+        text = f"{ctx.command_path} --help-all shows {further.total()} more: {', '.join(titles)}."
+        if self._runs_a_model(ctx):
+            text += f" {OWN_CODE_HINT}"
         formatter.write_paragraph()
-        hidden = f"{ctx.command_path} --help-all shows {sum(further.values())} more: {groups}."
-        hint = f" {OWN_CODE_HINT}" if self._runs_a_model(ctx) else ""
-        formatter.write_text(hidden + hint)
+        formatter.write_text(text)
 
     def format_full_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write all options in groups, in the order of each group's first option."""

@@ -8,16 +8,18 @@ from ckptavg.errors import UsageError
 
 
 def pair(text: str) -> tuple[int, int | None]:
-    """``N`` or ``N:M``, two whole numbers."""
+    """Read ``N`` or ``N:M``, two whole numbers."""
     first, separator, second = text.partition(":")
     try:
-        return int(first), int(second) if separator else None
+        if not separator:
+            return int(first), None
+        return int(first), int(second)
     except ValueError:
         raise click.BadParameter(f"expected N or N:M but got {text!r}") from None
 
 
 def numbers(text: str) -> list[float]:
-    """Numbers with commas between."""
+    """Read numbers with commas between."""
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
@@ -25,21 +27,21 @@ def numbers(text: str) -> list[float]:
 
 
 def whole(text: str) -> int:
-    """A whole number, 0 or more."""
+    """Read a whole number, 0 or more."""
     if not text.isdecimal():
         raise click.BadParameter(f"expected a whole number but got {text!r}")
     return int(text)
 
 
 def positive(text: str) -> int:
-    """A whole number, 1 or more."""
+    """Read a whole number, 1 or more."""
     if not text.isdecimal() or not int(text):
         raise click.BadParameter(f"expected a whole number from 1 on but got {text!r}")
     return int(text)
 
 
 def output(text: str) -> str:
-    """The path of an output, which standard output is not."""
+    """Read the path of an output, which standard output is not."""
     if text == "-":
         raise click.BadParameter(
             "expected a file or a directory but got '-': weights are not written to standard output"
@@ -48,7 +50,7 @@ def output(text: str) -> str:
 
 
 def subset(text: str) -> tuple[int, bool]:
-    """``N`` or ``N:stratified``."""
+    """Read ``N`` or ``N:stratified``."""
     count, separator, how = text.partition(":")
     if not count.isdecimal() or not int(count) or (separator and how != "stratified"):
         raise click.BadParameter(f"expected N or N:stratified but got {text!r}")
@@ -56,7 +58,7 @@ def subset(text: str) -> tuple[int, bool]:
 
 
 def scheme(text: str) -> str:
-    """An averaging scheme, which is checked before any file is opened."""
+    """Check an averaging scheme before any file is opened."""
     from ckptavg.averaging import schemes  # noqa: PLC0415 - help is shown without it
 
     try:
