@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from fellows import together
 from helpers import save
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -14,7 +15,8 @@ from ckptavg import Candidate, compare, evaluate, open_run
 from ckptavg.errors import OutputError, UsageError
 from ckptavg.evaluation import evaluate as evaluation
 from ckptavg.evaluation import session
-from ckptavg.evaluation.resume import ResultStore
+from ckptavg.evaluation.results_file import ResultsFile
+from ckptavg.evaluation.resume import Identity, ResultStore
 from ckptavg.tasks.classification import Classification
 
 
@@ -293,3 +295,23 @@ def test_results_that_cannot_be_stored_are_returned_with_a_note(home, monkeypatc
     results = evaluate(["run/epoch_1.pt"], network(), data(), results="r.json")
     assert len(results) == 1
     assert any("r.json cannot be written" in note for note in results.notes)
+
+
+def test_the_first_process_decides_keys_and_writes(home):
+    evaluate({"a": state_of(1)}, network(), data(), results="r.json")
+    file = ResultsFile(home / "r.json")
+    run = open_run("run")
+    candidates = [Candidate.of_checkpoint(checkpoint) for checkpoint in run]
+
+    def work(peers):
+        # Hosts may see other times of files.
+        def identify(candidate):
+            return Identity({"host": peers.rank})
+
+        store = ResultStore(candidates, identify, file, resume=True, peers=peers)
+        return store.keys, [candidate.name for candidate in store.missing], store.file
+
+    (keys, missing, first_file), *others = together(3, work)
+    assert len(keys) == len(missing) == 4
+    assert first_file is file
+    assert others == [(keys, missing, None)] * 2
