@@ -174,7 +174,7 @@ def candidates_of(
     ensemble: bool = False,
     recompute: bool = False,
     stale: bool = True,
-    others: Mapping[str, Average] | None = None,
+    further: Mapping[str, Average] | None = None,
 ) -> list[Candidate]:
     """List the candidates for comparing averages of a run with the last checkpoint.
 
@@ -186,7 +186,7 @@ def candidates_of(
         ensemble: True to add the output ensemble of the selection.
         recompute: True to add averages with recomputed BatchNorm statistics.
         stale: True to keep averages with statistics as averaged where recomputed ones are added.
-        others: Further averages by name.
+        further: Further averages by name.
     """
     last = run.last(1).checkpoints[-1]
     singles = []
@@ -203,7 +203,7 @@ def candidates_of(
         log.info("no BatchNorm layers: nothing to recompute from the training data")
     elif recompute and planned.batchnorm == "frozen":
         log.info("all BatchNorm is frozen: nothing to recompute from the training data")
-    averages = {_average_name(len(selection), planned.scheme.text): planned, **(others or {})}
+    averages = {_average_name(len(selection), planned.scheme.text): planned, **(further or {})}
     for name, average in averages.items():
         refreshed = recompute and average.batchnorm in ("own", "stale")
         if stale or not refreshed:

@@ -96,13 +96,13 @@ def compare(  # noqa: D417 - arguments of `evaluate` and `average` share a line
     recompute = train_data is not None
     with collect_notes() as notes:
         run, selection = _open_selection(run, selection)
-        others = {}
-        for name, asked in (also or {}).items():
-            others[name] = plan_request(name, run, asked, **rules)
+        further = {}
+        for name, request in (also or {}).items():
+            further[name] = plan_request(name, run, request, **rules)
         planned = plan_average(selection, scheme, weights=weights, **rules)
         every = as_candidates(candidates, has_training=recompute) + candidates_of(
             run, selection, planned, each=each, ensemble=ensemble, recompute=recompute,
-            stale=stale, others=others,
+            stale=stale, further=further,
         )  # fmt: skip
         scored = evaluate(
             every, model, data, train_loader=train_data, task=task, device=device,

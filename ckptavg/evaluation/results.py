@@ -161,9 +161,9 @@ class Results(Sequence[Result]):
         if isinstance(which, slice):
             return Results(self._results[which], self.task, self.notes)
         if isinstance(which, str):
-            return self._named(which, None)
+            return self._find(which, None)
         if isinstance(which, tuple):
-            return self._named(*which)
+            return self._find(*which)
         return self._results[which]
 
     def __eq__(self, other: object) -> bool:
@@ -244,7 +244,7 @@ class Results(Sequence[Result]):
             raise UsageError(f"the metric {chosen.key} does not say which of its values are better")
         return chosen
 
-    def _named(self, name: str, bn: str | None) -> Result:
+    def _find(self, name: str, bn: str | None) -> Result:
         results = [result for result in self if result.candidate.name == name]
         if bn is not None:
             results = [result for result in results if result.bn == bn]
@@ -255,10 +255,10 @@ class Results(Sequence[Result]):
         if results:
             raise KeyError(f"{len(results)} candidates are called {name!r}: take one by position")
         names = first_few([result.candidate.name for result in self], 8)
-        wanted = "no candidate"
+        subject = "no candidate"
         if bn is not None:
-            wanted += f" with {bn} statistics"
-        raise KeyError(f"{wanted} is called {name!r}; there are {names}")
+            subject += f" with {bn} statistics"
+        raise KeyError(f"{subject} is called {name!r}; there are {names}")
 
 
 def _record(result: Result) -> dict[str, Any]:

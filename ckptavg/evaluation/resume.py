@@ -145,7 +145,7 @@ class ResultStore:
 
     def _key_of(self, candidate: Candidate) -> str:
         # Compared by identity: candidates with equal weights may differ in name.
-        position = next(i for i, other in enumerate(self.candidates) if other is candidate)
+        position = next(i for i, known in enumerate(self.candidates) if known is candidate)
         return self.keys[position]
 
 

@@ -180,11 +180,11 @@ class _Session:
         """Load the models of a group, recompute statistics where needed, and score."""
         load_models(group, self.model, self.runtime, keep_nonfinite=self.keep_nonfinite)
         if training is not None and _recomputes(group):
-            self._recompute(group, self._counted(training, f"BatchNorm{numbering}"))
+            self._recompute(group, self._with_progress(training, f"BatchNorm{numbering}"))
         # A pass that ran out of memory is repeated; ``begin`` discards its partial scores.
         for score in self.scores:
             score.begin()
-        self._score(group, self._counted(data, f"evaluation{numbering}"))
+        self._score(group, self._with_progress(data, f"evaluation{numbering}"))
         self.peers.agree()
         for score in self.scores:
             score.commit(group)
@@ -204,7 +204,7 @@ class _Session:
         for weight_set, (_, statistics) in zip(chosen, recomputed, strict=True):
             weight_set.statistics = statistics
 
-    def _counted(self, batches: Batches, phase: str) -> Batches:
+    def _with_progress(self, batches: Batches, phase: str) -> Batches:
         return with_progress(
             batches, functools.partial(self.progress, phase), self.peers, self.runtime.seed
         )
@@ -298,7 +298,7 @@ class _Session:
             return None
         difference = compare(samples, baseline_samples, seed=self.runtime.seed)
         metric = samples.metric or self.task.metrics[0].key
-        return Comparison(baseline.candidate.name, metric, difference.scaled(samples.scale))
+        return Comparison(baseline.candidate.name, metric, difference.scale_by(samples.scale))
 
 
 def _recomputes(group: Sequence[WeightSet]) -> bool:

@@ -52,7 +52,7 @@ class Difference:
     test: Test
     n: int
 
-    def scaled(self, factor: float) -> Difference:
+    def scale_by(self, factor: float) -> Difference:
         """Multiply by a positive factor to change the unit, as by 100 for percentages."""
         return replace(
             self, value=factor * self.value, low=factor * self.low, high=factor * self.high

@@ -93,7 +93,7 @@ class CausalLM(Task):
             EvaluationError: A token id exceeds the embedding, or the model fails on the window.
         """
         # On a GPU an id beyond the embedding is a device-side assert, after which CUDA is unusable.
-        rows = _embedded(model)
+        rows = _count_embeddings(model)
         if rows is not None and self._largest >= rows:
             raise EvaluationError(
                 f"the data has the token id {self._largest}, but the model embeds {rows}",
@@ -218,7 +218,7 @@ def _logits(outputs: Any, targets: torch.Tensor) -> torch.Tensor:
     return take_output(outputs, lambda tensor: tensor.shape[:-1] == targets.shape)
 
 
-def _embedded(model: nn.Module) -> int | None:
+def _count_embeddings(model: nn.Module) -> int | None:
     """Return the number of rows of a transformers model's token embedding; None if unknown."""
     get_embeddings: Any = getattr(model, "get_input_embeddings", None)
     if not get_embeddings:

@@ -71,7 +71,7 @@ class ClassificationMetrics:
         hit = (rank == 0).double()
         self.count += len(labels)
         self._totals.add(torch.stack((hit.sum(), (rank < _TOP).double().sum(), -label_logs.sum())))
-        self._bins.add(_binned(log_probabilities.amax(1).exp(), hit))
+        self._bins.add(_sum_bins(log_probabilities.amax(1).exp(), hit))
 
     def compute(self) -> dict[str, float]:
         """Compute ``top1``, ``top5`` in %, ``nll`` in nats, ``ece`` as a fraction, ``n`` samples.
@@ -153,7 +153,7 @@ def _rank(values: torch.Tensor, label_values: torch.Tensor, labels: torch.Tensor
     return ((values > label_values) | ((values == label_values) & first)).sum(1)
 
 
-def _binned(confidence: torch.Tensor, correct: torch.Tensor) -> torch.Tensor:
+def _sum_bins(confidence: torch.Tensor, correct: torch.Tensor) -> torch.Tensor:
     """Sum samples, correct samples and confidence per bin of confidence: (3, bins).
 
     Args:

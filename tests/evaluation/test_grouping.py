@@ -175,7 +175,7 @@ def right_of(state):
 
 def test_candidates_are_compared_with_the_last_on_the_same_samples(checkpoints, expected):
     last, first = right_of(STATES[4]), right_of(STATES[0])
-    by_hand = compare(Samples(first), Samples(last)).scaled(100)
+    by_hand = compare(Samples(first), Samples(last)).scale_by(100)
     assert expected[0].versus is None
     assert expected[1].versus.reference == "last"
     assert expected[1].versus.metric == "top1"

@@ -261,7 +261,7 @@ def test_one_sample_is_evidence_of_nothing(pair):
 
 
 def test_a_difference_in_another_unit():
-    found = Difference(0.01, -0.02, 0.04, 0.3, "mcnemar", 50).scaled(100)
+    found = Difference(0.01, -0.02, 0.04, 0.3, "mcnemar", 50).scale_by(100)
     assert found == Difference(1.0, -2.0, 4.0, 0.3, "mcnemar", 50)
 
 

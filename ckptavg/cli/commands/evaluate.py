@@ -379,7 +379,7 @@ def _candidates_of_key(key: str | None, options: EvaluationOptions) -> list[Cand
     for average in named.further:
         further[average.name] = average.plan(run, selection, options.tensors)
     made += candidates.candidates_of(
-        run, selection, planned, each=named.each, ensemble=named.compare == "fge", others=further,
+        run, selection, planned, each=named.each, ensemble=named.compare == "fge", further=further,
         recompute=recompute, stale=stale,
     )  # fmt: skip
     return made
