@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-import ast
 import re
 import shlex
+from dataclasses import dataclass, field
 
 _SPAN = re.compile(r"`([^`]+)`")
+_STRING = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
+_VALUE = rf"(?:{_STRING}|[\w.+-]+)"
+_ITEM = re.compile(_VALUE)
+_CALL = re.compile(r"(?:\.(?P<method>[a-z_]+)|update_bn)\((?P<arguments>[^\n]*)\)")
+_ARGUMENT = re.compile(
+    rf"(?:(?P<name>[a-z_]+)=)?(?P<value>{_VALUE}|\[{_VALUE}(?:, {_VALUE})*\])(?:, |$)"
+)
+_ESCAPE = re.compile(
+    r"\\(?:x([0-9a-f]{2})|u([0-9a-f]{4})|U(000[0-9a-f]{5}|0010[0-9a-f]{4})|(.))", re.DOTALL
+)
+_CONTROLS = {"n": "\n", "r": "\r", "t": "\t"}
 
 # Arguments of the Python API whose flag has the same name, with dashes for underscores.
 _ARGUMENTS = frozenset(
@@ -84,21 +95,40 @@ def flags_of(span: str) -> str | None:
     if span.isidentifier():
         flag = _flag(span)
         return flag and f"--{flag}"
-    if span.startswith("."):
-        return _selection_flags(_parse_call(f"run{span}"))
-    if span.startswith("update_bn("):
-        return _argument_flags(_parse_call(span), _UPDATE_BN)
-    return _argument_flags(_parse_call(f"call({span})"), {})
+    call = _CALL.fullmatch(span)
+    if call and call["method"]:
+        return _selection_flags(call["method"], _parse_arguments(call["arguments"]))
+    if call:
+        return _argument_flags(_parse_arguments(call["arguments"]), _UPDATE_BN)
+    return _argument_flags(_parse_arguments(span), {})
 
 
-def _parse_call(source: str) -> ast.Call | None:
-    try:
-        expression = ast.parse(source, mode="eval").body
-    except (SyntaxError, ValueError):
-        return None
-    if not isinstance(expression, ast.Call):
-        return None
-    return expression
+@dataclass
+class _Arguments:
+    """Arguments of a call, each value as one word of the shell per item."""
+
+    positional: list[list[str]] = field(default_factory=list)
+    keywords: dict[str, list[str]] = field(default_factory=dict)
+
+
+def _parse_arguments(text: str) -> _Arguments | None:
+    """Parse the arguments of a call; None where the text is none.
+
+    Names in messages come from files that are not trusted, so Python's own parser never sees them.
+    """
+    arguments = _Arguments()
+    position = 0
+    while position < len(text):
+        match = _ARGUMENT.match(text, position)
+        if match is None:
+            return None
+        position = match.end()
+        values = [_shell_word(item[0]) for item in _ITEM.finditer(match["value"])]
+        if match["name"]:
+            arguments.keywords[match["name"]] = values
+        else:
+            arguments.positional.append(values)
+    return arguments
 
 
 def _flag(name: str) -> str | None:
@@ -108,50 +138,54 @@ def _flag(name: str) -> str | None:
     return _RENAMED.get(name)
 
 
-def _argument_flags(call: ast.Call | None, special: dict[str, str]) -> str | None:
+def _argument_flags(arguments: _Arguments | None, special: dict[str, str]) -> str | None:
     """Return the flags for a call's keywords, or None if one of these has no flag."""
-    if call is None or call.args or not call.keywords:
+    if arguments is None or arguments.positional or not arguments.keywords:
         return None
     flags: list[str] = []
-    for keyword in call.keywords:
-        name = keyword.arg or ""
+    for name, values in arguments.keywords.items():
         flag = special.get(name) or _flag(name)
         if flag is None:
             return None
-        flags += _with_values(flag, keyword.value)
+        flags += _with_values(flag, values)
     return " ".join(flags)
 
 
-def _with_values(flag: str, value: ast.expr) -> list[str]:
+def _with_values(flag: str, values: list[str]) -> list[str]:
     """Return a flag with its value, once per value of a list."""
-    if isinstance(value, ast.Constant) and value.value is True:
+    if values == ["True"]:
         return [f"--{flag}"]
-    values = [value]
-    if isinstance(value, ast.List | ast.Tuple):
-        values = value.elts
-    return [f"--{flag} {_shell_word(item)}" for item in values]
+    return [f"--{flag} {value}" for value in values]
 
 
-def _shell_word(value: ast.expr) -> str:
-    """Write a value as a word of the shell; a name stands for what the user fills in."""
-    if isinstance(value, ast.Constant):
-        return shlex.quote(str(value.value))
-    source = ast.unparse(value)
-    return _FROM_FILES.get(source, source)
+def _shell_word(literal: str) -> str:
+    """Write a literal as a word of the shell; a name stands for what the user fills in."""
+    if literal[0] in "'\"":
+        return shlex.quote(_ESCAPE.sub(_unescape, literal[1:-1]))
+    return _FROM_FILES.get(literal, literal)
 
 
-def _selection_flags(call: ast.Call | None) -> str | None:
+def _unescape(match: re.Match[str]) -> str:
+    """Return the character that an escape of Python stands for."""
+    code = match[1] or match[2] or match[3]
+    if code:
+        return chr(int(code, 16))
+    return _CONTROLS.get(match[4], match[4])
+
+
+def _selection_flags(method: str, arguments: _Arguments | None) -> str | None:
     """Return the flags for a method of a run that selects checkpoints."""
-    if call is None or not isinstance(call.func, ast.Attribute):
+    if arguments is None:
         return None
-    method = call.func.attr
+    words = [value for values in arguments.positional for value in values]
     if method == "steps":
-        bounds = zip(_STEP_FLAGS, call.args, strict=False)
-        return " ".join(f"--{flag} {_shell_word(bound)}" for flag, bound in bounds)
+        bounds = zip(_STEP_FLAGS, words, strict=False)
+        return " ".join(f"--{flag} {word}" for flag, word in bounds)
     if method not in _SELECTIONS:
         return None
-    flag = "--" + method.replace("_", "-")
-    if call.args:
-        flag += " " + ":".join(_shell_word(value) for value in call.args)
-    further = [word for k in call.keywords for word in _with_values(k.arg or "", k.value)]
-    return " ".join([flag, *further])
+    flags = ["--" + method.replace("_", "-")]
+    if words:
+        flags.append(":".join(words))
+    for name, values in arguments.keywords.items():
+        flags += _with_values(name, values)
+    return " ".join(flags)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 import pytest
+from fuzz.watch import watched
 from rich.console import Console
 
 import ckptavg
@@ -45,6 +46,12 @@ PACKAGE = Path(ckptavg.__file__).parent
 )
 def test_wording_of_options(text: str, shown: str) -> None:
     assert for_shell(text) == shown
+
+
+@pytest.mark.parametrize("name", ["-" * 100_000 + "1", "f(" * 100_000, "key=" * 50_000])
+def test_wording_leaves_names_out_of_files_alone(name: str, tmp_path: Path) -> None:
+    with watched(tmp_path):
+        assert for_shell(f"no tensor `{name}`") == f"no tensor `{name}`"
 
 
 def spans_of_messages() -> list[tuple[str, str]]:
