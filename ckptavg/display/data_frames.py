@@ -25,4 +25,7 @@ def data_frame(rows: Sequence[Mapping[str, Any]]) -> pandas.DataFrame:
             f"a DataFrame needs pandas, which cannot be imported ({error})",
             "Install it with pip install pandas.",
         ) from error
-    return pandas.DataFrame.from_records(rows, columns=[*dict.fromkeys(k for r in rows for k in r)])
+    columns: dict[str, None] = {}
+    for row in rows:
+        columns |= dict.fromkeys(row)
+    return pandas.DataFrame.from_records(rows, columns=list(columns))

@@ -25,8 +25,10 @@ def table_html(table: Table) -> str:
     lines = ['<div style="overflow-x: auto">', f'<table style="{_AS_AROUND}">']
     if table.title:
         lines.append(f'<caption style="text-align: left">{_text(table.title)}</caption>')
-    heads = [f'<th style="{_style(column)}">{_text(column.title)}</th>' for column in table.columns]
-    lines += ["<thead>", f"<tr>{''.join(heads)}</tr>", "</thead>", "<tbody>"]
+    heads = ""
+    for column in table.columns:
+        heads += f'<th style="{_style(column)}">{_text(column.title)}</th>'
+    lines += ["<thead>", f"<tr>{heads}</tr>", "</thead>", "<tbody>"]
     for row in table.rows:
         lines.append(f"<tr>{_cells(row, table.columns)}</tr>")
     lines += ["</tbody>", "</table>"]
@@ -40,7 +42,7 @@ def table_html(table: Table) -> str:
 
 def _cells(row: Row, columns: tuple[Column, ...]) -> str:
     """Draw the cells of a row, with a star in the first cell of a best row."""
-    texts = [_text(cell.text) for cell in row.cells]
+    texts = list(map(_text, row.texts))
     if row.best:
         texts[0] = f"{BEST} {texts[0]}"
     parts = []

@@ -10,7 +10,7 @@ from typing import Literal
 from rich.cells import cell_len
 
 from ckptavg.display.shortening import shorten_names, wrap_words
-from ckptavg.display.tables import Cell, Column, Mark, Row, Table
+from ckptavg.display.tables import Column, Mark, Row, Table
 from ckptavg.errors.printable import printable
 
 Style = Literal["title", "head", "rule", "best", "significant"]
@@ -27,6 +27,9 @@ class Piece:
 
     text: str
     style: Style | None = None
+
+    def __str__(self) -> str:
+        return self.text
 
 
 Line = tuple[Piece, ...]
@@ -52,7 +55,7 @@ def lay_out(table: Table, width: int | None, *, has_bold: bool = False) -> list[
     rooms = _rooms(fitted, width)
     lines: list[Line] = []
     if table.title:
-        lines += [(Piece(text, "title"),) for text in wrap_note(table.title, width)]
+        lines += _note_lines(table.title, width, "title")
     if table.columns:
         lines += _head(fitted, rooms)
         shown = _shorten(fitted, rooms)
@@ -66,8 +69,13 @@ def lay_out(table: Table, width: int | None, *, has_bold: bool = False) -> list[
     if table.rows and below:
         lines.append((Piece(""),))
     for line in below:
-        lines += [(Piece(text),) for text in wrap_note(line, width)]
+        lines += _note_lines(line, width)
     return lines
+
+
+def _note_lines(text: str, width: int | None, style: Style | None = None) -> list[Line]:
+    """Wrap prose into lines of a single piece."""
+    return [(Piece(line, style),) for line in wrap_note(text, width)]
 
 
 def table_text(table: Table, width: int | None = None) -> str:
@@ -79,7 +87,7 @@ def table_text(table: Table, width: int | None = None) -> str:
     """
     lines = []
     for line in lay_out(table, width):
-        lines.append("".join(piece.text for piece in line))
+        lines.append("".join(map(str, line)))
     return "\n".join(lines)
 
 
@@ -99,8 +107,7 @@ def _make_printable(table: Table) -> Table:
     columns = [replace(column, title=printable(column.title)) for column in table.columns]
     rows = []
     for row in table.rows:
-        cells = tuple(Cell(printable(cell.text), cell.mark) for cell in row.cells)
-        rows.append(Row(cells, row.best))
+        rows.append(row.with_texts([printable(text) for text in row.texts]))
     legend = tuple(map(printable, table.legend))
     return Table(printable(table.title), tuple(columns), tuple(rows), legend, table.significance)
 
@@ -180,14 +187,13 @@ def _shorten(table: Table, rooms: Sequence[int]) -> Table:
     # By columns, not by cells: different names of a column must stay different.
     columns = []
     for i, (column, room) in enumerate(zip(table.columns, rooms, strict=True)):
-        texts = [row.cells[i].text for row in table.rows]
+        texts = [row.texts[i] for row in table.rows]
         if column.kind == "name":
             texts = shorten_names(texts, room)
         columns.append(texts)
     rows = []
-    for number, row in enumerate(table.rows):
-        cells = [Cell(columns[i][number], cell.mark) for i, cell in enumerate(row.cells)]
-        rows.append(Row(tuple(cells), row.best))
+    for row, *texts in zip(table.rows, *columns, strict=True):
+        rows.append(row.with_texts(texts))
     return Table(table.title, table.columns, tuple(rows), table.legend, table.significance)
 
 

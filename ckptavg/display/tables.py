@@ -47,6 +47,18 @@ class Row:
     cells: tuple[Cell, ...]
     best: bool = False
 
+    @property
+    def texts(self) -> list[str]:
+        """Texts of the cells."""
+        return [cell.text for cell in self.cells]
+
+    def with_texts(self, texts: Sequence[str]) -> Row:
+        """Return the row with other texts and the same marks."""
+        cells = []
+        for cell, text in zip(self.cells, texts, strict=True):
+            cells.append(Cell(text, cell.mark))
+        return Row(tuple(cells), self.best)
+
 
 @dataclass(frozen=True)
 class Table:

@@ -21,13 +21,13 @@ def limit_threads(count: int) -> Iterator[None]:
     Args:
         count: Number of threads, at least 1.
     """
-    usual = torch.get_num_threads()
+    before = torch.get_num_threads()
     token = _limit.set(count)
     torch.set_num_threads(count)
     try:
         yield
     finally:
-        torch.set_num_threads(usual)
+        torch.set_num_threads(before)
         _limit.reset(token)
 
 
@@ -39,5 +39,5 @@ def default_threads(sharing: int = 1) -> int:
     Args:
         sharing: Number of processes that share the processors.
     """
-    usual = max(1, min(_MOST, (os.cpu_count() or 1) // sharing))
-    return min(usual, _limit.get() or usual)
+    threads = max(1, min(_MOST, (os.cpu_count() or 1) // sharing))
+    return min(threads, _limit.get() or threads)

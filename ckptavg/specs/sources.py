@@ -83,7 +83,7 @@ def make_data(
     Image folders and CIFAR directories take ``transform=path/file.py:fn`` or ``transform=none``.
     Without a transform, images are prepared by the preset of the model: of timm and Hugging Face
     models, and for image folders also of torchvision models. Without a preset an image folder gets
-    the usual resize, centre crop and normalization, and CIFAR the normalization of CIFAR.
+    the resize, centre crop and normalization of ImageNet, and CIFAR the normalization of CIFAR.
     ``size``, ``crop``, ``mean`` and ``std`` change a preset. The preparation is logged.
 
     A text file is tokenized by the tokenizer of an ``hf:DIR`` model, or of ``tokenizer=DIR``.

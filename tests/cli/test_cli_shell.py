@@ -15,6 +15,8 @@ from click.testing import CliRunner, Result
 from helpers import save
 
 from ckptavg.cli import main
+from ckptavg.specs.forms import DATA_PREFIXES, MODEL_PREFIXES
+from ckptavg.tasks.named import NAMED
 
 FACTORIES = """
 import torch
@@ -136,3 +138,9 @@ def test_modules_of_the_working_directory_are_not_taken_for_others(home: Path) -
     done = subprocess.run([*command, *own], check=False, cwd=home, stderr=subprocess.PIPE)
     assert done.returncode == 0, done.stderr
     assert (home / "swa.pt").is_file()
+
+
+def test_help_names_every_task_and_form_of_data():
+    text = " ".join(CliRunner().invoke(main, ["eval", "--help-all"]).output.split())
+    for name in (*NAMED, *MODEL_PREFIXES, *DATA_PREFIXES):
+        assert name in text
