@@ -117,14 +117,14 @@ def test_other_outputs_leftovers_are_not_touched(tmp_path, neighbour):
 
 
 @pytest.mark.parametrize("exists", [True, False])
-def test_what_another_output_has_set_aside_is_not_touched(tmp_path, exists):
-    aside = fill(tmp_path / ".out.v2.1234abcd.ckptavg-old")
+def test_the_backup_of_another_output_is_not_touched(tmp_path, exists):
+    backup = fill(tmp_path / ".out.v2.1234abcd.ckptavg-old")
     if exists:
         (tmp_path / "out").write_text("old")
     with Publication(tmp_path / "out", directory=False, overwrite=False):
         pass
-    assert content_of(aside) == "old"
-    assert names(tmp_path) == {aside.name} | ({"out"} if exists else set())
+    assert content_of(backup) == "old"
+    assert names(tmp_path) == {backup.name} | ({"out"} if exists else set())
 
 
 @pytest.mark.parametrize("name", ["out[1].pt", "o*t.pt", "out?.pt", "out 1.pt"])
@@ -254,15 +254,15 @@ def test_runs_and_a_tireless_cleaner_at_the_same_time_lose_nothing(tmp_path, dir
 
 
 @posix
-def test_what_a_living_run_has_set_aside_stays(tmp_path, other_process):
+def test_the_backup_of_a_living_run_stays(tmp_path, other_process):
     """Between its two renames, the output is absent; another run must not put the old one back."""
     out = fill(tmp_path / "out")
     process = other_process(out, "directory")
     (temporary,) = (path for path in tmp_path.iterdir() if path != out)
-    aside = temporaries.backup_of(temporary)
-    out.rename(aside)
+    backup = temporaries.backup_of(temporary)
+    out.rename(backup)
     temporaries.remove_stale(out)
-    assert names(tmp_path) == {temporary.name, aside.name}
+    assert names(tmp_path) == {temporary.name, backup.name}
     process.kill()
     process.wait()
     temporaries.remove_stale(out)
@@ -354,7 +354,7 @@ def test_what_a_dead_run_left_is_cleared_even_where_the_output_is_refused(tmp_pa
 
 
 @posix
-def test_an_output_that_a_dead_run_had_set_aside_is_no_free_place(tmp_path):
+def test_an_output_of_which_a_dead_run_left_a_backup_is_no_free_place(tmp_path):
     fill(tmp_path / ".out.1234abcd.ckptavg-old")
     with pytest.raises(OutputError, match="exists already"):
         check_target(tmp_path / "out", overwrite=False, inputs=[])
@@ -362,15 +362,15 @@ def test_an_output_that_a_dead_run_had_set_aside_is_no_free_place(tmp_path):
 
 
 @posix
-def test_what_was_set_aside_is_never_half_removed_under_that_name(tmp_path, monkeypatch):
+def test_a_backup_is_never_half_removed_under_that_name(tmp_path, monkeypatch):
     """Else it would be put back once somebody has taken the new one away."""
-    out, aside = tmp_path / "out", fill(tmp_path / ".out.1234abcd.ckptavg-old")
+    out, backup = tmp_path / "out", fill(tmp_path / ".out.1234abcd.ckptavg-old")
     fill(out, content="new")
     monkeypatch.setattr(
         temporaries, "remove", lambda path: (path / "model.safetensors").unlink(missing_ok=True)
     )
     temporaries.remove_stale(out)
-    assert not aside.exists()
+    assert not backup.exists()
     monkeypatch.undo()
     temporaries.remove_stale(out)
     assert names(tmp_path) == {"out"}

@@ -32,7 +32,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ckptavg import average, open_run
-from ckptavg.cli.signals import by_signals
+from ckptavg.cli.signals import unwind_on_signals
 from ckptavg.io.atomic import Publication
 
 BEFORE, WRITING, AFTER = "before the temporary", "during the write", "after publication"
@@ -156,7 +156,7 @@ def start_child(work: Callable[[], None]) -> int:
     if child:
         return child
     try:
-        with by_signals():
+        with unwind_on_signals():
             work()
     except KeyboardInterrupt:
         os._exit(130)
