@@ -26,26 +26,35 @@ def warn_of_stale(
         provenances: Name of each average → its provenance, after a recomputation if there was one.
     """
     stale = [name for name, record in provenances.items() if record and record.bn == "stale"]
-    if stale:
-        of = f" of {first_few(stale)}" if stale[0] else ""
-        frozen = dict.fromkeys(layer for name in stale for layer in states[name].frozen)
-        exclude = f", exclude=[{first_few([repr(layer) for layer in frozen])}]" if frozen else ""
-        explanation = ", which leaves out what was frozen in training" if frozen else ""
-        warnings.warn(
-            f"the BatchNorm statistics{of} are not those of the averaged weights (stale): once a "
-            "model has the weights, recompute them with "
-            f"ckptavg.update_bn(model, train_loader{exclude}){explanation}",
-            StaleStatisticsWarning,
-            stacklevel=3,
-        )
+    if not stale:
+        return
+    of = f" of {first_few(stale)}" if stale[0] else ""
+    frozen: dict[str, None] = {}
+    for name in stale:
+        frozen |= dict.fromkeys(states[name].frozen)
+    exclude = explanation = ""
+    if frozen:
+        exclude = f", exclude=[{first_few([repr(layer) for layer in frozen])}]"
+        explanation = ", which leaves out what was frozen in training"
+    warnings.warn(
+        f"the BatchNorm statistics{of} are not those of the averaged weights (stale): once a "
+        "model has the weights, recompute them with "
+        f"ckptavg.update_bn(model, train_loader{exclude}){explanation}",
+        StaleStatisticsWarning,
+        stacklevel=3,
+    )
 
 
 def log_plans(plans: Sequence[Plan]) -> None:
     """Log the notes of plans, and the tensors that outputs cannot hold."""
     # Averages of one run mostly have the same notes. Each note is logged once, in order.
-    for note in dict.fromkeys(note for plan in plans for note in plan.notes):
+    notes: dict[str, None] = {}
+    missing: dict[str, str] = {}
+    for plan in plans:
+        notes |= dict.fromkeys(plan.notes)
+        missing |= plan.missing
+    for note in notes:
         log.info(note)
-    missing = {name: why for plan in plans for name, why in plan.missing.items()}
     if missing:
         lost = first_few([f"{name} ({why})" for name, why in missing.items()])
         log.warning("left out of the output, which cannot hold them: %s", lost)
@@ -59,13 +68,17 @@ def log_results(plans: Sequence[Plan], results: Sequence[StreamResult]) -> None:
         results: The stream's result for each average.
     """
     log_plans(plans)
-    floats = {
-        tensor.name for plan in plans for tensor in plan.tensors if tensor.dtype.kind != "int"
-    }
-    differing = {name for result in results for name in result.differing}
+    floats: set[str] = set()
+    for plan in plans:
+        floats.update(tensor.name for tensor in plan.tensors if tensor.dtype.kind != "int")
+    differing: set[str] = set()
+    nonfinite: set[str] = set()
+    for result in results:
+        differing |= result.differing
+        nonfinite |= result.nonfinite
     for kind, names in (("integers", differing - floats), ("buffers", differing & floats)):
         if names:
             which = first_few(sorted(names))
             log.info("%s are not averaged but taken from the last checkpoint: %s", kind, which)
-    if nonfinite := {name for result in results for name in result.nonfinite}:
+    if nonfinite:
         log.warning("not finite and kept: %s", first_few(sorted(nonfinite)))

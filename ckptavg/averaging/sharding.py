@@ -32,6 +32,7 @@ from ckptavg.distributed.torchrun import TorchrunGroup
 from ckptavg.errors import OutputError, PeerError, ProcessesError
 from ckptavg.errors.system import unwritable
 from ckptavg.formats.file_layout import Layout, OutputTensor
+from ckptavg.io.stamp import FileStamp
 from ckptavg.outputs.digests import LEAF, Leaves
 from ckptavg.outputs.sinks import FileSink
 from ckptavg.outputs.target import Target
@@ -55,16 +56,21 @@ def byte_ranges(sizes: Sequence[int], rank: int, count: int) -> list[tuple[int, 
         each byte once, in the order of the ranks. Borders within a file are multiples of ``PAGE``.
     """
     total = sum(sizes)
-    ranges, before = [], 0
+    part_begin, part_end = total * rank // count, total * (rank + 1) // count
+    ranges, file_begin = [], 0
     for size in sizes:
-        begin, end = (_aligned(total * k // count - before, size) for k in (rank, rank + 1))
+        begin = _aligned(part_begin - file_begin, size)
+        end = _aligned(part_end - file_begin, size)
         ranges.append((begin, end))
-        before += size
+        file_begin += size
     return ranges
 
 
 def _aligned(border: int, size: int) -> int:
-    return size if border >= size else max(0, border // PAGE * PAGE)
+    """Move a border down to a border of pages, or into the file if it is outside."""
+    if border >= size:
+        return size
+    return max(0, border // PAGE * PAGE)
 
 
 def element_ranges(
@@ -86,25 +92,25 @@ def element_ranges(
         end (exclusive).
     """
     ranges = byte_ranges([file.size for file in layout.files], rank, count)
-    locations = {
-        name: (offset, *borders)
-        for file, borders in zip(layout.files, ranges, strict=True)
-        for name, offset in file.offsets.items()
-    }
+    # Name → begin and end of the part of the tensor's file, in bytes from the tensor's first byte.
+    borders: dict[str, tuple[int, int]] = {}
+    for file, (begin, end) in zip(layout.files, ranges, strict=True):
+        for name, offset in file.offsets.items():
+            borders[name] = begin - offset, end - offset
     parts: dict[tuple[str, int], tuple[int, int]] = {}
     for tensor in tensors:
-        if tensor.name in locations and tensor.numel:
-            offset, begin, end = locations[tensor.name]
-            # Rounded up to the grain: an element across a border belongs to the part before.
-            first, stop = (
-                min(
-                    tensor.numel,
-                    max(0, -((offset - border) // (tensor.dtype.size * grain)) * grain),
-                )
-                for border in (begin, end)
-            )
-            parts[tensor.name, tensor.numel] = (first, stop)
+        if tensor.name in borders and tensor.numel:
+            begin, end = borders[tensor.name]
+            first = _first_element(tensor, begin, grain)
+            parts[tensor.name, tensor.numel] = first, _first_element(tensor, end, grain)
     return parts
+
+
+def _first_element(tensor: OutputTensor, border: int, grain: int) -> int:
+    """Compute the first element behind a border in bytes, rounded up to the grain."""
+    # Rounded up: an element across a border belongs to the part before.
+    grains = -(-border // (tensor.dtype.size * grain))
+    return min(tensor.numel, max(0, grains * grain))
 
 
 def expand_ties(tensors: Iterable[T], layout: Layout) -> list[T]:
@@ -113,10 +119,14 @@ def expand_ties(tensors: Iterable[T], layout: Layout) -> list[T]:
     The places of tied tensors may be in the parts of several processes. Each process then computes
     the elements of its own part.
     """
-    placed = {name for file in layout.files for name in file.offsets}
-    return [
-        replace(tensor, tied_to=None) if tensor.name in placed else tensor for tensor in tensors
-    ]
+    placed: set[str] = set()
+    for file in layout.files:
+        placed.update(file.offsets)
+    expanded: list[T] = []
+    for tensor in tensors:
+        untied = tensor.name in placed and tensor.tied_to is not None
+        expanded.append(replace(tensor, tied_to=None) if untied else tensor)
+    return expanded
 
 
 @dataclass(frozen=True)
@@ -140,8 +150,9 @@ class ShardedWrite:
         Where it is not 1, borders are only near page borders.
         """
         # A leaf is hashed by a single process.
-        hashed = any(target.provenance.digest is not None for target in self.targets)
-        return LEAF if hashed else 1
+        if any(target.provenance.digest is not None for target in self.targets):
+            return LEAF
+        return 1
 
     @property
     def tensors(self) -> list[list[TensorPlan]]:
@@ -213,21 +224,17 @@ class ShardedWrite:
         requests = replace(requests, parts=self._parts_beside(requests) | self.parts)
         threads = default_threads(self.processes.neighbours)
         outcome = stream(jobs, requests, threads=threads, progress=look)
-        own_outcome = {
-            "results": [[sorted(r.differing), sorted(r.nonfinite)] for r in outcome.results],
-            "gram": None if outcome.gram is None else outcome.gram.tolist(),
-        }
+        names = [[sorted(r.differing), sorted(r.nonfinite)] for r in outcome.results]
+        gram = None if outcome.gram is None else outcome.gram.tolist()
         # Summed anew in the order of the ranks, so that all processes get the same bits.
         outcome.gram = None
-        for rank_outcome in self.processes.gather(own_outcome):
-            for result, (differing, nonfinite) in zip(
-                outcome.results, rank_outcome["results"], strict=True
-            ):
+        for rank_names, rank_gram in self.processes.gather([names, gram]):
+            for result, (differing, nonfinite) in zip(outcome.results, rank_names, strict=True):
                 result.differing.update(differing)
                 result.nonfinite.update(nonfinite)
-            if rank_outcome["gram"] is not None:
-                gram = torch.tensor(rank_outcome["gram"], dtype=torch.float64)
-                outcome.gram = gram if outcome.gram is None else outcome.gram + gram
+            if rank_gram is not None:
+                summand = torch.tensor(rank_gram, dtype=torch.float64)
+                outcome.gram = summand if outcome.gram is None else outcome.gram + summand
         return outcome
 
     def _gather_leaves(self, leaves: Sequence[Leaves]) -> None:
@@ -237,13 +244,11 @@ class ShardedWrite:
         # Compressed, since the leaves of other processes are zeros. Messages are text.
         messages: list[dict[int, str]] = []
         for digests in leaves:
-            packed = {n: b64encode(zlib.compress(raw)).decode() for n, raw in digests.done.items()}
-            messages.append(packed)
+            messages.append({number: _pack(raw) for number, raw in digests.done.items()})
         for gathered in self.processes.gather(messages):
             for digests, texts in zip(leaves, gathered, strict=True):
-                digests.merge(
-                    {int(n): zlib.decompress(b64decode(text)) for n, text in texts.items()}
-                )
+                # Keys of JSON are text.
+                digests.merge({int(number): _unpack(text) for number, text in texts.items()})
 
     def _parts_beside(self, requests: StreamRequests) -> dict[tuple[str, int], tuple[int, int]]:
         """Assign tensors that are read but have no place in an output to the first process."""
@@ -289,32 +294,50 @@ class ShardedWrite:
         Raises:
             ProcessesError: Two processes differ.
         """
-        digests = {subject: _digest(values) for subject, values in self._account().items()}
+        digests = {subject: _digest(values) for subject, values in self._shared_values().items()}
         first, *following = self.processes.gather(digests)
         for rank, gathered in enumerate(following, 1):
-            differing = [subject for subject in first if gathered[subject] != first[subject]]
-            if differing:
-                raise ProcessesError(
-                    f"processes 0 and {rank} do not have the same {differing[0]}",
-                    "Start all with the same command, on hosts that see the same files.",
-                )
+            for subject, digest in first.items():
+                if gathered[subject] != digest:
+                    raise ProcessesError(
+                        f"processes 0 and {rank} do not have the same {subject}",
+                        "Start all with the same command, on hosts that see the same files.",
+                    )
 
-    def _account(self) -> dict[str, Iterable[object]]:
-        """List the values that must be the same in all processes, by a name for messages."""
-        stamps = {s.path: s for plan in self.plans for c in plan.files for s in c.files}
-        files = ((t.path, f.name, f.size, f.offsets) for t in self.targets for f in t.layout.files)
+    def _shared_values(self) -> dict[str, Iterable[object]]:
+        """Return the values that must be the same in all processes, by a name for messages."""
+        stamps: dict[str, FileStamp] = {}
+        selection: list[str] = []
+        for plan in self.plans:
+            for checkpoint in plan.files:
+                stamps |= {stamp.path: stamp for stamp in checkpoint.files}
+            selection += [str(checkpoint.path) for checkpoint in plan.checkpoints]
         return {
             "version of ckptavg": [__version__],
-            "input files": ((s.path, s.size, s.mtime_ns, s.token) for s in stamps.values()),
-            "selection": (str(c.path) for plan in self.plans for c in plan.checkpoints),
-            "coefficients": (plan.coefficients for plan in self.plans),
-            "tensors": (
-                (t.name, t.shape, t.dtype.name, t.averaged, t.coefficients, t.tied_to)
-                for plan in self.plans
-                for t in plan.tensors
-            ),
-            "outputs": files,
+            "input files": [(s.path, s.size, s.mtime_ns, s.token) for s in stamps.values()],
+            "selection": selection,
+            "coefficients": [plan.coefficients for plan in self.plans],
+            "tensors": self._tensor_values(),
+            "outputs": self._file_values(),
         }
+
+    def _tensor_values(self) -> Iterator[object]:
+        for plan in self.plans:
+            for t in plan.tensors:
+                yield t.name, t.shape, t.dtype.name, t.averaged, t.coefficients, t.tied_to
+
+    def _file_values(self) -> Iterator[object]:
+        for target in self.targets:
+            for file in target.layout.files:
+                yield target.path, file.name, file.size, file.offsets
+
+
+def _pack(raw: bytes | bytearray) -> str:
+    return b64encode(zlib.compress(raw)).decode()
+
+
+def _unpack(text: str) -> bytes:
+    return zlib.decompress(b64decode(text))
 
 
 def _digest(values: Iterable[object]) -> str:
@@ -333,7 +356,7 @@ def _as_output_errors(targets: Sequence[Target]) -> Iterator[None]:
     except FileNotFoundError as error:
         raise OutputError(
             f"this host does not see {path} as process 0 has begun it",
-            "Choose another -o, on a file system that all hosts share.",
+            "Choose another `out`, on a file system that all hosts share.",
         ) from error
     except OSError as error:
         raise unwritable(path, error) from error

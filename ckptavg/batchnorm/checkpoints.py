@@ -86,7 +86,7 @@ def update_checkpoint(
     elif before.state == "own" and not excluded and uncounted_layers(checkpoint, model):
         log.info(
             "the checkpoint counts no batches, as where BatchNorm was frozen in training: if it was"
-            ", keep its statistics by exclude='*', --bn-exclude '*' on the command line"
+            ", keep its statistics by `update_bn(exclude='*')`"
         )
     provenance = checkpoint.provenance or build_provenance(REFRESHED, [checkpoint], [1.0], before)
     provenance = provenance.with_statistics(before)

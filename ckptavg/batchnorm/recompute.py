@@ -278,7 +278,7 @@ def _narrowed(name: str, value: torch.Tensor, like: torch.Tensor) -> torch.Tenso
     if not bool(torch.isfinite(narrowed).all()):
         raise NonFiniteError(
             f"{name} is too large for {str(like.dtype).removeprefix('torch.')}",
-            "Write a wider type with --dtype float32.",
+            "Write a wider type with `dtype='float32'`.",
         )
     return narrowed
 

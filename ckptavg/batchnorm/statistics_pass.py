@@ -63,28 +63,31 @@ def recompute_statistics(
     Raises:
         BatchNormError: As for ``update_bn``.
     """
-    before = [_with_constant_layers(s, m) for s, m in zip(before, models, strict=True)]
-    excluded_modules = [
-        _modules(m, {*s.frozen, *excluded}) for m, s in zip(models, before, strict=True)
-    ]
-    wanting = [
-        i
-        for i, m in enumerate(models)
-        if tracked_layers(bare_module(m)).keys() - excluded_modules[i]
-    ]
-    results = {i: BatchNormResult(0, 0, 0) for i in range(len(models))}
+    known: list[Statistics] = []
+    # Models with layers to recompute, by position, and the layers that each keeps.
+    wanting: dict[int, nn.Module] = {}
+    kept_layers: list[set[str]] = []
+    for i, (model, statistics) in enumerate(zip(models, before, strict=True)):
+        known.append(_with_constant_layers(statistics, model))
+        kept = _modules(model, {*known[i].frozen, *excluded})
+        if tracked_layers(bare_module(model)).keys() - kept:
+            wanting[i] = model
+            kept_layers.append(kept)
+    results = dict.fromkeys(range(len(models)), BatchNormResult(0, 0, 0))
     if wanting:
         recomputed = recompute(
-            [models[i] for i in wanting], batches, runtime, forward,
-            [excluded_modules[i] for i in wanting], peers,
-        )  # fmt: skip
+            list(wanting.values()), batches, runtime, forward, kept_layers, peers
+        )
         results |= dict(zip(wanting, recomputed, strict=True))
-    states: list[Statistics] = []
+    outcome: list[tuple[BatchNormResult, Statistics]] = []
+    unreached: set[str] = set()
     for i, model in enumerate(models):
-        statistics = _with_frozen(before[i], model, _submodules(model, results[i].frozen))
-        states.append(statistics.after(excluded, _updated(model, results[i].written)))
-    _log(states, {layer for result in results.values() for layer in result.unreached})
-    return [(results[i], state) for i, state in enumerate(states)]
+        result = results[i]
+        statistics = _with_frozen(known[i], model, _submodules(model, result.frozen))
+        outcome.append((result, statistics.after(excluded, _updated(model, result.written))))
+        unreached.update(result.unreached)
+    _log([state for _, state in outcome], unreached)
+    return outcome
 
 
 def statistics_of(checkpoint: Checkpoint | Weights, model: nn.Module) -> Statistics:
@@ -101,12 +104,7 @@ def statistics_of(checkpoint: Checkpoint | Weights, model: nn.Module) -> Statist
     layers = batchnorm_layers(checkpoint.tensors)
     if not layers:
         return Statistics("none")
-    provenance = checkpoint.provenance
-    state: State = "stale" if checkpoint.is_average else "own"
-    for candidate in get_args(State):
-        if provenance is not None and provenance.bn == candidate:
-            state = candidate
-    frozen = None if provenance is None else provenance.bn_layers.get("frozen")
+    state, frozen = _recorded_state(checkpoint)
     if frozen is not None:
         return Statistics(state, layers, tuple(layer for layer in layers if layer in frozen))
     statistics = _with_constant_layers(Statistics(state, layers), model)
@@ -119,6 +117,18 @@ def statistics_of(checkpoint: Checkpoint | Weights, model: nn.Module) -> Statist
     return replace(statistics, frozen=tuple(n for n in layers if n in frozen_names))
 
 
+def _recorded_state(checkpoint: Checkpoint | Weights) -> tuple[State, list[str] | None]:
+    """Return the recorded state of the statistics, and the frozen layers; None if not recorded."""
+    provenance = checkpoint.provenance
+    if provenance is None:
+        return "own", None
+    state: State = "stale" if checkpoint.is_average else "own"
+    for candidate in get_args(State):
+        if provenance.bn == candidate:
+            state = candidate
+    return state, provenance.bn_layers.get("frozen")
+
+
 def uncounted_layers(checkpoint: Checkpoint | Weights, model: nn.Module) -> list[str]:
     """List the layers with a count of batches in the model but not in the checkpoint.
 
@@ -126,11 +136,12 @@ def uncounted_layers(checkpoint: Checkpoint | Weights, model: nn.Module) -> list
     backbones of detectors. Or the program that wrote the checkpoint left all counts out.
     """
     names_in_model = {*bare_names(list(model.state_dict())).values()}
-    layers = batchnorm_layers(checkpoint.tensors)
-    counts = {layer: batch_count(layer) for layer in layers}
-    return [
-        n for n in layers if counts[n] in names_in_model and counts[n] not in checkpoint.tensors
-    ]
+    uncounted: list[str] = []
+    for layer in batchnorm_layers(checkpoint.tensors):
+        count = batch_count(layer)
+        if count in names_in_model and count not in checkpoint.tensors:
+            uncounted.append(layer)
+    return uncounted
 
 
 def _with_constant_layers(statistics: Statistics, model: nn.Module) -> Statistics:
@@ -141,11 +152,10 @@ def _with_constant_layers(statistics: Statistics, model: nn.Module) -> Statistic
     """
     if statistics.state != "own" or statistics.frozen:
         return statistics
-    constant = {
-        layer
-        for layer in model.modules()
-        if any(_CONSTANT in kind.__name__ for kind in type(layer).__mro__)
-    }
+    constant: set[nn.Module] = set()
+    for layer in model.modules():
+        if any(_CONSTANT in kind.__name__ for kind in type(layer).__mro__):
+            constant.add(layer)
     never = _submodules(model, never_trained_layers(bare_module(model)))
     return _with_frozen(statistics, model, constant | never)
 

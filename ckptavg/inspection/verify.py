@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from ckptavg.averaging.stream import Progress, StreamRequests, stream
 from ckptavg.errors import CkptavgError, first_few, short
@@ -15,7 +16,8 @@ from ckptavg.formats.torch_save import zip_checksums
 from ckptavg.io.paths import Location, is_url, locate
 from ckptavg.outputs.digests import InputDigests
 
-SAME, CHANGED, MISSING, UNREADABLE = "same", "changed", "not there", "unreadable"
+Part = Literal["weights", "record", "archive", "input", "base"]
+State = Literal["same", "changed", "not there", "unreadable", "nothing recorded"]
 
 
 @dataclass(frozen=True)
@@ -27,20 +29,20 @@ class Finding:
         part: The compared part: ``weights``; ``record``, the account of how the checkpoint was
             made; ``archive``, whose entries have checksums; the weights of an ``input`` or of the
             ``base``.
-        state: ``same``, ``changed``, ``not there`` or ``unreadable``.
+        state: The result; ``nothing recorded`` for a checkpoint that nothing can be compared with.
         why: Explanation; empty where the state says all.
     """
 
     path: str
-    part: str
-    state: str
+    part: Part
+    state: State
     why: str = ""
 
     @property
     def wrong(self) -> bool:
         """True for a changed or unreadable part."""
         # A missing input is not wrong: inputs may be deleted after averaging.
-        return self.state in (CHANGED, UNREADABLE)
+        return self.state in ("changed", "unreadable")
 
 
 class Verifier:
@@ -52,7 +54,7 @@ class Verifier:
 
     def __init__(self, progress: Progress | None = None) -> None:
         self._progress = progress
-        self._known: dict[tuple[str, str], str] = {}
+        self._digests: dict[tuple[str, str], str] = {}
 
     def verify(self, checkpoint: Checkpoint) -> list[Finding]:
         """Compare a checkpoint with its recorded digests, and its inputs with theirs.
@@ -68,7 +70,7 @@ class Verifier:
         if provenance is None or provenance.digest is None:
             return findings
         path = str(checkpoint.path)
-        findings.append(Finding(path, "record", SAME if provenance.is_intact else CHANGED))
+        findings.append(Finding(path, "record", _state_of(provenance.is_intact)))
         findings.append(self._compare(checkpoint, "weights", path, provenance.digest))
         home = checkpoint.path.parent
         for role, source in provenance.sources:
@@ -79,35 +81,39 @@ class Verifier:
         """Compare a source at every place where it may be; a file that is the same wins."""
         path, digest, key = source.path, source.digest, source.key
         if path is None or digest is None or key is None:
-            return Finding(short(path), role, UNREADABLE, "the record of it is malformed")
-        finding = Finding(path, role, MISSING)
+            return Finding(short(path), role, "unreadable", "the record of it is malformed")
+        finding = Finding(path, role, "not there")
         try:
             for candidate in _places(path, home):
                 comparison = self._open_and_compare(candidate, role, key, digest)
-                if comparison.state == SAME:
+                if comparison.state == "same":
                     return comparison
-                if finding.state == MISSING:
+                if finding.state == "not there":
                     finding = comparison
         # A remote store may not answer, or the scheme of its URL may be unknown.
         except CkptavgError as error:
-            return Finding(path, role, MISSING, error.message)
+            return Finding(path, role, "not there", error.message)
         return finding
 
-    def _open_and_compare(self, place: Location, part: str, key: str, expected: str) -> Finding:
+    def _open_and_compare(self, place: Location, part: Part, key: str, expected: str) -> Finding:
         try:
             checkpoint = open_checkpoint(place, key)
         except CkptavgError as error:
-            return Finding(str(place), part, UNREADABLE, error.message)
+            return Finding(str(place), part, "unreadable", error.message)
         return self._compare(checkpoint, part, str(place), expected)
 
-    def _compare(self, checkpoint: Checkpoint, part: str, path: str, expected: str) -> Finding:
+    def _compare(self, checkpoint: Checkpoint, part: Part, path: str, expected: str) -> Finding:
         key = (path, checkpoint.key)
         try:
-            if key not in self._known:
-                self._known[key] = digest(checkpoint, self._progress)
+            if key not in self._digests:
+                self._digests[key] = digest(checkpoint, self._progress)
         except CkptavgError as error:
-            return Finding(path, part, UNREADABLE, error.message)
-        return Finding(path, part, SAME if self._known[key] == expected else CHANGED)
+            return Finding(path, part, "unreadable", error.message)
+        return Finding(path, part, _state_of(self._digests[key] == expected))
+
+
+def _state_of(same: bool) -> State:
+    return "same" if same else "changed"
 
 
 def digest(checkpoint: Checkpoint, progress: Progress | None = None) -> str:
@@ -131,12 +137,11 @@ def _check_archives(checkpoint: Checkpoint) -> list[Finding]:
         try:
             damaged = zip_checksums.damaged_entries(stamp.path)
         except CkptavgError as error:
-            findings.append(Finding(stamp.path, "archive", UNREADABLE, error.message))
+            findings.append(Finding(stamp.path, "archive", "unreadable", error.message))
             continue
         if damaged is not None:
-            state = CHANGED if damaged else SAME
             why = f"not what their CRC-32 tells: {first_few(damaged)}" if damaged else ""
-            findings.append(Finding(stamp.path, "archive", state, why))
+            findings.append(Finding(stamp.path, "archive", _state_of(not damaged), why))
     return findings
 
 

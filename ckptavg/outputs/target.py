@@ -150,7 +150,7 @@ def _lay_out(
         raise UsageError(
             f"{out} would be a file, but {first_few(list(companions))} has to stand beside the "
             "weights",
-            "Name a directory: -o with no suffix.",
+            "Name a directory: `out` without a suffix.",
         )
     layout.put(companions)
     return layout
@@ -173,7 +173,7 @@ def _check_neighbours(path: Path, neighbours: Iterable[Location]) -> None:
         if open_checkpoint(real_path).is_average:
             return
     raise OutputError(
-        f"the output {path} is a file of the run that is averaged", "Choose another -o."
+        f"the output {path} is a file of the run that is averaged", "Choose another `out`."
     )
 
 
@@ -199,7 +199,7 @@ def _check_no_run(path: Path, is_run: Callable[[Path], bool], *, overwrite: bool
     raise OutputError(
         f"{path} is a directory that holds checkpoints, and no output of ckptavg: were the output "
         "and the input swapped?",
-        "Name something new by -o.",
+        "Choose another `out`.",
     )
 
 
@@ -227,7 +227,7 @@ def check_together(targets: Sequence[Target]) -> None:
         if paths.count(path) > 1:
             raise UsageError(f"two averages would be written to {path}", "Give each its own name.")
         if set(path.parents) & set(paths):
-            raise UsageError(f"{path} would lie within another output", "Give each its own name.")
+            raise UsageError(f"{path} would be within another output", "Give each its own name.")
     # Outputs on the same file system share its room: file system → bytes of the outputs on it.
     rooms: dict[int, int] = {}
     for path, target in zip(paths, targets, strict=True):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,41 +109,61 @@ def average(
         _note_order(paths, [str(c.path) for c in selection])
     from ckptavg.averaging import pipeline, remarks  # noqa: PLC0415 - help is shown without torch
 
-    planned = [plan_selection(selection, weighting, tensors)]
-    planned += [extra.plan(run, selection, tensors) for extra in further]
+    outputs = [_Output("", plan_selection(selection, weighting, tensors), out)]
+    for extra in further:
+        path = None if out is None else extra.path(out)
+        outputs.append(_Output(extra.name, extra.plan(run, selection, tensors), path))
+    averages = [output.average for output in outputs]
     gram = _measured_weights(selection, tensors) if measured else []
-    outs = [] if out is None else [out, *(extra.path(out) for extra in further)]
     write_options = pipeline.WriteOptions(overwrite, tensors.keep_nonfinite, digests)
-    targets = pipeline.prepare_targets(list(zip(planned, outs, strict=bool(outs))), write_options)
+    pairs = [(output.average, output.path) for output in outputs if output.path is not None]
+    targets = pipeline.prepare_targets(pairs, write_options)
+    statistics_pass = None
     if dry_run:
-        remarks.log_plans([planned_average.plan for planned_average in planned])
-        for note in _layout_notes(targets):
-            log.info(note)
-    statistics_pass = None if dry_run else _prepare_pass(running, selection, processes)
+        remarks.log_plans([average.plan for average in averages])
+        _log_layout_notes(targets)
+    else:
+        statistics_pass = _prepare_pass(running, selection, processes)
     if dry_run or report.verbosity >= 0:
-        names = ["", *(extra.name for extra in further)]
-        for planned_average, name in zip(planned, names, strict=True):
-            _show_plan(report, planned_average, name)
-    if out is None or dry_run:
-        records = [{**average.provenance().entries, "output": None} for average in planned]
-        _result(report, records, further)
+        for output in outputs:
+            _show_plan(report, output)
+    if dry_run:
+        records = [{**average.provenance().entries, "output": None} for average in averages]
+        _report_result(report, records, outputs)
         return
     if statistics_pass is None:
-        written = _write(report, planned, targets, write_options, run, gram, processes)
+        written = _write(report, averages, targets, write_options, run, gram, processes)
     else:
-        written = _write_recomputed(report, planned, targets, write_options, run, statistics_pass)
-    if processes is not None and processes.rank:  # the first has looked at the output for all
+        written = _write_recomputed(report, averages, targets, write_options, run, statistics_pass)
+    # The first process has looked at the outputs for all.
+    if processes is not None and processes.rank:
         return
     records = []
-    for provenance, path in zip(written.provenances, outs, strict=True):
-        records.append(_written(report, provenance, path))
+    for provenance, target in zip(written.provenances, targets, strict=True):
+        records.append(_report_written(report, provenance, target.out))
     if measured:
-        records[0] |= _geometry(report, selection, written.gram)
-    _result(report, records, further)
+        records[0] |= _report_geometry(report, selection, written.gram)
+    _report_result(report, records, outputs)
 
 
-def _layout_notes(targets: Sequence[Target]) -> Iterable[str]:
-    return dict.fromkeys(note for target in targets for note in target.layout.notes)
+@dataclass(frozen=True)
+class _Output:
+    """An average of the command.
+
+    Attributes:
+        name: Name by ``--also``; empty for the command's own average.
+        average: The planned average.
+        path: Path of the output; None for none.
+    """
+
+    name: str
+    average: Average
+    path: str | None
+
+
+def _log_layout_notes(targets: Sequence[Target]) -> None:
+    for note in dict.fromkeys(note for target in targets for note in target.layout.notes):
+        log.info(note)
 
 
 def _check_usage(
@@ -157,8 +177,9 @@ def _check_usage(
     if running.model.spec and not running.training.spec:
         raise UsageError("--model and --train-data go together: they recompute BatchNorm")
     if measured and (dry_run or running.training.spec):
+        other = "--dry-run" if dry_run else "--train-data"
         raise UsageError(
-            f"--geometry and {'--dry-run' if dry_run else '--train-data'} exclude each other: "
+            f"--geometry and {other} exclude each other: "
             "`ckptavg inspect --geometry` shows it by itself"
         )
     running.check_statistics()
@@ -181,7 +202,7 @@ def _prepare_pass(
 
 def _write(
     report: Report,
-    planned: Sequence[Average],
+    averages: Sequence[Average],
     targets: Sequence[Target],
     write_options: WriteOptions,
     run: Run,
@@ -193,14 +214,14 @@ def _write(
 
     with report.bytes_progress("averaging") as progress:
         written = write_averages(
-            planned,
+            averages,
             targets,
             replace(write_options, progress=progress),
             order=run.opened,
             gram=gram,
             processes=processes,
         )
-    if any(planned_average.batchnorm == "stale" for planned_average in planned):
+    if any(average.batchnorm == "stale" for average in averages):
         log.info(
             "BatchNorm statistics are not those of the averaged weights (stale): recompute them "
             "with `ckptavg update-bn`, or by --model and --train-data"
@@ -210,7 +231,7 @@ def _write(
 
 def _write_recomputed(
     report: Report,
-    planned: Sequence[Average],
+    averages: Sequence[Average],
     targets: Sequence[Target],
     write_options: WriteOptions,
     run: Run,
@@ -223,7 +244,7 @@ def _write_recomputed(
         report_reading = functools.partial(progress, "averaging (bytes)")
         report_pass = functools.partial(progress, "BatchNorm")
         return write_averages(
-            planned,
+            averages,
             targets,
             replace(write_options, progress=report_reading),
             order=run.opened,
@@ -239,7 +260,7 @@ def _measured_weights(selection: Run, tensors: TensorOptions) -> list[TensorPlan
     return weight_space.list_weights(selection, rules)
 
 
-def _geometry(report: Report, selection: Run, gram: torch.Tensor | None) -> dict[str, Any]:
+def _report_geometry(report: Report, selection: Run, gram: torch.Tensor | None) -> dict[str, Any]:
     """Show the geometry of the averaged checkpoints; nothing fails, as the outputs are written."""
     from ckptavg.inspection import geometry as weight_space  # noqa: PLC0415
 
@@ -253,23 +274,30 @@ def _geometry(report: Report, selection: Run, gram: torch.Tensor | None) -> dict
     return {"geometry": geometry.values(measured)}
 
 
-def _written(report: Report, provenance: Provenance, out: str) -> dict[str, Any]:
+def _report_written(report: Report, provenance: Provenance, out: str) -> dict[str, Any]:
     """Print the written output, and return the same as plain values."""
     size = _size(Path(out))
-    facts = [] if size is None else [size_text(size)]
-    facts += [] if provenance.bn == "none" else [f"BatchNorm statistics: {provenance.bn}"]
-    report.line(f"wrote {out}" + (f" ({', '.join(facts)})" if facts else ""))
+    facts: list[str] = []
+    if size is not None:
+        facts.append(size_text(size))
+    if provenance.bn != "none":
+        facts.append(f"BatchNorm statistics: {provenance.bn}")
+    about = f" ({', '.join(facts)})" if facts else ""
+    report.line(f"wrote {out}{about}")
     if provenance.digest is not None:
         report.line(f"digest of its weights: {provenance.digest}")
     return {**provenance.entries, "output": out, "bytes": size}
 
 
-def _result(report: Report, made: list[dict[str, Any]], further: tuple[AlsoAverage, ...]) -> None:
+def _report_result(
+    report: Report, records: Sequence[dict[str, Any]], outputs: Sequence[_Output]
+) -> None:
     """Emit the command's average as JSON, further averages under ``also``."""
-    further_records = [
-        {"name": extra.name} | record for extra, record in zip(further, made[1:], strict=True)
-    ]
-    report.result(made[0] | ({"also": further_records} if further_records else {}))
+    result, *further = records
+    named = [{"name": o.name, **record} for o, record in zip(outputs[1:], further, strict=True)]
+    if named:
+        result = {**result, "also": named}
+    report.result(result)
 
 
 def _note_order(given: tuple[str, ...], ordered: list[str]) -> None:
@@ -279,18 +307,19 @@ def _note_order(given: tuple[str, ...], ordered: list[str]) -> None:
         log.info("the weights go to the checkpoints in the run's order, not in the order given")
 
 
-def _show_plan(report: Report, planned: Average, name: str) -> None:
+def _show_plan(report: Report, output: _Output) -> None:
     """Show the checkpoints of an average by their paths within the run."""
-    checkpoints = planned.plan.checkpoints
-    names = short_names([checkpoint.path for checkpoint in checkpoints])
+    plan = output.average.plan
+    names = short_names([checkpoint.path for checkpoint in plan.checkpoints])
     rows = []
-    for short, checkpoint, coefficient in zip(
-        names, checkpoints, planned.plan.coefficients, strict=True
+    for name, checkpoint, coefficient in zip(
+        names, plan.checkpoints, plan.coefficients, strict=True
     ):
         step, lr = number_text(checkpoint.step), number_text(checkpoint.record.lr)
-        rows.append((short, step, lr, f"{coefficient:.6g}"))
-    of = f"{name}: " if name else ""
-    title = f"{of}{count_text(len(rows), 'checkpoint')}, {planned.scheme.text}"
+        rows.append((name, step, lr, f"{coefficient:.6g}"))
+    title = f"{count_text(len(rows), 'checkpoint')}, {output.average.scheme.text}"
+    if output.name:
+        title = f"{output.name}: {title}"
     report.table(("checkpoint", "step", "LR", "coefficient"), rows, title=title)
 
 
@@ -301,7 +330,8 @@ def _size(path: Path) -> int | None:
         path: A file or a directory.
     """
     try:
-        files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
-        return sum(file.stat().st_size for file in files)
+        if not path.is_dir():
+            return path.stat().st_size
+        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     except OSError:
         return None

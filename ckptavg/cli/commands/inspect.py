@@ -21,7 +21,7 @@ from ckptavg.formats.names import batchnorm_layers
 from ckptavg.formats.provenance import Provenance
 from ckptavg.io.paths import locate, without_secrets
 from ckptavg.runs.discovery.numbered import short_names
-from ckptavg.runs.metric_columns import choose_metric_columns
+from ckptavg.runs.metric_columns import MetricColumns, choose_metric_columns
 from ckptavg.runs.run import Run, open_run
 from ckptavg.runs.selection_notes import note_cycles
 
@@ -100,25 +100,54 @@ def _measured(report: Report, run: Run) -> Geometry:
 
 
 def _show_run(report: Report, run: Run, whole: Run, geometry: Geometry | None = None) -> None:
+    """Show a run, or a selection of the whole run, as tables and as JSON."""
     metrics = choose_metric_columns(run.checkpoints)
     shown_metrics = metrics.names[:_MOST_METRICS]
-    rows = [
-        (
-            name,
-            number_text(checkpoint.step),
-            number_text(checkpoint.record.epoch),
-            number_text(checkpoint.record.lr),
-            *(number_text(checkpoint.record.metrics.get(m)) for m in shown_metrics),
-            first_few([entry or "(the file)" for entry in checkpoint.entries]),
-            size_text(checkpoint.size),
-        )
-        for name, checkpoint in zip(short_names([c.path for c in run]), run, strict=True)
+    rows: list[Sequence[str]] = []
+    for name, checkpoint in zip(short_names([c.path for c in run]), run, strict=True):
+        rows.append(_run_row(name, checkpoint, shown_metrics))
+    report.table(_run_columns(shown_metrics), rows, title=_run_title(run, whole))
+    _show_other_metrics(report, metrics)
+    excluded = [
+        {"path": without_secrets(str(left_out.path)), "why": for_shell(left_out.why)}
+        for left_out in run.excluded
     ]
-    columns = _run_columns(shown_metrics)
+    if excluded:
+        names = short_names([left_out.path for left_out in run.excluded])
+        reasons = [entry["why"] for entry in excluded]
+        report.table(("left out", "why"), list(zip(names, reasons, strict=True)))
+    if extra_entries := run.checkpoints[-1].other_entries:
+        report.line(f"beside the weights, not averaged: {', '.join(extra_entries)}")
+    notes = _notes_of(run)
+    for note in notes:
+        report.line(f"note: {note}")
+    result: dict[str, Any] = {
+        "checkpoints": [_summary(checkpoint) for checkpoint in run],
+        "left_out": excluded,
+        "notes": [for_shell(note) for note in notes],
+    }
+    if geometry is not None:
+        shown.show(report, geometry)
+        result["geometry"] = shown.values(geometry)
+    report.result(result)
+
+
+def _run_title(run: Run, whole: Run) -> str:
     kinds = ", ".join(dict.fromkeys(checkpoint.format.label for checkpoint in run))
-    of = "" if run is whole else f"{len(run)} of "
-    title = f"{of}{count_text(len(whole.opened), 'checkpoint')} in order ({kinds})"
-    report.table(columns, rows, title=title)
+    title = f"{count_text(len(whole.opened), 'checkpoint')} in order ({kinds})"
+    return title if run is whole else f"{len(run)} of {title}"
+
+
+def _run_row(name: str, checkpoint: Checkpoint, metrics: Sequence[str]) -> Sequence[str]:
+    record = checkpoint.record
+    numbers = [checkpoint.step, record.epoch, record.lr]
+    numbers += [record.metrics.get(metric) for metric in metrics]
+    entries = first_few([entry or "(the file)" for entry in checkpoint.entries])
+    return [name, *map(number_text, numbers), entries, size_text(checkpoint.size)]
+
+
+def _show_other_metrics(report: Report, metrics: MetricColumns) -> None:
+    """Name the metrics that have no column, with the reason."""
     if more := metrics.names[_MOST_METRICS:]:
         report.line(f"more metrics: {', '.join(more)}")
     if metrics.repeats:
@@ -127,31 +156,16 @@ def _show_run(report: Report, run: Run, whole: Run, geometry: Geometry | None = 
     if metrics.constants:
         pairs = [f"{name} {number_text(value)}" for name, value in metrics.constants.items()]
         report.line(f"the same in all: {', '.join(pairs)}")
-    if run.excluded:
-        names = short_names([left_out.path for left_out in run.excluded])
-        reasons = [for_shell(left_out.why) for left_out in run.excluded]
-        report.table(("left out", "why"), list(zip(names, reasons, strict=True)))
+
+
+def _notes_of(run: Run) -> list[str]:
+    """List the notes of a run and of its checkpoints, each once."""
     # The table of excluded paths says the same.
     in_table = {left_out.note for left_out in run.excluded}
-    run_notes = (note for note in run.notes if note not in in_table)
-    notes = dict.fromkeys((*run_notes, *(note for c in run for note in c.notes)))
-    if extra_entries := run.checkpoints[-1].other_entries:
-        report.line(f"beside the weights, not averaged: {', '.join(extra_entries)}")
-    for note in notes:
-        report.line(f"note: {note}")
-    if geometry is not None:
-        shown.show(report, geometry)
-    report.result(
-        {
-            "checkpoints": [_summary(c) for c in run],
-            "left_out": [
-                {"path": without_secrets(str(left_out.path)), "why": for_shell(left_out.why)}
-                for left_out in run.excluded
-            ],
-            "notes": [for_shell(note) for note in notes],
-        }
-        | ({} if geometry is None else {"geometry": shown.values(geometry)})
-    )
+    notes = [note for note in run.notes if note not in in_table]
+    for checkpoint in run:
+        notes += checkpoint.notes
+    return list(dict.fromkeys(notes))
 
 
 def _run_columns(metrics: Sequence[str]) -> list[Column]:
@@ -165,18 +179,42 @@ def _run_columns(metrics: Sequence[str]) -> list[Column]:
 
 
 def _show_checkpoint(report: Report, checkpoint: Checkpoint) -> None:
-    layers = batchnorm_layers(checkpoint.tensors)
+    """Show a single checkpoint as text, as a table of tensors and as JSON."""
+    layers, ties = batchnorm_layers(checkpoint.tensors), checkpoint.ties()
+    rows: list[tuple[str, str, str]] = []
+    tensors: dict[str, dict[str, Any]] = {}
+    for name, tensor in checkpoint.tensors.items():
+        tensors[name] = {"dtype": tensor.dtype.name, "shape": list(tensor.shape)}
+        rows.append((name, tensor.dtype.name, "×".join(map(str, tensor.shape)) or "scalar"))
+    rows += [(name, why, "") for name, why in checkpoint.refused.items()]
     count = sum(tensor.numel for tensor in checkpoint.tensors.values())
-    ties = checkpoint.ties()
-    rows = [
-        (name, tensor.dtype.name, "×".join(map(str, tensor.shape)) or "scalar")
-        for name, tensor in checkpoint.tensors.items()
-    ] + [(name, why, "") for name, why in checkpoint.refused.items()]
-    record = checkpoint.record
     report.line(
         f"{checkpoint.path}: {len(rows)} tensors, {count:,} values, {size_text(checkpoint.size)}, "
         f"{_entries_text(checkpoint)}"
     )
+    _show_record(report, checkpoint)
+    names = f" ({first_few([*layers])})" if layers else ""
+    report.line(f"BatchNorm layers: {len(layers)}{names}")
+    if checkpoint.other_entries:
+        report.line(f"beside the weights: {', '.join(checkpoint.other_entries)}")
+    for group in ties:
+        report.line(f"tied: {' = '.join(group)}")
+    for note in checkpoint.notes:
+        report.line(f"note: {note}")
+    provenance = checkpoint.provenance
+    if provenance is not None:
+        _show_provenance(report, provenance)
+    report.table(("tensor", "dtype", "shape"), rows)
+    entries = None if provenance is None else dict(provenance.entries)
+    report.result(
+        _summary(checkpoint)
+        | {"tensors": tensors, "batchnorm": list(layers), "tied": ties, "ckptavg": entries}
+    )
+
+
+def _show_record(report: Report, checkpoint: Checkpoint) -> None:
+    """Show the numbers that training recorded."""
+    record = checkpoint.record
     report.line(
         f"step {number_text(record.step)}, epoch {number_text(record.epoch)}, "
         f"LR {number_text(record.lr)}"
@@ -184,33 +222,14 @@ def _show_checkpoint(report: Report, checkpoint: Checkpoint) -> None:
     if metrics := choose_metric_columns([checkpoint]).names[:_MOST_LISTED]:
         values = [f"{name} {number_text(record.metrics[name])}" for name in metrics]
         report.line(f"recorded: {', '.join(values)}")
-    report.line(
-        f"BatchNorm layers: {len(layers)}" + (f" ({first_few([*layers])})" if layers else "")
-    )
-    if checkpoint.other_entries:
-        report.line(f"beside the weights: {', '.join(checkpoint.other_entries)}")
-    for group in ties:
-        report.line(f"tied: {' = '.join(group)}")
-    for note in checkpoint.notes:
-        report.line(f"note: {note}")
-    if checkpoint.provenance is not None:
-        _show_provenance(report, checkpoint.provenance)
-    report.table(("tensor", "dtype", "shape"), rows)
-    tensors = {
-        name: {"dtype": t.dtype.name, "shape": list(t.shape)}
-        for name, t in checkpoint.tensors.items()
-    }
-    provenance = None if checkpoint.provenance is None else dict(checkpoint.provenance.entries)
-    report.result(
-        _summary(checkpoint)
-        | {"tensors": tensors, "batchnorm": list(layers), "tied": ties, "ckptavg": provenance}
-    )
 
 
 def _entries_text(checkpoint: Checkpoint) -> str:
     if checkpoint.networks:
         return f"{len(checkpoint.networks)} networks"
-    return f"weights under {checkpoint.key}" if checkpoint.key else "a state dict itself"
+    if checkpoint.key:
+        return f"weights under {checkpoint.key}"
+    return "a state dict itself"
 
 
 def _show_provenance(report: Report, provenance: Provenance) -> None:

@@ -10,10 +10,8 @@ from ckptavg.cli.console import Report
 from ckptavg.errors import CkptavgError, IntegrityError, first_few
 from ckptavg.errors.printable import split_directory
 from ckptavg.formats import Checkpoint, open_checkpoint
-from ckptavg.inspection.verify import CHANGED, Finding, Verifier
+from ckptavg.inspection.verify import Finding, Verifier
 from ckptavg.runs.run import Run
-
-UNKNOWN = "nothing recorded"
 
 
 def show(report: Report, path: str, run: Run, key: str | None) -> None:
@@ -24,12 +22,10 @@ def show(report: Report, path: str, run: Run, key: str | None) -> None:
     """
     with report.bytes_progress("verifying") as progress:
         verifier = Verifier(progress)
-        findings = [
-            finding
-            for checkpoint in (*run, *_averages(run, key))
-            for finding in verifier.verify(checkpoint) or [_unknown(checkpoint)]
-        ]
-    if all(f.state == UNKNOWN for f in findings):
+        findings: list[Finding] = []
+        for checkpoint in (*run, *_averages(run, key)):
+            findings += verifier.verify(checkpoint) or [_unknown(checkpoint)]
+    if all(f.state == "nothing recorded" for f in findings):
         raise IntegrityError(
             f"nothing was recorded that {path} could be verified by",
             "`ckptavg average --hash` records digests.",
@@ -37,8 +33,8 @@ def show(report: Report, path: str, run: Run, key: str | None) -> None:
     directory, names = split_directory([finding.path for finding in findings])
     rows = []
     for name, finding in zip(names, findings, strict=True):
-        state = finding.state.upper() if finding.state == CHANGED else finding.state
-        rows.append((name, finding.part, state))
+        is_changed = finding.state == "changed"
+        rows.append((name, finding.part, finding.state.upper() if is_changed else finding.state))
     report.table(("file", "part", "result"), rows, title=directory)
     for finding in findings:
         if finding.why:
@@ -52,7 +48,7 @@ def show(report: Report, path: str, run: Run, key: str | None) -> None:
 
 
 def _unknown(checkpoint: Checkpoint) -> Finding:
-    return Finding(str(checkpoint.path), "weights", UNKNOWN)
+    return Finding(str(checkpoint.path), "weights", "nothing recorded")
 
 
 def _averages(run: Run, key: str | None) -> Iterator[Checkpoint]:

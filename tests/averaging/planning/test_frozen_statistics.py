@@ -406,7 +406,7 @@ def test_a_model_that_is_built_unfrozen_keeps_what_counts_no_batches(
     path = save(tmp_path / "one.pt", state)
     _, made = update_checkpoint(open_checkpoint(path), tmp_path / "b.pt", how(net()))
     assert made.bn_layers.get("frozen", []) == frozen
-    assert ("--bn-exclude '*'" in caplog.text) == is_said
+    assert ("update_bn(exclude='*')" in caplog.text) == is_said
     assert_statistics(tmp_path / "b.pt", recomputed_by_hand(state, frozen))
 
 
