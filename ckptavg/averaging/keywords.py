@@ -11,6 +11,15 @@ from ckptavg.display.progress import ProgressLike
 from ckptavg.formats import Checkpoint
 
 
+class TensorRules(TypedDict):
+    """Keywords of ``plan_average`` on the tensors of an average."""
+
+    include: str | Sequence[str]
+    exclude: str | Sequence[str]
+    base: str | os.PathLike[str] | Checkpoint | None
+    dtype: str
+
+
 class ManyOptions(TypedDict, total=False):
     """Keywords of ``average_many`` that do not decide the type of the result."""
 

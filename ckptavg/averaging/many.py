@@ -6,9 +6,10 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, overload
+from typing import TYPE_CHECKING, TypeAlias, overload
 
 from ckptavg.averaging.accounts import provenance_of
+from ckptavg.averaging.keywords import TensorRules
 from ckptavg.averaging.pipeline import (
     RecomputeLike,
     WriteOptions,
@@ -120,15 +121,8 @@ def average_many(
     """
     run = as_run(run)
     options = WriteOptions(overwrite, parse_on_nonfinite(on_nonfinite), digests)
-    if not isinstance(averages, Mapping):
-        raise UsageError(f"averages are expected by name but got {short(repr(averages))}")
-    planned: dict[str, Average] = {}
-    for name, asked in averages.items():
-        planned[name] = plan_request(
-            name, run, asked, include=include, exclude=exclude, base=base, dtype=dtype
-        )
-    if not planned:
-        raise UsageError("no average is asked for")
+    rules = TensorRules(include=include, exclude=exclude, base=base, dtype=dtype)
+    planned = _plan_requests(run, averages, rules)
     ordered = list(planned.values())
     result: dict[str, StateDict] | dict[str, Path]
     with open_pass(recompute, options, progress) as (options, statistics_pass):
@@ -153,8 +147,28 @@ def average_many(
     return result
 
 
+def _plan_requests(run: Run, averages: Asked, rules: TensorRules) -> dict[str, Average]:
+    """Plan the averages that ``average_many`` is asked for.
+
+    Raises:
+        UsageError: The averages are not given by name, there are none, or one is not understood.
+        CkptavgError: As for ``plan_average``.
+    """
+    if not isinstance(averages, Mapping):
+        raise UsageError(f"averages are expected by name but got {short(repr(averages))}")
+    planned: dict[str, Average] = {}
+    for name, asked in averages.items():
+        planned[name] = plan_request(name, run, asked, **rules)
+    if not planned:
+        raise UsageError("no average is asked for")
+    return planned
+
+
 def plan_request(
-    name: str, run: Run, asked: str | Run | tuple[Run, str | Sequence[float]], **rules: Any
+    name: str,
+    run: Run,
+    asked: str | Run | tuple[Run, str | Sequence[float]],
+    **rules: Unpack[TensorRules],
 ) -> Average:
     """Plan an average from a value that ``average_many`` accepts.
 

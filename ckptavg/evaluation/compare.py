@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from ckptavg.averaging.keywords import TensorRules
 from ckptavg.averaging.many import Asked, plan_request
 from ckptavg.averaging.plan import plan_average
 from ckptavg.averaging.planning.rules import parse_on_nonfinite
@@ -27,15 +28,6 @@ from ckptavg.runs.run import Run, RunLike, as_run
 from ckptavg.runs.selection_notes import note_run, note_selection
 from ckptavg.tasks import Task
 from ckptavg.tasks.named import as_task
-
-
-class TensorRules(TypedDict):
-    """Keywords of ``plan_average`` on the tensors of an average."""
-
-    include: str | Sequence[str]
-    exclude: str | Sequence[str]
-    base: str | os.PathLike[str] | Checkpoint | None
-    dtype: str
 
 
 def compare(  # noqa: D417 - arguments of `evaluate` and `average` share a line

@@ -58,7 +58,7 @@ class Source:
         """Read the source from its entry in a record."""
         return cls(
             path=_text(entry.get("path")),
-            size=entry["size"] if isinstance(entry.get("size"), int) else None,
+            size=_integer(entry.get("size")),
             mtime=_number(entry.get("mtime")),
             step=_number(entry.get("step")),
             coefficient=_number(entry.get("coefficient")),
@@ -176,7 +176,9 @@ class Provenance:
     def base(self) -> Source | None:
         """The checkpoint that the tensors outside the average come from; None for an input."""
         base = self.entries.get("base")
-        return Source.from_entry(base) if isinstance(base, dict) else None
+        if not isinstance(base, dict):
+            return None
+        return Source.from_entry(base)
 
     @property
     def sources(self) -> list[tuple[Role, Source]]:
@@ -195,14 +197,17 @@ class Provenance:
     def bn_layers(self) -> dict[str, list[str]]:
         """The layers that ``bn`` does not hold for, by kind; malformed lists are left out."""
         layers = self.entries.get(LAYERS)
-        kinds = layers.items() if isinstance(layers, Mapping) else ()
-        return {kind: names for kind, names in kinds if _is_list_of_text(names)}
+        if not isinstance(layers, Mapping):
+            return {}
+        return {kind: names for kind, names in layers.items() if _is_list_of_text(names)}
 
     @property
     def files(self) -> list[str]:
         """Names of all files of the output, if the output is a directory."""
         names = self.entries.get("files")
-        return [n for n in names if isinstance(n, str)] if isinstance(names, list) else []
+        if not isinstance(names, list):
+            return []
+        return [name for name in names if isinstance(name, str)]
 
     @property
     def digest(self) -> str | None:
@@ -216,15 +221,15 @@ class Provenance:
 
     def with_statistics(self, statistics: Statistics) -> Provenance:
         """Return the record with another state of the running statistics."""
-        entries = {key: value for key, value in self.entries.items() if key != LAYERS}
-        return Provenance(entries | statistics.plain)
+        return Provenance(self._entries_without(LAYERS) | statistics.plain)
 
     def with_files(self, names: Iterable[str]) -> Provenance:
         """Return the record with the names of all files of a directory, or without any names."""
         # The record may be copied from an input, whose files are not the output's.
-        entries = {key: value for key, value in self.entries.items() if key != "files"}
-        files = sorted(names)
-        return Provenance(entries | {"files": files} if files else entries)
+        entries = self._entries_without("files")
+        if files := sorted(names):
+            entries["files"] = files
+        return Provenance(entries)
 
     def with_digests(self, sources: Iterable[Source], output: str = PENDING) -> Provenance:
         """Return the record with digests and a checksum.
@@ -258,10 +263,12 @@ class Provenance:
             return self
         return Provenance({**self.entries, "seal": self._checksum()})
 
+    def _entries_without(self, name: str) -> dict[str, Any]:
+        return {key: value for key, value in self.entries.items() if key != name}
+
     def _checksum(self) -> str:
-        entries = {key: value for key, value in self.entries.items() if key != "seal"}
         # With sorted keys, a tool that rewrites the JSON in another order does not break the seal.
-        text = json.dumps(entries, sort_keys=True)
+        text = json.dumps(self._entries_without("seal"), sort_keys=True)
         return _CHECKSUM + hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -276,7 +283,13 @@ def _number(value: object) -> float | None:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return None
     # A float ends at 2**1024, and JSON can hold an int of any size.
-    return value if isinstance(value, float) or abs(value) < 2**1000 else None
+    if isinstance(value, int) and abs(value) >= 2**1000:
+        return None
+    return value
+
+
+def _integer(value: object) -> int | None:
+    return value if isinstance(value, int) else None
 
 
 def _text(value: object) -> str | None:

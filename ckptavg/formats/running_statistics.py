@@ -54,7 +54,10 @@ class Statistics:
     @property
     def plain(self) -> dict[str, Any]:
         """The state under ``bn``, and the exceptional layers, if any, under ``bn_layers``."""
-        return {"bn": self.state} | ({LAYERS: self.listed} if self.listed else {})
+        plain: dict[str, Any] = {"bn": self.state}
+        if self.listed:
+            plain[LAYERS] = self.listed
+        return plain
 
     def after(self, excluded: Collection[str], written: Collection[str]) -> Statistics:
         """Derive the state after a pass over training data.
@@ -68,8 +71,10 @@ class Statistics:
         missed = tuple(layer for layer in wanted if layer not in written)
         # Without a single recomputed layer the state stays.
         state = self.state
-        if len(missed) < len(wanted):
-            state = "partly recomputed" if missed else "recomputed"
+        if wanted and not missed:
+            state = "recomputed"
+        elif len(missed) < len(wanted):
+            state = "partly recomputed"
         return Statistics(
             state,
             self.layers,
@@ -90,16 +95,27 @@ def match_layers(patterns: str | Sequence[str], layers: Iterable[str]) -> set[st
         UsageError: A pattern matches no layer.
     """
     layer_names = list(layers)
+    if isinstance(patterns, str):
+        patterns = [patterns]
     matched: set[str] = set()
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        names = [name for name in layer_names if fnmatch.fnmatchcase(name, pattern)]
+    for pattern in patterns:
+        names = _match(layer_names, pattern)
         if not names:
-            listed = (
-                f"The layers are {first_few(layer_names, 6)}." if layer_names else "There are none."
-            )
             raise UsageError(
-                f"{pattern!r} matches no BatchNorm layer",
-                did_you_mean(close_patterns(pattern, layer_names)) or listed,
+                f"{pattern!r} matches no BatchNorm layer", _suggest_layers(layer_names, pattern)
             )
         matched.update(names)
     return matched
+
+
+def _match(layers: Iterable[str], pattern: str) -> list[str]:
+    return [layer for layer in layers if fnmatch.fnmatchcase(layer, pattern)]
+
+
+def _suggest_layers(layers: list[str], pattern: str) -> str:
+    """Suggest layers for a pattern that matches none."""
+    if close := close_patterns(pattern, layers):
+        return did_you_mean(close)
+    if not layers:
+        return "There are none."
+    return f"The layers are {first_few(layers, 6)}."

@@ -96,9 +96,7 @@ def prepare(
     """
     check_output(out)
     path = Path(out)
-    input_paths = [str(name) for c in inputs for name in (c.path, *(f.path for f in c.files))]
-    # A dict is an ordered set here: a run may be of thousands of files, most of them named twice.
-    names = dict.fromkeys(Path(name) for name in input_paths if not is_url(name))
+    names = _local_files(inputs)
     _check_neighbours(path, [n for n in neighbours if n not in names])
     check_no_input(path, names)
     _check_no_run(path, is_run, overwrite=overwrite)
@@ -121,6 +119,17 @@ def prepare(
     return Target(
         os.fspath(out), tensors, layout, overwrite, provenance, inputs[-1], replaceable, hashed
     )
+
+
+def _local_files(inputs: Iterable[Checkpoint]) -> dict[Path, None]:
+    """List the paths of inputs and of their files, without URLs."""
+    # A dict is an ordered set here: a run may be of thousands of files, most of them named twice.
+    names: dict[Path, None] = {}
+    for checkpoint in inputs:
+        for name in (str(checkpoint.path), *(stamp.path for stamp in checkpoint.files)):
+            if not is_url(name):
+                names[Path(name)] = None
+    return names
 
 
 def lay_out_target(target: Target, provenance: Provenance) -> Layout:
