@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ckptavg.formats.provenance import Provenance
 from ckptavg.io.paths import Location
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 # Bound on the product of all nonzero dimensions: torch can compute the sizes of smaller tensors.
 MOST_ELEMENTS = 2**58
+
+
+Kind = Literal["float", "complex", "int", "packed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +38,7 @@ class DType:
 
     name: str
     bits: int
-    kind: str
+    kind: Kind
     code: str | None
 
     @property

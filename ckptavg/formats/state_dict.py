@@ -38,6 +38,8 @@ from ckptavg.formats.tree import (
 _PICKLED = "the weights are read from a pickled module, without its class"
 # Most entries that a message lists.
 _MOST_ENTRIES = 12
+# Most networks that a message lists.
+_MOST_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -189,10 +191,22 @@ def _find_networks(tree: Any, key: str = "") -> Weights | None:
     if len(entries.networks) == 1:
         ((path, entry),) = entries.networks.items()
         return Weights(join(key, path), entry, notes)
-    shown = first_few([short(join(key, path)) or "the file itself" for path in entries.networks])
-    count = len(entries.networks)
-    several = f"{count} networks, each averaged at its own place: {shown} (`key` picks one)"
-    return Weights(key, names, [several, *notes], entries.networks)
+    return Weights(key, names, [_note_networks(entries.networks, key), *notes], entries.networks)
+
+
+def _note_networks(networks: Mapping[str, Entry], key: str) -> str:
+    """Make the note that a file holds several networks.
+
+    Args:
+        networks: Dotted path below the key → state dict.
+        key: Dotted path of the entry that is searched.
+    """
+    paths = [join(key, path) for path in networks]
+    # Only the names that are shown are made printable, since there may be very many.
+    for i, path in enumerate(paths[:_MOST_SHOWN]):
+        paths[i] = short(path) or "the file itself"
+    shown = first_few(paths, _MOST_SHOWN)
+    return f"{len(paths)} networks, each averaged at its own place: {shown} (`key` picks one)"
 
 
 def _note_averages(averages: Mapping[str, Any], key: str) -> list[str]:

@@ -95,7 +95,13 @@ class Distributed(DirectoryFormat):
     def lay_out(
         self, tensors: Sequence[OutputTensor], provenance: str, template: Checkpoint
     ) -> Layout:
-        """Plan a directory like the last input."""
+        """Plan a directory like the last input.
+
+        Args:
+            tensors: Tensors of the output, under bare names.
+            provenance: Record of how the output was made, as JSON.
+            template: The last input.
+        """
         from ckptavg.formats.dcp import writer  # noqa: PLC0415 - loads torch's, which is large
 
         return writer.lay_out(tensors, provenance, template)

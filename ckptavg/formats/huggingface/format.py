@@ -63,7 +63,13 @@ class HuggingFace(DirectoryFormat):
     def lay_out(
         self, tensors: Sequence[OutputTensor], provenance: str, template: Checkpoint
     ) -> Layout:
-        """Plan a directory like the last input, with the files beside the weights."""
+        """Plan a directory like the last input, with the files beside the weights.
+
+        Args:
+            tensors: Tensors of the output, under bare names.
+            provenance: Record of how the output was made, as JSON.
+            template: The last input.
+        """
         from ckptavg.formats.huggingface import writer  # noqa: PLC0415 - needs torch
 
         return writer.lay_out(tensors, provenance, template)

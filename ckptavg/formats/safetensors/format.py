@@ -40,7 +40,13 @@ class Safetensors(FileFormat):
         return path.suffix in self.suffixes
 
     def read(self, path: Location, stamp: FileStamp, key: str | None) -> Part:  # noqa: ARG002
-        """Read the header of a file, which has no entries to choose from."""
+        """Read the header of a file, which has no entries to choose from.
+
+        Args:
+            path: The file.
+            stamp: The file's stamp.
+            key: Not used.
+        """
         tensors, metadata = header.read_header(path, stamp.size)
         return Part(
             format=self,
@@ -54,12 +60,19 @@ class Safetensors(FileFormat):
 
     def lay_out(
         self,
-        path: str,  # noqa: ARG002 - the layout does not depend on it
+        path: str,  # noqa: ARG002
         tensors: Sequence[OutputTensor],
         provenance: str,
         template: Checkpoint,
     ) -> Layout:
-        """Plan a file with the metadata of the last input that is true of an average."""
+        """Plan a file with the metadata of the last input that is true of an average.
+
+        Args:
+            path: Not used: the layout does not depend on the path.
+            tensors: Tensors of the output, under bare names.
+            provenance: Record of how the output was made, as JSON.
+            template: The last input.
+        """
         metadata, notes = layout.header_metadata(provenance, template.metadata, template.momentary)
         return Layout(False, [layout.lay_out("", tensors, metadata)], notes=tuple(notes))
 

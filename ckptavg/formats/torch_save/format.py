@@ -59,7 +59,13 @@ class TorchSave(FileFormat):
         return start[_ENTRY_NAME : _ENTRY_NAME + size].endswith(_FIRST_ENTRIES)
 
     def read(self, path: Location, stamp: FileStamp, key: str | None) -> Part:
-        """Read the pickle of a file, and find the weights in the saved object."""
+        """Read the pickle of a file, and find the weights in the saved object.
+
+        Args:
+            path: The file.
+            stamp: The file's stamp.
+            key: Dotted path of the entry that holds the weights; None to find the entry.
+        """
         opened = zip_reader.read(path)
         if path.suffix == ".safetensors":
             raise CheckpointError(
@@ -109,7 +115,14 @@ class TorchSave(FileFormat):
     def lay_out(
         self, path: str, tensors: Sequence[OutputTensor], provenance: str, template: Checkpoint
     ) -> Layout:
-        """Plan a file with the entries of the last input."""
+        """Plan a file with the entries of the last input.
+
+        Args:
+            path: The output, whose suffix decides the form.
+            tensors: Tensors of the output, under bare names.
+            provenance: Record of how the output was made, as JSON.
+            template: The last input.
+        """
         from ckptavg.formats.torch_save import writer  # noqa: PLC0415 - needs torch
 
         file, notes = writer.lay_out(path, tensors, provenance, template)

@@ -273,11 +273,14 @@ def _locate_default_entry(
     Returns:
         Its location; None where there is no such entry.
     """
+    # First, since the search takes long in a file of very many networks.
+    if template.networks:
+        return None
     try:
         default = state_dict.find_weights(file.path, file.tree, None)
     except (CheckpointError, MalformedPickle):
         return None
-    if template.networks or default.networks or default.entry.keys() != locations[""].entry.keys():
+    if default.networks or default.entry.keys() != locations[""].entry.keys():
         return None
     network = locate(file.tree, default.key)
     if network is None or not network.within_plain or network.value is file.tree:
