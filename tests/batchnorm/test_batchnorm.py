@@ -724,6 +724,7 @@ def processes(tmp_path_factory):
     return [torch.load(directory / f"{rank}.pt") for rank in range(3)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", SHARDS)
 def test_processes_end_with_the_statistics_of_the_whole(processes, world):
     alone = net()
@@ -736,6 +737,7 @@ def test_processes_end_with_the_statistics_of_the_whole(processes, world):
             assert torch.equal(found["state"][name], processes[0][world]["state"][name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", SHARDS)
 def test_sync_batchnorm_waits_for_no_other_process_during_the_pass(processes, world):
     """Some have more batches than others; what is normalized is each batch by itself, as alone."""
@@ -746,6 +748,7 @@ def test_sync_batchnorm_waits_for_no_other_process_during_the_pass(processes, wo
             torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", SHARDS)
 def test_processes_fail_together(processes, world):
     for rank in range(world):

@@ -38,6 +38,7 @@ TINY = ["--checkpoints", "3", "--gigabytes", "0.004", "--rounds", "1", "--pause"
 SCRIPT = str(Path(averaging.__file__))
 
 
+@pytest.mark.slow
 def test_all_contenders_come_to_the_same_average(tmp_path):
     stored = tmp_path / "figures.json"
     where = ["--dir", tmp_path / "room", "--json", stored]
@@ -174,6 +175,7 @@ def scored(arguments, tmp_path):
     return json.loads(stored.read_text()), done.stdout
 
 
+@pytest.mark.slow
 def test_all_who_score_averages_come_to_the_same(tmp_path):
     """With a single batch, the mean of the batches' variances is the population's."""
     arguments = ["--only", "candidates", "--batch-size", "8", "--rounds", "1", "--markdown"]

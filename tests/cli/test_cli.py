@@ -376,6 +376,7 @@ def test_the_first_screen_of_the_help_is_enough_to_use_it() -> None:
         assert text in first_screen
 
 
+@pytest.mark.slow
 def test_interrupt_leaves_nothing_and_exits_130(home: Path) -> None:
     command = [sys.executable, "-m", "ckptavg", "average", "run", "-o", "o.pt"]
     command += ["--model", "net.py:model", "--train-data", "net.py:slow"]

@@ -9,36 +9,24 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from command_line import FACTORIES, network
 from torch import nn
 
 from ckptavg.cli import main
 
-NET = """
-import torch
-from torch import nn
-
-def model():
-    return nn.Sequential(nn.Flatten(), nn.Linear(8, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
-
-def data(seed=0):
-    g = torch.Generator().manual_seed(seed)
-    return torch.utils.data.TensorDataset(
-        torch.randn(40, 8, generator=g), torch.randint(0, 3, (40,), generator=g))
-"""
 SCORED = ("--model", "net.py:model", "--device", "cpu", "--data", "net.py:data")
 TRAIN = ("--train-data", "net.py:data", "--train-data-arg", "seed=1")
 
 
 def state(seed: int) -> dict[str, torch.Tensor]:
     torch.manual_seed(seed)
-    layers = (nn.Flatten(), nn.Linear(8, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
-    return nn.Sequential(*layers).state_dict()
+    return network().state_dict()
 
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run whose files hold weights, their moving average, and it once more below ``swa``."""
-    (tmp_path / "net.py").write_text(NET)
+    (tmp_path / "net.py").write_text(FACTORIES)
     (tmp_path / "run").mkdir()
     for epoch in range(1, 4):
         ema = state(epoch + 10)
@@ -127,7 +115,7 @@ def test_stale_averages_are_left_out_where_recomputed_ones_stand(home: Path) -> 
 
 
 def test_without_batchnorm_an_average_is_never_left_out(home: Path) -> None:
-    net = NET.replace("nn.BatchNorm1d(4)", "nn.ReLU()")
+    net = FACTORIES.replace("nn.BatchNorm1d(4)", "nn.ReLU()")
     (home / "net.py").write_text(net)
     for epoch in range(1, 4):
         layers = (nn.Flatten(), nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 3))

@@ -16,6 +16,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from helpers import listing, save_states
+from selecting import first_only
 from torch import nn
 
 from ckptavg.cli import main
@@ -661,7 +662,7 @@ def heed_interrupts() -> None:  # which a process started in the background does
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
-@pytest.mark.parametrize(
+@first_only(
     "command",
     [["eval", "--run", "run", *MODEL, "--data", "net.py:Slow", "--results", "o.json"],
      ["average", "run", *MODEL, "--train-data", "net.py:Slow", "-o", "o.pt"]],

@@ -12,24 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from command_line import FACTORIES, network
 from helpers import save
+from selecting import first_only
 
 from ckptavg.cli import main
 from ckptavg.specs.forms import DATA_PREFIXES, MODEL_PREFIXES
 from ckptavg.tasks.named import NAMED
 
-FACTORIES = """
-import torch
-from torch import nn
-
-def model():
-    return nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
-
-def data(n=40):
-    g = torch.Generator().manual_seed(0)
-    return torch.utils.data.TensorDataset(
-        torch.randn(n, 8, generator=g), torch.randint(0, 3, (n,), generator=g))
-"""
 EVAL = ["--model", "shell_net.py:model", "--data", "shell_net.py:data", "--device", "cpu"]
 
 
@@ -39,9 +29,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "shell_net.py").write_text(FACTORIES)
     for epoch in range(1, 5):
         torch.manual_seed(epoch)
-        layers = (torch.nn.Linear(8, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 3))
-        state = torch.nn.Sequential(*layers).state_dict()
-        save(tmp_path / "run" / f"epoch_{epoch}.pt", state, epoch=epoch)
+        save(tmp_path / "run" / f"epoch_{epoch}.pt", network().state_dict(), epoch=epoch)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -117,7 +105,7 @@ def test_tracebacks_are_printable(home: Path) -> None:
 # The shell
 
 
-@pytest.mark.parametrize("flags", [[], ["--json", "--quiet"]])
+@first_only("flags", [[], ["--json", "--quiet"]])
 def test_a_reader_that_has_seen_enough_does_not_stop_the_work(home: Path, flags: list[str]) -> None:
     reader, writer = os.pipe()
     os.close(reader)
@@ -129,6 +117,7 @@ def test_a_reader_that_has_seen_enough_does_not_stop_the_work(home: Path, flags:
     assert (home / "swa.pt").is_file()
 
 
+@pytest.mark.slow
 def test_modules_of_the_working_directory_are_not_taken_for_others(home: Path) -> None:
     for name in ("torch", "click", "typing", "logging", "json", "__future__", "safetensors"):
         (home / f"{name}.py").write_text(f"raise SystemExit('a stranger: {name}')")

@@ -277,6 +277,7 @@ def test_names_out_of_files_are_neither_markup_nor_commands_to_the_terminal(tmp_
     assert "\x1b" not in result.output
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
 def test_errors_break_no_word_on_a_terminal(tmp_path):
     command = [sys.executable, "-m", "ckptavg", "inspect", f"{'some_name/' * 9}{'a run of ' * 9}it"]

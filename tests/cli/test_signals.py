@@ -17,6 +17,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from helpers import listing, save, save_states
+from selecting import first_only
 
 from ckptavg.averaging import pipeline
 from ckptavg.cli import main, signals
@@ -86,7 +87,7 @@ BURSTS = {
 
 
 @pytest.mark.skipif(not hasattr(os, "preadv"), reason="slows reads through preadv")
-@pytest.mark.parametrize("burst", BURSTS)
+@first_only("burst", BURSTS)
 def test_a_signal_while_the_threads_are_busy_leaves_nothing(large, tmp_path, burst):
     name = "swa" if burst == "both" else "swa.pt"
     command = [sys.executable, "-c", BUSY, "average", large]
@@ -121,6 +122,7 @@ with unwind_on_signals():
 """
 
 
+@pytest.mark.slow
 def test_a_child_process_dies_of_sigterm_as_ever():
     """A loader's worker is a copy of the command and must not end as the command does."""
     done = subprocess.run(

@@ -179,6 +179,15 @@ COMMANDS = {
 }
 
 
+def test_two_processes_write_the_bytes_of_one(home: Path) -> None:
+    run_alone("average", "run", "-o", "alone/a.safetensors")
+    command = {"args": ["average", "run", "-o", "out/a.safetensors"]}
+    (results,) = launch("two", [command], count=2)
+    assert [result["code"] for result in results] == [0, 0]
+    assert contents(home / "out") == contents(home / "alone")
+
+
+@pytest.mark.slow
 def test_four_processes_write_the_bytes_of_one(home: Path) -> None:
     commands = []
     for name, args in COMMANDS.items():
@@ -223,6 +232,7 @@ def test_four_processes_write_the_bytes_of_one(home: Path) -> None:
     assert "ckptavg inspect is the work of one process. Start it" in inspection[0]["err"]
 
 
+@pytest.mark.slow
 def test_two_hosts_make_one_output(home: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -247,6 +257,7 @@ def test_two_hosts_make_one_output(home: Path) -> None:
     assert contents(home / "out") == contents(home / "alone")
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_under_torchrun_ends_all(home: Path) -> None:
     command = {"args": ["average", "run", "-o", "out/a.pt"], "harm": {"1": "kill", "0": "linger"}}
     (results,) = launch(
@@ -262,6 +273,7 @@ def test_a_process_that_is_killed_under_torchrun_ends_all(home: Path) -> None:
     assert listing(home / "out") == []
 
 
+@pytest.mark.slow
 def test_however_one_process_fails_nothing_is_written(home: Path) -> None:
     average = ["average", "run", "-o"]
     commands = [
@@ -311,6 +323,7 @@ def test_one_process_alone_is_as_ever(home: Path, monkeypatch: pytest.MonkeyPatc
     assert not torch.distributed.is_initialized()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_waiting_for_others_ends_when_it_is_told_to(home: Path, rank: str) -> None:
     with socket.socket() as free:

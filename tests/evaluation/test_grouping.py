@@ -9,6 +9,7 @@ import pytest
 import torch
 from fellows import together
 from helpers import opened
+from selecting import combinations, first_only
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -124,6 +125,8 @@ def fitting(monkeypatch, count):
 
 # Groups and order
 
+PAIRS = list(itertools.combinations(range(7), 2))  # of candidates
+
 
 @pytest.mark.parametrize("size", range(1, NETWORKS + 1))
 def test_results_do_not_depend_on_the_size_of_groups(monkeypatch, candidates, expected, size):
@@ -131,8 +134,7 @@ def test_results_do_not_depend_on_the_size_of_groups(monkeypatch, candidates, ex
     assert_same(run(candidates), expected)
 
 
-@pytest.mark.parametrize("size", [2, 3, 100])
-@pytest.mark.parametrize("turn", [1, 3, -1])
+@combinations(turn=[1, 3, -1], size=[2, 3, 100])
 def test_results_do_not_depend_on_the_order_of_candidates(
     monkeypatch, candidates, expected, size, turn
 ):
@@ -143,7 +145,7 @@ def test_results_do_not_depend_on_the_order_of_candidates(
     assert_same(found, [expected[i] for i in order])
 
 
-@pytest.mark.parametrize("kept", [*itertools.combinations(range(7), 2)], ids=str)
+@first_only("kept", PAIRS, ids=map(str, PAIRS))
 def test_a_candidate_scores_the_same_in_any_company(candidates, expected, kept):
     found = run([candidates[i] for i in kept])
     for one, place in zip(found, kept, strict=True):
@@ -258,22 +260,20 @@ def scarce(monkeypatch):
     return scarce
 
 
-STAGES = pytest.mark.parametrize("stage", ["copy", "statistics", "scores", "last"])
+STAGES = ["copy", "statistics", "scores", "last"]
 
 
-@STAGES
-@pytest.mark.parametrize("most", [1, 2, 3, 5])
+@combinations(most=[1, 2, 3, 5], stage=STAGES)
 def test_exhausted_memory_changes_no_result(scarce, candidates, expected, most, stage):
     assert_same(run(candidates, scarce(most, stage)), expected)
 
 
-@STAGES
-@pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS)
+@combinations(error=ERRORS, stage=STAGES)
 def test_every_kind_of_exhausted_memory_is_known(scarce, candidates, expected, stage, error):
-    assert_same(run(candidates, scarce(2, stage, error)), expected)
+    assert_same(run(candidates, scarce(2, stage, ERRORS[error])), expected)
 
 
-@STAGES
+@first_only("stage", STAGES)
 def test_memory_for_not_even_one_model_is_an_error_of_one_line(scarce, candidates, stage):
     with pytest.raises(EvaluationError) as told:
         run(candidates, scarce(0, stage))
@@ -283,7 +283,7 @@ def test_memory_for_not_even_one_model_is_an_error_of_one_line(scarce, candidate
     )
 
 
-@STAGES
+@first_only("stage", STAGES)
 def test_any_other_error_of_a_model_comes_through(scarce, candidates, stage):
     with pytest.raises((EvaluationError, RuntimeError), match="mine alone"):
         run(candidates, scarce(1, stage, lambda: RuntimeError("mine alone")))
@@ -356,8 +356,7 @@ def test_training_data_may_be_read_once_only_if_one_pass_needs_them(monkeypatch,
 # Several processes
 
 
-@pytest.mark.parametrize("size", [3, 100])
-@pytest.mark.parametrize("count", [2, 3, 5])
+@combinations(count=[2, 3, 5], size=[3, 100])
 def test_processes_between_them_find_what_one_does(monkeypatch, candidates, expected, count, size):
     """Five processes share three batches."""
     fitting(monkeypatch, size)

@@ -255,6 +255,7 @@ def placed(command: tuple[str, ...], place: str) -> list[str]:
     return [arg.format(place) for arg in command]
 
 
+@pytest.mark.slow
 def test_torchrun_finds_and_writes_what_one_process_does(home: Path) -> None:
     evaluation = [*ALL, *DATA, "-b", "8", "--results", "{}.json"]
     commands = [placed((*evaluation,), "out"), *(placed(c, "out") for c in WRITERS)]
@@ -301,6 +302,7 @@ LOADERS = {
 }
 
 
+@pytest.mark.slow
 def test_any_source_of_data_counts_each_sample_once(home: Path) -> None:
     commands = [[*EVAL, name, *args] for name, args in LOADERS.items()]
     commands.append([*EVAL, "net.py:shuffled"])
@@ -323,6 +325,7 @@ TASKS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_task_finds_the_same_fewer_batches_than_processes_too(home: Path) -> None:
     scope: dict[str, Any] = {}
     exec(NET, scope)
@@ -368,6 +371,7 @@ def test_the_same_samples_are_drawn_for_any_number_of_processes(home: Path) -> N
         assert abs(share[label] - 21 * size / 41) < 1
 
 
+@pytest.mark.slow
 def test_what_cannot_be_shared_out_is_said(home: Path) -> None:
     distributed = [*EVAL, "net.py:distributed"]
     commands = [
@@ -395,6 +399,7 @@ def test_what_cannot_be_shared_out_is_said(home: Path) -> None:
     assert "o.pt" not in listing(home)
 
 
+@pytest.mark.slow
 def test_however_a_process_fails_all_end_and_nothing_is_written(home: Path) -> None:
     average = ["average", "run", *MODEL, "-b", "2", "-o", "out/a.pt"]
     commands = []
@@ -425,6 +430,7 @@ def test_however_a_process_fails_all_end_and_nothing_is_written(home: Path) -> N
     assert [name for name in listing(home / "out") if not name.startswith(".a.pt.")] == []
 
 
+@pytest.mark.slow
 def test_what_was_interrupted_goes_on(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         session, "count_models_that_fit", session.count_models_that_fit

@@ -194,6 +194,7 @@ def test_right_or_wrong_with_weights_is_no_mcnemar_test():
     assert found.value == pytest.approx(6 / 35)
 
 
+@pytest.mark.slow
 def test_many_samples_in_groups_give_the_interval_of_single_ones(monkeypatch):
     """Sorted, so that neighbours in a group would be alike."""
     mine, other = values(20_000, shift=0.01)
@@ -209,6 +210,7 @@ def test_many_samples_in_groups_give_the_interval_of_single_ones(monkeypatch):
     assert grouped.p == pytest.approx(single.p, abs=0.05)
 
 
+@pytest.mark.slow
 def test_no_difference_is_found_too_often_among_equals():
     """Of 200 comparisons, 10 ± 3 are to have an interval without 0, and as many a p below 5 %."""
     found = [compare(*values(40, seed=i)) for i in range(200)]

@@ -86,6 +86,7 @@ def save_from_rank(rank: int, port: int, run: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_ranks_files_of_torchs_writer_are_a_run_of_whole_models(tmp_path):
     with socket.socket() as server:
         server.bind(("localhost", 0))

@@ -40,6 +40,7 @@ def test_the_corpus_is_small_and_tells_nothing_new(name, tmp_path):
     replay(name, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
 def test_chance_finds_nothing(name, tmp_path):
     target = TARGETS[name]

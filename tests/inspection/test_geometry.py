@@ -2,12 +2,8 @@
 
 import json
 import math
-import tempfile
 import threading
-from contextlib import ExitStack
 from fractions import Fraction
-from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,6 +12,7 @@ from helpers import opened, same_bits, save
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_runs import COMPLEX, FLOATS, INTEGERS, lay_out, random_values
+from small_cuts import CUTS, cut_small
 
 import ckptavg
 from ckptavg.averaging import stream as stream_module
@@ -92,19 +89,10 @@ def small_runs(draw):
 
 
 @settings(derandomize=True, deadline=None, max_examples=150)
-@given(
-    states=small_runs(),
-    block=st.integers(1, 40),
-    strided_block=st.integers(1, 40),
-    task=st.integers(1, 100),
-    threads=st.integers(1, 4),
-)
+@given(states=small_runs(), **CUTS)
 def test_products_of_whole_numbers_are_exact(states, block, strided_block, task, threads):
-    with ExitStack() as stack:
-        directory = stack.enter_context(tempfile.TemporaryDirectory())
-        stack.enter_context(mock.patch.object(stream_module, "STRIDED_BLOCK", strided_block))
-        stack.enter_context(mock.patch.object(stream_module, "TASK", task))
-        checkpoints = opened(Path(directory), states)
+    with cut_small(strided_block=strided_block, task=task) as directory:
+        checkpoints = opened(directory, states)
         found = products(checkpoints, block=block, threads=threads)
     rows = [[Fraction(x) for x in flat(state).tolist()] for state in states]
     rows[1:] = [[x - r for x, r in zip(row, rows[0], strict=True)] for row in rows[1:]]

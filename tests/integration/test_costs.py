@@ -23,6 +23,7 @@ import torch
 from assembler import get, glob, number, put, text
 from gadgets import as_zip, state
 from helpers import save
+from selecting import first_only
 from torch.distributed.checkpoint import metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
@@ -120,7 +121,7 @@ PICKLES: dict[str, Callable[[], bytes]] = {
 }
 
 
-@pytest.mark.parametrize("build", PICKLES.values(), ids=PICKLES)
+@first_only("build", PICKLES.values(), ids=PICKLES)
 def test_a_small_pickle_costs_little(build, tmp_path):
     (tmp_path / "run").mkdir()
     as_zip(tmp_path / "run" / "epoch_1.pt", PROTO + b"\2" + build() + STOP)
@@ -148,6 +149,7 @@ def one_hash(count: int) -> list[tuple[int, int]]:
     return pairs
 
 
+@pytest.mark.slow
 def test_offsets_that_collide_cost_little(tmp_path, monkeypatch):
     """Where boxes begin is a key, and pairs of numbers can be given one hash."""
     monkeypatch.setattr(metadata.MetadataIndex, "__hash__", object.__hash__)  # cheap to write
@@ -166,6 +168,7 @@ def test_offsets_that_collide_cost_little(tmp_path, monkeypatch):
     assert "overlap or leave holes" in said
 
 
+@pytest.mark.slow
 def test_names_of_digits_and_words_cost_little(tmp_path):
     for name in (f"rng{'1' * 200}x", f"optimizer{'-1' * 100}x", "zero_pp_rank_" * 15, "9" * 240):
         save(tmp_path / "run" / f"{name}.pt", {"w": torch.ones(3)})
@@ -174,6 +177,7 @@ def test_names_of_digits_and_words_cost_little(tmp_path):
     average_within_limits(tmp_path / "run", tmp_path / "out.pt")
 
 
+@pytest.mark.slow
 def test_patterns_over_names_take_time_in_proportion():
     """In a process that is stopped, else: what is quadratic takes hours."""
     code = """

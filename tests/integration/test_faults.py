@@ -16,6 +16,7 @@ import pytest
 import torch
 from helpers import listing, same_bits, save, save_states
 from safetensors.torch import load_file
+from selecting import combinations
 
 from ckptavg import average, open_run
 from ckptavg.errors import CheckpointError, CkptavgError, OutputError
@@ -24,6 +25,11 @@ SUPPORT = Path(__file__).parents[1] / "support"
 OUTPUTS = ["swa.safetensors", "swa.pt", "swa"]
 MIB = 1 << 20
 linux = pytest.mark.skipif(sys.platform != "linux", reason="calls of Linux")
+
+
+def name_of_errno(value: object) -> str | None:
+    """The name of an error number."""
+    return errno.errorcode.get(value) if isinstance(value, int) else None
 
 
 def states(count: int = 3, numel: int = 50_000) -> list[dict[str, torch.Tensor]]:
@@ -121,6 +127,7 @@ SMALL_DISKS = {
 }
 
 
+@pytest.mark.slow
 @linux
 @pytest.mark.parametrize("case", SMALL_DISKS)
 def test_a_disk_that_is_too_small_takes_nothing_and_keeps_what_it_has(small_disks, case):
@@ -157,9 +164,7 @@ def fails(name: str, number: int, after: int = 0) -> Callable[..., object]:
 
 
 @linux
-@pytest.mark.parametrize("name", OUTPUTS)
-@pytest.mark.parametrize("number", FAILURES, ids=errno.errorcode.get)
-@pytest.mark.parametrize("call", CALLS)
+@combinations(name_of_errno, call=CALLS, number=FAILURES, name=OUTPUTS)
 def test_a_call_that_fails_while_writing_is_told_and_leaves_what_was_there(
     run_dir, models, tmp_path, monkeypatch, name, number, call
 ):
@@ -223,9 +228,7 @@ def test_short_reads_and_writes_change_nothing(run_dir, models, tmp_path, monkey
 
 
 @linux
-@pytest.mark.parametrize("name", [None, *OUTPUTS])
-@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE], ids=errno.errorcode.get)
-@pytest.mark.parametrize("after", [0, 3])
+@combinations(name_of_errno, after=[0, 3], number=[errno.EIO, errno.ESTALE], name=[None, *OUTPUTS])
 def test_a_read_that_fails_is_told_and_leaves_nothing(
     run_dir, tmp_path, monkeypatch, name, number, after
 ):
@@ -243,9 +246,7 @@ def test_a_read_that_fails_is_told_and_leaves_nothing(
 
 
 @linux
-@pytest.mark.parametrize("name", OUTPUTS)
-@pytest.mark.parametrize("what", ["directory", "temporary"])
-@pytest.mark.parametrize("overwrite", [False, True])
+@combinations(overwrite=[False, True], what=["directory", "temporary"], name=OUTPUTS)
 def test_what_is_removed_under_a_run_s_hands_is_told(run_dir, tmp_path, name, what, overwrite):
     place = tmp_path / "place"
     place.mkdir()
@@ -306,9 +307,7 @@ def cut_and_refill(path: Path) -> None:
 CHANGES = [rewrite_in_place, replace, truncate, cut_and_refill, Path.unlink]
 
 
-@pytest.mark.parametrize("name", [None, *OUTPUTS])
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-@pytest.mark.parametrize("moment", ["first", "last"])
+@combinations(moment=["first", "last"], change=CHANGES, name=[None, *OUTPUTS])
 def test_an_input_that_changes_during_the_stream_is_told(run_dir, tmp_path, name, change, moment):
     changed = run_dir / "epoch_2.pt"
 
@@ -363,6 +362,7 @@ ckptavg.average(run, out=sys.argv[2])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="limits of POSIX")
 def test_few_open_files_are_enough(tmp_path):
     states = [{"w": torch.full((20_000,), float(i))} for i in range(100)]

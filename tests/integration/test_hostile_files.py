@@ -25,6 +25,7 @@ from click.testing import CliRunner
 from fuzz.watch import watched
 from gadgets import WEIGHTS, as_legacy, as_zip, state
 from helpers import listing
+from selecting import combinations, first_only
 
 from ckptavg.cli import main
 from ckptavg.formats import open_checkpoint
@@ -173,13 +174,13 @@ LYING_ZIPS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("content", ODD_ZIPS.values(), ids=ODD_ZIPS)
+@first_only("content", ODD_ZIPS.values(), ids=ODD_ZIPS)
 def test_an_odd_archive_is_read(content, run):
     (run / "epoch_1.pt").write_bytes(content)
     check_read(run)
 
 
-@pytest.mark.parametrize(("content", "why"), LYING_ZIPS.values(), ids=LYING_ZIPS)
+@first_only(("content", "why"), LYING_ZIPS.values(), ids=LYING_ZIPS)
 def test_an_archive_that_lies_is_refused(content, why, run):
     (run / "epoch_1.pt").write_bytes(content)
     check_refused(run, why)
@@ -202,13 +203,13 @@ LYING_LEGACIES = {
 }
 
 
-@pytest.mark.parametrize("others", LYING_LEGACIES.values(), ids=LYING_LEGACIES)
+@first_only("others", LYING_LEGACIES.values(), ids=LYING_LEGACIES)
 def test_a_legacy_file_that_lies_is_refused(others, run):
     as_legacy(run / "epoch_1.pt", state() + STOP, **others)
     check_refused(run, "epoch_1.pt")
 
 
-@pytest.mark.parametrize("count", [-1, 0, 3, 5, 2**62, -(2**63)])
+@first_only("count", [-1, 0, 3, 5, 2**62, -(2**63)])
 def test_a_legacy_storage_that_lies_about_its_length_is_refused(count, run):
     path = run / "epoch_1.pt"
     as_legacy(path, state() + STOP)
@@ -262,13 +263,13 @@ LYING_HEADERS = {
 }
 
 
-@pytest.mark.parametrize("head", ODD_HEADERS.values(), ids=ODD_HEADERS)
+@first_only("head", ODD_HEADERS.values(), ids=ODD_HEADERS)
 def test_an_odd_header_is_read(head, run):
     (run / "epoch_1.safetensors").write_bytes(framed(head))
     check_read(run)
 
 
-@pytest.mark.parametrize("content", LYING_HEADERS.values(), ids=LYING_HEADERS)
+@first_only("content", LYING_HEADERS.values(), ids=LYING_HEADERS)
 def test_a_header_that_lies_is_refused(content, run):
     (run / "epoch_1.safetensors").write_bytes(content)
     check_refused(run, "epoch_1.safetensors")
@@ -296,8 +297,7 @@ needs_unix = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes are Uni
 
 
 @needs_unix
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-@pytest.mark.parametrize("kind", SPECIAL)
+@combinations(kind=SPECIAL, suffix=[".pt", ".safetensors"])
 def test_what_is_no_file_is_refused_without_waiting(kind, suffix, run, monkeypatch):
     path = run / f"epoch_1{suffix}"
     special(kind, path, monkeypatch)
@@ -312,7 +312,7 @@ def test_an_empty_directory_with_a_checkpoint_s_name_is_no_checkpoint(suffix, ru
 
 
 @needs_unix
-@pytest.mark.parametrize("kind", [*SPECIAL, "loop"])
+@first_only("kind", [*SPECIAL, "loop"])
 def test_an_index_that_names_no_file_is_refused_without_waiting(kind, run, monkeypatch):
     index_of(run, "a.safetensors")
     special(kind, run / "a.safetensors", monkeypatch)
@@ -321,7 +321,7 @@ def test_an_index_that_names_no_file_is_refused_without_waiting(kind, run, monke
 
 
 @needs_unix
-@pytest.mark.parametrize("kind", ["pipe", "/dev/zero"])
+@first_only("kind", ["pipe", "/dev/zero"])
 def test_a_trainer_s_state_that_is_no_file_is_as_good_as_none(kind, run, monkeypatch):
     (run / "model.safetensors").write_bytes(framed(header()))
     special(kind, run / "trainer_state.json", monkeypatch)
@@ -350,7 +350,7 @@ OUTSIDE = {
 }
 
 
-@pytest.mark.parametrize("name", OUTSIDE.values(), ids=OUTSIDE)
+@first_only("name", OUTSIDE.values(), ids=OUTSIDE)
 def test_an_index_that_leads_elsewhere_is_refused(name, run):
     (run.parent / "secret.safetensors").write_bytes(framed(header()))
     index_of(run, name)
@@ -432,7 +432,7 @@ PICKLES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("build", PICKLES.values(), ids=PICKLES)
+@first_only("build", PICKLES.values(), ids=PICKLES)
 def test_a_pickle_that_means_huge_work_is_refused(build, run):
     as_zip(run / "epoch_1.pt", PROTO + b"\2" + build() + STOP)
     code, message = within_limits(str(run / "epoch_1.pt"))
@@ -474,6 +474,7 @@ def test_json_of_millions_of_values_takes_little_memory(build, place, run):
     assert "MemoryError" not in message
 
 
+@pytest.mark.slow
 def test_a_directory_of_many_gigabytes_is_not_read(run):
     """A sparse file: it takes no room on the disk."""
     path, size = run / "epoch_1.pt", 64 << 30

@@ -17,6 +17,7 @@ from click.testing import CliRunner, Result
 from fuzz.watch import Ran, watched
 from gadgets import EXTENSIONS, PLACES, TRAP, WEIGHTS, as_legacy, as_zip, gadgets, state
 from helpers import listing
+from selecting import combinations
 
 import ckptavg
 from ckptavg.cli import main
@@ -133,8 +134,7 @@ def _fate(name: str, form: str, place: str, fate: str) -> str:
     return fate
 
 
-@pytest.mark.parametrize("form", WRITERS)
-@pytest.mark.parametrize("name", gadgets(""))
+@combinations(name=gadgets(""), form=WRITERS)
 def test_no_gadget_runs_wherever_it_stands(name, form, room, tmp_path, trapdoor):
     canary = tmp_path / "canary"
     gadget = gadgets(str(canary))[name]

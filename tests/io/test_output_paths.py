@@ -228,6 +228,7 @@ except OutputError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="mount namespaces of Linux")
 def test_a_mount_point_is_told_before_the_work(tmp_path):
     (tmp_path / "source").mkdir()

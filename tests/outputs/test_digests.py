@@ -3,9 +3,7 @@
 import hashlib
 import json
 import shutil
-import tempfile
 import zipfile
-from contextlib import ExitStack
 from pathlib import Path
 from unittest import mock
 
@@ -21,12 +19,12 @@ from hypothesis import strategies as st
 from norm_network import BATCHES, RUNTIME, Net, state_of
 from random_runs import COMPLEX, FLOATS, INTEGERS, lay_out, random_values
 from recomputed import write_averages
+from small_cuts import CUTS, cut_small
 from stores import upload
 from writers import WRITERS, write_trainer_checkpoint
 
 import ckptavg
 from ckptavg import open_checkpoint, open_run
-from ckptavg.averaging import stream as stream_module
 from ckptavg.averaging.compute import read_state_dict
 from ckptavg.averaging.plan import plan_average
 from ckptavg.averaging.planning.tensor_plan import Rules, make_plan
@@ -83,19 +81,18 @@ def runs(draw):
     states=runs(),
     leaf=st.integers(1, 20),
     leaves_a_task=st.integers(1, 4),
-    block=st.integers(1, 40),
-    strided_block=st.integers(1, 40),
-    threads=st.integers(1, 4),
+    block=CUTS["block"],
+    strided_block=CUTS["strided_block"],
+    threads=CUTS["threads"],
     first=st.sampled_from([0.0, 1.0]),
 )
 def test_digests_are_those_of_the_rule_whatever_the_layout_blocks_and_threads(
     states, leaf, leaves_a_task, block, strided_block, threads, first
 ):
-    with ExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        stack.enter_context(mock.patch.object(stream_module, "STRIDED_BLOCK", strided_block))
-        stack.enter_context(mock.patch.object(stream_module, "TASK", leaf * leaves_a_task))
-        stack.enter_context(mock.patch.object(digests_module, "LEAF", leaf))
+    with (
+        cut_small(strided_block=strided_block, task=leaf * leaves_a_task) as directory,
+        mock.patch.object(digests_module, "LEAF", leaf),
+    ):
         checkpoints = opened(directory, states)
         coefficients = [first, *[1.0] * len(states)][: len(states)]
         coefficients[-1] = 1.0

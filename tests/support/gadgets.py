@@ -19,31 +19,8 @@ from assembler import get, glob, number, put, storage, tensor, text
 EXTENSIONS = {200: EXT1, 2000: EXT2, 200_000: EXT4}  # numbers that copyreg is given for os.system
 WEIGHTS = [1.0, 2.0, 3.0, 4.0]
 
-# A class whose every way to be built, filled and told its state leaves a mark.
-TRAP = """
-import pathlib
-
-class Trap:
-    def __new__(cls, path=None):
-        if path is not None:
-            pathlib.Path(path).touch()
-        return object.__new__(cls)
-
-    def __init__(self, path=None):
-        pass
-
-    def __setstate__(self, path):
-        pathlib.Path(path).touch()
-
-    append = add = __setstate__
-
-    def __setitem__(self, path, value):
-        pathlib.Path(path).touch()
-
-class Attribute:
-    def __setattr__(self, name, path):
-        pathlib.Path(path).touch()
-"""
+# A module of classes that leave a mark. The gadgets know it as `trapdoor`.
+TRAP = Path(__file__).with_name("traps.py").read_text()
 
 
 def call(function: str | bytes, *args: bytes) -> bytes:

@@ -1,7 +1,6 @@
 """Multi-label metrics against scikit-learn and values by hand."""
 
 import importlib.util
-import json
 import math
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear import assert_scored_by_hand
+from scored_batches import score_batches, score_shares
 from sklearn.metrics import average_precision_score, f1_score, log_loss
 from waiting import NoWaiting
 
@@ -32,16 +32,8 @@ def data(samples=200, labels=5, seed=0, scale=2.0):
     return logits, targets
 
 
-def metrics_of(logits, targets, sizes=None):
-    scores = TASK.scores()
-    sizes = sizes or [len(targets)]
-    for some, theirs in zip(logits.split(sizes), targets.split(sizes), strict=True):
-        scores.update(TASK.predict(some, theirs), theirs)
-    return scores
-
-
 def compute(logits, targets, sizes=None):
-    return metrics_of(logits, targets, sizes).compute()
+    return score_batches(TASK, logits, targets, sizes).compute()
 
 
 def expected_of(probabilities, targets):
@@ -142,16 +134,9 @@ def test_metrics_are_the_same_for_any_split_into_batches(sizes):
 @given(shares=st.lists(st.lists(st.integers(1, 30), max_size=3), min_size=1, max_size=4))
 def test_metrics_of_several_processes_are_those_of_one(shares):
     """Also where a process had no data."""
-    sizes = [size for share in shares for size in share] + [1]
-    logits, targets = data(samples=sum(sizes))
-    some, theirs = iter(logits.split(sizes)), iter(targets.split(sizes))
-    merged = TASK.scores()
-    for share in [*shares, [1]]:
-        own = TASK.scores()
-        for _ in share:
-            batch, here = next(some), next(theirs)
-            own.update(TASK.predict(batch, here), here)
-        merged.merge(json.loads(json.dumps(own.state(), allow_nan=False)))
+    shares = [*shares, [1]]
+    logits, targets = data(samples=sum(map(sum, shares)))
+    merged = score_shares(TASK, logits, targets, shares)
     assert merged.compute() == pytest.approx(compute(logits, targets), rel=1e-6)
 
 
@@ -168,7 +153,7 @@ def test_metrics_do_not_end_with_compute_or_state():
 def test_updates_do_not_wait_for_the_device():
     logits, targets = data()
     with NoWaiting():
-        scores = metrics_of(logits, targets, [100, 100])
+        scores = score_batches(TASK, logits, targets, [100, 100])
         TASK.samples(TASK.predict(logits, targets), targets)
     assert scores.compute() == pytest.approx(compute(logits, targets), rel=1e-12)
 
@@ -180,7 +165,7 @@ def test_many_scores_leave_the_device(monkeypatch):
     monkeypatch.setattr(
         multilabel.MultiLabelMetrics, "_leave_device", lambda s: (left.append(s.count), leave(s))
     )
-    metrics_of(*data(), [50, 50, 50, 50])
+    score_batches(TASK, *data(), [50, 50, 50, 50])
     assert left == [150]  # 250 scores a batch
 
 
@@ -275,6 +260,7 @@ def test_torchmetrics_that_is_not_installed_is_an_error(monkeypatch):
         MultiLabel()
 
 
+@pytest.mark.slow
 def test_torchmetrics_is_not_imported_before_it_is_used():
     code = (
         "import sys; from ckptavg.tasks.multilabel import MultiLabel; MultiLabel().scores(); "

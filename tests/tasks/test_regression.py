@@ -1,6 +1,5 @@
 """Regression metrics against scikit-learn and numpy."""
 
-import json
 import math
 from fractions import Fraction
 from types import SimpleNamespace
@@ -11,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear import assert_scored_by_hand
+from scored_batches import score_batches, score_shares
 from sklearn.metrics import mean_absolute_error, mean_squared_error, r2_score
 from waiting import NoWaiting
 
@@ -27,16 +27,8 @@ def data(samples=200, shape=(), seed=0, offset=0.0):
     return targets + 0.3 * noise + offset, targets + offset
 
 
-def metrics_of(outputs, targets, sizes=None):
-    scores = TASK.scores()
-    sizes = sizes or [len(targets)]
-    for some, theirs in zip(outputs.split(sizes), targets.split(sizes), strict=True):
-        scores.update(TASK.predict(some, theirs), theirs)
-    return scores
-
-
 def compute(outputs, targets, sizes=None):
-    return metrics_of(outputs, targets, sizes).compute()
+    return score_batches(TASK, outputs, targets, sizes).compute()
 
 
 def expected_of(outputs, targets):
@@ -132,23 +124,16 @@ def test_metrics_are_the_same_for_any_split_into_batches(sizes, offset):
 @given(shares=st.lists(st.lists(st.integers(1, 40), max_size=4), min_size=1, max_size=4))
 def test_metrics_of_several_processes_are_those_of_one(shares):
     """Also where a process had no data."""
-    sizes = [size for share in shares for size in share] + [2]
-    outputs, targets = data(samples=sum(sizes), shape=(3,), offset=50.0)
-    some, theirs = iter(outputs.split(sizes)), iter(targets.split(sizes))
-    merged = TASK.scores()
-    for share in [*shares, [2]]:
-        own = TASK.scores()
-        for _ in share:
-            batch, here = next(some), next(theirs)
-            own.update(TASK.predict(batch, here), here)
-        merged.merge(json.loads(json.dumps(own.state(), allow_nan=False)))
+    shares = [*shares, [2]]
+    outputs, targets = data(samples=sum(map(sum, shares)), shape=(3,), offset=50.0)
+    merged = score_shares(TASK, outputs, targets, shares)
     assert merged.compute() == pytest.approx(expected_of(outputs, targets), rel=1e-10)
 
 
 def test_updates_do_not_wait_for_the_device():
     outputs, targets = data()
     with NoWaiting():
-        scores = metrics_of(outputs, targets, [100, 100])
+        scores = score_batches(TASK, outputs, targets, [100, 100])
         TASK.samples(TASK.predict(outputs, targets), targets)
     assert scores.compute() == pytest.approx(compute(outputs, targets), rel=1e-12)
 
@@ -210,7 +195,7 @@ def test_targets_that_are_not_finite_are_an_error(value):
 
 
 def test_another_number_of_outputs_midway_is_an_error():
-    scores = metrics_of(*data(shape=(3,)))
+    scores = score_batches(TASK, *data(shape=(3,)))
     outputs, targets = data(shape=(1,))
     with pytest.raises(EvaluationError, match="3 values per sample and then 1"):
         scores.update(TASK.predict(outputs, targets), targets)

@@ -225,6 +225,7 @@ def save_from_rank(rank: int, size: int, port: int, directory: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_shards_of_four_processes_are_read_by_one(tmp_path):
     port = free_port()
     torch.multiprocessing.spawn(save_from_rank, (4, port, tmp_path / "step_1"), 4)

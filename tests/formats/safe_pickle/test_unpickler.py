@@ -305,30 +305,10 @@ def test_what_takes_memory_is_counted(part, monkeypatch):
 # ---------------------------------------------------------------------------------- hostile pickles
 
 
-class Trap:
-    """Creates the file that it is given, whichever way a pickle reaches it."""
-
-    def __new__(cls, path=None):
-        if path is not None:
-            pathlib.Path(path).touch()
-        return object.__new__(cls)
-
-    def __init__(self, path=None):
-        pass
-
-    def __setstate__(self, path):
-        pathlib.Path(path).touch()
-
-    append = add = __setstate__
-
-    def __setitem__(self, path, value):
-        pathlib.Path(path).touch()
-
-
 def hostile(canary: str) -> dict[str, bytes]:
     """Pickles that create the canary when Python's own unpickler reads them."""
     system, call = glob("os", "system"), text(f"touch {canary}") + TUPLE1 + REDUCE
-    trap, path = glob(__name__, "Trap"), text(canary)
+    trap, path = glob("traps", "Trap"), text(canary)
     made = trap + EMPTY_TUPLE + NEWOBJ
     code = text(f"open({canary!r}, 'w').close()")
     getattr_ = glob("builtins", "getattr")
@@ -338,7 +318,7 @@ def hostile(canary: str) -> dict[str, bytes]:
     return {
         "REDUCE": system + call,
         "STACK_GLOBAL": PROTO + b"\4" + text("os") + text("system") + STACK_GLOBAL + call,
-        "INST": MARK + path + INST + f"{__name__}\nTrap\n".encode(),
+        "INST": MARK + path + INST + b"traps\nTrap\n",
         "OBJ": MARK + trap + path + OBJ,
         "NEWOBJ": trap + path + TUPLE1 + NEWOBJ,
         "NEWOBJ_EX": trap + EMPTY_TUPLE + EMPTY_DICT + text("path") + path + SETITEM + NEWOBJ_EX,
