@@ -236,12 +236,14 @@ class Run:
         trainings: list[tuple[Checkpoint, ...]] = []
         first = 0
         for training in self.trainings:
-            trainings.append(tuple(c for i, c in enumerate(training, first) if i in selected))
+            picked = tuple(c for i, c in enumerate(training, first) if i in selected)
+            if picked:
+                trainings.append(picked)
             first += len(training)
         start = "" if positions.start is None else positions.start
         stop = "" if positions.stop is None else positions.stop
         self._check_any(trainings, f"[{start}:{stop}]")
-        return replace(self, trainings=tuple(filter(None, trainings)), damaged=())
+        return replace(self, trainings=tuple(trainings), damaged=())
 
     def _table(self) -> Table:
         """Make the table of the run."""
@@ -279,8 +281,12 @@ class Run:
         )
 
     def _check_any(self, trainings: Sequence[Sequence[Checkpoint]], selection: str) -> None:
-        """Refuse a selection that leaves no checkpoint of any training."""
-        if not any(trainings):
+        """Refuse a selection that leaves no checkpoint of any training.
+
+        Raises:
+            RunError: No training has a selected checkpoint.
+        """
+        if not trainings:
             raise RunError(
                 f"the selection ({selection}) leaves none of {len(self.opened)} checkpoints",
                 _describe_steps(self.opened),
