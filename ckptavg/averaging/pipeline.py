@@ -162,9 +162,9 @@ def prepare_targets(averages: Sequence[Planned], options: WriteOptions) -> list[
         UsageError: Two outputs have the same path, or a path does not decide a format.
     """
     # No output may replace an input of another output either.
-    inputs: dict[int, Checkpoint] = {}
+    inputs: dict[str, Checkpoint] = {}
     for planned, _ in averages:
-        inputs |= {id(checkpoint): checkpoint for checkpoint in planned.plan.files}
+        inputs |= {str(checkpoint.path): checkpoint for checkpoint in planned.plan.files}
     targets: list[Target] = []
     for planned, out in averages:
         plan = planned.plan
@@ -343,7 +343,8 @@ def _check_pass(
     averages: Sequence[Average], statistics_pass: StatisticsPassLike[object]
 ) -> list[Statistics]:
     """Make sure that a pass fits the averages, and return the statistics before the pass."""
-    exact_mean.require_models(c for planned in averages for c in planned.plan.checkpoints)
+    for planned in averages:
+        exact_mean.require_models(planned.plan.checkpoints)
     before = [planned.statistics for planned in averages]
     statistics_pass.check(before)
     return before

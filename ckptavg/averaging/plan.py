@@ -50,7 +50,9 @@ class Average:
         layers = batchnorm_layers(tensor.name for tensor in self.plan.tensors)
         frozen = self.plan.frozen
         floats = [t for t in self.plan.tensors if t.dtype.kind != "int"]
-        owners = {owner.path for tensor in floats for owner in tensor.owners}
+        owners: set[Location] = set()
+        for tensor in floats:
+            owners.update(owner.path for owner in tensor.owners)
         state: State = "stale"
         if not layers:
             state = "none"

@@ -221,7 +221,9 @@ class StatisticsPass:
         return self._with_counts_of_peers(results)
 
     def _excluded_layers(self, before: Sequence[Statistics]) -> set[str]:
-        layers = dict.fromkeys(layer for statistics in before for layer in statistics.layers)
+        layers: dict[str, None] = {}
+        for statistics in before:
+            layers |= dict.fromkeys(statistics.layers)
         return match_layers(self.exclude, layers)
 
     def _with_counts_of_peers(
@@ -296,8 +298,7 @@ def _statistics(model: nn.Module, written: frozenset[str]) -> Mapping[str, torch
     states = model.state_dict()
     bare = bare_names(list(states))
     counts = {f"{name.rpartition('.')[0]}.num_batches_tracked".lstrip(".") for name in written}
-    return {
-        bare.get(name, name): states[name].detach().cpu()
-        for name in written | counts
-        if name in states
-    }
+    statistics: dict[str, torch.Tensor] = {}
+    for name in (written | counts) & states.keys():
+        statistics[bare.get(name, name)] = states[name].detach().cpu()
+    return statistics

@@ -91,15 +91,17 @@ class Leaves:
             RuntimeError: A leaf has not been hashed completely.
         """
         hashes = bytes(self.done[number])
-        if any(hashes[at : at + _SIZE] == _MISSING for at in range(0, len(hashes), _SIZE)):
-            raise RuntimeError(f"not all of tensor {number} has been read")
+        for at in range(0, len(hashes), _SIZE):
+            if hashes[at : at + _SIZE] == _MISSING:
+                raise RuntimeError(f"not all of tensor {number} has been read")
         return hashes
 
     def _feed(self, leaf: tuple[int, int], within: int, part: memoryview, length: int) -> None:
         expected, state = self._begun.pop(leaf, (0, None))
         if within != expected:
             raise RuntimeError(f"byte {within} of leaf {leaf} came where {expected} was expected")
-        state = hashlib.sha256() if state is None else state
+        if state is None:
+            state = hashlib.sha256()
         state.update(part)
         end = within + len(part)
         if end < length:
@@ -121,11 +123,14 @@ class InputDigests:
 
     def __init__(self, checkpoints: Iterable[Checkpoint]) -> None:
         # A dict is an ordered set here: tied names of a checkpoint share a tensor, hashed once.
-        distinct = {t: None for c in checkpoints for t in c.tensors.values() if t.dtype.size}
+        distinct: dict[Tensor, None] = {}
+        for checkpoint in checkpoints:
+            distinct |= dict.fromkeys(t for t in checkpoint.tensors.values() if t.dtype.size)
         self.tensors = list(distinct)
         self._numbers = {tensor: i for i, tensor in enumerate(self.tensors)}
         self.leaves = Leaves((t.numel, t.dtype.size) for t in self.tensors)
-        self._found: dict[int, tuple[Checkpoint, str]] = {}
+        # Path and weights key of a checkpoint → digest.
+        self._digests: dict[tuple[str, str], str] = {}
 
     def watch(self, source: Tensor, start: int, data: memoryview) -> None:
         """Hash a block of a tensor. The method is a ``Observer`` of a stream.
@@ -143,15 +148,15 @@ class InputDigests:
         Raises:
             RuntimeError: A tensor has not been hashed completely.
         """
-        # The checkpoint is kept with its digest, so that its id is not given to another object.
-        if id(checkpoint) not in self._found:
-            rows = (
-                (name, t.dtype, t.shape, self.leaves.of(self._numbers[t]))
-                for name, t in checkpoint.tensors.items()
-                if t.dtype.size
-            )
-            self._found[id(checkpoint)] = checkpoint, combined(rows)
-        return self._found[id(checkpoint)][1]
+        key = str(checkpoint.path), checkpoint.key
+        if key not in self._digests:
+            rows: list[Row] = []
+            for name, tensor in checkpoint.tensors.items():
+                if tensor.dtype.size:
+                    leaves = self.leaves.of(self._numbers[tensor])
+                    rows.append((name, tensor.dtype, tensor.shape, leaves))
+            self._digests[key] = combine_leaves(rows)
+        return self._digests[key]
 
 
 class OutputDigest:
@@ -186,13 +191,14 @@ class OutputDigest:
         Raises:
             RuntimeError: A tensor has not been written completely.
         """
-        return combined(
-            (t.name, t.dtype, t.shape, self.leaves.of(self._numbers[t.tied_to or t.name]))
-            for t in self._tensors
-        )
+        rows: list[Row] = []
+        for tensor in self._tensors:
+            number = self._numbers[tensor.tied_to or tensor.name]
+            rows.append((tensor.name, tensor.dtype, tensor.shape, self.leaves.of(number)))
+        return combine_leaves(rows)
 
 
-def combined(rows: Iterable[Row]) -> str:
+def combine_leaves(rows: Iterable[Row]) -> str:
     """Combine the digests of leaves into the digest of a table of tensors."""
     table_hash = hashlib.sha256()
     for name, dtype, shape, leaves in sorted(rows, key=lambda row: row[0]):

@@ -121,6 +121,14 @@ def prepare(
     )
 
 
+def layout_notes(targets: Iterable[Target]) -> list[str]:
+    """List the notes on parts of inputs that outputs lack, each note once."""
+    notes: dict[str, None] = {}
+    for target in targets:
+        notes |= dict.fromkeys(target.layout.notes)
+    return list(notes)
+
+
 def _local_files(inputs: Iterable[Checkpoint]) -> dict[Path, None]:
     """List the paths of inputs and of their files, without URLs."""
     # A dict is an ordered set here: a run may be of thousands of files, most of them named twice.
@@ -221,7 +229,9 @@ def _recorded_files(path: Path) -> list[str]:
     except CkptavgError:
         # ckptavg did not write this directory.
         return []
-    return [] if provenance is None else provenance.files
+    if provenance is None:
+        return []
+    return provenance.files
 
 
 def check_together(targets: Sequence[Target]) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ckptavg.errors import OutputError, first_few
+from ckptavg.formats import Checkpoint
 from ckptavg.formats.file_layout import OutputTensor
 from ckptavg.formats.provenance import Provenance
 from ckptavg.io.atomic import Publication
@@ -19,7 +20,7 @@ from ckptavg.io.stamp import changed
 from ckptavg.outputs.digests import InputDigests, Leaves, OutputDigest
 from ckptavg.outputs.provenance import with_digests
 from ckptavg.outputs.sinks import FileSink, Sink
-from ckptavg.outputs.target import Target, lay_out_target
+from ckptavg.outputs.target import Target, lay_out_target, layout_notes
 
 log = logging.getLogger("ckptavg")
 
@@ -47,7 +48,9 @@ class OutputWriter:
     @property
     def leaves(self) -> list[Leaves]:
         """The digests of the output's leaves; empty where the output records no digests."""
-        return [] if self._hash is None else [self._hash.leaves]
+        if self._hash is None:
+            return []
+        return [self._hash.leaves]
 
     def write_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> None:
         """Write tensors that are in memory. A second call replaces what the first has written.
@@ -142,7 +145,9 @@ class OpenTargets:
     @property
     def leaves(self) -> list[Leaves]:
         """The digests of the leaves of all inputs and outputs."""
-        leaves = [] if self.inputs is None else [self.inputs.leaves]
+        leaves: list[Leaves] = []
+        if self.inputs is not None:
+            leaves.append(self.inputs.leaves)
         for writer in self.writers:
             leaves += writer.leaves
         return leaves
@@ -154,7 +159,9 @@ class OpenTargets:
 
     def restart_input_digests(self) -> None:
         """Forget the digests of inputs, as a read that failed may have hashed half of a tensor."""
-        sources = [source for writer in self.writers for source in writer.target.sources]
+        sources: list[Checkpoint] = []
+        for writer in self.writers:
+            sources += writer.target.sources
         self.inputs = InputDigests(sources) if sources else None
 
 
@@ -195,7 +202,7 @@ def open_targets(
                 writer.seal(outputs.inputs)
                 writer.files.finish()
         _publish(targets, publications)
-    for note in dict.fromkeys(note for target in targets for note in target.layout.notes):
+    for note in layout_notes(targets):
         log.info(note)
 
 

@@ -163,8 +163,13 @@ def library():
     uneven = whole if rank == count // 2 else []  # the first hands buffers round where it has data
     ckptavg.update_bn(wrapped(network), uneven)
     again = ckptavg.evaluate(paths, wrapped(model()), uneven)
+    recompute = ckptavg.Recompute(model(), own)
+    out = ckptavg.average("run", out="library.pt", overwrite=True, recompute=recompute)
+    written = torch.load(out, weights_only=True)["state_dict"]
+    averaged = {name: value.tolist() for name, value in written.items() if "running" in name}
     return {"shared": as_json(shared), "parts": as_json(parts), "statistics": found[:2],
-            "some": found[2], "wrapped": [as_json(again), statistics(network)]}
+            "some": found[2], "wrapped": [as_json(again), statistics(network)],
+            "averaged": averaged}
 '''
 MODEL = ("--model", "net.py:model", "--device", "cpu")
 TRAIN = ("--train-data", "net.py:Images", "--train-data-arg", "n=41", "--train-data-arg", "seed=1")
@@ -283,7 +288,7 @@ def test_torchrun_finds_and_writes_what_one_process_does(home: Path) -> None:
 
     for of_one in called:
         assert of_one["value"]["some"] == called[0]["value"]["some"]
-        for key in ("shared", "parts", "statistics", "wrapped"):
+        for key in ("shared", "parts", "statistics", "wrapped", "averaged"):
             close(of_one["value"][key], library[key])
 
     assert [of_one["code"] for of_one in compared] == [compared[0]["code"]] * 3

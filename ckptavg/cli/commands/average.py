@@ -107,7 +107,7 @@ def average(
     run, selection = select.open(paths, key)
     if weighting.weights:
         _note_order(paths, [str(c.path) for c in selection])
-    from ckptavg.averaging import pipeline, remarks  # noqa: PLC0415 - help is shown without torch
+    from ckptavg.averaging import pipeline  # noqa: PLC0415 - help is shown without torch
 
     outputs = [_Output("", plan_selection(selection, weighting, tensors), out)]
     for extra in further:
@@ -120,8 +120,7 @@ def average(
     targets = pipeline.prepare_targets(pairs, write_options)
     statistics_pass = None
     if dry_run:
-        remarks.log_plans([average.plan for average in averages])
-        _log_layout_notes(targets)
+        _log_notes(averages, targets)
     else:
         statistics_pass = _prepare_pass(running, selection, processes)
     if dry_run or report.verbosity >= 0:
@@ -161,8 +160,13 @@ class _Output:
     path: str | None
 
 
-def _log_layout_notes(targets: Sequence[Target]) -> None:
-    for note in dict.fromkeys(note for target in targets for note in target.layout.notes):
+def _log_notes(averages: Sequence[Average], targets: Sequence[Target]) -> None:
+    """Log the notes on plans and outputs, as the averages would log them when written."""
+    from ckptavg.averaging import remarks  # noqa: PLC0415
+    from ckptavg.outputs.target import layout_notes  # noqa: PLC0415
+
+    remarks.log_plans([average.plan for average in averages])
+    for note in layout_notes(targets):
         log.info(note)
 
 
