@@ -49,9 +49,9 @@ def _identify(path: Location) -> FileFormat:
     for format in FILE_FORMATS:
         if format.claims(path):
             return format
-    known = " nor ".join(format.label for format in FILE_FORMATS)
+    labels = " nor ".join(format.label for format in FILE_FORMATS)
     raise CheckpointError(
-        f"{path} is of no known kind: neither {known}",
+        f"{path} is of no known kind: neither {labels}",
         "Name a file of weights, or leave it out.",
     )
 

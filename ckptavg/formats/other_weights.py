@@ -40,17 +40,17 @@ def note_other_weights(tree: Mapping[Any, Any], chosen: str) -> list[str]:
         chosen: Name of the entry that is taken.
     """
     notes = note_swap(tree, chosen)
-    others: list[str] = []
+    alternatives: list[str] = []
     for name in _likely_entries(tree, chosen)[:_MOST_ENTRIES]:
         if notes and name in (_MMENGINE_EMA, _LIGHTNING_TRAINED):
             # The note about the swap names this entry.
             continue
         if count_tensors(tree[name]) and not _hold_same_tensors(tree[name], tree[chosen]):
-            others.append(name)
+            alternatives.append(name)
     if count_tensors(entry_within(tree, *_FAIRSEQ_EMA)):
-        others.append(".".join(_FAIRSEQ_EMA))
-    if others:
-        shown = first_few(others)
+        alternatives.append(".".join(_FAIRSEQ_EMA))
+    if alternatives:
+        shown = first_few(alternatives)
         notes.append(f"weights are taken from {chosen!r}; {shown} also holds some (see `key`)")
     return notes
 

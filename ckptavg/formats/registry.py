@@ -148,8 +148,9 @@ def lay_out(
 
 def _directory_format(template: Checkpoint) -> DirectoryFormat:
     """Choose the format of an output directory: the input's own where that is written."""
-    own = template.format
-    return own if isinstance(own, DirectoryFormat) and own.is_written else HUGGINGFACE
+    if isinstance(template.format, DirectoryFormat) and template.format.is_written:
+        return template.format
+    return HUGGINGFACE
 
 
 def has_suffix(name: str) -> bool:

@@ -162,6 +162,7 @@ def read_shards(directory: Location, shards: Sequence[Shard], key: str | None) -
 
 
 def _is_training_state(name: str) -> bool:
+    """Return True if a name is that of an optimizer's, a scheduler's or a generator's state."""
     return bool(TRAINING_STATE.fullmatch(name) or re.match(r"rng|random|zero_pp", name))
 
 
@@ -205,7 +206,9 @@ def _check_complete(directory: Location, shards: Sequence[Shard]) -> None:
 def _describe_absent_ranks(shards: Sequence[Shard]) -> str:
     """List, for a message, the ranks without a file below the highest; return "" if none."""
     ranks = {shard.rank for shard in shards if shard.rank is not None}
-    absent = sorted(set(range(1, max(ranks, default=0))) - ranks)
+    # Bounded, since a name may claim the rank of a billion.
+    last = min(max(ranks, default=0), _MOST_MISSING)
+    absent = sorted(set(range(1, last)) - ranks)
     if not absent:
         return ""
     return f" (there is no {first_few([f'shard-{rank:05d}' for rank in absent])})"
@@ -270,6 +273,7 @@ def _shift(name: str, box: Tensor, start: tuple[int, ...] | None) -> Tensor:
 
 
 def _add(left: Iterable[int], right: Iterable[int]) -> tuple[int, ...]:
+    """Add two indices, dimension by dimension."""
     return tuple(a + b for a, b in zip(left, right, strict=True))
 
 

@@ -298,14 +298,14 @@ def describe_other_entries(tree: Any, paths: Sequence[str]) -> tuple[str, ...]:
     homes = set(paths)
     shown: list[str] = []
     for above, level in levels.items():
-        if above not in homes:
-            others = [
-                (name, value)
-                for name, value in children(level)
-                if name != PROVENANCE and join(above, name) not in levels
-            ]
-            for name, value in others[:_MOST_ENTRIES]:
-                shown.append(_describe_entry(join(above, name), count_tensors(value)))
+        if above in homes:
+            continue
+        count = 0
+        for name, value in children(level):
+            path = join(above, name)
+            if name != PROVENANCE and path not in levels and count < _MOST_ENTRIES:
+                shown.append(_describe_entry(path, count_tensors(value)))
+                count += 1
     return tuple(shown)
 
 

@@ -39,21 +39,19 @@ class HuggingFace(DirectoryFormat):
 
     def open(self, directory: Location, key: str | None) -> Checkpoint | None:
         """Open the weights in a directory, and in the directories that it lists."""
-        own = layout.find_main_file(directory)
         folders = components.find_components(directory)
-        if not folders and own is not None:
-            return _open_weights(directory, own, key)
-        if not folders:
-            return None
         opened: dict[str, Checkpoint] = {}
+        main = layout.find_main_file(directory)
+        if main is not None:
+            opened[""] = _open_weights(directory, main, key)
+        if not folders:
+            return opened.get("")
         for folder in folders:
             component = components.join_component(directory, folder)
             main = layout.find_main_file(component)
             if main is None:
                 raise not_a_checkpoint(component)
             opened[folder] = _open_weights(component, main, key)
-        if own is not None:
-            opened = {"": _open_weights(directory, own, key), **opened}
         return _join(directory, opened)
 
     def component_names(self, directory: Location) -> set[str]:

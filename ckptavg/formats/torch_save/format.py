@@ -108,9 +108,9 @@ class TorchSave(FileFormat):
         if not isinstance(saved, dict):
             return {}
         weights = checkpoint.key.partition(".")[0]
-        others = {name: value for name, value in saved.items() if name != weights}
+        entries = {name: value for name, value in saved.items() if name != weights}
         carry_over = CarryOver(key=checkpoint.key, plain=False, tensor=lambda *_: None, replaced={})
-        return carry_over.filter_entries(others)
+        return carry_over.filter_entries(entries)
 
     def lay_out(
         self, path: str, tensors: Sequence[OutputTensor], provenance: str, template: Checkpoint
