@@ -676,11 +676,11 @@ def test_ctrl_c_leaves_no_worker_and_says_one_line(home: Path, command: list[str
         line, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=home,
         start_new_session=True, preexec_fn=heed_interrupts,  # noqa: PLW1509 - takes no lock
     ) as process:  # fmt: skip
-        until = time.monotonic() + 120
+        until = time.monotonic() + 240
         while len(list((home / "workers").iterdir())) < 2 and time.monotonic() < until:
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-        err = process.communicate(timeout=120)[1]
+        err = process.communicate(timeout=240)[1]
     assert process.returncode == 130, err
     *notes, last = err.splitlines()
     assert last == "Interrupted: nothing was written."

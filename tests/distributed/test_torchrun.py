@@ -347,6 +347,6 @@ def test_waiting_for_others_ends_when_it_is_told_to(home: Path, rank: str) -> No
         with pytest.raises(subprocess.TimeoutExpired):
             waiting.wait(8)
     waiting.send_signal(signal.SIGINT)
-    said = waiting.communicate(timeout=30)[1]
+    said = waiting.communicate(timeout=240)[1]
     assert waiting.returncode == 130
     assert said.splitlines()[-1] == "Interrupted: nothing was written."

@@ -388,14 +388,22 @@ def test_a_diffusion_model_keeps_its_file_name(tmp_path):
 
 
 def test_laying_out_many_tensors_takes_little_time(tmp_path):
-    """A model of 8000 tensors (experts): a tenth of a second, or two if that is quadratic."""
-    (tmp_path / "in").mkdir()
-    tensors = {f"layers.{i}.weight": torch.zeros(1) for i in range(8000)}
-    save_file(tensors, tmp_path / "in" / "model.safetensors")
-    template = open_checkpoint(tmp_path / "in")
-    begun = time.process_time()
-    lay_out(str(tmp_path / "out"), outputs(tensors), Provenance(MADE), template)
-    assert time.process_time() - begun < 1
+    """A model of 8000 tensors (experts): 8 times as long as one of 1000, or 40 if quadratic."""
+    seconds = {count: seconds_to_lay_out(tmp_path / f"{count}", count) for count in (1000, 8000)}
+    assert seconds[8000] < 20 * seconds[1000]
+
+
+def seconds_to_lay_out(home, count):
+    """The processor's time for a model of so many tensors, the least of several attempts."""
+    home.mkdir()
+    tensors = {f"layers.{i}.weight": torch.zeros(1) for i in range(count)}
+    save_file(tensors, home / "model.safetensors")
+    template, attempts = open_checkpoint(home), []
+    for _ in range(4):
+        begun = time.process_time()
+        lay_out(str(home / "out"), outputs(tensors), Provenance(MADE), template)
+        attempts.append(time.process_time() - begun)
+    return min(attempts)
 
 
 # ---------------------------------------------------------------------------------------- the sinks

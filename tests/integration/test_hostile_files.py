@@ -386,7 +386,7 @@ def within_limits(*paths: str) -> tuple[int, str]:
         pytest.skip("limits and their measure are Linux's")
     done = subprocess.run(
         [sys.executable, "-c", _LIMITED, *paths],
-        capture_output=True, text=True, timeout=120, check=False, stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, timeout=240, check=False, stdin=subprocess.DEVNULL,
     )  # fmt: skip
     mib = int(done.stdout.split()[-2]) >> 10
     assert mib < _MOST_MIB, f"it took {mib} MiB"

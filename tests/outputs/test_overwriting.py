@@ -128,7 +128,10 @@ def test_a_directory_s_record_lists_all_of_its_files(models, tmp_path):
     assert checked.exit_code == 0, checked.output
 
 
-@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=20,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(st.text("abc._-", min_size=1, max_size=12).filter(lambda name: name not in (".", "..")))
 def test_whatever_the_user_s_file_is_called_it_stays(tmp_path_factory, name):
     home = tmp_path_factory.mktemp("home")
