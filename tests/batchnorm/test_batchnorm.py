@@ -48,7 +48,7 @@ def assert_statistics(layer, values, **tolerance):
     np.testing.assert_allclose(layer.running_var.double().cpu(), variance, **tolerance)
 
 
-def test_a_subset_may_be_stratified():
+def test_update_bn_takes_stratified_subset():
     """90 samples of 0 and 10 of 1: a fifth of each has their mean exactly."""
     data = TensorDataset(torch.tensor([[0.0]] * 90 + [[1.0]] * 10))
     data.targets = [0] * 90 + [1] * 10
@@ -111,21 +111,21 @@ def assert_same_state(model, before):
 
 
 @pytest.mark.parametrize("sizes", SPLITS, ids=str)
-def test_worked_values_hold_for_any_split(sizes):
+def test_update_bn_matches_worked_values_for_any_split(sizes):
     layer = nn.BatchNorm1d(1).double()
     update_bn(layer, WORKED.double().split(sizes))
     assert layer.running_mean.tolist() == pytest.approx([9])
     assert layer.running_var.tolist() == pytest.approx([90.8])
 
 
-def test_torch_averages_the_batches_variances_instead():
+def test_torch_update_bn_averages_batch_variances():
     layer = nn.BatchNorm1d(1)
     update_bn_of_torch(WORKED.split([4, 2]), layer)
     assert layer.running_mean.tolist() == pytest.approx([12])
     assert layer.running_var.tolist() == pytest.approx([13 / 3])
 
 
-def test_torch_agrees_up_to_bessels_correction_where_the_batches_means_are_equal():
+def test_update_bn_agrees_with_torch_on_equal_means():
     data = torch.tensor([-1.0, 1, -3, 3, -5, 5])[:, None].double().split(2)
     ours, theirs = nn.BatchNorm1d(1).double(), nn.BatchNorm1d(1).double()
     update_bn(ours, data)
@@ -136,7 +136,7 @@ def test_torch_agrees_up_to_bessels_correction_where_the_batches_means_are_equal
 
 
 @pytest.mark.parametrize("sizes", [[8], [3, 5], [1] * 8], ids=str)
-def test_a_large_offset_costs_no_precision(sizes):
+def test_update_bn_keeps_precision_under_large_offset(sizes):
     values = (1000 + 0.01 * torch.arange(8.0))[:, None]
     layer = nn.BatchNorm1d(1)
     update_bn(layer, values.split(sizes))
@@ -158,14 +158,14 @@ def splits(draw):
 
 @settings(max_examples=40, deadline=None)
 @given(splits())
-def test_statistics_are_those_of_all_values_for_any_split(drawn):
+def test_update_bn_matches_all_values_for_any_split(drawn):
     values, sizes = drawn
     layer = nn.BatchNorm1d(values.shape[1]).double()
     update_bn(layer, values.split(sizes))
     assert_statistics(layer, values, rtol=1e-9, atol=1e-9)
 
 
-def test_a_deeper_layer_is_exact_given_its_inputs():
+def test_update_bn_is_exact_for_deeper_layer():
     """Its inputs are normalized by each batch's own mean and biased variance, as in training."""
     model, data = net(), images()
     update_bn(model, data)
@@ -178,7 +178,7 @@ def test_a_deeper_layer_is_exact_given_its_inputs():
     assert_statistics(model.inner[0], torch.cat(inputs), rtol=1e-9)
 
 
-def test_statistics_stay_exact_in_low_precision_layers():
+def test_update_bn_is_exact_in_low_precision_layers():
     values = normal(64, 3, dtype=torch.float32).to(torch.bfloat16)
     layer = nn.BatchNorm1d(3).to(torch.bfloat16)
     update_bn(layer, values.split(5))
@@ -187,7 +187,7 @@ def test_statistics_stay_exact_in_low_precision_layers():
     assert torch.equal(layer.running_var, variance)
 
 
-def test_autocast_changes_the_forward_pass_and_not_the_arithmetic_of_the_statistics():
+def test_update_bn_amp_leaves_statistics_exact():
     values = normal(8, 3, dtype=torch.float32)
     model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2))
     seen = []
@@ -215,7 +215,7 @@ def test_autocast_changes_the_forward_pass_and_not_the_arithmetic_of_the_statist
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else str(value),
 )
-def test_every_kind_of_batchnorm(layer, shape):
+def test_update_bn_takes_every_kind_of_batchnorm(layer, shape):
     data = [normal(*shape, seed=i, dtype=torch.float32) for i in range(3)]
     result = update_bn(layer, data)
     assert_statistics(layer, torch.cat(data), rtol=1e-6)
@@ -232,7 +232,7 @@ def test_every_kind_of_batchnorm(layer, shape):
     ],
 )
 @pytest.mark.parametrize("sizes", [[5], [4, 1]], ids=str)
-def test_instancenorm_statistics_are_the_means_over_instances(kind, shape, sizes):
+def test_instancenorm_statistics_are_means_over_instances(kind, shape, sizes):
     values = normal(*shape)
     layer = kind(3, track_running_stats=True).double()
     update_bn(layer, values.split(sizes))
@@ -241,7 +241,7 @@ def test_instancenorm_statistics_are_the_means_over_instances(kind, shape, sizes
     np.testing.assert_allclose(layer.running_var, each.var(2, ddof=1).mean(0))
 
 
-def test_one_batch_through_instancenorm_is_what_torch_computes():
+def test_instancenorm_matches_torch_on_one_batch():
     values = normal(5, 3, 6)
     ours = nn.InstanceNorm1d(3, track_running_stats=True).double()
     theirs = nn.InstanceNorm1d(3, track_running_stats=True, momentum=1.0).double()
@@ -251,7 +251,7 @@ def test_one_batch_through_instancenorm_is_what_torch_computes():
     torch.testing.assert_close(ours.running_var, theirs.running_var)
 
 
-def test_instancenorm_without_a_batch_dimension():
+def test_instancenorm_takes_unbatched_input():
     values = normal(4, 3, 6)
     one, other = (nn.InstanceNorm1d(3, track_running_stats=True).double() for _ in range(2))
     update_bn(one, list(values))
@@ -260,7 +260,7 @@ def test_instancenorm_without_a_batch_dimension():
     torch.testing.assert_close(one.running_var, other.running_var)
 
 
-def test_layers_without_running_statistics_are_skipped_and_said(caplog):
+def test_update_bn_names_layers_without_statistics(caplog):
     caplog.set_level("INFO", "ckptavg")
     plain = nn.BatchNorm1d(1, track_running_stats=False)
     model = nn.Sequential(OrderedDict(alpha=nn.BatchNorm1d(1), omega=plain))
@@ -275,7 +275,7 @@ def test_layers_without_running_statistics_are_skipped_and_said(caplog):
     [nn.Linear(1, 1), nn.LayerNorm(1), nn.BatchNorm1d(1, track_running_stats=False)],
     ids=lambda m: type(m).__name__,
 )
-def test_a_model_without_such_layers_is_left_with_a_note(model, caplog):
+def test_update_bn_notes_model_without_layers(model, caplog):
     caplog.set_level("INFO", "ckptavg")
     before = state_of(model)
     result = update_bn(model, [WORKED])
@@ -298,14 +298,14 @@ class BatchNormAct(nn.BatchNorm2d):
         return F.relu(self.drop(x))
 
 
-def test_a_batchnorm_with_an_activation_inside():
+def test_update_bn_takes_batchnorm_with_activation():
     values = normal(6, 3, 2, 2, offset=-2.0)
     layer = BatchNormAct(3).double()
     update_bn(layer, values.split([4, 2]))
     assert_statistics(layer, values)
 
 
-def test_dropout_inside_a_batchnorm_stays_off():
+def test_update_bn_leaves_inner_dropout_off():
     layer = BatchNormAct(3)
     seen = []
     layer.drop.register_forward_hook(lambda module, *_: seen.append(module.training))
@@ -322,7 +322,7 @@ class Twice(nn.Module):
         return self.norm(x) + self.norm(input=2 * x + 1)
 
 
-def test_a_layer_that_is_called_twice_counts_both_inputs():
+def test_update_bn_counts_both_calls_of_layer():
     model, values = Twice(), normal(7, 3)
     assert update_bn(model, values.split([5, 2])).layers == 1
     assert_statistics(model.norm, torch.cat([values, 2 * values + 1]))
@@ -336,7 +336,7 @@ def test_a_layer_that_is_called_twice_counts_both_inputs():
     ],
     ids=["not called", "called on nothing"],
 )
-def test_a_layer_that_no_data_goes_through_keeps_its_statistics(caplog, forward):
+def test_update_bn_keeps_statistics_of_unreached_layer(caplog, forward):
     model = nn.ModuleDict({"used": nn.BatchNorm1d(1), "spare": nn.BatchNorm1d(1)})
     model["spare"].running_mean.fill_(5)
     before = state_of(model["spare"])
@@ -347,14 +347,14 @@ def test_a_layer_that_no_data_goes_through_keeps_its_statistics(caplog, forward)
     assert "spare" in caplog.text
 
 
-def test_a_result_is_one_line_however_many_layers_there_are():
+def test_batchnorm_result_repr_is_one_line():
     layers = [nn.BatchNorm1d(3) for _ in range(60)]
     result = update_bn(nn.Sequential(*layers), [torch.randn(8, 3), torch.randn(4, 3)])
     assert repr(result) == "<BatchNormResult layers=60, batches=2, samples=12>"
 
 
 @pytest.mark.parametrize("wrap", [nn.Identity, nn.DataParallel])
-def test_what_was_written_has_the_names_of_the_models_state_dict(wrap):
+def test_batchnorm_result_written_has_state_dict_names(wrap):
     """A shared layer has two; the layers that were left are not named."""
     shared = nn.BatchNorm1d(1)
     layers = {"a": shared, "b": shared, "spare": nn.BatchNorm1d(1), "frozen": nn.BatchNorm1d(1)}
@@ -371,7 +371,7 @@ def test_what_was_written_has_the_names_of_the_models_state_dict(wrap):
     assert len(result.written) == 4
 
 
-def test_a_single_value_a_channel_has_no_variance():
+def test_update_bn_refuses_single_value_per_channel():
     model = nn.Sequential(nn.BatchNorm1d(1))
     before = state_of(model)
     with pytest.raises(BatchNormError, match="layer 0 saw a single value"):
@@ -379,14 +379,14 @@ def test_a_single_value_a_channel_has_no_variance():
     assert_same_state(model, before)
 
 
-def test_one_sample_is_enough_where_it_has_several_values():
+def test_update_bn_takes_one_sample_with_several_values():
     values = normal(1, 3, 2, 2)
     layer = nn.BatchNorm2d(3).double()
     update_bn(layer, [values])
     assert_statistics(layer, values)
 
 
-def test_batches_of_one_reach_the_layers_below():
+def test_update_bn_takes_batches_of_one():
     """A single value is its own mean, so the layer puts out its bias."""
     model = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2)).double()
     with torch.no_grad():
@@ -396,7 +396,7 @@ def test_batches_of_one_reach_the_layers_below():
     assert model[1].running_var.tolist() == pytest.approx([0, 0])
 
 
-def test_an_empty_batch_changes_nothing():
+def test_update_bn_ignores_empty_batch():
     values = normal(6, 3)
     layer = nn.BatchNorm1d(3).double()
     update_bn(layer, [values[:0], values[:4], values[:0], values[4:]])
@@ -406,7 +406,7 @@ def test_an_empty_batch_changes_nothing():
 @pytest.mark.parametrize(
     "wrap", [nn.DataParallel, AveragedModel, lambda m: torch.compile(m, backend="eager")]
 )
-def test_a_wrapped_model(wrap):
+def test_update_bn_takes_wrapped_model(wrap):
     model = wrap(nn.Sequential(nn.BatchNorm1d(1), nn.Linear(1, 1)))
     update_bn(model, WORKED.split(2))
     (layer,) = (m for m in model.modules() if isinstance(m, nn.BatchNorm1d))
@@ -416,7 +416,7 @@ def test_a_wrapped_model(wrap):
 # What the pass leaves alone
 
 
-def test_only_batchnorm_is_in_training_mode_during_the_pass(monkeypatch):
+def test_update_bn_trains_batchnorm_only(monkeypatch):
     """And that only in its own forward pass: others that look at it find it as in evaluation."""
     model = net()
     used, seen = [], {}
@@ -438,7 +438,7 @@ def test_only_batchnorm_is_in_training_mode_during_the_pass(monkeypatch):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_modes_momentum_and_hooks_are_as_before(training):
+def test_update_bn_restores_modes_momentum_and_hooks(training):
     model = net().train(training)
     model.inner.train(not training)
     model.first.register_forward_pre_hook(lambda *_: None)
@@ -447,7 +447,7 @@ def test_modes_momentum_and_hooks_are_as_before(training):
     assert state_of(model)[1] == before
 
 
-def test_weights_and_other_buffers_are_not_touched():
+def test_update_bn_leaves_weights_and_other_buffers():
     model = net().train()
     before, _ = state_of(model)
     update_bn(model, images())
@@ -457,7 +457,7 @@ def test_weights_and_other_buffers_are_not_touched():
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
-def test_the_old_statistics_and_the_momentum_have_no_say():
+def test_update_bn_ignores_old_statistics_and_momentum():
     one, other = net(), net()
     other.first.running_mean.fill_(1e6)
     other.first.momentum = 0.9
@@ -519,7 +519,7 @@ INF = [*images(2), torch.full((4, 3, 4, 4), torch.inf, dtype=torch.float64)]
     ],
     ids=["loader", "Ctrl-C", "forward", "progress", "shape", "batch", "empty", "nan", "inf"],
 )
-def test_the_model_is_as_it_was_if_anything_fails(data, options, error, message, training):
+def test_update_bn_restores_model_on_failure(data, options, error, message, training):
     model = net().train(training)
     model.inner.eval()
     before = state_of(model)
@@ -528,7 +528,7 @@ def test_the_model_is_as_it_was_if_anything_fails(data, options, error, message,
     assert_same_state(model, before)
 
 
-def test_several_models_are_as_they_were_if_one_fails():
+def test_recompute_restores_all_models_on_failure():
     models = [net(0), net(1)]
     with torch.no_grad():
         models[1].conv.weight.fill_(torch.nan)
@@ -539,7 +539,7 @@ def test_several_models_are_as_they_were_if_one_fails():
         assert_same_state(model.first, was)
 
 
-def test_several_models_share_a_pass():
+def test_recompute_shares_pass_between_models():
     together, alone = [net(0), net(1)], [net(0), net(1)]
     passes = iter([images()])
     results = recompute(together, next(passes), Runtime(torch.device("cpu")))
@@ -553,7 +553,7 @@ def test_several_models_share_a_pass():
 
 
 @pytest.mark.parametrize(("pattern", "left"), [("first", "first"), ("inner.*", "inner.0")])
-def test_an_excluded_layer_keeps_its_statistics_and_normalizes_with_them(pattern, left):
+def test_update_bn_exclude_keeps_layer_in_evaluation(pattern, left):
     model = net().train()
     layer = model.get_submodule(left)
     before, seen = state_of(layer), []
@@ -566,7 +566,7 @@ def test_an_excluded_layer_keeps_its_statistics_and_normalizes_with_them(pattern
     assert before[0].keys() == hooked[0].keys()
 
 
-def test_a_pattern_that_matches_no_layer_is_an_error_before_any_work():
+def test_update_bn_exclude_refuses_unmatched_pattern():
     model, untouched = net(), iter(images(1))
     before = state_of(model)
     with pytest.raises(
@@ -577,7 +577,7 @@ def test_a_pattern_that_matches_no_layer_is_an_error_before_any_work():
     assert next(untouched) is not None
 
 
-def test_models_that_share_a_pass_leave_layers_of_their_own_alone():
+def test_recompute_excludes_layers_per_model():
     models = [net(), net()]
     before = [state_of(m.first) for m in models]
     results = recompute(models, images(), Runtime(torch.device("cpu")), None, [{"first"}, set()])
@@ -600,14 +600,14 @@ def test_models_that_share_a_pass_leave_layers_of_their_own_alone():
     ],
     ids=["tensor", "tuple", "list", "dict", "dict in a tuple"],
 )
-def test_kinds_of_batches(batch_of):
+def test_update_bn_takes_tensors_sequences_and_dicts(batch_of):
     layer = nn.BatchNorm1d(1)
     result = update_bn(layer, [batch_of(x) for x in WORKED.split(2)])
     assert_statistics(layer, WORKED, rtol=1e-6)
     assert (result.batches, result.samples) == (3, 6)
 
 
-def test_any_other_batch_goes_through_a_forward_of_the_users():
+def test_update_bn_takes_any_batch_with_forward():
     layer = nn.BatchNorm1d(1)
     data = [SimpleNamespace(image=x) for x in WORKED.split(2)]
     with pytest.raises(EvaluationError, match="forward="):
@@ -616,7 +616,7 @@ def test_any_other_batch_goes_through_a_forward_of_the_users():
     assert_statistics(layer, WORKED, rtol=1e-6)
 
 
-def test_progress_is_told_the_samples_and_their_total():
+def test_update_bn_progress_counts_samples():
     told = []
     data = TensorDataset(WORKED)
     update_bn(nn.BatchNorm1d(1), data, batch_size=4, progress=lambda *at: told.append(at))
@@ -647,19 +647,19 @@ def order_of(loader_of, **options):
     return data.read
 
 
-def test_a_dataset_is_read_in_an_order_that_the_seed_decides():
+def test_update_bn_shuffles_dataset_by_seed():
     orders = [order_of(lambda data: data, seed=seed) for seed in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]
     assert sorted(orders[0]) == sorted(orders[2]) == list(range(13)) != orders[0]
 
 
-def test_a_loader_is_used_as_it_is_and_a_note_says_that_it_does_not_shuffle(caplog):
+def test_update_bn_keeps_loader_order_with_note(caplog):
     caplog.set_level("INFO", "ckptavg")
     assert order_of(lambda data: DataLoader(data, 5), seed=3) == list(range(13))
     assert "does not shuffle" in caplog.text
 
 
-def test_the_statistics_of_a_dataset_do_not_depend_on_its_order():
+def test_update_bn_is_independent_of_dataset_order():
     values = normal(13, 2)
     for seed in range(3):
         layer = nn.BatchNorm1d(2).double()
@@ -726,7 +726,7 @@ def processes(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", SHARDS)
-def test_processes_end_with_the_statistics_of_the_whole(processes, world):
+def test_update_bn_processes_agree_with_one(processes, world):
     alone = net()
     update_bn(alone, [batch for shard in shards_of(world) for batch in shard])
     for rank in range(world):
@@ -739,7 +739,7 @@ def test_processes_end_with_the_statistics_of_the_whole(processes, world):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", SHARDS)
-def test_sync_batchnorm_waits_for_no_other_process_during_the_pass(processes, world):
+def test_update_bn_sync_batchnorm_waits_for_no_process(processes, world):
     """Some have more batches than others; what is normalized is each batch by itself, as alone."""
     alone = synchronized([batch for shard in shards_of(world) for batch in shard])
     for rank in range(world):
@@ -750,7 +750,7 @@ def test_sync_batchnorm_waits_for_no_other_process_during_the_pass(processes, wo
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", SHARDS)
-def test_processes_fail_together(processes, world):
+def test_update_bn_processes_fail_together(processes, world):
     for rank in range(world):
         assert "training data is empty" in processes[rank][world]["empty"]
         assert "single value" in processes[rank][world]["single"]
@@ -761,7 +761,7 @@ def test_processes_fail_together(processes, world):
 
 @pytest.mark.gpu
 @gpu
-def test_statistics_on_a_gpu_match_the_cpus():
+def test_update_bn_on_gpu_matches_cpu():
     ours, theirs = net(), net()
     update_bn(ours, TensorDataset(torch.cat(images())), device="cuda", batch_size=5)
     update_bn(theirs, TensorDataset(torch.cat(images())), batch_size=5)
@@ -772,7 +772,7 @@ def test_statistics_on_a_gpu_match_the_cpus():
 
 @pytest.mark.gpu
 @gpu
-def test_sync_batchnorm_on_a_gpu():
+def test_update_bn_takes_sync_batchnorm_on_gpu():
     layer = nn.SyncBatchNorm(3).cuda()
     values = normal(7, 3, dtype=torch.float32)
     update_bn(layer, copy.deepcopy(values).split([6, 1]))

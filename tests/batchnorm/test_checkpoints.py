@@ -114,7 +114,7 @@ OUTPUTS = ("out.safetensors", "out.pt")
 
 @pytest.mark.parametrize("name", OUTPUTS)
 @pytest.mark.parametrize("source", [".pt", ".safetensors"])
-def test_a_checkpoint_is_copied_with_its_statistics_recomputed(tmp_path, name, source):
+def test_update_checkpoint_recomputes_statistics(tmp_path, name, source):
     state = state_of(1)
     checkpoint = open_checkpoint(save(tmp_path / f"in{source}", state))
     result, _ = update_checkpoint(
@@ -125,7 +125,7 @@ def test_a_checkpoint_is_copied_with_its_statistics_recomputed(tmp_path, name, s
     assert (result.layers, result.batches, result.samples) == (1, 4, 50)
 
 
-def test_the_input_is_left_as_it_is(tmp_path):
+def test_update_checkpoint_leaves_input_unchanged(tmp_path):
     path = save(tmp_path / "in.pt", state_of(1))
     before = path.read_bytes()
     update_checkpoint(
@@ -135,7 +135,7 @@ def test_the_input_is_left_as_it_is(tmp_path):
     assert listing(tmp_path) == ["in.pt", "out.pt"]
 
 
-def test_the_output_loads_where_the_input_loaded(tmp_path):
+def test_update_checkpoint_output_loads_into_model(tmp_path):
     checkpoint = open_checkpoint(save(tmp_path / "in.pt", state_of(1)))
     update_checkpoint(checkpoint, tmp_path / "out.pt", StatisticsPass(Net(), BATCHES, RUNTIME))
     model = Net()
@@ -145,7 +145,7 @@ def test_the_output_loads_where_the_input_loaded(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_the_types_of_the_checkpoint_are_kept(tmp_path, dtype):
+def test_update_checkpoint_keeps_dtype(tmp_path, dtype):
     state = state_of(1, dtype=dtype)
     checkpoint = open_checkpoint(save(tmp_path / "in.pt", state))
     update_checkpoint(checkpoint, tmp_path / "out.pt", StatisticsPass(Net(), BATCHES, RUNTIME))
@@ -153,7 +153,7 @@ def test_the_types_of_the_checkpoint_are_kept(tmp_path, dtype):
     assert_refreshed(tmp_path / "out.pt", state, rtol=precision, atol=precision)
 
 
-def test_a_checkpoint_without_num_batches_tracked_stays_without_it(tmp_path):
+def test_update_checkpoint_adds_no_num_batches_tracked(tmp_path):
     state = state_of(1)
     del state["norm.num_batches_tracked"]
     checkpoint = open_checkpoint(save(tmp_path / "in.pt", state))
@@ -162,14 +162,14 @@ def test_a_checkpoint_without_num_batches_tracked_stays_without_it(tmp_path):
 
 
 @pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod."])
-def test_a_wrapped_checkpoint_is_written_under_bare_names(tmp_path, wrapper):
+def test_update_checkpoint_writes_bare_names(tmp_path, wrapper):
     wrapped = {wrapper + name: value for name, value in state_of(1).items()}
     checkpoint = open_checkpoint(save(tmp_path / "in.pt", wrapped))
     update_checkpoint(checkpoint, tmp_path / "out.pt", StatisticsPass(Net(), BATCHES, RUNTIME))
     assert_refreshed(tmp_path / "out.pt", state_of(1))
 
 
-def test_a_wrapped_model_refreshes_a_bare_checkpoint(tmp_path):
+def test_update_checkpoint_takes_wrapped_model(tmp_path):
     checkpoint = open_checkpoint(save(tmp_path / "in.pt", state_of(1)))
     model = nn.DataParallel(Net())
     update_checkpoint(checkpoint, tmp_path / "out.pt", StatisticsPass(model, BATCHES, RUNTIME))
@@ -178,7 +178,7 @@ def test_a_wrapped_model_refreshes_a_bare_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("name", OUTPUTS)
 @pytest.mark.parametrize("held", [("norm", "again"), ("norm",), ("again",)], ids=str)
-def test_a_layer_under_two_names_is_refreshed_under_both(tmp_path, name, held):
+def test_update_checkpoint_covers_layer_with_two_names(tmp_path, name, held):
     """Some formats store only one of the names."""
     state = TwoNames().state_dict()
     kept = {k: v for k, v in state.items() if k.startswith((*held, "body"))}
@@ -191,7 +191,7 @@ def test_a_layer_under_two_names_is_refreshed_under_both(tmp_path, name, held):
             torch.testing.assert_close(found[f"{layer}.{statistic}"], expected)
 
 
-def test_a_directory_is_copied_with_its_configuration(tmp_path):
+def test_update_checkpoint_copies_directory_config(tmp_path):
     save(tmp_path / "in" / "model.safetensors", state_of(1))
     (tmp_path / "in" / "config.json").write_text('{"model_type": "net"}')
     checkpoint = open_checkpoint(tmp_path / "in")
@@ -201,7 +201,7 @@ def test_a_directory_is_copied_with_its_configuration(tmp_path):
     assert open_checkpoint(tmp_path / "out").provenance.bn == "recomputed"
 
 
-def test_a_dataset_passes_in_the_runtimes_batches(tmp_path):
+def test_update_checkpoint_batches_dataset_by_runtime(tmp_path):
     checkpoint = open_checkpoint(save(tmp_path / "in.pt", state_of(1)))
     told = []
     loader = open_loader(TensorDataset(X), RUNTIME, shuffle=True)
@@ -212,7 +212,7 @@ def test_a_dataset_passes_in_the_runtimes_batches(tmp_path):
     assert told[-1][0] == len(X)
 
 
-def test_a_forward_of_the_users_runs_the_batches(tmp_path):
+def test_update_checkpoint_uses_custom_forward(tmp_path):
     checkpoint = open_checkpoint(save(tmp_path / "in.pt", state_of(1)))
     batches = [{"image": x} for x in BATCHES]
     how = StatisticsPass(Net(), batches, RUNTIME, lambda model, batch: model(batch["image"]))
@@ -224,14 +224,14 @@ def test_a_forward_of_the_users_runs_the_batches(tmp_path):
 
 
 @pytest.mark.parametrize("name", OUTPUTS)
-def test_an_average_is_written_with_its_statistics_recomputed(tmp_path, planned, states, name):
+def test_write_averages_recomputes_statistics(tmp_path, planned, states, name):
     result, _ = write_average(planned, tmp_path / name, StatisticsPass(Net(), BATCHES, RUNTIME))
     assert_refreshed(tmp_path / name, average_of(states))
     assert result.layers == 1
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
-def test_an_average_keeps_the_type_that_was_asked_for(tmp_path, checkpoints, states, dtype):
+def test_write_averages_keeps_requested_dtype(tmp_path, checkpoints, states, dtype):
     planned = plan_average(checkpoints, dtype=dtype)
     write_average(planned, tmp_path / "out.pt", StatisticsPass(Net(), BATCHES, RUNTIME))
     kind = getattr(torch, dtype)
@@ -239,7 +239,7 @@ def test_an_average_keeps_the_type_that_was_asked_for(tmp_path, checkpoints, sta
     assert_refreshed(tmp_path / "out.pt", average_of(states, kind), rtol=precision, atol=precision)
 
 
-def test_the_progress_of_both_phases_is_told(tmp_path, planned):
+def test_write_averages_reports_both_phases(tmp_path, planned):
     read, passed = [], []
     write_average(
         planned,
@@ -254,7 +254,7 @@ def test_the_progress_of_both_phases_is_told(tmp_path, planned):
 # How it was made
 
 
-def test_an_average_says_that_its_statistics_are_recomputed(tmp_path, planned, checkpoints):
+def test_write_averages_records_recomputed_statistics(tmp_path, planned, checkpoints):
     write_average(planned, tmp_path / "out.pt", StatisticsPass(Net(), BATCHES, RUNTIME))
     made = open_checkpoint(tmp_path / "out.pt").provenance
     assert made.bn == "recomputed"
@@ -263,7 +263,7 @@ def test_an_average_says_that_its_statistics_are_recomputed(tmp_path, planned, c
     assert [source.coefficient for source in made.inputs] == pytest.approx([1 / 3] * 3)
 
 
-def test_a_checkpoint_says_what_it_was_made_of(tmp_path):
+def test_update_checkpoint_records_source(tmp_path):
     checkpoint = open_checkpoint(save(tmp_path / "in.pt", state_of(1)))
     update_checkpoint(
         checkpoint, tmp_path / "out.safetensors", StatisticsPass(Net(), BATCHES, RUNTIME)
@@ -273,7 +273,7 @@ def test_a_checkpoint_says_what_it_was_made_of(tmp_path):
     assert [source.path for source in made.inputs] == [str(tmp_path / "in.pt")]
 
 
-def test_an_average_that_is_refreshed_later_keeps_its_history(tmp_path, planned, states):
+def test_update_checkpoint_keeps_history_of_average(tmp_path, planned, states):
     options = WriteOptions()
     targets = prepare_targets([(planned, tmp_path / "stale.pt")], options)
     pipeline.write_averages([planned], targets, options)
@@ -285,7 +285,7 @@ def test_an_average_that_is_refreshed_later_keeps_its_history(tmp_path, planned,
     assert made.inputs == stale.provenance.inputs
 
 
-def test_nothing_is_said_of_stale_statistics(tmp_path, planned, caplog):
+def test_write_averages_logs_no_stale_statistics(tmp_path, planned, caplog):
     caplog.set_level("INFO", "ckptavg")
     write_average(planned, tmp_path / "out.pt", StatisticsPass(Net(), BATCHES, RUNTIME))
     assert "stale" not in caplog.text
@@ -311,21 +311,21 @@ def run(request, planned, checkpoints):
     return run
 
 
-def test_an_existing_output_is_refused_before_the_data_are_read(tmp_path, run):
+def test_statistics_pass_refuses_existing_output(tmp_path, run):
     (tmp_path / "out.pt").write_text("mine")
     with pytest.raises(OutputError, match="exists already"):
         run(tmp_path / "out.pt", Net(), Untouchable())
     assert (tmp_path / "out.pt").read_text() == "mine"
 
 
-def test_an_existing_output_is_replaced_if_that_was_asked_for(tmp_path, run):
+def test_statistics_pass_overwrites_on_request(tmp_path, run):
     (tmp_path / "out.pt").write_text("mine")
     run(tmp_path / "out.pt", Net(), BATCHES, overwrite=True)
     assert open_checkpoint(tmp_path / "out.pt").provenance.bn == "recomputed"
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_an_input_is_never_the_output(tmp_path, run, overwrite):
+def test_statistics_pass_never_overwrites_input(tmp_path, run, overwrite):
     path = tmp_path / "run" / "epoch_1.pt"
     before = path.read_bytes()
     with pytest.raises(OutputError, match="is an input"):
@@ -333,12 +333,12 @@ def test_an_input_is_never_the_output(tmp_path, run, overwrite):
     assert path.read_bytes() == before
 
 
-def test_an_output_in_a_directory_that_is_missing_is_refused_first(tmp_path, run):
+def test_statistics_pass_refuses_missing_directory(tmp_path, run):
     with pytest.raises(OutputError, match="does not exist"):
         run(tmp_path / "none" / "out.pt", Net(), Untouchable())
 
 
-def test_weights_that_do_not_fit_are_refused_before_the_data_are_read(tmp_path, run):
+def test_statistics_pass_refuses_unfit_weights_unread(tmp_path, run):
     with pytest.raises(ModelError, match="does not fit the model"):
         run(tmp_path / "out.pt", nn.BatchNorm1d(3), Untouchable())
 
@@ -358,13 +358,13 @@ def interrupted():
     ],
     ids=["empty", "Ctrl-C", "nan", "single"],
 )
-def test_nothing_is_written_if_the_pass_fails(tmp_path, run, batches, error):
+def test_statistics_pass_writes_nothing_on_failure(tmp_path, run, batches, error):
     with pytest.raises(error):
         run(tmp_path / "out.pt", Net(), batches())
     assert listing(tmp_path) == ["run", "run/epoch_1.pt", "run/epoch_2.pt", "run/epoch_3.pt"]
 
 
-def test_a_model_without_batchnorm_has_nothing_to_recompute(tmp_path, caplog):
+def test_update_checkpoint_copies_model_without_batchnorm(tmp_path, caplog):
     caplog.set_level("INFO", "ckptavg")
     state = nn.Linear(4, 3).state_dict()
     checkpoint = open_checkpoint(save(tmp_path / "in.pt", state))
@@ -377,7 +377,7 @@ def test_a_model_without_batchnorm_has_nothing_to_recompute(tmp_path, caplog):
     )
 
 
-def test_statistics_too_large_for_their_type_are_an_error(tmp_path):
+def test_update_checkpoint_refuses_overflow(tmp_path):
     model = nn.Sequential(nn.BatchNorm1d(2))
     half = {
         name: t.half() if t.is_floating_point() else t for name, t in model.state_dict().items()
@@ -446,9 +446,7 @@ def assert_as_alone(directory, alone):
 
 
 @pytest.mark.parametrize("together", [1, 2, 3, 1000])
-def test_each_of_several_is_the_file_that_it_is_alone(
-    monkeypatch, tmp_path, averages, alone, together
-):
+def test_write_averages_makes_same_files_as_alone(monkeypatch, tmp_path, averages, alone, together):
     fitting(monkeypatch, together)
     data = Read(BATCHES)
     done = write_all(averages, tmp_path / "out", data=data)
@@ -459,7 +457,7 @@ def test_each_of_several_is_the_file_that_it_is_alone(
         assert made == open_checkpoint(tmp_path / "out" / name).provenance
 
 
-def test_several_come_from_one_read_and_one_pass(monkeypatch, tmp_path, averages, checkpoints):
+def test_write_averages_reads_inputs_and_data_once(monkeypatch, tmp_path, averages, checkpoints):
     read = counted_reads(monkeypatch)
     data = Read(BATCHES)
     write_all(averages, tmp_path / "out", data=data)
@@ -471,7 +469,7 @@ def test_several_come_from_one_read_and_one_pass(monkeypatch, tmp_path, averages
 
 
 @pytest.mark.parametrize("together", [1, 3, 1000])
-def test_several_have_the_digests_that_each_has_alone(monkeypatch, tmp_path, averages, together):
+def test_write_averages_makes_same_digests_as_alone(monkeypatch, tmp_path, averages, together):
     fitting(monkeypatch, together)
     done = write_all(averages, tmp_path / "out", digests=True)
     for planned, name, (_, made) in zip(averages, NAMES, done, strict=True):
@@ -519,15 +517,13 @@ def scarce(monkeypatch):
 
 @pytest.mark.parametrize("batch", [0, -1])
 @pytest.mark.parametrize("most", [1, 2, 3])
-def test_exhausted_memory_changes_no_file(tmp_path, averages, alone, scarce, most, batch):
+def test_write_averages_makes_same_files_after_oom(tmp_path, averages, alone, scarce, most, batch):
     done = write_all(averages, tmp_path / "out", scarce(most, batch))
     assert_as_alone(tmp_path / "out", alone)
     assert [result.samples for result, _ in done] == [50] * 4
 
 
-def test_memory_that_is_exhausted_while_weights_are_read_does_not_spoil_digests(
-    monkeypatch, tmp_path, averages
-):
+def test_write_averages_makes_same_digests_after_oom(monkeypatch, tmp_path, averages):
     """Half a tensor has gone by when the first try fails."""
     from ckptavg.outputs.digests import Leaves
 
@@ -546,9 +542,7 @@ def test_memory_that_is_exhausted_while_weights_are_read_does_not_spoil_digests(
     assert found == expected
 
 
-def test_memory_that_is_exhausted_while_one_is_written_does_not_count_another_twice(
-    monkeypatch, tmp_path, averages, alone
-):
+def test_write_averages_survives_oom_while_writing(monkeypatch, tmp_path, averages, alone):
     write, filled = OutputWriter.write_state_dict, []
 
     def exhausted(self, state_dict):
@@ -563,14 +557,14 @@ def test_memory_that_is_exhausted_while_one_is_written_does_not_count_another_tw
     assert_as_alone(tmp_path / "out", alone)
 
 
-def test_memory_for_not_even_one_model_is_a_plain_error(tmp_path, run, scarce):
+def test_statistics_pass_reports_too_little_memory(tmp_path, run, scarce):
     with pytest.raises(EvaluationError, match="memory of cpu is too small for a single model"):
         run(tmp_path / "out.pt", scarce(0), BATCHES)
     assert not (tmp_path / "out.pt").exists()
 
 
 @pytest.mark.parametrize("passes", [1, 4])
-def test_data_that_can_be_read_once_only_are_enough_for_one_pass(
+def test_write_averages_takes_iterator_for_one_pass_only(
     monkeypatch, tmp_path, averages, alone, passes
 ):
     fitting(monkeypatch, 4 // passes)
@@ -586,7 +580,7 @@ def test_data_that_can_be_read_once_only_are_enough_for_one_pass(
 
 @pytest.mark.parametrize("together", [1, 2, 1000])
 @pytest.mark.parametrize(("others", "error"), [(1, NonFiniteError), (0, BatchNormError)])
-def test_none_is_written_if_one_fails(
+def test_write_averages_writes_none_if_one_fails(
     monkeypatch, tmp_path, averages, states, together, others, error
 ):
     fitting(monkeypatch, together)
@@ -599,9 +593,7 @@ def test_none_is_written_if_one_fails(
 
 
 @pytest.mark.parametrize("together", [1, 1000])
-def test_none_is_written_if_the_weights_of_one_do_not_fit(
-    monkeypatch, tmp_path, averages, together
-):
+def test_write_averages_writes_none_if_one_is_unfit(monkeypatch, tmp_path, averages, together):
     fitting(monkeypatch, together)
     other = opened(tmp_path / "odd", [state_of(1, TwoNames)])
     with pytest.raises(ModelError, match=r"weighted\.pt does not fit"):
@@ -623,7 +615,7 @@ class Tied(Net):
 
 @pytest.mark.parametrize("name", OUTPUTS)
 @pytest.mark.parametrize("kind", ["copy", "average"])
-def test_ties_and_views_are_written_right(tmp_path, name, kind):
+def test_statistics_pass_keeps_ties_and_views(tmp_path, name, kind):
     states = []
     for seed in (1, 2):
         model = Tied()

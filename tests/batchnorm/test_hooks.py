@@ -99,9 +99,7 @@ def reduced(monkeypatch):
     offset=st.sampled_from([0.0, 2.0, 50.0, 5e4]),
     channels_last=st.booleans(),
 )
-def test_a_network_s_statistics_are_those_of_float64_within_the_tolerance(
-    widths, sizes, offset, channels_last
-):
+def test_update_bn_matches_float64_within_tolerance(widths, sizes, offset, channels_last):
     form = torch.channels_last if channels_last else torch.contiguous_format
     model = Net(widths).to(memory_format=form)
     data = [x.to(memory_format=form) for x in images(sizes, offset=offset)]
@@ -110,13 +108,13 @@ def test_a_network_s_statistics_are_those_of_float64_within_the_tolerance(
     assert_within_tolerance(model, expected)
 
 
-def test_inputs_are_not_read_again_where_the_kernel_is_relied_on(reduced):
+def test_update_bn_reads_inputs_once_for_kernel(reduced):
     update_bn(Net([4, 5]), images([4, 3]))
     assert not reduced
 
 
 @pytest.mark.parametrize("offset", [0.0, 5e4])
-def test_a_layer_in_doubt_is_reduced_in_float64_from_then_on(reduced, offset, caplog):
+def test_update_bn_reduces_doubtful_layer_in_float64(reduced, offset, caplog):
     caplog.set_level("INFO", "ckptavg")
     data = [*images([4]), normal(5, 3, 6, 6, seed=7, offset=offset), *images([6, 2])]
     model, calls = Net([4]), []
@@ -134,7 +132,7 @@ def test_a_layer_in_doubt_is_reduced_in_float64_from_then_on(reduced, offset, ca
         assert not reduced
 
 
-def test_other_layers_count_a_repeated_batch_once():
+def test_update_bn_counts_repeated_batch_once():
     data = [*images([4]), normal(5, 3, 6, 6, seed=7, offset=5e4), *images([6])]
     model = Net([4, 2])
     expected = in_float64(model, data)
@@ -143,7 +141,7 @@ def test_other_layers_count_a_repeated_batch_once():
 
 
 @pytest.mark.parametrize("at", [0, 1, 2, 3])
-def test_what_is_settled_a_batch_late_is_the_same(monkeypatch, at):
+def test_update_bn_gives_same_result_settling_late(monkeypatch, at):
     """As on a GPU, which is not waited for."""
     data = images([4, 3, 5, 2])
     data[at] = data[at] + 5e4
@@ -161,7 +159,7 @@ def test_what_is_settled_a_batch_late_is_the_same(monkeypatch, at):
         torch.testing.assert_close(late.state_dict()[name], value, rtol=1e-6, atol=1e-6)
 
 
-def test_a_dead_channel_is_right_and_needs_no_float64(reduced):
+def test_update_bn_needs_no_float64_for_dead_channel(reduced):
     model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2))
     with torch.no_grad():
         model[0].weight[0], model[0].bias[0] = 0, 7.0
@@ -170,7 +168,7 @@ def test_a_dead_channel_is_right_and_needs_no_float64(reduced):
     assert not reduced
 
 
-def test_batches_that_call_the_layers_in_another_order_or_not_at_all():
+def test_update_bn_takes_layers_in_any_order():
     model = nn.ModuleDict({name: nn.BatchNorm2d(3) for name in "abc"})
     orders = iter(["ab", "ba", "bba", "c"] * 2)
 
@@ -185,7 +183,7 @@ def test_batches_that_call_the_layers_in_another_order_or_not_at_all():
 
 
 @pytest.mark.parametrize("amp", ["off", "bf16"])
-def test_several_models_in_one_pass_get_what_each_gets_alone(amp):
+def test_recompute_matches_each_model_alone(amp):
     together = [Net([4, 2], seed=i) for i in range(3)]
     with torch.no_grad():
         together[1].convs[0].bias += 1e5  # in doubt in this one only
@@ -232,7 +230,7 @@ def broken():
     ],
     ids=["loader", "empty", "nan", "inf", "channels"],
 )
-def test_all_models_are_as_they_were_if_anything_fails(data, error, message):
+def test_recompute_restores_tensors_on_failure(data, error, message):
     models = [Net([4]), Net([4], norm=nn.SyncBatchNorm)]
     update_bn(models[0], images([5]))
     before = [own_tensors(model) for model in models]
@@ -245,7 +243,7 @@ def test_all_models_are_as_they_were_if_anything_fails(data, error, message):
     assert [layer.momentum for layer in layers_of(models[0]).values()] == [0.1, 0.1]
 
 
-def test_the_buffers_themselves_take_the_new_statistics():
+def test_update_bn_writes_into_same_buffers():
     """Whoever holds them sees the change."""
     model = Net([4])
     before = own_tensors(model)
@@ -255,7 +253,7 @@ def test_the_buffers_themselves_take_the_new_statistics():
 
 
 @pytest.mark.parametrize("offset", [0.0, 5e4])
-def test_a_model_is_gone_with_its_last_holder(offset):
+def test_update_bn_leaves_no_reference_to_model(offset):
     """Not when Python looks for cycles: many candidates share a device's memory."""
     gc.disable()
     try:
@@ -282,9 +280,7 @@ class Activated(nn.BatchNorm2d):
 
 
 @pytest.mark.parametrize(("kind", "reductions"), [(Activated, 0), (WithoutMomentum, 3)])
-def test_a_forward_pass_of_ones_own_is_relied_on_if_it_does_what_torchs_does(
-    reduced, kind, reductions
-):
+def test_update_bn_trusts_custom_forward_like_torchs(reduced, kind, reductions):
     layer, data = kind(3), images([4, 3, 5], offset=2.0)
     update_bn(layer, data)
     values = torch.cat(data).double()
@@ -296,7 +292,7 @@ def test_a_forward_pass_of_ones_own_is_relied_on_if_it_does_what_torchs_does(
 
 
 @pytest.mark.parametrize("name", ["BatchNormAct2d", "SyncBatchNormAct"])
-def test_timms_layers_with_activations(reduced, name):
+def test_update_bn_takes_timm_activation_layers(reduced, name):
     kind = getattr(pytest.importorskip("timm.layers.norm_act"), name)
     layer, data = kind(3), images([4, 3, 5], offset=2.0)
     if name == "SyncBatchNormAct":
@@ -351,7 +347,7 @@ def in_threads(count, data):
 
 
 @pytest.mark.parametrize("count", [2, 3, 6])
-def test_any_number_of_processes_get_what_one_gets(count):
+def test_recompute_in_processes_matches_one(count):
     data = images([4, 3, 5, 1, 2], offset=1.0)
     data[3] = data[3] + 5e4  # in doubt in one process only
     alone = [Net([4, 2], seed=i) for i in range(2)]
@@ -373,7 +369,7 @@ def test_any_number_of_processes_get_what_one_gets(count):
 @gpu
 @pytest.mark.parametrize("offset", [0.0, 5.0, 50.0, 5e4])
 @pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
-def test_a_gpus_kernels_are_relied_on_within_the_tolerance(offset, form):
+def test_update_bn_on_gpu_stays_within_tolerance(offset, form):
     model = Net([16, 32]).cuda().to(memory_format=form)
     data = [normal(32, 3, 28, 28, seed=i, offset=offset).to(memory_format=form) for i in range(3)]
     expected = in_float64(model, data)

@@ -90,7 +90,7 @@ class NativeTimeLast(nn.BatchNorm1d):
 @pytest.mark.parametrize(
     "kind", [TimeLast, Flattened, SynchronizedTimeLast, FunctionalTimeLast, NativeTimeLast]
 )
-def test_a_subclass_that_turns_its_argument_round(kind):
+def test_update_bn_takes_subclass_with_transposed_input(kind):
     batches = sequences()
     layer = kind(C)
     result = update_bn(layer, [x.transpose(1, 2).contiguous() for x in batches])
@@ -100,7 +100,7 @@ def test_a_subclass_that_turns_its_argument_round(kind):
     assert type(layer) is kind
 
 
-def test_a_subclass_that_normalizes_something_else():
+def test_update_bn_takes_subclass_with_scaled_input():
     class Halved(nn.BatchNorm1d):
         def forward(self, x):
             return super().forward(x / 2)
@@ -155,7 +155,7 @@ class WithoutZeros(Masked):
 
 @pytest.mark.parametrize("size", [C, 9])
 @pytest.mark.parametrize("kind", [Masked, MaskedAndBiased, Selected, OfLengths, WithoutZeros])
-def test_padding_is_no_part_of_the_statistics(kind, size):
+def test_update_bn_leaves_padding_out(kind, size):
     batches = sequences((8, 3, 6, 1), size)
     masks = [mask_of(x) for x in batches]
     masks[-1][0, :3] = True
@@ -171,7 +171,7 @@ def test_padding_is_no_part_of_the_statistics(kind, size):
     assert_statistics(layer, pooled(batches, masks))
 
 
-def test_padding_that_comes_later_is_seen_too():
+def test_update_bn_leaves_late_padding_out():
     """The first batch is full, so that the argument's own moments are right by chance."""
     batches = sequences()
     masks = [mask_of(x) for x in batches]
@@ -199,7 +199,7 @@ class MaskedByModel(nn.Module):
         return self.norm(x)
 
 
-def test_a_mask_may_be_an_attribute():
+def test_update_bn_takes_mask_from_attribute():
     batches = sequences((6, 6, 6))
     masks = [mask_of(x).roll(i, 1) for i, x in enumerate(batches)]
     model = MaskedByModel()
@@ -207,7 +207,7 @@ def test_a_mask_may_be_an_attribute():
     assert_statistics(model.norm, pooled(batches, masks))
 
 
-def test_weights_of_the_values_give_an_estimate_and_a_note(caplog):
+def test_update_bn_notes_estimate_for_weighted_values(caplog):
     class Weighted(nn.BatchNorm1d):
         def forward(self, x, weight):
             w = weight / weight.sum()
@@ -328,7 +328,7 @@ def named(mean, variance):
     ],
     ids=lambda layer: f"{type(layer).__name__} {layer.names[0]}",
 )
-def test_a_layer_of_ones_own(layer):
+def test_update_bn_takes_custom_layer(layer):
     batches = [x.to(layer.get_buffer(layer.names[0])) for x in sequences()]
     before = {k: v.clone() for k, v in layer.state_dict().items()}
     given = [x.clone() for x in batches]
@@ -366,7 +366,7 @@ class Renormalized(nn.Module):
         return out
 
 
-def test_batch_renormalization_reads_what_its_checkpoint_holds():
+def test_update_bn_takes_batch_renormalization():
     batches = sequences((6, 6, 6))
     layer, model = Renormalized(), nn.Sequential()
     model.append(layer)
@@ -403,7 +403,7 @@ class Switchable(OwnNorm):
         return (x - mean) / (var + 1e-5).sqrt()
 
 
-def test_a_variance_that_is_made_up_of_instances():
+def test_update_bn_takes_switchable_norm():
     batches = sequences((32, 32, 7))
     layer, whole = Switchable(), Switchable(momentum=0.0).double().train()
     update_bn(layer, batches)
@@ -431,7 +431,7 @@ class VarianceOnly(nn.Module):
         return x * (self.weight / (var + 1e-5).sqrt())[:, None]
 
 
-def test_a_variance_alone_is_the_mean_of_the_batches_by_their_samples():
+def test_update_bn_averages_lone_variance_by_samples():
     layer, batches = VarianceOnly(), sequences((8, 4))
     result = update_bn(layer, batches)
     assert result.written == {"running_var"}
@@ -458,7 +458,7 @@ class ComplexNorm(nn.Module):
         return y
 
 
-def test_a_layer_of_complex_values_gets_the_mean_of_its_samples():
+def test_update_bn_takes_complex_layer():
     batches = [torch.complex(a, b) for a, b in zip(sequences(), sequences(seed=3), strict=True)]
     layer = ComplexNorm()
     result = update_bn(layer, batches)
@@ -493,7 +493,7 @@ class Ghost(nn.BatchNorm1d):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_parts_of_a_batch_become_one_when_training_ends(training):
+def test_update_bn_takes_ghost_batchnorm(training):
     layer, batches = Ghost().train(training), sequences((8, 4, 6))
     update_bn(layer, batches)
     assert layer.training == training
@@ -509,7 +509,7 @@ def test_parts_of_a_batch_become_one_when_training_ends(training):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_fused_layer_of_quantization_aware_training():
+def test_update_bn_takes_fused_qat_layer():
     """It scales its weights by its layer's running statistics, and its outputs back."""
     quantization = pytest.importorskip("torch.ao.quantization")
     torch.manual_seed(0)
@@ -573,7 +573,7 @@ class Largest(OwnNorm):
     [(Frozen(), "frozen"), (FrozenSubclass(C), "frozen"), (Largest(), "unknown")],
     ids=lambda value: type(value).__name__,
 )
-def test_what_is_no_moving_average_is_left_and_not_named_as_written(layer, kind, caplog):
+def test_update_bn_leaves_layer_without_moving_average(layer, kind, caplog):
     caplog.set_level("INFO", "ckptavg")
     batches = sequences()
     model = nn.Sequential(layer, nn.BatchNorm1d(C))
@@ -587,7 +587,7 @@ def test_what_is_no_moving_average_is_left_and_not_named_as_written(layer, kind,
     assert "0" in caplog.text
 
 
-def test_statistics_that_are_no_buffers_are_named(caplog):
+def test_update_bn_names_statistics_outside_buffers(caplog):
     layer = OwnNorm()
     for name in layer.names:
         start = layer._buffers.pop(name)
@@ -597,7 +597,7 @@ def test_statistics_that_are_no_buffers_are_named(caplog):
     assert "the running statistics of 0 are no buffers" in caplog.text
 
 
-def test_values_that_are_not_finite_are_an_error():
+def test_update_bn_refuses_nonfinite_values():
     layer, x = ByHand(shape=(1, C, 1)), sequences()[0]
     x[0, 0, 0] = torch.nan
     with pytest.raises(BatchNormError, match="not finite"):
@@ -614,7 +614,7 @@ class Float32(Masked):
         return super().forward(x, mask)
 
 
-def test_a_layer_that_takes_no_float64_is_asked_in_its_own_type():
+def test_update_bn_asks_float32_layer_in_float32():
     batches = sequences((8, 3, 6), 9)
     masks = [mask_of(x) for x in batches]
     layer = Float32(C)
@@ -622,7 +622,7 @@ def test_a_layer_that_takes_no_float64_is_asked_in_its_own_type():
     assert_statistics(layer, pooled(batches, masks), rtol=1e-4)
 
 
-def test_a_layer_whose_copy_does_not_run_is_left(caplog):
+def test_update_bn_leaves_layer_that_fails_in_training(caplog):
     class Stubborn(OwnNorm):
         def forward(self, x):
             if self.training:

@@ -76,7 +76,7 @@ def compiled_in_place():
 
 
 @pytest.mark.parametrize("make", [Direct, Both, Checkpointed, Compiled, compiled_in_place])
-def test_however_a_layer_is_called(make):
+def test_update_bn_covers_every_way_to_call_layer(make):
     model, data = make().eval(), images()
     with torch.no_grad():
         model(data[0])  # compiled before
@@ -102,7 +102,7 @@ class Functional(nn.Module):
 
 
 @pytest.mark.parametrize("training", [False, True, None])
-def test_statistics_that_others_use_stay_and_are_not_called_written(training):
+def test_update_bn_leaves_buffers_used_without_layer(training):
     model, data = Functional(training), images()
     before = own_state(model)
     result = update_bn(model, data)
@@ -129,7 +129,7 @@ class Scaled(nn.Module):
         return self.bn(x) / self.bn.running_var.sqrt()[:, None, None]
 
 
-def test_who_reads_statistics_finds_those_of_the_checkpoint():
+def test_update_bn_shows_old_statistics_during_pass():
     model, data = nn.Sequential(Scaled(), nn.BatchNorm2d(3)), images()
     update_bn(model, data)
     assert_statistics(model[0].bn, torch.cat(data) / 2)
@@ -139,7 +139,7 @@ def test_who_reads_statistics_finds_those_of_the_checkpoint():
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
 @pytest.mark.parametrize("training", [True, False])
-def test_a_layer_in_a_scripted_part(training):
+def test_update_bn_recomputes_scripted_layer(training):
     plain = Block()
     part = torch.jit.script(copy.deepcopy(plain))
     model = nn.Sequential(part, nn.BatchNorm2d(3)).train(training)
@@ -152,7 +152,7 @@ def test_a_layer_in_a_scripted_part(training):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
-def test_traced_parts_stay_and_are_named(caplog):
+def test_update_bn_leaves_and_names_traced_layers(caplog):
     part = torch.jit.trace(Block().eval(), images()[0])
     model = nn.Sequential(part, nn.BatchNorm2d(3)).train()
     before = own_state(model)
@@ -185,7 +185,7 @@ class Following(nn.Module):
         return self.student(x), self.teacher(x)
 
 
-def test_a_teacher_that_follows_in_the_forward_pass_keeps_its_weights():
+def test_update_bn_keeps_weights_of_momentum_teacher():
     model, data = Following(), images()
     before = own_state(model)
     update_bn(model, data)
@@ -217,7 +217,7 @@ class Merging(nn.Module):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_weights_that_a_mode_merges_are_neither_merged_nor_unmerged(training):
+def test_update_bn_neither_merges_nor_unmerges_lora(training):
     model, data = nn.Sequential(Merging(), nn.BatchNorm2d(3)).train(training), images()
     before, part = own_state(model), model[0]
     update_bn(model, data)
@@ -228,7 +228,7 @@ def test_weights_that_a_mode_merges_are_neither_merged_nor_unmerged(training):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_weights_are_scored_merged_whatever_the_mode_of_the_template(tmp_path, training):
+def test_evaluate_merges_lora_in_any_template_mode(tmp_path, training):
     def make(seed):
         torch.manual_seed(seed)
         return nn.Sequential(Merging(), nn.Flatten(), nn.Linear(48, 2))
@@ -262,7 +262,7 @@ class Recurrent(nn.Module):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_what_modules_keep_from_batch_to_batch_comes_back(fails):
+def test_update_bn_restores_recurrent_state(fails):
     model, data = Recurrent(), images()
     hidden = model.hidden
     before = copy.deepcopy(model)
@@ -282,7 +282,7 @@ def test_what_modules_keep_from_batch_to_batch_comes_back(fails):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_write_that_fails_changes_no_layer(count):
+def test_recompute_changes_no_layer_on_failed_write(count):
     models = [nn.Sequential(*(nn.BatchNorm2d(3) for _ in range(3))) for _ in range(count)]
     with torch.inference_mode():
         models[-1][2].running_var = torch.ones(3)  # which nobody may write to outside that mode
@@ -292,7 +292,7 @@ def test_a_write_that_fails_changes_no_layer(count):
     assert not any(changed(m, b) for m, b in zip(models, before, strict=True))
 
 
-def test_statistics_too_large_for_a_layers_type_change_no_layer():
+def test_update_bn_changes_no_layer_on_overflow():
     model = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3).to(torch.float16))
     before = own_state(model)
     with pytest.raises(BatchNormError, match=r"1\.running_var is too large for float16"):

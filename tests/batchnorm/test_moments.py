@@ -62,7 +62,7 @@ LAYOUTS = {
     offset=st.sampled_from([0.0, 3.0, 5e4]),
     block=st.sampled_from([1, 7, 64, 1 << 16]),
 )
-def test_a_batchs_moments_are_numpys_in_any_layout(shape, axes, layout, dtype, offset, block):
+def test_batch_moments_match_numpy_in_any_layout(shape, axes, layout, dtype, offset, block):
     values = LAYOUTS[layout](normal(*shape[:axes], offset=offset).to(dtype))
     before = values.clone()
     with pytest.MonkeyPatch.context() as patch:
@@ -75,7 +75,7 @@ def test_a_batchs_moments_are_numpys_in_any_layout(shape, axes, layout, dtype, o
     assert torch.equal(values, before)
 
 
-def test_no_copy_of_a_whole_batch_is_made(monkeypatch):
+def test_batch_moments_copy_no_whole_batch(monkeypatch):
     """In float64 it would be twice its size."""
     sizes = []
     original = moments._block_moments
@@ -89,7 +89,7 @@ def test_no_copy_of_a_whole_batch_is_made(monkeypatch):
     assert sum(sizes) == 2 * values.numel()
 
 
-def test_moments_go_through_json_bit_by_bit():
+def test_moments_survive_json_exactly():
     for found in (batch_moments(normal(7, 3, offset=0.1)), instance_moments(normal(2, 3, 5))):
         again = Moments.from_plain(json.loads(json.dumps(found.to_plain())))
         assert (again.count, again.instances) == (found.count, found.instances)
@@ -97,7 +97,7 @@ def test_moments_go_through_json_bit_by_bit():
         assert torch.equal(again.m2, found.m2)
 
 
-def test_apples_gpus_have_no_float64():
+def test_merging_device_of_mps_is_cpu():
     assert merging_device(torch.device("mps")) == CPU
     assert merging_device(torch.device("cuda:1")) == torch.device("cuda:1")
 
@@ -123,7 +123,7 @@ def written(kernels, batches):
     calls=st.lists(st.lists(st.integers(0, 6), min_size=4, max_size=4), min_size=1, max_size=5),
     offset=st.sampled_from([0.0, 3.0, 50.0]),
 )
-def test_all_layers_merged_at_once_are_each_merged_alone(sizes, calls, offset):
+def test_kernel_statistics_merge_layers_like_each_alone(sizes, calls, offset):
     """Whether or not a layer was called on a batch, and on how many samples."""
     kernels, seen = KernelStatistics(sizes, [EPS] * len(sizes), CPU), [[] for _ in sizes]
     for i, samples in enumerate(calls):
@@ -144,7 +144,7 @@ def test_all_layers_merged_at_once_are_each_merged_alone(sizes, calls, offset):
         np.testing.assert_allclose(found.m2, m2, rtol=TOLERANCE, atol=1e-6)
 
 
-def test_a_landing_is_used_again_and_empty_then():
+def test_kernel_statistics_reuse_emptied_buffers():
     kernels = KernelStatistics([2, 1], [EPS, EPS], CPU)
     buffers = written(kernels, [normal(4, 2, 3), None])
     buffers.both[1, 0] = torch.nan
@@ -163,20 +163,20 @@ def doubted(means, variances, eps=EPS, device=CPU):
     return kernels.check_accuracy([empty, buffers]).inaccurate_layers()
 
 
-def test_a_mean_that_is_large_beside_its_deviations_is_in_doubt():
+def test_check_accuracy_doubts_large_mean():
     assert doubted([0.0, 90.0, -110.0, 5e4], [1.0] * 4) == [2, 3]
 
 
-def test_eps_counts_as_it_does_for_the_layer():
+def test_check_accuracy_counts_eps():
     assert doubted([90.0], [1e-8], eps=1.0) == []
     assert doubted([90.0], [1e-8], eps=1e-5) == [0]
 
 
-def test_a_dead_channel_is_no_reason_for_doubt_on_a_cpu():
+def test_check_accuracy_trusts_dead_channel_on_cpu():
     assert doubted([7.0, 0.0], [0.0, 0.0]) == []
 
 
-def test_other_devices_are_relied_on_less():
+def test_check_accuracy_trusts_other_devices_less():
     """Their kernels may subtract sums of squares, which can end at 0 for what is not."""
     mps = torch.device("mps")
     assert doubted([9.0, 11.0, 7.0, 0.0], [1.0, 1.0, 0.0, 0.0], device=mps) == [1, 2]
@@ -184,12 +184,12 @@ def test_other_devices_are_relied_on_less():
 
 @pytest.mark.parametrize("device", ["cpu", "mps"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_not_finite_is_in_doubt(device, value):
+def test_check_accuracy_doubts_nonfinite_values(device, value):
     means, variances = [value, 0.0, 0.0, value], [1.0, value, 1.0, 0.0]
     assert doubted(means, variances, device=torch.device(device)) == [0, 1, 3]
 
 
-def test_layers_are_told_once_each():
+def test_check_accuracy_names_each_layer_once():
     kernels = KernelStatistics([3, 2], [EPS, EPS], CPU)
     buffers = kernels.take_buffers()
     buffers.mean[0][:2], buffers.variance[0][:2] = 1e6, 1.0
@@ -204,9 +204,7 @@ def test_layers_are_told_once_each():
     scale=st.sampled_from([1e-3, 1.0, 1e3]),
     after_relu=st.booleans(),
 )
-def test_a_kernel_that_is_not_in_doubt_is_within_the_tolerance(
-    samples, edge, offset, scale, after_relu
-):
+def test_check_accuracy_passes_only_within_tolerance(samples, edge, offset, scale, after_relu):
     values = normal(samples, 4, edge, edge)
     values = scale * ((values.relu() if after_relu else values) + offset)
     assert suits_kernel(values)
@@ -236,11 +234,11 @@ def test_a_kernel_that_is_not_in_doubt_is_within_the_tolerance(
     ],
     ids=lambda v: f"{v.dtype} {v.stride()}" if isinstance(v, torch.Tensor) else str(v),
 )
-def test_which_inputs_a_cpus_kernel_is_relied_on_for(values, suits):
+def test_suits_kernel_depends_on_layout_and_dtype(values, suits):
     assert suits_kernel(values) == suits
 
 
-def test_a_cpus_kernel_for_channels_last_is_off_by_more_than_the_tolerance():
+def test_cpu_kernel_is_inexact_for_channels_last():
     """Were it not any more, such inputs could be left to it."""
     values = normal(64, 8, 56, 56).relu().to(memory_format=torch.channels_last)
     exact = batch_moments(values).variance

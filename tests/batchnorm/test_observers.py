@@ -56,7 +56,7 @@ def trained(kind, fused):
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "apart"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_statistics_are_those_within_the_ranges_of_the_checkpoint(kind, fused):
+def test_update_bn_keeps_quantizer_ranges(kind, fused):
     net, x = trained(kind, fused), KINDS[kind][2]
     name, layer = next((n, m) for n, m in net.named_modules() if n.endswith("bn"))
     still, seen = copy.deepcopy(net).eval(), []
@@ -73,7 +73,7 @@ def test_statistics_are_those_within_the_ranges_of_the_checkpoint(kind, fused):
     assert all(torch.equal(net.state_dict()[key], before[key]) for key in kept)
 
 
-def test_scores_are_those_within_the_ranges_of_the_checkpoint(tmp_path):
+def test_evaluate_keeps_quantizer_ranges(tmp_path):
     net = trained("convolution", fused=True)
     torch.save(net.state_dict(), tmp_path / "epoch_1.pt")
     data = list(zip((10 * X).split(20), Y.split(20), strict=True))  # far outside the ranges
@@ -84,7 +84,7 @@ def test_scores_are_those_within_the_ranges_of_the_checkpoint(tmp_path):
     assert result.metrics["nll"] == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_a_quantizer_without_a_range_goes_on_to_find_one():
+def test_update_bn_lets_new_quantizer_find_range():
     net = prepared("convolution", fused=True)
     ckptavg.update_bn(net, [X])
     assert net.conv.bn.running_var.min() > 0

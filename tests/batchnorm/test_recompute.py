@@ -51,7 +51,7 @@ class Read(list):
 
 @pytest.mark.parametrize("digests", [False, True])
 @pytest.mark.parametrize("name", ["swa.pt", "swa.safetensors"])
-def test_output_has_the_bytes_of_the_command_line(run, tmp_path, name, digests):
+def test_recompute_writes_same_bytes_as_cli(run, tmp_path, name, digests):
     arguments = ["average", "run", "-o", f"cli-{name}", "--model", "specs.py:model"]
     arguments += ["--train-data", "specs.py:data", "-b", "16", *["--digests"][: int(digests)]]
     result = CliRunner().invoke(main, arguments)
@@ -62,7 +62,7 @@ def test_output_has_the_bytes_of_the_command_line(run, tmp_path, name, digests):
     assert ckptavg.open_checkpoint(name).provenance.bn == "recomputed"
 
 
-def test_state_dict_has_the_values_of_the_output(run):
+def test_recompute_returns_values_of_output(run):
     recompute = Recompute(Net(), DATA, batch_size=16)
     out = ckptavg.average(run, "ema:decay=0.5", out="swa.pt", recompute=recompute)
     state_dict = ckptavg.average(run, "ema:decay=0.5", recompute=recompute)
@@ -72,7 +72,7 @@ def test_state_dict_has_the_values_of_the_output(run):
     assert provenance_of(state_dict) == ckptavg.open_checkpoint(out).provenance
 
 
-def test_state_dict_shares_no_memory_with_the_model(run):
+def test_recompute_result_shares_no_model_memory(run):
     model = Net()
     state_dict = ckptavg.average(run, recompute=Recompute(model, BATCHES))
     before = {name: value.clone() for name, value in state_dict.items()}
@@ -84,7 +84,7 @@ def test_state_dict_shares_no_memory_with_the_model(run):
 
 @pytest.mark.parametrize("out_dir", [None, "averages"])
 @pytest.mark.parametrize("fitting", [1, 1000])
-def test_several_averages_share_a_pass(run, monkeypatch, out_dir, fitting):
+def test_average_many_shares_recompute_passes(run, monkeypatch, out_dir, fitting):
     monkeypatch.setattr(recompute_module, "count_models_that_fit", lambda *_: 2 * fitting)
     data, requested = Read(BATCHES), {"all.pt": "uniform", "last2.pt": run.last(2)}
     results = ckptavg.average_many(
@@ -99,7 +99,7 @@ def test_several_averages_share_a_pass(run, monkeypatch, out_dir, fitting):
         assert all(same_bits(state_dict[n], value) for n, value in expected.items())
 
 
-def test_excluded_statistics_stay_averaged_and_stale(run):
+def test_recompute_exclude_keeps_averaged_statistics(run):
     everything = Recompute(Net(), BATCHES, exclude="norm")
     with pytest.warns(StaleStatisticsWarning):
         state_dict = ckptavg.average(run, recompute=everything)
@@ -110,7 +110,7 @@ def test_excluded_statistics_stay_averaged_and_stale(run):
 
 
 @pytest.mark.parametrize("digests", [False, True])
-def test_progress_names_both_phases(run, digests):
+def test_recompute_progress_names_both_phases(run, digests):
     calls = []
     ckptavg.average(
         run, out="swa.pt", digests=digests, recompute=Recompute(Net(), BATCHES),
@@ -129,14 +129,14 @@ def test_progress_names_both_phases(run, digests):
         (Recompute(Net(), BATCHES, exclude="none.*"), UsageError, "matches no BatchNorm layer"),
     ],
 )
-def test_wrong_settings_write_nothing(run, tmp_path, recompute, error, message):
+def test_recompute_writes_nothing_on_wrong_settings(run, tmp_path, recompute, error, message):
     before = listing(tmp_path)
     with pytest.raises(error, match=message):
         ckptavg.average(run, out="swa.pt", recompute=recompute)
     assert listing(tmp_path) == before
 
 
-def test_wrong_output_is_refused_before_the_data_are_read(run, tmp_path):
+def test_recompute_refuses_existing_output_before_reading(run, tmp_path):
     (tmp_path / "swa.pt").write_text("mine")
     data = Read(BATCHES)
     with pytest.raises(OutputError, match="exists already"):
@@ -144,6 +144,6 @@ def test_wrong_output_is_refused_before_the_data_are_read(run, tmp_path):
     assert data.passes == 0
 
 
-def test_digests_need_an_output(run):
+def test_recompute_digests_need_output(run):
     with pytest.raises(UsageError, match="recorded in an output"):
         ckptavg.average(run, digests=True, recompute=Recompute(Net(), BATCHES))
