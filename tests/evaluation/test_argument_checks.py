@@ -70,7 +70,7 @@ CALLS = pytest.mark.parametrize(
     ],
     ids=["class", "function", "text", "weights", "nothing"],
 )
-def test_a_model_is_a_module(
+def test_model_refuses_non_modules(
     run: ckptavg.Run, call: Callable[..., object], model: Any, told: str
 ) -> None:
     with pytest.raises(UsageError, match=f"model is expected to be a torch.nn.Module but {told}"):
@@ -92,24 +92,24 @@ def test_a_model_is_a_module(
     ],
     ids=["function", "class", "text", "path", "data module", "number", "splits", "batch"],
 )
-def test_data_gives_samples_or_batches(
+def test_data_refuses_other_objects(
     run: ckptavg.Run, call: Callable[..., object], data: Any, told: str
 ) -> None:
     with pytest.raises(UsageError, match=f"a Dataset or a loader of batches but {told}"):
         call(run, nn.Sequential(nn.BatchNorm1d(3), Small()) if call is update_bn else Small(), data)
 
 
-def test_a_selection_is_a_run(run: ckptavg.Run) -> None:
+def test_selection_refuses_text(run: ckptavg.Run) -> None:
     with pytest.raises(UsageError, match=r"a part of the run but is 'last 3'\. Select from"):
         ckptavg.compare(run, Small(), DATA, selection="last 3")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("count", ["3", 2.5, None])
-def test_counts_are_whole_numbers(run: ckptavg.Run, count: Any) -> None:
+def test_run_last_refuses_other_than_whole_numbers(run: ckptavg.Run, count: Any) -> None:
     with pytest.raises(UsageError, match="last is expected to be a whole number but got"):
         run.last(count)
 
 
-def test_a_run_has_no_names(run: ckptavg.Run) -> None:
+def test_run_is_not_indexed_by_name(run: ckptavg.Run) -> None:
     with pytest.raises(TypeError, match=r"positions and slices but got '1\.pt'"):
         run["1.pt"]  # type: ignore[call-overload]

@@ -103,13 +103,13 @@ def without_keys(result):
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("as_path", [True, False])
-def test_it_gives_what_the_command_gives(home, options, flags, as_path):
+def test_compare_gives_results_of_the_command(home, options, flags, as_path):
     run = "run" if as_path else ckptavg.open_run("run")
     results = compare(run, network(), data(1), **options)
     assert plain(results) == without_keys(command("--run", "run", *flags, "--json"))
 
 
-def test_a_selection_is_measured_against_the_last_of_the_run(home):
+def test_selection_is_compared_with_last_of_run(home):
     run = ckptavg.open_run("run")
     results = compare(run, network(), data(1), selection=run[:2], also={"two": run.last(2)})
     flags = ["--to", "2", "--also", "two=@last=2"]
@@ -120,7 +120,7 @@ def test_a_selection_is_measured_against_the_last_of_the_run(home):
         compare(run, network(), data(1), selection=ckptavg.open_run("run"))
 
 
-def test_its_notes_are_those_of_the_command_in_the_words_of_python(home):
+def test_compare_words_notes_of_the_command_for_python(home):
     for epoch, rate in enumerate([0.1, 0.01, 0.1, 0.01], 1):
         save(home / "run" / f"epoch_{epoch}.pt", state_of(epoch), epoch=epoch, lr=rate)
     (home / "run" / "last.pt").symlink_to("epoch_4.pt")
@@ -134,7 +134,7 @@ def test_its_notes_are_those_of_the_command_in_the_words_of_python(home):
     }
 
 
-def test_progress_is_told_of_all_phases(home):
+def test_compare_reports_progress_of_all_phases(home):
     calls = []
     compare("run", network(), data(1), train_data=data(), progress=lambda *at: calls.append(at))
     assert dict.fromkeys(phase for phase, *_ in calls) == {"BatchNorm": None, "evaluation": None}
@@ -164,7 +164,7 @@ def test_results_are_indexed_by_position_and_by_name(results):
         results["average of 4 (uniform)", "own"]
 
 
-def test_the_best_is_that_of_a_metric(results):
+def test_results_best_follows_a_metric(results):
     best = max(results, key=lambda result: result.metrics["top1"])
     assert results.best() is best
     assert results.best("nll").metrics["nll"] == min(r.metrics["nll"] for r in results)
@@ -172,7 +172,7 @@ def test_the_best_is_that_of_a_metric(results):
         results.best("loss")
 
 
-def test_the_text_is_the_table_and_the_representation_one_line(results):
+def test_results_print_a_table_and_repr_one_line(results):
     text = str(results)
     for result in results:
         assert f"{result.metrics['top1']:.2f}" in text
@@ -181,7 +181,7 @@ def test_the_text_is_the_table_and_the_representation_one_line(results):
     assert "\n" not in repr(results)
 
 
-def test_a_notebook_shows_the_table_with_names_as_text(home):
+def test_results_html_escapes_names(home):
     save(home / "<img src=x>.pt", state_of(1))
     html = evaluate(["<img src=x>.pt", "run/epoch_2.pt"], network(), data(1))._repr_html_()
     assert "&lt;img src=x&gt;.pt" in html
@@ -189,7 +189,7 @@ def test_a_notebook_shows_the_table_with_names_as_text(home):
     assert html.count("<tr>") == 3
 
 
-def test_a_frame_has_a_row_per_candidate_and_a_column_per_metric(results):
+def test_results_frame_has_row_per_candidate(results):
     pytest.importorskip("pandas")
     frame = results.to_frame()
     assert list(frame["name"]) == [result.candidate.name for result in results]
@@ -200,7 +200,7 @@ def test_a_frame_has_a_row_per_candidate_and_a_column_per_metric(results):
     assert frame["versus_p"].iloc[0] == results[0].versus.difference.p
 
 
-def test_without_pandas_it_says_what_to_install(results, monkeypatch):
+def test_results_frame_without_pandas_names_the_package(results, monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(MissingPackageError, match="pip install pandas"):
         results.to_frame()
@@ -240,7 +240,7 @@ def assert_scores(result, state):
     assert result.metrics["top1"] == pytest.approx(top1)
 
 
-def test_modules_states_paths_and_candidates_are_scored_together(home):
+def test_evaluate_scores_modules_states_paths_candidates(home):
     states = [state_of(seed) for seed in (1, 2, 3, 4)]
     wrapped = nn.Module()
     wrapped.module = loaded(states[2])
@@ -269,7 +269,7 @@ def test_modules_states_paths_and_candidates_are_scored_together(home):
     assert named["new"].metrics == results[3].metrics
 
 
-def test_weights_in_memory_are_left_as_they_are(home):
+def test_evaluate_leaves_weights_in_memory_unchanged(home):
     model = loaded(state_of(1)).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     candidate = Candidate.of_weights(model, recompute=True)
@@ -281,13 +281,13 @@ def test_weights_in_memory_are_left_as_they_are(home):
 
 
 @pytest.mark.parametrize("thing", [3, None, {"a": 1}, ["run"]])
-def test_what_cannot_be_scored_is_told(home, thing):
+def test_evaluate_refuses_other_objects(home, thing):
     with pytest.raises(UsageError, match="expected to be a checkpoint, its path, a module"):
         evaluate([thing], network(), data(1))
 
 
 @pytest.mark.parametrize("kind", ["file", "file that torch saved", "state dict", "candidate"])
-def test_stale_statistics_are_recomputed_where_there_is_training_data(home, kind):
+def test_stale_statistics_are_recomputed_with_training_data(home, kind):
     averaged = ckptavg.average("run")
     torch.save(averaged, home / "kept.pth")
     stale = {
@@ -307,18 +307,18 @@ def test_stale_statistics_are_recomputed_where_there_is_training_data(home, kind
     assert_scores(result, mean)
 
 
-def test_training_data_that_serves_nothing_is_noted(home):
+def test_training_data_without_use_is_noted(home):
     results = evaluate(["run/epoch_1.pt"], network(), data(1), train_loader=data())
     assert any("nothing is recomputed from the training data" in note for note in results.notes)
 
 
-def test_an_average_whose_statistics_all_stay_stands_once(home):
+def test_average_without_recomputed_layers_appears_once(home):
     results = ckptavg.compare("run", network(), data(1), train_data=data(), exclude="*")
     assert [result.bn for result in results] == ["own", "stale"]
     assert results["average of 4 (uniform)"].bn == "stale"
 
 
-def test_the_command_recomputes_a_stale_file(home):
+def test_eval_command_recomputes_a_stale_file(home):
     ckptavg.average("run", out="swa.pt")
     found = without_keys(command("swa.pt", "run/epoch_1.pt", *TRAIN, "--json"))
     assert [(c["name"], c["bn"]) for c in found] == [
@@ -330,12 +330,12 @@ def test_the_command_recomputes_a_stale_file(home):
     assert (alone["bn"], alone["metrics"]) == ("recomputed", expected.metrics)
 
 
-def test_the_command_notes_training_data_that_serves_nothing(home):
+def test_eval_command_notes_training_data_without_use(home):
     result = command("run/epoch_1.pt", *TRAIN)
     assert "nothing is recomputed from the training data" in result.stderr
 
 
-def test_resuming_tells_stale_and_recomputed_apart(home):
+def test_resume_distinguishes_stale_and_recomputed(home):
     ckptavg.average("run", out="swa.pt")
     first = command("swa.pt", "--results", "r.json", "--json")
     both = command("swa.pt", *TRAIN, "--results", "r.json", "--resume", "--json")

@@ -167,7 +167,7 @@ def metrics_by_name(results):
 # Scores
 
 
-def test_a_checkpoint_is_scored_as_it_is(checkpoints, states):
+def test_checkpoint_is_scored_unchanged(checkpoints, states):
     results = evaluate(checkpoints, Net(), batches())
     for result, state in zip(results, states, strict=True):
         assert_scores(result, probabilities(state))
@@ -175,40 +175,40 @@ def test_a_checkpoint_is_scored_as_it_is(checkpoints, states):
     assert {r.bn for r in results} == {"own"}
 
 
-def test_a_path_is_scored_as_its_checkpoint(checkpoints, states):
+def test_path_is_scored_as_its_checkpoint(checkpoints, states):
     paths = [checkpoints[0].path, str(checkpoints[1].path)]
     for result, state in zip(evaluate(paths, Net(), batches()), states, strict=False):
         assert_scores(result, probabilities(state))
 
 
-def test_an_average_is_scored_with_its_statistics_as_averaged(checkpoints, states):
+def test_average_is_scored_with_stale_statistics(checkpoints, states):
     (result,) = evaluate([average_of(checkpoints)], Net(), batches())
     assert_scores(result, probabilities(mean_of(states)))
     assert result.bn == "stale"
 
 
 @pytest.mark.parametrize("size", [50, 16, 7])
-def test_an_average_is_scored_with_its_statistics_recomputed(checkpoints, states, size):
+def test_average_is_scored_with_recomputed_statistics(checkpoints, states, size):
     candidate = average_of(checkpoints, recompute=True)
     (result,) = evaluate([candidate], Net(), batches(), train_loader=TRAIN.split(size))
     assert_scores(result, probabilities(with_statistics_of(mean_of(states), TRAIN)))
     assert result.bn == "recomputed"
 
 
-def test_the_average_of_one_checkpoint_has_its_own_statistics(checkpoints, states):
+def test_average_of_one_checkpoint_has_own_statistics(checkpoints, states):
     (result,) = evaluate([average_of(checkpoints[:1])], Net(), batches())
     assert_scores(result, probabilities(states[0]))
     assert result.bn == "own"
 
 
-def test_an_ensemble_is_the_mean_of_softmax_each_with_its_own_statistics(checkpoints, states):
+def test_ensemble_averages_softmax_outputs(checkpoints, states):
     (result,) = evaluate([Candidate.of_ensemble(checkpoints)], Net(), batches())
     assert_scores(result, np.mean([probabilities(s) for s in states], axis=0))
     assert (result.bn, result.forwards) == ("own", 3)
 
 
 @pytest.mark.parametrize(("label", "probability"), [(0, 0.5748692), (1, 0.4251308)])
-def test_the_worked_ensemble(tmp_path, label, probability):
+def test_ensemble_matches_worked_example(tmp_path, label, probability):
     members = [
         open_checkpoint(checkpoint_of(tmp_path, Constant(logits), f"{i}.pt"))
         for i, logits in enumerate([(2.0, 0.0), (0.0, 1.0)])
@@ -221,7 +221,7 @@ def test_the_worked_ensemble(tmp_path, label, probability):
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (1, 3, 0, 2), (2, 0, 3, 1)], ids=str)
-def test_the_order_of_the_candidates_does_not_matter(checkpoints, states, order):
+def test_evaluate_ignores_order_of_candidates(checkpoints, states, order):
     candidates = every_kind(checkpoints)
     results = evaluate(
         [candidates[i] for i in order], Net(), batches(), train_loader=TRAIN.split(16)
@@ -235,7 +235,7 @@ def test_the_order_of_the_candidates_does_not_matter(checkpoints, states, order)
     assert_scores(found["FGE ensemble"], np.mean([probabilities(s) for s in states], axis=0))
 
 
-def test_a_member_that_is_named_twice_counts_twice(checkpoints, states):
+def test_ensemble_counts_a_repeated_member_twice(checkpoints, states):
     first, second, _ = checkpoints
     (result,) = evaluate([Candidate.of_ensemble([first, second, first])], Net(), batches())
     one, other, _ = (probabilities(s) for s in states)
@@ -243,7 +243,7 @@ def test_a_member_that_is_named_twice_counts_twice(checkpoints, states):
 
 
 @pytest.mark.parametrize("size", [1, 7, 40])
-def test_scores_do_not_depend_on_the_batch_size(checkpoints, size):
+def test_scores_are_independent_of_batch_size(checkpoints, size):
     found, expected = (
         evaluate(every_kind(checkpoints), Net(), batches(n), train_loader=TRAIN.split(16))
         for n in (size, 16)
@@ -252,7 +252,7 @@ def test_scores_do_not_depend_on_the_batch_size(checkpoints, size):
         assert one.metrics == pytest.approx(other.metrics, rel=1e-5)
 
 
-def test_a_dataset_and_a_loader_score_alike(checkpoints):
+def test_scores_of_dataset_and_loader_are_equal(checkpoints):
     data = TensorDataset(X, Y)
     found = evaluate(checkpoints, Net(), data, batch_size=9)
     for loader in (DataLoader(data, 9), batches(9)):
@@ -263,7 +263,7 @@ def test_a_dataset_and_a_loader_score_alike(checkpoints):
 # One pass
 
 
-def test_candidates_share_the_pass_and_its_forwards(checkpoints):
+def test_candidates_share_one_pass_and_its_forwards(checkpoints):
     data, train = batches(16), Loader(TRAIN.split(10))
     candidates = [*(Candidate.of_checkpoint(c) for c in checkpoints), *every_kind(checkpoints)]
     evaluate(candidates, Net(), data, train_loader=train)
@@ -272,7 +272,7 @@ def test_candidates_share_the_pass_and_its_forwards(checkpoints):
     assert Net.calls == {1: 3, 2: 3, average: 3 + 3 + (5 + 3)}
 
 
-def test_averages_share_the_pass_over_the_training_data(checkpoints):
+def test_averages_share_one_pass_over_training_data(checkpoints):
     train = Loader(TRAIN.split(10))
     candidates = [average_of(checkpoints[i:], recompute=True, name=str(i)) for i in range(3)]
     evaluate(candidates, Net(), batches(), train_loader=train)
@@ -280,7 +280,7 @@ def test_averages_share_the_pass_over_the_training_data(checkpoints):
 
 
 @pytest.mark.parametrize("together", [0, 1, 2, 1000])
-def test_scores_do_not_depend_on_how_many_networks_fit(monkeypatch, checkpoints, together):
+def test_scores_are_independent_of_models_in_memory(monkeypatch, checkpoints, together):
     candidates = [*every_kind(checkpoints), average_of(checkpoints[1:], True, "another")]
     train = TensorDataset(TRAIN)
     expected = evaluate(candidates, Net(), batches(), train_loader=train, batch_size=16)
@@ -292,7 +292,7 @@ def test_scores_do_not_depend_on_how_many_networks_fit(monkeypatch, checkpoints,
     assert data.passes == -(-networks // max(together, 1)) if together < networks else 1
 
 
-def test_the_number_of_passes_is_said(monkeypatch, caplog, checkpoints):
+def test_log_gives_number_of_passes(monkeypatch, caplog, checkpoints):
     caplog.set_level("INFO", "ckptavg")
     evaluate(checkpoints, Net(), batches())
     assert "3 candidates, 1 pass" in caplog.text
@@ -325,7 +325,7 @@ ONE_PASS_DATA = {
 
 
 @pytest.mark.parametrize("data", ONE_PASS_DATA.values(), ids=ONE_PASS_DATA)
-def test_data_that_differ_from_pass_to_pass_are_an_error(monkeypatch, checkpoints, data):
+def test_data_that_differ_between_passes_are_an_error(monkeypatch, checkpoints, data):
     torch.manual_seed(0)
     monkeypatch.setattr(session, "count_models_that_fit", lambda *_: 1)
     with pytest.raises(EvaluationError, match="pass"):
@@ -333,11 +333,11 @@ def test_data_that_differ_from_pass_to_pass_are_an_error(monkeypatch, checkpoint
 
 
 @pytest.mark.parametrize("data", ONE_PASS_DATA.values(), ids=ONE_PASS_DATA)
-def test_one_pass_may_have_any_order(checkpoints, data):
+def test_data_of_one_pass_may_have_any_order(checkpoints, data):
     assert len(evaluate(checkpoints, Net(), data())) == 3
 
 
-def test_a_loader_that_shuffles_does_so_alike_in_each_pass(monkeypatch, checkpoints):
+def test_shuffling_loader_repeats_its_order_in_each_pass(monkeypatch, checkpoints):
     loader = DataLoader(TensorDataset(X, Y), 16, shuffle=True)
     together = evaluate(checkpoints, Net(), loader)
     monkeypatch.setattr(session, "count_models_that_fit", lambda *_: 1)
@@ -345,7 +345,7 @@ def test_a_loader_that_shuffles_does_so_alike_in_each_pass(monkeypatch, checkpoi
     assert [r.metrics for r in apart] == [r.metrics for r in together]
 
 
-def test_progress_is_told_each_phase(checkpoints):
+def test_progress_reports_each_phase(checkpoints):
     told = []
     evaluate(
         [average_of(checkpoints, recompute=True)],
@@ -366,7 +366,7 @@ def test_progress_is_told_each_phase(checkpoints):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_model_is_not_changed(checkpoints, training):
+def test_model_is_not_changed(checkpoints, training):
     model = Net().train(training)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     evaluate(every_kind(checkpoints), model, batches(), train_loader=TRAIN.split(16))
@@ -375,12 +375,12 @@ def test_the_model_is_not_changed(checkpoints, training):
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_a_model_in_training_mode_is_scored_in_evaluation_mode(checkpoints, states):
+def test_model_in_training_mode_is_scored_in_eval_mode(checkpoints, states):
     (result,) = evaluate(checkpoints[:1], Net().train(), batches())
     assert_scores(result, probabilities(states[0]))
 
 
-def test_an_average_is_scored_in_the_models_precision(checkpoints, states):
+def test_average_is_scored_in_precision_of_model(checkpoints, states):
     (result,) = evaluate([average_of(checkpoints)], Net().double(), batches(x=X.double()))
     stored = {k: v.float() for k, v in mean_of(states).items()}
     assert_scores(result, probabilities(stored))
@@ -389,7 +389,7 @@ def test_an_average_is_scored_in_the_models_precision(checkpoints, states):
 # Statistics
 
 
-def test_a_checkpoint_that_ckptavg_wrote_tells_its_statistics(tmp_path, checkpoints):
+def test_written_average_records_stale_statistics(tmp_path, checkpoints):
     from ckptavg import average
 
     written = average(checkpoints, out=tmp_path / "swa.pt")
@@ -397,7 +397,7 @@ def test_a_checkpoint_that_ckptavg_wrote_tells_its_statistics(tmp_path, checkpoi
     assert result.bn == "stale"
 
 
-def test_an_average_in_memory_that_torch_saved_tells_its_statistics(tmp_path, checkpoints):
+def test_average_saved_by_torch_records_stale_statistics(tmp_path, checkpoints):
     from ckptavg import average
 
     torch.save(average(checkpoints), tmp_path / "swa.pth")
@@ -407,12 +407,12 @@ def test_an_average_in_memory_that_torch_saved_tells_its_statistics(tmp_path, ch
     assert recomputed[0].bn == "recomputed"
 
 
-def test_recomputing_without_training_data_is_wrong_usage(checkpoints):
+def test_recompute_needs_training_data(checkpoints):
     with pytest.raises(UsageError, match="training data"):
         evaluate([average_of(checkpoints, recompute=True)], Net(), batches())
 
 
-def test_scores_match_update_bn_on_the_averaged_model(checkpoints, states):
+def test_recomputed_average_matches_update_bn(checkpoints, states):
     model = Net()
     model.load_state_dict(mean_of(states))
     update_bn(model, TRAIN.split(16))
@@ -429,13 +429,13 @@ def by_keywords(batch):
 
 
 @pytest.mark.parametrize("batch_of", [list, by_keywords], ids=["list", "dict"])
-def test_kinds_of_batches(checkpoints, states, batch_of):
+def test_batches_may_be_lists_or_dicts(checkpoints, states, batch_of):
     results = evaluate(checkpoints, Net(), [batch_of(b) for b in batches()])
     for result, state in zip(results, states, strict=True):
         assert_scores(result, probabilities(state))
 
 
-def test_training_batches_may_have_labels_as_the_evaluation_batches_do(checkpoints, states):
+def test_training_batches_may_have_labels(checkpoints, states):
     for batch_of in (tuple, by_keywords):
         data, train = (
             [batch_of((x, torch.zeros(len(x), dtype=torch.int64))) for x in values.split(16)]
@@ -447,14 +447,14 @@ def test_training_batches_may_have_labels_as_the_evaluation_batches_do(checkpoin
         assert_scores(result, expected, torch.zeros(40, dtype=torch.int64))
 
 
-def test_training_batches_may_have_names_beside_their_inputs(checkpoints, states):
+def test_training_batches_may_have_names(checkpoints, states):
     train = [(x, ["a name"] * len(x)) for x in TRAIN.split(16)]
     candidate = average_of(checkpoints, recompute=True)
     (result,) = evaluate([candidate], Net(), batches(), train_loader=train)
     assert_scores(result, probabilities(with_statistics_of(mean_of(states), TRAIN)))
 
 
-def test_unusual_inputs_go_through_a_forward_of_the_users(checkpoints, states):
+def test_forward_option_takes_unusual_inputs(checkpoints, states):
     def wrapped(x):
         return [(SimpleNamespace(image=some), y) for some, y in batches(x=x)]
 
@@ -468,7 +468,7 @@ def test_unusual_inputs_go_through_a_forward_of_the_users(checkpoints, states):
 @pytest.mark.parametrize(
     "train", [list(TRAIN.split(16)), [(x, torch.zeros(len(x))) for x in TRAIN.split(16)]]
 )
-def test_the_forward_of_the_users_runs_the_training_data_too(checkpoints, states, train):
+def test_forward_option_runs_training_data(checkpoints, states, train):
     """It gets whole batches, which may be inputs alone when nothing is scored."""
 
     def forward(model, batch):
@@ -488,7 +488,7 @@ def test_the_forward_of_the_users_runs_the_training_data_too(checkpoints, states
     assert_scores(result, probabilities(with_statistics_of(mean_of(states), TRAIN)))
 
 
-def test_the_second_of_two_inputs_is_not_dropped_in_silence(checkpoints):
+def test_batches_of_two_inputs_need_a_forward(checkpoints):
     data = [((x, x), y) for x, y in batches()]
     with pytest.raises(EvaluationError, match="forward="):
         evaluate(checkpoints, Net(), data)
@@ -498,7 +498,7 @@ def test_the_second_of_two_inputs_is_not_dropped_in_silence(checkpoints):
 
 
 @pytest.mark.parametrize("label", [CLASSES, 7, -1])
-def test_a_label_that_the_model_has_no_class_for_is_an_error(checkpoints, label):
+def test_labels_beyond_classes_of_model_are_an_error(checkpoints, label):
     y = Y.clone()
     y[30] = label
     with pytest.raises(EvaluationError, match=f"the label {label}, but the model has 3 classes"):
@@ -528,23 +528,21 @@ def test_labels_may_have_any_type(checkpoints, states, dtype):
         ((4, 3), (5,), r"\(4, 3\) and \(5,\)"),
     ],
 )
-def test_outputs_and_labels_of_other_shapes_are_an_error(checkpoints, outputs, labels, message):
+def test_outputs_and_labels_of_unlike_shapes_are_an_error(checkpoints, outputs, labels, message):
     data = [(X[:4], torch.zeros(labels, dtype=torch.int64))]
     with pytest.raises(EvaluationError, match=message):
         evaluate(checkpoints, Net(), iter(data), forward=lambda *_: torch.zeros(outputs))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_outputs_that_are_not_finite_are_an_error_that_names_the_checkpoint(
-    tmp_path, states, value
-):
+def test_outputs_not_finite_name_the_checkpoint(tmp_path, states, value):
     states[1]["head.bias"][0] = value
     with pytest.raises(EvaluationError, match=r"epoch_2\.pt: the outputs are not finite"):
         evaluate(opened(tmp_path, states), Net(), batches())
 
 
 @pytest.mark.parametrize("data", [[], TensorDataset(X[:0], Y[:0])], ids=["loader", "dataset"])
-def test_no_data_are_an_error(checkpoints, data):
+def test_data_must_not_be_empty(checkpoints, data):
     with pytest.raises(EvaluationError, match="data is empty"):
         evaluate(checkpoints, Net(), data)
 
@@ -552,18 +550,18 @@ def test_no_data_are_an_error(checkpoints, data):
 @pytest.mark.parametrize(
     "batch", [X[:4], (X[:4],), {"x": X[:4]}, {"x": X[:4], "labels": [*"abca"]}]
 )
-def test_a_batch_without_labels_is_an_error(checkpoints, batch):
+def test_batches_without_labels_are_an_error(checkpoints, batch):
     with pytest.raises(EvaluationError, match="labels"):
         evaluate(checkpoints, Net(), [batch])
 
 
-def test_weights_that_do_not_fit_are_an_error_that_names_the_checkpoint(tmp_path):
+def test_weights_that_do_not_fit_name_the_checkpoint(tmp_path):
     path = checkpoint_of(tmp_path, Constant())
     with pytest.raises(ModelError, match=r"a\.pt does not fit the model"):
         evaluate([path], Net(), batches())
 
 
-def test_nothing_to_evaluate_is_wrong_usage():
+def test_evaluate_needs_candidates():
     with pytest.raises(UsageError, match="nothing to evaluate"):
         evaluate([], Net(), batches())
 
@@ -580,7 +578,7 @@ def test_nothing_to_evaluate_is_wrong_usage():
         ({"ensemble": True}, ["checkpoint", "average", "ensemble"]),
     ],
 )
-def test_candidates_of_a_run(checkpoints, options, expected):
+def test_candidates_of_run_follow_options(checkpoints, options, expected):
     run = as_run(checkpoints)
     found = candidates_of(run, run, plan_average(run), **options)
     assert [c.kind for c in found] == expected
@@ -588,7 +586,7 @@ def test_candidates_of_a_run(checkpoints, options, expected):
     assert sum(c.recompute for c in found) == bool(options.get("recompute"))
 
 
-def test_the_last_checkpoint_is_the_runs_and_not_the_selections(checkpoints):
+def test_candidates_of_take_last_checkpoint_of_run(checkpoints):
     run, selection = as_run(checkpoints), as_run(checkpoints[:2])
     found = candidates_of(run, selection, plan_average(selection), each=True, ensemble=True)
     assert [c.name for c in found if c.kind == "checkpoint"] == [
@@ -599,7 +597,7 @@ def test_the_last_checkpoint_is_the_runs_and_not_the_selections(checkpoints):
     assert [c.path.name for c in found[-1].checkpoints] == ["epoch_1.pt", "epoch_2.pt"]
 
 
-def test_nothing_is_recomputed_for_a_model_without_batchnorm(tmp_path):
+def test_candidates_of_recompute_nothing_without_batchnorm(tmp_path):
     run = as_run(opened(tmp_path, [Constant((float(i), 0.0)).state_dict() for i in range(2)]))
     found = candidates_of(run, run, plan_average(run), recompute=True)
     assert [c.kind for c in found] == ["checkpoint", "average"]
@@ -625,7 +623,7 @@ def test_results_as_json(checkpoints):
         assert row["metrics"]["n"] == 40
 
 
-def test_coefficients_are_the_schemes(checkpoints):
+def test_candidate_coefficients_follow_the_scheme(checkpoints):
     planned = plan_average(checkpoints, "linear")
     candidate = Candidate.of_average(planned, "linear", recompute=False)
     assert candidate.coefficients == pytest.approx([1 / 6, 2 / 6, 3 / 6])
@@ -649,17 +647,17 @@ LAST = scored("checkpoint", 90.0, last=True)
         ([scored("average", 91.0, "none"), scored("checkpoint", 95.0, name="e (last)")], False),
     ],
 )
-def test_is_worse_looks_at_the_recomputed_average_and_the_last_checkpoint(others, expected):
+def test_is_worse_compares_recomputed_average_with_last(others, expected):
     assert is_worse([LAST, *others]) is expected
     assert is_worse([*others, LAST]) is expected
 
 
-def test_is_worse_needs_an_average_and_a_last_checkpoint():
+def test_is_worse_needs_an_average_and_last_checkpoint():
     with pytest.raises(UsageError, match="candidates_of"):
         is_worse([scored("checkpoint", 1.0)])
 
 
-def test_no_more_copies_of_the_model_live_than_fit(monkeypatch, checkpoints):
+def test_model_copies_stay_within_memory(monkeypatch, checkpoints):
     alive = set()
 
     class Counted(Net):
@@ -683,7 +681,7 @@ def test_no_more_copies_of_the_model_live_than_fit(monkeypatch, checkpoints):
 
 @pytest.mark.gpu
 @gpu
-def test_scores_on_a_gpu_match_the_cpus(checkpoints):
+def test_scores_on_gpu_match_cpu(checkpoints):
     train = TensorDataset(TRAIN)
     found, expected = (
         evaluate(every_kind(checkpoints), Net(), batches(), train_loader=train, device=device)

@@ -129,15 +129,13 @@ PAIRS = list(itertools.combinations(range(7), 2))  # of candidates
 
 
 @pytest.mark.parametrize("size", range(1, NETWORKS + 1))
-def test_results_do_not_depend_on_the_size_of_groups(monkeypatch, candidates, expected, size):
+def test_results_are_independent_of_group_size(monkeypatch, candidates, expected, size):
     fitting(monkeypatch, size)
     assert_same(run(candidates), expected)
 
 
 @combinations(turn=[1, 3, -1], size=[2, 3, 100])
-def test_results_do_not_depend_on_the_order_of_candidates(
-    monkeypatch, candidates, expected, size, turn
-):
+def test_results_are_independent_of_candidate_order(monkeypatch, candidates, expected, size, turn):
     fitting(monkeypatch, size)
     order = list(range(len(candidates)))[::turn] if turn < 0 else list(range(len(candidates)))
     order = order[turn:] + order[:turn] if turn > 0 else order
@@ -146,13 +144,13 @@ def test_results_do_not_depend_on_the_order_of_candidates(
 
 
 @first_only("kept", PAIRS, ids=map(str, PAIRS))
-def test_a_candidate_scores_the_same_in_any_company(candidates, expected, kept):
+def test_candidate_scores_are_independent_of_others(candidates, expected, kept):
     found = run([candidates[i] for i in kept])
     for one, place in zip(found, kept, strict=True):
         assert one.metrics == pytest.approx(expected[place].metrics, rel=1e-12)
 
 
-def test_what_is_known_is_told_after_each_pass(monkeypatch, candidates, expected):
+def test_on_results_is_called_after_each_pass(monkeypatch, candidates, expected):
     fitting(monkeypatch, 3)
     told = []
     loader = [
@@ -175,7 +173,7 @@ def right_of(state):
     return (model.eval()(X).argmax(1) == Y).double()
 
 
-def test_candidates_are_compared_with_the_last_on_the_same_samples(checkpoints, expected):
+def test_versus_compares_candidates_with_last(checkpoints, expected):
     last, first = right_of(STATES[4]), right_of(STATES[0])
     by_hand = compare(Samples(first), Samples(last)).scale_by(100)
     assert expected[0].versus is None
@@ -186,12 +184,12 @@ def test_candidates_are_compared_with_the_last_on_the_same_samples(checkpoints, 
     assert by_hand.value == pytest.approx(100 * only / len(X))
 
 
-def test_without_a_last_checkpoint_the_first_candidate_is_the_reference(checkpoints):
+def test_versus_takes_first_candidate_where_none_is_last(checkpoints):
     found = run(checkpoints[:3])
     assert [r.versus and r.versus.reference for r in found] == [None, "epoch_1.pt", "epoch_1.pt"]
 
 
-def test_an_ensemble_tells_how_often_its_members_differ(expected):
+def test_ensemble_details_have_disagreement(expected):
     models = [Net() for _ in STATES]
     for model, state in zip(models, STATES, strict=True):
         model.load_state_dict(state)
@@ -202,7 +200,7 @@ def test_an_ensemble_tells_how_often_its_members_differ(expected):
     assert details["not_unanimous"] == pytest.approx((answers != answers[0]).any(0).mean())
 
 
-def test_details_have_the_bins_of_the_calibration_error(expected):
+def test_details_have_bins_of_calibration_error(expected):
     for result in expected:
         bins = [one for one in result.details["reliability"] if one["n"]]
         gaps = [one["n"] * abs(one["accuracy"] - one["confidence"]) for one in bins]
@@ -269,12 +267,12 @@ def test_exhausted_memory_changes_no_result(scarce, candidates, expected, most, 
 
 
 @combinations(error=ERRORS, stage=STAGES)
-def test_every_kind_of_exhausted_memory_is_known(scarce, candidates, expected, stage, error):
+def test_exhausted_memory_is_recognized_in_every_error(scarce, candidates, expected, stage, error):
     assert_same(run(candidates, scarce(2, stage, ERRORS[error])), expected)
 
 
 @first_only("stage", STAGES)
-def test_memory_for_not_even_one_model_is_an_error_of_one_line(scarce, candidates, stage):
+def test_exhausted_memory_with_one_model_is_an_error(scarce, candidates, stage):
     with pytest.raises(EvaluationError) as told:
         run(candidates, scarce(0, stage))
     assert str(told.value) == (
@@ -284,12 +282,12 @@ def test_memory_for_not_even_one_model_is_an_error_of_one_line(scarce, candidate
 
 
 @first_only("stage", STAGES)
-def test_any_other_error_of_a_model_comes_through(scarce, candidates, stage):
+def test_model_errors_are_not_taken_for_exhausted_memory(scarce, candidates, stage):
     with pytest.raises((EvaluationError, RuntimeError), match="mine alone"):
         run(candidates, scarce(1, stage, lambda: RuntimeError("mine alone")))
 
 
-def test_results_of_passes_before_memory_was_exhausted_stay(
+def test_exhausted_memory_keeps_results_of_earlier_passes(
     monkeypatch, scarce, candidates, expected
 ):
     fitting(monkeypatch, 4)
@@ -297,7 +295,7 @@ def test_results_of_passes_before_memory_was_exhausted_stay(
 
 
 @pytest.mark.parametrize("size", [2, 100])
-def test_memory_that_is_exhausted_after_a_pass_counts_nothing_twice(
+def test_exhausted_memory_after_a_pass_counts_nothing_twice(
     monkeypatch, candidates, expected, size
 ):
     fitting(monkeypatch, size)
@@ -314,7 +312,7 @@ def test_memory_that_is_exhausted_after_a_pass_counts_nothing_twice(
     assert_same(found, expected)
 
 
-def test_training_data_that_can_be_read_once_only_are_not_read_by_halves(scarce, checkpoints):
+def test_exhausted_memory_refuses_a_training_iterator(scarce, checkpoints):
     averages = [
         Candidate.of_average(plan_average(checkpoints[i:]), str(i), recompute=True)
         for i in range(3)
@@ -327,7 +325,7 @@ def test_training_data_that_can_be_read_once_only_are_not_read_by_halves(scarce,
 # Data that can be read once only
 
 
-def test_one_pass_may_be_over_what_can_be_read_once_only(candidates, expected):
+def test_iterators_serve_one_pass(candidates, expected):
     def batches():
         return zip(X.split(SIZE), Y.split(SIZE), strict=True)
 
@@ -336,7 +334,7 @@ def test_one_pass_may_be_over_what_can_be_read_once_only(candidates, expected):
 
 
 @pytest.mark.parametrize("which", ["data", "train"])
-def test_several_passes_over_it_are_refused_before_anything_is_read(monkeypatch, candidates, which):
+def test_iterators_are_refused_for_several_passes(monkeypatch, candidates, which):
     fitting(monkeypatch, 1)
     batches = iter([(X, Y)])
     with pytest.raises(EvaluationError, match="read only once"):
@@ -344,7 +342,7 @@ def test_several_passes_over_it_are_refused_before_anything_is_read(monkeypatch,
     assert len(list(batches)) == 1
 
 
-def test_training_data_may_be_read_once_only_if_one_pass_needs_them(monkeypatch, checkpoints):
+def test_training_iterator_serves_one_of_several_passes(monkeypatch, checkpoints):
     fitting(monkeypatch, 2)
     planned = plan_average(checkpoints)
     wanted = [*checkpoints, Candidate.of_average(planned, "fresh", recompute=True)]
@@ -357,7 +355,7 @@ def test_training_data_may_be_read_once_only_if_one_pass_needs_them(monkeypatch,
 
 
 @combinations(count=[2, 3, 5], size=[3, 100])
-def test_processes_between_them_find_what_one_does(monkeypatch, candidates, expected, count, size):
+def test_processes_match_one_process(monkeypatch, candidates, expected, count, size):
     """Five processes share three batches."""
     fitting(monkeypatch, size)
     runtime = Runtime(CPU, batch_size=SIZE)
@@ -375,7 +373,7 @@ def test_processes_between_them_find_what_one_does(monkeypatch, candidates, expe
                 assert value == close(theirs[key], 1e-6), key
 
 
-def test_processes_take_the_groups_that_the_smallest_memory_holds(monkeypatch, checkpoints):
+def test_processes_take_groups_of_smallest_memory(monkeypatch, checkpoints):
     runtime, sizes = Runtime(CPU, batch_size=SIZE), iter([4, 2])
     monkeypatch.setattr(session, "count_models_that_fit", lambda *_: next(sizes))
     wanted = [Candidate.of_checkpoint(c) for c in checkpoints[:4]]
@@ -416,7 +414,7 @@ class Broken:
 
 @pytest.mark.parametrize("which", ["data", "train"])
 @pytest.mark.parametrize("error", [OSError("gone"), KeyboardInterrupt(), ValueError("mine")])
-def test_a_loader_that_raises_midway_leaves_the_model_as_it_was(candidates, which, error):
+def test_failing_loader_leaves_model_unchanged(candidates, which, error):
     given = template_and_state()
     with pytest.raises(type(error)) as told:
         run(candidates, given[0], **{which: Broken(error)})
@@ -425,7 +423,7 @@ def test_a_loader_that_raises_midway_leaves_the_model_as_it_was(candidates, whic
 
 
 @pytest.mark.parametrize("train", [[], TensorDataset(X[:0])], ids=["loader", "dataset"])
-def test_training_data_that_are_empty_are_an_error(candidates, train):
+def test_empty_training_data_are_an_error(candidates, train):
     given = template_and_state()
     with pytest.raises(BatchNormError, match="training data is empty"):
         run(candidates, given[0], train=train)
@@ -434,13 +432,13 @@ def test_training_data_that_are_empty_are_an_error(candidates, train):
 
 @pytest.mark.parametrize("data", [[], TensorDataset(X[:0], Y[:0])], ids=["loader", "dataset"])
 @pytest.mark.parametrize("size", [1, 100])
-def test_evaluation_data_that_are_empty_are_an_error(monkeypatch, candidates, data, size):
+def test_empty_evaluation_data_are_an_error(monkeypatch, candidates, data, size):
     fitting(monkeypatch, size)
     with pytest.raises(EvaluationError, match="evaluation data is empty"):
         run(candidates, data=data)
 
 
-def test_a_model_with_another_number_of_classes_does_not_fit(candidates):
+def test_model_with_more_classes_does_not_fit(candidates):
     with pytest.raises(ModelError, match=r"head\.weight has the shape \(3, 6\).*\(7, 6\)"):
         run(candidates, Net(7))
 
@@ -460,7 +458,7 @@ def test_batches_without_labels_are_an_error(candidates):
     ids=["the last batch", "an earlier batch", "the only batch"],
 )  # fmt: skip
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_outputs_that_are_not_finite_name_their_network(checkpoints, data, bad, value):
+def test_outputs_not_finite_name_their_checkpoint(checkpoints, data, bad, value):
     def forward(model, batch):
         x = batch[0]
         outputs = model(x)
@@ -475,12 +473,12 @@ class Untouchable:
         raise AssertionError("the data were read")
 
 
-def test_an_unknown_precision_is_met_before_anything_is_read(candidates):
+def test_unknown_amp_is_refused_before_reading(candidates):
     with pytest.raises(UsageError, match="off, bf16, fp16"):
         run(candidates, data=Untouchable(), train=Untouchable(), amp="int8")
 
 
 @pytest.mark.parametrize("count", [0, -5])
-def test_statistics_from_no_samples_are_wrong_usage(candidates, count):
+def test_bn_samples_below_one_are_refused_before_reading(candidates, count):
     with pytest.raises(UsageError, match="a sample or more"):
         run(candidates, data=Untouchable(), bn_samples=count)

@@ -261,7 +261,7 @@ def placed(command: tuple[str, ...], place: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_torchrun_finds_and_writes_what_one_process_does(home: Path) -> None:
+def test_torchrun_matches_one_process(home: Path) -> None:
     evaluation = [*ALL, *DATA, "-b", "8", "--results", "{}.json"]
     commands = [placed((*evaluation,), "out"), *(placed(c, "out") for c in WRITERS)]
     worse = [*ALL[:-1], *DATA, "--fail-if-worse", "--results", "worse.json"]
@@ -308,7 +308,7 @@ LOADERS = {
 
 
 @pytest.mark.slow
-def test_any_source_of_data_counts_each_sample_once(home: Path) -> None:
+def test_data_sources_count_each_sample_once(home: Path) -> None:
     commands = [[*EVAL, name, *args] for name, args in LOADERS.items()]
     commands.append([*EVAL, "net.py:shuffled"])
     commands.append([*EVAL, "net.py:Images", "-b", "30", "-j", "1", "--data-arg", "note=seen"])
@@ -331,7 +331,7 @@ TASKS = {
 
 
 @pytest.mark.slow
-def test_every_task_finds_the_same_fewer_batches_than_processes_too(home: Path) -> None:
+def test_tasks_match_one_process(home: Path) -> None:
     scope: dict[str, Any] = {}
     exec(NET, scope)
     for name, factory in [("line", "line"), ("words", "Words")]:
@@ -349,7 +349,7 @@ def test_every_task_finds_the_same_fewer_batches_than_processes_too(home: Path) 
         assert [("versus" in c) for c in theirs["candidates"]] == [True, True, False, True, True]
 
 
-def test_the_same_samples_are_drawn_for_any_number_of_processes(home: Path) -> None:
+def test_bn_samples_are_the_same_in_several_processes(home: Path) -> None:
     command = ["update-bn", "run/epoch_1.pt", *MODEL, *TRAIN, "-b", "4", "--bn-samples"]
     commands = []
     for place in ("alone", "out"):
@@ -377,7 +377,7 @@ def test_the_same_samples_are_drawn_for_any_number_of_processes(home: Path) -> N
 
 
 @pytest.mark.slow
-def test_what_cannot_be_shared_out_is_said(home: Path) -> None:
+def test_loaders_that_cannot_be_shared_are_errors(home: Path) -> None:
     distributed = [*EVAL, "net.py:distributed"]
     commands = [
         [*distributed, "--data-arg", "n=53"],
@@ -405,7 +405,7 @@ def test_what_cannot_be_shared_out_is_said(home: Path) -> None:
 
 
 @pytest.mark.slow
-def test_however_a_process_fails_all_end_and_nothing_is_written(home: Path) -> None:
+def test_process_failure_ends_all_and_writes_nothing(home: Path) -> None:
     average = ["average", "run", *MODEL, "-b", "2", "-o", "out/a.pt"]
     commands = []
     for harm in ("kill", "raise", "nan"):
@@ -436,7 +436,9 @@ def test_however_a_process_fails_all_end_and_nothing_is_written(home: Path) -> N
 
 
 @pytest.mark.slow
-def test_what_was_interrupted_goes_on(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_after_an_interrupt_in_several_processes(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(
         session, "count_models_that_fit", session.count_models_that_fit
     )  # which the model's factory changes

@@ -30,7 +30,7 @@ DETAILS = st.dictionaries(
     st.none() | st.builds(Comparison, st.text(), st.text(), DIFFERENCES),
     DETAILS,
 )
-def test_a_result_comes_back_from_json_as_it_was(metrics, bn, versus, details):
+def test_result_returns_from_json_unchanged(metrics, bn, versus, details):
     candidate = Candidate("x", "checkpoint", (), ())
     result = Result(candidate, metrics, bn, versus, details)
     text = json.dumps(result.as_json() | {"key": "0123"})
@@ -44,7 +44,7 @@ def test_a_result_comes_back_from_json_as_it_was(metrics, bn, versus, details):
         ("none", "<Result of last 2: top1 49.3, nll 1.3858, n 1000>"),
     ],
 )
-def test_a_result_is_one_line_at_a_prompt(bn, expected):
+def test_result_repr_is_one_line(bn, expected):
     metrics = {"top1": 49.3, "nll": 1.3857993, "ece": None, "n": 1000}
     details = {"reliability": [{"low": 0.0, "high": 0.5}]}
     assert repr(Result(Candidate("last 2", "average", (), ()), metrics, bn, None, details)) == (
@@ -52,7 +52,7 @@ def test_a_result_is_one_line_at_a_prompt(bn, expected):
     )
 
 
-def test_json_has_the_entries_that_were_promised(tmp_path):
+def test_result_json_has_documented_entries(tmp_path):
     checkpoints = opened(tmp_path, [{"w": torch.ones(1)}] * 2)
     candidate = Candidate.of_ensemble(checkpoints, "both")
     found = Result(candidate, {"top1": 50.0, "n": 4}, "own").as_json()
@@ -67,7 +67,7 @@ def test_json_has_the_entries_that_were_promised(tmp_path):
     }
 
 
-def test_a_comparison_stands_in_json_with_its_test():
+def test_result_json_holds_the_comparison():
     versus = Comparison("last", "top1", Difference(0.2, -0.1, 0.5, 0.3, "mcnemar", 1000))
     found = Result(Candidate("x", "checkpoint", (), ()), {}, "own", versus).as_json()
     assert found["versus"] == {
@@ -89,7 +89,7 @@ class Gain(Task):
     [(Loss(), 2.1, True), (Loss(), 2.0, False), (Loss(), 1.9, False),
      (Gain(), 2.1, False), (Gain(), 2.0, False), (Gain(), 1.9, True)],
 )  # fmt: skip
-def test_worse_is_what_the_tasks_first_metric_says(task, mine, expected):
+def test_is_worse_follows_first_metric_of_task(task, mine, expected):
     key = task.metrics[0].key
     last = Result(Candidate("last", "checkpoint", (), (), last=True), {key: 2.0}, "own")
     average = Result(Candidate("average", "average", (), ()), {key: mine}, "stale")

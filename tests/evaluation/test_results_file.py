@@ -38,7 +38,7 @@ def path(request, tmp_path):
     return tmp_path / request.param
 
 
-def test_results_are_added_and_replaced_by_their_keys(path):
+def test_results_file_replaces_results_by_key(path):
     file = ResultsFile(path)
     assert file.merge([result("a"), result("b", top1=1.0)]) == 0
     assert ResultsFile(path).merge([result("c", other=2.0)]) == 2
@@ -51,7 +51,7 @@ def test_results_are_added_and_replaced_by_their_keys(path):
 
 @given(st.lists(st.lists(st.sampled_from("abcdef"), max_size=4), max_size=5))
 @settings(max_examples=25, deadline=None)
-def test_no_result_is_ever_lost(tmp_path_factory, calls):
+def test_results_file_loses_no_result(tmp_path_factory, calls):
     path = tmp_path_factory.mktemp("r") / "r.json"
     for number, names in enumerate(calls):
         ResultsFile(path).merge([result(key, call=number) for key in names])
@@ -73,14 +73,14 @@ def merge_at_once(path, writers=8, times=5):
     return sorted(f"{writer}.{j}" for writer in range(writers) for j in range(times))
 
 
-def test_runs_at_once_keep_each_others_results(tmp_path):
+def test_results_file_keeps_results_of_concurrent_runs(tmp_path):
     path = tmp_path / "r.json"
     expected = merge_at_once(path)
     assert sorted(keys(path)) == expected
     assert listing(tmp_path) == ["r.json"]
 
 
-def test_a_file_system_without_locks_is_written_without(tmp_path, monkeypatch):
+def test_results_file_is_written_without_locks(tmp_path, monkeypatch):
     monkeypatch.setattr(temporaries, "lock", lambda *_: None)
     path = tmp_path / "r.json"
     for key in "abc":
@@ -89,7 +89,7 @@ def test_a_file_system_without_locks_is_written_without(tmp_path, monkeypatch):
     assert listing(tmp_path) == ["r.json"]
 
 
-def test_a_lock_that_nobody_lets_go_does_not_stop_the_work(tmp_path, monkeypatch):
+def test_results_file_does_not_wait_forever_for_a_lock(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "_PATIENCE", 0.05)
     path = tmp_path / "r.json"
     with lock.lock_beside(path):
@@ -99,7 +99,7 @@ def test_a_lock_that_nobody_lets_go_does_not_stop_the_work(tmp_path, monkeypatch
     assert listing(tmp_path) == ["r.json"]
 
 
-def test_a_lock_that_a_dead_run_left_is_no_hindrance(tmp_path):
+def test_results_file_takes_over_an_abandoned_lock(tmp_path):
     (tmp_path / ".r.json.ckptavg-lock").touch()
     ResultsFile(tmp_path / "r.json").merge([result("a")])
     assert listing(tmp_path) == ["r.json"]
@@ -114,7 +114,7 @@ STRANGERS = {
 
 
 @pytest.mark.parametrize(("name", "text"), [(n, t) for n, ts in STRANGERS.items() for t in ts])
-def test_what_holds_something_else_is_not_replaced(tmp_path, name, text):
+def test_results_file_refuses_other_content(tmp_path, name, text):
     path = tmp_path / name
     path.write_bytes(text.encode("latin-1"))
     for refused in (ResultsFile(path).check, lambda: ResultsFile(path).merge([result("a")])):
@@ -124,21 +124,21 @@ def test_what_holds_something_else_is_not_replaced(tmp_path, name, text):
     assert listing(tmp_path) == [name]
 
 
-def test_what_stands_beside_the_results_stays(tmp_path):
+def test_results_file_keeps_other_entries(tmp_path):
     path = tmp_path / "r.json"
     path.write_text('{"note": "mine", "candidates": []}')
     ResultsFile(path).merge([result("a")])
     assert json.loads(path.read_text()) == {"note": "mine", "candidates": [result("a")]}
 
 
-def test_an_empty_file_takes_results(path):
+def test_results_file_may_be_empty(path):
     path.touch()
     ResultsFile(path).check()
     ResultsFile(path).merge([result("a")])
     assert keys(path) == ["a"]
 
 
-def test_a_link_is_followed(path):
+def test_results_file_follows_a_link(path):
     target = path.parent / f"elsewhere{path.suffix}"
     path.symlink_to(target)
     ResultsFile(path).check()
@@ -147,7 +147,7 @@ def test_a_link_is_followed(path):
     assert keys(target) == ["a"]
 
 
-def test_rows_of_files_that_had_no_keys_give_way_to_their_names(tmp_path):
+def test_results_file_replaces_rows_without_keys_by_name(tmp_path):
     path = tmp_path / "r.csv"
     path.write_text("name,kind,checkpoints,coefficients,top1\nx,checkpoint,x.pt,1,2\n"
                     "y,checkpoint,y.pt,1,3\n")  # fmt: skip
@@ -155,7 +155,7 @@ def test_rows_of_files_that_had_no_keys_give_way_to_their_names(tmp_path):
     assert [(row["name"], row["key"]) for row in held(path)] == [("y", ""), ("x", "a")]
 
 
-def test_long_rows_come_back(tmp_path):
+def test_results_file_reads_long_rows(tmp_path):
     path = tmp_path / "r.csv"
     long = result("a") | {"checkpoints": [f"{'x' * 90}{i}.pt" for i in range(2000)]}
     ResultsFile(path).merge([long])
@@ -164,7 +164,7 @@ def test_long_rows_come_back(tmp_path):
     assert csv.field_size_limit() == limit
 
 
-def test_cells_and_values_hold_no_secrets_and_nothing_unseen(path):
+def test_results_file_hides_secrets_and_escapes_controls(path):
     name = "https://me:secret@host/w\u202e.pt?sig=secret"
     ResultsFile(path).merge([result("a", name)])
     text = path.read_text()
@@ -179,7 +179,7 @@ def test_cells_and_values_hold_no_secrets_and_nothing_unseen(path):
      ("x" * 300 + ".json", "too long"), ("loop.json", "symbolic links"),
      ("file/r.json", "does not exist")],
 )  # fmt: skip
-def test_where_nothing_can_be_kept_is_said_before_the_work(tmp_path, name, words):
+def test_results_file_check_refuses_unusable_paths(tmp_path, name, words):
     os.mkfifo(tmp_path / "pipe.json")
     (tmp_path / "loop.json").symlink_to("loop.json")
     (tmp_path / "file").touch()
@@ -190,7 +190,7 @@ def test_where_nothing_can_be_kept_is_said_before_the_work(tmp_path, name, words
     assert listing(tmp_path) == before
 
 
-def test_a_disk_that_is_full_keeps_what_was_there(tmp_path, monkeypatch):
+def test_results_file_survives_a_full_disk(tmp_path, monkeypatch):
     path = tmp_path / "r.json"
     ResultsFile(path).merge([result("a")])
     full = OSError(28, "No space left on device")

@@ -99,7 +99,7 @@ def test_results_are_stored_as_json(home):
 
 
 @pytest.mark.parametrize("passes", [1, 2, 4])
-def test_an_interrupted_evaluation_goes_on(home, monkeypatch, scored, passes):
+def test_resume_continues_an_interrupted_evaluation(home, monkeypatch, scored, passes):
     monkeypatch.setattr(session, "count_models_that_fit", lambda *_: 1)
     whole = compare("run", network(), data(), **ALL)
     scored.clear()
@@ -125,7 +125,7 @@ def test_an_interrupted_evaluation_goes_on(home, monkeypatch, scored, passes):
     assert f"{done} of 7 candidates are in r.json" in resumed.notes
 
 
-def test_complete_results_are_not_scored_again(home, scored):
+def test_resume_does_not_score_complete_results(home, scored):
     first = compare("run", network(), data(), **ALL, results="r.json")
     scored.clear()
     again = compare("run", network(), data(), **ALL, results="r.json", resume=True)
@@ -134,7 +134,7 @@ def test_complete_results_are_not_scored_again(home, scored):
     assert str(again) == str(first)
 
 
-def test_without_resume_all_are_scored_and_replaced(home, scored):
+def test_results_without_resume_are_replaced(home, scored):
     for _ in range(2):
         scored.clear()
         compare("run", network(), data(), results="r.json")
@@ -155,7 +155,7 @@ def test_without_resume_all_are_scored_and_replaced(home, scored):
     ],
     ids=["data", "count", "loader", "task", "forward", "amp", "seed", "batch size"],
 )
-def test_what_decides_scores_is_scored_anew(home, scored, changed):
+def test_resume_notices_changed_settings(home, scored, changed):
     arguments = {"data": data(), **changed}
     evaluate(["run/epoch_1.pt", "run/epoch_2.pt"], network(), data(), results="r.json")
     scored.clear()
@@ -163,7 +163,7 @@ def test_what_decides_scores_is_scored_anew(home, scored, changed):
     assert scored == ["epoch_2.pt"]
 
 
-def test_a_setting_of_the_task_counts(home, scored):
+def test_resume_notices_a_changed_task_setting(home, scored):
     for power, expected in ((1, 1), (1, 0), (2, 1)):
         scored.clear()
         evaluate(["run/epoch_1.pt"], network(), data(), task=Calls(power), results="r.json",
@@ -171,7 +171,7 @@ def test_a_setting_of_the_task_counts(home, scored):
         assert len(scored) == expected
 
 
-def test_a_setting_of_a_layer_counts(home, scored):
+def test_resume_notices_a_changed_layer_setting(home, scored):
     for eps, expected in ((1e-5, 1), (1e-5, 0), (1e-3, 1)):
         scored.clear()
         model = network()
@@ -180,7 +180,7 @@ def test_a_setting_of_a_layer_counts(home, scored):
         assert len(scored) == expected
 
 
-def test_a_changed_checkpoint_is_scored_anew(home, scored):
+def test_resume_scores_a_changed_checkpoint(home, scored):
     paths = ["run/epoch_1.pt", "run/epoch_2.pt", "run/epoch_3.pt"]
     evaluate(paths, network(), data(), results="r.json")
     save(home / "run" / "epoch_2.pt", state_of(9), epoch=2)
@@ -190,7 +190,7 @@ def test_a_changed_checkpoint_is_scored_anew(home, scored):
     assert plain(results) == plain(evaluate(paths, network(), data()))
 
 
-def test_changed_weights_in_memory_are_scored_anew(home, scored):
+def test_resume_scores_changed_weights_in_memory(home, scored):
     states = {"a": state_of(1), "b": state_of(2)}
     evaluate(states, network(), data(), results="r.json")
     scored.clear()
@@ -202,7 +202,7 @@ def test_changed_weights_in_memory_are_scored_anew(home, scored):
     assert plain(results) == plain(evaluate(states, network(), data()))
 
 
-def test_only_averages_follow_rules_on_tensors(home, scored):
+def test_resume_scores_only_averages_for_tensor_rules(home, scored):
     compare("run", network(), data(), **ALL, results="r.json")
     scored.clear()
     compare("run", network(), data(), **ALL, exclude_tensors="2.bias", results="r.json",
@@ -215,14 +215,14 @@ def test_only_averages_follow_rules_on_tensors(home, scored):
     [{"bn_samples": 20}, {"train_data": data(3)}, {"exclude": "1"}],
     ids=["subset", "data", "layers"],
 )
-def test_only_recomputed_statistics_follow_the_training_data(home, scored, changed):
+def test_resume_scores_only_recomputed_for_training_data(home, scored, changed):
     compare("run", network(), data(), **ALL, results="r.json")
     scored.clear()
     compare("run", network(), data(), **(ALL | changed), results="r.json", resume=True)
     assert scored == [LAST, AVERAGE]
 
 
-def test_random_training_data_are_recognized_and_draw_nothing(home, scored):
+def test_resume_recognizes_random_training_data(home, scored):
     arguments = {"train_data": Augmented(), "results": "r.json"}
     compare("run", network(), data(), **arguments)
     scored.clear()
@@ -237,7 +237,7 @@ def test_random_training_data_are_recognized_and_draw_nothing(home, scored):
     assert scored == [LAST, AVERAGE]
 
 
-def test_data_that_can_be_read_once_are_never_recognized(home, scored):
+def test_resume_never_recognizes_iterators(home, scored):
     for _ in range(2):
         scored.clear()
         batches = iter(DataLoader(data(), 20))
@@ -245,7 +245,7 @@ def test_data_that_can_be_read_once_are_never_recognized(home, scored):
         assert scored == ["epoch_1.pt"]
 
 
-def test_batches_in_a_list_are_recognized(home, scored):
+def test_resume_recognizes_lists_of_batches(home, scored):
     for expected in (["epoch_1.pt"], []):
         scored.clear()
         batches = list(DataLoader(data(), 20))
@@ -253,7 +253,7 @@ def test_batches_in_a_list_are_recognized(home, scored):
         assert scored == expected
 
 
-def test_planned_averages_are_recognized(home, scored):
+def test_resume_recognizes_planned_averages(home, scored):
     run = open_run("run")
     for expected in (3, 0):
         scored.clear()
@@ -262,7 +262,7 @@ def test_planned_averages_are_recognized(home, scored):
         assert len(scored) == expected
 
 
-def test_csv_files_hold_results_but_are_not_resumed(home):
+def test_resume_refuses_csv_files(home):
     evaluate(["run/epoch_1.pt"], network(), data(), results="r.csv")
     assert (home / "r.csv").read_text().startswith("name,kind,")
     with pytest.raises(UsageError, match=r"`resume` goes on from .* a \.json"):
@@ -270,7 +270,7 @@ def test_csv_files_hold_results_but_are_not_resumed(home):
 
 
 @pytest.mark.parametrize("path", ["r.txt", "r"])
-def test_other_suffixes_are_refused(home, path):
+def test_results_option_refuses_other_suffixes(home, path):
     with pytest.raises(UsageError, match=r"`results` is expected to end in \.json or \.csv"):
         evaluate(["run/epoch_1.pt"], network(), data(), results=path)
 
@@ -280,14 +280,14 @@ def test_resume_needs_a_file(home):
         evaluate(["run/epoch_1.pt"], network(), data(), resume=True)
 
 
-def test_a_file_with_other_content_is_refused_before_any_work(home, scored):
+def test_results_option_refuses_a_file_of_other_content(home, scored):
     (home / "r.json").write_text('{"a": 1}')
     with pytest.raises(OutputError, match="is not replaced"):
         evaluate(["run/epoch_1.pt"], network(), data(), results="r.json")
     assert scored == []
 
 
-def test_results_that_cannot_be_stored_are_returned_with_a_note(home, monkeypatch):
+def test_results_that_cannot_be_stored_are_noted(home, monkeypatch):
     def full(store, results):
         raise OutputError("r.json cannot be written", "Free some space.")
 
@@ -297,7 +297,7 @@ def test_results_that_cannot_be_stored_are_returned_with_a_note(home, monkeypatc
     assert any("r.json cannot be written" in note for note in results.notes)
 
 
-def test_the_first_process_decides_keys_and_writes(home):
+def test_result_store_of_first_process_decides_and_writes(home):
     evaluate({"a": state_of(1)}, network(), data(), results="r.json")
     file = ResultsFile(home / "r.json")
     run = open_run("run")

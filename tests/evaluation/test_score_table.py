@@ -39,7 +39,7 @@ def texts(table):
     return [[cell.text for cell in row.cells] for row in table.rows]
 
 
-def test_a_difference_and_its_interval_share_a_cell():
+def test_score_table_shows_difference_with_interval():
     table = tabulate_scores(
         [result("last", **scores(50)), result("a", "recomputed", p=0.012, **scores(51.5))],
         Classification(),
@@ -64,7 +64,7 @@ def test_a_difference_and_its_interval_share_a_cell():
     [([0.01, 0.4, 0.4], True), ([0.01, 0.4], False), ([0.06, 0.01, 0.01], False)],
     ids=["of three", "of two", "not significant"],
 )
-def test_a_significant_best_of_many_was_chosen(chances, is_told):
+def test_score_table_notes_a_best_chosen_from_many(chances, is_told):
     others = [result(f"a{n}", p=p, **scores(60 - n)) for n, p in enumerate(chances)]
     legend = tabulate_scores([result("last", **scores(50)), *others], Classification()).legend
     told = "* is the best of 3 on these samples, which its p leaves out of account"
@@ -85,7 +85,7 @@ def test_a_significant_best_of_many_was_chosen(chances, is_told):
     ],
 )
 @pytest.mark.parametrize("higher", [True, False, None])
-def test_the_best_by_the_first_metric_are_marked(values, best, higher):
+def test_score_table_marks_best_by_first_metric(values, best, higher):
     class Own(Task):
         metrics = (Metric("x", "x", ".1f", higher), Metric("y", "y", ".1f", True))
 
@@ -104,7 +104,7 @@ def test_the_best_by_the_first_metric_are_marked(values, best, higher):
     assert table.legend == ((f"* best by x: {best_names}",) if expected else ())
 
 
-def test_only_what_chance_rarely_does_is_marked_as_significant():
+def test_score_table_marks_significant_differences():
     results = [result(str(p), p=p, **scores(50)) for p in (None, 0.04999, 0.05, 1.7e-10)]
     table = tabulate_scores(results, Classification())
     marked = [[cell.text for cell in row.cells if cell.mark == "significant"] for row in table.rows]
@@ -112,7 +112,7 @@ def test_only_what_chance_rarely_does_is_marked_as_significant():
     assert marked[3] == ["+1.50 [+0.46, +2.55]", "1.7e-10"]
 
 
-def test_columns_that_say_nothing_are_left_out():
+def test_score_table_omits_empty_columns():
     results = [result(name, "none", nll=0.5, top1=value) for name, value in [("a", 1), ("b", 2)]]
     assert titles(tabulate_scores(results, Classification())) == [
         "candidate", "top-1 %", "NLL", "passes",
@@ -131,7 +131,7 @@ def test_columns_that_say_nothing_are_left_out():
          ["passes", "accuracy %", "perplexity", "p", "Δ NLL [95 %]"]),
     ],
 )  # fmt: skip
-def test_columns_leave_in_turn_and_the_first_metric_stays(task, metrics, order):
+def test_score_table_drops_columns_before_first_metric(task, metrics, order):
     first = task.metrics[0].key
     results = [result(name, p=0.5, metric=first, **metrics) for name in "ab"]
     columns = tabulate_scores(results, task).columns
@@ -141,7 +141,7 @@ def test_columns_leave_in_turn_and_the_first_metric_stays(task, metrics, order):
     assert staying == ["candidate", first_title(task)]
 
 
-def test_an_ensemble_says_how_often_its_members_differ():
+def test_score_table_gives_disagreement_of_ensemble():
     both = result("both", forwards=2, **scores(50))
     told = Result(both.candidate, both.metrics, both.bn, None, {"disagreement": 0.125})
     table = tabulate_scores([result("a", **scores(49)), told], Classification())
@@ -149,7 +149,7 @@ def test_an_ensemble_says_how_often_its_members_differ():
     assert table.legend[-1] == "both: two of its members differ on 12.50 % of the samples"
 
 
-def test_the_winners_line_says_what_was_compared_with_what():
+def test_score_table_names_best_and_its_reference():
     last = Candidate("epoch_9.pt (last)", "checkpoint", (None,), (1,), last=True)
     found = Difference(-0.25, -0.5, -0.125, 0.001, "bootstrap", 100)
     versus = Comparison(last.name, "nll", found)
@@ -162,13 +162,13 @@ def test_the_winners_line_says_what_was_compared_with_what():
     assert line == "* best by top-1: epoch_9.pt (last)"
 
 
-def test_of_equals_none_is_said_to_differ():
+def test_score_table_names_ties_without_difference():
     results = [result("last", **scores(1)), *(result(n, p=0.1, **scores(2)) for n in "abcde")]
     line = tabulate_scores(results, Classification()).legend[0]
     assert line == "* best by top-1: a, b, c and 2 more"
 
 
-def test_partly_recomputed_statistics_have_a_short_word():
+def test_score_table_explains_partly_recomputed_statistics():
     for word in ("partly", "partly recomputed"):
         results = [result("a", **scores(1)), result("b", word, **scores(1))]
         table = tabulate_scores(results, Classification())
@@ -184,7 +184,7 @@ RESULTS = [
 
 
 @pytest.mark.parametrize("width", [24, 30, 40, 50, 60, 70, 80, 90, 100, 110, 120])
-def test_at_any_width_each_row_is_a_line_and_numbers_are_whole(width):
+def test_score_table_keeps_rows_to_a_line_at_any_width(width):
     lines = scores_text(RESULTS, Classification(), width).splitlines()
     assert all(len(line) <= width for line in lines)
     head, rows = lines[1], lines[3:6]
@@ -197,7 +197,7 @@ def test_at_any_width_each_row_is_a_line_and_numbers_are_whole(width):
     assert lines[7].startswith("* best by top-1: ")
 
 
-def test_marks_of_one_long_name_are_told_apart_at_80_columns():
+def test_score_table_distinguishes_long_names():
     long = "resnet50-cyclic-sgd-lr0.05-epoch=119-step=150000.ckpt (last)"
     results = []
     for key, p in (("state_dict", None), ("ema_state_dict", 0.5)):
@@ -211,7 +211,7 @@ def test_marks_of_one_long_name_are_told_apart_at_80_columns():
     assert "+1.50 [+0.46, +2.55]" in second
 
 
-def test_with_room_enough_all_there_is_is_shown():
+def test_score_table_shows_all_columns_where_they_fit():
     wide = scores_text(RESULTS, Classification(), 120)
     assert wide == scores_text(RESULTS, Classification(), None)
     assert wide.splitlines()[5] == (
@@ -225,7 +225,7 @@ def test_with_room_enough_all_there_is_is_shown():
     assert narrow[-1] == "not shown at this width: top-5 %, ECE, p, passes"
 
 
-def test_html_has_every_candidate_and_what_is_bold():
+def test_score_table_html_has_all_rows_and_bold_cells():
     drawn = scores_html(RESULTS, Classification())
     assert drawn.count("<tr>") == 4
     assert "<b>1.7e-10</b>" in drawn
@@ -233,7 +233,7 @@ def test_html_has_every_candidate_and_what_is_bold():
     assert "bold Δ: p &lt; 0.05" in drawn
 
 
-def test_averages_of_one_name_are_told_apart_by_their_statistics():
+def test_score_table_distinguishes_averages_by_statistics():
     line = tabulate_scores(RESULTS, Classification()).legend[0]
     name = "average of 12 (uniform) with recomputed statistics"
     assert line.startswith(f"* best by top-1: {name}; Δ to last +1.50 ")

@@ -92,7 +92,7 @@ def disagreement_by_hand(answers):
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_passes_and_retries_in_any_number_count_every_member_once(data):
+def test_candidate_score_counts_each_member_once(data):
     """Members may be named twice; a board may hear of weight_sets that are none of its own."""
     count = data.draw(st.integers(1, 5))
     weight_sets = weight_sets_of(count + 1)
@@ -117,7 +117,7 @@ def test_passes_and_retries_in_any_number_count_every_member_once(data):
         assert found == pytest.approx(disagreement_by_hand(every.argmax(2)))
 
 
-def test_a_board_is_complete_when_all_of_its_members_have_seen_all_of_the_data():
+def test_candidate_score_is_complete_after_all_members():
     first, second = weight_sets = weight_sets_of(2)
     logits = dict(zip(weight_sets, logits_of(0, 2), strict=True))
     board = board_of(weight_sets)
@@ -129,7 +129,7 @@ def test_a_board_is_complete_when_all_of_its_members_have_seen_all_of_the_data()
     assert board.complete
 
 
-def test_a_complete_board_is_left_alone_by_later_passes():
+def test_candidate_score_ignores_passes_when_complete():
     first, second = weight_sets = weight_sets_of(2)
     logits = dict(zip(weight_sets, logits_of(0, 2), strict=True))
     board = board_of([first], "checkpoint")
@@ -141,7 +141,7 @@ def test_a_complete_board_is_left_alone_by_later_passes():
     assert len(board.samples) == len(SIZES)
 
 
-def test_what_waits_for_further_members_leaves_the_device_batch_by_batch(monkeypatch):
+def test_candidate_score_offloads_outputs_after_each_batch(monkeypatch):
     """All of the outputs of a pass would not fit there."""
     weight_sets = weight_sets_of(3)
     logits = dict(zip(weight_sets, logits_of(0, 3), strict=True))
@@ -159,7 +159,7 @@ def test_what_waits_for_further_members_leaves_the_device_batch_by_batch(monkeyp
     assert offloaded == [2, 2]  # it is complete
 
 
-def test_only_an_ensemble_tells_disagreement():
+def test_candidate_score_of_checkpoint_has_no_disagreement():
     network = weight_sets_of(1)
     logits = {network[0]: logits_of(0, 1)[0]}
     board = board_of(network, "checkpoint")
@@ -167,7 +167,7 @@ def test_only_an_ensemble_tells_disagreement():
     assert board.details().keys() == {"reliability"}
 
 
-def test_disagreement_by_hand():
+def test_candidate_score_has_disagreement_of_ensemble():
     weight_sets = weight_sets_of(3)
     answers = torch.tensor([[0] * N, [0] * N, [0] * (N - 3) + [1, 1, 2]])
     logits = dict(zip(weight_sets, torch.nn.functional.one_hot(answers, 3) * 5.0, strict=True))
@@ -194,7 +194,7 @@ def figures(details):
 
 @pytest.mark.parametrize("count", [2, 3, 6])
 @pytest.mark.parametrize("kind", ["checkpoint", "ensemble"])
-def test_processes_merge_to_what_one_would_have_found(kind, count):
+def test_candidate_score_merges_processes(kind, count):
     """With six processes and four batches, two of them have none."""
     members = weight_sets_of(1 if kind == "checkpoint" else 3)
     logits = dict(zip(members, logits_of(1, len(members)), strict=True))
@@ -221,7 +221,7 @@ def test_processes_merge_to_what_one_would_have_found(kind, count):
         )
 
 
-def test_samples_with_weights_are_merged_in_the_order_of_the_batches():
+def test_candidate_score_merges_samples_in_batch_order():
     def work(peers):
         board = CandidateScore(
             Candidate("x", "checkpoint", (), ()), weight_sets_of(1), Regression()
@@ -244,14 +244,14 @@ def test_samples_with_weights_are_merged_in_the_order_of_the_batches():
         assert (found.metric, found.scale) == ("mse", 3.0)
 
 
-def test_a_process_by_itself_has_nothing_to_merge():
+def test_candidate_score_merges_nothing_in_one_process():
     board = board_of(weight_sets_of(1), "checkpoint")
     scores = board.scores
     board.merge(SingleProcess())
     assert board.scores is scores
 
 
-def test_processes_without_any_samples_have_none_to_compare():
+def test_candidate_score_merges_processes_without_samples():
     board = board_of(weight_sets_of(1), "checkpoint")
     board.merge(Echo(0, 2))
     assert concatenate_samples(board.samples) is None
@@ -266,7 +266,7 @@ GOOD, BAD = torch.tensor(True), torch.tensor(False)
 
 @settings(max_examples=60)
 @given(st.integers(1, 4), st.integers(1, 4), st.data())
-def test_the_network_whose_outputs_are_not_finite_is_named(batches, weight_sets, data):
+def test_finite_check_names_the_weight_set(batches, weight_sets, data):
     bad = data.draw(st.tuples(st.integers(0, batches - 1), st.integers(0, weight_sets - 1)))
     finite_check, ended = FiniteCheck(), []
 
@@ -283,7 +283,7 @@ def test_the_network_whose_outputs_are_not_finite_is_named(batches, weight_sets,
     assert len(ended) <= bad[0] + 1  # it is met one batch late at most
 
 
-def test_finite_outputs_are_no_error():
+def test_finite_check_accepts_finite_outputs():
     finite_check = FiniteCheck()
     finite_check.end()
     for _ in range(3):
@@ -294,7 +294,7 @@ def test_finite_outputs_are_no_error():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_flags_on_a_gpu_are_not_waited_for():
+def test_finite_check_does_not_wait_for_gpu():
     finite_check = FiniteCheck()
     busy = torch.randn(4096, 4096, device="cuda")
     for _ in range(3):

@@ -63,11 +63,11 @@ def test_mcnemar_of_many_samples_matches_scipy(n, sigmas):
     assert significance._mcnemar(n - fewer, fewer) == pytest.approx(expected, rel=1e-6, abs=1e-300)
 
 
-def test_mcnemar_of_a_difference_beyond_all_doubt_is_zero_and_not_an_error():
+def test_mcnemar_of_a_huge_difference_is_zero():
     assert significance._mcnemar(1_000_000, 0) == 0
 
 
-def test_the_interval_is_agrestis_and_mins():
+def test_interval_is_that_of_agresti_and_min():
     """Half a sample more in each cell of the table, then the interval of a plain Wald test."""
     both, only_mine, only_other, neither = (Fraction(c) + Fraction(1, 2) for c in (40, 12, 5, 9))
     n = both + only_mine + only_other + neither
@@ -79,7 +79,7 @@ def test_the_interval_is_agrestis_and_mins():
 
 
 @pytest.mark.parametrize("shares", [(0.1, 0.1), (0.05, 0.15), (0.02, 0.02), (0.4, 0.2)])
-def test_the_interval_covers_the_true_difference_in_95_percent(shares):
+def test_interval_covers_true_difference_in_95_percent(shares):
     """Exactly: the probability of all tables of 60 samples whose interval holds the truth."""
     n, (mine, other) = 60, shares
     covered = sum(
@@ -92,12 +92,12 @@ def test_the_interval_covers_the_true_difference_in_95_percent(shares):
     assert 0.935 <= covered <= 0.999
 
 
-def test_an_interval_ends_where_differences_end():
+def test_interval_stays_within_possible_differences():
     assert compare(*right_or_wrong(0, 1, 0, 0)).high == 1
     assert compare(*right_or_wrong(0, 0, 1, 0)).low == -1
 
 
-def test_right_and_wrong_may_have_any_type():
+def test_compare_takes_binary_values_of_any_dtype():
     mine, other = right_or_wrong(20, 8, 2, 5)
     expected = compare(mine, other)
     for dtype in (torch.bool, torch.int64, torch.float32, torch.float64):
@@ -107,7 +107,7 @@ def test_right_and_wrong_may_have_any_type():
 # Anything else
 
 
-def test_the_bootstrap_matches_scipys():
+def test_bootstrap_matches_scipy():
     mine, other = values(200, shift=0.2)
     found = compare(mine, other)
     differences = (mine.values - other.values).numpy()
@@ -122,7 +122,7 @@ def test_the_bootstrap_matches_scipys():
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.1, 0.2])
-def test_p_matches_scipys_permutation_test(shift):
+def test_bootstrap_p_matches_scipys_permutation_test(shift):
     mine, other = values(100, shift=shift, seed=3)
     expected = stats.permutation_test(
         (mine.values.numpy(), other.values.numpy()),
@@ -135,7 +135,7 @@ def test_p_matches_scipys_permutation_test(shift):
 
 
 @pytest.mark.parametrize("differences", [[1.0, 2.0, 3.0], [0.1, 0.2, -0.3], [0.3, 0.3, 0.3, -0.3]])
-def test_p_of_few_samples_matches_all_exchanges(differences):
+def test_bootstrap_p_of_few_samples_matches_enumeration(differences):
     """With ties, which rounding must not split."""
     total = abs(sum(Fraction(str(d)) for d in differences))
     signs = list(itertools.product((1, -1), repeat=len(differences)))
@@ -158,7 +158,7 @@ def with_weights(n, seed=0, better=0.0):
     return tuple(Samples(v, weights=tokens) for v in (mine, other)), tokens.double()
 
 
-def test_weights_divide_the_sum_of_values():
+def test_compare_divides_by_sum_of_weights():
     (mine, other), tokens = with_weights(300, better=0.02)
     found = compare(mine, other)
     differences = (mine.values - other.values).numpy()
@@ -177,7 +177,7 @@ def test_weights_divide_the_sum_of_values():
     assert found.high == pytest.approx(expected.confidence_interval.high, abs=0.15 * sigma)
 
 
-def test_samples_of_no_weight_do_not_count():
+def test_compare_ignores_samples_without_weight():
     (mine, other), _ = with_weights(50)
     padded = [
         Samples(torch.cat((s.values, torch.zeros(30))), torch.cat((s.weights, torch.zeros(30))))
@@ -186,7 +186,7 @@ def test_samples_of_no_weight_do_not_count():
     assert compare(*padded) == compare(mine, other)
 
 
-def test_right_or_wrong_with_weights_is_no_mcnemar_test():
+def test_compare_bootstraps_binary_values_with_weights():
     mine, other = right_or_wrong(20, 8, 2, 5)
     weights = torch.ones(35)
     found = compare(Samples(mine.values, weights), Samples(other.values, weights))
@@ -195,7 +195,7 @@ def test_right_or_wrong_with_weights_is_no_mcnemar_test():
 
 
 @pytest.mark.slow
-def test_many_samples_in_groups_give_the_interval_of_single_ones(monkeypatch):
+def test_bootstrap_of_groups_matches_single_samples(monkeypatch):
     """Sorted, so that neighbours in a group would be alike."""
     mine, other = values(20_000, shift=0.01)
     order = (mine.values - other.values).argsort()
@@ -211,20 +211,20 @@ def test_many_samples_in_groups_give_the_interval_of_single_ones(monkeypatch):
 
 
 @pytest.mark.slow
-def test_no_difference_is_found_too_often_among_equals():
+def test_bootstrap_rarely_finds_differences_among_equals():
     """Of 200 comparisons, 10 ± 3 are to have an interval without 0, and as many a p below 5 %."""
     found = [compare(*values(40, seed=i)) for i in range(200)]
     assert 2 <= sum(not d.low <= 0 <= d.high for d in found) <= 24
     assert 2 <= sum(d.p < 0.05 for d in found) <= 20
 
 
-def test_the_same_seed_gives_the_same_interval_and_another_another():
+def test_bootstrap_interval_follows_the_seed():
     pair = values(100)
     assert compare(*pair) == compare(*pair, seed=0)
     assert compare(*pair).low != compare(*pair, seed=1).low
 
 
-def test_the_callers_random_numbers_are_left_alone():
+def test_compare_leaves_random_state_unchanged():
     before = torch.get_rng_state()
     compare(*values(100))
     assert torch.equal(torch.get_rng_state(), before)
@@ -235,7 +235,7 @@ def test_the_callers_random_numbers_are_left_alone():
 
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.tuples(st.floats(-9, 9), st.floats(-9, 9)), min_size=1, max_size=8))
-def test_the_other_way_round_is_the_negative(pairs):
+def test_compare_is_antisymmetric(pairs):
     mine, other = (Samples(torch.tensor(v, dtype=torch.float64)) for v in zip(*pairs, strict=True))
     one, turned = compare(mine, other), compare(other, mine)
     assert turned.value == pytest.approx(-one.value)
@@ -244,25 +244,25 @@ def test_the_other_way_round_is_the_negative(pairs):
 
 
 @pytest.mark.parametrize("pair", [right_or_wrong(20, 0, 0, 15), values(30, spread=0.0)])
-def test_identical_candidates_do_not_differ(pair):
+def test_compare_finds_no_difference_between_equals(pair):
     found = compare(*pair)
     assert found.value == 0
     assert found.p == 1
     assert found.low <= 0 <= found.high
 
 
-def test_identical_right_and_wrong_leaves_room_for_a_difference():
+def test_interval_of_equal_binary_values_has_width():
     found = compare(*right_or_wrong(20, 0, 0, 15))
     assert found.low == -found.high
     assert found.high == pytest.approx(1.96 / 37, rel=1e-4)
 
 
 @pytest.mark.parametrize("pair", [right_or_wrong(0, 1, 0, 0), values(1)])
-def test_one_sample_is_evidence_of_nothing(pair):
+def test_compare_of_one_sample_gives_p_1(pair):
     assert compare(*pair).p == 1
 
 
-def test_a_difference_in_another_unit():
+def test_difference_scale_by_changes_the_unit():
     found = Difference(0.01, -0.02, 0.04, 0.3, "mcnemar", 50).scale_by(100)
     assert found == Difference(1.0, -2.0, 4.0, 0.3, "mcnemar", 50)
 
@@ -286,7 +286,7 @@ def bad(mine, other, weights=None, others_weights=None):
         ((Samples(torch.ones(2)), Samples(torch.ones(2), metric="nll")), "None and nll"),
     ],
 )
-def test_samples_that_cannot_be_compared_are_an_error(pair, message):
+def test_compare_refuses_unlike_samples(pair, message):
     with pytest.raises(EvaluationError, match=message):
         compare(*pair)
 
@@ -316,7 +316,7 @@ def disagreement_by_hand(answers):
     }
 
 
-def test_disagreement_by_hand():
+def test_disagreement_matches_hand_count():
     found = disagreement([[0, 1, 2, 2], [0, 1, 1, 2], [0, 2, 0, 2]]).compute()
     assert found == pytest.approx({"disagreement": 5 / 12, "not_unanimous": 2 / 4, "n": 4})
 
@@ -328,17 +328,17 @@ tables = st.integers(1, 12).flatmap(
 
 @settings(max_examples=40, deadline=None)
 @given(tables, st.integers(1, 5))
-def test_disagreement_is_the_mean_over_pairs_for_any_split_into_batches(answers, size):
+def test_disagreement_is_independent_of_batches(answers, size):
     assert disagreement(answers, size).compute() == pytest.approx(disagreement_by_hand(answers))
 
 
 @pytest.mark.parametrize("members", [1, 4])
-def test_equal_members_do_not_disagree(members):
+def test_disagreement_of_equal_members_is_zero(members):
     found = disagreement([[0, 1, 2]] * members).compute()
     assert found == {"disagreement": 0, "not_unanimous": 0, "n": 3}
 
 
-def test_members_may_come_in_several_passes():
+def test_disagreement_takes_members_of_several_passes():
     answers = torch.tensor([[0, 1, 2, 2], [0, 1, 1, 2], [0, 2, 0, 2]])
     found = Disagreement(3)
     for group in (answers[:2], answers[2:]):
@@ -349,7 +349,7 @@ def test_members_may_come_in_several_passes():
     assert found.compute() == disagreement(answers).compute()
 
 
-def test_disagreement_of_several_processes_is_that_of_one():
+def test_disagreement_merges_processes():
     answers = [[0, 1, 2, 2, 1, 0], [0, 1, 1, 2, 0, 0], [0, 2, 0, 2, 0, 1]]
     whole = disagreement(answers)
     found = disagreement([row[:4] for row in answers])
@@ -363,12 +363,12 @@ def test_disagreement_does_not_wait_for_the_device():
         disagreement(torch.tensor([[0, 1, 2, 2], [0, 1, 1, 2], [0, 2, 0, 2]]))
 
 
-def test_no_answers_are_an_error():
+def test_disagreement_needs_answers():
     with pytest.raises(EvaluationError, match="data is empty"):
         Disagreement(2).compute()
 
 
-def test_answers_of_fewer_members_than_there_are_make_an_error():
+def test_disagreement_needs_answers_of_all_members():
     found = Disagreement(2)
     found.add(0, torch.tensor([1, 2]))
     with pytest.raises(EvaluationError, match="have not answered"):

@@ -59,7 +59,7 @@ def average(checkpoints, places, *, recompute=False):
 # Who shares what
 
 
-def test_a_checkpoint_is_one_network_however_often_it_is_needed(checkpoints):
+def test_weight_sets_share_a_checkpoint(checkpoints):
     again = open_checkpoint(checkpoints[1].path)
     candidates = [
         single(checkpoints, 1),
@@ -74,13 +74,13 @@ def test_a_checkpoint_is_one_network_however_often_it_is_needed(checkpoints):
     assert many[0] is many[2]
 
 
-def test_other_weights_of_one_file_are_another_network(tmp_path):
+def test_weight_sets_separate_weights_of_one_file(tmp_path):
     path = save(tmp_path / "two.pt", {"w": torch.ones(1)}, ema={"w": torch.zeros(1)})
     candidates = [Candidate.of_checkpoint(open_checkpoint(path, k)) for k in ("state_dict", "ema")]
     assert len(WeightSets(candidates)) == 2
 
 
-def test_weight_sets_whose_statistics_are_recomputed_come_together(checkpoints):
+def test_weight_sets_group_recomputed_together(checkpoints):
     candidates = [
         candidate
         for place in range(4)
@@ -93,7 +93,7 @@ def test_weight_sets_whose_statistics_are_recomputed_come_together(checkpoints):
     ]
 
 
-def test_an_average_is_one_network_as_it_is_and_another_recomputed(checkpoints):
+def test_weight_sets_separate_stale_and_recomputed_average(checkpoints):
     planned = plan_average(checkpoints)
     stale, fresh, again = (
         Candidate.of_average(planned, name, recompute=recompute)
@@ -129,7 +129,7 @@ def candidate_of(checkpoints, asked):
 
 @settings(max_examples=80, deadline=None)
 @given(asked=ASKED, size=st.integers(0, 12))
-def test_every_network_is_in_one_group_and_no_group_is_too_large(checkpoints, asked, size):
+def test_groups_hold_each_weight_set_once_within_size(checkpoints, asked, size):
     weight_sets = WeightSets([candidate_of(checkpoints, one) for one in asked])
     groups = weight_sets.groups(size)
     in_groups = [id(network) for group in groups for network in group]
@@ -142,13 +142,13 @@ def test_every_network_is_in_one_group_and_no_group_is_too_large(checkpoints, as
 
 @settings(max_examples=30, deadline=None)
 @given(count=st.integers(1, COUNT), size=st.integers(1, 10))
-def test_single_weight_sets_fill_as_few_groups_as_can_be(checkpoints, count, size):
+def test_groups_of_single_checkpoints_are_fewest(checkpoints, count, size):
     weight_sets = WeightSets([single(checkpoints, place) for place in range(count)])
     assert len(weight_sets.groups(size)) == -(-count // size)
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_ensembles_stay_together_where_they_fit(checkpoints, first):
+def test_groups_keep_ensembles_together(checkpoints, first):
     ensembles = [ensemble(checkpoints, places) for places in ([0, 1, 2], [3, 4, 5], [6, 7])]
     singles = [single(checkpoints, place) for place in range(COUNT)]
     weight_sets = WeightSets([*ensembles, *singles] if first else [*singles, *ensembles])
@@ -167,7 +167,7 @@ def loaded(candidates, **how):
     return group
 
 
-def test_the_averages_of_a_group_come_from_one_read(monkeypatch, checkpoints):
+def test_load_models_reads_averages_once(monkeypatch, checkpoints):
     read = counted_reads(monkeypatch)
     candidates = [
         average(checkpoints, range(4), recompute=True),
@@ -179,7 +179,7 @@ def test_the_averages_of_a_group_come_from_one_read(monkeypatch, checkpoints):
     assert read == {str(c.path): weights for c in checkpoints[:6]}
 
 
-def test_checkpoints_beside_averages_come_from_the_same_read(monkeypatch, checkpoints):
+def test_load_models_reads_checkpoints_with_averages(monkeypatch, checkpoints):
     read = counted_reads(monkeypatch)
     members = [single(checkpoints, 1), ensemble(checkpoints, [2, 3])]
     group = loaded([average(checkpoints, range(4)), *members])
@@ -190,7 +190,7 @@ def test_checkpoints_beside_averages_come_from_the_same_read(monkeypatch, checkp
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.complex64])
-def test_a_checkpoint_beside_averages_keeps_its_bits(tmp_path, dtype):
+def test_compute_state_dicts_keeps_bits_of_checkpoints(tmp_path, dtype):
     odd = torch.tensor([-0.0, 0.0, 1e-40, 65504.0, float("inf"), -float("inf"), 1 / 3]).to(dtype)
     states = [
         {"odd": odd * sign, "mask": torch.tensor([False, True]), "tracked": torch.tensor(number)}
@@ -214,7 +214,7 @@ def test_a_checkpoint_beside_averages_keeps_its_bits(tmp_path, dtype):
     ],
     ids=str,
 )
-def test_an_average_has_the_bits_that_it_has_alone(checkpoints, selections):
+def test_load_models_keeps_bits_of_averages_in_any_group(checkpoints, selections):
     group = loaded([average(checkpoints, places) for places in selections])
     for network, places in zip(group, selections, strict=True):
         states = [STATES[place] for place in places]
@@ -225,7 +225,7 @@ def test_an_average_has_the_bits_that_it_has_alone(checkpoints, selections):
         assert all(same_bits(v, alone[k]) for k, v in network.model.state_dict().items())
 
 
-def test_each_network_has_its_own_weights_in_evaluation_mode(checkpoints):
+def test_load_models_gives_separate_weights_in_eval_mode(checkpoints):
     one = template()
     before = copy.deepcopy(one.state_dict())
     weight_sets = WeightSets([single(checkpoints, 2), ensemble(checkpoints, [3, 4])])
@@ -239,7 +239,7 @@ def test_each_network_has_its_own_weights_in_evaluation_mode(checkpoints):
     assert all(torch.equal(v, before[k]) for k, v in one.state_dict().items())
 
 
-def test_one_average_in_two_weight_sets_is_two_models(checkpoints):
+def test_load_models_copies_a_shared_average(checkpoints):
     planned = plan_average(checkpoints)
     stale, fresh = loaded(
         [Candidate.of_average(planned, str(r), recompute=r) for r in (False, True)]
@@ -248,7 +248,7 @@ def test_one_average_in_two_weight_sets_is_two_models(checkpoints):
     assert stale.model.weight.data_ptr() != fresh.model.weight.data_ptr()
 
 
-def test_models_are_given_back_after_the_pass(checkpoints):
+def test_release_models_frees_memory(checkpoints):
     group = loaded([single(checkpoints, 0), average(checkpoints, [1, 2])])
     models = [weakref.ref(network.model) for network in group]
     release_models(group, CPU.device)
@@ -257,7 +257,7 @@ def test_models_are_given_back_after_the_pass(checkpoints):
 
 
 @pytest.mark.parametrize("kind", ["checkpoint", "average"])
-def test_weights_that_do_not_fit_are_named(tmp_path, checkpoints, kind):
+def test_load_models_names_weights_that_do_not_fit(tmp_path, checkpoints, kind):
     other = opened(tmp_path, [{"weight": torch.ones(2, 2)}] * 2)
     candidate = (
         Candidate.of_checkpoint(other[1])
