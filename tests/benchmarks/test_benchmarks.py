@@ -58,6 +58,7 @@ def test_all_contenders_come_to_the_same_average(tmp_path):
     assert not list((tmp_path / "room").iterdir())
 
 
+@pytest.mark.slow
 def test_averages_that_are_not_the_same_are_found(tmp_path):
     names = checkpoints.shapes(10_000)
     for name in ("one", "other", "less"):
@@ -107,6 +108,7 @@ def measured(name, tmp_path):
     return table["rows"]
 
 
+@pytest.mark.slow
 def test_speed_is_that_without_the_import(written, tmp_path):
     rows = measured("speed", tmp_path)
     assert len(rows) == 3 * len(parts.SPEED_GOALS)
@@ -127,6 +129,7 @@ def test_cold_inputs_are_put_out_of_memory_before_each_run(written, tmp_path, mo
     assert evicted == [0, 3, 3] * 4  # import torch, the floor, ckptavg
 
 
+@pytest.mark.slow
 def test_memory_is_that_above_the_import(written, tmp_path):
     rows = measured("memory", tmp_path)
     assert {row["peak"]["median"] for row in rows.values()} == {100.0}
@@ -150,6 +153,7 @@ def test_growth_is_that_of_runs_that_double(written, tmp_path):
     assert dearest == pytest.approx(max(medians) / min(medians))
 
 
+@pytest.mark.slow
 def test_many_are_held_against_as_many_runs_and_against_one(written, tmp_path):
     rows = measured("many", tmp_path)
     assert rows["warm, against 16 runs"]["time"]["median"] == pytest.approx(1 / 16)
@@ -222,6 +226,7 @@ def scored_here(name, tmp_path, *arguments):
     return table
 
 
+@pytest.mark.slow
 def test_each_number_of_candidates_is_measured_in_each_round(scripts, tmp_path):
     arguments = ["--candidates", "2", "1", "--rounds", "2"]
     rows = scored_here("decoding", tmp_path, *arguments)["rows"]
@@ -292,6 +297,7 @@ def refused(arguments, tmp_path, **environment):
     return line
 
 
+@pytest.mark.slow
 def test_without_torchvision_nothing_is_scored(tmp_path):
     (tmp_path / "torchvision.py").write_text("raise ImportError('no such thing')")
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
@@ -299,6 +305,7 @@ def test_without_torchvision_nothing_is_scored(tmp_path):
     assert said.startswith("error: torchvision cannot be imported (no such thing): pip install")
 
 
+@pytest.mark.slow
 def test_without_a_gpu_nothing_is_scored_on_one(tmp_path):
     said = refused(["--device", "cuda"], tmp_path, CUDA_VISIBLE_DEVICES="")
     assert said == "error: there is no CUDA device: take --device cpu, or auto"
