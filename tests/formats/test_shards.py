@@ -20,7 +20,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_d
 
 from ckptavg import average, open_run
 from ckptavg.errors import CheckpointError
-from ckptavg.formats import open_checkpoint
+from ckptavg.formats import open_checkpoint, shards
 from ckptavg.formats.tiling import tiles
 
 PLACES = {"emb": Shard(0), "w": Shard(1), "norm": Replicate()}
@@ -212,6 +212,14 @@ def test_an_absent_rank_is_named(tmp_path):
     (tmp_path / "shard-00001-model-00001-of-00001.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"parts of one model .*there is no shard-00001"):
         open_run(tmp_path)
+
+
+def test_ranks_that_a_name_claims_are_not_counted_to_a_billion(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "_MOST_MISSING", 50)
+    put_halves(tmp_path, names=("", "shard-999999999-model-00001-of-00001.safetensors"))
+    (tmp_path / "shard-00001-model-00001-of-00001.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"there is no shard-00001, .* and 46 more"):
+        open_checkpoint(tmp_path)
 
 
 @given(st.data())
