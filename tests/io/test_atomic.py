@@ -39,7 +39,7 @@ kinds = pytest.mark.parametrize("directory", [False, True], ids=["file", "direct
 @kinds
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("system", ["one step", "hard links", "no hard links"])
-def test_an_output_appears_when_published_and_leaves_nothing_else(
+def test_publication_appears_only_once_published(
     tmp_path, monkeypatch, directory, overwrite, system
 ):
     lacks(monkeypatch, system)
@@ -57,7 +57,7 @@ def test_an_output_appears_when_published_and_leaves_nothing_else(
 @kinds
 @pytest.mark.parametrize("linked", [False, True])
 @pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two steps"])
-def test_an_existing_output_is_replaced(tmp_path, monkeypatch, directory, linked, exchange):
+def test_publication_replaces_existing_output(tmp_path, monkeypatch, directory, linked, exchange):
     """Also the one that a link leads to, as ``torch.save`` and ``cp`` do it."""
     if not exchange:
         monkeypatch.setattr(rename, "exchange", lambda one, other: False)
@@ -83,7 +83,7 @@ def test_an_existing_output_is_replaced(tmp_path, monkeypatch, directory, linked
 
 @posix
 @pytest.mark.parametrize("mode", [0o600, 0o640, 0o664])
-def test_a_file_that_is_replaced_hands_its_mode_on(tmp_path, mode):
+def test_publication_keeps_mode_of_replaced_file(tmp_path, mode):
     out = tmp_path / "out"
     out.write_text("old")
     out.chmod(mode)
@@ -95,7 +95,7 @@ def test_a_file_that_is_replaced_hands_its_mode_on(tmp_path, mode):
 
 
 @posix
-def test_a_directory_that_is_replaced_hands_its_modes_on(tmp_path):
+def test_publication_keeps_modes_of_replaced_directory(tmp_path):
     out = fill(tmp_path / "out")
     out.chmod(0o750)
     (out / "model.safetensors").chmod(0o600)
@@ -111,7 +111,7 @@ def test_a_directory_that_is_replaced_hands_its_modes_on(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="root gives files away")
-def test_a_file_that_root_replaces_keeps_its_owner(tmp_path):
+def test_publication_by_root_keeps_owner(tmp_path):
     out = tmp_path / "out"
     out.write_text("old")
     os.chown(out, 12345, 54321)
@@ -123,7 +123,7 @@ def test_a_file_that_root_replaces_keeps_its_owner(tmp_path):
 
 @kinds
 @pytest.mark.parametrize("length", [233, 234, 255])
-def test_a_name_as_long_as_may_be_is_written(tmp_path, directory, length):
+def test_publication_takes_longest_names(tmp_path, directory, length):
     out = tmp_path / ("ü" * 60 + "o" * (length - 120))
     with Publication(out, directory=directory, overwrite=False) as publication:
         write(publication)
@@ -132,7 +132,7 @@ def test_a_name_as_long_as_may_be_is_written(tmp_path, directory, length):
     assert names(tmp_path) == {out.name}
 
 
-def test_leftovers_of_a_long_name_are_cleared(tmp_path, monkeypatch):
+def test_remove_stale_clears_leftovers_of_long_name(tmp_path, monkeypatch):
     out = tmp_path / ("o" * 250)
     monkeypatch.setattr(temporaries, "remove", lambda path: None)
     with Publication(out, directory=False, overwrite=False):
@@ -146,7 +146,7 @@ def test_leftovers_of_a_long_name_are_cleared(tmp_path, monkeypatch):
 @kinds
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize("existing", [False, True])
-def test_an_exception_inside_leaves_nothing_behind(tmp_path, directory, error, existing):
+def test_publication_leaves_nothing_after_exception(tmp_path, directory, error, existing):
     out = tmp_path / "out"
     if existing:
         out.write_text("old")
@@ -165,7 +165,7 @@ def test_an_exception_inside_leaves_nothing_behind(tmp_path, directory, error, e
 @pytest.mark.parametrize(
     ("number", "expected"), [(errno.ENOSPC, "ran full"), (errno.EIO, "cannot be written")]
 )
-def test_an_error_of_the_system_is_told_in_one_line(tmp_path, number, expected):
+def test_publication_reports_system_error_in_one_line(tmp_path, number, expected):
     with (
         pytest.raises(OutputError, match=expected) as caught,
         Publication(tmp_path / "out", directory=False, overwrite=False),
@@ -176,7 +176,7 @@ def test_an_error_of_the_system_is_told_in_one_line(tmp_path, number, expected):
 
 
 @kinds
-def test_a_parent_that_went_away_is_told_in_one_line(tmp_path, directory):
+def test_publication_refuses_missing_parent(tmp_path, directory):
     with (
         pytest.raises(OutputError),
         Publication(tmp_path / "gone" / "out", directory=directory, overwrite=False),
@@ -185,7 +185,7 @@ def test_a_parent_that_went_away_is_told_in_one_line(tmp_path, directory):
 
 
 @kinds
-def test_leaving_without_publishing_leaves_nothing(tmp_path, directory):
+def test_publication_unpublished_leaves_nothing(tmp_path, directory):
     with Publication(tmp_path / "out", directory=directory, overwrite=True) as publication:
         write(publication)
     assert names(tmp_path) == set()
@@ -194,7 +194,9 @@ def test_leaving_without_publishing_leaves_nothing(tmp_path, directory):
 @kinds
 @pytest.mark.parametrize("appeared", ["file", "directory", "broken link"])
 @pytest.mark.parametrize("system", ["one step", "hard links", "no hard links"])
-def test_what_appears_meanwhile_is_not_replaced(tmp_path, monkeypatch, directory, appeared, system):
+def test_publication_keeps_path_that_appears_meanwhile(
+    tmp_path, monkeypatch, directory, appeared, system
+):
     lacks(monkeypatch, system)
     out = tmp_path / "out"
 
@@ -216,7 +218,7 @@ def test_what_appears_meanwhile_is_not_replaced(tmp_path, monkeypatch, directory
 
 
 @kinds
-def test_everything_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch, directory):
+def test_publication_flushes_before_rename(tmp_path, monkeypatch, directory):
     out, flushed = tmp_path / "out", []
     monkeypatch.setattr(atomic, "_fsync", lambda path: flushed.append((path, out.exists())))
     with Publication(out, directory=directory, overwrite=False) as publication:
@@ -230,7 +232,7 @@ def test_everything_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypat
 
 @posix
 @kinds
-def test_an_output_has_the_permissions_of_any_new_file(tmp_path, directory):
+def test_publication_has_mode_of_new_file(tmp_path, directory):
     plain = tmp_path / "plain"
     plain.mkdir() if directory else plain.touch()
     with Publication(tmp_path / "out", directory=directory, overwrite=False) as publication:
@@ -239,7 +241,7 @@ def test_an_output_has_the_permissions_of_any_new_file(tmp_path, directory):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="renameat2 is Linux's")
-def test_a_directory_is_never_missing_while_it_is_replaced(tmp_path):
+def test_publication_never_unlinks_replaced_directory(tmp_path):
     out = fill(tmp_path / "out")
     seen, stop = set(), threading.Event()
 

@@ -30,12 +30,12 @@ def refused(path: Path, overwrite=True, inputs=()) -> str:
 # ------------------------------------------------------------------- what may be written, and where
 
 
-def test_a_new_output_may_be_written(tmp_path):
+def test_check_target_accepts_new_output(tmp_path):
     check_target(tmp_path / "out.pt", overwrite=False, inputs=[tmp_path / "in.pt"])
 
 
 @pytest.mark.parametrize("existing", ["file", "directory", "link", "broken link"])
-def test_an_existing_output_needs_overwrite(tmp_path, existing):
+def test_check_target_requires_overwrite_for_existing(tmp_path, existing):
     out = tmp_path / "out"
     if existing == "file":
         out.write_text("old")
@@ -64,7 +64,7 @@ INPUTS = {
 
 @pytest.mark.parametrize("path", INPUTS.values(), ids=INPUTS)
 @pytest.mark.parametrize("overwrite", [True, False])
-def test_an_input_is_never_the_output(tmp_path, path, overwrite):
+def test_check_target_refuses_input(tmp_path, path, overwrite):
     (tmp_path / "in.pt").write_text("in")
     (tmp_path / "link.pt").symlink_to("in.pt")
     (tmp_path / "linked").symlink_to(tmp_path, target_is_directory=True)
@@ -75,30 +75,30 @@ def test_an_input_is_never_the_output(tmp_path, path, overwrite):
     assert "is an input" in refused(tmp_path / path, overwrite, inputs)
 
 
-def test_an_input_that_is_a_link_protects_what_it_leads_to(tmp_path):
+def test_check_target_refuses_target_of_input_link(tmp_path):
     (tmp_path / "blob").write_text("in")
     (tmp_path / "in.pt").symlink_to("blob")
     assert "is an input" in refused(tmp_path / "blob", inputs=[tmp_path / "in.pt"])
 
 
-def test_a_neighbour_of_the_inputs_may_be_written(tmp_path):
+def test_check_target_accepts_neighbour_of_input(tmp_path):
     fill(tmp_path / "model")
     check_target(tmp_path / "model2", overwrite=False, inputs=[tmp_path / "model"])
 
 
 @pytest.mark.parametrize("parent", ["missing", "file"])
-def test_a_parent_that_is_no_directory_is_refused(tmp_path, parent):
+def test_check_target_refuses_parent_not_directory(tmp_path, parent):
     (tmp_path / "file").write_text("")
     assert "does not exist" in refused(tmp_path / parent / "out.pt")
 
 
-def test_a_parent_that_may_not_be_written_to_is_refused(tmp_path, monkeypatch):
+def test_check_target_refuses_unwritable_parent(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: not (mode & os.W_OK))
     assert "may not be written" in refused(tmp_path / "out.pt")
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write all")
-def test_permission_bits_of_the_parent_bind(tmp_path):
+def test_check_target_heeds_permission_bits_of_parent(tmp_path):
     tmp_path.chmod(0o555)
     try:
         assert "may not be written" in refused(tmp_path / "out.pt")
@@ -118,14 +118,14 @@ OTHERS = ["optimizer.pt", "checkpoint-100/", ".git/", "photo.jpg", "train.py", "
 
 
 @pytest.mark.parametrize("other", OTHERS)
-def test_a_directory_that_holds_other_things_is_not_replaced(tmp_path, other):
+def test_check_replaceable_refuses_directory_of_other_files(tmp_path, other):
     out = fill(tmp_path / "out", "config.json", other)
     said = unreplaceable(out, "model.safetensors", "config.json")
     assert "not replaced" in said
     assert other.rstrip("/") in said
 
 
-def test_what_is_hidden_in_a_subdirectory_is_found(tmp_path):
+def test_check_replaceable_finds_files_in_subdirectory(tmp_path):
     out = fill(tmp_path / "out", "1_Pooling/")
     for name in ("config.json", "notes.txt"):
         (out / "1_Pooling" / name).write_text("")
@@ -137,25 +137,25 @@ def test_what_is_hidden_in_a_subdirectory_is_found(tmp_path):
     )  # fmt: skip
 
 
-def test_a_link_to_a_directory_within_is_not_followed(tmp_path):
+def test_check_replaceable_refuses_link_to_directory(tmp_path):
     out, elsewhere = fill(tmp_path / "out"), fill(tmp_path / "elsewhere")
     (out / "data").symlink_to(elsewhere)
     assert "data" in unreplaceable(out, "model.safetensors")
 
 
-def test_an_empty_directory_may_be_replaced(tmp_path):
+def test_check_replaceable_accepts_empty_directory(tmp_path):
     (tmp_path / "out").mkdir()
     check_replaceable(tmp_path / "out", directory=True, names=[])
 
 
-def test_a_part_of_what_is_written_may_be_replaced(tmp_path):
+def test_check_replaceable_accepts_part_of_output(tmp_path):
     out = fill(tmp_path / "out", "config.json")
     names = ["config.json", "tokenizer.json", "model.safetensors", "1_Pooling/config.json"]
     check_replaceable(out, directory=True, names=names)
 
 
 @pytest.mark.parametrize("linked", [False, True])
-def test_a_file_takes_no_directory_s_place_nor_a_directory_a_file_s(tmp_path, linked):
+def test_check_replaceable_refuses_other_kind(tmp_path, linked):
     directory, file = fill(tmp_path / "directory"), tmp_path / "file"
     file.write_text("")
     if linked:
@@ -187,7 +187,7 @@ def stand(path: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["a pipe", "a socket", "a device"])
 @pytest.mark.parametrize("linked", [False, True])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_what_is_no_file_is_not_replaced(tmp_path, monkeypatch, kind, linked, overwrite):
+def test_check_target_refuses_special_files(tmp_path, monkeypatch, kind, linked, overwrite):
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "out"
     stand(out, kind)
@@ -201,7 +201,7 @@ def test_what_is_no_file_is_not_replaced(tmp_path, monkeypatch, kind, linked, ov
 
 @posix
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_dev_null_is_not_replaced(overwrite):
+def test_check_target_refuses_dev_null(overwrite):
     assert "/dev/null is a device" in refused(Path("/dev/null"), overwrite)
 
 
@@ -230,7 +230,7 @@ except OutputError as error:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="mount namespaces of Linux")
-def test_a_mount_point_is_told_before_the_work(tmp_path):
+def test_check_target_refuses_mount_point(tmp_path):
     (tmp_path / "source").mkdir()
     for name in ("file", "out.pt"):
         (tmp_path / name).write_text("")
@@ -247,26 +247,24 @@ def test_a_mount_point_is_told_before_the_work(tmp_path):
 
 
 @posix
-def test_a_name_over_the_limit_is_told_before_the_work(tmp_path):
+def test_check_target_refuses_too_long_name(tmp_path):
     assert "Choose a shorter name" in refused(tmp_path / ("o" * 256))
 
 
-def test_a_link_that_leads_to_itself_is_told(tmp_path):
+def test_check_target_refuses_link_to_itself(tmp_path):
     (tmp_path / "out").symlink_to("out")
     assert "links" in refused(tmp_path / "out")
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write all")
-def test_a_file_that_its_owner_protects_is_not_replaced(tmp_path):
+def test_check_target_refuses_write_protected_file(tmp_path):
     (tmp_path / "out").write_text("old")
     (tmp_path / "out").chmod(0o444)
     assert "may not be written to" in refused(tmp_path / "out")
 
 
 @pytest.mark.parametrize(("needed", "fits"), [(0, True), (1000, True), (1001, False)])
-def test_the_room_on_the_disk_is_looked_at_where_the_output_goes(
-    tmp_path, monkeypatch, needed, fits
-):
+def test_check_room_asks_disk_of_output(tmp_path, monkeypatch, needed, fits):
     asked = []
 
     def usage(path):

@@ -77,7 +77,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("kind", [".pt", ".safetensors", "legacy", "shards"])
-def test_an_average_of_urls_has_the_bits_of_the_local_one(store, tmp_path, kind):
+def test_remote_average_equals_local_average(store, tmp_path, kind):
     local = write_run(tmp_path / "run", kind)
     url = upload(local)
     here, there = ckptavg.open_run(local), ckptavg.open_run(url)
@@ -91,7 +91,7 @@ def test_an_average_of_urls_has_the_bits_of_the_local_one(store, tmp_path, kind)
     assert same_bits(average["large"], average_by_hand(large, [1, 1, 1], torch.float32))
 
 
-def test_a_directory_follows_its_remote_template(store, tmp_path):
+def test_remote_directory_is_template_of_output(store, tmp_path):
     local = write_run(tmp_path / "run", "shards")
     written = [
         ckptavg.average(ckptavg.open_run(place), out=tmp_path / name)
@@ -107,7 +107,7 @@ def test_a_directory_follows_its_remote_template(store, tmp_path):
     )
 
 
-def test_a_remote_model_of_several_directories_is_whole(store, tmp_path):
+def test_remote_components_are_averaged_and_copied(store, tmp_path):
     listed = [{"path": path, "type": "t"} for path in ("", "1_Pooling", "2_Dense")]
     texts = {"modules.json": json.dumps(listed), "1_Pooling/config.json": "{}", "a/b/c.txt": "c"}
     for step in (1, 2):
@@ -126,7 +126,7 @@ def test_a_remote_model_of_several_directories_is_whole(store, tmp_path):
     )
 
 
-def test_an_output_follows_the_layout_of_a_remote_file(store, tmp_path):
+def test_remote_file_is_template_of_output(store, tmp_path):
     for epoch in (1, 2):
         values = {"model": {"w": torch.full((3,), float(epoch))}, "scale": torch.tensor(0.5)}
         (tmp_path / "run").mkdir(exist_ok=True)
@@ -138,7 +138,7 @@ def test_an_output_follows_the_layout_of_a_remote_file(store, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable")
-def test_remote_distributed_checkpoints_are_averaged_and_followed(store, tmp_path):
+def test_remote_dcp_is_averaged_and_template_of_output(store, tmp_path):
     written = [{name: t.contiguous() for name, t in state.items()} for state in states()]
     for step, state in enumerate(written):
         dcp.save({"model": state, "step": step}, checkpoint_id=tmp_path / "run" / f"step_{step}")
@@ -151,7 +151,7 @@ def test_remote_distributed_checkpoints_are_averaged_and_followed(store, tmp_pat
     assert same(loaded["model"], ckptavg.average(local))
 
 
-def test_remote_and_local_checkpoints_mix(store, tmp_path):
+def test_remote_and_local_checkpoints_form_one_run(store, tmp_path):
     paths = save_states(tmp_path / "run", states())
     remote = upload(paths[1], "elsewhere/epoch_2.pt")
     mixed = ckptavg.open_run(paths[0], remote, paths[2])
@@ -160,7 +160,7 @@ def test_remote_and_local_checkpoints_mix(store, tmp_path):
     assert same(one, ckptavg.average(ckptavg.open_run(tmp_path / "run")))
 
 
-def test_repeats_count_once_and_numbered_checkpoints_each(store, tmp_path):
+def test_remote_repeats_count_once_unless_numbered(store, tmp_path):
     run = tmp_path / "run"
     for suffix in (".pt", ".safetensors"):
         for i in (2, 10):
@@ -180,14 +180,14 @@ def test_repeats_count_once_and_numbered_checkpoints_each(store, tmp_path):
     assert names(again) == names(torches)
 
 
-def test_a_run_that_grows_is_seen_to(store, tmp_path):
+def test_remote_run_lists_new_checkpoints(store, tmp_path):
     url = upload(save_weight(tmp_path / "epoch_1.pt"), "run/epoch_1.pt").rpartition("/")[0]
     assert len(ckptavg.open_run(url)) == 1
     upload(save_weight(tmp_path / "epoch_2.pt"), "run/epoch_2.pt")
     assert len(ckptavg.open_run(url)) == 2
 
 
-def test_two_runs_below_one_url_are_an_error(store, tmp_path):
+def test_remote_run_refuses_two_runs_below_url(store, tmp_path):
     for name in ("a", "b"):
         upload(save_weight(tmp_path / "epoch_1.pt"), f"runs/{name}/epoch_1.pt")
     with pytest.raises(RunError, match=r"holds 2 runs: store://runs/a, store://runs/b"):
@@ -212,7 +212,7 @@ def delete(path: pathlib.Path) -> None:
     ("happens", "words"),
     [(change_contents, "changed"), (cut_short, "changed"), (delete, "is not there")],
 )
-def test_what_changes_while_it_is_read_is_an_error(store, tmp_path, monkeypatch, happens, words):
+def test_remote_file_changed_while_read_is_error(store, tmp_path, monkeypatch, happens, words):
     for i in (1, 2):
         upload(save_weight(tmp_path / "run" / f"epoch_{i}.pt"), f"run/epoch_{i}.pt")
     run = ckptavg.open_run("store://run")
@@ -224,7 +224,7 @@ def test_what_changes_while_it_is_read_is_an_error(store, tmp_path, monkeypatch,
     assert not (tmp_path / "out.pt").exists()
 
 
-def test_a_stamp_goes_by_what_the_store_says(store, tmp_path):
+def test_remote_file_stamp_uses_store_metadata(store, tmp_path):
     upload(save_weight(tmp_path / "a.pt"), "a.pt")
     stamp = FileStamp.of("store://a.pt")
     assert stamp.size == (tmp_path / "a.pt").stat().st_size
@@ -246,13 +246,11 @@ def test_a_stamp_goes_by_what_the_store_says(store, tmp_path):
         ("", ""),
     ],
 )
-def test_only_sums_of_contents_stand_for_them(token, content):
+def test_content_of_accepts_checksum_etags_only(token, content):
     assert paths.content_of(token) == content
 
 
-def test_every_byte_is_read_once_in_few_requests_that_stay_in_the_budget(
-    store, tmp_path, monkeypatch
-):
+def test_remote_average_reads_each_byte_once_within_budget(store, tmp_path, monkeypatch):
     state = {f"layer{i}.weight": torch.randn(250, 1000) for i in range(4)}
     state |= {f"layer{i}.bias": torch.randn(7) for i in range(200)}
     save_states(tmp_path / "run", [state] * 3, ".safetensors")
@@ -275,7 +273,7 @@ def test_every_byte_is_read_once_in_few_requests_that_stay_in_the_budget(
         assert max(Store.batches) <= max(budget // workers, 3 * 4 * stream.BLOCK) + (3 << 16)
 
 
-def test_a_block_beyond_the_budget_is_read_source_by_source(store, tmp_path, monkeypatch):
+def test_remote_average_reads_block_beyond_budget(store, tmp_path, monkeypatch):
     monkeypatch.setattr(stream, "READ_AHEAD", 1)
     local = write_run(tmp_path / "run", ".pt")
     assert same(
@@ -283,7 +281,7 @@ def test_a_block_beyond_the_budget_is_read_source_by_source(store, tmp_path, mon
     )
 
 
-def test_the_table_of_a_torch_file_takes_two_requests(store, tmp_path):
+def test_remote_torch_file_opens_in_two_requests(store, tmp_path):
     state = {f"layer{i}": torch.randn(100 + i, 100) for i in range(30)}
     path = save(tmp_path / "a.pt", state, epoch=1)
     url = upload(path, "a.pt")
@@ -306,7 +304,7 @@ def repacked(path: pathlib.Path, comment: bytes) -> None:
 
 
 @pytest.mark.parametrize("length", [0, 1, 60, 64, 300])
-def test_an_archive_of_another_tool_is_read_by_its_headers(store, tmp_path, length):
+def test_remote_torch_file_repacked_is_read_by_its_headers(store, tmp_path, length):
     path = save(tmp_path / "a.pt", states(1)[0], epoch=1)
     extra = b"\xff\xff" + length.to_bytes(2, "little") + bytes(length)
     repacked(path, extra)
@@ -315,7 +313,7 @@ def test_an_archive_of_another_tool_is_read_by_its_headers(store, tmp_path, leng
     assert same(here, there)
 
 
-def test_a_header_longer_than_one_read(store, tmp_path):
+def test_remote_header_longer_than_one_read_is_read(store, tmp_path):
     state = {f"a.rather.long.name.of.layer.number.{i}": torch.randn(3) for i in range(4000)}
     for suffix in (".pt", ".safetensors"):
         path = save(tmp_path / f"a{suffix}", state)
@@ -323,7 +321,7 @@ def test_a_header_longer_than_one_read(store, tmp_path):
         assert same(ckptavg.average(ckptavg.open_run(url)), ckptavg.average(ckptavg.open_run(path)))
 
 
-def test_a_request_that_fails_is_made_again(store, tmp_path):
+def test_remote_request_is_retried(store, tmp_path):
     save_states(tmp_path / "run", states())
     run = ckptavg.open_run(upload(tmp_path / "run"))
     Store.failures += [ConnectionResetError("reset by peer"), TimeoutError()]
@@ -340,7 +338,7 @@ def test_a_request_that_fails_is_made_again(store, tmp_path):
         (FileNotFoundError(), "is not there"),
     ],
 )
-def test_a_request_that_fails_for_good_is_one_line(store, tmp_path, error, words):
+def test_remote_request_failure_is_one_line(store, tmp_path, error, words):
     url = upload(save_weight(tmp_path / "a.pt"), "a.pt")
     Store.failures += [error] * 9
     message = refusal(url)
@@ -348,13 +346,13 @@ def test_a_request_that_fails_for_good_is_one_line(store, tmp_path, error, words
     assert words in message
 
 
-def test_a_server_without_ranges_is_told_of(store, tmp_path, monkeypatch):
+def test_remote_server_without_ranges_is_refused(store, tmp_path, monkeypatch):
     url = upload(save(tmp_path / "a.pt", {"w": torch.randn(1000, 1000)}), "a.pt")
     monkeypatch.setattr(Store, "cat_file", lambda self, path, *_, **__: bytes(9 << 20))
     assert "sends the whole file" in refusal(url)
 
 
-def test_a_file_url_is_a_local_path(tmp_path, monkeypatch):
+def test_file_url_is_local_path(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "fsspec.core", None)
     path = save_weight(tmp_path / "a dir" / "epoch_1.pt")
     assert " " not in path.as_uri()
@@ -367,13 +365,13 @@ def test_a_file_url_is_a_local_path(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["exp::3", "s3:", "a:b"])
-def test_odd_names_are_local_paths(tmp_path, monkeypatch, name):
+def test_local_paths_may_look_like_urls(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     save_weight(tmp_path / name / "epoch_1.pt")
     assert ckptavg.average(ckptavg.open_run(name), out=f"{name}/out.pt").exists()
 
 
-def test_what_is_missing_is_named(monkeypatch):
+def test_remote_names_missing_package(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "fsspec.core", None)
         with pytest.raises(CkptavgError, match="pip install s3fs"):
@@ -394,13 +392,13 @@ def test_what_is_missing_is_named(monkeypatch):
         ("store://", "names no file"),
     ],
 )
-def test_urls_that_are_wrong_by_themselves(store, url, words):
+def test_remote_refuses_malformed_url(store, url, words):
     with pytest.raises(UsageError, match=words):
         ckptavg.open_run(url)
 
 
 @pytest.mark.parametrize("out", ["store://out.pt", "s3://bucket/out", "file:///tmp/out.pt"])
-def test_an_output_is_local(store, tmp_path, out):
+def test_output_url_is_refused(store, tmp_path, out):
     save_weight(tmp_path / "epoch_1.pt")
     with pytest.raises(UsageError, match=rf"local paths but got {out}"):
         ckptavg.average(ckptavg.open_run(tmp_path), out=out)
@@ -416,7 +414,7 @@ def test_an_output_is_local(store, tmp_path, out):
         ("/a/path?of@mine", None),
     ],
 )
-def test_what_is_written_down_holds_no_secrets(url, shown):
+def test_without_secrets_removes_signature_and_password(url, shown):
     assert paths.without_secrets(url) == (shown or url)
 
 
@@ -430,7 +428,7 @@ def data():
 
 
 @pytest.mark.parametrize("as_json", [[], ["--json"]])
-def test_nothing_that_is_shown_or_written_holds_a_password(store, tmp_path, monkeypatch, as_json):
+def test_remote_password_is_neither_shown_nor_written(store, tmp_path, monkeypatch, as_json):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "net.py").write_text(NET)
     save_states(tmp_path / "run", [torch.nn.Linear(2, 2).state_dict()] * 2)
@@ -455,7 +453,7 @@ def test_nothing_that_is_shown_or_written_holds_a_password(store, tmp_path, monk
     assert b"secret" not in written
 
 
-def test_provenance_names_the_urls(store, tmp_path):
+def test_provenance_names_urls(store, tmp_path):
     save_states(tmp_path / "run", states())
     url = upload(tmp_path / "run")
     out = ckptavg.average(ckptavg.open_run(url), out=tmp_path / "out.pt")
@@ -469,7 +467,7 @@ intervals = st.tuples(st.sampled_from("ab"), st.integers(0, 10**6), st.integers(
 
 
 @given(st.lists(intervals, max_size=12))
-def test_neighbours_are_read_as_one(wanted):
+def test_merge_ranges_joins_neighbours(wanted):
     found = merge_ranges(wanted)
     for one, other in pairwise(found):
         assert one[0] < other[0] or other[1] - one[2] > 1 << 16
@@ -480,7 +478,7 @@ def test_neighbours_are_read_as_one(wanted):
         assert {start, end} <= {x for u, a, b in wanted if u == url for x in (a, b)}
 
 
-def test_remote_runs_with_the_step_above_are_found_by_few_listings(store, tmp_path, monkeypatch):
+def test_remote_runs_below_steps_need_few_listings(store, tmp_path, monkeypatch):
     for step in (1500, 500, 1000):
         home = tmp_path / "run" / f"checkpoint-{step}"
         for network in ("unet", "unet_ema"):
@@ -502,7 +500,7 @@ def test_remote_runs_with_the_step_above_are_found_by_few_listings(store, tmp_pa
     assert ckptavg.average(ckptavg.open_run(url, glob="*/unet_ema"))["w"] == 1000
 
 
-def test_remote_parts_of_a_model_are_refused_and_shards_joined(store, tmp_path):
+def test_remote_ranks_are_refused_and_shards_joined(store, tmp_path):
     for rank in range(2):
         save_weight(tmp_path / "iter_5" / f"mp_rank_0{rank}" / "model_optim_rng.pt", float(rank))
         save(

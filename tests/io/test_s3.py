@@ -79,7 +79,7 @@ def ckptavg(*args: object) -> Result:
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_each_byte_is_read_once_and_no_file_as_a_whole(s3, tmp_path, suffix):
+def test_s3_average_reads_each_byte_once_by_ranges(s3, tmp_path, suffix):
     local = write_run(tmp_path / "run", suffix)
     size = (local / f"step_9{suffix}").stat().st_size
     url = s3.put(local, "some/run")
@@ -100,7 +100,7 @@ def test_each_byte_is_read_once_and_no_file_as_a_whole(s3, tmp_path, suffix):
     assert all(same_bits(found[name], by_hand[name]) for name in found)
 
 
-def test_the_command_line_from_one_end_to_the_other(s3, tmp_path, monkeypatch):
+def test_s3_urls_work_in_every_command(s3, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "task.py").write_text(FACTORIES)
     names_ = {}
@@ -149,7 +149,7 @@ def test_the_command_line_from_one_end_to_the_other(s3, tmp_path, monkeypatch):
         {"FSSPEC_S3_ENDPOINT_URL": "{url}"},
     ],
 )
-def test_the_endpoint_comes_from_the_environment(s3, tmp_path, settings):
+def test_s3_endpoint_comes_from_environment(s3, tmp_path, settings):
     url = s3.put(save_weight(tmp_path / "epoch_1.pt", 3.0), "run/epoch_1.pt")
     given = {name: value.format(url=s3.url) for name, value in settings.items()}
     kept = {k: v for k, v in os.environ.items() if k != "AWS_ENDPOINT_URL"}
@@ -178,7 +178,7 @@ def hugging_face(directory: Path, step: int) -> Path:
     return directory
 
 
-def test_hugging_face_directories(s3, tmp_path):
+def test_s3_hugging_face_directories_are_averaged(s3, tmp_path):
     for step in (90, 100):
         hugging_face(tmp_path / "run" / f"checkpoint-{step}", step)
     url = s3.put(tmp_path / "run", "run")
@@ -197,7 +197,7 @@ def test_hugging_face_directories(s3, tmp_path):
     assert not s3.read("run/checkpoint-90/optimizer.pt")
 
 
-def test_equal_numbered_objects_count_each_and_an_alias_once(s3, tmp_path):
+def test_s3_alias_is_left_out_by_etag(s3, tmp_path):
     plain = save(tmp_path / "a.safetensors", state(1))
     for key in ("epoch_1", "epoch_2", "last"):
         s3.put(plain, f"run/{key}.safetensors")
@@ -208,7 +208,7 @@ def test_equal_numbered_objects_count_each_and_an_alias_once(s3, tmp_path):
     assert sum(request.size for request in s3.requests) < 3 * HEAD + 10_000  # its ETag tells
 
 
-def test_an_alias_that_was_uploaded_in_parts_is_compared_by_its_bytes(s3, tmp_path):
+def test_s3_alias_uploaded_in_parts_is_compared_by_bytes(s3, tmp_path):
     path = save(tmp_path / "a.safetensors", state(1))
     s3.put(path, "run/epoch_1.safetensors")
     s3.put(save(tmp_path / "b.safetensors", state(2)), "run/epoch_2.safetensors")
@@ -226,7 +226,7 @@ def test_an_alias_that_was_uploaded_in_parts_is_compared_by_its_bytes(s3, tmp_pa
     )
 
 
-def test_an_object_that_is_replaced_while_it_is_read_is_an_error(s3, tmp_path):
+def test_s3_object_replaced_while_read_is_error(s3, tmp_path):
     url = s3.put(write_run(tmp_path / "run", ".pt"), "run")
     run = open_run(url)
     other = save(tmp_path / "other.pt", state(5), step=9)
@@ -241,7 +241,7 @@ def test_an_object_that_is_replaced_while_it_is_read_is_an_error(s3, tmp_path):
     assert not (tmp_path / "out.pt").exists()
 
 
-def test_a_server_that_is_busy_is_asked_again(s3, tmp_path):
+def test_s3_busy_server_is_asked_again(s3, tmp_path):
     url = s3.put(write_run(tmp_path / "run", ".pt"), "run")
     run = open_run(url)
     busy = iter(["503 Slow Down", "500 Internal Server Error"])
@@ -259,14 +259,14 @@ def test_a_server_that_is_busy_is_asked_again(s3, tmp_path):
         ("s3://bucket/run/epoch_7.pt", "does not exist. Did you mean s3://bucket/run/epoch_1.pt?"),
     ],
 )
-def test_what_is_not_there(s3, tmp_path, url, words):
+def test_s3_missing_object_suggests_existing_one(s3, tmp_path, url, words):
     s3.put(save_weight(tmp_path / "epoch_1.pt"), "run/epoch_1.pt")
     with pytest.raises(RunError) as caught:
         open_run(url)
     assert words in str(caught.value)
 
 
-def test_access_that_is_denied_and_credentials_that_lack(s3, monkeypatch, tmp_path):
+def test_s3_denied_access_asks_for_credentials(s3, monkeypatch, tmp_path):
     url = s3.put(save_weight(tmp_path / "epoch_1.pt"), "run/epoch_1.pt")
     s3.before = lambda method, path: "403 Forbidden"
     denied = ckptavg("inspect", url)
@@ -280,7 +280,7 @@ def test_access_that_is_denied_and_credentials_that_lack(s3, monkeypatch, tmp_pa
         open_run(url)
 
 
-def test_a_network_that_is_down_is_one_line(s3, monkeypatch):
+def test_s3_network_failure_is_one_line(s3, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
@@ -291,7 +291,7 @@ def test_a_network_that_is_down_is_one_line(s3, monkeypatch):
     assert "s3://bucket/run cannot be read: Could not connect" in done.stderr
 
 
-def test_files_behind_a_web_server(s3, tmp_path):
+def test_http_files_are_averaged_and_errors_explained(s3, tmp_path):
     s3.put(write_run(tmp_path / "run", ".pt"), "run")
     urls = [f"{s3.url}/bucket/run/step_{i}.pt?signature=secret" for i in (27, 9, 18)]
     run = open_run(*urls)

@@ -59,9 +59,7 @@ def other_process():
 
 @posix
 @first_only("kind", ["file", "directory"])
-def test_a_living_run_s_temporary_is_left_and_a_dead_one_s_is_cleared(
-    tmp_path, other_process, kind
-):
+def test_temporary_is_cleared_only_once_its_run_died(tmp_path, other_process, kind):
     out = tmp_path / "out"
     process = other_process(out, kind)
     (theirs,) = names(tmp_path)
@@ -80,7 +78,7 @@ def test_a_living_run_s_temporary_is_left_and_a_dead_one_s_is_cleared(
 
 @posix
 @first_only("kind", ["file", "directory"])
-def test_a_living_run_can_still_publish(tmp_path, other_process, kind):
+def test_publication_survives_publication_of_another_run(tmp_path, other_process, kind):
     out = tmp_path / "out"
     process = other_process(out, kind)
     with Publication(out, directory=kind == "directory", overwrite=True) as publication:
@@ -93,7 +91,7 @@ def test_a_living_run_can_still_publish(tmp_path, other_process, kind):
 
 
 @kinds
-def test_two_publications_of_one_process_do_not_clear_each_other(tmp_path, directory):
+def test_publications_of_one_process_do_not_clear_each_other(tmp_path, directory):
     out = tmp_path / "out"
     with Publication(out, directory=directory, overwrite=True) as one:
         with Publication(out, directory=directory, overwrite=True) as two:
@@ -110,7 +108,7 @@ NEIGHBOURS = [".out.pt.1234abcd.ckptavg-tmp", ".out.v2.1234abcd.ckptavg-tmp", ".
 
 
 @pytest.mark.parametrize("neighbour", NEIGHBOURS)
-def test_other_outputs_leftovers_are_not_touched(tmp_path, neighbour):
+def test_temporaries_of_other_outputs_are_kept(tmp_path, neighbour):
     (tmp_path / neighbour).write_text("theirs")
     with Publication(tmp_path / "out", directory=False, overwrite=True):
         pass
@@ -118,7 +116,7 @@ def test_other_outputs_leftovers_are_not_touched(tmp_path, neighbour):
 
 
 @pytest.mark.parametrize("exists", [True, False])
-def test_the_backup_of_another_output_is_not_touched(tmp_path, exists):
+def test_backup_of_another_output_is_kept(tmp_path, exists):
     backup = fill(tmp_path / ".out.v2.1234abcd.ckptavg-old")
     if exists:
         (tmp_path / "out").write_text("old")
@@ -129,7 +127,7 @@ def test_the_backup_of_another_output_is_not_touched(tmp_path, exists):
 
 
 @pytest.mark.parametrize("name", ["out[1].pt", "o*t.pt", "out?.pt", "out 1.pt"])
-def test_leftovers_of_an_output_with_an_odd_name_are_cleared(tmp_path, name):
+def test_temporaries_of_names_with_wildcards_are_cleared(tmp_path, name):
     left, other = f".{name}.1234abcd.ckptavg-tmp", ".out1.pt.1234abcd.ckptavg-tmp"
     (tmp_path / left).write_text("dead")
     (tmp_path / other).write_text("another's")
@@ -163,7 +161,7 @@ with Publication(
 
 @posix
 @first_only("steps", [1, 0, 2, 3])
-def test_a_replacement_in_two_steps_that_crashed_loses_nothing(tmp_path, steps):
+def test_replacement_in_two_steps_survives_crash(tmp_path, steps):
     out = fill(tmp_path / "out", "config.json")
     done = subprocess.run([sys.executable, "-c", CRASH, out, str(steps)], check=False)
     assert done.returncode == (0 if steps == 3 else 9)
@@ -175,7 +173,7 @@ def test_a_replacement_in_two_steps_that_crashed_loses_nothing(tmp_path, steps):
 
 
 @pytest.mark.parametrize("directory", [False, True])
-def test_a_file_system_without_locks_still_takes_outputs(tmp_path, monkeypatch, directory):
+def test_publication_works_without_file_locks(tmp_path, monkeypatch, directory):
     def flock(*_):
         raise OSError(errno.ENOSYS, "no locks here")
 
@@ -196,9 +194,7 @@ def test_a_file_system_without_locks_still_takes_outputs(tmp_path, monkeypatch, 
 @posix
 @kinds
 @pytest.mark.parametrize("moment", ["before the lock", "while it is locked for removal"])
-def test_a_temporary_that_is_cleared_before_it_is_locked_is_an_error(
-    tmp_path, monkeypatch, directory, moment
-):
+def test_temporary_cleared_before_its_lock_is_error(tmp_path, monkeypatch, directory, moment):
     """Another run's cleaning comes between making a temporary and locking it."""
     out, lock = tmp_path / "out", temporaries.lock
 
@@ -233,7 +229,7 @@ while True:
 @pytest.mark.slow
 @posix
 @kinds
-def test_runs_and_a_tireless_cleaner_at_the_same_time_lose_nothing(tmp_path, directory):
+def test_publications_survive_concurrent_cleaning(tmp_path, directory):
     """Each run publishes, or is told that another disturbed it; what was published stays."""
     out, published = tmp_path / "out", []
     command = [sys.executable, "-c", CLEANER, os.fspath(out)]
@@ -257,7 +253,7 @@ def test_runs_and_a_tireless_cleaner_at_the_same_time_lose_nothing(tmp_path, dir
 
 @pytest.mark.slow
 @posix
-def test_the_backup_of_a_living_run_stays(tmp_path, other_process):
+def test_backup_of_living_run_is_kept(tmp_path, other_process):
     """Between its two renames, the output is absent; another run must not put the old one back."""
     out = fill(tmp_path / "out")
     process = other_process(out, "directory")
@@ -274,9 +270,7 @@ def test_the_backup_of_a_living_run_stays(tmp_path, other_process):
 
 
 @posix
-def test_a_replacement_in_two_steps_that_is_interrupted_puts_the_old_one_back(
-    tmp_path, monkeypatch
-):
+def test_replacement_in_two_steps_interrupted_restores_old(tmp_path, monkeypatch):
     out, rename_path, done = fill(tmp_path / "out"), Path.rename, []
 
     def interrupted(self, target):
@@ -301,9 +295,7 @@ def test_a_replacement_in_two_steps_that_is_interrupted_puts_the_old_one_back(
 
 @posix
 @pytest.mark.parametrize("steps", [True, False], ids=["two steps", "one step"])
-def test_an_output_that_another_run_places_while_a_directory_is_replaced(
-    tmp_path, monkeypatch, steps
-):
+def test_replacement_keeps_directory_placed_by_another_run(tmp_path, monkeypatch, steps):
     """It comes between the look at the place and the rename; it stays, and this run is told."""
     out, theirs = tmp_path / "out", fill(tmp_path / "theirs", content="theirs")
     rename_new = rename.rename_new
@@ -327,7 +319,7 @@ def test_an_output_that_another_run_places_while_a_directory_is_replaced(
     assert names(tmp_path) == {"out"}
 
 
-def test_a_directory_of_other_things_that_appears_meanwhile_is_not_replaced(tmp_path):
+def test_publication_keeps_directory_of_other_files(tmp_path):
     out = tmp_path / "out"
 
     def work():
@@ -346,7 +338,7 @@ def test_a_directory_of_other_things_that_appears_meanwhile_is_not_replaced(tmp_
 
 
 @posix
-def test_what_a_dead_run_left_is_cleared_even_where_the_output_is_refused(tmp_path):
+def test_check_target_clears_leftovers_even_if_refused(tmp_path):
     out, left = tmp_path / "out.pt", tmp_path / ".out.pt.1234abcd.ckptavg-tmp"
     out.write_text("whole")
     left.hardlink_to(out)  # a run that died between giving it the new name and taking the old
@@ -357,7 +349,7 @@ def test_what_a_dead_run_left_is_cleared_even_where_the_output_is_refused(tmp_pa
 
 
 @posix
-def test_an_output_of_which_a_dead_run_left_a_backup_is_no_free_place(tmp_path):
+def test_check_target_restores_backup_and_requires_overwrite(tmp_path):
     fill(tmp_path / ".out.1234abcd.ckptavg-old")
     with pytest.raises(OutputError, match="exists already"):
         check_target(tmp_path / "out", overwrite=False, inputs=[])
@@ -365,7 +357,7 @@ def test_an_output_of_which_a_dead_run_left_a_backup_is_no_free_place(tmp_path):
 
 
 @posix
-def test_a_backup_is_never_half_removed_under_that_name(tmp_path, monkeypatch):
+def test_backup_is_renamed_before_removal(tmp_path, monkeypatch):
     """Else it would be put back once somebody has taken the new one away."""
     out, backup = tmp_path / "out", fill(tmp_path / ".out.1234abcd.ckptavg-old")
     fill(out, content="new")
@@ -381,7 +373,7 @@ def test_a_backup_is_never_half_removed_under_that_name(tmp_path, monkeypatch):
 
 
 @kinds
-def test_a_second_interrupt_during_the_cleaning_leaves_nothing(tmp_path, monkeypatch, directory):
+def test_publication_survives_second_interrupt(tmp_path, monkeypatch, directory):
     remove, calls = temporaries.remove, []
 
     def interrupted(path):
@@ -404,9 +396,7 @@ def test_a_second_interrupt_during_the_cleaning_leaves_nothing(tmp_path, monkeyp
 @posix
 @kinds
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
-def test_an_interrupt_as_soon_as_the_temporary_is_there_leaves_nothing(
-    tmp_path, monkeypatch, directory, error
-):
+def test_publication_interrupted_at_lock_leaves_nothing(tmp_path, monkeypatch, directory, error):
     def interrupted(handle, path):
         raise error
 
@@ -423,9 +413,7 @@ def test_an_interrupt_as_soon_as_the_temporary_is_there_leaves_nothing(
 
 
 @kinds
-def test_without_locks_nothing_is_removed_and_a_note_says_so(
-    tmp_path, monkeypatch, caplog, directory
-):
+def test_leftovers_without_file_locks_are_kept_and_noted(tmp_path, monkeypatch, caplog, directory):
     left = tmp_path / ".out.1234abcd.ckptavg-tmp"
     fill(left) if directory else left.write_text("whose is it?")
     monkeypatch.setattr(temporaries, "fcntl", None)  # as on Windows
@@ -438,7 +426,7 @@ def test_without_locks_nothing_is_removed_and_a_note_says_so(
 
 
 @posix
-def test_directories_that_cannot_be_flushed_are_no_failure(tmp_path, monkeypatch, caplog):
+def test_publication_tolerates_unflushable_directories(tmp_path, monkeypatch, caplog):
     fsync = os.fsync
 
     def refuse(handle):
@@ -457,9 +445,7 @@ def test_directories_that_cannot_be_flushed_are_no_failure(tmp_path, monkeypatch
 
 
 @posix
-def test_an_output_in_its_place_is_not_denied_when_the_disk_does_not_confirm_it(
-    tmp_path, monkeypatch, caplog
-):
+def test_publication_warns_if_final_flush_fails(tmp_path, monkeypatch, caplog):
     flush = atomic._fsync
 
     def refuse(path):

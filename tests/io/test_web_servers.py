@@ -98,13 +98,13 @@ def saved(tmp_path, count: int) -> bytes:
 
 
 @pytest.mark.parametrize("heeds_ranges", [True, False])
-def test_a_small_file_opens_either_way(server, tmp_path, heeds_ranges):
+def test_http_small_file_opens_with_or_without_ranges(server, tmp_path, heeds_ranges):
     server.serve(saved(tmp_path, 1000))
     server.heeds_ranges = heeds_ranges
     assert open_checkpoint(server.url).nbytes == 4028
 
 
-def test_a_large_file_is_read_by_ranges(server, tmp_path):
+def test_http_large_file_is_read_by_ranges(server, tmp_path):
     server.serve(saved(tmp_path, 1_000_000))
     average = ckptavg.average(ckptavg.open_run(server.url))
     expected = torch.load(tmp_path / "model.pt", weights_only=True)
@@ -116,7 +116,7 @@ MANY = 4 << 30  # bytes that a server tells of, or sends
 
 
 @pytest.mark.parametrize("endless", [False, True])
-def test_a_server_without_ranges_is_not_read_to_the_end(server, tmp_path, endless):
+def test_http_server_without_ranges_is_refused(server, tmp_path, endless):
     server.serve(saved(tmp_path, 100_000), claimed=MANY)
     server.heeds_ranges, server.endless = False, endless
     with pytest.raises(CheckpointError, match=rf"{server.url}.* its server sends the whole file"):
@@ -124,7 +124,7 @@ def test_a_server_without_ranges_is_not_read_to_the_end(server, tmp_path, endles
     assert server.sent < 64 << 20  # what the system's buffers hold
 
 
-def test_a_range_that_never_ends_is_refused(server, tmp_path):
+def test_http_endless_range_is_refused(server, tmp_path):
     server.serve(saved(tmp_path, 100_000), claimed=MANY)
     server.endless = True
     with pytest.raises(CheckpointError, match="its server sends the whole file"):
