@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
-from ckptavg.averaging.accounts import provenance_of
 from ckptavg.averaging.pipeline import (
     RecomputeLike,
     WriteOptions,
@@ -19,6 +18,7 @@ from ckptavg.averaging.pipeline import (
 from ckptavg.averaging.plan import plan_average
 from ckptavg.averaging.planning.rules import parse_on_nonfinite
 from ckptavg.averaging.remarks import warn_of_stale
+from ckptavg.averaging.weights import provenance_of
 from ckptavg.display.progress import ProgressLike
 from ckptavg.formats import Checkpoint
 from ckptavg.outputs.sinks import StateDict

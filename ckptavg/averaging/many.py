@@ -8,7 +8,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, overload
 
-from ckptavg.averaging.accounts import provenance_of
 from ckptavg.averaging.keywords import TensorRules
 from ckptavg.averaging.pipeline import (
     RecomputeLike,
@@ -21,6 +20,7 @@ from ckptavg.averaging.pipeline import (
 from ckptavg.averaging.plan import Average, plan_average
 from ckptavg.averaging.planning.rules import parse_on_nonfinite
 from ckptavg.averaging.remarks import warn_of_stale
+from ckptavg.averaging.weights import provenance_of
 from ckptavg.display.progress import ProgressLike
 from ckptavg.errors import OutputError, UsageError, short
 from ckptavg.errors.system import unwritable

@@ -15,13 +15,13 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from ckptavg.averaging.accounts import with_provenance
 from ckptavg.averaging.compute import compute_into, compute_state_dicts, request_stream
 from ckptavg.averaging.lora import exact_mean
 from ckptavg.averaging.plan import Average, Planned
 from ckptavg.averaging.planning.tensor_plan import TensorPlan
 from ckptavg.averaging.sharding import ShardedWrite
 from ckptavg.averaging.stream import Progress
+from ckptavg.averaging.weights import with_provenance
 from ckptavg.display.progress import PhaseProgress, ProgressLike, open_phase, open_progress
 from ckptavg.distributed.peers import Peers
 from ckptavg.distributed.torchrun import TorchrunGroup

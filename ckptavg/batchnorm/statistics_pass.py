@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from torch import nn
 
-from ckptavg.averaging.accounts import Weights
+from ckptavg.averaging.weights import Weights
 from ckptavg.batchnorm.norm_layers import never_trained_layers, tracked_layers
 from ckptavg.batchnorm.norm_layers import statistics_of as buffers_of_statistics
 from ckptavg.batchnorm.update import BatchNormResult, recompute

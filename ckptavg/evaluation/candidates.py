@@ -12,8 +12,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import nn
 
-from ckptavg.averaging.accounts import Weights, provenance_of
 from ckptavg.averaging.plan import Average, plan_average
+from ckptavg.averaging.weights import Weights, provenance_of
 from ckptavg.errors import UsageError, short
 from ckptavg.formats import Checkpoint, open_checkpoint
 from ckptavg.formats.names import batchnorm_layers

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from ckptavg.averaging.accounts import Weights
 from ckptavg.averaging.compute import as_average, compute_state_dicts, read_state_dict
 from ckptavg.averaging.plan import Average
+from ckptavg.averaging.weights import Weights
 from ckptavg.batchnorm.model_state import stop_observers
 from ckptavg.batchnorm.statistics_pass import statistics_of
 from ckptavg.evaluation.candidates import Candidate

@@ -22,9 +22,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import ckptavg
 from ckptavg import average, average_many, open_run
-from ckptavg.averaging.accounts import provenance_of
 from ckptavg.averaging.compute import read_state_dict
 from ckptavg.averaging.plan import plan_average
+from ckptavg.averaging.weights import provenance_of
 from ckptavg.batchnorm.checkpoints import prepare_copy
 from ckptavg.cli import main
 from ckptavg.errors import (

@@ -11,7 +11,7 @@ from torch.utils.data import TensorDataset
 
 import ckptavg
 from ckptavg import Recompute
-from ckptavg.averaging.accounts import provenance_of
+from ckptavg.averaging.weights import provenance_of
 from ckptavg.batchnorm import recompute as recompute_module
 from ckptavg.cli import main
 from ckptavg.errors import OutputError, StaleStatisticsWarning, UsageError

@@ -33,8 +33,8 @@ import torch.distributed.checkpoint as dcp
 from assembler import get, glob, number, numbers, put, storage, tensor, text
 from watch import watched
 
-from ckptavg.averaging.accounts import with_provenance
 from ckptavg.averaging.api import average
+from ckptavg.averaging.weights import with_provenance
 from ckptavg.errors import CheckpointError, CkptavgError
 from ckptavg.formats import open_checkpoint, state_dict, training_record, wrappers
 from ckptavg.formats.checkpoint import DTYPES

@@ -324,6 +324,13 @@ def test_a_refreshed_copy_of_an_average_has_its_own_digest(tmp_path):
     assert {state for _, _, state in outcome(out)} == {"same"}
 
 
+def test_directory_with_a_dot_in_its_name_has_digests_too(tmp_path):
+    states = [randoms(i) for i in range(2)]
+    ckptavg.average(opened(tmp_path / "run", states), out=f"{tmp_path}/swa.v2/", digests=True)
+    assert recorded(tmp_path / "swa.v2")[1] == list(map(by_rule, states))
+    assert {state for _, _, state in outcome(tmp_path / "swa.v2")} == {"same"}
+
+
 def test_digests_need_an_output(tmp_path):
     run = opened(tmp_path, [randoms(0)])
     with pytest.raises(UsageError, match="recorded in an output"):

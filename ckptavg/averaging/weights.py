@@ -1,4 +1,4 @@
-"""State dicts in memory that carry a provenance."""
+"""Weights in memory that carry a provenance."""
 
 from __future__ import annotations
 
