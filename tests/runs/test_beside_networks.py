@@ -34,14 +34,14 @@ def save_steps(directory, beside):
     ],
     ids=["counter", "yaml", "json", "schedule", "rng", "optimizer"],
 )
-def test_files_without_weights_are_left_out(tmp_path, beside):
+def test_open_run_leaves_out_files_without_weights(tmp_path, beside):
     run = open_run(save_steps(tmp_path, beside))
     assert [c.path.name for c in run] == ["model.ckpt"] * 3
     assert [c.step for c in run] == [20260109235959, 20260110000001, 20260201000000]
     assert [path.name for path, _ in run.left_out] == ["other.ckpt"] * 3
 
 
-def test_integers_beside_weights_are_left_out(tmp_path):
+def test_open_run_leaves_out_integers_beside_weights(tmp_path):
     for step in (1, 2):
         (home := tmp_path / f"step_{step}").mkdir()
         torch.save({"w": torch.full((2,), float(step))}, home / "model.pt")
@@ -58,6 +58,6 @@ def test_integers_beside_weights_are_left_out(tmp_path):
     ],
     ids=["network", "pointer", "truncated"],
 )
-def test_what_may_hold_weights_is_not_passed_over(tmp_path, beside):
+def test_open_run_refuses_possible_second_network(tmp_path, beside):
     with pytest.raises(RunError, match=r"2 networks side by side: '\*/model.ckpt', '\*/other"):
         open_run(save_steps(tmp_path, beside))

@@ -31,7 +31,7 @@ from ckptavg.runs.best import derive_mode
         (None, "sharpness gradient_norm metric monitor acc_rmse temperature"),
     ],
 )
-def test_names_of_common_metrics_tell_which_values_are_better(mode, metrics):
+def test_derive_mode_knows_common_metrics(mode, metrics):
     names = metrics.split()
     assert {name: derive_mode(name) for name in names} == dict.fromkeys(names, mode)
 
@@ -42,33 +42,33 @@ def recorded(directory, **columns):
     return open_run(directory)
 
 
-def test_the_mode_follows_from_the_metric(tmp_path):
+def test_best_derives_mode_from_metric(tmp_path):
     run = recorded(tmp_path, val_acc=[0.3, 0.9, 0.6], val_loss=[0.5, 0.7, 0.2])
     assert names(run.best(2, "val_acc")) == ["epoch_2.pt", "epoch_3.pt"]
     assert names(run.best(2, "val_loss")) == ["epoch_1.pt", "epoch_3.pt"]
     assert names(run.best(1, "val_acc", "min")) == ["epoch_1.pt"]
 
 
-def test_the_only_metric_needs_no_name(tmp_path):
+def test_best_takes_only_metric_by_default(tmp_path):
     run = recorded(tmp_path, wer=[0.3, 0.1, 0.2]).best(2)
     assert names(run) == ["epoch_2.pt", "epoch_3.pt"]
     assert run.notes[-1] == "the best 2 are those with the lowest wer"
 
 
-def test_one_of_several_metrics_has_to_be_named(tmp_path):
+def test_best_needs_metric_where_several_are_recorded(tmp_path):
     run = recorded(tmp_path, acc=[0.3, 0.1], loss=[0.5, 0.7])
     with pytest.raises(UsageError, match=r"by which metric.*acc, loss.*Name the metric"):
         run.best(1)
 
 
-def test_a_metric_whose_name_says_nothing_needs_a_mode(tmp_path):
+def test_best_needs_mode_for_unknown_metric(tmp_path):
     run = recorded(tmp_path, metric=[0.3, 0.1])
     with pytest.raises(UsageError, match=r"'metric' does not tell which.*max or min"):
         run.best(1)
     assert names(run.best(1, mode="min")) == ["epoch_2.pt"]
 
 
-def test_without_any_metric_there_is_no_best(tmp_path):
+def test_best_refuses_run_without_metrics(tmp_path):
     save_weight(tmp_path / "epoch_1.pt")
     with pytest.raises(RunError, match="record no metric"):
         open_run(tmp_path).best(1)

@@ -31,14 +31,14 @@ def icefall(tmp_path):
     return tmp_path / "exp"
 
 
-def test_two_series_are_ordered_by_the_clock_that_both_record(icefall):
+def test_clock_common_to_two_series_orders_them(icefall):
     run = open_run(icefall)
     assert [c.step for c in run] == sorted({*range(6000, 36000, 6000), *range(4000, 32000, 4000)})
     assert names(run.last(1)) == ["epoch-5.pt"]
     assert [path.name for path, _ in run.left_out] == ["epoch-2.pt", "epoch-4.pt"]
 
 
-def test_models_that_are_averages_of_training_are_taken_apart_by_weights(icefall, tmp_path):
+def test_average_by_weights_undoes_running_averages(icefall, tmp_path):
     paths = [icefall / "epoch-4.pt", icefall / "epoch-5.pt"]
     run = open_run(*paths, key="model_avg")
     average(run, weights=[-4, 5], out=tmp_path / "out.pt")
@@ -46,7 +46,7 @@ def test_models_that_are_averages_of_training_are_taken_apart_by_weights(icefall
     assert found.tolist() == [27000.0] * 4
 
 
-def test_two_series_without_a_common_clock_are_an_error_that_names_both(tmp_path):
+def test_open_run_names_series_without_common_clock(tmp_path):
     for i in (1, 2, 3):
         save_weight(tmp_path / f"epoch-{i}.pt", i)
         save_weight(tmp_path / f"checkpoint-{i}000.pt", i / 2)
@@ -64,7 +64,7 @@ def test_two_series_without_a_common_clock_are_an_error_that_names_both(tmp_path
         [{"epoch": 1}, {"epoch": 2}, {"step": 1, "epoch": 1}, {"step": 2, "epoch": 2}],
     ],
 )
-def test_series_that_record_different_clocks_are_not_mixed(tmp_path, recorded):
+def test_open_run_refuses_series_of_different_clocks(tmp_path, recorded):
     files = ["epoch_1.pt", "epoch_2.pt", "iter_100.pt", "iter_200.pt"]
     for value, (name, record) in enumerate(zip(files, recorded, strict=True)):
         save_weight(tmp_path / name, value, **record)
@@ -72,14 +72,14 @@ def test_series_that_record_different_clocks_are_not_mixed(tmp_path, recorded):
         open_run(tmp_path)
 
 
-def test_one_file_of_another_series_stays(tmp_path):
+def test_open_run_keeps_single_file_of_other_series(tmp_path):
     for i in (1, 2, 3):
         save_weight(tmp_path / f"epoch_{i}.pt", i)
     save_weight(tmp_path / "pretrained_100.pt", 9)
     assert len(open_run(tmp_path)) == 4
 
 
-def test_a_number_of_epochs_to_come_is_no_clock(tmp_path):
+def test_clock_ignores_total_of_epochs(tmp_path):
     for i in (2, 10, 9):
         save_weight(tmp_path / f"epoch_{i}.pt", i, epochs=90)
     run = open_run(tmp_path)
@@ -87,13 +87,13 @@ def test_a_number_of_epochs_to_come_is_no_clock(tmp_path):
     assert any("every checkpoint records 90: ordered by name" in note for note in run.notes)
 
 
-def test_finished_models_of_one_epoch_keep_it(tmp_path):
+def test_clock_keeps_epoch_shared_by_all_models(tmp_path):
     for i in (0, 1, 2):
         save_weight(tmp_path / f"model_{i}.pt", i, epoch=10)
     assert [c.step for c in open_run(tmp_path)] == [10, 10, 10]
 
 
-def test_scores_in_names_do_not_order(tmp_path):
+def test_step_is_not_read_from_score_in_name(tmp_path):
     for i, score in enumerate(("0.9731", "0.98", "0.5")):
         save_weight(tmp_path / f"model-{score}.pt", i)
     run = open_run(tmp_path)
@@ -104,7 +104,7 @@ def test_scores_in_names_do_not_order(tmp_path):
 
 
 @pytest.mark.parametrize("order", [*itertools.permutations(["900k", "1M", "1.5M"])])
-def test_thousands_and_millions_are_in_order(tmp_path, order):
+def test_steps_in_thousands_and_millions_are_in_order(tmp_path, order):
     for i, step in enumerate(order):
         save_weight(tmp_path / f"ckpt_{step}.pt", i)
     run = open_run(tmp_path)
@@ -112,7 +112,7 @@ def test_thousands_and_millions_are_in_order(tmp_path, order):
     assert [c.step for c in run] == [900_000, 1_000_000, 1_500_000]
 
 
-def test_the_same_weights_at_the_end_of_an_epoch_and_the_beginning_of_the_next_count_once(tmp_path):
+def test_duplicate_at_epoch_boundary_counts_once(tmp_path):
     save_weight(tmp_path / "epoch_1.pt", 1.0, step=500, epoch=1)
     save_weight(tmp_path / "iter_500.pt", 1.0, step=500, epoch=2)
     save_weight(tmp_path / "iter_700.pt", 2.0, step=700, epoch=2)
@@ -122,7 +122,7 @@ def test_the_same_weights_at_the_end_of_an_epoch_and_the_beginning_of_the_next_c
 
 
 @pytest.mark.parametrize("recorded", [False, True])
-def test_steps_that_count_anew_in_each_epoch_follow_the_epochs(tmp_path, recorded):
+def test_steps_restarting_each_epoch_follow_epochs(tmp_path, recorded):
     moments = [(1, 500), (1, 1000), (2, 500), (2, 1000)]
     for epoch, step in moments:
         beside = {"epoch": epoch, "iter": step} if recorded else {}
@@ -133,7 +133,7 @@ def test_steps_that_count_anew_in_each_epoch_follow_the_epochs(tmp_path, recorde
     assert not run.notes
 
 
-def test_steps_that_count_on_over_the_epochs_stay_the_clock(tmp_path):
+def test_steps_continuing_over_epochs_are_clock(tmp_path):
     for epoch, step in [(0, 99), (1, 199), (1, 250)]:
         save_weight(tmp_path / f"epoch={epoch}-step={step}.ckpt", step)
     assert [c.step for c in open_run(tmp_path)] == [99, 199, 250]

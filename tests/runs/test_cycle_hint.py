@@ -40,13 +40,13 @@ def notes(
     return done.stderr
 
 
-def test_a_cyclical_run_is_noted_with_what_takes_its_ends(tmp_path: Path) -> None:
+def test_cycle_note_names_option_that_takes_ends(tmp_path: Path) -> None:
     told = notes(tmp_path, [*CYCLIC])
     assert f"{NOTE}, and 6 of 9 checkpoints are from the middle of a cycle" in told
     assert "--at-lr-min takes the 3 at the ends of cycles" in told
 
 
-def test_inspect_notes_it_of_all_of_a_run_and_of_a_selection(tmp_path: Path) -> None:
+def test_inspect_notes_cycles_of_run_and_selection(tmp_path: Path) -> None:
     assert "6 of 9 checkpoints" in notes(tmp_path, [*CYCLIC], command="inspect")
     assert "2 of 3 selected checkpoints" in notes(
         tmp_path, [*CYCLIC], "--last", "3", command="inspect"
@@ -65,12 +65,12 @@ def rates_after_steps(length: int, count: int, multiple: int = 1) -> list[float]
     return rates
 
 
-def test_cycles_whose_minima_have_several_checkpoints_are_cycles(tmp_path: Path) -> None:
+def test_cycle_note_allows_several_checkpoints_at_minimum(tmp_path: Path) -> None:
     told = notes(tmp_path, [0.1, 0.01, 0.01] * 2)
     assert f"{NOTE}, and 2 of 6 checkpoints" in told
 
 
-def test_rates_of_the_next_epoch_lead_to_the_ends_behind_the_minima(tmp_path: Path) -> None:
+def test_cycle_note_corrects_rates_of_next_epoch(tmp_path: Path) -> None:
     rates = rates_after_steps(3, 9)
     assert open_run(saved(tmp_path, rates)).at_lr_min()[0].step == 2  # the epoch before the last
     told = notes(tmp_path, rates)
@@ -78,14 +78,14 @@ def test_rates_of_the_next_epoch_lead_to_the_ends_behind_the_minima(tmp_path: Pa
     assert NOTE not in notes(tmp_path, rates, "--cycle", "3")
 
 
-def test_minima_of_such_rates_are_noted_as_one_checkpoint_early(tmp_path: Path) -> None:
+def test_at_lr_min_notes_minima_one_checkpoint_early(tmp_path: Path) -> None:
     run = open_run(saved(tmp_path, rates_after_steps(3, 9)))
     (note,) = run.at_lr_min().notes
     assert "after scheduler.step(), the cycles end one checkpoint after these minima" in note
     assert "after these minima" in notes(tmp_path, rates_after_steps(3, 9), "--at-lr-min")
 
 
-def test_cycles_that_grow_have_no_length(tmp_path: Path) -> None:
+def test_cycle_note_gives_no_length_for_growing_cycles(tmp_path: Path) -> None:
     rates = rates_after_steps(2, 14, multiple=2)  # ends at 2, 6 and 14
     (note,) = open_run(saved(tmp_path, rates)).at_lr_min().notes
     assert "the cycles end one checkpoint after these minima" in note
@@ -95,7 +95,7 @@ def test_cycles_that_grow_have_no_length(tmp_path: Path) -> None:
     assert "--at-lr-min" not in told
 
 
-def test_lightning_is_known_to_save_after_the_step(tmp_path: Path) -> None:
+def test_cycle_note_knows_lightning_saves_after_step(tmp_path: Path) -> None:
     rates = rates_after_steps(3, 11)[1:]  # the first is deleted, and a cycle has begun
     lightning = {"pytorch-lightning_version": "2.5.0"}
     (note,) = open_run(saved(tmp_path, rates, lightning)).at_lr_min().notes
@@ -113,7 +113,9 @@ def test_lightning_is_known_to_save_after_the_step(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "rates", [[0.1] * 4, [0.1, 0.01, 0.01], [0.02, 0.1, 0.07, 0.03], [0.1, 0.05, 0.02, 0.01]]
 )
-def test_lightning_runs_of_other_schedules_have_no_note(tmp_path: Path, rates: list[float]) -> None:
+def test_cycle_note_is_absent_for_lightning_without_cycles(
+    tmp_path: Path, rates: list[float]
+) -> None:
     lightning = {"pytorch-lightning_version": "2.5.0"}
     assert open_run(saved(tmp_path, rates, lightning)).at_lr_min().notes == ()
     assert NOTE not in notes(tmp_path, rates, beside=lightning)
@@ -130,12 +132,12 @@ def test_lightning_runs_of_other_schedules_have_no_note(tmp_path: Path, rates: l
         [0.05, 0.1],
     ],
 )
-def test_minima_of_other_rates_are_ends(tmp_path: Path, rates: list[float]) -> None:
+def test_at_lr_min_has_no_note_where_minima_are_ends(tmp_path: Path, rates: list[float]) -> None:
     assert open_run(saved(tmp_path, rates)).at_lr_min().notes == ()
 
 
 @pytest.mark.parametrize("selection", [["--at-lr-min"], ["--cycle", "3"], ["--last", "1"]])
-def test_a_selection_of_ends_has_no_note(tmp_path: Path, selection: list[str]) -> None:
+def test_cycle_note_is_absent_for_selected_ends(tmp_path: Path, selection: list[str]) -> None:
     assert NOTE not in notes(tmp_path, [*CYCLIC], *selection)
 
 
@@ -150,5 +152,7 @@ def test_a_selection_of_ends_has_no_note(tmp_path: Path, selection: list[str]) -
         [0.1, 0.05, None, 0.1, 0.05],
     ],
 )
-def test_a_run_of_another_schedule_has_no_note(tmp_path: Path, rates: list[float | None]) -> None:
+def test_cycle_note_is_absent_for_other_schedules(
+    tmp_path: Path, rates: list[float | None]
+) -> None:
     assert NOTE not in notes(tmp_path, rates)

@@ -54,7 +54,7 @@ def damage(directory, *numbers):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_selection_is_the_intact_runs_or_an_error(intact, tmp_path, count):
+def test_selection_of_damaged_run_is_intact_or_error(intact, tmp_path, count):
     expected = {name: names(select(open_run(intact))) for name, select in SELECTIONS.items()}
     for numbers in itertools.combinations(range(1, COUNT + 1), count):
         directory = tmp_path / "-".join(map(str, numbers))
@@ -75,9 +75,7 @@ def test_a_selection_is_the_intact_runs_or_an_error(intact, tmp_path, count):
 @pytest.mark.parametrize(
     ("number", "select"), [*itertools.product((1, 4, 5), ("last 3", "last 1"))]
 )
-def test_what_lies_before_the_selection_is_told_and_does_not_matter(
-    intact, tmp_path, number, select
-):
+def test_damaged_file_before_selection_is_left_out(intact, tmp_path, number, select):
     directory = tmp_path / "run"
     shutil.copytree(intact, directory)
     damage(directory, number)
@@ -90,7 +88,7 @@ def test_what_lies_before_the_selection_is_told_and_does_not_matter(
 
 
 @pytest.mark.parametrize("use", [list, len, average, lambda run: run.checkpoints])
-def test_whatever_uses_all_of_the_run_is_an_error(intact, tmp_path, use):
+def test_damaged_file_fails_uses_of_whole_run(intact, tmp_path, use):
     directory = tmp_path / "run"
     shutil.copytree(intact, directory)
     damage(directory, 2, 3)
@@ -98,7 +96,7 @@ def test_whatever_uses_all_of_the_run_is_an_error(intact, tmp_path, use):
         use(open_run(directory))
 
 
-def test_averages_of_selections_do_not_need_what_lies_outside(intact, tmp_path):
+def test_average_many_ignores_damage_outside_selections(intact, tmp_path):
     directory = tmp_path / "run"
     shutil.copytree(intact, directory)
     damage(directory, 1)
@@ -111,7 +109,7 @@ def test_averages_of_selections_do_not_need_what_lies_outside(intact, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["last.pt", "model.pt", "best_3.pt", "step_3.pt", "epoch_4b.pt"])
-def test_a_file_whose_place_is_not_certain_is_an_error_at_once(tmp_path, name):
+def test_damaged_file_without_certain_place_is_refused(tmp_path, name):
     for i in (1, 2, 3, 4, 5):
         save_weight(tmp_path / f"epoch_{i}.pt", i)
     (tmp_path / name).write_bytes(b"torn")
@@ -119,7 +117,7 @@ def test_a_file_whose_place_is_not_certain_is_an_error_at_once(tmp_path, name):
         open_run(tmp_path)
 
 
-def test_names_that_belie_the_order_tell_no_place(tmp_path):
+def test_damaged_file_among_misordered_names_is_refused(tmp_path):
     for i, step in ((1, 300), (2, 200), (3, 100)):
         save_weight(tmp_path / f"epoch_{i}.pt", i, global_step=step)
     (tmp_path / "epoch_0.pt").write_bytes(b"torn")
@@ -127,7 +125,7 @@ def test_names_that_belie_the_order_tell_no_place(tmp_path):
         open_run(tmp_path)
 
 
-def test_a_directory_whose_weights_are_torn_may_lie_outside(tmp_path):
+def test_damaged_directory_may_lie_outside_selection(tmp_path):
     for step in (500, 1000, 1500):
         save(tmp_path / f"checkpoint-{step}" / "model.safetensors", {"w": torch.ones(400) * step})
         (tmp_path / f"checkpoint-{step}" / "config.json").write_text("{}")
@@ -140,7 +138,7 @@ def test_a_directory_whose_weights_are_torn_may_lie_outside(tmp_path):
         len(run.last(3))
 
 
-def test_the_command_tells_it_and_goes_on(intact, tmp_path):
+def test_average_command_leaves_damaged_file_out(intact, tmp_path):
     directory = tmp_path / "run"
     shutil.copytree(intact, directory)
     damage(directory, 1)
@@ -155,7 +153,7 @@ def test_the_command_tells_it_and_goes_on(intact, tmp_path):
     assert "epoch_1.pt is left out: cannot be opened" in done.stderr
 
 
-def test_a_place_beside_a_checkpoint_without_a_number_is_not_certain(tmp_path):
+def test_damaged_file_beside_unnumbered_one_is_refused(tmp_path):
     for i in (1, 2, 3):
         save_weight(tmp_path / f"epoch_{i}.pt", float(i), global_step=100 * i)
     save_weight(tmp_path / "last.pt", 9.0, global_step=350)

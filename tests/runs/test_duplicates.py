@@ -87,17 +87,17 @@ def compared(tmp_path):
 
 
 @pytest.mark.parametrize(("one", "other"), PAIRS, ids=lambda w: w.__name__)
-def test_the_same_weights_are_the_same_in_files_of_any_kind(compared, one, other):
+def test_same_weights_match_across_file_kinds(compared, one, other):
     assert compared(one, state(), other, state())
 
 
 @pytest.mark.parametrize("change", [0, LONG // 2, LONG - 1])
 @pytest.mark.parametrize(("one", "other"), PAIRS, ids=lambda w: w.__name__)
-def test_one_element_makes_a_difference(compared, one, other, change):
+def test_same_weights_detects_one_changed_element(compared, one, other, change):
     assert not compared(one, state(), other, state(change))
 
 
-def test_ranges_longer_than_a_block_are_compared_to_their_ends(compared, monkeypatch):
+def test_same_weights_compares_blocks_to_their_ends(compared, monkeypatch):
     monkeypatch.setattr(duplicates, "_BLOCK", 1000)
     assert compared(safetensors, state(), safetensors, state())
     assert not compared(safetensors, state(), safetensors, state(LONG - 1))
@@ -113,18 +113,18 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("values", OTHERS.values(), ids=OTHERS)
-def test_what_is_laid_out_differently_is_not_the_same(compared, values):
+def test_same_weights_detects_other_names_and_layouts(compared, values):
     assert not compared(zipped, state(), zipped, values)
 
 
-def test_names_that_share_their_bytes_are_compared(compared):
+def test_same_weights_compares_tied_names(compared):
     tied = state()
     tied["tied"] = tied["b"]
     assert compared(zipped, tied, zipped, state() | {"tied": state()["b"]})
     assert not compared(zipped, tied, zipped, state() | {"tied": state()["b"] + 1})
 
 
-def test_strided_views_are_compared(compared):
+def test_same_weights_compares_strided_views(compared):
     base = torch.rand(40, 40)
     one, same, other = ({"a": x[3:17:2, 5:]} for x in (base, base.clone(), base + 1))
     assert compared(without_checksums, one, without_checksums, same)
@@ -132,7 +132,7 @@ def test_strided_views_are_compared(compared):
 
 
 @pytest.mark.parametrize("change", [None, 0, LONG - 1])
-def test_no_tensor_is_read_where_checksums_tell(compared, monkeypatch, change):
+def test_same_weights_reads_no_tensor_with_checksums(compared, monkeypatch, change):
     def refuse(*_):
         raise AssertionError("a tensor is read")
 
@@ -155,7 +155,7 @@ def counted_bytes(monkeypatch) -> Counter[str]:
 
 
 @pytest.mark.parametrize("write", [without_checksums, safetensors, flat_buffer])
-def test_of_many_alike_no_byte_is_read_twice(tmp_path, monkeypatch, write):
+def test_same_weights_reads_no_byte_twice(tmp_path, monkeypatch, write):
     paths = [
         tmp_path / f"{i}{'.safetensors' if write is safetensors else '.pt'}" for i in range(30)
     ]
@@ -171,7 +171,7 @@ def test_of_many_alike_no_byte_is_read_twice(tmp_path, monkeypatch, write):
     assert max(read.values()) <= heads_and_all
 
 
-def test_what_differs_in_front_is_not_read_to_its_end(tmp_path, monkeypatch):
+def test_same_weights_stops_at_first_difference(tmp_path, monkeypatch):
     read = counted_bytes(monkeypatch)
     among = SameWeights(Contents())
     for i in range(20):
@@ -182,7 +182,7 @@ def test_what_differs_in_front_is_not_read_to_its_end(tmp_path, monkeypatch):
     assert max(read.values()) == 3 * 4 * 4  # the tensor of the first name
 
 
-def test_the_first_of_several_is_found(tmp_path):
+def test_same_weights_finds_first_match(tmp_path):
     among = SameWeights(Contents())
     opened = []
     for name in ("x", "y", "z"):

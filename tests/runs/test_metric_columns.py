@@ -20,7 +20,7 @@ def columns(tmp_path, **recorded):
     return choose_metric_columns(open_run(tmp_path).checkpoints)
 
 
-def test_copies_of_the_clock_and_of_the_rate_are_no_columns(tmp_path):
+def test_metric_columns_omit_copies_of_clock_and_rate(tmp_path):
     found = columns(
         tmp_path,
         epoch=[1, 2],
@@ -33,7 +33,7 @@ def test_copies_of_the_clock_and_of_the_rate_are_no_columns(tmp_path):
     assert found.repeats == {"tick": "step", "rate": "LR"}
 
 
-def test_of_equal_metrics_the_better_known_name_stays(tmp_path):
+def test_metric_columns_keep_best_known_of_equals(tmp_path):
     found = columns(
         tmp_path, x=[0.5, 0.6], acc=[0.5, 0.6], best_acc=[0.5, 0.6], train_loss=[2.0, 1.0]
     )
@@ -41,13 +41,13 @@ def test_of_equal_metrics_the_better_known_name_stays(tmp_path):
     assert found.repeats == {"x": "acc", "best_acc": "acc"}
 
 
-def test_what_never_changes_comes_last(tmp_path):
+def test_metric_columns_put_constants_last(tmp_path):
     found = columns(tmp_path, width=[8, 8], noise=[0.1, 0.2], val_acc=[0.5, 0.5], epoch=[5, 6])
     assert found.names == ("noise", "val_acc")
     assert found.constants == {"width": 8}
 
 
-def test_counts_that_go_with_the_clock_are_no_columns(tmp_path):
+def test_metric_columns_omit_multiples_of_clock(tmp_path):
     found = columns(
         tmp_path,
         epoch=[1, 2, 3],
@@ -61,7 +61,7 @@ def test_counts_that_go_with_the_clock_are_no_columns(tmp_path):
     assert found.repeats == {"i": "40 × step", "seen": "1024 × step"}
 
 
-def test_numbers_that_change_and_count_nothing_are_of_one_checkpoint(tmp_path):
+def test_find_momentary_numbers_omits_counts(tmp_path):
     for i in (1, 2, 3):
         beside = {"va": i / 7, "top1": 70 + i, "n": 40 * i, "tau": 0.5, "kl_weight": i / 10}
         save_weight(tmp_path / f"epoch_{i}.pt", i, epoch=i, **beside)
@@ -70,12 +70,12 @@ def test_numbers_that_change_and_count_nothing_are_of_one_checkpoint(tmp_path):
     assert find_momentary_numbers(run.last(1).checkpoints) == frozenset()
 
 
-def test_a_perfect_accuracy_in_the_first_epoch_is_a_column(tmp_path):
+def test_metric_columns_keep_accuracy_equal_to_epoch(tmp_path):
     found = columns(tmp_path, epoch=[1, 1], step=[10, 20], acc=[1.0, 1.0])
     assert found.names == ("acc",)
 
 
-def test_a_single_checkpoint_has_all_its_metrics(tmp_path):
+def test_metric_columns_of_one_checkpoint_are_all(tmp_path):
     assert columns(tmp_path, epoch=[1], acc=[1.0], loss=[1.0]).names == ("acc", "loss")
 
 
@@ -84,7 +84,7 @@ values = st.lists(st.none() | st.floats(), min_size=3, max_size=3)
 
 @settings(deadline=None)
 @given(st.dictionaries(st.sampled_from(["acc", "loss", "a", "b", "c"]), values))
-def test_each_metric_is_a_column_or_repeats_one(tmp_path_factory, recorded):
+def test_metric_columns_account_for_each_metric(tmp_path_factory, recorded):
     checkpoint = open_checkpoint(save_weight(tmp_path_factory.mktemp("run") / "x.pt"))
     recorded = {name: v for name, v in recorded.items() if v != [None] * 3}
     rows = [

@@ -53,7 +53,7 @@ def steps_of(run):
 
 
 @pytest.mark.parametrize(("series", "below"), PLACES)
-def test_the_same_place_below_each_step_is_one_run(tmp_path, series, below):
+def test_numbered_directories_are_one_run(tmp_path, series, below):
     paths = save_run(tmp_path, series, below)
     for order in itertools.permutations(paths):
         run = open_run(*order)
@@ -66,7 +66,7 @@ def test_the_same_place_below_each_step_is_one_run(tmp_path, series, below):
 
 
 @pytest.mark.parametrize(("series", "below"), PLACES)
-def test_the_directories_of_the_steps_can_be_named(tmp_path, series, below):
+def test_numbered_directories_may_be_named(tmp_path, series, below):
     paths = save_run(tmp_path, series, below)
     run = open_run(*(tmp_path / series.format(step) for step in (1500, 500, 1000)))
     assert [c.path for c in run] == paths
@@ -81,7 +81,7 @@ def test_the_directories_of_the_steps_can_be_named(tmp_path, series, below):
         ["run-2023-12-31T23:59:59", "run-2024-01-05T00:00:00", "run-2024-02-01T12:00:00"],
     ],
 )
-def test_directories_called_after_dates_are_in_their_order(tmp_path, days):
+def test_dated_directories_are_in_order(tmp_path, days):
     for value, day in enumerate(days):
         save_weight(tmp_path / day / "model.pt", value)
     for run in (open_run(tmp_path), open_run(*sorted(tmp_path.glob("*/model.pt"), reverse=True))):
@@ -92,7 +92,7 @@ def test_directories_called_after_dates_are_in_their_order(tmp_path, days):
 
 @settings(deadline=None)
 @given(st.data())
-def test_order_is_that_of_the_steps_at_any_depth(tmp_path_factory, data):
+def test_numbered_directories_are_in_order_at_any_depth(tmp_path_factory, data):
     directory = tmp_path_factory.mktemp("run")
     steps = data.draw(st.lists(st.integers(0, 10**6), min_size=2, max_size=5, unique=True))
     word = data.draw(st.sampled_from(["checkpoint-", "step", "global_step_", "iter_00", ""]))
@@ -105,7 +105,7 @@ def test_order_is_that_of_the_steps_at_any_depth(tmp_path_factory, data):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
-def test_a_step_that_is_recorded_above_the_checkpoint_is_its_step(tmp_path):
+def test_step_is_read_from_trainer_state_above(tmp_path):
     for step in (1000, 500):
         checkpoint = tmp_path / f"checkpoint-{step}"
         checkpoint.mkdir()
@@ -127,7 +127,7 @@ def save_networks(directory, *networks, steps=STEPS):
     return directory
 
 
-def test_ema_copies_beside_a_network_are_left_out_with_a_note(tmp_path):
+def test_ema_copies_beside_network_are_left_out(tmp_path):
     save_networks(tmp_path, "unet", "unet_ema")
     for run in (open_run(tmp_path), open_run(*sorted(tmp_path.iterdir()))):
         assert names(run) == ["unet"] * 3
@@ -141,7 +141,7 @@ def test_ema_copies_beside_a_network_are_left_out_with_a_note(tmp_path):
     assert names(open_run(tmp_path, glob="*/unet_ema")) == ["unet_ema"] * 3
 
 
-def test_networks_side_by_side_are_an_error_whose_patterns_pick_each(tmp_path):
+def test_networks_side_by_side_are_refused_with_patterns(tmp_path):
     save_networks(tmp_path, "unet", "text_encoder", "text_encoder_2", "unet_ema")
     with pytest.raises(RunError, match="3 networks side by side") as refused:
         open_run(tmp_path)
@@ -156,13 +156,13 @@ def test_networks_side_by_side_are_an_error_whose_patterns_pick_each(tmp_path):
     assert len(open_run(*tmp_path.glob("*/unet"), *tmp_path.glob("*/text_encoder")).trainings) == 2
 
 
-def test_a_pattern_with_a_slash_selects_steps_too(tmp_path):
+def test_glob_with_slash_selects_steps(tmp_path):
     save_networks(tmp_path, "unet", "vae")
     assert steps_of(open_run(tmp_path, glob="checkpoint-1*/unet")) == [1000, 1500]
     assert steps_of(open_run(tmp_path, glob="unet")) == list(STEPS)
 
 
-def test_two_kinds_of_steps_are_told_apart(tmp_path):
+def test_open_run_refuses_two_kinds_of_steps(tmp_path):
     save_run(tmp_path, "checkpoint-{}", "model.pt")
     save_run(tmp_path, "epoch_{}", "model.pt", (1, 2))
     with pytest.raises(RunError, match=r"'checkpoint-\*/model\.pt', 'epoch_\*/model\.pt'"):
@@ -170,7 +170,7 @@ def test_two_kinds_of_steps_are_told_apart(tmp_path):
     assert steps_of(open_run(tmp_path, glob="epoch_*/model.pt")) == [1, 2]
 
 
-def test_a_pipeline_at_the_root_does_not_hide_its_training(tmp_path):
+def test_pipeline_at_root_does_not_hide_steps(tmp_path):
     save_networks(tmp_path, "unet")
     for network in ("unet", "vae", "text_encoder"):
         save_weight(tmp_path / network / "model.safetensors", 7.0)
@@ -184,7 +184,7 @@ def test_a_pipeline_at_the_root_does_not_hide_its_training(tmp_path):
     assert [path for path, _ in again.left_out] == [tmp_path]
 
 
-def test_a_model_at_the_root_comes_last(tmp_path):
+def test_model_at_root_comes_last(tmp_path):
     save_networks(tmp_path, "unet")
     save_weight(tmp_path / "diffusion_pytorch_model.safetensors", 2000.0)
     run = open_run(tmp_path)
@@ -194,7 +194,7 @@ def test_a_model_at_the_root_comes_last(tmp_path):
     assert [c.path for c in open_run(tmp_path)] == [tmp_path]
 
 
-def test_a_step_without_weights_is_said(tmp_path):
+def test_step_without_weights_is_noted_or_refused(tmp_path):
     save_networks(tmp_path, "unet")
     shutil.rmtree(tmp_path / "checkpoint-1500" / "unet")
     run = open_run(tmp_path)
@@ -210,21 +210,21 @@ def test_a_step_without_weights_is_said(tmp_path):
     ]
 
 
-def test_runs_of_files_below_steps_stay_runs(tmp_path):
+def test_open_run_refuses_runs_below_steps(tmp_path):
     for stage in (1, 2):
         save_run(tmp_path / f"step_{stage}", "", "epoch_{}.pt", (1, 2))
     with pytest.raises(RunError, match=r"2 runs: .*step_1, .*step_2"):
         open_run(tmp_path)
 
 
-def test_the_directory_of_a_run_further_down_is_named(tmp_path):
+def test_open_run_names_top_directories_of_runs(tmp_path):
     for agent in ("actor", "critic"):
         save_run(tmp_path / agent, "global_step_{}", "huggingface/model.safetensors")
     with pytest.raises(RunError, match=r"2 runs: [^ ]*actor, [^ ]*critic\."):
         open_run(tmp_path)
 
 
-def test_runs_of_different_depths_are_all_named(tmp_path):
+def test_open_run_names_runs_of_different_depths(tmp_path):
     save_run(tmp_path / "ppo", "global_step_{}", "actor/huggingface/model.safetensors")
     save_run(tmp_path / "sd", "checkpoint-{}", "unet/model.safetensors")
     with pytest.raises(RunError, match=r"2 runs: [^ ]*ppo, [^ ]*sd\."):
@@ -232,14 +232,14 @@ def test_runs_of_different_depths_are_all_named(tmp_path):
 
 
 @pytest.mark.parametrize("names_given", [("seed1", "seed2"), ("v1", "v2"), ("lr0.1", "lr0.2")])
-def test_other_numbers_above_are_no_steps(tmp_path, names_given):
+def test_open_run_takes_no_seed_or_version_for_step(tmp_path, names_given):
     paths = [save_weight(tmp_path / name / "final.pt", i) for i, name in enumerate(names_given)]
     assert len(open_run(*paths).trainings) == 2
     with pytest.raises(RunError, match="2 runs"):
         open_run(tmp_path)
 
 
-def test_what_lies_beside_a_model_is_no_network(tmp_path):
+def test_training_state_beside_model_is_no_network(tmp_path):
     for step in STEPS:
         home = tmp_path / f"step{step}"
         save_weight(home / "model_and_optim" / "model.safetensors", step)
@@ -248,20 +248,20 @@ def test_what_lies_beside_a_model_is_no_network(tmp_path):
     assert names(open_run(tmp_path)) == ["model_and_optim"] * 3
 
 
-def test_masks_tell_steps_from_other_numbers():
+def test_mask_step_ignores_other_numbers():
     same = [("epoch=1-loss=0.3", "epoch=12-loss=0.25"), ("step_900", "step_1k"), ("1", "0020")]
     assert all(mask_step(one) == mask_step(other) for one, other in same)
     none = ["seed1", "version_0", "resnet50_checkpoints", "text_encoder_2", "lora_rank_8", "last"]
     assert all(mask_step(name) is None for name in none)
 
 
-def test_names_are_short_but_tell_apart(tmp_path):
+def test_short_names_tell_paths_apart(tmp_path):
     paths = [tmp_path / f"step_{i}" / "actor" / "hf" for i in (1, 2)]
     assert short_names(paths) == ["step_1/actor/hf", "step_2/actor/hf"]
     assert short_names([paths[0], tmp_path / "b"]) == ["hf", "b"]
 
 
-def test_commands_take_the_directory_of_such_a_run(tmp_path):
+def test_commands_take_numbered_directories(tmp_path):
     save_networks(tmp_path / "run", "unet", "unet_ema")
     shown = CliRunner().invoke(main, ["inspect", str(tmp_path / "run")])
     assert "checkpoint-1000/unet" in shown.output
@@ -277,7 +277,7 @@ PIPELINE = {"_class_name": "P", "unet": ["diffusers", "U"], "vae": ["diffusers",
 
 @pytest.mark.parametrize("below", ["unet", "."])
 @pytest.mark.parametrize("copies", [True, False])
-def test_a_trained_network_is_averaged_without_the_pipeline_at_the_root(tmp_path, below, copies):
+def test_network_is_averaged_without_pipeline_at_root(tmp_path, below, copies):
     name = "diffusion_pytorch_model.safetensors"
     for step in (500, 1000):
         save_weight(tmp_path / "run" / f"checkpoint-{step}" / below / name, float(step))
@@ -292,7 +292,7 @@ def test_a_trained_network_is_averaged_without_the_pipeline_at_the_root(tmp_path
     assert any("several directories" in note for note in run.notes)
 
 
-def test_pipelines_that_are_saved_whole_are_a_run_with_that_at_the_root(tmp_path):
+def test_pipelines_of_steps_and_root_are_one_run(tmp_path):
     for value, folder in enumerate(("checkpoint-500", "checkpoint-1000", ".")):
         for part in ("unet", "vae"):
             name = "diffusion_pytorch_model.safetensors"
@@ -305,7 +305,7 @@ def test_pipelines_that_are_saved_whole_are_a_run_with_that_at_the_root(tmp_path
 
 @pytest.mark.parametrize("names_of_runs", [("2024-01-01", "2024-01-02"), ("1", "2")])
 @pytest.mark.parametrize("file", ["model.pt", "unet/model.pt"])
-def test_runs_that_are_called_after_dates_are_not_averaged_together(tmp_path, names_of_runs, file):
+def test_open_run_refuses_runs_named_by_date_or_number(tmp_path, names_of_runs, file):
     for name, step in itertools.product(names_of_runs, (500, 1000)):
         path = tmp_path / name / f"step_{step}" / file
         path.parent.mkdir(parents=True)

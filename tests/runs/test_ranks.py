@@ -78,7 +78,7 @@ def refusal(*paths, **options) -> str:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_ranks_files_are_parts_of_one_model(tmp_path, layout):
+def test_ranks_are_refused_as_parts_of_one_model(tmp_path, layout):
     for step in (500, 1000):
         halves = [half(0, step), half(1, step)]
         paths = save_ranks(tmp_path / f"iter_{step:07d}", layout, halves, iteration=step)
@@ -92,7 +92,7 @@ def test_ranks_files_are_parts_of_one_model(tmp_path, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_single_rank_is_a_run(tmp_path, layout):
+def test_rank_alone_forms_run(tmp_path, layout):
     paths = [
         *save_ranks(tmp_path / "iter_0001000", layout, [half(0)], iteration=1000),
         *save_ranks(tmp_path / "iter_0000500", layout, [half(0)], iteration=500),
@@ -102,12 +102,12 @@ def test_a_single_rank_is_a_run(tmp_path, layout):
         assert len(run.trainings) == 1
 
 
-def test_ranks_below_a_directory_without_a_step_are_parts(tmp_path):
+def test_ranks_outside_step_directories_are_parts(tmp_path):
     save_ranks(tmp_path / "release", "mp_rank_{:02d}/model_optim_rng.pt", [half(0), half(1)])
     assert "parts of one model: 2 ranks" in refusal(tmp_path / "release")
 
 
-def test_what_the_tools_users_have_is_named(tmp_path):
+def test_ranks_error_names_conversion_tool(tmp_path):
     for layout, words in (
         ("consolidated.{:02d}.pth", "convert_llama_weights_to_hf"),
         ("mp_rank_{:02d}/model_optim_rng.pt", "tools/checkpoint/convert.py"),
@@ -118,19 +118,19 @@ def test_what_the_tools_users_have_is_named(tmp_path):
         assert words in refusal(*save_ranks(home, layout, [half(0), half(1)]))
 
 
-def test_a_pattern_can_pick_one_rank(tmp_path):
+def test_glob_selects_one_rank(tmp_path):
     for step in (1, 2):
         save_ranks(tmp_path / f"iter_{step}", "mp_rank_{:02d}/m.pt", [half(0), half(1)])
     assert [c.step for c in open_run(tmp_path, glob="mp_rank_00/*")] == [1, 2]
 
 
-def test_ranks_with_the_same_weights_are_no_parts(tmp_path):
+def test_ranks_with_same_weights_count_once(tmp_path):
     save_ranks(tmp_path, "checkpoint-rank{}.pt", [half(0), half(0)], step=3)
     run = open_run(tmp_path)
     assert names(run) == ["checkpoint-rank0.pt"]
 
 
-def test_replicas_count_once_whatever_their_statistics(tmp_path):
+def test_replicas_count_once_despite_statistics(tmp_path):
     for epoch in (1, 2, 3):
         for rank in (0, 1):
             norm = torch.nn.BatchNorm1d(3)
@@ -143,20 +143,20 @@ def test_replicas_count_once_whatever_their_statistics(tmp_path):
     assert any("epoch1_rank1.pt and 2 more are left out" in note for note in run.notes)
 
 
-def test_replicas_of_some_ranks_make_no_replicas_of_all(tmp_path):
+def test_ranks_replicated_in_part_are_parts(tmp_path):
     for rank, state in enumerate([half(0), half(0), half(1), half(1)]):
         torch.save(state, tmp_path / f"pp{rank // 2}_dp{rank % 2}.pt")
     assert "parts of one model: 4 ranks" in refusal(tmp_path)
 
 
-def test_numbers_beside_different_steps_are_no_ranks(tmp_path):
+def test_ranks_are_not_numbers_of_different_steps(tmp_path):
     for i in (1, 2, 3):
         torch.save({"model": half(0, i), "step": 10 * i}, tmp_path / f"pp{i}.pt")
     assert [c.step for c in open_run(tmp_path)] == [10, 20, 30]
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
-def test_shards_without_their_metadata_are_parts(tmp_path):
+def test_dcp_shards_without_metadata_are_parts(tmp_path):
     dcp.save({"model": half(0)}, checkpoint_id=tmp_path / "step_1")
     shard = tmp_path / "step_1" / "__0_0.distcp"
     assert names(open_run(shard)) == ["step_1"]
@@ -186,7 +186,7 @@ def test_shards_without_their_metadata_are_parts(tmp_path):
     ],
 )
 @pytest.mark.parametrize("beside", [{}, {"epoch": 3}, {"step": 7}])
-def test_numbered_checkpoints_stay_a_run(tmp_path, files, beside):
+def test_numbered_checkpoints_are_no_ranks(tmp_path, files, beside):
     for i, file in enumerate(files):
         save_weight(tmp_path / file, float(i), **beside)
     assert average(open_run(tmp_path))["w"] == 1
@@ -194,7 +194,7 @@ def test_numbered_checkpoints_stay_a_run(tmp_path, files, beside):
 
 
 @pytest.mark.parametrize("files", [("0.pt", "1.pt"), ("slice_00.pt", "slice_01.pt")])
-def test_slices_of_one_step_are_parts_whatever_they_are_called(tmp_path, files):
+def test_slices_of_one_step_are_parts(tmp_path, files):
     for rank, file in enumerate(files):
         torch.save({"model": half(rank), "iteration": 500}, tmp_path / file)
     told = refusal(tmp_path)
@@ -210,7 +210,7 @@ def test_slices_of_one_epoch_are_parts(tmp_path):
     assert "parts of one model: 2 files" in refusal(tmp_path)
 
 
-def test_uneven_slices_of_one_step_are_parts(tmp_path):
+def test_slices_of_uneven_size_are_parts(tmp_path):
     for rank, rows in enumerate((5, 4)):
         state = {"emb": torch.randn(rows, 4), "norm": torch.ones(4)}
         torch.save({"model": state, "iteration": 500}, tmp_path / f"m{rank}.pt")
@@ -224,7 +224,7 @@ def test_stages_of_one_model_are_parts(tmp_path):
     assert len(open_run(tmp_path)) == 3
 
 
-def test_steps_with_constant_buffers_stay_a_run(tmp_path):
+def test_steps_with_constant_buffers_are_no_slices(tmp_path):
     """A few vectors that no step changes make no slices."""
     for i in range(2):
         state = half(0, i) | {"inv_freq": torch.arange(3.0), "bias": torch.randn(4)}
@@ -232,7 +232,7 @@ def test_steps_with_constant_buffers_stay_a_run(tmp_path):
     average(open_run(tmp_path))
 
 
-def test_a_vocabulary_that_grew_is_no_slice(tmp_path):
+def test_vocabulary_that_grew_is_no_slice(tmp_path):
     for i in range(2):
         state = {"emb": torch.ones(8 + i, 4)}
         torch.save({"model": state, "step": 10 * i}, tmp_path / f"ckpt_{i}.pt")
@@ -241,7 +241,7 @@ def test_a_vocabulary_that_grew_is_no_slice(tmp_path):
 
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 99), min_size=1, max_size=3), st.sampled_from(["tp", "pp", "rank_"]))
-def test_ranks_are_taken_out_of_any_name(tmp_path_factory, ranks, word):
+def test_parse_rank_finds_ranks_in_any_name(tmp_path_factory, ranks, word):
     name = "-".join(f"{word}{rank:02d}" for rank in ranks)
     found = parse_rank(Path("/run/step_500") / name / "model.pt")
     assert found.ranks == tuple(map(str, ranks))

@@ -49,7 +49,7 @@ def numbers(run):
 # Order
 
 
-def test_order_is_by_recorded_step_whatever_names_and_times_say(tmp_path):
+def test_order_is_by_recorded_step(tmp_path):
     for age, (name, step) in enumerate([("c", 20), ("a", 100), ("b", 3)]):
         path = save_weight(tmp_path / f"{name}.pt", step, global_step=step)
         os.utime(path, (1e9 - age, 1e9 - age))
@@ -58,7 +58,7 @@ def test_order_is_by_recorded_step_whatever_names_and_times_say(tmp_path):
     assert [c.step for c in run] == [3, 20, 100]
 
 
-def test_order_is_by_epoch_where_no_step_is_recorded(tmp_path):
+def test_order_is_by_epoch_without_step(tmp_path):
     for name, epoch in [("c", 2), ("a", 10), ("b", 1.5)]:
         save_weight(tmp_path / f"{name}.pt", epoch, epoch=epoch)
     run = open_run(tmp_path)
@@ -66,7 +66,7 @@ def test_order_is_by_epoch_where_no_step_is_recorded(tmp_path):
     assert [c.step for c in run] == [1.5, 2, 10]
 
 
-def test_step_goes_before_epoch(tmp_path):
+def test_order_prefers_step_to_epoch(tmp_path):
     save_weight(tmp_path / "a.pt", 1, global_step=300, epoch=1.0)
     save_weight(tmp_path / "b.pt", 2, global_step=200, epoch=1.0)
     run = open_run(tmp_path)
@@ -77,7 +77,7 @@ def test_step_goes_before_epoch(tmp_path):
 @pytest.mark.parametrize(
     "pattern", ["epoch_{}", "ckpt-{}", "{}", "model.{}", "Step{:06d}", "v2-e{}"]
 )
-def test_order_is_by_number_where_nothing_is_recorded(tmp_path, pattern, suffix):
+def test_order_is_by_number_without_record(tmp_path, pattern, suffix):
     order = [1, 2, 9, 10, 11, 100]
     for age, i in enumerate(order):
         path = save_weight(tmp_path / (pattern.format(i) + suffix), i)
@@ -87,13 +87,13 @@ def test_order_is_by_number_where_nothing_is_recorded(tmp_path, pattern, suffix)
     assert [c.step for c in run] == order
 
 
-def test_the_number_that_differs_is_the_position(tmp_path):
+def test_order_is_by_epoch_in_name(tmp_path):
     for epoch, loss in [(2, "0.91"), (10, "0.15"), (9, "0.33")]:
         save_weight(tmp_path / f"resnet50-epoch={epoch}-loss={loss}.ckpt", epoch)
     assert [c.step for c in open_run(tmp_path)] == [2, 9, 10]
 
 
-def test_order_is_by_name_with_a_note_where_only_some_are_recorded(tmp_path):
+def test_order_is_by_name_where_some_lack_records(tmp_path):
     save_weight(tmp_path / "epoch_2.pt", global_step=7)
     save_weight(tmp_path / "epoch_10.pt", 1.0)
     save_weight(tmp_path / "epoch_1.pt", global_step=900)
@@ -104,14 +104,14 @@ def test_order_is_by_name_with_a_note_where_only_some_are_recorded(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["global_step", "epoch"])
-def test_a_recorded_zero_does_not_upset_the_order_by_name(tmp_path, name):
+def test_order_by_name_ignores_recorded_zero(tmp_path, name):
     save_weight(tmp_path / "epoch_0.pt", **{name: 0})
     save_weight(tmp_path / "epoch_1.pt", 1.0)
     save_weight(tmp_path / "epoch_2.pt", 2.0)
     assert numbers(open_run(tmp_path)) == [0, 1, 2]
 
 
-def test_steps_that_count_anew_in_each_epoch_are_ordered_by_epoch_first(tmp_path):
+def test_order_is_by_epoch_where_steps_restart(tmp_path):
     places = [(0, 100), (0, 200), (1, 100), (1, 200)]
     for name, (epoch, step) in zip("dbca", places, strict=True):
         save_weight(tmp_path / f"{name}.pt", epoch + step, epoch=epoch, step=step)
@@ -119,13 +119,13 @@ def test_steps_that_count_anew_in_each_epoch_are_ordered_by_epoch_first(tmp_path
     assert [(c.record.epoch, c.record.step) for c in run] == places
 
 
-def test_a_safetensors_file_records_its_step_in_its_metadata(tmp_path):
+def test_safetensors_metadata_records_step(tmp_path):
     for name, step in [("a", 10), ("b", 9)]:
         save_weight(tmp_path / f"{name}.safetensors", step, step=step)
     assert [(c.path.stem, c.step) for c in open_run(tmp_path)] == [("b", 9), ("a", 10)]
 
 
-def test_formats_may_mix_within_a_run(tmp_path):
+def test_run_may_mix_formats(tmp_path):
     save_weight(tmp_path / "epoch_1.safetensors", 1.0)
     save_weight(tmp_path / "epoch_2.pt", 2.0)
     save_weight(tmp_path / "epoch_3.ckpt", 3.0)
@@ -161,7 +161,7 @@ ALIASES = [
 
 @pytest.mark.parametrize("make", [symlink, hard_link, copy, saved_again])
 @pytest.mark.parametrize("alias", ALIASES)
-def test_an_alias_counts_once(tmp_path, alias, make):
+def test_alias_counts_once(tmp_path, alias, make):
     numbered(tmp_path, 3, epoch=[1, 2, 3])
     make(tmp_path / "epoch_2.pt", tmp_path / alias)
     run = open_run(tmp_path)
@@ -171,13 +171,13 @@ def test_an_alias_counts_once(tmp_path, alias, make):
 
 
 @pytest.mark.parametrize("make", [symlink, hard_link, copy])
-def test_an_alias_of_bare_weights_counts_once(tmp_path, make):
+def test_alias_of_bare_weights_counts_once(tmp_path, make):
     numbered(tmp_path, 3)
     make(tmp_path / "epoch_3.pt", tmp_path / "last.pt")
     assert numbers(open_run(tmp_path)) == [1, 2, 3]
 
 
-def test_a_best_checkpoint_that_repeats_no_other_is_noted(tmp_path):
+def test_best_checkpoint_of_its_own_is_noted(tmp_path):
     numbered(tmp_path, 3, epoch=[7, 8, 9])
     save_weight(tmp_path / "best.pt", 50, epoch=2)
     save_weight(tmp_path / "last.pt", 51, epoch=10)
@@ -186,13 +186,13 @@ def test_a_best_checkpoint_that_repeats_no_other_is_noted(tmp_path):
     assert run.notes == ("best.pt repeats no other checkpoint, and counts as one of its own",)
 
 
-def test_runs_of_best_checkpoints_alone_have_no_such_note(tmp_path):
+def test_best_checkpoints_alone_have_no_note(tmp_path):
     for epoch in (1, 2, 3):
         save_weight(tmp_path / f"best-{epoch}.pt", epoch, epoch=epoch)
     assert open_run(tmp_path).notes == ()
 
 
-def test_an_alias_of_safetensors_is_compared_by_its_bytes(tmp_path):
+def test_alias_of_safetensors_is_compared_by_bytes(tmp_path):
     for i in (1, 2):
         save_weight(tmp_path / f"epoch_{i}.safetensors", i)
     save_weight(tmp_path / "last.safetensors", 2)
@@ -202,21 +202,21 @@ def test_an_alias_of_safetensors_is_compared_by_its_bytes(tmp_path):
     ]  # fmt: skip
 
 
-def test_a_numbered_link_to_a_checkpoint_elsewhere_keeps_its_place(tmp_path):
+def test_link_with_number_keeps_its_place(tmp_path):
     numbered(tmp_path / "run", 3)
     (tmp_path / "run" / "epoch_2.pt").rename(tmp_path / "archived.pt")
     (tmp_path / "run" / "epoch_2.pt").symlink_to(tmp_path / "archived.pt")
     assert numbers(open_run(tmp_path / "run")) == [1, 2, 3]
 
 
-def test_several_aliases_of_one_checkpoint_count_once(tmp_path):
+def test_aliases_of_one_checkpoint_count_once(tmp_path):
     numbered(tmp_path, 2)
     for alias in ("last.pt", "best.pt"):
         copy(tmp_path / "epoch_2.pt", tmp_path / alias)
     assert numbers(open_run(tmp_path)) == [1, 2]
 
 
-def test_files_without_checksums_are_compared_by_their_bytes(tmp_path):
+def test_alias_without_checksums_is_compared_by_bytes(tmp_path):
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -228,7 +228,7 @@ def test_files_without_checksums_are_compared_by_their_bytes(tmp_path):
     assert names(open_run(tmp_path)) == ["epoch_1.pt", "epoch_2.pt", "last.pt"]
 
 
-def test_a_last_checkpoint_of_its_own_is_kept_in_its_place(tmp_path):
+def test_last_checkpoint_of_its_own_keeps_its_place(tmp_path):
     numbered(tmp_path, 2, global_step=[100, 200])
     save_weight(tmp_path / "last.pt", 3, global_step=250)
     save_weight(tmp_path / "best.pt", 4, global_step=150)
@@ -237,19 +237,19 @@ def test_a_last_checkpoint_of_its_own_is_kept_in_its_place(tmp_path):
     assert run.left_out == ()
 
 
-def test_numbered_checkpoints_with_equal_weights_are_no_repeats(tmp_path):
+def test_numbered_checkpoints_of_equal_weights_all_count(tmp_path):
     for i in (1, 2, 3):
         save_weight(tmp_path / f"epoch_{i}.pt", 5.0)
     assert numbers(open_run(tmp_path)) == [1, 2, 3]
 
 
-def test_a_copy_of_the_same_step_counts_once_under_any_name(tmp_path):
+def test_copy_of_same_step_counts_once(tmp_path):
     numbered(tmp_path, 2, global_step=[100, 200])
     copy(tmp_path / "epoch_2.pt", tmp_path / "epoch_2 (copy 1).pt")
     assert len(open_run(tmp_path)) == 2
 
 
-def test_equal_steps_in_different_runs_are_no_duplicates(tmp_path):
+def test_equal_steps_of_different_runs_all_count(tmp_path):
     for seed in ("a", "b"):
         numbered(tmp_path / seed, 2, global_step=[100, 200])
     run = open_run(tmp_path / "a", tmp_path / "b")
@@ -262,7 +262,7 @@ def test_equal_steps_in_different_runs_are_no_duplicates(tmp_path):
 @pytest.mark.parametrize(
     "again", ["run", "run/../run", "run/epoch_2.pt", "link", "link/epoch_2.pt"]
 )
-def test_what_is_named_twice_counts_once(tmp_path, again):
+def test_open_run_counts_path_named_twice_once(tmp_path, again):
     numbered(tmp_path / "run", 3)
     (tmp_path / "link").symlink_to("run", target_is_directory=True)
     assert numbers(open_run(tmp_path / "run", tmp_path / again)) == [1, 2, 3]
@@ -279,7 +279,7 @@ OTHER_STATE = [
 
 
 @pytest.mark.parametrize("name", OTHER_STATE)
-def test_other_state_is_never_taken_for_a_checkpoint(tmp_path, name):
+def test_other_state_is_no_checkpoint(tmp_path, name):
     numbered(tmp_path, 2)
     save_weight(tmp_path / name)
     run = open_run(tmp_path)
@@ -288,7 +288,7 @@ def test_other_state_is_never_taken_for_a_checkpoint(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "scheduler.pt"])
-def test_other_state_is_left_out_when_the_shell_names_every_file(tmp_path, name):
+def test_other_state_named_by_shell_is_left_out(tmp_path, name):
     numbered(tmp_path, 2)
     content = {
         "optimizer.pt": {"state": {0: {"m": torch.ones(1)}}, "param_groups": [{"lr": 0.1}]},
@@ -301,13 +301,13 @@ def test_other_state_is_left_out_when_the_shell_names_every_file(tmp_path, name)
     assert [path.name for path, _ in run.left_out] == [name]
 
 
-def test_nothing_but_other_state_is_an_error_that_says_so(tmp_path):
+def test_other_state_alone_is_refused(tmp_path):
     paths = [save_weight(tmp_path / name) for name in ("optimizer.pt", "scheduler.pt")]
     with pytest.raises(RunError, match=r"optimizer\.pt \(not a model's weights\)"):
         open_run(*paths)
 
 
-def test_an_optimizer_under_any_name_is_left_out(tmp_path):
+def test_optimizer_of_any_name_is_left_out(tmp_path):
     numbered(tmp_path, 2)
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -319,7 +319,7 @@ def test_an_optimizer_under_any_name_is_left_out(tmp_path):
     assert "optimizer" in dict(run.left_out)[tmp_path / "opt-000010.pt"]
 
 
-def test_files_of_other_kinds_are_not_looked_at(tmp_path):
+def test_files_of_other_kinds_are_ignored(tmp_path):
     numbered(tmp_path, 2)
     for name in ("log.txt", "epoch_3.pt.tmp", "metrics.json", ".epoch_3.pt", "events.out.tfevents"):
         (tmp_path / name).write_text("no checkpoint")
@@ -331,7 +331,7 @@ def test_files_of_other_kinds_are_not_looked_at(tmp_path):
 @pytest.mark.parametrize(
     "content", [b"", b"PK\x03\x04 torn", b"not a checkpoint at all", bytes(100)]
 )
-def test_a_damaged_file_with_a_checkpoints_name_is_an_error(tmp_path, content):
+def test_damaged_file_is_refused(tmp_path, content):
     numbered(tmp_path, 2)
     (tmp_path / "epoch_3.pt").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"epoch_3\.pt.*`skip=.epoch_3\.pt.` leaves it out"):
@@ -339,7 +339,7 @@ def test_a_damaged_file_with_a_checkpoints_name_is_an_error(tmp_path, content):
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_a_truncated_checkpoint_is_an_error(tmp_path, suffix):
+def test_truncated_checkpoint_is_refused(tmp_path, suffix):
     for i in (1, 2):
         save(tmp_path / f"epoch_{i}{suffix}", {"w": torch.full((1000,), float(i))})
     with open(tmp_path / f"epoch_2{suffix}", "r+b") as file:
@@ -348,7 +348,7 @@ def test_a_truncated_checkpoint_is_an_error(tmp_path, suffix):
         average(open_run(tmp_path))
 
 
-def test_a_link_that_leads_nowhere_is_an_error(tmp_path):
+def test_broken_link_is_refused(tmp_path):
     numbered(tmp_path, 2)
     (tmp_path / "last.pt").symlink_to("epoch_9.pt")
     with pytest.raises(CheckpointError, match=r"last\.pt"):
@@ -356,7 +356,7 @@ def test_a_link_that_leads_nowhere_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("out", ["swa.safetensors", "epoch_4.pt", "last.pt", "swa"])
-def test_an_earlier_average_is_left_out(tmp_path, out):
+def test_earlier_average_is_left_out(tmp_path, out):
     numbered(tmp_path, 3)
     average(open_run(tmp_path), out=tmp_path / out)
     run = open_run(tmp_path)
@@ -364,7 +364,7 @@ def test_an_earlier_average_is_left_out(tmp_path, out):
     assert run.left_out == ((tmp_path / out, "an average that ckptavg wrote"),)
 
 
-def test_an_earlier_average_that_is_named_itself_is_a_run_of_one(tmp_path):
+def test_earlier_average_named_itself_is_taken(tmp_path):
     average(open_run(numbered(tmp_path, 2)), out=tmp_path / "swa.pt")
     assert names(open_run(tmp_path / "swa.pt")) == ["swa.pt"]
 
@@ -372,12 +372,12 @@ def test_an_earlier_average_that_is_named_itself_is_a_run_of_one(tmp_path):
 # What is a run
 
 
-def test_no_path_is_wrong_usage():
+def test_open_run_needs_path():
     with pytest.raises(UsageError, match="no path"):
         open_run()
 
 
-def test_a_missing_path_names_what_is_near(tmp_path):
+def test_missing_path_error_names_neighbours(tmp_path):
     numbered(tmp_path, 1)
     with pytest.raises(RunError, match=r"epoch_7\.pt does not exist.*epoch_1\.pt"):
         open_run(tmp_path / "epoch_7.pt")
@@ -395,7 +395,7 @@ def test_a_missing_path_names_what_is_near(tmp_path):
         ("broken.pt", "It is a link to a path that does not exist."),
     ],
 )
-def test_a_mistyped_path_gets_the_one_that_was_meant(tmp_path, typed, meant):
+def test_mistyped_path_error_suggests_path(tmp_path, typed, meant):
     numbered(tmp_path / "constant", 1)
     save_weight(tmp_path / "swa.safetensors")
     (tmp_path / "broken.pt").symlink_to("nowhere.pt")
@@ -404,13 +404,13 @@ def test_a_mistyped_path_gets_the_one_that_was_meant(tmp_path, typed, meant):
     assert caught.value.remedy == meant.replace("ROOT", str(tmp_path))
 
 
-def test_a_mistyped_checkpoint_gets_the_one_that_was_meant(tmp_path):
+def test_open_checkpoint_error_suggests_path(tmp_path):
     numbered(tmp_path, 1)
     with pytest.raises(CheckpointError, match=r"does not exist\. Did you mean .*/epoch_1\.pt\?"):
         open_checkpoint(tmp_path / "epcoh_1.pt")
 
 
-def test_a_pattern_that_matches_no_checkpoint_gets_names_that_are_there(tmp_path):
+def test_glob_error_names_checkpoints_present(tmp_path):
     numbered(tmp_path / "run", 2)
     save_weight(tmp_path / "run" / "swa.pt", 7)
     with pytest.raises(RunError, match=r"no checkpoint matches 'epohc_\*\.pt'.*epoch_1\.pt"):
@@ -419,18 +419,18 @@ def test_a_pattern_that_matches_no_checkpoint_gets_names_that_are_there(tmp_path
         open_run(tmp_path / "run", glob="runs/epoch_*.pt")
 
 
-def test_an_empty_directory_is_an_error(tmp_path):
+def test_empty_directory_is_refused(tmp_path):
     with pytest.raises(RunError, match="holds no checkpoint"):
         open_run(tmp_path)
 
 
-def test_a_directory_of_other_state_is_an_error(tmp_path):
+def test_directory_of_other_state_is_refused(tmp_path):
     save_weight(tmp_path / "optimizer.pt")
     with pytest.raises(RunError, match="holds no checkpoint"):
         open_run(tmp_path)
 
 
-def test_two_runs_below_one_path_are_an_error_that_lists_both(tmp_path):
+def test_open_run_refuses_two_runs(tmp_path):
     for seed in ("seed1", "seed2"):
         numbered(tmp_path / seed, 2)
     with pytest.raises(RunError, match=r"2 runs: .*seed1, .*seed2"):
@@ -438,7 +438,7 @@ def test_two_runs_below_one_path_are_an_error_that_lists_both(tmp_path):
 
 
 @pytest.mark.parametrize("is_finished", [False, True])
-def test_two_hugging_face_runs_below_one_path_are_an_error_that_lists_both(tmp_path, is_finished):
+def test_open_run_refuses_two_hugging_face_runs(tmp_path, is_finished):
     for seed in ("seed1", "seed2"):
         if is_finished:
             hf_checkpoint(tmp_path / seed, 1000)
@@ -448,7 +448,7 @@ def test_two_hugging_face_runs_below_one_path_are_an_error_that_lists_both(tmp_p
         open_run(tmp_path)
 
 
-def test_the_only_run_below_a_directory_is_taken(tmp_path):
+def test_open_run_takes_only_run_below(tmp_path):
     version = tmp_path / "lightning_logs" / "version_0"
     numbered(version / "checkpoints", 3)
     (version / "hparams.yaml").write_text("width: 8")
@@ -459,7 +459,7 @@ def test_the_only_run_below_a_directory_is_taken(tmp_path):
         assert run.notes == (f"{path} holds no checkpoint itself: {version}/checkpoints is taken",)
 
 
-def test_the_only_hugging_face_run_below_a_directory_is_taken(tmp_path):
+def test_open_run_takes_only_hugging_face_run_below(tmp_path):
     hf_checkpoint(tmp_path / "gpt", 1000)
     for step in (500, 1000):
         hf_checkpoint(tmp_path / "gpt" / f"checkpoint-{step}", step, step)
@@ -468,7 +468,7 @@ def test_the_only_hugging_face_run_below_a_directory_is_taken(tmp_path):
     assert f"{tmp_path} holds no checkpoint itself: {tmp_path}/gpt is taken" in run.notes
 
 
-def test_runs_at_several_depths_are_an_error_that_lists_all(tmp_path):
+def test_open_run_refuses_runs_at_several_depths(tmp_path):
     numbered(tmp_path / "a", 2)
     numbered(tmp_path / "b" / "c", 2)
     with pytest.raises(RunError, match=r"holds 2 runs: [^ ]*/a, [^ ]*/b/c\. Name one"):
@@ -479,7 +479,7 @@ def test_runs_at_several_depths_are_an_error_that_lists_all(tmp_path):
 
 @pytest.mark.parametrize("loose", [["best.pt"], ["model_7.pt"], ["best.pt", "last.pt"]])
 @pytest.mark.parametrize("below", ["", "checkpoints"])
-def test_loose_files_beside_several_runs_change_no_error(tmp_path, loose, below):
+def test_loose_files_do_not_change_error_on_runs(tmp_path, loose, below):
     for seed in ("seed1", "seed2"):
         numbered(tmp_path / seed / below, 2)
     with pytest.raises(RunError) as without:
@@ -491,14 +491,14 @@ def test_loose_files_beside_several_runs_change_no_error(tmp_path, loose, below)
     assert str(caught.value) == str(without.value)
 
 
-def test_a_loose_file_beside_a_run_is_an_error_that_names_both(tmp_path):
+def test_loose_file_beside_run_is_refused(tmp_path):
     numbered(tmp_path / "epochs", 2)
     save_weight(tmp_path / "best.pt", 7)
     with pytest.raises(RunError, match=r"holds best\.pt, and a run in epochs\. Name either"):
         open_run(tmp_path)
 
 
-def test_a_series_beside_a_directory_with_a_run_is_the_run(tmp_path):
+def test_series_beside_directory_with_run_is_taken(tmp_path):
     numbered(tmp_path, 2)
     numbered(tmp_path / "old", 2)
     run = open_run(tmp_path)
@@ -506,7 +506,7 @@ def test_a_series_beside_a_directory_with_a_run_is_the_run(tmp_path):
     assert run.left_out == ((tmp_path / "old", "a run of its own"),)
 
 
-def test_files_named_one_by_one_form_a_run_with_their_neighbours(tmp_path):
+def test_open_run_groups_files_by_directory(tmp_path):
     numbered(tmp_path / "a", 11)
     numbered(tmp_path / "b", 1)
     paths = [tmp_path / "a" / f"epoch_{i}.pt" for i in (10, 9)]
@@ -514,14 +514,14 @@ def test_files_named_one_by_one_form_a_run_with_their_neighbours(tmp_path):
     assert [numbers(training) for training in run.trainings] == [[9, 10], [1]]
 
 
-def test_a_single_file_is_a_run_of_one(tmp_path):
+def test_open_run_takes_single_file(tmp_path):
     numbered(tmp_path, 3)
     run = open_run(str(tmp_path / "epoch_2.pt"))
     assert numbers(run) == [2]
     assert run.checkpoints[0].step == 2
 
 
-def test_glob_keeps_what_matches_and_opens_nothing_else(tmp_path):
+def test_glob_keeps_matches_and_opens_nothing_else(tmp_path):
     numbered(tmp_path, 3)
     (tmp_path / "other_1.pt").write_bytes(b"damaged")
     run = open_run(tmp_path, glob="epoch_[23].pt")
@@ -529,13 +529,13 @@ def test_glob_keeps_what_matches_and_opens_nothing_else(tmp_path):
     assert [path.name for path, _ in run.left_out] == ["epoch_1.pt", "other_1.pt"]
 
 
-def test_glob_that_matches_nothing_is_an_error(tmp_path):
+def test_glob_without_match_is_refused(tmp_path):
     numbered(tmp_path, 3)
     with pytest.raises(RunError, match=r"no checkpoint matches 'x\*'"):
         open_run(tmp_path, glob="x*")
 
 
-def test_key_names_the_entry_of_every_checkpoint(tmp_path):
+def test_key_names_entry_of_every_checkpoint(tmp_path):
     for i in (1, 2):
         weights = {"w": torch.tensor([float(i)])}
         torch.save({"state_dict": weights, "ema": {"a": {"v": weights["w"]}}}, tmp_path / f"{i}.pt")
@@ -549,7 +549,7 @@ def test_key_names_the_entry_of_every_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
-def test_checkpoints_of_the_hugging_face_trainer_are_ordered_by_step(tmp_path, suffix):
+def test_hugging_face_checkpoints_are_ordered_by_step(tmp_path, suffix):
     for step in (500, 1000, 1500):
         hf_checkpoint(tmp_path / f"checkpoint-{step}", step, step, suffix)
     run = open_run(tmp_path)
@@ -557,7 +557,7 @@ def test_checkpoints_of_the_hugging_face_trainer_are_ordered_by_step(tmp_path, s
     assert [(c.step, c.record.epoch) for c in run] == [(500, 5.0), (1000, 10.0), (1500, 15.0)]
 
 
-def test_the_record_of_a_trainer_ends_at_its_own_step(tmp_path):
+def test_trainer_record_ends_at_its_own_step(tmp_path):
     history = [
         {"step": 500, "learning_rate": 0.3, "loss": 1.5},
         {"step": 500, "eval_loss": 1.25},
@@ -569,7 +569,7 @@ def test_the_record_of_a_trainer_ends_at_its_own_step(tmp_path):
     assert checkpoint.record.metrics == {"loss": 1.5, "eval_loss": 1.25}
 
 
-def test_a_model_at_the_root_that_repeats_the_last_checkpoint_counts_once(tmp_path):
+def test_root_model_that_repeats_checkpoint_counts_once(tmp_path):
     for step in (500, 1000):
         hf_checkpoint(tmp_path / f"checkpoint-{step}", step, step)
     hf_checkpoint(tmp_path, 1000)
@@ -579,14 +579,14 @@ def test_a_model_at_the_root_that_repeats_the_last_checkpoint_counts_once(tmp_pa
 
 
 @pytest.mark.parametrize("name", ["out", "bert-2", "7"])
-def test_a_model_at_the_root_of_its_own_comes_last(tmp_path, name):
+def test_root_model_of_its_own_comes_last(tmp_path, name):
     for step in (500, 1000):
         hf_checkpoint(tmp_path / name / f"checkpoint-{step}", step, step)
     hf_checkpoint(tmp_path / name, 1200)
     assert names(open_run(tmp_path / name)) == ["checkpoint-500", "checkpoint-1000", name]
 
 
-def test_a_checkpoint_directory_without_its_weights_is_an_error(tmp_path):
+def test_checkpoint_directory_without_weights_is_refused(tmp_path):
     """What a crash while saving leaves: passed over, the run would end earlier than it seems."""
     for step in (500, 1000, 1500):
         hf_checkpoint(tmp_path / f"checkpoint-{step}", step, step)
@@ -595,12 +595,12 @@ def test_a_checkpoint_directory_without_its_weights_is_an_error(tmp_path):
         len(open_run(tmp_path))
 
 
-def test_a_checkpoint_directory_is_a_run_of_one(tmp_path):
+def test_checkpoint_directory_is_taken_alone(tmp_path):
     hf_checkpoint(tmp_path / "checkpoint-500", 1, 500)
     assert names(open_run(tmp_path / "checkpoint-500")) == ["checkpoint-500"]
 
 
-def test_checkpoint_directories_named_one_by_one_form_a_run(tmp_path):
+def test_checkpoint_directories_form_run(tmp_path):
     for step in (500, 1000):
         hf_checkpoint(tmp_path / f"checkpoint-{step}", step, step)
     run = open_run(tmp_path / "checkpoint-1000", tmp_path / "checkpoint-500")
@@ -633,7 +633,7 @@ def test_checkpoint_directories_named_one_by_one_form_a_run(tmp_path):
         (lambda run: run.cycle(4).last(2), [8, 12]),
     ],
 )
-def test_selection(tmp_path, select, expected):
+def test_selection_gives_part_of_run(tmp_path, select, expected):
     run = open_run(numbered(tmp_path, 12, global_step=[100 * i for i in range(1, 13)]))
     if expected is None:
         with pytest.raises(RunError, match="leaves none of 12 checkpoints"):
@@ -656,18 +656,18 @@ def test_selection(tmp_path, select, expected):
         lambda run: run.best(1, "acc", "highest"),
     ],
 )
-def test_a_selection_of_less_than_one_is_wrong_usage(tmp_path, select):
+def test_selection_of_less_than_one_is_refused(tmp_path, select):
     run = open_run(numbered(tmp_path, 2, acc=[1.0, 2.0]))
     with pytest.raises(UsageError, match="expected"):
         select(run)
 
 
-def test_a_cycle_longer_than_the_run_is_an_error(tmp_path):
+def test_cycle_longer_than_run_is_refused(tmp_path):
     with pytest.raises(RunError, match=r"leaves none of 2 .*Their steps are"):
         open_run(numbered(tmp_path, 2)).cycle(3)
 
 
-def test_steps_need_a_position(tmp_path):
+def test_steps_refuses_run_without_steps(tmp_path):
     save_weight(tmp_path / "model.pt")
     with pytest.raises(RunError, match="records no step or epoch and has none in its name"):
         open_run(tmp_path).steps(1)
@@ -691,19 +691,19 @@ def test_steps_need_a_position(tmp_path):
         ([0.01, 0.03, 0.03, 0.03, 0.05, 0.01], [1, 6]),
     ],
 )
-def test_minima_of_the_learning_rate(tmp_path, rates, expected):
+def test_at_lr_min_takes_minima(tmp_path, rates, expected):
     run = open_run(numbered(tmp_path, len(rates), lr=rates))
     assert numbers(run.at_lr_min()) == expected
 
 
-def test_the_learning_rate_is_that_of_the_optimizers_first_group(tmp_path):
+def test_at_lr_min_reads_rate_of_first_group(tmp_path):
     for i, rate in enumerate([0.3, 0.1, 0.3, 0.1], 1):
         optimizer = {"state": {}, "param_groups": [{"lr": rate}, {"lr": 9.0}]}
         save_weight(tmp_path / f"epoch_{i}.pt", i, epoch=i, optimizer=optimizer)
     assert numbers(open_run(tmp_path).at_lr_min()) == [2, 4]
 
 
-def test_minima_need_a_recorded_learning_rate(tmp_path):
+def test_at_lr_min_needs_recorded_rate(tmp_path):
     numbered(tmp_path, 2, lr=[0.1, 0.1])
     save_weight(tmp_path / "epoch_3.pt")
     with pytest.raises(
@@ -716,18 +716,18 @@ def test_minima_need_a_recorded_learning_rate(tmp_path):
     ("count", "mode", "expected"),
     [(1, "max", [2]), (2, "max", [2, 5]), (2, "min", [1, 4]), (9, "max", [1, 2, 3, 4, 5])],
 )
-def test_best_keeps_the_order_of_the_run(tmp_path, count, mode, expected):
+def test_best_keeps_order_of_run(tmp_path, count, mode, expected):
     run = open_run(numbered(tmp_path, 5, acc=[0.1, 0.9, 0.5, 0.2, 0.7]))
     assert numbers(run.best(count, "acc", mode)) == expected
 
 
-def test_best_finds_a_metric_by_its_dotted_name_and_passes_over_nan(tmp_path):
+def test_best_takes_dotted_metric_and_skips_nan(tmp_path):
     metrics = [{"val": {"loss": loss}} for loss in (0.3, float("nan"), 0.1)]
     run = open_run(numbered(tmp_path, 3, metrics=metrics))
     assert numbers(run.best(2, "metrics.val.loss", "min")) == [1, 3]
 
 
-def test_best_on_a_metric_that_is_not_recorded_names_those_that_are(tmp_path):
+def test_best_error_names_recorded_metrics(tmp_path):
     run = open_run(numbered(tmp_path, 2, acc=[1.0, 2.0], loss=[2.0, 1.0]))
     with pytest.raises(RunError, match=r"records no metric 'top1'.*acc, loss"):
         run.best(1, "top1", "max")
@@ -735,7 +735,7 @@ def test_best_on_a_metric_that_is_not_recorded_names_those_that_are(tmp_path):
         open_run(numbered(tmp_path / "bare", 2)).best(1, "top1", "max")
 
 
-def test_sample_is_drawn_by_its_seed_without_replacement_in_order(tmp_path):
+def test_sample_follows_seed_without_replacement(tmp_path):
     run = open_run(numbered(tmp_path, 12))
     samples = [numbers(run.sample(5, seed)) for seed in range(20)]
     assert all(sorted(set(sample)) == sample and len(sample) == 5 for sample in samples)
@@ -744,7 +744,7 @@ def test_sample_is_drawn_by_its_seed_without_replacement_in_order(tmp_path):
     assert set().union(*samples) == set(range(1, 13))
 
 
-def test_sample_of_more_than_there_are_is_an_error(tmp_path):
+def test_sample_of_too_many_is_refused(tmp_path):
     run = open_run(numbered(tmp_path, 3))
     assert numbers(run.sample(3)) == [1, 2, 3]
     with pytest.raises(RunError, match="cannot draw 4 of 3"):
@@ -763,7 +763,7 @@ def test_sample_of_more_than_there_are_is_an_error(tmp_path):
         (lambda run: run.best(1, "acc", "max"), [[4], [6]]),
     ],
 )
-def test_a_selection_applies_to_each_run(tmp_path, select, expected):
+def test_selection_applies_to_each_run(tmp_path, select, expected):
     for name, count in (("a", 4), ("b", 6)):
         epochs = list(range(1, count + 1))
         rates = [0.1 if i % 2 else 0.01 for i in epochs]
@@ -779,7 +779,7 @@ def test_sample_applies_to_each_run(tmp_path):
     assert [len(training) for training in run.trainings] == [2, 2]
 
 
-def test_checkpoints_given_by_hand_are_a_run_in_their_order(tmp_path):
+def test_as_run_keeps_given_order(tmp_path):
     run = open_run(numbered(tmp_path, 3))
     by_hand = as_run([run.checkpoints[2], run.checkpoints[0]])
     assert numbers(by_hand) == [3, 1]
@@ -794,9 +794,7 @@ def test_checkpoints_given_by_hand_are_a_run_in_their_order(tmp_path):
         (["epoch_1", "epoch_2", "model_best"], [1, 2, None], "no step is known of model_best"),
     ],
 )
-def test_names_are_read_for_their_steps_and_doubts_are_noted(
-    tmp_path, names_given, expected, words
-):
+def test_steps_in_names_are_read_and_doubts_noted(tmp_path, names_given, expected, words):
     for i, name in enumerate(names_given):
         save_weight(tmp_path / f"{name}.pt", float(i))
     run = open_run(tmp_path)
@@ -804,7 +802,7 @@ def test_names_are_read_for_their_steps_and_doubts_are_noted(
     assert any(words in note for note in run.notes) if words else not run.notes
 
 
-def test_a_note_says_that_steps_and_epochs_disagree(tmp_path):
+def test_run_notes_disagreeing_steps_and_epochs(tmp_path):
     for step, epoch in ((50, 1), (100, 0), (150, 1)):
         save_weight(tmp_path / f"s{step}.pt", step, epoch=epoch, step=step)
     run = open_run(tmp_path)
@@ -812,14 +810,14 @@ def test_a_note_says_that_steps_and_epochs_disagree(tmp_path):
     assert any("disagree" in note for note in run.notes)
 
 
-def test_an_adapter_that_lost_its_configuration_is_said(tmp_path):
+def test_adapter_without_configuration_is_refused(tmp_path):
     (tmp_path / "checkpoint-10").mkdir()
     save_weight(tmp_path / "checkpoint-10" / "adapter_model.safetensors", 1.0)
     with pytest.raises(RunError, match=r"an adapter without its adapter_config.json"):
         open_run(tmp_path)
 
 
-def test_a_run_below_a_single_loose_file_is_named(tmp_path):
+def test_open_run_names_runs_below_loose_file(tmp_path):
     save_weight(tmp_path / "sgd_160.pt", 1.0)
     numbered(tmp_path / "constant", 2)
     numbered(tmp_path / "cyclical", 2)
@@ -827,7 +825,7 @@ def test_a_run_below_a_single_loose_file_is_named(tmp_path):
         open_run(tmp_path)
 
 
-def test_a_run_below_another_is_left_out_and_said(tmp_path):
+def test_run_below_another_is_left_out(tmp_path):
     numbered(tmp_path, 2)
     numbered(tmp_path / "old", 2)
     run = open_run(tmp_path)
@@ -835,7 +833,7 @@ def test_a_run_below_another_is_left_out_and_said(tmp_path):
     assert (tmp_path / "old", "a run of its own") in run.left_out
 
 
-def test_a_refreshed_checkpoint_keeps_its_place_in_a_run(tmp_path):
+def test_refreshed_checkpoint_keeps_its_place(tmp_path):
     from ckptavg.averaging.compute import read_state_dict
     from ckptavg.batchnorm.checkpoints import prepare_copy
     from ckptavg.outputs.provenance import build_provenance
@@ -852,7 +850,7 @@ def test_a_refreshed_checkpoint_keeps_its_place_in_a_run(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_a_copy_with_new_statistics_counts_once_beside_its_source(tmp_path, suffix):
+def test_recomputed_copy_counts_once_beside_source(tmp_path, suffix):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
     run = tmp_path / "run"
@@ -870,7 +868,7 @@ def test_a_copy_with_new_statistics_counts_once_beside_its_source(tmp_path, suff
     assert names(open_run(moved, glob="*_bn*")) == [copy.name]
 
 
-def test_many_aliases_are_compared_in_linear_time(tmp_path, monkeypatch):
+def test_aliases_are_compared_in_linear_time(tmp_path, monkeypatch):
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -887,7 +885,7 @@ def test_many_aliases_are_compared_in_linear_time(tmp_path, monkeypatch):
 # Files of one name in several directories
 
 
-def test_files_of_one_name_in_directories_called_after_steps_are_one_run(tmp_path):
+def test_step_directories_of_one_file_name_are_one_run(tmp_path):
     for i in (9, 10, 100):
         save_weight(tmp_path / f"epoch=1-step={i}" / "ema_2.pt", i)
     run = open_run(*tmp_path.glob("*/ema_2.pt"))
@@ -896,7 +894,7 @@ def test_files_of_one_name_in_directories_called_after_steps_are_one_run(tmp_pat
     assert len(open_run(*tmp_path.iterdir()).trainings) == 1
 
 
-def test_files_of_one_name_in_other_directories_are_runs_of_their_own(tmp_path):
+def test_other_directories_with_one_file_name_are_runs(tmp_path):
     paths = [save_weight(tmp_path / f"seed{i}" / "final.pt", i) for i in (1, 2)]
     paths += [save_weight(tmp_path / f"{run}_step_{i}" / "f.pt", i) for run in "ab" for i in (1, 2)]
     paths += [save_weight(tmp_path / place / "step_1" / "f.pt") for place in "cd"]
@@ -904,14 +902,14 @@ def test_files_of_one_name_in_other_directories_are_runs_of_their_own(tmp_path):
     assert sorted(len(training) for training in trainings) == [1, 1, 1, 1, 2, 2]
 
 
-def test_neighbours_in_a_directory_called_after_a_step_stay_together(tmp_path):
+def test_neighbours_in_step_directory_stay_together(tmp_path):
     for step in (1, 2):
         numbered(tmp_path / f"step_{step}", 2)
     trainings = open_run(*tmp_path.glob("*/*.pt")).trainings
     assert [[c.path.name for c in t] for t in trainings] == [["epoch_1.pt", "epoch_2.pt"]] * 2
 
 
-def test_runs_further_down_are_found_for_the_remedy(tmp_path):
+def test_open_run_names_runs_further_down(tmp_path):
     for version in ("version_0", "version_1"):
         below = tmp_path / "lightning_logs" / version / "checkpoints"
         save_weight(below / "epoch=0-step=2.ckpt")
@@ -928,7 +926,7 @@ def test_runs_further_down_are_found_for_the_remedy(tmp_path):
         (("actor_{}.pt", "critic_{}.pt", "target_{}.pt"), ("actor_*.pt",)),
     ],
 )
-def test_two_series_of_the_same_steps_in_one_directory_are_an_error(tmp_path, series, patterns):
+def test_series_of_same_steps_are_refused(tmp_path, series, patterns):
     for step in (5, 10):
         for i, name in enumerate(series):
             save_weight(tmp_path / name.format(step), float(i))
@@ -941,14 +939,14 @@ def test_two_series_of_the_same_steps_in_one_directory_are_an_error(tmp_path, se
     average(open_run(*sorted(tmp_path.iterdir())))  # who names each one means it
 
 
-def test_what_lies_among_numbered_checkpoints_of_a_root_model_is_listed(tmp_path):
+def test_unnumbered_directory_among_steps_is_left_out(tmp_path):
     for name in ("checkpoint-1", "checkpoint-2", "best", "."):
         save_weight(tmp_path / "run" / name / "model.safetensors", float(len(name)))
     run = open_run(tmp_path / "run")
     assert (tmp_path / "run" / "best", "without a number, unlike its neighbours") in run.left_out
 
 
-def test_fewer_checkpoints_than_asked_for_are_noted(tmp_path):
+def test_selection_notes_fewer_than_asked(tmp_path):
     numbered(tmp_path / "a", 3, val_acc=[0.1, 0.2, float("nan")])
     run = open_run(tmp_path / "a")
     assert run.last(50).notes == ("the last 50 are asked for, and there are only 3",)
@@ -957,7 +955,7 @@ def test_fewer_checkpoints_than_asked_for_are_noted(tmp_path):
     assert run.last(3).notes == run.last(1).notes == ()
 
 
-def test_fewer_in_one_of_several_runs_are_noted(tmp_path):
+def test_last_notes_run_with_fewer_than_asked(tmp_path):
     numbered(tmp_path / "a", 3)
     numbered(tmp_path / "b", 1)
     (note,) = open_run(tmp_path / "a", tmp_path / "b").last(2).notes
@@ -973,7 +971,7 @@ def test_fewer_in_one_of_several_runs_are_noted(tmp_path):
         ("bleu", "It records val_acc, val_loss, best_acc."),
     ],
 )
-def test_a_mistyped_metric_gets_the_one_that_was_meant(tmp_path, metric, meant):
+def test_best_error_suggests_metric(tmp_path, metric, meant):
     numbered(tmp_path, 2, val_acc=[0.1, 0.2], val_loss=[2.0, 1.0], best_acc=[0.1, 0.2])
     with pytest.raises(RunError) as caught:
         open_run(tmp_path).best(1, metric)

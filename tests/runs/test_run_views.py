@@ -20,7 +20,7 @@ def run(tmp_path):
     return open_run(tmp_path / "run")
 
 
-def test_positions_give_checkpoints(run):
+def test_run_index_gives_checkpoint(run):
     every = list(run)
     assert [run[i] for i in range(6)] == every
     assert run[-1] is every[-1]
@@ -33,13 +33,13 @@ def test_positions_give_checkpoints(run):
 @pytest.mark.parametrize(
     "positions", [slice(2, 5), slice(-3, None), slice(None, 2), slice(None, None, 2), slice(1, 99)]
 )
-def test_slices_give_runs(run, positions):
+def test_run_slice_gives_run(run, positions):
     part = run[positions]
     assert isinstance(part, ckptavg.Run)
     assert list(part) == list(run)[positions]
 
 
-def test_slices_are_of_all_trainings_and_keep_them_apart(run, tmp_path):
+def test_run_slice_keeps_trainings_apart(run, tmp_path):
     for i in range(1, 4):
         save_weight(tmp_path / "other" / f"epoch_{i}.pt", i)
     both = open_run(tmp_path / "run", tmp_path / "other")
@@ -47,14 +47,14 @@ def test_slices_are_of_all_trainings_and_keep_them_apart(run, tmp_path):
     assert [len(training) for training in both[-2:].trainings] == [2]
 
 
-def test_a_slice_of_nothing_or_backwards_is_an_error(run):
+def test_run_slice_refuses_empty_or_reversed(run):
     with pytest.raises(RunError, match=r"\[5:5\]\) leaves none of 6"):
         run[5:5]
     with pytest.raises(UsageError, match="keeps its order"):
         run[::-1]
 
 
-def test_the_representation_is_one_line_and_the_text_a_table(run):
+def test_run_repr_is_one_line_and_str_a_table(run):
     assert repr(run) == "<Run of 6 checkpoints: epoch_1.pt ... epoch_6.pt>"
     assert repr(run[0:1]) == "<Run of 1 checkpoint: epoch_1.pt>"
     head, *rows = [line.split() for line in str(run).splitlines() if "." in line or "LR" in line]
@@ -63,7 +63,7 @@ def test_the_representation_is_one_line_and_the_text_a_table(run):
     assert len(rows) == 6
 
 
-def test_a_notebook_shows_a_table_whose_names_are_text(tmp_path):
+def test_run_html_escapes_names(tmp_path):
     save_weight(tmp_path / "<b>bold</b>_epoch_1.pt".replace("/", "_"), 1, **{"<i>_acc": 0.5})
     html = open_run(tmp_path)._repr_html_()
     assert html.count("<tr>") == 2
@@ -72,7 +72,7 @@ def test_a_notebook_shows_a_table_whose_names_are_text(tmp_path):
     assert "<i>" not in html
 
 
-def test_a_frame_has_a_row_per_checkpoint_and_all_that_was_recorded(run):
+def test_run_to_frame_has_row_per_checkpoint(run):
     pytest.importorskip("pandas")
     frame = run.to_frame()
     assert list(frame["name"]) == names(run)
@@ -81,7 +81,7 @@ def test_a_frame_has_a_row_per_checkpoint_and_all_that_was_recorded(run):
     assert list(frame["path"]) == [str(c.path) for c in run]
 
 
-def test_without_pandas_it_says_what_to_install(run, monkeypatch):
+def test_run_to_frame_needs_pandas(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(MissingPackageError, match="pip install pandas"):
         run.to_frame()

@@ -35,7 +35,7 @@ def run(tmp_path):
     ],
 )
 @pytest.mark.parametrize("named", [False, True])
-def test_what_matches_is_left_out(run, skip, expected, named):
+def test_skip_leaves_out_matches(run, skip, expected, named):
     opened = open_run(*(sorted(run.iterdir()) if named else [run]), skip=skip)
     assert names(opened) == [f"epoch_{i}.pt" for i in expected]
     left_out = {1, 2, 3, 4} - set(expected)
@@ -46,14 +46,14 @@ def test_what_matches_is_left_out(run, skip, expected, named):
     assert opened.notes == tuple(f"the pattern {pattern!r} skips nothing" for pattern in idle)
 
 
-def test_it_goes_together_with_a_pattern_of_what_is_taken(run):
+def test_skip_combines_with_glob(run):
     assert names(open_run(run, glob="epoch_[123].pt", skip="epoch_2*")) == [
         "epoch_1.pt", "epoch_3.pt",
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["epoch_2.pt", "model.pt", "epoch_5 [x] 'y'.pt"])
-def test_the_remedy_for_a_damaged_file_works_as_it_is_told(run, name):
+def test_skip_remedy_for_damaged_file_works(run, name):
     """Run by a shell's rules, whatever the name."""
     import shlex
 
@@ -68,7 +68,7 @@ def test_the_remedy_for_a_damaged_file_works_as_it_is_told(run, name):
     assert averaged == [str(p) for p in sorted(run.glob("epoch_?.pt")) if p.name != name]
 
 
-def test_a_directory_on_the_way_is_left_out_with_all_below_it(tmp_path):
+def test_skip_of_directory_leaves_out_all_below(tmp_path):
     for step in (500, 1000, 1500):
         save_weight(tmp_path / f"checkpoint-{step}" / "unet" / "model.safetensors", float(step))
         (tmp_path / f"checkpoint-{step}" / "unet" / "config.json").write_text("{}")
@@ -76,7 +76,7 @@ def test_a_directory_on_the_way_is_left_out_with_all_below_it(tmp_path):
     assert [c.step for c in open_run(tmp_path, skip="checkpoint-1500/unet")] == [500, 1000]
 
 
-def test_a_directory_that_a_crash_left_is_left_out(tmp_path):
+def test_skip_leaves_out_directory_of_crash(tmp_path):
     for step in (500, 1000, 1500):
         save_weight(tmp_path / f"checkpoint-{step}" / "model.safetensors", float(step))
         for name in ("config.json", "trainer_state.json"):
@@ -88,18 +88,18 @@ def test_a_directory_that_a_crash_left_is_left_out(tmp_path):
     assert [c.step for c in open_run(tmp_path, skip="checkpoint-500")] == [1000, 1500]
 
 
-def test_skipping_all_is_an_error_that_says_so(run):
+def test_skip_of_all_is_refused(run):
     with pytest.raises(RunError, match=r"no checkpoint is left.*skipped, as asked for"):
         open_run(run, skip="*")
 
 
-def test_inspect_lists_what_is_skipped(run):
+def test_inspect_lists_skipped_checkpoints(run):
     listed = CliRunner().invoke(main, ["inspect", str(run), "--skip", "*_1.pt", "--skip", "*_2.pt"])
     assert listed.exit_code == 0, listed.output
     assert listed.stdout.count(Reason.SKIPPED.value) == 2
 
 
-def test_eval_needs_a_run_to_skip_of(run):
+def test_eval_refuses_skip_without_run(run):
     result = CliRunner().invoke(
         main, ["eval", str(run / "epoch_1.pt"), "--skip", "x", "--model", "m:f", "--data", "d:f"]
     )

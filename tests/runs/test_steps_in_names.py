@@ -21,7 +21,7 @@ def values(*stems: str) -> list[int | None]:
      "acc87", "val_loss=2", "valLoss_12", "psnr32.5", "f1_80", "best_score_7", "epoch_2.5",
      "model.0.95"],
 )  # fmt: skip
-def test_a_score_is_no_step(stem):
+def test_read_steps_takes_no_score(stem):
     assert values(stem) == [None]
 
 
@@ -43,7 +43,7 @@ def test_a_score_is_no_step(stem):
         ("v1.2.3_ep7", 7),
     ],
 )
-def test_a_whole_number_beside_a_score_is_the_step(stem, step):
+def test_read_steps_takes_whole_number_beside_score(stem, step):
     assert values(stem) == [step]
 
 
@@ -52,21 +52,21 @@ def test_a_whole_number_beside_a_score_is_the_step(stem, step):
     [("step-10k", 10_000), ("ckpt_1M", 1_000_000), ("1.5M_steps", 1_500_000),
      ("iter_160k", 160_000), ("model-2.5k", 2_500), ("ckpt_10kb", 10), ("step_3m2", 3)],
 )  # fmt: skip
-def test_thousands_and_millions_are_multiplied(stem, step):
+def test_read_steps_multiplies_thousands_and_millions(stem, step):
     assert values(stem) == [step]
 
 
-def test_the_word_that_tells_names_apart_counts():
+def test_read_steps_chooses_among_several_words():
     assert values("batch32_step100_epoch1", "batch32_step100_epoch2") == [1, 2]
     assert values("seed0_epoch1", "seed1_epoch1") == [1, 1]
 
 
-def test_a_list_of_numbers_is_no_decimal_number():
+def test_read_steps_splits_dotted_numbers():
     assert values("model.5.100", "model.6.200") == [5, 6]
     assert values("v1.2.3", "v1.2.4") == [3, 4]
 
 
-def test_the_unit_is_that_of_the_word():
+def test_read_steps_takes_unit_of_word():
     assert read_steps(["epoch-3", "checkpoint-8000", "iter_9"]) == [
         NamedStep(3, "epoch"), NamedStep(8000, None), NamedStep(9, "step"),
     ]  # fmt: skip
@@ -79,20 +79,20 @@ def test_the_unit_is_that_of_the_word():
     metric=st.sampled_from(["val_loss", "acc", "top1", "mIoU", "psnr", ""]),
     first=st.booleans(),
 )
-def test_the_step_is_found_wherever_the_score_stands(step, score, metric, first):
+def test_read_steps_finds_step_on_either_side_of_score(step, score, metric, first):
     parts = [f"epoch={step}", f"{metric}={score}"]
     assert values("-".join(parts if first else parts[::-1])) == [step]
 
 
 @settings(deadline=None)
 @given(st.text(max_size=60))
-def test_any_name_is_read(stem):
+def test_read_steps_takes_any_name(stem):
     (step,) = read_steps([stem])
     assert step.value is None or step.value >= 0
 
 
 @pytest.mark.parametrize("part", ["9", "top", "1.", "step_", "epoch1k", "loss0.5", "ab@", "1 step"])
-def test_long_names_are_read_in_linear_time(part):
+def test_read_steps_takes_linear_time(part):
     begin = time.process_time()
     read_steps([part * (100_000 // len(part)), "x"])
     assert time.process_time() - begin < 5

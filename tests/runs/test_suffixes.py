@@ -23,13 +23,13 @@ def save_as(path, value, **beside):
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_file_of_any_suffix_opens_when_it_is_named(tmp_path, suffix):
+def test_suffix_of_any_kind_opens_when_named(tmp_path, suffix):
     paths = [save_as(tmp_path / f"epoch_{i}{suffix}", i) for i in (1, 2)]
     assert names(open_run(*paths)) == [path.name for path in paths]
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_files_of_any_suffix_are_a_run_where_there_are_no_others(tmp_path, suffix):
+def test_suffix_of_any_kind_makes_run_without_others(tmp_path, suffix):
     for i in (10, 9):
         save_as(tmp_path / f"epoch_{i}{suffix}", i)
     (tmp_path / "log.txt").write_text("begun")
@@ -40,7 +40,7 @@ def test_files_of_any_suffix_are_a_run_where_there_are_no_others(tmp_path, suffi
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_what_a_run_passes_over_is_said_and_a_pattern_takes_it(tmp_path, suffix):
+def test_suffix_left_out_is_noted_and_glob_takes_it(tmp_path, suffix):
     for i in (1, 2):
         save_as(tmp_path / f"epoch_{i}.pth", i)
         save_as(tmp_path / f"other_{i}{suffix}", -i)
@@ -54,7 +54,7 @@ def test_what_a_run_passes_over_is_said_and_a_pattern_takes_it(tmp_path, suffix)
     assert names(open_run(tmp_path, glob="other*")) == [f"other_{i}{suffix}" for i in (1, 2)]
 
 
-def test_numbered_epochs_beside_the_model_are_the_run(tmp_path):
+def test_suffix_with_epoch_makes_run_beside_model(tmp_path):
     for epoch in range(1, 6):
         save_as(tmp_path / f"model.pt.ep{epoch}", epoch, epoch=epoch, step=100 * epoch)
     shutil.copy(tmp_path / "model.pt.ep5", tmp_path / "model.pt")
@@ -68,7 +68,7 @@ def test_numbered_epochs_beside_the_model_are_the_run(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["best.torchscript", "epoch_2.pt.bak", "epoch_2.pt~", "best.pt.1"])
-def test_a_copy_or_an_export_beside_a_model_does_not_join_it(tmp_path, name):
+def test_suffix_of_copy_or_export_is_left_out(tmp_path, name):
     save_as(tmp_path / "best.pt", 1)
     save_as(tmp_path / name, 2)
     run = open_run(tmp_path)
@@ -76,7 +76,7 @@ def test_a_copy_or_an_export_beside_a_model_does_not_join_it(tmp_path, name):
     assert run.left_out == ((tmp_path / name, Reason.SUFFIX.value),)
 
 
-def test_files_that_are_no_checkpoints_are_not_mentioned(tmp_path):
+def test_suffix_of_no_checkpoint_is_not_mentioned(tmp_path):
     save_weight(tmp_path / "epoch_1.pt", 1)
     for name, content in {
         "data.tar": b"ustar",
@@ -91,13 +91,13 @@ def test_files_that_are_no_checkpoints_are_not_mentioned(tmp_path):
     assert open_run(tmp_path).left_out == ()
 
 
-def test_files_before_zip_were_the_format_are_known_too(tmp_path):
+def test_suffix_of_legacy_torch_file_is_left_out(tmp_path):
     save_weight(tmp_path / "epoch_1.pt", 1)
     torch.save({"w": torch.ones(1)}, tmp_path / "x.t7", _use_new_zipfile_serialization=False)
     assert open_run(tmp_path).left_out == ((tmp_path / "x.t7", Reason.SUFFIX.value),)
 
 
-def test_a_directory_of_other_files_says_that_they_may_be_named(tmp_path):
+def test_open_run_error_suggests_naming_other_suffixes(tmp_path):
     (tmp_path / "x.tar").write_bytes(b"ustar")
     with pytest.raises(RunError, match="name files of other suffixes themselves"):
         open_run(tmp_path)
