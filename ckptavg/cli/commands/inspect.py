@@ -108,14 +108,7 @@ def _show_run(report: Report, run: Run, whole: Run, geometry: Geometry | None = 
         rows.append(_run_row(name, checkpoint, shown_metrics))
     report.table(_run_columns(shown_metrics), rows, title=_run_title(run, whole))
     _show_other_metrics(report, metrics)
-    excluded = [
-        {"path": without_secrets(str(left_out.path)), "why": for_shell(left_out.why)}
-        for left_out in run.excluded
-    ]
-    if excluded:
-        names = short_names([left_out.path for left_out in run.excluded])
-        reasons = [entry["why"] for entry in excluded]
-        report.table(("left out", "why"), list(zip(names, reasons, strict=True)))
+    excluded = _show_excluded(report, run)
     if extra_entries := run.checkpoints[-1].other_entries:
         report.line(f"beside the weights, not averaged: {', '.join(extra_entries)}")
     notes = _notes_of(run)
@@ -132,6 +125,20 @@ def _show_run(report: Report, run: Run, whole: Run, geometry: Geometry | None = 
     report.result(result)
 
 
+def _show_excluded(report: Report, run: Run) -> list[dict[str, str]]:
+    """Show the paths that are left out, with reasons, and return the same as plain values."""
+    entries: list[dict[str, str]] = []
+    rows: list[tuple[str, str]] = []
+    names = short_names([left_out.path for left_out in run.excluded])
+    for name, left_out in zip(names, run.excluded, strict=True):
+        why = for_shell(left_out.why)
+        rows.append((name, why))
+        entries.append({"path": without_secrets(str(left_out.path)), "why": why})
+    if rows:
+        report.table(("left out", "why"), rows)
+    return entries
+
+
 def _run_title(run: Run, whole: Run) -> str:
     kinds = ", ".join(dict.fromkeys(checkpoint.format.label for checkpoint in run))
     title = f"{count_text(len(whole.opened), 'checkpoint')} in order ({kinds})"
@@ -140,10 +147,11 @@ def _run_title(run: Run, whole: Run) -> str:
 
 def _run_row(name: str, checkpoint: Checkpoint, metrics: Sequence[str]) -> Sequence[str]:
     record = checkpoint.record
-    numbers = [checkpoint.step, record.epoch, record.lr]
-    numbers += [record.metrics.get(metric) for metric in metrics]
-    entries = first_few([entry or "(the file)" for entry in checkpoint.entries])
-    return [name, *map(number_text, numbers), entries, size_text(checkpoint.size)]
+    row = [name, number_text(checkpoint.step)]
+    row += [number_text(record.epoch), number_text(record.lr)]
+    row += [number_text(record.metrics.get(metric)) for metric in metrics]
+    row.append(first_few([entry or "(the file)" for entry in checkpoint.entries]))
+    return [*row, size_text(checkpoint.size)]
 
 
 def _show_other_metrics(report: Report, metrics: MetricColumns) -> None:
