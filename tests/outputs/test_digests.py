@@ -86,7 +86,7 @@ def runs(draw):
     threads=CUTS["threads"],
     first=st.sampled_from([0.0, 1.0]),
 )
-def test_digests_are_those_of_the_rule_whatever_the_layout_blocks_and_threads(
+def test_digests_follow_the_rule_for_any_layout_and_threads(
     states, leaf, leaves_a_task, block, strided_block, threads, first
 ):
     with (
@@ -107,7 +107,7 @@ def test_digests_are_those_of_the_rule_whatever_the_layout_blocks_and_threads(
 
 
 @pytest.mark.parametrize("threads", [1, 4])
-def test_leaves_end_at_every_2_to_the_20th_element(tmp_path, threads):
+def test_leaves_have_2_to_the_20_elements(tmp_path, threads):
     state = {
         "long": torch.randint(256, (5 * 2**20 + 3,), dtype=torch.uint8),
         "exact": torch.randn(2**20),
@@ -121,7 +121,7 @@ def test_leaves_end_at_every_2_to_the_20th_element(tmp_path, threads):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable")
-def test_the_same_weights_have_the_same_digest_in_every_layout(tmp_path):
+def test_digest_is_the_same_in_every_format(tmp_path):
     state = {"body.weight": torch.randn(4, 3), "body.bias": torch.randn(4)}
     state["head.weight"] = torch.randn(2, 4)
     found = {}
@@ -144,13 +144,13 @@ def test_the_same_weights_have_the_same_digest_in_every_layout(tmp_path):
         {"w": torch.tensor([1.0, 2.0])},
     ],
 )
-def test_names_types_and_shapes_count(tmp_path, other):
+def test_digest_covers_names_dtypes_and_shapes(tmp_path, other):
     state = {"w": torch.tensor([1.0, 2.0]), "b": torch.zeros(0)}
     one, two = opened(tmp_path, [state, other])
     assert digest(one) != digest(two)
 
 
-def test_leaves_that_several_processes_saw_are_put_together(monkeypatch):
+def test_leaves_merge_processes(monkeypatch):
     monkeypatch.setattr(digests_module, "LEAF", 4)
     raw = memoryview(bytes(range(22)))  # 11 elements of 2 bytes: leaves of 8, 8 and 6
     ranks = [Leaves([(11, 2), (3, 2)]) for _ in range(2)]
@@ -167,13 +167,13 @@ def test_leaves_that_several_processes_saw_are_put_together(monkeypatch):
     assert ranks[0].of(1) == hashlib.sha256(raw[:6]).digest()
 
 
-def test_bytes_out_of_order_are_no_digest():
+def test_leaves_refuse_bytes_out_of_order():
     leaves = Leaves([(10, 1)])
     with pytest.raises(RuntimeError, match="byte 4"):
         leaves.update(0, 4, memoryview(b"abc"))
 
 
-def test_a_changing_input_has_no_digest(tmp_path):
+def test_digest_refuses_a_changing_input(tmp_path):
     (checkpoint,) = opened(tmp_path, [randoms(0)])
     (tmp_path / "epoch_1.pt").touch()
     with pytest.raises(CheckpointError, match=r"epoch_1\.pt changed"):
@@ -212,7 +212,7 @@ def write_run(directory, kind):
         ("distributed", "o"),
     ],
 )
-def test_every_kind_of_output_records_its_digest_and_its_inputs(tmp_path, kind, name):
+def test_digests_are_recorded_in_every_format(tmp_path, kind, name):
     states, out = write_run(tmp_path / "run", kind), tmp_path / name
     ckptavg.average(open_run(tmp_path / "run"), out=out, digests=True)
     written = read_state_dict(open_checkpoint(out))
@@ -233,7 +233,7 @@ def dcp_loaded(out, kind, like):
     return loaded["model"]
 
 
-def test_what_the_average_does_not_take_counts_too(tmp_path):
+def test_digests_cover_excluded_tensors_and_base(tmp_path):
     states = [randoms(i) | {"odd": torch.full((i + 1,), 7.0)} for i in range(3)]
     run = save_states(tmp_path / "run", states)
     base = save(tmp_path / "base.pt", randoms(9) | {"odd": torch.zeros(1)})
@@ -248,7 +248,7 @@ def test_what_the_average_does_not_take_counts_too(tmp_path):
     assert ("base", "base.pt", "same") in outcome(tmp_path / "o.pt")
 
 
-def test_each_byte_is_read_once(tmp_path):
+def test_digests_read_each_byte_once(tmp_path):
     states = [randoms(i) for i in range(3)]
     run, calls = opened(tmp_path, states), []
     ckptavg.average(
@@ -272,7 +272,7 @@ def test_digests_change_nothing_else(tmp_path):
     assert made == plain.provenance.entries
 
 
-def test_every_one_of_many_averages_has_its_own(tmp_path):
+def test_digests_of_average_many_are_separate(tmp_path):
     states = [randoms(i) for i in range(4)]
     save_states(tmp_path / "run", states)
     run = open_run(tmp_path / "run")
@@ -287,7 +287,7 @@ def test_every_one_of_many_averages_has_its_own(tmp_path):
         )
 
 
-def test_of_adapters_those_count_that_were_given(tmp_path):
+def test_digests_of_adapters_are_those_of_the_inputs(tmp_path):
     states = [factors(i) for i in range(3)]
     run = open_run(write_adapters(tmp_path / "run", states))
     ckptavg.average(run, weights=[1, 2, 5], out=tmp_path / "o", digests=True)
@@ -297,7 +297,7 @@ def test_of_adapters_those_count_that_were_given(tmp_path):
     assert recorded(tmp_path / "o") == (by_rule(out), [by_rule(state) for state in states])
 
 
-def test_an_average_with_recomputed_statistics_records_what_is_written(tmp_path):
+def test_digest_covers_recomputed_statistics(tmp_path):
     states = [state_of(i) for i in range(3)]
     planned = plan_average(opened(tmp_path, states))
     out = tmp_path / "o.pt"
@@ -311,7 +311,7 @@ def test_an_average_with_recomputed_statistics_records_what_is_written(tmp_path)
     assert {state for _, _, state in outcome(out)} == {"same"}
 
 
-def test_a_refreshed_copy_of_an_average_has_its_own_digest(tmp_path):
+def test_update_checkpoint_records_a_new_digest(tmp_path):
     states = [state_of(i) for i in range(3)]
     ckptavg.average(opened(tmp_path, states), out=tmp_path / "o.pt", digests=True)
     checkpoint, out = open_checkpoint(tmp_path / "o.pt"), tmp_path / "n.safetensors"
@@ -339,7 +339,7 @@ def test_digests_need_an_output(tmp_path):
         ckptavg.average_many(run, {"a": "uniform"}, digests=True)
 
 
-def test_an_output_whose_template_changes_meanwhile_is_not_written(tmp_path, monkeypatch):
+def test_average_refuses_a_changing_template(tmp_path, monkeypatch):
     run, calls = opened(tmp_path / "run", [randoms(i) for i in range(2)]), []
 
     def lay_out(path, tensors, made, template):
@@ -382,11 +382,11 @@ def differing(found):
     return [finding for finding in found if finding not in INTACT]
 
 
-def test_what_has_not_changed_is_the_same(made):
+def test_verify_reports_unchanged_files_as_same(made):
     assert outcome(made / "o.safetensors") == INTACT
 
 
-def test_a_flipped_bit_in_any_weight_of_an_input_is_a_change(made):
+def test_verify_reports_a_flipped_bit_in_any_input(made):
     path = made / "epoch_2.pt"
     for tensor in open_checkpoint(path).tensors.values():
         start = tensor.pieces[0].offset
@@ -399,7 +399,7 @@ def test_a_flipped_bit_in_any_weight_of_an_input_is_a_change(made):
     assert outcome(made / "o.safetensors") == INTACT
 
 
-def test_a_file_under_another_name_is_a_change(made):
+def test_verify_reports_renamed_inputs_as_changed(made):
     (made / "epoch_1.pt").rename(made / "x")
     (made / "epoch_3.pt").rename(made / "epoch_1.pt")
     (made / "x").rename(made / "epoch_3.pt")
@@ -408,7 +408,7 @@ def test_a_file_under_another_name_is_a_change(made):
     ]
 
 
-def test_a_file_cut_short_cannot_be_read_and_one_that_is_gone_is_not_there(made):
+def test_verify_reports_truncated_and_missing_inputs(made):
     path = made / "epoch_1.pt"
     path.write_bytes(path.read_bytes()[:-500])
     (made / "epoch_3.pt").unlink()
@@ -418,13 +418,13 @@ def test_a_file_cut_short_cannot_be_read_and_one_that_is_gone_is_not_there(made)
     ]
 
 
-def test_the_same_weights_in_another_file_are_the_same(made):
+def test_verify_accepts_rewritten_weights(made):
     state = read_state_dict(open_checkpoint(made / "epoch_1.pt"))
     torch.save({"state_dict": dict(reversed(state.items())), "epoch": 5}, made / "epoch_1.pt")
     assert outcome(made / "o.safetensors") == INTACT
 
 
-def test_what_changes_in_an_output_unnoticed_is_neither_its_weights_nor_its_record(made):
+def test_verify_reports_flipped_bits_in_an_output(made):
     """Every seventh byte in turn; a digit beyond a number's precision, or a word, means nothing."""
     path = made / "o.safetensors"
     for i in (1, 2, 3):
@@ -450,7 +450,7 @@ def test_what_changes_in_an_output_unnoticed_is_neither_its_weights_nor_its_reco
 
 
 @pytest.mark.parametrize("name", ["o.pt", "o.ckpt"])
-def test_of_a_torch_output_the_rest_is_checked_too(made, name):
+def test_verify_checks_the_archive_of_a_torch_output(made, name):
     """What it keeps beside the weights, no digest covers, but the zip's own checksums do."""
     for i in (1, 2, 3):
         save(made / f"epoch_{i}.pt", randoms(i), note="as it was")
@@ -463,7 +463,7 @@ def test_of_a_torch_output_the_rest_is_checked_too(made, name):
     assert outcome(made / name) == [("archive", name, "changed"), *expected[1:]]
 
 
-def test_checksums_are_held_against_entries_where_there_are_any(tmp_path):
+def test_verify_checks_zip_checksums_where_present(tmp_path):
     path = save(tmp_path / "a.pt", randoms(1), optimizer={"moments": torch.zeros(1024)})
     assert outcome(path) == [("archive", "a.pt", "same")]
     flip(path, path.read_bytes().index(bytes(4096)) + 9)
@@ -480,7 +480,7 @@ def test_checksums_are_held_against_entries_where_there_are_any(tmp_path):
         assert outcome(tmp_path / name) == []
 
 
-def test_the_entry_that_was_averaged_is_the_one_that_is_verified(tmp_path):
+def test_verify_takes_the_key_that_was_averaged(tmp_path):
     for i in (1, 2):
         torch.save({"model": randoms(i), "ema": {"now": randoms(10 + i)}}, tmp_path / f"{i}.pt")
     run = open_run(tmp_path, key="ema.now")
@@ -490,7 +490,7 @@ def test_the_entry_that_was_averaged_is_the_one_that_is_verified(tmp_path):
 
 
 @pytest.mark.parametrize("output", ["o.pt", "runs/swa/o.pt", "elsewhere/o.pt"])
-def test_inputs_are_found_when_all_has_moved_together(tmp_path, monkeypatch, output):
+def test_verify_finds_inputs_moved_with_the_output(tmp_path, monkeypatch, output):
     (tmp_path / "old" / output).parent.mkdir(parents=True, exist_ok=True)
     monkeypatch.chdir(tmp_path / "old")
     save_states(Path("runs/swa"), [randoms(1), randoms(2)])
@@ -503,7 +503,7 @@ def test_inputs_are_found_when_all_has_moved_together(tmp_path, monkeypatch, out
     assert outcome(Path("new") / output) == found
 
 
-def test_remote_inputs_are_verified_and_a_store_that_does_not_answer_is_said(tmp_path, store):
+def test_verify_reads_remote_inputs(tmp_path, store):
     save_states(tmp_path / "run", [randoms(1), randoms(2)])
     run = open_run(upload(tmp_path / "run"))
     out = tmp_path / "o.pt"
@@ -514,7 +514,7 @@ def test_remote_inputs_are_verified_and_a_store_that_does_not_answer_is_said(tmp
     assert [state for _, _, state in outcome(out)][3:] == ["not there"] * 2
 
 
-def test_a_record_from_strange_hands_is_no_more_than_wrong(tmp_path):
+def test_verify_survives_a_malicious_record(tmp_path):
     strange = {
         "digest": "x",
         "base": {"path": 5},
@@ -531,7 +531,7 @@ def test_a_record_from_strange_hands_is_no_more_than_wrong(tmp_path):
     ]
 
 
-def test_a_checkpoint_that_comes_again_is_shown_once(tmp_path):
+def test_digests_of_a_repeated_checkpoint_are_equal(tmp_path):
     one, two = opened(tmp_path, [{"w": torch.randn(9)} for _ in range(2)])
     ckptavg.average([one, two, one], out=tmp_path / "out.pt", digests=True)
     made = ckptavg.open_checkpoint(tmp_path / "out.pt").provenance

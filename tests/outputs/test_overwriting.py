@@ -81,7 +81,7 @@ def assert_untouched(result: Result, before: dict[str, bytes], directory: Path, 
      "pytorch_model.bin", "optimizer.pt", ".gitignore", "checkpoint-9/model.safetensors"],
 )  # fmt: skip
 @pytest.mark.parametrize("ours", [False, True], ids=["a model of theirs", "an average of ours"])
-def test_things_of_the_user_stay(models, tmp_path, thing, ours):
+def test_overwrite_keeps_other_files_in_a_directory(models, tmp_path, thing, ours):
     out = tmp_path / "out"
     if ours:
         average(open_run(models), out=out)
@@ -93,13 +93,13 @@ def test_things_of_the_user_stay(models, tmp_path, thing, ours):
     assert_untouched(overwrite(models, out), before, tmp_path, str(out), thing.split("/")[0])
 
 
-def test_a_model_of_what_is_written_is_replaced(models, tmp_path):
+def test_overwrite_replaces_a_model_directory(models, tmp_path):
     out = model(tmp_path / "out", STATES[0])
     assert overwrite(models, out).exit_code == 0
     assert load_file(out / "model.safetensors")["a"].tolist() == [2.0] * 4
 
 
-def test_a_part_of_what_is_written_is_replaced(models, tmp_path):
+def test_overwrite_replaces_a_partial_model_directory(models, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "config.json").write_text("old")
@@ -107,7 +107,7 @@ def test_a_part_of_what_is_written_is_replaced(models, tmp_path):
     assert (out / "config.json").read_text() == '{"model_type": "toy"}'
 
 
-def test_an_average_s_own_record_says_what_may_go(models, tmp_path):
+def test_overwrite_removes_files_listed_in_the_record(models, tmp_path):
     """Shards and companions that the next average does not have."""
     for i, state in enumerate(STATES, 1):
         directory = model(tmp_path / "sharded" / f"checkpoint-{i}", state, shards=2)
@@ -119,7 +119,7 @@ def test_an_average_s_own_record_says_what_may_go(models, tmp_path):
     assert listing(out) == ["config.json", "model.safetensors", "tokenizer.json"]
 
 
-def test_a_directory_s_record_lists_all_of_its_files(models, tmp_path):
+def test_record_lists_all_files_of_a_directory(models, tmp_path):
     average(open_run(models), out=tmp_path / "out", digests=True)
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         made = json.loads(file.metadata()["ckptavg"])
@@ -133,7 +133,7 @@ def test_a_directory_s_record_lists_all_of_its_files(models, tmp_path):
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(st.text("abc._-", min_size=1, max_size=12).filter(lambda name: name not in (".", "..")))
-def test_whatever_the_user_s_file_is_called_it_stays(tmp_path_factory, name):
+def test_overwrite_keeps_user_files_of_any_name(tmp_path_factory, name):
     home = tmp_path_factory.mktemp("home")
     for i, state in enumerate(STATES, 1):
         save(home / "models" / f"checkpoint-{i}" / "model.safetensors", state)
@@ -145,7 +145,7 @@ def test_whatever_the_user_s_file_is_called_it_stays(tmp_path_factory, name):
     assert (home / "out" / name).read_text() == "theirs"
 
 
-def test_a_directory_and_a_file_do_not_replace_each_other(models, tmp_path):
+def test_overwrite_does_not_swap_file_and_directory(models, tmp_path):
     (tmp_path / "out").write_text("theirs")
     (tmp_path / "out.safetensors").mkdir()
     before = contents(tmp_path)
@@ -162,7 +162,7 @@ def test_a_directory_and_a_file_do_not_replace_each_other(models, tmp_path):
     [("epoch_1.pt", ["--last", "1"]), ("epoch_2.pt", ["--to", "1"]), ("last.ckpt", []),
      ("epoch_1.pt", ["--glob", "*_2*"]), ("optimizer.pt", [])],
 )  # fmt: skip
-def test_a_file_of_the_run_that_is_not_taken_stays(run_dir, tmp_path, name, options):
+def test_overwrite_keeps_unselected_files_of_the_run(run_dir, tmp_path, name, options):
     save(run_dir / "last.ckpt", STATES[-1])
     torch.save({"state": {}, "param_groups": []}, run_dir / "optimizer.pt")
     before = contents(tmp_path)
@@ -170,14 +170,14 @@ def test_a_file_of_the_run_that_is_not_taken_stays(run_dir, tmp_path, name, opti
     assert_untouched(result, before, tmp_path, "of the run that is averaged")
 
 
-def test_a_checkpoint_directory_that_is_not_taken_stays(models, tmp_path):
+def test_overwrite_keeps_an_unselected_checkpoint_directory(models, tmp_path):
     before = contents(tmp_path)
     result = overwrite(models, models / "checkpoint-1", "--last", "1")
     assert_untouched(result, before, tmp_path, "of the run that is averaged")
 
 
 @pytest.mark.parametrize("options", [[], ["--glob", "epoch*"]])
-def test_an_older_average_among_the_checkpoints_is_replaced(run_dir, options):
+def test_overwrite_replaces_an_average_in_the_run(run_dir, options):
     out = run_dir / "average.pt"
     average(open_run(run_dir).last(1), out=out)
     assert overwrite(run_dir, out, *options).exit_code == 0
@@ -188,7 +188,7 @@ def test_an_older_average_among_the_checkpoints_is_replaced(run_dir, options):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links of POSIX")
-def test_a_link_is_followed_and_that_is_said(run_dir, tmp_path):
+def test_overwrite_follows_a_link_and_notes_this(run_dir, tmp_path):
     (tmp_path / "link.pt").symlink_to("kept.pt")
     (tmp_path / "kept.pt").write_text("old")
     result = overwrite(run_dir, tmp_path / "link.pt")
@@ -199,7 +199,7 @@ def test_a_link_is_followed_and_that_is_said(run_dir, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes of POSIX")
-def test_a_pipe_is_not_replaced(run_dir, tmp_path):
+def test_overwrite_refuses_a_pipe(run_dir, tmp_path):
     os.mkfifo(tmp_path / "out.pt")
     result = overwrite(run_dir, tmp_path / "out.pt")
     assert result.exit_code == 1
@@ -209,7 +209,7 @@ def test_a_pipe_is_not_replaced(run_dir, tmp_path):
 
 @pytest.mark.skipif(os.name == "nt", reason="names of POSIX")
 @pytest.mark.parametrize("length", [255, 256])
-def test_the_longest_name_is_written_and_a_longer_one_told(run_dir, tmp_path, length):
+def test_output_name_may_have_255_characters(run_dir, tmp_path, length):
     out = tmp_path / ("o" * (length - 3) + ".pt")
     result = overwrite(run_dir, out)
     if length == 255:

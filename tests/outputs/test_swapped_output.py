@@ -43,7 +43,7 @@ def make_run(path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("command", ["average", "update-bn"])
 @pytest.mark.parametrize("kind", ["files", "models", "deeper", "model"])
-def test_no_run_is_offered_for_overwriting(tmp_path, single, kind, command):
+def test_swapped_output_does_not_offer_overwrite(tmp_path, single, kind, command):
     make_run(tmp_path / "run", kind)
     before = listing(tmp_path)
     own = [] if command == "average" else ["--model", "torch.nn:Identity", "--train-data", "a:b"]
@@ -61,7 +61,7 @@ def test_no_run_is_offered_for_overwriting(tmp_path, single, kind, command):
 
 
 @pytest.mark.parametrize("kind", ["files", "models", "deeper"])
-def test_a_run_stays_where_overwriting_was_asked_for(tmp_path, single, kind):
+def test_swapped_output_is_kept_despite_overwrite(tmp_path, single, kind):
     make_run(tmp_path / "run", kind)
     before = listing(tmp_path)
     result = run_command("average", single, "-o", tmp_path / "run", "--overwrite")
@@ -71,7 +71,7 @@ def test_a_run_stays_where_overwriting_was_asked_for(tmp_path, single, kind):
 
 
 @pytest.mark.parametrize("content", ["nothing", "an average", "notes"])
-def test_other_directories_are_as_before(tmp_path, content):
+def test_output_directory_is_replaced_unless_it_holds_notes(tmp_path, content):
     out = tmp_path / "out"
     run = tmp_path / "run"
     make_run(run, "models")

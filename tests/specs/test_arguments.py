@@ -34,7 +34,7 @@ def fitted(function, pair):
         (r"'\d'", r"\d"),
     ],
 )
-def test_a_value_of_no_expected_type(text, expected, recwarn):
+def test_argument_without_a_type_is_read_as_a_literal(text, expected, recwarn):
     value = read_value(text)
     assert value == expected
     assert type(value) is type(expected)
@@ -61,14 +61,14 @@ def data(train=False, norm="batch", width=3, rate=0.1, sizes=(1, 2), names=None)
         ("names=no", False),
     ],
 )
-def test_the_type_of_a_default_is_expected(pair, expected):
+def test_argument_follows_type_of_default(pair, expected):
     value = fitted(data, pair)
     assert value == expected
     assert type(value) is type(expected)
 
 
 @pytest.mark.parametrize("text", ["maybe", "2", "none", "train", ""])
-def test_a_text_for_a_truth_value_is_an_error(text):
+def test_argument_with_bool_default_refuses_text(text):
     with pytest.raises(SpecError) as caught:
         fitted(data, f"train={text}")
     assert str(caught.value) == (
@@ -112,14 +112,14 @@ def annotated(
         ("unknown=yes", True),
     ],
 )
-def test_an_annotation_is_expected(pair, expected):
+def test_argument_follows_annotation(pair, expected):
     value = fitted(annotated, pair)
     assert value == expected
     assert type(value) is type(expected)
 
 
 @pytest.mark.parametrize("pair", ["flag=maybe", "count=many", "mode=mid", "limit=no-one"])
-def test_a_text_that_does_not_fit_its_annotation_is_an_error(pair):
+def test_argument_against_its_annotation_is_an_error(pair):
     name, _, text = pair.partition("=")
     with pytest.raises(SpecError, match=f"{name} is expected to be .* but got '{text}'"):
         fitted(annotated, pair)
@@ -130,19 +130,19 @@ class Net:
         self.bias, self.rest = bias, rest
 
 
-def test_classes_partials_and_keywords_beyond_the_named_ones():
+def test_fit_arguments_takes_classes_partials_and_keywords():
     assert fitted(Net, "bias=no") is False
     assert fitted(Net, "depth=no") is False
     assert fitted(functools.partial(data, width=4), "train=no") is False
     assert fitted(print, "sep=no") == "no"
 
 
-def test_values_that_are_no_text_stay():
+def test_fit_arguments_keeps_values_that_are_not_texts():
     assert fit_arguments(data, {"train": "maybe"}) == {"train": "maybe"}
 
 
 @pytest.mark.parametrize("text", ["24x", "-1e", "1,5x"])
-def test_a_broken_number_is_told_where_the_default_is_one(text):
+def test_argument_with_int_default_refuses_broken_numbers(text):
     def build(width=24):
         return width
 

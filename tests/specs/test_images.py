@@ -60,7 +60,7 @@ def image_of(source, *pairs, **keywords):
         ("build_for", (3, 5, 5)),
     ],
 )
-def test_a_transform_may_be_a_function_an_object_a_class_or_a_factory(folder, name, expected):
+def test_transform_may_be_function_object_class_or_factory(folder, name, expected):
     path = write("prepare.py", TRANSFORMS)
     assert image_of(folder, f"transform={path}:{name}").shape == expected
 
@@ -72,12 +72,12 @@ def test_a_transform_may_be_a_function_an_object_a_class_or_a_factory(folder, na
         ("broken", "prepare.py:broken failed: OSError: no such table (prepare.py:"),
     ],
 )
-def test_a_factory_that_gives_no_transform(folder, name, said):
+def test_transform_factory_must_give_a_function(folder, name, said):
     path = write("prepare.py", TRANSFORMS)
     assert said in error_of(image_of, folder, f"transform={path}:{name}")
 
 
-def test_no_transform_leaves_images_as_they_are(folder, caplog):
+def test_transform_none_leaves_images_unchanged(folder, caplog):
     caplog.set_level("INFO", "ckptavg")
     image = image_of(folder, "transform=none", model_spec="torchvision:resnet18")
     assert_uniform(image, (30, 40), [c / 255 for c in COLOUR])
@@ -103,12 +103,12 @@ HALF = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
     ],
 )
 @pytest.mark.parametrize("model_spec", ["", "torchvision:resnet18"])
-def test_options_change_the_preset(folder, pairs, size, moments, model_spec):
+def test_image_options_change_the_preset(folder, pairs, size, moments, model_spec):
     image = image_of(folder, *pairs, model_spec=model_spec)
     assert_uniform(image, size, normalized(COLOUR, *moments))
 
 
-def test_a_crop_alone_keeps_its_share_of_the_preset(tmp_path, folder):
+def test_crop_option_scales_the_resize_of_the_preset(tmp_path, folder):
     """As 224 of 256, so 112 of 128: the same pixels as those two options give."""
     path = tmp_path / "images" / "cats" / "a.png"
     Image.effect_noise((300, 200), 90).convert("RGB").save(path)
@@ -119,7 +119,7 @@ def test_a_crop_alone_keeps_its_share_of_the_preset(tmp_path, folder):
     assert torch.equal(image_of(folder, "crop=112"), by_hand(Image.open(path)))
 
 
-def test_an_option_keeps_the_interpolation_of_the_models_preset(tmp_path, folder):
+def test_size_option_keeps_interpolation_of_model_preset(tmp_path, folder):
     path = tmp_path / "images" / "cats" / "a.png"
     Image.effect_noise((300, 200), 90).convert("RGB").save(path)
     preset = models.get_model_weights("efficientnet_b0").DEFAULT.transforms()
@@ -142,11 +142,11 @@ def test_an_option_keeps_the_interpolation_of_the_models_preset(tmp_path, folder
         ("std=0", "std is expected"),
     ],
 )
-def test_an_option_that_is_no_size_or_moment(folder, pair, said):
+def test_image_options_refuse_bad_values(folder, pair, said):
     assert said in error_of(image_of, folder, pair)
 
 
-def test_a_transform_and_options_exclude_each_other(folder):
+def test_transform_excludes_image_options(folder):
     path = write("prepare.py", TRANSFORMS)
     message = error_of(image_of, folder, f"transform={path}:pixels", "size=3")
     assert "so size would do nothing" in message
@@ -155,13 +155,13 @@ def test_a_transform_and_options_exclude_each_other(folder):
 SMALL = "images are 40x30 but are resized to 256: the argument size=30 leaves them as they are"
 
 
-def test_images_far_smaller_than_the_resize_are_warned_of(folder, caplog):
+def test_small_images_are_warned_of(folder, caplog):
     caplog.set_level("WARNING", "ckptavg")
     image_of(folder)
     assert caplog.messages == [SMALL]
 
 
-def test_the_preset_of_a_model_warns_of_small_images_too(folder, caplog):
+def test_small_images_are_warned_of_with_model_preset(folder, caplog):
     caplog.set_level("WARNING", "ckptavg")
     image_of(folder, model_spec="torchvision:resnet18")
     assert "are resized to 256" in SMALL
@@ -169,20 +169,20 @@ def test_the_preset_of_a_model_warns_of_small_images_too(folder, caplog):
 
 
 @pytest.mark.parametrize("pair", ["size=200", "size=30", "transform=none", "size=none"])
-def test_what_was_asked_for_is_not_warned_of(folder, caplog, pair):
+def test_small_images_with_options_are_not_warned_of(folder, caplog, pair):
     caplog.set_level("WARNING", "ckptavg")
     image_of(folder, pair)
     assert caplog.messages == []
 
 
-def test_one_large_image_among_small_ones_is_enough(folder, tmp_path, caplog):
+def test_small_images_beside_a_large_image_are_not_warned_of(folder, tmp_path, caplog):
     Image.new("RGB", (200, 200), COLOUR).save(tmp_path / "images" / "dogs" / "large.png")
     caplog.set_level("WARNING", "ckptavg")
     image_of(folder)
     assert caplog.messages == []
 
 
-def test_cifar_takes_options_too(cifar, caplog):
+def test_cifar_takes_image_options(cifar, caplog):
     caplog.set_level("INFO", "ckptavg")
     image = image_of(f"cifar10:{cifar}", "size=64", model_spec="torchvision:resnet18")
     assert_uniform(image, (64, 64), normalized(COLOUR, *CIFAR10))
@@ -191,7 +191,7 @@ def test_cifar_takes_options_too(cifar, caplog):
     ]
 
 
-def test_other_moments_are_told_as_numbers(cifar, caplog):
+def test_log_gives_other_moments_as_numbers(cifar, caplog):
     caplog.set_level("INFO", "ckptavg")
     image_of(f"cifar10:{cifar}", "mean=0.5", "std=0.25")
     (said,) = caplog.messages

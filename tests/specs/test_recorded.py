@@ -28,7 +28,7 @@ def timm_like(**changes):
     return saved(version=2, arch="resnet", args=argparse.Namespace(**args))
 
 
-def test_settings_are_plain_values_without_the_weights():
+def test_read_settings_gives_plain_values_without_weights():
     opened = saved(args=argparse.Namespace(a=1), hyper_parameters={"width": 3, "net": object})
     settings = opened.format.read_settings(opened)
     assert settings["args"] == argparse.Namespace(a=1)
@@ -37,17 +37,17 @@ def test_settings_are_plain_values_without_the_weights():
 
 
 @pytest.mark.parametrize("entries", [{"version": 2}, {"args": {"model": "resnet18"}}])
-def test_other_trainings_record_no_model(entries):
+def test_complete_source_finds_no_model_in_other_trainings(entries):
     assert complete_source(None, {}, [saved(**entries)]) is None
 
 
-def test_torchvisions_arguments_are_not_timms():
+def test_complete_source_ignores_torchvision_arguments():
     """Its training script records a model's name, too, but not its number of classes."""
     opened = saved(version=1, args=argparse.Namespace(model="resnet18", data_path="/data"))
     assert complete_source(None, {}, [opened]) is None
 
 
-def test_the_first_checkpoint_that_records_something_counts():
+def test_complete_source_takes_first_recorded_model():
     torch.save(WEIGHTS, "plain.pt")
     source = complete_source(None, {}, [open_checkpoint("plain.pt"), timm_like()])
     assert source.spec == "timm:resnet18"
@@ -87,7 +87,7 @@ class Plain(torch.nn.Module):
         ("lightning:kinds.py:Plain", {"width": 2}),
     ],
 )
-def test_hyperparameters_are_those_that_the_class_takes(tmp_path, monkeypatch, spec, expected):
+def test_hyperparameters_are_fitted_to_the_class(tmp_path, monkeypatch, spec, expected):
     (tmp_path / "kinds.py").write_text(MODULES)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(__import__("sys").modules, "kinds", raising=False)
@@ -97,7 +97,7 @@ def test_hyperparameters_are_those_that_the_class_takes(tmp_path, monkeypatch, s
 
 
 @pytest.mark.parametrize("command", ["eval", "update-bn", "average"])
-def test_a_model_that_nothing_records_has_to_be_named(command):
+def test_model_option_is_needed_without_a_recorded_model(command):
     saved(epoch=1)
     words = {
         "eval": ["eval", "c.ckpt", "--data", "own.py:data"],
@@ -110,7 +110,7 @@ def test_a_model_that_nothing_records_has_to_be_named(command):
     assert "torchvision:NAME" in result.stderr
 
 
-def test_a_mistyped_prefix_is_told():
+def test_model_option_suggests_the_prefix():
     saved(epoch=1)
     words = ["eval", "c.ckpt", "--data", "own.py:data", "--model", "torchvison:resnet18"]
     result = CliRunner().invoke(main, words)

@@ -47,27 +47,27 @@ from ckptavg.specs.sources import make_data, make_model
         ("__import__('os')", "__import__('os')"),
     ],
 )
-def test_an_argument_is_a_literal_else_text(text, expected):
+def test_argument_is_a_literal_or_text(text, expected):
     value = plain_value(parse_arguments([f"key={text}"])["key"])
     assert value == expected
     assert type(value) is type(expected)
 
 
-def test_several_arguments():
+def test_parse_arguments_takes_several():
     arguments = parse_arguments(["a=1", "b=x"])
     assert {name: plain_value(value) for name, value in arguments.items()} == {"a": 1, "b": "x"}
     assert parse_arguments([]) == {}
 
 
 @pytest.mark.parametrize("pair", ["key", "=3", "a b=3", "", "--x=1"])
-def test_an_argument_that_is_no_pair_is_wrong_usage(pair):
+def test_parse_arguments_refuses_texts_without_key_and_value(pair):
     with pytest.raises(UsageError, match="key=value but got"):
         parse_arguments([pair])
 
 
 @pytest.mark.parametrize("spec", ["resnet18", "", "torchvision:", ":make", "a/b.py"])
 @pytest.mark.parametrize("build", [make_model, lambda spec: make_data(spec, train=True)])
-def test_a_specification_of_no_known_form_is_wrong_usage(build, spec):
+def test_specification_of_unknown_form_is_refused(build, spec):
     message = error_of(build, spec, kind=UsageError)
     assert "package.module:factory or path/file.py:factory" in message
     assert repr(spec) in message
@@ -76,7 +76,7 @@ def test_a_specification_of_no_known_form_is_wrong_usage(build, spec):
 # Factories of the user's
 
 
-def test_a_factory_in_a_file():
+def test_factory_in_a_file():
     path = write("deep/nets.py")
     for spec in (f"{path}:make_net", f"{path.resolve()}:make_net"):
         assert make_model(spec).in_features == 3
@@ -84,34 +84,34 @@ def test_a_factory_in_a_file():
     assert (model.in_features, model.bias) == (5, None)
 
 
-def test_a_factory_in_a_file_imports_its_siblings():
+def test_factory_in_a_file_imports_siblings():
     write("deep/widths_of_nets.py", "WIDTH = 7")
     path = write("deep/nets.py", "import widths_of_nets as w\nfrom torch import nn\n"
                  "def make(): return nn.Linear(w.WIDTH, 1)")  # fmt: skip
     assert make_model(f"{path}:make").in_features == 7
 
 
-def test_a_factory_in_a_module_of_the_working_directory():
+def test_factory_in_a_module_of_the_working_directory():
     write("nets_package/__init__.py", "")
     write("nets_package/small.py")
     assert make_model("nets_package.small:make_net").in_features == 3
     assert make_model("nets_package.small:Family.small").in_features == 1
 
 
-def test_a_class_is_a_factory():
+def test_factory_may_be_a_class():
     assert isinstance(
         make_model("torch.nn:Linear", {"in_features": 2, "out_features": 1}), nn.Linear
     )
 
 
-def test_files_of_the_same_name_are_told_apart():
+def test_factory_files_of_one_name_are_separate():
     for width in (3, 4):
         text = f"from torch import nn\ndef make(): return nn.Linear({width}, 1)"
         path = write(f"run{width}/model_of_the_run.py", text)
         assert make_model(f"{path}:make").in_features == width
 
 
-def test_a_file_may_bear_the_name_of_a_module_that_is_in_use():
+def test_factory_file_may_have_the_name_of_a_module():
     import json
 
     path = write("json.py")
@@ -119,37 +119,37 @@ def test_a_file_may_bear_the_name_of_a_module_that_is_in_use():
     assert importlib.import_module("json") is json
 
 
-def test_arguments_may_have_any_name():
+def test_factory_arguments_may_have_any_name():
     model = make_model(f"{write('nets.py')}:named", {"spec": 2, "factory": 4})
     assert (model.in_features, model.out_features) == (2, 4)
 
 
 @pytest.mark.parametrize(("name", "kind"), [("make_data", Dataset), ("make_loader", DataLoader)])
 @pytest.mark.parametrize("train", [True, False])
-def test_a_factory_of_data(name, kind, train):
+def test_data_factory_gives_dataset_or_loader(name, kind, train):
     data = make_data(f"{write('data_of_mine.py')}:{name}", train=train)
     assert isinstance(data, kind)
 
 
-def test_a_factory_of_data_takes_arguments():
+def test_data_factory_takes_arguments():
     path = write("data_of_mine.py")
     assert len(make_data(f"{path}:make_data", {"samples": 9}, train=True)) == 9
 
 
 @pytest.mark.parametrize("home", ["no_such_module", "no_such_module.nets", "torch.no_such_module"])
-def test_a_module_that_is_not_found(home):
+def test_missing_module_is_an_error(home):
     message = error_of(make_model, f"{home}:make")
     assert "no module named" in message
     assert "no_such_module" in message
     assert "PYTHONPATH" in message
 
 
-def test_a_file_that_is_not_found():
+def test_missing_file_is_an_error():
     assert "the file nets/none.py does not exist" in error_of(make_model, "nets/none.py:make")
 
 
 @pytest.mark.parametrize("home", ["nets_of_mine", "nets_of_mine.py"])
-def test_an_attribute_that_is_not_found(home):
+def test_missing_attribute_is_an_error(home):
     write("nets_of_mine.py")
     message = error_of(make_model, f"{home}:make_nett")
     assert f"{home} has no attribute 'make_nett'" in message
@@ -157,19 +157,19 @@ def test_an_attribute_that_is_not_found(home):
 
 
 @pytest.mark.parametrize("home", ["nets_of_mine", "nets_of_mine.py"])
-def test_a_factory_that_fails(home):
+def test_failing_factory_is_named(home):
     write("nets_of_mine.py")
     message = error_of(make_model, f"{home}:broken")
     assert f"{home}:broken failed: ValueError: no such width" in message
 
 
-def test_an_argument_that_the_factory_does_not_take():
+def test_factory_refuses_unknown_arguments():
     spec = f"{write('nets.py')}:make_net"
     assert "Did you mean width?" in error_of(make_model, spec, {"widht": 3})
     assert "It takes width, bias." in error_of(make_model, spec, {"groups": 3})
 
 
-def test_an_attribute_that_cannot_be_called():
+def test_factory_must_be_callable():
     message = error_of(make_model, f"{write('nets.py')}:WIDTH")
     assert "callable but is a int" in message
 
@@ -183,7 +183,7 @@ BROKEN_IMPORTS = {
 
 @pytest.mark.parametrize(("text", "cause"), BROKEN_IMPORTS.values(), ids=BROKEN_IMPORTS)
 @pytest.mark.parametrize("home", ["nets_of_mine", "nets_of_mine.py"])
-def test_a_module_that_fails_on_import(home, text, cause):
+def test_module_that_fails_on_import_is_an_error(home, text, cause):
     write("nets_of_mine.py", text)
     for _ in range(2):  # a half-imported module is not kept
         message = error_of(make_model, f"{home}:make")
@@ -192,7 +192,7 @@ def test_a_module_that_fails_on_import(home, text, cause):
 
 
 @pytest.mark.parametrize(("text", "cause"), BROKEN_IMPORTS.values(), ids=BROKEN_IMPORTS)
-def test_a_package_that_fails_on_import(text, cause):
+def test_package_that_fails_on_import_is_an_error(text, cause):
     write("package_of_mine/__init__.py", text)
     write("package_of_mine/nets.py")
     message = error_of(make_model, "package_of_mine.nets:make_net")
@@ -204,7 +204,7 @@ def test_a_package_that_fails_on_import(text, cause):
     ("name", "kind"),
     [("make_number", "int"), ("make_nothing", "NoneType"), ("make_data", "Tensor")],
 )
-def test_a_model_factory_that_returns_something_else(name, kind):
+def test_model_factory_must_return_a_module(name, kind):
     message = error_of(make_model, f"{write('nets.py')}:{name}")
     assert f"expected to return a torch.nn.Module but returned a {kind}" in message
 
@@ -212,12 +212,12 @@ def test_a_model_factory_that_returns_something_else(name, kind):
 @pytest.mark.parametrize(
     ("name", "kind"), [("make_number", "int"), ("make_nothing", "None"), ("make_net", "Linear")]
 )
-def test_a_data_factory_that_returns_something_else(name, kind):
+def test_data_factory_must_return_data(name, kind):
     message = error_of(make_data, f"{write('nets.py')}:{name}", train=True)
     assert f"expected to return a Dataset or a DataLoader but returned a {kind}" in message
 
 
-def test_an_error_is_one_line():
+def test_factory_error_is_one_line():
     path = write("nets.py", "def make(): raise ValueError('first\\nsecond')")
     assert "\n" not in error_of(make_model, f"{path}:make")
 
@@ -225,14 +225,14 @@ def test_an_error_is_one_line():
 # Libraries of models
 
 
-def test_a_torchvision_model():
+def test_torchvision_model_is_built():
     model = make_model("torchvision:resnet18", {"num_classes": 7})
     assert type(model).__name__ == "ResNet"
     assert model.fc.out_features == 7
 
 
 @pytest.mark.parametrize("name", ["resnet18", "lraspp_mobilenet_v3_large"])
-def test_a_torchvision_model_is_built_without_downloading_weights(monkeypatch, name):
+def test_torchvision_model_downloads_no_weights(monkeypatch, name):
     """A segmentation model's backbone has pretrained weights by default."""
     downloads = []
     monkeypatch.setattr(
@@ -243,13 +243,13 @@ def test_a_torchvision_model_is_built_without_downloading_weights(monkeypatch, n
     assert downloads == []
 
 
-def test_a_torchvision_model_that_does_not_exist():
+def test_torchvision_model_unknown_is_an_error():
     message = error_of(make_model, "torchvision:resnet19")
     assert "torchvision has no model 'resnet19'" in message
     assert "resnet18" in message
 
 
-def test_an_argument_that_a_torchvision_model_does_not_take():
+def test_torchvision_model_refuses_unknown_arguments():
     message = error_of(make_model, "torchvision:resnet18", {"numclasses": 7})
     assert "torchvision:resnet18 failed" in message
     assert "numclasses" in message
@@ -272,7 +272,7 @@ def test_an_argument_that_a_torchvision_model_does_not_take():
     "build",
     [lambda: make_model("torchvision:resnet18"), lambda: make_data("cifar10:x", train=True)],
 )
-def test_torchvision_that_cannot_be_imported_is_explained(monkeypatch, build, error, said):
+def test_torchvision_import_failure_is_explained(monkeypatch, build, error, said):
     def fail(name):
         raise error
 
@@ -283,12 +283,12 @@ def test_torchvision_that_cannot_be_imported_is_explained(monkeypatch, build, er
     assert ("nms" in message) == ("nms" in str(error))
 
 
-def test_a_library_that_is_missing_is_named(monkeypatch):
+def test_timm_missing_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     assert "pip install timm" in error_of(make_model, "timm:resnet18")
 
 
-def test_a_timm_model_is_built_without_its_pretrained_weights(monkeypatch):
+def test_timm_model_has_no_pretrained_weights(monkeypatch):
     calls = []
 
     class Timm:
@@ -321,7 +321,7 @@ def hugging_face(tmp_path):
     return write
 
 
-def test_a_hugging_face_model_by_its_config(hugging_face):
+def test_hugging_face_model_follows_its_config(hugging_face):
     spec = hugging_face(architectures=["ResNetForImageClassification"])
     model = make_model(spec)
     assert type(model).__name__ == "ResNetForImageClassification"
@@ -330,7 +330,7 @@ def test_a_hugging_face_model_by_its_config(hugging_face):
 
 
 @pytest.mark.parametrize("settings", [{}, {"architectures": ["MyOwnNet"]}])
-def test_a_hugging_face_config_without_a_known_architecture(hugging_face, settings):
+def test_hugging_face_config_needs_a_known_architecture(hugging_face, settings):
     assert "names no architecture" in error_of(make_model, hugging_face(**settings))
 
 
@@ -373,7 +373,7 @@ BACKBONES = [
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_a_pretrained_backbone_is_built_without_asking_the_hub(tmp_path, asked, backbone):
+def test_hugging_face_timm_backbone_does_not_ask_the_hub(tmp_path, asked, backbone):
     pytest.importorskip("timm")
     import huggingface_hub
 
@@ -386,7 +386,7 @@ def test_a_pretrained_backbone_is_built_without_asking_the_hub(tmp_path, asked, 
     assert huggingface_hub.HfApi.repo_exists is exists
 
 
-def test_a_backbone_of_the_hub_comes_from_the_cache_or_is_named(tmp_path, asked, monkeypatch):
+def test_hugging_face_backbone_comes_from_cache(tmp_path, asked, monkeypatch):
     import huggingface_hub
     from transformers import ResNetConfig
 
@@ -405,14 +405,14 @@ def test_a_backbone_of_the_hub_comes_from_the_cache_or_is_named(tmp_path, asked,
     assert asked == []
 
 
-def test_a_directory_without_a_hugging_face_config(tmp_path):
+def test_hugging_face_directory_needs_a_config(tmp_path):
     assert f"{tmp_path} is no directory with a config" in error_of(make_model, f"hf:{tmp_path}")
 
 
 # Image folders
 
 
-def test_an_image_folder_is_prepared_as_usual_and_the_log_says_so(folder, caplog):
+def test_image_folder_gets_usual_preparation(folder, caplog):
     caplog.set_level("INFO", "ckptavg")
     data = make_data(folder, train=False)
     assert [label for _, label in data] == [0, 0, 1]
@@ -421,7 +421,7 @@ def test_an_image_folder_is_prepared_as_usual_and_the_log_says_so(folder, caplog
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_an_image_folder_is_prepared_by_the_models_own_preset(folder, caplog, train):
+def test_image_folder_gets_preset_of_model(folder, caplog, train):
     caplog.set_level("INFO", "ckptavg")
     data = make_data(folder, train=train, model_spec="torchvision:inception_v3")
     assert_uniform(data[0][0], (299, 299), normalized(COLOUR, *IMAGENET))
@@ -429,14 +429,14 @@ def test_an_image_folder_is_prepared_by_the_models_own_preset(folder, caplog, tr
 
 
 @pytest.mark.parametrize("model_spec", ["nets.py:make", "hf:dir"])
-def test_a_model_without_a_preset_gets_the_usual_preparation(folder, caplog, model_spec):
+def test_image_folder_without_model_preset_is_as_usual(folder, caplog, model_spec):
     caplog.set_level("INFO", "ckptavg")
     assert make_data(folder, train=False, model_spec=model_spec)[0][0].shape == (3, 224, 224)
     assert "resized to 256" in caplog.text
 
 
 @pytest.mark.parametrize("home", ["prepare_images.py", "prepare_images"])
-def test_the_users_transform_comes_first(folder, home):
+def test_image_folder_transform_replaces_the_preset(folder, home):
     write("prepare_images.py")
     arguments = {"transform": f"{home}:invert"}
     data = make_data(folder, arguments, train=False, model_spec="torchvision:resnet18")
@@ -444,13 +444,13 @@ def test_the_users_transform_comes_first(folder, home):
     assert arguments == {"transform": f"{home}:invert"}
 
 
-def test_the_log_says_that_the_users_transform_is_taken(folder, caplog):
+def test_image_folder_transform_is_logged(folder, caplog):
     caplog.set_level("INFO", "ckptavg")
     make_data(folder, {"transform": f"{write('prepare.py')}:invert"}, train=False)
     assert "invert" in caplog.text
 
 
-def test_a_transform_that_does_not_exist(folder):
+def test_image_folder_transform_unknown_is_an_error(folder):
     write("prepare.py")
     message = error_of(make_data, folder, {"transform": "prepare.py:inverse"}, train=False)
     assert "prepare.py has no attribute 'inverse'" in message
@@ -458,7 +458,7 @@ def test_a_transform_that_does_not_exist(folder):
 
 
 @pytest.mark.parametrize("name", ["nowhere", "images/cats"])
-def test_a_directory_that_is_no_image_folder(folder, tmp_path, name):
+def test_image_folder_must_hold_classes(folder, tmp_path, name):
     message = error_of(make_data, f"imagefolder:{tmp_path / name}", train=False)
     assert str(tmp_path / name) in message
 
@@ -475,7 +475,7 @@ def test_a_directory_that_is_no_image_folder(folder, tmp_path, name):
         ("cifar100", False, [99], CIFAR100),
     ],
 )
-def test_a_cifar_directory(cifar, caplog, kind, train, labels, moments):
+def test_cifar_directory_gives_its_splits(cifar, caplog, kind, train, labels, moments):
     caplog.set_level("INFO", "ckptavg")
     data = make_data(f"{kind}:{cifar}", train=train, model_spec="torchvision:resnet18")
     assert [label for _, label in data] == labels
@@ -483,20 +483,20 @@ def test_a_cifar_directory(cifar, caplog, kind, train, labels, moments):
     assert f"normalized as {kind.upper()}'s" in caplog.text
 
 
-def test_a_cifar_directory_takes_a_transform(cifar):
+def test_cifar_directory_takes_a_transform(cifar):
     write("prepare_images.py")
     arguments = {"transform": "prepare_images.py:invert"}
     assert make_data(f"cifar10:{cifar}", arguments, train=True)[0][0].tolist() == [0, 204, 255]
 
 
-def test_the_split_of_a_cifar_directory_can_be_chosen(cifar):
+def test_cifar_directory_split_can_be_chosen(cifar):
     """To recompute statistics on, or score, the other split."""
     data = make_data(f"cifar10:{cifar}", {"train": False}, train=True)
     assert [label for _, label in data] == [9]
 
 
 @pytest.mark.parametrize("kind", ["cifar10", "cifar100"])
-def test_a_directory_that_holds_no_cifar(tmp_path, kind):
+def test_cifar_directory_must_hold_batches(tmp_path, kind):
     message = error_of(make_data, f"{kind}:{tmp_path}", train=False)
     folder = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}[kind]
     assert f"{tmp_path} does not hold {folder}" in message
@@ -521,7 +521,7 @@ def language_model(tmp_path):
     return f"hf:{tmp_path / 'lm'}"
 
 
-def test_text_is_cut_by_the_models_tokenizer_and_context(language_model):
+def test_text_follows_tokenizer_and_context_of_model(language_model):
     data = make_data("text:val.txt", train=False, model_spec=language_model)
     assert data[0]["input_ids"].tolist() == [0, 1, 1, 0, 2]
     assert len(data) == 4
@@ -529,14 +529,14 @@ def test_text_is_cut_by_the_models_tokenizer_and_context(language_model):
     assert logits.shape == (1, 5, 3)
 
 
-def test_arguments_say_otherwise_than_the_model(language_model, tmp_path):
+def test_text_arguments_override_the_model(language_model, tmp_path):
     arguments = {"tokenizer": str(tmp_path / "lm"), "length": 8, "stride": 4}
     for model_spec in (language_model, "nets.py:make", ""):
         data = make_data("text:val.txt", arguments, train=False, model_spec=model_spec)
         assert data[1]["input_ids"].tolist() == [2, 0, 1, 1, 0, 2, 0, 1]
 
 
-def test_text_for_a_model_without_a_tokenizer(language_model, hugging_face):
+def test_text_needs_a_tokenizer(language_model, hugging_face):
     message = error_of(make_data, "text:val.txt", train=False, model_spec="nets.py:make")
     assert "tokenizer=DIR" in message
     spec = hugging_face()
@@ -544,7 +544,7 @@ def test_text_for_a_model_without_a_tokenizer(language_model, hugging_face):
     assert f"{spec[3:]} holds no tokenizer" in message
 
 
-def test_tokens_are_cut_by_the_models_context(language_model):
+def test_tokens_follow_context_of_model(language_model):
     np.arange(20, dtype="<u2").tofile("val.bin")
     data = make_data("tokens:val.bin", train=False, model_spec=language_model)
     assert data[1]["input_ids"].tolist() == [4, 5, 6, 7, 8]
@@ -554,7 +554,7 @@ def test_tokens_are_cut_by_the_models_context(language_model):
 
 
 @pytest.mark.parametrize("kind", ["text", "tokens"])
-def test_an_argument_that_text_does_not_take(kind, language_model):
+def test_text_refuses_unknown_arguments(kind, language_model):
     message = error_of(
         make_data, f"{kind}:val.txt", {"lenght": 3}, train=False, model_spec=language_model
     )
@@ -562,11 +562,11 @@ def test_an_argument_that_text_does_not_take(kind, language_model):
     assert "Did you mean length?" in message
 
 
-def test_a_mistyped_kind_of_data_is_recognized():
+def test_tokens_prefix_mistyped_gets_a_suggestion():
     assert "Did you mean tokens:" in error_of(make_data, "tokns:val.bin", train=False)
 
 
-def test_models_and_data_of_the_users_need_no_torchvision(monkeypatch):
+def test_factory_needs_no_torchvision(monkeypatch):
     for part in ("torchvision", "torchvision.models", "torchvision.datasets"):
         monkeypatch.setitem(sys.modules, part, None)
     path = write("nets.py")

@@ -111,11 +111,11 @@ def rows_in(data):
     ("name", "rows"), [("loader", 7), ("dataset", 8), ("batches", 5), ("Rows", 9), ("Indexed", 6)]
 )
 @pytest.mark.parametrize("train", [True, False])
-def test_an_object_is_taken_as_it_is_and_a_class_is_called(name, rows, train):
+def test_data_object_is_taken_and_class_is_called(name, rows, train):
     assert rows_in(data_of(name, train=train)) == rows
 
 
-def test_an_object_takes_no_arguments():
+def test_data_object_takes_no_arguments():
     message = error_of(data_of, "loader", "batch_size=3")
     assert "dm.py:loader is a DataLoader that is made already, and takes no arguments" in message
 
@@ -124,7 +124,7 @@ def test_an_object_takes_no_arguments():
     ("name", "training", "scoring"),
     [("by_name", 1, 2), ("loaders", 1, 2), ("lists", 1, 2), ("Module", 6, 4), ("module", 15, 13)],
 )
-def test_the_part_is_picked_by_what_it_is_for(name, training, scoring):
+def test_split_is_picked_by_purpose(name, training, scoring):
     assert rows_in(data_of(name, train=True)) == training
     assert rows_in(data_of(name)) == scoring
 
@@ -141,11 +141,11 @@ def test_the_part_is_picked_by_what_it_is_for(name, training, scoring):
         ("own_split", "split=longer", 6),
     ],
 )
-def test_the_part_can_be_named(name, pair, rows):
+def test_split_can_be_named(name, pair, rows):
     assert rows_in(data_of(name, pair)) == rows
 
 
-def test_what_was_picked_is_noted(caplog):
+def test_split_that_was_picked_is_logged(caplog):
     caplog.set_level("INFO", "ckptavg")
     data_of("by_name")
     data_of("Module")
@@ -169,11 +169,11 @@ def test_what_was_picked_is_noted(caplog):
         ("Rows", ("split=test",), "of which there are no splits"),
     ],
 )
-def test_what_is_not_clear_is_an_error(name, pairs, said):
+def test_split_that_is_ambiguous_is_an_error(name, pairs, said):
     assert said in error_of(data_of, name, *pairs)
 
 
-def test_a_truth_value_that_is_none_names_the_function():
+def test_argument_error_names_the_function():
     path = write("own.py", "def data(train=False):\n    return [0] * (1 + train)")
     assert len(make_data(f"{path}:data", parse_arguments(["train=no"]), train=True)) == 1
     message = error_of(make_data, f"{path}:data", parse_arguments(["train=nay"]), train=True)

@@ -65,11 +65,11 @@ def home(tmp_path):
         ("one", "one.py:make"),
     ],
 )
-def test_data_without_a_prefix(home, spec, meant):
+def test_data_without_prefix_gets_a_suggestion(home, spec, meant):
     assert about_data(spec).endswith(f"but got {spec!r}. Did you mean {meant}?")
 
 
-def test_a_table_needs_a_function(home):
+def test_data_table_needs_a_function(home):
     assert "Write a function that returns a Dataset of it" in about_data("rows.csv")
 
 
@@ -88,7 +88,7 @@ def test_a_table_needs_a_function(home):
         ("torchvision", "Name a model after it: torchvision:NAME."),
     ],
 )
-def test_a_model_without_a_prefix(home, spec, meant):
+def test_model_without_prefix_gets_a_suggestion(home, spec, meant):
     assert about_model(spec).endswith(meant)
 
 
@@ -99,7 +99,7 @@ def test_a_model_without_a_prefix(home, spec, meant):
         ("torchvision", "timm:resnet18?"),
     ],
 )
-def test_a_model_of_a_library(monkeypatch, library, meant):
+def test_model_name_suggests_its_library(monkeypatch, library, meant):
     class Library:
         @staticmethod
         def list_models():
@@ -111,7 +111,7 @@ def test_a_model_of_a_library(monkeypatch, library, meant):
     assert about_model("resnet18").endswith(f"Did you mean {meant}")
 
 
-def test_a_model_of_both_libraries(monkeypatch):
+def test_model_name_suggests_both_libraries(monkeypatch):
     class Library:
         @staticmethod
         def list_models():
@@ -134,7 +134,7 @@ def test_a_model_of_both_libraries(monkeypatch):
         ("txt:val.txt", "text:val.txt"),
     ],
 )
-def test_a_mistyped_prefix_of_data(home, spec, meant):
+def test_data_prefix_mistyped_gets_a_suggestion(home, spec, meant):
     assert about_data(spec, SpecError).endswith(f"Did you mean {meant}?")
 
 
@@ -147,18 +147,18 @@ def test_a_mistyped_prefix_of_data(home, spec, meant):
         ("lightening:lit.Lit", "lightning:lit.Lit"),
     ],
 )
-def test_a_mistyped_prefix_of_a_model(home, spec, meant):
+def test_model_prefix_mistyped_gets_a_suggestion(home, spec, meant):
     assert about_model(spec, SpecError).endswith(f"Did you mean {meant}?")
 
 
-def test_a_prefix_of_the_other_kind():
+def test_prefix_of_other_kind_is_an_error():
     assert "torchvision:resnet18 names a model, not data" in about_data(
         "torchvision:resnet18", SpecError
     )
     assert "imagefolder:pets names data, not a model" in about_model("imagefolder:pets", SpecError)
 
 
-def test_a_module_in_the_working_directory_is_no_mistyped_prefix():
+def test_module_name_is_not_taken_for_a_prefix():
     write("texts.py", "def rows(): return [0]")
     assert make_data("texts:rows", train=False) == [0]
 
@@ -173,17 +173,17 @@ def test_a_module_in_the_working_directory_is_no_mistyped_prefix():
         ("cifar10:cifar/cifar-10-batches-py", "cifar10:cifar"),
     ],
 )
-def test_another_directory_of_images(home, spec, meant):
+def test_image_directory_gets_a_suggestion(home, spec, meant):
     assert about_data(spec, SpecError).endswith(f"Did you mean {meant}?")
 
 
-def test_a_mistyped_file(home):
+def test_file_mistyped_gets_a_suggestion(home):
     assert about_model("nets.py:make_net", SpecError) == (
         "the file nets.py does not exist. Did you mean net.py?"
     )
 
 
-def test_a_name_of_the_hub_is_not_fetched():
+def test_hub_name_is_not_downloaded():
     message = about_model("hf:someone/model", SpecError)
     assert "someone/model does not exist. Nothing is downloaded: hf download" in message
 
@@ -219,34 +219,34 @@ def prints():
         ("ends", "own.py:ends failed: SystemExit: usage: train.py --data DIR (own.py:13 in ends)"),
     ],
 )
-def test_an_error_in_a_function_names_it(name, said):
+def test_factory_error_names_the_function(name, said):
     write("own.py", OWN)
     message = about_data(f"own.py:{name}", SpecError)
     assert message.startswith(said)
     assert "\n" not in message
 
 
-def test_the_line_is_the_innermost_of_the_users_own():
+def test_factory_error_gives_innermost_line_of_user_code():
     write("own.py", OWN)
     message = error_of(make_data, "own.py:make", {"size": 1}, train=False)
     assert "KeyError: 'width' (own.py:3 in width)" in message
     assert "(own.py:10 in data)" in about_data("own.py:data", SpecError)
 
 
-def test_arguments_that_are_missing_are_named():
+def test_factory_error_names_missing_arguments():
     write("own.py", OWN)
     assert about_data("own.py:make", SpecError).endswith("Pass size=VALUE among its arguments.")
 
 
 @pytest.mark.parametrize("home_", ["script.py", "script"])
-def test_a_script_that_runs_when_it_is_imported(home_):
+def test_script_that_runs_on_import_is_an_error(home_):
     write("script.py", "import argparse\nargparse.ArgumentParser().parse_args(['--nothing'])")
     message = about_data(f"{home_}:make", SpecError)
     assert f"importing {home_} ended the program (script.py:2)" in message
     assert '__name__ == "__main__"' in message
 
 
-def test_what_users_code_prints_is_no_result(capsys):
+def test_factory_prints_go_to_stderr(capsys):
     write("own.py", "print('importing')\n" + OWN)
     make_data("own.py:prints", train=False)
     printed = capsys.readouterr()

@@ -20,7 +20,7 @@ from ckptavg.specs.sources import make_model
 from ckptavg.specs.user_modules import keep_imports
 
 
-def test_files_of_the_same_name_stay_the_same_when_they_are_named_again():
+def test_find_object_separates_files_of_one_name():
     paths = [write(f"run{width}/nets.py", f"WIDTH = {width}") for width in (3, 4, 5)]
     found = [find_object(str(path), "WIDTH") for path in paths * 2]
     assert found == [3, 4, 5, 3, 4, 5]
@@ -31,7 +31,7 @@ def test_files_of_the_same_name_stay_the_same_when_they_are_named_again():
 
 @pytest.mark.parametrize("is_package", [False, True])
 @pytest.mark.parametrize("imports", ["import {0}", "def late():\n    import {0}\n    return {0}"])
-def test_files_find_their_own_siblings(imports, is_package):
+def test_user_modules_import_their_own_siblings(imports, is_package):
     """Two directories have files of the same names; one is imported by name elsewhere already."""
     for width in (3, 4):
         write(f"run{width}/sizes/__init__.py" if is_package else f"run{width}/sizes.py",
@@ -45,7 +45,7 @@ def test_files_find_their_own_siblings(imports, is_package):
         assert make_model(f"run{width}/uses.py:make").in_features == width
 
 
-def test_a_sibling_is_the_module_that_is_named_by_its_path():
+def test_user_modules_share_a_sibling_named_by_path():
     for width in (3, 4):
         write(f"run{width}/nets.py", "class Net: pass")
         write(f"run{width}/uses.py", "import nets\nNet = nets.Net")
@@ -54,7 +54,7 @@ def test_a_sibling_is_the_module_that_is_named_by_its_path():
         assert find_object(f"run{width}/uses.py", "Net") is net
 
 
-def test_imports_of_others_are_as_they_were():
+def test_find_object_keeps_modules_of_others():
     write("run3/sizes.py", "WIDTH = 3")
     write("run4/sizes.py", "WIDTH = 4")
     write("run4/uses.py", "import sizes\nWIDTH = sizes.WIDTH")
@@ -65,7 +65,7 @@ def test_imports_of_others_are_as_they_were():
     assert sys.path[0] == str(Path("run3").resolve())
 
 
-def test_a_name_that_is_not_there_gets_those_that_are_like_it():
+def test_find_object_suggests_similar_names():
     write("nets.py", "def make_net(): ...\ndef make_data(): ...")
     said = error_of(find_object, "nets.py", "make")
     assert said == "nets.py has no attribute 'make'. Did you mean make_net or make_data?"
@@ -73,7 +73,7 @@ def test_a_name_that_is_not_there_gets_those_that_are_like_it():
     assert error_of(find_object, "net.py", "x").endswith("Did you mean nets.py?")
 
 
-def test_other_processes_import_the_same_files():
+def test_keep_imports_serves_other_processes():
     """Workers that are started anew have no more than a function's name, and ``sys.path``."""
     for width in (3, 4):
         write(f"run{width}/sizes.py", f"WIDTH = {width}\ndef tell(): return 10 * WIDTH")
@@ -94,7 +94,7 @@ def test_other_processes_import_the_same_files():
         assert [tell() for tell in functions] == [3, 4, 40, 400, 30]
 
 
-def test_the_path_is_as_before_when_all_is_imported():
+def test_find_object_restores_sys_path():
     write("run3/sizes.py", "WIDTH = 3")
     write("run3/uses.py", "import sizes\ndef make(): return sizes.WIDTH")
     write("own/nets.py", "WIDTH = 4")
@@ -105,7 +105,7 @@ def test_the_path_is_as_before_when_all_is_imported():
     assert sys.path == before
 
 
-def test_a_directory_that_the_caller_has_on_the_path_stays_there(tmp_path):
+def test_keep_imports_keeps_directories_of_the_caller(tmp_path):
     write("run3/sizes.py", "WIDTH = 3")
     sys.path.append(str(tmp_path / "run3"))
     before = list(sys.path)
@@ -115,7 +115,7 @@ def test_a_directory_that_the_caller_has_on_the_path_stays_there(tmp_path):
     assert sys.path == before
 
 
-def test_functions_import_their_neighbours_late_while_imports_are_kept():
+def test_keep_imports_allows_late_imports():
     for name in ("late", "later"):
         write(f"run3/{name}.py", "WIDTH = 3")
     write("run3/uses.py", "def late():\n    import late\n    return late.WIDTH\n"
@@ -132,7 +132,7 @@ def test_functions_import_their_neighbours_late_while_imports_are_kept():
         later()
 
 
-def test_threads_find_the_files_of_their_own_directories():
+def test_keep_imports_separates_threads():
     for width in (3, 4):
         write(f"run{width}/sizes.py", f"import time\ntime.sleep(0.05)\nWIDTH = {width}")
         write(f"run{width}/uses.py", "def make():\n    import sizes\n    return sizes.WIDTH")
@@ -156,7 +156,7 @@ def test_threads_find_the_files_of_their_own_directories():
 
 
 @pytest.mark.parametrize("own", ["nets.py", "run3/nets.py"])
-def test_a_command_leaves_the_path_as_it_was(own):
+def test_eval_command_restores_sys_path(own):
     """The neighbour is imported by the loader, long after the file of the data."""
     write(own, "import torch\n"
           "def net(): return torch.nn.Linear(3, 2)\n"
@@ -176,7 +176,7 @@ def test_a_command_leaves_the_path_as_it_was(own):
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-def test_a_forked_process_imports_although_a_thread_of_its_parent_did():
+def test_find_object_works_in_a_forked_process():
     write("run3/slow.py", "import time\nfor _ in range(40): time.sleep(0.02)")
     write("run4/sizes.py", "WIDTH = 4")
     thread = threading.Thread(target=lambda: find_object("run3/slow.py", "time"))
