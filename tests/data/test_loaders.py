@@ -61,12 +61,12 @@ def order_of(loader):
     return torch.cat(list(loader)).tolist()
 
 
-def test_training_data_is_read_in_random_order_each_sample_once():
+def test_open_loader_shuffles_training_data():
     order = order_of(open_loader(Numbers(), Runtime(CPU, batch_size=3), shuffle=True))
     assert sorted(order) == list(range(20)) != order
 
 
-def test_the_order_follows_the_seed_and_not_the_global_generator():
+def test_open_loader_order_follows_seed():
     orders = []
     for seed in (0, 0, 1):
         torch.manual_seed(len(orders))
@@ -74,19 +74,19 @@ def test_the_order_follows_the_seed_and_not_the_global_generator():
     assert orders[0] == orders[1] != orders[2]
 
 
-def test_reading_training_data_leaves_the_global_generator_alone():
+def test_open_loader_leaves_global_generator_alone():
     before = torch.get_rng_state()
     order_of(open_loader(Numbers(), Runtime(CPU), shuffle=True))
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_evaluation_data_is_read_in_its_own_order():
+def test_open_loader_keeps_evaluation_order():
     loader = open_loader(Numbers(), Runtime(CPU, batch_size=6), shuffle=False)
     assert order_of(loader) == list(range(20))
     assert [len(batch) for batch in loader] == [6, 6, 6, 2]
 
 
-def test_a_stream_is_read_as_it_comes():
+def test_open_loader_reads_stream_in_order():
     assert order_of(open_loader(Stream(), Runtime(CPU), shuffle=True)) == list(range(20))
 
 
@@ -105,7 +105,7 @@ class Pipeline:
 
 
 @pytest.mark.parametrize("loader", [DataLoader(Numbers(), 4), [torch.ones(1, 2)], Pipeline()])
-def test_a_loader_is_used_as_it_is(loader):
+def test_open_loader_returns_loader_itself(loader):
     assert open_loader(loader, Runtime(CPU), shuffle=True) is loader
 
 
@@ -129,13 +129,13 @@ def own_batch_sampler():
     ],
     ids=["sequential", "shuffle", "sampler", "stream", "batch sampler"],
 )
-def test_a_training_loader_that_does_not_shuffle_gets_a_note(caplog, loader, noted):
+def test_open_loader_notes_unshuffled_training_loader(caplog, loader, noted):
     caplog.set_level("INFO", "ckptavg")
     open_loader(loader, Runtime(CPU), shuffle=True)
     assert ("does not shuffle" in caplog.text) == noted
 
 
-def test_an_evaluation_loader_gets_no_note(caplog):
+def test_open_loader_has_no_note_for_evaluation(caplog):
     caplog.set_level("INFO", "ckptavg")
     open_loader(batches_of_two(), Runtime(CPU), shuffle=False)
     assert not caplog.text
@@ -163,7 +163,7 @@ COUNTS = st.integers(0, 40)
 
 @settings(max_examples=60, deadline=None)
 @given(COUNTS, st.integers(1, 12), st.integers(1, 6), st.booleans(), st.integers(0, 5))
-def test_processes_have_the_batches_of_one_between_them(size, batch, count, shuffle, seed):
+def test_open_loader_divides_batches_among_processes(size, batch, count, shuffle, seed):
     runtime = Runtime(CPU, batch_size=batch, seed=seed)
     data = Numbers(size)
     whole = batches_of(open_loader(data, runtime, shuffle=shuffle))
@@ -182,7 +182,7 @@ def test_processes_have_the_batches_of_one_between_them(size, batch, count, shuf
     COUNTS, st.integers(1, 12), st.integers(1, 6), st.booleans(), st.booleans(),
     st.none() | st.integers(1, 50),
 )  # fmt: skip
-def test_a_loader_is_shared_batch_by_batch(size, batch, count, shuffle, drop_last, limit):
+def test_shard_loader_divides_batches(size, batch, count, shuffle, drop_last, limit):
     data = Numbers(size)
     shuffle = shuffle and size > 0
 
@@ -208,7 +208,7 @@ def test_a_loader_is_shared_batch_by_batch(size, batch, count, shuffle, drop_las
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("kind", ["list", "stream", "subclass", "whole samples", "workers"])
-def test_every_kind_of_loader_is_shared(kind, count):
+def test_shard_loader_divides_every_kind_of_loader(kind, count):
     class Own(DataLoader):
         pass
 
@@ -226,7 +226,7 @@ def test_every_kind_of_loader_is_shared(kind, count):
     assert together == [batch.tolist() for batch in loader()]
 
 
-def test_batches_of_other_processes_are_not_even_read():
+def test_shard_loader_reads_own_batches_only():
     class Watched(Numbers):
         def __getitem__(self, index):
             read.append(index)
@@ -241,7 +241,7 @@ def doubled(samples):
     return 2 * torch.stack(samples)
 
 
-def test_what_a_loader_does_beside_its_order_is_kept():
+def test_shard_loader_keeps_sampler_and_collate_fn():
     sampler = SequentialSampler(range(10, 16))
     loader = DataLoader(Numbers(), 2, sampler=sampler, collate_fn=doubled)
     part = shard_loader(loader, Echo(1, 2), seed=0)
@@ -250,14 +250,14 @@ def test_what_a_loader_does_beside_its_order_is_kept():
 
 
 @pytest.mark.parametrize("of", [torch.tensor, np.array, list], ids=["torch", "numpy", "list"])
-def test_batch_samplers_may_give_indices_of_any_kind(of):
+def test_shard_loader_takes_indices_of_any_kind(of):
     drawn = [of([3, 1]), of([0, 7]), of([5])]
     loader = DataLoader(Numbers(), batch_sampler=drawn)
     assert batches_of(shard_loader(loader, Echo(0, 2), seed=0)) == [[3, 1], [5]]
     assert samples_in(loader) == 0  # it does not tell
 
 
-def test_sharing_leaves_the_global_generator_alone():
+def test_shard_loader_leaves_global_generator_alone():
     part = shard_loader(
         DataLoader(Numbers(), 4, shuffle=True, generator=torch.Generator()), Echo(0, 2), 0
     )
@@ -278,7 +278,7 @@ class Others(Echo):
         return [*super().gather(value)[1:], "other"]
 
 
-def test_samplers_that_differ_between_processes_are_an_error():
+def test_shard_loader_refuses_samplers_that_differ():
     loader = DataLoader(Numbers(), 4, sampler=Unseeded(Numbers()))
     with pytest.raises(EvaluationError, match="draws other batches in each process"):
         list(shard_loader(loader, Others(0, 2), seed=0))
@@ -310,7 +310,7 @@ ENTRANCES = pytest.mark.parametrize("enter", [opened, shared])
 
 @DISTRIBUTED
 @ENTRANCES
-def test_a_distributed_sampler_that_divides_evenly_is_left_to_it(made, enter):
+def test_distributed_sampler_keeps_even_division(made, enter):
     parts = [order_of(enter(made(4, rank), Echo(rank, 4))) for rank in range(4)]
     assert sorted(flat(parts)) == list(range(20))
 
@@ -318,7 +318,7 @@ def test_a_distributed_sampler_that_divides_evenly_is_left_to_it(made, enter):
 @DISTRIBUTED
 @ENTRANCES
 @pytest.mark.parametrize(("drop_last", "what"), [(True, "drops"), (False, "repeats")])
-def test_a_distributed_sampler_that_pads_or_drops_is_an_error(made, enter, drop_last, what):
+def test_distributed_sampler_may_not_pad_or_drop(made, enter, drop_last, what):
     with pytest.raises(EvaluationError, match=f"DistributedSampler {what} samples"):
         enter(made(3, 0, drop_last=drop_last), Echo(0, 3))
 
@@ -329,20 +329,20 @@ def test_a_distributed_sampler_that_pads_or_drops_is_an_error(made, enter, drop_
     ("count", "rank", "message"),
     [(4, 0, "is for 4 processes, but 2 share"), (2, 0, "gives the part of process 0 in another")],
 )
-def test_a_distributed_sampler_for_other_processes_is_an_error(made, enter, count, rank, message):
+def test_distributed_sampler_must_match_processes(made, enter, count, rank, message):
     with pytest.raises(EvaluationError, match=message):
         enter(made(count, rank), Echo(1, 2))
 
 
 @ENTRANCES
-def test_a_subset_of_a_distributed_loader_is_divided_among_the_processes(enter):
+def test_subset_of_distributed_loader_is_divided(enter):
     parts = [
         order_of(enter(distributed(2, rank), Echo(rank, 2), subset=Subset(12))) for rank in (0, 1)
     ]
     assert [len(part) for part in parts] == [6, 6]
 
 
-def test_a_process_whose_share_of_a_subset_is_nothing_reads_nothing():
+def test_subset_without_share_reads_nothing():
     parts = [
         batches_of(opened(distributed(4, rank), Echo(rank, 4), subset=Subset(2)))
         for rank in range(4)
@@ -355,7 +355,7 @@ def test_a_process_whose_share_of_a_subset_is_nothing_reads_nothing():
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 50), st.integers(1, 7), st.integers(1, 4))
-def test_a_subset_is_drawn_once_for_all_processes(size, count, batch, processes):
+def test_subset_is_drawn_once_for_all_processes(size, count, batch, processes):
     runtime = Runtime(CPU, batch_size=batch, seed=1)
 
     def part(rank, processes):
@@ -371,7 +371,7 @@ def test_a_subset_is_drawn_once_for_all_processes(size, count, batch, processes)
     assert interleaved([part(rank, processes) for rank in range(processes)]) == whole
 
 
-def test_every_sample_is_as_likely_to_be_in_a_subset():
+def test_subset_draws_every_sample_equally_often():
     drawn = Counter()
     for seed in range(300):
         drawn.update(
@@ -396,7 +396,7 @@ def shares_by_hand(sizes, count):
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(-2, 6), min_size=2, max_size=60), st.data())
-def test_a_stratified_subset_has_the_exact_share_of_each_class(targets, data):
+def test_stratified_subset_has_exact_class_shares(targets, data):
     count = data.draw(st.integers(1, len(targets) - 1))
     subset = Subset(count, stratified=True)
     loader = open_loader(Labelled(targets), Runtime(CPU), shuffle=True, subset=subset)
@@ -408,7 +408,7 @@ def test_a_stratified_subset_has_the_exact_share_of_each_class(targets, data):
 
 
 @pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor])
-def test_classes_may_be_told_in_any_way(kind):
+def test_stratified_subset_takes_targets_of_any_kind(kind):
     data = Labelled(kind([0] * 30 + [1] * 10))
     order = order_of(
         open_loader(data, Runtime(CPU), shuffle=True, subset=Subset(8, stratified=True))
@@ -416,7 +416,7 @@ def test_classes_may_be_told_in_any_way(kind):
     assert sum(index >= 30 for index in order) == 2
 
 
-def test_a_stratified_subset_is_in_random_order():
+def test_stratified_subset_is_shuffled():
     targets = [0] * 50 + [1] * 50
     subset = Subset(40, stratified=True)
     loader = open_loader(Labelled(targets), Runtime(CPU), shuffle=True, subset=subset)
@@ -427,7 +427,7 @@ def test_a_stratified_subset_is_in_random_order():
 @pytest.mark.parametrize(
     "targets", [None, [0, 1], [[0, 1]] * 20, ["cat"] * 20], ids=["none", "few", "pairs", "names"]
 )
-def test_a_stratified_subset_needs_a_class_a_sample(targets):
+def test_stratified_subset_needs_class_per_sample(targets):
     data = Numbers()
     if targets is not None:
         data.targets = targets
@@ -436,14 +436,14 @@ def test_a_stratified_subset_needs_a_class_a_sample(targets):
 
 
 @pytest.mark.parametrize("enter", [opened, shared])
-def test_a_stratified_subset_of_a_loader_is_wrong_usage(enter):
+def test_stratified_subset_refuses_loader(enter):
     with pytest.raises(UsageError, match="drawn from a Dataset with targets"):
         enter(batches_of_two(), SingleProcess(), subset=Subset(5, stratified=True))
 
 
 @pytest.mark.parametrize("count", [20, 21, 1000])
 @pytest.mark.parametrize("stratified", [False, True])
-def test_more_samples_than_there_are_are_all_of_them(caplog, count, stratified):
+def test_subset_beyond_data_takes_all(caplog, count, stratified):
     caplog.set_level("INFO", "ckptavg")
     subset = Subset(count, stratified)
     order = order_of(open_loader(Numbers(), Runtime(CPU), shuffle=True, subset=subset))
@@ -452,19 +452,19 @@ def test_more_samples_than_there_are_are_all_of_them(caplog, count, stratified):
 
 
 @pytest.mark.parametrize("count", [0, -1])
-def test_a_subset_of_nothing_is_wrong_usage(count):
+def test_subset_refuses_zero_samples(count):
     with pytest.raises(UsageError, match=f"a sample or more but has {count}"):
         Subset(count)
 
 
 @pytest.mark.parametrize(("limit", "batches"), [(1, 1), (6, 2), (7, 3), (100, 7)])
-def test_a_subset_of_a_loader_is_its_first_batches(limit, batches):
+def test_subset_of_loader_is_its_first_batches(limit, batches):
     loader = [(x, None) for x in torch.arange(20.0)[:, None].split(3)]
     found = list(open_loader(loader, Runtime(CPU), shuffle=True, subset=Subset(limit)))
     assert [x.tolist() for x, _ in found] == [x.tolist() for x, _ in loader[:batches]]
 
 
-def test_data_without_a_length_are_wrong_usage():
+def test_open_loader_refuses_data_without_length():
     class Endless(Dataset):
         def __getitem__(self, index):
             return torch.tensor(0.0)
@@ -474,7 +474,7 @@ def test_data_without_a_length_are_wrong_usage():
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
-def test_a_stream_is_read_once_however_many_workers_there_are(workers):
+def test_open_loader_reads_stream_once_with_workers(workers):
     loader = open_loader(Stream(), Runtime(CPU, batch_size=6, workers=workers), shuffle=False)
     assert order_of(loader) == list(range(20))
 
@@ -496,11 +496,11 @@ def test_a_stream_is_read_once_however_many_workers_there_are(workers):
     ],
     ids=["plain", "drop_last", "sampler", "batch sampler", "stream", "single", "list", "iterator"],
 )
-def test_a_loader_tells_how_many_samples_it_gives_if_it_can(loader, samples):
+def test_samples_in_counts_loader_where_known(loader, samples):
     assert samples_in(loader) == samples
 
 
-def test_progress_is_told_after_each_batch_and_the_others_are_looked_at():
+def test_with_progress_reports_and_checks_each_batch():
     told, looks = [], []
 
     class Looking(SingleProcess):
@@ -515,7 +515,7 @@ def test_progress_is_told_after_each_batch_and_the_others_are_looked_at():
     assert looks == [0, 1, 2]
 
 
-def test_on_the_host_a_batch_is_what_the_loader_gave():
+def test_prefetch_to_device_keeps_batch_on_host():
     x, y = torch.ones(2, 3), torch.tensor([0, 1])
     (batch,) = prefetch_to_device([(x, y, "name")], CPU)
     assert batch.loaded[0] is batch.on_device[0] is x
@@ -527,7 +527,7 @@ def broken():
     raise OSError("the disk is gone")
 
 
-def test_an_error_of_the_loader_is_not_changed_on_its_way():
+def test_prefetch_to_device_passes_loader_error_on():
     batches = prefetch_to_device(with_progress(broken(), lambda *_: None, SingleProcess()), CPU)
     assert next(batches).on_device.tolist() == [1, 1]
     with pytest.raises(OSError, match="the disk is gone"):
@@ -535,13 +535,13 @@ def test_an_error_of_the_loader_is_not_changed_on_its_way():
 
 
 @pytest.mark.parametrize("loader", [[], iter(()), DataLoader(TensorDataset(torch.ones(0, 2)), 2)])
-def test_a_loader_that_gives_nothing_gives_nothing(loader):
+def test_prefetch_to_device_of_empty_loader_is_empty(loader):
     assert (
         list(prefetch_to_device(with_progress(loader, lambda *_: None, SingleProcess()), CPU)) == []
     )
 
 
-def test_what_can_be_read_once_only_refuses_to_be_read_again():
+def test_require_reiterable_refuses_second_read():
     batches = require_reiterable(iter([1, 2, 3]), passes=1)
     assert list(batches) == [1, 2, 3]
     with pytest.raises(EvaluationError, match=r"read only once.*DataLoader"):
@@ -550,12 +550,12 @@ def test_what_can_be_read_once_only_refuses_to_be_read_again():
         require_reiterable(iter([1]), passes=2)
 
 
-def test_what_can_be_read_again_is_left_as_it_is():
+def test_require_reiterable_keeps_loader():
     loader = DataLoader(Numbers(), 2)
     assert require_reiterable(loader, passes=2) is loader
 
 
-def test_so_does_some_of_what_can_be_read_once_only():
+def test_require_reiterable_reads_iterator_subset_once():
     part = open_loader(
         iter(torch.arange(20).split(4)), Runtime(CPU), shuffle=True, subset=Subset(8)
     )

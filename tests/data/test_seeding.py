@@ -57,7 +57,7 @@ def read(data, seed=0, workers=0):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("names", [("torch",), ("numpy",), ("python",), ()], ids=str)
-def test_what_is_drawn_follows_from_the_seed(names, workers):
+def test_seed_decides_draws_of_dataset(names, workers):
     found = [read(Augmented(*names), seed, workers) for seed in (3, 3, 4)]
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0][:, 1:], found[2][:, 1:])
@@ -72,12 +72,12 @@ def test_what_is_drawn_follows_from_the_seed(names, workers):
     ],
     ids=["stream", "loader", "workers"],
 )
-def test_so_does_what_a_stream_or_a_loader_draws(data):
+def test_seed_decides_draws_of_stream_and_loader(data):
     assert torch.equal(read(data()), read(data()))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_every_pass_over_a_loader_draws_the_same(workers):
+def test_seed_repeats_draws_in_every_pass(workers):
     runtime = Runtime(torch.device("cpu"), batch_size=5, workers=workers)
     loader = open_loader(Augmented(), runtime, shuffle=True)
     first, second = (
@@ -92,7 +92,7 @@ def states():
     return [torch.get_rng_state().tolist(), random.getstate(), numpy[1].tolist(), numpy[2:]]
 
 
-def test_the_callers_generators_are_left_as_they_were():
+def test_generators_leave_global_state_alone():
     disturb()
     before = states()
     batches = with_progress(
@@ -108,7 +108,7 @@ def test_the_callers_generators_are_left_as_they_were():
     assert states() == before
 
 
-def test_three_calls_find_the_same(tmp_path):
+def test_seed_repeats_update_bn_and_evaluate(tmp_path):
     model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2))
     torch.save(model.state_dict(), tmp_path / "net.pt")
     statistics, figures = [], []
@@ -122,7 +122,7 @@ def test_three_calls_find_the_same(tmp_path):
     assert figures[0] == figures[1] == figures[2]
 
 
-def test_two_threads_leave_the_callers_generators_as_they_were():
+def test_generators_restore_state_after_two_threads():
     """The second begins while the first is within, and would end after it."""
     disturb()
     before = states()
@@ -144,7 +144,7 @@ def test_two_threads_leave_the_callers_generators_as_they_were():
     assert states() == before
 
 
-def test_a_loader_may_read_from_a_loader_within_the_same_thread():
+def test_generators_nest_in_one_thread():
     outer, inner = Generators(1), Generators(1)
     with outer.in_use():
         drawn = torch.rand(2)
@@ -155,7 +155,7 @@ def test_a_loader_may_read_from_a_loader_within_the_same_thread():
         assert torch.equal(torch.rand(4), torch.cat([drawn, following]))
 
 
-def test_torch_is_seeded_within_a_context_only():
+def test_seeded_torch_ends_with_context():
     before = states()
     with seeded_torch(3):
         drawn = torch.rand(2)

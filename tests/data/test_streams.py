@@ -104,7 +104,7 @@ class Own(Dataset):
         (([IMAGE, torch.rand(3, 6, 5)], [{"boxes": X}, {"boxes": Y}]), True),
     ],
 )
-def test_an_item_tells_whether_it_is_a_batch(item, expected):
+def test_is_batch_tells_batches_from_samples(item, expected):
     assert is_batch(item) == expected
 
 
@@ -128,7 +128,7 @@ def test_an_item_tells_whether_it_is_a_batch(item, expected):
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_what_gives_samples_is_a_dataset(data, expected):
+def test_is_dataset_tells_datasets_from_batches(data, expected):
     assert is_dataset(data) == expected
 
 
@@ -138,14 +138,14 @@ def read(data, **how):
 
 @pytest.mark.parametrize("data", [SAMPLES, TensorDataset(X, Y), Stream(SAMPLES)], ids=type)
 @pytest.mark.parametrize("workers", [0, 1])
-def test_samples_become_batches(data, workers):
+def test_open_loader_batches_samples(data, workers):
     found = read(data, workers=workers)
     assert [len(x) for x, _ in found] == [6, 6, 6, 2]
     assert torch.equal(torch.cat([x for x, _ in found]), X)
     assert torch.equal(torch.cat([y for _, y in found]), Y)
 
 
-def test_rows_become_batches_and_training_ones_are_shuffled():
+def test_open_loader_batches_rows_and_shuffles_training():
     found = read(Table())
     assert torch.equal(torch.cat([batch["x"] for batch in found]), X)
     drawn = torch.cat([b["x"] for b in open_loader(Table(), RUNTIME, shuffle=True)])
@@ -159,7 +159,7 @@ def test_rows_become_batches_and_training_ones_are_shuffled():
     ids=["list", "stream", "pipeline", "loader"],
 )
 @pytest.mark.parametrize("workers", [0, 1])
-def test_batches_are_not_batched_again(data, workers):
+def test_open_loader_keeps_batches(data, workers):
     found = read(data, workers=workers)
     assert [x.shape for x, _ in found] == [(5, 2)] * 4
     assert torch.equal(torch.cat([x for x, _ in found]), X)
@@ -174,7 +174,7 @@ def test_batches_are_not_batched_again(data, workers):
     ],
     ids=["rows", "mappings", "images"],
 )
-def test_samples_of_a_generator_become_batches(items):
+def test_open_loader_batches_samples_of_generator(items):
     assert [size_of(batch) for batch in read(item for item in items)] == [6, 6, 6, 2]
 
 
@@ -190,35 +190,35 @@ def test_samples_of_a_generator_become_batches(items):
     ],
     ids=["pair", "mapping", "images", "number", "words", "one sample"],
 )
-def test_what_a_generator_gives_is_a_batch_otherwise(item):
+def test_open_loader_keeps_batches_of_generator(item):
     assert all(found is item for found in read(item for _ in range(2)))
 
 
-def test_a_stream_with_a_loader_within_has_the_loaders_workers():
+def test_open_loader_keeps_workers_of_inner_loader():
     loader = DataLoader(TensorDataset(X, Y), 5, num_workers=1)
     found = read(WebLoader(loader), workers=2)
     assert torch.equal(torch.cat([x for x, _ in found]), X)
 
 
-def test_a_stream_can_be_read_again():
+def test_open_loader_rereads_stream():
     loader = open_loader(Stream(SAMPLES), RUNTIME, shuffle=False)
     assert [len(list(loader)) for _ in range(2)] == [4, 4]
     assert read(Stream([])) == []
 
 
-def test_a_dataset_may_put_its_samples_together_by_itself():
+def test_open_loader_uses_collate_fn_of_dataset():
     (batch,) = read(Own())
     assert batch.shape == (6, 2)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_samples_that_do_not_go_together_say_so(workers):
+def test_open_loader_refuses_samples_that_do_not_stack(workers):
     samples = [(torch.ones(n, 2), 0) for n in (1, 2, 3)]
     with pytest.raises(EvaluationError, match=r"samples do not make a batch: .*equal size"):
         read(samples, workers=workers)
 
 
-def test_texts_of_several_lengths_are_to_be_padded():
+def test_open_loader_suggests_padding_for_texts():
     rows = [{"input_ids": torch.ones(n, dtype=torch.int64), "labels": 0} for n in (3, 5)]
     with pytest.raises(EvaluationError, match=r"Pad them.* DataCollatorWithPadding"):
         read(rows)

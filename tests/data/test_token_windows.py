@@ -74,7 +74,7 @@ def error_of(build, *args, **keywords):
 
 
 @given(layouts())
-def test_every_token_but_the_first_is_predicted_exactly_once(layout):
+def test_windows_predict_each_token_once(layout):
     count, length, stride = layout
     tokens = torch.arange(100, 100 + count)
     windows = Windows(tokens, length, stride)
@@ -89,7 +89,7 @@ def test_every_token_but_the_first_is_predicted_exactly_once(layout):
 
 
 @given(layouts())
-def test_a_token_has_the_context_that_the_stride_leaves_it(layout):
+def test_windows_give_context_by_stride(layout):
     """Hugging Face's guide to perplexity, with the token that windows share counted in."""
     count, length, stride = layout
     windows = Windows(torch.arange(count), length, stride)
@@ -102,7 +102,7 @@ def test_a_token_has_the_context_that_the_stride_leaves_it(layout):
 
 
 @given(layouts())
-def test_no_window_is_without_a_token_to_predict(layout):
+def test_windows_always_predict_some_token(layout):
     count, length, stride = layout
     windows = Windows(torch.arange(count), length, stride)
     assert all((windows[i]["labels"][1:] != IGNORED).any() for i in range(len(windows)))
@@ -110,13 +110,13 @@ def test_no_window_is_without_a_token_to_predict(layout):
         windows[len(windows)]
 
 
-def test_what_pads_the_last_window_comes_after_its_tokens():
+def test_windows_pad_last_window_at_end():
     last = Windows(torch.tensor([5, 6, 7, 8, 9, 10]), 4)[1]
     assert last["input_ids"].tolist() == [8, 9, 10, 0]
     assert last["labels"].tolist() == [IGNORED, 9, 10, IGNORED]
 
 
-def test_windows_are_collated_into_batches():
+def test_windows_collate_into_batches():
     batch = next(iter(DataLoader(Windows(torch.arange(20), 5), 3)))
     assert batch["input_ids"].tolist() == [[0, 1, 2, 3, 4], [4, 5, 6, 7, 8], [8, 9, 10, 11, 12]]
     assert batch["labels"].dtype == torch.int64
@@ -133,12 +133,12 @@ def test_windows_are_collated_into_batches():
         ({"length": 8, "stride": 0.5}, "but got 0.5"),
     ],
 )
-def test_lengths_and_strides_that_cannot_be(arguments, said):
+def test_windows_refuse_bad_length_and_stride(arguments, said):
     assert said in error_of(Windows, torch.arange(20), **arguments)
 
 
 @pytest.mark.parametrize("count", [0, 1])
-def test_fewer_tokens_than_two_have_nothing_to_predict(count):
+def test_windows_refuse_fewer_than_two_tokens(count):
     assert f"the data has {count} tokens" in error_of(Windows, torch.arange(count))
 
 
@@ -147,7 +147,7 @@ def test_fewer_tokens_than_two_have_nothing_to_predict(count):
 
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "uint16", "int32", "uint32", "int64"])
 @pytest.mark.parametrize("order", ["<", ">"])
-def test_a_numpy_file_of_any_integers(tmp_path, dtype, order):
+def test_open_tokens_reads_npy_of_any_integer(tmp_path, dtype, order):
     ids = np.array([3, 1, 100, 5, 9], dtype=np.dtype(dtype).newbyteorder(order))
     np.save(tmp_path / "ids.npy", ids)
     windows = open_tokens(str(tmp_path / "ids.npy"), length=3)
@@ -156,7 +156,7 @@ def test_a_numpy_file_of_any_integers(tmp_path, dtype, order):
 
 
 @pytest.mark.parametrize("dtype", [None, "uint16", "int32", "uint32", "int64", "uint64"])
-def test_raw_integers(tmp_path, dtype):
+def test_open_tokens_reads_raw_integers(tmp_path, dtype):
     """Without a type they are what nanoGPT writes."""
     ids = np.array([3, 1, 200, 5, 9])
     ids.astype(np.dtype(dtype or "uint16").newbyteorder("<")).tofile(tmp_path / "val.bin")
@@ -164,7 +164,7 @@ def test_raw_integers(tmp_path, dtype):
     assert ids_of(open_tokens(str(tmp_path / "val.bin"), **arguments)) == ids.tolist()
 
 
-def test_a_file_of_tokens_goes_to_workers_by_its_name_and_not_its_contents(tmp_path):
+def test_open_tokens_pickles_path_only(tmp_path):
     np.save(tmp_path / "ids.npy", np.arange(100_000, dtype=np.uint32))
     windows = open_tokens(str(tmp_path / "ids.npy"), length=64)
     sent = pickle.dumps(windows)
@@ -172,7 +172,7 @@ def test_a_file_of_tokens_goes_to_workers_by_its_name_and_not_its_contents(tmp_p
     assert pickle.loads(sent)[5]["input_ids"].tolist() == windows[5]["input_ids"].tolist()
 
 
-def test_a_file_of_tokens_is_mapped_and_not_read(tmp_path):
+def test_token_file_is_memory_mapped(tmp_path):
     np.save(tmp_path / "ids.npy", np.arange(10, dtype=np.uint16))
     assert isinstance(TokenFile(tmp_path / "ids.npy", "uint16")._ids, np.memmap)
 
@@ -188,25 +188,25 @@ NO_TOKENS = {
 
 
 @pytest.mark.parametrize(("content", "said"), NO_TOKENS.values(), ids=NO_TOKENS)
-def test_a_numpy_file_that_holds_no_tokens(tmp_path, content, said):
+def test_open_tokens_refuses_npy_without_tokens(tmp_path, content, said):
     np.save(tmp_path / "ids.npy", content, allow_pickle=True)
     assert said in error_of(open_tokens, str(tmp_path / "ids.npy"))
 
 
 @pytest.mark.parametrize("content", [b"abc", b"PK\x03\x04zzz", pickle.dumps([1]), b"\x93NUMPY"])
-def test_a_file_that_is_no_numpy_file(tmp_path, content):
+def test_open_tokens_refuses_broken_npy(tmp_path, content):
     (tmp_path / "ids.npy").write_bytes(content)
     assert "cannot be read as token ids" in error_of(open_tokens, str(tmp_path / "ids.npy"))
 
 
-def test_a_numpy_file_that_was_cut_off(tmp_path):
+def test_open_tokens_refuses_truncated_npy(tmp_path):
     np.save(tmp_path / "ids.npy", np.arange(100))
     with open(tmp_path / "ids.npy", "r+b") as file:
         file.truncate(500)
     assert "cannot be read as token ids" in error_of(open_tokens, str(tmp_path / "ids.npy"))
 
 
-def test_a_pickle_in_a_numpy_file_is_not_executed(tmp_path):
+def test_open_tokens_executes_no_pickle(tmp_path):
     class Hostile:
         def __reduce__(self):
             return (open, (str(tmp_path / "touched"), "w"))
@@ -216,12 +216,12 @@ def test_a_pickle_in_a_numpy_file_is_not_executed(tmp_path):
     assert not (tmp_path / "touched").exists()
 
 
-def test_raw_bytes_that_are_no_whole_number_of_integers(tmp_path):
+def test_open_tokens_refuses_partial_integer(tmp_path):
     (tmp_path / "val.bin").write_bytes(b"abc")
     assert "val.bin cannot be read as token ids" in error_of(open_tokens, str(tmp_path / "val.bin"))
 
 
-def test_types_that_raw_integers_cannot_have(tmp_path):
+def test_open_tokens_refuses_bad_dtype(tmp_path):
     (tmp_path / "val.bin").write_bytes(b"abcd")
     np.save(tmp_path / "ids.npy", np.arange(4))
     message = error_of(open_tokens, str(tmp_path / "val.bin"), dtype="float16")
@@ -230,7 +230,7 @@ def test_types_that_raw_integers_cannot_have(tmp_path):
 
 
 @pytest.mark.parametrize("build", [open_text, open_tokens])
-def test_a_file_that_is_not_there_or_empty(tmp_path, build):
+def test_open_text_and_tokens_refuse_missing_or_empty_file(tmp_path, build):
     assert "none.npy does not exist. Expected" in error_of(build, str(tmp_path / "none.npy"))
     assert "is no file" in error_of(build, str(tmp_path))
     (tmp_path / "empty.bin").touch()
@@ -239,7 +239,7 @@ def test_a_file_that_is_not_there_or_empty(tmp_path, build):
     assert f"does not exist. Did you mean {tmp_path / 'empty.bin'}?" in missing
 
 
-def test_numpy_that_is_missing_is_named(tmp_path, monkeypatch):
+def test_open_tokens_names_missing_numpy(tmp_path, monkeypatch):
     np.save(tmp_path / "ids.npy", np.arange(4))
     monkeypatch.setitem(sys.modules, "numpy", None)
     assert "pip install numpy" in error_of(open_tokens, str(tmp_path / "ids.npy"))
@@ -248,34 +248,34 @@ def test_numpy_that_is_missing_is_named(tmp_path, monkeypatch):
 # Text
 
 
-def test_a_text_is_tokenized_as_a_whole(tmp_path, tokenizer):
+def test_open_text_tokenizes_file_as_whole(tmp_path, tokenizer):
     windows = open_text(text_file(tmp_path), tokenizer=tokenizer, length=4)
     assert ids_of(windows) == [1, 2, 3, 4, 1, 5, 1, 6, 3]
     assert len(windows) == 3
 
 
-def test_a_text_keeps_what_the_tokenizer_puts_in_front(tmp_path):
+def test_open_text_keeps_special_first_token(tmp_path):
     directory = save_tokenizer(tmp_path / "tokenizer", first="on")
     assert ids_of(open_text(text_file(tmp_path, "the cat"), tokenizer=directory)) == [4, 1, 2]
 
 
-def test_the_log_says_how_many_tokens_and_windows_there_are(tmp_path, tokenizer, caplog):
+def test_open_text_logs_tokens_and_windows(tmp_path, tokenizer, caplog):
     caplog.set_level("INFO", "ckptavg")
     open_text(text_file(tmp_path), tokenizer=tokenizer, length=4, stride=2)
     assert "9 tokens in 4 windows of 4, 2 apart" in caplog.text
 
 
-def test_bytes_that_are_no_text(tmp_path, tokenizer):
+def test_open_text_refuses_non_utf8(tmp_path, tokenizer):
     path = text_file(tmp_path, b"the \xff cat")
     assert "text.txt is no UTF-8 text" in error_of(open_text, path, tokenizer=tokenizer)
 
 
-def test_a_text_of_one_token(tmp_path, tokenizer):
+def test_open_text_refuses_single_token(tmp_path, tokenizer):
     path = text_file(tmp_path, "cat\n")
     assert "the data has 1 tokens" in error_of(open_text, path, tokenizer=tokenizer)
 
 
-def test_a_text_needs_a_tokenizer(tmp_path):
+def test_open_text_needs_tokenizer(tmp_path):
     message = error_of(open_text, text_file(tmp_path))
     assert "tokenizer=DIR" in message
     assert "hf:DIR" in message
@@ -291,7 +291,7 @@ def test_a_text_needs_a_tokenizer(tmp_path):
     ],
     ids=["nothing", "a configuration only", "an empty tokenizer", "a broken one"],
 )
-def test_a_directory_without_a_tokenizer(tmp_path, files):
+def test_open_text_refuses_directory_without_tokenizer(tmp_path, files):
     directory = tmp_path / "model"
     directory.mkdir()
     for name, content in files.items():
@@ -301,7 +301,7 @@ def test_a_directory_without_a_tokenizer(tmp_path, files):
     assert "\n" not in message
 
 
-def test_a_tokenizer_is_never_downloaded(tmp_path, monkeypatch):
+def test_open_text_downloads_no_tokenizer(tmp_path, monkeypatch):
     import socket
 
     def refuse(*_, **__):
@@ -312,7 +312,7 @@ def test_a_tokenizer_is_never_downloaded(tmp_path, monkeypatch):
     assert "gpt2 holds no tokenizer" in error_of(open_text, text_file(tmp_path), tokenizer="gpt2")
 
 
-def test_transformers_that_is_missing_is_named(tmp_path, tokenizer, monkeypatch):
+def test_open_text_names_missing_transformers(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     message = error_of(open_text, text_file(tmp_path), tokenizer=tokenizer)
     assert "pip install transformers" in message
@@ -335,12 +335,12 @@ def test_transformers_that_is_missing_is_named(tmp_path, tokenizer, monkeypatch)
         ([], 1024),
     ],
 )
-def test_windows_are_as_long_as_the_models_context(tmp_path, config, length):
+def test_default_length_is_context_of_model(tmp_path, config, length):
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert default_length(tmp_path) == length
 
 
-def test_a_model_without_a_configuration_leaves_the_length_at_1024(tmp_path):
+def test_default_length_without_config_is_1024(tmp_path):
     assert default_length(tmp_path) == 1024
     (tmp_path / "config.json").write_bytes(b"\xff")
     assert default_length(tmp_path) == 1024

@@ -25,7 +25,7 @@ CPU, META = torch.device("cpu"), torch.device("meta")
 Pair = namedtuple("Pair", "image label")
 
 
-def test_every_tensor_of_a_batch_is_moved_and_the_rest_kept():
+def test_to_device_moves_tensors_and_keeps_rest():
     x = torch.ones(2)
     batch = {"image": x, "more": [x, (x, "name")], "pair": Pair(x, 3), "none": None}
     moved = to_device(batch, META)
@@ -38,7 +38,7 @@ def test_every_tensor_of_a_batch_is_moved_and_the_rest_kept():
     assert x.device == CPU
 
 
-def test_tensors_are_converted_in_containers_that_keep_their_types():
+def test_map_tensors_keeps_container_types():
     x, own = torch.ones(2), SimpleNamespace(x=torch.ones(1))
     batch = UserDict(a=Bag(x=x), b=[x, (x, "name")], c=Pair(x, 3), d=own)
     doubled = map_tensors(batch, lambda tensor: 2 * tensor)
@@ -49,7 +49,7 @@ def test_tensors_are_converted_in_containers_that_keep_their_types():
     assert torch.equal(batch["a"]["x"], torch.ones(2))
 
 
-def test_a_value_of_the_users_own_is_not_touched():
+def test_to_device_leaves_unknown_object():
     own = SimpleNamespace(x=torch.ones(1))
     assert to_device(own, META) is own
 
@@ -89,7 +89,7 @@ class Silent(Graph):
     [Bag(x=torch.ones(2)), OrderedDict(x=torch.ones(2)), UserDict(x=torch.ones(2))],
     ids=lambda batch: type(batch).__name__,
 )
-def test_a_mapping_keeps_its_class_and_what_it_holds(batch):
+def test_to_device_keeps_mapping_class(batch):
     moved = to_device(batch, META)
     assert type(moved) is type(batch)
     assert getattr(moved, "color", "") == getattr(batch, "color", "")
@@ -98,7 +98,7 @@ def test_a_mapping_keeps_its_class_and_what_it_holds(batch):
 
 
 @pytest.mark.parametrize("kind", [Graph, Silent])
-def test_an_object_is_moved_by_its_own_to_and_the_loaders_stays(kind):
+def test_to_device_moves_copy_of_object(kind):
     batch = kind(torch.ones(2))
     moved = to_device((batch, 1), META)[0]
     assert isinstance(moved, kind)
@@ -106,7 +106,7 @@ def test_an_object_is_moved_by_its_own_to_and_the_loaders_stays(kind):
     assert batch.x.device == CPU
 
 
-def test_a_dataclass_is_moved_by_its_fields():
+def test_to_device_moves_dataclass_fields():
     batch = Clip(torch.ones(2))
     moved = to_device(batch, META)
     assert (moved.frames.device, moved.name) == (META, "clip")
@@ -114,7 +114,7 @@ def test_a_dataclass_is_moved_by_its_fields():
     assert [t.device for t in tensors_of(moved)] == [META]
 
 
-def test_a_packed_sequence_keeps_its_lengths_on_the_host():
+def test_to_device_keeps_packed_lengths_on_host():
     packed = pack_sequence([torch.ones(3, 2), torch.ones(1, 2)])
     moved = to_device(packed, META)
     assert moved.data.device == META
@@ -155,7 +155,7 @@ BOXES = [{"boxes": torch.rand(3, 4)}, {"boxes": torch.rand(3, 4)}]
         ("name", 0),
     ],
 )
-def test_size_of_a_batch_is_its_samples(batch, expected):
+def test_size_of_counts_samples(batch, expected):
     assert size_of(batch) == expected
 
 
@@ -170,7 +170,7 @@ def test_size_of_a_batch_is_its_samples(batch, expected):
         ((IMAGES,), False),
     ],
 )
-def test_batches_that_are_lists_of_samples_parts_are_known(batch, expected):
+def test_is_zipped_finds_lists_of_sample_parts(batch, expected):
     assert is_zipped(batch) == expected
 
 
@@ -187,7 +187,7 @@ def test_batches_that_are_lists_of_samples_parts_are_known(batch, expected):
         (SimpleNamespace(x=1), "a SimpleNamespace"),
     ],
 )
-def test_a_batch_is_described_by_types_and_shapes(batch, expected):
+def test_describe_batch_tells_types_and_shapes(batch, expected):
     assert describe_batch(batch) == expected
 
 
@@ -202,11 +202,11 @@ def test_a_batch_is_described_by_types_and_shapes(batch, expected):
         (SimpleNamespace(), 0),
     ],
 )
-def test_size_of_a_batch_is_that_of_its_first_tensor(batch, expected):
+def test_size_of_counts_rows_of_first_tensor(batch, expected):
     assert size_of(batch) == expected
 
 
-def test_arrays_of_numbers_are_what_becomes_tensors():
+def test_with_tensors_for_arrays_converts_numbers_only():
     batch = {"x": np.arange(3.0), "names": np.array(["a", "b"]), "rest": (1, [np.ones(2, bool)])}
     found = with_tensors_for_arrays(batch)
     assert found["x"].tolist() == [0, 1, 2]
@@ -217,6 +217,6 @@ def test_arrays_of_numbers_are_what_becomes_tensors():
     assert with_tensors_for_arrays(plain) is plain
 
 
-def test_targets_in_float64_stay_on_the_host_where_the_device_has_no_such_type():
+def test_to_device_keeps_float64_on_host_for_mps():
     batch = {"y": torch.ones(2, dtype=torch.float64)}
     assert to_device(batch, torch.device("mps"))["y"] is batch["y"]

@@ -291,19 +291,19 @@ CASES = [
 
 
 @pytest.mark.parametrize(("model", "batch", "expected"), CASES)
-def test_the_models_signature_decides_what_it_gets(model, batch, expected):
+def test_call_passes_batch_by_signature(model, batch, expected):
     assert same(call(model(), batch), expected)
 
 
 @pytest.mark.parametrize(("model", "batch", "expected"), CASES)
 @pytest.mark.parametrize("wrap", [wrapped, nn.DataParallel], ids=["average", "parallel"])
-def test_a_wrapper_takes_what_its_model_takes(wrap, model, batch, expected):
+def test_call_unwraps_average_and_parallel(wrap, model, batch, expected):
     if torch.cuda.is_available() and wrap is nn.DataParallel:
         pytest.skip("would scatter the batch")
     assert same(call(wrap(model()), batch), expected)
 
 
-def test_a_compiled_model_takes_what_its_model_takes():
+def test_call_unwraps_compiled_model():
     class Sum(nn.Module):
         def forward(self, a, b):
             return a + b
@@ -320,7 +320,7 @@ class Scaled(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is")
 @pytest.mark.parametrize("batch", [(A, C, Y), {"x": A, "scale": C, "y": Y}], ids=["tuple", "dict"])
-def test_a_scripted_model_tells_its_inputs(batch):
+def test_call_reads_scripted_signature(batch):
     assert torch.equal(call(torch.jit.script(Scaled()), batch), A * C)
 
 
@@ -343,7 +343,7 @@ class Unsigned(nn.Module):
         ({"x": A, "m": B, "y": Y}, ((), {"x": A, "m": B})),
     ],
 )
-def test_a_model_that_does_not_tell_gets_what_is_no_label(batch, expected):
+def test_call_passes_all_but_labels_without_signature(batch, expected):
     assert same(call(Unsigned(), batch), expected)
 
 
@@ -360,7 +360,7 @@ def test_a_model_that_does_not_tell_gets_what_is_no_label(batch, expected):
         (One, None, "a NoneType, "),
     ],
 )
-def test_what_cannot_be_decided_is_an_error_that_says_both(model, batch, held):
+def test_call_names_batch_and_signature_on_error(model, batch, held):
     with pytest.raises(EvaluationError, match=f"a batch is {held}.* by `forward=fn`"):
         call(model(), batch)
 
@@ -394,7 +394,7 @@ def test_what_cannot_be_decided_is_an_error_that_says_both(model, batch, held):
         (Ids, [ONES, Y], ONES, Y),
     ],
 )
-def test_labels_stand_behind_the_inputs_or_have_a_name(model, batch, inputs, labels):
+def test_split_batch_finds_labels_by_place_or_name(model, batch, inputs, labels):
     if labels is None:
         with pytest.raises(EvaluationError, match=r"the model has forward\(audio, lengths\)"):
             split_batch(model(), batch)
@@ -409,7 +409,7 @@ def test_labels_stand_behind_the_inputs_or_have_a_name(model, batch, inputs, lab
     [(A, Y), [A, Y], Pair(A, Y), (A, Y, "path")],
     ids=["tuple", "list", "namedtuple", "path"],
 )
-def test_labels_stand_second_where_no_model_is_known(batch):
+def test_split_labels_takes_second_part(batch):
     inputs, labels = split_labels(batch)
     assert inputs is A
     assert labels is Y
@@ -426,14 +426,14 @@ def test_labels_stand_second_where_no_model_is_known(batch):
     ],
     ids=["mapping behind", "two mappings", "list behind", "list by name", "nested"],
 )
-def test_labels_may_be_named_among_others_or_listed(batch):
+def test_split_batch_takes_nested_or_listed_labels(batch):
     inputs, labels = split_batch(One(), batch)
     assert same(inputs["x"] if isinstance(batch, dict) else call_on_inputs(One(), inputs)[0], A)
     assert torch.equal(labels, Y)
 
 
 @pytest.mark.parametrize("name", ["labels", "label", "target", "targets", "y"])
-def test_labels_are_found_in_a_dict_and_not_passed_to_the_model(name):
+def test_split_labels_removes_labels_from_dict(name):
     inputs, labels = split_labels({"x": A, name: Y})
     assert inputs == {"x": A}
     assert labels is Y
@@ -444,7 +444,7 @@ def test_labels_are_found_in_a_dict_and_not_passed_to_the_model(name):
     [A, (A,), {"x": A}, None, (A, "cat"), ()],
     ids=["tensor", "tuple", "dict", "none", "text", "empty"],
 )
-def test_a_batch_without_labels_is_an_error(batch):
+def test_split_labels_refuses_batch_without_labels(batch):
     with pytest.raises(EvaluationError, match="or a dict with one of labels, label, target"):
         split_labels(batch)
 
@@ -453,7 +453,7 @@ def test_a_batch_without_labels_is_an_error(batch):
     ("batch", "expected"),
     [((A, Y), A), (A, A), ((A,), A), ({"x": A}, {"x": A}), ({"x": A, "y": Y}, {"x": A})],
 )
-def test_inputs_are_found_with_and_without_labels(batch, expected):
+def test_inputs_of_works_with_and_without_labels(batch, expected):
     assert same(inputs_of(One(), batch), expected)
 
 
@@ -470,7 +470,7 @@ def test_inputs_are_found_with_and_without_labels(batch, expected):
         (Images, (A, B, Y), False),
     ],
 )
-def test_what_may_be_an_input_and_is_not_passed_is_said_once(caplog, model, batch, is_said):
+def test_call_warns_once_about_unpassed_part(caplog, model, batch, is_said):
     made = model()
     for _ in range(2):
         call(made, batch)
@@ -480,7 +480,7 @@ def test_what_may_be_an_input_and_is_not_passed_is_said_once(caplog, model, batc
 
 
 @pytest.mark.parametrize("kind", [tuple, list, dict])
-def test_arrays_become_tensors(kind):
+def test_call_converts_arrays_to_tensors(kind):
     batch = {"x": A.numpy(), "y": Y.numpy(), "name": ["a"] * 4}
     given = batch if kind is dict else kind(batch.values())
     (found,) = call(One(), given)
@@ -491,5 +491,5 @@ def test_arrays_become_tensors(kind):
     assert batch["x"] is (given["x"] if kind is dict else given[0])
 
 
-def test_a_packed_sequence_is_one_input():
+def test_call_keeps_packed_sequence_whole():
     assert isinstance(call(One(), PACKED)[0], PackedSequence)

@@ -22,24 +22,24 @@ def without_accelerators(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
 
 
-def test_auto_is_the_cpu_where_there_is_no_accelerator(monkeypatch):
+def test_find_device_auto_falls_back_to_cpu(monkeypatch):
     without_accelerators(monkeypatch)
     assert find_device("auto") == CPU
 
 
-def test_auto_prefers_cuda(monkeypatch):
+def test_find_device_auto_prefers_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert find_device("auto").type == "cuda"
 
 
 @pytest.mark.parametrize("name", ["cuda", "cuda:0", "mps"])
-def test_an_absent_device_is_an_error_that_names_it(monkeypatch, name):
+def test_find_device_names_absent_device(monkeypatch, name):
     without_accelerators(monkeypatch)
     with pytest.raises(EvaluationError, match=f"{name} is not available.*`device='auto'`"):
         find_device(name)
 
 
-def test_a_cuda_device_beyond_the_last_is_absent(monkeypatch):
+def test_find_device_refuses_cuda_index_beyond_last(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert find_device("cuda:1") == torch.device("cuda", 1)
@@ -47,12 +47,12 @@ def test_a_cuda_device_beyond_the_last_is_absent(monkeypatch):
         find_device("cuda:2")
 
 
-def test_an_unknown_kind_of_device_is_wrong_usage():
+def test_find_device_refuses_unknown_kind():
     with pytest.raises(UsageError, match=r"auto, cpu, cuda.*'gpu'"):
         find_device("gpu")
 
 
-def test_the_device_is_the_models_own_where_none_is_named():
+def test_runtime_defaults_to_device_of_model():
     assert Runtime.on(None, nn.Linear(2, 2, device="meta")).device == META
     assert Runtime.on(None, nn.BatchNorm1d(2, affine=False, device="meta")).device == META
     assert Runtime.on(None, nn.ReLU()).device == CPU
@@ -62,23 +62,23 @@ def test_the_device_is_the_models_own_where_none_is_named():
 @pytest.mark.parametrize(
     ("amp", "expected"), [("off", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.half)]
 )
-def test_amp_is_the_precision_of_the_forward_pass(amp, expected):
+def test_runtime_amp_sets_forward_precision(amp, expected):
     with Runtime(CPU, amp=amp).autocast():
         assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == expected
 
 
-def test_an_unknown_amp_is_wrong_usage():
+def test_runtime_refuses_unknown_amp():
     with pytest.raises(UsageError, match="off, bf16, fp16 but got 'int8'"):
         Runtime(CPU, amp="int8")
 
 
-def test_fit_counts_the_copies_that_free_memory_holds():
+def test_count_models_that_fit_depends_on_model_size():
     small, large = nn.Linear(1000, 100), nn.Linear(1000, 1000)
     assert count_models_that_fit(small, CPU) > count_models_that_fit(large, CPU) > 10
     assert count_models_that_fit(nn.ReLU(), CPU) > 1
 
 
-def test_processes_on_one_host_share_what_is_free(monkeypatch):
+def test_count_models_that_fit_shares_host_memory(monkeypatch):
     monkeypatch.setattr(device, "free_on_host", lambda: 8 * 10**6)
     model = nn.Linear(100, 100, bias=False)
     alone = count_models_that_fit(model, CPU)
@@ -108,7 +108,7 @@ def group(place, limit, used, cached=0, names=("memory.max", "memory.current")):
     return {f"sys__fs__cgroup__{place}{name}": f"{value}\n" for name, value in values.items()}
 
 
-def test_what_caches_files_counts_as_free(tmp_path):
+def test_free_on_host_counts_file_cache_as_free(tmp_path):
     assert free_on_host(kernel(tmp_path)) == 8 * GIB
 
 
@@ -130,16 +130,16 @@ OLD = ("memory.limit_in_bytes", "memory.usage_in_bytes")
     ],
     ids=["limit", "cache", "none", "over", "above", "namespace", "version 1", "version 1, none"],
 )  # fmt: skip
-def test_the_limit_of_a_container_counts(tmp_path, listed, files, expected):
+def test_free_on_host_respects_container_limit(tmp_path, listed, files, expected):
     files["proc__self__cgroup"] = listed + "\n"
     assert free_on_host(kernel(tmp_path, **files)) == expected
 
 
-def test_a_host_that_does_not_say_is_asked_otherwise(tmp_path):
+def test_free_on_host_works_without_meminfo(tmp_path):
     assert free_on_host(tmp_path) > 0
 
 
-def test_running_out_of_memory_is_known_by_its_kinds():
+def test_is_out_of_memory_knows_every_kind():
     huge = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 4611686018427387904"
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert is_out_of_memory(MemoryError())

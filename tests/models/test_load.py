@@ -72,7 +72,7 @@ WRAPPERS = {
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
-def test_a_wrapper_around_the_model_is_of_no_account(wrap):
+def test_load_into_ignores_wrappers(wrap):
     model = wrap(Net())
     states = checkpoint_of(model)
     load_into(model, states, "a.pt")
@@ -80,14 +80,14 @@ def test_a_wrapper_around_the_model_is_of_no_account(wrap):
     assert not any("_orig_mod" in name or name.startswith("module") for name in states)
 
 
-def test_the_counter_of_an_averaged_model_is_left_alone():
+def test_load_into_keeps_averaged_model_counter():
     model = AveragedModel(Net())
     model.n_averaged.fill_(7)
     load_into(model, checkpoint_of(Net()), "a.pt")
     assert model.n_averaged.item() == 7
 
 
-def test_weights_are_copied_and_converted_to_the_models_types():
+def test_load_into_copies_and_converts_weights():
     model, states = Net().to(torch.bfloat16), checkpoint_of(Net())
     weight = model.body.weight
     load_into(model, states, "a.pt")
@@ -97,7 +97,7 @@ def test_weights_are_copied_and_converted_to_the_models_types():
     assert weight.any()
 
 
-def test_gradients_and_modes_stay_as_they_are():
+def test_load_into_keeps_gradients_and_mode():
     model = Net().train()
     model.body.weight.requires_grad_(False)
     load_into(model, checkpoint_of(Net()), "a.pt")
@@ -105,7 +105,7 @@ def test_gradients_and_modes_stay_as_they_are():
     assert [p.requires_grad for p in model.body.parameters()] == [False, True]
 
 
-def test_a_tied_weight_may_be_missing():
+def test_load_into_allows_missing_tied_weight():
     model, values = Tied(), torch.rand(5, 3)
     for name in ("embedding.weight", "head.weight"):
         values = values + 1
@@ -114,7 +114,7 @@ def test_a_tied_weight_may_be_missing():
         assert model.head.weight is model.embedding.weight
 
 
-def test_num_batches_tracked_may_be_missing():
+def test_load_into_allows_missing_num_batches_tracked():
     model, states = Net(), checkpoint_of(Net())
     del states["norm.num_batches_tracked"]
     load_into(model, states, "a.pt")
@@ -122,41 +122,41 @@ def test_num_batches_tracked_may_be_missing():
 
 
 @pytest.mark.parametrize("name", ["norm.running_mean", "norm.running_var", "body.bias"])
-def test_any_other_tensor_that_is_missing_is_an_error(name):
+def test_load_into_refuses_other_missing_tensors(name):
     states = checkpoint_of(Net())
     del states[name]
     with pytest.raises(ModelError, match=f"a.pt does not fit.*the model needs {name}.*`model`"):
         load_into(Net(), states, "a.pt")
 
 
-def test_a_tensor_that_the_model_has_no_place_for_is_an_error():
+def test_load_into_refuses_extra_tensor():
     states = checkpoint_of(Net()) | {"aux.weight": torch.ones(1)}
     with pytest.raises(ModelError, match=r"a\.pt does not fit.*the checkpoint has aux\.weight"):
         load_into(Net(), states, "a.pt")
 
 
-def test_the_first_few_of_many_names_are_listed():
+def test_load_into_lists_first_few_names():
     with pytest.raises(ModelError) as caught:
         load_into(Net(), {f"layer{i}": torch.ones(1) for i in range(9)}, "a.pt")
     assert "the model needs body.weight, body.bias, norm.weight and 5 more" in str(caught.value)
     assert "the checkpoint has layer0, layer1, layer2 and 6 more" in str(caught.value)
 
 
-def test_another_shape_is_an_error_that_names_both_and_the_remedy():
+def test_load_into_names_shapes_and_remedy():
     with pytest.raises(ModelError) as caught:
         load_into(Net(classes=2), checkpoint_of(Net(classes=7)), "a.pt")
     for part in ("a.pt", "head.weight", "(7, 4)", "(2, 4)", "`model`", "num_classes"):
         assert part in str(caught.value)
 
 
-def test_nothing_is_broadcast():
+def test_load_into_broadcasts_nothing():
     states = checkpoint_of(Net()) | {"body.bias": torch.tensor([1.0])}
     with pytest.raises(ModelError, match=r"body\.bias has the shape \(1,\)"):
         load_into(Net(), states, "a.pt")
 
 
 @pytest.mark.parametrize("spoil", ["missing", "extra", "shape"])
-def test_the_model_is_unchanged_after_an_error(spoil):
+def test_load_into_leaves_model_unchanged_on_error(spoil):
     model, states = Net(), checkpoint_of(Net())
     if spoil == "missing":
         del states["head.bias"]
@@ -168,13 +168,13 @@ def test_the_model_is_unchanged_after_an_error(spoil):
     assert all(torch.equal(v, before[k]) for k, v in bare_states(model).items())
 
 
-def test_extra_state_of_a_module_may_be_missing():
+def test_load_into_allows_missing_extra_state():
     model = nn.Sequential(Remembering(2, 2))
     load_into(model, {"0.weight": torch.ones(2, 2), "0.bias": torch.ones(2)}, "a.pt")
     assert torch.equal(model[0].weight, torch.ones(2, 2))
 
 
-def test_a_lazy_model_takes_the_checkpoints_shapes():
+def test_load_into_materializes_lazy_model():
     model = nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d())
     states = checkpoint_of(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)))
     load_into(model, states, "a.pt")
@@ -185,7 +185,7 @@ def test_a_lazy_model_takes_the_checkpoints_shapes():
     ("prefix_of", "said"),
     [("checkpoint", "The checkpoint's names begin with 'net.'"), ("model", "The model's names")],
 )
-def test_names_that_differ_by_what_is_in_front_of_all_say_so(prefix_of, said):
+def test_load_into_points_at_differing_prefix(prefix_of, said):
     inner = nn.Linear(2, 2)
     outer = nn.Sequential(OrderedDict(net=nn.Linear(2, 2)))
     model, other = (inner, outer) if prefix_of == "checkpoint" else (outer, inner)
@@ -193,7 +193,7 @@ def test_names_that_differ_by_what_is_in_front_of_all_say_so(prefix_of, said):
         load_into(model, other.state_dict(), "swa.pt")
 
 
-def test_the_networks_of_a_file_that_fit_the_model_are_named():
+def test_load_into_names_networks_that_fit():
     state = Net().state_dict()
     both = {f"{network}.{name}": t for network in ("critic", "actor") for name, t in state.items()}
     with pytest.raises(ModelError, match=r"the one that fits: `key='actor'`, `key='critic'`\.$"):
@@ -224,7 +224,7 @@ class Observer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-def test_buffers_that_size_themselves_take_any_shape():
+def test_load_into_takes_self_sizing_buffers():
     model = nn.Sequential(nn.Linear(2, 2), Observer())
     state = model.state_dict() | {"1.low": torch.arange(3.0), "1.scale": torch.arange(4.0)}
     load_into(model, state, "x.pt")
@@ -232,7 +232,7 @@ def test_buffers_that_size_themselves_take_any_shape():
     assert torch.equal(model[1].scale, torch.arange(4.0))
 
 
-def test_a_quantization_aware_model_takes_what_load_state_dict_takes():
+def test_load_into_takes_qat_model():
     quantization = pytest.importorskip("torch.ao.quantization")
 
     def prepared():
@@ -251,7 +251,7 @@ def test_a_quantization_aware_model_takes_what_load_state_dict_takes():
         assert torch.equal(fresh.state_dict()[name], value), name
 
 
-def test_names_that_torch_knows_from_older_versions_are_taken():
+def test_load_into_takes_old_weight_norm_names():
     """The weights of a layer under the old weight norm, in one under the new."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -262,7 +262,7 @@ def test_names_that_torch_knows_from_older_versions_are_taken():
     assert torch.equal(new(x), old(x))
 
 
-def test_what_only_seems_to_fit_is_an_error_and_changes_nothing():
+def test_load_into_restores_resized_buffers_on_error():
     model = nn.Sequential(nn.Linear(2, 2), Observer())
     before = {k: v.clone() for k, v in model.state_dict().items()}
     state = model.state_dict() | {"1.low": torch.ones(3), "0.bias": torch.ones(3)}

@@ -190,31 +190,31 @@ def seen(tmp_path_factory):
     return measured(tmp_path_factory.mktemp("heap"))
 
 
-def test_blocks_come_from_the_heap_until_the_end(seen):
+def test_keep_freed_memory_uses_heap_until_end(seen):
     assert all(seen["before"])
     assert not any(seen["kept"])
     assert all(seen["after"])
 
 
-def test_a_context_inside_another_leaves_the_outer_one_in_force(seen):
+def test_keep_freed_memory_nests(seen):
     assert not any(seen["kept twice"])
     assert not any(seen["kept once"])
 
 
-def test_two_threads_at_once_keep_memory_until_both_are_done(seen):
+def test_keep_freed_memory_lasts_for_two_threads(seen):
     assert seen["threads"] == [False, False, True]
 
 
-def test_another_device_and_an_error_change_nothing(seen):
+def test_keep_freed_memory_ignores_cuda_and_ends_on_error(seen):
     assert all(seen["cuda"])
     assert all(seen["error"])
 
 
-def test_thresholds_are_afterwards_as_they_were_before(seen):
+def test_keep_freed_memory_restores_thresholds(seen):
     assert seen["thresholds after"] == seen["thresholds before"]
 
 
-def test_the_last_user_restores_what_malloc_sets_itself():
+def test_malloc_thresholds_are_restored_by_last_user():
     calls = []
     library = SimpleNamespace(
         mallopt=lambda option, value: calls.append((option, value)),
@@ -234,14 +234,14 @@ def test_the_last_user_restores_what_malloc_sets_itself():
     assert calls[-1] == "trim"
 
 
-def test_what_was_kept_is_given_back_at_the_end(seen):
+def test_keep_freed_memory_gives_memory_back(seen):
     kept, left = seen["resident"]
     assert kept > BLOCK / 2
     assert left < BLOCK / 4
 
 
 @pytest.mark.parametrize("stage", ["evaluate", "update_bn"])
-def test_batches_run_in_the_memory_of_those_before(seen, stage):
+def test_keep_freed_memory_serves_batches(seen, stage):
     mapped, heap_sizes = zip(*seen[stage], strict=True)
     assert len(mapped) == BATCHES
     assert not any(mapped)
@@ -250,7 +250,7 @@ def test_batches_run_in_the_memory_of_those_before(seen, stage):
 
 
 @pytest.mark.slow
-def test_what_the_environment_asks_of_malloc_stays():
+def test_keep_freed_memory_respects_environment():
     asked = measured(MALLOC_MMAP_THRESHOLD_="1048576")
     assert all(asked["short"])
     assert asked["thresholds after"] == asked["thresholds before"]
@@ -264,7 +264,7 @@ def test_what_the_environment_asks_of_malloc_stays():
         pytest.param(malloc._MMAP_MAX, 0, False, marks=pytest.mark.slow),
     ],
 )
-def test_what_the_program_asks_of_malloc_stays(option, value, mapped):
+def test_keep_freed_memory_respects_mallopt(option, value, mapped):
     asked = measured(option, value)
     assert asked["before"] == [mapped] * 3
     assert asked["short"] == [mapped]

@@ -44,7 +44,7 @@ def batches(count=3, size=7):
     [("cuda", False, True), ("cuda", True, True), ("cpu", True, True), ("cpu", False, False),
      ("mps", True, False)],
 )  # fmt: skip
-def test_channels_are_last_where_that_is_fast_and_exact(device, scoring, fast):
+def test_memory_format_depends_on_device_and_use(device, scoring, fast):
     def form(model):
         return MemoryFormat(model, torch.device(device), scoring=scoring).format
 
@@ -54,7 +54,7 @@ def test_channels_are_last_where_that_is_fast_and_exact(device, scoring, fast):
     assert form(nn.LazyConv2d(4, 3)) is torch.preserve_format
 
 
-def test_a_model_that_is_scored_has_its_channels_last():
+def test_memory_format_places_scored_model_channels_last():
     conv = nn.Conv2d(3, 4, 3)
     MemoryFormat(conv, CPU, scoring=False).place(conv)
     assert conv.weight.is_contiguous()
@@ -62,7 +62,7 @@ def test_a_model_that_is_scored_has_its_channels_last():
     assert conv.weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_only_convolutions_of_images_change_their_format():
+def test_memory_format_changes_image_convolutions_only():
     model = Viewing(video=True)
     model.table = nn.Parameter(torch.randn(1, 2, 3, 4))
     MemoryFormat(model, CPU, scoring=True).place(model)
@@ -72,7 +72,7 @@ def test_only_convolutions_of_images_change_their_format():
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_model_that_views_its_activations_is_scored(tmp_path, compiled):
+def test_evaluate_scores_model_that_views_activations(tmp_path, compiled):
     torch.manual_seed(0)
     models = [Viewing().eval() for _ in range(3)]
     paths = [
@@ -86,7 +86,7 @@ def test_a_model_that_views_its_activations_is_scored(tmp_path, compiled):
         assert result.metrics["nll"] == pytest.approx(float(nll), rel=1e-6)
 
 
-def test_statistics_of_a_model_that_views_its_activations_count_each_batch_once(monkeypatch):
+def test_update_bn_counts_batches_once_for_viewing_model(monkeypatch):
     class Scoring(MemoryFormat):
         def __init__(self, model, device, *, scoring):
             super().__init__(model, device, scoring=not scoring)
@@ -100,7 +100,7 @@ def test_statistics_of_a_model_that_views_its_activations_count_each_batch_once(
     torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=1e-6, atol=1e-7)
 
 
-def test_other_errors_of_a_model_are_told_at_once():
+def test_memory_format_raises_other_errors_at_once():
     def attempt(batch):
         calls.append(batch)
         raise RuntimeError("shapes cannot be multiplied")

@@ -45,7 +45,7 @@ def parted(count, size):
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 50), st.integers(1, 50), st.integers(1, 50))
-def test_everything_runs_once_in_order_in_groups_that_fit(count, size, most):
+def test_run_in_groups_that_fit_runs_all_once_in_order(count, size, most):
     memory = Memory(most)
     run_in_groups_that_fit(parted(count, size), memory, CPU, OomSynchronizedPeers(SingleProcess()))
     assert [one for group in memory.run for one in group] == [*range(count)]
@@ -55,14 +55,14 @@ def test_everything_runs_once_in_order_in_groups_that_fit(count, size, most):
     assert not memory.told or memory.told[-1][1] == len(numbers)
 
 
-def test_a_size_that_does_not_fit_is_tried_once_only():
+def test_run_in_groups_that_fit_tries_each_size_once():
     memory = Memory(12)
     run_in_groups_that_fit(parted(96, 24), memory, CPU, OomSynchronizedPeers(SingleProcess()))
     assert memory.tried == [24] + [12] * 8
 
 
 @EXHAUSTED
-def test_exhausted_memory_is_said_and_met_by_fewer(caplog, error):
+def test_run_in_groups_that_fit_logs_and_halves_group(caplog, error):
     caplog.set_level("INFO", "ckptavg")
     memory = Memory(2, lambda: raised(error))
     run_in_groups_that_fit(parted(6, 6), memory, CPU, OomSynchronizedPeers(SingleProcess()))
@@ -76,7 +76,7 @@ def raised(error):
 
 
 @EXHAUSTED
-def test_memory_that_is_too_small_for_one_is_an_error_of_one_line(error):
+def test_run_in_groups_that_fit_refuses_below_one_model(error):
     with pytest.raises(EvaluationError) as told:
         run_in_groups_that_fit(
             parted(3, 3),
@@ -109,13 +109,13 @@ def shared(memories, count):
 
 
 @pytest.mark.parametrize("most", [(9, 2, 9), (2, 9, 9), (2, 2, 9), (3, 2, 1)])
-def test_processes_try_fewer_together_where_one_has_too_little_memory(most):
+def test_oom_synchronized_peers_try_fewer_together(most):
     tried = [memory.tried for memory in shared([Memory(each) for each in most], 8)]
     assert tried[0] == tried[1] == tried[2]
     assert sum(size for size in tried[0] if size <= min(most)) == 8
 
 
-def test_processes_end_together_where_one_has_too_little_memory_for_one():
+def test_oom_synchronized_peers_fail_together():
     memories = [Memory(9), Memory(0)]
     with pytest.raises(EvaluationError, match="too small for a single model"):
         shared(memories, 4)
@@ -125,7 +125,7 @@ def test_processes_end_together_where_one_has_too_little_memory_for_one():
 @pytest.mark.parametrize(
     "error", [RuntimeError("shapes cannot be multiplied"), OSError("gone"), KeyboardInterrupt()]
 )
-def test_any_other_error_comes_through_as_it_is(error):
+def test_run_in_groups_that_fit_passes_other_errors_on(error):
     memory = Memory(0, lambda: raised(lambda: error))
     with pytest.raises(type(error)) as told:
         run_in_groups_that_fit(parted(4, 4), memory, CPU, OomSynchronizedPeers(SingleProcess()))
@@ -137,7 +137,7 @@ def test_any_other_error_comes_through_as_it_is(error):
     ("count", "passes", "said"),
     [(24, 2, ["24 candidates, 2 passes"]), (24, 1, ["24 candidates, 1 pass"]), (1, 1, [])],
 )
-def test_the_number_of_passes_is_said_of_several(caplog, count, passes, said):
+def test_log_pass_count_is_silent_for_one_candidate(caplog, count, passes, said):
     caplog.set_level("INFO", "ckptavg")
     log_pass_count(count, passes)
     assert caplog.messages == said

@@ -49,14 +49,14 @@ def run_overlapping(make_context, read):
     return [*seen, read()]
 
 
-def test_the_last_of_two_threads_restores_the_setting():
+def test_shared_context_is_restored_by_last_thread():
     switch = Switch()
     shared = SharedContext(switch.turned_on)
     assert run_overlapping(shared.in_use, lambda: switch.on) == [True, False]
     assert switch.times == 1
 
 
-def test_an_inner_use_and_an_error_leave_the_outer_use_in_force():
+def test_shared_context_survives_nesting_and_error():
     switch = Switch()
     shared = SharedContext(switch.turned_on)
     with shared.in_use():
@@ -69,7 +69,7 @@ def test_an_inner_use_and_an_error_leave_the_outer_use_in_force():
     assert switch.times == 2
 
 
-def test_two_threads_leave_the_hub_in_the_callers_mode():
+def test_hub_offline_restores_mode_after_two_threads():
     huggingface_hub = pytest.importorskip("huggingface_hub")
     constants = pytest.importorskip("huggingface_hub.constants")
 
@@ -80,7 +80,7 @@ def test_two_threads_leave_the_hub_in_the_callers_mode():
     assert run_overlapping(hub.offline, mode) == [(True, hub._answer_by_cache), before]
 
 
-def test_two_threads_leave_the_compiler_in_the_callers_stance():
+def test_uncompiled_restores_stance_after_two_threads():
     def stance():
         return torch._dynamo.eval_frame._stance.stance
 
