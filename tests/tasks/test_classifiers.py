@@ -95,7 +95,7 @@ def assert_scores(result, expected, labels):
 
 
 @pytest.mark.parametrize("end", [None, nn.Flatten(0)], ids=["column", "flat"])
-def test_one_logit_is_a_binary_classifier(tmp_path, end):
+def test_classification_takes_one_logit_as_binary(tmp_path, end):
     paths, logits = saved(tmp_path, 1)
     results = evaluate(
         [*paths, Candidate.of_ensemble([*map(open_checkpoint, paths)])],
@@ -110,7 +110,7 @@ def test_one_logit_is_a_binary_classifier(tmp_path, end):
     assert results[0].metrics["top1"] == pytest.approx(100 * float(oracle))
 
 
-def test_pairs_of_binary_classifiers_are_compared_by_who_is_right(tmp_path):
+def test_classification_compares_binary_pairs_by_mcnemar(tmp_path):
     paths, logits = saved(tmp_path, 1)
     _, second, _ = evaluate(paths, Net(1), batches(BINARY))
     right = [((some[:, 0] > 0) == BINARY) for some in logits[:2]]
@@ -120,13 +120,13 @@ def test_pairs_of_binary_classifiers_are_compared_by_who_is_right(tmp_path):
     assert second.versus.difference.value == pytest.approx(100 * (gained - lost) / COUNT)
 
 
-def test_a_logit_of_zero_is_class_zero():
+def test_classification_takes_zero_logit_as_class_zero():
     task = Classification()
     found = task.predict(torch.tensor([[0.0], [1e-12], [-1e-12]]), None)
     assert task.samples(found, torch.tensor([0, 1, 0])).values.tolist() == [1, 1, 1]
 
 
-def test_extreme_logits_keep_their_likelihood():
+def test_classification_nll_is_exact_for_extreme_logits():
     task, metrics = Classification(), ClassificationMetrics()
     metrics.update(task.predict(torch.tensor([[-2000.0]]), None), torch.tensor([1]))
     assert metrics.compute()["nll"] == pytest.approx(2000)
@@ -147,7 +147,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_labels_of_every_form_count_alike(tmp_path, classes, form):
+def test_classification_takes_labels_of_every_form(tmp_path, classes, form):
     paths, _ = saved(tmp_path, classes)
     labels = BINARY if classes == 1 else MANY
     candidates = [*paths, Candidate.of_ensemble([*map(open_checkpoint, paths)])]
@@ -159,7 +159,7 @@ def test_labels_of_every_form_count_alike(tmp_path, classes, form):
         assert one.versus == other.versus
 
 
-def test_bools_are_labels_of_a_binary_classifier(tmp_path):
+def test_classification_takes_bools_as_binary_labels(tmp_path):
     paths, _ = saved(tmp_path, 1)
     for labels in (BINARY.bool(), BINARY.bool()[:, None]):
         found, expected = (evaluate(paths[:1], Net(1), batches(y))[0] for y in (labels, BINARY))
@@ -185,18 +185,18 @@ def test_bools_are_labels_of_a_binary_classifier(tmp_path):
         ((2, 4, 5), [0, 1], r"\(2, 4, 5\) and \(2,\)"),
     ],
 )
-def test_labels_that_cannot_be_are_named(outputs, labels, message):
+def test_classification_names_wrong_labels(outputs, labels, message):
     with pytest.raises(EvaluationError, match=message) as caught:
         Classification().check(torch.zeros(outputs), torch.tensor(labels))
     assert "\n" not in str(caught.value)
 
 
-def test_classes_instead_of_logits_are_an_error():
+def test_classification_refuses_classes_instead_of_logits():
     with pytest.raises(EvaluationError, match=r"returns torch\.int64, classes instead of logits"):
         Classification().check(torch.zeros(4, dtype=torch.int64), torch.zeros(4))
 
 
-def test_axes_of_length_one_behind_the_classes_do_not_count():
+def test_classification_ignores_trailing_axes_of_one():
     logits, labels = torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
     Classification().check(logits[..., None, None], labels)
     found = Classification().predict(logits[..., None, None], labels)
@@ -207,7 +207,7 @@ def test_axes_of_length_one_behind_the_classes_do_not_count():
 
 
 @pytest.mark.parametrize(("count", "there"), [(2, False), (5, False), (6, True)])
-def test_top5_is_of_more_than_five_classes(count, there):
+def test_classification_top5_needs_six_classes(count, there):
     task, scores = Classification(), ClassificationMetrics()
     scores.update(task.predict(torch.randn(9, count), None), torch.zeros(9, dtype=torch.int64))
     assert ("top5" in scores.compute()) is there
@@ -239,7 +239,7 @@ ENDS = {
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_activations_inside_the_model_leave_the_scores_as_they_are(tmp_path, caplog, end):
+def test_classification_takes_activations_in_model(tmp_path, caplog, end):
     caplog.set_level(logging.INFO, "ckptavg")
     classes, function = ENDS[end]
     paths, logits = saved(tmp_path, classes)
@@ -254,7 +254,7 @@ def test_activations_inside_the_model_leave_the_scores_as_they_are(tmp_path, cap
 
 
 @pytest.mark.parametrize(("end", "dtype"), [("softmax", torch.bfloat16), ("sigmoid", torch.half)])
-def test_probabilities_in_half_precision_are_noticed(end, dtype):
+def test_classification_notices_probabilities_in_half(end, dtype):
     task = Classification()
     classes, function = ENDS[end]
     x = torch.randn(64, classes, generator=torch.Generator().manual_seed(0))
@@ -269,13 +269,13 @@ def test_probabilities_in_half_precision_are_noticed(end, dtype):
     [[[0.0, 1.0]], [[1.0, 0.0], [0.0, 1.0]], [[0.25, 0.75]] * 3, [[2.0, -1.0], [0.5, 0.5]]],
     ids=["one", "unit", "equal", "negative"],
 )
-def test_logits_whose_sum_is_1_are_logits(rows):
+def test_classification_takes_logits_that_sum_to_one(rows):
     logits = torch.tensor(rows)
     expected = logits.double().log_softmax(1)
     assert torch.equal(Classification().predict(logits, None), expected)
 
 
-def test_a_certain_softmax_has_a_finite_likelihood(tmp_path):
+def test_classification_nll_is_finite_for_certain_softmax(tmp_path):
     task = Classification()
     outputs = task.watch(lambda: torch.tensor([[200.0, 0.0], [1.0, 0.0]]).softmax(1))
     found = task.predict(outputs, None)
@@ -286,7 +286,7 @@ def test_a_certain_softmax_has_a_finite_likelihood(tmp_path):
     assert bool(task.is_finite(task.predict(one, None)))
 
 
-def test_weak_logits_are_logits_with_a_note(caplog):
+def test_classification_notes_weak_logits(caplog):
     caplog.set_level(logging.INFO, "ckptavg")
     logits = torch.linspace(0.1, 0.9, 20)[:, None]
     found = Classification().predict(logits, None)
@@ -294,7 +294,7 @@ def test_weak_logits_are_logits_with_a_note(caplog):
     assert "taken for a logit" in caplog.text
 
 
-def test_a_sigmoid_per_class_gets_a_note(caplog):
+def test_classification_notes_sigmoid_per_class(caplog):
     caplog.set_level(logging.INFO, "ckptavg")
     task = Classification()
     outputs = task.watch(lambda: torch.randn(20, 3).sigmoid())
@@ -302,14 +302,14 @@ def test_a_sigmoid_per_class_gets_a_note(caplog):
     assert "no distribution over classes" in caplog.text
 
 
-def test_a_gate_before_the_logits_is_no_activation_of_theirs():
+def test_classification_ignores_gate_before_logits():
     task, x = Classification(), torch.randn(20, 1)
     outputs = task.watch(lambda: 1e-3 + x.sigmoid() * 0.5)
     found = task.predict(outputs, None)
     torch.testing.assert_close(found[:, 1:].exp(), outputs.double().sigmoid())
 
 
-def test_a_sigmoid_in_a_forward_function_is_noticed_too(tmp_path):
+def test_classification_notices_sigmoid_in_forward(tmp_path):
     paths, logits = saved(tmp_path, 1)
 
     def forward(model, batch):
@@ -319,7 +319,7 @@ def test_a_sigmoid_in_a_forward_function_is_noticed_too(tmp_path):
     assert_scores(result, probabilities(logits[0]), BINARY)
 
 
-def test_a_task_that_scored_probabilities_takes_the_next_models_logits(tmp_path):
+def test_classification_takes_logits_after_probabilities(tmp_path):
     paths, logits = saved(tmp_path, CLASSES)
     task = Classification()
     evaluate(paths[:1], Net(CLASSES, nn.Softmax(1)), batches(MANY), task=task)
@@ -327,7 +327,7 @@ def test_a_task_that_scored_probabilities_takes_the_next_models_logits(tmp_path)
     assert_scores(result, probabilities(logits[0]), MANY)
 
 
-def test_a_multi_label_model_may_end_in_a_sigmoid(tmp_path, caplog):
+def test_multi_label_takes_sigmoid_in_model(tmp_path, caplog):
     caplog.set_level(logging.INFO, "ckptavg")
     paths, _ = saved(tmp_path, CLASSES)
     labels = (X[:, :CLASSES] > 0.2).long()

@@ -149,7 +149,7 @@ def error_of(call, *args):
 @pytest.mark.parametrize("make", [gpt2, llama])
 @pytest.mark.parametrize("stride", [None, 3])
 @pytest.mark.parametrize("size", [1, 2, 100])
-def test_the_nll_is_that_of_transformers_own_loss(make, stride, size):
+def test_causal_lm_nll_matches_transformers_loss(make, stride, size):
     """transformers shifts by itself, and gives the mean of a batch's scored tokens."""
     model, total, count = make(), 0.0, 0
     loader = DataLoader(windows(stride=stride), size)
@@ -165,7 +165,7 @@ def test_the_nll_is_that_of_transformers_own_loss(make, stride, size):
 
 
 @pytest.mark.parametrize("make", [Bigrams, gpt2])
-def test_all_scores_by_hand(make):
+def test_causal_lm_scores_match_float64(make):
     model, data = make(), windows()
     probabilities, goals = probabilities_of(model, next(iter(DataLoader(data, 100))))
     found = scored(model, DataLoader(data, 2))
@@ -174,7 +174,7 @@ def test_all_scores_by_hand(make):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_reduced_logits_are_scored_in_float32_or_better(dtype):
+def test_causal_lm_scores_reduced_logits_in_float32(dtype):
     """The logits are what they are; no further rounding comes in."""
     task, targets = CausalLM(), tokens(40, seed=1).reshape(4, 10)
     logits = (3 * torch.randn(4, 10, VOCABULARY, generator=torch.Generator().manual_seed(0))).to(
@@ -189,7 +189,7 @@ def test_reduced_logits_are_scored_in_float32_or_better(dtype):
     )
 
 
-def test_scores_do_not_depend_on_the_batch_size():
+def test_causal_lm_scores_are_independent_of_batch_size():
     data, model = windows(200, 16, 5), gpt2()
     expected = scored(model, DataLoader(data, 1))
     for size in (2, 7, 100):
@@ -198,9 +198,7 @@ def test_scores_do_not_depend_on_the_batch_size():
 
 @settings(deadline=None)
 @given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 6), st.integers(1, 70), st.booleans())
-def test_scores_do_not_depend_on_how_many_rows_are_looked_at_in_one_go(
-    count, length, vocabulary, chunk, transposed
-):
+def test_score_tokens_is_independent_of_chunk_size(count, length, vocabulary, chunk, transposed):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(count, length, vocabulary, generator=generator)
     targets = torch.randint(-1, vocabulary, (count, length), generator=generator)
@@ -216,13 +214,13 @@ def test_scores_do_not_depend_on_how_many_rows_are_looked_at_in_one_go(
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_more_context_by_a_smaller_stride_gives_other_scores():
+def test_causal_lm_scores_depend_on_stride():
     model = gpt2()
     found = [scored(model, DataLoader(windows(stride=s), 4))["nll"] for s in (11, 3)]
     assert found[0] != pytest.approx(found[1], rel=1e-4)
 
 
-def test_what_pads_the_last_window_does_not_matter():
+def test_causal_lm_ignores_padding_of_last_window():
     model, data = gpt2(), windows(20, 12)
     last = data[len(data) - 1]
     short = {key: value[:9][None] for key, value in last.items()}
@@ -232,7 +230,7 @@ def test_what_pads_the_last_window_does_not_matter():
     assert scored(model, [padded]) == pytest.approx(scored(model, [short]), rel=1e-6)
 
 
-def test_a_perplexity_beyond_all_numbers_is_infinite():
+def test_causal_lm_perplexity_may_be_infinite():
     logits = torch.zeros(1, 2, 3)
     logits[..., 0] = 2000
     found = scored(nn.Identity(), [], FixedLogits(logits, [[1, 2]]))
@@ -256,7 +254,7 @@ class FixedLogits(CausalLM):
 # Batches
 
 
-def test_a_tuple_has_its_labels_shifted_already():
+def test_causal_lm_takes_tuple_labels_as_shifted():
     """Both kinds of batch give one score of the same data, but for the token at windows' ends."""
     model, ids = Bigrams(), tokens(33)
     aligned = {"input_ids": ids[None], "labels": ids[None]}
@@ -265,7 +263,7 @@ def test_a_tuple_has_its_labels_shifted_already():
 
 
 @pytest.mark.parametrize("ignored", [-100, -1])
-def test_negative_labels_are_not_scored(ignored):
+def test_causal_lm_ignores_negative_labels(ignored):
     model, ids = Bigrams(), tokens(12)
     goals = ids[1:].clone()
     goals[4:] = ignored
@@ -273,7 +271,7 @@ def test_negative_labels_are_not_scored(ignored):
     assert scored(model, [(ids[None, :-1], goals[None])]) == pytest.approx(expected, rel=1e-12)
 
 
-def test_a_model_gets_what_it_names():
+def test_causal_lm_passes_named_arguments_only():
     class Model(Bigrams):
         def forward(self, input_ids, attention_mask=None, use_cache=True):
             self.seen = attention_mask.tolist(), use_cache
@@ -285,7 +283,7 @@ def test_a_model_gets_what_it_names():
     assert model.seen == ([[1, 1, 1, 1]], False)
 
 
-def test_a_batch_of_transformers_own_collator_is_understood():
+def test_causal_lm_takes_batch_encoding():
     from transformers import BatchEncoding
 
     ids = tokens(8)[None]
@@ -313,11 +311,11 @@ BAD_BATCHES = {
 
 
 @pytest.mark.parametrize(("batch", "said"), BAD_BATCHES.values(), ids=BAD_BATCHES)
-def test_batches_that_are_none(batch, said):
+def test_causal_lm_refuses_malformed_batch(batch, said):
     assert said in error_of(CausalLM().split, batch)
 
 
-def test_labels_at_the_places_of_the_other_kind_of_batch_are_refused():
+def test_causal_lm_refuses_misplaced_labels():
     ids = tokens(9)[None]
     assert "repeats x" in error_of(CausalLM().split, (ids, ids))
     shifted = {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}
@@ -325,7 +323,7 @@ def test_labels_at_the_places_of_the_other_kind_of_batch_are_refused():
 
 
 @pytest.mark.parametrize("labels", [[[5, 5, 5]], [[-100, -100, 5]], [[-1, -1, -1]]])
-def test_labels_that_could_stand_in_either_place_are_taken(labels):
+def test_causal_lm_takes_ambiguous_labels(labels):
     ids, labels = torch.full((1, 3), 5), torch.tensor(labels)
     CausalLM().split((ids, labels))
     CausalLM().split({"input_ids": ids, "labels": labels})
@@ -334,7 +332,7 @@ def test_labels_that_could_stand_in_either_place_are_taken(labels):
 # Outputs that cannot be
 
 
-def test_logits_of_the_last_position_only_are_refused_with_a_remedy():
+def test_causal_lm_refuses_logits_of_last_position_only():
     """As nanoGPT's model returns them where it gets no targets."""
 
     class Last(Bigrams):
@@ -362,40 +360,40 @@ def test_logits_of_the_last_position_only_are_refused_with_a_remedy():
         ((3, 11, 29), "got (3, 11, 29) and (3, 12)"),
     ],
 )
-def test_outputs_of_another_shape(shape, said):
+def test_causal_lm_refuses_outputs_of_other_shape(shape, said):
     targets = torch.zeros(3, 12, dtype=int)
     assert said in error_of(CausalLM().check, torch.zeros(shape), targets)
 
 
-def test_a_model_that_returns_no_logits():
+def test_causal_lm_refuses_outputs_without_logits():
     assert "returned a dict" in error_of(
         CausalLM().check, {"loss": 1}, torch.zeros(1, 2, dtype=int)
     )
 
 
-def test_windows_of_one_position_are_scored():
+def test_causal_lm_scores_windows_of_one_position():
     ids = torch.tensor([[3], [5]])
     assert scored(Bigrams(), [(ids, torch.tensor([[4], [6]]))])["n"] == 2
 
 
-def test_token_ids_beyond_the_embedding_are_named_before_the_model_runs():
+def test_causal_lm_names_token_id_beyond_embedding():
     batch = (torch.tensor([[1, 40, 2]]), torch.tensor([[40, 2, 3]]))
     message = error_of(scored, gpt2(), [batch])
     assert "the token id 40, but the model embeds 29" in message
     assert "tokenizer" in message
 
 
-def test_token_ids_beyond_a_plain_models_embedding_are_named():
+def test_causal_lm_names_token_id_beyond_plain_embedding():
     message = error_of(scored, Bigrams(), [(torch.tensor([[1, 40]]), torch.tensor([[1, 2]]))])
     assert "fails on windows of 2 tokens with ids up to 40" in message
 
 
-def test_token_ids_beyond_the_logits_are_named():
+def test_causal_lm_names_token_id_beyond_logits():
     batch = (torch.tensor([[1, 2]]), torch.tensor([[2, 40]]))
     assert "the token id 40, but the model has 29 tokens" in error_of(scored, Bigrams(), [batch])
 
 
-def test_windows_beyond_the_models_context():
+def test_causal_lm_refuses_windows_beyond_context():
     message = error_of(scored, gpt2(), DataLoader(windows(100, 40), 2))
     assert "fails on windows of 40 tokens" in message
     assert "the length of the windows" in message
@@ -404,7 +402,7 @@ def test_windows_beyond_the_models_context():
 @pytest.mark.parametrize(
     ("value", "sound"), [(math.nan, False), (math.inf, False), (-math.inf, True)]
 )
-def test_logits_of_tokens_that_are_excluded_are_sound_and_nan_is_not(value, sound):
+def test_causal_lm_allows_minus_infinity_but_not_nan(value, sound):
     task, logits = CausalLM(), torch.zeros(2, 3, 4)
     logits[1, 1, 2] = value
     targets = torch.zeros(2, 3, dtype=int)
@@ -413,14 +411,14 @@ def test_logits_of_tokens_that_are_excluded_are_sound_and_nan_is_not(value, soun
     assert bool(task.is_finite(task.predict(logits.clone(), targets)))  # where nothing is scored
 
 
-def test_a_target_that_is_held_for_impossible_is_not_sound():
+def test_causal_lm_finds_impossible_target():
     logits, targets = torch.zeros(1, 2, 4), torch.tensor([[1, 3]])
     logits[0, 1, 3] = -math.inf
     task = CausalLM()
     assert not bool(task.is_finite(task.predict(logits, targets)))
 
 
-def test_data_without_a_token_to_score():
+def test_causal_lm_refuses_data_without_tokens_to_score():
     ids = torch.zeros(1, 1, dtype=int)
     assert "no tokens to score" in error_of(scored, Bigrams(), [{"input_ids": ids, "labels": ids}])
     assert "no tokens to score" in error_of(scored, Bigrams(), [])
@@ -431,7 +429,7 @@ def test_data_without_a_token_to_score():
 
 @pytest.mark.parametrize("make", [Bigrams, gpt2])
 @pytest.mark.parametrize("members", [1, 2, 5])
-def test_an_ensemble_averages_the_probabilities_of_all_tokens(make, members):
+def test_causal_lm_ensemble_averages_probabilities(make, members):
     models, data = [make(seed=seed) for seed in range(members)], windows(stride=7)
     found = [probabilities_of(m, next(iter(DataLoader(data, 100)))) for m in models]
     expected = by_hand(np.mean([p for p, _ in found], 0), found[0][1])
@@ -439,7 +437,7 @@ def test_an_ensemble_averages_the_probabilities_of_all_tokens(make, members):
 
 
 @pytest.mark.parametrize("park_after", [1, 2, 4, 5])
-def test_a_parked_ensemble_knows_all_but_the_accuracy(park_after, caplog):
+def test_causal_lm_ensemble_loses_accuracy_when_parked(park_after, caplog):
     caplog.set_level("INFO", "ckptavg")
     models, batches = [Bigrams(seed=s) for s in range(5)], list(DataLoader(windows(stride=7), 3))
     expected = ensemble(models, batches)
@@ -451,7 +449,7 @@ def test_a_parked_ensemble_knows_all_but_the_accuracy(park_after, caplog):
     ]
 
 
-def test_a_parked_ensemble_is_small():
+def test_causal_lm_ensemble_is_small_when_parked():
     task, ids = CausalLM(), tokens(8)[None]
     mean = task.mean()
     mean.add(*predictions(task, Bigrams(), (ids[:, :-1], ids[:, 1:])))
@@ -460,7 +458,7 @@ def test_a_parked_ensemble_is_small():
     assert max(v.numel() for v in kept) == 7
 
 
-def test_an_ensemble_leaves_its_members_predictions_as_they_are():
+def test_causal_lm_ensemble_leaves_predictions_unchanged():
     task, ids = CausalLM(), tokens(8)[None]
     found, targets = predictions(task, Bigrams(), (ids[:, :-1], ids[:, 1:]))
     before, mean = found.clone(), task.mean()
@@ -470,7 +468,7 @@ def test_an_ensemble_leaves_its_members_predictions_as_they_are():
     assert torch.equal(found, before)
 
 
-def test_probabilities_too_small_for_float32_are_averaged():
+def test_causal_lm_ensemble_averages_tiny_probabilities():
     """Two members that both hold the target for as likely as e^-200, and e^-201."""
     task, targets = CausalLM(), torch.zeros(1, 1, dtype=int)
     mean = task.mean()
@@ -481,14 +479,14 @@ def test_probabilities_too_small_for_float32_are_averaged():
     assert float(mean.value()[0, 0]) == pytest.approx(expected, rel=1e-6)
 
 
-def test_an_ensemble_without_members():
+def test_causal_lm_ensemble_refuses_no_members():
     assert "no members" in error_of(CausalLM().mean().value)
 
 
 # Several processes, and pairs
 
 
-def test_states_of_several_processes_merge_through_json():
+def test_causal_lm_states_of_processes_merge_through_json():
     model, batches = gpt2(), list(DataLoader(windows(120, 12, 5), 2))
     task, merged = CausalLM(), CausalLM().scores()
     for rank in range(3):
@@ -499,7 +497,7 @@ def test_states_of_several_processes_merge_through_json():
     assert merged.compute() == pytest.approx(scored(model, batches), rel=1e-12)
 
 
-def test_a_state_without_accuracy_merges_through_json():
+def test_causal_lm_state_without_accuracy_merges():
     task = CausalLM()
     targets = torch.tensor([[1, 2]])
     mean, scores, merged = task.mean(), task.scores(), task.scores()
@@ -511,7 +509,7 @@ def test_a_state_without_accuracy_merges_through_json():
 
 
 @pytest.mark.parametrize("parked", [False, True])
-def test_a_sample_is_a_window_of_tokens(parked):
+def test_causal_lm_samples_are_windows(parked):
     task, model, data = CausalLM(), gpt2(), windows(50, 12, 7)
     found, targets = predictions(task, model, next(iter(DataLoader(data, 100))))
     if parked:
@@ -555,7 +553,7 @@ class Watch(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_scoring_holds_little_beside_the_logits(monkeypatch, dtype):
+def test_causal_lm_scoring_holds_little_beside_logits(monkeypatch, dtype):
     """An ensemble holds one sum in float32; nothing of the size is held in float64."""
     monkeypatch.setattr(token_scores, "_CHUNK", 1000)
     task, targets = CausalLM(), torch.zeros(8, 64, dtype=int)
@@ -577,7 +575,7 @@ def test_scoring_holds_little_beside_the_logits(monkeypatch, dtype):
     assert watch.largest[torch.float64] == 8 * 2 * targets.numel()
 
 
-def test_logits_are_looked_at_once_for_all_that_ask(monkeypatch):
+def test_causal_lm_scores_logits_once_for_all_uses(monkeypatch):
     task, calls = CausalLM(), []
     monkeypatch.setattr(
         token_scores, "score_tokens", lambda *args: calls.append(args) or score_tokens(*args)
@@ -590,7 +588,7 @@ def test_logits_are_looked_at_once_for_all_that_ask(monkeypatch):
     assert len(calls) == 1
 
 
-def test_logits_are_not_held_any_longer_than_by_others():
+def test_causal_lm_releases_logits_and_scores():
     task, ids = CausalLM(), tokens(8)[None]
     found, targets = predictions(task, Bigrams(), (ids[:, :-1], ids[:, 1:]))
     logits, scores = weakref.ref(found), weakref.ref(task._token_scorer.score(found, targets))
@@ -600,7 +598,7 @@ def test_logits_are_not_held_any_longer_than_by_others():
     assert scores() is None
 
 
-def test_tasks_do_not_share_scores(monkeypatch):
+def test_causal_lm_tasks_share_no_scores(monkeypatch):
     calls = []
     monkeypatch.setattr(
         token_scores, "score_tokens", lambda *args: calls.append(args) or score_tokens(*args)
@@ -611,7 +609,7 @@ def test_tasks_do_not_share_scores(monkeypatch):
     assert len(calls) == 2
 
 
-def test_a_copied_mean_scores_logits_only_once(monkeypatch):
+def test_causal_lm_copied_mean_scores_logits_once(monkeypatch):
     calls = []
     monkeypatch.setattr(
         token_scores, "score_tokens", lambda *args: calls.append(args) or score_tokens(*args)
@@ -631,7 +629,7 @@ def test_a_copied_mean_scores_logits_only_once(monkeypatch):
 
 
 @pytest.mark.parametrize("make", [gpt2, llama])
-def test_a_saved_model_is_scored_as_it_was(tmp_path, make):
+def test_causal_lm_scores_saved_model_as_it_was(tmp_path, make):
     """GPT-2's output layer is tied to its embedding, so it is not in the file."""
     model, loader = make(seed=7), DataLoader(windows(), 4)
     model.save_pretrained(tmp_path / "checkpoint-10")
@@ -643,7 +641,7 @@ def test_a_saved_model_is_scored_as_it_was(tmp_path, make):
 
 
 @pytest.mark.parametrize("at_a_time", [1, 2, 5])
-def test_candidates_are_scored_by_hand_however_many_go_together(tmp_path, monkeypatch, at_a_time):
+def test_evaluate_scores_causal_lm_in_any_group_size(tmp_path, monkeypatch, at_a_time):
     """Two checkpoints, their average and their ensemble, whose accuracy needs one pass."""
     monkeypatch.setattr(session, "count_models_that_fit", lambda *_: at_a_time)
     models, data = [Bigrams(seed=seed) for seed in range(2)], windows(60, 9, 4)
@@ -671,7 +669,7 @@ def test_candidates_are_scored_by_hand_however_many_go_together(tmp_path, monkey
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("park_after", [None, 1])
-def test_a_device_gives_the_same_scores(park_after):
+def test_causal_lm_scores_match_on_gpu(park_after):
     models, data = [gpt2(seed=seed) for seed in range(2)], DataLoader(windows(stride=7), 3)
     expected = ensemble(models, data, park_after)
     there = [{key: value.cuda() for key, value in batch.items()} for batch in data]
@@ -680,7 +678,7 @@ def test_a_device_gives_the_same_scores(park_after):
 
 
 @pytest.mark.parametrize("call", [evaluate, compare], ids=["evaluate", "compare"])
-def test_python_names_the_task_as_the_command_line_does(call, tmp_path):
+def test_evaluate_and_compare_take_causal_lm_by_name(call, tmp_path):
     rows = torch.arange(24).view(4, 6) % VOCABULARY
     for step in (1, 2):
         torch.save(Bigrams(seed=step).state_dict(), tmp_path / f"step_{step}.pt")
@@ -690,7 +688,7 @@ def test_python_names_the_task_as_the_command_line_does(call, tmp_path):
     assert by_name[0].metrics["n"] == 20
 
 
-def test_another_task_is_named_where_the_outputs_are_of_a_language_model(tmp_path):
+def test_evaluate_suggests_causal_lm_for_token_outputs(tmp_path):
     torch.save(Bigrams().state_dict(), tmp_path / "a.pt")
     ids = torch.zeros(2, 6, dtype=torch.int64)
     with pytest.raises(EvaluationError, match="Pass `task='causal-lm'` if this is a language"):

@@ -63,7 +63,7 @@ def ece_by_hand(confidences, correct):
 
 
 @pytest.mark.parametrize("classes", [2, 3, 4, 5, 6, 10, 100])
-def test_accuracies_match_torchmetrics(classes):
+def test_top1_and_top5_match_torchmetrics(classes):
     logits, labels = predictions(classes=classes)
     found = scores(logits, labels)
     for name, k in {"top1": 1, "top5": 5}.items():
@@ -88,39 +88,39 @@ def test_nll_matches_scikit_learn(classes):
     assert scores(logits, labels)["nll"] == pytest.approx(expected, rel=1e-12)
 
 
-def test_nll_is_exact_where_the_probability_underflows():
+def test_nll_is_exact_at_underflow():
     assert scores(torch.tensor([[2000.0, 0.0]]), torch.tensor([1]))["nll"] == pytest.approx(2000)
 
 
 @pytest.mark.parametrize("classes", [2, 4, 10])
 @pytest.mark.parametrize("scale", [0.1, 2.0, 20.0])
-def test_calibration_error_matches_torchmetrics(classes, scale):
+def test_ece_matches_torchmetrics(classes, scale):
     logits, labels = predictions(classes=classes, scale=scale)
     expected = multiclass_calibration_error(logits.softmax(1), labels, classes, 15, "l1")
     assert scores(logits, labels)["ece"] == pytest.approx(float(expected), abs=1e-6)
 
 
-def test_calibration_error_matches_the_definition():
+def test_ece_matches_definition():
     logits, labels = predictions(samples=1000, seed=3)
     confidences, best = logits.softmax(1).max(1)
     expected = ece_by_hand(confidences.tolist(), (best == labels).tolist())
     assert scores(logits, labels)["ece"] == pytest.approx(expected, rel=1e-12)
 
 
-def test_certainty_is_in_the_last_bin():
+def test_ece_counts_certainty_in_last_bin():
     found = scores_of([[1.0, 0.0], [0.96, 0.04]], [0, 1])
     assert found["ece"] == pytest.approx((1.96 - 1) / 2)
 
 
 @pytest.mark.parametrize("edge", [9, 10, 12])
-def test_a_bin_is_closed_at_its_upper_end(edge):
+def test_ece_bin_is_closed_at_upper_end(edge):
     confidence, below = edge / 15, edge / 15 - 0.01
     found = scores_of([[confidence, 1 - confidence], [below, 1 - below]], [0, 1])
     assert found["ece"] == pytest.approx(abs(confidence + below - 1) / 2)
 
 
 @pytest.mark.parametrize("edge", [9, 10, 12])
-def test_a_bin_is_open_at_its_lower_end(edge):
+def test_ece_bin_is_open_at_lower_end(edge):
     confidence, above = edge / 15, edge / 15 + 0.01
     found = scores_of([[confidence, 1 - confidence], [above, 1 - above]], [0, 1])
     assert found["ece"] == pytest.approx(((1 - confidence) + above) / 2)
@@ -128,18 +128,18 @@ def test_a_bin_is_open_at_its_lower_end(edge):
 
 @settings(max_examples=30, deadline=None)
 @given(sizes=st.lists(st.integers(0, 40), min_size=1, max_size=12))
-def test_metrics_are_the_same_for_any_split_into_batches(sizes):
+def test_classification_metrics_are_independent_of_batches(sizes):
     logits, labels = predictions(samples=sum(sizes) + 1)
     assert scores(logits, labels, [*sizes, 1]) == pytest.approx(scores(logits, labels), rel=1e-12)
 
 
-def test_metrics_are_computed_in_float64_from_low_precision_outputs():
+def test_classification_metrics_are_in_float64():
     logits, labels = predictions()
     low = logits.to(torch.bfloat16)
     assert scores(low, labels) == scores(low.double(), labels)
 
 
-def test_metrics_do_not_end_with_compute():
+def test_classification_metrics_go_on_after_compute():
     logits, labels = predictions(samples=20)
     metrics = ClassificationMetrics()
     for half in (slice(0, 10), slice(10, 20)):
@@ -148,7 +148,7 @@ def test_metrics_do_not_end_with_compute():
     assert found == pytest.approx(scores(logits, labels))
 
 
-def test_of_equal_outputs_the_first_is_chosen_as_by_paired_comparisons():
+def test_classification_metrics_break_ties_by_first_class():
     logits, labels = predictions(2000, classes=50)
     logits = logits.bfloat16()
     task = Classification()
@@ -162,7 +162,7 @@ def test_of_equal_outputs_the_first_is_chosen_as_by_paired_comparisons():
     assert computed["top5"] == pytest.approx(100 * among, rel=1e-12)
 
 
-def test_no_samples_are_an_error():
+def test_classification_metrics_refuse_empty_data():
     with pytest.raises(EvaluationError, match="data is empty"):
         ClassificationMetrics().compute()
     with pytest.raises(EvaluationError, match="data is empty"):
@@ -172,7 +172,7 @@ def test_no_samples_are_an_error():
 # Reliability bins
 
 
-def test_reliability_bins_match_the_definition():
+def test_reliability_matches_definition():
     logits, labels = predictions(samples=1000, classes=3, seed=3)
     confidences, best = logits.softmax(1).max(1)
     bins = metrics_of(logits, labels).reliability()
@@ -188,13 +188,13 @@ def test_reliability_bins_match_the_definition():
     assert sum(b["n"] for b in bins) == 1000
 
 
-def test_the_calibration_error_is_the_gap_of_the_reliability_bins():
+def test_reliability_gaps_add_up_to_ece():
     metrics = metrics_of(*predictions(samples=500, seed=5))
     gaps = [b["n"] * abs(b["accuracy"] - b["confidence"]) for b in metrics.reliability() if b["n"]]
     assert sum(gaps) / 500 == pytest.approx(metrics.compute()["ece"], rel=1e-12)
 
 
-def test_bins_without_samples_have_no_values():
+def test_reliability_has_no_values_for_empty_bins():
     bins = metrics_of(torch.tensor([[50.0, 0.0]]), torch.tensor([0])).reliability()
     assert all(b["n"] == 0 and b["confidence"] is b["accuracy"] is None for b in bins[:-1])
     assert bins[-1] == pytest.approx(
@@ -208,7 +208,7 @@ def test_bins_without_samples_have_no_values():
 
 @settings(max_examples=30, deadline=None)
 @given(shares=st.lists(st.lists(st.integers(1, 40), max_size=4), min_size=1, max_size=4))
-def test_metrics_of_several_processes_are_those_of_one(shares):
+def test_classification_metrics_merge_across_processes(shares):
     sizes = [size for share in shares for size in share] + [1]
     logits, labels = predictions(samples=sum(sizes))
     some, theirs = iter(logits.split(sizes)), iter(labels.split(sizes))
@@ -226,7 +226,7 @@ def test_metrics_of_several_processes_are_those_of_one(shares):
             assert found == pytest.approx(expected, rel=1e-12)
 
 
-def test_a_process_that_has_merged_takes_in_further_batches():
+def test_classification_metrics_take_batches_after_merge():
     logits, labels = predictions(samples=90)
     metrics = metrics_of(logits[:30], labels[:30])
     metrics.merge(metrics_of(logits[30:60], labels[30:60]).state())
@@ -234,7 +234,7 @@ def test_a_process_that_has_merged_takes_in_further_batches():
     assert metrics.compute() == pytest.approx(scores(logits, labels), rel=1e-12)
 
 
-def test_updates_do_not_wait_for_the_device():
+def test_classification_metrics_do_not_wait_for_device():
     logits, labels = predictions()
     given, metrics = log_probabilities(logits), ClassificationMetrics()
     with NoWaiting():
@@ -244,7 +244,7 @@ def test_updates_do_not_wait_for_the_device():
 
 @pytest.mark.gpu
 @gpu
-def test_updates_on_a_gpu_do_not_wait_for_it():
+def test_classification_metrics_do_not_wait_for_gpu():
     logits, labels = predictions()
     metrics = ClassificationMetrics()
     here = [(log_probabilities(some), y.cuda()) for some, y in [(logits.cuda(), labels)] * 2]
@@ -259,12 +259,12 @@ def test_updates_on_a_gpu_do_not_wait_for_it():
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.float32])
-def test_labels_may_have_any_type(dtype):
+def test_classification_metrics_take_labels_of_any_dtype(dtype):
     logits, labels = predictions()
     assert scores(logits, labels.to(dtype)) == scores(logits, labels)
 
 
-def test_totals_keep_what_was_added():
+def test_totals_keep_sums():
     totals, first = Totals(2), torch.tensor([1.0, 2.0], dtype=torch.float64)
     assert totals.read().tolist() == [0, 0]
     totals.add(first)
@@ -283,13 +283,13 @@ def ensemble(*members):
     return mean
 
 
-def test_an_ensemble_is_the_mean_of_softmax_and_not_of_logits():
+def test_log_mean_averages_softmax_and_not_logits():
     found = ensemble([[2.0, 0.0]], [[0.0, 1.0]]).value().exp()[0].tolist()
     assert found == pytest.approx([0.5748692, 0.4251308], abs=5e-8)
     assert found != pytest.approx([0.6224593, 0.3775407], abs=1e-2)
 
 
-def test_an_ensemble_matches_numpy():
+def test_log_mean_matches_numpy():
     members = [predictions(seed=i)[0] for i in range(5)]
     expected = np.mean([m.softmax(1).numpy() for m in members], axis=0)
     mean = ensemble(*members)
@@ -297,17 +297,17 @@ def test_an_ensemble_matches_numpy():
     np.testing.assert_allclose(mean.value().exp().numpy(), expected, rtol=1e-12)
 
 
-def test_an_ensemble_of_one_is_its_member():
+def test_log_mean_of_one_member_is_member():
     logits, _ = predictions()
     torch.testing.assert_close(ensemble(logits).value(), logits.log_softmax(1))
 
 
-def test_an_ensemble_keeps_probabilities_that_underflow():
+def test_log_mean_keeps_underflowing_probabilities():
     mean = ensemble([[2000.0, 0.0]], [[1000.0, 0.0]])
     assert mean.value()[0, 1].item() == pytest.approx(-1000 - math.log(2))
 
 
-def test_adding_a_member_leaves_the_ones_before_alone():
+def test_log_mean_leaves_earlier_members_unchanged():
     first = log_probabilities(torch.tensor([[1.0, 2.0]]))
     kept = first.clone()
     mean = LogMean()
@@ -317,6 +317,6 @@ def test_adding_a_member_leaves_the_ones_before_alone():
     assert torch.equal(first, kept)
 
 
-def test_an_ensemble_without_members_is_an_error():
+def test_log_mean_refuses_no_members():
     with pytest.raises(EvaluationError, match="no members"):
         LogMean().value()

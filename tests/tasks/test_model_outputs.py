@@ -51,7 +51,7 @@ class Head:
         "dataclass", "transformers", "tuple_in_dict", "torchvision", "object", "out", "inception",
     ],
 )  # fmt: skip
-def test_the_only_tensor_that_can_be_meant_is_taken(outputs):
+def test_take_output_takes_only_candidate_tensor(outputs):
     assert take_output(outputs) is LOGITS
 
 
@@ -69,7 +69,7 @@ def test_the_only_tensor_that_can_be_meant_is_taken(outputs):
     ],
     ids=["features", "exits", "many", "namedtuple", "dict", "logits", "transformers", "dataclass"],
 )  # fmt: skip
-def test_of_several_tensors_none_is_taken(outputs, listed):
+def test_take_output_refuses_several_tensors(outputs, listed):
     with pytest.raises(EvaluationError, match=listed) as caught:
         take_output(outputs)
     assert "`forward=fn`" in str(caught.value)
@@ -77,7 +77,7 @@ def test_of_several_tensors_none_is_taken(outputs, listed):
 
 
 @pytest.mark.parametrize("outputs", [None, {"score": 1.0}, (), "cat"], ids=str)
-def test_outputs_without_a_tensor_are_an_error(outputs):
+def test_take_output_refuses_outputs_without_tensor(outputs):
     with pytest.raises(EvaluationError, match=f"returned a {type(outputs).__name__}"):
         take_output(outputs)
 
@@ -94,7 +94,7 @@ class TwoOutputs(nn.Module):
         return hidden, self.head(hidden)
 
 
-def test_features_beside_logits_are_refused_and_scored_by_a_forward_function(tmp_path):
+def test_evaluate_scores_one_of_two_outputs_by_forward(tmp_path):
     torch.manual_seed(0)
     model, x = TwoOutputs(), torch.randn(20, 3)
     labels = torch.randint(4, (20,))
@@ -110,7 +110,7 @@ def test_features_beside_logits_are_refused_and_scored_by_a_forward_function(tmp
     assert found.metrics["nll"] == pytest.approx(expected.item(), rel=1e-6)
 
 
-def test_a_recurrent_state_beside_logits_of_tokens_is_none_of_them():
+def test_causal_lm_ignores_recurrent_state_in_outputs():
     logits, state = torch.randn(2, 5, 7), torch.randn(1, 2, 16)
     targets = torch.zeros(2, 5, dtype=torch.int64)
     task = CausalLM()
@@ -121,12 +121,12 @@ def test_a_recurrent_state_beside_logits_of_tokens_is_none_of_them():
         task.check((torch.randn(2, 5, 16), logits), targets)
 
 
-def test_a_mean_beside_a_variance_is_no_regression():
+def test_regression_refuses_mean_and_variance():
     with pytest.raises(EvaluationError, match=r"2 tensors .*\[1\] of shape \(3, 1\)"):
         Regression().check((torch.ones(3, 1), torch.ones(3, 1)), torch.ones(3))
 
 
-def test_probabilities_of_tokens_are_refused():
+def test_causal_lm_refuses_probabilities():
     probabilities = torch.randn(2, 5, 7).softmax(2)
     targets = torch.zeros(2, 5, dtype=torch.int64)
     with pytest.raises(EvaluationError, match="returns probabilities"):

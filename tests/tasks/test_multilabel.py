@@ -52,7 +52,7 @@ def expected_of(probabilities, targets):
 
 @pytest.mark.parametrize("labels", [1, 2, 20])
 @pytest.mark.parametrize("scale", [0.01, 2.0])
-def test_metrics_match_scikit_learn(labels, scale):
+def test_multi_label_metrics_match_scikit_learn(labels, scale):
     logits, targets = data(labels=labels, scale=scale)
     expected = expected_of(logits.double().sigmoid(), targets)
     found = compute(logits, targets)
@@ -60,14 +60,14 @@ def test_metrics_match_scikit_learn(labels, scale):
     assert found["nll"] == pytest.approx(expected["nll"], rel=1e-12)
 
 
-def test_the_order_of_extreme_logits_counts():
+def test_multi_label_map_ranks_extreme_logits():
     """Their sigmoid is 1, and would tie them."""
     logits = torch.tensor([[50.0], [60.0], [2000.0], [-3000.0]])
     assert compute(logits, torch.tensor([[0], [1], [1], [0]]))["map"] == 100
 
 
 @pytest.mark.parametrize("shift", [0.0, 100.0, -100.0])
-def test_batches_of_whatever_range_are_ranked_alike(shift):
+def test_multi_label_map_is_independent_of_logit_range(shift):
     """torchmetrics would take those with logits from 0 to 1 for probabilities."""
     logits = torch.cat((torch.linspace(0, 1, 20), torch.linspace(-3, 4, 20)))[:, None] + shift
     targets = torch.tensor([[0], [1], [1], [0]]).repeat(10, 1)
@@ -75,7 +75,7 @@ def test_batches_of_whatever_range_are_ranked_alike(shift):
     assert compute(logits, targets, [20, 20])["map"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_equal_outputs_tie_wherever_they_stand():
+def test_multi_label_map_ties_equal_outputs():
     """Vectorized and scalar logarithms may differ in their last bit."""
     logits = torch.full((67, 1), 0.3).to(torch.bfloat16)
     targets = (torch.arange(67) % 3 == 0).long()[:, None]
@@ -84,17 +84,17 @@ def test_equal_outputs_tie_wherever_they_stand():
         assert compute(logits, targets, sizes)["map"] == pytest.approx(expected, rel=1e-6)
 
 
-def test_nll_is_exact_where_the_probability_underflows():
+def test_multi_label_nll_is_exact_at_underflow():
     found = compute(torch.tensor([[2000.0, -2000.0]]), torch.tensor([[0, 1]]))
     assert found["nll"] == pytest.approx(2000)
 
 
-def test_nll_keeps_what_confident_labels_add():
+def test_multi_label_nll_keeps_confident_labels():
     found = compute(torch.tensor([[45.0]]), torch.tensor([[1]]))
     assert found["nll"] == pytest.approx(math.exp(-45), rel=1e-12)
 
 
-def test_a_label_that_no_sample_has_is_left_out_of_the_mean_average_precision():
+def test_multi_label_map_leaves_out_absent_label():
     logits, targets = data()
     targets[:, 2] = 0
     keep = [0, 1, 3, 4]
@@ -105,7 +105,7 @@ def test_a_label_that_no_sample_has_is_left_out_of_the_mean_average_precision():
     )
 
 
-def test_data_without_any_label_have_no_mean_average_precision_to_speak_of():
+def test_multi_label_map_is_zero_without_labels():
     logits, targets = data()
     assert compute(logits, torch.zeros_like(targets))["map"] == 0
 
@@ -113,7 +113,7 @@ def test_data_without_any_label_have_no_mean_average_precision_to_speak_of():
 @pytest.mark.parametrize(
     "dtype", [torch.bool, torch.uint8, torch.int32, torch.float16, torch.float64]
 )
-def test_targets_may_have_any_type(dtype):
+def test_multi_label_takes_targets_of_any_dtype(dtype):
     logits, targets = data()
     TASK.check(logits, targets.to(dtype))
     assert compute(logits, targets.to(dtype)) == compute(logits, targets)
@@ -123,7 +123,7 @@ def test_targets_may_have_any_type(dtype):
 
 @settings(max_examples=15, deadline=None)
 @given(sizes=st.lists(st.integers(0, 40), min_size=1, max_size=8))
-def test_metrics_are_the_same_for_any_split_into_batches(sizes):
+def test_multi_label_metrics_are_independent_of_batches(sizes):
     logits, targets = data(samples=sum(sizes) + 1)
     assert compute(logits, targets, [*sizes, 1]) == pytest.approx(
         compute(logits, targets), rel=1e-12
@@ -132,7 +132,7 @@ def test_metrics_are_the_same_for_any_split_into_batches(sizes):
 
 @settings(max_examples=15, deadline=None)
 @given(shares=st.lists(st.lists(st.integers(1, 30), max_size=3), min_size=1, max_size=4))
-def test_metrics_of_several_processes_are_those_of_one(shares):
+def test_multi_label_metrics_merge_across_processes(shares):
     """Also where a process had no data."""
     shares = [*shares, [1]]
     logits, targets = data(samples=sum(map(sum, shares)))
@@ -140,7 +140,7 @@ def test_metrics_of_several_processes_are_those_of_one(shares):
     assert merged.compute() == pytest.approx(compute(logits, targets), rel=1e-6)
 
 
-def test_metrics_do_not_end_with_compute_or_state():
+def test_multi_label_metrics_go_on_after_compute():
     logits, targets = data()
     scores = TASK.scores()
     for some, theirs in zip(logits.split(90), targets.split(90), strict=True):
@@ -150,7 +150,7 @@ def test_metrics_do_not_end_with_compute_or_state():
     assert scores.compute() == pytest.approx(compute(logits, targets), rel=1e-12)
 
 
-def test_updates_do_not_wait_for_the_device():
+def test_multi_label_updates_do_not_wait_for_device():
     logits, targets = data()
     with NoWaiting():
         scores = score_batches(TASK, logits, targets, [100, 100])
@@ -158,7 +158,7 @@ def test_updates_do_not_wait_for_the_device():
     assert scores.compute() == pytest.approx(compute(logits, targets), rel=1e-12)
 
 
-def test_many_scores_leave_the_device(monkeypatch):
+def test_multi_label_metrics_move_many_scores_off_device(monkeypatch):
     left = []
     leave = multilabel.MultiLabelMetrics._leave_device
     monkeypatch.setattr(multilabel, "_MOST_ON_DEVICE", 600)
@@ -172,7 +172,7 @@ def test_many_scores_leave_the_device(monkeypatch):
 # Ensembles and pairs
 
 
-def test_an_ensemble_averages_probabilities_and_not_logits():
+def test_multi_label_ensemble_averages_probabilities():
     members = [3 * data(seed=i)[0] for i in range(4)]
     targets = data()[1]
     mean, scores = TASK.mean(), TASK.scores()
@@ -186,7 +186,7 @@ def test_an_ensemble_averages_probabilities_and_not_logits():
     assert scores.compute()["nll"] != pytest.approx(of_logits["nll"], rel=1e-2)
 
 
-def test_an_ensemble_keeps_extreme_probabilities():
+def test_multi_label_ensemble_keeps_extreme_probabilities():
     mean = TASK.mean()
     for logit in (2000.0, 1000.0):
         mean.add(TASK.predict(torch.tensor([[logit]]), None), None)
@@ -195,7 +195,7 @@ def test_an_ensemble_keeps_extreme_probabilities():
     assert log_q == pytest.approx(-1000 - math.log(2))
 
 
-def test_pairs_compare_the_nll():
+def test_multi_label_samples_compare_nll():
     logits, targets = data()
     found = TASK.samples(TASK.predict(logits, targets), targets)
     assert (found.metric, found.weights, found.answers) == ("nll", None, None)
@@ -204,7 +204,7 @@ def test_pairs_compare_the_nll():
     assert float(found.values.mean()) == pytest.approx(expected, rel=1e-12)
 
 
-def test_checkpoints_are_compared_and_their_ensemble_is_scored(tmp_path):
+def test_multi_label_scores_checkpoints_and_ensemble(tmp_path):
     assert_scored_by_hand(tmp_path, TASK, lambda values: (values > 0.5).long(), compute, "nll")
 
 
@@ -212,7 +212,7 @@ def test_checkpoints_are_compared_and_their_ensemble_is_scored(tmp_path):
 
 
 @pytest.mark.parametrize("value", [-1, 2, 0.5, math.nan, math.inf])
-def test_targets_other_than_0_and_1_are_an_error(value):
+def test_multi_label_refuses_targets_other_than_0_and_1(value):
     logits, targets = data()
     targets = targets.double()
     targets[150, 3] = value
@@ -223,18 +223,18 @@ def test_targets_other_than_0_and_1_are_an_error(value):
 @pytest.mark.parametrize(
     ("outputs", "targets"), [((4, 3), (4,)), ((4,), (4,)), ((4, 3), (4, 2)), ((4, 0), (4, 0))]
 )
-def test_outputs_and_targets_of_other_shapes_are_an_error(outputs, targets):
+def test_multi_label_refuses_shapes_that_differ(outputs, targets):
     with pytest.raises(EvaluationError, match=r"shape \(N, labels\)") as caught:
         TASK.check(torch.zeros(outputs), torch.zeros(targets))
     assert str(tuple(outputs)) in str(caught.value)
 
 
-def test_one_class_a_sample_is_said_to_be_another_task():
+def test_multi_label_suggests_classification():
     with pytest.raises(EvaluationError, match="Pass `task='image-classification'`"):
         TASK.check(torch.zeros(4, 1), torch.zeros(4))
 
 
-def test_outputs_that_are_not_finite_are_not_sound():
+def test_multi_label_finds_nonfinite_outputs():
     logits, targets = data(samples=4)
     assert bool(TASK.is_finite(TASK.predict(logits, targets)))
     for value in (math.nan, math.inf):
@@ -242,26 +242,26 @@ def test_outputs_that_are_not_finite_are_not_sound():
         assert not bool(TASK.is_finite(TASK.predict(logits, targets)))
 
 
-def test_logits_are_found_in_what_a_model_returns():
+def test_multi_label_finds_logits_in_outputs():
     logits, targets = data()
     outputs = SimpleNamespace(loss=None, logits=logits)
     TASK.check(outputs, targets)
     torch.testing.assert_close(TASK.predict(outputs, targets), TASK.predict(logits, targets))
 
 
-def test_no_samples_are_an_error():
+def test_multi_label_refuses_empty_data():
     with pytest.raises(EvaluationError, match="data is empty"):
         TASK.scores().compute()
 
 
-def test_torchmetrics_that_is_not_installed_is_an_error(monkeypatch):
+def test_multi_label_names_missing_torchmetrics(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(EvaluationError, match="pip install torchmetrics"):
         MultiLabel()
 
 
 @pytest.mark.slow
-def test_torchmetrics_is_not_imported_before_it_is_used():
+def test_multi_label_imports_torchmetrics_late():
     code = (
         "import sys; from ckptavg.tasks.multilabel import MultiLabel; MultiLabel().scores(); "
         "assert 'torchmetrics' not in sys.modules"
@@ -269,5 +269,5 @@ def test_torchmetrics_is_not_imported_before_it_is_used():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_metrics_are_those_that_are_computed():
+def test_multi_label_metrics_are_as_declared():
     assert {m.key for m in TASK.metrics} | {"n"} == compute(*data()).keys()

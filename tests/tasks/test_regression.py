@@ -44,13 +44,13 @@ def expected_of(outputs, targets):
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (2, 3)])
-def test_metrics_match_scikit_learn(shape):
+def test_regression_metrics_match_scikit_learn(shape):
     outputs, targets = data(shape=shape)
     assert compute(outputs, targets) == pytest.approx(expected_of(outputs, targets), rel=1e-12)
 
 
 @pytest.mark.parametrize(("outputs", "targets"), [((), (1,)), ((1,), ()), ((1, 1), (1,))])
-def test_an_axis_of_length_one_makes_no_difference_and_is_not_broadcast(outputs, targets):
+def test_regression_ignores_axis_of_length_one(outputs, targets):
     p, y = data()
     p, y = p.reshape(200, *outputs), y.reshape(200, *targets)
     TASK.check(p, y)
@@ -58,21 +58,21 @@ def test_an_axis_of_length_one_makes_no_difference_and_is_not_broadcast(outputs,
     assert TASK.samples(TASK.predict(p, y), y).values.shape == (200,)
 
 
-def test_flat_outputs_stand_for_targets_of_any_shape():
+def test_regression_takes_flat_outputs_for_any_targets():
     p, y = data(shape=(2, 3))
     TASK.check(p.flatten(1), y)
     assert compute(p.flatten(1), y) == compute(p, y)
 
 
 @pytest.mark.parametrize("offset", [1e4, 1e8])
-def test_r2_of_targets_far_from_zero_keeps_its_digits(offset):
+def test_r2_keeps_precision_far_from_zero(offset):
     """Where the difference of the sums of squares has none left."""
     outputs, targets = data(offset=offset)
     found, expected = compute(outputs, targets, [60, 140]), expected_of(outputs, targets)
     assert found == pytest.approx(expected, rel=1e-10)
 
 
-def test_r2_is_the_same_in_a_small_unit():
+def test_r2_is_independent_of_unit():
     outputs, targets = data()
     found = compute(1e-9 * outputs, 1e-9 * targets)
     assert found["r2"] == pytest.approx(compute(outputs, targets)["r2"], rel=1e-12)
@@ -80,33 +80,33 @@ def test_r2_is_the_same_in_a_small_unit():
 
 @pytest.mark.parametrize("value", [0.0, 0.1, -3e7])
 @pytest.mark.parametrize(("error", "expected"), [(0.0, 1.0), (0.5, 0.0)])
-def test_r2_of_targets_that_do_not_vary(value, error, expected):
+def test_r2_of_constant_targets_is_one_or_zero(value, error, expected):
     targets = torch.full((1000,), value, dtype=torch.float64)
     found = compute(targets + error, targets, [300, 333, 367])
     assert found["r2"] == expected == r2_score(np.full(8, value), np.full(8, value + error))
 
 
-def test_r2_is_the_mean_over_outputs_also_where_one_does_not_vary():
+def test_r2_is_mean_over_outputs():
     outputs, targets = data(shape=(3,))
     targets[:, 1] = 0.1
     found = compute(outputs, targets)["r2"]
     assert found == pytest.approx((r2_score(targets[:, ::2], outputs[:, ::2]) * 2 + 0) / 3)
 
 
-def test_one_sample_has_errors():
+def test_regression_metrics_are_defined_for_one_sample():
     found = compute(torch.tensor([3.0]), torch.tensor([1.0]))
     assert found == {"rmse": 2, "mae": 2, "r2": 0, "mse": 4, "n": 1}
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32, torch.bool])
-def test_targets_may_have_any_type(dtype):
+def test_regression_takes_targets_of_any_dtype(dtype):
     outputs, targets = data()
     whole = (targets > 0).to(dtype)
     TASK.check(outputs, whole)
     assert compute(outputs, whole) == compute(outputs, whole.double())
 
 
-def test_metrics_are_computed_in_float64_from_low_precision_outputs():
+def test_regression_metrics_are_in_float64():
     outputs, targets = data()
     low = outputs.to(torch.bfloat16)
     assert compute(low, targets) == compute(low.double(), targets)
@@ -114,7 +114,7 @@ def test_metrics_are_computed_in_float64_from_low_precision_outputs():
 
 @settings(max_examples=30, deadline=None)
 @given(sizes=st.lists(st.integers(0, 40), min_size=1, max_size=12), offset=st.floats(-1e6, 1e6))
-def test_metrics_are_the_same_for_any_split_into_batches(sizes, offset):
+def test_regression_metrics_are_independent_of_batches(sizes, offset):
     outputs, targets = data(samples=sum(sizes) + 2, shape=(2,), offset=offset)
     found = compute(outputs, targets, [*sizes, 2])
     assert found == pytest.approx(expected_of(outputs, targets), rel=1e-9)
@@ -122,7 +122,7 @@ def test_metrics_are_the_same_for_any_split_into_batches(sizes, offset):
 
 @settings(max_examples=30, deadline=None)
 @given(shares=st.lists(st.lists(st.integers(1, 40), max_size=4), min_size=1, max_size=4))
-def test_metrics_of_several_processes_are_those_of_one(shares):
+def test_regression_metrics_merge_across_processes(shares):
     """Also where a process had no data."""
     shares = [*shares, [2]]
     outputs, targets = data(samples=sum(map(sum, shares)), shape=(3,), offset=50.0)
@@ -130,7 +130,7 @@ def test_metrics_of_several_processes_are_those_of_one(shares):
     assert merged.compute() == pytest.approx(expected_of(outputs, targets), rel=1e-10)
 
 
-def test_updates_do_not_wait_for_the_device():
+def test_regression_updates_do_not_wait_for_device():
     outputs, targets = data()
     with NoWaiting():
         scores = score_batches(TASK, outputs, targets, [100, 100])
@@ -141,7 +141,7 @@ def test_updates_do_not_wait_for_the_device():
 # Ensembles and pairs
 
 
-def test_an_ensemble_is_the_mean_of_outputs():
+def test_regression_ensemble_averages_outputs():
     members = [data(seed=i)[0] for i in range(4)]
     targets = data()[1]
     mean, scores = TASK.mean(), TASK.scores()
@@ -153,7 +153,7 @@ def test_an_ensemble_is_the_mean_of_outputs():
     assert scores.compute() == pytest.approx(expected, rel=1e-12)
 
 
-def test_pairs_compare_the_mean_squared_error():
+def test_regression_samples_compare_mse():
     outputs, targets = torch.tensor([[1.0, 2.0], [0.5, 0.0]]), torch.tensor([[0, 4], [0, 1]])
     found = TASK.samples(TASK.predict(outputs, targets), targets)
     assert (found.metric, found.weights, found.answers) == ("mse", None, None)
@@ -161,7 +161,7 @@ def test_pairs_compare_the_mean_squared_error():
     assert float(found.values.mean()) == compute(outputs, targets)["mse"]
 
 
-def test_checkpoints_are_compared_and_their_ensemble_is_scored(tmp_path):
+def test_regression_scores_checkpoints_and_ensemble(tmp_path):
     assert_scored_by_hand(tmp_path, TASK, lambda values: values, compute, "mse")
 
 
@@ -180,28 +180,28 @@ def test_checkpoints_are_compared_and_their_ensemble_is_scored(tmp_path):
         ((4, 0), (4, 0)),
     ],
 )
-def test_outputs_and_targets_that_do_not_correspond_are_an_error(outputs, targets):
+def test_regression_refuses_shapes_that_differ(outputs, targets):
     with pytest.raises(EvaluationError, match="as many values per sample") as caught:
         TASK.check(torch.zeros(outputs), torch.zeros(targets))
     assert f"{tuple(outputs)} and {tuple(targets)}" in str(caught.value)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_targets_that_are_not_finite_are_an_error(value):
+def test_regression_refuses_nonfinite_targets(value):
     outputs, targets = data()
     targets[100] = value
     with pytest.raises(EvaluationError, match="targets that are not finite"):
         TASK.check(outputs, targets)
 
 
-def test_another_number_of_outputs_midway_is_an_error():
+def test_regression_refuses_changing_number_of_outputs():
     scores = score_batches(TASK, *data(shape=(3,)))
     outputs, targets = data(shape=(1,))
     with pytest.raises(EvaluationError, match="3 values per sample and then 1"):
         scores.update(TASK.predict(outputs, targets), targets)
 
 
-def test_values_are_found_in_what_a_model_returns():
+def test_regression_finds_values_in_outputs():
     outputs, targets = data()
     wrapped = SimpleNamespace(loss=None, logits=outputs[:, None])
     TASK.check(wrapped, targets)
@@ -209,7 +209,7 @@ def test_values_are_found_in_what_a_model_returns():
 
 
 @pytest.mark.parametrize("batches", [[], [0]])
-def test_no_samples_are_an_error(batches):
+def test_regression_refuses_empty_data(batches):
     scores = TASK.scores()
     for size in batches:
         scores.update(torch.zeros(size, 1, dtype=torch.float64), torch.zeros(size))
@@ -217,5 +217,5 @@ def test_no_samples_are_an_error(batches):
         scores.compute()
 
 
-def test_the_metrics_are_those_that_are_computed():
+def test_regression_metrics_are_as_declared():
     assert {m.key for m in TASK.metrics} | {"n"} == compute(*data()).keys()

@@ -82,7 +82,7 @@ def loss_of(slope):
     return float(((slope * X.flatten() - Y) ** 2).mean())
 
 
-def test_a_minimal_task_scores_every_kind_of_candidate(lines):
+def test_task_of_user_scores_every_kind_of_candidate(lines):
     candidates = [
         *lines,
         Candidate.of_average(plan_average(lines), "average", recompute=False),
@@ -94,7 +94,7 @@ def test_a_minimal_task_scores_every_kind_of_candidate(lines):
     assert all(r.versus is None and r.details == {} for r in results)
 
 
-def test_a_task_that_offers_samples_is_compared_in_its_unit(lines):
+def test_task_with_samples_is_compared(lines):
     class Compared(Squares):
         def samples(self, predictions, targets):
             return Samples((predictions - targets).square(), scale=10.0)
@@ -106,7 +106,7 @@ def test_a_task_that_offers_samples_is_compared_in_its_unit(lines):
     assert second.versus.difference.value == pytest.approx(10 * (loss_of(2) - loss_of(1)))
 
 
-def test_a_task_may_call_the_model_and_take_batches_apart_in_its_own_way(lines):
+def test_task_may_override_split_and_forward(lines):
     class Unusual(Squares):
         def split(self, batch):
             return batch["in"], {"of": [batch["out"]]}
@@ -130,7 +130,7 @@ def test_a_task_may_call_the_model_and_take_batches_apart_in_its_own_way(lines):
     assert [r.metrics["loss"] for r in results] == pytest.approx([*map(loss_of, (2, 4, 12))])
 
 
-def test_a_task_may_refuse_what_cannot_be(lines):
+def test_task_may_refuse_outputs(lines):
     class Refusing(Squares):
         def check(self, outputs, targets):
             if len(targets) < 4:
@@ -140,7 +140,7 @@ def test_a_task_may_refuse_what_cannot_be(lines):
         evaluate(lines, Line(), DATA, task=Refusing())
 
 
-def test_a_task_decides_what_is_sound(lines):
+def test_task_decides_by_is_finite(lines):
     class Lenient(Squares):
         def is_finite(self, predictions):
             return torch.tensor(True)
@@ -151,7 +151,7 @@ def test_a_task_decides_what_is_sound(lines):
     assert evaluate(lines, Line(), data, task=Lenient())[0].metrics["loss"] == torch.inf
 
 
-def test_an_error_within_a_task_comes_through_as_it_is(lines):
+def test_task_passes_own_errors_on(lines):
     class Broken(Squares):
         def predict(self, outputs, targets):
             raise ZeroDivisionError("mine")
@@ -172,7 +172,7 @@ def members(draw, positive):
 
 @settings(max_examples=60)
 @given(st.data(), st.sets(st.integers(0, 5)))
-def test_means_are_those_of_numpy_wherever_they_are_parked(data, parks):
+def test_mean_matches_numpy_wherever_parked(data, parks):
     positive = data.draw(st.booleans())
     values = members(data.draw, positive)
     mean = LogMean() if positive else ArithmeticMean()
@@ -189,7 +189,7 @@ def test_means_are_those_of_numpy_wherever_they_are_parked(data, parks):
     assert torch.equal(given_values, kept)  # others use the same predictions
 
 
-def test_probabilities_of_zero_and_of_tiny_size_are_averaged():
+def test_log_mean_averages_zero_and_tiny_probabilities():
     mean = LogMean()
     for logs in ([-torch.inf, -800.0], [0.0, -801.0]):
         mean.add(torch.tensor([logs], dtype=torch.float64), None)
@@ -198,14 +198,14 @@ def test_probabilities_of_zero_and_of_tiny_size_are_averaged():
 
 
 @pytest.mark.parametrize("kind", [ArithmeticMean, LogMean])
-def test_an_ensemble_without_members_is_an_error(kind):
+def test_mean_refuses_no_members(kind):
     mean = kind()
     mean.offload()
     with pytest.raises(EvaluationError, match="no members"):
         mean.value()
 
 
-def test_the_worked_ensemble():
+def test_log_mean_matches_worked_ensemble():
     mean, task = Classification().mean(), Classification()
     for logits in ([2.0, 0.0], [0.0, 1.0]):
         mean.add(task.predict(torch.tensor([logits]), None), None)
@@ -216,7 +216,7 @@ def test_the_worked_ensemble():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_predictions_are_log_probabilities_in_float64(dtype):
+def test_classification_predicts_float64_log_probabilities(dtype):
     logits = torch.tensor([[1.0, -2.0, 0.5], [800.0, 0.0, 1.0]]).to(dtype)
     found = Classification().predict({"logits": logits}, None)
     values = logits.double().numpy()
@@ -225,7 +225,7 @@ def test_predictions_are_log_probabilities_in_float64(dtype):
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12)
 
 
-def test_predictions_do_not_hold_on_to_gradients():
+def test_in_float64_drops_gradients():
     logits = torch.ones(2, 3, requires_grad=True)
     assert not in_float64(logits).requires_grad
 
@@ -236,7 +236,7 @@ def test_predictions_do_not_hold_on_to_gradients():
      torch.tensor([False, True]), torch.tensor([], dtype=torch.int64)],
     ids=["int64", "uint8", "float", "bool", "empty"],
 )  # fmt: skip
-def test_labels_that_are_classes_pass_the_check(labels):
+def test_classification_takes_labels_that_are_classes(labels):
     Classification().check(torch.zeros(len(labels), 3), labels)
 
 
@@ -244,12 +244,12 @@ def test_labels_that_are_classes_pass_the_check(labels):
     ("labels", "word"),
     [([0, 3], "label 3, but the model has 3"), ([-1, 9], "label -1,"), ([0.5, 1.0], "no whole")],
 )
-def test_labels_that_are_not_are_an_error(labels, word):
+def test_classification_refuses_labels_outside_classes(labels, word):
     with pytest.raises(EvaluationError, match=word):
         Classification().check(torch.zeros(2, 3), torch.tensor(labels))
 
 
-def test_samples_of_a_classification_are_right_or_wrong_in_percent():
+def test_classification_samples_are_right_or_wrong():
     logs = torch.tensor([[0.1, 0.9], [0.8, 0.2], [0.3, 0.7]]).log()
     found = Classification().samples(logs, torch.tensor([1.0, 1.0, 1.0]))
     assert found.values.tolist() == [1, 0, 1]
@@ -264,13 +264,13 @@ def test_samples_of_a_classification_are_right_or_wrong_in_percent():
     ("name", "first"),
     [("image-classification", "top1"), ("multi-label", None), ("regression", "rmse")],
 )
-def test_tasks_are_known_by_name(name, first):
+def test_make_task_knows_tasks_by_name(name, first):
     task = make_task(name)
     assert isinstance(task, Task)
     assert first in (None, task.metrics[0].key)
 
 
-def test_a_caller_names_a_task_or_passes_one():
+def test_as_task_takes_name_or_task():
     own = Squares()
     assert as_task(own) is own
     assert as_task("regression").metrics == make_task("regression").metrics
@@ -286,12 +286,12 @@ def test_a_caller_names_a_task_or_passes_one():
     ],
     ids=["class", "unknown", "number"],
 )
-def test_what_a_caller_passes_is_a_task(task, told):
+def test_as_task_refuses_anything_else(task, told):
     with pytest.raises(UsageError, match=f"regression, but {told}"):
         as_task(task)
 
 
-def test_an_unknown_task_is_wrong_usage_that_lists_the_known():
+def test_make_task_lists_known_names():
     with pytest.raises(UsageError, match=r"image-classification, causal-lm.*'segmentation'"):
         make_task("segmentation")
 
@@ -305,7 +305,7 @@ def test_an_unknown_task_is_wrong_usage_that_lists_the_known():
         ("cifar10:data", "image-classification"),
     ],
 )
-def test_the_data_tell_the_default_task(data, expected):
+def test_default_task_follows_from_data(data, expected):
     assert default_task(data) == expected
 
 
@@ -327,7 +327,7 @@ def text():
 
 
 @pytest.mark.parametrize("name", ["Mine", "made"])
-def test_a_task_of_ones_own_is_named_by_its_file(tmp_path, name):
+def test_make_task_loads_task_from_file(tmp_path, name):
     (tmp_path / "tasks_of_mine.py").write_text(TASK_FILE)
     assert make_task(f"{tmp_path / 'tasks_of_mine.py'}:{name}").metrics[0].key == "a"
 
@@ -340,12 +340,12 @@ def test_a_task_of_ones_own_is_named_by_its_file(tmp_path, name):
         ("Other", "has no attribute 'Other'"),
     ],
 )
-def test_what_is_no_task_is_an_error(tmp_path, name, message):
+def test_make_task_refuses_other_objects(tmp_path, name, message):
     (tmp_path / "tasks_of_another.py").write_text(TASK_FILE)
     with pytest.raises(SpecError, match=message):
         make_task(f"{tmp_path / 'tasks_of_another.py'}:{name}")
 
 
-def test_a_mistyped_task_has_a_suggestion():
+def test_make_task_suggests_name_for_typo():
     with pytest.raises(UsageError, match="Did you mean image-classification"):
         make_task("image-clasification")
