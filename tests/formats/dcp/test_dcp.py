@@ -72,7 +72,7 @@ def mean(states, name: str) -> torch.Tensor:
     return (sum(s[name].double() for s in states) / len(states)).to(states[0][name].dtype)
 
 
-def test_a_directory_opens_as_a_table_of_ranges(run):
+def test_dcp_opens_as_table_of_ranges(run):
     directory, states = run
     found = open_checkpoint(directory / "step_9")
     assert (found.layout, found.key, found.record.epoch) == ("distributed", "model", 2)
@@ -86,7 +86,7 @@ def test_a_directory_opens_as_a_table_of_ranges(run):
         assert torch.equal(values, states[1][name])
 
 
-def test_the_average_is_exact_and_in_the_order_of_the_numbers(run):
+def test_dcp_run_is_ordered_and_averaged_exactly(run):
     directory, states = run
     opened = ckptavg.open_run(directory)
     assert [c.path.name for c in opened] == ["step_8", "step_9", "step_10"]
@@ -96,7 +96,7 @@ def test_the_average_is_exact_and_in_the_order_of_the_numbers(run):
         assert torch.equal(tensor, expected), name
 
 
-def test_the_output_is_what_dcp_loads(run, tmp_path, caplog):
+def test_dcp_output_is_loaded_by_torch(run, tmp_path, caplog):
     caplog.set_level("INFO", "ckptavg")
     directory, states = run
     out = ckptavg.average(ckptavg.open_run(directory), out=tmp_path / "average")
@@ -117,7 +117,7 @@ def test_the_output_is_what_dcp_loads(run, tmp_path, caplog):
     assert told.endswith("optimizer, progress.best, mixed, object")
 
 
-def test_torch_s_own_converter_reads_the_output(run, tmp_path):
+def test_dcp_output_is_read_by_dcp_to_torch_save(run, tmp_path):
     directory, states = run
     out = ckptavg.average(ckptavg.open_run(directory), out=tmp_path / "average")
     dcp_to_torch_save(out, tmp_path / "plain.pt")
@@ -126,7 +126,7 @@ def test_torch_s_own_converter_reads_the_output(run, tmp_path):
     assert torch.equal(plain["model"]["0.weight"], mean(states, "0.weight"))
 
 
-def test_an_optimizer_below_another_entry_is_named_and_its_neighbours_kept(tmp_path, caplog):
+def test_dcp_output_drops_nested_optimizer_alone(tmp_path, caplog):
     caplog.set_level("INFO", "ckptavg")
     for step in (1, 2):
         one, optimizer = trained(step)
@@ -144,7 +144,7 @@ def test_an_optimizer_below_another_entry_is_named_and_its_neighbours_kept(tmp_p
     assert open_checkpoint(out).other_entries == ("hparams", "app.step")
 
 
-def test_an_average_among_its_inputs_is_left_out(run):
+def test_dcp_average_in_run_is_left_out(run):
     directory, _ = run
     ckptavg.average(ckptavg.open_run(directory), out=directory / "step_11")
     opened = ckptavg.open_run(directory)
@@ -152,7 +152,7 @@ def test_an_average_among_its_inputs_is_left_out(run):
     assert opened.left_out == ((directory / "step_11", "an average that ckptavg wrote"),)
 
 
-def test_an_output_replaces_only_a_directory_of_its_kind(run, tmp_path):
+def test_dcp_output_replaces_only_dcp_directory(run, tmp_path):
     directory, _ = run
     out = ckptavg.average(ckptavg.open_run(directory), out=tmp_path / "average")
     ckptavg.average(ckptavg.open_run(directory).last(1), out=out, overwrite=True)
@@ -162,7 +162,7 @@ def test_an_output_replaces_only_a_directory_of_its_kind(run, tmp_path):
         ckptavg.average(ckptavg.open_run(directory), out=out, overwrite=True)
 
 
-def test_other_outputs_have_the_bare_names(run, tmp_path):
+def test_dcp_average_in_pt_file_has_bare_names(run, tmp_path):
     directory, states = run
     out = ckptavg.average(ckptavg.open_run(directory), out=tmp_path / "average.pt")
     found = torch.load(out)
@@ -181,7 +181,7 @@ def test_other_outputs_have_the_bare_names(run, tmp_path):
     ],
     ids=["bare", "state_dict", "app", "state", "nested", "named"],
 )
-def test_weights_are_found_wherever_they_are_nested(tmp_path, saved, key):
+def test_dcp_finds_nested_weights(tmp_path, saved, key):
     state = dict(model().state_dict())
     for step in (1, 2):
         dcp.save(saved(state), checkpoint_id=tmp_path / "run" / f"step_{step}")
@@ -226,7 +226,7 @@ def save_from_rank(rank: int, size: int, port: int, directory: Path) -> None:
 
 
 @pytest.mark.slow
-def test_shards_of_four_processes_are_read_by_one(tmp_path):
+def test_dcp_of_four_processes_is_read_by_one(tmp_path):
     port = free_port()
     torch.multiprocessing.spawn(save_from_rank, (4, port, tmp_path / "step_1"), 4)
     assert len(list((tmp_path / "step_1").glob("*.distcp"))) == 4
@@ -346,7 +346,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize(("change", "message"), DAMAGE.values(), ids=DAMAGE)
-def test_damaged_metadata_is_one_clear_error(run, change, message):
+def test_dcp_metadata_damaged_is_one_error(run, change, message):
     path = damage(run[0], change)
     with pytest.raises(CheckpointError, match=message) as caught:
         open_checkpoint(path)
@@ -354,7 +354,7 @@ def test_damaged_metadata_is_one_clear_error(run, change, message):
     assert not Path("/tmp/should-never-be-there").exists()
 
 
-def test_a_gadget_beside_the_weights_does_nothing_and_does_not_go_out(tmp_path):
+def test_dcp_hostile_object_is_not_run_or_written(tmp_path):
     for step in (1, 2):
         state = {"model": {"w": torch.ones(step)[:1]}, "extra": Executed(), "n": 1}
         dcp.save(state, checkpoint_id=tmp_path / "hostile" / f"step_{step}")
@@ -365,7 +365,7 @@ def test_a_gadget_beside_the_weights_does_nothing_and_does_not_go_out(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata"])
-def test_links_to_another_disk_are_read(run, tmp_path, name):
+def test_dcp_follows_links_to_another_disk(run, tmp_path, name):
     path = run[0] / "step_9" / name
     before = set(open_checkpoint(run[0] / "step_9").tensors)
     shutil.move(path, tmp_path / "elsewhere")
@@ -373,21 +373,21 @@ def test_links_to_another_disk_are_read(run, tmp_path, name):
     assert set(open_checkpoint(run[0] / "step_9").tensors) == before
 
 
-def test_a_directory_without_its_metadata_is_an_error_and_not_left_out(run):
+def test_dcp_without_metadata_is_error(run):
     (run[0] / "step_9" / ".metadata").unlink()
     for named in (run[0], run[0] / "step_9"):
         with pytest.raises(RunError, match=r"step_9 holds parts of one model but no \.metadata"):
             ckptavg.average(ckptavg.open_run(named))
 
 
-def test_values_beyond_a_bound_are_not_read(run, tmp_path, monkeypatch):
+def test_dcp_values_beyond_limit_are_not_read(run, tmp_path, monkeypatch):
     monkeypatch.setattr(our_dcp, "_MOST_BYTES", 1)
     out = ckptavg.average(ckptavg.open_run(run[0]), out=tmp_path / "average")
     names = set(pickle.loads((out / ".metadata").read_bytes()).state_dict_metadata)
     assert names == {*(f"model.{name}" for name in run[1][0]), "ckptavg"}
 
 
-def test_the_state_of_an_optimizer_does_not_go_out_whatever_it_is_called(tmp_path, caplog):
+def test_dcp_output_drops_optimizer_of_any_name(tmp_path, caplog):
     caplog.set_level("INFO", "ckptavg")
     for step in (1, 2):
         one, optimizer = trained(step)
@@ -399,7 +399,7 @@ def test_the_state_of_an_optimizer_does_not_go_out_whatever_it_is_called(tmp_pat
     assert any(r.getMessage().endswith("checkpoint: nets.opt_g") for r in caplog.records)
 
 
-def test_metadata_cut_short_is_an_error(run):
+def test_dcp_metadata_cut_short_is_error(run):
     path = run[0] / "step_9" / ".metadata"
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(CheckpointError, match=r"\.metadata is not a readable"):
@@ -407,7 +407,7 @@ def test_metadata_cut_short_is_an_error(run):
     assert is_checkpoint_directory(run[0] / "step_9")
 
 
-def test_metadata_without_paths_names_the_items_themselves(run):
+def test_dcp_metadata_without_paths_keeps_item_names(run):
     def change(metadata):
         metadata.planner_data = None
 
@@ -446,7 +446,7 @@ def covers(shape, boxes) -> bool:
 
 
 @given(cuts(), st.data())
-def test_tilings_are_told_from_holes_and_overlaps(case, data):
+def test_tiles_detects_holes_and_overlaps(case, data):
     shape, boxes = case
     as_boxes = lambda boxes: [Box(a, n, "f", 0, 0) for a, n in boxes]  # noqa: E731
     assert tiles(shape, as_boxes(boxes))
@@ -457,7 +457,7 @@ def test_tilings_are_told_from_holes_and_overlaps(case, data):
     assert tiles(shape, as_boxes(other)) == covers(shape, other)
 
 
-def test_tensors_in_any_memory_order_are_read_as_they_are(tmp_path):
+def test_dcp_reads_tensors_of_any_memory_order(tmp_path):
     values = {
         "transposed": torch.arange(12.0).view(3, 4).t(),
         "channels_last": torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last),
@@ -476,7 +476,7 @@ def test_tensors_in_any_memory_order_are_read_as_they_are(tmp_path):
         assert torch.equal(loaded["model"][name], tensor), name
 
 
-def test_new_statistics_keep_the_layout(tmp_path):
+def test_update_checkpoint_keeps_dcp_layout(tmp_path):
     net = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3))
     dcp.save({"model": net.state_dict(), "epoch": 4}, checkpoint_id=tmp_path / "one")
     out, cpu = tmp_path / "refreshed", Runtime(torch.device("cpu"))

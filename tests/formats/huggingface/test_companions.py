@@ -68,7 +68,7 @@ def averaged(run: Path) -> Path:
     return ckptavg.average(ckptavg.open_run(run), out=run.parent / "out")
 
 
-def test_all_that_belongs_to_the_model_goes_along(run, caplog):
+def test_companions_of_model_are_copied(run, caplog):
     caplog.set_level("INFO")
     fill(run / "step-2", MODEL)
     out = averaged(run)
@@ -82,7 +82,7 @@ def test_all_that_belongs_to_the_model_goes_along(run, caplog):
 
 
 @pytest.mark.parametrize("names", [TRAINING, TENSORS], ids=["training", "tensors"])
-def test_what_is_untrue_of_an_average_stays_behind_and_is_named(run, caplog, names):
+def test_companions_untrue_of_average_are_left_out_and_named(run, caplog, names):
     caplog.set_level("INFO")
     fill(run / "step-2", names)
     assert listing(averaged(run)) == ["model.safetensors"]
@@ -98,7 +98,7 @@ _NAMES = st.sampled_from(
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.lists(_NAMES, min_size=1, max_size=3), max_size=8))
-def test_whatever_stands_in_a_directory_is_copied_or_named(tmp_path_factory, paths):
+def test_companions_are_copied_or_named(tmp_path_factory, paths):
     folder = tmp_path_factory.mktemp("model")
     for parts in paths:
         with contextlib.suppress(FileExistsError, NotADirectoryError, IsADirectoryError):
@@ -128,7 +128,7 @@ FOLDERS = {
 
 
 @pytest.mark.parametrize(("name", "told"), FOLDERS.items(), ids=FOLDERS)
-def test_a_directory_of_something_else_stays_behind_whole(run, caplog, name, told):
+def test_companions_leave_out_other_directories_whole(run, caplog, name, told):
     caplog.set_level("INFO")
     fill(run / "step-2", [name])
     beside = (run / "step-2" / name).parent / "tokenizer.json"
@@ -139,7 +139,7 @@ def test_a_directory_of_something_else_stays_behind_whole(run, caplog, name, tol
     assert note.endswith(f": {told}")
 
 
-def test_links_are_copied_by_what_they_lead_to(run, tmp_path):
+def test_companions_follow_links(run, tmp_path):
     fill(tmp_path / "disk2", {"vocab.txt": "words", "1_Pooling/config.json": "{}"})
     (run / "step-2" / "vocab.txt").symlink_to(tmp_path / "disk2" / "vocab.txt")
     (run / "step-2" / "1_Pooling").symlink_to(tmp_path / "disk2" / "1_Pooling")
@@ -149,7 +149,7 @@ def test_links_are_copied_by_what_they_lead_to(run, tmp_path):
     assert (out / "1_Pooling" / "config.json").read_text() == "{}"
 
 
-def test_what_is_no_file_is_named_and_never_opened(run, caplog, monkeypatch):
+def test_companions_name_special_files_without_opening(run, caplog, monkeypatch):
     caplog.set_level("INFO")
     step = run / "step-2"
     os.mkfifo(step / "pipe.json")
@@ -164,7 +164,7 @@ def test_what_is_no_file_is_named_and_never_opened(run, caplog, monkeypatch):
     assert all(name in note for name in ("pipe.json", "gone.txt", "loop/", "round.txt", "s.json"))
 
 
-def test_a_directory_of_data_stays_behind(run, caplog, monkeypatch):
+def test_companions_leave_out_directory_of_data(run, caplog, monkeypatch):
     caplog.set_level("INFO")
     monkeypatch.setattr(companions, "_MOST_FILES", 5)
     fill(run / "step-2", [f"data/images/{i}.png" for i in range(9)] + ["few/a.txt"])
@@ -172,7 +172,7 @@ def test_a_directory_of_data_stays_behind(run, caplog, monkeypatch):
     assert any(r.message.endswith(": data/") for r in caplog.records)
 
 
-def test_what_stands_beside_an_adapter_goes_along_but_its_configuration_is_new(tmp_path):
+def test_companions_of_adapter_get_new_configuration(tmp_path):
     config = json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4})
     names = [f"base_model.model.l.lora_{part}.weight" for part in "AB"]
     for step in (1, 2):
@@ -186,13 +186,13 @@ def test_what_stands_beside_an_adapter_goes_along_but_its_configuration_is_new(t
     assert json.loads((out / "adapter_config.json").read_text())["r"] == 4
 
 
-def test_a_single_file_takes_nothing_along(run, tmp_path):
+def test_companions_are_not_copied_beside_single_file(run, tmp_path):
     fill(run / "step-2", MODEL)
     ckptavg.average(ckptavg.open_run(run), out=tmp_path / "x.safetensors")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "x.safetensors"]
 
 
-def test_files_of_a_run_have_no_directory_of_their_own(tmp_path, caplog):
+def test_companions_beside_several_checkpoints_are_not_copied(tmp_path, caplog):
     caplog.set_level("INFO")
     for step in (1, 2):
         save(tmp_path / "run" / f"step_{step}.safetensors", {"w": torch.ones(1)})
@@ -202,7 +202,7 @@ def test_files_of_a_run_have_no_directory_of_their_own(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("where", ["config.json", "1_Pooling/config.json", "README.md"])
-def test_a_dtype_is_told_in_the_configuration_of_the_weights_alone(run, where):
+def test_configuration_of_weights_alone_gets_new_dtype(run, where):
     text = '{"dtype": "float32"}'
     fill(run / "step-2", {where: text})
     out = ckptavg.average(ckptavg.open_run(run), out=run.parent / "out", dtype="bfloat16")
@@ -215,7 +215,7 @@ def test_a_dtype_is_told_in_the_configuration_of_the_weights_alone(run, where):
 
 @settings(max_examples=20, deadline=None)
 @given(st.binary(max_size=5000), st.integers(1, 700))
-def test_a_copy_has_the_bytes_whatever_the_chunks(tmp_path_factory, content, chunk):
+def test_copy_keeps_bytes_for_any_chunk_size(tmp_path_factory, content, chunk):
     folder = tmp_path_factory.mktemp("copy")
     (folder / "a").write_bytes(content)
     with pytest.MonkeyPatch.context() as patch:
@@ -224,7 +224,7 @@ def test_a_copy_has_the_bytes_whatever_the_chunks(tmp_path_factory, content, chu
     assert (folder / "b").read_bytes() == content
 
 
-def test_a_short_read_is_no_copy(run, monkeypatch):
+def test_copy_refuses_short_read(run, monkeypatch):
     fill(run / "step-2", {"vocab.txt": "12345678"})
     opened = copying.paths.open_binary
 
@@ -241,7 +241,7 @@ def test_a_short_read_is_no_copy(run, monkeypatch):
 
 
 @pytest.mark.parametrize("same_stamp", [True, False])
-def test_a_file_that_is_rewritten_meanwhile_is_no_copy(tmp_path, monkeypatch, same_stamp):
+def test_copy_refuses_file_rewritten_meanwhile(tmp_path, monkeypatch, same_stamp):
     path = tmp_path / "vocab.json"
     path.write_text("a" * 3000)
     stamp, read = FileStamp.of(path), copying.read
@@ -257,7 +257,7 @@ def test_a_file_that_is_rewritten_meanwhile_is_no_copy(tmp_path, monkeypatch, sa
         copying.copy(stamp, tmp_path / "copy")
 
 
-def test_a_file_that_is_being_written_is_looked_at_again(tmp_path, monkeypatch):
+def test_verify_settled_rechecks_recent_files(tmp_path, monkeypatch):
     path = tmp_path / "vocab.json"
     path.write_text("")
     stamp = FileStamp.of(path)
@@ -271,7 +271,7 @@ def test_a_file_that_is_being_written_is_looked_at_again(tmp_path, monkeypatch):
     copying.verify_settled([])
 
 
-def test_what_is_not_written_as_it_was_read_is_an_error(tmp_path, monkeypatch):
+def test_copy_detects_torn_write(tmp_path, monkeypatch):
     (tmp_path / "a").write_text("a" * 300)
     digest = copying._digest
     monkeypatch.setattr(copying, "_digest", lambda chunks: digest([*chunks, b"torn"]))

@@ -71,7 +71,7 @@ def write(directory: Path, texts: dict[str, str], files: list[str], value: float
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("parent", ["checkpoint-{}", "step_{}"])
-def test_each_file_of_weights_is_averaged_into_its_own(tmp_path, layout, parent):
+def test_components_are_averaged_each_into_its_file(tmp_path, layout, parent):
     texts, files = layout
     for step, value in ((100, 1.0), (200, 3.0)):
         write(tmp_path / "run" / parent.format(step), texts, files, value)
@@ -86,7 +86,7 @@ def test_each_file_of_weights_is_averaged_into_its_own(tmp_path, layout, parent)
     assert open_checkpoint(out).is_average
 
 
-def test_files_of_torch_save_become_safetensors_with_the_names_that_they_had(tmp_path):
+def test_components_of_torch_save_become_safetensors(tmp_path):
     for step, value in ((1, 1.0), (2, 3.0)):
         folder = tmp_path / "run" / f"step_{step}"
         write(folder, {"modules.json": modules("", "2_Dense")}, ["model.safetensors"], value)
@@ -101,7 +101,7 @@ def test_files_of_torch_save_become_safetensors_with_the_names_that_they_had(tmp
     assert set(found) == {"module.b"}
 
 
-def test_a_variant_of_torch_save_stays_one(tmp_path):
+def test_components_of_bin_variant_stay_bin(tmp_path):
     for step, value in ((1, 1.0), (2, 3.0)):
         folder = tmp_path / "run" / f"step_{step}"
         write(folder, {"modules.json": modules("1_D"), "1_D/config.json": "{}"}, [], value)
@@ -115,14 +115,14 @@ def test_a_variant_of_torch_save_stays_one(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
-def test_a_single_file_has_all_under_the_directories_names(tmp_path, suffix):
+def test_components_in_single_file_have_directory_prefixes(tmp_path, suffix):
     texts, files = LAYOUTS["a Dense module"]
     write(tmp_path / "step_1", texts, files, 1.0)
     out = ckptavg.average(ckptavg.open_run(tmp_path / "step_1"), out=tmp_path / f"x{suffix}")
     assert set(open_checkpoint(out).tensors) == {"linear.weight", "2_Dense/linear.weight"}
 
 
-def test_a_pattern_picks_one_of_a_pipeline_s_networks(tmp_path):
+def test_components_are_selected_by_include(tmp_path):
     texts, files = LAYOUTS["a pipeline"]
     for step, value in ((1, 1.0), (2, 3.0)):
         write(tmp_path / "run" / f"step_{step}", texts, files, value)
@@ -132,7 +132,7 @@ def test_a_pattern_picks_one_of_a_pipeline_s_networks(tmp_path):
     assert load_file(out / files[1])["linear.weight"][0, 0] == 6
 
 
-def test_other_directories_with_weights_are_no_parts(tmp_path, caplog):
+def test_components_exclude_unlisted_directories(tmp_path, caplog):
     caplog.set_level("INFO")
     texts, files = LAYOUTS["a Dense module"]
     for step in (1, 2):
@@ -143,7 +143,7 @@ def test_other_directories_with_weights_are_no_parts(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("path", ["../other", "/etc", "a/../../b", "..", "a\\b", "a\0"])
-def test_a_list_that_leads_elsewhere_is_refused(tmp_path, path, refusal):
+def test_components_outside_directory_are_refused(tmp_path, path, refusal):
     write(tmp_path / "m", {"modules.json": modules("", path)}, ["model.safetensors"], 1.0)
     assert "lists a part outside of it" in refusal(tmp_path / "m")
 
@@ -154,14 +154,14 @@ def test_a_list_that_leads_elsewhere_is_refused(tmp_path, path, refusal):
      '[{"path": "gone", "type": "x"}]', modules(*["."] * 50, *map(str, range(900)))],
     ids=range(10),
 )  # fmt: skip
-def test_a_list_of_something_else_is_none(tmp_path, content):
+def test_find_components_ignores_odd_lists(tmp_path, content):
     for name in ("modules.json", "router_config.json", "model_index.json"):
         write(tmp_path / "m", {name: content}, ["model.safetensors"], 1.0)
     assert find_components(tmp_path / "m") == []
     assert set(open_checkpoint(tmp_path / "m").tensors) == {"linear.weight"}
 
 
-def test_lists_that_lead_to_each_other_end(tmp_path):
+def test_find_components_ends_on_cycles(tmp_path):
     (tmp_path / "a").symlink_to(".")
     write(tmp_path, {"modules.json": modules("a", "b")}, ["b/model.safetensors"], 1.0)
     assert is_checkpoint_directory(tmp_path)
@@ -171,7 +171,7 @@ def test_lists_that_lead_to_each_other_end(tmp_path):
 @given(
     st.recursive(st.text(), lambda values: st.lists(values) | st.dictionaries(st.text(), values))
 )
-def test_no_list_raises_anything_else(tmp_path_factory, content):
+def test_find_components_raises_only_checkpoint_error(tmp_path_factory, content):
     folder = tmp_path_factory.mktemp("lists")
     for name in ("modules.json", "router_config.json", "model_index.json"):
         (folder / name).write_text(json.dumps(content))
@@ -179,7 +179,7 @@ def test_no_list_raises_anything_else(tmp_path_factory, content):
         find_components(folder)
 
 
-def test_the_model_in_the_root_is_loaded_without_the_parts_beside_it():
+def test_load_into_ignores_other_components():
     model, state = nn.Linear(2, 1), nn.Linear(2, 1).state_dict()
     load_into(model, state | {"2_Dense/linear.weight": torch.ones(1)}, "x")
     assert torch.equal(model.weight, state["weight"])

@@ -61,7 +61,7 @@ def sharded(tmp_path):
 
 
 @pytest.mark.parametrize("options", [{}, {"max_shard_size": "12KB"}], ids=["single", "shards"])
-def test_what_save_pretrained_writes_is_read(language_model, tmp_path, options):
+def test_huggingface_reads_save_pretrained(language_model, tmp_path, options):
     language_model.save_pretrained(tmp_path, **options)
     files = {str(path) for path in tmp_path.glob("*.safetensors")}
     assert (len(files) > 1) == bool(options)
@@ -75,14 +75,14 @@ def test_what_save_pretrained_writes_is_read(language_model, tmp_path, options):
     assert checkpoint.nbytes == sum(p.nbytes for p in language_model.parameters())
 
 
-def test_a_bin_file_is_read_with_its_tie(language_model, tmp_path):
+def test_huggingface_bin_file_keeps_tie(language_model, tmp_path):
     torch.save(language_model.state_dict(), tmp_path / "pytorch_model.bin")
     checkpoint = open_checkpoint(tmp_path)
     assert checkpoint.ties() == [["transformer.wte.weight", "lm_head.weight"]]
     assert set(values(checkpoint)) == set(language_model.state_dict())
 
 
-def test_bin_shards_are_read(tmp_path):
+def test_huggingface_bin_shards_are_read(tmp_path):
     shards = {f"pytorch_model-{i}.bin": tensors for i, tensors in enumerate(SHARDS.values())}
     write_index(tmp_path, shards, "bin")
     found = values(open_checkpoint(tmp_path))
@@ -91,7 +91,7 @@ def test_bin_shards_are_read(tmp_path):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_the_single_file_wins_over_shards_and_safetensors_over_bin(sharded):
+def test_huggingface_prefers_single_file_and_safetensors(sharded):
     torch.save({"old": torch.rand(1)}, sharded / "pytorch_model.bin")
     assert set(open_checkpoint(sharded).tensors) == {"a", "b", "c"}
     save_file({"whole": torch.rand(1)}, sharded / "model.safetensors")
@@ -110,12 +110,12 @@ def linked(sharded: Path, blobs: Path, snapshot: Path) -> Path:
 
 
 @pytest.mark.parametrize("below", ["snapshots/abc", "snapshots/abc/transformer"])
-def test_shards_that_are_links_are_read_as_the_hub_s_cache_has_them(sharded, tmp_path, below):
+def test_huggingface_reads_linked_shards_of_hub_cache(sharded, tmp_path, below):
     snapshot = linked(sharded, tmp_path / "blobs", tmp_path / below)
     assert set(open_checkpoint(snapshot).tensors) == {"a", "b", "c"}
 
 
-def test_links_within_the_directory_are_followed(sharded):
+def test_huggingface_follows_links_within_directory(sharded):
     shard = sharded / next(iter(SHARDS))
     shard.rename(sharded / "first")
     shard.symlink_to("first")
@@ -127,33 +127,33 @@ def test_links_within_the_directory_are_followed(sharded):
     [("other", "snapshots/abc"), ("disk2/a", "model"), ("a/blobs", "b/snapshots/abc")],
     ids=["beside the blobs", "another disk", "another repository's cache"],
 )
-def test_links_may_lead_anywhere(sharded, tmp_path, blobs, below):
+def test_huggingface_follows_links_to_anywhere(sharded, tmp_path, blobs, below):
     (tmp_path / blobs).parent.mkdir(exist_ok=True)
     snapshot = linked(sharded, tmp_path / blobs, tmp_path / below)
     assert set(open_checkpoint(snapshot).tensors) == {"a", "b", "c"}
 
 
-def test_a_link_to_nothing_is_a_missing_shard(sharded, refusal):
+def test_huggingface_reports_broken_link_as_missing_shard(sharded, refusal):
     shard = sharded / next(iter(SHARDS))
     shard.unlink()
     shard.symlink_to("gone")
     assert "not there" in refusal(sharded)
 
 
-def test_wrappers_are_dropped_across_shards(tmp_path):
+def test_huggingface_drops_wrapper_across_shards(tmp_path):
     write_index(tmp_path, {"1.safetensors": {"module.a": torch.rand(1)},
                            "2.safetensors": {"module.b": torch.rand(1)}})  # fmt: skip
     checkpoint = open_checkpoint(tmp_path)
     assert checkpoint.stored_names == {"a": "module.a", "b": "module.b"}
 
 
-def test_a_wrapper_in_one_shard_alone_stays(tmp_path):
+def test_huggingface_keeps_wrapper_in_one_shard_alone(tmp_path):
     write_index(tmp_path, {"1.safetensors": {"module.a": torch.rand(1)},
                            "2.safetensors": {"b": torch.rand(1)}})  # fmt: skip
     assert set(open_checkpoint(tmp_path).tensors) == {"module.a", "b"}
 
 
-def test_the_counter_of_an_averaged_model_may_lie_in_any_shard(tmp_path):
+def test_huggingface_drops_n_averaged_of_any_shard(tmp_path):
     write_index(
         tmp_path,
         {
@@ -164,7 +164,7 @@ def test_the_counter_of_an_averaged_model_may_lie_in_any_shard(tmp_path):
     assert set(open_checkpoint(tmp_path).tensors) == {"a", "b"}
 
 
-def test_the_trainer_s_state_is_the_record(sharded):
+def test_huggingface_record_is_trainer_state(sharded):
     (sharded / "trainer_state.json").write_text('{"global_step": 30, "epoch": 1.5}')
     assert open_checkpoint(sharded).record.step == 30
 
@@ -173,7 +173,7 @@ def test_the_trainer_s_state_is_the_record(sharded):
     "target",
     ["../outside.safetensors", "{outside}", "sub/inside.safetensors", "..", ".", "", "a/../../x"],
 )
-def test_an_index_that_leads_outside_is_refused(tmp_path, refusal, target):
+def test_huggingface_index_outside_directory_is_refused(tmp_path, refusal, target):
     directory, outside = tmp_path / "model", tmp_path / "outside.safetensors"
     (directory / "sub").mkdir(parents=True)
     write_index(directory, SHARDS)
@@ -187,23 +187,23 @@ def test_an_index_that_leads_outside_is_refused(tmp_path, refusal, target):
 
 
 @pytest.mark.parametrize("target", ["missing.safetensors", "bad\0name", "x" * 300])
-def test_an_index_that_names_a_missing_shard_is_refused(sharded, refusal, target):
+def test_huggingface_index_of_missing_shard_is_refused(sharded, refusal, target):
     rewrite_index(sharded, c=target)
     assert "not there" in refusal(sharded)
 
 
-def test_an_index_that_lists_tensors_that_are_not_there_is_refused(sharded, refusal):
+def test_huggingface_index_of_missing_tensors_is_refused(sharded, refusal):
     rewrite_index(sharded, d="model-00001-of-00002.safetensors", b=next(reversed(SHARDS)))
     text = refusal(sharded)
     assert re.search(r"\b[bd], [bd]\b", text)
 
 
-def test_a_tensor_in_two_shards_is_refused(sharded, refusal):
+def test_huggingface_refuses_tensor_in_two_shards(sharded, refusal):
     save_file({"a": torch.rand(3), "c": torch.rand(4)}, sharded / next(reversed(SHARDS)))
     assert "two shards: a" in refusal(sharded)
 
 
-def test_a_damaged_shard_is_refused_by_name(sharded, refusal):
+def test_huggingface_names_damaged_shard(sharded, refusal):
     path = sharded / next(iter(SHARDS))
     os.truncate(path, path.stat().st_size - 1)
     assert str(path) in refusal(sharded)
@@ -224,13 +224,13 @@ INDICES = {
 
 
 @pytest.mark.parametrize("content", INDICES.values(), ids=INDICES)
-def test_a_malformed_index_is_refused(sharded, refusal, content):
+def test_huggingface_index_malformed_is_refused(sharded, refusal, content):
     path = sharded / "model.safetensors.index.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     assert str(path) in refusal(sharded)
 
 
-def test_a_directory_without_weights_is_no_checkpoint(tmp_path, refusal):
+def test_huggingface_directory_without_weights_is_refused(tmp_path, refusal):
     (tmp_path / "config.json").write_text("{}")
     assert not is_checkpoint_directory(tmp_path)
     assert "not itself a checkpoint" in refusal(tmp_path)

@@ -46,7 +46,7 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_variant_is_the_weights_of_its_directory(tmp_path, name):
+def test_variant_alone_is_averaged_under_its_name(tmp_path, name):
     out = average(tmp_path, [name], vocab="")
     assert listing(out) == sorted(["config.json", name, "vocab.txt"])
     assert torch.equal(state_of(out / name)["a"], torch.full((2,), 2.0))
@@ -64,19 +64,19 @@ def test_a_variant_is_the_weights_of_its_directory(tmp_path, name):
         ("pytorch_lora_weights.safetensors", "notes.txt"),
     ],
 )
-def test_the_only_file_of_weights_beside_a_configuration_keeps_its_name(tmp_path, name, config):
+def test_only_weights_beside_configuration_keep_name(tmp_path, name, config):
     out = average(tmp_path, [name], config, vocab="")
     assert listing(out) == sorted([config, name, "vocab.txt"])
     assert torch.equal(state_of(out / name)["a"], torch.full((2,), 2.0))
     assert set(state_of(out / name)) == {"a", "b"}
 
 
-def test_what_is_not_from_pretrained_s_becomes_a_file_that_is(tmp_path):
+def test_pt_file_beside_configuration_becomes_safetensors(tmp_path):
     out = average(tmp_path, ["net.pt"], "config.yaml")
     assert listing(out) == ["config.yaml", "model.safetensors"]
 
 
-def test_directories_beside_a_single_file_are_anybody_s(tmp_path):
+def test_only_weights_leave_other_directories_out(tmp_path):
     for step in (1, 2):
         write(tmp_path / "run" / f"step-{step}", "flow.safetensors", 1.0, "flow_config.json")
         save(tmp_path / "run" / f"step-{step}" / "photos" / "a.png.txt", {})
@@ -84,7 +84,7 @@ def test_directories_beside_a_single_file_are_anybody_s(tmp_path):
     assert listing(out) == ["flow.safetensors", "flow_config.json"]
 
 
-def test_of_several_variants_one_is_taken_and_the_others_are_named(tmp_path, caplog):
+def test_variants_beside_the_first_are_named_in_note(tmp_path, caplog):
     caplog.set_level("INFO")
     names = ["model.fp16.safetensors", "model.fp32.safetensors"]
     assert listing(average(tmp_path, names)) == ["config.json", names[0]]
@@ -95,7 +95,7 @@ def test_of_several_variants_one_is_taken_and_the_others_are_named(tmp_path, cap
     assert any(names[1] in r.message for r in caplog.records if "not copied" in r.message)
 
 
-def test_a_variant_beside_the_usual_name_is_not_averaged(tmp_path, caplog):
+def test_variant_beside_usual_name_is_left_out(tmp_path, caplog):
     caplog.set_level("INFO")
     names = ["model.safetensors", "model.fp16.safetensors"]
     assert listing(average(tmp_path, names)) == ["config.json", names[0]]
@@ -103,7 +103,7 @@ def test_a_variant_beside_the_usual_name_is_not_averaged(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("stem", ["model", "diffusion_pytorch_model"])
-def test_shards_of_a_variant_have_its_index(tmp_path, stem):
+def test_variant_shards_keep_their_index(tmp_path, stem):
     mapping = {"a": f"{stem}.fp16-00001-of-00002.safetensors"}
     mapping |= {"b": f"{stem}.fp16-00002-of-00002.safetensors"}
     index = f"{stem}.safetensors.index.fp16.json"
@@ -119,7 +119,7 @@ def test_shards_of_a_variant_have_its_index(tmp_path, stem):
     assert torch.equal(load_file(out / mapping["b"])["b"], torch.full((2,), 1.5))
 
 
-def test_checkpoints_that_are_called_alike_are_no_variants(tmp_path):
+def test_variants_exclude_numbered_checkpoints(tmp_path):
     for step in (1, 2):
         save(tmp_path / "run" / f"model.epoch{step}.safetensors", {"a": torch.ones(2) * step})
     (tmp_path / "run" / "config.json").write_text("{}")

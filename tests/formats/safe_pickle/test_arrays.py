@@ -36,7 +36,7 @@ arrays = st.sampled_from(NUMBERS).flatmap(
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(arrays, min_size=1, max_size=3), st.integers(2, 5), st.booleans())
-def test_arrays_of_any_kind_are_read(tmp_path_factory, values, protocol, transposed):
+def test_arrays_of_any_dtype_and_order_are_read(tmp_path_factory, values, protocol, transposed):
     state = {f"a{i}": a.T if transposed else a for i, a in enumerate(values)}
     path = tmp_path_factory.mktemp("arrays") / "step_1.pt"
     torch.save(state, path, pickle_protocol=protocol)
@@ -49,7 +49,7 @@ def test_arrays_of_any_kind_are_read(tmp_path_factory, values, protocol, transpo
 
 
 @pytest.mark.parametrize("layout", [CLASSIC, ZIP])
-def test_a_run_of_arrays_is_averaged_into_tensors_and_said_so(tmp_path, layout):
+def test_arrays_are_averaged_into_tensors_and_noted(tmp_path, layout):
     rng = np.random.default_rng(0)
     weights = [rng.standard_normal((300, 7)).astype("f4") for _ in range(3)]
     for step, weight in enumerate(weights, 1):
@@ -65,20 +65,20 @@ def test_a_run_of_arrays_is_averaged_into_tensors_and_said_so(tmp_path, layout):
     assert (found["params"]["steps"], found["epoch"]) == (3, 3)
 
 
-def test_a_copy_of_a_checkpoint_of_arrays_is_no_second_one(tmp_path):
+def test_arrays_in_copied_checkpoint_count_once(tmp_path):
     for step in (1, 2):
         torch.save({"w": np.arange(200.0) * step}, tmp_path / f"step_{step}.pt")
     shutil.copy(tmp_path / "step_2.pt", tmp_path / "last.pt")
     assert len(ckptavg.open_run(tmp_path)) == 2
 
 
-def test_single_bytes_that_pickle_shares_are_found(tmp_path):
+def test_arrays_of_one_byte_are_read(tmp_path):
     state = {f"flag{i}": np.array(200, dtype="u1") for i in range(40)}
     torch.save(state, tmp_path / "step_1.pt")
     assert all(t == 200 for t in read(tmp_path / "step_1.pt").values())
 
 
-def test_arrays_beside_tensors_stay_what_they_were(tmp_path):
+def test_arrays_beside_tensors_are_not_weights(tmp_path):
     """A history or a generator's state is no weight, and may be of another length each time."""
     for step in (1, 2):
         state = {"w": torch.full((2,), float(step)), "losses": np.zeros(step)}
@@ -92,14 +92,14 @@ def test_arrays_beside_tensors_stay_what_they_were(tmp_path):
 @pytest.mark.parametrize(
     "array", [np.zeros(2, ">f4"), np.zeros(2, np.longdouble)], ids=["big", "long"]
 )
-def test_an_array_that_torch_has_no_type_for_is_refused_by_name(tmp_path, array):
+def test_arrays_of_types_torch_lacks_are_refused_by_name(tmp_path, array):
     torch.save({"w": np.zeros(2), "odd": array}, tmp_path / "step_1.pt")
     assert list(open_checkpoint(tmp_path / "step_1.pt").refused) == ["odd"]
     with pytest.raises(UnsupportedTensorError, match="odd"):
         read(tmp_path / "step_1.pt")
 
 
-def test_texts_and_objects_are_no_tensors(tmp_path):
+def test_arrays_of_text_or_objects_are_not_tensors(tmp_path):
     state = {"w": np.zeros(2), "names": np.array(["a", "b"]), "mixed": np.array([None, 1])}
     torch.save(state, tmp_path / "step_1.pt")
     checkpoint = open_checkpoint(tmp_path / "step_1.pt")
@@ -118,9 +118,7 @@ class OnXla(torch.Tensor):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64])
 @pytest.mark.parametrize("protocol", [2, 4])
-def test_tensors_of_a_device_that_went_through_numpy_are_read_as_torch_reads_them(
-    tmp_path, dtype, protocol
-):
+def test_device_tensors_pickled_as_arrays_are_read(tmp_path, dtype, protocol):
     tensor = (torch.arange(-6, 6).view(3, 4) * 3).to(dtype)
     state = {"w": tensor.as_subclass(OnXla), "bias": torch.ones(2)}
     torch.save(state, tmp_path / "step_1.pt", pickle_protocol=protocol)
@@ -131,7 +129,7 @@ def test_tensors_of_a_device_that_went_through_numpy_are_read_as_torch_reads_the
         assert torch.equal(found[name], expected[name])
 
 
-def test_a_pickle_that_is_too_large_says_why_it_is(tmp_path, monkeypatch):
+def test_arrays_in_too_large_pickle_are_named_as_cause(tmp_path, monkeypatch):
     torch.save({"w": np.zeros(1000)}, tmp_path / "step_1.pt")
     monkeypatch.setattr(unpickler, "MAX_PICKLE", 2**12)
     with pytest.raises(CheckpointError, match=r"NumPy's arrays are stored there.*from_numpy"):

@@ -45,7 +45,7 @@ def read(path) -> dict[str, torch.Tensor]:
         (lambda net: {"model": None, "ema": net, "updates": 5}, "ema"),
     ],
 )
-def test_its_weights_are_those_of_its_state_dict(tmp_path, wrap, key, legacy):
+def test_pickled_module_gives_its_state_dict(tmp_path, wrap, key, legacy):
     net = Net()
     torch.save(wrap(net), tmp_path / "x.pt", _use_new_zipfile_serialization=not legacy)
     expected = net.state_dict()
@@ -58,14 +58,14 @@ def test_its_weights_are_those_of_its_state_dict(tmp_path, wrap, key, legacy):
     assert any("pickled module" in note for note in checkpoint.notes)
 
 
-def test_it_can_be_named(tmp_path):
+def test_pickled_module_can_be_chosen_by_key(tmp_path):
     one, other = nn.Linear(2, 2), nn.Linear(2, 2)
     torch.save({"model": one, "teacher": other}, tmp_path / "x.pt")
     found = read_state_dict(open_checkpoint(tmp_path / "x.pt", "teacher"))
     assert torch.equal(found["weight"], other.weight)
 
 
-def test_whole_modules_average(tmp_path):
+def test_pickled_modules_are_averaged(tmp_path):
     nets = [nn.Linear(2, 2), nn.Linear(2, 2)]
     for i, net in enumerate(nets):
         torch.save({"model": net, "epoch": i}, tmp_path / f"epoch_{i}.pt")
@@ -73,21 +73,21 @@ def test_whole_modules_average(tmp_path):
     assert torch.equal(average(open_run(tmp_path))["weight"], expected.float())
 
 
-def test_a_module_that_holds_itself_is_refused():
+def test_state_dict_refuses_module_holding_itself():
     loop = Opaque(Global("x", "Net"))
     loop.state = {"_parameters": {}, "_buffers": {}, "_modules": {"me": loop}}
     with pytest.raises(modules.MalformedPickle, match="holds more others"):
         modules.state_dict(loop)
 
 
-def test_a_file_with_a_module_that_holds_itself_is_one_line(tmp_path, refusal):
+def test_pickled_module_holding_itself_is_one_error(tmp_path, refusal):
     net = nn.Linear(2, 2)
     net._modules["me"] = net
     torch.save(net, tmp_path / "x.pt")
     assert "holds more others" in refusal(tmp_path / "x.pt")
 
 
-def test_a_trainers_state_below_one_entry_is_found(tmp_path):
+def test_state_dict_is_found_in_nested_trainer_state(tmp_path):
     state = nn.Linear(2, 2).state_dict()
     torch.save({"state": {"model": state, "run_name": "x"}, "rng": []}, tmp_path / "x.pt")
     checkpoint = open_checkpoint(tmp_path / "x.pt")

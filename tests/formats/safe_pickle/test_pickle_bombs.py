@@ -121,11 +121,11 @@ def bombs() -> dict[str, bytes]:
 BOMBS = bombs()
 
 
-def test_the_limits_leave_room_for_an_honest_file(forge, open_within_limits):
+def test_pickle_limits_admit_honest_file(forge, open_within_limits):
     path = forge(PROTO + b"\2" + in_weights(before=BIG) + STOP, {"0": bytes(16)})
     assert open_within_limits(path).startswith("opened")
 
 
 @first_only("bomb", BOMBS)
-def test_a_small_file_takes_little_time_and_memory(bomb, forge, open_within_limits):
+def test_pickle_bomb_takes_little_time_and_memory(bomb, forge, open_within_limits):
     open_within_limits(forge(PROTO + b"\2" + BOMBS[bomb] + STOP, {"0": bytes(16)}))

@@ -73,7 +73,7 @@ PLAIN = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.comp
 @pytest.mark.parametrize("protocol", range(2, 6))
 @pytest.mark.parametrize("dtype", PLAIN, ids=str)
 @pytest.mark.filterwarnings("ignore:ComplexHalf")
-def test_tensors_of_every_dtype_are_read(dtype, protocol):
+def test_unpickler_reads_every_dtype(dtype, protocol):
     value = {"a": torch.zeros(2, 3, dtype=dtype), "b": torch.zeros(5, dtype=dtype)[2:]}
     assert outline(saved(value, protocol)) == outline(value)
 
@@ -97,7 +97,7 @@ VIEWS = {
 
 
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
-def test_views_keep_their_offset_shape_and_strides(view):
+def test_unpickler_keeps_offset_shape_and_strides(view):
     assert outline(saved(view)) == outline(view)
 
 
@@ -105,21 +105,21 @@ class Subclass(torch.Tensor):
     pass
 
 
-def test_attributes_and_subclasses_do_not_hide_a_tensor():
+def test_unpickler_reads_tensors_with_attributes_or_subclass():
     marked, parameter = torch.zeros(2), torch.nn.Parameter(torch.zeros(3))
     marked.owner = parameter.owner = "someone"
     value = {"a": marked, "p": parameter, "s": torch.zeros(4).as_subclass(Subclass)}
     assert outline(saved(value)) == outline(value)
 
 
-def test_ties_share_a_storage_and_equal_tensors_do_not():
+def test_unpickler_keeps_ties():
     weight = torch.zeros(4)
     tree = saved({"a": weight, "b": weight[1:], "c": torch.zeros(4)})
     assert tree["a"].storage == tree["b"].storage
     assert tree["a"].storage.key != tree["c"].storage.key
 
 
-def test_a_module_s_state_dict_comes_through_with_its_order():
+def test_unpickler_keeps_order_of_state_dict():
     module = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
     state = module.state_dict()
     assert hasattr(state, "_metadata")
@@ -144,7 +144,7 @@ NOT_PLAIN = {  # half of these are beta or deprecated in torch, which it warns o
 
 @pytest.mark.parametrize("why", NOT_PLAIN)
 @pytest.mark.filterwarnings("ignore")
-def test_a_tensor_without_plain_bytes_is_refused_with_the_reason(why):
+def test_unpickler_refuses_tensor_without_plain_bytes(why):
     tree = saved({"weight": NOT_PLAIN[why](), "other": torch.zeros(2)})
     assert isinstance(tree["weight"], Refused)
     assert why.strip() in tree["weight"].why
@@ -168,7 +168,7 @@ class Mode(enum.Enum):
 
 
 @pytest.mark.parametrize("protocol", range(2, 6))
-def test_foreign_objects_become_placeholders_that_hold_their_state(protocol):
+def test_unpickler_turns_foreign_objects_into_opaque(protocol):
     value = {
         "args": argparse.Namespace(lr=0.1, layers=[1, 2], out=pathlib.PurePosixPath("runs/a")),
         "config": Config(3, "wide"),
@@ -198,7 +198,7 @@ NUMBERS = [np.float64(1.5), np.float32(0.25), np.float16(2.5), np.int64(-7), np.
 
 @pytest.mark.parametrize("protocol", [2, 5])
 @pytest.mark.parametrize("number", NUMBERS, ids=lambda n: f"{n.dtype}")
-def test_numpy_scalars_are_numbers(number, protocol):
+def test_unpickler_reads_numpy_scalars(number, protocol):
     found = unpickler.loads(pickle.dumps(number, protocol))
     assert found == number.item()
     assert type(found) is type(number.item())
@@ -211,7 +211,7 @@ class BigEndian:
         return np.float64().__reduce__()[0], (np.dtype(">f8"), struct.pack(">d", 1.5))
 
 
-def test_a_number_of_the_other_byte_order_is_read():
+def test_unpickler_reads_big_endian_numbers():
     data = pickle.dumps(BigEndian())
     assert pickle.loads(data) == unpickler.loads(data) == 1.5
 
@@ -235,7 +235,7 @@ HONEST = {
 
 @pytest.mark.parametrize("protocol", [2, 3, 5])
 @pytest.mark.parametrize("value", [pytest.param(v, id=k) for k, v in HONEST.items()])
-def test_large_honest_objects_are_no_bombs(value, protocol):
+def test_unpickler_accepts_large_honest_objects(value, protocol):
     assert unpickler.loads(pickle.dumps({"it": value, "step": 3}, protocol))["step"] == 3
 
 
@@ -273,11 +273,11 @@ def typed(value):
 
 @settings(max_examples=120, deadline=None)
 @given(plain, st.sampled_from(PROTOCOLS))
-def test_plain_data_round_trips(value, protocol):
+def test_unpickler_round_trips_plain_data(value, protocol):
     assert typed(unpickler.loads(pickle.dumps(value, protocol))) == typed(value)
 
 
-def test_shared_and_cyclic_structure_is_kept():
+def test_unpickler_keeps_shared_and_cyclic_structure():
     shared: list = [1]
     shared.append(shared)
     found = unpickler.loads(pickle.dumps({"a": shared, "b": shared}))
@@ -294,7 +294,7 @@ REPEATS = {
 
 
 @pytest.mark.parametrize("part", REPEATS.values(), ids=REPEATS)
-def test_what_takes_memory_is_counted(part, monkeypatch):
+def test_unpickler_limits_containers(part, monkeypatch):
     monkeypatch.setattr(machine, "_MOST_CONTAINERS", 100)
     few, many = (MARK + part * n + TUPLE + STOP for n in (30, 101))
     assert len(unpickler.loads(few)) == 30
@@ -343,7 +343,7 @@ def hostile(canary: str) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("way", hostile(""))
-def test_a_hostile_pickle_does_nothing(way, tmp_path):
+def test_unpickler_runs_nothing_of_hostile_pickle(way, tmp_path):
     canary = tmp_path / "canary"
     data = hostile(str(canary))[way] + STOP
     with contextlib.suppress(Exception):  # some of them fail once they have done their work
@@ -355,12 +355,12 @@ def test_a_hostile_pickle_does_nothing(way, tmp_path):
     assert not canary.exists()
 
 
-def test_a_call_is_recorded_by_name_and_arguments():
+def test_unpickler_records_calls():
     found = unpickler.loads(glob("os", "system") + text("true") + TUPLE1 + REDUCE + STOP)
     assert (found.type, found.args) == (Global("os", "system"), ("true",))
 
 
-def test_nothing_is_imported(tmp_path, monkeypatch):
+def test_unpickler_imports_nothing(tmp_path, monkeypatch):
     (tmp_path / "trapdoor.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(tmp_path)
     found = unpickler.loads(glob("trapdoor", "x") + EMPTY_TUPLE + NEWOBJ + STOP)
@@ -398,7 +398,7 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("data", MALFORMED.values(), ids=MALFORMED)
-def test_a_malformed_pickle_is_refused(data):
+def test_unpickler_refuses_malformed_pickle(data):
     with pytest.raises(MalformedPickle):
         unpickler.loads(data)
 
@@ -426,7 +426,7 @@ IMPOSSIBLE_TENSORS = {
 
 
 @pytest.mark.parametrize("data", IMPOSSIBLE_TENSORS.values(), ids=IMPOSSIBLE_TENSORS)
-def test_a_tensor_that_cannot_be_is_refused(data):
+def test_unpickler_refuses_impossible_tensor(data):
     with pytest.raises(MalformedPickle):
         unpickler.loads(data + STOP)
 
@@ -435,7 +435,7 @@ def test_a_tensor_that_cannot_be_is_refused(data):
     "data",
     [tensor(), tensor(kind="UntypedStorage", numel=16, dtype="float32"), tensor(dtype="float32")],
 )
-def test_the_same_tensor_within_its_storage_is_read(data):
+def test_unpickler_reads_tensor_within_storage(data):
     found = unpickler.loads(data + STOP)
     assert (found.shape, found.stride, found.dtype.name) == ((4,), (1,), "float32")
 
@@ -463,6 +463,6 @@ def mutated(draw):
 
 @settings(max_examples=500, deadline=None)
 @given(st.binary(max_size=60) | mutated() | st.lists(OPCODES, max_size=30).map(b"".join))
-def test_no_bytes_raise_anything_but_malformed_pickle(data):
+def test_unpickler_raises_only_malformed_pickle(data):
     with contextlib.suppress(MalformedPickle):
         unpickler.loads(data)
