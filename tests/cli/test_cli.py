@@ -64,7 +64,9 @@ def test_average_writes_the_mean_and_shows_the_plan(home: Path) -> None:
         (["--from", 2, "--every", 2, "--last", 1], [4]),
     ],
 )
-def test_selection_flags(home: Path, flags: list[object], kept: list[int]) -> None:
+def test_selection_flags_choose_checkpoints(
+    home: Path, flags: list[object], kept: list[int]
+) -> None:
     result = ckptavg("average", "run", "--dry-run", "--json", *flags)
     assert result.exit_code == 0, result.output
     assert [c["step"] for c in json.loads(result.stdout)["checkpoints"]] == kept
@@ -98,7 +100,7 @@ def test_dry_run_writes_nothing(home: Path) -> None:
     assert sorted(home.rglob("*")) == before
 
 
-def test_json_is_all_there_is_on_stdout(home: Path) -> None:
+def test_json_is_alone_on_stdout(home: Path) -> None:
     result = ckptavg("average", "run", "-o", "out.pt", "--json")
     made = json.loads(result.stdout)
     assert made["output"] == "out.pt"
@@ -122,7 +124,7 @@ def test_quiet_leaves_the_result_on_stdout(home: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["--model", "--train-data"])
-def test_what_cannot_be_made_is_told_before_any_plan(home: Path, what: str) -> None:
+def test_average_reports_broken_factories_before_the_plan(home: Path, what: str) -> None:
     flags = {"--model": "net.py:model", "--train-data": "net.py:data"} | {what: "net.py:nothing"}
     result = ckptavg("average", "run", "-o", "out.pt", *[x for pair in flags.items() for x in pair])
     assert result.exit_code == 1
@@ -130,7 +132,7 @@ def test_what_cannot_be_made_is_told_before_any_plan(home: Path, what: str) -> N
     assert "nothing" in one_line_error(result)
 
 
-def test_average_with_a_model_writes_recomputed_statistics(home: Path) -> None:
+def test_average_with_model_recomputes_statistics(home: Path) -> None:
     flags = ["--model", "net.py:model", "--train-data", "net.py:data"]
     result = ckptavg("average", "run", "-o", "out.pt", *flags)
     assert result.exit_code == 0, result.output
@@ -142,7 +144,7 @@ def test_average_with_a_model_writes_recomputed_statistics(home: Path) -> None:
     torch.testing.assert_close(out["2.running_var"], hidden.var(0).float())
 
 
-def test_update_bn_changes_only_the_statistics(home: Path) -> None:
+def test_update_bn_changes_only_statistics(home: Path) -> None:
     flags = ["--model", "net.py:model", "--train-data", "net.py:data", "-o", "out.pt"]
     result = ckptavg("update-bn", "run/epoch_4.pt", *flags)
     assert result.exit_code == 0, result.output
@@ -155,7 +157,7 @@ EVAL = ["--model", "net.py:model", "--data", "net.py:data", "--data-arg", "seed=
 TRAIN = ["--train-data", "net.py:data"]
 
 
-def test_eval_sets_the_candidates_side_by_side(home: Path) -> None:
+def test_eval_compares_all_candidates(home: Path) -> None:
     flags = [*EVAL, *TRAIN, "--each", "--compare", "fge", "--json"]
     result = ckptavg("eval", "run/epoch_1.pt", "--run", "run", *flags)
     assert result.exit_code == 0, result.output
@@ -174,7 +176,7 @@ def test_eval_sets_the_candidates_side_by_side(home: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".json", ".csv"])
-def test_eval_results_file(home: Path, suffix: str) -> None:
+def test_eval_writes_results_file(home: Path, suffix: str) -> None:
     result = ckptavg("eval", "--run", "run", *EVAL, "--results", f"r{suffix}")
     assert result.exit_code == 0, result.output
     text = (home / f"r{suffix}").read_text()
@@ -185,7 +187,7 @@ def test_eval_results_file(home: Path, suffix: str) -> None:
         assert text.startswith("name,kind,checkpoints,coefficients,bn,forwards,top1")
 
 
-def test_fail_if_worse(home: Path) -> None:
+def test_fail_if_worse_exits_with_3(home: Path) -> None:
     (home / "labels.py").write_text(LABELS_OF_THE_LAST)
     flags = ["--model", "net.py:model", "--data", "labels.py:fitted", "--fail-if-worse"]
     result = ckptavg("eval", "--run", "run", *flags)
@@ -194,7 +196,7 @@ def test_fail_if_worse(home: Path) -> None:
     assert ckptavg("eval", "--run", "run", "--last", 1, *flags).exit_code == 0
 
 
-def test_inspect_a_run(home: Path) -> None:
+def test_inspect_lists_a_run(home: Path) -> None:
     torch.save({"state": {}, "param_groups": []}, home / "run" / "optimizer.pt")
     os.link(home / "run" / "epoch_4.pt", home / "run" / "last.pt")
     result = ckptavg("inspect", "run")
@@ -206,7 +208,7 @@ def test_inspect_a_run(home: Path) -> None:
     assert {Path(x["path"]).name for x in listed["left_out"]} == {"optimizer.pt", "last.pt"}
 
 
-def test_inspect_a_checkpoint_and_how_it_was_made(home: Path) -> None:
+def test_inspect_shows_how_a_checkpoint_was_made(home: Path) -> None:
     ckptavg("average", "run", "-o", "out.pt", "--scheme", "ema:decay=0.9")
     result = ckptavg("inspect", "out.pt")
     assert result.exit_code == 0, result.output
@@ -235,7 +237,7 @@ def test_inspect_a_checkpoint_and_how_it_was_made(home: Path) -> None:
         (["eval", "--run", "run", *EVAL, "--device", "cuda:99"], ["cuda:99", "not available"]),
     ],
 )
-def test_mistakes_get_one_line_with_a_remedy(home: Path, args: list[str], words: list[str]) -> None:
+def test_errors_are_one_line_with_a_remedy(home: Path, args: list[str], words: list[str]) -> None:
     (home / "empty").mkdir()
     line = one_line_error(ckptavg(*args))
     for word in words:
@@ -270,7 +272,7 @@ BREAKAGES = {
 
 
 @pytest.mark.parametrize(("damage", "words"), BREAKAGES.values(), ids=BREAKAGES)
-def test_what_cannot_be_averaged_leaves_no_output(
+def test_average_refuses_damaged_runs_without_output(
     home: Path, damage: Callable[[Path], None], words: str
 ) -> None:
     damage(home / "run")
@@ -281,15 +283,13 @@ def test_what_cannot_be_averaged_leaves_no_output(
     assert sorted(home.rglob("*")) == before
 
 
-def test_too_little_room_is_known_before_the_work(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_average_checks_free_space_first(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))  # type: ignore[attr-defined]
     assert "where 0 B are free" in one_line_error(ckptavg("average", "run", "-o", "o.pt"))
     assert not list(home.glob("*o.pt*"))
 
 
-def test_weights_in_another_order_than_the_runs_get_a_note(home: Path) -> None:
+def test_weights_in_another_order_than_the_run_are_noted(home: Path) -> None:
     paths = ["run/epoch_3.pt", "run/epoch_1.pt"]
     result = ckptavg("average", *paths, "--weights", "3,1", "--dry-run")
     assert "in the run's order, not in the order given" in result.stderr
@@ -317,11 +317,11 @@ def test_weights_in_another_order_than_the_runs_get_a_note(home: Path) -> None:
         ["eval", "--run", "run", "--model", "net", "--data", "net.py:data"],
     ],
 )  # fmt: skip
-def test_wrong_usage_is_exit_2(home: Path, args: list[str]) -> None:
+def test_usage_errors_exit_with_2(home: Path, args: list[str]) -> None:
     one_line_error(ckptavg(*args), code=2)
 
 
-def test_an_existing_output_is_kept_without_overwrite(home: Path) -> None:
+def test_output_is_kept_without_overwrite(home: Path) -> None:
     (home / "o.pt").write_text("precious")
     assert "--overwrite" in one_line_error(ckptavg("average", "run", "-o", "o.pt"))
     assert (home / "o.pt").read_text() == "precious"
@@ -329,7 +329,7 @@ def test_an_existing_output_is_kept_without_overwrite(home: Path) -> None:
     assert weights(home / "o.pt")
 
 
-def test_one_selected_checkpoint_is_a_note(home: Path) -> None:
+def test_average_of_one_checkpoint_is_noted(home: Path) -> None:
     result = ckptavg("average", "run", "--last", 1, "-o", "o.pt")
     assert result.exit_code == 0
     assert "note: one checkpoint is selected" in result.stderr
@@ -348,7 +348,7 @@ def run_python(*args: str, cwd: Path | None = None) -> subprocess.CompletedProce
 
 
 @pytest.mark.parametrize("args", [["--help"], ["average", "-h"], ["inspect", "run"], ["--version"]])
-def test_what_needs_no_torch_does_not_import_it(home: Path, args: list[str]) -> None:
+def test_help_and_inspect_do_not_import_torch(home: Path, args: list[str]) -> None:
     done = run_python("-X", "importtime", "-m", "ckptavg", *args, cwd=home)
     assert done.returncode == 0, done.stderr
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
@@ -356,12 +356,12 @@ def test_what_needs_no_torch_does_not_import_it(home: Path, args: list[str]) -> 
     assert "torch" not in imported
 
 
-def test_importing_the_package_does_not_import_torch() -> None:
+def test_package_import_does_not_import_torch() -> None:
     code = "import sys, ckptavg; dir(ckptavg); assert 'torch' not in sys.modules"
     assert run_python("-c", code).returncode == 0
 
 
-def test_every_public_name_is_there() -> None:
+def test_package_has_all_public_names() -> None:
     import ckptavg as package
 
     for name in package.__all__:
@@ -370,7 +370,7 @@ def test_every_public_name_is_there() -> None:
         package.nonsense  # noqa: B018
 
 
-def test_the_first_screen_of_the_help_is_enough_to_use_it() -> None:
+def test_help_has_the_essentials_on_its_first_screen() -> None:
     first_screen = "\n".join(ckptavg("average", "--help").stdout.splitlines()[:24])
     for text in ("PATH", "-o, --out", ".safetensors", "--dry-run", "ckptavg average runs/swa -o"):
         assert text in first_screen
@@ -407,7 +407,7 @@ def _data(home: Path) -> torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tens
     return scope["data"]()  # type: ignore[operator]
 
 
-def test_json_is_strict_where_a_metric_is_not_finite(home: Path) -> None:
+def test_json_is_strict_for_metrics_not_finite(home: Path) -> None:
     saved = torch.load(home / "run" / "epoch_1.pt")
     torch.save(saved | {"val_acc": float("nan")}, home / "run" / "epoch_1.pt")
 
@@ -419,7 +419,7 @@ def test_json_is_strict_where_a_metric_is_not_finite(home: Path) -> None:
 
 
 @pytest.mark.parametrize("command", [[], ["average"], ["eval"], ["update-bn"], ["inspect"]])
-def test_the_examples_in_the_help_keep_their_lines(command: list[str]) -> None:
+def test_help_keeps_lines_of_its_examples(command: list[str]) -> None:
     text = ckptavg(*command, "-h").stdout
     assert "\\b" not in text
     assert "\b" not in text
@@ -427,27 +427,27 @@ def test_the_examples_in_the_help_keep_their_lines(command: list[str]) -> None:
         assert any(line.startswith("    ckptavg ") for line in text.splitlines())
 
 
-def test_damaged_accounts_do_not_stop_inspect(home: Path) -> None:
+def test_inspect_ignores_damaged_records(home: Path) -> None:
     saved = torch.load(home / "run" / "epoch_1.pt")
     torch.save(saved | {"ckptavg": '{"checkpoints": 5}'}, home / "odd.pt")
     assert ckptavg("inspect", "odd.pt").exit_code == 0
 
 
 @pytest.mark.parametrize("flags", [["--last", "2"], ["--scheme", "linear"]])
-def test_flags_of_a_run_need_one(home: Path, flags: list[str]) -> None:
+def test_selection_flags_need_a_run(home: Path, flags: list[str]) -> None:
     line = one_line_error(ckptavg("eval", "run/epoch_1.pt", *EVAL, *flags), code=2)
     assert f"{flags[0]} needs --run" in line
 
 
 @pytest.mark.parametrize("flags", [[], ["--metric", "val_acc"], ["--mode", "max"]])
-def test_the_best_by_the_only_metric_need_no_more_words(home: Path, flags: list[str]) -> None:
+def test_best_needs_no_metric_where_there_is_one(home: Path, flags: list[str]) -> None:
     result = ckptavg("average", "run", "-o", "o.pt", "--best", "2", *flags, "--json")
     made = json.loads(result.stdout)["checkpoints"]
     assert [Path(c["path"]).name for c in made] == ["epoch_1.pt", "epoch_2.pt"]
     assert "the best 2 are those with the highest val_acc" in result.stderr
 
 
-def test_the_best_of_several_metrics_ask_for_one(home: Path) -> None:
+def test_best_asks_for_one_of_several_metrics(home: Path) -> None:
     for epoch in range(1, 5):
         path = home / "run" / f"epoch_{epoch}.pt"
         torch.save(torch.load(path) | {"val_loss": 1 / epoch, "sharpness": 0.1 * epoch}, path)
@@ -459,7 +459,7 @@ def test_the_best_of_several_metrics_ask_for_one(home: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["average", "eval", "update-bn", "inspect"])
-def test_help_shows_at_most_a_screen_of_options_and_the_full_help_all(command: str) -> None:
+def test_help_shows_few_options_and_full_help_all(command: str) -> None:
     short, full = (ckptavg(command, flag).stdout for flag in ("--help", "--help-all"))
     options = main.commands[command].params
     names = [o.opts[-1] for o in options if isinstance(o, click.Option) and not o.hidden]
@@ -470,7 +470,7 @@ def test_help_shows_at_most_a_screen_of_options_and_the_full_help_all(command: s
     assert f"{command} --help-all shows" in short.replace("\n", " ")
 
 
-def test_help_shows_its_examples_as_they_are_typed() -> None:
+def test_help_indents_continued_lines_of_examples() -> None:
     for command in ("average", "eval", "update-bn"):
         lines = ckptavg(command, "-h").stdout.splitlines()
         broken = [i for i, line in enumerate(lines) if line.endswith("\\")]
@@ -479,25 +479,25 @@ def test_help_shows_its_examples_as_they_are_typed() -> None:
 
 
 @pytest.mark.parametrize("command", ["average", "update-bn"])
-def test_standard_output_is_no_place_for_weights(home: Path, command: str) -> None:
+def test_output_refuses_standard_output(home: Path, command: str) -> None:
     options = ["--model", "net.py:model", "--train-data", "net.py:data"]
     line = one_line_error(ckptavg(command, "run", "-o", "-", *options), code=2)
     assert "expected a file or a directory but got '-'" in line
     assert not (home / "-").exists()
 
 
-def test_the_short_help_says_where_own_code_is_shown() -> None:
+def test_help_points_to_functions_of_your_own() -> None:
     for command in ("average", "eval", "update-bn"):
         assert "functions of your own" in ckptavg(command, "-h").stdout.replace("\n", " ")
     assert "functions of your own" not in ckptavg("inspect", "-h").stdout
 
 
-def test_the_full_help_shows_how_own_code_looks() -> None:
+def test_help_all_shows_functions_of_your_own() -> None:
     full = ckptavg("eval", "--help-all").stdout
     for text in ("def model(", "def data(", "--model-arg width=128", "--train-data-arg train=true"):
         assert text in full
 
 
-def test_the_list_of_commands_has_their_summaries_in_full() -> None:
+def test_help_lists_commands_with_full_summaries() -> None:
     listed = ckptavg("--help").stdout.partition("Commands:")[2]
     assert "..." not in listed

@@ -61,7 +61,7 @@ OPTIONS = ("--run", "run", *TRAIN, "--each", "--compare", "fge", "--last", 2, "-
 @pytest.mark.parametrize(
     "keys", [["state_dict", "state_dict_ema"], ["state_dict_ema", "swa.model", "state_dict"]]
 )
-def test_each_key_has_the_candidates_that_it_has_alone(home: Path, keys: list[str]) -> None:
+def test_key_options_give_candidates_of_each_alone(home: Path, keys: list[str]) -> None:
     args = ("run/epoch_1.pt", *OPTIONS)
     together = scores(*args, *(part for key in keys for part in ("--key", key)))
     alone: dict[tuple[str, str], dict[str, float]] = {}
@@ -75,31 +75,31 @@ def test_each_key_has_the_candidates_that_it_has_alone(home: Path, keys: list[st
     assert len({metrics["nll"] for metrics in together.values()}) == len(together)
 
 
-def test_the_last_checkpoint_of_the_first_key_is_the_reference(home: Path) -> None:
+def test_key_options_compare_with_last_of_first_key(home: Path) -> None:
     result = ckptavg("--run", "run", "--key", "state_dict", "--key", "state_dict_ema")
     assert result.exit_code == 0, result.output
     assert "Δ: less epoch_3.pt (last) [state_dict] on the same samples" in result.stdout
 
 
-def test_a_key_that_is_given_once_or_twice_alike_names_nothing(home: Path) -> None:
+def test_key_option_repeated_leaves_names_plain(home: Path) -> None:
     once = ckptavg("--run", "run", "--key", "state_dict")
     assert once.stdout == ckptavg("--run", "run", *("--key", "state_dict") * 2).stdout
     assert "[state_dict]" not in once.stdout
 
 
-def test_notes_on_several_entries_come_once(home: Path) -> None:
+def test_key_options_give_each_note_once(home: Path) -> None:
     result = ckptavg("--run", "run", "--key", "state_dict", "--key", "state_dict_ema")
     notes = [line for line in result.stderr.splitlines() if line.startswith("note: ")]
     assert notes
     assert len({*notes}) == len(notes)
 
 
-def test_an_entry_that_is_not_there_is_an_error_that_names_the_entries(home: Path) -> None:
+def test_key_option_unknown_names_the_entries(home: Path) -> None:
     result = ckptavg("run/epoch_1.pt", "--key", "state_dict", "--key", "ema")
     assert "state_dict_ema" in errors(result, 1)
 
 
-def test_results_of_several_keys_are_kept_and_resumed(home: Path) -> None:
+def test_key_options_resume_results(home: Path) -> None:
     keys = ("--key", "state_dict", "--key", "state_dict_ema", "--results", "r.json")
     first = ckptavg("--run", "run", *keys)
     again = ckptavg("--run", "run", *keys, "--resume")
@@ -107,14 +107,14 @@ def test_results_of_several_keys_are_kept_and_resumed(home: Path) -> None:
     assert "4 of 4 candidates" in again.stderr
 
 
-def test_stale_averages_are_left_out_where_recomputed_ones_stand(home: Path) -> None:
+def test_no_stale_omits_averages_that_are_recomputed(home: Path) -> None:
     whole = scores(*OPTIONS)
     assert [bn for _, bn in whole].count("stale") == 2
     shown = scores(*OPTIONS, "--no-stale")
     assert shown == {key: metrics for key, metrics in whole.items() if key[1] != "stale"}
 
 
-def test_without_batchnorm_an_average_is_never_left_out(home: Path) -> None:
+def test_no_stale_keeps_averages_without_batchnorm(home: Path) -> None:
     net = FACTORIES.replace("nn.BatchNorm1d(4)", "nn.ReLU()")
     (home / "net.py").write_text(net)
     for epoch in range(1, 4):
@@ -124,6 +124,6 @@ def test_without_batchnorm_an_average_is_never_left_out(home: Path) -> None:
     assert list(names) == [("epoch_3.pt (last)", "none"), ("average of 3 (uniform)", "none")]
 
 
-def test_no_stale_needs_what_statistics_are_recomputed_from(home: Path) -> None:
+def test_no_stale_needs_training_data(home: Path) -> None:
     assert "--train-data" in errors(ckptavg("--run", "run", "--no-stale"), 2)
     assert "--train-data" in errors(ckptavg("run/epoch_1.pt", "--no-stale"), 2)

@@ -29,7 +29,7 @@ def verified(path, *flags, code=0):
     return [(f["part"], f["state"]) for f in json.loads(result.stdout)["verified"]]
 
 
-def test_digests_are_recorded_shown_and_verified(run):
+def test_hash_records_digests_that_verify_checks(run):
     result = ckptavg("average", "run", "-o", "o.pt", "--hash", "--json")
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)
@@ -46,7 +46,7 @@ def test_digests_are_recorded_shown_and_verified(run):
         assert f"digest of its weights: {recorded['digest']}" in shown
 
 
-def test_without_hash_nothing_is_recorded(run):
+def test_verify_needs_an_output_with_hash(run):
     ckptavg("average", "run", "-o", "o.safetensors")
     made = open_checkpoint(run.parent / "o.safetensors").provenance.entries
     assert set(made) == {"version", "scheme", "checkpoints", "bn"}
@@ -55,7 +55,7 @@ def test_without_hash_nothing_is_recorded(run):
     assert "average --hash" in line
 
 
-def test_a_changed_input_is_an_error_that_names_it(run):
+def test_verify_names_a_changed_input(run):
     ckptavg("average", "run", "-o", "o.safetensors", "--hash")
     weight = open_checkpoint(run / "epoch_2.pt").tensors["body.weight"]
     flip(run / "epoch_2.pt", weight.pieces[0].offset)
@@ -68,7 +68,7 @@ def test_a_changed_input_is_an_error_that_names_it(run):
     ]  # fmt: skip
 
 
-def test_a_changed_output_is_an_error(run):
+def test_verify_names_a_changed_output(run):
     ckptavg("average", "run", "-o", "o.safetensors", "--hash")
     path = run.parent / "o.safetensors"
     flip(path, path.stat().st_size - 1)
@@ -76,7 +76,7 @@ def test_a_changed_output_is_an_error(run):
     assert "weights o.safetensors (changed)" in one_line_error(result)
 
 
-def test_an_input_that_is_gone_is_shown_and_no_error(run):
+def test_verify_shows_a_missing_input_without_error(run):
     ckptavg("average", "run", "-o", "o.safetensors", "--hash")
     (run / "epoch_1.pt").unlink()
     assert ("input", "not there") in verified("o.safetensors")
@@ -84,7 +84,7 @@ def test_an_input_that_is_gone_is_shown_and_no_error(run):
     assert result.stdout.endswith("\n4 same, 1 not there\n")
 
 
-def test_a_run_is_verified_by_checksums_and_the_averages_in_it_by_digests(run):
+def test_verify_checks_a_run_and_averages_in_it(run):
     ckptavg("average", "run", "-o", "run/swa.pt", "--hash", "--last", 2)
     assert verified("run") == [
         *[("archive", "same")] * 4, ("record", "same"), ("weights", "same"),
@@ -96,7 +96,7 @@ def test_a_run_is_verified_by_checksums_and_the_averages_in_it_by_digests(run):
     assert "archive run/epoch_1.pt (changed)" in line
 
 
-def test_what_has_no_record_is_said_beside_what_has(run):
+def test_verify_shows_files_without_a_record(run):
     ckptavg("average", "run", "-o", "run/a.safetensors", "--hash", "--last", 1)
     for path in run.glob("*.pt"):
         state = torch.load(path)["state_dict"]
@@ -108,7 +108,7 @@ def test_what_has_no_record_is_said_beside_what_has(run):
     ]  # fmt: skip
 
 
-def test_every_further_average_has_its_digests(run):
+def test_hash_records_digests_of_further_averages(run):
     result = ckptavg(
         "average", "run", "-o", "all.pt", "--also", "two=uniform@last=2", "--hash", "--json"
     )
@@ -118,7 +118,7 @@ def test_every_further_average_has_its_digests(run):
         assert {state for _, state in verified(path)} == {"same"}
 
 
-def test_recomputed_statistics_are_in_the_digest(home):
+def test_hash_covers_recomputed_statistics(home):
     result = ckptavg(
         "average", "run", "-o", "o.pt", "--hash",
         "--model", "net.py:model", "--train-data", "net.py:data", "--json",
@@ -130,13 +130,13 @@ def test_recomputed_statistics_are_in_the_digest(home):
     assert {state for _, state in verified("o.pt")} == {"same"}
 
 
-def test_the_weights_key_is_passed_on(run):
+def test_verify_takes_the_key(run):
     for i in (1, 2, 3):
         torch.save({"odd": randoms(i)}, run / f"epoch_{i}.pt")
     ckptavg("average", "run", "--key", "odd", "-o", "o.ckpt", "--hash")
     assert {state for _, state in verified("o.ckpt", "--key", "odd")} == {"same"}
 
 
-def test_help_names_both(run):
+def test_help_names_hash_and_verify(run):
     assert "--hash" in CliRunner().invoke(main, ["average", "--help-all"]).output
     assert "--verify" in CliRunner().invoke(main, ["inspect", "-h"]).output

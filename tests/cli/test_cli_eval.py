@@ -215,7 +215,7 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, passes: int) -> None:
 
 @pytest.mark.usefixtures("one_a_pass")
 @pytest.mark.parametrize("passes", [1, 2, 5])
-def test_an_interrupted_evaluation_goes_on_to_the_same_end(
+def test_resume_completes_an_interrupted_evaluation(
     home: Path, monkeypatch: pytest.MonkeyPatch, scored: list[str], passes: int
 ) -> None:
     whole = ckptavg(*ALL, "--results", "whole.json")
@@ -239,7 +239,9 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_end(
     assert [name for name in listing(home) if "tmp" in name] == []
 
 
-def test_what_is_all_there_builds_no_model(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_of_complete_results_builds_no_model(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = ckptavg(*ALL, "--results", "r.json", "--fail-if-worse")
     monkeypatch.setattr(sources, "make_model", None)
     monkeypatch.setattr(sources, "make_data", None)
@@ -248,7 +250,7 @@ def test_what_is_all_there_builds_no_model(home: Path, monkeypatch: pytest.Monke
     assert "7 of 7 candidates are in r.json" in again.stderr
 
 
-def test_a_checkpoint_that_stands_there_twice_is_held_twice(home: Path) -> None:
+def test_resume_keeps_repeated_candidates_of_a_run(home: Path) -> None:
     twice = (*ALL, "run/epoch_4.pt", "run/epoch_3.pt")
     whole = ckptavg(*twice, "--results", "r.json")
     again = ckptavg(*twice, "--results", "r.json", "--resume")
@@ -267,7 +269,7 @@ def test_a_checkpoint_that_stands_there_twice_is_held_twice(home: Path) -> None:
     ],
     ids=["same", "other argument", "other function", "splits", "same arguments"],
 )
-def test_scores_on_the_training_data_are_warned_of(
+def test_eval_warns_of_scores_on_training_data(
     home: Path, data: list[str], training: list[str], is_told: bool
 ) -> None:
     flags = ["--data", data[0], *(f"--data-arg={pair}" for pair in data[1:])]
@@ -298,7 +300,7 @@ EVERY = [f"epoch_{i}.pt" for i in (1, 2, 3)] + ["epoch_4.pt (last)", *AVERAGES, 
                          "FGE ensemble of 3"]),
     ],
 )  # fmt: skip
-def test_only_what_the_options_change_is_scored_again(
+def test_resume_scores_only_candidates_that_options_change(
     home: Path, scored: list[str], flags: list[object], again: list[str]
 ) -> None:
     found(*ALL, "--results", "r.json")
@@ -309,7 +311,7 @@ def test_only_what_the_options_change_is_scored_again(
     assert resumed == found(*ALL, *flags)
 
 
-def test_a_changed_checkpoint_is_scored_again(home: Path, scored: list[str]) -> None:
+def test_resume_scores_a_changed_checkpoint(home: Path, scored: list[str]) -> None:
     paths = [f"run/epoch_{i}.pt" for i in (1, 2, 3)]
     command = ["eval", *paths, *MODEL, *DATA, "--results", "r.json"]
     found(*command)
@@ -329,7 +331,7 @@ def test_a_changed_checkpoint_is_scored_again(home: Path, scored: list[str]) -> 
     assert scored == paths
 
 
-def test_a_changed_base_is_scored_again(home: Path, scored: list[str]) -> None:
+def test_resume_scores_averages_of_a_changed_base(home: Path, scored: list[str]) -> None:
     command = [
         "eval",
         "--run",
@@ -352,7 +354,7 @@ def test_a_changed_base_is_scored_again(home: Path, scored: list[str]) -> None:
 @pytest.mark.parametrize(
     ("changed", "again"), [("net.py", 3), ("own.py", 3), ("how.py", 3), ("train.py", 0)]
 )
-def test_what_a_changed_file_of_python_gives_is_scored_again(
+def test_resume_notices_changed_python_files(
     home: Path, scored: list[str], changed: str, again: int
 ) -> None:
     paths = [f"run/epoch_{i}.pt" for i in (1, 2, 3)]
@@ -367,7 +369,7 @@ def test_what_a_changed_file_of_python_gives_is_scored_again(
     assert len(scored) == again
 
 
-def test_another_reference_is_another_comparison(home: Path, scored: list[str]) -> None:
+def test_resume_compares_with_another_reference(home: Path, scored: list[str]) -> None:
     paths = [f"run/epoch_{i}.pt" for i in (1, 2, 3)]
     found("eval", *paths, *MODEL, *DATA, "--results", "r.json")
     scored.clear()
@@ -376,7 +378,7 @@ def test_another_reference_is_another_comparison(home: Path, scored: list[str]) 
     assert resumed == found("eval", *paths[1:], *MODEL, *DATA)
 
 
-def test_a_checkpoint_that_is_named_twice_stands_there_twice(home: Path) -> None:
+def test_eval_keeps_a_checkpoint_that_is_named_twice(home: Path) -> None:
     command = ["eval", "run/epoch_1.pt", "run/epoch_2.pt", "run/epoch_1.pt", "run/epoch_2.pt"]
     command += [*MODEL, *DATA, "--results", "r.json"]
     whole = found(*command)
@@ -392,7 +394,7 @@ def test_a_checkpoint_that_is_named_twice_stands_there_twice(home: Path) -> None
      '{"candidates": [{"key": "k"}]}', '{"candidates": [{"metrics": {}}]}', "\xff\xfe",
      '{"candidates": [{"key": "k", "bn": "own", "metrics": 3}]}'],
 )  # fmt: skip
-def test_a_file_of_something_else_is_left_as_it_was(home: Path, text: str) -> None:
+def test_resume_refuses_a_file_of_other_content(home: Path, text: str) -> None:
     Path("r.json").write_bytes(text.encode("latin-1"))
     line = error(ckptavg(*ALL, "--results", "r.json", "--resume"))
     assert "r.json cannot be resumed: it does not hold results of this command" in line
@@ -400,7 +402,7 @@ def test_a_file_of_something_else_is_left_as_it_was(home: Path, text: str) -> No
 
 
 @pytest.mark.parametrize("flags", [[], ["--resume"]])
-def test_scores_of_other_candidates_stay_in_the_file(home: Path, flags: list[str]) -> None:
+def test_results_file_keeps_other_candidates(home: Path, flags: list[str]) -> None:
     first = found("eval", "run/epoch_1.pt", *MODEL, *DATA, "--results", "r.json")
     again = ckptavg("eval", "run/epoch_2.pt", *MODEL, *DATA, "--results", "r.json", *flags)
     assert again.stderr.count("r.json goes on to hold results of others: 1") == 1
@@ -410,7 +412,7 @@ def test_scores_of_other_candidates_stay_in_the_file(home: Path, flags: list[str
 
 
 @pytest.mark.parametrize("name", ["r.json", "r.csv"])
-def test_a_file_of_something_else_stops_the_work_before_it_begins(
+def test_results_file_of_other_content_is_refused_first(
     home: Path, scored: list[str], name: str
 ) -> None:
     Path(name).write_text('{"lr": 0.1}')
@@ -424,9 +426,7 @@ def test_a_file_of_something_else_stops_the_work_before_it_begins(
     assert Path(f".{name}.tmp").read_text() == "mine"
 
 
-def test_scores_are_shown_where_they_cannot_be_kept(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_results_are_shown_on_a_full_disk(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
@@ -441,13 +441,13 @@ def test_scores_are_shown_where_they_cannot_be_kept(
 
 
 @pytest.mark.parametrize("flags", [[], ["--results", "r.csv"]])
-def test_going_on_needs_a_file_to_go_on_from(home: Path, flags: list[str]) -> None:
+def test_resume_needs_a_json_file(home: Path, flags: list[str]) -> None:
     assert "--resume goes on from the file of --results" in error(
         ckptavg(*ALL, *flags, "--resume"), 2
     )
 
 
-def test_figures_that_are_not_finite_are_not_kept(home: Path, scored: list[str]) -> None:
+def test_resume_scores_entries_with_missing_metrics(home: Path, scored: list[str]) -> None:
     paths = ["run/epoch_1.pt", "run/epoch_2.pt"]
     command = ["eval", *paths, *MODEL, *DATA, "--results", "r.json"]
     whole = ckptavg(*command).stdout
@@ -482,7 +482,7 @@ def segmented(seeds: list[int]) -> dict[str, float]:
     return {"miou": float(np.mean(shares)), "wrong": float((chosen != truth).mean()), "n": 7}
 
 
-def test_a_task_of_ones_own_has_its_columns_and_its_ensemble(home: Path) -> None:
+def test_task_of_user_has_its_columns_and_ensemble(home: Path) -> None:
     command = ["eval", "--run", "images", *PIXELS, "--task", "own.py:Segmentation", "-b", "3"]
     command += ["--each", "--compare", "fge"]
     results = found(*command)
@@ -498,7 +498,7 @@ def test_a_task_of_ones_own_has_its_columns_and_its_ensemble(home: Path) -> None
 
 
 @pytest.mark.parametrize("name", ["Segmentation", "Errors"])
-def test_its_first_metric_decides_whether_an_average_is_worse(home: Path, name: str) -> None:
+def test_fail_if_worse_follows_first_metric_of_task(home: Path, name: str) -> None:
     command = ["eval", "--run", "images", *PIXELS, "--task", f"own.py:{name}"]
     last, average = (c["metrics"] for c in found(*command))
     worse = {
@@ -508,7 +508,7 @@ def test_its_first_metric_decides_whether_an_average_is_worse(home: Path, name: 
     assert ckptavg(*command, "--fail-if-worse").exit_code == (3 if worse[name] else 0)
 
 
-def test_a_task_may_change_only_how_the_model_is_called(home: Path) -> None:
+def test_task_may_change_only_the_forward(home: Path) -> None:
     plain, turned = (
         found("eval", "run/epoch_1.pt", *MODEL, *DATA, *flags)[0]["metrics"]
         for flags in ([], ["--task", "own.py:Transposed"])
@@ -517,7 +517,7 @@ def test_a_task_may_change_only_how_the_model_is_called(home: Path) -> None:
     assert plain["nll"] != turned["nll"]
 
 
-def test_statistics_are_recomputed_by_the_tasks_way_to_call_the_model(home: Path) -> None:
+def test_task_forward_serves_update_bn(home: Path) -> None:
     for name, flags in [("plain", []), ("turned", ["--task", "own.py:Transposed"])]:
         command = ["update-bn", "run/epoch_1.pt", *MODEL, *TRAIN, *flags, "-o", f"{name}.pt"]
         assert ckptavg(*command).exit_code == 0
@@ -538,11 +538,11 @@ def test_statistics_are_recomputed_by_the_tasks_way_to_call_the_model(home: Path
         ("own.py:Forgetful", 1, "the scores of Forgetful lack dice"),
     ],
 )
-def test_what_is_no_task_is_said_in_a_line(home: Path, task: str, code: int, words: str) -> None:
+def test_task_option_refuses_other_objects(home: Path, task: str, code: int, words: str) -> None:
     assert words in error(ckptavg("eval", "--run", "images", *PIXELS, "--task", task), code)
 
 
-def test_an_average_without_a_figure_is_not_as_good(home: Path, scored: list[str]) -> None:
+def test_fail_if_worse_counts_nan_as_worse(home: Path, scored: list[str]) -> None:
     command = ["eval", "--run", "images", *PIXELS, "--task", "own.py:Undefined"]
     command += ["--results", "r.json", "--fail-if-worse"]
     whole = ckptavg(*command)
@@ -553,7 +553,7 @@ def test_an_average_without_a_figure_is_not_as_good(home: Path, scored: list[str
     assert len(scored) == 4
 
 
-def test_which_is_worse_cannot_be_said_by_any_metric(home: Path) -> None:
+def test_fail_if_worse_needs_a_ranked_metric(home: Path) -> None:
     flags = ["--task", "own.py:Unranked", "--fail-if-worse"]
     line = error(ckptavg("eval", "--run", "images", *PIXELS, *flags), 2)
     assert "miou does not" in line
@@ -562,7 +562,7 @@ def test_which_is_worse_cannot_be_said_by_any_metric(home: Path) -> None:
 # Further averages
 
 
-def test_further_averages_are_scored_as_their_files_would_be(home: Path) -> None:
+def test_also_option_scores_averages_as_their_files(home: Path) -> None:
     also = ["--also", "two=@last=2", "--also", "ema=ema:decay=0.5"]
     candidates = found("eval", "--run", "run", *also, *MODEL, *DATA, "--train-data", "net.py:data")
     for name in ("two", "ema"):
@@ -585,7 +585,7 @@ def test_further_averages_are_scored_as_their_files_would_be(home: Path) -> None
         (["--run", "run", "--also", "a=linear", "--also", "a=@last=2"], "called a"),
     ],
 )
-def test_further_averages_need_a_run_and_names(home: Path, args: list[str], words: str) -> None:
+def test_also_option_needs_a_run_and_unique_names(home: Path, args: list[str], words: str) -> None:
     assert words in error(ckptavg("eval", *args, *MODEL, *DATA), 2)
 
 
@@ -606,11 +606,11 @@ def recomputed(data: str, *flags: object) -> dict[str, Any]:
     [("data", "7", 7), ("labelled", "7:stratified", 7), ("data", "41", 40), ("data", "40", 40),
      ("batches", "11", 20), ("batches", "10", 10), ("batches", "999", 40)],
 )  # fmt: skip
-def test_so_many_samples_are_used(home: Path, data: str, wanted: str, samples: int) -> None:
+def test_bn_samples_limits_samples(home: Path, data: str, wanted: str, samples: int) -> None:
     assert recomputed(data, "--bn-samples", wanted)["samples"] == samples
 
 
-def test_the_subset_follows_the_seed(home: Path) -> None:
+def test_bn_samples_follow_the_seed(home: Path) -> None:
     means = []
     for flags in ([], [], ["--seed", 1]):
         recomputed("data", "--bn-samples", "7", *flags)
@@ -630,7 +630,7 @@ def test_the_subset_follows_the_seed(home: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("command", ["eval", "update-bn", "average"])
-def test_a_subset_that_cannot_be_drawn_is_said(
+def test_bn_samples_refuses_impossible_subsets(
     home: Path, command: str, data: str, wanted: str, words: str
 ) -> None:
     training = [*MODEL, "--train-data", f"net.py:{data}", f"--bn-samples={wanted}"]
@@ -668,7 +668,7 @@ def heed_interrupts() -> None:  # which a process started in the background does
      ["average", "run", *MODEL, "--train-data", "net.py:Slow", "-o", "o.pt"]],
     ids=["eval", "average"],
 )  # fmt: skip
-def test_ctrl_c_leaves_no_worker_and_says_one_line(home: Path, command: list[str]) -> None:
+def test_interrupt_leaves_no_worker_and_one_line(home: Path, command: list[str]) -> None:
     (home / "workers").mkdir()
     before = listing(home)
     line = [sys.executable, "-m", "ckptavg", *command, "--workers", "2", "-b", "20"]
@@ -692,6 +692,6 @@ def test_ctrl_c_leaves_no_worker_and_says_one_line(home: Path, command: list[str
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_data_that_fail_are_told_in_a_line(home: Path, workers: int) -> None:
+def test_data_errors_are_one_line(home: Path, workers: int) -> None:
     result = ckptavg("eval", "--run", "run", *MODEL, "--data", "net.py:Damaged", "-j", workers)
     assert error(result) == "Error: OSError: image 17 is damaged. --debug shows where."

@@ -126,7 +126,7 @@ def assert_right(path: str) -> None:
 )
 @pytest.mark.parametrize("command", [["update-bn", "run/epoch_1.pt"], ["average", "run"]])
 @pytest.mark.usefixtures("home")
-def test_statistics_are_recomputed_through_it(command: list[str], flags: list[str]) -> None:
+def test_forward_option_recomputes_statistics(command: list[str], flags: list[str]) -> None:
     """A task that only calls the model does as well: without scores it needs no metrics."""
     result = ckptavg(*command, *TRAIN, *flags, "-o", "out.pt")
     assert result.exit_code == 0, result.output
@@ -140,7 +140,7 @@ def scores(*flags: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.usefixtures("home")
-def test_candidates_are_scored_through_it() -> None:
+def test_forward_option_scores_candidates() -> None:
     found = scores("--forward", "scaled_images.py:call")
     seen, targets = samples()
     states = [torch.load(f"run/epoch_{i}.pt") for i in (1, 2, 3)]
@@ -154,7 +154,7 @@ def test_candidates_are_scored_through_it() -> None:
 
 
 @pytest.mark.usefixtures("home")
-def test_results_are_known_by_it() -> None:
+def test_forward_option_changes_keys_of_results() -> None:
     flags = ("--results", "r.json", "--resume")
     scores("--forward", "scaled_images.py:call", *flags)
     again = ckptavg("eval", "--run", "run", *EVAL, *flags, "--forward", "scaled_images.py:call")
@@ -175,7 +175,7 @@ def test_results_are_known_by_it() -> None:
 )
 @pytest.mark.parametrize("command", [["update-bn", "run/epoch_1.pt"], ["average", "run"], ["eval"]])
 @pytest.mark.usefixtures("home")
-def test_what_is_no_such_function_is_said_before_any_work(
+def test_forward_option_refuses_unsuitable_functions(
     command: list[str], spec: str, code: int, words: str
 ) -> None:
     flags = ["--run", "run", *EVAL] if command == ["eval"] else [*TRAIN, "-o", "out.pt"]
@@ -188,7 +188,7 @@ def test_what_is_no_such_function_is_said_before_any_work(
 
 @pytest.mark.usefixtures("home")
 @pytest.mark.parametrize("data", ["Noisy", "noisy_loader"])
-def test_three_equal_calls_find_the_same_under_augmentation(data: str) -> None:
+def test_eval_repeats_scores_under_augmentation(data: str) -> None:
     """Random changes of samples, from torch's, numpy's and Python's generators, are seeded."""
     flags = [*TRAIN[:4], "--data", f"scaled_images.py:{data}", "--train-data",
              f"scaled_images.py:{data}", "--forward", "scaled_images.py:call"]  # fmt: skip

@@ -29,7 +29,7 @@ def command(*arguments):
 
 
 @pytest.mark.parametrize("further", [(), ("--also", "ema=ema:decay=0.9", "--hash")])
-def test_it_is_that_of_the_selection_and_costs_no_second_read(home, monkeypatch, further):
+def test_geometry_of_average_needs_no_second_read(home, monkeypatch, further):
     read = counted_reads(monkeypatch)
     out = home / "swa.pt"
     result = command(home / "run", "--last", 4, "-o", out, "--geometry", "--json", *further)
@@ -46,7 +46,7 @@ def test_it_is_that_of_the_selection_and_costs_no_second_read(home, monkeypatch,
     assert out.read_bytes() == alone.read_bytes()
 
 
-def test_what_is_left_out_of_the_average_does_not_count(home):
+def test_geometry_ignores_excluded_tensors(home):
     made = [state | {"head": torch.full((2,), 1e6 * i)} for i, state in enumerate(states(5), 1)]
     save_states(home / "run", made)
     result = command(
@@ -55,7 +55,7 @@ def test_what_is_left_out_of_the_average_does_not_count(home):
     assert max(json.loads(result.stdout)["geometry"]["norms"]) < 100
 
 
-def test_each_training_begins_without_a_step(home):
+def test_geometry_has_no_step_between_trainings(home):
     save_states(home / "other", states(3, seed=1))
     result = command(home / "run", home / "other", "-o", home / "swa.pt", "--geometry")
     assert result.exit_code == 0, result.output
@@ -64,7 +64,7 @@ def test_each_training_begins_without_a_step(home):
     assert [row[2] == "–" for row in rows] == [True, *[False] * 4, True, *[False] * 2]
 
 
-def test_weights_that_are_not_finite_have_none_and_the_average_is_kept(home):
+def test_geometry_is_null_for_weights_not_finite(home):
     made = states(3)
     made[1]["w"][7] = float("inf")
     save_states(home / "bad", made)
@@ -88,7 +88,7 @@ def test_weights_that_are_not_finite_have_none_and_the_average_is_kept(home):
         ),
     ],
 )
-def test_where_there_is_none_it_is_a_usage_error(home, options, message):
+def test_geometry_refuses_other_options(home, options, message):
     before = listing(home)
     result = command(home / "run", "-o", home / "swa.pt", "--geometry", *options)
     assert result.exit_code == 2

@@ -26,7 +26,7 @@ def inspect(*args: object) -> Result:
     return CliRunner().invoke(main, ["inspect", *map(str, args)])
 
 
-def test_the_table_has_a_row_a_checkpoint_and_fits_a_terminal(run: Path) -> None:
+def test_geometry_table_has_row_per_checkpoint(run: Path) -> None:
     result = inspect("run", "--geometry")
     assert result.exit_code == 0, result.output
     title = "geometry of the weights"
@@ -40,7 +40,7 @@ def test_the_table_has_a_row_a_checkpoint_and_fits_a_terminal(run: Path) -> None
     assert max(map(len, measured.splitlines())) <= 80
 
 
-def test_the_odd_one_is_pointed_at_with_the_reason(run: Path) -> None:
+def test_geometry_points_at_an_outlier(run: Path) -> None:
     torch.save({"w": torch.tensor([203.0, 1.0])}, run / "epoch_2.pt")
     line = inspect("run", "--geometry").stdout.splitlines()[-1]
     assert line == (
@@ -48,7 +48,7 @@ def test_the_odd_one_is_pointed_at_with_the_reason(run: Path) -> None:
     )
 
 
-def test_two_odd_ones_are_both_named(run: Path) -> None:
+def test_geometry_names_two_outliers(run: Path) -> None:
     more = [{"w": torch.tensor([3.0, float(i)])} for i in range(8)]
     odd = [{"w": torch.tensor([303.0, float(i)])} for i in range(2)]
     save_states(run, [*more, *odd])
@@ -56,7 +56,7 @@ def test_two_odd_ones_are_both_named(run: Path) -> None:
     assert line.startswith("epoch_9.pt, epoch_10.pt stand apart: 300 to")
 
 
-def test_json_has_all_of_it_beside_what_inspect_says_anyhow(run: Path) -> None:
+def test_geometry_json_extends_that_of_inspect(run: Path) -> None:
     listed = json.loads(inspect("run", "--json").stdout)
     both = json.loads(inspect("run", "--json", "--geometry").stdout)
     geometry = both.pop("geometry")
@@ -74,12 +74,12 @@ def test_json_has_all_of_it_beside_what_inspect_says_anyhow(run: Path) -> None:
     assert odd == {"checkpoints": ["run/epoch_2.pt"], "distance": 197, "usual": 2}
 
 
-def test_few_checkpoints_are_too_few_to_tell(run: Path) -> None:
+def test_geometry_seeks_no_outlier_among_few(run: Path) -> None:
     result = inspect("run", "--geometry", "--glob", "*_[135].pt")
     assert result.stdout.splitlines()[-1] == "too few to tell whether one stands apart"
 
 
-def test_checkpoints_that_are_the_same_have_no_direction(run: Path) -> None:
+def test_geometry_of_equal_checkpoints_has_no_cosines(run: Path) -> None:
     save_states(run, [{"w": torch.zeros(2)}] * 5)
     result = inspect("run", "--geometry")
     assert result.exit_code == 0, result.output
@@ -89,13 +89,13 @@ def test_checkpoints_that_are_the_same_have_no_direction(run: Path) -> None:
 
 
 @pytest.mark.parametrize("args", [["run/epoch_1.pt"], ["run", "--glob", "epoch_1.pt"]])
-def test_one_checkpoint_is_a_usage_error(run: Path, args: list[str]) -> None:
+def test_geometry_needs_several_checkpoints(run: Path, args: list[str]) -> None:
     result = inspect(*args, "--geometry")
     assert result.exit_code == 2
     assert "is one" in result.stderr.splitlines()[-1]
 
 
-def test_weights_that_are_not_finite_are_an_error_and_no_table(run: Path) -> None:
+def test_geometry_refuses_weights_not_finite(run: Path) -> None:
     torch.save({"w": torch.tensor([math.nan, 1.0])}, run / "epoch_2.pt")
     result = inspect("run", "--geometry")
     assert result.exit_code == 1
@@ -105,7 +105,7 @@ def test_weights_that_are_not_finite_are_an_error_and_no_table(run: Path) -> Non
     )
 
 
-def test_steps_of_millions_are_shown_in_full(run: Path) -> None:
+def test_inspect_shows_large_steps_in_full(run: Path) -> None:
     for name, step in (("a", 1234567), ("b", 1234568), ("c", 1234568)):
         weights = {"w": torch.tensor([float(ord(name))])}
         torch.save({"model": weights, "global_step": step}, run / f"{name}.pt")
@@ -135,7 +135,7 @@ def own_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "own"
 
 
-def test_accuracy_and_loss_stand_in_the_table_and_clocks_do_not(own_loop: Path) -> None:
+def test_inspect_shows_metrics_and_no_counters(own_loop: Path) -> None:
     shown = inspect(own_loop).stdout.splitlines()
     columns = shown[1].split()
     assert columns[:7] == ["checkpoint", "step", "epoch", "LR", "val_acc", "train_loss", "tr_norm"]
@@ -145,7 +145,7 @@ def test_accuracy_and_loss_stand_in_the_table_and_clocks_do_not(own_loop: Path) 
     assert line == "recorded: val_acc 0.55, train_loss 1, tr_norm 0.142857, width 8"
 
 
-def test_an_average_shows_no_metric_of_its_inputs(own_loop: Path) -> None:
+def test_inspect_shows_no_metrics_of_inputs_for_an_average(own_loop: Path) -> None:
     made = CliRunner().invoke(main, ["average", "own", "-o", "swa.pth"])
     told = "measured on the last checkpoint, so not taken over: tr_norm, train_loss, val_acc"
     assert told in made.stderr
@@ -153,7 +153,7 @@ def test_an_average_shows_no_metric_of_its_inputs(own_loop: Path) -> None:
     assert found["metrics"].keys() == {"width"}
 
 
-def test_an_average_names_the_directory_of_its_inputs_once(own_loop: Path) -> None:
+def test_inspect_names_the_directory_of_inputs_once(own_loop: Path) -> None:
     CliRunner().invoke(main, ["average", str(own_loop), "-o", "swa.pth"])
     shown = inspect("swa.pth").stdout.splitlines()
     (title,) = (i for i, line in enumerate(shown) if line.startswith("made by ckptavg"))
@@ -177,7 +177,7 @@ def test_an_average_names_the_directory_of_its_inputs_once(own_loop: Path) -> No
         ["--skip", "cnn-6.pth", "--last", "2"],
     ],
 )
-def test_a_selection_is_shown_as_average_would_take_it(own_loop: Path, which: list[str]) -> None:
+def test_inspect_selects_as_average_does(own_loop: Path, which: list[str]) -> None:
     planned = CliRunner().invoke(main, ["average", "own", "--dry-run", "--json", *which])
     taken = [Path(c["path"]).name for c in json.loads(planned.stdout)["checkpoints"]]
     assert 0 < len(taken) < 6
@@ -187,7 +187,7 @@ def test_a_selection_is_shown_as_average_would_take_it(own_loop: Path, which: li
     assert [line.split()[0] for line in lines[3 : 3 + len(taken)]] == taken
 
 
-def test_a_selection_tells_of_how_many_and_what_to_know(own_loop: Path) -> None:
+def test_inspect_notes_a_selection(own_loop: Path) -> None:
     shown = inspect(own_loop, "--last", "50")
     assert "6 of 6 checkpoints in order" in shown.stdout
     assert "note: the last 50 are asked for, and there are only 6" in shown.stdout
@@ -195,7 +195,7 @@ def test_a_selection_tells_of_how_many_and_what_to_know(own_loop: Path) -> None:
     assert "one checkpoint is selected" not in inspect(own_loop, "--last", "1").stderr
 
 
-def test_a_selection_that_leaves_nothing_or_is_not_whole_is_an_error(own_loop: Path) -> None:
+def test_inspect_refuses_empty_or_partial_selections(own_loop: Path) -> None:
     missed = CliRunner().invoke(main, ["inspect", "own", "--from", "40"])
     assert (missed.exit_code, missed.stdout) == (1, "")
     assert CliRunner().invoke(main, ["inspect", "own", "--metric", "val_acc"]).exit_code == 2

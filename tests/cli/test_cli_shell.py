@@ -42,7 +42,7 @@ def ckptavg(*args: object) -> Result:
 
 
 @pytest.mark.parametrize("name", ["--overwrite", "-o", "-x.pt", "--weights=1,2", "--"])
-def test_files_that_look_like_options_are_refused(home: Path, name: str) -> None:
+def test_file_names_like_options_are_refused(home: Path, name: str) -> None:
     (home / "swa.pt").write_bytes(b"mine")
     (home / name).touch()
     names = sorted(path.name for path in home.iterdir())
@@ -55,7 +55,7 @@ def test_files_that_look_like_options_are_refused(home: Path, name: str) -> None
     assert ckptavg("average", "run", "-o", "swa.pt", "--overwrite").exit_code == 0
 
 
-def test_files_that_look_like_options_can_be_named_all_the_same(home: Path) -> None:
+def test_file_names_like_options_can_be_given(home: Path) -> None:
     (home / "run" / "epoch_1.pt").rename(home / "-1.pt")
     assert ckptavg("average", "--dry-run", "./-1.pt", "run").exit_code == 0
     assert ckptavg("average", "--dry-run", "--", "-1.pt", "run").exit_code == 0
@@ -65,9 +65,7 @@ STRANGE = [b"caf\xe9.pt", "w\u202egpj.pt".encode(), "\u200bx.pt".encode(), "\x9b
 
 
 @pytest.mark.parametrize("name", STRANGE)
-def test_strange_names_of_files_are_escaped_wherever_they_are_shown(
-    home: Path, name: bytes
-) -> None:
+def test_file_names_are_escaped(home: Path, name: bytes) -> None:
     path = os.fsencode(home / "strange") + b"/" + name
     (home / "strange").mkdir()
     os.rename(home / "run" / "epoch_1.pt", path)
@@ -106,7 +104,7 @@ def test_tracebacks_are_printable(home: Path) -> None:
 
 
 @first_only("flags", [[], ["--json", "--quiet"]])
-def test_a_reader_that_has_seen_enough_does_not_stop_the_work(home: Path, flags: list[str]) -> None:
+def test_average_survives_a_closed_pipe(home: Path, flags: list[str]) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", "ckptavg", "average", "run", "-o", "swa.pt", *flags]
@@ -118,7 +116,7 @@ def test_a_reader_that_has_seen_enough_does_not_stop_the_work(home: Path, flags:
 
 
 @pytest.mark.slow
-def test_modules_of_the_working_directory_are_not_taken_for_others(home: Path) -> None:
+def test_imports_ignore_modules_of_the_working_directory(home: Path) -> None:
     for name in ("torch", "click", "typing", "logging", "json", "__future__", "safetensors"):
         (home / f"{name}.py").write_text(f"raise SystemExit('a stranger: {name}')")
     (home / "own.py").write_text((home / "shell_net.py").read_text())

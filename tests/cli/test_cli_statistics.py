@@ -64,7 +64,7 @@ def statistics(path):
     return {name: value for name, value in found.items() if "running" in name}
 
 
-def test_excluded_layers_stay_in_average_and_update_bn(tmp_path, ckptavg):
+def test_bn_exclude_keeps_layers_in_average_and_update_bn(tmp_path, ckptavg):
     make_run(tmp_path)
     ckptavg("average", "run", "-o", "plain.pt")
     ckptavg("average", "run", "-o", "a.pt", *WITH, "--bn-exclude", "stem.*")
@@ -78,7 +78,7 @@ def test_excluded_layers_stay_in_average_and_update_bn(tmp_path, ckptavg):
     assert "BatchNorm excluded: stem.1" in shown
 
 
-def test_excluded_layers_stay_in_eval(tmp_path, ckptavg):
+def test_bn_exclude_keeps_layers_in_eval(tmp_path, ckptavg):
     make_run(tmp_path)
     arguments = ["eval", "--run", "run", *WITH, "--data", "layered.py:data", "--json"]
     found = json.loads(ckptavg(*arguments, "--bn-exclude", "stem.*").stdout)["candidates"]
@@ -91,7 +91,7 @@ def test_excluded_layers_stay_in_eval(tmp_path, ckptavg):
     assert everything[1]["key"] == found[1]["key"]
 
 
-def test_where_no_statistics_are_recomputed_each_average_stands_once(tmp_path, ckptavg):
+def test_bn_exclude_of_all_layers_scores_averages_once(tmp_path, ckptavg):
     make_run(tmp_path)
     ckptavg("average", "run", "-o", "a.pt")
     scored = ["eval", "a.pt", "--run", "run", "--also", "two=uniform@last=2"]
@@ -120,7 +120,7 @@ def test_where_no_statistics_are_recomputed_each_average_stands_once(tmp_path, c
     ],
     ids=lambda command: command[0],
 )
-def test_a_pattern_that_matches_no_layer_is_a_usage_error(tmp_path, ckptavg, command):
+def test_bn_exclude_must_match_a_layer(tmp_path, ckptavg, command):
     make_run(tmp_path)
     result = ckptavg(*command, "--bn-exclude", "stme.*", code=2)
     assert "'stme.*' matches no BatchNorm layer" in result.stderr
@@ -128,7 +128,7 @@ def test_a_pattern_that_matches_no_layer_is_a_usage_error(tmp_path, ckptavg, com
 
 
 @pytest.mark.parametrize("command", ["average", "eval"])
-def test_what_is_excluded_needs_training_data(tmp_path, ckptavg, command):
+def test_bn_exclude_needs_training_data(tmp_path, ckptavg, command):
     make_run(tmp_path)
     paths = ["run", "--dry-run"] if command == "average" else [
         "--run", "run", "--model", "layered.py:model", "--data", "layered.py:data"
@@ -136,7 +136,7 @@ def test_what_is_excluded_needs_training_data(tmp_path, ckptavg, command):
     assert "--train-data" in ckptavg(command, *paths, "--bn-exclude", "stem.*", code=2).stderr
 
 
-def test_frozen_layers_are_said_and_kept(tmp_path, ckptavg):
+def test_frozen_layers_are_noted_and_kept(tmp_path, ckptavg):
     make_run(tmp_path, frozen=["stem"])
     for arguments in (["average", "run", "-o", "a.pt"], ["average", "run", "-o", "b.pt", *WITH]):
         result = ckptavg(*arguments)
@@ -148,7 +148,7 @@ def test_frozen_layers_are_said_and_kept(tmp_path, ckptavg):
     assert "BatchNorm frozen: stem.1" in ckptavg("inspect", "c.pt").stdout
 
 
-def test_where_all_is_frozen_training_data_changes_nothing(tmp_path, ckptavg):
+def test_frozen_layers_alone_leave_nothing_to_recompute(tmp_path, ckptavg):
     make_run(tmp_path, frozen=["stem", "norm"])
     result = ckptavg("eval", "--run", "run", *WITH, "--data", "layered.py:data", "--json")
     assert [c["bn"] for c in json.loads(result.stdout)["candidates"]] == ["own", "frozen"]
@@ -166,7 +166,7 @@ def test_where_all_is_frozen_training_data_changes_nothing(tmp_path, ckptavg):
         assert same_bits(value, statistics("b.pt")[name])
 
 
-def test_a_network_without_batchnorm_may_be_given_training_data(tmp_path, ckptavg):
+def test_training_data_without_batchnorm_are_noted(tmp_path, ckptavg):
     make_run(tmp_path, norm="layer")
     layer = ["--model-arg", "norm=layer"]
     result = ckptavg("average", "run", *WITH, *layer, "-o", "a.pt")
@@ -184,9 +184,7 @@ def test_a_network_without_batchnorm_may_be_given_training_data(tmp_path, ckptav
     ("frozen", "words"),
     [((), "excluded (norm, stem.1)"), (["stem"], "frozen (stem.1) or excluded (norm)")],
 )
-def test_where_all_is_excluded_the_note_says_which_layers_and_what_to_do(
-    tmp_path, ckptavg, frozen, words
-):
+def test_bn_exclude_of_all_layers_is_noted(tmp_path, ckptavg, frozen, words):
     make_run(tmp_path, frozen=frozen)
     ckptavg("average", "run", "-o", "a.pt")
     result = ckptavg("update-bn", "a.pt", *WITH, "--bn-exclude", "*", "-o", "b.pt")

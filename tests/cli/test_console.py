@@ -38,7 +38,7 @@ def plain(file: io.StringIO) -> str:
     return Text.from_ansi(file.getvalue()).plain
 
 
-def test_a_table_keeps_brackets_and_sets_numbers_flush_right() -> None:
+def test_table_keeps_brackets_and_aligns_numbers_right() -> None:
     drawn, out, _ = report()
     drawn.table(("name", "value"), [("[red]a[/red]", "5"), ("b", "10")], title="two [rows]")
     lines = out.getvalue().splitlines()
@@ -47,7 +47,7 @@ def test_a_table_keeps_brackets_and_sets_numbers_flush_right() -> None:
     assert lines[4] == "b                10"
 
 
-def test_a_table_is_as_wide_as_the_terminal_and_endless_elsewhere() -> None:
+def test_table_fits_a_terminal_and_is_unlimited_elsewhere() -> None:
     rows = [(f"a_run/checkpoint-{n:03}", "w" * 30, "is left out since it repeats another") for n in
             range(9)]  # fmt: skip
     drawn, out, _ = report(terminal=True)
@@ -58,7 +58,7 @@ def test_a_table_is_as_wide_as_the_terminal_and_endless_elsewhere() -> None:
     assert len(out.getvalue().splitlines()) == 2 + len(rows) + 1
 
 
-def test_what_is_best_and_significant_stands_out() -> None:
+def test_table_highlights_best_and_significant_cells() -> None:
     columns = (Column("name", "name"), Column("Δ", "number"))
     rows = (Row((Cell("a"), Cell("1"))), Row((Cell("b", "best"), Cell("2", "significant")), True))
     drawn, out, _ = report(terminal=True)
@@ -71,7 +71,7 @@ def test_what_is_best_and_significant_stands_out() -> None:
     assert out.getvalue().splitlines()[2:] == ["  a     1", "* b     2", ""]
 
 
-def test_forced_colors_make_no_terminal_of_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_force_color_does_not_make_a_pipe_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("FORCE_COLOR", "COLUMNS"):
         monkeypatch.setenv(name, "40")
     out, err = io.StringIO(), io.StringIO()
@@ -88,14 +88,14 @@ def test_forced_colors_make_no_terminal_of_a_pipe(monkeypatch: pytest.MonkeyPatc
     assert "BatchNorm" not in err.getvalue()
 
 
-def test_a_table_needs_no_unicode(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_table_needs_no_unicode(monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.TextIOWrapper(io.BytesIO(), "ascii")
     monkeypatch.setattr(sys, "stdout", out)
     Report().table(("a",), [("–",)])
     assert out.buffer.getvalue().decode().splitlines() == ["a", "-", "-", ""]  # type: ignore[attr-defined]
 
 
-def test_notes_break_no_word_and_come_once() -> None:
+def test_notes_keep_words_whole_and_appear_once() -> None:
     text = "layers.8.num_batches_tracked differs between checkpoints: it is the last one's, " * 2
     drawn, _, err = report(terminal=True)
     with drawn.notes():
@@ -152,14 +152,14 @@ def test_progress_shows_bytes_and_rate_on_a_terminal_only() -> None:
         assert out.getvalue() == ""
 
 
-def test_quiet_has_no_progress_on_a_terminal() -> None:
+def test_progress_is_hidden_when_quiet() -> None:
     drawn, _, err = report(terminal=True, verbosity=-1)
     with drawn.samples_progress() as progress:
         progress("BatchNorm", 1, 2)
     assert err.getvalue() == ""
 
 
-def test_phases_have_a_bar_each_and_may_have_no_total() -> None:
+def test_progress_has_a_bar_for_each_phase() -> None:
     drawn, _, err = report(terminal=True)
     with drawn.samples_progress() as progress:
         progress("BatchNorm", 1, 0)
@@ -199,9 +199,7 @@ def say_everything(drawn: Report) -> None:
 
 
 @pytest.mark.parametrize("as_json", [False, True])
-def test_a_reader_that_has_gone_does_not_stop_the_work(
-    monkeypatch: pytest.MonkeyPatch, as_json: bool
-) -> None:
+def test_report_survives_closed_streams(monkeypatch: pytest.MonkeyPatch, as_json: bool) -> None:
     monkeypatch.setattr(sys, "stdout", Closed(BrokenPipeError(errno.EPIPE, "Broken pipe")))
     monkeypatch.setattr(sys, "stderr", Closed(OSError(errno.EIO, "Input/output error")))
     say_everything(Report(as_json=as_json))
@@ -210,14 +208,14 @@ def test_a_reader_that_has_gone_does_not_stop_the_work(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
-def test_a_result_that_cannot_be_written_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_result_on_a_full_device_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with open("/dev/full", "w", encoding="utf-8") as full:
         monkeypatch.setattr(sys, "stdout", full)
         with pytest.raises(OutputError, match="disk ran full while the standard output"):
             Report(as_json=True).result({"x": 1})
 
 
-def test_an_encoding_that_lacks_characters_gets_escapes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_escapes_characters_for_ascii(monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.TextIOWrapper(io.BytesIO(), "ascii")
     monkeypatch.setattr(sys, "stdout", out)
     Report(as_json=True).result({"ü": 1})
@@ -241,7 +239,7 @@ def test_an_encoding_that_lacks_characters_gets_escapes(monkeypatch: pytest.Monk
         (4e15, "4,000 TB"),
     ],
 )
-def test_sizes_have_decimal_units(count: float, text: str) -> None:
+def test_size_text_has_decimal_units(count: float, text: str) -> None:
     assert size_text(count) == text
 
 
@@ -249,25 +247,25 @@ def test_sizes_have_decimal_units(count: float, text: str) -> None:
     ("speed", "text"),
     [(0.0461, "0.0461"), (3.333, "3.33"), (42.47, "42.5"), (999.7, "1,000"), (36_651.0, "36,700")],
 )
-def test_rates_have_three_digits_and_no_exponent(speed: float, text: str) -> None:
+def test_rate_text_has_three_digits_and_no_exponent(speed: float, text: str) -> None:
     assert rate_text(speed) == f"{text} samples/s"
 
 
-def test_numbers_are_short_and_missing_ones_a_dash() -> None:
+def test_number_text_is_short_and_a_dash_for_none() -> None:
     assert [number_text(x) for x in (None, 3, 0.05, 1e-7)] == ["–", "3", "0.05", "1e-07"]
 
 
 @pytest.mark.parametrize("step", [0, 999_999, 1_000_000, 1_234_567, 89_999_999_999, 10**14 + 1])
 @pytest.mark.parametrize("kind", [int, float])
-def test_a_step_is_shown_in_full(step, kind):
+def test_number_text_shows_steps_in_full(step, kind):
     assert number_text(kind(step)) == str(step)
 
 
-def test_what_is_beyond_counting_is_short():
+def test_number_text_of_huge_numbers_is_short():
     assert [number_text(x) for x in (1e30, float("inf"), float("nan"))] == ["1e+30", "inf", "nan"]
 
 
-def test_names_out_of_files_are_neither_markup_nor_commands_to_the_terminal(tmp_path):
+def test_table_escapes_names_from_files(tmp_path):
     metrics = {"[/red]": 1.5, "\x1b[2J": 2.5}
     for epoch in (1, 2):
         save(tmp_path / f"epoch_{epoch}.pt", {"w": torch.zeros(1)}, epoch=epoch, **metrics)
@@ -279,7 +277,7 @@ def test_names_out_of_files_are_neither_markup_nor_commands_to_the_terminal(tmp_
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
-def test_errors_break_no_word_on_a_terminal(tmp_path):
+def test_errors_keep_words_whole_on_a_terminal(tmp_path):
     command = [sys.executable, "-m", "ckptavg", "inspect", f"{'some_name/' * 9}{'a run of ' * 9}it"]
     piped = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     reader, writer = os.openpty()

@@ -40,7 +40,7 @@ def said(logger):
     return heard
 
 
-def test_errors_alone_are_said_meanwhile(loggers):
+def test_silence_libraries_lets_errors_through(loggers):
     with silence_libraries(verbose=False):
         assert said(loggers.transformers) == said(loggers.deepspeed) == [ERROR]
         assert said(logging.getLogger("transformers.a.module")) == [ERROR]
@@ -49,26 +49,26 @@ def test_errors_alone_are_said_meanwhile(loggers):
     assert "TRANSFORMERS_VERBOSITY" not in os.environ
 
 
-def test_a_level_that_deepspeed_sets_on_import_makes_it_say_no_more(loggers):
+def test_silence_libraries_holds_when_deepspeed_sets_its_level(loggers):
     with silence_libraries(verbose=False):
         loggers.deepspeed.setLevel(logging.INFO)
         assert said(loggers.deepspeed) == [ERROR]
 
 
-def test_the_level_is_as_before_after_an_error(loggers):
+def test_silence_libraries_restores_levels_after_an_error(loggers):
     loggers.transformers.setLevel(logging.INFO)
     with pytest.raises(ZeroDivisionError), silence_libraries(verbose=False):
         raise ZeroDivisionError
     assert loggers.transformers.level == logging.INFO
 
 
-def test_all_is_said_if_more_notes_are_asked_for(loggers):
+def test_silence_libraries_does_nothing_when_verbose(loggers):
     with silence_libraries(verbose=True):
         assert said(loggers.transformers) == said(loggers.deepspeed) == [WARNING, ERROR]
         assert "TRANSFORMERS_VERBOSITY" not in os.environ
 
 
-def test_the_users_own_level_of_transformers_holds(loggers, monkeypatch):
+def test_silence_libraries_respects_transformers_verbosity(loggers, monkeypatch):
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "info")
     loggers.transformers.setLevel(logging.INFO)
     with silence_libraries(verbose=False):

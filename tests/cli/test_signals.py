@@ -88,7 +88,7 @@ BURSTS = {
 
 @pytest.mark.skipif(not hasattr(os, "preadv"), reason="slows reads through preadv")
 @first_only("burst", BURSTS)
-def test_a_signal_while_the_threads_are_busy_leaves_nothing(large, tmp_path, burst):
+def test_signal_during_busy_threads_leaves_no_files(large, tmp_path, burst):
     name = "swa" if burst == "both" else "swa.pt"
     command = [sys.executable, "-c", BUSY, "average", large]
     command += ["-o", tmp_path / name]
@@ -123,7 +123,7 @@ with unwind_on_signals():
 
 
 @pytest.mark.slow
-def test_a_child_process_dies_of_sigterm_as_ever():
+def test_sigterm_kills_a_child_process():
     """A loader's worker is a copy of the command and must not end as the command does."""
     done = subprocess.run(
         [sys.executable, "-c", CHILD, "SIGTERM"], capture_output=True, text=True, check=True
@@ -147,7 +147,7 @@ def raised(number: signal.Signals, work: Callable[..., object]) -> Callable[...,
 
 @numbers
 @pytest.mark.parametrize("existing", [False, True])
-def test_what_had_been_written_is_not_denied(home, monkeypatch, number, word, code, existing):
+def test_signal_after_writing_names_the_output(home, monkeypatch, number, word, code, existing):
     out = home / "swa.pt"
     if existing:
         save(out, {"w": torch.zeros(1)})
@@ -161,9 +161,7 @@ def test_what_had_been_written_is_not_denied(home, monkeypatch, number, word, co
 
 @numbers
 @pytest.mark.parametrize("existing", [False, True])
-def test_an_output_that_was_there_before_is_not_claimed(
-    home, monkeypatch, number, word, code, existing
-):
+def test_signal_before_writing_names_no_output(home, monkeypatch, number, word, code, existing):
     out = home / "swa.pt"
     if existing:
         save(out, {"w": torch.zeros(1)})
@@ -177,7 +175,9 @@ def test_an_output_that_was_there_before_is_not_claimed(
 
 @numbers
 @pytest.mark.parametrize("existing", [False, True])
-def test_a_signal_while_a_command_ends_is_heard(home, monkeypatch, number, word, code, existing):
+def test_signal_at_the_end_of_a_command_is_reported(
+    home, monkeypatch, number, word, code, existing
+):
     """Whether the command has done its work or failed."""
     report_interrupt, ended = signals.report_interrupt, []
 
@@ -205,7 +205,7 @@ def test_a_signal_while_a_command_ends_is_heard(home, monkeypatch, number, word,
 @numbers
 @pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize("fate", ["lost", "another error"])
-def test_a_signal_that_does_not_get_through_is_heard(
+def test_signal_swallowed_by_other_code_is_reported(
     home, monkeypatch, number, word, code, moment, fate
 ):
     """Destructors swallow exceptions, and libraries in C++ make others of them."""
@@ -229,7 +229,7 @@ def test_a_signal_that_does_not_get_through_is_heard(
 
 
 @numbers
-def test_a_signal_while_the_command_line_is_read_is_heard(home, monkeypatch, number, word, code):
+def test_signal_during_parsing_is_reported(home, monkeypatch, number, word, code):
     parse = click.Command.parse_args
     monkeypatch.setattr(click.Command, "parse_args", raised(number, parse))
     result = average(home, "-o", str(home / "swa.pt"))
@@ -242,7 +242,7 @@ LINES = 40  # moments
 
 # Between the opening of a file and what closes it, an interrupt leaves that to the collector.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_signal_at_any_line_leaves_nothing_and_the_truth_is_told(home):
+def test_signal_at_any_line_leaves_no_temporaries(home):
     """Moments drawn evenly over all lines of Python that the command runs through."""
     out, before = home / "swa.pt", listing(home)
     count = 0
@@ -279,7 +279,7 @@ def test_a_signal_at_any_line_leaves_nothing_and_the_truth_is_told(home):
         assert listing(home) == before
 
 
-def test_commands_put_the_handlers_back(home):
+def test_signal_handlers_are_restored(home):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     assert average(home, "-o", str(home / "swa.pt")).exit_code == 0
     assert average(home, "-o", str(home / "swa.pt")).exit_code == 1
@@ -288,7 +288,7 @@ def test_commands_put_the_handlers_back(home):
 
 @pytest.mark.parametrize("theirs", [signal.SIG_IGN, lambda *_: None], ids=["ignored", "handled"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_handlers_of_others_stay(number, theirs):
+def test_signal_handlers_of_others_are_kept(number, theirs):
     before = signal.signal(number, theirs)
     try:
         with unwind_on_signals():
@@ -308,7 +308,7 @@ def test_commands_work_outside_the_main_thread(home):
     assert results[0].exit_code == 0
 
 
-def test_the_second_signal_waits_and_the_third_is_not_waited_for():
+def test_signal_repeated_is_delayed_once():
     after: list[str] = []
 
     def work() -> None:

@@ -605,7 +605,7 @@ def test_candidates_of_recompute_nothing_without_batchnorm(tmp_path):
     assert [r.bn for r in results] == ["none", "none"]
 
 
-def test_results_as_json(checkpoints):
+def test_results_as_json_have_all_fields(checkpoints):
     found = evaluate(every_kind(checkpoints), Net(), batches(), train_loader=TRAIN.split(16))
     rows = json.loads(json.dumps([r.as_json() for r in found]))
     paths = [str(c.path) for c in checkpoints]

@@ -53,14 +53,14 @@ def test_argument_is_a_literal_or_text(text, expected):
     assert type(value) is type(expected)
 
 
-def test_parse_arguments_takes_several():
+def test_parse_arguments_takes_several_pairs():
     arguments = parse_arguments(["a=1", "b=x"])
     assert {name: plain_value(value) for name, value in arguments.items()} == {"a": 1, "b": "x"}
     assert parse_arguments([]) == {}
 
 
 @pytest.mark.parametrize("pair", ["key", "=3", "a b=3", "", "--x=1"])
-def test_parse_arguments_refuses_texts_without_key_and_value(pair):
+def test_parse_arguments_refuses_texts_without_key(pair):
     with pytest.raises(UsageError, match="key=value but got"):
         parse_arguments([pair])
 
@@ -76,7 +76,7 @@ def test_specification_of_unknown_form_is_refused(build, spec):
 # Factories of the user's
 
 
-def test_factory_in_a_file():
+def test_factory_is_found_in_a_file():
     path = write("deep/nets.py")
     for spec in (f"{path}:make_net", f"{path.resolve()}:make_net"):
         assert make_model(spec).in_features == 3
@@ -91,7 +91,7 @@ def test_factory_in_a_file_imports_siblings():
     assert make_model(f"{path}:make").in_features == 7
 
 
-def test_factory_in_a_module_of_the_working_directory():
+def test_factory_is_found_in_a_local_module():
     write("nets_package/__init__.py", "")
     write("nets_package/small.py")
     assert make_model("nets_package.small:make_net").in_features == 3
