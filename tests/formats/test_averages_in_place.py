@@ -40,37 +40,37 @@ def mmengine_checkpoint() -> dict[str, object]:
 
 
 @pytest.mark.parametrize("key", [None, "state_dict", "ema_state_dict"])
-def test_mmengine_s_swap_is_told_the_right_way_round(opened, key):
+def test_mmengine_ema_swap_is_noted(opened, key):
     (note,) = opened(mmengine_checkpoint(), key).notes
     assert "'state_dict' holds the moving average" in note
     assert "'ema_state_dict' the weights as trained (`key='ema_state_dict'`)" in note
 
 
-def test_mmengine_s_weights_as_trained_have_the_names_of_the_average(opened):
+def test_mmengine_trained_weights_have_names_of_average(opened):
     average = opened(mmengine_checkpoint())
     trained = opened(mmengine_checkpoint(), "ema_state_dict")
     assert average.key == "state_dict"
     assert list(trained.tensors) == list(average.tensors) == list(weights(0))
 
 
-def test_an_ema_that_is_not_swapped_is_named_as_ever(opened):
+def test_ema_state_dict_beside_weights_is_noted(opened):
     (note,) = opened({"state_dict": weights(1.0), "ema_state_dict": weights(0.5)}).notes
     assert note == "weights are taken from 'state_dict'; ema_state_dict also holds some (see `key`)"
 
 
-def test_a_weight_called_steps_is_no_counter(opened):
+def test_weights_called_steps_are_kept(opened):
     inner = {"steps": torch.zeros(1), "module.steps": torch.zeros(1), "a": torch.zeros(1)}
     assert list(opened(inner).tensors) == ["steps", "module.steps", "a"]
     assert list(opened({f"module.{name}": t for name, t in inner.items()}).tensors) == [*inner]
 
 
-def test_mmcv_s_copies_beside_the_weights_are_told_of(opened):
+def test_mmcv_ema_copies_are_noted(opened):
     copies = {f"ema_{name.replace('.', '_')}": t for name, t in weights(1.0).items()}
     (note,) = opened({"meta": {"epoch": 2}, "state_dict": weights(0.5) | copies}).notes
     assert "mmcv's EMAHook" in note
     assert "ema_NAME the weight as trained" in note
 
 
-def test_a_layer_called_ema_is_no_copy(opened):
+def test_mmcv_note_ignores_layers_called_ema(opened):
     state = weights(0.5) | {"ema_head_bias": torch.zeros(3), "ema_gate": torch.zeros(3)}
     assert opened({"state_dict": state}).notes == ()

@@ -22,7 +22,7 @@ shapes = st.lists(st.integers(0, 4), max_size=4).map(tuple)
 
 
 @pytest.mark.parametrize("dtype", [d for d in DTYPES.values() if hasattr(torch, d.name)], ids=str)
-def test_element_types_are_those_of_torch(dtype):
+def test_dtypes_agree_with_torch(dtype):
     theirs = getattr(torch, dtype.name)
     assert dtype.size == theirs.itemsize
     assert (dtype.kind == "complex") == theirs.is_complex
@@ -33,17 +33,17 @@ def test_element_types_are_those_of_torch(dtype):
 @pytest.mark.parametrize(("name", "count", "nbytes"), [
     ("float32", 3, 12), ("bool", 3, 3), ("float4_e2m1", 3, 2), ("float6_e2m3", 4, 3),
 ])  # fmt: skip
-def test_bytes_are_counted_for_types_of_part_of_a_byte(name, count, nbytes):
+def test_dtype_nbytes_rounds_up_for_sub_byte_types(name, count, nbytes):
     assert DTYPES[name].nbytes(count) == nbytes
 
 
 @given(shapes)
-def test_row_major_strides_are_those_of_torch(shape):
+def test_row_major_equals_torch_strides(shape):
     assert row_major(shape) == torch.empty(shape).stride()
 
 
 @given(shapes, st.lists(st.integers(0, 20), min_size=4, max_size=4))
-def test_row_major_is_what_torch_calls_contiguous(shape, strides):
+def test_is_row_major_agrees_with_torch_contiguity(shape, strides):
     stride = tuple(strides[: len(shape)])
     assert (
         is_row_major(shape, stride) == torch.empty(2000).as_strided(shape, stride).is_contiguous()
@@ -75,7 +75,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_a_file_that_changed_since_it_was_opened_is_an_error(tmp_path, change):
+def test_file_stamp_detects_change(tmp_path, change):
     path = tmp_path / "model.pt"
     torch.save({"a": torch.rand(3)}, path)
     (stamp,) = open_checkpoint(path).files
@@ -95,7 +95,7 @@ NO_CHANGES = {
 
 
 @pytest.mark.parametrize("change", NO_CHANGES.values(), ids=NO_CHANGES)
-def test_a_file_whose_contents_stay_has_not_changed(tmp_path, change):
+def test_file_stamp_ignores_unchanged_contents(tmp_path, change):
     path = tmp_path / "model.pt"
     torch.save({"a": torch.rand(3)}, path)
     (stamp,) = open_checkpoint(path).files
@@ -105,7 +105,7 @@ def test_a_file_whose_contents_stay_has_not_changed(tmp_path, change):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes are Unix's")
-def test_a_pipe_in_a_file_s_place_is_not_waited_for(tmp_path):
+def test_open_binary_refuses_pipe(tmp_path):
     path = tmp_path / "model.pt"
     torch.save({"a": torch.rand(3)}, path)
     tensor = open_checkpoint(path).tensors["a"]
@@ -118,14 +118,14 @@ def test_a_pipe_in_a_file_s_place_is_not_waited_for(tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="it is Linux's")
-def test_a_failing_disk_is_one_line(tmp_path):
+def test_open_binary_reports_disk_failure_in_one_line(tmp_path):
     """Linux's file of a process's memory cannot be read where nothing is mapped, as at 0."""
     why = "/proc/self/mem cannot be read: Input/output error"
     with storage.open_binary("/proc/self/mem") as file, pytest.raises(CheckpointError, match=why):
         file.read(10)
 
 
-def test_sizes_of_a_checkpoint_count_tied_bytes_once(tmp_path):
+def test_checkpoint_nbytes_counts_tied_bytes_once(tmp_path):
     path = tmp_path / "model.pt"
     tied = torch.rand(10)
     torch.save(
@@ -137,7 +137,7 @@ def test_sizes_of_a_checkpoint_count_tied_bytes_once(tmp_path):
     assert checkpoint.ties() == [["a", "b"]]
 
 
-def test_two_views_of_one_storage_are_no_tie_unless_they_are_the_same(tmp_path):
+def test_checkpoint_ties_exclude_differing_views(tmp_path):
     storage = torch.rand(8)
     views = {
         "all": storage,
@@ -150,11 +150,11 @@ def test_two_views_of_one_storage_are_no_tie_unless_they_are_the_same(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["missing.pt", "missing.safetensors", "missing"])
-def test_a_path_that_is_not_there_is_refused(tmp_path, refusal, name):
+def test_open_checkpoint_refuses_missing_path(tmp_path, refusal, name):
     assert str(tmp_path / name) in refusal(tmp_path / name)
 
 
-def test_a_file_that_may_not_be_read_is_refused(tmp_path, refusal):
+def test_open_checkpoint_refuses_unreadable_file(tmp_path, refusal):
     path = tmp_path / "model.pt"
     torch.save({"a": torch.rand(3)}, path)
     if os.geteuid() == 0:
@@ -165,9 +165,7 @@ def test_a_file_that_may_not_be_read_is_refused(tmp_path, refusal):
 
 @pytest.mark.parametrize("name", ["model", "model.pt", "model.safetensors", "model.ckpt"])
 @pytest.mark.parametrize("kind", ["torch", "safetensors"])
-def test_content_is_read_for_what_it_is_where_the_suffix_does_not_say(
-    tmp_path, refusal, name, kind
-):
+def test_open_checkpoint_detects_format_by_content(tmp_path, refusal, name, kind):
     (torch.save if kind == "torch" else save_file)({"a": torch.rand(3)}, tmp_path / name)
     if kind == "torch" and name.endswith(".safetensors"):
         refusal(tmp_path / name)

@@ -27,7 +27,7 @@ def partitioned(tag, rank=0):
     return states(tag, name, module={"w": torch.empty(0)})
 
 
-def test_tags_are_ordered_by_their_steps(tmp_path):
+def test_deepspeed_tags_are_ordered_by_step(tmp_path):
     for i, step in enumerate([100, 9]):
         states(tmp_path / f"global_step{step}", value=i, step=step)
     (tmp_path / "latest").write_text("global_step100")
@@ -37,7 +37,7 @@ def test_tags_are_ordered_by_their_steps(tmp_path):
     assert average(run)["w"].eq(0.5).all()
 
 
-def test_a_run_of_one_tag_is_that_run_and_not_a_checkpoint(tmp_path):
+def test_deepspeed_run_of_one_tag_is_run(tmp_path):
     states(tmp_path / "one" / "global_step1")
     states(tmp_path / "two" / "global_step1", value=3.0)
     assert [c.path.name for c in open_run(tmp_path / "one")] == ["global_step1"]
@@ -54,13 +54,13 @@ def test_a_run_of_one_tag_is_that_run_and_not_a_checkpoint(tmp_path):
         ("layer_0_expert_3_mp_rank_00_model_states.pt", "expert-parallel ranks hold parts"),
     ],
 )
-def test_weights_that_are_split_over_ranks_are_refused(tmp_path, name, why):
+def test_deepspeed_weights_split_over_ranks_are_refused(tmp_path, name, why):
     states(states(tmp_path / "global_step1"), name)
     with pytest.raises(CheckpointError, match=rf"{why}.*{name}"):
         open_run(tmp_path)
 
 
-def test_partitioned_weights_are_refused_with_a_command_a_checkpoint(tmp_path, monkeypatch):
+def test_deepspeed_partitioned_weights_get_command_each(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for step in (1, 2):
         partitioned(partitioned(Path(f"run/global_step{step}")), 1)
@@ -72,7 +72,7 @@ def test_partitioned_weights_are_refused_with_a_command_a_checkpoint(tmp_path, m
         open_run("run")
 
 
-def test_a_message_has_as_many_whole_commands_as_it_has_room_for(tmp_path, monkeypatch):
+def test_deepspeed_message_shows_whole_commands_only(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for step in range(100):
         partitioned(Path(f"run/global_step{step}"))
@@ -84,14 +84,14 @@ def test_a_message_has_as_many_whole_commands_as_it_has_room_for(tmp_path, monke
     assert f"(and likewise for {100 - shown} more)" in str(refused.value)
 
 
-def test_16_bit_weights_whose_masters_are_kept_are_said_to_be_that(tmp_path):
+def test_deepspeed_16_bit_weights_with_masters_are_noted(tmp_path):
     tag = states(tmp_path / "global_step1")
     assert not open_run(tag).checkpoints[0].notes
     torch.save({}, tag / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt")
     assert "zero_to_fp32.py gives the float32 ones" in open_run(tag).checkpoints[0].notes[0]
 
 
-def test_a_relative_tag_is_named_so_that_the_command_runs(tmp_path, monkeypatch):
+def test_deepspeed_command_for_relative_tag_runs(tmp_path, monkeypatch):
     partitioned(tmp_path / "run" / "global_step3")
     monkeypatch.chdir(tmp_path / "run")
     with pytest.raises(CheckpointError, match=r"python zero_to_fp32.py \. fp32/global_step3 -t"):
@@ -101,20 +101,20 @@ def test_a_relative_tag_is_named_so_that_the_command_runs(tmp_path, monkeypatch)
         open_run(".")
 
 
-def test_a_selection_by_name_can_leave_partitioned_ones_out(tmp_path):
+def test_deepspeed_partitioned_tags_may_be_left_out_by_glob(tmp_path):
     partitioned(tmp_path / "global_step3")
     states(tmp_path / "global_step4")
     assert len(open_run(tmp_path, glob="*4")) == 1
 
 
-def test_a_partitioned_file_away_from_its_directory_is_refused(tmp_path):
+def test_deepspeed_partitioned_file_alone_is_refused(tmp_path):
     tag = partitioned(tmp_path / "global_step3")
     file = next(tag.glob("*model_states.pt")).rename(tmp_path / "model.pt")
     with pytest.raises(CheckpointError, match=r"placeholders and no weights.*zero_to_fp32"):
         open_run(file)
 
 
-def test_weights_that_were_gathered_are_taken_whatever_the_states_hold(tmp_path):
+def test_deepspeed_gathered_weights_are_preferred(tmp_path):
     checkpoint = tmp_path / "checkpoint-7"
     partitioned(checkpoint / "global_step7")
     torch.save({"w": torch.ones(2)}, checkpoint / "pytorch_model.bin")

@@ -27,7 +27,7 @@ def average(tmp_path, opt, name="out.pth", **further):
 
 
 @pytest.mark.parametrize("opt", STATES.values(), ids=STATES)
-def test_the_output_has_both_entries_and_no_third(tmp_path, opt, caplog):
+def test_fastai_output_has_model_and_opt_alone(tmp_path, opt, caplog):
     caplog.set_level("INFO")
     out = average(tmp_path, opt)
     found = torch.load(out)
@@ -38,16 +38,16 @@ def test_the_output_has_both_entries_and_no_third(tmp_path, opt, caplog):
     assert any(r.message.endswith("last checkpoint: opt") for r in caplog.records)
 
 
-def test_options_that_are_called_so_are_kept(tmp_path):
+def test_fastai_output_keeps_opt_that_is_options(tmp_path):
     opt = argparse.Namespace(lr=0.1)
     assert torch.load(average(tmp_path, opt), weights_only=False)["opt"] == opt
 
 
-def test_a_file_with_more_entries_is_none_of_fastai_s(tmp_path):
+def test_fastai_file_has_no_further_entries(tmp_path):
     assert set(torch.load(average(tmp_path, STATES["torch's"], epoch=3))) == {
         "model", "epoch", "ckptavg",
     }  # fmt: skip
 
 
-def test_a_pt_file_has_the_weights_under_state_dict(tmp_path):
+def test_fastai_average_in_pt_file_has_state_dict(tmp_path):
     assert "state_dict" in torch.load(average(tmp_path, STATES["Adam"], "out.pt"))

@@ -129,7 +129,7 @@ STRANGERS = {
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 @pytest.mark.parametrize(("content", "kind", "remedy"), STRANGERS.values(), ids=STRANGERS)
-def test_a_stranger_is_named(content, kind, remedy, suffix, tmp_path, refusal):
+def test_foreign_file_is_named_with_remedy(content, kind, remedy, suffix, tmp_path, refusal):
     path = tmp_path / f"step_5{suffix}"
     path.write_bytes(content)
     text = refusal(path)
@@ -151,7 +151,7 @@ NAMED = {
 
 @pytest.mark.parametrize(("name", "content", "kind", "remedy"),
                          [(name, *rest) for name, rest in NAMED.items()], ids=NAMED)  # fmt: skip
-def test_a_name_tells_what_the_contents_do_not(name, content, kind, remedy, tmp_path, refusal):
+def test_foreign_file_is_recognized_by_name(name, content, kind, remedy, tmp_path, refusal):
     (tmp_path / name).write_bytes(content)
     text = refusal(tmp_path / name)
     assert kind in text
@@ -159,7 +159,7 @@ def test_a_name_tells_what_the_contents_do_not(name, content, kind, remedy, tmp_
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_what_torch_exports_is_named(tmp_path, refusal):
+def test_foreign_torch_exports_are_named(tmp_path, refusal):
     model, example = nn.Linear(3, 4), torch.zeros(1, 3)
     torch.jit.save(torch.jit.trace(model, example), tmp_path / "script.pt")
     torch.export.save(torch.export.export(model, (example,)), tmp_path / "exported.pt2")
@@ -172,13 +172,13 @@ def test_what_torch_exports_is_named(tmp_path, refusal):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_package_is_named(tmp_path, refusal):
+def test_foreign_torch_package_is_named(tmp_path, refusal):
     with torch.package.PackageExporter(tmp_path / "package.pt") as package:
         package.save_pickle("weights", "weights.pkl", weights())
     assert "a torch.package archive" in refusal(tmp_path / "package.pt")
 
 
-def test_the_remedy_for_a_pickle_leads_to_a_checkpoint(tmp_path, refusal):
+def test_foreign_pickle_remedy_gives_checkpoint(tmp_path, refusal):
     path = tmp_path / "step_1.pt"
     path.write_bytes(pickle.dumps(weights()))
     refusal(path)
@@ -187,7 +187,7 @@ def test_the_remedy_for_a_pickle_leads_to_a_checkpoint(tmp_path, refusal):
 
 
 @pytest.mark.parametrize("protocol", range(2, 6))
-def test_the_format_before_torch_1_6_is_read_in_every_protocol(protocol, tmp_path):
+def test_legacy_torch_save_is_read_in_every_protocol(protocol, tmp_path):
     path = tmp_path / "step_1.pt"
     torch.save(weights(), path, _use_new_zipfile_serialization=False, pickle_protocol=protocol)
     assert set(open_checkpoint(path).tensors) == set(weights())
@@ -202,21 +202,21 @@ CUT = {
 
 @pytest.mark.parametrize("kind", CUT)
 @pytest.mark.parametrize("part", [0.3, 0.6, 0.97])
-def test_what_is_cut_short_is_called_so(kind, part, tmp_path, refusal):
+def test_truncated_file_is_called_truncated(kind, part, tmp_path, refusal):
     path = tmp_path / ("model.safetensors" if kind == "safetensors" else "model.pt")
     path.write_bytes(CUT[kind][: int(part * len(CUT[kind]))])
     assert "truncated or still being written" in refusal(path)
 
 
 @given(st.binary(max_size=40).map(lambda tail: ONNX[:9] + tail) | st.binary(max_size=60))
-def test_messages_of_any_bytes_are_looked_at_in_peace(content):
+def test_is_onnx_and_is_saved_model_take_any_bytes(content):
     is_onnx(content)
     is_saved_model(content)
 
 
 @given(start=st.sampled_from([content[:80] for content, _, _ in STRANGERS.values()]),
        more=st.binary(max_size=600))  # fmt: skip
-def test_what_begins_like_a_stranger_is_refused_in_one_line(start, more, tmp_path_factory):
+def test_foreign_start_is_refused_in_one_line(start, more, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "stranger.pt"
     path.write_bytes(start + more)
     with pytest.raises(CheckpointError) as caught:

@@ -38,7 +38,7 @@ TENSORS = {
 
 
 @pytest.mark.parametrize("safe", [True, False])
-def test_tensors_of_a_device_without_memory_are_read_as_torch_reads_them(tmp_path, safe):
+def test_xla_tensors_are_read_as_by_torch(tmp_path, safe):
     torch.save({name: on_xla(t) for name, t in TENSORS.items()}, tmp_path / "step_1.pt")
     expected = torch.load(tmp_path / "step_1.pt", weights_only=safe)
     read = ckptavg.average([open_checkpoint(tmp_path / "step_1.pt")])
@@ -48,7 +48,7 @@ def test_tensors_of_a_device_without_memory_are_read_as_torch_reads_them(tmp_pat
         assert torch.equal(read[name], tensor)
 
 
-def test_tensors_of_a_device_are_averaged_and_parameters_too(tmp_path):
+def test_xla_tensors_and_parameters_are_averaged(tmp_path):
     for step in (1, 2, 4):
         state = {
             "weight": on_xla(torch.full((2, 3), float(step))),
@@ -77,7 +77,7 @@ def _rebuild_npu_tensor(*_parts):
 _rebuild_npu_tensor.__module__ = "torch_npu.utils.storage"
 
 
-def test_tensors_of_ascend_are_read_without_its_library(tmp_path, monkeypatch):
+def test_npu_tensors_are_read_without_torch_npu(tmp_path, monkeypatch):
     library = types.ModuleType("torch_npu.utils.storage")
     library._rebuild_npu_tensor = _rebuild_npu_tensor
     with monkeypatch.context() as patch:
@@ -99,14 +99,14 @@ class OfAnotherType(torch.Tensor):
         return rebuild, (tensor, torch.float16, "cpu", False)
 
 
-def test_a_tensor_to_be_converted_on_loading_is_refused_by_name(tmp_path):
+def test_tensor_converted_on_loading_is_refused_by_name(tmp_path):
     torch.save({"weight": torch.zeros(2).as_subclass(OfAnotherType)}, tmp_path / "step_1.pt")
     assert "kept as float32" in open_checkpoint(tmp_path / "step_1.pt").refused["weight"]
     with pytest.raises(UnsupportedTensorError, match="weight"):
         ckptavg.average([open_checkpoint(tmp_path / "step_1.pt")])
 
 
-def test_an_uninitialized_parameter_is_refused_by_name(tmp_path):
+def test_uninitialized_parameter_is_refused_by_name(tmp_path):
     lazy = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LazyLinear(3))
     torch.save(lazy.state_dict(), tmp_path / "step_1.pt")
     checkpoint = open_checkpoint(tmp_path / "step_1.pt")
@@ -126,7 +126,7 @@ def _rebuild_packed(*_parts):
 
 
 @pytest.mark.parametrize("prefix", ["", "encoder."])
-def test_an_object_made_of_tensors_is_refused_by_name_and_not_left_out(tmp_path, prefix):
+def test_packed_tensors_are_refused_by_name(tmp_path, prefix):
     state = {"weight": torch.zeros(2, 2), "packed": Packed(), "_extra_state": Packed()}
     saved = {"encoder": state, "decoder": {"w": torch.ones(2)}} if prefix else state
     torch.save(saved, tmp_path / "step_1.pt")

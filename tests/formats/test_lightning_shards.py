@@ -41,7 +41,7 @@ def run(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["out.ckpt", "out.pt"])
-def test_a_file_of_shards_has_what_the_trainer_kept_beside_them(run, tmp_path, name, caplog):
+def test_lightning_shards_in_file_keep_meta_entries(run, tmp_path, name, caplog):
     caplog.set_level("INFO")
     out = ckptavg.average(ckptavg.open_run(run), out=tmp_path / name)
     found = torch.load(out, weights_only=name == "out.pt")
@@ -55,7 +55,7 @@ def test_a_file_of_shards_has_what_the_trainer_kept_beside_them(run, tmp_path, n
     assert open_checkpoint(out).is_average
 
 
-def test_a_directory_of_shards_has_a_meta_file_without_the_state_of_training(run, tmp_path):
+def test_lightning_shards_in_directory_keep_meta_file(run, tmp_path):
     (run / "epoch=2-step=20.ckpt" / "hparams.yaml").write_text("width: 8")
     (run / "epoch=2-step=20.ckpt" / "optimizer.pt").write_text("old")
     out = ckptavg.average(ckptavg.open_run(run), out=tmp_path / "out")
@@ -69,7 +69,7 @@ def test_a_directory_of_shards_has_a_meta_file_without_the_state_of_training(run
     [None, b"", b"no zip", {"step": 3}, [1, 2]],
     ids=["none", "empty", "other", "Fabric", "list"],
 )
-def test_shards_of_others_give_what_they_gave(tmp_path, meta):
+def test_lightning_meta_of_other_content_is_ignored(tmp_path, meta):
     for step in (1, 2):
         directory = tmp_path / "run" / f"step_{step}"
         write(directory, float(step), None if isinstance(meta, bytes) else meta)

@@ -14,13 +14,13 @@ words = st.sampled_from(sorted(METRIC_WORDS))
 @given(
     st.sampled_from(["", "val_", "train/", "m."]), words, st.sampled_from(["", "_epoch", "_step"])
 )
-def test_a_metric_of_any_period_is_one(split, word, period):
+def test_is_metric_accepts_any_split_and_period(split, word, period):
     assert is_metric(f"{split}{word}{period}")
     assert not is_bookkeeping(f"{word}{period}")
 
 
 @given(st.sampled_from(["lr", "ep", "seed", "epoch", "timestamp", "updates"]), words)
-def test_the_clock_of_the_best_is_no_metric(clock, word):
+def test_is_bookkeeping_accepts_clock_of_best(clock, word):
     assert is_bookkeeping(f"best_{word}_{clock}")
     assert is_bookkeeping(clock)
 
@@ -34,5 +34,5 @@ def test_the_clock_of_the_best_is_no_metric(clock, word):
         ["metrics.val.acc", "metrics.train.acc", "metrics.val.n", "fitness_best"],
     ],
 )
-def test_what_tells_most_comes_first(names):
+def test_prominence_orders_metrics(names):
     assert sorted(sorted(names), key=prominence) == names

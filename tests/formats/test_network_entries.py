@@ -56,21 +56,21 @@ def two(value: float) -> dict[str, object]:
 # --------------------------------------------------------------------------------------- the output
 
 
-def test_two_networks_are_averaged_into_their_own_entries(averaged):
+def test_networks_are_averaged_into_their_own_entries(averaged):
     average = torch.load(averaged(two), weights_only=True)
     assert list(average) == ["encoder", "decoder", "epoch", "ckptavg"]
     assert is_mean(average["encoder"])
     assert is_mean(average["decoder"], 4, scale=10)
 
 
-def test_a_pt_output_has_dotted_names_under_state_dict_besides(averaged):
+def test_networks_in_pt_file_have_state_dict_besides(averaged):
     average = torch.load(averaged(two, "out.pt"), weights_only=True)
     assert is_mean(average["state_dict"], prefix="encoder.")
     assert is_mean(average["state_dict"], 4, prefix="decoder.", scale=10)
     assert is_mean(average["encoder"])
 
 
-def test_a_safetensors_output_has_dotted_names(averaged):
+def test_networks_in_safetensors_have_dotted_names(averaged):
     with safe_open(averaged(two, "out.safetensors"), "pt") as file:
         average = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     assert len(average) == 4
@@ -78,7 +78,7 @@ def test_a_safetensors_output_has_dotted_names(averaged):
     assert is_mean(average, 4, prefix="decoder.", scale=10)
 
 
-def test_an_average_of_networks_opens_as_its_inputs_do(averaged, tmp_path):
+def test_networks_of_average_open_as_inputs(averaged, tmp_path):
     reopened = open_checkpoint(averaged(two))
     original = open_checkpoint(tmp_path / "run" / "step_1.pt")
     assert reopened.is_average
@@ -86,13 +86,13 @@ def test_an_average_of_networks_opens_as_its_inputs_do(averaged, tmp_path):
     assert list(reopened.tensors) == list(original.tensors)
 
 
-def test_a_key_picks_one_of_them(averaged):
+def test_networks_are_picked_by_key(averaged):
     average = torch.load(averaged(two, key="decoder"), weights_only=True)
     assert is_mean(average["decoder"], 4, scale=10)
     assert "encoder" not in average
 
 
-def test_a_gan_s_optimizers_and_averages_are_left_out(averaged, tmp_path):
+def test_networks_of_gan_exclude_optimizers_and_averages(averaged, tmp_path):
     def gan(value):
         module = nn.Linear(2, 3)
         optimizer = torch.optim.Adam(module.parameters())
@@ -141,7 +141,7 @@ def leaves(value, path=""):
 
 
 @pytest.mark.parametrize("nest", NESTED.values(), ids=NESTED)
-def test_networks_are_averaged_however_they_are_nested(averaged, nest):
+def test_networks_are_averaged_in_any_nesting(averaged, nest):
     average = torch.load(averaged(lambda v: nest(network(v), network(5 * v, 4))))
     expected = nest(network(3.0), network(15.0, 4))
     assert isinstance(average, type(expected))
@@ -150,7 +150,7 @@ def test_networks_are_averaged_however_they_are_nested(averaged, nest):
     assert all(torch.equal(state[path], mean[path]) for path in mean)
 
 
-def test_each_network_loses_its_own_wrapper_and_keeps_it_in_its_layout(averaged, tmp_path):
+def test_networks_lose_wrappers_but_keep_them_in_output(averaged, tmp_path):
     def wrapped(value):
         return {"actor": network(value, prefix="module."), "critic": network(value, 4)}
 
@@ -160,7 +160,7 @@ def test_each_network_loses_its_own_wrapper_and_keeps_it_in_its_layout(averaged,
     assert names == ["actor.weight", "actor.bias", "critic.weight", "critic.bias"]
 
 
-def test_networks_that_share_a_tensor_are_tied_in_the_output(averaged):
+def test_networks_sharing_tensor_are_tied_in_output(averaged):
     def tied(value):
         shared = network(value)
         return {"encoder": shared, "decoder": {"embed": shared["weight"], **network(value, 4)}}
@@ -170,7 +170,7 @@ def test_networks_that_share_a_tensor_are_tied_in_the_output(averaged):
     assert average["decoder"]["embed"].data_ptr() == average["encoder"]["weight"].data_ptr()
 
 
-def test_pickled_modules_are_read_as_networks(averaged):
+def test_networks_may_be_pickled_modules(averaged):
     def modules(value):
         encoder, decoder = nn.Linear(2, 3), nn.Linear(2, 4)
         encoder.load_state_dict(network(value))
@@ -183,7 +183,7 @@ def test_pickled_modules_are_read_as_networks(averaged):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_networks_of_a_distributed_checkpoint_keep_their_places(tmp_path):
+def test_networks_of_dcp_keep_their_places(tmp_path):
     for step in STEPS:
         dcp.save(
             {"generator": network(float(step)), "critic": network(2.0 * step, 4), "step": step},
@@ -201,7 +201,7 @@ def test_networks_of_a_distributed_checkpoint_keep_their_places(tmp_path):
 # -------------------------------------------------------------------------------------- the opening
 
 
-def test_networks_are_named_in_a_note_and_step_and_rate_are_read(tmp_path):
+def test_networks_are_noted_and_record_is_read(tmp_path):
     optimizer = {"state": {}, "param_groups": [{"lr": 0.5}]}
     checkpoint = saved(tmp_path, two(1.0) | {"optimizer": optimizer, "global_step": 70})
     assert (checkpoint.step, checkpoint.record.epoch, checkpoint.record.lr) == (70, 3, 0.5)
@@ -213,34 +213,34 @@ def test_networks_are_named_in_a_note_and_step_and_rate_are_read(tmp_path):
     )
 
 
-def test_a_weight_may_be_called_as_an_average_is(tmp_path):
+def test_networks_keep_weights_called_ema(tmp_path):
     state = {"ema.decay": torch.ones(2), "gate": {"ema": torch.ones(3)}}
     checkpoint = saved(tmp_path, {"a": state, "b": network(1.0)})
     assert list(checkpoint.tensors)[:2] == ["a.ema.decay", "a.gate.ema"]
     assert len(checkpoint.notes) == 1
 
 
-def test_the_only_network_of_a_file_keeps_its_names(tmp_path):
+def test_network_alone_keeps_its_names(tmp_path):
     checkpoint = saved(tmp_path, {"generator": network(1.0), "losses": {"g": torch.ones(5)}})
     assert (checkpoint.key, checkpoint.networks) == ("generator", ())
     assert list(checkpoint.tensors) == ["weight", "bias"]
 
 
-def test_a_known_entry_goes_before_other_networks_which_are_told_of(tmp_path):
+def test_networks_beside_known_entry_are_noted(tmp_path):
     checkpoint = saved(tmp_path, {"model": network(1.0), "discriminator": network(2.0, 4)})
     assert (checkpoint.key, checkpoint.networks) == ("model", ())
     (note,) = checkpoint.notes
     assert note == "weights are taken from 'model'; discriminator also holds some (see `key`)"
 
 
-def test_a_key_may_name_what_several_networks_lie_in(tmp_path):
+def test_networks_may_lie_in_entry_of_key(tmp_path):
     state = {"nets": {"a": network(1.0), "b": network(2.0)}, "model": network(3.0)}
     checkpoint = saved(tmp_path, state, key="nets")
     assert (checkpoint.key, checkpoint.networks) == ("nets", ("a", "b"))
     assert list(checkpoint.tensors) == ["a.weight", "a.bias", "b.weight", "b.bias"]
 
 
-def test_networks_that_not_every_checkpoint_has_are_an_error_that_names_them(tmp_path):
+def test_networks_missing_from_checkpoint_are_error(tmp_path):
     torch.save(two(1.0), tmp_path / "step_1.pt")
     torch.save(network(1.0), tmp_path / "step_2.pt")
     opened = [open_checkpoint(tmp_path / f"step_{step}.pt") for step in (1, 2)]
@@ -248,26 +248,26 @@ def test_networks_that_not_every_checkpoint_has_are_an_error_that_names_them(tmp
         ckptavg.average(opened)
 
 
-def test_networks_whose_names_run_together_ask_for_a_key(tmp_path):
+def test_networks_with_clashing_names_require_key(tmp_path):
     state = {"a": {"b.weight": torch.ones(2)}, "a.b": {"weight": torch.ones(2)}}
     with pytest.raises(CheckpointError, match="Name the entry by `key`"):
         saved(tmp_path, state)
 
 
 @pytest.mark.parametrize("name", ["ema", "G_ema", "modelEMA", "netG_EMA", "swa_model", "avg.net"])
-def test_a_running_average_is_known_by_a_word_of_its_name(name):
+def test_is_average_recognizes_words_of_names(name):
     assert is_average(name)
 
 
 @pytest.mark.parametrize("name", ["semantic", "schema", "gemaker", "mean_net", "savg1x"])
-def test_a_word_within_another_makes_no_running_average(name):
+def test_is_average_ignores_words_within_others(name):
     assert not is_average(name)
 
 
 @pytest.mark.parametrize(
     "name", ["momentum_encoder", "exp_encoder", "log_prob_net", "random_projection", "upscaler"]
 )
-def test_a_network_may_have_a_word_of_training_in_its_name(tmp_path, name):
+def test_networks_may_have_training_words_in_names(tmp_path, name):
     checkpoint = saved(tmp_path, {"encoder": network(1.0), name: network(2.0, 4)})
     assert checkpoint.networks == ("encoder", name)
 
@@ -275,7 +275,7 @@ def test_a_network_may_have_a_word_of_training_in_its_name(tmp_path, name):
 @pytest.mark.parametrize(
     "name", ["grads", "gradDict", "momentum_buffer", "exp_avg_sq", "optim_momentum", "grad_scaler"]
 )
-def test_what_training_keeps_of_each_parameter_is_no_network(tmp_path, name):
+def test_networks_exclude_training_state_per_parameter(tmp_path, name):
     checkpoint = saved(tmp_path, {"encoder": network(1.0), name: network(2.0)})
     assert (checkpoint.key, checkpoint.networks) == ("encoder", ())
 
@@ -289,7 +289,7 @@ for _ in range(2):
 
 @settings(max_examples=60, deadline=None)
 @given(trees)
-def test_no_tensor_of_a_nested_file_is_lost(tmp_path_factory, tree):
+def test_open_checkpoint_keeps_every_nested_tensor(tmp_path_factory, tree):
     held = {path[1:].replace("/", ".") for path in leaves(tree)}
     path = tmp_path_factory.mktemp("tree")
     if not held:

@@ -94,7 +94,7 @@ def run(tmp_path):
     return tmp_path / "run"
 
 
-def test_files_are_found_opened_averaged_and_written(run, tmp_path):
+def test_new_format_is_found_opened_averaged_and_written(run, tmp_path):
     opened = ckptavg.open_run(run)
     assert [checkpoint.step for checkpoint in opened] == [10, 20, 30]
     out = tmp_path / "mean.tiny"
@@ -104,14 +104,14 @@ def test_files_are_found_opened_averaged_and_written(run, tmp_path):
     assert (average.layout, average.is_average) == ("tiny", True)
 
 
-def test_average_is_written_in_the_other_formats_too(run, tmp_path):
+def test_new_format_is_averaged_into_other_formats(run, tmp_path):
     for name in ("mean.safetensors", "mean.pt", "directory"):
         ckptavg.average(ckptavg.open_run(run), out=tmp_path / name)
         tensors = ckptavg.average([tmp_path / name])
         assert tensors["w"].tolist() == [3.0, -3.0]
 
 
-def test_commands_name_the_format(run, monkeypatch):
+def test_new_format_is_named_by_commands(run, monkeypatch):
     monkeypatch.chdir(run.parent)
     result = command("inspect", "run")
     assert result.exit_code == 0, result.output
@@ -122,7 +122,7 @@ def test_commands_name_the_format(run, monkeypatch):
     assert ".tiny" in result.stderr
 
 
-def test_directories_are_found_and_averaged(tmp_path):
+def test_new_format_of_directories_is_found_and_averaged(tmp_path):
     for step, value in enumerate([1.0, 3.0], 1):
         save(tmp_path / "run" / f"checkpoint-{step}" / "weights.tiny", step, [value])
     opened = ckptavg.open_run(tmp_path / "run")
@@ -133,6 +133,6 @@ def test_directories_are_found_and_averaged(tmp_path):
     assert ckptavg.open_checkpoint(tmp_path / "mean").layout == "huggingface"
 
 
-def test_unknown_suffix_names_those_of_the_registry(run, tmp_path):
+def test_new_format_suffix_is_named_for_unknown_suffix(run, tmp_path):
     with pytest.raises(UsageError, match=r"\.safetensors, .*\.tiny, or none"):
         ckptavg.average(ckptavg.open_run(run), out=tmp_path / "mean.odd")

@@ -12,7 +12,7 @@ BASE = Source("base.pt", 7, 0.5)
 STALE = Statistics("stale", ("bn", "stem"), ("stem",))
 
 
-def test_record_is_json_of_known_form():
+def test_provenance_is_json_of_known_form():
     record = Provenance.of("uniform", INPUTS, STALE, [("x", "y")], BASE)
     entries = json.loads(record.to_json())
     assert list(entries) == ["version", "scheme", "checkpoints", "bn", "bn_layers", "base", "tied"]
@@ -37,11 +37,11 @@ def test_record_is_json_of_known_form():
         '{"checkpoints": [], "checkpoints": []}',
     ],
 )  # fmt: skip
-def test_other_values_are_no_record(text):
+def test_provenance_of_other_values_is_none(text):
     assert Provenance.from_json(text) is None
 
 
-def test_entries_of_other_versions_survive_every_change():
+def test_provenance_keeps_entries_of_other_versions():
     entries = {"checkpoints": [{"path": "a", "host": "h"}], "later": [1], "bn": "stale", "n": None}
     record = Provenance.from_json(json.dumps(entries))
     changed = record.with_statistics(Statistics("recomputed")).with_files(["b", "a"]).with_digest()
@@ -51,7 +51,7 @@ def test_entries_of_other_versions_survive_every_change():
     assert list(changed.with_files([]).entries) == [*entries, "digest", "seal"]
 
 
-def test_malformed_entries_read_as_nothing():
+def test_provenance_ignores_malformed_entries():
     odd = {"path": 5, "size": "1", "mtime": [], "digest": 1, "key": 2}
     entries = {
         "checkpoints": [odd], "base": 3, "version": 1, "scheme": None, "bn": [], "digest": 7,
@@ -64,7 +64,7 @@ def test_malformed_entries_read_as_nothing():
     assert (record.bn_layers, record.files) == ({"excluded": ["bn"]}, ["a"])
 
 
-def test_checksum_tells_damage_but_not_order():
+def test_provenance_checksum_detects_damage_but_not_order():
     record = Provenance.of("uniform", INPUTS, STALE, base=BASE)
     assert record.with_checksum() == record
     hashed = record.with_digests([s.with_digest(PENDING, "model") for _, s in record.sources])

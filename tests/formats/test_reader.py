@@ -73,7 +73,7 @@ def views(draw):
 
 @settings(max_examples=150, deadline=None)
 @given(views(), st.integers(1, 300), st.integers(0, 9), st.sampled_from([0, 8, 64, 1 << 16]))
-def test_blocks_of_a_view_are_what_torch_indexes(
+def test_reader_reads_blocks_of_views_as_torch(
     tmp_path_factory, storage_and_view, limit, skipped, span
 ):
     storage, view = storage_and_view
@@ -93,7 +93,7 @@ def test_blocks_of_a_view_are_what_torch_indexes(
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_a_tensor_in_pieces_is_put_together(tmp_path_factory, data):
+def test_reader_joins_pieces(tmp_path_factory, data):
     shape = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=3))
     value = torch.randn(shape)
     cuts = [sorted({0, n, data.draw(st.integers(0, n))}) for n in shape]
@@ -111,7 +111,7 @@ def test_a_tensor_in_pieces_is_put_together(tmp_path_factory, data):
     assert b"".join(blocks) == as_bytes(value)
 
 
-def test_any_range_of_a_contiguous_tensor_can_be_read(tmp_path):
+def test_reader_reads_any_range_of_contiguous_tensor(tmp_path):
     value = torch.randn(4, 5)
     tensor = contiguous_tensor(stored(tmp_path / "x", value, 3), 3, DTYPES["float32"], (4, 5))
     for start, end in itertools.combinations(range(21), 2):
@@ -120,7 +120,7 @@ def test_any_range_of_a_contiguous_tensor_can_be_read(tmp_path):
 
 @settings(max_examples=200, deadline=None)
 @given(shapes, st.integers(1, 700), st.data())
-def test_boxes_cover_every_element_once_and_in_order(shape, limit, data):
+def test_boxes_cover_each_element_once_in_order(shape, limit, data):
     covered = []
     total = math.prod(shape)
     index = np.arange(total).reshape(shape)
@@ -139,16 +139,16 @@ def test_boxes_cover_every_element_once_and_in_order(shape, limit, data):
     ("shape", "limit", "count"),
     [((7, 8), 56, 1), ((7, 8), 55, 2), ((7, 8), 16, 4), ((7, 8), 15, 7), ((7, 8), 5, 14)],
 )
-def test_boxes_are_as_large_as_the_limit_lets_them(shape, limit, count):
+def test_boxes_are_as_large_as_limit_allows(shape, limit, count):
     assert len(list(boxes(shape, 0, math.prod(shape), limit))) == count
 
 
 @pytest.mark.parametrize("shape", [(0,), (3, 0, 2), (0, 0)])
-def test_an_empty_tensor_has_no_boxes(shape):
+def test_boxes_of_empty_tensor_is_empty(shape):
     assert list(boxes(shape, 0, 0, 10)) == []
 
 
-def test_a_scalar_is_one_box():
+def test_boxes_of_scalar_is_single_box():
     assert list(boxes((), 0, 1, 10)) == [(0, 1)]
     assert box_of((), 0, 1) == ((), ())
 
@@ -159,7 +159,7 @@ def written(tmp_path):
     return path, contiguous_tensor(stored(path, torch.arange(10.0)), 0, DTYPES["float32"], (10,))
 
 
-def test_a_file_that_became_shorter_is_an_error_that_names_it(written):
+def test_reader_names_shortened_file(written):
     path, tensor = written
     path.write_bytes(path.read_bytes()[:-1])
     assert len(read(tensor, 0, 9)) == 36
@@ -167,14 +167,14 @@ def test_a_file_that_became_shorter_is_an_error_that_names_it(written):
         read(tensor, 0, 10)
 
 
-def test_a_file_that_went_away_is_an_error_that_names_it(written):
+def test_reader_names_missing_file(written):
     path, tensor = written
     path.unlink()
     with pytest.raises(CheckpointError, match=str(path)):
         read(tensor, 0, 1)
 
 
-def test_a_reader_keeps_few_files_open_and_closes_them(tmp_path):
+def test_reader_keeps_few_files_open_and_closes_them(tmp_path):
     tensors = [
         contiguous_tensor(
             stored(tmp_path / str(i), torch.tensor([float(i)])), 0, DTYPES["float32"], (1,)
@@ -193,14 +193,14 @@ def test_a_reader_keeps_few_files_open_and_closes_them(tmp_path):
     assert all(file.closed for file in files)
 
 
-def test_reads_that_come_back_short_are_continued(written, monkeypatch):
+def test_reader_continues_short_reads(written, monkeypatch):
     _, tensor = written
     whole_read = reading._read_at
     monkeypatch.setattr(reading, "_read_at", lambda f, out, at: whole_read(f, out[:7], at))
     assert read(tensor, 0, 10) == as_bytes(torch.arange(10.0))
 
 
-def test_a_sparse_view_of_a_large_storage_is_not_read_whole(tmp_path, monkeypatch):
+def test_reader_skips_gaps_of_sparse_view(tmp_path, monkeypatch):
     storage = torch.arange(1_000_000, dtype=torch.float32)
     path = stored(tmp_path / "large", storage)
     view = storage.view(1000, 1000)[:, 7:9]
@@ -216,7 +216,7 @@ def test_a_sparse_view_of_a_large_storage_is_not_read_whole(tmp_path, monkeypatc
 
 @given(shape=st.lists(st.integers(1, 6), min_size=1, max_size=3).map(tuple), data=st.data())
 @settings(deadline=None)
-def test_what_no_piece_covers_is_zero(tmp_path_factory, shape, data):
+def test_reader_fills_uncovered_elements_with_zero(tmp_path_factory, shape, data):
     """Boxes of a tensor that lies in a larger one, in whatever block it is read."""
     low = tuple(data.draw(st.integers(0, n - 1)) for n in shape)
     inner = tuple(data.draw(st.integers(1, n - a)) for n, a in zip(shape, low, strict=True))

@@ -64,7 +64,7 @@ def test_variant_alone_is_averaged_under_its_name(tmp_path, name):
         ("pytorch_lora_weights.safetensors", "notes.txt"),
     ],
 )
-def test_only_weights_beside_configuration_keep_name(tmp_path, name, config):
+def test_weights_file_alone_keeps_its_name(tmp_path, name, config):
     out = average(tmp_path, [name], config, vocab="")
     assert listing(out) == sorted([config, name, "vocab.txt"])
     assert torch.equal(state_of(out / name)["a"], torch.full((2,), 2.0))
@@ -76,7 +76,7 @@ def test_pt_file_beside_configuration_becomes_safetensors(tmp_path):
     assert listing(out) == ["config.yaml", "model.safetensors"]
 
 
-def test_only_weights_leave_other_directories_out(tmp_path):
+def test_weights_file_alone_leaves_directories_out(tmp_path):
     for step in (1, 2):
         write(tmp_path / "run" / f"step-{step}", "flow.safetensors", 1.0, "flow_config.json")
         save(tmp_path / "run" / f"step-{step}" / "photos" / "a.png.txt", {})
