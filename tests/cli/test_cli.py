@@ -433,7 +433,17 @@ def test_inspect_ignores_damaged_records(home: Path) -> None:
     assert ckptavg("inspect", "odd.pt").exit_code == 0
 
 
-@pytest.mark.parametrize("flags", [["--last", "2"], ["--scheme", "linear"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--last", "2"],
+        ["--scheme", "linear"],
+        ["--from", "1"],
+        ["--to", "2"],
+        ["--metric", "val_acc"],
+        ["--mode", "max"],
+    ],
+)
 def test_selection_flags_need_a_run(home: Path, flags: list[str]) -> None:
     line = one_line_error(ckptavg("eval", "run/epoch_1.pt", *EVAL, *flags), code=2)
     assert f"{flags[0]} needs --run" in line

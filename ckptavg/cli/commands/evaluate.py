@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Sequence, Sized
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -43,10 +43,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("ckptavg")
 _CANDIDATES = "Candidates"
 _RESULTS = "Results"
-_OF_A_RUN = (
-    "each", "compare", "fail_if_worse", "glob", "skip", "every", "cycle", "at_lr_min", "best",
-    "sample", "last", "scheme", "weights", "include", "exclude", "base", "dtype",
-)  # fmt: skip
 _WORSE = 3  # exit code of --fail-if-worse
 
 
@@ -303,10 +299,17 @@ def _check(options: EvaluationOptions) -> None:
 
 def _refuse_run_options(candidates: CandidateOptions) -> None:
     """Refuse options of a run where no run is named."""
-    source_of = click.get_current_context().get_parameter_source
-    for name in _OF_A_RUN:
-        if source_of(name) is ParameterSource.COMMANDLINE:
-            raise UsageError(f"--{name.replace('_', '-')} needs --run")
+    names = {"each", "compare", "fail_if_worse"}
+    for options in (SelectionOptions, WeightingOptions, TensorOptions):
+        names.update(field.name for field in fields(options))
+    # Checkpoints may hold values that are not finite, too.
+    names.discard("on_nonfinite")
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        is_given = context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        if is_given and name in names:
+            raise UsageError(f"{parameter.opts[0]} needs --run")
     if candidates.further:
         raise UsageError("--also needs --run")
 
