@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from selecting import first_only
 
 SUPPORT = Path(__file__).parents[1] / "support"
 COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
@@ -39,7 +38,8 @@ FAULTS = {
 }
 
 
-@first_only("faults", FAULTS.values(), ids=FAULTS)
+@pytest.mark.slow
+@pytest.mark.parametrize("faults", FAULTS.values(), ids=FAULTS)
 def test_faults_are_told_and_leave_all_whole(library, faults):
     environment = os.environ | {"LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, SUPPORT / "faulty_calls.py", *faults]

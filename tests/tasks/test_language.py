@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from selecting import combinations
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
@@ -146,9 +147,7 @@ def error_of(call, *args):
 # Scores
 
 
-@pytest.mark.parametrize("make", [gpt2, llama])
-@pytest.mark.parametrize("stride", [None, 3])
-@pytest.mark.parametrize("size", [1, 2, 100])
+@combinations(make=[gpt2, llama], stride=[None, 3], size=[1, 2, 100])
 def test_causal_lm_nll_matches_transformers_loss(make, stride, size):
     """transformers shifts by itself, and gives the mean of a batch's scored tokens."""
     model, total, count = make(), 0.0, 0

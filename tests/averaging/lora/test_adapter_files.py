@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from selecting import combinations
 
 from ckptavg import average, open_run
 
@@ -63,9 +64,9 @@ def notes(caplog):
     return caplog
 
 
-@pytest.mark.parametrize("names", SPELLINGS.values(), ids=SPELLINGS)
-@pytest.mark.parametrize("weights", [None, [1, 2, 5], [0, 3, 1], [-1, 2, 2]])
-def test_products_under_any_spelling_are_averaged_exactly(tmp_path, notes, names, weights):
+@combinations(weights=[None, [1, 2, 5], [0, 3, 1], [-1, 2, 2]], spelling=SPELLINGS)
+def test_products_under_any_spelling_are_averaged_exactly(tmp_path, notes, weights, spelling):
+    names = SPELLINGS[spelling]
     states = [factors(names, i, dtype=torch.float64) for i in range(3)]
     got = average(write(tmp_path, states), weights=weights)
     used = weights or [1, 1, 1]
