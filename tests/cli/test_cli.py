@@ -450,7 +450,7 @@ def test_selection_flags_need_a_run(home: Path, flags: list[str]) -> None:
 
 
 @pytest.mark.parametrize("flags", [[], ["--metric", "val_acc"], ["--mode", "max"]])
-def test_best_needs_no_metric_where_there_is_one(home: Path, flags: list[str]) -> None:
+def test_best_takes_the_only_metric(home: Path, flags: list[str]) -> None:
     result = ckptavg("average", "run", "-o", "o.pt", "--best", "2", *flags, "--json")
     made = json.loads(result.stdout)["checkpoints"]
     assert [Path(c["path"]).name for c in made] == ["epoch_1.pt", "epoch_2.pt"]

@@ -84,7 +84,7 @@ def test_verify_shows_a_missing_input_without_error(run):
     assert result.stdout.endswith("\n4 same, 1 not there\n")
 
 
-def test_verify_checks_a_run_and_averages_in_it(run):
+def test_verify_checks_a_run_and_its_averages(run):
     ckptavg("average", "run", "-o", "run/swa.pt", "--hash", "--last", 2)
     assert verified("run") == [
         *[("archive", "same")] * 4, ("record", "same"), ("weights", "same"),

@@ -287,7 +287,7 @@ def test_digests_of_average_many_are_separate(tmp_path):
         )
 
 
-def test_digests_of_adapters_are_those_of_the_inputs(tmp_path):
+def test_digests_of_adapters_cover_the_given_factors(tmp_path):
     states = [factors(i) for i in range(3)]
     run = open_run(write_adapters(tmp_path / "run", states))
     ckptavg.average(run, weights=[1, 2, 5], out=tmp_path / "o", digests=True)

@@ -175,7 +175,7 @@ def test_small_images_with_options_are_not_warned_of(folder, caplog, pair):
     assert caplog.messages == []
 
 
-def test_small_images_beside_a_large_one_are_not_warned_of(folder, tmp_path, caplog):
+def test_small_images_among_large_are_not_warned_of(folder, tmp_path, caplog):
     Image.new("RGB", (200, 200), COLOUR).save(tmp_path / "images" / "dogs" / "large.png")
     caplog.set_level("WARNING", "ckptavg")
     image_of(folder)
