@@ -117,7 +117,7 @@ def plain(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", TORCH_SAVE.output_suffixes)
-def test_a_torch_file_loads_with_weights_only_and_says_how_it_was_made(tmp_path, plain, suffix):
+def test_torch_save_output_loads_safely_with_provenance(tmp_path, plain, suffix):
     path, tensors = tmp_path / f"out{suffix}", state_dict()
     write(path, tensors, plain, TIED)
     loaded = torch.load(path, weights_only=True)
@@ -128,7 +128,7 @@ def test_a_torch_file_loads_with_weights_only_and_says_how_it_was_made(tmp_path,
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 2**32), st.sampled_from([0, 3]))
-def test_checksums_are_right_whatever_the_order_of_the_blocks(tmp_path_factory, seed, threads):
+def test_torch_save_checksums_hold_for_any_block_order(tmp_path_factory, seed, threads):
     folder = tmp_path_factory.getbasetemp()
     torch.save({"a": torch.rand(2)}, folder / "template.pt")
     path, tensors = folder / "shuffled.pt", state_dict()
@@ -138,7 +138,7 @@ def test_checksums_are_right_whatever_the_order_of_the_blocks(tmp_path_factory, 
     assert same(torch.load(path)["state_dict"], tensors)
 
 
-def test_a_torch_file_can_be_memory_mapped(tmp_path, plain):
+def test_torch_save_output_can_be_memory_mapped(tmp_path, plain):
     path, tensors = tmp_path / "out.pt", state_dict()
     write(path, tensors, plain)
     assert same(torch.load(path, mmap=True)["state_dict"], tensors)
@@ -146,7 +146,7 @@ def test_a_torch_file_can_be_memory_mapped(tmp_path, plain):
     assert all(t.pieces[0].offset % 64 == 0 for t in opened.tensors.values())
 
 
-def test_ties_are_kept_in_a_torch_file(tmp_path, plain):
+def test_torch_save_output_keeps_ties(tmp_path, plain):
     path, tensors = tmp_path / "out.pt", state_dict()
     write(path, tensors, plain, TIED)
     loaded = torch.load(path)["state_dict"]
@@ -158,19 +158,19 @@ def test_ties_are_kept_in_a_torch_file(tmp_path, plain):
 
 @pytest.mark.parametrize("dtype", ["complex128", "complex32", "float8_e5m2fnuz", "float8_e8m0fnu"])
 @pytest.mark.filterwarnings("ignore:ComplexHalf")
-def test_a_torch_file_holds_types_that_safetensors_may_lack(tmp_path, plain, dtype):
+def test_torch_save_output_holds_rare_dtypes(tmp_path, plain, dtype):
     tensors = {"a": random_tensor(dtype, 4)}
     write(tmp_path / "out.pt", tensors, plain)
     assert same(torch.load(tmp_path / "out.pt")["state_dict"], tensors)
 
 
-def test_safetensors_cannot_hold_complex128(tmp_path, plain):
+def test_safetensors_output_refuses_complex128(tmp_path, plain):
     with pytest.raises(UnsupportedTensorError, match="a \\(complex128\\)"):
         write(tmp_path / "out.safetensors", {"a": random_tensor("complex128", 2)}, plain)
     assert not (tmp_path / "out.safetensors").exists()
 
 
-def test_a_safetensors_file_holds_every_name_and_how_it_was_made(tmp_path, plain):
+def test_safetensors_output_holds_names_and_provenance(tmp_path, plain):
     path, tensors = tmp_path / "out.safetensors", state_dict()
     write(path, tensors, plain, TIED)
     loaded = load_file(path)
@@ -182,7 +182,7 @@ def test_a_safetensors_file_holds_every_name_and_how_it_was_made(tmp_path, plain
 
 
 @pytest.mark.parametrize("name", ["out.pt", "out.safetensors", "out"])
-def test_a_path_that_is_not_unicode_can_be_told(tmp_path, plain, name, monkeypatch):
+def test_provenance_may_hold_path_not_unicode(tmp_path, plain, name, monkeypatch):
     made = MADE | {"checkpoints": [{"path": os.fsdecode(b"caf\xe9.pt"), "step": 1}]}
     monkeypatch.setattr(f"{__name__}.MADE", made)
     write(tmp_path / name, {"a": torch.rand(2)}, plain)
@@ -190,7 +190,7 @@ def test_a_path_that_is_not_unicode_can_be_told(tmp_path, plain, name, monkeypat
 
 
 @pytest.mark.parametrize("name", ["out.pt", "out.safetensors", "out"])
-def test_every_byte_is_planned_once(tmp_path, plain, name):
+def test_file_layout_plans_every_byte_once(tmp_path, plain, name):
     tensors = state_dict()
     planned = write(tmp_path / name, tensors, plain, TIED)
     paths = [tmp_path / name / f.name if f.name else tmp_path / name for f in planned.files]
@@ -205,7 +205,7 @@ def test_every_byte_is_planned_once(tmp_path, plain, name):
         assert end == file.size
 
 
-def test_many_entries_and_far_ones_need_the_64_bit_fields(tmp_path):
+def test_archive_uses_64_bit_fields(tmp_path):
     """More than 65535 entries, and one that begins beyond 4 GiB; the file is mostly a hole."""
     count, large = 66_000, 5 << 30
     archive = torch_pickle.Archive()
@@ -228,7 +228,7 @@ def test_many_entries_and_far_ones_need_the_64_bit_fields(tmp_path):
         assert found.read(info) == b"x"
 
 
-def test_torch_reads_a_file_of_more_than_4_gib(tmp_path, plain):
+def test_torch_save_output_over_4_gib_is_read_by_torch(tmp_path, plain):
     tensors = [
         OutputTensor("large", DTYPES["uint8"], (5 << 30,)),
         OutputTensor("small", DTYPES["float32"], (3,)),
@@ -247,7 +247,7 @@ def test_torch_reads_a_file_of_more_than_4_gib(tmp_path, plain):
 
 
 @pytest.mark.parametrize("path", ["out.onnx", "out.h5", "out.pt.zip", "out.safetensors.bak"])
-def test_an_unknown_suffix_is_wrong_usage_that_lists_the_known(plain, path):
+def test_lay_out_unknown_suffix_lists_known_ones(plain, path):
     with pytest.raises(UsageError, match="safetensors") as caught:
         lay_out(path, [], Provenance(MADE), plain)
     assert Path(path).suffix in str(caught.value)
@@ -257,7 +257,7 @@ def test_an_unknown_suffix_is_wrong_usage_that_lists_the_known(plain, path):
     ("path", "directory"),
     [("out", True), ("run-1.5", True), ("out.d/", True), ("x.pth.tar", False), ("a.b/c.pt", False)],
 )
-def test_the_suffix_decides_between_file_and_directory(plain, path, directory):
+def test_lay_out_picks_file_or_directory_by_suffix(plain, path, directory):
     assert (
         lay_out(path, outputs({"a": torch.rand(1)}), Provenance(MADE), plain).directory == directory
     )
@@ -280,7 +280,7 @@ def changed(checkpoint, model, dtype=None) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("options", [{}, {"max_shard_size": "12KB"}], ids=["single", "shards"])
-def test_from_pretrained_loads_what_is_written(language_model, tmp_path, options):
+def test_huggingface_output_is_loaded_by_from_pretrained(language_model, tmp_path, options):
     template = pretrained(language_model, tmp_path / "in", **options)
     tensors = changed(template, language_model)
     write(tmp_path / "out", tensors, template)
@@ -294,7 +294,7 @@ def test_from_pretrained_loads_what_is_written(language_model, tmp_path, options
     assert open_checkpoint(tmp_path / "out").provenance.entries == MADE
 
 
-def test_shards_and_companions_are_those_of_the_input(language_model, tmp_path):
+def test_huggingface_output_keeps_shards_and_companions(language_model, tmp_path):
     template = pretrained(language_model, tmp_path / "in", max_shard_size="12KB")
     write(tmp_path / "out", changed(template, language_model), template)
     names = {path.name for path in (tmp_path / "in").iterdir()} - {"trainer_state.json"}
@@ -310,7 +310,7 @@ def test_shards_and_companions_are_those_of_the_input(language_model, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
-def test_a_change_of_dtype_is_told_to_the_config(language_model, tmp_path, dtype):
+def test_huggingface_output_config_gets_new_dtype(language_model, tmp_path, dtype):
     template = pretrained(language_model, tmp_path / "in")
     tensors = changed(template, language_model, getattr(torch, dtype))
     write(tmp_path / "out", tensors, template)
@@ -320,7 +320,7 @@ def test_a_change_of_dtype_is_told_to_the_config(language_model, tmp_path, dtype
     assert config == json.loads((tmp_path / "in" / "config.json").read_text()) | {"dtype": dtype}
 
 
-def test_the_older_name_of_a_config_s_dtype_is_known(tmp_path):
+def test_huggingface_output_config_keeps_torch_dtype_name(tmp_path):
     (tmp_path / "in").mkdir()
     save_file({"a": torch.rand(2)}, tmp_path / "in" / "model.safetensors")
     (tmp_path / "in" / "config.json").write_text('{"torch_dtype": "float32", "x": 1}')
@@ -330,7 +330,7 @@ def test_the_older_name_of_a_config_s_dtype_is_known(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b'"dtype"', b"[" * 100_000], ids=len)
-def test_a_config_that_cannot_be_read_is_copied_as_it_is(tmp_path, content):
+def test_huggingface_output_copies_unreadable_config(tmp_path, content):
     (tmp_path / "in").mkdir()
     save_file({"a": torch.rand(2)}, tmp_path / "in" / "model.safetensors")
     (tmp_path / "in" / "config.json").write_bytes(content)
@@ -338,7 +338,7 @@ def test_a_config_that_cannot_be_read_is_copied_as_it_is(tmp_path, content):
     assert (tmp_path / "out" / "config.json").read_bytes() == content
 
 
-def test_a_directory_of_bin_files_becomes_one_of_safetensors(language_model, tmp_path):
+def test_huggingface_output_of_bin_files_is_safetensors(language_model, tmp_path):
     (tmp_path / "in").mkdir()
     torch.save(language_model.state_dict(), tmp_path / "in" / "pytorch_model.bin")
     language_model.config.save_pretrained(tmp_path / "in")
@@ -350,7 +350,7 @@ def test_a_directory_of_bin_files_becomes_one_of_safetensors(language_model, tmp
     assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
 
 
-def test_a_directory_keeps_the_wrapped_names_of_its_input(tmp_path):
+def test_huggingface_output_keeps_wrapped_names(tmp_path):
     (tmp_path / "in").mkdir()
     save_file({"module.a": torch.rand(2)}, tmp_path / "in" / "model.safetensors")
     tensors = {"a": torch.rand(2)}
@@ -360,13 +360,13 @@ def test_a_directory_keeps_the_wrapped_names_of_its_input(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["out", "out.pt", "out.safetensors"])
-def test_an_output_in_another_layout_than_its_input_s_has_the_bare_names(tmp_path, plain, name):
+def test_output_in_other_layout_has_bare_names(tmp_path, plain, name):
     assert plain.stored_names == {"a": "module.a"}
     write(tmp_path / name, {"a": torch.rand(2)}, plain)
     assert open_checkpoint(tmp_path / name).stored_names == {"a": "a"}
 
 
-def test_a_large_output_is_split_where_its_input_was_not(tmp_path, plain, monkeypatch):
+def test_huggingface_output_splits_large_files(tmp_path, plain, monkeypatch):
     monkeypatch.setattr(writer, "_SHARD_BYTES", 100)
     tensors = {f"t{i}": torch.rand(n) for i, n in enumerate((10, 10, 10, 40, 1, 1))}
     write(tmp_path / "out", tensors, plain)
@@ -380,14 +380,14 @@ def test_a_large_output_is_split_where_its_input_was_not(tmp_path, plain, monkey
     assert set(open_checkpoint(tmp_path / "out").tensors) == set(tensors)
 
 
-def test_a_diffusion_model_keeps_its_file_name(tmp_path):
+def test_huggingface_output_keeps_diffusion_file_name(tmp_path):
     (tmp_path / "in").mkdir()
     save_file({"a": torch.rand(2)}, tmp_path / "in" / "diffusion_pytorch_model.safetensors")
     write(tmp_path / "out", {"a": torch.rand(2)}, open_checkpoint(tmp_path / "in"))
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["diffusion_pytorch_model.safetensors"]
 
 
-def test_laying_out_many_tensors_takes_little_time(tmp_path):
+def test_lay_out_is_fast_for_many_tensors(tmp_path):
     """A model of 8000 tensors (experts): 8 times as long as one of 1000, or 40 if quadratic."""
     seconds = {count: seconds_to_lay_out(tmp_path / f"{count}", count) for count in (1000, 8000)}
     assert seconds[8000] < 20 * seconds[1000]
@@ -409,7 +409,7 @@ def seconds_to_lay_out(home, count):
 # ---------------------------------------------------------------------------------------- the sinks
 
 
-def test_a_full_disk_shows_before_the_work_and_leaves_no_file_open(tmp_path, plain, monkeypatch):
+def test_file_sink_detects_full_disk_and_closes_files(tmp_path, plain, monkeypatch):
     def full(handle, offset, size):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -429,7 +429,7 @@ def test_a_full_disk_shows_before_the_work_and_leaves_no_file_open(tmp_path, pla
 
 
 @pytest.mark.parametrize("error", [errno.EOPNOTSUPP, errno.EINVAL])
-def test_a_file_system_without_preallocation_will_do(tmp_path, plain, monkeypatch, error):
+def test_file_sink_works_without_preallocation(tmp_path, plain, monkeypatch, error):
     def unsupported(handle, offset, size):
         raise OSError(error, "unsupported")
 
@@ -439,7 +439,7 @@ def test_a_file_system_without_preallocation_will_do(tmp_path, plain, monkeypatc
     assert same(torch.load(tmp_path / "out.pt")["state_dict"], tensors)
 
 
-def test_writes_that_come_back_short_are_continued(tmp_path, plain, monkeypatch):
+def test_file_sink_continues_short_writes(tmp_path, plain, monkeypatch):
     pwrite = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda handle, data, at: pwrite(handle, data[:11], at))
     tensors = state_dict()
@@ -447,7 +447,7 @@ def test_writes_that_come_back_short_are_continued(tmp_path, plain, monkeypatch)
     assert same(torch.load(tmp_path / "out.pt")["state_dict"], tensors)
 
 
-def test_a_state_dict_is_collected_in_memory_whatever_the_order():
+def test_memory_sink_collects_blocks_in_any_order():
     tensors = state_dict()
     sink = MemorySink(outputs(tensors, TIED))
     for name, at, content in blocks(tensors, TIED, seed=5):
@@ -460,14 +460,14 @@ def test_a_state_dict_is_collected_in_memory_whatever_the_order():
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.binary(max_size=300), max_size=6))
-def test_checksums_combine_as_if_the_parts_were_one(parts):
+def test_crc32_combine_equals_crc32_of_whole(parts):
     crc = 0
     for part in parts:
         crc = crc32_combine(crc, zlib.crc32(part), len(part))
     assert crc == zlib.crc32(b"".join(parts))
 
 
-def test_checksums_combine_over_lengths_that_no_buffer_has():
+def test_crc32_combine_takes_huge_lengths():
     """Appending 2^40 zeros at once is appending half of them twice."""
     zeros, length = zlib.crc32(bytes(1 << 16)), 1 << 16
     while length < 1 << 40:

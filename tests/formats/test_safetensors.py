@@ -47,7 +47,7 @@ def accepted_by_the_reference(content: bytes) -> bool:
     return True
 
 
-def test_the_table_is_the_one_of_the_reference_reader(tmp_path):
+def test_safetensors_table_equals_reference(tmp_path):
     path = tmp_path / "all.safetensors"
     tensors = {f"{name}.{n}": random_bytes(name, n, 3) for name in TORCH_NAMES for n in (0, 5)}
     tensors |= {"0-d": torch.tensor(2.5), "1-d": torch.rand(7), "vide é \U0001f600": torch.rand(1)}
@@ -66,13 +66,13 @@ def test_the_table_is_the_one_of_the_reference_reader(tmp_path):
             assert content[at : at + found.nbytes] == raw.numpy().tobytes()
 
 
-def test_every_element_type_of_the_reference_is_known():
+def test_safetensors_dtypes_are_accepted_by_reference():
     for code, dtype in BY_CODE.items():
         eight = dtype.nbytes(8)
         assert accepted_by_the_reference(encode({"x": entry(code, (8,), (0, eight))}, bytes(eight)))
 
 
-def test_opening_gives_tensors_in_the_order_of_their_bytes(tmp_path):
+def test_safetensors_tensors_are_in_byte_order(tmp_path):
     header = {"b": entry(offsets=(8, 16)), "a": entry(), "empty": entry("F32", (0,), (8, 8))}
     path = tmp_path / "x.safetensors"
     path.write_bytes(encode(header, bytes(16)))
@@ -81,7 +81,7 @@ def test_opening_gives_tensors_in_the_order_of_their_bytes(tmp_path):
     assert (opened.layout, opened.key, opened.nbytes) == ("safetensors", "", 16)
 
 
-def test_a_file_without_the_suffix_is_known_by_its_content(tmp_path):
+def test_safetensors_is_recognized_without_suffix(tmp_path):
     save_file({"a": torch.rand(2)}, tmp_path / "weights")
     assert open_checkpoint(tmp_path / "weights").layout == "safetensors"
 
@@ -141,7 +141,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
-def test_a_damaged_file_is_refused(content, tmp_path, refusal):
+def test_safetensors_refuses_damaged_file(content, tmp_path, refusal):
     assert not accepted_by_the_reference(content), "the reference reads it"
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
@@ -150,7 +150,7 @@ def test_a_damaged_file_is_refused(content, tmp_path, refusal):
     assert len(text) < 1000
 
 
-def test_a_name_twice_is_refused_although_the_reference_takes_the_last(tmp_path, refusal):
+def test_safetensors_refuses_duplicate_name(tmp_path, refusal):
     content = encode(b'{"a": %s, "a": %s}' % (ENTRY, ENTRY), bytes(8))
     assert accepted_by_the_reference(content)
     path = tmp_path / "x.safetensors"
@@ -158,13 +158,13 @@ def test_a_name_twice_is_refused_although_the_reference_takes_the_last(tmp_path,
     assert "twice" in refusal(path)
 
 
-def test_a_file_without_tensors_is_no_checkpoint(tmp_path, refusal):
+def test_safetensors_refuses_file_without_tensors(tmp_path, refusal):
     path = tmp_path / "x.safetensors"
     save_file({}, path)
     assert "no tensors" in refusal(path)
 
 
-def test_a_header_over_the_limit_is_not_even_read(tmp_path, refusal):
+def test_safetensors_refuses_header_over_limit(tmp_path, refusal):
     path = tmp_path / "sparse.safetensors"
     with path.open("wb") as file:
         file.write(struct.pack("<Q", MAX_HEADER + 1) + b"{")
@@ -172,7 +172,7 @@ def test_a_header_over_the_limit_is_not_even_read(tmp_path, refusal):
     assert str(MAX_HEADER + 1) in refusal(path)
 
 
-def test_every_truncation_is_refused(tmp_path, refusal):
+def test_safetensors_refuses_every_truncation(tmp_path, refusal):
     whole, path = tmp_path / "x.safetensors", tmp_path / "cut.safetensors"
     save_file({"a": torch.rand(3, 4), "b": torch.rand(5)}, whole, {"k": "v"})
     content = whole.read_bytes()
@@ -181,7 +181,7 @@ def test_every_truncation_is_refused(tmp_path, refusal):
         refusal(path)
 
 
-def test_names_in_a_message_are_not_the_whole_header(tmp_path, refusal):
+def test_safetensors_message_shortens_names(tmp_path, refusal):
     path = tmp_path / "x.safetensors"
     path.write_bytes(encode({"n" * 1_000_000: entry("F128")}, bytes(8)))
     assert len(refusal(path)) < 10_000
@@ -200,7 +200,7 @@ mutations = st.tuples(
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(mutations, max_size=4), st.integers(0, 3).map(lambda n: 8 * n))
-def test_nothing_is_accepted_that_the_reference_refuses(tmp_path_factory, changes, length):
+def test_safetensors_accepts_no_more_than_reference(tmp_path_factory, changes, length):
     header = copy.deepcopy(PAIR)
     for name, field, value in changes:
         header.setdefault(name, {})[field] = value
@@ -228,7 +228,7 @@ tables = st.lists(
 
 @settings(max_examples=100, deadline=None)
 @given(tables, st.dictionaries(st.text(max_size=5), st.text(max_size=9), max_size=3))
-def test_the_reference_reads_what_is_laid_out(tmp_path_factory, tensors, metadata):
+def test_build_header_is_read_by_reference(tmp_path_factory, tensors, metadata):
     first, offsets = build_header(tensors, metadata)
     end = len(first) + sum(dtype.nbytes(torch.Size(shape).numel()) for _, dtype, shape in tensors)
     content = bytearray(end)
@@ -248,12 +248,12 @@ def test_the_reference_reads_what_is_laid_out(tmp_path_factory, tensors, metadat
 
 
 @pytest.mark.parametrize("dtype", ["complex128", "complex32"])
-def test_a_type_that_the_format_lacks_is_refused_by_name(dtype):
+def test_build_header_refuses_unsupported_dtype(dtype):
     with pytest.raises(UnsupportedTensorError, match=f"mask \\({dtype}\\)"):
         build_header([("mask", DTYPES[dtype], (2,))], {})
 
 
 @pytest.mark.parametrize("name", ["__metadata__", "half a pair \ud800"])
-def test_a_name_that_the_format_cannot_hold_is_refused(name):
+def test_build_header_refuses_unsupported_name(name):
     with pytest.raises(UnsupportedTensorError):
         build_header([(name, DTYPES["float32"], (2,))], {"format": "pt"})

@@ -41,7 +41,7 @@ def metadata_of(path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("out", ["x.safetensors", "x"])
-def test_a_header_goes_along_but_for_hashes_and_scores(tmp_path, caplog, out):
+def test_safetensors_header_is_kept_but_hashes_and_scores(tmp_path, caplog, out):
     caplog.set_level("INFO")
     for step in (1, 2):
         folder = tmp_path / "run" / f"step-{step}"
@@ -55,7 +55,7 @@ def test_a_header_goes_along_but_for_hashes_and_scores(tmp_path, caplog, out):
     assert "sshs_model_hash" in note
 
 
-def test_each_shard_has_the_header_s_text(tmp_path):
+def test_safetensors_header_text_is_in_each_shard(tmp_path):
     mapping = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
     for step in (1, 2):
         folder = tmp_path / "run" / f"step-{step}"
@@ -69,26 +69,26 @@ def test_each_shard_has_the_header_s_text(tmp_path):
         assert metadata_of(out / shard) == {"format": "pt", "alpha": "32"}
 
 
-def test_what_torch_says_of_a_rank_s_boxes_is_not_said_of_the_whole():
+def test_header_metadata_drops_dcp_sharding_info():
     own = {"DCP_SHARDING_INFO": "{}", "DCP_VERSION": "1.0", "format": "pt"}
     assert header_metadata("{}", own) == ({"format": "pt", "ckptavg": "{}"}, [])
 
 
-def test_the_format_is_pt_whatever_the_input_s():
+def test_header_metadata_format_is_pt():
     kept, notes = header_metadata("made", {"format": "mlx", "a": "b"})
     assert kept == {"a": "b", "format": "pt", "ckptavg": "made"}
     assert not notes
 
 
 @given(st.dictionaries(st.text(max_size=9), st.text(max_size=9)))
-def test_whatever_stands_in_a_header_is_kept_or_named(template):
+def test_header_metadata_keeps_or_names_entries(template):
     kept, notes = header_metadata("made", template)
     lost = template.keys() - kept.keys() - {"DCP_SHARDING_INFO", "DCP_VERSION"}
     assert bool(lost) == bool(notes)
     assert all(kept[name] == template[name] for name in template.keys() & kept.keys() - {"format"})
 
 
-def test_a_number_that_changes_from_checkpoint_to_checkpoint_is_not_the_averages(tmp_path):
+def test_safetensors_header_drops_changing_number(tmp_path):
     for i in (1, 2):
         beside = {"step": 10 * i, "va": i / 7, "p_drop": 0.1, "author": "me"}
         save(tmp_path / "run" / f"{i}.safetensors", {"w": torch.ones(2) * i}, **beside)

@@ -87,7 +87,7 @@ def save_from_rank(rank: int, port: int, run: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ranks_files_of_torchs_writer_are_a_run_of_whole_models(tmp_path):
+def test_shards_of_torch_ranks_form_run_of_whole_models(tmp_path):
     with socket.socket() as server:
         server.bind(("localhost", 0))
         port = server.getsockname()[1]
@@ -103,7 +103,7 @@ def test_ranks_files_of_torchs_writer_are_a_run_of_whole_models(tmp_path):
         assert same_bits(average(run.last(1))["w"], whole(1000)["w"])
 
 
-def test_an_output_of_shards_is_whole(tmp_path):
+def test_shards_are_written_whole(tmp_path):
     run = open_run(put_halves(tmp_path / "model"))
     average(run, out=tmp_path / "x.safetensors")
     assert {n: t.shape for n, t in load_file(tmp_path / "x.safetensors").items()} == {
@@ -118,14 +118,14 @@ def test_an_output_of_shards_is_whole(tmp_path):
             assert "DCP_SHARDING_INFO" not in opened.metadata()
 
 
-def test_shards_with_all_others_named_are_their_directory(tmp_path):
+def test_shards_named_all_are_their_directory(tmp_path):
     put_halves(tmp_path / "step-1")
     run = open_run(*(tmp_path / "step-1").iterdir())
     assert names(run) == ["step-1"]
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin", ".pt"])
-def test_shards_that_count_themselves_are_one_model(tmp_path, suffix):
+def test_shards_numbered_of_total_are_one_model(tmp_path, suffix):
     for step in (1, 2):
         first, *others = [{name: tensor} for name, tensor in whole(step).items()]
         put_counted(
@@ -147,7 +147,7 @@ def test_shards_that_count_themselves_are_one_model(tmp_path, suffix):
         ("m-{:05d}-of-{:05d}.safetensors", [3]),
     ],
 )
-def test_a_missing_shard_is_named(tmp_path, pattern, kept):
+def test_shards_missing_are_named(tmp_path, pattern, kept):
     put_counted(tmp_path, [{f"{i}.w": torch.ones(2)} for i in range(3)], pattern)
     missing = [i for i in (1, 2, 3) if i not in kept]
     for i in missing:
@@ -157,7 +157,7 @@ def test_a_missing_shard_is_named(tmp_path, pattern, kept):
     assert all(pattern.format(i, 3) in str(refused.value) for i in missing)
 
 
-def test_shards_named_without_one_of_them_are_refused(tmp_path):
+def test_shards_named_incompletely_are_refused(tmp_path):
     put_counted(tmp_path, [{f"{i}.w": torch.ones(2)} for i in range(3)])
     paths = sorted(tmp_path.iterdir())
     with pytest.raises(CheckpointError, match="parts of one model, without model-00002-of-00003"):
@@ -165,7 +165,7 @@ def test_shards_named_without_one_of_them_are_refused(tmp_path):
     assert names(open_run(paths[0])) == [paths[0].name]
 
 
-def test_slices_called_shards_are_no_checkpoints(tmp_path):
+def test_shards_that_are_slices_are_refused(tmp_path):
     """Tensor-parallel ranks that bear the names of shards have the same tensors, in slices."""
     states = [{"emb.weight": torch.randn(4, 2), "norm.weight": torch.ones(2)} for _ in range(2)]
     put_counted(tmp_path, states)
@@ -175,7 +175,7 @@ def test_slices_called_shards_are_no_checkpoints(tmp_path):
         open_run(*sorted(tmp_path.iterdir()))
 
 
-def test_epochs_that_count_themselves_stay_a_run(tmp_path):
+def test_shards_exclude_epochs_numbered_of_total(tmp_path):
     for pattern in ("epoch_{}_of_{}.pt", "epoch-{:05d}-of-{:05d}.safetensors"):
         directory = put_counted(tmp_path / pattern[:7], [whole(i) for i in range(3)], pattern)
         assert len(open_run(directory)) == 3
@@ -194,7 +194,7 @@ def test_epochs_that_count_themselves_stay_a_run(tmp_path):
         (lambda boxes: boxes.update(norm=(torch.ones(4), [0])), "'norm' overlap"),
     ],
 )
-def test_boxes_that_do_not_tile_are_refused(tmp_path, change, message):
+def test_shards_whose_boxes_do_not_tile_are_refused(tmp_path, change, message):
     state = whole(1)
     first = {"emb": (state["emb"][:3], [0, 0]), "norm": (state["norm"], [0])}
     second = {"emb": (state["emb"][3:], [3, 0])}
@@ -207,7 +207,7 @@ def test_boxes_that_do_not_tile_are_refused(tmp_path, change, message):
         open_run(tmp_path)
 
 
-def test_an_absent_rank_is_named(tmp_path):
+def test_shards_name_absent_rank(tmp_path):
     put_halves(tmp_path)
     (tmp_path / "shard-00001-model-00001-of-00001.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"parts of one model .*there is no shard-00001"):
@@ -223,7 +223,7 @@ def test_ranks_that_a_name_claims_are_not_counted_to_a_billion(tmp_path, monkeyp
 
 
 @given(st.data())
-def test_any_cut_along_the_ranks_dimensions_is_put_together(tmp_path_factory, data):
+def test_shards_cut_along_any_dimension_are_joined(tmp_path_factory, data):
     directory = tmp_path_factory.mktemp("shards")
     extents = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=3))
     state = torch.randn(extents)

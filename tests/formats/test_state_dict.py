@@ -67,7 +67,7 @@ IN_ORDER = ["state_dict", "model_state_dict", "model", "module", "net", "weights
 
 
 @pytest.mark.parametrize("name", IN_ORDER)
-def test_a_known_entry_is_found_beside_optimizer_and_numbers(opened, name):
+def test_known_entry_is_found_beside_optimizer_and_numbers(opened, name):
     module, optimizer = trained()
     state = {"epoch": 3, name: module.state_dict(), "optimizer": optimizer.state_dict()}
     checkpoint = opened(state)
@@ -77,19 +77,19 @@ def test_a_known_entry_is_found_beside_optimizer_and_numbers(opened, name):
 
 
 @pytest.mark.parametrize(("name", "other"), [*itertools.pairwise(IN_ORDER)])
-def test_the_first_known_entry_that_holds_tensors_wins(opened, name, other):
+def test_known_entry_first_in_order_wins(opened, name, other):
     assert opened({other: weights("b"), name: weights("a")}).key == name
     assert opened({other: weights("b"), name: {"lr": 0.1}}).key == other
 
 
-def test_a_file_that_is_a_state_dict_needs_no_entry(opened):
+def test_bare_state_dict_has_empty_key(opened):
     module, _ = trained()
     checkpoint = opened(module.state_dict())
     assert checkpoint.key == ""
     assert list(checkpoint.tensors) == list(module.state_dict())
 
 
-def test_values_beside_the_tensors_of_a_state_dict_are_noted(opened):
+def test_bare_state_dict_values_are_noted(opened):
     checkpoint = opened(weights("a") | {"epoch": 3, "class_names": ["x"]})
     assert list(checkpoint.tensors) == ["a"]
     assert any("2 values" in note and "class_names" in note for note in checkpoint.notes)
@@ -106,7 +106,7 @@ def test_values_beside_the_tensors_of_a_state_dict_are_noted(opened):
         ("", "f"),
     ],
 )
-def test_a_key_names_an_entry_by_its_dotted_path(opened, key, expected):
+def test_key_is_dotted_path(opened, key, expected):
     tree = {
         "state": {"model": weights("a"), "ema": weights("b")},
         "dotted.name": weights("c") | {"inner": weights("d")},
@@ -119,13 +119,13 @@ def test_a_key_names_an_entry_by_its_dotted_path(opened, key, expected):
 
 
 @pytest.mark.parametrize("key", ["model.missing", "modell", "model.a", "epoch", "."])
-def test_a_key_that_leads_nowhere_is_an_error_that_says_what_there_is(refused, key):
+def test_key_unknown_is_error_listing_entries(refused, key):
     text = refused({"model": weights("a"), "epoch": 3}, key)
     assert repr(key) in text
     assert "model: 1 tensors" in text
 
 
-def test_averages_without_a_network_are_an_error_that_counts_tensors_and_suggests_a_key(refused):
+def test_averages_without_network_suggest_key(refused):
     text = refused({"epoch": 1, "ema1": weights("a"), "swa": {"core": weights("a", "b", "c")}})
     assert "ema1: 1 tensors" in text
     assert "swa: 3 tensors" in text
@@ -144,14 +144,14 @@ def test_averages_without_a_network_are_an_error_that_counts_tensors_and_suggest
     ],
     ids=["ema", "model_ema", "state_dict_ema", "shadow", "shadow_params"],
 )
-def test_an_ema_copy_is_named_in_a_note_and_not_taken(opened, name, copy):
+def test_ema_copy_is_noted_and_not_taken(opened, name, copy):
     checkpoint = opened({"model": weights("a"), name: copy})
     assert (checkpoint.key, list(checkpoint.tensors)) == ("model", ["a"])
     assert len(checkpoint.notes) == 1
     assert name in checkpoint.notes[0]
 
 
-def test_an_optimizer_is_no_checkpoint(opened):
+def test_optimizer_is_refused(opened):
     with pytest.raises(NoWeightsError, match="optimizer"):
         opened(trained()[1].state_dict())
 
@@ -165,7 +165,7 @@ def test_an_optimizer_is_no_checkpoint(opened):
     ],
     ids=["optimizer", "optimizers", "rng"],
 )
-def test_the_state_of_training_is_no_checkpoint(opened, value):
+def test_training_state_without_weights_is_refused(opened, value):
     with pytest.raises(NoWeightsError, match="state of a training and no weights"):
         opened(value)
 
@@ -175,7 +175,7 @@ def test_the_state_of_training_is_no_checkpoint(opened, value):
     [{}, {"epoch": 1}, [1, 2], "text", None, argparse.Namespace(lr=0.1), {"model": {}}],
     ids=repr,
 )
-def test_what_holds_no_tensors_is_no_checkpoint(opened, value):
+def test_file_without_tensors_is_refused(opened, value):
     with pytest.raises(NoWeightsError):
         opened(value)
 
@@ -185,25 +185,25 @@ def test_what_holds_no_tensors_is_no_checkpoint(opened, value):
     [[torch.zeros(2)], torch.zeros(2), {1: torch.zeros(2)}],
     ids=["list", "one", "numbered"],
 )
-def test_tensors_without_names_are_an_error(refused, value):
+def test_unnamed_tensors_are_refused(refused, value):
     refused(value)
 
 
-def test_a_pickled_module_is_readable_and_its_entries_can_be_named(opened):
+def test_pickled_module_and_its_entries_are_read(opened):
     tree = {"model": nn.Linear(2, 3), "epoch": 2}
     assert set(opened(tree).tensors) == {"weight", "bias"}
     assert set(opened(tree, "model._parameters").tensors) == {"weight", "bias"}
     assert set(opened(nn.Linear(2, 3), "_parameters").tensors) == {"weight", "bias"}
 
 
-def test_refused_tensors_are_listed_under_bare_names(opened):
+def test_refused_tensors_have_bare_names(opened):
     sparse = torch.eye(3).to_sparse()
     checkpoint = opened({"module.a": torch.zeros(2), "module.mask": sparse})
     assert list(checkpoint.tensors) == ["a"]
     assert list(checkpoint.refused) == ["mask"]
 
 
-def test_a_refused_tensor_without_the_wrapper_keeps_the_wrapper_on_the_rest(opened):
+def test_refused_tensor_without_wrapper_keeps_other_wrappers(opened):
     sparse = torch.eye(3).to_sparse()
     checkpoint = opened({"module.a": torch.zeros(2), "mask": sparse})
     assert list(checkpoint.tensors) == ["module.a"]
@@ -243,7 +243,7 @@ WRAPPED = {
 
 
 @pytest.mark.parametrize("names", WRAPPED.values(), ids=WRAPPED)
-def test_wrappers_are_dropped_where_every_tensor_bears_them(names):
+def test_bare_names_drop_wrappers_of_every_tensor(names):
     assert bare_names(list(names)) == {k: v for k, v in names.items() if v is not None}
 
 
@@ -262,26 +262,26 @@ WRAPPERS = {
 
 
 @pytest.mark.parametrize("wrapped", WRAPPERS.values(), ids=WRAPPERS)
-def test_what_a_wrapper_of_torch_saves_loads_into_the_bare_model(opened, wrapped):
+def test_torch_wrapper_state_gets_bare_names(opened, wrapped):
     state = wrapped().state_dict()
     checkpoint = opened(state)
     assert list(checkpoint.tensors) == list(small().state_dict())
     assert {checkpoint.stored_names[n] for n in checkpoint.tensors} <= set(state)
 
 
-def test_stored_names_lead_back_to_the_file(opened):
+def test_stored_names_are_names_in_file(opened):
     checkpoint = opened({"module.a": torch.zeros(2), "module.b": torch.zeros(3)})
     assert checkpoint.stored_names == {"a": "module.a", "b": "module.b"}
 
 
-def test_every_way_not_to_find_weights_is_a_checkpoint_error():
+def test_no_weights_error_is_checkpoint_error():
     assert issubclass(NoWeightsError, CheckpointError)
 
 
 # ------------------------------------------------------------------------------------ other classes
 
 
-def test_a_state_dict_of_a_class_of_its_own_is_read(opened):
+def test_state_dict_of_own_class_is_read(opened):
     state = StateDict(nn.Linear(2, 2).state_dict())
     saved = Config(epoch=3, state_dict=state, config=Config(lr=0.1), same=[state])
     for value, key in ((state, ""), ({"model": state}, "model"), (saved, "state_dict")):
@@ -292,13 +292,13 @@ def test_a_state_dict_of_a_class_of_its_own_is_read(opened):
     assert opened(saved, "same.0").tensors.keys() == checkpoint.tensors.keys()
 
 
-def test_arrays_of_a_class_of_its_own_are_read(opened):
+def test_state_dict_of_own_class_may_hold_arrays(opened):
     state = StateDict((name, tensor.numpy()) for name, tensor in weights().items())
     assert list(opened(state).tensors) == list(weights())
 
 
 @pytest.mark.parametrize("kind", [argparse.Namespace, types.SimpleNamespace, UserDict])
-def test_the_key_that_is_named_for_an_object_opens_it(opened, refused, kind):
+def test_key_suggested_for_object_is_valid(opened, refused, kind):
     value = kind(trained=weights(), epoch=1)
     key = re.search(r"`key='(\S+)'`", refused(value))[1]
     assert list(opened(value, key).tensors) == list(weights())
@@ -316,7 +316,7 @@ def test_the_key_that_is_named_for_an_object_opens_it(opened, refused, kind):
         ("epoch", "Choose another one by `key`."),
     ],
 )
-def test_a_mistyped_key_gets_the_one_that_was_meant(tmp_path, key, meant):
+def test_key_mistyped_suggests_near_ones(tmp_path, key, meant):
     optimizer = {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 0.1}]}
     state = {"w": torch.ones(2)}
     saved = {"state_dict": state, "state_dict_ema": dict(state), "train": {"model": dict(state)}}
@@ -326,7 +326,7 @@ def test_a_mistyped_key_gets_the_one_that_was_meant(tmp_path, key, meant):
     assert caught.value.remedy == meant
 
 
-def test_an_optimizers_state_is_no_weights(refused):
+def test_key_of_optimizer_is_refused(refused):
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     model(torch.ones(1, 2)).sum().backward()

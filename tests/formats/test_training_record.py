@@ -110,39 +110,39 @@ TRAINERS = {
 
 
 @pytest.mark.parametrize(("state", "expected"), TRAINERS.values(), ids=TRAINERS)
-def test_what_a_trainer_writes_is_recorded(state, expected, recorded):
+def test_record_reads_trainers(state, expected, recorded):
     assert recorded(state()) == expected
 
 
-def test_the_first_name_known_for_a_step_wins(recorded):
+def test_record_step_takes_first_known_name(recorded):
     assert recorded({"model": weights(), "iteration": 3, "global_step": 10}).step == 10
     assert recorded({"model": weights(), "step": "ten", "iteration": 3}).step == 3
 
 
 @pytest.mark.parametrize("step", [1.5, True, "7", None, float("nan"), float("inf"), [3]])
-def test_what_is_no_whole_number_is_no_step(recorded, step):
+def test_record_step_is_whole_number(recorded, step):
     assert recorded({"model": weights(), "step": step}).step is None
 
 
 @pytest.mark.parametrize("epoch", [True, "7", None, float("nan"), float("inf")])
-def test_what_is_no_finite_number_is_no_epoch(recorded, epoch):
+def test_record_epoch_is_finite_number(recorded, epoch):
     assert recorded({"model": weights(), "epoch": epoch}).epoch is None
 
 
-def test_what_stands_beside_a_nested_entry_is_recorded(recorded):
+def test_record_reads_values_beside_nested_entry(recorded):
     tree = {"state": {"model": weights()}, "epoch": 3, "acc": 0.5}
     assert recorded(tree, "state.model") == Record(None, 3, None, {"acc": 0.5})
 
 
 @pytest.mark.parametrize("name", ["step", "epoch", "lr", "loss"])
-def test_numbers_beyond_a_float_do_no_harm(recorded, name):
+def test_record_ignores_numbers_beyond_float(recorded, name):
     found = recorded({"model": weights(), name: 10**400, "acc": 0.5})
     assert found.metrics["acc"] == 0.5
     for value in (found.step, found.epoch, found.lr, *found.metrics.values()):
         assert value is None or float(value) == value
 
 
-def test_the_metadata_of_safetensors_is_recorded(tmp_path):
+def test_record_reads_safetensors_metadata(tmp_path):
     metadata = {"format": "pt", "step": "120", "epoch": "1.5", "lr": "1e-3", "loss": "-0.5"}
     save_file(weights(), tmp_path / "x.safetensors", metadata | {"run": "a", "odd": "²"})
     found = open_checkpoint(tmp_path / "x.safetensors").record
@@ -150,7 +150,7 @@ def test_the_metadata_of_safetensors_is_recorded(tmp_path):
 
 
 @pytest.mark.parametrize("digits", [400, 5000])
-def test_metadata_beyond_a_float_does_no_harm(tmp_path, digits):
+def test_record_ignores_metadata_beyond_float(tmp_path, digits):
     save_file(weights(), tmp_path / "x.safetensors", {"step": "7", "hash": "1" * digits})
     assert open_checkpoint(tmp_path / "x.safetensors").record.step == 7
 
@@ -170,7 +170,7 @@ def trainer_state(tmp_path, content) -> Record | None:
     return read_record(tmp_path)
 
 
-def test_the_state_of_the_hugging_face_trainer_is_read_up_to_its_step(tmp_path):
+def test_trainer_state_is_read_up_to_its_step(tmp_path):
     state = {"global_step": 100, "epoch": 1.0, "best_metric": 1.25, "log_history": HISTORY}
     assert trainer_state(tmp_path, state) == Record(
         100, 1.0, 2.5e-5, {"loss": 1.0, "eval_loss": 1.25}
@@ -186,9 +186,7 @@ def test_the_state_of_the_hugging_face_trainer_is_read_up_to_its_step(tmp_path):
         (None, {}),
     ],
 )
-def test_a_metric_of_the_trainer_belongs_to_the_step_that_it_was_measured_at(
-    tmp_path, saved, expected
-):
+def test_trainer_state_metrics_belong_to_their_step(tmp_path, saved, expected):
     state = {"global_step": saved, "log_history": HISTORY}
     assert trainer_state(tmp_path, state).metrics == expected
 
@@ -197,7 +195,7 @@ def test_a_metric_of_the_trainer_belongs_to_the_step_that_it_was_measured_at(
     saved=st.integers(1, 9),
     logged=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 99)), max_size=12),
 )
-def test_no_metric_of_another_step_is_recorded(tmp_path_factory, saved, logged):
+def test_trainer_state_drops_metrics_of_other_steps(tmp_path_factory, saved, logged):
     history = [{"step": step, "eval_loss": value} for step, value in logged]
     found = trainer_state(
         tmp_path_factory.mktemp("run"), {"global_step": saved, "log_history": history}
@@ -222,11 +220,11 @@ def test_no_metric_of_another_step_is_recorded(tmp_path_factory, saved, logged):
     ],
     ids=lambda v: str(v)[:50],
 )  # fmt: skip
-def test_an_odd_trainer_state_does_no_harm(tmp_path, content, expected):
+def test_trainer_state_tolerates_odd_content(tmp_path, content, expected):
     assert trainer_state(tmp_path, content) == expected
 
 
-def test_a_directory_without_a_trainer_state_has_none(tmp_path):
+def test_trainer_state_absent_is_none(tmp_path):
     assert read_record(tmp_path) is None
 
 
@@ -239,13 +237,13 @@ def test_a_directory_without_a_trainer_state_has_none(tmp_path):
      torch.int16, torch.int8, torch.uint8],
     ids=str,
 )  # fmt: skip
-def test_a_tensor_of_one_is_recorded_as_its_number(recorded, dtype):
+def test_record_reads_scalar_tensors(recorded, dtype):
     value = torch.tensor(3, dtype=dtype)
     tree = {"model": weights(), "global_step": value, "epoch": value, "metrics": {"acc": value}}
     assert recorded(tree) == Record(3, 3, None, {"metrics.acc": 3})
 
 
-def test_a_tensor_in_a_larger_storage_is_read_at_its_place(recorded):
+def test_record_reads_scalar_of_larger_storage(recorded):
     losses = torch.tensor([0.5, 0.25, 0.125])
     assert recorded({"model": weights(), "loss": losses[1]}).metrics == {"loss": 0.25}
 
@@ -255,16 +253,16 @@ def test_a_tensor_in_a_larger_storage_is_read_at_its_place(recorded):
     [torch.tensor(True), torch.tensor(1j), torch.zeros(1), torch.zeros(0)],
     ids=["bool", "complex", "vector", "empty"],
 )
-def test_what_is_no_number_of_its_own_is_none(recorded, value):
+def test_record_metrics_exclude_other_tensors(recorded, value):
     assert recorded({"model": weights(), "x": value}).metrics == {}
 
 
-def test_counters_among_an_emas_weights_are_no_metrics(recorded):
+def test_record_metrics_exclude_counters_of_ema(recorded):
     ema = {"bn.running_mean": torch.zeros(3), "bn.num_batches_tracked": torch.tensor(7)}
     assert recorded({"model": weights(), "ema": ema}).metrics == {}
 
 
-def test_only_so_many_tensors_are_read(recorded):
+def test_record_limits_tensors_read(recorded):
     tree = {"model": weights()} | {f"m{i}": torch.tensor(1.0) for i in range(1000)}
     assert 0 < len(recorded(tree).metrics) < 1000
 
@@ -272,13 +270,13 @@ def test_only_so_many_tensors_are_read(recorded):
 # ----------------------------------------------------------------------------- one level down
 
 
-def test_composers_timestamp_is_the_clock(recorded):
+def test_record_reads_composer_timestamp(recorded):
     clock = {"Timestamp": {"epoch": 2, "batch": 300, "sample": 9600}}
     state = {"model": weights(), "timestamp": clock, "optimizers": {"SGD": optimizer(0.25)}}
     assert recorded({"state": state, "rng": []}) == Record(300, 2, 0.25, {})
 
 
-def test_fairseqs_history_counts_the_updates(recorded):
+def test_record_reads_fairseq_num_updates(recorded):
     tree = {
         "model": weights(),
         "optimizer_history": [{"num_updates": 100}, {"num_updates": 500}],
@@ -308,13 +306,13 @@ CLOCKS = {
 
 
 @pytest.mark.parametrize(("beside", "position"), CLOCKS.values(), ids=CLOCKS)
-def test_a_trainers_clock_is_read_where_it_stands(recorded, beside, position):
+def test_record_reads_clocks_of_trainers(recorded, beside, position):
     found = recorded({"model": weights(), **beside})
     assert (found.step, found.epoch) == position
 
 
 @pytest.mark.parametrize("parent", ["/runs/x", r"C:\runs\x", r"D:\my runs", r"\\server\share"])
-def test_lightnings_scores_are_those_of_the_file_whatever_system_wrote_it(tmp_path, parent):
+def test_record_reads_lightning_scores_of_any_system(tmp_path, parent):
     separator = "\\" if "\\" in parent else "/"
     kept = {f"{parent}{separator}epoch={e}.ckpt": torch.tensor(e / 4) for e in (2, 3)}
     callbacks = {"ModelCheckpoint": {"monitor": "val_loss", "best_k_models": kept}}
@@ -335,17 +333,15 @@ def test_lightnings_scores_are_those_of_the_file_whatever_system_wrote_it(tmp_pa
     ],
     ids=str,
 )
-def test_what_only_looks_like_a_clock_does_no_harm(recorded, odd):
+def test_record_tolerates_odd_clocks(recorded, odd):
     assert recorded({"model": weights(), "epoch": 3, **odd}).epoch == 3
 
 
-def test_a_negative_epoch_is_none(recorded):
+def test_record_ignores_negative_epoch(recorded):
     assert recorded({"model": weights(), "epoch": -1}) == Record()
 
 
-def test_a_list_of_files_under_very_many_callbacks_costs_no_more_than_one(
-    tmp_path, open_within_limits
-):
+def test_record_of_many_callbacks_stays_within_limits(tmp_path, open_within_limits):
     state = {"monitor": "loss", "best_k_models": {f"/a/{i}.ckpt": 1.0 for i in range(50_000)}}
     callbacks = {f"callback {i}": dict(state, monitor=f"loss{i}") for i in range(200)}
     torch.save({"model": weights(), "callbacks": callbacks}, tmp_path / "7.ckpt")

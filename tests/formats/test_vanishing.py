@@ -73,7 +73,7 @@ RUNS = {
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize(("name", "write"), RUNS.items(), ids=RUNS)
-def test_a_file_that_goes_away_is_one_line(name, write, tmp_path):
+def test_vanishing_file_is_one_line_error(name, write, tmp_path):
     tried = 0
     for countdown in range(1, 30):
         run = tmp_path / f"run{countdown}"

@@ -41,7 +41,7 @@ def views() -> dict[str, torch.Tensor]:
     }
 
 
-def test_every_tensor_is_read_to_the_bit(tmp_path):
+def test_legacy_file_is_read_to_the_bit(tmp_path):
     saved = views()
     value = {"state_dict": saved, "epoch": 3, "args": argparse.Namespace(lr=0.1)}
     checkpoint = open_checkpoint(legacy(tmp_path / "old.pth", value))
@@ -52,13 +52,13 @@ def test_every_tensor_is_read_to_the_bit(tmp_path):
     assert ["base", "tied"] in checkpoint.ties()
 
 
-def test_old_and_new_files_average_together(tmp_path):
+def test_legacy_and_zip_files_average_together(tmp_path):
     legacy(tmp_path / "epoch_1.pt", {"w": torch.tensor([1.0, 2.0])})
     torch.save({"w": torch.tensor([3.0, 6.0])}, tmp_path / "epoch_2.pt")
     assert average(open_run(tmp_path))["w"].tolist() == [2.0, 4.0]
 
 
-def test_the_last_storage_ends_where_the_file_does(tmp_path):
+def test_legacy_file_with_trailing_bytes_is_refused(tmp_path):
     path = legacy(tmp_path / "old.pt", {"w": torch.zeros(4)})
     with path.open("ab") as file:
         file.write(b"x")
@@ -66,7 +66,7 @@ def test_the_last_storage_ends_where_the_file_does(tmp_path):
         open_checkpoint(path)
 
 
-def test_a_storage_of_another_length_is_refused(tmp_path):
+def test_legacy_storage_of_wrong_length_is_refused(tmp_path):
     path = legacy(tmp_path / "old.pt", {"w": torch.full((4,), 2.0)})
     data = path.read_bytes()
     at = data.rindex(struct.pack("<q", 4))
@@ -75,7 +75,7 @@ def test_a_storage_of_another_length_is_refused(tmp_path):
         open_checkpoint(path)
 
 
-def test_big_endian_files_are_named_as_such(tmp_path):
+def test_legacy_big_endian_file_is_named(tmp_path):
     path = legacy(tmp_path / "old.pt", {"w": torch.zeros(4)})
     data, true = path.read_bytes(), b"little_endianq\x02\x88"
     assert true in data
@@ -85,7 +85,7 @@ def test_big_endian_files_are_named_as_such(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:TypedStorage")
-def test_nothing_in_it_is_executed(tmp_path):
+def test_legacy_pickle_is_not_executed(tmp_path):
     class Trap:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "canary"),)
@@ -107,7 +107,7 @@ def test_nothing_in_it_is_executed(tmp_path):
 
 @settings(max_examples=150, deadline=None)
 @given(st.data())
-def test_no_damage_raises_anything_but_checkpoint_error(tmp_path_factory, data):
+def test_legacy_damage_raises_only_checkpoint_error(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "damaged_legacy.pt"
     good = legacy(path, {"w": torch.zeros(3), "v": torch.ones(2)}).read_bytes()
     at = data.draw(st.integers(0, len(good)))

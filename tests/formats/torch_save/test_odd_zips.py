@@ -183,7 +183,7 @@ def check_alike(content: bytes, path) -> None:
 
 
 @pytest.mark.parametrize("odd", ODD)
-def test_an_odd_archive_is_read_as_torch_reads_it_or_refused(odd, tmp_path):
+def test_zip_reader_reads_odd_archive_as_torch_or_refuses(odd, tmp_path):
     check_alike(ODD[odd], tmp_path / "odd.pt")
 
 
@@ -192,7 +192,7 @@ READ = ["as torch writes it", "as Python writes it", "a comment", "a long commen
 
 
 @pytest.mark.parametrize("odd", READ)
-def test_what_all_read_alike_is_read(odd, tmp_path):
+def test_zip_reader_reads_harmless_odd_archive(odd, tmp_path):
     path = tmp_path / "odd.pt"
     path.write_bytes(ODD[odd])
     assert opened(path) == [1.0] * 4
@@ -217,7 +217,7 @@ def room_behind(name: str, room: int) -> bytes:
 
 
 @pytest.mark.parametrize("room", [1, 4, 16])
-def test_room_behind_a_storage_shifts_nothing_at_a_url(room, tmp_path):
+def test_zip_reader_tolerates_gap_behind_storage(room, tmp_path):
     content = room_behind("archive/data/0", room)
     check_alike(content, tmp_path / "odd.pt")
     assert opened(tmp_path / "odd.pt") == [1.0] * 4
@@ -225,7 +225,7 @@ def test_room_behind_a_storage_shifts_nothing_at_a_url(room, tmp_path):
 
 @settings(max_examples=150, deadline=None)
 @given(st.data())
-def test_no_change_makes_other_weights_of_an_archive(tmp_path_factory, data):
+def test_zip_reader_never_reads_other_weights(tmp_path_factory, data):
     """One byte of a header or of the directory is another: the bytes of the storage stay."""
     base = data.draw(st.sampled_from([ONE, PLAIN, ODD["a comment"]]))
     content = bytearray(base)

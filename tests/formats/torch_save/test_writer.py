@@ -59,7 +59,7 @@ def holds_the_mean(state, models, prefix="") -> bool:
     return all(torch.equal(state[prefix + n], mean(models, n).float()) for n in floats)
 
 
-def test_the_rest_of_the_last_checkpoint_stays_beside_the_weights(tmp_path):
+def test_torch_save_keeps_entries_beside_weights(tmp_path):
     optimizer = torch.optim.SGD(model().parameters(), lr=0.1, momentum=0.9)
     models = run_of(
         tmp_path / "run",
@@ -86,7 +86,7 @@ def test_the_rest_of_the_last_checkpoint_stays_beside_the_weights(tmp_path):
     model().load_state_dict(found["model"])
 
 
-def test_a_pt_file_has_its_own_layout_and_state_dict_at_once_and_loads_safely(tmp_path):
+def test_pt_output_has_input_layout_and_state_dict(tmp_path):
     models = run_of(
         tmp_path / "run",
         lambda m, epoch: {
@@ -109,21 +109,21 @@ def test_a_pt_file_has_its_own_layout_and_state_dict_at_once_and_loads_safely(tm
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".bin", ".pth.tar"])
-def test_a_file_of_another_suffix_is_like_its_inputs_too(tmp_path, suffix):
+def test_torch_save_of_any_suffix_has_input_layout(tmp_path, suffix):
     models = run_of(tmp_path / "run", lambda m, e: {"model": m.state_dict(), "epoch": e})
     found = averaged(tmp_path / "run", f"out{suffix}")
     assert list(found) == ["model", "epoch", "ckptavg"]
     assert holds_the_mean(found["model"], models)
 
 
-def test_a_pt_file_of_bare_state_dicts_says_where_the_weights_are(tmp_path, caplog):
+def test_pt_output_of_bare_state_dicts_is_noted(tmp_path, caplog):
     caplog.set_level("INFO", "ckptavg")
     models = run_of(tmp_path / "run", lambda m, _: m.state_dict(), suffix=".pt")
     assert holds_the_mean(averaged(tmp_path / "run", "out.pt")["state_dict"], models)
     assert any("`out='OUT.pth'`" in record.getMessage() for record in caplog.records)
 
 
-def test_a_file_of_other_inputs_holds_the_weights_under_state_dict(tmp_path):
+def test_torch_save_of_safetensors_has_state_dict(tmp_path):
     torch.manual_seed(0)
     (tmp_path / "run").mkdir()
     state = model().state_dict()
@@ -133,7 +133,7 @@ def test_a_file_of_other_inputs_holds_the_weights_under_state_dict(tmp_path):
     assert torch.equal(found["state_dict"]["0.weight"], state["0.weight"])
 
 
-def test_a_bare_state_dict_stays_bare_and_yet_says_how_it_was_made(tmp_path):
+def test_bare_state_dict_stays_bare_with_provenance(tmp_path):
     models = run_of(tmp_path / "run", lambda m, _: m.state_dict(), suffix=".pth")
     found = averaged(tmp_path / "run", "out.pth")
     assert list(found) == list(models[0].state_dict())
@@ -143,7 +143,7 @@ def test_a_bare_state_dict_stays_bare_and_yet_says_how_it_was_made(tmp_path):
     assert len(reopened.provenance.inputs) == 3
 
 
-def test_an_average_in_a_run_is_left_out_whatever_its_layout(tmp_path):
+def test_torch_save_average_in_run_is_left_out(tmp_path):
     for suffix, make in (
         (".ckpt", lambda m, e: {"state_dict": m.state_dict(), "epoch": e}),
         (".pth", lambda m, e: m.state_dict()),
@@ -157,7 +157,7 @@ def test_an_average_in_a_run_is_left_out_whatever_its_layout(tmp_path):
         assert (directory / f"epoch_9{suffix}", "an average that ckptavg wrote") in run.left_out
 
 
-def test_names_are_kept_as_they_were_stored_with_the_counter_of_an_averaged_model(tmp_path):
+def test_torch_save_keeps_stored_names_and_n_averaged(tmp_path):
     def make(one, epoch):
         return {"model": one.state_dict(), "model_ema": AveragedModel(one).state_dict()}
 
@@ -169,7 +169,7 @@ def test_names_are_kept_as_they_were_stored_with_the_counter_of_an_averaged_mode
     assert found["model_ema"]["n_averaged"] == 0
 
 
-def test_an_average_of_another_entry_stands_where_loaders_look_too(tmp_path):
+def test_torch_save_average_of_key_fills_state_dict_too(tmp_path):
     """Lightning's WeightAveraging keeps the weights as trained beside those that it loads."""
     models = [model() for _ in range(3)]
     states = iter(models)
@@ -185,7 +185,7 @@ def test_an_average_of_another_entry_stands_where_loaders_look_too(tmp_path):
     assert holds_the_mean(found["state_dict"], models)
 
 
-def test_weights_of_another_kind_are_not_passed_off_as_averaged(tmp_path):
+def test_torch_save_drops_ema_of_last_checkpoint(tmp_path):
     """timm would load the EMA of the last checkpoint instead of the average."""
     run_of(
         tmp_path / "run",
@@ -194,7 +194,7 @@ def test_weights_of_another_kind_are_not_passed_off_as_averaged(tmp_path):
     assert "state_dict_ema" not in averaged(tmp_path / "run", "out.ckpt")
 
 
-def test_an_entry_below_others_is_replaced_where_it_stands(tmp_path):
+def test_torch_save_replaces_nested_entry(tmp_path):
     models = run_of(
         tmp_path / "run",
         lambda m, e: {
@@ -213,7 +213,7 @@ def test_an_entry_below_others_is_replaced_where_it_stands(tmp_path):
     assert holds_the_mean(found["state"]["model"], models)
 
 
-def test_what_is_dropped_is_named(tmp_path, caplog):
+def test_torch_save_names_dropped_entries(tmp_path, caplog):
     caplog.set_level("INFO", "ckptavg")
     run_of(
         tmp_path / "run",
@@ -230,7 +230,7 @@ def test_what_is_dropped_is_named(tmp_path, caplog):
     assert note.endswith("hyper_parameters.net, optimizer_states, callbacks")
 
 
-def test_hyperparameters_may_be_called_as_training_state_is(tmp_path):
+def test_torch_save_keeps_options_named_as_training_state(tmp_path):
     given = {"optimizer": {"name": "adam"}, "scheduler": "cosine", "optim": [1]}
     run_of(
         tmp_path / "run",
@@ -248,7 +248,7 @@ def test_hyperparameters_may_be_called_as_training_state_is(tmp_path):
     assert set(found["state"]) == {"model", "hparams"}
 
 
-def test_small_tensors_among_values_are_values_and_many_tensors_are_weights(tmp_path):
+def test_torch_save_keeps_small_tensors_among_values(tmp_path):
     given = {"width": 6, "class_weights": torch.tensor([1.0, 2.0, 3.0]), "turned": torch.eye(3).t()}
     run_of(
         tmp_path / "run",
@@ -273,13 +273,13 @@ def test_small_tensors_among_values_are_values_and_many_tensors_are_weights(tmp_
     ["optimizer_G", "optimizerG_state_dict", "g_optimizer", "optim_g", "lr_sched", "sched",
      "warmup_scheduler", "schedulerG", "lr_schedule", "amp_scaler", "last_optimizer_state"],
 )  # fmt: skip
-def test_training_state_goes_by_whatever_name(tmp_path, name):
+def test_torch_save_drops_training_state_by_name(tmp_path, name):
     kept = {"optimizer_config": {"lr": 1}, "scheduler_args": {"a": 1}, "optimizer_history": [1]}
     run_of(tmp_path / "run", lambda m, e: {"model": m.state_dict(), name: {"last": e}, **kept})
     assert set(averaged(tmp_path / "run", "out.ckpt")) == {"model", "ckptavg", *kept}
 
 
-def test_everything_that_is_dropped_is_named(tmp_path, caplog):
+def test_torch_save_names_every_dropped_entry(tmp_path, caplog):
     caplog.set_level("INFO", "ckptavg")
     others = {f"object_{i}": Unknown() for i in range(12)}
     run_of(tmp_path / "run", lambda m, e: {"model": m.state_dict(), **others})
@@ -288,7 +288,7 @@ def test_everything_that_is_dropped_is_named(tmp_path, caplog):
     assert all(name in note for name in others)
 
 
-def test_a_pickled_module_is_written_as_its_state_dict(tmp_path, caplog):
+def test_torch_save_writes_pickled_module_as_state_dict(tmp_path, caplog):
     caplog.set_level("INFO", "ckptavg")
     models = run_of(tmp_path / "run", lambda m, e: {"model": m, "epoch": e}, suffix=".pt")
     found = averaged(tmp_path / "run", "out.pt")
@@ -297,7 +297,7 @@ def test_a_pickled_module_is_written_as_its_state_dict(tmp_path, caplog):
     assert any("pickled module" in record.getMessage() for record in caplog.records)
 
 
-def test_tied_tensors_stay_tied_under_their_own_names(tmp_path):
+def test_torch_save_keeps_ties_under_stored_names(tmp_path):
     def make(one, _):
         state = {f"module.{k}": v for k, v in one.state_dict().items()}
         return {"net": state | {"module.tied": state["module.0.weight"]}}
@@ -307,7 +307,7 @@ def test_tied_tensors_stay_tied_under_their_own_names(tmp_path):
     assert found["module.tied"].data_ptr() == found["module.0.weight"].data_ptr()
 
 
-def test_what_a_base_brings_goes_into_the_entry_too(tmp_path):
+def test_torch_save_puts_base_tensors_into_entry(tmp_path):
     models = run_of(tmp_path / "run", lambda m, e: {"model": m.state_dict()})
     torch.save({"model": {"head": torch.ones(2), **models[0].state_dict()}}, tmp_path / "base.pt")
     run, base = ckptavg.open_run(tmp_path / "run"), open_checkpoint(tmp_path / "base.pt")
@@ -318,7 +318,7 @@ def test_what_a_base_brings_goes_into_the_entry_too(tmp_path):
     assert torch.equal(found["1.weight"], models[0].state_dict()["1.weight"])
 
 
-def test_what_a_base_brings_bears_the_wrapper_that_all_others_bear(tmp_path):
+def test_torch_save_wraps_names_of_base_tensors(tmp_path):
     def make(one, _):
         return {"net": {f"module._orig_mod.{k}": v for k, v in one.state_dict().items()}}
 
@@ -331,13 +331,13 @@ def test_what_a_base_brings_bears_the_wrapper_that_all_others_bear(tmp_path):
     assert all(name.startswith("module._orig_mod.") for name in found)
 
 
-def test_values_among_the_weights_are_kept(tmp_path):
+def test_torch_save_keeps_values_among_weights(tmp_path):
     run_of(tmp_path / "run", lambda m, e: {"net": {**m.state_dict(), "_extra_state": {"a": e}}})
     assert averaged(tmp_path / "run", "out.ckpt")["net"]["_extra_state"] == {"a": 2}
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".pt"])
-def test_new_statistics_keep_the_layout_too(tmp_path, suffix):
+def test_update_checkpoint_keeps_torch_save_layout(tmp_path, suffix):
     run_of(tmp_path / "run", lambda m, e: {"model": m.state_dict(), "epoch": e}, suffix)
     ckptavg.average(ckptavg.open_run(tmp_path / "run"), out=tmp_path / f"swa{suffix}")
     swa = open_checkpoint(tmp_path / f"swa{suffix}")
@@ -368,7 +368,7 @@ HARMLESS = [
 
 
 @pytest.mark.parametrize("value", HARMLESS, ids=lambda v: type(v).__name__)
-def test_harmless_values_come_back_as_they_were(tmp_path, value):
+def test_torch_save_keeps_harmless_values(tmp_path, value):
     run_of(tmp_path / "run", lambda m, e: {"model": m.state_dict(), "it": value, "l": [value]})
     found = averaged(tmp_path / "run", "out.ckpt")
     assert found["it"] == value
@@ -395,7 +395,7 @@ class Executed:
      {"only": Executed()}, argparse.Namespace(a=Unknown()), nn.ReLU(), frozenset([1]),
      types.SimpleNamespace(a=Executed())],
 )  # fmt: skip
-def test_nothing_else_goes_out(tmp_path, value):
+def test_torch_save_drops_other_objects(tmp_path, value):
     run_of(tmp_path / "run", lambda m, e: {"model": m.state_dict(), "it": value, "n": 1})
     found = averaged(tmp_path / "run", "out.ckpt")
     assert set(found) == {"model", "n", "ckptavg"}
@@ -403,7 +403,7 @@ def test_nothing_else_goes_out(tmp_path, value):
     assert b"system" not in (tmp_path / "out.ckpt").read_bytes()
 
 
-def test_what_holds_itself_is_dropped_and_what_is_shared_is_not_multiplied(tmp_path):
+def test_torch_save_drops_cycles_and_keeps_sharing(tmp_path):
     circle: list = []
     circle.append(circle)
     wide: list = [0]
@@ -416,7 +416,7 @@ def test_what_holds_itself_is_dropped_and_what_is_shared_is_not_multiplied(tmp_p
 
 
 @pytest.mark.parametrize("name", ["__reduce_ex__", "__getstate__", "__dict__", "__class__"])
-def test_attributes_that_a_pickler_would_call_do_not_go_out(tmp_path, name):
+def test_torch_save_drops_attributes_a_pickler_calls(tmp_path, name):
     class Pickled:
         def __reduce__(self):
             return argparse.Namespace, (), {name: {"a": 1}}
@@ -425,7 +425,7 @@ def test_attributes_that_a_pickler_would_call_do_not_go_out(tmp_path, name):
     assert set(averaged(tmp_path / "run", "out.ckpt")) == {"model", "n", "ckptavg"}
 
 
-def test_a_chain_that_is_shared_at_each_of_its_links_is_too_deep_all_the_same(tmp_path):
+def test_torch_save_drops_too_deep_chain(tmp_path):
     links: list = [{"end": 1}]
     for _ in range(400):
         links.append({"next": links[-1]})
@@ -438,7 +438,7 @@ def test_a_chain_that_is_shared_at_each_of_its_links_is_too_deep_all_the_same(tm
     assert set(found) == {"model", "ckptavg"}
 
 
-def test_numbers_are_stored_once_and_not_by_the_million(tmp_path, monkeypatch):
+def test_torch_save_stores_scalars_once_and_limits_them(tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "_MOST_VALUES", 3)
     loss = torch.arange(5.0)
 
@@ -454,7 +454,7 @@ def test_numbers_are_stored_once_and_not_by_the_million(tmp_path, monkeypatch):
         assert sum("/data/" in name for name in archive.namelist()) == 1 + 3
 
 
-def test_the_state_of_an_optimizer_does_not_go_out_whatever_it_is_called(tmp_path):
+def test_torch_save_drops_optimizer_of_any_name(tmp_path):
     optimizers = [torch.optim.SGD(model().parameters(), lr=0.1) for _ in range(2)]
     state = {"opt_g": optimizers[0].state_dict(), "both": [o.state_dict() for o in optimizers]}
     run_of(tmp_path / "run", lambda m, e: {"model": m.state_dict(), "n": 1, **state})
@@ -495,7 +495,7 @@ NAMED = {
 
 @pytest.mark.parametrize("trainer", MEASURED)
 @pytest.mark.parametrize("suffix", [".pth", ".pt"])
-def test_metrics_of_an_input_are_no_metrics_of_the_average(tmp_path, caplog, trainer, suffix):
+def test_torch_save_drops_metrics_of_input(tmp_path, caplog, trainer, suffix):
     caplog.set_level("INFO", "ckptavg")
     run_of(
         tmp_path / "run", lambda m, e: {"model": m.state_dict(), "epoch": e, **MEASURED[trainer]}
@@ -509,7 +509,7 @@ def test_metrics_of_an_input_are_no_metrics_of_the_average(tmp_path, caplog, tra
     assert f"measured on the last checkpoint, so not taken over: {NAMED[trainer]}" in notes
 
 
-def test_a_random_state_beside_the_weights_hides_no_metric(tmp_path):
+def test_torch_save_drops_metrics_beside_random_state(tmp_path):
     beside = {"torch_rng": torch.get_rng_state(), "val_acc": 0.5, "train_loss_epoch": 0.25}
     head = {"score": torch.tensor(3.0), "weight": torch.ones(200, 200)}
     run_of(tmp_path / "run", lambda m, e: {"net": {**m.state_dict(), **head}, "ep": e, **beside})
@@ -518,7 +518,7 @@ def test_a_random_state_beside_the_weights_hides_no_metric(tmp_path):
     assert found["net"]["score"] == 3
 
 
-def test_a_number_that_changes_from_checkpoint_to_checkpoint_is_not_the_averages(tmp_path, caplog):
+def test_torch_save_drops_changing_number(tmp_path, caplog):
     caplog.set_level("INFO", "ckptavg")
     run_of(
         tmp_path / "run",
@@ -537,18 +537,18 @@ def test_a_number_that_changes_from_checkpoint_to_checkpoint_is_not_the_averages
 
 
 @pytest.mark.parametrize("name", ["hmean", "metrics.val.total", "eval_iou_epoch", "valTop1"])
-def test_a_measured_number_is_known_by_its_name(name):
+def test_is_metric_accepts_measured_names(name):
     assert is_metric(name)
 
 
 @pytest.mark.parametrize(
     "name", ["val_interval", "best_loss_epoch", "acc_steps", "config.val.acc", "val_split", "lr"]
 )
-def test_a_setting_or_a_clock_is_no_metric(name):
+def test_is_metric_rejects_settings_and_clocks(name):
     assert not is_metric(name)
 
 
-def test_a_history_and_weights_called_like_metrics_are_kept(tmp_path):
+def test_torch_save_keeps_history_and_weights_named_as_metrics(tmp_path):
     beside = {"val_losses": [0.5, 0.25], "log": [{"acc": 0.5}], "head": {"score": torch.ones(2)}}
     run_of(tmp_path / "run", lambda m, e: {"model": m.state_dict(), **beside})
     found = averaged(tmp_path / "run", "out.pth")
@@ -575,7 +575,7 @@ def values():
 
 
 @given(values())
-def test_plain_values_are_all_kept(value):
+def test_carry_over_keeps_plain_values(value):
     carry_over = allowlist.CarryOver(key="model", plain=True, tensor=lambda *_: None, replaced={})
     kept = carry_over.filter_entries({"it": value})
     assert repr(kept) == repr({"it": value})

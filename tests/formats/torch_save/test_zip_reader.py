@@ -62,7 +62,7 @@ def state_dict() -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("protocol", range(2, 6))
 @pytest.mark.parametrize("to_file", [True, False], ids=["by name", "through a stream"])
-def test_the_ranges_hold_what_torch_loads(tmp_path, protocol, to_file):
+def test_zip_reader_ranges_hold_values_of_torch(tmp_path, protocol, to_file):
     path = tmp_path / "model.ckpt"
     if to_file:
         torch.save(state_dict(), path, pickle_protocol=protocol)
@@ -80,7 +80,7 @@ def test_the_ranges_hold_what_torch_loads(tmp_path, protocol, to_file):
         assert read(tensor) == as_bytes(expected[name]), name
 
 
-def test_a_contiguous_tensor_is_one_range_of_the_file(tmp_path):
+def test_zip_reader_gives_one_range_for_contiguous_tensor(tmp_path):
     path = tmp_path / "model.pt"
     value = torch.rand(6, 5)
     torch.save({"a": value, "b": value[2:4]}, path)
@@ -93,7 +93,7 @@ def test_a_contiguous_tensor_is_one_range_of_the_file(tmp_path):
         assert content[at : at + tensor.nbytes] == as_bytes(expected)
 
 
-def test_ties_are_names_of_the_very_same_bytes(tmp_path):
+def test_zip_reader_ties_are_names_of_same_bytes(tmp_path):
     path = tmp_path / "model.pt"
     torch.save(state_dict(), path)
     opened = open_checkpoint(path)
@@ -101,7 +101,7 @@ def test_ties_are_names_of_the_very_same_bytes(tmp_path):
     assert opened.nbytes == sum(t.nbytes for n, t in opened.tensors.items() if n != "tied.b")
 
 
-def test_a_file_saved_without_checksums_is_read(tmp_path):
+def test_zip_reader_reads_file_without_checksums(tmp_path):
     path = tmp_path / "model.pt"
     torch.serialization.set_crc32_options(False)
     try:
@@ -112,7 +112,7 @@ def test_a_file_saved_without_checksums_is_read(tmp_path):
     assert zip_checksums.storages(str(path)) == []
 
 
-def test_checksums_tell_contents_and_not_file_names(tmp_path):
+def test_zip_checksums_depend_on_contents_not_file_names(tmp_path):
     value = torch.rand(8)
     torch.save({"a": value}, tmp_path / "one.pt")
     torch.save({"a": value.clone()}, tmp_path / "two.pt")
@@ -134,7 +134,7 @@ def saved(**options) -> bytes:
     return buffer.getvalue()
 
 
-def test_every_truncation_is_refused(tmp_path, refusal):
+def test_zip_reader_refuses_every_truncation(tmp_path, refusal):
     content, path = saved(), tmp_path / "cut.pt"
     for length in {*range(0, len(content), 7), *range(len(content) - 60, len(content))}:
         path.write_bytes(content[:length])
@@ -249,7 +249,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize(("content", "why"), DAMAGED.values(), ids=DAMAGED)
-def test_a_file_that_misleads_is_refused(content, why, tmp_path, refusal):
+def test_zip_reader_refuses_damaged_archive(content, why, tmp_path, refusal):
     path = tmp_path / "model.pt"
     path.write_bytes(content)
     text = refusal(path)
@@ -257,14 +257,14 @@ def test_a_file_that_misleads_is_refused(content, why, tmp_path, refusal):
     assert why in text
 
 
-def test_the_unchanged_copy_of_those_files_is_read(tmp_path):
+def test_zip_reader_reads_stored_archive(tmp_path):
     path = tmp_path / "model.pt"
     path.write_bytes(STORED)
     assert read(open_checkpoint(path).tensors["a"]) == as_bytes(torch.arange(4.0))
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_torchscript_archive_is_named_as_such(tmp_path, refusal):
+def test_zip_reader_names_torchscript_archive(tmp_path, refusal):
     (tmp_path / "model.pt").write_bytes(script_module())
     assert "TorchScript" in refusal(tmp_path / "model.pt")
 
@@ -279,20 +279,20 @@ def view(key: str, numel: int, kind="FloatStorage") -> bytes:
     )  # fmt: skip
 
 
-def test_a_storage_that_grows_from_one_tensor_to_the_next_is_refused(forge, refusal):
+def test_zip_reader_refuses_storage_that_grows(forge, refusal):
     claims = view("0", 4) + view("0", 1_000_000_000)
     path = forge(b"\x80\x02}(" + claims + b"u.", {"0": bytes(16)})
     refusal(path)
 
 
-def test_a_storage_that_changes_its_type_between_tensors_is_refused(forge, refusal):
+def test_zip_reader_refuses_storage_that_changes_type(forge, refusal):
     path = forge(
         b"\x80\x02}(" + view("0", 4) + view("0", 4, "DoubleStorage") + b"u.", {"0": bytes(16)}
     )
     refusal(path)
 
 
-def test_small_entries_are_not_read_at_any_size(tmp_path):
+def test_zip_reader_limits_size_of_small_entries(tmp_path):
     path = tmp_path / "model.pt"
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in (
@@ -315,7 +315,7 @@ SEEDS = [saved(), STORED, saved(pickle_protocol=4)]
 
 @settings(max_examples=200, deadline=None)
 @given(st.data())
-def test_no_damage_raises_anything_but_checkpoint_error(tmp_path_factory, data):
+def test_zip_reader_damage_raises_only_checkpoint_error(tmp_path_factory, data):
     content = bytearray(data.draw(st.sampled_from(SEEDS)))
     directory = max(0, content.rfind(b"PK\x05\x06") - 400)
     spots = st.integers(0, len(content) - 1) | st.integers(directory, len(content) - 1)
