@@ -110,7 +110,8 @@ class WeightSets:
         Sets with statistics to recompute are adjacent, so that they share passes over the training
         data.
         """
-        # Large ensembles come first: their members need the same pass, single sets fill gaps.
+        # Large ensembles come first, as their members should share a pass. Single sets then fill
+        # the room that is left.
         blocks: list[list[WeightSet]] = []
         assigned: set[WeightSet] = set()
         for members in sorted(self.members, key=_order_of_blocks):

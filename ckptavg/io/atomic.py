@@ -1,8 +1,8 @@
 """Publication of outputs that appear whole or not at all.
 
 A temporary beside the output is written, flushed to the disk and renamed. ``temporaries`` handles
-the temporaries of runs that have crashed. Of runs that write the same output at the same moment,
-some may fail with an error; the output is whole in any case.
+the temporaries of runs that have crashed. If several runs write the same output at once, some may
+fail with an error, but the output is always whole.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Publication:
         """Create and lock the temporary.
 
         Raises:
-            OSError: The temporary cannot be created, or was taken for stale by another run.
+            OSError: The temporary cannot be created, or another run has locked it to remove it.
         """
         if self.directory:
             self.temporary.mkdir()
@@ -110,7 +110,7 @@ class Publication:
         locked = temporaries.lock(self._lock, self.temporary)
         if locked is False:
             raise OSError(errno.EBUSY, "another run writes it at the same time")
-        # Without a lock there is no use for an open file, which Windows would not rename.
+        # Where locking is not supported the file is closed: Windows does not rename open files.
         if locked is None:
             self._unlock()
 
@@ -132,7 +132,7 @@ class Publication:
             rename.rename_new(self.temporary, self.path)
         except FileExistsError as error:
             raise OutputError(
-                f"{self.path} has appeared while it was being made",
+                f"{self.path} has appeared while it was being written",
                 "Pass `overwrite=True` to replace it.",
             ) from error
 
@@ -165,7 +165,7 @@ class Publication:
         """Remove the temporary and release the lock."""
         try:
             temporaries.remove(self.temporary)
-        # A second Ctrl-C; the first may have been the reason for the removal.
+        # A second Ctrl-C must not stop the removal, which the first may have started.
         except KeyboardInterrupt:
             temporaries.remove(self.temporary)
             raise

@@ -26,10 +26,10 @@ def check_names(
     Args:
         checkpoints: The selected checkpoints, in order.
         names: Names of the last checkpoint's tensors that are to be averaged.
-        averages: Tells of a tensor's name whether the tensor is to be averaged.
+        averages: Returns True if a tensor of this name is averaged.
 
     Raises:
-        MismatchError: A checkpoint lacks some or has more.
+        MismatchError: A checkpoint lacks some of these tensors, or has others to average.
         CheckpointError: A checkpoint holds other networks than the last one.
     """
     last, expected = checkpoints[-1], set(names)
@@ -67,7 +67,7 @@ def _refuse_names(
             f"{_describe_networks(checkpoint)} against {_describe_networks(last)}",
             "Name the entry that holds the weights of both with `key`.",
         )
-    # No name in common is more than a missing tensor: these are two models.
+    # Without a common name these are two models: a list of missing tensors would not help.
     if extra and are_disjoint:
         raise MismatchError(
             f"{checkpoint.path} and {last.path} hold different networks: no tensor name in "
@@ -110,10 +110,10 @@ def check_supported(
     Args:
         checkpoints: The selected checkpoints, in order.
         names: Names of the tensors to be averaged.
-        averages: Tells of a tensor's name whether the tensor is to be averaged.
+        averages: Returns True if a tensor of this name is averaged.
 
     Raises:
-        UnsupportedTensorError: Some are no plain tensors, or 8-bit floats, or quantized weights.
+        UnsupportedTensorError: Some tensors are not plain, 8-bit floats, or quantized weights.
     """
     for checkpoint in checkpoints:
         refused: list[str] = []
@@ -181,7 +181,7 @@ def check_copied(checkpoint: Checkpoint, names: Collection[str]) -> None:
     special = [f"{name} ({why})" for name, why in checkpoint.refused.items() if name in names]
     if special:
         raise UnsupportedTensorError(
-            f"{checkpoint.path} holds tensors without plain bytes: {first_few(special)}",
+            f"{checkpoint.path} holds tensors that are not plain: {first_few(special)}",
             f"{_PLAIN}.",
         )
     small: list[str] = []
@@ -190,6 +190,6 @@ def check_copied(checkpoint: Checkpoint, names: Collection[str]) -> None:
             small.append(f"{name} ({tensor.dtype.name})")
     if small:
         raise UnsupportedTensorError(
-            f"{checkpoint.path} holds tensors without plain bytes: {first_few(small)}",
+            f"{checkpoint.path} holds tensors of less than a byte per element: {first_few(small)}",
             "Take the checkpoints from before quantization.",
         )

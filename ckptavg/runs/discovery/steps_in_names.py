@@ -109,7 +109,7 @@ def _common_word(names: Sequence[str]) -> list[NamedStep] | None:
     by_unit: dict[Unit, list[int | None]] = {}
     for unit in _WORDS:
         by_unit[unit] = [_by_word(name, unit) for name in names]
-    # First, since steps that restart in each epoch also tell names apart, but give no order.
+    # Tried first: steps that restart in each epoch differ between names, but do not order these.
     if (restarting := _steps_of_epochs(by_unit["epoch"], by_unit["step"])) is not None:
         return restarting
     constant: list[NamedStep] | None = None
@@ -190,7 +190,7 @@ def _whole_numbers(name: str) -> list[int]:
     for number in _NUMBER.finditer(name):
         between, end = name[end : number.start()], number.end()
         word = _WORD_BEFORE.search(between[-_LONGEST_WORD:])
-        # The 76 of top1_76: a value follows the name of a metric that ends in a number.
+        # In top1_76 the metric's name ends in a number (top1), so the next number is the value.
         if word is None and value_follows:
             value_follows = False
         elif word is not None and _names_score(word[1], number[0]):
@@ -206,7 +206,7 @@ def _names_score(word: str, number: str) -> bool:
 
 
 def _split_dotted(name: str, number: re.Match[str]) -> list[int]:
-    """Split numbers with dots in between; a decimal number is a score and gives no number.
+    """Split numbers at dots: 1.2.3 gives 1, 2 and 3. A decimal such as 0.25 is a score: none.
 
     Args:
         name: The whole name.

@@ -415,7 +415,7 @@ def test_a_copy_takes_every_tensor_of_one_checkpoint(tmp_path):
 
 def test_a_copy_of_what_has_no_plain_bytes_is_refused(tmp_path):
     checkpoint = open_checkpoint(save(tmp_path / "a.pt", {**ONE, "s": torch.ones(2).to_sparse()}))
-    with pytest.raises(CkptavgError, match="without plain bytes: s"):
+    with pytest.raises(CkptavgError, match="not plain: s"):
         plan_copy(checkpoint)
 
 
