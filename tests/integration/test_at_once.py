@@ -93,7 +93,7 @@ def value(out: Path) -> float:
 
 
 @first_only("name", OUTPUTS)
-def test_of_two_that_write_one_output_the_slower_is_told(writers, tmp_path, name):
+def test_output_written_at_once_refuses_slower(writers, tmp_path, name):
     for i in range(ROUNDS):
         place = tmp_path / str(i)
         place.mkdir()
@@ -110,9 +110,7 @@ def test_of_two_that_write_one_output_the_slower_is_told(writers, tmp_path, name
 
 
 @first_only("name", OUTPUTS)
-def test_of_two_that_overwrite_one_output_one_succeeds_and_the_other_does_or_is_told(
-    writers, tmp_path, name
-):
+def test_output_overwritten_at_once_is_whole(writers, tmp_path, name):
     for _ in range(ROUNDS):
         answers = told(writers, tmp_path / name, overwrite=True)
         values = {v for v, answer in zip((1.0, 11.0), answers, strict=True) if answer == "written"}
@@ -156,7 +154,7 @@ sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
 @pytest.mark.slow
 @linux
 @pytest.mark.parametrize("system", ["one step", "steps"])
-def test_a_crowd_that_overwrites_one_directory_leaves_it_whole(runs, tmp_path, system):
+def test_output_directory_overwritten_by_six_is_whole(runs, tmp_path, system):
     """A reader may find it missing for a moment where it is swapped in steps; each run succeeds, or
     is told that another one came between."""
     save_states(tmp_path / "run", [{"w": torch.full((300_000,), float(i))} for i in (0, 2)])
@@ -173,7 +171,7 @@ def test_a_crowd_that_overwrites_one_directory_leaves_it_whole(runs, tmp_path, s
 @linux
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "kills"), [("KILL", 60), ("TERM", 20)])
-def test_runs_that_are_killed_at_random_moments_leave_nothing_torn(tmp_path, number, kills):
+def test_killed_runs_leave_nothing_torn(tmp_path, number, kills):
     command = [sys.executable, SUPPORT / "kills.py", "--dir", tmp_path, "--signal", number]
     command += ["--kills", str(kills), "--megabytes", "8", "--whole", "4"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

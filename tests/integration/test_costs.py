@@ -122,7 +122,7 @@ PICKLES: dict[str, Callable[[], bytes]] = {
 
 
 @first_only("build", PICKLES.values(), ids=PICKLES)
-def test_a_small_pickle_costs_little(build, tmp_path):
+def test_pickle_of_hostile_work_costs_little(build, tmp_path):
     (tmp_path / "run").mkdir()
     as_zip(tmp_path / "run" / "epoch_1.pt", PROTO + b"\2" + build() + STOP)
     average_within_limits(tmp_path / "run", tmp_path / "out.pt")
@@ -150,7 +150,7 @@ def one_hash(count: int) -> list[tuple[int, int]]:
 
 
 @pytest.mark.slow
-def test_offsets_that_collide_cost_little(tmp_path, monkeypatch):
+def test_dcp_offsets_of_one_hash_cost_little(tmp_path, monkeypatch):
     """Where boxes begin is a key, and pairs of numbers can be given one hash."""
     monkeypatch.setattr(metadata.MetadataIndex, "__hash__", object.__hash__)  # cheap to write
     folder = tmp_path / "run" / "step_1"
@@ -169,7 +169,7 @@ def test_offsets_that_collide_cost_little(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_names_of_digits_and_words_cost_little(tmp_path):
+def test_file_names_of_digits_and_words_cost_little(tmp_path):
     for name in (f"rng{'1' * 200}x", f"optimizer{'-1' * 100}x", "zero_pp_rank_" * 15, "9" * 240):
         save(tmp_path / "run" / f"{name}.pt", {"w": torch.ones(3)})
     histories = [{"step": i, "loss": 1.0, "eval_" * 50: 2.0} for i in range(2000)]
@@ -178,7 +178,7 @@ def test_names_of_digits_and_words_cost_little(tmp_path):
 
 
 @pytest.mark.slow
-def test_patterns_over_names_take_time_in_proportion():
+def test_name_patterns_take_linear_time():
     """In a process that is stopped, else: what is quadratic takes hours."""
     code = """
 import resource
@@ -196,7 +196,7 @@ for word in ("optim", "sched", "scaler", "rng", "1", "-1", "_rank1", "rank_1", "
     assert done.returncode == 0, done.stderr[-300:]
 
 
-def test_numbers_of_any_length_order_files(monkeypatch):
+def test_natural_key_orders_numbers_of_any_length(monkeypatch):
     """A store may have longer names than a disk."""
     monkeypatch.setattr(RemotePath, "is_dir", lambda self: False)
     numbers = ["9", f"{'0' * 5000}10", f"1{'0' * 5000}", f"2{'0' * 5000}"]
@@ -211,7 +211,7 @@ def test_numbers_of_any_length_order_files(monkeypatch):
      ("optimizer_config", False), ("scheduler_params", False), ("optim_name", False),
      ("model", False), ("optimizer_config_state", True)],
 )  # fmt: skip
-def test_training_states_are_known_by_their_names(name, training):
+def test_training_state_matches_names(name, training):
     assert bool(TRAINING_STATE.fullmatch(name)) is training
 
 
@@ -220,11 +220,11 @@ def test_training_states_are_known_by_their_names(name, training):
     [("rng_state_0", True), ("rng1", True), ("optimizer-1.2", True), ("rngx", False),
      ("optim_states", True), ("x_optim_states", True), ("rng_1x", False)],
 )  # fmt: skip
-def test_other_states_are_known_by_their_names(stem, other):
+def test_other_state_matches_names(stem, other):
     assert bool(OTHER_STATE.fullmatch(stem)) is other
 
 
-def test_paths_of_many_files_are_compared_a_few_times_each(tmp_path, monkeypatch):
+def test_average_compares_each_path_a_few_times(tmp_path, monkeypatch):
     """A directory below 1 MB can hold 12,000 checkpoints: none is looked for among all others."""
     count = 600
     for i in range(count):

@@ -130,7 +130,7 @@ SMALL_DISKS = {
 @pytest.mark.slow
 @linux
 @pytest.mark.parametrize("case", SMALL_DISKS)
-def test_a_disk_that_is_too_small_takes_nothing_and_keeps_what_it_has(small_disks, case):
+def test_small_disk_keeps_outputs_whole(small_disks, case):
     answer, (expected, left) = small_disks[case], SMALL_DISKS[case]
     assert expected in answer["said"]
     assert len(str(answer["said"]).splitlines()) == 1
@@ -165,9 +165,7 @@ def fails(name: str, number: int, after: int = 0) -> Callable[..., object]:
 
 @linux
 @combinations(name_of_errno, call=CALLS, number=FAILURES, name=OUTPUTS)
-def test_a_call_that_fails_while_writing_is_told_and_leaves_what_was_there(
-    run_dir, models, tmp_path, monkeypatch, name, number, call
-):
+def test_write_failure_keeps_old_output(run_dir, models, tmp_path, monkeypatch, name, number, call):
     inputs, out = models if name == "swa" else run_dir, tmp_path / name
     average(open_run(inputs).last(2), out=out)
     before = {path: (tmp_path / path).read_bytes() for path in listing_files(tmp_path)}
@@ -187,9 +185,7 @@ def listing_files(directory: Path) -> list[str]:
 
 @linux
 @pytest.mark.parametrize("name", OUTPUTS)
-def test_a_file_system_that_can_do_little_still_takes_outputs(
-    run_dir, models, tmp_path, monkeypatch, name
-):
+def test_simple_file_system_takes_outputs(run_dir, models, tmp_path, monkeypatch, name):
     """No reservation, no hard links, no rename without replacing, no locks."""
     for call in ("posix_fallocate", "link"):
         monkeypatch.setattr(os, call, fails(call, errno.EOPNOTSUPP))
@@ -229,9 +225,7 @@ def test_short_reads_and_writes_change_nothing(run_dir, models, tmp_path, monkey
 
 @linux
 @combinations(name_of_errno, after=[0, 3], number=[errno.EIO, errno.ESTALE], name=[None, *OUTPUTS])
-def test_a_read_that_fails_is_told_and_leaves_nothing(
-    run_dir, tmp_path, monkeypatch, name, number, after
-):
+def test_read_failure_leaves_nothing(run_dir, tmp_path, monkeypatch, name, number, after):
     run, before = open_run(run_dir), listing(tmp_path)
     monkeypatch.setattr(os, "preadv", fails("preadv", number, after))
     out = None if name is None else tmp_path / name
@@ -247,7 +241,7 @@ def test_a_read_that_fails_is_told_and_leaves_nothing(
 
 @linux
 @combinations(overwrite=[False, True], what=["directory", "temporary"], name=OUTPUTS)
-def test_what_is_removed_under_a_run_s_hands_is_told(run_dir, tmp_path, name, what, overwrite):
+def test_removed_output_place_is_reported(run_dir, tmp_path, name, what, overwrite):
     place = tmp_path / "place"
     place.mkdir()
 
@@ -267,7 +261,7 @@ def test_what_is_removed_under_a_run_s_hands_is_told(run_dir, tmp_path, name, wh
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write all")
-def test_a_directory_without_permission_is_told(run_dir, tmp_path):
+def test_directory_without_permission_is_reported(run_dir, tmp_path):
     place = tmp_path / "place"
     place.mkdir()
     place.chmod(0o555)
@@ -308,7 +302,7 @@ CHANGES = [rewrite_in_place, replace, truncate, cut_and_refill, Path.unlink]
 
 
 @combinations(moment=["first", "last"], change=CHANGES, name=[None, *OUTPUTS])
-def test_an_input_that_changes_during_the_stream_is_told(run_dir, tmp_path, name, change, moment):
+def test_changing_input_is_reported(run_dir, tmp_path, name, change, moment):
     changed = run_dir / "epoch_2.pt"
 
     def meanwhile(done: int, total: int) -> None:
@@ -336,7 +330,7 @@ with open(sys.argv[1], "r+b") as file:
 
 
 @linux
-def test_an_input_that_another_process_writes_all_the_time_is_told(run_dir, tmp_path):
+def test_input_written_constantly_is_reported(run_dir, tmp_path):
     changed = run_dir / "epoch_3.pt"
     command = [sys.executable, "-c", WRITER, os.fspath(changed)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
@@ -364,7 +358,7 @@ ckptavg.average(run, out=sys.argv[2])
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="limits of POSIX")
-def test_few_open_files_are_enough(tmp_path):
+def test_average_needs_few_open_files(tmp_path):
     states = [{"w": torch.full((20_000,), float(i))} for i in range(100)]
     save_states(tmp_path / "run", states)
     out = tmp_path / "out.pt"
@@ -373,7 +367,7 @@ def test_few_open_files_are_enough(tmp_path):
     assert torch.load(out)["state_dict"]["w"].unique().tolist() == [49.5]
 
 
-def test_half_a_write_is_told_as_a_change_whatever_it_looks_like(tmp_path):
+def test_half_written_input_is_reported_as_changed(tmp_path):
     states = [{"w": torch.zeros(3_000_000)} for _ in range(3)]
     paths = save_states(tmp_path / "run", states, ".safetensors")
     run = open_run(tmp_path / "run")

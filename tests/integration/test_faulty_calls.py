@@ -40,7 +40,7 @@ FAULTS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("faults", FAULTS.values(), ids=FAULTS)
-def test_faults_are_told_and_leave_all_whole(library, faults):
+def test_faulty_calls_are_reported_and_leave_all_whole(library, faults):
     environment = os.environ | {"LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, SUPPORT / "faulty_calls.py", *faults]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)

@@ -175,13 +175,13 @@ LYING_ZIPS = {
 
 
 @first_only("content", ODD_ZIPS.values(), ids=ODD_ZIPS)
-def test_an_odd_archive_is_read(content, run):
+def test_zip_of_odd_layout_is_read(content, run):
     (run / "epoch_1.pt").write_bytes(content)
     check_read(run)
 
 
 @first_only(("content", "why"), LYING_ZIPS.values(), ids=LYING_ZIPS)
-def test_an_archive_that_lies_is_refused(content, why, run):
+def test_zip_with_false_fields_is_refused(content, why, run):
     (run / "epoch_1.pt").write_bytes(content)
     check_refused(run, why)
 
@@ -204,13 +204,13 @@ LYING_LEGACIES = {
 
 
 @first_only("others", LYING_LEGACIES.values(), ids=LYING_LEGACIES)
-def test_a_legacy_file_that_lies_is_refused(others, run):
+def test_legacy_file_with_false_fields_is_refused(others, run):
     as_legacy(run / "epoch_1.pt", state() + STOP, **others)
     check_refused(run, "epoch_1.pt")
 
 
 @first_only("count", [-1, 0, 3, 5, 2**62, -(2**63)])
-def test_a_legacy_storage_that_lies_about_its_length_is_refused(count, run):
+def test_legacy_storage_of_false_length_is_refused(count, run):
     path = run / "epoch_1.pt"
     as_legacy(path, state() + STOP)
     content = path.read_bytes()
@@ -264,13 +264,13 @@ LYING_HEADERS = {
 
 
 @first_only("head", ODD_HEADERS.values(), ids=ODD_HEADERS)
-def test_an_odd_header_is_read(head, run):
+def test_safetensors_odd_header_is_read(head, run):
     (run / "epoch_1.safetensors").write_bytes(framed(head))
     check_read(run)
 
 
 @first_only("content", LYING_HEADERS.values(), ids=LYING_HEADERS)
-def test_a_header_that_lies_is_refused(content, run):
+def test_safetensors_false_header_is_refused(content, run):
     (run / "epoch_1.safetensors").write_bytes(content)
     check_refused(run, "epoch_1.safetensors")
 
@@ -298,7 +298,7 @@ needs_unix = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes are Uni
 
 @needs_unix
 @combinations(kind=SPECIAL, suffix=[".pt", ".safetensors"])
-def test_what_is_no_file_is_refused_without_waiting(kind, suffix, run, monkeypatch):
+def test_special_file_is_refused_without_waiting(kind, suffix, run, monkeypatch):
     path = run / f"epoch_1{suffix}"
     special(kind, path, monkeypatch)
     code, message = within_limits(str(run if suffix == ".pt" else path))
@@ -306,14 +306,14 @@ def test_what_is_no_file_is_refused_without_waiting(kind, suffix, run, monkeypat
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_an_empty_directory_with_a_checkpoint_s_name_is_no_checkpoint(suffix, run):
+def test_empty_directory_of_checkpoint_name_is_refused(suffix, run):
     (run / f"epoch_1{suffix}").mkdir()
     check_refused(run, "holds no checkpoint", str(run / f"epoch_1{suffix}"))
 
 
 @needs_unix
 @first_only("kind", [*SPECIAL, "loop"])
-def test_an_index_that_names_no_file_is_refused_without_waiting(kind, run, monkeypatch):
+def test_index_of_special_file_is_refused_without_waiting(kind, run, monkeypatch):
     index_of(run, "a.safetensors")
     special(kind, run / "a.safetensors", monkeypatch)
     code, message = within_limits(str(run))
@@ -322,7 +322,7 @@ def test_an_index_that_names_no_file_is_refused_without_waiting(kind, run, monke
 
 @needs_unix
 @first_only("kind", ["pipe", "/dev/zero"])
-def test_a_trainer_s_state_that_is_no_file_is_as_good_as_none(kind, run, monkeypatch):
+def test_trainer_state_that_is_no_file_is_ignored(kind, run, monkeypatch):
     (run / "model.safetensors").write_bytes(framed(header()))
     special(kind, run / "trainer_state.json", monkeypatch)
     assert within_limits(str(run))[0] == 0
@@ -351,13 +351,13 @@ OUTSIDE = {
 
 
 @first_only("name", OUTSIDE.values(), ids=OUTSIDE)
-def test_an_index_that_leads_elsewhere_is_refused(name, run):
+def test_index_leading_elsewhere_is_refused(name, run):
     (run.parent / "secret.safetensors").write_bytes(framed(header()))
     index_of(run, name)
     check_refused(run, "index.json")
 
 
-def test_a_link_that_an_index_names_shows_nothing_of_what_is_no_checkpoint(run):
+def test_index_of_link_reveals_no_foreign_content(run):
     (run.parent / "secret").write_text("root:x:0:0" * 10)
     index_of(run, "a.safetensors")
     (run / "a.safetensors").symlink_to("../secret")
@@ -433,13 +433,13 @@ PICKLES = {
 
 
 @first_only("build", PICKLES.values(), ids=PICKLES)
-def test_a_pickle_that_means_huge_work_is_refused(build, run):
+def test_pickle_of_huge_work_is_refused(build, run):
     as_zip(run / "epoch_1.pt", PROTO + b"\2" + build() + STOP)
     code, message = within_limits(str(run / "epoch_1.pt"))
     assert (code, "MemoryError" in message) == (1, False), message
 
 
-def test_strides_that_say_nothing_cannot_be_made_to_collide(run):
+def test_strides_without_meaning_are_normalized(run):
     """Tables of places are keyed by strides, and pairs of numbers can be given one hash."""
     views = enumerate(one_hash(100))
     tensors = [text(f"t{i}") + tensor(shape=(1, 1), stride=pair) for i, pair in views]
@@ -475,7 +475,7 @@ def test_json_of_millions_of_values_takes_little_memory(build, place, run):
 
 
 @pytest.mark.slow
-def test_a_directory_of_many_gigabytes_is_not_read(run):
+def test_zip_directory_of_gigabytes_is_not_read(run):
     """A sparse file: it takes no room on the disk."""
     path, size = run / "epoch_1.pt", 64 << 30
     with path.open("wb") as file:
@@ -489,7 +489,7 @@ def test_a_directory_of_many_gigabytes_is_not_read(run):
     assert (code, "claims" in message) == (1, True), message
 
 
-def test_an_archive_of_very_many_entries_takes_little_memory(run):
+def test_zip_of_many_entries_takes_little_memory(run):
     count, body = 60_000, io.BytesIO()
     names = [*ITEMS, *(f"archive/x{i}" for i in range(count))]
     rows = []

@@ -51,7 +51,7 @@ for path in pathlib.Path(sys.argv[1]).iterdir():
 """
 
 
-def test_python_s_own_unpickler_obeys_every_gadget(tmp_path, trapdoor):
+def test_gadgets_all_run_in_plain_unpickler(tmp_path, trapdoor):
     (tmp_path / "pickles").mkdir()
     names = list(gadgets(""))
     for i, name in enumerate(names):
@@ -72,7 +72,7 @@ def test_python_s_own_unpickler_obeys_every_gadget(tmp_path, trapdoor):
     lambda room: (room.parent / "outside").touch(),
     lambda room: pickle.loads(b"cos\nsystem\n."),
 ], ids=["system", "subprocess", "exec", "import", "write", "unpickle"])  # fmt: skip
-def test_the_watch_sees_what_runs(deed, tmp_path):
+def test_watched_detects_each_deed(deed, tmp_path):
     room = tmp_path / "room"
     room.mkdir()
     with pytest.raises(Ran), watched(room):
@@ -135,7 +135,7 @@ def _fate(name: str, form: str, place: str, fate: str) -> str:
 
 
 @combinations(name=gadgets(""), form=WRITERS)
-def test_no_gadget_runs_wherever_it_stands(name, form, room, tmp_path, trapdoor):
+def test_gadgets_never_run_in_any_place(name, form, room, tmp_path, trapdoor):
     canary = tmp_path / "canary"
     gadget = gadgets(str(canary))[name]
     for place, (build, fate) in PLACES.items():
@@ -147,7 +147,7 @@ def test_no_gadget_runs_wherever_it_stands(name, form, room, tmp_path, trapdoor)
 
 
 @pytest.mark.parametrize("name", gadgets(""))
-def test_no_gadget_runs_as_a_whole_file_or_in_the_pickles_about_one(name, room, tmp_path, trapdoor):
+def test_gadgets_never_run_as_whole_file_or_side_pickle(name, room, tmp_path, trapdoor):
     canary, path = tmp_path / "canary", room / "run" / "epoch_1.pt"
     gadget = gadgets(str(canary))[name]
     path.write_bytes(PROTO + b"\4" + gadget + STOP)
@@ -164,7 +164,7 @@ def test_no_gadget_runs_as_a_whole_file_or_in_the_pickles_about_one(name, room, 
 
 
 @pytest.mark.parametrize("protocol", [0, 1, 3, 5, 6, 200, 255])
-def test_odd_protocol_numbers_change_nothing(protocol, room, tmp_path):
+def test_pickle_protocol_number_changes_nothing(protocol, room, tmp_path):
     pickled = PROTO + bytes([protocol]) + state(text("x") + gadgets(str(tmp_path / "c"))["exec"])
     as_zip(room / "run" / "epoch_1.pt", pickled + STOP)
     assert average(room).exit_code == 0
@@ -172,7 +172,7 @@ def test_odd_protocol_numbers_change_nothing(protocol, room, tmp_path):
     assert not (tmp_path / "c").exists()
 
 
-def test_the_weights_key_leads_to_no_gadget(room, tmp_path):
+def test_inspect_and_key_run_no_gadget(room, tmp_path):
     """Inspecting and naming what stands beside the weights runs nothing either."""
     canary = tmp_path / "canary"
     build, _ = PLACES["beside the weights"]
@@ -185,7 +185,7 @@ def test_the_weights_key_leads_to_no_gadget(room, tmp_path):
     assert not canary.exists()
 
 
-def test_what_is_written_holds_no_gadget(room, tmp_path):
+def test_output_holds_no_gadget(room, tmp_path):
     """An output is read by others, with torch.load: only plain values may stand in it."""
     (room / "run" / "epoch_2.pt").unlink()
     build, _ = PLACES["beside the weights"]

@@ -253,7 +253,7 @@ def assert_right(state: dict[str, torch.Tensor], values: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize(("model", "data"), ALL)
-def test_statistics_are_those_of_all_samples(home: Path, model: str, data: str) -> None:
+def test_update_bn_covers_all_samples(home: Path, model: str, data: str) -> None:
     import kinds
 
     save(home / "net.pt", getattr(kinds, model)().state_dict())
@@ -272,7 +272,7 @@ SCORED = [case for case in ALL if case[0] not in {"Packed", "Detector"}]
 
 
 @pytest.mark.parametrize(("model", "data"), SCORED)
-def test_scores_are_those_of_all_samples(home: Path, model: str, data: str) -> None:
+def test_evaluate_covers_all_samples(home: Path, model: str, data: str) -> None:
     import kinds
 
     net = getattr(kinds, model)()
@@ -293,7 +293,7 @@ def test_scores_are_those_of_all_samples(home: Path, model: str, data: str) -> N
     assert result.metrics["nll"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_every_kind_of_data_is_tried() -> None:
+def test_kinds_of_data_are_all_tried() -> None:
     named = {name.partition("(")[0] for name in MODULE.split("\ndef ")[1:]}
     tried = {*itertools.chain(*CASES.values())}
     assert named - tried == {"put_in_sequence", "unzip"}

@@ -20,7 +20,7 @@ def state(seed: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable")
-def test_checkpoints_of_every_layout_are_averaged_together(tmp_path):
+def test_average_mixes_all_layouts(tmp_path):
     states = [state(i) for i in range(len(WRITERS))]
     paths = []
     for (name, write), values in zip(WRITERS.items(), states, strict=True):
@@ -37,7 +37,7 @@ def test_checkpoints_of_every_layout_are_averaged_together(tmp_path):
         assert torch.equal(tensor, (sum(s[name].double() for s in states) / 8).float())
 
 
-def test_checkpoints_that_wrap_their_names_differently_agree(tmp_path):
+def test_average_ignores_wrappers_in_names(tmp_path):
     values = state(0)
     torch.save({f"module.{n}": t for n, t in values.items()}, tmp_path / "step_1.pt")
     torch.save({f"module._orig_mod.{n}": t for n, t in values.items()}, tmp_path / "step_2.pt")
