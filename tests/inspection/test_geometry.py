@@ -90,7 +90,7 @@ def small_runs(draw):
 
 @settings(derandomize=True, deadline=None, max_examples=150)
 @given(states=small_runs(), **CUTS)
-def test_products_of_whole_numbers_are_exact(states, block, strided_block, task, threads):
+def test_geometry_products_of_whole_numbers_are_exact(states, block, strided_block, task, threads):
     with cut_small(strided_block=strided_block, task=task) as directory:
         checkpoints = opened(directory, states)
         found = products(checkpoints, block=block, threads=threads)
@@ -121,7 +121,7 @@ def random_run(directory, count, size=9001):
 
 @pytest.mark.parametrize("count", [1, 2, 3, 16, 70])
 @pytest.mark.parametrize(("threads", "block"), [(None, stream_module.BLOCK), (3, 100)])
-def test_products_are_those_of_the_rows_in_float64(tmp_path, monkeypatch, count, threads, block):
+def test_geometry_products_match_float64_rows(tmp_path, monkeypatch, count, threads, block):
     monkeypatch.setattr(stream_module, "TASK", 2000)
     states, checkpoints = random_run(tmp_path, count)
     near(
@@ -129,9 +129,7 @@ def test_products_are_those_of_the_rows_in_float64(tmp_path, monkeypatch, count,
     )
 
 
-def test_products_have_the_same_bits_in_every_run_and_for_every_number_of_threads(
-    tmp_path, monkeypatch
-):
+def test_geometry_products_are_the_same_for_any_threads(tmp_path, monkeypatch):
     monkeypatch.setattr(stream_module, "TASK", 1000)
     _, checkpoints = random_run(tmp_path, 9, size=40_001)
     first = products(checkpoints, threads=1)
@@ -145,7 +143,7 @@ def test_products_have_the_same_bits_in_every_run_and_for_every_number_of_thread
     "vectors",
     [[[1.0] * 5], [[0.3, 0.5, 1.0, 2.0, 1.0]], [[1.0] * 5, [0.0, 0.5, 0.0, 2.0, 1.0]]],
 )
-def test_products_come_with_averages_of_the_same_read(tmp_path, vectors):
+def test_geometry_products_come_with_averages(tmp_path, vectors):
     states, checkpoints = random_run(tmp_path, 5)
     plans = [make_plan(checkpoints, vector, Rules()) for vector in vectors]
     sinks = [MemorySink(plan.outputs) for plan in plans]
@@ -163,14 +161,14 @@ def test_products_come_with_averages_of_the_same_read(tmp_path, vectors):
         assert all(same_bits(alone.state_dict[n], t) for n, t in sink.state_dict.items())
 
 
-def test_a_checkpoint_named_twice_is_at_distance_0_from_itself(tmp_path):
+def test_geometry_distance_to_itself_is_zero(tmp_path):
     states, (one, two, three) = random_run(tmp_path, 3)
     found = geometry([one, three, two, three])
     assert found.distances[1, 3] == 0
     near(found.gram, (rows := side_by_side([states[i] for i in (0, 2, 1, 2)])) @ rows.T)
 
 
-def test_torch_keeps_its_number_of_threads(tmp_path):
+def test_geometry_keeps_thread_count_of_torch(tmp_path):
     usual = torch.get_num_threads()
     seen = []
     _, checkpoints = random_run(tmp_path, 2)
@@ -188,7 +186,7 @@ def test_torch_keeps_its_number_of_threads(tmp_path):
 # What is computed from them
 
 
-def test_lengths_distances_and_angles_are_those_of_the_weights(tmp_path):
+def test_geometry_matches_weights_in_memory(tmp_path):
     states, checkpoints = random_run(tmp_path, 6)
     rows = side_by_side(states)
     found = geometry(checkpoints)
@@ -211,7 +209,7 @@ def test_lengths_distances_and_angles_are_those_of_the_weights(tmp_path):
     assert found.checkpoints == tuple(checkpoints)
 
 
-def test_distances_of_close_checkpoints_do_not_cancel(tmp_path):
+def test_geometry_distances_do_not_cancel(tmp_path):
     base = torch.full((100,), 1e3, dtype=torch.float64)
     states = [{"w": base + i * 1e-9} for i in (0, 1, 3)]
     found = geometry(opened(tmp_path, states))
@@ -220,14 +218,14 @@ def test_distances_of_close_checkpoints_do_not_cancel(tmp_path):
     np.testing.assert_allclose(found.distances[1, 2], np.linalg.norm(rows[2] - rows[1]), rtol=1e-9)
 
 
-def test_rounding_never_makes_a_distance_nan(tmp_path):
+def test_geometry_rounding_makes_no_nan(tmp_path):
     checkpoints = opened(tmp_path, [{"w": torch.ones(1)}] * 3)
     more = math.nextafter(1, 2)
     found = torch.tensor([[1, 0, 0], [0, 1, more], [0, more, 1]], dtype=torch.float64)
     assert geometry_of(checkpoints, found).distances[1, 2] == 0
 
 
-def test_a_plane_through_three_checkpoints_can_be_had_from_the_products(tmp_path):
+def test_geometry_products_give_plane_of_three(tmp_path):
     points = ([0.0, 0, 0], [4.0, 0, 0], [1.0, 2, 2])
     found = geometry(opened(tmp_path, [{"w": torch.tensor(p)} for p in points]))
     along = found.products[1, 2] / found.distances[0, 1]
@@ -235,7 +233,7 @@ def test_a_plane_through_three_checkpoints_can_be_had_from_the_products(tmp_path
     assert math.isclose((found.products[2, 2] - along**2).sqrt().item(), 2.8284271, rel_tol=1e-7)
 
 
-def test_steps_are_taken_within_each_training(tmp_path):
+def test_geometry_steps_stay_within_training(tmp_path):
     places = [
         save(tmp_path / f"{i}.pt", {"w": torch.tensor([float(i)])}) for i in (0, 1, 3, 10, 14)
     ]
@@ -245,7 +243,7 @@ def test_steps_are_taken_within_each_training(tmp_path):
     assert found.step_cosines.tolist() == [1]
 
 
-def test_two_single_checkpoints_have_no_steps(tmp_path):
+def test_geometry_of_single_checkpoints_has_no_steps(tmp_path):
     one, two = opened(tmp_path, [{"w": torch.ones(3)}, {"w": torch.zeros(3)}])
     found = geometry(Run(((one,), (two,))))
     assert found.steps.tolist() == []
@@ -253,7 +251,7 @@ def test_two_single_checkpoints_have_no_steps(tmp_path):
     assert found.outliers is None
 
 
-def test_running_statistics_and_counters_are_no_weights(tmp_path):
+def test_geometry_omits_statistics_and_counters(tmp_path):
     state = torch.nn.BatchNorm1d(3).state_dict()
     alone = {"running_mean": torch.tensor([7.0])}  # no running_var beside it: a weight by that name
     states = [
@@ -264,19 +262,19 @@ def test_running_statistics_and_counters_are_no_weights(tmp_path):
     assert math.isclose(found.distances[0, 1].item(), math.sqrt(3 + 3 + 49))
 
 
-def test_the_statistics_of_a_bare_layer_are_no_weights(tmp_path):
+def test_geometry_omits_statistics_of_bare_layer(tmp_path):
     states = [{k: v + i for k, v in torch.nn.BatchNorm1d(3).state_dict().items()} for i in (1, 2)]
     assert math.isclose(geometry(opened(tmp_path, states)).distances[0, 1].item(), math.sqrt(6))
 
 
-def test_what_is_not_averaged_does_not_count(tmp_path):
+def test_geometry_omits_excluded_tensors(tmp_path):
     states = [{"a": torch.tensor([3.0 * i]), "b": torch.tensor([4.0 * i])} for i in (0, 1)]
     checkpoints = opened(tmp_path, states)
     found = stream([], StreamRequests(gram=list_weights(checkpoints, Rules(exclude=("b",))))).gram
     assert geometry_of(checkpoints, found).distances[0, 1] == 3
 
 
-def test_adapters_are_measured_as_they_were_trained(tmp_path):
+def test_geometry_measures_adapter_factors(tmp_path):
     a, b = "base_model.model.l.lora_A.weight", "base_model.model.l.lora_B.weight"
     for i in range(3):
         state = {a: torch.full((2, 4), 1.0 + i), b: torch.full((3, 2), 2.0 * i)}
@@ -287,7 +285,7 @@ def test_adapters_are_measured_as_they_were_trained(tmp_path):
     np.testing.assert_allclose(found.steps.numpy(), math.sqrt(8 + 6 * 4))
 
 
-def test_the_name_in_the_package_reads_a_run_and_reports_its_bytes(tmp_path):
+def test_geometry_reads_run_and_reports_bytes(tmp_path):
     opened(tmp_path, [{"w": torch.tensor([float(i)] * 10)} for i in range(3)])
     calls = []
     found = ckptavg.geometry(ckptavg.open_run(tmp_path), progress=lambda *call: calls.append(call))
@@ -298,26 +296,24 @@ def test_the_name_in_the_package_reads_a_run_and_reports_its_bytes(tmp_path):
 # What is refused
 
 
-def test_one_checkpoint_has_no_geometry(tmp_path):
+def test_geometry_refuses_one_checkpoint(tmp_path):
     with pytest.raises(UsageError, match=r"epoch_1\.pt is one"):
         geometry(opened(tmp_path, [{"w": torch.ones(3)}]))
 
 
-def test_checkpoints_that_do_not_fit_are_refused_as_for_an_average(tmp_path):
+def test_geometry_refuses_mismatched_shapes(tmp_path):
     with pytest.raises(MismatchError, match="w has the shape"):
         geometry(opened(tmp_path, [{"w": torch.ones(3)}, {"w": torch.ones(4)}]))
 
 
-def test_integers_alone_have_no_geometry(tmp_path):
+def test_geometry_refuses_integers_alone(tmp_path):
     with pytest.raises(CheckpointError, match="no floating-point weights"):
         geometry(opened(tmp_path, [{"n": torch.arange(3)}] * 2))
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize(("culprits", "named"), [([0], [0]), ([2], [2]), ([1, 3], [1, 3])])
-def test_what_is_not_finite_is_an_error_that_names_the_checkpoints(
-    tmp_path, wrong, culprits, named
-):
+def test_geometry_names_checkpoints_not_finite(tmp_path, wrong, culprits, named):
     states = [{"a": torch.ones(9), "w": torch.ones(5)} for _ in range(4)]
     for i in culprits:
         states[i]["w"][2] = wrong
@@ -327,7 +323,7 @@ def test_what_is_not_finite_is_an_error_that_names_the_checkpoints(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.complex64])
-def test_masks_that_all_checkpoints_share_do_not_count(tmp_path, dtype):
+def test_geometry_ignores_shared_masks(tmp_path, dtype):
     mask = torch.tensor([-math.inf, math.inf, math.nan, 0.0], dtype=dtype)
     states = [{"mask": mask, "w": torch.tensor([3.0 * i], dtype=dtype)} for i in range(3)]
     found = geometry(opened(tmp_path, states))
@@ -337,7 +333,7 @@ def test_masks_that_all_checkpoints_share_do_not_count(tmp_path, dtype):
         geometry(opened(tmp_path, states))
 
 
-def test_products_of_another_number_of_checkpoints_are_refused(tmp_path):
+def test_geometry_of_refuses_products_of_other_size(tmp_path):
     checkpoints = opened(tmp_path, [{"w": torch.ones(3)}] * 3)
     with pytest.raises(UsageError, match=r"3 checkpoints are expected but got \(2, 2\)"):
         geometry_of(checkpoints, torch.ones(2, 2, dtype=torch.float64))
@@ -373,7 +369,7 @@ KINDS = ["scatter", "drift", "walk", "slowing"]
 
 @pytest.mark.parametrize("kind", [*KINDS, "still", "stopping"])
 @pytest.mark.parametrize("count", [2, 3, 4, 5, 10, 30])
-def test_ordinary_runs_have_no_odd_one(tmp_path, kind, count):
+def test_geometry_finds_no_outlier_in_ordinary_run(tmp_path, kind, count):
     for seed in range(3):
         rows = trajectory(kind, count, np.random.default_rng(seed))
         assert odd_ones(tmp_path / str(seed), rows) == []
@@ -383,7 +379,7 @@ def test_ordinary_runs_have_no_odd_one(tmp_path, kind, count):
 @pytest.mark.parametrize("count", [4, 5, 10, 30])
 @pytest.mark.parametrize("place", [0, 2, -1])
 @pytest.mark.parametrize("how", ["another seed", "diverged"])
-def test_one_that_does_not_belong_is_pointed_at(tmp_path, kind, count, place, how):
+def test_geometry_points_at_outlier(tmp_path, kind, count, place, how):
     rng = np.random.default_rng(1)
     rows = trajectory(kind, count, rng)
     if how == "another seed":
@@ -395,7 +391,7 @@ def test_one_that_does_not_belong_is_pointed_at(tmp_path, kind, count, place, ho
     assert odd_ones(tmp_path, rows) == [place % count]
 
 
-def test_two_from_one_other_training_and_two_strangers_are_pointed_at(tmp_path):
+def test_geometry_points_at_two_outliers(tmp_path):
     rng = np.random.default_rng(0)
     rows = trajectory("scatter", 10, rng)
     other = 5 * rng.normal(size=400)
@@ -405,20 +401,20 @@ def test_two_from_one_other_training_and_two_strangers_are_pointed_at(tmp_path):
     assert odd_ones(tmp_path / "strangers", rows) == [3, 7]
 
 
-def test_halves_of_a_run_are_not_odd(tmp_path):
+def test_geometry_finds_no_outlier_in_halves(tmp_path):
     rng = np.random.default_rng(0)
     rows = trajectory("scatter", 10, rng)
     rows[6:] += 5 * rng.normal(size=400)
     assert odd_ones(tmp_path, rows) == []
 
 
-def test_the_distance_of_the_odd_one_is_that_to_its_nearest(tmp_path):
+def test_geometry_outlier_distance_is_to_nearest(tmp_path):
     rows = [[0.0], [1.0], [2.0], [4.0], [14.0]]
     found = geometry(opened(tmp_path, [{"w": torch.tensor(row)} for row in rows])).outliers
     assert (found.distance, found.typical) == (10, 2)
 
 
-def test_halves_of_two_trainings_are_groups_and_none_of_them_is_odd(tmp_path):
+def test_geometry_groups_halves_of_two_trainings(tmp_path):
     rng = torch.Generator().manual_seed(0)
     made = []
     for _ in range(2):
