@@ -38,7 +38,7 @@ class Recorder:
 
 
 @pytest.mark.parametrize("form", ["three", "two", "any", "more"])
-def test_functions_get_the_phase_where_they_take_it(form):
+def test_progress_function_gets_phase_where_taken(form):
     recorder = Recorder()
     tell(getattr(recorder, form))
     expected = [call[1:] for call in CALLS] if form == "two" else CALLS
@@ -46,7 +46,7 @@ def test_functions_get_the_phase_where_they_take_it(form):
 
 
 @pytest.mark.parametrize("nothing", [None, False])
-def test_nothing_shows_nothing(nothing):
+def test_progress_none_shows_nothing(nothing):
     with open_progress(nothing, "bytes") as opened:
         assert opened is None
     with open_phase(nothing, "averaging", "bytes") as opened:
@@ -54,19 +54,19 @@ def test_nothing_shows_nothing(nothing):
 
 
 @pytest.mark.parametrize("unusable", [3, "yes", lambda: None, lambda a, b, c, d: None, [print]])
-def test_what_cannot_show_progress_is_refused(unusable):
+def test_progress_refuses_unusable_objects(unusable):
     with pytest.raises(UsageError, match="progress"):
         tell(unusable)
 
 
-def test_a_single_phase_has_its_name():
+def test_open_phase_passes_name():
     recorder = Recorder()
     with open_phase(recorder.three, "averaging", "bytes") as told:
         told(3, 7)
     assert recorder.calls == [("averaging", 3, 7)]
 
 
-def test_a_bar_of_tqdm_is_set_back_for_each_phase():
+def test_progress_resets_tqdm_bar_per_phase():
     tqdm = pytest.importorskip("tqdm").tqdm
     with tqdm(file=io.StringIO(), mininterval=0) as bar, open_progress(bar, "samples") as opened:
         opened("BatchNorm", 4, 8)
@@ -77,7 +77,7 @@ def test_a_bar_of_tqdm_is_set_back_for_each_phase():
         assert (bar.n, bar.total) == (9, 12)
 
 
-def test_the_class_of_tqdm_makes_a_bar_for_each_phase(capsys):
+def test_progress_makes_bar_per_phase_of_tqdm_class(capsys):
     tqdm = pytest.importorskip("tqdm").tqdm
     tell(tqdm)
     shown = capsys.readouterr().err
@@ -86,7 +86,7 @@ def test_the_class_of_tqdm_makes_a_bar_for_each_phase(capsys):
     assert "evaluation: 9samples" in shown
 
 
-def test_a_progress_of_rich_gets_a_task_for_each_phase():
+def test_progress_makes_rich_task_per_phase():
     from rich.progress import Progress
 
     bars = Progress(disable=True)
@@ -98,7 +98,7 @@ def test_a_progress_of_rich_gets_a_task_for_each_phase():
 
 
 @pytest.mark.parametrize("unit", ["samples", "bytes"])
-def test_true_shows_a_bar_on_stderr(capsys, unit):
+def test_progress_true_shows_bar_on_stderr(capsys, unit):
     tell(True, unit)
     shown = capsys.readouterr()
     assert shown.out == ""

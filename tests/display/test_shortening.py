@@ -18,7 +18,7 @@ from ckptavg.display.shortening import shorten_names, wrap_words
         (["層層層層層", "x"], 7, ["層…層", "x"]),
     ],
 )
-def test_long_names_are_cut_in_the_middle(names, room, shortened):
+def test_shorten_names_cuts_in_middle(names, room, shortened):
     assert shorten_names(names, room) == shortened
 
 
@@ -37,7 +37,7 @@ def test_long_names_are_cut_in_the_middle(names, room, shortened):
     ],
 )
 @pytest.mark.parametrize("room", [14, 20, 24])
-def test_different_names_stay_different(names, room):
+def test_shorten_names_keeps_names_different(names, room):
     shortened = shorten_names(names, room)
     assert all(len(name) <= room for name in shortened)
     assert len({*shortened}) == len(names)
@@ -47,7 +47,7 @@ LONG = "resnet50-cyclic-sgd-lr0.05-epoch=119-step=150000-val_loss=0.8531.ckpt"
 
 
 @pytest.mark.parametrize("room", range(20, 70))
-def test_marks_that_tell_names_apart_stay(room):
+def test_shorten_names_keeps_distinguishing_marks(room):
     keys = ("state_dict", "ema_state_dict")
     names = [f"{stem} [{key}]" for key in keys for stem in (f"{LONG} (last)", "average of 5")]
     shortened = shorten_names(names, room)
@@ -60,7 +60,7 @@ def test_marks_that_tell_names_apart_stay(room):
     assert shortened[1][:3] == "ave"
 
 
-def test_marks_leave_names_half_of_the_room_where_they_tell_nothing_apart():
+def test_shorten_names_gives_names_half_of_room():
     names = [f"{LONG} (last)", LONG.replace("119", "118")]
     assert shorten_names(names, 20)[0] == "resnet50…ckpt (last)"
     assert shorten_names([f"{LONG} (uniform)"], 12) == ["resnet…form)"]
@@ -75,7 +75,7 @@ def test_marks_leave_names_half_of_the_room_where_they_tell_nothing_apart():
         ("epoch=11-step=1200-val_acc=0.512.ckpt", 24, "epoch=11-step=1200….ckpt"),
     ],
 )
-def test_the_step_in_a_name_stays(name, room, shortened):
+def test_shorten_names_keeps_step(name, room, shortened):
     assert shorten_names([name], room) == [shortened]
 
 
@@ -85,7 +85,7 @@ marked = st.tuples(st.text("ab(]c ", max_size=20), st.sampled_from(["", " (last)
 
 @settings(deadline=None)
 @given(st.lists(marked.map("".join), max_size=8), st.integers(3, 30))
-def test_marked_names_fit(names, room):
+def test_shorten_names_fits_marked_names(names, room):
     shortened = shorten_names(names, room)
     assert all(cell_len(name) <= room for name in shortened)
     for name, short in zip(names, shortened, strict=True):
@@ -93,7 +93,7 @@ def test_marked_names_fit(names, room):
 
 
 @pytest.mark.parametrize("room", range(17, 34))
-def test_numbers_are_not_cut_in_two(room):
+def test_shorten_names_cuts_no_number(room):
     names = [f"checkpoint-{n}.pth.tar [state_dict_ema]" for n in (144, 1520, 16000)]
     for name, short in zip(names, shorten_names(names, room), strict=True):
         assert name[:16].partition(".")[0] in short
@@ -101,7 +101,7 @@ def test_numbers_are_not_cut_in_two(room):
 
 @settings(deadline=None)
 @given(st.lists(st.text(st.characters(exclude_categories=["C"]), max_size=30)), st.integers(3, 20))
-def test_every_name_fits_and_the_same_name_is_shortened_alike(names, room):
+def test_shorten_names_fits_and_is_consistent(names, room):
     shortened = shorten_names(names, room)
     assert all(cell_len(name) <= room for name in shortened)
     assert len({*zip(names, shortened, strict=True)}) == len({*names})
@@ -111,7 +111,7 @@ def test_every_name_fits_and_the_same_name_is_shortened_alike(names, room):
 
 @settings(deadline=None)
 @given(st.lists(st.text("ab", min_size=1, max_size=9), min_size=1), st.integers(1, 30))
-def test_texts_are_wrapped_between_words_only(words, room):
+def test_wrap_words_breaks_between_words_only(words, room):
     lines = wrap_words(" ".join(words), room)
     assert " ".join(lines) == " ".join(words)
     assert all(len(line) <= room or " " not in line for line in lines)
@@ -120,7 +120,7 @@ def test_texts_are_wrapped_between_words_only(words, room):
 
 
 @pytest.mark.parametrize("room", range(1, 40))
-def test_intervals_are_not_wrapped(room):
+def test_wrap_words_keeps_intervals_whole(room):
     text = "best: a b; Δ to the last +1.50 [-0.46, +2.5e-05] and [inf, nan] of [some words]"
     lines = wrap_words(text, room)
     assert any("+1.50 [-0.46, +2.5e-05]" in line for line in lines)

@@ -9,7 +9,7 @@ from ckptavg.display.table_layout import lay_out, table_text, wrap_note
 from ckptavg.display.tables import Cell, Column, Row, Table, rows_of_texts
 
 
-def test_numbers_are_flush_right_and_all_else_left():
+def test_table_aligns_numbers_right_and_text_left():
     table = Table("t", (Column("name", "name"), Column("kind"), Column("n", "number")),
                   rows_of_texts([("a", "xyz", "5"), ("層", "x", "10")]))  # fmt: skip
     assert table_text(table).splitlines() == [
@@ -21,7 +21,7 @@ def test_numbers_are_flush_right_and_all_else_left():
     ]
 
 
-def test_columns_leave_in_turn_and_are_named():
+def test_table_drops_columns_in_turn_and_names_them():
     columns = (Column("name", "name"), Column("second", "number", 2), Column("stays", "number"),
                Column("first", "number", 1))  # fmt: skip
     table = Table("", columns, rows_of_texts([("abcdef", "1", "2", "3")]))
@@ -37,7 +37,7 @@ def test_columns_leave_in_turn_and_are_named():
     assert below == "not shown at this width: second, first"
 
 
-def test_names_are_shortened_before_the_columns_leave_that_say_so():
+def test_table_shortens_names_before_dropping_columns():
     columns = (Column("name", "name"), Column("a", "number", 1, shortens=20),
                Column("b", "number", 2, shortens=10))  # fmt: skip
     table = Table("", columns, rows_of_texts([("n" * 30, "12345", "12345")]))
@@ -49,7 +49,7 @@ def test_names_are_shortened_before_the_columns_leave_that_say_so():
 
 
 @pytest.mark.parametrize("width", range(24, 90, 7))
-def test_prose_goes_on_in_further_lines_and_breaks_no_word(width):
+def test_table_wraps_prose_between_words(width):
     why = "a run of its own: it holds more than the models and is left out"
     table = Table("", (Column("left out", "name"), Column("why", "prose")),
                   rows_of_texts([("some_run/checkpoint-10", why), ("b", "short")]))  # fmt: skip
@@ -61,7 +61,7 @@ def test_prose_goes_on_in_further_lines_and_breaks_no_word(width):
     assert table_text(table).count("\n") == 3
 
 
-def test_marks_are_pieces_with_a_style_and_a_star():
+def test_table_marks_have_style_and_star():
     rows = (Row((Cell("a"), Cell("1"))), Row((Cell("b", "best"), Cell("2", "significant")), True))
     lines = lay_out(Table("t", (Column("x", "name"), Column("y", "number")), rows), 80)
     assert ["".join(piece.text for piece in line) for line in lines] == [
@@ -72,7 +72,7 @@ def test_marks_are_pieces_with_a_style_and_a_star():
                       ("b", "best"), ("2", "significant")]  # fmt: skip
 
 
-def test_notes_break_no_word_and_are_set_in():
+def test_wrap_note_breaks_no_word():
     note = "note: blocks.8.num_batches_tracked differs between the checkpoints"
     assert wrap_note(note, None) == [note]
     assert wrap_note(note, 30) == [
@@ -80,7 +80,7 @@ def test_notes_break_no_word_and_are_set_in():
     ]  # fmt: skip
 
 
-def test_what_steers_a_terminal_is_escaped_in_text_and_in_html():
+def test_table_escapes_terminal_controls():
     table = Table(
         "\x1b[2J", (Column("a\x9b", "name"),), rows_of_texts([("b\u202e<b>&",)]), ("\x07",)
     )
@@ -89,7 +89,7 @@ def test_what_steers_a_terminal_is_escaped_in_text_and_in_html():
     assert r"b\u202e&lt;b&gt;&amp;" in table_html(table)
 
 
-def test_html_has_every_cell_and_reads_on_light_and_dark_pages():
+def test_table_html_has_all_cells_and_contrast():
     rows = (Row((Cell("a"), Cell("1"))), Row((Cell("b", "best"), Cell("2", "significant")), True))
     columns = (Column("x", "name"), Column("y", "number", 1))
     drawn = table_html(Table("t & u", columns, rows, ("below",), "bold: significant"))
