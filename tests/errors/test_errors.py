@@ -10,15 +10,15 @@ def every_error(kind=errors.CkptavgError):
 
 
 @pytest.mark.parametrize("kind", every_error())
-def test_exit_code_is_2_for_wrong_usage_and_1_for_the_rest(kind):
+def test_exit_code_is_2_for_usage_and_1_otherwise(kind):
     assert kind("it failed").exit_code == (2 if issubclass(kind, errors.UsageError) else 1)
 
 
-def test_usage_errors_are_value_errors():
+def test_usage_error_is_value_error():
     assert issubclass(errors.UsageError, ValueError)
 
 
-def test_a_file_without_weights_is_a_checkpoint_error():
+def test_no_weights_error_is_checkpoint_error():
     assert issubclass(errors.NoWeightsError, errors.CheckpointError)
 
 
@@ -29,17 +29,17 @@ def test_message_and_remedy_make_one_line():
 
 
 @pytest.mark.parametrize("control", ["\x1b[31m", "\r", "\x07", "\x9b2J", "\u202e"])
-def test_names_from_files_cannot_steer_the_terminal(control):
+def test_message_escapes_terminal_controls(control):
     error = errors.CkptavgError(f"tensor {control}x differs", f"Leave {control}x out.")
     assert str(error).isprintable()
 
 
 @pytest.mark.parametrize("message", ["It failed.", "was it swapped?", "it failed!"])
-def test_a_message_that_ends_a_sentence_gets_no_second_stop(message):
+def test_message_ending_a_sentence_gets_no_second_stop(message):
     assert str(errors.CkptavgError(message, "Look.")) == f"{message} Look."
 
 
-def test_message_stands_alone_without_a_remedy():
+def test_message_stands_alone_without_remedy():
     assert str(errors.CkptavgError("it failed")) == "it failed"
 
 

@@ -28,7 +28,7 @@ def handler():
     log.removeHandler(handler)
 
 
-def test_notes_are_collected_and_handlers_get_what_they_got_before(handler):
+def test_collect_notes_leaves_handlers_as_before(handler):
     before = log.level
     with collect_notes() as notes:
         log.debug("detail")
@@ -48,7 +48,7 @@ def fail_with_a_note():
     return notes
 
 
-def test_collections_may_be_nested_and_end_with_an_error():
+def test_collect_notes_nests_and_ends_with_error():
     with collect_notes() as outer:
         inner = fail_with_a_note()
         log.info("after")
@@ -56,7 +56,7 @@ def test_collections_may_be_nested_and_end_with_an_error():
     assert not log.isEnabledFor(logging.INFO)
 
 
-def test_other_threads_notes_are_theirs():
+def test_collect_notes_ignores_other_threads():
     with collect_notes() as notes:
         thread = threading.Thread(target=lambda: log.info("from elsewhere"))
         thread.start()
@@ -64,7 +64,7 @@ def test_other_threads_notes_are_theirs():
     assert notes == []
 
 
-def test_a_switched_off_logger_stays_silent(handler):
+def test_collect_notes_works_with_logging_disabled(handler):
     logging.disable(logging.CRITICAL)
     try:
         with collect_notes() as notes:

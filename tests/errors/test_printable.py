@@ -16,7 +16,7 @@ STEERING = ["\u202e", "\u2066", "\u200b", "\u200f", "\u2060", "\ufeff", "\x1b", 
 
 
 @pytest.mark.parametrize("character", STEERING)
-def test_what_steers_a_terminal_is_escaped(character):
+def test_printable_escapes_terminal_controls(character):
     shown = printable(f"a{character}b")
     assert character not in shown
     assert shown.isprintable()
@@ -34,12 +34,12 @@ def test_what_steers_a_terminal_is_escaped(character):
         (r"C:\new\u.pt", r"C:\new\u.pt"),
     ],
 )
-def test_escapes_are_those_of_python_and_other_text_stays(text, shown):
+def test_printable_escapes_as_python_and_keeps_other_text(text, shown):
     assert printable(text) == shown
 
 
 @given(st.text(st.characters() | st.sampled_from(STEERING)))
-def test_json_comes_back_as_it_was_and_shows_nothing_unseen(name):
+def test_json_text_round_trips_and_escapes_unseen(name):
     text = json_text({name: [1.5, float("nan")]})
     assert json.loads(text) == {name: [1.5, None]}
     assert text.encode().decode() == text
@@ -48,7 +48,7 @@ def test_json_comes_back_as_it_was_and_shows_nothing_unseen(name):
 
 
 @given(st.text(), st.text())
-def test_names_that_differ_are_shown_differently(name, other):
+def test_escape_unseen_keeps_names_different(name, other):
     alike = escape_unseen(name) == escape_unseen(other)
     assert alike == (name == other) or "\\" in name + other
 
@@ -65,19 +65,19 @@ def test_names_that_differ_are_shown_differently(name, other):
         ("mail me@host about ://", "mail me@host about ://"),
     ],
 )  # fmt: skip
-def test_urls_in_a_text_lose_their_secrets(text, shown):
+def test_without_secrets_strips_urls(text, shown):
     assert without_secrets(text) == shown
     assert printable(text) == shown
     assert json.loads(json_text([text])) == [shown]
 
 
-def test_notes_are_printable_for_any_handler(caplog):
+def test_log_is_printable_for_any_handler(caplog):
     with caplog.at_level(logging.INFO, "ckptavg"):
         logging.getLogger("ckptavg").info("%s of %d", "a\u202eb\n\x1b[2J", 3)
     assert caplog.messages == [r"a\u202eb \x1b[2J of 3"]
 
 
-def test_long_texts_cost_little():
+def test_printable_cuts_long_texts():
     assert len(printable("\u202e" * 10**6)) < 10_000
     assert len(printable("a://" * 10**5 + "?" * 10**5)) < 10_000
 
@@ -94,5 +94,5 @@ def test_long_texts_cost_little():
         ([], "", []),
     ],
 )
-def test_a_shared_directory_is_split_off(paths, directory, names):
+def test_split_directory_takes_shared_parent(paths, directory, names):
     assert split_directory(paths) == (directory, names)

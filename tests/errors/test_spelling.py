@@ -34,13 +34,13 @@ TENSORS = [
         ("", []),
     ],
 )
-def test_close_names(name, close):
+def test_close_names_finds_mistyped_name(name, close):
     found = close_names(name, METRICS)
     assert found[: len(close)] == close
     assert close or not found
 
 
-def test_a_dotted_name_is_like_its_end():
+def test_close_names_matches_end_of_dotted_name():
     assert close_names("model.fc", ["fc", "stem"]) == ["fc"]
 
 
@@ -64,24 +64,24 @@ def test_a_dotted_name_is_like_its_end():
         ("[ab]", []),
     ],
 )
-def test_close_patterns(pattern, close):
+def test_close_patterns_finds_mistyped_pattern(pattern, close):
     assert close_patterns(pattern, TENSORS)[:1] == close
 
 
 @settings(deadline=None)
 @given(st.text("abd.*?[]_1", max_size=12), st.lists(st.text("abd._1", max_size=9)))
-def test_a_pattern_that_is_offered_matches(pattern, names):
+def test_close_patterns_offers_only_matching(pattern, names):
     for offered in close_patterns(pattern, names):
         assert any(fnmatch.fnmatchcase(name, offered) for name in names)
 
 
 @settings(deadline=None)
 @given(st.text(), st.lists(st.text()))
-def test_a_name_that_is_offered_is_known(name, known):
+def test_close_names_offers_only_known(name, known):
     assert set(close_names(name, known)) <= set(known)
 
 
-def test_names_of_a_hostile_length_are_passed_over():
+def test_close_names_skips_hostile_lengths():
     assert close_names("a" * 10**6, ["a" * 10**6]) == []
     assert close_names("weight", ["w" * 10**6, "weigth"]) == ["weigth"]
 
@@ -95,5 +95,5 @@ def test_names_of_a_hostile_length_are_passed_over():
         (["a", "b", "c"], "Did you mean a, b or c?"),
     ],
 )
-def test_words(names, words):
+def test_did_you_mean_lists_names(names, words):
     assert did_you_mean(names) == words

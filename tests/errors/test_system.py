@@ -20,19 +20,19 @@ numbers = pytest.mark.parametrize("number", USUAL, ids=errno.errorcode.get)
 
 @numbers
 @pytest.mark.parametrize("explain", [unreadable, unwritable])
-def test_each_number_has_a_line_with_path_and_remedy(number, explain):
+def test_system_error_has_path_and_remedy(number, explain):
     error = explain("runs/a.pt", OSError(number, os.strerror(number)))
     assert "runs/a.pt" in error.message
     assert error.remedy.endswith(".")
     assert len(str(error).splitlines()) == 1
 
 
-def test_path_of_the_error_itself_is_nearer():
+def test_system_error_prefers_its_own_path():
     error = OSError(errno.EIO, os.strerror(errno.EIO), b"runs/a.pt")
     assert unreadable("runs", error).message == "runs/a.pt cannot be read: Input/output error"
 
 
-def test_number_of_an_open_file_is_no_path():
+def test_system_error_takes_no_file_number_for_path():
     error = OSError(errno.EIO, os.strerror(errno.EIO), 7)
     assert "runs cannot be read" in unreadable("runs", error).message
 
@@ -40,6 +40,6 @@ def test_number_of_an_open_file_is_no_path():
 @pytest.mark.parametrize(
     ("guard", "kind"), [(guard_reads, CheckpointError), (guard_writes, OutputError)]
 )
-def test_guards_raise_ours(guard, kind):
+def test_guards_raise_package_errors(guard, kind):
     with pytest.raises(kind, match=r"a\.pt"), guard("a.pt"):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
