@@ -41,7 +41,7 @@ def run_command(*args: object) -> Result:
     return CliRunner().invoke(main, [str(arg) for arg in args])
 
 
-def test_a_limit_holds_within_and_is_gone_after(usual):
+def test_limit_threads_holds_within_block_only(usual):
     processors = min(4, os.cpu_count() or 1)
     with limit_threads(1):
         assert torch.get_num_threads() == 1
@@ -55,20 +55,20 @@ def test_a_limit_holds_within_and_is_gone_after(usual):
     assert default_threads() == processors
 
 
-def test_a_limit_is_gone_after_an_error(usual):
+def test_limit_threads_ends_after_error(usual):
     with pytest.raises(ZeroDivisionError), limit_threads(2):
         raise ZeroDivisionError
     assert torch.get_num_threads() == usual
 
 
-def test_more_threads_than_are_of_use_are_for_torch_alone():
+def test_default_threads_ignores_excess_limit():
     processors = min(4, os.cpu_count() or 1)
     with limit_threads(99):
         assert default_threads() == processors
         assert default_threads(sharing=1000) == 1
 
 
-def test_commands_compute_by_as_many_threads_as_they_are_told(tmp_path: Path, usual):
+def test_threads_option_sets_torch_threads_of_eval(tmp_path: Path, usual):
     save_states(tmp_path / "run", STATES)
     (tmp_path / "own.py").write_text(OWN)
     own = f"{tmp_path / 'own.py'}:"
@@ -81,7 +81,7 @@ def test_commands_compute_by_as_many_threads_as_they_are_told(tmp_path: Path, us
     assert torch.get_num_threads() == usual
 
 
-def test_an_average_is_computed_by_as_many_threads_as_it_is_told(tmp_path, monkeypatch, usual):
+def test_threads_option_sets_pool_of_average(tmp_path, monkeypatch, usual):
     save_states(tmp_path / "run", STATES)
     pools: list[int] = []
 
@@ -102,13 +102,13 @@ def test_an_average_is_computed_by_as_many_threads_as_it_is_told(tmp_path, monke
 
 
 @pytest.mark.parametrize("count", ["0", "-1", "many"])
-def test_a_number_of_threads_from_one_is_expected(tmp_path, count):
+def test_threads_option_needs_number_from_one(tmp_path, count):
     result = run_command("inspect", tmp_path, "--threads", count)
     assert result.exit_code == 2
     assert "whole number from 1 on" in result.output
 
 
 @pytest.mark.parametrize("command", ["average", "update-bn", "eval", "inspect"])
-def test_the_whole_help_says_what_few_threads_are_good_for(command):
+def test_threads_option_is_explained_in_full_help(command):
     text = " ".join(run_command(command, "--help-all").stdout.split())
     assert "--threads N Processor threads that compute. On a machine that others use" in text

@@ -109,7 +109,7 @@ def contents(path: Path) -> dict[str, bytes]:
 
 @settings(deadline=None)
 @given(sizes=st.lists(st.integers(0, 60_000), min_size=1, max_size=5), count=st.integers(1, 7))
-def test_parts_of_files_are_equal_whole_and_end_at_pages(sizes: list[int], count: int) -> None:
+def test_byte_ranges_are_equal_and_end_at_pages(sizes: list[int], count: int) -> None:
     parts = [sharding.byte_ranges(sizes, rank, count) for rank in range(count)]
     for number, size in enumerate(sizes):
         ends = [0] + [part[number][1] for part in parts]
@@ -123,7 +123,7 @@ def test_parts_of_files_are_equal_whole_and_end_at_pages(sizes: list[int], count
 
 @settings(deadline=None)
 @given(data=st.data(), count=st.integers(1, 6))
-def test_elements_belong_where_they_begin(data: st.DataObject, count: int) -> None:
+def test_element_ranges_follow_first_byte(data: st.DataObject, count: int) -> None:
     files, tensors = [], []
     for number in range(data.draw(st.integers(1, 3))):
         at, offsets = data.draw(st.integers(0, 70)), {}
@@ -149,7 +149,7 @@ def test_elements_belong_where_they_begin(data: st.DataObject, count: int) -> No
         assert done == list(range(tensor.numel))
 
 
-def test_no_element_of_our_layouts_lies_across_a_border(runs: Path) -> None:
+def test_lay_out_aligns_elements(runs: Path) -> None:
     for name, template in [
         ("a.safetensors", "run/epoch_1.pt"),
         ("a.pt", "run/epoch_1.pt"),
@@ -179,7 +179,7 @@ COMMANDS = {
 }
 
 
-def test_two_processes_write_the_bytes_of_one(home: Path) -> None:
+def test_torchrun_two_processes_match_one(home: Path) -> None:
     run_alone("average", "run", "-o", "alone/a.safetensors")
     command = {"args": ["average", "run", "-o", "out/a.safetensors"]}
     (results,) = launch("two", [command], count=2)
@@ -188,7 +188,7 @@ def test_two_processes_write_the_bytes_of_one(home: Path) -> None:
 
 
 @pytest.mark.slow
-def test_four_processes_write_the_bytes_of_one(home: Path) -> None:
+def test_torchrun_four_processes_match_one(home: Path) -> None:
     commands = []
     for name, args in COMMANDS.items():
         said = run_alone("average", *args, "-o", f"alone/{name}")
@@ -233,7 +233,7 @@ def test_four_processes_write_the_bytes_of_one(home: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_hosts_make_one_output(home: Path) -> None:
+def test_torchrun_two_hosts_make_one_output(home: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -258,7 +258,7 @@ def test_two_hosts_make_one_output(home: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_under_torchrun_ends_all(home: Path) -> None:
+def test_torchrun_killed_process_ends_all(home: Path) -> None:
     command = {"args": ["average", "run", "-o", "out/a.pt"], "harm": {"1": "kill", "0": "linger"}}
     (results,) = launch(
         "killed", [command], *TORCHRUN, "--standalone", "--nproc-per-node=3", count=3
@@ -274,7 +274,7 @@ def test_a_process_that_is_killed_under_torchrun_ends_all(home: Path) -> None:
 
 
 @pytest.mark.slow
-def test_however_one_process_fails_nothing_is_written(home: Path) -> None:
+def test_torchrun_failure_of_one_writes_nothing(home: Path) -> None:
     average = ["average", "run", "-o"]
     commands = [
         {"args": [*average, "out/a.pt"], "harm": {"1": "kill"}},
@@ -313,7 +313,9 @@ def test_however_one_process_fails_nothing_is_written(home: Path) -> None:
     assert listing(home / "out") == ["last.pt", "new.pt"]
 
 
-def test_one_process_alone_is_as_ever(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchrun_single_process_sets_up_nothing(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, value in [("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "nowhere.invalid")]:
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_PORT", "1")
@@ -325,7 +327,7 @@ def test_one_process_alone_is_as_ever(home: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_waiting_for_others_ends_when_it_is_told_to(home: Path, rank: str) -> None:
+def test_torchrun_waiting_ends_on_interrupt(home: Path, rank: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
