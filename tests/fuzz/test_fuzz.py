@@ -33,7 +33,7 @@ def replay(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_the_corpus_is_small_and_tells_nothing_new(name, tmp_path):
+def test_fuzz_corpus_is_small_and_passes(name, tmp_path):
     inputs = saved(name)
     assert 5 < len(inputs) < 60
     assert max(map(len, inputs)) <= 20_000
@@ -42,14 +42,14 @@ def test_the_corpus_is_small_and_tells_nothing_new(name, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
-def test_chance_finds_nothing(name, tmp_path):
+def test_fuzz_mutations_find_nothing(name, tmp_path):
     target = TARGETS[name]
     seeds = [*target.seeds(), *saved(name)]
     for data in itertools.islice(mutations(seeds, seed=1), RUNS.get(name, _MOST_RUNS)):
         target.run(data, tmp_path / "room")
 
 
-def test_mutations_are_the_same_for_the_same_number():
+def test_mutations_follow_seed():
     first, again, other = (list(itertools.islice(mutations([b"abc"], n), 50)) for n in (1, 1, 2))
     assert first == again != other
 
@@ -67,7 +67,7 @@ def unpickled(_data):
         ("safetensors", (header, "_check_ranges"), lambda *_: None),
     ],
 )
-def test_a_broken_parser_is_found(name, place, breakage, tmp_path, monkeypatch):
+def test_fuzz_finds_broken_parser(name, place, breakage, tmp_path, monkeypatch):
     """What is fuzzed is really run, and what goes wrong in it is seen."""
     monkeypatch.setattr(*place, breakage)
     with pytest.raises(BaseException):  # noqa: B017 - whatever it is
