@@ -39,7 +39,7 @@ SCRIPT = str(Path(averaging.__file__))
 
 
 @pytest.mark.slow
-def test_all_contenders_come_to_the_same_average(tmp_path):
+def test_contenders_reach_same_average(tmp_path):
     stored = tmp_path / "figures.json"
     where = ["--dir", tmp_path / "room", "--json", stored]
     command = [sys.executable, SCRIPT, *TINY, "--only", "contenders", "--markdown", *where]
@@ -59,7 +59,7 @@ def test_all_contenders_come_to_the_same_average(tmp_path):
 
 
 @pytest.mark.slow
-def test_averages_that_are_not_the_same_are_found(tmp_path):
+def test_difference_finds_unequal_averages(tmp_path):
     names = checkpoints.shapes(10_000)
     for name in ("one", "other", "less"):
         checkpoints.sparse(tmp_path / name, names)
@@ -109,7 +109,7 @@ def measured(name, tmp_path):
 
 
 @pytest.mark.slow
-def test_speed_is_that_without_the_import(written, tmp_path):
+def test_speed_excludes_import(written, tmp_path):
     rows = measured("speed", tmp_path)
     assert len(rows) == 3 * len(parts.SPEED_GOALS)
     row = rows["float32, against the floor"]
@@ -121,7 +121,7 @@ def test_speed_is_that_without_the_import(written, tmp_path):
     assert all(size == pytest.approx(4e6, rel=0.05) for _, size in written)
 
 
-def test_cold_inputs_are_put_out_of_memory_before_each_run(written, tmp_path, monkeypatch):
+def test_cold_evicts_inputs_before_each_run(written, tmp_path, monkeypatch):
     evicted = []
     monkeypatch.setattr(measuring, "cold", lambda inputs: evicted.append(len(inputs)))
     rows = measured("cold", tmp_path)
@@ -130,7 +130,7 @@ def test_cold_inputs_are_put_out_of_memory_before_each_run(written, tmp_path, mo
 
 
 @pytest.mark.slow
-def test_memory_is_that_above_the_import(written, tmp_path):
+def test_memory_excludes_import(written, tmp_path):
     rows = measured("memory", tmp_path)
     assert {row["peak"]["median"] for row in rows.values()} == {100.0}
     assert all(row["peak"]["met"] for row in rows.values())
@@ -138,7 +138,7 @@ def test_memory_is_that_above_the_import(written, tmp_path):
     assert all(size == pytest.approx(4e6, rel=0.05) for _, size in written)
 
 
-def test_growth_is_that_of_runs_that_double(written, tmp_path):
+def test_growth_measures_doubling_runs(written, tmp_path):
     *sizes, extremes = measured("growth", tmp_path).items()
     assert len(sizes) == 5
     gigabytes = [float(name.split(" GB")[0]) for name, _ in sizes]
@@ -154,7 +154,7 @@ def test_growth_is_that_of_runs_that_double(written, tmp_path):
 
 
 @pytest.mark.slow
-def test_many_are_held_against_as_many_runs_and_against_one(written, tmp_path):
+def test_many_compares_with_many_runs_and_one(written, tmp_path):
     rows = measured("many", tmp_path)
     assert rows["warm, against 16 runs"]["time"]["median"] == pytest.approx(1 / 16)
     assert rows["cold less its further writes, against one run"]["time"]["median"] == 0.5
@@ -180,7 +180,7 @@ def scored(arguments, tmp_path):
 
 
 @pytest.mark.slow
-def test_all_who_score_averages_come_to_the_same(tmp_path):
+def test_scoring_contenders_reach_same_scores(tmp_path):
     """With a single batch, the mean of the batches' variances is the population's."""
     arguments = ["--only", "candidates", "--batch-size", "8", "--rounds", "1", "--markdown"]
     stored, printed = scored(arguments, tmp_path)
@@ -227,7 +227,7 @@ def scored_here(name, tmp_path, *arguments):
 
 
 @pytest.mark.slow
-def test_each_number_of_candidates_is_measured_in_each_round(scripts, tmp_path):
+def test_decoding_measures_each_count_in_each_round(scripts, tmp_path):
     arguments = ["--candidates", "2", "1", "--rounds", "2"]
     rows = scored_here("decoding", tmp_path, *arguments)["rows"]
     assert scripts.count(("bare_loader",)) == 2
@@ -239,7 +239,7 @@ def test_each_number_of_candidates_is_measured_in_each_round(scripts, tmp_path):
     assert rows["fvcore, one by one"]["seconds"] == "not installed"
 
 
-def test_rates_are_held_against_the_bare_forward_pass(scripts, tmp_path):
+def test_limit_compares_rates_with_bare_forward(scripts, tmp_path):
     table = scored_here("limit", tmp_path, "--rounds", "1")
     assert "8 images in memory in batches of 4" in table["title"]
     row = table["rows"]["K = 2"]
@@ -248,7 +248,7 @@ def test_rates_are_held_against_the_bare_forward_pass(scripts, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")  # fvcore's import
-def test_statistics_are_held_against_a_pass_and_against_the_population(scripts, tmp_path):
+def test_statistics_compares_with_pass_and_population(scripts, tmp_path):
     rows = scored_here("statistics", tmp_path, "--rounds", "1")["rows"]
     off = {name: row.get("first layer's variance off by") for name, row in rows.items()}
     assert float(off["ckptavg.update_bn"]) < 1e-6
@@ -261,7 +261,7 @@ def usages(*seconds):
 
 
 @pytest.mark.parametrize(("decoding", "goal"), [(0.6, None), (1.8, 5.0)])
-def test_the_goal_for_eight_is_one_where_decoding_dominates(decoding, goal):
+def test_contest_goal_needs_dominant_decoding(decoding, goal):
     contest = scoring_parts._Contest(Namespace(device="cuda", fvcore=False), None)
     contest.scores["ckptavg, K = 8"] = [(50.0, 1.25), (25.0, 2.0)]
     contest.scores["torch, K = 8"] = [(50.0, 1.5), (37.5, 2.0)]
@@ -279,7 +279,7 @@ def test_the_goal_for_eight_is_one_where_decoding_dominates(decoding, goal):
     assert (row["top-1 apart"], row["NLL apart"]) == ("12 points", "2.5e-01")
 
 
-def test_the_first_batch_is_set_up_and_no_part_of_the_rate():
+def test_limit_rate_excludes_first_batch():
     scene = Namespace(images=100, batch_size=20)
     row = scoring_parts._limit_row(scene, {"all": [5.0], "first": [3.0], "bare": [2.0]})
     assert row["ckptavg.evaluate"].median == 40.0  # (100 - 20) / (5 s - 3 s)
@@ -298,7 +298,7 @@ def refused(arguments, tmp_path, **environment):
 
 
 @pytest.mark.slow
-def test_without_torchvision_nothing_is_scored(tmp_path):
+def test_scoring_needs_torchvision(tmp_path):
     (tmp_path / "torchvision.py").write_text("raise ImportError('no such thing')")
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     said = refused(SMALL, tmp_path, PYTHONPATH=path)
@@ -306,12 +306,12 @@ def test_without_torchvision_nothing_is_scored(tmp_path):
 
 
 @pytest.mark.slow
-def test_without_a_gpu_nothing_is_scored_on_one(tmp_path):
+def test_scoring_on_cuda_needs_gpu(tmp_path):
     said = refused(["--device", "cuda"], tmp_path, CUDA_VISIBLE_DEVICES="")
     assert said == "error: there is no CUDA device: take --device cpu, or auto"
 
 
-def test_a_single_batch_has_no_rate(scripts, tmp_path, capsys):
+def test_limit_refuses_single_batch(scripts, tmp_path, capsys):
     arguments = [*SMALL, "--batch-size", "8", "--only", "limit", "--dir", str(tmp_path)]
     assert scoring.main(arguments) == 1
     assert "take more --images or a smaller --batch-size" in capsys.readouterr().err
@@ -319,13 +319,13 @@ def test_a_single_batch_has_no_rate(scripts, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("arguments", [["--pixels", "640"], ["--images", "0"]])
-def test_sizes_that_are_none_are_wrong_usage(arguments, capsys):
+def test_scoring_refuses_impossible_sizes(arguments, capsys):
     with pytest.raises(SystemExit, match="2"):
         scoring.main(arguments)
     assert "expected" in capsys.readouterr().err
 
 
-def test_what_does_not_fit_is_refused_before_anything_is_made(tmp_path, capsys):
+def test_averaging_refuses_sizes_beyond_disk(tmp_path, capsys):
     assert averaging.main(["--gigabytes", "1e6", "--dir", str(tmp_path)]) == 1
     said = capsys.readouterr()
     assert "GB needed: choose another --dir" in said.err
@@ -333,13 +333,13 @@ def test_what_does_not_fit_is_refused_before_anything_is_made(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_inputs_that_memory_cannot_hold_are_no_warm_ones(tmp_path, monkeypatch, capsys):
+def test_speed_refuses_inputs_beyond_memory(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(machine, "memory", lambda _: 10**6)
     assert averaging.main([*TINY, "--only", "speed", "--dir", str(tmp_path)]) == 1
     assert "needed for files to stay warm" in capsys.readouterr().err
 
 
-def test_each_other_round_goes_backwards_and_one_does_not_count(tmp_path):
+def test_alternate_reverses_rounds_and_drops_first(tmp_path):
     order = []
 
     def trial(name):
@@ -358,7 +358,7 @@ def test_each_other_round_goes_backwards_and_one_does_not_count(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_peak_is_that_of_the_work_alone():
+def test_peak_excludes_parent_and_exit():
     """Neither the parent's, which a child begins with, nor that of the end of the process."""
     at_the_end = "class End:\n    def __del__(self): bytearray(10**9)\nend = End()"
     small = measuring.run([sys.executable, "-c", at_the_end]).peak
@@ -367,24 +367,24 @@ def test_the_peak_is_that_of_the_work_alone():
     assert 195e6 < large - small < 205e6
 
 
-def test_the_peak_of_the_largest_process_below_counts():
+def test_peak_includes_largest_child():
     below = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'bytearray(10**8)'])"
     assert measuring.run([sys.executable, "-c", below]).peak > 100e6
 
 
-def test_a_command_that_fails_says_why():
+def test_run_reports_failing_command():
     code = "import sys; sys.exit('no such thing')"
     with pytest.raises(measuring.BenchmarkError, match="no such thing"):
         measuring.run([sys.executable, "-c", code])
 
 
-def test_the_floor_reads_and_writes_what_it_should(tmp_path):
+def test_floor_writes_given_sizes(tmp_path):
     written = [(tmp_path / "small", 10), (tmp_path / "large", measuring.BLOCK * 2 + 1)]
     measuring.floor([Path(__file__)], written)
     assert [path.stat().st_size for path, _ in written] == [size for _, size in written]
 
 
-def test_files_go_out_of_the_page_cache(tmp_path, monkeypatch):
+def test_cold_drops_files_from_page_cache(tmp_path, monkeypatch):
     path = tmp_path / "file"
     path.write_bytes(os.urandom(1 << 24))
     os.sync()
@@ -402,7 +402,7 @@ def test_files_go_out_of_the_page_cache(tmp_path, monkeypatch):
         parts.check_cold([path])
 
 
-def test_a_figure_is_the_median_with_its_spread_and_its_goal():
+def test_figure_shows_median_spread_and_goal():
     figure = Figure([1.2, 3.0, 1.6], "×", 1.5)
     assert (figure.median, figure.met) == (1.6, False)
     assert figure.text() == "1.60 × (1.20–3.00)"
@@ -413,7 +413,7 @@ def test_a_figure_is_the_median_with_its_spread_and_its_goal():
     assert Figure([123.4], "MB").goal_text() == ""
 
 
-def test_tables_hold_every_cell_and_its_goal():
+def test_tables_hold_every_cell_and_goal():
     table = Table("size", {"a": {"time": Figure([2.0], "s", 1.0)}, "b": {"peak": "none"}, "c": {}})
     assert markdown([table]) == (
         "| size | time | peak | goal |\n"
