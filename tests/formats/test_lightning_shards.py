@@ -69,7 +69,7 @@ def test_lightning_shards_in_directory_keep_meta_file(run, tmp_path):
     [None, b"", b"no zip", {"step": 3}, [1, 2]],
     ids=["none", "empty", "other", "Fabric", "list"],
 )
-def test_lightning_meta_of_other_content_is_ignored(tmp_path, meta):
+def test_lightning_meta_not_of_trainer_is_not_merged(tmp_path, meta):
     for step in (1, 2):
         directory = tmp_path / "run" / f"step_{step}"
         write(directory, float(step), None if isinstance(meta, bytes) else meta)

@@ -214,7 +214,7 @@ def test_shards_name_absent_rank(tmp_path):
         open_run(tmp_path)
 
 
-def test_ranks_that_a_name_claims_are_not_counted_to_a_billion(tmp_path, monkeypatch):
+def test_shards_name_few_of_many_absent_ranks(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "_MOST_MISSING", 50)
     put_halves(tmp_path, names=("", "shard-999999999-model-00001-of-00001.safetensors"))
     (tmp_path / "shard-00001-model-00001-of-00001.safetensors").unlink()

@@ -241,7 +241,7 @@ def test_publication_has_mode_of_new_file(tmp_path, directory):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="renameat2 is Linux's")
-def test_publication_never_unlinks_replaced_directory(tmp_path):
+def test_publication_never_leaves_directory_missing(tmp_path):
     out = fill(tmp_path / "out")
     seen, stop = set(), threading.Event()
 

@@ -373,7 +373,7 @@ def test_backup_is_renamed_before_removal(tmp_path, monkeypatch):
 
 
 @kinds
-def test_publication_survives_second_interrupt(tmp_path, monkeypatch, directory):
+def test_publication_interrupted_twice_leaves_nothing(tmp_path, monkeypatch, directory):
     remove, calls = temporaries.remove, []
 
     def interrupted(path):
