@@ -258,7 +258,7 @@ def test_torchrun_two_hosts_make_one_output(home: Path) -> None:
 
 
 @pytest.mark.slow
-def test_torchrun_killed_process_ends_all(home: Path) -> None:
+def test_torchrun_killed_process_ends_others(home: Path) -> None:
     command = {"args": ["average", "run", "-o", "out/a.pt"], "harm": {"1": "kill", "0": "linger"}}
     (results,) = launch(
         "killed", [command], *TORCHRUN, "--standalone", "--nproc-per-node=3", count=3

@@ -35,7 +35,7 @@ def test_message_escapes_terminal_controls(control):
 
 
 @pytest.mark.parametrize("message", ["It failed.", "was it swapped?", "it failed!"])
-def test_message_ending_a_sentence_gets_no_second_stop(message):
+def test_message_ending_sentence_gets_no_second_stop(message):
     assert str(errors.CkptavgError(message, "Look.")) == f"{message} Look."
 
 

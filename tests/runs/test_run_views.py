@@ -54,7 +54,7 @@ def test_run_slice_refuses_empty_or_reversed(run):
         run[::-1]
 
 
-def test_run_repr_is_one_line_and_str_a_table(run):
+def test_run_repr_is_one_line_and_str_is_table(run):
     assert repr(run) == "<Run of 6 checkpoints: epoch_1.pt ... epoch_6.pt>"
     assert repr(run[0:1]) == "<Run of 1 checkpoint: epoch_1.pt>"
     head, *rows = [line.split() for line in str(run).splitlines() if "." in line or "LR" in line]
