@@ -14,9 +14,9 @@ from ckptavg.averaging.planning.tensor_plan import Plan
 from ckptavg.averaging.schemes import Scheme
 from ckptavg.errors import CheckpointError, UsageError
 from ckptavg.formats import Checkpoint, open_checkpoint
-from ckptavg.formats.names import batchnorm_layers
 from ckptavg.formats.provenance import Provenance
 from ckptavg.formats.running_statistics import State, Statistics
+from ckptavg.formats.statistics_names import batchnorm_layers
 from ckptavg.io.paths import Location
 from ckptavg.outputs.provenance import build_provenance
 from ckptavg.runs.discovery.ranks import refuse_parts

@@ -27,9 +27,9 @@ from ckptavg.batchnorm.scripted_layers import KernelDispatch, ScriptedLayerHooks
 from ckptavg.distributed.peers import Peers
 from ckptavg.errors import BatchNormError, first_few
 from ckptavg.models.batches import Forward
-from ckptavg.models.device import Runtime
 from ckptavg.models.load import bare_module
 from ckptavg.models.memory_format import MemoryFormat
+from ckptavg.models.runtime import Runtime
 from ckptavg.models.shared_context import SharedContext
 
 log = logging.getLogger("ckptavg")

@@ -27,8 +27,8 @@ from torch.overrides import TorchFunctionMode
 from ckptavg.batchnorm.moments import Moments, batch_moments, merging_device
 from ckptavg.batchnorm.norm_layers import is_pair
 from ckptavg.models.batches import map_tensors, tensors_of
-from ckptavg.models.device import is_out_of_memory
 from ckptavg.models.hollow import TensorConversion, copy_layer
+from ckptavg.models.runtime import is_out_of_memory
 
 Rule = Literal["argument", "kernel", "own", "frozen", "unknown"]
 """Rules by which a layer updates its running statistics.

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
-from ckptavg.formats.names import layer_statistics
+from ckptavg.formats.statistics_names import layer_statistics
 from ckptavg.models.hollow import hollow_copy
 
 _VARIANCE = re.compile(r"(?:[a-z]*_)*(?:var|variance|sigma2)(?:_[a-z]+)?")

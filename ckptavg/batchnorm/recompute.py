@@ -25,9 +25,9 @@ from ckptavg.formats.running_statistics import Statistics, match_layers
 from ckptavg.formats.wrappers import bare_names
 from ckptavg.models import malloc
 from ckptavg.models.batches import Batches, Forward
-from ckptavg.models.device import Runtime, count_models_that_fit
 from ckptavg.models.load import load_into
 from ckptavg.models.oom_retry import OomSynchronizedPeers, log_pass_count, run_in_groups_that_fit
+from ckptavg.models.runtime import Runtime, count_models_that_fit
 from ckptavg.outputs.sinks import StateDict
 
 

@@ -16,17 +16,17 @@ from ckptavg.batchnorm.update import BatchNormResult, recompute
 from ckptavg.distributed.peers import Peers
 from ckptavg.errors import first_few
 from ckptavg.formats import Checkpoint
-from ckptavg.formats.names import (
+from ckptavg.formats.running_statistics import State, Statistics
+from ckptavg.formats.statistics_names import (
     batch_count,
     batchnorm_layers,
     layer_statistics,
     updated_layers,
 )
-from ckptavg.formats.running_statistics import State, Statistics
 from ckptavg.formats.wrappers import bare_names
 from ckptavg.models.batches import Forward
-from ckptavg.models.device import Runtime
 from ckptavg.models.load import bare_module
+from ckptavg.models.runtime import Runtime
 
 log = logging.getLogger("ckptavg")
 # Part of the names of classes with constant statistics: FrozenBatchNorm2d of torchvision,

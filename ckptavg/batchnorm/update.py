@@ -42,9 +42,9 @@ from ckptavg.formats.running_statistics import match_layers
 from ckptavg.models import malloc
 from ckptavg.models.batches import Batches, Forward, size_of
 from ckptavg.models.calling import call
-from ckptavg.models.device import Runtime
 from ckptavg.models.load import bare_module
 from ckptavg.models.memory_format import MemoryFormat
+from ckptavg.models.runtime import Runtime
 
 __all__ = ["BatchNormResult", "recompute", "tracked_layers", "update_bn"]
 log = logging.getLogger("ckptavg")

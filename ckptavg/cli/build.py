@@ -16,10 +16,10 @@ from ckptavg.distributed.torchrun import TorchrunGroup
 from ckptavg.errors import UsageError
 from ckptavg.formats import Checkpoint
 from ckptavg.models.batches import Batches, Forward
-from ckptavg.models.device import Runtime
+from ckptavg.models.runtime import Runtime
 from ckptavg.specs import sources
-from ckptavg.specs.forms import MODEL_HELP
 from ckptavg.specs.importing import find_forward
+from ckptavg.specs.prefixes import MODEL_HELP
 from ckptavg.specs.recorded import ModelSource, complete_source, records_hyperparameters
 from ckptavg.specs.tasks import default_task, make_task
 from ckptavg.tasks import Task

@@ -31,7 +31,7 @@ from ckptavg.data.streams import BatchStream, batch_samples, collate_of, is_data
 from ckptavg.distributed.peers import Peers, SingleProcess
 from ckptavg.errors import EvaluationError, UsageError
 from ckptavg.models.batches import Batches
-from ckptavg.models.device import Runtime
+from ckptavg.models.runtime import Runtime
 
 log = logging.getLogger("ckptavg")
 Progress = Callable[[int, int], None]

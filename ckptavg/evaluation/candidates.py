@@ -16,9 +16,9 @@ from ckptavg.averaging.plan import Average, plan_average
 from ckptavg.averaging.weights import Weights, provenance_of
 from ckptavg.errors import UsageError, short
 from ckptavg.formats import Checkpoint, open_checkpoint
-from ckptavg.formats.names import batchnorm_layers
 from ckptavg.formats.provenance import Provenance
 from ckptavg.formats.running_statistics import State
+from ckptavg.formats.statistics_names import batchnorm_layers
 from ckptavg.formats.wrappers import bare_names
 from ckptavg.models.load import unwrap_distributed
 from ckptavg.runs.discovery.numbered import short_names

@@ -23,7 +23,7 @@ from ckptavg.evaluation.results_file import ResultsFile, open_results
 from ckptavg.evaluation.resume import ResultStore
 from ckptavg.evaluation.session import score
 from ckptavg.models.batches import Batches, Forward
-from ckptavg.models.device import Runtime
+from ckptavg.models.runtime import Runtime
 from ckptavg.tasks import Task
 from ckptavg.tasks.named import as_task
 

@@ -22,7 +22,7 @@ from ckptavg.data.seeding import Generators
 from ckptavg.evaluation.candidates import Candidate
 from ckptavg.evaluation.resume import Identity
 from ckptavg.models.batches import Batches, Forward, bytes_of, is_sequence, tensors_of
-from ckptavg.models.device import Runtime
+from ckptavg.models.runtime import Runtime
 from ckptavg.tasks import Task
 
 # Least number of samples by which data are recognized, unless there are fewer.

@@ -24,18 +24,18 @@ from ckptavg.data.prefetch import prefetch_to_device, with_progress
 from ckptavg.display.progress import PhaseProgress
 from ckptavg.distributed.peers import Peers, SingleProcess
 from ckptavg.errors import EvaluationError, UsageError
+from ckptavg.evaluation.candidate_scores import CandidateScore, FiniteCheck, concatenate_samples
 from ckptavg.evaluation.candidates import Candidate, baseline_of, layers_of
 from ckptavg.evaluation.results import Comparison, Result
-from ckptavg.evaluation.scoreboard import CandidateScore, FiniteCheck, concatenate_samples
 from ckptavg.evaluation.significance import compare
 from ckptavg.evaluation.weight_sets import WeightSet, WeightSets, load_models, release_models
 from ckptavg.formats.running_statistics import LAYERS, match_layers
 from ckptavg.models import malloc
 from ckptavg.models.batches import Batches, Forward, bytes_of, map_tensors, tensors_of
-from ckptavg.models.device import Runtime, count_models_that_fit
 from ckptavg.models.load import unwrap_distributed
 from ckptavg.models.memory_format import MemoryFormat
 from ckptavg.models.oom_retry import OomSynchronizedPeers, log_pass_count, run_in_groups_that_fit
+from ckptavg.models.runtime import Runtime, count_models_that_fit
 from ckptavg.tasks import Task
 from ckptavg.tasks.classification import Classification
 

@@ -18,8 +18,8 @@ from ckptavg.batchnorm.statistics_pass import statistics_of
 from ckptavg.evaluation.candidates import Candidate
 from ckptavg.formats import Checkpoint
 from ckptavg.formats.running_statistics import Statistics
-from ckptavg.models.device import Runtime
 from ckptavg.models.load import load_into
+from ckptavg.models.runtime import Runtime
 from ckptavg.outputs.sinks import StateDict
 
 

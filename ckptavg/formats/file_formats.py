@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from ckptavg.errors import CheckpointError
-from ckptavg.formats import foreign
+from ckptavg.formats import unsupported_files
 from ckptavg.formats.format import FileFormat
 from ckptavg.formats.parts import Part
 from ckptavg.formats.safetensors.format import SAFETENSORS
@@ -37,14 +37,14 @@ def _identify(path: Location) -> FileFormat:
     Raises:
         CheckpointError: The file cannot be read, or is of another kind.
     """
-    if kind := foreign.identify_name(path):
+    if kind := unsupported_files.identify_name(path):
         raise kind.refusal(path)
     with paths.open_binary(path) as file:
-        start = file.read(foreign.HEAD)
+        start = file.read(unsupported_files.HEAD)
         for format in FILE_FORMATS:
             if format.looks_like(start):
                 return format
-        if kind := foreign.identify(path, file, start):
+        if kind := unsupported_files.identify(path, file, start):
             raise kind.refusal(path)
     for format in FILE_FORMATS:
         if format.claims(path):

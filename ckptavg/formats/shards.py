@@ -22,9 +22,9 @@ from ckptavg.formats.checkpoint import MOST_ELEMENTS, Checkpoint, Piece, Tensor
 from ckptavg.formats.file_formats import read_file
 from ckptavg.formats.format import DirectoryFormat
 from ckptavg.formats.huggingface.format import HUGGINGFACE
+from ckptavg.formats.huggingface.trainer_state import find_record
 from ckptavg.formats.parts import Part, build_checkpoint
 from ckptavg.formats.tiling import tiles
-from ckptavg.formats.trainer_state import find_record
 from ckptavg.formats.training_record import TRAINING_STATE
 from ckptavg.io import bounded_json
 from ckptavg.io.paths import Location

@@ -19,7 +19,7 @@ from ckptavg.averaging.stream import StreamRequests, stream
 from ckptavg.display.progress import ProgressLike, open_phase
 from ckptavg.errors import CheckpointError, NonFiniteError, UsageError, first_few
 from ckptavg.formats import Checkpoint
-from ckptavg.formats.names import running_statistics
+from ckptavg.formats.statistics_names import running_statistics
 from ckptavg.io.stamp import FileStamp
 from ckptavg.runs.run import Run, RunLike, as_run
 

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from ckptavg.errors import CkptavgError, EvaluationError
 from ckptavg.models.batches import describe_batch, to_device
-from ckptavg.models.device import is_out_of_memory
+from ckptavg.models.runtime import is_out_of_memory
 
 log = logging.getLogger("ckptavg")
 T = TypeVar("T")

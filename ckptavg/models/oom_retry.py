@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from ckptavg.distributed.peers import Peers
 from ckptavg.errors import EvaluationError
-from ckptavg.models.device import Runtime, is_out_of_memory
+from ckptavg.models.runtime import Runtime, is_out_of_memory
 
 log = logging.getLogger("ckptavg")
 T = TypeVar("T")

@@ -15,7 +15,7 @@ from typing import Any
 from ckptavg.errors import SpecError, UsageError
 from ckptavg.errors.spelling import close_names, did_you_mean
 from ckptavg.specs.arguments import Arguments, fit_arguments
-from ckptavg.specs.forms import LIGHTNING, OWN_CODE
+from ckptavg.specs.prefixes import LIGHTNING, OWN_CODE
 from ckptavg.specs.user_modules import (
     import_file,
     import_module_by_name,

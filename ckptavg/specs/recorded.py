@@ -15,8 +15,8 @@ from ckptavg.formats.checkpoint import Checkpoint
 from ckptavg.formats.huggingface.configuration import configured_directory, read_configuration
 from ckptavg.specs import suggestions
 from ckptavg.specs.arguments import Arguments
-from ckptavg.specs.forms import LIGHTNING, MODEL_PREFIXES
 from ckptavg.specs.importing import find_object, parameters_of, partition_spec
+from ckptavg.specs.prefixes import LIGHTNING, MODEL_PREFIXES
 
 log = logging.getLogger("ckptavg")
 
@@ -41,7 +41,7 @@ class ModelSource:
     """Specification of a model with the arguments of the factory.
 
     Attributes:
-        spec: One of the forms in ``MODEL_HELP`` of ``ckptavg.specs.forms``.
+        spec: One of the forms in ``MODEL_HELP`` of ``ckptavg.specs.prefixes``.
         arguments: Keywords of the factory.
         image_settings: Image settings of a timm training.
     """
@@ -75,7 +75,7 @@ def complete_source(
     checkpoint names the class of a LightningModule. Given arguments take precedence.
 
     Args:
-        spec: One of the forms in ``MODEL_HELP`` of ``ckptavg.specs.forms``; None to take the
+        spec: One of the forms in ``MODEL_HELP`` of ``ckptavg.specs.prefixes``; None to take the
             recorded model.
         arguments: Given keywords of the factory.
         checkpoints: Checkpoints of the model; the first one with a record is used.

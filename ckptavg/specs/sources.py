@@ -14,7 +14,6 @@ from ckptavg.data import token_windows
 from ckptavg.errors import SpecError
 from ckptavg.specs import hugging_face, images, libraries, presets, suggestions
 from ckptavg.specs.arguments import Arguments, text_of
-from ckptavg.specs.forms import DATA_HELP, LIGHTNING, MODEL_HELP
 from ckptavg.specs.importing import (
     call_named,
     find_object,
@@ -22,6 +21,7 @@ from ckptavg.specs.importing import (
     split_spec,
     take_or_call,
 )
+from ckptavg.specs.prefixes import DATA_HELP, LIGHTNING, MODEL_HELP
 from ckptavg.specs.recorded import is_lightning_module
 from ckptavg.specs.splits import are_columns, is_data, pick_split
 

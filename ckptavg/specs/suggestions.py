@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ckptavg.errors import SpecError, first_few
 from ckptavg.formats.huggingface.layout import CONFIG
-from ckptavg.specs.forms import LIGHTNING, PREFIXES, Kind
+from ckptavg.specs.prefixes import LIGHTNING, PREFIXES, Kind
 
 _OTHER_KIND: dict[Kind, Kind] = {"model": "data", "data": "model"}
 _WITH_ARTICLE: dict[Kind, str] = {"model": "a model", "data": "data"}

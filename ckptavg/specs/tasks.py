@@ -6,8 +6,8 @@ from typing import Any
 
 from ckptavg.errors import SpecError, UsageError
 from ckptavg.errors.spelling import close_names, did_you_mean
-from ckptavg.specs.forms import TEXT_PREFIXES
 from ckptavg.specs.importing import call_factory
+from ckptavg.specs.prefixes import TEXT_PREFIXES
 from ckptavg.tasks.base import Task
 from ckptavg.tasks.named import DEFAULT_TASK, NAMED, make_named
 

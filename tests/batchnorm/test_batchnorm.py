@@ -23,7 +23,7 @@ from ckptavg import update_bn
 from ckptavg.batchnorm.update import recompute
 from ckptavg.data.loaders import Subset
 from ckptavg.errors import BatchNormError, EvaluationError, UsageError
-from ckptavg.models.device import Runtime
+from ckptavg.models.runtime import Runtime
 
 WORKED = torch.tensor([0.0, 2, 4, 6, 20, 22])[:, None]
 SPLITS = ([6], [4, 2], [1, 5], [5, 1], [3, 2, 1], [1, 1, 1, 1, 1, 1])

@@ -19,7 +19,7 @@ from ckptavg.batchnorm import collect, hooks
 from ckptavg.batchnorm.moments import TOLERANCE, batch_moments
 from ckptavg.batchnorm.update import recompute
 from ckptavg.errors import BatchNormError, EvaluationError
-from ckptavg.models.device import Runtime
+from ckptavg.models.runtime import Runtime
 
 CPU = Runtime(torch.device("cpu"))
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

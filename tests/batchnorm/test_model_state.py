@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from ckptavg import evaluate, update_bn
 from ckptavg.batchnorm.update import recompute
 from ckptavg.errors import BatchNormError
-from ckptavg.models.device import Runtime
+from ckptavg.models.runtime import Runtime
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 

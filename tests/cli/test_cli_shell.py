@@ -17,7 +17,7 @@ from helpers import save
 from selecting import first_only
 
 from ckptavg.cli import main
-from ckptavg.specs.forms import DATA_PREFIXES, MODEL_PREFIXES
+from ckptavg.specs.prefixes import DATA_PREFIXES, MODEL_PREFIXES
 from ckptavg.tasks.named import NAMED
 
 EVAL = ["--model", "shell_net.py:model", "--data", "shell_net.py:data", "--device", "cpu"]

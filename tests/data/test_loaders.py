@@ -26,7 +26,7 @@ from ckptavg.data.loaders import Subset, open_loader, require_reiterable, sample
 from ckptavg.data.prefetch import prefetch_to_device, with_progress
 from ckptavg.distributed.peers import SingleProcess
 from ckptavg.errors import EvaluationError, UsageError
-from ckptavg.models.device import Runtime
+from ckptavg.models.runtime import Runtime
 
 CPU = torch.device("cpu")
 

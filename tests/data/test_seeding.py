@@ -14,7 +14,7 @@ from ckptavg.data.loaders import open_loader
 from ckptavg.data.prefetch import with_progress
 from ckptavg.data.seeding import Generators, seeded_torch
 from ckptavg.distributed.peers import SingleProcess
-from ckptavg.models.device import Runtime
+from ckptavg.models.runtime import Runtime
 
 
 class Augmented(Dataset):

@@ -12,7 +12,7 @@ from ckptavg.data.loaders import open_loader
 from ckptavg.data.streams import is_dataset
 from ckptavg.errors import EvaluationError
 from ckptavg.models.batches import is_batch, size_of
-from ckptavg.models.device import Runtime
+from ckptavg.models.runtime import Runtime
 
 X, Y = torch.arange(40.0).view(20, 2), torch.arange(20) % 3
 RUNTIME = Runtime(torch.device("cpu"), batch_size=6)

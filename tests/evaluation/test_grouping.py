@@ -20,7 +20,7 @@ from ckptavg.errors import BatchNormError, EvaluationError, ModelError, UsageErr
 from ckptavg.evaluation import session
 from ckptavg.evaluation.session import score
 from ckptavg.evaluation.significance import compare
-from ckptavg.models.device import Runtime
+from ckptavg.models.runtime import Runtime
 from ckptavg.tasks import Samples
 
 CLASSES = 3

@@ -17,7 +17,7 @@ from ckptavg.averaging.plan import Average, plan_average
 from ckptavg.errors import ModelError
 from ckptavg.evaluation.candidates import Candidate
 from ckptavg.evaluation.weight_sets import WeightSets, load_models, release_models
-from ckptavg.models.device import Runtime
+from ckptavg.models.runtime import Runtime
 from ckptavg.runs.run import as_run
 
 CPU = Runtime(torch.device("cpu"))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from ckptavg.formats import Record, open_checkpoint
-from ckptavg.formats.trainer_state import read_record
+from ckptavg.formats.huggingface.trainer_state import read_record
 
 
 def weights() -> dict[str, torch.Tensor]:

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from ckptavg.distributed.peers import SingleProcess
 from ckptavg.errors import EvaluationError
-from ckptavg.models.device import Runtime
 from ckptavg.models.oom_retry import OomSynchronizedPeers, log_pass_count, run_in_groups_that_fit
+from ckptavg.models.runtime import Runtime
 
 CPU = Runtime(torch.device("cpu"), batch_size=32)
 ERRORS = {

@@ -15,7 +15,7 @@ from ckptavg.batchnorm.recompute import StatisticsPass
 from ckptavg.errors import CheckpointError, CkptavgError, RunError, UsageError
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.running_statistics import Statistics
-from ckptavg.models.device import Runtime
+from ckptavg.models.runtime import Runtime
 from ckptavg.runs import duplicates
 from ckptavg.runs.run import as_run
 

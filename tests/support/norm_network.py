@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from ckptavg.models.device import Runtime
+from ckptavg.models.runtime import Runtime
 
 RUNTIME = Runtime(torch.device("cpu"), batch_size=16)
 

@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 
 from ckptavg.formats import Checkpoint, Tensor
-from ckptavg.formats.names import batch_count, layer_statistics, running_statistics
 from ckptavg.formats.reader import Reader
+from ckptavg.formats.statistics_names import batch_count, layer_statistics, running_statistics
 from ckptavg.runs.duplicates import Contents, SameWeights
 
 _COARSE_BITS = 16

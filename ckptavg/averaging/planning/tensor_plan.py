@@ -23,7 +23,7 @@ from ckptavg.errors import first_few
 from ckptavg.formats import Checkpoint, Tensor
 from ckptavg.formats.checkpoint import DTYPES, DType
 from ckptavg.formats.file_layout import OutputTensor
-from ckptavg.formats.names import batchnorm_layers, layer_statistics
+from ckptavg.formats.statistics_names import batchnorm_layers, layer_statistics
 from ckptavg.runs.metric_columns import find_momentary_numbers
 
 

@@ -17,8 +17,8 @@ from ckptavg.display.tables import Column
 from ckptavg.errors import UsageError, first_few
 from ckptavg.errors.printable import size_text, split_directory
 from ckptavg.formats import Checkpoint
-from ckptavg.formats.names import batchnorm_layers
 from ckptavg.formats.provenance import Provenance
+from ckptavg.formats.statistics_names import batchnorm_layers
 from ckptavg.io.paths import locate, without_secrets
 from ckptavg.runs.discovery.numbered import short_names
 from ckptavg.runs.metric_columns import MetricColumns, choose_metric_columns

@@ -11,7 +11,7 @@ import click
 from ckptavg.cli.options.declare import bundle, option, together
 from ckptavg.cli.options.param_types import positive, subset, whole
 from ckptavg.errors import UsageError
-from ckptavg.specs.forms import DATA_FORMS, IMAGE_FORMS, MODEL_FORMS
+from ckptavg.specs.prefixes import DATA_FORMS, IMAGE_FORMS, MODEL_FORMS
 
 if TYPE_CHECKING:
     from ckptavg.specs.arguments import Arguments

@@ -10,6 +10,7 @@ from ckptavg.formats.checkpoint import Checkpoint
 from ckptavg.formats.dcp import reader
 from ckptavg.formats.file_layout import Layout, OutputTensor
 from ckptavg.formats.format import DirectoryFormat, Unfinished
+from ckptavg.formats.huggingface.trainer_state import find_record
 from ckptavg.formats.parts import (
     Part,
     build_checkpoint,
@@ -19,7 +20,6 @@ from ckptavg.formats.parts import (
     tensor_names,
 )
 from ckptavg.formats.safe_pickle.values import Sharded
-from ckptavg.formats.trainer_state import find_record
 from ckptavg.io.paths import Location
 
 if TYPE_CHECKING:

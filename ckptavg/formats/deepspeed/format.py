@@ -10,8 +10,8 @@ from ckptavg.formats.deepspeed import tags
 from ckptavg.formats.file_formats import read_file
 from ckptavg.formats.format import DirectoryFormat
 from ckptavg.formats.huggingface import layout
+from ckptavg.formats.huggingface.trainer_state import find_record
 from ckptavg.formats.parts import build_checkpoint
-from ckptavg.formats.trainer_state import find_record
 from ckptavg.io.paths import Location
 
 

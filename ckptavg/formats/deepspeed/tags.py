@@ -15,7 +15,7 @@ from typing import Any
 
 from ckptavg.errors import CheckpointError, first_few
 from ckptavg.formats.checkpoint import Tensor
-from ckptavg.formats.trainer_state import TRAINER_STATE
+from ckptavg.formats.huggingface.trainer_state import TRAINER_STATE
 from ckptavg.io.paths import Location
 
 WHOLE = "mp_rank_00_model_states.pt"

@@ -14,9 +14,9 @@ from ckptavg.formats.file_formats import read_file
 from ckptavg.formats.file_layout import Layout, OutputTensor
 from ckptavg.formats.format import DirectoryFormat, Unfinished
 from ckptavg.formats.huggingface import components, layout, peft
+from ckptavg.formats.huggingface.trainer_state import find_record, read_record
 from ckptavg.formats.parts import Part, build_checkpoint
 from ckptavg.formats.provenance import Provenance
-from ckptavg.formats.trainer_state import find_record, read_record
 from ckptavg.io.paths import Location
 from ckptavg.io.stamp import FileStamp
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ckptavg.errors import CheckpointError
 from ckptavg.errors.printable import size_text
-from ckptavg.formats import foreign
+from ckptavg.formats import unsupported_files
 from ckptavg.formats.safe_pickle import unpickler
 from ckptavg.formats.safe_pickle.values import Storage
 from ckptavg.formats.torch_save import zip_directory
@@ -45,7 +45,7 @@ class SavedArchive:
         """
         directory = zip_directory.read_directory(file)
         names = [entry.name for entry in directory.entries]
-        if foreign_kind := foreign.identify_archive(names):
+        if foreign_kind := unsupported_files.identify_archive(names):
             raise foreign_kind.refusal(path)
         prefix = "".join(names[:1]).partition("/")[0] + "/"
         if prefix + "data.pkl" not in names:

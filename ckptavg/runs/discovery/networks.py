@@ -8,7 +8,7 @@ from typing import Literal
 
 from ckptavg.errors import CheckpointError, NoWeightsError, RunError, first_few
 from ckptavg.formats import open_checkpoint
-from ckptavg.formats.foreign import is_text
+from ckptavg.formats.unsupported_files import is_text
 from ckptavg.io.paths import Location
 from ckptavg.runs.discovery.file_names import is_ema_name, possible_originals
 from ckptavg.runs.discovery.numbered import Place

@@ -15,7 +15,7 @@ from itertools import chain, pairwise
 
 from ckptavg.errors import CheckpointError, first_few
 from ckptavg.formats import Checkpoint, open_checkpoint
-from ckptavg.formats.names import running_statistics
+from ckptavg.formats.statistics_names import running_statistics
 from ckptavg.io.paths import Location, ancestors
 from ckptavg.runs.discovery.file_names import natural_key
 from ckptavg.runs.discovery.numbered import names_step

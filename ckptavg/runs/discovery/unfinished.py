@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ckptavg.errors import RunError
 from ckptavg.formats import registry
 from ckptavg.formats.format import Unfinished
-from ckptavg.formats.trainer_state import TRAINER_STATE
+from ckptavg.formats.huggingface.trainer_state import TRAINER_STATE
 from ckptavg.io.paths import Location
 from ckptavg.runs.discovery.numbered import find_weights_below
 

@@ -19,8 +19,8 @@ from ckptavg.batchnorm.checkpoints import update_checkpoint
 from ckptavg.batchnorm.recompute import StatisticsPass
 from ckptavg.errors import BatchNormError, StaleStatisticsWarning, UsageError
 from ckptavg.evaluation.results import is_worse
-from ckptavg.formats.names import layer_statistics
-from ckptavg.models.device import Runtime
+from ckptavg.formats.statistics_names import layer_statistics
+from ckptavg.models.runtime import Runtime
 
 CPU = Runtime(torch.device("cpu"), batch_size=64)
 

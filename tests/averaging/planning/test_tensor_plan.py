@@ -7,7 +7,7 @@ from helpers import opened, save
 from ckptavg.averaging.planning.tensor_plan import Rules, make_plan, plan_copy
 from ckptavg.errors import CkptavgError, MismatchError, UnsupportedTensorError, UsageError
 from ckptavg.formats import open_checkpoint
-from ckptavg.formats.names import batchnorm_layers
+from ckptavg.formats.statistics_names import batchnorm_layers
 
 ONE = {"w": torch.ones(2)}
 

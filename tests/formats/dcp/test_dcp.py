@@ -26,7 +26,7 @@ from ckptavg.formats import is_checkpoint_directory, open_checkpoint
 from ckptavg.formats.dcp import reader as our_dcp
 from ckptavg.formats.dcp.reader import Box
 from ckptavg.formats.tiling import tiles
-from ckptavg.models.device import Runtime
+from ckptavg.models.runtime import Runtime
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:torch.distributed is disabled, unavailable or uninitialized"

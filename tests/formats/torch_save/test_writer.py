@@ -26,7 +26,7 @@ from ckptavg.formats import open_checkpoint
 from ckptavg.formats.metric_names import is_metric
 from ckptavg.formats.safe_pickle import allowlist
 from ckptavg.formats.torch_save import writer
-from ckptavg.models.device import Runtime
+from ckptavg.models.runtime import Runtime
 
 
 def model() -> nn.Module:

@@ -19,7 +19,7 @@ from ckptavg.errors import EvaluationError
 from ckptavg.evaluation.candidates import Candidate
 from ckptavg.evaluation.significance import Disagreement
 from ckptavg.evaluation.weight_sets import WeightSet
-from ckptavg.formats.names import batchnorm_layers
+from ckptavg.formats.statistics_names import batchnorm_layers
 from ckptavg.models.batches import bytes_of
 from ckptavg.tasks.base import Mean, Samples, Scores, Task
 

@@ -22,8 +22,8 @@ from torch import nn
 
 from ckptavg.errors import CheckpointError
 from ckptavg.formats import open_checkpoint
-from ckptavg.formats.foreign import HEAD
 from ckptavg.formats.protobuf import is_onnx, is_saved_model
+from ckptavg.formats.unsupported_files import HEAD
 
 
 def weights() -> dict[str, torch.Tensor]:

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from ckptavg.errors import EvaluationError, UsageError
-from ckptavg.models import device
-from ckptavg.models.device import (
+from ckptavg.models import runtime
+from ckptavg.models.runtime import (
     Runtime,
     count_models_that_fit,
     find_device,
@@ -79,7 +79,7 @@ def test_count_models_that_fit_depends_on_model_size():
 
 
 def test_count_models_that_fit_shares_host_memory(monkeypatch):
-    monkeypatch.setattr(device, "free_on_host", lambda: 8 * 10**6)
+    monkeypatch.setattr(runtime, "free_on_host", lambda: 8 * 10**6)
     model = nn.Linear(100, 100, bias=False)
     alone = count_models_that_fit(model, CPU)
     assert alone == int(0.6 * 8 * 10**6 / 40_000)

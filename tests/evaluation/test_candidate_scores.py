@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from ckptavg.distributed.peers import SingleProcess
 from ckptavg.errors import EvaluationError
+from ckptavg.evaluation.candidate_scores import CandidateScore, FiniteCheck, concatenate_samples
 from ckptavg.evaluation.candidates import Candidate
-from ckptavg.evaluation.scoreboard import CandidateScore, FiniteCheck, concatenate_samples
 from ckptavg.evaluation.weight_sets import WeightSet
 from ckptavg.tasks import Samples
 from ckptavg.tasks.base import LogMean
