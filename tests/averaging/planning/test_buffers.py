@@ -33,7 +33,7 @@ def random_states(shapes, count=3, **fixed):
     ]
 
 
-def test_pruning_masks_stay_masks(tmp_path, caplog):
+def test_pruning_masks_come_from_the_last_checkpoint(tmp_path, caplog):
     caplog.set_level(logging.INFO, "ckptavg")
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
@@ -61,7 +61,7 @@ def test_pruning_masks_stay_masks(tmp_path, caplog):
         ("wrapped.module.weight", "wrapped.weight_mask"),
     ],
 )
-def test_masks_are_told_by_their_values(tmp_path, names):
+def test_masks_are_known_by_their_values(tmp_path, names):
     weight, mask = names
     states = random_states({weight: (8, 8), mask: (8, 8)})
     hard = [state | {mask: (state[mask] > 0.5).float()} for state in states]
@@ -69,21 +69,21 @@ def test_masks_are_told_by_their_values(tmp_path, names):
     assert last_ones(averaged(tmp_path / "soft", states), states) == set()
 
 
-def test_masks_that_are_all_alike_are_not_noted(tmp_path, caplog):
+def test_masks_all_equal_are_not_noted(tmp_path, caplog):
     caplog.set_level(logging.INFO, "ckptavg")
     states = random_states({"w": (3, 3)}, attn_mask=torch.ones(3, 3).tril())
     averaged(tmp_path, states)
     assert "not averaged" not in caplog.text
 
 
-def test_a_mask_is_converted_with_the_weights(tmp_path):
+def test_mask_is_converted_to_dtype(tmp_path):
     states = random_states({"w": (3, 3)}, mask=torch.ones(3, 3).tril())
     got = averaged(tmp_path, states, dtype="float16")
     assert same_bits(got["mask"], torch.ones(3, 3).tril().half())
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated", "ignore:.*averaging_c")
-def test_scale_and_zero_point_of_a_fake_quantizer_belong_together(tmp_path):
+def test_fake_quantizer_buffers_come_from_the_last(tmp_path):
     from torch.ao.quantization import FakeQuantize, HistogramObserver
 
     states = []
@@ -95,7 +95,7 @@ def test_scale_and_zero_point_of_a_fake_quantizer_belong_together(tmp_path):
     assert all(same_bits(got[name], value) for name, value in states[-1].items())
 
 
-def test_scales_of_channels_come_with_their_zero_points(tmp_path):
+def test_scales_beside_zero_points_come_from_the_last(tmp_path):
     shapes = {
         "conv.weight": (32, 3), "conv.weight_scale": (32,), "conv.act_scale": (1,),
         "conv.x_min": (1,), "conv.x_max": (1,), "norm.scale": (32,), "norm.minimum": (1,),
@@ -111,7 +111,7 @@ def test_scales_of_channels_come_with_their_zero_points(tmp_path):
     }  # fmt: skip
 
 
-def test_buffers_that_differ_by_fractions_are_noted(tmp_path, caplog):
+def test_buffers_not_averaged_are_noted(tmp_path, caplog):
     caplog.set_level(logging.INFO, "ckptavg")
     zero = torch.tensor([3], dtype=torch.int32)
     states = [{"a.scale": torch.tensor([s]), "a.zero_point": zero} for s in (0.1, 0.2)]
@@ -119,7 +119,7 @@ def test_buffers_that_differ_by_fractions_are_noted(tmp_path, caplog):
     assert "buffers are not averaged but taken from the last checkpoint: a.scale" in caplog.text
 
 
-def test_a_learnt_scale_and_zero_point_are_averaged(tmp_path):
+def test_scale_and_float_zero_point_are_averaged(tmp_path):
     states = random_states({"act.scale": (1,), "act.zero_point": (1,), "clip.min": (1,),
                             "clip.max": (1,)})  # fmt: skip
     assert last_ones(averaged(tmp_path, states), states) == set()
@@ -145,12 +145,12 @@ def test_a_learnt_scale_and_zero_point_are_averaged(tmp_path):
         ({"bias": (9,), "weight": (9, 4), "weight_ema": (9, 4)}, set()),
     ],
 )
-def test_counts_and_sums_of_a_codebook_are_the_last_ones(tmp_path, shapes, kept):
+def test_codebook_counts_and_sums_come_from_the_last(tmp_path, shapes, kept):
     states = random_states(shapes)
     assert last_ones(averaged(tmp_path, states), states) == kept
 
 
-def test_counters_that_are_floats_are_the_last_ones(tmp_path):
+def test_float_counters_come_from_the_last(tmp_path):
     names = ("bn.num_batches_tracked", "ema.num_updates", "step")
     states = [
         {name: torch.tensor(100.0 * i) for name in names}

@@ -154,7 +154,7 @@ def how(model, exclude=()):
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_a_layer_with_equal_statistics_in_all_checkpoints_is_frozen(tmp_path, suffix, caplog):
+def test_frozen_layers_have_equal_statistics_throughout(tmp_path, suffix, caplog):
     caplog.set_level("INFO", "ckptavg")
     states = train(net(), frozen=[STEM])
     run = saved(tmp_path, states, suffix)
@@ -167,7 +167,7 @@ def test_a_layer_with_equal_statistics_in_all_checkpoints_is_frozen(tmp_path, su
     assert "1 of 2 BatchNorm layers were frozen in training" in caplog.text
 
 
-def test_the_warning_of_stale_statistics_leaves_out_what_was_frozen(tmp_path):
+def test_stale_statistics_warning_excludes_frozen_layers(tmp_path):
     run = saved(tmp_path, train(net(), frozen=[STEM]))
     with pytest.warns(
         StaleStatisticsWarning, match=r"train_loader, exclude=\['1'\]\), which leaves"
@@ -182,7 +182,7 @@ def test_the_warning_of_stale_statistics_leaves_out_what_was_frozen(tmp_path):
         )
 
 
-def test_frozen_statistics_are_kept_to_the_bit_whatever_the_coefficients(tmp_path):
+def test_frozen_statistics_keep_every_bit(tmp_path):
     states = [{k: v.double() if v.is_floating_point() else v for k, v in s.items()}
               for s in train(net(), frozen=[STEM])]  # fmt: skip
     found = ckptavg.average(saved(tmp_path, states), weights=[0.1, 0.3, 0.7])
@@ -203,18 +203,18 @@ def unfrozen_midway(states):
 
 
 @pytest.mark.parametrize("change", [repeated, single, unfrozen_midway])
-def test_equal_statistics_of_equal_weights_tell_nothing(tmp_path, change):
+def test_frozen_layers_need_changing_weights_and_all_equal(tmp_path, change):
     run = saved(tmp_path, change(train(net(), frozen=[STEM, BODY])))
     assert STEM not in find_frozen_layers(run.checkpoints)
 
 
-def test_layers_that_no_data_went_through_are_not_frozen(tmp_path):
+def test_frozen_layers_leave_out_initial_statistics(tmp_path):
     states = train(net(), frozen=[STEM, BODY], start=False)
     assert find_frozen_layers(saved(tmp_path, states).checkpoints) == ()
 
 
 @pytest.mark.parametrize("frozen", [(), (STEM,)], ids=["trained", "frozen"])
-def test_an_averaged_model_tells_as_much_as_the_model_that_it_follows(tmp_path, frozen):
+def test_frozen_layers_are_found_in_averaged_models(tmp_path, frozen):
     model = net()
     model.train()(inputs())
     averaged = torch.optim.swa_utils.AveragedModel(model)
@@ -226,7 +226,7 @@ def test_an_averaged_model_tells_as_much_as_the_model_that_it_follows(tmp_path, 
     assert find_frozen_layers(saved(tmp_path, states).checkpoints) == frozen
 
 
-def test_half_precision_hides_small_changes_but_not_the_count_of_batches(tmp_path):
+def test_frozen_layers_need_equal_batch_counts(tmp_path):
     states = []
     for i, state in enumerate(train(net(), frozen=[STEM])):
         halves = {k: v.bfloat16() if v.is_floating_point() else v for k, v in state.items()}
@@ -234,7 +234,7 @@ def test_half_precision_hides_small_changes_but_not_the_count_of_batches(tmp_pat
     assert find_frozen_layers(saved(tmp_path, states).checkpoints) == ()
 
 
-def test_layers_without_a_count_are_frozen_whatever_their_values(tmp_path):
+def test_frozen_layers_without_count_need_no_change(tmp_path):
     run = saved(tmp_path, train(net(FrozenNorm, FrozenNorm)))
     planned = plan_average(run)
     assert planned.batchnorm == "frozen"
@@ -243,7 +243,7 @@ def test_layers_without_a_count_are_frozen_whatever_their_values(tmp_path):
     assert (made.bn, made.bn_layers) == ("frozen", {"frozen": [STEM, BODY]})
 
 
-def test_only_checkpoints_that_contribute_decide(tmp_path):
+def test_frozen_layers_ignore_coefficient_0(tmp_path):
     states = train(net(), frozen=[STEM])
     states[0] = {k: v + 1 if k.startswith(f"{STEM}.running") else v for k, v in states[0].items()}
     run = saved(tmp_path, states)
@@ -251,7 +251,7 @@ def test_only_checkpoints_that_contribute_decide(tmp_path):
     assert plan_average(run).plan.frozen == ()
 
 
-def test_statistics_from_another_base_are_not_those_that_were_frozen(tmp_path):
+def test_frozen_layers_leave_out_statistics_of_another_base(tmp_path):
     states = train(net(), frozen=[STEM])
     run = saved(tmp_path / "run", states)
     base = save(tmp_path / "base.pt", train(net(), 1)[0])
@@ -277,7 +277,7 @@ def test_statistics_from_another_base_are_not_those_that_were_frozen(tmp_path):
         (["a.avg", "a.avg_sq", "b.ema_weight", "b.ema_count", "b.weight"], {}),
     ],
 )
-def test_layers_are_known_by_the_names_of_their_statistics(names, layers):
+def test_layer_statistics_are_found_by_name(names, layers):
     expected = {
         layer: tuple(f"{layer}.{leaf}".lstrip(".") for leaf in leaves)
         for layer, leaves in layers.items()
@@ -290,7 +290,7 @@ def test_layers_are_known_by_the_names_of_their_statistics(names, layers):
 
 @pytest.mark.parametrize("name", ["out.pt", "out.safetensors"])
 @pytest.mark.parametrize("frozen", [(), (STEM,)], ids=["trained", "frozen"])
-def test_frozen_layers_are_left_alone_where_others_are_recomputed(tmp_path, frozen, name):
+def test_frozen_layers_stay_when_others_are_recomputed(tmp_path, frozen, name):
     states = train(net(), frozen=frozen)
     planned = plan_average(saved(tmp_path / "run", states))
     ((result, made),) = write_averages([planned], [tmp_path / name], how(net()))
@@ -304,7 +304,7 @@ def test_frozen_layers_are_left_alone_where_others_are_recomputed(tmp_path, froz
         assert same_bits(found[f"{layer}.running_mean"], states[0][f"{layer}.running_mean"])
 
 
-def test_excluded_layers_keep_their_averaged_statistics(tmp_path):
+def test_exclude_keeps_averaged_statistics(tmp_path):
     states = train(net())
     planned = plan_average(saved(tmp_path / "run", states))
     outs = [tmp_path / "a.pt"]
@@ -315,7 +315,7 @@ def test_excluded_layers_keep_their_averaged_statistics(tmp_path):
     assert same_bits(found[f"{STEM}.running_mean"], state[f"{STEM}.running_mean"])
 
 
-def test_a_pattern_that_matches_no_layer_is_met_before_any_work(tmp_path):
+def test_exclude_without_match_is_refused_before_work(tmp_path):
     run = saved(tmp_path / "run", train(net()))
     planned = plan_average(run)
     for work in (
@@ -330,9 +330,7 @@ def test_a_pattern_that_matches_no_layer_is_met_before_any_work(tmp_path):
 
 @pytest.mark.parametrize("digests", [False, True])
 @pytest.mark.parametrize("name", ["out.pt", "out.safetensors"])
-def test_a_layer_of_no_known_class_is_named_and_not_called_recomputed(
-    tmp_path, name, digests, caplog
-):
+def test_unknown_layer_is_named_not_recomputed(tmp_path, name, digests, caplog):
     states = train(net(body=RenormLike))
     for i, state in enumerate(states):
         state[f"{BODY}.running_std"] += i
@@ -348,7 +346,7 @@ def test_a_layer_of_no_known_class_is_named_and_not_called_recomputed(
     assert same_bits(found[f"{BODY}.running_std"], mean_of(states)[f"{BODY}.running_std"])
 
 
-def test_an_average_of_layers_of_no_known_class_is_written_and_stays_stale(tmp_path, caplog):
+def test_unknown_layers_alone_stay_stale(tmp_path, caplog):
     model = net(RenormLike, RenormLike)
     states = train(model)
     for i, state in enumerate(states):
@@ -363,7 +361,7 @@ def test_an_average_of_layers_of_no_known_class_is_written_and_stays_stale(tmp_p
         update_checkpoint(open_checkpoint(tmp_path / "a.pt"), tmp_path / "b.pt", how(model))
 
 
-def test_a_network_without_batchnorm_is_averaged_and_said_so(tmp_path, caplog):
+def test_network_without_batchnorm_is_noted(tmp_path, caplog):
     caplog.set_level("INFO", "ckptavg")
     model = net(nn.LayerNorm, nn.LayerNorm)
     run = saved(tmp_path / "run", train(model))
@@ -374,7 +372,7 @@ def test_a_network_without_batchnorm_is_averaged_and_said_so(tmp_path, caplog):
     assert made.bn == "none"
 
 
-def test_an_average_tells_later_passes_what_was_frozen(tmp_path):
+def test_provenance_keeps_frozen_layers_for_later_passes(tmp_path):
     states = train(net(), frozen=[STEM])
     out = ckptavg.average(saved(tmp_path / "run", states), out=tmp_path / "a.safetensors")
     _, made = update_checkpoint(open_checkpoint(out), tmp_path / "b.safetensors", how(net()))
@@ -382,7 +380,7 @@ def test_an_average_tells_later_passes_what_was_frozen(tmp_path):
     assert_statistics(tmp_path / "b.safetensors", recomputed_by_hand(mean_of(states), [STEM]))
 
 
-def test_one_checkpoint_has_frozen_layers_where_the_class_says_so(tmp_path):
+def test_update_checkpoint_knows_frozen_classes(tmp_path):
     path = save(tmp_path / "one.pt", train(net(FrozenNorm))[-1])
     _, made = update_checkpoint(open_checkpoint(path), tmp_path / "b.pt", how(net(FrozenNorm)))
     assert (made.bn, made.bn_layers) == ("recomputed", {"frozen": [STEM]})
@@ -397,7 +395,7 @@ def test_one_checkpoint_has_frozen_layers_where_the_class_says_so(tmp_path):
     ],
     ids=["backbone", "all", "none"],
 )
-def test_a_model_that_is_built_unfrozen_keeps_what_counts_no_batches(
+def test_update_checkpoint_keeps_layers_without_batch_count(
     tmp_path, caplog, kinds, frozen, is_said
 ):
     """``FrozenBatchNorm2d`` is built where pretrained weights are asked for, and only there."""
@@ -424,9 +422,7 @@ class Affine(nn.BatchNorm1d):
     [(nn.BatchNorm1d, "recomputed", [STEM]), (Affine, "own", [STEM, BODY])],
     ids=["some", "all"],
 )
-def test_one_checkpoint_has_frozen_layers_where_they_do_as_in_evaluation(
-    tmp_path, caplog, body, state, frozen
-):
+def test_update_checkpoint_keeps_layers_always_evaluating(tmp_path, caplog, body, state, frozen):
     weights = train(net(Affine, body))[-1]
     path = save(tmp_path / "one.pt", weights)
     _, made = update_checkpoint(open_checkpoint(path), tmp_path / "b.pt", how(net(Affine, body)))
@@ -495,7 +491,7 @@ def keeping(kind):
     ],
     ids=["of the model", "without return", "of the layer"],
 )
-def test_layers_that_train_leaves_in_evaluation_mode_keep_their_statistics(make, training):
+def test_update_bn_keeps_layers_that_train_leaves_in_eval(make, training):
     state = train(net(), 1)[-1]
     model = make()
     model.load_state_dict(state)
@@ -510,7 +506,7 @@ def test_layers_that_train_leaves_in_evaluation_mode_keep_their_statistics(make,
     assert same_bits(found[f"{STEM}.running_var"], state[f"{STEM}.running_var"])
 
 
-def test_where_train_leaves_all_in_evaluation_mode_no_data_are_read():
+def test_update_bn_reads_no_data_if_train_leaves_all_in_eval():
     model = keeping(KeepsAll)
     model.load_state_dict(train(net(), 1)[-1])
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -519,7 +515,7 @@ def test_where_train_leaves_all_in_evaluation_mode_no_data_are_read():
     assert all(same_bits(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_train_is_tried_on_a_copy():
+def test_update_bn_tries_train_on_a_copy():
     model = net()
     model[2] = Merges(5, 6)
     weight = model[2].weight.detach().clone()
@@ -528,14 +524,14 @@ def test_train_is_tried_on_a_copy():
     assert torch.equal(model[2].weight, weight)
 
 
-def test_what_cannot_be_copied_is_shared_with_the_copy():
+def test_update_bn_shares_uncopyable_parts_with_its_copy():
     model = keeping(KeepsStem)
     model.lock, model.config = threading.Lock(), {"locks": [threading.Lock()]}
     model.kept = [model[int(STEM)]]
     assert ckptavg.update_bn(model, [inputs()]).frozen == (STEM,)
 
 
-def test_a_train_that_fails_on_a_copy_freezes_nothing():
+def test_update_bn_freezes_nothing_if_train_fails_on_copy():
     class Counts(nn.Sequential):
         def train(self, mode=True):
             assert self[0].weight.sum().item() != 0
@@ -544,7 +540,7 @@ def test_a_train_that_fails_on_a_copy_freezes_nothing():
     assert ckptavg.update_bn(keeping(Counts), [inputs()]).layers == 2
 
 
-def test_one_checkpoint_has_frozen_layers_where_train_says_so(tmp_path, caplog):
+def test_update_checkpoint_keeps_layers_that_train_leaves(tmp_path, caplog):
     caplog.set_level("INFO", "ckptavg")
     state = train(net(), 1)[-1]
     path = save(tmp_path / "one.pt", state)
@@ -555,7 +551,7 @@ def test_one_checkpoint_has_frozen_layers_where_train_says_so(tmp_path, caplog):
     assert same_bits(found[f"{STEM}.running_var"], state[f"{STEM}.running_var"])
 
 
-def test_several_checkpoints_know_better_than_train(tmp_path):
+def test_frozen_layers_of_a_run_override_train(tmp_path):
     """Statistics that differ were not frozen, whatever the model does today."""
     states = train(net())
     planned = plan_average(saved(tmp_path, states))
@@ -588,7 +584,7 @@ def scored(run, model, **settings):
         ((nn.LayerNorm, nn.LayerNorm), (), (), "none", None),
     ],
 )
-def test_scores_say_what_became_of_the_statistics(tmp_path, kinds, frozen, exclude, state, layers):
+def test_evaluate_reports_state_of_statistics(tmp_path, kinds, frozen, exclude, state, layers):
     run = saved(tmp_path, train(net(*kinds), frozen=frozen))
     results = scored(run, net(*kinds), exclude=exclude)
     assert results[2].bn == state
@@ -597,7 +593,7 @@ def test_scores_say_what_became_of_the_statistics(tmp_path, kinds, frozen, exclu
     assert isinstance(is_worse(results), bool)
 
 
-def test_scores_are_those_of_the_model_with_what_is_frozen_kept(tmp_path):
+def test_evaluate_scores_with_frozen_layers_kept(tmp_path):
     states = train(net(), frozen=[STEM])
     result = scored(saved(tmp_path, states), net())[2]
     model, state = net(), mean_of(states)
@@ -610,7 +606,7 @@ def test_scores_are_those_of_the_model_with_what_is_frozen_kept(tmp_path):
     assert result.metrics["nll"] == pytest.approx(loss.item(), rel=1e-5)
 
 
-def test_a_train_that_returns_nothing_is_scored_like_any(tmp_path):
+def test_evaluate_allows_train_without_return(tmp_path):
     run = saved(tmp_path, train(net(), frozen=[STEM]))
     found, expected = (
         scored(run, make()) for make in (lambda: keeping(KeepsStemAndReturnsNothing), net)
@@ -618,7 +614,7 @@ def test_a_train_that_returns_nothing_is_scored_like_any(tmp_path):
     assert [one.metrics for one in found] == [other.metrics for other in expected]
 
 
-def test_a_partly_recomputed_average_is_the_one_that_is_judged(tmp_path):
+def test_is_worse_judges_partly_recomputed_average(tmp_path):
     states = train(net(body=RenormLike))
     for i, state in enumerate(states):
         state[f"{BODY}.running_std"] += i

@@ -125,7 +125,7 @@ def run_of(directory, make, count=2):
 
 
 @pytest.mark.parametrize("make", FORMATS.values(), ids=FORMATS)
-def test_packed_weights_are_refused_under_any_name(tmp_path, make):
+def test_quantized_weights_are_refused_in_any_format(tmp_path, make):
     run, _ = run_of(tmp_path, make)
     with pytest.raises(UnsupportedTensorError, match="quantized weights") as caught:
         average(run)
@@ -134,7 +134,7 @@ def test_packed_weights_are_refused_under_any_name(tmp_path, make):
 
 
 @pytest.mark.parametrize("make", FORMATS.values(), ids=FORMATS)
-def test_the_pattern_that_is_named_leaves_packed_weights_and_scales_out(tmp_path, make):
+def test_quantized_weights_remedy_excludes_them_with_scales(tmp_path, make):
     run, states = run_of(tmp_path, make)
     with pytest.raises(UnsupportedTensorError) as caught:
         average(run)
@@ -144,7 +144,7 @@ def test_the_pattern_that_is_named_leaves_packed_weights_and_scales_out(tmp_path
     assert not torch.equal(got["norm.weight"], states[-1]["norm.weight"])
 
 
-def test_scales_are_not_averaged_beside_packed_weights_that_are_left_out(tmp_path):
+def test_quantized_weights_need_their_scales_excluded(tmp_path):
     run, _ = run_of(tmp_path, FORMATS["mlx"])
     with pytest.raises(UnsupportedTensorError, match="quantized"):
         average(run, exclude="q.weight")
@@ -157,9 +157,7 @@ def test_scales_are_not_averaged_beside_packed_weights_that_are_left_out(tmp_pat
     groups=st.integers(1, 4),
 )
 @settings(deadline=None, max_examples=25)
-def test_integers_that_differ_beside_scales_of_their_rows_are_refused(
-    tmp_path_factory, shape, dtype, names, groups
-):
+def test_quantized_weights_are_known_by_row_scales(tmp_path_factory, shape, dtype, names, groups):
     packed, scale = names
     run, _ = run_of(
         tmp_path_factory.mktemp("run"),
@@ -228,7 +226,7 @@ TABLES = {
 
 
 @pytest.mark.parametrize("make", TABLES.values(), ids=TABLES)
-def test_tables_of_integers_are_taken_from_the_last_checkpoint(tmp_path, make):
+def test_integer_tables_come_from_the_last_checkpoint(tmp_path, make):
     run, states = run_of(tmp_path, make)
     got = average(run)
     whole = [name for name, value in states[-1].items() if not value.is_floating_point()]
@@ -246,7 +244,7 @@ def test_tables_of_integers_are_taken_from_the_last_checkpoint(tmp_path, make):
         ("hf_quant_config.json", {"quantization": {"quant_algo": "NVFP4"}}),
     ],
 )
-def test_a_configuration_beside_the_weights_tells(tmp_path, name, config):
+def test_quantization_config_beside_weights_is_refused(tmp_path, name, config):
     for step in (1, 2):
         save(tmp_path / f"checkpoint-{step}" / "model.safetensors", {"w": floats((4,), step)})
         (tmp_path / f"checkpoint-{step}" / "config.json").write_text("{}")
@@ -258,7 +256,7 @@ def test_a_configuration_beside_the_weights_tells(tmp_path, name, config):
 @pytest.mark.parametrize(
     "text", ['{"quantization_config": null}', '{"quantization": true}', "[]", "{", "{}"]
 )
-def test_a_configuration_that_tells_nothing_is_none(tmp_path, text):
+def test_quantization_config_without_content_is_ignored(tmp_path, text):
     for step in (1, 2):
         save(tmp_path / f"step_{step}.safetensors", {"w": floats((4,), step)})
     (tmp_path / "config.json").write_text(text)
@@ -275,7 +273,7 @@ def test_a_configuration_that_tells_nothing_is_none(tmp_path, text):
         ({"quantity": "7"}, False),
     ],
 )
-def test_an_entry_of_the_header_tells(tmp_path, entries, refused):
+def test_quantization_in_header_is_refused(tmp_path, entries, refused):
     for step in (1, 2):
         save_file({"w": floats((4,), step)}, tmp_path / f"step_{step}.safetensors", entries)
     if refused:
@@ -285,7 +283,7 @@ def test_an_entry_of_the_header_tells(tmp_path, entries, refused):
         average(open_run(tmp_path))
 
 
-def test_a_large_table_is_looked_at_in_few_places(tmp_path, monkeypatch):
+def test_quantization_check_reads_few_bytes_of_large_tables(tmp_path, monkeypatch):
     from helpers import counted_reads
 
     table = torch.arange(1_000_000, dtype=torch.int32).reshape(1000, 1000)

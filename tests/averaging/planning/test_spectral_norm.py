@@ -66,7 +66,7 @@ def norm_of(layer):
 
 @pytest.mark.parametrize("norm", [hook, parametrizations.spectral_norm])
 @pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
-def test_an_averaged_layer_has_norm_1(tmp_path, make, norm):
+def test_spectral_norm_of_averaged_layer_is_1(tmp_path, make, norm):
     layer, states = trained(make, norm)
     got = average(open_run(save_states(tmp_path, states)[0].parent))
     layer.load_state_dict(got)
@@ -77,7 +77,7 @@ def test_an_averaged_layer_has_norm_1(tmp_path, make, norm):
 
 
 @pytest.mark.parametrize("norm", [hook, parametrizations.spectral_norm])
-def test_a_layer_averaged_with_its_mirror_image_is_itself(tmp_path, norm):
+def test_spectral_norm_ignores_sign_of_vectors(tmp_path, norm):
     _, states = trained(LAYERS["linear"], norm)
     last = states[-1]
     vectors = [name for name in last if name.endswith(("_u", "_v"))]
@@ -86,7 +86,7 @@ def test_a_layer_averaged_with_its_mirror_image_is_itself(tmp_path, norm):
     assert all(same_bits(got[name], value) for name, value in last.items())
 
 
-def test_a_single_checkpoint_keeps_its_vectors(tmp_path):
+def test_spectral_norm_keeps_vectors_of_one_checkpoint(tmp_path):
     _, states = trained(LAYERS["linear"], hook)
     got = average(open_run(save_states(tmp_path, states)[0].parent).last(1))
     assert all(same_bits(got[name], value) for name, value in states[-1].items())
@@ -100,7 +100,7 @@ def test_a_single_checkpoint_keeps_its_vectors(tmp_path):
         ("weight", "sn_u", "sn_sigma"),
     ],
 )
-def test_vectors_of_other_implementations_are_iterated(tmp_path, names):
+def test_spectral_norm_knows_other_implementations(tmp_path, names):
     weight, u, other = names
     rng = torch.Generator().manual_seed(0)
     states = []
@@ -124,13 +124,13 @@ def test_vectors_of_other_implementations_are_iterated(tmp_path, names):
         {"q.weight": torch.randn(4, 6), "pos_u": torch.randn(4), "pos_v": torch.randn(6)},
     ],
 )
-def test_other_tensors_called_u_or_v_are_averaged(tmp_path, state):
+def test_spectral_norm_leaves_other_u_and_v_to_averaging(tmp_path, state):
     states = [state, {name: value + 1 for name, value in state.items()}]
     got = average(open_run(save_states(tmp_path, states)[0].parent))
     assert all(torch.allclose(got[name], value + 0.5, atol=1e-6) for name, value in state.items())
 
 
-def test_vectors_are_noted(tmp_path, caplog):
+def test_spectral_norm_vectors_are_noted(tmp_path, caplog):
     caplog.set_level(logging.INFO, "ckptavg")
     _, states = trained(LAYERS["linear"], hook)
     average(open_run(save_states(tmp_path, states)[0].parent))
@@ -138,7 +138,7 @@ def test_vectors_are_noted(tmp_path, caplog):
     assert "weight_u, weight_v" in caplog.text
 
 
-def test_vectors_are_hashed_and_converted(tmp_path):
+def test_spectral_norm_vectors_are_hashed_and_converted(tmp_path):
     _, states = trained(LAYERS["convolution"], hook)
     run = open_run(save_states(tmp_path, states)[0].parent)
     (tmp_path / "out").mkdir()
@@ -154,7 +154,7 @@ def test_vectors_are_hashed_and_converted(tmp_path):
     scale=st.sampled_from([1e-200, 1.0, 1e200]),
 )  # fmt: skip
 @settings(deadline=None, max_examples=50)
-def test_iterated_vectors_give_the_largest_singular_value(height, width, seed, scale):
+def test_iterate_vectors_gives_largest_singular_value(height, width, seed, scale):
     rng = torch.Generator().manual_seed(seed)
     weight = scale * torch.randn(height, width, generator=rng, dtype=torch.float64)
     start = torch.randn(height, generator=rng)
@@ -165,17 +165,17 @@ def test_iterated_vectors_give_the_largest_singular_value(height, width, seed, s
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
-def test_weights_without_singular_vectors_leave_them_alone(value):
+def test_iterate_vectors_is_none_for_zero_or_nonfinite_weight(value):
     weight = torch.full((3, 4), value)
     assert spectral_norm.iterate_vectors(weight, [torch.ones(3)], torch.ones(3, 4), 9) is None
 
 
-def test_the_work_on_many_layers_is_bounded():
+def test_limit_steps_bounds_work_on_many_layers():
     assert spectral_norm.limit_steps([(8, 8)] * 20) == 1000
     assert spectral_norm.limit_steps([(8, 8)] * 100_000) == 20
 
 
-def test_names_are_looked_through_in_linear_time():
+def test_find_layers_takes_linear_time():
     tensor = Tensor(DTYPES["float32"], (3,), ())
     hostile = {"_" * 2000 + f"u{i}x": tensor for i in range(2000)}
     assert spectral_norm.find_layers(Modules(hostile)) == []

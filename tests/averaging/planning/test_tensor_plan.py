@@ -34,7 +34,7 @@ def fails(kind, match, directory, *states, **options):
 # Names, shapes and kinds
 
 
-def test_floats_are_averaged_and_integers_come_from_the_last(tmp_path):
+def test_plan_averages_floats_and_takes_integers_from_the_last(tmp_path):
     state = {
         "w": torch.ones(2, 3),
         "z": torch.ones(2, dtype=torch.complex64),
@@ -55,11 +55,11 @@ def test_floats_are_averaged_and_integers_come_from_the_last(tmp_path):
     assert plan.notes == ()
 
 
-def test_coefficients_of_a_plan_are_normalized(tmp_path):
+def test_plan_normalizes_coefficients(tmp_path):
     assert plan_of(tmp_path, ONE, ONE, ONE, coefficients=[2, 3, 5]).coefficients == (0.2, 0.3, 0.5)
 
 
-def test_names_may_come_in_another_order_and_follow_the_last_checkpoint(tmp_path):
+def test_plan_orders_names_as_the_last_checkpoint(tmp_path):
     states = [
         {"a": torch.zeros(1), "b": torch.zeros(2)},
         {"b": torch.zeros(2), "a": torch.zeros(1)},
@@ -67,7 +67,7 @@ def test_names_may_come_in_another_order_and_follow_the_last_checkpoint(tmp_path
     assert list(table(plan_of(tmp_path, *states))) == ["b", "a"]
 
 
-def test_a_missing_tensor_is_an_error_that_names_the_first_few_and_the_file(tmp_path):
+def test_plan_refuses_missing_tensors_by_name(tmp_path):
     full = {f"layer{i}.w": torch.ones(1) for i in range(6)}
     lacking = {"layer5.w": full["layer5.w"]}
     fails(
@@ -78,7 +78,7 @@ def test_a_missing_tensor_is_an_error_that_names_the_first_few_and_the_file(tmp_
     )  # fmt: skip
 
 
-def test_an_extra_tensor_is_an_error_that_names_the_first_few_and_the_file(tmp_path):
+def test_plan_refuses_extra_tensors_by_name(tmp_path):
     fails(
         MismatchError,
         r"epoch_2\.pt has 1 more \(head\.w\), compared with .*epoch_3\.pt",
@@ -86,7 +86,7 @@ def test_an_extra_tensor_is_an_error_that_names_the_first_few_and_the_file(tmp_p
     )  # fmt: skip
 
 
-def test_a_renamed_tensor_is_both_missing_and_extra(tmp_path):
+def test_plan_reports_renamed_tensor_as_missing_and_extra(tmp_path):
     fails(
         MismatchError,
         r"lacks 1 tensors \(new\) and has 1 more \(old\)",
@@ -94,7 +94,7 @@ def test_a_renamed_tensor_is_both_missing_and_extra(tmp_path):
     )  # fmt: skip
 
 
-def test_different_networks_are_told_apart(tmp_path):
+def test_plan_refuses_different_networks(tmp_path):
     fails(
         MismatchError, r"hold different networks.*'u' against 'w'.*`glob",
         tmp_path, {"u": torch.ones(1)}, ONE,
@@ -105,7 +105,7 @@ def test_different_networks_are_told_apart(tmp_path):
     ("shape", "other"),
     [((2, 3), (3, 2)), ((3,), (1,)), ((1,), ()), ((2, 3), (6,)), ((0, 2), (0, 3)), ((4, 1), (4,))],
 )
-def test_a_different_shape_is_an_error_and_never_broadcast(tmp_path, shape, other):
+def test_plan_refuses_different_shapes(tmp_path, shape, other):
     states = [{"w": torch.ones(other)}, {"w": torch.ones(shape)}]
     fails(
         MismatchError, r"w has the shape .* in .*epoch_1\.pt but .*epoch_2\.pt", tmp_path, *states
@@ -122,7 +122,7 @@ def test_a_different_shape_is_an_error_and_never_broadcast(tmp_path, shape, othe
         (torch.float32, torch.complex64),
     ],
 )
-def test_a_float_in_one_and_another_kind_in_another_is_an_error(tmp_path, dtypes):
+def test_plan_refuses_different_kinds_of_number(tmp_path, dtypes):
     states = [{"w": torch.ones(2, dtype=dtype)} for dtype in dtypes]
     one, other = (str(dtype).removeprefix("torch.") for dtype in dtypes)
     fails(
@@ -131,13 +131,13 @@ def test_a_float_in_one_and_another_kind_in_another_is_an_error(tmp_path, dtypes
 
 
 @pytest.mark.parametrize("worse", [0, 1, 2])
-def test_every_checkpoint_is_checked(tmp_path, worse):
+def test_plan_checks_every_checkpoint(tmp_path, worse):
     states = [ONE, ONE, ONE]
     states[worse] = {"w": torch.ones(3)}
     fails(MismatchError, "w has the shape", tmp_path, *states)
 
 
-def test_checkpoints_that_do_not_count_are_checked_too(tmp_path):
+def test_plan_checks_checkpoints_with_coefficient_0(tmp_path):
     states = [{"w": torch.ones(3)}, ONE, ONE]
     fails(MismatchError, "w has the shape", tmp_path, *states, coefficients=[0.0, 0.5, 0.5])
 
@@ -156,13 +156,13 @@ def test_checkpoints_that_do_not_count_are_checked_too(tmp_path):
         "module._checkpoint_wrapped_module.",
     ],
 )
-def test_a_wrapped_checkpoint_averages_with_a_bare_one(tmp_path, wrapper):
+def test_wrapper_prefix_is_removed(tmp_path, wrapper):
     bare = {"a.weight": torch.ones(1), "b.module.weight": torch.ones(1)}
     plan = plan_of(tmp_path, {wrapper + name: t for name, t in bare.items()}, bare)
     assert list(table(plan)) == list(bare)
 
 
-def test_the_counter_of_an_averaged_model_is_no_tensor_of_the_model(tmp_path):
+def test_averaged_model_counter_is_left_out(tmp_path):
     model = torch.nn.Linear(2, 2)
     averaged = torch.optim.swa_utils.AveragedModel(model)
     assert list(table(plan_of(tmp_path, averaged.state_dict(), model.state_dict()))) == [
@@ -170,7 +170,7 @@ def test_the_counter_of_an_averaged_model_is_no_tensor_of_the_model(tmp_path):
     ]  # fmt: skip
 
 
-def test_a_prefix_that_not_every_tensor_bears_is_part_of_the_names(tmp_path):
+def test_wrapper_prefix_of_some_tensors_stays(tmp_path):
     state = {"module.w": torch.ones(1), "head.w": torch.ones(1)}
     assert list(table(plan_of(tmp_path, state, state))) == ["module.w", "head.w"]
 
@@ -188,16 +188,14 @@ def test_a_prefix_that_not_every_tensor_bears_is_part_of_the_names(tmp_path):
         ((torch.complex64, torch.complex128), "complex128"),
     ],
 )
-def test_floats_of_different_width_are_written_as_the_widest_with_a_note(
-    tmp_path, dtypes, expected
-):
+def test_mixed_widths_become_the_widest_with_a_note(tmp_path, dtypes, expected):
     plan = plan_of(tmp_path, *({"w": torch.ones(2, dtype=dtype)} for dtype in dtypes))
     assert table(plan)["w"][0] == expected
     assert len(plan.notes) == 1
     assert f"w ({expected})" in plan.notes[0]
 
 
-def test_a_width_that_does_not_count_does_not_widen_the_output(tmp_path):
+def test_mixed_widths_ignore_coefficient_0(tmp_path):
     states = [{"w": torch.ones(2, dtype=dtype)} for dtype in (torch.float64, torch.float16)]
     plan = plan_of(tmp_path, *states, coefficients=[0.0, 1.0])
     assert table(plan)["w"][0] == "float16"
@@ -205,7 +203,7 @@ def test_a_width_that_does_not_count_does_not_widen_the_output(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
-def test_dtype_applies_to_all_floats_and_to_nothing_else(tmp_path, dtype):
+def test_dtype_applies_to_averaged_real_floats_only(tmp_path, dtype):
     state = {
         "w": torch.ones(2),
         "h": torch.ones(2, dtype=torch.float16),
@@ -219,7 +217,7 @@ def test_dtype_applies_to_all_floats_and_to_nothing_else(tmp_path, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["int8", "fp16", "float8_e5m2", ""])
-def test_an_unknown_dtype_is_wrong_usage(dtype):
+def test_dtype_refuses_unknown_types(dtype):
     with pytest.raises(UsageError, match="dtype is expected to be one of keep, float32"):
         Rules(dtype=dtype)
 
@@ -257,12 +255,12 @@ def test_quantized_weights_with_scales_are_refused(tmp_path, packed, scale):
     )  # fmt: skip
 
 
-def test_an_integer_beside_a_scale_of_another_layer_is_no_quantized_weight(tmp_path):
+def test_quantized_weights_need_scale_of_same_layer(tmp_path):
     state = {"ids": torch.ones(2, dtype=torch.int64), "l.weight_scale": torch.ones(2)}
     assert table(plan_of(tmp_path, state, state))["ids"] == ("int64", (2,))
 
 
-def test_a_float_beside_a_scale_is_averaged(tmp_path):
+def test_float_beside_scale_is_averaged(tmp_path):
     state = {"l.weight": torch.ones(2), "l.weight_scale": torch.ones(2)}
     assert all(t.averaged for t in plan_of(tmp_path, state, state).tensors)
 
@@ -277,19 +275,19 @@ def test_a_float_beside_a_scale_is_averaged(tmp_path):
     ],
     ids=["quantized", "sparse", "conjugated"],
 )
-def test_tensors_without_plain_bytes_are_refused_with_the_reason(tmp_path, make, why):
+def test_tensors_without_plain_bytes_are_refused(tmp_path, make, why):
     state = {**ONE, "odd": make()}
     fails(UnsupportedTensorError, rf"epoch_1\.pt .*odd \(.*{why}.*`exclude", tmp_path, state, state)
 
 
-def test_float8_that_is_excluded_is_copied(tmp_path):
+def test_float8_excluded_is_copied(tmp_path):
     state = {**ONE, "f8": torch.ones(2).to(torch.float8_e5m2)}
     plan = plan_of(tmp_path, state, state, exclude=("f8",), dtype="float64")
     assert table(plan) == {"w": ("float64", (2,)), "f8": ("float8_e5m2", (2,))}
 
 
 @pytest.mark.parametrize("rules", [{"exclude": ("odd",)}, {"include": ("w",)}])
-def test_what_is_not_averaged_and_cannot_be_copied_is_left_out(tmp_path, rules):
+def test_tensors_without_plain_bytes_excluded_are_left_out(tmp_path, rules):
     state = {**ONE, "odd": torch.ones(2, 2).to_sparse()}
     plan = plan_of(tmp_path, state, state, **rules)
     assert list(table(plan)) == ["w"]
@@ -311,7 +309,7 @@ LAYERS = {"body.0.w": torch.ones(2), "body.1.w": torch.ones(2), "head.w": torch.
         ({"exclude": ("head",)}, ["body.0.w", "body.1.w", "head.w"]),
     ],
 )
-def test_patterns_choose_by_the_whole_name(tmp_path, rules, averaged):
+def test_patterns_match_whole_names(tmp_path, rules, averaged):
     plan = plan_of(tmp_path, LAYERS, LAYERS, **rules)
     assert [t.name for t in plan.tensors if t.averaged] == averaged
     assert list(table(plan)) == list(LAYERS)
@@ -319,12 +317,12 @@ def test_patterns_choose_by_the_whole_name(tmp_path, rules, averaged):
 
 
 @pytest.mark.parametrize("rules", [{"include": ("tail.*",)}, {"exclude": ("*",)}])
-def test_patterns_that_leave_nothing_are_wrong_usage(tmp_path, rules):
+def test_patterns_matching_no_tensor_are_refused(tmp_path, rules):
     with pytest.raises(UsageError, match=r"no tensor .* matches the include and exclude patterns"):
         plan_of(tmp_path, LAYERS, LAYERS, **rules)
 
 
-def test_what_is_excluded_may_differ_in_any_way(tmp_path):
+def test_exclude_allows_differing_tensors(tmp_path):
     states = [
         {**ONE, "head.w": torch.ones(10, 4), "head.old": torch.ones(1)},
         {**ONE, "head.w": torch.ones(7, 4, dtype=torch.int32)},
@@ -333,7 +331,7 @@ def test_what_is_excluded_may_differ_in_any_way(tmp_path):
     assert table(plan) == {"w": ("float32", (2,)), "head.w": ("int32", (7, 4))}
 
 
-def test_the_rest_comes_from_the_base_whatever_its_shapes(tmp_path):
+def test_base_gives_excluded_tensors_of_any_shape(tmp_path):
     base = {"head.w": torch.ones(5, 5), "head.new": torch.ones(1), "w": torch.zeros(2)}
     base = open_checkpoint(save(tmp_path / "base.pt", base))
     state = {**ONE, "head.w": torch.ones(3)}
@@ -347,7 +345,7 @@ def test_the_rest_comes_from_the_base_whatever_its_shapes(tmp_path):
     assert base in plan.files
 
 
-def test_a_base_that_takes_no_part_is_not_read(tmp_path):
+def test_base_without_part_is_not_read(tmp_path):
     base = open_checkpoint(save(tmp_path / "base.pt", ONE))
     assert base not in plan_of(tmp_path, ONE, ONE, base=base).files
 
@@ -360,7 +358,7 @@ def tied(first=1.0):
     return {"emb.w": weight, "head.w": weight, "emb.t": weight.t()}
 
 
-def test_tied_tensors_are_planned_once(tmp_path):
+def test_ties_are_planned_once(tmp_path):
     plan = plan_of(tmp_path, tied(1), tied(2))
     assert plan.ties == [["emb.w", "head.w"]]
     assert {t.name: t.tied_to for t in plan.tensors} == {
@@ -368,17 +366,17 @@ def test_tied_tensors_are_planned_once(tmp_path):
     }  # fmt: skip
 
 
-def test_a_tie_that_one_checkpoint_lacks_is_no_tie(tmp_path):
+def test_ties_need_every_checkpoint(tmp_path):
     loose = {name: tensor.clone() for name, tensor in tied(2).items()}
     assert plan_of(tmp_path, tied(1), loose).ties == []
     assert plan_of(tmp_path, loose, tied(1)).ties == []
 
 
-def test_a_tie_is_cut_where_only_one_of_its_names_is_averaged(tmp_path):
+def test_ties_are_cut_by_exclude(tmp_path):
     assert plan_of(tmp_path, tied(1), tied(2), exclude=("head.*",)).ties == []
 
 
-def test_empty_tensors_are_not_tied(tmp_path):
+def test_ties_leave_out_empty_tensors(tmp_path):
     state = {"w": torch.ones(1), "a": torch.ones(0), "b": torch.ones(0)}
     assert plan_of(tmp_path, state, state).ties == []
 
@@ -386,7 +384,7 @@ def test_empty_tensors_are_not_tied(tmp_path):
 # BatchNorm
 
 
-def test_layers_with_running_statistics_are_found_by_name():
+def test_batchnorm_layers_are_found_by_name():
     network = torch.nn.Sequential(
         torch.nn.BatchNorm2d(3),
         torch.nn.BatchNorm1d(3, track_running_stats=False),
@@ -400,7 +398,7 @@ def test_layers_with_running_statistics_are_found_by_name():
 # One checkpoint as it is
 
 
-def test_a_copy_takes_every_tensor_of_one_checkpoint(tmp_path):
+def test_plan_copy_takes_every_tensor(tmp_path):
     state = {
         "w": torch.ones(2).bfloat16(),
         "n": torch.tensor(1),
@@ -413,19 +411,19 @@ def test_a_copy_takes_every_tensor_of_one_checkpoint(tmp_path):
     assert not any(t.averaged for t in plan.tensors)
 
 
-def test_a_copy_of_what_has_no_plain_bytes_is_refused(tmp_path):
+def test_plan_copy_refuses_tensors_without_plain_bytes(tmp_path):
     checkpoint = open_checkpoint(save(tmp_path / "a.pt", {**ONE, "s": torch.ones(2).to_sparse()}))
     with pytest.raises(CkptavgError, match="not plain: s"):
         plan_copy(checkpoint)
 
 
-def test_a_pattern_that_matches_nothing_is_said(tmp_path):
+def test_pattern_without_match_is_noted(tmp_path):
     checkpoints = opened(tmp_path, [{"a": torch.zeros(1)}, {"a": torch.ones(1)}])
     notes = make_plan(checkpoints, [1, 1], Rules(exclude=("epoch_2*",))).notes
     assert notes == ("the pattern 'epoch_2*' matches no tensor (`glob` selects files)",)
 
 
-def test_a_mistyped_pattern_gets_the_one_that_was_meant(tmp_path):
+def test_pattern_mistyped_gets_a_suggestion(tmp_path):
     checkpoints = opened(tmp_path, [{"head.fc.weight": torch.zeros(1), "w": torch.ones(1)}] * 2)
     notes = make_plan(checkpoints, [1, 1], Rules(exclude=("fc",))).notes
     assert notes == ("the pattern 'fc' matches no tensor. Did you mean *.fc.*?",)
