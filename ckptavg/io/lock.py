@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ckptavg.io import temporaries
@@ -29,14 +29,36 @@ def lock_beside(path: Path) -> Iterator[None]:
         path: The file.
     """
     side = path.with_name(f".{path.name}{_LOCK}")
-    handle = _acquire(side)
+    try:
+        handle = _acquire(side)
+    # Ctrl-C may come between creating and locking the side file.
+    except BaseException:
+        _remove_unlocked(side)
+        raise
     try:
         yield
     finally:
         if handle is not None:
             # Removed while locked: a process that waits then sees that the path has another file.
             temporaries.remove(side)
-            os.close(handle)
+            _release(handle)
+
+
+def _remove_unlocked(side: Path) -> None:
+    """Remove a side file unless another process holds the lock."""
+    with suppress(OSError):
+        handle = os.open(side, os.O_RDWR)
+        try:
+            if temporaries.lock(handle, side) is not False:
+                temporaries.remove(side)
+        finally:
+            _release(handle)
+
+
+def _release(handle: int) -> None:
+    """Close a side file, which releases the lock, also where closing reports an error."""
+    with suppress(OSError):
+        os.close(handle)
 
 
 def _acquire(side: Path) -> int | None:
@@ -47,10 +69,14 @@ def _acquire(side: Path) -> int | None:
             handle = os.open(side, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError:
             return None
-        locked = temporaries.lock(handle, side)
+        locked: bool | None = False
+        try:
+            locked = temporaries.lock(handle, side)
+        finally:
+            if not locked:
+                _release(handle)
         if locked:
             return handle
-        os.close(handle)
         # Without locks, a side file would only be left over.
         if locked is None:
             temporaries.remove(side)

@@ -6,6 +6,7 @@ import ctypes
 import errno
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,9 @@ def _link_new(old: Path, new: Path) -> bool:
         raise
     except OSError:
         return False
-    old.unlink()
+    # The file has its new name by now. Whoever made the old name removes it again.
+    with suppress(OSError):
+        old.unlink()
     return True
 
 

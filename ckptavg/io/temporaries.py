@@ -28,6 +28,8 @@ except ImportError:  # Windows
 log = logging.getLogger("ckptavg")
 _TEMPORARY = ".ckptavg-tmp"
 _BACKUP = ".ckptavg-old"
+# Attempts. Disks that fail once may do the work the next time.
+_REMOVALS = 3
 _LONGEST_NAME = 255  # bytes, if the file system does not say
 
 
@@ -125,13 +127,15 @@ def remove(path: Path) -> None:
     A path that cannot be removed causes a warning, never an error: the work before has succeeded,
     or has failed with an error that matters more.
     """
-    try:
-        path.unlink()
-    # A directory, for which systems raise different errors; or nothing is there any more.
-    except OSError:
-        shutil.rmtree(path, ignore_errors=True)
-    if os.path.lexists(path):
-        log.warning("%s could not be removed: remove it yourself", path)
+    for _ in range(_REMOVALS):
+        try:
+            path.unlink()
+        # A directory, for which systems raise different errors; or nothing is there any more.
+        except OSError:
+            shutil.rmtree(path, ignore_errors=True)
+        if not os.path.lexists(path):
+            return
+    log.warning("%s could not be removed: remove it yourself", path)
 
 
 def _stem(path: Path) -> str:
