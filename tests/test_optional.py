@@ -18,7 +18,7 @@ from ckptavg.optional import import_optional
     ],
     ids=["missing", "another is missing", "a part is missing", "it cannot"],
 )
-def test_what_is_missing_is_to_be_installed(
+def test_import_optional_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | None, told: str
 ) -> None:
     monkeypatch.syspath_prepend(tmp_path)

@@ -72,7 +72,7 @@ def test_imports_go_down(room):
     assert not upward
 
 
-def test_root_holds_few_modules():
+def test_package_root_holds_few_modules():
     assert len(list(PACKAGE.glob("*.py"))) <= 5
 
 

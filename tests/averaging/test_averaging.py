@@ -115,7 +115,7 @@ def trained(directory):
 
 
 @pytest.mark.parametrize("scheme", ["uniform", "ema:decay=0.9"])
-def test_an_average_is_that_of_torch_and_no_further_from_the_exact_one(tmp_path, scheme):
+def test_average_is_at_least_as_exact_as_torch(tmp_path, scheme):
     saved, swa, ema = trained(tmp_path)
     found = average(open_run(tmp_path), scheme)
     torchs = swa if scheme == "uniform" else ema
@@ -131,7 +131,7 @@ def test_an_average_is_that_of_torch_and_no_further_from_the_exact_one(tmp_path,
         assert ours <= (torchs[name].double() - exact[name]).abs().max()
 
 
-def test_an_averaged_model_of_torch_can_itself_be_averaged(tmp_path):
+def test_average_takes_averaged_models_of_torch(tmp_path):
     model = AveragedModel(torch.nn.Linear(2, 2))
     plain = torch.nn.Linear(2, 2).state_dict()
     save_states(tmp_path, [model.state_dict(), plain])
@@ -142,21 +142,21 @@ def test_an_averaged_model_of_torch_can_itself_be_averaged(tmp_path):
         assert same_bits(tensor, mean.float())
 
 
-def test_weights_go_to_the_checkpoints_in_the_order_of_the_run(tmp_path):
+def test_weights_follow_the_order_of_the_run(tmp_path):
     for i in (2, 10, 1):
         save(tmp_path / f"epoch_{i}.pt", {"w": torch.tensor([float(i)])})
     found = average(open_run(tmp_path), weights=[2, 3, 5])
     assert found["w"].item() == pytest.approx((2 * 1 + 3 * 2 + 5 * 10) / 10)
 
 
-def test_ema_per_step_takes_the_recorded_steps(tmp_path):
+def test_ema_per_step_takes_recorded_steps(tmp_path):
     for step in (1, 2, 4, 8):
         save(tmp_path / f"e{9 - step}.pt", {"w": torch.tensor([step + 0.0])}, global_step=step)
     found = average(open_run(tmp_path), "ema:decay=0.9,per=step")
     assert found["w"].item() == pytest.approx(3.834421, abs=1e-6)
 
 
-def test_the_final_weights_of_several_runs_are_averaged(tmp_path):
+def test_average_takes_last_checkpoints_of_several_runs(tmp_path):
     """SWAP: each worker's last checkpoint."""
     for worker, final in (("a", 1.0), ("b", 5.0)):
         save_states(tmp_path / worker, [{"w": torch.tensor([v])} for v in (99.0, final)])
@@ -164,14 +164,14 @@ def test_the_final_weights_of_several_runs_are_averaged(tmp_path):
     assert found["w"].item() == 3.0
 
 
-def test_checkpoints_may_be_given_one_by_one(run_dir):
+def test_average_takes_an_iterable_of_checkpoints(run_dir):
     paths = sorted(run_dir.iterdir())
     found = average(open_checkpoint(path) for path in paths)
     assert all(same_bits(found[name], t) for name, t in average(open_run(run_dir)).items())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
-def test_dtype_converts_the_float64_sum_once(tmp_path, dtype):
+def test_dtype_rounds_float64_sum_once(tmp_path, dtype):
     saved = states(4)
     save_states(tmp_path, saved)
     for name, tensor in average(open_run(tmp_path), dtype=dtype).items():
@@ -179,7 +179,7 @@ def test_dtype_converts_the_float64_sum_once(tmp_path, dtype):
         assert same_bits(tensor, expected), name
 
 
-def test_names_come_bare_whatever_wrapped_the_model(tmp_path):
+def test_output_has_bare_names_of_wrapped_models(tmp_path):
     bare = {"a.w": torch.ones(2), "b.w": torch.ones(2)}
     wrapped = {"module._orig_mod." + name: 3 * t for name, t in bare.items()}
     save_states(tmp_path / "run", [bare, wrapped])
@@ -199,14 +199,14 @@ def heads(directory):
 
 
 @pytest.mark.parametrize("choice", [{"include": ["body"]}, {"exclude": ["head*"]}])
-def test_what_is_not_averaged_comes_from_the_last(tmp_path, choice):
+def test_exclude_takes_tensors_from_the_last_checkpoint(tmp_path, choice):
     found = average(open_run(heads(tmp_path)), **choice)
     assert found["body"].tolist() == [2.0]
     assert found["head"].tolist() == [3.0] * 5
 
 
 @pytest.mark.parametrize("as_path", [True, False])
-def test_what_is_not_averaged_comes_from_the_base(tmp_path, as_path):
+def test_base_gives_tensors_not_included(tmp_path, as_path):
     run = open_run(heads(tmp_path))
     base = tmp_path / "epoch_1.pt" if as_path else run.checkpoints[0]
     found = average(run, base=base, include=["body"])
@@ -214,7 +214,7 @@ def test_what_is_not_averaged_comes_from_the_base(tmp_path, as_path):
     assert found["head"].tolist() == [1.0] * 3
 
 
-def test_a_base_by_its_path_gives_the_entry_that_the_run_was_opened_with(tmp_path):
+def test_base_is_opened_with_key_of_the_run(tmp_path):
     for i in (1.0, 3.0):
         entries = {"body": torch.tensor([i]), "head": torch.tensor([i])}
         ema = {name: 10 * t for name, t in entries.items()}
@@ -224,7 +224,7 @@ def test_a_base_by_its_path_gives_the_entry_that_the_run_was_opened_with(tmp_pat
     assert (found["body"].item(), found["head"].item()) == (20.0, 10.0)
 
 
-def test_a_base_may_keep_its_weights_under_another_entry_than_the_run(tmp_path):
+def test_base_may_have_another_entry_than_the_run(tmp_path):
     for i in (1.0, 3.0):
         weights = {"body": torch.tensor([i]), "head": torch.tensor([i])}
         save(tmp_path / "run" / f"epoch_{i:g}.pt", weights, epoch=i)
@@ -233,7 +233,7 @@ def test_a_base_may_keep_its_weights_under_another_entry_than_the_run(tmp_path):
     assert (found["body"].tolist(), found["head"].tolist()) == ([2.0], [0.0] * 5)
 
 
-def test_one_pattern_may_stand_alone(tmp_path):
+def test_include_takes_one_pattern(tmp_path):
     both = [{"body": torch.tensor([x]), "head": torch.tensor([x])} for x in (0.0, 1.0)]
     save_states(tmp_path, both)
     found = average(open_run(tmp_path), include="bod*")
@@ -244,7 +244,7 @@ def test_one_pattern_may_stand_alone(tmp_path):
 
 
 @pytest.mark.parametrize("name", OUTPUTS)
-def test_an_output_holds_the_bits_of_the_average_in_memory(run_dir, tmp_path, name):
+def test_output_equals_average_in_memory(run_dir, tmp_path, name):
     expected = average(open_run(run_dir))
     out = average(open_run(run_dir), out=tmp_path / name)
     assert out == tmp_path / name
@@ -254,20 +254,20 @@ def test_an_output_holds_the_bits_of_the_average_in_memory(run_dir, tmp_path, na
 
 
 @pytest.mark.parametrize("name", OUTPUTS)
-def test_an_output_loads_as_the_inputs_did(run_dir, tmp_path, name):
+def test_output_opens_as_a_checkpoint(run_dir, tmp_path, name):
     out = open_checkpoint(average(open_run(run_dir), out=tmp_path / name))
     expected = average(open_run(run_dir))
     assert all(same_bits(t, expected[name]) for name, t in read_state_dict(out).items())
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".ckpt", ".bin", ".pt.tar"])
-def test_every_suffix_of_torch_gives_a_torch_file(run_dir, tmp_path, suffix):
+def test_output_suffixes_of_torch_give_torch_files(run_dir, tmp_path, suffix):
     out = average(open_run(run_dir), out=tmp_path / f"swa{suffix}")
     assert torch.load(out, weights_only=True)["n"].item() == 2
 
 
 @pytest.mark.parametrize("name", OUTPUTS)
-def test_an_output_says_how_it_was_made(run_dir, tmp_path, name):
+def test_output_records_provenance(run_dir, tmp_path, name):
     scheme = "ema:decay=0.5"
     run = open_run(run_dir)
     made = account(average(run, scheme, out=tmp_path / name))
@@ -282,7 +282,7 @@ def test_an_output_says_how_it_was_made(run_dir, tmp_path, name):
         assert entry["mtime"] == pytest.approx(path.stat().st_mtime)
 
 
-def test_a_torch_file_keeps_ties_and_loads_strictly(tmp_path):
+def test_output_keeps_ties_and_loads_strictly(tmp_path):
     class Tied(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -305,7 +305,7 @@ def test_a_torch_file_keeps_ties_and_loads_strictly(tmp_path):
     assert kept["emb.weight"].data_ptr() == kept["head.weight"].data_ptr()
 
 
-def test_an_output_may_lie_in_the_run_directory(run_dir):
+def test_output_may_lie_in_the_run_directory(run_dir):
     out = average(open_run(run_dir), out=run_dir / "swa.pt")
     again = average(open_run(run_dir), out=run_dir / "swa.pt", overwrite=True)
     assert out == again
@@ -326,7 +326,7 @@ def hugging_face(directory, tensors, prefix=""):
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_a_directory_follows_the_layout_of_its_input(tmp_path, prefix):
+def test_output_directory_follows_layout_of_input(tmp_path, prefix):
     for i in (1, 3):
         tensors = {"a": torch.full((2,), float(i)), "b": torch.full((3,), float(i))}
         hugging_face(tmp_path / "run" / f"checkpoint-{i}", tensors, prefix)
@@ -339,12 +339,12 @@ def test_a_directory_follows_the_layout_of_its_input(tmp_path, prefix):
     assert names(open_run(out)) == ["swa"]
 
 
-def test_a_directory_from_another_layout_has_the_bare_names(tmp_path):
+def test_output_directory_has_bare_names_from_another_layout(tmp_path):
     save_states(tmp_path / "run", [{"module.w": torch.ones(2)}] * 2)
     assert list(read(average(open_run(tmp_path / "run"), out=tmp_path / "swa"))) == ["w"]
 
 
-def test_state_in_memory_is_written_with_its_ties(tmp_path):
+def test_write_state_dict_keeps_ties(tmp_path):
     weight = torch.randn(3, 3)
     state = {"a": weight, "b": weight, "t": torch.randn(3, 2).t(), "e": torch.ones(0)}
     checkpoint = open_checkpoint(save(tmp_path / "in.pt", state))
@@ -368,7 +368,7 @@ def notes(caplog):
     return lambda: [r.getMessage() for r in caplog.records if r.name.startswith("ckptavg")]
 
 
-def test_integers_come_from_the_last_checkpoint_and_a_note_names_those_that_differ(tmp_path, notes):
+def test_integers_that_differ_are_noted_by_name(tmp_path, notes):
     for i in (1, 2, 3):
         state = {
             "w": torch.tensor([float(i)]),
@@ -387,7 +387,7 @@ def test_integers_come_from_the_last_checkpoint_and_a_note_names_those_that_diff
     assert "ids" not in note
 
 
-def test_what_an_output_cannot_hold_is_left_out_with_a_warning(tmp_path, caplog):
+def test_output_leaves_out_sparse_tensors_with_a_warning(tmp_path, caplog):
     states = [{"adj": torch.eye(4).to_sparse(), "w": torch.full((3,), float(i))} for i in (1, 3)]
     save_states(tmp_path / "run", states)
     with pytest.raises(UnsupportedTensorError, match=r"adj \(a sparse tensor\).*`exclude`"):
@@ -399,13 +399,13 @@ def test_what_an_output_cannot_hold_is_left_out_with_a_warning(tmp_path, caplog)
     assert record.getMessage().endswith("which cannot hold them: adj (a sparse tensor)")
 
 
-def test_nothing_is_noted_where_there_is_nothing_to_note(tmp_path, notes):
+def test_notes_are_empty_without_need(tmp_path, notes):
     save_states(tmp_path, [{"w": torch.ones(2), "n": torch.tensor(1)}] * 2)
     average(open_run(tmp_path))
     assert notes() == []
 
 
-def test_mixed_widths_are_noted_with_the_output_type(tmp_path, notes):
+def test_mixed_widths_are_noted_with_output_dtype(tmp_path, notes):
     save_states(tmp_path, [{"w": torch.ones(2).half()}, {"w": torch.ones(2)}])
     assert average(open_run(tmp_path))["w"].dtype == torch.float32
     (note,) = notes()
@@ -421,7 +421,7 @@ def normalized_net(directory):
 
 
 @pytest.mark.parametrize("name", OUTPUTS)
-def test_averaged_running_statistics_are_marked_stale(tmp_path, name):
+def test_stale_statistics_are_marked_in_output(tmp_path, name):
     run = open_run(normalized_net(tmp_path / "run"))
     statistics = [read_state_dict(c)["1.running_var"].double() for c in run]
     with pytest.warns(StaleStatisticsWarning, match="stale"):
@@ -439,7 +439,7 @@ def test_averaged_running_statistics_are_marked_stale(tmp_path, name):
         ({"exclude": ["*running_*"], "dtype": "float64"}, "stale"),
     ],
 )
-def test_statistics_are_the_weights_own_only_if_all_come_from_one(tmp_path, choice, expected):
+def test_batchnorm_is_own_only_if_all_from_one_checkpoint(tmp_path, choice, expected):
     run = open_run(normalized_net(tmp_path))
     assert plan_average(run, **choice).batchnorm == expected
     with warnings.catch_warnings(record=True) as caught:
@@ -458,7 +458,7 @@ def test_statistics_are_the_weights_own_only_if_all_come_from_one(tmp_path, choi
         ),
     ],
 )
-def test_stale_statistics_are_a_warning_in_the_words_of_python(tmp_path, notes, compute, whose):
+def test_stale_statistics_warning_names_python_calls(tmp_path, notes, compute, whose):
     run = open_run(normalized_net(tmp_path))
     with pytest.warns(StaleStatisticsWarning) as caught:
         compute(run)
@@ -470,7 +470,7 @@ def test_stale_statistics_are_a_warning_in_the_words_of_python(tmp_path, notes, 
     assert [note for note in notes() if "stale" in note] == []
 
 
-def test_the_command_notes_stale_statistics_once_and_does_not_warn(tmp_path):
+def test_stale_statistics_are_noted_once_by_the_command(tmp_path):
     normalized_net(tmp_path / "run")
     arguments = ["average", str(tmp_path / "run"), "-o", str(tmp_path / "swa.pt")]
     with warnings.catch_warnings():
@@ -481,7 +481,7 @@ def test_the_command_notes_stale_statistics_once_and_does_not_warn(tmp_path):
     assert "--train-data" in result.stderr
 
 
-def test_an_average_in_memory_tells_how_it_was_made_and_is_saved_with_it(tmp_path):
+def test_provenance_is_kept_by_average_in_memory(tmp_path):
     run = open_run(normalized_net(tmp_path / "run"))
     state = average(run)
     assert provenance_of(state).bn == "stale"
@@ -495,7 +495,7 @@ def test_an_average_in_memory_tells_how_it_was_made_and_is_saved_with_it(tmp_pat
 
 @pytest.mark.parametrize("as_zip", [True, False])
 @pytest.mark.parametrize("key", ["", "model"])
-def test_what_torch_saves_of_an_average_in_memory_tells_how_it_was_made(tmp_path, key, as_zip):
+def test_provenance_is_kept_by_torch_save(tmp_path, key, as_zip):
     run = open_run(normalized_net(tmp_path / "run"))
     state = average(run)
     saved = {"model": state, "ema": state.copy()} if key else state
@@ -509,25 +509,25 @@ def test_what_torch_saves_of_an_average_in_memory_tells_how_it_was_made(tmp_path
     assert names(open_run(tmp_path / "run")) == names(run)
 
 
-def test_a_base_adds_what_the_run_lacks(tmp_path):
+def test_base_adds_tensors_that_the_run_lacks(tmp_path):
     save_states(tmp_path / "run", [{"a": torch.tensor([x])} for x in (0.0, 2.0)])
     base = save(tmp_path / "base.pt", {"a": torch.tensor([9.0]), "extra": torch.tensor([5.0])})
     found = average(open_run(tmp_path / "run"), base=base)
     assert {name: tensor.item() for name, tensor in found.items()} == {"a": 1.0, "extra": 5.0}
 
 
-def test_a_checkpoint_without_any_of_the_chosen_tensors_is_named(tmp_path):
+def test_mismatch_names_checkpoint_without_included_tensors(tmp_path):
     save_states(tmp_path, [{"b": torch.ones(1)}, {"a": torch.ones(1), "b": torch.ones(1)}])
     with pytest.raises(MismatchError, match=r"epoch_1\.pt lacks 1 tensors \(a\)"):
         average(open_run(tmp_path), include="a")
 
 
-def test_huge_weights_do_not_overflow(tmp_path):
+def test_weights_of_huge_size_do_not_overflow(tmp_path):
     save_states(tmp_path, [{"a": torch.tensor([x])} for x in (100.0, 300.0)])
     assert average(open_run(tmp_path), weights=[5e307, 5e307])["a"].item() == 200.0
 
 
-def test_what_was_kept_though_not_finite_is_a_warning(tmp_path, caplog):
+def test_on_nonfinite_keep_warns(tmp_path, caplog):
     save_states(tmp_path, [{"w": torch.tensor([x, 1.0])} for x in (1.0, float("nan"))])
     found = average(open_run(tmp_path), on_nonfinite="keep")
     assert found["w"].isnan().tolist() == [True, False]
@@ -602,7 +602,7 @@ def output_has_no_directory(run_dir, out):
         (output_has_no_directory, OutputError, "does not exist"),
     ],
 )
-def test_a_failure_is_one_line_with_its_remedy_and_leaves_nothing(
+def test_error_is_one_line_with_remedy_and_leaves_nothing(
     run_dir, tmp_path, spoil, kind, match, name
 ):
     out = tmp_path / "out" / name
@@ -623,7 +623,7 @@ def assert_reported(error):
 
 
 @pytest.mark.parametrize("name", OUTPUTS)
-def test_too_little_room_shows_before_anything_is_written(run_dir, tmp_path, monkeypatch, name):
+def test_output_needs_free_space_before_writing(run_dir, tmp_path, monkeypatch, name):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
     before = contents(tmp_path)
     with pytest.raises(OutputError, match=r"where 100 B are free.*Make room") as caught:
@@ -633,7 +633,7 @@ def test_too_little_room_shows_before_anything_is_written(run_dir, tmp_path, mon
 
 
 @pytest.mark.parametrize("name", OUTPUTS)
-def test_a_disk_that_runs_full_leaves_nothing(run_dir, tmp_path, monkeypatch, name):
+def test_output_leaves_nothing_on_a_full_disk(run_dir, tmp_path, monkeypatch, name):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -647,7 +647,7 @@ def test_a_disk_that_runs_full_leaves_nothing(run_dir, tmp_path, monkeypatch, na
 
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("target", ["run/epoch_2.pt", "run/../run/epoch_1.pt", "link.pt", "run"])
-def test_an_output_that_is_an_input_is_refused_always(run_dir, tmp_path, target, overwrite):
+def test_output_refuses_to_replace_an_input(run_dir, tmp_path, target, overwrite):
     (tmp_path / "link.pt").symlink_to(run_dir / "epoch_3.pt")
     before = contents(tmp_path)
     with pytest.raises(OutputError, match="is an input") as caught:
@@ -656,7 +656,7 @@ def test_an_output_that_is_an_input_is_refused_always(run_dir, tmp_path, target,
     assert contents(tmp_path) == before
 
 
-def test_an_output_that_is_the_base_is_refused(run_dir, tmp_path):
+def test_output_refuses_to_replace_the_base(run_dir, tmp_path):
     base = save(tmp_path / "base.pt", states()[0])
     before = contents(tmp_path)
     with pytest.raises(OutputError, match=r"is an input \(.*base\.pt\)"):
@@ -673,7 +673,7 @@ def test_overwrite_replaces_an_output(run_dir, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", OUTPUTS)
-def test_a_failure_leaves_the_output_that_it_was_to_replace(run_dir, tmp_path, name):
+def test_overwrite_keeps_old_output_on_failure(run_dir, tmp_path, name):
     average(open_run(run_dir), out=tmp_path / name)
     has_a_nan(run_dir, None)
     before = contents(tmp_path)
@@ -683,7 +683,7 @@ def test_a_failure_leaves_the_output_that_it_was_to_replace(run_dir, tmp_path, n
 
 
 @pytest.mark.parametrize("name", OUTPUTS)
-def test_an_output_that_appears_meanwhile_is_not_replaced(run_dir, tmp_path, name):
+def test_output_that_appears_meanwhile_is_kept(run_dir, tmp_path, name):
     def somebody_writes(*_):
         (tmp_path / name).write_text("theirs")
 
@@ -696,7 +696,7 @@ def test_an_output_that_appears_meanwhile_is_not_replaced(run_dir, tmp_path, nam
 
 @pytest.mark.parametrize("name", OUTPUTS)
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
-def test_an_interruption_leaves_nothing(run_dir, tmp_path, name, error):
+def test_output_leaves_nothing_on_interruption(run_dir, tmp_path, name, error):
     def interrupt(*_):
         raise error
 
@@ -708,7 +708,7 @@ def test_an_interruption_leaves_nothing(run_dir, tmp_path, name, error):
 
 
 @first_only("name", ["swa.pt", "swa"])
-def test_the_temporary_of_a_dead_run_is_cleared_by_the_next(run_dir, tmp_path, name):
+def test_output_clears_temporary_of_a_dead_process(run_dir, tmp_path, name):
     script = (
         "import os, sys, ckptavg; ckptavg.average(ckptavg.open_run(sys.argv[1]), out=sys.argv[2],"
         " progress=lambda *_: os._exit(9))"
@@ -721,7 +721,7 @@ def test_the_temporary_of_a_dead_run_is_cleared_by_the_next(run_dir, tmp_path, n
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["run", name])
 
 
-def test_a_type_that_the_format_lacks_is_an_error_that_names_another(tmp_path):
+def test_safetensors_output_refuses_complex128(tmp_path):
     save_states(tmp_path / "run", [{"z": torch.ones(2, dtype=torch.complex128)}] * 2)
     before = contents(tmp_path)
     with pytest.raises(UnsupportedTensorError, match=r"z \(complex128\).*\.pt") as caught:
@@ -741,7 +741,7 @@ def test_a_type_that_the_format_lacks_is_an_error_that_names_another(tmp_path):
         {"out": "swa.onnx"},
     ],
 )
-def test_wrong_usage_is_told_apart(run_dir, tmp_path, options):
+def test_usage_errors_exit_with_2(run_dir, tmp_path, options):
     if "out" in options:
         options = {"out": tmp_path / options["out"]}
     before = contents(tmp_path)
@@ -751,7 +751,7 @@ def test_wrong_usage_is_told_apart(run_dir, tmp_path, options):
     assert contents(tmp_path) == before
 
 
-def test_an_empty_run_is_an_error():
+def test_average_refuses_an_empty_run():
     with pytest.raises(CkptavgError, match="no checkpoint"):
         average([])
 
@@ -788,7 +788,7 @@ def removed(path):
 
 @pytest.mark.parametrize("name", [None, *OUTPUTS])
 @pytest.mark.parametrize("change", [touched, rewritten, grown, replaced, removed])
-def test_an_input_that_changes_while_it_is_read_is_an_error(run_dir, tmp_path, change, name):
+def test_input_changed_while_read_is_an_error(run_dir, tmp_path, change, name):
     def progress(done, total):
         if done == total:
             change(run_dir / "epoch_2.pt")
@@ -800,7 +800,7 @@ def test_an_input_that_changes_while_it_is_read_is_an_error(run_dir, tmp_path, c
 
 
 @pytest.mark.parametrize("change", [touched, removed])
-def test_a_base_that_changes_while_it_is_read_is_an_error(run_dir, tmp_path, change):
+def test_base_changed_while_read_is_an_error(run_dir, tmp_path, change):
     base = save(tmp_path / "base.pt", states()[0])
 
     def progress(done, total):
@@ -811,7 +811,7 @@ def test_a_base_that_changes_while_it_is_read_is_an_error(run_dir, tmp_path, cha
         average(open_run(run_dir), base=base, exclude=["a"], progress=progress)
 
 
-def test_an_input_that_changed_since_it_was_opened_is_an_error(run_dir):
+def test_input_changed_since_opened_is_an_error(run_dir):
     run = open_run(run_dir)
     save(run_dir / "epoch_2.pt", states(4)[3])
     with pytest.raises(CheckpointError, match=r"epoch_2\.pt changed"):
@@ -851,7 +851,7 @@ def sparse_checkpoint(path, megabytes):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="measured through Linux's /proc")
-def test_memory_is_flat_in_the_number_of_checkpoints_and_below_the_size_of_one(tmp_path):
+def test_memory_does_not_grow_with_checkpoints(tmp_path):
     """Peaks in MiB above `import torch`, of 4 and of 16 checkpoints of 200 MB."""
     runs = [tmp_path / "few", tmp_path / "many"]
     for run, count in zip(runs, (4, 16), strict=True):

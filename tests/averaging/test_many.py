@@ -78,7 +78,7 @@ def alone(run, asked, **options):
 
 @settings(derandomize=True, deadline=None, max_examples=80)
 @given(runs(), st.data())
-def test_every_bit_is_that_of_the_average_alone(drawn, data):
+def test_average_many_equals_average_in_every_bit(drawn, data):
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         save_states(directory, drawn[0])
@@ -95,7 +95,7 @@ def test_every_bit_is_that_of_the_average_alone(drawn, data):
         assert the_same(state, expected[name]), name
 
 
-def test_each_byte_is_read_once(run, tmp_path, monkeypatch):
+def test_average_many_reads_each_byte_once(run, tmp_path, monkeypatch):
     """Of each file as many bytes as its tensors have, whatever number of averages they go into."""
     read = counted_reads(monkeypatch)
     windows = {f"last{k}": run.last(k) for k in range(1, 7)}
@@ -103,7 +103,7 @@ def test_each_byte_is_read_once(run, tmp_path, monkeypatch):
     assert read == {str(checkpoint.path): checkpoint.nbytes for checkpoint in run}
 
 
-def test_outputs_are_those_of_average_alone(run, tmp_path):
+def test_average_many_writes_files_of_average(run, tmp_path):
     asked = {"last2": run.last(2), "ema.pt": "ema:decay=0.5", "mix.pth": (run.every(2), [1, 2, 3])}
     paths = average_many(run, asked, out_dir=tmp_path / "out")
     assert {name: path.name for name, path in paths.items()} == {
@@ -115,13 +115,13 @@ def test_outputs_are_those_of_average_alone(run, tmp_path):
     assert listing(tmp_path / "out") == ["ema.pt", "last2.safetensors", "mix.pth"]
 
 
-def test_integers_are_those_of_the_last_of_each_selection(run):
+def test_average_many_takes_integers_of_each_selection(run):
     asked = {"early": run.steps(1, 3), "late": run.last(2)}
     found = average_many(run, asked)
     assert (int(found["early"]["steps"]), int(found["late"]["steps"])) == (2, 5)
 
 
-def test_a_checkpoint_that_comes_again_is_added_in_its_turn(tmp_path):
+def test_average_adds_repeated_checkpoints_in_order(tmp_path):
     values = (1e16, 1.0, -1e16)  # whose sum depends on the order
     made = [{"w": torch.tensor([v], dtype=torch.float64), "n": torch.tensor(0)} for v in values]
     save_states(tmp_path, made)
@@ -130,7 +130,7 @@ def test_a_checkpoint_that_comes_again_is_added_in_its_turn(tmp_path):
     assert average([two, two, one, three])["w"].item() == 0.5
 
 
-def test_patterns_types_and_a_base_hold_for_all(run, tmp_path):
+def test_average_many_applies_options_to_all(run, tmp_path):
     base = save_states(tmp_path / "base", states(1))[0]
     options = {"exclude": "half", "base": base, "dtype": "float64"}
     found = average_many(run, {"a": run.last(2), "b": "linear"}, **options)
@@ -138,7 +138,7 @@ def test_patterns_types_and_a_base_hold_for_all(run, tmp_path):
     assert the_same(found["b"], average(run, "linear", **options))
 
 
-def test_hugging_face_runs_give_directories(tmp_path):
+def test_average_many_writes_huggingface_directories(tmp_path):
     for step in (1, 2, 3):
         directory = tmp_path / "run" / f"checkpoint-{step}"
         save_states(directory, [{"w": torch.full((4,), float(step))}], ".safetensors")
@@ -150,7 +150,7 @@ def test_hugging_face_runs_give_directories(tmp_path):
     assert paths["all.pt"].is_file()
 
 
-def test_an_adapter_is_merged_in_each(tmp_path):
+def test_average_many_averages_adapters(tmp_path):
     """Adapters are read through stand-ins of their tensors, which no other average shares."""
     config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "base_model_name_or_path": "x"}
     for step in (1, 2, 3):
@@ -166,7 +166,7 @@ def test_an_adapter_is_merged_in_each(tmp_path):
     assert the_same(found["all"], average(run, "linear"))
 
 
-def test_what_is_not_finite_is_refused_for_all_and_kept_where_it_is(run, tmp_path):
+def test_average_many_refuses_or_keeps_nonfinite(run, tmp_path):
     bad = states(6)
     bad[1]["weight"][77] = float("nan")
     save_states(tmp_path / "run", bad)
@@ -192,7 +192,7 @@ def test_what_is_not_finite_is_refused_for_all_and_kept_where_it_is(run, tmp_pat
         ({"x": "lawa:k=2", "y": "ema:decay=2"}, UsageError, "decay"),
     ],
 )
-def test_a_mistake_is_found_before_anything_is_written(run, tmp_path, asked, error, message):
+def test_average_many_refuses_mistakes_before_writing(run, tmp_path, asked, error, message):
     out = tmp_path / "out"
     out.mkdir()
     (out / "taken.safetensors").touch()
@@ -201,14 +201,14 @@ def test_a_mistake_is_found_before_anything_is_written(run, tmp_path, asked, err
     assert listing(out) == ["taken.safetensors"]
 
 
-def test_selections_of_another_run_are_refused(run, tmp_path):
+def test_average_many_refuses_selections_of_another_run(run, tmp_path):
     other = open_run(tmp_path / "run")
     for asked in (other.last(2), ckptavg.Run((run.checkpoints[::-1],))):
         with pytest.raises(UsageError, match="no selection of the run"):
             average_many(run, {"x": asked})
 
 
-def test_one_that_does_not_fit_stops_all(tmp_path):
+def test_average_many_writes_nothing_if_a_checkpoint_mismatches(tmp_path):
     wrong = states(3)
     del wrong[0]["half"]
     save_states(tmp_path / "run", wrong)
@@ -219,7 +219,7 @@ def test_one_that_does_not_fit_stops_all(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_room_is_that_of_all_outputs_together(run, tmp_path, monkeypatch):
+def test_average_many_checks_free_space_for_all(run, tmp_path, monkeypatch):
     size = average(run, out=tmp_path / "one.safetensors").stat().st_size
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(0, 0, int(2.5 * size)))
@@ -231,7 +231,7 @@ def test_room_is_that_of_all_outputs_together(run, tmp_path, monkeypatch):
     assert len(average_many(run, asked, out_dir=tmp_path / "out")) == 2
 
 
-def test_a_failure_while_writing_leaves_nothing(run, tmp_path, monkeypatch):
+def test_average_many_leaves_nothing_on_a_full_disk(run, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
@@ -241,7 +241,7 @@ def test_a_failure_while_writing_leaves_nothing(run, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_every_output_says_how_it_was_made(run, tmp_path):
+def test_average_many_records_provenance(run, tmp_path):
     paths = average_many(
         run, {"last2": run.last(2), "ema": "ema:decay=0.9"}, out_dir=tmp_path / "out"
     )
@@ -254,7 +254,7 @@ def command(*arguments):
     return CliRunner().invoke(main, ["average", *map(str, arguments)])
 
 
-def test_the_command_writes_further_averages_beside_its_own(run, tmp_path):
+def test_also_writes_further_averages(run, tmp_path):
     result = command(
         tmp_path / "run", "-o", tmp_path / "all.pt", "--last", 5, "--json",
         "--also", "last2=@last=2", "--also", "ema.safetensors=ema:decay=0.9,debias=true",
@@ -277,7 +277,7 @@ def test_the_command_writes_further_averages_beside_its_own(run, tmp_path):
         assert the_same(ckptavg.average([found]), state), name
 
 
-def test_the_command_shows_each_plan_and_writes_none_in_a_dry_run(run, tmp_path):
+def test_also_shows_each_plan_in_a_dry_run(run, tmp_path):
     result = command(tmp_path / "run", "--dry-run", "--also", "last2=linear@last=2")
     assert result.exit_code == 0, result.output
     assert "6 checkpoints, uniform" in result.stdout
@@ -299,14 +299,14 @@ def test_the_command_shows_each_plan_and_writes_none_in_a_dry_run(run, tmp_path)
         ("x=unifrom", "'--also': x: scheme is expected to be one of uniform, ema, linear, lawa"),
     ],
 )
-def test_a_mistyped_further_average_is_told(run, tmp_path, further, message):
+def test_also_refuses_mistyped_values(run, tmp_path, further, message):
     result = command(tmp_path / "run", "-o", tmp_path / "x.pt", "--also", further)
     assert result.exit_code == 2
     assert message in result.stderr
     assert listing(tmp_path) == ["run", *(f"run/epoch_{i}.pt" for i in range(1, 7))]
 
 
-def test_no_output_replaces_what_another_is_made_of(run, tmp_path):
+def test_average_many_refuses_outputs_that_are_inputs(run, tmp_path):
     """An output's own average need not read the checkpoint for it to be an input."""
     before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     asked = {"all.pt": "uniform", "epoch_2.pt": run.last(1)}
@@ -319,7 +319,7 @@ def test_no_output_replaces_what_another_is_made_of(run, tmp_path):
     assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 
 
-def test_an_error_in_publishing_says_what_is_there(run, tmp_path, monkeypatch):
+def test_average_many_error_lists_published_outputs(run, tmp_path, monkeypatch):
     publish = Publication.publish
 
     def late(self):
@@ -333,7 +333,7 @@ def test_an_error_in_publishing_says_what_is_there(run, tmp_path, monkeypatch):
     assert listing(tmp_path / "out") == ["a.pt", "b.pt"]
 
 
-def test_an_output_that_appears_meanwhile_keeps_all_from_being_published(run, tmp_path):
+def test_average_many_publishes_none_if_an_output_appears(run, tmp_path):
     def progress(done, total):
         if done:
             (tmp_path / "b.pt").touch()
@@ -345,7 +345,7 @@ def test_an_output_that_appears_meanwhile_keeps_all_from_being_published(run, tm
     assert not (tmp_path / "a.pt").exists()
 
 
-def test_directories_made_for_nothing_are_removed(run, tmp_path):
+def test_average_many_removes_directories_it_made_on_failure(run, tmp_path):
     with pytest.raises(UsageError):
         average_many(run, {"a": "uniform", "a.safetensors": "linear"}, out_dir=tmp_path / "p/q/r")
     assert not (tmp_path / "p").exists()
@@ -365,19 +365,19 @@ def test_directories_made_for_nothing_are_removed(run, tmp_path):
         ({"a": [1, 2, 3]}, "'a' is expected to be"),
     ],
 )
-def test_what_is_no_request_is_told(run, tmp_path, asked, message):
+def test_average_many_refuses_malformed_requests(run, tmp_path, asked, message):
     with pytest.raises(UsageError, match=message):
         average_many(run, asked, out_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("given", [3, [3], ["runs/swa", 3], None])
-def test_what_is_no_run_is_told(given):
+def test_average_refuses_other_objects_than_a_run(given):
     with pytest.raises(UsageError, match=r"a run is expected.*ckptavg\.open_run\(PATH\)"):
         average(given)
 
 
-def test_a_path_is_the_run_that_it_holds(run, tmp_path):
+def test_average_takes_a_path_for_a_run(run, tmp_path):
     path = tmp_path / "run"
     expected = average(run)
     for named in (path, str(path), [str(path)], sorted(path.glob("*.pt"))[::-1]):
@@ -388,7 +388,7 @@ def test_a_path_is_the_run_that_it_holds(run, tmp_path):
         average("runs/swa")
 
 
-def test_weights_may_be_of_any_kind_of_number(run):
+def test_average_takes_weights_of_any_number_type(run):
     expected = average(run, weights=[1, 2, 3, 4, 5, 6])
     for weights in (torch.arange(1, 7), range(1, 7), np.arange(1, 7)):
         assert the_same(average(run, weights=weights), expected)

@@ -37,7 +37,7 @@ def coefficients(text, steps):
         ("linear", CONSECUTIVE, 4.9),
     ],
 )
-def test_worked_value(text, steps, expected):
+def test_scheme_has_worked_value(text, steps, expected):
     assert weighted(coefficients(text, steps), THETA) == pytest.approx(expected, abs=5e-7)
 
 
@@ -54,18 +54,18 @@ def test_worked_value(text, steps, expected):
         ("ema:decay=0", [0, 0, 0, 1]),
     ],
 )
-def test_coefficients(text, expected):
+def test_scheme_has_worked_coefficients(text, expected):
     assert coefficients(text, UNEVEN) == pytest.approx(expected, abs=1e-12)
 
 
-def test_ema_is_the_recursion_of_its_definition():
+def test_ema_is_its_recursion():
     mean = THETA[0]
     for value in THETA[1:]:
         mean = 0.7 * mean + 0.3 * value
     assert weighted(coefficients("ema:decay=0.7", CONSECUTIVE), THETA) == pytest.approx(mean)
 
 
-def test_ema_per_step_is_the_recursion_with_the_model_held_since_the_last_checkpoint():
+def test_ema_per_step_holds_model_between_checkpoints():
     mean = THETA[0]
     for before, step, value in zip(UNEVEN, UNEVEN[1:], THETA[1:], strict=False):
         for _ in range(int(step - before)):
@@ -73,12 +73,12 @@ def test_ema_per_step_is_the_recursion_with_the_model_held_since_the_last_checkp
     assert weighted(coefficients("ema:decay=0.9,per=step", UNEVEN), THETA) == pytest.approx(mean)
 
 
-def test_ema_per_step_at_even_gaps_of_one_is_the_ema_per_checkpoint():
+def test_ema_per_step_equals_ema_at_gaps_of_1():
     per_step = coefficients("ema:decay=0.9,per=step", CONSECUTIVE)
     assert per_step == pytest.approx(coefficients("ema:decay=0.9", CONSECUTIVE))
 
 
-def test_ema_per_step_counts_gaps_and_not_where_they_lie():
+def test_ema_per_step_counts_gaps():
     late = [step + 1e6 for step in UNEVEN]
     assert coefficients("ema:decay=0.9,per=step", late) == pytest.approx(
         coefficients("ema:decay=0.9,per=step", UNEVEN)
@@ -86,13 +86,13 @@ def test_ema_per_step_counts_gaps_and_not_where_they_lie():
 
 
 @pytest.mark.parametrize("steps", [[1, 2, None], [1, 2, 2], [1, 3, 2], [None]])
-def test_ema_per_step_refuses_steps_that_do_not_increase(steps):
+def test_ema_per_step_refuses_steps_not_increasing(steps):
     with pytest.raises(RunError, match="leave per=step out") as caught:
         coefficients("ema:decay=0.9,per=step", steps)
     assert caught.value.exit_code == 1
 
 
-def test_schemes_per_checkpoint_need_no_steps():
+def test_ema_per_checkpoint_needs_no_steps():
     assert coefficients("ema:decay=0.5", [None] * 4) == [0.125, 0.125, 0.25, 0.5]
 
 
@@ -108,7 +108,7 @@ texts = st.one_of(
 
 @settings(derandomize=True, deadline=None)
 @given(texts, st.lists(st.integers(0, 10**6), min_size=1, max_size=40, unique=True).map(sorted))
-def test_coefficients_are_a_convex_combination(text, steps):
+def test_coefficients_are_convex(text, steps):
     found = coefficients(text, steps)
     assert len(found) == len(steps)
     assert math.fsum(found) == pytest.approx(1, abs=1e-12)
@@ -117,7 +117,7 @@ def test_coefficients_are_a_convex_combination(text, steps):
 
 @settings(derandomize=True, deadline=None)
 @given(texts)
-def test_a_single_checkpoint_counts_wholly(text):
+def test_coefficient_of_one_checkpoint_is_1(text):
     assert coefficients(text, [7]) == [1.0]
 
 
@@ -149,7 +149,7 @@ def test_a_single_checkpoint_counts_wholly(text):
         "ema:0.9",
     ],
 )
-def test_wrong_specification_says_what_is_expected(text):
+def test_scheme_error_says_what_is_expected(text):
     with pytest.raises(UsageError, match="expected") as caught:
         schemes.parse(text)
     assert caught.value.exit_code == 2
@@ -183,7 +183,7 @@ def test_wrong_specification_says_what_is_expected(text):
         ("liner", "linear"),
     ],
 )
-def test_what_a_mistyped_specification_was_meant_for(text, meant):
+def test_scheme_error_suggests_a_correction(text, meant):
     schemes.parse(meant)
     with pytest.raises(UsageError) as caught:
         schemes.parse(text)
@@ -194,7 +194,7 @@ def test_what_a_mistyped_specification_was_meant_for(text, meant):
     "text",
     ["", "swag", "greedy", "uniform:k=2", "ema:decay=1.5", "ema:decay=0.9,k=2", "lawa:k=two"],
 )
-def test_no_guess_where_something_else_may_be_meant(text):
+def test_scheme_error_makes_no_unsure_suggestion(text):
     with pytest.raises(UsageError) as caught:
         schemes.parse(text)
     assert caught.value.remedy == ""
@@ -205,7 +205,7 @@ def note(text, steps):
     return scheme.note(scheme.coefficients(steps))
 
 
-def test_an_ema_over_few_checkpoints_tells_that_the_oldest_weighs_most():
+def test_ema_note_says_that_the_oldest_weighs_most():
     told = note("ema:decay=0.9", [1, 2, 3])
     assert told.startswith("the oldest of 3 checkpoints weighs most (0.81)")
     assert "debias=true" in told
@@ -226,20 +226,20 @@ def test_an_ema_over_few_checkpoints_tells_that_the_oldest_weighs_most():
         ("lawa:k=4", CONSECUTIVE),
     ],
 )
-def test_nothing_is_noted_where_the_latest_weigh_as_asked_for(text, steps):
+def test_scheme_note_is_empty_without_need(text, steps):
     assert note(text, steps) == ""
 
 
-def test_a_window_longer_than_the_run_is_noted():
+def test_lawa_note_says_that_the_run_is_shorter():
     assert note("lawa:k=10", [1, 2, 3]) == "lawa takes the last 10, and there are only 3"
 
 
-def test_specification_may_be_spaced():
+def test_scheme_may_have_spaces():
     spaced = schemes.parse(" ema:decay=0.5, debias=true ")
     assert spaced.coefficients(CONSECUTIVE) == [0.125, 0.25, 0.5, 1.0]
 
 
-def test_weights_are_taken_as_they_are_and_normalized():
+def test_weights_are_normalized():
     scheme = schemes.from_weights([2, 3, 5])
     assert schemes.normalize(scheme.coefficients([None] * 3)) == [0.2, 0.3, 0.5]
 
@@ -258,12 +258,12 @@ def test_weights_without_a_usable_sum_are_refused(weights):
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_weights_must_be_one_a_checkpoint(count):
+def test_weights_must_match_checkpoints(count):
     with pytest.raises(RunError, match=f"3 weights are given for {count} checkpoints"):
         schemes.from_weights([1, 1, 1]).coefficients([1.0] * count)
 
 
 @pytest.mark.parametrize("scheme", [schemes.parse("uniform"), schemes.from_weights([1])])
-def test_nothing_to_average_is_an_error(scheme):
+def test_scheme_refuses_an_empty_run(scheme):
     with pytest.raises(RunError, match="no checkpoint"):
         scheme.coefficients([])

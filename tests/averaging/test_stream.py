@@ -44,7 +44,7 @@ def compute(checkpoints, coefficients, rules=None, **options):
 
 @settings(derandomize=True, deadline=None, max_examples=250)
 @given(run=runs(), **CUTS)
-def test_every_bit_is_that_of_the_sums_by_hand(run, block, strided_block, task, threads):
+def test_stream_equals_sums_by_hand_in_every_bit(run, block, strided_block, task, threads):
     states, coefficients = run
     with cut_small(strided_block=strided_block, task=task) as directory:
         checkpoints = opened(directory, states)
@@ -74,7 +74,7 @@ def big_run(directory):
 
 @pytest.mark.parametrize("threads", [None, 1, 4])
 @pytest.mark.parametrize("block", [999, stream_module.BLOCK, 10**7])
-def test_blocks_and_threads_leave_no_trace_in_large_tensors(tmp_path, monkeypatch, block, threads):
+def test_stream_bits_do_not_depend_on_blocks_or_threads(tmp_path, monkeypatch, block, threads):
     monkeypatch.setattr(stream_module, "TASK", 50_000)
     monkeypatch.setattr(stream_module, "STRIDED_BLOCK", 7_777)
     states, checkpoints = big_run(tmp_path)
@@ -87,7 +87,7 @@ def test_blocks_and_threads_leave_no_trace_in_large_tensors(tmp_path, monkeypatc
 
 @settings(derandomize=True, deadline=None, max_examples=40)
 @given(st.integers(1, 12), st.integers(0, 2**32))
-def test_the_uniform_average_of_float32_is_the_mean_rounded_once(count, seed):
+def test_stream_rounds_float32_mean_once(count, seed):
     """In [1, 2) sums are exact in float64: the float32 nearest to the true mean must come out."""
     rng = np.random.default_rng(seed)
     states = [{"w": torch.from_numpy(rng.uniform(1, 2, 20).astype("f4"))} for _ in range(count)]
@@ -101,7 +101,7 @@ def test_the_uniform_average_of_float32_is_the_mean_rounded_once(count, seed):
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, *COMPLEX])
-def test_one_checkpoint_comes_out_as_it_went_in(tmp_path, dtype):
+def test_stream_keeps_bits_of_one_checkpoint(tmp_path, dtype):
     tensor = torch.randn(40, dtype=dtype)
     for coefficient in (1.0, 2.0, 0.25):
         found, _ = compute(opened(tmp_path, [{"w": tensor}]), [coefficient])
@@ -109,7 +109,7 @@ def test_one_checkpoint_comes_out_as_it_went_in(tmp_path, dtype):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_equal_zeros_keep_their_sign_and_denormals_their_value(tmp_path, dtype):
+def test_stream_keeps_signed_zeros_and_denormals(tmp_path, dtype):
     smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     tensor = torch.tensor([-0.0, 0.0, smallest, -smallest], dtype=torch.float64).to(dtype)
     assert tensor[2] > 0
@@ -117,7 +117,7 @@ def test_equal_zeros_keep_their_sign_and_denormals_their_value(tmp_path, dtype):
     assert same_bits(found["w"], tensor)
 
 
-def test_denormals_keep_their_value_where_the_process_flushes_them(tmp_path):
+def test_stream_keeps_denormals_in_a_flushing_process(tmp_path):
     tensor = torch.tensor([1e-40, 5e-324], dtype=torch.float64)
     states = [{"w": tensor, "f": tensor.float()}] * 3
     checkpoints = opened(tmp_path, states)
@@ -136,7 +136,7 @@ def test_denormals_keep_their_value_where_the_process_flushes_them(tmp_path):
 @pytest.mark.parametrize(
     "mode", [lambda: torch.device("meta"), torch.inference_mode], ids=["device", "inference"]
 )
-def test_results_are_ordinary_tensors_in_any_mode_of_the_caller(tmp_path, mode):
+def test_stream_gives_ordinary_tensors_in_any_torch_mode(tmp_path, mode):
     tied = torch.tensor([1.5, -2.0])
     states = [{"w": tied * n, "v": tied, "u": tied, "s": torch.tensor(n)} for n in (1.0, 2.0)]
     checkpoints = opened(tmp_path, states)
@@ -148,20 +148,20 @@ def test_results_are_ordinary_tensors_in_any_mode_of_the_caller(tmp_path, mode):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_sums_of_huge_values_do_not_overflow_on_the_way(tmp_path, dtype):
+def test_stream_sums_do_not_overflow_on_the_way(tmp_path, dtype):
     largest = torch.finfo(dtype).max
     tensor = torch.tensor([largest, -largest]).to(dtype)
     found, _ = compute(opened(tmp_path, [{"w": tensor}] * 16), [1.0] * 16)
     assert same_bits(found["w"], tensor)
 
 
-def test_small_terms_are_not_lost_beside_large_ones(tmp_path):
+def test_stream_keeps_small_terms_beside_large_ones(tmp_path):
     states = [{"w": torch.tensor([x])} for x in (1e8, 1.0, -1e8, 1.0)]
     found, _ = compute(opened(tmp_path, states), [1.0] * 4)
     assert found["w"].item() == 0.5
 
 
-def test_a_checkpoint_with_coefficient_0_is_not_read(tmp_path):
+def test_stream_does_not_read_coefficient_0(tmp_path):
     states = [{"w": torch.tensor([x])} for x in (math.nan, 1.0, math.inf, 2.0)]
     checkpoints = opened(tmp_path, states)
     (tmp_path / "epoch_1.pt").unlink()
@@ -192,9 +192,7 @@ NAN, INF = math.nan, math.inf
         ([[1, NAN], [1, 2], [1, 3]], 1, "NaN"),
     ],
 )
-def test_a_nonfinite_average_names_the_tensor_and_its_checkpoint(
-    tmp_path, dtype, columns, culprit, kind
-):
+def test_nonfinite_error_names_tensor_and_checkpoint(tmp_path, dtype, columns, culprit, kind):
     checkpoints = one_weight(tmp_path, *columns, dtype=dtype)
     with pytest.raises(NonFiniteError, match=rf"w is {kind} in .*epoch_{culprit}\.pt.*keep"):
         compute(checkpoints, [1.0] * 3)
@@ -202,7 +200,7 @@ def test_a_nonfinite_average_names_the_tensor_and_its_checkpoint(
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("coefficients", [[1.0, 1.0, 1.0], [-1.0, 2.0, 1.0], [0.2, 0.0, 0.8]])
-def test_masks_that_are_the_same_in_every_checkpoint_stay(tmp_path, dtype, coefficients):
+def test_nonfinite_mask_same_in_all_checkpoints_stays(tmp_path, dtype, coefficients):
     mask = [1.0, -INF, INF, NAN]
     found, result = compute(one_weight(tmp_path, *[mask] * 3, dtype=dtype), coefficients)
     assert same_bits(found["w"], torch.tensor(mask, dtype=dtype))
@@ -210,7 +208,7 @@ def test_masks_that_are_the_same_in_every_checkpoint_stay(tmp_path, dtype, coeff
 
 
 @pytest.mark.parametrize("dtype", COMPLEX)
-def test_complex_masks_are_compared_part_by_part(tmp_path, dtype):
+def test_nonfinite_mask_of_complex_is_compared_by_part(tmp_path, dtype):
     checkpoints = one_weight(tmp_path, [complex(1, -INF)], [complex(3, -INF)], dtype=dtype)
     found, _ = compute(checkpoints, [1.0, 1.0])
     assert (found["w"].real.item(), found["w"].imag.item()) == (2.0, -INF)
@@ -218,13 +216,13 @@ def test_complex_masks_are_compared_part_by_part(tmp_path, dtype):
         compute(one_weight(tmp_path, [complex(1, -INF)], [complex(1, 2)], dtype=dtype), [1.0, 1.0])
 
 
-def test_a_mask_beside_a_difference_is_still_an_error(tmp_path):
+def test_nonfinite_mask_does_not_hide_an_error(tmp_path):
     with pytest.raises(NonFiniteError, match=r"w is NaN in .*epoch_2\.pt"):
         compute(one_weight(tmp_path, [-INF, 1.0], [-INF, NAN]), [1.0, 1.0])
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_nonfinite_values_are_kept_on_request_and_noticed(tmp_path, dtype):
+def test_keep_nonfinite_keeps_and_reports_values(tmp_path, dtype):
     columns = [[1, 2, INF, INF, -INF], [3, NAN, 1, -INF, -INF]]
     found, result = compute(
         one_weight(tmp_path, *columns, dtype=dtype), [1.0, 1.0], keep_nonfinite=True
@@ -233,7 +231,7 @@ def test_nonfinite_values_are_kept_on_request_and_noticed(tmp_path, dtype):
     assert result.nonfinite == {"w"}
 
 
-def test_an_overflow_of_the_output_type_is_an_error_with_a_wider_one_as_remedy(tmp_path):
+def test_dtype_overflow_suggests_a_wider_type(tmp_path):
     checkpoints = one_weight(tmp_path, [1.0, 7e4], [1.0, 7e4])
     with pytest.raises(NonFiniteError, match=r"w is too large for float16.*`dtype=.float32.`"):
         compute(checkpoints, [1.0, 1.0], Rules(dtype="float16"))
@@ -242,14 +240,14 @@ def test_an_overflow_of_the_output_type_is_an_error_with_a_wider_one_as_remedy(t
     assert result.nonfinite == {"w"}
 
 
-def test_a_mask_survives_a_narrower_type(tmp_path):
+def test_nonfinite_mask_survives_a_narrower_dtype(tmp_path):
     found, _ = compute(
         one_weight(tmp_path, [-INF, 1], [-INF, 3]), [1.0, 1.0], Rules(dtype="float16")
     )
     assert same_bits(found["w"], torch.tensor([-INF, 2], dtype=torch.float16))
 
 
-def test_a_sum_too_large_for_float64_is_an_error(tmp_path):
+def test_float64_overflow_is_an_error(tmp_path):
     with pytest.raises(NonFiniteError, match="w is too large for float64"):
         compute(one_weight(tmp_path, [1.7e308], [1.7e308], dtype=torch.float64), [1.0, 1.0])
 
@@ -257,7 +255,7 @@ def test_a_sum_too_large_for_float64_is_an_error(tmp_path):
 # Integers
 
 
-def test_integers_that_differ_anywhere_are_noticed_by_name(tmp_path):
+def test_differing_integers_are_reported_by_name(tmp_path):
     states = [
         {
             "same": torch.arange(100),
@@ -272,7 +270,7 @@ def test_integers_that_differ_anywhere_are_noticed_by_name(tmp_path):
     assert all(same_bits(found[name], states[-1][name]) for name in ("same", "one", "flag"))
 
 
-def test_integers_of_another_width_are_compared_by_value(tmp_path):
+def test_differing_integers_of_two_widths_go_by_value(tmp_path):
     states = [
         {"same": torch.tensor([5], dtype=dtype), "other": torch.tensor([value], dtype=dtype)}
         for dtype, value in ((torch.int32, 5), (torch.int64, 6))
@@ -283,7 +281,7 @@ def test_integers_of_another_width_are_compared_by_value(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32", "uint64", "int8", "bool"])
-def test_integers_of_any_width_are_compared(tmp_path, dtype):
+def test_differing_integers_are_reported_in_any_dtype(tmp_path, dtype):
     states = [
         {
             "same": torch.ones(3, dtype=getattr(torch, dtype)),
@@ -296,7 +294,7 @@ def test_integers_of_any_width_are_compared(tmp_path, dtype):
     assert result.differing == {"other"}
 
 
-def test_integers_that_only_the_last_checkpoint_ties_are_compared_each_by_itself(tmp_path):
+def test_differing_integers_are_compared_beyond_ties_of_the_last(tmp_path):
     shared = torch.ones(3, dtype=torch.int64)
     loose = {"same": torch.ones(3, dtype=torch.int64), "other": torch.zeros(3, dtype=torch.int64)}
     states = [loose, {"same": shared, "other": shared}]
@@ -307,7 +305,7 @@ def test_integers_that_only_the_last_checkpoint_ties_are_compared_each_by_itself
 # Progress and failure
 
 
-def test_progress_ends_at_the_bytes_of_the_inputs_and_never_falls(tmp_path, monkeypatch):
+def test_progress_rises_to_bytes_of_inputs(tmp_path, monkeypatch):
     monkeypatch.setattr(stream_module, "TASK", 5000)
     _, checkpoints = big_run(tmp_path)
     calls = []
@@ -321,14 +319,14 @@ def test_progress_ends_at_the_bytes_of_the_inputs_and_never_falls(tmp_path, monk
     assert len(done) > 3
 
 
-def test_progress_is_told_from_the_calling_thread(tmp_path):
+def test_progress_is_called_from_the_calling_thread(tmp_path):
     _, checkpoints = big_run(tmp_path)
     callers = set()
     compute(checkpoints, [1.0] * 3, progress=lambda *_: callers.add(threading.current_thread()))
     assert callers == {threading.current_thread()}
 
 
-def test_tied_tensors_are_read_once(tmp_path):
+def test_stream_reads_tied_tensors_once(tmp_path):
     weight = torch.ones(10)
     checkpoints = opened(tmp_path, [{"a": weight, "b": weight}] * 2)
     calls = []
@@ -336,7 +334,7 @@ def test_tied_tensors_are_read_once(tmp_path):
     assert calls[-1] == (80, 80)
 
 
-def test_no_thread_outlives_a_failure(tmp_path):
+def test_stream_leaves_no_thread_after_a_failure(tmp_path):
     checkpoints = one_weight(tmp_path, [1.0], [NAN])
     before = threading.active_count()
     with pytest.raises(NonFiniteError):
@@ -344,7 +342,7 @@ def test_no_thread_outlives_a_failure(tmp_path):
     assert threading.active_count() == before
 
 
-def test_a_file_that_lost_its_end_is_an_error_that_names_it(tmp_path):
+def test_stream_error_names_a_truncated_file(tmp_path):
     checkpoints = opened(tmp_path, [{"w": torch.ones(1000)}] * 2)
     with open(tmp_path / "epoch_2.pt", "r+b") as file:
         file.truncate(2000)
@@ -352,14 +350,14 @@ def test_a_file_that_lost_its_end_is_an_error_that_names_it(tmp_path):
         compute(checkpoints, [1.0, 1.0])
 
 
-def test_a_file_that_went_away_is_an_error_that_names_it(tmp_path):
+def test_stream_error_names_a_removed_file(tmp_path):
     checkpoints = opened(tmp_path, [{"w": torch.ones(10)}] * 2)
     (tmp_path / "epoch_1.pt").unlink()
     with pytest.raises(CheckpointError, match=r"epoch_1\.pt cannot be read"):
         compute(checkpoints, [1.0, 1.0])
 
 
-def test_a_signal_leaves_no_thread_behind(monkeypatch):
+def test_start_threads_waits_for_work_after_an_interrupt(monkeypatch):
     usual, signals, ended = ThreadPoolExecutor.shutdown, [KeyboardInterrupt], []
 
     def interrupted(pool, *args, **options):

@@ -65,7 +65,7 @@ def notes(caplog):
 
 
 @combinations(weights=[None, [1, 2, 5], [0, 3, 1], [-1, 2, 2]], spelling=SPELLINGS)
-def test_products_under_any_spelling_are_averaged_exactly(tmp_path, notes, weights, spelling):
+def test_adapter_file_of_any_spelling_is_averaged_exactly(tmp_path, notes, weights, spelling):
     names = SPELLINGS[spelling]
     states = [factors(names, i, dtype=torch.float64) for i in range(3)]
     got = average(write(tmp_path, states), weights=weights)
@@ -78,7 +78,7 @@ def test_products_under_any_spelling_are_averaged_exactly(tmp_path, notes, weigh
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int64])
-def test_alpha_grows_with_the_rank(tmp_path, dtype):
+def test_adapter_file_alpha_grows_with_rank(tmp_path, dtype):
     names = SPELLINGS["kohya"]
     alpha = torch.tensor(3, dtype=dtype)
     states = [factors(names, i) | {"lora_unet_q.alpha": alpha} for i in range(3)]
@@ -110,14 +110,14 @@ def test_alpha_grows_with_the_rank(tmp_path, dtype):
         (100, torch.int8, torch.float32),
     ],
 )
-def test_alpha_is_widened_where_its_type_cannot_hold_the_multiple(tmp_path, alpha, dtype, expected):
+def test_adapter_file_alpha_is_widened_if_inexact(tmp_path, alpha, dtype, expected):
     names = SPELLINGS["kohya"]
     own = {"lora_unet_q.alpha": torch.tensor(alpha, dtype=dtype)}
     got = average(write(tmp_path, [factors(names, i) | own for i in range(3)]))
     assert same_bits(got["lora_unet_q.alpha"], torch.tensor(3 * alpha, dtype=expected))
 
 
-def test_convolutions_are_stacked_and_differences_averaged(tmp_path):
+def test_adapter_file_stacks_convolutions_and_averages_diffs(tmp_path):
     names = SPELLINGS["kohya"]
     states = []
     for i in (1, 2):
@@ -133,7 +133,7 @@ def test_convolutions_are_stacked_and_differences_averaged(tmp_path):
     ("settings", "scale"),
     [({}, lambda r, a: a / r), ({"use_rslora": True}, lambda r, a: a / r**0.5)],
 )
-def test_alpha_of_the_header_keeps_the_scale(tmp_path, settings, scale):
+def test_adapter_file_header_keeps_the_scale(tmp_path, settings, scale):
     names = SPELLINGS["diffusers"]
     states = [factors(names, i, dtype=torch.float64) for i in range(4)]
     config = {"r": 4, "lora_alpha": 32, "rank_pattern": {"k": 2}, "alpha_pattern": {"k": 8}}
@@ -156,7 +156,7 @@ def test_alpha_of_the_header_keeps_the_scale(tmp_path, settings, scale):
     names=st.sampled_from(list(SPELLINGS.values())),
 )  # fmt: skip
 @settings(deadline=None, max_examples=30)
-def test_any_ranks_and_weights_give_the_mean_of_the_products(
+def test_adapter_file_average_is_exact_at_any_rank_and_weights(
     tmp_path_factory, rank, height, width, weights, names
 ):
     shapes = (rank, width), (height, rank)
@@ -181,7 +181,7 @@ KOHYA = SPELLINGS["kohya"]
     ],
     ids=lambda further: next(iter(further)),
 )
-def test_what_is_no_file_of_products_of_two_is_noted(tmp_path, notes, further):
+def test_adapter_file_with_other_tensors_is_noted_as_inexact(tmp_path, notes, further):
     states = [{n: t + i for n, t in (factors(KOHYA, 0) | further).items()} for i in (0, 2)]
     got = average(write(tmp_path, states))
     assert INEXACT in notes.text
@@ -201,7 +201,7 @@ def test_what_is_no_file_of_products_of_two_is_noted(tmp_path, notes, further):
     ],
 )
 @pytest.mark.parametrize("base", [{}, {"q.weight": torch.ones(8, 16)}], ids=["alone", "in a model"])
-def test_factors_whose_scale_stands_elsewhere_are_noted(tmp_path, notes, names, base):
+def test_adapter_file_without_its_scale_is_noted_as_inexact(tmp_path, notes, names, base):
     states = [factors(names, i) | base for i in (1, 2)]
     got = average(write(tmp_path, states))
     assert INEXACT in notes.text
@@ -223,7 +223,9 @@ def test_factors_whose_scale_stands_elsewhere_are_noted(tmp_path, notes, names, 
     ],
     ids=["another alpha", "another rank", "rank alone", "DoRA", "no JSON", "a pattern"],
 )  # fmt: skip
-def test_scales_that_are_not_understood_are_noted(tmp_path, notes, change, metadata, options):
+def test_adapter_file_with_unclear_scale_is_noted_as_inexact(
+    tmp_path, notes, change, metadata, options
+):
     states = [factors(KOHYA, i) | {"lora_unet_q.alpha": torch.tensor(4.0)} for i in (1, 2)]
     got = average(write(tmp_path, [states[0] | change, states[1]], metadata), **options)
     assert INEXACT in notes.text
@@ -234,13 +236,13 @@ def test_scales_that_are_not_understood_are_noted(tmp_path, notes, change, metad
     "names",
     [("flora.weight", "explora.weight"), ("s4.A", "s4.B"), ("a", "b"), ("net.up", "net.down")],
 )
-def test_other_weights_are_not_taken_for_factors(tmp_path, notes, names):
+def test_adapter_file_note_spares_similar_names(tmp_path, notes, names):
     states = [factors(names, i, (4, 4), (4, 4)) for i in (1, 2)]
     average(write(tmp_path, states))
     assert INEXACT not in notes.text
 
 
-def test_a_torch_file_of_factors_is_stacked(tmp_path):
+def test_adapter_file_of_torch_is_stacked(tmp_path):
     states = [factors(KOHYA, i) for i in (1, 2)]
     for i, state in enumerate(states):
         save(tmp_path / f"epoch_{i}.pt", state)

@@ -19,9 +19,7 @@ def product(state, scale):
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
 @pytest.mark.parametrize("weights", [[1, 1, 1], [1, 2, 5], [0, 3, 1], [-1, 2, 2]])
-def test_the_product_is_the_mean_of_the_products_and_the_rest_is_averaged(
-    tmp_path, suffix, weights
-):
+def test_lora_average_is_mean_of_products(tmp_path, suffix, weights):
     states = [factors(i, torch.float64) for i in range(3)]
     got = average(open_run(write_adapters(tmp_path, states, suffix)), weights=weights)
     count = sum(w != 0 for w in weights)
@@ -31,7 +29,7 @@ def test_the_product_is_the_mean_of_the_products_and_the_rest_is_averaged(
     assert same_bits(got[HEAD], head)
 
 
-def test_transposed_factors_lie_where_they_should(tmp_path):
+def test_lora_average_stacks_transposed_factors(tmp_path):
     """As a view of another memory order, which a .bin file keeps."""
     states = [{n: t.t().contiguous().t() for n, t in factors(i).items()} for i in range(2)]
     got = average(open_run(write_adapters(tmp_path, states, ".bin")))
@@ -39,13 +37,13 @@ def test_transposed_factors_lie_where_they_should(tmp_path):
     assert torch.equal(got[B], torch.cat([s[B] for s in states], 1))
 
 
-def test_a_single_adapter_is_itself(tmp_path):
+def test_lora_average_of_one_adapter_is_itself(tmp_path):
     state = factors(0)
     got = average(open_run(write_adapters(tmp_path, [state])))
     assert all(same_bits(got[name], value) for name, value in state.items())
 
 
-def test_an_element_is_rounded_once(tmp_path):
+def test_lora_average_rounds_once(tmp_path):
     states = [factors(i, torch.bfloat16) for i in range(3)]
     got = average(
         open_run(write_adapters(tmp_path, states)), weights=[0.1, 0.2, 0.4], dtype="float16"
@@ -57,7 +55,7 @@ def test_an_element_is_rounded_once(tmp_path):
 
 
 @pytest.mark.parametrize("weights", [None, [1, 2, 3]])
-def test_bytes_are_counted_once(tmp_path, weights):
+def test_lora_progress_counts_bytes_once(tmp_path, weights):
     from ckptavg.averaging.compute import compute_state_dicts
     from ckptavg.averaging.plan import plan_average
 
@@ -69,7 +67,7 @@ def test_bytes_are_counted_once(tmp_path, weights):
     assert calls[-1] == (total, total)
 
 
-def test_bits_do_not_depend_on_blocks_or_threads(tmp_path):
+def test_lora_bits_do_not_depend_on_blocks_or_threads(tmp_path):
     from ckptavg.averaging.plan import plan_average
     from ckptavg.averaging.read_groups import Job
     from ckptavg.outputs.sinks import MemorySink
@@ -100,7 +98,7 @@ def test_bits_do_not_depend_on_blocks_or_threads(tmp_path):
         ({"init_lora_weights": "corda"}, "started by corda"),
     ],
 )
-def test_kinds_whose_mean_is_no_such_adapter_are_refused(tmp_path, config, why):
+def test_lora_average_refuses_other_kinds_of_adapter(tmp_path, config, why):
     with pytest.raises(UnsupportedTensorError, match=why):
         average(open_run(write_adapters(tmp_path, [factors(0)], **config)))
 
@@ -109,13 +107,13 @@ def test_kinds_whose_mean_is_no_such_adapter_are_refused(tmp_path, config, why):
     "config", [{"r": None}, {"r": "2"}, {"r": 0}, {"lora_alpha": None}, {"rank_pattern": [1]},
                {"rank_pattern": {"l": 1.5}}, {"alpha_pattern": {"l": "x"}}],
 )  # fmt: skip
-def test_a_configuration_without_numbers_is_refused(tmp_path, config):
+def test_adapter_config_without_numbers_is_refused(tmp_path, config):
     with pytest.raises(CheckpointError, match=r"adapter_config.json has no whole ranks"):
         average(open_run(write_adapters(tmp_path, [factors(0)], **config)))
 
 
 @pytest.mark.parametrize("text", ["[]", "{", "[" * 100_000])
-def test_a_configuration_that_is_no_object_is_refused(tmp_path, text):
+def test_adapter_config_without_object_is_refused(tmp_path, text):
     run = write_adapters(tmp_path, [factors(0)])
     (run / "step_1" / "adapter_config.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"adapter_config.json"):
@@ -131,12 +129,12 @@ def test_a_configuration_that_is_no_object_is_refused(tmp_path, text):
         (factors(0) | {"m.l.lora_magnitude_vector": torch.ones(3)}, "lora_magnitude_vector"),
     ],
 )
-def test_products_that_are_not_whole_and_plain_are_refused(tmp_path, state, why):
+def test_lora_factors_not_whole_are_refused(tmp_path, state, why):
     with pytest.raises(UnsupportedTensorError, match=why):
         average(open_run(write_adapters(tmp_path, [state])))
 
 
-def test_different_bases_are_noted(tmp_path, caplog):
+def test_lora_of_different_bases_is_noted(tmp_path, caplog):
     caplog.set_level(logging.INFO, "ckptavg")
     run = write_adapters(tmp_path, [factors(0), factors(1)], base_model_name_or_path="one/base")
     path = run / "step_1" / "adapter_config.json"
@@ -145,7 +143,7 @@ def test_different_bases_are_noted(tmp_path, caplog):
     assert "different base models: one/base, other/base" in caplog.text
 
 
-def test_lora_layers_inside_a_whole_model_are_noted(tmp_path, caplog):
+def test_lora_layers_in_a_whole_model_are_noted(tmp_path, caplog):
     caplog.set_level(logging.INFO, "ckptavg")
     for i in (1, 2):
         names = {"l.base_layer.weight": (3, 5), "l.lora_A.default.weight": (2, 5),
