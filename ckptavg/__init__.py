@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ckptavg.formats import Checkpoint as Checkpoint
     from ckptavg.formats import open_checkpoint as open_checkpoint
     from ckptavg.inspection.geometry import geometry as geometry
+    from ckptavg.inspection.verify import verify as verify
     from ckptavg.runs.run import Run as Run
     from ckptavg.runs.run import open_run as open_run
     from ckptavg.tasks import Task as Task
@@ -45,6 +46,7 @@ _HOMES = {
     "Checkpoint": "formats",
     "open_checkpoint": "formats",
     "geometry": "inspection.geometry",
+    "verify": "inspection.verify",
     "Run": "runs.run",
     "open_run": "runs.run",
     "Subset": "data.loaders",

@@ -25,7 +25,7 @@ from ckptavg.formats.running_statistics import Statistics, match_layers
 from ckptavg.formats.wrappers import bare_names
 from ckptavg.models import malloc
 from ckptavg.models.batches import Batches, Forward
-from ckptavg.models.load import load_into
+from ckptavg.models.load import load_into, unwrap_distributed
 from ckptavg.models.oom_retry import OomSynchronizedPeers, log_pass_count, run_in_groups_that_fit
 from ckptavg.models.runtime import Runtime, count_models_that_fit
 from ckptavg.outputs.sinks import StateDict
@@ -40,16 +40,14 @@ class Recompute:
         recompute = ckptavg.Recompute(model, train_loader, device="auto")
         ckptavg.average(run, out="swa.pt", recompute=recompute)
 
-    The model holds an average and its statistics afterwards: its own weights are overwritten.
-    Several averages of ``average_many`` share a pass over the data, each with a copy of the model,
-    and the model holds the first average of the last pass.
+    The averages are loaded into copies of the model, which itself does not change. Several averages
+    of ``average_many`` share a pass over the data.
 
     Under an initialized ``torch.distributed`` process group, each process passes its own part of
     the data. The first process writes the outputs.
 
     Attributes:
-        model: The module that the averages are loaded into. It is moved to ``device`` if that is
-            given.
+        model: A module that the averages fit.
         data: A Dataset, read in seeded random order, or a loader, used as is.
         device: ``auto``, ``cpu``, ``cuda[:N]``, ``mps``; the model's own device where None.
         forward: ``forward(model, batch)``, for batches that cannot be matched to the signature of
@@ -84,15 +82,16 @@ class Recompute:
             UsageError: ``model`` is not a module, or ``data`` is not data.
         """
         check_model(self.model)
+        model = copy.deepcopy(unwrap_distributed(self.model))
         runtime = Runtime.on(
-            self.device, self.model, amp=self.amp, batch_size=self.batch_size,
+            self.device, model, amp=self.amp, batch_size=self.batch_size,
             workers=self.workers, seed=self.seed,
         )  # fmt: skip
         peers = find_peers()
         subset = as_subset(self.bn_samples)
         training = open_loader(self.data, runtime, shuffle=True, subset=subset, peers=peers)
         opened = StatisticsPass(
-            self.model, training, runtime, self.forward, peers=peers, exclude=self.exclude
+            model, training, runtime, self.forward, peers=peers, exclude=self.exclude
         )
         if progress is None:
             return opened

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Literal
 
 from ckptavg.averaging.stream import Progress, StreamRequests, stream
+from ckptavg.display.progress import ProgressLike, open_phase
 from ckptavg.errors import CkptavgError, first_few, short
 from ckptavg.formats import Checkpoint, open_checkpoint
 from ckptavg.formats.provenance import Role, Source
 from ckptavg.formats.torch_save import zip_checksums
 from ckptavg.io.paths import Location, is_url, locate
 from ckptavg.outputs.digests import InputDigests
+from ckptavg.runs.run import Run, RunLike, as_run
 
 Part = Literal["weights", "record", "archive", "input", "base"]
 State = Literal["same", "changed", "not there", "unreadable", "nothing recorded"]
@@ -43,6 +45,49 @@ class Finding:
         """True for a changed or unreadable part."""
         # A missing input is not wrong: inputs may be deleted after averaging.
         return self.state in ("changed", "unreadable")
+
+
+def verify(run: RunLike, *, key: str | None = None, progress: ProgressLike = None) -> list[Finding]:
+    """Compare checkpoints, and the averages beside them, with what was recorded of them.
+
+    Averages have digests of their own weights and of their inputs where they were made with
+    ``digests=True``. The entries of ``torch.save`` files have checksums.
+
+    Args:
+        run: A run or a checkpoint; or the path of one.
+        key: Dotted path of the entry that holds the weights, for the averages beside a run.
+        progress: True for a bar, a bar of tqdm, or a function of (phase, done, total) in bytes read
+            of each checkpoint; see ``ckptavg.display.progress``.
+
+    Returns:
+        A finding per comparison, at least one per checkpoint. ``wrong`` tells the bad ones.
+
+    Raises:
+        CkptavgError: The run cannot be opened.
+    """
+    opened = as_run(run)
+    findings: list[Finding] = []
+    with open_phase(progress, "verifying", "bytes") as report:
+        verifier = Verifier(report)
+        for checkpoint in (*opened, *_averages_beside(opened, key)):
+            findings += verifier.verify(checkpoint) or [_unknown(checkpoint)]
+    return findings
+
+
+def _averages_beside(run: Run, key: str | None) -> Iterator[Checkpoint]:
+    """Yield the averages beside the checkpoints of a run that record digests."""
+    for left_out in run.excluded:
+        try:
+            checkpoint = open_checkpoint(left_out.path, key)
+        except CkptavgError:
+            continue
+        provenance = checkpoint.provenance
+        if provenance is not None and provenance.digest is not None:
+            yield checkpoint
+
+
+def _unknown(checkpoint: Checkpoint) -> Finding:
+    return Finding(str(checkpoint.path), "weights", "nothing recorded")
 
 
 class Verifier:

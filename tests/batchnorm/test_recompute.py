@@ -72,6 +72,14 @@ def test_recompute_returns_values_of_output(run):
     assert provenance_of(state_dict) == ckptavg.open_checkpoint(out).provenance
 
 
+def test_recompute_leaves_the_model_as_it_was(run):
+    model = Net().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    ckptavg.average(run, recompute=Recompute(model, DATA, device="cpu"))
+    assert all(same_bits(before[name], value) for name, value in model.state_dict().items())
+    assert model.training
+
+
 def test_recompute_result_shares_no_model_memory(run):
     model = Net()
     state_dict = ckptavg.average(run, recompute=Recompute(model, BATCHES))

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict
 
 from ckptavg.cli.console import Report
-from ckptavg.errors import CkptavgError, IntegrityError, first_few
+from ckptavg.errors import IntegrityError, first_few
 from ckptavg.errors.printable import split_directory
-from ckptavg.formats import Checkpoint, open_checkpoint
-from ckptavg.inspection.verify import Finding, Verifier
+from ckptavg.inspection.verify import Finding, verify
 from ckptavg.runs.run import Run
 
 
@@ -21,10 +19,7 @@ def show(report: Report, path: str, run: Run, key: str | None) -> None:
         IntegrityError: Something is not what it was, or nothing was recorded.
     """
     with report.bytes_progress("verifying") as progress:
-        verifier = Verifier(progress)
-        findings: list[Finding] = []
-        for checkpoint in (*run, *_averages(run, key)):
-            findings += verifier.verify(checkpoint) or [_unknown(checkpoint)]
+        findings = verify(run, key=key, progress=progress)
     if all(f.state == "nothing recorded" for f in findings):
         raise IntegrityError(
             f"nothing was recorded that {path} could be verified by",
@@ -45,22 +40,6 @@ def show(report: Report, path: str, run: Run, key: str | None) -> None:
         raise _failure(wrong)
     states = Counter(f.state for f in findings)
     report.line(", ".join(f"{count} {state}" for state, count in states.items()))
-
-
-def _unknown(checkpoint: Checkpoint) -> Finding:
-    return Finding(str(checkpoint.path), "weights", "nothing recorded")
-
-
-def _averages(run: Run, key: str | None) -> Iterator[Checkpoint]:
-    """Return averages beside the checkpoints of a run that record digests."""
-    for left_out in run.excluded:
-        try:
-            checkpoint = open_checkpoint(left_out.path, key)
-        except CkptavgError:
-            continue
-        provenance = checkpoint.provenance
-        if provenance is not None and provenance.digest is not None:
-            yield checkpoint
 
 
 def _failure(wrong: list[Finding]) -> IntegrityError:
