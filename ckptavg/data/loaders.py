@@ -339,7 +339,7 @@ def _require_exact(sampler: DistributedSampler[Any], peers: Peers) -> None:
         return
     raise EvaluationError(
         f"the data loader's DistributedSampler {wrong}",
-        "Return the Dataset or a plain DataLoader: ckptavg divides it, each sample once.",
+        "Give the Dataset or a plain DataLoader: ckptavg divides the samples, each once.",
     )
 
 

@@ -25,7 +25,7 @@ def with_progress(
     Args:
         loader: The batches.
         progress: Called after each batch with the samples so far and the total, 0 where unknown.
-        peers: The processes of the pass; the known failure of another process raises an error.
+        peers: The processes of the pass; a failure of another process raises an error here.
         seed: Seed of the generators while batches are loaded.
     """
     samples_done, total = 0, samples_in(loader)

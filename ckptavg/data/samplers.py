@@ -156,8 +156,8 @@ def _require_alike(drawn: int, peers: Peers) -> None:
     """Make sure that all processes have drawn the same batches, by comparing checksums."""
     if len({*peers.gather(drawn)}) > 1:
         raise EvaluationError(
-            "the data loader draws other batches in each process",
-            "Seed it, and let it give every process all batches: ckptavg divides them.",
+            "the data loader draws different batches in each process",
+            "Seed the loader, and let it give all batches to every process: ckptavg divides them.",
         )
 
 

@@ -27,7 +27,7 @@ from ckptavg.runs.run import Run, RunLike, as_run
 _GAP = 2.5
 # A squared distance is a difference of squares; below this fraction of them only rounding is left.
 _RESOLVED = 1e-14
-# Fewer checkpoints form one group.
+# Fewer checkpoints always form one group.
 _FEWEST_TO_SPLIT = 4
 
 

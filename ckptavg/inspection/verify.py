@@ -32,7 +32,7 @@ class Finding:
             made; ``archive``, whose entries have checksums; the weights of an ``input`` or of the
             ``base``.
         state: The result; ``nothing recorded`` for a checkpoint that nothing can be compared with.
-        why: Explanation; empty where the state says all.
+        why: Reason; empty where the state needs none.
     """
 
     path: str

@@ -59,7 +59,7 @@ def hollow_copy(model: nn.Module) -> nn.Module:
 def copy_layer(layer: nn.Module, convert: TensorConversion, forward: Any = None) -> nn.Module:
     """Copy a layer with converted tensors, in training mode, without hooks.
 
-    All other attributes are shared with the layer, which may refer to its model or a trainer.
+    All other attributes are shared with the layer: they may refer to its model or a trainer.
 
     Args:
         layer: The layer.

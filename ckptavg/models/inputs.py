@@ -86,7 +86,7 @@ def _split(signature: Signature, batch: Any, model_text: str = "") -> tuple[Any,
 
 
 def _split_mapping(signature: Signature, batch: Mapping[str, Any]) -> tuple[Any, Any] | None:
-    """Split a mapping into inputs and labels; None if no entry has labels."""
+    """Split a mapping into inputs and labels; None without labels."""
     for key in LABELS:
         labels = _as_labels(batch.get(key))
         if labels is None:
@@ -98,7 +98,7 @@ def _split_mapping(signature: Signature, batch: Mapping[str, Any]) -> tuple[Any,
 
 
 def _split_sequence(signature: Signature, batch: Any) -> tuple[Any, Any] | None:
-    """Split a tuple or list into inputs and labels; None if no part is labels."""
+    """Split a tuple or list into inputs and labels; None without labels."""
     if not batch:
         return None
     inputs, other_parts = lead_inputs(signature, batch)
@@ -113,7 +113,7 @@ def _split_sequence(signature: Signature, batch: Any) -> tuple[Any, Any] | None:
 
 
 def _split_object(batch: Any) -> tuple[Any, Any] | None:
-    """Return an object and the labels in one of its attributes; None if there are no labels."""
+    """Return an object and the labels in one of its attributes; None without labels."""
     for name in LABELS:
         labels = getattr(batch, name, None)
         if isinstance(labels, torch.Tensor):

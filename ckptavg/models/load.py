@@ -62,7 +62,7 @@ def load_into(model: nn.Module, state_dict: Mapping[str, torch.Tensor], origin: 
 
 @dataclass(frozen=True)
 class _NameMatch:
-    """Weights of a state dict beside the tensors of a model.
+    """Match of a state dict's weights and a model's tensors.
 
     Attributes:
         full_names: The model's names, by bare name.
@@ -102,7 +102,7 @@ def _match_names(
 
 
 def _spare_names(tensors: Mapping[str, torch.Tensor], match: _NameMatch) -> set[str]:
-    """List the missing names that may be missing.
+    """List the missing names that a load does not need.
 
     These are counts of batches, and tensors that share memory with a loaded tensor.
     """
@@ -215,7 +215,7 @@ def _remedy(model: set[str], checkpoint: set[str]) -> str:
 
 
 def _common_prefix(larger: set[str], smaller: set[str]) -> str:
-    """Return the prefix that makes one set of names of the other; empty if there is none."""
+    """Return the prefix that turns one set of names into the other; empty if there is none."""
     for name in sorted(smaller):
         for full_name in larger:
             if _ends(full_name, name):

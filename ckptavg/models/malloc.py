@@ -15,8 +15,8 @@ import torch
 # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD and M_MMAP_MAX of glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 _NEVER = 2**31 - 1
-# The highest value to which malloc raises its mmap threshold: the largest mapping below 32 MiB. It
-# trims at twice that value.
+# The highest value to which malloc raises its mmap threshold: the largest mapping below 32 MiB.
+# Free memory above twice that value goes back to the system.
 _HIGHEST = (32 << 20) - mmap.PAGESIZE
 # glibc's default limit on the number of mappings.
 _DEFAULT_MAPPINGS = 65536

@@ -83,14 +83,12 @@ def run_in_groups_that_fit(
     runtime: Runtime,
     peers: OomSynchronizedPeers,
 ) -> None:
-    """Run a pass for each group, and halve the groups after running out of memory.
-
-    The remaining groups are split in the same way, since these would not fit either.
+    """Run a pass for each group, and halve all remaining groups after running out of memory.
 
     Args:
         groups: Groups of candidates that share a pass over the data.
-        run: Called as ``run(group, number, of)``. It must be able to start again after an error,
-            and must call ``agree`` on the processes before it returns.
+        run: Called as ``run(group, number, of)``, pass ``number`` of ``of``. It must be able to
+            start again after an error, and must call ``agree`` on the processes before it returns.
         runtime: Device and batch size of the pass, for the error message.
         peers: The processes that run the same passes.
 
@@ -105,7 +103,7 @@ def run_in_groups_that_fit(
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            # An error of another process is known to all processes already.
+            # All processes already know of an error of another process.
             if not isinstance(error, ExhaustedElsewhereError):
                 peers.report_oom()
             if len(group) == 1:

@@ -26,7 +26,7 @@ class SharedContext:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Be one of the users."""
+        """Use the context until the end of the block."""
         with self._lock:
             if self._users == 0:
                 self._stack.enter_context(self._open_context())

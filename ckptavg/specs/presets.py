@@ -119,7 +119,7 @@ def _shortest_side(processor: Any, step: str, name: str) -> int | None:
 
 
 def _normalization(processor: Any, name: str) -> tuple[float, ...] | None:
-    """Return the mean or standard deviation of an image processor; None without either."""
+    """Return the mean or standard deviation of an image processor; None where it has none."""
     if not getattr(processor, "do_normalize", False):
         return None
     return tuple(getattr(processor, name))

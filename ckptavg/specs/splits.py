@@ -83,10 +83,10 @@ def pick_split(spec: str, value: Any, split: str | None, *, train: bool) -> Any:
         lacking = f"none is called {split!r}"
     elif train:
         name = _find_role(list(parts), _TRAINING)
-        lacking = "not one alone is for training by its name"
+        lacking = "none or several are named for training"
     else:
         name = _find_role(list(parts), _EVALUATION)
-        lacking = "not one alone is for scoring by its name"
+        lacking = "none or several are named for scoring"
     if name is None or name not in parts:
         names = ", ".join(map(short, parts))
         raise SpecError(

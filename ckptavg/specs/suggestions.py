@@ -220,7 +220,7 @@ def _find_similar(path: Path, neighbours: Iterable[Path], cutoff: float) -> Path
     Args:
         path: The missing path.
         neighbours: Existing paths in the same directory.
-        cutoff: Least similarity, from 0 to 1.
+        cutoff: Least similarity that counts, from 0 to 1.
 
     Returns:
         The path of the neighbour; None where no name is similar.

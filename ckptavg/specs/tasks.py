@@ -52,7 +52,7 @@ def _check(spec: str, task: Any, *, scoring: bool) -> Task:
     if not isinstance(task, Task):
         raise SpecError(
             f"{spec} is expected to give a ckptavg.tasks.Task but gives a {type(task).__name__}",
-            "Make it a subclass.",
+            "Make the task a subclass.",
         )
     if not scoring:
         return task
@@ -62,5 +62,8 @@ def _check(spec: str, task: Any, *, scoring: bool) -> Task:
         name for name in ("predict", "scores") if getattr(type(task), name) is getattr(Task, name)
     ]
     if inherited:
-        raise SpecError(f"{spec} does not define {' and '.join(inherited)}", "A task needs both.")
+        raise SpecError(
+            f"{spec} does not define {' and '.join(inherited)}",
+            "A task needs predict() and scores().",
+        )
     return task

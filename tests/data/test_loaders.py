@@ -280,7 +280,7 @@ class Others(Echo):
 
 def test_shard_loader_refuses_samplers_that_differ():
     loader = DataLoader(Numbers(), 4, sampler=Unseeded(Numbers()))
-    with pytest.raises(EvaluationError, match="draws other batches in each process"):
+    with pytest.raises(EvaluationError, match="draws different batches in each process"):
         list(shard_loader(loader, Others(0, 2), seed=0))
 
 

@@ -392,8 +392,8 @@ def test_loaders_that_cannot_be_shared_are_errors(home: Path) -> None:
     messages = [
         "the data loader's DistributedSampler repeats samples",
         "DistributedSampler is for 2 processes, but 3 share the data",
-        "the data loader draws other batches in each process",
-        "the data loader draws other batches in each process",
+        "the data loader draws different batches in each process",
+        "the data loader draws different batches in each process",
         "the evaluation data is empty",
         "the scores of Closed have no state and no merge",
         "the training data is empty",

@@ -156,8 +156,8 @@ def test_split_that_was_picked_is_logged(caplog):
 @pytest.mark.parametrize(
     ("name", "pairs", "said"),
     [
-        ("two_validations", (), "of which not one alone is for scoring"),
-        ("training_only", (), "several data sets (train), of which not one alone is for scoring"),
+        ("two_validations", (), "of which none or several are named for scoring"),
+        ("training_only", (), "several data sets (train), of which none or several are named for"),
         ("pair", (), "several data sets (0, 1), of which"),
         ("by_name", ("split=tset",), "of which none is called 'tset'. Pass split=NAME"),
         ("Module", ("split=dev",), "has no split 'dev'. It has train, val, test"),
