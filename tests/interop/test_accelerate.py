@@ -60,7 +60,7 @@ def invoke(*words):
 
 
 @pytest.mark.parametrize("safe", [True, False])
-def test_a_run_is_ordered_by_its_directories_and_averaged(tmp_path, safe):
+def test_accelerate_run_is_ordered_and_averaged(tmp_path, safe):
     (states,) = write_run(tmp_path, safe=safe)
     run = open_run(tmp_path / "checkpoints")
     assert [c.path.name for c in run] == [f"checkpoint_{i}" for i in range(12)]
@@ -69,7 +69,7 @@ def test_a_run_is_ordered_by_its_directories_and_averaged(tmp_path, safe):
     assert_mean(average(run.last(3)), states[-3:])
 
 
-def test_nothing_but_the_model_is_taken_and_nothing_is_noted(tmp_path):
+def test_accelerate_run_takes_only_the_model(tmp_path):
     write_run(tmp_path, saves=2)
     saved = sorted(p.name for p in (tmp_path / "checkpoints" / "checkpoint_1").iterdir())
     assert {"optimizer.bin", "scheduler.bin", "random_states_0.pkl"} < set(saved)
@@ -79,7 +79,7 @@ def test_nothing_but_the_model_is_taken_and_nothing_is_noted(tmp_path):
     assert {name for c in run for name in c.tensors} == {"weight", "bias"}
 
 
-def test_the_project_directory_leads_to_its_checkpoints(tmp_path):
+def test_accelerate_project_leads_to_checkpoints(tmp_path):
     write_run(tmp_path, saves=2)
     shown = invoke("inspect", tmp_path)
     assert shown.exit_code == 0
@@ -94,7 +94,7 @@ def test_the_project_directory_leads_to_its_checkpoints(tmp_path):
         (False, "pytorch_model.bin", "pytorch_model_1.bin"),
     ],
 )
-def test_a_second_model_is_said_and_can_be_named(tmp_path, safe, first, second):
+def test_accelerate_second_model_is_noted_and_selectable(tmp_path, safe, first, second):
     one, other = write_run(tmp_path, models=2, safe=safe)
     run = tmp_path / "checkpoints"
     assert_mean(average(open_run(run)), one)

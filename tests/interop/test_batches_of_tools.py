@@ -29,7 +29,7 @@ def rows():
 
 @pytest.mark.parametrize("form", ["torch", None])
 @pytest.mark.parametrize("stream", [False, True], ids=["table", "stream"])
-def test_a_data_set_of_hugging_faces_is_read_as_samples(tmp_path, rows, form, stream):
+def test_datasets_dataset_is_read_as_samples(tmp_path, rows, form, stream):
     datasets = pytest.importorskip("datasets")
     x, y = rows
     table = datasets.Dataset.from_dict({"x": x.tolist(), "labels": y.tolist()}).with_format(form)
@@ -48,7 +48,7 @@ def test_a_data_set_of_hugging_faces_is_read_as_samples(tmp_path, rows, form, st
     assert scored.metrics["n"] == 100
 
 
-def test_a_detector_of_torchvisions_gets_its_list_of_images():
+def test_torchvision_detector_gets_a_list_of_images():
     models = pytest.importorskip("torchvision.models.detection")
     model = models.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=3)
     target = {"boxes": torch.tensor([[1.0, 1, 20, 20]]), "labels": torch.tensor([1])}
@@ -58,7 +58,7 @@ def test_a_detector_of_torchvisions_gets_its_list_of_images():
     assert (result.samples, result.batches, result.unreached) == (5, 3, ())
 
 
-def test_images_of_transformers_go_by_their_names():
+def test_transformers_batches_go_by_name():
     """As samples, in another order, or as a batch of transformers' own class."""
     transformers = pytest.importorskip("transformers")
     config = transformers.ResNetConfig(

@@ -67,7 +67,7 @@ def assert_mean(got, inputs):
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_whole_16_bit_weights_are_averaged_and_said_to_be_that(trained, stage):
+def test_deepspeed_16_bit_weights_are_averaged_and_noted(trained, stage):
     directory = trained("engine", stage)
     run = open_run(directory)
     assert [(c.path.name, c.step) for c in run] == [(f"global_step{i}", i) for i in (1, 2, 3)]
@@ -79,7 +79,7 @@ def test_whole_16_bit_weights_are_averaged_and_said_to_be_that(trained, stage):
     assert "ds_config" not in shown.stdout
 
 
-def test_one_tag_and_its_file_may_be_named(trained):
+def test_deepspeed_tag_or_file_may_be_named(trained):
     directory = trained("engine", 2)
     tags = sorted(directory.glob("global_step*"))
     files = [tag / "mp_rank_00_model_states.pt" for tag in tags]
@@ -89,7 +89,7 @@ def test_one_tag_and_its_file_may_be_named(trained):
     assert_mean(average(named), states(files))
 
 
-def test_partitioned_weights_are_refused_with_commands_that_convert_them(trained, tmp_path):
+def test_deepspeed_stage_3_is_refused_with_commands(trained, tmp_path):
     run = tmp_path / "a run"
     shutil.copytree(trained("engine", 3), run)
     with pytest.raises(CheckpointError, match="ZeRO stage 3") as refused:
@@ -103,7 +103,7 @@ def test_partitioned_weights_are_refused_with_commands_that_convert_them(trained
 
 
 @pytest.mark.parametrize(("kind", "step"), [("lightning", 1), ("trainer", 2)])
-def test_partitioned_weights_inside_a_trainers_checkpoint(trained, tmp_path, kind, step):
+def test_deepspeed_stage_3_of_trainers_is_refused(trained, tmp_path, kind, step):
     run = tmp_path / "run"
     shutil.copytree(trained(kind, 3), run)
     with pytest.raises(CheckpointError, match="ZeRO stage 3") as refused:
@@ -112,13 +112,13 @@ def test_partitioned_weights_inside_a_trainers_checkpoint(trained, tmp_path, kin
     assert [c.step for c in open_run(f"{run}-fp32")] == [step]
 
 
-def test_a_partitioned_file_by_itself_is_refused_too(trained):
+def test_deepspeed_stage_3_file_is_refused(trained):
     files = sorted(trained("engine", 3).glob("*/*_model_states.pt"))
     with pytest.raises(CheckpointError, match=r"stage 3.*zero_to_fp32.py .* -t global_step1$"):
         open_run(files[0])
 
 
-def test_lightnings_directories(trained):
+def test_deepspeed_directories_of_lightning_are_averaged(trained):
     run = open_run(trained("lightning", 2))
     assert [c.path.name for c in run] == [f"epoch=0-step={i}.ckpt" for i in (1, 2, 3)]
     assert [(c.step, c.record.epoch) for c in run] == [(i, 0) for i in (1, 2, 3)]
@@ -126,7 +126,7 @@ def test_lightnings_directories(trained):
     assert_mean(average(run), states(files))
 
 
-def test_a_trainers_checkpoints_hold_the_weights_beside_deepspeeds_states(trained, tmp_path):
+def test_deepspeed_states_of_trainer_equal_its_weights(trained, tmp_path):
     directory = trained("trainer", 2)
     run = open_run(directory)
     assert [(c.path.name, c.step) for c in run] == [("checkpoint-1", 1), ("checkpoint-2", 2)]

@@ -45,7 +45,7 @@ def assert_mean(out, inputs):
         assert same_bits(value, by_hand), name
 
 
-def test_steps_rates_and_losses_are_the_trainers_and_the_root_counts_once(run):
+def test_trainer_run_has_records_and_counts_root_once(run):
     opened = open_run(run)
     assert [(c.path.name, c.step) for c in opened] == [
         (f"checkpoint-{i}", i) for i in range(2, 13, 2)
@@ -55,14 +55,14 @@ def test_steps_rates_and_losses_are_the_trainers_and_the_root_counts_once(run):
     assert [(path.name, why) for path, why in opened.left_out] == [("run", "repeats checkpoint-12")]
 
 
-def test_an_average_loads_with_its_head_tied(run, tmp_path):
+def test_trainer_average_loads_with_tied_head(run, tmp_path):
     out = average(open_run(run), out=tmp_path / "out")
     model = transformers.GPT2LMHeadModel.from_pretrained(out)
     assert model.lm_head.weight is model.transformer.wte.weight
     assert_mean(out, [run / f"checkpoint-{i}" for i in range(2, 13, 2)])
 
 
-def test_shards_stay_shards(run, tmp_path):
+def test_trainer_average_keeps_shards(run, tmp_path):
     for i in (2, 4, 6):
         model = transformers.GPT2LMHeadModel.from_pretrained(run / f"checkpoint-{i}")
         model.save_pretrained(tmp_path / "run" / f"checkpoint-{i}", max_shard_size="2KB")
@@ -73,19 +73,19 @@ def test_shards_stay_shards(run, tmp_path):
     assert_mean(out, [run / f"checkpoint-{i}" for i in (2, 4, 6)])
 
 
-def test_nothing_but_the_model_is_taken(run):
+def test_trainer_run_takes_only_the_model(run):
     beside = {p.name for p in (run / "checkpoint-2").iterdir()}
     assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"} < beside
     names = {name for c in open_run(run) for name in c.tensors}
     assert names == set(weights(run)) - {"lm_head.weight"}
 
 
-def test_one_checkpoint_is_that_and_not_a_run(run):
+def test_inspect_shows_one_trainer_checkpoint(run):
     shown = CliRunner().invoke(main, ["inspect", str(run / "checkpoint-4")])
     assert shown.exit_code == 0
     assert "step 4" in shown.stdout
 
 
-def test_checkpoint_files_that_are_named_are_one_run_by_step(run):
+def test_trainer_files_named_are_one_run_by_step(run):
     named = open_run(*run.glob("checkpoint-*/model.safetensors"))
     assert [c.step for c in named.last(2)] == [10, 12]

@@ -46,7 +46,7 @@ def assert_same(found, expected):
 
 
 @every_layout
-def test_it_opens(layout, written, cells):
+def test_layout_opens(layout, written, cells):
     with cell(cells, layout, COLUMNS[0]):
         run = written(layout)
         for name, state in zip(layout.checkpoints, run.states, strict=True):
@@ -58,7 +58,7 @@ def test_it_opens(layout, written, cells):
 
 
 @every_layout
-def test_it_is_ordered_and_what_repeats_counts_once(layout, written, cells):
+def test_layout_is_ordered_without_repeats(layout, written, cells):
     with cell(cells, layout, COLUMNS[1]):
         root = written(layout).path
         run = open_run(root)
@@ -72,7 +72,7 @@ def test_it_is_ordered_and_what_repeats_counts_once(layout, written, cells):
 
 
 @every_layout
-def test_its_average_is_exact(layout, written, cells):
+def test_layout_average_is_exact(layout, written, cells):
     with cell(cells, layout, COLUMNS[2]):
         run = written(layout)
         expected = layout.averaged(run.states)
@@ -81,7 +81,7 @@ def test_its_average_is_exact(layout, written, cells):
 
 
 @every_layout
-def test_its_tool_loads_the_output(layout, written, cells, tmp_path):
+def test_layout_output_loads_in_its_tool(layout, written, cells, tmp_path):
     with cell(cells, layout, COLUMNS[3], layout.loads_back):
         run = written(layout)
         out = tmp_path / layout.output
@@ -92,7 +92,7 @@ def test_its_tool_loads_the_output(layout, written, cells, tmp_path):
 
 
 @pytest.mark.parametrize("layout", REFUSED, ids=lambda layout: layout.name)
-def test_what_cannot_be_averaged_says_what_to_do(layout, written, cells):
+def test_layout_refused_has_a_remedy(layout, written, cells):
     with cell(cells, layout, COLUMNS[0], layout.refused):
         remedy = re.search("`(.*)`", layout.refused)[1]
         with pytest.raises(CheckpointError, match=re.escape(remedy)):
@@ -100,7 +100,7 @@ def test_what_cannot_be_averaged_says_what_to_do(layout, written, cells):
     cells.update(((layout.name, column), "–") for column in COLUMNS[1:])
 
 
-def test_the_readme_says_what_these_checks_found(cells, request):
+def test_layout_table_of_readme_is_current(cells, request):
     missing = [x.name for x in LAYOUTS if any((x.name, c) not in cells for c in COLUMNS)]
     if missing:
         pytest.skip(f"not checked in this environment: {', '.join(missing)}")

@@ -26,7 +26,7 @@ def averaged(run, tmp_path_factory):
     return average(open_run(run.path), out=tmp_path_factory.mktemp("out") / "average.ckpt")
 
 
-def test_the_output_has_the_hyperparameters_but_those_of_the_users_own_classes(averaged):
+def test_lightning_output_keeps_hyperparameters(averaged):
     with others_at_work():
         module = lightning_module().load_from_checkpoint(averaged, weights_only=False)
     assert module.hparams.width == 5
@@ -35,7 +35,7 @@ def test_the_output_has_the_hyperparameters_but_those_of_the_users_own_classes(a
     assert module.hparams.schedule is None
 
 
-def test_a_trainer_validates_with_the_output(averaged):
+def test_lightning_output_validates_in_trainer(averaged):
     loader = torch.utils.data.DataLoader(torch.rand(4, 3, 8, 8), batch_size=4)
     with others_at_work():
         module = lightning_module()(width=5)
@@ -49,13 +49,13 @@ def test_a_trainer_validates_with_the_output(averaged):
     assert measured["val_loss"] > 0
 
 
-def test_the_output_holds_no_state_of_an_optimizer(averaged):
+def test_lightning_output_has_no_optimizer_state(averaged):
     checkpoint = torch.load(averaged, weights_only=False)
     assert "optimizer_states" not in checkpoint
     assert (checkpoint["epoch"], checkpoint["global_step"]) == (2, 6)
 
 
-def test_a_last_checkpoint_that_is_a_link_counts_once(tmp_path):
+def test_lightning_last_link_counts_once(tmp_path):
     with others_at_work():
         train_lightning(tmp_path, save_last="link")
     assert (tmp_path / "last.ckpt").is_symlink()
@@ -64,7 +64,7 @@ def test_a_last_checkpoint_that_is_a_link_counts_once(tmp_path):
     assert run.left_out == ((tmp_path / "last.ckpt", "repeats epoch=2-step=6.ckpt"),)
 
 
-def test_the_monitored_metric_is_recorded_for_each_checkpoint(run):
+def test_lightning_metric_is_recorded_by_checkpoint(run):
     last = torch.load(run.path / "last.ckpt", weights_only=False)
     (state,) = last["callbacks"].values()
     scores = {Path(path).name: float(score) for path, score in state["best_k_models"].items()}
@@ -74,7 +74,7 @@ def test_the_monitored_metric_is_recorded_for_each_checkpoint(run):
     assert names(opened.best(1, "val_loss", "min")) == [best]
 
 
-def test_the_score_of_another_callback_may_be_of_another_epoch(tmp_path):
+def test_lightning_metric_ignores_stale_callbacks(tmp_path):
     kept = {"/elsewhere/epoch=1.ckpt": torch.tensor(0.25)}
     stale = {"/elsewhere/other.ckpt": torch.tensor(0.5)}
     callbacks = {
@@ -96,7 +96,7 @@ def weight_averaging(tmp_path_factory):
     return directory
 
 
-def test_an_average_that_a_callback_keeps_in_the_weights_place_is_noted(weight_averaging):
+def test_lightning_weight_averaging_is_noted(weight_averaging):
     run = open_run(weight_averaging)
     assert {c.key for c in run} == {"state_dict"}
     for checkpoint in run:
@@ -105,7 +105,7 @@ def test_an_average_that_a_callback_keeps_in_the_weights_place_is_noted(weight_a
         assert "`key='current_model_state'`" in note
 
 
-def test_the_weights_as_trained_are_under_a_key_of_their_own(weight_averaging):
+def test_lightning_trained_weights_have_a_key(weight_averaging):
     path = weight_averaging / "epoch=2-step=6.ckpt"
     saved = torch.load(path, weights_only=False)
     raw = average(open_run(path, key="current_model_state"))
@@ -114,7 +114,7 @@ def test_the_weights_as_trained_are_under_a_key_of_their_own(weight_averaging):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_an_average_of_shards_is_consolidated_and_loaded(tmp_path):
+def test_lightning_average_of_shards_is_loaded(tmp_path):
     from lightning.fabric.utilities.load import _load_distributed_checkpoint
     from lightning.pytorch.utilities.consolidate_checkpoint import _format_checkpoint
 
@@ -135,7 +135,7 @@ def test_an_average_of_shards_is_consolidated_and_loaded(tmp_path):
 
 
 @pytest.mark.parametrize("interval", ["epoch", "step"])
-def test_rates_at_the_end_of_a_cycle_are_those_of_the_next(tmp_path, interval):
+def test_lightning_rate_at_cycle_end_is_of_the_next_cycle(tmp_path, interval):
     from lightning.pytorch.callbacks import ModelCheckpoint
 
     class Cyclical(lightning_module()):

@@ -72,12 +72,14 @@ def stderr_of(home, *arguments, **environment):
     ],
     ids=["usual", "verbose", "own level"],
 )
-def test_a_command_shows_them_if_asked(home, options, environment, attention, accelerator):
+def test_command_shows_notes_of_tools_only_on_request(
+    home, options, environment, attention, accelerator
+):
     said = stderr_of(home, *EVAL, *options, **environment)
     assert (ATTENTION in said) is attention
     assert torch.cuda.is_available() or (ACCELERATOR in said) is accelerator
 
 
-def test_the_api_leaves_them_alone(home):
+def test_api_keeps_notes_of_tools(home):
     said = stderr_of(home, "-c", API)
     assert ATTENTION in said

@@ -118,14 +118,14 @@ SETTINGS = {
 
 @pytest.mark.parametrize("weights", [None, [1.0, 0.0, 2.5], [2.0, 3.0, 5.0]])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_merged_weights_are_the_mean_of_the_merged_weights(tmp_path, settings, weights):
+def test_peft_average_merges_to_mean_of_merged_weights(tmp_path, settings, weights):
     run = write_run(tmp_path / "run", **settings)
     out = average(open_run(run), weights=weights, out=tmp_path / "out")
     assert_is_mean_of_merged(out, run, weights or [1.0] * 3)
 
 
 @pytest.mark.parametrize("weights", [None, [2.0, 3.0, 5.0]])
-def test_outputs_of_unmerged_grouped_convolutions_are_summed_exactly(tmp_path, weights):
+def test_peft_average_is_exact_for_grouped_convolutions(tmp_path, weights):
     """PEFT cannot merge these, but the outputs are linear in this layer's weights."""
     run = write_run(tmp_path / "run", target_modules=["grouped"], lora_dropout=0.0)
     out = average(open_run(run), weights=weights, out=tmp_path / "out")
@@ -154,7 +154,7 @@ def experts():
 
 
 @pytest.mark.parametrize("weights", [None, [2.0, 3.0, 5.0]])
-def test_experts_in_one_parameter(tmp_path, weights):
+def test_peft_average_is_exact_for_experts_in_one_parameter(tmp_path, weights):
     settings = {"target_modules": ["0"], "target_parameters": ["1.weight"], "lora_dropout": 0.0}
     run = write_run(tmp_path / "run", base_model=experts, **settings)
     out = average(open_run(run), weights=weights, out=tmp_path / "out")
@@ -162,7 +162,7 @@ def test_experts_in_one_parameter(tmp_path, weights):
 
 
 @pytest.mark.parametrize("safe", [True, False])
-def test_with_equal_coefficients_every_factor_is_copied(tmp_path, safe):
+def test_peft_uniform_average_copies_factors(tmp_path, safe):
     run = write_run(tmp_path / "run", safe=safe)
     average(open_run(run), out=tmp_path / "out")
     got = peft.load_peft_weights(tmp_path / "out", device="cpu")
@@ -173,7 +173,7 @@ def test_with_equal_coefficients_every_factor_is_copied(tmp_path, safe):
     assert set(got) == set(inputs[0])
 
 
-def test_configuration_has_the_rank_of_all_and_the_rest_as_it_was(tmp_path):
+def test_peft_config_changes_only_ranks(tmp_path):
     run = write_run(tmp_path / "run", rank_pattern={"linear": 4}, alpha_pattern={"embed": 1})
     average(open_run(run), out=tmp_path / "out")
     before, after = (
@@ -183,7 +183,7 @@ def test_configuration_has_the_rank_of_all_and_the_rest_as_it_was(tmp_path):
     assert after == before | {"r": 6, "rank_pattern": {"linear": 12}}
 
 
-def test_adapters_in_16_bits_stay_so_and_round_once(tmp_path):
+def test_peft_average_in_16_bits_rounds_once(tmp_path):
     run = write_run(tmp_path / "run", target_modules=["linear"])
     for c in open_run(run):
         state = {k: v.bfloat16() for k, v in peft.load_peft_weights(c.path, device="cpu").items()}
@@ -198,7 +198,7 @@ def test_adapters_in_16_bits_stay_so_and_round_once(tmp_path):
     assert same_bits(got[name], torch.cat(blocks, 1))
 
 
-def test_a_wide_factor_is_exact_across_blocks(tmp_path):
+def test_peft_average_of_wide_factors_is_exact(tmp_path):
     def wide():
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(3000, 700, dtype=torch.float64))
@@ -214,7 +214,7 @@ def test_a_wide_factor_is_exact_across_blocks(tmp_path):
     assert torch.equal(got[b], torch.cat(scaled, 1))
 
 
-def test_an_average_of_adapters_can_be_averaged_again(tmp_path):
+def test_peft_average_can_be_averaged_again(tmp_path):
     run = write_run(tmp_path / "run", count=4)
     saved = sorted(run.iterdir())
     first = average(open_run(*saved[:2]), out=tmp_path / "first")
@@ -226,7 +226,7 @@ def test_an_average_of_adapters_can_be_averaged_again(tmp_path):
 # From a Trainer
 
 
-def test_a_trainers_run_of_adapters_and_its_root(tmp_path, invoke):
+def test_peft_run_of_trainer_is_averaged_without_its_root(tmp_path, invoke):
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=16, n_positions=8)
 
@@ -257,7 +257,7 @@ def test_a_trainers_run_of_adapters_and_its_root(tmp_path, invoke):
 # The command line
 
 
-def test_average_says_what_it_does_with_the_ranks(tmp_path, invoke):
+def test_peft_average_notes_stacked_ranks(tmp_path, invoke):
     run = write_run(tmp_path / "run")
     shown = invoke("average", run, "-o", tmp_path / "out")
     assert shown.exit_code == 0, shown.output
@@ -265,7 +265,7 @@ def test_average_says_what_it_does_with_the_ranks(tmp_path, invoke):
     assert "config.json, which the input lacks" not in shown.stderr
 
 
-def test_inspect_shows_an_adapter_and_its_average(tmp_path, invoke):
+def test_inspect_shows_ranks_of_adapters(tmp_path, invoke):
     run = write_run(tmp_path / "run")
     average(open_run(run), out=tmp_path / "out")
     one = invoke("inspect", run / "checkpoint-1")
@@ -275,14 +275,14 @@ def test_inspect_shows_an_adapter_and_its_average(tmp_path, invoke):
     assert "made by ckptavg" in made.stdout
 
 
-def test_the_files_may_be_named_instead_of_the_directories(tmp_path, invoke):
+def test_peft_files_may_be_named_for_directories(tmp_path, invoke):
     run = write_run(tmp_path / "run")
     files = sorted(run.glob("*/adapter_model.safetensors"))
     assert invoke("average", *files, "-o", tmp_path / "out").exit_code == 0
     assert_is_mean_of_merged(tmp_path / "out", run, [1.0] * 3)
 
 
-def test_an_existing_adapter_is_replaced_only_with_overwrite(tmp_path):
+def test_overwrite_is_needed_to_replace_an_adapter(tmp_path):
     run = write_run(tmp_path / "run")
     average(open_run(run), out=tmp_path / "out")
     with pytest.raises(CkptavgError, match="overwrite"):
@@ -292,14 +292,14 @@ def test_an_existing_adapter_is_replaced_only_with_overwrite(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["out.safetensors", "out.pt"])
-def test_a_file_cannot_hold_an_adapter(tmp_path, name):
+def test_peft_average_refuses_a_file_as_output(tmp_path, name):
     run = write_run(tmp_path / "run")
     with pytest.raises(UsageError, match=r"adapter_config.json has to stand beside"):
         average(open_run(run), out=tmp_path / name)
     assert not (tmp_path / name).exists()
 
 
-def test_adapters_are_not_run_as_models(tmp_path, invoke):
+def test_peft_adapters_are_refused_as_models(tmp_path, invoke):
     run = write_run(tmp_path / "run")
     (tmp_path / "f.py").write_text(
         "import torch\ndef model():\n    return torch.nn.Linear(2, 2)\n"
@@ -336,14 +336,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("settings", "why"), REFUSED.values(), ids=REFUSED)
-def test_kinds_without_an_exact_mean_are_refused(tmp_path, settings, why):
+def test_peft_kinds_without_exact_mean_are_refused(tmp_path, settings, why):
     run = write_run(tmp_path / "run", **settings)
     assert "cannot be averaged" in open_run(run).checkpoints[0].notes[0]
     with pytest.raises(UnsupportedTensorError, match=f"{why}.*Merge the adapters"):
         average(open_run(run), out=tmp_path / "out")
 
 
-def test_adapters_that_are_no_lora_are_refused(tmp_path):
+def test_peft_adapters_other_than_lora_are_refused(tmp_path):
     for i in (1, 2):
         model = peft.get_peft_model(
             base(), peft.IA3Config(target_modules=["linear"], feedforward_modules=[])
@@ -357,7 +357,7 @@ def test_adapters_that_are_no_lora_are_refused(tmp_path):
     ("name", "value"),
     [("r", 3), ("lora_alpha", 7), ("use_rslora", True), ("alpha_pattern", {"linear": 2})],
 )
-def test_adapters_of_different_rank_or_scale_are_refused(tmp_path, name, value):
+def test_peft_average_refuses_different_ranks_or_scales(tmp_path, name, value):
     run = write_run(tmp_path / "run", count=2)
     shutil.rmtree(run / "checkpoint-1")
     write_run(tmp_path / "other", count=1, **{name: value})
@@ -366,14 +366,14 @@ def test_adapters_of_different_rank_or_scale_are_refused(tmp_path, name, value):
         average(open_run(run), out=tmp_path / "out")
 
 
-def test_adapters_of_different_targets_are_refused(tmp_path):
+def test_peft_average_refuses_different_targets(tmp_path):
     run = write_run(tmp_path / "run", count=2)
     write_run(tmp_path / "run", count=1, target_modules=["linear"])
     with pytest.raises(MismatchError, match="lacks"):
         average(open_run(run), out=tmp_path / "out")
 
 
-def test_adapters_and_models_do_not_mix(tmp_path):
+def test_peft_average_refuses_adapters_beside_models(tmp_path):
     run = write_run(tmp_path / "run", count=1)
     model = tmp_path / "run" / "checkpoint-2"
     model.mkdir()
@@ -384,7 +384,7 @@ def test_adapters_and_models_do_not_mix(tmp_path):
         average(open_run(run / "checkpoint-1"), base=model, out=tmp_path / "out")
 
 
-def test_patterns_may_leave_out_what_is_no_factor(tmp_path):
+def test_exclude_refuses_factors_of_adapters(tmp_path):
     run = write_run(tmp_path / "run", modules_to_save=["head"])
     with pytest.raises(UsageError, match="the patterns leave out"):
         average(open_run(run), exclude="*embed*", out=tmp_path / "out")
@@ -393,7 +393,7 @@ def test_patterns_may_leave_out_what_is_no_factor(tmp_path):
     assert torch.equal(merged(out)["head.weight"], last["head.weight"])
 
 
-def test_a_factor_that_is_not_finite_names_its_checkpoint(tmp_path):
+def test_nonfinite_factor_names_its_checkpoint(tmp_path):
     run = write_run(tmp_path / "run", target_modules=["linear"])
     state = peft.load_peft_weights(run / "checkpoint-2", device="cpu")
     state["base_model.model.linear.lora_A.weight"][0, 0] = math.nan
@@ -402,14 +402,14 @@ def test_a_factor_that_is_not_finite_names_its_checkpoint(tmp_path):
         average(open_run(run), out=tmp_path / "out")
 
 
-def test_an_adapter_without_its_configuration_is_not_passed_over(tmp_path):
+def test_adapter_config_missing_is_an_error(tmp_path):
     run = write_run(tmp_path / "run")
     (run / "checkpoint-2" / "adapter_config.json").unlink()
     with pytest.raises(CkptavgError, match=r"without its adapter_config.json"):
         average(open_run(run))
 
 
-def test_ungathered_factors_are_refused(tmp_path):
+def test_peft_average_refuses_ungathered_factors(tmp_path):
     run = write_run(tmp_path / "run", target_modules=["linear"])
     state = peft.load_peft_weights(run / "checkpoint-2", device="cpu")
     state = {name: torch.zeros(0) for name in state}
@@ -418,7 +418,7 @@ def test_ungathered_factors_are_refused(tmp_path):
         average(open_run(run), out=tmp_path / "out")
 
 
-def test_tied_factors_are_not_told_apart(tmp_path):
+def test_peft_average_refuses_to_untie_factors(tmp_path):
     run = write_run(tmp_path / "run", target_modules=["linear"])
     for c in open_run(run):
         path = c.path / "adapter_config.json"

@@ -69,7 +69,7 @@ def timm_run(tmp_path):
     return directory, model.eval()
 
 
-def test_timms_arguments_give_the_model_and_its_images(timm_run):
+def test_timm_arguments_give_model_and_image_settings(timm_run):
     directory, _ = timm_run
     source = complete_source(None, {}, [open_checkpoint(directory / "checkpoint-1.pth.tar")])
     assert source.spec == "timm:resnet10t"
@@ -86,7 +86,7 @@ def test_timms_arguments_give_the_model_and_its_images(timm_run):
 
 
 @pytest.mark.parametrize("named", [[], ["--model", "timm:resnet10t"]], ids=["left out", "named"])
-def test_a_timm_run_is_scored_as_trained(timm_run, images, named):
+def test_timm_run_is_scored_as_trained(timm_run, images, named):
     timm = pytest.importorskip("timm")
     directory, model = timm_run
     outcome, notes = run("eval", "--run", directory, "--data", images, *named)
@@ -106,7 +106,7 @@ def test_a_timm_run_is_scored_as_trained(timm_run, images, named):
     assert "num_classes=3" in notes
 
 
-def test_arguments_that_are_typed_win(timm_run):
+def test_model_arguments_override_recorded_ones(timm_run):
     directory, _ = timm_run
     opened = open_checkpoint(directory / "checkpoint-1.pth.tar")
     source = complete_source("timm:resnet10t", {"num_classes": 7}, [opened])
@@ -116,7 +116,7 @@ def test_arguments_that_are_typed_win(timm_run):
     assert other.arguments == {}
 
 
-def test_the_statistics_of_a_timm_run_need_no_model(timm_run, images):
+def test_timm_run_recomputes_statistics_without_model(timm_run, images):
     directory, _ = timm_run
     made, notes = run("average", directory, "--train-data", images, "-o", "swa.pth.tar")
     assert made["bn"] == "recomputed"
@@ -126,7 +126,7 @@ def test_the_statistics_of_a_timm_run_need_no_model(timm_run, images):
     assert updated["samples"] == 2 * CLASSES
 
 
-def test_timms_own_configuration_gives_the_model(tmp_path):
+def test_timm_config_gives_the_model(tmp_path):
     timm = pytest.importorskip("timm")
     hub = pytest.importorskip("timm.models")
     model = timm.create_model("resnet10t", num_classes=CLASSES)
@@ -155,7 +155,7 @@ def language_run(tmp_path):
 
 
 @pytest.mark.parametrize("named", [[], ["--model", "hf:gpt"]], ids=["left out", "of the run"])
-def test_a_hugging_face_run_is_scored_by_its_configuration(language_run, named):
+def test_huggingface_run_is_scored_by_its_config(language_run, named):
     directory, model = language_run
     outcome, notes = run("eval", "--run", directory, "--data", "tokens:ids.npy", *named)
     tokens = torch.arange(16)[None]
@@ -239,7 +239,7 @@ def lightning_run(tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("spec", ["lightning:lit_module.py:Lit", "lit_module.py:Lit"])
-def test_hyperparameters_of_a_lightning_run_are_taken(lightning_run, spec):
+def test_lightning_hyperparameters_are_taken(lightning_run, spec):
     module, train = lightning_run
     directory, trained = train(module.Lit(width=6, depth=2))
     outcome, notes = run(
@@ -254,7 +254,7 @@ def test_hyperparameters_of_a_lightning_run_are_taken(lightning_run, spec):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_hyperparameters_in_one_object_are_one_argument(lightning_run):
+def test_lightning_hyperparameters_may_be_one_object(lightning_run):
     module, train = lightning_run
     config = lightning_config(width=5, depth=1)
     directory, trained = train(module.Whole(config))
@@ -275,7 +275,7 @@ def lightning_config(**values):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_class_of_a_lightning_run_has_to_be_named(lightning_run):
+def test_lightning_run_needs_its_class(lightning_run):
     module, train = lightning_run
     directory, _ = train(module.Lit())
     result = CliRunner().invoke(

@@ -39,7 +39,7 @@ def prepared(model_spec, *pairs, settings=None):
 @pytest.mark.parametrize(
     "name", ["resnet18", "vit_tiny_patch16_224", "mobilenetv3_small_050", "resnet18.tv_in1k"]
 )
-def test_images_of_a_timm_model_are_prepared_by_timm(picture, caplog, name):
+def test_timm_preset_prepares_images(picture, caplog, name):
     timm = pytest.importorskip("timm")
     caplog.set_level("INFO", "ckptavg")
     config = timm.data.resolve_model_data_config(timm.create_model(name))
@@ -57,7 +57,7 @@ def test_images_of_a_timm_model_are_prepared_by_timm(picture, caplog, name):
         {"img_size": None, "mean": None, "crop_pct": None, "interpolation": "", "lr": 0.1},
     ],
 )
-def test_a_trainings_own_settings_come_before_those_of_the_pretrained_model(picture, settings):
+def test_timm_preset_yields_to_training_settings(picture, settings):
     timm = pytest.importorskip("timm")
     model = timm.create_model("resnet18")
     config = timm.data.resolve_data_config(settings, model=model)
@@ -65,12 +65,12 @@ def test_a_trainings_own_settings_come_before_those_of_the_pretrained_model(pict
     assert torch.equal(prepared("timm:resnet18", settings=settings), expected)
 
 
-def test_options_come_before_timms_preset(picture):
+def test_timm_preset_yields_to_options(picture):
     pytest.importorskip("timm")
     assert prepared("timm:resnet18", "size=32").shape == (3, 32, 32)
 
 
-def test_a_name_that_timm_does_not_have():
+def test_timm_model_unknown_is_an_error():
     pytest.importorskip("timm")
     with pytest.raises(SpecError, match=r"timm has no model 'resnet81'. Did you mean .*resnet"):
         make_model("timm:resnet81")
@@ -78,7 +78,7 @@ def test_a_name_that_timm_does_not_have():
         make_model("timm:resnet18.nothing")
 
 
-def test_images_of_a_hugging_face_model_are_prepared_by_its_processor(picture, tmp_path, caplog):
+def test_huggingface_processor_prepares_images(picture, tmp_path, caplog):
     transformers = pytest.importorskip("transformers")
     caplog.set_level("INFO", "ckptavg")
     processor = transformers.ViTImageProcessor(
@@ -144,7 +144,7 @@ made = lightning.LightningDataModule.from_datasets(rows(5), rows(6), batch_size=
         ("made", [], 3, 3),
     ],
 )
-def test_data_of_lightning_and_datasets(tmp_path, name, pairs, training, scoring):
+def test_make_data_takes_lightning_and_datasets(tmp_path, name, pairs, training, scoring):
     pytest.importorskip("lightning")
     pytest.importorskip("datasets")
     (tmp_path / "data_of_tools.py").write_text(DATA)
@@ -154,7 +154,7 @@ def test_data_of_lightning_and_datasets(tmp_path, name, pairs, training, scoring
         assert len(data) == batches
 
 
-def test_a_module_without_the_loader_that_is_wanted(tmp_path):
+def test_make_data_refuses_module_without_loader(tmp_path):
     pytest.importorskip("lightning")
     pytest.importorskip("datasets")
     (tmp_path / "data_of_tools.py").write_text(DATA)

@@ -39,7 +39,7 @@ def command(*args) -> str:
 @pytest.mark.parametrize(
     "layout", [layout for layout in LAYOUTS if not layout.refused], ids=lambda layout: layout.name
 )
-def test_inspect_tells_what_is_averaged_and_what_is_left_out_and_why(layout, written):
+def test_inspect_lists_checkpoints_and_files_left_out(layout, written):
     path = written(layout).path
     shown = command("inspect", path)
     assert f"{len(layout.checkpoints)} checkpoints in order" in shown
@@ -57,7 +57,7 @@ def test_inspect_tells_what_is_averaged_and_what_is_left_out_and_why(layout, wri
 
 
 @pytest.mark.parametrize("name", ["average.safetensors", "average.pt", "average.ckpt"])
-def test_an_earlier_output_in_the_run_directory_is_left_out(name, written, tmp_path):
+def test_output_in_run_directory_is_left_out(name, written, tmp_path):
     before = written(Lightning())
     for checkpoint in before.path.iterdir():
         (tmp_path / checkpoint.name).write_bytes(checkpoint.read_bytes())
@@ -67,7 +67,7 @@ def test_an_earlier_output_in_the_run_directory_is_left_out(name, written, tmp_p
     assert (tmp_path / name, "an average that ckptavg wrote") in run.left_out
 
 
-def test_an_earlier_output_of_bare_weights_is_left_out(tmp_path):
+def test_output_of_bare_weights_is_left_out(tmp_path):
     for i in (1, 2):
         save_weight(tmp_path / f"{i}.pth", i)
     average(open_run(tmp_path), out=tmp_path / "3.pth")
@@ -90,7 +90,7 @@ def classifiers(tmp_path):
     return tmp_path, states
 
 
-def test_a_models_own_module_is_kept_in_the_inputs_layout(classifiers):
+def test_module_prefix_is_kept_in_layout_of_inputs(classifiers):
     path, states = classifiers
     out = average(open_run(path), out=path / "average.pth")
     back = loaded(Classifier(), torch.load(out))
@@ -98,25 +98,25 @@ def test_a_models_own_module_is_kept_in_the_inputs_layout(classifiers):
     assert torch.equal(back["module.head.bias"], mean.float())
 
 
-def test_without_the_prefix_the_inner_network_loads(classifiers):
+def test_module_prefix_is_dropped_in_memory(classifiers):
     path, _ = classifiers
     Net().load_state_dict(average(open_run(path)))
 
 
-def test_a_dropped_prefix_that_may_be_the_models_own_is_noted(classifiers):
+def test_module_prefix_dropped_is_noted(classifiers):
     path, _ = classifiers
     said = command("average", path, "-o", path / "average.safetensors")
     assert "'module.' in front of every name" in said
 
 
 @pytest.mark.parametrize("wrapped", [Net(), torch.compile(Net()), nn.DataParallel(Net())])
-def test_no_more_is_said_of_prefixes_than_there_is_doubt(wrapped, tmp_path):
+def test_module_prefix_is_noted_only_in_doubt(wrapped, tmp_path):
     save(tmp_path / "1.pth", wrapped.state_dict())
     (checkpoint,) = open_run(tmp_path)
     assert len(checkpoint.notes) == isinstance(wrapped, nn.DataParallel)
 
 
-def test_composers_classifier_gets_its_names_back(written, tmp_path):
+def test_composer_output_keeps_module_prefix(written, tmp_path):
     layout = Composer()
     out = average(open_run(written(layout).path), out=tmp_path / layout.output)
     assert all(name.startswith("module.") for name in torch.load(out)["state"]["model"])
@@ -133,7 +133,7 @@ def gan(tmp_path):
     return tmp_path
 
 
-def test_two_networks_in_one_directory_are_an_error_that_says_how_to_select_one(gan):
+def test_two_networks_are_refused_with_a_glob(gan):
     with pytest.raises(
         RunError, match=r"'D_\*.pth', 'G_\*.pth'. Select one with `glob='D_\*.pth'`"
     ):
@@ -141,19 +141,19 @@ def test_two_networks_in_one_directory_are_an_error_that_says_how_to_select_one(
 
 
 @pytest.mark.parametrize("pattern", ["D_*.pth", "G_*.pth"])
-def test_the_suggested_pattern_selects_one_of_the_networks(gan, pattern):
+def test_two_networks_are_selected_by_suggested_glob(gan, pattern):
     assert len(open_run(gan, glob=pattern)) == 3
     average(open_run(gan, glob=pattern))
 
 
-def test_inspect_says_that_there_are_two_networks(gan):
+def test_inspect_reports_two_networks(gan):
     said = command("inspect", gan)
     assert "different networks" in said
     assert "D_*.pth" in said
     assert "G_*.pth" in said
 
 
-def test_two_networks_with_equal_names_are_told_apart_too(tmp_path):
+def test_two_networks_with_equal_names_are_refused(tmp_path):
     for i in (1, 2):
         save(tmp_path / f"netG_{i}.pth", nn.Sequential(nn.Linear(2, 3)).state_dict())
         save(tmp_path / f"netD_{i}.pth", nn.Sequential(nn.Linear(2, 1)).state_dict())
@@ -175,19 +175,19 @@ def diffusion_run(directory):
     return directory
 
 
-def test_an_ema_in_files_of_its_own_is_left_out(tmp_path):
+def test_ema_files_are_left_out(tmp_path):
     run = open_run(diffusion_run(tmp_path))
     assert names(run) == ["model010000.pt", "model020000.pt"]
     assert any("ema_0.9999_010000.pt" in note and "EMA" in note for note in run.notes)
 
 
-def test_an_ema_in_files_of_its_own_can_be_selected(tmp_path):
+def test_ema_files_can_be_selected_by_glob(tmp_path):
     run = open_run(diffusion_run(tmp_path), glob="ema_*")
     assert [c.step for c in run] == [10000, 20000]
 
 
 @pytest.mark.parametrize("name", ["tmp.pth.tar", "recovery_tmp.pth.tar"])
-def test_what_a_crash_while_saving_leaves_is_left_out(name, tmp_path):
+def test_temporary_files_are_left_out(name, tmp_path):
     for i in (1, 2):
         save_weight(tmp_path / f"checkpoint-{i}.pth.tar", i)
     whole = (tmp_path / "checkpoint-2.pth.tar").read_bytes()
@@ -198,14 +198,14 @@ def test_what_a_crash_while_saving_leaves_is_left_out(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["averaged.pt", "avg_5.pt", "model_ema.pt", "init.pt"])
-def test_a_name_is_no_reason_where_nothing_else_is_a_run(name, tmp_path):
+def test_ema_or_average_by_name_is_opened_without_a_run(name, tmp_path):
     save_weight(tmp_path / name, 1)
     save_weight(tmp_path / "other.pt", 2)
     assert len(open_run(tmp_path)) == 2
     assert len(open_run(tmp_path / name)) == 1
 
 
-def test_a_file_with_everything_repeats_the_one_with_its_weights_alone(tmp_path):
+def test_repeats_include_files_with_training_state(tmp_path):
     for i in (1, 2):
         save_weight(tmp_path / f"{i}epoch.pth", float(i))
     state = {"model": {"w": torch.tensor([2.0])}, "optimizer": {"state": torch.rand(5)}}
@@ -219,13 +219,13 @@ def test_a_file_with_everything_repeats_the_one_with_its_weights_alone(tmp_path)
 
 @pytest.mark.parametrize("first", [0, 1])
 @pytest.mark.parametrize("form", ["epoch_{}.pt", "epoch_{:04d}.pt", "{}.pt", "model-{:02d}.pt"])
-def test_epochs_are_in_order_from_0_and_from_1_padded_or_not(first, form, tmp_path):
+def test_step_order_holds_for_padded_and_plain_numbers(first, form, tmp_path):
     for i in range(first, first + 11):
         save_weight(tmp_path / form.format(i), i)
     assert [c.step for c in open_run(tmp_path)] == list(range(first, first + 11))
 
 
-def test_padded_and_unpadded_numbers_are_the_same_numbers(tmp_path):
+def test_step_order_holds_for_mixed_padding(tmp_path):
     for name in ("epoch_08", "epoch_9", "epoch_10", "epoch_0011"):
         save_weight(tmp_path / f"{name}.pt", len(name))
     assert [c.step for c in open_run(tmp_path)] == [8, 9, 10, 11]
@@ -234,7 +234,7 @@ def test_padded_and_unpadded_numbers_are_the_same_numbers(tmp_path):
 # One tool each
 
 
-def test_the_average_of_an_ema_is_a_key_away(written):
+def test_key_selects_ema_of_torchvision_run(written):
     layout = TorchvisionReferences()
     run = written(layout)
     saved = [torch.load(run.path / n, weights_only=False)["model_ema"] for n in layout.checkpoints]
@@ -244,13 +244,13 @@ def test_the_average_of_an_ema_is_a_key_away(written):
     assert torch.equal(average(opened)["head.bias"], mean.float())
 
 
-def test_timms_best_are_the_users_to_say(written):
+def test_best_of_timm_run_goes_by_metric_and_mode(written):
     run = open_run(written(Timm()).path)
     assert names(run.best(1, "metric", "max")) == ["checkpoint-2.pth.tar"]
     assert names(run.best(1, "metric", "min")) == ["checkpoint-1.pth.tar"]
 
 
-def test_a_pickled_module_is_read_without_its_class(written):
+def test_pickled_module_is_read_without_its_class(written):
     run = open_run(written(Ultralytics()).path)
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("their_tasks")
@@ -258,7 +258,7 @@ def test_a_pickled_module_is_read_without_its_class(written):
     assert "model.1.running_mean" in next(iter(run)).tensors
 
 
-def test_files_of_before_the_zip_format_are_compared_by_their_bytes(written):
+def test_repeats_of_legacy_torch_files_are_left_out(written):
     run = open_run(written(BeforeZip()).path)
     ((path, why),) = run.left_out
     assert (path.name, why) == ("latest.pth", "repeats epoch_11.pth")
