@@ -198,7 +198,7 @@ def test_temporary_files_are_left_out(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["averaged.pt", "avg_5.pt", "model_ema.pt", "init.pt"])
-def test_ema_or_average_by_name_is_opened_without_a_run(name, tmp_path):
+def test_left_out_names_are_opened_without_a_run(name, tmp_path):
     save_weight(tmp_path / name, 1)
     save_weight(tmp_path / "other.pt", 2)
     assert len(open_run(tmp_path)) == 2

@@ -203,7 +203,7 @@ def unfrozen_midway(states):
 
 
 @pytest.mark.parametrize("change", [repeated, single, unfrozen_midway])
-def test_frozen_layers_need_changing_weights_and_all_equal(tmp_path, change):
+def test_frozen_layers_need_equal_statistics_of_changing_weights(tmp_path, change):
     run = saved(tmp_path, change(train(net(), frozen=[STEM, BODY])))
     assert STEM not in find_frozen_layers(run.checkpoints)
 
