@@ -15,7 +15,7 @@ import hashlib
 import logging
 import zlib
 from base64 import b64decode, b64encode
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -157,8 +157,10 @@ class ShardedWrite:
     @property
     def tensors(self) -> list[list[TensorPlan]]:
         """Plans of each output's tensors, without ties where tied names have separate places."""
-        pairs = zip(self.plans, self.targets, strict=True)
-        return [expand_ties(plan.tensors, target.layout) for plan, target in pairs]
+        expanded: list[list[TensorPlan]] = []
+        for plan, target in zip(self.plans, self.targets, strict=True):
+            expanded.append(expand_ties(plan.tensors, target.layout))
+        return expanded
 
     @property
     def parts(self) -> dict[tuple[str, int], tuple[int, int]]:
@@ -224,7 +226,9 @@ class ShardedWrite:
         requests = replace(requests, parts=self._parts_beside(requests) | self.parts)
         threads = default_threads(self.processes.neighbours)
         outcome = stream(jobs, requests, threads=threads, progress=look)
-        names = [[sorted(r.differing), sorted(r.nonfinite)] for r in outcome.results]
+        names: list[list[list[str]]] = []
+        for result in outcome.results:
+            names.append([sorted(result.differing), sorted(result.nonfinite)])
         gram = None if outcome.gram is None else outcome.gram.tolist()
         # Summed anew in the order of the ranks, so that all processes get the same bits.
         outcome.gram = None
@@ -241,20 +245,25 @@ class ShardedWrite:
         """Merge the digests of leaves that all processes have hashed of the same tensors."""
         if not leaves:
             return
-        # Compressed, since the leaves of other processes are zeros. Messages are text.
-        messages: list[dict[int, str]] = []
-        for digests in leaves:
-            messages.append({number: _pack(raw) for number, raw in digests.done.items()})
+        messages = [_pack_leaves(digests) for digests in leaves]
         for gathered in self.processes.gather(messages):
-            for digests, texts in zip(leaves, gathered, strict=True):
-                # Keys of JSON are text.
-                digests.merge({int(number): _unpack(text) for number, text in texts.items()})
+            for digests, message in zip(leaves, gathered, strict=True):
+                digests.merge(_unpack_leaves(message))
 
     def _parts_beside(self, requests: StreamRequests) -> dict[tuple[str, int], tuple[int, int]]:
         """Assign tensors that are read but have no place in an output to the first process."""
-        keys = {(plan.name, plan.output.numel) for plan in requests.gram}
-        keys |= {("", tensor.numel) for tensor in requests.observed}
-        return {key: (0, 0 if self.processes.rank else key[1]) for key in keys}
+        numels: list[tuple[str, int]] = []
+        for plan in requests.gram:
+            numels.append((plan.name, plan.output.numel))
+        for tensor in requests.observed:
+            numels.append(("", tensor.numel))
+        parts: dict[tuple[str, int], tuple[int, int]] = {}
+        for name, numel in numels:
+            end = numel
+            if self.processes.rank:
+                end = 0
+            parts[name, numel] = 0, end
+        return parts
 
     @contextmanager
     def _create(self) -> Iterator[OpenTargets]:
@@ -294,7 +303,9 @@ class ShardedWrite:
         Raises:
             ProcessesError: Two processes differ.
         """
-        digests = {subject: _digest(values) for subject, values in self._shared_values().items()}
+        digests: dict[str, str] = {}
+        for subject, values in self._shared_values().items():
+            digests[subject] = _digest(values)
         first, *following = self.processes.gather(digests)
         for rank, gathered in enumerate(following, 1):
             for subject, digest in first.items():
@@ -306,20 +317,28 @@ class ShardedWrite:
 
     def _shared_values(self) -> dict[str, Iterable[object]]:
         """Return the values that must be the same in all processes, by a name for messages."""
-        stamps: dict[str, FileStamp] = {}
         selection: list[str] = []
+        coefficients: list[tuple[float, ...]] = []
         for plan in self.plans:
-            for checkpoint in plan.files:
-                stamps |= {stamp.path: stamp for stamp in checkpoint.files}
             selection += [str(checkpoint.path) for checkpoint in plan.checkpoints]
+            coefficients.append(plan.coefficients)
         return {
             "version of ckptavg": [__version__],
-            "input files": [(s.path, s.size, s.mtime_ns, s.token) for s in stamps.values()],
+            "input files": self._input_values(),
             "selection": selection,
-            "coefficients": [plan.coefficients for plan in self.plans],
+            "coefficients": coefficients,
             "tensors": self._tensor_values(),
             "outputs": self._file_values(),
         }
+
+    def _input_values(self) -> Iterator[object]:
+        stamps: dict[str, FileStamp] = {}
+        for plan in self.plans:
+            for checkpoint in plan.files:
+                for stamp in checkpoint.files:
+                    stamps[stamp.path] = stamp
+        for path, stamp in stamps.items():
+            yield path, stamp.size, stamp.mtime_ns, stamp.token
 
     def _tensor_values(self) -> Iterator[object]:
         for plan in self.plans:
@@ -332,12 +351,22 @@ class ShardedWrite:
                 yield target.path, file.name, file.size, file.offsets
 
 
-def _pack(raw: bytes | bytearray) -> str:
-    return b64encode(zlib.compress(raw)).decode()
+def _pack_leaves(leaves: Leaves) -> dict[int, str]:
+    """Make a message of the digests of leaves, by tensor."""
+    message: dict[int, str] = {}
+    for number, digests in leaves.done.items():
+        # Compressed, since the leaves of other processes are zeros. Messages are text.
+        message[number] = b64encode(zlib.compress(digests)).decode()
+    return message
 
 
-def _unpack(text: str) -> bytes:
-    return zlib.decompress(b64decode(text))
+def _unpack_leaves(message: Mapping[str, str]) -> dict[int, bytes]:
+    """Read the digests of leaves from another process's message."""
+    leaves: dict[int, bytes] = {}
+    for number, text in message.items():
+        # Keys of JSON are text.
+        leaves[int(number)] = zlib.decompress(b64decode(text))
+    return leaves
 
 
 def _digest(values: Iterable[object]) -> str:

@@ -164,11 +164,12 @@ def make_plan(
     for name in names:
         check_alike(name, checkpoints)
     averaged = set(names)
-    copied = [name for name in base.tensors if name not in averaged]
     builder = _make_builder(checkpoints, coefficients, rules, averaged)
-    check_copied(base, set(copied))
+    check_copied(base, base.tensors.keys() - averaged)
     tensors = [builder.average(name) for name in names]
-    tensors += [builder.copy(name, base) for name in copied]
+    for name in base.tensors:
+        if name not in averaged:
+            tensors.append(builder.copy(name, base))
     # The output keeps the base's order of tensors, copied and averaged ones mixed.
     order = {name: position for position, name in enumerate(base.tensors)}
     tensors.sort(key=lambda tensor: order.get(tensor.name, len(order)))
@@ -201,17 +202,19 @@ def _make_builder(
         CheckpointError: A file cannot be read.
     """
     modules = Modules(checkpoints[-1].tensors)
-    contributions = tuple(
-        (checkpoint, coefficient)
-        for checkpoint, coefficient in zip(checkpoints, coefficients, strict=True)
-        if coefficient
-    )
+    owners: list[Checkpoint] = []
+    owner_coefficients: list[float] = []
+    for checkpoint, coefficient in zip(checkpoints, coefficients, strict=True):
+        if coefficient:
+            owners.append(checkpoint)
+            owner_coefficients.append(coefficient)
     return _Builder(
         checkpoints=tuple(checkpoints),
-        contributions=contributions,
+        owners=tuple(owners),
+        coefficients=tuple(owner_coefficients),
         rules=rules,
         layers=_averaged_layers(modules, averaged),
-        frozen=_find_frozen([checkpoint for checkpoint, _ in contributions], rules),
+        frozen=_find_frozen(owners, rules),
         buffers=find_buffers(modules, averaged),
     )
 
@@ -248,7 +251,8 @@ class _Builder:
 
     Attributes:
         checkpoints: The selected checkpoints, in order.
-        contributions: Each checkpoint with a coefficient other than 0, and the coefficient.
+        owners: The checkpoints with a coefficient other than 0.
+        coefficients: One per owner.
         rules: The selection of the tensors to average, and the type of the output's floats.
         layers: Layers under spectral norm.
         frozen: Layer that was frozen in training → names of the layer's statistics.
@@ -257,7 +261,8 @@ class _Builder:
     """
 
     checkpoints: tuple[Checkpoint, ...]
-    contributions: tuple[tuple[Checkpoint, float], ...]
+    owners: tuple[Checkpoint, ...]
+    coefficients: tuple[float, ...]
     rules: Rules
     layers: tuple[SpectralNorm, ...]
     frozen: Mapping[str, Sequence[str]]
@@ -271,20 +276,20 @@ class _Builder:
         if name in self._vectors:
             return self.copy(name, last)
         if name in self._frozen_statistics:
-            return self.copy(name, self._last_contributing)
+            return self.copy(name, self.owners[-1])
         if last.tensors[name].dtype.kind == "int" or name in self.buffers:
             plan = self.copy(name, last)
             if plan.averaged:
                 return plan
             return replace(plan, compared=self._other_tensors(name))
-        sources = tuple(checkpoint.tensors[name] for checkpoint in self._owners)
+        sources = tuple(checkpoint.tensors[name] for checkpoint in self.owners)
         return TensorPlan(
             name,
             last.tensors[name].shape,
             self._choose_dtype(name, [source.dtype for source in sources]),
             sources,
-            self._owners,
-            self._coefficients,
+            self.owners,
+            self.coefficients,
             averaged=True,
         )
 
@@ -302,7 +307,7 @@ class _Builder:
         """Return notes about the planned tensors, once all are planned."""
         notes = []
         if self.frozen:
-            of_all = len(batchnorm_layers(self._last_contributing.tensors))
+            of_all = len(batchnorm_layers(self.owners[-1].tensors))
             notes.append(
                 f"{len(self.frozen)} of {of_all} BatchNorm layers were frozen in training (the "
                 "same statistics in all checkpoints) and are kept as they are: "
@@ -324,25 +329,16 @@ class _Builder:
     def iterated_layers(self) -> tuple[SpectralNorm, ...]:
         """Layers whose singular vectors are computed from the averaged weight."""
         # The vectors of a single checkpoint already belong to its weights.
-        if len(self.contributions) == 1:
+        if len(self.owners) == 1:
             return ()
         return self.layers
 
     @cached_property
-    def _owners(self) -> tuple[Checkpoint, ...]:
-        return tuple(checkpoint for checkpoint, _ in self.contributions)
-
-    @cached_property
-    def _coefficients(self) -> tuple[float, ...]:
-        return tuple(coefficient for _, coefficient in self.contributions)
-
-    @property
-    def _last_contributing(self) -> Checkpoint:
-        return self.contributions[-1][0]
-
-    @cached_property
     def _vectors(self) -> set[str]:
-        return set().union(*(layer.vectors for layer in self.layers))
+        vectors: set[str] = set()
+        for layer in self.layers:
+            vectors.update(layer.vectors)
+        return vectors
 
     @cached_property
     def _frozen_statistics(self) -> set[str]:
@@ -351,8 +347,12 @@ class _Builder:
     def _other_tensors(self, name: str) -> tuple[Tensor, ...]:
         """Return a tensor of all checkpoints but the last, without the last's own."""
         last = self.checkpoints[-1].tensors[name]
-        earlier = (checkpoint.tensors[name] for checkpoint in self.checkpoints[:-1])
-        return tuple(tensor for tensor in earlier if tensor is not last)
+        others: list[Tensor] = []
+        for checkpoint in self.checkpoints[:-1]:
+            tensor = checkpoint.tensors[name]
+            if tensor is not last:
+                others.append(tensor)
+        return tuple(others)
 
     def _choose_dtype(self, name: str, dtypes: Sequence[DType]) -> DType:
         """Choose the type of a tensor in the output, and note where widths are mixed."""
