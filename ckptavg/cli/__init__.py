@@ -39,7 +39,7 @@ class _Commands(CommandGroup):
 
 @contextmanager
 def _end_on_signals() -> Iterator[None]:
-    """End by a signal as a command does that has written nothing."""
+    """On a signal, end as a command that has written nothing."""
     # The outer report is for a signal that comes while the inner contexts end.
     with signals.report_interrupt(None), signals.unwind_on_signals(), signals.report_interrupt([]):
         yield

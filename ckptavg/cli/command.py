@@ -45,7 +45,7 @@ def command(
 ) -> Callable[[Callable[..., Any]], click.Command]:
     """Make a command of a function, with the options of every command.
 
-    The function receives a ``report``, and its errors are shown in one line each.
+    The function receives a ``report``. An error is shown in one line.
 
     Args:
         name: Name of the command; the function's own where None.
@@ -54,7 +54,6 @@ def command(
     """
 
     def decorate(function: Callable[..., Any]) -> click.Command:
-        """Make the command."""
         run = _refuse_several(function)
         if shared:
             run = _share(function)
@@ -73,11 +72,10 @@ class _Command(GroupedCommand):
 
 
 def _share(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Pass the processes that share the work."""
+    """Wait for the processes that share the work, and pass them to the function."""
 
     @functools.wraps(function)
     def run(**values: Any) -> Any:
-        """Call the function once all processes have started."""
         with launcher.join_processes() as processes:
             return function(processes=processes, **values)
 
@@ -85,11 +83,10 @@ def _share(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _refuse_several(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Refuse to run as one of several processes."""
+    """Let the function refuse to run in several processes."""
 
     @functools.wraps(function)
     def run(**values: Any) -> Any:
-        """Call the function in a single process."""
         launcher.refuse_several(f"ckptavg {click.get_current_context().info_name}")
         return function(**values)
 
@@ -97,7 +94,7 @@ def _refuse_several(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _report(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Pass a report, show errors in one line, and end on signals."""
+    """Pass a report to the function, show errors in one line, and end on signals."""
 
     @functools.wraps(function)
     def run(
@@ -115,7 +112,7 @@ def _report(function: Callable[..., Any]) -> Callable[..., Any]:
             as_json: Print the result as JSON.
             threads: Processor threads that compute; None for the default.
             quiet: Show no notes and no progress.
-            verbose: More for more notes.
+            verbose: Number of ``-v``.
             debug: Show tracebacks.
             values: All other options of the command.
         """

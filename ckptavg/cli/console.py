@@ -123,7 +123,7 @@ class Report:
             self._out.print(Text(line), soft_wrap=True)
 
     def remark(self, text: str) -> None:
-        """Print a line on stderr, however quiet the command is to be."""
+        """Print a line on stderr, even with ``--quiet``."""
         for line in wrap_note(printable(for_shell(text)), _width(self._err)):
             self._err.print(Text(line), soft_wrap=True)
 
@@ -160,8 +160,8 @@ class Report:
 
             Args:
                 phase: Name of the phase.
-                done: Count of what is done.
-                total: Count of all; 0 if unknown.
+                done: Bytes or samples so far.
+                total: Bytes or samples in all; 0 if unknown.
             """
             if phase not in tasks:
                 tasks[phase] = bar.add_task(escape(printable(phase)), total=total or None)
@@ -280,7 +280,7 @@ class _Rate(ProgressColumn):
     """Samples per second."""
 
     def render(self, task: Task) -> Text:
-        """Draw the rate of a task; nothing before it is known."""
+        """Draw the rate of a task; nothing before the rate is known."""
         if not task.speed:
             return Text()
         return Text(rate_text(task.speed))

@@ -30,7 +30,7 @@ def refuse_several(command: str) -> None:
     """
     if is_distributed():
         raise UsageError(
-            f"{command} is the work of one process", "Start it without torchrun and WORLD_SIZE."
+            f"{command} runs in one process only", "Start it without torchrun and WORLD_SIZE."
         )
 
 

@@ -25,7 +25,7 @@ _ARGUMENTS = ("data_arg", "train_data_arg")
 def identify(candidate: Candidate, options: Mapping[str, Any]) -> Identity:
     """Return the identity of the model, the data and the options that decide scores.
 
-    Files count by size and time, those of Python too; a directory of data by its name alone.
+    Files, Python files too, count by size and time; a directory of data counts by name alone.
 
     Args:
         candidate: The candidate that is scored.

@@ -64,7 +64,7 @@ _DEFAULT_HANDLERS: dict[int, Any] = {
 def unwind_on_signals() -> Iterator[Signals]:
     """Handle SIGTERM and Ctrl-C by ``Signals``, unless handlers are installed already.
 
-    Signals that are ignored, or have another handler, keep that.
+    A signal that is ignored, or has another handler, is left as it is.
     """
     if threading.current_thread() is not threading.main_thread():
         yield Signals()
@@ -90,11 +90,11 @@ def unwind_on_signals() -> Iterator[Signals]:
 def report_interrupt(
     outputs: Sequence[str] | None, signals: Signals | None = None
 ) -> Iterator[None]:
-    """Report in one line an interrupted command's outputs, and exit as shells expect.
+    """Report an interrupted command's outputs in one line, and exit as shells expect.
 
     Args:
-        outputs: What the command was to write; None where that is not known.
-        signals: What came; an interrupt may be lost on its way, or become another error.
+        outputs: Paths that the command was to write; None where unknown.
+        signals: The signals that came: other code may swallow or replace an interrupt.
     """
     before = {path: _stamp(path) for path in outputs or ()}
     number: signal.Signals | None = None

@@ -295,7 +295,7 @@ def test_also_shows_each_plan_in_a_dry_run(run, tmp_path):
         ("x=uniform@last=5,last=3", "'last' is given twice"),
         ("x=uniform@last=no", "expected a whole number from 1 on but got 'no'"),
         ("x=uniform@from=no", "expected a number in 'from=no'"),
-        ("x=uniform@metric=acc", "--metric says which are the --best N: name N"),
+        ("x=uniform@metric=acc", "--metric needs --best N"),
         ("x=unifrom", "'--also': x: scheme is expected to be one of uniform, ema, linear, lawa"),
     ],
 )

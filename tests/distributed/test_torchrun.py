@@ -229,7 +229,7 @@ def test_torchrun_four_processes_match_one(home: Path) -> None:
     assert len(said) == 1
     assert said[0].startswith("Error: out/a.pt exists already")
     assert [of_one["code"] for of_one in inspection] == [2, 2, 2, 2]
-    assert "ckptavg inspect is the work of one process. Start it" in inspection[0]["err"]
+    assert "ckptavg inspect runs in one process only. Start it" in inspection[0]["err"]
 
 
 @pytest.mark.slow

@@ -105,7 +105,7 @@ class EvaluationOptions:
     output: ResultsOptions
 
     def decisive(self) -> dict[str, Any]:
-        """Return the options that decide scores, by the names that keys of results are made of."""
+        """Return the options that decide scores, by the names that identify stored results."""
         running, tensors = self.running, self.tensors
         loader, statistics = running.loader, running.statistics
         return {
@@ -165,7 +165,7 @@ class EvaluationOptions:
     _RESULTS, "--fail-if-worse", is_flag=True,
     help="Exit 3 if the average does worse than the last checkpoint by the first metric.",
 )  # fmt: skip
-@running_options("Recomputes the averages' BatchNorm", scoring="What is scored on")
+@running_options("Recomputes the averages' BatchNorm", scoring="Data to score on")
 @selection_options
 @weighting_options
 @keys_option
@@ -212,7 +212,7 @@ def evaluate(report: Report, processes: TorchrunGroup | None, options: Evaluatio
         raise failure
     if fail_if_worse and is_worse(scored, task):
         if processes is not None:
-            # A launcher ends all processes when one exits: wait until the first has written.
+            # A launcher ends all processes when one exits, so wait until the first has written.
             processes.gather(None)
         if not global_rank():
             report.remark("The average does worse than the last checkpoint.")

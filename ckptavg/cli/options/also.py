@@ -65,11 +65,11 @@ class AlsoAverage:
 
         Args:
             run: The whole run.
-            selection: The command's selection, used without an own one.
+            selection: The command's selection, used where the average has none of its own.
             tensors: Options on the tensors.
 
         Raises:
-            CkptavgError: The checkpoints cannot be averaged so.
+            CkptavgError: The checkpoints cannot be averaged in this way.
         """
         if self.picks is not None:
             self.picks.check()

@@ -67,7 +67,7 @@ def plan_selection(selection: Run, weighting: WeightingOptions, tensors: TensorO
         tensors: Options on the tensors.
 
     Raises:
-        CkptavgError: The checkpoints cannot be averaged so.
+        CkptavgError: The checkpoints cannot be averaged in this way.
     """
     from ckptavg.averaging.plan import plan_average  # noqa: PLC0415 - help is shown without torch
 
@@ -105,15 +105,15 @@ tensor_options = bundle(
     "tensors", TensorOptions,
     option(
         _WHAT, "--include", multiple=True, metavar="PATTERN",
-        help="Average only tensors of such names; may be repeated.  [default: all]",
+        help="Average only tensors with matching names; may be repeated.  [default: all]",
     ),
     option(
         _WHAT, "--exclude", multiple=True, metavar="PATTERN",
-        help="Do not average tensors of such names; may be repeated.",
+        help="Do not average tensors with matching names; may be repeated.",
     ),
     option(
         _WHAT, "--base", metavar="CKPT",
-        help="The checkpoint that tensors which are not averaged come from.  [default: the last]",
+        help="The checkpoint of the tensors that are not averaged.  [default: the last]",
     ),
     option(
         _WHAT, "--dtype", default="keep", show_default=True,

@@ -23,7 +23,6 @@ def together(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     """Combine decorators into one, the first outermost, so that help keeps the order."""
 
     def decorate(function: F) -> F:
-        """Apply the decorators from the last to the first."""
         return functools.reduce(lambda f, d: d(f), reversed(decorators), function)
 
     return decorate
@@ -46,11 +45,8 @@ def bundle(
     names = list(inspect.signature(make).parameters)
 
     def decorate(function: F) -> F:
-        """Add the options, and replace their values by the one argument."""
-
         @functools.wraps(function)
         def run(**values: Any) -> Any:
-            """Call the function with the values of the options in one object."""
             chosen = {name: values.pop(name) for name in names if name in values}
             return function(**values, **{argument: make(**chosen)})
 

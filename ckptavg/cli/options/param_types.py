@@ -19,7 +19,7 @@ def pair(text: str) -> tuple[int, int | None]:
 
 
 def numbers(text: str) -> list[float]:
-    """Read numbers with commas between."""
+    """Read numbers separated by commas."""
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
@@ -41,7 +41,7 @@ def positive(text: str) -> int:
 
 
 def output(text: str) -> str:
-    """Read the path of an output, which standard output is not."""
+    """Read the path of an output; standard output is refused."""
     if text == "-":
         raise click.BadParameter(
             "expected a file or a directory but got '-': weights are not written to standard output"

@@ -87,7 +87,7 @@ class RunningOptions:
         training: Training data, from which statistics are recomputed.
         loader: Device and loading of data.
         statistics: Statistics that are recomputed.
-        task: Name of the task; None for the default of the data.
+        task: Name of the task; None for the data's default.
         forward: Specification of a function that calls the model; None for the task's own call.
     """
 
@@ -108,9 +108,9 @@ class RunningOptions:
         if self.training.spec:
             return
         if self.statistics.samples is not None:
-            raise UsageError("--bn-samples says how much of --train-data is used: name that")
+            raise UsageError("--bn-samples needs --train-data")
         if self.statistics.exclude:
-            raise UsageError("--bn-exclude says what --train-data does not recompute: name that")
+            raise UsageError("--bn-exclude needs --train-data")
 
 
 def _read_options(
@@ -187,11 +187,11 @@ _loader_options = together(
     ),
     option(
         _RUN, "-j", "--workers", type=whole, default="0", show_default=True,
-        metavar="N", help="Processes that load data, unless it is a loader.",
+        metavar="N", help="Processes that load data, unless the data is a loader.",
     ),
     option(
         _RUN, "--seed", type=int, default=0, show_default=True, metavar="N",
-        help="Of the training data's order, its subset and its augmentation.",
+        help="Seed of the training data's order, subset and augmentation.",
     ),
     option(
         _RUN, "--bn-samples", type=subset, metavar="N[:stratified]",
@@ -199,7 +199,7 @@ _loader_options = together(
     ),
     option(
         _RUN, "--bn-exclude", multiple=True, metavar="PATTERN",
-        help="Recompute no statistics of layers of such names, such as 'stem.*'; may be repeated.",
+        help="Keep the statistics of matching layers, such as 'stem.*'; may be repeated.",
     ),
     option(
         _RUN, "--task", metavar="NAME",
@@ -209,7 +209,7 @@ _loader_options = together(
     option(
         _RUN, "--forward", metavar="file.py:fn",
         help="fn(model, batch) runs the model on a batch as the data gives it.  "
-        "[default: what of the batch the model's forward names]",
+        "[default: pass the parts that the model's forward names]",
     ),
 )  # fmt: skip
 

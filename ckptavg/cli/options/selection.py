@@ -32,7 +32,7 @@ class Picks:
         every: Stride, counted from the last checkpoint.
         cycle: Length of a cycle in checkpoints, and the offset of the first.
         at_lr_min: True for the minima of the learning rate.
-        best: Number of best checkpoints by a metric.
+        best: Number of checkpoints that are best by a metric.
         metric: Name of the metric.
         mode: The better direction of the metric.
         sample: Number of checkpoints to draw, and the seed.
@@ -60,7 +60,7 @@ class Picks:
             return
         for flag, value in (("--metric", self.metric), ("--mode", self.mode)):
             if value is not None:
-                raise UsageError(f"{flag} says which are the --best N: name N")
+                raise UsageError(f"{flag} needs --best N")
 
     def select(self, run: Run) -> Run:
         """Apply the selections to a run."""
@@ -93,7 +93,7 @@ class SelectionOptions(Picks):
     """Options that find and select the checkpoints of a run.
 
     Attributes:
-        glob: Pattern of names; None for all.
+        glob: Pattern that names match; None for all.
         skip: Patterns of names that are left out.
     """
 
@@ -128,7 +128,7 @@ selection_options = bundle(
     ),
     option(
         _WHICH, "--skip", multiple=True, metavar="PATTERN",
-        help="No files and directories of such names; may be repeated.",
+        help="Leave out files and directories of such names; may be repeated.",
     ),
     option(_WHICH, "--from", "first", type=float, metavar="STEP", help="From this step on."),
     option(_WHICH, "--to", "final", type=float, metavar="STEP", help="Up to and with this step."),
