@@ -81,7 +81,7 @@ def wrap_words(text: str, room: int) -> list[str]:
 
 def _cut_before_marks(names: Sequence[str], room: int) -> dict[str, str]:
     """Shorten the part of names before the marks; return nothing if the room is too small."""
-    # Mark → stem of each name with this mark, by name.
+    # Mark → name with this mark → stem, which is the name without the mark.
     stems_by_mark: dict[str, dict[str, str]] = {}
     different_stems: set[str] = set()
     for name in names:

@@ -301,7 +301,6 @@ def _wait_interruptibly(wait: Callable[[], T]) -> T:
     future: Future[T] = Future()
 
     def run() -> None:
-        """Call the function, and keep the result or the error."""
         try:
             future.set_result(wait())
         except BaseException as error:
@@ -312,7 +311,7 @@ def _wait_interruptibly(wait: Callable[[], T]) -> T:
     while not future.done():
         time.sleep(_POLL_INTERVAL)
         if time.monotonic() > until:
-            log.info("waiting for the other processes of WORLD_SIZE")
+            log.info("waiting for the other processes that WORLD_SIZE counts")
             until = math.inf
     return future.result()
 
@@ -330,8 +329,8 @@ def _wait_for_all(store: Any, rank: int, world_size: int) -> None:
         if time.monotonic() > until:
             missing = [str(number) for number, key in enumerate(keys) if not store.check([key])]
             raise ProcessesError(
-                f"of {world_size} processes, {', '.join(missing)} did not begin within "
-                f"{_START_TIMEOUT:.0f} seconds",
+                f"of {world_size} processes, these did not start within "
+                f"{_START_TIMEOUT:.0f} seconds: {', '.join(missing)}",
                 "Start all of them by torchrun, or one alone without WORLD_SIZE.",
             )
         time.sleep(_POLL_INTERVAL)

@@ -16,7 +16,7 @@ from ckptavg.io.stamp import FileStamp
 
 # In the order in which they are tried. A format of files is added here.
 FILE_FORMATS: tuple[FileFormat, ...] = (SAFETENSORS, TORCH_SAVE)
-# Bytes that make sure of a format: enough to hold the name of a zip file's first entry.
+# Bytes read to make sure of a format: enough for the name of a zip file's first entry.
 _SURE_HEAD = 512
 
 

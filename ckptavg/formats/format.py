@@ -28,7 +28,7 @@ class Format(ABC):
 
     Attributes:
         name: Short name, as users see it in ``Checkpoint.layout``.
-        label: Noun for the checkpoints of the format, in the plural.
+        label: Name of the format in messages.
         is_directory: True if a checkpoint is a directory, False if it is a file.
     """
 
@@ -140,7 +140,7 @@ class DirectoryFormat(Format):
 
     Attributes:
         is_written: True if the format writes the average of its own checkpoints; else outputs are
-            directories of Hugging Face's.
+            Hugging Face directories.
     """
 
     is_directory = True

@@ -51,7 +51,7 @@ def note_other_weights(tree: Mapping[Any, Any], chosen: str) -> list[str]:
         alternatives.append(".".join(_FAIRSEQ_EMA))
     if alternatives:
         shown = first_few(alternatives)
-        notes.append(f"weights are taken from {chosen!r}; {shown} also holds some (see `key`)")
+        notes.append(f"weights are taken from {chosen!r}; others are in {shown} (see `key`)")
     return notes
 
 
@@ -104,7 +104,6 @@ def _hold_same_tensors(first: Any, second: Any) -> bool:
 
 
 def _identities(entry: Mapping[Any, Any]) -> set[object]:
-    """Return the identities of the tensors in a state dict."""
     return {identity(value) for value in entry.values() if isinstance(value, TensorView)}
 
 

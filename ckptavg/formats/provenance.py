@@ -174,7 +174,7 @@ class Provenance:
 
     @cached_property
     def base(self) -> Source | None:
-        """The checkpoint that the tensors outside the average come from; None for an input."""
+        """The checkpoint that the tensors outside the average come from; None if an input."""
         base = self.entries.get("base")
         if not isinstance(base, dict):
             return None

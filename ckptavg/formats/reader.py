@@ -317,7 +317,7 @@ def boxes(shape: tuple[int, ...], start: int, end: int, limit: int) -> Iterator[
         end: One past the range's last element.
         limit: Most elements per box; at least 1.
     """
-    # Elements per row: the whole tensor, then its slices along ever more dimensions, one element.
+    # Elements per row: of the whole tensor, then of slices with ever fewer dimensions, then one.
     rows = [math.prod(shape[i:]) for i in range(len(shape) + 1)]
     while start < end:
         stop = min(end, start + limit)

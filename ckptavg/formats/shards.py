@@ -206,7 +206,7 @@ def _check_complete(directory: Location, shards: Sequence[Shard]) -> None:
 def _describe_absent_ranks(shards: Sequence[Shard]) -> str:
     """List, for a message, the ranks without a file below the highest; return "" if none."""
     ranks = {shard.rank for shard in shards if shard.rank is not None}
-    # Bounded, since a name may claim the rank of a billion.
+    # Bounded, since the rank in a name may be a billion.
     last = min(max(ranks, default=0), _MOST_MISSING)
     absent = sorted(set(range(1, last)) - ranks)
     if not absent:
@@ -331,7 +331,7 @@ class UnindexedShards(DirectoryFormat):
             unnamed = [shard.path.name for shard in shards if shard.path.name not in names]
             if unnamed:
                 raise CheckpointError(
-                    f"the files named of {directory} are parts of one model, without "
+                    f"the named files in {directory} are parts of one model, without "
                     f"{first_few(unnamed)}",
                     "Name the directory.",
                 )

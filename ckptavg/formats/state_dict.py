@@ -185,7 +185,7 @@ def _find_networks(tree: Any, key: str = "") -> Weights | None:
         if pickled_module.is_module(value):
             notes = [_PICKLED]
         elif value is not entry:
-            # Names with dots make the path lead to another value than the network.
+            # With dots in names, the path leads to another value than the network.
             return None
     notes += _note_averages(entries.averages, key)
     if len(entries.networks) == 1:

@@ -51,10 +51,10 @@ _BEFORE_EXPORT = "Average the checkpoints that it was made of, then export the a
 _RESAVE = "Save its weights as tensors, with torch.save or safetensors, and average those files."
 _NAME_DIRECTORY = "Name the directory that holds it."
 _ASK_AGAIN = (
-    "Download the file itself: servers send such a text where a link, a login or a limit fails."
+    "Download the file itself: servers send such texts for wrong links, missing logins and limits."
 )
 
-_EMPTY = ForeignKind("empty", "It may be still being written; copy it again or leave it out.")
+_EMPTY = ForeignKind("empty", "It may still be being written; copy it again or leave it out.")
 _ZEROS = ForeignKind(
     "nothing but zeros at its beginning",
     "A crash or an unfinished download leaves that; copy it again or leave it out.",

@@ -132,7 +132,7 @@ class Publication:
             rename.rename_new(self.temporary, self.path)
         except FileExistsError as error:
             raise OutputError(
-                f"{self.path} has appeared while it was being written",
+                f"{self.path} has appeared while the output was being written",
                 "Pass `overwrite=True` to replace it.",
             ) from error
 

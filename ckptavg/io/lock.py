@@ -56,7 +56,7 @@ def _remove_unlocked(side: Path) -> None:
 
 
 def _release(handle: int) -> None:
-    """Close a side file, which releases the lock, also where closing reports an error."""
+    """Close a side file and so release the lock, even if closing reports an error."""
     with suppress(OSError):
         os.close(handle)
 

@@ -21,7 +21,7 @@ def suggest_neighbours(path: Location) -> str:
         return f"{parent} is empty."
     # The name is listed, and yet the path does not exist.
     if missing.name in below:
-        return "It is a link to a path that does not exist."
+        return f"{missing} is a link to a path that does not exist."
     if close := close_names(missing.name, below):
         return did_you_mean([str(_descend(parent / name, lower_names)) for name in close])
     return f"{parent} holds {first_few([str(parent / name) for name in below], 5)}."

@@ -63,7 +63,7 @@ def check_target(path: Path, *, overwrite: bool, inputs: Iterable[Path] = ()) ->
         if not os.access(target, os.W_OK) and target.exists():
             raise OutputError(
                 f"{path} may not be written to",
-                "Give yourself the right to, or choose another `out`.",
+                "Change its permissions, or choose another `out`.",
             )
 
 

@@ -286,18 +286,21 @@ def stat(path: PathOrUrl) -> Stat:
 
 def _stat_remote(path: RemotePath) -> Stat:
     """Return size, time and version of a remote file."""
-    # A path of its own gets the info by a separate request: some file systems describe a file
-    # differently in a listing of the directory.
+    # A new path object requests the info itself: in the listing of a directory, some file systems
+    # describe a file differently.
     info = RemotePath(path.url).info
     if info is None:
         raise CheckpointError(f"{path} is not there")
     size = info.get("size")
     if not isinstance(size, int):
-        raise CheckpointError(f"{path} cannot be read by ranges: its server tells no size")
+        raise CheckpointError(
+            f"{path} cannot be read by ranges: its server does not report the size",
+            "Download it first.",
+        )
     token = ""
     for name in _VERSIONS:
         if info.get(name):
-            # Some servers add quotes now and then.
+            # Some servers put the version in quotes in some answers only.
             version = str(info[name]).strip('"')
             token = f"{name} {version}"
             break

@@ -82,7 +82,8 @@ def read_ranges(ranges: Sequence[Range]) -> list[bytes]:
             raise unreadable(url, content) from content
         if len(content) > end - start:
             raise CheckpointError(
-                f"{url} cannot be read by ranges: its server sends the whole file"
+                f"{url} cannot be read by ranges: its server sends the whole file",
+                "Download it first.",
             )
     return contents
 
@@ -290,6 +291,7 @@ async def _read_http_range(system: Any, url: str, start: int, end: int) -> bytes
         if len(content) > end - start or (start > 0 and answer.status == _OK):
             answer.close()
             raise CheckpointError(
-                f"{url} cannot be read by ranges: its server sends the whole file"
+                f"{url} cannot be read by ranges: its server sends the whole file",
+                "Download it first.",
             )
         return bytes(content)

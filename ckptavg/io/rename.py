@@ -24,7 +24,7 @@ def rename_new(old: Path, new: Path) -> None:
     """
     if not old.is_dir() and _link_new(old, new):
         return
-    # Without hard links there is a gap between check and rename: a file could be replaced in it.
+    # Without hard links, a file that appears between the check and the rename is replaced.
     if os.path.lexists(new):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(new))
     try:
@@ -57,7 +57,7 @@ def _link_new(old: Path, new: Path) -> bool:
         raise
     except OSError:
         return False
-    # The file has its new name by now. Whoever made the old name removes it again.
+    # The file has its new name by now. An old name that stays is removed later, as a leftover.
     with suppress(OSError):
         old.unlink()
     return True

@@ -28,7 +28,7 @@ except ImportError:  # Windows
 log = logging.getLogger("ckptavg")
 _TEMPORARY = ".ckptavg-tmp"
 _BACKUP = ".ckptavg-old"
-# Attempts. Disks that fail once may do the work the next time.
+# Attempts to remove a path. A disk that fails once may succeed the next time.
 _REMOVALS = 3
 _LONGEST_NAME = 255  # bytes, if the file system does not say
 
@@ -98,7 +98,7 @@ def remove_stale(path: Path) -> None:
             if stale:
                 remove(temporary)
             elif stale is None:
-                log.info("%s may be of a crashed run: remove it if no run is at work", temporary)
+                log.info("%s may be from a crashed run: remove it if no run is at work", temporary)
 
 
 def recover_previous(backup: Path, path: Path) -> None:
@@ -130,7 +130,7 @@ def remove(path: Path) -> None:
     for _ in range(_REMOVALS):
         try:
             path.unlink()
-        # A directory, for which systems raise different errors; or nothing is there any more.
+        # The path is a directory (systems raise different errors), or exists no longer.
         except OSError:
             shutil.rmtree(path, ignore_errors=True)
         if not os.path.lexists(path):
@@ -162,7 +162,7 @@ def _lock_if_stale(temporary: Path) -> Iterator[bool | None]:
         True if no other run uses the temporary, False if another run does, None if unknown.
     """
     try:
-        # Network file systems want a file open for writing, and no system a directory.
+        # Network file systems lock only files open for writing; directories open only for reading.
         handle = os.open(temporary, os.O_RDONLY if temporary.is_dir() else os.O_RDWR)
     # Only the backup is left.
     except FileNotFoundError:

@@ -133,7 +133,7 @@ class InputDigests:
         self._digests: dict[tuple[str, str], str] = {}
 
     def watch(self, source: Tensor, start: int, data: memoryview) -> None:
-        """Hash a block of a tensor. The method is a ``Observer`` of a stream.
+        """Hash a block of a tensor. The method is an ``Observer`` of a stream.
 
         Args:
             source: The tensor.

@@ -217,7 +217,7 @@ def _publish(targets: Sequence[Target], publications: Sequence[Publication]) -> 
     for target in targets[1:]:
         if not target.overwrite and os.path.lexists(target.path):
             raise OutputError(
-                f"{target.path} has appeared while it was being written",
+                f"{target.path} has appeared while the output was being written",
                 "Pass `overwrite=True` to replace it.",
             )
     published: list[str] = []

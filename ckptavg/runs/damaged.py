@@ -67,7 +67,7 @@ def raise_for(damaged: Sequence[Damaged]) -> None:
     error, message = first.error, first.error.message
     if further:
         names = [file.path.name for file in further]
-        message += f" (nor can {first_few(names)} be opened)"
+        message += f" ({first_few(names)} cannot be opened either)"
     leave_out = f"`skip={glob.escape(first.path.name)!r}` leaves it out."
     raise type(error)(message, f"{error.remedy} {leave_out}".strip()) from error
 

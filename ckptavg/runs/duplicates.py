@@ -299,7 +299,7 @@ def _ranges(checkpoint: Checkpoint) -> list[_Range]:
         for piece in tensor.pieces:
             if 0 in piece.shape:
                 continue
-            # A text that stores the bytes is compared as it is.
+            # Where a text stores the bytes, the text itself is compared.
             start, size = piece.text or (piece.offset, tensor.dtype.nbytes(_span(piece)))
             ranges.append(_Range(piece.file, start, size))
     return ranges

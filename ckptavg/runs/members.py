@@ -171,7 +171,6 @@ def _split_repeats(checkpoints: Sequence[Checkpoint]) -> _Split:
     by_moment: dict[object, SameWeights] = defaultdict(lambda: SameWeights(contents))
 
     def sort_key(checkpoint: Checkpoint) -> tuple[object, ...]:
-        """Return the sort key of a checkpoint."""
         # Aliases and links come last, so that a numbered file is the original of its copies.
         path = checkpoint.path
         return path in aliases, path.is_symlink(), natural_key(labels[path])

@@ -242,7 +242,7 @@ def _series(checkpoint: Checkpoint) -> str:
 
 
 def _is_number(digits: str, value: float) -> bool:
-    """Return True if digits are a number's value."""
+    """Return True if digits spell a number."""
     # Compared as text, since Python converts at most 4300 digits to an int.
     return float(value).is_integer() and (digits.lstrip("0") or "0") == str(int(value))
 
@@ -296,7 +296,7 @@ def _note_stepless(ordered: Sequence[Checkpoint]) -> list[str]:
     if not stepless or len(ordered) == 1:
         return []
     order = "placed last" if len(stepless) < len(ordered) else "in the order of their names"
-    return [f"no step is known of {first_few(stepless)}: {order}"]
+    return [f"no step is known for {first_few(stepless)}: {order}"]
 
 
 def _note_disagreement(ordered: Sequence[Checkpoint]) -> list[str]:

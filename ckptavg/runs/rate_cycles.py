@@ -49,7 +49,7 @@ def find_restarts(rates: Sequence[float], *, after_step: bool = False) -> list[i
     values = [rates[level[0]] for level in levels]
     top = max(values, default=0.0)
     is_top = [math.isclose(value, top, rel_tol=_SAME) for value in values]
-    # The run begins below the highest rate, and ends with it.
+    # A run that fits begins below the highest rate, and ends with it.
     if not after_step and (not values or is_top[0] or not is_top[-1]):
         return []
     restarts: list[int] = []

@@ -58,9 +58,9 @@ class Run:
         notes: Remarks for the user about the order and the duplicates.
         named: True if each checkpoint was named itself, not found in a directory.
         members: Paths of all found files, whatever a selection takes.
-        damaged: Files of each training that cannot be opened, and may belong to the training. Uses
-            of all checkpoints raise the error of such a file. A selection that certainly leaves
-            out the file does not.
+        damaged: Files of each training that cannot be opened, and may belong to the training. Any
+            use of all checkpoints raises the error of such a file. A selection that certainly
+            leaves out the file raises no error.
     """
 
     trainings: tuple[tuple[Checkpoint, ...], ...]

@@ -301,7 +301,9 @@ def test_torchrun_failure_of_one_writes_nothing(home: Path) -> None:
         assert {of_one["code"] for of_one in differing} == {1}
         (said,) = {of_one["err"] for of_one in differing if of_one["err"]}
         assert said.startswith(f"Error: processes 0 and 1 do not have the same {what}. Start all")
-    assert "out/new.pt has appeared while it was being written. Pass" in error_of(appeared[0])
+    assert "out/new.pt has appeared while the output was being written. Pass" in error_of(
+        appeared[0]
+    )
     assert error_of(appeared[1]) == f"process 0 has failed: {error_of(appeared[0])}"
     assert headless[0] is None
     assert error_of(headless[2]) == f"process 0 {DEATH}"

@@ -55,7 +55,7 @@ def test_mmengine_trained_weights_have_names_of_average(opened):
 
 def test_ema_state_dict_beside_weights_is_noted(opened):
     (note,) = opened({"state_dict": weights(1.0), "ema_state_dict": weights(0.5)}).notes
-    assert note == "weights are taken from 'state_dict'; ema_state_dict also holds some (see `key`)"
+    assert note == "weights are taken from 'state_dict'; others are in ema_state_dict (see `key`)"
 
 
 def test_weights_called_steps_are_kept(opened):

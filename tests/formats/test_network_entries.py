@@ -230,7 +230,7 @@ def test_networks_beside_known_entry_are_noted(tmp_path):
     checkpoint = saved(tmp_path, {"model": network(1.0), "discriminator": network(2.0, 4)})
     assert (checkpoint.key, checkpoint.networks) == ("model", ())
     (note,) = checkpoint.notes
-    assert note == "weights are taken from 'model'; discriminator also holds some (see `key`)"
+    assert note == "weights are taken from 'model'; others are in discriminator (see `key`)"
 
 
 def test_networks_may_lie_in_entry_of_key(tmp_path):

@@ -23,7 +23,7 @@ OUTPUTS = ["swa.safetensors", "swa.pt", "swa"]
 # What a run is told that another, writing the same output, disturbed within the same microseconds
 RACED = (
     r"(cannot be written: (another run writes it at the same time|its directory or its temporary "
-    r"was removed meanwhile)|has appeared while it was being written)\. .*"
+    r"was removed meanwhile)|has appeared while the output was being written)\. .*"
 )
 
 # Averages its run onto what a line on stdin names, again and again, and tells how that went
@@ -101,7 +101,8 @@ def test_output_written_at_once_refuses_slower(writers, tmp_path, name):
         winner = answers.index("written")
         (loser,) = (answer for k, answer in enumerate(answers) if k != winner)
         appeared = (
-            r"(has appeared while it was being written|exists already)\. Pass `overwrite=True` .*"
+            r"(has appeared while the output was being written|exists already)\. "
+            r"Pass `overwrite=True` .*"
         )
         expected = rf"OutputError: {re.escape(str(place / name))} ({appeared}|{RACED})"
         assert re.fullmatch(expected, loser)

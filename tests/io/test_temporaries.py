@@ -422,7 +422,7 @@ def test_leftovers_without_file_locks_are_kept_and_noted(tmp_path, monkeypatch, 
         write(publication)
         publication.publish()
     assert names(tmp_path) == {"out", left.name}
-    assert any(f"{left} may be of a crashed run" in line for line in caplog.messages)
+    assert any(f"{left} may be from a crashed run" in line for line in caplog.messages)
 
 
 @posix

@@ -98,7 +98,7 @@ def test_step_is_not_read_from_score_in_name(tmp_path):
         save_weight(tmp_path / f"model-{score}.pt", i)
     run = open_run(tmp_path)
     assert [c.step for c in run] == [None] * 3
-    assert any("no step is known of" in note for note in run.notes)
+    assert any("no step is known for" in note for note in run.notes)
     with pytest.raises(RunError, match="has none in its name"):
         run.steps(1)
 

@@ -92,7 +92,9 @@ def test_damaged_file_fails_uses_of_whole_run(intact, tmp_path, use):
     directory = tmp_path / "run"
     shutil.copytree(intact, directory)
     damage(directory, 2, 3)
-    with pytest.raises(CheckpointError, match=r"epoch_2\.pt.*\(nor can epoch_3\.pt be opened\)"):
+    with pytest.raises(
+        CheckpointError, match=r"epoch_2\.pt.*\(epoch_3\.pt cannot be opened either\)"
+    ):
         use(open_run(directory))
 
 

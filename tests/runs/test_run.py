@@ -392,7 +392,7 @@ def test_missing_path_error_names_neighbours(tmp_path):
         ("constnat/epoch_9.pt", "Did you mean ROOT/constant?"),
         ("constant/epohc_1.pt", "Did you mean ROOT/constant/epoch_1.pt?"),
         ("zebra", "ROOT holds ROOT/broken.pt, ROOT/constant, ROOT/swa.safetensors."),
-        ("broken.pt", "It is a link to a path that does not exist."),
+        ("broken.pt", "ROOT/broken.pt is a link to a path that does not exist."),
     ],
 )
 def test_mistyped_path_error_suggests_path(tmp_path, typed, meant):
@@ -791,7 +791,7 @@ def test_as_run_keeps_given_order(tmp_path):
     [
         (["loss=0.5-epoch=2", "loss=0.1-epoch=3", "loss=0.3-epoch=1"], [1, 2, 3], ""),
         (["seed0_epoch1", "seed1_epoch1"], [1, 1], "share the step 1"),
-        (["epoch_1", "epoch_2", "model_best"], [1, 2, None], "no step is known of model_best"),
+        (["epoch_1", "epoch_2", "model_best"], [1, 2, None], "no step is known for model_best"),
     ],
 )
 def test_steps_in_names_are_read_and_doubts_noted(tmp_path, names_given, expected, words):

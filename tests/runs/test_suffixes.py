@@ -99,5 +99,5 @@ def test_suffix_of_legacy_torch_file_is_left_out(tmp_path):
 
 def test_open_run_error_suggests_naming_other_suffixes(tmp_path):
     (tmp_path / "x.tar").write_bytes(b"ustar")
-    with pytest.raises(RunError, match="name files of other suffixes themselves"):
+    with pytest.raises(RunError, match="name files with other suffixes one by one"):
         open_run(tmp_path)

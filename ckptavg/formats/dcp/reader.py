@@ -412,7 +412,7 @@ def _nest(values: Mapping[str, Any], paths: Mapping[str, ItemPath]) -> dict[Any,
         for part in path[:-1]:
             branch = branch.setdefault(part, {})
             if not isinstance(branch, dict):
-                raise MalformedPickle(f"{short(name)!r} is below something that is no dict")
+                raise MalformedPickle(f"{short(name)!r} is below a value that is no dict")
         if path[-1] in branch:
             raise MalformedPickle(f"two items have the place of {short(name)!r}")
         branch[path[-1]] = value

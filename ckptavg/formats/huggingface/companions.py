@@ -233,7 +233,7 @@ class _Walk:
 
 
 def _children(directory: Location) -> list[Location]:
-    """List a directory in order, without links to other places, as web servers list them."""
+    """List a directory in order, without the nameless links elsewhere that web servers list."""
     return sorted(filter(_name_of, directory.iterdir()), key=_name_of)
 
 

@@ -166,7 +166,9 @@ def _read_shards(index: Location, key: str | None) -> list[Part]:
         counts.update(shard.tensors.keys() | shard.refused.keys())
     repeated = [name for name, count in counts.items() if count > 1]
     if repeated:
-        raise CheckpointError(f"{index.parent} holds tensors in two shards: {first_few(repeated)}")
+        raise CheckpointError(
+            f"{index.parent} holds the same tensors in two shards: {first_few(repeated)}"
+        )
     return list(shards.values())
 
 
@@ -208,7 +210,7 @@ def _join(path: Location, opened: Mapping[str, Checkpoint]) -> Checkpoint:
     if "" in opened:
         metadata = opened[""].metadata
     folders = first_few([short(folder) for folder in opened if folder], _MOST_FOLDERS)
-    notes.append(f"one model of several directories, which begin the names of tensors: {folders}")
+    notes.append(f"one model of several directories, which tensor names begin with: {folders}")
     return replace(
         first,
         path=path,

@@ -56,7 +56,7 @@ def note_variants(directory: Location) -> list[str]:
     chosen, *unread = [path.name for path in find_variants(directory)]
     if not unread:
         return []
-    return [f"weights are taken from {chosen}; {first_few(unread)} beside it is another variant"]
+    return [f"weights are taken from {chosen}, not from another variant: {first_few(unread)}"]
 
 
 def is_variant(main: str) -> bool:

@@ -147,7 +147,6 @@ def _move_below(file: FileLayout, prefix: str) -> FileLayout:
 
 
 def _prefix_keys(prefix: str, values: Mapping[str, _T]) -> dict[str, _T]:
-    """Put a prefix before the keys of a dict."""
     return {prefix + key: value for key, value in values.items()}
 
 

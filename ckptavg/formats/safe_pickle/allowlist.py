@@ -306,7 +306,7 @@ class CarryOver:
         """
         if value.keys() >= OPTIMIZER_KEYS:
             return _DROPPED
-        # All are looked at, since the stand-ins are numbered in the order of the first look.
+        # No early exit: stand-ins are numbered in the order in which tensors are first asked for.
         tensors = [part for part in value.values() if isinstance(part, (TensorView, Refused))]
         withheld = [t for t in tensors if isinstance(t, Refused) or self.tensor(t, False) is None]
         if withheld and 2 * len(tensors) > len(value):

@@ -24,7 +24,7 @@ BY_CODE = {dtype.code: dtype for dtype in DTYPES.values() if dtype.code}
 
 
 class _Entry(NamedTuple):
-    """An entry of a header: a tensor with its first byte and the end, behind the header."""
+    """A tensor in a header; ``start`` and ``end`` are bytes counted from the header's end."""
 
     name: str
     dtype: DType

@@ -273,7 +273,7 @@ def _locate_default_entry(
     Returns:
         Its location; None where there is no such entry.
     """
-    # First, since the search takes long in a file of very many networks.
+    # Checked first: the search takes long in a file of very many networks.
     if template.networks:
         return None
     try:

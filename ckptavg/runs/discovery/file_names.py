@@ -60,7 +60,7 @@ class Patterns:
 
 
 def why_no_weights(stem: str) -> Reason | None:
-    """Return the reason for not opening a file of a name; None if the file is opened."""
+    """Return the reason for not opening a file with a stem; None if the file is opened."""
     if OTHER_STATE.fullmatch(stem):
         return Reason.NOT_WEIGHTS
     if _TEMPORARY.fullmatch(stem):
@@ -69,7 +69,7 @@ def why_no_weights(stem: str) -> Reason | None:
 
 
 def why_no_step(stem: str) -> Reason | None:
-    """Return the reason for which a name is no name of a training's step; None for others."""
+    """Return the reason why a file is no step of a training, by its name; None for others."""
     lower = stem.lower()
     for word, reason in _EXCLUDED_NAMES:
         if word.search(lower):
@@ -115,7 +115,7 @@ def matches(path: Location, pattern: str) -> bool:
 
 
 def last_names(path: Location, levels: int) -> str:
-    """Return the name of a path below the directory some levels above its own."""
+    """Join the names of the directories up to some levels above a path, and its own name."""
     line = [path, *ancestors(path, levels)]
     return "/".join(location.name for location in reversed(line))
 

@@ -57,7 +57,7 @@ def find_only_run(
     raise RunError(
         f"{directory} holds no checkpoint",
         f"Expected directories of a known format, or files with the suffixes {_list_suffixes()}; "
-        "name files of other suffixes themselves.",
+        "name files with other suffixes one by one.",
     )
 
 

@@ -129,7 +129,7 @@ def find_labels(paths: Sequence[Location]) -> dict[Location, Location]:
         labels[members[0]] = _label_of(members[0])
         return labels
     lines = [[path, *ancestors(path, DEEPEST + 1)] for path in members]
-    # A level of the lines: each path, then the directory above each path, and so on.
+    # The first level is the paths, the next the directories above them, and so on.
     for level in zip(*lines, strict=False):
         names = {location.name for location in level}
         if len(names) > 1:

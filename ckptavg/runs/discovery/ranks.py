@@ -292,7 +292,6 @@ def _are_halves(one: Checkpoint, other: Checkpoint) -> bool:
 
 
 def _shapes_of(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each tensor."""
     return {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
 
 

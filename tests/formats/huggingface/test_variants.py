@@ -90,7 +90,7 @@ def test_variants_beside_the_first_are_named_in_note(tmp_path, caplog):
     assert listing(average(tmp_path, names)) == ["config.json", names[0]]
     (checkpoint, _) = ckptavg.open_run(tmp_path / "run").checkpoints
     assert checkpoint.notes == (
-        f"weights are taken from {names[0]}; {names[1]} beside it is another variant",
+        f"weights are taken from {names[0]}, not from another variant: {names[1]}",
     )
     assert any(names[1] in r.message for r in caplog.records if "not copied" in r.message)
 
