@@ -14,7 +14,6 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import Any, TypeGuard
 
 from ckptavg.errors import CheckpointError, first_few, short
@@ -28,6 +27,7 @@ from ckptavg.formats.tiling import tiles
 from ckptavg.formats.training_record import TRAINING_STATE
 from ckptavg.io import bounded_json
 from ckptavg.io.paths import Location
+from ckptavg.io.stamp import FileStamp
 
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 # A number and a count at the end of a name: 00001-of-00004.
@@ -101,6 +101,7 @@ def find_shards(directory: Location) -> list[Shard]:
     checkpoints of a run.
     """
     shards: list[Shard] = []
+    patterns: set[str] = set()
     files: list[Location] = list(directory.iterdir())
     for path in sorted(files, key=lambda p: p.name):
         if path.name.startswith(".") or not path.name.endswith(_SUFFIXES):
@@ -108,10 +109,11 @@ def find_shards(directory: Location) -> list[Shard]:
         shard = parse_name(path)
         if shard is not None:
             shards.append(shard)
+            patterns.add(shard.pattern)
         elif re.search(r"\d", path.name) and not _is_training_state(path.name):
             # Another numbered file may be a checkpoint, and the directory then a run.
             return []
-    if len({shard.pattern for shard in shards}) != 1 or not _fit_together(shards):
+    if len(patterns) != 1 or not _fit_together(shards):
         return []
     return shards
 
@@ -137,26 +139,32 @@ def read_shards(directory: Location, shards: Sequence[Shard], key: str | None) -
                 if name in boxes and name not in offsets:
                     raise _Unfit(f"several have {short(name)!r}, and none says which part", _JOIN)
                 boxes[name].append(_shift(name, tensor, offsets.get(name)))
-        tensors = {name: _assemble(name, pieces) for name, pieces in boxes.items()}
+        tensors: dict[str, Tensor] = {}
+        for name, pieces in boxes.items():
+            tensors[name] = _assemble(name, pieces)
     except _Unfit as error:
         raise CheckpointError(
             f"{directory} holds parts of one model that do not fit together: {error}"
             f"{_describe_absent_ranks(shards)}",
             error.remedy,
         ) from error
+    stamps: list[FileStamp] = []
     refused: dict[str, str] = {}
+    notes: list[str] = []
     for table in tables:
+        stamps += table.stamps
         refused |= table.refused
+        notes += table.notes
     metadata = dict(tables[0].metadata)
     # The offsets describe the boxes of one file, and are untrue of the whole model.
     for outdated in (_OFFSETS, _OFFSETS_VERSION):
         metadata.pop(outdated, None)
     return replace(
         tables[0],
-        stamps=tuple(chain(*(table.stamps for table in tables))),
+        stamps=tuple(stamps),
         tensors=tensors,
         refused=refused,
-        notes=tuple(dict.fromkeys(chain(*(table.notes for table in tables)))),
+        notes=tuple(dict.fromkeys(notes)),
         metadata=metadata,
     )
 
@@ -176,7 +184,8 @@ def _fit_together(shards: Sequence[Shard]) -> bool:
     if len(shards) == 1:
         return False
     try:
-        first, second = (read_file(shard.path, None) for shard in shards[:2])
+        first = read_file(shards[0].path, None)
+        second = read_file(shards[1].path, None)
     except CheckpointError:
         return False
     # Checkpoints of a run share the names of tensors. Shards do not, except for boxes.
@@ -208,10 +217,10 @@ def _describe_absent_ranks(shards: Sequence[Shard]) -> str:
     ranks = {shard.rank for shard in shards if shard.rank is not None}
     # Bounded, since the rank in a name may be a billion.
     last = min(max(ranks, default=0), _MOST_MISSING)
-    absent = sorted(set(range(1, last)) - ranks)
+    absent = [f"shard-{rank:05d}" for rank in sorted(set(range(1, last)) - ranks)]
     if not absent:
         return ""
-    return f" (there is no {first_few([f'shard-{rank:05d}' for rank in absent])})"
+    return f" (there is no {first_few(absent)})"
 
 
 class _Unfit(ValueError):
@@ -292,7 +301,9 @@ def _assemble(name: str, boxes: Sequence[Tensor]) -> Tensor:
         if box.dtype != first.dtype or len(box.shape) != len(shape):
             raise _Unfit(f"their pieces of {short(name)!r} differ in type")
         shape = tuple(map(max, shape, box.shape))
-        pieces += [piece for piece in box.pieces if math.prod(piece.shape)]
+        for piece in box.pieces:
+            if math.prod(piece.shape):
+                pieces.append(piece)
     # Empty dimensions count as 1: a zero would hide the extents of the others.
     if math.prod(n or 1 for n in shape) >= MOST_ELEMENTS or not tiles(shape, pieces):
         raise _Unfit(f"their pieces of {short(name)!r} overlap or leave holes")
@@ -327,7 +338,9 @@ class UnindexedShards(DirectoryFormat):
         sharded: set[Location] = set()
         for directory, names in named.items():
             # A single named shard is opened alone, as the user asks.
-            shards = find_shards(directory) if len(names) > 1 else []
+            if len(names) == 1:
+                continue
+            shards = find_shards(directory)
             unnamed = [shard.path.name for shard in shards if shard.path.name not in names]
             if unnamed:
                 raise CheckpointError(
