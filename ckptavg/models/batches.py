@@ -62,15 +62,19 @@ def with_tensors_for_arrays(value: Any, device: torch.device | None = None) -> A
     if is_array(value):
         return torch.tensor(value, device=device)
     if isinstance(value, dict):
-        parts = {key: with_tensors_for_arrays(part, device) for key, part in value.items()}
-        if all(parts[key] is part for key, part in value.items()):
-            return value
-        return parts
+        entries: dict[Any, Any] = {}
+        is_changed = False
+        for key, part in value.items():
+            entries[key] = with_tensors_for_arrays(part, device)
+            is_changed |= entries[key] is not part
+        if is_changed:
+            return entries
+        return value
     if is_sequence(value):
-        converted = [with_tensors_for_arrays(part, device) for part in value]
-        if all(map(operator.is_, converted, value)):
+        parts = [with_tensors_for_arrays(part, device) for part in value]
+        if all(map(operator.is_, parts, value)):
             return value
-        return _sequence_like(value, converted)
+        return _sequence_like(value, parts)
     return value
 
 
@@ -324,11 +328,12 @@ def _are_samples(parts: Sequence[Any]) -> bool:
     if parts and all(map(is_object, parts)):
         return True
     shapes: set[torch.Size] = set()
+    channels: set[int] = set()
     for part in parts:
         if not isinstance(part, torch.Tensor) or part.dim() != 3:
             return False
         shapes.add(part.shape)
-    channels = {shape[0] for shape in shapes}
+        channels.add(part.shape[0])
     return len(shapes) > 1 and len(channels) == 1
 
 
