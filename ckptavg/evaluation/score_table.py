@@ -110,7 +110,7 @@ def tabulate_scores(results: Sequence[Result], task: Task) -> Table:
     for i, is_best in enumerate(best):
         rows.append(Row(tuple(filled.cells[i] for filled in columns), is_best))
     mark_legend = ""
-    if any(result.versus is not None for result in results):
+    if _comparisons(results):
         mark_legend = f"bold Δ: p < {SIGNIFICANT}"
     return Table(
         f"{results[0].metrics['n']:.0f} {task.counts}",
@@ -130,18 +130,28 @@ def _priorities(metrics: Sequence[Metric]) -> _Priorities:
     keys = [metric.key for metric in metrics[1:]]
     late = [key for key in _LATE_TO_LEAVE if key in keys]
     early = [key for key in _EARLY_TO_LEAVE if key in keys]
-    early += [key for key in reversed(keys) if key not in (*early, *late)]
+    for key in reversed(keys):
+        if key not in (*early, *late):
+            early.append(key)
     p = 2 + len(early)
     last = p + len(late)
-    numbers = {key: number for number, key in enumerate(early, 2)}
-    numbers |= {key: number for number, key in enumerate(late, p + 1)}
+    numbers: dict[str, int] = {}
+    for number, key in enumerate(early, 2):
+        numbers[key] = number
+    for number, key in enumerate(late, p + 1):
+        numbers[key] = number
     return _Priorities(numbers, p, difference=last + 1, statistics=last + 2)
 
 
 def _best(results: Sequence[Result], metric: Metric) -> list[bool]:
     """Mark the best candidates by a metric; none where all are equal or no order is known."""
-    values = [result.metrics.get(metric.key, math.nan) for result in results]
-    numbers = [value for value in values if not math.isnan(value)]
+    values: list[float] = []
+    numbers: list[float] = []
+    for result in results:
+        value = result.metrics.get(metric.key, math.nan)
+        values.append(value)
+        if not math.isnan(value):
+            numbers.append(value)
     if metric.higher is None or not numbers:
         return [False] * len(values)
     top = min(numbers)
