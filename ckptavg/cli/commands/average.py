@@ -298,9 +298,11 @@ def _report_result(
 ) -> None:
     """Emit the command's average as JSON, further averages under ``also``."""
     result, *further = records
-    named = [{"name": o.name, **record} for o, record in zip(outputs[1:], further, strict=True)]
-    if named:
-        result = {**result, "also": named}
+    also: list[dict[str, Any]] = []
+    for extra, record in zip(outputs[1:], further, strict=True):
+        also.append({"name": extra.name, **record})
+    if also:
+        result = {**result, "also": also}
     report.result(result)
 
 

@@ -104,20 +104,22 @@ def _show_run(report: Report, run: Run, whole: Run, geometry: Geometry | None = 
     metrics = choose_metric_columns(run.checkpoints)
     shown_metrics = metrics.names[:_MOST_METRICS]
     rows: list[Sequence[str]] = []
-    for name, checkpoint in zip(short_names([c.path for c in run]), run, strict=True):
+    names = short_names([checkpoint.path for checkpoint in run])
+    for name, checkpoint in zip(names, run, strict=True):
         rows.append(_run_row(name, checkpoint, shown_metrics))
     report.table(_run_columns(shown_metrics), rows, title=_run_title(run, whole))
     _show_other_metrics(report, metrics)
     excluded = _show_excluded(report, run)
     if extra_entries := run.checkpoints[-1].other_entries:
         report.line(f"beside the weights, not averaged: {', '.join(extra_entries)}")
-    notes = _notes_of(run)
-    for note in notes:
+    notes: list[str] = []
+    for note in _notes_of(run):
         report.line(f"note: {note}")
+        notes.append(for_shell(note))
     result: dict[str, Any] = {
         "checkpoints": [_summary(checkpoint) for checkpoint in run],
         "left_out": excluded,
-        "notes": [for_shell(note) for note in notes],
+        "notes": notes,
     }
     if geometry is not None:
         shown.show(report, geometry)
@@ -149,7 +151,8 @@ def _run_row(name: str, checkpoint: Checkpoint, metrics: Sequence[str]) -> Seque
     record = checkpoint.record
     row = [name, number_text(checkpoint.step)]
     row += [number_text(record.epoch), number_text(record.lr)]
-    row += [number_text(record.metrics.get(metric)) for metric in metrics]
+    for metric in metrics:
+        row.append(number_text(record.metrics.get(metric)))
     row.append(first_few([entry or "(the file)" for entry in checkpoint.entries]))
     return [*row, size_text(checkpoint.size)]
 
@@ -178,11 +181,14 @@ def _notes_of(run: Run) -> list[str]:
 
 def _run_columns(metrics: Sequence[str]) -> list[Column]:
     """Return the columns of a run's table. Of the metrics, the first is the last to be left out."""
-    turns = {name: turn for turn, name in enumerate(reversed(metrics[1:]), 1)}
-    count = len(turns)
+    count = len(metrics[1:])
     columns = [Column("checkpoint", "name"), Column("step", "number")]
     columns += [Column("epoch", "number", count + 2), Column("LR", "number", count + 4)]
-    columns += [Column(name, "number", turns.get(name, count + 3)) for name in metrics]
+    for position, name in enumerate(metrics):
+        turn = len(metrics) - position
+        if position == 0:
+            turn = count + 3
+        columns.append(Column(name, "number", turn))
     return [*columns, Column("weights", "prose", count + 1), Column("size", "number", count + 5)]
 
 
@@ -191,11 +197,13 @@ def _show_checkpoint(report: Report, checkpoint: Checkpoint) -> None:
     layers, ties = batchnorm_layers(checkpoint.tensors), checkpoint.ties()
     rows: list[tuple[str, str, str]] = []
     tensors: dict[str, dict[str, Any]] = {}
+    count = 0
     for name, tensor in checkpoint.tensors.items():
         tensors[name] = {"dtype": tensor.dtype.name, "shape": list(tensor.shape)}
         rows.append((name, tensor.dtype.name, "×".join(map(str, tensor.shape)) or "scalar"))
-    rows += [(name, why, "") for name, why in checkpoint.refused.items()]
-    count = sum(tensor.numel for tensor in checkpoint.tensors.values())
+        count += tensor.numel
+    for name, why in checkpoint.refused.items():
+        rows.append((name, why, ""))
     report.line(
         f"{checkpoint.path}: {len(rows)} tensors, {count:,} values, {size_text(checkpoint.size)}, "
         f"{_entries_text(checkpoint)}"
