@@ -33,7 +33,7 @@ class BufferUpdate:
         """
         if buffer is None or buffer.numel() * (1 + buffer.is_complex()) != value.numel():
             raise BatchNormError(
-                f"{name} does not have a value per channel of what goes through its layer",
+                f"{name} does not have one value per channel of its layer's input",
                 "Leave the layer out by `update_bn(exclude=PATTERN)`.",
             )
         if buffer.is_complex():
@@ -42,7 +42,7 @@ class BufferUpdate:
         if not bool(torch.isfinite(narrowed).all()):
             raise BatchNormError(
                 f"{name} is too large for {str(buffer.dtype).removeprefix('torch.')}",
-                "Take the model in a wider type.",
+                "Convert the model to a wider type, such as float32.",
             )
         return cls(name, buffer, narrowed)
 

@@ -85,8 +85,8 @@ def update_checkpoint(
         )  # fmt: skip
     elif before.state == "own" and not excluded and uncounted_layers(checkpoint, model):
         log.info(
-            "the checkpoint counts no batches, as where BatchNorm was frozen in training: if it was"
-            ", keep its statistics by `update_bn(exclude='*')`"
+            "the checkpoint counts no batches, as after training with frozen BatchNorm: if it was "
+            "frozen, keep the statistics by `update_bn(exclude='*')`"
         )
     provenance = checkpoint.provenance or build_provenance(REFRESHED, [checkpoint], [1.0], before)
     provenance = provenance.with_statistics(before)

@@ -92,7 +92,6 @@ class ForwardPass:
         """Run a model on the batch, after calling ``begin`` at each attempt."""
 
         def attempt(batch: Any) -> None:
-            """Run the forward pass once."""
             begin()
             with self.runtime.autocast():
                 self.forward(model, batch)
@@ -108,7 +107,7 @@ class _BatchStatistics:
         forward_pass: The forward pass, kept so that the batch can be run again.
         buffers: Buffers with the kernels' statistics. The nth call of a layer has the nth buffers.
         moments: Moments that were reduced in float64, in the order of the calls.
-        accuracy: The kernels' statistics that may be off.
+        accuracy: Check for kernels' statistics that may be off.
     """
 
     forward_pass: ForwardPass
@@ -215,7 +214,7 @@ class ModelPass:
     def take(self, forward_pass: ForwardPass) -> None:
         """Run the model on a batch and collect the layers' moments.
 
-        On a GPU the accuracy of a batch is checked after the next batch was queued, so that the GPU
+        On a GPU the accuracy of a batch is checked after the next batch is queued, so that the GPU
         never waits.
         """
         self._waiting.append(self._run(forward_pass))
@@ -297,7 +296,7 @@ class ModelPass:
                 log.log(level, text, first_few([name or "the model" for name in unchanged[reason]]))
         if self._unhookable:
             log.warning(
-                "what goes through %s cannot be seen: statistics left as they were",
+                "the inputs of %s cannot be seen: statistics left as they were",
                 first_few([*self._unhookable]),
             )
 

@@ -51,7 +51,7 @@ class MomentsSink(Protocol):
 
 
 class LayerHooks:
-    """A layer with running statistics whose calls are intercepted during a pass.
+    """Hooks that intercept the calls of a layer with running statistics during a pass.
 
     The layer is in training mode only during its own forward pass. Temporary buffers then replace
     the layer's own, so that other readers of the layer's buffers find the old values.
@@ -99,7 +99,6 @@ class LayerHooks:
         # A batch is passed to a model by the signature of its forward, so the signature must stay.
         @functools.wraps(self._forward)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            """Run the intercepted forward pass."""
             return self._call(*args, **kwargs)
 
         vars(layer)["forward"] = forward
@@ -146,7 +145,7 @@ class LayerHooks:
         return self._collect(inputs, args, kwargs)
 
     def _collect(self, inputs: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the forward pass and collect moments of the argument.
+        """Run the forward pass and collect moments of the input.
 
         The moments come from the kernel where its statistics are accurate enough, otherwise from a
         float64 reduction.
@@ -219,9 +218,9 @@ class LayerHooks:
 
 
 class CustomLayerHooks(LayerHooks):
-    """A layer with a custom forward pass, whose update of statistics is found by trial.
+    """Hooks of a layer with a custom forward pass, whose update of statistics is found by trial.
 
-    ``LayerUpdate`` runs a copy of the layer to find which values the statistics are of.
+    ``LayerUpdate`` runs a copy of the layer to find the values that the statistics are of.
     """
 
     def __init__(self, name: str, layer: nn.Module) -> None:
@@ -292,7 +291,7 @@ class CustomLayerHooks(LayerHooks):
         if self._update.estimates and not self._has_noted_estimate:
             self._has_noted_estimate = True
             log.info(
-                "the number of values in the statistics of %s is estimated by its argument's size",
+                "the number of values in the statistics of %s is estimated from the input's size",
                 self.name,
             )
 

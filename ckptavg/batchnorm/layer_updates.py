@@ -228,7 +228,7 @@ class LayerUpdate:
         return {}
 
     def _solve(self, new: Values) -> Values:
-        """Solve new statistics for the batch's own, given the old values and the weights."""
+        """Solve for the batch's own statistics, given the old values and the weights."""
         values: Values = {}
         for name, factor in self._factors.items():
             values[name] = (new[name] - (1 - factor) * self._start[name]) / factor

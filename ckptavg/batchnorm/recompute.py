@@ -157,14 +157,14 @@ class StatisticsPass:
         excluded = self._excluded_layers(before)
         peers = OomSynchronizedPeers(self.peers)
         groups = _groups(len(before), self)
-        # Each group reads the data once more.
+        # Each group needs a pass of its own over the data.
         grouped = replace(
             self, training=require_reiterable(self.training, len(groups)), peers=peers
         )
         results: dict[int, BatchNormResult] = {}
 
         def run_pass(group: Sequence[int], number: int, of: int) -> None:
-            """Read, refresh and store one group of state dicts."""
+            """Read, recompute and store one group of state dicts."""
             del number, of
             state_dicts = read(group)
             names = [origins[i] for i in group]
@@ -252,8 +252,8 @@ def _require_recomputed(
     for origin, (result, after) in zip(origins, results, strict=True):
         if after.not_recomputed and not result.layers:
             raise BatchNormError(
-                f"no statistics of {origin} can be recomputed: not those of "
-                f"{first_few(list(after.not_recomputed))}",
+                f"no statistics of {origin} can be recomputed (layers "
+                f"{first_few(list(after.not_recomputed))})",
                 "Recompute them with the model's own code.",
             )
 

@@ -14,7 +14,7 @@ from ckptavg.batchnorm.moments import batch_moments
 
 
 class ScriptedLayerHooks(LayerHooks):
-    """A scripted BatchNorm layer of torch.
+    """Hooks of a scripted BatchNorm layer of torch.
 
     A traced layer keeps normalizing in the mode in which it was traced.
     """

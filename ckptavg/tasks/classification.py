@@ -153,8 +153,8 @@ def _check_labels(labels: torch.Tensor, classes: int, *, binary: bool) -> None:
         )
     if labels.is_floating_point() and not torch.equal(labels, labels.round()):
         raise EvaluationError(
-            "the data has labels that are no whole numbers: soft labels, as of mixup, are not "
-            "scored",
+            "the data has labels that are not whole numbers: soft labels, as of mixup, are "
+            "not scored",
             _GIVE_CLASSES,
         )
     low, high = int(labels.min()), int(labels.max())
@@ -175,7 +175,7 @@ def _other_task(logits: torch.Tensor, targets: Any) -> str:
     if logits.dim() == 3 and logits.shape[:2] == targets.shape:
         return "Pass `task='causal-lm'` if this is a language model."
     return (
-        "If samples have something else than one class, pass another `task` (causal-lm, "
+        "If samples have anything other than one class, pass another `task` (causal-lm, "
         "multi-label, regression) or a task of your own."
     )
 

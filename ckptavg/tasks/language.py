@@ -96,7 +96,7 @@ class CausalLM(Task):
         rows = _count_embeddings(model)
         if rows is not None and self._largest >= rows:
             raise EvaluationError(
-                f"the data has the token id {self._largest}, but the model embeds {rows}",
+                f"the data has the token id {self._largest}, but the model has {rows} embeddings",
                 _BELONG_TOGETHER,
             )
         try:
@@ -143,13 +143,13 @@ class CausalLM(Task):
             self._has_checked_logits = True
             if are_distributions(logits[0]):
                 raise EvaluationError(
-                    "the model returns probabilities (a softmax is in it), but logits or their "
+                    "the model returns probabilities, as after a softmax, but logits or their "
                     "log-softmax are expected",
-                    "Let the model return these.",
+                    "Let the model return logits.",
                 )
 
     def predict(self, outputs: Any, targets: torch.Tensor) -> torch.Tensor:
-        """Return the logits (N, T, V), and score the targets ahead."""
+        """Return the logits (N, T, V), after scoring the targets."""
         logits = _logits(outputs, targets).detach()
         # Scored here because the targets are at hand; ``is_finite`` gets the predictions alone.
         self._token_scorer.score(logits, targets)
@@ -259,7 +259,7 @@ def _check_places(ids: torch.Tensor, labels: torch.Tensor, *, aligned: bool) -> 
     Args:
         ids: (N, T), the input tokens.
         labels: (N, T).
-        aligned: True for a mapping, where labels stand at the positions of the same tokens.
+        aligned: True for a mapping, where each label is at the position of the same token.
     """
     same = _repeat(ids, labels)
     following = _repeat(ids[:, 1:], labels[:, :-1])

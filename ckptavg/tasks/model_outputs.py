@@ -10,7 +10,7 @@ import torch
 from ckptavg.errors import EvaluationError, first_few
 
 _NAMES = ("logits", "out")  # transformers' outputs and most dicts, torchvision's segmentation
-_REMEDY = "Pass `forward=fn`, a function fn(model, batch) that returns the tensor to score alone."
+_REMEDY = "Pass `forward=fn`, a function fn(model, batch) that returns only the tensor to score."
 # Number of outputs that an error lists.
 _MOST_LISTED = 4
 
@@ -52,7 +52,7 @@ def take_output(
 
 
 def _ambiguous(outputs: object, candidates: Mapping[str, torch.Tensor]) -> EvaluationError:
-    """Word the error about outputs without a tensor to score, or with several by path."""
+    """Word the error about outputs without a tensor to score, or with several."""
     if not candidates:
         return EvaluationError(
             f"the model is expected to return logits but returned a {type(outputs).__name__} "

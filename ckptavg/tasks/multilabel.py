@@ -210,7 +210,7 @@ def _f1(
 
 
 def _mean_average_precision(scores: torch.Tensor, targets: torch.Tensor) -> float:
-    """Compute the mean over the labels with samples, as a fraction; 0 if no label has samples."""
+    """Compute the mean over labels with samples, as a fraction; 0 if no label has samples."""
     # The import takes seconds.
     from torchmetrics.functional.classification import (  # noqa: PLC0415
         multilabel_average_precision,

@@ -38,8 +38,8 @@ class Regression(Task):
         values = take_output(outputs)
         if not _fit(values.shape, targets.shape):
             raise EvaluationError(
-                "outputs and targets with as many values per sample are expected, but got shapes "
-                f"{tuple(values.shape)} and {tuple(targets.shape)}",
+                "outputs and targets with the same number of values per sample are expected, but "
+                f"got shapes {tuple(values.shape)} and {tuple(targets.shape)}",
                 "Check that the model and the data belong together.",
             )
         if not bool(torch.isfinite(targets).all()):

@@ -15,7 +15,7 @@ from ckptavg.tasks.metrics import Totals
 
 log = logging.getLogger("ckptavg")
 
-# Logits per chunk. The softmax of a chunk is the memory needed beside the logits themselves.
+# Logits per chunk. Beside the logits, memory is needed for the softmax of one chunk only.
 _CHUNK = 1 << 24
 # Exponents from which on a perplexity is infinite; math.exp raises from about 709.8 on.
 _EXP_OVERFLOW = 700.0

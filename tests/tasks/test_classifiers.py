@@ -171,7 +171,7 @@ def test_classification_takes_bools_as_binary_labels(tmp_path):
     [
         ((2, 1), [0, 2], "label 2, but the model tells 0 from 1 by a single output"),
         ((2, 1), [-1, 1], "label -1, but the model tells 0 from 1 by a single output"),
-        ((2,), [0.3, 1.0], "no whole numbers: soft labels"),
+        ((2,), [0.3, 1.0], "not whole numbers: soft labels"),
         ((2, 4), [0, 4], "label 4, but the model has 4 classes"),
         ((2, 4), [[0.5, 0.5, 0, 0], [1, 0, 0, 0]], "neither 0 nor 1: soft labels"),
         ((2, 4), [[1, 1, 0, 0], [1, 0, 0, 0]], "a sample with 2 labels.* `task='multi-label'`"),

@@ -378,7 +378,7 @@ def test_causal_lm_scores_windows_of_one_position():
 def test_causal_lm_names_token_id_beyond_embedding():
     batch = (torch.tensor([[1, 40, 2]]), torch.tensor([[40, 2, 3]]))
     message = error_of(scored, gpt2(), [batch])
-    assert "the token id 40, but the model embeds 29" in message
+    assert "the token id 40, but the model has 29 embeddings" in message
     assert "tokenizer" in message
 
 

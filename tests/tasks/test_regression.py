@@ -181,7 +181,7 @@ def test_regression_scores_checkpoints_and_ensemble(tmp_path):
     ],
 )
 def test_regression_refuses_shapes_that_differ(outputs, targets):
-    with pytest.raises(EvaluationError, match="as many values per sample") as caught:
+    with pytest.raises(EvaluationError, match="same number of values per sample") as caught:
         TASK.check(torch.zeros(outputs), torch.zeros(targets))
     assert f"{tuple(outputs)} and {tuple(targets)}" in str(caught.value)
 
