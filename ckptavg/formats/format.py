@@ -1,7 +1,7 @@
 """The contract of a checkpoint format: recognition, reading, and the layout of outputs.
 
 A format is one object with a class of its own: a ``FileFormat`` or a ``DirectoryFormat``. The
-object stands in ``file_formats.FILE_FORMATS`` or ``registry.DIRECTORY_FORMATS``, and nowhere else.
+object is registered in ``file_formats.FILE_FORMATS`` or ``registry.DIRECTORY_FORMATS``.
 """
 
 # ruff: noqa: ARG002 - defaults of methods that a format may override

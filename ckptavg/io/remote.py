@@ -282,7 +282,7 @@ async def _read_http_range(system: Any, url: str, start: int, end: int) -> bytes
             raise FileNotFoundError(url)
         answer.raise_for_status()
         content = bytearray()
-        # The whole file, from a server that ignores ranges, answers a range from 0 to the end.
+        # From a server that ignores ranges, the whole file is right for a range from 0 to the end.
         if start == 0 or answer.status != _OK:
             async for chunk in answer.content.iter_any():
                 content += chunk

@@ -64,7 +64,7 @@ def lock(handle: int, path: Path) -> bool | None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    # Network file systems refuse locks with numbers of many kinds: ENOLCK, EPERM, EIO, EBADF, ...
+    # Network file systems refuse locks with various errors: ENOLCK, EPERM, EIO, EBADF, ...
     except OSError:
         return None
     try:

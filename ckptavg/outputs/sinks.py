@@ -115,8 +115,8 @@ class FileSink:
             self._tied.setdefault(first.name, []).append(tensor.name)
         self._handles: list[int] = []
         self._targets: dict[str, list[tuple[int, int]]] = {}
-        # Tensor → end of a stretch → start and CRC-32 of the stretch. By its end, a stretch is
-        # found by the block that continues it.
+        # Tensor → end of a stretch → start and CRC-32 of the stretch. The end is
+        # the key, since the block that continues a stretch begins there.
         self._crcs: dict[str, dict[int, tuple[int, int]]] = {}
         self._lock = threading.Lock()
 

@@ -134,7 +134,6 @@ def _choose_recorded(clocks: Sequence[_Clock]) -> _Clock | None:
 
 
 def _clock_of_names(named: Sequence[NamedStep]) -> _Clock:
-    """Make the clock of the steps in the names."""
     positions: list[float | None] = []
     within: list[float | None] = []
     for step in named:

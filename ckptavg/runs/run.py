@@ -246,7 +246,6 @@ class Run:
         return replace(self, trainings=tuple(trainings), damaged=())
 
     def _table(self) -> Table:
-        """Make the table of the run."""
         from ckptavg.runs.run_table import tabulate_run  # noqa: PLC0415
 
         return tabulate_run(self.opened, self.notes)

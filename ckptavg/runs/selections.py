@@ -142,7 +142,7 @@ class Steps(Selection):
 
 @dataclass(frozen=True)
 class RateMinima(Selection):
-    """Checkpoints at minima of the recorded learning rate, the ends included."""
+    """Checkpoints at minima of the recorded learning rate, the run's ends included."""
 
     def __str__(self) -> str:
         return "minima of the learning rate"

@@ -136,7 +136,7 @@ class Archive:
         return start
 
     def _append(self, content: bytes) -> None:
-        """Append bytes by value."""
+        """Append bytes that are kept in memory."""
         self._parts.append((self.size, content))
         self.size += len(content)
 
