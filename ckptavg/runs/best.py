@@ -152,7 +152,10 @@ def _only_metric(checkpoints: Sequence[Checkpoint]) -> str:
     """
     names = choose_metric_columns(checkpoints).names
     if not names:
-        raise RunError("the checkpoints record no metric to choose the best by")
+        raise RunError(
+            "the checkpoints record no metric to choose the best by",
+            "Select by `.last()`, `.every()` or `glob`.",
+        )
     if len(names) > 1:
         raise UsageError(
             f"the best by which metric? The checkpoints record {first_few(list(names), 8)}",
