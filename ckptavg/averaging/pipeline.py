@@ -269,7 +269,13 @@ def compute_averages(
         provenances = [planned.provenance() for planned in averages]
 
         def store(i: int, state_dict: StateDict, statistics: Statistics) -> None:
-            """Keep a state dict."""
+            """Keep a state dict.
+
+            Args:
+                i: Position of the average.
+                state_dict: The averaged weights with the recomputed statistics.
+                statistics: State of the statistics after the pass.
+            """
             results[i] = state_dict
             provenances[i] = averages[i].provenance().with_statistics(statistics)
 
@@ -312,7 +318,13 @@ def write_recomputed(
             return read(group, outputs.inputs)
 
         def store(i: int, state_dict: StateDict, statistics: Statistics) -> None:
-            """Write a state dict into the output."""
+            """Write a state dict into the output.
+
+            Args:
+                i: Position of the output.
+                state_dict: The averaged weights with the recomputed statistics.
+                statistics: State of the statistics after the pass.
+            """
             stored.add(i)
             if outputs is not None:
                 writer = outputs.writers[i]

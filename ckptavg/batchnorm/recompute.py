@@ -164,7 +164,13 @@ class StatisticsPass:
         results: dict[int, BatchNormResult] = {}
 
         def run_pass(group: Sequence[int], number: int, of: int) -> None:
-            """Read, recompute and store one group of state dicts."""
+            """Read, recompute and store one group of state dicts.
+
+            Args:
+                group: Positions of the state dicts.
+                number: Number of the pass, from 1.
+                of: Number of all passes.
+            """
             del number, of
             state_dicts = read(group)
             names = [origins[i] for i in group]

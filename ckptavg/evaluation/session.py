@@ -154,7 +154,13 @@ class _Session:
         results: list[Result] = []
 
         def run_pass(group: Sequence[WeightSet], number: int, of: int) -> None:
-            """Score one group and publish the results so far."""
+            """Score one group and publish the results so far.
+
+            Args:
+                group: The weight sets to score in one pass.
+                number: Number of the pass, from 1.
+                of: Number of all passes.
+            """
             numbering = ""
             if of > 1:
                 numbering = f", pass {number} of {of}"

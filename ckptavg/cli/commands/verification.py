@@ -15,6 +15,12 @@ from ckptavg.runs.run import Run
 def show(report: Report, path: str, run: Run, key: str | None) -> None:
     """Verify the checkpoints of a run, and the averages beside them that record digests.
 
+    Args:
+        report: Shows the findings.
+        path: The path as the user gave it.
+        run: The checkpoints to verify.
+        key: Dotted path of the entry that holds the weights; None to find the entry.
+
     Raises:
         IntegrityError: Something is not what it was, or nothing was recorded.
     """
