@@ -54,7 +54,7 @@ def compute_state_dicts(
         sinks = [MemorySink(planned.plan.outputs) for planned in group]
         requests = request_stream(order, inputs)
         compute_into(group, sinks, requests, keep_nonfinite=keep_nonfinite, progress=progress)
-        # Hashed by the first read already.
+        # The first read has hashed the inputs.
         inputs = None
         state_dicts += [sink.state_dict for sink in sinks]
     return state_dicts
@@ -107,7 +107,7 @@ def compute_into(
     try:
         outcome = compute(jobs, requests, progress=progress)
     except (NonFiniteError, PlacementError):
-        # An input that another program rewrites may be the cause, and is then the better report.
+        # If another program has changed an input meanwhile, that is the better report.
         _verify_unchanged(plans)
         raise
     if sharded is None or sharded.processes.rank == 0:

@@ -151,7 +151,7 @@ def _plan_requests(run: Run, averages: Asked, rules: TensorRules) -> dict[str, A
     """Plan the averages that ``average_many`` is asked for.
 
     Raises:
-        UsageError: The averages are not given by name, there are none, or one is not understood.
+        UsageError: The averages are not given by name, or there are none, or one is not valid.
         CkptavgError: As for ``plan_average``.
     """
     if not isinstance(averages, Mapping):

@@ -151,7 +151,7 @@ def open_pass(
 
 
 def prepare_targets(averages: Sequence[Planned], options: WriteOptions) -> list[Target]:
-    """Lay the outputs of several averages out, and check permission and room for all together.
+    """Lay out the outputs of several averages, and check permission and room for all together.
 
     Args:
         averages: Each average and the path of its output.
@@ -258,7 +258,7 @@ def compute_averages(
         CkptavgError: As for ``average``.
     """
     if options.digests:
-        raise UsageError("digests are recorded in an output, and none is named", "Name one.")
+        raise UsageError("digests are recorded in an output, and none is named", "Name an output.")
     read = _reader(averages, options, order)
     results: dict[int, StateDict] = {}
     if statistics_pass is None:
@@ -368,7 +368,6 @@ def _reader(
     """Make the function that computes averages by their positions."""
 
     def read(group: Sequence[int], inputs: InputDigests | None) -> list[StateDict]:
-        """Compute some averages."""
         return compute_state_dicts(
             [averages[i] for i in group],
             order=order,

@@ -32,7 +32,7 @@ class Job:
 
 
 class Term(NamedTuple):
-    """Product of a source and a coefficient, which a sum of the same group contains.
+    """Product of a source and a coefficient: one term of a sum in the same group.
 
     Attributes:
         output: Position of the sum among the group's outputs.

@@ -111,7 +111,7 @@ def _iterate(
     for layer in layers:
         vectors = [state[name] for name in layer.vectors]
         weight, last = state[layer.weight], state[layer.weight + _LAST]
-        # The vectors that are right as they are stay.
+        # Vectors that are right already stay as they are.
         iterated = iterate_vectors(weight, vectors, last, steps) or vectors
         for name, vector in zip(layer.vectors, iterated, strict=False):
             values[name] = vector.to(state[name].dtype).reshape(state[name].shape)

@@ -186,7 +186,7 @@ def _keep_to_one_thread() -> None:
 
 
 def _report_nothing(_done: int, _total: int) -> None:
-    """Take the place of a progress function where there is none."""
+    """Ignore the progress."""
 
 
 def _choose_ranges(groups: Sequence[Group], parts: Parts) -> list[Range]:

@@ -74,8 +74,8 @@ def evaluate(
         bn_samples: Number of training samples, drawn at random, to recompute statistics from, or a
             ``ckptavg.data.loaders.Subset``; all samples where None.
         keep_nonfinite: True to allow averages that are not finite.
-        results: File to store the results in, after each pass, beside what it holds: ``.json`` or
-            ``.csv``.
+        results: ``.json`` or ``.csv`` file to which the results are added after each pass. Other
+            results in the file stay.
         resume: True to score only what ``results``, a JSON file, does not hold for the same
             weights, model, data and options; see ``ckptavg.evaluation.identity``.
         progress: True for a bar, a bar of tqdm, or a function of (phase, done, total) in samples;
@@ -85,7 +85,7 @@ def evaluate(
         One result per candidate, in order; printed as a table.
 
     Raises:
-        UsageError: The model is not a module, or the data is no data.
+        UsageError: The model is not a module, or ``data`` is neither a Dataset nor a loader.
         OutputError: The file of results has other content, or cannot be written.
         ModelError: Weights do not fit the model.
         EvaluationError: The data and the outputs do not fit, or an output is NaN.
@@ -116,10 +116,10 @@ def _score_into(
     *,
     resume: bool,
 ) -> list[Result]:
-    """Score candidates, and store the results; with ``resume`` what the file lacks only.
+    """Score candidates, and store the results; with ``resume``, score only what the file lacks.
 
-    Results that cannot be stored in the end are returned with a warning: the scores took longer
-    than another file will.
+    If the results cannot be stored in the end, a warning says so and the results are returned,
+    since scoring again would take long.
     """
     peers = find_peers()
     if peers.rank == 0:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import pandas
 
 
-# Keys of a result's JSON that are not among the details. ``key`` is of the file of results.
+# Keys of a result's JSON that are not among the details. ``key`` is in the file of results only.
 _FIELDS = frozenset(
     {"name", "kind", "checkpoints", "coefficients", "metrics", "bn", "forwards", "versus", "key"}
 )

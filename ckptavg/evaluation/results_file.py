@@ -46,7 +46,7 @@ def open_results(path: str | os.PathLike[str] | None, *, resume: bool) -> Result
         if suffix not in (".json", ".csv"):
             raise UsageError(f"`results` is expected to end in .json or .csv but got {path}")
     if resume and suffix != ".json":
-        raise UsageError("`resume` goes on from the file of `results`, which has to be a .json")
+        raise UsageError("`resume` needs a `results` file that ends in .json")
     if path is None:
         return None
     check_output(path)

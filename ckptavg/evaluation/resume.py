@@ -123,14 +123,14 @@ class ResultStore:
         """Save the results of all candidates, and note results of other candidates in the file.
 
         Returns:
-            The failure, if the results cannot be written: scores are worth more than the file.
+            The failure, if the results cannot be written; the caller still has the scores to show.
         """
         try:
             other_count = self.save(results)
         except OutputError as error:
             return error
         if other_count and self.file is not None:
-            log.info("%s goes on to hold results of others: %d", self.file.path, other_count)
+            log.info("%s keeps results of other candidates: %d", self.file.path, other_count)
         return None
 
     def _find_missing(self) -> list[Candidate]:

@@ -405,7 +405,7 @@ def test_resume_refuses_a_file_of_other_content(home: Path, text: str) -> None:
 def test_results_file_keeps_other_candidates(home: Path, flags: list[str]) -> None:
     first = found("eval", "run/epoch_1.pt", *MODEL, *DATA, "--results", "r.json")
     again = ckptavg("eval", "run/epoch_2.pt", *MODEL, *DATA, "--results", "r.json", *flags)
-    assert again.stderr.count("r.json goes on to hold results of others: 1") == 1
+    assert again.stderr.count("r.json keeps results of other candidates: 1") == 1
     held = json.loads(Path("r.json").read_text())["candidates"]
     assert held[0] == first[0]
     assert [c["name"] for c in held] == ["run/epoch_1.pt", "run/epoch_2.pt"]
@@ -442,7 +442,7 @@ def test_results_are_shown_on_a_full_disk(home: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("flags", [[], ["--results", "r.csv"]])
 def test_resume_needs_a_json_file(home: Path, flags: list[str]) -> None:
-    assert "--resume goes on from the file of --results" in error(
+    assert "--resume needs a --results file that ends in .json" in error(
         ckptavg(*ALL, *flags, "--resume"), 2
     )
 

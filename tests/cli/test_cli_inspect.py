@@ -76,7 +76,7 @@ def test_geometry_json_extends_that_of_inspect(run: Path) -> None:
 
 def test_geometry_seeks_no_outlier_among_few(run: Path) -> None:
     result = inspect("run", "--geometry", "--glob", "*_[135].pt")
-    assert result.stdout.splitlines()[-1] == "too few to tell whether one stands apart"
+    assert result.stdout.splitlines()[-1] == "too few checkpoints to tell whether one stands apart"
 
 
 def test_geometry_of_equal_checkpoints_has_no_cosines(run: Path) -> None:

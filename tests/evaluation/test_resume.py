@@ -265,7 +265,7 @@ def test_resume_recognizes_planned_averages(home, scored):
 def test_resume_refuses_csv_files(home):
     evaluate(["run/epoch_1.pt"], network(), data(), results="r.csv")
     assert (home / "r.csv").read_text().startswith("name,kind,")
-    with pytest.raises(UsageError, match=r"`resume` goes on from .* a \.json"):
+    with pytest.raises(UsageError, match=r"`resume` needs a `results` file .* \.json"):
         evaluate(["run/epoch_1.pt"], network(), data(), results="r.csv", resume=True)
 
 
@@ -276,7 +276,7 @@ def test_results_option_refuses_other_suffixes(home, path):
 
 
 def test_resume_needs_a_file(home):
-    with pytest.raises(UsageError, match="the file of `results`"):
+    with pytest.raises(UsageError, match="needs a `results` file"):
         evaluate(["run/epoch_1.pt"], network(), data(), resume=True)
 
 

@@ -214,7 +214,7 @@ class _Stack:
         }
 
     def _groups(self, checkpoint: Checkpoint, match: re.Match[str]) -> int:
-        """Count the stacks in the rows of an A: per group of a convolution, or per expert, one.
+        """Count the stacks in the rows of an A: one per group of a convolution, or per expert.
 
         In a grouped convolution, B has rank / groups columns. Experts in one parameter have as many
         rows of A and columns of B as there are pairs of an expert and a rank.

@@ -11,7 +11,7 @@ from ckptavg.formats.checkpoint import Piece, Tensor
 def assign_slots(coefficients: Sequence[float]) -> list[int]:
     """Return the index of each adapter's slot.
 
-    An adapter of coefficient 0 takes no slot from the next one: it would only add zeros.
+    An adapter with coefficient 0 shares the slot of the next adapter, as it adds nothing.
     """
     slots: list[int] = []
     used = 0

@@ -26,10 +26,10 @@ _COUNTER = re.compile(
 
 
 def find_buffers(modules: Modules, names: Iterable[str]) -> set[str]:
-    """Find the float buffers of a checkpoint, none of which is a weight, by name and neighbours.
+    """Find the float buffers of a checkpoint that are not weights, by name and neighbours.
 
     These are pruning masks, the ranges and the scale of a quantizer, the counts and sums of a
-    codebook, and counters that are floats. Of masks and counters some values are read: a mask
+    codebook, and counters that are floats. Some values of masks and counters are read: a mask
     holds zeros and ones, a counter a whole number.
 
     Args:

@@ -113,7 +113,7 @@ def check_supported(
         averages: Returns True if a tensor of this name is averaged.
 
     Raises:
-        UnsupportedTensorError: Some tensors are not plain, 8-bit floats, or quantized weights.
+        UnsupportedTensorError: Some tensors are not plain, or are quantized weights.
     """
     for checkpoint in checkpoints:
         refused: list[str] = []
@@ -176,7 +176,7 @@ def check_copied(checkpoint: Checkpoint, names: Collection[str]) -> None:
         names: Names of its tensors to copy.
 
     Raises:
-        UnsupportedTensorError: Some are no plain tensors, or smaller than a byte per element.
+        UnsupportedTensorError: Some are not plain tensors, or have less than a byte per element.
     """
     special = [f"{name} ({why})" for name, why in checkpoint.refused.items() if name in names]
     if special:

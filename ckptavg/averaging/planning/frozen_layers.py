@@ -72,7 +72,7 @@ def _find_same_statistics(
     """
     same = _read(reader, checkpoints[0], layers)
     for checkpoint in checkpoints[1:]:
-        # No further layer is read once all differ.
+        # Once all layers differ, nothing more is read.
         contents = _read(reader, checkpoint, {layer: layers[layer] for layer in same})
         same = {layer: same[layer] for layer in contents if contents[layer] == same[layer]}
     return same

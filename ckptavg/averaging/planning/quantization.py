@@ -104,9 +104,9 @@ def check_not_quantized(checkpoints: Sequence[Checkpoint], averages: Callable[[s
 
 
 def find_declaration(checkpoint: Checkpoint) -> str:
-    """Return the place where a checkpoint states quantized weights; empty where nowhere.
+    """Return the place where a checkpoint declares quantized weights; empty if there is none.
 
-    The statement is an entry of a safetensors header, or of a configuration beside the weights.
+    The declaration is an entry of a safetensors header, or of a configuration beside the weights.
     """
     for key, value in checkpoint.metadata.items():
         # kohya's entries, which begin with ss_, describe the training and not the weights.

@@ -70,7 +70,7 @@ def select_names(last: Checkpoint, rules: Rules) -> list[str]:
     names = [name for name in all_names if rules.averages(name)]
     if not names:
         raise UsageError(
-            f"no tensor of {last.path} matches the include and exclude patterns",
+            f"the include and exclude patterns leave no tensor of {last.path} to average",
             did_you_mean(_suggest_patterns(rules, all_names)),
         )
     return names

@@ -138,7 +138,7 @@ def _is_vector(tensor: Tensor) -> bool:
 
 
 def limit_steps(shapes: Sequence[Sequence[int]]) -> int:
-    """Limit the steps of the power iteration per weight.
+    """Return the largest number of steps of the power iteration per weight.
 
     Args:
         shapes: The shapes of all weights under spectral norm.
@@ -190,8 +190,8 @@ def iterate_vectors(
 def _dimension(weight: torch.Tensor, vectors: Sequence[torch.Tensor]) -> int:
     """Tell the dimension of a weight that u goes along.
 
-    Where several are as long as u, it is the one for which |uᵀWv| is largest: u and v are singular
-    vectors of that matrix alone.
+    Where several dimensions are as long as u, it is the one for which |uᵀWv| is largest: u and v
+    are singular vectors of that matrix alone.
     """
     numel = vectors[0].numel()
     dimensions = [i for i, extent in enumerate(weight.shape) if extent == numel]

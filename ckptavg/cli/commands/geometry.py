@@ -71,11 +71,11 @@ def _verdict(geometry: Geometry) -> str:
     if len(groups.members) > 1:
         sizes = " and ".join(str(len(group)) for group in groups.members)
         return (
-            f"the checkpoints fall into groups of {sizes}: {groups.distance:.4g} apart at least, "
-            f"where those of a group are linked within {groups.typical:.4g}. Is it one training?"
+            f"the checkpoints fall into groups of {sizes}, at least {groups.distance:.4g} apart; "
+            f"links within a group are at most {groups.typical:.4g}. Is the run one training?"
         )
     if len(geometry.checkpoints) < 4:
-        return "too few to tell whether one stands apart"
+        return "too few checkpoints to tell whether one stands apart"
     return "no checkpoint stands apart"
 
 

@@ -318,7 +318,9 @@ def test_patterns_match_whole_names(tmp_path, rules, averaged):
 
 @pytest.mark.parametrize("rules", [{"include": ("tail.*",)}, {"exclude": ("*",)}])
 def test_patterns_matching_no_tensor_are_refused(tmp_path, rules):
-    with pytest.raises(UsageError, match=r"no tensor .* matches the include and exclude patterns"):
+    with pytest.raises(
+        UsageError, match=r"include and exclude patterns leave no tensor of .* to average"
+    ):
         plan_of(tmp_path, LAYERS, LAYERS, **rules)
 
 
@@ -427,5 +429,5 @@ def test_pattern_mistyped_gets_a_suggestion(tmp_path):
     checkpoints = opened(tmp_path, [{"head.fc.weight": torch.zeros(1), "w": torch.ones(1)}] * 2)
     notes = make_plan(checkpoints, [1, 1], Rules(exclude=("fc",))).notes
     assert notes == ("the pattern 'fc' matches no tensor. Did you mean *.fc.*?",)
-    with pytest.raises(UsageError, match=r"no tensor .* matches .*\. Did you mean head\.\*\?"):
+    with pytest.raises(UsageError, match=r"leave no tensor .*\. Did you mean head\.\*\?"):
         make_plan(checkpoints, [1, 1], Rules(include=("haed.*",)))
