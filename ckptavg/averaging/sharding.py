@@ -384,7 +384,7 @@ def _as_output_errors(targets: Sequence[Target]) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise OutputError(
-            f"this host does not see {path} as process 0 has begun it",
+            f"this host does not see {path} as process 0 created it",
             "Choose another `out`, on a file system that all hosts share.",
         ) from error
     except OSError as error:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # A difference with a p below this is significant.
 SIGNIFICANT = 0.05
-# Candidates beside the baseline from which on the choice of the best is noted.
+# The choice of the best is noted from this number of candidates beside the baseline on.
 _FEWEST_TO_CHOOSE = 3
 _TESTS = {
     "mcnemar": "p: McNemar's exact test",

@@ -101,7 +101,7 @@ class Plan:
 
     @property
     def template(self) -> Checkpoint:
-        """The checkpoint of the layout that outputs have: the last, with the plan's metadata."""
+        """The checkpoint whose layout outputs have: the last, with the plan's metadata."""
         last = self.checkpoints[-1]
         metadata = {**last.metadata, **self.metadata}
         return replace(last, metadata=metadata, momentary=find_momentary_numbers(self.checkpoints))

@@ -152,7 +152,7 @@ class _Output:
     Attributes:
         name: Name by ``--also``; empty for the command's own average.
         average: The planned average.
-        path: Path of the output; None for none.
+        path: Path of the output; None for no output.
     """
 
     name: str
@@ -161,7 +161,7 @@ class _Output:
 
 
 def _log_notes(averages: Sequence[Average], targets: Sequence[Target]) -> None:
-    """Log the notes on plans and outputs, as the averages would log them when written."""
+    """Log the notes on plans and outputs that writing the averages would log."""
     from ckptavg.averaging import remarks  # noqa: PLC0415
     from ckptavg.outputs.target import layout_notes  # noqa: PLC0415
 
@@ -192,7 +192,7 @@ def _check_usage(
 def _prepare_pass(
     running: RunningOptions, selection: Run, processes: TorchrunGroup | None
 ) -> StatisticsPass | None:
-    """Make the model and open the data before a plan is shown, as neither may be usable.
+    """Make the model and open the data before a plan is shown, as either may be unusable.
 
     Returns:
         None where statistics are not to be recomputed.
@@ -265,7 +265,7 @@ def _measured_weights(selection: Run, tensors: TensorOptions) -> list[TensorPlan
 
 
 def _report_geometry(report: Report, selection: Run, gram: torch.Tensor | None) -> dict[str, Any]:
-    """Show the geometry of the averaged checkpoints; nothing fails, as the outputs are written."""
+    """Show the geometry of the averaged checkpoints, or warn that weights are not finite."""
     from ckptavg.inspection import geometry as weight_space  # noqa: PLC0415
 
     try:

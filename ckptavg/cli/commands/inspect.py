@@ -180,7 +180,7 @@ def _notes_of(run: Run) -> list[str]:
 
 
 def _run_columns(metrics: Sequence[str]) -> list[Column]:
-    """Return the columns of a run's table. Of the metrics, the first is the last to be left out."""
+    """Return the columns of a run's table. Of the metrics, the first is left out last."""
     count = len(metrics[1:])
     columns = [Column("checkpoint", "name"), Column("step", "number")]
     columns += [Column("epoch", "number", count + 2), Column("LR", "number", count + 4)]
