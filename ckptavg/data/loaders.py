@@ -288,7 +288,7 @@ def _targets(data: Dataset[Any]) -> torch.Tensor:
     if classes.dim() != 1 or len(classes) != len(data):  # type: ignore[arg-type]
         raise UsageError(
             "a stratified subset needs data with `targets`, one class per sample",
-            "Leave :stratified out, or give the Dataset such an attribute.",
+            "Draw without classes, or give the Dataset such an attribute.",
         )
     return classes
 
@@ -302,7 +302,7 @@ def _require_count(subset: Subset) -> int:
     if subset.stratified:
         raise UsageError(
             "a stratified subset is drawn from a Dataset with targets, not from a loader",
-            "Leave :stratified out, or return the Dataset.",
+            "Draw without classes, or return the Dataset.",
         )
     return subset.count
 

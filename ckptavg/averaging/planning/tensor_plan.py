@@ -345,7 +345,7 @@ class _Builder:
         return set().union(*self.frozen.values())
 
     def _other_tensors(self, name: str) -> tuple[Tensor, ...]:
-        """Return a tensor of all checkpoints but the last, without the last's own."""
+        """Return a tensor in the earlier checkpoints, where it is not the last one's own object."""
         last = self.checkpoints[-1].tensors[name]
         others: list[Tensor] = []
         for checkpoint in self.checkpoints[:-1]:
