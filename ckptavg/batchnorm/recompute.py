@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from ckptavg.batchnorm.statistics_pass import recompute_statistics
 from ckptavg.batchnorm.update import BatchNormResult
-from ckptavg.data.argument_checks import check_model
+from ckptavg.data.argument_checks import check_forward, check_model
 from ckptavg.data.loaders import Progress as SampleProgress
 from ckptavg.data.loaders import Subset, as_subset, open_loader, require_reiterable
 from ckptavg.data.prefetch import with_progress
@@ -82,6 +82,7 @@ class Recompute:
             UsageError: ``model`` is not a module, or ``data`` is not data.
         """
         check_model(self.model)
+        check_forward(self.forward)
         model = copy.deepcopy(unwrap_distributed(self.model))
         runtime = Runtime.on(
             self.device, model, amp=self.amp, batch_size=self.batch_size,

@@ -32,7 +32,7 @@ from ckptavg.batchnorm.collect import (
     finish,
 )
 from ckptavg.batchnorm.norm_layers import never_trained_layers, tracked_layers, unreachable_layers
-from ckptavg.data.argument_checks import check_model
+from ckptavg.data.argument_checks import check_forward, check_model
 from ckptavg.data.loaders import Subset, as_subset, open_loader
 from ckptavg.data.prefetch import prefetch_to_device, with_progress
 from ckptavg.display.progress import ProgressLike, open_phase
@@ -111,6 +111,7 @@ def update_bn(
             matches no layer.
     """
     check_model(model)
+    check_forward(forward)
     layers = tracked_layers(bare_module(model))
     unreachable = unreachable_layers(bare_module(model))
     if unreachable:

@@ -28,6 +28,18 @@ def check_model(model: object) -> None:
     raise UsageError(f"model is expected to be a torch.nn.Module but is {_describe(model)}", remedy)
 
 
+def check_forward(forward: object) -> None:
+    """Check that a forward function can be called, and is not the name of one.
+
+    Raises:
+        UsageError: The function cannot be called.
+    """
+    if forward is not None and not callable(forward):
+        raise UsageError(
+            f"forward is expected to be a function of model and batch but is {_describe(forward)}"
+        )
+
+
 def check_data(data: object) -> None:
     """Check that data yields samples or batches and is not a factory, path or dict.
 

@@ -14,7 +14,7 @@ from ckptavg.averaging.keywords import TensorRules
 from ckptavg.averaging.many import Asked, plan_request
 from ckptavg.averaging.plan import plan_average
 from ckptavg.averaging.planning.rules import parse_on_nonfinite
-from ckptavg.data.argument_checks import check_model
+from ckptavg.data.argument_checks import check_forward, check_model
 from ckptavg.data.loaders import Subset
 from ckptavg.display.progress import ProgressLike
 from ckptavg.errors import UsageError, short
@@ -82,6 +82,7 @@ def compare(  # noqa: D417 - arguments of `evaluate` and `average` share a line
         CkptavgError: As for ``average`` and ``evaluate``.
     """
     check_model(model)
+    check_forward(forward)
     task = as_task(task)
     keep_nonfinite = parse_on_nonfinite(on_nonfinite)
     rules = TensorRules(include=include_tensors, exclude=exclude_tensors, base=base, dtype=dtype)

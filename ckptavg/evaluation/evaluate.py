@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from ckptavg.data.argument_checks import check_model
+from ckptavg.data.argument_checks import check_forward, check_model
 from ckptavg.data.loaders import Subset, as_subset, open_loader
 from ckptavg.display.progress import PhaseProgress, ProgressLike, open_progress
 from ckptavg.distributed.peers import find_peers
@@ -91,8 +91,9 @@ def evaluate(
         EvaluationError: The data and the outputs do not fit, or an output is NaN.
     """
     check_model(model)
+    check_forward(forward)
     task = as_task(task)
-    size = batch_size or task.batch_size
+    size = task.batch_size if batch_size is None else batch_size
     runtime = Runtime.on(device, model, amp=amp, batch_size=size, workers=workers, seed=seed)
     call = EvaluationCall(
         model, data, train_loader, task, forward, runtime, exclude, as_subset(bn_samples),

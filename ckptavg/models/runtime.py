@@ -41,9 +41,11 @@ class Runtime:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the precision."""
+        """Check the precision and the numbers."""
         if self.amp != "off" and self.amp not in _AMP:
             raise UsageError(f"amp is expected to be one of off, bf16, fp16 but got {self.amp!r}")
+        _check_count("batch_size", self.batch_size, 1)
+        _check_count("workers", self.workers, 0)
 
     @classmethod
     def on(cls, device: str | torch.device | None, model: nn.Module, **options: Any) -> Runtime:
@@ -59,6 +61,18 @@ class Runtime:
         if self.amp == "off":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, _AMP[self.amp])
+
+
+def _check_count(name: str, value: object, least: int) -> None:
+    """Make sure that an argument is a whole number, and not too small.
+
+    Raises:
+        UsageError: The argument is something else.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UsageError(
+            f"{name} is expected to be a whole number from {least} on but got {value!r}"
+        )
 
 
 def find_device(name: str | torch.device) -> torch.device:

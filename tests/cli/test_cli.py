@@ -511,3 +511,10 @@ def test_help_all_shows_functions_of_your_own() -> None:
 def test_help_lists_commands_with_full_summaries() -> None:
     listed = ckptavg("--help").stdout.partition("Commands:")[2]
     assert "..." not in listed
+
+
+def test_arguments_of_training_data_need_the_data(home: Path) -> None:
+    command = ["average", "run", "-o", "b.pt", "--train-data-arg", "train=yes"]
+    line = one_line_error(ckptavg(*command), code=2)
+    assert "--train-data-arg needs --train-data" in line
+    assert not Path("b.pt").exists()

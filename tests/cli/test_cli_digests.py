@@ -52,7 +52,7 @@ def test_verify_needs_an_output_with_hash(run):
     assert set(made) == {"version", "scheme", "checkpoints", "bn"}
     line = one_line_error(ckptavg("inspect", "o.safetensors", "--verify"))
     assert "nothing was recorded" in line
-    assert "average --hash" in line
+    assert "average --digests" in line
 
 
 def test_verify_names_a_changed_input(run):

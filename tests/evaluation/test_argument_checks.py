@@ -113,3 +113,19 @@ def test_run_last_refuses_other_than_whole_numbers(run: ckptavg.Run, count: Any)
 def test_run_is_not_indexed_by_name(run: ckptavg.Run) -> None:
     with pytest.raises(TypeError, match=r"positions and slices but got '1\.pt'"):
         run["1.pt"]  # type: ignore[call-overload]
+
+
+def test_forward_refuses_the_name_of_a_function(run: ckptavg.Run) -> None:
+    expected = "forward is expected to be a function of model and batch but is 'own.py:call'"
+    for call in (ckptavg.evaluate, ckptavg.compare):
+        with pytest.raises(UsageError, match=expected):
+            call(run, Small(), DATA, forward="own.py:call")
+    with pytest.raises(UsageError, match=expected):
+        ckptavg.update_bn(Small(), DATA, forward="own.py:call")
+    with pytest.raises(UsageError, match=expected):
+        ckptavg.average(run, recompute=ckptavg.Recompute(Small(), DATA, forward="own.py:call"))
+
+
+def test_batch_size_of_zero_is_not_taken_for_the_default(run: ckptavg.Run) -> None:
+    with pytest.raises(UsageError, match="batch_size is expected to be a whole number from 1 on"):
+        ckptavg.evaluate(run, Small(), DATA, batch_size=0)

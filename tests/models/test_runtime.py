@@ -149,3 +149,13 @@ def test_is_out_of_memory_knows_every_kind():
     with pytest.raises(RuntimeError) as told:
         torch.empty(1 << 62, dtype=torch.uint8)
     assert is_out_of_memory(told.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "least"),
+    [("batch_size", 0, 1), ("batch_size", -1, 1), ("batch_size", "8", 1), ("workers", -1, 0)],
+)
+def test_runtime_refuses_numbers_that_are_none(name, value, least):
+    expected = f"{name} is expected to be a whole number from {least} on but got {value!r}"
+    with pytest.raises(UsageError, match=expected):
+        Runtime(CPU, **{name: value})

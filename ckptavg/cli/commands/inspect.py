@@ -45,7 +45,7 @@ _MOST_LISTED = 12  # in a line
 )  # fmt: skip
 @option(
     _WHAT, "--verify", is_flag=True, common=True,
-    help="Read everything and compare it with the digests that `average --hash` recorded.",
+    help="Read everything and compare it with the digests that `average --digests` recorded.",
 )  # fmt: skip
 @selection_options
 def inspect(

@@ -29,7 +29,7 @@ def show(report: Report, path: str, run: Run, key: str | None) -> None:
     if all(f.state == "nothing recorded" for f in findings):
         raise IntegrityError(
             f"nothing was recorded that {path} could be verified by",
-            "`ckptavg average --hash` records digests.",
+            "`ckptavg average --digests` records digests.",
         )
     directory, names = split_directory([finding.path for finding in findings])
     rows = []

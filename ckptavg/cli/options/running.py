@@ -111,6 +111,8 @@ class RunningOptions:
             raise UsageError("--bn-samples needs --train-data")
         if self.statistics.exclude:
             raise UsageError("--bn-exclude needs --train-data")
+        if self.training.pairs:
+            raise UsageError("--train-data-arg needs --train-data")
 
 
 def _read_options(
