@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -12,7 +12,7 @@ from ckptavg.averaging.lora import exact_mean
 from ckptavg.averaging.planning.rules import Rules
 from ckptavg.averaging.planning.tensor_plan import Plan
 from ckptavg.averaging.schemes import Scheme
-from ckptavg.errors import CheckpointError, UsageError
+from ckptavg.errors import CheckpointError, UsageError, short
 from ckptavg.formats import Checkpoint, open_checkpoint
 from ckptavg.formats.provenance import Provenance
 from ckptavg.formats.running_statistics import State, Statistics
@@ -137,4 +137,10 @@ def _open_base(path: str | os.PathLike[str], key: str) -> Checkpoint:
 
 
 def _patterns(given: str | Sequence[str]) -> tuple[str, ...]:
-    return (given,) if isinstance(given, str) else tuple(given)
+    if isinstance(given, str):
+        return (given,)
+    if not isinstance(given, Iterable) or not all(isinstance(item, str) for item in given):
+        raise UsageError(
+            f"shell patterns of tensor names are expected but got {short(repr(given))}"
+        )
+    return tuple(given)

@@ -78,6 +78,8 @@ def parse(text: str) -> Scheme:
     Raises:
         UsageError: The name, an option or a value is unknown.
     """
+    if not isinstance(text, str):
+        raise UsageError(f"scheme is expected to be a text, NAME:key=value, but got {text!r}")
     try:
         return _parse(text.strip())
     except UsageError as error:

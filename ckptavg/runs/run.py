@@ -320,6 +320,12 @@ def open_run(
     """
     if not paths:
         raise UsageError("no path is given")
+    for path in paths:
+        if not isinstance(path, _PATHS):
+            raise UsageError(
+                f"a path of a run is expected but got {short(repr(path))}",
+                "Pass each path as an argument of its own: ckptavg.open_run(*paths).",
+            )
     if isinstance(skip, str):
         skip = [skip]
     directories = first_few(list(map(str, paths)))

@@ -129,3 +129,18 @@ def test_forward_refuses_the_name_of_a_function(run: ckptavg.Run) -> None:
 def test_batch_size_of_zero_is_not_taken_for_the_default(run: ckptavg.Run) -> None:
     with pytest.raises(UsageError, match="batch_size is expected to be a whole number from 1 on"):
         ckptavg.evaluate(run, Small(), DATA, batch_size=0)
+
+
+@pytest.mark.parametrize("path", [5, [], ["a.pt"]], ids=["number", "empty", "list"])
+def test_open_run_refuses_what_is_no_path(path: Any) -> None:
+    with pytest.raises(UsageError, match=r"a path of a run is expected but got .*open_run\(\*"):
+        ckptavg.open_run(path)
+
+
+def test_average_refuses_schemes_and_patterns_of_other_types(run: ckptavg.Run) -> None:
+    scheme: Any = 0.9
+    with pytest.raises(UsageError, match="scheme is expected to be a text"):
+        ckptavg.average(run, scheme)
+    pattern: Any = 5
+    with pytest.raises(UsageError, match="patterns of tensor names are expected but got 5"):
+        ckptavg.average(run, include=pattern)
