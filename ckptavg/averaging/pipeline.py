@@ -97,7 +97,7 @@ class StatisticsPassLike(Protocol[Result_co]):
 
         Args:
             before: State of the statistics before the pass, per state dict.
-            origins: Path or name of each state dict, for messages.
+            origins: Description of each state dict, for messages.
             read: Returns the state dicts of some positions.
             store: Takes position, state dict and new state of the statistics. After running out
                 of memory, a position may be read and stored once more.
@@ -279,7 +279,7 @@ def compute_averages(
             results[i] = state_dict
             provenances[i] = averages[i].provenance().with_statistics(statistics)
 
-        names = [planned.scheme.text for planned in averages]
+        names = [f"the average ({planned.scheme.text})" for planned in averages]
         statistics_pass.run(before, names, lambda group: read(group, None), store)
     return [with_provenance(results[i], provenance) for i, provenance in enumerate(provenances)]
 
@@ -296,7 +296,7 @@ def write_recomputed(
     Args:
         targets: The outputs.
         before: State of the statistics before the pass, per output.
-        origins: Path of each state dict, for messages.
+        origins: Description of each state dict, for messages.
         read: Returns the state dicts of some outputs, and hashes the inputs as they are read.
         statistics_pass: The pass that recomputes the running statistics.
 
@@ -345,7 +345,7 @@ def _write_recomputed(
     statistics_pass: StatisticsPassLike[object],
 ) -> Written:
     before = _check_pass(averages, statistics_pass)
-    origins = [prepared.out for prepared in targets]
+    origins = [f"the average for {prepared.out}" for prepared in targets]
     read = _reader(averages, options, order)
     provenances, passes = write_recomputed(targets, before, origins, read, statistics_pass)
     return Written(provenances, passes=passes)

@@ -142,7 +142,7 @@ class StatisticsPass:
 
         Args:
             before: State of the statistics before the pass, per state dict.
-            origins: Path or name of each state dict, for messages.
+            origins: Description of each state dict, for messages.
             read: Returns the state dicts of some positions.
             store: Takes position, state dict and new state of the statistics. After running out
                 of memory, a position may be read and stored once more.
@@ -196,7 +196,7 @@ class StatisticsPass:
 
         Args:
             state_dicts: The state dicts, which are changed.
-            origins: Path or name of each state dict, for messages.
+            origins: Description of each state dict, for messages.
             before: State of the statistics before the pass, per state dict.
             excluded: Names of layers that keep their statistics.
 
