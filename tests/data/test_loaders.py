@@ -431,7 +431,7 @@ def test_stratified_subset_needs_class_per_sample(targets):
     data = Numbers()
     if targets is not None:
         data.targets = targets
-    with pytest.raises(UsageError, match=r"needs data with `targets`.*:stratified"):
+    with pytest.raises(UsageError, match=r"needs data with `targets`.*without classes"):
         open_loader(data, Runtime(CPU), shuffle=True, subset=Subset(5, stratified=True))
 
 

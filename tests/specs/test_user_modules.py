@@ -97,9 +97,9 @@ def test_keep_imports_serves_other_processes():
 def test_find_object_restores_sys_path():
     write("run3/sizes.py", "WIDTH = 3")
     write("run3/uses.py", "import sizes\ndef make(): return sizes.WIDTH")
-    write("own/nets.py", "WIDTH = 4")
+    write("package_beside/nets.py", "WIDTH = 4")
     before = list(sys.path)
-    assert find_object("own.nets", "WIDTH") == 4
+    assert find_object("package_beside.nets", "WIDTH") == 4
     assert call_factory("run3/uses.py:make") == 3
     assert error_of(find_object, "run3/none.py", "WIDTH")
     assert sys.path == before

@@ -242,7 +242,7 @@ def test_classification_takes_labels_that_are_classes(labels):
 
 @pytest.mark.parametrize(
     ("labels", "word"),
-    [([0, 3], "label 3, but the model has 3"), ([-1, 9], "label -1,"), ([0.5, 1.0], "no whole")],
+    [([0, 3], "label 3, but the model has 3"), ([-1, 9], "label -1,"), ([0.5, 1.0], "not whole")],
 )
 def test_classification_refuses_labels_outside_classes(labels, word):
     with pytest.raises(EvaluationError, match=word):
