@@ -241,6 +241,7 @@ LINES = 40  # moments
 
 
 # Between the opening of a file and what closes it, an interrupt leaves that to the collector.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_signal_at_any_line_leaves_no_temporaries(home):
     """Moments drawn evenly over all lines of Python that the command runs through."""

@@ -1,6 +1,7 @@
 """Python's arguments in messages, as flags on the command line."""
 
 import ast
+import functools
 import io
 import logging
 import re
@@ -54,6 +55,7 @@ def test_wording_leaves_names_out_of_files_alone(name: str, tmp_path: Path) -> N
         assert for_shell(f"no tensor `{name}`") == f"no tensor `{name}`"
 
 
+@functools.cache
 def spans_of_messages() -> list[tuple[str, str]]:
     """List what stands between backticks in the library's strings, docstrings aside."""
     spans: list[tuple[str, str]] = []

@@ -73,6 +73,7 @@ def error_of(build, *args, **keywords):
 # Windows
 
 
+@pytest.mark.slow
 @given(layouts())
 def test_windows_predict_each_token_once(layout):
     count, length, stride = layout

@@ -349,6 +349,7 @@ def test_tasks_match_one_process(home: Path) -> None:
         assert [("versus" in c) for c in theirs["candidates"]] == [True, True, False, True, True]
 
 
+@pytest.mark.slow
 def test_bn_samples_are_the_same_in_several_processes(home: Path) -> None:
     command = ["update-bn", "run/epoch_1.pt", *MODEL, *TRAIN, "-b", "4", "--bn-samples"]
     commands = []

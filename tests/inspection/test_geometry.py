@@ -88,6 +88,7 @@ def small_runs(draw):
     return states
 
 
+@pytest.mark.slow
 @settings(derandomize=True, deadline=None, max_examples=150)
 @given(states=small_runs(), **CUTS)
 def test_geometry_products_of_whole_numbers_are_exact(states, block, strided_block, task, threads):

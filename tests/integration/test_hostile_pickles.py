@@ -51,6 +51,7 @@ for path in pathlib.Path(sys.argv[1]).iterdir():
 """
 
 
+@pytest.mark.slow
 def test_gadgets_all_run_in_plain_unpickler(tmp_path, trapdoor):
     (tmp_path / "pickles").mkdir()
     names = list(gadgets(""))

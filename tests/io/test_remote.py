@@ -313,6 +313,7 @@ def test_remote_torch_file_repacked_is_read_by_its_headers(store, tmp_path, leng
     assert same(here, there)
 
 
+@pytest.mark.slow
 def test_remote_header_longer_than_one_read_is_read(store, tmp_path):
     state = {f"a.rather.long.name.of.layer.number.{i}": torch.randn(3) for i in range(4000)}
     for suffix in (".pt", ".safetensors"):

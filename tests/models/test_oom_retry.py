@@ -43,6 +43,7 @@ def parted(count, size):
     return [range(count)[at : at + size] for at in range(0, count, size)]
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 50), st.integers(1, 50), st.integers(1, 50))
 def test_run_in_groups_that_fit_runs_all_once_in_order(count, size, most):

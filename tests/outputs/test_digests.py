@@ -76,6 +76,7 @@ def runs(draw):
     return states
 
 
+@pytest.mark.slow
 @settings(derandomize=True, deadline=None, max_examples=150)
 @given(
     states=runs(),

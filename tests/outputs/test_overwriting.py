@@ -128,6 +128,7 @@ def test_record_lists_all_files_of_a_directory(models, tmp_path):
     assert checked.exit_code == 0, checked.output
 
 
+@pytest.mark.slow
 @settings(
     max_examples=20,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],

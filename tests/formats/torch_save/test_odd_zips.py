@@ -160,6 +160,14 @@ def loaded(path) -> list[float] | None:
         return None
 
 
+def entries_of(path) -> list[zipfile.ZipInfo]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.infolist()
+    except Exception:
+        return []
+
+
 def opened(path) -> list[float] | None:
     """The weights as they are read here; None where the file is refused."""
     try:
@@ -223,6 +231,7 @@ def test_zip_reader_tolerates_gap_behind_storage(room, tmp_path):
     assert opened(tmp_path / "odd.pt") == [1.0] * 4
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_zip_reader_never_reads_other_weights(tmp_path_factory, data):
@@ -238,4 +247,7 @@ def test_zip_reader_never_reads_other_weights(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "changed.pt"
     path.write_bytes(content)
     here, expected = opened(path), loaded(path)
-    assert here in (None, expected or [1.0] * 4)
+    # Of an entry that is flagged as a directory torch returns memory that nothing was written to.
+    if expected is None or any(entry.external_attr & 0x10 for entry in entries_of(path)):
+        expected = [1.0] * 4
+    assert here in (None, expected)
