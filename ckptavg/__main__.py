@@ -7,9 +7,9 @@ import sys
 def _distrust_working_directory() -> None:
     """Take back the first place among modules that ``-m`` gave to the working directory.
 
-    It may be a stranger's: a ``torch.py`` there would be run. A directory that ckptavg itself comes
-    from goes last instead, for the processes that load data. ``--model package.module:factory``
-    asks for the working directory by itself.
+    That directory may be untrusted: a ``torch.py`` there would be run. A directory that ckptavg
+    itself comes from goes last instead, for the processes that load data. A model named
+    ``package.module:factory`` asks for the working directory by itself.
     """
     try:
         directory = os.getcwd()  # noqa: PTH109 - pathlib is not to be imported yet
