@@ -108,7 +108,7 @@ class Geometry:
         """Inner products ⟨wᵢ, wⱼ⟩, (n, n)."""
         along = self.products[0].clone()
         along[0] = 0
-        return self.products[0, 0] + along + along[:, None] + self._differences
+        return self.products[0, 0] + along + along[:, None] + self.differences
 
     @property
     def norms(self) -> torch.Tensor:
@@ -118,7 +118,7 @@ class Geometry:
     @cached_property
     def distances(self) -> torch.Tensor:
         """Distances ‖wᵢ − wⱼ‖, (n, n); 0 where below the rounding of distances to the first."""
-        inner = self._differences
+        inner = self.differences
         norm_sums = inner.diagonal() + inner.diagonal()[:, None]
         squares = norm_sums - 2 * inner
         squares[squares <= _RESOLVED * norm_sums] = 0
@@ -216,8 +216,8 @@ class Geometry:
         return self.outliers
 
     @property
-    def _differences(self) -> torch.Tensor:
-        """Inner products of the differences ⟨dᵢ, dⱼ⟩, (n, n)."""
+    def differences(self) -> torch.Tensor:
+        """Inner products ⟨dᵢ, dⱼ⟩ of the differences to the first checkpoint, (n, n)."""
         inner = self.products.clone()
         inner[0] = inner[:, 0] = 0
         return inner

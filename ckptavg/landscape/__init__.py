@@ -1,0 +1,1 @@
+"""The landscape: points in weight space, scored."""
