@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import zlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +24,12 @@ from ckptavg.data.prefetch import prefetch_to_device, with_progress
 from ckptavg.display.progress import PhaseProgress
 from ckptavg.distributed.peers import Peers, SingleProcess
 from ckptavg.errors import EvaluationError, UsageError
-from ckptavg.evaluation.candidate_scores import CandidateScore, FiniteCheck, concatenate_samples
-from ckptavg.evaluation.candidates import Candidate, baseline_of, layers_of
-from ckptavg.evaluation.results import Comparison, Result
-from ckptavg.evaluation.significance import compare
+from ckptavg.evaluation.candidate_scores import CandidateScore, FiniteCheck
+from ckptavg.evaluation.candidates import Candidate, layers_of
+from ckptavg.evaluation.results import Result
+from ckptavg.evaluation.scored_data import ScoredData
 from ckptavg.evaluation.weight_sets import WeightSet, WeightSets, load_models, release_models
-from ckptavg.formats.running_statistics import LAYERS, match_layers
+from ckptavg.formats.running_statistics import match_layers
 from ckptavg.models import malloc
 from ckptavg.models.batches import Batches, Forward, bytes_of, map_tensors, tensors_of
 from ckptavg.models.load import unwrap_distributed
@@ -75,6 +75,57 @@ def score(
         UsageError: There are no candidates, or recomputing lacks training data.
         CkptavgError: As for ``evaluate``.
     """
+
+    def report(results: Sequence[Sequence[Result]]) -> None:
+        if on_results is not None:
+            on_results(results[0])
+
+    (results,) = score_on(
+        candidates, model, {"evaluation": data}, runtime, training, task=task, forward=forward,
+        exclude=exclude, keep_nonfinite=keep_nonfinite, progress=progress, peers=peers,
+        on_results=report,
+    )  # fmt: skip
+    return results
+
+
+def score_on(
+    candidates: Sequence[Candidate],
+    model: nn.Module,
+    sources: Mapping[str, Batches],
+    runtime: Runtime,
+    training: Batches | None = None,
+    *,
+    task: Task | None = None,
+    forward: Forward | None = None,
+    exclude: str | Sequence[str] = (),
+    keep_nonfinite: bool = False,
+    progress: PhaseProgress | None = None,
+    peers: Peers | None = None,
+    on_results: Callable[[Sequence[Sequence[Result]]], None] | None = None,
+) -> list[list[Result]]:
+    """Score candidates on several data sets, with weights and statistics made once for all.
+
+    Args:
+        candidates: The candidates to score.
+        model: As for ``evaluate``.
+        sources: This process's batches of each data set, by the name that progress shows.
+        runtime: Device, precision and batch size of the models.
+        training: This process's batches of the training data; None without any.
+        task: As for ``evaluate``.
+        forward: As for ``evaluate``.
+        exclude: As for ``evaluate``.
+        keep_nonfinite: As for ``evaluate``.
+        progress: As for ``score``.
+        peers: As for ``score``.
+        on_results: Called after each pass with the results so far on each data set.
+
+    Returns:
+        The results on each data set, one per candidate.
+
+    Raises:
+        UsageError: As for ``score``.
+        CkptavgError: As for ``evaluate``.
+    """
     if not candidates:
         raise UsageError("there is nothing to evaluate")
     exact_mean.require_models(
@@ -83,16 +134,15 @@ def score(
     if training is None and any(c.recompute for c in candidates):
         raise UsageError("recomputing statistics needs training data (`train_loader`)")
     peers = peers or SingleProcess()
-    session = _Session(
-        candidates, unwrap_distributed(model), runtime, task or Classification(), peers
-    )
+    task = task or Classification()
+    session = _Session(candidates, unwrap_distributed(model), runtime, task, peers, sources)
     session.forward = forward
     session.progress = progress or session.progress
     session.keep_nonfinite = keep_nonfinite
     if exclude:
         session.excluded = match_layers(exclude, layers_of(candidates))
     with malloc.keep_freed_memory(runtime.device):
-        return session.run(data, training, on_results or (lambda _: None))
+        return session.run(training, on_results or (lambda _: None))
 
 
 class _Session:
@@ -105,6 +155,7 @@ class _Session:
         runtime: Runtime,
         task: Task,
         peers: Peers,
+        sources: Mapping[str, Batches],
     ) -> None:
         self.candidates = candidates
         self.model = model
@@ -116,42 +167,45 @@ class _Session:
         self.keep_nonfinite = False
         self.excluded: Collection[str] = ()
         self.weight_sets = WeightSets(candidates)
-        self.scores: list[CandidateScore] = []
-        for candidate, members in zip(candidates, self.weight_sets.members, strict=True):
-            self.scores.append(CandidateScore(candidate, members, task))
-        baseline = baseline_of(candidates)
-        self.baseline = next(score for score in self.scores if score.candidate is baseline)
+        self.scored: list[ScoredData] = []
+        for phase, data in sources.items():
+            self.scored.append(
+                ScoredData(
+                    phase, data, candidates, self.weight_sets, task, self.peers, runtime.seed
+                )
+            )
         self.memory_format = MemoryFormat(model, runtime.device, scoring=True)
-        # One checksum per batch of the first pass, to recognize other data in later passes.
-        self.fingerprints: list[int] = []
-        self.results: dict[CandidateScore, Result] = {}
 
     def run(
         self,
-        data: Batches,
         training: Batches | None,
-        on_results: Callable[[Sequence[Result]], None],
-    ) -> list[Result]:
+        on_results: Callable[[Sequence[Sequence[Result]]], None],
+    ) -> list[list[Result]]:
         """Run one pass per group of weight sets.
 
         Args:
-            data: This process's batches of the evaluation data.
             training: This process's batches of the training data; None without any.
-            on_results: Called with the results so far, once the baseline is scored.
+            on_results: Called with the results so far on each data set, once the baseline is
+                scored.
+
+        Returns:
+            The results on each data set, one per candidate.
         """
         if self.peers.world_size > 1:
             _require_state(self.task)
         # All processes must form the same groups, so the smallest device decides.
         size = min(self.peers.gather(count_models_that_fit(self.model, self.runtime.device)))
         # The baseline is scored first, since the other results include a comparison with it.
-        baseline_members = set(self.baseline.members)
+        baseline = self.scored[0].baseline
+        baseline_members = set(baseline.members)
         groups = sorted(self.weight_sets.groups(size), key=baseline_members.isdisjoint)
         log_pass_count(len(self.candidates), len(groups))
-        data = require_reiterable(data, len(groups))
+        for scored in self.scored:
+            scored.data = require_reiterable(scored.data, len(groups))
         if training is not None:
             training_passes = sum(_recomputes(group) for group in groups)
             training = require_reiterable(training, training_passes)
-        results: list[Result] = []
+        results: list[list[Result]] = []
 
         def run_pass(group: Sequence[WeightSet], number: int, of: int) -> None:
             """Score one group and publish the results so far.
@@ -165,12 +219,12 @@ class _Session:
             if of > 1:
                 numbering = f", pass {number} of {of}"
             try:
-                self._pass(group, data, training, numbering)
+                self._pass(group, training, numbering)
             finally:
                 # Also after an out-of-memory error: the repeated pass needs the memory.
                 release_models(group, self.runtime.device)
-            results[:] = self._results(group)
-            if self.baseline in self.results:
+            results[:] = [scored.collect_results(group) for scored in self.scored]
+            if baseline.complete:
                 on_results([*results])
 
         run_in_groups_that_fit(groups, run_pass, self.runtime, self.peers)
@@ -179,7 +233,6 @@ class _Session:
     def _pass(
         self,
         group: Sequence[WeightSet],
-        data: Batches,
         training: Batches | None,
         numbering: str,
     ) -> None:
@@ -187,13 +240,16 @@ class _Session:
         load_models(group, self.model, self.runtime, keep_nonfinite=self.keep_nonfinite)
         if training is not None and _recomputes(group):
             self._recompute(group, self._with_progress(training, f"BatchNorm{numbering}"))
-        # A pass that ran out of memory is repeated; ``begin`` discards its partial scores.
-        for score in self.scores:
-            score.begin()
-        self._score(group, self._with_progress(data, f"evaluation{numbering}"))
+        for scored in self.scored:
+            # A pass that ran out of memory is repeated; ``begin`` discards its partial scores.
+            for score in scored.scores:
+                score.begin()
+            batches = self._with_progress(scored.data, f"{scored.phase}{numbering}")
+            self._score(group, scored, batches)
         self.peers.agree()
-        for score in self.scores:
-            score.commit(group)
+        for scored in self.scored:
+            for score in scored.scores:
+                score.commit(group)
 
     def _recompute(self, group: Sequence[WeightSet], training: Batches) -> None:
         """Recompute the statistics of the weight sets that ask for it."""
@@ -220,8 +276,8 @@ class _Session:
             return self.forward(model, batch)
         return self.task.run(model, batch)
 
-    def _score(self, group: Sequence[WeightSet], batches: Batches) -> None:
-        """Score a group over the evaluation data, which must be the same in every pass."""
+    def _score(self, group: Sequence[WeightSet], scored: ScoredData, batches: Batches) -> None:
+        """Score a group over one data set, which must be the same in every pass."""
         for weight_set in group:
             self.memory_format.place(weight_set.model)
         fingerprints: list[int] = []
@@ -230,23 +286,26 @@ class _Session:
             # Targets as loaded are on the host, so a checksum does not wait for the device.
             host_targets = self.task.part(self.model, batch.loaded)[1]
             fingerprints.append(_fingerprint(host_targets))
-            if self.fingerprints and self.fingerprints[number : number + 1] != fingerprints[-1:]:
-                raise _another_order()
+            scored.check_batch(number, fingerprints[-1])
             inputs, targets = self.task.part(self.model, batch.on_device)
             if self.forward is not None:
                 inputs = batch.on_device
             parts = _Parts(number, self.memory_format.to_device(inputs), targets, host_targets)
             for weight_set in group:
-                self._score_batch(weight_set, parts, finite_check)
-            for score in self.scores:
+                self._score_batch(weight_set, parts, finite_check, scored.scores)
+            for score in scored.scores:
                 score.end_batch(number)
             finite_check.end_batch()
         finite_check.end()
-        if self.fingerprints and len(fingerprints) != len(self.fingerprints):
-            raise _another_order()
-        self.fingerprints = fingerprints
+        scored.end_pass(fingerprints)
 
-    def _score_batch(self, weight_set: WeightSet, batch: _Parts, finite_check: FiniteCheck) -> None:
+    def _score_batch(
+        self,
+        weight_set: WeightSet,
+        batch: _Parts,
+        finite_check: FiniteCheck,
+        scores: Sequence[CandidateScore],
+    ) -> None:
         run = self.forward or self.task.forward
 
         def forward(inputs: Any) -> Any:
@@ -264,47 +323,8 @@ class _Session:
             targets = map_tensors(batch.targets, lambda tensor: tensor.to(predictions.device))
             finite_check.add(weight_set.name, self.task.is_finite(predictions))
             samples = self.task.samples(predictions, targets)
-            for score in self.scores:
+            for score in scores:
                 score.add(batch.number, weight_set, predictions, samples, targets)
-
-    def _results(self, group: Sequence[WeightSet]) -> list[Result]:
-        """Return the results of all candidates that are complete so far."""
-        complete = [score for score in self.scores if score.complete]
-        for score in complete:
-            if not score.finished.isdisjoint(group):
-                score.merge(self.peers)
-        baseline = self.baseline if self.baseline.complete else None
-        for score in complete:
-            result = self.results.get(score)
-            # Results from before the baseline was scored lack a comparison and are made again.
-            if result is None or (result.versus is None and baseline is not None):
-                self.results[score] = self._result(score, baseline)
-        return [self.results[score] for score in complete]
-
-    def _result(self, score: CandidateScore, baseline: CandidateScore | None) -> Result:
-        metrics = score.scores.compute()
-        details = score.details()
-        missing = {"n", self.task.metrics[0].key} - metrics.keys()
-        if missing:
-            raise EvaluationError(
-                f"the scores of {type(self.task).__name__} lack {', '.join(sorted(missing))}",
-                "Let compute() return metrics by their keys, and n, the number of samples.",
-            )
-        state, layers = score.describe_statistics()
-        if layers:
-            details = details | {LAYERS: layers}
-        return Result(score.candidate, metrics, state, self._compare(score, baseline), details)
-
-    def _compare(self, score: CandidateScore, baseline: CandidateScore | None) -> Comparison | None:
-        if baseline is None or score is baseline:
-            return None
-        samples = concatenate_samples(score.samples)
-        baseline_samples = concatenate_samples(baseline.samples)
-        if samples is None or baseline_samples is None:
-            return None
-        difference = compare(samples, baseline_samples, seed=self.runtime.seed)
-        metric = samples.metric or self.task.metrics[0].key
-        return Comparison(baseline.candidate.name, metric, difference.scale_by(samples.scale))
 
 
 def _recomputes(group: Sequence[WeightSet]) -> bool:
@@ -347,10 +367,3 @@ def _require_state(task: Task) -> None:
             "which several processes need to share scores",
             "Define these methods, or start a single process.",
         )
-
-
-def _another_order() -> EvaluationError:
-    return EvaluationError(
-        "the data loader gives other samples, or another order, in each pass",
-        "Use shuffle=False to evaluate.",
-    )

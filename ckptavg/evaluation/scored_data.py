@@ -1,0 +1,119 @@
+"""Scores of several candidates on one data set, accumulated over passes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ckptavg.distributed.peers import Peers
+from ckptavg.errors import EvaluationError
+from ckptavg.evaluation.candidate_scores import CandidateScore, concatenate_samples
+from ckptavg.evaluation.candidates import Candidate, baseline_of
+from ckptavg.evaluation.results import Comparison, Result
+from ckptavg.evaluation.significance import compare
+from ckptavg.evaluation.weight_sets import WeightSet, WeightSets
+from ckptavg.formats.running_statistics import LAYERS
+from ckptavg.models.batches import Batches
+from ckptavg.tasks import Task
+
+
+class ScoredData:
+    """Scores of all candidates on one data set, accumulated over passes.
+
+    Args:
+        phase: Name of the data in the display of progress.
+        data: This process's batches.
+        candidates: The candidates.
+        weight_sets: The candidates' weight sets.
+        task: The task that scores.
+        peers: The processes that share the data.
+        seed: Seed of the comparisons.
+    """
+
+    def __init__(
+        self,
+        phase: str,
+        data: Batches,
+        candidates: Sequence[Candidate],
+        weight_sets: WeightSets,
+        task: Task,
+        peers: Peers,
+        seed: int,
+    ) -> None:
+        self.phase = phase
+        self.data = data
+        self.task = task
+        self.peers = peers
+        self.seed = seed
+        self.scores: list[CandidateScore] = []
+        for candidate, members in zip(candidates, weight_sets.members, strict=True):
+            self.scores.append(CandidateScore(candidate, members, task))
+        baseline = baseline_of(candidates)
+        self.baseline = next(score for score in self.scores if score.candidate is baseline)
+        # One checksum per batch of the first pass, to recognize other data in later passes.
+        self._fingerprints: list[int] = []
+        self._results: dict[CandidateScore, Result] = {}
+
+    def check_batch(self, number: int, fingerprint: int) -> None:
+        """Make sure that a batch is the one that the first pass had at the same position.
+
+        Raises:
+            EvaluationError: The batch is another one.
+        """
+        if self._fingerprints and self._fingerprints[number : number + 1] != [fingerprint]:
+            raise _another_order()
+
+    def end_pass(self, fingerprints: list[int]) -> None:
+        """Make sure that a pass had as many batches as the first pass.
+
+        Raises:
+            EvaluationError: The pass had fewer.
+        """
+        if self._fingerprints and len(fingerprints) != len(self._fingerprints):
+            raise _another_order()
+        self._fingerprints = fingerprints
+
+    def collect_results(self, group: Sequence[WeightSet]) -> list[Result]:
+        """Return the results of all candidates that are complete after the pass of a group."""
+        complete = [score for score in self.scores if score.complete]
+        for score in complete:
+            if not score.finished.isdisjoint(group):
+                score.merge(self.peers)
+        baseline = self.baseline if self.baseline.complete else None
+        for score in complete:
+            result = self._results.get(score)
+            # Results from before the baseline was scored lack a comparison and are made again.
+            if result is None or (result.versus is None and baseline is not None):
+                self._results[score] = self._result(score, baseline)
+        return [self._results[score] for score in complete]
+
+    def _result(self, score: CandidateScore, baseline: CandidateScore | None) -> Result:
+        metrics = score.scores.compute()
+        details = score.details()
+        missing = {"n", self.task.metrics[0].key} - metrics.keys()
+        if missing:
+            raise EvaluationError(
+                f"the scores of {type(self.task).__name__} lack {', '.join(sorted(missing))}",
+                "Let compute() return metrics by their keys, and n, the number of samples.",
+            )
+        state, layers = score.describe_statistics()
+        if layers:
+            details = details | {LAYERS: layers}
+        return Result(score.candidate, metrics, state, self._compare(score, baseline), details)
+
+    def _compare(self, score: CandidateScore, baseline: CandidateScore | None) -> Comparison | None:
+        if baseline is None or score is baseline:
+            return None
+        samples = concatenate_samples(score.samples)
+        baseline_samples = concatenate_samples(baseline.samples)
+        if samples is None or baseline_samples is None:
+            return None
+        difference = compare(samples, baseline_samples, seed=self.seed)
+        metric = samples.metric or self.task.metrics[0].key
+        return Comparison(baseline.candidate.name, metric, difference.scale_by(samples.scale))
+
+
+def _another_order() -> EvaluationError:
+    return EvaluationError(
+        "the data loader gives other samples, or another order, in each pass",
+        "Use shuffle=False to evaluate.",
+    )
