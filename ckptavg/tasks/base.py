@@ -27,12 +27,14 @@ class Metric:
         title: Name in the table.
         form: Format specification of the values in the table.
         higher: True if more is better, False if less is; None where neither can be said.
+        unit: Unit on the axes of figures: ``%``, ``nats``; empty for a number without one.
     """
 
     key: str
     title: str
     form: str
     higher: bool | None
+    unit: str = ""
 
 
 @dataclass(frozen=True)

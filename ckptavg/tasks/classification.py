@@ -32,9 +32,9 @@ class Classification(activations.TaskOnLogits):
     """
 
     metrics: ClassVar = (
-        Metric("top1", "top-1 %", ".2f", True),
-        Metric("top5", "top-5 %", ".2f", True),
-        Metric("nll", "NLL", ".4f", False),
+        Metric("top1", "top-1 %", ".2f", True, "%"),
+        Metric("top5", "top-5 %", ".2f", True, "%"),
+        Metric("nll", "NLL", ".4f", False, "nats"),
         Metric("ece", "ECE", ".4f", False),
     )
 

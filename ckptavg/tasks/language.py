@@ -43,9 +43,9 @@ class CausalLM(Task):
     # Logits of a window are large: 1024 tokens times the vocabulary.
     batch_size: ClassVar = 8
     metrics: ClassVar = (
-        Metric("nll", "NLL", ".4f", False),
+        Metric("nll", "NLL", ".4f", False, "nats"),
         Metric("perplexity", "perplexity", ".3f", False),
-        Metric("accuracy", "accuracy %", ".2f", True),
+        Metric("accuracy", "accuracy %", ".2f", True, "%"),
     )
 
     def __init__(self) -> None:

@@ -34,10 +34,10 @@ class MultiLabel(activations.TaskOnLogits):
     """
 
     metrics: ClassVar = (
-        Metric("map", "mAP %", ".2f", True),
-        Metric("f1_micro", "F1 micro %", ".2f", True),
-        Metric("f1_macro", "F1 macro %", ".2f", True),
-        Metric("nll", "NLL", ".4f", False),
+        Metric("map", "mAP %", ".2f", True, "%"),
+        Metric("f1_micro", "F1 micro %", ".2f", True, "%"),
+        Metric("f1_macro", "F1 macro %", ".2f", True, "%"),
+        Metric("nll", "NLL", ".4f", False, "nats"),
     )
 
     def __init__(self) -> None:
