@@ -19,6 +19,7 @@ FLOORS = (
     ("averaging", "data"),
     ("batchnorm", "tasks"),
     ("evaluation", "specs", "inspection"),
+    ("landscape",),
     ("cli",),
     ("__main__", "__init__"),
 )

@@ -1,0 +1,12 @@
+"""``ckptavg plot``: figures of a run, a module per figure."""
+
+from __future__ import annotations
+
+import click
+
+from ckptavg.cli.options.help import CommandGroup
+
+
+@click.group(cls=CommandGroup)
+def plot() -> None:
+    """Draw a run: curves, planes, segments and rays from its checkpoints."""
