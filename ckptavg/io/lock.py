@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -10,8 +11,10 @@ from pathlib import Path
 
 from ckptavg.io import temporaries
 
+log = logging.getLogger("ckptavg")
 _LOCK = ".ckptavg-lock"
-# In seconds; a process holds the lock for milliseconds.
+# In seconds; a process holds the lock for milliseconds. Many that wait on a slow disk hold the lock
+# in turn, so only the time in which the lock does not change hands counts.
 _PATIENCE = 20.0
 _PAUSE = 0.01  # seconds between two attempts
 
@@ -22,8 +25,8 @@ def lock_beside(path: Path) -> Iterator[None]:
 
     The lock is on an empty side file, which is removed with the lock. A lock on the file itself
     would be lost when the file is replaced. The work is done without a lock if there are no locks
-    (Windows, some network file systems), or if another process does not release the lock within 20
-    seconds.
+    (Windows, some network file systems), or, with a note, if another process does not release the
+    lock within 20 seconds.
 
     Args:
         path: The file.
@@ -63,6 +66,7 @@ def _release(handle: int) -> None:
 
 def _acquire(side: Path) -> int | None:
     """Open and lock a side file; return None if there is no lock to be had."""
+    holder: tuple[int, int] | None = None
     deadline = time.monotonic() + _PATIENCE
     while time.monotonic() < deadline:
         try:
@@ -72,6 +76,8 @@ def _acquire(side: Path) -> int | None:
         locked: bool | None = False
         try:
             locked = temporaries.lock(handle, side)
+            # Each holder removes the side file, so the next one has another.
+            info = os.fstat(handle)
         finally:
             if not locked:
                 _release(handle)
@@ -81,5 +87,11 @@ def _acquire(side: Path) -> int | None:
         if locked is None:
             temporaries.remove(side)
             return None
+        if holder != (info.st_ino, info.st_ctime_ns):
+            holder = (info.st_ino, info.st_ctime_ns)
+            deadline = time.monotonic() + _PATIENCE
         time.sleep(_PAUSE)
+    log.warning(
+        "another process has held %s for %g seconds: going on without waiting", side, _PATIENCE
+    )
     return None
