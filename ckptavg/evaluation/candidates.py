@@ -21,6 +21,7 @@ from ckptavg.formats.running_statistics import State
 from ckptavg.formats.statistics_names import batchnorm_layers
 from ckptavg.formats.wrappers import bare_names
 from ckptavg.models.load import unwrap_distributed
+from ckptavg.models.perturbation import Perturbation
 from ckptavg.runs.discovery.numbered import short_names
 from ckptavg.runs.run import Run, RunLike
 
@@ -45,6 +46,7 @@ class Candidate:
         average: The planned average, if the kind is ``average``.
         last: True for the last checkpoint of the run, the reference of an average.
         weights: The weights, for weights in memory.
+        perturbation: Step away from the weights of a checkpoint or an average; None for none.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Candidate:
     average: Average | None = field(default=None, repr=False)
     last: bool = False
     weights: Weights | None = field(default=None, repr=False)
+    perturbation: Perturbation | None = None
 
     @property
     def provenance(self) -> Provenance | None:

@@ -180,13 +180,16 @@ def _describe(candidate: Candidate, identify: Identify) -> dict[str, Any]:
         times = [stamp.mtime_ns for stamp in checkpoint.files]
         files.append((str(checkpoint.path.resolve()), checkpoint.key, checkpoint.size, times))
     identity = identify(candidate)
-    return {
+    description: dict[str, Any] = {
         "kind": candidate.kind,
         "files": files,
         "sources": identity.sources,
         "coefficients": candidate.coefficients,
         "options": identity.options,
     }
+    if candidate.perturbation is not None:
+        description["perturbation"] = repr(candidate.perturbation)
+    return description
 
 
 def digest_of(value: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ from ckptavg.evaluation.candidates import Candidate
 from ckptavg.formats import Checkpoint
 from ckptavg.formats.running_statistics import Statistics
 from ckptavg.models.load import load_into
+from ckptavg.models.perturbation import Perturbation
 from ckptavg.models.runtime import Runtime
 from ckptavg.outputs.sinks import StateDict
 
@@ -31,6 +32,7 @@ class WeightSet:
         name: Name in messages.
         source: Source of the weights: a checkpoint, a planned average, or weights in memory.
         recompute: True to recompute the BatchNorm statistics.
+        perturbation: Step away from the source's weights; None for none.
         statistics: State of the statistics after recomputing; None before.
         model: The module on the device, between ``load_models`` and ``release_models``.
     """
@@ -38,6 +40,7 @@ class WeightSet:
     name: str
     source: Checkpoint | Average | Weights
     recompute: bool = False
+    perturbation: Perturbation | None = None
     statistics: Statistics | None = None
     model: nn.Module = field(default_factory=nn.Module, repr=False)
 
@@ -66,17 +69,18 @@ class WeightSets:
         return len(self._by_source)
 
     def _members_of(self, candidate: Candidate) -> list[WeightSet]:
-        recompute = bool(candidate.recompute)
+        recompute, perturbation = bool(candidate.recompute), candidate.perturbation
         source = candidate.average or candidate.weights
         if source is not None:
             # Planned averages, and weights in memory, are the same only if they are one object.
-            key: object = (id(source), recompute)
-            return [self._add(key, WeightSet(candidate.name, source, recompute))]
+            key: object = (id(source), recompute, perturbation)
+            weight_set = WeightSet(candidate.name, source, recompute, perturbation)
+            return [self._add(key, weight_set)]
         members = []
         for checkpoint in candidate.checkpoints:
             # Resolved, so that two paths to a file share a weight set.
-            key = (checkpoint.path.resolve(), checkpoint.key, recompute)
-            weight_set = WeightSet(str(checkpoint.path), checkpoint, recompute)
+            key = (checkpoint.path.resolve(), checkpoint.key, recompute, perturbation)
+            weight_set = WeightSet(str(checkpoint.path), checkpoint, recompute, perturbation)
             members.append(self._add(key, weight_set))
         return members
 
@@ -159,7 +163,7 @@ def load_models(
         else:
             # The last user of a source takes the weights, which frees the memory afterwards.
             tensors = weights.pop(source_id)
-        weight_set.model = _load_copy(template, tensors, weight_set.name, runtime)
+        weight_set.model = _load_copy(template, tensors, weight_set, runtime)
 
 
 def _read_together(group: Sequence[WeightSet], *, keep_nonfinite: bool) -> dict[int, StateDict]:
@@ -181,12 +185,16 @@ def _read_together(group: Sequence[WeightSet], *, keep_nonfinite: bool) -> dict[
     return dict(zip(sources, state_dicts, strict=True))
 
 
-def _load_copy(template: nn.Module, weights: StateDict, name: str, runtime: Runtime) -> nn.Module:
+def _load_copy(
+    template: nn.Module, weights: StateDict, weight_set: WeightSet, runtime: Runtime
+) -> nn.Module:
     # Weights are loaded in training mode, since some modules merge weights when leaving it.
     model = copy.deepcopy(template)
     # Not chained: an overridden ``train`` may return None.
     model.train()
-    load_into(model, weights, name)
+    load_into(model, weights, weight_set.name)
+    if weight_set.perturbation is not None:
+        weight_set.perturbation.apply(model)
     stop_observers(model)
     model = model.to(runtime.device)
     model.eval()

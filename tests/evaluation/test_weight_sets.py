@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from ckptavg.averaging.compute import as_average, compute_state_dicts
 from ckptavg.averaging.plan import Average, plan_average
 from ckptavg.errors import ModelError
 from ckptavg.evaluation.candidates import Candidate
+from ckptavg.evaluation.resume import Identity, keys_of
 from ckptavg.evaluation.weight_sets import WeightSets, load_models, release_models
+from ckptavg.models.perturbation import Direction, Perturbation
 from ckptavg.models.runtime import Runtime
 from ckptavg.runs.run import as_run
 
@@ -267,3 +270,40 @@ def test_load_models_names_weights_that_do_not_fit(tmp_path, checkpoints, kind):
     named = r"epoch_2\.pt" if kind == "checkpoint" else "the odd one"
     with pytest.raises(ModelError, match=f"{named} does not fit the model"):
         loaded([single(checkpoints, 0), candidate])
+
+
+# Steps away from weights
+
+
+def test_load_models_moves_candidates_along_a_direction(monkeypatch, checkpoints):
+    planned = plan_average(checkpoints[:3])
+    steps = [Perturbation(Direction(0, number), 2.0) for number in (0, 1, 0)]
+    average = Candidate.of_average(planned, "average")
+    last = single(checkpoints, 2)
+    moved = [replace(c, perturbation=step) for c in (average, last) for step in steps]
+    read = counted_reads(monkeypatch)
+    group = loaded([average, last, *moved])
+    # The third step is the first again; centres and steps share one read.
+    assert len(group) == 6
+    assert set(read) == {str(c.path) for c in checkpoints[:3]}
+    assert set(read.values()) == {sum(tensor.nbytes for tensor in STATES[0].values())}
+    by_source = {}
+    for network in group:
+        weights = torch.cat([p.detach().flatten() for p in network.model.parameters()])
+        by_source.setdefault(id(network.source), []).append(weights)
+    directions = []
+    for centre, first, second in by_source.values():
+        directions.append((first - centre, second - centre))
+    for one, other in zip(*directions, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
+        assert float(one.norm()) == pytest.approx(2)
+
+
+def test_resume_keys_tell_steps_apart(checkpoints):
+    candidate = single(checkpoints, 0)
+    step = Perturbation(Direction(0, 0), 1.0)
+    candidates = [candidate, *(replace(candidate, perturbation=s) for s in (
+        step, Perturbation(Direction(0, 1), 1.0), Perturbation(Direction(0, 0), 1.5),
+    ))]  # fmt: skip
+    keys = keys_of(candidates, lambda _: Identity({}))
+    assert len(set(keys)) == 4
