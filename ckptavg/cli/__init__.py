@@ -15,6 +15,7 @@ from ckptavg.cli import signals
 from ckptavg.cli.commands.average import average
 from ckptavg.cli.commands.evaluate import evaluate
 from ckptavg.cli.commands.inspect import inspect
+from ckptavg.cli.commands.plots import plot
 from ckptavg.cli.commands.update_bn import update_bn
 from ckptavg.cli.options.help import CommandGroup
 from ckptavg.display.table_layout import wrap_note
@@ -82,6 +83,7 @@ def main() -> None:
       ckptavg average RUN -o OUT          one model from a run directory
       ckptavg update-bn CKPT -o OUT ...   BatchNorm statistics for its weights
       ckptavg eval --run RUN ...          did it help? last, average and ensemble
+      ckptavg plot KIND RUN ...           figures of its weights and its loss
     """
 
 
@@ -89,3 +91,4 @@ main.add_command(inspect)
 main.add_command(average)
 main.add_command(update_bn)
 main.add_command(evaluate)
+main.add_command(plot)
