@@ -80,7 +80,11 @@ class WeightSets:
         for checkpoint in candidate.checkpoints:
             # Resolved, so that two paths to a file share a weight set.
             key = (checkpoint.path.resolve(), checkpoint.key, recompute, perturbation)
-            weight_set = WeightSet(str(checkpoint.path), checkpoint, recompute, perturbation)
+            name = str(checkpoint.path)
+            if perturbation is not None:
+                # The path is the name of the weights that are not moved.
+                name = candidate.name
+            weight_set = WeightSet(name, checkpoint, recompute, perturbation)
             members.append(self._add(key, weight_set))
         return members
 

@@ -280,11 +280,15 @@ def test_load_models_moves_candidates_along_a_direction(monkeypatch, checkpoints
     steps = [Perturbation(Direction(0, number), 2.0) for number in (0, 1, 0)]
     average = Candidate.of_average(planned, "average")
     last = single(checkpoints, 2)
-    moved = [replace(c, perturbation=step) for c in (average, last) for step in steps]
+    moved = [
+        replace(centre, name=f"{centre.name} {number}", perturbation=step)
+        for centre in (average, last)
+        for number, step in enumerate(steps)
+    ]
     read = counted_reads(monkeypatch)
     group = loaded([average, last, *moved])
     # The third step is the first again; centres and steps share one read.
-    assert len(group) == 6
+    assert len({network.name for network in group}) == len(group) == 6
     assert set(read) == {str(c.path) for c in checkpoints[:3]}
     assert set(read.values()) == {sum(tensor.nbytes for tensor in STATES[0].values())}
     by_source = {}
