@@ -20,13 +20,21 @@ class BufferUpdate:
     value: torch.Tensor
 
     @classmethod
-    def fit(cls, name: str, buffer: torch.Tensor | None, value: torch.Tensor) -> BufferUpdate:
+    def fit(
+        cls,
+        name: str,
+        buffer: torch.Tensor | None,
+        value: torch.Tensor,
+        *,
+        keep_nonfinite: bool = False,
+    ) -> BufferUpdate:
         """Fit a new value to the shape and dtype of a buffer.
 
         Args:
             name: Name of the buffer in the model.
             buffer: The buffer; None if the layer does not have it.
             value: One real value per element of the buffer; two per element if it is complex.
+            keep_nonfinite: True to write NaN for a value that is not finite in the dtype.
 
         Raises:
             BatchNormError: The value does not fit the buffer, or is too large for its dtype.
@@ -39,7 +47,11 @@ class BufferUpdate:
         if buffer.is_complex():
             value = torch.view_as_complex(value.reshape(*buffer.shape, 2))
         narrowed = value.reshape(buffer.shape).to(buffer.dtype)
-        if not bool(torch.isfinite(narrowed).all()):
+        finite = torch.isfinite(narrowed)
+        if keep_nonfinite and not bool(finite.all()):
+            # An infinite variance would make finite outputs, which hide that there are none.
+            narrowed = narrowed.masked_fill(~finite, torch.nan)
+        elif not bool(finite.all()):
             raise BatchNormError(
                 f"{name} is too large for {str(buffer.dtype).removeprefix('torch.')}",
                 "Convert the model to a wider type, such as float32.",

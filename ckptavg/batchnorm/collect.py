@@ -21,6 +21,8 @@ from ckptavg.batchnorm.moments import (
     KernelBuffers,
     KernelStatistics,
     Moments,
+    require_finite,
+    require_several,
 )
 from ckptavg.batchnorm.norm_layers import is_hookable, keeps_nothing, tracked_layers
 from ckptavg.batchnorm.scripted_layers import KernelDispatch, ScriptedLayerHooks, is_scripted
@@ -241,20 +243,26 @@ class ModelPass:
             for layer, names, values in part:
                 self._merge((layer, tuple(names)), Moments.from_plain(values))
 
-    def check(self) -> None:
+    def check(self, *, keep_nonfinite: bool = False) -> None:
         """Raise an error if the moments of a layer give no statistics.
+
+        Args:
+            keep_nonfinite: True to accept values that are not finite.
 
         Raises:
             BatchNormError: A layer saw a single value, or a value that is not finite.
         """
         for (layer, _), moments in self.moments.items():
-            _require_statistics(layer, moments)
+            require_several(layer, moments)
+            if not keep_nonfinite:
+                require_finite(layer, moments)
 
-    def updates(self, batches: int) -> list[BufferUpdate]:
+    def updates(self, batches: int, *, keep_nonfinite: bool = False) -> list[BufferUpdate]:
         """Compute the new statistics of the layers, without writing the statistics.
 
         Args:
             batches: Number of batches that went through the model, in all processes.
+            keep_nonfinite: True to give NaN for statistics that are not finite.
 
         Raises:
             BatchNormError: Statistics do not fit a layer, or are too large for the layer's dtype.
@@ -263,7 +271,10 @@ class ModelPass:
         for name, layer in self.layers.items():
             for buffer_name, value in layer.new_values(self._moments_of(name), batches).items():
                 buffer = getattr(layer.layer, buffer_name)
-                updates.append(BufferUpdate.fit(f"{name}.{buffer_name}", buffer, value))
+                update = BufferUpdate.fit(
+                    f"{name}.{buffer_name}", buffer, value, keep_nonfinite=keep_nonfinite
+                )
+                updates.append(update)
         return updates
 
     def result(self, batches: int, samples: int) -> BatchNormResult:
@@ -398,13 +409,16 @@ def _uncompiled(model: nn.Module) -> Iterator[None]:
     yield
 
 
-def finish(passes: Sequence[ModelPass], batches: int, peers: Peers) -> int:
+def finish(
+    passes: Sequence[ModelPass], batches: int, peers: Peers, *, keep_nonfinite: bool = False
+) -> int:
     """Merge the moments of all processes, in the order of ranks, and check the result.
 
     Args:
         passes: The passes of this process, one per model.
         batches: Number of batches that this process passed.
         peers: The processes that share the data.
+        keep_nonfinite: True to accept moments that are not finite.
 
     Returns:
         The number of batches of all processes together.
@@ -423,19 +437,5 @@ def finish(passes: Sequence[ModelPass], batches: int, peers: Peers) -> int:
     if not batches:
         raise BatchNormError("the training data is empty", "Check the training data.")
     for model_pass in passes:
-        model_pass.check()
+        model_pass.check(keep_nonfinite=keep_nonfinite)
     return batches
-
-
-def _require_statistics(name: str, moments: Moments) -> None:
-    """Raise an error if moments have too few values, or values that are not finite."""
-    if moments.count < 2 and not moments.instances:
-        raise BatchNormError(
-            f"the layer {name} saw a single value per channel, which has no variance",
-            "Pass more training data.",
-        )
-    if not bool(torch.isfinite(moments.mean).all() and torch.isfinite(moments.m2).all()):
-        raise BatchNormError(
-            f"the inputs of the layer {name} are not finite",
-            "Look at the data and the weights; `amp='off'` may help.",
-        )

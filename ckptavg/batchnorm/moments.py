@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from ckptavg.errors import BatchNormError
+
 TOLERANCE = 1e-5
 """Largest error of a batch's statistics before the batch is reduced in float64 instead.
 
@@ -83,6 +85,24 @@ class Moments:
         count, mean, m2, instances = values
         parts = torch.tensor([mean, m2], dtype=torch.float64)
         return cls(count, parts[0], parts[1], instances)
+
+
+def require_several(name: str, moments: Moments) -> None:
+    """Raise an error if moments have too few values for a variance."""
+    if moments.count < 2 and not moments.instances:
+        raise BatchNormError(
+            f"the layer {name} saw a single value per channel, which has no variance",
+            "Pass more training data.",
+        )
+
+
+def require_finite(name: str, moments: Moments) -> None:
+    """Raise an error if moments are not finite."""
+    if not bool(torch.isfinite(moments.mean).all() and torch.isfinite(moments.m2).all()):
+        raise BatchNormError(
+            f"the inputs of the layer {name} are not finite",
+            "Look at the data and the weights; `amp='off'` may help.",
+        )
 
 
 def merging_device(device: torch.device) -> torch.device:

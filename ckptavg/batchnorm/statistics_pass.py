@@ -42,6 +42,8 @@ def recompute_statistics(
     runtime: Runtime,
     forward: Forward | None,
     peers: Peers,
+    *,
+    keep_nonfinite: bool = False,
 ) -> list[tuple[BatchNormResult, Statistics]]:
     """Recompute the running statistics of models in one shared pass over the data.
 
@@ -56,6 +58,7 @@ def recompute_statistics(
         runtime: Device, precision and batch size of the pass.
         forward: ``forward(model, batch)`` for unusual batches.
         peers: The processes that share the data.
+        keep_nonfinite: True to write NaN for statistics that are not finite.
 
     Returns:
         Per model, the result of the pass and the state of the statistics afterwards.
@@ -76,8 +79,9 @@ def recompute_statistics(
     results = dict.fromkeys(range(len(models)), BatchNormResult(0, 0, 0))
     if wanting:
         recomputed = recompute(
-            list(wanting.values()), batches, runtime, forward, kept_layers, peers
-        )
+            list(wanting.values()), batches, runtime, forward, kept_layers, peers,
+            keep_nonfinite=keep_nonfinite,
+        )  # fmt: skip
         results |= dict(zip(wanting, recomputed, strict=True))
     outcome: list[tuple[BatchNormResult, Statistics]] = []
     unreached: set[str] = set()

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from ckptavg.batchnorm.buffer_updates import write_updates
+from ckptavg.batchnorm.buffer_updates import BufferUpdate, write_updates
 from ckptavg.batchnorm.collect import (
     BatchNormResult,
     ForwardPass,
@@ -158,6 +158,8 @@ def recompute(
     forward: Forward | None = None,
     exclude: Sequence[Collection[str]] | None = None,
     peers: Peers | None = None,
+    *,
+    keep_nonfinite: bool = False,
 ) -> list[BatchNormResult]:
     """Recompute the statistics of several models in one shared pass over the data.
 
@@ -171,6 +173,7 @@ def recompute(
         forward: ``forward(model, batch)`` for unusual batches.
         exclude: Names of the layers to leave alone, per model; no layers where None.
         peers: The processes that share the data. All end with the statistics of the whole data.
+        keep_nonfinite: True to write NaN for statistics that are not finite.
 
     Returns:
         One result per model.
@@ -196,7 +199,12 @@ def recompute(
                 model_pass.take(through)
             batches_read += 1
             samples += size_of(batch.loaded)
-        of_all = finish(passes, batches_read, peers or SingleProcess())
+        of_all = finish(
+            passes, batches_read, peers or SingleProcess(), keep_nonfinite=keep_nonfinite
+        )
     # Written at the very end and for all models at once, so that an error changes no model.
-    write_updates([update for model_pass in passes for update in model_pass.updates(of_all)])
+    updates: list[BufferUpdate] = []
+    for model_pass in passes:
+        updates += model_pass.updates(of_all, keep_nonfinite=keep_nonfinite)
+    write_updates(updates)
     return [model_pass.result(batches_read, samples) for model_pass in passes]

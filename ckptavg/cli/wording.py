@@ -45,6 +45,7 @@ _ARGUMENTS = frozenset(
         "skip",
         "task",
         "train_data",
+        "weight_decay",
         "weights",
         "workers",
     }

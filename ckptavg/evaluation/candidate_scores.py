@@ -238,9 +238,14 @@ class FiniteCheck:
 
     The flags of a batch are copied to the host while the next batch is computed, and are checked
     after that. So the device never waits for the host.
+
+    Args:
+        holes: Set that receives the names of weight sets whose predictions are not finite, instead
+            of an error; None for the error.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, holes: set[str] | None = None) -> None:
+        self._holes = holes
         self._names: list[str] = []
         self._flags: list[torch.Tensor] = []
         self._previous: _BatchFlags | None = None
@@ -266,8 +271,15 @@ class FiniteCheck:
         if self._flags:
             self._previous = _BatchFlags.send(self._names, self._flags)
         self._names, self._flags = [], []
-        if previous is not None:
-            previous.check()
+        if previous is None:
+            return
+        for name in previous.wait():
+            if self._holes is None:
+                raise EvaluationError(
+                    f"{name}: the outputs are not finite",
+                    "Recompute its BatchNorm statistics, look at the weights, or pass `amp='off'`.",
+                )
+            self._holes.add(name)
 
     def end(self) -> None:
         """Check the flags of the last batch; raise an error as ``end_batch`` does."""
@@ -299,13 +311,12 @@ class _BatchFlags:
         stream = torch.cuda.current_stream(stacked.device)
         return cls(names, on_host, stream.record_event())
 
-    def check(self) -> None:
-        """Wait for the flags, and raise an error if predictions were not finite."""
+    def wait(self) -> list[str]:
+        """Wait for the flags, and return the names of weight sets that are not finite."""
         if self.copied is not None:
             self.copied.synchronize()
+        names: list[str] = []
         for name, is_finite in zip(self.names, self.flags.tolist(), strict=True):
             if not is_finite:
-                raise EvaluationError(
-                    f"{name}: the outputs are not finite",
-                    "Recompute its BatchNorm statistics, look at the weights, or pass `amp='off'`.",
-                )
+                names.append(name)
+        return names

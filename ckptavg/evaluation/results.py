@@ -41,6 +41,8 @@ class Result:
             the task has no per-sample values.
         details: Further entries of the JSON: bins of calibration, disagreement among the members of
             an ensemble, and under ``bn_layers`` the layers that ``bn`` does not hold for.
+        interval: 95 % interval of metrics, by key; of points of a landscape only.
+        squared_norm: ‖w‖² over all parameters; of points of a landscape only.
     """
 
     candidate: Candidate
@@ -48,6 +50,8 @@ class Result:
     bn: str
     versus: Comparison | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
+    interval: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    squared_norm: float | None = None
 
     def __repr__(self) -> str:
         """Return one line with the candidate, the state of statistics and the metrics."""

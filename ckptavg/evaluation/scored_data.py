@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ckptavg.distributed.peers import Peers
 from ckptavg.errors import EvaluationError
 from ckptavg.evaluation.candidate_scores import CandidateScore, concatenate_samples
 from ckptavg.evaluation.candidates import Candidate, baseline_of
 from ckptavg.evaluation.results import Comparison, Result
-from ckptavg.evaluation.significance import compare
+from ckptavg.evaluation.significance import compare, interval_of
 from ckptavg.evaluation.weight_sets import WeightSet, WeightSets
 from ckptavg.formats.running_statistics import LAYERS
 from ckptavg.models.batches import Batches
@@ -27,6 +29,7 @@ class ScoredData:
         task: The task that scores.
         peers: The processes that share the data.
         seed: Seed of the comparisons.
+        as_points: True for points of a landscape, which get an interval and no comparison.
     """
 
     def __init__(
@@ -38,12 +41,15 @@ class ScoredData:
         task: Task,
         peers: Peers,
         seed: int,
+        *,
+        as_points: bool = False,
     ) -> None:
         self.phase = phase
         self.data = data
         self.task = task
         self.peers = peers
         self.seed = seed
+        self.as_points = as_points
         self.scores: list[CandidateScore] = []
         for candidate, members in zip(candidates, weight_sets.members, strict=True):
             self.scores.append(CandidateScore(candidate, members, task))
@@ -78,7 +84,9 @@ class ScoredData:
         for score in complete:
             if not score.finished.isdisjoint(group):
                 score.merge(self.peers)
-        baseline = self.baseline if self.baseline.complete else None
+        baseline = None
+        if self.baseline.complete and not self.as_points:
+            baseline = self.baseline
         for score in complete:
             result = self._results.get(score)
             # Results from before the baseline was scored lack a comparison and are made again.
@@ -87,6 +95,8 @@ class ScoredData:
         return [self._results[score] for score in complete]
 
     def _result(self, score: CandidateScore, baseline: CandidateScore | None) -> Result:
+        if any(member.is_hole for member in score.members):
+            return self._hole(score)
         metrics = score.scores.compute()
         details = score.details()
         missing = {"n", self.task.metrics[0].key} - metrics.keys()
@@ -98,7 +108,27 @@ class ScoredData:
         state, layers = score.describe_statistics()
         if layers:
             details = details | {LAYERS: layers}
-        return Result(score.candidate, metrics, state, self._compare(score, baseline), details)
+        result = Result(score.candidate, metrics, state, self._compare(score, baseline), details)
+        if self.as_points:
+            norm = score.members[0].squared_norm
+            result = replace(result, interval=self._interval(score), squared_norm=norm)
+        return result
+
+    def _hole(self, score: CandidateScore) -> Result:
+        """Make the result of a point whose outputs are not finite: every metric is NaN."""
+        metrics = dict.fromkeys([metric.key for metric in self.task.metrics], math.nan)
+        state = score.describe_statistics()[0]
+        norm = score.members[0].squared_norm
+        return Result(score.candidate, metrics, state, squared_norm=norm)
+
+    def _interval(self, score: CandidateScore) -> dict[str, tuple[float, float]]:
+        """Compute the interval of the metric that the task has per-sample values for."""
+        samples = concatenate_samples(score.samples)
+        if samples is None:
+            return {}
+        low, high = interval_of(samples)
+        metric = samples.metric or self.task.metrics[0].key
+        return {metric: (samples.scale * low, samples.scale * high)}
 
     def _compare(self, score: CandidateScore, baseline: CandidateScore | None) -> Comparison | None:
         if baseline is None or score is baseline:

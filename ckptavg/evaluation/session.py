@@ -12,6 +12,7 @@ import functools
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -102,6 +103,7 @@ def score_on(
     progress: PhaseProgress | None = None,
     peers: Peers | None = None,
     on_results: Callable[[Sequence[Sequence[Result]]], None] | None = None,
+    as_points: bool = False,
 ) -> list[list[Result]]:
     """Score candidates on several data sets, with weights and statistics made once for all.
 
@@ -118,6 +120,9 @@ def score_on(
         progress: As for ``score``.
         peers: As for ``score``.
         on_results: Called after each pass with the results so far on each data set.
+        as_points: True for points of a landscape. Each stands for itself: the results have an
+            interval and the norm of the weights in place of a comparison, and a point whose outputs
+            are not finite has metrics of NaN.
 
     Returns:
         The results on each data set, one per candidate.
@@ -135,10 +140,12 @@ def score_on(
         raise UsageError("recomputing statistics needs training data (`train_loader`)")
     peers = peers or SingleProcess()
     task = task or Classification()
-    session = _Session(candidates, unwrap_distributed(model), runtime, task, peers, sources)
+    session = _Session(
+        candidates, unwrap_distributed(model), runtime, task, peers, sources, as_points=as_points
+    )
     session.forward = forward
     session.progress = progress or session.progress
-    session.keep_nonfinite = keep_nonfinite
+    session.keep_nonfinite = keep_nonfinite or as_points
     if exclude:
         session.excluded = match_layers(exclude, layers_of(candidates))
     with malloc.keep_freed_memory(runtime.device):
@@ -156,6 +163,8 @@ class _Session:
         task: Task,
         peers: Peers,
         sources: Mapping[str, Batches],
+        *,
+        as_points: bool = False,
     ) -> None:
         self.candidates = candidates
         self.model = model
@@ -165,15 +174,19 @@ class _Session:
         self.forward: Forward | None = None
         self.progress: PhaseProgress = lambda *_: None
         self.keep_nonfinite = False
+        self.as_points = as_points
+        # Names of the weight sets of a pass whose outputs are not finite.
+        self._holes: set[str] = set()
         self.excluded: Collection[str] = ()
         self.weight_sets = WeightSets(candidates)
         self.scored: list[ScoredData] = []
         for phase, data in sources.items():
             self.scored.append(
                 ScoredData(
-                    phase, data, candidates, self.weight_sets, task, self.peers, runtime.seed
+                    phase, data, candidates, self.weight_sets, task, self.peers, runtime.seed,
+                    as_points=as_points,
                 )
-            )
+            )  # fmt: skip
         self.memory_format = MemoryFormat(model, runtime.device, scoring=True)
 
     def run(
@@ -199,7 +212,9 @@ class _Session:
         baseline = self.scored[0].baseline
         baseline_members = set(baseline.members)
         groups = sorted(self.weight_sets.groups(size), key=baseline_members.isdisjoint)
-        log_pass_count(len(self.candidates), len(groups))
+        # Of points, the caller knows the number of all passes.
+        if not self.as_points:
+            log_pass_count(len(self.candidates), len(groups))
         for scored in self.scored:
             scored.data = require_reiterable(scored.data, len(groups))
         if training is not None:
@@ -238,6 +253,10 @@ class _Session:
     ) -> None:
         """Load the models of a group, recompute statistics where needed, and score."""
         load_models(group, self.model, self.runtime, keep_nonfinite=self.keep_nonfinite)
+        if self.as_points:
+            self._holes = set()
+            for weight_set in group:
+                weight_set.measure_norm()
         if training is not None and _recomputes(group):
             self._recompute(group, self._with_progress(training, f"BatchNorm{numbering}"))
         for scored in self.scored:
@@ -246,7 +265,10 @@ class _Session:
                 score.begin()
             batches = self._with_progress(scored.data, f"{scored.phase}{numbering}")
             self._score(group, scored, batches)
-        self.peers.agree()
+        # Also tells the processes apart that ran out of memory.
+        holes = set(chain.from_iterable(self.peers.gather(sorted(self._holes))))
+        for weight_set in group:
+            weight_set.is_hole = weight_set.name in holes
         for scored in self.scored:
             for score in scored.scores:
                 score.commit(group)
@@ -262,6 +284,7 @@ class _Session:
             self.runtime,
             self._forward_on_batch,
             self.peers,
+            keep_nonfinite=self.as_points,
         )
         for weight_set, (_, statistics) in zip(chosen, recomputed, strict=True):
             weight_set.statistics = statistics
@@ -281,7 +304,7 @@ class _Session:
         for weight_set in group:
             self.memory_format.place(weight_set.model)
         fingerprints: list[int] = []
-        finite_check = FiniteCheck()
+        finite_check = FiniteCheck(self._holes if self.as_points else None)
         for number, batch in enumerate(prefetch_to_device(batches, self.runtime.device)):
             # Targets as loaded are on the host, so a checksum does not wait for the device.
             host_targets = self.task.part(self.model, batch.loaded)[1]

@@ -22,6 +22,7 @@ from ckptavg.models.load import load_into
 from ckptavg.models.perturbation import Perturbation
 from ckptavg.models.runtime import Runtime
 from ckptavg.outputs.sinks import StateDict
+from ckptavg.tasks.base import in_float64
 
 
 @dataclass(eq=False)
@@ -35,6 +36,8 @@ class WeightSet:
         perturbation: Step away from the source's weights; None for none.
         statistics: State of the statistics after recomputing; None before.
         model: The module on the device, between ``load_models`` and ``release_models``.
+        squared_norm: ‖w‖² over all parameters, for points of a landscape; None where not measured.
+        is_hole: True for a point of a landscape whose outputs are not finite.
     """
 
     name: str
@@ -43,6 +46,22 @@ class WeightSet:
     perturbation: Perturbation | None = None
     statistics: Statistics | None = None
     model: nn.Module = field(default_factory=nn.Module, repr=False)
+    squared_norm: float | None = None
+    is_hole: bool = False
+
+    def measure_norm(self) -> None:
+        """Measure ‖w‖² of the loaded model, in float64.
+
+        Parameters count as in training: each once, whatever its names, those of BatchNorm layers
+        included. Buffers, such as running statistics, are no parameters.
+        """
+        total = torch.zeros((), dtype=torch.float64)
+        for parameter in self.model.parameters():
+            values = parameter.detach()
+            if values.is_complex():
+                values = torch.view_as_real(values)
+            total = total.to(values.device) + in_float64(values).square().sum()
+        self.squared_norm = float(total)
 
     def describe_statistics(self) -> Statistics:
         """Return the state of the BatchNorm statistics before recomputing."""

@@ -105,6 +105,7 @@ class Landmark:
         distance: Distance off the plane or line, in weight space; 0 on it.
         data: Exact metrics on the evaluation data, by key; empty where not measured.
         train: Exact metrics on the training data; None without any.
+        coefficients: One per checkpoint of the run with sum 1; None where they are not kept.
     """
 
     name: str
@@ -116,6 +117,7 @@ class Landmark:
     distance: float = 0.0
     data: Mapping[str, float] = field(default_factory=dict)
     train: Mapping[str, float] | None = None
+    coefficients: tuple[float, ...] | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Return the landmark as plain values for JSON, without secrets in the path."""
@@ -127,11 +129,14 @@ class Landmark:
             "x": self.x,
             "y": self.y,
             "distance": self.distance,
+            "coefficients": None,
             "data": dict(self.data),
             "train": None,
         }
         if self.path is not None:
             plain["path"] = without_secrets(self.path)
+        if self.coefficients is not None:
+            plain["coefficients"] = list(self.coefficients)
         if self.train is not None:
             plain["train"] = dict(self.train)
         return plain
@@ -139,9 +144,10 @@ class Landmark:
     @classmethod
     def of_json(cls, value: Mapping[str, Any]) -> Landmark:
         """Restore a landmark from the output of ``as_json``."""
-        train = value["train"]
+        train, coefficients = value["train"], value.get("coefficients")
         return cls(
             **{key: value[key] for key in ("name", "path", "step", "lr", "x", "y", "distance")},
+            coefficients=None if coefficients is None else tuple(coefficients),
             data=_numbers(value["data"]),
             train=None if train is None else _numbers(train),
         )

@@ -153,11 +153,14 @@ class Task:
     Attributes:
         metrics: The metrics in the table's order. The first one decides which candidate is best.
         counts: The unit of ``n``, such as samples or tokens.
+        loss: Key of the metric that training minimizes, apart from weight decay; None where there
+            is none among the metrics.
         batch_size: Default number of samples per batch.
     """
 
     metrics: ClassVar[Sequence[Metric]] = ()
     counts: ClassVar[str] = "samples"
+    loss: ClassVar[str | None] = None
     batch_size: ClassVar[int] = 128
 
     def split(self, batch: Any) -> tuple[Any, Any]:

@@ -37,6 +37,7 @@ class Classification(activations.TaskOnLogits):
         Metric("nll", "NLL", ".4f", False, "nats"),
         Metric("ece", "ECE", ".4f", False),
     )
+    loss: ClassVar = "nll"
 
     def check(self, outputs: Any, targets: Any) -> None:
         """Make sure that shapes fit and that labels are classes.

@@ -47,6 +47,7 @@ class CausalLM(Task):
         Metric("perplexity", "perplexity", ".3f", False),
         Metric("accuracy", "accuracy %", ".2f", True, "%"),
     )
+    loss: ClassVar = "nll"
 
     def __init__(self) -> None:
         self._token_scorer = TokenScorer()

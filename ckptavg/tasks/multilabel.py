@@ -39,6 +39,7 @@ class MultiLabel(activations.TaskOnLogits):
         Metric("f1_macro", "F1 macro %", ".2f", True, "%"),
         Metric("nll", "NLL", ".4f", False, "nats"),
     )
+    loss: ClassVar = "nll"
 
     def __init__(self) -> None:
         if importlib.util.find_spec("torchmetrics") is None:

@@ -28,6 +28,7 @@ class Regression(Task):
         Metric("r2", "R²", ".5f", True),
         Metric("mse", "MSE", ".5g", False),
     )
+    loss: ClassVar = "mse"
 
     def check(self, outputs: Any, targets: Any) -> None:
         """Make sure that shapes fit and that targets are finite.
