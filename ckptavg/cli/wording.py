@@ -45,7 +45,6 @@ _ARGUMENTS = frozenset(
         "skip",
         "task",
         "train_data",
-        "weight_decay",
         "weights",
         "workers",
     }
