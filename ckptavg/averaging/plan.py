@@ -11,7 +11,7 @@ from ckptavg.averaging import schemes
 from ckptavg.averaging.lora import exact_mean
 from ckptavg.averaging.planning.rules import Rules
 from ckptavg.averaging.planning.tensor_plan import Plan
-from ckptavg.averaging.schemes import Scheme
+from ckptavg.averaging.schemes import RunRecord, Scheme
 from ckptavg.errors import CheckpointError, UsageError, short
 from ckptavg.formats import Checkpoint, open_checkpoint
 from ckptavg.formats.provenance import Provenance
@@ -93,7 +93,7 @@ def plan_average(
 
     Args:
         run: The result of ``open_run``, or a selection of it; or the path of a run.
-        scheme: ``NAME[:key=value,...]``, see ``ckptavg.averaging.schemes.parse``.
+        scheme: ``NAME[:key=value,...]``; ``ckptavg average --help-all`` lists the names.
         weights: One number per checkpoint instead of a scheme. The numbers are normalized.
         include: Shell patterns of tensor names to average; all where empty.
         exclude: Shell patterns of tensor names not to average.
@@ -115,12 +115,13 @@ def plan_average(
     if weights is not None and scheme != "uniform":
         raise UsageError("a scheme and weights exclude each other: give one of them")
     chosen = schemes.parse(scheme) if weights is None else schemes.from_weights(weights)
-    coefficients = chosen.coefficients([c.step for c in checkpoints])
+    record = RunRecord.of_run(run)
+    coefficients = chosen.coefficients(record)
     if base is not None and not isinstance(base, Checkpoint):
         base = _open_base(base, checkpoints[-1].key)
     rules = Rules(_patterns(include), _patterns(exclude), base, dtype)
     plan = exact_mean.plan_mean(checkpoints, coefficients, rules)
-    if note := chosen.note(coefficients):
+    if note := chosen.note(coefficients, record):
         plan = replace(plan, notes=(note, *plan.notes))
     return Average(plan, chosen, run.members)
 

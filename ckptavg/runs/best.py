@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -11,6 +11,7 @@ from ckptavg.errors import RunError, UsageError, first_few
 from ckptavg.errors.spelling import close_names, did_you_mean
 from ckptavg.formats import Checkpoint
 from ckptavg.formats.metric_names import prominence, words_of
+from ckptavg.io.paths import Location
 from ckptavg.runs.metric_columns import choose_metric_columns
 
 Mode = Literal["max", "min"]
@@ -65,7 +66,7 @@ def choose_criterion(
     if metric is None:
         metric = _only_metric(checkpoints)
     elif checkpoints and not any(metric in c.record.metrics for c in checkpoints):
-        raise _unknown_metric(metric, checkpoints[-1])
+        raise unknown_metric(metric, checkpoints[-1].path, checkpoints[-1].record.metrics)
     chosen = mode or derive_mode(metric)
     if chosen is None:
         raise UsageError(
@@ -91,7 +92,7 @@ def select_best(
     metric = criterion.metric
     for checkpoint in checkpoints:
         if metric not in checkpoint.record.metrics:
-            raise _unknown_metric(metric, checkpoint)
+            raise unknown_metric(metric, checkpoint.path, checkpoint.record.metrics)
     values = [checkpoint.record.metrics[metric] for checkpoint in checkpoints]
     # NaN and infinity are never the best, and NaN would break the sort.
     finite = [position for position, value in enumerate(values) if math.isfinite(value)]
@@ -132,10 +133,16 @@ def _mode_of_words(words: frozenset[str]) -> Mode | None:
     return "max"
 
 
-def _unknown_metric(metric: str, checkpoint: Checkpoint) -> RunError:
-    """Word the error for a metric that a checkpoint does not record."""
-    names = sorted(checkpoint.record.metrics, key=prominence)
-    message = f"{checkpoint.path} records no metric {metric!r}"
+def unknown_metric(metric: str, path: Location | str, recorded: Iterable[str]) -> RunError:
+    """Word the error for a metric that a checkpoint does not record.
+
+    Args:
+        metric: Name of the metric.
+        path: Path of the checkpoint.
+        recorded: Names of the metrics that the checkpoint records.
+    """
+    names = sorted(recorded, key=prominence)
+    message = f"{path} records no metric {metric!r}"
     if not names:
         return RunError(message, "It records none at all.")
     if close := close_names(metric, names):

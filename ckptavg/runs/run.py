@@ -28,11 +28,12 @@ from ckptavg.runs.selections import (
     Best,
     Cycle,
     Every,
-    Last,
     RateMinima,
     Sample,
     Selection,
     Steps,
+    check_positive,
+    choose_last,
 )
 
 if TYPE_CHECKING:
@@ -145,14 +146,23 @@ class Run:
         """Path and reason in words of each file in ``excluded``."""
         return tuple((left_out.path, left_out.why) for left_out in self.excluded)
 
-    def last(self, count: int) -> Run:
-        """Select the last ``count`` checkpoints."""
-        _check_positive("last", count)
-        return self._select(Last(count))
+    def last(self, count: int | str) -> Run:
+        """Select the last ``count`` checkpoints, or those of the last share of training.
+
+        Args:
+            count: Number of checkpoints, or a share such as ``"10%"``: the checkpoints with a step
+                above 90 % of the training's last step. Where a step is not known, it is the share
+                of the checkpoints, rounded to the nearest number, and a note says so. One
+                checkpoint is selected at least.
+
+        Raises:
+            UsageError: The argument is neither a number from 1 on nor a share.
+        """
+        return self._select(choose_last(count))
 
     def every(self, stride: int) -> Run:
         """Select every ``stride``-th checkpoint, counted back from the last, which is kept."""
-        _check_positive("every", stride)
+        check_positive("every", stride)
         return self._select(Every(stride))
 
     def cycle(self, length: int, offset: int | None = None) -> Run:
@@ -164,8 +174,8 @@ class Run:
         """
         if offset is None:
             offset = length
-        _check_positive("cycle", length)
-        _check_positive("the cycle's offset", offset)
+        check_positive("cycle", length)
+        check_positive("the cycle's offset", offset)
         return self._select(Cycle(length, offset))
 
     def steps(self, first: float | None = None, last: float | None = None) -> Run:
@@ -209,7 +219,7 @@ class Run:
             UsageError: Several metrics are recorded and no metric is named, or the name does not
                 tell the mode.
         """
-        _check_positive("best", count)
+        check_positive("best", count)
         criterion = choose_criterion(self.opened, metric, mode)
         run = self._select(Best(count, criterion))
         if metric is not None and mode is not None:
@@ -224,7 +234,7 @@ class Run:
         Raises:
             RunError: There are fewer checkpoints.
         """
-        _check_positive("sample", count)
+        check_positive("sample", count)
         return self._select(Sample(count, seed))
 
     def _slice(self, positions: slice) -> Run:
@@ -271,11 +281,14 @@ class Run:
                 # A damaged file may be the only one that the selection would take.
                 raise_for(remaining)
         self._check_any(trainings, str(selection))
+        notes = [*self.notes, *describe_excluded(excluded), *_note_fewer(selection, trainings)]
+        for training in self.trainings:
+            notes += selection.notes(training)
         return replace(
             self,
             trainings=tuple(trainings),
             excluded=(*self.excluded, *excluded),
-            notes=(*self.notes, *describe_excluded(excluded), *_note_fewer(selection, trainings)),
+            notes=tuple(notes),
             damaged=tuple(pending),
         )
 
@@ -429,11 +442,3 @@ def _list_excluded(excluded: Sequence[LeftOut]) -> str:
         + first_few([f"{left_out.path.name} ({left_out.why})" for left_out in excluded])
         + "."
     )
-
-
-def _check_positive(name: str, value: int) -> None:
-    """Refuse a value that is no positive whole number."""
-    if not isinstance(value, SupportsIndex):
-        raise UsageError(f"{name} is expected to be a whole number but got {short(repr(value))}")
-    if value < 1:
-        raise UsageError(f"{name} is expected to be at least 1 but got {value}")

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import math
+import operator
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import SupportsIndex
 
-from ckptavg.errors import RunError, first_few
+from ckptavg.errors import RunError, UsageError, first_few, short
 from ckptavg.errors.printable import step_text
 from ckptavg.formats import Checkpoint
 from ckptavg.runs.best import Criterion, select_best
 from ckptavg.runs.damaged import Damaged
 from ckptavg.runs.rate_cycles import find_minima
+from ckptavg.runs.window import (
+    count_last,
+    format_share,
+    is_share,
+    known_steps,
+    note_positions,
+    parse_share,
+    window_start,
+)
 
 
 class Selection(ABC):
@@ -33,6 +46,11 @@ class Selection(ABC):
         Raises:
             RunError: The checkpoints do not record what the rule needs, or are too few.
         """
+
+    def notes(self, checkpoints: Sequence[Checkpoint]) -> list[str]:
+        """Return remarks for the user on the selection from the checkpoints of a training."""
+        del checkpoints
+        return []
 
     def follow(self, before: Sequence[Checkpoint], damaged: Damaged) -> Damaged | None:
         """Find the position of a damaged file in the selection.
@@ -75,6 +93,46 @@ class Last(Selection):
         if len(before) - damaged.position >= self.count:
             return None
         dropped = max(len(before) - self.count, 0)
+        return replace(damaged, position=max(damaged.position - dropped, 0))
+
+
+@dataclass(frozen=True)
+class LastShare(Selection):
+    """Checkpoints of the last share of training, by their steps, else by their number."""
+
+    share: Fraction
+
+    def __str__(self) -> str:
+        return f"last {format_share(self.share)}"
+
+    def pick(self, checkpoints: Sequence[Checkpoint]) -> Sequence[Checkpoint]:
+        """Select the checkpoints with steps in the last share, one at least."""
+        if not checkpoints:
+            return checkpoints
+        return checkpoints[-count_last(_steps_of(checkpoints), self.share) :]
+
+    def notes(self, checkpoints: Sequence[Checkpoint]) -> list[str]:
+        """Return the remark that the share counts checkpoints, where steps are not known."""
+        steps = _steps_of(checkpoints)
+        if known_steps(steps):
+            return []
+        return [note_positions(str(self), count_last(steps, self.share), len(steps))]
+
+    def follow(self, before: Sequence[Checkpoint], damaged: Damaged) -> Damaged | None:
+        """Find the position of a damaged file in the selection; None if certainly outside.
+
+        A damaged file at the end may be later than the last step that is known, so that the share
+        begins later. Then too, a file before the share that is known stays outside.
+        """
+        known = known_steps(_steps_of(before))
+        if not known:
+            return super().follow(before, damaged)
+        start = float(window_start(known[-1], self.share))
+        if damaged.lies_outside(before, math.nextafter(start, math.inf), math.inf):
+            return None
+        if damaged.position is None:
+            return damaged
+        dropped = len(before) - len(self.pick(before))
         return replace(damaged, position=max(damaged.position - dropped, 0))
 
 
@@ -202,6 +260,42 @@ class Sample(Selection):
             )
         positions = random.Random(self.seed).sample(range(len(checkpoints)), self.count)
         return [checkpoints[position] for position in sorted(positions)]
+
+
+def choose_last(count: int | str) -> Selection:
+    """Make the rule for a number of last checkpoints, or for a share of training.
+
+    Args:
+        count: Number of checkpoints, or a percentage such as ``10%``.
+
+    Raises:
+        UsageError: The argument is neither.
+    """
+    if isinstance(count, str) and is_share(count):
+        return LastShare(parse_share("last", count))
+    return Last(check_positive("last", count))
+
+
+def check_positive(name: str, value: object) -> int:
+    """Return a number from 1 on.
+
+    Args:
+        name: Name of the argument, for the message.
+        value: The number.
+
+    Raises:
+        UsageError: The value is no positive whole number.
+    """
+    if not isinstance(value, SupportsIndex):
+        raise UsageError(f"{name} is expected to be a whole number but got {short(repr(value))}")
+    if operator.index(value) < 1:
+        raise UsageError(f"{name} is expected to be at least 1 but got {value}")
+    return operator.index(value)
+
+
+def _steps_of(checkpoints: Sequence[Checkpoint]) -> list[float | None]:
+    """Return the step of each checkpoint; None where there is none."""
+    return [checkpoint.step for checkpoint in checkpoints]
 
 
 def _step_of(checkpoint: Checkpoint) -> float:

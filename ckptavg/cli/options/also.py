@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptavg.cli.options.averaging import TensorOptions, WeightingOptions, plan_selection
-from ckptavg.cli.options.param_types import pair, positive
+from ckptavg.cli.options.param_types import pair, positive, window
 from ckptavg.cli.options.param_types import scheme as read_scheme
 from ckptavg.cli.options.selection import Picks
 from ckptavg.errors import CkptavgError
@@ -29,7 +29,7 @@ _VALUES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "metric": ("metric", str),
     "mode": ("mode", str),
     "sample": ("sample", pair),
-    "last": ("last", positive),
+    "last": ("last", window),
 }
 _SWITCHES = {"at-lr-min": "at_lr_min"}
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ckptavg.averaging.planning.rules import OUTPUT_DTYPES
+from ckptavg.averaging.schemes import SCHEMES
 from ckptavg.cli.options.declare import bundle, option
 from ckptavg.cli.options.param_types import numbers, scheme
 
@@ -87,7 +88,8 @@ weighting_options = bundle(
     option(
         _HOW, "--scheme", metavar="NAME[:k=v,...]", default="uniform", show_default=True,
         type=scheme, common=True,
-        help="uniform, ema:decay=0.9[,debias=true][,per=step], linear or lawa:k=5.",
+        values=[(kind.usage, kind.summary) for kind in SCHEMES.values()],
+        help="How much each counts: one of the schemes below.",
     ),
     option(
         _HOW, "--weights", type=numbers, metavar="A,B,...",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -39,12 +40,21 @@ class GroupedOption(click.Option):
     Args:
         group: Title of its group.
         common: Whether the short help shows it.
+        values: Forms of its value, each with a line on what it means; a table of the help's own.
     """
 
-    def __init__(self, *args: Any, group: str, common: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        group: str,
+        common: bool = False,
+        values: Sequence[tuple[str, str]] = (),
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.group = group
         self.common = common
+        self.values = values
 
 
 class GroupedCommand(click.Command):
@@ -92,6 +102,7 @@ class GroupedCommand(click.Command):
                 further[option.group] += 1
         with formatter.section("Options"):
             formatter.write_dl([*records, ("-h, --help", "Show this message and exit.")])
+        self._write_values(ctx, formatter)
         titles = [group.partition(" (")[0].lower() for group in further]
         text = f"{ctx.command_path} --help-all shows {further.total()} more: {', '.join(titles)}."
         if self._runs_a_model(ctx):
@@ -117,9 +128,17 @@ class GroupedCommand(click.Command):
         for group, records in groups.items():
             with formatter.section(group):
                 formatter.write_dl(records)
+        self._write_values(ctx, formatter)
         if self._runs_a_model(ctx):
             with formatter.section("Own code"):
                 formatter.write_text(OWN_CODE)
+
+    def _write_values(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the tables of options that list the forms of their values."""
+        for option in self._options(ctx):
+            if option.values:
+                with formatter.section(f"Values of {option.opts[0]}"):
+                    formatter.write_dl(option.values)
 
     def _runs_a_model(self, ctx: click.Context) -> bool:
         return any(option.name == "model_spec" for option in self._options(ctx))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from ckptavg.errors import UsageError
+from ckptavg.runs.window import is_share, parse_share
 
 
 def pair(text: str) -> tuple[int, int | None]:
@@ -38,6 +39,17 @@ def positive(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise click.BadParameter(f"expected a whole number from 1 on but got {text!r}")
     return int(text)
+
+
+def window(text: str) -> int | str:
+    """Read a number of checkpoints, 1 or more, or a share of training such as ``10%``."""
+    if not is_share(text):
+        return positive(text)
+    try:
+        parse_share("a share of training", text)
+    except UsageError as error:
+        raise click.BadParameter(str(error)) from None
+    return text
 
 
 def output(text: str) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ckptavg.cli.options.declare import bundle, option
-from ckptavg.cli.options.param_types import pair, positive
+from ckptavg.cli.options.param_types import pair, positive, window
 from ckptavg.errors import UsageError
 from ckptavg.runs.selection_notes import note_run, note_selection
 
@@ -36,7 +36,7 @@ class Picks:
         metric: Name of the metric.
         mode: The better direction of the metric.
         sample: Number of checkpoints to draw, and the seed.
-        last: Number of last checkpoints.
+        last: Number of last checkpoints, or a share of training such as ``10%``.
     """
 
     first: float | None = None
@@ -48,7 +48,7 @@ class Picks:
     metric: str | None = None
     mode: Mode | None = None
     sample: tuple[int, int | None] | None = None
-    last: int | None = None
+    last: int | str | None = None
 
     def check(self) -> None:
         """Refuse ``--metric`` and ``--mode`` without ``--best``.
@@ -161,7 +161,7 @@ selection_options = bundle(
         help="N of them drawn at random, to see how far the choice matters.  [default SEED: 0]",
     ),
     option(
-        _WHICH, "--last", type=positive, metavar="N", common=True,
-        help="The last N.  [default: all]",
+        _WHICH, "--last", type=window, metavar="N|P%", common=True,
+        help="The last N, or those of the last P % of training.  [default: all]",
     ),
 )  # fmt: skip
