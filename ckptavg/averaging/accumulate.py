@@ -17,6 +17,7 @@ import torch
 
 from ckptavg.averaging.planning.tensor_plan import TensorPlan
 from ckptavg.averaging.read_groups import Group, Job, OutputTerm, Term
+from ckptavg.averaging.swag.block_noise import add_noise, compute_deviations
 from ckptavg.errors import NonFiniteError
 from ckptavg.formats.checkpoint import DType, Tensor
 from ckptavg.formats.reader import Reader
@@ -122,18 +123,21 @@ class Worker:
         if group.sources[0].dtype.kind == "complex":
             # A complex number is averaged as two floats.
             floats = 2 * count
-        rows = self._empty_rows(len(group.products), floats)
+        rows = self._empty_rows(len(group.products) + len(group.spread), floats)
         for position, source in enumerate(group.sources):
             values = _view(self._read(group, position, start, count), source.dtype)
             product_rows = [rows[i] for i in group.rows.get(position, ())]
             self._add(group.terms[position], values, product_rows)
         if group.products:
-            self._multiply(rows)
+            self._multiply(rows[: len(group.products)])
+        deviations = compute_deviations(group, rows[len(group.products) :])
         for number, output in enumerate(group.outputs):
             total = self._buffers.doubles(number, floats)
             # Division by 1 changes no bits, and would be one more pass over the block.
             if output.divisor != 1.0:
                 total.div_(output.divisor)
+            if output.plan.noise is not None:
+                add_noise(total, output, deviations[output.source_indices], start, count)
             raw = self._buffers.raw("out", count * output.plan.dtype.size)
             average = _view(raw, output.plan.dtype)
             average.copy_(total)

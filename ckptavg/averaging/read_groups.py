@@ -117,13 +117,23 @@ class Group:
         return bool(self.products) or any(output.plan.averaged for output in self.outputs)
 
     @cached_property
-    def rows(self) -> dict[int, list[int]]:
-        """Position of each multiplied source → rows of that source in the matrix of products.
+    def spread(self) -> tuple[int, ...]:
+        """Positions of the sources whose standard deviation scales the noise of an output."""
+        positions: set[int] = set()
+        for output in self.outputs:
+            if output.plan.noise is not None:
+                positions.update(output.source_indices)
+        return tuple(sorted(positions))
 
-        A source that is named twice has several rows.
+    @cached_property
+    def rows(self) -> dict[int, list[int]]:
+        """Position of each source that is kept for a block → rows of its values.
+
+        The rows of products come first, then those of the standard deviation. A source that is
+        named twice has several rows.
         """
         rows: dict[int, list[int]] = {}
-        for row, position in enumerate(self.products):
+        for row, position in enumerate((*self.products, *self.spread)):
             rows.setdefault(position, []).append(row)
         return rows
 

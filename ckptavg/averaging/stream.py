@@ -246,7 +246,7 @@ def _blocks(group: Group, start: int, end: int, block: int) -> Iterator[Block]:
         Each block as (group, first element, count).
     """
     # Number of float64 per element that a thread holds at a time.
-    doubles = len(group.outputs) + len(group.products) + 1
+    doubles = len(group.outputs) + len(group.products) + len(group.spread) + 1
     if not group.contiguous:
         # Up to twice this, where reads would be very short otherwise.
         fair = 2 * STRIDED_BLOCK // doubles

@@ -34,7 +34,7 @@ def identify(candidate: Candidate, options: Mapping[str, Any]) -> Identity:
     from ckptavg.evaluation.resume import Identity  # noqa: PLC0415 - help is shown without torch
 
     names = [*_DECISIVE]
-    if candidate.average is not None:
+    if candidate.planned:
         names += _OF_AVERAGES
     if candidate.recompute:
         names += _OF_STATISTICS

@@ -151,6 +151,8 @@ class CandidateScore:
             # The number of samples is among the metrics.
             disagreement.pop("n")
             details |= disagreement
+        if self.candidate.swag is not None:
+            details["swag"] = self.candidate.swag.describe(len(self.candidate.checkpoints))
         return details
 
     def describe_statistics(self) -> tuple[str, dict[str, list[str]]]:
@@ -159,8 +161,9 @@ class CandidateScore:
         statistics = self.members[0].statistics
         if statistics is not None:
             return statistics.state, statistics.listed
-        if candidate.average is not None:
-            return candidate.average.batchnorm, candidate.average.statistics.listed
+        if candidate.planned:
+            planned = candidate.planned[0].statistics
+            return planned.state, planned.listed
         first = candidate.weights or candidate.checkpoints[0]
         if not batchnorm_layers(first.tensors):
             return "none", {}

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from ckptavg.averaging.plan import Average, plan_average
+from ckptavg.averaging.swag.sampling import plan_samples
+from ckptavg.averaging.swag.specification import Swag
 from ckptavg.averaging.weights import Weights, provenance_of
 from ckptavg.errors import UsageError, short
 from ckptavg.formats import Checkpoint, open_checkpoint
@@ -34,19 +36,21 @@ _STALE: tuple[State, ...] = ("stale", "partly recomputed")
 class Candidate:
     """Checkpoint, average or ensemble to score.
 
-    Made by ``of_checkpoint``, ``of_weights``, ``of_average`` or ``of_ensemble``.
+    Made by ``of_checkpoint``, ``of_weights``, ``of_average``, ``of_ensemble`` or ``of_swag``.
 
     Attributes:
         name: Name in the table.
         kind: ``checkpoint``, ``average`` or ``ensemble``.
         checkpoints: The source checkpoints; empty for weights in memory.
-        coefficients: One per checkpoint.
+        coefficients: One per checkpoint; for SWAG those of the mean.
         recompute: True to recompute the BatchNorm statistics before scoring. None to recompute them
             if they are stale and there is training data.
         average: The planned average, if the kind is ``average``.
         last: True for the last checkpoint of the run, the reference of an average.
         weights: The weights, for weights in memory.
         perturbation: Step away from the weights of a checkpoint or an average; None for none.
+        swag: Options of SWAG, for an ensemble of samples.
+        samples: The planned samples of SWAG.
     """
 
     name: str
@@ -58,6 +62,22 @@ class Candidate:
     last: bool = False
     weights: Weights | None = field(default=None, repr=False)
     perturbation: Perturbation | None = None
+    swag: Swag | None = None
+    samples: tuple[Average, ...] = field(default=(), repr=False)
+
+    @property
+    def planned(self) -> tuple[Average, ...]:
+        """Planned averages whose weights are scored: the average, or the samples of SWAG."""
+        if self.average is not None:
+            return (self.average,)
+        return self.samples
+
+    @property
+    def members(self) -> int:
+        """Number of weight sets whose outputs are averaged; 1 but for an ensemble."""
+        if self.kind != "ensemble":
+            return 1
+        return len(self.samples or self.checkpoints)
 
     @property
     def provenance(self) -> Provenance | None:
@@ -167,6 +187,53 @@ class Candidate:
         coefficients = (1 / len(members),) * len(members)
         return cls(name, "ensemble", members, coefficients)
 
+    @classmethod
+    def of_swag(
+        cls,
+        run: Average | RunLike,
+        name: str | None = None,
+        *,
+        samples: int = 20,
+        rank: int = 10,
+        scale: float | None = None,
+        seed: int = 0,
+    ) -> Candidate:
+        """Create the candidate that averages the outputs of weights sampled from SWAG.
+
+        SWAG is a Gaussian that is fitted to the checkpoints, with a diagonal and a low-rank part of
+        the covariance; see ``ckptavg.averaging.swag.specification.Swag``. The samples of a seed are
+        the same, however many there are. BatchNorm statistics are recomputed for each sample from
+        training data, which a network with BatchNorm needs.
+
+        Args:
+            run: A run, a selection of a run, or a path; or its planned uniform average.
+            name: Name in the table; the number of samples where None.
+            samples: Number of samples.
+            rank: Number of the last checkpoints whose deviations make up the low-rank part; 0 for
+                the diagonal alone.
+            scale: Factor of the covariance. None for 0.5, as in the paper; 1 where the rank is 0.
+            seed: Seed of the samples.
+
+        Raises:
+            UsageError: An option has a value that cannot be meant.
+            RunError: There are fewer than two checkpoints.
+        """
+        swag = Swag(samples, rank, scale, seed)
+        if not isinstance(run, Average):
+            run = plan_average(run)
+        plan = run.plan
+        planned = plan_samples(run, swag)
+        count = len(plan.checkpoints)
+        if swag.columns(count) < rank:
+            log.info(
+                "swag: rank %d with %d checkpoints: the low-rank part has %d columns",
+                rank, count, swag.columns(count),
+            )  # fmt: skip
+        return cls(
+            name or swag.title, "ensemble", plan.checkpoints, plan.coefficients,
+            recompute=run.batchnorm == "stale", swag=swag, samples=planned,
+        )  # fmt: skip
+
 
 def candidates_of(
     run: Run,
@@ -175,6 +242,7 @@ def candidates_of(
     *,
     each: bool = False,
     ensemble: bool = False,
+    sampled: Iterable[Candidate] = (),
     recompute: bool = False,
     stale: bool = True,
     further: Mapping[str, Average] | None = None,
@@ -187,6 +255,7 @@ def candidates_of(
         planned: The average of the selection.
         each: True to add every selected checkpoint.
         ensemble: True to add the output ensemble of the selection.
+        sampled: Ensembles of samples to add.
         recompute: True to add averages with recomputed BatchNorm statistics.
         stale: True to keep averages with statistics as averaged where recomputed ones are added.
         further: Further averages by name.
@@ -215,7 +284,7 @@ def candidates_of(
             candidates.append(Candidate.of_average(average, name, recompute=True))
     if ensemble:
         candidates.append(Candidate.of_ensemble(selection, f"FGE ensemble of {len(selection)}"))
-    return candidates
+    return [*candidates, *sampled]
 
 
 def candidates_of_file(

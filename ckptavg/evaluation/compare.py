@@ -20,6 +20,7 @@ from ckptavg.display.progress import ProgressLike
 from ckptavg.errors import UsageError, short
 from ckptavg.errors.notes import collect_notes
 from ckptavg.evaluation.candidates import CandidateLike, as_candidates, candidates_of
+from ckptavg.evaluation.ensembles import make_swag_candidates, parse_ensembles
 from ckptavg.evaluation.evaluate import evaluate
 from ckptavg.evaluation.results import Results, without_repeats
 from ckptavg.formats import Checkpoint
@@ -35,7 +36,7 @@ def compare(  # noqa: D417 - arguments of `evaluate` and `average` share a line
     train_data: Batches | Dataset[Any] | None = None,
     selection: Run | None = None,
     scheme: str = "uniform", weights: Sequence[float] | None = None,
-    each: bool = False, ensemble: bool = False, stale: bool = True,
+    each: bool = False, ensemble: bool | str | Iterable[str] = False, stale: bool = True,
     also: Asked | None = None,
     candidates: Iterable[CandidateLike] | Mapping[str, CandidateLike] = (),
     include_tensors: str | Sequence[str] = (), exclude_tensors: str | Sequence[str] = (),
@@ -66,7 +67,9 @@ def compare(  # noqa: D417 - arguments of `evaluate` and `average` share a line
         selection: The part of the run to average; the whole run where None.
         scheme, weights, base, dtype, on_nonfinite: As for ``average``.
         each: True to score every selected checkpoint.
-        ensemble: True to score the ensemble: the mean of the selected checkpoints' outputs.
+        ensemble: True or ``fge`` to score the mean of the selected checkpoints' outputs; ``swag``,
+            or with options ``swag:samples=20,rank=10``, to score the mean of the outputs of weights
+            sampled from SWAG, see ``Candidate.of_swag``; or a list of these.
         stale: True to score averages with statistics as averaged beside recomputed ones.
         also: Further averages by name, each as for ``average_many``.
         candidates: Further candidates, as for ``evaluate``; first in the table.
@@ -85,6 +88,7 @@ def compare(  # noqa: D417 - arguments of `evaluate` and `average` share a line
     check_forward(forward)
     task = as_task(task)
     keep_nonfinite = parse_on_nonfinite(on_nonfinite)
+    ensembles = parse_ensembles(ensemble)
     rules = TensorRules(include=include_tensors, exclude=exclude_tensors, base=base, dtype=dtype)
     recompute = train_data is not None
     with collect_notes() as notes:
@@ -93,9 +97,13 @@ def compare(  # noqa: D417 - arguments of `evaluate` and `average` share a line
         for name, request in (also or {}).items():
             further[name] = plan_request(name, run, request, **rules)
         planned = plan_average(selection, scheme, weights=weights, **rules)
+        sampled = []
+        if ensembles.swag:
+            mean = plan_average(selection, **rules)
+            sampled = make_swag_candidates(mean, ensembles.swag, recompute=recompute)
         every = as_candidates(candidates, has_training=recompute) + candidates_of(
-            run, selection, planned, each=each, ensemble=ensemble, recompute=recompute,
-            stale=stale, further=further,
+            run, selection, planned, each=each, ensemble=ensembles.fge, sampled=sampled,
+            recompute=recompute, stale=stale, further=further,
         )  # fmt: skip
         scored = evaluate(
             every, model, data, train_loader=train_data, task=task, device=device,

@@ -64,8 +64,8 @@ class EvaluationCall:
     def identify(self, candidate: Candidate) -> Identity:
         """Return the identity of all that decides the scores of a candidate beside files."""
         options = dict(self._scoring)
-        if candidate.average is not None:
-            options["average"] = _describe_average(candidate.average)
+        if candidate.planned:
+            options["average"] = _describe_average(candidate.planned[0])
             options["keep_nonfinite"] = self.keep_nonfinite
         if candidate.weights is not None:
             options["weights"] = _digest(candidate.weights.tensors)

@@ -40,7 +40,8 @@ class Result:
         versus: Comparison with the baseline on the same samples; None for the baseline, and where
             the task has no per-sample values.
         details: Further entries of the JSON: bins of calibration, disagreement among the members of
-            an ensemble, and under ``bn_layers`` the layers that ``bn`` does not hold for.
+            an ensemble, the options of SWAG's samples under ``swag``, and under ``bn_layers`` the
+            layers that ``bn`` does not hold for.
         interval: 95 % interval of metrics, by key; of points of a landscape only.
         squared_norm: ‖w‖² over all parameters; of points of a landscape only.
     """
@@ -67,9 +68,7 @@ class Result:
     @property
     def forwards(self) -> int:
         """Number of forward passes per sample."""
-        if self.candidate.kind == "ensemble":
-            return len(self.candidate.checkpoints)
-        return 1
+        return self.candidate.members
 
     def as_json(self) -> dict[str, Any]:
         """Return the result as plain values for JSON, without secrets in names and paths."""

@@ -173,8 +173,8 @@ def _describe(candidate: Candidate, identify: Identify) -> dict[str, Any]:
     Files count by path, size and time; a directory of data by its name alone.
     """
     checkpoints: Sequence[Any] = candidate.checkpoints
-    if candidate.average is not None:
-        checkpoints = candidate.average.plan.inputs
+    if candidate.planned:
+        checkpoints = candidate.planned[0].plan.inputs
     files = []
     for checkpoint in checkpoints:
         times = [stamp.mtime_ns for stamp in checkpoint.files]
@@ -189,6 +189,8 @@ def _describe(candidate: Candidate, identify: Identify) -> dict[str, Any]:
     }
     if candidate.perturbation is not None:
         description["perturbation"] = repr(candidate.perturbation)
+    if candidate.swag is not None:
+        description["swag"] = candidate.swag.describe(len(candidate.checkpoints))
     return description
 
 

@@ -96,6 +96,12 @@ class WeightSets:
             weight_set = WeightSet(candidate.name, source, recompute, perturbation)
             return [self._add(key, weight_set)]
         members = []
+        for number, sample in enumerate(candidate.samples, 1):
+            name = f"{candidate.name}, sample {number}"
+            key = (id(sample), recompute)
+            members.append(self._add(key, WeightSet(name, sample, recompute)))
+        if members:
+            return members
         for checkpoint in candidate.checkpoints:
             # Resolved, so that two paths to a file share a weight set.
             key = (checkpoint.path.resolve(), checkpoint.key, recompute, perturbation)

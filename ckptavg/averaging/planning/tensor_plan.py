@@ -19,6 +19,7 @@ from ckptavg.averaging.planning.modules import Modules
 from ckptavg.averaging.planning.rules import Rules, note_idle_patterns, select_names
 from ckptavg.averaging.planning.spectral_norm import SpectralNorm
 from ckptavg.averaging.schemes import normalize
+from ckptavg.averaging.swag.gaussian_noise import GaussianNoise
 from ckptavg.errors import first_few
 from ckptavg.formats import Checkpoint, Tensor
 from ckptavg.formats.checkpoint import DTYPES, DType
@@ -43,6 +44,7 @@ class TensorPlan:
             copied: integers, and buffers that are not weights. Differences are noted.
         tied_to: Name of an earlier tensor that has the same bytes in every checkpoint.
         divisor: Divisor of the weighted sum; the sum of the coefficients where None.
+        noise: Noise that is added to the average; None for none.
     """
 
     name: str
@@ -55,6 +57,7 @@ class TensorPlan:
     compared: tuple[Tensor, ...] = ()
     tied_to: str | None = None
     divisor: float | None = None
+    noise: GaussianNoise | None = None
 
     @property
     def output(self) -> OutputTensor:

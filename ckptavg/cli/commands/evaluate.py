@@ -23,6 +23,7 @@ from ckptavg.cli.options.averaging import (
     weighting_options,
 )
 from ckptavg.cli.options.declare import bundle, option
+from ckptavg.cli.options.param_types import ensemble
 from ckptavg.cli.options.running import RunningOptions, running_options
 from ckptavg.cli.options.selection import SelectionOptions, selection_options
 from ckptavg.cli.resume import identify
@@ -55,7 +56,7 @@ class CandidateOptions:
         run_path: Run with the last checkpoint and the averages to score.
         each: True to score every selected checkpoint, too.
         further: Further averages of the run.
-        compare: ``fge`` to score the ensemble, too.
+        compare: Ensembles to score, too: ``fge``, ``swag[:key=value,...]``.
         no_stale: True to score averages with recomputed statistics only.
         keys: Entries that hold the weights; empty to find the entry.
     """
@@ -64,7 +65,7 @@ class CandidateOptions:
     run_path: str | None
     each: bool
     further: tuple[AlsoAverage, ...]
-    compare: str | None
+    compare: tuple[str, ...]
     no_stale: bool
     keys: tuple[str, ...]
 
@@ -146,8 +147,11 @@ class EvaluationOptions:
     "last5=uniform@last=5.",
 )  # fmt: skip
 @option(
-    _CANDIDATES, "--compare", type=click.Choice(["fge"]), common=True,
-    help="Score the ensemble, too: the mean of the selected checkpoints' outputs.",
+    _CANDIDATES, "--compare", multiple=True, type=ensemble, common=True,
+    metavar="fge|swag[:k=v,...]",
+    help="Score an ensemble, too: the mean of the outputs of the selected checkpoints (fge), or of "
+    "weights sampled around their average (swag:samples=20,rank=10,scale=0.5,seed=0); may be "
+    "repeated.",
 )  # fmt: skip
 @option(
     _CANDIDATES, "--no-stale", is_flag=True,
@@ -366,6 +370,10 @@ def _check_path(path: str) -> None:
 def _candidates_of_key(key: str | None, options: EvaluationOptions) -> list[Candidate]:
     """Make the candidates whose weights an entry holds; the default entry where None."""
     from ckptavg.evaluation import candidates  # noqa: PLC0415
+    from ckptavg.evaluation.ensembles import (  # noqa: PLC0415
+        make_swag_candidates,
+        parse_ensembles,
+    )
     from ckptavg.formats import open_checkpoint  # noqa: PLC0415
 
     named = options.candidates
@@ -378,12 +386,17 @@ def _candidates_of_key(key: str | None, options: EvaluationOptions) -> list[Cand
         return made
     run, selection = options.select.open([named.run_path], key)
     planned = plan_selection(selection, options.weighting, options.tensors)
+    ensembles = parse_ensembles(named.compare)
+    sampled = []
+    if ensembles.swag:
+        mean = plan_selection(selection, WeightingOptions("uniform"), options.tensors)
+        sampled = make_swag_candidates(mean, ensembles.swag, recompute=recompute)
     further = {}
     for average in named.further:
         further[average.name] = average.plan(run, selection, options.tensors)
     made += candidates.candidates_of(
-        run, selection, planned, each=named.each, ensemble=named.compare == "fge", further=further,
-        recompute=recompute, stale=stale,
+        run, selection, planned, each=named.each, ensemble=ensembles.fge, sampled=sampled,
+        further=further, recompute=recompute, stale=stale,
     )  # fmt: skip
     return made
 

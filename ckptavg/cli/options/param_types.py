@@ -78,3 +78,14 @@ def scheme(text: str) -> str:
     except UsageError as error:
         raise click.BadParameter(str(error)) from None
     return text
+
+
+def ensemble(text: str) -> str:
+    """Check the name and the options of an ensemble before any file is opened."""
+    from ckptavg.evaluation.ensembles import parse_ensembles  # noqa: PLC0415 - as above
+
+    try:
+        parse_ensembles(text)
+    except UsageError as error:
+        raise click.BadParameter(str(error)) from None
+    return text

@@ -1,0 +1,1 @@
+"""SWAG: weights sampled from a Gaussian that is fitted to checkpoints."""
