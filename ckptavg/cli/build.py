@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -164,14 +166,72 @@ def _open_batches(
     *,
     train: bool,
 ) -> Batches:
-    data = sources.make_data(
+    data = _make_data(data_source, source, train=train)
+    # Every process has the same loader; a Dataset is divided by sample.
+    if peers.world_size > 1 and not is_dataset(data):
+        return shard_loader(data, peers, runtime.seed, subset)
+    return open_loader(data, runtime, shuffle=train, subset=subset, peers=peers)
+
+
+def _make_data(data_source: Source, source: ModelSource, *, train: bool) -> Any:
+    """Build the Dataset or loader of an option."""
+    return sources.make_data(
         data_source.spec or "",
         data_source.arguments,
         train=train,
         model_spec=source.spec,
         image_settings=source.image_settings,
     )
-    # Every process has the same loader; a Dataset is divided by sample.
-    if peers.world_size > 1 and not is_dataset(data):
-        return shard_loader(data, peers, runtime.seed, subset)
-    return open_loader(data, runtime, shuffle=train, subset=subset, peers=peers)
+
+
+@dataclass(frozen=True)
+class ScoringCall:
+    """Arguments of a function of the library that scores, from the options of a command.
+
+    Attributes:
+        model: The model.
+        data: Evaluation data: a Dataset, or this process's batches.
+        keywords: The keywords that ``evaluate`` has, too, and ``train_data``.
+    """
+
+    model: nn.Module
+    data: Any
+    keywords: Mapping[str, Any]
+
+
+def build_scoring(
+    running: RunningOptions, checkpoints: Iterable[Checkpoint], processes: TorchrunGroup | None
+) -> ScoringCall:
+    """Build model, data, task and all that a function of the library scores with.
+
+    Args:
+        running: Options of the command.
+        checkpoints: Checkpoints that may record the model.
+        processes: Processes that share the data; None for this process alone.
+
+    Raises:
+        CkptavgError: The model, the data or the task cannot be built.
+    """
+    source = find_model(running.model, checkpoints)
+    task = build_task(running)
+    forward = build_forward(running)
+    model, runtime = build_model(running, source, task)
+    peers = processes or SingleProcess()
+    data = []
+    for data_source, train in ((running.data, False), (running.training, True)):
+        opened = None
+        if data_source.spec:
+            opened = _make_data(data_source, source, train=train)
+            if peers.world_size > 1 and not is_dataset(opened):
+                opened = shard_loader(opened, peers, runtime.seed)
+        data.append(opened)
+    subset = None
+    if running.statistics.samples is not None:
+        subset = Subset(*running.statistics.samples)
+    keywords = {
+        "train_data": data[1], "task": task, "device": runtime.device, "forward": forward,
+        "exclude": running.statistics.exclude, "amp": runtime.amp,
+        "batch_size": runtime.batch_size, "workers": runtime.workers, "seed": runtime.seed,
+        "bn_samples": subset,
+    }  # fmt: skip
+    return ScoringCall(model, data[0], keywords)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Protocol
 
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -82,8 +85,28 @@ class TorchProcessGroup:
         """Do nothing, since the calling program handles failures of other processes."""
 
 
+_joined: ContextVar[Peers | None] = ContextVar("joined", default=None)
+
+
+@contextmanager
+def share_work(peers: Peers) -> Iterator[None]:
+    """Let ``find_peers`` return a group of processes, for the duration of a context."""
+    token = _joined.set(peers)
+    try:
+        yield
+    finally:
+        _joined.reset(token)
+
+
 def find_peers() -> Peers:
-    """Return the default process group of torch.distributed, or a group of this process alone."""
+    """Return the processes that share the work.
+
+    Those of ``share_work`` come first, then the default process group of torch.distributed; else
+    the group is this process alone.
+    """
+    joined = _joined.get()
+    if joined is not None:
+        return joined
     import torch.distributed as dist  # noqa: PLC0415 - slow to import
 
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:

@@ -22,6 +22,7 @@ from datetime import timedelta
 from itertools import count as count_from
 from typing import Any, NoReturn, TypeVar
 
+from ckptavg.distributed.peers import share_work
 from ckptavg.errors import CkptavgError, PeerError, ProcessesError
 
 log = logging.getLogger("ckptavg")
@@ -252,7 +253,8 @@ def process_group() -> Iterator[TorchrunGroup]:
     """
     processes = _join()
     try:
-        yield processes
+        with share_work(processes):
+            yield processes
     except BaseException as error:
         # The connections stay: closing them would wait for messages that will not come.
         processes.leave(error)

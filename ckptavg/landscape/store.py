@@ -70,6 +70,7 @@ def score_landscape(
     resume: bool = False,
     progress: PhaseProgress | None = None,
     settings: Mapping[str, Any] | None = None,
+    notes: Sequence[str] = (),
 ) -> Landscape:
     """Score points, and store the landscape of the points so far after each pass.
 
@@ -86,9 +87,10 @@ def score_landscape(
             data and options.
         progress: Called with phase, done and total, in samples times points.
         settings: Further plain values that decide scores, such as the seed of directions.
+        notes: Remarks on the points, which may grow meanwhile, as those of ``collect_notes`` do.
 
     Returns:
-        The landscape of all points.
+        The landscape of all points, with the notes.
 
     Raises:
         EvaluationError: No point has finite outputs.
@@ -98,7 +100,7 @@ def score_landscape(
     if results is None:
         scores = dict(zip(points, scorer.score([*points.values()], progress), strict=True))
         require_finite([*scores.values()])
-        return build(scores)
+        return replace(build(scores), notes=tuple(notes))
     store = _Store(
         Path(results), digest_of({"scorer": scorer.identify(), **(settings or {})}), peers
     )
@@ -110,7 +112,7 @@ def score_landscape(
     def save(scored: Sequence[PointScore]) -> Landscape:
         """Store the landscape of the known and the new scores."""
         so_far = known | dict(zip(missing, scored, strict=False))
-        return store.save(build(so_far))
+        return store.save(replace(build(so_far), notes=tuple(notes)))
 
     scored = scorer.score([points[key] for key in missing], progress, save)
     require_finite([*known.values(), *scored])

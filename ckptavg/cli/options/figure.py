@@ -11,6 +11,7 @@ import click
 
 from ckptavg.cli.console import Report
 from ckptavg.cli.options.declare import bundle, option
+from ckptavg.distributed.peers import global_rank
 from ckptavg.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -67,6 +68,9 @@ class FigureOptions:
         Raises:
             OutputError: A file cannot be written.
         """
+        # Of several processes that share the work, the first writes.
+        if global_rank():
+            return
         if self.results is not None:
             landscape.save(self.results)
         if self.out is not None:
