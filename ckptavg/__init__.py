@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ckptavg.formats import open_checkpoint as open_checkpoint
     from ckptavg.inspection.geometry import geometry as geometry
     from ckptavg.inspection.verify import verify as verify
+    from ckptavg.landscape.lines.segment import segment as segment
     from ckptavg.runs.run import Run as Run
     from ckptavg.runs.run import open_run as open_run
     from ckptavg.tasks import Task as Task
@@ -47,6 +48,7 @@ _HOMES = {
     "open_checkpoint": "formats",
     "geometry": "inspection.geometry",
     "verify": "inspection.verify",
+    "segment": "landscape.lines.segment",
     "Run": "runs.run",
     "open_run": "runs.run",
     "Subset": "data.loaders",

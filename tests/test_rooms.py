@@ -30,7 +30,7 @@ STILL_LONG: set[str] = set()
 PUBLIC = [
     "average", "average_many", "Recompute", "update_bn", "CkptavgError", "StaleStatisticsWarning",
     "Candidate", "evaluate", "compare", "Result", "Results", "Checkpoint", "open_checkpoint",
-    "geometry", "verify", "Run", "open_run", "Subset", "Task", "__version__",
+    "geometry", "verify", "segment", "Run", "open_run", "Subset", "Task", "__version__",
 ]  # fmt: skip
 
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -1,0 +1,1 @@
+"""Lines through weight space: segments with their barriers, rays with their widths."""

@@ -1,0 +1,191 @@
+"""Widths of a minimum along rays, and their means with intervals over the directions."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+# Exact 97.5 % quantiles of Student's t for few degrees of freedom, where the expansion is poor.
+_QUANTILES = {1: 12.706204736432095, 2: 4.302652729911275, 3: 3.182446305284263}
+# The same quantile of the normal distribution.
+_Z = 1.959963984540054
+
+
+@dataclass(frozen=True)
+class MeanInterval:
+    """Mean of independent values with its 95 % interval.
+
+    Attributes:
+        mean: The mean.
+        low: Lower end; NaN for a single value.
+        high: Upper end; NaN for a single value.
+    """
+
+    mean: float
+    low: float
+    high: float
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain values for JSON; None for an end that is not known."""
+        plain: dict[str, Any] = {"mean": self.mean, "low": None, "high": None}
+        if not math.isnan(self.low):
+            plain |= {"low": self.low, "high": self.high}
+        return plain
+
+    def __str__(self) -> str:
+        if math.isnan(self.low):
+            return f"{self.mean:.4g}"
+        return f"{self.mean:.4g} ({self.low:.4g} to {self.high:.4g})"
+
+
+def mean_interval(values: Sequence[float]) -> MeanInterval:
+    """Compute the mean of values, and its 95 % interval mean ± t·s/√n by Student's t.
+
+    Args:
+        values: At least one value.
+    """
+    mean = statistics.fmean(values)
+    if len(values) < 2 or not math.isfinite(mean):
+        return MeanInterval(mean, math.nan, math.nan)
+    reach = student_quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return MeanInterval(mean, mean - reach, mean + reach)
+
+
+def student_quantile(freedom: int) -> float:
+    """Return the 97.5 % quantile of Student's t distribution, to four digits.
+
+    From four degrees of freedom on this is the expansion in powers of 1/ν around the normal
+    quantile (Abramowitz & Stegun 1964, 26.7.5).
+
+    Args:
+        freedom: Degrees of freedom ν, at least 1.
+    """
+    if freedom in _QUANTILES:
+        return _QUANTILES[freedom]
+    z = _Z
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    quantile = z
+    for power, term in enumerate(terms, 1):
+        quantile += term / freedom**power
+    return quantile
+
+
+def find_crossing(
+    positions: Sequence[float], losses: Sequence[float], threshold: float
+) -> float | None:
+    """Find the first position at which a loss reaches a threshold, by straight lines between.
+
+    Args:
+        positions: Distances along a ray, rising from 0.
+        losses: The loss at each. One that is not finite lies above any threshold: the crossing is
+            then the last position before, so that a width is never too large.
+        threshold: The loss to reach.
+
+    Returns:
+        The position; None where the loss stays below.
+    """
+    before = 0
+    for here, loss in enumerate(losses):
+        if not math.isfinite(loss):
+            return positions[before]
+        if loss >= threshold:
+            if here == before:
+                return positions[here]
+            share = (threshold - losses[before]) / (loss - losses[before])
+            return positions[before] + share * (positions[here] - positions[before])
+        before = here
+    return None
+
+
+@dataclass(frozen=True)
+class Width:
+    """Width of the minimum around a centre: the distance at which the loss has risen.
+
+    Attributes:
+        center: Name of the centre.
+        each: The width in each direction; None where the loss does not rise enough.
+    """
+
+    center: str
+    each: tuple[float | None, ...]
+
+    @property
+    def beyond(self) -> int:
+        """Number of directions in which the loss does not rise enough."""
+        return sum(width is None for width in self.each)
+
+    @property
+    def values(self) -> list[float]:
+        """The widths that are known."""
+        return [width for width in self.each if width is not None]
+
+    @property
+    def interval(self) -> MeanInterval | None:
+        """Mean over the directions; None where a width is not known."""
+        if self.beyond:
+            return None
+        return mean_interval(self.values)
+
+    def difference(self, other: Width) -> MeanInterval | None:
+        """Compute the mean of this width less another's, direction by direction.
+
+        Both centres have the same directions, so the differences are paired, and what a direction
+        does to both cancels.
+
+        Returns:
+            The mean difference; None where a width is not known.
+        """
+        if self.beyond or other.beyond:
+            return None
+        pairs = zip(self.values, other.values, strict=True)
+        return mean_interval([mine - theirs for mine, theirs in pairs])
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        plain: dict[str, Any] = {"center": self.center, "mean": None, "low": None, "high": None}
+        if self.interval is not None:
+            plain |= self.interval.as_json()
+        return plain | {"each": list(self.each), "beyond": self.beyond}
+
+
+def describe_widths(widths: Sequence[Width], rise: str, radius: float) -> str:
+    """Word the widths of centres in a sentence.
+
+    Args:
+        widths: Width of each centre; the others are compared with the first.
+        rise: The rise of the loss, in words.
+        radius: Length of the rays.
+    """
+    for width in widths:
+        if width.beyond:
+            return (
+                f"{rise} is not reached within {radius:.4g} of {width.center} in {width.beyond} of "
+                f"{len(width.each)} directions: take a larger `radius`"
+            )
+    first = widths[0]
+    directions = f"mean and 95 % interval over {len(first.each)} directions"
+    if len(first.each) == 1:
+        directions = "in one direction"
+    if len(widths) == 1:
+        return f"{rise} is reached at t = {first.interval} from {first.center} ({directions})"
+    sentences = [_compare(first, other, rise) for other in widths[1:]]
+    return f"{'; '.join(sentences)} ({directions})"
+
+
+def _compare(first: Width, other: Width, rise: str) -> str:
+    """Word which of two centres is wider."""
+    difference = first.difference(other)
+    verdict = f"{first.center} and {other.center} cannot be told apart in width"
+    if difference is not None and difference.low > 0:
+        verdict = f"{first.center} is wider than {other.center}"
+    elif difference is not None and difference.high < 0:
+        verdict = f"{first.center} is not wider than {other.center} but narrower"
+    return f"{verdict}: {rise} is reached at t = {first.interval} against {other.interval}"
