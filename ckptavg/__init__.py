@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ckptavg.inspection.geometry import geometry as geometry
     from ckptavg.inspection.verify import verify as verify
     from ckptavg.landscape.lines.segment import segment as segment
+    from ckptavg.plots.report.api import report as report
     from ckptavg.runs.run import Run as Run
     from ckptavg.runs.run import open_run as open_run
     from ckptavg.tasks import Task as Task
@@ -49,6 +50,7 @@ _HOMES = {
     "geometry": "inspection.geometry",
     "verify": "inspection.verify",
     "segment": "landscape.lines.segment",
+    "report": "plots.report.api",
     "Run": "runs.run",
     "open_run": "runs.run",
     "Subset": "data.loaders",

@@ -20,6 +20,7 @@ FLOORS = (
     ("batchnorm", "tasks"),
     ("evaluation", "specs", "inspection"),
     ("landscape",),
+    ("plots",),
     ("cli",),
     ("__main__", "__init__"),
 )
@@ -30,7 +31,7 @@ STILL_LONG: set[str] = set()
 PUBLIC = [
     "average", "average_many", "Recompute", "update_bn", "CkptavgError", "StaleStatisticsWarning",
     "Candidate", "evaluate", "compare", "Result", "Results", "Checkpoint", "open_checkpoint",
-    "geometry", "verify", "segment", "Run", "open_run", "Subset", "Task", "__version__",
+    "geometry", "verify", "segment", "report", "Run", "open_run", "Subset", "Task", "__version__",
 ]  # fmt: skip
 
 MODULES = sorted(PACKAGE.rglob("*.py"))

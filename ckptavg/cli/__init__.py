@@ -16,6 +16,7 @@ from ckptavg.cli.commands.average import average
 from ckptavg.cli.commands.evaluate import evaluate
 from ckptavg.cli.commands.inspect import inspect
 from ckptavg.cli.commands.plots import plot
+from ckptavg.cli.commands.report import report_run
 from ckptavg.cli.commands.update_bn import update_bn
 from ckptavg.cli.options.help import CommandGroup
 from ckptavg.display.table_layout import wrap_note
@@ -84,6 +85,7 @@ def main() -> None:
       ckptavg update-bn CKPT -o OUT ...   BatchNorm statistics for its weights
       ckptavg eval --run RUN ...          did it help? last, average and ensemble
       ckptavg plot KIND RUN ...           figures of its weights and its loss
+      ckptavg report RUN -o OUT.html ...  did it help, on a page with all that decides
     """
 
 
@@ -92,3 +94,4 @@ main.add_command(average)
 main.add_command(update_bn)
 main.add_command(evaluate)
 main.add_command(plot)
+main.add_command(report_run)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptavg.cli import launcher, signals
+from ckptavg.cli import launcher, repeated, signals
 from ckptavg.cli.error_lines import show_in_one_line
 from ckptavg.cli.libraries import silence_libraries
 from ckptavg.cli.options.declare import option, together
@@ -69,6 +69,11 @@ class _Command(GroupedCommand):
         super().__init__(*args, **kwargs)
         carrier = _common_options(lambda: None)
         self.params += reversed(carrier.__click_params__)  # type: ignore[attr-defined]
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the arguments, and keep them as typed for a command that repeats them."""
+        ctx.meta[repeated.TYPED] = tuple(args)
+        return super().parse_args(ctx, args)
 
 
 def _share(function: Callable[..., Any]) -> Callable[..., Any]:

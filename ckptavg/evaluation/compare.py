@@ -92,7 +92,7 @@ def compare(  # noqa: D417 - arguments of `evaluate` and `average` share a line
     rules = TensorRules(include=include_tensors, exclude=exclude_tensors, base=base, dtype=dtype)
     recompute = train_data is not None
     with collect_notes() as notes:
-        run, selection = _open_selection(run, selection)
+        run, selection = open_selection(run, selection)
         further = {}
         for name, request in (also or {}).items():
             further[name] = plan_request(name, run, request, **rules)
@@ -114,8 +114,16 @@ def compare(  # noqa: D417 - arguments of `evaluate` and `average` share a line
     return Results(without_repeats(scored), scored.task, notes)
 
 
-def _open_selection(run: RunLike, selection: Run | None) -> tuple[Run, Run]:
-    """Open a run, check the selection, and note remarks on both."""
+def open_selection(run: RunLike, selection: Run | None) -> tuple[Run, Run]:
+    """Open a run, check the selection, and note remarks on both.
+
+    Args:
+        run: The run, or a path.
+        selection: The part of the run to average; the whole run where None.
+
+    Raises:
+        UsageError: The selection is not a part of the run.
+    """
     opened = as_run(run)
     note_run(opened)
     selection = _check_selection(selection, opened)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from ckptavg.cli.console import Report
-from ckptavg.display.tables import NOTHING
-from ckptavg.errors import first_few
-from ckptavg.runs.discovery.numbered import short_names
 
 if TYPE_CHECKING:
     from ckptavg.formats import Checkpoint
@@ -17,73 +14,15 @@ if TYPE_CHECKING:
 
 def show(report: Report, geometry: Geometry) -> None:
     """Show a table of lengths, and a line on checkpoints that stand apart."""
-    ordered = geometry.distances.sort(1).values
-    columns = {
-        "norm": geometry.norms.tolist(),
-        "step": _by_checkpoint(geometry),
-        "to mean": geometry.to_mean.tolist(),
-        "to nearest": ordered[:, 1].tolist(),
-        "to farthest": ordered[:, -1].tolist(),
-    }
-    names = short_names([checkpoint.path for checkpoint in geometry.checkpoints])
-    rows = []
-    for name, *lengths in zip(names, *columns.values(), strict=True):
-        rows.append((name, *map(_length_text, lengths)))
-    title = "geometry of the weights (Euclidean; step: from the one before)"
-    report.table(("checkpoint", *columns), rows, title=title)
-    if geometry.step_cosines.isfinite().any():
-        cosine = geometry.step_cosines.nanmean()
-        report.line(
-            f"successive steps: mean cosine {cosine:.2f} (1 straight, 0 random walk, -0.5 scatter)"
-        )
-    report.line(_verdict(geometry))
+    from ckptavg.inspection import geometry_table  # noqa: PLC0415 - help is shown without torch
 
-
-def _by_checkpoint(geometry: Geometry) -> list[float | None]:
-    """Return the length of the step to each checkpoint; None for the first of a training."""
-    steps = geometry.steps.tolist()
-    lengths: list[float | None] = []
-    for training in geometry.run.trainings:
-        count = len(training) - 1
-        lengths += [None, *steps[:count]]
-        steps = steps[count:]
-    return lengths
-
-
-def _length_text(value: float | None) -> str:
-    if value is None:
-        return NOTHING
-    return f"{value:#.4g}".rstrip(".")
-
-
-def _verdict(geometry: Geometry) -> str:
-    """Word a line about checkpoints that stand apart."""
-    outliers, groups = geometry.outliers, geometry.groups
-    if outliers is not None:
-        names = _names_within(geometry, outliers.checkpoints)
-        verb = "stand"
-        if len(names) == 1:
-            verb = "stands"
-        return (
-            f"{first_few(names)} {verb} apart: {outliers.distance:.4g} to the nearest of the "
-            f"others, which all have one within {outliers.typical:.4g}"
-        )
-    if len(groups.members) > 1:
-        sizes = " and ".join(str(len(group)) for group in groups.members)
-        return (
-            f"the checkpoints fall into groups of {sizes}, at least {groups.distance:.4g} apart; "
-            f"links within a group are at most {groups.typical:.4g}. Is the run one training?"
-        )
-    if len(geometry.checkpoints) < 4:
-        return "too few checkpoints to tell whether one stands apart"
-    return "no checkpoint stands apart"
-
-
-def _names_within(geometry: Geometry, checkpoints: Sequence[Checkpoint]) -> list[str]:
-    """Return names of some checkpoints, as short as the table has them."""
-    paths = [checkpoint.path for checkpoint in geometry.checkpoints]
-    name_by_path = dict(zip(paths, short_names(paths), strict=True))
-    return [name_by_path[checkpoint.path] for checkpoint in checkpoints]
+    table = geometry_table.tabulate_geometry(geometry)
+    titles = [column.title for column in table.columns]
+    report.table(titles, [row.texts for row in table.rows], title=table.title)
+    motion = geometry_table.describe_motion(geometry)
+    if motion is not None:
+        report.line(motion)
+    report.line(geometry_table.describe_groups(geometry))
 
 
 def values(geometry: Geometry) -> dict[str, Any]:

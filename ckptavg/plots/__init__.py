@@ -1,0 +1,1 @@
+"""Figures of landscapes: ``Landscape.plot`` and ``Landscape.save_figure`` draw them here."""

@@ -1,0 +1,227 @@
+"""The report: its page as a reader sees it, its numbers, its command, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from helpers import save
+from html_pages import check_inert
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import ckptavg
+from ckptavg.cli import main
+from ckptavg.errors import OutputError, UsageError
+from ckptavg.evaluation.score_table import tabulate_scores
+from ckptavg.plots.report import build
+
+FACTORIES = """
+import torch
+from torch import nn
+
+def model():
+    return nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+
+def data(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(60, 8, generator=generator)
+    return torch.utils.data.TensorDataset(x, torch.randint(0, 3, (60,), generator=generator))
+"""
+SPECS = ["--model", "net.py:model", "--data", "net.py:data", "--data-arg", "seed=1"]
+TRAIN = ["--train-data", "net.py:data"]
+HOSTILE = "<script>alert(1)<|script>\"'&amp;\u202e\x1b[31m{{ 7*7 }}$x$"
+
+
+def network():
+    return nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+
+
+def data(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(60, 8, generator=generator)
+    return TensorDataset(x, torch.randint(0, 3, (60,), generator=generator))
+
+
+def state_of(seed):
+    torch.manual_seed(seed)
+    state = network().state_dict()
+    return state | {"1.running_mean": torch.randn(4), "1.running_var": torch.rand(4) + 0.5}
+
+
+def save_run(directory, count=4, **beside):
+    for epoch in range(1, count + 1):
+        save(directory / f"epoch_{epoch}.pt", state_of(epoch), epoch=epoch, **beside)
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    (tmp_path / "net.py").write_text(FACTORIES)
+    save_run(tmp_path / "run", lr=0.1)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def command(*args, code=0):
+    result = CliRunner().invoke(main, ["report", *map(str, args)])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def page_of(path="r.html"):
+    return check_inert(Path(path).read_text(encoding="utf-8"))
+
+
+def report_python(run="run", **options):
+    return ckptavg.report(run, network(), data(1), train_data=data(), **options)
+
+
+def test_report_has_all_sections_and_is_inert(home):
+    command("run", *SPECS, *TRAIN, "-o", "r.html")
+    page = page_of()
+    assert {"verdict", "run", "candidates", "geometry", "make", "origin"} <= page.sections.keys()
+    assert "Learning rate0.1 in all" in "".join(page.sections["run"].split("\n"))
+    assert dict(page.elements[0][1]) == {"lang": "en"}
+
+
+def test_report_numbers_are_those_of_eval(home):
+    command("run", *SPECS, *TRAIN, "--each", "-o", "r.html")
+    results = ckptavg.compare(
+        "run", network(), data(1), train_data=data(), each=True, ensemble=True
+    )
+    table = tabulate_scores(results, results.task)
+    shown = page_of().table("NLL")
+    assert shown[0] == [column.title for column in table.columns]
+    for row, expected in zip(shown[1:], table.rows, strict=True):
+        assert [cell.removeprefix("*") for cell in row] == expected.texts
+
+
+def test_report_verdict_is_that_of_the_comparison(home):
+    shown = json.loads(command("run", *SPECS, *TRAIN, "-o", "r.html", "--json").stdout)
+    results = ckptavg.compare("run", network(), data(1), train_data=data())
+    difference = results["average of 4 (uniform)"].versus.difference
+    assert f"from {difference.low:+.2f} to {difference.high:+.2f}" in shown["text"]
+    assert shown["text"] in page_of().sections["verdict"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        TRAIN,
+        [*TRAIN, "--last", "2", "--scheme", "ema:decay=0.5", "--exclude", "0.b*", "-b", "16"],
+        [*TRAIN, "--weights", "1,2,3,4", "--bn-samples", "30", "--skip", "nothing here"],
+        ["--from", "2", "--to", "3"],
+    ],
+    ids=["stale", "recomputed", "last", "weights", "steps"],
+)
+def test_report_command_and_code_make_the_winner(home, options):
+    shown = json.loads(command("run", *SPECS, *options, "-o", "r.html", "--json").stdout)
+    page = page_of()
+    assert page.code == [shown["command"], shown["python"]]
+    program, *words = shlex.split(page.code[0])
+    assert program == "ckptavg"
+    made = CliRunner().invoke(main, words)
+    assert made.exit_code == 0, made.output
+    (scored,) = ckptavg.evaluate(["averaged.pt"], network(), data(1))
+    averages = [c for c in shown["candidates"] if c["kind"] == "average"]
+    assert scored.metrics["nll"] == pytest.approx(averages[-1]["metrics"]["nll"], rel=1e-5)
+    assert scored.bn == averages[-1]["bn"]
+    Path("averaged.pt").rename("by_command.pt")
+    with pytest.warns() if scored.bn == "stale" else nullcontext():
+        exec(page.code[1], {"model": network(), "train_data": data()})
+    by_command, by_code = (torch.load(p)["state_dict"] for p in ("by_command.pt", "averaged.pt"))
+    for name, value in by_command.items():
+        assert torch.equal(value, by_code[name]), name
+
+
+def test_report_python_is_that_of_the_command(home):
+    command("run", *SPECS, *TRAIN, "-o", "r.html")
+    report = report_python(out="python.html")
+    assert str(report) in page_of().sections["verdict"]
+    assert page_of("python.html").table("NLL") == page_of().table("NLL")
+    assert report.html == Path("python.html").read_text(encoding="utf-8")
+
+
+def test_report_of_the_same_inputs_has_the_same_bytes(home):
+    for name in ("a.html", "b.html"):
+        command("run", *SPECS, *TRAIN, "-o", name)
+    assert Path("a.html").read_bytes() == Path("b.html").read_bytes()
+    command("run", *SPECS, *TRAIN, "-o", "c.html", "--date", "1 May <2026>")
+    assert "1 May <2026>" in "".join(page_of("c.html").texts)
+
+
+def test_report_shows_hostile_names_as_text(home):
+    directory = home / HOSTILE
+    save_run(directory, count=3)
+    save(directory / f"{HOSTILE}_4.pt", state_of(4), epoch=4)
+    save(directory / "last.pt", state_of(4), epoch=4)
+    command(HOSTILE, *SPECS, "--each", "-o", "r.html", "--date", HOSTILE)
+    page = page_of()
+    text = "".join(page.texts)
+    assert "<script>alert(1)<|script>" in text
+    assert "{{ 7*7 }}" in text
+    for character in ("\u202e", "\x1b"):
+        assert character not in text
+
+
+def test_report_removes_secrets(home):
+    report = report_python(date="https://user:word@host/x?token=1")
+    assert "word@" not in report.html
+    assert "token" not in report.html
+
+
+def test_report_refuses_an_existing_file_before_work(home, monkeypatch):
+    Path("r.html").write_text("mine")
+    monkeypatch.setattr(build, "build_report", None)
+    output = command("run", *SPECS, "-o", "r.html", code=1).output
+    assert "--overwrite" in output
+    assert Path("r.html").read_text() == "mine"
+    with pytest.raises(OutputError):
+        report_python(out="r.html")
+    command("run", *SPECS, "-o", "r.txt", code=2)
+    with pytest.raises(UsageError):
+        report_python(out="r.txt")
+
+
+def test_report_overwrites_where_asked(home):
+    Path("r.html").write_text("mine")
+    command("run", *SPECS, "-o", "r.html", "--overwrite")
+    page_of()
+
+
+def test_report_leaves_nothing_half_written(home, monkeypatch):
+    before = sorted(Path().iterdir())
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ckptavg.io.atomic._fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        report_python(out="r.html")
+    assert sorted(Path().iterdir()) == before
+
+
+def test_report_of_one_checkpoint_leaves_sections_out(home):
+    save_run(home / "one", count=1)
+    command("one", *SPECS, "-o", "r.html")
+    page = page_of()
+    assert "Nothing to average" in page.sections["verdict"]
+    assert "make" not in page.sections
+    assert "geometry" not in page.sections
+    assert "no distances are shown" in page.sections["notes"]
+    assert "not recorded" in page.sections["run"]
+
+
+def test_report_lists_what_is_left_out(home):
+    save(home / "run" / "last.pt", state_of(4), epoch=4)
+    (home / "run" / "optimizer.pt").write_bytes(b"x")
+    command("run", *SPECS, "-o", "r.html")
+    table = page_of().table("left out")
+    assert any("last.pt" in path and "repeats" in why for path, why in table[1:])
+    assert any("optimizer.pt" in path for path, _ in table[1:])
