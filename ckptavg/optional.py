@@ -8,12 +8,13 @@ from typing import Any
 from ckptavg.errors import SpecError
 
 
-def import_optional(module: str, package: str) -> Any:
+def import_optional(module: str, package: str, extra: str = "") -> Any:
     """Import a module of an optional package.
 
     Args:
         module: Dotted name of the module.
         package: Name under which pip installs the package.
+        extra: Extra of ckptavg that installs the package, and what else is needed with it.
 
     Returns:
         The module.
@@ -26,7 +27,10 @@ def import_optional(module: str, package: str) -> Any:
     except ImportError as error:
         # The package may be there, and a package that it imports not.
         missing = (error.name or "").partition(".")[0]
-        if isinstance(error, ModuleNotFoundError) and missing not in ("", module.partition(".")[0]):
+        elsewhere = missing not in ("", module.partition(".")[0])
+        if extra:
+            remedy = f'Install it with pip install "ckptavg[{extra}]".'
+        elif isinstance(error, ModuleNotFoundError) and elsewhere:
             remedy = f"Install {missing}, which it needs."
         else:
             remedy = f"Install it with pip install {package}."

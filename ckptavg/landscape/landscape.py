@@ -275,7 +275,7 @@ class Landscape:
             SpecError: matplotlib is not installed.
         """
         # The room of figures is above this one, and only a figure needs it.
-        drawing = import_optional("ckptavg.plots.draw", "matplotlib")
+        drawing = import_optional("ckptavg.plots.draw", "matplotlib", "plot")
         figure_and_axes: tuple[Figure, Any] = drawing.draw(self, ax)
         return figure_and_axes
 
@@ -289,7 +289,7 @@ class Landscape:
             SpecError: matplotlib is not installed.
             OutputError: The file cannot be written.
         """
-        drawing = import_optional("ckptavg.plots.draw", "matplotlib")
+        drawing = import_optional("ckptavg.plots.draw", "matplotlib", "plot")
         drawing.save_figure(self, Path(path))
 
 

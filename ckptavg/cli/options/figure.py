@@ -60,7 +60,7 @@ class FigureOptions:
         _require_directory(Path(self.out))
         from ckptavg.optional import import_optional  # noqa: PLC0415
 
-        import_optional("matplotlib", "matplotlib")
+        import_optional("matplotlib", "matplotlib", "plot")
 
     def publish(self, report: Report, landscape: Landscape) -> None:
         """Store the data, draw the figure, and give the data as the command's JSON.

@@ -1,0 +1,171 @@
+"""Panels of figures: their arrangement, labels and legends, and names as plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from matplotlib.figure import Figure
+
+from ckptavg.display.shortening import shorten_names
+from ckptavg.errors.printable import printable
+from ckptavg.plots.style import SMALL
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+
+WIDTH = 8.0  # inches: 800 pixels
+NAME_ROOM = 28
+# Characters of small text across a figure.
+_LINE = 118
+_HANDLE = 7
+_MOST_COLUMNS = 4
+_LINE_HEIGHT = 0.18  # inches
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Arrangement of a figure's panels.
+
+    Attributes:
+        rows: Rows of panels.
+        columns: Columns of panels.
+        height: Height of the figure without its legend, in inches.
+        heights: Relative heights of the rows; equal where empty.
+        share_x: True if all panels have the same horizontal axis.
+    """
+
+    rows: int = 1
+    columns: int = 1
+    height: float = 4.0
+    heights: tuple[float, ...] = ()
+    share_x: bool = False
+
+    @property
+    def count(self) -> int:
+        """Number of panels."""
+        return self.rows * self.columns
+
+
+@dataclass
+class Key:
+    """Entries of a figure's legend, in order.
+
+    Attributes:
+        title: Heading of the legend.
+        handles: Samples of what the entries explain.
+        labels: Texts.
+    """
+
+    title: str = ""
+    handles: list[Artist] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
+
+    def add(self, handle: Artist, label: str) -> None:
+        """Add an entry."""
+        # matplotlib hides labels that begin with an underscore.
+        if label.startswith("_"):
+            label = f" {label}"
+        self.handles.append(handle)
+        self.labels.append(label)
+
+    @property
+    def columns(self) -> int:
+        """Largest number of columns, filled one after the other, that fit below a figure."""
+        count = len(self.labels)
+        for columns in range(min(count, _MOST_COLUMNS), 1, -1):
+            width = start = 0
+            for column in range(columns):
+                # The first columns take what is left over.
+                length = count // columns + (column < count % columns)
+                width += max(map(len, self.labels[start : start + length])) + _HANDLE
+                start += length
+            if width <= _LINE:
+                return columns
+        return 1
+
+    @property
+    def lines(self) -> int:
+        """Number of lines of the legend below a figure."""
+        if not self.labels:
+            return 0
+        return -(-len(self.labels) // self.columns) + bool(self.title)
+
+
+def new_figure(layout: Layout) -> tuple[Figure, list[Axes]]:
+    """Make a figure with its panels, outside of pyplot."""
+    figure = Figure(figsize=(WIDTH, layout.height), layout="constrained")
+    grid = figure.subplots(
+        layout.rows,
+        layout.columns,
+        sharex=layout.share_x,
+        squeeze=False,
+        height_ratios=layout.heights or None,
+    )
+    return figure, [*grid.flat]
+
+
+def put_key_below(figure: Figure, key: Key) -> None:
+    """Put a legend below all panels of a figure, which grows by it."""
+    figure.set_figheight(figure.get_figheight() + _LINE_HEIGHT * key.lines)
+    if key.labels:
+        legend = figure.legend(
+            key.handles,
+            key.labels,
+            loc="outside lower center",
+            ncols=key.columns,
+            title=key.title or None,
+            fontsize=SMALL,
+            frameon=False,
+            columnspacing=1.6,
+        )
+        _style_legend(legend)
+
+
+def put_key_inside(axes: Axes, key: Key) -> None:
+    """Put a legend into a panel, where it covers least."""
+    if key.labels:
+        legend = axes.legend(
+            key.handles,
+            key.labels,
+            loc="best",
+            title=key.title or None,
+            fontsize=SMALL,
+            framealpha=0.85,
+        )
+        _style_legend(legend)
+
+
+def _style_legend(legend: Any) -> None:
+    legend.get_title().set_fontsize(SMALL)
+    for text in (*legend.get_texts(), legend.get_title()):
+        text.set_parse_math(False)
+
+
+def label_axes(axes: Axes, x: str = "", y: str = "", title: str = "") -> None:
+    """Label a panel with plain texts; empty ones are left out."""
+    if x:
+        axes.set_xlabel(printable(x), parse_math=False)
+    if y:
+        axes.set_ylabel(printable(y), parse_math=False)
+    if title:
+        axes.set_title(printable(title), loc="left", parse_math=False)
+
+
+def short_names(names: Sequence[str], room: int = NAME_ROOM) -> list[str]:
+    """Shorten names for a legend, different ones to different ones, without control characters."""
+    return shorten_names([printable(name) for name in names], room)
+
+
+def put_colour_bar(panel: Axes, drawn: Any, title: str = "", **look: Any) -> Any:
+    """Put a colour bar beside a panel, inside its box, so that both have the same height."""
+    figure = panel.get_figure()
+    assert figure is not None
+    bar = figure.colorbar(drawn, cax=panel.inset_axes((1.03, 0.0, 0.04, 1.0)), **look)
+    bar.ax.tick_params(length=2)
+    bar.outline.set_linewidth(0.5)
+    if title:
+        bar.set_label(title)
+    return bar
