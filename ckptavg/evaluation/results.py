@@ -16,6 +16,7 @@ from ckptavg.evaluation.significance import Difference
 from ckptavg.formats.running_statistics import RECOMPUTED
 from ckptavg.tasks import Metric, Task
 from ckptavg.tasks.classification import Classification
+from ckptavg.tasks.intervals import Interval
 
 if TYPE_CHECKING:
     import pandas
@@ -42,7 +43,8 @@ class Result:
         details: Further entries of the JSON: bins of calibration, disagreement among the members of
             an ensemble, the options of SWAG's samples under ``swag``, and under ``bn_layers`` the
             layers that ``bn`` does not hold for.
-        interval: 95 % interval of metrics, by key; of points of a landscape only.
+        interval: 95 % interval of metrics by key, for the error from scoring these samples and no
+            others; empty for results from a file.
         squared_norm: ‖w‖² over all parameters; of points of a landscape only.
     """
 
@@ -51,7 +53,7 @@ class Result:
     bn: str
     versus: Comparison | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
-    interval: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    interval: Mapping[str, Interval] = field(default_factory=dict, compare=False, repr=False)
     squared_norm: float | None = None
 
     def __repr__(self) -> str:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 from ckptavg.distributed.peers import Peers
 from ckptavg.errors import EvaluationError
 from ckptavg.evaluation.candidate_scores import CandidateScore, concatenate_samples
-from ckptavg.evaluation.candidates import Candidate, baseline_of
+from ckptavg.evaluation.candidates import Candidate
 from ckptavg.evaluation.results import Comparison, Result
-from ckptavg.evaluation.significance import compare, interval_of
+from ckptavg.evaluation.significance import compare
 from ckptavg.evaluation.weight_sets import WeightSet, WeightSets
 from ckptavg.formats.running_statistics import LAYERS
 from ckptavg.models.batches import Batches
-from ckptavg.tasks import Task
+from ckptavg.tasks import Samples, Task
 
 
 class ScoredData:
@@ -25,6 +24,7 @@ class ScoredData:
         phase: Name of the data in the display of progress.
         data: This process's batches.
         candidates: The candidates.
+        baselines: Per candidate, the candidate that it is compared with.
         weight_sets: The candidates' weight sets.
         task: The task that scores.
         peers: The processes that share the data.
@@ -37,6 +37,7 @@ class ScoredData:
         phase: str,
         data: Batches,
         candidates: Sequence[Candidate],
+        baselines: Sequence[Candidate],
         weight_sets: WeightSets,
         task: Task,
         peers: Peers,
@@ -53,11 +54,19 @@ class ScoredData:
         self.scores: list[CandidateScore] = []
         for candidate, members in zip(candidates, weight_sets.members, strict=True):
             self.scores.append(CandidateScore(candidate, members, task))
-        baseline = baseline_of(candidates)
-        self.baseline = next(score for score in self.scores if score.candidate is baseline)
+        self._baseline_of: dict[CandidateScore, CandidateScore] = {}
+        for score, baseline in zip(self.scores, baselines, strict=True):
+            self._baseline_of[score] = next(
+                other for other in self.scores if other.candidate is baseline
+            )
         # One checksum per batch of the first pass, to recognize other data in later passes.
         self._fingerprints: list[int] = []
         self._results: dict[CandidateScore, Result] = {}
+
+    @property
+    def baselines(self) -> set[CandidateScore]:
+        """Scores of all candidates that others are compared with."""
+        return set(self._baseline_of.values())
 
     def check_batch(self, number: int, fingerprint: int) -> None:
         """Make sure that a batch is the one that the first pass had at the same position.
@@ -84,18 +93,15 @@ class ScoredData:
         for score in complete:
             if not score.finished.isdisjoint(group):
                 score.merge(self.peers)
-        baseline = None
-        if self.baseline.complete and not self.as_points:
-            baseline = self.baseline
         for score in complete:
             result = self._results.get(score)
             # Results from before the baseline was scored lack a comparison and are made again.
-            if result is None or (result.versus is None and baseline is not None):
-                self._results[score] = self._result(score, baseline)
+            if result is None or (result.versus is None and self._baseline_of[score].complete):
+                self._results[score] = self._result(score)
         return [self._results[score] for score in complete]
 
-    def _result(self, score: CandidateScore, baseline: CandidateScore | None) -> Result:
-        if any(member.is_hole for member in score.members):
+    def _result(self, score: CandidateScore) -> Result:
+        if _is_hole(score):
             return self._hole(score)
         metrics = score.scores.compute()
         details = score.details()
@@ -108,11 +114,11 @@ class ScoredData:
         state, layers = score.describe_statistics()
         if layers:
             details = details | {LAYERS: layers}
-        result = Result(score.candidate, metrics, state, self._compare(score, baseline), details)
-        if self.as_points:
-            norm = score.members[0].squared_norm
-            result = replace(result, interval=self._interval(score), squared_norm=norm)
-        return result
+        samples = concatenate_samples(score.samples)
+        interval = self.task.intervals(score.scores, samples)
+        norm = score.members[0].squared_norm
+        versus = self._compare(score, samples)
+        return Result(score.candidate, metrics, state, versus, details, interval, norm)
 
     def _hole(self, score: CandidateScore) -> Result:
         """Make the result of a point whose outputs are not finite: every metric is NaN."""
@@ -121,25 +127,22 @@ class ScoredData:
         norm = score.members[0].squared_norm
         return Result(score.candidate, metrics, state, squared_norm=norm)
 
-    def _interval(self, score: CandidateScore) -> dict[str, tuple[float, float]]:
-        """Compute the interval of the metric that the task has per-sample values for."""
-        samples = concatenate_samples(score.samples)
-        if samples is None:
-            return {}
-        low, high = interval_of(samples)
-        metric = samples.metric or self.task.metrics[0].key
-        return {metric: (samples.scale * low, samples.scale * high)}
-
-    def _compare(self, score: CandidateScore, baseline: CandidateScore | None) -> Comparison | None:
-        if baseline is None or score is baseline:
+    def _compare(self, score: CandidateScore, samples: Samples | None) -> Comparison | None:
+        """Compare a candidate with its baseline; None where one of them has no samples yet."""
+        baseline = self._baseline_of[score]
+        if score is baseline or not baseline.complete or _is_hole(baseline):
             return None
-        samples = concatenate_samples(score.samples)
         baseline_samples = concatenate_samples(baseline.samples)
         if samples is None or baseline_samples is None:
             return None
         difference = compare(samples, baseline_samples, seed=self.seed)
         metric = samples.metric or self.task.metrics[0].key
         return Comparison(baseline.candidate.name, metric, difference.scale_by(samples.scale))
+
+
+def _is_hole(score: CandidateScore) -> bool:
+    """Return True if outputs of a candidate are not finite."""
+    return any(member.is_hole for member in score.members)
 
 
 def _another_order() -> EvaluationError:

@@ -26,7 +26,7 @@ from ckptavg.display.progress import PhaseProgress
 from ckptavg.distributed.peers import Peers, SingleProcess
 from ckptavg.errors import EvaluationError, UsageError
 from ckptavg.evaluation.candidate_scores import CandidateScore, FiniteCheck
-from ckptavg.evaluation.candidates import Candidate, layers_of
+from ckptavg.evaluation.candidates import Candidate, baseline_of, layers_of
 from ckptavg.evaluation.results import Result
 from ckptavg.evaluation.scored_data import ScoredData
 from ckptavg.evaluation.weight_sets import WeightSet, WeightSets, load_models, release_models
@@ -104,6 +104,7 @@ def score_on(
     peers: Peers | None = None,
     on_results: Callable[[Sequence[Sequence[Result]]], None] | None = None,
     as_points: bool = False,
+    baselines: Sequence[Candidate] | None = None,
 ) -> list[list[Result]]:
     """Score candidates on several data sets, with weights and statistics made once for all.
 
@@ -120,9 +121,10 @@ def score_on(
         progress: As for ``score``.
         peers: As for ``score``.
         on_results: Called after each pass with the results so far on each data set.
-        as_points: True for points of a landscape. Each stands for itself: the results have an
-            interval and the norm of the weights in place of a comparison, and a point whose outputs
-            are not finite has metrics of NaN.
+        as_points: True for points of a landscape. Each stands for itself: the results have the norm
+            of the weights, and a point whose outputs are not finite has metrics of NaN.
+        baselines: Per candidate, the one of the candidates that it is compared with. Where None,
+            that is the last checkpoint of the run, or the first candidate; for points, nothing.
 
     Returns:
         The results on each data set, one per candidate.
@@ -140,9 +142,15 @@ def score_on(
         raise UsageError("recomputing statistics needs training data (`train_loader`)")
     peers = peers or SingleProcess()
     task = task or Classification()
+    if baselines is None and as_points:
+        # What is compared with itself is compared with nothing.
+        baselines = candidates
+    elif baselines is None:
+        baselines = [baseline_of(candidates)] * len(candidates)
     session = _Session(
-        candidates, unwrap_distributed(model), runtime, task, peers, sources, as_points=as_points
-    )
+        candidates, baselines, unwrap_distributed(model), runtime, task, peers, sources,
+        as_points=as_points,
+    )  # fmt: skip
     session.forward = forward
     session.progress = progress or session.progress
     session.keep_nonfinite = keep_nonfinite or as_points
@@ -158,6 +166,7 @@ class _Session:
     def __init__(
         self,
         candidates: Sequence[Candidate],
+        baselines: Sequence[Candidate],
         model: nn.Module,
         runtime: Runtime,
         task: Task,
@@ -181,12 +190,11 @@ class _Session:
         self.weight_sets = WeightSets(candidates)
         self.scored: list[ScoredData] = []
         for phase, data in sources.items():
-            self.scored.append(
-                ScoredData(
-                    phase, data, candidates, self.weight_sets, task, self.peers, runtime.seed,
-                    as_points=as_points,
-                )
+            scored = ScoredData(
+                phase, data, candidates, baselines, self.weight_sets, task, self.peers,
+                runtime.seed, as_points=as_points,
             )  # fmt: skip
+            self.scored.append(scored)
         self.memory_format = MemoryFormat(model, runtime.device, scoring=True)
 
     def run(
@@ -198,7 +206,7 @@ class _Session:
 
         Args:
             training: This process's batches of the training data; None without any.
-            on_results: Called with the results so far on each data set, once the baseline is
+            on_results: Called with the results so far on each data set, once the baselines are
                 scored.
 
         Returns:
@@ -208,9 +216,11 @@ class _Session:
             _require_state(self.task)
         # All processes must form the same groups, so the smallest device decides.
         size = min(self.peers.gather(count_models_that_fit(self.model, self.runtime.device)))
-        # The baseline is scored first, since the other results include a comparison with it.
-        baseline = self.scored[0].baseline
-        baseline_members = set(baseline.members)
+        # Baselines are scored first, since the other results include a comparison with them.
+        baselines = self.scored[0].baselines
+        baseline_members: set[WeightSet] = set()
+        for baseline in baselines:
+            baseline_members.update(baseline.members)
         groups = sorted(self.weight_sets.groups(size), key=baseline_members.isdisjoint)
         # Of points, the caller knows the number of all passes.
         if not self.as_points:
@@ -239,7 +249,7 @@ class _Session:
                 # Also after an out-of-memory error: the repeated pass needs the memory.
                 release_models(group, self.runtime.device)
             results[:] = [scored.collect_results(group) for scored in self.scored]
-            if baseline.complete:
+            if all(baseline.complete for baseline in baselines):
                 on_results([*results])
 
         run_in_groups_that_fit(groups, run_pass, self.runtime, self.peers)

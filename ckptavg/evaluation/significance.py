@@ -99,38 +99,6 @@ def compare(first: Samples, second: Samples, *, seed: int = 0) -> Difference:
     return _compare_means(differences, _float64(weights)[counts], seed)
 
 
-def interval_of(samples: Samples) -> tuple[float, float]:
-    """Compute the 95 % interval of a candidate's mean, from the values per sample.
-
-    For right or wrong (values of 0 and 1 without weights): the score interval of Wilson (1927,
-    J. Am. Stat. Assoc. 22, 209–212). For other values: ``values.sum() / weights.sum()``, plus or
-    minus 1.96 standard errors of a ratio (Cochran 1977, 6.3).
-
-    Args:
-        samples: Values of at least one sample.
-
-    Returns:
-        Lower and upper end, in the unit of the values; NaN for values of a single sample.
-    """
-    n = len(samples.values)
-    values = _float64(samples.values)
-    if samples.weights is None and _is_binary(values):
-        share = float(values.mean())
-        centre = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
-        spread = math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
-        reach = _Z * spread / (1 + _Z**2 / n)
-        return max(0.0, centre - reach), min(1.0, centre + reach)
-    if n < 2:
-        return math.nan, math.nan
-    weights = torch.ones_like(values)
-    if samples.weights is not None:
-        weights = _float64(samples.weights)
-    ratio = values.sum() / weights.sum()
-    variance = (values - ratio * weights).square().sum() * n / (n - 1)
-    reach = _Z * float(variance.sqrt() / weights.sum())
-    return float(ratio) - reach, float(ratio) + reach
-
-
 def _check(first: Samples, second: Samples) -> None:
     if first.metric != second.metric:
         raise EvaluationError(f"samples of {first.metric} and {second.metric} cannot be compared")

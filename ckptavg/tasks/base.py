@@ -16,6 +16,7 @@ from torch import nn
 from ckptavg.errors import EvaluationError
 from ckptavg.models.calling import call, call_on_inputs
 from ckptavg.models.inputs import inputs_of, split_batch, split_labels
+from ckptavg.tasks.intervals import Interval, samples_interval
 
 
 @dataclass(frozen=True)
@@ -260,6 +261,21 @@ class Task:
         """Return further plain values for the JSON of a candidate's scores."""
         del scores
         return {}
+
+    def intervals(self, scores: Any, samples: Samples | None) -> dict[str, Interval]:
+        """Return 95 % intervals of metrics, by key; metrics without a known interval are missing.
+
+        Args:
+            scores: The metrics over all data.
+            samples: Values of all samples; None if the task has none.
+        """
+        del scores
+        if samples is None:
+            return {}
+        interval = samples_interval(samples)
+        if interval is None:
+            return {}
+        return {samples.metric or self.metrics[0].key: interval}
 
     def _overrides(self, name: str) -> bool:
         return getattr(type(self), name) is not getattr(Task, name)

@@ -10,6 +10,7 @@ from torch.nn.functional import logsigmoid
 from ckptavg.errors import EvaluationError
 from ckptavg.tasks import activations
 from ckptavg.tasks.base import LogMean, Metric, Samples, Scores, in_float64
+from ckptavg.tasks.intervals import Interval
 from ckptavg.tasks.metrics import ClassificationMetrics, class_indices
 from ckptavg.tasks.model_outputs import take_output
 
@@ -95,6 +96,13 @@ class Classification(activations.TaskOnLogits):
     def details(self, scores: Any) -> dict[str, Any]:
         """Return the bins of the calibration error."""
         return {"reliability": scores.reliability()}
+
+    def intervals(self, scores: Any, samples: Samples | None) -> dict[str, Interval]:
+        """Return the 95 % intervals of top-1, top-5 and NLL."""
+        # A subclass may have scores of its own.
+        if not isinstance(scores, ClassificationMetrics):
+            return super().intervals(scores, samples)
+        return scores.intervals()
 
     def are_probabilities(
         self, outputs: torch.Tensor, activation: activations.Activation | None

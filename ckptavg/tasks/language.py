@@ -13,8 +13,9 @@ from ckptavg.data.token_windows import IGNORED
 from ckptavg.errors import EvaluationError
 from ckptavg.tasks.activations import are_distributions
 from ckptavg.tasks.base import Metric, Samples, Task
+from ckptavg.tasks.intervals import Interval
 from ckptavg.tasks.model_outputs import take_output
-from ckptavg.tasks.token_scores import TokenMean, TokenScorer, TokenScores
+from ckptavg.tasks.token_scores import TokenMean, TokenScorer, TokenScores, exp_or_inf
 
 _BELONG_TOGETHER = "Check that the model and the tokenizer belong together."
 
@@ -183,6 +184,14 @@ class CausalLM(Task):
         scores = self._token_scorer.score(predictions, targets)
         length = targets.shape[1]
         return Samples(-scores[:, :length].sum(1), (targets >= 0).sum(1).to(scores.device))
+
+    def intervals(self, scores: Any, samples: Samples | None) -> dict[str, Interval]:
+        """Return the 95 % intervals of NLL and perplexity, with a window as a sample."""
+        intervals = super().intervals(scores, samples)
+        if "nll" in intervals:
+            low, high = intervals["nll"]
+            intervals["perplexity"] = (exp_or_inf(low), exp_or_inf(high))
+        return intervals
 
     def _note_range(self, ids: torch.Tensor) -> None:
         """Update the largest token id, for comparison with the model's embedding.

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ckptavg.errors import EvaluationError
+from ckptavg.tasks.intervals import Interval, mean_interval, wilson_interval
 
 ECE_BINS = 15
 # Number of classes that top-5 accuracy looks at.
@@ -51,8 +52,8 @@ class ClassificationMetrics:
     def __init__(self) -> None:
         self.count = 0
         self._classes = 0
-        # Top-1 and top-5 hits, negative log-likelihood.
-        self._totals = Totals(3)
+        # Top-1 and top-5 hits, negative log-likelihood and its square.
+        self._totals = Totals(4)
         # Samples, correct samples and confidence per bin.
         self._bins = Totals(3, ECE_BINS)
 
@@ -70,7 +71,9 @@ class ClassificationMetrics:
         rank = _rank(log_probabilities, label_logs, indices)
         hit = (rank == 0).double()
         self.count += len(labels)
-        self._totals.add(torch.stack((hit.sum(), (rank < _TOP).double().sum(), -label_logs.sum())))
+        top5 = (rank < _TOP).double().sum()
+        squares = label_logs.square().sum()
+        self._totals.add(torch.stack((hit.sum(), top5, -label_logs.sum(), squares)))
         self._bins.add(_sum_bins(log_probabilities.amax(1).exp(), hit))
 
     def compute(self) -> dict[str, float]:
@@ -82,7 +85,7 @@ class ClassificationMetrics:
             EvaluationError: There were no samples.
         """
         self._require_samples()
-        top1, top5, nll = self._totals.read().tolist()
+        top1, top5, nll, _ = self._totals.read().tolist()
         _, correct, confidence = self._bins.read()
         metrics = {"top1": 100 * top1 / self.count}
         if self._classes > _TOP:
@@ -91,6 +94,26 @@ class ClassificationMetrics:
         metrics["ece"] = float((correct - confidence).abs().sum()) / self.count
         metrics["n"] = self.count
         return metrics
+
+    def intervals(self) -> dict[str, Interval]:
+        """Return the 95 % intervals of ``top1`` and ``top5`` in %, and of ``nll`` in nats.
+
+        Raises:
+            EvaluationError: There were no samples.
+        """
+        self._require_samples()
+        top1, top5, nll, squares = self._totals.read().tolist()
+        hits = {"top1": top1}
+        if self._classes > _TOP:
+            hits["top5"] = top5
+        intervals: dict[str, Interval] = {}
+        for key, right in hits.items():
+            low, high = wilson_interval(right, self.count)
+            intervals[key] = (100 * low, 100 * high)
+        nll_interval = mean_interval(nll, squares, self.count)
+        if nll_interval is not None:
+            intervals["nll"] = nll_interval
+        return intervals
 
     def reliability(self) -> list[dict[str, float | None]]:
         """Return the bins of the calibration error for a reliability diagram.

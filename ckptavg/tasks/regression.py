@@ -9,6 +9,7 @@ import torch
 
 from ckptavg.errors import EvaluationError
 from ckptavg.tasks.base import Metric, Samples, Scores, Task, in_float64
+from ckptavg.tasks.intervals import Interval
 from ckptavg.tasks.model_outputs import take_output
 
 # Relative spread of constant targets that rounding alone can cause.
@@ -61,6 +62,14 @@ class Regression(Task):
         """Return the squared error per sample, mean over the D outputs."""
         errors = predictions - _rows(in_float64(targets))
         return Samples(errors.square().mean(1), metric="mse")
+
+    def intervals(self, scores: Any, samples: Samples | None) -> dict[str, Interval]:
+        """Return the 95 % intervals of the mean squared error and its root."""
+        intervals = super().intervals(scores, samples)
+        if "mse" in intervals:
+            low, high = intervals["mse"]
+            intervals["rmse"] = (math.sqrt(max(low, 0.0)), math.sqrt(high))
+        return intervals
 
 
 class RegressionMetrics:

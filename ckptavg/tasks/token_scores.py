@@ -84,7 +84,7 @@ class TokenScores:
             raise EvaluationError(
                 "the evaluation data has no tokens to score", "Check the evaluation data."
             )
-        metrics = {"nll": nll / tokens, "perplexity": _exp(nll / tokens)}
+        metrics = {"nll": nll / tokens, "perplexity": exp_or_inf(nll / tokens)}
         if math.isnan(right):
             log.info("the accuracy of an ensemble whose members came in several passes is unknown")
         else:
@@ -207,7 +207,8 @@ def _softmax_dtype(logits: torch.Tensor) -> torch.dtype:
     return torch.float32
 
 
-def _exp(value: float) -> float:
+def exp_or_inf(value: float) -> float:
+    """Return the exponential, which is infinite beyond the largest float."""
     if value >= _EXP_OVERFLOW:
         return math.inf
     return math.exp(value)

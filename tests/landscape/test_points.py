@@ -141,9 +141,10 @@ def test_points_have_an_interval_by_wilson(run):
     n, share, z = len(TEST), score.data["top1"] / 100, 1.959963984540054
     a, b, c = 1 + z**2 / n, -(2 * share + z**2 / n), share**2
     root = math.sqrt(b**2 - 4 * a * c)
-    assert score.interval == {
-        "top1": pytest.approx((100 * (-b - root) / (2 * a), 100 * (-b + root) / (2 * a)))
-    }
+    assert score.interval.keys() == {"top1", "nll"}
+    assert score.interval["top1"] == pytest.approx(
+        (100 * (-b - root) / (2 * a), 100 * (-b + root) / (2 * a))
+    )
 
 
 def test_points_of_any_other_weights_are_candidates(run):
