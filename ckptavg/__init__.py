@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ckptavg.formats import open_checkpoint as open_checkpoint
     from ckptavg.inspection.geometry import geometry as geometry
     from ckptavg.inspection.verify import verify as verify
+    from ckptavg.landscape.curves.curve import curve as curve
     from ckptavg.landscape.lines.segment import segment as segment
     from ckptavg.plots.report.api import report as report
     from ckptavg.runs.run import Run as Run
@@ -49,6 +50,7 @@ _HOMES = {
     "open_checkpoint": "formats",
     "geometry": "inspection.geometry",
     "verify": "inspection.verify",
+    "curve": "landscape.curves.curve",
     "segment": "landscape.lines.segment",
     "report": "plots.report.api",
     "Run": "runs.run",

@@ -1,0 +1,1 @@
+"""Curves: scores over training, and over the number of averaged checkpoints."""

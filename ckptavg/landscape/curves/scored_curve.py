@@ -1,0 +1,167 @@
+"""Curves whose points are scored with a model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ckptavg.data.loaders import open_loader
+from ckptavg.display.progress import PhaseProgress
+from ckptavg.distributed.peers import find_peers
+from ckptavg.evaluation.candidates import Candidate
+from ckptavg.evaluation.session import score_on
+from ckptavg.landscape.curves.named_runs import NamedRun, StepAxis, landmarks_of
+from ckptavg.landscape.curves.series import (
+    CHECKPOINTS,
+    RUNNING,
+    Stretch,
+    average_of,
+    candidates_by_coefficients,
+    series_name,
+)
+from ckptavg.landscape.curves.verdict import EndComparison, Gap, measure_gap
+from ckptavg.landscape.landscape import Landmark, Landscape, Point
+from ckptavg.landscape.points import EVALUATION, PointScore, PointScorer
+from ckptavg.landscape.store import Scores, score_landscape
+
+
+@dataclass(frozen=True)
+class ScoredCurve:
+    """A curve that is scored.
+
+    Attributes:
+        runs: The runs.
+        axis: Coordinate of each checkpoint.
+        stretches: The points of all lines.
+        scorer: Scores the points.
+    """
+
+    runs: Sequence[NamedRun]
+    axis: StepAxis
+    stretches: Sequence[Stretch]
+    scorer: PointScorer
+
+    def score(
+        self,
+        results: str | os.PathLike[str] | None,
+        *,
+        resume: bool,
+        progress: PhaseProgress | None,
+    ) -> Landscape:
+        """Score all points and compare the ends of the lines, see ``curve``."""
+        total = len(self.axis.steps)
+        recompute = self.scorer.training is not None
+        candidates = candidates_by_coefficients(self.stretches, total, recompute=recompute)
+        comparisons = self._compare_ends(progress)
+
+        def build(scores: Scores) -> Landscape:
+            return self._build(scores, comparisons)
+
+        return score_landscape(
+            self.scorer, candidates, build, results=results, resume=resume, progress=progress
+        )
+
+    def _compare_ends(self, progress: PhaseProgress | None) -> list[EndComparison]:
+        """Compare the average of all checkpoints of each run with the run's last checkpoint."""
+        scorer = self.scorer
+        candidates: list[Candidate] = []
+        baselines: list[Candidate] = []
+        for named in self.runs:
+            last = Candidate.of_checkpoint(named.run[-1], recompute=False)
+            candidates += [last, average_of(named.run, recompute=scorer.training is not None)]
+            baselines += [last, last]
+        peers = find_peers()
+        statistics = None
+        if scorer.training is not None:
+            statistics = open_loader(
+                scorer.training, scorer.runtime, shuffle=True, subset=scorer.subset, peers=peers
+            )
+        (results,) = score_on(
+            candidates, scorer.model,
+            {EVALUATION: open_loader(scorer.data, scorer.runtime, shuffle=False, peers=peers)},
+            scorer.runtime, statistics, task=scorer.task, forward=scorer.forward,
+            exclude=scorer.exclude, progress=progress, peers=peers, as_points=True,
+            baselines=baselines,
+        )  # fmt: skip
+        comparisons: list[EndComparison] = []
+        for named, last_result, average in zip(self.runs, results[::2], results[1::2], strict=True):
+            comparisons.append(
+                EndComparison(named.name, len(named), average, last_result, scorer.task)
+            )
+        return comparisons
+
+    def _build(self, scores: Scores, comparisons: Sequence[EndComparison]) -> Landscape:
+        """Make the landscape of the points that have scores."""
+        total = len(self.axis.steps)
+        landmarks = landmarks_of(self.runs, self.axis)
+        points: list[Point] = []
+        averages: list[Landmark] = []
+        for stretch in self.stretches:
+            coefficients = stretch.coefficients(total)
+            score = scores.get(coefficients)
+            if score is None:
+                continue
+            x = self.axis.steps[stretch.last]
+            points.append(
+                Point(
+                    x, None, coefficients, score.data, score.train, score.interval, stretch.series
+                )
+            )
+            if stretch.stop == len(stretch.run) and stretch.start == 0:
+                averages.append(
+                    Landmark(
+                        stretch.series, None, None, None, x, coefficients=coefficients,
+                        data=score.data, train=score.train,
+                    )
+                )  # fmt: skip
+            if stretch.series == series_name(self.runs, stretch.run, CHECKPOINTS):
+                landmarks[stretch.last] = replace(
+                    landmarks[stretch.last], data=score.data, train=score.train
+                )
+        return Landscape(
+            kind="curve",
+            axes=(self.axis.title, ""),
+            metrics=tuple(self.scorer.task.metrics),
+            points=tuple(points),
+            checkpoints=tuple(landmarks),
+            averages=tuple(averages),
+            facts=self._facts(scores, comparisons),
+        )
+
+    def _facts(self, scores: Scores, comparisons: Sequence[EndComparison]) -> Mapping[str, Any]:
+        """Return the verdict in numbers and in words."""
+        sentences: list[str] = []
+        gaps: list[Gap] = []
+        for named, comparison in zip(self.runs, comparisons, strict=True):
+            prefix = f"{named.name}: " if len(self.runs) > 1 else ""
+            sentences.append(f"{prefix}{comparison.describe()}")
+            gap = self._gap(named, scores)
+            if gap is not None:
+                gaps.append(gap)
+                sentences.append(f"{prefix}{gap.describe()}")
+        return {
+            "comparisons": [comparison.as_json() for comparison in comparisons],
+            "gaps": [gap.as_json() for gap in gaps],
+            "text": ". ".join(sentences),
+        }
+
+    def _gap(self, named: NamedRun, scores: Scores) -> Gap | None:
+        """Measure the gap to the training data, once all points of a run are scored."""
+        total = len(self.axis.steps)
+        checkpoints: list[PointScore] = []
+        average: PointScore | None = None
+        for stretch in self.stretches:
+            if stretch.run is not named:
+                continue
+            score = scores.get(stretch.coefficients(total))
+            if score is None:
+                return None
+            if stretch.series == series_name(self.runs, named, CHECKPOINTS):
+                checkpoints.append(score)
+            elif stretch.series == series_name(self.runs, named, RUNNING):
+                average = score
+        if average is None:
+            return None
+        return measure_gap(named.name, checkpoints, average, self.scorer.task)
