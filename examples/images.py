@@ -7,12 +7,13 @@ The trainer and ckptavg read the same data through the same functions:
 
 ``root`` is a directory with CIFAR-10's or CIFAR-100's Python files, or one with the image folders
 ``train/CLASS/`` and ``test/CLASS/``; without it, the data are scikit-learn's handwritten digits.
+``limit=N`` takes N images, spread evenly over the split: enough for a figure, not for a table.
 """
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -52,8 +53,14 @@ class Images:
 
     def to(self, device: torch.device) -> Images:
         """Return the images on a device."""
-        pixels, labels = self.pixels.to(device), self.labels.to(device)
-        return Images(pixels, labels, self.classes, self.padding, self.flips)
+        return replace(self, pixels=self.pixels.to(device), labels=self.labels.to(device))
+
+    def thin(self, limit: int) -> Images:
+        """Return as many images as the limit says, spread evenly; all where it is 0."""
+        if limit == 0:
+            return self
+        positions = spread(len(self.labels), limit)
+        return replace(self, pixels=self.pixels[positions], labels=self.labels[positions])
 
     def augment(self, indices: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Return images, shifted and mirrored at random, as uint8 (N, 3, H, W).
@@ -75,6 +82,22 @@ class Images:
         # Indexing around the channels puts these last: (N, H, W, 3).
         crops = images[batch, :, rows.unsqueeze(2), columns.unsqueeze(1)]
         return crops.permute(0, 3, 1, 2)
+
+
+def spread(count: int, limit: int) -> list[int]:
+    """Return positions spread evenly over a sequence; all where there are no more than the limit.
+
+    An image folder is sorted by class, so each class keeps its share.
+
+    Args:
+        count: Length of the sequence.
+        limit: Number of positions; all where 0.
+    """
+    if limit < 0:
+        raise SystemExit(f"limit is {limit}; 0 or more images can be taken")
+    if limit == 0 or limit >= count:
+        return list(range(count))
+    return [index * count // limit for index in range(limit)]
 
 
 def normalize(pixels: Tensor) -> Tensor:
@@ -111,40 +134,41 @@ class Normalized(Dataset[tuple[Tensor, Tensor]]):
         return list(zip(normalize(pixels), images.labels[chosen], strict=True))
 
 
-def train(root: str = "") -> Normalized:
+def train(root: str = "", limit: int = 0) -> Normalized:
     """Return the training images, augmented as the trainer does."""
-    return Normalized(load(root, "train"), augmented=True)
+    return Normalized(load(root, "train", limit), augmented=True)
 
 
-def train_plain(root: str = "") -> Normalized:
+def train_plain(root: str = "", limit: int = 0) -> Normalized:
     """Return the training images as they are, to score networks on."""
-    return Normalized(load(root, "train"), augmented=False)
+    return Normalized(load(root, "train", limit), augmented=False)
 
 
-def test(root: str = "") -> Normalized:  # noqa: PT028
+def test(root: str = "", limit: int = 0) -> Normalized:  # noqa: PT028
     """Return the test images."""
-    return Normalized(load(root, "test"), augmented=False)
+    return Normalized(load(root, "test", limit), augmented=False)
 
 
 @cache
-def load(root: str, split: str) -> Images:
+def load(root: str, split: str, limit: int = 0) -> Images:
     """Decode one split, once per process.
 
     Args:
         root: Directory with CIFAR's Python files or image folders; scikit-learn's digits if empty.
         split: ``train`` or ``test``.
+        limit: Number of images to take, spread evenly over the split; all where 0.
 
     Raises:
         SystemExit: The directory holds neither.
     """
     if not root:
-        return _digits(split)
+        return _digits(split).thin(limit)
     if (Path(root) / split).is_dir():
-        return _image_folder(Path(root) / split)
+        return _image_folder(Path(root) / split, limit)
     for name in ("CIFAR10", "CIFAR100"):
         images = _cifar(name, root, split)
         if images is not None:
-            return images
+            return images.thin(limit)
     raise SystemExit(
         f"{root} holds neither CIFAR's Python files (cifar-10-batches-py, cifar-100-python) nor "
         "the image folders train/ and test/"
@@ -169,16 +193,18 @@ def _cifar(name: str, root: str, split: str) -> Images | None:
     return Images(pixels, torch.tensor(data.targets), len(data.classes))
 
 
-def _image_folder(root: Path) -> Images:
+def _image_folder(root: Path, limit: int) -> Images:
     """Decode an image folder; all images must have the same size."""
     folder = ImageFolder(str(root))
+    chosen = [folder.samples[position] for position in spread(len(folder.samples), limit)]
 
     def decode(path: str) -> Tensor:
         return torch.from_numpy(np.array(default_loader(path))).permute(2, 0, 1)
 
     with ThreadPoolExecutor() as threads:
-        decoded = list(threads.map(decode, [path for path, _ in folder.samples]))
+        decoded = list(threads.map(decode, [path for path, _ in chosen]))
     sizes = {tuple(image.shape) for image in decoded}
     if len(sizes) > 1:
         raise SystemExit(f"the images below {root} have several sizes: {sorted(sizes)[:3]}")
-    return Images(torch.stack(decoded), torch.tensor(folder.targets), len(folder.classes))
+    labels = torch.tensor([label for _, label in chosen])
+    return Images(torch.stack(decoded), labels, len(folder.classes))

@@ -123,3 +123,13 @@ def test_check_record_refuses_seeds_of_other_settings(paper, tmp_path):
     paper.check_record(tmp_path / "out", {"budget": 8, "lr": 0.1})
     with pytest.raises(SystemExit, match=r"trained with lr 0\.1, not 0\.2; name another directory"):
         paper.check_record(tmp_path / "out", {"budget": 8, "lr": 0.2})
+
+
+def test_images_limit_takes_images_spread_over_the_split(paper):
+    images = paper.image_data
+    whole, part = images.test(), images.test(limit=200)
+    assert len(whole) == 797
+    # every fourth, almost: 797 / 200 images apart
+    expected = [whole.targets[index * 797 // 200] for index in range(200)]
+    assert part.targets == expected
+    assert len(images.train_plain(limit=5000)) == 1000
