@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ckptavg.inspection.geometry import geometry as geometry
     from ckptavg.inspection.verify import verify as verify
     from ckptavg.landscape.curves.curve import curve as curve
+    from ckptavg.landscape.lines.rays import rays as rays
     from ckptavg.landscape.lines.segment import segment as segment
     from ckptavg.plots.report.api import report as report
     from ckptavg.runs.run import Run as Run
@@ -51,6 +52,7 @@ _HOMES = {
     "geometry": "inspection.geometry",
     "verify": "inspection.verify",
     "curve": "landscape.curves.curve",
+    "rays": "landscape.lines.rays",
     "segment": "landscape.lines.segment",
     "report": "plots.report.api",
     "Run": "runs.run",

@@ -31,7 +31,7 @@ STILL_LONG: set[str] = set()
 PUBLIC = [
     "average", "average_many", "Recompute", "update_bn", "CkptavgError", "StaleStatisticsWarning",
     "Candidate", "evaluate", "compare", "Result", "Results", "Checkpoint", "open_checkpoint",
-    "geometry", "verify", "curve", "segment", "report", "Run", "open_run", "Subset", "Task",
+    "geometry", "verify", "curve", "rays", "segment", "report", "Run", "open_run", "Subset", "Task",
     "__version__",
 ]  # fmt: skip
 

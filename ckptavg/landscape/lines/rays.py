@@ -1,0 +1,168 @@
+"""Rays from points of a run in random directions of weight space, scored."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from ckptavg.data.loaders import Subset
+from ckptavg.display.progress import ProgressLike, open_progress
+from ckptavg.errors import UsageError, short
+from ckptavg.errors.notes import collect_notes
+from ckptavg.inspection.geometry import geometry
+from ckptavg.landscape.landscape import Landscape
+from ckptavg.landscape.lines.bundle import RayBundle, RaySettings
+from ckptavg.landscape.lines.line_points import has_statistics_to_recompute
+from ckptavg.landscape.lines.loss import RayLoss
+from ckptavg.landscape.lines.radius import choose_radius, read_radius
+from ckptavg.landscape.lines.ray_figure import RayFigure
+from ckptavg.landscape.named_points import (
+    AVERAGE,
+    NamedPoint,
+    NamedPoints,
+    PointName,
+    find_points,
+)
+from ckptavg.landscape.points import PointScorer
+from ckptavg.landscape.store import check_results, score_landscape
+from ckptavg.models.batches import Batches, Forward
+from ckptavg.runs.run import RunLike, as_run
+from ckptavg.tasks import Task
+
+
+def rays(  # noqa: D417 - arguments of `evaluate` share a line
+    run: RunLike, model: nn.Module, data: Batches | Dataset[Any], *,
+    train_data: Batches | Dataset[Any] | None = None,
+    centers: Sequence[PointName] = (AVERAGE, "last"), directions: int = 10, points: int = 11,
+    radius: float | None = None, rise: float | None = None, seed: int = 0,
+    weight_decay: float | None = None,
+    task: Task | str | None = None, device: str | torch.device | None = None,
+    forward: Forward | None = None, exclude: str | Sequence[str] = (),
+    amp: str = "off", batch_size: int | None = None, workers: int = 0,
+    bn_samples: int | Subset | None = None,
+    results: str | os.PathLike[str] | None = None, resume: bool = False,
+    progress: ProgressLike = None,
+) -> Landscape:  # fmt: skip
+    """Score points on rays in random directions, and measure how wide the minimum is.
+
+    w(t, d) = w + t·d for random directions d, uniform on the unit sphere over all parameters, as in
+    figure 4 of Izmailov et al. 2018. All centres have the same directions, so that they are
+    compared direction by direction. BatchNorm statistics are recomputed at every point, the centres
+    included. Buffers do not move; see ``ckptavg.models.perturbation`` for what counts::
+
+        figure = ckptavg.rays(run, model, val_data, train_data=train_data)
+        print(figure.facts["text"])
+
+    The width of a centre in a direction is the t at which the loss has risen by ``rise`` over the
+    loss of the centre: the loss on training data, if there is any, without the L2 term.
+
+    Args:
+        run: The run, or a path.
+        model: A module that the weights fit; a copy is used, the module does not change.
+        data: Evaluation data, as for ``evaluate``.
+        train_data: Training data: statistics are recomputed from it, and the loss on it is scored.
+        centers: Points as for ``segment``; the others are compared with the first.
+        directions: Number of directions.
+        points: Number of points per ray, the centre included.
+        radius: Greatest t. Where None, the smallest of 1/2, 1, 2, ... 16 times the distance between
+            the centres at which the loss has risen enough in the first direction from every centre.
+        rise: Rise of the loss that defines the width. Where None, 0.1 for a loss in nats, else a
+            tenth of the loss at the first centre.
+        seed: Seed of the directions, and as for ``evaluate``.
+        weight_decay: As for ``segment``.
+        task, device, forward, exclude, amp, batch_size, workers, bn_samples, results, resume,
+            progress: As for ``evaluate``; results are a ``.json`` or ``.npz`` file.
+
+    Returns:
+        The landscape. ``x`` is t. The series are a mean curve per centre, under the centre's name,
+        with a 95 % interval over the directions, and a ray per centre and direction. ``facts`` has
+        the ``widths`` with their 95 % intervals over the directions, their ``differences`` and a
+        sentence as ``text``, among others.
+
+    Raises:
+        UsageError: A centre is unknown, two centres are the same, or a number cannot be meant.
+        CkptavgError: As for ``evaluate``.
+    """
+    settings = RaySettings(directions, points, seed, rise)
+    _check(centers, radius)
+    check_results(results, "rays", resume=resume)
+    with collect_notes() as notes, open_progress(progress, "samples") as reporter:
+        named = find_points(as_run(run), centers)
+        _check_centers(named.points, radius)
+        scorer = PointScorer.open(
+            named.run, model, data, train_data=train_data, task=task, device=device,
+            forward=forward, exclude=exclude, amp=amp, batch_size=batch_size, workers=workers,
+            seed=seed, bn_samples=bn_samples, weight_decay=weight_decay,
+        )  # fmt: skip
+        bundle, loss = _make_bundle(named, scorer, settings), RayLoss.of_scorer(scorer)
+        if radius is None and resume:
+            radius = read_radius(results, bundle)
+        if radius is None:
+            radius = choose_radius(bundle, scorer, loss, reporter)
+        bundle = replace(bundle, radius=float(radius))
+        figure = RayFigure(bundle, loss, scorer.task.metrics)
+        landscape = score_landscape(
+            scorer, bundle.to_score(), figure.lay_out, results=results, resume=resume,
+            progress=reporter, settings=bundle.identity,
+        )  # fmt: skip
+    return replace(landscape, notes=tuple(notes))
+
+
+def _check(centers: Sequence[PointName], radius: float | None) -> None:
+    """Refuse arguments that cannot be meant.
+
+    Raises:
+        UsageError: There is such an argument.
+    """
+    if isinstance(centers, str) or not centers:
+        raise UsageError(
+            f"`centers` is expected to be a list of points but is {short(repr(centers))}"
+        )
+    if radius is not None and not (isinstance(radius, (int, float)) and 0 < radius < math.inf):
+        raise UsageError(f"`radius` is expected to be a number above 0 but is {radius!r}")
+
+
+def _check_centers(centers: Sequence[NamedPoint], radius: float | None) -> None:
+    """Refuse centres that are the same, and a single one without a radius.
+
+    Raises:
+        UsageError: There are such centres.
+    """
+    for position, center in enumerate(centers):
+        for other in centers[:position]:
+            if center.coefficients == other.coefficients:
+                raise UsageError(
+                    f"two centres of rays are the same: {other.name} and {center.name}",
+                    "Name two checkpoints that differ, or a longer run.",
+                )
+    if len(centers) == 1 and radius is None:
+        raise UsageError(
+            "a single centre has no distance to go by: the length of its rays is needed",
+            "Give `radius`.",
+        )
+
+
+def _make_bundle(named: NamedPoints, scorer: PointScorer, settings: RaySettings) -> RayBundle:
+    """Measure the distances between the centres, and make rays without a length.
+
+    Raises:
+        UsageError: Two centres have the same weights.
+    """
+    measured = None
+    if len(named.run) > 1:
+        measured = geometry(named.run)
+    bundle = RayBundle(named, measured, settings, has_statistics_to_recompute(scorer))
+    for center, distance in list(zip(bundle.centers, bundle.distances, strict=True))[1:]:
+        if not distance:
+            raise UsageError(
+                f"two centres of rays have the same weights: {bundle.centers[0].name} and "
+                f"{center.name}"
+            )
+    return bundle
