@@ -107,14 +107,15 @@ def plan_average(
         CkptavgError: Another error.
     """
     run = as_run(run)
-    # Checkpoints that the user named one by one are taken as they are.
-    for training in () if run.named else run.trainings:
-        refuse_two_series(training)
-        refuse_parts(training)
-    checkpoints = run.checkpoints
     if weights is not None and scheme != "uniform":
         raise UsageError("a scheme and weights exclude each other: give one of them")
     chosen = schemes.parse(scheme) if weights is None else schemes.from_weights(weights)
+    # Checkpoints that the user named one by one are taken as they are.
+    for training in () if run.named else run.trainings:
+        if not chosen.takes_series:
+            refuse_two_series(training)
+        refuse_parts(training)
+    checkpoints = run.checkpoints
     record = RunRecord.of_run(run)
     coefficients = chosen.coefficients(record)
     if base is not None and not isinstance(base, Checkpoint):

@@ -13,6 +13,7 @@ from itertools import pairwise
 from ckptavg.errors import RunError, first_few
 from ckptavg.errors.printable import step_text
 from ckptavg.formats import Checkpoint
+from ckptavg.formats.snapshot_widths import find_width
 from ckptavg.io.paths import Location
 from ckptavg.runs.discovery.file_names import is_alias_name, natural_key, stem_of
 from ckptavg.runs.discovery.numbered import find_labels, find_roots
@@ -266,7 +267,11 @@ def _note_shared_step(ordered: Sequence[Checkpoint], within: Sequence[float | No
     for (former, earlier), (latter, later) in pairwise(zip(ordered, within, strict=True)):
         if former.step is None or former.step != latter.step:
             continue
-        if former.record == latter.record and earlier == later:
+        if (
+            former.record == latter.record
+            and earlier == later
+            and not _differ_in_width(former, latter)
+        ):
             note = (
                 f"{former.path.name} and {latter.path.name} share the step "
                 f"{step_text(former.step)}: if they are of different runs, tell them apart with "
@@ -274,6 +279,14 @@ def _note_shared_step(ordered: Sequence[Checkpoint], within: Sequence[float | No
             )
             return [note]
     return []
+
+
+def _differ_in_width(former: Checkpoint, latter: Checkpoint) -> bool:
+    """Return True for snapshots of two EMAs, whose names state different widths."""
+    widths: set[float | None] = set()
+    for checkpoint in (former, latter):
+        widths.add(find_width(checkpoint.record.metrics, checkpoint.path))
+    return len(widths) > 1 and None not in widths
 
 
 def _note_networks(ordered: Sequence[Checkpoint]) -> list[str]:

@@ -36,6 +36,7 @@ PACKAGE = Path(ckptavg.__file__).parent
         ("`forward=fn` and `task=Task`", "--forward path/file.py:fn and --task path/file.py:Task"),
         ("`batch_size=N`", "--batch-size N"),
         ("`.last()` or `.every(2)`", "--last or --every 2"),
+        ("`.last('10%')`", "--last 10%"),
         ("`.cycle(4)`, `.cycle(4, 1)`", "--cycle 4, --cycle 4:1"),
         ("`.best(3, metric='val/acc')`", "--best 3 --metric val/acc"),
         ("`.steps(10, 20)`", "--from 10 --to 20"),

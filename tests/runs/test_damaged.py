@@ -19,6 +19,8 @@ SELECTIONS = {
     "all": lambda run: run,
     "last 1": lambda run: run.last(1),
     "last 3": lambda run: run.last(3),
+    "last share": lambda run: run.last("30%"),
+    "last share, last": lambda run: run.last("60%").last(2),
     "from": lambda run: run.steps(first=400),
     "to": lambda run: run.steps(last=500),
     "from to": lambda run: run.steps(400, 500),

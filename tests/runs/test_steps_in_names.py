@@ -96,3 +96,22 @@ def test_read_steps_takes_linear_time(part):
     begin = time.process_time()
     read_steps([part * (100_000 // len(part)), "x"])
     assert time.process_time() - begin < 5
+
+
+def test_read_steps_reads_indices_before_steps():
+    # ema-pytorch's snapshots of two EMAs.
+    assert values("0.500", "1.500", "0.1000", "1.1000") == [500, 500, 1000, 1000]
+
+
+@pytest.mark.parametrize(
+    "stems",
+    [
+        ["0.25", "0.5"],
+        ["0.500", "1.500", "1.1000"],
+        ["1.500", "2.500"],
+        ["0.05", "1.05"],
+        ["0.500", "1.500", "last"],
+    ],
+)
+def test_read_steps_takes_no_decimal_for_an_index(stems):
+    assert set(values(*stems)) == {None}

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from itertools import groupby
 
 from ckptavg.averaging.schemes.options import require
 from ckptavg.averaging.schemes.power_function import exponent_of, parse_sigma
@@ -123,28 +124,43 @@ def _assign_widths(record: RunRecord, given: Sequence[float]) -> list[float]:
     Raises:
         RunError: A width is not known, or another number of widths is given.
     """
-    lengths = record.lengths or (len(record),)
-    if len(given) == len(record):
-        return list(given)
-    if given and len(given) != len(lengths):
-        raise RunError(
-            f"{len(given)} sigmas are given for {len(record)} snapshots in {len(lengths)} "
-            f"{_plural('run', len(lengths))}",
-            "Give one per run or one per snapshot, in the run's order.",
-        )
+    if given:
+        return _spread_widths(record, given)
     widths: list[float] = []
-    for width, length in zip(given, lengths, strict=False):
-        widths += [width] * length
-    if widths:
-        return widths
     for position, recorded in enumerate(record.widths or [None] * len(record)):
         if recorded is None:
             raise RunError(
                 f"the sigma of {record.describe(position)} is neither recorded nor in its name",
-                "Add the sigmas to the scheme, one per run or one per snapshot: sigmas=0.05/0.10.",
+                "Add the sigmas to the scheme, one per run or one per snapshot of a step: "
+                "sigmas=0.05/0.10.",
             )
         widths.append(recorded)
     return widths
+
+
+def _spread_widths(record: RunRecord, given: Sequence[float]) -> list[float]:
+    """Return the width of each snapshot, given one each, one per run or one per snapshot of a step.
+
+    Raises:
+        RunError: There is another number of widths.
+    """
+    if len(given) == len(record):
+        return list(given)
+    lengths = record.lengths or (len(record),)
+    widths: list[float] = []
+    if len(given) == len(lengths):
+        for width, length in zip(given, lengths, strict=True):
+            widths += [width] * length
+        return widths
+    # Snapshots of a step stand beside each other, in the order of their names.
+    groups = [len(list(group)) for _, group in groupby(record.steps)]
+    if set(groups) == {len(given)}:
+        return [*given] * len(groups)
+    raise RunError(
+        f"{len(given)} sigmas are given for {len(record)} snapshots of {len(groups)} steps in "
+        f"{len(lengths)} {_plural('run', len(lengths))}",
+        "Give one per run, one per snapshot of a step or one per snapshot, in the run's order.",
+    )
 
 
 def _target_profile(profiles: Sequence[_Profile], sigma: float) -> _Profile:
@@ -240,5 +256,6 @@ def _plural(noun: str, count: int) -> str:
 POSTHOC_EMA = SchemeKind(
     "posthoc-ema", "posthoc-ema:sigma=S", "that of EMA snapshots; sigmas=0.05/0.1",
     _posthoc_ema, ("sigma", "sigmas"), example=("sigma=0.1",), make_remark=_remark_on_fit,
+    takes_series=True,
     other_names=("phema", "post-hoc-ema", "posthoc", "post-hoc"),
 )  # fmt: skip

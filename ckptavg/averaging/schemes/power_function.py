@@ -5,8 +5,8 @@ from __future__ import annotations
 from ckptavg.averaging.schemes.options import read_number, require
 from ckptavg.averaging.schemes.run_record import RunRecord, require_increasing
 from ckptavg.averaging.schemes.scheme import Coefficients, Options, SchemeKind, remark_on_one
-from ckptavg.averaging.schemes.snapshot_widths import is_width
 from ckptavg.errors import RunError, UsageError
+from ckptavg.formats.snapshot_widths import is_width
 
 
 def exponent_of(sigma: float) -> float:

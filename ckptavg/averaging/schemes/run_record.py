@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from ckptavg.averaging.schemes.snapshot_widths import find_width
 from ckptavg.errors import RunError
+from ckptavg.formats.snapshot_widths import find_width
 
 if TYPE_CHECKING:
     from ckptavg.runs.run import Run

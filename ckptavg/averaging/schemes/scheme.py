@@ -31,6 +31,7 @@ class SchemeKind:
         example: Options that make a good start, if the scheme needs any.
         make_remark: Function that makes the remark on surprising coefficients of options.
         other_names: Words for the scheme in papers and other tools, for suggestions.
+        takes_series: True if a run may hold several checkpoints of each step.
     """
 
     name: str
@@ -42,6 +43,7 @@ class SchemeKind:
     example: tuple[str, ...] = ()
     make_remark: Callable[[Options], Remark] | None = None
     other_names: tuple[str, ...] = ()
+    takes_series: bool = False
 
     def choose(self, options: Options, text: str) -> Scheme:
         """Make the scheme of chosen options.
@@ -63,7 +65,7 @@ class SchemeKind:
         remark: Remark | None = None
         if self.make_remark is not None:
             remark = self.make_remark(options)
-        return Scheme(self.name, text, self.make(options), remark)
+        return Scheme(self.name, text, self.make(options), remark, self.takes_series)
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,14 @@ class Scheme:
     Attributes:
         name: One of ``SCHEMES``, or ``weights``.
         text: The whole specification, as stored in the provenance.
+        takes_series: True if a run may hold several checkpoints of each step, as of several EMAs.
     """
 
     name: str
     text: str
     _apply: Coefficients = field(repr=False, compare=False)
     _remark: Remark | None = field(default=None, repr=False, compare=False)
+    takes_series: bool = field(default=False, repr=False, compare=False)
 
     def coefficients(self, run: RunRecord | Steps) -> list[float]:
         """Compute the coefficients of a run.

@@ -25,6 +25,7 @@ _NUMBER_FIRST = {
     unit: re.compile(rf"(?<![\d.]){_NUMBER.pattern}[-_ ]?(?:{words})(?![a-z]|[-_= ]?\d)")
     for unit, words in _WORDS.items()
 }
+_INDEXED = re.compile(r"(\d{1,2})\.([1-9]\d{0,17})")
 _WORD_BEFORE = re.compile(r"([a-z]+)([^a-z]*)$")
 # A day, and perhaps a time of day: 2024-01-31, 20240131_235959, 2024-01-31T23:59:59,
 # 2024-01-31+23-59-59.
@@ -78,6 +79,8 @@ def read_steps(stems: Sequence[str]) -> list[NamedStep]:
         return by_word
     if (by_date := _dates(names)) is not None:
         return by_date
+    if (by_index := _steps_of_indices(names)) is not None:
+        return by_index
     numbers = [_whole_numbers(name) for name in names]
     index = _differing_index([values for values in numbers if values])
     steps: list[NamedStep] = []
@@ -157,6 +160,28 @@ def _dates(names: Sequence[str]) -> list[NamedStep] | None:
     if len(set(map(len, dates))) != 1:
         return None
     return [NamedStep(int(date)) for date in dates]
+
+
+def _steps_of_indices(names: Sequence[str]) -> list[NamedStep] | None:
+    """Read the steps in names of an index and a step, as ema-pytorch's ``0.500`` and ``1.500``.
+
+    Returns:
+        The steps; None where the indices do not count from 0, or one lacks a step of another.
+    """
+    steps: dict[int, set[int]] = {}
+    in_order: list[NamedStep] = []
+    for name in names:
+        match = _INDEXED.fullmatch(name)
+        if match is None:
+            return None
+        steps.setdefault(int(match[1]), set()).add(int(match[2]))
+        in_order.append(NamedStep(int(match[2])))
+    # A single index may be the whole part of scores: 0.25, 0.5.
+    if len(steps) < 2 or set(steps) != set(range(len(steps))):
+        return None
+    if any(known != steps[0] for known in steps.values()):
+        return None
+    return in_order
 
 
 def _by_word(name: str, unit: Unit) -> int | None:

@@ -128,6 +128,11 @@ def test_posthoc_ema_takes_a_sigma_per_run():
     assert found == pytest.approx(expected, abs=5e-9)
 
 
+def test_posthoc_ema_takes_a_sigma_per_snapshot_of_a_step():
+    found = coefficients("posthoc-ema:sigma=0.075,sigmas=0.05/0.1", [500, 500, 1000, 1000])
+    assert found == coefficients("posthoc-ema:sigma=0.075", record_of(WORKED))
+
+
 def test_posthoc_ema_gives_values_of_published_code():
     assert coefficients("posthoc-ema:sigma=0.07", record_of(EDM2_SNAPSHOTS)) == pytest.approx(
         EDM2_AT_007, rel=1e-10, abs=1e-15
@@ -154,7 +159,11 @@ def test_posthoc_ema_does_not_depend_on_the_order(order):
     ("text", "record", "words"),
     [
         ("sigma=0.1", [1, 2], "sigma of checkpoint 1 of 2 is neither recorded nor in its name"),
-        ("sigma=0.1,sigmas=0.05/0.1", [1, 2, 3], "2 sigmas are given for 3 snapshots in 1 run"),
+        (
+            "sigma=0.1,sigmas=0.05/0.1",
+            [1, 2, 3],
+            "2 sigmas are given for 3 snapshots of 3 steps in 1 run",
+        ),
         ("sigma=0.1,sigmas=0.05/0.1", [1, None], "and the last checkpoint has none"),
         ("sigma=0.1,sigmas=0.05/0.1", [0, 1], "and checkpoint 1 of 2 has 0"),
         ("sigma=0.1,sigmas=0.05", [2, 2], "have the same step 2 and the same sigma 0.05"),
