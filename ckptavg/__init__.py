@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ckptavg.landscape.curves.curve import curve as curve
     from ckptavg.landscape.lines.rays import rays as rays
     from ckptavg.landscape.lines.segment import segment as segment
+    from ckptavg.landscape.reliability import reliability as reliability
     from ckptavg.plots.report.api import report as report
     from ckptavg.runs.run import Run as Run
     from ckptavg.runs.run import open_run as open_run
@@ -54,6 +55,7 @@ _HOMES = {
     "curve": "landscape.curves.curve",
     "rays": "landscape.lines.rays",
     "segment": "landscape.lines.segment",
+    "reliability": "landscape.reliability",
     "report": "plots.report.api",
     "Run": "runs.run",
     "open_run": "runs.run",
