@@ -46,6 +46,7 @@ _ARGUMENTS = frozenset(
         "task",
         "train_data",
         "weights",
+        "window",
         "workers",
     }
 )

@@ -5,6 +5,7 @@ import functools
 import io
 import logging
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -100,10 +101,19 @@ def test_wording_knows_every_argument_in_messages() -> None:
     assert [a for a in arguments if flags_of(a[1]) is None] == []
 
 
+def commands_of(group: click.Group) -> Iterator[click.Command]:
+    """List the commands of a group, those of groups in it included."""
+    for command in group.commands.values():
+        if isinstance(command, click.Group):
+            yield from commands_of(command)
+        else:
+            yield command
+
+
 def test_wording_gives_flags_that_exist() -> None:
     options = {
         option
-        for command in main.commands.values()
+        for command in commands_of(main)
         for parameter in command.params
         if isinstance(parameter, click.Option)
         for option in (*parameter.opts, *parameter.secondary_opts)

@@ -250,7 +250,7 @@ def test_curve_results_are_resumed(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"window": 6}, r"a `window` of 6 is larger than run, which has 5 of them"),
+        ({"window": 6}, "`window=6` is more than the 5 checkpoints of run"),
         ({"window": 1}, "from 2 on"),
         ({"model": None}, "`data` needs `model`"),
         ({"data": None}, "`model` needs `data`"),

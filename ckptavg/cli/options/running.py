@@ -114,6 +114,27 @@ class RunningOptions:
         if self.training.pairs:
             raise UsageError("--train-data-arg needs --train-data")
 
+    def check_scoring(self) -> None:
+        """Refuse options of scoring without data to score on.
+
+        Raises:
+            UsageError: There is such an option.
+        """
+        self.check_statistics()
+        if self.data.spec:
+            return
+        given = {
+            "--model": self.model.spec,
+            "--model-arg": self.model.pairs,
+            "--train-data": self.training.spec,
+            "--data-arg": self.data.pairs,
+            "--task": self.task,
+            "--forward": self.forward,
+        }
+        for flag, value in given.items():
+            if value:
+                raise UsageError(f"{flag} needs --data, which is scored")
+
 
 def _read_options(
     *,
@@ -217,18 +238,22 @@ _loader_options = together(
 
 
 def running_options(
-    training: str, *, required: bool = False, scoring: str | None = None
+    training: str,
+    *,
+    required: bool = False,
+    scoring: str | None = None,
+    must_score: bool = True,
 ) -> Callable[[F], F]:
     """Declare the options of a command that runs a model, passed as ``running``.
 
     Args:
         training: Help of the training data.
         required: True if the training data are required.
-        scoring: Help of the data to score on, which are required; None for a command that does not
-            score.
+        scoring: Help of the data to score on; None for a command that does not score.
+        must_score: True if the data to score on are required.
     """
     data_options = []
     if scoring is not None:
-        data_options.append(_data_options("data", scoring, DATA_FORMS, required=True))
+        data_options.append(_data_options("data", scoring, DATA_FORMS, required=must_score))
     data_options.append(_data_options("train-data", training, IMAGE_FORMS, required=required))
     return bundle("running", _read_options, _model_options, *data_options, _loader_options)

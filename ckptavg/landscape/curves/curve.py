@@ -30,7 +30,7 @@ from ckptavg.landscape.curves.recorded import (
     recorded_points,
 )
 from ckptavg.landscape.curves.scored_curve import ScoredCurve
-from ckptavg.landscape.curves.series import check_window, list_stretches
+from ckptavg.landscape.curves.series import check_window, lines_of
 from ckptavg.landscape.landscape import Landmark, Landscape
 from ckptavg.landscape.points import PointScorer
 from ckptavg.landscape.store import check_results
@@ -90,7 +90,10 @@ def curve(  # noqa: D417 - arguments of `evaluate` share a line
         axis = choose_steps(named)
         note_missing_rates(named)
         if model is None or data is None:
-            _refuse_scoring(model=model, data=data, train_data=train_data, window=window)
+            _refuse_scoring(
+                model=model is not None, data=data is not None, train_data=train_data is not None,
+                window=window is not None, resume=resume,
+            )  # fmt: skip
             landscape = _draw_recorded(named, axis)
             if results is not None:
                 landscape.save(results)
@@ -100,23 +103,20 @@ def curve(  # noqa: D417 - arguments of `evaluate` share a line
                 forward=forward, exclude=exclude, amp=amp, batch_size=batch_size, workers=workers,
                 seed=seed, bn_samples=bn_samples,
             )  # fmt: skip
-            scored = ScoredCurve(named, axis, list_stretches(named, window), scorer)
+            scored = ScoredCurve(named, axis, window, scorer)
             landscape = scored.score(results, resume=resume, progress=reporter)
     return replace(landscape, notes=tuple(notes))
 
 
-def _refuse_scoring(*, model: object, data: object, train_data: object, window: int | None) -> None:
+def _refuse_scoring(**given: bool) -> None:
     """Refuse arguments that need a model and data, of which one is missing.
+
+    Args:
+        given: True for each argument that is given.
 
     Raises:
         UsageError: There is such an argument.
     """
-    given = {
-        "model": model is not None,
-        "data": data is not None,
-        "train_data": train_data is not None,
-        "window": window is not None,
-    }
     for name, is_given in given.items():
         if is_given:
             missing = "data" if name == "model" else "model"
@@ -130,4 +130,5 @@ def _draw_recorded(runs: Sequence[NamedRun], axis: StepAxis) -> Landscape:
     landmarks: list[Landmark] = []
     for landmark, point in zip(landmarks_of(runs, axis), points, strict=True):
         landmarks.append(replace(landmark, data=point.data))
-    return Landscape("curve", (axis.title, ""), metrics, points, tuple(landmarks))
+    facts = {"lines": lines_of(runs, None, scored=False)}
+    return Landscape("curve", (axis.title, ""), metrics, points, tuple(landmarks), facts=facts)

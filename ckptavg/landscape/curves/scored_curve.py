@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from ckptavg.data.loaders import open_loader
@@ -19,6 +20,8 @@ from ckptavg.landscape.curves.series import (
     Stretch,
     average_of,
     candidates_by_coefficients,
+    lines_of,
+    list_stretches,
     series_name,
 )
 from ckptavg.landscape.curves.verdict import EndComparison, Gap, measure_gap
@@ -34,14 +37,19 @@ class ScoredCurve:
     Attributes:
         runs: The runs.
         axis: Coordinate of each checkpoint.
-        stretches: The points of all lines.
+        window: Number of checkpoints of the sliding average; None for no such line.
         scorer: Scores the points.
     """
 
     runs: Sequence[NamedRun]
     axis: StepAxis
-    stretches: Sequence[Stretch]
+    window: int | None
     scorer: PointScorer
+
+    @cached_property
+    def stretches(self) -> list[Stretch]:
+        """The points of all lines."""
+        return list_stretches(self.runs, self.window)
 
     def score(
         self,
@@ -144,6 +152,8 @@ class ScoredCurve:
         return {
             "comparisons": [comparison.as_json() for comparison in comparisons],
             "gaps": [gap.as_json() for gap in gaps],
+            "lines": lines_of(self.runs, self.window, scored=True),
+            "sentences": sentences,
             "text": ". ".join(sentences),
         }
 

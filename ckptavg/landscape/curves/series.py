@@ -101,6 +101,26 @@ def series_name(runs: Sequence[NamedRun], run: NamedRun, line: str) -> str:
     return f"{run.name}: {line}"
 
 
+def lines_of(runs: Sequence[NamedRun], window: int | None, *, scored: bool) -> list[dict[str, str]]:
+    """List the lines of a figure as facts: the name of the series, of the run and of the line.
+
+    Args:
+        runs: The runs.
+        window: Number of checkpoints of the sliding average; None for no such line.
+        scored: True if averages are scored, and not only checkpoints.
+    """
+    names = [CHECKPOINTS]
+    if scored:
+        names.append(RUNNING)
+    if window is not None:
+        names.append(window_name(window))
+    lines: list[dict[str, str]] = []
+    for run in runs:
+        for name in names:
+            lines.append({"series": series_name(runs, run, name), "run": run.name, "line": name})
+    return lines
+
+
 def window_name(window: int) -> str:
     """Name the line of the sliding average."""
     return f"average of the last {window}"
@@ -125,8 +145,8 @@ def check_window(runs: Sequence[NamedRun], window: int | None) -> None:
     for run in runs:
         if window > len(run):
             raise UsageError(
-                f"a `window` of {window} is larger than {run.name}, which has {len(run)} of them",
-                "Choose a smaller one, in checkpoints.",
+                f"`window={window}` is more than the {len(run)} checkpoints of {run.name}",
+                "Choose a smaller one.",
             )
 
 

@@ -1,0 +1,113 @@
+"""Tables of lines over an axis: a row per x, a column per line."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from ckptavg.cli.console import Report, number_text
+from ckptavg.display.tables import NOTHING, Column
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from ckptavg.landscape.landscape import Landmark, Landscape, Point
+    from ckptavg.tasks import Metric
+
+# Recorded metrics in a table; the file of results has all.
+_MOST_RECORDED = 3
+
+
+def show_lines(report: Report, landscape: Landscape) -> None:
+    """Print a table per run, and the verdict.
+
+    Args:
+        report: Where the tables go.
+        landscape: A landscape with its ``lines`` and ``sentences`` among the facts.
+    """
+    runs: dict[str, dict[str, list[Point]]] = {}
+    for line in landscape.facts["lines"]:
+        points = [point for point in landscape.points if point.series == line["series"]]
+        runs.setdefault(line["run"], {})[line["line"]] = points
+    for run, lines in runs.items():
+        _show_run(report, landscape, run, lines)
+    for sentence in landscape.facts.get("sentences", ()):
+        report.line(sentence)
+
+
+def _show_run(
+    report: Report, landscape: Landscape, run: str, lines: Mapping[str, Sequence[Point]]
+) -> None:
+    """Print the table of a run."""
+    every_x = dict.fromkeys(point.x for points in lines.values() for point in points)
+    columns = [Column(landscape.axes[0], "number")]
+    cells = [[number_text(x) for x in every_x]]
+    rates = {mark.x: mark.lr for mark in _marks(landscape, lines)}
+    if any(rate is not None for rate in rates.values()):
+        columns.append(Column("LR", "number", leaves=2))
+        cells.append([number_text(rates.get(x)) for x in every_x])
+    for column, texts in _line_columns(landscape, lines):
+        columns.append(column)
+        cells.append([texts.get(x, NOTHING) for x in every_x])
+    report.table(columns, [*zip(*cells, strict=True)], title=run)
+
+
+def _marks(landscape: Landscape, lines: Mapping[str, Sequence[Point]]) -> list[Landmark]:
+    """Return the checkpoints of a run: those that its points are made of."""
+    positions: set[int] = set()
+    for points in lines.values():
+        for point in points:
+            positions.update(_weighted(point))
+    return [landscape.checkpoints[position] for position in sorted(positions)]
+
+
+def _weighted(point: Point) -> list[int]:
+    """Return the positions of the checkpoints that a point is made of."""
+    return [position for position, value in enumerate(point.coefficients or ()) if value]
+
+
+def _line_columns(
+    landscape: Landscape, lines: Mapping[str, Sequence[Point]]
+) -> list[tuple[Column, dict[float, str]]]:
+    """Return the columns of all lines, each as texts by x."""
+    first, *others = landscape.metrics
+    columns: list[tuple[Column, dict[float, str]]] = []
+    for line, points in lines.items():
+        title = f"{line}, {first.title}" if len(columns) == 0 else line
+        columns.append((Column(title, "number"), _texts(points, first)))
+        on_training = _texts(points, first, training=True)
+        if on_training:
+            columns.append((Column("on training data", "number", leaves=2), on_training))
+        intervals = _intervals(points, first)
+        if intervals:
+            columns.append((Column("[95 %]", "number", leaves=1), intervals))
+    # Recorded metrics have one line, and room for more of them.
+    if len(lines) == 1:
+        for metric in others[: _MOST_RECORDED - 1]:
+            (points,) = lines.values()
+            columns.append((Column(metric.title, "number", leaves=3), _texts(points, metric)))
+    return columns
+
+
+def _texts(points: Sequence[Point], metric: Metric, *, training: bool = False) -> dict[float, str]:
+    """Return the values of a metric by x, on evaluation or on training data."""
+    texts: dict[float, str] = {}
+    for point in points:
+        metrics = point.data
+        if training:
+            metrics = point.train or {}
+        value = metrics.get(metric.key)
+        if value is None:
+            continue
+        texts[point.x] = format(value, metric.form) if math.isfinite(value) else "hole"
+    return texts
+
+
+def _intervals(points: Sequence[Point], metric: Metric) -> dict[float, str]:
+    """Return the intervals of a metric by x; empty where there are none."""
+    texts: dict[float, str] = {}
+    for point in points:
+        if metric.key in point.interval:
+            low, high = point.interval[metric.key]
+            texts[point.x] = f"[{low:{metric.form}}, {high:{metric.form}}]"
+    return texts
