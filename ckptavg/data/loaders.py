@@ -274,6 +274,26 @@ def _draw_stratified(order: torch.Tensor, targets: torch.Tensor, count: int) -> 
     return torch.cat(drawn)
 
 
+def classes_of(data: Batches | Dataset[Any]) -> torch.Tensor | None:
+    """Return the classes of the samples in the order of a pass, (N,), without reading samples.
+
+    Args:
+        data: A Dataset with ``targets``, or a loader that reads one in its order.
+
+    Returns:
+        The classes; None where they or the order are not known.
+    """
+    dataset = data
+    if isinstance(data, DataLoader):
+        if not (_is_sequential(data) or isinstance(data, RepeatableLoader)) or data.drop_last:
+            return None
+        dataset = data.dataset
+    try:
+        return _targets(dataset)  # type: ignore[arg-type]
+    except (UsageError, TypeError):
+        return None
+
+
 def _targets(data: Dataset[Any]) -> torch.Tensor:
     """Return the classes of a Dataset's samples, (N,), from ``targets`` without reading samples.
 

@@ -14,7 +14,7 @@ from ckptavg.errors.printable import printable, without_secrets
 from ckptavg.evaluation.candidates import Candidate
 from ckptavg.evaluation.significance import Difference
 from ckptavg.formats.running_statistics import RECOMPUTED
-from ckptavg.tasks import Metric, Task
+from ckptavg.tasks import Metric, Samples, Task
 from ckptavg.tasks.classification import Classification
 from ckptavg.tasks.intervals import Interval
 
@@ -46,6 +46,7 @@ class Result:
         interval: 95 % interval of metrics by key, for the error from scoring these samples and no
             others; empty for results from a file.
         squared_norm: ‖w‖² over all parameters; of points of a landscape only.
+        samples: Per-sample values of a metric; of points of a landscape only.
     """
 
     candidate: Candidate
@@ -55,6 +56,7 @@ class Result:
     details: Mapping[str, Any] = field(default_factory=dict)
     interval: Mapping[str, Interval] = field(default_factory=dict, compare=False, repr=False)
     squared_norm: float | None = None
+    samples: Samples | None = field(default=None, compare=False, repr=False)
 
     def __repr__(self) -> str:
         """Return one line with the candidate, the state of statistics and the metrics."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ckptavg.distributed.peers import Peers
 from ckptavg.errors import EvaluationError
@@ -118,7 +119,10 @@ class ScoredData:
         interval = self.task.intervals(score.scores, samples)
         norm = score.members[0].squared_norm
         versus = self._compare(score, samples)
-        return Result(score.candidate, metrics, state, versus, details, interval, norm)
+        result = Result(score.candidate, metrics, state, versus, details, interval, norm)
+        if self.as_points:
+            result = replace(result, samples=samples)
+        return result
 
     def _hole(self, score: CandidateScore) -> Result:
         """Make the result of a point whose outputs are not finite: every metric is NaN."""

@@ -105,6 +105,7 @@ def score_on(
     on_results: Callable[[Sequence[Sequence[Result]]], None] | None = None,
     as_points: bool = False,
     baselines: Sequence[Candidate] | None = None,
+    sample_metric: str | None = None,
 ) -> list[list[Result]]:
     """Score candidates on several data sets, with weights and statistics made once for all.
 
@@ -125,6 +126,8 @@ def score_on(
             of the weights, and a point whose outputs are not finite has metrics of NaN.
         baselines: Per candidate, the one of the candidates that it is compared with. Where None,
             that is the last checkpoint of the run, or the first candidate; for points, nothing.
+        sample_metric: Key of the metric whose per-sample values are compared; the task's choice
+            where None.
 
     Returns:
         The results on each data set, one per candidate.
@@ -154,6 +157,7 @@ def score_on(
     session.forward = forward
     session.progress = progress or session.progress
     session.keep_nonfinite = keep_nonfinite or as_points
+    session.sample_metric = sample_metric
     if exclude:
         session.excluded = match_layers(exclude, layers_of(candidates))
     with malloc.keep_freed_memory(runtime.device):
@@ -183,6 +187,7 @@ class _Session:
         self.forward: Forward | None = None
         self.progress: PhaseProgress = lambda *_: None
         self.keep_nonfinite = False
+        self.sample_metric: str | None = None
         self.as_points = as_points
         # Names of the weight sets of a pass whose outputs are not finite.
         self._holes: set[str] = set()
@@ -355,7 +360,10 @@ class _Session:
             # Predictions are on the CPU if the device lacks float64.
             targets = map_tensors(batch.targets, lambda tensor: tensor.to(predictions.device))
             finite_check.add(weight_set.name, self.task.is_finite(predictions))
-            samples = self.task.samples(predictions, targets)
+            if self.sample_metric is None:
+                samples = self.task.samples(predictions, targets)
+            else:
+                samples = self.task.samples_of(self.sample_metric, predictions, targets)
             for score in scores:
                 score.add(batch.number, weight_set, predictions, samples, targets)
 

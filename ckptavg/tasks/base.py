@@ -257,6 +257,28 @@ class Task:
         del predictions, targets
         return None
 
+    def samples_of(self, metric: str, predictions: torch.Tensor, targets: Any) -> Samples:
+        """Return the per-sample values of a metric.
+
+        Args:
+            metric: Key of the metric.
+            predictions: Return value of ``predict``.
+            targets: Targets on the device of the predictions.
+
+        Raises:
+            EvaluationError: The task has no per-sample values of this metric.
+        """
+        samples = self.samples(predictions, targets)
+        key = None
+        if samples is not None:
+            key = samples.metric or self.metrics[0].key
+        if samples is None or key != metric:
+            raise EvaluationError(
+                f"{type(self).__name__} has no values per sample of {metric}",
+                f"Choose by {key}." if key else "Define `samples` of the task.",
+            )
+        return samples
+
     def details(self, scores: Any) -> dict[str, Any]:
         """Return further plain values for the JSON of a candidate's scores."""
         del scores

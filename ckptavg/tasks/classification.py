@@ -93,6 +93,14 @@ class Classification(activations.TaskOnLogits):
         right = (answers == class_indices(targets, predictions.shape[1])).to(torch.uint8)
         return Samples(right, answers=answers.to(torch.int32), scale=100.0)
 
+    def samples_of(self, metric: str, predictions: torch.Tensor, targets: Any) -> Samples:
+        """Return the per-sample values of top-1, or of the NLL in nats."""
+        if metric != "nll":
+            return super().samples_of(metric, predictions, targets)
+        labels = class_indices(targets, predictions.shape[1])
+        indices = labels.to(predictions.device, torch.int64)[:, None]
+        return Samples(-predictions.gather(1, indices)[:, 0], metric="nll")
+
     def details(self, scores: Any) -> dict[str, Any]:
         """Return the bins of the calibration error."""
         return {"reliability": scores.reliability()}
