@@ -1,0 +1,1 @@
+"""Search: the best average of a run, chosen and judged on different samples."""
