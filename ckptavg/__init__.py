@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from ckptavg.plots.report.api import report as report
     from ckptavg.runs.run import Run as Run
     from ckptavg.runs.run import open_run as open_run
+    from ckptavg.searching.result import SearchResult as SearchResult
+    from ckptavg.searching.search import search as search
     from ckptavg.tasks import Task as Task
 
 _HOMES = {
@@ -59,6 +61,8 @@ _HOMES = {
     "report": "plots.report.api",
     "Run": "runs.run",
     "open_run": "runs.run",
+    "search": "searching.search",
+    "SearchResult": "searching.result",
     "Subset": "data.loaders",
     "Task": "tasks",
     "__version__": "_version",

@@ -19,7 +19,7 @@ FLOORS = (
     ("averaging", "data"),
     ("batchnorm", "tasks"),
     ("evaluation", "specs", "inspection"),
-    ("landscape",),
+    ("searching", "landscape"),
     ("plots",),
     ("cli",),
     ("__main__", "__init__"),
@@ -32,7 +32,7 @@ PUBLIC = [
     "average", "average_many", "Recompute", "update_bn", "CkptavgError", "StaleStatisticsWarning",
     "Candidate", "evaluate", "compare", "Result", "Results", "Checkpoint", "open_checkpoint",
     "geometry", "verify", "curve", "rays", "segment", "reliability", "report", "Run", "open_run",
-    "Subset", "Task", "__version__",
+    "Subset", "Task", "search", "SearchResult", "__version__",
 ]  # fmt: skip
 
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -17,6 +17,7 @@ from ckptavg.cli.commands.evaluate import evaluate
 from ckptavg.cli.commands.inspect import inspect
 from ckptavg.cli.commands.plots import plot
 from ckptavg.cli.commands.report import report_run
+from ckptavg.cli.commands.search import search
 from ckptavg.cli.commands.update_bn import update_bn
 from ckptavg.cli.options.help import CommandGroup
 from ckptavg.display.table_layout import wrap_note
@@ -84,6 +85,7 @@ def main() -> None:
       ckptavg average RUN -o OUT          one model from a run directory
       ckptavg update-bn CKPT -o OUT ...   BatchNorm statistics for its weights
       ckptavg eval --run RUN ...          did it help? last, average and ensemble
+      ckptavg search RUN ...              the best average, and whether to use it
       ckptavg plot KIND RUN ...           figures of its weights and its loss
       ckptavg report RUN -o OUT.html ...  did it help, on a page with all that decides
     """
@@ -93,5 +95,6 @@ main.add_command(inspect)
 main.add_command(average)
 main.add_command(update_bn)
 main.add_command(evaluate)
+main.add_command(search)
 main.add_command(plot)
 main.add_command(report_run)

@@ -219,12 +219,7 @@ def build_scoring(
     peers = processes or SingleProcess()
     data = []
     for data_source, train in ((running.data, False), (running.training, True)):
-        opened = None
-        if data_source.spec:
-            opened = _make_data(data_source, source, train=train)
-            if peers.world_size > 1 and not is_dataset(opened):
-                opened = shard_loader(opened, peers, runtime.seed)
-        data.append(opened)
+        data.append(_make_share(data_source, source, peers, runtime.seed, train=train))
     subset = None
     if running.statistics.samples is not None:
         subset = Subset(*running.statistics.samples)
@@ -235,3 +230,32 @@ def build_scoring(
         "bn_samples": subset,
     }  # fmt: skip
     return ScoringCall(model, data[0], keywords)
+
+
+def build_data(
+    data: Source,
+    running: RunningOptions,
+    checkpoints: Iterable[Checkpoint],
+    processes: TorchrunGroup | None,
+) -> Any:
+    """Build further evaluation data for ``build_scoring``: a Dataset, or this process's batches.
+
+    Args:
+        data: The data.
+        running: Options of the command.
+        checkpoints: Checkpoints that may record the model, whose preset prepares images.
+        processes: Processes that share the data; None for this process alone.
+    """
+    source = find_model(running.model, checkpoints)
+    peers = processes or SingleProcess()
+    return _make_share(data, source, peers, running.loader.seed, train=False)
+
+
+def _make_share(data: Source, source: ModelSource, peers: Peers, seed: int, *, train: bool) -> Any:
+    """Build the Dataset of an option, or this process's share of a loader; None without a name."""
+    if not data.spec:
+        return None
+    opened = _make_data(data, source, train=train)
+    if peers.world_size > 1 and not is_dataset(opened):
+        return shard_loader(opened, peers, seed)
+    return opened

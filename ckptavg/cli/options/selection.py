@@ -120,8 +120,7 @@ class SelectionOptions(Picks):
         return run, selection
 
 
-selection_options = bundle(
-    "select", SelectionOptions,
+_finding = (
     option(
         _WHICH, "--glob", metavar="PATTERN",
         help="Only names, or ends of paths, that match.  [default: all]",
@@ -144,6 +143,8 @@ selection_options = bundle(
         _WHICH, "--at-lr-min", is_flag=True, common=True,
         help="Only where the recorded learning rate is lowest: the ends of its cycles.",
     ),
+)  # fmt: skip
+_by_metric = (
     option(
         _WHICH, "--best", type=positive, metavar="N", common=True,
         help="The best N by a recorded metric (--metric).",
@@ -156,6 +157,8 @@ selection_options = bundle(
         _WHICH, "--mode", type=click.Choice(["max", "min"]),
         help="Which of its values is the best.  [default: by its name: acc max, loss min, ...]",
     ),
+)  # fmt: skip
+_thinning = (
     option(
         _WHICH, "--sample", type=pair, metavar="N[:SEED]",
         help="N of them drawn at random, to see how far the choice matters.  [default SEED: 0]",
@@ -165,3 +168,9 @@ selection_options = bundle(
         help="The last N, or those of the last P % of training.  [default: all]",
     ),
 )  # fmt: skip
+
+selection_options = bundle("select", SelectionOptions, *_finding, *_by_metric, *_thinning)
+"""Declares all options that select checkpoints, passed as ``select``."""
+
+unscored_selection_options = bundle("select", SelectionOptions, *_finding, *_thinning)
+"""Declares those that look at no recorded metric, passed as ``select``."""

@@ -1,0 +1,189 @@
+"""``ckptavg search``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ckptavg.cli.command import command
+from ckptavg.cli.console import Report
+from ckptavg.cli.options.averaging import key_option
+from ckptavg.cli.options.declare import bundle, option
+from ckptavg.cli.options.param_types import positive, whole
+from ckptavg.cli.options.running import RunningOptions, Source, running_options
+from ckptavg.cli.options.selection import SelectionOptions, unscored_selection_options
+from ckptavg.distributed.torchrun import TorchrunGroup
+from ckptavg.errors import OutputError
+
+if TYPE_CHECKING:
+    from ckptavg.runs.run import Run
+    from ckptavg.searching.result import SearchResult
+    from ckptavg.searching.verdict import Words
+
+_SEARCH = "Search"
+_WORSE = 3  # exit code of --fail-if-worse
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """Options of the search.
+
+    Attributes:
+        out: Output of the winner; None to write nothing.
+        overwrite: True to replace an existing output.
+        families: Names of families, separated by commas; None for the default.
+        budget: Largest number of candidates.
+        decisive: Metric that decides; None for the task's first.
+        report_data: Data that judge; None to divide the evaluation data.
+        select_fraction: Share of the evaluation data that chooses.
+        repeats: Number of further splits.
+        fail_if_worse: True to exit with 3 if nothing is better than the last checkpoint.
+    """
+
+    out: str | None
+    overwrite: bool
+    families: str | None
+    budget: int
+    decisive: str | None
+    report_data: str | None
+    select_fraction: float
+    repeats: int
+    fail_if_worse: bool
+
+
+@command("search", shared=True)
+@click.argument("paths", nargs=-1, required=True, metavar="RUN...")
+@option(
+    _SEARCH, "-o", "--out", metavar="OUT", common=True,
+    help="Write the winner, unless the last checkpoint wins.",
+)  # fmt: skip
+@option(_SEARCH, "--overwrite", is_flag=True, help="Replace OUT if it exists.")
+@option(
+    _SEARCH, "--try", "families", metavar="NAME,...", common=True,
+    help="Families: checkpoint, window (the last k), sliding, ema, linear, wsm, power, pair, soup."
+    "  [default: all but pair]",
+)  # fmt: skip
+@option(
+    _SEARCH, "--budget", type=positive, default="64", show_default=True, metavar="N", common=True,
+    help="Score at most N candidates.",
+)  # fmt: skip
+@option(
+    _SEARCH, "--metric", "decisive", metavar="NAME", common=True,
+    help="The metric that decides.  [default: the task's first]",
+)  # fmt: skip
+@option(
+    _SEARCH, "--report-data", metavar="SPEC", common=True,
+    help="Data that judge the winner, which choose nothing.  [default: a part of --data]",
+)  # fmt: skip
+@option(
+    _SEARCH, "--select-fraction", type=float, default=0.5, show_default=True, metavar="F",
+    help="The share of --data that chooses; the rest judges.",
+)  # fmt: skip
+@option(
+    _SEARCH, "--repeats", type=whole, default="0", show_default=True, metavar="R",
+    help="Split --data R times anew, to see how often each family wins.",
+)  # fmt: skip
+@option(
+    _SEARCH, "--fail-if-worse", is_flag=True,
+    help="Exit 3 if nothing is better than the last checkpoint.",
+)  # fmt: skip
+@running_options("Recomputes the averages' BatchNorm", scoring="Data to choose and judge on")
+@unscored_selection_options
+@key_option
+@bundle("options", SearchOptions)
+def search(
+    report: Report,
+    processes: TorchrunGroup | None,
+    paths: tuple[str, ...],
+    key: str | None,
+    *,
+    running: RunningOptions,
+    select: SelectionOptions,
+    options: SearchOptions,
+) -> None:
+    """Find the best average of a run, and tell honestly whether to use it.
+
+    Candidates are chosen on a part of the data and judged on the rest, and differences are
+    corrected for the number of candidates. The last checkpoint always stands for election.
+
+    \b
+      ckptavg search runs/swa --model model.py:make --data imagefolder:val \\
+          --train-data imagefolder:train -o best.safetensors
+    """
+    running.check_statistics()
+    if options.out is not None:
+        _check_output(options.out, overwrite=options.overwrite)
+    from ckptavg.cli import build  # noqa: PLC0415 - help is shown without torch
+    from ckptavg.distributed.peers import SingleProcess, share_work  # noqa: PLC0415
+    from ckptavg.searching import search as library  # noqa: PLC0415
+    from ckptavg.searching.families import check_families  # noqa: PLC0415
+
+    families = library.FAMILIES
+    if options.families is not None:
+        families = check_families(options.families.split(","))
+    run, selection = select.open(paths, key)
+    scoring = build.build_scoring(running, reversed(run.checkpoints), processes)
+    report_data = build.build_data(
+        Source(options.report_data), running, reversed(run.checkpoints), processes
+    )
+    with share_work(processes or SingleProcess()):
+        with report.samples_progress() as progress:
+            result = library.search(
+                selection, scoring.model, scoring.data, report_data=report_data,
+                select_fraction=options.select_fraction, families=families, budget=options.budget,
+                metric=options.decisive, repeats=options.repeats, progress=progress,
+                **scoring.keywords,
+            )  # fmt: skip
+        if options.out is not None and result.verdict.outcome != "keep-last":
+            result.write_winner(options.out, overwrite=options.overwrite)
+    sources = paths
+    if selection is not run:
+        sources = ()
+    command = result.word_command(_words(selection, sources, key, running, options.out))
+    _show(report, replace(result, command=command), options)
+
+
+def _check_output(out: str, *, overwrite: bool) -> None:
+    """Refuse an output that exists, before any work."""
+    if Path(out).exists() and not overwrite:
+        raise OutputError(f"{out} exists", "Pass `overwrite=True` to replace it.")
+
+
+def _words(
+    selection: Run,
+    sources: tuple[str, ...],
+    key: str | None,
+    running: RunningOptions,
+    out: str | None,
+) -> Words:
+    """Collect the words of the command that makes the winner."""
+    from ckptavg.searching.verdict import Words  # noqa: PLC0415
+
+    flags: tuple[str, ...] = ()
+    if key is not None:
+        flags = ("--key", key)
+    statistics: list[str] = []
+    for flag, source in (("model", running.model), ("train-data", running.training)):
+        if source.spec:
+            statistics += [f"--{flag}", source.spec]
+        for pair in source.pairs:
+            statistics += [f"--{flag}-arg", pair]
+    paths = tuple(str(checkpoint.path) for checkpoint in selection)
+    return Words(paths, sources, flags, tuple(statistics), out or "average.safetensors")
+
+
+def _show(report: Report, result: SearchResult, options: SearchOptions) -> None:
+    """Print ranking, verdict and command; exit with 3 if that was asked for."""
+    report.draw(result.table())
+    report.line(result.verdict.text)
+    if result.command:
+        report.line(result.command)
+    report.result(result.as_json())
+    if result.verdict.outcome == "keep-last":
+        if options.out is not None:
+            report.remark(f"{options.out} is not written: the last checkpoint wins")
+        if options.fail_if_worse:
+            raise click.exceptions.Exit(_WORSE)

@@ -1,0 +1,153 @@
+"""Scores of proposals on every sample, many per pass over the data."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ckptavg.averaging.plan import Average, plan_average
+from ckptavg.data.loaders import open_loader
+from ckptavg.display.progress import PhaseProgress
+from ckptavg.distributed.peers import Peers
+from ckptavg.evaluation.candidates import Candidate
+from ckptavg.evaluation.identity import EvaluationCall
+from ckptavg.evaluation.results import Result
+from ckptavg.evaluation.session import score_on
+from ckptavg.runs.run import Run
+from ckptavg.searching.election import Scored
+from ckptavg.searching.families import Proposal
+from ckptavg.tasks import Metric
+
+log = logging.getLogger("ckptavg")
+# States of statistics that training data can improve.
+_RECOMPUTABLE = ("own", "stale")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A proposal with one way of its BatchNorm statistics.
+
+    Attributes:
+        proposal: The proposal.
+        candidate: The candidate that evaluation scores.
+    """
+
+    proposal: Proposal
+    candidate: Candidate
+
+
+class ProposalScorer:
+    """Scores proposals of a run, each on every sample.
+
+    An average whose statistics can be recomputed is scored with them as averaged and recomputed.
+
+    Args:
+        run: The checkpoints that coefficients are for.
+        call: Model, data, training data, task and options.
+        metric: The metric whose contribution per sample is recorded.
+        peers: The processes that share the data.
+        progress: Called with phase, done and total, in samples.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        call: EvaluationCall,
+        metric: Metric,
+        peers: Peers,
+        progress: PhaseProgress | None,
+    ) -> None:
+        self.run = run
+        self.call = call
+        self.metric = metric
+        self.peers = peers
+        self.progress = progress
+
+    def variants(self, proposals: Sequence[Proposal]) -> list[Variant]:
+        """Return the candidates of proposals.
+
+        Raises:
+            CkptavgError: An average cannot be planned.
+        """
+        variants: list[Variant] = []
+        for proposal in proposals:
+            for candidate in self._candidates(proposal):
+                variants.append(Variant(proposal, candidate))
+        return variants
+
+    def score(self, variants: Sequence[Variant]) -> list[Scored]:
+        """Score candidates in as few passes as memory allows.
+
+        Raises:
+            CkptavgError: As for ``evaluate``.
+        """
+        if not variants:
+            return []
+        candidates = [variant.candidate for variant in variants]
+        call, peers = self.call, self.peers
+        training = None
+        if call.training is not None and any(candidate.recompute for candidate in candidates):
+            training = open_loader(
+                call.training, call.runtime, shuffle=True, subset=call.subset, peers=peers
+            )
+        data = open_loader(call.data, call.runtime, shuffle=False, peers=peers)
+        (results,) = score_on(
+            candidates,
+            call.model,
+            {"evaluation": data},
+            call.runtime,
+            training,
+            task=call.task,
+            forward=call.forward,
+            exclude=call.excluded,
+            progress=self.progress,
+            peers=peers,
+            # The search compares candidates itself, all at once.
+            as_points=True,
+            sample_metric=self.metric.key,
+        )
+        scored: list[Scored] = []
+        for variant, result in zip(variants, results, strict=True):
+            scored.append(_as_scored(variant.proposal, result, self.metric))
+        return scored
+
+    def _candidates(self, proposal: Proposal) -> list[Candidate]:
+        """Return a proposal's candidates: one, or one per way of its statistics."""
+        positions = proposal.recipe.positions
+        if proposal.size == 1:
+            checkpoint = self.run[positions[0]]
+            is_last = proposal.family == "last"
+            return [
+                Candidate.of_checkpoint(checkpoint, proposal.name, last=is_last, recompute=False)
+            ]
+        average = self._plan(proposal)
+        candidates = [Candidate.of_average(average, proposal.name, recompute=False)]
+        if self.call.training is not None and average.batchnorm in _RECOMPUTABLE:
+            candidates.append(Candidate.of_average(average, proposal.name, recompute=True))
+        return candidates
+
+    def _plan(self, proposal: Proposal) -> Average:
+        """Plan an average of the checkpoints that have a coefficient."""
+        recipe = proposal.recipe
+        members = [self.run[position] for position in recipe.positions]
+        if recipe.weights is not None:
+            return plan_average(members, weights=recipe.weights)
+        return plan_average(members, scheme=recipe.scheme)
+
+
+def _as_scored(proposal: Proposal, result: Result, metric: Metric) -> Scored:
+    metrics = dict(result.metrics)
+    if math.isnan(metrics[metric.key]):
+        log.info("%s: the outputs are not finite", proposal.name)
+        return Scored(proposal, result.bn, torch.empty(0), metrics=metrics)
+    samples = result.samples
+    # A task without such values has refused to give those of the metric.
+    assert samples is not None
+    weights = None
+    if samples.weights is not None:
+        weights = samples.weights.cpu()
+    return Scored(proposal, result.bn, samples.values.cpu(), weights, samples.scale, metrics)
