@@ -124,7 +124,11 @@ def plan_average(
     plan = exact_mean.plan_mean(checkpoints, coefficients, rules)
     if note := chosen.note(coefficients, record):
         plan = replace(plan, notes=(note, *plan.notes))
-    return Average(plan, chosen, run.members)
+    average = Average(plan, chosen, run.members)
+    if min(coefficients) < 0 and average.batchnorm == "stale":
+        note = "coefficients below 0 can make averaged running variances negative: recompute them"
+        average = replace(average, plan=replace(plan, notes=(*plan.notes, note)))
+    return average
 
 
 def _open_base(path: str | os.PathLike[str], key: str) -> Checkpoint:

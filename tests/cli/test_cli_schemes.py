@@ -135,3 +135,14 @@ def test_scheme_error_is_one_line_before_work(run, tmp_path, scheme, code, words
     assert result.exit_code == code
     assert words in result.stderr.splitlines()[-1]
     assert not (tmp_path / "o.pt").exists()
+
+
+@pytest.mark.parametrize(("weights", "noted"), [("-1,3", True), ("1,3", False)])
+def test_negative_coefficients_are_noted_beside_running_variances(tmp_path, weights, noted):
+    for epoch in (1, 2):
+        layer = torch.nn.BatchNorm1d(2)
+        layer.running_var += epoch
+        save(tmp_path / "run" / f"epoch_{epoch}.pt", layer.state_dict())
+    result = ckptavg("average", tmp_path / "run", "-o", tmp_path / "o.pt", f"--weights={weights}")
+    assert result.exit_code == 0, result.stderr
+    assert ("can make averaged running variances negative" in result.stderr) is noted

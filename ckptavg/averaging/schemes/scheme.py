@@ -141,11 +141,18 @@ def remark_on_one(name: str, advice: str) -> Remark:
         if len(shares) == 1 or shares[position] < _ALMOST_ALL:
             return ""
         return (
-            f"{name} gives {shares[position]:.3g} of the weight to {record.describe(position)}, "
-            f"which the average nearly is: {advice}"
+            f"{name} gives {_format_weight(shares[position])} of the weight to "
+            f"{record.describe(position)}, so that the average is nearly that checkpoint: {advice}"
         )
 
     return remark
+
+
+def _format_weight(share: float) -> str:
+    """Format a share of the weight, which is 1 only if it is all."""
+    if share >= 1:
+        return "all"
+    return f"{min(share, 0.9999):.4g}"
 
 
 def _as_record(run: RunRecord | Steps) -> RunRecord:

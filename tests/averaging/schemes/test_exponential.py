@@ -103,7 +103,7 @@ def test_alpha_error_names_its_scheme():
     [
         ("pma:alpha=0.2", [1, 2, 3, 4], "oldest of 4 checkpoints weighs most (0.51), as pma is"),
         ("lookahead:alpha=0.99", [1, 2, 3], "lookahead gives 0.99 of the weight to c.pt"),
-        ("ema:halflife=1%", [1, 2, 3], "ema gives 1 of the weight to c.pt"),
+        ("ema:halflife=1%", [1, 2, 3], "ema gives 0.9999 of the weight to c.pt"),
         ("ema:halflife=100%", [8, 9, 10], "oldest of 3 checkpoints weighs most (0.87), as ema"),
     ],
 )

@@ -149,5 +149,12 @@ def test_polynomial_note_tells_a_single_checkpoint():
     scheme = schemes.parse("polynomial:eta=100")
     record = RunRecord((1, 2, 3), paths=("a.pt", "b.pt", "c.pt"))
     note = scheme.note(scheme.coefficients(record), record)
-    assert note.startswith("polynomial gives 0.981 of the weight to c.pt")
+    assert note.startswith("polynomial gives 0.9806 of the weight to c.pt")
     assert scheme.note(scheme.coefficients([1]), [1]) == ""
+
+
+def test_lawa_note_tells_a_share_of_one_checkpoint():
+    scheme = schemes.parse("lawa:k=10%")
+    record = RunRecord((1, 2, 3), paths=("a.pt", "b.pt", "c.pt"))
+    note = scheme.note(scheme.coefficients(record), record)
+    assert note.startswith("lawa gives all of the weight to c.pt")

@@ -51,7 +51,7 @@ def test_softmax_gives_no_weight_to_values_not_finite():
 def test_softmax_note_tells_a_single_checkpoint():
     scheme = schemes.parse("softmax:metric=val_acc,temperature=0.1")
     record = record_of([1.0, 2.0])
-    words = "softmax gives 1 of the weight to 1.pt, which the average nearly is: a higher temp"
+    words = "softmax gives 0.9999 of the weight to 1.pt, so that the average is nearly that check"
     assert scheme.note(scheme.coefficients(record), record).startswith(words)
 
 
