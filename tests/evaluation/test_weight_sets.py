@@ -281,13 +281,13 @@ def test_load_models_moves_candidates_along_a_direction(monkeypatch, checkpoints
     average = Candidate.of_average(planned, "average")
     last = single(checkpoints, 2)
     moved = [
-        replace(centre, name=f"{centre.name} {number}", perturbation=step)
-        for centre in (average, last)
+        replace(center, name=f"{center.name} {number}", perturbation=step)
+        for center in (average, last)
         for number, step in enumerate(steps)
     ]
     read = counted_reads(monkeypatch)
     group = loaded([average, last, *moved])
-    # The third step is the first again; centres and steps share one read.
+    # The third step is the first again; centers and steps share one read.
     assert len({network.name for network in group}) == len(group) == 6
     assert set(read) == {str(c.path) for c in checkpoints[:3]}
     assert set(read.values()) == {sum(tensor.nbytes for tensor in STATES[0].values())}
@@ -296,8 +296,8 @@ def test_load_models_moves_candidates_along_a_direction(monkeypatch, checkpoints
         weights = torch.cat([p.detach().flatten() for p in network.model.parameters()])
         by_source.setdefault(id(network.source), []).append(weights)
     directions = []
-    for centre, first, second in by_source.values():
-        directions.append((first - centre, second - centre))
+    for center, first, second in by_source.values():
+        directions.append((first - center, second - center))
     for one, other in zip(*directions, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
         assert float(one.norm()) == pytest.approx(2)

@@ -212,7 +212,7 @@ def test_rays_resume(run, tmp_path, monkeypatch):
 
 
 def test_radius_is_a_multiple_of_the_distance_at_which_the_loss_rises(valley):
-    # ‖w − w*‖² rises by 1 at t = 1 from the optimum. The distance of the centres is 0.5.
+    # ‖w − w*‖² rises by 1 at t = 1 from the optimum. The distance of the centers is 0.5.
     landscape = quadratic_rays(valley, radius=None)
     d = direction(0)
     wanted = next(
@@ -221,7 +221,7 @@ def test_radius_is_a_multiple_of_the_distance_at_which_the_loss_rises(valley):
         if min(radius**2, float((OFFSET.double() + radius * d).square().sum()) - 0.25) >= 1
     )
     assert landscape.facts["radius"] == wanted
-    assert any("times the distance between the centres" in note for note in landscape.notes)
+    assert any("times the distance between the centers" in note for note in landscape.notes)
 
 
 def test_radius_ends_where_the_loss_rises_little(valley):
@@ -250,7 +250,7 @@ def test_default_rise_is_a_tenth_of_nats_or_of_the_loss(valley, run):
 
 
 def test_ray_of_one_center_needs_a_radius(valley):
-    with pytest.raises(UsageError, match="a single centre has no distance to go by"):
+    with pytest.raises(UsageError, match="a single center has no distance to go by"):
         quadratic_rays(valley, centers=("average",), radius=None)
     landscape = quadratic_rays(valley, centers=("average",))
     assert "is reached at t = 1 (1 to 1) from average" in landscape.facts["text"]
@@ -264,8 +264,8 @@ def test_rays_of_one_checkpoint(valley):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"centers": ("last", "last")}, "two centres of rays are the same"),
-        ({"centers": ("last", "epoch_1")}, "two centres of rays are the same"),
+        ({"centers": ("last", "last")}, "two centers of rays are the same"),
+        ({"centers": ("last", "epoch_1")}, "two centers of rays are the same"),
         ({"centers": ("last", "epoch_7")}, "no point is called 'epoch_7'"),
         ({"centers": "last"}, "`centers` is expected to be a list"),
         ({"centers": ()}, "`centers` is expected to be a list"),

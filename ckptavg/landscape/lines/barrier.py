@@ -63,6 +63,7 @@ class Barrier:
             height = self.height
         return {
             "metric": self.metric,
+            "title": self.title,
             "unit": self.unit,
             "data": self.data,
             "height": height,

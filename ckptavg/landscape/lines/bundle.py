@@ -1,4 +1,4 @@
-"""Bundles of rays: points from several centres in the same random directions."""
+"""Bundles of rays: points from several centers in the same random directions."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class RaySettings:
 
     Attributes:
         directions: Number of directions.
-        points: Number of points per ray, the centre included.
+        points: Number of points per ray, the center included.
         seed: Seed of the directions.
         rise: Rise of the loss that defines the width; None for the default.
 
@@ -55,10 +55,10 @@ class RaySettings:
 
 @dataclass(frozen=True)
 class RayBundle:
-    """Rays from several centres in the same directions.
+    """Rays from several centers in the same directions.
 
     Attributes:
-        named: The centres, and the run that their coefficients are over.
+        named: The centers, and the run that their coefficients are over.
         geometry: Inner products of the run; None for a single checkpoint.
         settings: Numbers of directions and points.
         recompute: True if there are statistics to recompute, and data to recompute these from.
@@ -73,18 +73,18 @@ class RayBundle:
 
     @property
     def centers(self) -> tuple[NamedPoint, ...]:
-        """The centres."""
+        """The centers."""
         return self.named.points
 
     @property
     def grid(self) -> tuple[float, ...]:
-        """T of each point of a ray, from 0 to the radius."""
+        """Distances t of the points of a ray, from 0 to the radius."""
         last = self.settings.points - 1
         return tuple(self.radius * number / last for number in range(last + 1))
 
     @property
     def distances(self) -> tuple[float, ...]:
-        """Distance of each centre to the first, in weight space."""
+        """Distance of each center to the first, in weight space."""
         if self.geometry is None:
             return (0.0,) * len(self.centers)
         distances: list[float] = []
@@ -100,7 +100,7 @@ class RayBundle:
 
     @cached_property
     def center_candidates(self) -> dict[Key, Candidate]:
-        """The centres with statistics as along the rays, by their keys."""
+        """The centers with statistics as along the rays, by their keys."""
         # Made once: points of one object share the read of the checkpoints.
         candidates: dict[Key, Candidate] = {}
         for center in self.centers:
@@ -109,7 +109,7 @@ class RayBundle:
         return candidates
 
     def list_moved(self, number: int, distances: Sequence[float]) -> dict[Key, Candidate]:
-        """List points in one direction from all centres, by their keys.
+        """List points in one direction from all centers, by their keys.
 
         Args:
             number: Number of the direction.
@@ -127,7 +127,7 @@ class RayBundle:
     def to_score(self) -> dict[Key, PointLike]:
         """List all points to score by their keys, one direction after another.
 
-        A centre that is a checkpoint is listed twice: by name with statistics of its own, and at
+        A center that is a checkpoint is listed twice: by name with statistics of its own, and at
         t = 0 with statistics that are recomputed as along the rays.
         """
         listed: dict[Key, PointLike] = {}
@@ -145,9 +145,9 @@ class RayBundle:
         """Return the score of a point; None where there is none yet.
 
         Args:
-            center: The centre.
+            center: The center.
             number: Number of the direction.
-            t: Distance from the centre.
+            t: Distance from the center.
             scores: Scores by the keys of ``to_score``.
         """
         if not t:
@@ -159,12 +159,12 @@ def series_of(center: NamedPoint, number: int) -> str:
     """Return the name of a ray.
 
     Args:
-        center: The centre.
+        center: The center.
         number: Number of the direction, from 0.
     """
     return f"{center.name}, direction {number + 1}"
 
 
 def key_of_center(center: NamedPoint) -> Key:
-    """Return the key of a centre with statistics as along the rays: the start of its first ray."""
+    """Return the key of a center with statistics as along the rays: the start of its first ray."""
     return series_of(center, 0), 0.0

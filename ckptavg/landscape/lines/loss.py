@@ -17,7 +17,7 @@ class RayLoss:
     """Loss of which a rise tells the width of a minimum.
 
     This is the task's loss without an L2 term. Along a ray that term rises by λ/2·t² around every
-    centre, whatever the network.
+    center, whatever the network.
 
     Attributes:
         metric: The loss as a metric.
@@ -45,10 +45,10 @@ class RayLoss:
         """Return the rise that defines the width.
 
         0.1 nats are a factor of 1.1 in the likelihood of a sample. For a loss in another unit, the
-        default is a tenth of the loss at the first centre.
+        default is a tenth of the loss at the first center.
 
         Args:
-            center: Score of the first centre.
+            center: Score of the first center.
             rise: The caller's choice; None for the default.
         """
         if rise is not None:

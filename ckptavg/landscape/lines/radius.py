@@ -17,7 +17,7 @@ from ckptavg.landscape.points import PointLike, PointScorer
 from ckptavg.landscape.store import Key, Scores
 
 log = logging.getLogger("ckptavg")
-# Lengths that are tried, in distances between the centres. Weights have so many dimensions that all
+# Lengths that are tried, in distances between the centers. Weights have so many dimensions that all
 # random directions are much alike, and in most the loss rises slowly.
 _FACTORS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 
@@ -31,14 +31,14 @@ def choose_radius(
     """Choose the length of rays by scores in the first direction.
 
     Args:
-        bundle: Rays from at least two centres.
+        bundle: Rays from at least two centers.
         scorer: Scores points.
-        loss: The loss that has to rise; the distance between the centres is the length where None.
+        loss: The loss that has to rise; the distance between the centers is the length where None.
         progress: As for ``PointScorer.score``.
 
     Returns:
-        The smallest of some multiples of the greatest distance between centres at which the loss
-        has risen enough from all centres, with two digits; the largest where it rises less.
+        The smallest of some multiples of the greatest distance between centers at which the loss
+        has risen enough from all centers, with two digits; the largest where it rises less.
     """
     distance = max(bundle.distances)
     lengths = [round_up(factor * distance) for factor in _FACTORS]
@@ -49,7 +49,7 @@ def choose_radius(
     for factor, radius in zip(_FACTORS, lengths, strict=True):
         if _rises_enough(bundle, loss, radius, scores):
             log.info(
-                "the rays are %.4g long, %g times the distance between the centres: the loss rises "
+                "the rays are %.4g long, %g times the distance between the centers: the loss rises "
                 "enough there", radius, factor,
             )  # fmt: skip
             return radius
@@ -65,7 +65,7 @@ def round_up(value: float) -> float:
 
 
 def _rises_enough(bundle: RayBundle, loss: RayLoss, radius: float, scores: Scores) -> bool:
-    """Return True if the loss has risen enough at a distance from all centres.
+    """Return True if the loss has risen enough at a distance from all centers.
 
     Args:
         bundle: The rays.
@@ -92,7 +92,7 @@ def read_radius(results: str | os.PathLike[str] | None, bundle: RayBundle) -> fl
         bundle: The rays.
 
     Returns:
-        The length; None where the file has no rays from the same centres in the same directions.
+        The length; None where the file has no rays from the same centers in the same directions.
     """
     radius: float | None = None
     peers = find_peers()

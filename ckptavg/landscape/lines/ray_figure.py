@@ -1,4 +1,4 @@
-"""Landscapes of rays: a mean curve per centre, the rays, and the widths."""
+"""Landscapes of rays: a mean curve per center, the rays, and the widths."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class RayFigure:
                 checkpoints.append(self._landmark(center, scores))
         return Landscape(
             kind="rays",
-            axes=("t, distance from the centre in weight space", ""),
+            axes=("t, distance from the center in weight space", ""),
             metrics=tuple(self.metrics),
             points=tuple(points),
             checkpoints=tuple(checkpoints),
@@ -59,7 +59,7 @@ class RayFigure:
         )
 
     def _ray(self, center: NamedPoint, number: int, scores: Scores) -> list[Point]:
-        """Return the points of a ray that have scores, the centre included."""
+        """Return the points of a ray that have scores, the center included."""
         points: list[Point] = []
         for t in self.bundle.grid:
             score = self.bundle.score_at(center, number, t, scores)
@@ -84,7 +84,7 @@ class RayFigure:
         return points
 
     def _landmark(self, center: NamedPoint, scores: Scores) -> Landmark:
-        """Return a centre, a checkpoint with statistics of its own."""
+        """Return a center, a checkpoint with statistics of its own."""
         landmark = Landmark(center.name, None, None, None, 0.0)
         if center.position is not None:
             checkpoint = self.bundle.named.run[center.position]
@@ -130,7 +130,7 @@ class RayFigure:
         return facts
 
     def _widths(self, rise: float, scores: Scores) -> list[Width]:
-        """Measure the width of each centre; none before all points have scores."""
+        """Measure the width of each center; none before all points have scores."""
         assert self.loss is not None
         widths: list[Width] = []
         for center in self.bundle.centers:
@@ -160,7 +160,7 @@ def _mean_point(t: float, series: str, scores: Sequence[PointScore]) -> Point:
     for key, values in _columns([score.data for score in scores]).items():
         interval = mean_interval(values)
         means[key] = interval.mean
-        # All directions share the centre.
+        # All directions share the center.
         if t and math.isfinite(interval.low):
             intervals[key] = (interval.low, interval.high)
     train: dict[str, float] = {}

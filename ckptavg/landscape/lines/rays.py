@@ -23,17 +23,11 @@ from ckptavg.landscape.lines.line_points import has_statistics_to_recompute
 from ckptavg.landscape.lines.loss import RayLoss
 from ckptavg.landscape.lines.radius import choose_radius, read_radius
 from ckptavg.landscape.lines.ray_figure import RayFigure
-from ckptavg.landscape.named_points import (
-    AVERAGE,
-    NamedPoint,
-    NamedPoints,
-    PointName,
-    find_points,
-)
+from ckptavg.landscape.named_points import AVERAGE, NamedPoints, PointName, find_points
 from ckptavg.landscape.points import PointScorer
 from ckptavg.landscape.store import check_results, score_landscape
 from ckptavg.models.batches import Batches, Forward
-from ckptavg.runs.run import RunLike, as_run
+from ckptavg.runs.run import Run, RunLike, as_run
 from ckptavg.tasks import Task
 
 
@@ -53,15 +47,15 @@ def rays(  # noqa: D417 - arguments of `evaluate` share a line
     """Score points on rays in random directions, and measure how wide the minimum is.
 
     w(t, d) = w + t·d for random directions d, uniform on the unit sphere over all parameters, as in
-    figure 4 of Izmailov et al. 2018. All centres have the same directions, so that they are
-    compared direction by direction. BatchNorm statistics are recomputed at every point, the centres
+    figure 4 of Izmailov et al. 2018. All centers have the same directions, so that they are
+    compared direction by direction. BatchNorm statistics are recomputed at every point, the centers
     included. Buffers do not move; see ``ckptavg.models.perturbation`` for what counts::
 
         figure = ckptavg.rays(run, model, val_data, train_data=train_data)
         print(figure.facts["text"])
 
-    The width of a centre in a direction is the t at which the loss has risen by ``rise`` over the
-    loss of the centre: the loss on training data, if there is any, without the L2 term.
+    The width of a center in a direction is the t at which the loss has risen by ``rise`` over the
+    loss of the center: the loss on training data, if there is any, without the L2 term.
 
     Args:
         run: The run, or a path.
@@ -70,32 +64,31 @@ def rays(  # noqa: D417 - arguments of `evaluate` share a line
         train_data: Training data: statistics are recomputed from it, and the loss on it is scored.
         centers: Points as for ``segment``; the others are compared with the first.
         directions: Number of directions.
-        points: Number of points per ray, the centre included.
+        points: Number of points per ray, the center included.
         radius: Greatest t. Where None, the smallest of 1/2, 1, 2, ... 16 times the distance between
-            the centres at which the loss has risen enough in the first direction from every centre.
+            the centers at which the loss has risen enough in the first direction from every center.
         rise: Rise of the loss that defines the width. Where None, 0.1 for a loss in nats, else a
-            tenth of the loss at the first centre.
+            tenth of the loss at the first center.
         seed: Seed of the directions, and as for ``evaluate``.
         weight_decay: As for ``segment``.
         task, device, forward, exclude, amp, batch_size, workers, bn_samples, results, resume,
             progress: As for ``evaluate``; results are a ``.json`` or ``.npz`` file.
 
     Returns:
-        The landscape. ``x`` is t. The series are a mean curve per centre, under the centre's name,
-        with a 95 % interval over the directions, and a ray per centre and direction. ``facts`` has
+        The landscape. ``x`` is t. The series are a mean curve per center, under the center's name,
+        with a 95 % interval over the directions, and a ray per center and direction. ``facts`` has
         the ``widths`` with their 95 % intervals over the directions, their ``differences`` and a
         sentence as ``text``, among others.
 
     Raises:
-        UsageError: A centre is unknown, two centres are the same, or a number cannot be meant.
+        UsageError: A center is unknown, two centers are the same, or a number cannot be meant.
         CkptavgError: As for ``evaluate``.
     """
     settings = RaySettings(directions, points, seed, rise)
-    _check(centers, radius)
+    _check_radius(radius)
     check_results(results, "rays", resume=resume)
     with collect_notes() as notes, open_progress(progress, "samples") as reporter:
-        named = find_points(as_run(run), centers)
-        _check_centers(named.points, radius)
+        named = check_centers(as_run(run), centers, radius)
         scorer = PointScorer.open(
             named.run, model, data, train_data=train_data, task=task, device=device,
             forward=forward, exclude=exclude, amp=amp, batch_size=batch_size, workers=workers,
@@ -115,45 +108,52 @@ def rays(  # noqa: D417 - arguments of `evaluate` share a line
     return replace(landscape, notes=tuple(notes))
 
 
-def _check(centers: Sequence[PointName], radius: float | None) -> None:
-    """Refuse arguments that cannot be meant.
+def _check_radius(radius: float | None) -> None:
+    """Refuse a length of rays that cannot be meant.
 
     Raises:
-        UsageError: There is such an argument.
+        UsageError: It is no number above 0.
+    """
+    if radius is not None and not (isinstance(radius, (int, float)) and 0 < radius < math.inf):
+        raise UsageError(f"`radius` is expected to be a number above 0 but is {radius!r}")
+
+
+def check_centers(run: Run, centers: Sequence[PointName], radius: float | None) -> NamedPoints:
+    """Find the centers of rays, before any work.
+
+    Args:
+        run: The checkpoints.
+        centers: As for ``rays``.
+        radius: As for ``rays``.
+
+    Raises:
+        UsageError: There is none, one is unknown, two are the same, or a single one has no radius.
     """
     if isinstance(centers, str) or not centers:
         raise UsageError(
             f"`centers` is expected to be a list of points but is {short(repr(centers))}"
         )
-    if radius is not None and not (isinstance(radius, (int, float)) and 0 < radius < math.inf):
-        raise UsageError(f"`radius` is expected to be a number above 0 but is {radius!r}")
-
-
-def _check_centers(centers: Sequence[NamedPoint], radius: float | None) -> None:
-    """Refuse centres that are the same, and a single one without a radius.
-
-    Raises:
-        UsageError: There are such centres.
-    """
-    for position, center in enumerate(centers):
-        for other in centers[:position]:
+    named = find_points(run, centers)
+    for position, center in enumerate(named.points):
+        for other in named.points[:position]:
             if center.coefficients == other.coefficients:
                 raise UsageError(
-                    f"two centres of rays are the same: {other.name} and {center.name}",
+                    f"two centers of rays are the same: {other.name} and {center.name}",
                     "Name two checkpoints that differ, or a longer run.",
                 )
     if len(centers) == 1 and radius is None:
         raise UsageError(
-            "a single centre has no distance to go by: the length of its rays is needed",
+            "a single center has no distance to go by: the length of its rays is needed",
             "Give `radius`.",
         )
+    return named
 
 
 def _make_bundle(named: NamedPoints, scorer: PointScorer, settings: RaySettings) -> RayBundle:
-    """Measure the distances between the centres, and make rays without a length.
+    """Measure the distances between the centers, and make rays without a length.
 
     Raises:
-        UsageError: Two centres have the same weights.
+        UsageError: Two centers have the same weights.
     """
     measured = None
     if len(named.run) > 1:
@@ -162,7 +162,7 @@ def _make_bundle(named: NamedPoints, scorer: PointScorer, settings: RaySettings)
     for center, distance in list(zip(bundle.centers, bundle.distances, strict=True))[1:]:
         if not distance:
             raise UsageError(
-                f"two centres of rays have the same weights: {bundle.centers[0].name} and "
+                f"two centers of rays have the same weights: {bundle.centers[0].name} and "
                 f"{center.name}"
             )
     return bundle

@@ -38,7 +38,7 @@ from ckptavg.landscape.store import Key, Scores, check_results, score_landscape
 from ckptavg.models.batches import Batches, Forward
 from ckptavg.runs.discovery.numbered import short_names
 from ckptavg.runs.order import paths_of
-from ckptavg.runs.run import RunLike, as_run
+from ckptavg.runs.run import Run, RunLike, as_run
 from ckptavg.tasks import Task
 
 _FEWEST_POINTS = 2
@@ -89,11 +89,10 @@ def segment(  # noqa: D417 - arguments of `evaluate` share a line
         UsageError: A point is unknown, the two ends are the same, or a number cannot be meant.
         CkptavgError: As for ``evaluate``.
     """
-    _check_numbers(ends, points, beyond)
+    _check_numbers(points, beyond)
     check_results(results, "segment", resume=resume)
     with collect_notes() as notes, open_progress(progress, "samples") as reporter:
-        named = find_points(as_run(run), ends)
-        _refuse_same(named.points)
+        named = check_ends(as_run(run), ends)
         scorer = PointScorer.open(
             named.run, model, data, train_data=train_data, task=task, device=device,
             forward=forward, exclude=exclude, amp=amp, batch_size=batch_size, workers=workers,
@@ -110,14 +109,12 @@ def segment(  # noqa: D417 - arguments of `evaluate` share a line
     return replace(landscape, notes=tuple(notes))
 
 
-def _check_numbers(ends: Sequence[PointName], points: int, beyond: float) -> None:
+def _check_numbers(points: int, beyond: float) -> None:
     """Refuse arguments that cannot be meant.
 
     Raises:
         UsageError: There is such an argument.
     """
-    if isinstance(ends, str) or len(ends) != 2:
-        raise UsageError(f"a segment has two ends but got {short(repr(ends))}")
     if type(points) is not int or points < _FEWEST_POINTS:
         raise UsageError(
             f"`points` of a segment is expected to be a whole number from {_FEWEST_POINTS} on but "
@@ -140,18 +137,26 @@ def _grid(points: int, beyond: float) -> tuple[float, ...]:
     return tuple(number / spacing for number in range(-further, spacing + further + 1))
 
 
-def _refuse_same(ends: Sequence[NamedPoint]) -> None:
-    """Refuse two ends that are the same point by definition.
+def check_ends(run: Run, ends: Sequence[PointName]) -> NamedPoints:
+    """Find the ends of a segment, before any work.
+
+    Args:
+        run: The checkpoints.
+        ends: As for ``segment``.
 
     Raises:
-        UsageError: They are the same.
+        UsageError: There are not two, one is unknown, or both are the same.
     """
-    first, second = ends
+    if isinstance(ends, str) or len(ends) != 2:
+        raise UsageError(f"a segment has two ends but got {short(repr(ends))}")
+    named = find_points(run, ends)
+    first, second = named.points
     if first.coefficients == second.coefficients:
         raise UsageError(
             f"the two ends of the segment are the same: {first.name} and {second.name}",
             "Name two checkpoints that differ, or a longer run.",
         )
+    return named
 
 
 @dataclass(frozen=True)

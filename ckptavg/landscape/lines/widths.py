@@ -107,10 +107,10 @@ def find_crossing(
 
 @dataclass(frozen=True)
 class Width:
-    """Width of the minimum around a centre: the distance at which the loss has risen.
+    """Width of the minimum around a center: the distance at which the loss has risen.
 
     Attributes:
-        center: Name of the centre.
+        center: Name of the center.
         each: The width in each direction; None where the loss does not rise enough.
     """
 
@@ -137,7 +137,7 @@ class Width:
     def difference(self, other: Width) -> MeanInterval | None:
         """Compute the mean of this width less another's, direction by direction.
 
-        Both centres have the same directions, so the differences are paired, and what a direction
+        Both centers have the same directions, so the differences are paired, and what a direction
         does to both cancels.
 
         Returns:
@@ -157,10 +157,10 @@ class Width:
 
 
 def describe_widths(widths: Sequence[Width], rise: str, radius: float) -> str:
-    """Word the widths of centres in a sentence.
+    """Word the widths of centers in a sentence.
 
     Args:
-        widths: Width of each centre; the others are compared with the first.
+        widths: Width of each center; the others are compared with the first.
         rise: The rise of the loss, in words.
         radius: Length of the rays.
     """
@@ -181,7 +181,7 @@ def describe_widths(widths: Sequence[Width], rise: str, radius: float) -> str:
 
 
 def _compare(first: Width, other: Width, rise: str) -> str:
-    """Word which of two centres is wider."""
+    """Word which of two centers is wider."""
     difference = first.difference(other)
     verdict = f"{first.center} and {other.center} cannot be told apart in width"
     if difference is not None and difference.low > 0:

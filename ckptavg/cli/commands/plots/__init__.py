@@ -6,6 +6,9 @@ import click
 
 from ckptavg.cli.commands.plots.curve import curve
 from ckptavg.cli.commands.plots.geometry import geometry
+from ckptavg.cli.commands.plots.rays import rays
+from ckptavg.cli.commands.plots.reliability import reliability
+from ckptavg.cli.commands.plots.segment import segment
 from ckptavg.cli.options.help import CommandGroup
 
 
@@ -15,4 +18,7 @@ def plot() -> None:
 
 
 plot.add_command(curve)
+plot.add_command(segment)
+plot.add_command(rays)
 plot.add_command(geometry)
+plot.add_command(reliability)
