@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from ckptavg.landscape.curves.curve import curve as curve
     from ckptavg.landscape.lines.rays import rays as rays
     from ckptavg.landscape.lines.segment import segment as segment
+    from ckptavg.landscape.planes.scored_plane import pca as pca
+    from ckptavg.landscape.planes.scored_plane import plane as plane
     from ckptavg.landscape.reliability import reliability as reliability
     from ckptavg.plots.report.api import report as report
     from ckptavg.runs.run import Run as Run
@@ -59,6 +61,8 @@ _HOMES = {
     "segment": "landscape.lines.segment",
     "reliability": "landscape.reliability",
     "report": "plots.report.api",
+    "pca": "landscape.planes.scored_plane",
+    "plane": "landscape.planes.scored_plane",
     "Run": "runs.run",
     "open_run": "runs.run",
     "search": "searching.search",

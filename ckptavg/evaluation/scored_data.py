@@ -126,7 +126,15 @@ class ScoredData:
 
     def _hole(self, score: CandidateScore) -> Result:
         """Make the result of a point whose outputs are not finite: every metric is NaN."""
-        metrics = dict.fromkeys([metric.key for metric in self.task.metrics], math.nan)
+        metrics = {metric.key: math.nan for metric in self.task.metrics}
+        try:
+            computed = score.scores.compute()
+        except (ArithmeticError, ValueError):
+            # The sums are NaN, which a task need not be able to take.
+            pass
+        else:
+            # A task may have no value for some metrics, such as top-5 for three classes.
+            metrics = dict.fromkeys(computed, math.nan) | {"n": computed["n"]}
         state = score.describe_statistics()[0]
         norm = score.members[0].squared_norm
         return Result(score.candidate, metrics, state, squared_norm=norm)

@@ -15,10 +15,11 @@ from ckptavg.runs.discovery.numbered import short_names
 from ckptavg.runs.order import paths_of
 from ckptavg.runs.run import Run, as_run, open_run
 
-AVERAGE, FIRST, LAST = "average", "first", "last"
+AVERAGE, FIRST, MIDDLE, LAST = "average", "first", "middle", "last"
 
 PointName: TypeAlias = "str | os.PathLike[str] | Checkpoint"
-"""``average``, ``first``, ``last``, a checkpoint of the run, or the path of another run."""
+"""``average``, ``first``, ``middle``, ``last``, a checkpoint of the run, or the path of another
+run."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,9 @@ def find_points(run: Run, names: Sequence[PointName]) -> NamedPoints:
 
     Args:
         run: The checkpoints.
-        names: ``average`` (the uniform average of the run), ``first`` or ``last``; a checkpoint by
-            its file name, with or without suffix, or its path; or the path of another run or
-            checkpoint, whose final checkpoint is the point.
+        names: ``average`` (the uniform average of the run), ``first``, ``middle`` or ``last``; a
+            checkpoint by its file name, with or without suffix, or its path; or the path of another
+            run or checkpoint, whose final checkpoint is the point.
 
     Raises:
         UsageError: A name is unknown, or two checkpoints have the name.
@@ -99,7 +100,7 @@ def find_points(run: Run, names: Sequence[PointName]) -> NamedPoints:
     for name, position in zip(names, positions, strict=True):
         label = str(name)
         # The words say more than a file name.
-        if position is not None and name not in (FIRST, LAST):
+        if position is not None and name not in (FIRST, MIDDLE, LAST):
             label = labels[position]
         points.append(NamedPoint(label, _coefficients(position, len(own), len(checkpoints))))
     return NamedPoints(extended, len(own), tuple(points))
@@ -134,10 +135,9 @@ def _find_position(checkpoints: Sequence[Checkpoint], name: PointName) -> int | 
     Raises:
         UsageError: Two checkpoints have the name.
     """
-    if name == FIRST:
-        return 0
-    if name == LAST:
-        return len(checkpoints) - 1
+    words = {FIRST: 0, MIDDLE: len(checkpoints) // 2, LAST: len(checkpoints) - 1}
+    if isinstance(name, str) and name in words:
+        return words[name]
     positions: list[int] = []
     for position, checkpoint in enumerate(checkpoints):
         if name is checkpoint or name in _names_of(checkpoint):
@@ -171,9 +171,11 @@ def _open_end(checkpoints: Sequence[Checkpoint], name: PointName) -> Checkpoint:
         return name
     if locate(name).exists():
         return open_run(name).last(1)[0]
-    known = [AVERAGE, FIRST, LAST]
+    known = [AVERAGE, FIRST, MIDDLE, LAST]
     known += short_names(paths_of(checkpoints))
     remedy = did_you_mean(close_names(str(name), known))
     if not remedy:
-        remedy = "Name average, first, last, a checkpoint's file or the path of another run."
+        remedy = (
+            "Name average, first, middle, last, a checkpoint's file or the path of another run."
+        )
     raise UsageError(f"no point is called {short(str(name))!r}", remedy)

@@ -109,7 +109,10 @@ def test_point_with_outputs_that_are_not_finite_is_a_hole(run, monkeypatch, capl
     hole = scores[order[2]]
     assert hole.is_hole
     for values in (hole.data, hole.train):
-        assert all(math.isnan(value) for value in values.values())
+        metrics = [value for key, value in values.items() if key != "n"]
+        assert metrics
+        assert all(math.isnan(value) for value in metrics)
+    assert hole.data.keys() == scores[order[0]].data.keys()
     require_finite(scores)
     assert "1 of 3 points are holes" in caplog.text
 

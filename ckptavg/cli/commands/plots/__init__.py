@@ -6,6 +6,7 @@ import click
 
 from ckptavg.cli.commands.plots.curve import curve
 from ckptavg.cli.commands.plots.geometry import geometry
+from ckptavg.cli.commands.plots.plane import pca, plane
 from ckptavg.cli.commands.plots.rays import rays
 from ckptavg.cli.commands.plots.reliability import reliability
 from ckptavg.cli.commands.plots.segment import segment
@@ -18,6 +19,8 @@ def plot() -> None:
 
 
 plot.add_command(curve)
+plot.add_command(plane)
+plot.add_command(pca)
 plot.add_command(segment)
 plot.add_command(rays)
 plot.add_command(geometry)
