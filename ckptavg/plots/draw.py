@@ -19,8 +19,15 @@ from ckptavg.errors import EvaluationError, UsageError
 from ckptavg.errors.system import guard_writes
 from ckptavg.io.atomic import Publication
 from ckptavg.landscape.landscape import Kind, Landscape
-from ckptavg.plots import curve, geometry, segment, surface
-from ckptavg.plots.panels import Key, Layout, new_figure, put_key_below, put_key_inside
+from ckptavg.plots.figures import curve, geometry, rays, segment, surface
+from ckptavg.plots.panels import (
+    Key,
+    Layout,
+    fit_height,
+    new_figure,
+    put_key_below,
+    put_key_inside,
+)
 from ckptavg.plots.style import figure_style
 
 log = logging.getLogger("ckptavg")
@@ -53,6 +60,7 @@ DRAWINGS: Mapping[Kind, Drawing] = {
     "pca": Drawing(surface.arrange, surface.draw),
     "curve": Drawing(curve.arrange, curve.draw),
     "segment": Drawing(segment.arrange, segment.draw),
+    "rays": Drawing(rays.arrange, rays.draw),
     "geometry": Drawing(geometry.arrange, geometry.draw),
 }
 
@@ -89,6 +97,8 @@ def draw(
         figure, panels = new_figure(layout)
         key = drawing.draw(landscape, panels)
         put_key_below(figure, key)
+        if layout.equal:
+            fit_height(figure, panels)
     return figure, _as_value(panels)
 
 
@@ -97,6 +107,9 @@ def _draw_on(
 ) -> tuple[Figure, Axes | tuple[Axes, ...]]:
     """Draw on axes of the caller's."""
     key = drawing.draw(landscape, panels)
+    if drawing.layout(landscape).equal:
+        for panel in panels:
+            panel.set_aspect("equal")
     put_key_inside(panels[-1], key)
     figure = panels[0].get_figure(root=True)
     assert isinstance(figure, Figure)

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from ckptavg.display.shortening import shorten_names
+from ckptavg.display.shortening import shorten_names, wrap_words
 from ckptavg.errors.printable import printable
 from ckptavg.plots.style import SMALL
 
@@ -23,6 +24,8 @@ _LINE = 118
 _HANDLE = 7
 _MOST_COLUMNS = 4
 _LINE_HEIGHT = 0.18  # inches
+# Characters of a label per inch, fewest characters of a line, and inches around a panel.
+_PER_INCH, _NARROW, _MARGIN = 13.0, 16, 0.6
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Layout:
         height: Height of the figure without its legend, in inches.
         heights: Relative heights of the rows; equal where empty.
         share_x: True if all panels have the same horizontal axis.
+        equal: True if both axes of the panels have the same scale.
     """
 
     rows: int = 1
@@ -42,6 +46,7 @@ class Layout:
     height: float = 4.0
     heights: tuple[float, ...] = ()
     share_x: bool = False
+    equal: bool = False
 
     @property
     def count(self) -> int:
@@ -96,7 +101,9 @@ class Key:
 
 def new_figure(layout: Layout) -> tuple[Figure, list[Axes]]:
     """Make a figure with its panels, outside of pyplot."""
-    figure = Figure(figsize=(WIDTH, layout.height), layout="constrained")
+    # Inches between panels and legend, and shares of a panel between panels.
+    engine = ConstrainedLayoutEngine(h_pad=0.07, w_pad=0.05, hspace=0.03, wspace=0.03)
+    figure = Figure(figsize=(WIDTH, layout.height), layout=engine)
     grid = figure.subplots(
         layout.rows,
         layout.columns,
@@ -105,6 +112,24 @@ def new_figure(layout: Layout) -> tuple[Figure, list[Axes]]:
         height_ratios=layout.heights or None,
     )
     return figure, [*grid.flat]
+
+
+def fit_height(figure: Figure, panels: Sequence[Axes]) -> None:
+    """Make a figure as high as panels with equal scales on both axes need.
+
+    The layout counts on a panel's whole box for its labels, which a box of another shape is not.
+    """
+    engine = figure.get_layout_engine()
+    assert engine is not None
+    engine.execute(figure)
+    heights: list[float] = []
+    for panel in panels:
+        left, right = panel.get_xlim()
+        bottom, top = panel.get_ylim()
+        box = panel.get_window_extent()
+        heights.append(box.width * (top - bottom) / (right - left) - box.height)
+        panel.set_aspect("equal")
+    figure.set_figheight(figure.get_figheight() + max(heights) / figure.dpi)
 
 
 def put_key_below(figure: Figure, key: Key) -> None:
@@ -145,13 +170,31 @@ def _style_legend(legend: Any) -> None:
 
 
 def label_axes(axes: Axes, x: str = "", y: str = "", title: str = "") -> None:
-    """Label a panel with plain texts; empty ones are left out."""
+    """Label a panel with plain texts, wrapped to its size; empty ones are left out."""
+    wide, high = _room_of(axes)
     if x:
-        axes.set_xlabel(printable(x), parse_math=False)
+        axes.set_xlabel(_wrap(x, wide), parse_math=False)
     if y:
-        axes.set_ylabel(printable(y), parse_math=False)
+        axes.set_ylabel(_wrap(y, high), parse_math=False)
     if title:
-        axes.set_title(printable(title), loc="left", parse_math=False)
+        axes.set_title(_wrap(title, wide), loc="left", parse_math=False)
+
+
+def _room_of(axes: Axes) -> tuple[int, int]:
+    """Return the characters that fit along the width and the height of a panel."""
+    figure = axes.get_figure(root=True)
+    place = axes.get_subplotspec()
+    if figure is None or place is None:
+        return _LINE, _LINE
+    width, height = figure.get_size_inches()
+    rows, columns = place.get_gridspec().get_geometry()
+    wide = _PER_INCH * (width / columns - _MARGIN)
+    high = _PER_INCH * (height * len(place.rowspan) / rows - _MARGIN)
+    return max(int(wide), _NARROW), max(int(high), _NARROW)
+
+
+def _wrap(text: str, room: int) -> str:
+    return "\n".join(wrap_words(printable(text), room))
 
 
 def short_names(names: Sequence[str], room: int = NAME_ROOM) -> list[str]:

@@ -8,10 +8,9 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from sample_landscapes import SAMPLES, curve, geometry, plane, segment, two_runs
+from sample_landscapes import SAMPLES, curve, geometry, mark, plane, rays, segment, two_runs
 
 from ckptavg.errors import EvaluationError, SpecError, UsageError
-from ckptavg.landscape.landscape import Landmark
 
 LINES = ("checkpoints", "running average", "average of the last 5")
 
@@ -48,8 +47,9 @@ def test_plane_shows_training_loss_and_evaluation_error():
     assert loss.get_title(loc="left") == "loss with L2 term (nats), training data"
     assert error.get_title(loc="left") == "top-1 error (%), evaluation data"
     for panel in (loss, error):
-        assert (panel.get_xlabel(), panel.get_ylabel()) == landscape.axes
+        assert panel.get_xlabel().replace("\n", " ") == landscape.axes[0]
         assert panel.get_aspect() == 1.0
+    assert loss.get_ylabel().replace("\n", " ") == landscape.axes[1]
     texts, title = legend_texts(figure)
     assert title.startswith("Exact values: loss with L2 term (nats), training data; top-1 error")
     average = landscape.averages[0]
@@ -61,18 +61,18 @@ def test_plane_shows_training_loss_and_evaluation_error():
 def test_plane_marks_stand_at_their_coordinates():
     landscape = plane()
     _, (_, error) = landscape.plot()
-    for mark in (*(m for m in landscape.checkpoints if m.distance == 0), *landscape.averages):
-        line_on(error, [mark.x], [mark.y])
+    for corner in (*(m for m in landscape.checkpoints if m.distance == 0), *landscape.averages):
+        line_on(error, [corner.x], [corner.y])
     line_on(error, [m.x for m in landscape.checkpoints], [m.y for m in landscape.checkpoints])
 
 
 def test_plane_dots_shrink_with_the_distance_off_the_plane():
     landscape = plane()
     _, (_, error) = landscape.plot()
-    others = [mark for mark in landscape.checkpoints if mark.distance > 0]
-    places = [(mark.x, mark.y) for mark in others]
+    others = [other for other in landscape.checkpoints if other.distance > 0]
+    places = [(other.x, other.y) for other in others]
     (dots,) = [c for c in error.collections if np.array_equal(c.get_offsets(), places)]
-    distances = [mark.distance for mark in others]
+    distances = [other.distance for other in others]
     assert (np.argsort(distances) == np.argsort(-dots.get_sizes())).all()
 
 
@@ -83,7 +83,7 @@ def test_plane_colour_bar_says_where_it_is_capped():
     labels = bar_labels(figure, error)
     assert float(labels[0]) == pytest.approx(lowest, rel=1e-2)
     assert not labels[-1].startswith(">")
-    marks = tuple(replace(mark, data={"top1": 92.0}) for mark in landscape.checkpoints)
+    marks = tuple(replace(other, data={"top1": 92.0}) for other in landscape.checkpoints)
     figure, (_, error) = replace(landscape, checkpoints=marks, averages=()).plot()
     ordered = sorted(100 - point.data["top1"] for point in landscape.points)
     cap = max(lowest + 3 * (8 - lowest), ordered[len(ordered) // 4])
@@ -125,7 +125,7 @@ def test_plane_draws_equal_and_huge_values(factor):
         points.append(replace(point, data={"top1": 50.0}, train={"l2_loss": loss}))
     figure, (_, error) = replace(landscape, points=tuple(points)).plot()
     figure.draw_without_rendering()
-    assert "50.00 % everywhere" in error.get_title(loc="left")
+    assert error.get_title(loc="right") == "50.00 % everywhere"
 
 
 def test_curve_lines_are_the_points():
@@ -177,17 +177,51 @@ def test_segment_barrier_is_above_the_straight_line():
     figure, (loss, error) = segment().plot()
     # Both sines are 1 in the middle of the straight line between the ends.
     assert loss.get_title(loc="right") == "barrier 0.2000 nats"
-    assert error.get_title(loc="right") == "barrier 6.00 %"
-    assert loss.get_xlabel() == "t (0 checkpoint, 1 average)"
+    assert error.get_title(loc="right") == "barrier 6.00 percentage points"
+    assert loss.get_xlabel() == "t, from last (0) to average (1)"
     assert error.get_ylabel() == "top-1 error (%), evaluation data"
     texts, _ = legend_texts(figure)
     assert texts == ["epoch_200.pt: 0.1500 nats; 9.00 %", "average: 0.1800 nats; 5.00 %"]
 
 
 def test_segment_without_barrier_says_so():
-    _, (loss, error) = segment(barrier=False, holes=(4,)).plot()
+    _, (loss, error) = segment(barrier=False, beyond=4).plot()
     assert loss.get_title(loc="right") == error.get_title(loc="right") == "no barrier"
-    assert [patch.get_hatch() for patch in error.patches] == ["////"]
+
+
+def test_segment_holes_are_hatched():
+    _, (loss, error) = segment(holes=(4,)).plot()
+    assert loss.get_title(loc="right") == error.get_title(loc="right") == "barrier: not finite"
+    (hole,) = error.patches
+    assert hole.get_hatch() == "////"
+    assert (hole.get_x(), hole.get_width()) == pytest.approx((0.175, 0.05))
+
+
+def test_rays_show_widths_at_the_risen_loss():
+    landscape = rays()
+    figure, (loss, error) = landscape.plot()
+    assert loss.get_ylabel() == "NLL (nats), training data"
+    assert error.get_ylabel() == "top-1 error (%), evaluation data"
+    for width in landscape.facts["widths"]:
+        center = [point for point in landscape.points if point.series == width["center"]]
+        line_on(loss, [width["mean"]], [center[0].train["nll"] + 0.1])
+        mean = line_on(loss, [p.x for p in center], [p.train["nll"] for p in center])
+        ray = [p for p in landscape.points if p.series == f"{width['center']}, direction 3"]
+        thin = line_on(loss, [p.x for p in ray], [p.train["nll"] for p in ray])
+        assert thin.get_color() == mean.get_color()
+        assert thin.get_linewidth() < mean.get_linewidth()
+    width = landscape.facts["widths"][0]
+    texts, _ = legend_texts(figure)
+    ends = f"{width['low']:.3g} to {width['high']:.3g}"
+    assert texts[0] == f"average, mean of 10 directions; width {width['mean']:.3g} ({ends})"
+    assert "width: loss risen by 0.1 nats" in texts
+
+
+def test_rays_without_widths_draw():
+    landscape = rays()
+    facts = {**landscape.facts, "rise": None, "widths": []}
+    figure, _ = replace(landscape, facts=facts).plot()
+    assert "average, mean of 10 directions" in legend_texts(figure)[0]
 
 
 def test_geometry_panels_have_the_series():
@@ -210,7 +244,7 @@ def test_figure_is_labelled(name):
     _, panels = SAMPLES[name]().plot()
     if not isinstance(panels, tuple):
         panels = (panels,)
-    assert all(panel.get_ylabel() for panel in panels)
+    assert all(panel.get_ylabel() or panel.get_title(loc="left") for panel in panels)
     assert panels[-1].get_xlabel()
 
 
@@ -247,8 +281,9 @@ def test_figure_refuses_other_axes():
 )
 def test_figure_takes_names_as_text(name, shown):
     landscape = plane(size=4)
-    mark = Landmark(name, "p", 1, 0.1, 1.0, 1.0, 0.0, data={"top1": 90.0}, train={"l2_loss": 1.0})
-    figure, _ = replace(landscape, checkpoints=(), averages=(mark,)).plot()
+    scores = {"top1": 90.0}, {"l2_loss": 1.0}
+    average = mark(name, 1.0, 1.0, 0.0, scores)
+    figure, _ = replace(landscape, checkpoints=(), averages=(average,)).plot()
     figure.draw_without_rendering()
     texts, _ = legend_texts(figure)
     assert len(texts) == 1
@@ -277,6 +312,6 @@ def test_figure_without_matplotlib_says_what_to_install(monkeypatch):
 
 def test_figure_says_what_was_not_scored():
     landscape = plane(size=4)
-    mark = replace(landscape.averages[0], data={}, train={"l2_loss": math.inf})
-    figure, _ = replace(landscape, averages=(mark,)).plot()
+    average = replace(landscape.averages[0], data={}, train={"l2_loss": math.inf})
+    figure, _ = replace(landscape, averages=(average,)).plot()
     assert "average: not finite; not scored" in legend_texts(figure)[0]

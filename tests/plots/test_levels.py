@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from ckptavg.plots.levels import choose_levels, log_levels
+from ckptavg.plots.figures.levels import choose_levels, log_levels
 
 
 def published_levels(values, vmax, log_alpha, count=7):

@@ -1,6 +1,6 @@
 """Landscapes of all kinds with values from simple formulas, as samples for figures.
 
-``python tests/support/sample_landscapes.py DIR`` draws all of them, to be looked at.
+``python tests/support/sample_landscapes.py DIR [NAME...]`` draws them, to be looked at.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ckptavg.landscape.landscape import Landmark, Landscape, Point
+from ckptavg.landscape.lines.barrier import measure_barriers
 from ckptavg.tasks import Metric
 
 CLASSIFICATION = (
@@ -20,61 +21,91 @@ CLASSIFICATION = (
     Metric("nll", "NLL", ".4f", False, "nats"),
     Metric("ece", "ECE", ".4f", False),
 )
-REGRESSION = (Metric("rmse", "RMSE", ".5g", False), Metric("r2", "R²", ".5f", True))
-PLANE_AXES = ("x (distance in weight space)", "y (distance in weight space)")
+L2_LOSS = Metric("l2_loss", "loss with the L2 term", ".4f", False, "nats")
+PLANE_AXES = (
+    "distance from epoch_160.pt towards epoch_185.pt",
+    "distance from that line towards epoch_210.pt",
+)
 
 
-def scores(x, y, scale=1.0):
+def mark(name, x, y=None, distance=0.0, scores=({}, None), step=None, lr=None):
+    """A checkpoint or an average; a checkpoint is one with a step."""
+    path = None if step is None else f"/run/{name}"
+    data, train = scores
+    return Landmark(name, path, step, lr, x, y, distance, data=data, train=train)
+
+
+def holes_of(scores):
+    """The same metrics, all NaN."""
+    data, train = scores
+    return dict.fromkeys(data, math.nan), None if train is None else dict.fromkeys(train, math.nan)
+
+
+def bowl(x, y, train=True):
     """Metrics in a bowl whose training minimum lies beside the evaluation minimum."""
-    far = ((x - 2.1) ** 2 / 6 + (y - 1.3) ** 2 / 2) * scale
+    far = (x - 2.1) ** 2 / 6 + (y - 1.3) ** 2 / 2
     error = 4.2 + 60 * (1 - math.exp(-far / 6))
-    train = 0.02 + 0.04 * ((x - 2.9) ** 2 / 5 + (y - 0.8) ** 2 / 1.5) ** 1.3
+    loss = 0.02 + 0.04 * ((x - 2.9) ** 2 / 5 + (y - 0.8) ** 2 / 1.5) ** 1.3
     data = {"top1": 100 - error, "top5": 99.0, "nll": error / 30, "ece": 0.01}
-    return data, {"top1": 99.0, "nll": train, "l2_loss": train + 0.11}
+    if not train:
+        return data, None
+    return data, {"top1": 99.0, "nll": loss, "l2_loss": loss + 0.11}
 
 
 def plane(size=13, holes=(), train=True, checkpoints=11, unfinished=0):
     """A plane through three checkpoints, with others off it."""
-    corners = [(0.0, 0.0), (4.6, 0.0), (2.0, 3.1)]
     points = []
     for row in range(size):
         for column in range(size):
             x = -0.9 + 6.4 * column / (size - 1)
             y = -0.7 + 4.6 * row / (size - 1)
-            data, training = scores(x, y)
+            scores = bowl(x, y, train)
             if (row, column) in holes:
-                data = dict.fromkeys(data, math.nan)
-                training = dict.fromkeys(training, math.nan)
-            points.append(Point(x, y, (0.2, 0.3, 0.5), data, training if train else None))
+                scores = holes_of(scores)
+            points.append(Point(x, y, (0.2, 0.3, 0.5), *scores))
     if unfinished:
         points = points[:unfinished]
+    corners = {0: (0.0, 0.0), checkpoints // 2: (4.6, 0.0), checkpoints - 1: (2.0, 3.1)}
     marks = []
     noise = random.Random(0)
     off = [0.0, 0.0, 0.0]
     for number in range(checkpoints):
-        name = f"epoch_{160 + 5 * number}.pt"
-        corner = {0: 0, checkpoints // 2: 1, checkpoints - 1: 2}.get(number)
-        if corner is not None:
-            x, y = corners[corner]
-            distance = 0.0
-        else:
-            pull = 8 / max(checkpoints, 20)
-            off = [old * (1 - pull) + noise.gauss(0, 2.2 * pull**0.5) for old in off]
-            x, y = 2.2 + 0.5 * off[0], 1.0 + 0.35 * off[1]
-            distance = abs(off[2])
-        data, training = scores(x, y)
-        marks.append(
-            Landmark(name, f"/run/{name}", 160 + 5 * number, 0.05, x, y, distance, data,
-                     training if train else None)
-        )  # fmt: skip
-    x, y = 2.2, 31 / 30
-    data, training = scores(x, y)
-    average = Landmark("average", None, None, None, x, y, 0.0, data, training if train else None)
-    return Landscape("plane", PLANE_AXES, CLASSIFICATION, tuple(points), tuple(marks), (average,))
+        pull = 8 / max(checkpoints, 20)
+        off = [old * (1 - pull) + noise.gauss(0, 2.2 * pull**0.5) for old in off]
+        distance = 0.0 if number in corners else abs(off[2])
+        x, y = corners.get(number, (2.2 + 0.5 * off[0], 1.0 + 0.35 * off[1]))
+        step = 160 + 5 * number
+        marks.append(mark(f"epoch_{step}.pt", x, y, distance, bowl(x, y, train), step, 0.05))
+    average = mark("average", 2.2, 31 / 30, 0.0, bowl(2.2, 31 / 30, train))
+    facts = {"through": [marks[number].name for number in corners], "shape": [size, size]}
+    return Landscape(
+        "plane", PLANE_AXES, CLASSIFICATION, tuple(points), tuple(marks), (average,), facts
+    )
+
+
+def pca(checkpoints=15):
+    """A trajectory that circles its average, far longer than wide."""
+    points = []
+    for row in range(11):
+        for column in range(11):
+            x, y = -14 + 2.8 * column, -1.5 + 0.3 * row
+            points.append(Point(x, y, None, *bowl(2.1 + x / 6, 1.3 + y)))
+    marks = []
+    for number in range(checkpoints):
+        angle = 2 * math.pi * number / checkpoints
+        x, y = 11 * math.cos(angle) * (1 - 0.02 * number), math.sin(angle)
+        scores = bowl(2.1 + x / 6, 1.3 + y)
+        marks.append(mark(f"step_{500 * number}.ckpt", x, y, 2 + number / 5, scores, 500 * number))
+    average = mark("average", 0.0, 0.0, 0.0, bowl(2.1, 1.3))
+    axes = ("1st principal component (83% of variance)", "2nd principal component (9%)")
+    return Landscape(
+        "pca", axes, CLASSIFICATION, tuple(points), tuple(marks), (average,),
+        {"explained": [0.83, 0.09]},
+    )  # fmt: skip
 
 
 def interval(error, samples=1000):
-    """A 95 % interval of an accuracy in percent."""
+    """95 % intervals of an accuracy in percent and of a loss."""
     half = 1.96 * math.sqrt(error * (100 - error) / samples)
     return {
         "top1": (100 - error - half, 100 - error + half),
@@ -83,7 +114,7 @@ def interval(error, samples=1000):
 
 
 def curve(checkpoints=30, train=True, rates=True):
-    """A run at a constant learning rate, its running average and its windows."""
+    """A cyclical run, its running average and its windows."""
     noise = random.Random(1)
     points = {"checkpoints": [], "running average": [], "average of the last 5": []}
     marks = []
@@ -96,17 +127,12 @@ def curve(checkpoints=30, train=True, rates=True):
             "average of the last 5": 6.6 + 2.0 * math.exp(-9 * share) - 0.2 * share,
         }
         for series, error in errors.items():
-            training = {"top1": 100 - error / 3, "nll": error / 90}
+            training = {"top1": 100 - error / 3, "nll": error / 90} if train else None
             data = {"top1": 100 - error, "nll": error / 30}
-            points[series].append(
-                Point(step, None, None, data, training if train else None, interval(error), series)
-            )
-        rate = 0.05 if number % 2 else 0.001
-        if rates:
-            name = f"step_{step}.pt"
-            marks.append(
-                Landmark(name, name, step, rate, step, None, 0.0, points["checkpoints"][-1].data)
-            )
+            points[series].append(Point(step, None, None, data, training, interval(error), series))
+        scores = points["checkpoints"][-1].data, None
+        rate = (0.05 if number % 2 else 0.001) if rates else None
+        marks.append(mark(f"step_{step}.pt", step, None, 0.0, scores, step, rate))
     ordered = [point for series in points.values() for point in series]
     return Landscape("curve", ("step", ""), CLASSIFICATION, tuple(ordered), tuple(marks))
 
@@ -121,48 +147,71 @@ def two_runs():
     return replace(first, points=tuple(points), checkpoints=first.checkpoints + second.checkpoints)
 
 
-def segment(barrier=True, holes=()):
+def segment(barrier=True, holes=(), beyond=0):
     """From the last checkpoint to the average."""
     points = []
-    for number in range(21):
+    for number in range(-beyond, 21 + beyond):
         t = number / 20
-        error = 9 - 4 * t + (6 * math.sin(math.pi * t) if barrier else -2 * t * (1 - t))
-        train = 0.05 + 0.03 * t + (0.2 * math.sin(math.pi * t) ** 2 if barrier else 0.0)
-        data, training = (
-            {"top1": 100 - error, "nll": error / 30},
-            {"nll": train, "l2_loss": train + 0.1},
-        )
+        error = 9 - 4 * t - 2 * t * (1 - t)
+        train = 0.05 + 0.03 * t
+        if barrier:
+            error += 2 * t * (1 - t) + 6 * math.sin(math.pi * t)
+            train += 0.2 * math.sin(math.pi * t) ** 2
+        scores = {"top1": 100 - error, "nll": error / 30}, {"nll": train, "l2_loss": train + 0.1}
         if number in holes:
-            data, training = dict.fromkeys(data, math.nan), dict.fromkeys(training, math.nan)
-        points.append(Point(t, None, (1 - t, t), data, training))
-    first = Landmark(
-        "epoch_200.pt",
-        "/run/epoch_200.pt",
-        200,
-        0.01,
-        0.0,
-        None,
-        0.0,
-        points[0].data,
-        points[0].train,
-    )
-    last = Landmark("average", None, None, None, 1.0, None, 0.0, points[-1].data, points[-1].train)
+            scores = holes_of(scores)
+        points.append(Point(t, None, (1 - t, t), *scores, interval=interval(error)))
+    start, end = points[beyond], points[-beyond - 1]
+    first = mark("epoch_200.pt", 0.0, scores=(start.data, start.train), step=200)
+    other = mark("epoch_190.pt", 0.4, distance=3.0, step=190)
+    last = mark("average", 1.0, scores=(end.data, end.train))
+    barriers = measure_barriers(points, (*CLASSIFICATION[:1], L2_LOSS))
+    facts = {"ends": ["last", "average"], "barriers": [entry.as_json() for entry in barriers]}
+    axes = ("t, from last (0) to average (1)", "")
+    return Landscape("segment", axes, CLASSIFICATION, tuple(points), (other, first), (last,), facts)
+
+
+def rays(directions=10, radius=40.0):
+    """Rays from a wide average and a narrower checkpoint."""
+    noise = random.Random(3)
+    slopes = [math.exp(noise.gauss(0, 0.35)) for _ in range(directions)]
+    points, widths, marks = [], [], {}
+    for center, sharpness, error in (("average", 1.0, 4.0), ("last", 1.9, 5.2)):
+        curves = [*slopes, sum(slopes) / directions]
+        for number, slope in enumerate(curves):
+            series = center if number == directions else f"{center}, direction {number + 1}"
+            for position in range(21):
+                t = radius * position / 20
+                rise = sharpness * slope * (t / 60) ** 2
+                data = {"top1": 100 - error - 30 * rise, "nll": error / 20 + 2 * rise}
+                ends = {}
+                if number == directions and t:
+                    ends = {"top1": (data["top1"] - 4 * rise, data["top1"] + 4 * rise)}
+                train = {"nll": error / 40 + rise}
+                points.append(Point(t, data=data, train=train, interval=ends, series=series))
+        each = [60 * math.sqrt(0.1 / (sharpness * slope)) for slope in slopes]
+        mean = sum(each) / directions
+        widths.append({"center": center, "mean": mean, "low": mean - 2, "high": mean + 2})
+        marks[center] = mark(center, 0.0, scores=({"top1": 100 - error}, None))
+    facts = {
+        "centers": ["average", "last"],
+        "directions": directions,
+        "radius": radius,
+        "rise": {"metric": "nll", "unit": "nats", "data": "training data", "value": 0.1},
+        "widths": widths,
+    }
+    axes = ("t, distance from the centre in weight space", "")
     return Landscape(
-        "segment",
-        ("t (0 checkpoint, 1 average)", ""),
-        CLASSIFICATION,
-        tuple(points),
-        (first,),
-        (last,),
+        "rays", axes, CLASSIFICATION, tuple(points), (marks["last"],), (marks["average"],), facts
     )
 
 
 def geometry(checkpoints=20):
     """Checkpoints on a sphere around their mean."""
     noise = random.Random(2)
-    places = [
-        [noise.gauss(0, 1) + 0.3 * k / checkpoints for _ in range(40)] for k in range(checkpoints)
-    ]
+    places = []
+    for number in range(checkpoints):
+        places.append([noise.gauss(0, 1) + 0.3 * number / checkpoints for _ in range(40)])
     mean = [sum(column) / checkpoints for column in zip(*places, strict=True)]
     distances = [[math.dist(a, b) for b in places] for a in places]
     points = []
@@ -173,13 +222,8 @@ def geometry(checkpoints=20):
             points.append(Point(number + 1, distances[number][number - 1], series="step"))
         if 0 < number < checkpoints - 1:
             points.append(Point(number + 1, -0.45 + noise.gauss(0, 0.1), series="cosine"))
-    return Landscape(
-        "geometry",
-        ("step", "distance in weight space"),
-        (),
-        tuple(points),
-        facts={"distances": distances},
-    )
+    axes = ("step", "distance in weight space")
+    return Landscape("geometry", axes, (), tuple(points), facts={"distances": distances})
 
 
 SAMPLES = {
@@ -188,12 +232,14 @@ SAMPLES = {
     "plane-no-training": lambda: plane(train=False),
     "plane-many": lambda: plane(checkpoints=200),
     "plane-unfinished": lambda: plane(unfinished=100),
+    "pca": pca,
     "curve": curve,
     "curve-many": lambda: curve(checkpoints=200, rates=False, train=False),
     "curve-two": two_runs,
     "curve-one": lambda: curve(checkpoints=1),
     "segment": segment,
-    "segment-flat": lambda: segment(barrier=False, holes=(4, 5)),
+    "segment-flat": lambda: segment(barrier=False, holes=(4, 5), beyond=4),
+    "rays": rays,
     "geometry": geometry,
     "geometry-many": lambda: geometry(200),
     "geometry-three": lambda: geometry(3),
@@ -205,8 +251,7 @@ def main():
 
     directory = Path(sys.argv[1])
     directory.mkdir(exist_ok=True)
-    wanted = sys.argv[2:] or SAMPLES
-    for name in wanted:
+    for name in sys.argv[2:] or SAMPLES:
         contents = render(SAMPLES[name](), "png")
         (directory / f"{name}.png").write_bytes(contents)
         print(name, len(contents))

@@ -18,18 +18,18 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.tri import Triangulation
 
 from ckptavg.landscape.landscape import Landscape
-from ckptavg.plots.levels import Levels, choose_levels
-from ckptavg.plots.marks import coordinates, draw_marks, key_of_marks, named_marks
+from ckptavg.plots.figures.levels import Levels, choose_levels
+from ckptavg.plots.figures.marks import coordinates, draw_marks, key_of_marks, named_marks
 from ckptavg.plots.panels import Key, Layout, label_axes, put_colour_bar
 from ckptavg.plots.quantities import Quantity, distinct_texts, error_of, loss_of, measured_at
-from ckptavg.plots.style import GREY, INK, surface_colours
+from ckptavg.plots.style import GREY, INK, SMALL, surface_colours
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Panels up to this much longer than wide, or wider, keep equal scales on both axes.
-_LONGEST = 2.5
-_PANEL_WIDTH = 3.0  # inches, without the colour bar
+# Ratios of height to width between which panels keep equal scales on both axes.
+_FLATTEST, _TALLEST = 0.4, 1.6
+_HEIGHT = 3.6  # inches
 _HATCH = "////"
 
 
@@ -67,12 +67,7 @@ def panel_quantities(landscape: Landscape) -> list[Quantity]:
 def arrange(landscape: Landscape) -> Layout:
     """Arrange the panels side by side."""
     columns = len(panel_quantities(landscape))
-    width, height = _extent(landscape)
-    ratio = 1.0
-    if width and height and max(width / height, height / width) <= _LONGEST:
-        ratio = height / width
-    panel_width = _PANEL_WIDTH * (1 + 0.5 * (columns == 1))
-    return Layout(columns=columns, height=min(max(panel_width * ratio, 2.0), 5.0) + 0.8)
+    return Layout(columns=columns, height=_HEIGHT, equal=_has_equal_scales(landscape))
 
 
 def draw(landscape: Landscape, panels: Sequence[Axes]) -> Key:
@@ -81,6 +76,9 @@ def draw(landscape: Landscape, panels: Sequence[Axes]) -> Key:
     holes = 0
     for panel, quantity in zip(panels, quantities, strict=True):
         holes = max(holes, _draw_panel(landscape, panel, quantity))
+        label_axes(panel, landscape.axes[0], title=quantity.title)
+    # Both panels have the same axes.
+    label_axes(panels[0], y=landscape.axes[1])
     key = key_of_marks(landscape, quantities)
     if holes:
         patch = Patch(facecolor="white", edgecolor=GREY, hatch=_HATCH)
@@ -97,10 +95,6 @@ def _count(number: int, noun: str) -> str:
 def _draw_panel(landscape: Landscape, panel: Axes, quantity: Quantity) -> int:
     """Draw one surface; return the number of holes."""
     surface = surface_of(landscape, quantity)
-    label_axes(panel, *landscape.axes, title=quantity.title)
-    width, height = _extent(landscape)
-    if width and height and max(width / height, height / width) <= _LONGEST:
-        panel.set_aspect("equal")
     holes = int(np.count_nonzero(~surface.finite))
     if holes:
         _hatch(panel, surface)
@@ -109,7 +103,11 @@ def _draw_panel(landscape: Landscape, panel: Axes, quantity: Quantity) -> int:
         marks = [quantity.value(mark) for mark in (*landscape.checkpoints, *landscape.averages)]
         marks = [value for value in marks if math.isfinite(value)]
         _fill(panel, surface, choose_levels(values, marks), quantity)
-    _limit(landscape, panel)
+    (left, right), (bottom, top) = _limits(landscape)
+    if left < right:
+        panel.set_xlim(left, right)
+    if bottom < top:
+        panel.set_ylim(bottom, top)
     draw_marks(landscape, panel)
     return holes
 
@@ -128,11 +126,21 @@ def surface_of(landscape: Landscape, quantity: Quantity) -> Surface:
     return Surface(np.array(x), np.array(y), np.array(values))
 
 
-def _extent(landscape: Landscape) -> tuple[float, float]:
-    """Return the width and the height of the area that the points span."""
-    x = [point.x for point in landscape.points]
-    y = [point.y or 0.0 for point in landscape.points]
-    return max(x) - min(x), max(y) - min(y)
+def _has_equal_scales(landscape: Landscape) -> bool:
+    """Return True if the area is not too long for equal scales on both axes."""
+    (left, right), (bottom, top) = _limits(landscape)
+    if right == left or top == bottom:
+        return False
+    ratio = (top - bottom) / (right - left)
+    return _FLATTEST <= ratio <= _TALLEST
+
+
+def _limits(landscape: Landscape) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Return the limits of x and y: the area of the points and the named marks."""
+    x, y = coordinates(named_marks(landscape))
+    x += [point.x for point in landscape.points]
+    y += [point.y or 0.0 for point in landscape.points]
+    return (min(x), max(x)), (min(y), max(y))
 
 
 def _hatch(panel: Axes, surface: Surface) -> None:
@@ -192,7 +200,7 @@ def _fill_flat(panel: Axes, surface: Surface, quantity: Quantity) -> None:
             mesh, np.zeros(len(surface.x)), cmap=ListedColormap([colour]), zorder=1, linewidth=0
         )
     value = quantity.text(float(surface.values[surface.finite][0]))
-    panel.set_title(f"{panel.get_title(loc='left')}\n{value} everywhere", loc="left")
+    panel.set_title(f"{value} everywhere", loc="right", fontsize=SMALL)
 
 
 def _triangles(surface: Surface) -> Triangulation | None:
@@ -230,13 +238,3 @@ def _put_levels(panel: Axes, drawn: Any, levels: Levels, extend: str) -> None:
     if levels.capped:
         texts[-1] = f"> {texts[-1]}"
     bar.ax.set_yticklabels(texts)
-
-
-def _limit(landscape: Landscape, panel: Axes) -> None:
-    """Limit a panel to the area of the points and the named marks."""
-    x, y = coordinates(named_marks(landscape))
-    x += [point.x for point in landscape.points]
-    y += [point.y or 0.0 for point in landscape.points]
-    for limit, values in ((panel.set_xlim, x), (panel.set_ylim, y)):
-        if min(values) < max(values):
-            limit(min(values), max(values))

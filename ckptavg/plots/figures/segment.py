@@ -3,59 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.lines import Line2D
 
-from ckptavg.landscape.landscape import Landscape
+from ckptavg.landscape.landscape import Landmark, Landscape
+from ckptavg.plots.figures.surface import panel_quantities
 from ckptavg.plots.panels import Key, Layout, label_axes, short_names
 from ckptavg.plots.quantities import Quantity
 from ckptavg.plots.series import Line, draw_line, line_of
 from ckptavg.plots.style import GREY, INK, SMALL, line_style
-from ckptavg.plots.surface import panel_quantities
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-
-# Share of the values below which a barrier is rounding.
-_ROUNDING = 1e-9
-
-
-@dataclass(frozen=True)
-class Barrier:
-    """Highest point of a segment above the straight line between its ends.
-
-    Attributes:
-        x: Its place.
-        height: Its height above the straight line; 0 or below where there is no barrier.
-        base: Value of the straight line there.
-    """
-
-    x: float
-    height: float
-    base: float
-
-
-def barrier_of(line: Line) -> Barrier | None:
-    """Find the barrier: max over t of L(w(t)) − (1−t)·L(w(0)) − t·L(w(1)) (Frankle et al. 2020).
-
-    Args:
-        line: Values along the segment.
-
-    Returns:
-        The barrier; None where an end was not scored.
-    """
-    if len(line.x) < 2 or not np.isfinite(line.values[[0, -1]]).all():
-        return None
-    share = (line.x - line.x[0]) / (line.x[-1] - line.x[0])
-    base = (1 - share) * line.values[0] + share * line.values[-1]
-    heights = line.values - base
-    highest = int(np.nanargmax(heights))
-    return Barrier(float(line.x[highest]), float(heights[highest]), float(base[highest]))
+_ARROW = {"arrowstyle": "<->", "color": INK, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 0}
 
 
 def arrange(landscape: Landscape) -> Layout:
@@ -70,35 +34,40 @@ def draw(landscape: Landscape, panels: Sequence[Axes]) -> Key:
     for panel, quantity in zip(panels, quantities, strict=True):
         line = line_of(points, quantity)
         draw_line(panel, line, line_style(0))
-        _draw_barrier(panel, line, quantity)
+        _draw_barrier(landscape, panel, line, quantity)
         _draw_holes(panel, line)
         label_axes(panel, x=landscape.axes[0], y=quantity.title)
     return _draw_ends(landscape, panels, quantities)
 
 
-def _draw_barrier(panel: Axes, line: Line, quantity: Quantity) -> None:
+def _draw_barrier(landscape: Landscape, panel: Axes, line: Line, quantity: Quantity) -> None:
     """Draw the straight line between the ends, and the height of the barrier above it."""
-    barrier = barrier_of(line)
-    if barrier is None:
+    barrier = _barrier_of(landscape, quantity)
+    ends = np.isin(line.x, (0.0, 1.0)) & np.isfinite(line.values)
+    if barrier is None or np.count_nonzero(ends) != 2:
         return
-    panel.plot(line.x[[0, -1]], line.values[[0, -1]], color=GREY, linewidth=0.8, linestyle=":")
-    if barrier.height <= _ROUNDING * float(np.nanmax(np.abs(line.values))):
-        panel.set_title("no barrier", loc="right", fontsize=SMALL, color=INK)
-        return
-    panel.annotate(
-        "",
-        xy=(barrier.x, barrier.base + barrier.height),
-        xytext=(barrier.x, barrier.base),
-        arrowprops={
-            "arrowstyle": "<->",
-            "color": INK,
-            "linewidth": 0.8,
-            "shrinkA": 0,
-            "shrinkB": 0,
-        },
-    )
-    text = f"barrier {quantity.text(barrier.height)}"
+    start, end = line.values[ends]
+    panel.plot([0.0, 1.0], [start, end], color=GREY, linewidth=0.9, linestyle=":", zorder=2)
+    height, at = barrier["height"], barrier["at"]
+    text = "no barrier"
+    if height is None:
+        text = "barrier: not finite"
+    # Less than the last digit shown is rounding.
+    elif quantity.text(height) != quantity.text(0.0):
+        text = f"barrier {quantity.text(height)}".replace("%", "percentage points")
+        base = (1 - at) * start + at * end
+        panel.annotate("", xy=(at, base + height), xytext=(at, base), arrowprops=_ARROW)
     panel.set_title(text, loc="right", fontsize=SMALL, color=INK)
+
+
+def _barrier_of(landscape: Landscape, quantity: Quantity) -> Mapping[str, Any] | None:
+    """Return the barrier of a quantity: its height and where it is; None where not measured."""
+    for barrier in landscape.facts.get("barriers", ()):
+        training = barrier["data"] == "training data"
+        if barrier["metric"] == quantity.key and training == quantity.training:
+            measured: Mapping[str, Any] = barrier
+            return measured
+    return None
 
 
 def _draw_holes(panel: Axes, line: Line) -> None:
@@ -114,7 +83,10 @@ def _draw_holes(panel: Axes, line: Line) -> None:
 
 def _draw_ends(landscape: Landscape, panels: Sequence[Axes], quantities: Sequence[Quantity]) -> Key:
     """Mark named points of the segment, with their exact values in the legend."""
-    marks = [mark for mark in (*landscape.checkpoints, *landscape.averages) if mark.x is not None]
+    marks: list[Landmark] = []
+    for mark in (*landscape.checkpoints, *landscape.averages):
+        if mark.data and mark.x is not None:
+            marks.append(mark)
     key = Key()
     if marks:
         key.title = "Exact values: " + "; ".join(quantity.title for quantity in quantities)
