@@ -288,7 +288,7 @@ class Run:
             self,
             trainings=tuple(trainings),
             excluded=(*self.excluded, *excluded),
-            notes=tuple(notes),
+            notes=tuple(dict.fromkeys(notes)),
             damaged=tuple(pending),
         )
 

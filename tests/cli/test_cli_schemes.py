@@ -1,6 +1,7 @@
 """Schemes as typed: the plan, the weights that are written, and how they were made."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -146,3 +147,48 @@ def test_negative_coefficients_are_noted_beside_running_variances(tmp_path, weig
     result = ckptavg("average", tmp_path / "run", "-o", tmp_path / "o.pt", f"--weights={weights}")
     assert result.exit_code == 0, result.stderr
     assert ("can make averaged running variances negative" in result.stderr) is noted
+
+
+@pytest.mark.parametrize(
+    ("definition", "shown"),
+    [
+        ("softmax:metric=metrics.map@50,temperature=1", "x: 4 checkpoints"),
+        ("softmax:metric=metrics.map@50,temperature=1@last=2", "x: 2 checkpoints"),
+        ("@last=50%,every=1", "x: 2 checkpoints, uniform"),
+        ("ema:decay=0.5@at-lr-min", "x: 4 checkpoints, ema:decay=0.5"),
+    ],
+)
+def test_also_splits_scheme_and_selection(tmp_path, definition, shown):
+    for epoch in range(1, 5):
+        beside = {"epoch": epoch, "lr": 0.1, "metrics": {"map@50": float(epoch)}}
+        save(tmp_path / "run" / f"epoch_{epoch}.pt", {"w": torch.randn(2)}, **beside)
+    options = ["--also", f"x={definition}", "--dry-run", "-o", tmp_path / "o.pt"]
+    result = ckptavg("average", tmp_path / "run", *options)
+    assert result.exit_code == 0, result.stderr
+    assert shown in result.stdout
+
+
+def test_also_names_the_words_of_a_selection(tmp_path):
+    result = ckptavg("average", tmp_path, "-o", "o.pt", "--also", "x=uniform@lst=5")
+    assert result.exit_code == 2
+    assert "at-lr-min after @ but got 'lst=5'" in result.stderr
+
+
+@pytest.mark.parametrize("scheme", ["power-ema:sigma=0.1", "ema:halflife=10%"])
+def test_scheme_by_steps_takes_one_training(run, tmp_path, scheme):
+    shutil.copytree(run, tmp_path / "other")
+    paths = [run, tmp_path / "other"]
+    result = ckptavg("average", *paths, "-o", tmp_path / "o.pt", "--scheme", scheme)
+    assert result.exit_code == 1
+    assert "needs the steps of one training, and those of 2 runs do not go on" in result.stderr
+
+
+def test_scheme_by_steps_takes_a_training_in_two_parts(run, tmp_path):
+    for epoch in (3, 4):
+        (tmp_path / "rest").mkdir(exist_ok=True)
+        (run / f"epoch_{epoch}.pt").rename(tmp_path / "rest" / f"epoch_{epoch}.pt")
+    out = tmp_path / "o.pt"
+    scheme = ["--scheme", "power-ema:sigma=0.25"]
+    result = ckptavg("average", run, tmp_path / "rest", "-o", out, *scheme)
+    assert result.exit_code == 0, result.stderr
+    assert torch.load(out)["state_dict"]["w"].item() == pytest.approx(4.861801, abs=1e-6)

@@ -28,10 +28,12 @@ from ckptavg.runs.window import (
 
 
 def _uniform(_: Options) -> Coefficients:
+    """Make equal coefficients: stochastic weight averaging (Izmailov et al. 2018, Algorithm 1)."""
     return lambda record: [1.0] * len(record)
 
 
 def _linear(_: Options) -> Coefficients:
+    """Make coefficients proportional to the position: the WMA of PMA (Li et al. 2025)."""
     return lambda record: [float(i) for i in range(1, len(record) + 1)]
 
 
@@ -82,7 +84,7 @@ def _wsm(options: Options) -> Coefficients:
 
 
 def _lawa(options: Options) -> Coefficients:
-    """Make the coefficients of latest weight averaging (Kaddour 2022)."""
+    """Make the coefficients of latest weight averaging (Kaddour 2022), uniform over a window."""
     window = _parse_window(options.get("k", ""))
 
     def apply(record: RunRecord) -> list[float]:

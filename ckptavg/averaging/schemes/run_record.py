@@ -93,9 +93,16 @@ def require_increasing(record: RunRecord, scheme: str, remedy: str) -> list[floa
     """
     # Between equal steps the decay is 1, so that the later checkpoint would get the coefficient 0.
     known = [step for step in record.steps if step is not None]
-    if len(known) < len(record) or any(b <= a for a, b in pairwise(known)):
+    if len(known) == len(record) and all(a < b for a, b in pairwise(known)):
+        return known
+    # Parts of one training, which go on from each other, are no runs beside each other.
+    if len(record.lengths) > 1 and len(known) == len(record):
         raise RunError(
-            f"{scheme} needs a step for every checkpoint, each greater than the one before",
-            f"`ckptavg inspect` shows the steps; {remedy}",
+            f"{scheme} needs the steps of one training, and those of {len(record.lengths)} runs "
+            "do not go on from each other",
+            f"Average the runs one by one; {remedy}",
         )
-    return known
+    raise RunError(
+        f"{scheme} needs a step for every checkpoint, each greater than the one before",
+        f"`ckptavg inspect` shows the steps; {remedy}",
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ _VALUES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "sample": ("sample", pair),
     "last": ("last", window),
 }
+_SIGN = re.compile(r"@\s*(?P<word>[a-z-]+)(?=\s*(?:[=,]|$))")
 _SWITCHES = {"at-lr-min": "at_lr_min"}
 
 
@@ -88,7 +90,7 @@ def read_also(text: str) -> AlsoAverage:
         click.BadParameter: The text has another form.
     """
     name, separator, definition = text.partition("=")
-    scheme, at, selection = definition.partition("@")
+    scheme, at, selection = _split_selection(definition)
     is_file_name = bool(name) and name.isprintable() and Path(name).name == name and name != ".."
     if not separator or not is_file_name:
         raise click.BadParameter(
@@ -102,6 +104,24 @@ def read_also(text: str) -> AlsoAverage:
     if not at:
         return AlsoAverage(name, scheme, None)
     return AlsoAverage(name, scheme, _read_picks(selection))
+
+
+def _split_selection(definition: str) -> tuple[str, str, str]:
+    """Split ``SCHEME@SELECTION`` at the sign before a selection's word.
+
+    Names of metrics in a scheme may have the sign as well: ``softmax:metric=map@50,...``.
+
+    Returns:
+        The scheme, the sign, and the selection; the last two empty if there is no selection.
+    """
+    for match in reversed(list(_SIGN.finditer(definition))):
+        if match["word"] in _VALUES or match["word"] in _SWITCHES:
+            return definition[: match.start()], "@", definition[match.start() + 1 :]
+    try:
+        read_scheme(definition)
+    except click.BadParameter:
+        return definition.partition("@")
+    return definition, "", ""
 
 
 def _read_picks(text: str) -> Picks:
