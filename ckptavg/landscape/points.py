@@ -231,7 +231,7 @@ class PointScorer:
         """Return the candidates of points, numbered from a position on."""
         candidates: list[Candidate] = []
         for number, point in enumerate(points, start + 1):
-            candidate = point if isinstance(point, Candidate) else self._candidate(point)
+            candidate = point if isinstance(point, Candidate) else self.candidate_at(point)
             # Holes are told by their names.
             candidates.append(replace(candidate, name=f"point {number}"))
         stale = [c for c in candidates if c.average is not None and c.average.batchnorm == "stale"]
@@ -242,8 +242,12 @@ class PointScorer:
             )
         return candidates
 
-    def _candidate(self, coefficients: Sequence[float]) -> Candidate:
-        """Return the candidate of a point: a checkpoint, or an average of several."""
+    def candidate_at(self, coefficients: Sequence[float]) -> Candidate:
+        """Return the candidate of a point: a checkpoint, or an average of several.
+
+        Args:
+            coefficients: One per checkpoint of the run, with sum 1.
+        """
         weighted = [position for position, value in enumerate(coefficients) if value]
         if len(weighted) == 1:
             return Candidate.of_checkpoint(self.run[weighted[0]], recompute=False)

@@ -156,13 +156,27 @@ def render(landscape: Landscape, form: Form) -> bytes:
     Raises:
         EvaluationError: The landscape has no points.
     """
+    return render_figure(landscape, form)[1]
+
+
+def render_figure(
+    landscape: Landscape, form: Form, change: Callable[[Figure], None] = lambda _: None
+) -> tuple[Figure, bytes]:
+    """Draw a landscape as a figure and as the contents of a file, see ``render``.
+
+    Args:
+        landscape: Scored points.
+        form: As for ``render``.
+        change: Changes the figure before it is written.
+    """
     contents = io.BytesIO()
     with figure_style(), _note_missing_glyphs():
         figure, _ = draw(landscape)
+        change(figure)
         figure.savefig(contents, format=form, metadata=dict(_METADATA[form]))
     if form == "png" and len(contents.getvalue()) > _LARGE_PNG:
-        return _reduce_colours(contents)
-    return contents.getvalue()
+        return figure, _reduce_colours(contents)
+    return figure, contents.getvalue()
 
 
 def _reduce_colours(png: io.BytesIO) -> bytes:

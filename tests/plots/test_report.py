@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import ckptavg
+from ckptavg import Candidate, Results
 from ckptavg.cli import main
 from ckptavg.errors import OutputError, UsageError
 from ckptavg.evaluation.score_table import tabulate_scores
@@ -35,6 +36,7 @@ def data(seed=0):
 """
 SPECS = ["--model", "net.py:model", "--data", "net.py:data", "--data-arg", "seed=1"]
 TRAIN = ["--train-data", "net.py:data"]
+PLAIN = ["--figures", "none"]
 HOSTILE = "<script>alert(1)<|script>\"'&amp;\u202e\x1b[31m{{ 7*7 }}$x$"
 
 
@@ -84,16 +86,25 @@ def report_python(run="run", **options):
 def test_report_has_all_sections_and_is_inert(home):
     command("run", *SPECS, *TRAIN, "-o", "r.html")
     page = page_of()
-    assert {"verdict", "run", "candidates", "geometry", "make", "origin"} <= page.sections.keys()
+    assert [*page.sections] == [
+        "verdict", "run", "candidates", "curve", "geometry", "segment", "make", "origin",
+    ]  # fmt: skip
+    labels = [a["aria-label"] for tag, a in page.elements if tag == "svg"]
+    assert len(labels) == 3
+    assert all(labels)
     assert "Learning rate0.1 in all" in "".join(page.sections["run"].split("\n"))
     assert dict(page.elements[0][1]) == {"lang": "en"}
 
 
 def test_report_numbers_are_those_of_eval(home):
-    command("run", *SPECS, *TRAIN, "--each", "-o", "r.html")
+    command("run", *SPECS, *PLAIN, *TRAIN, "--each", "-o", "r.html")
+    run = ckptavg.open_run("run")
+    candidates = [Candidate.of_checkpoint(run[-1], "epoch_4.pt (last)", recompute=True)]
     results = ckptavg.compare(
-        "run", network(), data(1), train_data=data(), each=True, ensemble=True
+        run, network(), data(1), train_data=data(), each=True, ensemble=True, candidates=candidates
     )
+    # The page has the last checkpoint with recomputed statistics below the last checkpoint.
+    results = Results([*results[1:5], results[0], *results[5:]], results.task)
     table = tabulate_scores(results, results.task)
     shown = page_of().table("NLL")
     assert shown[0] == [column.title for column in table.columns]
@@ -102,7 +113,7 @@ def test_report_numbers_are_those_of_eval(home):
 
 
 def test_report_verdict_is_that_of_the_comparison(home):
-    shown = json.loads(command("run", *SPECS, *TRAIN, "-o", "r.html", "--json").stdout)
+    shown = json.loads(command("run", *SPECS, *PLAIN, *TRAIN, "-o", "r.html", "--json").stdout)
     results = ckptavg.compare("run", network(), data(1), train_data=data())
     difference = results["average of 4 (uniform)"].versus.difference
     assert f"from {difference.low:+.2f} to {difference.high:+.2f}" in shown["text"]
@@ -121,7 +132,7 @@ def test_report_verdict_is_that_of_the_comparison(home):
     ids=["stale", "recomputed", "last", "weights", "steps"],
 )
 def test_report_command_and_code_make_the_winner(home, options):
-    shown = json.loads(command("run", *SPECS, *options, "-o", "r.html", "--json").stdout)
+    shown = json.loads(command("run", *SPECS, *PLAIN, *options, "-o", "r.html", "--json").stdout)
     page = page_of()
     assert page.code == [shown["command"], shown["python"]]
     program, *words = shlex.split(page.code[0])
@@ -140,14 +151,81 @@ def test_report_command_and_code_make_the_winner(home, options):
         assert torch.equal(value, by_code[name]), name
 
 
-def test_report_python_is_that_of_the_command(home):
+def shown_scores(figure):
+    scores = {}
+    for point in figure["points"]:
+        scores[point.get("series", ""), point["x"]] = point["data"]["nll"]
+    return scores
+
+
+def test_report_figures_have_the_scores_of_the_figures_by_themselves(home):
+    report = report_python()
+    figures = json.loads(json.dumps({k: f.as_json() for k, f in report.figures.items()}))
+    run = ckptavg.open_run("run")
+    curve = ckptavg.curve(run, network(), data(1), train_data=data()).as_json()
+    assert shown_scores(figures["curve"]) == pytest.approx(shown_scores(curve), rel=1e-6)
+    assert figures["curve"]["facts"]["comparisons"] == curve["facts"]["comparisons"]
+    segment = ckptavg.segment(run, network(), data(1), train_data=data(), points=11, beyond=0)
+    assert shown_scores(figures["segment"]) == pytest.approx(
+        shown_scores(segment.as_json()), rel=1e-6
+    )
+
+
+def test_report_reads_the_data_once(home):
+    class Counting(TensorDataset):
+        reads = 0
+
+        def __getitem__(self, position):
+            Counting.reads += 1
+            return super().__getitem__(position)
+
+    ckptavg.report("run", network(), Counting(*data(1).tensors), train_data=data())
+    assert Counting.reads == 60
+
+
+def test_report_points_tell_their_checkpoint_and_scores(home):
     command("run", *SPECS, *TRAIN, "-o", "r.html")
-    report = report_python(out="python.html")
+    results = ckptavg.compare("run", network(), data(1), train_data=data())
+    text = Path("r.html").read_text(encoding="utf-8")
+    last = results[0].metrics
+    told = f"epoch_4.pt, step 4, LR 0.1, top-1 {last['top1']:.2f} %, NLL {last['nll']:.4f}"
+    assert f"<title>{told}" in text.replace(" nats", "")
+    assert text.count("<circle") > 30
+
+
+def test_report_shows_the_figures_that_are_asked_for(home):
+    command("run", *SPECS, "-o", "r.html", "--figures", "segment")
+    assert "curve" not in page_of().sections
+    assert "segment" in page_of().sections
+    command("run", *SPECS, "-o", "none.html", *PLAIN)
+    assert "<svg" not in Path("none.html").read_text(encoding="utf-8")
+    command("run", *SPECS, "-o", "x.html", "--figures", "pie", code=2)
+    with pytest.raises(UsageError):
+        report_python(figures="curve")
+
+
+def test_report_says_which_figures_cannot_be_made(home):
+    command("run", *SPECS, "-o", "r.html", "--exclude", "0.*")
+    page = page_of()
+    assert "segment" not in page.sections
+    assert "no curve is shown" in page.sections["notes"]
+
+
+def test_report_without_a_learning_rate(home):
+    save_run(home / "bare", count=3)
+    command("bare", *SPECS, *PLAIN, "-o", "r.html")
+    assert "not recorded" in page_of().sections["run"]
+
+
+def test_report_python_is_that_of_the_command(home):
+    command("run", *SPECS, *TRAIN, *PLAIN, "-o", "r.html")
+    report = report_python(out="python.html", figures=())
     assert str(report) in page_of().sections["verdict"]
     assert page_of("python.html").table("NLL") == page_of().table("NLL")
     assert report.html == Path("python.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_report_of_the_same_inputs_has_the_same_bytes(home):
     for name in ("a.html", "b.html"):
         command("run", *SPECS, *TRAIN, "-o", name)
@@ -171,7 +249,7 @@ def test_report_shows_hostile_names_as_text(home):
 
 
 def test_report_removes_secrets(home):
-    report = report_python(date="https://user:word@host/x?token=1")
+    report = report_python(figures=(), date="https://user:word@host/x?token=1")
     assert "word@" not in report.html
     assert "token" not in report.html
 
@@ -179,19 +257,19 @@ def test_report_removes_secrets(home):
 def test_report_refuses_an_existing_file_before_work(home, monkeypatch):
     Path("r.html").write_text("mine")
     monkeypatch.setattr(build, "build_report", None)
-    output = command("run", *SPECS, "-o", "r.html", code=1).output
+    output = command("run", *SPECS, *PLAIN, "-o", "r.html", code=1).output
     assert "--overwrite" in output
     assert Path("r.html").read_text() == "mine"
     with pytest.raises(OutputError):
         report_python(out="r.html")
-    command("run", *SPECS, "-o", "r.txt", code=2)
+    command("run", *SPECS, *PLAIN, "-o", "r.txt", code=2)
     with pytest.raises(UsageError):
         report_python(out="r.txt")
 
 
 def test_report_overwrites_where_asked(home):
     Path("r.html").write_text("mine")
-    command("run", *SPECS, "-o", "r.html", "--overwrite")
+    command("run", *SPECS, *PLAIN, "-o", "r.html", "--overwrite")
     page_of()
 
 
@@ -203,7 +281,7 @@ def test_report_leaves_nothing_half_written(home, monkeypatch):
 
     monkeypatch.setattr("ckptavg.io.atomic._fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        report_python(out="r.html")
+        report_python(out="r.html", figures=())
     assert sorted(Path().iterdir()) == before
 
 
@@ -221,7 +299,7 @@ def test_report_of_one_checkpoint_leaves_sections_out(home):
 def test_report_lists_what_is_left_out(home):
     save(home / "run" / "last.pt", state_of(4), epoch=4)
     (home / "run" / "optimizer.pt").write_bytes(b"x")
-    command("run", *SPECS, "-o", "r.html")
+    command("run", *SPECS, *PLAIN, "-o", "r.html")
     table = page_of().table("left out")
     assert any("last.pt" in path and "repeats" in why for path, why in table[1:])
     assert any("optimizer.pt" in path for path, _ in table[1:])

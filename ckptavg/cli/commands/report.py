@@ -30,10 +30,11 @@ from ckptavg.cli.wording import for_shell
 if TYPE_CHECKING:
     from ckptavg.landscape.points import PointScorer
     from ckptavg.plots.report.recipe import Invocation
-    from ckptavg.plots.report.scoring import Subject
+    from ckptavg.plots.report.subject import Subject
     from ckptavg.specs.recorded import ModelSource
 
 _REPORT = "Report"
+_FIGURES = ("curve", "geometry", "segment")
 # Options of running a model, which an average needs for its statistics only.
 _RUNNING = frozenset(
     {"model_spec", "model_arguments", "train_data_spec", "train_data_arguments", "device", "amp",
@@ -55,6 +56,7 @@ class PageOptions:
         each: True to list every selected checkpoint.
         further: Further averages of the run.
         date: Date of the report; None for none.
+        figures: Kinds of figures; None for all.
     """
 
     out: str
@@ -62,6 +64,7 @@ class PageOptions:
     each: bool
     further: tuple[AlsoAverage, ...]
     date: str | None
+    figures: tuple[str, ...] | None
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,16 @@ class ReportOptions:
     running: RunningOptions
 
 
+def _read_figures(text: str) -> tuple[str, ...]:
+    """Read kinds of figures separated by commas, or ``none``."""
+    if text == "none":
+        return ()
+    kinds = text.split(",")
+    if not {*kinds} <= {*_FIGURES}:
+        raise click.BadParameter(f"expected some of {', '.join(_FIGURES)} but got {text!r}")
+    return tuple(kinds)
+
+
 @command("report")
 @click.argument("paths", nargs=-1, required=True, metavar="RUN...")
 @option(
@@ -101,6 +114,11 @@ class ReportOptions:
     metavar="NAME=SCHEME[@SELECTION]",
     help="List one more average. SELECTION is of the whole run, in the words of the options: "
     "last5=uniform@last=5.",
+)  # fmt: skip
+@option(
+    _REPORT, "--figures", type=_read_figures, metavar="KIND,...", common=True,
+    help="Only these of curve, geometry, segment, or none. Points of curve and segment are scored "
+    "besides.  [default: all]",
 )  # fmt: skip
 @option(
     _REPORT, "--date", metavar="TEXT",
@@ -126,8 +144,10 @@ def report_run(report: Report, paths: tuple[str, ...], options: ReportOptions) -
     options.running.check_statistics()
     from ckptavg.errors.notes import collect_notes  # noqa: PLC0415 - help is shown without torch
     from ckptavg.plots.report import build  # noqa: PLC0415
+    from ckptavg.plots.report.figures import FIGURES, check_figures  # noqa: PLC0415
 
     page = options.page
+    kinds = check_figures(page.figures if page.figures is not None else FIGURES)
     target = Path(page.out)
     build.check_output(target, overwrite=page.overwrite)
     with collect_notes() as notes:
@@ -137,8 +157,8 @@ def report_run(report: Report, paths: tuple[str, ...], options: ReportOptions) -
         invocation = _describe_call(paths, options, source, scorer)
         with report.samples_progress() as progress:
             finished = build.build_report(
-                subject, scorer, invocation, notes=notes, wording=for_shell, date=page.date,
-                progress=progress,
+                subject, scorer, invocation, figures=kinds, notes=notes, wording=for_shell,
+                date=page.date, progress=progress,
             )  # fmt: skip
     build.write_report(finished, target, overwrite=page.overwrite)
     report.line(str(finished))
@@ -148,7 +168,8 @@ def report_run(report: Report, paths: tuple[str, ...], options: ReportOptions) -
 
 def _plan(paths: Sequence[str], options: ReportOptions) -> Subject:
     """Open the run, and plan its averages."""
-    from ckptavg.plots.report.scoring import Subject  # noqa: PLC0415
+    from ckptavg.plots.report.recipe import keywords_of  # noqa: PLC0415
+    from ckptavg.plots.report.subject import Subject  # noqa: PLC0415
 
     tensors = options.tensors
     run, selection = options.select.open(paths, options.key)
@@ -156,7 +177,10 @@ def _plan(paths: Sequence[str], options: ReportOptions) -> Subject:
     further = {}
     for extra in options.page.further:
         further[extra.name] = extra.plan(run, selection, tensors)
-    return Subject(run, selection, planned, further, options.page.each, tensors.keep_nonfinite)
+    has_rules = bool(keywords_of(_tensor_rules(tensors)))
+    return Subject(
+        run, selection, planned, further, options.page.each, has_rules, tensors.keep_nonfinite
+    )
 
 
 def _open_scorer(subject: Subject, running: RunningOptions) -> tuple[PointScorer, ModelSource]:
@@ -211,15 +235,21 @@ def _describe_call(
 
 def _averaging(options: ReportOptions) -> Mapping[str, Any]:
     """Return the keywords of ``average``."""
-    tensors = options.tensors
     return {
         "scheme": options.weighting.scheme,
         "weights": options.weighting.weights,
+        **_tensor_rules(options.tensors),
+        "on_nonfinite": options.tensors.on_nonfinite,
+    }
+
+
+def _tensor_rules(tensors: TensorOptions) -> dict[str, Any]:
+    """Return the keywords of ``average`` that choose tensors and their type."""
+    return {
         "include": tensors.include,
         "exclude": tensors.exclude,
         "base": tensors.base,
         "dtype": tensors.dtype,
-        "on_nonfinite": tensors.on_nonfinite,
     }
 
 

@@ -65,7 +65,7 @@ class ScoredCurve:
         comparisons = self._compare_ends(progress)
 
         def build(scores: Scores) -> Landscape:
-            return self._build(scores, comparisons)
+            return self.lay_out(scores, comparisons)
 
         return score_landscape(
             self.scorer, candidates, build, results=results, resume=resume, progress=progress
@@ -100,8 +100,13 @@ class ScoredCurve:
             )
         return comparisons
 
-    def _build(self, scores: Scores, comparisons: Sequence[EndComparison]) -> Landscape:
-        """Make the landscape of the points that have scores."""
+    def lay_out(self, scores: Scores, comparisons: Sequence[EndComparison]) -> Landscape:
+        """Lay out the points that have scores.
+
+        Args:
+            scores: Scores by coefficients over the checkpoints of all runs.
+            comparisons: Average against last checkpoint, one per run.
+        """
         total = len(self.axis.steps)
         landmarks = landmarks_of(self.runs, self.axis)
         points: list[Point] = []

@@ -98,8 +98,8 @@ def segment(  # noqa: D417 - arguments of `evaluate` share a line
             forward=forward, exclude=exclude, amp=amp, batch_size=batch_size, workers=workers,
             seed=seed, bn_samples=bn_samples, weight_decay=weight_decay,
         )  # fmt: skip
-        line = _Segment(
-            named, scorer.task, geometry(named.run), _grid(points, beyond),
+        line = SegmentPoints(
+            named, scorer.task, geometry(named.run), space_evenly(points, beyond),
             has_statistics_to_recompute(scorer),
         )  # fmt: skip
         landscape = score_landscape(
@@ -124,7 +124,7 @@ def _check_numbers(points: int, beyond: float) -> None:
         raise UsageError(f"`beyond` is expected to be a number from 0 on but is {beyond!r}")
 
 
-def _grid(points: int, beyond: float) -> tuple[float, ...]:
+def space_evenly(points: int, beyond: float) -> tuple[float, ...]:
     """Return t of each point.
 
     Args:
@@ -160,8 +160,8 @@ def check_ends(run: Run, ends: Sequence[PointName]) -> NamedPoints:
 
 
 @dataclass(frozen=True)
-class _Segment:
-    """A segment between two points.
+class SegmentPoints:
+    """Points of a segment between two ends, and the landscape of their scores.
 
     Attributes:
         named: The two ends, and the run that their coefficients are over.

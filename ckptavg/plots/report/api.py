@@ -26,8 +26,9 @@ from ckptavg.models.batches import Batches, Forward
 from ckptavg.models.load import unwrap_distributed
 from ckptavg.models.runtime import Runtime
 from ckptavg.plots.report.build import Report, build_report, check_output, write_report
+from ckptavg.plots.report.figures import FIGURES, check_figures
 from ckptavg.plots.report.recipe import Invocation, keywords_of
-from ckptavg.plots.report.scoring import Subject
+from ckptavg.plots.report.subject import Subject
 from ckptavg.runs.run import Run, RunLike
 from ckptavg.tasks import Task
 from ckptavg.tasks.named import as_task
@@ -40,6 +41,7 @@ def report(  # noqa: D417 - arguments of `compare` share a line
     selection: Run | None = None,
     scheme: str = "uniform", weights: Sequence[float] | None = None,
     each: bool = False, also: Asked | None = None,
+    figures: Sequence[str] = FIGURES,
     include_tensors: str | Sequence[str] = (), exclude_tensors: str | Sequence[str] = (),
     base: str | os.PathLike[str] | Checkpoint | None = None,
     dtype: str = "keep", on_nonfinite: str = "error",
@@ -68,6 +70,8 @@ def report(  # noqa: D417 - arguments of `compare` share a line
         out: The ``.html`` file; None to write none.
         overwrite: True to replace an existing file.
         each: True to list every selected checkpoint in the table.
+        figures: Some of ``curve``, ``geometry`` and ``segment``. Points of curve and segment are
+            scored besides; they share the passes over the data.
         task, device, forward, exclude, amp, batch_size, workers, seed, bn_samples, progress: As
             for ``evaluate``.
         date: Text below the heading, such as the date of the report.
@@ -83,6 +87,7 @@ def report(  # noqa: D417 - arguments of `compare` share a line
     check_model(model)
     check_forward(forward)
     check_data(data)
+    kinds = check_figures(figures)
     task = as_task(task)
     rules = TensorRules(include=include_tensors, exclude=exclude_tensors, base=base, dtype=dtype)
     runtime = Runtime.on(
@@ -109,11 +114,14 @@ def report(  # noqa: D417 - arguments of `compare` share a line
             further[name] = plan_request(name, opened, request, **rules)
         planned = plan_average(selection, scheme, weights=weights, **rules)
         keep_nonfinite = parse_on_nonfinite(on_nonfinite)
-        subject = Subject(opened, selection, planned, further, each, keep_nonfinite)
+        has_rules = bool(keywords_of({**rules}))
+        subject = Subject(opened, selection, planned, further, each, has_rules, keep_nonfinite)
         scorer = PointScorer(
             opened, model, data, train_data, task, runtime, forward, exclude, as_subset(bn_samples)
         )
-        made = build_report(subject, scorer, invocation, notes=notes, date=date, progress=reporter)
+        made = build_report(
+            subject, scorer, invocation, figures=kinds, notes=notes, date=date, progress=reporter
+        )
     if target is not None:
         write_report(made, target, overwrite=overwrite)
     return made

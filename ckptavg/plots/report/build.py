@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,16 @@ from ckptavg.inspection.geometry import geometry as measure
 from ckptavg.io.atomic import Publication
 from ckptavg.io.output_paths import check_target
 from ckptavg.io.paths import Location
+from ckptavg.landscape.landscape import Landscape
 from ckptavg.landscape.points import PointScorer
 from ckptavg.optional import import_optional
 from ckptavg.plots.report.contents import Computed, lay_out_page
+from ckptavg.plots.report.drawings import draw_figures
+from ckptavg.plots.report.figures import FIGURES, FigureKind, plan_figures
 from ckptavg.plots.report.page import render
 from ckptavg.plots.report.recipe import Invocation, Recipe, write_recipe
-from ckptavg.plots.report.scoring import Subject, score_candidates
+from ckptavg.plots.report.scoring import score_all
+from ckptavg.plots.report.subject import Subject
 from ckptavg.plots.report.verdict import Verdict, judge
 from ckptavg.runs.run import Run
 
@@ -39,6 +43,7 @@ class Report:
     Attributes:
         verdict: The verdict on the average.
         results: Scores of all candidates.
+        figures: What the figures were drawn from, by kind; ``figures["curve"].plot()`` draws one.
         recipe: How the average is made; None where there is nothing to average.
         notes: Remarks on how all this came about.
         html: The page.
@@ -46,6 +51,7 @@ class Report:
 
     verdict: Verdict
     results: Results
+    figures: Mapping[FigureKind, Landscape]
     recipe: Recipe | None
     notes: tuple[str, ...]
     html: str
@@ -65,6 +71,7 @@ class Report:
         if self.recipe is not None:
             plain["command"] = self.recipe.command
             plain["python"] = self.recipe.python
+        plain["figures"] = {kind: figure.as_json() for kind, figure in self.figures.items()}
         plain["notes"] = list(self.notes)
         return plain
 
@@ -96,6 +103,7 @@ def build_report(
     scorer: PointScorer,
     invocation: Invocation,
     *,
+    figures: Sequence[FigureKind] = FIGURES,
     notes: Sequence[str],
     wording: Callable[[str], str] = str,
     date: str | None = None,
@@ -107,6 +115,7 @@ def build_report(
         subject: The run and its averages.
         scorer: Model, data and settings.
         invocation: Arguments of the report.
+        figures: Kinds of figures, in order.
         notes: List that collects notes while this runs.
         wording: Rewords a note for whoever reads the page.
         date: Date of the report; the page has no other.
@@ -115,18 +124,21 @@ def build_report(
     Raises:
         CkptavgError: As for ``evaluate``.
     """
-    results = score_candidates(subject, scorer, progress)
-    verdict = judge(results, results.task, subject.average)
+    measured = _measure(subject.selection)
+    scored = score_all(subject, scorer, plan_figures(subject, scorer, figures, measured), progress)
+    verdict = judge(scored.results, scorer.task, subject.average)
     recipe = None
     if verdict.average is not None:
         recomputes = verdict.average.bn in RECOMPUTED
         recipe = write_recipe(invocation, subject.run, subject.selection, recomputes=recomputes)
-    geometry = _measure(subject.selection)
+    drawings = draw_figures(scored.figures)
     worded = tuple(map(wording, notes))
     computed = Computed(
-        subject, invocation, results, verdict, recipe, geometry, _settings(scorer), worded, date
-    )
-    return Report(verdict, results, recipe, worded, render(lay_out_page(computed)))
+        subject, invocation, scored, verdict, recipe, measured, drawings, _settings(scorer), worded,
+        date,
+    )  # fmt: skip
+    html = render(lay_out_page(computed))
+    return Report(verdict, scored.results, scored.figures, recipe, worded, html)
 
 
 def write_report(report: Report, path: Path, *, overwrite: bool) -> None:

@@ -16,9 +16,12 @@ from ckptavg.inspection.geometry_table import (
     tabulate_geometry,
 )
 from ckptavg.plots.report import run_facts
+from ckptavg.plots.report.drawings import describe
+from ckptavg.plots.report.figures import FigureKind
 from ckptavg.plots.report.page import (
     Block,
     Code,
+    Drawing,
     Facts,
     Listing,
     Page,
@@ -27,7 +30,8 @@ from ckptavg.plots.report.page import (
     Tabulated,
 )
 from ckptavg.plots.report.recipe import Invocation, Recipe
-from ckptavg.plots.report.scoring import Subject
+from ckptavg.plots.report.scoring import Scored
+from ckptavg.plots.report.subject import Subject
 from ckptavg.plots.report.verdict import Verdict
 
 
@@ -38,10 +42,11 @@ class Computed:
     Attributes:
         subject: The run and its averages.
         invocation: Arguments of the report.
-        results: Scores of the table's candidates.
+        scored: Scores of the table's candidates, and figures.
         verdict: The verdict on the average.
         recipe: How the average is made; None where there is nothing to average.
         geometry: Distances of the averaged checkpoints; None where they could not be measured.
+        drawings: Figures by kind.
         settings: Device, precision and seeds, in words by name.
         notes: Remarks on how all this came about.
         date: Date of the report as given; None for none.
@@ -49,13 +54,19 @@ class Computed:
 
     subject: Subject
     invocation: Invocation
-    results: Results
+    scored: Scored
     verdict: Verdict
     recipe: Recipe | None
     geometry: Geometry | None
+    drawings: Mapping[FigureKind, Drawing]
     settings: Mapping[str, str]
     notes: tuple[str, ...] = ()
     date: str | None = None
+
+    @property
+    def results(self) -> Results:
+        """Scores of the table's candidates."""
+        return self.scored.results
 
     @property
     def title(self) -> str:
@@ -79,7 +90,9 @@ def lay_out_page(computed: Computed) -> Page:
     sections = [
         _describe_run(computed),
         _show_candidates(computed),
+        _show_curve(computed),
         _show_geometry(computed),
+        _show_segment(computed),
         _tell_how(computed),
         _list_notes(computed),
         _tell_origin(computed),
@@ -146,6 +159,23 @@ def _show_candidates(computed: Computed) -> Section:
     )
 
 
+def _show_curve(computed: Computed) -> Section | None:
+    """Show the scores over training."""
+    drawing = computed.drawings.get("curve")
+    if drawing is None:
+        return None
+    return Section("curve", "Over training", (drawing,))
+
+
+def _show_segment(computed: Computed) -> Section | None:
+    """Show the way from the average to the last checkpoint."""
+    drawing = computed.drawings.get("segment")
+    if drawing is None:
+        return None
+    sentence = Paragraph(describe(computed.scored.figures["segment"]))
+    return Section("segment", "From the average to the last checkpoint", (sentence, drawing))
+
+
 def _show_geometry(computed: Computed) -> Section | None:
     """Show the distances of the checkpoints in weight space."""
     geometry = computed.geometry
@@ -157,8 +187,11 @@ def _show_geometry(computed: Computed) -> Section | None:
             remarks.append(f"{text[0].upper()}{text[1:]}")
     table = tabulate_geometry(geometry)
     caption = "Euclidean distances in weight space; step: from the checkpoint before"
-    blocks = (Listing(tuple(remarks)), Tabulated(table, caption))
-    return Section("geometry", "Distances between the checkpoints", blocks)
+    blocks: list[Block] = [Listing(tuple(remarks))]
+    if "geometry" in computed.drawings:
+        blocks.append(computed.drawings["geometry"])
+    blocks.append(Tabulated(table, caption))
+    return Section("geometry", "Distances between the checkpoints", tuple(blocks))
 
 
 def _tell_how(computed: Computed) -> Section | None:
@@ -232,6 +265,7 @@ def _tell_origin(computed: Computed) -> Section:
     subject = computed.subject
     rows = [
         ("Versions", run_facts.versions_text()),
+        ("Scored", _effort_text(computed.scored)),
         ("Files last changed (UTC)", run_facts.date_text(*subject.run.opened)),
         *computed.settings.items(),
         *computed.invocation.options.items(),
@@ -241,6 +275,14 @@ def _tell_origin(computed: Computed) -> Section:
     )
     blocks = (Facts(tuple(rows)), Tabulated(files, "The run's checkpoints"))
     return Section("origin", "Origin of this report", blocks)
+
+
+def _effort_text(scored: Scored) -> str:
+    """Word how much was scored."""
+    text = _count(len(scored.results), "candidate")
+    if scored.points:
+        text += f", and {_count(scored.points, 'point')} of figures besides"
+    return text
 
 
 def _count(count: int, noun: str) -> str:

@@ -48,13 +48,11 @@ class Drawing:
     """A figure.
 
     Attributes:
-        svg: An SVG element, safe to put into the page as it is.
-        label: The figure in a sentence, for whoever cannot see it.
+        svg: An SVG element with a label, safe to put into the page as it is.
         caption: Text below the figure.
     """
 
     svg: str
-    label: str
     caption: str = ""
     kind: BlockKind = "figure"
 

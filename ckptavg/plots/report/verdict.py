@@ -90,7 +90,11 @@ def judge(results: Sequence[Result], task: Task, average: Average) -> Verdict:
             "unknown": f"On {samples}, {subject} has {values}, {difference}; the metric does not "
             "say which of its values are better.",
         }[outcome]
-    return Verdict(outcome, text, tuple(_advise(outcome, scored)), scored, last)
+    advice = _advise(outcome, scored)
+    refreshed = _find_refreshed(results, last)
+    if outcome == "better" and refreshed is not None:
+        advice += _credit_statistics(refreshed, metric)
+    return Verdict(outcome, text, tuple(advice), scored, last)
 
 
 def find_average(results: Sequence[Result], average: Average) -> Result | None:
@@ -100,6 +104,26 @@ def find_average(results: Sequence[Result], average: Average) -> Result | None:
     for result in (*recomputed, *scored):
         return result
     return None
+
+
+def _find_refreshed(results: Sequence[Result], last: Result) -> Result | None:
+    """Return the scores of the last checkpoint with recomputed statistics."""
+    for result in results:
+        same = result.candidate.checkpoints == last.candidate.checkpoints
+        if same and result.candidate.kind == "checkpoint" and result.bn in RECOMPUTED:
+            return result
+    return None
+
+
+def _credit_statistics(refreshed: Result, metric: Metric) -> list[str]:
+    """Tell that recomputed statistics alone make the last checkpoint better, if they do."""
+    if _outcome(refreshed, metric) != "better":
+        return []
+    value = value_text(refreshed.metrics.get(metric.key), metric)
+    return [
+        "Not all of the difference is due to averaging: with its BatchNorm statistics recomputed "
+        f"as well, the last checkpoint has {metric.title.removesuffix(' %')} {value}."
+    ]
 
 
 def _outcome(scored: Result, metric: Metric) -> Outcome:
